@@ -1,0 +1,270 @@
+"""`Program`: the graph, the tensors and the plans that the passes work on, and the interpreter that runs it.
+
+The graph is a bare `torch.fx.Graph`; its ``get_attr`` nodes name tensors of the store. Every stage of the
+compiler runs in torch through `run`, so every pass is checked the same way: run before, run after, compare.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler import ops
+from mpq_compiler.errors import UserError
+
+
+class Stage(StrEnum):
+    """The dialects, in the order in which a program passes through them."""
+
+    FLOAT = "float"
+    REWRITTEN = "rewritten"
+    PLANNED = "planned"
+    FAKE_QUANTIZED = "fake-quantized"
+    PACKED = "packed"
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of the denoiser: ``shape`` begins with the symbolic batch "B"."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+
+    def sized(self, batch: int) -> tuple[int, ...]:
+        return tuple(batch if d == "B" else int(d) for d in self.shape)
+
+
+class TensorStore(Mapping[str, Tensor]):
+    """Immutable tensors by name, shared by all stages: passes add, never change or copy."""
+
+    def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
+        self._tensors: dict[str, Tensor] = dict(tensors or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def add(self, name: str, tensor: Tensor) -> str:
+        """Adds ``tensor`` under ``name``, or under ``name.1``, ``name.2`` ... where another one has it; returns the name."""
+        unique, n = name, 0
+        while unique in self._tensors:
+            held = self._tensors[unique]
+            if held is tensor or (held.dtype == tensor.dtype and torch.equal(held, tensor)):
+                return unique
+            n += 1
+            unique = f"{name}.{n}"
+        self._tensors[unique] = tensor.detach()
+        return unique
+
+    def read(self, name: str) -> Tensor:
+        """The value the graph sees: half-precision floats are stored, and read as f32."""
+        tensor = self._tensors[name]
+        return tensor.to(torch.float32) if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """How a weight is stored; `format` names an entry of `mpq_compiler.formats`."""
+
+    format: str
+    sites: tuple[str, ...] = ()
+    """Names of the call nodes that use the weight."""
+
+
+@dataclass(frozen=True)
+class ActivationPlan:
+    """How a tensor edge (named by its producing node) is quantized."""
+
+    bits: int
+    scale: str
+    """Store name of the f16 scales, one a time group."""
+    zero_point: str
+    """Store name of the u8 zero points, one a time group."""
+
+
+@dataclass
+class Program:
+    """What a pass takes and returns."""
+
+    graph: fx.Graph
+    tensors: TensorStore
+    inputs: tuple[InputSpec, ...]
+    stage: Stage
+    model: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    regions: dict[str, fx.Graph] = field(default_factory=dict)
+    weights: dict[str, WeightPlan] = field(default_factory=dict)
+    activations: dict[str, ActivationPlan] = field(default_factory=dict)
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    """Float leftovers of the plan: node or weight name -> the reason, in words."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What passes found out for later ones, by the names of their `provides`."""
+
+    def fork(self, **changes: Any) -> Program:
+        """A copy with its own graph, regions and tables; the tensors are shared."""
+        return dataclasses.replace(
+            self,
+            **{
+                "graph": copy_graph(self.graph),
+                "regions": {name: copy_graph(g) for name, g in self.regions.items()},
+                "weights": dict(self.weights),
+                "activations": dict(self.activations),
+                "fallbacks": dict(self.fallbacks),
+                "facts": dict(self.facts),
+            }
+            | changes,
+        )
+
+    def node(self, name: str) -> fx.Node:
+        for n in self.graph.nodes:
+            if n.name == name:
+                return n
+        raise KeyError(name)
+
+    @property
+    def quantizable(self) -> list[fx.Node]:
+        """Linear and conv2d calls whose weight is a stored parameter, in graph order."""
+        return [n for n in self.graph.nodes if weight_of(n) is not None]
+
+
+CONTRACTIONS: tuple[Callable[..., Any], ...] = (torch.ops.aten.linear.default, ops.conv2d)
+"""Calls (x, weight, bias, ...) that have a quantized form."""
+
+
+def weight_of(node: fx.Node) -> str | None:
+    """Store name of the weight of a quantizable call, or None."""
+    if node.op != "call_function" or node.target not in CONTRACTIONS:
+        return None
+    weight = node.args[1]
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return None
+    if node.target is ops.conv2d and len(node.args) > 5 and node.args[5] != 1:
+        return None  # grouped convolutions stay float
+    return str(weight.target)
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of the graph with the same node names."""
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        env[node] = new.node_copy(node, lambda n: env[n])
+        env[node].name = node.name
+    return new
+
+
+
+
+class Interpreter:
+    """Runs a graph node by node. Subclasses override `call` for other meanings of the same graph."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def run(
+        self,
+        inputs: Mapping[str, Tensor],
+        *,
+        watch: Callable[[fx.Node, Any], None] | None = None,
+    ) -> Tensor:
+        """The output for the inputs by name; ``watch(node, value)`` sees every value as it is made."""
+        return self.execute(self.program.graph, [self._input(inputs, s.name) for s in self.program.inputs], watch)
+
+    def execute(
+        self, graph: fx.Graph, arguments: list[Any], watch: Callable[[fx.Node, Any], None] | None = None
+    ) -> Any:
+        env: dict[fx.Node, Any] = {}
+        feed = iter(arguments)
+        last_use = _last_uses(graph)
+        for node in graph.nodes:
+            if node.op == "output":
+                return self.result(fx.map_arg(node.args[0], env.__getitem__))
+            env[node] = next(feed) if node.op == "placeholder" else self.evaluate(node, env)
+            if watch is not None:
+                watch(node, env[node])
+            for dead in last_use.get(node, ()):
+                del env[dead]
+        raise AssertionError("a graph without an output")
+
+    def evaluate(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+        if node.op == "get_attr":
+            return self.attribute(str(node.target))
+        args = fx.map_arg(node.args, env.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, env.__getitem__)
+        if node.op == "call_module":
+            return self.execute(self.program.regions[str(node.target)], list(args))
+        return self.call(node, args, kwargs)
+
+    def attribute(self, name: str) -> Any:
+        return self.program.tensors.read(name)
+
+    def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    def result(self, value: Any) -> Any:
+        return value
+
+    @staticmethod
+    def _input(inputs: Mapping[str, Tensor], name: str) -> Tensor:
+        if name not in inputs:
+            raise UserError(f"input '{name}' is missing; the denoiser takes it by that name")
+        return inputs[name]
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    seen: set[fx.Node] = set()
+    uses: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(graph.nodes):
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                uses.setdefault(node, []).append(source)
+    return uses
+
+
+@torch.no_grad()
+def run(
+    program: Program,
+    inputs: Mapping[str, Tensor],
+    watch: Callable[[fx.Node, Any], None] | None = None,
+) -> Tensor:
+    """Runs the program without gradients; ``watch`` sees every node's value."""
+    return Interpreter(program).run(inputs, watch=watch)
+
+
+class _MetaInterpreter(Interpreter):
+    """Shapes and dtypes only: every tensor lives on the meta device."""
+
+    def attribute(self, name: str) -> Any:
+        return super().attribute(name).to("meta")
+
+    def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": "meta"}
+        return super().call(node, args, kwargs)
+
+
+@torch.no_grad()
+def shapes(program: Program, batch: int) -> dict[str, Any]:
+    """Node name -> a meta tensor (or a plain value) as it is at that batch size."""
+    found: dict[str, Any] = {}
+
+    def watch(node: fx.Node, value: Any) -> None:
+        found[node.name] = value
+
+    inputs = {s.name: torch.empty(s.sized(batch), dtype=s.dtype, device="meta") for s in program.inputs}
+    _MetaInterpreter(program).run(inputs, watch=watch)
+    return found
