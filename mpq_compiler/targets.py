@@ -1,0 +1,177 @@
+"""The targets: what each can do, what it needs of a CPU, and what this machine has.
+
+Nothing here imports torch or TVM: the runtime reads the table on devices that have neither.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpq_compiler.errors import UserError, nearest
+
+# Flags as /proc/cpuinfo spells them. LLVM may use every instruction of the level named by `mcpu`, not only
+# those our kernels ask for, so a target needs the whole level (x86-64 psABI).
+_X86_64_V3 = (
+    *("cx16", "lahf_lm", "popcnt", "pni", "ssse3", "sse4_1", "sse4_2"),
+    *("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"),
+)
+_X86_64_V4 = (*_X86_64_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_ARMV8 = ("fp", "asimd")
+# What LLVM assumes of cortex-a76 beyond the base level: half-precision arithmetic, dot products, v8.1 atomics
+# and rounding multiplies, CRC, weakly ordered loads (the cryptography extension is switched off below).
+_CORTEX_A76 = (*_ARMV8, "asimdhp", "fphp", "asimddp", "atomics", "asimdrdm", "crc32", "lrcpc")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row of the table.
+
+    arch: machine of the host that runs it, as `platform.machine()` says ("x86_64", "aarch64", "any").
+    features: the /proc/cpuinfo flags without which its kernels would end in an illegal instruction.
+    tvm: the dictionary for `tvm.target.Target`; empty where TVM takes no part.
+    isa: instruction family that kernel templates choose their inner loop by.
+    backend: "tvm", "reference" or "onnx".
+    status: empty when implemented, else one clause that says what is missing.
+    """
+
+    name: str
+    arch: str
+    isa: str
+    backend: str
+    features: tuple[str, ...] = ()
+    tvm: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    status: str = ""
+
+    @property
+    def implemented(self) -> bool:
+        return not self.status
+
+
+_NO_KERNELS = "its kernels are not written yet"
+
+
+def _x86(
+    name: str, isa: str, mcpu: str, mattr: list[str], features: tuple[str, ...], status: str = ""
+) -> Target:
+    options: dict[str, Any] = {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": mcpu}
+    if mattr:
+        options["mattr"] = mattr
+    return Target(name, "x86_64", isa, "tvm", features, options, status)
+
+
+def _arm(name: str, isa: str, options: dict[str, Any], features: tuple[str, ...], status: str = "") -> Target:
+    options = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", **options}
+    return Target(name, "aarch64", isa, "tvm", features, options, status)
+
+
+def _cuda(level: int) -> Target:
+    options = {"kind": "cuda", "arch": f"sm_{level}"}
+    return Target(f"cuda-sm{level}", "any", f"sm{level}", "tvm", (), options, _NO_KERNELS)
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        _x86("x86-64-avx2", "avx2", "x86-64-v3", [], _X86_64_V3),
+        _x86("x86-64-avxvnni", "avxvnni", "x86-64-v3", ["+avxvnni"], (*_X86_64_V3, "avx_vnni")),
+        _x86("x86-64-avx512", "avx512", "x86-64-v4", [], _X86_64_V4, _NO_KERNELS),
+        # x86-64-v4 has no VNNI of its own: without the attribute LLVM cannot select vpdpbusd and aborts.
+        _x86("x86-64-avx512vnni", "avx512vnni", "x86-64-v4", ["+avx512vnni"], (*_X86_64_V4, "avx512_vnni")),
+        _arm("aarch64-neon", "neon", {"mattr": ["+neon"]}, _ARMV8, _NO_KERNELS),
+        _arm(
+            "aarch64-dotprod",
+            "dotprod",
+            {"mcpu": "cortex-a76", "mattr": ["+neon", "+dotprod", "-aes", "-sha2"]},
+            _CORTEX_A76,
+        ),
+        _arm(
+            "aarch64-i8mm",
+            "i8mm",
+            {"mattr": ["+neon", "+dotprod", "+i8mm"]},
+            (*_ARMV8, "asimddp", "i8mm"),
+            _NO_KERNELS,
+        ),
+        *(_cuda(level) for level in (80, 87, 89, 90)),
+        Target("onnx", "any", "onnx", "onnx", status="ONNX export is not written yet"),
+        Target("reference", "any", "reference", "reference"),
+    )
+}
+
+# What `native` means, best first.
+_NATIVE = ("x86-64-avx512vnni", "x86-64-avxvnni", "x86-64-avx2", "aarch64-dotprod")
+
+
+def resolve(name: str) -> Target:
+    """The target called `name`; `native` is the best implemented one whose features this CPU has.
+
+    UserError: an unknown name; `native` on a CPU that no target covers.
+    """
+    if name != "native":
+        if name not in TARGETS:
+            raise UserError(f"there is no target '{name}': {nearest(name, ['native', *TARGETS])}")
+        return TARGETS[name]
+    for candidate in _NATIVE:
+        if not missing_features(TARGETS[candidate]):
+            return TARGETS[candidate]
+    raise UserError(
+        f"no target fits this {platform.machine()} CPU (x86-64 needs AVX2, AArch64 needs dot products): "
+        "name one with --target, or use --target reference, which runs anywhere on torch"
+    )
+
+
+def require_implemented(target: Target) -> None:
+    """UserError when nothing can be compiled for `target` yet."""
+    if not target.implemented:
+        ready = ", ".join(t.name for t in TARGETS.values() if t.implemented)
+        raise UserError(f"cannot compile for '{target.name}': {target.status}; choose one of {ready}")
+
+
+@functools.cache
+def host_features() -> frozenset[str]:
+    """The flags that every core of this machine has, as /proc/cpuinfo spells them; empty if unreadable."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return frozenset()
+    return _common_flags(text)
+
+
+def _common_flags(cpuinfo: str) -> frozenset[str]:
+    """Flags that all processors listed have (cores of one chip can differ on AArch64)."""
+    cores = [
+        frozenset(value.split())
+        for key, _, value in (line.partition(":") for line in cpuinfo.splitlines())
+        if key.strip() in ("flags", "Features")
+    ]
+    return frozenset.intersection(*cores) if cores else frozenset()
+
+
+def missing_features(target: Target) -> list[str]:
+    """What this machine lacks to run `target`: CPU flags in the table's order, or another architecture."""
+    return missing(target.arch, target.features)
+
+
+def missing(arch: str, features: Iterable[str]) -> list[str]:
+    """`missing_features` of an artifact, which states its architecture and features itself."""
+    if arch not in ("any", platform.machine()):
+        return [f"an {arch} CPU"]
+    return [flag for flag in features if flag not in host_features()]
+
+
+def require_runnable(target: Target) -> None:
+    """UserError naming what this machine lacks; running on would end in an illegal instruction."""
+    require_host(target.name, target.arch, target.features)
+
+
+def require_host(name: str, arch: str, features: Iterable[str]) -> None:
+    """`require_runnable` of an artifact compiled for target `name`, by what its manifest says it needs."""
+    if lacking := missing(arch, features):
+        raise UserError(
+            f"this machine ({platform.machine()}) cannot run '{name}': it lacks {', '.join(lacking)}; "
+            "run it on a machine that has all it needs, or compile with --target native"
+        )

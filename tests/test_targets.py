@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import dataclasses
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from mpq_compiler import targets
+from mpq_compiler.errors import UserError
+
+NAMES = [
+    *("x86-64-avx2", "x86-64-avxvnni", "x86-64-avx512", "x86-64-avx512vnni"),
+    *("aarch64-neon", "aarch64-dotprod", "aarch64-i8mm"),
+    *("cuda-sm80", "cuda-sm87", "cuda-sm89", "cuda-sm90", "onnx", "reference"),
+]
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """Pretends to be a machine of the given architecture whose CPU has the given flags."""
+
+    def pretend(machine: str, flags: tuple[str, ...]) -> None:
+        monkeypatch.setattr(platform, "machine", lambda: machine)
+        monkeypatch.setattr(targets, "host_features", lambda: frozenset(flags))
+
+    return pretend
+
+
+def test_the_table_holds_every_documented_name():
+    assert list(targets.TARGETS) == NAMES
+    ready = {name for name, target in targets.TARGETS.items() if target.implemented}
+    assert ready == {"x86-64-avx2", "x86-64-avxvnni", "x86-64-avx512vnni", "aarch64-dotprod", "reference"}
+
+
+@pytest.mark.parametrize(
+    ("machine", "best"),
+    [
+        ("x86_64", "x86-64-avx2"),
+        ("x86_64", "x86-64-avxvnni"),
+        ("x86_64", "x86-64-avx512vnni"),
+        ("aarch64", "aarch64-dotprod"),
+    ],
+)
+def test_native_is_the_best_this_cpu_has(host, machine, best):
+    host(machine, targets.TARGETS[best].features)
+    assert targets.resolve("native").name == best
+
+
+def test_native_on_an_older_cpu_names_the_way_out(host):
+    host("x86_64", ("sse4_2",))
+    with pytest.raises(UserError, match=r"AVX2.*--target reference"):
+        targets.resolve("native")
+
+
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(UserError, match=r"no target 'x86-64-avx521': did you mean 'x86-64-avx512'\?"):
+        targets.resolve("x86-64-avx521")
+    with pytest.raises(UserError, match="did you mean 'native'"):
+        targets.resolve("natve")
+
+
+def test_a_target_without_kernels_is_refused_by_name():
+    with pytest.raises(UserError, match=r"'cuda-sm89': its kernels are not.*choose one of x86-64-avx2"):
+        targets.require_implemented(targets.resolve("cuda-sm89"))
+    for target in targets.TARGETS.values():
+        if target.implemented:
+            targets.require_implemented(target)
+
+
+def test_missing_features_are_named(host):
+    v3 = targets.TARGETS["x86-64-avx2"].features
+    host("x86_64", v3)
+    targets.require_runnable(targets.TARGETS["x86-64-avx2"])
+    targets.require_runnable(targets.TARGETS["reference"])
+    with pytest.raises(UserError, match=r"lacks avx512f, avx512bw, .*avx512_vnni"):
+        targets.require_runnable(targets.TARGETS["x86-64-avx512vnni"])
+    assert targets.missing_features(targets.TARGETS["aarch64-dotprod"]) == ["an aarch64 CPU"]
+
+
+def test_flags_are_those_of_every_core():
+    little_big = "processor : 0\nFeatures : fp asimd\n\nprocessor : 1\nFeatures : fp asimd asimddp\n"
+    assert targets._common_flags(little_big) == {"fp", "asimd"}
+    assert targets._common_flags("flags\t\t: fpu avx2\n") == {"fpu", "avx2"}
+    assert targets._common_flags("") == frozenset()
+
+
+def test_targets_are_values():
+    target = targets.TARGETS["x86-64-avx2"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        target.name = "other"
+    assert len({*targets.TARGETS.values()}) == len(NAMES)
+
+
+def test_no_torch_and_no_tvm():
+    code = "import sys, mpq_compiler.targets; print({'torch', 'tvm', 'tvm_ffi'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_tvm_and_llvm_know_every_dictionary():
+    """In a process of its own: LLVM aborts on what it does not know."""
+    pytest.importorskip("tvm")
+    code = (
+        "from tvm.target import Target; from mpq_compiler.targets import TARGETS\n"
+        "for t in TARGETS.values():\n"
+        "    if t.tvm: print(Target(dict(t.tvm)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "not a recognized" not in done.stderr
