@@ -1,7 +1,7 @@
 """What a kernel does with a value before it stores it: pointwise steps, ended or not by quantization.
 
-A fused region has one anchor (a convolution, linear, norm, attention, ...) and the pointwise operations behind
-it. `Epilogue` describes those; `apply` builds the TIR expression for one vector of the anchor's result.
+A fused region has one anchor (a convolution, linear, norm, attention, ...) and the pointwise operations
+behind it. `Epilogue` describes those; `apply` builds the TIR expression for one vector of the anchor's result.
 
 Calling convention: a kernel with an epilogue takes, after its own arguments and before its output, one buffer
 for each operand and then, when the epilogue quantizes, ``qscale f32[G]``, ``qzero i32[G]`` and ``group
@@ -100,8 +100,8 @@ def apply(
 
     value:  float32 expression of L lanes (neighbouring output channels)
     load:   operand index -> float32 expression, of L lanes or scalar (broadcast here)
-    quant:  (scale f32 scalar, zero point i32 scalar) of the sample's time group, where the epilogue quantizes.
-            Either may also have L lanes. Loop-invariant, so LLVM hoists the reciprocal.
+    quant:  (scale f32 scalar, zero point i32 scalar) of the sample's time group, where the epilogue
+            quantizes. Either may also have L lanes. Loop-invariant, so LLVM hoists the reciprocal.
     """
     count = vmath.lanes(value)
     for step in epilogue.steps:

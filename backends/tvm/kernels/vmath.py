@@ -5,18 +5,18 @@ may be called anywhere an expression is allowed, from TVMScript as well as from 
 
 The contraction rule
 --------------------
-TVM compiles with LLVM's ``AllowFPOpFusion = Fast``: the instruction selector turns *any* ``fmul`` that feeds an
-``fadd`` or ``fsub`` into a fused multiply-add, whether or not the two come from one source expression, and does
-so differently on each target. No option of TVM's ``llvm`` target turns this off. Hence, in every float32
+TVM compiles with LLVM's ``AllowFPOpFusion = Fast``: the instruction selector turns *any* ``fmul`` that feeds
+an ``fadd`` or ``fsub`` into a fused multiply-add, whether or not the two come from one source expression, and
+does so differently on each target. No option of TVM's ``llvm`` target turns this off. Hence, in every float32
 kernel of this package:
 
 1. a multiply-add that is meant to be fused is written :func:`fma`;
 2. every other float32 product is written :func:`mul` (quotient: :func:`div`), never with ``*`` or ``/``.
 
 ``mul`` wraps the product in ``llvm.arithmetic.fence``, an identity at run time (it selects to no instruction)
-through which LLVM may not combine floating-point operations. ``div`` is fenced as well because LLVM rewrites a
-division by a power of two as a product. Float additions, subtractions, comparisons and selects may be written
-with Python operators. ``tests/backends/tvm/test_fp_contract.py`` proves the rule on all three targets.
+through which LLVM may not combine floating-point operations. ``div`` is fenced as well because LLVM rewrites
+a division by a power of two as a product. Float additions, subtractions, comparisons and selects may be
+written with Python operators. ``tests/backends/tvm/test_fp_contract.py`` proves the rule on all three targets.
 
 Further rules that the functions follow: only IEEE division and square root; one polynomial for all targets;
 clamps by ``Select`` ordered so that NaN passes through (``max``/``min`` instructions differ between ISAs); no
@@ -32,9 +32,7 @@ import math
 from collections.abc import Sequence
 
 from tvm import tirx
-from tvm.ir import PrimExpr
-
-Expr = PrimExpr
+from tvm.ir import Expr
 
 MAGIC = 12582912.0
 """1.5 * 2^23. For |x| <= 2^22, ``x + MAGIC`` rounds x to the nearest integer, ties to even, and leaves that
@@ -195,7 +193,7 @@ def relu(x: Expr) -> Expr:
 
 
 def polynomial(x: Expr, coefficients: Sequence[float]) -> Expr:
-    """Horner's rule by fma, highest power first. `x` should be a variable: it is used once per coefficient."""
+    """Horner's rule by fma, highest power first. `x` is used once per coefficient: pass a variable."""
     count = lanes(x)
     total = f32(coefficients[0], count)
     for c in coefficients[1:]:
@@ -419,7 +417,7 @@ def quantize(x: Expr, inverse_scale: Expr, zero_point: Expr, bits: int) -> Expr:
     zf = let(tirx.Cast(_vector("float32", count), z), "zf")
     y = let(mul(x, splat(inverse_scale, count)), "y")
     y = clamp(y, f32(0.0, count) - zf, f32(float(2**bits - 1), count) - zf)
-    code = as_int(y + f32(MAGIC, count)) + z  # the low byte of MAGIC's bits is 0, and so is that of a quiet NaN
+    code = as_int(y + f32(MAGIC, count)) + z  # the low byte of the bits of MAGIC, and of NaN, is 0
     return let.close(tirx.Cast(_vector("uint8", count), code))
 
 
