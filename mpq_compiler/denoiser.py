@@ -1,0 +1,498 @@
+"""Loads denoisers (diffusers' UNets and transformers) behind one interface of named tensors.
+
+A `Denoiser` is found by structure, never by a list of model names: the class that config.json names, the
+parameters of its `forward` and its configuration say which tensors it takes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpq_compiler import checkpoint, sampler
+from mpq_compiler.errors import UserError, nearest
+from mpq_compiler.sampler import Call, Progress, Scheduler, gaussian, sample
+
+__all__ = [
+    "Denoiser",
+    "InputSpec",
+    "TensorModule",
+    "bundled",
+    "gaussian",
+    "load",
+    "record_calibration",
+    "sample",
+    "wrap",
+]
+
+bundled = checkpoint.bundled
+
+# Parameters of diffusers' forward methods that may be left out without changing which function is computed.
+_OPTIONAL = {
+    "added_cond_kwargs",
+    "attention_mask",
+    "class_labels",
+    "cross_attention_kwargs",
+    "down_block_additional_residuals",
+    "down_intrablock_additional_residuals",
+    "encoder_attention_mask",
+    "encoder_hidden_states",
+    "hidden_states",
+    "mid_block_additional_residual",
+    "return_dict",
+    "sample",
+    "timestep",
+    "timestep_cond",
+}
+_ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
+_TIME_IDS = 6
+"""SDXL: original height and width, crop top and left, target height and width."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of a denoiser: its shape without the leading batch, and its type."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.").replace("float", "f").replace("int", "i")
+        return f"{name}[{','.join(['B', *map(str, self.shape)])}]"
+
+
+class TensorModule(torch.nn.Module):
+    """A diffusers denoiser as a function of named tensors to one tensor; its parameters are below
+    `model.`."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        sample: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        text_embeds: torch.Tensor | None = None,
+        time_ids: torch.Tensor | None = None,
+        resolution: torch.Tensor | None = None,
+        aspect_ratio: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The predicted noise, image or velocity [B, C, H, W]; takes exactly the inputs of
+        `input_specs`."""
+        plain = {
+            "sample": sample,
+            "hidden_states": hidden_states,
+            "timestep": timestep,
+            "encoder_hidden_states": encoder_hidden_states,
+            "class_labels": class_labels,
+        }
+        added = dict(zip(_ADDED, (text_embeds, time_ids, resolution, aspect_ratio), strict=True))
+        given: dict[str, Any] = {key: value for key, value in plain.items() if value is not None}
+        if conditions := {key: value for key, value in added.items() if value is not None}:
+            given["added_cond_kwargs"] = conditions
+        return self.model(**given, return_dict=False)[0]
+
+
+@dataclass
+class Denoiser:
+    """A loaded denoiser: the module, what it takes, how its latents become images and how it is sampled."""
+
+    name: str
+    module: TensorModule
+    input_specs: dict[str, InputSpec]
+    """The inputs in order; every one has the batch as its first dimension."""
+    scheduler: Scheduler
+    codec: str = "identity"
+    config: dict[str, Any] = field(default_factory=dict)
+    """config.json of the model."""
+    null_class: int | None = None
+    """The label that stands for "no class", where the model was trained with one."""
+    class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What was assumed while loading, one sentence each, for the user to read."""
+
+    @property
+    def latent(self) -> str:
+        """The name of the input that holds the noisy latents: `sample` or `hidden_states`."""
+        return next(iter(self.input_specs))
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents."""
+        channels, height, width = self.input_specs[self.latent].shape
+        return channels, height, width
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The names of the inputs besides the latents and the timestep."""
+        return tuple(name for name in self.input_specs if name not in (self.latent, "timestep"))
+
+    @property
+    def classes(self) -> int | None:
+        """How many real classes there are (without the null class); None for a model without class
+        labels."""
+        count = self.config.get("num_class_embeds") if "class_labels" in self.input_specs else None
+        return count - (self.null_class is not None) if count else None
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters, of which true average bits are reckoned."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def __call__(self, **inputs: Any) -> torch.Tensor:
+        """The model's output for arrays or tensors by name, without gradients: what `sample` calls."""
+        with torch.no_grad():
+            return self.module(**{name: torch.as_tensor(value) for name, value in inputs.items()})
+
+    def random_inputs(self, batch: int, generator: torch.Generator | int = 0) -> dict[str, torch.Tensor]:
+        """Random inputs by name for a batch: normal values, timesteps and labels that differ within it.
+
+        Sizes that condition SDXL and PixArt are those of the image. `generator` is one or a seed.
+        """
+        if isinstance(generator, int):
+            generator = torch.Generator().manual_seed(generator)
+        pixels = [8.0 * size for size in self.latent_shape[1:]]
+        fixed = {
+            "time_ids": [*pixels, 0.0, 0.0, *pixels],
+            "resolution": pixels,
+            "aspect_ratio": [pixels[0] / pixels[1]],
+        }
+        limits = {
+            "timestep": self.scheduler.num_train_timesteps,
+            "class_labels": self.config.get("num_class_embeds"),
+        }
+        values = {}
+        for name, spec in self.input_specs.items():
+            if name in fixed:
+                values[name] = torch.tensor([fixed[name]] * batch, dtype=spec.dtype)
+            elif name in limits:
+                values[name] = torch.randint(0, limits[name] or 1, (batch,), generator=generator)
+            else:
+                values[name] = torch.randn(batch, *spec.shape, generator=generator)
+        return values
+
+    def example_inputs(self, batch: int = 2) -> dict[str, torch.Tensor]:
+        """The inputs that the model is traced with."""
+        return self.random_inputs(batch)
+
+    def class_conditions(self, labels: Any) -> dict[str, np.ndarray]:
+        """The conditions of a class-conditional model for `labels` (integers [N]); {} for an unconditional
+        one."""
+        if self.conditions == ():
+            return {}
+        if self.conditions != ("class_labels",):
+            raise UserError(
+                f"'{self.name}' is conditioned on {', '.join(self.conditions)}, which cannot be made without "
+                "its text encoder; give the recorded conditions in a file"
+            )
+        labels = np.asarray(labels, np.int64)
+        count = self.config["num_class_embeds"]
+        if labels.size and not 0 <= labels.min() <= labels.max() < count:
+            raise UserError(
+                f"'{self.name}' knows the classes 0 to {count - 1}, and {labels.max()} was asked for"
+            )
+        return {"class_labels": labels}
+
+    def default_conditions(self, count: int) -> dict[str, np.ndarray]:
+        """Conditions for `count` samples: the real classes in turn."""
+        return self.class_conditions(np.arange(count) % (self.classes or 1))
+
+    def null_conditions(self, count: int) -> dict[str, np.ndarray] | None:
+        """The conditions of the unconditional model, for guidance; None where the model has no null
+        class."""
+        return None if self.null_class is None else self.class_conditions(np.full(count, self.null_class))
+
+    def decode(self, latents: Any) -> np.ndarray:
+        """Images in [-1, 1], float32 [N, channels, height, width]."""
+        return sampler.decode(self.codec, np.asarray(latents))
+
+
+def load(
+    model: str | Path,
+    *,
+    size: int | tuple[int, int] | None = None,
+    tokens: int | None = None,
+    prediction_type: str | None = None,
+    scheduler: str | Path | None = None,
+) -> Denoiser:
+    """Loads a denoiser in float32, for evaluation.
+
+    Args:
+        model: a bundled name, a folder with config.json and safetensors, a pipeline's folder, or a hub id.
+        size: height and width of the latents, where they are not to be the configuration's sample_size.
+        tokens: length of the text condition (by default harness.json's, else 77, for transformers 120).
+        prediction_type: overrides the scheduler's.
+        scheduler: a scheduler_config.json to use instead of the model's own.
+
+    Raises:
+        UserError: the model is missing, damaged, or of a structure that is not supported.
+    """
+    place = checkpoint.locate(model)
+    config = checkpoint.read_json(place.denoiser / "config.json")
+    module = _build(config, place.denoiser)
+    _fill(module, checkpoint.read_weights(place.denoiser), place.denoiser)
+    harness = checkpoint.read_json(place.harness) if place.harness else {}
+    chosen = Path(scheduler) if scheduler else place.scheduler
+    return wrap(
+        module,
+        name=place.name,
+        size=size,
+        tokens=tokens or harness.get("tokens"),
+        codec=harness.get("codec", "identity"),
+        scheduler=checkpoint.read_json(chosen) if chosen else None,
+        prediction_type=prediction_type,
+        null_class=harness.get("null_class"),
+        class_names=tuple(harness.get("class_names", ())),
+    )
+
+
+def wrap(
+    model: torch.nn.Module,
+    *,
+    name: str = "denoiser",
+    size: int | tuple[int, int] | None = None,
+    tokens: int | None = None,
+    codec: str = "identity",
+    scheduler: Mapping[str, Any] | Scheduler | None = None,
+    prediction_type: str | None = None,
+    null_class: int | None = None,
+    class_names: tuple[str, ...] = (),
+) -> Denoiser:
+    """A `Denoiser` around a diffusers module in memory; the arguments are those of `load`."""
+    if codec not in sampler.CODECS:
+        raise UserError(
+            f"the codec {codec!r} of '{name}' is not known; {nearest(str(codec), sampler.CODECS)}"
+        )
+    config = dict(getattr(model, "config", {}))
+    specs, notes = _input_specs(model, config, size, tokens)
+    if scheduler is None:
+        scheduler = _default_scheduler("encoder_hidden_states" in specs, prediction_type or "epsilon")
+        notes.append(
+            f"no scheduler with the model: DDIM with {scheduler.beta_schedule} betas and "
+            f"{scheduler.prediction_type} prediction is assumed"
+        )
+    elif not isinstance(scheduler, Scheduler):
+        solver = scheduler.get("_class_name", "DDIMScheduler")
+        if solver != "DDIMScheduler":
+            notes.append(f"the model's {solver} is replaced by DDIM with the same noise schedule")
+        overrides = {"prediction_type": prediction_type} if prediction_type else {}
+        scheduler = Scheduler.from_config({**scheduler, **overrides})
+    module = TensorModule(model.float().eval().requires_grad_(False))
+    return Denoiser(
+        name, module.eval(), specs, scheduler, codec, config, null_class, class_names, tuple(notes)
+    )
+
+
+def _default_scheduler(latent: bool, prediction_type: str) -> Scheduler:
+    """What is assumed without a scheduler/: Stable Diffusion's schedule for text models, else diffusers'
+    defaults."""
+    spacing = "trailing" if prediction_type == "v_prediction" else "leading"
+    if not latent:
+        return Scheduler(prediction_type=prediction_type, timestep_spacing=spacing)
+    return Scheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+        timestep_spacing=spacing,
+    )
+
+
+def _build(config: Mapping[str, Any], folder: Path) -> torch.nn.Module:
+    """The diffusers module that `config` describes, its weights still to be filled in."""
+    import diffusers
+
+    where = f"'{folder / 'config.json'}'"
+    name = config.get("_class_name")
+    if not isinstance(name, str):
+        raise UserError(f"{where} has no _class_name; name a denoiser that diffusers saved")
+    cls = getattr(diffusers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+        known = [
+            key for key in dir(diffusers) if key.endswith("Model") and ("UNet" in key or "Transformer" in key)
+        ]
+        raise UserError(
+            f"{where} names the class '{name}', which diffusers does not have; {_did_you_mean(name, known)}"
+        )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            module: torch.nn.Module = cls.from_config({**config})  # type: ignore[attr-defined]
+            return module
+    except Exception as error:  # a constructor given arbitrary values can raise anything
+        raise UserError(f"{where} does not describe a {name}: {_one_line(error)}") from error
+
+
+def _fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Puts `weights` into `module`; they must be its tensors, all of them and no others, in the same
+    shapes."""
+    # diffusers' own renaming of the attention layers of old checkpoints
+    if callable(rename := getattr(module, "_fix_state_dict_keys_on_load", None)):
+        rename(weights)
+    expected = module.state_dict()
+    for names, fault in (
+        (sorted(expected.keys() - weights.keys()), "lack"),
+        (sorted(weights.keys() - expected.keys()), "have, beyond what the model takes,"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(
+                f"the weights in '{folder}' {fault} the tensor '{names[0]}'{more}; config.json and the weights "
+                "are not of one model"
+            )
+    for name, tensor in expected.items():
+        if tensor.shape != weights[name].shape:
+            raise UserError(
+                f"the tensor '{name}' in '{folder}' is {_shape(weights[name])} and config.json asks for "
+                f"{_shape(tensor)}; they are not of one model"
+            )
+    module.load_state_dict(weights, assign=True)
+
+
+def _input_specs(
+    model: torch.nn.Module, config: Mapping[str, Any], size: int | tuple[int, int] | None, tokens: int | None
+) -> tuple[dict[str, InputSpec], list[str]]:
+    """The inputs of `model`, by the parameters of its forward and its configuration, and what was
+    assumed."""
+    kind, notes = type(model).__name__, []
+    taken = list(inspect.signature(model.forward).parameters)
+    latent = next((name for name in ("sample", "hidden_states") if name in taken), None)
+    if latent is None or "timestep" not in taken:
+        raise UserError(
+            f"{kind} takes no noisy latents with a timestep; name a diffusion denoiser (UNet or transformer)"
+        )
+    if strange := [name for name in taken if name not in _OPTIONAL]:
+        raise UserError(f"{kind} takes the input '{strange[0]}', which is not supported")
+
+    channels, sides = config.get("in_channels"), size or config.get("sample_size")
+    if not isinstance(channels, int) or sides is None:
+        raise UserError(f"the configuration of {kind} does not say the size of its latents; give their shape")
+    height, width = (sides, sides) if isinstance(sides, int) else sides
+    specs = {
+        latent: InputSpec((channels, height, width), torch.float32),
+        "timestep": InputSpec((), torch.int64),
+    }
+
+    if "encoder_hidden_states" in taken:
+        features = (
+            config.get("encoder_hid_dim")
+            or config.get("caption_channels")
+            or config.get("cross_attention_dim")
+        )
+        if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
+            raise UserError(
+                f"the encoder_hid_dim_type '{config['encoder_hid_dim_type']}' of {kind} is not supported"
+            )
+        if isinstance(features, list | tuple):
+            if len(set(features)) != 1:
+                raise UserError(
+                    f"{kind} has cross_attention_dim {features}: blocks of unequal width are not supported"
+                )
+            features = features[0]
+        if not isinstance(features, int):
+            raise UserError(f"the configuration of {kind} does not say the width of its text condition")
+        if tokens is None:
+            tokens = 120 if latent == "hidden_states" else 77
+            notes.append(f"the text condition is taken to be {tokens} tokens long")
+        specs["encoder_hidden_states"] = InputSpec((tokens, features), torch.float32)
+
+    if getattr(model, "class_embedding", None) is not None or config.get("num_class_embeds"):
+        if config.get("class_embed_type") is not None or not config.get("num_class_embeds"):
+            raise UserError(
+                f"the class_embed_type '{config.get('class_embed_type')}' of {kind} is not supported"
+            )
+        specs["class_labels"] = InputSpec((), torch.int64)
+
+    if (added := config.get("addition_embed_type")) == "text_time":
+        width_of_all = config["projection_class_embeddings_input_dim"]
+        pooled = width_of_all - _TIME_IDS * config["addition_time_embed_dim"]
+        specs["text_embeds"] = InputSpec((pooled,), torch.float32)
+        specs["time_ids"] = InputSpec((_TIME_IDS,), torch.float32)
+    elif added is not None:
+        raise UserError(f"the addition_embed_type '{added}' of {kind} is not supported")
+    if getattr(model, "use_additional_conditions", False):
+        specs["resolution"] = InputSpec((2,), torch.float32)
+        specs["aspect_ratio"] = InputSpec((1,), torch.float32)
+    return specs, notes
+
+
+def record_calibration(
+    denoiser: Denoiser,
+    samples: int,
+    steps: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+    *,
+    conditions: Mapping[str, Any] | None = None,
+    guidance: float = 1.0,
+    batch: int = 32,
+) -> dict[str, torch.Tensor]:
+    """Records the denoiser's inputs along `samples` sampling trajectories of `steps` steps each.
+
+    Returns the inputs by name, [samples * steps, ...], ordered by time (all samples of the first, noisiest
+    step first), then by sample. With guidance the null-conditioned calls are recorded as well: [2 * samples
+    * steps, ...] with both calls of a step next to each other. Without `conditions` (arrays [samples, ...]
+    by input name) a class-conditional model gets its classes in turn, the null class among them, in an
+    order drawn from the seed.
+
+    Raises:
+        UserError: a text-conditioned model without `conditions`, or a model whose output is not finite.
+    """
+    if samples < 1:
+        raise UserError(f"cannot calibrate on {samples} samples; give 1 or more")
+    if conditions is None and denoiser.classes:
+        labels = np.arange(samples) % denoiser.config["num_class_embeds"]
+        conditions = denoiser.class_conditions(np.random.Generator(np.random.PCG64(seed)).permutation(labels))
+    elif conditions is None:
+        conditions = denoiser.class_conditions([])
+    given, needed = set(conditions), set(denoiser.conditions)
+    if given != needed:
+        raise UserError(
+            f"the conditions of '{denoiser.name}' are {', '.join(sorted(needed)) or 'none'}, and "
+            f"{', '.join(sorted(given)) or 'none'} were given"
+        )
+
+    calls: list[Call] = []
+    sample(
+        denoiser,
+        denoiser.scheduler,
+        gaussian(samples, denoiser.latent_shape, seed),
+        {name: np.asarray(value) for name, value in conditions.items()},
+        steps,
+        latent=denoiser.latent,
+        guidance=guidance,
+        null_conditions=denoiser.null_conditions(samples) if guidance != 1.0 else None,
+        batch=batch,
+        observe=calls.append,
+        progress=progress,
+    )
+    calls.sort(key=lambda call: (call.step, call.guided, call.rows.start))
+    return {
+        name: torch.from_numpy(np.concatenate([call.inputs[name] for call in calls])).to(spec.dtype)
+        for name, spec in denoiser.input_specs.items()
+    }
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    hint = nearest(name, known)
+    return hint if hint.startswith("did you mean") else "name a UNet or transformer of diffusers"
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "[" + ", ".join(map(str, tensor.shape)) + "]"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
