@@ -167,6 +167,11 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 
+def prune(graph: fx.Graph) -> None:
+    """Removes what the output does not need; inputs stay, and random operators count as any other."""
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+
+
 class Interpreter:
     """Runs a graph node by node. Subclasses override `call` for other meanings of the same graph."""
 

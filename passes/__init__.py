@@ -1,0 +1,15 @@
+"""The passes, one a file, in the order in which the default recipe runs them."""
+
+PASSES: tuple[str, ...] = (
+    "trace",
+    "layout",
+    "calibrate",
+    "time-groups",
+    "sensitivity",
+    "bit-allocation",
+    "insert-fake-quant",
+    "residual-branch",
+    "round-weights",
+    "fold-fake-quant",
+    "fuse-epilogues",
+)

@@ -1,0 +1,88 @@
+"""Base + binary residual: ``scale[i] * (LUT[code] +- alpha) + offset[i]``, one ratio alpha a layer.
+
+MPQ-DMv2's residual quantizer (arXiv 2507.04290) in the form in which it folds into one int8 table: the ratio of
+branch to base is a fraction p/2^m shared by the layer. Base and branch are fitted together, as the nearest of
+their 2^(b+1) joint levels with alternating least squares from several starts; fitting the branch greedily to
+what the base left is worse than one more uniform bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpq_compiler.formats.base import F16_TINY, Format, QuantizedWeight, nearest_codes, output_error, stored_scale, stored_type
+
+RATIOS = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
+"""alpha/scale: 1/4 gives the evenly spaced levels of one more bit, above 1/2 the branch widens the range."""
+STARTS = (0.6, 0.8, 1.0)
+ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class ResidualFormat(Format):
+    """A uniform base of ``base_bits`` and one binary branch, ``bits`` = base_bits + 1 in all."""
+
+    base_bits: int = 2
+
+    @property
+    def has_offset(self) -> bool:
+        return True
+
+    def tables(self, ratio: float) -> tuple[Tensor, Tensor]:
+        """The base's int8 table [1, 2^base_bits] and alpha int8 [1] on its grid."""
+        unit = 64 // 2 ** (self.base_bits - 1) // 2  # the largest power of two that leaves room for the branch
+        half = 2 ** (self.base_bits - 1)
+        base = torch.arange(-half, half, dtype=torch.int16) * unit
+        return base.to(torch.int8)[None], torch.tensor([round(ratio * unit)], dtype=torch.int8)
+
+    def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
+        best: QuantizedWeight | None = None
+        least = torch.inf
+        for ratio in RATIOS:
+            candidate = self._fit_ratio(weight, gram, ratio)
+            error = float(output_error(candidate.dequantize() - weight, gram).sum())
+            if error < least:
+                best, least = candidate, error
+        assert best is not None
+        return best
+
+    def _fit_ratio(self, weight: Tensor, gram: Tensor | None, ratio: float) -> QuantizedWeight:
+        lut, alpha = self.tables(ratio)
+        joint = torch.stack([lut[0].to(torch.int16) - alpha, lut[0].to(torch.int16) + alpha], -1).flatten()
+        table = joint.to(torch.int8)[None]
+        importance = torch.ones(weight.shape[1]) if gram is None else gram.diagonal().clamp_min(1e-12)
+        low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+        span, centre = float(joint.max() - joint.min()), float(joint.max() + joint.min()) / 2
+        kept: tuple[Tensor, Tensor] | None = None
+        least = torch.full((len(weight),), torch.inf)
+        for start in STARTS:
+            scale = ((high - low) * start / span).clamp_min(F16_TINY)
+            offset = (low + high) / 2 - scale * centre
+            for _ in range(ROUNDS):
+                stored = stored_scale(scale), stored_type(offset[:, 0])
+                level = table[0].to(torch.float32)[nearest_codes(weight, *stored, table, None).long()]
+                error = output_error(level * stored[0].float() + stored[1].float()[:, None] - weight, gram)
+                better = error < least
+                kept = stored if kept is None else _where(better, stored, kept)
+                least = torch.minimum(error, least)
+                scale, offset = _least_squares(level, weight, importance)
+        assert kept is not None
+        codes = nearest_codes(weight, *kept, table, None)
+        return QuantizedWeight(codes >> 1, kept[0], kept[1], lut, codes & 1, alpha)
+
+
+def _where(better: Tensor, new: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.where(better[:, None], new[0], old[0]), torch.where(better, new[1], old[1])
+
+
+def _least_squares(level: Tensor, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """scale and offset [O, 1] that minimize ``sum_k h_k (scale * level + offset - w)^2`` for given levels."""
+    h = importance / importance.sum()
+    mean_level, mean_weight = (level * h).sum(1, keepdim=True), (weight * h).sum(1, keepdim=True)
+    spread = ((level - mean_level).square() * h).sum(1, keepdim=True)
+    slope = ((level - mean_level) * (weight - mean_weight) * h).sum(1, keepdim=True) / spread.clamp_min(1e-12)
+    scale = torch.where(spread > 0, slope, torch.zeros_like(slope)).clamp_min(F16_TINY)
+    return scale, mean_weight - scale * mean_level

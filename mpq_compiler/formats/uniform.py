@@ -1,0 +1,65 @@
+"""INT2, INT3, INT4 and INT8: evenly spaced levels with one scale (and below 8 bits one offset) a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpq_compiler import ops
+from mpq_compiler.formats.base import Format, QuantizedWeight, nearest_codes, output_error, stored_scale, stored_type
+
+SHRINK = tuple(1 - 0.05 * i for i in range(14))
+"""Fractions of the min-max range that the scale search tries."""
+
+
+@dataclass(frozen=True)
+class UniformFormat(Format):
+    """``scale[i] * (code - 2^(bits-1)) + offset[i]``; INT8 is symmetric, its code is the value (-127..127)."""
+
+    @property
+    def has_offset(self) -> bool:
+        return self.bits < 8
+
+    @property
+    def table(self) -> Tensor | None:
+        """int8 [1, 2^bits], or None for INT8."""
+        if self.bits == 8:
+            return None
+        half = 2 ** (self.bits - 1)
+        return torch.arange(-half, half, dtype=torch.int8)[None]
+
+    def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
+        best: tuple[Tensor, Tensor, Tensor | None] | None = None
+        least = torch.full((len(weight),), torch.inf)
+        for shrink in SHRINK if self.bits < 8 else SHRINK[:5]:
+            scale, offset = self.range_parameters(weight, shrink)
+            level = self.quantize(weight, scale, offset).dequantize()
+            error = output_error(level - weight, gram)
+            better = error < least
+            if best is None:
+                best = (scale, error, offset)
+            else:
+                scale = torch.where(better[:, None], scale, best[0])
+                if offset is not None and best[2] is not None:
+                    offset = torch.where(better, offset, best[2])
+                best = (scale, error, offset)
+            least = torch.minimum(error, least)
+        assert best is not None
+        return self.quantize(weight, best[0], best[2])
+
+    def quantize(self, weight: Tensor, scale: Tensor, offset: Tensor | None) -> QuantizedWeight:
+        """Nearest codes at given stored parameters."""
+        return QuantizedWeight(nearest_codes(weight, scale, offset, self.table, None), scale, offset, self.table)
+
+    def range_parameters(self, weight: Tensor, shrink: float = 1.0) -> tuple[Tensor, Tensor | None]:
+        """Scale f16 [O, 1] and offset f16 [O] whose levels span ``shrink`` of each row's range."""
+        if self.bits == 8:
+            return stored_scale(weight.abs().amax(1, keepdim=True) * (shrink / ops.LUT_MAX)), None
+        low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+        middle, half = (low + high) / 2, (high - low) * (shrink / 2)
+        scale = stored_scale(2 * half / (2**self.bits - 1))
+        # The levels -2^(b-1) .. 2^(b-1)-1 are centred on -1/2.
+        offset = middle + scale.to(torch.float32) / 2
+        return scale, stored_type(offset[:, 0])

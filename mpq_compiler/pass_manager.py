@@ -1,0 +1,264 @@
+"""Passes, pipelines and the manager that runs them.
+
+A pass is one frozen dataclass in one file of `passes/`; its fields are its typed options. A pipeline is a list of
+passes, written by hand as ``"trace,layout,calibrate{samples=64}"`` or in a recipe. Before anything runs the manager
+checks that every pass finds what it `requires`; after each pass it verifies the program and writes its dump.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import time
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import UnionType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mpq_compiler.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from mpq_compiler.denoiser import Denoiser
+    from mpq_compiler.program import Program
+
+ENTRY_POINTS = "mpq_compiler.passes"
+
+
+class Contract(StrEnum):
+    """What a pass promises about its output, run against the program before it (docs/ir.md)."""
+
+    IDENTICAL = "identical"
+    """The same bits."""
+    REWRITE = "rewrite"
+    """Equal to 1e-5 of the largest magnitude of the output, in f32."""
+    SIMULATION = "simulation"
+    """A quantization error is introduced; it is measured and printed."""
+    EXACT = "exact"
+    """The program before, executed in exact mode, gives the same bits."""
+
+
+@dataclass
+class Session:
+    """What a run of passes shares that is no part of the program."""
+
+    denoiser: Denoiser | None = None
+    seed: int = 0
+    jobs: int = 1
+    cache: Path | None = None
+    progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] | None = None
+    """``with progress("sensitivity", total) as advance: advance(1)``: a bar for work of more than two seconds."""
+    statistics: frozenset[str] = frozenset()
+    """The statistics that the passes of the pipeline ask `calibrate` for."""
+
+    def track(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        return self.progress(title, total) if self.progress else nullcontext(lambda n: None)
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """One step of the compiler. The docstring of a pass states its purpose, its source and a before/after excerpt."""
+
+    contract: ClassVar[Contract]
+    requires: ClassVar[frozenset[str]] = frozenset()
+    """Properties that an earlier pass must provide."""
+    provides: ClassVar[frozenset[str]] = frozenset()
+    statistics: ClassVar[frozenset[str]] = frozenset()
+    """Calibration statistics the pass reads; `calibrate` collects what the whole pipeline asks for, once."""
+
+    @classmethod
+    def name(cls) -> str:
+        return cls.__module__.rsplit(".", 1)[-1].replace("_", "-")
+
+    @abstractmethod
+    def run(self, program: Program, session: Session) -> Program:
+        """The program after the pass; the one given is left as it is."""
+
+    def options(self) -> dict[str, Any]:
+        """Option name -> value, in the order of declaration."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def text(self) -> str:
+        """``name{option=value,...}`` with the options that differ from their defaults."""
+        changed = [
+            f"{f.name}={_print_value(getattr(self, f.name))}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return self.name() + ("{" + ",".join(changed) + "}" if changed else "")
+
+
+def find(name: str) -> type[Pass]:
+    """The pass class of that name: one of `mpq_compiler.passes`, or of a package with an entry point.
+
+    Raises UserError for an unknown name, a name defined twice and a package that fails to import.
+    """
+    from mpq_compiler.passes import PASSES
+
+    external = [e for e in importlib.metadata.entry_points(group=ENTRY_POINTS) if e.name == name]
+    if len(external) + (name in PASSES) > 1:
+        owners = ", ".join(e.value for e in external)
+        raise UserError(f"pass '{name}' is defined more than once ({owners}); uninstall one of the packages")
+    if external:
+        try:
+            loaded = external[0].load()
+        except Exception as error:
+            raise UserError(f"pass '{name}' ({external[0].value}) fails to import: {error}") from error
+        if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
+            raise UserError(f"pass '{name}' ({external[0].value}) is no subclass of Pass")
+        return loaded
+    if name not in PASSES:
+        raise UserError(f"unknown pass '{name}': {nearest(name, all_names())}")
+    module = importlib.import_module("mpq_compiler.passes." + name.replace("-", "_"))
+    (cls,) = [
+        c
+        for c in vars(module).values()
+        if isinstance(c, type) and issubclass(c, Pass) and c.__module__ == module.__name__
+    ]
+    return cls
+
+
+def all_names() -> list[str]:
+    """The names of all passes, in pipeline order, third-party ones last."""
+    from mpq_compiler.passes import PASSES
+
+    external = {e.name for e in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+    return [*PASSES, *sorted(external - set(PASSES))]
+
+
+def make(name: str, options: dict[str, Any]) -> Pass:
+    """The pass with the options checked against their declared types; UserError names the option."""
+    cls = find(name)
+    hints = typing.get_type_hints(cls)
+    known = {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in options.items():
+        key = key.replace("-", "_")
+        if key not in known:
+            hint = nearest(key, known) if known else "it has none"
+            raise UserError(f"pass '{name}' has no option '{key}': {hint}")
+        values[key] = _convert(value, known[key], f"option '{key}' of pass '{name}'")
+    return cls(**values)
+
+
+def _convert(value: Any, expected: Any, where: str) -> Any:
+    alternatives = typing.get_args(expected) if isinstance(expected, UnionType) else (expected,)
+    if typing.get_origin(expected) is typing.Literal:
+        choices = typing.get_args(expected)
+        if value not in choices:
+            raise UserError(f"{where} is '{value}': {nearest(str(value), map(str, choices))}")
+        return value
+    for kind in alternatives:
+        origin = typing.get_origin(kind) or kind
+        if origin is tuple and isinstance(value, list | tuple | str):
+            parts = value.split("+") if isinstance(value, str) else value
+            inner = typing.get_args(kind)[0]
+            return tuple(_convert(p, inner, where) for p in parts)
+        if origin is type(None) and value in (None, "none"):
+            return None
+        if origin is bool and str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+        if origin in (int, float, str) and not isinstance(value, bool):
+            try:
+                return origin(value)
+            except ValueError:
+                continue
+    names = " or ".join(getattr(k, "__name__", str(k)) for k in alternatives)
+    raise UserError(f"{where} must be {names}, not '{value}'")
+
+
+def _print_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "+".join(_print_value(v) for v in value)
+    return "none" if value is None else str(value)
+
+
+def parse(text: str) -> list[Pass]:
+    """The passes of ``"a,b{x=1,y=2},c"``; tuples are written ``x=1+2``."""
+    passes: list[Pass] = []
+    rest = text.strip()
+    while rest:
+        end = min((i for i in (rest.find(","), rest.find("{")) if i >= 0), default=len(rest))
+        name, options = rest[:end].strip(), {}
+        if end < len(rest) and rest[end] == "{":
+            close = rest.find("}", end)
+            if close < 0:
+                raise UserError(f"pipeline '{text}': '{{' after '{name}' is never closed")
+            for item in filter(None, (i.strip() for i in rest[end + 1 : close].split(","))):
+                key, equals, value = item.partition("=")
+                if not equals:
+                    raise UserError(f"pipeline '{text}': '{item}' of '{name}' must be written option=value")
+                options[key.strip()] = value.strip()
+            end = close + 1
+        following = rest[end:].strip()
+        if following and not following.startswith(","):
+            raise UserError(f"pipeline '{text}': a comma is missing before '{following}'")
+        if not name:
+            raise UserError(f"pipeline '{text}': a pass name is missing before '{rest[end:]}'")
+        passes.append(make(name, options))
+        rest = following[1:].strip() if following else ""
+    if not passes:
+        raise UserError("the pipeline is empty; name at least the pass 'trace'")
+    return passes
+
+
+def to_text(passes: Iterable[Pass]) -> str:
+    """The pipeline as `parse` reads it."""
+    return ",".join(p.text() for p in passes)
+
+
+def check(passes: Sequence[Pass], present: Iterable[str] = ()) -> None:
+    """UserError if a pass misses something that no earlier pass provides."""
+    have = set(present)
+    for p in passes:
+        missing = sorted(p.requires - have)
+        if missing:
+            makers = [n for n in all_names() if missing[0] in find(n).provides]
+            hint = f"put {' or '.join(makers)} before it" if makers else "no pass provides it"
+            raise UserError(f"pass '{p.name()}' needs '{missing[0]}': {hint}")
+        have |= p.provides
+
+
+@dataclass
+class Record:
+    """What one pass did: for the report, never for dumps or artifacts."""
+
+    name: str
+    seconds: float
+    peak_bytes: int
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def run_pipeline(
+    passes: Sequence[Pass],
+    program: Program,
+    session: Session,
+    after: Callable[[int, Pass, Program, Program], None] | None = None,
+    present: Iterable[str] = (),
+) -> tuple[Program, list[Record]]:
+    """Runs the passes in order, verifying after each; ``after(index, pass, before, program)`` sees each step."""
+    import resource
+
+    from mpq_compiler.verifier import verify
+
+    check(passes, present)
+    session = dataclasses.replace(
+        session, statistics=frozenset().union(*(p.statistics for p in passes)) | session.statistics
+    )
+    records = []
+    for index, p in enumerate(passes):
+        start = time.perf_counter()
+        before, program = program, p.run(program, session)
+        verify(program, after=p.name())
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        records.append(Record(p.name(), time.perf_counter() - start, peak))
+        if after is not None:
+            after(index, p, before, program)
+    return program, records

@@ -1,0 +1,205 @@
+"""The denoiser as a torch.fx graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from mpq_compiler.errors import UserError
+from mpq_compiler.pass_manager import Contract, Pass, Session
+from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, copy_graph, prune
+
+aten = torch.ops.aten
+
+NO_OPS = (aten.dropout.default, aten.detach.default, aten.alias.default)
+ASSERTIONS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)
+LARGEST_BATCH = 60
+"""diffusers' upsampling makes tensors of 64 samples and more contiguous: below it one graph serves every batch."""
+
+
+@dataclass(frozen=True)
+class Trace(Pass):
+    """Traces the denoiser once, cleans the graph and names it by weight paths.
+
+    `torch.export` (non-strict) with a symbolic batch; the graph it gives is the only one there ever is. Cleaning keeps
+    every bit: assertions, dropout, casts and arithmetic that change nothing go, equal calls are merged, and what does
+    not depend on an input is computed here.
+
+        %to_3 = aten.to.dtype(%linear_2, torch.float32)
+        %dropout = aten.dropout(%silu_2, 0.0, False)
+        %conv2d_1 = aten.conv2d(%dropout, %p_model_mid_block_resnets_0_conv1_weight, ...)
+      =>
+        %mid_block_resnets_0_conv1 = aten.conv2d(%mid_block_resnets_0_nonlinearity, mid_block.resnets.0.conv1.weight, ...)
+    """
+
+    contract: ClassVar[Contract] = Contract.IDENTICAL
+    provides: ClassVar[frozenset[str]] = frozenset({"graph"})
+
+    def run(self, program: Program, session: Session) -> Program:
+        denoiser = session.denoiser
+        assert denoiser is not None
+        specs = tuple(InputSpec(n, ("B", *s.shape), s.dtype) for n, s in denoiser.input_specs.items())
+        wrapper = _Positional(denoiser.module, [s.name for s in specs])
+        graph, attributes = _export(wrapper, denoiser)
+        prefix = next(n for n, m in wrapper.named_modules() if m is denoiser.module.model) + "."
+        tensors = TensorStore()
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                path = str(node.target)
+                name = path.removeprefix(prefix) if path.startswith(prefix) else f"constant.{path}"
+                node.target = tensors.add(name, attributes(path))
+        for node, spec in zip([n for n in graph.nodes if n.op == "placeholder"], specs, strict=True):
+            node.target = spec.name
+        program = program.fork(
+            graph=graph,
+            tensors=tensors,
+            inputs=specs,
+            stage=Stage.FLOAT,
+            model=denoiser.name,
+            config=dict(denoiser.config),
+        )
+        _strip(graph)
+        _merge_equal(graph)
+        _fold_constants(graph, tensors)
+        _rename(graph, prefix)
+        program.graph = copy_graph(graph)
+        return program
+
+
+class _Positional(nn.Module):
+    """torch.export binds dynamic shapes to positional tensors only."""
+
+    def __init__(self, inner: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.inner = inner
+        self.names = names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.inner(**dict(zip(self.names, tensors, strict=True)))
+
+
+def _export(wrapper: nn.Module, denoiser: Any) -> tuple[fx.Graph, Any]:
+    inputs = denoiser.example_inputs()
+    batch = torch.export.Dim("batch", min=2, max=LARGEST_BATCH)
+    dynamic = tuple({0: batch} for _ in inputs)
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(
+                wrapper,
+                tuple(inputs.values()),
+                dynamic_shapes={"tensors": dynamic},
+                strict=False,
+            )
+        module = exported.module(check_guards=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{denoiser.name} cannot be traced: {reason}") from error
+    graph = copy_graph(module.graph)  # without the module, whose parameters live in the store
+    for node in graph.nodes:
+        if node.op == "output" and isinstance(node.args[0], tuple | list) and len(node.args[0]) == 1:
+            node.args = (node.args[0][0],)
+
+    def attribute(path: str) -> Tensor:
+        value: Any = module
+        for part in path.split("."):
+            value = getattr(value, part)
+        return value.detach()
+
+    return graph, attribute
+
+
+def _same_value(node: fx.Node) -> fx.Node | None:
+    """The operand that the call returns unchanged, bit for bit, or None."""
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    x, out = node.args[0].meta.get("val"), node.meta.get("val")
+    if node.target in NO_OPS:
+        return node.args[0]
+    if not isinstance(x, Tensor) or not isinstance(out, Tensor) or x.dtype != out.dtype or x.shape != out.shape:
+        return None
+    if node.target in (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device):
+        return node.args[0]
+    if node.target in (aten.mul.Tensor, aten.div.Tensor) and len(node.args) == 2:
+        factor = node.args[1]
+        if factor == 1 and not isinstance(factor, fx.Node):
+            return node.args[0]
+        if isinstance(factor, fx.Node) and factor.target is aten.ones.default:
+            return node.args[0]
+    if node.target is aten.expand.default:
+        return node.args[0]
+    return None
+
+
+def _strip(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.target in ASSERTIONS:
+            graph.erase_node(node)
+        elif (same := _same_value(node)) is not None:
+            node.replace_all_uses_with(same)
+    prune(graph)
+
+
+def _merge_equal(graph: fx.Graph) -> None:
+    """One node for all calls of the same operator on the same operands (there is no randomness and no mutation)."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        key = (node.op, str(node.target), repr(node.args), repr(node.kwargs))
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
+            graph.erase_node(node)
+        else:
+            seen[key] = node
+
+
+def _fold_constants(graph: fx.Graph, tensors: TensorStore) -> None:
+    """Calls without a path from an input are computed now; parameters themselves stay as they are."""
+    values: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            values[node] = tensors[str(node.target)]
+        elif node.op == "call_function" and all(n in values for n in node.all_input_nodes):
+            args, kwargs = fx.map_arg(node.args, values.__getitem__), fx.map_arg(node.kwargs, values.__getitem__)
+            with torch.no_grad():
+                value = node.target(*args, **kwargs)
+            if isinstance(value, Tensor):
+                values[node] = value
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node in values and any(u not in values for u in node.users):
+            with graph.inserting_before(node):
+                constant = graph.get_attr(tensors.add(f"constant.{node.name}", values[node].contiguous()))
+            constant.meta = dict(node.meta)
+            node.replace_all_uses_with(constant)
+    prune(graph)
+
+
+def _rename(graph: fx.Graph, prefix: str) -> None:
+    """Calls are named by their weight's path, else by the module they stand in."""
+    taken: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            name = str(node.target)
+        elif node.op == "get_attr":
+            name = "p_" + str(node.target)
+        elif node.op == "call_function":
+            name = _call_name(node, prefix)
+        else:
+            continue
+        name = name.replace(".", "_")
+        taken[name] = taken.get(name, -1) + 1
+        node.name = name if not taken[name] else f"{name}_{taken[name]}"
+
+
+def _call_name(node: fx.Node, prefix: str) -> str:
+    weights = [n for n in node.all_input_nodes if n.op == "get_attr" and not str(n.target).startswith("constant.")]
+    if weights:
+        return str(weights[0].target).rpartition(".")[0] or str(weights[0].target)
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values()]
+    path = paths[-1].removeprefix(prefix) if paths and paths[-1].startswith(prefix) else ""
+    operator = str(getattr(node.target, "__name__", node.target)).split(".")[0]
+    return f"{path}.{operator}" if path else operator
