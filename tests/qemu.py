@@ -1,7 +1,7 @@
-"""Runs TIR kernels as AArch64 code under qemu-user: cross-compiled here, called by the small C program runner.c.
+"""Runs TIR kernels as AArch64 code under qemu-user: cross-compiled here, called by the program runner.c.
 
-One library and one qemu process serve any number of kernels and calls, since starting them costs more than most
-kernels do: build an `Aarch64Library` of all kernels of a test and hand all its calls to one `run`.
+One library and one qemu process serve any number of kernels and calls, since starting them costs more
+than most kernels do: build an `Aarch64Library` of all kernels of a test, hand all its calls to one `run`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Aarch64Library:
         compiled.export_library(path, fcompile=cc.cross_compiler(_COMPILER))
 
     def run(self, calls: Sequence[tuple[str, Sequence[Argument]]]) -> list[list[np.ndarray]]:
-        """Makes all calls in order in one process; for each call its tensor arguments as they are afterwards."""
+        """Makes all calls in one process; for each its tensor arguments as they are afterwards."""
         with tempfile.TemporaryDirectory(dir=_folder()) as folder:
             source, result = Path(folder, "calls"), Path(folder, "results")
             with source.open("wb") as file:
@@ -110,6 +110,6 @@ class Aarch64Library:
 def run_aarch64(
     kernel: tvm.IRModule | tvm.tirx.PrimFunc, name: str, args: Sequence[Argument], target: dict | None = None
 ) -> list[np.ndarray]:
-    """One call of one kernel; all tensor arguments as they are afterwards. For more than one use `Aarch64Library`."""
+    """One call of one kernel; all tensor arguments as they are afterwards. See also `Aarch64Library`."""
     module = kernel if isinstance(kernel, tvm.IRModule) else {name: kernel}
     return Aarch64Library(module, target).run([(name, args)])[0]

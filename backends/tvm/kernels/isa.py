@@ -1,0 +1,173 @@
+"""What the integer kernels need to know of a CPU: its dot product, its registers and how to compile for it.
+
+The kernels are one source for all of these; everything that differs between the targets stands here.
+
+| name              | dot product of one 32-bit lane            | activations   | weights |
+|-------------------|-------------------------------------------|---------------|---------|
+| x86-64-avx512vnni | vpdpbusd zmm: 4 x (u8 * s8)               | u8            | s8      |
+| x86-64-avxvnni    | vpdpbusd ymm: 4 x (u8 * s8)               | u8            | s8      |
+| x86-64-avx2       | vpmaddwd, vpaddd ymm: 2 x (s16 * s16)     | u8 in s16     | s16     |
+| aarch64-dotprod   | sdot: 4 x (s8 * s8)                       | s8: code - 128 | s8     |
+
+All of these are exact. AVX2's vpmaddubsw is not used: it saturates. With sdot an activation is stored
+less 128; the start values of the accumulators make up for it (`prepare`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.tirx import Buffer
+
+from mpq_compiler.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A micro-kernel: `rows` rows of activations by `vectors` registers of output channels.
+
+    cost: time of one unit of work relative to the best tile of the ISA. Tiles with few vectors load more
+          activations for each dot product.
+    """
+
+    vectors: int
+    rows: int
+    cost: float = 1.0
+
+
+@dataclass(frozen=True)
+class Isa:
+    """One CPU target of the integer kernels.
+
+    lanes:           32-bit lanes of a register
+    kpack:           values of k that one dot product adds up in a lane
+    activation:      element type of the gathered activations: uint8, int8 (code xor 0x80) or int16
+    weight:          element type of the weights in registers, int8 or int16
+    shuffle:         intrinsic that looks up `lanes * kpack` bytes in 16-entry tables (one for each 16 bytes)
+    tiles:           micro-kernels that fit the registers, one for each number of vectors
+    load_steps:      steps of k whose activations are loaded at once (sdot takes one of four by index)
+    mcpu, mattr:     LLVM's names of the CPU and of its features
+    """
+
+    name: str
+    lanes: int
+    kpack: int
+    activation: str
+    weight: str
+    shuffle: str
+    tiles: tuple[Tile, ...]
+    triple: str
+    mcpu: str | None
+    mattr: tuple[str, ...]
+    load_steps: int = 1
+
+    @property
+    def vector(self) -> int:
+        """Weights in one register: `lanes` output channels by `kpack` values of k."""
+        return self.lanes * self.kpack
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether the dot product takes u8 activation codes as they are, without a copy."""
+        return self.activation == "uint8"
+
+    @property
+    def unsigned_excess(self) -> int:
+        """What an activation in the gathered form lacks against its code."""
+        return 128 if self.activation == "int8" else 0
+
+    def target(self) -> dict[str, Any]:
+        """The TVM target.
+
+        x86-64-v4 has no VNNI of its own (LLVM aborts when it must select it), so the feature is named.
+        LLVM prefers 256-bit registers on x86-64-v4 where it vectorizes by itself; that is turned off.
+        """
+        target: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mattr": list(self.mattr)}
+        if self.mcpu:
+            target["mcpu"] = self.mcpu
+        return target
+
+    def tile(self, outputs: int) -> Tile:
+        """The micro-kernel for a number of output channels: least padded work, weighted by `Tile.cost`."""
+
+        def work(tile: Tile) -> float:
+            block = tile.vectors * self.lanes
+            return -(-outputs // block) * block * tile.cost
+
+        return min(self.tiles, key=work)
+
+    def dot(self, acc: Expr, activations: Expr, weights: Expr) -> Expr:
+        """acc + the dot products of each lane, int32. Operands are vectors of the gathered types."""
+        i32 = f"int32x{self.lanes}"
+        if self.weight == "int16":
+            return acc + tirx.call_llvm_pure_intrin(i32, "llvm.x86.avx2.pmadd.wd", activations, weights)
+        if self.activation == "int8":
+            return tirx.call_llvm_pure_intrin(i32, "llvm.aarch64.neon.sdot", acc, weights, activations)
+        # LLVM 22 gave this intrinsic byte vectors; TVM's own schedule still passes int32 ones and fails.
+        return tirx.call_llvm_pure_intrin(
+            i32, f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", acc, activations, weights
+        )
+
+    def spread(self, word: Expr) -> Expr:
+        """`kpack` neighbouring activations, given as one int32, in every lane."""
+        return tirx.reinterpret(f"{self.activation}x{self.vector}", tirx.Broadcast(word, self.lanes))
+
+    def load_word(self, buffer: Buffer, index: Expr) -> Expr:
+        """`kpack` neighbouring activations at `index` as one int32."""
+        return tirx.reinterpret("int32", buffer[tirx.Ramp(index, 1, self.kpack)])
+
+    def gathered(self, codes: Expr, lanes: int) -> Expr:
+        """u8 activation codes in the type of the gathered activations."""
+        if self.activation == "uint8":
+            return codes
+        if self.activation == "int16":
+            return tirx.Cast("int16" if lanes == 1 else f"int16x{lanes}", codes)
+        flip = tirx.IntImm("uint8", 128)
+        flipped = codes ^ (flip if lanes == 1 else tirx.Broadcast(flip, lanes))
+        return tirx.reinterpret("int8" if lanes == 1 else f"int8x{lanes}", flipped)
+
+    def look_up(self, table: Expr, indices: Expr) -> Expr:
+        """table[indices] for `vector` bytes; table int8 (16 entries for each 16 bytes), indices u8 < 16."""
+        signed = f"int8x{self.vector}"
+        indices = tirx.reinterpret(signed, indices)
+        return tirx.call_llvm_pure_intrin(signed, self.shuffle, table, indices)
+
+
+_X86 = "x86_64-linux-gnu"
+# 32 registers hold at most 29 accumulators beside the weights of a step and one activation; 16 hold 12.
+_TILES_512 = (Tile(4, 6), Tile(5, 5, 1.02), Tile(3, 8, 1.02), Tile(2, 12, 1.05), Tile(1, 16, 1.3))
+_TILES_256 = (Tile(2, 6), Tile(3, 4, 1.05), Tile(1, 10, 1.25))
+
+ISAS: Mapping[str, Isa] = {
+    isa.name: isa
+    for isa in (
+        Isa(
+            "x86-64-avx512vnni", 16, 4, "uint8", "int8", "llvm.x86.avx512.pshuf.b.512", _TILES_512,
+            _X86, "x86-64-v4", ("+avx512vnni", "-prefer-256-bit"),
+        ),
+        Isa(
+            "x86-64-avxvnni", 8, 4, "uint8", "int8", "llvm.x86.avx2.pshuf.b", _TILES_256,
+            _X86, "x86-64-v3", ("+avxvnni",),
+        ),
+        Isa(
+            "x86-64-avx2", 8, 2, "int16", "int16", "llvm.x86.ssse3.pshuf.b.128", _TILES_256,
+            _X86, "x86-64-v3", (),
+        ),
+        Isa(
+            "aarch64-dotprod", 4, 4, "int8", "int8", "llvm.aarch64.neon.tbl1",
+            (Tile(4, 5), Tile(5, 4, 1.01), Tile(3, 6, 1.02), Tile(2, 8, 1.05), Tile(1, 8, 1.3)),
+            "aarch64-linux-gnu", None, ("+neon", "+dotprod"), load_steps=4,
+        ),
+    )
+}  # fmt: skip
+
+
+def isa(name: str) -> Isa:
+    """The ISA of that name; UserError where there is none."""
+    if name not in ISAS:
+        raise UserError(f"no integer kernels for the CPU target '{name}': {nearest(name, ISAS)}")
+    return ISAS[name]

@@ -1,0 +1,206 @@
+"""The static description of a quantized linear layer or convolution, and the layout of its weights in memory.
+
+`gemm` (the kernel) and `prepare` (which fills the kernel's buffers when an artifact is loaded) share it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue
+from mpq_compiler.backends.tvm.kernels.isa import Isa, Tile
+
+Shape = tuple[int | str, ...]
+
+
+class Argument(NamedTuple):
+    """One buffer of a kernel. `shape` holds integers, and "B" for the batch; `dtype` as TVM spells it."""
+
+    name: str
+    shape: Shape
+    dtype: str
+
+
+@dataclass(frozen=True)
+class QuantMatmul:
+    """``quant_linear`` or ``quant_conv2d`` with everything fixed but the batch.
+
+    height, width:  of the input, channels-last; a linear layer has its rows here
+    channels:       C, the input channels
+    outputs:        O, the output channels
+    kernel, stride: (vertical, horizontal)
+    padding:        (top, bottom, left, right); padded pixels hold the zero point
+    bits:           of a stored weight code: 2, 3, 4 or 8
+    classes:        number of look-up tables; each 16 output rows choose one (bits < 8)
+    segments:       channel counts with scales and zero points of their own; they add up to C
+    groups:         G, number of time groups
+    has_offset:     weights have an offset for each row
+    has_bias:       there is a bias
+    epilogue:       what happens to the result before it is stored
+    rank:           of the input: 4 for [B,H,W,C], 3 for [B,H,C], 2 for [B,C]
+    """
+
+    height: int
+    width: int
+    channels: int
+    outputs: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    bits: int = 8
+    classes: int = 1
+    segments: tuple[int, ...] = ()
+    groups: int = 1
+    has_offset: bool = False
+    has_bias: bool = True
+    epilogue: Epilogue | None = None
+    rank: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.segments:
+            object.__setattr__(self, "segments", (self.channels,))
+        if self.bits not in (2, 3, 4, 8):
+            raise ValueError(f"weights of {self.bits} bits have no kernel; there are 2, 3, 4 and 8")
+        if sum(self.segments) != self.channels or min(self.segments) < 1:
+            raise ValueError(f"segments {self.segments} do not partition {self.channels} channels")
+        if min(self.out_height, self.out_width, self.channels, self.outputs, self.groups, self.classes) < 1:
+            raise ValueError(f"nothing to compute in {self}")
+        if (
+            self.rank not in (2, 3, 4)
+            or (self.rank < 4 and self.width != 1)
+            or (self.rank < 3 and self.height != 1)
+        ):
+            raise ValueError(f"an input of rank {self.rank} cannot be {self.height} x {self.width}")
+
+    @classmethod
+    def linear(cls, leading: tuple[int, ...], channels: int, outputs: int, **options) -> QuantMatmul:
+        """A linear layer on an input [B, *leading, channels] with at most two leading dimensions."""
+        height, width = (*leading, 1, 1)[:2]
+        return cls(height, width, channels, outputs, rank=2 + len(leading), **options)
+
+    @property
+    def out_height(self) -> int:
+        return (self.height + self.padding[0] + self.padding[1] - self.kernel[0]) // self.stride[0] + 1
+
+    @property
+    def out_width(self) -> int:
+        return (self.width + self.padding[2] + self.padding[3] - self.kernel[1]) // self.stride[1] + 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of the matrix product that one sample has."""
+        return self.out_height * self.out_width
+
+    @property
+    def reduction(self) -> int:
+        """K, values in one row of stored codes."""
+        return self.kernel[0] * self.kernel[1] * self.channels
+
+    @property
+    def entries(self) -> int:
+        """Entries of a look-up table."""
+        return 2**self.bits
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether row m of the product is pixel m of the input."""
+        return self.kernel == self.stride == (1, 1) and not any(self.padding)
+
+    @property
+    def row_classes(self) -> int:
+        """Blocks of 16 output rows that choose a look-up table."""
+        return -(-self.outputs // 16)
+
+    def input_shape(self) -> Shape:
+        return ("B", *(self.height, self.width)[: self.rank - 2], self.channels)
+
+    def output_shape(self) -> Shape:
+        return ("B", *(self.out_height, self.out_width)[: self.rank - 2], self.outputs)
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """How weights lie in the memory of a kernel.
+
+    Output channels come in blocks of `tile.vectors` registers of `isa.lanes` channels. Within a block
+    the order is [step of k][vector][lane][kpack], so that a step reads whole registers in a row. The K
+    axis is, for each segment, [vertical tap][horizontal tap][channel], channels padded to a multiple of
+    kpack (activations are zero there, so the codes do not matter).
+
+    Below 8 bits, `pack` successive steps of one vector share bytes: byte e of the group holds the code of
+    element e of step d at bit ``bits * d``; 3 bits are a plane of 2 bits (two byte vectors, the first for
+    steps 0 to 3) and, behind it, one of 1 bit.
+    """
+
+    problem: QuantMatmul
+    isa: Isa
+
+    @property
+    def tile(self) -> Tile:
+        return self.isa.tile(self.problem.outputs)
+
+    @property
+    def block(self) -> int:
+        """Output channels of a block."""
+        return self.tile.vectors * self.isa.lanes
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.problem.outputs // self.block)
+
+    @property
+    def outputs(self) -> int:
+        """Output channels, padded to whole blocks."""
+        return self.blocks * self.block
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of each segment, padded to whole steps."""
+        return tuple(-(-c // self.isa.kpack) * self.isa.kpack for c in self.problem.segments)
+
+    @property
+    def segment_steps(self) -> tuple[int, ...]:
+        """Steps of k of each segment."""
+        taps = self.problem.kernel[0] * self.problem.kernel[1]
+        return tuple(taps * c // self.isa.kpack for c in self.channels)
+
+    @property
+    def pack(self) -> int:
+        """Steps that share bytes."""
+        return {8: 1, 4: 2, 2: 4, 3: 8}[self.problem.bits]
+
+    @property
+    def packs(self) -> int:
+        """Groups of `pack` steps."""
+        return -(-sum(self.segment_steps) // self.pack)
+
+    @property
+    def steps(self) -> int:
+        """Steps of k of a block, padded to whole groups."""
+        return self.packs * self.pack
+
+    @property
+    def pack_bytes(self) -> int:
+        """Bytes of one vector over one group of steps."""
+        return self.isa.vector * self.pack * self.problem.bits // 8
+
+    def buffers(self) -> list[Argument]:
+        """What `prepare` makes and `gemm` reads.
+
+        tiles   the codes (int8 for 8 bits, else packed bytes)
+        lut     the table of each register of output channels, repeated over its bytes
+        start   int32 first values of the accumulators: -z_j[g] * sum of the row's weights in segment j
+        """
+        p, n = self.problem, self.outputs
+        tiles = (self.blocks, self.packs * self.tile.vectors * self.pack_bytes)
+        named = [Argument("tiles", tiles, "int8" if p.bits == 8 else "uint8")]
+        if p.bits < 8:
+            named.append(Argument("lut", (n // self.isa.lanes, self.isa.vector), "int8"))
+        named.append(Argument("start", (len(p.segments), p.groups, n), "int32"))
+        named.append(Argument("weight_scale", (len(p.segments), n), "float32"))
+        if p.has_offset:
+            named.append(Argument("offset", (n,), "float32"))
+        if p.has_bias:
+            named.append(Argument("bias", (n,), "float32"))
+        return named
