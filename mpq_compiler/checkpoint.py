@@ -7,7 +7,6 @@ refused.
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mpq_compiler import tensorfile
 from mpq_compiler.errors import UserError, nearest
 
 MODELS = Path(__file__).parent / "models"
 _STEM = "diffusion_pytorch_model"
 _PARTS = ("unet", "transformer")
-_HEADER_LIMIT = 100_000_000
-"""Bytes: the limit of the safetensors format for its JSON header."""
 
 
 @dataclass(frozen=True)
@@ -141,41 +139,11 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"'{folder}' has a config.json but no weights; it needs {_STEM}.safetensors")
 
 
-def check_safetensors(path: Path) -> None:
-    """Refuses a file whose header is not that of a complete safetensors file, before anything is
-    allocated."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else None
-            if length is None or length > size - 8 or length > _HEADER_LIMIT:
-                claim = (
-                    "is too short for a header" if length is None else f"announces a header of {length} bytes"
-                )
-                raise UserError(
-                    f"'{path}' of {size} bytes {claim}: it is truncated or not a "
-                    "safetensors file; fetch it again"
-                )
-            header = json.loads(file.read(length))
-        end = max(
-            (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0
-        )
-    except OSError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise UserError(f"'{path}' has a malformed safetensors header; fetch it again") from error
-    if not isinstance(end, int) or 8 + length + end != size:
-        raise UserError(
-            f"'{path}' is truncated or has bytes too many: its header describes {8 + length + end} bytes, "
-            f"and it has {size}; fetch it again"
-        )
-
-
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a denoiser's folder, floating ones as float32, every one finite."""
     weights: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):
-        check_safetensors(path)
+        tensorfile.read_header(path)  # refuses what is truncated or unsound before anything is allocated
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)

@@ -108,12 +108,12 @@ class Denoiser:
     """A loaded denoiser: the module, what it takes, how its latents become images and how it is sampled."""
 
     name: str
-    module: TensorModule
+    module: TensorModule = field(repr=False)
     input_specs: dict[str, InputSpec]
     """The inputs in order; every one has the batch as its first dimension."""
     scheduler: Scheduler
     codec: str = "identity"
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict, repr=False)
     """config.json of the model."""
     null_class: int | None = None
     """The label that stands for "no class", where the model was trained with one."""
@@ -349,8 +349,8 @@ def _fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Pat
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(
-                f"the weights in '{folder}' {fault} the tensor '{names[0]}'{more}; config.json and the weights "
-                "are not of one model"
+                f"the weights in '{folder}' {fault} the tensor '{names[0]}'{more}; config.json and "
+                "the weights are not of one model"
             )
     for name, tensor in expected.items():
         if tensor.shape != weights[name].shape:

@@ -75,8 +75,8 @@ class Scheduler:
             )
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise UserError(
-                "the scheduler combines prediction_type 'epsilon' with rescale_betas_zero_snr, under which the "
-                "first step would divide by zero; use 'v_prediction' or set rescale_betas_zero_snr to false"
+                "the scheduler combines prediction_type 'epsilon' with rescale_betas_zero_snr, under which "
+                "the first step would divide by zero; use 'v_prediction' or leave the rescaling out"
             )
 
     @classmethod
@@ -239,8 +239,8 @@ def sample(
         output = np.asarray(model(**inputs), dtype=np.float32)
         if not np.isfinite(output).all():
             raise UserError(
-                f"the model's output at timestep {timesteps[step]} is not finite; its weights, or the scales of "
-                "the artifact, do not suit these inputs"
+                f"the model's output at timestep {timesteps[step]} is not finite; its weights, or the scales "
+                "of the artifact, do not suit these inputs"
             )
         if observe:
             observe(Call(step, int(timesteps[step]), rows, unconditional, inputs, output))
@@ -249,10 +249,12 @@ def sample(
             progress(done, total)
         return output[:, : x.shape[1]]
 
-    latents = np.array(noise, dtype=np.float32)
+    drawn = np.empty(
+        noise.shape, np.float32
+    )  # observers keep the inputs of every call, so no array is reused
     for start in range(0, count, batch):
         rows = slice(start, min(start + batch, count))
-        x = latents[rows]
+        x = np.asarray(noise[rows], dtype=np.float32)
         for step, timestep in enumerate(timesteps):
             output = call(x, step, rows, conditions, False)
             if guided:
@@ -260,8 +262,8 @@ def sample(
                 base = call(x, step, rows, null_conditions, True)
                 output = base + np.float32(guidance) * (output - base)
             x = scheduler.step(output, int(timestep), steps, x)
-        latents[rows] = x
-    return latents
+        drawn[rows] = x
+    return drawn
 
 
 def decode(codec: str, latents: Array) -> Array:
