@@ -1,7 +1,7 @@
 """What a kernel does with a value before it stores it: pointwise steps, ended or not by quantization.
 
 A fused region has one anchor (a convolution, linear, norm, attention, ...) and the pointwise operations
-behind it. `Epilogue` describes those; `apply` builds the TIR expression for one vector of the anchor's result.
+behind it. `Epilogue` describes those; `apply` builds the TIR expression for one vector of the result.
 
 Calling convention: a kernel with an epilogue takes, after its own arguments and before its output, one buffer
 for each operand and then, when the epilogue quantizes, ``qscale f32[G]``, ``qzero i32[G]`` and ``group

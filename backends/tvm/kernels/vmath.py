@@ -16,7 +16,7 @@ kernel of this package:
 ``mul`` wraps the product in ``llvm.arithmetic.fence``, an identity at run time (it selects to no instruction)
 through which LLVM may not combine floating-point operations. ``div`` is fenced as well because LLVM rewrites
 a division by a power of two as a product. Float additions, subtractions, comparisons and selects may be
-written with Python operators. ``tests/backends/tvm/test_fp_contract.py`` proves the rule on all three targets.
+written with Python operators. ``tests/backends/tvm/test_fp_contract.py`` proves the rule on three targets.
 
 Further rules that the functions follow: only IEEE division and square root; one polynomial for all targets;
 clamps by ``Select`` ordered so that NaN passes through (``max``/``min`` instructions differ between ISAs); no

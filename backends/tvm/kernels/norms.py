@@ -1,0 +1,291 @@
+"""Group and layer normalization over channels-last float32, with an epilogue (SiLU, quantization, ...).
+
+Statistics are exact to rounding for any mean and scale of the data:
+
+- group norm: per channel, blocks of 32 rows are summed about the block's first row, which bounds the
+  cancellation by the length of the block, and merged by the formula of Chan, Golub and LeVeque (1979,
+  "Updating formulae and a pairwise algorithm for computing sample variances"); channels of a group are
+  merged in two passes over their means.
+- layer norm: two passes over the row, each a sum over 16 virtual lanes folded by halves.
+
+Both apply ``(x - mean) * (gamma * rstd) + beta`` with one fused multiply-add.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from mpq_compiler.backends.tvm.kernels import vmath
+from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue
+from mpq_compiler.backends.tvm.kernels.template import (
+    BATCH,
+    LANES,
+    Argument,
+    Buffer,
+    Buffers,
+    Finish,
+    each_vector,
+    epilogue_arguments,
+    primfunc,
+    scratch,
+    span,
+    store,
+    width,
+)
+from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, mul, splat
+
+ROWS = 32  # rows of a statistics block: part of the arithmetic, the same for every target
+STEP = 4 * LANES  # channels that one pass over a block keeps in registers
+
+
+@dataclass(frozen=True)
+class GroupNorm:
+    """y = epilogue(group_norm(x [B, positions, channels])), groups of neighbouring channels.
+
+    Arguments: x, gamma [channels] and beta [channels] where `affine`, the epilogue's, y.
+    """
+
+    positions: int
+    channels: int
+    groups: int
+    eps: float = 1e-5
+    affine: bool = True
+    epilogue: Epilogue = field(default_factory=Epilogue)
+    time_groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.channels % self.groups:
+            raise ValueError(f"{self.channels} channels do not divide into {self.groups} groups")
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """y = epilogue(layer_norm(x [B, positions, channels])) over the channels of each row.
+
+    Arguments: x, gamma [channels] where `scale`, beta [channels] where `shift`, the epilogue's, y.
+    """
+
+    positions: int
+    channels: int
+    eps: float = 1e-5
+    scale: bool = True
+    shift: bool = True
+    epilogue: Epilogue = field(default_factory=Epilogue)
+    time_groups: int = 1
+
+
+def arguments(problem: GroupNorm | LayerNorm) -> list[Argument]:
+    """The kernel's buffers in calling order, output last."""
+    rows, channels = (BATCH, problem.positions), problem.channels
+    has_gamma, has_beta = _affine(problem)
+    return [
+        Argument("x", (*rows, channels)),
+        *([Argument("gamma", (channels,))] if has_gamma else []),
+        *([Argument("beta", (channels,))] if has_beta else []),
+        *epilogue_arguments(problem.epilogue, rows, channels, problem.time_groups),
+        Argument("y", (*rows, channels), problem.epilogue.out_dtype),
+    ]
+
+
+def build(problem: GroupNorm | LayerNorm, isa: str = "avx512vnni", name: str = "norm") -> PrimFunc:
+    """The kernel. All targets share one form; `isa` is accepted for uniformity."""
+    del isa
+    body = _group_norm if isinstance(problem, GroupNorm) else _layer_norm
+    return primfunc(name, arguments(problem), lambda batch, buffers: body(problem, batch, buffers))
+
+
+def _affine(problem: GroupNorm | LayerNorm) -> tuple[bool, bool]:
+    if isinstance(problem, GroupNorm):
+        return problem.affine, problem.affine
+    return problem.scale, problem.shift
+
+
+# ------------------------------------------------------------------------------------------------ group norm
+
+
+def _group_norm(problem: GroupNorm, batch: Any, buffers: Buffers) -> None:
+    channels = problem.channels
+    finish = Finish(problem.epilogue, buffers)
+    # per channel: mean and centred sum of squares; then mean of the group and factor of the application
+    mean, factor = scratch(channels), scratch(channels)
+    x, y = buffers["x"], buffers["y"]
+    with T.serial(0, batch) as b:
+        _channel_moments(problem, x, b, mean, factor)
+        _merge_groups(problem, buffers, mean, factor)
+        quant = finish.quantizer(b)
+        with T.serial(0, problem.positions) as s:
+
+            def apply(c: Any, lanes: int) -> None:
+                at = span(c, lanes)
+                shift = buffers["beta"][at] if problem.affine else f32(0.0, lanes)
+                value = fma(x[b, s, at] - mean[at], factor[at], shift)
+                store(y, finish(value, b, (s,), c, quant), b, s, at)
+
+            each_vector(channels, apply, STEP)
+
+
+def _channel_moments(problem: GroupNorm, x: Buffer, b: Any, mean: Buffer, m2: Buffer) -> None:
+    """Mean and centred sum of squares of every channel of sample b."""
+    full, rest = divmod(problem.positions, ROWS)
+
+    def block(row: Any, rows: int, before: Expr | None, c: Any, lanes: int) -> None:
+        """Merges rows [row, row + rows) into those `before` (their number as a float; None at the start)."""
+        at = span(c, lanes)
+        total, squares = scratch(lanes), scratch(lanes)
+        local = span(0, lanes)
+        store(total, f32(0.0, lanes), local)
+        store(squares, f32(0.0, lanes), local)
+        with T.serial(1, rows) as r:
+            distance = T.bind(x[b, row + r, at] - x[b, row, at])
+            store(total, total[local] + distance, local)
+            store(squares, fma(distance, distance, squares[local]), local)
+        shift = T.bind(mul(total[local], f32(1.0 / rows, lanes)))
+        block_mean = T.bind(x[b, row, at] + shift)
+        block_m2 = T.bind(fma(vmath.neg(shift), total[local], squares[local]))
+        if before is None:
+            store(mean, block_mean, at)
+            store(m2, block_m2, at)
+            return
+        weight = T.bind(vmath.div(f32(float(rows), 1), before + f32(float(rows), 1)))
+        delta = T.bind(block_mean - mean[at])
+        store(mean, fma(delta, splat(weight, lanes), mean[at]), at)
+        between = mul(delta, splat(mul(weight, before), lanes))
+        store(m2, fma(delta, between, m2[at] + block_m2), at)
+
+    first = ROWS if full else rest
+    each_vector(problem.channels, lambda c, lanes: block(0, first, None, c, lanes), STEP)
+    if full > 1:
+        with T.serial(1, full) as i:
+            before = T.bind(T.cast(i * ROWS, "float32"))
+            _each_part(problem.channels, lambda c, lanes: block(i * ROWS, ROWS, before, c, lanes))
+    if full and rest:
+        before = f32(float(full * ROWS), 1)
+        _each_part(problem.channels, lambda c, lanes: block(full * ROWS, rest, before, c, lanes))
+
+
+def _each_part(extent: int, body: Any) -> None:
+    """Like `each_vector`, without overlap: for bodies that update in place."""
+    start, lanes = 0, STEP
+    while start < extent:
+        lanes = width(extent - start, lanes)
+        count = (extent - start) // lanes
+        base = start
+        with T.serial(0, count) as i:
+            body(base + i * lanes, lanes)
+        start += count * lanes
+
+
+def _merge_groups(problem: GroupNorm, buffers: Buffers, mean: Buffer, m2: Buffer) -> None:
+    """Turns moments of channels into, per channel, the mean of its group and gamma / sqrt(var + eps)."""
+    size = problem.channels // problem.groups
+    group_mean, group_rstd = scratch(problem.groups), scratch(problem.groups)
+
+    def merge(g: Any, lanes: int) -> None:
+        def of(buffer: Buffer, i: Any) -> Expr:
+            return buffer[g * size + i] if lanes == 1 else buffer[T.ramp(g * size + i, size, lanes)]
+
+        local = span(0, lanes)
+        total, squares = scratch(lanes), scratch(lanes)
+        store(total, f32(0.0, lanes), local)
+        with T.serial(0, size) as i:
+            store(total, total[local] + of(mean, i), local)
+        centre = T.bind(mul(total[local], f32(1.0 / size, lanes)))
+        store(total, f32(0.0, lanes), local)
+        store(squares, f32(0.0, lanes), local)
+        with T.serial(0, size) as i:
+            distance = T.bind(of(mean, i) - centre)
+            store(total, total[local] + of(m2, i), local)
+            store(squares, fma(distance, distance, squares[local]), local)
+        m2_group = fma(squares[local], f32(float(problem.positions), lanes), total[local])
+        variance = mul(m2_group, f32(1.0 / (problem.positions * size), lanes))
+        store(group_mean, centre, span(g, lanes))
+        store(group_rstd, vmath.rsqrt(variance + f32(problem.eps, lanes)), span(g, lanes))
+
+    each_vector(problem.groups, merge)
+    with T.serial(0, problem.groups) as g, T.serial(0, size) as i:
+        c = g * size + i
+        store(mean, group_mean[g], c)
+        gamma = buffers["gamma"][c] if problem.affine else f32(1.0, 1)
+        store(m2, mul(gamma, group_rstd[g]), c)
+
+
+# ------------------------------------------------------------------------------------------------ layer norm
+
+
+def _layer_norm(problem: LayerNorm, batch: Any, buffers: Buffers) -> None:
+    channels = problem.channels
+    finish = Finish(problem.epilogue, buffers)
+    x, y = buffers["x"], buffers["y"]
+    with T.serial(0, batch) as b:
+        quant = finish.quantizer(b)
+        with T.serial(0, problem.positions) as s:
+            inverse = f32(1.0 / channels, 1)
+            total = _row_sum(channels, lambda at: x[b, s, at], lambda v, total: total + v)
+            mean = T.bind(mul(total, inverse))
+            squares = _row_sum(
+                channels, lambda at: x[b, s, at], lambda v, total: _square_about(v, mean, total)
+            )
+            rstd = T.bind(vmath.rsqrt(mul(squares, inverse) + f32(problem.eps, 1)))
+
+            def apply(c: Any, lanes: int) -> None:
+                at = span(c, lanes)
+                factor = splat(rstd, lanes)
+                if problem.scale:
+                    factor = mul(factor, buffers["gamma"][at])
+                shift = buffers["beta"][at] if problem.shift else f32(0.0, lanes)
+                value = fma(x[b, s, at] - splat(mean, lanes), factor, shift)
+                store(y, finish(value, b, (s,), c, quant), b, s, at)
+
+            each_vector(channels, apply)
+
+
+def _square_about(value: Expr, mean: Expr, total: Expr) -> Expr:
+    let = vmath.Lets()
+    distance = let(value - splat(mean, vmath.lanes(value)), "distance")
+    return let.close(fma(distance, distance, total))
+
+
+def _row_sum(extent: int, load: Any, add: Any) -> Expr:
+    """Folds a row into 4 x 16 virtual lanes (element i into lane i mod 64), then the lanes by halves."""
+    total = scratch(STEP)
+    count = extent // STEP
+    for part in range(STEP // LANES):
+        store(total, f32(0.0, LANES), span(part * LANES, LANES))
+    if count:
+        with T.serial(0, count) as i:
+            for part in range(STEP // LANES):
+                at = span(part * LANES, LANES)
+                store(total, add(load(span(i * STEP + part * LANES, LANES)), total[at]), at)
+    start, rest = count * STEP, extent % STEP
+    while rest:
+        lanes = width(rest)
+        at = span(start - count * STEP, lanes)
+        store(total, add(load(span(start, lanes)), total[at]), at)
+        start, rest = start + lanes, rest - lanes
+    half = STEP // 2
+    while half >= LANES:
+        for part in range(half // LANES):
+            at, other = span(part * LANES, LANES), span(half + part * LANES, LANES)
+            store(total, total[at] + total[other], at)
+        half //= 2
+    return T.bind(_fold(total[span(0, LANES)]))
+
+
+def _fold(vector: Expr) -> Expr:
+    """Sum of the lanes, by halves."""
+    let = vmath.Lets()
+    lanes = vmath.lanes(vector)
+    while lanes > 1:
+        whole, lanes = let(vector, "whole"), lanes // 2
+        vector = _lanes_of(whole, 0, lanes) + _lanes_of(whole, lanes, lanes)
+    return let.close(vector)
+
+
+def _lanes_of(vector: Expr, first: int, lanes: int) -> Expr:
+    return tirx.Shuffle([vector], [tirx.IntImm("int32", first + i) for i in range(lanes)])

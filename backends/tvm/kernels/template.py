@@ -1,0 +1,155 @@
+"""What the float kernel templates share: arguments, vector loops, the epilogue's operands.
+
+A template is plain Python that drives TVM's IR builder. A *problem* (a frozen dataclass of the module) holds
+all static facts; ``arguments(problem)`` lists the buffers in calling order, output last; ``build(problem, isa,
+name)`` makes the PrimFunc. The batch ``B`` is the only symbolic size.
+
+Vectors are 16 lanes everywhere; LLVM splits them on narrower machines. `isa` (``avx512vnni``, ``avx2``,
+``dotprod``, ...) chooses tile sizes only: no result depends on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from mpq_compiler.backends.tvm.kernels import vmath
+from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, apply
+
+LANES = 16
+BATCH = "B"
+
+Shape = tuple[int | str, ...]
+Buffer = Any
+Buffers = dict[str, Buffer]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A buffer of a kernel: its name, its shape (``"B"`` is the batch) and its element type."""
+
+    name: str
+    shape: Shape
+    dtype: str = "float32"
+
+
+def primfunc(name: str, arguments: Sequence[Argument], body: Callable[[Any, Buffers], None]) -> PrimFunc:
+    """The PrimFunc ``name(arguments...)``; `body` receives the batch size and the buffers by name."""
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        handles = [T.arg(f"{argument.name}_handle", T.handle()) for argument in arguments]
+        batch = T.int32()
+        IRBuilder.name("batch", batch)
+        buffers = {}
+        for argument, handle in zip(arguments, handles, strict=True):
+            shape = [batch if extent == BATCH else extent for extent in argument.shape]
+            buffer = T.match_buffer(handle, shape, argument.dtype, align=64)
+            IRBuilder.name(argument.name, buffer)
+            buffers[argument.name] = buffer
+        body(batch, buffers)
+    return builder.get()
+
+
+def scratch(size: int, dtype: str = "float32", *, heap: bool = False) -> Buffer:
+    """An uninitialised local buffer: on the stack (registers, where LLVM can), or from the workspace pool."""
+    annotations = None if heap else {"disable_lower_builtin": 1}
+    return T.alloc_buffer((size,), dtype, align=64, annotations=annotations)
+
+
+def span(start: Any, lanes: int) -> Any:
+    """Index of `lanes` neighbouring elements."""
+    return start if lanes == 1 else T.ramp(start, 1, lanes)
+
+
+def store(buffer: Buffer, value: Expr, *indices: Any) -> None:
+    """``buffer[indices] = value``."""
+    T.buffer_store(buffer, value, list(indices))
+
+
+def width(extent: int, most: int = LANES) -> int:
+    """Lanes for a loop over `extent` elements: the largest power of two within both."""
+    return min(most, 1 << (extent.bit_length() - 1))
+
+
+def each_vector(extent: int, body: Callable[[Any, int], None], most: int = LANES) -> None:
+    """Calls ``body(start, lanes)`` for vectors that cover ``range(extent)``, any extent >= 1.
+
+    Where the lanes do not divide the extent, the last vector ends at the end and overlaps the one before: the
+    body must be elementwise and must not read what it writes.
+    """
+    lanes = width(extent, most)
+    count = -(-extent // lanes)
+    if count == 1:
+        body(0, lanes)
+        return
+    with T.serial(0, count) as i:
+        body(i * lanes if extent % lanes == 0 else T.min(i * lanes, extent - lanes), lanes)
+
+
+# ------------------------------------------------------------------------------------------------- epilogues
+
+
+def epilogue_arguments(epilogue: Epilogue, rows: Shape, channels: int, time_groups: int) -> list[Argument]:
+    """Operands, then the quantizer's tables. The output is [*rows, channels], rows[0] being the batch."""
+    shapes: dict[str, Shape] = {
+        "full": (*rows, channels),
+        "sample": (BATCH, channels),
+        "channel": (channels,),
+        "scalar": (1,),
+    }
+    result = [Argument(f"operand{i}", shapes[o.kind]) for i, o in enumerate(epilogue.operands)]
+    return result + quantizer_arguments(epilogue.bits, time_groups)
+
+
+def quantizer_arguments(bits: int | None, time_groups: int) -> list[Argument]:
+    """``qscale``, ``qzero`` and ``group`` where something quantizes."""
+    if bits is None:
+        return []
+    return [
+        Argument("qscale", (time_groups,)),
+        Argument("qzero", (time_groups,), "int32"),
+        Argument("group", (BATCH,), "int64"),
+    ]
+
+
+@dataclass(frozen=True)
+class Finish:
+    """An epilogue bound to the buffers of a kernel."""
+
+    epilogue: Epilogue
+    buffers: Buffers
+
+    def quantizer(self, sample: Any) -> tuple[Expr, Expr] | None:
+        """Scale and zero point of a sample, bound to variables; None where nothing quantizes."""
+        return quantizer(self.buffers, sample) if self.epilogue.bits is not None else None
+
+    def __call__(
+        self, value: Expr, sample: Any, row: Sequence[Any], channel: Any, quant: tuple[Expr, Expr] | None
+    ) -> Expr:
+        """What to store for `value`, the lanes from `channel` on of output row [sample, *row]."""
+        lanes = vmath.lanes(value)
+
+        def load(i: int) -> Expr:
+            kind, buffer = self.epilogue.operands[i].kind, self.buffers[f"operand{i}"]
+            if kind == "scalar":
+                return buffer[0]
+            if kind == "channel":
+                return buffer[span(channel, lanes)]
+            if kind == "sample":
+                return buffer[sample, span(channel, lanes)]
+            return buffer[(sample, *row, span(channel, lanes))]
+
+        return apply(self.epilogue, value, load, quant)
+
+
+def quantizer(buffers: Buffers, sample: Any) -> tuple[Expr, Expr]:
+    """Scale and zero point of a sample's time group, bound to variables."""
+    group = T.bind(T.cast(buffers["group"][sample], "int32"))
+    return T.bind(buffers["qscale"][group]), T.bind(buffers["qzero"][group])
