@@ -385,7 +385,7 @@ def test_damaged_zips(tmp_path, compression):
     truncate(pack(files))
     with pytest.raises(UserError, match="nor a whole zip"):
         artifact.read(tmp_path / "x.zip")
-    # The container's own fields (times, modes) are not hashed, its files are: a flipped bit shows or is harmless.
+    # The container fields (times, modes) are not hashed, its files are: a flipped bit shows or is harmless.
     refused = 0
     for position in np.random.default_rng(0).integers(0, pack(files).stat().st_size, 60):
         flip(pack(files), int(position))
