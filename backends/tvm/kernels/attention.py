@@ -1,0 +1,262 @@
+"""Attention over token-major float32, in one pass over the keys (Dao et al. 2022, "FlashAttention").
+
+Lanes are queries: scores and outputs of a tile of queries stand transposed in L1, so neither softmax nor the
+two products need a horizontal reduction, a mask or padding of the head's dimension, and keys and values are read
+where they are, one broadcast element at a time. Keys are taken in blocks of 64; their order is the order of all
+sums, so the result does not depend on the tiles, which `isa` chooses to fit the registers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from mpq_compiler.backends.tvm.kernels import vmath
+from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue
+from mpq_compiler.backends.tvm.kernels.template import (
+    BATCH,
+    LANES,
+    Argument,
+    Buffer,
+    Buffers,
+    Finish,
+    Shape,
+    each_vector,
+    epilogue_arguments,
+    primfunc,
+    scratch,
+    span,
+    store,
+)
+from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, mul, splat
+
+KEYS = 64  # keys of a block: part of the arithmetic, the same for every target
+LOWEST = -1e30  # the running maximum before the first key; finite, so that fully masked keys do not make NaN
+# (vectors of queries, keys of a score tile, dimensions of an output tile): accumulators fill the registers
+TILES = {"avx512vnni": (4, 6, 6), "avx512": (4, 6, 6)}
+SMALL_TILE = (1, 6, 6)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """y = epilogue(softmax(q k^T * scale + mask) v) per head.
+
+    queries, keys: tokens. dim: of a head. scale: 1/sqrt(dim) where None. mask: shape of the additive mask, each
+    of (B or 1, heads or 1, queries or 1, keys), or None.
+
+    Arguments: q [B, queries, heads*dim], k and v [B, keys, heads*dim], mask, the epilogue's, y like q.
+    """
+
+    queries: int
+    keys: int
+    heads: int
+    dim: int
+    scale: float | None = None
+    mask: Shape | None = None
+    epilogue: Epilogue = field(default_factory=Epilogue)
+    time_groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mask is not None:
+            whole = (BATCH, self.heads, self.queries, self.keys)
+            if len(self.mask) != 4 or any(m not in (1, w) for m, w in zip(self.mask[:3], whole, strict=False)):
+                raise ValueError(f"mask {self.mask} does not broadcast to {whole}")
+            if self.mask[3] != self.keys:
+                raise ValueError(f"mask {self.mask} must name all {self.keys} keys")
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.dim
+
+
+def arguments(problem: Attention) -> list[Argument]:
+    """The kernel's buffers in calling order, output last."""
+    channels, rows = problem.channels, (BATCH, problem.queries)
+    return [
+        Argument("q", (*rows, channels)),
+        Argument("k", (BATCH, problem.keys, channels)),
+        Argument("v", (BATCH, problem.keys, channels)),
+        *([Argument("mask", problem.mask)] if problem.mask is not None else []),
+        *epilogue_arguments(problem.epilogue, rows, channels, problem.time_groups),
+        Argument("y", (*rows, channels), problem.epilogue.out_dtype),
+    ]
+
+
+def build(problem: Attention, isa: str = "avx512vnni", name: str = "attention") -> PrimFunc:
+    """The kernel; `isa` chooses the tiles and no bit of the result."""
+    vectors, key_tile, dim_tile = TILES.get(isa, SMALL_TILE)
+    tiles = -(-problem.queries // (vectors * LANES))
+    vectors = -(-problem.queries // (tiles * LANES))
+    return primfunc(
+        name,
+        arguments(problem),
+        lambda batch, buffers: _Body(problem, buffers, vectors, key_tile, dim_tile).emit(batch),
+    )
+
+
+def _each_tile(extent: int, tile: int, body: Callable[[Any, int], None]) -> None:
+    """Calls ``body(start, size)`` for tiles that partition range(extent)."""
+    full, rest = divmod(extent, tile)
+    if full:
+        with T.serial(0, full) as i:
+            body(i * tile, tile)
+    if rest:
+        body(full * tile, rest)
+
+
+class _Body:
+    """The kernel's body for one choice of tiles; `_at(row, j)` indexes vector j of a row of queries."""
+
+    def __init__(self, problem: Attention, buffers: Buffers, vectors: int, key_tile: int, dim_tile: int):
+        self.problem, self.buffers = problem, buffers
+        self.vectors, self.key_tile, self.dim_tile = vectors, key_tile, dim_tile
+        self.width = vectors * LANES
+        self.finish = Finish(problem.epilogue, buffers)
+
+    def _at(self, row: Any, j: int) -> Any:
+        return span(row * self.width + j * LANES, LANES)
+
+    def emit(self, batch: Any) -> None:
+        p, width = self.problem, self.width
+        self.query = scratch(p.dim * width)
+        self.score = scratch(KEYS * width)
+        self.out = scratch(p.dim * width)
+        self.highest, self.total, self.rescale = (scratch(width) for _ in range(3))
+        self.row = scratch(p.dim)
+        if self._full_mask:
+            self.mask_tile = scratch(KEYS * width)
+        with T.serial(0, batch) as b:
+            quant = self.finish.quantizer(b)
+            with T.serial(0, p.heads) as h, T.serial(0, -(-p.queries // width)) as tile:
+                # the last tile ends at the last query and overlaps the one before; lanes beyond repeat it
+                first = T.bind(T.max(T.min(tile * width, p.queries - width), 0))
+                self._load_queries(b, h, first)
+                self._clear()
+                _each_tile(p.keys, KEYS, lambda key, size: self._key_block(b, h, first, key, size))
+                self._store(b, h, first, quant)
+
+    @property
+    def _full_mask(self) -> bool:
+        return self.problem.mask is not None and self.problem.mask[2] != 1
+
+    def _query_row(self, first: Any, lane: Any) -> Any:
+        last = self.problem.queries - 1
+        return first + lane if self.problem.queries >= self.width else T.min(first + lane, last)
+
+    def _load_queries(self, b: Any, h: Any, first: Any) -> None:
+        p = self.problem
+        scale = p.scale if p.scale is not None else 1.0 / math.sqrt(p.dim)
+        factor = f32(scale * vmath.LOG2_E, 1)  # softmax in powers of two
+        with T.serial(0, self.width) as i:
+            row = T.bind(self._query_row(first, i))
+            with T.serial(0, p.dim) as d:
+                store(self.query, mul(self.buffers["q"][b, row, h * p.dim + d], factor), d * self.width + i)
+
+    def _clear(self) -> None:
+        with T.serial(0, self.problem.dim) as d:
+            for j in range(self.vectors):
+                store(self.out, f32(0.0, LANES), self._at(d, j))
+        for j in range(self.vectors):
+            store(self.highest, f32(LOWEST, LANES), self._at(0, j))
+            store(self.total, f32(0.0, LANES), self._at(0, j))
+
+    def _key_block(self, b: Any, h: Any, first: Any, key: Any, size: int) -> None:
+        new = scratch(self.width)
+        for j in range(self.vectors):
+            store(new, self.highest[self._at(0, j)], self._at(0, j))
+        if self._full_mask:
+            self._load_mask(b, h, first, key, size)
+        tile = min(self.key_tile, size)
+        with T.serial(0, -(-size // tile)) as t:
+            start = T.min(t * tile, size - tile)  # scores of an overlap are computed twice, alike
+            self._scores(b, h, key, start, tile, new)
+        for j in range(self.vectors):
+            at = self._at(0, j)
+            store(self.rescale, vmath.exp2_nonpositive(self.highest[at] - new[at]), at)
+            store(self.highest, new[at], at)
+        self._weights(size, new)
+        _each_tile(self.problem.dim, self.dim_tile, lambda d, dims: self._values(b, h, key, size, d, dims))
+
+    def _load_mask(self, b: Any, h: Any, first: Any, key: Any, size: int) -> None:
+        with T.serial(0, self.width) as i:
+            row = T.bind(self._query_row(first, i))
+            with T.serial(0, size) as k:
+                store(self.mask_tile, self._mask(b, h, row, key + k), k * self.width + i)
+
+    def _mask(self, b: Any, h: Any, row: Any, key: Any) -> Any:
+        shape = self.problem.mask
+        assert shape is not None
+        where = (b if shape[0] == BATCH else 0, h if shape[1] != 1 else 0, row if shape[2] != 1 else 0, key)
+        return self.buffers["mask"][where]
+
+    def _scores(self, b: Any, h: Any, key: Any, start: Any, keys: int, new: Buffer) -> None:
+        """Scores of `keys` keys (times log2 e) into `score`, their maximum into `new`."""
+        p, vectors = self.problem, self.vectors
+        sums = scratch(keys * self.width)
+        pairs = [(i, j) for i in range(keys) for j in range(vectors)]
+        for i, j in pairs:
+            store(sums, f32(0.0, LANES), self._at(i, j))
+        with T.serial(0, p.dim) as d:
+            for i, j in pairs:
+                at = self._at(i, j)
+                element = splat(self.buffers["k"][b, key + start + i, h * p.dim + d], LANES)
+                store(sums, fma(element, self.query[self._at(d, j)], sums[at]), at)
+        for i, j in pairs:
+            value = sums[self._at(i, j)]
+            if p.mask is not None:
+                mask = (
+                    self.mask_tile[self._at(start + i, j)]
+                    if self._full_mask
+                    else splat(self._mask(b, h, 0, key + start + i), LANES)
+                )
+                value = fma(mask, f32(vmath.LOG2_E, LANES), value)
+            value = T.bind(value)
+            store(self.score, value, self._at(start + i, j))
+            at = self._at(0, j)
+            store(new, tirx.Select(new[at] > value, new[at], value), at)
+
+    def _weights(self, size: int, new: Buffer) -> None:
+        """Scores to 2^(score - maximum), and their sum."""
+        wide = span(0, self.width)
+        total = scratch(self.width)
+        store(total, mul(self.total[wide], self.rescale[wide]), wide)
+        with T.serial(0, size) as i:
+            at = span(i * self.width, self.width)
+            weight = T.bind(vmath.exp2_nonpositive(self.score[at] - new[wide]))
+            store(self.score, weight, at)
+            store(total, total[wide] + weight, wide)
+        store(self.total, total[wide], wide)
+
+    def _values(self, b: Any, h: Any, key: Any, size: int, d: Any, dims: int) -> None:
+        """Adds the block's weighted values to `dims` rows of the output."""
+        sums = scratch(dims * self.width)
+        pairs = [(i, j) for i in range(dims) for j in range(self.vectors)]
+        for i, j in pairs:
+            store(sums, mul(self.out[self._at(d + i, j)], self.rescale[self._at(0, j)]), self._at(i, j))
+        with T.serial(0, size) as k:
+            for i, j in pairs:
+                at = self._at(i, j)
+                element = splat(self.buffers["v"][b, key + k, h * self.problem.dim + d + i], LANES)
+                store(sums, fma(element, self.score[self._at(k, j)], sums[at]), at)
+        for i, j in pairs:
+            store(self.out, sums[self._at(i, j)], self._at(d + i, j))
+
+    def _store(self, b: Any, h: Any, first: Any, quant: Any) -> None:
+        p, wide = self.problem, span(0, self.width)
+        store(self.total, vmath.reciprocal(self.total[wide]), wide)
+        with T.serial(0, min(self.width, p.queries)) as i:
+            with T.serial(0, p.dim) as d:
+                store(self.row, mul(self.out[d * self.width + i], self.total[i]), d)
+
+            def finish(d: Any, lanes: int) -> None:
+                c = h * p.dim + d
+                value = self.finish(self.row[span(d, lanes)], b, (first + i,), c, quant)
+                store(self.buffers["y"], value, b, first + i, span(c, lanes))
+
+            each_vector(p.dim, finish)
