@@ -6,20 +6,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue
 from mpq_compiler.backends.tvm.kernels.isa import Isa, Tile
-
-Shape = tuple[int | str, ...]
-
-
-class Argument(NamedTuple):
-    """One buffer of a kernel. `shape` holds integers, and "B" for the batch; `dtype` as TVM spells it."""
-
-    name: str
-    shape: Shape
-    dtype: str
+from mpq_compiler.backends.tvm.kernels.template import Argument, Shape
 
 
 @dataclass(frozen=True)

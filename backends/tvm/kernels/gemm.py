@@ -1,0 +1,552 @@
+"""Quantized linear layers and convolutions on CPU: one integer GEMM template for all formats and targets.
+
+Arithmetic (exact, the same bits on every target): per segment j the int32 sum
+``A_j = sum_k (q - z_j[g]) * w``; ``y = bias or 0``; for j ascending ``y = fma(f32(A_j), f32(act_scale[j,g] *
+scale[j,i]), y)``; where weights have offsets, for j ascending ``y = fma(f32(S_j - z_j K_j), f32(act_scale[j,g] *
+offset[i]), y)``; then the epilogue.
+
+Structure. The rows m = (sample, y, x) of the product are cut into chunks that are independent of each other:
+
+    for each chunk of rows                     # its activations stay in the L2 cache
+        gather the activations                 # not where the kernel can read the input as it is
+        for each block of output channels      # tile.vectors registers wide
+            unpack the weights of the block    # below 8 bits: codes -> int8 through the look-up table
+            for each tile of rows              # accumulators in registers, then the epilogue
+
+Convolutions gather a copy of the image that is padded with zero points (in channels too, with zeros, up to
+whole steps of k), not an expanded im2col matrix: a row of the product starts at an offset in that copy, and the
+taps of one kernel row lie in a row in it. Each segment has its own copy. Where fewer rows remain than a tile has,
+the last tile starts earlier and computes some rows twice; a chunk smaller than a tile goes row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from mpq_compiler.backends.tvm.kernels import vmath
+from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, apply
+from mpq_compiler.backends.tvm.kernels.isa import Isa, Tile
+from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul, WeightLayout
+from mpq_compiler.backends.tvm.kernels.template import (
+    BATCH,
+    Argument,
+    Buffer,
+    Buffers,
+    epilogue_arguments,
+    primfunc,
+    scratch,
+    span,
+    store,
+)
+
+__all__ = ["QuantMatmul", "arguments", "build"]
+
+PANEL_BYTES = 256 * 1024
+"""Gathered activations of a chunk, about: a quarter of the L2 cache of a server core, half of that of an edge core."""
+MOST_ROWS, LEAST_ROWS = 512, 96
+"""Rows of a chunk, where there are that many: enough to make up for unpacking the weights."""
+
+
+def arguments(problem: QuantMatmul, isa: Isa) -> list[Argument]:
+    """The buffers of the kernel in calling order, the output last.
+
+    ``x`` and ``group``; ``act_scale``, ``act_zero``; then what `prepare` makes, by its names; the epilogue's
+    operands, ``qscale`` and ``qzero`` where it quantizes; ``out``.
+    """
+    segments = len(problem.segments)
+    own = [
+        Argument("x", problem.input_shape(), "uint8"),
+        Argument("group", (BATCH,), "int64"),
+        Argument("act_scale", (segments, problem.groups), "float32"),
+        Argument("act_zero", (segments, problem.groups), "uint8"),
+        *WeightLayout(problem, isa).buffers(),
+    ]
+    epilogue, shape = problem.epilogue or Epilogue(), problem.output_shape()
+    theirs = epilogue_arguments(epilogue, shape[:-1], problem.outputs, problem.groups)
+    own += [argument for argument in theirs if argument.name != "group"]
+    return [*own, Argument("out", shape, epilogue.out_dtype)]
+
+
+def build(problem: QuantMatmul, isa: Isa, name: str) -> PrimFunc:
+    """The kernel ``name(*arguments(problem, isa))``; the batch is the only symbolic size."""
+
+    def body(batch: Any, buffers: Buffers) -> None:
+        flat = {key: _flat(buffer) for key, buffer in buffers.items()}
+        _Kernel(problem, isa, flat).emit(batch)
+
+    return primfunc(name, arguments(problem, isa), body)
+
+
+def _flat(buffer: Buffer) -> Buffer:
+    size = buffer.shape[0]
+    for extent in buffer.shape[1:]:
+        size = size * extent
+    return T.decl_buffer((size,), buffer.dtype, data=buffer.data)
+
+
+def _when(condition: Any, body: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:
+    """``if condition: body() else: otherwise()``, decided now where the condition is a Python bool."""
+    if isinstance(condition, bool):
+        chosen = body if condition else otherwise
+        if chosen:
+            chosen()
+        return
+    with T.If(condition):
+        with T.Then():
+            body()
+        if otherwise:
+            with T.Else():
+                otherwise()
+
+
+def _loop(extent: Any, body: Callable[[Any], None]) -> None:
+    """``for i in range(extent): body(i)``, without a loop where there is one pass."""
+    if isinstance(extent, int) and extent == 1:
+        body(0)
+        return
+    with T.serial(0, extent) as i:
+        body(i)
+
+
+class _Kernel:
+    """Emits one kernel. The flat buffers of the arguments are in `self.b`, by name."""
+
+    def __init__(self, problem: QuantMatmul, isa: Isa, buffers: Buffers) -> None:
+        self.p, self.isa, self.b = problem, isa, buffers
+        self.w = WeightLayout(problem, isa)
+        self.tile = self.w.tile
+        self.epilogue = problem.epilogue or Epilogue()
+        # Where channels are whole steps of k and codes are used as they are, the input needs no copy.
+        self.direct = problem.pointwise and isa.reads_codes and self.w.channels == problem.segments
+        self.unpacks = problem.bits < 8 or isa.weight != "int8"
+        if not problem.pointwise:
+            # Extent of the padded image that the kernel reaches.
+            self.image_height = (problem.out_height - 1) * problem.stride[0] + problem.kernel[0]
+            self.image_width = (problem.out_width - 1) * problem.stride[1] + problem.kernel[1]
+        self._size_chunks()
+
+    # ------------------------------------------------------------------------------------------ chunks of rows
+
+    def _size_chunks(self) -> None:
+        """Sets most_rows, pixels (of the gathered copy) and, for images, samples and bands of a chunk."""
+        p = self.p
+        pixel = sum(self.w.channels) * (2 if self.isa.activation == "int16" else 1)
+        if p.pointwise:
+            rows = max(min(PANEL_BYTES // pixel, MOST_ROWS), LEAST_ROWS)
+            self.most_rows = self.pixels = rows // self.tile.rows * self.tile.rows
+            self.least_rows = 1  # of a chunk; sizes of chunks differ by at most one
+            return
+        image = self.image_height * self.image_width * pixel
+        self.samples = max(1, min(PANEL_BYTES // image, -(-MOST_ROWS // p.rows)))
+        bands = min(-(-image // PANEL_BYTES), max(1, p.rows // LEAST_ROWS), p.out_height)
+        self.band = -(-p.out_height // bands)
+        self.bands = -(-p.out_height // self.band)
+        self.band_height = (self.band - 1) * p.stride[0] + p.kernel[0]
+        self.most_rows = self.samples * self.band * p.out_width
+        self.least_rows = (p.out_height - (self.bands - 1) * self.band) * p.out_width
+        self.pixels = self.samples * self.band_height * self.image_width
+
+    def emit(self, batch: Any) -> None:
+        """The whole kernel. Chunks write disjoint rows of the output, so their loop may become parallel."""
+        if self.p.pointwise:
+            total = batch * self.p.rows
+            self._split(total, self.most_rows, self._chunk_of_rows)
+        else:
+            self._split(batch, self.samples, self._chunk_of_samples)
+
+    @staticmethod
+    def _split(total: Any, most: int, body: Callable[[Any, Any], None]) -> None:
+        """Calls body(start, count) over range(total) in parts of equal size (to one), `most` at most."""
+        parts = T.bind((total + (most - 1)) // most)
+        with T.serial(0, parts) as part:
+            start = T.bind(total * part // parts)
+            body(start, T.bind(total * (part + 1) // parts - start))
+
+    def _chunk_of_rows(self, row: Any, rows: Any) -> None:
+        self.first_row = row
+        self._allocate()
+        if self.direct:
+            self.activations = self.b["x"]
+            self._multiply(rows)
+            return
+        with T.serial(0, rows) as r:
+            for j in range(len(self.p.segments)):
+                self._gather_pixels(j, 1, (row + r) * self.p.channels, r)
+        self._multiply(rows)
+
+    def _chunk_of_samples(self, sample: Any, samples: Any) -> None:
+        p = self.p
+        if self.bands == 1:
+            self._chunk_of_images(sample, samples, 0, p.out_height)
+            return
+        with T.serial(0, self.bands) as band:
+            top = T.bind(band * self.band)
+            height = self.band if p.out_height % self.band == 0 else T.min(self.band, p.out_height - top)
+            self._chunk_of_images(sample, samples, top, height)
+
+    def _chunk_of_images(self, sample: Any, samples: Any, top: Any, height: Any) -> None:
+        """Output rows [top, top + height) of some samples (of one sample, where that is not all rows)."""
+        p = self.p
+        self.first_row = T.bind(sample * p.rows + top * p.out_width)
+        self._allocate()
+        reach = (height - 1) * p.stride[0] + p.kernel[0]  # image rows that these output rows see
+        with T.serial(0, samples) as s, T.serial(0, reach) as y:
+            line = (s * self.band_height + y) * self.image_width
+            self._gather_line(sample + s, top * p.stride[0] + y - p.padding[0], T.bind(line))
+        with T.serial(0, samples) as s, T.serial(0, height) as y, T.serial(0, p.out_width) as x:
+            pixel = (s * self.band_height + y * p.stride[0]) * self.image_width + x * p.stride[1]
+            store(self.starts, pixel, (s * height + y) * p.out_width + x)
+        self._multiply(samples * height * p.out_width)
+
+    def _allocate(self) -> None:
+        """The working memory of a chunk."""
+        p, segments = self.p, len(self.p.segments)
+        if not self.direct:
+            size = self.pixels * sum(self.w.channels) + 16 * self.isa.vector  # loads may run over the end
+            self.activations = scratch(size, self.isa.activation, heap=True)
+        if not p.pointwise:
+            self.starts = scratch(self.most_rows, "int32", heap=True)
+        if p.has_offset:
+            self.sums = scratch(segments * self.most_rows, "int32", heap=True)
+        if self.unpacks:
+            size = self.w.steps * self.tile.vectors * self.isa.vector
+            self.panel = scratch(size, self.isa.weight, heap=True)
+
+    # ------------------------------------------------------------------------------------------------ gathering
+
+    def _plane(self, j: int) -> int:
+        """Where segment j begins in the gathered activations."""
+        return self.pixels * sum(self.w.channels[:j])
+
+    def _group(self, sample: Any) -> Any:
+        return T.bind(T.cast(self.b["group"][sample], "int32")) if self.p.groups > 1 else 0
+
+    def _gather_line(self, sample: Any, y: Any, line: Any) -> None:
+        """One row of the padded image: row y of the input, or zero points where it lies outside."""
+        p = self.p
+        left = min(p.padding[2], self.image_width)
+        inside = min(p.width, self.image_width - left)
+        right = self.image_width - left - inside
+        group = self._group(sample) if any(p.padding) else 0
+
+        def copy() -> None:
+            source = T.bind((sample * p.height + y) * p.width * p.channels)
+            for j in range(len(p.segments)):
+                self._fill_pixels(j, left, group, line)
+                self._gather_pixels(j, inside, source, line + left)
+                self._fill_pixels(j, right, group, line + (left + inside))
+
+        def fill() -> None:
+            for j in range(len(p.segments)):
+                self._fill_pixels(j, self.image_width, group, line)
+
+        within = True
+        if p.padding[0]:
+            within = y >= 0
+        if self.image_height > p.padding[0] + p.height:
+            within = tirx.all(within, y < p.height) if p.padding[0] else y < p.height
+        _when(within, copy, fill)
+
+    def _gather_pixels(self, j: int, count: int, source: Any, pixel: Any) -> None:
+        """Copies segment j of `count` neighbouring pixels of the input to `pixel` of the gathered copy."""
+        p, padded, own = self.p, self.w.channels[j], self.p.segments[j]
+        offset = sum(p.segments[:j])
+
+        def value(at: Any, lanes: int) -> Expr:
+            return self.isa.gathered(self.b["x"][span(source + offset + at, lanes)], lanes)
+
+        if count and own == padded and len(p.segments) == 1:
+            self._write(self._plane(j) + pixel * padded, own * count, value)
+        elif count:
+
+            def one(i: Any) -> None:
+                to = self._plane(j) + (pixel + i) * padded
+                self._write(to, own, lambda at, lanes: value(i * p.channels + at, lanes))
+                self._write(to + own, padded - own, self._zeros)
+
+            _loop(count, one)
+
+    def _fill_pixels(self, j: int, count: int, group: Any, pixel: Any) -> None:
+        """Zero points in segment j of `count` neighbouring pixels of the gathered copy."""
+        if not count:
+            return
+        padded, own = self.w.channels[j], self.p.segments[j]
+        zero = T.bind(self.isa.gathered(self.b["act_zero"][j * self.p.groups + group], 1))
+
+        def value(_: Any, lanes: int) -> Expr:
+            return vmath.splat(zero, lanes)
+
+        if own == padded:
+            self._write(self._plane(j) + pixel * padded, own * count, value)
+            return
+
+        def one(i: Any) -> None:
+            to = self._plane(j) + (pixel + i) * padded
+            self._write(to, own, value)
+            self._write(to + own, padded - own, self._zeros)
+
+        _loop(count, one)
+
+    def _zeros(self, _: Any, lanes: int) -> Expr:
+        return vmath.splat(tirx.IntImm(self.isa.activation, 0), lanes)
+
+    def _write(self, to: Any, count: int, value: Callable[[Any, int], Expr]) -> None:
+        """``activations[to + i] = value(i)`` for i < count, in vectors; the last two may overlap."""
+        if not count:
+            return
+        lanes = min(4 * self.isa.lanes, 1 << (count.bit_length() - 1))
+
+        def vector(at: Any) -> None:
+            store(self.activations, value(at, lanes), span(to + at, lanes))
+
+        if count // lanes > 4:
+            with T.serial(0, count // lanes) as i:
+                vector(i * lanes)
+        else:
+            for i in range(count // lanes):
+                vector(i * lanes)
+        if count % lanes:
+            vector(count - lanes)
+
+    def _row_start(self, j: int, r: Any) -> Any:
+        """Where row r of the chunk starts in the activations of segment j."""
+        if self.direct:
+            return (self.first_row + r) * self.p.channels + sum(self.p.segments[:j])
+        pixel = r if self.p.pointwise else self.starts[r]
+        return self._plane(j) + pixel * self.w.channels[j]
+
+    def _runs(self, j: int) -> tuple[int, int, int]:
+        """Vertical taps, values in a row at each of them, and the distance from one to the next."""
+        c = self.w.channels[j]
+        return self.p.kernel[0], self.p.kernel[1] * c, 0 if self.p.pointwise else self.image_width * c
+
+    def _sum_rows(self, rows: Any) -> None:
+        """sums[j, r] = sum over segment j of (q - z_j[g]); pixels that are padding add nothing."""
+        p = self.p
+        with T.serial(0, rows) as r:
+            group = self._group((self.first_row + r) // p.rows)
+            for j, channels in enumerate(p.segments):
+                taps, run, stride = self._runs(j)
+                start = T.bind(self._row_start(j, r))
+                total = scratch(1, "int32")
+                zero = T.cast(self.b["act_zero"][j * p.groups + group], "int32")
+                count = p.kernel[0] * p.kernel[1] * channels
+                store(total, (self.isa.unsigned_excess - zero) * count, 0)
+                with T.serial(0, taps) as tap, T.serial(0, run) as k:
+                    value = T.cast(self.activations[start + tap * stride + k], "int32")
+                    store(total, total[0] + value, 0)
+                store(self.sums, total[0], j * self.most_rows + r)
+
+    # ------------------------------------------------------------------------------------------- multiplication
+
+    def _multiply(self, rows: Any) -> None:
+        """The product of the gathered rows with all blocks of weights."""
+        if self.p.has_offset:
+            self._sum_rows(rows)
+
+        def block(n: Any) -> None:
+            self.block = n
+            if self.unpacks:
+                self._unpack()
+            tall = self.tile.rows
+
+            def tiles() -> None:
+                with T.serial(0, (rows + (tall - 1)) // tall) as t:
+                    self._tile(Tile(self.tile.vectors, tall), T.bind(T.min(t * tall, rows - tall)))
+
+            def single() -> None:
+                with T.serial(0, rows) as r:
+                    self._tile(Tile(self.tile.vectors, 1), r)
+
+            _when(True if self.least_rows >= tall else rows >= tall, tiles, single)
+
+        _loop(self.w.blocks, block)
+
+    def _unpack(self) -> None:
+        """panel = the weights of the block, int8 (int16), in the order of the micro-kernel."""
+        w, isa, vectors = self.w, self.isa, self.tile.vectors
+        tiles, size = self.b["tiles"], isa.vector
+
+        def put(step: Any, v: int, weights: Expr) -> None:
+            if isa.weight != "int8":
+                weights = tirx.Cast(f"{isa.weight}x{size}", weights)
+            store(self.panel, weights, span((step * vectors + v) * size, size))
+
+        for v in range(vectors):
+            table = None
+            if self.p.bits < 8:
+                table = T.bind(self.b["lut"][span((self.block * vectors + v) * size, size)])
+            with T.serial(0, w.packs) as pack:
+                base = T.bind(((self.block * w.packs + pack) * vectors + v) * w.pack_bytes)
+                if table is None:
+                    put(pack, v, tiles[span(base, size)])
+                else:
+                    for d in range(w.pack):
+                        put(pack * w.pack + d, v, isa.look_up(table, self._codes(base, d)))
+
+    def _codes(self, base: Any, d: int) -> Expr:
+        """Codes of step d of a group, one in each byte."""
+        size = self.isa.vector
+
+        def field(plane: int, shift: int, width: int) -> Expr:
+            value = self.b["tiles"][span(base + plane * size, size)]
+            if shift:
+                value = value >> vmath.splat(tirx.IntImm("uint8", shift), size)
+            return value & vmath.splat(tirx.IntImm("uint8", (1 << width) - 1), size)
+
+        if self.p.bits != 3:
+            return field(0, d * self.p.bits, self.p.bits)
+        return field(d // 4, d % 4 * 2, 2) | (field(2, d, 1) << vmath.splat(tirx.IntImm("uint8", 2), size))
+
+    def _tile(self, tile: Tile, r: Any) -> None:
+        """Rows r .. r + tile.rows of the chunk times one block of weights, to the output."""
+        p, lanes, cells = self.p, self.isa.lanes, tile.rows * tile.vectors
+        samples = [T.bind((self.first_row + r + i) // p.rows) for i in range(tile.rows)]
+        groups = [self._group(sample) for sample in samples]
+        products = [scratch(cells * lanes, "int32") for _ in p.segments]
+        for j, product in enumerate(products):
+            self._accumulate(tile, j, r, groups, product)
+        # One body for all rows keeps the code small where epilogues are long.
+        table = None
+        if p.groups > 1 and tile.rows > 1:
+            table = scratch(tile.rows, "int32")
+            for i, group in enumerate(groups):
+                store(table, group, i)
+
+        def row(i: Any) -> None:
+            group = groups[0] if table is None else T.bind(table[i])
+            self._finish_row(tile, products, i, r + i, group)
+
+        _loop(tile.rows, row)
+
+    def _accumulate(self, tile: Tile, j: int, r: Any, groups: list[Any], product: Buffer) -> None:
+        """product = start + the sum over segment j, int32 [tile.rows, tile.vectors, lanes]."""
+        isa, p, w = self.isa, self.p, self.w
+        lanes, cells = isa.lanes, tile.rows * tile.vectors
+        # With few accumulators the latency of the dot product would show: some steps get their own.
+        sets = max(1, 8 // cells) if cells < 8 else 1
+        acc = scratch(sets * cells * lanes, "int32")
+
+        def cell(s: int, i: int, v: int) -> Any:
+            return span(((s * tile.rows + i) * tile.vectors + v) * lanes, lanes)
+
+        for i in range(tile.rows):
+            for v in range(tile.vectors):
+                at = (j * p.groups + groups[i]) * w.outputs + self.block * w.block + v * lanes
+                store(acc, self.b["start"][span(at, lanes)], cell(0, i, v))
+                for s in range(1, sets):
+                    store(acc, vmath.i32(0, lanes), cell(s, i, v))
+        starts = [T.bind(self._row_start(j, r + i)) for i in range(tile.rows)]
+        weights, vector = (self.panel, self.isa.vector) if self.unpacks else (self.b["tiles"], isa.vector)
+        begin = sum(w.segment_steps[:j])
+        if not self.unpacks:
+            begin = self.block * w.steps + begin
+        taps, run, stride = self._runs(j)
+        steps = run // isa.kpack
+
+        def step(k: Any, s: int, tap: Any, word: Callable[[int], Expr]) -> None:
+            base = T.bind((begin + tap * steps + k) * (tile.vectors * vector))
+            for i in range(tile.rows):
+                activations = isa.spread(word(i))
+                for v in range(tile.vectors):
+                    column = weights[span(base + v * vector, vector)]
+                    store(acc, isa.dot(acc[cell(s, i, v)], activations, column), cell(s, i, v))
+
+        def several(k: Any, count: int, tap: Any) -> None:
+            """`count` steps from step k on."""
+            ahead = isa.load_steps if count == isa.load_steps > 1 else 0
+            if ahead:
+                words = scratch(tile.rows * ahead, "int32")
+                for i in range(tile.rows):
+                    at = starts[i] + tap * stride + k * isa.kpack
+                    loaded = self.activations[span(at, ahead * isa.kpack)]
+                    store(words, tirx.reinterpret(f"int32x{ahead}", loaded), span(i * ahead, ahead))
+            for d in range(count):
+
+                def word(i: int, d: int = d) -> Expr:
+                    if ahead:
+                        return words[i * ahead + d]
+                    return isa.load_word(self.activations, starts[i] + tap * stride + (k + d) * isa.kpack)
+
+                step(k + d, d % sets, tap, word)
+
+        def along(tap: Any) -> None:
+            each = max(sets, isa.load_steps)
+            if steps >= each:
+                with T.serial(0, steps // each) as k:
+                    several(k * each, each, tap)
+            if steps % each:
+                several(steps // each * each, steps % each, tap)
+
+        _loop(taps, along)
+        for i in range(tile.rows):
+            for v in range(tile.vectors):
+                total = acc[cell(0, i, v)]
+                for s in range(1, sets):
+                    total = total + acc[cell(s, i, v)]
+                store(product, total, cell(0, i, v))
+
+    # -------------------------------------------------------------------------------------------------- results
+
+    def _finish_row(self, tile: Tile, products: list[Buffer], i: Any, r: Any, group: Any) -> None:
+        """Scales, bias, offsets, epilogue and store of row i of a tile, row r of the chunk."""
+        p, w, lanes = self.p, self.w, self.isa.lanes
+        m = T.bind(self.first_row + r)
+        scales = [T.bind(self.b["act_scale"][j * p.groups + group]) for j in range(len(p.segments))]
+        sums = []
+        if p.has_offset:
+            for j in range(len(p.segments)):
+                sums.append(T.bind(T.cast(self.sums[j * self.most_rows + r], "float32")))
+        quant = None
+        if self.epilogue.bits is not None:
+            quant = (T.bind(self.b["qscale"][group]), T.bind(self.b["qzero"][group]))
+
+        def vector(v: int, live: int) -> None:
+            """Registers v of the block; its first `live` lanes are channels of the output."""
+            n = T.bind(self.block * w.block + v * lanes)
+            y = self.b["bias"][span(n, lanes)] if p.has_bias else vmath.f32(0.0, lanes)
+            for j, product in enumerate(products):
+                scale = self.b["weight_scale"][span(n + j * w.outputs, lanes)]
+                total = tirx.Cast(f"float32x{lanes}", product[span((i * tile.vectors + v) * lanes, lanes)])
+                y = vmath.fma(total, vmath.mul(vmath.splat(scales[j], lanes), scale), y)
+            for j, total in enumerate(sums):
+                factor = vmath.mul(vmath.splat(scales[j], lanes), self.b["offset"][span(n, lanes)])
+                y = vmath.fma(vmath.splat(total, lanes), factor, y)
+            mask = None if live == lanes else tirx.Shuffle([T.bool(k < live) for k in range(lanes)], list(range(lanes)))
+
+            def load(k: int) -> Expr:
+                buffer, kind = self.b[f"operand{k}"], self.epilogue.operands[k].kind
+                if kind == "scalar":
+                    return buffer[0]
+                row = {"full": m, "sample": m // p.rows, "channel": 0}[kind]
+                at = span(row * p.outputs + n, lanes)
+                if mask is None:
+                    return buffer[at]
+                return T.masked_load(f"float32x{lanes}", buffer, at, mask)
+
+            y = apply(self.epilogue, y, load, quant)
+            at = span(m * p.outputs + n, lanes)
+            if mask is None:
+                store(self.b["out"], y, at)
+            else:
+                T.evaluate(T.masked_store(self.b["out"], y, at, mask))
+
+        # In the last block, registers behind the output's last channel are not stored, one perhaps in part.
+        inner = T.bool(True) if w.blocks == 1 else self.block < w.blocks - 1
+        for v in range(tile.vectors):
+            live = min(lanes, p.outputs - (w.blocks - 1) * w.block - v * lanes)
+            if live == lanes:
+                vector(v, lanes)
+            elif w.blocks == 1:
+                if live > 0:
+                    vector(v, live)
+            elif live > 0:
+                _when(inner, lambda v=v: vector(v, lanes), lambda v=v, live=live: vector(v, live))
+            else:
+                _when(inner, lambda v=v: vector(v, lanes))

@@ -1,0 +1,149 @@
+"""Fills the weight buffers of an integer kernel from the stored form, once, when an artifact is loaded.
+
+Plain loops: this runs once for each layer and is bound by reading the codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from mpq_compiler.backends.tvm.kernels.isa import Isa
+from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul, WeightLayout
+from mpq_compiler.backends.tvm.kernels.template import Argument, Buffer, Buffers, primfunc, scratch, store
+from mpq_compiler.formats.packing import packed_bytes
+
+
+def inputs(problem: QuantMatmul) -> list[Argument]:
+    """The stored form of a layer: packed codes (`formats.packing`), scales, tables, zero points, bias."""
+    p, segments = problem, len(problem.segments)
+    stored = [
+        Argument("codes", (packed_bytes(p.outputs * p.reduction, p.bits),), "uint8"),
+        Argument("scale", (p.outputs, segments), "float16"),
+    ]
+    if p.has_offset:
+        stored.append(Argument("stored_offset", (p.outputs,), "float16"))
+    if p.bits < 8:
+        stored.append(Argument("tables", (p.classes, p.entries), "int8"))
+        stored.append(Argument("row_class", (p.row_classes,), "uint8"))
+    stored.append(Argument("act_zero", (segments, p.groups), "uint8"))
+    if p.has_bias:
+        stored.append(Argument("stored_bias", (p.outputs,), "float16"))
+    return stored
+
+
+def outputs(problem: QuantMatmul, isa: Isa) -> list[Argument]:
+    """The buffers of the kernel, under the names that `gemm.arguments` gives them."""
+    return WeightLayout(problem, isa).buffers()
+
+
+def build(problem: QuantMatmul, isa: Isa, name: str) -> PrimFunc:
+    """The function ``name(*inputs(problem), *outputs(problem, isa))``."""
+
+    def body(_: Any, buffers: Buffers) -> None:
+        _Prepare(problem, isa, buffers).emit()
+
+    return primfunc(name, [*inputs(problem), *outputs(problem, isa)], body)
+
+
+class _Prepare:
+    def __init__(self, problem: QuantMatmul, isa: Isa, buffers: Buffers) -> None:
+        self.p, self.isa, self.b = problem, isa, buffers
+        self.w = WeightLayout(problem, isa)
+
+    def emit(self) -> None:
+        p, w = self.p, self.w
+        tiles = self.b["tiles"]
+        for axis_0, axis_1 in [tiles.shape]:
+            with T.serial(0, axis_0) as a, T.serial(0, axis_1) as b:
+                store(tiles, tirx.IntImm(tiles.dtype, 0), a, b)
+        if p.bits < 8:
+            self._tables()
+        with T.serial(0, w.outputs) as i:
+            self._vectors(i)
+            with T.If(i < p.outputs), T.Then():
+                self._row(i)
+
+    def _tables(self) -> None:
+        """The table of each register of output channels, repeated so that a byte shuffle reads it in place."""
+        isa, p = self.isa, self.p
+        with T.serial(0, self.w.outputs // isa.lanes) as n, T.serial(0, isa.vector) as byte:
+            block = T.min(n * isa.lanes // 16, p.row_classes - 1)
+            entry = byte % 16
+            value = self.b["tables"][T.cast(self.b["row_class"][block], "int32"), T.min(entry, p.entries - 1)]
+            store(self.b["lut"], value, n, byte)
+
+    def _vectors(self, i: Any) -> None:
+        """Scales, offset and bias of channel i, zero behind the last one; start values are set to zero."""
+        p = self.p
+        inside = T.min(i, p.outputs - 1)
+
+        def or_zero(value: Expr) -> Expr:
+            return tirx.Select(i < p.outputs, T.cast(value, "float32"), tirx.FloatImm("float32", 0.0))
+
+        for j in range(len(p.segments)):
+            store(self.b["weight_scale"], or_zero(self.b["scale"][inside, j]), j, i)
+            with T.serial(0, p.groups) as g:
+                store(self.b["start"], tirx.IntImm("int32", 0), j, g, i)
+        if p.has_offset:
+            store(self.b["offset"], or_zero(self.b["stored_offset"][inside]), i)
+        if p.has_bias:
+            store(self.b["bias"], or_zero(self.b["stored_bias"][inside]), i)
+
+    def _row(self, i: Any) -> None:
+        """Places the codes of output row i and sums its weights."""
+        p, w = self.p, self.w
+        taps, kpack = p.kernel[0] * p.kernel[1], self.isa.kpack
+        for j, channels in enumerate(p.segments):
+            total = scratch(1, "int32")
+            store(total, tirx.IntImm("int32", 0), 0)
+            first = sum(w.segment_steps[:j]) * kpack
+            with T.serial(0, taps) as tap, T.serial(0, channels) as c:
+                code = T.bind(self._code(T.bind((i * taps + tap) * p.channels + sum(p.segments[:j]) + c)))
+                self._place(i, T.bind(first + tap * w.channels[j] + c), code)
+                store(total, total[0] + self._weight(i, code), 0)
+            with T.serial(0, p.groups) as g:
+                zero = T.cast(self.b["act_zero"][j, g], "int32") - self.isa.unsigned_excess
+                store(self.b["start"], (0 - zero) * total[0], j, g, i)
+
+    def _code(self, index: Any) -> Expr:
+        """The code at `index` of the stored stream, int32 (unsigned below 8 bits)."""
+        bits, codes = self.p.bits, self.b["codes"]
+        if bits == 8:
+            return T.cast(tirx.reinterpret("int8", codes[index]), "int32")
+
+        def field(bit: Any, width: int) -> Expr:
+            return T.cast(codes[bit // 8], "int32") >> (bit % 8) & ((1 << width) - 1)
+
+        if bits != 3:
+            return field(index * bits, bits)
+        return field(index * 2, 2) | field(2 * self.p.outputs * self.p.reduction + index, 1) << 2
+
+    def _weight(self, i: Any, code: Any) -> Expr:
+        if self.p.bits == 8:
+            return code
+        table = T.cast(self.b["row_class"][i // 16], "int32")
+        return T.cast(self.b["tables"][table, code], "int32")
+
+    def _place(self, i: Any, k: Any, code: Any) -> None:
+        """Writes the code of output channel i and (padded) position k to its place in the tiles."""
+        w, isa, tiles = self.w, self.isa, self.b["tiles"]
+        block, channel, step = i // w.block, i % w.block, k // isa.kpack
+        group, d = step // w.pack, step % w.pack
+        base = (group * w.tile.vectors + channel // isa.lanes) * w.pack_bytes
+        at = T.bind(base + channel % isa.lanes * isa.kpack + k % isa.kpack)
+        if self.p.bits == 8:
+            store(tiles, T.cast(code, "int8"), block, at)
+        elif self.p.bits == 3:
+            self._merge(tiles, block, at + d // 4 * isa.vector, (code & 3) << (d % 4 * 2))
+            self._merge(tiles, block, at + 2 * isa.vector, code >> 2 << d)
+        else:
+            self._merge(tiles, block, at, code << (d * self.p.bits))
+
+    @staticmethod
+    def _merge(tiles: Buffer, block: Any, at: Any, bits: Any) -> None:
+        store(tiles, tiles[block, at] | T.cast(bits, "uint8"), block, at)

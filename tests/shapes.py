@@ -1,0 +1,190 @@
+"""The shapes, formats and data that the integer kernels are tested on, and what they must return, in numpy.
+
+The reference follows the definition of the packed dialect word by word with int64 sums and exactly emulated
+fused multiply-adds; it shares no code with the kernels but `QuantMatmul`, the description of the problem.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
+from mpq_compiler.formats.packing import pack_codes
+
+ROWS = (1, 2, 5, 6, 7, 63, 64, 65, 1000)
+OUTPUTS = (1, 3, 16, 48, 63, 64, 65, 320)
+REDUCTIONS = (1, 3, 27, 36, 63, 64, 432, 1000)
+
+FORMATS: dict[str, dict] = {
+    "w8": {"bits": 8},
+    "w8-offset": {"bits": 8, "has_offset": True, "has_bias": False},
+    "w4": {"bits": 4},
+    "w4-classes-groups": {"bits": 4, "classes": 2, "groups": 3, "has_offset": True},
+    "w3": {"bits": 3},
+    "w3-classes": {"bits": 3, "classes": 2, "has_bias": False},
+    "w2": {"bits": 2},
+    "w2-offset-groups": {"bits": 2, "has_offset": True, "groups": 2},
+}
+"""Every stored width, with and without bias and offset, one and two row classes, one and more time groups."""
+
+# (batch, problem): 1x1, 3x3 of strides 1 and 2, asymmetric padding, patches, odd sizes, sizes below the kernel.
+CONVOLUTIONS: dict[str, tuple[int, QuantMatmul]] = {
+    "1x1": (2, QuantMatmul(5, 7, 36, 48)),
+    "1x1-strided": (1, QuantMatmul(7, 9, 20, 33, stride=(2, 2))),
+    "3x3": (3, QuantMatmul(9, 11, 48, 64, (3, 3), padding=(1, 1, 1, 1))),
+    "3x3-large": (1, QuantMatmul(40, 33, 256, 24, (3, 3), padding=(1, 1, 1, 1))),
+    "3x3-stride-2": (2, QuantMatmul(13, 10, 33, 65, (3, 3), (2, 2), (1, 1, 1, 1))),
+    "3x3-asymmetric": (2, QuantMatmul(14, 14, 48, 48, (3, 3), (2, 2), (0, 1, 0, 1))),
+    "3x3-one-channel": (2, QuantMatmul(28, 28, 1, 48, (3, 3), padding=(1, 1, 1, 1))),
+    "3x3-one-output": (1, QuantMatmul(17, 23, 27, 1, (3, 3), padding=(1, 1, 1, 1))),
+    "3x3-of-1x1": (4, QuantMatmul(1, 1, 16, 20, (3, 3), padding=(1, 1, 1, 1))),
+    "3x3-of-2x1": (2, QuantMatmul(2, 1, 5, 3, (3, 3), (2, 2), (1, 1, 1, 1))),
+    "5x3-of-3x2": (2, QuantMatmul(3, 2, 7, 18, (5, 3), padding=(3, 2, 2, 2))),
+    "patches": (2, QuantMatmul(16, 12, 3, 40, (4, 4), (4, 4))),
+    "patches-2x2": (1, QuantMatmul(6, 10, 4, 66, (2, 2), (2, 2))),
+    "3x3-unread-edge": (1, QuantMatmul(12, 8, 8, 16, (3, 3), (3, 3))),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Data of one call, in the stored form, under the names of the kernels' arguments."""
+
+    problem: QuantMatmul
+    batch: int
+    data: dict[str, np.ndarray]
+
+    def stored(self) -> dict[str, np.ndarray]:
+        """The arguments of `prepare`."""
+        return {**self.data, "codes": pack_codes(self.data["codes"], self.problem.bits)}
+
+
+def seed(*what: object) -> int:
+    """A seed that depends on its arguments alone."""
+    return zlib.crc32(repr(what).encode())
+
+
+def make_case(problem: QuantMatmul, batch: int, seed_: int, zero_points: tuple[int, ...] = ()) -> Case:
+    """Random data of a problem. Codes hold both extremes; zero points are drawn unless given (cycled)."""
+    p, draw = problem, np.random.default_rng(seed_)
+    segments = len(p.segments)
+    x = draw.integers(0, 256, (batch, *p.input_shape()[1:])).astype(np.uint8)
+    corner = draw.random()
+    if corner < 0.3:  # the largest sums there can be
+        x[...] = 255 if corner < 0.15 else 0
+    shape = (p.outputs, p.reduction)
+    if p.bits == 8:
+        codes = draw.integers(-127, 128, shape).astype(np.int8)
+        codes[draw.integers(p.outputs)] = draw.choice([-127, 127])
+    else:
+        codes = draw.integers(0, p.entries, shape).astype(np.uint8)
+        codes[draw.integers(p.outputs)] = draw.choice([0, p.entries - 1])
+    zeros = np.resize(zero_points, (segments, p.groups)) if zero_points else None
+    tables = draw.integers(-127, 128, (p.classes, p.entries)).astype(np.int8)
+    tables[:, 0], tables[:, -1] = -127, 127
+    data = {
+        "x": x,
+        "group": draw.integers(0, p.groups, batch),
+        "codes": codes,
+        "scale": (draw.random((p.outputs, segments)) * 0.02 + 1e-4).astype(np.float16),
+        "stored_offset": (draw.standard_normal(p.outputs) * 0.1).astype(np.float16),
+        "tables": tables,
+        "row_class": draw.integers(0, p.classes, p.row_classes).astype(np.uint8),
+        "act_scale": (draw.random((segments, p.groups)) * 0.1 + 1e-3).astype(np.float32),
+        "act_zero": (draw.integers(0, 256, (segments, p.groups)) if zeros is None else zeros).astype(np.uint8),
+        "stored_bias": draw.standard_normal(p.outputs).astype(np.float16),
+    }
+    if p.epilogue is not None:
+        out = (batch, *p.output_shape()[1:])
+        for i, operand in enumerate(p.epilogue.operands):
+            size = {"full": out, "sample": (batch, p.outputs), "channel": (p.outputs,), "scalar": (1,)}
+            data[f"operand{i}"] = draw.standard_normal(size[operand.kind]).astype(np.float32)
+        data["qscale"] = (draw.random(p.groups) + 0.5).astype(np.float32)
+        data["qzero"] = draw.integers(0, 2 ** (p.epilogue.bits or 8), p.groups).astype(np.int32)
+    return Case(p, batch, data)
+
+
+def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """float32 a * b + c rounded once: the float64 product is exact, the sum is rounded to odd before float32."""
+    product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
+    total = product + addend
+    part = total - product
+    error = (product - (total - part)) + (addend - part)
+    even = (total.view(np.int64) if total.ndim else np.asarray(total).view(np.int64)) & 1 == 0
+    return np.where((error != 0) & even, np.nextafter(total, np.copysign(np.inf, error)), total).astype(np.float32)
+
+
+def _columns(x: np.ndarray, problem: QuantMatmul) -> np.ndarray:
+    """[B, OH, OW, kh, kw, C] of the padded x [B, H, W, C]."""
+    p = problem
+    (kh, kw), (sh, sw) = p.kernel, p.stride
+    windows = np.lib.stride_tricks.sliding_window_view(x, (kh, kw), axis=(1, 2))[:, ::sh, ::sw]
+    return windows.transpose(0, 1, 2, 4, 5, 3)
+
+
+def reference(case: Case) -> np.ndarray:
+    """What the kernel returns, before the epilogue: float32 [B, ..., O]."""
+    p, d = case.problem, case.data
+    batch, kh, kw = case.batch, *p.kernel
+    x = d["x"].reshape(batch, p.height, p.width, p.channels).astype(np.int64)
+    weights = d["codes"].astype(np.int64)
+    if p.bits < 8:
+        weights = d["tables"].astype(np.int64)[d["row_class"][np.arange(p.outputs) // 16][:, None], d["codes"]]
+    weights = weights.reshape(p.outputs, kh, kw, p.channels)
+    group, top = d["group"], p.padding
+    y = np.zeros((batch * p.rows, p.outputs), np.float32)
+    if p.has_bias:
+        y += d["stored_bias"].astype(np.float32)
+    sums, begin = [], 0
+    for j, channels in enumerate(p.segments):
+        part = slice(begin, begin + channels)
+        begin += channels
+        centred = x[..., part] - d["act_zero"][j].astype(np.int64)[group][:, None, None, None]
+        centred = np.pad(centred, ((0, 0), (top[0], top[1]), (top[2], top[3]), (0, 0)))  # padding is q == z
+        columns = _columns(centred, p).reshape(batch * p.rows, -1)
+        # Products of floats are exact here: |sum| < 2^53.
+        product = columns.astype(np.float64) @ weights[..., part].reshape(p.outputs, -1).T.astype(np.float64)
+        assert np.abs(product).max() < 2**31
+        scale = np.repeat(d["act_scale"][j][group], p.rows)[:, None]
+        y = fma(product.astype(np.float32), scale * d["scale"][:, j].astype(np.float32), y)
+        sums.append((columns.sum(1)[:, None].astype(np.float32), scale))
+    if p.has_offset:
+        for total, scale in sums:
+            y = fma(total, scale * d["stored_offset"].astype(np.float32), y)
+    return y.reshape(batch, *p.output_shape()[1:])
+
+
+def quantize(x: np.ndarray, scale: np.ndarray, zero: np.ndarray, group: np.ndarray, bits: int) -> np.ndarray:
+    """u8 codes of x [B, ...]; scale f32, zero point [G]; group [B]."""
+    shape = (-1,) + (1,) * (x.ndim - 1)
+    inverse = (np.float32(1) / scale.astype(np.float32))[group].reshape(shape)
+    z = zero.astype(np.float32)[group].reshape(shape)
+    clamped = np.clip(x * inverse, -z, np.float32(2**bits - 1) - z)
+    return (np.rint(clamped).astype(np.int64) + zero.astype(np.int64)[group].reshape(shape)).astype(np.uint8)
+
+
+def random_problem(draw: np.random.Generator) -> tuple[int, QuantMatmul]:
+    """A random batch and problem: linear layers and convolutions of all formats, small enough to be quick."""
+    options = dict(FORMATS[str(draw.choice(list(FORMATS)))])
+    channels, outputs = int(draw.integers(1, 70)), int(draw.integers(1, 90))
+    if channels > 1 and draw.random() < 0.3:
+        first = int(draw.integers(1, channels))
+        options["segments"] = (first, channels - first)
+    batch = int(draw.integers(1, 5))
+    if draw.random() < 0.4:
+        leading = tuple(int(n) for n in draw.integers(1, 12, int(draw.integers(0, 3))))
+        return batch, QuantMatmul.linear(leading, channels, outputs, **options)
+    kernel = (int(draw.integers(1, 4)), int(draw.integers(1, 4)))
+    stride = (int(draw.integers(1, 3)), int(draw.integers(1, 3)))
+    padding = tuple(int(draw.integers(0, k)) for k in (kernel[0], kernel[0], kernel[1], kernel[1]))
+    height = int(draw.integers(max(1, kernel[0] - padding[0] - padding[1]), 10))
+    width = int(draw.integers(max(1, kernel[1] - padding[2] - padding[3]), 10))
+    return batch, QuantMatmul(height, width, channels, outputs, kernel, stride, padding, **options)  # type: ignore[arg-type]
+
+
+def with_format(problem: QuantMatmul, name: str) -> QuantMatmul:
+    """The problem in another format of `FORMATS`."""
+    return replace(problem, **FORMATS[name])
