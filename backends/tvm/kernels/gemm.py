@@ -114,6 +114,11 @@ def _loop(extent: Any, body: Callable[[Any], None]) -> None:
         body(i)
 
 
+def _quotient(a: Any, b: Any) -> Any:
+    """a // b for a >= 0 and b > 0, without the corrections for signs that TVM would add."""
+    return a if isinstance(b, int) and b == 1 else tirx.truncdiv(a, b)
+
+
 class _Kernel:
     """Emits one kernel. The flat buffers of the arguments are in `self.b`, by name."""
 
@@ -163,10 +168,10 @@ class _Kernel:
     @staticmethod
     def _split(total: Any, most: int, body: Callable[[Any, Any], None]) -> None:
         """Calls body(start, count) over range(total) in parts of equal size (to one), `most` at most."""
-        parts = T.bind((total + (most - 1)) // most)
+        parts = T.bind(_quotient(total + (most - 1), most))
         with T.serial(0, parts) as part:
-            start = T.bind(total * part // parts)
-            body(start, T.bind(total * (part + 1) // parts - start))
+            start = T.bind(_quotient(total * part, parts))
+            body(start, T.bind(_quotient(total * (part + 1), parts) - start))
 
     def _chunk_of_rows(self, row: Any, rows: Any) -> None:
         self.first_row = row
@@ -225,6 +230,7 @@ class _Kernel:
         return self.pixels * sum(self.w.channels[:j])
 
     def _group(self, sample: Any) -> Any:
+        """Time group of a sample; where there is one group only, nothing is read."""
         return T.bind(T.cast(self.b["group"][sample], "int32")) if self.p.groups > 1 else 0
 
     def _gather_line(self, sample: Any, y: Any, line: Any) -> None:
@@ -330,7 +336,7 @@ class _Kernel:
         """sums[j, r] = sum over segment j of (q - z_j[g]); pixels that are padding add nothing."""
         p = self.p
         with T.serial(0, rows) as r:
-            group = self._group((self.first_row + r) // p.rows)
+            group = self._group(_quotient(self.first_row + r, p.rows))
             for j, channels in enumerate(p.segments):
                 taps, run, stride = self._runs(j)
                 start = T.bind(self._row_start(j, r))
@@ -357,7 +363,7 @@ class _Kernel:
             tall = self.tile.rows
 
             def tiles() -> None:
-                with T.serial(0, (rows + (tall - 1)) // tall) as t:
+                with T.serial(0, _quotient(rows + (tall - 1), tall)) as t:
                     self._tile(Tile(self.tile.vectors, tall), T.bind(T.min(t * tall, rows - tall)))
 
             def single() -> None:
@@ -407,8 +413,7 @@ class _Kernel:
     def _tile(self, tile: Tile, r: Any) -> None:
         """Rows r .. r + tile.rows of the chunk times one block of weights, to the output."""
         p, lanes, cells = self.p, self.isa.lanes, tile.rows * tile.vectors
-        samples = [T.bind((self.first_row + r + i) // p.rows) for i in range(tile.rows)]
-        groups = [self._group(sample) for sample in samples]
+        groups = [self._group(_quotient(self.first_row + r + i, p.rows)) for i in range(tile.rows)]
         products = [scratch(cells * lanes, "int32") for _ in p.segments]
         for j, product in enumerate(products):
             self._accumulate(tile, j, r, groups, product)
@@ -524,7 +529,7 @@ class _Kernel:
                 buffer, kind = self.b[f"operand{k}"], self.epilogue.operands[k].kind
                 if kind == "scalar":
                     return buffer[0]
-                row = {"full": m, "sample": m // p.rows, "channel": 0}[kind]
+                row = {"full": m, "sample": _quotient(m, p.rows), "channel": 0}[kind]
                 at = span(row * p.outputs + n, lanes)
                 if mask is None:
                     return buffer[at]
