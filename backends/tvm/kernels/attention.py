@@ -1,9 +1,9 @@
 """Attention over token-major float32, in one pass over the keys (Dao et al. 2022, "FlashAttention").
 
 Lanes are queries: scores and outputs of a tile of queries stand transposed in L1, so neither softmax nor the
-two products need a horizontal reduction, a mask or padding of the head's dimension, and keys and values are read
-where they are, one broadcast element at a time. Keys are taken in blocks of 64; their order is the order of all
-sums, so the result does not depend on the tiles, which `isa` chooses to fit the registers.
+two products need a horizontal reduction, a mask or padding of the head's dimension, and keys and values are
+read where they are, one broadcast element at a time. Keys are taken in blocks of 64; their order is the order
+of all sums, so the result does not depend on the tiles, which `isa` chooses to fit the registers.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ SMALL_TILE = (1, 6, 6)
 class Attention:
     """y = epilogue(softmax(q k^T * scale + mask) v) per head.
 
-    queries, keys: tokens. dim: of a head. scale: 1/sqrt(dim) where None. mask: shape of the additive mask, each
-    of (B or 1, heads or 1, queries or 1, keys), or None.
+    queries, keys: tokens. dim: of a head. scale: 1/sqrt(dim) where None. mask: shape of the additive mask,
+    (B or 1, heads or 1, queries or 1, keys), or None.
 
     Arguments: q [B, queries, heads*dim], k and v [B, keys, heads*dim], mask, the epilogue's, y like q.
     """
@@ -65,10 +65,9 @@ class Attention:
     def __post_init__(self) -> None:
         if self.mask is not None:
             whole = (BATCH, self.heads, self.queries, self.keys)
-            if len(self.mask) != 4 or any(m not in (1, w) for m, w in zip(self.mask[:3], whole, strict=False)):
-                raise ValueError(f"mask {self.mask} does not broadcast to {whole}")
-            if self.mask[3] != self.keys:
-                raise ValueError(f"mask {self.mask} must name all {self.keys} keys")
+            fits = len(self.mask) == 4 and self.mask[3] == self.keys
+            if not fits or any(m not in (1, w) for m, w in zip(self.mask, whole, strict=True)):
+                raise ValueError(f"mask {self.mask} does not broadcast to {whole}, or not over the keys")
 
     @property
     def channels(self) -> int:

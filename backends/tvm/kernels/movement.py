@@ -34,7 +34,7 @@ BYTES = {"float32": 4, "int32": 4, "int64": 8, "float16": 2, "int8": 1, "uint8":
 
 @dataclass(frozen=True)
 class Copy:
-    """A loop nest that copies from input `source` to the output; offsets and strides are within one sample."""
+    """A loop nest that copies from input `source` to the output; offsets and strides within one sample."""
 
     source: int
     extents: tuple[int, ...]

@@ -32,6 +32,8 @@ from mpq_compiler.backends.tvm.kernels.template import (
     Finish,
     each_vector,
     epilogue_arguments,
+    fold,
+    partial,
     primfunc,
     scratch,
     span,
@@ -226,11 +228,17 @@ def _layer_norm(problem: LayerNorm, batch: Any, buffers: Buffers) -> None:
         quant = finish.quantizer(b)
         with T.serial(0, problem.positions) as s:
             inverse = f32(1.0 / channels, 1)
-            total = _row_sum(channels, lambda at: x[b, s, at], lambda v, total: total + v)
+            total = _row_sum(channels, x, (b, s), lambda value, mask, total: total + value)
             mean = T.bind(mul(total, inverse))
-            squares = _row_sum(
-                channels, lambda at: x[b, s, at], lambda v, total: _square_about(v, mean, total)
-            )
+
+            def add_square(value: Expr, mask: Expr | None, total: Expr) -> Expr:
+                distance = value - splat(mean, LANES)
+                if mask is not None:
+                    distance = tirx.Select(mask, distance, f32(0.0, LANES))
+                distance = T.bind(distance)
+                return fma(distance, distance, total)
+
+            squares = _row_sum(channels, x, (b, s), add_square)
             rstd = T.bind(vmath.rsqrt(mul(squares, inverse) + f32(problem.eps, 1)))
 
             def apply(c: Any, lanes: int) -> None:
@@ -245,47 +253,29 @@ def _layer_norm(problem: LayerNorm, batch: Any, buffers: Buffers) -> None:
             each_vector(channels, apply)
 
 
-def _square_about(value: Expr, mean: Expr, total: Expr) -> Expr:
-    let = vmath.Lets()
-    distance = let(value - splat(mean, vmath.lanes(value)), "distance")
-    return let.close(fma(distance, distance, total))
+def _row_sum(extent: int, x: Buffer, row: tuple[Any, ...], add: Any) -> Expr:
+    """Folds a row into 4 x 16 virtual lanes (element i into lane i mod 64), then the lanes by halves.
 
-
-def _row_sum(extent: int, load: Any, add: Any) -> Expr:
-    """Folds a row into 4 x 16 virtual lanes (element i into lane i mod 64), then the lanes by halves."""
-    total = scratch(STEP)
-    count = extent // STEP
-    for part in range(STEP // LANES):
-        store(total, f32(0.0, LANES), span(part * LANES, LANES))
+    ``add(value, mask, total)`` adds a vector; the last one may be partial, with zeros where `mask` is false.
+    """
+    parts, total = STEP // LANES, scratch(STEP)
+    places = [span(part * LANES, LANES) for part in range(parts)]
+    for at in places:
+        store(total, f32(0.0, LANES), at)
+    count, rest = divmod(extent, STEP)
     if count:
         with T.serial(0, count) as i:
-            for part in range(STEP // LANES):
-                at = span(part * LANES, LANES)
-                store(total, add(load(span(i * STEP + part * LANES, LANES)), total[at]), at)
-    start, rest = count * STEP, extent % STEP
-    while rest:
-        lanes = width(rest)
-        at = span(start - count * STEP, lanes)
-        store(total, add(load(span(start, lanes)), total[at]), at)
-        start, rest = start + lanes, rest - lanes
-    half = STEP // 2
-    while half >= LANES:
-        for part in range(half // LANES):
-            at, other = span(part * LANES, LANES), span(half + part * LANES, LANES)
-            store(total, total[at] + total[other], at)
-        half //= 2
-    return T.bind(_fold(total[span(0, LANES)]))
-
-
-def _fold(vector: Expr) -> Expr:
-    """Sum of the lanes, by halves."""
-    let = vmath.Lets()
-    lanes = vmath.lanes(vector)
-    while lanes > 1:
-        whole, lanes = let(vector, "whole"), lanes // 2
-        vector = _lanes_of(whole, 0, lanes) + _lanes_of(whole, lanes, lanes)
-    return let.close(vector)
-
-
-def _lanes_of(vector: Expr, first: int, lanes: int) -> Expr:
-    return tirx.Shuffle([vector], [tirx.IntImm("int32", first + i) for i in range(lanes)])
+            for part, at in enumerate(places):
+                store(total, add(x[(*row, span(i * STEP + part * LANES, LANES))], None, total[at]), at)
+    for part in range(rest // LANES):
+        value = x[(*row, span(count * STEP + part * LANES, LANES))]
+        store(total, add(value, None, total[places[part]]), places[part])
+    if rest % LANES:
+        at = places[rest // LANES]
+        value, mask = partial(x, row, extent - rest % LANES, rest % LANES)
+        store(total, add(value, mask, total[at]), at)
+    while parts > 1:
+        parts //= 2
+        for part in range(parts):
+            store(total, total[places[part]] + total[places[part + parts]], places[part])
+    return T.bind(fold(total[places[0]]))

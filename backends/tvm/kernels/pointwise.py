@@ -124,7 +124,7 @@ def merge_dimensions(
     """Merges neighbouring dimensions that every operand steps through evenly.
 
     extents: of the loop nest, outermost first. strides: for each operand, one stride for each dimension (0
-    where it is broadcast). The result describes the same accesses in as few dimensions as possible, at least 1.
+    where it is broadcast). The result describes the same accesses in as few dimensions as possible.
     """
     kept = [d for d, extent in enumerate(extents) if extent != 1]
     if not kept:

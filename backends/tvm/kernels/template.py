@@ -1,8 +1,8 @@
 """What the float kernel templates share: arguments, vector loops, the epilogue's operands.
 
 A template is plain Python that drives TVM's IR builder. A *problem* (a frozen dataclass of the module) holds
-all static facts; ``arguments(problem)`` lists the buffers in calling order, output last; ``build(problem, isa,
-name)`` makes the PrimFunc. The batch ``B`` is the only symbolic size.
+all static facts; ``arguments(problem)`` lists the buffers in calling order, output last; and ``build(problem,
+isa, name)`` makes the PrimFunc. The batch ``B`` is the only symbolic size.
 
 Vectors are 16 lanes everywhere; LLVM splits them on narrower machines. `isa` (``avx512vnni``, ``avx2``,
 ``dotprod``, ...) chooses tile sizes only: no result depends on it.
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
@@ -91,6 +92,29 @@ def each_vector(extent: int, body: Callable[[Any, int], None], most: int = LANES
         return
     with T.serial(0, count) as i:
         body(i * lanes if extent % lanes == 0 else T.min(i * lanes, extent - lanes), lanes)
+
+
+def partial(buffer: Buffer, row: Sequence[Any], start: Any, count: int) -> tuple[Expr, Expr]:
+    """The `count` < 16 elements from `start` on in 16 lanes, zeros behind them; and the mask of the lanes."""
+    index = [tirx.IntImm("int32", lane) for lane in range(LANES)]
+    mask = tirx.Shuffle([tirx.IntImm("bool", int(lane < count)) for lane in range(LANES)], index)
+    vector = f"{buffer.dtype}x{LANES}"
+    value = T.masked_load(vector, buffer, *row, T.ramp(start, 1, LANES), mask)
+    return tirx.Select(mask, value, vmath.f32(0.0, LANES)), mask  # lanes not loaded are undefined
+
+
+def fold(vector: Expr) -> Expr:
+    """Sum of the lanes, by halves."""
+    let = vmath.Lets()
+    lanes = vmath.lanes(vector)
+    while lanes > 1:
+        whole, lanes = let(vector, "whole"), lanes // 2
+        vector = _lanes_of(whole, 0, lanes) + _lanes_of(whole, lanes, lanes)
+    return let.close(vector)
+
+
+def _lanes_of(vector: Expr, first: int, lanes: int) -> Expr:
+    return tirx.Shuffle([vector], [tirx.IntImm("int32", first + i) for i in range(lanes)])
 
 
 # ------------------------------------------------------------------------------------------------- epilogues
