@@ -30,6 +30,7 @@ from mpq_compiler.backends.tvm.kernels.template import (
     each_vector,
     epilogue_arguments,
     primfunc,
+    register_file,
     scratch,
     span,
     store,
@@ -39,8 +40,7 @@ from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, mul, splat
 KEYS = 64  # keys of a block: part of the arithmetic, the same for every target
 LOWEST = -1e30  # the running maximum before the first key; finite, so that fully masked keys do not make NaN
 # (vectors of queries, keys of a score tile, dimensions of an output tile): accumulators fill the registers
-TILES = {"avx512vnni": (4, 6, 6), "avx512": (4, 6, 6)}
-SMALL_TILE = (1, 6, 6)
+TILES = {"wide": (4, 6, 6), "narrow": (1, 6, 6)}
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def arguments(problem: Attention) -> list[Argument]:
 
 def build(problem: Attention, isa: str = "avx512vnni", name: str = "attention") -> PrimFunc:
     """The kernel; `isa` chooses the tiles and no bit of the result."""
-    vectors, key_tile, dim_tile = TILES.get(isa, SMALL_TILE)
+    vectors, key_tile, dim_tile = TILES[register_file(isa)]
     tiles = -(-problem.queries // (vectors * LANES))
     vectors = -(-problem.queries // (tiles * LANES))
     return primfunc(

@@ -36,6 +36,7 @@ from mpq_compiler.backends.tvm.kernels.template import (
     fold,
     partial,
     primfunc,
+    register_file,
     scratch,
     span,
     store,
@@ -43,11 +44,9 @@ from mpq_compiler.backends.tvm.kernels.template import (
 )
 from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, splat
 
-# accumulators of a panel tile (rows x vectors) and of a dot tile (rows x outputs)
-PANEL_TILES = {"avx512vnni": (24, 4), "avx512": (24, 4)}
-PANEL_TILE = (6, 1)
-DOT_TILES = {"avx512vnni": (4, 4), "avx512": (4, 4)}
-DOT_TILE = (2, 2)
+# of a panel tile: accumulators and, at most, vectors; of a dot tile: rows and outputs
+PANEL_TILES = {"wide": (24, 4), "narrow": (6, 1)}
+DOT_TILES = {"wide": (4, 4), "narrow": (2, 2)}
 FEW_ROWS = 8
 FEW_OUTPUTS = 4
 
@@ -145,20 +144,31 @@ class _Plan:
 def _plan(problem: Linear | Conv2d) -> _Plan:
     if isinstance(problem, Linear):
         few = problem.positions < FEW_ROWS or problem.outputs < FEW_OUTPUTS
-        form = "dot" if not problem.packed and few else "panel"
-        shape = (problem.positions,)
-        return _Plan(shape[0], shape, 1, problem.outputs, problem.inputs, (1, 1), (0, 0), form)
-    (kh, kw), channels, groups = problem.kernel, problem.channels, problem.groups
-    row = (problem.width + problem.padding[2] + problem.padding[3]) * channels
-    shape = (problem.out_height, problem.out_width)
+        return _Plan(
+            rows=problem.positions,
+            row_shape=(problem.positions,),
+            groups=1,
+            group_outputs=problem.outputs,
+            group_inputs=problem.inputs,
+            taps=(1, 1),
+            tap_steps=(0, 0),
+            form="dot" if few and not problem.packed else "panel",
+        )
+    kernel_width, channels, groups = problem.kernel[1], problem.channels, problem.groups
     group_outputs, group_inputs = problem.outputs // groups, channels // groups
-    form = "panel"
+    few = groups == 1 and problem.outputs < FEW_OUTPUTS and kernel_width * channels >= LANES
+    form = "dot" if few and not problem.packed else "panel"
     if groups > 1 and group_inputs == group_outputs == 1:
         form = "depthwise"
-    elif not problem.packed and groups == 1 and problem.outputs < FEW_OUTPUTS and kw * channels >= LANES:
-        form = "dot"
     return _Plan(
-        shape[0] * shape[1], shape, groups, group_outputs, group_inputs, (kh, kw), (row, channels), form
+        rows=problem.out_height * problem.out_width,
+        row_shape=(problem.out_height, problem.out_width),
+        groups=groups,
+        group_outputs=group_outputs,
+        group_inputs=group_inputs,
+        taps=problem.kernel,
+        tap_steps=((problem.width + problem.padding[2] + problem.padding[3]) * channels, channels),
+        form=form,
     )
 
 
@@ -245,7 +255,8 @@ class _Body:
     """The kernel's body."""
 
     def __init__(self, problem: Linear | Conv2d, plan: _Plan, isa: str, buffers: Buffers):
-        self.problem, self.plan, self.isa, self.buffers = problem, plan, isa, buffers
+        self.problem, self.plan, self.buffers = problem, plan, buffers
+        self.registers = register_file(isa)
         self.finish = Finish(problem.epilogue, buffers)
 
     def emit(self, batch: Any) -> None:
@@ -267,7 +278,7 @@ class _Body:
             x, start = self._image(b)
             (self._dot if plan.form == "dot" else self._panels)(b, x, start, quant)
 
-    # ----------------------------------------------------------------------------------------------- the image
+    # ---------------------------------------------------------------------------------------- the image
 
     def _prepare_border(self) -> None:
         """A zeroed scratch image; its border stays zero, its interior is copied for every sample."""
@@ -313,11 +324,11 @@ class _Body:
             return (row,)
         return T.floordiv(row, self.problem.out_width), T.floormod(row, self.problem.out_width)
 
-    # ------------------------------------------------------------------------------------------------- panels
+    # ----------------------------------------------------------------------------------------------- panels
 
     def _panels(self, b: Any, x: Buffer, start: Any, quant: Any) -> None:
         plan = self.plan
-        registers, most = PANEL_TILES.get(self.isa, PANEL_TILE)
+        accumulators, most = PANEL_TILES[self.registers]
         blocks = -(-plan.vectors // most)
         per_block = -(-plan.vectors // blocks)
         depthwise = plan.form == "depthwise"
@@ -325,7 +336,7 @@ class _Body:
         with T.serial(0, 1 if depthwise else plan.groups) as g:
 
             def block(first: Any, count: int) -> None:
-                rows = min(plan.rows, registers // count, 12)
+                rows = min(plan.rows, accumulators // count, 12)
                 columns = [
                     g * size + T.min((first + j) * plan.lanes, size - plan.lanes) for j in range(count)
                 ]
@@ -377,11 +388,11 @@ class _Body:
             value = self.finish(sums[at], b, where, columns[j], quant)
             store(self.buffers["y"], value, b, *where, span(columns[j], lanes))
 
-    # ---------------------------------------------------------------------------------------------------- dot
+    # -------------------------------------------------------------------------------------------------- dot
 
     def _dot(self, b: Any, x: Buffer, start: Any, quant: Any) -> None:
         plan = self.plan
-        rows, outputs = DOT_TILES.get(self.isa, DOT_TILE)
+        rows, outputs = DOT_TILES[self.registers]
         rows, outputs = min(rows, plan.rows), min(outputs, plan.outputs)
         results = scratch(rows * plan.outputs, heap=plan.outputs > 4096)
         with T.serial(0, -(-plan.rows // rows)) as tile:

@@ -90,8 +90,14 @@ def arguments(problem: Movement | Gather) -> list[Argument]:
 def build(problem: Movement | Gather, isa: str = "avx512vnni", name: str = "movement") -> PrimFunc:
     """The kernel. All targets share one form; `isa` is accepted for uniformity."""
     del isa
-    body = _gather if isinstance(problem, Gather) else _move
-    return primfunc(name, arguments(problem), lambda batch, buffers: body(problem, batch, buffers))
+
+    def body(batch: Any, buffers: Buffers) -> None:
+        if isinstance(problem, Gather):
+            _gather(problem, batch, buffers)
+        else:
+            _move(problem, batch, buffers)
+
+    return primfunc(name, arguments(problem), body)
 
 
 # --------------------------------------------------------------------------------------------- constructors

@@ -98,8 +98,14 @@ def arguments(problem: GroupNorm | LayerNorm) -> list[Argument]:
 def build(problem: GroupNorm | LayerNorm, isa: str = "avx512vnni", name: str = "norm") -> PrimFunc:
     """The kernel. All targets share one form; `isa` is accepted for uniformity."""
     del isa
-    body = _group_norm if isinstance(problem, GroupNorm) else _layer_norm
-    return primfunc(name, arguments(problem), lambda batch, buffers: body(problem, batch, buffers))
+
+    def body(batch: Any, buffers: Buffers) -> None:
+        if isinstance(problem, GroupNorm):
+            _group_norm(problem, batch, buffers)
+        else:
+            _layer_norm(problem, batch, buffers)
+
+    return primfunc(name, arguments(problem), body)
 
 
 def _affine(problem: GroupNorm | LayerNorm) -> tuple[bool, bool]:

@@ -4,8 +4,8 @@ A template is plain Python that drives TVM's IR builder. A *problem* (a frozen d
 all static facts; ``arguments(problem)`` lists the buffers in calling order, output last; and ``build(problem,
 isa, name)`` makes the PrimFunc. The batch ``B`` is the only symbolic size.
 
-Vectors are 16 lanes everywhere; LLVM splits them on narrower machines. `isa` (``avx512vnni``, ``avx2``,
-``dotprod``, ...) chooses tile sizes only: no result depends on it.
+Vectors are 16 lanes everywhere; LLVM splits them on narrower machines. `isa` (``Target.isa``, or the name of
+a target) chooses tile sizes only: no result depends on it.
 """
 
 from __future__ import annotations
@@ -56,6 +56,12 @@ def primfunc(name: str, arguments: Sequence[Argument], body: Callable[[Any, Buff
             buffers[argument.name] = buffer
         body(batch, buffers)
     return builder.get()
+
+
+def register_file(isa: str) -> str:
+    """``wide``: 32 registers of 16 lanes (AVX-512). ``narrow``: 8 vectors of 16 lanes or about that many
+    (AVX2: 16 registers of 8 lanes; NEON: 32 of 4)."""
+    return "wide" if "avx512" in isa else "narrow"
 
 
 def scratch(size: int, dtype: str = "float32", *, heap: bool = False) -> Buffer:
