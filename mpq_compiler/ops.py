@@ -228,7 +228,7 @@ def _epilogue(
     group: Tensor,
     scale: Tensor,
     offset: Tensor | None,
-    act_scale: Tensor,
+    act_scale: Sequence[Tensor],
     bias: Tensor | None,
 ) -> Tensor:
     """The f32 epilogue over int accumulators [R, ..., O] (exact in f64), segment by segment, offsets last."""
@@ -245,7 +245,7 @@ def _epilogue(
     return y
 
 
-def _centred(x: Tensor, group: Tensor, act_zero: Tensor, segments: Sequence[int]) -> list[Tensor]:
+def _centred(x: Tensor, group: Tensor, act_zero: Sequence[Tensor], segments: Sequence[int]) -> list[Tensor]:
     """q - z_j per channel segment, in f64 where every product and sum of the contraction is exact."""
     parts = torch.split(x.to(torch.float64), list(segments), dim=-1)
     return [p - per_sample(act_zero[j].to(torch.float64), group, p) for j, p in enumerate(parts)]
@@ -260,12 +260,14 @@ def quant_linear(
     offset: Tensor | None,
     lut: Tensor | None,
     row_class: Tensor | None,
-    act_scale: Tensor,
-    act_zero: Tensor,
+    act_scale: Sequence[Tensor],
+    act_zero: Sequence[Tensor],
     bias: Tensor | None,
     segments: Sequence[int],
 ) -> Tensor:
-    """Linear layer on codes: x u8 [B, ..., K], codes [O, K], scale [O, J], act_scale and act_zero [J, G] -> f32 [B, ..., O].
+    """Linear layer on codes: x u8 [B, ..., K], codes [O, K], scale [O, J] -> f32 [B, ..., O].
+
+    act_scale and act_zero hold a tensor [G] for each of the J segments.
 
     ``A_j = sum_k (q - z_j) * LUT[code]`` exactly; then `_epilogue`. Segments are the J channel counts, summing to K.
     """
@@ -285,8 +287,8 @@ def quant_conv2d(
     offset: Tensor | None,
     lut: Tensor | None,
     row_class: Tensor | None,
-    act_scale: Tensor,
-    act_zero: Tensor,
+    act_scale: Sequence[Tensor],
+    act_zero: Sequence[Tensor],
     bias: Tensor | None,
     segments: Sequence[int],
     kernel: Sequence[int],

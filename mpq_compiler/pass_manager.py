@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mpq_compiler.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mpq_compiler.denoiser import Denoiser
     from mpq_compiler.program import Program
 
@@ -48,6 +50,10 @@ class Session:
     """What a run of passes shares that is no part of the program."""
 
     denoiser: Denoiser | None = None
+    calibration: dict[str, Tensor] | None = None
+    """Recorded inputs by name; None: recorded by sampling."""
+    sensitivity: dict[str, Any] | None = None
+    """A measured table; None: measured here."""
     seed: int = 0
     jobs: int = 1
     cache: Path | None = None

@@ -61,6 +61,7 @@ class Trace(Pass):
             model=denoiser.name,
             config=dict(denoiser.config),
         )
+        program.facts["parameters"] = denoiser.parameters
         _strip(graph)
         _merge_equal(graph)
         _fold_constants(graph, tensors)

@@ -1,0 +1,113 @@
+"""Exact mode: a fake-quantized program executed on codes, as the packed program that it folds into will be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler import ops
+from mpq_compiler.aten import aten
+from mpq_compiler.formats.base import nearest_codes
+from mpq_compiler.program import Interpreter, Program
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What a `fake_quantize` node yields."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    group: Tensor
+
+    def value(self) -> Tensor:
+        scale, zero = (ops.per_sample(t.to(torch.float32), self.group, self.codes) for t in (self.scale, self.zero_point))
+        return (self.codes.to(torch.float32) - zero) * scale
+
+
+@dataclass(frozen=True)
+class WeightCodes:
+    """What a quantized weight yields; ``shape`` is that of the float weight."""
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None
+    lut: Tensor | None
+    row_class: Tensor | None
+    shape: tuple[int, ...]
+
+    def value(self) -> Tensor:
+        return ops.dequantize_weight(self.codes, self.scale, self.offset, self.lut, self.row_class, self.shape)
+
+
+@dataclass(frozen=True)
+class BranchCodes:
+    signs: Tensor
+    scale: Tensor
+    alpha: Tensor
+    shape: tuple[int, ...]
+
+    def value(self) -> Tensor:
+        return ops.binary_branch(self.signs, self.scale, self.alpha, self.shape)
+
+
+class ExactInterpreter(Interpreter):
+    """Integer accumulation and the exact epilogue wherever a layer reads quantized operands."""
+
+    def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        target = node.target
+        if target is ops.fake_quantize:
+            x, scale, zero, group, bits = args
+            return Codes(ops.quantize(_plain(x), scale, zero, group, bits), scale, zero, group)
+        if target is ops.dequantize_weight:
+            return WeightCodes(*args[:5], tuple(args[5]))
+        if target is ops.fake_quantize_weight:
+            weight, *parameters = args
+            rows = weight.reshape(len(weight), -1)
+            return WeightCodes(nearest_codes(rows, *parameters), *parameters, tuple(weight.shape))
+        if target is ops.binary_branch:
+            return BranchCodes(args[0], args[1], args[2], tuple(args[3]))
+        if target is aten.add.Tensor and isinstance(args[0], WeightCodes) and isinstance(args[1], BranchCodes):
+            base, branch = args
+            assert base.lut is not None
+            codes, lut = ops.merge_branch(base.codes, base.lut, branch.signs, branch.alpha)
+            return WeightCodes(codes, base.scale, base.offset, lut, base.row_class, base.shape)
+        if len(args) > 1 and isinstance(args[0], Codes) and isinstance(args[1], WeightCodes):
+            return _contract(target, *args, **kwargs)
+        return super().call(node, fx.node.map_aggregate(args, _plain), fx.node.map_aggregate(kwargs, _plain))
+
+    def result(self, value: Any) -> Any:
+        return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    return value.value() if isinstance(value, Codes | WeightCodes | BranchCodes) else value
+
+
+def _contract(
+    target: Any,
+    x: Codes,
+    w: WeightCodes,
+    bias: Tensor | None = None,
+    stride: Any = (1, 1),
+    padding: Any = (0, 0, 0, 0),
+    groups: int = 1,
+) -> Tensor:
+    common = (x.codes, x.group, w.codes, w.scale, w.offset, w.lut, w.row_class, [x.scale], [x.zero_point], bias)
+    channels = [x.codes.shape[-1]]
+    if target is ops.conv2d:
+        assert groups == 1
+        return ops.quant_conv2d(*common, channels, list(w.shape[1:3]), stride, padding)
+    return ops.quant_linear(*common, channels)
+
+
+@torch.no_grad()
+def run_exact(
+    program: Program, inputs: Mapping[str, Tensor], watch: Callable[[fx.Node, Any], None] | None = None
+) -> Tensor:
+    """The program's output in exact mode."""
+    return ExactInterpreter(program).run(inputs, watch=watch)

@@ -1,0 +1,320 @@
+"""Runs an artifact, without torch and without a compiler; also in the place of a diffusers denoiser."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from mpq_compiler import artifact as artifacts
+from mpq_compiler import targets
+from mpq_compiler.artifact import Artifact
+from mpq_compiler.errors import UserError, nearest
+from mpq_compiler.tvm_runtime import VirtualMachine, usable_cores
+
+
+class Executor(Protocol):
+    """What executes the functions of an artifact. Calls come one at a time."""
+
+    def run(self, function: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
+        """The output of `function` for `inputs` in its order, of its shapes and types, with any strides."""
+
+
+class DenoiserOutput(NamedTuple):
+    """What diffusers expects back: `.sample`, or the first item."""
+
+    sample: Any
+
+
+class Config(dict[str, Any]):
+    """The model's configuration, by key or by attribute, read-only by convention."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the model's configuration has no '{name}'") from None
+
+
+def load(
+    path: str | os.PathLike[str], threads: int | None = None, check_finite: bool = True
+) -> CompiledDenoiser:
+    """Verifies and loads the artifact at `path`, a folder or a zip.
+
+    threads: how many a call uses (default: every core this process may use; never more). check_finite:
+    whether NaN or infinity in an output is an error. UserError: the artifact is not sound, or this machine
+    cannot run it.
+    """
+    if threads is not None and threads < 1:
+        raise UserError(f"threads is {threads}; it must be at least 1")
+    return CompiledDenoiser(artifacts.read(path), threads or usable_cores(), check_finite)
+
+
+def _executor(artifact: Artifact, threads: int) -> Executor:
+    target = artifact.manifest["target"]
+    targets.require_host(target["name"], target["arch"], target["features"])
+    if target["backend"] == "tvm":
+        return VirtualMachine(artifact, threads)
+    if target["backend"] == "reference":
+        try:
+            # By name, for the ground floor imports no backend: this one interprets the graph with torch.
+            backend = importlib.import_module("mpq_compiler.backends.reference")
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"an artifact for 'reference' needs {error.name}: pip install 'mpq-compiler[compile]', "
+                "or compile it for this machine with --target native"
+            ) from error
+        return backend.load(artifact, threads)
+    raise UserError(
+        f"artifacts for '{target['name']}' are not run here; load it with the {target['backend']} runtime"
+    )
+
+
+class CompiledDenoiser:
+    """A compiled denoiser: call it as the model it was compiled from, or `run` it on NumPy arrays.
+
+    It stands in for `pipeline.unet` or `pipeline.transformer` of diffusers: it has `config`, `dtype` and
+    `device`, and returns torch tensors when it is given some. Calls from several threads take turns.
+    """
+
+    def __init__(self, artifact: Artifact, threads: int, check_finite: bool = True) -> None:
+        self.artifact = artifact
+        self.manifest = artifact.manifest
+        self.config = Config(self.manifest["model"]["config"])
+        self.check_finite = check_finite
+        self._functions: list[dict[str, Any]] = self.manifest["functions"]
+        self._inputs: dict[str, dict[str, Any]] = {v["name"]: v for v in self._functions[0]["inputs"]}
+        self._signature: list[str] = self.manifest["model"].get("signature", list(self._inputs))
+        self._executor = _executor(artifact, threads)
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        target, weights = self.manifest["target"]["name"], self.manifest["weights"]
+        return (
+            f"CompiledDenoiser({self.manifest['name']}, {self.manifest['model']['class']} for {target}, "
+            f"{weights['average_bits']:.2f} bits, {weights['payload_bytes']} bytes)"
+        )
+
+    @property
+    def input_names(self) -> list[str]:
+        """The inputs, in the order of the compiled functions."""
+        return list(self._inputs)
+
+    @property
+    def dtype(self) -> Any:
+        """float32: torch's where torch is loaded, else NumPy's."""
+        torch = _torch()
+        return torch.float32 if torch else np.dtype(np.float32)
+
+    @property
+    def device(self) -> Any:
+        """The CPU: a torch device where torch is loaded, else the string "cpu"."""
+        torch = _torch()
+        return torch.device("cpu") if torch else "cpu"
+
+    def to(self, *args: Any, **kwargs: Any) -> CompiledDenoiser:
+        """Itself, for the CPU and float32. UserError: any other device or type."""
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, str | np.dtype) or type(argument).__module__ == "torch":
+                name = str(argument).removeprefix("torch.")
+                if name.split(":")[0] not in ("cpu", "float32", "contiguous_format", "preserve_format"):
+                    raise UserError(
+                        f"a compiled denoiser cannot move to {name}: it runs in float32 on the CPU"
+                    )
+        return self
+
+    def eval(self) -> CompiledDenoiser:
+        """Itself: there is no other mode."""
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> CompiledDenoiser:
+        """Itself, without gradients. UserError: they are asked for."""
+        if requires_grad:
+            raise UserError("a compiled denoiser has no gradients; train the model it was compiled from")
+        return self
+
+    def __call__(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """Predicts as the compiled model's `forward` does.
+
+        Arguments by position or by name, as arrays or torch tensors on the CPU; those that are None count
+        as absent. A number, or an array of one, stands for one value a sample where the input has one (the
+        timestep). Returns a `DenoiserOutput`, or a tuple of one where `return_dict` is false. UserError: as
+        `run`.
+        """
+        named = self._named(args, kwargs)
+        as_torch = any(_is_torch(value) for value in named.values())
+        result: Any = self.run(named)
+        if as_torch:
+            torch = _torch()
+            assert torch
+            result = torch.from_numpy(result)
+        return DenoiserOutput(result) if return_dict else (result,)
+
+    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        if len(args) > len(self._signature):
+            raise UserError(
+                f"{len(args)} positional inputs are too many: there are {', '.join(self._signature)}"
+            )
+        named = dict(zip(self._signature, args, strict=False))
+        for name, value in kwargs.items():
+            if name in named:
+                raise UserError(f"input '{name}' is given twice, by position and by name")
+            if name == "added_cond_kwargs" and isinstance(value, Mapping):
+                named.update(value)
+            else:
+                named[name] = value
+        return {name: value for name, value in named.items() if value is not None}
+
+    def run(self, inputs: Mapping[str, Any]) -> np.ndarray:
+        """The output for `inputs` by name: float32, the batch first.
+
+        A batch without a specialization of its own is run in parts, the largest first, and what remains is
+        filled up with copies of its last sample; samples do not influence one another, so the parts do not
+        show.
+
+        UserError: an input is missing, unknown, or of the wrong type, shape or device; the batch is empty;
+        the output is not finite.
+        """
+        arrays = self._checked(inputs)
+        batch, fitting = self._specializations(arrays)
+        with self._lock:
+            parts = [
+                self._part(function, arrays, begin, end) for function, begin, end in _schedule(batch, fitting)
+            ]
+        result = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self.check_finite:
+            self._require_finite(result, arrays)
+        return result
+
+    def _part(
+        self, function: dict[str, Any], arrays: Mapping[str, np.ndarray], begin: int, end: int
+    ) -> np.ndarray:
+        rows: slice | np.ndarray = slice(begin, end)
+        size = function["batch"] or end - begin
+        if size > end - begin:
+            rows = np.minimum(np.arange(begin, begin + size), end - 1)
+        inputs = [arrays[value["name"]][rows] for value in function["inputs"]]
+        return self._executor.run(function["name"], inputs)[: end - begin]
+
+    def _checked(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        for name in inputs:
+            if name not in self._inputs:
+                raise UserError(f"this artifact has no input '{name}': {nearest(name, self._inputs)}")
+        for name in self._inputs:
+            if name not in inputs:
+                raise UserError(f"input '{name}' is missing; this artifact takes {', '.join(self._inputs)}")
+        arrays = {name: _array(name, inputs[name], value) for name, value in self._inputs.items()}
+        batch = max((len(array) for array in arrays.values() if array.ndim), default=1)
+        for name, value in self._inputs.items():
+            array = arrays[name]
+            if len(value["shape"]) == 1 and array.size == 1:
+                arrays[name] = array = np.broadcast_to(array.reshape(1), (batch,))
+            if array.ndim != len(value["shape"]):
+                shape = _shape_text(value["shape"])
+                raise UserError(f"input '{name}' has shape {list(array.shape)}; this artifact takes {shape}")
+        return arrays
+
+    def _specializations(self, arrays: Mapping[str, np.ndarray]) -> tuple[int, list[dict[str, Any]]]:
+        """(the batch size, the functions for these shapes)."""
+        first = next(iter(arrays))
+        batch = len(arrays[first])
+        for name, array in arrays.items():
+            if array.size == 0:
+                raise UserError(
+                    f"input '{name}' is empty, of shape {list(array.shape)}; a batch needs a sample"
+                )
+            if len(array) != batch:
+                raise UserError(f"input '{name}' has a batch of {len(array)}, and '{first}' one of {batch}")
+        fitting = self._functions
+        for name, array in arrays.items():
+            shapes = {f["name"]: _shape(f, name) for f in fitting}
+            fitting = [f for f in fitting if shapes[f["name"]][1:] == array.shape[1:]]
+            if not fitting:
+                known = " or ".join(sorted({_shape_text(shape) for shape in shapes.values()}))
+                raise UserError(f"input '{name}' has shape {list(array.shape)}; this artifact takes {known}")
+        return batch, fitting
+
+    def _require_finite(self, result: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
+        # A sum is finite only if every term is; it may overflow where all are, hence the second look.
+        if np.isfinite(result.sum(dtype=np.float64)) or (bad := ~np.isfinite(result)).sum() == 0:
+            return
+        for name, array in arrays.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise UserError(
+                    f"input '{name}' holds NaN or infinity, and so does the output; check what made it"
+                )
+        name = self._functions[0]["output"]["name"]
+        sample = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1)))
+        raise UserError(
+            f"output '{name}' holds NaN or infinity in {int(bad.sum())} of {bad.size} values, first in "
+            f"sample {sample}; inputs far outside the calibrated range do that, and so may too few bits"
+        )
+
+
+def _schedule(batch: int, functions: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int, int]]:
+    """(function, first sample, end) of each part of a batch: the largest that fit, the last filled up."""
+    for function in functions:
+        if function["batch"] is None:
+            return [(function, 0, batch)]
+    by_size = sorted(functions, key=lambda function: -function["batch"])
+    schedule = []
+    begin = 0
+    while begin < batch:
+        rest = batch - begin
+        function = next((f for f in by_size if f["batch"] <= rest), by_size[-1])
+        end = min(begin + function["batch"], batch)
+        schedule.append((function, begin, end))
+        begin = end
+    return schedule
+
+
+def _shape(function: dict[str, Any], name: str) -> tuple[int | None, ...]:
+    return next(tuple(value["shape"]) for value in function["inputs"] if value["name"] == name)
+
+
+def _shape_text(shape: Sequence[int | None]) -> str:
+    return "[" + ", ".join(["B", *map(str, shape[1:])]) + "]"
+
+
+def _torch() -> Any:
+    """The torch module if the process has loaded it; this package does not."""
+    return sys.modules.get("torch")
+
+
+def _is_torch(value: Any) -> bool:
+    torch = _torch()
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _array(name: str, value: Any, expected: Mapping[str, Any]) -> np.ndarray:
+    """`value` as an array of the expected type. UserError: it is something else, or elsewhere."""
+    dtype, scalar = np.dtype(expected["dtype"]), len(expected["shape"]) == 1
+    if _is_torch(value):
+        if value.device.type != "cpu":
+            raise UserError(f"input '{name}' is on {value.device}; this artifact takes it on the CPU: .cpu()")
+        stated = str(value.dtype).removeprefix("torch.")
+        if stated in ("bfloat16", "complex32") or stated.startswith("float8"):
+            raise UserError(f"input '{name}' is {stated}; this artifact takes {dtype}")
+        value = value.detach().numpy()
+    elif scalar and isinstance(value, int | float):
+        value = np.asarray(value)
+    elif not isinstance(value, np.ndarray | np.generic):
+        kind = type(value).__name__
+        raise UserError(f"input '{name}' is a {kind}; this artifact takes arrays or torch tensors of {dtype}")
+    array = np.asarray(value)
+    if array.dtype == dtype:
+        return array
+    # One number a sample may come in any type that holds it exactly: schedulers differ in the type of
+    # timesteps.
+    if scalar and array.dtype.kind in "iuf":
+        with np.errstate(invalid="ignore", over="ignore"):
+            converted = array.astype(dtype)
+            if (converted == array).all():
+                return converted
+        raise UserError(f"input '{name}' holds a value that {dtype} cannot; this artifact takes {dtype}")
+    raise UserError(f"input '{name}' is {array.dtype}; this artifact takes {dtype}")

@@ -1,0 +1,200 @@
+"""TVM's runtime library without TVM's compiler and without torch: its place, its threads, its machine.
+
+Of the apache-tvm wheel one file is loaded, `libtvm_runtime.so` (3.4 MB), through apache-tvm-ffi.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from mpq_compiler.artifact import KERNELS, Artifact
+from mpq_compiler.errors import UserError
+from mpq_compiler.tensorfile import ALIGNMENT, aligned, aligned_empty
+
+ENVIRONMENT = "MPQ_TVM_RUNTIME"
+_LIBRARY = "libtvm_runtime.so"
+# tvm::runtime::threading::SetMaxConcurrency(int), for the calling thread: 1 makes its parallel loops serial.
+_SET_MAX_CONCURRENCY = "_ZN3tvm7runtime9threading17SetMaxConcurrencyEi"
+_CPU, _POOLED = 1, 2  # kDLCPU; the memory allocator that keeps its buffers for the next call
+_ALL_BIG_CORES = 1
+
+_current = threading.local()  # .threads: how many the pool of this operating system thread uses now
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def library_path() -> Path:
+    """Where the runtime library is: MPQ_TVM_RUNTIME, else in the installed apache-tvm, which is not imported.
+
+    A process that has imported tvm already uses its library. UserError: there is none.
+    """
+    stated = os.environ.get(ENVIRONMENT)
+    if stated and "tvm" not in sys.modules:
+        if not Path(stated).is_file():
+            raise UserError(f"{ENVIRONMENT} names {stated}, which is not a file; name a copy of {_LIBRARY}")
+        return Path(stated)
+    spec = importlib.util.find_spec("tvm")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        if (path := Path(folder, "lib", _LIBRARY)).is_file():
+            return path
+    raise UserError(
+        "the TVM runtime is not installed: pip install 'mpq-compiler[runtime]', "
+        f"or name a copy of {_LIBRARY} in {ENVIRONMENT}"
+    )
+
+
+def _import_tvm_ffi() -> ModuleType:
+    """apache-tvm-ffi, which imports torch whenever it can: half a second and 200 MB that nobody asked for.
+
+    For the time of this one import torch looks absent, unless it is loaded already; `import torch` works
+    afterwards.
+    """
+    hidden = "tvm_ffi" not in sys.modules and "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        import tvm_ffi
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return tvm_ffi
+
+
+@functools.cache
+def _load() -> tuple[ModuleType, ctypes.CDLL]:
+    """(tvm_ffi, the runtime library), loaded once."""
+    path = library_path()
+    # Without a stated size every parallel loop asks the system for the number of cores, and half of them
+    # stay idle; and TVM would bind the caller's thread to a core, and with it whatever else the process
+    # runs on it.
+    os.environ.setdefault("TVM_NUM_THREADS", str(usable_cores()))
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
+    tvm_ffi = _import_tvm_ffi()
+    try:
+        return tvm_ffi, ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise UserError(f"the TVM runtime {path} cannot be loaded ({error}); install it again") from error
+
+
+def _use_threads(count: int) -> None:
+    """Lets parallel loops started by this operating system thread use `count` threads.
+
+    TVM keeps one pool a thread, of a size fixed when it starts; so it starts at full size, and uses a part.
+    """
+    if getattr(_current, "threads", None) == count:
+        return
+    tvm_ffi, library = _load()
+    set_max_concurrency = library[_SET_MAX_CONCURRENCY]
+    if count == 1:
+        set_max_concurrency(1)
+    else:
+        set_max_concurrency(usable_cores())
+        tvm_ffi.get_global_func("runtime.config_threadpool")(_ALL_BIG_CORES, count)
+    _current.threads = count
+
+
+@functools.cache
+def _libm() -> ctypes.CDLL:
+    return ctypes.CDLL("libm.so.6")
+
+
+@contextmanager
+def _default_float_environment() -> Iterator[None]:
+    """Rounds to nearest and keeps denormals, whatever the process (torch.set_flush_denormal) has set.
+
+    Artifacts promise the same bits everywhere.
+    """
+    saved = (ctypes.c_char * 64)()  # fenv_t: 32 bytes on x86-64, 8 on AArch64
+    libm = _libm()
+    libm.fegetenv(saved)
+    libm.fesetenv(ctypes.c_void_p(-1))  # FE_DFL_ENV
+    try:
+        yield
+    finally:
+        libm.fesetenv(saved)
+
+
+def _require_version(artifact: Artifact) -> None:
+    """Kernels call the runtime of the release that compiled them. UserError: another one is installed."""
+    needed = artifact.manifest["versions"].get("apache-tvm")
+    if needed is None or ENVIRONMENT in os.environ:
+        return
+    try:
+        installed = importlib.metadata.version("apache-tvm")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if installed.split(".")[:2] != needed.split(".")[:2]:
+        raise UserError(
+            f"{artifact.path} was compiled with TVM {needed}, and {installed} is installed: "
+            f"pip install apache-tvm=={needed}, or compile it again"
+        )
+
+
+class VirtualMachine:
+    """The functions of an artifact's `kernels.so`, with its prepared weights; one call at a time."""
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        """Loads the kernels and prepares the weights, on `threads` threads."""
+        kernels = artifact.file(KERNELS)
+        _require_version(artifact)
+        self._ffi, _ = _load()
+        self.threads = min(threads, int(os.environ["TVM_NUM_THREADS"]), usable_cores())
+        self._machine = self._load_kernels(kernels, artifact.manifest["files"][KERNELS]["sha256"])
+        self._machine["vm_initialization"](_CPU, 0, _POOLED)
+        self._functions = {f["name"]: self._machine[f["name"]] for f in artifact.manifest["functions"]}
+        self._staged: dict[str, list[tuple[np.ndarray, Any]]] = {
+            function["name"]: [
+                self._staging(tuple(value["shape"]), np.dtype(value["dtype"])) for value in function["inputs"]
+            ]
+            for function in artifact.manifest["functions"]
+        }
+        self._prepared: list[Any] = []
+        if prepare := artifact.manifest.get("prepare"):
+            stored = artifact.tensors()
+            arguments = [self._tensor(aligned(stored[name])) for name in prepare["tensors"]]
+            _use_threads(self.threads)
+            with _default_float_environment():
+                self._prepared = list(self._machine[prepare["name"]](*arguments))
+
+    def _load_kernels(self, path: Path, sha256: str) -> Any:
+        # The dynamic loader knows libraries by path and keeps them: under its own path an artifact that was
+        # overwritten would run the old kernels. A link whose name is the hash of the content is loaded anew
+        # exactly when it should.
+        with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
+            link = Path(folder, f"{sha256}.so")
+            link.symlink_to(path.resolve())
+            return self._ffi.load_module(str(link))["vm_load_executable"]()
+
+    def _tensor(self, array: np.ndarray) -> Any:
+        return self._ffi.from_dlpack(array, require_alignment=ALIGNMENT)
+
+    def _staging(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[np.ndarray, Any]:
+        buffer = aligned_empty(shape, dtype)
+        return buffer, self._tensor(buffer)
+
+    def run(self, function: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
+        """Calls `function` on arrays of exactly its shapes and types, with any strides and alignment."""
+        staged = self._staged[function]
+        for (buffer, _), array in zip(staged, inputs, strict=True):
+            np.copyto(buffer, array)
+        _use_threads(self.threads)
+        with _default_float_environment():
+            result = self._functions[function](*(tensor for _, tensor in staged), *self._prepared)
+        return np.from_dlpack(result)

@@ -1,0 +1,2 @@
+def verify(program, after=""):
+    return None

@@ -1,0 +1,94 @@
+"""From simulated to integer arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+
+from mpq_compiler import ops
+from mpq_compiler.aten import aten
+from mpq_compiler.pass_manager import Contract, Pass, Session
+from mpq_compiler.program import Program, Stage, prune
+
+
+@dataclass(frozen=True)
+class FoldFakeQuant(Pass):
+    """Layers between fake quantizers become packed operators on codes; base and branch become one table.
+
+    Equal, bit for bit, to the program before executed in exact mode (docs/ir.md, "Exact arithmetic").
+
+        %x_q    = mpq::fake_quantize(%x, x:scale, x:zero_point, %g, 8)
+        %conv_w = mpq::dequantize_weight(conv.weight:codes, conv.weight:scale, conv.weight:offset, conv.weight:lut, None, ...)
+        %conv   = mpq::conv2d(%x_q, %conv_w, conv.bias:corrected, [1, 1], [1, 1, 1, 1])
+      =>
+        %x_q    = mpq::quantize(%x, x:scale, x:zero_point, %g, 8)
+        %conv   = mpq::quant_conv2d(%x_q, %g, conv.weight:codes, conv.weight:scale, conv.weight:offset, ...)
+    """
+
+    contract: ClassVar[Contract] = Contract.EXACT
+    requires: ClassVar[frozenset[str]] = frozenset({"codes"})
+    provides: ClassVar[frozenset[str]] = frozenset({"packed"})
+
+    def run(self, program: Program, session: Session) -> Program:
+        program = program.fork(stage=Stage.PACKED)
+        packed: dict[fx.Node, fx.Node] = {}
+        for node in list(program.graph.nodes):
+            if _is_layer(node):
+                self._fold(program, node, packed)
+        prune(program.graph)
+        return program
+
+    def _fold(self, program: Program, call: fx.Node, packed: dict[fx.Node, fx.Node]) -> None:
+        graph = program.graph
+        x, weight = call.args[0], call.args[1]
+        bias = call.args[2] if len(call.args) > 2 else None
+        _, act_scale, act_zero, group, bits = x.args  # type: ignore[union-attr]
+        if x not in packed:
+            with graph.inserting_before(x):  # type: ignore[arg-type]
+                new = graph.call_function(ops.quantize, x.args)  # type: ignore[union-attr]
+            packed[x] = new  # type: ignore[index]
+            x.replace_all_uses_with(new, delete_user_cb=_is_layer)  # type: ignore[union-attr]
+            name = x.name  # type: ignore[union-attr]
+            if not x.users:  # type: ignore[union-attr]
+                graph.erase_node(x)  # type: ignore[arg-type]
+                new.name = name
+            x = new
+        with graph.inserting_before(call):
+            codes, scale, offset, lut, row_class, shape = _table(program, weight)  # type: ignore[arg-type]
+            common = (call.args[0], group, codes, scale, offset, lut, row_class, [act_scale], [act_zero], bias)
+            if call.target is ops.conv2d:
+                stride, padding = list(call.args[3]), list(call.args[4])  # type: ignore[arg-type]
+                arguments: tuple[Any, ...] = (*common, [shape[3]], list(shape[1:3]), stride, padding)
+                new = graph.call_function(ops.quant_conv2d, arguments)
+            else:
+                new = graph.call_function(ops.quant_linear, (*common, [shape[1]]))
+        call.replace_all_uses_with(new)
+        name = call.name
+        graph.erase_node(call)
+        new.name = name
+
+
+def _is_layer(node: fx.Node) -> bool:
+    if node.op != "call_function" or node.target not in (ops.conv2d, aten.linear.default):
+        return False
+    x, weight = node.args[0], node.args[1]
+    quantized = isinstance(x, fx.Node) and x.target in (ops.fake_quantize, ops.quantize)
+    rounded = (ops.dequantize_weight, aten.add.Tensor)
+    return quantized and isinstance(weight, fx.Node) and weight.op == "call_function" and weight.target in rounded
+
+
+def _table(program: Program, weight: fx.Node) -> tuple[Any, ...]:
+    """codes, scale, offset, lut, row_class and shape of a settled weight, its branch merged."""
+    if weight.target is ops.dequantize_weight:
+        return weight.args
+    base, branch = weight.args
+    codes, scale, offset, lut, row_class, shape = base.args  # type: ignore[union-attr]
+    signs, _, alpha, _ = branch.args  # type: ignore[union-attr]
+    stored = [program.tensors[str(n.target)] for n in (codes, lut, signs, alpha)]
+    path = str(codes.target).split(":")[0]
+    merged = ops.merge_branch(*stored)
+    names = [program.tensors.add(f"{path}:{n}", t) for n, t in zip(("codes", "lut"), merged, strict=True)]
+    new_codes, new_lut = (program.graph.get_attr(n) for n in names)
+    return new_codes, scale, offset, new_lut, row_class, shape

@@ -1,0 +1,66 @@
+"""Binary residual branches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, fx
+
+from mpq_compiler import formats, ops
+from mpq_compiler.aten import aten
+from mpq_compiler.fitting import fitted, settle, unsettled
+from mpq_compiler.formats.residual import ResidualFormat
+from mpq_compiler.pass_manager import Contract, Pass, Session
+from mpq_compiler.program import Program, prune
+
+
+@dataclass(frozen=True)
+class ResidualBranch(Pass):
+    """Gives the layers whose plan says so their branch: base + alpha * B, fitted together (MPQ-DMv2, arXiv 2507.04290).
+
+    Base codes, branch signs, scale, offset and the layer's ratio alpha come out of one fit on output error.
+
+        %conv1_w = mpq::fake_quantize_weight(conv1.weight:ohwi, conv1.weight:range.scale, ...)
+      =>
+        %conv1_w_base   = mpq::dequantize_weight(conv1.weight:base.codes, conv1.weight:scale, conv1.weight:offset, ...)
+        %conv1_w_branch = mpq::binary_branch(conv1.weight:signs, conv1.weight:scale, conv1.weight:alpha, ...)
+        %conv1_w        = aten.add.Tensor(%conv1_w_base, %conv1_w_branch)
+    """
+
+    contract: ClassVar[Contract] = Contract.SIMULATION
+    requires: ClassVar[frozenset[str]] = frozenset({"fake-quant"})
+    provides: ClassVar[frozenset[str]] = frozenset({"residuals"})
+
+    def run(self, program: Program, session: Session) -> Program:
+        program = program.fork()
+        chosen = [u for u in unsettled(program) if isinstance(formats.get(u[2]), ResidualFormat)]
+        with session.track("fitting residual branches", len(chosen)) as advance:
+            for quantizer, call, name in chosen:
+                self._insert(program, quantizer, fitted(program, call, _weight(quantizer), name))
+                advance(1)
+        prune(program.graph)
+        return program
+
+    def _insert(self, program: Program, quantizer: fx.Node, fit: formats.QuantizedWeight) -> None:
+        weight = _weight(quantizer)
+        path, shape = weight.split(":")[0], list(program.tensors[weight].shape)
+        graph = program.graph
+
+        def attribute(name: str, tensor: Tensor | None) -> fx.Node:
+            assert tensor is not None
+            return graph.get_attr(program.tensors.add(f"{path}:{name}", tensor))
+
+        with graph.inserting_before(quantizer):
+            scale, offset = attribute("scale", fit.scale), attribute("offset", fit.offset)
+            codes, lut = attribute("base.codes", fit.codes), attribute("base.lut", fit.lut)
+            signs, alpha = attribute("signs", fit.signs), attribute("alpha", fit.alpha)
+            base = graph.call_function(ops.dequantize_weight, (codes, scale, offset, lut, None, shape))
+            branch = graph.call_function(ops.binary_branch, (signs, scale, alpha, shape))
+            total = graph.call_function(aten.add.Tensor, (base, branch))
+        base.name, branch.name = f"{quantizer.name}_base", f"{quantizer.name}_branch"
+        settle(program, quantizer, total, fit)
+
+
+def _weight(quantizer: fx.Node) -> str:
+    return str(quantizer.args[0].target)  # type: ignore[union-attr]

@@ -1,0 +1,94 @@
+"""Intervals of the timestep that share activation quantizers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mpq_compiler.calibration import RANGE, VALUES, Calibration
+from mpq_compiler.formats import activation
+from mpq_compiler.pass_manager import Contract, Pass, Session
+from mpq_compiler.program import Program
+
+BOUNDARIES = "time_groups.boundaries"
+VALUES_PER_STEP = 160
+
+
+@dataclass(frozen=True)
+class TimeGroups(Pass):
+    """Cuts the range of timestep values into intervals by dynamic programming.
+
+    The cost of an interval is the relative squared error of one quantizer for all its values, summed over the tensor
+    edges; the cut with the least total is found exactly. Groups are intervals of the timestep's value, so other step
+    counts and samplers work, and a value outside the calibrated range falls into the nearest group.
+
+        (no change; the boundaries are a tensor, read by %g = mpq::time_group(%timestep) once quantizers are inserted)
+      =>
+        (no change)
+    """
+
+    contract: ClassVar[Contract] = Contract.IDENTICAL
+    requires: ClassVar[frozenset[str]] = frozenset({"calibration"})
+    provides: ClassVar[frozenset[str]] = frozenset({"time-groups"})
+    statistics: ClassVar[frozenset[str]] = frozenset({RANGE, VALUES})
+
+    groups: int = 4
+    """Groups at most; fewer where the calibration has fewer timesteps."""
+    bits: int = 8
+    """Width of the activations for which the cost is reckoned."""
+
+    def run(self, program: Program, session: Session) -> Program:
+        program = program.fork()
+        calibration: Calibration = program.facts["calibration"]
+        steps = calibration.timesteps.unique()
+        costs = torch.zeros(len(steps), len(steps), dtype=torch.float64)
+        with session.track("time groups", len(calibration.edges)) as advance:
+            for name in sorted(calibration.edges):
+                costs += self._interval_costs(calibration, name, steps)
+                advance(1)
+        starts = best_cut(costs, min(self.groups, len(steps)))
+        boundaries = [(steps[s - 1] + steps[s]) / 2 for s in starts[1:]]
+        program.facts["time-groups"] = torch.tensor(boundaries, dtype=torch.float32)
+        program.tensors.add(BOUNDARIES, program.facts["time-groups"])
+        return program
+
+    def _interval_costs(self, calibration: Calibration, name: str, steps: Tensor) -> Tensor:
+        """[T, T]: at [a, b] the relative error of one quantizer for the timesteps a..b; infinite below the diagonal."""
+        edge, times = calibration.edges[name], calibration.timesteps
+        chosen = [times == t for t in steps]
+        values = [edge.values[rows].flatten() for rows in chosen]
+        values = [v[:: max(1, len(v) // VALUES_PER_STEP)] for v in values]
+        low = [edge.low[rows].min() for rows in chosen]
+        high = [edge.high[rows].max() for rows in chosen]
+        costs = torch.full((len(steps), len(steps)), torch.inf, dtype=torch.float64)
+        power = torch.cat(values).square().sum().clamp_min(1e-30)
+        for a in range(len(steps)):
+            for b in range(a, len(steps)):
+                interval = torch.cat(values[a : b + 1])
+                ends = torch.stack(low[a : b + 1]).min(), torch.stack(high[a : b + 1]).max()
+                costs[a, b] = float(activation.least_error(interval, *ends, self.bits) / power)
+        return costs
+
+
+def best_cut(costs: Tensor, groups: int) -> list[int]:
+    """First indices of the intervals of the cheapest cut of 0..T-1 into at most ``groups`` intervals; costs [T, T]."""
+    count = len(costs)
+    table = costs.tolist()
+    best = [[float("inf")] * (count + 1) for _ in range(groups + 1)]
+    previous = [[0] * (count + 1) for _ in range(groups + 1)]
+    best[0][0] = 0.0
+    for g in range(1, groups + 1):
+        for end in range(1, count + 1):
+            for start in range(end):
+                total = best[g - 1][start] + table[start][end - 1]
+                if total < best[g][end]:
+                    best[g][end], previous[g][end] = total, start
+    used = min(range(1, groups + 1), key=lambda g: best[g][count])
+    starts, end = [], count
+    for g in range(used, 0, -1):
+        end = previous[g][end]
+        starts.append(end)
+    return starts[::-1]
