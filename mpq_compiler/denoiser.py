@@ -118,6 +118,8 @@ class Denoiser:
     null_class: int | None = None
     """The label that stands for "no class", where the model was trained with one."""
     class_names: tuple[str, ...] = ()
+    features: Path | None = None
+    """The file of the feature extractor for its images (metrics.Features), where one ships."""
     notes: tuple[str, ...] = ()
     """What was assumed while loading, one sentence each, for the user to read."""
 
@@ -152,7 +154,7 @@ class Denoiser:
     def __call__(self, **inputs: Any) -> torch.Tensor:
         """The model's output for arrays or tensors by name, without gradients: what `sample` calls."""
         with torch.no_grad():
-            return self.module(**{name: torch.as_tensor(value) for name, value in inputs.items()})
+            return self.module(**{name: _tensor(value) for name, value in inputs.items()})
 
     def random_inputs(self, batch: int, generator: torch.Generator | int = 0) -> dict[str, torch.Tensor]:
         """Random inputs by name for a batch: normal values, timesteps and labels that differ within it.
@@ -253,6 +255,9 @@ def load(
         prediction_type=prediction_type,
         null_class=harness.get("null_class"),
         class_names=tuple(harness.get("class_names", ())),
+        features=place.harness.parent / harness["features"]
+        if place.harness and "features" in harness
+        else None,
     )
 
 
@@ -267,6 +272,7 @@ def wrap(
     prediction_type: str | None = None,
     null_class: int | None = None,
     class_names: tuple[str, ...] = (),
+    features: Path | None = None,
 ) -> Denoiser:
     """A `Denoiser` around a diffusers module in memory; the arguments are those of `load`."""
     if codec not in sampler.CODECS:
@@ -289,7 +295,16 @@ def wrap(
         scheduler = Scheduler.from_config({**scheduler, **overrides})
     module = TensorModule(model.float().eval().requires_grad_(False))
     return Denoiser(
-        name, module.eval(), specs, scheduler, codec, config, null_class, class_names, tuple(notes)
+        name=name,
+        module=module.eval(),
+        input_specs=specs,
+        scheduler=scheduler,
+        codec=codec,
+        config=config,
+        null_class=null_class,
+        class_names=class_names,
+        features=features,
+        notes=tuple(notes),
     )
 
 
@@ -483,6 +498,11 @@ def record_calibration(
         name: torch.from_numpy(np.concatenate([call.inputs[name] for call in calls])).to(spec.dtype)
         for name, spec in denoiser.input_specs.items()
     }
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    # torch shares memory with arrays, except for those with negative strides, which it refuses
+    return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(value))
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:
