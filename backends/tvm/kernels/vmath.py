@@ -33,6 +33,8 @@ from collections.abc import Sequence
 
 from tvm import tirx
 from tvm.ir import Expr
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as builder
 
 MAGIC = 12582912.0
 """1.5 * 2^23. For |x| <= 2^22, ``x + MAGIC`` rounds x to the nearest integer, ties to even, and leaves that
@@ -74,6 +76,10 @@ def i32(value: int, count: int) -> Expr:
 class Lets:
     """Names for sub-expressions, so that an expression used twice is computed once.
 
+    Inside an IR builder the names are statements (``bind``) before the one under construction; elsewhere they
+    are ``Let`` expressions around the body. TVM's analyzer does not take a ``Let`` within a bound value when it
+    meets that value twice, so kernels must not mix the two.
+
     >>> let = Lets()
     >>> square = let(mul(x, x), "square")
     >>> return let.close(square + square)
@@ -81,10 +87,13 @@ class Lets:
 
     def __init__(self) -> None:
         self._bound: list[tuple[tirx.Var, Expr]] = []
+        self._builds = IRBuilder.is_in_scope()
 
     def __call__(self, value: Expr, name: str) -> Expr:
         if isinstance(value, (tirx.Var, tirx.FloatImm, tirx.IntImm)):
             return value
+        if self._builds:
+            return builder.bind(value)
         var = tirx.Var(name, value.ty)
         self._bound.append((var, value))
         return var
@@ -308,12 +317,13 @@ TANH_DENOMINATOR = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900
 
 
 def _odd_rational(x: Expr, limit: float, above: Sequence[float], below: Sequence[float]) -> Expr:
-    """x * P(x^2) / Q(x^2) with x limited to [-limit, limit]."""
+    """x * P(x^2) / Q(x^2) with x limited to [-limit, limit] and the result to [-1, 1]."""
     let = Lets()
     count = lanes(x)
     x = let(clamp(x, f32(-limit, count), f32(limit, count)), "x")
     z = let(mul(x, x), "z")
-    return let.close(div(mul(x, polynomial(z, above)), polynomial(z, below)))
+    y = div(mul(x, polynomial(z, above)), polynomial(z, below))
+    return let.close(clamp(y, f32(-1.0, count), f32(1.0, count)))
 
 
 def erf(x: Expr) -> Expr:
@@ -343,13 +353,13 @@ def log(x: Expr) -> Expr:
     let = Lets()
     count = lanes(x)
     x = let(x, "x")
-    tiny = let(x < f32(1.17549435e-38, count), "tiny")
+    tiny = x < f32(1.17549435e-38, count)  # not bound: TVM cannot bind a vector of truth values
     bits = let(as_int(tirx.Select(tiny, mul(x, f32(2.0**23, count)), x)), "bits")
     m = let(as_float(tirx.bitwise_or(
         tirx.bitwise_and(bits, i32(0x7FFFFF, count)), i32(0x3F000000, count))), "m")  # fmt: skip
     exponent = tirx.shift_right(bits, i32(23, count)) - tirx.Select(tiny, i32(149, count), i32(126, count))
     e = let(tirx.Cast(_vector("float32", count), exponent), "e")
-    low = let(m < f32(math.sqrt(0.5), count), "low")
+    low = m < f32(math.sqrt(0.5), count)
     e = let(e - tirx.Select(low, f32(1.0, count), f32(0.0, count)), "e")
     m = let(tirx.Select(low, m + m, m) - f32(1.0, count), "m")
     z = let(mul(m, m), "z")
