@@ -69,7 +69,7 @@ class BitAllocation(Pass):
         if "sensitivity" not in program.facts:
             raise UserError("pass 'bit-allocation' needs 'sensitivity': put sensitivity before it, or set uniform=int8")
         problem = self.problem(program, sites)
-        solution = solve(Problem.from_dict(problem))
+        solution = solve(Problem.from_json(problem))
         for path, nodes in sites.items():
             name, bits = solution.choices[path].split(" u")
             program.weights[path] = WeightPlan(name, tuple(n.name for n in nodes))

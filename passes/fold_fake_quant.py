@@ -33,30 +33,22 @@ class FoldFakeQuant(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork(stage=Stage.PACKED)
-        packed: dict[fx.Node, fx.Node] = {}
         for node in list(program.graph.nodes):
             if _is_layer(node):
-                self._fold(program, node, packed)
+                self._fold(program, node)
         prune(program.graph)
         return program
 
-    def _fold(self, program: Program, call: fx.Node, packed: dict[fx.Node, fx.Node]) -> None:
+    def _fold(self, program: Program, call: fx.Node) -> None:
         graph = program.graph
-        x, weight = call.args[0], call.args[1]
-        bias = call.args[2] if len(call.args) > 2 else None
-        _, act_scale, act_zero, group, bits = x.args  # type: ignore[union-attr]
-        if x not in packed:
-            with graph.inserting_before(x):  # type: ignore[arg-type]
-                new = graph.call_function(ops.quantize, x.args)  # type: ignore[union-attr]
-            packed[x] = new  # type: ignore[index]
-            x.replace_all_uses_with(new, delete_user_cb=_is_layer)  # type: ignore[union-attr]
-            name = x.name  # type: ignore[union-attr]
-            if not x.users:  # type: ignore[union-attr]
-                graph.erase_node(x)  # type: ignore[arg-type]
-                new.name = name
-            x = new
+        x, weight, *rest = call.args
+        bias = rest[0] if rest else None
+        assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+        _, act_scale, act_zero, group, _ = x.args
+        if x.target is ops.fake_quantize:
+            _quantize_for_layers(graph, x)
         with graph.inserting_before(call):
-            codes, scale, offset, lut, row_class, shape = _table(program, weight)  # type: ignore[arg-type]
+            codes, scale, offset, lut, row_class, shape = _table(program, weight)
             common = (call.args[0], group, codes, scale, offset, lut, row_class, [act_scale], [act_zero], bias)
             if call.target is ops.conv2d:
                 stride, padding = list(call.args[3]), list(call.args[4])  # type: ignore[arg-type]
@@ -68,6 +60,17 @@ class FoldFakeQuant(Pass):
         name = call.name
         graph.erase_node(call)
         new.name = name
+
+
+def _quantize_for_layers(graph: fx.Graph, x: fx.Node) -> None:
+    """Every layer that reads the fake-quantized tensor reads its codes instead; other readers keep the tensor."""
+    with graph.inserting_before(x):
+        codes = graph.call_function(ops.quantize, x.args)
+    x.replace_all_uses_with(codes, delete_user_cb=_is_layer)
+    name = x.name
+    if not x.users:
+        graph.erase_node(x)
+        codes.name = name
 
 
 def _is_layer(node: fx.Node) -> bool:

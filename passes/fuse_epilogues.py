@@ -1,0 +1,116 @@
+"""Pointwise work joins the kernel that makes its operand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, fx
+
+from mpq_compiler import ops
+from mpq_compiler.aten import aten, is_pointwise
+from mpq_compiler.pass_manager import Contract, Pass, Session
+from mpq_compiler.program import Program, shapes
+
+ANCHORS: dict[Callable[..., Any], str] = {
+    ops.quant_linear: "quant_linear",
+    ops.quant_conv2d: "quant_conv2d",
+    aten.linear.default: "linear",
+    ops.conv2d: "conv2d",
+    ops.group_norm: "group_norm",
+    aten.layer_norm.default: "layer_norm",
+    ops.attention: "attention",
+}
+"""Operators whose kernels take an epilogue, and the first part of their regions' names."""
+
+
+@dataclass(frozen=True)
+class FuseEpilogues(Pass):
+    """Groups an operator with the pointwise calls behind it into a region: one kernel, one pass over memory.
+
+    A call joins while it is the only reader of the value and keeps its shape; the region stands where its last call
+    stood. A quantizer ends the region, which then yields codes. Pointwise calls without such an operator are grouped
+    among themselves. `reference` runs the region's graph, backends match it by its first call.
+
+        %norm1   = mpq::group_norm(%conv_in, 8, norm1.weight:f16, norm1.bias:f16, 1e-05)
+        %silu    = aten.silu(%norm1)
+        %silu_q  = mpq::quantize(%silu, silu:scale, silu:zero_point, %g, 8)
+      =>
+        %silu_q  = group_norm[silu, quantize](%conv_in, norm1.weight:f16, norm1.bias:f16, silu:scale, ...)
+    """
+
+    contract: ClassVar[Contract] = Contract.EXACT
+    requires: ClassVar[frozenset[str]] = frozenset({"packed"})
+    provides: ClassVar[frozenset[str]] = frozenset({"regions"})
+
+    def run(self, program: Program, session: Session) -> Program:
+        program = program.fork()
+        sizes = shapes(program, 2)
+        taken: set[fx.Node] = set()
+        for node in list(program.graph.nodes):
+            if node.op != "call_function" or node in taken:
+                continue
+            kind = ANCHORS.get(node.target) or ("pointwise" if is_pointwise(node) else None)
+            if kind is None:
+                continue
+            members = _chain(node, sizes)
+            if len(members) > 1:
+                taken.update(members)
+                _make_region(program, kind, members)
+        return program
+
+
+def _chain(anchor: fx.Node, sizes: dict[str, Any]) -> list[fx.Node]:
+    """The anchor and the calls that join it, in order."""
+    members = [anchor]
+    while len(members[-1].users) == 1:
+        last = members[-1]
+        (user,) = last.users
+        if not (is_pointwise(user) or user.target is ops.quantize or _keeps_rows(user, sizes)):
+            break
+        if user.args[0] is not last and user.target in (ops.quantize, aten.reshape.default):
+            break
+        before, after = sizes[last.name], sizes[user.name]
+        if before.numel() != after.numel() or before.shape[-1] != after.shape[-1]:
+            break
+        members.append(user)
+        if user.target is ops.quantize:
+            break
+    while len(members) > 1 and members[-1].target is aten.reshape.default:
+        members.pop()
+    return members
+
+
+def _keeps_rows(node: fx.Node, sizes: dict[str, Any]) -> bool:
+    """A reshape that leaves the last dimension alone: the same rows under another name."""
+    if node.target is not aten.reshape.default:
+        return False
+    source: Tensor = sizes[node.args[0].name]  # type: ignore[union-attr]
+    return source.shape[-1] == sizes[node.name].shape[-1] and source.dim() > 1
+
+
+def _make_region(program: Program, kind: str, members: list[fx.Node]) -> None:
+    inside = set(members)
+    outer: list[fx.Node] = []
+    for member in members:
+        outer += [n for n in member.all_input_nodes if n not in inside and n not in outer]
+    region = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for n in outer:
+        env[n] = region.placeholder(n.name)
+        env[n].name = n.name
+    for member in members:
+        env[member] = region.node_copy(member, env.__getitem__)
+        env[member].name = member.name
+    region.output(env[members[-1]])
+    last = members[-1]
+    name = f"{kind}_{last.name}"
+    program.regions[name] = region
+    with program.graph.inserting_before(last):
+        call = program.graph.call_module(name, tuple(outer))
+    last.replace_all_uses_with(call)
+    final = last.name
+    for member in reversed(members):
+        program.graph.erase_node(member)
+    call.name = final
