@@ -94,9 +94,9 @@ class Trainer:
         self.settings, self.data, self.step = settings, data, 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.model: Any = diffusers.UNet2DModel(**UNET)
-            self.model.train()
-        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+            model: Any = diffusers.UNet2DModel(**UNET)
+        self.model: torch.nn.Module = model.train()
+        self.average: Any = copy.deepcopy(self.model).eval().requires_grad_(False)
         parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
             [

@@ -129,8 +129,7 @@ class Problem:
                 for layer in self.layers
             ],
             "budgets": [
-                {"cost": b.cost, "max": b.max, **({} if b.group is None else {"group": b.group})}
-                for b in self.budgets
+                {"cost": b.cost, "max": b.max, **({} if b.group is None else {"group": b.group})} for b in self.budgets
             ],
             "ties": [list(tie) for tie in self.ties],
             "fixed": dict(self.fixed),
@@ -196,20 +195,14 @@ def solve(problem: Problem, gap: float = GAP, time_limit: float = TIME_LIMIT) ->
     found = _minimize(units, lambda option: option.loss, rows, gap, deadline)
     if found is None:
         raise _infeasible(problem, units, rows, time_limit)
-    chosen = {
-        name: choice
-        for unit, o in zip(units, found.options, strict=True)
-        for name, choice in o.members.items()
-    }
+    chosen = {name: choice for unit, o in zip(units, found.options, strict=True) for name, choice in o.members.items()}
     choices = {layer.name: chosen[layer.name].name for layer in problem.layers}
     return Solution(
         choices=choices,
         objective=math.fsum(choice.loss for choice in chosen.values()),
         costs={
             cost: math.fsum(choice.costs.get(cost, 0.0) for choice in chosen.values())
-            for cost in sorted(
-                {cost for layer in problem.layers for choice in layer.choices for cost in choice.costs}
-            )
+            for cost in sorted({cost for layer in problem.layers for choice in layer.choices for cost in choice.costs})
         },
         gap=found.gap,
         optimal=found.gap <= gap,
@@ -294,9 +287,7 @@ def _check_names(problem: Problem) -> None:
         members = [layer for layer in problem.layers if budget.group in (None, layer.group)]
         if not members and problem.layers:
             groups = {layer.group for layer in problem.layers}
-            raise UserError(
-                f"budgets[{i}].group '{budget.group}' has no layers; {nearest(str(budget.group), groups)}"
-            )
+            raise UserError(f"budgets[{i}].group '{budget.group}' has no layers; {nearest(str(budget.group), groups)}")
         for layer in members:
             for option in layer.choices:
                 if budget.cost not in option.costs:
@@ -363,9 +354,7 @@ def _units(problem: Problem) -> list[list[_Option]]:
     for layers in members.values():
         names = set.intersection(*({choice.name for choice in layer.choices} for layer in layers))
         if not names:
-            raise UserError(
-                f"the tied layers {', '.join(layer.name for layer in layers)} have no choice in common"
-            )
+            raise UserError(f"the tied layers {', '.join(layer.name for layer in layers)} have no choice in common")
         wanted = {problem.fixed[layer.name] for layer in layers if layer.name in problem.fixed}
         if len(wanted) > 1 or not wanted <= names:
             raise UserError(
@@ -388,9 +377,7 @@ def _units(problem: Problem) -> list[list[_Option]]:
     return units
 
 
-def _option(
-    problem: Problem, layers: Sequence[Layer], chosen: dict[str, Choice], links: dict[int, str]
-) -> _Option:
+def _option(problem: Problem, layers: Sequence[Layer], chosen: dict[str, Choice], links: dict[int, str]) -> _Option:
     costs = tuple(
         math.fsum(chosen[layer.name].costs[b.cost] for layer in layers if b.group in (None, layer.group))
         for b in problem.budgets
@@ -536,9 +523,7 @@ class _Model:
         import highspy
 
         count = len(self.picks)
-        rows = [
-            (np.arange(count), load, -np.inf, limit) for load, limit in zip(self.loads, limits, strict=True)
-        ]
+        rows = [(np.arange(count), load, -np.inf, limit) for load, limit in zip(self.loads, limits, strict=True)]
         rows += [(np.array(index), np.array(value), right, right) for index, value, right in self.equal]
         model = highspy.HighsLp()
         model.num_col_, model.num_row_ = count, len(rows)
@@ -563,9 +548,17 @@ class _Model:
             "time_limit": max(deadline - time.monotonic(), 0.01),
         }.items():
             solver.setOptionValue(option, value)
-        solver.HandleKeyboardInterrupt = True
         solver.passModel(model)
-        solver.solve()
+        # In a thread of its own, for Ctrl-C to end it: Python does not see the signal while it waits for C++.
+        solver.HandleUserInterrupt = True
+        thread = solver.startSolve()
+        try:
+            while thread.is_alive():
+                thread.join(0.1)
+        except KeyboardInterrupt:
+            solver.cancelSolve()
+            thread.join()
+            raise
         status, info = solver.getModelStatus(), solver.getInfo()
         if status == highspy.HighsModelStatus.kInfeasible:
             return None
@@ -576,9 +569,7 @@ class _Model:
         return np.array(solver.getSolution().col_value) > 0.5, max(info.mip_dual_bound, 0.0)
 
 
-def _infeasible(
-    problem: Problem, units: list[list[_Option]], rows: list[_Row], time_limit: float
-) -> InfeasibleError:
+def _infeasible(problem: Problem, units: list[list[_Option]], rows: list[_Row], time_limit: float) -> InfeasibleError:
     """The error that says what every budget would have to be."""
     least: dict[Budget, float | None] = {}
     clauses = []
@@ -591,17 +582,11 @@ def _infeasible(
         others = [other for other in rows if other is not row]
         least[budget] = value = least_of(row, others)
         if value is not None:
-            clauses.append(
-                f"{budget} (at most {_up(budget.max)}) is {_up(value)} at the least with the others kept"
-            )
+            clauses.append(f"{budget} (at most {_up(budget.max)}) is {_up(value)} at the least with the others kept")
         elif (alone := least_of(row, [])) is not None:
-            clauses.append(
-                f"{budget} (at most {_up(budget.max)}) is {_up(alone)} at the least whatever the others"
-            )
+            clauses.append(f"{budget} (at most {_up(budget.max)}) is {_up(alone)} at the least whatever the others")
     if not clauses:
-        return InfeasibleError(
-            "the ties, links and fixed choices exclude each other: no allocation keeps them", least
-        )
+        return InfeasibleError("the ties, links and fixed choices exclude each other: no allocation keeps them", least)
     return InfeasibleError("no allocation meets the budgets: " + "; ".join(clauses), least)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -37,9 +38,7 @@ def random_problem(seed: int) -> Problem:
     names = [layer.name for layer in layers]
     groups = sorted({layer.group for layer in layers})
     ties = (tuple(rng.sample(names, 2)),) if len(names) > 2 and rng.random() < 0.5 else ()
-    links = (
-        (Link(tuple(rng.sample(names, 3)), "activation"),) if len(names) > 3 and rng.random() < 0.4 else ()
-    )
+    links = (Link(tuple(rng.sample(names, 3)), "activation"),) if len(names) > 3 and rng.random() < 0.4 else ()
     fixed = {}
     if rng.random() < 0.3:
         layer = rng.choice(layers)
@@ -65,8 +64,7 @@ def brute_force(problem: Problem, budgets: tuple[Budget, ...] | None = None) -> 
             all(chosen[name].name == choice for name, choice in problem.fixed.items())
             and all(len({chosen[name].name for name in tie}) == 1 for tie in problem.ties)
             and all(
-                len({chosen[name].attributes[link.attribute] for name in link.layers}) == 1
-                for link in problem.links
+                len({chosen[name].attributes[link.attribute] for name in link.layers}) == 1 for link in problem.links
             )
             and all(used(problem, chosen, budget) <= budget.max * (1 + 1e-12) for budget in budgets)
         ):
@@ -76,9 +74,7 @@ def brute_force(problem: Problem, budgets: tuple[Budget, ...] | None = None) -> 
 
 def used(problem: Problem, chosen: dict[str, Choice], budget: Budget) -> float:
     return math.fsum(
-        chosen[layer.name].costs[budget.cost]
-        for layer in problem.layers
-        if budget.group in (None, layer.group)
+        chosen[layer.name].costs[budget.cost] for layer in problem.layers if budget.group in (None, layer.group)
     )
 
 
@@ -105,9 +101,7 @@ def test_equals_brute_force(block):
             least = min(map(loss, allowed))
             assert solution.optimal
             assert solution.objective == pytest.approx(least, rel=1e-6, abs=1e-9), seed
-            by_name = {
-                layer.name: {choice.name: choice for choice in layer.choices} for layer in problem.layers
-            }
+            by_name = {layer.name: {choice.name: choice for choice in layer.choices} for layer in problem.layers}
             chosen = {name: by_name[name][choice] for name, choice in solution.choices.items()}
             assert chosen in allowed
             assert solution.objective == loss(chosen)
@@ -233,8 +227,7 @@ def test_a_budget_is_met_to_the_last_byte():
 def test_losses_of_very_different_magnitude_are_all_respected():
     """The optimum hangs on losses 1e-12 times the largest one."""
     tiny = tuple(
-        Layer(f"t{i}", (Choice("a", 1e-12 * (i + 1), {"bits": 1.0}), Choice("b", 0.0, {"bits": 2.0})))
-        for i in range(5)
+        Layer(f"t{i}", (Choice("a", 1e-12 * (i + 1), {"bits": 1.0}), Choice("b", 0.0, {"bits": 2.0}))) for i in range(5)
     )
     huge = Layer("huge", (Choice("a", 1.0, {"bits": 1.0}), Choice("b", 0.0, {"bits": 2.0})))
     solution = solve(Problem((*tiny, huge), (Budget("bits", 9.0),)))
@@ -243,9 +236,7 @@ def test_losses_of_very_different_magnitude_are_all_respected():
 
 def test_infeasible_budgets_are_told_what_they_can_be():
     def layer(name: str, group: str, costs: list[tuple[float, float]]) -> Layer:
-        return Layer(
-            name, tuple(Choice(f"c{i}", -i, {"bits": b, "time": t}) for i, (b, t) in enumerate(costs)), group
-        )
+        return Layer(name, tuple(Choice(f"c{i}", -i, {"bits": b, "time": t}) for i, (b, t) in enumerate(costs)), group)
 
     layers = (layer("x", "content", [(1, 9), (5, 2)]), layer("y", "quality", [(2, 7), (6, 1)]))
     with pytest.raises(InfeasibleError) as caught:
@@ -290,6 +281,38 @@ def test_the_time_limit_is_kept():
     assert time.monotonic() - begun < 2
 
 
+def hard_problem() -> Problem:
+    """Losses that are the negated sum of five costs, as in subset sum: nothing to prune by."""
+    rng = random.Random(0)
+    layers = []
+    for i in range(60):
+        choices = []
+        for k in range(3):
+            costs = {f"cost{j}": float(rng.randint(100, 1000) * k) for j in range(5)}
+            choices.append(Choice(f"c{k}", -sum(costs.values()), costs))
+        layers.append(Layer(f"layer{i}", tuple(choices)))
+    return Problem(tuple(layers), tuple(Budget(f"cost{j}", 30000.0 + 1000 * j) for j in range(5)))
+
+
+def test_when_the_time_ends_the_best_so_far_is_returned_with_its_gap():
+    solution = solve(hard_problem(), gap=0.0, time_limit=1.0)
+    assert not solution.optimal and 0 < solution.gap < 0.1
+    assert all(solution.costs[budget.cost] <= budget.max for budget in hard_problem().budgets)
+
+
+def test_ctrl_c_ends_the_search():
+    script = (
+        "import signal, threading, time; from tests.test_allocation import hard_problem; "
+        "from mpq_compiler.allocation import solve; begun = time.monotonic(); "
+        "threading.Timer(1, signal.raise_signal, [signal.SIGINT]).start()\n"
+        "try: solve(hard_problem(), gap=0.0)\n"
+        "except KeyboardInterrupt: print('interrupted', time.monotonic() - begun < 20)"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=50)
+    assert done.stdout == "interrupted True\n", done.stderr
+
+
 DOCUMENT = {
     "version": 1,
     "layers": [
@@ -304,9 +327,7 @@ DOCUMENT = {
         {
             "name": "conv_out",
             "group": "content",
-            "choices": [
-                {"name": "int8", "loss": -0.5, "costs": {"bits": 99}, "attributes": {"activation": "u8"}}
-            ],
+            "choices": [{"name": "int8", "loss": -0.5, "costs": {"bits": 99}, "attributes": {"activation": "u8"}}],
         },
     ],
     "budgets": [{"cost": "bits", "max": 81234.5}, {"cost": "bits", "max": 4000, "group": "content"}],

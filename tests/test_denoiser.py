@@ -54,9 +54,7 @@ def test_loaded_computes_what_the_saved_module_does(name, tmp_path):
     }
     added = {key: inputs[key] for key in ("text_embeds", "time_ids") if key in inputs}
     plain = {key: value for key, value in inputs.items() if key not in added}
-    expected = tiny.model(name)(
-        **plain, **({"added_cond_kwargs": added} if added else {}), return_dict=False
-    )[0]
+    expected = tiny.model(name)(**plain, **({"added_cond_kwargs": added} if added else {}), return_dict=False)[0]
     assert torch.equal(loaded(**inputs), expected)
     assert torch.equal(loaded(**{key: value.numpy() for key, value in inputs.items()}), expected)
     assert not loaded.module.training and not any(p.requires_grad for p in loaded.module.parameters())
@@ -157,9 +155,20 @@ def test_sharded_weights(tmp_path, variant):
     (model.half() if variant else model).save_pretrained(tmp_path, variant=variant, max_shard_size="1MB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     loaded = load(tmp_path).module.model
-    assert all(
-        torch.equal(a, b.float()) for a, b in zip(loaded.parameters(), model.parameters(), strict=True)
-    )
+    assert all(torch.equal(a, b.float()) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+def test_old_names_of_attention_layers(tmp_path):
+    folder = tiny.save("unet2d", tmp_path) / "unet"
+    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    weights = {}
+    for name, value in load_file(folder / WEIGHTS).items():
+        for new, before in old.items():
+            name = name.replace(new, before)
+        weights[name] = value
+    save_file(weights, folder / WEIGHTS)
+    expected = tiny.model("unet2d").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in load(folder).module.model.state_dict().items())
 
 
 # Bad input: one clear sentence each
@@ -210,9 +219,7 @@ def test_tensors_that_do_not_belong(tmp_path):
     refused(folder, "lack the tensor 'conv_in.bias';")
     edit_weights(folder, lambda weights: weights.update({"conv_in.bias": torch.zeros(3)}))
     refused(folder, "'conv_in.bias'", "is [3]", "asks for [32]")
-    edit_weights(
-        folder, lambda weights: weights.update({"conv_in.bias": torch.zeros(32), "extra": torch.ones(1)})
-    )
+    edit_weights(folder, lambda weights: weights.update({"conv_in.bias": torch.zeros(32), "extra": torch.ones(1)}))
     refused(folder, "beyond what the model takes", "'extra'")
 
 
@@ -286,9 +293,7 @@ def test_calibration_covers_all_steps_and_classes(bundled):
     latents = recorded["sample"].reshape(4, 22, 4, 14, 14).numpy()
     assert np.array_equal(latents[0], denoisers.gaussian(22, (4, 14, 14), 1))
     output = bundled(sample=latents[0], timestep=np.full(22, steps[0]), class_labels=labels[0])
-    np.testing.assert_allclose(
-        bundled.scheduler.step(output.numpy(), steps[0], 4, latents[0]), latents[1], atol=1e-5
-    )
+    np.testing.assert_allclose(bundled.scheduler.step(output.numpy(), steps[0], 4, latents[0]), latents[1], atol=1e-5)
 
 
 def test_calibration_is_seeded(bundled):
