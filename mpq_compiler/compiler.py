@@ -1,0 +1,397 @@
+"""`compile`: from a denoiser to an artifact. Resolves the recipe, runs the passes, hands over to a backend."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler import artifact, costs, pass_manager, recipes, targets
+from mpq_compiler import denoiser as denoisers
+from mpq_compiler.calibration import input_edge
+from mpq_compiler.denoiser import Denoiser
+from mpq_compiler.errors import UserError
+from mpq_compiler.metrics import sqnr_db
+from mpq_compiler.pass_manager import Pass, Record, Session
+from mpq_compiler.program import Program, Stage, TensorStore, run
+
+HELD_OUT = 64
+"""Teacher-forced inputs on which a compiled denoiser is judged, none of them seen in calibration."""
+DEFAULT_BATCHES = (1, 2)
+
+
+@dataclass
+class Options:
+    """Everything a compilation depends on besides the model; what `mpqc compile` takes."""
+
+    target: str = "native"
+    recipe: str | Path = "default"
+    pipeline: str | None = None
+    weights: str | float | None = None
+    """Budget: true average bits, or bytes as "40MB"."""
+    activations: float | None = None
+    bops: float | None = None
+    shapes: str | None = None
+    """"1x4x64x64,2x4x64x64"; by default batches 1 and 2 at the configuration's size."""
+    calibration: str | Path | None = None
+    samples: int | None = None
+    steps: int | None = None
+    scheduler: str | Path | None = None
+    prediction_type: str | None = None
+    sensitivity: str | Path | None = None
+    seed: int = 0
+    jobs: int = 1
+    cache: Path | None = None
+    dumps: Path | None = None
+    overwrite: bool = False
+
+
+@dataclass
+class Report:
+    """What a compilation gave; `to_json` is the JSON of ``mpqc compile``."""
+
+    weights: dict[str, Any]
+    activations: dict[str, Any]
+    quality: dict[str, Any]
+    passes: list[dict[str, Any]]
+    layers: list[dict[str, Any]]
+    artifact: dict[str, Any]
+    target: str
+    recipe: str
+    pipeline: str
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Torch on one thread: the same bits whatever --jobs, and whatever machine shares the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def resolve(options: Options) -> list[Pass]:
+    """The passes of the recipe, with the command line's options over it."""
+    if options.pipeline is not None:
+        recipe = recipes.from_pipeline(options.pipeline)
+    else:
+        recipe = recipes.load(options.recipe)
+    bits, size = parse_budget(options.weights)
+    if bits is not None or size is not None:
+        recipe = recipe.override("bit-allocation", weights=bits if bits is not None else "none", bytes=size)
+    recipe = recipe.override("bit-allocation", activations=options.activations, bops=options.bops)
+    recipe = recipe.override("calibrate", samples=options.samples, steps=options.steps)
+    if options.activations is not None and options.activations < 8 and "sensitivity" in recipe.pipeline:
+        recipe = recipe.override("sensitivity", activations=(4, 6, 8))
+    passes = recipe.passes()
+    pass_manager.check(passes)
+    return passes
+
+
+def parse_budget(text: str | float | None) -> tuple[float | None, int | None]:
+    """(true average bits, bytes) of ``3.7`` or ``"40MB"``, ``"800kB"``, ``"2MiB"``; one of them is None."""
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kMG]i?)?(B)?\s*", str(text))
+    if match is None or float(match[1]) <= 0 or (match[2] and not match[3]):
+        raise UserError(f"--weights '{text}' is neither bits (3.7) nor bytes (40MB, 800kB)")
+    if not match[3]:
+        return float(match[1]), None
+    unit = {"k": 1, "M": 2, "G": 3}[match[2][0]] if match[2] else 0
+    return None, int(float(match[1]) * (1024 if match[2] and match[2].endswith("i") else 1000) ** unit)
+
+
+def parse_shapes(text: str | None) -> tuple[tuple[int, ...], tuple[int, int, int] | None]:
+    """Batch sizes and the common latent shape [C, H, W] of "1x4x64x64,2x4x64x64"; None: the configuration's."""
+    if text is None:
+        return DEFAULT_BATCHES, None
+    parsed = []
+    for item in text.split(","):
+        if not re.fullmatch(r"\s*[1-9]\d*(x[1-9]\d*){3}\s*", item):
+            raise UserError(f"--shapes '{item.strip()}' must be batch x channels x height x width, such as 1x4x64x64")
+        parsed.append(tuple(int(d) for d in item.split("x")))
+    if len({p[1:] for p in parsed}) > 1:
+        raise UserError("--shapes must differ in the batch only: compile one artifact for each image size")
+    return tuple(sorted({p[0] for p in parsed})), parsed[0][1:]  # type: ignore[return-value]
+
+
+def load_denoiser(model: str | Path, options: Options) -> tuple[Denoiser, tuple[int, ...]]:
+    """The model at the size of ``--shapes``, and the batch sizes to specialize for."""
+    batches, latent = parse_shapes(options.shapes)
+    denoiser = denoisers.load(
+        model,
+        size=None if latent is None else latent[1:],
+        prediction_type=options.prediction_type,
+        scheduler=options.scheduler,
+    )
+    if latent is not None and denoiser.latent_shape != latent:
+        raise UserError(f"--shapes asks for {latent[0]} channels, and '{denoiser.name}' has {denoiser.latent_shape[0]}")
+    return denoiser, batches
+
+
+def lower(
+    denoiser: Denoiser, options: Options, progress: Any = None
+) -> tuple[Program, Program | None, list[Record], list[Pass]]:
+    """Runs the passes: (last program, the planned one if any, records, passes). Nothing is written but dumps."""
+    passes = resolve(options)
+    session = Session(
+        denoiser=denoiser,
+        calibration=_read_calibration(denoiser, options.calibration),
+        sensitivity=_read_sensitivity(options.sensitivity),
+        seed=options.seed,
+        jobs=options.jobs,
+        cache=options.cache,
+        progress=progress,
+    )
+    planned: list[Program] = []
+    after = _observer(denoiser, options, planned)
+    start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
+    with single_threaded():
+        program, records = pass_manager.run_pipeline(passes, start, session, after)
+    return program, planned[-1] if planned else None, records, passes
+
+
+def _observer(
+    denoiser: Denoiser, options: Options, planned: list[Program]
+) -> Callable[[int, Pass, Program, Program], None]:
+    from mpq_compiler import probes
+
+    inputs = denoiser.random_inputs(2, options.seed)
+
+    def after(index: int, step: Pass, before: Program, program: Program) -> None:
+        if program.stage == Stage.PLANNED:
+            planned.append(program)
+        if options.dumps is not None:
+            probes.write_dump(options.dumps, index, step, program, before, inputs)
+
+    return after
+
+
+def _read_calibration(denoiser: Denoiser, path: str | Path | None) -> dict[str, Tensor] | None:
+    from mpq_compiler import tensorfile
+
+    if path is None:
+        return None
+    found = {name: torch.from_numpy(np.array(value)) for name, value in tensorfile.load(path).items()}
+    for name, spec in denoiser.input_specs.items():
+        if name not in found:
+            raise UserError(f"the calibration file '{path}' lacks the input '{name}' of {denoiser.name}")
+        if tuple(found[name].shape[1:]) != spec.shape:
+            raise UserError(
+                f"'{name}' in the calibration file '{path}' is {list(found[name].shape)}, "
+                f"where {denoiser.name} takes {spec}"
+            )
+    counts = {len(found[name]) for name in denoiser.input_specs}
+    if len(counts) != 1 or 0 in counts:
+        raise UserError(f"the inputs in the calibration file '{path}' have {sorted(counts)} rows; give equally many of each")
+    return {name: found[name].to(spec.dtype) for name, spec in denoiser.input_specs.items()}
+
+
+def _read_sensitivity(path: str | Path | None) -> dict[str, Any] | None:
+    import json
+
+    if path is None:
+        return None
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(table["weights"], dict) or not isinstance(table["activations"], dict):
+            raise ValueError("'weights' and 'activations' must be tables")
+        return table
+    except OSError as error:
+        raise UserError(f"the sensitivity table '{path}' cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{path}' is no sensitivity table as `mpqc sensitivity` writes it: {error}") from error
+
+
+def held_out(denoiser: Denoiser, options: Options) -> dict[str, Tensor]:
+    """At least 64 inputs over all time steps that calibration has not seen."""
+    calibration = _read_calibration(denoiser, options.calibration)
+    if calibration is not None:
+        rows = torch.linspace(0, len(next(iter(calibration.values()))) - 1, HELD_OUT).round().long()
+        return {name: value[rows] for name, value in calibration.items()}
+    trajectories = 8
+    return denoisers.record_calibration(denoiser, trajectories, -(-HELD_OUT // trajectories), options.seed + 1)
+
+
+def compile(  # noqa: A001 - the name of the command
+    model: str | Path | Denoiser, output: str | Path, progress: Any = None, **options: Any
+) -> Report:
+    """Compiles ``model`` to an artifact at ``output``; options as in `Options`.
+
+    Raises UserError for every input that cannot be compiled; nothing is left at ``output`` then.
+    """
+    from mpq_compiler import printer
+
+    chosen = Options(**options)
+    target = targets.resolve(chosen.target)
+    targets.require_implemented(target)
+    artifact.check_output(output, chosen.overwrite)
+    resolve(chosen)  # a wrong option is refused before the model is read
+    if isinstance(model, Denoiser):
+        denoiser, batches = model, parse_shapes(chosen.shapes)[0]
+    else:
+        denoiser, batches = load_denoiser(model, chosen)
+    program, planned, records, passes = lower(denoiser, chosen, progress)
+    if program.stage != Stage.PACKED or planned is None:
+        raise UserError("the pipeline ends before 'fold-fake-quant': nothing was packed that a backend could run")
+    with single_threaded():
+        built = _backend(target).build(program, target, batches, jobs=chosen.jobs, progress=progress, cache=chosen.cache)
+        stored = costs.stored_bytes(planned)
+        manifest = {
+            **_describe(denoiser, program, planned, chosen, passes),
+            "target": _describe_target(target),
+            "functions": built.functions,
+            "tensors": built.tensor_entries,
+        }
+        if built.prepare is not None:
+            manifest["prepare"] = built.prepare
+        files = {**built.files, artifact.IR: printer.text(program).encode()}
+        inputs = held_out(denoiser, chosen)
+        judge = _Judge(denoiser, inputs)
+        manifest["quality"] = {"reference_sqnr_db": round(judge.sqnr(program), 6), "inputs": judge.count}
+        complete = artifact.write(output, manifest, files, built.tensors, chosen.overwrite)
+        assert complete["weights"]["payload_bytes"] == stored, "payload and plan differ"
+        quality = judge.quality(output, program, target)
+    parameters = program.facts["parameters"]
+    weights = {
+        "average_bits": costs.average_bits(stored, parameters),
+        "bytes": stored,
+        "float_bytes": 4 * parameters,
+    }
+    size = sum(f["bytes"] for f in complete["files"].values())
+    return Report(
+        weights=weights,
+        activations={"average_bits": _average_activation_bits(planned)},
+        quality=quality,
+        passes=[{"name": r.name, "seconds": r.seconds, "peak_bytes": r.peak_bytes} for r in records],
+        layers=layer_rows(planned),
+        artifact={"bytes": size, "sha256": complete["artifact_sha256"]},
+        target=target.name,
+        recipe=str(chosen.recipe) if chosen.pipeline is None else "custom",
+        pipeline=pass_manager.to_text(passes),
+        fallbacks=dict(program.fallbacks),
+        notes=list(denoiser.notes),
+    )
+
+
+def _backend(target: targets.Target) -> Any:
+    import importlib
+
+    return importlib.import_module(f"mpq_compiler.backends.{target.backend}")
+
+
+class _Judge:
+    """Teacher-forced quality against the float model."""
+
+    def __init__(self, denoiser: Denoiser, inputs: dict[str, Tensor]) -> None:
+        self.inputs = inputs
+        self.count = len(next(iter(inputs.values())))
+        self.expected = denoiser(**inputs).numpy()
+
+    def sqnr(self, program: Program) -> float:
+        return sqnr_db(self.expected, run(program, self.inputs).numpy())
+
+    def quality(self, path: str | Path, program: Program, target: targets.Target) -> dict[str, Any]:
+        """`sqnr_db` executed by the artifact where this machine can run it, else by the reference."""
+        if target.backend == "reference" or targets.missing_features(target):
+            return {"sqnr_db": self.sqnr(program), "executed_by": "reference", "inputs": self.count}
+        from mpq_compiler import runtime
+
+        compiled = runtime.load(path)
+        output = compiled.run({name: value.numpy() for name, value in self.inputs.items()})
+        return {"sqnr_db": sqnr_db(self.expected, output), "executed_by": "artifact", "inputs": self.count}
+
+
+def _describe(
+    denoiser: Denoiser, program: Program, planned: Program, options: Options, passes: Sequence[Pass]
+) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    allocation = program.facts.get("allocation", {})
+    return {
+        "name": denoiser.name,
+        "model": {
+            "class": str(denoiser.config.get("_class_name", type(denoiser.module.model).__name__)),
+            "config": {k: v for k, v in denoiser.config.items() if not k.startswith("_")},
+            "parameters": program.facts["parameters"],
+        },
+        "recipe": {"name": str(Path(options.recipe).stem) if options.pipeline is None else "custom"},
+        "pipeline": pass_manager.to_text(passes),
+        "plan": {
+            "weights": {n: w.format for n, w in sorted(planned.weights.items())},
+            "activations": {n: a.bits for n, a in sorted(planned.activations.items())},
+            "boundaries": program.facts["time-groups"].tolist(),
+            "stored_bytes": costs.stored_bytes(planned),
+            "fallbacks": dict(sorted(program.fallbacks.items())),
+            **({"loss": allocation["objective"]} if allocation else {}),
+        },
+        "sampling": {
+            "latent": denoiser.latent,
+            "shape": list(denoiser.latent_shape),
+            "codec": denoiser.codec,
+            "scheduler": denoiser.scheduler.to_config(),
+            "null_class": denoiser.null_class,
+            "class_names": list(denoiser.class_names),
+        },
+        "calibration": {"seed": options.seed, "inputs": len(planned.facts["calibration"].timesteps)},
+        "versions": {name: version(name) for name in ("mpq-compiler", "torch", "diffusers", "apache-tvm", "numpy")},
+    }
+
+
+def _describe_target(target: targets.Target) -> dict[str, Any]:
+    described = {
+        "name": target.name,
+        "arch": target.arch,
+        "backend": target.backend,
+        "features": list(target.features),
+        "numerics": "portable",
+    }
+    if target.backend == "tvm":
+        described |= {"isa": target.isa, "tvm": dict(target.tvm)}
+    return described
+
+
+def _average_activation_bits(planned: Program) -> float:
+    elements = costs.activation_elements(planned)
+    total = sum(elements.values())
+    return sum(planned.activations[e].bits * n for e, n in elements.items()) / total
+
+
+def layer_rows(planned: Program) -> list[dict[str, Any]]:
+    """Name, weight format, activation, bytes, loss and fallback of every layer of a planned program."""
+    groups = len(planned.facts["time-groups"]) + 1
+    table = planned.facts.get("sensitivity", {"weights": {}})
+    rows = []
+    for node in planned.quantizable:
+        path = str(costs.weight_path(node))
+        plan = planned.weights[path]
+        weight = str(node.args[1].target)  # type: ignore[union-attr]
+        bits = planned.activations[input_edge(node).name].bits
+        rows.append(
+            {
+                "name": path,
+                "weight": plan.format,
+                "activation": f"u{bits}" + (f"/t{groups}" if groups > 1 else ""),
+                "bytes": costs.weight_bytes(planned, weight, plan.format),
+                "loss": table["weights"].get(path, {}).get(plan.format),
+                "fallback": None,
+            }
+        )
+    for name, reason in planned.fallbacks.items():
+        rows.append({"name": name, "weight": "float", "activation": "float", "bytes": 0, "loss": 0.0, "fallback": reason})
+    return rows
+

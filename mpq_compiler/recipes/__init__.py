@@ -1,0 +1,99 @@
+"""Recipes: named pipelines with their options, in TOML. A paper is a recipe.
+
+    schema = 1
+    description = "..."
+    extends = "default"              # optional: start from another recipe
+    pipeline = ["trace", ...]        # optional where one is extended
+    [options.calibrate]
+    samples = 64
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from mpq_compiler import pass_manager
+from mpq_compiler.errors import UserError, nearest
+
+SCHEMA = 1
+_KEYS = {"schema", "description", "extends", "pipeline", "options"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A pipeline before it is made: pass names in order, and options by pass name."""
+
+    name: str
+    description: str
+    pipeline: tuple[str, ...]
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def override(self, pass_name: str, **options: Any) -> Recipe:
+        """The recipe with options that are not None set; UserError where the pipeline lacks the pass."""
+        given = {k: v for k, v in options.items() if v is not None}
+        if not given:
+            return self
+        if pass_name not in self.pipeline:
+            raise UserError(
+                f"recipe '{self.name}' has no pass '{pass_name}', which option "
+                f"'{next(iter(given))}' belongs to; choose another recipe or leave the option out"
+            )
+        merged = {**self.options, pass_name: {**self.options.get(pass_name, {}), **given}}
+        return Recipe(self.name, self.description, self.pipeline, merged)
+
+    def passes(self) -> list[pass_manager.Pass]:
+        """The passes, their options checked."""
+        return [pass_manager.make(name, self.options.get(name, {})) for name in self.pipeline]
+
+
+def names() -> list[str]:
+    """The recipes that ship with the package."""
+    return sorted(f.name.removesuffix(".toml") for f in resources.files(__name__).iterdir() if f.name.endswith(".toml"))
+
+
+def load(name: str | Path) -> Recipe:
+    """A recipe by its name or file. Raises UserError naming the file and the key that is wrong."""
+    path = Path(name)
+    if path.suffix == ".toml" or path.exists():
+        if not path.is_file():
+            raise UserError(f"there is no recipe file '{path}'")
+        return _parse(path.stem, path.read_text(encoding="utf-8"), str(path))
+    if str(name) not in names():
+        raise UserError(f"unknown recipe '{name}': {nearest(str(name), names())}; a file must end in .toml")
+    return _parse(str(name), (resources.files(__name__) / f"{name}.toml").read_text(encoding="utf-8"), f"recipe '{name}'")
+
+
+def from_pipeline(text: str) -> Recipe:
+    """The recipe of a pipeline written by hand."""
+    passes = pass_manager.parse(text)
+    options = {p.name(): p.options() for p in passes}
+    return Recipe("custom", "a pipeline given by hand", tuple(p.name() for p in passes), options)
+
+
+def _parse(name: str, text: str, where: str) -> Recipe:
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{where} is not valid TOML: {error}") from error
+    if unknown := sorted(set(data) - _KEYS):
+        raise UserError(f"{where} has an unknown key '{unknown[0]}': {nearest(unknown[0], _KEYS)}")
+    if data.get("schema") != SCHEMA:
+        raise UserError(f"{where} must say schema = {SCHEMA}, not {data.get('schema')!r}")
+    base = load(data["extends"]) if "extends" in data else Recipe(name, "", ())
+    pipeline = data.get("pipeline", list(base.pipeline))
+    if not isinstance(pipeline, list) or not pipeline or not all(isinstance(p, str) for p in pipeline):
+        raise UserError(f"{where}: 'pipeline' must be a list of pass names, and is missing or empty")
+    options = data.get("options", {})
+    if not isinstance(options, dict) or not all(isinstance(o, dict) for o in options.values()):
+        raise UserError(f"{where}: 'options' must be tables such as [options.calibrate]")
+    if stray := sorted(set(options) - set(pipeline)):
+        raise UserError(f"{where} sets options of '{stray[0]}', which is not in its pipeline")
+    inherited = {p: o for p, o in base.options.items() if p in pipeline}
+    merged = {p: {**inherited.get(p, {}), **options.get(p, {})} for p in {*inherited, *options}}
+    recipe = Recipe(name, str(data.get("description", base.description)), tuple(pipeline), merged)
+    recipe.passes()  # unknown passes and options are refused here, with the nearest name
+    return recipe
