@@ -405,8 +405,7 @@ def _minimize(
     gap: float,
     deadline: float,
 ) -> _Found | None:
-    """One option per unit with the least summed objective under `rows` and all links; None where there is
-    none.
+    """One option per unit, the least summed objective under `rows` and all links; None where there is none.
 
     The solver's tolerances are absolute, and losses span many magnitudes. So every unit's least objective
     and least cost are taken off, every row is scaled by the slack that is left, and the objective is
@@ -440,14 +439,15 @@ def _minimize(
     while True:
         scale = upper / 1000 if upper > 0 else 1.0
         model = _Model(units, [v / scale for v in values], keep, loads)
-        answer = model.run(1e-2 if rough else gap, deadline)
+        answer = model.run(1e-2 if rough else gap, deadline, best)
         if answer is None:
             break
         picked, bound = answer
         total = math.fsum(float(v[i]) for v, i in zip(values, picked, strict=True))
         if best is None or total < upper:
             best, upper = picked, total
-        lower = max(lower, bound * scale)
+        # A bound that is small beside the scale is within the solver's tolerance of anything.
+        lower = bound * scale if upper >= 100 * scale else 0.0
         if upper == 0 or not rough:
             break
         rough = upper < 100 * scale
@@ -499,15 +499,17 @@ class _Model:
                     plus, minus = with_value[0].get(value, []), other.get(value, [])
                     yield [*plus, *minus], [1.0] * len(plus) + [-1.0] * len(minus), 0.0
 
-    def run(self, gap: float, deadline: float) -> tuple[list[int], float] | None:
+    def run(self, gap: float, deadline: float, start: list[int] | None) -> tuple[list[int], float] | None:
         """The option of every unit and a lower bound of the objective; None where nothing is feasible.
+
+        `start` is an answer to begin with, which is also what is left when the time runs out.
 
         UserError: the time ran out before anything was found.
         """
         limits = np.ones(len(self.loads))
         lower = None
         for _ in range(_REPAIRS):
-            answer = self._solve(limits, gap, deadline)
+            answer = self._solve(limits, gap, deadline, start)
             if answer is None:
                 return None
             x, bound = answer
@@ -519,7 +521,9 @@ class _Model:
             limits = np.array([limit - 2 * max(over, 0) for limit, over in zip(limits, excess, strict=True)])
         return None
 
-    def _solve(self, limits: np.ndarray, gap: float, deadline: float) -> tuple[np.ndarray, float] | None:
+    def _solve(
+        self, limits: np.ndarray, gap: float, deadline: float, start: list[int] | None
+    ) -> tuple[np.ndarray, float] | None:
         import highspy
 
         count = len(self.picks)
@@ -549,6 +553,10 @@ class _Model:
         }.items():
             solver.setOptionValue(option, value)
         solver.passModel(model)
+        if start is not None:
+            known = highspy.HighsSolution()
+            known.col_value = [float(start[u] == i) for u, i in self.picks]
+            solver.setSolution(known)
         # In a thread of its own, for Ctrl-C to end it: Python does not see the signal while it waits for C++.
         solver.HandleUserInterrupt = True
         thread = solver.startSolve()
