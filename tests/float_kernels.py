@@ -112,7 +112,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     if a.dtype.kind != "f":
         return bool((a == b).all())
     both_nan = np.isnan(a) & np.isnan(b)
-    return bool((both_nan | (a.view(np.int32) == b.view(np.int32))).all())
+    return bool((both_nan | (a.view(f"i{a.itemsize}") == b.view(f"i{a.itemsize}"))).all())
 
 
 def error(value: np.ndarray, exact: np.ndarray) -> float:

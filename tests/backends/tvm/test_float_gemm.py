@@ -1,0 +1,127 @@
+"""Float linear and convolution against torch in float64, packed weights, epilogues, bits across targets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import tvm
+
+from mpq_compiler.backends.tvm.kernels import float_gemm
+from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.float_gemm import Conv2d, Linear
+from tests.float_kernels import TARGETS, Case, Suite, error, quantized, quantizer_inputs, random_inputs, shape_of
+
+STEPS = Epilogue((Step("silu"), Step("add", operand=0)), (Operand("full"),))
+PROBLEMS: dict[str, Linear | Conv2d] = {
+    "vector": Linear(1, 96, 384, epilogue=STEPS),
+    "vector 33 to 1": Linear(1, 33, 1),
+    "vector 5 to 7": Linear(1, 5, 7, bias=False),
+    "tokens": Linear(49, 24, 33, epilogue=STEPS),
+    "nine rows of one term": Linear(9, 1, 70),
+    "conv_in": Conv2d(9, 11, 1, 48),
+    "conv_out": Conv2d(9, 11, 48, 1),
+    "conv_out 3": Conv2d(9, 11, 20, 3, epilogue=STEPS),
+    "downsample": Conv2d(17, 23, 33, 66, stride=(2, 2), padding=(0, 1, 0, 1)),
+    "patches": Conv2d(8, 6, 4, 40, (2, 2), (2, 2), (0, 0, 0, 0), bias=False),
+    "smaller than the kernel": Conv2d(2, 1, 5, 6),
+    "groups": Conv2d(7, 7, 12, 18, groups=3),
+    "depthwise": Conv2d(7, 9, 20, 20, groups=20, epilogue=STEPS),
+    "1x3": Conv2d(5, 6, 8, 17, (1, 3), (1, 2), (0, 0, 1, 1)),
+}
+PACKED = ("vector", "tokens", "downsample", "groups", "depthwise", "conv_out 3")
+QUANTIZED = ("tokens", "conv_out 3", "depthwise")
+BATCH = 2
+
+
+def _inputs(name: str) -> list[np.ndarray]:
+    return random_inputs(float_gemm.arguments(PROBLEMS[name]), BATCH, len(name))
+
+
+def _case(problem: Linear | Conv2d, inputs: list[np.ndarray]) -> Case:
+    return Case(lambda isa, n: float_gemm.build(problem, isa, n), float_gemm.arguments(problem), inputs, BATCH)
+
+
+def _exact(name: str) -> np.ndarray:
+    problem = PROBLEMS[name]
+    named = dict(zip((a.name for a in float_gemm.arguments(problem)), _inputs(name), strict=False))
+    t = {key: torch.from_numpy(value).double() for key, value in named.items()}
+    if isinstance(problem, Linear):
+        y = F.linear(t["x"], t["weight"], t.get("bias"))
+    else:
+        top, bottom, left, right = problem.padding
+        x = F.pad(t["x"].permute(0, 3, 1, 2), (left, right, top, bottom))
+        y = F.conv2d(x, t["weight"].permute(0, 3, 1, 2), t.get("bias"), problem.stride, 0, 1, problem.groups)
+        y = y.permute(0, 2, 3, 1)
+    return (F.silu(y) + t["operand0"] if problem.epilogue.operands else y).numpy()
+
+
+def _packed(name: str) -> tuple[Linear | Conv2d, list[np.ndarray]]:
+    problem, (x, weight, *rest) = replace(PROBLEMS[name], packed=True), _inputs(name)
+    return problem, [x, float_gemm.pack_weight(problem, weight), *rest]
+
+
+def _quantizing(name: str) -> tuple[Linear | Conv2d, list[np.ndarray]]:
+    problem = PROBLEMS[name]
+    epilogue = replace(problem.epilogue, steps=(*problem.epilogue.steps, Step("quantize", value=8)))
+    tables = quantizer_inputs(_exact(name), 2, 8)
+    return replace(problem, epilogue=epilogue, time_groups=2), [*_inputs(name), *tables]
+
+
+SUITE = Suite(
+    {name: _case(problem, _inputs(name)) for name, problem in PROBLEMS.items()}
+    | {f"{name} packed": _case(*_packed(name)) for name in PACKED}
+    | {f"{name} quantized": _case(*_quantizing(name)) for name in QUANTIZED}
+)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_same_bits(target: str) -> None:
+    SUITE.check_same_bits(target)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_against_float64(name: str) -> None:
+    assert error(SUITE.first[name], _exact(name)) <= 2e-6
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_weights(name: str) -> None:
+    assert error(SUITE.first[f"{name} packed"], _exact(name)) <= 2e-6
+
+
+@pytest.mark.parametrize("name", ["tokens", "groups", "depthwise"])
+def test_pack_kernel_equals_numpy(name: str) -> None:
+    problem, inputs = _packed(name)
+    kernel = float_gemm.build_pack(problem, "pack")
+    # a kernel without a batch: any target of this machine will do
+    module = tvm.compile(tvm.IRModule({"pack": kernel}), target="llvm")
+    panel = tvm.runtime.tensor(np.empty(float_gemm.panel_shape(problem), np.float32))
+    module["pack"](tvm.runtime.tensor(_inputs(name)[1]), panel)
+    np.testing.assert_array_equal(panel.numpy(), inputs[1])
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantizes_its_own_result(name: str) -> None:
+    scale, zero, group = _quantizing(name)[1][-3:]
+    assert (SUITE.first[f"{name} quantized"] == quantized(SUITE.first[name], scale, zero, group, 8)).all()
+
+
+@pytest.mark.parametrize("name", ["conv_in", "conv_out"])
+def test_nan_reaches_what_sees_it(name: str) -> None:
+    inputs = _inputs(name)
+    inputs[0][1, 0, 0, 0] = np.nan
+    suite = Suite({name: _case(PROBLEMS[name], inputs)})
+    seen = np.zeros(shape_of(float_gemm.arguments(PROBLEMS[name])[-1], BATCH), bool)
+    seen[1, :2, :2] = True
+    assert (np.isnan(suite.first[name]) == seen).all()
+
+
+def test_problems_that_make_no_sense() -> None:
+    with pytest.raises(ValueError, match="groups do not divide"):
+        Conv2d(5, 5, 7, 8, groups=2)
+    with pytest.raises(ValueError, match="does not fit"):
+        Conv2d(2, 2, 7, 8, padding=(0, 0, 0, 0))

@@ -1,0 +1,108 @@
+"""Data movement against NumPy, exactly, in every element type, and on all targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpq_compiler.backends.tvm.kernels import movement
+from mpq_compiler.backends.tvm.kernels.movement import Gather, Movement
+from tests.float_kernels import TARGETS, Case, Suite, shape_of
+
+BATCH = 2
+IMAGE = ("B", 7, 5, 33)
+# name: problem, its meaning in NumPy
+PROBLEMS: dict[str, tuple[Movement, Any]] = {
+    "upsample 2": (movement.upsample(IMAGE, (2, 2)), lambda x: x.repeat(2, 1).repeat(2, 2)),
+    "upsample 2x3 u8": (movement.upsample(IMAGE, (2, 3), "uint8"), lambda x: x.repeat(2, 1).repeat(3, 2)),
+    "concat channels": (movement.concat([IMAGE, ("B", 7, 5, 20), ("B", 7, 5, 1)], -1), lambda *x: np.concatenate(x, -1)),
+    "concat tokens u8": (movement.concat([("B", 4, 9), ("B", 1, 9)], 1, "uint8"), lambda *x: np.concatenate(x, 1)),
+    "to channels first": (movement.permute(IMAGE, (0, 3, 1, 2)), lambda x: x.transpose(0, 3, 1, 2)),
+    "to channels last": (movement.permute(("B", 3, 7, 5), (0, 2, 3, 1)), lambda x: x.transpose(0, 2, 3, 1)),
+    "unpatchify": (
+        movement.permute(("B", 3, 4, 2, 2, 5), (0, 1, 3, 2, 4, 5)), lambda x: x.transpose(0, 1, 3, 2, 4, 5)
+    ),
+    "slice": (
+        movement.slice_(IMAGE, (0, 1, 0, 3), (0, 6, 5, 33), (1, 2, 1, 1)), lambda x: x[:, 1:6:2, :, 3:]
+    ),
+    "half of the channels": (movement.slice_(IMAGE, (0, 0, 0, 0), (0, 7, 5, 16)), lambda x: x[..., :16]),
+    "expand with batch": (
+        movement.expand((1, 5, 1), IMAGE), lambda x: np.broadcast_to(x, (BATCH, 7, 5, 33))
+    ),
+    "expand pixels": (
+        movement.expand(("B", 1, 1, 33), IMAGE), lambda x: np.broadcast_to(x, (BATCH, 7, 5, 33))
+    ),
+    "pad": (
+        movement.pad(IMAGE, (0, 1, 0, 0), (0, 0, 2, 0), 3.5),
+        lambda x: np.pad(x, ((0, 0), (1, 0), (0, 2), (0, 0)), constant_values=3.5),
+    ),
+    "pad i64": (
+        movement.pad(("B", 3), (0, 1), (0, 1), 7, "int64"),
+        lambda x: np.pad(x, ((0, 0), (1, 1)), constant_values=7),
+    ),
+    "no batch": (movement.permute((5, 37), (1, 0)), lambda x: x.T),
+}  # fmt: skip
+GATHERS = {"class embedding": Gather(10, 24), "tokens": Gather(50, 33, (7,), "float32"), "half": Gather(9, 20, (), "float16")}
+
+
+def _inputs(name: str) -> list[np.ndarray]:
+    rng = np.random.default_rng(len(name))
+    arguments = movement.arguments(PROBLEMS[name][0])[:-1]
+    return [rng.integers(0, 200, shape_of(a, BATCH)).astype(a.dtype) for a in arguments]
+
+
+def _gather_inputs(problem: Gather) -> list[np.ndarray]:
+    rng = np.random.default_rng(5)
+    index, table, _ = movement.arguments(problem)
+    return [
+        rng.integers(0, problem.rows, shape_of(index, BATCH)),
+        rng.standard_normal(shape_of(table, BATCH)).astype(problem.dtype),
+    ]
+
+
+def _case(problem: Movement | Gather, inputs: list[np.ndarray]) -> Case:
+    return Case(lambda isa, n: movement.build(problem, isa, n), movement.arguments(problem), inputs, BATCH)
+
+
+SUITE = Suite(
+    {name: _case(problem, _inputs(name)) for name, (problem, _) in PROBLEMS.items()}
+    | {name: _case(problem, _gather_inputs(problem)) for name, problem in GATHERS.items()}
+)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_same_bits(target: str) -> None:
+    SUITE.check_same_bits(target)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_moves(name: str) -> None:
+    expected = PROBLEMS[name][1](*_inputs(name))
+    np.testing.assert_array_equal(SUITE.first[name], expected)
+
+
+@pytest.mark.parametrize("name", GATHERS)
+def test_gathers(name: str) -> None:
+    index, table = _gather_inputs(GATHERS[name])
+    np.testing.assert_array_equal(SUITE.first[name], table[index])
+
+
+def test_an_index_out_of_range_reads_the_nearest_row() -> None:
+    table = np.arange(6, dtype=np.float32).reshape(3, 2)
+    suite = Suite({"gather": _case(Gather(3, 2), [np.array([-5, 1 << 20]), table])})
+    np.testing.assert_array_equal(suite.first["gather"], table[[0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: movement.permute(IMAGE, (1, 0, 2, 3)), "batch must stay"),
+        (lambda: movement.concat([IMAGE, IMAGE], 0), "cannot be concatenated"),
+        (lambda: movement.expand((3,), IMAGE), "does not broadcast"),
+    ],
+)
+def test_movements_that_make_no_sense(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,143 @@
+"""Group and layer normalization against torch in float64, hard statistics, epilogues, and bits across targets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mpq_compiler.backends.tvm.kernels import norms
+from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.norms import GroupNorm, LayerNorm
+from tests.float_kernels import TARGETS, Case, Suite, error, quantized, quantizer_inputs, random_inputs, same_bits
+
+SILU = Epilogue((Step("silu"),))
+MODULATE = Epilogue(
+    (Step("mul", operand=0), Step("add", operand=1), Step("add", operand=2), Step("mul", operand=3)),
+    (Operand("sample"), Operand("channel"), Operand("full"), Operand("scalar")),
+)
+PROBLEMS: dict[str, GroupNorm | LayerNorm] = {
+    "gn 14x14x96": GroupNorm(196, 96, 32, epilogue=SILU),
+    "gn 17x23x33 groups of 3": GroupNorm(391, 33, 11),
+    "gn 5x66 groups of 11": GroupNorm(5, 66, 6, epilogue=MODULATE),
+    "gn one pixel": GroupNorm(1, 48, 4, eps=1e-6),
+    "gn one group, no affine": GroupNorm(70, 7, 1, affine=False),
+    "gn groups of one": GroupNorm(33, 21, 21),
+    "ln 64": LayerNorm(3, 64, epilogue=MODULATE),
+    "ln 33": LayerNorm(7, 33),
+    "ln 1000": LayerNorm(2, 1000, scale=False, shift=False, eps=1e-6, epilogue=SILU),
+    "ln 5": LayerNorm(4, 5, shift=False),
+    "ln 191": LayerNorm(5, 191, epilogue=SILU),
+}
+HARD = {"hard gn": GroupNorm(200, 36, 4), "hard ln": LayerNorm(200, 36)}
+QUANTIZED = ("gn 14x14x96", "gn 5x66 groups of 11", "ln 64", "ln 191")
+BATCH = 2
+GROUPS = 3
+
+
+def _case(problem: GroupNorm | LayerNorm, inputs: list[np.ndarray], batch: int = BATCH) -> Case:
+    return Case(lambda isa, n: norms.build(problem, isa, n), norms.arguments(problem), inputs, batch)
+
+
+def _inputs(name: str) -> list[np.ndarray]:
+    inputs = random_inputs(norms.arguments(PROBLEMS[name]), BATCH, len(name))
+    inputs[0] = inputs[0] * 3 + 5
+    return inputs
+
+
+def _hard_inputs(problem: GroupNorm | LayerNorm) -> list[np.ndarray]:
+    """Large means, an outlier in the first row, a constant channel, tiny and huge scales; batch 5."""
+    inputs = random_inputs(norms.arguments(problem), 5, 9)
+    x = inputs[0]
+    x[0] += 1e4
+    x[1, 0] += 1e5
+    x[2, ..., 3] = 2.0
+    x[3] *= 1e-4
+    x[4] *= 1e12
+    return inputs
+
+
+def _exact(problem: GroupNorm | LayerNorm, inputs: list[np.ndarray], dtype: torch.dtype = torch.float64) -> np.ndarray:
+    """The region in torch, operation by operation."""
+    named = dict(zip((a.name for a in norms.arguments(problem)), inputs, strict=False))
+    tensors = {name: torch.from_numpy(value).to(dtype) for name, value in named.items()}
+    gamma, beta = tensors.get("gamma"), tensors.get("beta")
+    if isinstance(problem, GroupNorm):
+        rows = tensors["x"].transpose(1, 2)
+        y = F.group_norm(rows, problem.groups, gamma, beta, problem.eps).transpose(1, 2)
+    else:
+        y = F.layer_norm(tensors["x"], (problem.channels,), gamma, beta, problem.eps)
+    if problem.epilogue.steps[:1] == SILU.steps:
+        y = F.silu(y)
+    if problem.epilogue.operands:
+        o = [tensors[f"operand{i}"] for i in range(4)]
+        y = (y * o[0][:, None] + o[1] + o[2]) * o[3]
+    return y.numpy()
+
+
+def _quantizing(name: str) -> tuple[GroupNorm | LayerNorm, list[np.ndarray]]:
+    problem = PROBLEMS[name]
+    epilogue = replace(problem.epilogue, steps=(*problem.epilogue.steps, Step("quantize", value=8)))
+    tables = quantizer_inputs(_exact(problem, _inputs(name)), GROUPS, 8)
+    return replace(problem, epilogue=epilogue, time_groups=GROUPS), [*_inputs(name), *tables]
+
+
+SUITE = Suite(
+    {name: _case(problem, _inputs(name)) for name, problem in PROBLEMS.items()}
+    | {name: _case(problem, _hard_inputs(problem), 5) for name, problem in HARD.items()}
+    | {f"{name} quantized": _case(*_quantizing(name)) for name in QUANTIZED}
+)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_same_bits(target: str) -> None:
+    SUITE.check_same_bits(target)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_against_float64(name: str) -> None:
+    assert error(SUITE.first[name], _exact(PROBLEMS[name], _inputs(name))) <= 2e-6
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_statistics_no_worse_than_torch(name: str) -> None:
+    inputs = _hard_inputs(HARD[name])
+    exact = _exact(HARD[name], inputs)
+    single = _exact(HARD[name], inputs, torch.float32)
+    for sample in range(5):
+        ours, theirs = error(SUITE.first[name][sample], exact[sample]), error(single[sample], exact[sample])
+        assert ours <= max(1.5 * theirs, 1e-6), (sample, ours, theirs)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_quantizes_its_own_result(name: str) -> None:
+    scale, zero, group = _quantizing(name)[1][-3:]
+    expected = quantized(SUITE.first[name], scale, zero, group, 8)
+    assert len(np.unique(expected)) > 50
+    assert (SUITE.first[f"{name} quantized"] == expected).all()
+
+
+@pytest.mark.parametrize("name", ["gn 14x14x96", "gn 17x23x33 groups of 3", "ln 33", "ln 64"])
+def test_samples_are_independent_and_nan_stays_in_its_own(name: str) -> None:
+    problem, inputs = PROBLEMS[name], _inputs(name)
+    batched = ("x", "operand0", "operand2")
+    names = [a.name for a in norms.arguments(problem)]
+    alone = [v[1:] if n in batched else v for n, v in zip(names, inputs, strict=False)]
+    spoiled = [v.copy() for v in inputs]
+    spoiled[0][0, -1, -1] = np.nan
+    suite = Suite({"alone": _case(problem, alone, 1), "nan": _case(problem, spoiled)})
+    assert same_bits(suite.first["alone"][0], SUITE.first[name][1])
+    assert same_bits(suite.first["nan"][1], SUITE.first[name][1])
+    spoiled_rows = suite.first["nan"][0] if isinstance(problem, GroupNorm) else suite.first["nan"][0, -1]
+    size = problem.channels // problem.groups if isinstance(problem, GroupNorm) else problem.channels
+    assert np.isnan(spoiled_rows[..., -size:]).all()
+    clean = np.isnan(suite.first["nan"]).sum()
+    assert clean == spoiled_rows[..., -size:].size
+
+
+def test_groups_must_divide_the_channels() -> None:
+    with pytest.raises(ValueError, match="33 channels do not divide into 4 groups"):
+        GroupNorm(10, 33, 4)
