@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import artifact, costs, pass_manager, recipes, targets
+from mpq_compiler import artifact, costs, pass_manager, recipes, sensitivity_table, targets
 from mpq_compiler import denoiser as denoisers
 from mpq_compiler.calibration import input_edge
 from mpq_compiler.denoiser import Denoiser
@@ -90,7 +90,7 @@ def resolve(options: Options) -> list[Pass]:
         recipe = recipes.from_pipeline(options.pipeline)
     else:
         recipe = recipes.load(options.recipe)
-    bits, size = parse_budget(options.weights)
+    bits, size = sensitivity_table.parse_budget(options.weights)
     if bits is not None or size is not None:
         recipe = recipe.override("bit-allocation", weights=bits if bits is not None else "none", bytes=size)
     recipe = recipe.override("bit-allocation", activations=options.activations, bops=options.bops)
@@ -100,19 +100,6 @@ def resolve(options: Options) -> list[Pass]:
     passes = recipe.passes()
     pass_manager.check(passes)
     return passes
-
-
-def parse_budget(text: str | float | None) -> tuple[float | None, int | None]:
-    """(true average bits, bytes) of ``3.7`` or ``"40MB"``, ``"800kB"``, ``"2MiB"``; one of them is None."""
-    if text is None:
-        return None, None
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kMG]i?)?(B)?\s*", str(text))
-    if match is None or float(match[1]) <= 0 or (match[2] and not match[3]):
-        raise UserError(f"--weights '{text}' is neither bits (3.7) nor bytes (40MB, 800kB)")
-    if not match[3]:
-        return float(match[1]), None
-    unit = {"k": 1, "M": 2, "G": 3}[match[2][0]] if match[2] else 0
-    return None, int(float(match[1]) * (1024 if match[2] and match[2].endswith("i") else 1000) ** unit)
 
 
 def parse_shapes(text: str | None) -> tuple[tuple[int, ...], tuple[int, int, int] | None]:
@@ -144,14 +131,14 @@ def load_denoiser(model: str | Path, options: Options) -> tuple[Denoiser, tuple[
 
 
 def lower(
-    denoiser: Denoiser, options: Options, progress: Any = None
+    denoiser: Denoiser, options: Options, progress: Any = None, passes: list[Pass] | None = None
 ) -> tuple[Program, Program | None, list[Record], list[Pass]]:
     """Runs the passes: (last program, the planned one if any, records, passes). Nothing is written but dumps."""
-    passes = resolve(options)
+    passes = resolve(options) if passes is None else passes
     session = Session(
         denoiser=denoiser,
         calibration=_read_calibration(denoiser, options.calibration),
-        sensitivity=_read_sensitivity(options.sensitivity),
+        sensitivity=None if options.sensitivity is None else sensitivity_table.load(options.sensitivity),
         seed=options.seed,
         jobs=options.jobs,
         cache=options.cache,
@@ -199,22 +186,6 @@ def _read_calibration(denoiser: Denoiser, path: str | Path | None) -> dict[str, 
     if len(counts) != 1 or 0 in counts:
         raise UserError(f"the inputs in the calibration file '{path}' have {sorted(counts)} rows; give equally many of each")
     return {name: found[name].to(spec.dtype) for name, spec in denoiser.input_specs.items()}
-
-
-def _read_sensitivity(path: str | Path | None) -> dict[str, Any] | None:
-    import json
-
-    if path is None:
-        return None
-    try:
-        table = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(table["weights"], dict) or not isinstance(table["activations"], dict):
-            raise ValueError("'weights' and 'activations' must be tables")
-        return table
-    except OSError as error:
-        raise UserError(f"the sensitivity table '{path}' cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{path}' is no sensitivity table as `mpqc sensitivity` writes it: {error}") from error
 
 
 def held_out(denoiser: Denoiser, options: Options) -> dict[str, Tensor]:
@@ -394,4 +365,17 @@ def layer_rows(planned: Program) -> list[dict[str, Any]]:
     for name, reason in planned.fallbacks.items():
         rows.append({"name": name, "weight": "float", "activation": "float", "bytes": 0, "loss": 0.0, "fallback": reason})
     return rows
+
+
+
+def measure_sensitivity(model: str | Path | Denoiser, progress: Any = None, **options: Any) -> dict[str, Any]:
+    """The sensitivity table of a model: runs the recipe's passes up to `sensitivity` (docs: `sensitivity_table`)."""
+    chosen = Options(**options)
+    passes = resolve(chosen)
+    names = [p.name() for p in passes]
+    if "sensitivity" not in names:
+        raise UserError(f"the recipe has no pass 'sensitivity' to measure with: {', '.join(names)}")
+    denoiser = model if isinstance(model, Denoiser) else load_denoiser(model, chosen)[0]
+    program, _, _, _ = lower(denoiser, chosen, progress, passes[: names.index("sensitivity") + 1])
+    return {**costs.describe(program), **program.facts["sensitivity"]}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 from mpq_compiler import formats
 from mpq_compiler.calibration import input_edge
 from mpq_compiler.formats.base import F16_MAX
-from mpq_compiler.program import Program, shapes, weight_of
+from mpq_compiler.program import Program, WeightPlan, shapes, weight_of
 
 ACTIVATION_GROUP_BYTES = 3
 """An f16 scale and a u8 zero point."""
@@ -82,15 +83,35 @@ def activation_elements(program: Program) -> dict[str, int]:
     return {e.name: sizes[e.name].numel() for e in (input_edge(n) for n in program.quantizable)}
 
 
-def bops(macs_of_layer: int, weight_bits: int, activation_bits: int) -> int:
-    """Bit operations: multiply-accumulates times both widths."""
-    return macs_of_layer * weight_bits * activation_bits
+def describe(program: Program) -> dict[str, Any]:
+    """What a sensitivity table holds besides losses; ``program`` is calibrated and in float."""
+    everything = program.fork()
+    layers: dict[str, dict[str, Any]] = {}
+    operations = macs(program)
+    for node in program.quantizable:
+        path, weight = str(weight_path(node)), str(weight_of(node))
+        everything.weights[path] = WeightPlan("int8")
+        sizes = {f: {"bits": formats.get(f).bits, "bytes": weight_bytes(program, weight, f)} for f in formats.FORMATS}
+        layer = layers.setdefault(path, {"name": path, "edges": [], "macs": 0, "formats": sizes})
+        layer["macs"] += operations[node.name]
+        if (edge := input_edge(node).name) not in layer["edges"]:
+            layer["edges"].append(edge)
+    elements = activation_elements(program)
+    groups = len(program.facts["time-groups"]) + 1
+    return {
+        "version": 1,
+        "model": program.model,
+        "parameters": program.facts["parameters"],
+        "fixed_bytes": fixed_bytes(everything, len(elements), groups),
+        "layers": list(layers.values()),
+        "elements": elements,
+    }
 
 
 __all__ = [
     "activation_elements",
     "average_bits",
-    "bops",
+    "describe",
     "fixed_bytes",
     "macs",
     "stored_bytes",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import ops
+from mpq_compiler import meta, ops
 from mpq_compiler.errors import UserError
 
 
@@ -259,6 +259,8 @@ class _MetaInterpreter(Interpreter):
     def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if "device" in kwargs:
             kwargs = {**kwargs, "device": "meta"}
+        if node.target in meta.SHAPES:
+            return meta.SHAPES[node.target](*args, **kwargs)
         return super().call(node, args, kwargs)
 
 

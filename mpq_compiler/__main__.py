@@ -1,0 +1,7 @@
+"""``python -m mpq_compiler``: the same as `mpqc`."""
+
+import sys
+
+from mpq_compiler.cli import main
+
+sys.exit(main())

@@ -1,0 +1,174 @@
+"""A flat reading of a program: every operator call, inside regions too, and what the quantized ones are made of.
+
+The verifier, the printer and the counts read programs through this module, so that a rule or a column is written
+once for all stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from mpq_compiler import ops
+from mpq_compiler.aten import aten
+from mpq_compiler.program import Program
+
+LEVELS = (ops.fake_quantize_weight, ops.dequantize_weight)
+"""Calls that make a quantized weight out of stored parts."""
+PACKED_LAYERS = (ops.quant_linear, ops.quant_conv2d)
+FLOAT_LAYERS = (aten.linear.default, ops.conv2d)
+QUANTIZERS = (ops.fake_quantize, ops.quantize)
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator call. What a call inside a region reads from outside is what the region was called with."""
+
+    name: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    region: str | None = None
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Store names of the parts of one quantized weight; ``weight`` while its codes are open, else ``codes``."""
+
+    call: Call
+    weight: str | None
+    codes: str | None
+    scale: str | None
+    offset: str | None
+    lut: str | None
+    row_class: str | None
+
+    @property
+    def path(self) -> str:
+        """The parameter's name in the model."""
+        return str(self.codes or self.weight).split(":")[0]
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """A call that quantizes the tensor edge made by the node named ``edge``; scale and zero_point are store names."""
+
+    call: Call
+    edge: str
+    scale: str | None
+    zero_point: str | None
+    group: Any
+    bits: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear or conv2d call on quantized operands, simulated or packed."""
+
+    call: Call
+    x: Any
+    levels: Levels | None
+    group: Any = None
+    act_scale: tuple[str | None, ...] = ()
+    act_zero: tuple[str | None, ...] = ()
+    segments: tuple[int, ...] = ()
+
+
+def stored(operand: Any) -> str | None:
+    """Store name of an operand that is read from the store."""
+    return str(operand.target) if isinstance(operand, fx.Node) and operand.op == "get_attr" else None
+
+
+def flatten(program: Program) -> list[Call]:
+    """All operator calls in the order in which they run."""
+    found: list[Call] = []
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            found.append(Call(node.name, node.target, node.args, dict(node.kwargs)))
+        elif node.op == "call_module":
+            found += inside(program, node)
+    return found
+
+
+def inside(program: Program, node: fx.Node) -> Iterator[Call]:
+    """The calls of a region with the operands of its call."""
+    region = program.regions[str(node.target)]
+    outer = dict(zip((n for n in region.nodes if n.op == "placeholder"), node.args, strict=False))
+
+    def resolve(n: fx.Node) -> Any:
+        return outer.get(n, n)
+
+    for inner in region.nodes:
+        if inner.op == "call_function":
+            args, kwargs = fx.map_arg(inner.args, resolve), fx.map_arg(inner.kwargs, resolve)
+            yield Call(inner.name, inner.target, args, dict(kwargs), str(node.target))
+
+
+def levels_of(calls: Iterable[Call]) -> list[Levels]:
+    """The quantized weights, one for each call that makes or reads one."""
+    found = []
+    for call in calls:
+        if call.target is ops.fake_quantize_weight:
+            weight, *parts = (stored(a) for a in call.args[:5])
+            found.append(Levels(call, weight, None, *parts))
+        elif call.target is ops.dequantize_weight:
+            found.append(Levels(call, None, *(stored(a) for a in call.args[:5])))
+        elif call.target in PACKED_LAYERS:
+            found.append(Levels(call, None, *(stored(a) for a in call.args[2:7])))
+    return found
+
+
+def quantizers_of(calls: Iterable[Call]) -> list[Quantizer]:
+    found = []
+    for call in calls:
+        if call.target in QUANTIZERS:
+            x, scale, zero, group, bits = call.args
+            found.append(Quantizer(call, getattr(x, "name", str(x)), stored(scale), stored(zero), group, bits))
+    return found
+
+
+def layers_of(calls: Iterable[Call]) -> list[Layer]:
+    """Layers on quantized operands. A simulated layer has one segment and the tables of the quantizer it reads."""
+    calls = list(calls)
+    weights = {levels.call.name: levels for levels in levels_of(calls)}
+    found = []
+    for call in calls:
+        if call.target in PACKED_LAYERS:
+            x, group = call.args[:2]
+            scales, zeros, _, segments = call.args[7:11]
+            tables = tuple(map(stored, scales)), tuple(map(stored, zeros))
+            found.append(Layer(call, x, weights[call.name], group, *tables, tuple(segments)))
+        elif call.target in FLOAT_LAYERS and stored(call.args[1]) is None:
+            found.append(Layer(call, call.args[0], _made_by(call.args[1], weights)))
+    return found
+
+
+def _made_by(weight: Any, levels: dict[str, Levels]) -> Levels | None:
+    """The levels of a weight operand: of its base where a branch is added to it."""
+    if isinstance(weight, fx.Node) and weight.target is aten.add.Tensor:
+        weight = weight.args[0]
+    return levels.get(weight.name) if isinstance(weight, fx.Node) else None
+
+
+def weight_path(call: Call, levels: dict[str, Levels]) -> str | None:
+    """The parameter that a layer multiplies with, in any stage; None where its weight is computed.
+
+    ``levels`` are those of `levels_of` by call name.
+    """
+    if call.target in PACKED_LAYERS:
+        return levels[call.name].path
+    if call.target not in FLOAT_LAYERS:
+        return None
+    name = stored(call.args[1])
+    if name is not None:
+        return name.split(":")[0]
+    made = _made_by(call.args[1], levels)
+    return made.path if made else None
+
+
+def is_aten(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"

@@ -1,0 +1,471 @@
+"""`mpqc`: the commands, their options and how errors end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpq_compiler import terminal
+from mpq_compiler.errors import UserError
+
+TEACH = """\
+Compiles diffusion denoisers (any UNet or transformer of diffusers) to mixed-precision low-bit artifacts.
+
+  mpqc demo                                        see it work: images before and after, sizes and times
+  mpqc compile MODEL -o out.mpq --weights 3.5      compile to a budget of 3.5 true average bits
+  mpqc generate out.mpq -o grid.png --compare MODEL   draw the same noise with both
+  mpqc inspect out.mpq --layers                    which layer got which bits, and what it costs
+  mpqc compile MODEL -o out.mpq --dumps d          keep the program after every pass ...
+  mpqc inspect d --diff bit-allocation             ... and see what a pass did
+
+MODEL is a folder with config.json and safetensors, a pipeline's folder, a hub id, or a bundled name (mpqc models).
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--json", metavar="FILE", help="write the result as JSON ('-': to standard output)")
+    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    top = argparse.ArgumentParser(
+        prog="mpqc", description=TEACH, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, parents=[shared], help=text, description=text)
+        made.set_defaults(run=run)
+        return made
+
+    demo = add("demo", _demo, "compile the bundled denoiser for this machine and draw images with both")
+    demo.add_argument("-o", "--output", default="mpq-demo", help="folder for the picture and the artifact")
+    demo.add_argument("--weights", default="4", help="budget in true average bits (default 4)")
+    demo.add_argument("--images", type=int, default=20, help="images in the picture")
+    demo.add_argument("--steps", type=int, default=10)
+    demo.add_argument("--overwrite", action="store_true")
+    _machine_options(demo)
+
+    compile_ = add("compile", _compile, "compile a denoiser to an artifact")
+    compile_.add_argument("model", metavar="MODEL")
+    compile_.add_argument("-o", "--output", required=True, help="folder, or .zip file, of the artifact")
+    compile_.add_argument("--target", default="native", help="mpqc targets lists them (default: this machine)")
+    _lowering_options(compile_)
+    compile_.add_argument("--overwrite", action="store_true", help="replace an artifact that exists")
+    compile_.add_argument("--dumps", type=Path, metavar="DIR", help="write the program after every pass")
+
+    generate = add("generate", _generate, "draw images with an artifact")
+    generate.add_argument("artifact", metavar="ARTIFACT")
+    generate.add_argument("-o", "--output", required=True, help="PNG file")
+    generate.add_argument("--compare", metavar="MODEL", help="draw the same noise with the float model beside it")
+    generate.add_argument("--images", type=int, default=20)
+    generate.add_argument("--steps", type=int, default=10)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--class", dest="label", type=int, metavar="K", help="only images of class K")
+    generate.add_argument("--prompt", metavar="TEXT", help="for text-conditioned models")
+    generate.add_argument("--threads", type=int)
+    generate.add_argument("--overwrite", action="store_true", help="replace a picture that exists")
+
+    evaluate = add("eval", _eval, "all metrics of an artifact (or of a model compiled on the fly) against the float model")
+    evaluate.add_argument("artifact", metavar="ARTIFACT|MODEL")
+    evaluate.add_argument("--against", metavar="MODEL", help="the float model (default: the bundled one it was made of)")
+    evaluate.add_argument("--images", type=int, default=200)
+    evaluate.add_argument("--eval-steps", type=int, default=10, help="sampling steps (default 10)")
+    evaluate.add_argument("--eval-seed", type=int, default=1)
+    _lowering_options(evaluate)
+
+    run = add("run", _run, "run an artifact once on tensors from a file")
+    run.add_argument("artifact", metavar="ARTIFACT")
+    run.add_argument("--input", required=True, metavar="FILE", help="safetensors with the inputs by name")
+    run.add_argument("--output", required=True, metavar="FILE", help="safetensors to write, with the tensor 'output'")
+    run.add_argument("--threads", type=int)
+    run.add_argument("--overwrite", action="store_true")
+
+    verify = add("verify", _verify, "check every byte of an artifact, and whether this machine can run it")
+    verify.add_argument("artifact", metavar="ARTIFACT")
+
+    inspect = add("inspect", _inspect, "look at the dumps of a compilation, or into an artifact")
+    inspect.add_argument("path", metavar="DUMPS|ARTIFACT")
+    inspect.add_argument("--pass", dest="pass_name", metavar="NAME", help="print the program after that pass")
+    inspect.add_argument("--diff", nargs="+", metavar="PASS", help="what a pass changed, or the difference of two")
+    inspect.add_argument("--layers", action="store_true", help="layer by layer: bits, bytes, loss")
+
+    allocate = add("allocate", _allocate, "solve an allocation problem, or make one of a sensitivity table and solve it")
+    allocate.add_argument("problem", metavar="PROBLEM.json|TABLE.json")
+    allocate.add_argument("-o", "--output", help="SOLUTION.json")
+    allocate.add_argument("--weights", help="budget for a sensitivity table: true average bits, or bytes as 40MB")
+    allocate.add_argument("--activations", type=float, help="budget: average bits of the activations")
+    allocate.add_argument("--bops", type=float, help="budget: bit operations per sample and step")
+    allocate.add_argument("--gap", type=float, default=1e-6, help="relative gap at which to stop (default 1e-6)")
+    allocate.add_argument("--time-limit", type=float, default=60.0, help="seconds (default 60)")
+    allocate.add_argument("--overwrite", action="store_true")
+
+    sensitivity = add("sensitivity", _sensitivity, "measure what each layer costs at each format, for allocate and compile")
+    sensitivity.add_argument("model", metavar="MODEL")
+    sensitivity.add_argument("-o", "--output", required=True, metavar="TABLE.json")
+    sensitivity.add_argument("--overwrite", action="store_true")
+    _lowering_options(sensitivity)
+
+    passes = add("passes", _passes, "the passes, or one of them with its options")
+    passes.add_argument("name", nargs="?", metavar="PASS")
+    recipes = add("recipes", _recipes, "the recipes, or the pipeline of one")
+    recipes.add_argument("name", nargs="?", metavar="RECIPE")
+    add("targets", _targets, "the targets and the CPU features each needs")
+    add("models", _models, "the models that ship with the package")
+    cache = add("cache", _cache, "what the cache holds")
+    cache.add_argument("action", nargs="?", choices=("list", "clear"), default="list")
+    cache.add_argument("--cache", type=Path, metavar="DIR")
+    return top
+
+
+def _machine_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="workers (the result is the same)")
+    made.add_argument("--cache", type=Path, metavar="DIR", help="cache folder (default: the user's)")
+
+
+def _lowering_options(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--recipe", default="default", help="name or .toml file (mpqc recipes)")
+    made.add_argument("--pipeline", metavar="PASSES", help='passes by hand: "trace,layout,calibrate{samples=64},..."')
+    made.add_argument("--weights", help="budget: true average bits (3.7), or bytes (40MB)")
+    made.add_argument("--activations", type=float, help="budget: average bits of the activations")
+    made.add_argument("--bops", type=float, help="budget: bit operations per sample and step")
+    made.add_argument("--shapes", help="batch x channels x height x width, comma-separated (default: batch 1 and 2)")
+    made.add_argument("--calibration", metavar="FILE", help="recorded inputs (safetensors); else recorded by sampling")
+    made.add_argument("--samples", type=int, help="calibration trajectories")
+    made.add_argument("--steps", type=int, help="steps of each calibration trajectory")
+    made.add_argument("--scheduler", metavar="FILE", help="scheduler_config.json to use instead of the model's")
+    made.add_argument("--prediction-type", choices=("epsilon", "sample", "v_prediction"))
+    made.add_argument("--sensitivity", metavar="TABLE.json", help="use this table instead of measuring")
+    made.add_argument("--seed", type=int, default=0)
+    _machine_options(made)
+
+
+def _options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    names = (
+        *("recipe", "pipeline", "weights", "activations", "bops", "shapes", "calibration", "samples", "steps"),
+        *("scheduler", "prediction_type", "sensitivity", "seed", "jobs", "cache"),
+    )
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    if given.get("jobs", 1) < 1:
+        raise UserError(f"--jobs {given['jobs']} must be 1 or more")
+    return given | more
+
+
+# --- commands -----------------------------------------------------------------------------------------------
+
+
+def _demo(args: argparse.Namespace) -> Any:
+    from mpq_compiler.demo import demo
+
+    return demo(Path(args.output), args.weights, args.images, args.steps, args.overwrite, **_options_of_machine(args))
+
+
+def _options_of_machine(args: argparse.Namespace) -> dict[str, Any]:
+    return {"jobs": args.jobs, "cache": args.cache}
+
+
+def _compile(args: argparse.Namespace) -> Any:
+    from mpq_compiler.compiler import compile
+
+    report = compile(
+        args.model,
+        args.output,
+        terminal.progress,
+        **_options(args, target=args.target, overwrite=args.overwrite, dumps=args.dumps),
+    )
+    for note in report.notes:
+        terminal.console.print(f"note: {note}", markup=False)
+    weights = report.weights
+    terminal.table(
+        f"{args.output} for {report.target}, recipe {report.recipe}",
+        ("what", "value"),
+        (
+            ("weights", f"{terminal.size(weights['bytes'])}, {weights['average_bits']:.3f} true average bits"),
+            ("as f32", terminal.size(weights["float_bytes"])),
+            ("activations", f"{report.activations['average_bits']:.2f} average bits"),
+            ("SQNR", f"{report.quality['sqnr_db']:.2f} dB, executed by the {report.quality['executed_by']}"),
+            ("float fallbacks", len(report.fallbacks)),
+            ("artifact", f"{terminal.size(report.artifact['bytes'])}, sha256 {report.artifact['sha256'][:16]}"),
+        ),
+    )
+    for name, reason in report.fallbacks.items():
+        terminal.console.print(f"fallback: {name}: {reason}", markup=False)
+    return report.to_json()
+
+
+def _generate(args: argparse.Namespace) -> Any:
+    from mpq_compiler import evaluation, pictures
+
+    if args.prompt is not None:
+        raise UserError("--prompt needs a text-conditioned model, and none of them can be drawn from yet; use --class")
+    if Path(args.output).exists() and not args.overwrite:
+        raise UserError(f"'{args.output}' exists; choose another name or add --overwrite")
+    painter = evaluation.from_artifact(args.artifact, args.threads)
+    painters = [painter]
+    if args.compare:
+        painters.insert(0, evaluation.from_model(args.compare))
+        evaluation.require_same_task(painter, painters[0])
+    drawn = []
+    for p in painters:
+        with terminal.progress(f"drawing with {p.name}", args.images) as advance:
+            latents = p.draw(args.images, args.steps, args.seed, args.label)
+            advance(args.images)
+        drawn.append(p.decode(latents))
+    titles = ["float", "compiled"] if args.compare else None
+    pictures.grid(drawn if args.compare else drawn[0], args.output, titles=titles)
+    terminal.console.print(f"wrote {args.output}", markup=False)
+    result: dict[str, Any] = {"output": str(args.output), "images": args.images, "steps": args.steps, "seed": args.seed}
+    if args.compare:
+        from mpq_compiler.metrics import psnr_db
+
+        result["psnr_db"] = psnr_db(drawn[0], drawn[1])
+        terminal.console.print(f"PSNR {result['psnr_db']:.2f} dB against {args.compare}", markup=False)
+    return result
+
+
+def _eval(args: argparse.Namespace) -> Any:
+    from mpq_compiler.evaluation import evaluate_path
+
+    options = _options(args)
+    result = evaluate_path(
+        args.artifact, args.against, args.images, args.eval_steps, args.eval_seed, terminal.progress, options
+    )
+    rows = []
+    for name, value in result.items():
+        if isinstance(value, dict) and "value" in value:
+            span = f"{value['low']:.4g} .. {value['high']:.4g}" if "low" in value else ""
+            rows.append((name, f"{value['value']:.4g}", span))
+        elif isinstance(value, int | float):
+            rows.append((name, f"{value:.4g}", ""))
+        elif value is None:
+            rows.append((name, "n/a", result.get("reasons", {}).get(name, "")))
+    terminal.table(f"{args.artifact}", ("metric", "value", "95 % interval"), rows, numeric=(1,))
+    return result
+
+
+def _run(args: argparse.Namespace) -> Any:
+    from mpq_compiler import runtime, tensorfile
+
+    output = Path(args.output)
+    if output.exists() and not args.overwrite:
+        raise UserError(f"'{output}' exists; choose another name or add --overwrite")
+    inputs = tensorfile.load(args.input)
+    result = runtime.load(args.artifact, args.threads).run(inputs)
+    beside = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as stream:
+            tensorfile.save(stream, {"output": result})
+        beside.replace(output)
+    finally:
+        beside.unlink(missing_ok=True)
+    terminal.console.print(f"wrote {output}: f32{list(result.shape)}", markup=False)
+    return {"output": str(output), "shape": list(result.shape)}
+
+
+def _verify(args: argparse.Namespace) -> Any:
+    from mpq_compiler import artifact, targets
+
+    read = artifact.read(args.artifact)
+    target = targets.TARGETS.get(read.manifest["target"]["name"])
+    missing = [] if target is None else sorted(targets.missing_features(target))
+    terminal.console.print(
+        f"{args.artifact} is intact: {len(read.manifest['files'])} files, sha256 {read.manifest['artifact_sha256'][:16]}, "
+        f"for {read.manifest['target']['name']}"
+        + (f"; this machine cannot run it: it lacks {', '.join(missing)}" if missing else ""),
+        markup=False,
+    )
+    return {"intact": True, "sha256": read.manifest["artifact_sha256"], "missing_features": missing}
+
+
+def _inspect(args: argparse.Namespace) -> Any:
+    from mpq_compiler.inspection import inspect
+
+    return inspect(Path(args.path), args.pass_name, args.diff, args.layers)
+
+
+def _allocate(args: argparse.Namespace) -> Any:
+    from mpq_compiler import sensitivity_table
+    from mpq_compiler.allocation import Problem, solve
+
+    output = Path(args.output) if args.output else None
+    if output is not None and output.exists() and not args.overwrite:
+        raise UserError(f"'{output}' exists; choose another name or add --overwrite")
+    if sensitivity_table.is_table(args.problem):
+        table = sensitivity_table.load(args.problem)
+        limit = sensitivity_table.byte_limit(table, *sensitivity_table.parse_budget(args.weights))
+        problem = Problem.from_json(sensitivity_table.problem(table, limit, args.activations, args.bops))
+    else:
+        if args.weights or args.activations or args.bops:
+            raise UserError("--weights, --activations and --bops go with a sensitivity table; a problem has its own budgets")
+        problem = Problem.load(args.problem)
+    solution = solve(problem, gap=args.gap, time_limit=args.time_limit).to_json()
+    counts: dict[str, int] = {}
+    for choice in solution["choices"].values():
+        counts[choice] = counts.get(choice, 0) + 1
+    terminal.table(
+        f"loss {solution['objective']:.6g}" + ("" if solution["optimal"] else ", not proven optimal"),
+        ("choice", "layers"),
+        sorted(counts.items()),
+        numeric=(1,),
+    )
+    if output is not None:
+        _write_json(solution, output)
+    return solution
+
+
+def _sensitivity(args: argparse.Namespace) -> Any:
+    from mpq_compiler.compiler import measure_sensitivity
+
+    output = Path(args.output)
+    if output.exists() and not args.overwrite:
+        raise UserError(f"'{output}' exists; choose another name or add --overwrite")
+    table = measure_sensitivity(args.model, terminal.progress, **_options(args))
+    _write_json(table, output)
+    formats = list(next(iter(table["weights"].values())))
+    rows = sorted(table["weights"].items(), key=lambda item: -item[1][formats[0]])
+    terminal.table(
+        "relative noise power of the output, most sensitive layers first",
+        ("layer", *formats),
+        [(name, *(f"{losses[f]:.1e}" for f in formats)) for name, losses in rows[:20]],
+        numeric=range(1, len(formats) + 1),
+    )
+    return table
+
+
+def _passes(args: argparse.Namespace) -> Any:
+    from mpq_compiler import pass_manager, printer
+
+    if args.name:
+        described = printer.describe_pass(pass_manager.find(args.name))
+        terminal.console.print(printer.pass_text(described), markup=False, highlight=False)
+        return described
+    described = [printer.describe_pass(pass_manager.find(n)) for n in pass_manager.all_names()]
+    terminal.table(
+        "passes, in the order of the default recipe",
+        ("pass", "contract", "purpose"),
+        [(d["name"], d["contract"], d["summary"]) for d in described],
+    )
+    return described
+
+
+def _recipes(args: argparse.Namespace) -> Any:
+    from mpq_compiler import pass_manager, recipes
+
+    found = [recipes.load(n) for n in ([args.name] if args.name else recipes.names())]
+    described = [
+        {"name": r.name, "description": r.description, "pipeline": pass_manager.to_text(r.passes())} for r in found
+    ]
+    rows = [(d["name"], d["description"], d["pipeline"].replace(",", ", ")) for d in described]
+    terminal.table("recipes", ("recipe", "what it does", "pipeline"), rows)
+    return described
+
+
+def _targets(args: argparse.Namespace) -> Any:
+    from mpq_compiler import targets
+
+    native = None
+    try:
+        native = targets.resolve("native").name
+    except UserError as error:
+        terminal.console.print(str(error), markup=False)
+    described = []
+    for target in targets.TARGETS.values():
+        missing = sorted(targets.missing_features(target))
+        described.append(
+            {
+                "name": target.name,
+                "features": list(target.features),
+                "implemented": target.implemented,
+                "status": target.status,
+                "missing_here": missing,
+                "native": target.name == native,
+            }
+        )
+    rows = []
+    for row in described:
+        here = "native" if row["native"] else ("no" if row["missing_here"] else "yes")
+        rows.append((row["name"], "yes" if row["implemented"] else row["status"], here, " ".join(row["features"][-6:])))
+    terminal.table("targets", ("target", "compiles", "runs here", "CPU features, the last of them"), rows)
+    return described
+
+
+def _models(args: argparse.Namespace) -> Any:
+    from mpq_compiler import checkpoint
+
+    described = []
+    for name, folder in checkpoint.bundled().items():
+        config = next(folder.glob("*/config.json"))
+        size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
+        kind = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
+        described.append({"name": name, "class": kind, "bytes": size, "folder": str(folder)})
+    rows = [(d["name"], d["class"], terminal.size(d["bytes"])) for d in described]
+    terminal.table("bundled models", ("model", "class", "weights"), rows, numeric=(2,))
+    return described
+
+
+def _cache(args: argparse.Namespace) -> Any:
+    from mpq_compiler import cache
+
+    if args.action == "clear":
+        freed = cache.clear(args.cache)
+        terminal.console.print(f"freed {terminal.size(freed)} in {cache.folder(args.cache)}", markup=False)
+        return {"freed": freed}
+    kinds: dict[str, list[int]] = {}
+    for kind, _, size in cache.entries(args.cache):
+        kinds.setdefault(kind, []).append(size)
+    rows = [(kind, len(sizes), terminal.size(sum(sizes))) for kind, sizes in sorted(kinds.items())]
+    terminal.table(str(cache.folder(args.cache)), ("kind", "entries", "size"), rows, numeric=(1, 2))
+    return {"folder": str(cache.folder(args.cache)), "kinds": {k: sum(v) for k, v in kinds.items()}}
+
+
+# --- how it ends --------------------------------------------------------------------------------------------
+
+
+def _write_json(document: Any, path: Path) -> None:
+    """Writes beside, then renames: nothing half-written is ever seen."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns 0, 1 for a clear error, 130 for Ctrl-C (argparse exits with 2 for a wrong command line)."""
+    args = parser().parse_args(arguments)
+    try:
+        result = args.run(args)
+        if args.json == "-":
+            print(json.dumps(result, indent=1))
+        elif args.json:
+            _write_json(result, Path(args.json))
+        return 0
+    except UserError as error:
+        return _fail(args, str(error))
+    except KeyboardInterrupt:
+        print("mpqc: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        where = f" '{error.filename}'" if error.filename else ""
+        return _fail(args, f"the system refused to use{where}: {error.strerror or error}; free space or choose another place")
+    except MemoryError:
+        return _fail(args, "out of memory; use a smaller model, fewer --samples or fewer --jobs")
+    except Exception as error:  # a defect of ours still ends in one sentence
+        text = " ".join(str(error).split())
+        return _fail(args, f"internal error ({type(error).__name__}: {text[:300]}); run again with --debug and report it")
+
+
+def _fail(args: argparse.Namespace, sentence: str) -> int:
+    if args.debug:
+        raise
+    print(f"mpqc: {sentence}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""`mpqc demo`: the bundled denoiser compiled for this machine, and what became of it in one picture and one table."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpq_compiler import evaluation, metrics, pictures, terminal
+from mpq_compiler import denoiser as denoisers
+from mpq_compiler.compiler import compile, single_threaded
+from mpq_compiler.errors import UserError
+
+MODEL = "fashion-unet"
+ROUNDS = 7
+TIMED_BATCH = 2
+
+
+def demo(
+    folder: Path, weights: str, images: int, steps: int, overwrite: bool, jobs: int = 1, cache: Path | None = None
+) -> dict[str, Any]:
+    """Compiles, draws the same noise with both, writes ``samples.png`` and prints the table."""
+    picture, output = folder / "samples.png", folder / f"{MODEL}.mpq"
+    for existing in (picture, output):
+        if existing.exists() and not overwrite:
+            raise UserError(f"'{existing}' exists; add --overwrite, or name another folder with --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder '{folder}' cannot be made: {error.strerror}") from error
+    loaded = denoisers.load(MODEL)
+    report = compile(loaded, output, terminal.progress, weights=weights, jobs=jobs, cache=cache, overwrite=overwrite)
+    painters = [evaluation.from_denoiser(loaded), evaluation.from_artifact(output, threads=1)]
+    with single_threaded():
+        drawn = []
+        for title, painter in zip(("drawing with the float model", "drawing with the artifact"), painters, strict=True):
+            with terminal.progress(title, steps) as advance:
+                latents = painter.draw(images, steps, seed=0, progress=lambda done, total, go=advance: go(1))
+            drawn.append(painter.decode(latents))
+        times = _milliseconds([p.call for p in painters], painters[0])
+    pictures.grid(drawn, picture, columns=5, scale=3, titles=[f"float32 ({MODEL})", f"compiled, {weights} bits"])
+    result = {
+        "picture": str(picture),
+        "artifact": str(output),
+        "target": report.target,
+        "weights": report.weights,
+        "quality": report.quality,
+        "psnr_db": metrics.psnr_db(drawn[0], drawn[1]),
+        "ms_per_step": {"torch": times[0], "mpq": times[1], "speedup": times[0] / times[1]},
+    }
+    _print(result)
+    return result
+
+
+def _milliseconds(calls: list[Any], painter: evaluation.Painter) -> list[float]:
+    """Median milliseconds of one denoiser call of each, in interleaved rounds on one thread."""
+    conditions = painter.conditions(TIMED_BATCH)
+    inputs: dict[str, np.ndarray] = {
+        painter.latent: evaluation.sampler.gaussian(TIMED_BATCH, painter.shape, 0),
+        "timestep": np.full(TIMED_BATCH, 500, np.int64),
+        **conditions,
+    }
+    rounds: list[list[float]] = [[] for _ in calls]
+    for _ in range(ROUNDS):
+        for times, call in zip(rounds, calls, strict=True):
+            call(**inputs)
+            start = time.perf_counter()
+            call(**inputs)
+            times.append((time.perf_counter() - start) * 1e3)
+    return [float(np.median(times)) for times in rounds]
+
+
+def _print(result: dict[str, Any]) -> None:
+    weights, times = result["weights"], result["ms_per_step"]
+    terminal.table(
+        f"{MODEL} for {result['target']}",
+        ("", "float32", "compiled"),
+        (
+            ("weights", terminal.size(weights["float_bytes"]), terminal.size(weights["bytes"])),
+            ("true average bits", "32", f"{weights['average_bits']:.2f}"),
+            (f"ms per step (batch {TIMED_BATCH}, 1 thread)", f"{times['torch']:.2f}", f"{times['mpq']:.2f}"),
+            ("SQNR of the output", "", f"{result['quality']['sqnr_db']:.1f} dB ({result['quality']['executed_by']})"),
+            ("PSNR of the images", "", f"{result['psnr_db']:.1f} dB"),
+        ),
+        numeric=(1, 2),
+    )
+    artifact = result["artifact"]
+    terminal.console.print(
+        f"The picture is {result['picture']}. Next:\n"
+        f"  mpqc inspect {artifact} --layers\n"
+        f"  mpqc eval {artifact} --against {MODEL} --images 200\n"
+        f"  mpqc compile {MODEL} -o smaller.mpq --weights 3 --dumps dumps && mpqc inspect dumps --diff bit-allocation",
+        markup=False,
+        highlight=False,
+    )

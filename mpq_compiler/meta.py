@@ -1,0 +1,57 @@
+"""Shapes of the quantized operators without their arithmetic: what `program.shapes` runs in their place.
+
+The exact epilogue takes dozens of elementwise steps whose shapes are known beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpq_compiler import ops
+
+
+def _operands(x: Tensor, codes: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return x.to(torch.float32), codes.to(torch.float32), None if bias is None else bias.to(torch.float32)
+
+
+def _quant_linear(*args: Any) -> Tensor:
+    return F.linear(*_operands(args[0], args[2], args[9]))
+
+
+def _quant_conv2d(*args: Any) -> Tensor:
+    kernel, stride, padding = args[11:14]
+    x, codes, bias = _operands(args[0], args[2], args[9])
+    return ops.conv2d(x, codes.reshape(len(codes), *kernel, -1), bias, stride, padding)
+
+
+def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: int) -> Tensor:
+    if x.shape[0] % group.shape[0]:
+        raise ValueError(f"{x.shape[0]} rows do not divide into a batch of {group.shape[0]}")
+    return x.to(torch.uint8)
+
+
+def _fake_quantize(*args: Any) -> Tensor:
+    return _quantize(*args).to(args[0].dtype)
+
+
+def _fake_quantize_weight(weight: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _dequantize_weight(codes: Tensor, scale: Tensor, offset: Any, lut: Any, row_class: Any, shape: Any) -> Tensor:
+    return codes.to(torch.float32).reshape(list(shape))
+
+
+SHAPES: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    ops.quantize: _quantize,
+    ops.fake_quantize: _fake_quantize,
+    ops.fake_quantize_weight: _fake_quantize_weight,
+    ops.dequantize_weight: _dequantize_weight,
+    ops.quant_linear: _quant_linear,
+    ops.quant_conv2d: _quant_conv2d,
+}

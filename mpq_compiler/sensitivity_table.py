@@ -1,0 +1,121 @@
+"""The sensitivity table: what `mpqc sensitivity` writes, and the allocation problem that it poses.
+
+A table is plain data: measured losses beside everything that costs are reckoned from, so that allocating needs
+neither the model nor torch.
+
+    {"version": 1, "model", "parameters", "fixed_bytes", "inputs",
+     "weights": {layer: {format: loss}}, "activations": {edge: {bits: loss}},
+     "layers": [{"name", "edges", "macs", "formats": {format: {"bits", "bytes"}}}], "elements": {edge: count}}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from mpq_compiler.errors import UserError
+
+VERSION = 1
+
+
+def is_table(path: str | Path) -> bool:
+    """Whether the file is a sensitivity table rather than an allocation problem."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # whoever reads it as a problem says what is wrong
+    return isinstance(document, dict) and "weights" in document and "layers" in document
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The table in a file. UserError: unreadable, or not a table (naming the key)."""
+    from mpq_compiler import schemas
+
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"the sensitivity table '{path}' cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"the sensitivity table '{path}' is not JSON: {error}") from error
+    if wrong := schemas.check(table, "sensitivity"):
+        raise UserError(f"'{path}' is no sensitivity table as `mpqc sensitivity` writes it: {wrong}")
+    return table
+
+
+def problem(
+    table: dict[str, Any],
+    limit_bytes: int | None = None,
+    activations: float | None = None,
+    bops: float | None = None,
+) -> dict[str, Any]:
+    """The allocation problem of a table, in the form of interfaces.md, under the budgets that are given.
+
+    A choice is a weight format with an activation width ("int4 u8"). An edge that several layers read is measured and
+    stored once: its loss and its size are shared out among them, and they are linked to one width.
+
+    Raises UserError for a byte budget that cannot be met, naming the least that can.
+    """
+    readers: dict[str, list[str]] = {}
+    for layer in table["layers"]:
+        for edge in layer["edges"]:
+            readers.setdefault(edge, []).append(layer["name"])
+    layers = [{"name": layer["name"], "choices": _choices(table, layer, readers)} for layer in table["layers"]]
+    budgets: list[dict[str, Any]] = []
+    if activations is not None:
+        budgets.append({"cost": "activation_bits", "max": activations * sum(table["elements"].values())})
+    if limit_bytes is not None:
+        least = table["fixed_bytes"] + sum(min(c["costs"]["bytes"] for c in x["choices"]) for x in layers)
+        if limit_bytes < least:
+            per_bit = table["parameters"] / 8
+            raise UserError(
+                f"a budget of {limit_bytes} bytes ({limit_bytes / per_bit:.2f} true average bits) cannot be met: "
+                f"the least that the formats allow is {least} bytes ({least / per_bit:.3f} bits)"
+            )
+        budgets.append({"cost": "bytes", "max": limit_bytes - table["fixed_bytes"]})
+    if bops is not None:
+        budgets.append({"cost": "bops", "max": bops})
+    links = [{"layers": names, "attribute": "activation"} for _, names in sorted(readers.items()) if len(names) > 1]
+    return {"version": 1, "layers": layers, "budgets": budgets, "links": links}
+
+
+def _choices(table: dict[str, Any], layer: dict[str, Any], readers: dict[str, list[str]]) -> list[dict[str, Any]]:
+    edges = layer["edges"]
+    widths = sorted({int(b) for e in edges for b in table["activations"][e]})
+    shared = {e: 1 / len(readers[e]) for e in edges}
+    return [
+        {
+            "name": f"{name} u{bits}",
+            "loss": loss + sum(table["activations"][e][str(bits)] * shared[e] for e in edges),
+            "costs": {
+                "bytes": layer["formats"][name]["bytes"],
+                "activation_bits": sum(bits * table["elements"][e] * shared[e] for e in edges),
+                "bops": layer["macs"] * layer["formats"][name]["bits"] * bits,
+            },
+            "attributes": {"activation": f"u{bits}"},
+        }
+        for name, loss in table["weights"][layer["name"]].items()
+        for bits in widths
+    ]
+
+
+def byte_limit(table: dict[str, Any], bits: float | None, size: int | None) -> int | None:
+    """Payload bytes that both budgets allow: true average bits, and bytes."""
+    limits = [] if size is None else [size]
+    if bits is not None:
+        limits.append(int(bits * table["parameters"] / 8))
+    return min(limits, default=None)
+
+
+def parse_budget(text: str | float | None) -> tuple[float | None, int | None]:
+    """(true average bits, bytes) of ``3.7`` or ``"40MB"``, ``"800kB"``, ``"2MiB"``; one of them is None."""
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kMG]i?)?(B)?\s*", str(text))
+    if match is None or float(match[1]) <= 0 or (match[2] and not match[3]):
+        raise UserError(f"--weights '{text}' is neither bits (3.7) nor bytes (40MB, 800kB)")
+    if not match[3]:
+        return float(match[1]), None
+    unit = {"k": 1, "M": 2, "G": 3}[match[2][0]] if match[2] else 0
+    return None, int(float(match[1]) * (1024 if match[2] and match[2].endswith("i") else 1000) ** unit)

@@ -1,0 +1,52 @@
+"""What commands print: Rich tables and progress bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(stderr=True)
+"""Progress and tables go to standard error: standard output is for ``--json -``."""
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar; yields ``advance(n)``. Without a terminal: a line when the work begins, and one when it is done."""
+    if not console.is_terminal:
+        print(f"{title} ({total}) ...", file=sys.stderr, flush=True)
+        yield lambda n: None
+        return
+    columns = (
+        TextColumn("{task.description:>28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda n: bar.advance(task, n)
+
+
+def table(title: str, headers: Sequence[str], rows: Iterable[Sequence[object]], numeric: Sequence[int] = ()) -> None:
+    """Prints a table; the columns in ``numeric`` are aligned to the right."""
+    made = Table(title=title, title_justify="left", header_style="bold")
+    for index, header in enumerate(headers):
+        made.add_column(header, justify="right" if index in numeric else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*("" if cell is None else str(cell) for cell in row))
+    console.print(made)
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.6 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
