@@ -121,9 +121,7 @@ def error(value: np.ndarray, exact: np.ndarray) -> float:
     return float(np.abs(value - exact).max() / np.abs(exact).max())
 
 
-def quantized(
-    y: np.ndarray, scale: np.ndarray, zero: np.ndarray, group: np.ndarray, bits: int
-) -> np.ndarray:
+def quantized(y: np.ndarray, scale: np.ndarray, zero: np.ndarray, group: np.ndarray, bits: int) -> np.ndarray:
     """The definition of `quantize`, in NumPy float32."""
     shape = (-1, *[1] * (y.ndim - 1))
     inverse = (np.float32(1) / scale[group]).reshape(shape)

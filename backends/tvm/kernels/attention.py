@@ -35,7 +35,7 @@ from mpq_compiler.backends.tvm.kernels.template import (
     span,
     store,
 )
-from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, mul, splat
+from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, keep, mul, splat
 
 KEYS = 64  # keys of a block: part of the arithmetic, the same for every target
 LOWEST = -1e30  # the running maximum before the first key; finite, so that fully masked keys do not make NaN
@@ -215,7 +215,7 @@ class _Body:
                     else splat(self._mask(b, h, 0, key + start + i), LANES)
                 )
                 value = fma(mask, f32(vmath.LOG2_E, LANES), value)
-            value = T.bind(value)
+            value = keep(value)
             store(self.score, value, self._at(start + i, j))
             at = self._at(0, j)
             store(new, tirx.Select(new[at] > value, new[at], value), at)
@@ -227,7 +227,7 @@ class _Body:
         store(total, mul(self.total[wide], self.rescale[wide]), wide)
         with T.serial(0, size) as i:
             at = span(i * self.width, self.width)
-            weight = T.bind(vmath.exp2_nonpositive(self.score[at] - new[wide]))
+            weight = keep(vmath.exp2_nonpositive(self.score[at] - new[wide]))
             store(self.score, weight, at)
             store(total, total[wide] + weight, wide)
         store(self.total, total[wide], wide)

@@ -42,7 +42,7 @@ from mpq_compiler.backends.tvm.kernels.template import (
     store,
     width,
 )
-from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, splat
+from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, keep, splat
 
 # of a panel tile: accumulators and, at most, vectors; of a dot tile: rows and outputs
 PANEL_TILES = {"wide": (24, 4), "narrow": (6, 1)}
@@ -91,9 +91,7 @@ class Conv2d:
 
     def __post_init__(self) -> None:
         if self.channels % self.groups or self.outputs % self.groups:
-            raise ValueError(
-                f"{self.channels} and {self.outputs} channels: {self.groups} groups do not divide"
-            )
+            raise ValueError(f"{self.channels} and {self.outputs} channels: {self.groups} groups do not divide")
         if self.out_height < 1 or self.out_width < 1:
             raise ValueError(f"kernel {self.kernel} does not fit into {self.height} x {self.width} pixels")
 
@@ -190,9 +188,7 @@ def _columns(plan: _Plan) -> list[int]:
     """First output of every vector: within a group, the last vector ends at the end and may overlap."""
     size = plan.outputs if plan.form == "depthwise" else plan.group_outputs
     groups = 1 if plan.form == "depthwise" else plan.groups
-    return [
-        g * size + min(v * plan.lanes, size - plan.lanes) for g in range(groups) for v in range(plan.vectors)
-    ]
+    return [g * size + min(v * plan.lanes, size - plan.lanes) for g in range(groups) for v in range(plan.vectors)]
 
 
 def arguments(problem: Linear | Conv2d) -> list[Argument]:
@@ -337,9 +333,7 @@ class _Body:
 
             def block(first: Any, count: int) -> None:
                 rows = min(plan.rows, accumulators // count, 12)
-                columns = [
-                    g * size + T.min((first + j) * plan.lanes, size - plan.lanes) for j in range(count)
-                ]
+                columns = [g * size + T.min((first + j) * plan.lanes, size - plan.lanes) for j in range(count)]
                 panels = [(g * plan.vectors + first + j) * (plan.terms * plan.lanes) for j in range(count)]
                 with T.serial(0, -(-plan.rows // rows)) as tile:
                     row = T.bind(T.min(tile * rows, plan.rows - rows))
@@ -364,11 +358,7 @@ class _Body:
     ) -> None:
         plan, lanes = self.plan, self.plan.lanes
         sums = scratch(rows * len(columns) * lanes)
-        cells = [
-            (i, j, span((i * len(columns) + j) * lanes, lanes))
-            for i in range(rows)
-            for j in range(len(columns))
-        ]
+        cells = [(i, j, span((i * len(columns) + j) * lanes, lanes)) for i in range(rows) for j in range(len(columns))]
         for _, j, at in cells:
             bias = self.buffers["bias"][span(columns[j], lanes)] if self.problem.bias else f32(0.0, lanes)
             store(sums, bias, at)
@@ -416,21 +406,15 @@ class _Body:
     def _dot_tile(self, x: Buffer, origins: list[Any], first: Any, outputs: int, results: Buffer) -> None:
         """Sums of rows x outputs into `results` [rows, all outputs], without bias."""
         plan = self.plan
-        run = (
-            plan.taps[1] * plan.group_inputs
-        )  # the columns of a kernel row and their channels are neighbours
+        run = plan.taps[1] * plan.group_inputs  # the columns of a kernel row and their channels are neighbours
         sums = scratch(len(origins) * outputs * LANES)
-        cells = [
-            (i, j, span((i * outputs + j) * LANES, LANES))
-            for i in range(len(origins))
-            for j in range(outputs)
-        ]
+        cells = [(i, j, span((i * outputs + j) * LANES, LANES)) for i in range(len(origins)) for j in range(outputs)]
         for _, _, at in cells:
             store(sums, f32(0.0, LANES), at)
 
         def add(kh: Any, load: Any) -> None:
-            images = [T.bind(load(x, origin + kh * plan.tap_steps[0])) for origin in origins]
-            weights = [T.bind(load(self.weight, (first + j) * plan.terms + kh * run)) for j in range(outputs)]
+            images = [keep(load(x, origin + kh * plan.tap_steps[0])) for origin in origins]
+            weights = [keep(load(self.weight, (first + j) * plan.terms + kh * run)) for j in range(outputs)]
             for i, j, at in cells:
                 store(sums, fma(images[i], weights[j], sums[at]), at)
 

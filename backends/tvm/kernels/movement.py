@@ -141,9 +141,7 @@ def concat(shapes: Sequence[Shape], dim: int, dtype: str = "float32") -> Movemen
     strides, offset, copies = _contiguous(_inner(target)), 0, []
     for i, shape in enumerate(shapes):
         extents = _inner(shape)
-        copies.append(
-            Copy(i, tuple(extents), tuple(_contiguous(extents)), tuple(strides), 0, offset * strides[dim])
-        )
+        copies.append(Copy(i, tuple(extents), tuple(_contiguous(extents)), tuple(strides), 0, offset * strides[dim]))
         offset += int(shape[dim])
     return Movement(tuple(shapes), target, tuple(copies), dtype)
 
@@ -194,8 +192,7 @@ def pad(shape: Shape, before: Sequence[int], after: Sequence[int], fill: float =
         dtype: str = "float32") -> Movement:  # fmt: skip
     """x with `before` and `after` more elements in each dimension, of value `fill`; none along the batch."""
     target = tuple(
-        BATCH if extent == BATCH else int(extent) + b + a
-        for extent, b, a in zip(shape, before, after, strict=True)
+        BATCH if extent == BATCH else int(extent) + b + a for extent, b, a in zip(shape, before, after, strict=True)
     )
     extents, strides = _inner(shape), _contiguous(_inner(target))
     offset = sum(b * s for b, s, e in zip(before, strides, shape, strict=True) if e != BATCH)
@@ -218,9 +215,7 @@ def _move(problem: Movement, batch: Any, buffers: Buffers) -> None:
         y, start = sample_view(buffers["y"], problem.shape, b)
         if problem.fill is not None:
             size, fill = math.prod(_inner(problem.shape)), problem.fill
-            each_vector(
-                size, lambda i, n: store(y, _constant(fill, problem.dtype, n), span(start + i, n)), most
-            )
+            each_vector(size, lambda i, n: store(y, _constant(fill, problem.dtype, n), span(start + i, n)), most)
         for copy in problem.copies:
             x, origin = sample_view(buffers[f"x{copy.source}"], problem.inputs[copy.source], b)
             extents, strides = merge_dimensions(copy.extents, [copy.source_strides, copy.target_strides])

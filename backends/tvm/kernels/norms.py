@@ -40,7 +40,7 @@ from mpq_compiler.backends.tvm.kernels.template import (
     store,
     width,
 )
-from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, mul, splat
+from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, keep, mul, splat
 
 ROWS = 32  # rows of a statistics block: part of the arithmetic, the same for every target
 STEP = 4 * LANES  # channels that one pass over a block keeps in registers
@@ -150,18 +150,18 @@ def _channel_moments(problem: GroupNorm, x: Buffer, b: Any, mean: Buffer, m2: Bu
         store(total, f32(0.0, lanes), local)
         store(squares, f32(0.0, lanes), local)
         with T.serial(1, rows) as r:
-            distance = T.bind(x[b, row + r, at] - x[b, row, at])
+            distance = keep(x[b, row + r, at] - x[b, row, at])
             store(total, total[local] + distance, local)
             store(squares, fma(distance, distance, squares[local]), local)
-        shift = T.bind(mul(total[local], f32(1.0 / rows, lanes)))
-        block_mean = T.bind(x[b, row, at] + shift)
-        block_m2 = T.bind(fma(vmath.neg(shift), total[local], squares[local]))
+        shift = keep(mul(total[local], f32(1.0 / rows, lanes)))
+        block_mean = keep(x[b, row, at] + shift)
+        block_m2 = keep(fma(vmath.neg(shift), total[local], squares[local]))
         if before is None:
             store(mean, block_mean, at)
             store(m2, block_m2, at)
             return
-        weight = T.bind(vmath.div(f32(float(rows), 1), before + f32(float(rows), 1)))
-        delta = T.bind(block_mean - mean[at])
+        weight = keep(vmath.div(f32(float(rows), 1), before + f32(float(rows), 1)))
+        delta = keep(block_mean - mean[at])
         store(mean, fma(delta, splat(weight, lanes), mean[at]), at)
         between = mul(delta, splat(mul(weight, before), lanes))
         store(m2, fma(delta, between, m2[at] + block_m2), at)
@@ -203,11 +203,11 @@ def _merge_groups(problem: GroupNorm, buffers: Buffers, mean: Buffer, m2: Buffer
         store(total, f32(0.0, lanes), local)
         with T.serial(0, size) as i:
             store(total, total[local] + of(mean, i), local)
-        centre = T.bind(mul(total[local], f32(1.0 / size, lanes)))
+        centre = keep(mul(total[local], f32(1.0 / size, lanes)))
         store(total, f32(0.0, lanes), local)
         store(squares, f32(0.0, lanes), local)
         with T.serial(0, size) as i:
-            distance = T.bind(of(mean, i) - centre)
+            distance = keep(of(mean, i) - centre)
             store(total, total[local] + of(m2, i), local)
             store(squares, fma(distance, distance, squares[local]), local)
         m2_group = fma(squares[local], f32(float(problem.positions), lanes), total[local])
@@ -235,17 +235,17 @@ def _layer_norm(problem: LayerNorm, batch: Any, buffers: Buffers) -> None:
         with T.serial(0, problem.positions) as s:
             inverse = f32(1.0 / channels, 1)
             total = _row_sum(channels, x, (b, s), lambda value, mask, total: total + value)
-            mean = T.bind(mul(total, inverse))
+            mean = keep(mul(total, inverse))
 
             def add_square(value: Expr, mask: Expr | None, total: Expr) -> Expr:
                 distance = value - splat(mean, LANES)
                 if mask is not None:
                     distance = tirx.Select(mask, distance, f32(0.0, LANES))
-                distance = T.bind(distance)
+                distance = keep(distance)
                 return fma(distance, distance, total)
 
             squares = _row_sum(channels, x, (b, s), add_square)
-            rstd = T.bind(vmath.rsqrt(mul(squares, inverse) + f32(problem.eps, 1)))
+            rstd = keep(vmath.rsqrt(mul(squares, inverse) + f32(problem.eps, 1)))
 
             def apply(c: Any, lanes: int) -> None:
                 at = span(c, lanes)
@@ -284,4 +284,4 @@ def _row_sum(extent: int, x: Buffer, row: tuple[Any, ...], add: Any) -> Expr:
         parts //= 2
         for part in range(parts):
             store(total, total[places[part]] + total[places[part + parts]], places[part])
-    return T.bind(fold(total[places[0]]))
+    return keep(fold(total[places[0]]))

@@ -118,9 +118,7 @@ def build(program: PointwiseProgram, isa: str = "avx512vnni", name: str = "point
     return primfunc(name, arguments(program), lambda batch, buffers: _body(program, batch, buffers))
 
 
-def merge_dimensions(
-    extents: Sequence[int], strides: Sequence[Sequence[int]]
-) -> tuple[list[int], list[list[int]]]:
+def merge_dimensions(extents: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
     """Merges neighbouring dimensions that every operand steps through evenly.
 
     extents: of the loop nest, outermost first. strides: for each operand, one stride for each dimension (0
@@ -210,7 +208,7 @@ def _evaluate(program: PointwiseProgram, load: Any, quant: Any, lanes: int) -> E
     def value_of(ref: Ref) -> Expr:
         if isinstance(ref, Input):
             if ref.index not in inputs:
-                inputs[ref.index] = T.bind(load(ref.index))
+                inputs[ref.index] = vmath.keep(load(ref.index))
             return inputs[ref.index]
         return results[ref.index] if isinstance(ref, Result) else vmath.f32(float(ref), lanes)
 
@@ -226,5 +224,5 @@ def _evaluate(program: PointwiseProgram, load: Any, quant: Any, lanes: int) -> E
             value = vmath.BINARY[step.op](*args)
         else:
             raise ValueError(f"unknown pointwise operation '{step.op}'")
-        results.append(T.bind(value))
+        results.append(vmath.keep(value))
     return results[-1]

@@ -73,12 +73,26 @@ def i32(value: int, count: int) -> Expr:
     return splat(tirx.IntImm("int32", value), count)
 
 
+def keep(value: Expr) -> Expr:
+    """`value` computed once, here, in a kernel under construction by the IR builder.
+
+    It goes through a local buffer of one vector, which LLVM turns into a register. Floats are not named by
+    ``bind``: TVM's analyzer expands bound variables (in exponential time where each is used twice) and refuses
+    some float expressions outright.
+    """
+    count = lanes(value)
+    base = str(value.ty).split("x")[0]
+    place = builder.alloc_buffer((count,), base, align=64, annotations={"disable_lower_builtin": 1})
+    index = 0 if count == 1 else tirx.Ramp(0, 1, count)
+    builder.buffer_store(place, value, [index])
+    return place[index]
+
+
 class Lets:
     """Names for sub-expressions, so that an expression used twice is computed once.
 
-    Inside an IR builder the names are statements (``bind``) before the one under construction; elsewhere they
-    are ``Let`` expressions around the body. TVM's analyzer does not take a ``Let`` within a bound value when it
-    meets that value twice, so kernels must not mix the two.
+    In a kernel under construction the names are kept (`keep`) before the statement that uses them; elsewhere
+    they are ``Let`` expressions around the body.
 
     >>> let = Lets()
     >>> square = let(mul(x, x), "square")
@@ -87,13 +101,13 @@ class Lets:
 
     def __init__(self) -> None:
         self._bound: list[tuple[tirx.Var, Expr]] = []
-        self._builds = IRBuilder.is_in_scope()
+        self._in_kernel = IRBuilder.is_in_scope()
 
     def __call__(self, value: Expr, name: str) -> Expr:
         if isinstance(value, (tirx.Var, tirx.FloatImm, tirx.IntImm)):
             return value
-        if self._builds:
-            return builder.bind(value)
+        if self._in_kernel:
+            return keep(value)
         var = tirx.Var(name, value.ty)
         self._bound.append((var, value))
         return var
@@ -269,9 +283,7 @@ def exp(x: Expr) -> Expr:
     n = let(t - f32(MAGIC, count), "n")
     # ln 2 in two parts, the first short enough that n times it is exact
     r = let(fma(n, f32(2.12194440e-4, count), fma(n, f32(-0.693359375, count), x)), "r")
-    p = polynomial(
-        r, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5)
-    )
+    p = polynomial(r, (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5))
     p = let(fma(p, mul(r, r), r) + f32(1.0, count), "p")
     return let.close(_scale(let, p, t))
 

@@ -36,7 +36,9 @@ def _inputs(name: str, sharpness: float = 2.0) -> list[np.ndarray]:
     inputs = random_inputs(attention.arguments(PROBLEMS[name]), BATCH, len(name))
     inputs[0] *= sharpness
     if PROBLEMS[name].mask is not None:
-        inputs[3] = np.where(np.random.default_rng(1).random(inputs[3].shape) < 0.3, -np.inf, inputs[3]).astype(np.float32)
+        inputs[3] = np.where(np.random.default_rng(1).random(inputs[3].shape) < 0.3, -np.inf, inputs[3]).astype(
+            np.float32
+        )
         inputs[3][..., 0] = 0.5  # at least one key for everyone
     return inputs
 
@@ -59,7 +61,10 @@ QUANTIZED = "cross, D 40"
 def _quantizing() -> tuple[Attention, list[np.ndarray]]:
     problem, inputs = PROBLEMS[QUANTIZED], _inputs(QUANTIZED)
     epilogue = replace(RESIDUAL, steps=(*RESIDUAL.steps, Step("quantize", value=6)))
-    return replace(problem, epilogue=epilogue, time_groups=2), [*inputs, *quantizer_inputs(_exact(problem, inputs), 2, 6)]
+    return replace(problem, epilogue=epilogue, time_groups=2), [
+        *inputs,
+        *quantizer_inputs(_exact(problem, inputs), 2, 6),
+    ]
 
 
 def _spoiled(which: int) -> list[np.ndarray]:

@@ -151,8 +151,8 @@ def _products(kernel: tirx.PrimFunc) -> tuple[int, list[Any]]:
     def visit(node: Any) -> None:
         if isinstance(node, (tirx.Mul, tirx.Div)) and str(node.ty).startswith("float"):
             all_products.append(node)
-        elif isinstance(node, tvm.ir.Call) and len(node.args) == 2 and isinstance(node.args[0], tirx.IntImm):
-            if getattr(node.op, "name", "") == "tirx.call_llvm_pure_intrin" and node.args[0].value == FENCE:
+        elif isinstance(node, tvm.ir.Call) and getattr(node.op, "name", "") == "tirx.call_llvm_pure_intrin":
+            if node.args[0].value == FENCE:
                 fenced.append(node.args[1])
 
     structural_walk(kernel.body, visit)

@@ -17,7 +17,9 @@ IMAGE = ("B", 7, 5, 33)
 PROBLEMS: dict[str, tuple[Movement, Any]] = {
     "upsample 2": (movement.upsample(IMAGE, (2, 2)), lambda x: x.repeat(2, 1).repeat(2, 2)),
     "upsample 2x3 u8": (movement.upsample(IMAGE, (2, 3), "uint8"), lambda x: x.repeat(2, 1).repeat(3, 2)),
-    "concat channels": (movement.concat([IMAGE, ("B", 7, 5, 20), ("B", 7, 5, 1)], -1), lambda *x: np.concatenate(x, -1)),
+    "concat channels": (
+        movement.concat([IMAGE, ("B", 7, 5, 20), ("B", 7, 5, 1)], -1), lambda *x: np.concatenate(x, -1)
+    ),
     "concat tokens u8": (movement.concat([("B", 4, 9), ("B", 1, 9)], 1, "uint8"), lambda *x: np.concatenate(x, 1)),
     "to channels first": (movement.permute(IMAGE, (0, 3, 1, 2)), lambda x: x.transpose(0, 3, 1, 2)),
     "to channels last": (movement.permute(("B", 3, 7, 5), (0, 2, 3, 1)), lambda x: x.transpose(0, 2, 3, 1)),
@@ -44,7 +46,11 @@ PROBLEMS: dict[str, tuple[Movement, Any]] = {
     ),
     "no batch": (movement.permute((5, 37), (1, 0)), lambda x: x.T),
 }  # fmt: skip
-GATHERS = {"class embedding": Gather(10, 24), "tokens": Gather(50, 33, (7,), "float32"), "half": Gather(9, 20, (), "float16")}
+GATHERS = {
+    "class embedding": Gather(10, 24),
+    "tokens": Gather(50, 33, (7,), "float32"),
+    "half": Gather(9, 20, (), "float16"),
+}
 
 
 def _inputs(name: str) -> list[np.ndarray]:

@@ -66,14 +66,19 @@ PROGRAMS: dict[str, tuple[PointwiseProgram, Any]] = {
         lambda t, f: torch.sin((t.float() * f.float()).double()),
     ),
     "geglu": (
-        PointwiseProgram(_f32(("B", 9, 40), ("B", 9, 40)), (_step("gelu", X[1]), _step("mul", X[0], R[0])), ("B", 9, 40)),
+        PointwiseProgram(
+            _f32(("B", 9, 40), ("B", 9, 40)), (_step("gelu", X[1]), _step("mul", X[0], R[0])), ("B", 9, 40)
+        ),
         lambda x, g: x * F.gelu(g),
     ),
     "half": (
         PointwiseProgram(((("B", 35), "float16"), ((35,), "float16")), (_step("mul", X[0], X[1]),), ("B", 35)),
         lambda x, y: x * y,
     ),
-    "vector": (PointwiseProgram(_f32(("B",)), (_step("square", X[0]), _step("rsub", R[0], 1.0)), ("B",)), lambda x: 1 - x * x),
+    "vector": (
+        PointwiseProgram(_f32(("B",)), (_step("square", X[0]), _step("rsub", R[0], 1.0)), ("B",)),
+        lambda x: 1 - x * x,
+    ),
     "no batch": (PointwiseProgram(_f32((6, 7), (7,)), (_step("maximum", X[0], X[1]),), (6, 7)), torch.maximum),
     "diamond": (
         PointwiseProgram(

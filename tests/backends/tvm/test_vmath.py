@@ -64,9 +64,7 @@ def _case(name: str, x: np.ndarray) -> Case:
     program = PointwiseProgram(
         ((("B", x.shape[1]), "float32"),), (PointwiseStep(name, (Input(0),)),), ("B", x.shape[1])
     )
-    return Case(
-        lambda isa, n: pointwise.build(program, isa, n), pointwise.arguments(program), [x], x.shape[0]
-    )
+    return Case(lambda isa, n: pointwise.build(program, isa, n), pointwise.arguments(program), [x], x.shape[0])
 
 
 SPECIAL = np.float32([np.nan, np.inf, -np.inf, 0, -0.0, 1e-40, -1e-40, 88.7, -103, 3e38, -3e38, *[1] * 5])
