@@ -80,3 +80,14 @@ def is_movement(node: fx.Node) -> bool:
 
 def is_permute(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is aten.permute.default
+
+
+def interior_permutes(graph: fx.Graph) -> list[fx.Node]:
+    """Permutes that neither read an input nor feed the output (reshapes beside them do not count)."""
+
+    def reaches(node: fx.Node, forward: bool) -> bool:
+        nexts = list(node.users) if forward else node.all_input_nodes
+        ends = ("output",) if forward else ("placeholder", "get_attr")
+        return bool(nexts) and all(n.op in ends or (is_movement(n) and reaches(n, forward)) for n in nexts)
+
+    return [n for n in graph.nodes if is_permute(n) and not reaches(n, True) and not reaches(n, False)]

@@ -70,9 +70,9 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--threads", type=int)
     generate.add_argument("--overwrite", action="store_true", help="replace a picture that exists")
 
-    evaluate = add("eval", _eval, "all metrics of an artifact (or of a model compiled on the fly) against the float model")
+    evaluate = add("eval", _eval, "all metrics of an artifact, or of a model compiled first, against the float model")
     evaluate.add_argument("artifact", metavar="ARTIFACT|MODEL")
-    evaluate.add_argument("--against", metavar="MODEL", help="the float model (default: the bundled one it was made of)")
+    evaluate.add_argument("--against", metavar="MODEL", help="the float model (default: the bundled one of its name)")
     evaluate.add_argument("--images", type=int, default=200)
     evaluate.add_argument("--eval-steps", type=int, default=10, help="sampling steps (default 10)")
     evaluate.add_argument("--eval-seed", type=int, default=1)
@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("--diff", nargs="+", metavar="PASS", help="what a pass changed, or the difference of two")
     inspect.add_argument("--layers", action="store_true", help="layer by layer: bits, bytes, loss")
 
-    allocate = add("allocate", _allocate, "solve an allocation problem, or make one of a sensitivity table and solve it")
+    allocate = add("allocate", _allocate, "solve an allocation problem, or the one that a sensitivity table poses")
     allocate.add_argument("problem", metavar="PROBLEM.json|TABLE.json")
     allocate.add_argument("-o", "--output", help="SOLUTION.json")
     allocate.add_argument("--weights", help="budget for a sensitivity table: true average bits, or bytes as 40MB")
@@ -104,7 +104,7 @@ def parser() -> argparse.ArgumentParser:
     allocate.add_argument("--time-limit", type=float, default=60.0, help="seconds (default 60)")
     allocate.add_argument("--overwrite", action="store_true")
 
-    sensitivity = add("sensitivity", _sensitivity, "measure what each layer costs at each format, for allocate and compile")
+    sensitivity = add("sensitivity", _sensitivity, "measure what each layer costs in quality at each format")
     sensitivity.add_argument("model", metavar="MODEL")
     sensitivity.add_argument("-o", "--output", required=True, metavar="TABLE.json")
     sensitivity.add_argument("--overwrite", action="store_true")
@@ -273,8 +273,8 @@ def _verify(args: argparse.Namespace) -> Any:
     target = targets.TARGETS.get(read.manifest["target"]["name"])
     missing = [] if target is None else sorted(targets.missing_features(target))
     terminal.console.print(
-        f"{args.artifact} is intact: {len(read.manifest['files'])} files, sha256 {read.manifest['artifact_sha256'][:16]}, "
-        f"for {read.manifest['target']['name']}"
+        f"{args.artifact} is intact: {len(read.manifest['files'])} files for {read.manifest['target']['name']}, "
+        f"sha256 {read.manifest['artifact_sha256'][:16]}"
         + (f"; this machine cannot run it: it lacks {', '.join(missing)}" if missing else ""),
         markup=False,
     )
@@ -300,7 +300,7 @@ def _allocate(args: argparse.Namespace) -> Any:
         problem = Problem.from_json(sensitivity_table.problem(table, limit, args.activations, args.bops))
     else:
         if args.weights or args.activations or args.bops:
-            raise UserError("--weights, --activations and --bops go with a sensitivity table; a problem has its own budgets")
+            raise UserError("budgets on the command line go with a sensitivity table; a problem has its own")
         problem = Problem.load(args.problem)
     solution = solve(problem, gap=args.gap, time_limit=args.time_limit).to_json()
     counts: dict[str, int] = {}
@@ -372,7 +372,7 @@ def _targets(args: argparse.Namespace) -> Any:
         native = targets.resolve("native").name
     except UserError as error:
         terminal.console.print(str(error), markup=False)
-    described = []
+    described: list[dict[str, Any]] = []
     for target in targets.TARGETS.values():
         missing = sorted(targets.missing_features(target))
         described.append(
@@ -387,7 +387,8 @@ def _targets(args: argparse.Namespace) -> Any:
         )
     rows = []
     for row in described:
-        here = "native" if row["native"] else ("no" if row["missing_here"] else "yes")
+        runs = row["implemented"] and not row["missing_here"]
+        here = "native" if row["native"] else "yes" if runs else "no"
         rows.append((row["name"], "yes" if row["implemented"] else row["status"], here, " ".join(row["features"][-6:])))
     terminal.table("targets", ("target", "compiles", "runs here", "CPU features, the last of them"), rows)
     return described
@@ -436,7 +437,7 @@ def _write_json(document: Any, path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, 1 for a clear error, 130 for Ctrl-C (argparse exits with 2 for a wrong command line)."""
+    """Runs a command: 0 done, 1 a clear error, 130 Ctrl-C; argparse exits with 2 for a wrong command line."""
     args = parser().parse_args(arguments)
     try:
         result = args.run(args)
@@ -452,12 +453,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except OSError as error:
         where = f" '{error.filename}'" if error.filename else ""
-        return _fail(args, f"the system refused to use{where}: {error.strerror or error}; free space or choose another place")
+        return _fail(args, f"the system refused{where}: {error.strerror or error}; free space or choose another place")
     except MemoryError:
         return _fail(args, "out of memory; use a smaller model, fewer --samples or fewer --jobs")
     except Exception as error:  # a defect of ours still ends in one sentence
         text = " ".join(str(error).split())
-        return _fail(args, f"internal error ({type(error).__name__}: {text[:300]}); run again with --debug and report it")
+        return _fail(args, f"internal error, please report it with what --debug shows: {type(error).__name__}: {text[:300]}")
 
 
 def _fail(args: argparse.Namespace, sentence: str) -> int:

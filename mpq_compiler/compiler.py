@@ -86,10 +86,8 @@ def single_threaded() -> Iterator[None]:
 
 def resolve(options: Options) -> list[Pass]:
     """The passes of the recipe, with the command line's options over it."""
-    if options.pipeline is not None:
-        recipe = recipes.from_pipeline(options.pipeline)
-    else:
-        recipe = recipes.load(options.recipe)
+    by_hand = options.pipeline
+    recipe = recipes.load(options.recipe) if by_hand is None else recipes.from_pipeline(by_hand)
     bits, size = sensitivity_table.parse_budget(options.weights)
     if bits is not None or size is not None:
         recipe = recipe.override("bit-allocation", weights=bits if bits is not None else "none", bytes=size)
@@ -155,14 +153,14 @@ def lower(
 def _observer(
     denoiser: Denoiser, options: Options, planned: list[Program]
 ) -> Callable[[int, Pass, Program, Program], None]:
-    from mpq_compiler import probes
-
     inputs = denoiser.random_inputs(2, options.seed)
 
     def after(index: int, step: Pass, before: Program, program: Program) -> None:
         if program.stage == Stage.PLANNED:
             planned.append(program)
         if options.dumps is not None:
+            from mpq_compiler import probes
+
             probes.write_dump(options.dumps, index, step, program, before, inputs)
 
     return after
@@ -184,7 +182,7 @@ def _read_calibration(denoiser: Denoiser, path: str | Path | None) -> dict[str, 
             )
     counts = {len(found[name]) for name in denoiser.input_specs}
     if len(counts) != 1 or 0 in counts:
-        raise UserError(f"the inputs in the calibration file '{path}' have {sorted(counts)} rows; give equally many of each")
+        raise UserError(f"the calibration file '{path}' has {sorted(counts)} rows of its inputs; give equally many")
     return {name: found[name].to(spec.dtype) for name, spec in denoiser.input_specs.items()}
 
 
@@ -198,7 +196,7 @@ def held_out(denoiser: Denoiser, options: Options) -> dict[str, Tensor]:
     return denoisers.record_calibration(denoiser, trajectories, -(-HELD_OUT // trajectories), options.seed + 1)
 
 
-def compile(  # noqa: A001 - the name of the command
+def compile(
     model: str | Path | Denoiser, output: str | Path, progress: Any = None, **options: Any
 ) -> Report:
     """Compiles ``model`` to an artifact at ``output``; options as in `Options`.
@@ -220,7 +218,8 @@ def compile(  # noqa: A001 - the name of the command
     if program.stage != Stage.PACKED or planned is None:
         raise UserError("the pipeline ends before 'fold-fake-quant': nothing was packed that a backend could run")
     with single_threaded():
-        built = _backend(target).build(program, target, batches, jobs=chosen.jobs, progress=progress, cache=chosen.cache)
+        build = _backend(target).build
+        built = build(program, target, batches, jobs=chosen.jobs, progress=progress, cache=chosen.cache)
         stored = costs.stored_bytes(planned)
         manifest = {
             **_describe(denoiser, program, planned, chosen, passes),
@@ -324,7 +323,7 @@ def _describe(
 
 
 def _describe_target(target: targets.Target) -> dict[str, Any]:
-    described = {
+    described: dict[str, Any] = {
         "name": target.name,
         "arch": target.arch,
         "backend": target.backend,
@@ -346,7 +345,7 @@ def layer_rows(planned: Program) -> list[dict[str, Any]]:
     """Name, weight format, activation, bytes, loss and fallback of every layer of a planned program."""
     groups = len(planned.facts["time-groups"]) + 1
     table = planned.facts.get("sensitivity", {"weights": {}})
-    rows = []
+    rows: list[dict[str, Any]] = []
     for node in planned.quantizable:
         path = str(costs.weight_path(node))
         plan = planned.weights[path]
@@ -362,9 +361,8 @@ def layer_rows(planned: Program) -> list[dict[str, Any]]:
                 "fallback": None,
             }
         )
-    for name, reason in planned.fallbacks.items():
-        rows.append({"name": name, "weight": "float", "activation": "float", "bytes": 0, "loss": 0.0, "fallback": reason})
-    return rows
+    left = {"weight": "float", "activation": "float", "bytes": 0, "loss": 0.0}
+    return rows + [{"name": name, **left, "fallback": reason} for name, reason in planned.fallbacks.items()]
 
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mpq_compiler import evaluation, metrics, pictures, terminal
 from mpq_compiler import denoiser as denoisers
+from mpq_compiler import evaluation, metrics, pictures, terminal
 from mpq_compiler.compiler import compile, single_threaded
 from mpq_compiler.errors import UserError
 
@@ -37,8 +38,7 @@ def demo(
         drawn = []
         for title, painter in zip(("drawing with the float model", "drawing with the artifact"), painters, strict=True):
             with terminal.progress(title, steps) as advance:
-                latents = painter.draw(images, steps, seed=0, progress=lambda done, total, go=advance: go(1))
-            drawn.append(painter.decode(latents))
+                drawn.append(painter.decode(painter.draw(images, steps, seed=0, progress=_stepwise(advance))))
         times = _milliseconds([p.call for p in painters], painters[0])
     pictures.grid(drawn, picture, columns=5, scale=3, titles=[f"float32 ({MODEL})", f"compiled, {weights} bits"])
     result = {
@@ -52,6 +52,10 @@ def demo(
     }
     _print(result)
     return result
+
+
+def _stepwise(advance: Callable[[int], None]) -> Callable[[int, int], None]:
+    return lambda done, total: advance(1)
 
 
 def _milliseconds(calls: list[Any], painter: evaluation.Painter) -> list[float]:

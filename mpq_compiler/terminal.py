@@ -16,7 +16,7 @@ console = Console(stderr=True)
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar; yields ``advance(n)``. Without a terminal: a line when the work begins, and one when it is done."""
+    """A progress bar; yields ``advance(n)``. Without a terminal: one line when the work begins."""
     if not console.is_terminal:
         print(f"{title} ({total}) ...", file=sys.stderr, flush=True)
         yield lambda n: None

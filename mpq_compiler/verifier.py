@@ -1,2 +1,635 @@
-def verify(program, after=""):
-    return None
+"""The rules that every program obeys, checked after each pass.
+
+A rule is a small generator of (node name, what is wrong) with a name and the stages it holds in. Rules of the
+structure come first: where one of them is broken the others are not asked, because they could not read the graph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler import calls, formats, ops
+from mpq_compiler.aten import aten, interior_permutes
+from mpq_compiler.calls import Call, Layer, Levels, Quantizer, stored
+from mpq_compiler.costs import stored_dtype
+from mpq_compiler.formats.residual import ResidualFormat
+from mpq_compiler.program import Program, Stage, shapes, weight_of
+
+BATCHES = (2, 3)
+"""The batch sizes at which shapes are compared."""
+ACCUMULATOR = 2**31
+LUT_SIZES = (4, 8, 16, 32)
+
+ALL = frozenset(Stage)
+CHANNELS_LAST = ALL - {Stage.FLOAT}
+PLANNED = frozenset({Stage.PLANNED, Stage.FAKE_QUANTIZED, Stage.PACKED})
+QUANTIZED = frozenset({Stage.FAKE_QUANTIZED, Stage.PACKED})
+PACKED = frozenset({Stage.PACKED})
+SIMULATED = frozenset({Stage.FAKE_QUANTIZED})
+
+
+class VerificationError(Exception):
+    """A pass made a program that breaks a rule: a fault of the compiler, not of its input."""
+
+
+@dataclass(frozen=True)
+class Violation:
+    rule: str
+    node: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"rule '{self.rule}' at %{self.node}: {self.what}"
+
+
+Findings = Iterator[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    name: str
+    stages: frozenset[Stage]
+    structural: bool
+    check: Callable[[View], Findings]
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(
+    name: str, stages: frozenset[Stage] = ALL, structural: bool = False
+) -> Callable[[Callable[[View], Findings]], Callable[[View], Findings]]:
+    def register(check: Callable[[View], Findings]) -> Callable[[View], Findings]:
+        RULES[name] = Rule(name, stages, structural, check)
+        return check
+
+    return register
+
+
+class View:
+    """A program and what the rules want to know of it, each found once."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.nodes: list[fx.Node] = list(program.graph.nodes)
+
+    @cached_property
+    def calls(self) -> list[Call]:
+        return calls.flatten(self.program)
+
+    @cached_property
+    def levels(self) -> list[Levels]:
+        return calls.levels_of(self.calls)
+
+    @cached_property
+    def quantizers(self) -> list[Quantizer]:
+        return calls.quantizers_of(self.calls)
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        return calls.layers_of(self.calls)
+
+    @cached_property
+    def paths(self) -> dict[str, str]:
+        """Linear and conv2d call -> the parameter it multiplies with."""
+        levels = {found.call.name: found for found in self.levels}
+        named = {call.name: calls.weight_path(call, levels) for call in self.calls}
+        return {name: path for name, path in named.items() if path is not None}
+
+    @cached_property
+    def branches(self) -> list[tuple[Call, Levels | None, str | None, str | None, str | None]]:
+        """Binary branches with the base each is added to: (call, base, signs, scale, alpha)."""
+        by_name = {levels.call.name: levels for levels in self.levels}
+        found = []
+        for call in self.calls:
+            if call.target is ops.binary_branch:
+                signs, scale, alpha = (stored(a) for a in call.args[:3])
+                users = [c for c in self.calls if any(getattr(a, "name", None) == call.name for a in c.args)]
+                base = next((by_name[a.name] for u in users for a in u.args if getattr(a, "name", None) in by_name), None)
+                found.append((call, base, signs, scale, alpha))
+        return found
+
+    @cached_property
+    def boundaries(self) -> Tensor | None:
+        groups = [n for n in self.nodes if n.target is ops.time_group]
+        name = stored(groups[0].args[1]) if groups else None
+        return None if name is None else self.tensor(name)
+
+    @cached_property
+    def reads(self) -> list[tuple[str, str]]:
+        """(node, store name) of everything the graph reads."""
+        return [(n.name, str(n.target)) for n in self.nodes if n.op == "get_attr"]
+
+    def tensor(self, name: str) -> Tensor:
+        return self.program.tensors[name]
+
+
+# --- structure ----------------------------------------------------------------------------------------------
+
+
+@rule("order", structural=True)
+def _order(view: View) -> Findings:
+    """Every operand is made before it is read; inputs come first, one output last."""
+    seen: set[fx.Node] = set()
+    for graph in (view.program.graph, *view.program.regions.values()):
+        nodes = list(graph.nodes)
+        for node in nodes:
+            for source in node.all_input_nodes:
+                if source not in seen:
+                    yield node.name, f"it reads %{source.name} before that is made"
+            seen.add(node)
+        kinds = [n.op for n in nodes]
+        if kinds.count("output") != 1 or kinds[-1] != "output":
+            yield nodes[-1].name if nodes else "graph", "a graph ends with its one output"
+        first = next((i for i, k in enumerate(kinds) if k != "placeholder"), len(kinds))
+        for node in nodes[first:]:
+            if node.op == "placeholder":
+                yield node.name, "inputs stand before all else"
+
+
+@rule("unique-names", structural=True)
+def _unique_names(view: View) -> Findings:
+    for name, count in Counter(n.name for n in view.nodes).items():
+        if count > 1:
+            yield name, f"{count} nodes have this name"
+
+
+@rule("stored-attributes", structural=True)
+def _stored_attributes(view: View) -> Findings:
+    """Every get_attr names a tensor of the store."""
+    for node, name in view.reads:
+        if name not in view.program.tensors:
+            yield node, f"the store has no tensor '{name}'"
+
+
+@rule("regions", structural=True)
+def _regions(view: View) -> Findings:
+    """A region has one output, a placeholder for each operand, two calls or more, and one call site."""
+    sites = Counter(str(n.target) for n in view.nodes if n.op == "call_module")
+    for node in view.nodes:
+        if node.op != "call_module":
+            continue
+        graph = view.program.regions.get(str(node.target))
+        if graph is None:
+            yield node.name, f"there is no region '{node.target}'"
+            continue
+        inner = list(graph.nodes)
+        wanted = sum(n.op == "placeholder" for n in inner)
+        if wanted != len(node.args) or node.kwargs:
+            yield node.name, f"region '{node.target}' takes {wanted} operands, {len(node.args)} are given"
+        if sum(n.op == "call_function" for n in inner) < 2 or any(
+            n.op not in ("placeholder", "call_function", "output") for n in inner
+        ):
+            yield node.name, f"region '{node.target}' is not a chain of two operator calls or more"
+        if not isinstance(inner[-1].args[0], fx.Node):
+            yield node.name, f"region '{node.target}' has more than one output"
+    for name in view.program.regions:
+        if sites[name] != 1:
+            yield name, f"the region is called {sites[name]} times"
+
+
+# --- graph --------------------------------------------------------------------------------------------------
+
+
+@rule("no-dead-nodes")
+def _no_dead_nodes(view: View) -> Findings:
+    inner = [n for g in view.program.regions.values() for n in g.nodes if n.op != "placeholder"]
+    for node in (*view.nodes, *inner):
+        if not node.users and node.op not in ("placeholder", "output"):
+            yield node.name, "nothing reads it"
+
+
+@rule("inputs")
+def _inputs(view: View) -> Findings:
+    """Placeholders are the inputs by name and order; the batch leads every shape and nothing else is symbolic."""
+    names = [str(n.target) for n in view.nodes if n.op == "placeholder"]
+    wanted = [s.name for s in view.program.inputs]
+    if names != wanted:
+        yield names[0] if names else "graph", f"the graph takes ({', '.join(names)}), the program ({', '.join(wanted)})"
+    for spec in view.program.inputs:
+        if not spec.shape or spec.shape[0] != "B" or not all(isinstance(d, int) for d in spec.shape[1:]):
+            yield spec.name, f"its shape {list(spec.shape)} is not [B, ...] with fixed sizes"
+
+
+_FLOAT_OPS = {ops.conv2d, ops.group_norm, ops.attention, ops.upsample_nearest2d}
+_SIMULATION = {ops.time_group, ops.fake_quantize, ops.fake_quantize_weight, ops.dequantize_weight, ops.binary_branch}
+_DIALECTS: dict[Stage, set[Any]] = {
+    Stage.FLOAT: set(),
+    Stage.REWRITTEN: _FLOAT_OPS,
+    Stage.PLANNED: _FLOAT_OPS,
+    Stage.FAKE_QUANTIZED: _FLOAT_OPS | _SIMULATION,
+    Stage.PACKED: _FLOAT_OPS | {ops.time_group, ops.quantize, *calls.PACKED_LAYERS},
+}
+_REPLACED = {
+    aten.conv2d.default,
+    aten.group_norm.default,
+    aten.upsample_nearest2d.vec,
+    aten.scaled_dot_product_attention.default,
+}
+"""What `layout` rewrites, or lists with the reason why not."""
+
+
+@rule("dialect")
+def _dialect(view: View) -> Findings:
+    """Only the operators of the stage."""
+    stage, fallbacks = view.program.stage, view.program.fallbacks
+    for node in view.nodes:
+        if node.op == "call_method" or (node.op == "call_module" and stage != Stage.PACKED):
+            yield node.name, f"a {node.op} has no place in the {stage} stage"
+    for call in view.calls:
+        name = ops.name_of(call.target)
+        if call.target in ops.OPS:
+            if call.target not in _DIALECTS[stage]:
+                yield call.name, f"{name} has no place in the {stage} stage"
+        elif not calls.is_aten(call.target) and call.target is not operator.getitem:
+            yield call.name, f"{name} is no operator of the compiler"
+        elif call.target in _REPLACED and stage != Stage.FLOAT and call.name not in fallbacks:
+            yield call.name, f"{name} is channels-first and no fallback says why"
+
+
+@rule("shapes")
+def _shapes(view: View) -> Findings:
+    """The program runs on shapes alone at two batch sizes, and gives one f32 output of that batch."""
+    program = view.program
+    for batch in BATCHES:
+        try:
+            found = shapes(program, batch)
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            yield "graph", f"at batch {batch} its shapes do not fit: {reason[0] if reason else type(error).__name__}"
+            return
+        output = view.nodes[-1].args[0]
+        value = found.get(output.name) if isinstance(output, fx.Node) else None
+        if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape[:1] != (batch,):
+            yield view.nodes[-1].name, f"at batch {batch} the output is no f32 tensor of that batch"
+
+
+@rule("rows-of-samples", QUANTIZED)
+def _rows_of_samples(view: View) -> Findings:
+    """The rows of a quantized tensor grow with the batch, so that row r belongs to sample r // (rows / B)."""
+    try:
+        small, large = (shapes(view.program, b) for b in BATCHES)
+    except Exception:
+        return  # the rule 'shapes' speaks of it
+    for q in view.quantizers:
+        if q.edge in small and isinstance(small[q.edge], Tensor):
+            rows = small[q.edge].shape[0], large[q.edge].shape[0]
+            if rows[0] * BATCHES[1] != rows[1] * BATCHES[0]:
+                yield q.call.name, f"%{q.edge} has {rows[0]} rows at batch {BATCHES[0]} and {rows[1]} at {BATCHES[1]}"
+
+
+@rule("finite")
+def _finite(view: View) -> Findings:
+    for node, name in view.reads:
+        tensor = view.tensor(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            yield node, f"'{name}' holds values that are not finite"
+
+
+@rule("permutes", CHANNELS_LAST)
+def _permutes(view: View) -> Findings:
+    """A permute between two kernels is listed among the fallbacks."""
+    for node in interior_permutes(view.program.graph):
+        if node.name not in view.program.fallbacks:
+            yield node.name, "data is permuted between two kernels and no fallback says why"
+
+
+@rule("reasons")
+def _reasons(view: View) -> Findings:
+    for name, reason in view.program.fallbacks.items():
+        if not reason.strip():
+            yield name, "it is listed as a float leftover without a reason"
+
+
+# --- plans --------------------------------------------------------------------------------------------------
+
+
+@rule("plan-formats", PLANNED)
+def _plan_formats(view: View) -> Findings:
+    for path, plan in view.program.weights.items():
+        if plan.format not in formats.FORMATS:
+            yield path, f"there is no weight format '{plan.format}'"
+
+
+@rule("plan-sites", PLANNED)
+def _plan_sites(view: View) -> Findings:
+    """The sites of a weight plan are exactly the calls that multiply with that weight."""
+    for path, plan in view.program.weights.items():
+        sites = [name for name, p in view.paths.items() if p == path]
+        if sorted(sites) != sorted(plan.sites):
+            yield path, f"its plan names the calls {sorted(plan.sites)}, the graph has {sorted(sites)}"
+
+
+@rule("float-leftovers", PLANNED)
+def _float_leftovers(view: View) -> Findings:
+    """A linear or convolution that stays float is listed, by its name or its weight's, with a reason."""
+    planned = view.program.weights if view.program.stage == Stage.PLANNED else {}
+    for call in view.calls:
+        if call.target not in calls.FLOAT_LAYERS:
+            continue
+        path = view.paths.get(call.name)
+        if path in planned and weight_of(view.program.node(call.name)) is not None:
+            continue
+        if any(layer.call.name == call.name and layer.levels for layer in view.layers):
+            continue
+        if call.name not in view.program.fallbacks and path not in view.program.fallbacks:
+            yield call.name, "the layer stays float and no fallback says why"
+
+
+@rule("activation-plans", PLANNED)
+def _activation_plans(view: View) -> Findings:
+    """One plan for each tensor edge that a quantized layer reads, and one quantizer that follows it."""
+    program = view.program
+    if program.stage == Stage.PLANNED:
+        edges = {c.args[0].name for c in view.calls if c.name in view.paths and view.paths[c.name] in program.weights}
+    else:
+        edges = {q.edge for q in view.quantizers}
+    for edge in sorted(edges ^ set(program.activations)):
+        yield edge, "it is quantized without a plan" if edge in edges else "its plan belongs to no quantized edge"
+    counts = Counter(q.edge for q in view.quantizers)
+    for q in view.quantizers:
+        plan = program.activations.get(q.edge)
+        if counts[q.edge] > 1:
+            yield q.call.name, f"%{q.edge} has {counts[q.edge]} quantizers"
+        if plan is not None and (q.bits, q.scale, q.zero_point) != (plan.bits, plan.scale, plan.zero_point):
+            yield q.call.name, f"it does not follow the plan of %{q.edge}"
+
+
+@rule("activation-bits", PLANNED)
+def _activation_bits(view: View) -> Findings:
+    for edge, plan in view.program.activations.items():
+        if not 2 <= plan.bits <= 8:
+            yield edge, f"activations of {plan.bits} bits do not fit u8 codes"
+
+
+@rule("activation-scales", PLANNED)
+def _activation_scales(view: View) -> Findings:
+    for edge, plan in view.program.activations.items():
+        scale = view.tensor(plan.scale)
+        if scale.dtype != torch.float16 or not bool((scale > 0).all()):
+            yield edge, f"its scales ({scale.dtype}) are not all positive halves"
+
+
+@rule("zero-points", PLANNED)
+def _zero_points(view: View) -> Findings:
+    for edge, plan in view.program.activations.items():
+        zero = view.tensor(plan.zero_point)
+        if zero.dtype != torch.uint8 or int(zero.max()) >= 2**plan.bits:
+            yield edge, f"its zero points ({zero.dtype}, up to {int(zero.max())}) are not u8 codes of {plan.bits} bits"
+
+
+@rule("group-tables", PLANNED)
+def _group_tables(view: View) -> Findings:
+    """A scale and a zero point for each time group: one more than there are boundaries."""
+    groups = len(view.program.facts["time-groups"]) + 1
+    for edge, plan in view.program.activations.items():
+        for name in (plan.scale, plan.zero_point):
+            if tuple(view.tensor(name).shape) != (groups,):
+                yield edge, f"'{name}' has the shape {list(view.tensor(name).shape)}, not one value for each of {groups} groups"
+
+
+# --- time groups --------------------------------------------------------------------------------------------
+
+
+@rule("boundaries", PLANNED)
+def _boundaries(view: View) -> Findings:
+    """Group boundaries rise, and the graph reads those that the plan was made with."""
+    planned = view.program.facts["time-groups"]
+    read = planned if view.boundaries is None else view.boundaries
+    if not torch.equal(read, planned) or not bool((read[1:] > read[:-1]).all()) or read.dtype != torch.float32:
+        yield "g", f"the boundaries {read.tolist()} are not the rising f32 values of the plan {planned.tolist()}"
+
+
+@rule("one-time-group", QUANTIZED)
+def _one_time_group(view: View) -> Findings:
+    """One time_group node on the timestep is the group operand of every quantizer and packed layer."""
+    groups = [n for n in view.nodes if n.target is ops.time_group]
+    for node in groups[1:]:
+        yield node.name, f"%{groups[0].name} already gives the time groups"
+    operands = [(q.call.name, q.group) for q in view.quantizers]
+    operands += [(layer.call.name, layer.group) for layer in view.layers if layer.call.target in calls.PACKED_LAYERS]
+    for name, group in operands:
+        if not isinstance(group, fx.Node) or group.target is not ops.time_group:
+            yield name, "its group operand is no time_group"
+
+
+# --- quantized weights --------------------------------------------------------------------------------------
+
+
+@rule("codes", QUANTIZED)
+def _codes(view: View) -> Findings:
+    """u8 codes below the size of their table, or int8 values within +-127 where there is none."""
+    for levels in view.levels:
+        if levels.codes is None:
+            continue
+        codes = view.tensor(levels.codes)
+        if levels.lut is None:
+            sound = codes.dtype == torch.int8 and int(codes.min()) >= -ops.LUT_MAX
+        else:
+            sound = codes.dtype == torch.uint8 and int(codes.max()) < view.tensor(levels.lut).shape[-1]
+        if not sound:
+            yield levels.call.name, f"'{levels.codes}' ({codes.dtype}) holds codes outside of their table"
+
+
+@rule("table-range", QUANTIZED)
+def _table_range(view: View) -> Findings:
+    for levels in view.levels:
+        if levels.lut is not None:
+            lut = view.tensor(levels.lut)
+            if lut.dtype != torch.int8 or int(lut.min()) < -ops.LUT_MAX:
+                yield levels.call.name, f"'{levels.lut}' ({lut.dtype}) has entries outside of -127..127"
+
+
+@rule("table-size", QUANTIZED)
+def _table_size(view: View) -> Findings:
+    """A table [classes, 2^bits] with the bits of the planned format (a base before its branch is merged has its own)."""
+    based = {base.call.name for _, base, *_ in view.branches if base is not None}
+    for levels in view.levels:
+        plan = view.program.weights.get(levels.path)
+        if plan is None or plan.format not in formats.FORMATS:
+            continue
+        planned = formats.FORMATS[plan.format]
+        bits = planned.bits
+        if isinstance(planned, ResidualFormat) and (levels.codes is None or levels.call.name in based):
+            bits = planned.base_bits
+        size = None if levels.lut is None else tuple(view.tensor(levels.lut).shape)
+        if size is None:
+            if bits != 8:
+                yield levels.call.name, f"{plan.format} needs a table of {2**bits} entries and there is none"
+        elif len(size) != 2 or size[1] != 2**bits or size[1] not in LUT_SIZES:
+            yield levels.call.name, f"'{levels.lut}' has the shape {list(size)}; {plan.format} has {2**bits} levels"
+
+
+@rule("weight-scales", QUANTIZED)
+def _weight_scales(view: View) -> Findings:
+    """Positive f16 scales [O, J]."""
+    for levels in view.levels:
+        if levels.scale is None:
+            yield levels.call.name, "its scale is not in the store"
+            continue
+        scale = view.tensor(levels.scale)
+        rows = len(view.tensor(str(levels.codes or levels.weight)))
+        if scale.dtype != torch.float16 or scale.dim() != 2 or len(scale) != rows or not bool((scale > 0).all()):
+            yield levels.call.name, f"'{levels.scale}' {list(scale.shape)} ({scale.dtype}) is not a positive half a row"
+
+
+@rule("offsets", QUANTIZED)
+def _offsets(view: View) -> Findings:
+    """Offsets [O] where the planned format has them, and only there."""
+    for levels in view.levels:
+        plan = view.program.weights.get(levels.path)
+        if plan is None or plan.format not in formats.FORMATS:
+            continue
+        if (levels.offset is not None) != formats.FORMATS[plan.format].has_offset:
+            yield levels.call.name, f"{plan.format} has {'no ' if levels.offset else ''}offsets"
+        elif levels.offset is not None:
+            rows = len(view.tensor(str(levels.codes or levels.weight)))
+            if tuple(view.tensor(levels.offset).shape) != (rows,):
+                yield levels.call.name, f"'{levels.offset}' is not one offset a row"
+
+
+@rule("row-classes", QUANTIZED)
+def _row_classes(view: View) -> Findings:
+    """A class u8 below the number of tables for every 16 rows, where there are several tables."""
+    for levels in view.levels:
+        classes = 1 if levels.lut is None else len(view.tensor(levels.lut))
+        if levels.row_class is None:
+            if classes != 1:
+                yield levels.call.name, f"{classes} tables and no row classes"
+            continue
+        table = view.tensor(levels.row_class)
+        tiles = -(-len(view.tensor(str(levels.codes or levels.weight))) // ops.TILE_ROWS)
+        if table.dtype != torch.uint8 or tuple(table.shape) != (tiles,) or int(table.max()) >= classes:
+            yield levels.call.name, f"'{levels.row_class}' is not one of {classes} classes for each of {tiles} tiles"
+
+
+@rule("branches", SIMULATED)
+def _branches(view: View) -> Findings:
+    """Signs 0 or 1, an int8 alpha, the base's scale, and a merged table within +-127."""
+    for call, base, signs, scale, alpha in view.branches:
+        if base is None or signs is None or alpha is None or base.lut is None or base.codes is None:
+            yield call.name, "it is not added to a base of its own"
+            continue
+        sign, step = view.tensor(signs), view.tensor(alpha)
+        if sign.dtype != torch.uint8 or int(sign.max()) > 1 or sign.shape != view.tensor(base.codes).shape:
+            yield call.name, f"'{signs}' is not a sign 0 or 1 for each code of its base"
+        if scale != base.scale:
+            yield call.name, "branch and base have different scales"
+        if step.dtype != torch.int8 or step.numel() != 1:
+            yield call.name, f"'{alpha}' is no int8 step of the table's grid"
+        elif int(view.tensor(base.lut).to(torch.int16).abs().max()) + abs(int(step)) > ops.LUT_MAX:
+            yield call.name, "base and branch together leave the range of int8"
+
+
+@rule("shared-weights", QUANTIZED)
+def _shared_weights(view: View) -> Findings:
+    """All calls that read a parameter read the same codes and scales."""
+    parts: dict[str, set[Any]] = {}
+    for levels in view.levels:
+        parts.setdefault(levels.path, set()).add((levels.weight, levels.codes, levels.scale, levels.offset, levels.lut))
+        if len(parts[levels.path]) > 1:
+            yield levels.call.name, f"another call reads other codes of '{levels.path}'"
+
+
+@rule("segments", PACKED)
+def _segments(view: View) -> Findings:
+    """The segments partition the channels; scales and tables exist for each."""
+    for layer in view.layers:
+        if layer.call.target not in calls.PACKED_LAYERS or layer.levels is None:
+            continue
+        codes, scale = view.tensor(str(layer.levels.codes)), view.tensor(str(layer.levels.scale))
+        taps = 1 if layer.call.target is ops.quant_linear else layer.call.args[11][0] * layer.call.args[11][1]
+        channels = codes.shape[1] // taps
+        if min(layer.segments, default=0) < 1 or sum(layer.segments) != channels:
+            yield layer.call.name, f"the segments {list(layer.segments)} do not partition {channels} channels"
+        count = len(layer.segments)
+        if (scale.shape[-1], len(layer.act_scale), len(layer.act_zero)) != (count, count, count):
+            yield layer.call.name, f"its scales or activation tables are not those of {count} segments"
+
+
+@rule("operand-tables", PACKED)
+def _operand_tables(view: View) -> Findings:
+    """A packed layer reads codes, and carries the tables of the quantizer that made them."""
+    made = {q.call.name: (q.scale, q.zero_point) for q in view.quantizers}
+    for layer in view.layers:
+        if layer.call.target not in calls.PACKED_LAYERS:
+            continue
+        joined = isinstance(layer.x, fx.Node) and layer.x.target is aten.cat.default
+        sources = list(layer.x.args[0]) if joined else [layer.x]
+        tables = list(zip(layer.act_scale, layer.act_zero, strict=False))
+        for j, source in enumerate(sources):
+            name = getattr(source, "name", "")
+            if name not in made:
+                yield layer.call.name, f"its operand %{name} holds no codes"
+            elif j < len(tables) and tables[j] != made[name]:
+                yield layer.call.name, f"it reads %{name} with the scale or zero point of another edge"
+
+
+@rule("simulated-operands", SIMULATED)
+def _simulated_operands(view: View) -> Findings:
+    """Quantized weights meet quantized activations: a layer has both or neither."""
+    for layer in view.layers:
+        quantized = isinstance(layer.x, fx.Node) and layer.x.target is ops.fake_quantize
+        if layer.levels is not None and not quantized:
+            yield layer.call.name, f"its weight is quantized and its operand %{getattr(layer.x, 'name', '?')} is not"
+
+
+@rule("accumulators", QUANTIZED)
+def _accumulators(view: View) -> Findings:
+    """``|sum (q - z) * w| < 2^31`` for whatever codes q: per row from its own table entries where K alone does not tell."""
+    for levels in view.levels:
+        if levels.codes is None:
+            continue
+        codes = view.tensor(levels.codes)
+        if codes.shape[1] * 255 * ops.LUT_MAX < ACCUMULATOR:
+            continue
+        lut = None if levels.lut is None else view.tensor(levels.lut)
+        classes = None if levels.row_class is None else view.tensor(levels.row_class)
+        worst = 255 * int(ops.entries(codes, lut, classes).double().abs().sum(1).max())
+        if max(worst, 255 * codes.shape[1]) >= ACCUMULATOR:
+            yield levels.call.name, f"accumulators of {codes.shape[1]} terms may reach {worst}, beyond int32"
+
+
+@rule("stored-types", QUANTIZED)
+def _stored_types(view: View) -> Findings:
+    """Float leftovers are read in the type in which they are stored, or listed with the reason."""
+    opened = {levels.weight for levels in view.levels}
+    for node, name in view.reads:
+        if name in opened or name in view.program.fallbacks or name.split(":")[0] in view.program.fallbacks:
+            continue
+        tensor = view.tensor(name)
+        if tensor.is_floating_point() and tensor.dtype != stored_dtype(name, tensor):
+            yield node, f"'{name}' is read as {tensor.dtype} and stored as {stored_dtype(name, tensor)}"
+
+
+# --- the verifier -------------------------------------------------------------------------------------------
+
+
+def check(program: Program, rules: Iterable[str] | None = None) -> list[Violation]:
+    """Everything that is wrong with the program, in the order of the rules (all of them, or the named ones)."""
+    view = View(program)
+    chosen = [RULES[name] for name in (RULES if rules is None else rules)]
+    found: list[Violation] = []
+    for structural in (True, False):
+        for r in chosen:
+            if r.structural == structural and program.stage in r.stages:
+                found += [Violation(r.name, node, what) for node, what in r.check(view)]
+        if found:
+            break
+    return found
+
+
+def verify(program: Program, after: str = "") -> None:
+    """Raises VerificationError with the first violation; ``after`` names the pass that made the program."""
+    if found := check(program):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        where = f" after pass '{after}'" if after else ""
+        raise VerificationError(f"{found[0]}{where}{more}; this is a fault of the compiler, please report it")

@@ -64,7 +64,8 @@ def load(name: str | Path) -> Recipe:
         return _parse(path.stem, path.read_text(encoding="utf-8"), str(path))
     if str(name) not in names():
         raise UserError(f"unknown recipe '{name}': {nearest(str(name), names())}; a file must end in .toml")
-    return _parse(str(name), (resources.files(__name__) / f"{name}.toml").read_text(encoding="utf-8"), f"recipe '{name}'")
+    text = (resources.files(__name__) / f"{name}.toml").read_text(encoding="utf-8")
+    return _parse(str(name), text, f"recipe '{name}'")
 
 
 def from_pipeline(text: str) -> Recipe:
