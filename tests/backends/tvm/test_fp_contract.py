@@ -140,6 +140,7 @@ def test_every_operation_rounds(name: str) -> None:
 
 # ------------------------------------------------------------------------------------- the source of all kernels
 
+LLVM_CALL = tvm.ir.Op.get("tirx.call_llvm_pure_intrin")
 FENCE = tvm.target.codegen.llvm_lookup_intrinsic_id("llvm.arithmetic.fence")
 
 
@@ -151,9 +152,8 @@ def _products(kernel: tirx.PrimFunc) -> tuple[int, list[Any]]:
     def visit(node: Any) -> None:
         if isinstance(node, (tirx.Mul, tirx.Div)) and str(node.ty).startswith("float"):
             all_products.append(node)
-        elif isinstance(node, tvm.ir.Call) and getattr(node.op, "name", "") == "tirx.call_llvm_pure_intrin":
-            if node.args[0].value == FENCE:
-                fenced.append(node.args[1])
+        elif isinstance(node, tvm.ir.Call) and node.op.same_as(LLVM_CALL) and node.args[0].value == FENCE:
+            fenced.append(node.args[1])
 
     structural_walk(kernel.body, visit)
     bare = [p for p in all_products if not any(p.same_as(f) for f in fenced)]
