@@ -30,7 +30,7 @@ FORMATS: dict[str, dict] = {
 }
 """Every stored width, with and without bias and offset, one and two row classes, one and more time groups."""
 
-# (batch, problem): 1x1, 3x3 of strides 1 and 2, asymmetric padding, patches, odd sizes, sizes below the kernel.
+# (batch, problem)
 CONVOLUTIONS: dict[str, tuple[int, QuantMatmul]] = {
     "1x1": (2, QuantMatmul(5, 7, 36, 48)),
     "1x1-strided": (1, QuantMatmul(7, 9, 20, 33, stride=(2, 2))),
@@ -62,6 +62,11 @@ class Case:
         return {**self.data, "codes": pack_codes(self.data["codes"], self.problem.bits)}
 
 
+def concrete(shape: tuple[int | str, ...], batch: int) -> tuple[int, ...]:
+    """The shape of an argument at a batch size."""
+    return tuple(batch if isinstance(n, str) else n for n in shape)
+
+
 def seed(*what: object) -> int:
     """A seed that depends on its arguments alone."""
     return zlib.crc32(repr(what).encode())
@@ -71,7 +76,7 @@ def make_case(problem: QuantMatmul, batch: int, seed_: int, zero_points: tuple[i
     """Random data of a problem. Codes hold both extremes; zero points are drawn unless given (cycled)."""
     p, draw = problem, np.random.default_rng(seed_)
     segments = len(p.segments)
-    x = draw.integers(0, 256, (batch, *p.input_shape()[1:])).astype(np.uint8)
+    x = draw.integers(0, 256, concrete(p.input_shape(), batch)).astype(np.uint8)
     corner = draw.random()
     if corner < 0.3:  # the largest sums there can be
         x[...] = 255 if corner < 0.15 else 0
@@ -82,10 +87,12 @@ def make_case(problem: QuantMatmul, batch: int, seed_: int, zero_points: tuple[i
     else:
         codes = draw.integers(0, p.entries, shape).astype(np.uint8)
         codes[draw.integers(p.outputs)] = draw.choice([0, p.entries - 1])
-    zeros = np.resize(zero_points, (segments, p.groups)) if zero_points else None
+    zeros = draw.integers(0, 256, (segments, p.groups))
+    if zero_points:
+        zeros = np.resize(zero_points, zeros.shape)
     tables = draw.integers(-127, 128, (p.classes, p.entries)).astype(np.int8)
     tables[:, 0], tables[:, -1] = -127, 127
-    data = {
+    data: dict[str, np.ndarray] = {
         "x": x,
         "group": draw.integers(0, p.groups, batch),
         "codes": codes,
@@ -94,13 +101,13 @@ def make_case(problem: QuantMatmul, batch: int, seed_: int, zero_points: tuple[i
         "tables": tables,
         "row_class": draw.integers(0, p.classes, p.row_classes).astype(np.uint8),
         "act_scale": (draw.random((segments, p.groups)) * 0.1 + 1e-3).astype(np.float32),
-        "act_zero": (draw.integers(0, 256, (segments, p.groups)) if zeros is None else zeros).astype(np.uint8),
+        "act_zero": zeros.astype(np.uint8),
         "stored_bias": draw.standard_normal(p.outputs).astype(np.float16),
     }
     if p.epilogue is not None:
-        out = (batch, *p.output_shape()[1:])
+        out = concrete(p.output_shape(), batch)
+        size = {"full": out, "sample": (batch, p.outputs), "channel": (p.outputs,), "scalar": (1,)}
         for i, operand in enumerate(p.epilogue.operands):
-            size = {"full": out, "sample": (batch, p.outputs), "channel": (p.outputs,), "scalar": (1,)}
             data[f"operand{i}"] = draw.standard_normal(size[operand.kind]).astype(np.float32)
         data["qscale"] = (draw.random(p.groups) + 0.5).astype(np.float32)
         data["qzero"] = draw.integers(0, 2 ** (p.epilogue.bits or 8), p.groups).astype(np.int32)
@@ -108,13 +115,14 @@ def make_case(problem: QuantMatmul, batch: int, seed_: int, zero_points: tuple[i
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """float32 a * b + c rounded once: the float64 product is exact, the sum is rounded to odd before float32."""
+    """float32 a * b + c rounded once: the float64 product is exact, its sum is rounded to odd first."""
     product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
     total = product + addend
     part = total - product
     error = (product - (total - part)) + (addend - part)
-    even = (total.view(np.int64) if total.ndim else np.asarray(total).view(np.int64)) & 1 == 0
-    return np.where((error != 0) & even, np.nextafter(total, np.copysign(np.inf, error)), total).astype(np.float32)
+    even = total.view(np.int64) & 1 == 0
+    odd = np.where((error != 0) & even, np.nextafter(total, np.copysign(np.inf, error)), total)
+    return odd.astype(np.float32)
 
 
 def _columns(x: np.ndarray, problem: QuantMatmul) -> np.ndarray:
@@ -132,7 +140,8 @@ def reference(case: Case) -> np.ndarray:
     x = d["x"].reshape(batch, p.height, p.width, p.channels).astype(np.int64)
     weights = d["codes"].astype(np.int64)
     if p.bits < 8:
-        weights = d["tables"].astype(np.int64)[d["row_class"][np.arange(p.outputs) // 16][:, None], d["codes"]]
+        row_class = d["row_class"][np.arange(p.outputs) // 16]
+        weights = d["tables"].astype(np.int64)[row_class[:, None], d["codes"]]
     weights = weights.reshape(p.outputs, kh, kw, p.channels)
     group, top = d["group"], p.padding
     y = np.zeros((batch * p.rows, p.outputs), np.float32)
@@ -154,7 +163,7 @@ def reference(case: Case) -> np.ndarray:
     if p.has_offset:
         for total, scale in sums:
             y = fma(total, scale * d["stored_offset"].astype(np.float32), y)
-    return y.reshape(batch, *p.output_shape()[1:])
+    return y.reshape(concrete(p.output_shape(), batch))
 
 
 def quantize(x: np.ndarray, scale: np.ndarray, zero: np.ndarray, group: np.ndarray, bits: int) -> np.ndarray:
@@ -179,10 +188,11 @@ def random_problem(draw: np.random.Generator) -> tuple[int, QuantMatmul]:
         return batch, QuantMatmul.linear(leading, channels, outputs, **options)
     kernel = (int(draw.integers(1, 4)), int(draw.integers(1, 4)))
     stride = (int(draw.integers(1, 3)), int(draw.integers(1, 3)))
-    padding = tuple(int(draw.integers(0, k)) for k in (kernel[0], kernel[0], kernel[1], kernel[1]))
-    height = int(draw.integers(max(1, kernel[0] - padding[0] - padding[1]), 10))
-    width = int(draw.integers(max(1, kernel[1] - padding[2] - padding[3]), 10))
-    return batch, QuantMatmul(height, width, channels, outputs, kernel, stride, padding, **options)  # type: ignore[arg-type]
+    top, bottom, left, right = (int(draw.integers(0, kernel[side])) for side in (0, 0, 1, 1))
+    height = int(draw.integers(max(1, kernel[0] - top - bottom), 10))
+    width = int(draw.integers(max(1, kernel[1] - left - right), 10))
+    padding = (top, bottom, left, right)
+    return batch, QuantMatmul(height, width, channels, outputs, kernel, stride, padding, **options)
 
 
 def with_format(problem: QuantMatmul, name: str) -> QuantMatmul:

@@ -1,9 +1,12 @@
 """Quantized linear layers and convolutions on CPU: one integer GEMM template for all formats and targets.
 
-Arithmetic (exact, the same bits on every target): per segment j the int32 sum
-``A_j = sum_k (q - z_j[g]) * w``; ``y = bias or 0``; for j ascending ``y = fma(f32(A_j), f32(act_scale[j,g] *
-scale[j,i]), y)``; where weights have offsets, for j ascending ``y = fma(f32(S_j - z_j K_j), f32(act_scale[j,g] *
-offset[i]), y)``; then the epilogue.
+Arithmetic (exact, the same bits on every target): ``A_j = sum_k (q - z_j[g]) * w`` over segment j in int32;
+
+    y = bias or 0
+    for j ascending:                                y = fma(f32(A_j), f32(act_scale[j,g] * scale[i,j]), y)
+    where weights have offsets, for j ascending:    y = fma(f32(S_j), f32(act_scale[j,g] * offset[i]), y)
+
+with ``S_j = sum_k (q - z_j[g])``; then the epilogue.
 
 Structure. The rows m = (sample, y, x) of the product are cut into chunks that are independent of each other:
 
@@ -13,15 +16,17 @@ Structure. The rows m = (sample, y, x) of the product are cut into chunks that a
             unpack the weights of the block    # below 8 bits: codes -> int8 through the look-up table
             for each tile of rows              # accumulators in registers, then the epilogue
 
-Convolutions gather a copy of the image that is padded with zero points (in channels too, with zeros, up to
-whole steps of k), not an expanded im2col matrix: a row of the product starts at an offset in that copy, and the
-taps of one kernel row lie in a row in it. Each segment has its own copy. Where fewer rows remain than a tile has,
-the last tile starts earlier and computes some rows twice; a chunk smaller than a tile goes row by row.
+Convolutions gather a copy of the image that is padded with zero points, and in channels, up to whole steps
+of k, with zeros. It is not an expanded im2col matrix: a row of the product starts at an offset in that copy,
+and the taps of one kernel row are neighbours in it. Each segment has its own copy. Where fewer rows remain
+than a tile has, the last tile starts earlier and computes some rows twice; a chunk smaller than a tile goes
+row by row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tvm import tirx
@@ -48,7 +53,7 @@ from mpq_compiler.backends.tvm.kernels.template import (
 __all__ = ["QuantMatmul", "arguments", "build"]
 
 PANEL_BYTES = 256 * 1024
-"""Gathered activations of a chunk, about: a quarter of the L2 cache of a server core, half of that of an edge core."""
+"""Gathered activations of a chunk, about: a quarter to a half of the L2 cache of a core."""
 MOST_ROWS, LEAST_ROWS = 512, 96
 """Rows of a chunk, where there are that many: enough to make up for unpacking the weights."""
 
@@ -136,7 +141,7 @@ class _Kernel:
             self.image_width = (problem.out_width - 1) * problem.stride[1] + problem.kernel[1]
         self._size_chunks()
 
-    # ------------------------------------------------------------------------------------------ chunks of rows
+    # -------------------------------------------------------------------------------------- chunks of rows
 
     def _size_chunks(self) -> None:
         """Sets most_rows, pixels (of the gathered copy) and, for images, samples and bands of a chunk."""
@@ -223,7 +228,7 @@ class _Kernel:
             size = self.w.steps * self.tile.vectors * self.isa.vector
             self.panel = scratch(size, self.isa.weight, heap=True)
 
-    # ------------------------------------------------------------------------------------------------ gathering
+    # ------------------------------------------------------------------------------------------- gathering
 
     def _plane(self, j: int) -> int:
         """Where segment j begins in the gathered activations."""
@@ -349,7 +354,7 @@ class _Kernel:
                     store(total, total[0] + value, 0)
                 store(self.sums, total[0], j * self.most_rows + r)
 
-    # ------------------------------------------------------------------------------------------- multiplication
+    # -------------------------------------------------------------------------------------- multiplication
 
     def _multiply(self, rows: Any) -> None:
         """The product of the gathered rows with all blocks of weights."""
@@ -412,74 +417,65 @@ class _Kernel:
 
     def _tile(self, tile: Tile, r: Any) -> None:
         """Rows r .. r + tile.rows of the chunk times one block of weights, to the output."""
-        p, lanes, cells = self.p, self.isa.lanes, tile.rows * tile.vectors
-        groups = [self._group(_quotient(self.first_row + r + i, p.rows)) for i in range(tile.rows)]
-        products = [scratch(cells * lanes, "int32") for _ in p.segments]
+        p, segments = self.p, len(self.p.segments)
+        groups = scratch(tile.rows, "int32")
+        with T.unroll(0, tile.rows) as i:
+            store(groups, self._group(_quotient(self.first_row + r + i, p.rows)), i)
+        products = [scratch(tile.rows * tile.vectors * self.isa.lanes, "int32") for _ in range(segments)]
         for j, product in enumerate(products):
             self._accumulate(tile, j, r, groups, product)
         # One body for all rows keeps the code small where epilogues are long.
-        table = None
-        if p.groups > 1 and tile.rows > 1:
-            table = scratch(tile.rows, "int32")
-            for i, group in enumerate(groups):
-                store(table, group, i)
+        _loop(tile.rows, lambda i: self._finish_row(tile, products, i, r + i, T.bind(groups[i])))
 
-        def row(i: Any) -> None:
-            group = groups[0] if table is None else T.bind(table[i])
-            self._finish_row(tile, products, i, r + i, group)
+    def _accumulate(self, tile: Tile, j: int, r: Any, groups: Buffer, product: Buffer) -> None:
+        """product = start + the sum over segment j, int32 [tile.rows, tile.vectors, lanes].
 
-        _loop(tile.rows, row)
-
-    def _accumulate(self, tile: Tile, j: int, r: Any, groups: list[Any], product: Buffer) -> None:
-        """product = start + the sum over segment j, int32 [tile.rows, tile.vectors, lanes]."""
+        Loops over the cells of the tile are unrolled late, so that TVM's passes see little code; LLVM then
+        keeps the accumulators in registers.
+        """
         isa, p, w = self.isa, self.p, self.w
-        lanes, cells = isa.lanes, tile.rows * tile.vectors
+        lanes, vector, cells = isa.lanes, isa.vector, tile.rows * tile.vectors
         # With few accumulators the latency of the dot product would show: some steps get their own.
-        sets = max(1, 8 // cells) if cells < 8 else 1
-        acc = scratch(sets * cells * lanes, "int32")
+        sets = max(1, 8 // cells)
+        acc, starts = scratch(sets * cells * lanes, "int32"), scratch(tile.rows, "int32")
 
-        def cell(s: int, i: int, v: int) -> Any:
+        def cell(s: int, i: Any, v: Any) -> Any:
             return span(((s * tile.rows + i) * tile.vectors + v) * lanes, lanes)
 
-        for i in range(tile.rows):
-            for v in range(tile.vectors):
+        with T.unroll(0, tile.rows) as i:
+            store(starts, self._row_start(j, r + i), i)
+            with T.unroll(0, tile.vectors) as v:
                 at = (j * p.groups + groups[i]) * w.outputs + self.block * w.block + v * lanes
                 store(acc, self.b["start"][span(at, lanes)], cell(0, i, v))
                 for s in range(1, sets):
                     store(acc, vmath.i32(0, lanes), cell(s, i, v))
-        starts = [T.bind(self._row_start(j, r + i)) for i in range(tile.rows)]
-        weights, vector = (self.panel, self.isa.vector) if self.unpacks else (self.b["tiles"], isa.vector)
-        begin = sum(w.segment_steps[:j])
-        if not self.unpacks:
-            begin = self.block * w.steps + begin
+        weights = self.panel if self.unpacks else self.b["tiles"]
+        begin = sum(w.segment_steps[:j]) + (0 if self.unpacks else self.block * w.steps)
         taps, run, stride = self._runs(j)
         steps = run // isa.kpack
 
-        def step(k: Any, s: int, tap: Any, word: Callable[[int], Expr]) -> None:
+        def step(k: Any, s: int, tap: Any, word: Callable[[Any], Expr]) -> None:
             base = T.bind((begin + tap * steps + k) * (tile.vectors * vector))
-            for i in range(tile.rows):
-                activations = isa.spread(word(i))
-                for v in range(tile.vectors):
-                    column = weights[span(base + v * vector, vector)]
-                    store(acc, isa.dot(acc[cell(s, i, v)], activations, column), cell(s, i, v))
+            with T.unroll(0, tile.rows) as i, T.unroll(0, tile.vectors) as v:
+                column = weights[span(base + v * vector, vector)]
+                store(acc, isa.dot(acc[cell(s, i, v)], isa.spread(word(i)), column), cell(s, i, v))
 
         def several(k: Any, count: int, tap: Any) -> None:
             """`count` steps from step k on."""
-            ahead = isa.load_steps if count == isa.load_steps > 1 else 0
-            if ahead:
-                words = scratch(tile.rows * ahead, "int32")
-                for i in range(tile.rows):
-                    at = starts[i] + tap * stride + k * isa.kpack
+            ahead = isa.load_steps
+            if count % ahead or ahead == 1:
+                for d in range(count):
+                    offset = T.bind(tap * stride + (k + d) * isa.kpack)
+                    step(k + d, d % sets, tap, partial(self._word, starts, offset))
+                return
+            words = scratch(tile.rows * ahead, "int32")
+            for d in range(0, count, ahead):
+                with T.unroll(0, tile.rows) as i:
+                    at = starts[i] + tap * stride + (k + d) * isa.kpack
                     loaded = self.activations[span(at, ahead * isa.kpack)]
                     store(words, tirx.reinterpret(f"int32x{ahead}", loaded), span(i * ahead, ahead))
-            for d in range(count):
-
-                def word(i: int, d: int = d) -> Expr:
-                    if ahead:
-                        return words[i * ahead + d]
-                    return isa.load_word(self.activations, starts[i] + tap * stride + (k + d) * isa.kpack)
-
-                step(k + d, d % sets, tap, word)
+                for e in range(ahead):
+                    step(k + d + e, (d + e) % sets, tap, lambda i, e=e: words[i * ahead + e])
 
         def along(tap: Any) -> None:
             each = max(sets, isa.load_steps)
@@ -490,14 +486,17 @@ class _Kernel:
                 several(steps // each * each, steps % each, tap)
 
         _loop(taps, along)
-        for i in range(tile.rows):
-            for v in range(tile.vectors):
-                total = acc[cell(0, i, v)]
-                for s in range(1, sets):
-                    total = total + acc[cell(s, i, v)]
-                store(product, total, cell(0, i, v))
+        with T.unroll(0, tile.rows) as i, T.unroll(0, tile.vectors) as v:
+            total = acc[cell(0, i, v)]
+            for s in range(1, sets):
+                total = total + acc[cell(s, i, v)]
+            store(product, total, cell(0, i, v))
 
-    # -------------------------------------------------------------------------------------------------- results
+    def _word(self, starts: Buffer, offset: Any, i: Any) -> Expr:
+        """The activations of row i of a tile at an offset from the row's start, as one int32."""
+        return self.isa.load_word(self.activations, starts[i] + offset)
+
+    # --------------------------------------------------------------------------------------------- results
 
     def _finish_row(self, tile: Tile, products: list[Buffer], i: Any, r: Any, group: Any) -> None:
         """Scales, bias, offsets, epilogue and store of row i of a tile, row r of the chunk."""
@@ -523,7 +522,9 @@ class _Kernel:
             for j, total in enumerate(sums):
                 factor = vmath.mul(vmath.splat(scales[j], lanes), self.b["offset"][span(n, lanes)])
                 y = vmath.fma(vmath.splat(total, lanes), factor, y)
-            mask = None if live == lanes else tirx.Shuffle([T.bool(k < live) for k in range(lanes)], list(range(lanes)))
+            mask = None
+            if live < lanes:
+                mask = tirx.Shuffle([T.bool(k < live) for k in range(lanes)], list(range(lanes)))
 
             def load(k: int) -> Expr:
                 buffer, kind = self.b[f"operand{k}"], self.epilogue.operands[k].kind
@@ -536,11 +537,7 @@ class _Kernel:
                 return T.masked_load(f"float32x{lanes}", buffer, at, mask)
 
             y = apply(self.epilogue, y, load, quant)
-            at = span(m * p.outputs + n, lanes)
-            if mask is None:
-                store(self.b["out"], y, at)
-            else:
-                T.evaluate(T.masked_store(self.b["out"], y, at, mask))
+            self._store_live(y, m * p.outputs + n, live)
 
         # In the last block, registers behind the output's last channel are not stored, one perhaps in part.
         inner = T.bool(True) if w.blocks == 1 else self.block < w.blocks - 1
@@ -552,6 +549,23 @@ class _Kernel:
                 if live > 0:
                     vector(v, live)
             elif live > 0:
-                _when(inner, lambda v=v: vector(v, lanes), lambda v=v, live=live: vector(v, live))
+                _when(inner, partial(vector, v, lanes), partial(vector, v, live))
             else:
-                _when(inner, lambda v=v: vector(v, lanes))
+                _when(inner, partial(vector, v, lanes))
+
+    def _store_live(self, value: Expr, at: Any, live: int) -> None:
+        """Stores the first `live` lanes of `value`.
+
+        In parts of a power of two, since LLVM 22 writes four bytes for a masked store of one uint8 that was
+        narrowed from int32.
+        """
+        out, lanes = self.b["out"], self.isa.lanes
+        if live == lanes:
+            store(out, value, span(at, lanes))
+            return
+        vector, done = T.bind(value), 0
+        for size in (8, 4, 2, 1):
+            if live & size:
+                part = tirx.Shuffle([vector], list(range(done, done + size)))
+                store(out, part, span(at + done, size))
+                done += size

@@ -1,4 +1,4 @@
-"""What the integer kernels need to know of a CPU: its dot product, its registers and how to compile for it.
+"""What the integer kernels need to know of a CPU target: its dot product and its registers.
 
 The kernels are one source for all of these; everything that differs between the targets stands here.
 
@@ -24,6 +24,7 @@ from tvm.ir import Expr
 from tvm.tirx import Buffer
 
 from mpq_compiler.errors import UserError, nearest
+from mpq_compiler.targets import TARGETS
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,6 @@ class Isa:
     shuffle:         intrinsic that looks up `lanes * kpack` bytes in 16-entry tables (one for each 16 bytes)
     tiles:           micro-kernels that fit the registers, one for each number of vectors
     load_steps:      steps of k whose activations are loaded at once (sdot takes one of four by index)
-    mcpu, mattr:     LLVM's names of the CPU and of its features
     """
 
     name: str
@@ -60,9 +60,6 @@ class Isa:
     weight: str
     shuffle: str
     tiles: tuple[Tile, ...]
-    triple: str
-    mcpu: str | None
-    mattr: tuple[str, ...]
     load_steps: int = 1
 
     @property
@@ -81,15 +78,8 @@ class Isa:
         return 128 if self.activation == "int8" else 0
 
     def target(self) -> dict[str, Any]:
-        """The TVM target.
-
-        x86-64-v4 has no VNNI of its own (LLVM aborts when it must select it), so the feature is named.
-        LLVM prefers 256-bit registers on x86-64-v4 where it vectorizes by itself; that is turned off.
-        """
-        target: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mattr": list(self.mattr)}
-        if self.mcpu:
-            target["mcpu"] = self.mcpu
-        return target
+        """What to compile the kernels for, as TVM takes it."""
+        return dict(TARGETS[self.name].tvm)
 
     def tile(self, outputs: int) -> Tile:
         """The micro-kernel for a number of output channels: least padded work, weighted by `Tile.cost`."""
@@ -137,37 +127,25 @@ class Isa:
         return tirx.call_llvm_pure_intrin(signed, self.shuffle, table, indices)
 
 
-_X86 = "x86_64-linux-gnu"
 # 32 registers hold at most 29 accumulators beside the weights of a step and one activation; 16 hold 12.
 _TILES_512 = (Tile(4, 6), Tile(5, 5, 1.02), Tile(3, 8, 1.02), Tile(2, 12, 1.05), Tile(1, 16, 1.3))
 _TILES_256 = (Tile(2, 6), Tile(3, 4, 1.05), Tile(1, 10, 1.25))
+_TILES_NEON = (Tile(4, 5), Tile(5, 4, 1.01), Tile(3, 6, 1.02), Tile(2, 8, 1.05), Tile(1, 8, 1.3))
 
 ISAS: Mapping[str, Isa] = {
     isa.name: isa
     for isa in (
-        Isa(
-            "x86-64-avx512vnni", 16, 4, "uint8", "int8", "llvm.x86.avx512.pshuf.b.512", _TILES_512,
-            _X86, "x86-64-v4", ("+avx512vnni", "-prefer-256-bit"),
-        ),
-        Isa(
-            "x86-64-avxvnni", 8, 4, "uint8", "int8", "llvm.x86.avx2.pshuf.b", _TILES_256,
-            _X86, "x86-64-v3", ("+avxvnni",),
-        ),
-        Isa(
-            "x86-64-avx2", 8, 2, "int16", "int16", "llvm.x86.ssse3.pshuf.b.128", _TILES_256,
-            _X86, "x86-64-v3", (),
-        ),
-        Isa(
-            "aarch64-dotprod", 4, 4, "int8", "int8", "llvm.aarch64.neon.tbl1",
-            (Tile(4, 5), Tile(5, 4, 1.01), Tile(3, 6, 1.02), Tile(2, 8, 1.05), Tile(1, 8, 1.3)),
-            "aarch64-linux-gnu", None, ("+neon", "+dotprod"), load_steps=4,
-        ),
+        Isa("x86-64-avx512vnni", 16, 4, "uint8", "int8", "llvm.x86.avx512.pshuf.b.512", _TILES_512),
+        Isa("x86-64-avxvnni", 8, 4, "uint8", "int8", "llvm.x86.avx2.pshuf.b", _TILES_256),
+        Isa("x86-64-avx2", 8, 2, "int16", "int16", "llvm.x86.ssse3.pshuf.b.128", _TILES_256),
+        Isa("aarch64-dotprod", 4, 4, "int8", "int8", "llvm.aarch64.neon.tbl1", _TILES_NEON, load_steps=4),
     )
-}  # fmt: skip
+}
+"""By the name of the target."""
 
 
 def isa(name: str) -> Isa:
-    """The ISA of that name; UserError where there is none."""
+    """The ISA of the target of that name; UserError where it has no integer kernels."""
     if name not in ISAS:
         raise UserError(f"no integer kernels for the CPU target '{name}': {nearest(name, ISAS)}")
     return ISAS[name]

@@ -69,13 +69,14 @@ class _Prepare:
                 self._row(i)
 
     def _tables(self) -> None:
-        """The table of each register of output channels, repeated so that a byte shuffle reads it in place."""
+        """The table of each register of output channels, repeated for byte shuffles of 16 bytes."""
         isa, p = self.isa, self.p
-        with T.serial(0, self.w.outputs // isa.lanes) as n, T.serial(0, isa.vector) as byte:
+        with T.serial(0, self.w.outputs // isa.lanes) as n:
             block = T.min(n * isa.lanes // 16, p.row_classes - 1)
-            entry = byte % 16
-            value = self.b["tables"][T.cast(self.b["row_class"][block], "int32"), T.min(entry, p.entries - 1)]
-            store(self.b["lut"], value, n, byte)
+            table = T.bind(T.cast(self.b["row_class"][block], "int32"))
+            with T.serial(0, isa.vector // 16) as repeat, T.serial(0, 16) as entry:
+                value = self.b["tables"][table, T.min(entry, p.entries - 1)]
+                store(self.b["lut"], value, n, repeat * 16 + entry)
 
     def _vectors(self, i: Any) -> None:
         """Scales, offset and bias of channel i, zero behind the last one; start values are set to zero."""
@@ -101,11 +102,22 @@ class _Prepare:
         for j, channels in enumerate(p.segments):
             total = scratch(1, "int32")
             store(total, tirx.IntImm("int32", 0), 0)
-            first = sum(w.segment_steps[:j]) * kpack
-            with T.serial(0, taps) as tap, T.serial(0, channels) as c:
-                code = T.bind(self._code(T.bind((i * taps + tap) * p.channels + sum(p.segments[:j]) + c)))
-                self._place(i, T.bind(first + tap * w.channels[j] + c), code)
-                store(total, total[0] + self._weight(i, code), 0)
+            first = sum(w.segment_steps[:j])
+            with T.serial(0, taps) as tap:
+                source = T.bind((i * taps + tap) * p.channels + sum(p.segments[:j]))
+                steps = w.channels[j] // kpack
+                for begin, end, width in (
+                    (0, channels // kpack, kpack),
+                    (channels // kpack, steps, channels % kpack),
+                ):
+                    if begin == end:
+                        continue
+                    with T.serial(begin, end) as k:
+                        step = T.bind(first + tap * steps + k)
+                        for lane in range(width):
+                            code = T.bind(self._code(source + k * kpack + lane))
+                            self._place(i, step, lane, code)
+                            store(total, total[0] + self._weight(i, code), 0)
             with T.serial(0, p.groups) as g:
                 zero = T.cast(self.b["act_zero"][j, g], "int32") - self.isa.unsigned_excess
                 store(self.b["start"], (0 - zero) * total[0], j, g, i)
@@ -129,13 +141,17 @@ class _Prepare:
         table = T.cast(self.b["row_class"][i // 16], "int32")
         return T.cast(self.b["tables"][table, code], "int32")
 
-    def _place(self, i: Any, k: Any, code: Any) -> None:
-        """Writes the code of output channel i and (padded) position k to its place in the tiles."""
+    def _place(self, i: Any, step: Any, lane: int, code: Any) -> None:
+        """Writes the code of output channel i and value `lane` of a step of k to its place in the tiles.
+
+        No address here or above is the remainder of a loop variable: LLVM 22 vectorizes loads at ``v % 16``
+        in a loop over v as if they were at ``v``.
+        """
         w, isa, tiles = self.w, self.isa, self.b["tiles"]
-        block, channel, step = i // w.block, i % w.block, k // isa.kpack
+        block, channel = i // w.block, i % w.block
         group, d = step // w.pack, step % w.pack
         base = (group * w.tile.vectors + channel // isa.lanes) * w.pack_bytes
-        at = T.bind(base + channel % isa.lanes * isa.kpack + k % isa.kpack)
+        at = T.bind(base + channel % isa.lanes * isa.kpack + lane)
         if self.p.bits == 8:
             store(tiles, T.cast(code, "int8"), block, at)
         elif self.p.bits == 3:

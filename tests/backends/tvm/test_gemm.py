@@ -1,0 +1,206 @@
+"""Integer GEMM kernels, bit for bit against the definition, on every CPU target.
+
+The list of shapes (`tests/shapes.py`) is rows x outputs x reductions x formats. A kernel is compiled for each
+(outputs, reduction) pair with one format, chosen as in a Latin square: every format meets every number of
+outputs and every reduction, and each kernel runs on every number of rows. The two main x86 targets use squares
+shifted against each other; the others take a part of the square.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
+from tests.integer_kernels import AARCH64, X86, Kernels, assert_same_bits, needs
+from tests.shapes import (
+    FORMATS,
+    OUTPUTS,
+    REDUCTIONS,
+    ROWS,
+    Case,
+    make_case,
+    quantize,
+    random_problem,
+    reference,
+    seed,
+)
+
+
+def part(case: Case, samples: slice) -> Case:
+    """Some samples of a case."""
+    data = dict(case.data)
+    for name in ("x", "group"):
+        data[name] = data[name][samples]
+    return Case(case.problem, len(data["group"]), data)
+
+
+@functools.cache
+def square(shift: int, step: int) -> list[tuple[QuantMatmul, Case, np.ndarray]]:
+    """Every `step`-th problem of the square, with data for all rows of the list together and the results."""
+    names, result = list(FORMATS), []
+    for i, outputs in enumerate(OUTPUTS):
+        for j, reduction in enumerate(REDUCTIONS):
+            if (i + 3 * j) % step:
+                continue
+            name = names[(i + j + shift) % len(names)]
+            problem = QuantMatmul.linear((), reduction, outputs, **FORMATS[name])
+            case = make_case(problem, sum(ROWS), seed(name, outputs, reduction))
+            result.append((problem, case, reference(case)))
+    return result
+
+
+@pytest.mark.parametrize(
+    ("name", "shift", "step"),
+    [("x86-64-avx512vnni", 0, 1), ("x86-64-avx2", 3, 1), ("x86-64-avxvnni", 5, 4), (AARCH64, 6, 4)],
+)
+def test_every_shape(name, shift, step):
+    isa, table = needs(name), square(shift, step)
+    kernels = Kernels(isa, [problem for problem, _, _ in table])
+    rows = ROWS if name != AARCH64 else ROWS[:-1]  # 1000 rows add nothing but time under emulation
+    calls, wanted = [], []
+    for index, (_, case, result) in enumerate(table):
+        begin = 0
+        for m in rows:
+            samples = slice(begin, begin + m)
+            calls.append((index, part(case, samples)))
+            wanted.append(result[samples])
+            begin += m
+    for (index, case), got, want in zip(calls, kernels.run(calls), wanted, strict=True):
+        assert_same_bits(got, want, (case.batch, table[index][0]))
+
+
+RANDOM_PROBLEMS, CASES_EACH = 100, 5
+
+
+@functools.cache
+def random_cases() -> tuple[list[QuantMatmul], list[tuple[int, Case]], list[np.ndarray]]:
+    """500 cases from one seed: 100 problems (linear and convolution, all formats) with five data each.
+
+    The two main x86 targets take half of them each, the others a part.
+    """
+    problems, calls, wanted = [], [], []
+    for index in range(RANDOM_PROBLEMS):
+        draw = np.random.default_rng(seed("random", index))
+        batch, problem = random_problem(draw)
+        problems.append(problem)
+        for repeat in range(CASES_EACH):
+            zeros = ((0,), (255,), (), (), (0, 255))[repeat]
+            case = make_case(problem, batch + repeat, seed("data", index, repeat), zeros)
+            calls.append((index, case))
+            wanted.append(reference(case))
+    return problems, calls, wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "step"),
+    [
+        ("x86-64-avx512vnni", 0, 2),
+        ("x86-64-avx2", 1, 2),
+        ("x86-64-avxvnni", 3, 8),
+        (AARCH64, 5, 6),
+    ],
+)
+def test_random_cases(name, begin, step):
+    isa = needs(name)
+    problems, calls, wanted = random_cases()
+    chosen = list(range(begin, RANDOM_PROBLEMS, step))
+    kernels = Kernels(isa, [problems[i] for i in chosen])
+    picked = [(chosen.index(i), case) for i, case in calls if i in chosen]
+    results = [want for (i, _), want in zip(calls, wanted, strict=True) if i in chosen]
+    for (_, case), got, want in zip(picked, kernels.run(picked), results, strict=True):
+        assert_same_bits(got, want, (case.batch, case.problem))
+
+
+EPILOGUES = {
+    "residual": Epilogue((Step("add", 0),), (Operand("full"),)),
+    "scale-shift-quantize": Epilogue(
+        (Step("mul", 0), Step("add", 1), Step("quantize", value=8)), (Operand("sample"), Operand("channel"))
+    ),
+    "relu-residual-quantize": Epilogue(
+        (Step("mul", value=0.25), Step("relu"), Step("add", 0), Step("mul", 1), Step("quantize", value=6)),
+        (Operand("full"), Operand("scalar")),
+    ),
+}
+
+
+def after(epilogue: Epilogue, y: np.ndarray, case: Case) -> np.ndarray:
+    """The epilogue in numpy, step by step in float32."""
+    batch = case.batch
+    for step in epilogue.steps:
+        if step.op == "quantize":
+            assert step.value is not None
+            return quantize(y, case.data["qscale"], case.data["qzero"], case.data["group"], int(step.value))
+        if step.op == "relu":
+            y = np.maximum(y, np.float32(0))
+            continue
+        if step.operand is None:
+            right = np.float32(step.value)
+        else:
+            right = case.data[f"operand{step.operand}"]
+            if epilogue.operands[step.operand].kind == "sample":
+                right = right.reshape(batch, *[1] * (y.ndim - 2), -1)
+        y = y * right if step.op == "mul" else y + right
+    return y
+
+
+def epilogue_problems() -> list[QuantMatmul]:
+    shapes = [
+        QuantMatmul.linear((7,), 36, 65, bits=4, groups=3),
+        QuantMatmul(5, 6, 16, 48, (3, 3), padding=(1, 1, 1, 1), bits=8, groups=2),
+        QuantMatmul.linear((), 64, 30, bits=3, groups=4, has_offset=True, segments=(24, 40)),
+    ]
+    pairs = [(0, "residual"), (0, "scale-shift-quantize"), (1, "relu-residual-quantize")]
+    pairs += [(1, "scale-shift-quantize"), (2, "residual"), (2, "relu-residual-quantize")]
+    return [replace(shapes[i], epilogue=EPILOGUES[name]) for i, name in pairs]
+
+
+@pytest.mark.parametrize("name", [*X86, AARCH64])
+def test_epilogues(name):
+    isa, problems = needs(name), epilogue_problems()
+    calls = [
+        (i, make_case(problem, batch, seed("epilogue", i, batch)))
+        for i, problem in enumerate(problems)
+        for batch in (1, 9)
+    ]
+    for (_, case), got in zip(calls, Kernels(isa, problems).run(calls), strict=True):
+        epilogue = case.problem.epilogue
+        assert epilogue is not None
+        assert_same_bits(got, after(epilogue, reference(case), case), (case.batch, case.problem))
+
+
+@pytest.mark.parametrize("name", X86)
+def test_samples_of_different_time_groups_do_not_mix(name):
+    problem = QuantMatmul.linear((3,), 40, 33, bits=4, groups=3, has_offset=True)
+    kernels = Kernels(needs(name), [problem])
+    case = make_case(problem, 7, seed("groups"))
+    case.data["group"] = np.array([0, 1, 2, 2, 1, 0, 1])
+    (together,) = kernels.run([(0, case)])
+    alone = kernels.run([(0, part(case, slice(i, i + 1))) for i in range(7)])
+    assert_same_bits(together, np.concatenate(alone))
+    changed = Case(problem, 7, {**case.data, "x": case.data["x"].copy()})
+    changed.data["x"][case.data["group"] != 1] ^= 0x5A
+    (other,) = kernels.run([(0, changed)])
+    same = case.data["group"] == 1
+    assert_same_bits(other[same], together[same])
+    assert (other[~same] != together[~same]).any()
+
+
+def test_empty_batch():
+    problem = QuantMatmul.linear((3,), 40, 33)
+    case = make_case(problem, 1, 0)
+    (out,) = Kernels(needs("x86-64-avx2"), [problem]).run([(0, part(case, slice(0, 0)))])
+    assert out.shape == (0, 3, 33)
+
+
+def test_problems_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="5 bits have no kernel"):
+        QuantMatmul.linear((), 8, 8, bits=5)
+    with pytest.raises(ValueError, match="do not partition"):
+        QuantMatmul.linear((), 8, 8, segments=(3, 4))
+    with pytest.raises(ValueError, match="nothing to compute"):
+        QuantMatmul(2, 2, 8, 8, kernel=(3, 3))
