@@ -48,7 +48,7 @@ from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, keep, splat
 PANEL_TILES = {"wide": (24, 4), "narrow": (6, 1)}
 DOT_TILES = {"wide": (4, 4), "narrow": (2, 2)}
 FEW_ROWS = 8
-FEW_OUTPUTS = 4
+FEW_OUTPUTS = 8
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class _Plan:
 
 def _plan(problem: Linear | Conv2d) -> _Plan:
     if isinstance(problem, Linear):
-        few = problem.positions < FEW_ROWS or problem.outputs < FEW_OUTPUTS
+        few = problem.positions < FEW_ROWS or problem.outputs <= FEW_OUTPUTS
         return _Plan(
             rows=problem.positions,
             row_shape=(problem.positions,),
@@ -154,7 +154,7 @@ def _plan(problem: Linear | Conv2d) -> _Plan:
         )
     kernel_width, channels, groups = problem.kernel[1], problem.channels, problem.groups
     group_outputs, group_inputs = problem.outputs // groups, channels // groups
-    few = groups == 1 and problem.outputs < FEW_OUTPUTS and kernel_width * channels >= LANES
+    few = groups == 1 and problem.outputs <= FEW_OUTPUTS and kernel_width * channels >= LANES
     form = "dot" if few and not problem.packed else "panel"
     if groups > 1 and group_inputs == group_outputs == 1:
         form = "depthwise"
@@ -269,6 +269,9 @@ class _Body:
                 _pack(plan, self.weight, panel)
                 self.weight = panel
         self._prepare_border()
+        if plan.form == "dot" and isinstance(problem, Linear) and problem.positions == 1:
+            self._dot_over_samples(batch)
+            return
         with T.serial(0, batch) as b:
             quant = self.finish.quantizer(b)
             x, start = self._image(b)
@@ -382,26 +385,42 @@ class _Body:
 
     def _dot(self, b: Any, x: Buffer, start: Any, quant: Any) -> None:
         plan = self.plan
-        rows, outputs = DOT_TILES[self.registers]
-        rows, outputs = min(rows, plan.rows), min(outputs, plan.outputs)
-        results = scratch(rows * plan.outputs, heap=plan.outputs > 4096)
+        rows = min(DOT_TILES[self.registers][0], plan.rows)
         with T.serial(0, -(-plan.rows // rows)) as tile:
             row = T.bind(T.min(tile * rows, plan.rows - rows))
-            origins = [T.bind(start + self._origin(row + i)) for i in range(rows)]
-            with T.serial(0, -(-plan.outputs // outputs)) as part:
-                first = T.bind(T.min(part * outputs, plan.outputs - outputs))
-                self._dot_tile(x, origins, first, outputs, results)
-            for i in range(rows):
-                where = self._where(row + i)
+            self._dot_rows(x, [(b, start + self._origin(row + i), self._where(row + i), quant) for i in range(rows)])
 
-                def finish(c: Any, lanes: int, i: int = i, where: Any = where) -> None:
-                    value = results[span(i * plan.outputs + c, lanes)]
-                    if self.problem.bias:
-                        value = value + self.buffers["bias"][span(c, lanes)]
-                    value = self.finish(value, b, where, c, quant)
-                    store(self.buffers["y"], value, b, *where, span(c, lanes))
+    def _dot_over_samples(self, batch: Any) -> None:
+        """One row for each sample: tiles of samples, so that a batch reads the weights fewer times."""
+        rows = DOT_TILES[self.registers][0]
+        with T.serial(0, T.floordiv(batch, rows)) as tile:
+            self._dot_samples([tile * rows + i for i in range(rows)])
+        with T.serial(0, T.floormod(batch, rows)) as i:
+            self._dot_samples([batch - T.floormod(batch, rows) + i])
 
-                each_vector(plan.outputs, finish)
+    def _dot_samples(self, samples: list[Any]) -> None:
+        images = [self._image(sample) for sample in samples]
+        rows = [(b, start, (0,), self.finish.quantizer(b)) for b, (_, start) in zip(samples, images, strict=True)]
+        self._dot_rows(images[0][0], rows)
+
+    def _dot_rows(self, x: Buffer, rows: list[tuple[Any, Any, tuple[Any, ...], Any]]) -> None:
+        """Output rows (sample, origin, where in the output, quantizer) through all outputs."""
+        plan = self.plan
+        outputs = min(DOT_TILES[self.registers][1], plan.outputs)
+        results = scratch(len(rows) * plan.outputs, heap=plan.outputs > 4096)
+        origins = [T.bind(origin) for _, origin, _, _ in rows]
+        with T.serial(0, -(-plan.outputs // outputs)) as part:
+            first = T.bind(T.min(part * outputs, plan.outputs - outputs))
+            self._dot_tile(x, origins, first, outputs, results)
+        for i, (b, _, where, quant) in enumerate(rows):
+
+            def finish(c: Any, lanes: int, i: int = i, b: Any = b, where: Any = where, quant: Any = quant) -> None:
+                value = results[span(i * plan.outputs + c, lanes)]
+                if self.problem.bias:
+                    value = value + self.buffers["bias"][span(c, lanes)]
+                store(self.buffers["y"], self.finish(value, b, where, c, quant), b, *where, span(c, lanes))
+
+            each_vector(plan.outputs, finish)
 
     def _dot_tile(self, x: Buffer, origins: list[Any], first: Any, outputs: int, results: Buffer) -> None:
         """Sums of rows x outputs into `results` [rows, all outputs], without bias."""

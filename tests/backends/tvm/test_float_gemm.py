@@ -34,7 +34,7 @@ PROBLEMS: dict[str, Linear | Conv2d] = {
 }
 PACKED = ("vector", "tokens", "downsample", "groups", "depthwise", "conv_out 3")
 QUANTIZED = ("tokens", "conv_out 3", "depthwise")
-BATCH = 2
+BATCH = 5
 
 
 def _inputs(name: str) -> list[np.ndarray]:
