@@ -458,7 +458,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(args, "out of memory; use a smaller model, fewer --samples or fewer --jobs")
     except Exception as error:  # a defect of ours still ends in one sentence
         text = " ".join(str(error).split())
-        return _fail(args, f"internal error, please report it with what --debug shows: {type(error).__name__}: {text[:300]}")
+        return _fail(args, f"internal error, report it with what --debug shows: {type(error).__name__}: {text[:300]}")
 
 
 def _fail(args: argparse.Namespace, sentence: str) -> int:

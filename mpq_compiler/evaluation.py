@@ -126,7 +126,8 @@ def require_same_task(painter: Painter, reference: Painter) -> None:
     for what in ("shape", "latent", "inputs", "codec"):
         ours, theirs = getattr(painter, what), getattr(reference, what)
         if ours != theirs:
-            raise UserError(f"'{painter.name}' cannot be compared with '{reference.name}': {what} {ours} against {theirs}")
+            both = f"'{painter.name}' and '{reference.name}'"
+            raise UserError(f"{both} cannot be compared: {what} {ours} against {theirs}")
 
 
 def evaluate(
