@@ -74,6 +74,17 @@ def rule(
     return register
 
 
+@dataclass(frozen=True)
+class Branch:
+    """A binary branch, by store names, and the base it is added to."""
+
+    call: Call
+    base: Levels | None
+    signs: str | None
+    scale: str | None
+    alpha: str | None
+
+
 class View:
     """A program and what the rules want to know of it, each found once."""
 
@@ -105,16 +116,29 @@ class View:
         return {name: path for name, path in named.items() if path is not None}
 
     @cached_property
-    def branches(self) -> list[tuple[Call, Levels | None, str | None, str | None, str | None]]:
-        """Binary branches with the base each is added to: (call, base, signs, scale, alpha)."""
-        by_name = {levels.call.name: levels for levels in self.levels}
-        found = []
+    def branches(self) -> list[Branch]:
+        made = {levels.call.name: levels for levels in self.levels}
+        added: dict[str, Levels | None] = {}
         for call in self.calls:
-            if call.target is ops.binary_branch:
-                signs, scale, alpha = (stored(a) for a in call.args[:3])
-                users = [c for c in self.calls if any(getattr(a, "name", None) == call.name for a in c.args)]
-                base = next((by_name[a.name] for u in users for a in u.args if getattr(a, "name", None) in by_name), None)
-                found.append((call, base, signs, scale, alpha))
+            if call.target is aten.add.Tensor:
+                left, right = (getattr(a, "name", "") for a in call.args[:2])
+                added[right] = made.get(left)
+        return [
+            Branch(call, added.get(call.name), stored(call.args[0]), stored(call.args[1]), stored(call.args[2]))
+            for call in self.calls
+            if call.target is ops.binary_branch
+        ]
+
+    @cached_property
+    def shapes(self) -> dict[int, dict[str, Any]] | str:
+        """Batch size -> node -> meta tensor, or why they do not fit."""
+        found = {}
+        for batch in BATCHES:
+            try:
+                found[batch] = shapes(self.program, batch)
+            except Exception as error:
+                reason = str(error).strip().splitlines()
+                return f"at batch {batch} its shapes do not fit: {reason[0] if reason else type(error).__name__}"
         return found
 
     @cached_property
@@ -137,7 +161,7 @@ class View:
 
 @rule("order", structural=True)
 def _order(view: View) -> Findings:
-    """Every operand is made before it is read; inputs come first, one output last."""
+    """Every operand is made before it is read; inputs come before calls, one output last."""
     seen: set[fx.Node] = set()
     for graph in (view.program.graph, *view.program.regions.values()):
         nodes = list(graph.nodes)
@@ -149,10 +173,10 @@ def _order(view: View) -> Findings:
         kinds = [n.op for n in nodes]
         if kinds.count("output") != 1 or kinds[-1] != "output":
             yield nodes[-1].name if nodes else "graph", "a graph ends with its one output"
-        first = next((i for i, k in enumerate(kinds) if k != "placeholder"), len(kinds))
+        first = next((i for i, k in enumerate(kinds) if k not in ("placeholder", "get_attr")), len(kinds))
         for node in nodes[first:]:
             if node.op == "placeholder":
-                yield node.name, "inputs stand before all else"
+                yield node.name, "an input stands behind a call"
 
 
 @rule("unique-names", structural=True)
@@ -258,15 +282,11 @@ def _dialect(view: View) -> Findings:
 @rule("shapes")
 def _shapes(view: View) -> Findings:
     """The program runs on shapes alone at two batch sizes, and gives one f32 output of that batch."""
-    program = view.program
-    for batch in BATCHES:
-        try:
-            found = shapes(program, batch)
-        except Exception as error:
-            reason = str(error).strip().splitlines()
-            yield "graph", f"at batch {batch} its shapes do not fit: {reason[0] if reason else type(error).__name__}"
-            return
-        output = view.nodes[-1].args[0]
+    if isinstance(view.shapes, str):
+        yield "graph", view.shapes
+        return
+    output = view.nodes[-1].args[0]
+    for batch, found in view.shapes.items():
         value = found.get(output.name) if isinstance(output, fx.Node) else None
         if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape[:1] != (batch,):
             yield view.nodes[-1].name, f"at batch {batch} the output is no f32 tensor of that batch"
@@ -275,10 +295,9 @@ def _shapes(view: View) -> Findings:
 @rule("rows-of-samples", QUANTIZED)
 def _rows_of_samples(view: View) -> Findings:
     """The rows of a quantized tensor grow with the batch, so that row r belongs to sample r // (rows / B)."""
-    try:
-        small, large = (shapes(view.program, b) for b in BATCHES)
-    except Exception:
+    if isinstance(view.shapes, str):
         return  # the rule 'shapes' speaks of it
+    small, large = (view.shapes[b] for b in BATCHES)
     for q in view.quantizers:
         if q.edge in small and isinstance(small[q.edge], Tensor):
             rows = small[q.edge].shape[0], large[q.edge].shape[0]
@@ -393,7 +412,7 @@ def _group_tables(view: View) -> Findings:
     for edge, plan in view.program.activations.items():
         for name in (plan.scale, plan.zero_point):
             if tuple(view.tensor(name).shape) != (groups,):
-                yield edge, f"'{name}' has the shape {list(view.tensor(name).shape)}, not one value for each of {groups} groups"
+                yield edge, f"'{name}' {list(view.tensor(name).shape)} is not one value for each of {groups} groups"
 
 
 # --- time groups --------------------------------------------------------------------------------------------
@@ -450,8 +469,8 @@ def _table_range(view: View) -> Findings:
 
 @rule("table-size", QUANTIZED)
 def _table_size(view: View) -> Findings:
-    """A table [classes, 2^bits] with the bits of the planned format (a base before its branch is merged has its own)."""
-    based = {base.call.name for _, base, *_ in view.branches if base is not None}
+    """A table [classes, 2^bits] with the bits of the planned format, or of its base while there is a branch."""
+    based = {b.base.call.name for b in view.branches if b.base is not None}
     for levels in view.levels:
         plan = view.program.weights.get(levels.path)
         if plan is None or plan.format not in formats.FORMATS:
@@ -514,17 +533,18 @@ def _row_classes(view: View) -> Findings:
 @rule("branches", SIMULATED)
 def _branches(view: View) -> Findings:
     """Signs 0 or 1, an int8 alpha, the base's scale, and a merged table within +-127."""
-    for call, base, signs, scale, alpha in view.branches:
-        if base is None or signs is None or alpha is None or base.lut is None or base.codes is None:
+    for b in view.branches:
+        call, base = b.call, b.base
+        if base is None or base.lut is None or base.codes is None or b.signs is None or b.alpha is None:
             yield call.name, "it is not added to a base of its own"
             continue
-        sign, step = view.tensor(signs), view.tensor(alpha)
+        sign, step = view.tensor(b.signs), view.tensor(b.alpha)
         if sign.dtype != torch.uint8 or int(sign.max()) > 1 or sign.shape != view.tensor(base.codes).shape:
-            yield call.name, f"'{signs}' is not a sign 0 or 1 for each code of its base"
-        if scale != base.scale:
+            yield call.name, f"'{b.signs}' is not a sign 0 or 1 for each code of its base"
+        if b.scale != base.scale:
             yield call.name, "branch and base have different scales"
         if step.dtype != torch.int8 or step.numel() != 1:
-            yield call.name, f"'{alpha}' is no int8 step of the table's grid"
+            yield call.name, f"'{b.alpha}' is no int8 step of the table's grid"
         elif int(view.tensor(base.lut).to(torch.int16).abs().max()) + abs(int(step)) > ops.LUT_MAX:
             yield call.name, "base and branch together leave the range of int8"
 
@@ -584,7 +604,7 @@ def _simulated_operands(view: View) -> Findings:
 
 @rule("accumulators", QUANTIZED)
 def _accumulators(view: View) -> Findings:
-    """``|sum (q - z) * w| < 2^31`` for whatever codes q: per row from its own table entries where K alone does not tell."""
+    """``|sum (q - z) * w| < 2^31`` for any codes q: from K alone, or from the entries of each row where K is large."""
     for levels in view.levels:
         if levels.codes is None:
             continue

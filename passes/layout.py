@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from mpq_compiler import ops
-from mpq_compiler.aten import aten, is_movement, is_permute, is_pointwise
+from mpq_compiler.aten import aten, interior_permutes, is_movement, is_permute, is_pointwise
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Program, Stage, copy_graph, prune, shapes
 
@@ -53,7 +53,7 @@ class Layout(Pass):
             changed = sink_permutes(program)
             changed |= simplify_movement(program)
         keep_names(program)
-        for node in interior_permutes(program):
+        for node in interior_permutes(program.graph):
             program.fallbacks[node.name] = "data is permuted between two kernels"
         return program
 
@@ -318,14 +318,3 @@ def keep_names(program: Program) -> None:
             node.name = origin
             taken.add(origin)
     program.graph = copy_graph(program.graph)
-
-
-def interior_permutes(program: Program) -> list[fx.Node]:
-    """Permutes that neither read an input nor feed the output (reshapes beside them do not count)."""
-
-    def reaches(node: fx.Node, forward: bool) -> bool:
-        nexts = list(node.users) if forward else node.all_input_nodes
-        ends = ("output",) if forward else ("placeholder", "get_attr")
-        return bool(nexts) and all(n.op in ends or (is_movement(n) and reaches(n, forward)) for n in nexts)
-
-    return [n for n in program.graph.nodes if is_permute(n) and not reaches(n, True) and not reaches(n, False)]
