@@ -302,8 +302,7 @@ def _describe(
         "recipe": {"name": str(Path(options.recipe).stem) if options.pipeline is None else "custom"},
         "pipeline": pass_manager.to_text(passes),
         "plan": {
-            "weights": {n: w.format for n, w in sorted(planned.weights.items())},
-            "activations": {n: a.bits for n, a in sorted(planned.activations.items())},
+            "layers": layer_rows(planned),
             "boundaries": program.facts["time-groups"].tolist(),
             "stored_bytes": costs.stored_bytes(planned),
             "fallbacks": dict(sorted(program.fallbacks.items())),

@@ -1,0 +1,93 @@
+"""`mpqc inspect`: the dumps of a compilation, pass by pass, or the plan in an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mpq_compiler import artifact, terminal
+from mpq_compiler.errors import UserError, nearest
+
+
+def inspect(path: Path, pass_name: str | None = None, diff: list[str] | None = None, layers: bool = False) -> Any:
+    """Prints what is asked for and returns it as plain data.
+
+    Raises UserError for a path that is neither, an unknown pass, and options that do not fit.
+    """
+    if (path / artifact.MANIFEST).is_file() or path.suffix == ".zip":
+        if pass_name or diff:
+            raise UserError(f"'{path}' is an artifact; --pass and --diff need the folder of a compilation's --dumps")
+        return _artifact(path, layers)
+    return _dumps(path, pass_name, diff)
+
+
+def _artifact(path: Path, layers: bool) -> dict[str, Any]:
+    manifest = artifact.read(path).manifest
+    plan, weights = manifest.get("plan", {}), manifest["weights"]
+    rows = plan.get("layers", [])
+    if layers:
+        total = weights["payload_bytes"]
+        terminal.table(
+            f"{path}: layers",
+            ("layer", "weight", "activation", "bytes", "share", "loss"),
+            [
+                (
+                    row["name"],
+                    row["weight"],
+                    row["activation"],
+                    row["bytes"],
+                    f"{100 * row['bytes'] / total:.1f} %",
+                    "" if row["loss"] is None else f"{row['loss']:.1e}",
+                )
+                for row in rows
+            ],
+            numeric=(3, 4, 5),
+        )
+    counts: dict[str, list[int]] = {}
+    for row in rows:
+        counts.setdefault(row["weight"], []).append(row["bytes"])
+    formats = [(name, len(sizes), terminal.size(sum(sizes))) for name, sizes in sorted(counts.items())]
+    terminal.table(
+        f"{manifest['name']} for {manifest['target']['name']}: {weights['payload_bytes']} bytes, "
+        f"{weights['average_bits']:.3f} true average bits",
+        ("format", "layers", "bytes"),
+        formats,
+        numeric=(1, 2),
+    )
+    for name, reason in plan.get("fallbacks", {}).items():
+        terminal.console.print(f"fallback: {name}: {reason}", markup=False)
+    return {"name": manifest["name"], "target": manifest["target"]["name"], "weights": weights, "layers": rows}
+
+
+def _dumps(path: Path, pass_name: str | None, diff: list[str] | None) -> Any:
+    from mpq_compiler import printer, probes
+
+    dumps = probes.read_dumps(path)
+    names = [d.name for d in dumps]
+
+    def index(name: str) -> int:
+        if name not in names:
+            raise UserError(f"the dumps in '{path}' have no pass '{name}': {nearest(name, names)}")
+        return names.index(name)
+
+    if pass_name is not None:
+        dump = dumps[index(pass_name)]
+        print(dump.text)
+        return {"pass": dump.name, "text": dump.text}
+    if diff is not None:
+        if len(diff) > 2:
+            raise UserError("--diff takes one pass (compared with the one before it) or two")
+        last = index(diff[-1])
+        first = index(diff[0]) if len(diff) == 2 else last - 1
+        before = dumps[first].text if first >= 0 else ""
+        text = printer.diff(before, dumps[last].text)
+        print(text or "no difference")
+        return {"from": dumps[first].name if first >= 0 else None, "to": dumps[last].name, "diff": text}
+    described = [{"pass": d.name, "nodes": d.nodes, "sqnr_db": d.sqnr_db} for d in dumps]
+    terminal.table(
+        str(path),
+        ("pass", "nodes", "SQNR of the output"),
+        [(d["pass"], d["nodes"], "" if d["sqnr_db"] is None else f"{d['sqnr_db']:.1f} dB") for d in described],
+        numeric=(1, 2),
+    )
+    return described

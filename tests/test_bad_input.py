@@ -1,0 +1,348 @@
+"""Every bad input ends in one sentence and exit code 1 (130 for Ctrl-C), and leaves nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mpq_compiler import cli, runtime, tensorfile
+from mpq_compiler.denoiser import wrap
+from mpq_compiler.errors import UserError
+from tests import tiny
+
+QUICK = ("--recipe", "w8a8", "--samples", "2", "--steps", "2")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("unet2d", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def compiled(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny artifact for the `reference` target."""
+    output = tmp_path_factory.mktemp("artifact") / "tiny.mpq"
+    assert cli.main(["compile", str(model), "-o", str(output), "--target", "reference", *QUICK]) == 0
+    return output
+
+
+@pytest.fixture(scope="module")
+def native(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny artifact for this machine."""
+    output = tmp_path_factory.mktemp("native") / "tiny.mpq"
+    assert cli.main(["compile", str(model), "-o", str(output), *QUICK]) == 0
+    return output
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one sentence with which the command refuses."""
+    capsys.readouterr()
+    assert cli.main([str(a) for a in arguments]) == 1
+    error = capsys.readouterr().err
+    sentences = [line for line in error.splitlines() if line.startswith("mpqc: ")]
+    assert len(sentences) == 1, error
+    assert "Traceback" not in error
+    assert "internal error" not in error
+    return sentences[0]
+
+
+def edited(model: Path, folder: Path, change: object) -> Path:
+    """A copy of the model with its weights passed through ``change(tensors)``."""
+    copy = folder / "edited"
+    shutil.copytree(model, copy)
+    (file,) = copy.glob("**/*.safetensors")
+    tensors = load_file(file)
+    change(tensors)  # type: ignore[operator]
+    save_file(tensors, file)
+    return copy
+
+
+def nothing_in(folder: Path) -> bool:
+    return not folder.exists() or not any(folder.iterdir())
+
+
+# --- models -------------------------------------------------------------------------------------------------
+
+
+def test_no_such_model_names_the_nearest(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "fashion-unet" in refused(capsys, "compile", "fashion-unett", "-o", tmp_path / "x.mpq")
+
+
+@pytest.mark.parametrize("missing", ["config.json", "*.safetensors"])
+def test_a_folder_without_config_or_weights(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, missing: str
+) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    for file in copy.glob(f"**/{missing}"):
+        file.unlink()
+    refused(capsys, "compile", copy, "-o", tmp_path / "x.mpq")
+    assert not (tmp_path / "x.mpq").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_in_weights_are_named(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, value: float
+) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["mid_block.resnets.0.conv1.weight"].view(-1)[7] = value
+
+    sentence = refused(capsys, "compile", edited(model, tmp_path, change), "-o", tmp_path / "x.mpq")
+    assert "mid_block.resnets.0.conv1.weight" in sentence
+
+
+def test_a_safetensors_file_with_a_huge_header(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    (file,) = copy.glob("**/*.safetensors")
+    file.write_bytes((2**62).to_bytes(8, "little") + b"{}")
+    assert "header" in refused(capsys, "compile", copy, "-o", tmp_path / "x.mpq")
+
+
+def test_a_model_with_no_quantizable_layer(tmp_path: Path) -> None:
+    from mpq_compiler.compiler import compile
+
+    class Nothing(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = {"in_channels": 1, "out_channels": 1, "sample_size": 4, "_class_name": "Nothing"}
+            self.gain = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, return_dict: bool = True) -> tuple:
+            return (sample * self.gain + timestep.float()[:, None, None, None] * 1e-3,)
+
+    with pytest.raises(UserError, match="no linear or conv2d layer"):
+        compile(wrap(Nothing(), name="nothing"), tmp_path / "x.mpq", recipe="w8a8", target="reference")
+    assert nothing_in(tmp_path)
+
+
+def test_constant_rows_have_a_scale(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+    """A row of zeros, and one of a single value, compile and run; their scale is the smallest positive half."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["mid_block.resnets.0.conv1.weight"][0] = 0
+        tensors["mid_block.resnets.0.conv1.weight"][1] = 0.25
+
+    output = tmp_path / "x.mpq"
+    arguments = ["compile", str(edited(model, tmp_path, change)), "-o", str(output), "--target", "reference"]
+    assert cli.main([*arguments, "--weights", "6", "--samples", "2", "--steps", "2"]) == 0
+    inputs = {name: value.numpy() for name, value in tiny.inputs("unet2d", batch=2).items()}
+    assert np.isfinite(runtime.load(output).run(inputs)).all()
+
+
+def test_layers_that_never_run_are_listed(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+    from mpq_compiler.compiler import compile
+
+    module = tiny.model("unet2d")
+    module.register_module("spare", torch.nn.Linear(3, 5))
+    report = compile(
+        wrap(module, name="with-a-spare"), tmp_path / "x.mpq", recipe="w8a8", target="reference", samples=2, steps=2
+    )
+    assert "never" in report.fallbacks["spare.weight"]
+
+
+# --- options ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("--target", "x86-64-avx3"), "x86-64-avx2"),
+        (("--recipe", "defualt"), "default"),
+        (("--pipeline", "trace,layuot"), "layout"),
+        (("--pipeline", "trace,layout,calibrate{sampels=3}"), "samples"),
+        (("--pipeline", "trace,calibrate"), "layout"),
+        (("--pipeline", "trace,layout,calibrate{samples=many}"), "int"),
+        (("--weights", "4bit"), "40MB"),
+        (("--shapes", "1x3x16"), "1x4x64x64"),
+        (("--shapes", "1x3x16x16,1x3x32x32"), "batch"),
+        (("--target", "cuda-sm80"), "choose"),
+        (("--recipe", "w8a8", "--weights", "4"), "budget"),
+        (("--calibration", "absent.safetensors"), "absent.safetensors"),
+        (("--sensitivity", "absent.json"), "absent.json"),
+        (("--jobs", "0"), "--jobs"),
+    ],
+)
+def test_unknown_and_wrong_options(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, arguments: tuple[str, ...], hint: str
+) -> None:
+    quick = () if "--pipeline" in arguments else ("--samples", "2", "--steps", "2")
+    assert hint in refused(capsys, "compile", model, "-o", tmp_path / "x.mpq", *quick, *arguments)
+    assert nothing_in(tmp_path)
+
+
+def test_unknown_flags_exit_with_2() -> None:
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["compile", "fashion-unet", "-o", "x", "--wieghts", "3"])
+    assert raised.value.code == 2
+
+
+def test_a_budget_that_cannot_be_met_names_the_least(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    arguments = ("--weights", "1.5", "--samples", "2", "--steps", "2", "--cache", tmp_path / "cache")
+    sentence = refused(capsys, "compile", model, "-o", tmp_path / "x.mpq", *arguments)
+    least = float(sentence.split("(")[-1].split(" bits")[0])
+    assert "the least" in sentence
+    arguments = ("--weights", str(least + 0.01), *arguments[2:], "--target", "reference")
+    assert cli.main(["compile", str(model), "-o", str(tmp_path / "x.mpq"), *map(str, arguments)]) == 0
+
+
+@pytest.mark.parametrize("text", ["schema = 2", "schema = 1\npipelin = []", "schema = 1\npipeline = [", "schema = 1"])
+def test_malformed_recipes(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, text: str) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(text)
+    assert "mine.toml" in refused(capsys, "compile", model, "-o", tmp_path / "x.mpq", "--recipe", recipe)
+
+
+# --- outputs ------------------------------------------------------------------------------------------------
+
+
+def test_an_existing_output_is_refused_and_kept(
+    capsys: pytest.CaptureFixture[str], model: Path, compiled: Path, tmp_path: Path
+) -> None:
+    before = {f.name: f.read_bytes() for f in compiled.iterdir()}
+    assert "--overwrite" in refused(capsys, "compile", model, "-o", compiled, *QUICK)
+    assert before == {f.name: f.read_bytes() for f in compiled.iterdir()}
+    picture = tmp_path / "grid.png"
+    picture.write_text("mine")
+    assert "--overwrite" in refused(capsys, "generate", compiled, "-o", picture)
+    assert picture.read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    refused(capsys, "compile", model, "-o", "/proc/x.mpq", "--target", "reference", *QUICK)
+
+
+def test_ctrl_c_leaves_nothing_but_the_cache(model: Path, tmp_path: Path) -> None:
+    """Interrupted in the sensitivity measurement: exit code 130, no output, and the cache serves the next run."""
+    cache, output = tmp_path / "cache", tmp_path / "x.mpq"
+    arguments = ["compile", str(model), "-o", str(output), "--target", "reference", "--cache", str(cache), "--jobs", "1"]
+    arguments += ["--samples", "2", "--steps", "2", "--weights", "5"]
+    process = subprocess.Popen([sys.executable, "-m", "mpq_compiler", *arguments], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        done = list(cache.glob("sensitivity/*.jsonl"))
+        if done and len(done[0].read_text().splitlines()) > 20:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    assert not output.exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"cache"}
+    (file,) = cache.glob("sensitivity/*.jsonl")
+    before = len(file.read_text().splitlines())
+    assert cli.main(arguments) == 0
+    names = [json.loads(line)[0] for line in file.read_text().splitlines()]
+    assert len(names) == len(set(names)) > before
+
+
+def test_two_compiles_on_one_cache_give_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    """At the same time, in two processes and folders, with one job and with two."""
+    processes = []
+    for jobs in ("1", "2"):
+        arguments = ["compile", str(model), "-o", str(tmp_path / jobs / "x.mpq"), "--cache", str(tmp_path / "cache")]
+        arguments += ["--samples", "2", "--steps", "2", "--weights", "5", "--jobs", jobs]
+        (tmp_path / jobs).mkdir()
+        processes.append(
+            subprocess.Popen([sys.executable, "-m", "mpq_compiler", *arguments], cwd=tmp_path / jobs, env=dict(os.environ))
+        )
+    assert [p.wait(timeout=600) for p in processes] == [0, 0]
+    first, second = ({f.name: f.read_bytes() for f in (tmp_path / jobs / "x.mpq").iterdir()} for jobs in ("1", "2"))
+    assert first == second
+
+
+# --- artifacts ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered"])
+def test_damaged_artifacts(capsys: pytest.CaptureFixture[str], compiled: Path, tmp_path: Path, damage: str) -> None:
+    copy = tmp_path / "x.mpq"
+    shutil.copytree(compiled, copy)
+    file = copy / "weights.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data[: len(data) // 2] if damage == "truncated" else data)
+    refused(capsys, "verify", copy)
+    refused(capsys, "generate", copy, "-o", tmp_path / "grid.png")
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_a_target_that_this_machine_cannot_run(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    """It compiles; running is refused naming what is missing."""
+    import platform
+
+    foreign = "aarch64-dotprod" if platform.machine() == "x86_64" else "x86-64-avx2"
+    output = tmp_path / "foreign.mpq"
+    assert cli.main(["compile", str(model), "-o", str(output), "--target", foreign, *QUICK]) == 0
+    assert foreign in refused(capsys, "generate", output, "-o", tmp_path / "grid.png")
+
+
+def test_run_refuses_wrong_inputs(native: Path) -> None:
+    denoiser = runtime.load(native)
+    good = {name: value.numpy() for name, value in tiny.inputs("unet2d", batch=2).items()}
+    expected = denoiser.run(good)
+    sample = good["sample"]
+    for change, words in (
+        ({"sample": sample.astype(np.float64)}, "float64"),
+        ({"sample": sample[:, :, :8]}, "sample"),
+        ({"sample": sample[:0], "timestep": good["timestep"][:0]}, "batch"),
+        ({"timestep": good["timestep"][:1]}, "timestep"),
+        ({"sampel": sample}, "sampel"),
+    ):
+        with pytest.raises(UserError, match=words):
+            denoiser.run(good | change)
+    with pytest.raises(UserError, match="timestep"):
+        denoiser.run({"sample": sample})
+    strided = np.ascontiguousarray(sample.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    assert np.array_equal(denoiser.run(good | {"sample": strided}), expected)
+    with pytest.raises(UserError, match="meta"):
+        denoiser.run({**good, "sample": torch.empty(sample.shape, device="meta")})
+
+
+def test_a_non_finite_output_is_an_error(native: Path) -> None:
+    denoiser = runtime.load(native)
+    inputs = {name: value.numpy() for name, value in tiny.inputs("unet2d", batch=1).items()}
+    inputs["sample"][0, 0, 0, 0] = np.nan
+    with pytest.raises(UserError, match="finite"):
+        denoiser.run(inputs)
+
+
+def test_run_writes_its_output_whole_or_not_at_all(
+    capsys: pytest.CaptureFixture[str], native: Path, tmp_path: Path
+) -> None:
+    source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    inputs = {name: value.numpy() for name, value in tiny.inputs("unet2d", batch=1).items()}
+    with source.open("wb") as stream:
+        tensorfile.save(stream, inputs)
+    assert cli.main(["run", str(native), "--input", str(source), "--output", str(output)]) == 0
+    assert np.array_equal(tensorfile.load(output)["output"], runtime.load(native).run(inputs))
+    refused(capsys, "run", native, "--input", source, "--output", output)
+    refused(capsys, "run", native, "--input", tmp_path / "absent", "--output", tmp_path / "new")
+    assert {p.name for p in tmp_path.iterdir()} == {"in.safetensors", "out.safetensors"}
+
+
+def test_malformed_allocation_problems(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    problem = tmp_path / "problem.json"
+    problem.write_text(json.dumps({"version": 1, "layers": [{"name": "a", "choises": []}]}))
+    assert "choi" in refused(capsys, "allocate", problem)
+    problem.write_text("{")
+    refused(capsys, "allocate", problem)
+    refused(capsys, "allocate", tmp_path / "absent.json")
