@@ -171,7 +171,9 @@ def quantize(x: np.ndarray, scale: np.ndarray, zero: np.ndarray, group: np.ndarr
     shape = (-1,) + (1,) * (x.ndim - 1)
     inverse = (np.float32(1) / scale.astype(np.float32))[group].reshape(shape)
     z = zero.astype(np.float32)[group].reshape(shape)
-    clamped = np.clip(x * inverse, -z, np.float32(2**bits - 1) - z)
+    with np.errstate(over="ignore"):  # infinity clamps like any large value
+        y = x * inverse
+    clamped = np.clip(y, -z, np.float32(2**bits - 1) - z)
     return (np.rint(clamped).astype(np.int64) + zero.astype(np.int64)[group].reshape(shape)).astype(np.uint8)
 
 
