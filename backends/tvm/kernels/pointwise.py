@@ -14,7 +14,7 @@ from typing import Any
 
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
-from tvm.tirx import Cast, PrimFunc
+from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels import vmath
 from mpq_compiler.backends.tvm.kernels.template import (
@@ -70,6 +70,7 @@ class PointwiseProgram:
              input without it is the same for every sample. Integers and float16 become float32 when read.
     steps:   in order; a step may read earlier ones
     shape:   of the output, ``"B"`` first where there is a batch
+    dtype:   of the output where nothing quantizes; integers are truncated towards zero and must be in range
 
     Arguments: x0, x1, ..., then qscale, qzero and group where the program ends in ``quantize``, y.
     """
@@ -78,6 +79,7 @@ class PointwiseProgram:
     steps: tuple[PointwiseStep, ...]
     shape: Shape
     time_groups: int = 1
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         rank = len(self.shape)
@@ -100,7 +102,7 @@ class PointwiseProgram:
     @property
     def out_dtype(self) -> str:
         """Element type of the output."""
-        return "float32" if self.bits is None else "uint8"
+        return self.dtype if self.bits is None else "uint8"
 
 
 def arguments(program: PointwiseProgram) -> list[Argument]:
@@ -183,12 +185,9 @@ def _body(program: PointwiseProgram, batch: Any, buffers: Buffers) -> None:
             def load(i: int) -> Expr:
                 step, (flat, _) = strides[i][-1], views[i]
                 value = flat[span(starts[i] + position, lanes) if step else starts[i]]
-                dtype = program.inputs[i][1]
-                if dtype != "float32":
-                    value = Cast("float32" if vmath.lanes(value) == 1 else f"float32x{lanes}", value)
-                return vmath.splat(value, lanes)
+                return vmath.splat(vmath.cast(value, "float32"), lanes)
 
-            value = _evaluate(program, load, quant, lanes)
+            value = vmath.cast(_evaluate(program, load, quant, lanes), program.out_dtype)
             store(views[-1][0], value, span(starts[-1] + position, lanes))
 
         each_vector(sizes[-1], vector)

@@ -63,6 +63,12 @@ def splat(x: Expr, count: int) -> Expr:
     return x if count == 1 or lanes(x) == count else tirx.Broadcast(x, count)
 
 
+def cast(x: Expr, base: str) -> Expr:
+    """x with elements of type `base`; x itself where they are."""
+    target = _vector(base, lanes(x))
+    return x if str(x.ty) == target else tirx.Cast(target, x)
+
+
 def f32(value: float, count: int) -> Expr:
     """A float32 constant in `count` lanes."""
     return splat(tirx.FloatImm("float32", float(value)), count)
@@ -368,7 +374,7 @@ def log(x: Expr) -> Expr:
     m = let(as_float(tirx.bitwise_or(
         tirx.bitwise_and(bits, i32(0x7FFFFF, count)), i32(0x3F000000, count))), "m")  # fmt: skip
     exponent = tirx.shift_right(bits, i32(23, count)) - tirx.Select(tiny, i32(149, count), i32(126, count))
-    e = let(tirx.Cast(_vector("float32", count), exponent), "e")
+    e = let(cast(exponent, "float32"), "e")
     low = m < f32(math.sqrt(0.5), count)
     e = let(e - tirx.Select(low, f32(1.0, count), f32(0.0, count)), "e")
     m = let(tirx.Select(low, m + m, m) - f32(1.0, count), "m")
@@ -434,11 +440,11 @@ def quantize(x: Expr, inverse_scale: Expr, zero_point: Expr, bits: int) -> Expr:
     let = Lets()
     count = lanes(x)
     z = let(splat(zero_point, count), "z")
-    zf = let(tirx.Cast(_vector("float32", count), z), "zf")
+    zf = let(cast(z, "float32"), "zf")
     y = let(mul(x, splat(inverse_scale, count)), "y")
     y = clamp(y, f32(0.0, count) - zf, f32(float(2**bits - 1), count) - zf)
     code = as_int(y + f32(MAGIC, count)) + z  # the low byte of the bits of MAGIC, and of NaN, is 0
-    return let.close(tirx.Cast(_vector("uint8", count), code))
+    return let.close(cast(code, "uint8"))
 
 
 def reciprocal(scale: Expr) -> Expr:

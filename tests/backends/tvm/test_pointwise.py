@@ -79,6 +79,14 @@ PROGRAMS: dict[str, tuple[PointwiseProgram, Any]] = {
         PointwiseProgram(_f32(("B",)), (_step("square", X[0]), _step("rsub", R[0], 1.0)), ("B",)),
         lambda x: 1 - x * x,
     ),
+    "to integers": (
+        PointwiseProgram(_f32(("B", 21)), (_step("mul", X[0], 100.0),), ("B", 21), dtype="int64"),
+        lambda x: (x.float() * 100).long(),
+    ),
+    "to half": (
+        PointwiseProgram(_f32(("B", 21)), (_step("neg", X[0]),), ("B", 21), dtype="float16"),
+        lambda x: -x.half(),
+    ),
     "no batch": (PointwiseProgram(_f32((6, 7), (7,)), (_step("maximum", X[0], X[1]),), (6, 7)), torch.maximum),
     "diamond": (
         PointwiseProgram(
