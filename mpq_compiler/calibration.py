@@ -5,7 +5,7 @@ Passes ask for statistics by name; `calibrate` collects what the whole pipeline 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from mpq_compiler import ops
-from mpq_compiler.program import Program, run, weight_of
+from mpq_compiler.program import Program, arguments, operand, run, weight_of
 
 RANGE, VALUES, GRAM = "range", "values", "gram"
 """The statistics there are: extremes per input; a sample of values per input; second moments of layer inputs."""
@@ -67,9 +67,7 @@ def batches(inputs: Mapping[str, Tensor], size: int = BATCH) -> Iterator[dict[st
 
 def input_edge(node: fx.Node) -> fx.Node:
     """The node whose value a quantizable call reads."""
-    edge = node.args[0]
-    assert isinstance(edge, fx.Node)
-    return edge
+    return operand(node, 0)
 
 
 def input_rows(node: fx.Node, x: Tensor, rows: int, generator: torch.Generator) -> Tensor:
@@ -77,8 +75,8 @@ def input_rows(node: fx.Node, x: Tensor, rows: int, generator: torch.Generator) 
     if node.target is not ops.conv2d:
         flat = x.reshape(-1, x.shape[-1])
         return flat[_choice(len(flat), rows, generator)]
-    weight = node.args[1].meta["shape"]  # type: ignore[union-attr]
-    (sh, sw), (top, bottom, left, right) = node.args[3], node.args[4]  # type: ignore[misc]
+    weight = operand(node, 1).meta["shape"]
+    (sh, sw), (top, bottom, left, right) = arguments(node)[3:5]
     padded = torch.nn.functional.pad(x, (0, 0, left, right, top, bottom))
     windows = padded.unfold(1, weight[1], sh).unfold(2, weight[2], sw)  # [B, OH, OW, C, kh, kw]
     b, oh, ow = windows.shape[:3]
@@ -93,7 +91,9 @@ def _choice(count: int, wanted: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(count, generator=generator)[:wanted].sort().values
 
 
-def collect(program: Program, inputs: dict[str, Tensor], wanted: frozenset[str], seed: int, advance: Any) -> Calibration:
+def collect(
+    program: Program, inputs: dict[str, Tensor], wanted: frozenset[str], seed: int, advance: Callable[[int], None]
+) -> Calibration:
     """Runs the program over the inputs once and measures every edge and layer that may be quantized."""
     found = Calibration(inputs)
     layers = program.quantizable
@@ -101,7 +101,7 @@ def collect(program: Program, inputs: dict[str, Tensor], wanted: frozenset[str],
     readers: dict[str, list[fx.Node]] = {}
     for n in layers:
         readers.setdefault(input_edge(n).name, []).append(n)
-        n.args[1].meta["shape"] = tuple(program.tensors[str(weight_of(n))].shape)  # type: ignore[union-attr]
+        operand(n, 1).meta["shape"] = tuple(program.tensors[str(weight_of(n))].shape)
     parts: dict[str, list[EdgeStatistics]] = {name: [] for name in edges}
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
     total = len(next(iter(inputs.values())))

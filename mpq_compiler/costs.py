@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from mpq_compiler import formats
 from mpq_compiler.calibration import input_edge
 from mpq_compiler.formats.base import F16_MAX
-from mpq_compiler.program import Program, WeightPlan, shapes, weight_of
+from mpq_compiler.program import Program, WeightPlan, operand, shapes, weight_of
 
 ACTIVATION_GROUP_BYTES = 3
 """An f16 scale and a u8 zero point."""
@@ -34,7 +34,7 @@ def stored_dtype(name: str, tensor: Tensor) -> torch.dtype:
 
 def leftovers(program: Program) -> dict[str, Tensor]:
     """Tensors the graph reads that no weight plan covers, by store name."""
-    planned = {str(n.args[1].target) for n in program.quantizable if weight_path(n) in program.weights}  # type: ignore[union-attr]
+    planned = {str(weight_of(n)) for n in program.quantizable if weight_path(n) in program.weights}
     names = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
     return {name: program.tensors[name] for name in sorted(names - planned)}
 
@@ -72,7 +72,7 @@ def macs(program: Program, batch: int = 1) -> dict[str, int]:
     sizes = shapes(program, batch)
     found = {}
     for node in program.quantizable:
-        weight = sizes[node.args[1].name].shape  # type: ignore[union-attr]
+        weight = sizes[operand(node, 1).name].shape
         found[node.name] = sizes[node.name].numel() // batch * math.prod(weight[1:])
     return found
 

@@ -25,7 +25,8 @@ class Codes:
     group: Tensor
 
     def value(self) -> Tensor:
-        scale, zero = (ops.per_sample(t.to(torch.float32), self.group, self.codes) for t in (self.scale, self.zero_point))
+        scale = ops.per_sample(self.scale.to(torch.float32), self.group, self.codes)
+        zero = ops.per_sample(self.zero_point.to(torch.float32), self.group, self.codes)
         return (self.codes.to(torch.float32) - zero) * scale
 
 
@@ -64,11 +65,12 @@ class ExactInterpreter(Interpreter):
             x, scale, zero, group, bits = args
             return Codes(ops.quantize(_plain(x), scale, zero, group, bits), scale, zero, group)
         if target is ops.dequantize_weight:
-            return WeightCodes(*args[:5], tuple(args[5]))
+            codes, scale, offset, lut, row_class, shape = args
+            return WeightCodes(codes, scale, offset, lut, row_class, tuple(shape))
         if target is ops.fake_quantize_weight:
-            weight, *parameters = args
-            rows = weight.reshape(len(weight), -1)
-            return WeightCodes(nearest_codes(rows, *parameters), *parameters, tuple(weight.shape))
+            weight, scale, offset, lut, row_class = args
+            codes = nearest_codes(weight.reshape(len(weight), -1), scale, offset, lut, row_class)
+            return WeightCodes(codes, scale, offset, lut, row_class, tuple(weight.shape))
         if target is ops.binary_branch:
             return BranchCodes(args[0], args[1], args[2], tuple(args[3]))
         if target is aten.add.Tensor and isinstance(args[0], WeightCodes) and isinstance(args[1], BranchCodes):

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from mpq_compiler import formats, ops
 from mpq_compiler.calibration import Calibration
 from mpq_compiler.formats import activation, stored_type
-from mpq_compiler.program import Program
+from mpq_compiler.program import Program, operand
 
 
 def rows_of(program: Program, weight: str) -> Tensor:
@@ -53,14 +53,14 @@ def unsettled(program: Program) -> list[tuple[fx.Node, fx.Node, str]]:
     found = []
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target is ops.fake_quantize_weight:
-            path = str(node.args[0].target).split(":")[0]
+            path = str(operand(node, 0).target).split(":")[0]
             found.append((node, next(iter(node.users)), program.weights[path].format))
     return found
 
 
 def settle(program: Program, quantizer: fx.Node, value: fx.Node, quantized: formats.QuantizedWeight) -> None:
     """Replaces an open weight by ``value``, whose levels are ``quantized``, and corrects the bias of its calls."""
-    weight = str(quantizer.args[0].target)  # type: ignore[union-attr]
+    weight = str(operand(quantizer, 0).target)
     for call in list(quantizer.users):
         corrected, bias = corrected_bias(program, call, weight, quantized), bias_of(call)
         if corrected is not None and bias is not None:

@@ -95,8 +95,8 @@ def attention(
 
     q [B, Tq, H*D], k and v [B, Tk, H*D], additive mask broadcast to [B, H, Tq, Tk]; scale is 1/sqrt(D) by default.
     """
-    split = [t.reshape(t.shape[0], t.shape[1], heads, -1).transpose(1, 2) for t in (q, k, v)]
-    y = F.scaled_dot_product_attention(*split, attn_mask=mask, scale=scale)
+    query, key, value = (t.reshape(t.shape[0], t.shape[1], heads, -1).transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     return y.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1).contiguous()
 
 
@@ -129,7 +129,7 @@ def _clamped(x: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: 
 
 @op("quantize")
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: int) -> Tensor:
-    """Codes u8 of x: ``rint(clamp(x * (1/scale[g]), -z, 2^bits-1-z)) + z`` with scale, zero_point [G], group i64 [B]."""
+    """Codes u8 of x: ``rint(clamp(x * (1/scale[g]), -z, 2^bits-1-z)) + z``; scale, zero_point [G], group i64 [B]."""
     clamped, _, z = _clamped(x, scale, zero_point, group, bits)
     return (torch.round(clamped) + z).to(torch.uint8)
 

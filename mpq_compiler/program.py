@@ -57,7 +57,7 @@ class TensorStore(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def add(self, name: str, tensor: Tensor) -> str:
-        """Adds ``tensor`` under ``name``, or under ``name.1``, ``name.2`` ... where another one has it; returns the name."""
+        """Adds ``tensor`` under ``name``, or ``name.1``, ``name.2`` ... where another has it; returns the name."""
         unique, n = name, 0
         while unique in self._tensors:
             held = self._tensors[unique]
@@ -114,18 +114,15 @@ class Program:
 
     def fork(self, **changes: Any) -> Program:
         """A copy with its own graph, regions and tables; the tensors are shared."""
-        return dataclasses.replace(
-            self,
-            **{
-                "graph": copy_graph(self.graph),
-                "regions": {name: copy_graph(g) for name, g in self.regions.items()},
-                "weights": dict(self.weights),
-                "activations": dict(self.activations),
-                "fallbacks": dict(self.fallbacks),
-                "facts": dict(self.facts),
-            }
-            | changes,
-        )
+        own: dict[str, Any] = {
+            "graph": copy_graph(self.graph),
+            "regions": {name: copy_graph(g) for name, g in self.regions.items()},
+            "weights": dict(self.weights),
+            "activations": dict(self.activations),
+            "fallbacks": dict(self.fallbacks),
+            "facts": dict(self.facts),
+        }
+        return dataclasses.replace(self, **(own | changes))
 
     def node(self, name: str) -> fx.Node:
         for n in self.graph.nodes:
@@ -137,6 +134,27 @@ class Program:
     def quantizable(self) -> list[fx.Node]:
         """Linear and conv2d calls whose weight is a stored parameter, in graph order."""
         return [n for n in self.graph.nodes if weight_of(n) is not None]
+
+
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """The positional arguments of a call, for a reader who knows their types from the operator.
+
+    torch.fx types each as the union of everything an argument can be.
+    """
+    return node.args
+
+
+def operand(node: fx.Node, index: int) -> fx.Node:
+    """The positional argument at ``index``, which the operator requires to be a tensor of the graph."""
+    value = node.args[index]
+    assert isinstance(value, fx.Node), f"argument {index} of {node.name} is {value!r}, not a node"
+    return value
+
+
+def function_of(node: fx.Node) -> Callable[..., Any]:
+    """The operator that a call_function node calls."""
+    assert callable(node.target), f"{node.name} calls no function"
+    return node.target
 
 
 CONTRACTIONS: tuple[Callable[..., Any], ...] = (torch.ops.aten.linear.default, ops.conv2d)
@@ -163,8 +181,6 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
         env[node] = new.node_copy(node, lambda n: env[n])
         env[node].name = node.name
     return new
-
-
 
 
 def prune(graph: fx.Graph) -> None:
@@ -216,8 +232,7 @@ class Interpreter:
         return self.program.tensors.read(name)
 
     def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+        return function_of(node)(*args, **kwargs)
 
     def result(self, value: Any) -> Any:
         return value

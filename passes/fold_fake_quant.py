@@ -10,7 +10,7 @@ from torch import fx
 from mpq_compiler import ops
 from mpq_compiler.aten import aten
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, Stage, prune
+from mpq_compiler.program import Program, Stage, arguments, operand, prune
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class FoldFakeQuant(Pass):
     Equal, bit for bit, to the program before executed in exact mode (docs/ir.md, "Exact arithmetic").
 
         %x_q    = mpq::fake_quantize(%x, x:scale, x:zero_point, %g, 8)
-        %conv_w = mpq::dequantize_weight(conv.weight:codes, conv.weight:scale, conv.weight:offset, conv.weight:lut, None, ...)
+        %conv_w = mpq::dequantize_weight(conv.weight:codes, conv.weight:scale, conv.weight:offset, conv.weight:lut, ...)
         %conv   = mpq::conv2d(%x_q, %conv_w, conv.bias:corrected, [1, 1], [1, 1, 1, 1])
       =>
         %x_q    = mpq::quantize(%x, x:scale, x:zero_point, %g, 8)
@@ -41,19 +41,18 @@ class FoldFakeQuant(Pass):
 
     def _fold(self, program: Program, call: fx.Node) -> None:
         graph = program.graph
-        x, weight, *rest = call.args
-        bias = rest[0] if rest else None
-        assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
-        _, act_scale, act_zero, group, _ = x.args
+        x, weight = operand(call, 0), operand(call, 1)
+        bias, *geometry = arguments(call)[2:] or (None,)
+        _, act_scale, act_zero, group, _ = arguments(x)
         if x.target is ops.fake_quantize:
             _quantize_for_layers(graph, x)
         with graph.inserting_before(call):
             codes, scale, offset, lut, row_class, shape = _table(program, weight)
             common = (call.args[0], group, codes, scale, offset, lut, row_class, [act_scale], [act_zero], bias)
             if call.target is ops.conv2d:
-                stride, padding = list(call.args[3]), list(call.args[4])  # type: ignore[arg-type]
-                arguments: tuple[Any, ...] = (*common, [shape[3]], list(shape[1:3]), stride, padding)
-                new = graph.call_function(ops.quant_conv2d, arguments)
+                stride, padding, *_ = geometry
+                window = (list(shape[1:3]), list(stride), list(padding))
+                new = graph.call_function(ops.quant_conv2d, (*common, [shape[3]], *window))
             else:
                 new = graph.call_function(ops.quant_linear, (*common, [shape[1]]))
         call.replace_all_uses_with(new)
@@ -85,10 +84,9 @@ def _is_layer(node: fx.Node) -> bool:
 def _table(program: Program, weight: fx.Node) -> tuple[Any, ...]:
     """codes, scale, offset, lut, row_class and shape of a settled weight, its branch merged."""
     if weight.target is ops.dequantize_weight:
-        return weight.args
-    base, branch = weight.args
-    codes, scale, offset, lut, row_class, shape = base.args  # type: ignore[union-attr]
-    signs, _, alpha, _ = branch.args  # type: ignore[union-attr]
+        return arguments(weight)
+    codes, scale, offset, lut, row_class, shape = arguments(operand(weight, 0))
+    signs, _, alpha, _ = arguments(operand(weight, 1))
     stored = [program.tensors[str(n.target)] for n in (codes, lut, signs, alpha)]
     path = str(codes.target).split(":")[0]
     merged = ops.merge_branch(*stored)

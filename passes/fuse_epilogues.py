@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from mpq_compiler import ops
 from mpq_compiler.aten import aten, is_pointwise
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, shapes
+from mpq_compiler.program import Program, operand, shapes
 
 ANCHORS: dict[Callable[..., Any], str] = {
     ops.quant_linear: "quant_linear",
@@ -86,7 +86,7 @@ def _keeps_rows(node: fx.Node, sizes: dict[str, Any]) -> bool:
     """A reshape that leaves the last dimension alone: the same rows under another name."""
     if node.target is not aten.reshape.default:
         return False
-    source: Tensor = sizes[node.args[0].name]  # type: ignore[union-attr]
+    source: Tensor = sizes[operand(node, 0).name]
     return source.shape[-1] == sizes[node.name].shape[-1] and source.dim() > 1
 
 

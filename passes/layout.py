@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from mpq_compiler import ops
 from mpq_compiler.aten import aten, interior_permutes, is_movement, is_permute, is_pointwise
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, Stage, copy_graph, prune, shapes
+from mpq_compiler.program import Program, Stage, arguments, copy_graph, function_of, operand, prune, shapes
 
 TO_CHANNELS_LAST = {3: (0, 2, 1), 4: (0, 2, 3, 1)}
 TO_CHANNELS_FIRST = {3: (0, 2, 1), 4: (0, 3, 1, 2)}
@@ -23,9 +23,9 @@ TO_CHANNELS_FIRST = {3: (0, 2, 1), 4: (0, 3, 1, 2)}
 class Layout(Pass):
     """Rewrites images to [B, H, W, C] and attention operands to [B, T, heads*D]; permutes remain at the ends only.
 
-    Three kinds of rules, applied until nothing changes: an operator becomes its channels-last form between two permutes;
-    a permute sinks below pointwise operators and concatenations; a chain of data movement becomes the single reshape or
-    permute that it amounts to (found by running it on indices), or nothing.
+    Three kinds of rules, applied until nothing changes: an operator becomes its channels-last form between two
+    permutes; a permute sinks below pointwise operators and concatenations; a chain of data movement becomes the single
+    reshape or permute that it amounts to (found by running it on indices), or nothing.
 
         %conv_in = aten.conv2d(%sample, conv_in.weight, conv_in.bias, [1, 1], [1, 1])
         %norm1   = aten.group_norm(%conv_in, 8, ...)
@@ -71,9 +71,7 @@ def _replace(node: fx.Node, new: fx.Node, back: fx.Node) -> None:
 
 
 def _convolution(program: Program, node: fx.Node, sizes: dict[str, Any]) -> None:
-    x, weight, bias, stride, padding, dilation, groups = _arguments(
-        node, None, None, None, (1, 1), (0, 0), (1, 1), 1
-    )
+    x, weight, bias, stride, padding, dilation, groups = _bound(node, None, None, None, (1, 1), (0, 0), (1, 1), 1)
     if not isinstance(padding, Sequence) or isinstance(padding, str) or any(d != 1 for d in dilation):
         program.fallbacks[node.name] = "convolution with dilation or named padding stays channels-first"
         return
@@ -98,14 +96,14 @@ def _convolution(program: Program, node: fx.Node, sizes: dict[str, Any]) -> None
 
 
 def _pads_with_zero(node: fx.Node) -> bool:
-    pad, *rest = node.args[1:]
+    pad, *rest = arguments(node)[1:]
     mode = rest[0] if rest and isinstance(rest[0], str) else node.kwargs.get("mode", "constant")
-    value = next((r for r in rest if isinstance(r, int | float)), node.kwargs.get("value")) or 0
+    value: Any = next((r for r in rest if isinstance(r, int | float)), node.kwargs.get("value")) or 0
     return mode == "constant" and value == 0 and isinstance(pad, Sequence) and len(pad) == 4 and min(pad) >= 0
 
 
 def _group_norm(program: Program, node: fx.Node, sizes: dict[str, Any]) -> None:
-    x, groups, weight, bias, eps = _arguments(node, None, None, None, None, 1e-5)
+    x, groups, weight, bias, eps = _bound(node, None, None, None, None, 1e-5)
     rank = sizes[node.name].dim()
     if rank not in TO_CHANNELS_LAST:
         program.fallbacks[node.name] = f"group_norm of {rank} dimensions has no channels-last form"
@@ -119,21 +117,22 @@ def _group_norm(program: Program, node: fx.Node, sizes: dict[str, Any]) -> None:
 
 
 def _upsample(program: Program, node: fx.Node, sizes: dict[str, Any]) -> None:
-    before, after = sizes[node.args[0].name].shape, sizes[node.name].shape
+    x = operand(node, 0)
+    before, after = sizes[x.name].shape, sizes[node.name].shape
     factors = [after[2] // before[2], after[3] // before[3]]
     if (before[2] * factors[0], before[3] * factors[1]) != (after[2], after[3]):
         program.fallbacks[node.name] = "upsampling by a fraction has no kernel"
         return
     graph = program.graph
     with graph.inserting_before(node):
-        image = _permuted(graph, node.args[0], TO_CHANNELS_LAST[4])
+        image = _permuted(graph, x, TO_CHANNELS_LAST[4])
         new = graph.call_function(ops.upsample_nearest2d, (image, factors))
         back = _permuted(graph, new, TO_CHANNELS_FIRST[4])
     _replace(node, new, back)
 
 
 def _attention(program: Program, node: fx.Node, sizes: dict[str, Any]) -> None:
-    q, k, v, mask, _, causal = _arguments(node, None, None, None, None, 0.0, False)
+    q, k, v, mask, _, causal = _bound(node, None, None, None, None, 0.0, False)
     shape = sizes[node.name].shape
     if len(shape) != 4 or causal or node.kwargs.get("enable_gqa"):
         program.fallbacks[node.name] = "causal, grouped-query or non-4D attention has no kernel"
@@ -145,9 +144,9 @@ def _attention(program: Program, node: fx.Node, sizes: dict[str, Any]) -> None:
     heads = shape[1]
     with graph.inserting_before(node):
         rows = []
-        for operand in (q, k, v):
-            size = sizes[operand.name].shape
-            major = _permuted(graph, operand, (0, 2, 1, 3))
+        for x in (q, k, v):
+            size = sizes[x.name].shape
+            major = _permuted(graph, x, (0, 2, 1, 3))
             rows.append(graph.call_function(aten.reshape.default, (major, [-1, size[2], heads * size[3]])))
         scale = node.kwargs.get("scale")
         new = graph.call_function(ops.attention, (*rows, heads, scale, mask))
@@ -164,10 +163,11 @@ CHANNELS_LAST = {
 }
 
 
-def _arguments(node: fx.Node, *defaults: Any) -> list[Any]:
-    """The first ``len(defaults)`` arguments, filled up with the schema's defaults, keyword arguments by their position in it."""
+def _bound(node: fx.Node, *defaults: Any) -> list[Any]:
+    """The first ``len(defaults)`` arguments by their position in the schema, keyword or not; ``defaults`` fill up."""
+    assert isinstance(node.target, torch._ops.OpOverload)
     values = [*node.args[: len(defaults)], *defaults[len(node.args) :]]
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = [a.name for a in node.target._schema.arguments]
     for key, value in node.kwargs.items():
         if names.index(key) < len(values):
             values[names.index(key)] = value
@@ -190,16 +190,16 @@ def sink_permutes(program: Program) -> bool:
         joined = node.target is aten.cat.default
         if not (is_pointwise(node) or joined):
             continue
-        operands = list(node.args[0]) if joined else [a for a in node.args if isinstance(a, fx.Node)]
+        operands = list(arguments(node)[0]) if joined else [a for a in node.args if isinstance(a, fx.Node)]
         source = next((a for a in operands if is_permute(a)), None)
         if source is None:
             continue
-        order = [int(d) for d in source.args[1]]  # type: ignore[union-attr]
+        order = [int(d) for d in arguments(source)[1]]
         inverse = [order.index(d) for d in range(len(order))]
         with graph.inserting_before(node):
             moved = {a: _inverse_operand(graph, a, order, inverse, sizes) for a in operands}
             if joined:
-                dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+                dim = int(node.args[1]) if len(node.args) > 1 else 0
                 new = graph.call_function(aten.cat.default, ([moved[a] for a in operands], order[dim]))
             else:
                 new = graph.call_function(node.target, tuple(moved.get(a, a) for a in node.args), dict(node.kwargs))
@@ -217,33 +217,33 @@ def _measure(node: fx.Node, sizes: dict[str, Any]) -> None:
     """Adds the meta value of a new call whose operands are known."""
     if node.name not in sizes:
         args = fx.map_arg(node.args, lambda n: sizes[n.name])
-        sizes[node.name] = node.target(*args, **node.kwargs)  # type: ignore[operator]
+        sizes[node.name] = function_of(node)(*args, **node.kwargs)
 
 
 def _as_permute(graph: fx.Graph, node: fx.Node, sizes: dict[str, Any]) -> None:
-    rank = sizes[node.args[0].name].dim()  # type: ignore[union-attr]
-    order = list(range(rank))
-    a, b = (0, 1) if node.target is aten.t.default else (int(node.args[1]), int(node.args[2]))  # type: ignore[arg-type]
+    x = operand(node, 0)
+    order = list(range(sizes[x.name].dim()))
+    a, b = (0, 1) if node.target is aten.t.default else arguments(node)[1:3]
     order[a], order[b] = order[b], order[a]
     with graph.inserting_before(node):
-        new = _permuted(graph, node.args[0], order)  # type: ignore[arg-type]
+        new = _permuted(graph, x, order)
     sizes[new.name] = sizes[node.name]
     node.replace_all_uses_with(new)
     graph.erase_node(node)
 
 
 def _inverse_operand(
-    graph: fx.Graph, operand: fx.Node, order: list[int], inverse: list[int], sizes: dict[str, Any]
+    graph: fx.Graph, x: fx.Node, order: list[int], inverse: list[int], sizes: dict[str, Any]
 ) -> fx.Node:
-    if is_permute(operand) and list(operand.args[1]) == order:  # type: ignore[arg-type]
-        return operand.args[0]  # type: ignore[return-value]
-    value = sizes[operand.name]
+    if is_permute(x) and list(arguments(x)[1]) == order:
+        return operand(x, 0)
+    value = sizes[x.name]
     if not isinstance(value, Tensor) or value.dim() == 0:
-        return operand
+        return x
     for _ in range(len(order) - value.dim()):
-        operand = graph.call_function(aten.unsqueeze.default, (operand, 0))
-        _measure(operand, sizes)
-    return _permuted(graph, operand, inverse)
+        x = graph.call_function(aten.unsqueeze.default, (x, 0))
+        _measure(x, sizes)
+    return _permuted(graph, x, inverse)
 
 
 # --- data movement ------------------------------------------------------------------------------------------
@@ -258,9 +258,8 @@ def simplify_movement(program: Program) -> bool:
         if not is_movement(node) or all(is_movement(u) for u in node.users):
             continue
         chain = [node]
-        while is_movement(chain[-1].args[0]):  # type: ignore[arg-type]
-            chain.append(chain[-1].args[0])  # type: ignore[arg-type]
-        source: fx.Node = chain[-1].args[0]  # type: ignore[assignment]
+        while is_movement(source := operand(chain[-1], 0)):
+            chain.append(source)
         simple = _amounts_to(source, chain, two, three)
         if simple is None or (len(chain) == 1 and _is_canonical(node, simple)):
             continue
@@ -275,7 +274,7 @@ def simplify_movement(program: Program) -> bool:
 
 
 def _is_canonical(node: fx.Node, simple: list[tuple[Any, list[int]]]) -> bool:
-    return len(simple) == 1 and node.target is simple[0][0] and list(node.args[1]) == simple[0][1]  # type: ignore[arg-type]
+    return len(simple) == 1 and node.target is simple[0][0] and list(arguments(node)[1]) == simple[0][1]
 
 
 def _amounts_to(
@@ -287,7 +286,7 @@ def _amounts_to(
     moved = indices
     for node in reversed(chain):
         rest = fx.map_arg(node.args[1:], lambda n: two[n.name])
-        moved = node.target(moved, *rest, **node.kwargs)  # type: ignore[operator]
+        moved = function_of(node)(moved, *rest, **node.kwargs)
     out, larger = moved.shape, three[chain[0].name].shape
     varying = [d for d in range(len(out)) if out[d] != larger[d]]
     if len(varying) > 1:

@@ -12,7 +12,7 @@ from mpq_compiler.aten import aten
 from mpq_compiler.fitting import fitted, settle, unsettled
 from mpq_compiler.formats.residual import ResidualFormat
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, prune
+from mpq_compiler.program import Program, operand, prune
 
 
 @dataclass(frozen=True)
@@ -63,4 +63,4 @@ class ResidualBranch(Pass):
 
 
 def _weight(quantizer: fx.Node) -> str:
-    return str(quantizer.args[0].target)  # type: ignore[union-attr]
+    return str(operand(quantizer, 0).target)

@@ -11,7 +11,7 @@ from mpq_compiler import formats, ops
 from mpq_compiler.calibration import GRAM
 from mpq_compiler.fitting import fitted, settle, unsettled
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, prune
+from mpq_compiler.program import Program, operand, prune
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class RoundWeights(Pass):
         chosen = unsettled(program)
         with session.track("rounding weights", len(chosen)) as advance:
             for quantizer, call, name in chosen:
-                weight = str(quantizer.args[0].target)  # type: ignore[union-attr]
+                weight = str(operand(quantizer, 0).target)
                 self._settle(program, quantizer, weight, fitted(program, call, weight, name))
                 advance(1)
         prune(program.graph)
@@ -48,10 +48,11 @@ class RoundWeights(Pass):
     def _settle(self, program: Program, quantizer: fx.Node, weight: str, fit: formats.QuantizedWeight) -> None:
         path, shape = weight.split(":")[0], list(program.tensors[weight].shape)
         fit = fit.merged()  # a residual format whose branch no pass has inserted is one table from here on
+        tensors = {"codes": fit.codes, "scale": fit.scale, "offset": fit.offset, "lut": fit.lut}
         with program.graph.inserting_before(quantizer):
             parts = [
                 None if tensor is None else program.graph.get_attr(program.tensors.add(f"{path}:{name}", tensor))
-                for name, tensor in (("codes", fit.codes), ("scale", fit.scale), ("offset", fit.offset), ("lut", fit.lut))
+                for name, tensor in tensors.items()
             ]
             value = program.graph.call_function(ops.dequantize_weight, (*parts, None, shape))
         settle(program, quantizer, value, fit)

@@ -16,7 +16,7 @@ from mpq_compiler.calibration import GRAM, RANGE, VALUES, Calibration, input_edg
 from mpq_compiler.costs import weight_path
 from mpq_compiler.fitting import activation_parameters, bias_of, corrected_bias, fitted
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program
+from mpq_compiler.program import Program, operand
 
 DIGITS = 6
 """Significant digits kept of a sensitivity, so that the last bits of a sum never decide an allocation."""
@@ -26,9 +26,9 @@ DIGITS = 6
 class Sensitivity(Pass):
     """Relative noise power of the denoiser's output with one weight, or one activation, quantized at a time.
 
-    ``sum (y_q - y)^2 / sum y^2`` over calibration inputs spread over time (MixDQ, arXiv 2405.17873, section 4.2, measures
-    the same as an SQNR). Noise powers of independent errors add, which is what the allocation relies on. Each result goes
-    to the cache as it is measured: a run that was killed goes on where it was.
+    ``sum (y_q - y)^2 / sum y^2`` over calibration inputs spread over time (MixDQ, arXiv 2405.17873, section 4.2,
+    measures the same as an SQNR). Noise powers of independent errors add, which is what the allocation relies on. Each
+    result goes to the cache as it is measured: a run that was killed goes on where it was.
 
         (no change; facts["sensitivity"] holds weights[path][format] and activations[edge][bits])
       =>
@@ -105,7 +105,7 @@ class Sensitivity(Pass):
         self, program: Program, ablation: Ablation, inputs: dict[str, Tensor], node: fx.Node, choice: str | int
     ) -> float:
         if isinstance(choice, str):
-            weight: fx.Node = node.args[1]  # type: ignore[assignment]
+            weight = operand(node, 1)
             name = str(weight.target)
             quantized = fitted(program, node, name, choice)
             values = {weight: quantized.dequantize().reshape(program.tensors[name].shape)}

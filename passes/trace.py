@@ -15,7 +15,11 @@ from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, copy_gr
 aten = torch.ops.aten
 
 NO_OPS = (aten.dropout.default, aten.detach.default, aten.alias.default)
-ASSERTIONS = (aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default)
+ASSERTIONS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range_for_size.default,
+)
 LARGEST_BATCH = 60
 """diffusers' upsampling makes tensors of 64 samples and more contiguous: below it one graph serves every batch."""
 
@@ -32,7 +36,8 @@ class Trace(Pass):
         %dropout = aten.dropout(%silu_2, 0.0, False)
         %conv2d_1 = aten.conv2d(%dropout, %p_model_mid_block_resnets_0_conv1_weight, ...)
       =>
-        %mid_block_resnets_0_conv1 = aten.conv2d(%mid_block_resnets_0_nonlinearity, mid_block.resnets.0.conv1.weight, ...)
+        %mid_block_resnets_0_conv1 = aten.conv2d(
+            %mid_block_resnets_0_nonlinearity, mid_block.resnets.0.conv1.weight, ...)
     """
 
     contract: ClassVar[Contract] = Contract.IDENTICAL

@@ -45,9 +45,7 @@ class QuantizedWeight:
     def dequantize(self) -> Tensor:
         """f32 [O, K]."""
         merged = self.merged()
-        return ops.dequantize_weight(
-            merged.codes, merged.scale, merged.offset, merged.lut, None, self.codes.shape
-        )
+        return ops.dequantize_weight(merged.codes, merged.scale, merged.offset, merged.lut, None, self.codes.shape)
 
     def merged(self) -> QuantizedWeight:
         """Base and branch as one table; itself where there is no branch."""

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpq_compiler.formats.base import F16_TINY, Format, QuantizedWeight, nearest_codes, output_error, stored_scale, stored_type
+from mpq_compiler.formats.base import (
+    F16_TINY,
+    Format,
+    QuantizedWeight,
+    nearest_codes,
+    output_error,
+    stored_scale,
+    stored_type,
+)
 
 RATIOS = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
 """alpha/scale: 1/4 gives the evenly spaced levels of one more bit, above 1/2 the branch widens the range."""
