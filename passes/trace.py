@@ -68,6 +68,10 @@ class Trace(Pass):
         )
         program.facts["parameters"] = denoiser.parameters
         _strip(graph)
+        executed = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+        for name, _ in denoiser.module.model.named_parameters():
+            if name not in executed:
+                program.fallbacks[name] = "never executed, and left out of the artifact"
         _merge_equal(graph)
         _fold_constants(graph, tensors)
         _rename(graph, prefix)
