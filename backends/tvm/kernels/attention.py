@@ -29,11 +29,13 @@ from mpq_compiler.backends.tvm.kernels.template import (
     Shape,
     each_vector,
     epilogue_arguments,
+    partial,
     primfunc,
     register_file,
     scratch,
     span,
     store,
+    transpose,
 )
 from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, keep, mul, splat
 
@@ -127,7 +129,7 @@ class _Body:
         self.score = scratch(KEYS * width)
         self.out = scratch(p.dim * width)
         self.highest, self.total, self.rescale = (scratch(width) for _ in range(3))
-        self.row = scratch(p.dim)
+        self.square = scratch(LANES * LANES)  # for transposition
         if self._full_mask:
             self.mask_tile = scratch(KEYS * width)
         with T.serial(0, batch) as b:
@@ -151,11 +153,20 @@ class _Body:
     def _load_queries(self, b: Any, h: Any, first: Any) -> None:
         p = self.problem
         scale = p.scale if p.scale is not None else 1.0 / math.sqrt(p.dim)
-        factor = f32(scale * vmath.LOG2_E, 1)  # softmax in powers of two
-        with T.serial(0, self.width) as i:
-            row = T.bind(self._query_row(first, i))
-            with T.serial(0, p.dim) as d:
-                store(self.query, mul(self.buffers["q"][b, row, h * p.dim + d], factor), d * self.width + i)
+        factor = f32(scale * vmath.LOG2_E, LANES)  # softmax in powers of two
+
+        def block(j: Any, d: Any, dims: int) -> None:
+            with T.serial(0, LANES) as i:
+                where, start = (b, self._query_row(first, j * LANES + i)), h * p.dim + d
+                q = self.buffers["q"]
+                row = q[(*where, span(start, LANES))] if dims == LANES else partial(q, where, start, dims)[0]
+                store(self.square, row, span(i * LANES, LANES))
+            rows = [self.square[span(i * LANES, LANES)] for i in range(LANES)]
+            for i, value in enumerate(transpose(rows)[:dims]):
+                store(self.query, mul(value, factor), span((d + i) * self.width + j * LANES, LANES))
+
+        with T.serial(0, self.vectors) as j:
+            _each_tile(p.dim, LANES, lambda d, dims: block(j, d, dims))
 
     def _clear(self) -> None:
         with T.serial(0, self.problem.dim) as d:
@@ -249,13 +260,25 @@ class _Body:
     def _store(self, b: Any, h: Any, first: Any, quant: Any) -> None:
         p, wide = self.problem, span(0, self.width)
         store(self.total, vmath.reciprocal(self.total[wide]), wide)
-        with T.serial(0, min(self.width, p.queries)) as i:
-            with T.serial(0, p.dim) as d:
-                store(self.row, mul(self.out[d * self.width + i], self.total[i]), d)
 
-            def finish(d: Any, lanes: int) -> None:
-                c = h * p.dim + d
-                value = self.finish(self.row[span(d, lanes)], b, (first + i,), c, quant)
-                store(self.buffers["y"], value, b, first + i, span(c, lanes))
+        def block(j: Any, d: Any, dims: int) -> None:
+            queries = span(j * LANES, LANES)
+            columns = [
+                keep(mul(self.out[span((d + i) * self.width + j * LANES, LANES)], self.total[queries]))
+                for i in range(dims)
+            ]
+            columns += [f32(0.0, LANES)] * (LANES - dims)
+            for i, value in enumerate(transpose(columns)):
+                store(self.square, value, span(i * LANES, LANES))
+            with T.serial(0, LANES) as i:
+                row = T.bind(self._query_row(first, j * LANES + i))
 
-            each_vector(p.dim, finish)
+                def finish(c: Any, lanes: int) -> None:
+                    at = h * p.dim + d + c
+                    value = self.finish(self.square[span(i * LANES + c, lanes)], b, (row,), at, quant)
+                    store(self.buffers["y"], value, b, row, span(at, lanes))
+
+                each_vector(dims, finish)
+
+        with T.serial(0, self.vectors) as j:
+            _each_tile(p.dim, LANES, lambda d, dims: block(j, d, dims))

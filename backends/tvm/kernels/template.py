@@ -119,6 +119,21 @@ def fold(vector: Expr) -> Expr:
     return let.close(vector)
 
 
+def transpose(rows: Sequence[Expr]) -> list[Expr]:
+    """16 vectors of 16 lanes, transposed: lane i of result j is lane j of row i. Four rounds of exchanges."""
+    rows, step = list(rows), LANES // 2
+    while step:
+        for i in (i for i in range(LANES) if not i & step):
+            a, b = rows[i], rows[i + step]
+            low = [lane if not lane & step else LANES + lane - step for lane in range(LANES)]
+            high = [lane + step if not lane & step else LANES + lane for lane in range(LANES)]
+            rows[i], rows[i + step] = (
+                vmath.keep(tirx.Shuffle([a, b], [tirx.IntImm("int32", k) for k in order])) for order in (low, high)
+            )
+        step //= 2
+    return rows
+
+
 def _lanes_of(vector: Expr, first: int, lanes: int) -> Expr:
     return tirx.Shuffle([vector], [tirx.IntImm("int32", first + i) for i in range(lanes)])
 
