@@ -1,0 +1,418 @@
+"""The textual IR: one node a line, stable and diffable; docs/ir.md says how to read it.
+
+It holds no times, addresses or memory: the same program gives the same text on every machine.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import itertools
+import re
+import sys
+import textwrap
+import typing
+from collections.abc import Iterator
+from types import UnionType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler import calls, costs, formats, ops
+from mpq_compiler.pass_manager import Pass
+from mpq_compiler.program import Program, Stage, shapes
+
+NAME_WIDTH, CALL_WIDTH, TYPE_WIDTH = 48, 88, 18
+"""Widest columns that are aligned; longer entries push what follows."""
+DTYPES = {
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.float64: "f64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "bool",
+}
+
+
+# --- values -------------------------------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    """Two significant digits; short decimals as they are."""
+    exact = repr(value)
+    return exact if len(exact) <= 5 else f"{value:.1e}" if not 0.01 <= abs(value) < 100 else f"{value:.2g}"
+
+
+def _dims(two: tuple[int, ...], three: tuple[int, ...]) -> str:
+    """Sizes at batch 2 and 3 as one shape in terms of the batch B."""
+    dims = []
+    for a, b in zip(two, three, strict=True):
+        dims.append(str(a) if a == b else "B" if a == 2 else f"{a // 2}B")
+    return ",".join(dims)
+
+
+def _type(two: Any, three: Any) -> str:
+    if isinstance(two, Tensor):
+        return f"{DTYPES[two.dtype]}[{_dims(tuple(two.shape), tuple(three.shape))}]"
+    if isinstance(two, tuple | list):
+        kinds = {_type(a, b) for a, b in zip(two, three, strict=True)}
+        if len(kinds) == 1:
+            return f"{len(two)} x {kinds.pop()}"
+        return "(" + ", ".join(_type(a, b) for a, b in zip(two, three, strict=True)) + ")"
+    return type(two).__name__
+
+
+def _value(value: Any) -> str:
+    """An operand: %node, a stored tensor by name, or a literal."""
+    if value == sys.maxsize:
+        return "end"
+    if isinstance(value, fx.Node):
+        return calls.stored(value) or f"%{value.name}"
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, torch.dtype):
+        return DTYPES.get(value, str(value).removeprefix("torch."))
+    if isinstance(value, tuple | list):
+        return "[" + ",".join(_value(v) for v in value) + "]"
+    return str(value)
+
+
+def operator_name(target: Any) -> str:
+    """``mpq::quantize``, ``aten.add`` (without the overload, which the operands show)."""
+    if target in ops.OPS:
+        return ops.OPS[target].name
+    if calls.is_aten(target):
+        return "aten." + target._schema.name.partition("::")[2]
+    return str(getattr(target, "__name__", target))
+
+
+def _operands(call: calls.Call) -> list[str]:
+    """Operands in order; of the compiler's own operators literals carry their name and absent operands are left out."""
+    if call.target not in ops.OPS:
+        named = [f"{k}={_value(v)}" for k, v in call.kwargs.items()]
+        return [*_joined([_value(a) for a in call.args]), *named]
+    parameters = list(inspect.signature(call.target).parameters.values())
+    values = dict(zip((p.name for p in parameters), call.args, strict=False)) | call.kwargs
+    tensors, literals = [], []
+    for p in parameters:
+        value = values.get(p.name, p.default)
+        if isinstance(value, tuple | list) and len(value) == 1 and isinstance(value[0], fx.Node):
+            value = value[0]  # a table of one segment
+        if isinstance(value, fx.Node) or (isinstance(value, tuple | list) and isinstance(value[0], fx.Node)):
+            tensors.append(_value(value))
+        elif value is not None and value != p.default:
+            literals.append(f"{p.name}={_value(value)}")
+    return [*_joined(tensors), *literals]
+
+
+def _joined(operands: list[str]) -> list[str]:
+    """Neighbours that are parts of one parameter, ``w:codes, w:scale``, as ``w:{codes,scale}``."""
+    found: list[tuple[str, list[str]]] = []
+    for operand in operands:
+        base, colon, part = operand.partition(":")
+        if colon and not operand.startswith("[") and found and found[-1][0] == base and found[-1][1]:
+            found[-1][1].append(part)
+        else:
+            found.append((base, [part]) if colon and not operand.startswith("[") else (operand, []))
+    return [b if not p else f"{b}:{p[0]}" if len(p) == 1 else f"{b}:{{{','.join(p)}}}" for b, p in found]
+
+
+def expression(call: calls.Call) -> str:
+    """The right-hand side of a line; ``.weight`` is a parameter of the module that the call is named after."""
+    return f"{operator_name(call.target)}({', '.join(_own(o, call.name) for o in _operands(call))})"
+
+
+def _own(operand: str, name: str) -> str:
+    """``conv_in.weight:ohwi`` as ``.weight:ohwi`` in a line of %conv_in or %conv_in_w."""
+    path = operand.partition(":")[0].rpartition(".")[0]
+    flat = path.replace(".", "_")
+    own = path and operand[0] not in "%[" and (name == flat or name.startswith(flat + "_w"))
+    return operand.removeprefix(path) if own else operand
+
+
+# --- plans --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRow:
+    """What the plan says of one linear or conv2d call."""
+
+    name: str
+    """The call."""
+    parameter: str
+    weight: str
+    """Format name, or "float"."""
+    activation: str
+    """``u8/t4``: width and number of time groups, or "float"."""
+    bytes: int
+    share: float
+    """Of all stored bytes."""
+    loss: float | None
+    """Measured relative noise power of the weight in that format."""
+    fallback: str | None
+    """Why the layer stays float."""
+
+
+def stored_bytes(program: Program) -> int | None:
+    """Payload bytes of the program: planned, simulated or packed; None before there is a plan."""
+    if not program.weights:
+        return None
+    if program.stage == Stage.PLANNED:
+        return costs.stored_bytes(program)
+    flat = calls.flatten(program)
+    levels = calls.levels_of(flat)
+    parts = {name for found in levels for name in _parts(found)}
+    for call in flat:
+        if call.target is ops.binary_branch:
+            parts |= {str(calls.stored(a)) for a in call.args[:3]}
+    read = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
+    floats = {name: program.tensors[name] for name in read - parts}
+    weights = {path: _weight_bytes(program, path) for path in {found.path for found in levels}}
+    return sum(weights.values()) + sum(t.numel() * costs.stored_dtype(n, t).itemsize for n, t in floats.items())
+
+
+def _parts(levels: calls.Levels) -> Iterator[str]:
+    for name in (levels.weight, levels.codes, levels.scale, levels.offset, levels.lut, levels.row_class):
+        if name is not None:
+            yield name
+
+
+def _weight_bytes(program: Program, path: str) -> int:
+    shape = program.tensors[path].shape
+    rows = int(shape[0])
+    return formats.get(program.weights[path].format).stored_bytes(rows, int(shape.numel()) // rows)
+
+
+def table_of_layers(program: Program) -> list[LayerRow]:
+    """A row for each linear and conv2d call, in graph order, from the planned stage on."""
+    flat = calls.flatten(program)
+    levels = {found.call.name: found for found in calls.levels_of(flat)}
+    quantizers = {q.call.name: q for q in calls.quantizers_of(flat)}
+    groups = len(program.facts["time-groups"]) + 1 if "time-groups" in program.facts else 1
+    total = stored_bytes(program) or 1
+    losses = program.facts.get("sensitivity", {}).get("weights", {})
+    rows = []
+    for call in flat:
+        path = calls.weight_path(call, levels)
+        if path is None:
+            continue
+        x = getattr(call.args[0], "name", "")
+        edge = quantizers[x].edge if x in quantizers else x
+        plan, activation = program.weights.get(path), program.activations.get(edge)
+        shape = program.tensors[path].shape
+        stored = _weight_bytes(program, path) if plan else 2 * shape.numel()
+        rows.append(
+            LayerRow(
+                call.name,
+                path,
+                plan.format if plan else "float",
+                f"u{activation.bits}/t{groups}" if plan and activation else "float",
+                stored,
+                stored / total,
+                losses.get(path, {}).get(plan.format) if plan else None,
+                program.fallbacks.get(call.name) or program.fallbacks.get(path),
+            )
+        )
+    return rows
+
+
+def header(program: Program, pass_name: str = "") -> str:
+    """The first line of a dump: what the program is, and what it takes."""
+    parts = [f"{program.stage} stage, {_count(program)}"]
+    total = stored_bytes(program)
+    if total is not None:
+        parameters = program.facts["parameters"]
+        bits = costs.average_bits(total, parameters)
+        parts.append(f"weights {bits:.2f} bit ({total} of {4 * parameters} bytes)")
+        sizes = costs.activation_elements(program) if program.stage == Stage.PLANNED else {}
+        if program.activations:
+            weight = {e: sizes.get(e, 1) for e in program.activations}
+            mean = sum(p.bits * weight[e] for e, p in program.activations.items()) / sum(weight.values())
+            parts.append(f"activations {number(round(mean, 2))} bit")
+        allocation = program.facts.get("allocation")
+        if allocation:
+            parts.append(f"predicted loss {allocation['objective']:.1e}")
+    if program.fallbacks:
+        parts.append(f"{len(program.fallbacks)} float leftovers")
+    return f"// {pass_name + ': ' if pass_name else ''}{', '.join(parts)}"
+
+
+def _count(program: Program) -> str:
+    count = len(calls.flatten(program))
+    regions = f" in {len(program.regions)} regions and alone" if program.regions else ""
+    return f"{count} calls{regions}"
+
+
+# --- the program --------------------------------------------------------------------------------------------
+
+
+def text(program: Program, pass_name: str = "") -> str:
+    """The program as text, with the plan at its layers and the reasons of float leftovers at the end."""
+    two, three = shapes(program, 2), shapes(program, 3)
+    types = {name: _type(two[name], three[name]) for name in two}
+    notes = {row.name: _note(row) for row in table_of_layers(program)} if program.weights else {}
+    inputs = ", ".join(f"%{s.name} {DTYPES[s.dtype]}[{','.join(map(str, s.shape))}]" for s in program.inputs)
+    output = program.graph.output_node().args[0]
+    lines = [header(program, pass_name), f"graph {program.model}({inputs}) -> {_output_type(output, types)} {{"]
+    body = list(_lines(program, types, notes))
+    name_width = min(NAME_WIDTH, max((len(n) for _, n, *_ in body), default=0))
+    call_width = min(CALL_WIDTH, max((len(c) for _, _, c, *_ in body), default=0))
+    for indent, name, call, kind, note in body:
+        width = name_width + 2 - len(indent)
+        line = f"{indent}{name:{width}} = {call:{call_width}}  {kind:{TYPE_WIDTH}}  {note}" if call else indent + name
+        lines.append(line.rstrip())
+    lines.append(f"  return {_value(output)}")
+    lines.append("}")
+    for name, reason in sorted(program.fallbacks.items()):
+        lines.append(f"// float: {name}: {reason}")
+    return "\n".join(lines) + "\n"
+
+
+def _output_type(output: Any, types: dict[str, str]) -> str:
+    return types[output.name] if isinstance(output, fx.Node) else "(...)"
+
+
+def _note(row: LayerRow) -> str:
+    loss = "" if row.loss is None else f", loss {row.loss:.1e}"
+    return f"w {row.weight:7} a {row.activation:6} // {100 * row.share:.1f} % of bytes{loss}"
+
+
+def _lines(
+    program: Program, types: dict[str, str], notes: dict[str, str]
+) -> Iterator[tuple[str, str, str, str, str]]:
+    """(indent, name, call, type, note) of each line of the body."""
+    flat = {call.name: call for call in calls.flatten(program) if call.region is None}
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            yield "  ", f"%{node.name}", expression(flat[node.name]), types[node.name], notes.get(node.name, "")
+        elif node.op == "call_module":
+            inner = list(calls.inside(program, node))
+            kinds = [operator_name(c.target).split("::")[-1].removeprefix("aten.") for c in inner]
+            yield "  ", f"%{node.name}", f"{kinds[0]}[{', '.join(kinds[1:])}] {{", types[node.name], ""
+            for call in inner:
+                yield "    ", f"%{call.name}", expression(call), "", notes.get(call.name, "")
+            yield "  ", "}", "", "", ""
+
+
+# --- differences --------------------------------------------------------------------------------------------
+
+
+def diff(before: str, after: str, context: int = 2) -> str:
+    """What changed between two texts, by lines; columns that only moved are no change. Empty where nothing did."""
+
+    def plain(line: str) -> str:
+        return re.sub(r"\s+", " ", line)
+
+    old, new = before.splitlines(), after.splitlines()
+    matcher = difflib.SequenceMatcher(None, [plain(s) for s in old], [plain(s) for s in new], autojunk=False)
+    lines: list[str] = []
+    seen = 0
+    for group in matcher.get_grouped_opcodes(context):
+        skipped = group[0][1] - seen
+        if skipped > 0:
+            lines.append(f"@@ {skipped} lines the same @@")
+        for tag, i, j, k, m in group:
+            if tag == "equal":
+                lines += [f"  {line}" for line in new[k:m]]
+            else:
+                lines += [f"- {line}" for line in old[i:j]] + [f"+ {line}" for line in new[k:m]]
+        seen = group[-1][2]
+    if lines and len(old) > seen:
+        lines.append(f"@@ {len(old) - seen} lines the same @@")
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+# --- passes -------------------------------------------------------------------------------------------------
+
+
+def describe_pass(cls: type[Pass]) -> dict[str, Any]:
+    """Name, purpose, excerpt, options (type, default, meaning), contract, requires and provides, from the source."""
+    doc = inspect.getdoc(cls) or ""
+    summary = " ".join(doc.split("\n\n")[0].split())
+    before, after = excerpt(cls)
+    hints = typing.get_type_hints(cls)
+    meanings = _field_docs(cls)
+    options = [
+        {
+            "name": f.name,
+            "type": _type_name(hints[f.name]),
+            "default": list(f.default) if isinstance(f.default, tuple) else f.default,
+            "meaning": meanings.get(f.name, ""),
+        }
+        for f in dataclasses.fields(cls)
+    ]
+    purpose = re.split(r"\n\n(?=    )", doc, maxsplit=1)[0]
+    return {
+        "name": cls.name(),
+        "summary": summary,
+        "purpose": purpose,
+        "contract": str(cls.contract),
+        "requires": sorted(cls.requires),
+        "provides": sorted(cls.provides),
+        "options": options,
+        "before": before,
+        "after": after,
+    }
+
+
+def excerpt(cls: type[Pass]) -> tuple[str, str]:
+    """The before and after of the docstring, the indented block that a line ``=>`` divides; empty without one."""
+    block = re.search(r"\n\n((?: {4}.*\n)+) {2}=>\n((?: {4}.*(?:\n|$))+)", (inspect.getdoc(cls) or "") + "\n")
+    if block is None:
+        return "", ""
+    return textwrap.dedent(block[1]).strip("\n"), textwrap.dedent(block[2]).strip("\n")
+
+
+def pass_text(described: dict[str, Any]) -> str:
+    """The description of a pass for reading."""
+    lines = [f"{described['name']}  ({described['contract']})", "", textwrap.indent(described["purpose"], "  "), ""]
+    for title in ("requires", "provides"):
+        if described[title]:
+            lines.append(f"{title}: {', '.join(described[title])}")
+    if described["options"]:
+        lines += ["", "options:"]
+        for option in described["options"]:
+            lines.append(f"  {option['name']}={option['default']}  ({option['type']})")
+            if option["meaning"]:
+                lines.append(textwrap.indent(option["meaning"], "      "))
+    if described["before"]:
+        lines += ["", textwrap.indent(described["before"], "    "), "  =>", textwrap.indent(described["after"], "    ")]
+    return "\n".join(lines)
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(map(str, typing.get_args(hint)))
+    if isinstance(hint, UnionType):
+        return " | ".join(_type_name(h) for h in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"{_type_name(typing.get_args(hint)[0])}+..."
+    return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The string that stands below each field in the source of the class."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    except (OSError, SyntaxError):
+        return {}
+    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef))
+    found: dict[str, str] = {}
+    for node, following in itertools.pairwise(body):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+            and isinstance(following.value.value, str)
+        ):
+            found[node.target.id] = inspect.cleandoc(following.value.value)
+    return found
