@@ -174,9 +174,11 @@ class _Kernel:
     def _split(total: Any, most: int, body: Callable[[Any, Any], None]) -> None:
         """Calls body(start, count) over range(total) in parts of equal size (to one), `most` at most."""
         parts = T.bind(_quotient(total + (most - 1), most))
+        each = T.bind(_quotient(total, T.max(parts, 1)))
         with T.serial(0, parts) as part:
-            start = T.bind(_quotient(total * part, parts))
-            body(start, T.bind(_quotient(total * (part + 1), parts) - start))
+            # Without a product of rows and parts, which might not fit 32 bits.
+            start = T.bind(part * each + T.min(part, total - each * parts))
+            body(start, T.bind(T.Select(part < total - each * parts, each + 1, each)))
 
     def _chunk_of_rows(self, row: Any, rows: Any) -> None:
         self.first_row = row
@@ -339,20 +341,32 @@ class _Kernel:
 
     def _sum_rows(self, rows: Any) -> None:
         """sums[j, r] = sum over segment j of (q - z_j[g]); pixels that are padding add nothing."""
-        p = self.p
+        p, lanes = self.p, self.isa.lanes
         with T.serial(0, rows) as r:
             group = self._group(_quotient(self.first_row + r, p.rows))
             for j, channels in enumerate(p.segments):
                 taps, run, stride = self._runs(j)
                 start = T.bind(self._row_start(j, r))
-                total = scratch(1, "int32")
+                partial_sums = scratch(lanes, "int32")
+                store(partial_sums, vmath.i32(0, lanes), span(0, lanes))
+
+                def add(at: Any, width: int, to: Buffer = partial_sums) -> None:
+                    values = self.activations[span(at, width)]
+                    wide = tirx.Cast("int32" if width == 1 else f"int32x{width}", values)
+                    store(to, to[span(0, width)] + wide, span(0, width))
+
+                with T.serial(0, taps) as tap:
+                    line = T.bind(start + tap * stride)
+                    if run >= lanes:
+                        with T.serial(0, run // lanes) as k:
+                            add(line + k * lanes, lanes)
+                    for k in range(run // lanes * lanes, run):
+                        add(line + k, 1)
                 zero = T.cast(self.b["act_zero"][j * p.groups + group], "int32")
-                count = p.kernel[0] * p.kernel[1] * channels
-                store(total, (self.isa.unsigned_excess - zero) * count, 0)
-                with T.serial(0, taps) as tap, T.serial(0, run) as k:
-                    value = T.cast(self.activations[start + tap * stride + k], "int32")
-                    store(total, total[0] + value, 0)
-                store(self.sums, total[0], j * self.most_rows + r)
+                total = (self.isa.unsigned_excess - zero) * (p.kernel[0] * p.kernel[1] * channels)
+                for lane in range(lanes):
+                    total = total + partial_sums[lane]
+                store(self.sums, total, j * self.most_rows + r)
 
     # -------------------------------------------------------------------------------------- multiplication
 

@@ -13,7 +13,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tvm
+from tvm import relax
 
+from mpq_compiler.backends.tvm.kernels import gemm, prepare
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
 from tests.integer_kernels import AARCH64, X86, Kernels, assert_same_bits, needs
@@ -23,6 +26,7 @@ from tests.shapes import (
     REDUCTIONS,
     ROWS,
     Case,
+    concrete,
     make_case,
     quantize,
     random_problem,
@@ -195,6 +199,33 @@ def test_empty_batch():
     case = make_case(problem, 1, 0)
     (out,) = Kernels(needs("x86-64-avx2"), [problem]).run([(0, part(case, slice(0, 0)))])
     assert out.shape == (0, 3, 33)
+
+
+def test_called_from_relax():
+    """The kernel and its preparation as `call_tir` of a Relax function with static shapes."""
+    isa, batch = needs("x86-64-avx2"), 2
+    problem = QuantMatmul.linear((7,), 36, 65, bits=4, groups=3)
+    kernel, made = gemm.arguments(problem, isa), prepare.outputs(problem, isa)
+
+    def of(argument):
+        return relax.TensorType(concrete(argument.shape, batch), argument.dtype)
+
+    inputs = {a.name: a for a in [*kernel[:-1], *prepare.inputs(problem)] if a not in made}
+    values = {name: relax.Var(name, of(a)) for name, a in inputs.items()}
+    builder = relax.BlockBuilder()
+    with builder.function("main", list(values.values())):
+        first = builder.add_func(prepare.build(problem, isa, "prepare"), "prepare")
+        second = builder.add_func(gemm.build(problem, isa, "kernel"), "kernel")
+        stored = [values[a.name] for a in prepare.inputs(problem)]
+        ready = builder.emit(relax.call_tir(first, stored, [of(a) for a in made]))
+        values |= {a.name: builder.emit(relax.TupleGetItem(ready, i)) for i, a in enumerate(made)}
+        arguments = [values[a.name] for a in kernel[:-1]]
+        builder.emit_func_output(builder.emit(relax.call_tir(second, arguments, of(kernel[-1]))))
+    compiled = tvm.compile(builder.get(), target=tvm.target.Target(isa.target()))
+    case = make_case(problem, batch, 0)
+    tensors = [tvm.runtime.tensor(np.ascontiguousarray(case.stored()[name])) for name in inputs]
+    out = relax.VirtualMachine(compiled, tvm.cpu())["main"](*tensors)
+    assert_same_bits(out.numpy(), reference(case))
 
 
 def test_problems_that_make_no_sense_are_refused():
