@@ -9,14 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
 import tvm
 
 from mpq_compiler import targets
-from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue
 from mpq_compiler.backends.tvm.kernels.template import BATCH, Argument
 from tests import qemu
 
@@ -143,13 +141,3 @@ def random_inputs(arguments: Sequence[Argument], batch: int, seed: int) -> list[
     """Standard normal float32 for every argument but the output."""
     rng = np.random.default_rng(seed)
     return [rng.standard_normal(shape_of(a, batch)).astype(np.float32) for a in arguments[:-1]]
-
-
-def with_epilogue(problem: Any, **changes: Any) -> Any:
-    """`problem` with fields changed (`dataclasses.replace` with a shorter name for test tables)."""
-    from dataclasses import replace
-
-    return replace(problem, **changes)
-
-
-NO_EPILOGUE = Epilogue()
