@@ -15,14 +15,14 @@ from tvm.tirx import PrimFunc
 from mpq_compiler.backends.tvm.kernels.isa import Isa
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul, WeightLayout
 from mpq_compiler.backends.tvm.kernels.template import Argument, Buffer, Buffers, primfunc, scratch, store
-from mpq_compiler.formats.packing import packed_bytes
 
 
 def inputs(problem: QuantMatmul) -> list[Argument]:
     """The stored form of a layer: packed codes (`formats.packing`), scales, tables, zero points, bias."""
     p, segments = problem, len(problem.segments)
     stored = [
-        Argument("codes", (packed_bytes(p.outputs * p.reduction, p.bits),), "uint8"),
+        # as formats.packing.packed_bytes, whose package imports torch
+        Argument("codes", (-(-p.outputs * p.reduction * p.bits // 8),), "uint8"),
         Argument("scale", (p.outputs, segments), "float16"),
     ]
     if p.has_offset:

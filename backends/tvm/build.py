@@ -1,0 +1,188 @@
+"""A packed program to `kernels.so`: kernels are compiled in workers, kept by content, and linked in one order."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import os
+import queue
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from mpq_compiler import cache as caches
+from mpq_compiler import storage
+from mpq_compiler.artifact import KERNELS
+from mpq_compiler.backends import Built, Progress
+from mpq_compiler.backends.tvm.emit import OUTPUT, lower
+from mpq_compiler.backends.tvm.lowered import BATCH, Kernel, Lowered, Value
+from mpq_compiler.backends.tvm.worker import Crash, Failure, Worker
+from mpq_compiler.errors import UserError
+from mpq_compiler.program import Program
+from mpq_compiler.targets import Target, require_implemented
+
+PREPARE = "prepare"
+KIND = "kernels"
+"""Folder of the cache."""
+
+
+def build(
+    program: Program,
+    target: Target,
+    batches: Sequence[int] = (1, 2, 4, 8),
+    jobs: int = 1,
+    progress: Progress | None = None,
+    cache: Path | None = None,
+) -> Built:
+    """Compiles a packed program for a CPU target, with a specialization for each batch size.
+
+    jobs: worker processes. cache: folder of compiled kernels (default: `cache.folder()`). Neither changes a byte.
+    Slow forms are added to ``program.fallbacks``.
+
+    UserError: a node that no kernel computes; a kernel that cannot be compiled; no linker; no room in the cache.
+    """
+    require_implemented(target)
+    lowered = lower(program, batches)
+    library, reused = compile_library(lowered, target, jobs, progress, cache)
+    stored = storage.stored(program)
+    return Built(
+        files={KERNELS: library},
+        tensors={name: tensor.array for name, tensor in stored.items()},
+        entries=[tensor.entry(name) for name, tensor in stored.items()],
+        functions=[_function(lowered, batch) for batch in lowered.batches],
+        prepare={"name": PREPARE, "tensors": [value.name for value in lowered.stored]},
+        facts={"kernels": len(lowered.kernels()), "from_cache": reused, "calls": len(lowered.calls)},
+    )
+
+
+def _function(lowered: Lowered, batch: int) -> dict[str, Any]:
+    def describe(name: str, value: Value) -> dict[str, Any]:
+        return {"name": name, "shape": [batch if d == BATCH else d for d in value.shape], "dtype": value.dtype}
+
+    return {
+        "name": f"denoise_b{batch}",
+        "batch": batch,
+        "inputs": [describe(value.name, value) for value in lowered.inputs],
+        "output": describe(OUTPUT, lowered.output),
+    }
+
+
+def compile_library(
+    lowered: Lowered,
+    target: Target,
+    jobs: int = 1,
+    progress: Progress | None = None,
+    cache: Path | None = None,
+) -> tuple[bytes, int]:
+    """(the shared library of the plan, how many of its kernels came from the cache)."""
+    kernels = lowered.kernels()
+    folder = caches.folder(cache) / KIND
+    objects = {kernel: folder / f"{_key(kernel, target)}.o" for kernel in kernels}
+    missing = [kernel for kernel in kernels if not objects[kernel].is_file()]
+    with ExitStack() as stack:
+        count = max(1, min(jobs, len(missing)))
+        workers = [stack.enter_context(Worker()) for _ in range(count)]
+        track = progress("compiling kernels", len(kernels)) if progress else nullcontext(lambda n: None)
+        with track as advance:
+            advance(len(kernels) - len(missing))
+            with _writable(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                pending = {kernel: kernels[kernel] for kernel in sorted(missing, key=_cost)}
+                for kernel, path in _compiled(pending, target, workers, folder):
+                    os.replace(path, objects[kernel])
+                    advance(1)
+        with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
+            output = Path(scratch, KERNELS)
+            files = [str(objects[kernel]) for kernel in sorted(kernels, key=lambda k: k.name)]
+            try:
+                workers[0]("link", lowered, target, files, str(output))
+            except (Crash, Failure) as error:
+                raise UserError(
+                    f"the {len(kernels)} kernels for '{target.name}' cannot be linked: {error}; report the model"
+                ) from error
+            return output.read_bytes(), len(kernels) - len(missing)
+
+
+def _cost(kernel: Kernel) -> tuple[int, str]:
+    """Kernels that take long to compile come first, so that no worker is left alone with one at the end."""
+    order = ("gemm", "float_gemm", "attention", "prepare", "norms")
+    return order.index(kernel.template) if kernel.template in order else len(order), kernel.name
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the cache {folder} cannot be written ({error.strerror}); "
+            "free some space there or name another folder with --cache"
+        ) from error
+
+
+def _compiled(
+    kernels: Mapping[Kernel, str], target: Target, workers: Sequence[Worker], folder: Path
+) -> Iterator[tuple[Kernel, Path]]:
+    """The kernels (each with the node that asks for it) as they are compiled, in files of `folder`."""
+    waiting: queue.SimpleQueue[Kernel] = queue.SimpleQueue()
+    finished: queue.SimpleQueue[tuple[Kernel, Path | Exception]] = queue.SimpleQueue()
+    for kernel in kernels:
+        waiting.put(kernel)
+    stop = threading.Event()
+
+    def serve(worker: Worker, folder: Path) -> None:
+        while not stop.is_set():
+            try:
+                kernel = waiting.get_nowait()
+            except queue.Empty:
+                return
+            own = folder / f"{kernel.name}.o"
+            try:
+                worker("compile", kernel, target, str(own))
+                finished.put((kernel, own))
+            except Exception as error:
+                finished.put((kernel, error))
+                return
+
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as scratch:
+        threads = [
+            threading.Thread(target=serve, args=(worker, Path(scratch)), daemon=True) for worker in workers
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in kernels:
+                kernel, result = finished.get()
+                if isinstance(result, Exception):
+                    raise _refusal(kernel, kernels[kernel], target, result) from result
+                yield kernel, result
+        except BaseException:  # an error, or Ctrl-C: what still compiles is not waited for
+            stop.set()
+            for worker in workers:
+                worker.close()
+            raise
+        finally:
+            for thread in threads:
+                thread.join()
+
+
+def _refusal(kernel: Kernel, node: str, target: Target, error: Exception) -> UserError:
+    how = "its compiler aborted" if isinstance(error, Crash) else "it cannot be generated"
+    return UserError(f"the kernel of node '{node}', {kernel}, for '{target.name}': {how}: {error}; report the model")
+
+
+def _key(kernel: Kernel, target: Target) -> str:
+    """What the object depends on: the templates' source, the kernel, the target and the compiler."""
+    options = repr(sorted((k, str(v)) for k, v in target.tvm.items()))
+    return caches.digest(_sources(), str(kernel), target.name, options, importlib.metadata.version("apache-tvm"))
+
+
+@functools.cache
+def _sources() -> str:
+    folder = Path(__file__).parent
+    files = [*sorted((folder / "kernels").glob("*.py")), folder / "templates.py", folder / "worker.py"]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

@@ -1,0 +1,157 @@
+"""From the plan to a shared library: Relax functions that call the kernels, and the kernels' objects.
+
+The pipeline is our own, and short: every call is a kernel already, so nothing is legalized or fused. The Relax
+module holds no code of kernels, only their signatures; the machine finds them in its library by name.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import relax
+from tvm.relax import transform
+from tvm.relax.vm_build import _vmcodegen, _vmlink
+from tvm.script.ir_builder import tirx as T
+from tvm.support import cc
+
+from mpq_compiler.backends.tvm import templates
+from mpq_compiler.backends.tvm.kernels.template import BATCH, Argument, primfunc
+from mpq_compiler.backends.tvm.lowered import Call, Kernel, Lowered, Value
+from mpq_compiler.errors import UserError
+from mpq_compiler.targets import Target
+
+PREPARE = "prepare"
+
+
+def function_name(batch: int) -> str:
+    """Of the specialization for a batch size."""
+    return f"denoise_b{batch}"
+
+
+def link(lowered: Lowered, target: Target, objects: Sequence[Path], output: Path) -> None:
+    """Writes the library of the plan's functions and the kernels' objects.
+
+    The bytes depend on the plan, the objects and the versions of TVM and the linker, not on any path.
+    UserError: there is no linker for the target.
+    """
+    module = pipeline()(_Builder(lowered, target).module())
+    builder = relax.ExecBuilder()
+    _vmcodegen(builder, module, "bytecode")
+    # A library that holds code of its own is what makes the machine look up kernels in the shared object.
+    anchor = primfunc("mpq_library", [Argument("x", (1,))], lambda batch, buffers: T.evaluate(0))
+    executable = _vmlink(builder, tvm.target.Target(dict(target.tvm)), tir_mod=tvm.IRModule({"mpq_library": anchor}))
+    options = ["-Wl,--strip-all", "-Wl,--build-id=none", "-Wl,-z,noexecstack"]
+    compiler = cc.cross_compiler(linker(target), options=options)
+    executable.mod.export_library(str(output), fcompile=compiler, addons=[str(path) for path in objects])
+
+
+def linker(target: Target) -> str:
+    """The compiler driver that links for the target. UserError: it is not installed."""
+    own = platform.machine() == target.arch
+    names = ("gcc", "cc", "clang") if own else (f"{target.arch.replace('_', '-')}-linux-gnu-gcc",)
+    for name in names:
+        if shutil.which(name):
+            return name
+    package = "gcc" if own else f"gcc-{target.arch.replace('_', '-')}-linux-gnu"
+    raise UserError(f"cannot link for '{target.name}': {names[0]} is not installed; install it (apt install {package})")
+
+
+def pipeline() -> tvm.transform.Pass:
+    """Kernel calls to machine instructions: buffers planned once for each function, freed after their last use."""
+    return tvm.transform.Sequential(
+        [
+            transform.RewriteDataflowReshape(),
+            transform.ToNonDataflow(),
+            transform.RemovePurityChecking(),
+            transform.CallTIRRewrite(),
+            transform.StaticPlanBlockMemory(),
+            transform.LowerAllocTensor(),
+            transform.KillAfterLastUse(),
+            transform.LowerRuntimeBuiltin(),
+            transform.ComputePrimValue(),
+            transform.VMShapeLower(emit_err_ctx=False),
+            transform.AttachGlobalSymbol(),
+        ]
+    )
+
+
+class _Builder:
+    """Builds the Relax module of a plan."""
+
+    def __init__(self, lowered: Lowered, target: Target) -> None:
+        self.lowered, self.target = lowered, target
+        self.builder = relax.BlockBuilder()
+        self.signatures: dict[Kernel, tuple[Any, list[Argument], list[Argument]]] = {}
+
+    def module(self) -> tvm.IRModule:
+        for kernel in self.lowered.kernels():
+            inputs, outputs = templates.arguments(kernel, self.target)
+            signature = primfunc(kernel.name, [*inputs, *outputs], lambda batch, buffers: T.evaluate(0))
+            self.signatures[kernel] = (self.builder.add_func(signature, kernel.name), inputs, outputs)
+        types = self._prepare()
+        for batch in self.lowered.batches:
+            self._denoise(batch, types)
+        return self.builder.get()
+
+    def _prepare(self) -> list[relax.Type]:
+        """``prepare(stored...)``; returns the types of the prepared tensors."""
+        parameters = [_variable(f"s{i}", value, 0) for i, value in enumerate(self.lowered.stored)]
+        env = {value.name: p for value, p in zip(self.lowered.stored, parameters, strict=True)}
+        with self.builder.function(PREPARE, parameters):
+            with self.builder.dataflow():
+                for call in self.lowered.preparation:
+                    self._call(call, env, 0)
+                prepared = [env[name] for name in self.lowered.prepared]
+                result = self.builder.emit_output(relax.Tuple(prepared))
+            self.builder.emit_func_output(result)
+        return [value.ty for value in prepared]
+
+    def _denoise(self, batch: int, types: Sequence[Any]) -> None:
+        inputs = [_variable(f"x{i}", value, batch) for i, value in enumerate(self.lowered.inputs)]
+        weights = [relax.Var(f"w{i}", type) for i, type in enumerate(types)]
+        env = {value.name: p for value, p in zip(self.lowered.inputs, inputs, strict=True)}
+        env |= dict(zip(self.lowered.prepared, weights, strict=True))
+        with self.builder.function(function_name(batch), [*inputs, *weights]):
+            with self.builder.dataflow():
+                for call in self.lowered.calls:
+                    self._call(call, env, batch)
+                output = self.lowered.output
+                shaped = self._shaped(env[output.name], _sized(output.shape, batch))
+                result = self.builder.emit_output(shaped)
+            self.builder.emit_func_output(result)
+
+    def _call(self, call: Call, env: dict[str, Any], batch: int) -> None:
+        function, inputs, outputs = self.signatures[call.kernel]
+        operands = dict(call.operands)
+        arguments = [self._shaped(env[operands[a.name]], _sized(a.shape, batch)) for a in inputs]
+        types = [relax.TensorType(_sized(a.shape, batch), a.dtype) for a in outputs]
+        made = self.builder.emit(relax.call_tir(function, arguments, types if len(types) > 1 else types[0]))
+        names = dict(call.results)
+        if len(types) == 1:
+            env[names[outputs[0].name]] = made
+            return
+        for i, argument in enumerate(outputs):
+            env[names[argument.name]] = self.builder.emit(relax.TupleGetItem(made, i))
+
+    def _shaped(self, value: Any, shape: tuple[int, ...]) -> Any:
+        """The value in the shape that a kernel reads it in."""
+        own = tuple(int(extent) for extent in value.ty.shape)
+        if own == shape:
+            return value
+        if math.prod(own) != math.prod(shape):
+            raise AssertionError(f"{value} of shape {own} is read as {shape}")
+        return self.builder.emit(relax.op.reshape(value, shape))
+
+
+def _sized(shape: Sequence[int | str], batch: int) -> tuple[int, ...]:
+    return tuple(batch if extent == BATCH else int(extent) for extent in shape)
+
+
+def _variable(name: str, value: Value, batch: int) -> relax.Var:
+    return relax.Var(name, relax.TensorType(_sized(value.shape, batch), value.dtype))

@@ -1,0 +1,98 @@
+"""The kernel templates by name, and kernels made from records. Imports TVM: for workers and tests."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tvm.tirx import PrimFunc
+
+from mpq_compiler.backends.tvm.kernels import (
+    attention,
+    float_gemm,
+    gemm,
+    movement,
+    norms,
+    pointwise,
+    prepare,
+    quantize,
+)
+from mpq_compiler.backends.tvm.kernels.isa import Isa, isa
+from mpq_compiler.backends.tvm.kernels.template import Argument
+from mpq_compiler.backends.tvm.lowered import Kernel, Record
+from mpq_compiler.targets import Target
+
+_KERNELS = "mpq_compiler.backends.tvm.kernels"
+
+
+@dataclass(frozen=True)
+class Template:
+    """How to make the kernels of a family, for one CPU target.
+
+    arguments: (problem, isa) -> buffers in calling order, the outputs last
+    build:     (problem, isa, name) -> the kernel
+    outputs:   (problem, isa) -> how many outputs there are
+    """
+
+    arguments: Callable[[Any, Isa], list[Argument]]
+    build: Callable[[Any, Isa, str], PrimFunc]
+    outputs: Callable[[Any, Isa], int] = lambda problem, isa: 1
+
+
+def _portable(module: Any) -> Template:
+    """A module whose kernels are described without the ISA."""
+    return Template(
+        lambda problem, isa: module.arguments(problem),
+        lambda problem, isa, name: module.build(problem, isa.name, name),
+    )
+
+
+def _pack_arguments(problem: Any, _: Isa) -> list[Argument]:
+    plain = float_gemm.arguments(replace(problem, packed=False))[1]
+    return [Argument("weight", plain.shape), Argument("panel", float_gemm.panel_shape(problem))]
+
+
+TEMPLATES: dict[str, Template] = {
+    "gemm": Template(gemm.arguments, gemm.build),
+    "prepare": Template(
+        lambda problem, isa: [*prepare.inputs(problem), *prepare.outputs(problem, isa)],
+        prepare.build,
+        lambda problem, isa: len(prepare.outputs(problem, isa)),
+    ),
+    "pack": Template(_pack_arguments, lambda problem, isa, name: float_gemm.build_pack(problem, name)),
+    "quantize": Template(
+        lambda problem, isa: quantize.arguments(problem),
+        lambda problem, isa, name: quantize.build(problem, name),
+    ),
+    "norms": _portable(norms),
+    "attention": _portable(attention),
+    "pointwise": _portable(pointwise),
+    "movement": _portable(movement),
+    "float_gemm": _portable(float_gemm),
+}
+
+
+def resolve(value: Any) -> Any:
+    """A record as the object that it describes; tuples of records likewise."""
+    if isinstance(value, tuple):
+        return tuple(resolve(v) for v in value)
+    if not isinstance(value, Record):
+        return value
+    module, name = value.type.split(".")
+    factory = getattr(importlib.import_module(f"{_KERNELS}.{module}"), name)
+    return factory(**{key: resolve(field) for key, field in value.fields})
+
+
+def arguments(kernel: Kernel, target: Target) -> tuple[list[Argument], list[Argument]]:
+    """(inputs, outputs) of a kernel in calling order."""
+    template, problem, lanes = TEMPLATES[kernel.template], resolve(kernel.problem), isa(target.name)
+    buffers = template.arguments(problem, lanes)
+    count = len(buffers) - template.outputs(problem, lanes)
+    return buffers[:count], buffers[count:]
+
+
+def build(kernel: Kernel, target: Target) -> PrimFunc:
+    """The kernel's function, under its name."""
+    return TEMPLATES[kernel.template].build(resolve(kernel.problem), isa(target.name), kernel.name)

@@ -1,0 +1,139 @@
+"""A process that compiles kernels and links libraries: ``python -m mpq_compiler.backends.tvm.worker``.
+
+TVM lives in workers only. LLVM ends its process where it cannot select an instruction; what ends here is a
+worker, and its parent (`Worker`, below) turns that into one sentence. Requests and answers are pickles, each
+behind its length, over standard input and output.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import mpq_compiler
+from mpq_compiler.errors import UserError
+
+
+class Crash(Exception):
+    """The worker ended without an answer; the message says how."""
+
+
+class Failure(Exception):
+    """The worker could not do it; the message says why."""
+
+
+def _send(stream: BinaryIO, message: Any) -> None:
+    data = pickle.dumps(message)
+    stream.write(len(data).to_bytes(8, "little") + data)
+    stream.flush()
+
+
+def _receive(stream: BinaryIO) -> Any:
+    """The next message. EOFError: there is none."""
+    size = stream.read(8)
+    data = stream.read(int.from_bytes(size, "little")) if len(size) == 8 else b""
+    if len(size) < 8 or len(data) < int.from_bytes(size, "little"):
+        raise EOFError
+    return pickle.loads(data)
+
+
+class Worker:
+    """The parent's side of a worker. Context manager; starts at once, ends with the block."""
+
+    def __init__(self) -> None:
+        root = str(Path(mpq_compiler.__file__).parents[1])
+        paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TVM_NUM_THREADS": "1"}
+        self._errors = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment,
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the worker, whatever it does."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            if stream is not None:
+                stream.close()
+
+    def __call__(self, function: str, *arguments: Any) -> Any:
+        """The result of a function of `REQUESTS`. UserError, Failure: it raised; Crash: the worker died."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            _send(self._process.stdin, (function, arguments))
+            kind, result = _receive(self._process.stdout)
+        except (EOFError, BrokenPipeError):
+            raise Crash(self._last_words()) from None
+        if kind == "done":
+            return result
+        raise UserError(result) if kind == "user-error" else Failure(result)
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").splitlines()
+        telling = [line.strip() for line in lines if "LLVM ERROR" in line or "error:" in line.lower()]
+        ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return f"{telling[0]} ({ended})" if telling else ended
+
+
+def _compile(kernel: Any, target: Any, path: str) -> None:
+    """The kernel as an object file."""
+    import tvm
+
+    from mpq_compiler.backends.tvm import templates
+
+    function = templates.build(kernel, target)
+    module = tvm.IRModule({kernel.name: function})
+    compiled = tvm.compile(module, target=tvm.target.Target(dict(target.tvm)))
+    compiled.mod.write_to_file(path)
+
+
+def _link(lowered: Any, target: Any, objects: list[str], output: str) -> None:
+    from mpq_compiler.backends.tvm.link import link
+
+    link(lowered, target, [Path(p) for p in objects], Path(output))
+
+
+REQUESTS = {"compile": _compile, "link": _link}
+
+
+def main() -> None:
+    """Answers requests until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
+    sys.modules["torch"] = None  # type: ignore[assignment]  # TVM imports torch where it can: seconds, and 200 MB
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what anything prints must not end up among the answers
+    while True:
+        try:
+            function, arguments = _receive(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer = ("done", REQUESTS[function](*arguments))
+        except UserError as error:
+            answer = ("user-error", str(error))
+        except Exception as error:
+            answer = ("failure", f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}")
+        _send(answers, answer)
+
+
+if __name__ == "__main__":
+    main()
