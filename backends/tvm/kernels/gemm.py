@@ -124,6 +124,16 @@ def _quotient(a: Any, b: Any) -> Any:
     return a if isinstance(b, int) and b == 1 else tirx.truncdiv(a, b)
 
 
+def _opaque(value: Any) -> Any:
+    """A name for an int32, behind a load, so that TVM does not substitute its definition into every index.
+
+    That would change no result, but compiling would take several times as long.
+    """
+    cell = scratch(1, "int32")
+    store(cell, value, 0)
+    return T.bind(cell[0])
+
+
 class _Kernel:
     """Emits one kernel. The flat buffers of the arguments are in `self.b`, by name."""
 
@@ -177,8 +187,8 @@ class _Kernel:
         each = T.bind(_quotient(total, T.max(parts, 1)))
         with T.serial(0, parts) as part:
             # Without a product of rows and parts, which might not fit 32 bits.
-            start = T.bind(part * each + T.min(part, total - each * parts))
-            body(start, T.bind(T.Select(part < total - each * parts, each + 1, each)))
+            start = _opaque(part * each + T.min(part, total - each * parts))
+            body(start, _opaque(T.Select(part < total - each * parts, each + 1, each)))
 
     def _chunk_of_rows(self, row: Any, rows: Any) -> None:
         self.first_row = row
@@ -205,7 +215,7 @@ class _Kernel:
     def _chunk_of_images(self, sample: Any, samples: Any, top: Any, height: Any) -> None:
         """Output rows [top, top + height) of some samples (of one sample, where that is not all rows)."""
         p = self.p
-        self.first_row = T.bind(sample * p.rows + top * p.out_width)
+        self.first_row = _opaque(sample * p.rows + top * p.out_width)
         self._allocate()
         reach = (height - 1) * p.stride[0] + p.kernel[0]  # image rows that these output rows see
         with T.serial(0, samples) as s, T.serial(0, reach) as y:
@@ -383,7 +393,7 @@ class _Kernel:
 
             def tiles() -> None:
                 with T.serial(0, _quotient(rows + (tall - 1), tall)) as t:
-                    self._tile(Tile(self.tile.vectors, tall), T.bind(T.min(t * tall, rows - tall)))
+                    self._tile(Tile(self.tile.vectors, tall), _opaque(T.min(t * tall, rows - tall)))
 
             def single() -> None:
                 with T.serial(0, rows) as r:
