@@ -162,7 +162,7 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
     for kind in alternatives:
         origin = typing.get_origin(kind) or kind
         if origin is tuple and isinstance(value, list | tuple | str):
-            parts = value.split("+") if isinstance(value, str) else value
+            parts = value.split("/") if isinstance(value, str) else value
             inner = typing.get_args(kind)[0]
             return tuple(_convert(p, inner, where) for p in parts)
         if origin is type(None) and value in (None, "none"):
@@ -182,12 +182,12 @@ def _print_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return "+".join(_print_value(v) for v in value)
+        return "/".join(_print_value(v) for v in value)  # "+" stands in names of formats
     return "none" if value is None else str(value)
 
 
 def parse(text: str) -> list[Pass]:
-    """The passes of ``"a,b{x=1,y=2},c"``; tuples are written ``x=1+2``."""
+    """The passes of ``"a,b{x=1,y=2},c"``; tuples are written ``x=1/2``."""
     passes: list[Pass] = []
     rest = text.strip()
     while rest:

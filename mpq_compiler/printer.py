@@ -394,7 +394,7 @@ def _type_name(hint: Any) -> str:
     if isinstance(hint, UnionType):
         return " | ".join(_type_name(h) for h in typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
-        return f"{_type_name(typing.get_args(hint)[0])}+..."
+        return f"{_type_name(typing.get_args(hint)[0])}/..."
     return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 

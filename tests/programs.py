@@ -1,0 +1,93 @@
+"""Programs for tests, after every pass, made once a session.
+
+>>> from tests import programs
+>>> programs.after("unet2d", "bit-allocation")     # the Program after that pass, default test pipeline
+>>> programs.steps("unet2d", pipeline)             # every (pass, program before, program after)
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler import denoiser as denoisers
+from mpq_compiler import pass_manager
+from mpq_compiler.denoiser import Denoiser
+from mpq_compiler.pass_manager import Pass, Session
+from mpq_compiler.program import Program, Stage, TensorStore
+from tests import tiny
+
+torch.set_num_threads(1)  # so that seconds and bits do not depend on the machine's cores
+
+BUNDLED = "fashion-unet"
+MODELS = (BUNDLED, *tiny.FAMILIES)
+
+FRONT = "trace,layout,calibrate{samples=3,steps=5},time-groups{groups=3}"
+BACK = "insert-fake-quant,residual-branch,round-weights,fold-fake-quant,fuse-epilogues"
+MIXED = f"{FRONT},sensitivity{{inputs=3,formats=int2/int2+b/int4/int8}},bit-allocation{{weights=5.5}},{BACK}"
+"""All passes; plain and residual formats side by side."""
+RESIDUAL = f"{FRONT},bit-allocation{{uniform=int2+b}},{BACK}"
+"""One format with tables, offsets and branches in every layer."""
+
+TIMESTEPS = (1, 200, 400, 600, 800, 999)
+
+
+@dataclass(frozen=True)
+class Step:
+    step: Pass
+    before: Program
+    after: Program
+
+
+@functools.cache
+def denoiser(name: str) -> Denoiser:
+    return denoisers.load(name) if name == BUNDLED else denoisers.wrap(tiny.model(name), name=name)
+
+
+def empty() -> Program:
+    return Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
+
+
+@functools.cache
+def calibration(name: str) -> dict[str, Tensor] | None:
+    """Random inputs at a few timesteps; the bundled model records its own."""
+    if name == BUNDLED:
+        return None
+    inputs = denoiser(name).random_inputs(12, 3)
+    inputs["timestep"] = torch.tensor([t for t in TIMESTEPS for _ in range(2)])
+    return inputs
+
+
+@functools.cache
+def steps(name: str, pipeline: str = MIXED) -> tuple[Step, ...]:
+    found: list[Step] = []
+    session = Session(denoiser(name), calibration(name), cache=Path(_CACHE.name))
+    pass_manager.run_pipeline(
+        pass_manager.parse(pipeline), empty(), session, lambda i, p, before, after: found.append(Step(p, before, after))
+    )
+    return tuple(found)
+
+
+_CACHE = tempfile.TemporaryDirectory()
+
+
+def step(name: str, pass_name: str, pipeline: str = MIXED) -> Step:
+    return next(s for s in steps(name, pipeline) if s.step.name() == pass_name)
+
+
+def after(name: str, pass_name: str, pipeline: str = MIXED) -> Program:
+    return step(name, pass_name, pipeline).after
+
+
+@functools.cache
+def inputs(name: str, batch: int = 5) -> Mapping[str, Tensor]:
+    """Random inputs whose timesteps differ within the batch."""
+    found = denoiser(name).random_inputs(batch, 11)
+    found["timestep"] = torch.linspace(999, 0, batch).round().long()
+    return found
