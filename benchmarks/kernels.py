@@ -30,9 +30,9 @@ from mpq_compiler.backends.tvm.kernels import gemm, prepare
 from mpq_compiler.backends.tvm.kernels.isa import ISAS, Isa, isa
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
 from mpq_compiler.backends.tvm.kernels.template import Argument, primfunc, scratch, span, store
-from tests.shapes import make_case
+from tests.shapes import concrete, make_case
 
-SAME = {"kernel": (3, 3), "padding": (1, 1, 1, 1)}
+SAME: dict = {"kernel": (3, 3), "padding": (1, 1, 1, 1)}
 
 
 def problems() -> dict[str, QuantMatmul]:
@@ -89,7 +89,7 @@ def kernel(problem: QuantMatmul, target: Isa) -> tuple[Callable[[], object], int
     library = tvm.compile(tvm.IRModule(functions), target=target.target())
     buffers = make_case(problem, 1, 0).stored()
     for a in (*prepare.outputs(problem, target), gemm.arguments(problem, target)[-1]):
-        buffers[a.name] = np.zeros([1 if n == "B" else n for n in a.shape], a.dtype)
+        buffers[a.name] = np.zeros(concrete(a.shape, 1), a.dtype)
     tensors = {name: tvm.runtime.tensor(np.ascontiguousarray(value)) for name, value in buffers.items()}
     made = [*prepare.inputs(problem), *prepare.outputs(problem, target)]
     library["prepare"](*[tensors[a.name] for a in made])
@@ -139,7 +139,7 @@ def main() -> None:
             calls[name], work[name] = kernel(problem, target)
     seconds = measure(calls, options.rounds)
     top = work["peak"] / seconds["peak"]
-    rows = [
+    rows: list[dict] = [
         {"name": name, "us": 1e6 * seconds[name], "gmacs": work[name] / seconds[name] / 1e9,
          "reached": work[name] / seconds[name] / top}
         for name in calls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,12 +62,13 @@ class Kernels:
             functions[f"kernel{i}"] = gemm.build(problem, isa, f"kernel{i}")
             functions[f"prepare{i}"] = prepare.build(problem, isa, f"prepare{i}")
         module = tvm.IRModule(functions)
-        self._remote = qemu.Aarch64Library(module, isa.target()) if isa.name == AARCH64 else None
-        self._local = None if self._remote else tvm.compile(module, target=isa.target())
+        self.remote = isa.name == AARCH64
+        compile_ = qemu.Aarch64Library if self.remote else tvm.compile
+        self._library: Any = compile_(module, target=isa.target())
 
     def run(self, calls: Sequence[tuple[int, Case]]) -> list[np.ndarray]:
         """For each (index of a problem, case): the kernel's output."""
-        return self._run_remote(calls) if self._remote else [self._run_here(i, case) for i, case in calls]
+        return self._run_remote(calls) if self.remote else [self._run_here(i, case) for i, case in calls]
 
     def _run_here(self, index: int, case: Case) -> np.ndarray:
         problem, data = self.problems[index], case.stored()
@@ -74,13 +76,13 @@ class Kernels:
         made = {a.name: Guarded(a, case.batch) for a in prepare.outputs(problem, self.isa)}
         tensors |= {name: buffer.tensor for name, buffer in made.items()}
         order = [*prepare.inputs(problem), *prepare.outputs(problem, self.isa)]
-        self._local[f"prepare{index}"](*[tensors[a.name] for a in order])
+        self._library[f"prepare{index}"](*[tensors[a.name] for a in order])
         for buffer in made.values():
             buffer.result()
         arguments = gemm.arguments(problem, self.isa)
         out = Guarded(arguments[-1], case.batch)
         tensors["out"] = out.tensor
-        self._local[f"kernel{index}"](*[tensors[a.name] for a in arguments])
+        self._library[f"kernel{index}"](*[tensors[a.name] for a in arguments])
         return out.result()
 
     def _run_remote(self, calls: Sequence[tuple[int, Case]]) -> list[np.ndarray]:
@@ -92,13 +94,13 @@ class Kernels:
             order = [*prepare.inputs(self.problems[index]), *outputs]
             first.append((f"prepare{index}", [data[a.name] for a in order]))
         second = []
-        for (index, case), data, made in zip(calls, datas, self._remote.run(first), strict=True):
+        for (index, case), data, made in zip(calls, datas, self._library.run(first), strict=True):
             outputs = prepare.outputs(self.problems[index], self.isa)
             data |= {a.name: value for a, value in zip(outputs, made[-len(outputs) :], strict=True)}
             arguments = gemm.arguments(self.problems[index], self.isa)
             data["out"] = np.zeros(concrete(arguments[-1].shape, case.batch), arguments[-1].dtype)
             second.append((f"kernel{index}", [data[a.name] for a in arguments]))
-        return [tensors[-1] for tensors in self._remote.run(second)]
+        return [tensors[-1] for tensors in self._library.run(second)]
 
 
 def assert_same_bits(got: np.ndarray, wanted: np.ndarray, what: object = "") -> None:

@@ -43,7 +43,7 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
         raise ValueError(f"code {int(flat.max())} does not fit {bits} bits")
     stream, shift = [], 0
     for width in planes:
-        plane = (flat >> shift) & ((1 << width) - 1)
+        plane = ((flat >> shift) & ((1 << width) - 1)).astype(np.uint8)
         stream.append(np.unpackbits(plane[:, None], axis=1, count=width, bitorder="little").reshape(-1))
         shift += width
     return np.packbits(np.concatenate(stream), bitorder="little")

@@ -499,7 +499,11 @@ class _Kernel:
                     loaded = self.activations[span(at, ahead * isa.kpack)]
                     store(words, tirx.reinterpret(f"int32x{ahead}", loaded), span(i * ahead, ahead))
                 for e in range(ahead):
-                    step(k + d + e, (d + e) % sets, tap, lambda i, e=e: words[i * ahead + e])
+
+                    def word(i: Any, e: int = e) -> Expr:
+                        return words[i * ahead + e]
+
+                    step(k + d + e, (d + e) % sets, tap, word)
 
         def along(tap: Any) -> None:
             each = max(sets, isa.load_steps)

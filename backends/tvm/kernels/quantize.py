@@ -15,6 +15,7 @@ from mpq_compiler.backends.tvm.kernels.template import (
     BATCH,
     Argument,
     Buffers,
+    Shape,
     each_vector,
     primfunc,
     quantizer,
@@ -65,7 +66,7 @@ def arguments(problem: Quantize | TimeGroup) -> list[Argument]:
             Argument("boundaries", (problem.groups - 1,)),
             Argument("out", (BATCH,), "int64"),
         ]
-    shape = (BATCH, *problem.shape)
+    shape: Shape = (BATCH, *problem.shape)
     return [
         Argument("x", shape),
         *quantizer_arguments(problem.bits, problem.groups),
