@@ -225,7 +225,7 @@ def compile(
             **_describe(denoiser, program, planned, chosen, passes),
             "target": _describe_target(target),
             "functions": built.functions,
-            "tensors": built.tensor_entries,
+            "tensors": built.entries,
         }
         if built.prepare is not None:
             manifest["prepare"] = built.prepare
@@ -261,7 +261,7 @@ def compile(
 def _backend(target: targets.Target) -> Any:
     import importlib
 
-    return importlib.import_module(f"mpq_compiler.backends.{target.backend}")
+    return importlib.import_module(f"mpq_compiler.backends.{target.backend}.build")
 
 
 class _Judge:
