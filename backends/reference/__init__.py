@@ -1,0 +1,223 @@
+"""The target `reference`: the packed program itself, interpreted by torch. Runs anywhere, and defines what is right.
+
+The artifact holds the graph as JSON (`graph.json`) and the same stored tensors as any other target's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from mpq_compiler import ops, storage
+from mpq_compiler.artifact import Artifact
+from mpq_compiler.backends import Built, Progress
+from mpq_compiler.errors import UserError
+from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run, shapes
+from mpq_compiler.targets import Target
+
+GRAPH = "graph.json"
+FUNCTION = "denoise"
+OUTPUT = "sample"
+_VERSION = 1
+_MPQ = {entry.name: function for function, entry in ops.OPS.items()}
+
+
+def build(
+    program: Program,
+    target: Target,
+    batches: Sequence[int] = (),
+    jobs: int = 1,
+    progress: Progress | None = None,
+    cache: Any = None,
+) -> Built:
+    """The packed program as an artifact for the interpreter: one function for any batch size.
+
+    The arguments behind the program are those of the other backends; none of them matters here.
+    """
+    del target, batches, jobs, progress, cache
+    stored = storage.stored(program)
+    (output,) = program.graph.output_node().args
+    sample = shapes(program, 2)[output.name].shape[1:]  # type: ignore[union-attr]
+    inputs = [
+        {"name": s.name, "shape": [None if d == "B" else d for d in s.shape], "dtype": _name(s.dtype)}
+        for s in program.inputs
+    ]
+    function = {"name": FUNCTION, "batch": None, "inputs": inputs}
+    function["output"] = {"name": OUTPUT, "shape": [None, *sample], "dtype": "float32"}
+    return Built(
+        files={GRAPH: dumps(program).encode()},
+        tensors={name: tensor.array for name, tensor in stored.items()},
+        entries=[tensor.entry(name) for name, tensor in stored.items()],
+        functions=[function],
+        prepare=None,
+        facts={},
+    )
+
+
+def load(artifact: Artifact, threads: int) -> Interpreter:
+    """What executes the artifact (`mpq_compiler.runtime`). UserError: its graph is not sound."""
+    entries = {entry["name"]: entry for entry in artifact.manifest["tensors"]}
+    tensors = {name: storage.restored(array, entries[name]) for name, array in artifact.tensors().items()}
+    return Interpreter(loads(artifact.file(GRAPH).read_text(encoding="utf-8"), tensors), threads)
+
+
+class Interpreter:
+    """Executes the program on a number of threads."""
+
+    def __init__(self, program: Program, threads: int) -> None:
+        self.program, self.threads = program, threads
+
+    def run(self, function: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
+        """The output for the inputs in the program's order."""
+        named = zip((spec.name for spec in self.program.inputs), inputs, strict=True)
+        tensors = {name: torch.from_numpy(np.array(array)) for name, array in named}
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            return run(self.program, tensors).numpy()
+        finally:
+            torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------- graphs as JSON
+
+
+def dumps(program: Program) -> str:
+    """The packed graph, its regions and inputs as JSON; tensors by name. Equal programs give equal text."""
+    document = {
+        "version": _VERSION,
+        "inputs": [{"name": s.name, "shape": list(s.shape), "dtype": _name(s.dtype)} for s in program.inputs],
+        "graph": _nodes(program.graph),
+        "regions": {name: _nodes(graph) for name, graph in sorted(program.regions.items())},
+    }
+    return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def loads(text: str, tensors: dict[str, torch.Tensor]) -> Program:
+    """The program of `dumps` over the given tensors. UserError: the text is no such graph."""
+    try:
+        document = json.loads(text)
+        if document["version"] != _VERSION:
+            raise ValueError(f"version {document['version']}")
+        inputs = tuple(InputSpec(i["name"], tuple(i["shape"]), _dtype(i["dtype"])) for i in document["inputs"])
+        regions = {name: _graph(nodes) for name, nodes in document["regions"].items()}
+        graph = _graph(document["graph"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{GRAPH} holds no graph that this version reads ({error}); compile the artifact again") from error
+    return Program(graph, TensorStore(tensors), inputs, Stage.PACKED, regions=regions)
+
+
+def _nodes(graph: fx.Graph) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": node.name,
+            "op": node.op,
+            "target": _target_name(node.target) if node.op == "call_function" else str(node.target),
+            "args": _encode(node.args),
+            "kwargs": {key: _encode(value) for key, value in node.kwargs.items()},
+        }
+        for node in graph.nodes
+    ]
+
+
+def _graph(nodes: list[dict[str, Any]]) -> fx.Graph:
+    graph = fx.Graph()
+    known: dict[str, fx.Node] = {}
+    for entry in nodes:
+        op, target = entry["op"], entry["target"]
+        if op not in ("placeholder", "get_attr", "call_function", "call_module", "output"):
+            raise ValueError(f"node '{entry['name']}' is a {op}")
+        args = _decode(entry["args"], known)
+        kwargs = {key: _decode(value, known) for key, value in entry["kwargs"].items()}
+        node = graph.create_node(op, _target(target) if op == "call_function" else target, args, kwargs)
+        node.name = entry["name"]
+        known[node.name] = node
+    return graph
+
+
+def _target_name(target: Any) -> str:
+    if target in ops.OPS:
+        return ops.OPS[target].name
+    if target is operator.getitem:
+        return "getitem"
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+        return str(target)
+    raise UserError(f"operator {target} has no name in {GRAPH}; pack the program first (fold-fake-quant)")
+
+
+def _target(name: str) -> Any:
+    """The operator of that name: ours, `getitem`, or one of aten; nothing else can be named."""
+    if name in _MPQ:
+        return _MPQ[name]
+    if name == "getitem":
+        return operator.getitem
+    namespace, packet, overload = name.split(".")
+    if namespace != "aten":
+        raise ValueError(f"operator '{name}'")
+    found = getattr(getattr(torch.ops.aten, packet), overload)
+    if not isinstance(found, torch._ops.OpOverload):
+        raise ValueError(f"operator '{name}'")
+    return found
+
+
+def _encode(value: Any) -> Any:
+    """Arguments as JSON: what JSON has no form for is an object of one key."""
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, tuple):
+        return {"tuple": [_encode(v) for v in value]}
+    if isinstance(value, list):
+        return [_encode(v) for v in value]
+    if isinstance(value, torch.dtype):
+        return {"dtype": _name(value)}
+    if isinstance(value, torch.device):
+        return {"device": "cpu"}
+    if isinstance(value, torch.layout | torch.memory_format):
+        return {"torch": str(value).removeprefix("torch.")}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise UserError(f"an argument of type {type(value).__name__} has no form in {GRAPH}")
+
+
+_NAMES = ("strided", "contiguous_format", "preserve_format", "channels_last")
+
+
+def _decode(value: Any, known: dict[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_decode(v, known) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "node":
+        return known[content]
+    if kind == "tuple":
+        return tuple(_decode(v, known) for v in content)
+    if kind == "dtype":
+        return _dtype(content)
+    if kind == "device":
+        return torch.device("cpu")
+    if kind == "float":
+        return float(content)
+    if kind == "torch" and content in _NAMES:
+        return getattr(torch, content)
+    raise ValueError(f"an argument of kind '{kind}'")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"'{name}' is no type")
+    return found
