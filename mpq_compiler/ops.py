@@ -176,13 +176,13 @@ def dequantize_weight(
 def fake_quantize_weight(
     weight: Tensor, scale: Tensor, offset: Tensor | None, lut: Tensor | None, row_class: Tensor | None
 ) -> Tensor:
-    """weight [O, ...] moved to its nearest level; straight-through gradient inside the range of the levels."""
+    """weight [O, ...] moved to its nearest level, with a straight-through gradient."""
     from mpq_compiler.formats.base import nearest_codes
 
     rows = weight.reshape(weight.shape[0], -1)
     codes = nearest_codes(rows.detach(), scale, offset, lut, row_class)
     level = dequantize_weight(codes, scale, offset, lut, row_class, weight.shape)
-    return weight + (level - weight).detach()
+    return level.detach() + (weight - weight.detach())  # the level itself: weight + (level - weight) would round
 
 
 @op("binary_branch")

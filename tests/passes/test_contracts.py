@@ -1,0 +1,150 @@
+"""The declared contract of every pass of the registry, on the bundled model and on three tiny families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler import ops, pass_manager
+from mpq_compiler.ablation import noise_power
+from mpq_compiler.costs import stored_dtype
+from mpq_compiler.exact import run_exact
+from mpq_compiler.pass_manager import Contract, Pass
+from mpq_compiler.passes import PASSES
+from mpq_compiler.program import Interpreter, Program, run
+from tests import programs
+from tests.programs import Step
+
+
+class FormatsOff(Interpreter):
+    """A simulated program with every quantizer replaced by identity: activations as they come, weights as trained."""
+
+    def attribute(self, name: str) -> Any:
+        path, _, part = name.partition(":")
+        if part.startswith("corrected"):  # the bias before the mean error moved into it
+            return self._stored(path)
+        return super().attribute(name)
+
+    def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.target is ops.fake_quantize or node.target is ops.fake_quantize_weight:
+            return args[0]
+        if node.target is ops.dequantize_weight:
+            path = str(node.args[0].target).split(":")[0]
+            return self.program.tensors[f"{path}:ohwi" if len(args[5]) == 4 else path]
+        if node.target is ops.binary_branch:
+            return torch.zeros(args[3])
+        return super().call(node, args, kwargs)
+
+    def _stored(self, name: str) -> Tensor:
+        tensor = self.program.tensors[name]
+        return tensor.to(stored_dtype(name, tensor)).float()
+
+
+class RoundedLeftovers(Interpreter):
+    """A float program that reads everything but the planned weights in its stored type."""
+
+    def attribute(self, name: str) -> Any:
+        tensor = self.program.tensors[name]
+        planned = name.split(":")[0] in self.program.weights
+        return tensor if planned or not tensor.is_floating_point() else tensor.to(stored_dtype(name, tensor)).float()
+
+
+def identical(step: Step, x: dict[str, Tensor]) -> None:
+    before = programs.denoiser(step.after.model)(**x) if not step.before.inputs else run(step.before, x)
+    assert torch.equal(run(step.after, x), before)
+
+
+def rewrite(step: Step, x: dict[str, Tensor]) -> None:
+    before, after = run(step.before, x), run(step.after, x)
+    assert float((after - before).abs().max()) <= 1e-5 * float(before.abs().max())
+
+
+def simulation(step: Step, x: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        off = FormatsOff(step.after).run(x)
+        planned = programs.after(step.after.model, "bit-allocation")
+        assert torch.equal(off, RoundedLeftovers(planned).run(x))
+    levels: dict[str, int] = {}
+
+    def watch(node: fx.Node, value: Any) -> None:
+        bits = None
+        if node.target is ops.fake_quantize:
+            bits = node.args[4]
+        elif node.target in (ops.fake_quantize_weight, ops.dequantize_weight):
+            table = node.args[3]
+            bits = 8 if table is None else int(step.after.tensors[str(table.target)].shape[1]).bit_length() - 1
+        if bits is not None:
+            rows = value.reshape(len(value), -1)
+            levels[node.name] = max(len(row.unique()) for row in rows)
+            assert levels[node.name] <= 2**bits, node.name
+
+    error = noise_power(run(step.after, x, watch), RoundedLeftovers(planned).run(x))
+    assert levels and 0 < error < 1
+
+
+def exact(step: Step, x: dict[str, Tensor]) -> None:
+    assert torch.equal(run_exact(step.before, x), run(step.after, x))
+
+
+CHECKS = {
+    Contract.IDENTICAL: identical,
+    Contract.REWRITE: rewrite,
+    Contract.SIMULATION: simulation,
+    Contract.EXACT: exact,
+}
+
+
+def check(step: Step, x: dict[str, Tensor]) -> None:
+    contract = getattr(type(step.step), "contract", None)
+    assert contract in CHECKS, f"pass '{step.step.name()}' declares no contract"
+    CHECKS[contract](step, x)
+
+
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("model", programs.MODELS)
+def test_contract(model, name):
+    check(programs.step(model, name), dict(programs.inputs(model, 3)))
+
+
+@pytest.mark.parametrize("model", programs.MODELS)
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_traces_bit_for_bit_at_any_batch(model, batch):
+    x = dict(programs.inputs(model, batch))
+    assert torch.equal(run(programs.after(model, "trace"), x), programs.denoiser(model)(**x))
+
+
+def test_every_pass_declares_a_contract():
+    for name in PASSES:
+        assert pass_manager.find(name).contract in CHECKS
+
+
+def test_a_pass_without_a_contract_fails():
+    class Nothing(Pass):
+        def run(self, program, session):
+            return program
+
+    program = programs.after("pixart", "layout")
+    with pytest.raises(AssertionError, match="declares no contract"):
+        check(Step(Nothing(), program, program), {})
+
+
+@pytest.mark.parametrize("contract", [Contract.IDENTICAL, Contract.REWRITE, Contract.EXACT])
+def test_a_broken_contract_is_seen(contract):
+    class Twice(Pass):
+        """Doubles the output."""
+
+        def run(self, program, session):
+            return program
+
+    Twice.contract = contract
+    before = programs.after("pixart", "fold-fake-quant" if contract == Contract.EXACT else "layout")
+    program: Program = before.fork()
+    output = program.graph.output_node()
+    with program.graph.inserting_before(output):
+        twice = program.graph.call_function(torch.ops.aten.mul.Tensor, (output.args[0], 1.0001))
+    output.args = (twice,)
+    with pytest.raises(AssertionError):
+        check(Step(Twice(), before, program), dict(programs.inputs("pixart", 2)))

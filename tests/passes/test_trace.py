@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mpq_compiler import denoiser as denoisers
+from mpq_compiler import pass_manager
+from mpq_compiler.errors import UserError
+from mpq_compiler.pass_manager import Session
+from mpq_compiler.program import run
+from tests import programs, tiny
+
+
+@pytest.mark.parametrize("name", ["unet2d-class", "unet2d-17x23", "sdxl"])
+def test_further_configurations_trace_bit_for_bit(name):
+    denoiser = denoisers.wrap(tiny.model(name), name=name)
+    program, _ = pass_manager.run_pipeline(pass_manager.parse("trace"), programs.empty(), Session(denoiser))
+    for batch in (1, 2, 5):
+        x = denoiser.random_inputs(batch, 7)
+        assert torch.equal(run(program, x), denoiser(**x))
+
+
+def test_nodes_are_named_by_weight_path():
+    names = {n.name for n in programs.after("unet2d", "trace").graph.nodes}
+    assert {"conv_in", "down_blocks_1_attentions_0_to_q", "mid_block_resnets_0_conv1", "conv_out"} <= names
+
+
+def test_the_graph_holds_no_noise():
+    """No assertion, dropout, or cast that changes nothing is left, and equal calls are merged."""
+    for model in programs.MODELS:
+        nodes = list(programs.after(model, "trace").graph.nodes)
+        targets = [str(n.target) for n in nodes]
+        assert not [t for t in targets if "assert" in t or "dropout" in t or "detach" in t]
+        calls = [(str(n.target), repr(n.args), repr(n.kwargs)) for n in nodes if n.op == "call_function"]
+        assert len({*calls}) == len(calls)
+
+
+def test_tensors_are_shared_not_copied():
+    program = programs.after("unet2d", "fuse-epilogues")
+    parameters = dict(programs.denoiser("unet2d").module.model.named_parameters())
+    weight = program.tensors["conv_in.weight"]
+    assert weight.data_ptr() == parameters["conv_in.weight"].data_ptr()
+    assert not weight.requires_grad
+
+
+def test_a_model_that_cannot_be_traced_is_named():
+    model = tiny.model("unet2d")
+
+    def forward(sample, timestep, **_):
+        return (sample * float(sample.sum()),)
+
+    denoiser = denoisers.wrap(model, name="dynamic")
+    model.forward = forward
+    with pytest.raises(UserError, match="dynamic cannot be traced: "):
+        pass_manager.run_pipeline(pass_manager.parse("trace"), programs.empty(), Session(denoiser))
