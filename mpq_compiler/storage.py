@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
 
-from mpq_compiler import costs, ops
+from mpq_compiler import calls, costs
 from mpq_compiler.errors import UserError
 from mpq_compiler.formats.packing import pack_codes, unpack_codes
 from mpq_compiler.program import Program
-
-CONTRACTIONS = (ops.quant_linear, ops.quant_conv2d)
-CODES, LUT = 2, 5
-"""Places of the codes and of the table among the arguments of a packed contraction."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +31,9 @@ class Stored:
         return entry
 
 
-def contractions(program: Program) -> Iterator[tuple[fx.Node, tuple[Any, ...]]]:
-    """The packed contractions, alone or in regions, with the arguments as nodes of the program's own graph."""
-    for node in program.graph.nodes:
-        if node.op == "call_function" and node.target in CONTRACTIONS:
-            yield node, node.args
-        elif node.op == "call_module":
-            region = program.regions[str(node.target)]
-            outer = dict(zip((n for n in region.nodes if n.op == "placeholder"), node.args, strict=True))
-            for inner in region.nodes:
-                if inner.op == "call_function" and inner.target in CONTRACTIONS:
-                    yield inner, fx.map_arg(inner.args, lambda n, outer=outer: outer.get(n, n))
-
-
-def code_bits(program: Program, arguments: tuple[Any, ...]) -> int:
-    """Bits of the codes of a packed contraction: as many as number the entries of its table, 8 without one."""
-    lut = arguments[LUT]
-    return 8 if lut is None else (int(program.tensors[str(lut.target)].shape[1]) - 1).bit_length()
+def code_bits(program: Program, lut: str | None) -> int:
+    """Bits of codes: as many as number the entries of their table (a store name), 8 without one."""
+    return 8 if lut is None else (int(program.tensors[lut].shape[1]) - 1).bit_length()
 
 
 def stored(program: Program) -> dict[str, Stored]:
@@ -62,7 +42,8 @@ def stored(program: Program) -> dict[str, Stored]:
     UserError: a value that its stored type does not hold exactly (passes project what they set, so this is one
     that no pass has seen).
     """
-    bits = {str(args[CODES].target): code_bits(program, args) for _, args in contractions(program)}
+    weights = calls.levels_of(calls.flatten(program))
+    bits = {levels.codes: code_bits(program, levels.lut) for levels in weights if levels.codes}
     result = {}
     for name in sorted({str(n.target) for n in program.graph.nodes if n.op == "get_attr"}):
         tensor = program.tensors[name]

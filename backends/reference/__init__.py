@@ -17,48 +17,12 @@ from torch import fx
 
 from mpq_compiler import ops, storage
 from mpq_compiler.artifact import Artifact
-from mpq_compiler.backends import Built, Progress
 from mpq_compiler.errors import UserError
-from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run, shapes
-from mpq_compiler.targets import Target
+from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run
 
 GRAPH = "graph.json"
-FUNCTION = "denoise"
-OUTPUT = "sample"
 _VERSION = 1
 _MPQ = {entry.name: function for function, entry in ops.OPS.items()}
-
-
-def build(
-    program: Program,
-    target: Target,
-    batches: Sequence[int] = (),
-    jobs: int = 1,
-    progress: Progress | None = None,
-    cache: Any = None,
-) -> Built:
-    """The packed program as an artifact for the interpreter: one function for any batch size.
-
-    The arguments behind the program are those of the other backends; none of them matters here.
-    """
-    del target, batches, jobs, progress, cache
-    stored = storage.stored(program)
-    (output,) = program.graph.output_node().args
-    sample = shapes(program, 2)[output.name].shape[1:]  # type: ignore[union-attr]
-    inputs = [
-        {"name": s.name, "shape": [None if d == "B" else d for d in s.shape], "dtype": _name(s.dtype)}
-        for s in program.inputs
-    ]
-    function = {"name": FUNCTION, "batch": None, "inputs": inputs}
-    function["output"] = {"name": OUTPUT, "shape": [None, *sample], "dtype": "float32"}
-    return Built(
-        files={GRAPH: dumps(program).encode()},
-        tensors={name: tensor.array for name, tensor in stored.items()},
-        entries=[tensor.entry(name) for name, tensor in stored.items()],
-        functions=[function],
-        prepare=None,
-        facts={},
-    )
 
 
 def load(artifact: Artifact, threads: int) -> Interpreter:
@@ -93,7 +57,7 @@ def dumps(program: Program) -> str:
     """The packed graph, its regions and inputs as JSON; tensors by name. Equal programs give equal text."""
     document = {
         "version": _VERSION,
-        "inputs": [{"name": s.name, "shape": list(s.shape), "dtype": _name(s.dtype)} for s in program.inputs],
+        "inputs": [{"name": s.name, "shape": list(s.shape), "dtype": type_name(s.dtype)} for s in program.inputs],
         "graph": _nodes(program.graph),
         "regions": {name: _nodes(graph) for name, graph in sorted(program.regions.items())},
     }
@@ -110,7 +74,8 @@ def loads(text: str, tensors: dict[str, torch.Tensor]) -> Program:
         regions = {name: _graph(nodes) for name, nodes in document["regions"].items()}
         graph = _graph(document["graph"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{GRAPH} holds no graph that this version reads ({error}); compile the artifact again") from error
+        what = f"{GRAPH} holds no graph that this version reads ({error})"
+        raise UserError(f"{what}; compile the artifact again") from error
     return Program(graph, TensorStore(tensors), inputs, Stage.PACKED, regions=regions)
 
 
@@ -176,7 +141,7 @@ def _encode(value: Any) -> Any:
     if isinstance(value, list):
         return [_encode(v) for v in value]
     if isinstance(value, torch.dtype):
-        return {"dtype": _name(value)}
+        return {"dtype": type_name(value)}
     if isinstance(value, torch.device):
         return {"device": "cpu"}
     if isinstance(value, torch.layout | torch.memory_format):
@@ -212,7 +177,7 @@ def _decode(value: Any, known: dict[str, fx.Node]) -> Any:
     raise ValueError(f"an argument of kind '{kind}'")
 
 
-def _name(dtype: torch.dtype) -> str:
+def type_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 

@@ -10,7 +10,6 @@ may see an operand in any shape of as many elements.
 
 from __future__ import annotations
 
-
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from mpq_compiler import ops, storage
 from mpq_compiler.aten import MOVEMENT, aten, is_permute, is_pointwise
 from mpq_compiler.backends.tvm.lowered import BATCH, Call, Kernel, Lowered, Record, Shape, Value, record
 from mpq_compiler.errors import UserError
-from mpq_compiler.program import Program, _MetaInterpreter
+from mpq_compiler.program import Program, _MetaInterpreter, arguments, operand
 
 OUTPUT = "sample"
 """Name of the output in the manifest."""
@@ -120,13 +119,14 @@ class _Emitter:
             if node.op == "placeholder":
                 self.values[node] = next(placeholders)
             elif node.op == "output":
-                output = self.values[node.args[0]]
+                output = self.values[operand(node, 0)]
             elif node.op != "get_attr":
                 self._emit(node)
         assert output is not None
-        shape = self._shape(self.program.graph.output_node().args[0])
+        shape = self._shape(operand(self.program.graph.output_node(), 0))
         if not output.batched or output.dtype != "float32" or shape[:1] != (BATCH,):
-            raise UserError(f"the output '{output.name}' is {output.dtype} {_text(shape)}: a denoiser yields f32 [B, ...]")
+            kind = f"{output.dtype} {_text(shape)}"
+            raise UserError(f"the output '{output.name}' is {kind}, where a denoiser yields float32 [B, ...]")
         read = dict.fromkeys(name for call in self.calls for _, name in call.operands)
         return Lowered(
             inputs,
@@ -154,7 +154,7 @@ class _Emitter:
         return (BATCH, *([rows] if rows != 1 else []), *(int(d) for d in two.shape[1:]))
 
     def _refusal(self, reason: str) -> UserError:
-        anchor = self.task.anchor if self.task.members else self.task.node
+        anchor = self.task.members[0] if self.task.members else self.task.node
         return UserError(
             f"node '{self.task.node.name}' ({ops.name_of(anchor.target)}) cannot be compiled for a CPU: {reason}; "
             "use --target reference, or report the model"
@@ -223,7 +223,7 @@ class _Emitter:
             region = self.program.regions[str(node.target)]
             inside = [n for n in region.nodes if n.op not in ("placeholder", "output")]
             outer = dict(zip((n for n in region.nodes if n.op == "placeholder"), node.args, strict=True))
-            self.task = _Task(node, inside, outer)  # type: ignore[arg-type]
+            self.task = _Task(node, inside, outer)
         else:
             self.task = _Task(node, [node])
         anchor = self.task.anchor
@@ -241,7 +241,7 @@ class _Emitter:
         else:
             self.values[node] = result
 
-    def _anchored(self, emit: Callable[[_Emitter, fx.Node, _Epilogue, Value], Value]) -> None:
+    def _anchored(self, emit: Anchor) -> None:
         """An anchor with as much of its region as its epilogue holds, and a pointwise kernel for what it does not."""
         members = self.task.members
         epilogue = self._epilogue(members)
@@ -271,7 +271,7 @@ class _Emitter:
                 continue
             if member.target is ops.quantize:
                 found.quantizer = member
-                found.steps.append(record("epilogue.Step", op="quantize", value=int(member.args[4])))  # type: ignore[arg-type]
+                found.steps.append(record("epilogue.Step", op="quantize", value=int(arguments(member)[4])))
                 found.covered = index + 1
                 return found
             steps = self._steps(member, running, found)
@@ -287,13 +287,13 @@ class _Emitter:
         """A pointwise call on the running value as steps, or None where they cannot say it."""
         operations = self._operations(member)
         if len(operations) != 1:
-            return [] if not operations else None
-        op, arguments = operations[0]
+            return None
+        op, operands = operations[0]
         if op == "cast":
             return []
-        if len(arguments) == 1:
-            return [record("epilogue.Step", op=op)] if arguments[0] is running else None
-        left, right = arguments
+        if len(operands) == 1:
+            return [record("epilogue.Step", op=op)] if operands[0] is running else None
+        left, right = operands
         if right is running and left is not running:
             swapped = {"sub": "rsub", "rsub": "sub", "div": "rdiv", "rdiv": "div"}
             op, left, right = swapped.get(op, op), right, left
@@ -315,7 +315,7 @@ class _Emitter:
         return operands
 
     def _quantizer(self, node: fx.Node) -> dict[str, Value]:
-        _, scale, zero, group, _ = node.args
+        _, scale, zero, group, _ = arguments(node)
         return {
             "qscale": self._converted(self._stored(scale), "float32"),
             "qzero": self._converted(self._stored(zero), "int32"),
@@ -329,8 +329,8 @@ class _Emitter:
     # ----------------------------------------------------------------------------------------- pointwise
 
     def _operations(self, node: fx.Node) -> list[tuple[str, tuple[Any, ...]]]:
-        """A pointwise call as operations of `vmath`; an operand that is an int in a tuple is an earlier one's result."""
-        target, args, kwargs = node.target, node.args, dict(node.kwargs)
+        """A pointwise call as operations of `vmath`, on nodes, numbers and results of earlier ones."""
+        target, args, kwargs = node.target, arguments(node), dict(node.kwargs)
         if target in UNARY:
             return [(UNARY[target], (args[0],))]
         if target is aten.gelu.default:
@@ -338,12 +338,13 @@ class _Emitter:
             return [("gelu_tanh" if approximate == "tanh" else "gelu", (args[0],))]
         if target in (aten.to.dtype, aten._to_copy.default):
             if self.two[node.name].dtype != torch.float32:
-                raise self._refusal(f"it converts to {_dtype(self.two[node.name].dtype)}, and kernels compute in float32")
+                other = _dtype(self.two[node.name].dtype)
+                raise self._refusal(f"it converts to {other}, and kernels compute in float32")
             return [("cast", (args[0],))]
         if target is aten.abs.default:
             return [("neg", (args[0],)), ("maximum", (args[0], _Earlier(0)))]
         if target is aten.pow.Tensor_Scalar:
-            return self._power(args[0], float(args[1]))  # type: ignore[arg-type]
+            return self._power(args[0], float(args[1]))
         if target in BINARY:
             op, (left, right) = BINARY[target], args[:2]
             alpha = kwargs.get("alpha", args[2] if len(args) > 2 else 1)
@@ -381,14 +382,14 @@ class _Emitter:
         results: dict[fx.Node, int] = {}
         quantizer: dict[str, Value] = {}
 
-        def reference(operand: Any, first: int) -> Any:
-            if isinstance(operand, _Earlier):
-                return record("pointwise.Result", index=first + operand.index)
-            if not isinstance(operand, fx.Node):
-                return float(operand)
-            if operand in results:
-                return record("pointwise.Result", index=results[operand])
-            value = self._value(operand)
+        def reference(read: Any, first: int) -> Any:
+            if isinstance(read, _Earlier):
+                return record("pointwise.Result", index=first + read.index)
+            if not isinstance(read, fx.Node):
+                return float(read)
+            if read in results:
+                return record("pointwise.Result", index=results[read])
+            value = self._value(read)
             if value not in inputs:
                 inputs.append(value)
             return record("pointwise.Input", index=inputs.index(value))
@@ -397,14 +398,15 @@ class _Emitter:
             if member.target is ops.quantize:
                 quantizer = self._quantizer(member)
                 x = reference(member.args[0], len(steps))
-                steps.append(record("pointwise.PointwiseStep", op="quantize", args=(x,), value=int(member.args[4])))  # type: ignore[arg-type]
+                bits = int(arguments(member)[4])
+                steps.append(record("pointwise.PointwiseStep", op="quantize", args=(x,), value=bits))
                 continue
             if self.two[member.name].dtype != torch.float32:
                 raise self._refusal("it computes on integers, and kernels compute in float32")
             first = len(steps)
             for op, operands in self._operations(member):
-                arguments = tuple(reference(o, first) for o in operands)
-                steps.append(record("pointwise.PointwiseStep", op=op, args=arguments))
+                args = tuple(reference(o, first) for o in operands)
+                steps.append(record("pointwise.PointwiseStep", op=op, args=args))
             results[member] = len(steps) - 1
         groups = quantizer["qscale"].size if quantizer else 1
         problem = record(
@@ -414,10 +416,10 @@ class _Emitter:
             shape=shape,
             time_groups=groups,
         )
-        operands = {f"x{i}": value for i, value in enumerate(inputs)} | quantizer
+        read = {f"x{i}": value for i, value in enumerate(inputs)} | quantizer
         name = self.task.node.name if last is self.task.members[-1] else last.name
         out = Value(name, shape, "uint8" if quantizer else "float32")
-        return self._call(Kernel("pointwise", problem), operands, {"y": out})[0]
+        return self._call(Kernel("pointwise", problem), read, {"y": out})[0]
 
     def _broadcast(self, value: Value, shape: Shape) -> Shape:
         """The value's shape as it broadcasts to `shape`: [B, m, ...] and [m*B, ...] may meet, and 1 may stand for B."""
@@ -448,18 +450,18 @@ class _Emitter:
 
     def _einsum(self, node: fx.Node) -> Value:
         """A single operand whose indices are all kept is permuted; nothing else is an einsum here."""
-        equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+        equation, operands = str(node.args[0]).replace(" ", ""), arguments(node)[1]
         source, _, target = equation.partition("->")
-        if len(operands) != 1 or sorted(source) != sorted(target) or len({*source}) != len(source):  # type: ignore[arg-type]
+        if len(operands) != 1 or sorted(source) != sorted(target) or len({*source}) != len(source):
             raise self._refusal(f"einsum '{equation}' is no permutation")
-        x = self._value(operands[0])  # type: ignore[index]
+        x = self._value(operands[0])
         order = [source.index(c) for c in target]
         problem = record("movement.permute", shape=x.shape, order=order, dtype=x.dtype)
         return self._moved(node, problem, [x], tuple(x.shape[d] for d in order))
 
     def _concatenate(self, node: fx.Node) -> Value:
-        nodes = list(node.args[0])  # type: ignore[arg-type]
-        dim = int(node.args[1]) if len(node.args) > 1 else int(node.kwargs.get("dim", 0))  # type: ignore[arg-type]
+        nodes = list(arguments(node)[0])
+        dim = int(arguments(node)[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))  # type: ignore[arg-type]
         axis = self._axis(nodes[0], dim)
         values = [self._value(n) for n in nodes]
         if len({v.dtype for v in values}) > 1 or len({v.batched for v in values}) > 1:
@@ -489,21 +491,20 @@ class _Emitter:
         return self._sliced(node, x, self._axis(x, dim), start or 0, 1 << 62 if stop is None else stop, step)
 
     def _select(self, node: fx.Node) -> Value:
-        x, dim, index = node.args
-        axis = self._axis(x, int(dim))  # type: ignore[arg-type]
-        extent = int(self._shape(x)[axis])  # type: ignore[arg-type]
-        start = int(index) % extent  # type: ignore[arg-type]
+        x, dim, index = arguments(node)
+        axis = self._axis(x, dim)
+        start = index % int(self._shape(x)[axis])
         part = self._sliced(node, x, axis, start, start + 1, 1)
         return Value(part.name, self._shape(node), part.dtype)
 
     def _parts(self, node: fx.Node) -> list[Value]:
         """chunk, split and unbind: each part that is read becomes a slice."""
-        x = node.args[0]
-        dim = int(_arguments(node, None, None, 0)[2]) if node.target is not aten.unbind.int else int(node.args[1])  # type: ignore[arg-type]
-        axis, used = self._axis(x, dim), {int(u.args[1]): u for u in node.users if u.target is operator.getitem}  # type: ignore[arg-type]
+        x, single = operand(node, 0), node.target is aten.unbind.int
+        dim = int(_arguments(node, None, 0)[1] if single else _arguments(node, None, None, 0)[2])
+        axis, used = self._axis(x, dim), {arguments(u)[1]: u for u in node.users if u.target is operator.getitem}
         parts, start = [], 0
         for i, (two, three) in enumerate(zip(self.two[node.name], self.three[node.name], strict=True)):
-            size = 1 if node.target is aten.unbind.int else int(two.shape[dim])
+            size = 1 if single else int(two.shape[dim])
             shape = self._shape_of(two, three)
             if i in used:
                 part = self._sliced(node, x, axis, start, start + size, 1, used[i].name)
@@ -514,7 +515,7 @@ class _Emitter:
         return parts
 
     def _item(self, node: fx.Node) -> Value:
-        return self.parts[node.args[0]][int(node.args[1])]  # type: ignore[index,arg-type]
+        return self.parts[operand(node, 0)][arguments(node)[1]]
 
     def _expand(self, node: fx.Node) -> Value:
         x, shape = self._value(node.args[0]), self._shape(node)
@@ -528,21 +529,23 @@ class _Emitter:
         return [2 if d == BATCH else int(d) for d in shape]
 
     def _pad(self, node: fx.Node) -> Value:
-        x, pads, *rest = node.args
+        x, pads, *rest = arguments(node)
         value = self._value(x)
         mode = next((r for r in rest if isinstance(r, str)), node.kwargs.get("mode", "constant"))
-        fill = next((r for r in rest if isinstance(r, int | float)), node.kwargs.get("value")) or 0.0
+        fill: Any = next((r for r in rest if isinstance(r, int | float)), node.kwargs.get("value")) or 0.0
         rank = len(value.shape)
         before, after = [0] * rank, [0] * rank
         for i, (low, high) in enumerate(_pairs(pads)):
             before[rank - 1 - i], after[rank - 1 - i] = low, high
         if mode != "constant" or min(before + after) < 0 or (value.batched and before[0] + after[0]):
             raise self._refusal("only padding by a constant, of other dimensions than the batch, has a kernel")
-        problem = record("movement.pad", shape=value.shape, before=before, after=after, fill=float(fill), dtype=value.dtype)
+        problem = record(
+            "movement.pad", shape=value.shape, before=before, after=after, fill=float(fill), dtype=value.dtype
+        )
         return self._moved(node, problem, [value], self._shape(node))
 
     def _upsample(self, node: fx.Node) -> Value:
-        x, factors = self._value(node.args[0]), node.args[1]
+        x, factors = self._value(node.args[0]), arguments(node)[1]
         problem = record("movement.upsample", shape=x.shape, factors=factors, dtype=x.dtype)
         return self._moved(node, problem, [x], self._shape(node))
 
@@ -570,12 +573,10 @@ class _Emitter:
         return self._call(Kernel("quantize", problem), operands, {"out": out})[0]
 
     def _quantize(self, node: fx.Node) -> Value:
-        x, quantizer = self._value(node.args[0]), self._quantizer(node)
+        x, quantizer, bits = self._value(node.args[0]), self._quantizer(node), arguments(node)[4]
         if not x.batched or x.dtype != "float32":
             raise self._refusal("it quantizes what has no batch or is no float32")
-        problem = record(
-            "quantize.Quantize", shape=(x.size,), bits=int(node.args[4]), groups=quantizer["qscale"].size  # type: ignore[arg-type]
-        )
+        problem = record("quantize.Quantize", shape=(x.size,), bits=bits, groups=quantizer["qscale"].size)
         out = Value(node.name, x.shape, "uint8")
         return self._call(Kernel("quantize", problem), {"x": x, **quantizer}, {"out": out})[0]
 
@@ -594,25 +595,25 @@ class _Emitter:
         return self._call(Kernel("movement", problem), operands, {"y": out})[0]
 
     def _contraction(self, node: fx.Node, epilogue: _Epilogue, out: Value) -> Value:
-        x, group, codes, scale, offset, lut, row_class, act_scale, act_zero, bias, segments, *spatial = node.args
+        x, group, codes, scale, offset, lut, row_class, act_scale, act_zero, bias, segments, *spatial = arguments(node)
         source = self._value(x)
-        stored = {"codes": self._stored(codes), "scale": self._stored(scale), "stored_offset": offset, "tables": lut,
-                  "row_class": row_class, "stored_bias": bias}  # fmt: skip
-        stored = {k: v if isinstance(v, Value) else self._stored(v) for k, v in stored.items() if v is not None}
-        stored["act_zero"] = self._stacked(act_zero, None)  # type: ignore[arg-type]
-        bits = storage.code_bits(self.program, (*node.args[: storage.LUT], self.task.outer.get(lut, lut)))  # type: ignore[arg-type]
+        parts = {"codes": codes, "scale": scale, "stored_offset": offset, "tables": lut, "row_class": row_class}
+        parts["stored_bias"] = bias
+        stored = {name: self._stored(part) for name, part in parts.items() if part is not None}
+        stored["act_zero"] = self._stacked(act_zero, None)
+        bits = storage.code_bits(self.program, stored["tables"].name if "tables" in stored else None)
         if "tables" in stored and "row_class" not in stored:
             stored["row_class"] = self._single_class(stored["scale"].inner[0])
         if "stored_bias" in stored and stored["stored_bias"].dtype != "float16":
             raise self._refusal("its bias exceeds the range of half-precision floats")
         channels = source.inner[-1]
-        shared = {
+        shared: dict[str, Any] = {
             "channels": channels,
             "outputs": stored["scale"].inner[0],
             "bits": bits,
             "classes": stored["tables"].inner[0] if "tables" in stored else 1,
-            "segments": tuple(segments),  # type: ignore[arg-type]
-            "groups": self._stored(act_scale[0]).size,  # type: ignore[index]
+            "segments": tuple(segments),
+            "groups": self._stored(act_scale[0]).size,
             "has_offset": "stored_offset" in stored,
             "has_bias": "stored_bias" in stored,
         }
@@ -624,11 +625,12 @@ class _Emitter:
                 "problem.QuantMatmul", height=source.inner[0], width=source.inner[1], kernel=kernel, stride=stride,
                 padding=padding, epilogue=epilogue.record, **shared,
             )  # fmt: skip
-            prepare = record("problem.QuantMatmul", height=kernel[0], width=kernel[1], kernel=kernel, **shared)  # type: ignore[index]
+            prepare = record("problem.QuantMatmul", height=kernel[0], width=kernel[1], kernel=kernel, **shared)
         else:
             rows = source.size // channels
+            rank = 2 if rows == 1 else 3
             problem = record(
-                "problem.QuantMatmul", height=rows, width=1, rank=2 if rows == 1 else 3, epilogue=epilogue.record, **shared
+                "problem.QuantMatmul", height=rows, width=1, rank=rank, epilogue=epilogue.record, **shared
             )
             prepare = record("problem.QuantMatmul", height=1, width=1, **shared)
         names = ["tiles", "lut", "start", "weight_scale", "offset", "bias"]
@@ -639,7 +641,7 @@ class _Emitter:
         operands = {
             "x": source,
             "group": self._value(group),
-            "act_scale": self._stacked(act_scale, "float32"),  # type: ignore[arg-type]
+            "act_scale": self._stacked(act_scale, "float32"),
             "act_zero": stored["act_zero"],
             **dict(zip(results, panels, strict=True)),
             **self._finish(epilogue),
@@ -660,7 +662,9 @@ class _Emitter:
 
     # ------------------------------------------------------------------------------------ float anchors
 
-    def _anchor(self, template: str, problem: Record, operands: dict[str, Value | None], epilogue: _Epilogue, out: Value) -> Value:
+    def _anchor(
+        self, template: str, problem: Record, operands: dict[str, Value | None], epilogue: _Epilogue, out: Value
+    ) -> Value:
         given = {k: v for k, v in operands.items() if v is not None}
         problem = problem.replace(epilogue=epilogue.record, time_groups=self._groups(epilogue))
         return self._call(Kernel(template, problem), given | self._finish(epilogue), {"y": out})[0]
@@ -669,14 +673,15 @@ class _Emitter:
         return None if node is None else self._value(node)
 
     def _group_norm(self, node: fx.Node, epilogue: _Epilogue, out: Value) -> Value:
-        source, groups, weight, bias, eps = node.args
+        source, groups, weight, bias, eps = arguments(node)
         x, gamma, beta = self._value(source), self._optional(weight), self._optional(bias)
         if (gamma is None) != (beta is None):
             raise self._refusal("it has a weight without a bias, or a bias without a weight")
         channels = x.inner[-1]
         problem = record(
-            "norms.GroupNorm", positions=x.size // channels, channels=channels, groups=groups, eps=eps, affine=gamma is not None
-        )
+            "norms.GroupNorm", positions=x.size // channels, channels=channels, groups=groups, eps=eps,
+            affine=gamma is not None,
+        )  # fmt: skip
         return self._anchor("norms", problem, {"x": x, "gamma": gamma, "beta": beta}, epilogue, out)
 
     def _layer_norm(self, node: fx.Node, epilogue: _Epilogue, out: Value) -> Value:
@@ -704,7 +709,8 @@ class _Emitter:
             "attention.Attention", queries=query.inner[0], keys=key.inner[0], heads=heads, dim=query.inner[1] // heads,
             scale=scale, mask=shape,
         )  # fmt: skip
-        return self._anchor("attention", problem, {"q": query, "k": key, "v": self._value(v), "mask": additive}, epilogue, out)
+        operands = {"q": query, "k": key, "v": self._value(v), "mask": additive}
+        return self._anchor("attention", problem, operands, epilogue, out)
 
     def _linear(self, node: fx.Node, epilogue: _Epilogue, out: Value) -> Value:
         source, weight, bias = _arguments(node, None, None, None)
@@ -741,6 +747,9 @@ class _Emitter:
             panel = Value(f"{weight.name}|panel", (), "float32")
             weight = self._call(Kernel("pack", problem), {"weight": weight}, {"panel": panel})[0]
         return self._anchor("float_gemm", problem, {"x": x, "weight": weight, "bias": bias}, epilogue, out)
+
+
+Anchor = Callable[[_Emitter, fx.Node, _Epilogue, Value], Value]
 
 
 @dataclass(frozen=True)
@@ -780,7 +789,7 @@ BINARY: dict[Any, str] = {
     aten.minimum.default: "minimum",
 }
 
-ANCHORS: dict[Any, Callable[[_Emitter, fx.Node, _Epilogue, Value], Value]] = {
+ANCHORS: dict[Any, Anchor] = {
     ops.quant_linear: _Emitter._contraction,
     ops.quant_conv2d: _Emitter._contraction,
     ops.group_norm: _Emitter._group_norm,
@@ -831,8 +840,8 @@ def _kind(value: Value, shape: Shape) -> str | None:
 
 def _order(node: fx.Node, rank: int) -> list[int]:
     if is_permute(node):
-        return [int(d) for d in node.args[1]]  # type: ignore[union-attr,arg-type]
-    a, b = (0, 1) if node.target is aten.t.default else (int(node.args[1]), int(node.args[2]))  # type: ignore[arg-type]
+        return [int(d) for d in arguments(node)[1]]
+    a, b = (0, 1) if node.target is aten.t.default else arguments(node)[1:3]
     order = list(range(rank))
     order[a], order[b] = order[b], order[a]
     return order
@@ -840,7 +849,7 @@ def _order(node: fx.Node, rank: int) -> list[int]:
 
 def _arguments(node: fx.Node, *defaults: Any) -> list[Any]:
     """The positional arguments, filled up with `defaults` (the graph's own operators take no keywords)."""
-    return [*node.args[: len(defaults)], *defaults[len(node.args) :]]
+    return [*arguments(node)[: len(defaults)], *defaults[len(node.args) :]]
 
 
 def _pairs(values: Any) -> list[tuple[int, int]]:

@@ -13,8 +13,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import mpq_compiler
 from mpq_compiler.errors import UserError
@@ -28,13 +29,13 @@ class Failure(Exception):
     """The worker could not do it; the message says why."""
 
 
-def _send(stream: BinaryIO, message: Any) -> None:
+def _send(stream: IO[bytes], message: Any) -> None:
     data = pickle.dumps(message)
     stream.write(len(data).to_bytes(8, "little") + data)
     stream.flush()
 
 
-def _receive(stream: BinaryIO) -> Any:
+def _receive(stream: IO[bytes]) -> Any:
     """The next message. EOFError: there is none."""
     size = stream.read(8)
     data = stream.read(int.from_bytes(size, "little")) if len(size) == 8 else b""
@@ -50,7 +51,7 @@ class Worker:
         root = str(Path(mpq_compiler.__file__).parents[1])
         paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TVM_NUM_THREADS": "1"}
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             stdin=subprocess.PIPE,
@@ -112,7 +113,7 @@ def _link(lowered: Any, target: Any, objects: list[str], output: str) -> None:
     link(lowered, target, [Path(p) for p in objects], Path(output))
 
 
-REQUESTS = {"compile": _compile, "link": _link}
+REQUESTS: dict[str, Callable[..., None]] = {"compile": _compile, "link": _link}
 
 
 def main() -> None:
@@ -127,7 +128,7 @@ def main() -> None:
         except EOFError:
             return
         try:
-            answer = ("done", REQUESTS[function](*arguments))
+            answer: tuple[str, Any] = ("done", REQUESTS[function](*arguments))
         except UserError as error:
             answer = ("user-error", str(error))
         except Exception as error:

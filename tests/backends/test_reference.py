@@ -9,6 +9,7 @@ import torch
 
 from mpq_compiler import costs, runtime, targets
 from mpq_compiler.backends import reference
+from mpq_compiler.backends.reference.build import build
 from mpq_compiler.errors import UserError
 from mpq_compiler.program import run
 from tests import packed
@@ -20,7 +21,7 @@ CASES = [("unet2d", "int8"), ("unet2d-class", "int3"), ("sd15", "int2+b"), ("pix
 def test_same_bits_as_the_program(name, weights, tmp_path):
     case = packed.program(name, weights)
     target = targets.resolve("reference")
-    built = reference.build(case.program, target)
+    built = build(case.program, target)
     assert built.payload_bytes == costs.stored_bytes(case.planned)
     compiled = runtime.load(packed.write(tmp_path / "a.mpq", case.program, target, built), threads=1)
     inputs = packed.take(case.inputs, slice(5))
