@@ -35,11 +35,12 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def table(title: str, headers: Sequence[str], rows: Iterable[Sequence[object]], numeric: Sequence[int] = ()) -> None:
     """Prints a table; the columns in ``numeric`` are aligned to the right."""
-    made = Table(title=title, title_justify="left", header_style="bold")
+    made = Table(header_style="bold")
     for index, header in enumerate(headers):
         made.add_column(header, justify="right" if index in numeric else "left", overflow="fold")
     for row in rows:
         made.add_row(*("" if cell is None else str(cell) for cell in row))
+    console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
     console.print(made)
 
 
