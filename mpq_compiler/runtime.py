@@ -178,17 +178,19 @@ class CompiledDenoiser:
         show.
 
         UserError: an input is missing, unknown, or of the wrong type, shape or device; the batch is empty;
-        the output is not finite.
+        an input or the output is not finite.
         """
         arrays = self._checked(inputs)
         batch, fitting = self._specializations(arrays)
+        if self.check_finite:
+            _require_finite_inputs(arrays)
         with self._lock:
             parts = [
                 self._part(function, arrays, begin, end) for function, begin, end in _schedule(batch, fitting)
             ]
         result = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if self.check_finite:
-            self._require_finite(result, arrays)
+            self._require_finite(result)
         return result
 
     def _part(
@@ -239,21 +241,23 @@ class CompiledDenoiser:
                 raise UserError(f"input '{name}' has shape {list(array.shape)}; this artifact takes {known}")
         return batch, fitting
 
-    def _require_finite(self, result: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
+    def _require_finite(self, result: np.ndarray) -> None:
         # A sum is finite only if every term is; it may overflow where all are, hence the second look.
         if np.isfinite(result.sum(dtype=np.float64)) or (bad := ~np.isfinite(result)).sum() == 0:
             return
-        for name, array in arrays.items():
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise UserError(
-                    f"input '{name}' holds NaN or infinity, and so does the output; check what made it"
-                )
         name = self._functions[0]["output"]["name"]
         sample = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1)))
         raise UserError(
             f"output '{name}' holds NaN or infinity in {int(bad.sum())} of {bad.size} values, first in "
             f"sample {sample}; inputs far outside the calibrated range do that, and so may too few bits"
         )
+
+
+def _require_finite_inputs(arrays: Mapping[str, np.ndarray]) -> None:
+    # A quantizer turns NaN into a code: what goes in must be looked at, for nothing shows in what comes out.
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UserError(f"input '{name}' holds NaN or infinity; check what made it")
 
 
 def _schedule(batch: int, functions: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int, int]]:

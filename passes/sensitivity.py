@@ -67,8 +67,12 @@ class Sensitivity(Pass):
                         results[name] = float(f"{power:.{DIGITS - 1}e}")
                         advance(1)
 
-                for done in [pool.submit(measure, t) for t in tasks]:
-                    done.result()
+                try:
+                    for done in [pool.submit(measure, t) for t in tasks]:
+                        done.result()
+                except BaseException:  # Ctrl-C must not wait for what is still to be measured
+                    pool.shutdown(cancel_futures=True)
+                    raise
         table: dict[str, Any] = {"weights": {}, "activations": {}, "inputs": self.inputs}
         for name, node, choice in self.tasks(program):
             if isinstance(choice, str):

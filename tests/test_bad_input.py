@@ -304,7 +304,7 @@ def test_run_refuses_wrong_inputs(native: Path) -> None:
         ({"sample": sample.astype(np.float64)}, "float64"),
         ({"sample": sample[:, :, :8]}, "sample"),
         ({"sample": sample[:0], "timestep": good["timestep"][:0]}, "batch"),
-        ({"timestep": good["timestep"][:1]}, "timestep"),
+        ({"timestep": np.arange(3)}, "timestep"),
         ({"sampel": sample}, "sampel"),
     ):
         with pytest.raises(UserError, match=words):
@@ -317,11 +317,11 @@ def test_run_refuses_wrong_inputs(native: Path) -> None:
         denoiser.run({**good, "sample": torch.empty(sample.shape, device="meta")})
 
 
-def test_a_non_finite_output_is_an_error(native: Path) -> None:
+def test_non_finite_values_are_errors(native: Path) -> None:
     denoiser = runtime.load(native)
     inputs = {name: value.numpy() for name, value in tiny.inputs("unet2d", batch=1).items()}
     inputs["sample"][0, 0, 0, 0] = np.nan
-    with pytest.raises(UserError, match="finite"):
+    with pytest.raises(UserError, match="NaN"):
         denoiser.run(inputs)
 
 
