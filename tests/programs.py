@@ -30,7 +30,7 @@ MODELS = (BUNDLED, *tiny.FAMILIES)
 
 FRONT = "trace,layout,calibrate{samples=3,steps=5},time-groups{groups=3}"
 BACK = "insert-fake-quant,residual-branch,round-weights,fold-fake-quant,fuse-epilogues"
-MIXED = f"{FRONT},sensitivity{{inputs=3,formats=int2/int2+b/int4/int8}},bit-allocation{{weights=5.5}},{BACK}"
+MIXED = f"{FRONT},sensitivity{{inputs=3,formats=int2/int2+b/int8}},bit-allocation{{weights=5.5}},{BACK}"
 """All passes; plain and residual formats side by side."""
 RESIDUAL = f"{FRONT},bit-allocation{{uniform=int2+b}},{BACK}"
 """One format with tables, offsets and branches in every layer."""

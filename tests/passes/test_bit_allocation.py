@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+
+import pytest
+
+from mpq_compiler import costs, formats, storage
+from mpq_compiler.calibration import input_edge
+from mpq_compiler.errors import UserError
+from mpq_compiler.pass_manager import Session
+from mpq_compiler.passes.bit_allocation import BitAllocation
+from mpq_compiler.program import Program
+from tests import programs
+
+MODEL = "unet2d"
+
+
+def planned(**options) -> Program:
+    return BitAllocation(**options).run(programs.after(MODEL, "sensitivity"), Session())
+
+
+def loss(program: Program) -> float:
+    table = program.facts["sensitivity"]["weights"]
+    return sum(table[path][plan.format] for path, plan in program.weights.items())
+
+
+def test_the_budget_is_met_and_used():
+    previous = float("inf")
+    for bits in (4.0, 5.0, 6.0, 8.0):
+        program = planned(weights=bits)
+        parameters = program.facts["parameters"]
+        assert costs.average_bits(costs.stored_bytes(program), parameters) <= bits
+        assert loss(program) < previous
+        previous = loss(program)
+    assert costs.average_bits(costs.stored_bytes(planned(weights=6.0)), parameters) > 5.9
+
+
+@pytest.mark.parametrize("model", programs.MODELS)
+def test_stored_bytes_are_those_of_the_artifact(model):
+    """To the byte: what the plan says is what the packed program stores."""
+    plan = programs.after(model, "bit-allocation")
+    for name in ("fold-fake-quant", "fuse-epilogues"):
+        stored = storage.stored(programs.after(model, name))
+        assert costs.stored_bytes(plan) == sum(s.array.nbytes for s in stored.values())
+
+
+def test_a_budget_of_bytes_is_the_same_budget():
+    parameters = programs.after(MODEL, "sensitivity").facts["parameters"]
+    by_bits, by_bytes = planned(weights=5.0), planned(bytes=int(5.0 * parameters / 8))
+    assert by_bits.weights == by_bytes.weights
+
+
+def test_an_impossible_budget_names_the_least():
+    with pytest.raises(UserError, match=r"cannot be met: the least .* is \d+ bytes \(\d\.\d+ bits\)") as caught:
+        planned(weights=1.0)
+    least = int(re.search(r"is (\d+) bytes", str(caught.value))[1])
+    assert costs.stored_bytes(planned(bytes=least)) == least
+    with pytest.raises(UserError, match="cannot be met"):
+        planned(bytes=least - 1)
+
+
+def test_formats_fall_with_their_sensitivity():
+    program = planned(weights=5.0)
+    assert len({plan.format for plan in program.weights.values()}) > 1
+    assert all(plan.format in formats.FORMATS for plan in program.weights.values())
+
+
+def test_layers_that_read_one_tensor_get_one_width():
+    """Both widths are open, and the budget lies between them."""
+    program = programs.after(MODEL, "sensitivity").fork()
+    table = program.facts["sensitivity"]
+    activations = {edge: {"4": 9 * losses["8"], "8": losses["8"]} for edge, losses in table["activations"].items()}
+    program.facts["sensitivity"] = table | {"activations": activations}
+    program = BitAllocation(weights=6.0, activations=6.0).run(program, Session())
+    assert {plan.bits for plan in program.activations.values()} == {4, 8}
+    elements = costs.activation_elements(program)
+    total = sum(plan.bits * elements[edge] for edge, plan in program.activations.items())
+    assert total <= 6.0 * sum(elements.values())
+    readers = defaultdict(list)
+    for node in program.quantizable:
+        readers[input_edge(node).name].append(node.name)
+    assert {*readers} == {*program.activations} and max(map(len, readers.values())) > 2
+
+
+def test_bit_operations_are_a_budget():
+    program = planned(weights=8.0)
+    macs = costs.macs(program)
+
+    def spent(p: Program) -> int:
+        widths = {path: formats.get(plan.format).bits for path, plan in p.weights.items()}
+        return sum(macs[n.name] * widths[str(costs.weight_path(n))] * 8 for n in p.quantizable)
+
+    limit = 0.7 * spent(program)
+    tight = planned(weights=8.0, bops=limit)
+    assert spent(tight) <= limit < spent(program) and loss(tight) > loss(program)
+
+
+def test_uniform_needs_no_table():
+    program = programs.after(MODEL, "time-groups").fork()
+    program = BitAllocation(uniform="int3").run(program, Session())
+    assert {plan.format for plan in program.weights.values()} == {"int3"}
+    with pytest.raises(UserError, match=r"did you mean 'int3(\+b)?'"):
+        BitAllocation(uniform="int3b").run(program, Session())
+
+
+def test_without_sensitivities_the_sentence_says_what_to_do():
+    program = programs.after(MODEL, "time-groups", programs.RESIDUAL)
+    with pytest.raises(UserError, match="put sensitivity before it, or set uniform=int8"):
+        BitAllocation(weights=4.0).run(program, Session())
+
+
+def test_the_same_problem_twice_gives_the_same_plan():
+    assert planned(weights=4.7).weights == planned(weights=4.7).weights
+    assert dataclasses.asdict(BitAllocation())["activations"] == 8.0

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mpq_compiler import denoiser as denoisers
+from mpq_compiler import ops, pass_manager
+from mpq_compiler.calibration import GRAM, RANGE, VALUES, collect, input_rows
+from mpq_compiler.errors import UserError
+from mpq_compiler.pass_manager import Session
+from mpq_compiler.passes.calibrate import Calibrate
+from mpq_compiler.program import TensorStore, run
+from tests import programs, tiny
+
+
+def test_statistics_are_those_of_the_values():
+    program = programs.after("unet2d", "calibrate")
+    calibration = program.facts["calibration"]
+    values = {}
+    run(program, calibration.inputs, lambda node, value: values.__setitem__(node.name, value))
+    for name, edge in calibration.edges.items():
+        rows = values[name].reshape(12, -1)
+        assert torch.equal(edge.low, rows.amin(1)) and torch.equal(edge.high, rows.amax(1))
+        assert edge.elements == rows.shape[1]
+        assert all(set(e.tolist()) <= set(r.tolist()) for e, r in zip(edge.values, rows, strict=True))
+
+
+@pytest.mark.parametrize("name", ["conv_in", "down_blocks_0_downsamplers_0_conv", "time_embedding_linear_1"])
+def test_rows_are_what_the_weight_multiplies(name):
+    """All rows of a layer's input, times its weight as stored, are the layer's output."""
+    program = programs.after("unet2d", "calibrate")
+    layer, values = program.node(name), {}
+    run(program, programs.inputs("unet2d", 2), lambda node, value: values.__setitem__(node.name, value))
+    rows = input_rows(layer, values[layer.args[0].name], 10**9, torch.Generator())
+    weight = program.tensors[str(layer.args[1].target)].reshape(values[name].shape[-1], -1)
+    y = rows @ weight.T + program.tensors[str(layer.args[2].target)]
+    assert torch.allclose(y.reshape(values[name].shape), values[name], atol=1e-4)
+
+
+def test_moments():
+    program = programs.after("unet2d", "calibrate")
+    calibration = program.facts["calibration"]
+    name = "time_embedding_linear_1"
+    values = {}
+    run(program, calibration.inputs, lambda node, value: values.__setitem__(node.name, value))
+    x = values[program.node(name).args[0].name]
+    assert torch.allclose(calibration.grams[name], x.T @ x / len(x), atol=1e-5)
+    assert torch.allclose(calibration.means[name], x.mean(0), atol=1e-6)
+
+
+def test_only_what_is_asked_for_is_collected():
+    program = programs.after("pixart", "layout")
+    x = programs.inputs("pixart", 2)
+    assert not collect(program, x, frozenset({RANGE}), 0, lambda n: None).grams
+    both = collect(program, x, frozenset({VALUES, GRAM}), 0, lambda n: None)
+    assert {*both.grams} == {n.name for n in program.quantizable}
+
+
+def test_the_pipeline_asks_once():
+    passes = pass_manager.parse(programs.MIXED)
+    assert frozenset().union(*(p.statistics for p in passes)) == {RANGE, VALUES, GRAM}
+
+
+def test_a_model_without_layers_is_a_sentence():
+    program = programs.after("pixart", "layout").fork()
+    for node in list(program.graph.nodes):
+        if node.target in (torch.ops.aten.linear.default, ops.conv2d):
+            node.target = torch.nn.functional.silu
+    session = Session(programs.denoiser("pixart"), programs.calibration("pixart"))
+    with pytest.raises(UserError, match="pixart has no linear or conv2d layer that could be quantized"):
+        Calibrate().run(program, session)
+
+
+def test_values_that_are_not_finite_are_a_sentence():
+    program = programs.after("pixart", "layout")
+    name = str(program.quantizable[0].args[2].target)
+    infinite = torch.full_like(program.tensors[name], torch.inf)
+    bad = program.fork(tensors=TensorStore({**program.tensors, name: infinite}))
+    session = Session(programs.denoiser("pixart"), programs.calibration("pixart"))
+    with pytest.raises(UserError, match=r"pixart gives values that are not finite at '.*' during calibration"):
+        Calibrate().run(bad, session)
+
+
+def test_a_layer_that_never_runs_is_not_in_the_graph():
+    """A parameter that the forward never touches takes no part: it is traced away, and everything else compiles."""
+    model = tiny.model("pixart")
+    model.never = torch.nn.Linear(8, 8)
+    denoiser = denoisers.wrap(model, name="unused")
+    session = Session(denoiser, programs.calibration("pixart"))
+    program, _ = pass_manager.run_pipeline(pass_manager.parse(programs.RESIDUAL), programs.empty(), session)
+    assert not [name for name in program.weights if name.startswith("never")]
+    assert program.facts["parameters"] == programs.denoiser("pixart").parameters + 72

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mpq_compiler import calls, ops
+from mpq_compiler.costs import stored_dtype
+from mpq_compiler.pass_manager import Session
+from mpq_compiler.passes.insert_fake_quant import InsertFakeQuant
+from mpq_compiler.program import TensorStore
+from mpq_compiler.verifier import check
+from tests import programs
+
+
+@pytest.mark.parametrize("model", programs.MODELS)
+def test_one_quantizer_an_edge_and_a_weight(model):
+    step = programs.step(model, "insert-fake-quant")
+    flat = calls.flatten(step.after)
+    edges = [q.edge for q in calls.quantizers_of(flat)]
+    assert sorted(edges) == sorted(step.before.activations)
+    assert len([c for c in flat if c.target is ops.fake_quantize_weight]) == len(step.before.weights)
+    assert len([n for n in step.after.graph.nodes if n.target is ops.time_group]) == 1
+
+
+@pytest.mark.parametrize("model", programs.MODELS)
+def test_leftovers_are_read_as_they_are_stored(model):
+    program = programs.after(model, "insert-fake-quant")
+    weights = {x.weight for x in calls.levels_of(calls.flatten(program))}
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and str(node.target) not in weights:
+            tensor = program.tensors[str(node.target)]
+            assert tensor.dtype == stored_dtype(str(node.target), tensor)
+
+
+def test_values_beyond_f16_stay_f32_and_are_listed():
+    program = programs.after("pixart", "bit-allocation")
+    name = str(program.quantizable[0].args[2].target)
+    huge = program.tensors[name].clone()
+    huge.view(-1)[0] = 1e6
+    spoiled = program.fork(tensors=TensorStore({**program.tensors, name: huge}))
+    after = InsertFakeQuant().run(spoiled, Session())
+    assert after.fallbacks == {name: "values beyond the range of f16, stored as f32"}
+    assert name in {str(n.target) for n in after.graph.nodes} and torch.equal(after.tensors[name], huge)
+    assert check(after) == []

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mpq_compiler import formats, ops
+from mpq_compiler.formats.base import QuantizedWeight, output_error
+from mpq_compiler.formats.residual import RATIOS, ResidualFormat
+from mpq_compiler.formats.uniform import UniformFormat
+from mpq_compiler.program import run
+from tests import programs
+
+RESIDUALS = [f for f in formats.FORMATS.values() if isinstance(f, ResidualFormat)]
+
+
+def weight(rows: int = 12, columns: int = 40, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator).add(0.1)
+
+
+def gram(columns: int = 40, seed: int = 1) -> torch.Tensor:
+    x = torch.randn(300, columns, generator=torch.Generator().manual_seed(seed)) * torch.linspace(0.1, 2, columns)
+    return x.T @ x / len(x)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS, ids=lambda f: f.name)
+@pytest.mark.parametrize("moments", [None, gram()], ids=["weight-error", "output-error"])
+def test_never_worse_than_its_base(residual, moments):
+    for seed in range(4):
+        w = weight(seed=seed)
+        base = UniformFormat("base", residual.base_bits).fit(w, moments)
+        fit = residual.fit(w, moments)
+        error, base_error = (float(output_error(q.dequantize() - w, moments).sum()) for q in (fit, base))
+        assert error < base_error
+
+
+@pytest.mark.parametrize("residual", RESIDUALS, ids=lambda f: f.name)
+def test_a_quarter_gives_the_even_levels_of_one_more_bit(residual):
+    table, alpha = residual.tables(0.25)
+    nothing = torch.zeros(1, 1, dtype=torch.uint8)
+    _, joint = ops.merge_branch(nothing, table, nothing, alpha)
+    steps = joint[0].to(torch.int16).diff().unique()
+    assert joint.shape == (1, 2**residual.bits) and len(steps) == 1
+    # Uniform levels at half the step: the same values up to the offset.
+    uniform = UniformFormat("u", residual.bits).table
+    scaled = uniform[0].to(torch.float32) * float(steps)
+    assert torch.equal(joint[0].float() - joint[0].float().mean(), scaled - scaled.mean())
+
+
+@pytest.mark.parametrize("residual", RESIDUALS, ids=lambda f: f.name)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_tables_stay_within_int8_and_on_the_grid(residual, ratio):
+    table, alpha = residual.tables(ratio)
+    assert int(table.to(torch.int16).abs().max()) + int(alpha.abs()) <= ops.LUT_MAX
+    unit = int(table[0].to(torch.int16).diff()[0])
+    assert alpha.dtype == torch.int8 and abs(int(alpha) - ratio * unit) == 0
+
+
+def test_merging_is_exact():
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 8, (33, 20), generator=generator, dtype=torch.uint8)
+    signs = torch.randint(0, 2, (33, 20), generator=generator, dtype=torch.uint8)
+    table, alpha = ResidualFormat("r", 4, base_bits=3).tables(0.375)
+    merged, joint = ops.merge_branch(codes, table, signs, alpha)
+    base = table[0].to(torch.int16)[codes.long()]
+    assert torch.equal(joint[0].to(torch.int16)[merged.long()], base + (2 * signs.to(torch.int16) - 1) * alpha)
+    assert merged.dtype == torch.uint8 and int(merged.max()) < 16
+
+
+def test_without_a_branch_there_is_nothing_to_merge():
+    """Z = 0: a plain format merges to itself."""
+    for name in ("int2", "int4", "int8"):
+        plain = formats.get(name).fit(weight())
+        assert plain.merged() is plain and plain.signs is None
+
+
+def test_a_branch_of_zero_leaves_the_base():
+    fit = formats.get("int2+b").fit(weight())
+    silent = QuantizedWeight(fit.codes, fit.scale, fit.offset, fit.lut, fit.signs, torch.zeros_like(fit.alpha))
+    base = QuantizedWeight(fit.codes, fit.scale, fit.offset, fit.lut)
+    assert torch.equal(silent.dequantize(), base.dequantize())
+
+
+@pytest.mark.parametrize("residual", RESIDUALS, ids=lambda f: f.name)
+def test_two_to_the_b_plus_one_levels(residual):
+    fit = residual.fit(weight(columns=400)).merged()
+    assert fit.lut.shape == (1, 2 ** (residual.base_bits + 1))
+    levels = max(len(row.unique()) for row in fit.dequantize())
+    assert 2**residual.base_bits < levels <= 2 ** (residual.base_bits + 1)
+
+
+def test_only_layers_that_the_plan_names_get_a_branch():
+    step = programs.step("unet2d", "residual-branch")
+    planned = {path for path, plan in step.after.weights.items() if plan.format.endswith("+b")}
+    branches = [n for n in step.after.graph.nodes if n.target is ops.binary_branch]
+    assert {str(n.args[0].target).split(":")[0] for n in branches} == planned
+    assert 0 < len(planned) < len(step.after.weights)
+
+
+def test_branches_bring_the_output_nearer_to_float():
+    x = programs.inputs("pixart", 4)
+    y = run(programs.after("pixart", "bit-allocation", programs.RESIDUAL), x)
+    step = programs.step("pixart", "residual-branch", programs.RESIDUAL)
+    assert (run(step.after, x) - y).square().sum() < 0.5 * (run(step.before, x) - y).square().sum()

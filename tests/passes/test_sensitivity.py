@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpq_compiler import cache
+from mpq_compiler.pass_manager import Session
+from mpq_compiler.passes import sensitivity
+from mpq_compiler.passes.sensitivity import Sensitivity
+from mpq_compiler.program import Program, TensorStore
+from tests import programs
+from tests.tree import ROOT
+
+MODEL = "pixart"
+PASS = Sensitivity(inputs=3, formats=("int2", "int8"), activations=(4, 8))
+
+
+def measured(program: Program, folder: Path, jobs: int = 1) -> dict:
+    program = program.fork()
+    program.facts.pop("fits", None)
+    return PASS.run(program, Session(cache=folder, jobs=jobs)).facts["sensitivity"]
+
+
+@pytest.fixture
+def evaluations(monkeypatch):
+    """The number of measurements made, as a list of one."""
+    count = [0]
+    measure = Sensitivity.measure
+
+    def counting(self, *arguments):
+        count[0] += 1
+        return measure(self, *arguments)
+
+    monkeypatch.setattr(Sensitivity, "measure", counting)
+    return count
+
+
+def test_fewer_bits_cost_more(tmp_path):
+    table = measured(programs.after(MODEL, "time-groups"), tmp_path)
+    layers = programs.after(MODEL, "time-groups").quantizable
+    assert len(table["weights"]) == len(layers)
+    assert all(losses["int2"] > losses["int8"] > 0 for losses in table["weights"].values())
+    assert all(losses["4"] > losses["8"] > 0 for losses in table["activations"].values())
+
+
+def test_jobs_change_nothing(tmp_path):
+    program = programs.after(MODEL, "time-groups")
+    assert measured(program, tmp_path / "1", jobs=1) == measured(program, tmp_path / "2", jobs=2)
+
+
+def test_a_second_run_measures_nothing(tmp_path, evaluations):
+    program = programs.after(MODEL, "time-groups")
+    first, count = measured(program, tmp_path), evaluations[0]
+    assert measured(program, tmp_path) == first and evaluations[0] == count > 0
+
+
+@pytest.mark.parametrize("what", ["weight", "bias", "inputs"])
+def test_a_change_in_place_misses_the_cache(tmp_path, evaluations, what):
+    """The key is made of bytes: the store's tensors are changed in place, name and address stay."""
+    shared = programs.after(MODEL, "time-groups")
+    program = shared.fork(tensors=TensorStore({n: t.clone() for n, t in shared.tensors.items()}))
+    calibration = program.facts["calibration"]
+    inputs = {n: t.clone() for n, t in calibration.inputs.items()}
+    program.facts["calibration"] = type(calibration)(inputs, calibration.edges, calibration.grams, calibration.means)
+    measured(program, tmp_path)
+    count = evaluations[0]
+    changed = {
+        "weight": program.tensors["proj_out.weight"],
+        "bias": program.tensors["proj_out.bias"],
+        "inputs": inputs["hidden_states"],
+    }[what]
+    changed.view(-1)[0] += 1.0
+    measured(program, tmp_path)
+    assert evaluations[0] == 2 * count
+
+
+RUN = """
+import sys, time
+from pathlib import Path
+import torch
+from tests import programs
+from tests.passes.test_sensitivity import MODEL, PASS, measured
+from mpq_compiler.passes.sensitivity import Sensitivity
+measure = Sensitivity.measure
+def slow(self, *arguments):
+    time.sleep(0.05)
+    return measure(self, *arguments)
+Sensitivity.measure = slow
+program = programs.after(MODEL, "time-groups", programs.FRONT)
+print("ready", flush=True)
+measured(program, Path(sys.argv[1]))
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, evaluations):
+    program = programs.after(MODEL, "time-groups", programs.FRONT)
+    whole = measured(program, tmp_path / "whole")
+    total = evaluations[0]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    child = subprocess.Popen(
+        [sys.executable, "-c", RUN, tmp_path / "killed"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout.readline() == "ready\n"
+    deadline = time.monotonic() + 60
+    while _lines(tmp_path / "killed") < total // 2 + 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert total // 2 < _lines(tmp_path / "killed") < total
+    (file,) = (tmp_path / "killed").rglob("*.jsonl")
+    with file.open("a") as torn:
+        torn.write('["w torn')  # what a kill in the middle of a line leaves
+    evaluations[0] = 0
+    assert measured(program, tmp_path / "killed") == whole
+    assert 0 < evaluations[0] <= 0.55 * total
+
+
+def _lines(folder: Path) -> int:
+    return sum(file.read_bytes().count(b"\n") for file in folder.rglob("*.jsonl"))
+
+
+def test_a_given_table_is_used(evaluations):
+    program = programs.after(MODEL, "time-groups")
+    table = {"weights": {}, "activations": {}}
+    assert PASS.run(program, Session(sensitivity=table)).facts["sensitivity"] is table
+    assert evaluations[0] == 0
+
+
+def test_losses_are_rounded():
+    table = programs.after(MODEL, "sensitivity").facts["sensitivity"]
+    for losses in table["weights"].values():
+        assert all(loss == float(f"{loss:.{sensitivity.DIGITS - 1}e}") for loss in losses.values())
+
+
+def test_the_key_knows_machine_and_versions(monkeypatch):
+    program = programs.after(MODEL, "time-groups")
+    inputs = program.facts["calibration"].select(2)
+    key = PASS.key(program, inputs)
+    assert key == PASS.key(program, inputs)
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    assert PASS.key(program, inputs) != key
+    assert len(cache.digest("a", "bc")) == 64 and cache.digest("a", "bc") != cache.digest("ab", "c")

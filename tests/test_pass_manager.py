@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pytest
+import torch
+
+from mpq_compiler import pass_manager
+from mpq_compiler.errors import UserError
+from mpq_compiler.pass_manager import Contract, Pass, Session, _convert, parse, to_text
+from mpq_compiler.passes import PASSES
+from tests import programs
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "trace",
+        "trace,layout,calibrate{samples=64,steps=10}",
+        "sensitivity{formats=int2/int2+b/int8,activations=4/8}",
+        "bit-allocation{weights=3.7,uniform=int3+b}",
+        "bit-allocation{activations=6.5},round-weights",
+        programs.MIXED,
+    ],
+)
+def test_round_trip(text):
+    passes = parse(text)
+    assert to_text(passes) == text
+    assert parse(to_text(passes)) == passes
+
+
+def test_spaces_and_dashes_are_free():
+    assert parse(" trace , time-groups { groups = 2 } ") == parse("trace,time-groups{groups=2}")
+    assert to_text(parse("time-groups{groups=4,bits=8}")) == "time-groups"  # defaults are left out
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("", "the pipeline is empty; name at least the pass 'trace'"),
+        ("trase", "unknown pass 'trase': did you mean 'trace'?"),
+        ("trace,,layout", "a pass name is missing"),
+        ("calibrate{samples=3", "'{' after 'calibrate' is never closed"),
+        ("calibrate{samples}", "'samples' of 'calibrate' must be written option=value"),
+        ("calibrate{samples=3}layout", "a comma is missing before 'layout'"),
+        ("calibrate{sample=3}", "pass 'calibrate' has no option 'sample': did you mean 'samples'?"),
+        ("trace{x=1}", "pass 'trace' has no option 'x': it has none"),
+        ("calibrate{samples=many}", "option 'samples' of pass 'calibrate' must be int, not 'many'"),
+        ("bit-allocation{weights=low}", "option 'weights' of pass 'bit-allocation' must be float or NoneType, not 'low'"),
+        ("round-weights{method=nearst}", "option 'method' of pass 'round-weights' is 'nearst': did you mean 'nearest'?"),
+        ("sensitivity{activations=8/x}", "option 'activations' of pass 'sensitivity' must be int, not 'x'"),
+    ],
+)
+def test_errors_of_pipelines(text, sentence):
+    with pytest.raises(UserError) as caught:
+        parse(text)
+    assert sentence in str(caught.value)
+
+
+def test_options_from_python_and_toml():
+    made = pass_manager.make("sensitivity", {"formats": ["int2", "int8"], "inputs": 4})
+    assert made.options() == {"inputs": 4, "formats": ("int2", "int8"), "activations": (8,)}
+    assert pass_manager.make("bit-allocation", {"weights": None}).weights is None
+    assert _convert("true", bool, "x") is True and _convert("none", float | None, "x") is None
+    assert _convert("b", Literal["a", "b"], "x") == "b"
+    with pytest.raises(UserError, match="x must be bool, not 'maybe'"):
+        _convert("maybe", bool, "x")
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("layout", "pass 'layout' needs 'graph': put trace before it"),
+        ("trace,calibrate", "pass 'calibrate' needs 'channels-last': put layout before it"),
+        ("trace,layout,calibrate,bit-allocation", "pass 'bit-allocation' needs 'time-groups': put time-groups before it"),
+        ("trace,layout,fold-fake-quant", "pass 'fold-fake-quant' needs 'codes': put round-weights before it"),
+    ],
+)
+def test_order_is_checked_before_anything_runs(text, sentence):
+    session = Session(None)  # nothing runs: a trace would fail
+    with pytest.raises(UserError) as caught:
+        pass_manager.run_pipeline(parse(text), programs.empty(), session)
+    assert sentence in str(caught.value)
+
+
+def test_the_default_order_is_complete():
+    pass_manager.check([pass_manager.find(name)() for name in PASSES])
+
+
+def test_every_pass_of_the_registry_is_found_by_its_name():
+    for name in PASSES:
+        cls = pass_manager.find(name)
+        assert cls.name() == name and issubclass(cls, Pass)
+        assert (cls.__doc__ or "").strip()
+
+
+def test_records_and_observers():
+    seen = []
+    start = programs.after("pixart", "trace")
+    program, records = pass_manager.run_pipeline(
+        parse("layout"), start, Session(), lambda *a: seen.append(a), present={"graph"}
+    )
+    ((index, step, before, after),) = seen
+    assert (index, step.name()) == (0, "layout") and before is start and after is program
+    assert [r.name for r in records] == ["layout"] and records[0].seconds > 0 and records[0].peak_bytes > 10**6
+
+
+def test_passes_leave_their_program_as_it_is():
+    from mpq_compiler.printer import text
+
+    for step in programs.steps("pixart"):
+        if step.before.inputs:
+            before = text(step.before)
+            names = {*step.before.tensors}
+            step.step.run(step.before, Session(programs.denoiser("pixart"), programs.calibration("pixart")))
+            assert text(step.before) == before and names <= {*step.before.tensors}
+
+
+# --- passes of other packages -------------------------------------------------------------------------------
+
+
+def distribution(folder: Path, entry: str, source: str = "") -> None:
+    """What an installed package leaves on sys.path: its module and the metadata of its entry points."""
+    info = folder / "acme_passes-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-passes\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{pass_manager.ENTRY_POINTS}]\n{entry}\n")
+    if source:
+        (folder / "acme_passes.py").write_text(source)
+
+
+SOURCE = '''
+from dataclasses import dataclass
+from typing import ClassVar
+from mpq_compiler.pass_manager import Contract, Pass
+
+@dataclass(frozen=True)
+class Polish(Pass):
+    """Does nothing, thoroughly."""
+
+    contract: ClassVar[Contract] = Contract.IDENTICAL
+    requires: ClassVar[frozenset[str]] = frozenset({"graph"})
+    times: int = 1
+
+    @classmethod
+    def name(cls):
+        return "polish"
+
+    def run(self, program, session):
+        return program.fork()
+'''
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    def install(entry: str, source: str = "") -> None:
+        distribution(tmp_path, entry, source)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield install
+    sys.modules.pop("acme_passes", None)
+
+
+def test_a_pass_of_another_package(installed):
+    installed("polish = acme_passes:Polish", SOURCE)
+    assert pass_manager.all_names() == [*PASSES, "polish"]
+    program, records = pass_manager.run_pipeline(
+        parse("layout,polish{times=3}"), programs.after("pixart", "trace"), Session(), present={"graph"}
+    )
+    assert records[-1].name == "polish"
+    assert to_text(parse("polish{times=3}")) == "polish{times=3}"
+    with pytest.raises(UserError, match="did you mean 'polish'"):
+        parse("polich")
+
+
+def test_a_package_that_fails_to_import_is_named(installed):
+    installed("polish = acme_passes:Polish", "import no_such_module\n")
+    with pytest.raises(UserError, match=r"pass 'polish' \(acme_passes:Polish\) fails to import: No module named"):
+        parse("polish")
+
+
+def test_something_else_than_a_pass_is_named(installed):
+    installed("polish = acme_passes:Polish", "class Polish: pass\n")
+    with pytest.raises(UserError, match="is no subclass of Pass"):
+        parse("polish")
+
+
+def test_a_name_twice_is_an_error(installed):
+    installed("layout = acme_passes:Polish", SOURCE)
+    with pytest.raises(UserError, match=r"pass 'layout' is defined more than once \(acme_passes:Polish\)"):
+        parse("layout")
+
+
+def test_a_pass_is_a_few_lines():
+    @dataclass(frozen=True)
+    class Negate(Pass):
+        contract: ClassVar[Contract] = Contract.IDENTICAL
+
+        def run(self, program, session):
+            program = program.fork()
+            for node in program.graph.nodes:
+                if node.target is torch.ops.aten.silu.default:
+                    node.target = torch.ops.aten.sigmoid.default
+            return program
+
+    before = programs.after("pixart", "layout")
+    after = Negate().run(before, Session())
+    assert torch.ops.aten.silu.default in {n.target for n in before.graph.nodes}
+    assert torch.ops.aten.silu.default not in {n.target for n in after.graph.nodes}
