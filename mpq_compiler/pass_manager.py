@@ -159,22 +159,22 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
         if value not in choices:
             raise UserError(f"{where} is '{value}': {nearest(str(value), map(str, choices))}")
         return value
+    if type(None) in alternatives and value in (None, "none"):
+        return None
     for kind in alternatives:
         origin = typing.get_origin(kind) or kind
         if origin is tuple and isinstance(value, list | tuple | str):
             parts = value.split("/") if isinstance(value, str) else value
             inner = typing.get_args(kind)[0]
             return tuple(_convert(p, inner, where) for p in parts)
-        if origin is type(None) and value in (None, "none"):
-            return None
         if origin is bool and str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
         if origin in (int, float, str) and not isinstance(value, bool):
             try:
                 return origin(value)
-            except ValueError:
+            except (TypeError, ValueError):
                 continue
-    names = " or ".join(getattr(k, "__name__", str(k)) for k in alternatives)
+    names = " or ".join("none" if k is type(None) else getattr(k, "__name__", str(k)) for k in alternatives)
     raise UserError(f"{where} must be {names}, not '{value}'")
 
 
