@@ -2,9 +2,10 @@
 # versions of constraints.txt, this tree in editable mode.
 PYTHON ?= python3
 VENV ?= .venv
-# CPU builds of torch; where this index cannot be reached pip falls back to its own (on PyPI: a larger CUDA build).
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-PYTEST_ARGS ?=
+# Options for installing torch, such as --index-url with PyTorch's CPU wheels, which are a tenth of the size.
+TORCH_ARGS ?=
+# A worker for each core; suites keep together, since their tests share compiled models.
+PYTEST_ARGS ?= -n auto --dist loadfile
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 
 .PHONY: demo test lint clean
@@ -21,7 +22,7 @@ lint: $(VENV)/.installed
 
 $(VENV)/.installed: setup.cfg constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --retries 1 --no-deps -c constraints.txt --extra-index-url $(TORCH_INDEX) torch
+	$(PIP) install --quiet -c constraints.txt $(TORCH_ARGS) torch
 	$(PIP) install --quiet -c constraints.txt -e '.[dev,bench]'
 	touch $@
 

@@ -314,6 +314,7 @@ def _describe(
             "codec": denoiser.codec,
             "scheduler": denoiser.scheduler.to_config(),
             "null_class": denoiser.null_class,
+            "classes": denoiser.classes,
             "class_names": list(denoiser.class_names),
         },
         "calibration": {"seed": options.seed, "inputs": len(planned.facts["calibration"].timesteps)},

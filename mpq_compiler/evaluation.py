@@ -32,8 +32,8 @@ class Painter:
     shape: tuple[int, int, int]
     codec: str
     inputs: tuple[str, ...]
-    null_class: int | None
-    class_names: tuple[str, ...]
+    classes: int | None
+    """How many classes can be asked for, the null class not among them."""
 
     def conditions(self, images: int, label: int | None = None) -> dict[str, Array]:
         """Class labels of ``images`` pictures: one class, or all in turn; {} for an unconditional model."""
@@ -44,7 +44,7 @@ class Painter:
             return {}
         if extra != ["class_labels"]:
             raise UserError(f"'{self.name}' is conditioned on {', '.join(extra)}, which needs its text encoder")
-        classes = len(self.class_names) or self.null_class or 1
+        classes = self.classes or 1
         if label is not None and not 0 <= label < classes:
             raise UserError(f"'{self.name}' has the classes 0 to {classes - 1}; --class {label} is none of them")
         labels = np.arange(images) % classes if label is None else np.full(images, label)
@@ -95,8 +95,7 @@ def from_artifact(path: str | Path, threads: int | None = None) -> Painter:
         shape=tuple(about["shape"]),
         codec=about["codec"],
         inputs=tuple(compiled.input_names),
-        null_class=about["null_class"],
-        class_names=tuple(about["class_names"]),
+        classes=about["classes"],
     )
 
 
@@ -116,8 +115,7 @@ def from_denoiser(loaded: Any) -> Painter:
         shape=loaded.latent_shape,
         codec=loaded.codec,
         inputs=tuple(loaded.input_specs),
-        null_class=loaded.null_class,
-        class_names=loaded.class_names,
+        classes=loaded.classes,
     )
 
 

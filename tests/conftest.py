@@ -1,10 +1,26 @@
-"""Prints the time of every suite (one test file) after a run, slowest first."""
+"""The option --accept, and the time of every suite (one test file) after a run, slowest first."""
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One cache for the whole run, and never the user's: compiled kernels are shared by all suites and workers."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["MPQ_CACHE"] = str(root / "mpq-cache")
+
+
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--accept", action="store_true", help="write the golden texts of tests/golden anew")
+
 
 _seconds: defaultdict[str, float] = defaultdict(float)
 

@@ -1,0 +1,297 @@
+"""The TVM backend against the packed program: contracts (a), (c) and (d) of docs/ir.md, errors, equal bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mpq_compiler import artifact, costs, ops, runtime, targets, tvm_runtime
+from mpq_compiler.aten import aten
+from mpq_compiler.backends.tvm import templates
+from mpq_compiler.backends.tvm.build import build, compile_library
+from mpq_compiler.backends.tvm.emit import lower
+from mpq_compiler.backends.tvm.lowered import Kernel, Lowered, Value, record
+from mpq_compiler.backends.tvm.worker import Crash, Failure, Worker
+from mpq_compiler.errors import UserError
+from mpq_compiler.program import run
+from mpq_compiler.tensorfile import aligned, aligned_empty
+from tests import packed
+
+TARGETS = ("x86-64-avx512vnni", "x86-64-avx2")
+MODELS = (
+    (packed.BUNDLED, "int8"),
+    ("unet2d", "int3"),
+    ("unet2d-class", "int2+b"),
+    ("sd15", "int8"),
+    ("pixart", "int4"),
+    ("unet2d-17x23", "int8"),
+)
+BATCHES = (1, 4)
+EXACT_STEPS = {"add", "sub", "rsub", "mul", "div", "rdiv", "neg", "square", "cast", "quantize"}
+"""Operations that IEEE 754 defines to the last bit, and the quantizer."""
+
+
+def runnable(name: str) -> targets.Target:
+    target = targets.resolve(name)
+    if lacking := targets.missing_features(target):
+        pytest.skip(f"this machine lacks {', '.join(lacking)}")
+    return target
+
+
+@functools.cache
+def compiled(name: str, weights: str, target: str) -> tuple[artifact.Artifact, Lowered]:
+    """The artifact of a packed program and the plan it was built from."""
+    case, folder = packed.program(name, weights), packed.kernel_cache()
+    row = runnable(target)
+    built = build(case.program, row, BATCHES, jobs=2, cache=folder)
+    assert built.payload_bytes == costs.stored_bytes(case.planned)
+    path = packed.write(folder / f"{name}-{weights}-{target}.mpq", case.program, row, built)
+    return artifact.read(path), lower(case.program, BATCHES)
+
+
+@functools.cache
+def executed(name: str, weights: str, target: str) -> torch.Tensor:
+    """The artifact's outputs for the 64 inputs."""
+    inputs = {key: value.numpy() for key, value in packed.program(name, weights).inputs.items()}
+    return torch.from_numpy(runtime.load(compiled(name, weights, target)[0].path, threads=1).run(inputs))
+
+
+# ------------------------------------------------------------------------------------- (a) node by node
+
+
+class Kernels:
+    """Calls single kernels of an artifact."""
+
+    def __init__(self, made: artifact.Artifact, lowered: Lowered, target: str) -> None:
+        machine = tvm_runtime.VirtualMachine(made, threads=1)
+        self.prepared = dict(zip(lowered.prepared, (np.from_dlpack(t) for t in machine._prepared), strict=True))
+        self.ffi, _ = tvm_runtime._load()
+        self.library = self.ffi.load_module(str(made.file(artifact.KERNELS)))  # the machine; kernels lie beneath
+        self.target = targets.resolve(target)
+
+    def __call__(self, kernel: Kernel, operands: dict[str, np.ndarray], batch: int) -> np.ndarray:
+        inputs, (output,) = templates.arguments(kernel, self.target)
+
+        def sized(shape):
+            return tuple(batch if extent == "B" else extent for extent in shape)
+
+        arrays = [aligned(np.ascontiguousarray(operands[a.name]).reshape(sized(a.shape)).copy()) for a in inputs]
+        result = aligned_empty(sized(output.shape), np.dtype(output.dtype))
+        function = self.library.get_function(kernel.name, query_imports=True)
+        function(*(self.ffi.from_dlpack(array) for array in (*arrays, result)))
+        return result
+
+
+def steps_of(kernel: Kernel) -> list[str]:
+    """Names of the pointwise operations that a kernel computes."""
+    fields = dict(kernel.problem.fields)
+    holder = fields.get("epilogue", kernel.problem if kernel.template == "pointwise" else None)
+    return [step.get("op") for step in holder.get("steps")] if holder else []
+
+
+def is_exact(kernel: Kernel) -> bool:
+    """Whether its result is defined to the bit: integers, moved elements, IEEE operations."""
+    return kernel.template in ("gemm", "quantize", "movement", "pointwise") and {*steps_of(kernel)} <= EXACT_STEPS
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("name", "weights"), MODELS)
+def test_every_node_computes_what_the_reference_does(name, weights, target):
+    case = packed.program(name, weights)
+    kernels = Kernels(*compiled(name, weights, target), target)
+    lowered = compiled(name, weights, target)[1]
+    inputs, batch = packed.take(case.inputs, slice(4)), 4
+    expected: dict[str, np.ndarray] = {}
+
+    def watch(node, value):
+        if isinstance(value, torch.Tensor):
+            expected[node.name] = value.numpy()
+
+    run(case.program, inputs, watch=watch)
+    known = {**kernels.prepared, **{key: value.numpy() for key, value in inputs.items()}}
+    checked: Counter[str] = Counter()
+    for call in lowered.calls:
+        operands = {a: expected[v] if v in expected and v not in kernels.prepared else known[v] for a, v in call.operands}
+        result = kernels(call.kernel, operands, batch)
+        ((_, value),) = call.results
+        known[value] = result
+        if value not in expected:
+            continue  # the first of two kernels of a region: checked behind the second
+        target_value = expected[value].reshape(result.shape)
+        assert result.dtype == target_value.dtype, call
+        checked[call.kernel.template] += 1
+        if is_exact(call.kernel):
+            assert np.array_equal(result, target_value), f"{call.node}: {call.kernel}"
+        elif result.dtype == np.uint8:
+            different = np.abs(result.astype(int) - target_value)
+            assert different.max() <= 1, f"{call.node}: {call.kernel}"
+            assert (different > 0).sum() <= max(1, 1e-5 * different.size), f"{call.node}: {call.kernel}"
+        else:
+            error = np.abs(result - target_value).max() / np.abs(target_value).max()
+            assert error <= 1e-5, f"{call.node}: {call.kernel}: {error}"
+    assert checked["gemm"] and checked["norms"] and checked["attention"] and checked["quantize"]
+    assert sum(checked.values()) >= len(lowered.calls) - len(case.program.fallbacks)
+
+
+# ------------------------------------------------------------------------------------ (c), (d) end to end
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("name", "weights"), MODELS)
+def test_artifact_is_as_good_as_the_packed_program(name, weights, target):
+    case = packed.program(name, weights)
+    expected = case.denoiser(**case.inputs)
+    packed_db = packed.sqnr_db(run(case.program, case.inputs), expected)
+    artifact_db = packed.sqnr_db(executed(name, weights, target), expected)
+    assert abs(artifact_db - packed_db) <= 0.1
+
+
+@pytest.mark.parametrize(("name", "weights"), MODELS)
+def test_cpu_targets_give_the_same_bits(name, weights):
+    first, *others = (executed(name, weights, target) for target in TARGETS)
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("name", ["unet2d-class", "pixart"])
+def test_a_batch_of_mixed_timesteps_equals_its_samples(name):
+    weights = dict(MODELS)[name]
+    case = packed.program(name, weights)
+    assert case.inputs["timestep"].unique().numel() > 8
+    machine = runtime.load(compiled(name, weights, TARGETS[1])[0].path, threads=1)
+    rows = [machine.run({k: v[i : i + 1].numpy() for k, v in case.inputs.items()}) for i in range(8)]
+    assert np.array_equal(np.concatenate(rows), executed(name, weights, TARGETS[1])[:8].numpy())
+
+
+def test_other_time_groups_change_nothing(tmp_path):
+    name, weights = "unet2d", "int3"
+    case, (made, _) = packed.program(name, weights), compiled(name, weights, TARGETS[1])
+    boundaries = case.program.facts["time-groups"]
+    group = torch.bucketize(case.inputs["timestep"].float(), boundaries, right=True)
+    used = int(group.mode().values)
+    rows = (group == used).nonzero().flatten()
+    assert len(boundaries) and 0 < len(rows) < 64
+    changed = {}
+    for key, array in made.tensors().items():
+        array = np.array(array)
+        if key.endswith((":scale", ":zero_point")) and array.shape == (len(boundaries) + 1,):
+            others = np.arange(len(array)) != used
+            array[others] = 7 if array.dtype == np.uint8 else array[others] * 3
+        changed[key] = array
+    drop = ("format", "format_version", "files", "weights", "artifact_sha256")
+    manifest = {key: value for key, value in made.manifest.items() if key not in drop}
+    artifact.write(tmp_path / "b.mpq", manifest, {artifact.KERNELS: made.file(artifact.KERNELS)}, changed)
+    machine = runtime.load(tmp_path / "b.mpq", threads=1)
+    all_rows = machine.run({key: value.numpy() for key, value in case.inputs.items()})
+    expected = executed(name, weights, TARGETS[1]).numpy()
+    assert np.array_equal(all_rows[rows], expected[rows])
+    assert not np.array_equal(all_rows, expected)
+
+
+# ------------------------------------------------------------------------------------------- equal bytes
+
+
+def test_equal_bytes_whatever_jobs_and_folders(tmp_path):
+    lowered = lower(packed.program("pixart", "int4").program, (1, 2))
+    target = targets.resolve("aarch64-dotprod" if tvm_linker_missing("x86-64-avx2") else "x86-64-avx2")
+    (tmp_path / "other").mkdir()
+    first, reused = compile_library(lowered, target, jobs=1, cache=tmp_path)
+    second, _ = compile_library(lowered, target, jobs=2, cache=tmp_path / "other")
+    third, all_reused = compile_library(lowered, target, jobs=2, cache=tmp_path)
+    assert hashlib.sha256(first).digest() == hashlib.sha256(second).digest() == hashlib.sha256(third).digest()
+    assert reused == 0 and all_reused == len(lowered.kernels())
+    assert str(tmp_path).encode() not in first and str(Path.cwd()).encode() not in first
+
+
+def tvm_linker_missing(name: str) -> bool:
+    from mpq_compiler.backends.tvm.link import linker
+
+    try:
+        linker(targets.resolve(name))
+    except UserError:
+        return True
+    return False
+
+
+def test_functions_of_the_manifest():
+    case = packed.program("unet2d-class", "int2+b")
+    made, lowered = compiled("unet2d-class", "int2+b", TARGETS[1])
+    functions = {f["name"]: f for f in made.manifest["functions"]}
+    assert list(functions) == [f"denoise_b{b}" for b in BATCHES]
+    inputs = {value["name"]: value for value in functions["denoise_b4"]["inputs"]}
+    assert inputs["timestep"] == {"name": "timestep", "shape": [4], "dtype": "int64"}
+    assert [spec.name for spec in case.program.inputs] == list(inputs)
+    assert made.manifest["prepare"]["tensors"] == [value.name for value in lowered.stored]
+    codes = [entry for entry in made.manifest["tensors"] if "bits" in entry]
+    assert {entry["bits"] for entry in codes} == {3}  # int2 and a binary branch: a table of eight entries
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+def one_kernel(kernel: Kernel) -> Lowered:
+    x, y = Value("x", ("B", 4), "float32"), Value("y", ("B", 4), "float32")
+    from mpq_compiler.backends.tvm.lowered import Call
+
+    return Lowered((x,), (), (), (), (Call(kernel, (("x", "x"),), (("y", "y"),), "conv_7"),), y)
+
+
+GEMM = Kernel("gemm", record("problem.QuantMatmul", height=8, width=8, channels=64, outputs=64, groups=2))
+
+
+def test_a_worker_that_llvm_ends_is_one_sentence(tmp_path):
+    """x86-64-v4 has no VNNI: without the attribute LLVM cannot select vpdpbusd and aborts its process."""
+    target = targets.resolve("x86-64-avx512vnni")
+    options = {key: value for key, value in target.tvm.items() if key != "mattr"}
+    with pytest.raises(UserError) as caught:
+        compile_library(one_kernel(GEMM), dataclasses.replace(target, tvm=options), jobs=2, cache=tmp_path)
+    sentence = str(caught.value)
+    assert "conv_7" in sentence and "channels=64" in sentence and "x86-64-avx512vnni" in sentence
+    assert "compiler aborted" in sentence and "\n" not in sentence
+    assert not list((tmp_path / "kernels").iterdir())
+
+
+def test_a_kernel_that_cannot_be_generated_is_one_sentence(tmp_path):
+    kernel = Kernel("gemm", GEMM.problem.replace(bits=5))
+    with pytest.raises(UserError, match=r"conv_7.*bits=5.*x86-64-avx2.*weights of 5 bits have no kernel") as caught:
+        compile_library(one_kernel(kernel), targets.resolve("x86-64-avx2"), cache=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_worker_outlives_an_error():
+    with Worker() as worker:
+        with pytest.raises(Failure, match="5 bits"):
+            worker("compile", Kernel("gemm", GEMM.problem.replace(bits=5)), targets.resolve("x86-64-avx2"), "x.o")
+        with pytest.raises(Failure, match="KeyError"):
+            worker("nothing")
+        worker._process.kill()
+        with pytest.raises(Crash, match="SIGKILL"):
+            worker("nothing")
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be written"):
+        compile_library(one_kernel(GEMM), targets.resolve("x86-64-avx2"), cache=tmp_path / "file")
+
+
+def test_unknown_operators_are_named():
+    program = packed.program("pixart", "int4").program.fork()
+    node = next(n for n in program.graph.nodes if n.target is ops.quantize)
+    with program.graph.inserting_before(node):
+        new = program.graph.call_function(aten.cumsum.default, (node.args[0], 1))
+    node.replace_input_with(node.args[0], new)
+    with pytest.raises(UserError, match=rf"node '{new.name}' \(aten.cumsum\) cannot be compiled for a CPU: no kernel"):
+        lower(program, (1,))
+
+
+@pytest.mark.parametrize("batches", [(), (0,), (1, -1)])
+def test_batches_are_positive(batches):
+    with pytest.raises(UserError, match="cannot be compiled"):
+        lower(packed.program("pixart", "int4").program, batches)

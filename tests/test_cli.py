@@ -1,0 +1,193 @@
+"""Every command on a real model: what it prints, its JSON under the schema that ships, its exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mpq_compiler
+from mpq_compiler import cli, pass_manager, schemas
+from tests import tiny
+
+QUICK = ("--samples", "2", "--steps", "2")
+SCHEMAS = {"allocate": "allocation-solution"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Path:
+    return tiny.save("unet2d-class", folder / "model")
+
+
+def command(folder: Path, *arguments: str | Path) -> Any:
+    """Runs the command and returns its JSON, checked against its schema."""
+    output = folder / "result.json"
+    assert cli.main([*(str(a) for a in arguments), "--json", str(output)]) == 0
+    result = json.loads(output.read_text())
+    name = str(arguments[0])
+    assert schemas.check(result, SCHEMAS.get(name, name)) is None
+    return result
+
+
+@pytest.fixture(scope="module")
+def artifact(folder: Path, model: Path) -> Path:
+    output = folder / "tiny.mpq"
+    report = command(
+        folder, "compile", model, "-o", output, "--weights", "5", "--dumps", folder / "dumps", "--jobs", "2", *QUICK
+    )
+    assert report["weights"]["average_bits"] <= 5
+    assert report["quality"]["executed_by"] == "artifact"
+    assert [p["name"] for p in report["passes"]] == [p.name() for p in pass_manager.parse(report["pipeline"])]
+    assert sum(layer["bytes"] for layer in report["layers"]) < report["weights"]["bytes"]
+    return output
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], *([name] for name in ("compile", "inspect", "allocate", "demo"))):
+        with pytest.raises(SystemExit) as raised:
+            cli.main([*arguments, "--help"])
+        assert raised.value.code == 0
+        assert "usage: mpqc" in capsys.readouterr().out
+
+
+def test_the_lists(folder: Path) -> None:
+    assert [p["name"] for p in command(folder, "passes")][:3] == ["trace", "layout", "calibrate"]
+    described = command(folder, "passes", "time-groups")
+    assert {o["name"] for o in described["options"]} == {"groups", "bits"}
+    assert all(o["meaning"] for o in described["options"])
+    assert {r["name"] for r in command(folder, "recipes")} >= {"default", "w8a8"}
+    (native,) = [t for t in command(folder, "targets") if t["native"]]
+    assert native["implemented"]
+    assert "fashion-unet" in {m["name"] for m in command(folder, "models")}
+
+
+def test_generate_beside_the_float_model(folder: Path, model: Path, artifact: Path) -> None:
+    picture = folder / "grid.png"
+    result = command(
+        folder, "generate", artifact, "-o", picture, "--compare", model, "--images", "4", "--steps", "2", "--class", "3"
+    )
+    assert result["psnr_db"] > 15
+    width, height = Image.open(picture).size
+    assert width > 2 * 8 * 2
+    assert height > 8
+
+
+def test_eval_has_every_metric(folder: Path, model: Path, artifact: Path) -> None:
+    result = command(folder, "eval", artifact, "--against", model, "--images", "6", "--eval-steps", "2")
+    assert result["sqnr_db"] > 10
+    assert result["psnr_db"]["low"] <= result["psnr_db"]["value"] <= result["psnr_db"]["high"]
+    assert result["frechet_to_data"] is None
+    assert "extractor" in result["reasons"]["frechet_to_data"]
+
+
+def test_inspect_dumps_and_artifact(folder: Path, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dumps = folder / "dumps"
+    rows = command(folder, "inspect", dumps)
+    assert [r["pass"] for r in rows][0] == "trace"
+    assert [r["pass"] for r in rows][-1] == "fuse-epilogues"
+    assert rows[0]["sqnr_db"] is None or rows[0]["sqnr_db"] > 100
+    assert rows[-1]["sqnr_db"] < 60
+    capsys.readouterr()
+    packed = command(folder, "inspect", dumps, "--pass", "fold-fake-quant")["text"]
+    assert "mpq::quant_conv2d" in packed
+    assert packed in capsys.readouterr().out
+    changed = command(folder, "inspect", dumps, "--diff", "layout")
+    assert changed["from"] == "trace"
+    assert any(line.startswith("+") and "mpq::conv2d" in line for line in changed["diff"].splitlines())
+    unchanged = command(folder, "inspect", dumps, "--diff", "calibrate", "time-groups")["diff"]
+    assert all("//" in line for line in unchanged.splitlines() if line.startswith(("+", "-")))
+    layers = command(folder, "inspect", artifact, "--layers")["layers"]
+    assert {row["weight"] for row in layers} <= {"int2", "int3", "int2+b", "int4", "int3+b", "int8"}
+
+
+def test_verify_and_run(folder: Path, artifact: Path) -> None:
+    from mpq_compiler import runtime, tensorfile
+
+    assert command(folder, "verify", artifact) == {
+        "intact": True,
+        "sha256": runtime.load(artifact).manifest["artifact_sha256"],
+        "missing_features": [],
+    }
+    inputs = {name: value.numpy() for name, value in tiny.inputs("unet2d-class", batch=3).items()}
+    with (folder / "in.safetensors").open("wb") as stream:
+        tensorfile.save(stream, inputs)
+    output = folder / "out.safetensors"
+    result = command(folder, "run", artifact, "--input", folder / "in.safetensors", "--output", output)
+    assert result["shape"] == [3, 4, 8, 8]
+    assert np.array_equal(tensorfile.load(output)["output"], mpq_compiler.load(artifact).run(inputs))
+
+
+def test_measure_once_allocate_often(folder: Path, model: Path) -> None:
+    """The table alone gives the allocation that compiling with it gives, without importing torch."""
+    table = folder / "table.json"
+    measured = command(folder, "sensitivity", model, "-o", table, *QUICK)
+    assert measured == json.loads(table.read_text())
+    solution = folder / "solution.json"
+    script = (
+        "import sys; from mpq_compiler import cli;"
+        f"code = cli.main(['allocate', {str(table)!r}, '--weights', '4', '-o', {str(solution)!r}]);"
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+    chosen = json.loads(solution.read_text())
+    assert schemas.check(chosen, "allocation-solution") is None
+    assert chosen["optimal"]
+    report = command(
+        folder,
+        *("compile", model, "-o", folder / "tabled.mpq", "--weights", "4", "--sensitivity", table),
+        *("--target", "reference", *QUICK),
+    )
+    assert {row["name"]: f"{row['weight']} u8" for row in report["layers"]} == chosen["choices"]
+    fewer = command(folder, "allocate", table, "--weights", "3.2")
+    assert fewer["objective"] > chosen["objective"]
+
+
+def test_a_problem_anybody_can_write(folder: Path) -> None:
+    problem = folder / "problem.json"
+    choices = [
+        {"name": "int4", "loss": 0.31, "costs": {"bits": 1152}},
+        {"name": "int8", "loss": 0.01, "costs": {"bits": 2304}},
+    ]
+    layers = [{"name": name, "choices": choices} for name in ("conv_in", "conv_out")]
+    problem.write_text(json.dumps({"version": 1, "layers": layers, "budgets": [{"cost": "bits", "max": 3500}]}))
+    solution = command(folder, "allocate", problem)
+    assert sorted(solution["choices"].values()) == ["int4", "int8"]
+    assert solution["costs"]["bits"] == 3456
+
+
+def test_the_cache_is_listed_and_cleared(folder: Path, model: Path) -> None:
+    cache = folder / "own-cache"
+    command(folder, "sensitivity", model, "-o", folder / "again.json", "--cache", cache, *QUICK)
+    assert command(folder, "cache", "--cache", cache)["kinds"]["sensitivity"] > 0
+    assert command(folder, "cache", "clear", "--cache", cache)["freed"] > 0
+    assert command(folder, "cache", "--cache", cache)["kinds"] == {}
+
+
+def test_json_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models", "--json", "-"]) == 0
+    assert schemas.check(json.loads(capsys.readouterr().out), "models") is None
+
+
+def test_the_command_is_installed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mpq_compiler", "recipes", "--json", "-"], capture_output=True, text=True, check=True
+    )
+    assert schemas.check(json.loads(done.stdout), "recipes") is None
+
+
+def test_every_command_has_a_python_name() -> None:
+    for name in ("compile", "load", "allocate", "measure_sensitivity", "evaluate", "inspect", "demo", "verify"):
+        assert callable(getattr(mpq_compiler, name))
+    with pytest.raises(AttributeError):
+        mpq_compiler.nothing  # noqa: B018
