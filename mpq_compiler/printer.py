@@ -126,8 +126,15 @@ def _joined(operands: list[str]) -> list[str]:
 
 
 def expression(call: calls.Call) -> str:
-    """The right-hand side of a line; ``.weight`` is a parameter of the module that the call is named after."""
-    return f"{operator_name(call.target)}({', '.join(_own(o, call.name) for o in _operands(call))})"
+    """The right-hand side of a line.
+
+    ``.weight`` is a parameter of the module that the call is named after, ``:{scale,zero_point}`` are the tables of the
+    tensor that a quantizer reads.
+    """
+    operands = [_own(o, call.name) for o in _operands(call)]
+    if call.target in calls.QUANTIZERS:
+        operands[1] = operands[1].removeprefix(operands[0].removeprefix("%"))
+    return f"{operator_name(call.target)}({', '.join(operands)})"
 
 
 def _own(operand: str, name: str) -> str:

@@ -25,9 +25,9 @@ class BitAllocation(Pass):
     choice is a pair of weight format and activation width, so that bit operations stay linear; layers that read one
     tensor are linked to one width. Bytes are those of the artifact, overheads included.
 
-        %to_q = aten.linear(%norm, to_q.weight, to_q.bias)
+        %mid_block_attentions_0_to_q = aten.linear(%mid_block_attentions_0_group_norm, .weight, .bias)
       =>
-        %to_q = aten.linear(%norm, to_q.weight, to_q.bias)   w int3   a u8
+        %mid_block_attentions_0_to_q = aten.linear(%mid_block_attentions_0_group_norm, ...)  ...  w int3  a u8/t3 ...
     """
 
     contract: ClassVar[Contract] = Contract.IDENTICAL

@@ -19,12 +19,12 @@ class FoldFakeQuant(Pass):
 
     Equal, bit for bit, to the program before executed in exact mode (docs/ir.md, "Exact arithmetic").
 
-        %x_q    = mpq::fake_quantize(%x, x:scale, x:zero_point, %g, 8)
-        %conv_w = mpq::dequantize_weight(conv.weight:codes, conv.weight:scale, conv.weight:offset, conv.weight:lut, ...)
-        %conv   = mpq::conv2d(%x_q, %conv_w, conv.bias:corrected, [1, 1], [1, 1, 1, 1])
+        %permute_default_q = mpq::fake_quantize(%permute_default, :{scale,zero_point}, %g, bits=8)
+        %conv_in_w         = mpq::dequantize_weight(.weight:{codes,scale,offset,lut}, shape=[32,3,3,3])
+        %conv_in           = mpq::conv2d(%permute_default_q, %conv_in_w, .bias:corrected, ...)
       =>
-        %x_q    = mpq::quantize(%x, x:scale, x:zero_point, %g, 8)
-        %conv   = mpq::quant_conv2d(%x_q, %g, conv.weight:codes, conv.weight:scale, conv.weight:offset, ...)
+        %permute_default_q = mpq::quantize(%permute_default, :{scale,zero_point}, %g, bits=8)
+        %conv_in           = mpq::quant_conv2d(%permute_default_q, %g, .weight:{codes,scale,offset,lut}, ...)
     """
 
     contract: ClassVar[Contract] = Contract.EXACT

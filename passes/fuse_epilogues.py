@@ -33,11 +33,15 @@ class FuseEpilogues(Pass):
     stood. A quantizer ends the region, which then yields codes. Pointwise calls without such an operator are grouped
     among themselves. `reference` runs the region's graph, backends match it by its first call.
 
-        %norm1   = mpq::group_norm(%conv_in, 8, norm1.weight:f16, norm1.bias:f16, 1e-05)
-        %silu    = aten.silu(%norm1)
-        %silu_q  = mpq::quantize(%silu, silu:scale, silu:zero_point, %g, 8)
+        %mid_block_resnets_0_norm1               = mpq::group_norm(%down_blocks_1_attentions_0_add, ...)
+        %mid_block_resnets_0_nonlinearity_silu   = aten.silu(%mid_block_resnets_0_norm1)
+        %mid_block_resnets_0_nonlinearity_silu_q = mpq::quantize(%mid_block_resnets_0_nonlinearity_silu, ...)
       =>
-        %silu_q  = group_norm[silu, quantize](%conv_in, norm1.weight:f16, norm1.bias:f16, silu:scale, ...)
+        %mid_block_resnets_0_nonlinearity_silu_q   = group_norm[silu, quantize] {  ...
+          %mid_block_resnets_0_norm1               = mpq::group_norm(%down_blocks_1_attentions_0_add, ...)
+          %mid_block_resnets_0_nonlinearity_silu   = aten.silu(%mid_block_resnets_0_norm1)
+          %mid_block_resnets_0_nonlinearity_silu_q = mpq::quantize(%mid_block_resnets_0_nonlinearity_silu, ...)
+        }
     """
 
     contract: ClassVar[Contract] = Contract.EXACT

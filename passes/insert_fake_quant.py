@@ -25,12 +25,12 @@ class InsertFakeQuant(Pass):
     One quantizer a tensor edge, whoever reads it; one a weight, with the scales of the min-max range until a later pass
     sets better ones. Biases, norms and embeddings are read from f16 from here on.
 
-        %conv_in = mpq::conv2d(%permute, conv_in.weight:ohwi, conv_in.bias, ...)
+        %conv_in           = mpq::conv2d(%permute_default, .weight:ohwi, .bias, ...)
       =>
-        %g         = mpq::time_group(%timestep, time_groups.boundaries)
-        %permute_q = mpq::fake_quantize(%permute, permute:scale, permute:zero_point, %g, 8)
-        %conv_in_w = mpq::fake_quantize_weight(conv_in.weight:ohwi, conv_in.weight:scale, None, None, None)
-        %conv_in   = mpq::conv2d(%permute_q, %conv_in_w, conv_in.bias:f16, ...)
+        %g                 = mpq::time_group(%timestep, time_groups.boundaries)
+        %permute_default_q = mpq::fake_quantize(%permute_default, :{scale,zero_point}, %g, bits=8)
+        %conv_in_w         = mpq::fake_quantize_weight(.weight:{ohwi,range.scale,range.offset,range.lut})
+        %conv_in           = mpq::conv2d(%permute_default_q, %conv_in_w, .bias:f16, ...)
     """
 
     contract: ClassVar[Contract] = Contract.SIMULATION

@@ -27,12 +27,12 @@ class Layout(Pass):
     permutes; a permute sinks below pointwise operators and concatenations; a chain of data movement becomes the single
     reshape or permute that it amounts to (found by running it on indices), or nothing.
 
-        %conv_in = aten.conv2d(%sample, conv_in.weight, conv_in.bias, [1, 1], [1, 1])
-        %norm1   = aten.group_norm(%conv_in, 8, ...)
+        %conv_in                       = aten.conv2d(%sample, .weight, .bias, [1,1], [1,1])
+        %down_blocks_0_resnets_0_norm1 = aten.group_norm(%conv_in, 8, .weight, .bias, 1e-05, false)
       =>
-        %permute = aten.permute(%sample, [0, 2, 3, 1])
-        %conv_in = mpq::conv2d(%permute, conv_in.weight:ohwi, conv_in.bias, [1, 1], [1, 1, 1, 1])
-        %norm1   = mpq::group_norm(%conv_in, 8, ...)
+        %permute_default               = aten.permute(%sample, [0,2,3,1])
+        %conv_in                       = mpq::conv2d(%permute_default, .weight:ohwi, .bias, ..., padding=[1,1,1,1])
+        %down_blocks_0_resnets_0_norm1 = mpq::group_norm(%conv_in, .weight, .bias, groups=8, eps=1e-05)
     """
 
     contract: ClassVar[Contract] = Contract.REWRITE

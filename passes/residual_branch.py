@@ -21,11 +21,11 @@ class ResidualBranch(Pass):
 
     Base codes, branch signs, scale, offset and the layer's ratio alpha come out of one fit on output error.
 
-        %conv1_w = mpq::fake_quantize_weight(conv1.weight:ohwi, conv1.weight:range.scale, ...)
+        %conv_in_w        = mpq::fake_quantize_weight(.weight:{ohwi,range.scale,range.offset,range.lut})
       =>
-        %conv1_w_base   = mpq::dequantize_weight(conv1.weight:base.codes, conv1.weight:scale, conv1.weight:offset, ...)
-        %conv1_w_branch = mpq::binary_branch(conv1.weight:signs, conv1.weight:scale, conv1.weight:alpha, ...)
-        %conv1_w        = aten.add.Tensor(%conv1_w_base, %conv1_w_branch)
+        %conv_in_w_base   = mpq::dequantize_weight(.weight:{base.codes,scale,offset,base.lut}, shape=[32,3,3,3])
+        %conv_in_w_branch = mpq::binary_branch(.weight:{signs,scale,alpha}, shape=[32,3,3,3])
+        %conv_in_w        = aten.add(%conv_in_w_base, %conv_in_w_branch)
     """
 
     contract: ClassVar[Contract] = Contract.SIMULATION

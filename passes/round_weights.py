@@ -22,9 +22,9 @@ class RoundWeights(Pass):
     calibration data (least weight error is the wrong target: it shrinks near-uniform rows and loses 4-6 dB of the image
     at 2-3 bits), and codes are those of the nearest levels. The mean of the remaining error moves into the bias.
 
-        %conv_in_w = mpq::fake_quantize_weight(conv_in.weight:ohwi, conv_in.weight:range.scale, ...)
+        %conv_in_w = mpq::fake_quantize_weight(.weight:{ohwi,range.scale,range.offset,range.lut})
       =>
-        %conv_in_w = mpq::dequantize_weight(conv_in.weight:codes, conv_in.weight:scale, None, None, None, [48, 3, 3, 4])
+        %conv_in_w = mpq::dequantize_weight(.weight:{codes,scale,offset,lut}, shape=[32,3,3,3])
     """
 
     contract: ClassVar[Contract] = Contract.SIMULATION
@@ -33,6 +33,7 @@ class RoundWeights(Pass):
     statistics: ClassVar[frozenset[str]] = frozenset({GRAM})
 
     method: Literal["nearest"] = "nearest"
+    """How codes are chosen."""
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()

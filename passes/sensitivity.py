@@ -43,6 +43,7 @@ class Sensitivity(Pass):
     inputs: int = 32
     """Calibration inputs on which the output is compared."""
     formats: tuple[str, ...] = ("int2", "int3", "int2+b", "int4", "int3+b", "int8")
+    """Weight formats to measure."""
     activations: tuple[int, ...] = (8,)
     """Activation widths to measure."""
 

@@ -32,12 +32,11 @@ class Trace(Pass):
     every bit: assertions, dropout, casts and arithmetic that change nothing go, equal calls are merged, and what does
     not depend on an input is computed here.
 
-        %to_3 = aten.to.dtype(%linear_2, torch.float32)
         %dropout = aten.dropout(%silu_2, 0.0, False)
-        %conv2d_1 = aten.conv2d(%dropout, %p_model_mid_block_resnets_0_conv1_weight, ...)
+        %conv2d_4 = aten.conv2d(%dropout, %p_model_mid_block_resnets_0_conv1_weight, ...)
       =>
-        %mid_block_resnets_0_conv1 = aten.conv2d(
-            %mid_block_resnets_0_nonlinearity, mid_block.resnets.0.conv1.weight, ...)
+        %mid_block_resnets_0_nonlinearity_silu = aten.silu(%mid_block_resnets_0_norm1)
+        %mid_block_resnets_0_conv1             = aten.conv2d(%mid_block_resnets_0_nonlinearity_silu, .weight, ...)
     """
 
     contract: ClassVar[Contract] = Contract.IDENTICAL

@@ -16,8 +16,6 @@ def cache_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["MPQ_CACHE"] = str(root / "mpq-cache")
 
 
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="write the golden texts of tests/golden anew")
 
