@@ -15,6 +15,7 @@ from mpq_compiler.aten import aten
 from mpq_compiler.program import ActivationPlan, InputSpec, Program, Stage, TensorStore, WeightPlan
 from mpq_compiler.verifier import RULES, VerificationError, check, verify
 from tests import programs
+from tests.tree import ROOT
 
 MODEL = "unet2d"
 LINEAR = "time_embedding_linear_1"
@@ -387,13 +388,14 @@ def test_the_pass_manager_names_the_pass(monkeypatch):
     from mpq_compiler import pass_manager
     from mpq_compiler.passes.layout import Layout
 
+    start = programs.after(MODEL, "trace", programs.RESIDUAL)
+
     def broken(self, program, session):
         program = program.fork(stage=Stage.REWRITTEN)
         program.fallbacks["x"] = ""
         return program
 
     monkeypatch.setattr(Layout, "run", broken)
-    start = programs.after(MODEL, "trace", programs.RESIDUAL)
     with pytest.raises(VerificationError, match="after pass 'layout'"):
         pass_manager.run_pipeline(
             pass_manager.parse("layout"), start, pass_manager.Session(), present={"graph"}
@@ -401,5 +403,5 @@ def test_the_pass_manager_names_the_pass(monkeypatch):
 
 
 def test_rules_are_documented():
-    text = (programs.tiny.Path(__file__).parents[1] / "docs" / "ir.md").read_text()
+    text = (ROOT / "docs" / "ir.md").read_text()
     assert not [name for name in verifier.RULES if f"`{name}`" not in text]

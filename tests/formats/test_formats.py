@@ -1,0 +1,154 @@
+"""Weight and activation formats: levels, codes, bytes, stored types."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mpq_compiler import formats, ops
+from mpq_compiler.errors import UserError
+from mpq_compiler.formats import activation
+from mpq_compiler.formats.base import F16_MAX, F16_TINY, nearest_codes, stored_scale, stored_type
+from mpq_compiler.formats.packing import pack_codes, unpack_codes
+
+NAMES = [*formats.FORMATS]
+
+
+def weight(rows: int = 35, columns: int = 29, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator).add(0.05)
+
+
+def test_unknown_formats_name_the_nearest():
+    with pytest.raises(UserError, match="unknown weight format 'int5'"):
+        formats.get("int5")
+    with pytest.raises(UserError, match=r"did you mean 'int2\+b'"):
+        formats.get("int2+bb")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_types(name):
+    fit = formats.get(name).fit(weight()).merged()
+    bits = formats.get(name).bits
+    assert fit.scale.dtype == torch.float16 and fit.scale.shape == (35, 1) and (fit.scale > 0).all()
+    assert (fit.offset is not None) == formats.get(name).has_offset
+    if fit.offset is not None:
+        assert fit.offset.dtype == torch.float16 and fit.offset.shape == (35,)
+    if bits == 8:
+        assert fit.lut is None and fit.codes.dtype == torch.int8 and int(fit.codes.min()) >= -ops.LUT_MAX
+    else:
+        assert fit.lut.dtype == torch.int8 and fit.lut.shape == (1, 2**bits) and int(fit.lut.min()) >= -ops.LUT_MAX
+        assert fit.codes.dtype == torch.uint8 and int(fit.codes.max()) < 2**bits
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_codes_are_those_of_the_nearest_levels(name):
+    w = weight()
+    fit = formats.get(name).fit(w).merged()
+    table = torch.arange(-127, 128).float() if fit.lut is None else fit.lut[0].float()
+    levels = fit.scale.float() * table + (0 if fit.offset is None else fit.offset.float()[:, None])
+    nearest = (w[:, :, None] - levels[:, None, :]).abs().amin(-1)
+    assert torch.allclose((w - fit.dequantize()).abs(), nearest, rtol=1e-4, atol=1e-7)
+
+
+def test_ties_go_to_the_lower_level():
+    table = torch.tensor([[-2, -1, 0, 1]], dtype=torch.int8)
+    w = torch.tensor([[-1.5, -0.5, 0.5, 7.0, -7.0]])
+    assert nearest_codes(w, torch.ones(1, 1), None, table, None).tolist() == [[0, 1, 2, 3, 0]]
+    assert nearest_codes(w, torch.ones(1, 1), None, None, None).tolist() == [[-2, 0, 0, 7, -7]]
+
+
+def test_row_classes_choose_the_table():
+    tables = torch.tensor([[-2, -1, 0, 1], [-100, -3, 3, 100]], dtype=torch.int8)
+    classes = torch.tensor([1, 0, 1], dtype=torch.uint8)
+    w = weight(35, 7) * 4
+    codes = nearest_codes(w, torch.ones(35, 1), None, tables, classes)
+    value = ops.entries(codes, tables, classes)
+    for row in range(35):
+        table = tables[classes[row // 16].long()].float()
+        assert torch.allclose((w[row] - value[row]).abs(), (w[row, :, None] - table).abs().amin(-1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 27), (16, 63), (65, 100)])
+def test_bytes_are_those_of_the_packed_form(name, shape):
+    fmt = formats.get(name)
+    fit = fmt.fit(weight(*shape)).merged()
+    packed = pack_codes(fit.codes.numpy(), fmt.bits)
+    total = packed.nbytes + sum(t.nbytes for t in (fit.scale, fit.offset, fit.lut) if t is not None)
+    assert total == fmt.stored_bytes(*shape)
+    np.testing.assert_array_equal(unpack_codes(packed, shape, fmt.bits), fit.codes.numpy())
+
+
+def test_three_bit_codes_take_three_bits():
+    for rows, columns in ((1, 1), (7, 9), (48, 432)):
+        plain = formats.get("int3").stored_bytes(rows, columns)
+        assert plain == -(-3 * rows * columns // 8) + 4 * rows + 8
+
+
+@pytest.mark.parametrize("names", [("int2", "int3", "int4", "int8"), ("int2", "int2+b", "int3+b"), ("int3", "int3+b")])
+def test_more_bits_are_nearer(names):
+    w = weight(64, 288)
+    errors = [float((formats.get(n).fit(w).dequantize() - w).square().sum()) for n in names]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_least_output_error_is_not_least_weight_error():
+    """With moments the fit minimizes e^T G e, and does better there than the fit without."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 29, generator=generator) * torch.linspace(0.1, 3, 29)
+    w, gram = weight(), x.T @ x / 500
+    for name in ("int2", "int3"):
+        plain, by_output = (formats.get(name).fit(w, g).dequantize() - w for g in (None, gram))
+        assert float(((by_output @ gram) * by_output).sum()) < float(((plain @ gram) * plain).sum())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("factor", [1e-12, 1e-6, 1e4])
+def test_tiny_and_large_weights(name, factor):
+    fit = formats.get(name).fit(weight() * factor).merged()
+    assert torch.isfinite(fit.dequantize()).all()
+    assert float(fit.scale.min()) >= F16_TINY and float(fit.scale.max()) <= F16_MAX
+
+
+def test_stored_scalars():
+    assert stored_scale(torch.tensor([0.0, 1e-12, 1e9])).tolist() == [F16_TINY, F16_TINY, F16_MAX]
+    assert stored_type(torch.tensor([1.0, 7e4])).dtype == torch.float32
+    assert stored_type(torch.tensor([1.0, 6e4])).dtype == torch.float16
+
+
+# --- activations --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("low, high", [(-1.0, 3.0), (0.5, 2.0), (-4.0, -1.0), (0.0, 0.0), (-1e-9, 1e-9), (-3e4, 6e4)])
+def test_zero_is_a_code_and_both_ends_are_reached(bits, low, high):
+    scale, zero = activation.parameters(torch.tensor(low), torch.tensor(high), bits)
+    assert scale.dtype == torch.float16 and zero.dtype == torch.uint8 and 0 <= int(zero) < 2**bits
+    x = torch.tensor([[low, 0.0, high]])
+    group = torch.zeros(1, dtype=torch.long)
+    y = ops.fake_quantize(x, scale[None], zero[None], group, bits)
+    assert float(y[0, 1]) == 0.0
+    assert float((x - y).abs().max()) <= 1.01 * float(scale)
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_the_fit_is_never_worse_than_the_whole_range(bits):
+    generator = torch.Generator().manual_seed(bits)
+    for spread in (1.0, 5.0):
+        values = torch.randn(4000, generator=generator) ** 3 * spread
+        low, high = values.min(), values.max()
+        _, _, least = activation.fit(values, low, high, bits)
+        whole = activation.error(values, *activation.parameters(low, high, bits), bits)
+        assert float(least) <= float(whole)
+        assert float(activation.least_error(values, low, high, bits)) >= float(least) * (1 - 1e-6)
+    assert bits > 4 or float(least) < float(whole)  # with heavy tails and few levels a clipped range is better
+
+
+def test_the_error_is_that_of_the_quantizer():
+    values = torch.randn(1, 300, generator=torch.Generator().manual_seed(0))
+    scale, zero = activation.parameters(values.min(), values.max() / 2, 6)
+    y = ops.fake_quantize(values, scale[None], zero[None], torch.zeros(1).long(), 6)
+    expected = float((values - y).square().sum())
+    assert float(activation.error(values[0], scale, zero, 6)) == pytest.approx(expected, rel=1e-3)
