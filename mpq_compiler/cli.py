@@ -343,13 +343,13 @@ def _passes(args: argparse.Namespace) -> Any:
         described = printer.describe_pass(pass_manager.find(args.name))
         terminal.console.print(printer.pass_text(described), markup=False, highlight=False)
         return described
-    described = [printer.describe_pass(pass_manager.find(n)) for n in pass_manager.all_names()]
+    everything = [printer.describe_pass(pass_manager.find(n)) for n in pass_manager.all_names()]
     terminal.table(
         "passes, in the order of the default recipe",
         ("pass", "contract", "purpose"),
-        [(d["name"], d["contract"], d["summary"]) for d in described],
+        [(d["name"], d["contract"], d["summary"]) for d in everything],
     )
-    return described
+    return everything
 
 
 def _recipes(args: argparse.Namespace) -> Any:

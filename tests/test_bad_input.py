@@ -230,8 +230,8 @@ def test_a_place_that_cannot_be_written(capsys: pytest.CaptureFixture[str], mode
 def test_ctrl_c_leaves_nothing_but_the_cache(model: Path, tmp_path: Path) -> None:
     """Interrupted in the sensitivity measurement: exit code 130, no output, and the cache serves the next run."""
     cache, output = tmp_path / "cache", tmp_path / "x.mpq"
-    arguments = ["compile", str(model), "-o", str(output), "--target", "reference", "--cache", str(cache), "--jobs", "1"]
-    arguments += ["--samples", "2", "--steps", "2", "--weights", "5"]
+    arguments = ["compile", str(model), "-o", str(output), "--target", "reference", "--cache", str(cache)]
+    arguments += ["--samples", "2", "--steps", "2", "--weights", "5", "--jobs", "1"]
     process = subprocess.Popen([sys.executable, "-m", "mpq_compiler", *arguments], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -259,9 +259,8 @@ def test_two_compiles_on_one_cache_give_the_same_bytes(model: Path, tmp_path: Pa
         arguments = ["compile", str(model), "-o", str(tmp_path / jobs / "x.mpq"), "--cache", str(tmp_path / "cache")]
         arguments += ["--samples", "2", "--steps", "2", "--weights", "5", "--jobs", jobs]
         (tmp_path / jobs).mkdir()
-        processes.append(
-            subprocess.Popen([sys.executable, "-m", "mpq_compiler", *arguments], cwd=tmp_path / jobs, env=dict(os.environ))
-        )
+        command = [sys.executable, "-m", "mpq_compiler", *arguments]
+        processes.append(subprocess.Popen(command, cwd=tmp_path / jobs, env=dict(os.environ)))
     assert [p.wait(timeout=600) for p in processes] == [0, 0]
     first, second = ({f.name: f.read_bytes() for f in (tmp_path / jobs / "x.mpq").iterdir()} for jobs in ("1", "2"))
     assert first == second

@@ -94,8 +94,7 @@ def test_eval_has_every_metric(folder: Path, model: Path, artifact: Path) -> Non
 def test_inspect_dumps_and_artifact(folder: Path, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dumps = folder / "dumps"
     rows = command(folder, "inspect", dumps)
-    assert [r["pass"] for r in rows][0] == "trace"
-    assert [r["pass"] for r in rows][-1] == "fuse-epilogues"
+    assert (rows[0]["pass"], rows[-1]["pass"]) == ("trace", "fuse-epilogues")
     assert rows[0]["sqnr_db"] is None or rows[0]["sqnr_db"] > 100
     assert rows[-1]["sqnr_db"] < 60
     capsys.readouterr()

@@ -76,7 +76,8 @@ def test_lower_activations(folder: Path) -> None:
 def test_the_demo(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The README's first command: a picture, a table and its JSON."""
     output = folder / "demo"
-    assert cli.main(["demo", "-o", str(output), "--cache", str(folder / "cache"), "--json", str(folder / "demo.json")]) == 0
+    files = ["-o", str(output), "--cache", str(folder / "cache"), "--json", str(folder / "demo.json")]
+    assert cli.main(["demo", *files]) == 0
     from PIL import Image
 
     pixels = np.asarray(Image.open(output / "samples.png").convert("L"))
