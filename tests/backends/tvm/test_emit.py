@@ -119,7 +119,8 @@ def test_every_node_computes_what_the_reference_does(name, weights, target):
     checked: Counter[str] = Counter()
     codes = differing = 0
     for call in lowered.calls:
-        operands = {a: expected[v] if v in expected and v not in kernels.prepared else known[v] for a, v in call.operands}
+        forced = known | {key: expected[key] for key in expected.keys() - kernels.prepared.keys()}
+        operands = {argument: forced[value] for argument, value in call.operands}
         result = kernels(call.kernel, operands, batch)
         ((_, value),) = call.results
         known[value] = result
@@ -232,6 +233,15 @@ def test_functions_of_the_manifest():
     assert made.manifest["prepare"]["tensors"] == [value.name for value in lowered.stored]
     codes = [entry for entry in made.manifest["tensors"] if "bits" in entry]
     assert {entry["bits"] for entry in codes} == {3}  # int2 and a binary branch: a table of eight entries
+
+
+def test_kernels_check_the_shapes_of_what_they_are_given():
+    made, lowered = compiled("unet2d", "int3", TARGETS[1])
+    machine = tvm_runtime.VirtualMachine(made, threads=1)
+    wrong = [aligned(np.zeros((1, 3, 16, 15), np.float32)), aligned(np.zeros(1, np.int64))]
+    assert [value.name for value in lowered.inputs] == ["sample", "timestep"]
+    with pytest.raises(Exception, match=r"(?i)shape|mismatch"):
+        machine._machine["denoise_b1"](*(machine._tensor(array) for array in wrong), *machine._prepared)
 
 
 # ---------------------------------------------------------------------------------------------- refusals
