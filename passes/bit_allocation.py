@@ -14,7 +14,7 @@ from mpq_compiler.costs import weight_path
 from mpq_compiler.errors import UserError
 from mpq_compiler.fitting import activation_parameters
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import ActivationPlan, Program, Stage, WeightPlan
+from mpq_compiler.program import CONTRACTIONS, ActivationPlan, Program, Stage, WeightPlan, weight_of
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,9 @@ class BitAllocation(Pass):
             for node in nodes:
                 _plan_activation(program, input_edge(node).name, bits)
         self._check_uniform(program)
+        for node in program.graph.nodes:
+            if node.target in CONTRACTIONS and weight_of(node) is None:
+                program.fallbacks[node.name] = "grouped convolutions and computed weights have no quantized kernel"
         return program
 
     def _solve(self, program: Program) -> dict[str, tuple[str, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from mpq_compiler import formats, ops
@@ -77,13 +78,13 @@ class InsertFakeQuant(Pass):
     def _store_leftovers(self, program: Program, weights: set[str]) -> None:
         for node in program.graph.nodes:
             name = str(node.target)
-            if node.op != "get_attr" or name in weights or ":" in name:
+            if node.op != "get_attr" or name in weights:
                 continue
             tensor = program.tensors[name]
             kind = stored_dtype(name, tensor)
             if kind != tensor.dtype:
                 node.target = program.tensors.add(f"{name}:f16", tensor.to(kind))
-            elif kind.is_floating_point and not name.startswith(("constant.", "time_groups.")):
+            elif kind == torch.float32 and not name.startswith(("constant.", "time_groups.")):
                 program.fallbacks[name] = "values beyond the range of f16, stored as f32"
 
 

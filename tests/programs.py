@@ -64,8 +64,13 @@ def calibration(name: str) -> dict[str, Tensor] | None:
     return inputs
 
 
-@functools.cache
 def steps(name: str, pipeline: str = MIXED) -> tuple[Step, ...]:
+    """Every pass of the pipeline with the program before and after it."""
+    return _steps(name, pipeline)
+
+
+@functools.cache
+def _steps(name: str, pipeline: str) -> tuple[Step, ...]:
     found: list[Step] = []
     session = Session(denoiser(name), calibration(name), cache=Path(_CACHE.name))
     pass_manager.run_pipeline(
@@ -85,8 +90,7 @@ def after(name: str, pass_name: str, pipeline: str = MIXED) -> Program:
     return step(name, pass_name, pipeline).after
 
 
-@functools.cache
-def inputs(name: str, batch: int = 5) -> Mapping[str, Tensor]:
+def inputs(name: str, batch: int) -> Mapping[str, Tensor]:
     """Random inputs whose timesteps differ within the batch."""
     found = denoiser(name).random_inputs(batch, 11)
     found["timestep"] = torch.linspace(999, 0, batch).round().long()

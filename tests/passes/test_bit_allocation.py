@@ -5,13 +5,17 @@ import re
 from collections import defaultdict
 
 import pytest
+import torch
+from torch import fx
 
-from mpq_compiler import costs, formats, storage
+from mpq_compiler import costs, formats, pass_manager, storage
+from mpq_compiler.aten import aten
 from mpq_compiler.calibration import input_edge
 from mpq_compiler.errors import UserError
+from mpq_compiler.exact import run_exact
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.passes.bit_allocation import BitAllocation
-from mpq_compiler.program import Program
+from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run
 from tests import programs
 
 MODEL = "unet2d"
@@ -114,3 +118,40 @@ def test_without_sensitivities_the_sentence_says_what_to_do():
 def test_the_same_problem_twice_gives_the_same_plan():
     assert planned(weights=4.7).weights == planned(weights=4.7).weights
     assert dataclasses.asdict(BitAllocation())["activations"] == 8.0
+
+
+def test_layers_without_a_quantized_kernel_are_listed_and_stay_float():
+    """A grouped convolution between two plain ones: everything else is packed, and all contracts hold."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "first.weight": torch.randn(8, 4, 3, 3, generator=generator),
+        "grouped.weight": torch.randn(8, 2, 3, 3, generator=generator),
+        "last.weight": torch.randn(4, 8, 1, 1, generator=generator),
+    }
+    graph = fx.Graph()
+    x, _ = graph.placeholder("sample"), graph.placeholder("timestep")
+    for name, groups in (("first", 1), ("grouped", 4), ("last", 1)):
+        weight = graph.get_attr(f"{name}.weight")
+        pad = 0 if name == "last" else 1
+        x = graph.call_function(aten.conv2d.default, (x, weight, None, [1, 1], [pad, pad], [1, 1], groups))
+        x.name = name
+    graph.output(x)
+    specs = InputSpec("sample", ("B", 4, 6, 6), torch.float32), InputSpec("timestep", ("B",), torch.int64)
+    program = Program(graph, TensorStore(tensors), specs, Stage.FLOAT, facts={"parameters": 464})
+    inputs = {"sample": torch.randn(8, 4, 6, 6, generator=generator), "timestep": torch.arange(8) * 100}
+    steps = []
+    pipeline = programs.RESIDUAL.removeprefix("trace,").replace("int2+b", "int3")
+    pass_manager.run_pipeline(
+        pass_manager.parse(pipeline),
+        program,
+        Session(programs.denoiser("pixart"), inputs),
+        lambda i, p, before, after: steps.append((p.name(), before, after)),
+        present={"graph"},
+    )
+    after = {name: p for name, _, p in steps}
+    assert {*after["bit-allocation"].weights} == {"first.weight", "last.weight"}
+    assert "no quantized kernel" in after["bit-allocation"].fallbacks["grouped"]
+    (before,) = (b for name, b, _ in steps if name == "fold-fake-quant")
+    assert torch.equal(run_exact(before, inputs), run(after["fuse-epilogues"], inputs))
+    stored = storage.stored(after["fuse-epilogues"])
+    assert sum(s.array.nbytes for s in stored.values()) == costs.stored_bytes(after["bit-allocation"])
