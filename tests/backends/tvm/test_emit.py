@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import operator
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import fx
 
-from mpq_compiler import artifact, costs, ops, runtime, targets, tvm_runtime
+from mpq_compiler import artifact, costs, ops, pass_manager, runtime, targets, tvm_runtime
 from mpq_compiler.aten import aten
 from mpq_compiler.backends.tvm import templates
 from mpq_compiler.backends.tvm.build import build, compile_library
@@ -20,7 +22,8 @@ from mpq_compiler.backends.tvm.emit import lower
 from mpq_compiler.backends.tvm.lowered import Kernel, Lowered, Value, record
 from mpq_compiler.backends.tvm.worker import Crash, Failure, Worker
 from mpq_compiler.errors import UserError
-from mpq_compiler.program import run
+from mpq_compiler.passes.fuse_epilogues import FuseEpilogues
+from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run
 from mpq_compiler.tensorfile import aligned, aligned_empty
 from tests import packed
 
@@ -307,3 +310,107 @@ def test_unknown_operators_are_named():
 def test_batches_are_positive(batches):
     with pytest.raises(UserError, match="cannot be compiled"):
         lower(packed.program("pixart", "int4").program, batches)
+
+
+# ----------------------------------------------------------------------- programs that no recipe makes yet
+
+
+def artifact_of(program, folder: Path, target: str) -> runtime.CompiledDenoiser:
+    row = runnable(target)
+    program.facts.setdefault("parameters", 1)
+    built = build(program, row, (1, 3), cache=packed.kernel_cache())
+    return runtime.load(packed.write(folder / "a.mpq", program, row, built), threads=1)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_program_in_float_runs_whole(target, tmp_path):
+    """Float layers, alone and with epilogues: what a plan leaves unquantized."""
+    case = packed.program(packed.BUNDLED)
+    passes = pass_manager.parse("trace,layout")
+    start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
+    program, _ = pass_manager.run_pipeline(passes, start, pass_manager.Session(case.denoiser))
+    program = FuseEpilogues().run(program, pass_manager.Session())
+    machine = artifact_of(program, tmp_path, target)
+    inputs = packed.take(case.inputs, slice(4))
+    result = machine.run({key: value.numpy() for key, value in inputs.items()})
+    expected = run(program, inputs).numpy()
+    assert np.abs(result - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert all("float32" in reason for reason in program.fallbacks.values()) and program.fallbacks
+
+
+def by_hand(build_graph) -> Program:
+    """A program on x f32 [B, 5, 7] and timestep whose graph `build_graph(graph, store, x, group)` completes."""
+    graph, store = fx.Graph(), TensorStore()
+    x, timestep = graph.placeholder("x"), graph.placeholder("timestep")
+    boundaries = graph.get_attr(store.add("time_groups.boundaries", torch.tensor([300.0, 700.0])))
+    group = graph.call_function(ops.time_group, (timestep, boundaries))
+    graph.output(build_graph(graph, store, x, group))
+    inputs = (InputSpec("x", ("B", 5, 7), torch.float32), InputSpec("timestep", ("B",), torch.int64))
+    return Program(graph, store, inputs, Stage.PACKED)
+
+
+def check_by_hand(program: Program, folder: Path, exact: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = {"x": torch.randn(6, 5, 7, generator=generator), "timestep": torch.tensor([0, 999, 300, 299, 700, 512])}
+    expected = run(program, inputs).numpy()
+    for target in TARGETS:
+        (folder / target).mkdir()
+        result = artifact_of(program, folder / target, target).run({k: v.numpy() for k, v in inputs.items()})
+        if exact:
+            assert np.array_equal(result, expected)
+        else:
+            assert np.abs(result - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_two_segments_with_offsets_and_tables(classes, tmp_path):
+    """Two segments with scales of their own, offsets, row classes: all of the weight contract."""
+    generator = torch.Generator().manual_seed(1)
+
+    def table(*shape):
+        return (torch.rand(shape, generator=generator) * 0.05 + 0.01).half()
+
+    def build_graph(graph, store, x, group):
+        def get(name, tensor):
+            return graph.get_attr(store.add(name, tensor))
+
+        def integers(high, *shape):
+            return torch.randint(0, high, shape, generator=generator, dtype=torch.uint8)
+
+        scales = [get(f"x{j}:scale", table(3)) for j in (0, 1)]
+        zeros = [get(f"x{j}:zero_point", integers(256, 3)) for j in (0, 1)]
+        halves = [
+            graph.call_function(
+                ops.quantize, (graph.call_function(aten.slice.Tensor, (x, 2, a, b)), s, z, group, 8)
+            )
+            for (a, b), s, z in zip(((0, 3), (3, 7)), scales, zeros, strict=True)
+        ]
+        codes = graph.call_function(aten.cat.default, (halves, -1))
+        lut = get("w:lut", torch.randint(-127, 128, (classes, 16), generator=generator, dtype=torch.int8))
+        row_class = get("w:row_class", integers(2, 3)) if classes > 1 else None
+        weight = (get("w:codes", integers(16, 37, 7)), get("w:scale", table(37, 2)), get("w:offset", table(37)))
+        arguments = (codes, group, *weight, lut, row_class, scales, zeros, get("w:bias", table(37)), [3, 4])
+        return graph.call_function(ops.quant_linear, arguments)
+
+    check_by_hand(by_hand(build_graph), tmp_path, exact=True)
+
+
+def test_pointwise_movement_and_shapes(tmp_path):
+    def build_graph(graph, store, x, group):
+        def call(target, *args, **kwargs):
+            return graph.call_function(target, args, kwargs)
+
+        rows = call(aten.reshape.default, x, [-1, 7])  # 5 rows a sample
+        first, second = (call(operator.getitem, call(aten.split.Tensor, rows, 4, -1), i) for i in (0, 1))
+        padded = call(aten.pad.default, second, [1, 0], "constant", 2.0)
+        y = call(aten.add.Tensor, first, padded, alpha=2)
+        y = call(aten.maximum.default, y, call(aten.abs.default, call(aten.rsub.Scalar, y, 1.0)))
+        y = call(aten.div.Tensor, y, call(aten.pow.Tensor_Scalar, call(aten.exp.default, y), 0.5))
+        y = call(aten.reshape.default, y, [-1, 5, 4])
+        y = call(aten.permute.default, y, [0, 2, 1])
+        one = call(aten.select.int, y, 1, -1)
+        wide = call(aten.expand.default, call(aten.unsqueeze.default, one, 1), [-1, 3, -1])
+        bias = graph.get_attr(store.add("bias", torch.arange(7.0).half()[:, None] * torch.ones(5).half()))
+        return call(aten.sub.Tensor, call(aten.cat.default, [y, wide], 1), bias)
+
+    check_by_hand(by_hand(build_graph), tmp_path, exact=False)
