@@ -20,6 +20,8 @@ RANGE, VALUES, GRAM = "range", "values", "gram"
 
 VALUES_PER_INPUT = 256
 GRAM_ROWS = 8192
+GRAM_COLUMNS = 4096
+"""Layers with more inputs than this keep the diagonal of their second moments only: memory and time grow as K^2."""
 BATCH = 32
 
 
@@ -44,7 +46,7 @@ class Calibration:
     inputs: dict[str, Tensor]
     edges: dict[str, EdgeStatistics] = field(default_factory=dict)
     grams: dict[str, Tensor] = field(default_factory=dict)
-    """Call node -> mean of x x^T [K, K] over rows of its input (patches for a convolution)."""
+    """Call node -> mean of x x^T [K, K], or its diagonal [K], over rows of its input (patches for a convolution)."""
     means: dict[str, Tensor] = field(default_factory=dict)
     """Call node -> mean of x [K]."""
 
@@ -117,7 +119,8 @@ def collect(
         for reader in readers[node.name] if GRAM in wanted else ():
             rows = input_rows(reader, value, max(1, GRAM_ROWS * size // total), generator)
             gram, mean, count = sums.get(reader.name, (0, 0, 0))
-            sums[reader.name] = (gram + rows.T @ rows, mean + rows.sum(0), count + len(rows))
+            moments = rows.T @ rows if rows.shape[1] <= GRAM_COLUMNS else rows.square().sum(0)
+            sums[reader.name] = (gram + moments, mean + rows.sum(0), count + len(rows))
 
     for batch in batches(inputs):
         size = len(next(iter(batch.values())))

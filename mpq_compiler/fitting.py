@@ -10,6 +10,9 @@ from mpq_compiler.calibration import Calibration
 from mpq_compiler.formats import activation, stored_type
 from mpq_compiler.program import Program, operand
 
+KEPT_ELEMENTS = 1 << 20
+"""Larger weights are fitted again where they are asked for again, rather than held in every format."""
+
 
 def rows_of(program: Program, weight: str) -> Tensor:
     """A stored weight as f32 [O, K]."""
@@ -34,8 +37,11 @@ def fitted(program: Program, call: fx.Node, weight: str, format_name: str) -> fo
         gram = calibration.grams.get(call.name)
         if gram is not None and bias_of(call) is not None:
             mean = calibration.means[call.name]
-            gram = gram - torch.outer(mean, mean)
-        kept[weight, format_name] = formats.get(format_name).fit(rows_of(program, weight), gram)
+            gram = gram - (mean.square() if gram.dim() == 1 else torch.outer(mean, mean))
+        fit = formats.get(format_name).fit(rows_of(program, weight), gram)
+        if fit.codes.numel() > KEPT_ELEMENTS:
+            return fit
+        kept[weight, format_name] = fit
     return kept[weight, format_name]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,12 +13,14 @@ from torch import Tensor, fx
 
 from mpq_compiler import cache, ops
 from mpq_compiler.ablation import Ablation, noise_power
-from mpq_compiler.calibration import GRAM, RANGE, VALUES, Calibration, input_edge
+from mpq_compiler.calibration import GRAM, RANGE, VALUES, Calibration, batches, input_edge
 from mpq_compiler.costs import weight_path
 from mpq_compiler.fitting import activation_parameters, bias_of, corrected_bias, fitted
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, operand
+from mpq_compiler.program import Program, operand, shapes
 
+HELD_BYTES = 4 << 30
+"""Memory for the values of the unchanged program, from which each measurement starts."""
 DIGITS = 6
 """Significant digits kept of a sensitivity, so that the last bits of a sum never decide an allocation."""
 
@@ -55,33 +58,56 @@ class Sensitivity(Pass):
         calibration: Calibration = program.facts["calibration"]
         inputs = calibration.select(self.inputs)
         results = cache.Results("sensitivity", self.key(program, inputs), session.cache)
-        tasks = [t for t in self.tasks(program) if t[0] not in results]
-        if tasks:
-            ablation = Ablation(program, inputs)
-            lock = threading.Lock()
-            with session.track("sensitivity", len(tasks)) as advance, ThreadPoolExecutor(session.jobs) as pool:
-
-                def measure(task: tuple[str, fx.Node, str | int]) -> None:
-                    name, node, choice = task
-                    power = self.measure(program, ablation, inputs, node, choice)
-                    with lock:
-                        results[name] = float(f"{power:.{DIGITS - 1}e}")
-                        advance(1)
-
-                try:
-                    for done in [pool.submit(measure, t) for t in tasks]:
-                        done.result()
-                except BaseException:  # Ctrl-C must not wait for what is still to be measured
-                    pool.shutdown(cancel_futures=True)
-                    raise
+        tasks = self.tasks(program)
+        parts = list(batches(inputs, _inputs_held(program)))
+        missing = sum(_key(name, part) not in results for name, _, _ in tasks for part in range(len(parts)))
+        if missing:
+            with session.track("sensitivity", missing) as advance:
+                for part, batch in enumerate(parts):
+                    self._measure_part(program, batch, part, results, session.jobs, advance)
         table: dict[str, Any] = {"weights": {}, "activations": {}, "inputs": self.inputs}
-        for name, node, choice in self.tasks(program):
+        sizes = [len(part["timestep"]) for part in parts]
+        for name, node, choice in tasks:
+            powers = [results[_key(name, part)] for part in range(len(parts))]
+            mean = sum(power * size for power, size in zip(powers, sizes, strict=True)) / sum(sizes)
+            loss = float(f"{mean:.{DIGITS - 1}e}")
             if isinstance(choice, str):
-                table["weights"].setdefault(weight_path(node), {})[choice] = results[name]
+                table["weights"].setdefault(weight_path(node), {})[choice] = loss
             else:
-                table["activations"].setdefault(node.name, {})[str(choice)] = results[name]
+                table["activations"].setdefault(node.name, {})[str(choice)] = loss
         program.facts["sensitivity"] = table
         return program
+
+    def _measure_part(
+        self,
+        program: Program,
+        inputs: dict[str, Tensor],
+        part: int,
+        results: cache.Results,
+        jobs: int,
+        advance: Callable[[int], None],
+    ) -> None:
+        """Measures on some of the inputs what ``results`` lacks, and adds it."""
+        tasks = [task for task in self.tasks(program) if _key(task[0], part) not in results]
+        if not tasks:
+            return
+        ablation = Ablation(program, inputs)
+        lock = threading.Lock()
+
+        def measure(task: tuple[str, fx.Node, str | int]) -> None:
+            name, node, choice = task
+            power = self.measure(program, ablation, inputs, node, choice)
+            with lock:
+                results[_key(name, part)] = float(f"{power:.{DIGITS - 1}e}")
+                advance(1)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                for done in [pool.submit(measure, t) for t in tasks]:
+                    done.result()
+            except BaseException:  # Ctrl-C must not wait for what is still to be measured
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def tasks(self, program: Program) -> list[tuple[str, fx.Node, str | int]]:
         """(name of the result, call or edge, format or bits) in graph order; a shared weight or edge counts once."""
@@ -103,7 +129,8 @@ class Sensitivity(Pass):
         calibration: Calibration = program.facts["calibration"]
         edges = {n: e.values for n, e in calibration.edges.items()}
         grams = calibration.grams
-        versions = f"1 {torch.__version__} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        split = min(self.inputs, _inputs_held(program))
+        versions = f"1 {split} {torch.__version__} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         return cache.digest(versions, text, str(program.facts["time-groups"]), tensors, inputs, edges, grams)
 
     def measure(
@@ -123,6 +150,17 @@ class Sensitivity(Pass):
         changed = ops.fake_quantize(ablation.value(node), scale, zero, group, choice)
         readers = [n for n in program.quantizable if input_edge(n) is node]
         return noise_power(ablation.output(operands=dict.fromkeys(readers, changed)), ablation.reference)
+
+
+def _key(name: str, part: int) -> str:
+    """Under which a result is kept: by its task alone where one part holds all inputs, as it mostly does."""
+    return f"{name} part {part}" if part else name
+
+
+def _inputs_held(program: Program) -> int:
+    """How many inputs' values fit in memory at once; the measurement is split where that is not all of them."""
+    values = [v for v in shapes(program, 1).values() if isinstance(v, Tensor)]
+    return max(1, HELD_BYTES // sum(v.numel() * v.element_size() for v in values))
 
 
 def _read(program: Program) -> set[str]:

@@ -110,5 +110,12 @@ def _nearest_entry(t: Tensor, table: Tensor) -> Tensor:
 
 
 def output_error(error: Tensor, gram: Tensor | None) -> Tensor:
-    """e^T gram e per row of error [..., O, K] -> [..., O]; plain sums of squares without a gram."""
-    return (error * (error if gram is None else error @ gram)).sum(-1)
+    """e^T gram e per row of error [..., O, K] -> [..., O], for a gram [K, K], a diagonal [K] or the identity (None)."""
+    if gram is None:
+        return error.square().sum(-1)
+    return (error * (error * gram if gram.dim() == 1 else error @ gram)).sum(-1)
+
+
+def diagonal(gram: Tensor) -> Tensor:
+    """The diagonal [K] of a gram that is kept whole or as its diagonal."""
+    return gram if gram.dim() == 1 else gram.diagonal()

@@ -17,6 +17,7 @@ from mpq_compiler.formats.base import (
     F16_TINY,
     Format,
     QuantizedWeight,
+    diagonal,
     nearest_codes,
     output_error,
     stored_scale,
@@ -61,7 +62,7 @@ class ResidualFormat(Format):
         lut, alpha = self.tables(ratio)
         joint = torch.stack([lut[0].to(torch.int16) - alpha, lut[0].to(torch.int16) + alpha], -1).flatten()
         table = joint.to(torch.int8)[None]
-        importance = torch.ones(weight.shape[1]) if gram is None else gram.diagonal().clamp_min(1e-12)
+        importance = torch.ones(weight.shape[1]) if gram is None else diagonal(gram).clamp_min(1e-12)
         low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
         span, centre = float(joint.max() - joint.min()), float(joint.max() + joint.min()) / 2
         kept: tuple[Tensor, Tensor] | None = None

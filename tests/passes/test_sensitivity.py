@@ -147,3 +147,41 @@ def test_the_key_knows_machine_and_versions(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "0.0")
     assert PASS.key(program, inputs) != key
     assert len(cache.digest("a", "bc")) == 64 and cache.digest("a", "bc") != cache.digest("ab", "c")
+
+
+def test_inputs_that_do_not_fit_in_memory_together_are_measured_in_parts(tmp_path, monkeypatch, evaluations):
+    """The mean over the parts: close to the whole, and resumable part by part."""
+    program = programs.after(MODEL, "time-groups")
+    whole, count = measured(program, tmp_path), evaluations[0]
+    monkeypatch.setattr(sensitivity, "HELD_BYTES", 1)
+    parts = measured(program, tmp_path)
+    assert evaluations[0] == count + PASS.inputs * count
+    assert measured(program, tmp_path) == parts
+    assert evaluations[0] == count + PASS.inputs * count
+    for kind in ("weights", "activations"):
+        for name, losses in whole[kind].items():
+            assert all(0.3 < parts[kind][name][choice] / loss < 3 for choice, loss in losses.items())
+
+
+def test_layers_with_many_inputs_keep_the_diagonal_of_their_moments(monkeypatch):
+    """Fits on the diagonal are no worse than fits on weight error, measured by the whole moments."""
+    from mpq_compiler import calibration, formats
+    from mpq_compiler.fitting import rows_of
+    from mpq_compiler.formats.base import output_error
+    from mpq_compiler.program import weight_of
+
+    program = programs.after(MODEL, "time-groups")
+    whole = program.facts["calibration"]
+    monkeypatch.setattr(calibration, "GRAM_COLUMNS", 8)
+    wanted = frozenset({calibration.RANGE, calibration.GRAM})
+    thin = calibration.collect(program, whole.inputs, wanted, 0, lambda n: None)
+    for node in program.quantizable:
+        rows, gram = rows_of(program, str(weight_of(node))), whole.grams[node.name]
+        assert thin.grams[node.name].shape == (rows.shape[1],)
+        torch.testing.assert_close(thin.grams[node.name], gram.diagonal(), rtol=1e-4, atol=1e-5)
+        for name in ("int2", "int2+b"):
+            errors = [
+                float(output_error(formats.get(name).fit(rows, g).dequantize() - rows, gram).sum())
+                for g in (gram, thin.grams[node.name])
+            ]
+            assert errors[0] <= errors[1] * 1.05
