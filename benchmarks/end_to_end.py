@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
 
+from benchmarks.machine import provenance
 from mpq_compiler import artifact, compiler, denoiser, runtime, targets
 
 PIPELINE = (
@@ -140,7 +142,7 @@ def main() -> None:
                         for kind, milliseconds, count in profile(path, model, batch, program):
                             print(f"  {kind:12} {milliseconds:8.3f} ms in {count} calls")
     if options.json:
-        document = {"model": options.model, "cpu": _cpu(), "torch": torch.__version__, "threads": 1, "rows": rows}
+        document = {**provenance(), "model": options.model, "threads": 1, "rows": rows}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
@@ -163,13 +165,6 @@ def _write(path: Path, model: denoiser.Denoiser, program: Any, target: targets.T
         "versions": {},
     }
     artifact.write(path, manifest, built.files, built.tensors)
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

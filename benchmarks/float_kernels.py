@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 import tvm
 
+from benchmarks.machine import provenance
 from mpq_compiler import targets
 from mpq_compiler.backends.tvm.kernels import attention, float_gemm, movement, norms, pointwise
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
@@ -213,7 +214,7 @@ def main() -> None:
             print(f"{contest.name:44}{ours:10.1f}{theirs:10.1f}{theirs / ours:8.2f}", flush=True)
             results.append({"name": contest.name, "us": ours, "torch_us": theirs, "ratio": theirs / ours})
     if options.json:
-        record = {"target": target.name, "rounds": options.rounds, "torch": torch.__version__, "results": results}
+        record = {**provenance(), "target": target.name, "threads": 1, "rounds": options.rounds, "results": results}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -26,6 +26,7 @@ import tvm
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from benchmarks.machine import provenance
 from mpq_compiler.backends.tvm.kernels import gemm, prepare
 from mpq_compiler.backends.tvm.kernels.isa import ISAS, Isa, isa
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
@@ -115,14 +116,6 @@ def measure(calls: dict[str, Callable[[], object]], rounds: int, window: float =
     return best
 
 
-def cpu_name() -> str:
-    """The CPU's name as the kernel reports it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     names = [name for name in ISAS if name.startswith("x86")]
@@ -148,7 +141,7 @@ def main() -> None:
         speed = f"{row['us']:10.1f} us {row['gmacs']:7.0f} GMAC/s {100 * row['reached']:5.0f} %"
         print(f"{row['name']:42s} {speed}")
     if options.json:
-        report: dict = {"isa": target.name, "cpu": cpu_name(), "threads": 1, "rounds": options.rounds}
+        report: dict = {**provenance(), "isa": target.name, "threads": 1, "rounds": options.rounds}
         report["peak_gmacs"] = top / 1e9
         report["rows"] = rows
         options.json.write_text(json.dumps(report, indent=1) + "\n")
