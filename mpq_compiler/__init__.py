@@ -29,6 +29,7 @@ _API = {
     "load": "runtime:load",
     "load_denoiser": "denoiser:load",
     "measure_sensitivity": "compiler:measure_sensitivity",
+    "record_inputs": "recording:record_inputs",
     "verify": "artifact:read",
 }
 

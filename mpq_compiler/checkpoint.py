@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from mpq_compiler import tensorfile
 from mpq_compiler.errors import UserError, nearest
+
+if TYPE_CHECKING:  # finding models needs no torch; only their weights do
+    import torch
 
 MODELS = Path(__file__).parent / "models"
 _STEM = "diffusion_pytorch_model"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,29 @@ from mpq_compiler import terminal
 from mpq_compiler.errors import UserError
 
 TEACH = """\
-Compiles diffusion denoisers (any UNet or transformer of diffusers) to mixed-precision low-bit artifacts.
+Compiles diffusion denoisers (any UNet or transformer of diffusers) to
+mixed-precision low-bit artifacts.
 
-  mpqc demo                                        see it work: images before and after, sizes and times
-  mpqc compile MODEL -o out.mpq --weights 3.5      compile to a budget of 3.5 true average bits
-  mpqc generate out.mpq -o grid.png --compare MODEL   draw the same noise with both
-  mpqc inspect out.mpq --layers                    which layer got which bits, and what it costs
-  mpqc compile MODEL -o out.mpq --dumps d          keep the program after every pass ...
-  mpqc inspect d --diff bit-allocation             ... and see what a pass did
+  mpqc demo                                    see it work: images, sizes, times
+  mpqc compile MODEL -o out.mpq --weights 3.5  to 3.5 true average bits
+  mpqc generate out.mpq -o grid.png --compare MODEL
+                                               the same noise drawn with both
+  mpqc inspect out.mpq --layers                which layer got which bits
+  mpqc compile MODEL -o out.mpq --dumps d      keep the program after every pass
+  mpqc inspect d --diff bit-allocation         ... and see what a pass did
 
-MODEL is a folder with config.json and safetensors, a pipeline's folder, a hub id, or a bundled name (mpqc models).
+MODEL is a folder with config.json and safetensors, a pipeline's folder, a hub
+id, or a bundled name (mpqc models).
 """
+
+# What a bare installation lacks: the distribution of a module, and what brings it.
+REQUIREMENTS = {
+    "torch": ("torch", "mpq-compiler[compile]"),
+    "diffusers": ("diffusers", "mpq-compiler[compile]"),
+    "highspy": ("highspy", "highspy"),
+    "PIL": ("Pillow", "pillow"),
+    "tvm": ("apache-tvm", "mpq-compiler[runtime]"),
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="mpqc", description=TEACH, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    top.add_argument("--version", action="version", version=f"mpqc {version('mpq-compiler')}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
@@ -43,47 +58,51 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     demo = add("demo", _demo, "compile the bundled denoiser for this machine and draw images with both")
-    demo.add_argument("-o", "--output", default="mpq-demo", help="folder for the picture and the artifact")
-    demo.add_argument("--weights", default="4", help="budget in true average bits (default 4)")
-    demo.add_argument("--images", type=int, default=20, help="images in the picture")
-    demo.add_argument("--steps", type=int, default=10)
-    demo.add_argument("--overwrite", action="store_true")
+    demo.add_argument(
+        "-o", "--output", metavar="DIR", default="mpq-demo", help="for picture and artifact (default: mpq-demo)"
+    )
+    demo.add_argument("--weights", metavar="BUDGET", default="4", help="true average bits, or bytes as 800kB (4)")
+    demo.add_argument("--images", type=int, metavar="N", default=20, help="images in the picture (20)")
+    demo.add_argument("--steps", type=int, metavar="N", default=10, help="sampling steps (10)")
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo")
     _machine_options(demo)
 
     compile_ = add("compile", _compile, "compile a denoiser to an artifact")
-    compile_.add_argument("model", metavar="MODEL")
-    compile_.add_argument("-o", "--output", required=True, help="folder, or .zip file, of the artifact")
+    compile_.add_argument("model", metavar="MODEL", help="folder, hub id, or bundled name (mpqc models)")
+    compile_.add_argument("-o", "--output", required=True, metavar="OUT", help="artifact: a folder, or a file OUT.zip")
     compile_.add_argument("--target", default="native", help="mpqc targets lists them (default: this machine)")
-    _lowering_options(compile_)
     compile_.add_argument("--overwrite", action="store_true", help="replace an artifact that exists")
     compile_.add_argument("--dumps", type=Path, metavar="DIR", help="write the program after every pass")
+    _budget_options(compile_)
+    _lowering_options(compile_)
 
     generate = add("generate", _generate, "draw images with an artifact")
     generate.add_argument("artifact", metavar="ARTIFACT")
-    generate.add_argument("-o", "--output", required=True, help="PNG file")
+    generate.add_argument("-o", "--output", required=True, metavar="FILE", help="PNG file")
     generate.add_argument("--compare", metavar="MODEL", help="draw the same noise with the float model beside it")
-    generate.add_argument("--images", type=int, default=20)
-    generate.add_argument("--steps", type=int, default=10)
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--images", type=int, metavar="N", default=20, help="images in the picture (20)")
+    generate.add_argument("--steps", type=int, metavar="N", default=10, help="sampling steps (10)")
+    generate.add_argument("--seed", type=int, metavar="N", default=0, help="of the noise (0)")
     generate.add_argument("--class", dest="label", type=int, metavar="K", help="only images of class K")
     generate.add_argument("--prompt", metavar="TEXT", help="for text-conditioned models")
-    generate.add_argument("--threads", type=int)
+    _threads_option(generate)
     generate.add_argument("--overwrite", action="store_true", help="replace a picture that exists")
 
     evaluate = add("eval", _eval, "all metrics of an artifact, or of a model compiled first, against the float model")
     evaluate.add_argument("artifact", metavar="ARTIFACT|MODEL")
     evaluate.add_argument("--against", metavar="MODEL", help="the float model (default: the bundled one of its name)")
-    evaluate.add_argument("--images", type=int, default=200)
-    evaluate.add_argument("--eval-steps", type=int, default=10, help="sampling steps (default 10)")
-    evaluate.add_argument("--eval-seed", type=int, default=1)
+    evaluate.add_argument("--images", type=int, metavar="N", default=200, help="images to draw with both (200)")
+    evaluate.add_argument("--eval-steps", type=int, metavar="N", default=10, help="sampling steps (10)")
+    evaluate.add_argument("--eval-seed", type=int, metavar="N", default=1, help="of the noise (1)")
+    _budget_options(evaluate)
     _lowering_options(evaluate)
 
     run = add("run", _run, "run an artifact once on tensors from a file")
     run.add_argument("artifact", metavar="ARTIFACT")
     run.add_argument("--input", required=True, metavar="FILE", help="safetensors with the inputs by name")
     run.add_argument("--output", required=True, metavar="FILE", help="safetensors to write, with the tensor 'output'")
-    run.add_argument("--threads", type=int)
-    run.add_argument("--overwrite", action="store_true")
+    _threads_option(run)
+    run.add_argument("--overwrite", action="store_true", help="replace a file that exists")
 
     verify = add("verify", _verify, "check every byte of an artifact, and whether this machine can run it")
     verify.add_argument("artifact", metavar="ARTIFACT")
@@ -96,19 +115,18 @@ def parser() -> argparse.ArgumentParser:
 
     allocate = add("allocate", _allocate, "solve an allocation problem, or the one that a sensitivity table poses")
     allocate.add_argument("problem", metavar="PROBLEM.json|TABLE.json")
-    allocate.add_argument("-o", "--output", help="SOLUTION.json")
-    allocate.add_argument("--weights", help="budget for a sensitivity table: true average bits, or bytes as 40MB")
-    allocate.add_argument("--activations", type=float, help="budget: average bits of the activations")
-    allocate.add_argument("--bops", type=float, help="budget: bit operations per sample and step")
-    allocate.add_argument("--gap", type=float, default=1e-6, help="relative gap at which to stop (default 1e-6)")
-    allocate.add_argument("--time-limit", type=float, default=60.0, help="seconds (default 60)")
-    allocate.add_argument("--overwrite", action="store_true")
+    allocate.add_argument("-o", "--output", metavar="FILE", help="where the solution goes, as JSON")
+    _budget_options(allocate)
+    allocate.add_argument("--gap", type=float, metavar="X", default=1e-6, help="relative gap at which to stop (1e-6)")
+    allocate.add_argument("--time-limit", type=float, metavar="SECONDS", default=60.0, help="when to give up (60)")
+    allocate.add_argument("--overwrite", action="store_true", help="replace a file that exists")
 
     sensitivity = add("sensitivity", _sensitivity, "measure what each layer costs in quality at each format")
-    sensitivity.add_argument("model", metavar="MODEL")
-    sensitivity.add_argument("-o", "--output", required=True, metavar="TABLE.json")
-    sensitivity.add_argument("--overwrite", action="store_true")
-    _lowering_options(sensitivity)
+    sensitivity.add_argument("model", metavar="MODEL", help="folder, hub id, or bundled name (mpqc models)")
+    sensitivity.add_argument("-o", "--output", required=True, metavar="TABLE.json", help="for `mpqc allocate`")
+    sensitivity.add_argument("--overwrite", action="store_true", help="replace a table that exists")
+    sensitivity.add_argument("--activations", type=float, metavar="BITS", help="below 8: measure 4, 6 and 8 bits")
+    _lowering_options(sensitivity, table=False)
 
     passes = add("passes", _passes, "the passes, or one of them with its options")
     passes.add_argument("name", nargs="?", metavar="PASS")
@@ -116,32 +134,53 @@ def parser() -> argparse.ArgumentParser:
     recipes.add_argument("name", nargs="?", metavar="RECIPE")
     add("targets", _targets, "the targets and the CPU features each needs")
     add("models", _models, "the models that ship with the package")
-    cache = add("cache", _cache, "what the cache holds")
+    cache = add("cache", _cache, "what the cache holds, or: clear it")
     cache.add_argument("action", nargs="?", choices=("list", "clear"), default="list")
-    cache.add_argument("--cache", type=Path, metavar="DIR")
+    cache.add_argument("--cache", type=Path, metavar="DIR", help="cache folder (default: the user's)")
     return top
 
 
-def _machine_options(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="workers (the result is the same)")
+def _machine_options(made: argparse._ActionsContainer) -> None:
+    cores = os.cpu_count() or 1
+    made.add_argument(
+        "--jobs", type=int, metavar="N", default=cores, help=f"workers; the result is the same (default: {cores})"
+    )
     made.add_argument("--cache", type=Path, metavar="DIR", help="cache folder (default: the user's)")
 
 
-def _lowering_options(made: argparse.ArgumentParser) -> None:
+def _threads_option(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--threads", type=int, metavar="N", help="threads of a call (default: every core)")
+
+
+def _budget_options(made: argparse.ArgumentParser) -> None:
+    budgets = made.add_argument_group("budgets")
+    budgets.add_argument("--weights", metavar="BUDGET", help="true average bits (3.7), or bytes (40MB)")
+    budgets.add_argument("--activations", type=float, metavar="BITS", help="average bits of the activations")
+    budgets.add_argument("--bops", type=float, metavar="N", help="bit operations per sample and step")
+
+
+def _lowering_options(parser: argparse.ArgumentParser, table: bool = True) -> None:
+    made = parser.add_argument_group("how to compile")
     made.add_argument("--recipe", default="default", help="name or .toml file (mpqc recipes)")
     made.add_argument("--pipeline", metavar="PASSES", help='passes by hand: "trace,layout,calibrate{samples=64},..."')
-    made.add_argument("--weights", help="budget: true average bits (3.7), or bytes (40MB)")
-    made.add_argument("--activations", type=float, help="budget: average bits of the activations")
-    made.add_argument("--bops", type=float, help="budget: bit operations per sample and step")
     made.add_argument("--shapes", help="batch x channels x height x width, comma-separated (default: batch 1 and 2)")
-    made.add_argument("--calibration", metavar="FILE", help="recorded inputs (safetensors); else recorded by sampling")
-    made.add_argument("--samples", type=int, help="calibration trajectories")
-    made.add_argument("--steps", type=int, help="steps of each calibration trajectory")
-    made.add_argument("--scheduler", metavar="FILE", help="scheduler_config.json to use instead of the model's")
-    made.add_argument("--prediction-type", choices=("epsilon", "sample", "v_prediction"))
-    made.add_argument("--sensitivity", metavar="TABLE.json", help="use this table instead of measuring")
-    made.add_argument("--seed", type=int, default=0)
+    if table:
+        made.add_argument("--sensitivity", metavar="TABLE.json", help="use this table instead of measuring")
     _machine_options(made)
+    made = parser.add_argument_group("calibration")
+    made.add_argument(
+        "--calibration", metavar="FILE", help="recorded inputs, safetensors (docs/calibration.md); else by sampling"
+    )
+    made.add_argument("--samples", type=int, metavar="N", help="sampling trajectories (default: the recipe's, 32)")
+    made.add_argument("--steps", type=int, metavar="N", help="steps of each trajectory (default: the recipe's, 20)")
+    made.add_argument("--scheduler", metavar="FILE", help="scheduler_config.json to use instead of the model's")
+    made.add_argument(
+        "--prediction-type",
+        choices=("epsilon", "sample", "v_prediction"),
+        metavar="TYPE",
+        help="epsilon, sample or v_prediction (default: the scheduler's)",
+    )
+    made.add_argument("--seed", type=int, metavar="N", default=0, help="of everything drawn at random (0)")
 
 
 def _options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
@@ -178,7 +217,7 @@ def _compile(args: argparse.Namespace) -> Any:
         **_options(args, target=args.target, overwrite=args.overwrite, dumps=args.dumps),
     )
     for note in report.notes:
-        terminal.console.print(f"note: {note}", markup=False)
+        terminal.note(f"note: {note}")
     weights = report.weights
     terminal.table(
         f"{args.output} for {report.target}, recipe {report.recipe}",
@@ -193,7 +232,7 @@ def _compile(args: argparse.Namespace) -> Any:
         ),
     )
     for name, reason in report.fallbacks.items():
-        terminal.console.print(f"fallback: {name}: {reason}", markup=False)
+        terminal.say(f"fallback: {name}: {reason}")
     return report.to_json()
 
 
@@ -217,13 +256,13 @@ def _generate(args: argparse.Namespace) -> Any:
         drawn.append(p.decode(latents))
     titles = ["float", "compiled"] if args.compare else None
     pictures.grid(drawn if args.compare else drawn[0], args.output, titles=titles)
-    terminal.console.print(f"wrote {args.output}", markup=False)
+    terminal.say(f"wrote {args.output}")
     result: dict[str, Any] = {"output": str(args.output), "images": args.images, "steps": args.steps, "seed": args.seed}
     if args.compare:
         from mpq_compiler.metrics import psnr_db
 
         result["psnr_db"] = psnr_db(drawn[0], drawn[1])
-        terminal.console.print(f"PSNR {result['psnr_db']:.2f} dB against {args.compare}", markup=False)
+        terminal.say(f"PSNR {result['psnr_db']:.2f} dB against {args.compare}")
     return result
 
 
@@ -262,7 +301,7 @@ def _run(args: argparse.Namespace) -> Any:
         beside.replace(output)
     finally:
         beside.unlink(missing_ok=True)
-    terminal.console.print(f"wrote {output}: f32{list(result.shape)}", markup=False)
+    terminal.say(f"wrote {output}: f32{list(result.shape)}")
     return {"output": str(output), "shape": list(result.shape)}
 
 
@@ -272,11 +311,10 @@ def _verify(args: argparse.Namespace) -> Any:
     read = artifact.read(args.artifact)
     target = targets.TARGETS.get(read.manifest["target"]["name"])
     missing = [] if target is None else sorted(targets.missing_features(target))
-    terminal.console.print(
+    terminal.say(
         f"{args.artifact} is intact: {len(read.manifest['files'])} files for {read.manifest['target']['name']}, "
         f"sha256 {read.manifest['artifact_sha256'][:16]}"
-        + (f"; this machine cannot run it: it lacks {', '.join(missing)}" if missing else ""),
-        markup=False,
+        + (f"; this machine cannot run it: it lacks {', '.join(missing)}" if missing else "")
     )
     return {"intact": True, "sha256": read.manifest["artifact_sha256"], "missing_features": missing}
 
@@ -341,7 +379,7 @@ def _passes(args: argparse.Namespace) -> Any:
 
     if args.name:
         described = printer.describe_pass(pass_manager.find(args.name))
-        terminal.console.print(printer.pass_text(described), markup=False, highlight=False)
+        terminal.say(printer.pass_text(described, min(110, terminal.output.width)))
         return described
     everything = [printer.describe_pass(pass_manager.find(n)) for n in pass_manager.all_names()]
     terminal.table(
@@ -371,7 +409,7 @@ def _targets(args: argparse.Namespace) -> Any:
     try:
         native = targets.resolve("native").name
     except UserError as error:
-        terminal.console.print(str(error), markup=False)
+        terminal.note(str(error))
     described: list[dict[str, Any]] = []
     for target in targets.TARGETS.values():
         missing = sorted(targets.missing_features(target))
@@ -413,7 +451,7 @@ def _cache(args: argparse.Namespace) -> Any:
 
     if args.action == "clear":
         freed = cache.clear(args.cache)
-        terminal.console.print(f"freed {terminal.size(freed)} in {cache.folder(args.cache)}", markup=False)
+        terminal.say(f"freed {terminal.size(freed)} in {cache.folder(args.cache)}")
         return {"freed": freed}
     kinds: dict[str, list[int]] = {}
     for kind, _, size in cache.entries(args.cache):
@@ -439,26 +477,41 @@ def _write_json(document: Any, path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command: 0 done, 1 a clear error, 130 Ctrl-C; argparse exits with 2 for a wrong command line."""
     args = parser().parse_args(arguments)
+    terminal.output.stderr = args.json == "-"
     try:
         result = args.run(args)
         if args.json == "-":
             print(json.dumps(result, indent=1))
         elif args.json:
             _write_json(result, Path(args.json))
+        sys.stdout.flush()
         return 0
     except UserError as error:
         return _fail(args, str(error))
     except KeyboardInterrupt:
         print("mpqc: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read us has seen enough: `mpqc passes | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except ModuleNotFoundError as error:
+        if (module := (error.name or "").partition(".")[0]) not in REQUIREMENTS:
+            return _defect(args, error)
+        name, package = REQUIREMENTS[module]
+        return _fail(args, f"`mpqc {args.command}` needs {name}, which is not installed: pip install '{package}'")
     except OSError as error:
         where = f" '{error.filename}'" if error.filename else ""
         return _fail(args, f"the system refused{where}: {error.strerror or error}; free space or choose another place")
     except MemoryError:
         return _fail(args, "out of memory; use a smaller model, fewer --samples or fewer --jobs")
-    except Exception as error:  # a defect of ours still ends in one sentence
-        text = " ".join(str(error).split())
-        return _fail(args, f"internal error, report it with what --debug shows: {type(error).__name__}: {text[:300]}")
+    except Exception as error:
+        return _defect(args, error)
+
+
+def _defect(args: argparse.Namespace, error: Exception) -> int:
+    """A defect of ours still ends in one sentence."""
+    text = " ".join(str(error).split())
+    return _fail(args, f"internal error, report it with what --debug shows: {type(error).__name__}: {text[:300]}")
 
 
 def _fail(args: argparse.Namespace, sentence: str) -> int:

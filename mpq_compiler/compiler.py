@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import artifact, costs, pass_manager, recipes, sensitivity_table, targets
+from mpq_compiler import artifact, costs, pass_manager, recipes, recording, sensitivity_table, targets
 from mpq_compiler import denoiser as denoisers
+from mpq_compiler.calibration import batches as in_batches
 from mpq_compiler.calibration import input_edge
 from mpq_compiler.denoiser import Denoiser
 from mpq_compiler.errors import UserError
@@ -24,6 +25,13 @@ from mpq_compiler.program import Program, Stage, TensorStore, run
 
 HELD_OUT = 64
 """Teacher-forced inputs on which a compiled denoiser is judged, none of them seen in calibration."""
+REFERENCE_MACS = 64e9
+"""What the reference interpreter is asked to compute for that, in multiply-accumulates: some minutes at most."""
+REFERENCE_LEAST = 4
+"""Inputs on which artifact and reference are compared in any case."""
+AGREEMENT_DB = 0.1
+"""How far the artifact's SQNR may be from the reference's: contract (c)."""
+JUDGED_TOGETHER = 8
 DEFAULT_BATCHES = (1, 2)
 
 
@@ -133,9 +141,12 @@ def lower(
 ) -> tuple[Program, Program | None, list[Record], list[Pass]]:
     """Runs the passes: (last program, the planned one if any, records, passes). Nothing is written but dumps."""
     passes = resolve(options) if passes is None else passes
+    recording.require(denoiser, options.calibration)
     session = Session(
         denoiser=denoiser,
-        calibration=_read_calibration(denoiser, options.calibration),
+        calibration=None
+        if options.calibration is None
+        else recording.split(recording.load(denoiser, options.calibration))[0],
         sensitivity=None if options.sensitivity is None else sensitivity_table.load(options.sensitivity),
         seed=options.seed,
         jobs=options.jobs,
@@ -153,7 +164,7 @@ def lower(
 def _observer(
     denoiser: Denoiser, options: Options, planned: list[Program]
 ) -> Callable[[int, Pass, Program, Program], None]:
-    inputs = denoiser.random_inputs(2, options.seed)
+    inputs = {} if options.dumps is None else _spread(held_out(denoiser, options), 2)
 
     def after(index: int, step: Pass, before: Program, program: Program) -> None:
         if program.stage == Stage.PLANNED:
@@ -166,34 +177,20 @@ def _observer(
     return after
 
 
-def _read_calibration(denoiser: Denoiser, path: str | Path | None) -> dict[str, Tensor] | None:
-    from mpq_compiler import tensorfile
-
-    if path is None:
-        return None
-    found = {name: torch.from_numpy(np.array(value)) for name, value in tensorfile.load(path).items()}
-    for name, spec in denoiser.input_specs.items():
-        if name not in found:
-            raise UserError(f"the calibration file '{path}' lacks the input '{name}' of {denoiser.name}")
-        if tuple(found[name].shape[1:]) != spec.shape:
-            raise UserError(
-                f"'{name}' in the calibration file '{path}' is {list(found[name].shape)}, "
-                f"where {denoiser.name} takes {spec}"
-            )
-    counts = {len(found[name]) for name in denoiser.input_specs}
-    if len(counts) != 1 or 0 in counts:
-        raise UserError(f"the calibration file '{path}' has {sorted(counts)} rows of its inputs; give equally many")
-    return {name: found[name].to(spec.dtype) for name, spec in denoiser.input_specs.items()}
-
-
 def held_out(denoiser: Denoiser, options: Options) -> dict[str, Tensor]:
-    """At least 64 inputs over all time steps that calibration has not seen."""
-    calibration = _read_calibration(denoiser, options.calibration)
-    if calibration is not None:
-        rows = torch.linspace(0, len(next(iter(calibration.values()))) - 1, HELD_OUT).round().long()
-        return {name: value[rows] for name, value in calibration.items()}
+    """Inputs over all time steps that calibration has not seen: `HELD_OUT`, or what the calibration file holds."""
+    if options.calibration is not None:
+        inputs = recording.split(recording.load(denoiser, options.calibration))[1]
+        return _spread(inputs, HELD_OUT)
     trajectories = 8
     return denoisers.record_calibration(denoiser, trajectories, -(-HELD_OUT // trajectories), options.seed + 1)
+
+
+def _spread(inputs: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """At most ``count`` rows, evenly spread."""
+    rows = len(next(iter(inputs.values())))
+    index = torch.linspace(0, rows - 1, min(count, rows)).round().long()
+    return {name: value[index] for name, value in inputs.items()}
 
 
 def compile(
@@ -230,12 +227,17 @@ def compile(
         if built.prepare is not None:
             manifest["prepare"] = built.prepare
         files = {**built.files, artifact.IR: printer.text(program).encode()}
-        inputs = held_out(denoiser, chosen)
-        judge = _Judge(denoiser, inputs)
-        manifest["quality"] = {"reference_sqnr_db": round(judge.sqnr(program), 6), "inputs": judge.count}
+        judge = _Judge(denoiser, held_out(denoiser, chosen), program, progress)
+        manifest["quality"] = {"reference_sqnr_db": judge.reference_sqnr_db, "inputs": judge.compared}
         complete = artifact.write(output, manifest, files, built.tensors, chosen.overwrite)
         assert complete["weights"]["payload_bytes"] == stored, "payload and plan differ"
-        quality = judge.quality(output, program, target)
+        quality = judge.quality(output, target)
+    notes = list(denoiser.notes)
+    if abs(quality["agreement_db"] or 0) > AGREEMENT_DB:
+        notes.append(
+            f"the artifact's SQNR is {quality['agreement_db']:+.2f} dB from the packed program's: its kernels for "
+            f"'{target.name}' compute something else, report it with the model"
+        )
     parameters = program.facts["parameters"]
     weights = {
         "average_bits": costs.average_bits(stored, parameters),
@@ -254,7 +256,7 @@ def compile(
         recipe=str(chosen.recipe) if chosen.pipeline is None else "custom",
         pipeline=pass_manager.to_text(passes),
         fallbacks=dict(program.fallbacks),
-        notes=list(denoiser.notes),
+        notes=notes,
     )
 
 
@@ -265,25 +267,56 @@ def _backend(target: targets.Target) -> Any:
 
 
 class _Judge:
-    """Teacher-forced quality against the float model."""
+    """Teacher-forced quality against the float model, and the agreement of artifact and packed program.
 
-    def __init__(self, denoiser: Denoiser, inputs: dict[str, Tensor]) -> None:
+    The reference computes exactly, which takes hundreds of times as long as the artifact: for large models it is asked
+    for some of the inputs only, spread over time, and the two are compared on those.
+    """
+
+    def __init__(self, denoiser: Denoiser, inputs: dict[str, Tensor], program: Program, progress: Any = None) -> None:
         self.inputs = inputs
         self.count = len(next(iter(inputs.values())))
-        self.expected = denoiser(**inputs).numpy()
+        macs = max(1, sum(costs.macs(program).values()))
+        self.compared = min(self.count, max(REFERENCE_LEAST, int(REFERENCE_MACS / macs)))
+        index = torch.linspace(0, self.count - 1, self.compared).round().long()
+        self.rows = index.numpy()
+        expected, packed = [], []
+        track = progress("judging", self.count + self.compared) if progress else nullcontext(lambda n: None)
+        with track as advance:
+            for batch in in_batches(inputs, JUDGED_TOGETHER):
+                expected.append(denoiser(**batch).numpy())
+                advance(len(expected[-1]))
+            for batch in in_batches({name: value[index] for name, value in inputs.items()}, JUDGED_TOGETHER):
+                packed.append(run(program, batch).numpy())
+                advance(len(packed[-1]))
+        self.expected, self.packed = np.concatenate(expected), np.concatenate(packed)
+        self.reference_sqnr_db = round(sqnr_db(self.expected[self.rows], self.packed), 6)
 
-    def sqnr(self, program: Program) -> float:
-        return sqnr_db(self.expected, run(program, self.inputs).numpy())
+    def quality(self, path: str | Path, target: targets.Target) -> dict[str, Any]:
+        """`sqnr_db` executed by the artifact where this machine can run it, else by the reference.
 
-    def quality(self, path: str | Path, program: Program, target: targets.Target) -> dict[str, Any]:
-        """`sqnr_db` executed by the artifact where this machine can run it, else by the reference."""
+        `agreement_db` is what executing the artifact adds to the reference's SQNR on the `reference_inputs`.
+        """
+        reference = {"reference_sqnr_db": self.reference_sqnr_db, "reference_inputs": self.compared}
         if target.backend == "reference" or targets.missing_features(target):
-            return {"sqnr_db": self.sqnr(program), "executed_by": "reference", "inputs": self.count}
+            return {
+                "sqnr_db": self.reference_sqnr_db,
+                "executed_by": "reference",
+                "inputs": self.compared,
+                **reference,
+                "agreement_db": None,
+            }
         from mpq_compiler import runtime
 
         compiled = runtime.load(path)
         output = compiled.run({name: value.numpy() for name, value in self.inputs.items()})
-        return {"sqnr_db": sqnr_db(self.expected, output), "executed_by": "artifact", "inputs": self.count}
+        return {
+            "sqnr_db": sqnr_db(self.expected, output),
+            "executed_by": "artifact",
+            "inputs": self.count,
+            **reference,
+            "agreement_db": sqnr_db(self.expected[self.rows], output[self.rows]) - self.reference_sqnr_db,
+        }
 
 
 def _describe(

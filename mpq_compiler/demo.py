@@ -91,11 +91,9 @@ def _print(result: dict[str, Any]) -> None:
         numeric=(1, 2),
     )
     artifact = result["artifact"]
-    terminal.console.print(
+    terminal.say(
         f"The picture is {result['picture']}. Next:\n"
         f"  mpqc inspect {artifact} --layers\n"
         f"  mpqc eval {artifact} --against {MODEL} --images 200\n"
-        f"  mpqc compile {MODEL} -o smaller.mpq --weights 3 --dumps dumps && mpqc inspect dumps --diff bit-allocation",
-        markup=False,
-        highlight=False,
+        f"  mpqc compile {MODEL} -o smaller.mpq --weights 3 --dumps dumps && mpqc inspect dumps --diff bit-allocation"
     )

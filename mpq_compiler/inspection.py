@@ -55,7 +55,7 @@ def _artifact(path: Path, layers: bool) -> dict[str, Any]:
         numeric=(1, 2),
     )
     for name, reason in plan.get("fallbacks", {}).items():
-        terminal.console.print(f"fallback: {name}: {reason}", markup=False)
+        terminal.say(f"fallback: {name}: {reason}")
     return {"name": manifest["name"], "target": manifest["target"]["name"], "weights": weights, "layers": rows}
 
 
@@ -72,7 +72,7 @@ def _dumps(path: Path, pass_name: str | None, diff: list[str] | None) -> Any:
 
     if pass_name is not None:
         dump = dumps[index(pass_name)]
-        print(dump.text)
+        terminal.say(dump.text)
         return {"pass": dump.name, "text": dump.text}
     if diff is not None:
         if len(diff) > 2:
@@ -81,7 +81,7 @@ def _dumps(path: Path, pass_name: str | None, diff: list[str] | None) -> Any:
         first = index(diff[0]) if len(diff) == 2 else last - 1
         before = dumps[first].text if first >= 0 else ""
         text = printer.diff(before, dumps[last].text)
-        print(text or "no difference")
+        terminal.say(text or "no difference")
         return {"from": dumps[first].name if first >= 0 else None, "to": dumps[last].name, "diff": text}
     described = [{"pass": d.name, "nodes": d.nodes, "sqnr_db": d.sqnr_db} for d in dumps]
     terminal.table(

@@ -378,9 +378,17 @@ def excerpt(cls: type[Pass]) -> tuple[str, str]:
     return textwrap.dedent(block[1]).strip("\n"), textwrap.dedent(block[2]).strip("\n")
 
 
-def pass_text(described: dict[str, Any]) -> str:
-    """The description of a pass for reading."""
-    lines = [f"{described['name']}  ({described['contract']})", "", textwrap.indent(described["purpose"], "  "), ""]
+def pass_text(described: dict[str, Any], width: int = 110) -> str:
+    """The description of a pass for reading, its sentences broken at `width`."""
+
+    def filled(text: str, indent: str) -> str:
+        paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+        return "\n\n".join(
+            textwrap.fill(p, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+            for p in paragraphs
+        )
+
+    lines = [f"{described['name']}  ({described['contract']})", "", filled(described["purpose"], "  "), ""]
     for title in ("requires", "provides"):
         if described[title]:
             lines.append(f"{title}: {', '.join(described[title])}")
@@ -389,7 +397,7 @@ def pass_text(described: dict[str, Any]) -> str:
         for option in described["options"]:
             lines.append(f"  {option['name']}={option['default']}  ({option['type']})")
             if option["meaning"]:
-                lines.append(textwrap.indent(option["meaning"], "      "))
+                lines.append(filled(option["meaning"], "      "))
     if described["before"]:
         lines += ["", textwrap.indent(described["before"], "    "), "  =>", textwrap.indent(described["after"], "    ")]
     return "\n".join(lines)

@@ -1,7 +1,11 @@
-"""What commands print: Rich tables and progress bars on a terminal, plain lines elsewhere."""
+"""What commands print: results on standard output, progress and notes on standard error.
+
+On a terminal that is Rich tables and progress bars; elsewhere plain lines that are not broken for a screen's width.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 console = Console(stderr=True)
-"""Progress and tables go to standard error: standard output is for ``--json -``."""
+"""Progress and notes."""
+output = Console()
+"""Results. ``output.stderr = True`` leaves standard output to ``--json -``."""
+if not output.is_terminal and "COLUMNS" not in os.environ:
+    output.width = 200  # names must not be folded on their way to grep or a file
 
 
 @contextmanager
@@ -33,6 +41,16 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda n: bar.advance(task, n)
 
 
+def say(text: str) -> None:
+    """Prints a line of the result as it is."""
+    output.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Tells what is no result: what was assumed, or did not go as asked."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def table(title: str, headers: Sequence[str], rows: Iterable[Sequence[object]], numeric: Sequence[int] = ()) -> None:
     """Prints a table; the columns in ``numeric`` are aligned to the right."""
     made = Table(header_style="bold")
@@ -40,8 +58,8 @@ def table(title: str, headers: Sequence[str], rows: Iterable[Sequence[object]], 
         made.add_column(header, justify="right" if index in numeric else "left", overflow="fold")
     for row in rows:
         made.add_row(*("" if cell is None else str(cell) for cell in row))
-    console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
-    console.print(made)
+    output.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+    output.print(made)
 
 
 def size(count: float) -> str:

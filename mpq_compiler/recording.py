@@ -1,0 +1,132 @@
+"""Recorded inputs: the files that ``--calibration`` reads, and how to make one from a diffusers pipeline.
+
+A file is a safetensors with every input of the denoiser by name, all of N rows: the calls of sampling trajectories,
+as many time steps as possible among them. docs/calibration.md has an example.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpq_compiler import tensorfile
+from mpq_compiler.denoiser import Denoiser, TensorModule
+from mpq_compiler.errors import UserError, nearest
+
+HELD_OUT_EVERY = 4
+"""One row in so many is kept from calibration, and judges what was compiled."""
+LEAST_TO_SPLIT = 8
+"""Rows below which calibration and judgement share them all."""
+
+
+def require(denoiser: Denoiser, path: str | Path | None) -> None:
+    """UserError where the inputs cannot be sampled and no file gives them; says what the file must hold."""
+    if path is not None or denoiser.conditions in ((), ("class_labels",)):
+        return
+    inputs = ", ".join(f"{name} {str(spec).replace('[B', '[N')}" for name, spec in denoiser.input_specs.items())
+    raise UserError(
+        f"'{denoiser.name}' is conditioned on {', '.join(denoiser.conditions)}, which cannot be sampled without its "
+        f"encoders: give recorded inputs with --calibration FILE, a safetensors of {inputs}; "
+        "mpq_compiler.record_inputs(pipeline, FILE) records one (docs/calibration.md)"
+    )
+
+
+def load(denoiser: Denoiser, path: str | Path) -> dict[str, Tensor]:
+    """The inputs [N, ...] of a calibration file by name, latest time first.
+
+    UserError: not a safetensors file; an input is missing, unknown, of another shape or type, or not finite.
+    """
+    found = {name: torch.from_numpy(np.array(value)) for name, value in tensorfile.load(path).items()}
+    specs = denoiser.input_specs
+    for name in specs:
+        if name not in found:
+            unknown = sorted(found.keys() - specs.keys())
+            hint = f"; it holds {', '.join(unknown)}, which is none of its inputs" if unknown else ""
+            raise UserError(f"the calibration file '{path}' lacks the input '{name}' of {denoiser.name}{hint}")
+    for name, value in found.items():
+        if name not in specs:
+            raise UserError(
+                f"the calibration file '{path}' holds '{name}', and {denoiser.name} has no such input: "
+                f"{nearest(name, specs)}"
+            )
+        if value.ndim == 0 or tuple(value.shape[1:]) != specs[name].shape:
+            raise UserError(
+                f"'{name}' in the calibration file '{path}' is {list(value.shape)}, "
+                f"where {denoiser.name} takes {specs[name]}"
+            )
+    counts = {len(value) for value in found.values()}
+    if len(counts) != 1 or 0 in counts:
+        listed = ", ".join(f"{name} {len(value)}" for name, value in found.items())
+        raise UserError(f"the calibration file '{path}' must hold equally many rows of every input, and holds {listed}")
+    values = {name: _converted(name, found[name], spec.dtype, path) for name, spec in specs.items()}
+    order = torch.argsort(values["timestep"], descending=True, stable=True)
+    return {name: value[order] for name, value in values.items()}
+
+
+def _converted(name: str, value: Tensor, dtype: torch.dtype, path: str | Path) -> Tensor:
+    if value.is_complex() or value.dtype == torch.bool or (dtype.is_floating_point and not value.is_floating_point()):
+        kind, wanted = (str(t).removeprefix("torch.") for t in (value.dtype, dtype))
+        raise UserError(f"'{name}' in the calibration file '{path}' is {kind}, and must be {wanted}")
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise UserError(f"'{name}' in the calibration file '{path}' holds NaN or infinity; check what recorded it")
+    converted = value.to(dtype)
+    if not dtype.is_floating_point and not torch.equal(converted.to(value.dtype), value):
+        raise UserError(f"'{name}' in the calibration file '{path}' holds fractions, and must hold whole numbers")
+    return converted
+
+
+def split(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(rows to calibrate on, rows to judge by); the same rows where there are fewer than `LEAST_TO_SPLIT`."""
+    count = len(next(iter(inputs.values())))
+    rows = torch.arange(count)
+    held = rows % HELD_OUT_EVERY == HELD_OUT_EVERY // 2
+    if count < LEAST_TO_SPLIT:
+        return dict(inputs), dict(inputs)
+    return {n: v[rows[~held]] for n, v in inputs.items()}, {n: v[rows[held]] for n, v in inputs.items()}
+
+
+@contextmanager
+def record_inputs(pipeline: Any, path: str | Path, every: int = 1) -> Iterator[None]:
+    """Records the calls of a diffusers pipeline's denoiser within the block, and writes them to ``path``.
+
+    pipeline: a pipeline, or the denoiser itself. every: keeps one call in so many (each has all rows of its batch).
+    Nothing is written when the block raises. UserError: no call was made; the file cannot be written.
+    """
+    model = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None) or pipeline
+    parameters = inspect.signature(model.forward)
+    known = inspect.signature(TensorModule.forward).parameters
+    kept: list[dict[str, np.ndarray]] = []
+    seen = 0
+
+    def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal seen
+        seen += 1
+        if (seen - 1) % every:
+            return
+        bound = dict(parameters.bind(*args, **kwargs).arguments)
+        bound.update(bound.pop("added_cond_kwargs", None) or {})
+        row = {n: torch.as_tensor(v).detach().cpu() for n, v in bound.items() if n in known and v is not None}
+        batch = max(len(v) for v in row.values() if v.ndim)
+        row["timestep"] = row["timestep"].reshape(-1).expand(batch)
+        kept.append({n: (v.float() if v.is_floating_point() else v).numpy() for n, v in row.items()})
+
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if not kept:
+        raise UserError(f"nothing to write to '{path}': the pipeline's {type(model).__name__} was not called")
+    tensors = {name: np.concatenate([call[name] for call in kept]) for name in kept[0]}
+    try:
+        with Path(path).open("wb") as stream:
+            tensorfile.save(stream, tensors)
+    except OSError as error:
+        raise UserError(f"cannot write '{path}': {error.strerror}") from error
