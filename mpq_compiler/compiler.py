@@ -58,6 +58,7 @@ class Options:
     jobs: int = 1
     cache: Path | None = None
     dumps: Path | None = None
+    """Folder for the program after every pass."""
     overwrite: bool = False
 
 
@@ -206,6 +207,8 @@ def compile(
     target = targets.resolve(chosen.target)
     targets.require_implemented(target)
     artifact.check_output(output, chosen.overwrite)
+    if chosen.dumps is not None and not chosen.overwrite and chosen.dumps.exists() and any(chosen.dumps.iterdir()):
+        raise UserError(f"the dumps folder '{chosen.dumps}' is not empty; name another one or add --overwrite")
     resolve(chosen)  # a wrong option is refused before the model is read
     if isinstance(model, Denoiser):
         denoiser, batches = model, parse_shapes(chosen.shapes)[0]

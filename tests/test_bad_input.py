@@ -217,6 +217,10 @@ def test_an_existing_output_is_refused_and_kept(
     before = {f.name: f.read_bytes() for f in compiled.iterdir()}
     assert "--overwrite" in refused(capsys, "compile", model, "-o", compiled, *QUICK)
     assert before == {f.name: f.read_bytes() for f in compiled.iterdir()}
+    (tmp_path / "dumps").mkdir()
+    (tmp_path / "dumps" / "mine").write_text("mine")
+    place = ("-o", tmp_path / "new.mpq", "--dumps", tmp_path / "dumps")
+    assert "--overwrite" in refused(capsys, "compile", model, *place, *QUICK)
     picture = tmp_path / "grid.png"
     picture.write_text("mine")
     assert "--overwrite" in refused(capsys, "generate", compiled, "-o", picture)
