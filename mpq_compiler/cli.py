@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import signal
@@ -248,12 +249,13 @@ def _generate(args: argparse.Namespace) -> Any:
     if args.compare:
         painters.insert(0, evaluation.from_model(args.compare))
         evaluation.require_same_task(painter, painters[0])
-    drawn = []
-    for p in painters:
-        with terminal.progress(f"drawing with {p.name}", args.images) as advance:
-            latents = p.draw(args.images, args.steps, args.seed, args.label)
-            advance(args.images)
-        drawn.append(p.decode(latents))
+    drawn: list[Any] = []
+    painter.conditions(args.images, args.label)  # refuses what cannot be drawn before the work begins
+    for p, kind in zip(reversed(painters), ("artifact", "float model"), strict=False):
+        with terminal.progress(f"drawing with the {kind}", args.steps * -(-args.images // evaluation.BATCH)) as advance:
+            step = functools.partial(_advance, advance)
+            latents = p.draw(args.images, args.steps, args.seed, args.label, progress=step)
+        drawn.insert(0, p.decode(latents))
     titles = ["float", "compiled"] if args.compare else None
     pictures.grid(drawn if args.compare else drawn[0], args.output, titles=titles)
     terminal.say(f"wrote {args.output}")
@@ -264,6 +266,10 @@ def _generate(args: argparse.Namespace) -> Any:
         result["psnr_db"] = psnr_db(drawn[0], drawn[1])
         terminal.say(f"PSNR {result['psnr_db']:.2f} dB against {args.compare}")
     return result
+
+
+def _advance(advance: Callable[[int], None], done: int, total: int) -> None:
+    advance(1)
 
 
 def _eval(args: argparse.Namespace) -> Any:

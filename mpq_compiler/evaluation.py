@@ -17,6 +17,8 @@ from mpq_compiler.errors import UserError
 from mpq_compiler.sampler import Call, Scheduler
 
 Array = np.ndarray
+_PLACES = {"sample": "unet", "hidden_states": "transformer"}
+"""The attribute of diffusers' pipelines that holds a denoiser, by the name of its latents."""
 BATCH = 50
 """Images drawn together; an artifact splits the batch into its specializations."""
 
@@ -43,7 +45,11 @@ class Painter:
                 raise UserError(f"'{self.name}' has no classes; leave --class out")
             return {}
         if extra != ["class_labels"]:
-            raise UserError(f"'{self.name}' is conditioned on {', '.join(extra)}, which needs its text encoder")
+            raise UserError(
+                f"'{self.name}' is conditioned on {', '.join(extra)}, and cannot be drawn from without its encoders: "
+                f"put it into its diffusers pipeline, pipeline.{_PLACES.get(self.latent, 'unet')} = "
+                "mpq_compiler.load(ARTIFACT)"
+            )
         classes = self.classes or 1
         if label is not None and not 0 <= label < classes:
             raise UserError(f"'{self.name}' has the classes 0 to {classes - 1}; --class {label} is none of them")

@@ -32,7 +32,7 @@ def _artifact(path: Path, layers: bool) -> dict[str, Any]:
             ("layer", "weight", "activation", "bytes", "share", "loss"),
             [
                 (
-                    row["name"],
+                    row["name"].removesuffix(".weight"),
                     row["weight"],
                     row["activation"],
                     row["bytes"],

@@ -185,8 +185,44 @@ def test_the_command_is_installed() -> None:
     assert schemas.check(json.loads(done.stdout), "recipes") is None
 
 
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["--version"])
+    assert raised.value.code == 0
+    assert capsys.readouterr().out.startswith("mpqc ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package"),
+    [
+        (["compile", "fashion-unet", "-o", "x.mpq"], "mpq-compiler[compile]"),
+        (["passes"], "mpq-compiler[compile]"),
+        (["generate", "x.mpq", "-o", "x.png"], "pillow"),
+    ],
+)
+def test_a_missing_package_is_named_with_what_brings_it(arguments: list[str], package: str) -> None:
+    """As in an installation without the extra: a None in sys.modules is how Python marks what cannot be imported."""
+    script = (
+        "import sys; sys.modules.update(torch=None, PIL=None);"
+        f"from mpq_compiler import cli; sys.exit(cli.main({arguments!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"which is not installed: pip install '{package}'\n")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_results_can_be_piped(folder: Path) -> None:
+    """They are on standard output, whole lines; a reader that has seen enough ends the command quietly."""
+    done = subprocess.run(
+        f"{sys.executable} -m mpq_compiler passes | head -1", shell=True, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("passes")
+    assert done.stderr == ""
+
+
 def test_every_command_has_a_python_name() -> None:
-    for name in ("compile", "load", "allocate", "measure_sensitivity", "evaluate", "inspect", "demo", "verify"):
+    for name in mpq_compiler.__all__:
         assert callable(getattr(mpq_compiler, name))
     with pytest.raises(AttributeError):
         mpq_compiler.nothing  # noqa: B018

@@ -1,0 +1,119 @@
+"""Calibration files: recorded from a diffusers pipeline, read with one sentence for every fault, split for judging."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mpq_compiler import cli, denoiser, recording
+from mpq_compiler.errors import UserError
+from tests import tiny
+
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("sd15", tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def loaded(model: Path) -> denoiser.Denoiser:
+    return denoiser.load(model)
+
+
+def written(tensors: Tensors, folder: Path) -> Path:
+    path = folder / "calibration.safetensors"
+    save_file({name: value.contiguous().clone() for name, value in tensors.items()}, path)
+    return path
+
+
+def test_a_pipeline_is_recorded_and_compiled(loaded: denoiser.Denoiser, model: Path, tmp_path: Path) -> None:
+    unet = tiny.model("sd15")
+    pipeline = types.SimpleNamespace(unet=unet)  # record_inputs asks a pipeline for nothing else
+    given = tiny.inputs("sd15", batch=2)
+    path = tmp_path / "recorded.safetensors"
+    with recording.record_inputs(pipeline, path, every=2):
+        for step in range(999, -1, -100):  # as StableDiffusionPipeline calls it
+            unet(
+                given["sample"],
+                torch.tensor(step),
+                encoder_hidden_states=given["encoder_hidden_states"],
+                timestep_cond=None,
+                cross_attention_kwargs=None,
+                added_cond_kwargs=None,
+                return_dict=False,
+            )
+    recorded = load_file(path)
+    assert set(recorded) == set(loaded.input_specs)
+    assert recorded["timestep"].tolist() == [step for step in range(999, -1, -200) for _ in range(2)]
+    assert torch.equal(recorded["sample"][:2], given["sample"])
+    arguments = ["compile", str(model), "-o", str(tmp_path / "out.mpq"), "--target", "reference", "--recipe", "w8a8"]
+    assert cli.main([*arguments, "--calibration", str(path)]) == 0
+
+
+def test_nothing_is_written_without_a_call_or_after_an_error(tmp_path: Path) -> None:
+    unet, path = tiny.model("sd15"), tmp_path / "recorded.safetensors"
+    with pytest.raises(UserError, match="was not called"), recording.record_inputs(unet, path):
+        pass
+    with pytest.raises(ZeroDivisionError), recording.record_inputs(unet, path):
+        raise ZeroDivisionError
+    assert not path.exists()
+
+
+def test_without_a_file_the_command_says_what_to_give(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["compile", str(model), "-o", str(tmp_path / "out.mpq")]) == 1
+    error = capsys.readouterr().err
+    for part in ("--calibration FILE", "sample f32[N,4,16,16]", "encoder_hidden_states f32[N,7,32]", "record_inputs"):
+        assert part in error
+    assert len(error.splitlines()) == 1
+
+
+def test_rows_are_ordered_by_time_and_half_precision_is_read(loaded: denoiser.Denoiser, tmp_path: Path) -> None:
+    given = tiny.inputs("sd15", batch=9)
+    given["sample"] = given["sample"].half()
+    found = recording.load(loaded, written(given, tmp_path))
+    assert found["timestep"].tolist() == sorted(given["timestep"].tolist(), reverse=True)
+    assert found["sample"].dtype == torch.float32
+    row = given["timestep"].argmax()
+    assert torch.equal(found["sample"][0], given["sample"][row].float())
+
+
+def _replace(name: str, value: torch.Tensor | None) -> Tensors:
+    given: dict[str, torch.Tensor | None] = dict(tiny.inputs("sd15", batch=4))
+    given[name] = value
+    return {n: v for n, v in given.items() if v is not None}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("timestep", None, "lacks the input 'timestep'"),
+        ("timesteps", torch.zeros(4), "did you mean 'timestep'"),
+        ("sample", torch.zeros(4, 4, 8, 8), r"is \[4, 4, 8, 8\], where .* takes f32\[B,4,16,16\]"),
+        ("timestep", torch.tensor(3), r"'timestep' .* is \[\]"),
+        ("timestep", torch.arange(3), "equally many rows"),
+        ("sample", torch.zeros(4, 4, 16, 16, dtype=torch.int32), "is int32, and must be float32"),
+        ("sample", torch.full((4, 4, 16, 16), torch.nan), "holds NaN or infinity"),
+        ("timestep", torch.arange(4) + 0.5, "holds fractions"),
+    ],
+)
+def test_faults_are_named(
+    loaded: denoiser.Denoiser, tmp_path: Path, name: str, value: torch.Tensor | None, sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        recording.load(loaded, written(_replace(name, value), tmp_path))
+
+
+def test_what_judges_has_not_been_seen() -> None:
+    kept, held = recording.split({"timestep": torch.arange(16)})
+    assert held["timestep"].tolist() == [2, 6, 10, 14]
+    assert sorted([*kept["timestep"].tolist(), *held["timestep"].tolist()]) == list(range(16))
+    few = {"timestep": torch.arange(7)}
+    assert recording.split(few) == (few, few)
