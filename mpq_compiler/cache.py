@@ -95,7 +95,7 @@ def entries(path: Path | None = None) -> Iterable[tuple[str, Path, int]]:
     root = folder(path)
     for file in sorted(root.rglob("*")):
         if file.is_file():
-            yield file.parent.name, file, file.stat().st_size
+            yield file.relative_to(root).parts[0], file, file.stat().st_size
 
 
 def clear(path: Path | None = None) -> int:

@@ -7,10 +7,12 @@ import hashlib
 import importlib.metadata
 import os
 import queue
+import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,12 @@ from mpq_compiler.targets import Target, require_implemented
 PREPARE = "prepare"
 KIND = "kernels"
 """Folder of the cache."""
+PARTIAL = ".partial-"
+"""Begins the names of folders in it that hold what is being compiled."""
+ROOM = 4 << 20
+"""Bytes; with less a disk counts as full when a compiler or linker has failed."""
+ABANDONED = 24 * 3600
+"""Seconds after which such a folder is taken to be that of a process that was killed."""
 
 
 def build(
@@ -91,6 +99,7 @@ def compile_library(
             advance(len(kernels) - len(missing))
             with _writable(folder):
                 folder.mkdir(parents=True, exist_ok=True)
+                _sweep(folder)
                 pending = {kernel: kernels[kernel] for kernel in sorted(missing, key=_cost)}
                 for kernel, path in _compiled(pending, target, workers, folder):
                     os.replace(path, objects[kernel])
@@ -101,6 +110,7 @@ def compile_library(
             try:
                 workers[0]("link", lowered, target, files, str(output))
             except (Crash, Failure) as error:
+                _require_room(Path(scratch), "the folder for temporary files (TMPDIR)")
                 raise UserError(
                     f"the {len(kernels)} kernels for '{target.name}' cannot be linked: {error}; report the model"
                 ) from error
@@ -111,6 +121,20 @@ def _cost(kernel: Kernel) -> tuple[int, str]:
     """Kernels that take long to compile come first, so that no worker is left alone with one at the end."""
     order = ("gemm", "float_gemm", "attention", "prepare", "norms")
     return order.index(kernel.template) if kernel.template in order else len(order), kernel.name
+
+
+def _require_room(folder: Path, what: str) -> None:
+    """UserError where an error has been that of a full disk: LLVM and linkers do not always say so."""
+    if shutil.disk_usage(folder).free < ROOM:
+        raise UserError(f"there is no space left in {what}, {folder}; free some")
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what compilations that were killed have left."""
+    for path in folder.glob(f"{PARTIAL}*"):
+        with suppress(OSError):  # another process may sweep as well
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -148,7 +172,7 @@ def _compiled(
                 finished.put((kernel, error))
                 return
 
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as scratch:
         threads = [
             threading.Thread(target=serve, args=(worker, Path(scratch)), daemon=True) for worker in workers
         ]
@@ -158,6 +182,7 @@ def _compiled(
             for _ in kernels:
                 kernel, result = finished.get()
                 if isinstance(result, Exception):
+                    _require_room(folder, "the cache (--cache)")
                     raise _refusal(kernel, kernels[kernel], target, result) from result
                 yield kernel, result
         except BaseException:  # an error, or Ctrl-C: what still compiles is not waited for

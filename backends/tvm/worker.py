@@ -110,6 +110,7 @@ def _compile(kernel: Any, target: Any, path: str) -> None:
 def _link(lowered: Any, target: Any, objects: list[str], output: str) -> None:
     from mpq_compiler.backends.tvm.link import link
 
+    tempfile.tempdir = str(Path(output).parent)  # what TVM leaves there goes with the parent's folder
     link(lowered, target, [Path(p) for p in objects], Path(output))
 
 
