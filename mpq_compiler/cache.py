@@ -18,6 +18,9 @@ import numpy as np
 
 from mpq_compiler.errors import UserError
 
+KINDS = ("kernels", "sensitivity")
+"""The folders of a cache."""
+
 
 def folder(path: Path | None = None) -> Path:
     """The cache folder: ``path``, or $MPQ_CACHE, or mpq-compiler in the XDG cache folder."""
@@ -92,16 +95,15 @@ class Results:
 
 def entries(path: Path | None = None) -> Iterable[tuple[str, Path, int]]:
     """Kind, file and size in bytes of everything in the cache."""
-    root = folder(path)
-    for file in sorted(root.rglob("*")):
-        if file.is_file():
-            yield file.relative_to(root).parts[0], file, file.stat().st_size
+    for kind in KINDS:
+        for file in sorted((folder(path) / kind).rglob("*")):
+            if file.is_file():
+                yield kind, file, file.stat().st_size
 
 
 def clear(path: Path | None = None) -> int:
-    """Empties the cache; returns the bytes that were freed."""
+    """Empties the cache; returns the bytes that were freed. Whatever else the folder holds stays."""
     freed = sum(size for _, _, size in entries(path))
-    root = folder(path)
-    if root.exists():
-        shutil.rmtree(root)
+    for kind in KINDS:
+        shutil.rmtree(folder(path) / kind, ignore_errors=True)
     return freed

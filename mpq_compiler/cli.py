@@ -482,6 +482,9 @@ def _write_json(document: Any, path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command: 0 done, 1 a clear error, 130 Ctrl-C; argparse exits with 2 for a wrong command line."""
+    if not (sys.argv[1:] if arguments is None else arguments):
+        print(parser().format_help(), end="", file=sys.stderr)
+        return 2
     args = parser().parse_args(arguments)
     terminal.output.stderr = args.json == "-"
     try:

@@ -169,7 +169,9 @@ def test_the_cache_is_listed_and_cleared(folder: Path, model: Path) -> None:
     cache = folder / "own-cache"
     command(folder, "sensitivity", model, "-o", folder / "again.json", "--cache", cache, *QUICK)
     assert command(folder, "cache", "--cache", cache)["kinds"]["sensitivity"] > 0
+    (cache / "notes.txt").write_text("somebody's")
     assert command(folder, "cache", "clear", "--cache", cache)["freed"] > 0
+    assert [path.name for path in cache.iterdir()] == ["notes.txt"]
     assert command(folder, "cache", "--cache", cache)["kinds"] == {}
 
 
@@ -183,6 +185,11 @@ def test_the_command_is_installed() -> None:
         [sys.executable, "-m", "mpq_compiler", "recipes", "--json", "-"], capture_output=True, text=True, check=True
     )
     assert schemas.check(json.loads(done.stdout), "recipes") is None
+
+
+def test_no_command_is_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "mpqc demo" in capsys.readouterr().err
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
