@@ -155,11 +155,31 @@ def lower(
         progress=progress,
     )
     planned: list[Program] = []
-    after = _observer(denoiser, options, planned)
+    observe = _observer(denoiser, options, planned)
+
+    def after(index: int, step: Pass, before: Program, program: Program) -> None:
+        observe(index, step, before, program)
+        if step.provides >= {"time-groups"} and session.sensitivity is None:
+            _check_budget(program, passes)
+
     start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
     with single_threaded():
         program, records = pass_manager.run_pipeline(passes, start, session, after)
     return program, planned[-1] if planned else None, records, passes
+
+
+def _check_budget(program: Program, passes: Sequence[Pass]) -> None:
+    """UserError for a budget in bytes that no allocation meets, before the long measurement that one needs."""
+    options = {p.name(): p for p in passes}
+    allocation, sensitivity = (options.get(name) for name in ("bit-allocation", "sensitivity"))
+    if allocation is None or sensitivity is None:
+        return
+    table = costs.describe(program)
+    bits, size = getattr(allocation, "weights", None), getattr(allocation, "bytes", None)
+    limit = sensitivity_table.byte_limit(table, bits, size)
+    if limit is not None:
+        formats: Sequence[str] = getattr(sensitivity, "formats", ())
+        sensitivity_table.require_bytes(table, limit, {layer["name"]: formats for layer in table["layers"]})
 
 
 def _observer(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +67,27 @@ def problem(
     if activations is not None:
         budgets.append({"cost": "activation_bits", "max": activations * sum(table["elements"].values())})
     if limit_bytes is not None:
-        least = table["fixed_bytes"] + sum(min(c["costs"]["bytes"] for c in x["choices"]) for x in layers)
-        if limit_bytes < least:
-            per_bit = table["parameters"] / 8
-            raise UserError(
-                f"a budget of {limit_bytes} bytes ({limit_bytes / per_bit:.2f} true average bits) cannot be met: "
-                f"the least that the formats allow is {least} bytes ({least / per_bit:.3f} bits)"
-            )
+        require_bytes(table, limit_bytes, {name: list(losses) for name, losses in table["weights"].items()})
         budgets.append({"cost": "bytes", "max": limit_bytes - table["fixed_bytes"]})
     if bops is not None:
         budgets.append({"cost": "bops", "max": bops})
     links = [{"layers": names, "attribute": "activation"} for _, names in sorted(readers.items()) if len(names) > 1]
     return {"version": 1, "layers": layers, "budgets": budgets, "links": links}
+
+
+def require_bytes(table: dict[str, Any], limit_bytes: int, formats: Mapping[str, Sequence[str]]) -> None:
+    """UserError where even the smallest of each layer's ``formats`` exceed the budget; names the least that they need.
+
+    The costs of the table suffice: nothing has to be measured for it.
+    """
+    sizes = {layer["name"]: layer["formats"] for layer in table["layers"]}
+    least = table["fixed_bytes"] + sum(min(sizes[n][f]["bytes"] for f in names) for n, names in formats.items())
+    if limit_bytes < least:
+        per_bit = table["parameters"] / 8
+        raise UserError(
+            f"a budget of {limit_bytes} bytes ({limit_bytes / per_bit:.2f} true average bits) cannot be met: "
+            f"the least that the formats allow is {least} bytes ({least / per_bit:.3f} bits)"
+        )
 
 
 def _choices(table: dict[str, Any], layer: dict[str, Any], readers: dict[str, list[str]]) -> list[dict[str, Any]]:

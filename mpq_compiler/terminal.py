@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,14 +21,16 @@ output = Console()
 """Results. ``output.stderr = True`` leaves standard output to ``--json -``."""
 if not output.is_terminal and "COLUMNS" not in os.environ:
     output.width = 200  # names must not be folded on their way to grep or a file
+SILENCE = 30.0
+"""Seconds after which a log, where no bar is drawn, gets a line."""
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar; yields ``advance(n)``. Without a terminal: one line when the work begins."""
+    """A progress bar; yields ``advance(n)``. Without a terminal: a line when the work begins, and twice a minute."""
     if not console.is_terminal:
         print(f"{title} ({total}) ...", file=sys.stderr, flush=True)
-        yield lambda n: None
+        yield _lines(title, total)
         return
     columns = (
         TextColumn("{task.description:>28}"),
@@ -39,6 +42,19 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=total)
         yield lambda n: bar.advance(task, n)
+
+
+def _lines(title: str, total: int) -> Callable[[int], None]:
+    done, told = 0, time.monotonic()
+
+    def advance(n: int) -> None:
+        nonlocal done, told
+        done += n
+        if time.monotonic() - told > SILENCE and done < total:
+            told = time.monotonic()
+            print(f"{title}: {done} of {total}", file=sys.stderr, flush=True)
+
+    return advance
 
 
 def say(text: str) -> None:

@@ -197,6 +197,7 @@ def test_a_budget_that_cannot_be_met_names_the_least(
     sentence = refused(capsys, "compile", model, "-o", tmp_path / "x.mpq", *arguments)
     least = float(sentence.split("(")[-1].split(" bits")[0])
     assert "the least" in sentence
+    assert not (tmp_path / "cache").exists()  # refused before the long measurement
     arguments = ("--weights", str(least + 0.01), *arguments[2:], "--target", "reference")
     assert cli.main(["compile", str(model), "-o", str(tmp_path / "x.mpq"), *map(str, arguments)]) == 0
 
