@@ -515,6 +515,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(args, "out of memory; use a smaller model, fewer --samples or fewer --jobs")
     except Exception as error:
         return _defect(args, error)
+    finally:
+        terminal.output.stderr = False
 
 
 def _defect(args: argparse.Namespace, error: Exception) -> int:

@@ -33,6 +33,8 @@ AGREEMENT_DB = 0.1
 """How far the artifact's SQNR may be from the reference's: contract (c)."""
 JUDGED_TOGETHER = 8
 DEFAULT_BATCHES = (1, 2)
+ENOUGH_ROWS = 64
+"""Calibration inputs below which ranges and moments are poor: there is a note."""
 
 
 @dataclass
@@ -256,6 +258,12 @@ def compile(
         assert complete["weights"]["payload_bytes"] == stored, "payload and plan differ"
         quality = judge.quality(output, target)
     notes = list(denoiser.notes)
+    rows = len(planned.facts["calibration"].timesteps)
+    if rows < ENOUGH_ROWS:
+        notes.append(
+            f"calibrated on {rows} inputs only, which can cost several dB: raise --samples or --steps, or give a "
+            f"calibration file of {ENOUGH_ROWS} rows or more"
+        )
     if abs(quality["agreement_db"] or 0) > AGREEMENT_DB:
         notes.append(
             f"the artifact's SQNR is {quality['agreement_db']:+.2f} dB from the packed program's: its kernels for "

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor, fx
 
 from mpq_compiler import formats, ops
 from mpq_compiler.calibration import Calibration
 from mpq_compiler.formats import activation, stored_type
+from mpq_compiler.pass_manager import Session
 from mpq_compiler.program import Program, operand
 
 KEPT_ELEMENTS = 1 << 20
@@ -62,6 +65,27 @@ def unsettled(program: Program) -> list[tuple[fx.Node, fx.Node, str]]:
             path = str(operand(node, 0).target).split(":")[0]
             found.append((node, next(iter(node.users)), program.weights[path].format))
     return found
+
+
+def fit_unsettled(
+    program: Program, session: Session, title: str, kind: type[formats.Format] = formats.Format
+) -> list[tuple[fx.Node, formats.QuantizedWeight]]:
+    """(quantizer, fit) of the open weights whose planned format is of ``kind``, in graph order; fitted by all jobs."""
+    chosen = [u for u in unsettled(program) if isinstance(formats.get(u[2]), kind)]
+    with session.track(title, len(chosen)) as advance, ThreadPoolExecutor(session.jobs) as pool:
+
+        def fit(open_weight: tuple[fx.Node, fx.Node, str]) -> tuple[fx.Node, formats.QuantizedWeight]:
+            quantizer, call, name = open_weight
+            found = fitted(program, call, str(operand(quantizer, 0).target), name)
+            advance(1)
+            return quantizer, found
+
+        futures = [pool.submit(fit, open_weight) for open_weight in chosen]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:  # Ctrl-C must not wait for what is still to be fitted
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def settle(program: Program, quantizer: fx.Node, value: fx.Node, quantized: formats.QuantizedWeight) -> None:

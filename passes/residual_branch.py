@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from mpq_compiler import formats, ops
 from mpq_compiler.aten import aten
-from mpq_compiler.fitting import fitted, settle, unsettled
+from mpq_compiler.fitting import fit_unsettled, settle
 from mpq_compiler.formats.residual import ResidualFormat
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Program, operand, prune
@@ -34,16 +34,13 @@ class ResidualBranch(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
-        chosen = [u for u in unsettled(program) if isinstance(formats.get(u[2]), ResidualFormat)]
-        with session.track("fitting residual branches", len(chosen)) as advance:
-            for quantizer, call, name in chosen:
-                self._insert(program, quantizer, fitted(program, call, _weight(quantizer), name))
-                advance(1)
+        for quantizer, fit in fit_unsettled(program, session, "fitting residual branches", ResidualFormat):
+            self._insert(program, quantizer, fit)
         prune(program.graph)
         return program
 
     def _insert(self, program: Program, quantizer: fx.Node, fit: formats.QuantizedWeight) -> None:
-        weight = _weight(quantizer)
+        weight = str(operand(quantizer, 0).target)
         path, shape = weight.split(":")[0], list(program.tensors[weight].shape)
         graph = program.graph
 
@@ -61,6 +58,3 @@ class ResidualBranch(Pass):
         base.name, branch.name = f"{quantizer.name}_base", f"{quantizer.name}_branch"
         settle(program, quantizer, total, fit)
 
-
-def _weight(quantizer: fx.Node) -> str:
-    return str(operand(quantizer, 0).target)

@@ -9,7 +9,7 @@ from torch import fx
 
 from mpq_compiler import formats, ops
 from mpq_compiler.calibration import GRAM
-from mpq_compiler.fitting import fitted, settle, unsettled
+from mpq_compiler.fitting import fit_unsettled, settle
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Program, operand, prune
 
@@ -37,16 +37,13 @@ class RoundWeights(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
-        chosen = unsettled(program)
-        with session.track("rounding weights", len(chosen)) as advance:
-            for quantizer, call, name in chosen:
-                weight = str(operand(quantizer, 0).target)
-                self._settle(program, quantizer, weight, fitted(program, call, weight, name))
-                advance(1)
+        for quantizer, fit in fit_unsettled(program, session, "rounding weights"):
+            self._settle(program, quantizer, fit)
         prune(program.graph)
         return program
 
-    def _settle(self, program: Program, quantizer: fx.Node, weight: str, fit: formats.QuantizedWeight) -> None:
+    def _settle(self, program: Program, quantizer: fx.Node, fit: formats.QuantizedWeight) -> None:
+        weight = str(operand(quantizer, 0).target)
         path, shape = weight.split(":")[0], list(program.tensors[weight].shape)
         fit = fit.merged()  # a residual format whose branch no pass has inserted is one table from here on
         tensors = {"codes": fit.codes, "scale": fit.scale, "offset": fit.offset, "lut": fit.lut}

@@ -15,7 +15,10 @@ def test_long_work_is_heard_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert capsys.readouterr().err.splitlines() == ["counting (3) ...", "counting: 1 of 3", "counting: 2 of 3"]
 
 
-def test_results_and_notes_go_their_own_ways(capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_and_notes_go_their_own_ways(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal.output, "width", 200)
     terminal.table("[numbers]", ("name", "value"), [("x" * 90, 1)], numeric=(1,))
     terminal.note("a [note]")
     printed = capsys.readouterr()
