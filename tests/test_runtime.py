@@ -399,7 +399,11 @@ def test_no_runtime_library(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_a_runtime_only_installation(path, tmp_path):
-    """`pip install mpq-compiler[runtime]` at the tested versions: no torch, and the artifact runs."""
+    """`pip install mpq-compiler[runtime]` at the tested versions: no torch, and artifacts run."""
+    from mpq_compiler import compiler, tensorfile
+    from mpq_compiler import denoiser as denoisers
+    from tests import tiny
+
     venv.create(tmp_path / "venv", with_pip=True)
     interpreter = tmp_path / "venv/bin/python"
     pip = [interpreter, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
@@ -413,3 +417,12 @@ def test_a_runtime_only_installation(path, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(tmp_path / "venv")), "the installed package ran, not this tree"
+
+    compiled, recorded, output = (tmp_path / name for name in ("tiny.mpq", "in.safetensors", "out.safetensors"))
+    compiler.compile(denoisers.wrap(tiny.model("unet2d"), name="tiny"), compiled, recipe="w8a8", samples=2, steps=2)
+    given = {name: value.numpy() for name, value in tiny.inputs("unet2d", batch=3).items()}
+    with recorded.open("wb") as stream:
+        tensorfile.save(stream, given)
+    command = [tmp_path / "venv/bin/mpqc", "run", compiled, "--input", recorded, "--output", output]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    np.testing.assert_array_equal(tensorfile.load(output)["output"], runtime.load(compiled).run(given))
