@@ -1,9 +1,9 @@
 """Integer GEMM kernels, bit for bit against the definition, on every CPU target.
 
-The list of shapes (`tests/shapes.py`) is rows x outputs x reductions x formats. A kernel is compiled for each
-(outputs, reduction) pair with one format, chosen as in a Latin square: every format meets every number of
-outputs and every reduction, and each kernel runs on every number of rows. The two main x86 targets use squares
-shifted against each other; the others take a part of the square.
+The list of shapes (`tests/shapes.py`) is rows x outputs x reductions x formats, and each kernel runs on every number
+of rows. On the two main x86 targets every stored width (8, 4, 3 and 2 bits) meets every pair of outputs and reduction.
+Each width has two variants (bias, offset, row classes, time groups), which take turns as in a Latin square; the two
+targets take them the other way round. The other targets take a part of one square.
 """
 
 from __future__ import annotations
@@ -60,7 +60,12 @@ def square(shift: int, step: int) -> list[tuple[QuantMatmul, Case, np.ndarray]]:
 
 @pytest.mark.parametrize(
     ("name", "shift", "step"),
-    [("x86-64-avx512vnni", 0, 1), ("x86-64-avx2", 3, 1), ("x86-64-avxvnni", 5, 4), (AARCH64, 6, 4)],
+    [
+        *(("x86-64-avx512vnni", shift, 1) for shift in (0, 2, 4, 6)),
+        *(("x86-64-avx2", shift, 1) for shift in (3, 5, 7, 1)),
+        ("x86-64-avxvnni", 5, 4),
+        (AARCH64, 6, 4),
+    ],
 )
 def test_every_shape(name, shift, step):
     isa, table = needs(name), square(shift, step)
