@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mpq_compiler import terminal
 from mpq_compiler.errors import UserError
@@ -242,8 +242,7 @@ def _generate(args: argparse.Namespace) -> Any:
 
     if args.prompt is not None:
         raise UserError("--prompt needs a text-conditioned model, and none of them can be drawn from yet; use --class")
-    if Path(args.output).exists() and not args.overwrite:
-        raise UserError(f"'{args.output}' exists; choose another name or add --overwrite")
+    _require_new(args.output, args.overwrite)
     painter = evaluation.from_artifact(args.artifact, args.threads)
     painters = [painter]
     if args.compare:
@@ -296,17 +295,10 @@ def _run(args: argparse.Namespace) -> Any:
     from mpq_compiler import runtime, tensorfile
 
     output = Path(args.output)
-    if output.exists() and not args.overwrite:
-        raise UserError(f"'{output}' exists; choose another name or add --overwrite")
+    _require_new(output, args.overwrite)
     inputs = tensorfile.load(args.input)
     result = runtime.load(args.artifact, args.threads).run(inputs)
-    beside = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as stream:
-            tensorfile.save(stream, {"output": result})
-        beside.replace(output)
-    finally:
-        beside.unlink(missing_ok=True)
+    _write_whole(output, lambda stream: tensorfile.save(stream, {"output": result}))
     terminal.say(f"wrote {output}: f32{list(result.shape)}")
     return {"output": str(output), "shape": list(result.shape)}
 
@@ -336,8 +328,8 @@ def _allocate(args: argparse.Namespace) -> Any:
     from mpq_compiler.allocation import Problem, solve
 
     output = Path(args.output) if args.output else None
-    if output is not None and output.exists() and not args.overwrite:
-        raise UserError(f"'{output}' exists; choose another name or add --overwrite")
+    if output is not None:
+        _require_new(output, args.overwrite)
     if sensitivity_table.is_table(args.problem):
         table = sensitivity_table.load(args.problem)
         limit = sensitivity_table.byte_limit(table, *sensitivity_table.parse_budget(args.weights))
@@ -365,8 +357,7 @@ def _sensitivity(args: argparse.Namespace) -> Any:
     from mpq_compiler.compiler import measure_sensitivity
 
     output = Path(args.output)
-    if output.exists() and not args.overwrite:
-        raise UserError(f"'{output}' exists; choose another name or add --overwrite")
+    _require_new(output, args.overwrite)
     table = measure_sensitivity(args.model, terminal.progress, **_options(args))
     _write_json(table, output)
     formats = list(next(iter(table["weights"].values())))
@@ -471,13 +462,24 @@ def _cache(args: argparse.Namespace) -> Any:
 
 
 def _write_json(document: Any, path: Path) -> None:
+    _write_whole(path, lambda stream: stream.write((json.dumps(document, indent=1) + "\n").encode()))
+
+
+def _write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """Writes beside, then renames: nothing half-written is ever seen."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        with beside.open("wb") as stream:
+            fill(stream)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _require_new(path: str | Path, overwrite: bool) -> None:
+    """UserError where an output exists that may not be replaced."""
+    if Path(path).exists() and not overwrite:
+        raise UserError(f"'{path}' exists; choose another name or add --overwrite")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

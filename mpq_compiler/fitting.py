@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 from torch import Tensor, fx
 
@@ -72,7 +70,7 @@ def fit_unsettled(
 ) -> list[tuple[fx.Node, formats.QuantizedWeight]]:
     """(quantizer, fit) of the open weights whose planned format is of ``kind``, in graph order; fitted by all jobs."""
     chosen = [u for u in unsettled(program) if isinstance(formats.get(u[2]), kind)]
-    with session.track(title, len(chosen)) as advance, ThreadPoolExecutor(session.jobs) as pool:
+    with session.track(title, len(chosen)) as advance:
 
         def fit(open_weight: tuple[fx.Node, fx.Node, str]) -> tuple[fx.Node, formats.QuantizedWeight]:
             quantizer, call, name = open_weight
@@ -80,12 +78,7 @@ def fit_unsettled(
             advance(1)
             return quantizer, found
 
-        futures = [pool.submit(fit, open_weight) for open_weight in chosen]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:  # Ctrl-C must not wait for what is still to be fitted
-            pool.shutdown(cancel_futures=True)
-            raise
+        return session.map(fit, chosen)
 
 
 def settle(program: Program, quantizer: fx.Node, value: fx.Node, quantized: formats.QuantizedWeight) -> None:

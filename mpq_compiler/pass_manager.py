@@ -14,12 +14,13 @@ import time
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from mpq_compiler.errors import UserError, nearest
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from mpq_compiler.program import Program
 
 ENTRY_POINTS = "mpq_compiler.passes"
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class Contract(StrEnum):
@@ -64,6 +68,16 @@ class Session:
 
     def track(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         return self.progress(title, total) if self.progress else nullcontext(lambda n: None)
+
+    def map(self, work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
+        """``work`` of every item, by as many threads as there are jobs, in order; an error or Ctrl-C drops the rest."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            futures = [pool.submit(work, item) for item in items]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
 @dataclass(frozen=True)

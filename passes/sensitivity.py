@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,7 +63,7 @@ class Sensitivity(Pass):
         if missing:
             with session.track("sensitivity", missing) as advance:
                 for part, batch in enumerate(parts):
-                    self._measure_part(program, batch, part, results, session.jobs, advance)
+                    self._measure_part(program, batch, part, results, session, advance)
         table: dict[str, Any] = {"weights": {}, "activations": {}, "inputs": self.inputs}
         sizes = [len(part["timestep"]) for part in parts]
         for name, node, choice in tasks:
@@ -84,7 +83,7 @@ class Sensitivity(Pass):
         inputs: dict[str, Tensor],
         part: int,
         results: cache.Results,
-        jobs: int,
+        session: Session,
         advance: Callable[[int], None],
     ) -> None:
         """Measures on some of the inputs what ``results`` lacks, and adds it."""
@@ -101,13 +100,7 @@ class Sensitivity(Pass):
                 results[_key(name, part)] = float(f"{power:.{DIGITS - 1}e}")
                 advance(1)
 
-        with ThreadPoolExecutor(jobs) as pool:
-            try:
-                for done in [pool.submit(measure, t) for t in tasks]:
-                    done.result()
-            except BaseException:  # Ctrl-C must not wait for what is still to be measured
-                pool.shutdown(cancel_futures=True)
-                raise
+        session.map(measure, tasks)
 
     def tasks(self, program: Program) -> list[tuple[str, fx.Node, str | int]]:
         """(name of the result, call or edge, format or bits) in graph order; a shared weight or edge counts once."""
