@@ -12,12 +12,12 @@ import torch
 
 from mpq_compiler.denoiser import gaussian, load, sample
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "train_fashion_unet.py"
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "train_fashion.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_fashion_unet", SCRIPT)
+    spec = importlib.util.spec_from_file_location("train_fashion", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

@@ -1,15 +1,19 @@
-"""Trains the bundled denoiser anew: a class-conditional UNet on pixel-unshuffled gray images, on a CPU.
+"""Trains a bundled denoiser anew, on a CPU: pixel-unshuffled gray images, velocity prediction.
 
-    python benchmarks/train_fashion_unet.py fashion-mnist.npz OUT --steps 15000
+    python benchmarks/train_fashion.py unet fashion-mnist.npz OUT --steps 15000
+    python benchmarks/train_fashion.py text fashion-mnist.npz OUT --steps 5500 --learning-rate 1.5e-3
+    python benchmarks/train_fashion.py dit fashion-mnist.npz OUT --steps 6000 --learning-rate 1e-3
 
-The data are an npz with x_train, x_test (uint8 [N, 28, 28]) and y_train, y_test (integers 0 to 9 [N]).
-About 0.3 s a step of 64 images on one core. The run is resumable: the same command continues from
-OUT/checkpoint.pt, and ends with the same weights as a run that was never interrupted, since all randomness
-is a function of (seed, step). OUT is in diffusers' layout: unet/ (the moving average of the weights, half
-precision), scheduler/, harness.json.
+unet: a class-conditional UNet; text: one with cross-attention to short prompts ("dark plain boot"); dit: a
+class-conditional diffusion transformer. The data are an npz with x_train, x_test (uint8 [N, 28, 28]) and y_train,
+y_test (integers 0 to 9 [N]). About 0.3 s a step of 64 images on one core. The run is resumable: the same command
+continues from OUT/checkpoint.pt, and ends with the same weights as a run that was never interrupted, since all
+randomness is a function of (seed, step). OUT is in diffusers' layout: unet/ or transformer/ (the moving average of the
+weights, half precision), scheduler/, harness.json, and for prompts text/table.safetensors.
 
 Velocity prediction: Salimans and Ho, "Progressive Distillation for Fast Sampling of Diffusion Models"
-(arXiv 2202.00512), appendix D. Cosine schedule: Nichol and Dhariwal (arXiv 2102.09672).
+(arXiv 2202.00512), appendix D. Cosine schedule: Nichol and Dhariwal (arXiv 2102.09672). DiT: Peebles and Xie
+(arXiv 2212.09748).
 """
 
 from __future__ import annotations
@@ -50,10 +54,43 @@ UNET = {
 }
 
 
+TEXT_UNET = {
+    "sample_size": 14,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 1,
+    "block_out_channels": (48, 96),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_num_groups": 8,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 64,
+    "transformer_layers_per_block": 1,
+}
+DIT = {
+    "sample_size": 14,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 6,
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": len(CLASSES),  # its table has one row more, the null class
+}
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "unet": ("UNet2DModel", UNET, "unet"),
+    "text": ("UNet2DConditionModel", TEXT_UNET, "unet"),
+    "dit": ("DiTTransformer2DModel", DIT, "transformer"),
+}
+"""Name -> class of diffusers, configuration, folder in the layout of a pipeline."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a run is determined by, together with the data."""
 
+    model: str = "unet"
     steps: int = 15_000
     batch: int = 64
     learning_rate: float = 2e-3
@@ -94,8 +131,10 @@ class Trainer:
         self.settings, self.data, self.step = settings, data, 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            model: Any = diffusers.UNet2DModel(**UNET)
-        self.model: torch.nn.Module = model.train()
+            class_name, config, _ = MODELS[settings.model]
+            model: Any = getattr(diffusers, class_name)(**config)
+        # No layer but DiT's label dropout differs in training mode; labels are dropped here, for all models alike.
+        self.model: torch.nn.Module = model.eval()
         self.average: Any = copy.deepcopy(self.model).eval().requires_grad_(False)
         parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
@@ -135,7 +174,7 @@ class Trainer:
         sigma = (1 - self.alphas[timesteps]).sqrt()[:, None, None, None]
         velocity = self.model(
             signal * latents + sigma * noise,
-            timesteps,
+            timestep=timesteps,
             class_labels=torch.where(dropped, NULL_CLASS, labels),
         ).sample
         return F.mse_loss(velocity, signal * noise - sigma * latents)
@@ -185,7 +224,8 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """Writes the averaged model in diffusers' layout, in half precision."""
-        copy.deepcopy(self.average).half().save_pretrained(folder / "unet", variant="fp16")
+        part = MODELS[self.settings.model][2]
+        copy.deepcopy(self.average).half().save_pretrained(folder / part, variant="fp16")
         (folder / "scheduler").mkdir(exist_ok=True)
         harness = {
             "codec": "pixel_unshuffle2",
@@ -235,9 +275,12 @@ def train(
 def main() -> None:
     defaults = Settings()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model", choices=MODELS, help="what to train")
     parser.add_argument("data", type=Path, help="npz with x_train, y_train")
     parser.add_argument("out", type=Path, help="folder of the trained model and its checkpoint")
     for name, value in asdict(defaults).items():
+        if name == "model":
+            continue
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=type(value), default=value, help="default: %(default)s"
         )
