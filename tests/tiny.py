@@ -30,6 +30,14 @@ _ODD = {
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
 }
 
+_TRANSFORMER = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "num_layers": 2,
+    "sample_size": 16,
+}
+
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     # An unconditional pixel-space UNet with attention.
     "unet2d": (
@@ -119,9 +127,93 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "use_additional_conditions": False,
         },
     ),
+    # PixArt-alpha 1024: conditioned on resolution and aspect ratio too.
+    "pixart-size": (
+        "PixArtTransformer2DModel",
+        {
+            "num_attention_heads": 3,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_layers": 1,
+            "cross_attention_dim": 48,
+            "sample_size": 16,
+            "patch_size": 2,
+            "caption_channels": 32,
+            "use_additional_conditions": True,
+        },
+    ),
+    # DiT: class-conditional, the embedding of block 0 is read again at the end, learned variance.
+    "dit": (
+        "DiTTransformer2DModel",
+        _TRANSFORMER | {"out_channels": 8, "patch_size": 2, "num_embeds_ada_norm": 10},
+    ),
+    # Hunyuan-DiT: two text conditions with masks, rotary positions, a long skip (block 0 to block 3).
+    "hunyuan": (
+        "HunyuanDiT2DModel",
+        _TRANSFORMER
+        | {
+            "num_layers": 4,
+            "patch_size": 2,
+            "hidden_size": 32,
+            "cross_attention_dim": 32,
+            "cross_attention_dim_t5": 24,
+            "pooled_projection_dim": 16,
+            "text_len": TOKENS,
+            "text_len_t5": 9,
+        },
+    ),
+    # Stable Diffusion 3.5: joint attention with normalized q and k, a second attention in block 0.
+    "sd3": (
+        "SD3Transformer2DModel",
+        _TRANSFORMER
+        | {
+            "out_channels": 4,
+            "patch_size": 2,
+            "joint_attention_dim": 24,
+            "caption_projection_dim": 32,
+            "pooled_projection_dim": 64,
+            "pos_embed_max_size": 32,
+            "qk_norm": "rms_norm",
+            "dual_attention_layers": (0,),
+        },
+    ),
+    # Flux: latents packed 2x2 into tokens outside of the model, rotary positions, embedded guidance.
+    "flux": (
+        "FluxTransformer2DModel",
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 2,
+            "joint_attention_dim": 24,
+            "pooled_projection_dim": 20,
+            "axes_dims_rope": (4, 6, 6),
+            "guidance_embeds": True,
+        },
+    ),
+    # Sana: linear attention, depthwise convolutions, a masked text condition.
+    "sana": (
+        "SanaTransformer2DModel",
+        _TRANSFORMER
+        | {
+            "out_channels": 4,
+            "patch_size": 1,
+            "sample_size": 8,
+            "num_cross_attention_heads": 4,
+            "cross_attention_head_dim": 8,
+            "cross_attention_dim": 32,
+            "caption_channels": 24,
+        },
+    ),
 }
 FAMILIES = ("unet2d", "sd15", "pixart")
-"""One configuration per family of denoisers, for tests that run over all of them."""
+"""One configuration per kind of graph (pixels, text, tokens), for tests of single passes."""
+ALL_FAMILIES = ("unet2d", "sd15", "sdxl", "pixart", "dit", "hunyuan", "sd3", "flux", "sana")
+"""One configuration for each of diffusers' families that the compiler takes."""
+SIZES = {"flux": 16}
+"""Height and width of the latents, where the configuration does not say."""
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -166,22 +258,50 @@ def inputs(name: str, batch: int = 2, seed: int = 0, **changes: Any) -> dict[str
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(batch, *shape, generator=generator)
 
-    size = config["sample_size"]
+    def whole(limit: int, *shape: int) -> torch.Tensor:
+        return torch.randint(0, limit, (batch, *shape), generator=generator)
+
+    size = config.get("sample_size") or SIZES[name]
     height, width = (size, size) if isinstance(size, int) else size
-    latent = "hidden_states" if class_name.endswith("Transformer2DModel") else "sample"
-    values = {
-        latent: normal(config["in_channels"], height, width),
-        "timestep": torch.randint(0, 1000, (batch,), generator=generator),
-    }
+    latent = "hidden_states" if class_name.endswith(("Transformer2DModel", "DiT2DModel")) else "sample"
+    channels = config["in_channels"] // (4 if name == "flux" else 1)
+    values = {latent: normal(channels, height, width), "timestep": whole(1000)}
+    if name in ("hunyuan", "sd3", "flux", "sana"):  # which count time in fractions
+        values["timestep"] = values["timestep"].float()
     if classes := config.get("num_class_embeds"):
-        values["class_labels"] = torch.randint(0, classes, (batch,), generator=generator)
-    if width := config.get("caption_channels") or config.get("cross_attention_dim"):
-        values["encoder_hidden_states"] = normal(TOKENS, width)
+        values["class_labels"] = whole(classes)
+    if classes := config.get("num_embeds_ada_norm"):
+        values["class_labels"] = whole(classes + 1)  # the last is "no class"
+    widths = ("caption_channels", "joint_attention_dim", "cross_attention_dim")
+    if features := next((config[key] for key in widths if key in config), None):
+        values["encoder_hidden_states"] = normal(config.get("text_len", TOKENS), features)
+    if name == "sana":
+        values["encoder_attention_mask"] = _mask(batch, TOKENS)
+    if name == "hunyuan":
+        second = config["text_len_t5"]
+        values["text_embedding_mask"] = _mask(batch, TOKENS)
+        values["encoder_hidden_states_t5"] = normal(second, config["cross_attention_dim_t5"])
+        values["text_embedding_mask_t5"] = _mask(batch, second)
+        values["image_meta_size"] = whole(1024, 6).float()
+        values["style"] = whole(1)
+    elif "pooled_projection_dim" in config:
+        values["pooled_projections"] = normal(config["pooled_projection_dim"])
+    if config.get("guidance_embeds"):
+        values["guidance"] = torch.full((batch,), 3.5)
     if config.get("addition_embed_type") == "text_time":
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         values["text_embeds"] = normal(pooled)
-        values["time_ids"] = torch.randint(0, 16, (batch, 6), generator=generator).float()
+        values["time_ids"] = whole(16, 6).float()
+    if config.get("use_additional_conditions"):
+        values["resolution"] = torch.full((batch, 2), 8.0 * size)
+        values["aspect_ratio"] = torch.ones(batch, 1)
     return values
+
+
+def _mask(batch: int, tokens: int) -> torch.Tensor:
+    """1.0 for the tokens of a text, 0.0 for the padding behind: texts of different lengths."""
+    lengths = torch.arange(batch) % tokens + 1
+    return (torch.arange(tokens) < lengths[:, None]).float()
 
 
 def save(name: str, folder: Path, seed: int = 0, variant: str | None = None, **changes: Any) -> Path:
@@ -193,7 +313,7 @@ def save(name: str, folder: Path, seed: int = 0, variant: str | None = None, **c
     if name == "unet2d-17x23":
         raise ValueError("unet2d-17x23 exists in memory only")
     module = model(name, seed, **changes)
-    part = "transformer" if CONFIGS[name][0].endswith("Transformer2DModel") else "unet"
+    part = "transformer" if CONFIGS[name][0].endswith(("Transformer2DModel", "DiT2DModel")) else "unet"
     root = Path(folder) / name
     if variant == "fp16":
         module = module.half()
