@@ -46,7 +46,10 @@ class Calibration:
     inputs: dict[str, Tensor]
     edges: dict[str, EdgeStatistics] = field(default_factory=dict)
     grams: dict[str, Tensor] = field(default_factory=dict)
-    """Call node -> mean of x x^T [K, K], or its diagonal [K], over rows of its input (patches for a convolution)."""
+    """Call node -> mean of x x^T [K, K], or its diagonal [K], over rows of its input (patches for a convolution).
+
+    Calls that multiply the same rows, such as those of q, k and v, share one tensor.
+    """
     means: dict[str, Tensor] = field(default_factory=dict)
     """Call node -> mean of x [K]."""
 
@@ -87,6 +90,13 @@ def input_rows(node: fx.Node, x: Tensor, rows: int, generator: torch.Generator) 
     return patches.permute(0, 2, 3, 1).reshape(len(index), -1)
 
 
+def row_geometry(node: fx.Node) -> tuple[Any, ...]:
+    """What besides its operand decides the rows of `input_rows`: nothing for a linear layer, the window of a conv."""
+    if node.target is not ops.conv2d:
+        return ()
+    return (tuple(operand(node, 1).meta["shape"][1:3]), *(tuple(a) for a in arguments(node)[3:5]))
+
+
 def _choice(count: int, wanted: int, generator: torch.Generator) -> Tensor:
     if count <= wanted:
         return torch.arange(count)
@@ -100,12 +110,12 @@ def collect(
     found = Calibration(inputs)
     layers = program.quantizable
     edges = {input_edge(n).name for n in layers}
-    readers: dict[str, list[fx.Node]] = {}
+    readers: dict[str, dict[tuple[Any, ...], list[fx.Node]]] = {}
     for n in layers:
-        readers.setdefault(input_edge(n).name, []).append(n)
         operand(n, 1).meta["shape"] = tuple(program.tensors[str(weight_of(n))].shape)
+        readers.setdefault(input_edge(n).name, {}).setdefault(row_geometry(n), []).append(n)
     parts: dict[str, list[EdgeStatistics]] = {name: [] for name in edges}
-    sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+    sums: dict[tuple[str, tuple[Any, ...]], tuple[Tensor, Tensor, int]] = {}
     total = len(next(iter(inputs.values())))
     generator = torch.Generator().manual_seed(seed)
 
@@ -116,11 +126,11 @@ def collect(
         low, high = flat.aminmax(dim=1)
         positions = _choice(flat.shape[1], VALUES_PER_INPUT if VALUES in wanted else 1, generator)
         parts[node.name].append(EdgeStatistics(low, high, flat[:, positions], flat.shape[1]))
-        for reader in readers[node.name] if GRAM in wanted else ():
-            rows = input_rows(reader, value, max(1, GRAM_ROWS * size // total), generator)
-            gram, mean, count = sums.get(reader.name, (0, 0, 0))
+        for geometry, calls in readers[node.name].items() if GRAM in wanted else ():
+            rows = input_rows(calls[0], value, max(1, GRAM_ROWS * size // total), generator)
+            gram, mean, count = sums.get((node.name, geometry), (0, 0, 0))
             moments = rows.T @ rows if rows.shape[1] <= GRAM_COLUMNS else rows.square().sum(0)
-            sums[reader.name] = (gram + moments, mean + rows.sum(0), count + len(rows))
+            sums[node.name, geometry] = (gram + moments, mean + rows.sum(0), count + len(rows))
 
     for batch in batches(inputs):
         size = len(next(iter(batch.values())))
@@ -134,6 +144,8 @@ def collect(
             torch.cat([p.values for p in pieces]),
             pieces[0].elements,
         )
-    for name, (gram, mean, count) in sums.items():
-        found.grams[name], found.means[name] = gram / count, mean / count
+    for (edge, geometry), (gram, mean, count) in sums.items():
+        moments = gram / count, mean / count
+        for call in readers[edge][geometry]:
+            found.grams[call.name], found.means[call.name] = moments
     return found

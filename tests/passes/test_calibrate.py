@@ -5,7 +5,7 @@ import torch
 
 from mpq_compiler import denoiser as denoisers
 from mpq_compiler import ops, pass_manager
-from mpq_compiler.calibration import GRAM, RANGE, VALUES, collect, input_rows
+from mpq_compiler.calibration import GRAM, RANGE, VALUES, collect, input_rows, row_geometry
 from mpq_compiler.errors import UserError
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.passes.calibrate import Calibrate
@@ -90,3 +90,16 @@ def test_a_layer_that_never_runs_is_not_in_the_graph():
     program, _ = pass_manager.run_pipeline(pass_manager.parse(programs.RESIDUAL), programs.empty(), session)
     assert not [name for name in program.weights if name.startswith("never")]
     assert program.facts["parameters"] == programs.denoiser("pixart").parameters + 72
+
+
+def test_moments_are_taken_once_for_all_readers_of_an_edge():
+    """q, k and v share the moments of the edge they read; windows of other geometry have their own."""
+    program = programs.after("unet2d", "calibrate")
+    calibration, shared = program.facts["calibration"], {}
+    for node in program.quantizable:
+        shared.setdefault((node.args[0].name, row_geometry(node)), []).append(node.name)
+    for names in shared.values():
+        assert len({id(calibration.grams[n]) for n in names}) == len({id(calibration.means[n]) for n in names}) == 1
+    assert len({id(g) for g in calibration.grams.values()}) == len(shared) < len(program.quantizable)
+    to_q, to_k = (program.node(f"mid_block_attentions_0_to_{part}") for part in "qk")
+    assert calibration.grams[to_q.name] is calibration.grams[to_k.name]
