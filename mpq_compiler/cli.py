@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "-o", "--output", metavar="DIR", default="mpq-demo", help="for picture and artifact (default: mpq-demo)"
     )
+    demo.add_argument("--model", metavar="NAME", default="fashion-unet", help="bundled model (default: fashion-unet)")
     demo.add_argument("--weights", metavar="BUDGET", default="4", help="true average bits, or bytes as 800kB (4)")
     demo.add_argument("--images", type=int, metavar="N", default=20, help="images in the picture (20)")
     demo.add_argument("--steps", type=int, metavar="N", default=10, help="sampling steps (10)")
@@ -85,7 +86,8 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--steps", type=int, metavar="N", default=10, help="sampling steps (10)")
     generate.add_argument("--seed", type=int, metavar="N", default=0, help="of the noise (0)")
     generate.add_argument("--class", dest="label", type=int, metavar="K", help="only images of class K")
-    generate.add_argument("--prompt", metavar="TEXT", help="for text-conditioned models")
+    generate.add_argument("--prompt", metavar="TEXT", help="only images of this prompt, such as 'dark plain boot'")
+    _condition_options(generate)
     _threads_option(generate)
     generate.add_argument("--overwrite", action="store_true", help="replace a picture that exists")
 
@@ -149,6 +151,13 @@ def _machine_options(made: argparse._ActionsContainer) -> None:
     made.add_argument("--cache", type=Path, metavar="DIR", help="cache folder (default: the user's)")
 
 
+def _condition_options(made: argparse._ActionsContainer) -> None:
+    made.add_argument("--guidance", type=float, metavar="X", help="classifier-free guidance (default: without)")
+    made.add_argument(
+        "--conditions", metavar="FILE", help="safetensors with conditions to sample with (docs/calibration.md)"
+    )
+
+
 def _threads_option(made: argparse.ArgumentParser) -> None:
     made.add_argument("--threads", type=int, metavar="N", help="threads of a call (default: every core)")
 
@@ -181,13 +190,14 @@ def _lowering_options(parser: argparse.ArgumentParser, table: bool = True) -> No
         metavar="TYPE",
         help="epsilon, sample or v_prediction (default: the scheduler's)",
     )
+    _condition_options(made)
     made.add_argument("--seed", type=int, metavar="N", default=0, help="of everything drawn at random (0)")
 
 
 def _options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     names = (
         *("recipe", "pipeline", "weights", "activations", "bops", "shapes", "calibration", "samples", "steps"),
-        *("scheduler", "prediction_type", "sensitivity", "seed", "jobs", "cache"),
+        *("scheduler", "prediction_type", "guidance", "conditions", "sensitivity", "seed", "jobs", "cache"),
     )
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if given.get("jobs", 1) < 1:
@@ -201,7 +211,8 @@ def _options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
 def _demo(args: argparse.Namespace) -> Any:
     from mpq_compiler.demo import demo
 
-    return demo(Path(args.output), args.weights, args.images, args.steps, args.overwrite, **_options_of_machine(args))
+    where, machine = Path(args.output), _options_of_machine(args)
+    return demo(where, args.weights, args.images, args.steps, args.overwrite, **machine, model=args.model)
 
 
 def _options_of_machine(args: argparse.Namespace) -> dict[str, Any]:
@@ -240,20 +251,19 @@ def _compile(args: argparse.Namespace) -> Any:
 def _generate(args: argparse.Namespace) -> Any:
     from mpq_compiler import evaluation, pictures
 
-    if args.prompt is not None:
-        raise UserError("--prompt needs a text-conditioned model, and none of them can be drawn from yet; use --class")
     _require_new(args.output, args.overwrite)
-    painter = evaluation.from_artifact(args.artifact, args.threads)
+    painter = evaluation.with_conditions(evaluation.from_artifact(args.artifact, args.threads), args.conditions)
+    conditions = painter.conditioning.chosen(args.images, args.label, args.prompt)
+    painter.conditioning.arguments(conditions, args.images, args.guidance)  # refuses before the work begins
     painters = [painter]
     if args.compare:
-        painters.insert(0, evaluation.from_model(args.compare))
-        evaluation.require_same_task(painter, painters[0])
+        reference = evaluation.from_denoiser(evaluation.float_model(args.compare, painter))
+        painters.insert(0, evaluation.sampled_like(reference, painter))
     drawn: list[Any] = []
-    painter.conditions(args.images, args.label)  # refuses what cannot be drawn before the work begins
     for p, kind in zip(reversed(painters), ("artifact", "float model"), strict=False):
         with terminal.progress(f"drawing with the {kind}", args.steps * -(-args.images // evaluation.BATCH)) as advance:
             step = functools.partial(_advance, advance)
-            latents = p.draw(args.images, args.steps, args.seed, args.label, progress=step)
+            latents = p.draw(conditions, args.images, args.steps, args.seed, args.guidance, progress=step)
         drawn.insert(0, p.decode(latents))
     titles = ["float", "compiled"] if args.compare else None
     pictures.grid(drawn if args.compare else drawn[0], args.output, titles=titles)

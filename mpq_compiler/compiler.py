@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import artifact, costs, pass_manager, recipes, recording, sensitivity_table, targets
+from mpq_compiler import artifact, costs, pass_manager, prompts, recipes, recording, sensitivity_table, targets
 from mpq_compiler import denoiser as denoisers
 from mpq_compiler.calibration import batches as in_batches
 from mpq_compiler.calibration import input_edge
@@ -55,6 +55,10 @@ class Options:
     steps: int | None = None
     scheduler: str | Path | None = None
     prediction_type: str | None = None
+    guidance: float | None = None
+    """Classifier-free guidance of the calibration's sampling."""
+    conditions: str | Path | None = None
+    """Safetensors with the conditions to sample with, for models whose encoders are elsewhere."""
     sensitivity: str | Path | None = None
     seed: int = 0
     jobs: int = 1
@@ -133,6 +137,8 @@ def load_denoiser(model: str | Path, options: Options) -> tuple[Denoiser, tuple[
         size=None if latent is None else latent[1:],
         prediction_type=options.prediction_type,
         scheduler=options.scheduler,
+        guidance=options.guidance,
+        conditions=options.conditions,
     )
     if latent is not None and denoiser.latent_shape != latent:
         raise UserError(f"--shapes asks for {latent[0]} channels, and '{denoiser.name}' has {denoiser.latent_shape[0]}")
@@ -252,6 +258,8 @@ def compile(
         if built.prepare is not None:
             manifest["prepare"] = built.prepare
         files = {**built.files, artifact.IR: printer.text(program).encode()}
+        if denoiser.text is not None:
+            files[prompts.FILE] = denoiser.text.save
         judge = _Judge(denoiser, held_out(denoiser, chosen), program, progress)
         manifest["quality"] = {"reference_sqnr_db": judge.reference_sqnr_db, "inputs": judge.compared}
         complete = artifact.write(output, manifest, files, built.tensors, chosen.overwrite)
@@ -372,15 +380,7 @@ def _describe(
             "fallbacks": dict(sorted(program.fallbacks.items())),
             **({"loss": allocation["objective"]} if allocation else {}),
         },
-        "sampling": {
-            "latent": denoiser.latent,
-            "shape": list(denoiser.latent_shape),
-            "codec": denoiser.codec,
-            "scheduler": denoiser.scheduler.to_config(),
-            "null_class": denoiser.null_class,
-            "classes": denoiser.classes,
-            "class_names": list(denoiser.class_names),
-        },
+        "sampling": denoiser.sampling(),
         "calibration": {"seed": options.seed, "inputs": len(planned.facts["calibration"].timesteps)},
         "versions": {name: version(name) for name in ("mpq-compiler", "torch", "diffusers", "apache-tvm", "numpy")},
     }

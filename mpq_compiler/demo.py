@@ -20,10 +20,17 @@ TIMED_BATCH = 2
 
 
 def demo(
-    folder: Path, weights: str, images: int, steps: int, overwrite: bool, jobs: int = 1, cache: Path | None = None
+    folder: Path,
+    weights: str,
+    images: int,
+    steps: int,
+    overwrite: bool,
+    jobs: int = 1,
+    cache: Path | None = None,
+    model: str = MODEL,
 ) -> dict[str, Any]:
     """Compiles, draws the same noise with both, writes ``samples.png`` and prints the table."""
-    picture, output = folder / "samples.png", folder / f"{MODEL}.mpq"
+    picture, output = folder / "samples.png", folder / f"{model}.mpq"
     for existing in (picture, output):
         if existing.exists() and not overwrite:
             raise UserError(f"'{existing}' exists; add --overwrite, or name another folder with --output")
@@ -31,19 +38,21 @@ def demo(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the folder '{folder}' cannot be made: {error.strerror}") from error
-    loaded = denoisers.load(MODEL)
+    loaded = denoisers.load(model)
     report = compile(loaded, output, terminal.progress, weights=weights, jobs=jobs, cache=cache, overwrite=overwrite)
     painters = [evaluation.from_denoiser(loaded), evaluation.from_artifact(output, threads=1)]
     with single_threaded():
         drawn = []
         for title, painter in zip(("drawing with the float model", "drawing with the artifact"), painters, strict=True):
             with terminal.progress(title, steps) as advance:
-                drawn.append(painter.decode(painter.draw(images, steps, seed=0, progress=_stepwise(advance))))
+                varied = painter.conditioning.varied(images)
+                drawn.append(painter.decode(painter.draw(varied, images, steps, seed=0, progress=_stepwise(advance))))
         times = _milliseconds([p.call for p in painters], painters[0])
-    pictures.grid(drawn, picture, columns=5, scale=3, titles=[f"float32 ({MODEL})", f"compiled, {weights} bits"])
+    pictures.grid(drawn, picture, columns=5, scale=3, titles=[f"float32 ({model})", f"compiled, {weights} bits"])
     result = {
         "picture": str(picture),
         "artifact": str(output),
+        "model": model,
         "target": report.target,
         "weights": report.weights,
         "quality": report.quality,
@@ -60,11 +69,11 @@ def _stepwise(advance: Callable[[int], None]) -> Callable[[int, int], None]:
 
 def _milliseconds(calls: list[Any], painter: evaluation.Painter) -> list[float]:
     """Median milliseconds of one denoiser call of each, in interleaved rounds on one thread."""
-    conditions = painter.conditions(TIMED_BATCH)
+    conditions = painter.conditioning.varied(TIMED_BATCH)
     inputs: dict[str, np.ndarray] = {
         painter.latent: evaluation.sampler.gaussian(TIMED_BATCH, painter.shape, 0),
         "timestep": np.full(TIMED_BATCH, 500, np.int64),
-        **conditions,
+        **painter.conditioning.arguments(conditions, TIMED_BATCH, None)["conditions"],
     }
     rounds: list[list[float]] = [[] for _ in calls]
     for _ in range(ROUNDS):
@@ -79,7 +88,7 @@ def _milliseconds(calls: list[Any], painter: evaluation.Painter) -> list[float]:
 def _print(result: dict[str, Any]) -> None:
     weights, times = result["weights"], result["ms_per_step"]
     terminal.table(
-        f"{MODEL} for {result['target']}",
+        f"{result['model']} for {result['target']}",
         ("", "float32", "compiled"),
         (
             ("weights", terminal.size(weights["float_bytes"]), terminal.size(weights["bytes"])),
@@ -90,10 +99,10 @@ def _print(result: dict[str, Any]) -> None:
         ),
         numeric=(1, 2),
     )
-    artifact = result["artifact"]
+    artifact, model = result["artifact"], result["model"]
     terminal.say(
         f"The picture is {result['picture']}. Next:\n"
         f"  mpqc inspect {artifact} --layers\n"
-        f"  mpqc eval {artifact} --against {MODEL} --images 200\n"
-        f"  mpqc compile {MODEL} -o smaller.mpq --weights 3 --dumps dumps && mpqc inspect dumps --diff bit-allocation"
+        f"  mpqc eval {artifact} --against {model} --images 200\n"
+        f"  mpqc compile {model} -o smaller.mpq --weights 3 --dumps dumps && mpqc inspect dumps --diff bit-allocation"
     )

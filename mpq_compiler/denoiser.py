@@ -7,7 +7,7 @@ parameters of its `forward` and its configuration say which tensors it takes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from mpq_compiler import checkpoint, sampler
+from mpq_compiler.conditioning import LABELS, TEXT, Conditioning, Conditions
 from mpq_compiler.errors import UserError, nearest
-from mpq_compiler.inputs import InputSpec, TensorModule, specs_of
+from mpq_compiler.inputs import InputSpec, TensorModule, fixed_values, random_values, specs_of
+from mpq_compiler.prompts import TextEncoder
 from mpq_compiler.sampler import Call, Progress, Scheduler, gaussian, sample
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
 
 bundled = checkpoint.bundled
 
+
 @dataclass
 class Denoiser:
     """A loaded denoiser: the module, what it takes, how its latents become images and how it is sampled."""
@@ -48,8 +51,14 @@ class Denoiser:
     null_class: int | None = None
     """The label that stands for "no class", where the model was trained with one."""
     class_names: tuple[str, ...] = ()
+    text: TextEncoder | None = None
+    """The encoder of its prompts, where one ships with it."""
     features: Path | None = None
     """The file of the feature extractor for its images (metrics.Features), where one ships."""
+    guidance: float | None = None
+    """Classifier-free guidance of what is sampled for calibration; None: without, or the model's usual one."""
+    given: Conditions | None = None
+    """Conditions from a file, in place of varied classes or prompts."""
     notes: tuple[str, ...] = ()
     """What was assumed while loading, one sentence each, for the user to read."""
 
@@ -70,11 +79,28 @@ class Denoiser:
         return tuple(name for name in self.input_specs if name not in (self.latent, "timestep"))
 
     @property
+    def labels(self) -> int | None:
+        """How many labels its table of classes has, the null class among them; None without class labels."""
+        return self.input_specs[LABELS].below if LABELS in self.input_specs else None
+
+    @property
     def classes(self) -> int | None:
         """How many real classes there are (without the null class); None for a model without class
         labels."""
-        count = self.config.get("num_class_embeds") if "class_labels" in self.input_specs else None
-        return count - (self.null_class is not None) if count else None
+        return self.labels - (self.null_class is not None) if self.labels else None
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """How it is told what to draw."""
+        return Conditioning(
+            self.name,
+            {n: (self.input_specs[n].shape, _type_name(self.input_specs[n].dtype)) for n in self.conditions},
+            fixed_values(self.input_specs),
+            self.classes,
+            self.null_class,
+            self.text,
+            self.given,
+        )
 
     @property
     def parameters(self) -> int:
@@ -89,60 +115,45 @@ class Denoiser:
     def random_inputs(self, batch: int, generator: torch.Generator | int = 0) -> dict[str, torch.Tensor]:
         """Random inputs by name for a batch: normal values, timesteps and labels that differ within it.
 
-        Sizes that condition SDXL and PixArt are those of the image. `generator` is one or a seed.
+        `generator` is one or a seed.
         """
         if isinstance(generator, int):
             generator = torch.Generator().manual_seed(generator)
-        pixels = [8.0 * size for size in self.latent_shape[1:]]
-        fixed = {
-            "time_ids": [*pixels, 0.0, 0.0, *pixels],
-            "resolution": pixels,
-            "aspect_ratio": [pixels[0] / pixels[1]],
-        }
-        limits = {
-            "timestep": self.scheduler.num_train_timesteps,
-            "class_labels": self.config.get("num_class_embeds"),
-        }
-        values = {}
-        for name, spec in self.input_specs.items():
-            if name in fixed:
-                values[name] = torch.tensor([fixed[name]] * batch, dtype=spec.dtype)
-            elif name in limits:
-                values[name] = torch.randint(0, limits[name] or 1, (batch,), generator=generator)
-            else:
-                values[name] = torch.randn(batch, *spec.shape, generator=generator)
-        return values
+        return random_values(self.input_specs, batch, self.scheduler.num_train_timesteps, generator)
 
     def example_inputs(self, batch: int = 2) -> dict[str, torch.Tensor]:
         """The inputs that the model is traced with."""
         return self.random_inputs(batch)
 
-    def class_conditions(self, labels: Any) -> dict[str, np.ndarray]:
-        """The conditions of a class-conditional model for `labels` (integers [N]); {} for an unconditional
-        one."""
-        if self.conditions == ():
-            return {}
-        if self.conditions != ("class_labels",):
-            raise UserError(
-                f"'{self.name}' is conditioned on {', '.join(self.conditions)}, which cannot be made without "
-                "its text encoder; give the recorded conditions in a file"
-            )
-        labels = np.asarray(labels, np.int64)
-        count = self.config["num_class_embeds"]
-        if labels.size and not 0 <= labels.min() <= labels.max() < count:
-            raise UserError(
-                f"'{self.name}' knows the classes 0 to {count - 1}, and {labels.max()} was asked for"
-            )
-        return {"class_labels": labels}
+    def conditions_for(self, wanted: Any) -> dict[str, np.ndarray]:
+        """The conditions for class labels (integers [N]) or prompts (strings): arrays [N, ...] by input name.
+
+        UserError: a class or a word that the model does not know; it is conditioned in another way.
+        """
+        return dict(self.conditioning.of(wanted).values)
 
     def default_conditions(self, count: int) -> dict[str, np.ndarray]:
-        """Conditions for `count` samples: the real classes in turn."""
-        return self.class_conditions(np.arange(count) % (self.classes or 1))
+        """Conditions for `count` samples that differ: the real classes in turn, or varied prompts."""
+        return dict(self.conditioning.varied(count).values)
 
     def null_conditions(self, count: int) -> dict[str, np.ndarray] | None:
-        """The conditions of the unconditional model, for guidance; None where the model has no null
-        class."""
-        return None if self.null_class is None else self.class_conditions(np.full(count, self.null_class))
+        """The conditions that ask for nothing, for guidance; None where the model does not know that."""
+        null = self.conditioning.varied(count).null
+        return None if null is None else dict(null)
+
+    def sampling(self) -> dict[str, Any]:
+        """How it is sampled, as JSON: what an artifact needs to draw by itself."""
+        return {
+            "latent": self.latent,
+            "shape": list(self.latent_shape),
+            "codec": self.codec,
+            "scheduler": self.scheduler.to_config(),
+            "null_class": self.null_class,
+            "classes": self.classes,
+            "class_names": list(self.class_names),
+            "fixed": fixed_values(self.input_specs),
+            "text": None if self.text is None else self.text.to_json(),
+        }
 
     def decode(self, latents: Any) -> np.ndarray:
         """Images in [-1, 1], float32 [N, channels, height, width]."""
@@ -156,6 +167,8 @@ def load(
     tokens: int | None = None,
     prediction_type: str | None = None,
     scheduler: str | Path | None = None,
+    guidance: float | None = None,
+    conditions: str | Path | None = None,
 ) -> Denoiser:
     """Loads a denoiser in float32, for evaluation.
 
@@ -165,6 +178,8 @@ def load(
         tokens: length of the text condition (by default harness.json's, else 77, for transformers 120).
         prediction_type: overrides the scheduler's.
         scheduler: a scheduler_config.json to use instead of the model's own.
+        guidance: classifier-free guidance of what is sampled (`Denoiser.guidance`).
+        conditions: a safetensors file with conditions to sample with (`Conditioning.load`).
 
     Raises:
         UserError: the model is missing, damaged, or of a structure that is not supported.
@@ -175,7 +190,7 @@ def load(
     _fill(module, checkpoint.read_weights(place.denoiser), place.denoiser)
     harness = checkpoint.read_json(place.harness) if place.harness else {}
     chosen = Path(scheduler) if scheduler else place.scheduler
-    return wrap(
+    made = wrap(
         module,
         name=place.name,
         size=size,
@@ -185,10 +200,26 @@ def load(
         prediction_type=prediction_type,
         null_class=harness.get("null_class"),
         class_names=tuple(harness.get("class_names", ())),
+        text=_text_encoder(harness, place.harness),
         features=place.harness.parent / harness["features"]
         if place.harness and "features" in harness
         else None,
     )
+    made.guidance = guidance
+    if conditions is not None:
+        made.given = made.conditioning.load(conditions)
+    return made
+
+
+def _text_encoder(harness: Mapping[str, Any], path: Path | None) -> TextEncoder | None:
+    """The text encoder that a harness.json describes, its tables beside it."""
+    if path is None or "text" not in harness:
+        return None
+    about = harness["text"]
+    tables = about.get("tables") if isinstance(about, dict) else None
+    if not isinstance(tables, str) or ".." in Path(tables).parts or Path(tables).is_absolute():
+        raise UserError(f"'text.tables' in '{path}' must name a file below its folder")
+    return TextEncoder.load(about, path.parent / tables)
 
 
 def wrap(
@@ -202,6 +233,7 @@ def wrap(
     prediction_type: str | None = None,
     null_class: int | None = None,
     class_names: tuple[str, ...] = (),
+    text: TextEncoder | None = None,
     features: Path | None = None,
 ) -> Denoiser:
     """A `Denoiser` around a diffusers module in memory; the arguments are those of `load`."""
@@ -223,7 +255,12 @@ def wrap(
             notes.append(f"the model's {solver} is replaced by DDIM with the same noise schedule")
         overrides = {"prediction_type": prediction_type} if prediction_type else {}
         scheduler = Scheduler.from_config({**scheduler, **overrides})
-    module = TensorModule(model.float().eval().requires_grad_(False))
+    module = TensorModule(model.float().eval().requires_grad_(False), specs)
+    if null_class is None and LABELS in specs and not config.get("num_class_embeds"):
+        null_class = (specs[LABELS].below or 1) - 1  # DiT's table has a row more than classes
+    if text is not None and specs[TEXT].shape != text.positions.shape:
+        made = list(text.positions.shape)
+        raise UserError(f"the text encoder of '{name}' makes {made} of a prompt, where it takes {specs[TEXT]}")
     return Denoiser(
         name=name,
         module=module.eval(),
@@ -233,6 +270,7 @@ def wrap(
         config=config,
         null_class=null_class,
         class_names=class_names,
+        text=text,
         features=features,
         notes=tuple(notes),
     )
@@ -314,44 +352,37 @@ def record_calibration(
     progress: Progress | None = None,
     *,
     conditions: Mapping[str, Any] | None = None,
-    guidance: float = 1.0,
+    guidance: float | None = None,
     batch: int = 32,
 ) -> dict[str, torch.Tensor]:
     """Records the denoiser's inputs along `samples` sampling trajectories of `steps` steps each.
 
     Returns the inputs by name, [samples * steps, ...], ordered by time (all samples of the first, noisiest
-    step first), then by sample. With guidance the null-conditioned calls are recorded as well: [2 * samples
-    * steps, ...] with both calls of a step next to each other. Without `conditions` (arrays [samples, ...]
-    by input name) a class-conditional model gets its classes in turn, the null class among them, in an
-    order drawn from the seed.
+    step first), then by sample. With guidance (by default `denoiser.guidance`) the null-conditioned calls are
+    recorded as well: [2 * samples * steps, ...] with both calls of a step next to each other. Without `conditions`
+    (arrays [samples, ...] by input name) the model gets `denoiser.given`, or its classes or prompts in turn, the null
+    class or the empty prompt among them, in an order drawn from the seed.
 
     Raises:
-        UserError: a text-conditioned model without `conditions`, or a model whose output is not finite.
+        UserError: conditions that cannot be made, or a model whose output is not finite.
     """
     if samples < 1:
         raise UserError(f"cannot calibrate on {samples} samples; give 1 or more")
-    if conditions is None and denoiser.classes:
-        labels = np.arange(samples) % denoiser.config["num_class_embeds"]
-        conditions = denoiser.class_conditions(np.random.Generator(np.random.PCG64(seed)).permutation(labels))
-    elif conditions is None:
-        conditions = denoiser.class_conditions([])
-    given, needed = set(conditions), set(denoiser.conditions)
-    if given != needed:
-        raise UserError(
-            f"the conditions of '{denoiser.name}' are {', '.join(sorted(needed)) or 'none'}, and "
-            f"{', '.join(sorted(given)) or 'none'} were given"
-        )
+    conditioning = denoiser.conditioning
+    if conditions is None:
+        chosen = conditioning.mixed(samples, seed)
+    else:
+        null = conditioning.varied(samples).null if conditioning.possible else None
+        chosen = replace(conditioning.from_arrays(conditions, "the conditions given"), null=null)
 
     calls: list[Call] = []
     sample(
         denoiser,
         denoiser.scheduler,
         gaussian(samples, denoiser.latent_shape, seed),
-        {name: np.asarray(value) for name, value in conditions.items()},
-        steps,
+        steps=steps,
+        **conditioning.arguments(chosen, samples, denoiser.guidance if guidance is None else guidance),
         latent=denoiser.latent,
-        guidance=guidance,
-        null_conditions=denoiser.null_conditions(samples) if guidance != 1.0 else None,
         batch=batch,
         observe=calls.append,
         progress=progress,
@@ -361,6 +392,10 @@ def record_calibration(
         name: torch.from_numpy(np.concatenate([call.inputs[name] for call in calls])).to(spec.dtype)
         for name, spec in denoiser.input_specs.items()
     }
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _tensor(value: Any) -> torch.Tensor:

@@ -6,19 +6,19 @@ An artifact draws from its manifest alone: nothing here imports torch unless a f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mpq_compiler import metrics, sampler
+from mpq_compiler import metrics, prompts, sampler
+from mpq_compiler.conditioning import TEXT, Conditioning, Conditions
 from mpq_compiler.errors import UserError
+from mpq_compiler.prompts import TextEncoder
 from mpq_compiler.sampler import Call, Scheduler
 
 Array = np.ndarray
-_PLACES = {"sample": "unet", "hidden_states": "transformer"}
-"""The attribute of diffusers' pipelines that holds a denoiser, by the name of its latents."""
 BATCH = 50
 """Images drawn together; an artifact splits the batch into its specializations."""
 
@@ -33,35 +33,19 @@ class Painter:
     latent: str
     shape: tuple[int, int, int]
     codec: str
-    inputs: tuple[str, ...]
-    classes: int | None
-    """How many classes can be asked for, the null class not among them."""
+    conditioning: Conditioning
 
-    def conditions(self, images: int, label: int | None = None) -> dict[str, Array]:
-        """Class labels of ``images`` pictures: one class, or all in turn; {} for an unconditional model."""
-        extra = [n for n in self.inputs if n not in (self.latent, "timestep")]
-        if not extra:
-            if label is not None:
-                raise UserError(f"'{self.name}' has no classes; leave --class out")
-            return {}
-        if extra != ["class_labels"]:
-            raise UserError(
-                f"'{self.name}' is conditioned on {', '.join(extra)}, and cannot be drawn from without its encoders: "
-                f"put it into its diffusers pipeline, pipeline.{_PLACES.get(self.latent, 'unet')} = "
-                "mpq_compiler.load(ARTIFACT)"
-            )
-        classes = self.classes or 1
-        if label is not None and not 0 <= label < classes:
-            raise UserError(f"'{self.name}' has the classes 0 to {classes - 1}; --class {label} is none of them")
-        labels = np.arange(images) % classes if label is None else np.full(images, label)
-        return {"class_labels": labels.astype(np.int64)}
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.latent, "timestep", *self.conditioning.inputs)
 
     def draw(
         self,
+        conditions: Conditions,
         images: int,
         steps: int,
         seed: int,
-        label: int | None = None,
+        guidance: float | None = None,
         observe: Callable[[Call], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Array:
@@ -72,8 +56,8 @@ class Painter:
             self.call,
             self.scheduler,
             sampler.gaussian(images, self.shape, seed),
-            self.conditions(images, label),
-            steps,
+            steps=steps,
+            **self.conditioning.arguments(conditions, images, guidance),
             latent=self.latent,
             batch=BATCH,
             observe=observe,
@@ -100,16 +84,35 @@ def from_artifact(path: str | Path, threads: int | None = None) -> Painter:
         latent=about["latent"],
         shape=tuple(about["shape"]),
         codec=about["codec"],
-        inputs=tuple(compiled.input_names),
-        classes=about["classes"],
+        conditioning=Conditioning(
+            manifest["name"],
+            {
+                value["name"]: (tuple(value["shape"][1:]), value["dtype"])
+                for value in manifest["functions"][0]["inputs"]
+                if value["name"] not in (about["latent"], "timestep")
+            },
+            about.get("fixed", {}),
+            about["classes"],
+            about["null_class"],
+            TextEncoder.load(about["text"], compiled.artifact.file(prompts.FILE)) if about.get("text") else None,
+        ),
     )
 
 
-def from_model(model: str | Path) -> Painter:
-    """The painter of a float model, by bundled name or folder."""
+def float_model(model: str | Path, painter: Painter) -> Any:
+    """The float model (a `Denoiser`) of an artifact's painter, loaded for the sizes that the artifact takes."""
     from mpq_compiler import denoiser
 
-    return from_denoiser(denoiser.load(model))
+    text = painter.conditioning.inputs.get(TEXT)
+    return denoiser.load(model, size=painter.shape[1:], tokens=text[0][0] if text else None)
+
+
+def with_conditions(painter: Painter, path: str | Path | None) -> Painter:
+    """The painter that draws the conditions of a file in turn, if there is one."""
+    if path is None:
+        return painter
+    given = painter.conditioning.load(path)
+    return replace(painter, conditioning=replace(painter.conditioning, given=given))
 
 
 def from_denoiser(loaded: Any) -> Painter:
@@ -120,9 +123,14 @@ def from_denoiser(loaded: Any) -> Painter:
         latent=loaded.latent,
         shape=loaded.latent_shape,
         codec=loaded.codec,
-        inputs=tuple(loaded.input_specs),
-        classes=loaded.classes,
+        conditioning=loaded.conditioning,
     )
+
+
+def sampled_like(reference: Painter, painter: Painter) -> Painter:
+    """The reference with the artifact's sampler: the same steps from the same noise. UserError: as below."""
+    require_same_task(painter, reference)
+    return replace(reference, scheduler=painter.scheduler)
 
 
 def require_same_task(painter: Painter, reference: Painter) -> None:
@@ -141,6 +149,7 @@ def evaluate(
     steps: int,
     seed: int,
     features: Path | None = None,
+    guidance: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """All metrics of ``painter`` against ``reference`` on the same noise (docs/metrics.md).
@@ -155,17 +164,18 @@ def evaluate(
         expected.append(call.output)
         got.append(np.asarray(painter.call(**call.inputs), dtype=np.float32))
 
-    drawn_reference = reference.draw(images, steps, seed, observe=teacher_force, progress=progress)
-    drawn = painter.draw(images, steps, seed)
+    conditions = reference.conditioning.varied(images)
+    drawn_reference = reference.draw(conditions, images, steps, seed, guidance, teacher_force, progress)
+    drawn = painter.draw(conditions, images, steps, seed, guidance)
     pictures_reference, pictures = reference.decode(drawn_reference), painter.decode(drawn)
     extractor, reason = metrics.features_for(features, pictures.shape[1:])
-    labels = painter.conditions(images).get("class_labels")
     return {
         "sqnr_db": metrics.sqnr_db(np.concatenate(expected), np.concatenate(got)),
         "trajectory_sqnr_db": metrics.trajectory_sqnr_db(drawn_reference, drawn),
-        **metrics.compare_images(pictures_reference, pictures, extractor, reason, labels),
+        **metrics.compare_images(pictures_reference, pictures, extractor, reason, conditions.labels),
         "steps": steps,
         "seed": seed,
+        "guidance": guidance,
     }
 
 
@@ -181,7 +191,7 @@ def evaluate_path(
     """`evaluate` of an artifact, or of a model that is compiled for this machine first, against its float model."""
     import tempfile
 
-    from mpq_compiler import artifact, checkpoint, denoiser
+    from mpq_compiler import artifact, checkpoint
 
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(path)
@@ -191,11 +201,14 @@ def evaluate_path(
             against = against or path
             target = Path(scratch) / "compiled.mpq"
             compile(path, target, progress, **options)
-        painter = from_artifact(target)
+        painter = with_conditions(from_artifact(target), options.get("conditions"))
         if against is None and painter.name not in checkpoint.bundled():
             raise UserError(f"'{painter.name}' is no bundled model: name the float model with --against")
-        loaded = denoiser.load(against or painter.name)
-        with progress("evaluating", -(-images // BATCH) * steps) as advance:
+        loaded = float_model(against or painter.name, painter)
+        reference = with_conditions(sampled_like(from_denoiser(loaded), painter), options.get("conditions"))
+        guidance = options.get("guidance")
+        guided = "null_conditions" in painter.conditioning.arguments(painter.conditioning.varied(1), 1, guidance)
+        with progress("evaluating", -(-images // BATCH) * steps * (1 + guided)) as advance:
             return evaluate(
-                painter, from_denoiser(loaded), images, steps, seed, loaded.features, lambda done, total: advance(1)
+                *(painter, reference, images, steps, seed, loaded.features, guidance), lambda done, total: advance(1)
             )

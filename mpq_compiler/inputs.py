@@ -249,25 +249,32 @@ def label_count(model: torch.nn.Module, config: Mapping[str, Any]) -> int | None
     return int(config["num_class_embeds"])
 
 
-def random_values(
-    specs: Mapping[str, InputSpec], batch: int, steps: int, generator: torch.Generator
-) -> dict[str, torch.Tensor]:
-    """Random inputs by name: normal values; timesteps, labels and lengths of texts that differ within the batch.
-
-    Sizes that condition SDXL, PixArt and Hunyuan-DiT are those of the image. ``steps``: how many timesteps there are.
-    """
+def fixed_values(specs: Mapping[str, InputSpec]) -> dict[str, list[float]]:
+    """The inputs that need not be chosen: sizes that condition SDXL, PixArt and Hunyuan-DiT are those of the image."""
     _, height, width = next(iter(specs.values())).shape
     pixels = [float(_VAE_SCALE * side) for side in (height, width)]
     fixed = {
         "time_ids": [*pixels, 0.0, 0.0, *pixels],
         "image_meta_size": [*pixels, *pixels, 0.0, 0.0],
+        "style": [0.0],
         "resolution": pixels,
         "aspect_ratio": [pixels[0] / pixels[1]],
     }
+    return {name: fixed[name] for name in specs if name in fixed}
+
+
+def random_values(
+    specs: Mapping[str, InputSpec], batch: int, steps: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """Random inputs by name: normal values; timesteps, labels and lengths of texts that differ within the batch.
+
+    ``steps``: how many timesteps there are.
+    """
+    fixed = fixed_values(specs)
     values = {}
     for name, spec in specs.items():
         if name in fixed:
-            values[name] = torch.tensor([fixed[name]] * batch, dtype=spec.dtype)
+            values[name] = torch.tensor(fixed[name], dtype=spec.dtype).expand(batch, -1).reshape(batch, *spec.shape)
         elif name == "timestep" or spec.below is not None:
             values[name] = torch.randint(0, spec.below or steps, (batch,), generator=generator).to(spec.dtype)
         elif name.endswith("_mask") or "_mask_" in name:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from mpq_compiler import tensorfile
-from mpq_compiler.denoiser import Denoiser, TensorModule
+from mpq_compiler.denoiser import Denoiser
 from mpq_compiler.errors import UserError, nearest
+from mpq_compiler.inputs import convention_of
 
 HELD_OUT_EVERY = 4
 """One row in so many is kept from calibration, and judges what was compiled."""
@@ -28,12 +29,13 @@ LEAST_TO_SPLIT = 8
 
 def require(denoiser: Denoiser, path: str | Path | None) -> None:
     """UserError where the inputs cannot be sampled and no file gives them; says what the file must hold."""
-    if path is not None or denoiser.conditions in ((), ("class_labels",)):
+    if path is not None or denoiser.conditioning.possible:
         return
     inputs = ", ".join(f"{name} {str(spec).replace('[B', '[N')}" for name, spec in denoiser.input_specs.items())
+    needed = ", ".join(denoiser.conditioning.needed)
     raise UserError(
-        f"'{denoiser.name}' is conditioned on {', '.join(denoiser.conditions)}, which cannot be sampled without its "
-        f"encoders: give recorded inputs with --calibration FILE, a safetensors of {inputs}; "
+        f"'{denoiser.name}' is conditioned on {needed}, which cannot be sampled without its encoders: give recorded "
+        f"inputs with --calibration FILE, a safetensors of {inputs}, or the conditions alone with --conditions FILE; "
         "mpq_compiler.record_inputs(pipeline, FILE) records one (docs/calibration.md)"
     )
 
@@ -101,7 +103,7 @@ def record_inputs(pipeline: Any, path: str | Path, every: int = 1) -> Iterator[N
     """
     model = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None) or pipeline
     parameters = inspect.signature(model.forward)
-    known = inspect.signature(TensorModule.forward).parameters
+    convention = convention_of(model)
     kept: list[dict[str, np.ndarray]] = []
     seen = 0
 
@@ -110,9 +112,8 @@ def record_inputs(pipeline: Any, path: str | Path, every: int = 1) -> Iterator[N
         seen += 1
         if (seen - 1) % every:
             return
-        bound = dict(parameters.bind(*args, **kwargs).arguments)
-        bound.update(bound.pop("added_cond_kwargs", None) or {})
-        row = {n: torch.as_tensor(v).detach().cpu() for n, v in bound.items() if n in known and v is not None}
+        named = convention.inputs(parameters.bind(*args, **kwargs).arguments)
+        row = {n: torch.as_tensor(v).detach().cpu() for n, v in named.items() if not isinstance(v, dict | list | tuple)}
         batch = max(len(v) for v in row.values() if v.ndim)
         row["timestep"] = row["timestep"].reshape(-1).expand(batch)
         kept.append({n: (v.float() if v.is_floating_point() else v).numpy() for n, v in row.items()})

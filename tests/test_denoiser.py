@@ -113,7 +113,7 @@ def test_loading_leaves_the_random_state_alone(tmp_path):
 
 
 def test_bundled_model(bundled):
-    assert denoisers.bundled().keys() == {"fashion-unet"}
+    assert denoisers.bundled().keys() >= {"fashion-text", "fashion-unet"}
     assert bundled.parameters == 1_578_196
     assert {name: str(spec) for name, spec in bundled.input_specs.items()} == {
         "sample": "f32[B,4,14,14]",
@@ -124,8 +124,8 @@ def test_bundled_model(bundled):
     assert (bundled.classes, bundled.null_class, len(bundled.class_names)) == (10, 10, 10)
     assert bundled.default_conditions(12)["class_labels"].tolist() == [*range(10), 0, 1]
     assert bundled.null_conditions(2)["class_labels"].tolist() == [10, 10]
-    with pytest.raises(UserError, match=r"classes 0 to 10, and 11 was asked for"):
-        bundled.class_conditions([11])
+    with pytest.raises(UserError, match=r"classes 0 to 10, and 11 is none of them"):
+        bundled.conditions_for([11])
 
 
 def test_denoiser_folder_finds_its_pipelines_scheduler_and_harness(tmp_path):
@@ -303,7 +303,7 @@ def test_calibration_is_seeded(bundled):
 
 
 def test_guided_calibration_records_both_calls(bundled):
-    labels = bundled.class_conditions([3, 4])
+    labels = bundled.conditions_for([3, 4])
     recorded = record_calibration(bundled, 2, 3, conditions=labels, guidance=2.0)
     assert recorded["class_labels"].tolist() == [3, 4, 10, 10] * 3
 
@@ -324,5 +324,6 @@ def test_text_conditions_are_asked_for(tmp_path):
 
 def test_pixart_samples_although_it_also_predicts_a_variance(tmp_path):
     model = load(tiny.save("pixart", tmp_path))
-    text = {"encoder_hidden_states": tiny.inputs("pixart")["encoder_hidden_states"]}
+    given = tiny.inputs("pixart")
+    text = {name: given[name] for name in model.conditions}
     assert record_calibration(model, 2, 2, conditions=text)["hidden_states"].shape == (4, 4, 16, 16)
