@@ -3,6 +3,7 @@
 PASSES: tuple[str, ...] = (
     "trace",
     "layout",
+    "split-shortcut",
     "calibrate",
     "time-groups",
     "sensitivity",

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ MIXED = f"{FRONT},sensitivity{{inputs=3,formats=int2/int2+b/int8}},bit-allocatio
 """All passes; plain and residual formats side by side."""
 RESIDUAL = f"{FRONT},bit-allocation{{uniform=int2+b}},{BACK}"
 """One format with tables, offsets and branches in every layer."""
+REWRITES = f"{FRONT},bit-allocation{{uniform=int4}},{BACK}".replace("layout,", "layout,split-shortcut,")
+"""With the exact rewrites that are options."""
+PIPELINES = (MIXED, REWRITES)
 
 TIMESTEPS = (1, 200, 400, 600, 800, 999)
 
@@ -82,11 +86,13 @@ def _steps(name: str, pipeline: str) -> tuple[Step, ...]:
 _CACHE = tempfile.TemporaryDirectory()
 
 
-def step(name: str, pass_name: str, pipeline: str = MIXED) -> Step:
+def step(name: str, pass_name: str, pipeline: str | None = None) -> Step:
+    """The step of that pass, in the first of `PIPELINES` that has it where none is given."""
+    pipeline = pipeline or next(p for p in PIPELINES if pass_name in re.split("[,{]", p))
     return next(s for s in steps(name, pipeline) if s.step.name() == pass_name)
 
 
-def after(name: str, pass_name: str, pipeline: str = MIXED) -> Program:
+def after(name: str, pass_name: str, pipeline: str | None = None) -> Program:
     return step(name, pass_name, pipeline).after
 
 

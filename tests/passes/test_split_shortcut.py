@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler import ops
+from mpq_compiler.ablation import noise_power
+from mpq_compiler.aten import aten
+from mpq_compiler.pass_manager import Session
+from mpq_compiler.passes.split_shortcut import SplitShortcut
+from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run, weight_of
+from mpq_compiler.verifier import verify
+from tests import programs
+
+
+def program_of(build, *widths: int, **tensors: Tensor) -> Program:
+    """A rewritten program of images a, b, ... [B, 5, 6, width]; ``build(call, get, a, b, ...)`` gives the output."""
+    graph = fx.Graph()
+    names = "abc"[: len(widths)]
+    inputs = [graph.placeholder(n) for n in names]
+    graph.output(build(graph.call_function, graph.get_attr, *inputs))
+    specs = tuple(InputSpec(n, ("B", 5, 6, w), torch.float32) for n, w in zip(names, widths, strict=True))
+    return Program(graph, TensorStore(tensors), specs, Stage.REWRITTEN)
+
+
+def weight(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def split(before: Program, **options) -> Program:
+    after = SplitShortcut(**options).run(before, Session())
+    verify(after)
+    x = {s.name: torch.randn(s.sized(3), generator=torch.Generator().manual_seed(7)) for s in before.inputs}
+    y = run(before, x)
+    assert float((run(after, x) - y).abs().max()) <= 1e-5 * float(y.abs().max())
+    return after
+
+
+def names(program: Program) -> list[str]:
+    return [n.name for n in program.graph.nodes if n.op == "call_function"]
+
+
+def conv(call, get, x, name="w", bias=True):
+    parameters = get(f"{name}.weight:ohwi"), get(f"{name}.bias") if bias else None
+    return call(ops.conv2d, (x, *parameters, [1, 1], [1, 1, 1, 1]))
+
+
+CONV = {"w.weight": weight(8, 36, 3, 3), "w.bias": weight(8)}
+CONV["w.weight:ohwi"] = CONV["w.weight"].permute(0, 2, 3, 1)
+
+
+def test_the_parts_are_the_concatenated_tensors_and_the_concatenation_is_gone():
+    def build(call, get, a, b):
+        return conv(call, get, call(aten.cat.default, ([a, b], 3)))
+
+    before = program_of(build, 20, 16, **CONV)
+    after = split(before)
+    assert names(after) == ["conv2d_part0", "conv2d_part1", "conv2d"]
+    first, second, total = (after.node(n) for n in names(after))
+    assert [first.args[0].name, second.args[0].name] == ["a", "b"] and total.target is aten.add.Tensor
+    assert first.args[2].target == "w.bias" and second.args[2] is None
+    parts = [after.tensors[str(weight_of(n))] for n in (first, second)]
+    assert torch.equal(torch.cat(parts, dim=3), CONV["w.weight:ohwi"])
+    assert torch.equal(after.tensors["w_part1.weight"], CONV["w.weight"][:, 20:])
+    assert names(before) == ["cat_default", "conv2d"], "the program given is left as it is"
+
+
+def test_behind_a_norm_the_parts_are_slices_of_what_the_layers_read():
+    """The norm is over the whole concatenation: its groups do not end where the parts do."""
+
+    def build(call, get, a, b):
+        norm = call(ops.group_norm, (call(aten.concat.default, ([a, b], -1)), 6, get("n.weight"), get("n.bias"), 1e-5))
+        x = call(aten.silu.default, (norm,))
+        return call(aten.add.Tensor, (conv(call, get, x), conv(call, get, x, "v", bias=False)))
+
+    other = weight(8, 3, 3, 36, seed=4)
+    tensors = CONV | {"v.weight:ohwi": other, "n.weight": weight(36), "n.bias": weight(36)}
+    after = split(program_of(build, 20, 16, **tensors))
+    slices = [n for n in after.graph.nodes if n.target is aten.slice.Tensor]
+    assert [(n.name, n.args[2:]) for n in slices] == [("silu_default_part0", (0, 20)), ("silu_default_part1", (20, 36))]
+    assert all(len(n.users) == 2 for n in slices), "both layers read the same slices"
+    assert sum(n.target is ops.group_norm for n in after.graph.nodes) == 1
+
+
+def test_linear_layers_of_tokens_behind_norm_modulation_and_reshape():
+    def build(call, get, a, b, c):
+        x = call(aten.reshape.default, (call(aten.cat.default, ([a, b, c], 3)), [-1, 30, 60]))
+        x = call(aten.layer_norm.default, (x, [60], None, None, 1e-6, False))
+        x = call(aten.gelu.default, (call(aten.mul.Tensor, (x, get("scale"))),))
+        return call(aten.linear.default, (x, get("l.weight"), get("l.bias")))
+
+    tensors = {"scale": weight(60), "l.weight": weight(8, 60), "l.bias": weight(8)}
+    after = split(program_of(build, 24, 20, 16, **tensors))
+    first, second, third = (f"linear_default_part{i}" for i in range(3))
+    assert names(after)[-5:] == [first, second, "add_tensor", third, "linear_default"]
+    assert [len(after.node(n).args) for n in (first, second, third)] == [3, 2, 2]
+
+
+def test_what_stays_whole():
+    def narrow(call, get, a, b):
+        return conv(call, get, call(aten.cat.default, ([a, b], 3)))
+
+    def rows(call, get, a, b):
+        return conv(call, get, call(aten.cat.default, ([a, b], 1)))
+
+    def mixed(call, get, a, b):  # a sum of two whole tensors is no concatenation any more
+        joined = call(aten.cat.default, ([a, b], 3))
+        return conv(call, get, call(aten.add.Tensor, (joined, call(aten.silu.default, (joined,)))))
+
+    def halves(call, get, a):  # the two halves of a sinusoidal embedding
+        waves = call(aten.cat.default, ([call(aten.sin.default, (a,)), call(aten.cos.default, (a,))], 3))
+        swapped = [call(aten.slice.Tensor, (waves, 3, 18, 36)), call(aten.slice.Tensor, (waves, 3, 0, 18))]
+        return conv(call, get, call(aten.cat.default, (swapped, 3)))
+
+    for build, widths in ((narrow, (32, 4)), (rows, (36, 36)), (mixed, (18, 18)), (halves, (18,))):
+        before = program_of(build, *widths, **CONV)
+        assert names(split(before)) == names(before)
+    assert "conv2d_part1" in names(split(program_of(narrow, 32, 4, **CONV), channels=4))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_shared_weight_is_split_where_all_its_calls_agree(same):
+    def build(call, get, a, b):
+        left = conv(call, get, call(aten.cat.default, ([a, b], 3)))
+        right = conv(call, get, call(aten.cat.default, ([b, a] if not same else [call(aten.neg.default, (a,)), b], 3)))
+        return call(aten.add.Tensor, (left, right))
+
+    after = split(program_of(build, 20, 16, **CONV))
+    read = [str(n.target) for n in after.graph.nodes if n.op == "get_attr" and "weight" in str(n.target)]
+    parts = {"w_part0.weight:ohwi", "w_part1.weight:ohwi"}
+    assert set(read) == (parts if same else {"w.weight:ohwi"})
+
+
+def test_every_shortcut_of_the_bundled_unet_is_split():
+    step = programs.step("fashion-unet", "split-shortcut")
+    gone = {n.name for n in step.before.quantizable} - {n.name for n in step.after.quantizable}
+    layers = ("conv1", "conv_shortcut")
+    assert gone == {f"up_blocks_{b}_resnets_{r}_{layer}" for b in (0, 1) for r in (0, 1) for layer in layers}
+    assert gone < {*names(step.after)}, "a sum has the name of the layer whose value it is"
+
+
+def test_parts_have_plans_of_their_own():
+    program = programs.after("fashion-unet", "bit-allocation", programs.REWRITES)
+    for layer in ("up_blocks.1.resnets.1.conv1", "up_blocks.1.resnets.1.conv_shortcut"):
+        paths = [f"{layer}_part{i}.weight" for i in (0, 1)]
+        assert f"{layer}.weight" not in program.weights and {*paths} <= {*program.weights}
+        edges = [program.node(program.weights[p].sites[0]).args[0].name for p in paths]
+        scales = [program.tensors[program.activations[e].scale] for e in edges]
+        assert not torch.equal(*scales)
+
+
+def test_the_simulated_noise_falls():
+    whole = programs.REWRITES.replace("split-shortcut,", "")
+    x = programs.denoiser("fashion-unet").random_inputs(8, 5)
+    y = programs.denoiser("fashion-unet")(**x)
+    noise = [
+        noise_power(run(programs.after("fashion-unet", "round-weights", p), x), y) for p in (whole, programs.REWRITES)
+    ]
+    assert noise[1] < 0.9 * noise[0]
