@@ -55,20 +55,20 @@ class TextEncoder:
         vocabulary, slots = about.get("vocabulary"), about.get("prompt")
         if not isinstance(vocabulary, list) or len(vocabulary) != len(words) or len(set(vocabulary)) != len(words):
             raise UserError(f"'vocabulary' of the text encoder '{path}' must list its {len(words)} words, each once")
-        known = {BOS, EOS, PAD}
-        if isinstance(slots, dict) and all(isinstance(s, list) for s in slots.values()):
-            known |= {word for slot in slots.values() for word in slot}
-        else:
-            raise UserError(f"'prompt' of the text encoder '{path}' must map the parts of a prompt to their words")
+        if not isinstance(slots, list) or not all(_is_slot(slot) for slot in slots):
+            raise UserError(f"'prompt' of the text encoder '{path}' must list the parts of a prompt: name and words")
+        known = {BOS, EOS, PAD, *(word for slot in slots for word in slot["words"])}
         if strange := sorted(known - set(vocabulary)):
             raise UserError(f"'vocabulary' of the text encoder '{path}' lacks '{strange[0]}'")
         if words.shape[1:] != positions.shape[1:] or len(positions) < len(slots) + 2:
             raise UserError(f"the tables of the text encoder '{path}' do not fit its prompts")
-        return cls(tuple(vocabulary), {name: tuple(slot) for name, slot in slots.items()}, words, positions)
+        return cls(tuple(vocabulary), {slot["name"]: tuple(slot["words"]) for slot in slots}, words, positions)
 
     def to_json(self) -> dict[str, Any]:
         """What `load` needs besides the tables."""
-        return {"vocabulary": list(self.vocabulary), "prompt": {name: list(slot) for name, slot in self.slots.items()}}
+        # A list, for manifests sort the keys of objects.
+        slots = [{"name": name, "words": list(words)} for name, words in self.slots.items()]
+        return {"vocabulary": list(self.vocabulary), "prompt": slots}
 
     def save(self, path: Path) -> None:
         with path.open("wb") as stream:
@@ -130,3 +130,7 @@ class TextEncoder:
             for turn in range(len(beginnings))
             for i, word in enumerate(last)
         )
+
+
+def _is_slot(slot: Any) -> bool:
+    return isinstance(slot, dict) and isinstance(slot.get("name"), str) and isinstance(slot.get("words"), list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_token_0_is_the_same_for_all_prompts_and_far_larger(encoder: TextEncoder
 def test_all_prompts_once_and_varied_from_the_first(encoder: TextEncoder) -> None:
     prompts = encoder.all_prompts
     assert len(prompts) == len(set(prompts)) == 3 * 2 * 10
-    assert [p.split()[2] for p in prompts[:10]] == list(ABOUT["prompt"]["class"])
+    assert [p.split()[2] for p in prompts[:10]] == ABOUT["prompt"][2]["words"]
     assert len({tuple(p.split()[:2]) for p in prompts[:10]}) == 6
     labels = encoder.labels(prompts[:20])
     assert labels is not None
@@ -71,8 +72,11 @@ def test_prompts_that_are_refused(encoder: TextEncoder, prompt: str, sentence: s
 
 
 def test_it_travels(encoder: TextEncoder, tmp_path: Path) -> None:
+    """Through a file, and JSON whose keys were sorted on the way."""
     encoder.save(tmp_path / "text.safetensors")
-    again = TextEncoder.load(encoder.to_json(), tmp_path / "text.safetensors")
+    about = json.loads(json.dumps(encoder.to_json(), sort_keys=True))
+    again = TextEncoder.load(about, tmp_path / "text.safetensors")
+    assert again.all_prompts == encoder.all_prompts
     assert np.array_equal(again.encode(encoder.all_prompts), encoder.encode(encoder.all_prompts))
 
 
@@ -83,8 +87,8 @@ def test_it_travels(encoder: TextEncoder, tmp_path: Path) -> None:
         ({"vocabulary": ["<sos>", *ABOUT["vocabulary"][1:]]}, "'<bos>'"),
         ({"vocabulary": ["dark", *ABOUT["vocabulary"][1:]]}, "each once"),
         ({"prompt": ["dark"]}, "'prompt'"),
-        ({"prompt": {"tone": ["dark", "black"]}}, "'black'"),
-        ({"prompt": {str(i): ["dark"] for i in range(7)}}, "do not fit"),
+        ({"prompt": [{"name": "tone", "words": ["dark", "black"]}]}, "'black'"),
+        ({"prompt": [{"name": str(i), "words": ["dark"]} for i in range(7)]}, "do not fit"),
     ],
 )
 def test_descriptions_that_are_refused(change: dict[str, Any], key: str) -> None:
