@@ -88,7 +88,7 @@ def profile(path: Path, model: denoiser.Denoiser, batch: int, program: Any) -> l
     lowered = lower(program, (batch,))
     totals: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
     slowest = []
-    for call in lowered.calls:
+    for call in lowered.functions[0].calls:
         inputs, outputs = templates.arguments(call.kernel, target)
         arrays = []
         for argument in (*inputs, *outputs):

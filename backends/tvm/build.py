@@ -21,7 +21,7 @@ from mpq_compiler import storage
 from mpq_compiler.artifact import KERNELS
 from mpq_compiler.backends import Built, Progress
 from mpq_compiler.backends.tvm.emit import OUTPUT, lower
-from mpq_compiler.backends.tvm.lowered import BATCH, Kernel, Lowered, Value
+from mpq_compiler.backends.tvm.lowered import BATCH, Function, Kernel, Lowered, Value
 from mpq_compiler.backends.tvm.worker import Crash, Failure, Worker
 from mpq_compiler.errors import UserError
 from mpq_compiler.program import Program
@@ -61,21 +61,23 @@ def build(
         files={KERNELS: library},
         tensors={name: tensor.array for name, tensor in stored.items()},
         entries=[tensor.entry(name) for name, tensor in stored.items()],
-        functions=[_function(lowered, batch) for batch in lowered.batches],
+        functions=[_describe(function, batch) for function in lowered.functions for batch in function.batches],
         prepare={"name": PREPARE, "tensors": [value.name for value in lowered.stored]},
-        facts={"kernels": len(lowered.kernels()), "from_cache": reused, "calls": len(lowered.calls)},
+        facts={"kernels": len(lowered.kernels()), "from_cache": reused, "calls": len(lowered.functions[0].calls)},
     )
 
 
-def _function(lowered: Lowered, batch: int) -> dict[str, Any]:
+def _describe(function: Function, batch: int) -> dict[str, Any]:
+    """The manifest's entry of a specialization."""
+
     def describe(name: str, value: Value) -> dict[str, Any]:
         return {"name": name, "shape": [batch if d == BATCH else d for d in value.shape], "dtype": value.dtype}
 
     return {
-        "name": f"denoise_b{batch}",
+        "name": function.name(batch),
         "batch": batch,
-        "inputs": [describe(value.name, value) for value in lowered.inputs],
-        "output": describe(OUTPUT, lowered.output),
+        "inputs": [describe(value.name, value) for value in function.inputs],
+        "output": describe(OUTPUT, function.output),
     }
 
 

@@ -22,16 +22,11 @@ from tvm.support import cc
 
 from mpq_compiler.backends.tvm import templates
 from mpq_compiler.backends.tvm.kernels.template import BATCH, Argument, primfunc
-from mpq_compiler.backends.tvm.lowered import Call, Kernel, Lowered, Value
+from mpq_compiler.backends.tvm.lowered import Call, Function, Kernel, Lowered, Value
 from mpq_compiler.errors import UserError
 from mpq_compiler.targets import Target
 
 PREPARE = "prepare"
-
-
-def function_name(batch: int) -> str:
-    """Of the specialization for a batch size."""
-    return f"denoise_b{batch}"
 
 
 def link(lowered: Lowered, target: Target, objects: Sequence[Path], output: Path) -> None:
@@ -98,8 +93,9 @@ class _Builder:
             signature = primfunc(kernel.name, [*inputs, *outputs], lambda batch, buffers: T.evaluate(0))
             self.signatures[kernel] = (self.builder.add_func(signature, kernel.name), inputs, outputs)
         types = self._prepare()
-        for batch in self.lowered.batches:
-            self._denoise(batch, types)
+        for function in self.lowered.functions:
+            for batch in function.batches:
+                self._denoise(function, batch, types)
         return self.builder.get()
 
     def _prepare(self) -> list[relax.Type]:
@@ -115,16 +111,16 @@ class _Builder:
             self.builder.emit_func_output(result)
         return [value.ty for value in prepared]
 
-    def _denoise(self, batch: int, types: Sequence[Any]) -> None:
-        inputs = [_variable(f"x{i}", value, batch) for i, value in enumerate(self.lowered.inputs)]
+    def _denoise(self, function: Function, batch: int, types: Sequence[Any]) -> None:
+        inputs = [_variable(f"x{i}", value, batch) for i, value in enumerate(function.inputs)]
         weights = [relax.Var(f"w{i}", type) for i, type in enumerate(types)]
-        env = {value.name: p for value, p in zip(self.lowered.inputs, inputs, strict=True)}
+        env = {value.name: p for value, p in zip(function.inputs, inputs, strict=True)}
         env |= dict(zip(self.lowered.prepared, weights, strict=True))
-        with self.builder.function(function_name(batch), [*inputs, *weights]):
+        with self.builder.function(function.name(batch), [*inputs, *weights]):
             with self.builder.dataflow():
-                for call in self.lowered.calls:
+                for call in function.calls:
                     self._call(call, env, batch)
-                output = self.lowered.output
+                output = function.output
                 shaped = self._shaped(env[output.name], _sized(output.shape, batch))
                 result = self.builder.emit_output(shaped)
             self.builder.emit_func_output(result)

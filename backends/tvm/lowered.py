@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 BATCH = "B"
@@ -98,28 +98,44 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Lowered:
-    """The functions ``prepare(stored...) -> prepared`` and, for every batch size, ``denoise(inputs..., prepared...)``.
+class Function:
+    """The denoiser at one image size: ``denoise(inputs..., prepared...)``, specialized for every batch size.
 
-    values:    every value by name but those that `prepare` alone makes and reads
-    prepared:  names of the values that the denoiser reads and `prepare` makes or hands on
+    suffix: what the names of its specializations end in, "" for the size that was calibrated
     """
 
     inputs: tuple[Value, ...]
+    calls: tuple[Call, ...]
+    output: Value
+    batches: tuple[int, ...] = (1,)
+    suffix: str = ""
+
+    def name(self, batch: int) -> str:
+        """Of the specialization for a batch size."""
+        return f"denoise_b{batch}{self.suffix}"
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """``prepare(stored...) -> prepared`` and the functions, all of which take everything that is prepared.
+
+    prepared: names of the values that a function reads and `prepare` makes or hands on
+    """
+
     stored: tuple[Value, ...]
     preparation: tuple[Call, ...]
     prepared: tuple[str, ...]
-    calls: tuple[Call, ...]
-    output: Value
-    batches: tuple[int, ...] = field(default=(1,))
+    functions: tuple[Function, ...]
 
     def kernels(self) -> dict[Kernel, str]:
         """The kernels, each with the node that asks for it first."""
         found: dict[Kernel, str] = {}
-        for call in self._all():
+        for call in self.calls():
             found.setdefault(call.kernel, call.node)
         return found
 
-    def _all(self) -> Iterator[Call]:
+    def calls(self) -> Iterator[Call]:
+        """All calls: those of `prepare`, then those of the functions."""
         yield from self.preparation
-        yield from self.calls
+        for function in self.functions:
+            yield from function.calls

@@ -65,6 +65,7 @@ TEMPLATES: dict[str, Template] = {
     "quantize": Template(
         lambda problem, isa: quantize.arguments(problem),
         lambda problem, isa, name: quantize.build(problem, name),
+        lambda problem, isa: quantize.outputs(problem),
     ),
     "norms": _portable(norms),
     "attention": _portable(attention),

@@ -6,7 +6,8 @@ Arithmetic (exact, the same bits on every target): ``A_j = sum_k (q - z_j[g]) * 
     for j ascending:                                y = fma(f32(A_j), f32(act_scale[j,g] * scale[i,j]), y)
     where weights have offsets, for j ascending:    y = fma(f32(S_j), f32(act_scale[j,g] * offset[i]), y)
 
-with ``S_j = sum_k (q - z_j[g])``; then the epilogue.
+with ``S_j = sum_k (q - z_j[g])``; then the epilogue. Of dynamic activations the scale and the zero point are
+those of the row m, the same for all segments.
 
 Structure. The rows m = (sample, y, x) of the product are cut into chunks that are independent of each other:
 
@@ -62,19 +63,20 @@ def arguments(problem: QuantMatmul, isa: Isa) -> list[Argument]:
     """The buffers of the kernel in calling order, the output last.
 
     ``x`` and ``group``; ``act_scale``, ``act_zero``; then what `prepare` makes, by its names; the epilogue's
-    operands, ``qscale`` and ``qzero`` where it quantizes; ``out``.
+    operands, ``qscale`` and ``qzero`` where it quantizes; ``out``. Dynamic activations have no ``group``, but their
+    epilogue may.
     """
-    segments = len(problem.segments)
+    tables = (BATCH, problem.rows) if problem.dynamic else (len(problem.segments), problem.groups)
     own = [
         Argument("x", problem.input_shape(), "uint8"),
-        Argument("group", (BATCH,), "int64"),
-        Argument("act_scale", (segments, problem.groups), "float32"),
-        Argument("act_zero", (segments, problem.groups), "uint8"),
+        *([] if problem.dynamic else [Argument("group", (BATCH,), "int64")]),
+        Argument("act_scale", tables, "float32"),
+        Argument("act_zero", tables, "uint8"),
         *WeightLayout(problem, isa).buffers(),
     ]
     epilogue, shape = problem.epilogue or Epilogue(), problem.output_shape()
     theirs = epilogue_arguments(epilogue, shape[:-1], problem.outputs, problem.groups)
-    own += [argument for argument in theirs if argument.name != "group"]
+    own += [argument for argument in theirs if problem.dynamic or argument.name != "group"]
     return [*own, Argument("out", shape, epilogue.out_dtype)]
 
 
@@ -250,6 +252,10 @@ class _Kernel:
         """Time group of a sample; where there is one group only, nothing is read."""
         return T.bind(T.cast(self.b["group"][sample], "int32")) if self.p.groups > 1 else 0
 
+    def _entry(self, j: int, m: Any, group: Any) -> Any:
+        """Where row m, of a sample of that time group, finds segment j's scale and zero point."""
+        return m if self.p.dynamic else j * self.p.groups + group
+
     def _gather_line(self, sample: Any, y: Any, line: Any) -> None:
         """One row of the padded image: row y of the input, or zero points where it lies outside."""
         p = self.p
@@ -353,7 +359,7 @@ class _Kernel:
         """sums[j, r] = sum over segment j of (q - z_j[g]); pixels that are padding add nothing."""
         p, lanes = self.p, self.isa.lanes
         with T.serial(0, rows) as r:
-            group = self._group(_quotient(self.first_row + r, p.rows))
+            group = 0 if p.dynamic else self._group(_quotient(self.first_row + r, p.rows))
             for j, channels in enumerate(p.segments):
                 taps, run, stride = self._runs(j)
                 start = T.bind(self._row_start(j, r))
@@ -372,7 +378,7 @@ class _Kernel:
                             add(line + k * lanes, lanes)
                     for k in range(run // lanes * lanes, run):
                         add(line + k, 1)
-                zero = T.cast(self.b["act_zero"][j * p.groups + group], "int32")
+                zero = T.cast(self.b["act_zero"][self._entry(j, self.first_row + r, group)], "int32")
                 total = (self.isa.unsigned_excess - zero) * (p.kernel[0] * p.kernel[1] * channels)
                 for lane in range(lanes):
                     total = total + partial_sums[lane]
@@ -468,9 +474,15 @@ class _Kernel:
 
         with T.unroll(0, tile.rows) as i:
             store(starts, self._row_start(j, r + i), i)
+            if p.dynamic:
+                zero = T.cast(self.b["act_zero"][self.first_row + r + i], "int32")
+                negated = T.bind(isa.unsigned_excess - zero)
             with T.unroll(0, tile.vectors) as v:
-                at = (j * p.groups + groups[i]) * w.outputs + self.block * w.block + v * lanes
-                store(acc, self.b["start"][span(at, lanes)], cell(0, i, v))
+                table = j if p.dynamic else j * p.groups + groups[i]
+                first = self.b["start"][span(table * w.outputs + self.block * w.block + v * lanes, lanes)]
+                if p.dynamic:
+                    first = first * vmath.splat(negated, lanes)
+                store(acc, first, cell(0, i, v))
                 for s in range(1, sets):
                     store(acc, vmath.i32(0, lanes), cell(s, i, v))
         weights = self.panel if self.unpacks else self.b["tiles"]
@@ -530,7 +542,7 @@ class _Kernel:
         """Scales, bias, offsets, epilogue and store of row i of a tile, row r of the chunk."""
         p, w, lanes = self.p, self.w, self.isa.lanes
         m = T.bind(self.first_row + r)
-        scales = [T.bind(self.b["act_scale"][j * p.groups + group]) for j in range(len(p.segments))]
+        scales = [T.bind(self.b["act_scale"][self._entry(j, m, group)]) for j in range(len(p.segments))]
         sums = []
         if p.has_offset:
             for j in range(len(p.segments)):

@@ -30,7 +30,8 @@ def inputs(problem: QuantMatmul) -> list[Argument]:
     if p.bits < 8:
         stored.append(Argument("tables", (p.classes, p.entries), "int8"))
         stored.append(Argument("row_class", (p.row_classes,), "uint8"))
-    stored.append(Argument("act_zero", (segments, p.groups), "uint8"))
+    if not p.dynamic:
+        stored.append(Argument("act_zero", (segments, p.groups), "uint8"))
     if p.has_bias:
         stored.append(Argument("stored_bias", (p.outputs,), "float16"))
     return stored
@@ -88,7 +89,7 @@ class _Prepare:
 
         for j in range(len(p.segments)):
             store(self.b["weight_scale"], or_zero(self.b["scale"][inside, j]), j, i)
-            with T.serial(0, p.groups) as g:
+            with T.serial(0, self.b["start"].shape[1]) as g:
                 store(self.b["start"], tirx.IntImm("int32", 0), j, g, i)
         if p.has_offset:
             store(self.b["offset"], or_zero(self.b["stored_offset"][inside]), i)
@@ -118,6 +119,9 @@ class _Prepare:
                             code = T.bind(self._code(source + k * kpack + lane))
                             self._place(i, step, lane, code)
                             store(total, total[0] + self._weight(i, code), 0)
+            if p.dynamic:
+                store(self.b["start"], total[0], j, 0, i)
+                continue
             with T.serial(0, p.groups) as g:
                 zero = T.cast(self.b["act_zero"][j, g], "int32") - self.isa.unsigned_excess
                 store(self.b["start"], (0 - zero) * total[0], j, g, i)

@@ -24,7 +24,8 @@ class QuantMatmul:
     bits:           of a stored weight code: 2, 3, 4 or 8
     classes:        number of look-up tables; each 16 output rows choose one (bits < 8)
     segments:       channel counts with scales and zero points of their own; they add up to C
-    groups:         G, number of time groups
+    groups:         G, number of time groups: of the input and of the epilogue's quantizer
+    dynamic:        every row of the input has a scale and a zero point of its own; linear layers only
     has_offset:     weights have an offset for each row
     has_bias:       there is a bias
     epilogue:       what happens to the result before it is stored
@@ -42,6 +43,7 @@ class QuantMatmul:
     classes: int = 1
     segments: tuple[int, ...] = ()
     groups: int = 1
+    dynamic: bool = False
     has_offset: bool = False
     has_bias: bool = True
     epilogue: Epilogue | None = None
@@ -62,6 +64,8 @@ class QuantMatmul:
             or (self.rank < 3 and self.height != 1)
         ):
             raise ValueError(f"an input of rank {self.rank} cannot be {self.height} x {self.width}")
+        if self.dynamic and not self.pointwise:
+            raise ValueError("the rows that a convolution adds up cannot have scales of their own")
 
     @classmethod
     def linear(cls, leading: tuple[int, ...], channels: int, outputs: int, **options) -> QuantMatmul:
@@ -180,14 +184,15 @@ class WeightLayout:
 
         tiles   the codes (int8 for 8 bits, else packed bytes)
         lut     the table of each register of output channels, repeated over its bytes
-        start   int32 first values of the accumulators: -z_j[g] * sum of the row's weights in segment j
+        start   int32 first values of the accumulators: -z_j[g] * sum of the row's weights in segment j;
+                where zero points are dynamic that sum itself, [J, 1, n]
         """
         p, n = self.problem, self.outputs
         tiles = (self.blocks, self.packs * self.tile.vectors * self.pack_bytes)
         named = [Argument("tiles", tiles, "int8" if p.bits == 8 else "uint8")]
         if p.bits < 8:
             named.append(Argument("lut", (n // self.isa.lanes, self.isa.vector), "int8"))
-        named.append(Argument("start", (len(p.segments), p.groups, n), "int32"))
+        named.append(Argument("start", (len(p.segments), 1 if p.dynamic else p.groups, n), "int32"))
         named.append(Argument("weight_scale", (len(p.segments), n), "float32"))
         if p.has_offset:
             named.append(Argument("offset", (n,), "float32"))

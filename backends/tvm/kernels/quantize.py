@@ -1,8 +1,9 @@
-"""The stand-alone `mpq::quantize` and `mpq::time_group` kernels."""
+"""The stand-alone `mpq::quantize`, `mpq::dynamic_quantize` and `mpq::time_group` kernels."""
 
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,13 @@ from mpq_compiler.backends.tvm.kernels.template import (
     primfunc,
     quantizer,
     quantizer_arguments,
+    scratch,
     span,
     store,
 )
 
+SMALLEST_SCALE = 2.0**-24
+"""As `ops.SMALLEST_SCALE`, whose module imports torch."""
 LANES = 64
 """Wide expressions, which LLVM splits into independent chains of registers."""
 
@@ -43,6 +47,20 @@ class Quantize:
 
 
 @dataclass(frozen=True)
+class DynamicQuantize:
+    """``dynamic_quantize(x [B, rows, width]) -> u8, scale f32 [B, rows], zero point u8 [B, rows]``.
+
+    rows:   of one sample
+    width:  of a row
+    bits:   of a code
+    """
+
+    rows: int
+    width: int
+    bits: int = 8
+
+
+@dataclass(frozen=True)
 class TimeGroup:
     """``time_group(timestep [B], boundaries f32 [G-1]) -> i64 [B]``: how many boundaries are <= the timestep.
 
@@ -58,13 +76,29 @@ class TimeGroup:
             raise ValueError("a single time group needs no kernel")
 
 
-def arguments(problem: Quantize | TimeGroup) -> list[Argument]:
-    """The buffers in calling order, the output last."""
+Problem = Quantize | DynamicQuantize | TimeGroup
+
+
+def outputs(problem: Problem) -> int:
+    """How many of the `arguments` are outputs."""
+    return 3 if isinstance(problem, DynamicQuantize) else 1
+
+
+def arguments(problem: Problem) -> list[Argument]:
+    """The buffers in calling order, the outputs last."""
     if isinstance(problem, TimeGroup):
         return [
             Argument("timestep", (BATCH,), problem.dtype),
             Argument("boundaries", (problem.groups - 1,)),
             Argument("out", (BATCH,), "int64"),
+        ]
+    if isinstance(problem, DynamicQuantize):
+        rows: Shape = (BATCH, problem.rows)
+        return [
+            Argument("x", (*rows, problem.width)),
+            Argument("out", (*rows, problem.width), "uint8"),
+            Argument("scale", rows),
+            Argument("zero", rows, "uint8"),
         ]
     shape: Shape = (BATCH, *problem.shape)
     return [
@@ -74,8 +108,10 @@ def arguments(problem: Quantize | TimeGroup) -> list[Argument]:
     ]
 
 
-def build(problem: Quantize | TimeGroup, name: str) -> PrimFunc:
+def build(problem: Problem, name: str) -> PrimFunc:
     """The kernel ``name(*arguments(problem))``; the same source for every CPU target."""
+    if isinstance(problem, DynamicQuantize):
+        return primfunc(name, arguments(problem), lambda batch, buffers: _dynamic(problem, batch, buffers))
     if isinstance(problem, TimeGroup):
         return primfunc(name, arguments(problem), lambda batch, buffers: _time_group(problem, batch, buffers))
     return primfunc(name, arguments(problem), lambda batch, buffers: _quantize(problem, batch, buffers))
@@ -94,6 +130,54 @@ def _quantize(problem: Quantize, batch: Any, buffers: Buffers) -> None:
             store(out, vmath.quantize(x[at], inverse, zero, problem.bits), at)
 
         each_vector(size, vector, LANES)
+
+
+def _dynamic(problem: DynamicQuantize, batch: Any, buffers: Buffers) -> None:
+    """Row by row: the range, for which order does not matter, then the codes while the row is in the cache."""
+    rows, width, top = problem.rows, problem.width, float(2**problem.bits - 1)
+    x = T.decl_buffer((batch * rows * width,), "float32", data=buffers["x"].data)
+    out = T.decl_buffer((batch * rows * width,), "uint8", data=buffers["out"].data)
+    zero = vmath.f32(0.0, 1)
+    with T.serial(0, batch) as sample, T.serial(0, rows) as row:
+        first = T.bind((sample * rows + row) * width)
+        low, high = _range(x, first, width)
+        scale = T.bind(vmath.maximum(vmath.div(high - low, vmath.f32(top, 1)), vmath.f32(SMALLEST_SCALE, 1)))
+        steps = vmath.minimum(vmath.div(zero - low, scale), vmath.f32(top, 1))
+        # Rounded by the quantizer itself: the code of -low at the scale 1 and the zero point 0.
+        point = T.bind(vmath.quantize(steps, vmath.f32(1.0, 1), vmath.i32(0, 1), problem.bits))
+        store(buffers["scale"], scale, sample, row)
+        store(buffers["zero"], point, sample, row)
+        inverse, code_of_zero = T.bind(vmath.reciprocal(scale)), T.bind(T.cast(point, "int32"))
+
+        def vector(start: Any, lanes: int) -> None:
+            at = span(first + start, lanes)
+            store(out, vmath.quantize(x[at], inverse, code_of_zero, problem.bits), at)
+
+        each_vector(width, vector, LANES)
+
+
+def _range(x: Any, first: Any, width: int) -> tuple[Any, Any]:
+    """The least and the greatest of zero and ``width`` values, bound to variables; NaN is neither."""
+    lanes = min(LANES, 1 << (width.bit_length() - 1))
+    ends = scratch(lanes), scratch(lanes)
+
+    def widen(low: Any, high: Any, count: int) -> None:
+        for end, value, beyond in zip(ends, (low, high), (operator.lt, operator.gt), strict=True):
+            known = end[span(0, count)]
+            store(end, tirx.Select(beyond(value, known), value, known), span(0, count))
+
+    for end in ends:
+        store(end, vmath.f32(0.0, lanes), span(0, lanes))
+
+    def vector(start: Any, count: int) -> None:
+        values = T.bind(x[span(first + start, count)])
+        widen(values, values, count)
+
+    each_vector(width, vector, LANES)
+    while lanes > 1:
+        lanes //= 2
+        widen(ends[0][span(lanes, lanes)], ends[1][span(lanes, lanes)], lanes)
+    return T.bind(ends[0][0]), T.bind(ends[1][0])
 
 
 def _time_group(problem: TimeGroup, batch: Any, buffers: Buffers) -> None:

@@ -22,7 +22,7 @@ from mpq_compiler.aten import aten
 from mpq_compiler.backends.tvm import templates
 from mpq_compiler.backends.tvm.build import build, compile_library
 from mpq_compiler.backends.tvm.emit import lower
-from mpq_compiler.backends.tvm.lowered import Kernel, Lowered, Value, record
+from mpq_compiler.backends.tvm.lowered import Call, Function, Kernel, Lowered, Value, record
 from mpq_compiler.backends.tvm.worker import Crash, Failure, Worker
 from mpq_compiler.errors import UserError
 from mpq_compiler.passes.fuse_epilogues import FuseEpilogues
@@ -124,7 +124,7 @@ def test_every_node_computes_what_the_reference_does(name, weights, target):
     known = {**kernels.prepared, **{key: value.numpy() for key, value in inputs.items()}}
     checked: Counter[str] = Counter()
     codes = differing = 0
-    for call in lowered.calls:
+    for call in lowered.functions[0].calls:
         forced = known | {key: expected[key] for key in expected.keys() - kernels.prepared.keys()}
         operands = {argument: forced[value] for argument, value in call.operands}
         result = kernels(call.kernel, operands, batch)
@@ -146,7 +146,7 @@ def test_every_node_computes_what_the_reference_does(name, weights, target):
             assert error <= 1e-5, f"{call.node}: {call.kernel}: {error}"
     assert differing <= max(1, 1e-5 * codes)  # over all nodes: one node has too few codes for such a share
     assert checked["gemm"] and checked["norms"] and checked["attention"] and checked["quantize"]
-    assert sum(checked.values()) >= len(lowered.calls) - len(case.program.fallbacks)
+    assert sum(checked.values()) >= len(lowered.functions[0].calls) - len(case.program.fallbacks)
 
 
 # ------------------------------------------------------------------------------------ (c), (d) end to end
@@ -245,7 +245,7 @@ def test_kernels_check_the_shapes_of_what_they_are_given():
     made, lowered = compiled("unet2d", "int3", TARGETS[1])
     machine = tvm_runtime.VirtualMachine(made, threads=1)
     wrong = [aligned(np.zeros((1, 3, 16, 15), np.float32)), aligned(np.zeros(1, np.int64))]
-    assert [value.name for value in lowered.inputs] == ["sample", "timestep"]
+    assert [value.name for value in lowered.functions[0].inputs] == ["sample", "timestep"]
     with pytest.raises(Exception, match=r"(?i)shape|mismatch"):
         machine._machine["denoise_b1"](*(machine._tensor(array) for array in wrong), *machine._prepared)
 
@@ -255,9 +255,7 @@ def test_kernels_check_the_shapes_of_what_they_are_given():
 
 def one_kernel(kernel: Kernel) -> Lowered:
     x, y = Value("x", ("B", 4), "float32"), Value("y", ("B", 4), "float32")
-    from mpq_compiler.backends.tvm.lowered import Call
-
-    return Lowered((x,), (), (), (), (Call(kernel, (("x", "x"),), (("y", "y"),), "conv_7"),), y)
+    return Lowered((), (), (), (Function((x,), (Call(kernel, (("x", "x"),), (("y", "y"),), "conv_7"),), y),))
 
 
 GEMM = Kernel("gemm", record("problem.QuantMatmul", height=8, width=8, channels=64, outputs=64, groups=2))

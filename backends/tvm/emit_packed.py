@@ -1,0 +1,100 @@
+"""Quantizers and the layers on codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from mpq_compiler import ops, storage
+from mpq_compiler.backends.tvm import emit_pointwise
+from mpq_compiler.backends.tvm.emitter import Emitter, Epilogue
+from mpq_compiler.backends.tvm.lowered import BATCH, Kernel, Value, record
+from mpq_compiler.program import arguments
+
+
+def time_group(e: Emitter, node: fx.Node) -> Value:
+    timestep, boundaries = e.value(node.args[0]), e.stored(node.args[1])
+    out = Value(node.name, (BATCH,), "int64")
+    if not boundaries.size:
+        fill = record("movement.Movement", inputs=(), shape=(BATCH,), copies=(), dtype="int64", fill=0)
+        return e.call(Kernel("movement", fill), {}, {"y": out})[0]
+    problem = record("quantize.TimeGroup", groups=boundaries.size + 1, dtype=timestep.dtype)
+    operands = {"timestep": timestep, "boundaries": boundaries}
+    return e.call(Kernel("quantize", problem), operands, {"out": out})[0]
+
+
+def quantize(e: Emitter, node: fx.Node) -> Value:
+    x, quantizer, bits = e.value(node.args[0]), e.quantizer(node), arguments(node)[4]
+    if not x.batched or x.dtype != "float32":
+        raise e.refusal("it quantizes what has no batch or is no float32")
+    problem = record("quantize.Quantize", shape=(x.size,), bits=bits, groups=quantizer["qscale"].size)
+    out = Value(node.name, x.shape, "uint8")
+    return e.call(Kernel("quantize", problem), {"x": x, **quantizer}, {"out": out})[0]
+
+
+def _stacked(e: Emitter, nodes: Sequence[Any], convert: str | None) -> Value:
+    """Stored tables [G], one a segment, as one [J, G]."""
+    values = [e.stored(n) for n in nodes]
+    if convert:
+        values = [e.converted(v, convert) for v in values]
+    if len(values) == 1:
+        return values[0]
+    problem = record("movement.concat", shapes=[v.shape for v in values], dim=0, dtype=values[0].dtype)
+    out = Value("+".join(v.name for v in values), (sum(v.size for v in values),), values[0].dtype)
+    operands = {f"x{i}": v for i, v in enumerate(values)}
+    return e.call(Kernel("movement", problem), operands, {"y": out})[0]
+
+
+def contraction(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:
+    x, group, codes, scale, offset, lut, row_class, act_scale, act_zero, bias, segments, *spatial = arguments(node)
+    source = e.value(x)
+    parts = {"codes": codes, "scale": scale, "stored_offset": offset, "tables": lut, "row_class": row_class}
+    parts["stored_bias"] = bias
+    stored = {name: e.stored(part) for name, part in parts.items() if part is not None}
+    stored["act_zero"] = _stacked(e, act_zero, None)
+    bits = storage.code_bits(e.program, stored["tables"].name if "tables" in stored else None)
+    if "tables" in stored and "row_class" not in stored:
+        blocks = -(-stored["scale"].inner[0] // ops.TILE_ROWS)
+        stored["row_class"] = e.constant((blocks,), "uint8", 0)  # one table for all rows
+    if "stored_bias" in stored and stored["stored_bias"].dtype != "float16":
+        raise e.refusal("its bias exceeds the range of half-precision floats")
+    channels = source.inner[-1]
+    shared: dict[str, Any] = {
+        "channels": channels,
+        "outputs": stored["scale"].inner[0],
+        "bits": bits,
+        "classes": stored["tables"].inner[0] if "tables" in stored else 1,
+        "segments": tuple(segments),
+        "groups": e.stored(act_scale[0]).size,
+        "has_offset": "stored_offset" in stored,
+        "has_bias": "stored_bias" in stored,
+    }
+    if node.target is ops.quant_conv2d:
+        if len(source.inner) != 3:
+            raise e.refusal("its input is no image [B, H, W, C]")
+        kernel, stride, padding = spatial
+        problem = record(
+            "problem.QuantMatmul", height=source.inner[0], width=source.inner[1], kernel=kernel, stride=stride,
+            padding=padding, epilogue=epilogue.record, **shared,
+        )  # fmt: skip
+        prepare = record("problem.QuantMatmul", height=kernel[0], width=kernel[1], kernel=kernel, **shared)
+    else:
+        rows = source.size // channels
+        rank = 2 if rows == 1 else 3
+        problem = record("problem.QuantMatmul", height=rows, width=1, rank=rank, epilogue=epilogue.record, **shared)
+        prepare = record("problem.QuantMatmul", height=1, width=1, **shared)
+    names = ["tiles", "lut", "start", "weight_scale", "offset", "bias"]
+    absent = {"lut": bits == 8, "offset": not shared["has_offset"], "bias": not shared["has_bias"]}
+    results = {n: Value(f"{node.name}|{n}", (), "") for n in names if not absent.get(n)}
+    panels = e.call(Kernel("prepare", prepare), stored, results)
+    operands = {
+        "x": source,
+        "group": e.value(group),
+        "act_scale": _stacked(e, act_scale, "float32"),
+        "act_zero": stored["act_zero"],
+        **dict(zip(results, panels, strict=True)),
+        **emit_pointwise.finish(e, epilogue),
+    }
+    return e.call(Kernel("gemm", problem), operands, {"out": out})[0]
