@@ -33,11 +33,11 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn import functional as F
 
-from mpq_compiler.sampler import Scheduler
+from mpq_compiler.schedulers import DDIM
 
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 NULL_CLASS = len(CLASSES)
-SCHEDULER = Scheduler(
+SCHEDULER = DDIM(
     beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing"
 )
 UNET = {

@@ -85,14 +85,17 @@ class Conditioning:
         text = isinstance(wanted, Sequence) and any(isinstance(item, str) for item in wanted)
         if text and self.needed == (TEXT,) and self.text is not None:
             prompts = [str(item) for item in wanted]
-            null = self._complete({TEXT: self.text.encode([""] * len(prompts))}, len(prompts))
-            values = self._complete({TEXT: self.text.encode(prompts)}, len(prompts))
+            values, null = (
+                self._complete({TEXT: self.text.encode(p)}, len(prompts)) for p in (prompts, [""] * len(prompts))
+            )
             return Conditions(values, null, self.text.labels(prompts))
         if not text and self.needed == (LABELS,) and self.classes:
             labels = self._known_labels(np.asarray(wanted, np.int64))
-            empty = None if self.null_class is None else np.full_like(labels, self.null_class)
-            null = None if empty is None else self._complete({LABELS: empty}, len(labels))
-            return Conditions(self._complete({LABELS: labels}, len(labels)), null, labels)
+            values = self._complete({LABELS: labels}, len(labels))
+            if self.null_class is None:
+                return Conditions(values, None, labels)
+            empty = np.full_like(labels, self.null_class)
+            return Conditions(values, self._complete({LABELS: empty}, len(labels)), labels)
         raise self._refusal(text)
 
     def _known_labels(self, labels: Array) -> Array:
@@ -174,7 +177,7 @@ class Conditioning:
     def _complete(self, values: Mapping[str, Array], count: int) -> dict[str, Array]:
         """The values and the fixed ones, in the order of the inputs."""
         fixed = {
-            name: np.broadcast_to(np.asarray(value, self.inputs[name][1]), (count, *self.inputs[name][0]))
+            name: np.array([value] * count, self.inputs[name][1]).reshape(count, *self.inputs[name][0])
             for name, value in self.fixed.items()
         }
         return {name: {**fixed, **values}[name] for name in self.inputs if name != EMBEDDED}
@@ -205,7 +208,7 @@ class Conditioning:
                 wanted = [str(n) for n in (count or "N", *shape)]
                 raise UserError(f"'{name}' of {where} is {list(value.shape)}, and must be [{', '.join(wanted)}]")
             converted = _converted(value, self.inputs[plain][1], f"'{name}' of {where}")
-            (null if plain != name else values)[plain] = np.broadcast_to(converted, (count, *shape))
+            (null if plain != name else values)[plain] = np.broadcast_to(converted, (count, *shape)).copy()
         for labels in (part[LABELS] for part in (values, null) if LABELS in part):
             self._known_labels(labels)
         complete = self._complete(values, count)

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_compiler import checkpoint, sampler
+from mpq_compiler import checkpoint, sampler, schedulers
 from mpq_compiler.conditioning import LABELS, TEXT, Conditioning, Conditions
 from mpq_compiler.errors import UserError, nearest
-from mpq_compiler.inputs import InputSpec, TensorModule, fixed_values, random_values, specs_of
+from mpq_compiler.inputs import InputSpec, TensorModule, convention_of, fixed_values, random_values, specs_of
 from mpq_compiler.prompts import TextEncoder
-from mpq_compiler.sampler import Call, Progress, Scheduler, gaussian, sample
+from mpq_compiler.sampler import Call, Progress, gaussian, sample
+from mpq_compiler.schedulers import DDIM, FlowMatchEuler, Scheduler
 
 __all__ = [
     "Denoiser",
@@ -110,7 +111,10 @@ class Denoiser:
     def __call__(self, **inputs: Any) -> torch.Tensor:
         """The model's output for arrays or tensors by name, without gradients: what `sample` calls."""
         with torch.no_grad():
-            return self.module(**{name: _tensor(value) for name, value in inputs.items()})
+            tensors = {name: _tensor(value) for name, value in inputs.items()}
+            # Schedulers differ in the type of their timesteps; the values are the same.
+            tensors["timestep"] = tensors["timestep"].to(self.input_specs["timestep"].dtype)
+            return self.module(**tensors)
 
     def random_inputs(self, batch: int, generator: torch.Generator | int = 0) -> dict[str, torch.Tensor]:
         """Random inputs by name for a batch: normal values, timesteps and labels that differ within it.
@@ -243,18 +247,17 @@ def wrap(
         )
     config = dict(getattr(model, "config", {}))
     specs, notes = specs_of(model, config, size, tokens)
-    if scheduler is None:
-        scheduler = _default_scheduler("encoder_hidden_states" in specs, prediction_type or "epsilon")
-        notes.append(
-            f"no scheduler with the model: DDIM with {scheduler.beta_schedule} betas and "
-            f"{scheduler.prediction_type} prediction is assumed"
+    chosen, note = _scheduler(scheduler, prediction_type, specs)
+    notes += [note] if note else []
+    if isinstance(chosen, FlowMatchEuler):
+        packed = convention_of(model).patch
+        token = packed * (config.get("patch_size") or 1)
+        _, height, width = next(iter(specs.values())).shape
+        chosen = replace(
+            chosen, image_seq_len=(height // token) * (width // token), even_sigmas=packed > 1
         )
-    elif not isinstance(scheduler, Scheduler):
-        solver = scheduler.get("_class_name", "DDIMScheduler")
-        if solver != "DDIMScheduler":
-            notes.append(f"the model's {solver} is replaced by DDIM with the same noise schedule")
-        overrides = {"prediction_type": prediction_type} if prediction_type else {}
-        scheduler = Scheduler.from_config({**scheduler, **overrides})
+    if chosen.fractional:
+        specs["timestep"] = replace(specs["timestep"], dtype=torch.float32)
     module = TensorModule(model.float().eval().requires_grad_(False), specs)
     if null_class is None and LABELS in specs and not config.get("num_class_embeds"):
         null_class = (specs[LABELS].below or 1) - 1  # DiT's table has a row more than classes
@@ -265,7 +268,7 @@ def wrap(
         name=name,
         module=module.eval(),
         input_specs=specs,
-        scheduler=scheduler,
+        scheduler=chosen,
         codec=codec,
         config=config,
         null_class=null_class,
@@ -276,13 +279,33 @@ def wrap(
     )
 
 
-def _default_scheduler(latent: bool, prediction_type: str) -> Scheduler:
-    """What is assumed without a scheduler/: Stable Diffusion's schedule for text models, else diffusers'
-    defaults."""
+def _scheduler(
+    given: Mapping[str, Any] | Scheduler | None, prediction_type: str | None, specs: Mapping[str, InputSpec]
+) -> tuple[Scheduler, str | None]:
+    """The scheduler to sample with, and what there is to say about it."""
+    if isinstance(given, Scheduler):
+        return given, None
+    if given is not None:
+        scheduler, note = schedulers.from_config(
+            {**given, "prediction_type": prediction_type} if prediction_type else given
+        )
+        if prediction_type and isinstance(scheduler, FlowMatchEuler):
+            raise UserError(f"flow matching has no prediction type: leave '{prediction_type}' out")
+        return scheduler, note
+    if prediction_type is None and specs["timestep"].dtype.is_floating_point and "image_meta_size" not in specs:
+        # Of the models that count time in fractions, only Hunyuan-DiT is none of flow matching.
+        return FlowMatchEuler(shift=3.0), "no scheduler with the model: flow matching with a shift of 3 is assumed"
+    ddim = _default_ddim(TEXT in specs, prediction_type or "epsilon")
+    what = f"DDIM with {ddim.beta_schedule} betas and {ddim.prediction_type} prediction"
+    return ddim, f"no scheduler with the model: {what} is assumed"
+
+
+def _default_ddim(latent: bool, prediction_type: str) -> DDIM:
+    """Stable Diffusion's schedule for text models, else diffusers' defaults."""
     spacing = "trailing" if prediction_type == "v_prediction" else "leading"
     if not latent:
-        return Scheduler(prediction_type=prediction_type, timestep_spacing=spacing)
-    return Scheduler(
+        return DDIM(prediction_type=prediction_type, timestep_spacing=spacing)
+    return DDIM(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
@@ -383,6 +406,7 @@ def record_calibration(
         steps=steps,
         **conditioning.arguments(chosen, samples, denoiser.guidance if guidance is None else guidance),
         latent=denoiser.latent,
+        seed=seed,
         batch=batch,
         observe=calls.append,
         progress=progress,

@@ -16,7 +16,8 @@ from mpq_compiler import metrics, prompts, sampler
 from mpq_compiler.conditioning import TEXT, Conditioning, Conditions
 from mpq_compiler.errors import UserError
 from mpq_compiler.prompts import TextEncoder
-from mpq_compiler.sampler import Call, Scheduler
+from mpq_compiler.sampler import Call
+from mpq_compiler.schedulers import Scheduler
 
 Array = np.ndarray
 BATCH = 50
@@ -59,6 +60,7 @@ class Painter:
             steps=steps,
             **self.conditioning.arguments(conditions, images, guidance),
             latent=self.latent,
+            seed=seed,
             batch=BATCH,
             observe=observe,
             progress=progress,
