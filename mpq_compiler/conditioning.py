@@ -22,10 +22,9 @@ Spec = tuple[tuple[int, ...], str]
 """The shape of an input without the batch, and the name of its type."""
 
 LABELS, TEXT = "class_labels", "encoder_hidden_states"
-EMBEDDED = "guidance"
-"""The input by which a model that was distilled for it takes the guidance (Flux), in place of a second call."""
-EMBEDDED_GUIDANCE = 3.5
-"""What diffusers' pipelines of such models use by default."""
+EMBEDDED = {"guidance": 3.5, "timestep_cond": 8.5}
+"""Inputs by which models that were distilled for it take the guidance in place of a second call (Flux, and latent
+consistency models), and what diffusers' pipelines of them use by default."""
 NULL = "null."
 """What the names of unconditional inputs begin with in a file."""
 
@@ -68,7 +67,7 @@ class Conditioning:
     @property
     def needed(self) -> tuple[str, ...]:
         """The inputs that have no fixed value."""
-        return tuple(name for name in self.inputs if name not in (*self.fixed, EMBEDDED))
+        return tuple(name for name in self.inputs if name not in self.fixed.keys() | EMBEDDED.keys())
 
     @property
     def possible(self) -> bool:
@@ -158,9 +157,13 @@ class Conditioning:
 
         UserError: guidance is asked for, and the model does not know the unconditional case.
         """
-        if EMBEDDED in self.inputs:
-            value = np.full(count, EMBEDDED_GUIDANCE if guidance is None else guidance, np.float32)
-            return {"conditions": {**conditions.values, EMBEDDED: value}}
+        embedded = {
+            name: np.array([self._embedded(name, usual if guidance is None else guidance)] * count, np.float32)
+            for name, usual in EMBEDDED.items()
+            if name in self.inputs
+        }
+        if embedded:
+            return {"conditions": {**conditions.values, **embedded}}
         if guidance is None or guidance == 1.0:
             return {"conditions": conditions.values}
         if conditions.null is None:
@@ -180,7 +183,15 @@ class Conditioning:
             name: np.array([value] * count, self.inputs[name][1]).reshape(count, *self.inputs[name][0])
             for name, value in self.fixed.items()
         }
-        return {name: {**fixed, **values}[name] for name in self.inputs if name != EMBEDDED}
+        return {name: {**fixed, **values}[name] for name in self.inputs if name not in EMBEDDED}
+
+    def _embedded(self, name: str, guidance: float) -> Any:
+        """The guidance as the model takes it: a number, or sines and cosines of it (arXiv 2310.04378, diffusers')."""
+        if not (shape := self.inputs[name][0]):
+            return guidance
+        (width,) = shape
+        angles = 1000.0 * (guidance - 1) * np.exp(-np.log(10000.0) / (width // 2 - 1) * np.arange(width // 2))
+        return np.concatenate([np.sin(angles), np.cos(angles), np.zeros(width % 2)])
 
     def load(self, path: str | Path) -> Conditions:
         """The conditions in a safetensors file, as `from_arrays`."""
@@ -200,7 +211,7 @@ class Conditioning:
         null: dict[str, Array] = {}
         for name, value in arrays.items():
             plain = name.removeprefix(NULL)
-            if plain not in self.inputs or plain == EMBEDDED:
+            if plain not in self.inputs or plain in EMBEDDED:
                 raise UserError(f"{where} must not hold '{plain}', no condition of '{self.name}': {self._known(plain)}")
             rows = (1, count) if plain != name else (count,)
             shape = self.inputs[plain][0]
@@ -215,7 +226,7 @@ class Conditioning:
         return Conditions(complete, {**complete, **null} if null else None, values.get(LABELS))
 
     def _known(self, name: str) -> str:
-        return nearest(name, [n for n in self.inputs if n != EMBEDDED]) if self.inputs else "there is none"
+        return nearest(name, self.inputs.keys() - EMBEDDED.keys()) if self.inputs else "there is none"
 
 
 def _converted(value: Array, kind: str, where: str) -> Array:

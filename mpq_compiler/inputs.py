@@ -27,7 +27,6 @@ _OPTIONAL = {
     "mid_block_additional_residual",
     "return_dict",
     "skip_layers",
-    "timestep_cond",
 }
 # Inputs by these names, and what is made of them, are known below.
 _KNOWN = {
@@ -47,6 +46,7 @@ _KNOWN = {
     "text_embedding_mask",
     "text_embedding_mask_t5",
     "timestep",
+    "timestep_cond",
     "txt_ids",
 }
 _ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
@@ -194,6 +194,8 @@ def specs_of(
         specs["time_ids"] = InputSpec((_TIME_IDS,), torch.float32)
     elif added is not None:
         raise UserError(f"the addition_embed_type '{added}' of {kind} is not supported")
+    if "timestep_cond" in taken and (width := config.get("time_cond_proj_dim")):
+        specs["timestep_cond"] = InputSpec((width,), torch.float32)  # the guidance of latent consistency models
     if getattr(model, "use_additional_conditions", False):
         specs["resolution"] = InputSpec((2,), torch.float32)
         specs["aspect_ratio"] = InputSpec((1,), torch.float32)
@@ -274,7 +276,7 @@ def random_values(
     values = {}
     for name, spec in specs.items():
         if name in fixed:
-            values[name] = torch.tensor(fixed[name], dtype=spec.dtype).expand(batch, -1).reshape(batch, *spec.shape)
+            values[name] = torch.tensor(fixed[name], dtype=spec.dtype).repeat(batch, 1).reshape(batch, *spec.shape)
         elif name == "timestep" or spec.below is not None:
             values[name] = torch.randint(0, spec.below or steps, (batch,), generator=generator).to(spec.dtype)
         elif name.endswith("_mask") or "_mask_" in name:

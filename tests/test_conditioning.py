@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from safetensors.numpy import save_file
 
 from mpq_compiler import denoiser as denoisers
@@ -133,6 +135,17 @@ def test_labels_in_a_file_must_be_whole_and_known(tmp_path: Path) -> None:
     save_file({"class_labels": np.array([3, 12])}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="12 is none of them"):
         CLASSES.load(tmp_path / "x.safetensors")
+
+
+def test_latent_consistency_models_take_the_guidance_as_sines() -> None:
+    model = denoisers.wrap(tiny.model("sd15", time_cond_proj_dim=16), tokens=tiny.TOKENS)
+    text = tiny.inputs("sd15", batch=2)["encoder_hidden_states"]
+    assert model.conditions == ("encoder_hidden_states", "timestep_cond")
+    assert model.conditioning.needed == ("encoder_hidden_states",)
+    recorded = denoisers.record_calibration(model, 2, 1, conditions={"encoder_hidden_states": text}, guidance=4.0)
+    # diffusers' pipeline embeds 1000 (guidance - 1) as timesteps are; float32 angles of 3000 are off by 1e-4
+    expected = get_timestep_embedding(torch.tensor([3000.0, 3000.0]), 16, downscale_freq_shift=1)
+    np.testing.assert_allclose(recorded["timestep_cond"], expected, atol=2e-4)
 
 
 def test_dit_knows_its_null_class_by_structure() -> None:
