@@ -1,4 +1,4 @@
-"""Group and layer normalization over channels-last float32, with an epilogue (SiLU, quantization, ...).
+"""Group, layer and RMS normalization over channels-last float32, with an epilogue (SiLU, quantization, ...).
 
 Statistics are exact to rounding for any mean and scale of the data:
 
@@ -7,8 +7,9 @@ Statistics are exact to rounding for any mean and scale of the data:
   "Updating formulae and a pairwise algorithm for computing sample variances"); channels of a group are
   merged in two passes over their means.
 - layer norm: two passes over the row, each a sum over 16 virtual lanes folded by halves.
+- RMS norm: one such pass over the squares.
 
-Both apply ``(x - mean) * (gamma * rstd) + beta`` with one fused multiply-add.
+The first two apply ``(x - mean) * (gamma * rstd) + beta`` with one fused multiply-add, RMS norm ``(x * rstd) * gamma``.
 """
 
 from __future__ import annotations
@@ -82,7 +83,25 @@ class LayerNorm:
     time_groups: int = 1
 
 
-def arguments(problem: GroupNorm | LayerNorm) -> list[Argument]:
+@dataclass(frozen=True)
+class RmsNorm:
+    """y = epilogue(x / sqrt(mean(x^2) + eps) * gamma) over the channels of each row of x [B, positions, channels].
+
+    Arguments: x, gamma [channels] where `scale`, the epilogue's, y.
+    """
+
+    positions: int
+    channels: int
+    eps: float = 1e-6
+    scale: bool = True
+    epilogue: Epilogue = field(default_factory=Epilogue)
+    time_groups: int = 1
+
+
+Norm = GroupNorm | LayerNorm | RmsNorm
+
+
+def arguments(problem: Norm) -> list[Argument]:
     """The kernel's buffers in calling order, output last."""
     rows, channels = (BATCH, problem.positions), problem.channels
     has_gamma, has_beta = _affine(problem)
@@ -95,23 +114,25 @@ def arguments(problem: GroupNorm | LayerNorm) -> list[Argument]:
     ]
 
 
-def build(problem: GroupNorm | LayerNorm, isa: str = "avx512vnni", name: str = "norm") -> PrimFunc:
+def build(problem: Norm, isa: str = "avx512vnni", name: str = "norm") -> PrimFunc:
     """The kernel. All targets share one form; `isa` is accepted for uniformity."""
     del isa
 
     def body(batch: Any, buffers: Buffers) -> None:
         if isinstance(problem, GroupNorm):
             _group_norm(problem, batch, buffers)
-        else:
+        elif isinstance(problem, LayerNorm):
             _layer_norm(problem, batch, buffers)
+        else:
+            _rms_norm(problem, batch, buffers)
 
     return primfunc(name, arguments(problem), body)
 
 
-def _affine(problem: GroupNorm | LayerNorm) -> tuple[bool, bool]:
+def _affine(problem: Norm) -> tuple[bool, bool]:
     if isinstance(problem, GroupNorm):
         return problem.affine, problem.affine
-    return problem.scale, problem.shift
+    return problem.scale, isinstance(problem, LayerNorm) and problem.shift
 
 
 # ------------------------------------------------------------------------------------------------ group norm
@@ -255,6 +276,26 @@ def _layer_norm(problem: LayerNorm, batch: Any, buffers: Buffers) -> None:
                 shift = buffers["beta"][at] if problem.shift else f32(0.0, lanes)
                 value = fma(x[b, s, at] - splat(mean, lanes), factor, shift)
                 store(y, finish(value, b, (s,), c, quant), b, s, at)
+
+            each_vector(channels, apply)
+
+
+def _rms_norm(problem: RmsNorm, batch: Any, buffers: Buffers) -> None:
+    channels = problem.channels
+    finish = Finish(problem.epilogue, buffers)
+    x, y = buffers["x"], buffers["y"]
+    with T.serial(0, batch) as b:
+        quant = finish.quantizer(b)
+        with T.serial(0, problem.positions) as s:
+            squares = _row_sum(channels, x, (b, s), lambda value, mask, total: fma(value, value, total))
+            mean = mul(squares, f32(1.0 / channels, 1))
+            rstd = keep(vmath.rsqrt(mean + f32(problem.eps, 1)))
+
+            def apply(c: Any, lanes: int) -> None:
+                value = mul(x[b, s, span(c, lanes)], splat(rstd, lanes))
+                if problem.scale:
+                    value = mul(value, buffers["gamma"][span(c, lanes)])
+                store(y, finish(value, b, (s,), c, quant), b, s, span(c, lanes))
 
             each_vector(channels, apply)
 

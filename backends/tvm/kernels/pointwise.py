@@ -52,7 +52,7 @@ Ref = Input | Result | float | int
 class PointwiseStep:
     """One operation.
 
-    op:     a name of `vmath.UNARY` or `vmath.BINARY`; ``cast`` (to float32); or ``quantize``, last only
+    op:     a name of `vmath.UNARY`, `vmath.BINARY` or `vmath.TERNARY`; ``cast`` (to float32); or ``quantize``, last only
     args:   what it reads; plain numbers are float32 constants
     value:  for ``quantize`` the number of bits
     """
@@ -60,6 +60,20 @@ class PointwiseStep:
     op: str
     args: tuple[Ref, ...]
     value: int | None = None
+
+
+@dataclass(frozen=True)
+class Window:
+    """An input that is a part of its buffer, or lies in it in another order.
+
+    shape:    of the buffer
+    strides:  of the input's dimensions, in elements of a sample; 0 for the batch and where it is broadcast
+    offset:   of the first element of a sample
+    """
+
+    shape: Shape
+    strides: tuple[int, ...]
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,7 @@ class PointwiseProgram:
     steps:   in order; a step may read earlier ones
     shape:   of the output, ``"B"`` first where there is a batch
     dtype:   of the output where nothing quantizes; integers are truncated towards zero and must be in range
+    windows: where inputs lie in their buffers, None for those that are their whole buffers; () where all are
 
     Arguments: x0, x1, ..., then qscale, qzero and group where the program ends in ``quantize``, y.
     """
@@ -80,9 +95,12 @@ class PointwiseProgram:
     shape: Shape
     time_groups: int = 1
     dtype: str = "float32"
+    windows: tuple[Window | None, ...] = ()
 
     def __post_init__(self) -> None:
         rank = len(self.shape)
+        if self.windows and len(self.windows) != len(self.inputs):
+            raise ValueError(f"{len(self.windows)} windows for {len(self.inputs)} inputs")
         for shape, _ in self.inputs:
             padded = (1,) * (rank - len(shape)) + tuple(shape)
             if len(padded) != rank or any(s not in (1, d) for s, d in zip(padded, self.shape, strict=True)):
@@ -104,11 +122,27 @@ class PointwiseProgram:
         """Element type of the output."""
         return self.dtype if self.bits is None else "uint8"
 
+    @property
+    def accesses(self) -> list[Window]:
+        """Where the inputs and the output lie in their buffers, with a stride for each dimension of the output."""
+        rank, windows = len(self.shape), self.windows or (None,) * len(self.inputs)
+        found = []
+        for (shape, _), window in zip([*self.inputs, (self.shape, "")], [*windows, None], strict=True):
+            if window is None:
+                found.append(Window(shape, tuple(_strides(shape, rank))))
+            else:
+                missing = (0,) * (rank - len(window.strides))
+                found.append(Window(window.shape, missing + window.strides, window.offset))
+        return found
+
 
 def arguments(program: PointwiseProgram) -> list[Argument]:
     """The kernel's buffers in calling order, output last."""
     return [
-        *(Argument(f"x{i}", shape, dtype) for i, (shape, dtype) in enumerate(program.inputs)),
+        *(
+            Argument(f"x{i}", access.shape, dtype)
+            for i, (access, (_, dtype)) in enumerate(zip(program.accesses, program.inputs, strict=False))
+        ),
         *quantizer_arguments(program.bits, program.time_groups),
         Argument("y", program.shape, program.out_dtype),
     ]
@@ -162,16 +196,16 @@ def _strides(shape: Shape, rank: int) -> list[int]:
 
 
 def _body(program: PointwiseProgram, batch: Any, buffers: Buffers) -> None:
-    rank = len(program.shape)
     inner = [1 if extent == BATCH else int(extent) for extent in program.shape]
-    shapes = [shape for shape, _ in program.inputs] + [program.shape]
-    sizes, strides = merge_dimensions(inner, [_strides(shape, rank) for shape in shapes])
+    accesses = program.accesses
+    sizes, strides = merge_dimensions(inner, [access.strides for access in accesses])
 
     def sample(b: Any) -> None:
         names = [*(f"x{i}" for i in range(len(program.inputs))), "y"]
-        views = [sample_view(buffers[n], shape, b) for n, shape in zip(names, shapes, strict=True)]
+        views = [sample_view(buffers[n], access.shape, b) for n, access in zip(names, accesses, strict=True)]
         quant = quantizer(buffers, b) if program.bits is not None else None
-        nest(views, quant, 0, [start for _, start in views])
+        starts = [start + access.offset for (_, start), access in zip(views, accesses, strict=True)]
+        nest(views, quant, 0, starts)
 
     def nest(views: Any, quant: Any, depth: int, starts: list[Any]) -> None:
         if depth + 1 < len(sizes):
@@ -184,7 +218,7 @@ def _body(program: PointwiseProgram, batch: Any, buffers: Buffers) -> None:
         def vector(position: Any, lanes: int) -> None:
             def load(i: int) -> Expr:
                 step, (flat, _) = strides[i][-1], views[i]
-                value = flat[span(starts[i] + position, lanes) if step else starts[i]]
+                value = flat[_apart(starts[i] + position * step, step, lanes)]
                 return vmath.splat(vmath.cast(value, "float32"), lanes)
 
             value = vmath.cast(_evaluate(program, load, quant, lanes), program.out_dtype)
@@ -197,6 +231,11 @@ def _body(program: PointwiseProgram, batch: Any, buffers: Buffers) -> None:
             sample(b)
     else:
         sample(0)
+
+
+def _apart(start: Any, step: int, lanes: int) -> Any:
+    """Index of `lanes` elements that are `step` apart; of one where it is 0."""
+    return start if lanes == 1 or not step else T.ramp(start, step, lanes)
 
 
 def _evaluate(program: PointwiseProgram, load: Any, quant: Any, lanes: int) -> Expr:
@@ -221,6 +260,8 @@ def _evaluate(program: PointwiseProgram, load: Any, quant: Any, lanes: int) -> E
             value = vmath.UNARY[step.op](*args)
         elif step.op in vmath.BINARY:
             value = vmath.BINARY[step.op](*args)
+        elif step.op in vmath.TERNARY:
+            value = vmath.TERNARY[step.op](*args)
         else:
             raise ValueError(f"unknown pointwise operation '{step.op}'")
         results.append(vmath.keep(value))

@@ -29,7 +29,7 @@ approximations of Eigen. exp2: minimax polynomial of relative error 7.5e-8.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -212,6 +212,21 @@ def minimum(a: Expr, b: Expr) -> Expr:
     let = Lets()
     a, b = let(a, "a"), let(b, "b")
     return let.close(tirx.Select(a <= b, a, tirx.Select(a > b, b, a + b)))
+
+
+def compare(relation: Callable[[Expr, Expr], Expr]) -> Callable[[Expr, Expr], Expr]:
+    """The relation as a function that is 1 where it holds and 0 elsewhere, as with NaN (but for ``!=``)."""
+
+    def function(a: Expr, b: Expr) -> Expr:
+        count = lanes(a)
+        return tirx.Select(relation(a, b), f32(1.0, count), f32(0.0, count))
+
+    return function
+
+
+def where(condition: Expr, a: Expr, b: Expr) -> Expr:
+    """a where the condition is not 0, else b."""
+    return tirx.Select(tirx.NE(condition, f32(0.0, lanes(condition))), a, b)
 
 
 def relu(x: Expr) -> Expr:
@@ -468,5 +483,14 @@ BINARY = {
     "rdiv": lambda a, b: div(b, a),
     "maximum": maximum,
     "minimum": minimum,
+    "eq": compare(tirx.EQ),
+    "ne": compare(tirx.NE),
+    "lt": compare(tirx.LT),
+    "le": compare(tirx.LE),
+    "gt": compare(tirx.GT),
+    "ge": compare(tirx.GE),
 }
-"""Binary functions by name; ``rsub(a, b) = b - a`` and ``rdiv(a, b) = b / a``."""
+"""Binary functions by name; ``rsub(a, b) = b - a`` and ``rdiv(a, b) = b / a``; what compares gives 1 or 0."""
+
+TERNARY = {"where": where}
+"""Functions of three operands by name."""

@@ -1,4 +1,4 @@
-"""Group and layer normalization against torch in float64, hard statistics, epilogues, and bits across targets."""
+"""Group, layer and RMS normalization against torch in float64, hard statistics, epilogues, and bits across targets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from mpq_compiler.backends.tvm.kernels import norms
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.norms import GroupNorm, LayerNorm
+from mpq_compiler.backends.tvm.kernels.norms import GroupNorm, LayerNorm, Norm, RmsNorm
 from tests.float_kernels import TARGETS, Case, Suite, error, quantized, quantizer_inputs, random_inputs, same_bits
 
 SILU = Epilogue((Step("silu"),))
@@ -19,7 +19,7 @@ MODULATE = Epilogue(
     (Step("mul", operand=0), Step("add", operand=1), Step("add", operand=2), Step("mul", operand=3)),
     (Operand("sample"), Operand("channel"), Operand("full"), Operand("scalar")),
 )
-PROBLEMS: dict[str, GroupNorm | LayerNorm] = {
+PROBLEMS: dict[str, Norm] = {
     "gn 14x14x96": GroupNorm(196, 96, 32, epilogue=SILU),
     "gn 17x23x33 groups of 3": GroupNorm(391, 33, 11),
     "gn 5x66 groups of 11": GroupNorm(5, 66, 6, epilogue=MODULATE),
@@ -31,14 +31,18 @@ PROBLEMS: dict[str, GroupNorm | LayerNorm] = {
     "ln 1000": LayerNorm(2, 1000, scale=False, shift=False, eps=1e-6, epilogue=SILU),
     "ln 5": LayerNorm(4, 5, shift=False),
     "ln 191": LayerNorm(5, 191, epilogue=SILU),
+    "rms 64": RmsNorm(3, 64, epilogue=MODULATE),
+    "rms 13": RmsNorm(7, 13, eps=1e-5),
+    "rms 1000": RmsNorm(2, 1000, scale=False, epilogue=SILU),
+    "rms 191": RmsNorm(5, 191),
 }
-HARD = {"hard gn": GroupNorm(200, 36, 4), "hard ln": LayerNorm(200, 36)}
-QUANTIZED = ("gn 14x14x96", "gn 5x66 groups of 11", "ln 64", "ln 191")
+HARD = {"hard gn": GroupNorm(200, 36, 4), "hard ln": LayerNorm(200, 36), "hard rms": RmsNorm(200, 36)}
+QUANTIZED = ("gn 14x14x96", "gn 5x66 groups of 11", "ln 64", "ln 191", "rms 64")
 BATCH = 2
 GROUPS = 3
 
 
-def _case(problem: GroupNorm | LayerNorm, inputs: list[np.ndarray], batch: int = BATCH) -> Case:
+def _case(problem: Norm, inputs: list[np.ndarray], batch: int = BATCH) -> Case:
     return Case(lambda isa, n: norms.build(problem, isa, n), norms.arguments(problem), inputs, batch)
 
 
@@ -48,7 +52,7 @@ def _inputs(name: str) -> list[np.ndarray]:
     return inputs
 
 
-def _hard_inputs(problem: GroupNorm | LayerNorm) -> list[np.ndarray]:
+def _hard_inputs(problem: Norm) -> list[np.ndarray]:
     """Large means, an outlier in the first row, a constant channel, tiny and huge scales; batch 5."""
     inputs = random_inputs(norms.arguments(problem), 5, 9)
     x = inputs[0]
@@ -60,7 +64,7 @@ def _hard_inputs(problem: GroupNorm | LayerNorm) -> list[np.ndarray]:
     return inputs
 
 
-def _exact(problem: GroupNorm | LayerNorm, inputs: list[np.ndarray], dtype: torch.dtype = torch.float64) -> np.ndarray:
+def _exact(problem: Norm, inputs: list[np.ndarray], dtype: torch.dtype = torch.float64) -> np.ndarray:
     """The region in torch, operation by operation."""
     named = dict(zip((a.name for a in norms.arguments(problem)), inputs, strict=False))
     tensors = {name: torch.from_numpy(value).to(dtype) for name, value in named.items()}
@@ -68,6 +72,8 @@ def _exact(problem: GroupNorm | LayerNorm, inputs: list[np.ndarray], dtype: torc
     if isinstance(problem, GroupNorm):
         rows = tensors["x"].transpose(1, 2)
         y = F.group_norm(rows, problem.groups, gamma, beta, problem.eps).transpose(1, 2)
+    elif isinstance(problem, RmsNorm):
+        y = F.rms_norm(tensors["x"], (problem.channels,), gamma, problem.eps)
     else:
         y = F.layer_norm(tensors["x"], (problem.channels,), gamma, beta, problem.eps)
     if problem.epilogue.steps[:1] == SILU.steps:
@@ -78,7 +84,7 @@ def _exact(problem: GroupNorm | LayerNorm, inputs: list[np.ndarray], dtype: torc
     return y.numpy()
 
 
-def _quantizing(name: str) -> tuple[GroupNorm | LayerNorm, list[np.ndarray]]:
+def _quantizing(name: str) -> tuple[Norm, list[np.ndarray]]:
     problem = PROBLEMS[name]
     epilogue = replace(problem.epilogue, steps=(*problem.epilogue.steps, Step("quantize", value=8)))
     tables = quantizer_inputs(_exact(problem, _inputs(name)), GROUPS, 8)

@@ -10,7 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from mpq_compiler.backends.tvm.kernels import pointwise
-from mpq_compiler.backends.tvm.kernels.pointwise import Input, PointwiseProgram, PointwiseStep, Result, merge_dimensions
+from mpq_compiler.backends.tvm.kernels.pointwise import (
+    Input,
+    PointwiseProgram,
+    PointwiseStep,
+    Result,
+    Window,
+    merge_dimensions,
+)
 from tests.float_kernels import TARGETS, Case, Suite, error, quantized, quantizer_inputs, shape_of
 
 BATCH = 3
@@ -88,6 +95,41 @@ PROGRAMS: dict[str, tuple[PointwiseProgram, Any]] = {
         lambda x: -x.half(),
     ),
     "no batch": (PointwiseProgram(_f32((6, 7), (7,)), (_step("maximum", X[0], X[1]),), (6, 7)), torch.maximum),
+    "where a mask is set": (
+        PointwiseProgram(
+            ((("B", 7, 1), "bool"), (("B", 7, 33), "float32"), ((7, 33), "float32")),
+            (_step("cast", X[0]), _step("where", R[0], X[1], X[2])), ("B", 7, 33),
+        ),
+        lambda m, x, y: torch.where(m, x, y),
+    ),
+    "comparisons": (
+        PointwiseProgram(
+            _f32(("B", 19), (19,)),
+            (_step("lt", X[0], X[1]), _step("ge", X[0], 0.5), _step("mul", R[0], 2.0), _step("add", R[2], R[1])),
+            ("B", 19),
+        ),
+        lambda x, y: (x < y) * 2.0 + (x >= 0.5) * 1.0,
+    ),
+    "a part of the channels": (
+        PointwiseProgram(
+            _f32(("B", 9, 20), ("B", 9, 1)), (_step("silu", X[0]), _step("mul", R[0], X[1])), ("B", 9, 20),
+            windows=(Window(("B", 9, 53), (0, 53, 1), 33), None),
+        ),
+        lambda x, s: F.silu(x[..., 33:]) * s,
+    ),
+    "every second channel": (
+        PointwiseProgram(
+            _f32(("B", 9, 17), (9, 17)), (_step("neg", X[0]), _step("add", R[0], X[1])), ("B", 9, 17),
+            windows=(Window(("B", 9, 34), (0, 34, 2), 1), Window((9, 34), (34, 2))),
+        ),
+        lambda x, y: y[:, ::2] - x[..., 1::2],
+    ),
+    "another order": (
+        PointwiseProgram(
+            _f32(("B", 5, 21)), (_step("relu", X[0]),), ("B", 5, 21), windows=(Window(("B", 21, 5), (0, 1, 5)),)
+        ),
+        lambda x: F.relu(x.transpose(1, 2)),
+    ),
     "diamond": (
         PointwiseProgram(
             _f32(("B", 50)),
@@ -105,7 +147,8 @@ def _inputs(name: str) -> list[np.ndarray]:
     inputs = []
     for argument in pointwise.arguments(PROGRAMS[name][0])[:-1]:
         shape = shape_of(argument, BATCH)
-        value = rng.integers(0, 1000, shape) if argument.dtype == "int64" else rng.standard_normal(shape)
+        highest = {"int64": 1000, "bool": 2}.get(argument.dtype)
+        value = rng.integers(0, highest, shape) if highest else rng.standard_normal(shape)
         inputs.append(np.ascontiguousarray(value).astype(argument.dtype).reshape(shape))
     return inputs
 

@@ -1,0 +1,189 @@
+"""Products of two activations in float32, each read where it lies: any order of dimensions, any number of heads.
+
+Lanes are columns of the product. A right operand whose columns are no neighbours is packed once for each head. The
+sum of an output runs over blocks of 256 terms, in order, one fused multiply-add each; then over the blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from mpq_compiler.backends.tvm.kernels.float_gemm import PANEL_TILES
+from mpq_compiler.backends.tvm.kernels.template import (
+    BATCH,
+    Argument,
+    Buffer,
+    Buffers,
+    primfunc,
+    register_file,
+    scratch,
+    span,
+    store,
+    width,
+)
+from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, splat
+
+TERMS = 256
+"""Of a block of the sum: part of the arithmetic, the same for every target."""
+STACK = 4096
+"""Elements of a packed operand that still lie on the stack."""
+
+
+@dataclass(frozen=True)
+class Access:
+    """How an operand lies in its buffer.
+
+    shape:    of a sample in the buffer; the batch comes before it where `batched`
+    strides:  of the heads, then of the two dimensions of the matrix, in elements
+    offset:   of the first element of the matrix
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+    batched: bool = True
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """y[b, h, m, n] = sum_k left[b, h, m, k] * right[b, h, k, n] for every sample b and all `heads` h.
+
+    heads:  extents of the dimensions that both operands and the result have
+    left:   strides of (heads, rows, terms); right: (heads, terms, columns); result: (heads, rows, columns), the last 1
+
+    Arguments: left, right, y.
+    """
+
+    heads: tuple[int, ...]
+    rows: int
+    terms: int
+    columns: int
+    left: Access
+    right: Access
+    result: Access
+
+    def __post_init__(self) -> None:
+        if self.result.strides[-1] != 1 and self.columns > 1:
+            raise ValueError(f"columns of the result must be neighbours, not {self.result.strides[-1]} elements apart")
+
+
+def arguments(problem: Matmul) -> list[Argument]:
+    """The kernel's buffers in calling order, output last."""
+    operands = {"left": problem.left, "right": problem.right, "y": problem.result}
+    return [Argument(name, (*([BATCH] if a.batched else []), *a.shape)) for name, a in operands.items()]
+
+
+def build(problem: Matmul, isa: str = "avx512vnni", name: str = "matmul") -> PrimFunc:
+    """The kernel; `isa` chooses the tiles and no bit of the result."""
+    return primfunc(name, arguments(problem), lambda batch, buffers: _Body(problem, isa, buffers).emit(batch))
+
+
+class _Body:
+    """The kernel's body."""
+
+    def __init__(self, problem: Matmul, isa: str, buffers: Buffers) -> None:
+        self.problem, self.buffers = problem, buffers
+        self.accumulators, self.most = PANEL_TILES[register_file(isa)]
+        self.lanes = width(problem.columns)
+        self.vectors = -(-problem.columns // self.lanes)
+
+    def emit(self, batch: Any) -> None:
+        p = self.problem
+        self.panel = None
+        if p.right.strides[-1] != 1 and p.columns > 1:
+            self.panel = scratch(p.terms * p.columns, heap=p.terms * p.columns > STACK)
+        with T.serial(0, batch) as b:
+            left, right, y = (self._flat(name, a, b) for name, a in zip(["left", "right", "y"], self._all, strict=True))
+            self._heads(0, (left, right, y), [at for _, at in (left, right, y)])
+
+    @property
+    def _all(self) -> tuple[Access, Access, Access]:
+        return self.problem.left, self.problem.right, self.problem.result
+
+    def _flat(self, name: str, access: Access, sample: Any) -> tuple[Buffer, Any]:
+        """The operand as a flat buffer, and where the sample's matrix starts in it."""
+        buffer = self.buffers[name]
+        size = buffer.shape[0] * access.size if access.batched else access.size
+        flat = T.decl_buffer((size,), "float32", data=buffer.data)
+        return flat, (sample * access.size if access.batched else 0) + access.offset
+
+    def _heads(self, depth: int, operands: Any, starts: list[Any]) -> None:
+        if depth < len(self.problem.heads):
+            with T.serial(0, self.problem.heads[depth]) as h:
+                moved = [at + h * access.strides[depth] for at, access in zip(starts, self._all, strict=True)]
+                self._heads(depth + 1, operands, moved)
+            return
+        (left, _), (right, _), (y, _) = operands
+        self._matrix(left, right, y, *(T.bind(at) for at in starts))
+
+    def _matrix(self, left: Buffer, right: Buffer, y: Buffer, a: Any, b: Any, c: Any) -> None:
+        p, lanes = self.problem, self.lanes
+        step = p.right.strides[-2]
+        if self.panel is not None:
+            apart = p.right.strides[-1]
+            with T.serial(0, p.terms) as k, T.serial(0, p.columns) as n:
+                store(self.panel, right[b + k * step + n * apart], k * p.columns + n)
+            right, b, step = self.panel, 0, p.columns
+        blocks = -(-self.vectors // self.most)
+        each = -(-self.vectors // blocks)
+
+        def block(first: Any, count: int) -> None:
+            rows = min(p.rows, self.accumulators // count, 12)
+            columns = [T.min((first + j) * lanes, p.columns - lanes) for j in range(count)]
+            with T.serial(0, -(-p.rows // rows)) as tile:
+                row = T.bind(T.min(tile * rows, p.rows - rows))
+                self._tile(left, right, y, a, b, c, step, row, rows, columns)
+
+        full, rest = divmod(self.vectors, each)
+        with T.serial(0, full) as i:
+            block(i * each, each)
+        if rest:
+            block(full * each, rest)
+
+    def _tile(
+        self, left: Buffer, right: Buffer, y: Buffer, a: Any, b: Any, c: Any, step: int, row: Any, rows: int,
+        columns: list[Any],
+    ) -> None:  # fmt: skip
+        """`rows` rows from `row` on of the vectors of `columns`."""
+        p, lanes = self.problem, self.lanes
+        cells = [(i, j, span((i * len(columns) + j) * lanes, lanes)) for i in range(rows) for j in range(len(columns))]
+        sums, total = scratch(len(cells) * lanes), scratch(len(cells) * lanes)
+        down, along = p.left.strides[-2:]
+
+        def terms(first: Any, count: int) -> None:
+            for _, _, at in cells:
+                store(sums, f32(0.0, lanes), at)
+            with T.serial(0, count) as k:
+                for i, j, at in cells:
+                    element = splat(left[a + (row + i) * down + (first + k) * along], lanes)
+                    store(sums, fma(element, right[span(b + (first + k) * step + columns[j], lanes)], sums[at]), at)
+
+        full, rest = divmod(p.terms, TERMS)
+        if full + bool(rest) == 1:
+            terms(0, p.terms)
+            total = sums
+        else:
+            for _, _, at in cells:
+                store(total, f32(0.0, lanes), at)
+            with T.serial(0, full) as i:
+                terms(i * TERMS, TERMS)
+                for _, _, at in cells:
+                    store(total, total[at] + sums[at], at)
+            if rest:
+                terms(full * TERMS, rest)
+                for _, _, at in cells:
+                    store(total, total[at] + sums[at], at)
+        for i, j, at in cells:
+            store(y, total[at], span(c + (row + i) * p.result.strides[-2] + columns[j], lanes))
+
+
+__all__ = ["Access", "Matmul", "arguments", "build"]
