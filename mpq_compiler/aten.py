@@ -54,6 +54,7 @@ MOVEMENT: frozenset[Any] = frozenset(
     {
         aten.permute.default,
         aten.transpose.int,
+        aten.swapaxes.default,
         aten.t.default,
         aten.view.default,
         aten.reshape.default,

@@ -81,10 +81,23 @@ def group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | Non
     return F.group_norm(rows, groups, weight, bias, eps).transpose(1, 2).reshape(x.shape).contiguous()
 
 
+@op("rms_norm", bound=1e-5)
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension of x [..., C]; weight [C]."""
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return y if weight is None else y * weight
+
+
 @op("upsample_nearest2d")
 def upsample_nearest2d(x: Tensor, factors: Sequence[int]) -> Tensor:
     """Each pixel of x [B, H, W, C] repeated ``factors`` = (fh, fw) times."""
     return x.repeat_interleave(factors[0], 1).repeat_interleave(factors[1], 2)
+
+
+@op("prepend")
+def prepend(x: Tensor, token: Tensor) -> Tensor:
+    """``token`` [C] before the tokens of every sample of x [B, T, C] -> [B, T+1, C]."""
+    return torch.cat([token.expand(x.shape[0], 1, -1), x], 1)
 
 
 @op("attention", bound=1e-5)

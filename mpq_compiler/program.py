@@ -188,6 +188,20 @@ def prune(graph: fx.Graph) -> None:
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
 
 
+def merge_equal(graph: fx.Graph) -> None:
+    """One node for all calls of the same operator on the same operands (there is no randomness and no mutation)."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        key = (node.op, str(node.target), repr(node.args), repr(node.kwargs))
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
+            graph.erase_node(node)
+        else:
+            seen[key] = node
+
+
 class Interpreter:
     """Runs a graph node by node. Subclasses override `call` for other meanings of the same graph."""
 

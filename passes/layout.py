@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from mpq_compiler import ops
-from mpq_compiler.aten import aten, interior_permutes, is_movement, is_permute, is_pointwise
+from mpq_compiler.aten import MOVEMENT, POINTWISE, aten, interior_permutes, is_movement, is_permute
+from mpq_compiler.editing import Editor, bound, respell
+from mpq_compiler.movement import ONE, Chain, Step, follow
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, Stage, arguments, copy_graph, function_of, operand, prune, shapes
+from mpq_compiler.program import Program, Stage, arguments, copy_graph, merge_equal, operand, prune
 
 TO_CHANNELS_LAST = {3: (0, 2, 1), 4: (0, 2, 3, 1)}
 TO_CHANNELS_FIRST = {3: (0, 2, 1), 4: (0, 3, 1, 2)}
+LOWEST = -1e30
+"""What a boolean mask adds where it is false: finite, so that a row without any key is no NaN."""
 
 
 @dataclass(frozen=True)
 class Layout(Pass):
     """Rewrites images to [B, H, W, C] and attention operands to [B, T, heads*D]; permutes remain at the ends only.
 
-    Three kinds of rules, applied until nothing changes: an operator becomes its channels-last form between two
-    permutes; a permute sinks below pointwise operators and concatenations; a chain of data movement becomes the single
-    reshape or permute that it amounts to (found by running it on indices), or nothing.
+    First what torch spells in several ways gets one spelling. Then three kinds of rules, until nothing changes: an
+    operator becomes its channels-last form between two permutes; a permute sinks below operators that do not mind; a
+    chain of data movement becomes the reshape and permute that it amounts to, or nothing.
 
         %conv_in                       = aten.conv2d(%sample, .weight, .bias, [1,1], [1,1])
         %down_blocks_0_resnets_0_norm1 = aten.group_norm(%conv_in, 8, .weight, .bias, 1e-05, false)
@@ -41,17 +44,20 @@ class Layout(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork(stage=Stage.REWRITTEN)
-        graph = program.graph
-        sizes = shapes(program, 2)
-        for node in list(graph.nodes):
+        edit = Editor(program)
+        respell(edit)
+        for node in list(program.graph.nodes):
             rule = CHANNELS_LAST.get(node.target) if node.op == "call_function" else None
             if rule is not None:
-                rule(program, node, sizes)
-        prune(graph)
+                with edit.before(node):
+                    rule(edit, node)
+        prune(program.graph)
         changed = True
         while changed:
-            changed = sink_permutes(program)
-            changed |= simplify_movement(program)
+            changed = simplify_movement(edit)
+            changed |= sink_permutes(edit)
+        fold_constants(edit)
+        merge_equal(program.graph)
         keep_names(program)
         for node in interior_permutes(program.graph):
             program.fallbacks[node.name] = "data is permuted between two kernels"
@@ -61,101 +67,107 @@ class Layout(Pass):
 # --- operators between two permutes -------------------------------------------------------------------------
 
 
-def _permuted(graph: fx.Graph, x: fx.Node, order: Sequence[int]) -> fx.Node:
-    return graph.call_function(aten.permute.default, (x, list(order)))
-
-
-def _replace(node: fx.Node, new: fx.Node, back: fx.Node) -> None:
-    node.replace_all_uses_with(back)
-    new.meta["origin"] = node.meta.get("origin", node.name)
-
-
-def _convolution(program: Program, node: fx.Node, sizes: dict[str, Any]) -> None:
-    x, weight, bias, stride, padding, dilation, groups = _bound(node, None, None, None, (1, 1), (0, 0), (1, 1), 1)
+def _convolution(edit: Editor, node: fx.Node) -> None:
+    x, weight, bias, stride, padding, dilation, groups = bound(node, None, None, None, (1, 1), (0, 0), (1, 1), 1)
+    fallbacks = edit.program.fallbacks
     if not isinstance(padding, Sequence) or isinstance(padding, str) or any(d != 1 for d in dilation):
-        program.fallbacks[node.name] = "convolution with dilation or named padding stays channels-first"
+        fallbacks[node.name] = "convolution with dilation or named padding stays channels-first"
         return
     if weight.op != "get_attr":
-        program.fallbacks[node.name] = "convolution whose weight is computed stays channels-first"
+        fallbacks[node.name] = "convolution whose weight is computed stays channels-first"
         return
-    graph = program.graph
     ph, pw = (padding[0], padding[-1])
     top, bottom, left, right = ph, ph, pw, pw
-    if x.target in (aten.pad.default, aten.constant_pad_nd.default) and _pads_with_zero(x):
-        before = x.args[1]
+    if (before := _zero_padding(x)) is not None:
         left, right, top, bottom = left + before[0], right + before[1], top + before[2], bottom + before[3]
-        x = x.args[0]
+        x = operand(x, 0)
     name = str(weight.target)
-    with graph.inserting_before(node):
-        last = graph.get_attr(program.tensors.add(name + ":ohwi", program.tensors[name].permute(0, 2, 3, 1)))
-        image = _permuted(graph, x, TO_CHANNELS_LAST[4])
-        spatial = ([stride[0], stride[-1]], [top, bottom, left, right])
-        new = graph.call_function(ops.conv2d, (image, last, bias, *spatial, groups))
-        back = _permuted(graph, new, TO_CHANNELS_FIRST[4])
-    _replace(node, new, back)
+    last = edit.stored(name + ":ohwi", edit.program.tensors[name].permute(0, 2, 3, 1))
+    image = edit.permuted(x, TO_CHANNELS_LAST[4])
+    spatial = ([stride[0], stride[-1]], [top, bottom, left, right])
+    new = edit.call(ops.conv2d, image, last, bias, *spatial, groups)
+    edit.replace(node, new, edit.permuted(new, TO_CHANNELS_FIRST[4]))
 
 
-def _pads_with_zero(node: fx.Node) -> bool:
+PADS = (aten.pad.default, aten.constant_pad_nd.default)
+
+
+def _padding(node: fx.Node) -> tuple[list[int], float] | None:
+    """What a padding with one value adds, innermost dimension first, and the value."""
+    if node.target not in PADS:
+        return None
     pad, *rest = arguments(node)[1:]
     mode = rest[0] if rest and isinstance(rest[0], str) else node.kwargs.get("mode", "constant")
     value: Any = next((r for r in rest if isinstance(r, int | float)), node.kwargs.get("value")) or 0
-    return mode == "constant" and value == 0 and isinstance(pad, Sequence) and len(pad) == 4 and min(pad) >= 0
+    return (list(pad), value) if mode == "constant" and isinstance(pad, Sequence) else None
 
 
-def _group_norm(program: Program, node: fx.Node, sizes: dict[str, Any]) -> None:
-    x, groups, weight, bias, eps = _bound(node, None, None, None, None, 1e-5)
-    rank = sizes[node.name].dim()
+def _zero_padding(node: fx.Node) -> list[int] | None:
+    pad, value = _padding(node) or ([], 1)
+    return pad if value == 0 and len(pad) == 4 and min(pad) >= 0 else None
+
+
+def _group_norm(edit: Editor, node: fx.Node) -> None:
+    x, groups, weight, bias, eps = bound(node, None, None, None, None, 1e-5)
+    rank = edit.rank(node)
     if rank not in TO_CHANNELS_LAST:
-        program.fallbacks[node.name] = f"group_norm of {rank} dimensions has no channels-last form"
+        edit.program.fallbacks[node.name] = f"group_norm of {rank} dimensions has no channels-last form"
         return
-    graph = program.graph
-    with graph.inserting_before(node):
-        rows = _permuted(graph, x, TO_CHANNELS_LAST[rank])
-        new = graph.call_function(ops.group_norm, (rows, groups, weight, bias, eps))
-        back = _permuted(graph, new, TO_CHANNELS_FIRST[rank])
-    _replace(node, new, back)
+    new = edit.call(ops.group_norm, edit.permuted(x, TO_CHANNELS_LAST[rank]), groups, weight, bias, eps)
+    edit.replace(node, new, edit.permuted(new, TO_CHANNELS_FIRST[rank]))
 
 
-def _upsample(program: Program, node: fx.Node, sizes: dict[str, Any]) -> None:
+def _upsample(edit: Editor, node: fx.Node) -> None:
     x = operand(node, 0)
-    before, after = sizes[x.name].shape, sizes[node.name].shape
+    before, after = edit.value(x).shape, edit.value(node).shape
     factors = [after[2] // before[2], after[3] // before[3]]
     if (before[2] * factors[0], before[3] * factors[1]) != (after[2], after[3]):
-        program.fallbacks[node.name] = "upsampling by a fraction has no kernel"
+        edit.program.fallbacks[node.name] = "upsampling by a fraction has no kernel"
         return
-    graph = program.graph
-    with graph.inserting_before(node):
-        image = _permuted(graph, x, TO_CHANNELS_LAST[4])
-        new = graph.call_function(ops.upsample_nearest2d, (image, factors))
-        back = _permuted(graph, new, TO_CHANNELS_FIRST[4])
-    _replace(node, new, back)
+    new = edit.call(ops.upsample_nearest2d, edit.permuted(x, TO_CHANNELS_LAST[4]), factors)
+    edit.replace(node, new, edit.permuted(new, TO_CHANNELS_FIRST[4]))
 
 
-def _attention(program: Program, node: fx.Node, sizes: dict[str, Any]) -> None:
-    q, k, v, mask, _, causal = _bound(node, None, None, None, None, 0.0, False)
-    shape = sizes[node.name].shape
-    if len(shape) != 4 or causal or node.kwargs.get("enable_gqa"):
-        program.fallbacks[node.name] = "causal, grouped-query or non-4D attention has no kernel"
+def _attention(edit: Editor, node: fx.Node) -> None:
+    q, k, v, mask, _, causal = bound(node, None, None, None, None, 0.0, False)
+    if edit.rank(node) != 4 or causal or node.kwargs.get("enable_gqa"):
+        edit.program.fallbacks[node.name] = "causal, grouped-query or non-4D attention has no kernel"
         return
-    if mask is not None and sizes[mask.name].dtype == torch.bool:
-        program.fallbacks[node.name] = "attention with a boolean mask has no kernel"
+    if mask is not None and (mask := _additive(edit, mask)) is None:
+        edit.program.fallbacks[node.name] = "attention with a mask of this form has no kernel"
         return
-    graph = program.graph
-    heads = shape[1]
-    with graph.inserting_before(node):
-        rows = []
-        for x in (q, k, v):
-            size = sizes[x.name].shape
-            major = _permuted(graph, x, (0, 2, 1, 3))
-            rows.append(graph.call_function(aten.reshape.default, (major, [-1, size[2], heads * size[3]])))
-        scale = node.kwargs.get("scale")
-        new = graph.call_function(ops.attention, (*rows, heads, scale, mask))
-        split = graph.call_function(aten.reshape.default, (new, [-1, shape[2], heads, shape[3]]))
-        back = _permuted(graph, split, (0, 2, 1, 3))
-    _replace(node, new, back)
+    _, heads, tokens, dim = (size[0] for size in edit.size(node))
+    rows = []
+    for x in (q, k, v):
+        _, _, length, width = (size[0] for size in edit.size(x))
+        major = edit.permuted(x, (0, 2, 1, 3))
+        rows.append(edit.call(aten.reshape.default, major, [-1, length, heads * width]))
+    new = edit.call(ops.attention, *rows, heads, node.kwargs.get("scale"), mask)
+    split = edit.call(aten.reshape.default, new, [-1, tokens, heads, dim])
+    edit.replace(node, new, edit.permuted(split, (0, 2, 1, 3)))
 
 
-CHANNELS_LAST = {
+REPEATS = {aten.repeat_interleave.self_int, aten.expand.default}
+
+
+def _additive(edit: Editor, mask: fx.Node) -> fx.Node | None:
+    """The mask as an additive tensor of four dimensions that is not repeated over heads or queries."""
+    calls = [mask]
+    while calls[-1].target in MOVEMENT | REPEATS:
+        calls.append(operand(calls[-1], 0))
+    source = calls.pop()
+    chain = Chain(edit.size(source))
+    if not all(follow(chain, call, edit.size(call)) for call in reversed(calls)) or not chain.without_repeats():
+        return None
+    chain.reshape((ONE,) * (4 - len(chain.dims)) + chain.shape())
+    moved = _made(edit, source, chain.steps())
+    if edit.value(moved).dtype != torch.bool:
+        return moved
+    kept = edit.stored("constant.mask_kept", torch.tensor(0.0))
+    return edit.call(aten.where.self, moved, kept, edit.stored("constant.mask_dropped", torch.tensor(LOWEST)))
+
+
+CHANNELS_LAST: dict[Any, Callable[[Editor, fx.Node], None]] = {
     aten.conv2d.default: _convolution,
     aten.group_norm.default: _group_norm,
     aten.upsample_nearest2d.vec: _upsample,
@@ -163,148 +175,216 @@ CHANNELS_LAST = {
 }
 
 
-def _bound(node: fx.Node, *defaults: Any) -> list[Any]:
-    """The first ``len(defaults)`` arguments by their position in the schema, keyword or not; ``defaults`` fill up."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    values = [*node.args[: len(defaults)], *defaults[len(node.args) :]]
-    names = [a.name for a in node.target._schema.arguments]
-    for key, value in node.kwargs.items():
-        if names.index(key) < len(values):
-            values[names.index(key)] = value
-    return values
-
-
 # --- permutes sink ------------------------------------------------------------------------------------------
 
 
-def sink_permutes(program: Program) -> bool:
-    """``f(permute(x), y) -> permute(f(x, unpermute(y)))`` for pointwise f and concatenations; True if one moved."""
-    graph = program.graph
-    sizes = shapes(program, 2)
+def sink_permutes(edit: Editor) -> bool:
+    """``f(permute(x)) -> permute(f(x))`` for every f that has a rule; True if a permute moved."""
     changed = False
-    for node in list(graph.nodes):
-        if node.target is aten.transpose.int or node.target is aten.t.default:
-            _as_permute(graph, node, sizes)
-            changed = True
+    for node in list(edit.graph.nodes):
+        rule = SINKS.get(node.target) if node.op == "call_function" else None
+        if rule is None or not any(is_permute(n) for n in node.all_input_nodes):
             continue
-        joined = node.target is aten.cat.default
-        if not (is_pointwise(node) or joined):
-            continue
-        operands = list(arguments(node)[0]) if joined else [a for a in node.args if isinstance(a, fx.Node)]
-        source = next((a for a in operands if is_permute(a)), None)
-        if source is None:
-            continue
-        order = [int(d) for d in arguments(source)[1]]
-        inverse = [order.index(d) for d in range(len(order))]
-        with graph.inserting_before(node):
-            moved = {a: _inverse_operand(graph, a, order, inverse, sizes) for a in operands}
-            if joined:
-                dim = int(node.args[1]) if len(node.args) > 1 else 0
-                new = graph.call_function(aten.cat.default, ([moved[a] for a in operands], order[dim]))
-            else:
-                new = graph.call_function(node.target, tuple(moved.get(a, a) for a in node.args), dict(node.kwargs))
-            back = _permuted(graph, new, order)
-        for created in (*moved.values(), new, back):
-            _measure(created, sizes)
-        _replace(node, new, back)
-        graph.erase_node(node)
-        changed = True
-    prune(graph)
+        with edit.before(node):
+            if (sunk := rule(edit, node)) is not None:
+                edit.replace(node, sunk[0], edit.permuted(*sunk))
+                changed = True
+    prune(edit.graph)
     return changed
 
 
-def _measure(node: fx.Node, sizes: dict[str, Any]) -> None:
-    """Adds the meta value of a new call whose operands are known."""
-    if node.name not in sizes:
-        args = fx.map_arg(node.args, lambda n: sizes[n.name])
-        sizes[node.name] = function_of(node)(*args, **node.kwargs)
+Sunk = tuple[fx.Node, Sequence[int]] | None
+"""The call on operands that are not permuted, and the order in which its result is to be permuted."""
 
 
-def _as_permute(graph: fx.Graph, node: fx.Node, sizes: dict[str, Any]) -> None:
-    x = operand(node, 0)
-    order = list(range(sizes[x.name].dim()))
-    a, b = (0, 1) if node.target is aten.t.default else arguments(node)[1:3]
-    order[a], order[b] = order[b], order[a]
-    with graph.inserting_before(node):
-        new = _permuted(graph, x, order)
-    sizes[new.name] = sizes[node.name]
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
+def _order(node: fx.Node) -> list[int]:
+    return [int(d) for d in arguments(node)[1]]
 
 
-def _inverse_operand(
-    graph: fx.Graph, x: fx.Node, order: list[int], inverse: list[int], sizes: dict[str, Any]
-) -> fx.Node:
-    if is_permute(x) and list(arguments(x)[1]) == order:
+def _pointwise(edit: Editor, node: fx.Node) -> Sunk:
+    return _together(edit, node, [a for a in node.args if isinstance(a, fx.Node)], lambda moved, order: edit.call(
+        node.target, *(moved.get(a, a) for a in node.args), **node.kwargs
+    ))
+
+
+def _concatenation(edit: Editor, node: fx.Node) -> Sunk:
+    parts, dim = bound(node, None, 0)
+    dim %= edit.rank(node)
+    return _together(edit, node, parts, lambda moved, order: edit.call(
+        aten.cat.default, [moved[a] for a in parts], order[dim]
+    ))
+
+
+def _together(
+    edit: Editor, node: fx.Node, operands: Sequence[fx.Node], make: Callable[[dict[Any, fx.Node], list[int]], fx.Node]
+) -> Sunk:
+    """Several operands without the permute that one of them is; None where that costs another a permute."""
+    rank = edit.rank(node)
+    source = next(a for a in operands if is_permute(a))
+    lead = rank - edit.rank(source)
+    order = [*range(lead), *(lead + d for d in _order(source))]
+    inverse = [order.index(d) for d in range(rank)]
+    if not all(a is source or _free(edit, a, order, inverse) for a in operands):
+        return None
+    return make({a: _unpermuted(edit, a, order, inverse) for a in operands}, order), order
+
+
+def _free(edit: Editor, x: fx.Node, order: list[int], inverse: list[int]) -> bool:
+    """Undoing the permute of another operand on this one costs nothing when it runs."""
+    if edit.rank(x) == 0 or (is_permute(x) and _order(x) == order):
+        return True
+    size = (ONE,) * (len(order) - edit.rank(x)) + edit.size(x)
+    if (kept := [d for d in inverse if size[d] != ONE]) == sorted(kept):
+        return True
+    while is_movement(x):
+        x = operand(x, 0)
+    return x.op in ("placeholder", "get_attr")
+
+
+def _unpermuted(edit: Editor, x: fx.Node, order: list[int], inverse: list[int]) -> fx.Node:
+    if is_permute(x) and _order(x) == order:
         return operand(x, 0)
-    value = sizes[x.name]
-    if not isinstance(value, Tensor) or value.dim() == 0:
+    if edit.rank(x) == 0:
         return x
-    for _ in range(len(order) - value.dim()):
-        x = graph.call_function(aten.unsqueeze.default, (x, 0))
-        _measure(x, sizes)
-    return _permuted(graph, x, inverse)
+    for _ in range(len(order) - edit.rank(x)):
+        x = edit.call(aten.unsqueeze.default, x, 0)
+    return edit.permuted(x, inverse)
+
+
+def _slice(edit: Editor, node: fx.Node) -> Sunk:
+    source, dim, *rest = arguments(node)
+    order = _order(source)
+    return edit.call(aten.slice.Tensor, operand(source, 0), order[int(dim) % len(order)], *rest), order
+
+
+def _select(edit: Editor, node: fx.Node) -> Sunk:
+    source, dim, index = arguments(node)
+    order = _order(source)
+    gone = order.pop(int(dim) % len(order))
+    return edit.call(aten.select.int, operand(source, 0), gone, index), [d - (d > gone) for d in order]
+
+
+def _mean(edit: Editor, node: fx.Node) -> Sunk:
+    source, dims, keep = bound(node, None, None, False)
+    if dims is None or not keep:
+        return None
+    order = _order(source)
+    return edit.call(aten.mean.dim, operand(source, 0), [order[d] for d in dims], True), order
+
+
+def _of_last_dimension(edit: Editor, node: fx.Node) -> Sunk:
+    """Operators that treat each row by itself."""
+    source = node.args[0]
+    if not is_permute(source) or (order := _order(source))[-1] != len(order) - 1:  # type: ignore[arg-type]
+        return None
+    if node.target is aten.layer_norm.default and len(arguments(node)[1]) != 1:
+        return None
+    return edit.call(node.target, operand(source, 0), *node.args[1:], **node.kwargs), order  # type: ignore[arg-type]
+
+
+def _pad(edit: Editor, node: fx.Node) -> Sunk:
+    source, padding = operand(node, 0), _padding(node)
+    if padding is None:
+        return None
+    order, (pad, value) = _order(source), padding
+    rank = len(order)
+    own = {rank - 1 - i: pad[2 * i : 2 * i + 2] for i in range(len(pad) // 2)}
+    moved = {order[d]: amount for d, amount in own.items() if any(amount)}
+    flat = [n for d in range(rank - 1, min(moved, default=rank) - 1, -1) for n in moved.get(d, [0, 0])]
+    return edit.call(aten.constant_pad_nd.default, operand(source, 0), flat, value), order
+
+
+def _matmul(edit: Editor, node: fx.Node) -> Sunk:
+    """A matrix product of permuted operands is an einsum of what they were made of.
+
+    The result keeps the order in which the operands have its dimensions, which leaves tokens in front of heads.
+    """
+    rank = edit.rank(node)
+    left, right = operand(node, 0), operand(node, 1)
+    if rank < 3 or edit.size(left)[:-2] != edit.size(right)[:-2]:
+        return None
+    batch = "bhgf"[: rank - 2]
+    letters, result = (batch + "mk", batch + "kn"), batch + "mn"
+    sources, spelled = [], []
+    for x, own in zip((left, right), letters, strict=True):
+        order = _order(x) if is_permute(x) else range(rank)
+        sources.append(operand(x, 0) if is_permute(x) else x)
+        spelled.append("".join(own[list(order).index(d)] for d in range(rank)))
+    merged = _merged([word.replace("k", "") for word in spelled], result)
+    new = edit.call(aten.einsum.default, f"{','.join(spelled)}->{merged}", sources)
+    return new, [merged.index(letter) for letter in result]
+
+
+def _merged(words: Sequence[str], otherwise: str) -> str:
+    """The letters in an order that agrees with every word; where several do, and where none does, as in `otherwise`."""
+    left, found = otherwise, ""
+    while left:
+        first = next((c for c in left if all(not set(w[: w.index(c)]) & set(left) for w in words if c in w)), None)
+        if first is None:
+            return otherwise
+        left, found = left.replace(first, ""), found + first
+    return found
+
+
+SINKS: dict[Any, Callable[[Editor, fx.Node], Sunk]] = {
+    **{target: _pointwise for target in (*POINTWISE, aten.where.self)},
+    aten.cat.default: _concatenation,
+    aten.slice.Tensor: _slice,
+    aten.select.int: _select,
+    aten.mean.dim: _mean,
+    aten.linear.default: _of_last_dimension,
+    aten.layer_norm.default: _of_last_dimension,
+    ops.rms_norm: _of_last_dimension,
+    **{target: _pad for target in PADS},
+    aten.matmul.default: _matmul,
+}
 
 
 # --- data movement ------------------------------------------------------------------------------------------
 
 
-def simplify_movement(program: Program) -> bool:
+def simplify_movement(edit: Editor) -> bool:
     """Each chain of data movement becomes what it amounts to; True if the graph changed."""
-    graph = program.graph
-    two, three = shapes(program, 2), shapes(program, 3)
     changed = False
-    for node in list(graph.nodes):
+    for node in list(edit.graph.nodes):
         if not is_movement(node) or all(is_movement(u) for u in node.users):
             continue
-        chain = [node]
-        while is_movement(source := operand(chain[-1], 0)):
-            chain.append(source)
-        simple = _amounts_to(source, chain, two, three)
-        if simple is None or (len(chain) == 1 and _is_canonical(node, simple)):
+        calls = [node]
+        while is_movement(source := operand(calls[-1], 0)):
+            calls.append(source)
+        calls.reverse()
+        chain = Chain(edit.size(source))
+        if not all(follow(chain, call, edit.size(call)) for call in calls):
             continue
-        new = source
-        with graph.inserting_before(node):
-            for target, argument in simple:
-                new = graph.call_function(target, (new, argument))
-        node.replace_all_uses_with(new)
+        steps = chain.steps()
+        if [(call.target, call.args[1:]) for call in calls] == [(target, (argument,)) for target, argument in steps]:
+            continue
+        with edit.before(node):
+            node.replace_all_uses_with(_made(edit, source, steps))
         changed = True
-    prune(graph)
+    prune(edit.graph)
     return changed
 
 
-def _is_canonical(node: fx.Node, simple: list[tuple[Any, list[int]]]) -> bool:
-    return len(simple) == 1 and node.target is simple[0][0] and list(arguments(node)[1]) == simple[0][1]
+def _made(edit: Editor, source: fx.Node, steps: Sequence[Step]) -> fx.Node:
+    for target, argument in steps:
+        source = edit.call(target, source, argument)
+    return source
 
 
-def _amounts_to(
-    source: fx.Node, chain: list[fx.Node], two: dict[str, Any], three: dict[str, Any]
-) -> list[tuple[Any, list[int]]] | None:
-    """The chain as at most a permute and a reshape of ``source``, or None where it is neither."""
-    shape = two[source.name].shape
-    indices = torch.arange(two[source.name].numel(), dtype=torch.int32).reshape(shape)
-    moved = indices
-    for node in reversed(chain):
-        rest = fx.map_arg(node.args[1:], lambda n: two[n.name])
-        moved = function_of(node)(moved, *rest, **node.kwargs)
-    out, larger = moved.shape, three[chain[0].name].shape
-    varying = [d for d in range(len(out)) if out[d] != larger[d]]
-    if len(varying) > 1:
-        return None
-    target = [-1 if d in varying else int(out[d]) for d in range(len(out))]
-    if torch.equal(moved.flatten(), indices.flatten()):
-        return [] if out == shape else [(aten.reshape.default, target)]
-    if len(shape) > 6:
-        return None
-    for order in itertools.permutations(range(len(shape))):
-        permuted = indices.permute(order)
-        if torch.equal(permuted.flatten(), moved.flatten()):
-            steps: list[tuple[Any, list[int]]] = [(aten.permute.default, list(order))]
-            return steps if permuted.shape == out else [*steps, (aten.reshape.default, target)]
-    return None
+def fold_constants(edit: Editor) -> None:
+    """Movement of stored tensors is done now."""
+    for node in list(edit.graph.nodes):
+        source = node.args[0] if is_movement(node) else None
+        if isinstance(source, fx.Node) and source.op == "get_attr":
+            tensors, name = edit.program.tensors, str(source.target)
+            moved = node.target(tensors[name], *node.args[1:]).contiguous()  # type: ignore[operator]
+            with edit.before(node):
+                node.replace_all_uses_with(edit.stored(name if ":" in name else name + ":moved", moved))
+    prune(edit.graph)
 
 
-# --- names and counts ---------------------------------------------------------------------------------------
+# --- names --------------------------------------------------------------------------------------------------
 
 
 def keep_names(program: Program) -> None:

@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
+from mpq_compiler.aten import aten
 from mpq_compiler.errors import UserError
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, copy_graph, prune
-
-aten = torch.ops.aten
+from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, copy_graph, merge_equal, prune
 
 NO_OPS = (aten.dropout.default, aten.detach.default, aten.alias.default)
 ASSERTIONS = (
@@ -71,7 +70,7 @@ class Trace(Pass):
         for name, _ in denoiser.module.model.named_parameters():
             if name not in executed:
                 program.fallbacks[name] = "never executed, and left out of the artifact"
-        _merge_equal(graph)
+        merge_equal(graph)
         _fold_constants(graph, tensors)
         _rename(graph, prefix)
         program.graph = copy_graph(graph)
@@ -91,7 +90,7 @@ class _Positional(nn.Module):
 
 
 def _export(wrapper: nn.Module, denoiser: Any) -> tuple[fx.Graph, Any]:
-    inputs = denoiser.example_inputs()
+    inputs = {name: value.contiguous() for name, value in denoiser.example_inputs().items()}
     batch = torch.export.Dim("batch", min=2, max=LARGEST_BATCH)
     dynamic = tuple({0: batch} for _ in inputs)
     try:
@@ -148,21 +147,14 @@ def _strip(graph: fx.Graph) -> None:
             graph.erase_node(node)
         elif (same := _same_value(node)) is not None:
             node.replace_all_uses_with(same)
+        elif node.target in (aten.view.default, aten.reshape.default):
+            # -1 in place of the size that grows with the batch, which leaves no arithmetic on sizes in the graph
+            sizes = [s if isinstance(s, int) else -1 for s in node.meta["val"].shape]
+            if sizes.count(-1) == 1:
+                node.args = (node.args[0], sizes)
+        elif node.target is aten.repeat_interleave.self_int:
+            node.kwargs = {}  # the size of the output, known without
     prune(graph)
-
-
-def _merge_equal(graph: fx.Graph) -> None:
-    """One node for all calls of the same operator on the same operands (there is no randomness and no mutation)."""
-    seen: dict[Any, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.op not in ("call_function", "get_attr"):
-            continue
-        key = (node.op, str(node.target), repr(node.args), repr(node.kwargs))
-        if key in seen:
-            node.replace_all_uses_with(seen[key])
-            graph.erase_node(node)
-        else:
-            seen[key] = node
 
 
 def _fold_constants(graph: fx.Graph, tensors: TensorStore) -> None:
@@ -175,10 +167,11 @@ def _fold_constants(graph: fx.Graph, tensors: TensorStore) -> None:
             args, kwargs = fx.map_arg(node.args, values.__getitem__), fx.map_arg(node.kwargs, values.__getitem__)
             with torch.no_grad():
                 value = node.target(*args, **kwargs)
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor | tuple | list):
                 values[node] = value
     for node in list(graph.nodes):
-        if node.op == "call_function" and node in values and any(u not in values for u in node.users):
+        folded = node.op == "call_function" and isinstance(values.get(node), Tensor)
+        if folded and any(u not in values for u in node.users):
             with graph.inserting_before(node):
                 constant = graph.get_attr(tensors.add(f"constant.{node.name}", values[node].contiguous()))
             constant.meta = dict(node.meta)

@@ -5,9 +5,10 @@ import torch
 from torch import fx
 
 from mpq_compiler.aten import aten, interior_permutes, is_movement
+from mpq_compiler.editing import Editor
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.passes.layout import Layout, simplify_movement
-from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, prune, run
+from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run
 from tests import programs
 
 
@@ -79,7 +80,6 @@ def test_a_chain_of_movement_becomes_what_it_amounts_to(chain, left):
     program = program_of(build)
     x = {"x": torch.randn(2, 3, 4, 6)}
     expected = run(program, x)
-    simplify_movement(program)
-    prune(program.graph)
+    simplify_movement(Editor(program))
     assert torch.equal(run(program, x), expected)
     assert sum(is_movement(n) for n in program.graph.nodes) == left
