@@ -51,6 +51,24 @@ def save(
     stream: BinaryIO, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Writes `tensors` to `stream`. The bytes depend on names and tensors, not on the mapping's order."""
+    text, chunks = _plan(tensors, metadata)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for chunk in chunks:
+        stream.write(chunk.reshape(-1).view(np.uint8).data)
+
+
+def places(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int, int]]:
+    """(first byte, end) of each tensor in the file that `save` writes of them."""
+    text, _ = _plan(tensors, None)
+    start = 8 + len(text)
+    spans = {name: entry["data_offsets"] for name, entry in json.loads(text).items()}
+    return {name: (start + spans[name][0], start + spans[name][1]) for name in tensors}
+
+
+def _plan(
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None
+) -> tuple[bytes, list[np.ndarray]]:
+    """The header and what follows it, in order."""
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     chunks: list[np.ndarray] = []
     offset = pads = 0
@@ -71,10 +89,7 @@ def save(
             pads += 1
 
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    stream.write(len(text).to_bytes(8, "little") + text)
-    for chunk in chunks:
-        stream.write(chunk.reshape(-1).view(np.uint8).data)
+    return text + b" " * (-(8 + len(text)) % ALIGNMENT), chunks
 
 
 def _order(tensors: Mapping[str, np.ndarray]) -> list[str]:
@@ -135,6 +150,14 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
+def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The strings that a safetensors file says of itself. UserError: as `read_header`."""
+    read_header(path)
+    with Path(path).open("rb") as stream:
+        found = json.loads(stream.read(int.from_bytes(stream.read(8), "little"))).get("__metadata__")
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -158,7 +181,8 @@ def _span(name: str, entry: Any) -> tuple[int, int, str]:
 def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The tensors of a safetensors file by name, mapped copy-on-write: pages are read when they are touched.
 
-    UserError: as `read_header`; a tensor whose type NumPy lacks (bfloat16, float8).
+    bfloat16, which NumPy lacks, is read as float32. UserError: as `read_header`; a tensor of another type that NumPy
+    lacks (float8).
     """
     header, start = read_header(path)
     data = np.memmap(path, np.uint8, mode="c")
@@ -166,10 +190,15 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     for name, entry in header.items():
         if name.startswith(_PAD):
             continue
-        if entry["dtype"] not in _NUMPY:
-            raise UserError(f"tensor '{name}' of {path} has type {entry['dtype']}, which cannot be read here")
         begin, end = (start + offset for offset in entry["data_offsets"])
-        tensors[name] = np.asarray(data[begin:end]).view(_NUMPY[entry["dtype"]]).reshape(entry["shape"])
+        stored = np.asarray(data[begin:end])
+        if entry["dtype"] == "BF16":  # the upper half of a float32
+            stored = (stored.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        elif entry["dtype"] in _NUMPY:
+            stored = stored.view(_NUMPY[entry["dtype"]])
+        else:
+            raise UserError(f"tensor '{name}' of {path} has type {entry['dtype']}, which cannot be read here")
+        tensors[name] = stored.reshape(entry["shape"])
     return tensors
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from safetensors.numpy import load as reference_load
 from safetensors.numpy import load_file, save_file
 
@@ -128,6 +130,14 @@ def test_an_unsound_file_is_one_sentence(tmp_path, content, says):
 def test_missing_file_and_missing_type(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         tensorfile.load(tmp_path / "none")
-    path = file_of(tmp_path, with_header({"x": {**ENTRY, "dtype": "BF16", "shape": [2]}}, b"1234"))
-    with pytest.raises(UserError, match=r"'x' .* BF16"):
+    path = file_of(tmp_path, with_header({"x": {**ENTRY, "dtype": "F8_E4M3", "shape": [4]}}, b"1234"))
+    with pytest.raises(UserError, match=r"'x' .* F8_E4M3"):
         tensorfile.load(path)
+
+
+def test_bfloat16_is_read_as_float32(tmp_path):
+    tensor = torch.tensor([[1.0, -0.1, float("inf")], [3e38, 1e-40, 0.0]], dtype=torch.bfloat16)
+    safetensors.torch.save_file({"x": tensor}, tmp_path / "x.safetensors")
+    read = tensorfile.load(tmp_path / "x.safetensors")["x"]
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, tensor.float().numpy())
