@@ -239,6 +239,7 @@ def _compile(args: argparse.Namespace) -> Any:
             ("as f32", terminal.size(weights["float_bytes"])),
             ("activations", f"{report.activations['average_bits']:.2f} average bits"),
             ("SQNR", f"{report.quality['sqnr_db']:.2f} dB, executed by the {report.quality['executed_by']}"),
+            ("calibrated on", _calibrated(report.calibration)),
             ("float fallbacks", len(report.fallbacks)),
             ("artifact", f"{terminal.size(report.artifact['bytes'])}, sha256 {report.artifact['sha256'][:16]}"),
         ),
@@ -246,6 +247,16 @@ def _compile(args: argparse.Namespace) -> Any:
     for name, reason in report.fallbacks.items():
         terminal.say(f"fallback: {name}: {reason}")
     return report.to_json()
+
+
+def _calibrated(about: dict[str, Any]) -> str:
+    """Where the calibration inputs came from, in few words."""
+    if "file" in about:
+        origin = f"a file, sha256 {about['file'][:16]}"
+    else:
+        origin = f"{about['samples']} trajectories of {about['steps']} steps ({about['scheduler']})"
+    guidance = f", guidance {float(about['guidance']):g}" if float(about.get("guidance", 1)) != 1 else ""
+    return f"{about['inputs']} inputs of {origin}{guidance}, seed {about['seed']}"
 
 
 def _generate(args: argparse.Namespace) -> Any:

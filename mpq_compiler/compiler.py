@@ -78,6 +78,7 @@ class Report:
     passes: list[dict[str, Any]]
     layers: list[dict[str, Any]]
     artifact: dict[str, Any]
+    calibration: dict[str, Any]
     target: str
     recipe: str
     pipeline: str
@@ -239,7 +240,9 @@ def compile(
         raise UserError(f"the dumps folder '{chosen.dumps}' is not empty; name another one or add --overwrite")
     resolve(chosen)  # a wrong option is refused before the model is read
     if isinstance(model, Denoiser):
-        denoiser, batches = model, parse_shapes(chosen.shapes)[0]
+        if chosen.scheduler is not None or chosen.prediction_type is not None:
+            raise UserError("a denoiser in memory has its scheduler: leave scheduler and prediction_type out")
+        denoiser, batches = model.sampled(chosen.guidance, chosen.conditions), parse_shapes(chosen.shapes)[0]
     else:
         denoiser, batches = load_denoiser(model, chosen)
     program, planned, records, passes = lower(denoiser, chosen, progress)
@@ -265,7 +268,9 @@ def compile(
         complete = artifact.write(output, manifest, files, built.tensors, chosen.overwrite)
         assert complete["weights"]["payload_bytes"] == stored, "payload and plan differ"
         quality = judge.quality(output, target)
-    notes = list(denoiser.notes)
+    asked = (chosen.steps, chosen.guidance, chosen.scheduler or chosen.prediction_type)
+    differences = [] if chosen.calibration is None else recording.notes(denoiser, chosen.calibration, *asked)
+    notes = [*denoiser.notes, *differences, *program.facts.get("notes", ())]
     rows = len(planned.facts["calibration"].timesteps)
     if rows < ENOUGH_ROWS:
         notes.append(
@@ -293,6 +298,7 @@ def compile(
         artifact={"bytes": size, "sha256": complete["artifact_sha256"]},
         target=target.name,
         recipe=str(chosen.recipe) if chosen.pipeline is None else "custom",
+        calibration=complete["calibration"],
         pipeline=pass_manager.to_text(passes),
         fallbacks=dict(program.fallbacks),
         notes=notes,
@@ -381,13 +387,26 @@ def _describe(
             **({"loss": allocation["objective"]} if allocation else {}),
         },
         "sampling": denoiser.sampling(),
-        "calibration": {"seed": options.seed, "inputs": len(planned.facts["calibration"].timesteps)},
+        "assumptions": list(program.facts.get("assumptions", ())),
+        "calibration": _calibration(denoiser, planned, options, passes),
         "versions": {name: version(name) for name in ("mpq-compiler", "torch", "diffusers", "apache-tvm", "numpy")},
     }
 
 
 def _describe_target(target: targets.Target) -> dict[str, Any]:
     described: dict[str, Any] = {
+def _calibration(denoiser: Denoiser, planned: Program, options: Options, passes: Sequence[Pass]) -> dict[str, Any]:
+    """Where the calibration inputs came from."""
+    found: dict[str, Any] = {"seed": options.seed, "inputs": len(planned.facts["calibration"].timesteps)}
+    if options.calibration is not None:
+        return found | recording.stated(options.calibration)
+    calibrate = next(step.options() for step in passes if step.name() == "calibrate")
+    guidance = denoiser.conditioning.usual_guidance() if denoiser.guidance is None else denoiser.guidance
+    sampled = {"scheduler": denoiser.scheduler.solver, "guidance": guidance}
+    conditions = {} if options.conditions is None else {"conditions": recording.sha256(options.conditions)}
+    return found | calibrate | sampled | conditions
+
+
         "name": target.name,
         "arch": target.arch,
         "backend": target.backend,

@@ -152,19 +152,24 @@ class Conditioning:
             return self.of([label] * count)
         return self.varied(count) if prompt is None else self.of([prompt] * count)
 
+    def usual_guidance(self) -> float:
+        """What is drawn with where no guidance is asked for."""
+        return next((value for name, value in EMBEDDED.items() if name in self.inputs), 1.0)
+
     def arguments(self, conditions: Conditions, count: int, guidance: float | None) -> dict[str, Any]:
         """The `conditions`, `null_conditions` and `guidance` of `sampler.sample`; by default without guidance.
 
         UserError: guidance is asked for, and the model does not know the unconditional case.
         """
+        guidance = self.usual_guidance() if guidance is None else guidance
         embedded = {
-            name: np.array([self._embedded(name, usual if guidance is None else guidance)] * count, np.float32)
-            for name, usual in EMBEDDED.items()
-            if name in self.inputs
+            name: np.array([self._embedded(name, guidance)] * count, np.float32)
+            for name in self.inputs
+            if name in EMBEDDED
         }
         if embedded:
             return {"conditions": {**conditions.values, **embedded}}
-        if guidance is None or guidance == 1.0:
+        if guidance == 1.0:
             return {"conditions": conditions.values}
         if conditions.null is None:
             raise UserError(

@@ -145,6 +145,11 @@ class Denoiser:
         null = self.conditioning.varied(count).null
         return None if null is None else dict(null)
 
+    def sampled(self, guidance: float | None = None, conditions: str | Path | None = None) -> Denoiser:
+        """Itself, sampled with a guidance and with the conditions of a file, where they are given."""
+        given = self.given if conditions is None else self.conditioning.load(conditions)
+        return replace(self, guidance=self.guidance if guidance is None else guidance, given=given)
+
     def sampling(self) -> dict[str, Any]:
         """How it is sampled, as JSON: what an artifact needs to draw by itself."""
         return {
@@ -209,10 +214,7 @@ def load(
         if place.harness and "features" in harness
         else None,
     )
-    made.guidance = guidance
-    if conditions is not None:
-        made.given = made.conditioning.load(conditions)
-    return made
+    return made.sampled(guidance, conditions)
 
 
 def _text_encoder(harness: Mapping[str, Any], path: Path | None) -> TextEncoder | None:

@@ -1,12 +1,15 @@
 """Recorded inputs: the files that ``--calibration`` reads, and how to make one from a diffusers pipeline.
 
 A file is a safetensors with every input of the denoiser by name, all of N rows: the calls of sampling trajectories,
-as many time steps as possible among them. docs/calibration.md has an example.
+as many time steps as possible among them. Its metadata say how they were sampled, as far as that is known: `steps`,
+`guidance` and `scheduler` (its configuration as JSON). docs/calibration.md has an example.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpq_compiler import tensorfile
+from mpq_compiler import schedulers, tensorfile
 from mpq_compiler.denoiser import Denoiser
 from mpq_compiler.errors import UserError, nearest
 from mpq_compiler.inputs import convention_of
@@ -43,7 +46,9 @@ def require(denoiser: Denoiser, path: str | Path | None) -> None:
 def load(denoiser: Denoiser, path: str | Path) -> dict[str, Tensor]:
     """The inputs [N, ...] of a calibration file by name, latest time first.
 
-    UserError: not a safetensors file; an input is missing, unknown, of another shape or type, or not finite.
+    Latents of another height or width are cut, or repeated, to the denoiser's: each keeps its values, and what they
+    are distributed like. `notes` says so. UserError: not a safetensors file; an input is missing, unknown, of another
+    shape or type, or not finite.
     """
     found = {name: torch.from_numpy(np.array(value)) for name, value in tensorfile.load(path).items()}
     specs = denoiser.input_specs
@@ -58,6 +63,8 @@ def load(denoiser: Denoiser, path: str | Path) -> dict[str, Tensor]:
                 f"the calibration file '{path}' holds '{name}', and {denoiser.name} has no such input: "
                 f"{nearest(name, specs)}"
             )
+        if name == denoiser.latent and _resizable(tuple(value.shape), specs[name].shape):
+            found[name] = value = _resized(value, *specs[name].shape[1:])
         if value.ndim == 0 or tuple(value.shape[1:]) != specs[name].shape:
             raise UserError(
                 f"'{name}' in the calibration file '{path}' is {list(value.shape)}, "
@@ -70,6 +77,60 @@ def load(denoiser: Denoiser, path: str | Path) -> dict[str, Tensor]:
     values = {name: _converted(name, found[name], spec.dtype, path) for name, spec in specs.items()}
     order = torch.argsort(values["timestep"], descending=True, stable=True)
     return {name: value[order] for name, value in values.items()}
+
+
+def _resizable(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether latents [N, C, h, w] are of the right kind and another size."""
+    return len(shape) == 4 and shape[1] == wanted[0] and 0 not in shape and shape[1:] != wanted
+
+
+def _resized(latents: Tensor, height: int, width: int) -> Tensor:
+    rows, columns = torch.arange(height) % latents.shape[2], torch.arange(width) % latents.shape[3]
+    return latents[:, :, rows][:, :, :, columns]
+
+
+def notes(
+    denoiser: Denoiser,
+    path: str | Path,
+    steps: int | None = None,
+    guidance: float | None = None,
+    scheduler: str | Path | None = None,
+) -> list[str]:
+    """Where a calibration file was recorded otherwise than is asked for: a sentence for each difference.
+
+    steps, guidance, scheduler (a file): what is asked for; None where nothing is.
+    """
+    stated = tensorfile.metadata(path)
+    recorded, wanted = tensorfile.read_header(path)[0][denoiser.latent]["shape"], denoiser.latent_shape
+    pairs = [
+        ("a resolution of", "x".join(map(str, recorded[2:])), "x".join(map(str, wanted[1:]))),
+        ("a number of steps of", stated.get("steps"), None if steps is None else str(steps)),
+        ("a guidance of", stated.get("guidance"), None if guidance is None else f"{guidance:g}"),
+    ]
+    if scheduler is not None and "scheduler" in stated:
+        try:
+            theirs = schedulers.from_config(json.loads(stated["scheduler"]))[0].to_config()
+        except (ValueError, UserError):
+            theirs = {"_class_name": "scheduler that is not known here"}
+        ours = denoiser.scheduler.to_config()
+        pairs += [(f"a {key.strip('_')} of", str(theirs[key]), str(ours[key])) for key in ours.keys() & theirs.keys()]
+    return [
+        f"the calibration file '{path}' was recorded with {what} {was}, and {asked} is asked for: "
+        "what is measured on it may not fit"
+        for what, was, asked in sorted(pairs, key=lambda pair: pair[0])
+        if was is not None and asked is not None and was != asked
+    ]
+
+
+def stated(path: str | Path) -> dict[str, Any]:
+    """What a manifest keeps of a calibration file: its hash, and how it was sampled, as far as it says."""
+    metadata = tensorfile.metadata(path)
+    return {"file": sha256(path)} | {key: metadata[key] for key in ("steps", "guidance") if key in metadata}
+
+
+def sha256(path: str | Path) -> str:
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _converted(name: str, value: Tensor, dtype: torch.dtype, path: str | Path) -> Tensor:
@@ -105,6 +166,7 @@ def record_inputs(pipeline: Any, path: str | Path, every: int = 1) -> Iterator[N
     parameters = inspect.signature(model.forward)
     convention = convention_of(model)
     kept: list[dict[str, np.ndarray]] = []
+    stated: dict[str, set[str]] = {}
     seen = 0
 
     def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -117,6 +179,8 @@ def record_inputs(pipeline: Any, path: str | Path, every: int = 1) -> Iterator[N
         batch = max(len(v) for v in row.values() if v.ndim)
         row["timestep"] = row["timestep"].reshape(-1).expand(batch)
         kept.append({n: (v.float() if v.is_floating_point() else v).numpy() for n, v in row.items()})
+        for name, text in _sampled_by(pipeline).items():
+            stated.setdefault(name, set()).add(text)
 
     handle = model.register_forward_pre_hook(hook, with_kwargs=True)
     try:
@@ -126,8 +190,23 @@ def record_inputs(pipeline: Any, path: str | Path, every: int = 1) -> Iterator[N
     if not kept:
         raise UserError(f"nothing to write to '{path}': the pipeline's {type(model).__name__} was not called")
     tensors = {name: np.concatenate([call[name] for call in kept]) for name in kept[0]}
+    # What changed between the calls describes none of them.
+    metadata = {name: next(iter(texts)) for name, texts in stated.items() if len(texts) == 1}
     try:
         with Path(path).open("wb") as stream:
-            tensorfile.save(stream, tensors)
+            tensorfile.save(stream, tensors, metadata)
     except OSError as error:
         raise UserError(f"cannot write '{path}': {error.strerror}") from error
+
+
+def _sampled_by(pipeline: Any) -> dict[str, str]:
+    """How a pipeline samples at present, as the metadata of a file; what it does not say is left out."""
+    scheduler = getattr(pipeline, "scheduler", None)
+    steps = getattr(scheduler, "num_inference_steps", None)
+    guidance = getattr(pipeline, "_guidance_scale", None)
+    found = {} if steps is None else {"steps": str(steps)}
+    if guidance is not None:
+        found["guidance"] = f"{float(guidance):g}"
+    if scheduler is not None:
+        found["scheduler"] = json.dumps({**scheduler.config, "_class_name": type(scheduler).__name__}, default=str)
+    return found

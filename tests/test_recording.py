@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import types
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mpq_compiler import cli, denoiser, recording
+from mpq_compiler import cli, denoiser, recording, tensorfile
 from mpq_compiler.errors import UserError
 from tests import tiny
 
@@ -48,6 +50,7 @@ def test_a_pipeline_is_recorded_and_compiled(loaded: denoiser.Denoiser, model: P
                 added_cond_kwargs=None,
                 return_dict=False,
             )
+    assert tensorfile.metadata(path) == {}  # this pipeline says nothing of how it samples
     recorded = load_file(path)
     assert set(recorded) == set(loaded.input_specs)
     assert recorded["timestep"].tolist() == [step for step in range(999, -1, -200) for _ in range(2)]
@@ -85,6 +88,69 @@ def test_rows_are_ordered_by_time_and_half_precision_is_read(loaded: denoiser.De
     assert torch.equal(found["sample"][0], given["sample"][row].float())
 
 
+class Pipeline:
+    """As much of a diffusers pipeline as `record_inputs` looks at."""
+
+    def __init__(self, steps: int, guidance: float) -> None:
+        self.unet = tiny.model("sd15")
+        self.scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="trailing")
+        self.scheduler.set_timesteps(steps)
+        self._guidance_scale = guidance
+
+    def draw(self, calls: int) -> None:
+        given = tiny.inputs("sd15", batch=2)
+        for step in self.scheduler.timesteps[:calls]:
+            self.unet(given["sample"], step, encoder_hidden_states=given["encoder_hidden_states"])
+
+
+def test_a_file_says_how_it_was_sampled_and_what_differs_is_named(loaded: denoiser.Denoiser, tmp_path: Path) -> None:
+    pipeline, path = Pipeline(25, 7.5), tmp_path / "recorded.safetensors"
+    with recording.record_inputs(pipeline, path):
+        pipeline.draw(calls=4)
+    metadata = tensorfile.metadata(path)
+    assert (metadata["steps"], metadata["guidance"]) == ("25", "7.5")
+    scheduler = tmp_path / "scheduler_config.json"
+    scheduler.write_text(json.dumps(loaded.scheduler.to_config()))
+    assert recording.notes(loaded, path) == recording.notes(loaded, path, steps=25, guidance=7.5) == []
+    said = " ".join(recording.notes(loaded, path, 20, 2.0, scheduler))
+    for part in (
+        "a number of steps of 25, and 20 is asked for",
+        "a guidance of 7.5, and 2 is asked for",
+        "a class_name of EulerDiscreteScheduler, and DDIMScheduler is asked for",
+        "a beta_schedule of linear, and squaredcos_cap_v2 is asked for",
+    ):
+        assert part in said
+    assert "timestep_spacing" not in said
+
+
+def test_what_changes_between_the_calls_is_not_stated(tmp_path: Path) -> None:
+    pipeline, path = Pipeline(25, 7.5), tmp_path / "recorded.safetensors"
+    with recording.record_inputs(pipeline, path):
+        pipeline.draw(calls=1)
+        pipeline._guidance_scale = 3.0
+        pipeline.draw(calls=1)
+    assert set(tensorfile.metadata(path)) == {"steps", "scheduler"}
+
+
+def test_latents_of_another_size_are_cut_or_repeated_and_said(loaded: denoiser.Denoiser, tmp_path: Path) -> None:
+    given = tiny.inputs("sd15", batch=9)
+    given["sample"] = torch.randn(9, 4, 8, 24)
+    path = written(given, tmp_path)
+    found = recording.load(loaded, path)["sample"]
+    row = int(given["timestep"].argmax())
+    assert torch.equal(found[0], torch.cat([given["sample"][row]] * 2, dim=1)[:, :, :16])
+    (note,) = recording.notes(loaded, path)
+    assert "a resolution of 8x24, and 16x16 is asked for" in note
+
+
+def test_bfloat16_is_read(loaded: denoiser.Denoiser, tmp_path: Path) -> None:
+    given = tiny.inputs("sd15", batch=2)
+    given["sample"] = given["sample"].bfloat16()
+    found = recording.load(loaded, written(given, tmp_path))["sample"]
+    row = int(given["timestep"].argmax())
+    assert torch.equal(found[0], given["sample"][row].float())
+
+
 def _replace(name: str, value: torch.Tensor | None) -> Tensors:
     given: dict[str, torch.Tensor | None] = dict(tiny.inputs("sd15", batch=4))
     given[name] = value
@@ -96,7 +162,7 @@ def _replace(name: str, value: torch.Tensor | None) -> Tensors:
     [
         ("timestep", None, "lacks the input 'timestep'"),
         ("timesteps", torch.zeros(4), "did you mean 'timestep'"),
-        ("sample", torch.zeros(4, 4, 8, 8), r"is \[4, 4, 8, 8\], where .* takes f32\[B,4,16,16\]"),
+        ("sample", torch.zeros(4, 3, 8, 8), r"is \[4, 3, 8, 8\], where .* takes f32\[B,4,16,16\]"),
         ("timestep", torch.tensor(3), r"'timestep' .* is \[\]"),
         ("timestep", torch.arange(3), "equally many rows"),
         ("sample", torch.zeros(4, 4, 16, 16, dtype=torch.int32), "is int32, and must be float32"),
