@@ -296,9 +296,9 @@ def compile(
         passes=[{"name": r.name, "seconds": r.seconds, "peak_bytes": r.peak_bytes} for r in records],
         layers=layer_rows(planned),
         artifact={"bytes": size, "sha256": complete["artifact_sha256"]},
+        calibration=complete["calibration"],
         target=target.name,
         recipe=str(chosen.recipe) if chosen.pipeline is None else "custom",
-        calibration=complete["calibration"],
         pipeline=pass_manager.to_text(passes),
         fallbacks=dict(program.fallbacks),
         notes=notes,
@@ -393,8 +393,6 @@ def _describe(
     }
 
 
-def _describe_target(target: targets.Target) -> dict[str, Any]:
-    described: dict[str, Any] = {
 def _calibration(denoiser: Denoiser, planned: Program, options: Options, passes: Sequence[Pass]) -> dict[str, Any]:
     """Where the calibration inputs came from."""
     found: dict[str, Any] = {"seed": options.seed, "inputs": len(planned.facts["calibration"].timesteps)}
@@ -407,6 +405,8 @@ def _calibration(denoiser: Denoiser, planned: Program, options: Options, passes:
     return found | calibrate | sampled | conditions
 
 
+def _describe_target(target: targets.Target) -> dict[str, Any]:
+    described: dict[str, Any] = {
         "name": target.name,
         "arch": target.arch,
         "backend": target.backend,
