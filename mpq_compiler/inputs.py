@@ -128,7 +128,7 @@ def _constants(model: torch.nn.Module, specs: Mapping[str, InputSpec]) -> dict[s
         found["img_ids"] = (torch.nn.functional.pad(grid, (1, 0)).reshape(-1, 3).float(),)
         found["txt_ids"] = (torch.zeros(specs["encoder_hidden_states"].shape[0], 3),)
     if "image_rotary_emb" in convention.baked:
-        found["image_rotary_emb"] = _rotary_tables(model.config, height, width)
+        found["image_rotary_emb"] = _rotary_tables(dict(getattr(model, "config", {})), height, width)
     return found
 
 
@@ -141,8 +141,7 @@ def _rotary_tables(config: Mapping[str, Any], height: int, width: int) -> tuple[
 
     patch = config["patch_size"]
     rows, columns, base = height // patch, width // patch, 512 // _VAE_SCALE // patch
-    scale = base / max(rows, columns)
-    covered = (round(rows * scale), round(columns * scale))
+    covered = [round(base / max(rows, columns) * side) for side in (rows, columns)]
     top, left = (round((base - side) / 2) for side in covered)
     region = ((top, left), (top + covered[0], left + covered[1]))
     cos, sin = get_2d_rotary_pos_embed(config["attention_head_dim"], region, (rows, columns), output_type="pt")

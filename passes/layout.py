@@ -378,7 +378,7 @@ def fold_constants(edit: Editor) -> None:
         source = node.args[0] if is_movement(node) else None
         if isinstance(source, fx.Node) and source.op == "get_attr":
             tensors, name = edit.program.tensors, str(source.target)
-            moved = node.target(tensors[name], *node.args[1:]).contiguous()  # type: ignore[operator]
+            moved = node.target(tensors[name], *node.args[1:]).contiguous()
             with edit.before(node):
                 node.replace_all_uses_with(edit.stored(name if ":" in name else name + ":moved", moved))
     prune(edit.graph)

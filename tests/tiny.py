@@ -14,6 +14,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.embeddings import get_2d_rotary_pos_embed
 
 TOKENS = 7
 """Length of the text condition of the text-conditioned configurations."""
@@ -275,7 +276,7 @@ def inputs(name: str, batch: int = 2, seed: int = 0, **changes: Any) -> dict[str
     widths = ("caption_channels", "joint_attention_dim", "cross_attention_dim")
     if features := next((config[key] for key in widths if key in config), None):
         values["encoder_hidden_states"] = normal(config.get("text_len", TOKENS), features)
-    if name == "sana":
+    if name.startswith(("pixart", "sana")):
         values["encoder_attention_mask"] = _mask(batch, TOKENS)
     if name == "hunyuan":
         second = config["text_len_t5"]
@@ -302,6 +303,30 @@ def _mask(batch: int, tokens: int) -> torch.Tensor:
     """1.0 for the tokens of a text, 0.0 for the padding behind: texts of different lengths."""
     lengths = torch.arange(batch) % tokens + 1
     return (torch.arange(tokens) < lengths[:, None]).float()
+
+
+def call(name: str, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The output [B, C, H, W] of `model(name)`, called as diffusers' pipeline calls it."""
+    given = dict(inputs)
+    added = {key: given.pop(key) for key in ("text_embeds", "time_ids", "resolution", "aspect_ratio") if key in given}
+    if added:
+        given["added_cond_kwargs"] = added
+    if name == "hunyuan":
+        start, stop = (0, 0), (32, 32)  # 512 pixels in patches of 2 latents
+        given["image_rotary_emb"] = get_2d_rotary_pos_embed(16, (start, stop), (8, 8), output_type="pt")
+    if name == "flux":
+        height, width = given["hidden_states"].shape[2:]
+        folded = torch.nn.functional.unfold(given["hidden_states"], 2, stride=2)  # FluxPipeline._pack_latents
+        given["hidden_states"] = folded.transpose(1, 2)
+        given["timestep"] = given["timestep"] / 1000
+        given["txt_ids"] = torch.zeros(given["encoder_hidden_states"].shape[1], 3)
+        rows, columns = height // 2, width // 2
+        given["img_ids"] = torch.tensor([[0.0, row, column] for row in range(rows) for column in range(columns)])
+    with torch.no_grad():
+        output = model(**given, return_dict=False)[0]
+    if name == "flux":
+        output = torch.nn.functional.fold(output.transpose(1, 2), (height, width), 2, stride=2)
+    return output
 
 
 def save(name: str, folder: Path, seed: int = 0, variant: str | None = None, **changes: Any) -> Path:
