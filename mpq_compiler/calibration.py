@@ -5,7 +5,7 @@ Passes ask for statistics by name; `calibrate` collects what the whole pipeline 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, fx
 
 from mpq_compiler import ops
-from mpq_compiler.program import Program, arguments, operand, run, weight_of
+from mpq_compiler.program import Interpreter, Program, arguments, operand, softmax, weight_of
 
 RANGE, VALUES, GRAM = "range", "values", "gram"
 """The statistics there are: extremes per input; a sample of values per input; second moments of layer inputs."""
+ATTENTION, DYNAMIC = "attention", "dynamic"
+"""Asked for like statistics: the edges of attentions and their probabilities; what dynamic quantizers cost."""
 
 VALUES_PER_INPUT = 256
+PROBABILITIES = 1024
+"""Sampled from an attention per input, about: whole rows, because few of a row's values are large."""
 GRAM_ROWS = 8192
 GRAM_COLUMNS = 4096
 """Layers with more inputs than this keep the diagonal of their second moments only: memory and time grow as K^2."""
@@ -37,6 +41,12 @@ class EdgeStatistics:
     """f32 [N, S], a fixed sample of positions."""
     elements: int
     """Elements of the edge per input."""
+
+    @staticmethod
+    def joined(parts: Sequence[EdgeStatistics]) -> EdgeStatistics:
+        """The statistics of all inputs; the parts may have drawn other positions, but as many."""
+        low, high, values = (torch.cat([getattr(p, name) for p in parts]) for name in ("low", "high", "values"))
+        return EdgeStatistics(low, high, values, parts[0].elements)
 
 
 @dataclass
@@ -75,6 +85,28 @@ def input_edge(node: fx.Node) -> fx.Node:
     return operand(node, 0)
 
 
+def attention_edges(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values an attention reads as q, k and v; one that stands for several counts once."""
+    return list(dict.fromkeys(operand(node, i) for i in range(3)))
+
+
+def dynamic_edges(program: Program, attention: bool) -> frozenset[str]:
+    """The tensor edges that linear layers alone read, whose rows may have scales of their own.
+
+    A convolution adds up products of several rows, and so does an attention, where ``attention`` is quantized.
+    """
+    static = {input_edge(n).name for n in program.quantizable if n.target is ops.conv2d}
+    if attention:
+        static |= {e.name for n in program.attentions for e in attention_edges(n)}
+    return frozenset(input_edge(n).name for n in program.quantizable) - static
+
+
+def attention_arguments(args: Sequence[Any]) -> tuple[int, float | None, Any]:
+    """heads, scale and mask of an `ops.attention` call."""
+    heads, scale, mask = (*args[3:], *(None, None))[:3]
+    return int(heads), scale, mask
+
+
 def input_rows(node: fx.Node, x: Tensor, rows: int, generator: torch.Generator) -> Tensor:
     """About ``rows`` rows [R, K] that the call multiplies with its weight, K in the order of the stored weight."""
     if node.target is not ops.conv2d:
@@ -103,18 +135,51 @@ def _choice(count: int, wanted: int, generator: torch.Generator) -> Tensor:
     return torch.randperm(count, generator=generator)[:wanted].sort().values
 
 
+class _Observer(Interpreter):
+    """Measures the probabilities within attention calls, by name, while the program runs."""
+
+    def __init__(self, program: Program, attentions: frozenset[str], generator: torch.Generator) -> None:
+        super().__init__(program)
+        self.attentions, self.generator = attentions, generator
+        self.found: dict[str, EdgeStatistics] = {}
+
+    def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.name in self.attentions:
+            q, k, _, *_ = args
+            heads, scale, mask = attention_arguments(args)
+            if mask is not None:
+                mask = mask.expand(len(q), heads, q.shape[1], k.shape[1])
+            self.found[node.name] = EdgeStatistics.joined(
+                [
+                    self._probabilities(
+                        ops.attention_probabilities(
+                            q[b : b + 1], k[b : b + 1], heads, scale, None if mask is None else mask[b : b + 1]
+                        )
+                    )
+                    for b in range(len(q))  # one at a time: they are many
+                ]
+            )
+        return super().call(node, args, kwargs)
+
+    def _probabilities(self, p: Tensor) -> EdgeStatistics:
+        rows = p.reshape(-1, p.shape[-1])
+        values = rows[_choice(len(rows), max(1, PROBABILITIES // rows.shape[1]), self.generator)]
+        return EdgeStatistics(p.min().reshape(1), p.max().reshape(1), values.reshape(1, -1), p.numel())
+
+
 def collect(
     program: Program, inputs: dict[str, Tensor], wanted: frozenset[str], seed: int, advance: Callable[[int], None]
 ) -> Calibration:
     """Runs the program over the inputs once and measures every edge and layer that may be quantized."""
     found = Calibration(inputs)
     layers = program.quantizable
-    edges = {input_edge(n).name for n in layers}
+    attentions = program.attentions if ATTENTION in wanted else []
+    edges = {input_edge(n).name for n in layers} | {e.name for n in attentions for e in attention_edges(n)}
     readers: dict[str, dict[tuple[Any, ...], list[fx.Node]]] = {}
     for n in layers:
         operand(n, 1).meta["shape"] = tuple(program.tensors[str(weight_of(n))].shape)
         readers.setdefault(input_edge(n).name, {}).setdefault(row_geometry(n), []).append(n)
-    parts: dict[str, list[EdgeStatistics]] = {name: [] for name in edges}
+    parts: dict[str, list[EdgeStatistics]] = {name: [] for name in (*edges, *(softmax(n.name) for n in attentions))}
     sums: dict[tuple[str, tuple[Any, ...]], tuple[Tensor, Tensor, int]] = {}
     total = len(next(iter(inputs.values())))
     generator = torch.Generator().manual_seed(seed)
@@ -126,7 +191,7 @@ def collect(
         low, high = flat.aminmax(dim=1)
         positions = _choice(flat.shape[1], VALUES_PER_INPUT if VALUES in wanted else 1, generator)
         parts[node.name].append(EdgeStatistics(low, high, flat[:, positions], flat.shape[1]))
-        for geometry, calls in readers[node.name].items() if GRAM in wanted else ():
+        for geometry, calls in readers.get(node.name, {}).items() if GRAM in wanted else ():
             rows = input_rows(calls[0], value, max(1, GRAM_ROWS * size // total), generator)
             gram, mean, count = sums.get((node.name, geometry), (0, 0, 0))
             moments = rows.T @ rows if rows.shape[1] <= GRAM_COLUMNS else rows.square().sum(0)
@@ -134,16 +199,13 @@ def collect(
 
     for batch in batches(inputs):
         size = len(next(iter(batch.values())))
-        run(program, batch, watch)
+        observer = _Observer(program, frozenset(n.name for n in attentions), generator)
+        with torch.no_grad():
+            observer.run(batch, watch=watch)
+        for name, observed in observer.found.items():
+            parts[softmax(name)].append(observed)
         advance(size)
-    for name, pieces in parts.items():
-        # Each batch draws its own positions; the number drawn is the same.
-        found.edges[name] = EdgeStatistics(
-            torch.cat([p.low for p in pieces]),
-            torch.cat([p.high for p in pieces]),
-            torch.cat([p.values for p in pieces]),
-            pieces[0].elements,
-        )
+    found.edges |= {name: EdgeStatistics.joined(pieces) for name, pieces in parts.items()}
     for (edge, geometry), (gram, mean, count) in sums.items():
         moments = gram / count, mean / count
         for call in readers[edge][geometry]:

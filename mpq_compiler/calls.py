@@ -6,6 +6,7 @@ once for all stages.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +16,20 @@ from torch import fx
 
 from mpq_compiler import ops
 from mpq_compiler.aten import aten
-from mpq_compiler.program import Program
+from mpq_compiler.program import Program, softmax
 
-LEVELS = (ops.fake_quantize_weight, ops.dequantize_weight)
-"""Calls that make a quantized weight out of stored parts."""
+OPEN_LEVELS = (ops.fake_quantize_weight, ops.fake_quantize_float8)
+"""Calls that move a float weight to its nearest levels."""
+FLOAT8 = (ops.fake_quantize_float8, ops.dequantize_float8)
+"""Calls that make a weight for a layer that computes in float."""
+FACTORS = ("up", "down")
+"""The parts of a parameter that are the factors of its low-rank branch."""
 PACKED_LAYERS = (ops.quant_linear, ops.quant_conv2d)
 FLOAT_LAYERS = (aten.linear.default, ops.conv2d)
 QUANTIZERS = (ops.fake_quantize, ops.quantize)
+DYNAMIC_QUANTIZERS = (ops.dynamic_fake_quantize, ops.dynamic_quantize)
+ATTENTIONS = (ops.fake_quantize_attention, ops.quant_attention)
+"""Attention on quantized operands, simulated and packed."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,18 @@ class Levels:
     row_class: str | None
 
     @property
+    def integer(self) -> bool:
+        """Whether the layer multiplies codes."""
+        return self.call.target not in FLOAT8
+
+    @property
+    def segments(self) -> int:
+        """The number of K-segments with scales of their own."""
+        at = {ops.fake_quantize_weight: 5, ops.dequantize_weight: 6}.get(self.call.target, 10)
+        found = self.call.args[at] if len(self.call.args) > at else None
+        return len(found) if found else 1
+
+    @property
     def path(self) -> str:
         """The parameter's name in the model."""
         return str(self.codes or self.weight).split(":")[0]
@@ -55,7 +75,10 @@ class Levels:
 
 @dataclass(frozen=True)
 class Quantizer:
-    """A call that quantizes the tensor edge made by the node named ``edge``; scale and zero_point are store names."""
+    """A call that quantizes the tensor edge made by the node named ``edge``; scale and zero_point are store names.
+
+    An attention quantizes its probabilities, the edge `program.softmax`; a dynamic quantizer has no tables or group.
+    """
 
     call: Call
     edge: str
@@ -63,6 +86,10 @@ class Quantizer:
     zero_point: str | None
     group: Any
     bits: int
+
+    @property
+    def dynamic(self) -> bool:
+        return self.call.target in DYNAMIC_QUANTIZERS
 
 
 @dataclass(frozen=True)
@@ -117,6 +144,10 @@ def levels_of(calls: Iterable[Call]) -> list[Levels]:
             found.append(Levels(call, weight, None, *parts))
         elif call.target is ops.dequantize_weight:
             found.append(Levels(call, None, *(stored(a) for a in call.args[:5])))
+        elif call.target in FLOAT8:
+            weight, scale = (stored(a) for a in call.args[:2])
+            given = (weight, None) if call.target is ops.fake_quantize_float8 else (None, weight)
+            found.append(Levels(call, *given, scale, None, None, None))
         elif call.target in PACKED_LAYERS:
             found.append(Levels(call, None, *(stored(a) for a in call.args[2:7])))
     return found
@@ -128,7 +159,18 @@ def quantizers_of(calls: Iterable[Call]) -> list[Quantizer]:
         if call.target in QUANTIZERS:
             x, scale, zero, group, bits = call.args
             found.append(Quantizer(call, getattr(x, "name", str(x)), stored(scale), stored(zero), group, bits))
+        elif call.target in DYNAMIC_QUANTIZERS:
+            found.append(Quantizer(call, getattr(call.args[0], "name", ""), None, None, None, call.args[1]))
+        elif call.target in ATTENTIONS:
+            scale, zero = call.args[4:6] if call.target is ops.fake_quantize_attention else call.args[10:12]
+            edge = softmax(call.name)
+            found.append(Quantizer(call, edge, stored(scale), stored(zero), call.args[3], call.args[-1]))
     return found
+
+
+def made_by(codes: Any) -> Any:
+    """The quantizer call behind an operand: of a dynamic one the operand is the first of several results."""
+    return codes.args[0] if isinstance(codes, fx.Node) and codes.target is operator.getitem else codes
 
 
 def layers_of(calls: Iterable[Call]) -> list[Layer]:
@@ -157,7 +199,7 @@ def _made_by(weight: Any, levels: dict[str, Levels]) -> Levels | None:
 def weight_path(call: Call, levels: dict[str, Levels]) -> str | None:
     """The parameter that a layer multiplies with, in any stage; None where its weight is computed.
 
-    ``levels`` are those of `levels_of` by call name.
+    ``levels`` are those of `levels_of` by call name. A factor of a low-rank branch goes by its own name.
     """
     if call.target in PACKED_LAYERS:
         return levels[call.name].path
@@ -165,9 +207,14 @@ def weight_path(call: Call, levels: dict[str, Levels]) -> str | None:
         return None
     name = stored(call.args[1])
     if name is not None:
-        return name.split(":")[0]
+        return name if is_factor(name) else name.split(":")[0]
     made = _made_by(call.args[1], levels)
     return made.path if made else None
+
+
+def is_factor(name: str) -> bool:
+    """Whether a store name is that of a factor of a low-rank branch."""
+    return name.partition(":")[2] in FACTORS
 
 
 def is_aten(target: Any) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import artifact, costs, pass_manager, prompts, recipes, recording, sensitivity_table, targets
+from mpq_compiler import artifact, costs, formats, pass_manager, prompts, recipes, recording, sensitivity_table, targets
 from mpq_compiler import denoiser as denoisers
 from mpq_compiler.calibration import batches as in_batches
 from mpq_compiler.calibration import input_edge
@@ -183,26 +183,28 @@ def _check_budget(program: Program, passes: Sequence[Pass]) -> None:
     allocation, sensitivity = (options.get(name) for name in ("bit-allocation", "sensitivity"))
     if allocation is None or sensitivity is None:
         return
-    table = costs.describe(program)
+    measured: Sequence[str] = getattr(sensitivity, "formats", ())
+    table = costs.describe(program, names=measured)
     bits, size = getattr(allocation, "weights", None), getattr(allocation, "bytes", None)
     limit = sensitivity_table.byte_limit(table, bits, size)
     if limit is not None:
-        formats: Sequence[str] = getattr(sensitivity, "formats", ())
-        sensitivity_table.require_bytes(table, limit, {layer["name"]: formats for layer in table["layers"]})
+        sensitivity_table.require_bytes(table, limit, {layer["name"]: measured for layer in table["layers"]})
 
 
 def _observer(
     denoiser: Denoiser, options: Options, planned: list[Program]
 ) -> Callable[[int, Pass, Program, Program], None]:
-    inputs = {} if options.dumps is None else _spread(held_out(denoiser, options), 2)
+    write: Callable[[int, Pass, Program, Program], None] | None = None
+    if options.dumps is not None:
+        from mpq_compiler import probes
+
+        write = probes.Writer(options.dumps, _spread(held_out(denoiser, options), 2), denoiser).write
 
     def after(index: int, step: Pass, before: Program, program: Program) -> None:
         if program.stage == Stage.PLANNED:
             planned.append(program)
-        if options.dumps is not None:
-            from mpq_compiler import probes
-
-            probes.write_dump(options.dumps, index, step, program, before, inputs)
+        if write is not None:
+            write(index, step, program, before)
 
     return after
 
@@ -291,7 +293,7 @@ def compile(
     size = sum(f["bytes"] for f in complete["files"].values())
     return Report(
         weights=weights,
-        activations={"average_bits": _average_activation_bits(planned)},
+        activations={"average_bits": costs.activation_bits(planned)},
         quality=quality,
         passes=[{"name": r.name, "seconds": r.seconds, "peak_bytes": r.peak_bytes} for r in records],
         layers=layer_rows(planned),
@@ -418,12 +420,6 @@ def _describe_target(target: targets.Target) -> dict[str, Any]:
     return described
 
 
-def _average_activation_bits(planned: Program) -> float:
-    elements = costs.activation_elements(planned)
-    total = sum(elements.values())
-    return sum(planned.activations[e].bits * n for e, n in elements.items()) / total
-
-
 def layer_rows(planned: Program) -> list[dict[str, Any]]:
     """Name, weight format, activation, bytes, loss and fallback of every layer of a planned program."""
     groups = len(planned.facts["time-groups"]) + 1
@@ -433,19 +429,21 @@ def layer_rows(planned: Program) -> list[dict[str, Any]]:
         path = str(costs.weight_path(node))
         plan = planned.weights[path]
         weight = str(node.args[1].target)  # type: ignore[union-attr]
-        bits = planned.activations[input_edge(node).name].bits
+        integer = formats.get(plan.format).integer
+        bits = planned.activations[input_edge(node).name].bits if integer else 32
         rows.append(
             {
                 "name": path,
                 "weight": plan.format,
-                "activation": f"u{bits}" + (f"/t{groups}" if groups > 1 else ""),
+                "activation": f"u{bits}" + (f"/t{groups}" if groups > 1 else "") if integer else "float",
                 "bytes": costs.weight_bytes(planned, weight, plan.format),
                 "loss": table["weights"].get(path, {}).get(plan.format),
-                "fallback": None,
+                "fallback": planned.fallbacks.get(node.name),
             }
         )
+    others = {n: reason for n, reason in planned.fallbacks.items() if n not in {q.name for q in planned.quantizable}}
     left = {"weight": "float", "activation": "float", "bytes": 0, "loss": 0.0}
-    return rows + [{"name": name, **left, "fallback": reason} for name, reason in planned.fallbacks.items()]
+    return rows + [{"name": name, **left, "fallback": reason} for name, reason in others.items()]
 
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from mpq_compiler import formats
-from mpq_compiler.calibration import input_edge
+from mpq_compiler.calibration import attention_edges, dynamic_edges, input_edge
 from mpq_compiler.formats.base import F16_MAX
-from mpq_compiler.program import Program, WeightPlan, operand, shapes, weight_of
+from mpq_compiler.program import Program, WeightPlan, operand, shapes, softmax, weight_of
+from mpq_compiler.sensitivity_table import FLOAT_BITS
 
 ACTIVATION_GROUP_BYTES = 3
 """An f16 scale and a u8 zero point."""
@@ -40,18 +42,17 @@ def leftovers(program: Program) -> dict[str, Tensor]:
 
 
 def fixed_bytes(program: Program, edges: int, groups: int) -> int:
-    """Bytes that do not depend on the allocation: float leftovers, activation tables, time-group boundaries.
+    """Bytes that do not depend on the allocation: float leftovers, tables of ``edges``, time-group boundaries.
 
     ``program`` is in the planned stage, with weight plans for what will be quantized.
     """
     floats = sum(t.numel() * stored_dtype(n, t).itemsize for n, t in leftovers(program).items())
-    return floats + edges * groups * ACTIVATION_GROUP_BYTES + 4 * (groups - 1)
+    return floats + edges * groups * ACTIVATION_GROUP_BYTES + (4 * (groups - 1) if edges else 0)
 
 
 def weight_bytes(program: Program, name: str, format_name: str) -> int:
     """Stored bytes of the weight (store name) in that format."""
-    shape = program.tensors[name].shape
-    return formats.get(format_name).stored_bytes(shape[0], math.prod(shape[1:]))
+    return formats.get(format_name).stored_bytes(*program.tensors[name].shape)
 
 
 def stored_bytes(program: Program) -> int:
@@ -59,7 +60,8 @@ def stored_bytes(program: Program) -> int:
     names = {str(weight_of(n)): program.weights[str(weight_path(n))].format for n in program.quantizable}
     weights = sum(weight_bytes(program, name, fmt) for name, fmt in names.items())
     groups = len(program.facts["time-groups"]) + 1
-    return weights + fixed_bytes(program, len(program.activations), groups)
+    static = sum(not plan.dynamic for plan in program.activations.values())
+    return weights + fixed_bytes(program, static, groups)
 
 
 def average_bits(stored: int, parameters: int) -> float:
@@ -83,36 +85,95 @@ def activation_elements(program: Program) -> dict[str, int]:
     return {e.name: sizes[e.name].numel() for e in (input_edge(n) for n in program.quantizable)}
 
 
-def describe(program: Program) -> dict[str, Any]:
-    """What a sensitivity table holds besides losses; ``program`` is calibrated and in float."""
+def attention_costs(program: Program) -> dict[str, dict[str, float]]:
+    """What each attention call adds where it is quantized: ``macs``, ``elements`` and ``bytes`` of its tables.
+
+    Its elements are the probabilities, and those of q, k and v that no layer reads, shared out among the attentions
+    that read them.
+    """
+    sizes, layers = shapes(program, 1), {input_edge(n) for n in program.quantizable}
+    groups = len(program.facts["time-groups"]) + 1
+    readers: dict[fx.Node, int] = {}
+    for node in program.attentions:
+        for edge in attention_edges(node):
+            readers[edge] = readers.get(edge, 0) + 1
+    found = {}
+    for node in program.attentions:
+        own = [e for e in attention_edges(node) if e not in layers]
+        (_, queries, width), keys = sizes[operand(node, 0).name].shape, sizes[operand(node, 1).name].shape[1]
+        found[node.name] = {
+            "macs": 2 * queries * keys * width,
+            "elements": node.args[3] * queries * keys + sum(sizes[e.name].numel() / readers[e] for e in own),
+            "bytes": (len(own) + 1) * groups * ACTIVATION_GROUP_BYTES,
+        }
+    return found
+
+
+def activation_bits(program: Program) -> float:
+    """Average bits of the activations of a planned program; an attention listed as a float leftover counts 32."""
+    elements: dict[str, float] = dict(activation_elements(program))
+    bits = {edge: plan.bits for edge, plan in program.activations.items()}
+    for name, cost in attention_costs(program).items():
+        if softmax(name) in bits or name in program.fallbacks:
+            elements[softmax(name)] = cost["elements"]
+            bits.setdefault(softmax(name), FLOAT_BITS)
+    planned = {edge: count for edge, count in elements.items() if edge in bits}
+    if not planned:
+        return FLOAT_BITS
+    return sum(bits[edge] * count for edge, count in planned.items()) / sum(planned.values())
+
+
+def format_costs(shape: Sequence[int], name: str, operations: int) -> dict[str, Any]:
+    """What a weight of that shape costs in a format, in a layer of so many multiply-accumulates."""
+    chosen = formats.get(name)
+    found: dict[str, Any] = {"bits": chosen.bits, "bytes": chosen.stored_bytes(*shape)}
+    rows, columns = shape[0], math.prod(shape[1:])
+    if branch := chosen.branch_elements(rows, columns):
+        found["float_macs"] = operations // (rows * columns) * branch
+    return found if chosen.integer else found | {"float": True}
+
+
+def describe(program: Program, dynamic: bool = False, names: Iterable[str] = ()) -> dict[str, Any]:
+    """What a sensitivity table holds besides losses; ``program`` is calibrated and in float.
+
+    With ``dynamic`` the edges that linear layers alone read store no tables. Formats are the built-in ones, those that
+    were measured, and ``names``.
+    """
+    measured = (name for losses in program.facts.get("sensitivity", {}).get("weights", {}).values() for name in losses)
+    candidates = list(dict.fromkeys([*formats.FORMATS, *names, *measured]))
     everything = program.fork()
     layers: dict[str, dict[str, Any]] = {}
     operations = macs(program)
     for node in program.quantizable:
         path, weight = str(weight_path(node)), str(weight_of(node))
         everything.weights[path] = WeightPlan("int8")
-        sizes = {f: {"bits": formats.get(f).bits, "bytes": weight_bytes(program, weight, f)} for f in formats.FORMATS}
+        sizes = {f: format_costs(program.tensors[weight].shape, f, operations[node.name]) for f in candidates}
         layer = layers.setdefault(path, {"name": path, "edges": [], "macs": 0, "formats": sizes})
         layer["macs"] += operations[node.name]
         if (edge := input_edge(node).name) not in layer["edges"]:
             layer["edges"].append(edge)
     elements = activation_elements(program)
+    static = len(elements) - (len(dynamic_edges(program, bool(program.attentions))) if dynamic else 0)
     groups = len(program.facts["time-groups"]) + 1
     return {
         "version": 1,
         "model": program.model,
         "parameters": program.facts["parameters"],
-        "fixed_bytes": fixed_bytes(everything, len(elements), groups),
+        "fixed_bytes": fixed_bytes(everything, static, groups),
         "layers": list(layers.values()),
         "elements": elements,
+        "attention_costs": attention_costs(program),
     }
 
 
 __all__ = [
+    "activation_bits",
     "activation_elements",
+    "attention_costs",
     "average_bits",
     "describe",
     "fixed_bytes",
+    "format_costs",
     "macs",
     "stored_bytes",
     "stored_dtype",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,12 @@ from mpq_compiler.program import Interpreter, Program
 
 @dataclass(frozen=True)
 class Codes:
-    """What a `fake_quantize` node yields."""
+    """What a quantizer yields; without a group, scale and zero point are those of the rows."""
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
-    group: Tensor
+    group: Tensor | None
 
     def value(self) -> Tensor:
         scale = ops.per_sample(self.scale.to(torch.float32), self.group, self.codes)
@@ -40,9 +41,11 @@ class WeightCodes:
     lut: Tensor | None
     row_class: Tensor | None
     shape: tuple[int, ...]
+    segments: tuple[int, ...] | None = None
 
     def value(self) -> Tensor:
-        return ops.dequantize_weight(self.codes, self.scale, self.offset, self.lut, self.row_class, self.shape)
+        parts = (self.codes, self.scale, self.offset, self.lut, self.row_class)
+        return ops.dequantize_weight(*parts, self.shape, self.segments)
 
 
 @dataclass(frozen=True)
@@ -64,20 +67,24 @@ class ExactInterpreter(Interpreter):
         if target is ops.fake_quantize:
             x, scale, zero, group, bits = args
             return Codes(ops.quantize(_plain(x), scale, zero, group, bits), scale, zero, group)
+        if target is ops.dynamic_fake_quantize:
+            return Codes(*ops.dynamic_quantize(_plain(args[0]), args[1]), None)
+        if target is ops.fake_quantize_attention:
+            return _attend(*args)
         if target is ops.dequantize_weight:
-            codes, scale, offset, lut, row_class, shape = args
-            return WeightCodes(codes, scale, offset, lut, row_class, tuple(shape))
+            codes, scale, offset, lut, row_class, shape, *segments = args
+            return WeightCodes(codes, scale, offset, lut, row_class, tuple(shape), *segments)
         if target is ops.fake_quantize_weight:
-            weight, scale, offset, lut, row_class = args
-            codes = nearest_codes(weight.reshape(len(weight), -1), scale, offset, lut, row_class)
-            return WeightCodes(codes, scale, offset, lut, row_class, tuple(weight.shape))
+            weight, scale, offset, lut, row_class, *segments = args
+            codes = nearest_codes(weight.reshape(len(weight), -1), scale, offset, lut, row_class, *segments)
+            return WeightCodes(codes, scale, offset, lut, row_class, tuple(weight.shape), *segments)
         if target is ops.binary_branch:
             return BranchCodes(args[0], args[1], args[2], tuple(args[3]))
         if target is aten.add.Tensor and isinstance(args[0], WeightCodes) and isinstance(args[1], BranchCodes):
             base, branch = args
             assert base.lut is not None
             codes, lut = ops.merge_branch(base.codes, base.lut, branch.signs, branch.alpha)
-            return WeightCodes(codes, base.scale, base.offset, lut, base.row_class, base.shape)
+            return dataclasses.replace(base, codes=codes, lut=lut)
         if len(args) > 1 and isinstance(args[0], Codes) and isinstance(args[1], WeightCodes):
             return _contract(target, *args, **kwargs)
         return super().call(node, fx.node.map_aggregate(args, _plain), fx.node.map_aggregate(kwargs, _plain))
@@ -99,12 +106,19 @@ def _contract(
     padding: Any = (0, 0, 0, 0),
     groups: int = 1,
 ) -> Tensor:
-    common = (x.codes, x.group, w.codes, w.scale, w.offset, w.lut, w.row_class, [x.scale], [x.zero_point], bias)
-    channels = [x.codes.shape[-1]]
+    channels = list(w.segments or x.codes.shape[-1:])
+    scales, zeros = [x.scale] * len(channels), [x.zero_point] * len(channels)
+    common: tuple[Any, ...] = (x.codes, x.group, w.codes, w.scale, w.offset, w.lut, w.row_class, scales, zeros, bias)
     if target is ops.conv2d:
         assert groups == 1
         return ops.quant_conv2d(*common, channels, list(w.shape[1:3]), stride, padding)
     return ops.quant_linear(*common, channels)
+
+
+def _attend(q: Codes, k: Codes, v: Codes, group: Tensor, p_scale: Tensor, p_zero: Tensor, *rest: Any) -> Tensor:
+    tables = [t for x in (q, k, v) for t in (x.scale, x.zero_point)]
+    operands: tuple[Any, ...] = (q.codes, k.codes, v.codes, group, *tables, p_scale, p_zero, *rest)
+    return ops.quant_attention(*operands)
 
 
 @torch.no_grad()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import formats, ops
+from mpq_compiler import calls, formats, ops
 from mpq_compiler.calibration import Calibration
 from mpq_compiler.formats import activation, stored_type
 from mpq_compiler.pass_manager import Session
@@ -13,6 +16,9 @@ from mpq_compiler.program import Program, operand
 
 KEPT_ELEMENTS = 1 << 20
 """Larger weights are fitted again where they are asked for again, rather than held in every format."""
+
+REST = "rest"
+"""The part of a weight that is left to the base of a low-rank format: the weight less its branch."""
 
 
 def rows_of(program: Program, weight: str) -> Tensor:
@@ -27,26 +33,31 @@ def bias_of(call: fx.Node) -> fx.Node | None:
     return bias if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
 
 
-def fitted(program: Program, call: fx.Node, weight: str, format_name: str) -> formats.QuantizedWeight:
-    """The weight of a call in a format, with the least error of the layer's output over the calibration's rows.
+def moments(program: Program, call: fx.Node) -> Tensor | None:
+    """The gram that a call's weight is fitted under; None where calibration has none.
 
     Where the layer has a bias, the mean error is left to `corrected_bias`: moments are then taken about the mean.
     """
+    calibration: Calibration = program.facts["calibration"]
+    gram = calibration.grams.get(call.name)
+    if gram is None or bias_of(call) is None:
+        return gram
+    mean = calibration.means[call.name]
+    return gram - (mean.square() if gram.dim() == 1 else torch.outer(mean, mean))
+
+
+def fitted(program: Program, call: fx.Node, weight: str, format_name: str) -> formats.Fit:
+    """The weight of a call in a format, with the least error of the layer's output over the calibration's rows."""
     kept = program.facts.setdefault("fits", {})
     if (weight, format_name) not in kept:
-        calibration: Calibration = program.facts["calibration"]
-        gram = calibration.grams.get(call.name)
-        if gram is not None and bias_of(call) is not None:
-            mean = calibration.means[call.name]
-            gram = gram - (mean.square() if gram.dim() == 1 else torch.outer(mean, mean))
-        fit = formats.get(format_name).fit(rows_of(program, weight), gram)
+        fit = formats.get(format_name).fit(program.tensors.read(weight), moments(program, call))
         if fit.codes.numel() > KEPT_ELEMENTS:
             return fit
         kept[weight, format_name] = fit
     return kept[weight, format_name]
 
 
-def corrected_bias(program: Program, call: fx.Node, weight: str, quantized: formats.QuantizedWeight) -> Tensor | None:
+def corrected_bias(program: Program, call: fx.Node, weight: str, quantized: formats.Fit) -> Tensor | None:
     """The bias that takes up the mean of the output error, ``b + (W - W_q) E[x]`` (Nagel 2019, section 4.2)."""
     bias, mean = bias_of(call), program.facts["calibration"].means.get(call.name)
     if bias is None or mean is None:
@@ -55,37 +66,64 @@ def corrected_bias(program: Program, call: fx.Node, weight: str, quantized: form
     return program.tensors.read(str(bias.target)) + error @ mean
 
 
-def unsettled(program: Program) -> list[tuple[fx.Node, fx.Node, str]]:
-    """Fake-quantized weights whose codes are still open: (quantizer, first call that reads it, planned format)."""
+@dataclass(frozen=True)
+class Open:
+    """A weight whose codes are still open: its quantizer, the first call that reads it, the format it is to have."""
+
+    quantizer: fx.Node
+    call: fx.Node
+    format: str
+
+    @property
+    def weight(self) -> str:
+        """Store name of the float weight."""
+        return str(operand(self.quantizer, 0).target)
+
+    @property
+    def path(self) -> str:
+        """The parameter's name in the model."""
+        return self.weight.split(":")[0]
+
+
+def unsettled(program: Program) -> list[Open]:
+    """The fake-quantized weights, in graph order. Of a low-rank format whose branch is there, the base is left."""
     found = []
     for node in program.graph.nodes:
-        if node.op == "call_function" and node.target is ops.fake_quantize_weight:
-            path = str(operand(node, 0).target).split(":")[0]
-            found.append((node, next(iter(node.users)), program.weights[path].format))
+        if node.op == "call_function" and node.target in calls.OPEN_LEVELS:
+            path, _, part = str(operand(node, 0).target).partition(":")
+            planned = formats.get(program.weights[path].format)
+            if part == REST and isinstance(planned, formats.LowRankFormat):
+                planned = planned.base
+            found.append(Open(node, next(iter(node.users)), planned.name))
     return found
 
 
 def fit_unsettled(
     program: Program, session: Session, title: str, kind: type[formats.Format] = formats.Format
-) -> list[tuple[fx.Node, formats.QuantizedWeight]]:
-    """(quantizer, fit) of the open weights whose planned format is of ``kind``, in graph order; fitted by all jobs."""
-    chosen = [u for u in unsettled(program) if isinstance(formats.get(u[2]), kind)]
+) -> list[tuple[Open, Any]]:
+    """The open weights whose planned format is of ``kind``, with their fits, in graph order; fitted by all jobs."""
+    chosen = [u for u in unsettled(program) if isinstance(formats.get(u.format), kind)]
     with session.track(title, len(chosen)) as advance:
 
-        def fit(open_weight: tuple[fx.Node, fx.Node, str]) -> tuple[fx.Node, formats.QuantizedWeight]:
-            quantizer, call, name = open_weight
-            found = fitted(program, call, str(operand(quantizer, 0).target), name)
+        def fit(weight: Open) -> tuple[Open, Any]:
+            found = fitted(program, weight.call, weight.weight, weight.format)
             advance(1)
-            return quantizer, found
+            return weight, found
 
         return session.map(fit, chosen)
 
 
-def settle(program: Program, quantizer: fx.Node, value: fx.Node, quantized: formats.QuantizedWeight) -> None:
+def attributes(program: Program, prefix: str, **tensors: Tensor | None) -> list[fx.Node | None]:
+    """Reads of new stored tensors ``prefix + name``, at the place of insertion; None where there is none."""
+    add, read = program.tensors.add, program.graph.get_attr
+    return [None if tensor is None else read(add(prefix + name, tensor)) for name, tensor in tensors.items()]
+
+
+def settle(program: Program, weight: Open, value: fx.Node, quantized: formats.Fit) -> None:
     """Replaces an open weight by ``value``, whose levels are ``quantized``, and corrects the bias of its calls."""
-    weight = str(operand(quantizer, 0).target)
+    quantizer = weight.quantizer
     for call in list(quantizer.users):
-        corrected, bias = corrected_bias(program, call, weight, quantized), bias_of(call)
+        corrected, bias = corrected_bias(program, call, weight.weight, quantized), bias_of(call)
         if corrected is not None and bias is not None:
             name = str(bias.target).split(":")[0] + ":corrected"
             with program.graph.inserting_before(call):

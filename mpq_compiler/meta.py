@@ -43,8 +43,23 @@ def _fake_quantize_weight(weight: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(weight)
 
 
-def _dequantize_weight(codes: Tensor, scale: Tensor, offset: Any, lut: Any, row_class: Any, shape: Any) -> Tensor:
+def _dequantize_weight(codes: Tensor, scale: Tensor, offset: Any, lut: Any, row_class: Any, *rest: Any) -> Tensor:
+    return codes.to(torch.float32).reshape(list(rest[0]))
+
+
+def _dequantize_float8(codes: Tensor, scale: Tensor, shape: Any, exponent: int = 4) -> Tensor:
     return codes.to(torch.float32).reshape(list(shape))
+
+
+def _fake_quantize_attention(q: Tensor, k: Tensor, v: Tensor, group: Tensor, *rest: Any) -> Tensor:
+    scale, zero, *arguments, bits = rest
+    for x in (q, k, v):
+        _quantize(x, scale, zero, group, bits)
+    return ops.attention(q, k, v, *arguments)
+
+
+def _quant_attention(q: Tensor, k: Tensor, v: Tensor, group: Tensor, *rest: Any) -> Tensor:
+    return _fake_quantize_attention(*(x.to(torch.float32) for x in (q, k, v)), group, *rest[6:])
 
 
 SHAPES: dict[Callable[..., Any], Callable[..., Tensor]] = {
@@ -52,6 +67,10 @@ SHAPES: dict[Callable[..., Any], Callable[..., Tensor]] = {
     ops.fake_quantize: _fake_quantize,
     ops.fake_quantize_weight: _fake_quantize_weight,
     ops.dequantize_weight: _dequantize_weight,
+    ops.fake_quantize_float8: _fake_quantize_weight,
+    ops.dequantize_float8: _dequantize_float8,
     ops.quant_linear: _quant_linear,
     ops.quant_conv2d: _quant_conv2d,
+    ops.fake_quantize_attention: _fake_quantize_attention,
+    ops.quant_attention: _quant_attention,
 }

@@ -26,6 +26,9 @@ LUT_MAX = 127
 TILE_ROWS = 16
 """Rows (output channels) that share a row class, and with it a table."""
 
+SMALLEST_SCALE = 2.0**-24
+"""Of a quantizer whose range is measured at run time; the smallest positive half, as for stored scales."""
+
 
 @dataclass(frozen=True)
 class Op:
@@ -108,9 +111,31 @@ def attention(
 
     q [B, Tq, H*D], k and v [B, Tk, H*D], additive mask broadcast to [B, H, Tq, Tk]; scale is 1/sqrt(D) by default.
     """
-    query, key, value = (t.reshape(t.shape[0], t.shape[1], heads, -1).transpose(1, 2) for t in (q, k, v))
-    y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    return y.transpose(1, 2).reshape(q.shape[0], q.shape[1], -1).contiguous()
+    query, key, value = (split_heads(t, heads) for t in (q, k, v))
+    return join_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, H*D] as [B, H, T, D]."""
+    return x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """[B, H, T, D] as [B, T, H*D]."""
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], -1).contiguous()
+
+
+def attention_probabilities(
+    q: Tensor, k: Tensor, heads: int, scale: float | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """softmax(q k^T * scale + mask) of `attention`, [B, H, Tq, Tk]."""
+    query, key = split_heads(q, heads), split_heads(k, heads)
+    logits = query @ key.transpose(-1, -2) * attention_scale(query, scale)
+    return torch.softmax(logits if mask is None else logits + mask, -1)
+
+
+def attention_scale(query: Tensor, scale: float | None) -> float:
+    return query.shape[-1] ** -0.5 if scale is None else scale
 
 
 # --- time groups and activations ----------------------------------------------------------------------------
@@ -125,15 +150,22 @@ def time_group(timestep: Tensor, boundaries: Tensor) -> Tensor:
     return (timestep.to(torch.float32)[:, None] >= boundaries[None, :]).sum(1)
 
 
-def per_sample(table: Tensor, group: Tensor, like: Tensor) -> Tensor:
-    """``table[group]`` [B] shaped to broadcast over ``like`` [R, ...] whose R rows are batch-major."""
+def per_sample(table: Tensor, group: Tensor | None, like: Tensor) -> Tensor:
+    """``table[group]`` [B] shaped to broadcast over ``like`` [R, ...] whose R rows are batch-major.
+
+    Without a group the table has an entry for each row of ``like`` [..., K] (`dynamic_quantize`).
+    """
+    if group is None:
+        return table.reshape(*like.shape[:-1], 1)
     values = table[group]
     if like.shape[0] != values.shape[0]:
         values = values.repeat_interleave(like.shape[0] // values.shape[0])
     return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
-def _clamped(x: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def _clamped(
+    x: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
     s = per_sample(scale.to(torch.float32), group, x)
     z = per_sample(zero_point.to(torch.float32), group, x)
     inverse = torch.ones((), dtype=torch.float32, device=x.device) / s
@@ -154,6 +186,37 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, b
     return (clamped + (torch.round(clamped) - clamped).detach()) * s
 
 
+def row_ranges(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale f32 [R] and zero point f32 [R] of the range of each of the R rows of x [..., K], widened to contain zero.
+
+    With n = 2^bits - 1, low = min(0, min_k x) and high = max(0, max_k x), all in f32:
+    ``scale = max((high - low) / n, SMALLEST_SCALE)`` and ``z = clamp(rint(-low / scale), 0, n)``.
+    """
+    low, high = x.detach().flatten(0, -2).to(torch.float32).aminmax(dim=-1)
+    low, high = low.clamp_max(0.0), high.clamp_min(0.0)
+    scale = ((high - low) / (2**bits - 1)).clamp_min(SMALLEST_SCALE)
+    return scale, torch.round(-low / scale).clamp(0, 2**bits - 1)
+
+
+@op("dynamic_quantize")
+def dynamic_quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes u8 of x [..., K] by the range of each row, with scale f32 [R] and zero point u8 [R] of `row_ranges`.
+
+    The codes are those of `quantize` with these tables, a row its own group.
+    """
+    scale, zero = row_ranges(x, bits)
+    clamped, _, z = _clamped(x, scale, zero, None, bits)
+    return (torch.round(clamped) + z).to(torch.uint8), scale, zero.to(torch.uint8)
+
+
+@op("dynamic_fake_quantize")
+def dynamic_fake_quantize(x: Tensor, bits: int) -> Tensor:
+    """``scale * (codes - z)`` of `dynamic_quantize` in f32; straight-through gradient, the range held constant."""
+    scale, zero = row_ranges(x, bits)
+    clamped, s, _ = _clamped(x, scale, zero, None, bits)
+    return (clamped + (torch.round(clamped) - clamped).detach()) * s
+
+
 # --- weights ------------------------------------------------------------------------------------------------
 
 
@@ -165,8 +228,26 @@ def entries(codes: Tensor, lut: Tensor | None, row_class: Tensor | None) -> Tens
     if lut.shape[0] == 1:
         return table[0][codes.long()]
     assert row_class is not None
-    classes = row_class.long().repeat_interleave(TILE_ROWS)[: codes.shape[0]]
-    return table[classes[:, None], codes.long()]
+    return table[row_classes(row_class, codes.shape[0])[:, None], codes.long()]
+
+
+def row_classes(row_class: Tensor, rows: int) -> Tensor:
+    """The class of each of ``rows`` rows, i64, from those of their tiles of 16."""
+    return row_class.long().repeat_interleave(TILE_ROWS)[:rows]
+
+
+def column_segments(segments: Sequence[int], columns: int) -> Tensor:
+    """The K-segment of each of ``columns`` values of a row, i64: channels are split alike at every tap."""
+    of_channel = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(list(segments)))
+    return of_channel.repeat(columns // len(of_channel))
+
+
+def column_scale(scale: Tensor, segments: Sequence[int] | None, columns: int) -> Tensor:
+    """scale [O, J] as f32 that broadcasts over a weight [O, K]: the scale of the segment that a column lies in."""
+    values = scale.to(torch.float32)
+    if segments is None or len(segments) == 1:
+        return values[:, :1]
+    return values[:, column_segments(segments, columns).to(values.device)]
 
 
 @op("dequantize_weight")
@@ -177,9 +258,13 @@ def dequantize_weight(
     lut: Tensor | None,
     row_class: Tensor | None,
     shape: Sequence[int],
+    segments: Sequence[int] | None = None,
 ) -> Tensor:
-    """``scale[i, 0] * LUT[class(i)][code[i, k]] + offset[i]`` as f32 of ``shape`` (codes [O, K])."""
-    w = entries(codes, lut, row_class) * scale.to(torch.float32)[:, :1]
+    """``scale[i, j(k)] * LUT[class(i)][code[i, k]] + offset[i]`` as f32 of ``shape`` (codes [O, K]).
+
+    ``segments`` are the channel counts that have a scale of their own, scale [O, J]; None is one segment.
+    """
+    w = entries(codes, lut, row_class) * column_scale(scale, segments, codes.shape[1])
     if offset is not None:
         w = w + offset.to(torch.float32)[:, None]
     return w.reshape(list(shape))
@@ -187,15 +272,48 @@ def dequantize_weight(
 
 @op("fake_quantize_weight")
 def fake_quantize_weight(
-    weight: Tensor, scale: Tensor, offset: Tensor | None, lut: Tensor | None, row_class: Tensor | None
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    lut: Tensor | None,
+    row_class: Tensor | None,
+    segments: Sequence[int] | None = None,
 ) -> Tensor:
     """weight [O, ...] moved to its nearest level, with a straight-through gradient."""
     from mpq_compiler.formats.base import nearest_codes
 
     rows = weight.reshape(weight.shape[0], -1)
-    codes = nearest_codes(rows.detach(), scale, offset, lut, row_class)
-    level = dequantize_weight(codes, scale, offset, lut, row_class, weight.shape)
+    codes = nearest_codes(rows.detach(), scale, offset, lut, row_class, segments)
+    level = dequantize_weight(codes, scale, offset, lut, row_class, weight.shape, segments)
     return level.detach() + (weight - weight.detach())  # the level itself: weight + (level - weight) would round
+
+
+@op("dequantize_float8")
+def dequantize_float8(codes: Tensor, scale: Tensor, shape: Sequence[int], exponent: int = 4) -> Tensor:
+    """``scale[i] * float8(code[i, k])`` as f32 of ``shape``: codes u8 [O, K], scale [O].
+
+    A code is a sign, ``exponent`` bits e and M = 7 - exponent bits m, with the bias b = 2^(exponent-1) - 1:
+    ``(-1)^sign * 2^(max(e, 1) - b - M) * (m + (2^M if e > 0 else 0))``. With 4 bits of exponent that is E4M3 and with
+    5 E5M2 of OCP's FP8 (arXiv 2209.05433) without their infinities and NaNs, which no weight has.
+    """
+    mantissa = 7 - exponent
+    bits = codes.to(torch.int32)
+    e, m = (bits >> mantissa) & (2**exponent - 1), bits & (2**mantissa - 1)
+    significand = m + torch.where(e > 0, 2**mantissa, 0)
+    power = e.clamp_min(1) - (2 ** (exponent - 1) - 1) - mantissa
+    value = torch.ldexp(significand.to(torch.float32), power)
+    value = torch.where(bits >= 128, -value, value) * scale.to(torch.float32)[:, None]
+    return value.reshape(list(shape))
+
+
+@op("fake_quantize_float8")
+def fake_quantize_float8(weight: Tensor, scale: Tensor, exponent: int = 4) -> Tensor:
+    """weight [O, ...] moved to its nearest FP8 level, with a straight-through gradient."""
+    from mpq_compiler.formats.floating import float8_codes
+
+    codes = float8_codes(weight.detach().reshape(weight.shape[0], -1), scale, exponent)
+    level = dequantize_float8(codes, scale, weight.shape, exponent)
+    return level.detach() + (weight - weight.detach())
 
 
 @op("binary_branch")
@@ -238,7 +356,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 def _epilogue(
     accumulators: list[Tensor],
     sums: list[Tensor] | None,
-    group: Tensor,
+    group: Tensor | None,
     scale: Tensor,
     offset: Tensor | None,
     act_scale: Sequence[Tensor],
@@ -258,7 +376,7 @@ def _epilogue(
     return y
 
 
-def _centred(x: Tensor, group: Tensor, act_zero: Sequence[Tensor], segments: Sequence[int]) -> list[Tensor]:
+def _centred(x: Tensor, group: Tensor | None, act_zero: Sequence[Tensor], segments: Sequence[int]) -> list[Tensor]:
     """q - z_j per channel segment, in f64 where every product and sum of the contraction is exact."""
     parts = torch.split(x.to(torch.float64), list(segments), dim=-1)
     return [p - per_sample(act_zero[j].to(torch.float64), group, p) for j, p in enumerate(parts)]
@@ -267,7 +385,7 @@ def _centred(x: Tensor, group: Tensor, act_zero: Sequence[Tensor], segments: Seq
 @op("quant_linear")
 def quant_linear(
     x: Tensor,
-    group: Tensor,
+    group: Tensor | None,
     codes: Tensor,
     scale: Tensor,
     offset: Tensor | None,
@@ -280,7 +398,8 @@ def quant_linear(
 ) -> Tensor:
     """Linear layer on codes: x u8 [B, ..., K], codes [O, K], scale [O, J] -> f32 [B, ..., O].
 
-    act_scale and act_zero hold a tensor [G] for each of the J segments.
+    act_scale and act_zero hold a tensor for each of the J segments: [G], of which ``group`` [B] chooses by sample, or,
+    where group is None, one entry for each row of x.
 
     ``A_j = sum_k (q - z_j) * LUT[code]`` exactly; then `_epilogue`. Segments are the J channel counts, summing to K.
     """
@@ -321,6 +440,101 @@ def quant_conv2d(
         ones = [torch.ones_like(w[:1]) for w in weight]
         sums = [conv2d(p, w, None, stride, padding) for p, w in zip(parts, ones, strict=True)]
     return _epilogue(accumulators, sums, group, scale, offset, act_scale, bias)
+
+
+# --- attention ----------------------------------------------------------------------------------------------
+
+
+@op("fake_quantize_attention")
+def fake_quantize_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: Tensor,
+    p_scale: Tensor,
+    p_zero: Tensor,
+    heads: int,
+    scale: float | None,
+    mask: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """`attention` with its probabilities fake-quantized; straight-through gradients. p_scale, p_zero [G]."""
+    p = attention_probabilities(q, k, heads, scale, mask)
+    return join_heads(fake_quantize(p, p_scale, p_zero, group, bits) @ split_heads(v, heads))
+
+
+@op("quant_attention", bound=1e-6)
+def quant_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: Tensor,
+    q_scale: Tensor,
+    q_zero: Tensor,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    v_scale: Tensor,
+    v_zero: Tensor,
+    p_scale: Tensor,
+    p_zero: Tensor,
+    heads: int,
+    scale: float | None,
+    mask: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """`attention` on codes u8: q [B, Tq, H*D], k and v [B, Tk, H*D]; tables [G], chosen by group i64 [B] -> f32.
+
+    In this order, with integer sums exact and everything else f32:
+
+    1. ``S = sum_d (q - q_zero) * (k - k_zero)``, ``l = f32(S) * ((q_scale * k_scale) * scale)``, + mask
+    2. ``e = exp(l - max_k l)``, ``p = e / f32(sum_k e)``, the sum in f64
+    3. P, the codes of p by `quantize` with p_scale, p_zero and ``bits``
+    4. ``y = f32(sum_k (P - p_zero) * (v - v_zero)) * (p_scale * v_scale)``
+    """
+    if mask is not None:
+        mask = mask.expand(len(q), heads, q.shape[1], k.shape[1])
+    tables = (q_scale, q_zero, k_scale, k_zero, v_scale, v_zero, p_scale, p_zero)
+    samples = [slice(b, b + 1) for b in range(len(q))]  # one at a time: the products are large
+    return torch.cat(
+        [
+            _quant_attention(q[b], k[b], v[b], group[b], *tables, heads, scale, None if mask is None else mask[b], bits)
+            for b in samples
+        ]
+    )
+
+
+def _quant_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: Tensor,
+    q_scale: Tensor,
+    q_zero: Tensor,
+    k_scale: Tensor,
+    k_zero: Tensor,
+    v_scale: Tensor,
+    v_zero: Tensor,
+    p_scale: Tensor,
+    p_zero: Tensor,
+    heads: int,
+    scale: float | None,
+    mask: Tensor | None,
+    bits: int,
+) -> Tensor:
+    def centred(x: Tensor, zero: Tensor) -> Tensor:
+        return split_heads(x.to(torch.float64) - per_sample(zero.to(torch.float64), group, x), heads)
+
+    query, key, value = centred(q, q_zero), centred(k, k_zero), centred(v, v_zero)
+    q_s, k_s, v_s, p_s = (per_sample(t.to(torch.float32), group, query) for t in (q_scale, k_scale, v_scale, p_scale))
+    factor = q_s * k_s * torch.tensor(attention_scale(query, scale), dtype=torch.float32)
+    logits = (query @ key.transpose(-1, -2)).to(torch.float32) * factor
+    if mask is not None:
+        logits = logits + mask
+    e = torch.exp(logits - logits.amax(-1, keepdim=True))
+    p = e / e.sum(-1, keepdim=True, dtype=torch.float64).to(torch.float32)
+    codes = quantize(p, p_scale, p_zero, group, bits).to(torch.float64)
+    y = (codes - per_sample(p_zero.to(torch.float64), group, codes)) @ value
+    return join_heads(y.to(torch.float32) * (p_s * v_s))
 
 
 def name_of(target: Any) -> str:

@@ -85,13 +85,22 @@ class WeightPlan:
 
 @dataclass(frozen=True)
 class ActivationPlan:
-    """How a tensor edge (named by its producing node) is quantized."""
+    """How a tensor edge (named by its producing node) is quantized, or the probabilities of an attention (`softmax`).
+
+    A dynamic plan has no tables: scale and zero point of each row are measured when the tensor is made.
+    """
 
     bits: int
-    scale: str
+    scale: str | None
     """Store name of the f16 scales, one a time group."""
-    zero_point: str
+    zero_point: str | None
     """Store name of the u8 zero points, one a time group."""
+    dynamic: bool = False
+
+
+def softmax(attention: str) -> str:
+    """Under which the probabilities within an attention call have their plan."""
+    return f"{attention}:softmax"
 
 
 @dataclass
@@ -124,11 +133,21 @@ class Program:
         }
         return dataclasses.replace(self, **(own | changes))
 
+    def note(self, sentence: str) -> None:
+        """Tells the user something: report and dumps repeat it."""
+        self.facts["notes"] = (*self.facts.get("notes", ()), sentence)
+
     def node(self, name: str) -> fx.Node:
         for n in self.graph.nodes:
             if n.name == name:
                 return n
         raise KeyError(name)
+
+    @property
+    def attentions(self) -> list[fx.Node]:
+        """Attention calls on computed tensors, in graph order: those that have a quantized form."""
+        calls = [n for n in self.graph.nodes if n.target is ops.attention]
+        return [n for n in calls if all(operand(n, i).op != "get_attr" for i in range(3))]
 
     @property
     def quantizable(self) -> list[fx.Node]:

@@ -4,8 +4,13 @@ A table is plain data: measured losses beside everything that costs are reckoned
 neither the model nor torch.
 
     {"version": 1, "model", "parameters", "fixed_bytes", "inputs",
-     "weights": {layer: {format: loss}}, "activations": {edge: {bits: loss}},
-     "layers": [{"name", "edges", "macs", "formats": {format: {"bits", "bytes"}}}], "elements": {edge: count}}
+     "weights": {layer: {format: loss}}, "activations": {edge: {bits: loss}}, "attention": {call: {bits: loss}},
+     "layers": [{"name", "edges", "macs", "formats": {format: {"bits", "bytes", "float_macs"?, "float"?}}}],
+     "elements": {edge: count},
+     "attention_costs": {call: {"macs", "elements", "bytes"}}, "dynamic"}
+
+``dynamic`` says that edges of linear layers were measured with scales of their rows. An attention is a layer of its own
+whose choices are "float" and the widths of its operands and probabilities.
 """
 
 from __future__ import annotations
@@ -19,6 +24,11 @@ from typing import Any
 from mpq_compiler.errors import UserError
 
 VERSION = 1
+FLOAT = "float"
+"""The choice of an attention, and the width of an activation, that is not quantized."""
+FLOAT_BITS = 32
+BRANCH_BITS = 16
+"""Of the factors of a low-rank branch."""
 
 
 def is_table(path: str | Path) -> bool:
@@ -54,18 +64,23 @@ def problem(
     """The allocation problem of a table, in the form of interfaces.md, under the budgets that are given.
 
     A choice is a weight format with an activation width ("int4 u8"). An edge that several layers read is measured and
-    stored once: its loss and its size are shared out among them, and they are linked to one width.
+    stored once: its loss and its size are shared out among them, and they are linked to one width. A format whose
+    layers compute in float ("fp8 float") leaves the edge unquantized: no loss, and no part of the average width.
 
     Raises UserError for a byte budget that cannot be met, naming the least that can.
     """
+    attentions = table.get("attention", {})
+    elements = [*table["elements"].values(), *(table["attention_costs"][name]["elements"] for name in attentions)]
     readers: dict[str, list[str]] = {}
     for layer in table["layers"]:
         for edge in layer["edges"]:
             readers.setdefault(edge, []).append(layer["name"])
-    layers = [{"name": layer["name"], "choices": _choices(table, layer, readers)} for layer in table["layers"]]
+    average = FLOAT_BITS if activations is None else activations
+    layers = [{"name": layer["name"], "choices": _choices(table, layer, readers, average)} for layer in table["layers"]]
+    layers += [{"name": name, "choices": _attention_choices(table, name)} for name in attentions]
     budgets: list[dict[str, Any]] = []
     if activations is not None:
-        budgets.append({"cost": "activation_bits", "max": activations * sum(table["elements"].values())})
+        budgets.append({"cost": "activation_bits", "max": activations * sum(elements)})
     if limit_bytes is not None:
         require_bytes(table, limit_bytes, {name: list(losses) for name, losses in table["weights"].items()})
         budgets.append({"cost": "bytes", "max": limit_bytes - table["fixed_bytes"]})
@@ -90,24 +105,43 @@ def require_bytes(table: dict[str, Any], limit_bytes: int, formats: Mapping[str,
         )
 
 
-def _choices(table: dict[str, Any], layer: dict[str, Any], readers: dict[str, list[str]]) -> list[dict[str, Any]]:
+def _choices(
+    table: dict[str, Any], layer: dict[str, Any], readers: dict[str, list[str]], average: float
+) -> list[dict[str, Any]]:
+    """Every format with every width; ``average`` is what an activation that stays float counts in the average."""
     edges = layer["edges"]
     widths = sorted({int(b) for e in edges for b in table["activations"][e]})
     shared = {e: 1 / len(readers[e]) for e in edges}
-    return [
-        {
-            "name": f"{name} u{bits}",
-            "loss": loss + sum(table["activations"][e][str(bits)] * shared[e] for e in edges),
-            "costs": {
-                "bytes": layer["formats"][name]["bytes"],
-                "activation_bits": sum(bits * table["elements"][e] * shared[e] for e in edges),
-                "bops": layer["macs"] * layer["formats"][name]["bits"] * bits,
-            },
-            "attributes": {"activation": f"u{bits}"},
+    elements = sum(table["elements"][e] * shared[e] for e in edges)
+
+    def choice(name: str, loss: float, bits: int | None) -> dict[str, Any]:
+        costs, width = layer["formats"][name], FLOAT if bits is None else f"u{bits}"
+        noise = 0.0 if bits is None else sum(table["activations"][e][str(bits)] * shared[e] for e in edges)
+        branch = costs.get("float_macs", 0) * BRANCH_BITS * FLOAT_BITS
+        spent = {
+            "bytes": costs["bytes"],
+            "activation_bits": (average if bits is None else bits) * elements,
+            "bops": layer["macs"] * costs["bits"] * (FLOAT_BITS if bits is None else bits) + branch,
         }
+        return {"name": f"{name} {width}", "loss": loss + noise, "costs": spent, "attributes": {"activation": width}}
+
+    return [
+        choice(name, loss, bits)
         for name, loss in table["weights"][layer["name"]].items()
-        for bits in widths
+        for bits in ([None] if layer["formats"][name].get("float") else widths)
     ]
+
+
+def _attention_choices(table: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Float, which costs no bytes and 32 bits an activation, and the measured widths."""
+    costs = table["attention_costs"][name]
+
+    def choice(label: str, loss: float, bits: int, size: float) -> dict[str, Any]:
+        spent = {"bytes": size, "activation_bits": bits * costs["elements"], "bops": costs["macs"] * bits * bits}
+        return {"name": label, "loss": loss, "costs": spent}
+
+    measured = [choice(f"u{bits}", loss, int(bits), costs["bytes"]) for bits, loss in table["attention"][name].items()]
+    return [choice(FLOAT, 0.0, FLOAT_BITS, 0), *measured]
 
 
 def byte_limit(table: dict[str, Any], bits: float | None, size: int | None) -> int | None:

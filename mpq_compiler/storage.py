@@ -43,7 +43,7 @@ def stored(program: Program) -> dict[str, Stored]:
     that no pass has seen).
     """
     weights = calls.levels_of(calls.flatten(program))
-    bits = {levels.codes: code_bits(program, levels.lut) for levels in weights if levels.codes}
+    bits = {found.codes: code_bits(program, found.lut) for found in weights if found.codes and found.integer}
     result = {}
     for name in sorted({str(n.target) for n in program.graph.nodes if n.op == "get_attr"}):
         tensor = program.tensors[name]

@@ -18,10 +18,12 @@ from torch import Tensor, fx
 
 from mpq_compiler import calls, formats, ops
 from mpq_compiler.aten import aten, interior_permutes
+from mpq_compiler.calibration import attention_edges
 from mpq_compiler.calls import Call, Layer, Levels, Quantizer, stored
 from mpq_compiler.costs import stored_dtype
+from mpq_compiler.errors import UserError
 from mpq_compiler.formats.residual import ResidualFormat
-from mpq_compiler.program import Program, Stage, shapes, weight_of
+from mpq_compiler.program import ActivationPlan, Program, Stage, shapes, softmax, weight_of
 
 BATCHES = (2, 3)
 """The batch sizes at which shapes are compared."""
@@ -105,6 +107,12 @@ class View:
         return calls.quantizers_of(self.calls)
 
     @cached_property
+    def static_plans(self) -> list[tuple[str, ActivationPlan]]:
+        """(edge, plan) of the activation plans that have tables."""
+        plans = self.program.activations.items()
+        return [(edge, plan) for edge, plan in plans if plan.scale is not None and plan.zero_point is not None]
+
+    @cached_property
     def layers(self) -> list[Layer]:
         return calls.layers_of(self.calls)
 
@@ -114,6 +122,19 @@ class View:
         levels = {found.call.name: found for found in self.levels}
         named = {call.name: calls.weight_path(call, levels) for call in self.calls}
         return {name: path for name, path in named.items() if path is not None}
+
+    def format(self, path: str) -> formats.Format | None:
+        """The planned format of a weight, where there is a plan and such a format."""
+        plan = self.program.weights.get(path)
+        try:
+            return None if plan is None else formats.get(plan.format)
+        except UserError:
+            return None
+
+    def computes_in_float(self, path: str) -> bool:
+        """Whether the planned format has no integer kernel."""
+        planned = self.format(path)
+        return planned is not None and not planned.integer
 
     @cached_property
     def branches(self) -> list[Branch]:
@@ -243,18 +264,36 @@ def _inputs(view: View) -> Findings:
             yield spec.name, f"its shape {list(spec.shape)} is not [B, ...] with fixed sizes"
 
 
-_FLOAT_OPS = {ops.conv2d, ops.group_norm, ops.attention, ops.upsample_nearest2d}
-_SIMULATION = {ops.time_group, ops.fake_quantize, ops.fake_quantize_weight, ops.dequantize_weight, ops.binary_branch}
+_FLOAT_OPS = {ops.conv2d, ops.group_norm, ops.rms_norm, ops.attention, ops.upsample_nearest2d, ops.prepend}
+_SIMULATION = {
+    ops.time_group,
+    ops.fake_quantize,
+    ops.dynamic_fake_quantize,
+    ops.fake_quantize_attention,
+    ops.fake_quantize_weight,
+    ops.dequantize_weight,
+    ops.binary_branch,
+    *calls.FLOAT8,
+}
+_PACKED = {
+    ops.time_group,
+    ops.quantize,
+    ops.dynamic_quantize,
+    ops.quant_attention,
+    ops.dequantize_float8,
+    *calls.PACKED_LAYERS,
+}
 _DIALECTS: dict[Stage, set[Any]] = {
     Stage.FLOAT: set(),
     Stage.REWRITTEN: _FLOAT_OPS,
     Stage.PLANNED: _FLOAT_OPS,
     Stage.FAKE_QUANTIZED: _FLOAT_OPS | _SIMULATION,
-    Stage.PACKED: _FLOAT_OPS | {ops.time_group, ops.quantize, *calls.PACKED_LAYERS},
+    Stage.PACKED: _FLOAT_OPS | _PACKED,
 }
 _REPLACED = {
     aten.conv2d.default,
     aten.group_norm.default,
+    aten.rms_norm.default,
     aten.upsample_nearest2d.vec,
     aten.scaled_dot_product_attention.default,
 }
@@ -334,7 +373,7 @@ def _reasons(view: View) -> Findings:
 @rule("plan-formats", PLANNED)
 def _plan_formats(view: View) -> Findings:
     for path, plan in view.program.weights.items():
-        if plan.format not in formats.FORMATS:
+        if view.format(path) is None:
             yield path, f"there is no weight format '{plan.format}'"
 
 
@@ -354,10 +393,11 @@ def _float_leftovers(view: View) -> Findings:
     for call in view.calls:
         if call.target not in calls.FLOAT_LAYERS:
             continue
-        path = view.paths.get(call.name)
-        if path in planned and weight_of(view.program.node(call.name)) is not None:
+        path = view.paths.get(call.name, "")
+        integer = not view.computes_in_float(path)
+        if integer and path in planned and weight_of(view.program.node(call.name)) is not None:
             continue
-        if any(layer.call.name == call.name and layer.levels for layer in view.layers):
+        if integer and any(layer.call.name == call.name and layer.levels for layer in view.layers):
             continue
         if call.name not in view.program.fallbacks and path not in view.program.fallbacks:
             yield call.name, "the layer stays float and no fallback says why"
@@ -365,10 +405,14 @@ def _float_leftovers(view: View) -> Findings:
 
 @rule("activation-plans", PLANNED)
 def _activation_plans(view: View) -> Findings:
-    """One plan for each tensor edge that a quantized layer reads, and one quantizer that follows it."""
+    """One plan for each tensor edge that a quantized layer or attention reads, and one quantizer that follows it."""
     program = view.program
     if program.stage == Stage.PLANNED:
-        edges = {c.args[0].name for c in view.calls if c.name in view.paths and view.paths[c.name] in program.weights}
+        paths = {p for p in program.weights if not view.computes_in_float(p)}
+        edges = {c.args[0].name for c in view.calls if view.paths.get(c.name) in paths}
+        for node in program.attentions:
+            if softmax(node.name) in program.activations:
+                edges |= {softmax(node.name), *(edge.name for edge in attention_edges(node))}
     else:
         edges = {q.edge for q in view.quantizers}
     for edge in sorted(edges ^ set(program.activations)):
@@ -378,8 +422,28 @@ def _activation_plans(view: View) -> Findings:
         plan = program.activations.get(q.edge)
         if counts[q.edge] > 1:
             yield q.call.name, f"%{q.edge} has {counts[q.edge]} quantizers"
-        if plan is not None and (q.bits, q.scale, q.zero_point) != (plan.bits, plan.scale, plan.zero_point):
+        made = ActivationPlan(q.bits, q.scale, q.zero_point, q.dynamic)
+        if plan is not None and made != plan:
             yield q.call.name, f"it does not follow the plan of %{q.edge}"
+
+
+@rule("dynamic-activations", PLANNED)
+def _dynamic_activations(view: View) -> Findings:
+    """A dynamic plan has no tables and every other plan has them; linear layers alone read rows with own scales."""
+    program = view.program
+    dynamic = {edge for edge, plan in program.activations.items() if plan.dynamic}
+    for edge, plan in program.activations.items():
+        if plan.dynamic != (plan.scale is None) or plan.dynamic != (plan.zero_point is None):
+            yield edge, "its plan is either dynamic or has a scale and a zero point for each time group"
+    edges = {q.call.name: q.edge for q in view.quantizers}
+    for call in view.calls:
+        convolution = call.target in (ops.conv2d, ops.quant_conv2d) and view.paths.get(call.name) in program.weights
+        attention = call.target in (ops.attention, *calls.ATTENTIONS) and softmax(call.name) in program.activations
+        for x in call.args[: 1 if convolution else 3 if attention else 0]:
+            name = getattr(calls.made_by(x), "name", "")
+            edge = edges.get(name, "") if edges else name
+            if edge in dynamic:
+                yield call.name, f"it adds up rows of %{edge}, whose scales differ"
 
 
 @rule("activation-bits", PLANNED)
@@ -391,16 +455,16 @@ def _activation_bits(view: View) -> Findings:
 
 @rule("activation-scales", PLANNED)
 def _activation_scales(view: View) -> Findings:
-    for edge, plan in view.program.activations.items():
-        scale = view.tensor(plan.scale)
+    for edge, plan in view.static_plans:
+        scale = view.tensor(str(plan.scale))
         if scale.dtype != torch.float16 or not bool((scale > 0).all()):
             yield edge, f"its scales ({scale.dtype}) are not all positive halves"
 
 
 @rule("zero-points", PLANNED)
 def _zero_points(view: View) -> Findings:
-    for edge, plan in view.program.activations.items():
-        zero = view.tensor(plan.zero_point)
+    for edge, plan in view.static_plans:
+        zero = view.tensor(str(plan.zero_point))
         if zero.dtype != torch.uint8 or int(zero.max()) >= 2**plan.bits:
             yield edge, f"its zero points ({zero.dtype}, up to {int(zero.max())}) are not u8 codes of {plan.bits} bits"
 
@@ -409,8 +473,8 @@ def _zero_points(view: View) -> Findings:
 def _group_tables(view: View) -> Findings:
     """A scale and a zero point for each time group: one more than there are boundaries."""
     groups = len(view.program.facts["time-groups"]) + 1
-    for edge, plan in view.program.activations.items():
-        for name in (plan.scale, plan.zero_point):
+    for edge, plan in view.static_plans:
+        for name in (str(plan.scale), str(plan.zero_point)):
             if tuple(view.tensor(name).shape) != (groups,):
                 yield edge, f"'{name}' {list(view.tensor(name).shape)} is not one value for each of {groups} groups"
 
@@ -429,14 +493,19 @@ def _boundaries(view: View) -> Findings:
 
 @rule("one-time-group", QUANTIZED)
 def _one_time_group(view: View) -> Findings:
-    """One time_group node on the timestep is the group operand of every quantizer and packed layer."""
+    """One time_group node on the timestep is the group operand of all that have tables; dynamic ones have none."""
     groups = [n for n in view.nodes if n.target is ops.time_group]
     for node in groups[1:]:
         yield node.name, f"%{groups[0].name} already gives the time groups"
-    operands = [(q.call.name, q.group) for q in view.quantizers]
-    operands += [(layer.call.name, layer.group) for layer in view.layers if layer.call.target in calls.PACKED_LAYERS]
-    for name, group in operands:
-        if not isinstance(group, fx.Node) or group.target is not ops.time_group:
+    dynamic = {q.call.name for q in view.quantizers if q.dynamic}
+    operands = [(q.call.name, q.group, q.dynamic) for q in view.quantizers]
+    for layer in view.layers:
+        if layer.call.target in calls.PACKED_LAYERS:
+            operands.append((layer.call.name, layer.group, getattr(calls.made_by(layer.x), "name", "") in dynamic))
+    for name, group, by_row in operands:
+        if by_row and group is not None:
+            yield name, "it has a group operand, and its scales are those of rows"
+        elif not by_row and (not isinstance(group, fx.Node) or group.target is not ops.time_group):
             yield name, "its group operand is no time_group"
 
 
@@ -445,12 +514,15 @@ def _one_time_group(view: View) -> Findings:
 
 @rule("codes", QUANTIZED)
 def _codes(view: View) -> Findings:
-    """u8 codes below the size of their table, or int8 values within +-127 where there is none."""
+    """u8 codes below the size of their table, or int8 values within +-127 where there is none; finite FP8 numbers."""
     for levels in view.levels:
         if levels.codes is None:
             continue
         codes = view.tensor(levels.codes)
-        if levels.lut is None:
+        if not levels.integer:
+            largest = {4: 0x7E, 5: 0x7B}[levels.call.args[3]]
+            sound = codes.dtype == torch.uint8 and int((codes & 0x7F).max()) <= largest
+        elif levels.lut is None:
             sound = codes.dtype == torch.int8 and int(codes.min()) >= -ops.LUT_MAX
         else:
             sound = codes.dtype == torch.uint8 and int(codes.max()) < view.tensor(levels.lut).shape[-1]
@@ -472,43 +544,46 @@ def _table_size(view: View) -> Findings:
     """A table [classes, 2^bits] with the bits of the planned format, or of its base while there is a branch."""
     based = {b.base.call.name for b in view.branches if b.base is not None}
     for levels in view.levels:
-        plan = view.program.weights.get(levels.path)
-        if plan is None or plan.format not in formats.FORMATS:
+        planned = view.format(levels.path)
+        if planned is None:
             continue
-        planned = formats.FORMATS[plan.format]
-        bits = planned.bits
-        if isinstance(planned, ResidualFormat) and (levels.codes is None or levels.call.name in based):
-            bits = planned.base_bits
+        base = planned.base if isinstance(planned, formats.LowRankFormat) else planned
+        bits = base.bits
+        beside = levels.codes is None and base is planned  # an open weight of a low-rank format has the merged table
+        if isinstance(base, ResidualFormat) and (beside or levels.call.name in based):
+            bits = base.base_bits
         size = None if levels.lut is None else tuple(view.tensor(levels.lut).shape)
         if size is None:
             if bits != 8:
-                yield levels.call.name, f"{plan.format} needs a table of {2**bits} entries and there is none"
+                yield levels.call.name, f"{planned.name} needs a table of {2**bits} entries and there is none"
         elif len(size) != 2 or size[1] != 2**bits or size[1] not in LUT_SIZES:
-            yield levels.call.name, f"'{levels.lut}' has the shape {list(size)}; {plan.format} has {2**bits} levels"
+            yield levels.call.name, f"'{levels.lut}' has the shape {list(size)}; {planned.name} has {2**bits} levels"
 
 
 @rule("weight-scales", QUANTIZED)
 def _weight_scales(view: View) -> Findings:
-    """Positive f16 scales [O, J]."""
+    """Positive f16 scales [O, J], one for each row and K-segment; of FP8 [O]."""
     for levels in view.levels:
         if levels.scale is None:
             yield levels.call.name, "its scale is not in the store"
             continue
         scale = view.tensor(levels.scale)
         rows = len(view.tensor(str(levels.codes or levels.weight)))
-        if scale.dtype != torch.float16 or scale.dim() != 2 or len(scale) != rows or not bool((scale > 0).all()):
-            yield levels.call.name, f"'{levels.scale}' {list(scale.shape)} ({scale.dtype}) is not a positive half a row"
+        shape = (rows, levels.segments) if levels.integer else (rows,)
+        if scale.dtype != torch.float16 or tuple(scale.shape) != shape or not bool((scale > 0).all()):
+            kind = f"{list(scale.shape)} ({scale.dtype})"
+            yield levels.call.name, f"'{levels.scale}' {kind} does not hold {list(shape)} positive halves"
 
 
 @rule("offsets", QUANTIZED)
 def _offsets(view: View) -> Findings:
     """Offsets [O] where the planned format has them, and only there."""
     for levels in view.levels:
-        plan = view.program.weights.get(levels.path)
-        if plan is None or plan.format not in formats.FORMATS:
+        planned = view.format(levels.path)
+        if planned is None:
             continue
-        if (levels.offset is not None) != formats.FORMATS[plan.format].has_offset:
-            yield levels.call.name, f"{plan.format} has {'no ' if levels.offset else ''}offsets"
+        if (levels.offset is not None) != planned.has_offset:
+            yield levels.call.name, f"{planned.name} has {'no ' if levels.offset else ''}offsets"
         elif levels.offset is not None:
             rows = len(view.tensor(str(levels.codes or levels.weight)))
             if tuple(view.tensor(levels.offset).shape) != (rows,):
@@ -549,12 +624,33 @@ def _branches(view: View) -> Findings:
             yield call.name, "base and branch together leave the range of int8"
 
 
+@rule("low-rank", QUANTIZED)
+def _low_rank(view: View) -> Findings:
+    """A settled low-rank weight is read with both factors, halves [O, r] and [r, ...]; no other weight has any."""
+    read = {name: node for node, name in view.reads if calls.is_factor(name)}
+    for name, node in read.items():
+        path = name.split(":")[0]
+        if not isinstance(view.format(path), formats.LowRankFormat):
+            yield node, f"'{name}' is a factor of a weight that is planned without a branch"
+    for levels in view.levels:
+        if levels.codes is None or not isinstance(view.format(levels.path), formats.LowRankFormat):
+            continue
+        if any(f"{levels.path}:{part}" not in read for part in calls.FACTORS):
+            yield levels.call.name, f"the low-rank branch of '{levels.path}' is not in the graph"
+            continue
+        up, down = (view.tensor(f"{levels.path}:{part}") for part in calls.FACTORS)
+        rows = len(view.tensor(levels.codes))
+        if up.dtype != torch.float16 or down.dtype != torch.float16 or tuple(up.shape) != (rows, len(down)):
+            yield levels.call.name, f"the factors {list(up.shape)} and {list(down.shape)} are not halves of one rank"
+
+
 @rule("shared-weights", QUANTIZED)
 def _shared_weights(view: View) -> Findings:
     """All calls that read a parameter read the same codes and scales."""
     parts: dict[str, set[Any]] = {}
     for levels in view.levels:
-        parts.setdefault(levels.path, set()).add((levels.weight, levels.codes, levels.scale, levels.offset, levels.lut))
+        made_of = (levels.weight, levels.codes, levels.scale, levels.offset, levels.lut, levels.row_class)
+        parts.setdefault(levels.path, set()).add(made_of)
         if len(parts[levels.path]) > 1:
             yield levels.call.name, f"another call reads other codes of '{levels.path}'"
 
@@ -577,34 +673,63 @@ def _segments(view: View) -> Findings:
 
 @rule("operand-tables", PACKED)
 def _operand_tables(view: View) -> Findings:
-    """A packed layer reads codes, and carries the tables of the quantizer that made them."""
-    made = {q.call.name: (q.scale, q.zero_point) for q in view.quantizers}
+    """A packed layer or attention reads codes, and carries the tables of the quantizer that made them."""
+    made = {q.call.name: (q.scale, q.zero_point) for q in view.quantizers if q.call.target is ops.quantize}
+    dynamic = {q.call.name for q in view.quantizers if q.dynamic}
+    for call in view.calls:
+        if call.target is ops.quant_attention:
+            for i, x in enumerate(call.args[:3]):
+                tables = tuple(stored(a) for a in call.args[4 + 2 * i : 6 + 2 * i])
+                if made.get(getattr(x, "name", "")) != tables:
+                    yield call.name, f"it reads %{getattr(x, 'name', '?')} without the tables of its codes"
     for layer in view.layers:
         if layer.call.target not in calls.PACKED_LAYERS:
             continue
+        source = calls.made_by(layer.x)
+        if isinstance(source, fx.Node) and source.name in dynamic:
+            parts = [(layer.x, 0), *((t, 1) for t in layer.call.args[7]), *((t, 2) for t in layer.call.args[8])]
+            if any(part.target is not operator.getitem or part.args != (source, i) for part, i in parts):
+                yield layer.call.name, f"it reads codes, scales or zero points of %{source.name} in other places"
+            continue
         joined = isinstance(layer.x, fx.Node) and layer.x.target is aten.cat.default
-        sources = list(layer.x.args[0]) if joined else [layer.x]
-        tables = list(zip(layer.act_scale, layer.act_zero, strict=False))
+        pairs = list(zip(layer.act_scale, layer.act_zero, strict=False))
+        sources = list(layer.x.args[0]) if joined else [layer.x] * max(1, len(pairs))
         for j, source in enumerate(sources):
             name = getattr(source, "name", "")
             if name not in made:
                 yield layer.call.name, f"its operand %{name} holds no codes"
-            elif j < len(tables) and tables[j] != made[name]:
+            elif j < len(pairs) and pairs[j] != made[name]:
                 yield layer.call.name, f"it reads %{name} with the scale or zero point of another edge"
 
 
 @rule("simulated-operands", SIMULATED)
 def _simulated_operands(view: View) -> Findings:
-    """Quantized weights meet quantized activations: a layer has both or neither."""
+    """Quantized weights meet quantized activations: a layer has both or neither, an attention three operands."""
+    simulated = (ops.fake_quantize, ops.dynamic_fake_quantize)
+    for call in view.calls:
+        if call.target is ops.fake_quantize_attention:
+            for x in call.args[:3]:
+                if x.target is not ops.fake_quantize:
+                    yield call.name, f"its probabilities are quantized and its operand %{x.name} is not"
     for layer in view.layers:
-        quantized = isinstance(layer.x, fx.Node) and layer.x.target is ops.fake_quantize
-        if layer.levels is not None and not quantized:
+        quantized = isinstance(layer.x, fx.Node) and layer.x.target in simulated
+        if layer.levels is not None and layer.levels.integer and not quantized:
             yield layer.call.name, f"its weight is quantized and its operand %{getattr(layer.x, 'name', '?')} is not"
 
 
 @rule("accumulators", QUANTIZED)
 def _accumulators(view: View) -> Findings:
-    """``|sum (q - z) * w| < 2^31`` for any codes q: from K alone, or from the entries of each row where K is large."""
+    """``|sum (q - z) * w| < 2^31`` for any codes q: from K alone, or from the entries of each row where K is large.
+
+    In an attention both factors are activations, and K is the width of a head, and the number of keys.
+    """
+    sizes = {} if isinstance(view.shapes, str) else view.shapes[BATCHES[0]]
+    for call in view.calls:
+        if call.target is ops.quant_attention and call.args[1].name in sizes:
+            _, keys, width = sizes[call.args[1].name].shape
+            terms = max(keys, width // call.args[12])
+            if terms * 255 * 255 >= ACCUMULATOR:
+                yield call.name, f"accumulators of {terms} products of codes may leave int32"
     for levels in view.levels:
         if levels.codes is None:
             continue

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
 from mpq_compiler import costs, formats, sensitivity_table
 from mpq_compiler.allocation import Problem, solve
-from mpq_compiler.calibration import GRAM, RANGE, VALUES, input_edge
+from mpq_compiler.calibration import ATTENTION, DYNAMIC, GRAM, RANGE, VALUES, attention_edges, dynamic_edges, input_edge
 from mpq_compiler.costs import weight_path
 from mpq_compiler.errors import UserError
 from mpq_compiler.fitting import activation_parameters
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import CONTRACTIONS, ActivationPlan, Program, Stage, WeightPlan, weight_of
+from mpq_compiler.program import CONTRACTIONS, ActivationPlan, Program, Stage, WeightPlan, softmax, weight_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class BitAllocation(Pass):
 
     A multiple-choice program solved to optimality with HiGHS (MixDQ, arXiv 2405.17873, section 4.3, in joint form). A
     choice is a pair of weight format and activation width, so that bit operations stay linear; layers that read one
-    tensor are linked to one width. Bytes are those of the artifact, overheads included.
+    tensor are linked to one width. Bytes are those of the artifact, overheads included. An attention is a choice
+    between float, at 32 bits an activation, and q, k, v and probabilities of one width; an edge that a layer reads too
+    has the layer's width.
 
         %mid_block_attentions_0_to_q = aten.linear(%mid_block_attentions_0_group_norm, .weight, .bias)
       =>
@@ -40,11 +42,24 @@ class BitAllocation(Pass):
     bytes: int | None = None
     """Budget in stored bytes."""
     activations: float = 8.0
-    """Budget in average bits of the activations that are quantized."""
+    """Budget in average bits of the activations that layers read, and attentions where they may be quantized."""
     bops: float | None = None
     """Budget in bit operations per sample and step."""
     uniform: str | None = None
     """One format for every layer, whatever it costs: no program is solved."""
+    dynamic: bool = False
+    """Scales for each token, computed at run time, for linear layers; edges that convolutions or quantized attentions
+    read stay static."""
+    attention: int | None = None
+    """Bits of q, k, v and the probabilities of attentions; none leaves them float."""
+
+    def __post_init__(self) -> None:
+        if self.uniform is not None:
+            formats.get(self.uniform)
+
+    def asks(self) -> frozenset[str]:
+        asked = {ATTENTION: self.attention is not None, DYNAMIC: self.dynamic}
+        return self.statistics | {name for name, wanted in asked.items() if wanted}
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork(stage=Stage.PLANNED)
@@ -54,30 +69,69 @@ class BitAllocation(Pass):
         if self.uniform is not None:
             bits = int(min(self.activations, 8))
             choices = {path: (formats.get(self.uniform).name, bits) for path in sites}
+            quantized = {n.name for n in program.attentions if self.attention is not None}
         else:
-            choices = self._solve(program)
+            choices, quantized = self._solve(program)
+        dynamic = dynamic_edges(program, self.attention is not None) if self.dynamic else frozenset()
         for path, nodes in sites.items():
             name, bits = choices[path]
             program.weights[path] = WeightPlan(name, tuple(n.name for n in nodes))
             for node in nodes:
-                _plan_activation(program, input_edge(node).name, bits)
+                if not formats.get(name).integer:
+                    program.fallbacks[node.name] = f"{name} weights have no integer kernel: the layer computes in float"
+                    continue
+                edge = input_edge(node).name
+                _plan_activation(program, edge, bits, edge in dynamic)
+        if self.attention is not None:
+            self._plan_attentions(program, quantized, self.attention)
         self._check_uniform(program)
         for node in program.graph.nodes:
             if node.target in CONTRACTIONS and weight_of(node) is None:
                 program.fallbacks[node.name] = "grouped convolutions and computed weights have no quantized kernel"
         return program
 
-    def _solve(self, program: Program) -> dict[str, tuple[str, int]]:
-        """Weight format and activation bits of each layer."""
+    def _plan_attentions(self, program: Program, quantized: set[str], bits: int) -> None:
+        for node in program.attentions:
+            if node.name not in quantized:
+                program.fallbacks[node.name] = "attention in float: the budgets allow it, and it costs nothing"
+                continue
+            for name in (*(edge.name for edge in attention_edges(node)), softmax(node.name)):
+                _plan_activation(program, name, bits)
+
+    def _solve(self, program: Program) -> tuple[dict[str, tuple[str, int]], set[str]]:
+        """Weight format and activation bits of each layer; the attentions that are quantized."""
         if "sensitivity" not in program.facts:
             raise UserError("pass 'bit-allocation' needs 'sensitivity': put sensitivity before it, or set uniform=int8")
-        table = program.facts["sensitivity"] | costs.describe(program)
+        table = program.facts["sensitivity"] | costs.describe(program, self.dynamic)
+        table |= {"attention": self._attention_losses(program, table.get("attention", {}))}
+        if self.dynamic != table.get("dynamic", False):
+            kinds = ("dynamic", "static") if table.get("dynamic") else ("static", "dynamic")
+            raise UserError(
+                f"the sensitivities are those of {kinds[0]} activations, and bit-allocation plans {kinds[1]} ones: "
+                f"measure them again with bit-allocation{{dynamic={str(self.dynamic).lower()}}} in the pipeline"
+            )
         limit = sensitivity_table.byte_limit(table, self.weights, self.bytes)
         problem = sensitivity_table.problem(table, limit, self.activations, self.bops)
         solution = solve(Problem.from_json(problem))
         program.facts["allocation"] = {"objective": solution.objective, "gap": solution.gap, "costs": solution.costs}
-        split = {path: choice.split(" u") for path, choice in solution.choices.items()}
-        return {path: (name, int(bits)) for path, (name, bits) in split.items()}
+        split = {path: choice.split(" ") for path, choice in solution.choices.items() if path in table["weights"]}
+        quantized = {name for name in table["attention"] if solution.choices[name] != sensitivity_table.FLOAT}
+        float_width = sensitivity_table.FLOAT
+        widths = {path: (name, 0 if width == float_width else int(width[1:])) for path, (name, width) in split.items()}
+        return widths, quantized
+
+    def _attention_losses(self, program: Program, measured: dict[str, dict[str, float]]) -> dict[str, Any]:
+        """Of the measured losses those at the width that is asked for, by attention."""
+        if self.attention is None:
+            return {}
+        width = str(self.attention)
+        missing = [n.name for n in program.attentions if width not in measured.get(n.name, {})]
+        if missing:
+            raise UserError(
+                f"the sensitivities do not hold attention '{missing[0]}' at {width} bits: measure them with "
+                f"sensitivity{{activations={width}}} before bit-allocation{{attention={width}}}"
+            )
+        return {n.name: {width: measured[n.name][width]} for n in program.attentions}
 
     def _check_uniform(self, program: Program) -> None:
         """A uniform plan that exceeds a budget is refused rather than written."""
@@ -91,8 +145,11 @@ class BitAllocation(Pass):
             )
 
 
-def _plan_activation(program: Program, edge: str, bits: int) -> None:
+def _plan_activation(program: Program, edge: str, bits: int, dynamic: bool = False) -> None:
     if edge in program.activations:
+        return
+    if dynamic:
+        program.activations[edge] = ActivationPlan(bits, None, None, dynamic=True)
         return
     scale, zero = activation_parameters(program, edge, bits)
     program.activations[edge] = ActivationPlan(

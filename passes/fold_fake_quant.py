@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import fx
 
-from mpq_compiler import ops
+from mpq_compiler import calls, ops
 from mpq_compiler.aten import aten
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Program, Stage, arguments, operand, prune
+
+_SIMULATED = (ops.fake_quantize, ops.dynamic_fake_quantize)
 
 
 @dataclass(frozen=True)
@@ -33,63 +36,103 @@ class FoldFakeQuant(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork(stage=Stage.PACKED)
+        packed: dict[fx.Node, Codes] = {}
         for node in list(program.graph.nodes):
-            if _is_layer(node):
-                self._fold(program, node)
+            if node.target in _SIMULATED and any(_reads_codes(user) for user in node.users):
+                codes = _quantize(program.graph, node)
+                packed[codes.codes] = codes
+            elif _is_layer(node):
+                self._fold(program, node, packed[operand(node, 0)])
+            elif node.target is ops.fake_quantize_attention:
+                _fold_attention(program.graph, node, [packed[operand(node, i)] for i in range(3)])
         prune(program.graph)
         return program
 
-    def _fold(self, program: Program, call: fx.Node) -> None:
-        graph = program.graph
-        x, weight = operand(call, 0), operand(call, 1)
+    def _fold(self, program: Program, call: fx.Node, x: Codes) -> None:
+        graph, weight = program.graph, operand(call, 1)
         bias, *geometry = arguments(call)[2:] or (None,)
-        _, act_scale, act_zero, group, _ = arguments(x)
-        if x.target is ops.fake_quantize:
-            _quantize_for_layers(graph, x)
         with graph.inserting_before(call):
-            codes, scale, offset, lut, row_class, shape = _table(program, weight)
-            common = (call.args[0], group, codes, scale, offset, lut, row_class, [act_scale], [act_zero], bias)
+            codes, scale, offset, lut, row_class, shape, *segments = _table(program, weight)
+            channels = list(segments[0] if segments else shape[-1:])
+            scales, zeros = [x.scale] * len(channels), [x.zero_point] * len(channels)
+            common = (x.codes, x.group, codes, scale, offset, lut, row_class, scales, zeros, bias)
             if call.target is ops.conv2d:
                 stride, padding, *_ = geometry
                 window = (list(shape[1:3]), list(stride), list(padding))
-                new = graph.call_function(ops.quant_conv2d, (*common, [shape[3]], *window))
+                new = graph.call_function(ops.quant_conv2d, (*common, channels, *window))
             else:
-                new = graph.call_function(ops.quant_linear, (*common, [shape[1]]))
-        call.replace_all_uses_with(new)
-        name = call.name
-        graph.erase_node(call)
-        new.name = name
+                new = graph.call_function(ops.quant_linear, (*common, channels))
+        _replace(graph, call, new)
 
 
-def _quantize_for_layers(graph: fx.Graph, x: fx.Node) -> None:
+@dataclass(frozen=True)
+class Codes:
+    """A quantized tensor of the packed graph; without a group, scale and zero point are those of its rows."""
+
+    codes: fx.Node
+    scale: fx.Node
+    zero_point: fx.Node
+    group: fx.Node | None
+
+
+def _quantize(graph: fx.Graph, x: fx.Node) -> Codes:
     """Every layer that reads the fake-quantized tensor reads its codes instead; other readers keep the tensor."""
     with graph.inserting_before(x):
-        codes = graph.call_function(ops.quantize, x.args)
-    x.replace_all_uses_with(codes, delete_user_cb=_is_layer)
-    name = x.name
+        if x.target is ops.fake_quantize:
+            made = graph.call_function(ops.quantize, x.args)
+            _, scale, zero, group, _ = arguments(x)
+            found = Codes(made, scale, zero, group)
+        else:
+            made = graph.call_function(ops.dynamic_quantize, x.args)
+            parts = [graph.call_function(operator.getitem, (made, i)) for i in range(3)]
+            for part, name in zip(parts, ("codes", "scale", "zero"), strict=True):
+                part.name = f"{x.name}_{name}"
+            found = Codes(parts[0], parts[1], parts[2], None)
+    x.replace_all_uses_with(found.codes, delete_user_cb=_reads_codes)
     if not x.users:
-        graph.erase_node(x)
-        codes.name = name
+        _replace(graph, x, made)
+    return found
+
+
+def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
+    """``new`` takes the place and the name of ``old``."""
+    old.replace_all_uses_with(new)
+    name = old.name
+    graph.erase_node(old)
+    new.name = name
 
 
 def _is_layer(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target not in (ops.conv2d, aten.linear.default):
         return False
-    x, weight = node.args[0], node.args[1]
-    quantized = isinstance(x, fx.Node) and x.target in (ops.fake_quantize, ops.quantize)
+    x, weight = calls.made_by(node.args[0]), node.args[1]
+    quantized = isinstance(x, fx.Node) and x.target in (*_SIMULATED, ops.quantize, ops.dynamic_quantize)
     rounded = (ops.dequantize_weight, aten.add.Tensor)
     return quantized and isinstance(weight, fx.Node) and weight.op == "call_function" and weight.target in rounded
 
 
+def _reads_codes(node: fx.Node) -> bool:
+    return node.target is ops.fake_quantize_attention or _is_layer(node)
+
+
+def _fold_attention(graph: fx.Graph, call: fx.Node, operands: list[Codes]) -> None:
+    _, _, _, group, p_scale, p_zero, *rest = arguments(call)
+    tables = [t for x in operands for t in (x.scale, x.zero_point)]
+    with graph.inserting_before(call):
+        codes = (x.codes for x in operands)
+        new = graph.call_function(ops.quant_attention, (*codes, group, *tables, p_scale, p_zero, *rest))
+    _replace(graph, call, new)
+
+
 def _table(program: Program, weight: fx.Node) -> tuple[Any, ...]:
-    """codes, scale, offset, lut, row_class and shape of a settled weight, its branch merged."""
+    """codes, scale, offset, lut, row_class, shape and segments of a settled weight, its branch merged."""
     if weight.target is ops.dequantize_weight:
         return arguments(weight)
-    codes, scale, offset, lut, row_class, shape = arguments(operand(weight, 0))
+    codes, scale, offset, lut, *rest = arguments(operand(weight, 0))
     signs, _, alpha, _ = arguments(operand(weight, 1))
     stored = [program.tensors[str(n.target)] for n in (codes, lut, signs, alpha)]
     path = str(codes.target).split(":")[0]
     merged = ops.merge_branch(*stored)
     names = [program.tensors.add(f"{path}:{n}", t) for n, t in zip(("codes", "lut"), merged, strict=True)]
     new_codes, new_lut = (program.graph.get_attr(n) for n in names)
-    return new_codes, scale, offset, new_lut, row_class, shape
+    return new_codes, scale, offset, new_lut, *rest

@@ -9,14 +9,12 @@ import torch
 from torch import fx
 
 from mpq_compiler import formats, ops
-from mpq_compiler.calibration import input_edge
+from mpq_compiler.calibration import attention_arguments, attention_edges, input_edge
 from mpq_compiler.costs import stored_dtype, weight_path
-from mpq_compiler.fitting import rows_of
-from mpq_compiler.formats.residual import ResidualFormat
-from mpq_compiler.formats.uniform import UniformFormat
+from mpq_compiler.fitting import attributes
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.passes.time_groups import BOUNDARIES
-from mpq_compiler.program import Program, Stage, weight_of
+from mpq_compiler.program import ActivationPlan, Program, Stage, operand, softmax, weight_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,8 @@ class InsertFakeQuant(Pass):
     """Writes the plan into the graph as differentiable quantizers, and rounds float leftovers to their stored type.
 
     One quantizer a tensor edge, whoever reads it; one a weight, with the scales of the min-max range until a later pass
-    sets better ones. Biases, norms and embeddings are read from f16 from here on.
+    sets better ones. Layers whose format is no table of integers keep reading the float activation. Biases, norms and
+    embeddings are read from f16 from here on.
 
         %conv_in           = mpq::conv2d(%permute_default, .weight:ohwi, .bias, ...)
       =>
@@ -40,40 +39,28 @@ class InsertFakeQuant(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork(stage=Stage.FAKE_QUANTIZED)
-        graph = program.graph
         calls = [n for n in program.quantizable if weight_path(n) in program.weights]
-        weights = {str(weight_of(n)): self._add_parameters(program, n) for n in calls}
-        group = _insert_time_group(program)
+        static = any(not plan.dynamic for plan in program.activations.values())
+        group = _insert_time_group(program) if static else None
         quantized: dict[fx.Node, fx.Node] = {}
         rounded: dict[str, fx.Node] = {}
         for call in calls:
-            edge, weight, name = input_edge(call), call.args[1], str(weight_of(call))
-            if edge not in quantized:
-                quantized[edge] = _insert_quantizer(program, edge, group)
+            edge, name = input_edge(call), str(weight_of(call))
+            planned = formats.get(program.weights[str(weight_path(call))].format)
             if name not in rounded:
-                with graph.inserting_before(call):
-                    parameters = [p if p is None else graph.get_attr(p) for p in weights[name]]
-                    rounded[name] = graph.call_function(ops.fake_quantize_weight, (weight, *parameters, None))
-                    rounded[name].name = f"{call.name}_w"
-            call.update_arg(0, quantized[edge])
+                rounded[name] = _insert_levels(program, call, planned)
             call.update_arg(1, rounded[name])
-        self._store_leftovers(program, set(weights))
+            if planned.integer:
+                if edge not in quantized:
+                    quantized[edge] = _insert_quantizer(program, edge, group)
+                call.update_arg(0, quantized[edge])
+        for call in [n for n in program.attentions if softmax(n.name) in program.activations]:
+            for edge in attention_edges(call):
+                if edge not in quantized:
+                    quantized[edge] = _insert_quantizer(program, edge, group)
+            _quantize_attention(program, call, quantized, group)
+        self._store_leftovers(program, set(rounded))
         return program
-
-    def _add_parameters(self, program: Program, call: fx.Node) -> tuple[str, str | None, str | None]:
-        """Store names of scale, offset and table of the planned format's (for a residual: its base's) min-max range."""
-        path = str(weight_path(call))
-        planned = formats.get(program.weights[path].format)
-        if isinstance(planned, ResidualFormat):
-            planned = UniformFormat("base", planned.base_bits)
-        assert isinstance(planned, UniformFormat)
-        scale, offset = planned.range_parameters(rows_of(program, str(weight_of(call))))
-        add = program.tensors.add
-        return (
-            add(f"{path}:range.scale", scale),
-            None if offset is None else add(f"{path}:range.offset", offset),
-            None if planned.table is None else add(f"{path}:range.lut", planned.table),
-        )
 
     def _store_leftovers(self, program: Program, weights: set[str]) -> None:
         for node in program.graph.nodes:
@@ -99,14 +86,61 @@ def _insert_time_group(program: Program) -> fx.Node:
     return group
 
 
-def _insert_quantizer(program: Program, edge: fx.Node, group: fx.Node) -> fx.Node:
-    plan = program.activations[edge.name]
-    place = group if edge.op == "placeholder" else edge
-    with program.graph.inserting_after(place):
-        zero = program.graph.get_attr(plan.zero_point)
-    with program.graph.inserting_after(place):
-        scale = program.graph.get_attr(plan.scale)
-    with program.graph.inserting_after(zero):
-        new = program.graph.call_function(ops.fake_quantize, (edge, scale, zero, group, plan.bits))
+def _insert_levels(program: Program, call: fx.Node, planned: formats.Format) -> fx.Node:
+    """The call's weight at the levels from which its format starts."""
+    graph, weight, prefix = program.graph, operand(call, 1), f"{weight_path(call)}:range."
+    start = planned.start(program.tensors.read(str(weight.target)))
+    with graph.inserting_before(call):
+        if isinstance(start, formats.Float8Weight):
+            scale = attributes(program, prefix, scale=start.scale)
+            new = graph.call_function(ops.fake_quantize_float8, (weight, *scale, start.exponent))
+        else:
+            assert isinstance(start, formats.QuantizedWeight)
+            parts = attributes(
+                program, prefix, scale=start.scale, offset=start.offset, lut=start.lut, row_class=start.row_class
+            )
+            segments = [list(start.segments)] if start.segments else []
+            new = graph.call_function(ops.fake_quantize_weight, (weight, *parts, *segments))
+    new.name = f"{call.name}_w"
+    return new
+
+
+def _insert_quantizer(program: Program, edge: fx.Node, group: fx.Node | None) -> fx.Node:
+    plan, graph = program.activations[edge.name], program.graph
+    place = edge
+    if edge.op == "placeholder":
+        place = group or [n for n in graph.nodes if n.op == "placeholder"][-1]
+    if plan.dynamic:
+        with graph.inserting_after(place):
+            new = graph.call_function(ops.dynamic_fake_quantize, (edge, plan.bits))
+    else:
+        scale, zero = _tables(program, plan, place)
+        with graph.inserting_after(zero):
+            new = graph.call_function(ops.fake_quantize, (edge, scale, zero, group, plan.bits))
     new.name = f"{edge.name}_q"
     return new
+
+
+def _tables(program: Program, plan: ActivationPlan, place: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Scale and zero point of a static plan, read behind ``place``."""
+    with program.graph.inserting_after(place):
+        zero = program.graph.get_attr(str(plan.zero_point))
+    with program.graph.inserting_after(place):
+        scale = program.graph.get_attr(str(plan.scale))
+    return scale, zero
+
+
+def _quantize_attention(
+    program: Program, call: fx.Node, quantized: dict[fx.Node, fx.Node], group: fx.Node | None
+) -> None:
+    """The call on quantized operands, its probabilities quantized too."""
+    plan = program.activations[softmax(call.name)]
+    q, k, v = (quantized[operand(call, i)] for i in range(3))
+    scale, zero = _tables(program, plan, call.prev)
+    with program.graph.inserting_before(call):
+        arguments = (q, k, v, group, scale, zero, *attention_arguments(call.args), plan.bits)
+        new = program.graph.call_function(ops.fake_quantize_attention, arguments)
+    call.replace_all_uses_with(new)
+    name = call.name
+    program.graph.erase_node(call)
+    new.name = name

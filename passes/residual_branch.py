@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, fx
-
 from mpq_compiler import formats, ops
 from mpq_compiler.aten import aten
-from mpq_compiler.fitting import fit_unsettled, settle
+from mpq_compiler.fitting import Open, attributes, fit_unsettled, settle
 from mpq_compiler.formats.residual import ResidualFormat
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, operand, prune
+from mpq_compiler.program import Program, prune
 
 
 @dataclass(frozen=True)
@@ -34,27 +32,21 @@ class ResidualBranch(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
-        for quantizer, fit in fit_unsettled(program, session, "fitting residual branches", ResidualFormat):
-            self._insert(program, quantizer, fit)
+        for weight, fit in fit_unsettled(program, session, "fitting residual branches", ResidualFormat):
+            self._insert(program, weight, fit)
         prune(program.graph)
         return program
 
-    def _insert(self, program: Program, quantizer: fx.Node, fit: formats.QuantizedWeight) -> None:
-        weight = str(operand(quantizer, 0).target)
-        path, shape = weight.split(":")[0], list(program.tensors[weight].shape)
-        graph = program.graph
-
-        def attribute(name: str, tensor: Tensor | None) -> fx.Node:
-            assert tensor is not None
-            return graph.get_attr(program.tensors.add(f"{path}:{name}", tensor))
-
-        with graph.inserting_before(quantizer):
-            scale, offset = attribute("scale", fit.scale), attribute("offset", fit.offset)
-            codes, lut = attribute("base.codes", fit.codes), attribute("base.lut", fit.lut)
-            signs, alpha = attribute("signs", fit.signs), attribute("alpha", fit.alpha)
+    def _insert(self, program: Program, weight: Open, fit: formats.QuantizedWeight) -> None:
+        graph, shape = program.graph, list(program.tensors[weight.weight].shape)
+        with graph.inserting_before(weight.quantizer):
+            scale, offset = attributes(program, f"{weight.path}:", scale=fit.scale, offset=fit.offset)
+            codes, lut = attributes(program, f"{weight.path}:base.", codes=fit.codes, lut=fit.lut)
+            signs, alpha = attributes(program, f"{weight.path}:", signs=fit.signs, alpha=fit.alpha)
             base = graph.call_function(ops.dequantize_weight, (codes, scale, offset, lut, None, shape))
             branch = graph.call_function(ops.binary_branch, (signs, scale, alpha, shape))
             total = graph.call_function(aten.add.Tensor, (base, branch))
-        base.name, branch.name = f"{quantizer.name}_base", f"{quantizer.name}_branch"
-        settle(program, quantizer, total, fit)
+        name = weight.quantizer.name
+        base.name, branch.name = f"{name}_base", f"{name}_branch"
+        settle(program, weight, total, fit)
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import fx
-
 from mpq_compiler import formats, ops
 from mpq_compiler.calibration import GRAM
-from mpq_compiler.fitting import fit_unsettled, settle
+from mpq_compiler.fitting import Open, attributes, fit_unsettled, settle
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, operand, prune
+from mpq_compiler.program import Program, prune
 
 
 @dataclass(frozen=True)
@@ -37,20 +35,24 @@ class RoundWeights(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
-        for quantizer, fit in fit_unsettled(program, session, "rounding weights"):
-            self._settle(program, quantizer, fit)
+        for weight, fit in fit_unsettled(program, session, "rounding weights"):
+            self._settle(program, weight, fit)
         prune(program.graph)
         return program
 
-    def _settle(self, program: Program, quantizer: fx.Node, fit: formats.QuantizedWeight) -> None:
-        weight = str(operand(quantizer, 0).target)
-        path, shape = weight.split(":")[0], list(program.tensors[weight].shape)
-        fit = fit.merged()  # a residual format whose branch no pass has inserted is one table from here on
-        tensors = {"codes": fit.codes, "scale": fit.scale, "offset": fit.offset, "lut": fit.lut}
-        with program.graph.inserting_before(quantizer):
-            parts = [
-                None if tensor is None else program.graph.get_attr(program.tensors.add(f"{path}:{name}", tensor))
-                for name, tensor in tensors.items()
-            ]
-            value = program.graph.call_function(ops.dequantize_weight, (*parts, None, shape))
-        settle(program, quantizer, value, fit)
+    def _settle(self, program: Program, weight: Open, fit: formats.Fit) -> None:
+        graph, prefix, shape = program.graph, f"{weight.path}:", list(program.tensors[weight.weight].shape)
+        with graph.inserting_before(weight.quantizer):
+            if isinstance(fit, formats.Float8Weight):
+                parts = attributes(program, prefix, codes=fit.codes, scale=fit.scale)
+                value = graph.call_function(ops.dequantize_float8, (*parts, shape, fit.exponent))
+            else:
+                assert isinstance(fit, formats.QuantizedWeight)
+                fit = fit.merged()  # a residual format whose branch no pass has inserted is one table from here on
+                parts = attributes(
+                    program, prefix, codes=fit.codes, scale=fit.scale, offset=fit.offset, lut=fit.lut,
+                    row_class=fit.row_class,
+                )  # fmt: skip
+                segments = [list(fit.segments)] if fit.segments else []
+                value = graph.call_function(ops.dequantize_weight, (*parts, shape, *segments))
+        settle(program, weight, value, fit)

@@ -10,18 +10,42 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import cache, ops
+from mpq_compiler import cache, formats, ops
 from mpq_compiler.ablation import Ablation, noise_power
-from mpq_compiler.calibration import GRAM, RANGE, VALUES, Calibration, batches, input_edge
+from mpq_compiler.calibration import (
+    ATTENTION,
+    DYNAMIC,
+    GRAM,
+    RANGE,
+    VALUES,
+    Calibration,
+    attention_arguments,
+    batches,
+    dynamic_edges,
+    input_edge,
+)
 from mpq_compiler.costs import weight_path
 from mpq_compiler.fitting import activation_parameters, bias_of, corrected_bias, fitted
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, operand, shapes
+from mpq_compiler.program import Program, operand, shapes, softmax
 
 HELD_BYTES = 4 << 30
 """Memory for the values of the unchanged program, from which each measurement starts."""
 DIGITS = 6
 """Significant digits kept of a sensitivity, so that the last bits of a sum never decide an allocation."""
+WEIGHT, STATIC, PER_TOKEN, PROBABILITIES = "w", "a", "d", "p"
+"""What a task quantizes: a weight; an edge, by time group or by row; an attention's operands and probabilities."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One measurement: ``node`` (a call, an edge or an attention) in a format, or with that many bits."""
+
+    kind: str
+    node: fx.Node
+    choice: str | int
+    name: str
+    """Under which the result is kept."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +54,11 @@ class Sensitivity(Pass):
 
     ``sum (y_q - y)^2 / sum y^2`` over calibration inputs spread over time (MixDQ, arXiv 2405.17873, section 4.2,
     measures the same as an SQNR). Noise powers of independent errors add, which is what the allocation relies on. Each
-    result goes to the cache as it is measured: a run that was killed goes on where it was.
+    result goes to the cache as it is measured: a run that was killed goes on where it was. Where `bit-allocation` may
+    quantize attentions, each is measured with q, k, v and its probabilities quantized together; where it makes
+    activations dynamic, those are measured so.
 
-        (no change; facts["sensitivity"] holds weights[path][format] and activations[edge][bits])
+        (no change; facts["sensitivity"] holds weights[path][format], activations[edge][bits], attention[node][bits])
       =>
         (no change)
     """
@@ -49,6 +75,10 @@ class Sensitivity(Pass):
     activations: tuple[int, ...] = (8,)
     """Activation widths to measure."""
 
+    def __post_init__(self) -> None:
+        for name in self.formats:
+            formats.get(name)
+
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
         if session.sensitivity is not None:
@@ -57,23 +87,26 @@ class Sensitivity(Pass):
         calibration: Calibration = program.facts["calibration"]
         inputs = calibration.select(self.inputs)
         results = cache.Results("sensitivity", self.key(program, inputs), session.cache)
-        tasks = self.tasks(program)
+        tasks = self.tasks(program, session.statistics)
         parts = list(batches(inputs, _inputs_held(program)))
-        missing = sum(_key(name, part) not in results for name, _, _ in tasks for part in range(len(parts)))
+        missing = sum(_key(task.name, part) not in results for task in tasks for part in range(len(parts)))
         if missing:
             with session.track("sensitivity", missing) as advance:
                 for part, batch in enumerate(parts):
-                    self._measure_part(program, batch, part, results, session, advance)
+                    left = [task for task in tasks if _key(task.name, part) not in results]
+                    self._measure_part(program, batch, part, left, results, session, advance)
         table: dict[str, Any] = {"weights": {}, "activations": {}, "inputs": self.inputs}
+        table |= {"attention": {}, "dynamic": DYNAMIC in session.statistics}
         sizes = [len(part["timestep"]) for part in parts]
-        for name, node, choice in tasks:
-            powers = [results[_key(name, part)] for part in range(len(parts))]
+        for task in tasks:
+            powers = [results[_key(task.name, part)] for part in range(len(parts))]
             mean = sum(power * size for power, size in zip(powers, sizes, strict=True)) / sum(sizes)
             loss = float(f"{mean:.{DIGITS - 1}e}")
-            if isinstance(choice, str):
-                table["weights"].setdefault(weight_path(node), {})[choice] = loss
+            if task.kind == WEIGHT:
+                table["weights"].setdefault(weight_path(task.node), {})[task.choice] = loss
             else:
-                table["activations"].setdefault(node.name, {})[str(choice)] = loss
+                kind = "attention" if task.kind == PROBABILITIES else "activations"
+                table[kind].setdefault(task.node.name, {})[str(task.choice)] = loss
         program.facts["sensitivity"] = table
         return program
 
@@ -82,35 +115,46 @@ class Sensitivity(Pass):
         program: Program,
         inputs: dict[str, Tensor],
         part: int,
+        tasks: list[Task],
         results: cache.Results,
         session: Session,
         advance: Callable[[int], None],
     ) -> None:
-        """Measures on some of the inputs what ``results`` lacks, and adds it."""
-        tasks = [task for task in self.tasks(program) if _key(task[0], part) not in results]
+        """Measures the ``tasks`` on some of the inputs and adds what they give to ``results``."""
         if not tasks:
             return
         ablation = Ablation(program, inputs)
         lock = threading.Lock()
 
-        def measure(task: tuple[str, fx.Node, str | int]) -> None:
-            name, node, choice = task
-            power = self.measure(program, ablation, inputs, node, choice)
+        def measure(task: Task) -> None:
+            power = self.measure(program, ablation, inputs, task)
             with lock:
-                results[_key(name, part)] = float(f"{power:.{DIGITS - 1}e}")
+                results[_key(task.name, part)] = float(f"{power:.{DIGITS - 1}e}")
                 advance(1)
 
         session.map(measure, tasks)
 
-    def tasks(self, program: Program) -> list[tuple[str, fx.Node, str | int]]:
-        """(name of the result, call or edge, format or bits) in graph order; a shared weight or edge counts once."""
-        found: dict[str, tuple[str, fx.Node, str | int]] = {}
+    def tasks(self, program: Program, asked: frozenset[str] = frozenset()) -> list[Task]:
+        """What is to be measured, in graph order; a shared weight or edge counts once.
+
+        Of ``asked``, DYNAMIC makes the edges of linear layers dynamic and ATTENTION adds the attentions.
+        """
+        found: dict[str, Task] = {}
+
+        def add(kind: str, node: fx.Node, what: str, choice: str | int) -> None:
+            name = f"{kind} {what} {choice}"
+            found.setdefault(name, Task(kind, node, choice, name))
+
+        dynamic = dynamic_edges(program, ATTENTION in asked) if DYNAMIC in asked else frozenset()
         for node in program.quantizable:
             for f in self.formats:
-                found.setdefault(f"w {weight_path(node)} {f}", (f"w {weight_path(node)} {f}", node, f))
+                add(WEIGHT, node, str(weight_path(node)), f)
             edge = input_edge(node)
             for bits in self.activations:
-                found.setdefault(f"a {edge.name} {bits}", (f"a {edge.name} {bits}", edge, bits))
+                add(PER_TOKEN if edge.name in dynamic else STATIC, edge, edge.name, bits)
+        for node in program.attentions if ATTENTION in asked else ():
+            for bits in self.activations:
+                add(PROBABILITIES, node, node.name, bits)
         return list(found.values())
 
     def key(self, program: Program, inputs: dict[str, Tensor]) -> str:
@@ -126,9 +170,9 @@ class Sensitivity(Pass):
         versions = f"1 {split} {torch.__version__} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         return cache.digest(versions, text, str(program.facts["time-groups"]), tensors, inputs, edges, grams)
 
-    def measure(
-        self, program: Program, ablation: Ablation, inputs: dict[str, Tensor], node: fx.Node, choice: str | int
-    ) -> float:
+    def measure(self, program: Program, ablation: Ablation, inputs: dict[str, Tensor], task: Task) -> float:
+        """The relative noise power of one task over ``inputs``."""
+        node, choice = task.node, task.choice
         if isinstance(choice, str):
             weight = operand(node, 1)
             name = str(weight.target)
@@ -139,8 +183,21 @@ class Sensitivity(Pass):
                 values[bias] = corrected
             return noise_power(ablation.output(values=values), ablation.reference)
         group = ops.time_group(inputs["timestep"], program.facts["time-groups"])
-        scale, zero = activation_parameters(program, node.name, choice)
-        changed = ops.fake_quantize(ablation.value(node), scale, zero, group, choice)
+
+        def quantized_edge(edge: fx.Node) -> Tensor:
+            return ops.fake_quantize(
+                ablation.value(edge), *activation_parameters(program, edge.name, choice), group, choice
+            )
+
+        if task.kind == PROBABILITIES:
+            heads, scale, mask = attention_arguments(node.args)
+            tables = activation_parameters(program, softmax(node.name), choice)
+            q, k, v = (quantized_edge(operand(node, i)) for i in range(3))
+            mask = None if mask is None else ablation.value(mask)
+            y = ops.fake_quantize_attention(q, k, v, group, *tables, heads, scale, mask, choice)
+            return noise_power(ablation.output(values={node: y}), ablation.reference)
+        per_token = task.kind == PER_TOKEN
+        changed = ops.dynamic_fake_quantize(ablation.value(node), choice) if per_token else quantized_edge(node)
         readers = [n for n in program.quantizable if input_edge(n) is node]
         return noise_power(ablation.output(operands=dict.fromkeys(readers, changed)), ablation.reference)
 

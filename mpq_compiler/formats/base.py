@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,15 @@ def stored_scale(scale: Tensor) -> Tensor:
     return scale.clamp(F16_TINY, F16_MAX).to(torch.float16)
 
 
+class Fit(Protocol):
+    """A weight in a format: what `Format.fit` yields."""
+
+    codes: Tensor
+
+    def dequantize(self) -> Tensor:
+        """f32 [O, K]."""
+
+
 @dataclass(frozen=True)
 class QuantizedWeight:
     """The stored form of one weight [O, K]; see `ops.dequantize_weight`.
@@ -41,63 +51,107 @@ class QuantizedWeight:
     lut: Tensor | None
     signs: Tensor | None = None
     alpha: Tensor | None = None
+    row_class: Tensor | None = None
+    segments: tuple[int, ...] | None = None
+    """The channel counts of the J columns of ``scale``; None where there is one."""
 
     def dequantize(self) -> Tensor:
         """f32 [O, K]."""
-        merged = self.merged()
-        return ops.dequantize_weight(merged.codes, merged.scale, merged.offset, merged.lut, None, self.codes.shape)
+        q = self.merged()
+        return ops.dequantize_weight(q.codes, q.scale, q.offset, q.lut, q.row_class, q.codes.shape, q.segments)
 
     def merged(self) -> QuantizedWeight:
         """Base and branch as one table; itself where there is no branch."""
         if self.signs is None or self.lut is None or self.alpha is None:
             return self
         codes, lut = ops.merge_branch(self.codes, self.lut, self.signs, self.alpha)
-        return QuantizedWeight(codes, self.scale, self.offset, lut)
+        return QuantizedWeight(codes, self.scale, self.offset, lut, None, None, self.row_class, self.segments)
 
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """A weight format: its name in plans and recipes, and the bits of one stored code."""
+    """A weight format: its name in plans and recipes, and the bits of one stored code.
+
+    A subclass of the weight contract says how to `fit` and whether it `has_offset`; with K-groups also its `segments`,
+    with several tables its `classes`. docs/formats.md adds one from beginning to end.
+    """
 
     name: str
     bits: int
 
     @abstractmethod
-    def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
-        """The quantized form of weight f32 [O, K] with the least output error.
+    def fit(self, weight: Tensor, gram: Tensor | None = None) -> Fit:
+        """The quantized form of weight f32 [O, ..., C], as rows [O, K], with the least output error.
 
         ``gram`` [K, K] is the mean of x x^T over calibration rows; the error of a row e is then e^T gram e, the
-        mean squared error of the layer's output. None stands for the identity (weight error).
+        mean squared error of the layer's output. [K] is its diagonal, where it is too large to keep, and None stands
+        for the identity (weight error).
         """
 
-    @property
-    @abstractmethod
-    def has_offset(self) -> bool: ...
+    def start(self, weight: Tensor) -> Fit:
+        """Levels that span the range of weight [O, ..., C], at once: what is simulated until a pass calls `fit`."""
+        return self.fit(weight)
 
-    def stored_bytes(self, rows: int, columns: int) -> int:
-        """Bytes in the artifact of a [rows, columns] weight: codes, scales, offsets and table."""
-        codes = math.ceil(self.bits * rows * columns / 8)
-        table = 0 if self.bits == 8 else 2**self.bits
-        return codes + 2 * rows * (2 if self.has_offset else 1) + table
+    @property
+    def has_offset(self) -> bool:
+        """Whether rows have an offset, stored as f16."""
+        return False
+
+    @property
+    def integer(self) -> bool:
+        """Whether layers multiply the codes with quantized activations; else they compute in float."""
+        return True
+
+    def segments(self, channels: int) -> tuple[int, ...]:
+        """The channel counts that have a scale of their own."""
+        return (channels,)
+
+    def classes(self, rows: int) -> int:
+        """The number of tables of a weight with so many rows."""
+        return 1
+
+    def branch_elements(self, rows: int, columns: int) -> int:
+        """Elements of a float branch beside the table, stored as f16: each also costs a multiplication a row."""
+        return 0
+
+    def stored_bytes(self, *shape: int) -> int:
+        """Bytes in the artifact of a weight [O, ..., C]: codes, scales, offsets, tables and row classes."""
+        rows, channels, count = shape[0], shape[-1], math.prod(shape)
+        codes = math.ceil(self.bits * count / 8)
+        floats = rows * (len(self.segments(channels)) + self.has_offset)
+        tables = self.classes(rows)
+        entries = 0 if self.bits == 8 else tables * 2**self.bits
+        return codes + 2 * floats + entries + (row_tiles(rows) if tables > 1 else 0)
+
+
+def row_tiles(rows: int) -> int:
+    """Tiles of 16 rows, each with a row class."""
+    return -(-rows // ops.TILE_ROWS)
 
 
 def nearest_codes(
-    weight: Tensor, scale: Tensor, offset: Tensor | None, lut: Tensor | None, row_class: Tensor | None
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    lut: Tensor | None,
+    row_class: Tensor | None,
+    segments: tuple[int, ...] | list[int] | None = None,
 ) -> Tensor:
     """Codes of the levels nearest to weight [O, K]; ties go to the lower level (8 bits: to the even code).
 
     u8 indices where there is a table, int8 values where there is none.
     """
     shifted = weight if offset is None else weight - offset.to(torch.float32)[:, None]
-    t = shifted / scale.to(torch.float32)[:, :1]
+    t = shifted / ops.column_scale(scale, segments, weight.shape[1])
     if lut is None:
         return torch.round(t).clamp(-ops.LUT_MAX, ops.LUT_MAX).to(torch.int8)
     if lut.shape[0] == 1:
         return _nearest_entry(t, lut[0])
     assert row_class is not None
+    classes = ops.row_classes(row_class, len(weight))
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    for c in range(lut.shape[0]):
-        rows = row_class.long().repeat_interleave(ops.TILE_ROWS)[: len(weight)] == c
+    for c in classes.unique().tolist():
+        rows = classes == c
         codes[rows] = _nearest_entry(t[rows], lut[c])
     return codes
 
@@ -111,9 +165,14 @@ def _nearest_entry(t: Tensor, table: Tensor) -> Tensor:
 
 def output_error(error: Tensor, gram: Tensor | None) -> Tensor:
     """e^T gram e per row of error [..., O, K] -> [..., O], for a gram [K, K], a diagonal [K] or the identity (None)."""
+    return (error * weighted(error, gram)).sum(-1)
+
+
+def weighted(rows: Tensor, gram: Tensor | None) -> Tensor:
+    """``rows @ gram`` for a gram [K, K], a diagonal [K] or the identity (None)."""
     if gram is None:
-        return error.square().sum(-1)
-    return (error * (error * gram if gram.dim() == 1 else error @ gram)).sum(-1)
+        return rows
+    return rows * gram if gram.dim() == 1 else rows @ gram
 
 
 def diagonal(gram: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from mpq_compiler.formats.base import (
     stored_scale,
     stored_type,
 )
+from mpq_compiler.formats.uniform import UniformFormat
 
 RATIOS = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
 """alpha/scale: 1/4 gives the evenly spaced levels of one more bit, above 1/2 the branch widens the range."""
@@ -47,7 +48,12 @@ class ResidualFormat(Format):
         base = torch.arange(-half, half, dtype=torch.int16) * unit
         return base.to(torch.int8)[None], torch.tensor([round(ratio * unit)], dtype=torch.int8)
 
+    def start(self, weight: Tensor) -> QuantizedWeight:
+        """The base alone: one more bit of levels comes with the branch."""
+        return UniformFormat("base", self.base_bits).start(weight)
+
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
+        weight = weight.flatten(1)
         best: QuantizedWeight | None = None
         least = torch.inf
         for ratio in RATIOS:

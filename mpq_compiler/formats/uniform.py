@@ -31,6 +31,7 @@ class UniformFormat(Format):
         return torch.arange(-half, half, dtype=torch.int8)[None]
 
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
+        weight = weight.flatten(1)
         best: tuple[Tensor, Tensor, Tensor | None] | None = None
         least = torch.full((len(weight),), torch.inf)
         for shrink in SHRINK if self.bits < 8 else SHRINK[:5]:
@@ -48,6 +49,10 @@ class UniformFormat(Format):
             least = torch.minimum(error, least)
         assert best is not None
         return self.quantize(weight, best[0], best[2])
+
+    def start(self, weight: Tensor) -> QuantizedWeight:
+        weight = weight.flatten(1)
+        return self.quantize(weight, *self.range_parameters(weight))
 
     def quantize(self, weight: Tensor, scale: Tensor, offset: Tensor | None) -> QuantizedWeight:
         """Nearest codes at given stored parameters."""

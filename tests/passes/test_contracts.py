@@ -26,17 +26,24 @@ class FormatsOff(Interpreter):
         path, _, part = name.partition(":")
         if part.startswith("corrected"):  # the bias before the mean error moved into it
             return self._stored(path)
+        if part == "rest":  # the weight before a low-rank branch took its part
+            return self._weight(path)
+        if part == "up":  # the branch itself
+            return torch.zeros_like(super().attribute(name))
         return super().attribute(name)
 
     def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.target is ops.fake_quantize or node.target is ops.fake_quantize_weight:
             return args[0]
         if node.target is ops.dequantize_weight:
-            path = str(node.args[0].target).split(":")[0]
-            return self.program.tensors[f"{path}:ohwi" if len(args[5]) == 4 else path]
+            return self._weight(str(node.args[0].target).split(":")[0])
         if node.target is ops.binary_branch:
             return torch.zeros(args[3])
         return super().call(node, args, kwargs)
+
+    def _weight(self, path: str) -> Tensor:
+        """As trained, in the layout of the graph."""
+        return self.program.tensors[f"{path}:ohwi" if self.program.tensors[path].dim() == 4 else path]
 
     def _stored(self, name: str) -> Tensor:
         tensor = self.program.tensors[name]

@@ -1,0 +1,96 @@
+"""Formats of one fixed table without offsets: ``scale[i, j] * LUT[code]``, the scales of rows or of K-groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpq_compiler import ops
+from mpq_compiler.formats.base import Format, QuantizedWeight, nearest_codes, output_error, stored_scale, weighted
+
+SHRINK = tuple(1 - 0.05 * i for i in range(14))
+"""Fractions of the largest magnitude that the scale search tries."""
+SWEEPS = 2
+"""Passes over the K-groups, each group searched with the error that the others leave."""
+
+
+@dataclass(frozen=True)
+class TableFormat(Format):
+    """The levels of ``table``, scaled by the row, or by each group of ``size`` input channels of the row.
+
+    A group is the same channels at every tap of a convolution, and the last one of a layer may be shorter: a packed
+    layer accumulates each by itself, as it does the parts of a concatenated input.
+    """
+
+    table: tuple[int, ...] | None = None
+    """int8 entries in the order of the codes; None: 8-bit codes are the values."""
+    size: int | None = None
+
+    def segments(self, channels: int) -> tuple[int, ...]:
+        size = min(self.size or channels, channels)
+        whole, rest = divmod(channels, size)
+        return (size,) * whole + ((rest,) if rest else ())
+
+    @property
+    def lut(self) -> Tensor | None:
+        """int8 [1, 2^bits], or None."""
+        return None if self.table is None else torch.tensor([self.table], dtype=torch.int8)
+
+    @property
+    def top(self) -> int:
+        """The largest magnitude of a level that there is with both signs."""
+        return ops.LUT_MAX if self.table is None else min(max(self.table), -min(self.table))
+
+    def start(self, weight: Tensor) -> QuantizedWeight:
+        segments = self.segments(weight.shape[-1])
+        return self.quantize(weight.flatten(1), self._peaks(weight.flatten(1), segments), segments)
+
+    def _peaks(self, rows: Tensor, segments: tuple[int, ...]) -> Tensor:
+        """Scales f16 [O, J] under which the largest magnitude of each group is the largest level."""
+        group = ops.column_segments(segments, rows.shape[1]).expand(len(rows), -1)
+        peak = torch.zeros(len(rows), len(segments)).scatter_reduce(1, group, rows.abs(), "amax")
+        return stored_scale(peak / self.top)
+
+    def quantize(self, rows: Tensor, scale: Tensor, segments: tuple[int, ...]) -> QuantizedWeight:
+        """Nearest codes of rows [O, K] at given scales [O, J]."""
+        several = segments if len(segments) > 1 else None
+        codes = nearest_codes(rows, scale, None, self.lut, None, several)
+        return QuantizedWeight(codes, scale, None, self.lut, segments=several)
+
+    def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
+        """Of a grid of shrunken ranges each group takes the one with the least output error of the whole row."""
+        rows, segments = weight.flatten(1), self.segments(weight.shape[-1])
+        widest = self._peaks(rows, segments)
+        scale = widest.clone()
+        error = self.quantize(rows, scale, segments).dequantize() - rows
+        group = ops.column_segments(segments, rows.shape[1])
+        for _ in range(SWEEPS if len(segments) > 1 else 1):
+            for j in range(len(segments)):
+                columns = (group == j).nonzero().flatten()
+                own, others, inner = rows[:, columns], _cross(error, gram, columns), _block(gram, columns)
+                least = output_error(error[:, columns], inner) + 2 * (error[:, columns] * others).sum(1)
+                for shrink in SHRINK if self.bits < 8 else SHRINK[:5]:
+                    tried = stored_scale(widest[:, j : j + 1].float() * shrink)
+                    e = self.quantize(own, tried, (len(columns),)).dequantize() - own
+                    total = output_error(e, inner) + 2 * (e * others).sum(1)
+                    better = total < least
+                    least = torch.where(better, total, least)
+                    scale[:, j] = torch.where(better, tried[:, 0], scale[:, j])
+                    error[:, columns] = torch.where(better[:, None], e, error[:, columns])
+        return self.quantize(rows, scale, segments)
+
+
+def _block(gram: Tensor | None, columns: Tensor) -> Tensor | None:
+    """The gram of some columns alone."""
+    if gram is None or gram.dim() == 1:
+        return None if gram is None else gram[columns]
+    return gram[columns][:, columns]
+
+
+def _cross(error: Tensor, gram: Tensor | None, columns: Tensor) -> Tensor:
+    """``sum_k e_k G[k, columns]`` over the other columns k: what they add to half the gradient of the error."""
+    if gram is None or gram.dim() == 1 or len(columns) == len(gram):
+        return torch.zeros(len(error), len(columns))
+    return error @ gram[:, columns] - weighted(error[:, columns], _block(gram, columns))
