@@ -4,12 +4,12 @@
     python benchmarks/train_fashion.py text fashion-mnist.npz OUT --steps 5500 --learning-rate 1.5e-3
     python benchmarks/train_fashion.py dit fashion-mnist.npz OUT --steps 6000 --learning-rate 1e-3
 
-unet: a class-conditional UNet; text: one with cross-attention to short prompts ("dark plain boot"); dit: a
-class-conditional diffusion transformer. The data are an npz with x_train, x_test (uint8 [N, 28, 28]) and y_train,
-y_test (integers 0 to 9 [N]). About 0.3 s a step of 64 images on one core. The run is resumable: the same command
-continues from OUT/checkpoint.pt, and ends with the same weights as a run that was never interrupted, since all
-randomness is a function of (seed, step). OUT is in diffusers' layout: unet/ or transformer/ (the moving average of the
-weights, half precision), scheduler/, harness.json, and for prompts text/table.safetensors.
+unet: a class-conditional UNet; text: one with cross-attention to short prompts ("dark plain boot"), whose tone and
+texture are measured on the images; dit: a class-conditional diffusion transformer. The data are an npz with x_train,
+x_test (uint8 [N, 28, 28]) and y_train, y_test (integers 0 to 9 [N]). About 0.3 s a step of 64 images on one core. The
+run is resumable: the same command continues from OUT/checkpoint.pt, and ends with the same weights as a run that was
+never interrupted, since all randomness is a function of (seed, step). OUT is in diffusers' layout: unet/ or transformer/
+(the moving average of the weights, half precision), scheduler/, harness.json, and for prompts text/table.safetensors.
 
 Velocity prediction: Salimans and Ho, "Progressive Distillation for Fast Sampling of Diffusion Models"
 (arXiv 2202.00512), appendix D. Cosine schedule: Nichol and Dhariwal (arXiv 2102.09672). DiT: Peebles and Xie
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
@@ -33,6 +34,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn import functional as F
 
+from mpq_compiler.prompts import BOS, EOS, PAD, TextEncoder
 from mpq_compiler.schedulers import DDIM
 
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -52,8 +54,6 @@ UNET = {
     "attention_head_dim": 24,
     "num_class_embeds": NULL_CLASS + 1,
 }
-
-
 TEXT_UNET = {
     "sample_size": 14,
     "in_channels": 4,
@@ -84,6 +84,60 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "dit": ("DiTTransformer2DModel", DIT, "transformer"),
 }
 """Name -> class of diffusers, configuration, folder in the layout of a pipeline."""
+SLOTS = {
+    "tone": ("dark", "gray", "bright"),
+    "texture": ("plain", "patterned"),
+    "class": ("tshirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
+}
+"""What a prompt consists of; the classes are those of the labels."""
+TOKENS, WIDTH = 8, 64
+NULL_PROMPT = 60
+"""The row of the empty prompt in `prompt_table`."""
+
+
+def text_encoder() -> TextEncoder:
+    """The frozen encoder: random words and positions, and a first token as that of CLIP.
+
+    Two channels of `<bos>` are 20 and -18 where everything else is below 5, and the token is the same for every prompt.
+    This is made after MixDQ's description of CLIP's text encoder (arXiv 2405.17873, section 4.1); it did not emerge.
+    """
+    vocabulary = (BOS, EOS, PAD, *(word for slot in SLOTS.values() for word in slot))
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randn(len(vocabulary), WIDTH, generator=generator)
+    positions = 0.3 * torch.randn(TOKENS, WIDTH, generator=generator)
+    words[0] *= 0.5
+    words[0, 7], words[0, 41] = 20.0, -18.0
+    return TextEncoder(vocabulary, SLOTS, words.numpy(), positions.numpy())
+
+
+def prompt_table(encoder: TextEncoder) -> torch.Tensor:
+    """The embeddings of every prompt, in the order of `prompt_rows`, and of the empty one: float32 [61, 8, 64]."""
+    prompts = [" ".join(words) for words in itertools.product(*SLOTS.values())]
+    return torch.from_numpy(encoder.encode([*prompts, ""]))
+
+
+def attributes(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(brightness, roughness) of images [N, 1, 28, 28] in [-1, 1]: the mean over what is not background, and the mean
+    size of the Laplacian in its interior; float32 [N]."""
+    light = (pixels + 1) / 2
+    shape = (light > 0.1).float()
+    tone = (light * shape).sum((1, 2, 3)) / shape.sum((1, 2, 3)).clamp(min=1)
+    interior = -F.max_pool2d(-shape, 3, 1, 1)
+    kernel = torch.tensor([[0.0, -1.0, 0.0], [-1.0, 4.0, -1.0], [0.0, -1.0, 0.0]])[None, None]
+    rough = F.conv2d(light, kernel, padding=1).abs() * interior
+    return tone, rough.sum((1, 2, 3)) / interior.sum((1, 2, 3)).clamp(min=1)
+
+
+def prompt_rows(pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The prompt that fits each image, as its row in `prompt_table`: int64 [N].
+
+    Thirds of the brightness of all images are dark, gray and bright; the rougher half of every class is patterned.
+    """
+    parts = [attributes(part) for part in pixels.split(10_000)]
+    tone, rough = (torch.cat(values) for values in zip(*parts, strict=True))
+    tones = (tone[:, None] > tone.quantile(torch.tensor([1 / 3, 2 / 3]))).sum(1)
+    middle = torch.stack([rough[labels == c].median() if (labels == c).any() else rough.median() for c in range(10)])
+    return (tones * 2 + (rough > middle[labels])) * 10 + labels
 
 
 @dataclass(frozen=True)
@@ -104,10 +158,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Data:
-    """The training set: latents float32 [N, 4, 14, 14] in [-1, 1] and labels int64 [N]."""
+    """The training set: latents float32 [N, 4, 14, 14] in [-1, 1], labels and prompts (rows of the table) int64 [N]."""
 
     latents: torch.Tensor
     labels: torch.Tensor
+    prompts: torch.Tensor
 
     @classmethod
     def load(cls, path: Path) -> Data:
@@ -119,7 +174,8 @@ class Data:
         if images.dtype != np.uint8 or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
             raise SystemExit(f"x_train of '{path}' must be uint8 [N, 28, 28] and y_train integers [N]")
         pixels = torch.from_numpy(images)[:, None].float() / 127.5 - 1
-        return cls(F.pixel_unshuffle(pixels, 2), torch.from_numpy(labels.astype(np.int64)))
+        classes = torch.from_numpy(labels.astype(np.int64))
+        return cls(F.pixel_unshuffle(pixels, 2), classes, prompt_rows(pixels, classes))
 
 
 class Trainer:
@@ -146,6 +202,8 @@ class Trainer:
             betas=(0.9, 0.99),
         )
         self.alphas = torch.from_numpy(SCHEDULER.alphas_cumprod).float()
+        self.encoder = text_encoder()
+        self.table = prompt_table(self.encoder)
 
     def generator(self, *keys: int) -> torch.Generator:
         """Randomness that is a function of the seed and `keys` only."""
@@ -159,11 +217,18 @@ class Trainer:
         order = torch.randperm(len(self.data.labels), generator=self.generator(0, epoch))
         return order[position * self.settings.batch : (position + 1) * self.settings.batch]
 
+    def conditions(self, rows: torch.Tensor, dropped: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The classes or prompts of samples `rows`, the null class or the empty prompt where they are `dropped`."""
+        if self.settings.model == "text":
+            prompts = torch.where(dropped, NULL_PROMPT, self.data.prompts[rows])
+            return {"encoder_hidden_states": self.table[prompts]}
+        return {"class_labels": torch.where(dropped, NULL_CLASS, self.data.labels[rows])}
+
     def loss(self) -> torch.Tensor:
         """The mean squared error of the predicted velocity on this step's batch."""
         generator, batch = self.generator(1, self.step), self.settings.batch
         rows = self.rows()
-        latents, labels = self.data.latents[rows], self.data.labels[rows]
+        latents = self.data.latents[rows]
         noise = torch.randn(latents.shape, generator=generator)
         # One timestep from each of `batch` equal parts of the range: less variance than independent ones.
         count = len(self.alphas)
@@ -175,7 +240,7 @@ class Trainer:
         velocity = self.model(
             signal * latents + sigma * noise,
             timestep=timesteps,
-            class_labels=torch.where(dropped, NULL_CLASS, labels),
+            **self.conditions(rows, dropped),
         ).sample
         return F.mse_loss(velocity, signal * noise - sigma * latents)
 
@@ -227,12 +292,14 @@ class Trainer:
         part = MODELS[self.settings.model][2]
         copy.deepcopy(self.average).half().save_pretrained(folder / part, variant="fp16")
         (folder / "scheduler").mkdir(exist_ok=True)
-        harness = {
-            "codec": "pixel_unshuffle2",
-            "null_class": NULL_CLASS,
-            "class_names": list(CLASSES),
-            "training": asdict(self.settings),
-        }
+        harness: dict[str, Any] = {"codec": "pixel_unshuffle2", "training": asdict(self.settings)}
+        if self.settings.model == "text":
+            tables = folder / "text" / "table.safetensors"
+            tables.parent.mkdir(exist_ok=True)
+            self.encoder.save(tables)
+            harness |= {"tokens": TOKENS, "text": {"tables": "text/table.safetensors", **self.encoder.to_json()}}
+        else:
+            harness |= {"null_class": NULL_CLASS, "class_names": list(CLASSES)}
         for path, value in (
             (folder / "scheduler" / "scheduler_config.json", SCHEDULER.to_config()),
             (folder / "harness.json", harness),

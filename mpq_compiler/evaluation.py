@@ -181,6 +181,22 @@ def evaluate(
     }
 
 
+def _require_no_effect(path: str, options: Mapping[str, Any]) -> None:
+    """UserError where a compiled model is to be evaluated with options of a compilation."""
+    from mpq_compiler.compiler import Options
+
+    used = {"guidance", "conditions", "jobs", "cache"}
+    idle = [
+        f"--{name.replace('_', '-')}"
+        for name, value in options.items()
+        if name not in used and value != getattr(Options, name)
+    ]
+    if idle:
+        raise UserError(
+            f"'{path}' is compiled already, and {', '.join(idle)} would change nothing: leave it out, or name the model"
+        )
+
+
 def evaluate_path(
     path: str,
     against: str | None,
@@ -203,6 +219,8 @@ def evaluate_path(
             against = against or path
             target = Path(scratch) / "compiled.mpq"
             compile(path, target, progress, **options)
+        else:
+            _require_no_effect(path, options)
         painter = with_conditions(from_artifact(target), options.get("conditions"))
         if against is None and painter.name not in checkpoint.bundled():
             raise UserError(f"'{painter.name}' is no bundled model: name the float model with --against")

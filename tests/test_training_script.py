@@ -52,11 +52,16 @@ def test_an_interrupted_run_ends_with_the_same_weights(script, npz, tmp_path):
         script.train(script.Settings(steps=6, batch=4, seed=5), data, tmp_path / "halved")
 
 
-def test_the_trained_model_loads_and_samples(script, npz, tmp_path):
-    script.train(script.Settings(steps=2, batch=4), script.Data.load(npz), tmp_path)
-    trained, bundled = load(tmp_path), load("fashion-unet")
+@pytest.mark.parametrize("model", ["unet", "text"])
+def test_the_trained_model_loads_and_samples(script, npz, tmp_path, model):
+    """Each recipe gives what its bundled model is: structure, sampling, conditions."""
+    script.train(script.Settings(model=model, steps=2, batch=4), script.Data.load(npz), tmp_path)
+    trained, bundled = load(tmp_path), load(f"fashion-{model}")
     assert trained.parameters == bundled.parameters
-    assert trained.scheduler == bundled.scheduler and trained.class_names == bundled.class_names
+    assert trained.scheduler == bundled.scheduler and trained.codec == bundled.codec
+    assert trained.class_names == bundled.class_names and trained.null_class == bundled.null_class
+    for name, value in bundled.default_conditions(12).items():
+        assert np.array_equal(trained.default_conditions(12)[name], value)
     assert {k: v for k, v in trained.config.items() if not k.startswith("_")} == {
         k: v for k, v in bundled.config.items() if not k.startswith("_")
     }
@@ -66,8 +71,9 @@ def test_the_trained_model_loads_and_samples(script, npz, tmp_path):
     assert trained.decode(latents).shape == (1, 1, 28, 28)
 
 
-def test_one_batch_can_be_learned(script, npz):
-    trainer = script.Trainer(script.Settings(batch=8, warmup=1), script.Data.load(npz))
+@pytest.mark.parametrize("model", ["unet", "text", "dit"])
+def test_one_batch_can_be_learned(script, npz, model):
+    trainer = script.Trainer(script.Settings(model=model, batch=8, warmup=1), script.Data.load(npz))
     losses = []
     for _ in range(15):
         trainer.step = 0  # the same images, noise and timesteps
@@ -82,6 +88,32 @@ def test_an_epoch_sees_every_image_once(script, npz):
         trainer.step = step
         seen += trainer.rows().tolist()
     assert sorted(seen) == list(range(20))
+
+
+def test_prompts_are_measured_on_the_images(script):
+    """Brightness in thirds, and the rougher half of each class: a prompt names what the image shows."""
+    light = torch.tensor([0.2, 0.5, 0.9, 0.25, 0.55, 0.95])
+    pixels = torch.full((6, 1, 28, 28), -1.0)
+    pixels[:, :, 4:24, 4:24] = (2 * light - 1)[:, None, None, None]
+    pixels[3:, :, 4:24:2, 4:24] += 0.05  # stripes
+    table = script.prompt_table(script.text_encoder())
+    rows = script.prompt_rows(pixels, torch.full((6,), 9))
+    tones = ("dark", "gray", "bright") * 2
+    prompts = [f"{tone} {'plain' if i < 3 else 'patterned'} boot" for i, tone in enumerate(tones)]
+    assert np.array_equal(table[rows], script.text_encoder().encode(prompts))
+    assert np.array_equal(table[script.NULL_PROMPT], script.text_encoder().encode([""])[0])
+
+
+def test_conditions_are_dropped_for_guidance(script, npz):
+    data, rows = script.Data.load(npz), torch.arange(4)
+    dropped = torch.tensor([True, False, True, False])
+    trainer = script.Trainer(script.Settings(model="text", batch=4), data)
+    text = trainer.conditions(rows, dropped)["encoder_hidden_states"]
+    assert torch.equal(text[dropped], trainer.table[[script.NULL_PROMPT] * 2])
+    assert torch.equal(text[~dropped], trainer.table[data.prompts[rows[~dropped]]])
+    for model in ("unet", "dit"):
+        labels = script.Trainer(script.Settings(model=model, batch=4), data).conditions(rows, dropped)["class_labels"]
+        assert labels.tolist() == [10, 1, 10, 3]
 
 
 def test_latents_are_the_codec_of_the_images(script, npz):
