@@ -10,7 +10,8 @@ from torch import Tensor, fx
 
 from mpq_compiler import calls, formats, ops
 from mpq_compiler.calibration import Calibration
-from mpq_compiler.formats import activation, stored_type
+from mpq_compiler.costs import stored_dtype
+from mpq_compiler.formats import activation
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.program import Program, operand
 
@@ -127,7 +128,7 @@ def settle(program: Program, weight: Open, value: fx.Node, quantized: formats.Fi
         if corrected is not None and bias is not None:
             name = str(bias.target).split(":")[0] + ":corrected"
             with program.graph.inserting_before(call):
-                new = program.graph.get_attr(program.tensors.add(name, stored_type(corrected)))
+                new = program.graph.get_attr(program.tensors.add(name, corrected.to(stored_dtype(name, corrected))))
             call.replace_input_with(bias, new)
     quantizer.replace_all_uses_with(value)
     name = quantizer.name

@@ -158,11 +158,17 @@ def _strip(graph: fx.Graph) -> None:
 
 
 def _fold_constants(graph: fx.Graph, tensors: TensorStore) -> None:
-    """Calls without a path from an input are computed now; parameters themselves stay as they are."""
+    """Calls without a path from an input are computed now; parameters themselves stay as they are.
+
+    What turns out to be a parameter again (a part of several joined) is read as that parameter.
+    """
     values: dict[fx.Node, Any] = {}
+    parameters: dict[fx.Node, set[str]] = {}
     for node in graph.nodes:
+        parameters[node] = set().union(*(parameters[n] for n in node.all_input_nodes))
         if node.op == "get_attr":
             values[node] = tensors[str(node.target)]
+            parameters[node] = {str(node.target)}
         elif node.op == "call_function" and all(n in values for n in node.all_input_nodes):
             args, kwargs = fx.map_arg(node.args, values.__getitem__), fx.map_arg(node.kwargs, values.__getitem__)
             with torch.no_grad():
@@ -172,11 +178,17 @@ def _fold_constants(graph: fx.Graph, tensors: TensorStore) -> None:
     for node in list(graph.nodes):
         folded = node.op == "call_function" and isinstance(values.get(node), Tensor)
         if folded and any(u not in values for u in node.users):
+            same = (name for name in sorted(parameters[node]) if _equal(tensors[name], values[node]))
+            name = next(same, None) or tensors.add(f"constant.{node.name}", values[node].contiguous())
             with graph.inserting_before(node):
-                constant = graph.get_attr(tensors.add(f"constant.{node.name}", values[node].contiguous()))
+                constant = graph.get_attr(name)
             constant.meta = dict(node.meta)
             node.replace_all_uses_with(constant)
     prune(graph)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
 def _rename(graph: fx.Graph, prefix: str) -> None:
