@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 from mpq_compiler.errors import UserError, nearest
 from mpq_compiler.formats.base import Fit, Format, QuantizedWeight, stored_type
@@ -71,7 +72,14 @@ def names(extra: Iterable[str] = ()) -> list[str]:
 
 
 def _external() -> tuple[importlib.metadata.EntryPoint, ...]:
-    return tuple(importlib.metadata.entry_points(group=ENTRY_POINTS))
+    return _scan(importlib.metadata.entry_points, tuple(sys.path))  # a scan takes milliseconds, and formats are many
+
+
+@functools.cache
+def _scan(
+    entry_points: Callable[..., Iterable[importlib.metadata.EntryPoint]], path: tuple[str, ...]
+) -> tuple[importlib.metadata.EntryPoint, ...]:
+    return tuple(entry_points(group=ENTRY_POINTS))
 
 
 @functools.cache
