@@ -1,23 +1,37 @@
-"""Dumps: after each pass the program as text, and sampled values of every node.
+"""Dumps: after each pass the program as text, and what its nodes compute.
 
-``NNN-pass.txt`` is `printer.text`. ``NNN-pass.safetensors`` holds, of a run on a fixed batch of inputs,
+``NNN-pass.txt`` is `printer.text`. ``NNN-pass.safetensors`` is the probe: of runs on a fixed batch of inputs
 
 - ``value:<node>``: at most 64 of its values, at positions drawn from the node's name and shape;
 - ``shape:<node>``: its shape, channels last;
 - ``sqnr:<node>``: f32 dB of those values against the first dump that has a float node of that name and shape;
-- ``output`` and ``output:sqnr``: the same of the output, at up to 4096 positions, against the first dump.
+- ``output`` and ``output:sqnr``: the same of the output, at up to 4096 positions, against the first dump;
+- ``local:<node>``: f64 [6], what the node does wrong by itself, its inputs forced to what they were before the pass
+  (`forced.Departure`: largest, noise, share of the elements, departing channels, and the first two of them). Before an
+  exact pass that is exact mode, before a simulation the last float program;
+- ``expected:<node>``: f64 [1], the noise that the plan stands for at the output of a call on quantized operands;
+- ``weight:<parameter>``: f64 [5], noise of the quantized weight: how many times plain rounding's, then relative to the
+  layer's output measured and expected, then relative to the weight measured and expected;
+- ``rows:<parameter>``: f64 [S, 4], its noisiest rows (`noise.WeightNoise.suspects`);
+- ``edge:<edge>``: f64 [4, G], scale and zero point of its time groups, their noise on calibration values and that of
+  plain rounding;
+
+and, as the file's metadata, the pass, its contract and the stage, time-group boundaries, the calls of each layer, the
+readers of each edge, the calls on quantized operands, and the nodes from which on a rewrite departs and does not
+return. `bisect` reads all that.
 
 Equal programs give equal bytes.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,13 +39,20 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import printer, tensorfile
+from mpq_compiler import calls, noise, ops, printer, tensorfile
+from mpq_compiler.aten import aten
 from mpq_compiler.errors import UserError
-from mpq_compiler.pass_manager import Pass
-from mpq_compiler.program import Interpreter, Program, Stage
+from mpq_compiler.exact import ExactInterpreter
+from mpq_compiler.forced import ROUNDING, Departure, Forced, always, departure, roots
+from mpq_compiler.pass_manager import Contract, Pass
+from mpq_compiler.program import Program, Stage, weight_of
 
 VALUES, OUTPUT_VALUES = 64, 4096
+OUTPUT = "output"
+DEPARTING = 16
+"""Nodes named at most of those from which a rewrite departs."""
 _FILE = re.compile(r"(\d{3})-([a-z0-9-]+)\.(txt|safetensors)")
+_FLOAT_STAGES = (Stage.FLOAT, Stage.REWRITTEN, Stage.PLANNED)
 
 
 @dataclass(frozen=True)
@@ -50,6 +71,15 @@ class Dump:
     output: np.ndarray
     output_sqnr: float
     """dB against the first dump, infinite where nothing changed."""
+    local: dict[str, Departure] = field(default_factory=dict)
+    """Node -> what it does wrong by itself, in the order in which the program makes them."""
+    expected: dict[str, float] = field(default_factory=dict)
+    """Call on quantized operands -> the relative noise that the plan stands for."""
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
+    edges: dict[str, np.ndarray] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+    """pass, contract, stage, boundaries, order, layers, readers, consumers, departing."""
 
     @property
     def nodes(self) -> int:
@@ -60,20 +90,6 @@ class Dump:
     def sqnr_db(self) -> float | None:
         """`output_sqnr`, None where it is infinite."""
         return self.output_sqnr if math.isfinite(self.output_sqnr) else None
-
-
-class _Watching(Interpreter):
-    """Sees the values within regions too."""
-
-    def __init__(self, program: Program, watch: Callable[[fx.Node, Any], None]) -> None:
-        super().__init__(program)
-        self.watch = watch
-
-    def evaluate(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
-        if node.op != "call_module":
-            return super().evaluate(node, env)
-        args = fx.map_arg(node.args, env.__getitem__)
-        return self.execute(self.program.regions[str(node.target)], list(args), self.watch)
 
 
 def sample(name: str, value: Tensor, count: int = VALUES) -> np.ndarray:
@@ -91,60 +107,319 @@ def sample(name: str, value: Tensor, count: int = VALUES) -> np.ndarray:
 def sqnr_db(reference: np.ndarray, value: np.ndarray) -> float:
     """10 log10 of the signal's power over that of the difference; infinite where there is none."""
     signal = float(np.square(reference.astype(np.float64)).sum())
-    noise = float(np.square(value.astype(np.float64) - reference.astype(np.float64)).sum())
-    if noise == 0:
+    error = float(np.square(value.astype(np.float64) - reference.astype(np.float64)).sum())
+    if error == 0:
         return float("inf")
-    return 10 * float(np.log10(signal / noise)) if signal > 0 else -float("inf")
+    return 10 * float(np.log10(signal / error)) if signal > 0 else -float("inf")
 
 
-@torch.no_grad()
-def probe(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Sampled values and shapes of every node and of the output, as they go into the file."""
+# --- what is measured ---------------------------------------------------------------------------------------
+
+
+class Writer:
+    """Writes the dumps of one compilation, pass after pass; between them it keeps what the next is compared with.
+
+    denoiser: the model that is traced, against whose layers the first dump is held. None: it is held against nothing.
+    """
+
+    def __init__(self, folder: str | Path, inputs: Mapping[str, Tensor], denoiser: Any = None) -> None:
+        self.folder, self.inputs, self.denoiser = Path(folder), dict(inputs), denoiser
+        self._last: dict[str, Any] = {}
+        """Every value of the program before, and its output."""
+        self._planned: Program | None = None
+        """The last program in floats, with the plans if there are any, and its values."""
+        self._float: dict[str, Any] = {}
+        self._calls: dict[str, float] = {}
+        self._weights: dict[str, tuple[Any, noise.WeightNoise]] = {}
+        self._sources: dict[str, str] = {}
+        """Weight -> store name of what it is rounded from."""
+        self._tables: dict[str, tuple[Any, noise.TableNoise | None]] = {}
+
+    def write(self, index: int, step: Pass, program: Program, before: Program) -> None:
+        """Writes both files of a pass. Dumps of the same and of later passes that an earlier run left go first.
+
+        Raises UserError where the folder cannot be written.
+        """
+        folder = self.folder
+        found, about = self.probe(step, program, before)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.iterdir():
+                match = _FILE.fullmatch(path.name)
+                if match and int(match[1]) >= index:
+                    path.unlink()
+            earlier = [d for d in read_dumps(folder) if d.index < index] if index else []
+            _add_sqnr(found, earlier)
+            stem = f"{index:03d}-{step.name()}"
+            metadata = {"mpq": json.dumps(about, separators=(",", ":"), sort_keys=True)}
+            _write(folder / f"{stem}.txt", lambda file: file.write(printer.text(program, step.name()).encode()))
+            _write(folder / f"{stem}.safetensors", lambda file: tensorfile.save(file, found, metadata))
+        except OSError as error:
+            raise UserError(
+                f"the dumps cannot be written to {folder} ({error.strerror}); name another folder with --dumps"
+            ) from error
+
+    @torch.no_grad()
+    def probe(self, step: Pass, program: Program, before: Program) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The tensors of a pass's probe file (without SQNRs) and its metadata."""
+        forced = self._forced(step, program, before)
+        output, departing = _run_forced(program, forced, self.inputs)
+        simulation = step.contract == Contract.SIMULATION
+        if simulation or step.contract == Contract.REWRITE or any(d.share for d in forced.departures.values()):
+            natural = Forced(program, {})  # what is forced would hide the errors that nodes inherit
+            output = natural.run(self.inputs)
+            values = natural.values
+        else:
+            values = forced.values
+        self._remember(program, values, output)
+        found = _sampled(program, values, output)
+        consumers = _consumers(program, forced) if simulation else []
+        for name, d in forced.departures.items():
+            first, second = (*d.channels, -1, -1)[:2]
+            found[f"local:{name}"] = np.array([d.largest, d.noise, d.share, d.departing, first, second])
+        if simulation:
+            found |= {f"expected:{n}": np.array([v]) for n, v in self._expected(consumers).items()}
+            found |= self._weight_arrays(program)
+        found |= self._edge_arrays(program)
+        return found, {
+            "pass": step.name(),
+            "contract": str(step.contract),
+            "stage": str(program.stage),
+            "order": list(forced.departures),
+            "agreeing": forced.force is not always,
+            "departing": departing,
+            "consumers": consumers,
+            "layers": layers(program),
+            "readers": {} if self._planned is None else _readers(self._planned),
+            "boundaries": program.facts["time-groups"].tolist() if "time-groups" in program.facts else [],
+        }
+
+    def _forced(self, step: Pass, program: Program, before: Program) -> Forced:
+        """How the program is run and what its nodes are held against."""
+        if step.contract == Contract.EXACT:
+            return Forced(program, self._exact(before))
+        if step.contract == Contract.SIMULATION:
+            return Forced(program, self._float, aliases=_carriers(program, self._float))
+        if not before.inputs:
+            known = {} if self.denoiser is None else _outputs_of_modules(self.denoiser, self.inputs)
+            return Forced(program, known, lambda node, d: not d.share)
+        known = self._last or self._run(before)
+        if step.contract == Contract.REWRITE:
+            first = before.stage == Stage.FLOAT and program.stage != Stage.FLOAT
+            return Forced(program, known, lambda node, d: d.largest <= ROUNDING, channels_first=first)
+        return Forced(program, known)
+
+    def _exact(self, before: Program) -> dict[str, Any]:
+        """The values of the program before, executed in exact mode; a packed one knows no other."""
+        if before.stage == Stage.PACKED:
+            return self._last or self._run(before)
+        values: dict[str, Any] = {}
+
+        def watch(node: fx.Node, value: Any) -> None:
+            if node.op == "call_function":
+                values[node.name] = value
+
+        values[OUTPUT] = ExactInterpreter(before).run(self.inputs, watch=watch)
+        return values
+
+    def _run(self, program: Program) -> dict[str, Any]:
+        natural = Forced(program, {})
+        output = natural.run(self.inputs)
+        return natural.values | {OUTPUT: output}
+
+    def _remember(self, program: Program, values: dict[str, Any], output: Tensor) -> None:
+        self._last = values | {OUTPUT: output}
+        if program.stage in _FLOAT_STAGES:
+            self._planned, self._float = program, self._last
+
+    # ----------------------------------------------------------------------------------------- expected
+
+    def _expected(self, consumers: Sequence[str]) -> dict[str, float]:
+        """The noise that the plan stands for at calls on quantized operands, on the float program's values."""
+        planned = self._planned
+        if planned is None:
+            return {}
+        nodes = {n.name: n for n in planned.graph.nodes}
+        inputs = {n.name: self.inputs[str(n.target)] for n in planned.graph.nodes if n.op == "placeholder"}
+        for name in consumers:
+            if name not in self._calls and name in nodes:
+                values = self._float | inputs
+                found = noise.expected_of_call(planned, nodes[name], values, self.inputs["timestep"])
+                if found is not None:
+                    self._calls[name] = found
+        return {name: self._calls[name] for name in consumers if name in self._calls}
+
+    def _weight_arrays(self, program: Program) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        for path, weight in self._noise_of_weights(program).items():
+            (out, expected_out), own = weight.relative, weight.signal[0].clamp_min(1e-30)
+            inside = [float(x[:, 0].sum() / own) for x in (weight.measured, weight.expected)]
+            found[f"weight:{path}"] = np.array([weight.ratio, out, expected_out, *inside])
+            if weight.suspects:
+                found[f"rows:{path}"] = np.array(weight.suspects)
+        return found
+
+    def _noise_of_weights(self, program: Program) -> dict[str, noise.WeightNoise]:
+        planned = self._planned
+        if planned is None or not program.weights:
+            return {}
+        nodes = {n.name: n for n in planned.graph.nodes}
+        found: dict[str, noise.WeightNoise] = {}
+        for layer in calls.layers_of(calls.flatten(program)):
+            levels, call = layer.levels, nodes.get(layer.call.name)
+            if levels is None or call is None or levels.path in found:
+                continue
+            path, node = levels.path, layer.call.args[1]
+            if levels.weight is not None:
+                self._sources[path] = levels.weight
+            source = self._sources.get(path) or str(weight_of(call))
+            key = (source, _parts(node), settled := levels.weight is None)
+            if self._weights.get(path, (None,))[0] != key:
+                weight, gram = program.tensors.read(source), noise.gram_of(planned, call)
+                expected = noise.plain_rounding(weight, program.weights[path].format, gram, settled)
+                quantized = noise.constant(program, node)
+                self._weights[path] = key, noise.weight_noise(weight, quantized, gram, expected)
+            found[path] = self._weights[path][1]
+        return found
+
+    def _edge_arrays(self, program: Program) -> dict[str, np.ndarray]:
+        found = {}
+        for edge, plan in program.activations.items():
+            key = (plan, tuple(program.facts["time-groups"].tolist()))
+            if self._tables.get(edge, (None,))[0] != key:
+                self._tables[edge] = key, noise.table_noise(program, edge, plan)
+            table = self._tables[edge][1]
+            if table is not None:
+                columns = (table.scale, table.zero_point, table.measured, table.expected)
+                found[f"edge:{edge}"] = np.stack([c.to(torch.float64).numpy() for c in columns])
+        return found
+
+
+def _run_forced(program: Program, forced: Forced, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[str]]:
+    """The output, and the nodes from which on values depart and do not return, each with those before it forced."""
+    agrees, departing = forced.force, set[str]()
+    first: dict[str, Departure] = {}
+    forced.force = lambda node, found: node.name in departing or agrees(node, found)
+    while True:
+        output = forced.run(inputs)
+        if OUTPUT in forced.known:
+            forced.departures[OUTPUT] = departure(forced.known[OUTPUT], output)
+        first = forced.departures | {n: d for n, d in first.items() if n in departing}
+        found = roots(program, forced.contaminated)
+        departing.update(found)
+        if not found or len(departing) > DEPARTING:
+            forced.departures, forced.force = first, agrees
+            return output, [n for n in first if n in departing]
+
+
+def _sampled(program: Program, values: Mapping[str, Any], output: Tensor) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
-    first = program.stage == Stage.FLOAT
-
-    def watch(node: fx.Node, value: Any) -> None:
-        if node.op not in ("call_function", "call_module") or not isinstance(value, Tensor):
-            return
-        if first and value.dim() == 4:
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            continue
+        if program.stage == Stage.FLOAT and value.dim() == 4:
             value = value.permute(0, 2, 3, 1)  # as `layout` will leave it
-        found[f"value:{node.name}"] = sample(node.name, value)
-        found[f"shape:{node.name}"] = np.array(value.shape, np.int64)
-
-    output = _Watching(program, watch).run(inputs, watch=watch)
-    found["output"] = sample("output", output, OUTPUT_VALUES)
+        found[f"value:{name}"] = sample(name, value)
+        found[f"shape:{name}"] = np.array(value.shape, np.int64)
+    found[OUTPUT] = sample(OUTPUT, output, OUTPUT_VALUES)
     return found
 
 
-def write_dump(
-    folder: str | Path,
-    index: int,
-    step: Pass,
-    program: Program,
-    before: Program,
-    inputs: Mapping[str, Tensor],
-) -> None:
-    """Writes both files of a pass. Dumps of the same and of later passes that an earlier run left there go first.
+def _outputs_of_modules(denoiser: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the model's layers yield, by the names that `trace` gives them, and the model itself."""
+    found: dict[str, Any] = {}
+    twice: set[str] = set()
 
-    Raises UserError where the folder cannot be written.
-    """
-    folder = Path(folder)
-    found = probe(program, inputs)
+    def hook(name: str) -> Callable[..., None]:
+        def record(module: Any, args: Any, output: Any) -> None:
+            if name in found:
+                twice.add(name)
+            if isinstance(output, Tensor):
+                found[name] = output.clone()
+
+        return record
+
+    leaves = [(n, m) for n, m in denoiser.module.model.named_modules() if not [*m.children()] and [*m.parameters()]]
+    handles = [module.register_forward_hook(hook(name.replace(".", "_"))) for name, module in leaves]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir():
-            match = _FILE.fullmatch(path.name)
-            if match and int(match[1]) >= index:
-                path.unlink()
-        earlier = [d for d in read_dumps(folder) if d.index < index] if index else []
-        _add_sqnr(found, earlier)
-        stem = f"{index:03d}-{step.name()}"
-        _write(folder / f"{stem}.txt", lambda file: file.write(printer.text(program, step.name()).encode()))
-        _write(folder / f"{stem}.safetensors", lambda file: tensorfile.save(file, found))
-    except OSError as error:
-        raise UserError(
-            f"the dumps cannot be written to {folder} ({error.strerror}); name another folder with --dumps"
-        ) from error
+        output = denoiser(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {n: v for n, v in found.items() if n not in twice} | {OUTPUT: output}
+
+
+def _carriers(program: Program, known: Mapping[str, Any]) -> dict[str, str | None]:
+    """Where a layer's value is not its call's but that of a sum which a pass put behind it, as low-rank branches do."""
+    found: dict[str, str | None] = {}
+    for node in program.graph.nodes:
+        if node.name not in known or node.name in found:
+            continue
+        for user in node.users:
+            others = [n for n in user.all_input_nodes if n is not node]
+            new = user.target is aten.add.Tensor and user.name not in known
+            if new and others and not any(n.name in known for n in others):
+                found |= {node.name: None, user.name: node.name}
+                break
+    return found
+
+
+def _quantizes(node: fx.Node) -> bool:
+    name = ops.OPS[node.target].name if node.target in ops.OPS else ""  # type: ignore[index]
+    return "quantize" in name
+
+
+def _consumers(program: Program, forced: Forced) -> list[str]:
+    """The calls with a counterpart that read what a quantizer has made, by the counterpart's name, in graph order."""
+    noisy: set[fx.Node] = set()
+    found = []
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        reads = any(n in noisy for n in node.all_input_nodes) or _quantizes(node)
+        name = forced.aliases.get(node.name, node.name)
+        if name in forced.departures:
+            if reads:
+                found.append(name)
+        elif reads:
+            noisy.add(node)
+    return found
+
+
+def layers(program: Program) -> dict[str, list[str]]:
+    """Parameter -> the calls that multiply with it, in any stage."""
+    found: dict[str, list[str]] = {}
+    flat = calls.flatten(program)
+    levels = {made.call.name: made for made in calls.levels_of(flat)}
+    for call in flat:
+        path = calls.weight_path(call, levels)
+        if path is None and call.target is aten.conv2d.default:
+            path = calls.stored(call.args[1])
+        if path is not None:
+            found.setdefault(path, []).append(call.name)
+    return found
+
+
+def _readers(planned: Program) -> dict[str, list[str]]:
+    """Edge -> the parameters of the layers that read it."""
+    found: dict[str, list[str]] = {}
+    for node in planned.quantizable:
+        path = str(weight_of(node)).split(":")[0]
+        source = node.args[0]
+        readers = found.setdefault(getattr(source, "name", ""), [])
+        if path not in readers:
+            readers.append(path)
+    return found
+
+
+def _parts(node: fx.Node) -> tuple[str, ...]:
+    """Store names of everything that a weight is made of."""
+    if node.op == "get_attr":
+        return (str(node.target),)
+    return tuple(name for source in node.all_input_nodes for name in _parts(source))
+
+
+# --- files --------------------------------------------------------------------------------------------------
 
 
 def _add_sqnr(found: dict[str, np.ndarray], earlier: list[Dump]) -> None:
@@ -190,20 +465,35 @@ def _read(folder: Path, stem: str, index: int, name: str) -> Dump:
         text = (folder / f"{stem}.txt").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the dump {folder / stem}.txt cannot be read; write the dumps again") from error
-    tensors = tensorfile.load(folder / f"{stem}.safetensors")
+    file = folder / f"{stem}.safetensors"
+    tensors = tensorfile.load(file)
 
     def part(prefix: str) -> dict[str, np.ndarray]:
         return {k.removeprefix(prefix): np.asarray(v) for k, v in tensors.items() if k.startswith(prefix)}
 
-    if "output" not in tensors or "output:sqnr" not in tensors:
-        raise UserError(f"{folder / stem}.safetensors is no probe of a pass; write the dumps again")
-    return Dump(
-        index,
-        name,
-        text,
-        part("value:"),
-        {k: float(v[0]) for k, v in part("sqnr:").items()},
-        {k: tuple(int(n) for n in v) for k, v in part("shape:").items()},
-        np.asarray(tensors["output"]),
-        float(tensors["output:sqnr"][0]),
-    )
+    try:
+        about = json.loads(tensorfile.metadata(file).get("mpq", ""))
+        local = part("local:")
+        return Dump(
+            index,
+            name,
+            text,
+            part("value:"),
+            {k: float(v[0]) for k, v in part("sqnr:").items()},
+            {k: tuple(int(n) for n in v) for k, v in part("shape:").items()},
+            np.asarray(tensors[OUTPUT]),
+            float(tensors["output:sqnr"][0]),
+            {node: _departure_of(local[node]) for node in about["order"]},
+            {k: float(v[0]) for k, v in part("expected:").items()},
+            part("weight:"),
+            part("rows:"),
+            part("edge:"),
+            about,
+        )
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{file} is no probe of a pass; write the dumps again") from error
+
+
+def _departure_of(row: np.ndarray) -> Departure:
+    largest, power, share, departing, *channels = row.tolist()
+    return Departure(largest, power, share, tuple(int(c) for c in channels if c >= 0), int(departing))

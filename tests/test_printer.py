@@ -151,7 +151,8 @@ def test_the_excerpt_of_a_pass_is_real(name):
         assert "no change" in before and "no change" in after
         return
     pipelines = (programs.RESIDUAL,) if name == "residual-branch" else (PLAIN, *programs.PIPELINES)
-    step = programs.step("unet2d", name, next(p for p in pipelines if name in re.split("[,{]", p)))
+    model = "sd15" if name == "bos-split" else "unet2d"
+    step = programs.step(model, name, next(p for p in pipelines if name in re.split("[,{]", p)))
     text = printer.text(step.after)
     assert not [line for line in after.splitlines() if not occurs(line, text)]
     if step.before.inputs:
@@ -193,8 +194,9 @@ def test_every_option_is_documented():
 
 
 def dump(folder: Path, model: str = "pixart", count: int | None = None) -> None:
+    writer = probes.Writer(folder, programs.inputs(model, 2), programs.denoiser(model))
     for index, step in enumerate(programs.steps(model)[:count]):
-        probes.write_dump(folder, index, step.step, step.after, step.before, programs.inputs(model, 2))
+        writer.write(index, step.step, step.after, step.before)
 
 
 def test_dumps_are_read_as_they_were_written(tmp_path):

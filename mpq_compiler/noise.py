@@ -1,0 +1,200 @@
+"""The noise that a plan stands for, and the noise there is: in weights, in quantized tensors, at the output of a call.
+
+What is expected is always *plain rounding* at the planned width, done here and not taken from the pass that is judged:
+a weight on the levels that span its rows (`Format.start`), an activation between the extremes of calibration. Passes
+look for something better; what is worse by half a bit (twice the power) has lost what the plan paid for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler import formats, ops
+from mpq_compiler.ablation import noise_power
+from mpq_compiler.calibration import Calibration
+from mpq_compiler.fitting import moments
+from mpq_compiler.formats import activation
+from mpq_compiler.formats.base import output_error
+from mpq_compiler.program import ActivationPlan, Interpreter, Program, function_of, weight_of
+
+HALF_ROUNDING = 2.0**-11
+"""Unit roundoff of f16: scales and offsets are known no better."""
+SUSPECTS = 8
+"""Rows of a weight that are compared with all other rows."""
+
+
+def rows(value: Tensor) -> Tensor:
+    """A weight [O, ...] as f32 [O, K]."""
+    return value.reshape(len(value), -1).to(torch.float32)
+
+
+def constant(program: Program, node: fx.Node) -> Tensor:
+    """The value of a node that depends on stored tensors alone."""
+    interpreter = Interpreter(program)
+    env: dict[fx.Node, Any] = {}
+
+    def value(n: fx.Node) -> Any:
+        if n not in env:
+            for source in n.all_input_nodes:
+                value(source)
+            env[n] = interpreter.evaluate(n, env)
+        return env[n]
+
+    return value(node)
+
+
+# --- weights ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WeightNoise:
+    """Squared errors of the rows of a weight, in the weight and in the layer's output over calibration: [O, 2]."""
+
+    measured: Tensor
+    expected: Tensor
+    signal: Tensor
+    """The weight's own powers, [2] in all."""
+    suspects: tuple[tuple[int, float, int, float], ...]
+    """(row, times the expected noise, the other row it is nearest to, its distance from that over that from its own) of
+    the noisiest rows."""
+
+    @property
+    def ratio(self) -> float:
+        """How many times the expected noise there is, in the measure that is kinder: a fit may trade one for other."""
+        return float((self.measured.sum(0) / self.expected.sum(0)).min())
+
+    @property
+    def relative(self) -> tuple[float, float]:
+        """Noise over signal in the layer's output, measured and expected."""
+        power = float(self.signal[1].clamp_min(1e-30))
+        return float(self.measured[:, 1].sum()) / power, float(self.expected[:, 1].sum()) / power
+
+
+def weight_noise(weight: Tensor, quantized: Tensor, gram: Tensor | None, expected: Tensor) -> WeightNoise:
+    """Of ``quantized`` against ``weight`` [O, ..., C]; ``expected`` [O, 2] is that of `plain_rounding`."""
+    own, other = rows(weight), rows(quantized)
+    measured = _powers(other - own, gram)
+    ratios = (measured / expected).amin(1)
+    worst = torch.argsort(ratios, descending=True, stable=True)[:SUSPECTS]
+    suspects = []
+    if len(own) > 1:
+        distances = torch.cdist(other[worst].double(), own.double()).square()
+        mine = distances.gather(1, worst[:, None])[:, 0]
+        distances.scatter_(1, worst[:, None], torch.inf)
+        least, index = distances.min(1)
+        suspects = [
+            (int(row), float(ratios[row]), int(i), float(d / m.clamp_min(1e-30)))
+            for row, i, d, m in zip(worst, index, least, mine, strict=True)
+        ]
+    return WeightNoise(measured, expected, _powers(own, gram).sum(0), tuple(suspects))
+
+
+def plain_rounding(weight: Tensor, format_name: str, gram: Tensor | None, settled: bool) -> Tensor:
+    """The expected squared errors [O, 2] of the rows: those of `Format.start`, 6 dB less for each bit to come.
+
+    The start of a residual format is its base alone; ``settled`` says that its branch is there too.
+    """
+    chosen = formats.get(format_name)
+    start = chosen.start(weight)
+    error = rows(start.dequantize()) - rows(weight)
+    lut = getattr(start, "lut", None)
+    missing = chosen.bits - ((lut.shape[1] - 1).bit_length() if lut is not None else chosen.bits)
+    found = _powers(error, gram) * 4.0 ** (-missing if settled else 0)
+    return torch.maximum(found, _powers(rows(weight) * HALF_ROUNDING, gram)).clamp_min(1e-30)
+
+
+def _powers(error: Tensor, gram: Tensor | None) -> Tensor:
+    found = error.square().sum(1)
+    return torch.stack([found, found if gram is None else output_error(error, gram).clamp_min(0)], 1).double()
+
+
+# --- activations --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TableNoise:
+    """Of the static quantizer of an edge, by time group [G]: relative to the power of its calibration values."""
+
+    scale: Tensor
+    zero_point: Tensor
+    measured: Tensor
+    expected: Tensor
+    """Of the range between the extremes, shrunken where that is better."""
+
+
+def table_noise(program: Program, edge: str, plan: ActivationPlan) -> TableNoise | None:
+    """The noise of an edge's tables on the values that calibration kept; None where it kept none."""
+    calibration: Calibration | None = program.facts.get("calibration")
+    if calibration is None or edge not in calibration.edges or plan.scale is None or plan.zero_point is None:
+        return None
+    scale, zero = program.tensors[plan.scale], program.tensors[plan.zero_point]
+    group = ops.time_group(calibration.inputs["timestep"], program.facts["time-groups"])
+    statistics = calibration.edges[edge]
+    measured, expected = [], []
+    for g in range(len(scale)):
+        chosen = group == g
+        values = statistics.values[chosen].flatten()
+        if not len(values):
+            measured.append(0.0)
+            expected.append(0.0)
+            continue
+        power = float(values.square().sum().clamp_min(1e-30))
+        ends = statistics.low[chosen].min(), statistics.high[chosen].max()
+        measured.append(float(activation.error(values, scale[g], zero[g], plan.bits)) / power)
+        expected.append(float(activation.least_error(values, *ends, plan.bits)) / power)
+    return TableNoise(scale, zero, torch.tensor(measured), torch.tensor(expected))
+
+
+def quantized_by_plan(program: Program, plan: ActivationPlan, value: Tensor, timestep: Tensor) -> Tensor:
+    """``value`` as its plan says, in f32."""
+    if plan.scale is None or plan.zero_point is None:
+        return ops.dynamic_fake_quantize(value, plan.bits)
+    group = ops.time_group(timestep, program.facts["time-groups"])
+    tables = program.tensors[plan.scale], program.tensors[plan.zero_point]
+    return ops.fake_quantize(value, *tables, group, plan.bits)
+
+
+# --- calls --------------------------------------------------------------------------------------------------
+
+
+def expected_of_call(
+    planned: Program, node: fx.Node, values: Mapping[str, Any], timestep: Tensor
+) -> float | None:
+    """Relative noise power at the output of a float call when what it reads is quantized as planned.
+
+    ``planned`` has the plans, ``values`` are those of its run. None where nothing that the call reads has a plan.
+    """
+    weight = weight_of(node)
+    path = None if weight is None else weight.split(":")[0]
+    any_plan = False
+
+    def value(source: fx.Node) -> Any:
+        nonlocal any_plan
+        if source.op == "get_attr":
+            tensor = planned.tensors.read(str(source.target))
+            if str(source.target) == weight and path in planned.weights:
+                any_plan = True
+                start = formats.get(planned.weights[str(path)].format).start(tensor)
+                return start.dequantize().reshape(tensor.shape)
+            return tensor
+        known = values[source.name]
+        if source.name in planned.activations:
+            any_plan = True
+            return quantized_by_plan(planned, planned.activations[source.name], known, timestep)
+        return known
+
+    args = fx.map_arg(node.args, value)
+    kwargs = fx.map_arg(node.kwargs, value)
+    if not any_plan or not isinstance(values.get(node.name), Tensor):
+        return None
+    return noise_power(function_of(node)(*args, **kwargs), values[node.name])
+
+
+def gram_of(program: Program, call: fx.Node) -> Tensor | None:
+    """The second moments under which the errors of a call's weight count (`fitting.moments`)."""
+    return moments(program, call) if "calibration" in program.facts else None

@@ -1,0 +1,200 @@
+"""Faults are injected into real passes; bisecting their dumps names the pass and the layers, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor, fx
+
+from mpq_compiler import bisect, pass_manager, probes
+from mpq_compiler.pass_manager import Pass, Session
+from mpq_compiler.program import Program, prune, weight_of
+from tests import programs
+
+INT4 = f"{programs.FRONT},bit-allocation{{uniform=int4}},{programs.BACK}"
+INT2 = f"{programs.FRONT},bit-allocation{{uniform=int2}},{programs.BACK}"
+LAYERS = {
+    "unet2d": ("conv_in", "time_embedding.linear_2", "mid_block.attentions.0.to_v", "up_blocks.1.resnets.1.conv2"),
+    "pixart": ("transformer_blocks.1.ff.net.2", "transformer_blocks.0.attn1.to_v", "adaln_single.linear", "proj_out"),
+}
+MODELS = ("unet2d", "pixart")
+
+Fault = Callable[[Program, Sequence[str]], None]
+
+
+def faulty(step: Pass, fault: Fault, layers: Sequence[str]) -> Pass:
+    """The pass of the same name and options, which does its work and then breaks those layers."""
+    cls = type(step)
+
+    def run(self: Any, program: Program, session: Session) -> Program:
+        after = cls.run(self, program, session)
+        fault(after, layers)
+        prune(after.graph)
+        return after
+
+    made = type(cls.__name__, (cls,), {"run": run, "__module__": cls.__module__})
+    return made(**{f.name: getattr(step, f.name) for f in dataclasses.fields(cls)})
+
+
+@functools.cache
+def clean(model: str, pipeline: str) -> tuple[Path, tuple[probes.Writer, ...]]:
+    """The dumps of a compilation without faults, and the writer as it was before each pass."""
+    folder = Path(_FOLDER.name, str(len(_FOLDER_NAMES)))
+    _FOLDER_NAMES.append(model)
+    writer = probes.Writer(folder, programs.inputs(model, 2), programs.denoiser(model))
+    before = []
+    for index, step in enumerate(programs.steps(model, pipeline)):
+        before.append(copy_of(writer, folder))
+        writer.write(index, step.step, step.after, step.before)
+    return folder, tuple(before)
+
+
+_FOLDER = tempfile.TemporaryDirectory()
+_FOLDER_NAMES: list[str] = []
+
+
+def copy_of(writer: probes.Writer, folder: Path) -> probes.Writer:
+    """Another writer that goes on from here, elsewhere."""
+    other = copy.copy(writer)
+    for name, value in vars(writer).items():
+        setattr(other, name, dict(value) if isinstance(value, dict) else value)
+    other.folder = folder
+    return other
+
+
+def verdict(folder: Path, model: str, broken: str, fault: Fault, layers: Any, pipeline: str = "", more: int = 1):
+    """The verdict on a compilation in which the pass ``broken`` has a fault, ``more`` passes after it."""
+    pipeline = pipeline or INT4
+    steps = programs.steps(model, pipeline)
+    start = next(i for i, s in enumerate(steps) if s.step.name() == broken)
+    recorded, writers = clean(model, pipeline)
+    for path in recorded.iterdir():
+        if int(path.name[:3]) < start:
+            shutil.copy(path, folder)
+    writer = copy_of(writers[start], folder)
+    pass_manager.run_pipeline(
+        [faulty(steps[start].step, fault, layers), *(s.step for s in steps[start + 1 : start + 1 + more])],
+        steps[start].before,
+        Session(programs.denoiser(model), programs.calibration(model)),
+        lambda i, step, before, after: writer.write(start + i, step, after, before),
+        frozenset().union(*(s.step.provides for s in steps)),
+    )
+    return bisect.bisect(probes.read_dumps(folder))
+
+
+def named(found: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(f["after"], f["layers"][0]) for p in found["passes"] for f in p["findings"]]
+
+
+# --- faults -------------------------------------------------------------------------------------------------
+
+
+def call_of(program: Program, layer: str) -> fx.Node:
+    name = layer.replace(".", "_")
+    return next(n for n in program.graph.nodes if n.name == name)
+
+
+def replace_stored(program: Program, old: str, tensor: Tensor) -> str:
+    """Every read of a stored tensor becomes one of another; plans of activations follow."""
+    new = program.tensors.add(old if ":" in old else f"{old}:changed", tensor)
+    assert new != old
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and str(node.target) == old:
+            node.target = new
+    for edge, plan in program.activations.items():
+        changes = {key: new for key in ("scale", "zero_point") if getattr(plan, key) == old}
+        if changes:
+            program.activations[edge] = dataclasses.replace(plan, **changes)
+    return new
+
+
+def edge_of(program: Program, layer: str) -> str:
+    x = call_of(program, layer).args[0]
+    assert isinstance(x, fx.Node)
+    return x.name.removesuffix("_q")
+
+
+def wrong_permutation(program: Program, layers: Sequence[str]) -> None:
+    """Convolutions read their taps transposed, linear layers their inputs in reverse."""
+    for layer in layers:
+        name = str(weight_of(call_of(program, layer)))
+        tensor = program.tensors[name]
+        replace_stored(program, name, tensor.transpose(1, 2).contiguous() if tensor.dim() == 4 else tensor.flip(1))
+
+
+def dropped_group(program: Program, layers: Sequence[str]) -> None:
+    """The time group with the widest range has the quantizer of that with the narrowest."""
+    for layer in layers:
+        plan = program.activations[edge_of(program, layer)]
+        scale, zero = program.tensors[plan.scale], program.tensors[plan.zero_point]
+        wide, narrow = int(scale.argmax()), int(scale.argmin())
+        for name, table in ((plan.scale, scale), (plan.zero_point, zero)):
+            table = table.clone()
+            table[wide] = table[narrow]
+            replace_stored(program, name, table)
+
+
+def wrong_scale(program: Program, layers: Sequence[str]) -> None:
+    """The activation's scale is one and a half times what it should be."""
+    for layer in layers:
+        name = program.activations[edge_of(program, layer)].scale
+        replace_stored(program, name, program.tensors[name] * 1.5)
+
+
+def swapped_rows(program: Program, layers: Sequence[str]) -> None:
+    for layer in layers:
+        (name,) = {str(n.target) for n in program.graph.nodes if n.op == "get_attr" and codes_of(layer, str(n.target))}
+        codes = program.tensors[name].clone()
+        codes[[0, len(codes) - 1]] = codes[[len(codes) - 1, 0]]
+        replace_stored(program, name, codes)
+
+
+def codes_of(layer: str, name: str) -> bool:
+    return name in (f"{layer}.weight:codes", f"{layer}.weight:base.codes")
+
+
+def off_by_one(program: Program, layers: Sequence[str]) -> None:
+    """The zero point of the last time group is one more (one less where there is no more)."""
+    for layer in layers:
+        name = program.activations[edge_of(program, layer)].zero_point
+        zero = program.tensors[name].clone()
+        zero[-1] = zero[-1] + 1 if zero[-1] < 255 else zero[-1] - 1
+        replace_stored(program, name, zero)
+
+
+FAULTS = {
+    "layout": wrong_permutation,
+    "bit-allocation": dropped_group,
+    "insert-fake-quant": wrong_scale,
+    "round-weights": swapped_rows,
+    "fold-fake-quant": off_by_one,
+}
+
+
+@pytest.mark.parametrize("broken", FAULTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_fault_is_named_by_pass_and_layer(tmp_path, model, broken):
+    layers = LAYERS[model]
+    found = verdict(tmp_path, model, broken, FAULTS[broken], layers)
+    findings = [f for p in found["passes"] for f in p["findings"]]
+    assert found["pass"] == broken and found["layer"] in findings[0]["layers"]
+    assert [f["after"] for f in findings] == [broken] * len(layers), found["sentence"]
+    # A tensor that several layers read is named with all of them.
+    assert all(set(f["layers"]) & set(layers) for f in findings)
+    assert {*layers} <= {layer for f in findings for layer in f["layers"]}
+    assert found["sentence"].startswith(broken) and findings[0]["layers"][0] in found["sentence"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_clean_compilation_has_nothing_wrong(model):
+    found = bisect.bisect(probes.read_dumps(clean(model, INT4)[0]))
+    assert found["clean"], found["sentence"]
+    assert found["pass"] is None and "nothing is wrong" in found["sentence"]
