@@ -38,7 +38,7 @@ from tvm.tirx import PrimFunc
 from mpq_compiler.backends.tvm.kernels import vmath
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, apply
 from mpq_compiler.backends.tvm.kernels.isa import Isa, Tile
-from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul, WeightLayout
+from mpq_compiler.backends.tvm.kernels.problem import FEW_SEGMENTS, QuantMatmul, Segment, WeightLayout
 from mpq_compiler.backends.tvm.kernels.template import (
     BATCH,
     Argument,
@@ -200,8 +200,7 @@ class _Kernel:
             self._multiply(rows)
             return
         with T.serial(0, rows) as r:
-            for j in range(len(self.p.segments)):
-                self._gather_pixels(j, 1, (row + r) * self.p.channels, r)
+            self._segments(lambda j: self._gather_pixels(j, 1, (row + r) * self.p.channels, r))
         self._multiply(rows)
 
     def _chunk_of_samples(self, sample: Any, samples: Any) -> None:
@@ -244,17 +243,22 @@ class _Kernel:
 
     # ------------------------------------------------------------------------------------------- gathering
 
-    def _plane(self, j: int) -> int:
+    def _segments(self, body: Callable[[Segment], None]) -> None:
+        """Calls body for each segment, in a loop where several are equal."""
+        for first, count in self.p.segment_runs:
+            _loop(count, lambda i, first=first: body(Segment(first, i)))
+
+    def _plane(self, j: Segment) -> Any:
         """Where segment j begins in the gathered activations."""
-        return self.pixels * sum(self.w.channels[:j])
+        return self.pixels * j.before(self.w.channels)
 
     def _group(self, sample: Any) -> Any:
         """Time group of a sample; where there is one group only, nothing is read."""
         return T.bind(T.cast(self.b["group"][sample], "int32")) if self.p.groups > 1 else 0
 
-    def _entry(self, j: int, m: Any, group: Any) -> Any:
+    def _entry(self, j: Segment, m: Any, group: Any) -> Any:
         """Where row m, of a sample of that time group, finds segment j's scale and zero point."""
-        return m if self.p.dynamic else j * self.p.groups + group
+        return m if self.p.dynamic else j.index * self.p.groups + group
 
     def _gather_line(self, sample: Any, y: Any, line: Any) -> None:
         """One row of the padded image: row y of the input, or zero points where it lies outside."""
@@ -266,14 +270,16 @@ class _Kernel:
 
         def copy() -> None:
             source = T.bind((sample * p.height + y) * p.width * p.channels)
-            for j in range(len(p.segments)):
+
+            def segment(j: Segment) -> None:
                 self._fill_pixels(j, left, group, line)
                 self._gather_pixels(j, inside, source, line + left)
                 self._fill_pixels(j, right, group, line + (left + inside))
 
+            self._segments(segment)
+
         def fill() -> None:
-            for j in range(len(p.segments)):
-                self._fill_pixels(j, self.image_width, group, line)
+            self._segments(lambda j: self._fill_pixels(j, self.image_width, group, line))
 
         within = True
         if p.padding[0]:
@@ -282,10 +288,10 @@ class _Kernel:
             within = tirx.all(within, y < p.height) if p.padding[0] else y < p.height
         _when(within, copy, fill)
 
-    def _gather_pixels(self, j: int, count: int, source: Any, pixel: Any) -> None:
+    def _gather_pixels(self, j: Segment, count: int, source: Any, pixel: Any) -> None:
         """Copies segment j of `count` neighbouring pixels of the input to `pixel` of the gathered copy."""
-        p, padded, own = self.p, self.w.channels[j], self.p.segments[j]
-        offset = sum(p.segments[:j])
+        p, padded, own = self.p, self.w.channels[j.first], self.p.segments[j.first]
+        offset = j.before(p.segments)
 
         def value(at: Any, lanes: int) -> Expr:
             return self.isa.gathered(self.b["x"][span(source + offset + at, lanes)], lanes)
@@ -301,12 +307,12 @@ class _Kernel:
 
             _loop(count, one)
 
-    def _fill_pixels(self, j: int, count: int, group: Any, pixel: Any) -> None:
+    def _fill_pixels(self, j: Segment, count: int, group: Any, pixel: Any) -> None:
         """Zero points in segment j of `count` neighbouring pixels of the gathered copy."""
         if not count:
             return
-        padded, own = self.w.channels[j], self.p.segments[j]
-        zero = T.bind(self.isa.gathered(self.b["act_zero"][j * self.p.groups + group], 1))
+        padded, own = self.w.channels[j.first], self.p.segments[j.first]
+        zero = T.bind(self.isa.gathered(self.b["act_zero"][j.index * self.p.groups + group], 1))
 
         def value(_: Any, lanes: int) -> Expr:
             return vmath.splat(zero, lanes)
@@ -343,16 +349,16 @@ class _Kernel:
         if count % lanes:
             vector(count - lanes)
 
-    def _row_start(self, j: int, r: Any) -> Any:
+    def _row_start(self, j: Segment, r: Any) -> Any:
         """Where row r of the chunk starts in the activations of segment j."""
         if self.direct:
-            return (self.first_row + r) * self.p.channels + sum(self.p.segments[:j])
+            return (self.first_row + r) * self.p.channels + j.before(self.p.segments)
         pixel = r if self.p.pointwise else self.starts[r]
-        return self._plane(j) + pixel * self.w.channels[j]
+        return self._plane(j) + pixel * self.w.channels[j.first]
 
-    def _runs(self, j: int) -> tuple[int, int, int]:
+    def _runs(self, j: Segment) -> tuple[int, int, int]:
         """Vertical taps, values in a row at each of them, and the distance from one to the next."""
-        c = self.w.channels[j]
+        c = self.w.channels[j.first]
         return self.p.kernel[0], self.p.kernel[1] * c, 0 if self.p.pointwise else self.image_width * c
 
     def _sum_rows(self, rows: Any) -> None:
@@ -360,7 +366,8 @@ class _Kernel:
         p, lanes = self.p, self.isa.lanes
         with T.serial(0, rows) as r:
             group = 0 if p.dynamic else self._group(_quotient(self.first_row + r, p.rows))
-            for j, channels in enumerate(p.segments):
+
+            def segment(j: Segment) -> None:
                 taps, run, stride = self._runs(j)
                 start = T.bind(self._row_start(j, r))
                 partial_sums = scratch(lanes, "int32")
@@ -379,10 +386,12 @@ class _Kernel:
                     for k in range(run // lanes * lanes, run):
                         add(line + k, 1)
                 zero = T.cast(self.b["act_zero"][self._entry(j, self.first_row + r, group)], "int32")
-                total = (self.isa.unsigned_excess - zero) * (p.kernel[0] * p.kernel[1] * channels)
+                total = (self.isa.unsigned_excess - zero) * (p.kernel[0] * p.kernel[1] * p.segments[j.first])
                 for lane in range(lanes):
                     total = total + partial_sums[lane]
-                store(self.sums, total, j * self.most_rows + r)
+                store(self.sums, total, j.index * self.most_rows + r)
+
+            self._segments(segment)
 
     # -------------------------------------------------------------------------------------- multiplication
 
@@ -451,13 +460,48 @@ class _Kernel:
         groups = scratch(tile.rows, "int32")
         with T.unroll(0, tile.rows) as i:
             store(groups, self._group(_quotient(self.first_row + r + i, p.rows)), i)
-        products = [scratch(tile.rows * tile.vectors * self.isa.lanes, "int32") for _ in range(segments)]
-        for j, product in enumerate(products):
-            self._accumulate(tile, j, r, groups, product)
+        size = tile.rows * tile.vectors * self.isa.lanes
+        products: list[Buffer] = []
+        scaled = None
+        if segments > FEW_SEGMENTS:
+            scaled = scratch(size)
+            self._scale_groups(tile, r, groups, scaled)
+        else:
+            for j in range(segments):
+                products.append(scratch(size, "int32"))
+                self._accumulate(tile, Segment(j), r, groups, products[j])
         # One body for all rows keeps the code small where epilogues are long.
-        _loop(tile.rows, lambda i: self._finish_row(tile, products, i, r + i, T.bind(groups[i])))
+        _loop(tile.rows, lambda i: self._finish_row(tile, products, scaled, i, r + i, T.bind(groups[i])))
 
-    def _accumulate(self, tile: Tile, j: int, r: Any, groups: Buffer, product: Buffer) -> None:
+    def _scale_groups(self, tile: Tile, r: Any, groups: Buffer, scaled: Buffer) -> None:
+        """scaled = bias + the products of all segments with their scales, in order, f32 [tile.rows, vectors, lanes].
+
+        Of many segments each is scaled as soon as it is summed, so that one product is held at a time.
+        """
+        p, w, lanes = self.p, self.w, self.isa.lanes
+        product = scratch(tile.rows * tile.vectors * lanes, "int32")
+
+        def cell(i: Any, v: Any) -> Any:
+            return span((i * tile.vectors + v) * lanes, lanes)
+
+        with T.unroll(0, tile.rows) as i, T.unroll(0, tile.vectors) as v:
+            at = span(self.block * w.block + v * lanes, lanes)
+            bias = self.b["bias"][at] if p.has_bias else vmath.f32(0.0, lanes)
+            store(scaled, bias, cell(i, v))
+
+        def segment(j: Segment) -> None:
+            self._accumulate(tile, j, r, groups, product)
+            with T.unroll(0, tile.rows) as i:
+                scale = T.bind(self.b["act_scale"][self._entry(j, self.first_row + r + i, groups[i])])
+                with T.unroll(0, tile.vectors) as v:
+                    own = self.b["weight_scale"][span(j.index * w.outputs + self.block * w.block + v * lanes, lanes)]
+                    total = tirx.Cast(f"float32x{lanes}", product[cell(i, v)])
+                    factor = vmath.mul(vmath.splat(scale, lanes), own)
+                    store(scaled, vmath.fma(total, factor, scaled[cell(i, v)]), cell(i, v))
+
+        self._segments(segment)
+
+    def _accumulate(self, tile: Tile, j: Segment, r: Any, groups: Buffer, product: Buffer) -> None:
         """product = start + the sum over segment j, int32 [tile.rows, tile.vectors, lanes].
 
         Loops over the cells of the tile are unrolled late, so that TVM's passes see little code; LLVM then
@@ -478,7 +522,7 @@ class _Kernel:
                 zero = T.cast(self.b["act_zero"][self.first_row + r + i], "int32")
                 negated = T.bind(isa.unsigned_excess - zero)
             with T.unroll(0, tile.vectors) as v:
-                table = j if p.dynamic else j * p.groups + groups[i]
+                table = j.index if p.dynamic else j.index * p.groups + groups[i]
                 first = self.b["start"][span(table * w.outputs + self.block * w.block + v * lanes, lanes)]
                 if p.dynamic:
                     first = first * vmath.splat(negated, lanes)
@@ -486,7 +530,7 @@ class _Kernel:
                 for s in range(1, sets):
                     store(acc, vmath.i32(0, lanes), cell(s, i, v))
         weights = self.panel if self.unpacks else self.b["tiles"]
-        begin = sum(w.segment_steps[:j]) + (0 if self.unpacks else self.block * w.steps)
+        begin = j.before(w.segment_steps) + (0 if self.unpacks else self.block * w.steps)
         taps, run, stride = self._runs(j)
         steps = run // isa.kpack
 
@@ -538,11 +582,15 @@ class _Kernel:
 
     # --------------------------------------------------------------------------------------------- results
 
-    def _finish_row(self, tile: Tile, products: list[Buffer], i: Any, r: Any, group: Any) -> None:
-        """Scales, bias, offsets, epilogue and store of row i of a tile, row r of the chunk."""
+    def _finish_row(
+        self, tile: Tile, products: list[Buffer], scaled: Buffer | None, i: Any, r: Any, group: Any
+    ) -> None:
+        """Scales, bias (where nothing is ``scaled`` yet), offsets, epilogue and store of row i of a tile, row r."""
         p, w, lanes = self.p, self.w, self.isa.lanes
         m = T.bind(self.first_row + r)
-        scales = [T.bind(self.b["act_scale"][self._entry(j, m, group)]) for j in range(len(p.segments))]
+        scales = []
+        if products or p.has_offset:
+            scales = [T.bind(self.b["act_scale"][self._entry(Segment(j), m, group)]) for j in range(len(p.segments))]
         sums = []
         if p.has_offset:
             for j in range(len(p.segments)):
@@ -554,7 +602,10 @@ class _Kernel:
         def vector(v: int, live: int) -> None:
             """Registers v of the block; its first `live` lanes are channels of the output."""
             n = T.bind(self.block * w.block + v * lanes)
-            y = self.b["bias"][span(n, lanes)] if p.has_bias else vmath.f32(0.0, lanes)
+            if scaled is not None:
+                y = scaled[span((i * tile.vectors + v) * lanes, lanes)]
+            else:
+                y = self.b["bias"][span(n, lanes)] if p.has_bias else vmath.f32(0.0, lanes)
             for j, product in enumerate(products):
                 scale = self.b["weight_scale"][span(n + j * w.outputs, lanes)]
                 total = tirx.Cast(f"float32x{lanes}", product[span((i * tile.vectors + v) * lanes, lanes)])

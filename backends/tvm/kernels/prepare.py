@@ -13,7 +13,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.isa import Isa
-from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul, WeightLayout
+from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul, Segment, WeightLayout
 from mpq_compiler.backends.tvm.kernels.template import Argument, Buffer, Buffers, primfunc, scratch, store
 
 
@@ -87,7 +87,7 @@ class _Prepare:
         def or_zero(value: Expr) -> Expr:
             return tirx.Select(i < p.outputs, T.cast(value, "float32"), tirx.FloatImm("float32", 0.0))
 
-        for j in range(len(p.segments)):
+        with T.serial(0, len(p.segments)) as j:
             store(self.b["weight_scale"], or_zero(self.b["scale"][inside, j]), j, i)
             with T.serial(0, self.b["start"].shape[1]) as g:
                 store(self.b["start"], tirx.IntImm("int32", 0), j, g, i)
@@ -98,33 +98,37 @@ class _Prepare:
 
     def _row(self, i: Any) -> None:
         """Places the codes of output row i and sums its weights."""
+        for first, count in self.p.segment_runs:
+            if count == 1:
+                self._segment(i, Segment(first))
+            else:
+                with T.serial(0, count) as each:
+                    self._segment(i, Segment(first, each))
+
+    def _segment(self, i: Any, j: Segment) -> None:
         p, w = self.p, self.w
-        taps, kpack = p.kernel[0] * p.kernel[1], self.isa.kpack
-        for j, channels in enumerate(p.segments):
-            total = scratch(1, "int32")
-            store(total, tirx.IntImm("int32", 0), 0)
-            first = sum(w.segment_steps[:j])
-            with T.serial(0, taps) as tap:
-                source = T.bind((i * taps + tap) * p.channels + sum(p.segments[:j]))
-                steps = w.channels[j] // kpack
-                for begin, end, width in (
-                    (0, channels // kpack, kpack),
-                    (channels // kpack, steps, channels % kpack),
-                ):
-                    if begin == end:
-                        continue
-                    with T.serial(begin, end) as k:
-                        step = T.bind(first + tap * steps + k)
-                        for lane in range(width):
-                            code = T.bind(self._code(source + k * kpack + lane))
-                            self._place(i, step, lane, code)
-                            store(total, total[0] + self._weight(i, code), 0)
-            if p.dynamic:
-                store(self.b["start"], total[0], j, 0, i)
-                continue
-            with T.serial(0, p.groups) as g:
-                zero = T.cast(self.b["act_zero"][j, g], "int32") - self.isa.unsigned_excess
-                store(self.b["start"], (0 - zero) * total[0], j, g, i)
+        taps, kpack, channels = p.kernel[0] * p.kernel[1], self.isa.kpack, p.segments[j.first]
+        total = scratch(1, "int32")
+        store(total, tirx.IntImm("int32", 0), 0)
+        first = T.bind(j.before(w.segment_steps))
+        with T.serial(0, taps) as tap:
+            source = T.bind((i * taps + tap) * p.channels + j.before(p.segments))
+            steps = w.channels[j.first] // kpack
+            for begin, end, width in ((0, channels // kpack, kpack), (channels // kpack, steps, channels % kpack)):
+                if begin == end:
+                    continue
+                with T.serial(begin, end) as k:
+                    step = T.bind(first + tap * steps + k)
+                    for lane in range(width):
+                        code = T.bind(self._code(source + k * kpack + lane))
+                        self._place(i, step, lane, code)
+                        store(total, total[0] + self._weight(i, code), 0)
+        if p.dynamic:
+            store(self.b["start"], total[0], j.index, 0, i)
+            return
+        with T.serial(0, p.groups) as g:
+            zero = T.cast(self.b["act_zero"][j.index, g], "int32") - self.isa.unsigned_excess
+            store(self.b["start"], (0 - zero) * total[0], j.index, g, i)
 
     def _code(self, index: Any) -> Expr:
         """The code at `index` of the stored stream, int32 (unsigned below 8 bits)."""

@@ -5,11 +5,36 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue
 from mpq_compiler.backends.tvm.kernels.isa import Isa, Tile
 from mpq_compiler.backends.tvm.kernels.template import Argument, Shape
+
+FEW_SEGMENTS = 2
+"""Up to so many segments code is written out for each; more are K-groups, and loops over equal ones."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment of the channels: number ``first + i``, of the size of number ``first``.
+
+    ``i`` is the variable of a loop over a run of equal segments, or 0.
+    """
+
+    first: int
+    i: Any = 0
+
+    @property
+    def index(self) -> Any:
+        return self.first + self.i
+
+    def before(self, sizes: Sequence[int]) -> Any:
+        """The sum of the sizes of all segments before this one."""
+        return sum(sizes[: self.first]) + self.i * sizes[self.first]
 
 
 @dataclass(frozen=True)
@@ -90,6 +115,17 @@ class QuantMatmul:
     def reduction(self) -> int:
         """K, values in one row of stored codes."""
         return self.kernel[0] * self.kernel[1] * self.channels
+
+    @property
+    def segment_runs(self) -> list[tuple[int, int]]:
+        """(first, count) of the runs of equal segments that one loop computes."""
+        if len(self.segments) <= FEW_SEGMENTS:
+            return [(j, 1) for j in range(len(self.segments))]
+        runs, first = [], 0
+        for _, equal in itertools.groupby(self.segments):
+            runs.append((first, len(list(equal))))
+            first += runs[-1][1]
+        return runs
 
     @property
     def entries(self) -> int:

@@ -182,6 +182,34 @@ def test_epilogues(name):
         assert_same_bits(got, after(epilogue, reference(case), case), (case.batch, case.problem))
 
 
+DYNAMIC = (
+    QuantMatmul.linear((), 64, 48, bits=8),
+    QuantMatmul.linear((), 1, 1, bits=4),
+    QuantMatmul.linear((7,), 65, 33, bits=4, has_offset=True),
+    QuantMatmul.linear((3, 5), 36, 65, bits=3, classes=2, has_bias=False),
+    QuantMatmul.linear((70,), 432, 320, bits=2, has_offset=True),
+    QuantMatmul.linear((5,), 200, 40, bits=4, segments=(64, 64, 72), has_offset=True),
+    QuantMatmul.linear((600,), 36, 16, bits=8),
+    QuantMatmul.linear((6,), 40, 20, bits=4, groups=3, epilogue=EPILOGUES["scale-shift-quantize"]),
+    QuantMatmul.linear((6,), 40, 20, bits=8, epilogue=EPILOGUES["residual"]),
+)
+"""Rows with scales and zero points of their own."""
+
+
+@pytest.mark.parametrize("name", [*X86, AARCH64])
+def test_dynamic_rows(name):
+    isa, problems = needs(name), [replace(problem, dynamic=True) for problem in DYNAMIC]
+    calls = [
+        (i, make_case(problem, batch, seed("dynamic", i, batch), zeros))
+        for i, problem in enumerate(problems)
+        for batch, zeros in ((1, ()), (3, (0, 255, 128)))
+    ]
+    for (_, case), got in zip(calls, Kernels(isa, problems).run(calls), strict=True):
+        y = reference(case)
+        wanted = y if case.problem.epilogue is None else after(case.problem.epilogue, y, case)
+        assert_same_bits(got, wanted, (case.batch, case.problem))
+
+
 @pytest.mark.parametrize("name", X86)
 def test_samples_of_different_time_groups_do_not_mix(name):
     problem = QuantMatmul.linear((3,), 40, 33, bits=4, groups=3, has_offset=True)
@@ -238,5 +266,37 @@ def test_problems_that_make_no_sense_are_refused():
         QuantMatmul.linear((), 8, 8, bits=5)
     with pytest.raises(ValueError, match="do not partition"):
         QuantMatmul.linear((), 8, 8, segments=(3, 4))
+    with pytest.raises(ValueError, match="cannot have scales of their own"):
+        QuantMatmul(4, 4, 8, 8, kernel=(3, 3), dynamic=True)
     with pytest.raises(ValueError, match="nothing to compute"):
         QuantMatmul(2, 2, 8, 8, kernel=(3, 3))
+
+
+def groups_of(channels: int, size: int) -> tuple[int, ...]:
+    whole, rest = divmod(channels, size)
+    return (size,) * whole + ((rest,) if rest else ())
+
+
+K_GROUPS = [
+    *(QuantMatmul.linear((7,), 1130, 50, bits=b, segments=groups_of(1130, 64), groups=3) for b in (8, 4, 3, 2)),
+    *(
+        QuantMatmul(
+            6, 5, 101, 40, kernel=(3, 3), padding=(1, 1, 0, 1), stride=(1, 2), bits=bits, groups=2,
+            segments=groups_of(101, 32), classes=3 if bits < 8 else 1,
+        )  # fmt: skip
+        for bits in (8, 4, 3)
+    ),
+    QuantMatmul.linear((9,), 200, 33, bits=4, segments=groups_of(200, 64), groups=2, has_offset=True),
+    QuantMatmul.linear((9,), 256, 33, bits=4, segments=groups_of(256, 64), has_bias=False),
+    QuantMatmul.linear((9,), 130, 33, bits=4, segments=groups_of(130, 64), dynamic=True),
+    QuantMatmul.linear((9,), 20, 33, bits=4, segments=(5, 5, 5, 2, 3), groups=2),
+]
+"""Up to 18 segments, with and without a shorter last one, offsets, bias, row classes; runs of unequal ones."""
+
+
+@pytest.mark.parametrize("name", ["x86-64-avx512vnni", "x86-64-avx2", "x86-64-avxvnni", AARCH64])
+def test_k_groups(name):
+    kernels = Kernels(needs(name), K_GROUPS)
+    cases = [make_case(problem, 3, seed("groups", i)) for i, problem in enumerate(K_GROUPS)]
+    for case, got in zip(cases, kernels.run(list(enumerate(cases))), strict=True):
+        assert_same_bits(got, reference(case), case.problem)
