@@ -26,7 +26,7 @@ from tests import tiny
 
 BUNDLED = "fashion-unet"
 _PIPELINE = (
-    "trace,layout,calibrate,time-groups,bit-allocation{{uniform={}}},insert-fake-quant,residual-branch,"
+    "trace,layout,calibrate,time-groups,bit-allocation{{uniform={}}},insert-fake-quant,residual-branch,low-rank,"
     "round-weights,fold-fake-quant,fuse-epilogues"
 )
 
@@ -45,7 +45,7 @@ def program(name: str, weights: str = "int8") -> Packed:
     """The denoiser after the whole pipeline, all weights in one format."""
     torch.set_num_threads(1)
     bundled = name == BUNDLED
-    model = denoiser.load(name) if bundled else denoiser.wrap(tiny.model(name), name=name)
+    model = denoiser.load(name) if bundled else denoiser.wrap(tiny.model(name), name=name, size=tiny.SIZES.get(name))
     session = pass_manager.Session(model)
     generator = torch.Generator().manual_seed(0)
     if bundled:
