@@ -99,6 +99,10 @@ class Pass(ABC):
     def run(self, program: Program, session: Session) -> Program:
         """The program after the pass; the one given is left as it is."""
 
+    def asks(self) -> frozenset[str]:
+        """The statistics that the pass, with its options, asks for."""
+        return self.statistics
+
     def options(self) -> dict[str, Any]:
         """Option name -> value, in the order of declaration."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -270,7 +274,7 @@ def run_pipeline(
 
     check(passes, present)
     session = dataclasses.replace(
-        session, statistics=frozenset().union(*(p.statistics for p in passes)) | session.statistics
+        session, statistics=frozenset().union(*(p.asks() for p in passes)) | session.statistics
     )
     records = []
     for index, p in enumerate(passes):

@@ -87,20 +87,21 @@ def make_case(problem: QuantMatmul, batch: int, seed_: int, zero_points: tuple[i
     else:
         codes = draw.integers(0, p.entries, shape).astype(np.uint8)
         codes[draw.integers(p.outputs)] = draw.choice([0, p.entries - 1])
-    zeros = draw.integers(0, 256, (segments, p.groups))
+    tables = (batch, p.rows) if p.dynamic else (segments, p.groups)
+    zeros = draw.integers(0, 256, tables)
     if zero_points:
         zeros = np.resize(zero_points, zeros.shape)
-    tables = draw.integers(-127, 128, (p.classes, p.entries)).astype(np.int8)
-    tables[:, 0], tables[:, -1] = -127, 127
+    luts = draw.integers(-127, 128, (p.classes, p.entries)).astype(np.int8)
+    luts[:, 0], luts[:, -1] = -127, 127
     data: dict[str, np.ndarray] = {
         "x": x,
         "group": draw.integers(0, p.groups, batch),
         "codes": codes,
         "scale": (draw.random((p.outputs, segments)) * 0.02 + 1e-4).astype(np.float16),
         "stored_offset": (draw.standard_normal(p.outputs) * 0.1).astype(np.float16),
-        "tables": tables,
+        "tables": luts,
         "row_class": draw.integers(0, p.classes, p.row_classes).astype(np.uint8),
-        "act_scale": (draw.random((segments, p.groups)) * 0.1 + 1e-3).astype(np.float32),
+        "act_scale": (draw.random(tables) * 0.1 + 1e-3).astype(np.float32),
         "act_zero": zeros.astype(np.uint8),
         "stored_bias": draw.standard_normal(p.outputs).astype(np.float16),
     }
@@ -151,13 +152,14 @@ def reference(case: Case) -> np.ndarray:
     for j, channels in enumerate(p.segments):
         part = slice(begin, begin + channels)
         begin += channels
-        centred = x[..., part] - d["act_zero"][j].astype(np.int64)[group][:, None, None, None]
+        zero = d["act_zero"].reshape(x.shape[:-1]) if p.dynamic else d["act_zero"][j][group][:, None, None]
+        centred = x[..., part] - zero.astype(np.int64)[..., None]
         centred = np.pad(centred, ((0, 0), (top[0], top[1]), (top[2], top[3]), (0, 0)))  # padding is q == z
         columns = _columns(centred, p).reshape(batch * p.rows, -1)
         # Products of floats are exact here: |sum| < 2^53.
         product = columns.astype(np.float64) @ weights[..., part].reshape(p.outputs, -1).T.astype(np.float64)
         assert np.abs(product).max() < 2**31
-        scale = np.repeat(d["act_scale"][j][group], p.rows)[:, None]
+        scale = (d["act_scale"].reshape(-1) if p.dynamic else np.repeat(d["act_scale"][j][group], p.rows))[:, None]
         y = fma(product.astype(np.float32), scale * d["scale"][:, j].astype(np.float32), y)
         sums.append((columns.sum(1)[:, None].astype(np.float32), scale))
     if p.has_offset:
@@ -175,6 +177,17 @@ def quantize(x: np.ndarray, scale: np.ndarray, zero: np.ndarray, group: np.ndarr
         y = x * inverse
     clamped = np.clip(y, -z, np.float32(2**bits - 1) - z)
     return (np.rint(clamped).astype(np.int64) + zero.astype(np.int64)[group].reshape(shape)).astype(np.uint8)
+
+
+def dynamic_quantize(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes u8 of x [B, ..., K] with scale f32 and zero point u8 [B, ...] of the range of each row."""
+    top, zero = np.float32(2**bits - 1), np.float32(0)
+    low, high = np.minimum(x.min(-1), zero), np.maximum(x.max(-1), zero)
+    scale = np.maximum((high - low) / top, np.float32(2.0**-24))
+    point = np.clip(np.rint(-low / scale), 0, top).astype(np.uint8)
+    rows = np.arange(scale.size)
+    flat = quantize(x.reshape(scale.size, -1), scale.reshape(-1), point.reshape(-1), rows, bits)
+    return flat.reshape(x.shape), scale, point
 
 
 def random_problem(draw: np.random.Generator) -> tuple[int, QuantMatmul]:

@@ -141,9 +141,9 @@ def _dynamic(problem: DynamicQuantize, batch: Any, buffers: Buffers) -> None:
     with T.serial(0, batch) as sample, T.serial(0, rows) as row:
         first = T.bind((sample * rows + row) * width)
         low, high = _range(x, first, width)
-        scale = T.bind(vmath.maximum(vmath.div(high - low, vmath.f32(top, 1)), vmath.f32(SMALLEST_SCALE, 1)))
-        steps = vmath.minimum(vmath.div(zero - low, scale), vmath.f32(top, 1))
-        # Rounded by the quantizer itself: the code of -low at the scale 1 and the zero point 0.
+        scale = vmath.keep(vmath.at_least(vmath.div(high - low, vmath.f32(top, 1)), vmath.f32(SMALLEST_SCALE, 1)))
+        steps = vmath.div(zero - low, scale)
+        # Rounded and limited by the quantizer itself: the code of -low / scale at the scale 1 and the zero point 0.
         point = T.bind(vmath.quantize(steps, vmath.f32(1.0, 1), vmath.i32(0, 1), problem.bits))
         store(buffers["scale"], scale, sample, row)
         store(buffers["zero"], point, sample, row)
@@ -157,27 +157,29 @@ def _dynamic(problem: DynamicQuantize, batch: Any, buffers: Buffers) -> None:
 
 
 def _range(x: Any, first: Any, width: int) -> tuple[Any, Any]:
-    """The least and the greatest of zero and ``width`` values, bound to variables; NaN is neither."""
+    """The least and the greatest of zero and ``width`` values; NaN is neither."""
     lanes = min(LANES, 1 << (width.bit_length() - 1))
+    beyond = operator.lt, operator.gt
     ends = scratch(lanes), scratch(lanes)
-
-    def widen(low: Any, high: Any, count: int) -> None:
-        for end, value, beyond in zip(ends, (low, high), (operator.lt, operator.gt), strict=True):
-            known = end[span(0, count)]
-            store(end, tirx.Select(beyond(value, known), value, known), span(0, count))
-
     for end in ends:
         store(end, vmath.f32(0.0, lanes), span(0, lanes))
 
     def vector(start: Any, count: int) -> None:
-        values = T.bind(x[span(first + start, count)])
-        widen(values, values, count)
+        values = vmath.keep(x[span(first + start, count)])
+        for end, is_beyond in zip(ends, beyond, strict=True):
+            known = end[span(0, count)]
+            store(end, tirx.Select(is_beyond(values, known), values, known), span(0, count))
 
     each_vector(width, vector, LANES)
-    while lanes > 1:
-        lanes //= 2
-        widen(ends[0][span(lanes, lanes)], ends[1][span(lanes, lanes)], lanes)
-    return T.bind(ends[0][0]), T.bind(ends[1][0])
+    found = []
+    for end, is_beyond in zip(ends, beyond, strict=True):
+        value, left = end[span(0, lanes)], lanes
+        while left > 1:
+            left //= 2
+            a, b = (vmath.keep(tirx.Shuffle([value], list(range(k, k + left)))) for k in (0, left))
+            value = vmath.keep(tirx.Select(is_beyond(b, a), b, a))
+        found.append(vmath.keep(value))
+    return found[0], found[1]
 
 
 def _time_group(problem: TimeGroup, batch: Any, buffers: Buffers) -> None:

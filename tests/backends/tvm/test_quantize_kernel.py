@@ -6,14 +6,24 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpq_compiler.backends.tvm.kernels.quantize import Quantize, TimeGroup, arguments, build
+from mpq_compiler import ops
+from mpq_compiler.backends.tvm.kernels.quantize import (
+    DynamicQuantize,
+    Problem,
+    Quantize,
+    TimeGroup,
+    arguments,
+    build,
+    outputs,
+)
 from tests import qemu
 from tests.integer_kernels import AARCH64, X86, assert_same_bits, needs
-from tests.shapes import concrete, quantize, seed
+from tests.shapes import concrete, dynamic_quantize, quantize, seed
 
 SHAPES = ((1,), (3,), (16,), (63,), (64,), (65,), (7, 7, 48), (5, 333))
 PROBLEMS = [Quantize(shape, bits, groups) for shape in SHAPES for bits, groups in ((8, 1), (6, 3), (4, 2))]
@@ -34,23 +44,25 @@ def data(problem: Quantize, batch: int) -> dict[str, np.ndarray]:
     return {"x": x, "qscale": scale, "qzero": zero, "group": group}
 
 
-def run(name: str, calls: Sequence[tuple[Quantize | TimeGroup, dict[str, np.ndarray]]]) -> list[np.ndarray]:
-    """The outputs of the kernels of all calls."""
+def run(name: str, calls: Sequence[tuple[Problem, dict[str, np.ndarray]]]) -> list[np.ndarray]:
+    """The outputs of the kernels of all calls, of a kernel with several one after the other."""
     isa = needs(name)
     names = {problem: f"k{i}" for i, problem in enumerate(dict.fromkeys(problem for problem, _ in calls))}
     module = tvm.IRModule({k: build(problem, k) for problem, k in names.items()})
     filled = []
     for problem, values in calls:
         order, batch = arguments(problem), len(next(iter(values.values())))
-        out = np.full(concrete(order[-1].shape, batch), 77, order[-1].dtype)
-        filled.append((names[problem], [values[a.name] for a in order[:-1]] + [out]))
+        made = [np.full(concrete(a.shape, batch), 77, a.dtype) for a in order[-outputs(problem) :]]
+        filled.append((names[problem], [*(values[a.name] for a in order[: -len(made)]), *made]))
+    counts = [outputs(problem) for problem, _ in calls]
     if name == AARCH64:
-        return [tensors[-1] for tensors in qemu.Aarch64Library(module, isa.target()).run(filled)]
+        remote = qemu.Aarch64Library(module, isa.target()).run(filled)
+        return [t for tensors, count in zip(remote, counts, strict=True) for t in tensors[-count:]]
     library, results = tvm.compile(module, target=isa.target()), []
-    for kernel, values in filled:
+    for (kernel, values), count in zip(filled, counts, strict=True):
         tensors = [tvm.runtime.tensor(value) for value in values]
         library[kernel](*tensors)
-        results.append(tensors[-1].numpy())
+        results += [t.numpy() for t in tensors[-count:]]
     return results
 
 
@@ -60,6 +72,30 @@ def test_quantize(name):
     for (problem, d), got in zip(calls, run(name, calls), strict=True):
         wanted = quantize(d["x"], d["qscale"], d["qzero"], d["group"], problem.bits)
         assert_same_bits(got, wanted, problem)
+
+
+@pytest.mark.parametrize("name", [*X86, AARCH64])
+def test_dynamic_quantize(name):
+    """Rows of every kind: one sign, zeros, the smallest scale and below, wide ranges, ties at half a step."""
+    calls, wanted = [], []
+    for rows, width, bits in ((1, 1, 8), (3, 5, 8), (2, 63, 4), (5, 64, 8), (4, 65, 6), (7, 200, 8), (2, 1153, 2)):
+        draw = np.random.default_rng(seed("dynamic", rows, width, bits))
+        x = draw.standard_normal((4, rows, width)) * np.exp2(draw.integers(-30, 30, (4, rows, 1)))
+        x[1], x[2, 0], x[2, -1] = np.abs(x[1]), 0, -np.abs(x[2, -1])
+        x[3] = np.round(2 * x[3]) / 2
+        x[3, :, 0], x[3, :, -1] = -(2.0**bits - 1) / 2, (2.0**bits - 1) / 2
+        x = x.astype(np.float32)
+        calls.append((DynamicQuantize(rows, width, bits), {"x": x}))
+        wanted += dynamic_quantize(x, bits)
+    for got, want in zip(run(name, calls), wanted, strict=True):
+        assert_same_bits(got, want)
+
+
+def test_dynamic_quantize_is_that_of_the_dialect():
+    x = torch.randn(3, 7, 40, generator=torch.Generator().manual_seed(0))
+    for bits in (2, 8):
+        for got, want in zip(ops.dynamic_quantize(x, bits), dynamic_quantize(x.numpy(), bits), strict=True):
+            assert_same_bits(got.reshape(want.shape).numpy(), want)
 
 
 @pytest.mark.parametrize("name", ["x86-64-avx512vnni", AARCH64])
