@@ -8,8 +8,9 @@ unet: a class-conditional UNet; text: one with cross-attention to short prompts 
 texture are measured on the images; dit: a class-conditional diffusion transformer. The data are an npz with x_train,
 x_test (uint8 [N, 28, 28]) and y_train, y_test (integers 0 to 9 [N]). About 0.3 s a step of 64 images on one core. The
 run is resumable: the same command continues from OUT/checkpoint.pt, and ends with the same weights as a run that was
-never interrupted, since all randomness is a function of (seed, step). OUT is in diffusers' layout: unet/ or transformer/
-(the moving average of the weights, half precision), scheduler/, harness.json, and for prompts text/table.safetensors.
+never interrupted, since all randomness is a function of (seed, step). OUT has the layout of diffusers: unet/ or
+transformer/ (the moving average of the weights, half precision), scheduler/, harness.json, and for prompts
+text/table.safetensors.
 
 Velocity prediction: Salimans and Ho, "Progressive Distillation for Fast Sampling of Diffusion Models"
 (arXiv 2202.00512), appendix D. Cosine schedule: Nichol and Dhariwal (arXiv 2102.09672). DiT: Peebles and Xie

@@ -7,13 +7,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import artifact, costs, formats, pass_manager, prompts, recipes, recording, sensitivity_table, targets
+from mpq_compiler import (
+    artifact,
+    costs,
+    formats,
+    pass_manager,
+    pipelines,
+    prompts,
+    recipes,
+    recording,
+    sensitivity_table,
+    targets,
+)
 from mpq_compiler import denoiser as denoisers
 from mpq_compiler.calibration import batches as in_batches
 from mpq_compiler.calibration import input_edge
@@ -201,6 +212,7 @@ def _observer(
         write = probes.Writer(options.dumps, _spread(held_out(denoiser, options), 2), denoiser).write
 
     def after(index: int, step: Pass, before: Program, program: Program) -> None:
+        decisions.observe(step, before, program)
         if program.stage == Stage.PLANNED:
             planned.append(program)
         if write is not None:
@@ -225,15 +237,29 @@ def _spread(inputs: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     return {name: value[index] for name, value in inputs.items()}
 
 
-def compile(
-    model: str | Path | Denoiser, output: str | Path, progress: Any = None, **options: Any
-) -> Report:
+@overload
+def compile(model: str | Path | Denoiser, output: str | Path, progress: Any = None, **options: Any) -> Report: ...
+
+
+@overload
+def compile(model: Any, output: str | Path, progress: Any = None, **options: Any) -> Any: ...
+
+
+def compile(model: Any, output: str | Path, progress: Any = None, **options: Any) -> Any:
     """Compiles ``model`` to an artifact at ``output``; options as in `Options`.
 
-    Raises UserError for every input that cannot be compiled; nothing is left at ``output`` then.
+    A diffusers pipeline is given back with its denoiser replaced (`pipelines.compile_pipeline`). Raises UserError for
+    every input that cannot be compiled; nothing is left at ``output`` then.
     """
     from mpq_compiler import printer
 
+    if pipelines.part_of(model) is not None:
+        return pipelines.compile_pipeline(model, output, progress, **options)
+    if not isinstance(model, str | Path | Denoiser):
+        raise UserError(
+            f"cannot compile a {type(model).__name__}: give a folder, a hub id, a bundled name, a diffusers pipeline, "
+            "or a denoiser in memory as mpq_compiler.denoiser.wrap(module)"
+        )
     chosen = Options(**options)
     target = targets.resolve(chosen.target)
     targets.require_implemented(target)

@@ -7,6 +7,8 @@ import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -90,6 +92,8 @@ class CompiledDenoiser:
         self._functions: list[dict[str, Any]] = self.manifest["functions"]
         self._inputs: dict[str, dict[str, Any]] = {v["name"]: v for v in self._functions[0]["inputs"]}
         self._signature: list[str] = self.manifest["model"].get("signature", list(self._inputs))
+        self.report: Any = None
+        """How it was compiled, where that was done in this process (`compile` of a pipeline)."""
         self._executor = _executor(artifact, threads)
         self._lock = threading.Lock()
 
@@ -137,6 +141,25 @@ class CompiledDenoiser:
         if requires_grad:
             raise UserError("a compiled denoiser has no gradients; train the model it was compiled from")
         return self
+
+    @property
+    def add_embedding(self) -> Any:
+        """What SDXL's pipeline asks for the width of its added conditions."""
+        width = SimpleNamespace(in_features=self.config.projection_class_embeddings_input_dim)
+        return SimpleNamespace(linear_1=width)
+
+    @property
+    def inner_dim(self) -> int:
+        """The width of a transformer, which Hunyuan-DiT's pipeline divides by `num_heads`."""
+        return int(self.config.num_attention_heads * self.config.attention_head_dim)
+
+    @property
+    def num_heads(self) -> int:
+        return int(self.config.num_attention_heads)
+
+    def cache_context(self, name: str) -> Any:
+        """Nothing: some pipelines name their calls for caches of attention, which there are none of."""
+        return nullcontext()
 
     def __call__(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """Predicts as the compiled model's `forward` does.

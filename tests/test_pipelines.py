@@ -1,0 +1,155 @@
+"""`compile(pipeline)`: the pipeline comes back with an artifact that draws what its denoiser drew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import mpq_compiler
+from mpq_compiler import metrics
+from mpq_compiler.errors import UserError
+from mpq_compiler.runtime import CompiledDenoiser
+from tests import tiny
+
+W8A8: dict[str, Any] = {"recipe": "w8a8", "target": "reference"}  # kernels are tested in test_drop_in
+
+
+def quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def gentle(name: str, **changes: Any) -> torch.nn.Module:
+    """A tiny model whose output is small: a random denoiser that is not would amplify every difference."""
+    model = tiny.model(name, **changes)
+    last = model.conv_out if hasattr(model, "conv_out") else model.proj_out_2
+    last.weight.mul_(0.2)
+    last.bias.zero_()
+    return model
+
+
+def vae() -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).eval()
+
+
+def ddim() -> Any:
+    return quiet(diffusers.DDIMPipeline(unet=gentle("unet2d"), scheduler=diffusers.DDIMScheduler()))
+
+
+def dit() -> Any:
+    """Of 1000 classes, for diffusers' pipeline takes the label 1000 for none; its VAE does not enlarge."""
+    return quiet(diffusers.DiTPipeline(gentle("dit", num_embeds_ada_norm=1000), vae(), diffusers.DDIMScheduler()))
+
+
+def test_an_unconditional_pipeline_is_sampled_alone(tmp_path: Path) -> None:
+    def draw(pipeline: Any) -> np.ndarray:
+        drawn = pipeline(
+            batch_size=2, generator=torch.Generator().manual_seed(1), num_inference_steps=4, output_type="np"
+        )
+        return 2 * np.moveaxis(drawn.images, -1, 1) - 1
+
+    pipeline = ddim()
+    expected = draw(pipeline)
+    again = mpq_compiler.compile(pipeline, tmp_path / "x.mpq", **W8A8, samples=16, steps=4)
+    assert again is pipeline
+    assert isinstance(pipeline.unet, CompiledDenoiser)
+    assert pipeline.unet.report.calibration["samples"] == 16
+    assert pipeline.unet.manifest["name"] == "DDIMPipeline"
+    assert metrics.psnr_db(expected, draw(pipeline)) > 30
+
+
+def test_a_pipeline_calibrates_by_drawing(tmp_path: Path) -> None:
+    """Classes with guidance, as DiT's pipeline draws them; the artifact draws the same images in it."""
+    pipeline = dit()
+
+    def draw() -> np.ndarray:
+        drawn = pipeline(
+            class_labels=[0, 9], generator=torch.Generator().manual_seed(5), num_inference_steps=4, output_type="np"
+        )
+        return 2 * np.moveaxis(drawn.images, -1, 1) - 1
+
+    expected = draw()
+    calls = [{"class_labels": [k, k + 1, k + 2, 9], "num_inference_steps": 5} for k in range(4)]
+    mpq_compiler.compile(pipeline, tmp_path / "x.mpq", calls=calls, **W8A8)
+    compiled = pipeline.transformer
+    assert isinstance(compiled, CompiledDenoiser)
+    about = compiled.report.calibration
+    assert about["steps"] == "5" and len(about["file"]) == 64
+    assert about["inputs"] == 4 * 5 * 8 * 3 // 4  # 4 calls of 5 steps, 4 images with and without their class, 3 of 4
+    assert metrics.psnr_db(expected, draw()) > 30
+
+
+def test_calls_and_targets_that_cannot_be(tmp_path: Path) -> None:
+    pipeline, output = ddim(), tmp_path / "x.mpq"
+    with pytest.raises(UserError, match="DDIMPipeline does not take 'prompt'"):
+        mpq_compiler.compile(pipeline, output, calls=["a fox"])
+    with pytest.raises(UserError, match="give one of them"):
+        mpq_compiler.compile(pipeline, output, calls=[{}], calibration="x.safetensors")
+    with pytest.raises(UserError, match="could not run here"):
+        mpq_compiler.compile(pipeline, output, target="aarch64-dotprod")
+    with pytest.raises(UserError, match="cannot compile a DDIMScheduler"):
+        mpq_compiler.compile(pipeline.scheduler, output)
+    assert isinstance(pipeline.unet, torch.nn.Module)
+    assert not output.exists()
+
+
+def clip(folder: Path, width: int) -> dict[str, Any]:
+    """A random text encoder of Stable Diffusion's kind, and a tokenizer that spells."""
+    transformers = pytest.importorskip("transformers")
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=12)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = transformers.CLIPTextConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=12,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+        return {"text_encoder": transformers.CLIPTextModel(config).eval(), "tokenizer": tokenizer}
+
+
+def test_stable_diffusion_whole(tmp_path: Path) -> None:
+    """Prompts through tokenizer, text encoder, guidance, denoiser and VAE; the artifact in place of the UNet."""
+    parts = clip(tmp_path, width=32)
+    pipeline = quiet(
+        diffusers.StableDiffusionPipeline(
+            unet=gentle("sd15"),
+            vae=vae(),
+            scheduler=diffusers.PNDMScheduler(skip_prk_steps=True),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            **parts,
+        )
+    )
+
+    def draw() -> np.ndarray:
+        generator = torch.Generator().manual_seed(3)
+        drawn = pipeline("a boat", height=16, width=16, num_inference_steps=4, generator=generator, output_type="np")
+        return 2 * np.moveaxis(drawn.images, -1, 1) - 1
+
+    expected = draw()
+    prompts = [{"prompt": p, "height": 16, "width": 16} for p in ("a fox", "some trees", "rain", "an old town")]
+    mpq_compiler.compile(pipeline, tmp_path / "x.mpq", calls=prompts, steps=6, guidance=5.0, **W8A8)
+    compiled = pipeline.unet
+    assert isinstance(compiled, CompiledDenoiser)
+    about = compiled.report.calibration
+    assert (about["steps"], about["guidance"]) == ("6", "5")
+    assert compiled.manifest["functions"][0]["inputs"][2]["shape"][1:] == [12, 32]
+    assert metrics.psnr_db(expected, draw()) > 30
