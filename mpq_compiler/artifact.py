@@ -33,6 +33,8 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 KERNELS = "kernels.so"
 IR = "ir.txt"
+DECISIONS = "decisions.json"
+SCHEDULE = "schedule.json"
 
 _MAX_MANIFEST = 64 << 20  # bytes
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

@@ -128,8 +128,8 @@ def _groups(dump: Dump, before: Dump | None) -> Iterator[Finding]:
     """Time groups stay what `time-groups` has decided."""
     now, decided = dump.about["boundaries"], dump.about.get("decided")
     then = decided if decided is not None else before.about["boundaries"] if before is not None else []
-    if then and now != then:
-        missing = [b for b in then if b not in now]
+    if then and not _same(now, then):
+        missing = [b for b in then if not any(_same([b], [c]) for c in now)]
         what = f"boundary {_numbers(missing)} is gone" if missing else f"boundaries are {_numbers(now)}"
         yield Finding(
             dump.name,
@@ -140,6 +140,10 @@ def _groups(dump: Dump, before: Dump | None) -> Iterator[Finding]:
             len(then) + 1,
             f"{dump.name} leaves {len(now) + 1} time groups of {len(then) + 1} that were decided on: {what}",
         )
+
+
+def _same(a: Sequence[float], b: Sequence[float]) -> bool:
+    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=1e-5) for x, y in zip(a, b, strict=True))
 
 
 def _tables(dump: Dump, before: Dump | None) -> Iterator[Finding]:

@@ -16,12 +16,14 @@ from torch import Tensor, fx
 from mpq_compiler import (
     artifact,
     costs,
+    decisions,
     formats,
     pass_manager,
     pipelines,
     prompts,
     recipes,
     recording,
+    schedule,
     sensitivity_table,
     targets,
 )
@@ -212,7 +214,6 @@ def _observer(
         write = probes.Writer(options.dumps, _spread(held_out(denoiser, options), 2), denoiser).write
 
     def after(index: int, step: Pass, before: Program, program: Program) -> None:
-        decisions.observe(step, before, program)
         if program.stage == Stage.PLANNED:
             planned.append(program)
         if write is not None:
@@ -288,7 +289,13 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
         }
         if built.prepare is not None:
             manifest["prepare"] = built.prepare
-        files = {**built.files, artifact.IR: printer.text(program).encode()}
+        kernels = schedule.describe(program, built.facts.get("schedule", ()))
+        decided = decisions.encode(decisions.document(program, schedule.by_layer(kernels)))
+        files = {**built.files, artifact.IR: printer.text(program).encode(), artifact.DECISIONS: decided}
+        if kernels:
+            files[artifact.SCHEDULE] = schedule.encode(kernels)
+        if chosen.dumps is not None:
+            (chosen.dumps / artifact.DECISIONS).write_bytes(decided)
         if denoiser.text is not None:
             files[prompts.FILE] = denoiser.text.save
         judge = _Judge(denoiser, held_out(denoiser, chosen), program, progress)

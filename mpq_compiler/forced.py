@@ -72,7 +72,6 @@ def always(node: fx.Node, found: Departure) -> bool:
 class Forced(Interpreter):
     """Runs ``program``; each value that has a counterpart in ``known`` is compared, and replaced where ``force`` says.
 
-    aliases: nodes whose counterpart has another name, and nodes that have none in spite of theirs (None).
     channels_first: whether ``known`` is from before `layout`, and the program is not.
     """
 
@@ -81,14 +80,12 @@ class Forced(Interpreter):
         program: Program,
         known: Mapping[str, Any],
         force: Force = always,
-        aliases: Mapping[str, str | None] | None = None,
         channels_first: bool = False,
     ) -> None:
         super().__init__(program)
-        self.known, self.force, self.aliases = known, force, aliases or {}
-        self.channels_first = channels_first
+        self.known, self.force, self.channels_first = known, force, channels_first
         self.departures: dict[str, Departure] = {}
-        """By the counterpart's name, in the order in which they are made."""
+        """By node, in the order in which they are made."""
         self.values: dict[str, Any] = {}
         """As computed or forced."""
         self.contaminated: dict[str, bool] = {}
@@ -103,12 +100,11 @@ class Forced(Interpreter):
 
     def _judged(self, node: fx.Node, value: Any) -> Any:
         inherited = any(self.contaminated.get(n.name, False) for n in node.all_input_nodes)
-        name = self.aliases.get(node.name, node.name)
-        known = counterpart(self.known.get(name), value, self.channels_first) if name is not None else None
-        if known is None or name is None:
+        known = counterpart(self.known.get(node.name), value, self.channels_first)
+        if known is None:
             self.contaminated[node.name] = inherited
             return value
-        found = self.departures[name] = departure(known, value)
+        found = self.departures[node.name] = departure(known, value)
         forced = self.force(node, found)
         self.contaminated[node.name] = not forced
         return known if forced else value

@@ -16,11 +16,11 @@ from torch import Tensor, fx
 
 from mpq_compiler import formats, ops
 from mpq_compiler.ablation import noise_power
-from mpq_compiler.calibration import Calibration
+from mpq_compiler.calibration import Calibration, attention_arguments
 from mpq_compiler.fitting import moments
 from mpq_compiler.formats import activation
 from mpq_compiler.formats.base import output_error
-from mpq_compiler.program import ActivationPlan, Interpreter, Program, function_of, weight_of
+from mpq_compiler.program import ActivationPlan, Interpreter, Program, function_of, softmax, weight_of
 
 HALF_ROUNDING = 2.0**-11
 """Unit roundoff of f16: scales and offsets are known no better."""
@@ -192,7 +192,15 @@ def expected_of_call(
     kwargs = fx.map_arg(node.kwargs, value)
     if not any_plan or not isinstance(values.get(node.name), Tensor):
         return None
-    return noise_power(function_of(node)(*args, **kwargs), values[node.name])
+    probabilities = planned.activations.get(softmax(node.name))
+    if probabilities is None:
+        output = function_of(node)(*args, **kwargs)
+    else:
+        q, k, v, *_ = args
+        heads, scale, mask = attention_arguments(args)
+        p = quantized_by_plan(planned, probabilities, ops.attention_probabilities(q, k, heads, scale, mask), timestep)
+        output = ops.join_heads(p @ ops.split_heads(v, heads))
+    return noise_power(output, values[node.name])
 
 
 def gram_of(program: Program, call: fx.Node) -> Tensor | None:

@@ -270,6 +270,7 @@ def run_pipeline(
     """Runs the passes in order, verifying after each; ``after(index, pass, before, program)`` sees each step."""
     import resource
 
+    from mpq_compiler.decisions import observe
     from mpq_compiler.verifier import verify
 
     check(passes, present)
@@ -281,6 +282,7 @@ def run_pipeline(
         start = time.perf_counter()
         before, program = program, p.run(program, session)
         verify(program, after=p.name())
+        observe(p, before, program)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         records.append(Record(p.name(), time.perf_counter() - start, peak))
         if after is not None:

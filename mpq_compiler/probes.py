@@ -1,6 +1,7 @@
 """Dumps: after each pass the program as text, and what its nodes compute.
 
-``NNN-pass.txt`` is `printer.text`. ``NNN-pass.safetensors`` is the probe: of runs on a fixed batch of inputs
+``NNN-pass.txt`` is `printer.text`, ``decisions.json`` `decisions.document` as far as it goes. ``NNN-pass.safetensors``
+is the probe: of runs on a fixed batch of inputs
 
 - ``value:<node>``: at most 64 of its values, at positions drawn from the node's name and shape;
 - ``shape:<node>``: its shape, channels last;
@@ -39,7 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import calls, noise, ops, printer, tensorfile
+from mpq_compiler import artifact, calls, decisions, noise, ops, printer, tensorfile
 from mpq_compiler.aten import aten
 from mpq_compiler.errors import UserError
 from mpq_compiler.exact import ExactInterpreter
@@ -154,6 +155,8 @@ class Writer:
             metadata = {"mpq": json.dumps(about, separators=(",", ":"), sort_keys=True)}
             _write(folder / f"{stem}.txt", lambda file: file.write(printer.text(program, step.name()).encode()))
             _write(folder / f"{stem}.safetensors", lambda file: tensorfile.save(file, found, metadata))
+            said = decisions.encode(decisions.document(program))
+            _write(folder / artifact.DECISIONS, lambda file: file.write(said))
         except OSError as error:
             raise UserError(
                 f"the dumps cannot be written to {folder} ({error.strerror}); name another folder with --dumps"
@@ -189,9 +192,10 @@ class Writer:
             "agreeing": forced.force is not always,
             "departing": departing,
             "consumers": consumers,
-            "layers": layers(program),
+            "layers": layers(program, self._planned),
             "readers": {} if self._planned is None else _readers(self._planned),
             "boundaries": program.facts["time-groups"].tolist() if "time-groups" in program.facts else [],
+            "decided": decisions.boundaries(program),
         }
 
     def _forced(self, step: Pass, program: Program, before: Program) -> Forced:
@@ -199,7 +203,7 @@ class Writer:
         if step.contract == Contract.EXACT:
             return Forced(program, self._exact(before))
         if step.contract == Contract.SIMULATION:
-            return Forced(program, self._float, aliases=_carriers(program, self._float))
+            return Forced(program, self._float)
         if not before.inputs:
             known = {} if self.denoiser is None else _outputs_of_modules(self.denoiser, self.inputs)
             return Forced(program, known, lambda node, d: not d.share)
@@ -263,13 +267,15 @@ class Writer:
         planned = self._planned
         if planned is None or not program.weights:
             return {}
-        nodes = {n.name: n for n in planned.graph.nodes}
+        sites: dict[str, fx.Node] = {}
+        for site in planned.quantizable:
+            sites.setdefault(str(weight_of(site)).split(":")[0], site)
         found: dict[str, noise.WeightNoise] = {}
         for layer in calls.layers_of(calls.flatten(program)):
-            levels, call = layer.levels, nodes.get(layer.call.name)
-            if levels is None or call is None or levels.path in found:
+            levels = layer.levels
+            if levels is None or levels.path in found or levels.path not in sites:
                 continue
-            path, node = levels.path, layer.call.args[1]
+            path, node, call = levels.path, layer.call.args[1], sites[levels.path]
             if levels.weight is not None:
                 self._sources[path] = levels.weight
             source = self._sources.get(path) or str(weight_of(call))
@@ -349,54 +355,38 @@ def _outputs_of_modules(denoiser: Any, inputs: Mapping[str, Tensor]) -> dict[str
     return {n: v for n, v in found.items() if n not in twice} | {OUTPUT: output}
 
 
-def _carriers(program: Program, known: Mapping[str, Any]) -> dict[str, str | None]:
-    """Where a layer's value is not its call's but that of a sum which a pass put behind it, as low-rank branches do."""
-    found: dict[str, str | None] = {}
-    for node in program.graph.nodes:
-        if node.name not in known or node.name in found:
-            continue
-        for user in node.users:
-            others = [n for n in user.all_input_nodes if n is not node]
-            new = user.target is aten.add.Tensor and user.name not in known
-            if new and others and not any(n.name in known for n in others):
-                found |= {node.name: None, user.name: node.name}
-                break
-    return found
-
-
 def _quantizes(node: fx.Node) -> bool:
     name = ops.OPS[node.target].name if node.target in ops.OPS else ""  # type: ignore[index]
     return "quantize" in name
 
 
 def _consumers(program: Program, forced: Forced) -> list[str]:
-    """The calls with a counterpart that read what a quantizer has made, by the counterpart's name, in graph order."""
+    """The calls with a counterpart that read what a quantizer has made, in graph order."""
     noisy: set[fx.Node] = set()
     found = []
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
         reads = any(n in noisy for n in node.all_input_nodes) or _quantizes(node)
-        name = forced.aliases.get(node.name, node.name)
-        if name in forced.departures:
+        if node.name in forced.departures:
             if reads:
-                found.append(name)
+                found.append(node.name)
         elif reads:
             noisy.add(node)
     return found
 
 
-def layers(program: Program) -> dict[str, list[str]]:
-    """Parameter -> the calls that multiply with it, in any stage."""
+def layers(program: Program, planned: Program | None = None) -> dict[str, list[str]]:
+    """Parameter -> the calls that multiply with it, in any stage, and those for which they stand."""
     found: dict[str, list[str]] = {}
-    flat = calls.flatten(program)
-    levels = {made.call.name: made for made in calls.levels_of(flat)}
-    for call in flat:
-        path = calls.weight_path(call, levels)
-        if path is None and call.target is aten.conv2d.default:
-            path = calls.stored(call.args[1])
-        if path is not None:
-            found.setdefault(path, []).append(call.name)
+    for flat in [calls.flatten(p) for p in (program, planned) if p is not None]:
+        levels = {made.call.name: made for made in calls.levels_of(flat)}
+        for call in flat:
+            path = calls.weight_path(call, levels)
+            if path is None and call.target is aten.conv2d.default:
+                path = calls.stored(call.args[1])
+            if path is not None and call.name not in found.setdefault(path, []):
+                found[path].append(call.name)
     return found
 
 

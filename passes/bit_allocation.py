@@ -56,6 +56,8 @@ class BitAllocation(Pass):
     def __post_init__(self) -> None:
         if self.uniform is not None:
             formats.get(self.uniform)
+        if self.attention is not None and not 2 <= self.attention <= 8:
+            raise UserError(f"option 'attention' of pass 'bit-allocation' must be none or 2 to 8, not {self.attention}")
 
     def asks(self) -> frozenset[str]:
         asked = {ATTENTION: self.attention is not None, DYNAMIC: self.dynamic}
@@ -113,7 +115,7 @@ class BitAllocation(Pass):
         limit = sensitivity_table.byte_limit(table, self.weights, self.bytes)
         problem = sensitivity_table.problem(table, limit, self.activations, self.bops)
         solution = solve(Problem.from_json(problem))
-        program.facts["allocation"] = {"objective": solution.objective, "gap": solution.gap, "costs": solution.costs}
+        program.facts["allocation"] = {**solution.to_json(), "problem": problem}
         split = {path: choice.split(" ") for path, choice in solution.choices.items() if path in table["weights"]}
         quantized = {name for name in table["attention"] if solution.choices[name] != sensitivity_table.FLOAT}
         float_width = sensitivity_table.FLOAT

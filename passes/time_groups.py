@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mpq_compiler import decisions
 from mpq_compiler.calibration import RANGE, VALUES, Calibration
 from mpq_compiler.formats import activation
 from mpq_compiler.pass_manager import Contract, Pass, Session
@@ -53,6 +54,8 @@ class TimeGroups(Pass):
         boundaries = [(steps[s - 1] + steps[s]) / 2 for s in starts[1:]]
         program.facts["time-groups"] = torch.tensor(boundaries, dtype=torch.float32)
         program.tensors.add(BOUNDARIES, program.facts["time-groups"])
+        errors = [_total(costs, best_cut(costs, count)) / len(calibration.edges) for count in range(1, len(starts) + 1)]
+        decisions.note(program, decisions.PROGRAM, self.name(), decided=boundaries, error_by_groups=errors)
         return program
 
     def _interval_costs(self, calibration: Calibration, name: str, steps: Tensor) -> Tensor:
@@ -71,6 +74,12 @@ class TimeGroups(Pass):
                 ends = torch.stack(low[a : b + 1]).min(), torch.stack(high[a : b + 1]).max()
                 costs[a, b] = float(activation.least_error(interval, *ends, self.bits) / power)
         return costs
+
+
+def _total(costs: Tensor, starts: list[int]) -> float:
+    """The cost of a cut into intervals that begin at ``starts``; costs [T, T]."""
+    ends = [*starts[1:], len(costs)]
+    return float(sum(costs[start, end - 1] for start, end in zip(starts, ends, strict=True)))
 
 
 def best_cut(costs: Tensor, groups: int) -> list[int]:

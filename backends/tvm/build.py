@@ -63,7 +63,15 @@ def build(
         entries=[tensor.entry(name) for name, tensor in stored.items()],
         functions=[_describe(function, batch) for function in lowered.functions for batch in function.batches],
         prepare={"name": PREPARE, "tensors": [value.name for value in lowered.stored]},
-        facts={"kernels": len(lowered.kernels()), "from_cache": reused, "calls": len(lowered.functions[0].calls)},
+        facts={
+            "kernels": len(lowered.kernels()),
+            "from_cache": reused,
+            "calls": len(lowered.functions[0].calls),
+            "schedule": [
+                {"node": call.node, "kernel": call.kernel.name, "template": call.kernel.template}
+                for call in lowered.functions[0].calls
+            ],
+        },
     )
 
 
