@@ -32,10 +32,13 @@ LEAST_TO_SPLIT = 8
 
 def require(denoiser: Denoiser, path: str | Path | None) -> None:
     """UserError where the inputs cannot be sampled and no file gives them; says what the file must hold."""
-    if path is not None or denoiser.conditioning.possible:
+    if path is not None:
+        return
+    if (conditioning := denoiser.conditioning).possible:
+        conditioning.arguments(conditioning.varied(1), 1, denoiser.guidance)  # refuses a guidance that cannot be
         return
     inputs = ", ".join(f"{name} {str(spec).replace('[B', '[N')}" for name, spec in denoiser.input_specs.items())
-    needed = ", ".join(denoiser.conditioning.needed)
+    needed = ", ".join(conditioning.needed)
     raise UserError(
         f"'{denoiser.name}' is conditioned on {needed}, which cannot be sampled without its encoders: give recorded "
         f"inputs with --calibration FILE, a safetensors of {inputs}, or the conditions alone with --conditions FILE; "

@@ -202,11 +202,105 @@ def test_a_budget_that_cannot_be_met_names_the_least(
     assert cli.main(["compile", str(model), "-o", str(tmp_path / "x.mpq"), *map(str, arguments)]) == 0
 
 
-@pytest.mark.parametrize("text", ["schema = 2", "schema = 1\npipelin = []", "schema = 1\npipeline = [", "schema = 1"])
-def test_malformed_recipes(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("schema = 2", "schema = 1"),
+        ("schema = 1\npipelin = []", "did you mean 'pipeline'"),
+        ("schema = 1\npipeline = [", "not valid TOML"),
+        ("schema = 1", "'pipeline'"),
+        ("schema = 1\nextends = 3", "'extends'"),
+        ("schema = 1\nextends = 'defualt'", "'default'"),
+        ("schema = 1\nextends = '{recipe}'", "'extends' leads back"),
+        ("schema = 1\nextends = 'w8a8'\n[options]\ncalibrate = 3", "[options.calibrate]"),
+        ("schema = 1\nextends = 'w8a8'\n[options.calibrate]\nsampels = 3", "'samples'"),
+        ("schema = 1\nextends = 'w8a8'\n[options.sensitivity]\nrounds = 3", "'sensitivity'"),
+        ("schema = 1\ndescription = '\udcff'", "not valid TOML"),
+    ],
+)
+def test_malformed_recipes_name_the_key(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, text: str, key: str
+) -> None:
     recipe = tmp_path / "mine.toml"
-    recipe.write_text(text)
-    assert "mine.toml" in refused(capsys, "compile", model, "-o", tmp_path / "x.mpq", "--recipe", recipe)
+    recipe.write_bytes(text.format(recipe=recipe).encode(errors="surrogateescape"))
+    assert key in refused(capsys, "compile", model, "-o", tmp_path / "x.mpq", "--recipe", recipe)
+    assert not (tmp_path / "x.mpq").exists()
+
+
+# --- what is asked for --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that is conditioned on text, without its encoder."""
+    return tiny.save("sd15", tmp_path_factory.mktemp("text"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("--class", "3"), "has no classes: it is unconditional"),
+        (("--prompt", "a boat"), "has no prompts: it is unconditional"),
+        (("--guidance", "2"), "is unconditional: leave --guidance out"),
+        (("--conditions", "absent.safetensors"), "absent.safetensors"),
+        (("--images", "0"), "1 or more"),
+        (("--steps", "0"), "1 or more"),
+    ],
+)
+def test_what_a_model_does_not_know_is_not_drawn(
+    capsys: pytest.CaptureFixture[str], compiled: Path, tmp_path: Path, arguments: tuple[str, ...], hint: str
+) -> None:
+    assert hint in refused(capsys, "generate", compiled, "-o", tmp_path / "x.png", *arguments)
+    assert nothing_in(tmp_path)
+
+
+def test_guidance_away_from_nothing(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+    sentence = refused(capsys, "compile", model, "-o", tmp_path / "x.mpq", "--guidance", "2", *QUICK)
+    assert "is unconditional: leave --guidance out" in sentence
+    assert nothing_in(tmp_path)
+
+
+def test_a_text_model_without_encoder_or_file(
+    capsys: pytest.CaptureFixture[str], text_model: Path, tmp_path: Path
+) -> None:
+    """What can be given instead is named, for compiling and for drawing."""
+    output, quick = tmp_path / "x.mpq", ("--target", "reference", *QUICK)
+    sentence = refused(capsys, "compile", text_model, "-o", output, *quick)
+    assert "--calibration FILE" in sentence and "--conditions FILE" in sentence
+    conditions = tmp_path / "conditions.safetensors"
+    text = tiny.inputs("sd15", batch=8)["encoder_hidden_states"]
+    save_file({"encoder_hidden_state": text}, conditions)
+    sentence = refused(capsys, "compile", text_model, "-o", output, "--conditions", conditions, *quick)
+    assert "must hold 'encoder_hidden_states'" in sentence
+    save_file({"encoder_hidden_states": text[:, :3].contiguous()}, conditions)
+    sentence = refused(capsys, "compile", text_model, "-o", output, "--conditions", conditions, *quick)
+    assert "[8, 3, 32], and must be [8, 7, 32]" in sentence
+    save_file({"encoder_hidden_states": text}, conditions)
+    sentence = refused(
+        capsys, "compile", text_model, "-o", output, "--conditions", conditions, "--guidance", "2", *quick
+    )
+    assert "'null.encoder_hidden_states'" in sentence
+    assert not output.exists()
+    arguments = ["compile", str(text_model), "-o", str(output), "--conditions", str(conditions), *quick]
+    assert cli.main(arguments) == 0
+    picture = tmp_path / "x.png"
+    assert "--conditions" in refused(capsys, "generate", output, "-o", picture)
+    assert "cannot be made without its encoders" in refused(capsys, "generate", output, "-o", picture, "--prompt", "x")
+    assert cli.main(["generate", str(output), "-o", str(picture), "--conditions", str(conditions), "--steps", "2"]) == 0
+
+
+def test_options_of_a_compilation_with_what_is_compiled(capsys: pytest.CaptureFixture[str], compiled: Path) -> None:
+    sentence = refused(capsys, "eval", compiled, "--weights", "3", "--steps", "4", "--against", "fashion-unet")
+    assert "is compiled already, and --weights, --steps would change nothing" in sentence
+
+
+def test_a_hub_id_without_a_network(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    sentence = refused(capsys, "compile", "somebody/some-model", "-o", tmp_path / "x.mpq")
+    assert "no folder 'somebody/some-model'" in sentence and "network" in sentence
 
 
 # --- outputs ------------------------------------------------------------------------------------------------
@@ -345,8 +439,19 @@ def test_run_writes_its_output_whole_or_not_at_all(
 
 def test_malformed_allocation_problems(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     problem = tmp_path / "problem.json"
-    problem.write_text(json.dumps({"version": 1, "layers": [{"name": "a", "choises": []}]}))
-    assert "choi" in refused(capsys, "allocate", problem)
+    layer = {"name": "a", "choices": [{"name": "int4", "loss": 0.1, "costs": {"bits": 4}}]}
+    for change, key in (
+        ({"layers": [{"name": "a", "choises": []}]}, "'choises'"),
+        ({"version": 2}, "'version'"),
+        ({"layerz": []}, "'layerz'"),
+        ({"budgets": [{"cost": "bits", "maxx": 3}]}, "'maxx'"),
+        ({"budgets": [{"cost": "bytes", "max": 3}]}, "budgets[0].cost"),
+        ({"ties": [["a", "b"]]}, "ties[0]"),
+        ({"fixed": {"a": "int8"}}, "fixed.a"),
+        ({"layers": [{**layer, "choices": [{"name": "x", "loss": "low", "costs": {}}]}]}, "layers[0].choices[0].loss"),
+    ):
+        problem.write_text(json.dumps({"version": 1, "layers": [layer], **change}))
+        assert key in refused(capsys, "allocate", problem)
     problem.write_text("{")
     refused(capsys, "allocate", problem)
     refused(capsys, "allocate", tmp_path / "absent.json")

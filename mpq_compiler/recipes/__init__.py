@@ -55,17 +55,23 @@ def names() -> list[str]:
     return sorted(f.name.removesuffix(".toml") for f in resources.files(__name__).iterdir() if f.name.endswith(".toml"))
 
 
-def load(name: str | Path) -> Recipe:
-    """A recipe by its name or file. Raises UserError naming the file and the key that is wrong."""
+def load(name: str | Path, extending: tuple[str, ...] = ()) -> Recipe:
+    """A recipe by its name or file. Raises UserError naming the file and the key that is wrong.
+
+    extending: the recipes on the way here, each of which extends the next.
+    """
     path = Path(name)
     if path.suffix == ".toml" or path.exists():
         if not path.is_file():
             raise UserError(f"there is no recipe file '{path}'")
-        return _parse(path.stem, path.read_text(encoding="utf-8"), str(path))
+        try:
+            return _parse(path.stem, path.read_text(encoding="utf-8"), str(path), extending)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not valid TOML: {error}") from error
     if str(name) not in names():
         raise UserError(f"unknown recipe '{name}': {nearest(str(name), names())}; a file must end in .toml")
     text = (resources.files(__name__) / f"{name}.toml").read_text(encoding="utf-8")
-    return _parse(str(name), text, f"recipe '{name}'")
+    return _parse(str(name), text, f"recipe '{name}'", extending)
 
 
 def from_pipeline(text: str) -> Recipe:
@@ -75,7 +81,7 @@ def from_pipeline(text: str) -> Recipe:
     return Recipe("custom", "a pipeline given by hand", tuple(p.name() for p in passes), options)
 
 
-def _parse(name: str, text: str, where: str) -> Recipe:
+def _parse(name: str, text: str, where: str, extending: tuple[str, ...]) -> Recipe:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -84,7 +90,13 @@ def _parse(name: str, text: str, where: str) -> Recipe:
         raise UserError(f"{where} has an unknown key '{unknown[0]}': {nearest(unknown[0], _KEYS)}")
     if data.get("schema") != SCHEMA:
         raise UserError(f"{where} must say schema = {SCHEMA}, not {data.get('schema')!r}")
-    base = load(data["extends"]) if "extends" in data else Recipe(name, "", ())
+    base = Recipe(name, "", ())
+    if "extends" in data:
+        if not isinstance(data["extends"], str):
+            raise UserError(f"{where}: 'extends' must be the name or the file of a recipe")
+        if where in extending:
+            raise UserError(f"{where}: 'extends' leads back to the recipe itself")
+        base = load(data["extends"], (*extending, where))
     pipeline = data.get("pipeline", list(base.pipeline))
     if not isinstance(pipeline, list) or not pipeline or not all(isinstance(p, str) for p in pipeline):
         raise UserError(f"{where}: 'pipeline' must be a list of pass names, and is missing or empty")
