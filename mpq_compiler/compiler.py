@@ -458,17 +458,17 @@ def layer_rows(planned: Program) -> list[dict[str, Any]]:
     groups = len(planned.facts["time-groups"]) + 1
     table = planned.facts.get("sensitivity", {"weights": {}})
     rows: list[dict[str, Any]] = []
-    for node in planned.quantizable:
-        path = str(costs.weight_path(node))
+    layers = {str(costs.weight_path(n)): n for n in reversed(planned.quantizable)}  # shared weights are stored once
+    for path, node in reversed(layers.items()):
         plan = planned.weights[path]
         weight = str(node.args[1].target)  # type: ignore[union-attr]
         integer = formats.get(plan.format).integer
-        bits = planned.activations[input_edge(node).name].bits if integer else 32
+        activation = planned.activations[input_edge(node).name].label(groups) if integer else "float"
         rows.append(
             {
                 "name": path,
                 "weight": plan.format,
-                "activation": f"u{bits}" + (f"/t{groups}" if groups > 1 else "") if integer else "float",
+                "activation": activation,
                 "bytes": costs.weight_bytes(planned, weight, plan.format),
                 "loss": table["weights"].get(path, {}).get(plan.format),
                 "fallback": planned.fallbacks.get(node.name),

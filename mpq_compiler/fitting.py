@@ -121,15 +121,24 @@ def attributes(program: Program, prefix: str, **tensors: Tensor | None) -> list[
 
 
 def settle(program: Program, weight: Open, value: fx.Node, quantized: formats.Fit) -> None:
-    """Replaces an open weight by ``value``, whose levels are ``quantized``, and corrects the bias of its calls."""
+    """Replaces an open weight by ``value``, whose levels are ``quantized``, and corrects the bias of its calls.
+
+    Calls that share weight and bias share the corrected bias: the mean of what each would have.
+    """
     quantizer = weight.quantizer
-    for call in list(quantizer.users):
-        corrected, bias = corrected_bias(program, call, weight.weight, quantized), bias_of(call)
-        if corrected is not None and bias is not None:
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for call in quantizer.users:
+        if (bias := bias_of(call)) is not None:
+            readers.setdefault(bias, []).append(call)
+    for bias, sites in readers.items():
+        found = [corrected_bias(program, call, weight.weight, quantized) for call in sites]
+        corrections = [c for c in found if c is not None]
+        if corrections and set(bias.users) == set(sites):  # else other layers read it as it is
+            corrected = torch.stack(corrections).mean(0)
             name = str(bias.target).split(":")[0] + ":corrected"
-            with program.graph.inserting_before(call):
+            with program.graph.inserting_before(bias):
                 new = program.graph.get_attr(program.tensors.add(name, corrected.to(stored_dtype(name, corrected))))
-            call.replace_input_with(bias, new)
+            bias.replace_all_uses_with(new)
     quantizer.replace_all_uses_with(value)
     name = quantizer.name
     program.graph.erase_node(quantizer)

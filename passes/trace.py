@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -49,11 +51,12 @@ class Trace(Pass):
         graph, attributes = _export(wrapper, denoiser)
         prefix = next(n for n, m in wrapper.named_modules() if m is denoiser.module.model) + "."
         tensors = TensorStore()
+        names = {p.data_ptr(): name for name, p in denoiser.module.model.named_parameters()}  # one for tied parameters
         for node in graph.nodes:
             if node.op == "get_attr":
-                path = str(node.target)
+                path, value = str(node.target), attributes(str(node.target))
                 name = path.removeprefix(prefix) if path.startswith(prefix) else f"constant.{path}"
-                node.target = tensors.add(name, attributes(path))
+                node.target = tensors.add(names.get(value.data_ptr(), name), value)
         for node, spec in zip([n for n in graph.nodes if n.op == "placeholder"], specs, strict=True):
             node.target = spec.name
         program = program.fork(
@@ -94,7 +97,8 @@ def _export(wrapper: nn.Module, denoiser: Any) -> tuple[fx.Graph, Any]:
     batch = torch.export.Dim("batch", min=2, max=LARGEST_BATCH)
     dynamic = tuple({0: batch} for _ in inputs)
     try:
-        with torch.no_grad():
+        # torch prints the whole graph where an export fails; the exception says what went wrong
+        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
             exported = torch.export.export(
                 wrapper,
                 tuple(inputs.values()),
@@ -103,12 +107,16 @@ def _export(wrapper: nn.Module, denoiser: Any) -> tuple[fx.Graph, Any]:
             )
         module = exported.module(check_guards=False)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{denoiser.name} cannot be traced: {reason}") from error
+        raise UserError(f"{denoiser.name} cannot be traced: {_reason(error, denoiser.module.model)}") from error
     graph = copy_graph(module.graph)  # without the module, whose parameters live in the store
     for node in graph.nodes:
         if node.op == "output" and isinstance(node.args[0], tuple | list) and len(node.args[0]) == 1:
             node.args = (node.args[0][0],)
+
+    shape, (_, *sides) = graph.output_node().args[0].meta["val"].shape, denoiser.latent_shape
+    if list(shape[2:]) != sides:
+        given, made = "x".join(map(str, sides)), "x".join(map(str, shape[1:]))
+        raise UserError(f"{denoiser.name} takes no latents of {given}, it gives {made} for them: give another size")
 
     def attribute(path: str) -> Tensor:
         value: Any = module
@@ -117,6 +125,22 @@ def _export(wrapper: nn.Module, denoiser: Any) -> tuple[fx.Graph, Any]:
         return value.detach()
 
     return graph, attribute
+
+
+def _reason(error: BaseException, model: nn.Module) -> str:
+    """Which module could not be traced, and why, in one line."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    at, trace = model, error.__traceback__
+    while trace is not None:
+        found = trace.tb_frame.f_locals.get("self")
+        if id(found) in paths:
+            at = found
+        trace = trace.tb_next
+    text = " ".join(str(error).strip().split("\n")[0].split()) or type(error).__name__
+    if "data-dependent" in text or "symbolic_shapes" in type(error).__module__:
+        text = f"its control flow depends on the values of tensors ({text})"
+    where = f"module '{paths[id(at)]}' ({type(at).__name__})" if paths[id(at)] else type(at).__name__
+    return f"{where}: {text}"
 
 
 def _same_value(node: fx.Node) -> fx.Node | None:

@@ -51,5 +51,46 @@ def test_a_model_that_cannot_be_traced_is_named():
 
     denoiser = denoisers.wrap(model, name="dynamic")
     model.forward = forward
-    with pytest.raises(UserError, match="dynamic cannot be traced: "):
-        pass_manager.run_pipeline(pass_manager.parse("trace"), programs.empty(), Session(denoiser))
+    with pytest.raises(UserError, match="dynamic cannot be traced: UNet2DModel: "):
+        trace(denoiser)
+
+
+def trace(denoiser):
+    return pass_manager.run_pipeline(pass_manager.parse("trace"), programs.empty(), Session(denoiser))[0]
+
+
+def test_the_module_that_cannot_be_traced_is_named(capsys):
+    class Gate(torch.nn.Module):
+        """Turns around what another module gives where its mean is negative."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args):
+            y = self.inner(*args)
+            return y if y.mean() > 0 else -y
+
+    model = tiny.model("unet2d")
+    model.mid_block.resnets[0] = Gate(model.mid_block.resnets[0])
+    sentence = r"gated cannot be traced: module 'mid_block.resnets.0' \(Gate\): its control flow depends on the values"
+    with pytest.raises(UserError, match=sentence) as found:
+        trace(denoisers.wrap(model, name="gated"))
+    assert "\n" not in str(found.value) and "aten" not in capsys.readouterr().err
+
+
+def test_latents_that_the_model_reads_in_another_shape_are_refused():
+    """DiT takes every image for a square one."""
+    with pytest.raises(UserError, match="takes no latents of 8x32, it gives 8x16x16 for them"):
+        trace(denoisers.wrap(tiny.model("dit"), name="dit", size=(8, 32)))
+
+
+def test_tied_parameters_have_one_name():
+    model = tiny.model("dit")
+    first, second = model.transformer_blocks
+    second.ff.net[2].weight = first.ff.net[2].weight
+    program = trace(denoisers.wrap(model, name="tied"))
+    assert program.fallbacks == {}
+    read = [str(n.target) for n in program.graph.nodes if n.op == "get_attr"]
+    assert read.count("transformer_blocks.0.ff.net.2.weight") == 1
+    assert "transformer_blocks.1.ff.net.2.weight" not in read
