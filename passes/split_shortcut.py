@@ -14,7 +14,7 @@ from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Program, arguments, function_of, operand, prune, shapes, weight_of
 
 CONCATENATIONS = (aten.cat.default, aten.concat.default)
-NORMS = (ops.group_norm, aten.layer_norm.default, getattr(ops, "rms_norm", None))
+NORMS = (ops.group_norm, aten.layer_norm.default, ops.rms_norm)
 """Operators whose channels stay where they are; the norm itself is over the whole concatenation."""
 
 
@@ -54,7 +54,7 @@ class SplitShortcut(Pass):
                 for node, _ in found:
                     x = operand(node, 0)
                     if x not in parts:
-                        parts[x] = _parts(program.graph, x, widths)
+                        parts[x] = _parts(program.graph, x, widths, sizes[x.name].dim() - 1)
                     _split(program, node, names, parts[x])
         prune(program.graph)
         return program
@@ -138,14 +138,14 @@ def _split(program: Program, node: fx.Node, weights: list[str], parts: list[fx.N
     total.name = name
 
 
-def _parts(graph: fx.Graph, x: fx.Node, widths: tuple[int, ...]) -> list[fx.Node]:
-    """The tensors side by side in ``x``: those that were joined, or slices."""
+def _parts(graph: fx.Graph, x: fx.Node, widths: tuple[int, ...], dim: int) -> list[fx.Node]:
+    """The tensors side by side along ``dim`` of ``x``: those that were joined, or slices."""
     if x.target in CONCATENATIONS:
         return list(arguments(x)[0])
     found = []
     with graph.inserting_before(x.next):
         for i, end in enumerate(itertools.accumulate(widths)):
-            part = graph.call_function(aten.slice.Tensor, (x, -1, end - widths[i], end))
+            part = graph.call_function(aten.slice.Tensor, (x, dim, end - widths[i], end))
             part.name = f"{x.name}_part{i}"
             found.append(part)
     return found
