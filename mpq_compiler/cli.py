@@ -39,6 +39,8 @@ REQUIREMENTS = {
     "highspy": ("highspy", "highspy"),
     "PIL": ("Pillow", "pillow"),
     "tvm": ("apache-tvm", "mpq-compiler[runtime]"),
+    "onnx": ("onnx", "mpq-compiler[onnx]"),
+    "onnxruntime": ("onnxruntime", "mpq-compiler[onnx]"),
 }
 
 
@@ -173,7 +175,11 @@ def _lowering_options(parser: argparse.ArgumentParser, table: bool = True) -> No
     made = parser.add_argument_group("how to compile")
     made.add_argument("--recipe", default="default", help="name or .toml file (mpqc recipes)")
     made.add_argument("--pipeline", metavar="PASSES", help='passes by hand: "trace,layout,calibrate{samples=64},..."')
-    made.add_argument("--shapes", help="batch x channels x height x width, comma-separated (default: batch 1 and 2)")
+    made.add_argument(
+        "--shapes",
+        help="batch x channels x height x width, comma-separated (default: batch 1 and 2); several image sizes share "
+        "the weights, and the first is calibrated",
+    )
     if table:
         made.add_argument("--sensitivity", metavar="TABLE.json", help="use this table instead of measuring")
     _machine_options(made)

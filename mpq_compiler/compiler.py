@@ -25,6 +25,7 @@ from mpq_compiler import (
     recording,
     schedule,
     sensitivity_table,
+    specialize,
     targets,
 )
 from mpq_compiler import denoiser as denoisers
@@ -129,40 +130,64 @@ def resolve(options: Options) -> list[Pass]:
     return passes
 
 
-def parse_shapes(text: str | None) -> tuple[tuple[int, ...], tuple[int, int, int] | None]:
-    """Batch sizes and the common latent shape [C, H, W] of "1x4x64x64,2x4x64x64"; None: the configuration's."""
+def parse_shapes(text: str | None) -> dict[tuple[int, int, int] | None, tuple[int, ...]]:
+    """Latent shapes [C, H, W] of "1x4x64x64,2x4x64x64,1x4x96x64", in order, with the batch sizes for each.
+
+    The first is the one that is calibrated. None stands for the configuration's.
+    """
     if text is None:
-        return DEFAULT_BATCHES, None
-    parsed = []
+        return {None: DEFAULT_BATCHES}
+    found: dict[tuple[int, int, int] | None, tuple[int, ...]] = {}
     for item in text.split(","):
         if not re.fullmatch(r"\s*[1-9]\d*(x[1-9]\d*){3}\s*", item):
             raise UserError(f"--shapes '{item.strip()}' must be batch x channels x height x width, such as 1x4x64x64")
-        parsed.append(tuple(int(d) for d in item.split("x")))
-    if len({p[1:] for p in parsed}) > 1:
-        raise UserError("--shapes must differ in the batch only: compile one artifact for each image size")
-    return tuple(sorted({p[0] for p in parsed})), parsed[0][1:]  # type: ignore[return-value]
+        batch, *latent = (int(d) for d in item.split("x"))
+        shape = latent[0], latent[1], latent[2]
+        found[shape] = tuple(sorted({*found.get(shape, ()), batch}))
+    return found
 
 
-def load_denoiser(model: str | Path, options: Options) -> tuple[Denoiser, tuple[int, ...]]:
-    """The model at the size of ``--shapes``, and the batch sizes to specialize for."""
-    batches, latent = parse_shapes(options.shapes)
-    denoiser = denoisers.load(
-        model,
-        size=None if latent is None else latent[1:],
-        prediction_type=options.prediction_type,
-        scheduler=options.scheduler,
-        guidance=options.guidance,
-        conditions=options.conditions,
-    )
-    if latent is not None and denoiser.latent_shape != latent:
-        raise UserError(f"--shapes asks for {latent[0]} channels, and '{denoiser.name}' has {denoiser.latent_shape[0]}")
-    return denoiser, batches
+def load_denoiser(model: str | Path | Denoiser, options: Options) -> Denoiser:
+    """The model at the first size of ``--shapes``."""
+    latents = [latent for latent in parse_shapes(options.shapes) if latent is not None]
+    size = latents[0][1:] if latents else None
+    if isinstance(model, Denoiser):
+        if options.scheduler is not None or options.prediction_type is not None:
+            raise UserError("a denoiser in memory has its scheduler: leave scheduler and prediction_type out")
+        denoiser = model.sampled(options.guidance, options.conditions)
+        if size is not None and size != denoiser.latent_shape[1:]:
+            denoiser = denoiser.resized(*size)
+    else:
+        denoiser = denoisers.load(
+            model,
+            size=size,
+            prediction_type=options.prediction_type,
+            scheduler=options.scheduler,
+            guidance=options.guidance,
+            conditions=options.conditions,
+        )
+    for latent in latents:
+        if latent[0] != denoiser.latent_shape[0]:
+            wanted = f"--shapes asks for {latent[0]} channels"
+            raise UserError(f"{wanted}, and '{denoiser.name}' has {denoiser.latent_shape[0]}")
+    return denoiser
+
+
+@dataclass
+class Lowering:
+    """What the passes made of a denoiser: the last program, and the planned and the laid-out one, if there are any."""
+
+    program: Program
+    planned: Program | None
+    laid_out: Program | None
+    records: list[Record]
+    passes: list[Pass]
 
 
 def lower(
     denoiser: Denoiser, options: Options, progress: Any = None, passes: list[Pass] | None = None
-) -> tuple[Program, Program | None, list[Record], list[Pass]]:
-    """Runs the passes: (last program, the planned one if any, records, passes). Nothing is written but dumps."""
+) -> Lowering:
+    """Runs the passes. Nothing is written but dumps."""
     passes = resolve(options) if passes is None else passes
     recording.require(denoiser, options.calibration)
     session = Session(
@@ -175,19 +200,23 @@ def lower(
         jobs=options.jobs,
         cache=options.cache,
         progress=progress,
+        statistics=frozenset().union(*(p.asks() for p in resolve(options))),  # of all passes, though some may not run
     )
     planned: list[Program] = []
+    laid_out: list[Program] = []
     observe = _observer(denoiser, options, planned)
 
     def after(index: int, step: Pass, before: Program, program: Program) -> None:
         observe(index, step, before, program)
+        if specialize.is_laid_out(step):
+            laid_out.append(program)
         if step.provides >= {"time-groups"} and session.sensitivity is None:
             _check_budget(program, passes)
 
     start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
     with single_threaded():
         program, records = pass_manager.run_pipeline(passes, start, session, after)
-    return program, planned[-1] if planned else None, records, passes
+    return Lowering(program, planned[-1] if planned else None, laid_out[0] if laid_out else None, records, passes)
 
 
 def _check_budget(program: Program, passes: Sequence[Pass]) -> None:
@@ -264,23 +293,22 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
     chosen = Options(**options)
     target = targets.resolve(chosen.target)
     targets.require_implemented(target)
+    backend = _backend(target)
     artifact.check_output(output, chosen.overwrite)
     if chosen.dumps is not None and not chosen.overwrite and chosen.dumps.exists() and any(chosen.dumps.iterdir()):
         raise UserError(f"the dumps folder '{chosen.dumps}' is not empty; name another one or add --overwrite")
     resolve(chosen)  # a wrong option is refused before the model is read
-    if isinstance(model, Denoiser):
-        if chosen.scheduler is not None or chosen.prediction_type is not None:
-            raise UserError("a denoiser in memory has its scheduler: leave scheduler and prediction_type out")
-        denoiser, batches = model.sampled(chosen.guidance, chosen.conditions), parse_shapes(chosen.shapes)[0]
-    else:
-        denoiser, batches = load_denoiser(model, chosen)
-    program, planned, records, passes = lower(denoiser, chosen, progress)
+    denoiser = load_denoiser(model, chosen)
+    lowering = lower(denoiser, chosen, progress)
+    program, planned, records, passes = lowering.program, lowering.planned, lowering.records, lowering.passes
     if program.stage != Stage.PACKED or planned is None:
         raise UserError("the pipeline ends before 'fold-fake-quant': nothing was packed that a backend could run")
     with single_threaded():
-        build = _backend(target).build
-        built = build(program, target, batches, jobs=chosen.jobs, progress=progress, cache=chosen.cache)
-        stored = costs.stored_bytes(planned)
+        batches, *_ = parse_shapes(chosen.shapes).values()
+        others = _other_sizes(lowering, denoiser, chosen)
+        more = {"others": others} if others else {}
+        built = backend.build(program, target, batches, jobs=chosen.jobs, progress=progress, cache=chosen.cache, **more)
+        stored = costs.stored_bytes(planned) + specialize.added_bytes(program, others)
         manifest = {
             **_describe(denoiser, program, planned, chosen, passes),
             "target": _describe_target(target),
@@ -340,10 +368,27 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
     )
 
 
+def _other_sizes(lowering: Lowering, denoiser: Denoiser, options: Options) -> list[specialize.Specialization]:
+    """The packed program at the sizes of ``--shapes`` behind the first."""
+    found = []
+    for latent, batches in [*parse_shapes(options.shapes).items()][1:]:
+        assert latent is not None and lowering.laid_out is not None
+        made = specialize.at_size(lowering.program, lowering.laid_out, denoiser, latent[1:], lowering.passes)
+        found.append(specialize.Specialization(made, batches))
+    return found
+
+
 def _backend(target: targets.Target) -> Any:
+    """The module that builds for the target. UserError: it needs a package that is not installed."""
     import importlib
 
-    return importlib.import_module(f"mpq_compiler.backends.{target.backend}.build")
+    try:
+        return importlib.import_module(f"mpq_compiler.backends.{target.backend}.build")
+    except ModuleNotFoundError as error:
+        package = "onnx" if target.backend == "onnx" else "compile"
+        raise UserError(
+            f"target '{target.name}' needs {error.name}, which is not installed: pip install 'mpq-compiler[{package}]'"
+        ) from error
 
 
 class _Judge:
@@ -487,7 +532,8 @@ def measure_sensitivity(model: str | Path | Denoiser, progress: Any = None, **op
     names = [p.name() for p in passes]
     if "sensitivity" not in names:
         raise UserError(f"the recipe has no pass 'sensitivity' to measure with: {', '.join(names)}")
-    denoiser = model if isinstance(model, Denoiser) else load_denoiser(model, chosen)[0]
-    program, _, _, _ = lower(denoiser, chosen, progress, passes[: names.index("sensitivity") + 1])
-    return {**costs.describe(program), **program.facts["sensitivity"]}
+    denoiser = load_denoiser(model, chosen)
+    program = lower(denoiser, chosen, progress, passes[: names.index("sensitivity") + 1]).program
+    measured = program.facts["sensitivity"]
+    return {**costs.describe(program, measured.get("dynamic", False)), **measured}
 

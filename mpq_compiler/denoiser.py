@@ -103,6 +103,13 @@ class Denoiser:
             self.given,
         )
 
+    def resized(self, height: int, width: int) -> Denoiser:
+        """The same model on latents of another size. UserError: it takes none of that size."""
+        tokens = self.input_specs[TEXT].shape[0] if TEXT in self.input_specs else None
+        specs, _ = specs_of(self.module.model, self.config, (height, width), tokens)
+        specs["timestep"] = self.input_specs["timestep"]
+        return replace(self, module=TensorModule(self.module.model, specs).eval(), input_specs=specs)
+
     @property
     def parameters(self) -> int:
         """The number of parameters, of which true average bits are reckoned."""

@@ -36,8 +36,8 @@ def code_bits(program: Program, lut: str | None) -> int:
     return 8 if lut is None else (int(program.tensors[lut].shape[1]) - 1).bit_length()
 
 
-def stored(program: Program) -> dict[str, Stored]:
-    """The tensors that the packed graph reads, by store name, in their stored form.
+def stored(program: Program, *others: Program) -> dict[str, Stored]:
+    """The tensors that the packed graph, or that of another over the same store, reads: by store name, as stored.
 
     UserError: a value that its stored type does not hold exactly (passes project what they set, so this is one
     that no pass has seen).
@@ -45,7 +45,8 @@ def stored(program: Program) -> dict[str, Stored]:
     weights = calls.levels_of(calls.flatten(program))
     bits = {found.codes: code_bits(program, found.lut) for found in weights if found.codes and found.integer}
     result = {}
-    for name in sorted({str(n.target) for n in program.graph.nodes if n.op == "get_attr"}):
+    read = (n for each in (program, *others) for n in each.graph.nodes if n.op == "get_attr")
+    for name in sorted({str(n.target) for n in read}):
         tensor = program.tensors[name]
         parameter = name.split(":")[0]
         if name in bits:

@@ -34,6 +34,7 @@ _PIPELINE = (
 @dataclass(frozen=True)
 class Packed:
     denoiser: denoiser.Denoiser
+    laid_out: Program
     planned: Program
     program: Program
     inputs: dict[str, Tensor]
@@ -63,7 +64,7 @@ def program(name: str, weights: str = "int8") -> Packed:
         session,
         after=lambda index, each, before, after: stages.__setitem__(each.name(), after),
     )
-    return Packed(model, stages["bit-allocation"], final, inputs)
+    return Packed(model, stages["layout"], stages["bit-allocation"], final, inputs)
 
 
 def sqnr_db(y: Tensor, reference: Tensor) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from mpq_compiler.errors import UserError
 from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run
 
 GRAPH = "graph.json"
-_VERSION = 1
+_VERSION = 2
 _MPQ = {entry.name: function for function, entry in ops.OPS.items()}
 
 
@@ -33,19 +33,20 @@ def load(artifact: Artifact, threads: int) -> Interpreter:
 
 
 class Interpreter:
-    """Executes the program on a number of threads."""
+    """Executes the programs by the names of their functions, on a number of threads."""
 
-    def __init__(self, program: Program, threads: int) -> None:
-        self.program, self.threads = program, threads
+    def __init__(self, programs: Mapping[str, Program], threads: int) -> None:
+        self.programs, self.threads = programs, threads
 
     def run(self, function: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
         """The output for the inputs in the program's order."""
-        named = zip((spec.name for spec in self.program.inputs), inputs, strict=True)
+        program = self.programs[function]
+        named = zip((spec.name for spec in program.inputs), inputs, strict=True)
         tensors = {name: torch.from_numpy(np.array(array)) for name, array in named}
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
-            return run(self.program, tensors).numpy()
+            return run(program, tensors).numpy()
         finally:
             torch.set_num_threads(before)
 
@@ -53,30 +54,40 @@ class Interpreter:
 # ------------------------------------------------------------------------------------- graphs as JSON
 
 
-def dumps(program: Program) -> str:
-    """The packed graph, its regions and inputs as JSON; tensors by name. Equal programs give equal text."""
-    document = {
-        "version": _VERSION,
+def dumps(programs: Mapping[str, Program]) -> str:
+    """The packed graphs by the names of their functions, with regions and inputs, as JSON; tensors by name.
+
+    Equal programs give equal text.
+    """
+    document = {"version": _VERSION, "functions": {name: _document(program) for name, program in programs.items()}}
+    return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _document(program: Program) -> dict[str, Any]:
+    return {
         "inputs": [{"name": s.name, "shape": list(s.shape), "dtype": type_name(s.dtype)} for s in program.inputs],
         "graph": _nodes(program.graph),
         "regions": {name: _nodes(graph) for name, graph in sorted(program.regions.items())},
     }
-    return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
 
 
-def loads(text: str, tensors: dict[str, torch.Tensor]) -> Program:
-    """The program of `dumps` over the given tensors. UserError: the text is no such graph."""
+def loads(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Program]:
+    """The programs of `dumps` over the given tensors. UserError: the text holds no such graphs."""
     try:
         document = json.loads(text)
         if document["version"] != _VERSION:
             raise ValueError(f"version {document['version']}")
-        inputs = tuple(InputSpec(i["name"], tuple(i["shape"]), _dtype(i["dtype"])) for i in document["inputs"])
-        regions = {name: _graph(nodes) for name, nodes in document["regions"].items()}
-        graph = _graph(document["graph"])
+        store = TensorStore(tensors)
+        return {name: _program(each, store) for name, each in document["functions"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"{GRAPH} holds no graph that this version reads ({error})"
         raise UserError(f"{what}; compile the artifact again") from error
-    return Program(graph, TensorStore(tensors), inputs, Stage.PACKED, regions=regions)
+
+
+def _program(document: dict[str, Any], tensors: TensorStore) -> Program:
+    inputs = tuple(InputSpec(i["name"], tuple(i["shape"]), _dtype(i["dtype"])) for i in document["inputs"])
+    regions = {name: _graph(nodes) for name, nodes in document["regions"].items()}
+    return Program(_graph(document["graph"]), tensors, inputs, Stage.PACKED, regions=regions)
 
 
 def _nodes(graph: fx.Graph) -> list[dict[str, Any]]:

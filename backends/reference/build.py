@@ -9,6 +9,7 @@ from mpq_compiler import storage
 from mpq_compiler.backends import Built, Progress
 from mpq_compiler.backends.reference import GRAPH, dumps, type_name
 from mpq_compiler.program import Program, operand, shapes
+from mpq_compiler.specialize import Specialization
 from mpq_compiler.targets import Target
 
 FUNCTION = "denoise"
@@ -22,25 +23,31 @@ def build(
     jobs: int = 1,
     progress: Progress | None = None,
     cache: Any = None,
+    others: Sequence[Specialization] = (),
 ) -> Built:
-    """The packed program as an artifact for the interpreter: one function for any batch size.
+    """The packed program as an artifact for the interpreter: one function for any batch size, at every image size.
 
-    The arguments behind the program are those of the other backends; none of them matters here.
+    others: the program at other image sizes. What stands between is of no concern here.
     """
     del target, batches, jobs, progress, cache
-    stored = storage.stored(program)
+    named = {FUNCTION: program} | {f"{FUNCTION}_{other.size}": other.program for other in others}
+    stored = storage.stored(program, *(other.program for other in others))
+    return Built(
+        files={GRAPH: dumps(named).encode()},
+        tensors={name: tensor.array for name, tensor in stored.items()},
+        entries=[tensor.entry(name) for name, tensor in stored.items()],
+        functions=[_describe(name, each) for name, each in named.items()],
+        prepare=None,
+        facts={},
+    )
+
+
+def _describe(name: str, program: Program) -> dict[str, Any]:
+    """The manifest's entry of a function."""
     sample = shapes(program, 2)[operand(program.graph.output_node(), 0).name].shape[1:]
     inputs = [
         {"name": s.name, "shape": [None if d == "B" else d for d in s.shape], "dtype": type_name(s.dtype)}
         for s in program.inputs
     ]
-    function: dict[str, Any] = {"name": FUNCTION, "batch": None, "inputs": inputs}
-    function["output"] = {"name": OUTPUT, "shape": [None, *sample], "dtype": "float32"}
-    return Built(
-        files={GRAPH: dumps(program).encode()},
-        tensors={name: tensor.array for name, tensor in stored.items()},
-        entries=[tensor.entry(name) for name, tensor in stored.items()],
-        functions=[function],
-        prepare=None,
-        facts={},
-    )
+    output = {"name": OUTPUT, "shape": [None, *sample], "dtype": "float32"}
+    return {"name": name, "batch": None, "inputs": inputs, "output": output}

@@ -25,6 +25,7 @@ from mpq_compiler.backends.tvm.lowered import BATCH, Function, Kernel, Lowered, 
 from mpq_compiler.backends.tvm.worker import Crash, Failure, Worker
 from mpq_compiler.errors import UserError
 from mpq_compiler.program import Program
+from mpq_compiler.specialize import Specialization
 from mpq_compiler.targets import Target, require_implemented
 
 PREPARE = "prepare"
@@ -45,18 +46,20 @@ def build(
     jobs: int = 1,
     progress: Progress | None = None,
     cache: Path | None = None,
+    others: Sequence[Specialization] = (),
 ) -> Built:
     """Compiles a packed program for a CPU target, with a specialization for each batch size.
 
+    others: the program at other image sizes, with the batch sizes for each; they share the stored tensors.
     jobs: worker processes. cache: folder of compiled kernels (default: `cache.folder()`). Neither changes a byte.
     Slow forms are added to ``program.fallbacks``.
 
     UserError: a node that no kernel computes; a kernel that cannot be compiled; no linker; no room in the cache.
     """
     require_implemented(target)
-    lowered = lower(program, batches)
+    lowered = lower(program, batches, others)
     library, reused = compile_library(lowered, target, jobs, progress, cache)
-    stored = storage.stored(program)
+    stored = storage.stored(program, *(other.program for other in others))
     return Built(
         files={KERNELS: library},
         tensors={name: tensor.array for name, tensor in stored.items()},
@@ -129,7 +132,7 @@ def compile_library(
 
 def _cost(kernel: Kernel) -> tuple[int, str]:
     """Kernels that take long to compile come first, so that no worker is left alone with one at the end."""
-    order = ("gemm", "float_gemm", "attention", "prepare", "norms")
+    order = ("gemm", "float_gemm", "attention", "matmul", "prepare", "norms")
     return order.index(kernel.template) if kernel.template in order else len(order), kernel.name
 
 

@@ -11,7 +11,7 @@ is the `emitter`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import fx
@@ -20,9 +20,10 @@ from mpq_compiler import ops, storage
 from mpq_compiler.aten import MOVEMENT, aten, is_pointwise
 from mpq_compiler.backends.tvm import emit_float, emit_movement, emit_packed, emit_pointwise
 from mpq_compiler.backends.tvm.emitter import Emitter, Epilogue, Preparation, Task, text, type_name
-from mpq_compiler.backends.tvm.lowered import BATCH, Function, Lowered, Value
+from mpq_compiler.backends.tvm.lowered import BATCH, Call, Function, Lowered, Value
 from mpq_compiler.errors import UserError
 from mpq_compiler.program import Program, operand
+from mpq_compiler.specialize import Specialization
 
 OUTPUT = "sample"
 """Name of the output in the manifest."""
@@ -35,6 +36,7 @@ ANCHORS: dict[Any, Anchor] = {
     ops.quant_conv2d: emit_packed.contraction,
     ops.group_norm: emit_float.group_norm,
     aten.layer_norm.default: emit_float.layer_norm,
+    ops.rms_norm: emit_float.rms_norm,
     ops.attention: emit_float.attention,
     aten.linear.default: emit_float.linear,
     ops.conv2d: emit_float.conv2d,
@@ -44,6 +46,9 @@ ANCHORS: dict[Any, Anchor] = {
 PLAIN: dict[Any, Plain] = {
     ops.time_group: emit_packed.time_group,
     ops.quantize: emit_packed.quantize,
+    ops.dynamic_quantize: emit_packed.dynamic_quantize,
+    ops.quant_attention: emit_packed.quant_attention,
+    ops.dequantize_float8: emit_packed.dequantize_float8,
     ops.upsample_nearest2d: emit_movement.upsample,
     aten.embedding.default: emit_movement.embedding,
     aten.cat.default: emit_movement.concatenate,
@@ -58,7 +63,12 @@ PLAIN: dict[Any, Plain] = {
     aten.expand.default: emit_movement.expand,
     aten.pad.default: emit_movement.pad,
     aten.constant_pad_nd.default: emit_movement.pad,
-    aten.einsum.default: emit_movement.einsum,
+    aten.einsum.default: emit_float.einsum,
+    aten.matmul.default: emit_float.matmul,
+    aten.bmm.default: emit_float.matmul,
+    aten.mean.dim: emit_float.mean,
+    ops.prepend: emit_movement.prepend,
+    **{target: emit_pointwise.alone for target in emit_pointwise.ALONE},
     **{target: emit_movement.alias for target in MOVEMENT},
     aten.permute.default: emit_movement.permute,
     aten.transpose.int: emit_movement.permute,
@@ -67,21 +77,35 @@ PLAIN: dict[Any, Plain] = {
 """Operators that stand alone."""
 
 
-def lower(program: Program, batches: Sequence[int]) -> Lowered:
-    """The packed program as kernel calls, with specializations for `batches`.
+def lower(program: Program, batches: Sequence[int], others: Sequence[Specialization] = ()) -> Lowered:
+    """The packed program as kernel calls, specialized for `batches`, and at `others` of its image sizes for theirs.
 
     Slow forms are added to ``program.fallbacks``. UserError: a node that no kernel computes; a batch size below 1.
     """
-    tensors = storage.stored(program)
+    tensors = storage.stored(program, *(other.program for other in others))
     preparation = Preparation(tensors)
-    functions = (_function(program, batches, preparation),)
+    functions = (
+        _function(program, batches, preparation),
+        *(_function(other.program, other.batches, preparation, f"_{other.size}") for other in others),
+    )
     read = dict.fromkeys(name for function in functions for call in function.calls for _, name in call.operands)
+    prepared = tuple(name for name in read if name in preparation.static)
     return Lowered(
         stored=tuple(Value(name, t.array.shape, str(t.array.dtype)) for name, t in tensors.items()),
-        preparation=tuple(preparation.calls),
-        prepared=tuple(name for name in read if name in preparation.static),
+        preparation=_needed(preparation.calls, prepared),
+        prepared=prepared,
         functions=functions,
     )
+
+
+def _needed(calls: Sequence[Call], results: Iterable[str]) -> tuple[Call, ...]:
+    """The calls without those that nothing reads: copies whose readers read the source."""
+    read, kept = {*results}, []
+    for call in reversed(calls):
+        if any(name in read for _, name in call.results):
+            kept.append(call)
+            read |= {name for _, name in call.operands}
+    return tuple(reversed(kept))
 
 
 def _function(program: Program, batches: Sequence[int], preparation: Preparation, suffix: str = "") -> Function:
@@ -105,7 +129,8 @@ def _function(program: Program, batches: Sequence[int], preparation: Preparation
     if not output.batched or output.dtype != "float32" or shape[:1] != (BATCH,):
         kind = f"{output.dtype} {text(shape)}"
         raise UserError(f"the output '{output.name}' is {kind}, where a denoiser yields float32 [B, ...]")
-    return Function(inputs, tuple(e.calls), Value(output.name, shape, output.dtype), tuple(sorted({*batches})), suffix)
+    calls = _needed(e.calls, [output.name])
+    return Function(inputs, calls, Value(output.name, shape, output.dtype), tuple(sorted({*batches})), suffix)
 
 
 def _emit(e: Emitter, node: fx.Node) -> None:

@@ -1,13 +1,13 @@
-"""Operators in float32 whose kernels take an epilogue: norms, attention, and what a plan leaves unquantized."""
+"""Operators in float32: norms, attention, products of activations, and what a plan leaves unquantized."""
 
 from __future__ import annotations
 
 from torch import fx
 
-from mpq_compiler.backends.tvm import emit_pointwise
-from mpq_compiler.backends.tvm.emitter import Emitter, Epilogue, filled
+from mpq_compiler.backends.tvm import emit_movement, emit_pointwise
+from mpq_compiler.backends.tvm.emitter import Emitter, Epilogue, filled, whole
 from mpq_compiler.backends.tvm.lowered import BATCH, Kernel, Record, Value, record
-from mpq_compiler.program import arguments
+from mpq_compiler.program import arguments, operand
 
 
 def _anchor(
@@ -42,6 +42,14 @@ def layer_norm(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Val
         shift=beta is not None,
     )  # fmt: skip
     return _anchor(e, "norms", problem, {"x": x, "gamma": gamma, "beta": beta}, epilogue, out)
+
+
+def rms_norm(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:
+    source, weight, eps = arguments(node)
+    x, gamma = e.value(source), e.optional(weight)
+    channels = x.inner[-1]
+    problem = record("norms.RmsNorm", positions=x.size // channels, channels=channels, eps=eps, scale=gamma is not None)
+    return _anchor(e, "norms", problem, {"x": x, "gamma": gamma}, epilogue, out)
 
 
 def attention(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:
@@ -106,3 +114,84 @@ def _without_size(problem: Record) -> Record:
         return problem.replace(positions=1)
     height, width = problem.get("kernel")
     return problem.replace(height=height, width=width, padding=(0, 0, 0, 0), stride=(1, 1))
+
+
+# ------------------------------------------------------------------------------------ products of activations
+
+
+def einsum(e: Emitter, node: fx.Node) -> Value:
+    """A permute, or the product of two operands over one index."""
+    equation, operands = str(node.args[0]).replace(" ", ""), arguments(node)[1]
+    if len(operands) == 1:
+        return emit_movement.rearranged(e, node)
+    names, _, target = equation.partition("->")
+    sources = names.split(",")
+    if len(operands) != 2 or any(len({*s}) != len(s) for s in (*sources, target)):
+        raise e.refusal(f"einsum '{equation}' is no product of two matrices")
+    return _product(e, node, [e.value(n) for n in operands], sources, target)
+
+
+def matmul(e: Emitter, node: fx.Node) -> Value:
+    """[..., M, K] x [..., K, N] with as many dimensions on both sides."""
+    left, right = (e.value(n) for n in arguments(node))
+    shape = e.shape(node)
+    if not len(left.shape) == len(right.shape) == len(shape) or len(shape) > 8:
+        raise e.refusal("its operands have different numbers of dimensions")
+    heads = "abcdefgh"[: len(shape) - 2]
+    return _product(e, node, [left, right], [f"{heads}mk", f"{heads}kn"], f"{heads}mn")
+
+
+def mean(e: Emitter, node: fx.Node) -> Value:
+    """Over one dimension but the batch: the product with a row of 1/n."""
+    x, dims = e.value(node.args[0]), list(filled(node, None, None)[1] or ())
+    if len(dims) != 1 or (axis := e.axis(operand(node, 0), int(dims[0]))) == 0:
+        raise e.refusal("only the mean over one dimension, not the batch, has a kernel")
+    count = int(x.shape[axis])
+    letters = "abcdefgh"[: len(x.shape)]
+    rest = letters.replace(letters[axis], "")
+    weights = e.constant((count,), "float32", 1.0 / count)
+    made = _product(e, node, [weights, x], [letters[axis], letters], rest)
+    return Value(made.name, e.shape(node), made.dtype)
+
+
+def _product(e: Emitter, node: fx.Node, values: list[Value], letters: list[str], target: str) -> Value:
+    """``einsum("letters[0],letters[1]->target")`` over one letter; the batch comes first where there is one.
+
+    The last letter of the result numbers the columns: the operand that has it stands on the right. One letter of the
+    left operand numbers the rows; the others are heads, over which an operand that lacks them repeats.
+    """
+    equation = f"{','.join(letters)}->{target}"
+    views = [e.view(value) for value in values]
+    summed = ({*letters[0]} | {*letters[1]}) - {*target}
+    batch = target[0] if any(view.shape[:1] == (BATCH,) for view in views) else ""
+    fits = all(len(s) == len(v.shape) and v.source.dtype == "float32" for s, v in zip(letters, views, strict=True))
+    led = all((v.shape[:1] == (BATCH,)) == (bool(batch) and s[0] == batch) for s, v in zip(letters, views, strict=True))
+    if not fits or not led or len(summed) != 1 or not summed <= {*letters[0]} & {*letters[1]}:
+        raise e.refusal(f"'{equation}' is no product of float32 matrices, sample by sample")
+    rest = target.removeprefix(batch)
+    columns = rest[-1:]
+    if columns and columns in letters[0]:
+        views, letters = views[::-1], letters[::-1]
+    rows = next((c for c in rest[:-1] if c in letters[0] and c not in letters[1]), "")
+    heads = [c for c in rest[:-1] if c != rows]
+    strides = [dict(zip(s, v.strides, strict=True)) for s, v in zip(letters, views, strict=True)]
+    extents = {c: n for s, v in zip(letters, views, strict=True) for c, n in zip(s, v.extents, strict=True)}
+    strides.append(dict(zip(rest, whole(Value("", tuple(extents[c] for c in rest), "")).strides, strict=True)))
+    (term,) = summed
+
+    def access(which: int, *order: str) -> Record:
+        steps = [strides[which].get(c, 0) for c in (*heads, *order)]
+        if which == 2:
+            return record("matmul.Access", shape=[extents[c] for c in rest] or (1,), strides=steps, batched=bool(batch))
+        view = views[which]
+        shape, batched = view.source.inner, view.source.batched
+        return record("matmul.Access", shape=shape, strides=steps, offset=view.offset, batched=batched)
+
+    problem = record(
+        "matmul.Matmul", heads=[extents[c] for c in heads], rows=extents.get(rows, 1), terms=extents[term],
+        columns=extents.get(columns, 1), left=access(0, rows, term), right=access(1, term, columns),
+        result=access(2, rows, columns),
+    )  # fmt: skip
+    out = Value(node.name, e.shape(node), "float32")
+    operands = {"left": views[0].source, "right": views[1].source}
+    return e.call(Kernel("matmul", problem), operands, {"y": out})[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from mpq_compiler.aten import aten, is_permute
-from mpq_compiler.backends.tvm.emitter import Emitter, elements, filled
+from mpq_compiler.backends.tvm.emitter import Emitter, View, elements, filled, whole
 from mpq_compiler.backends.tvm.lowered import BATCH, Kernel, Record, Shape, Value, record
 from mpq_compiler.program import arguments, operand
 
@@ -20,19 +21,24 @@ def alias(e: Emitter, node: fx.Node) -> Value:
     return Value(x.name, e.shape(node), x.dtype)
 
 
-def _moved(e: Emitter, node: fx.Node, problem: Record, inputs: Sequence[Value], shape: Shape, name: str = "") -> Value:
+def _moved(e: Emitter, node: fx.Node, problem: Record, inputs: Sequence[Value], shape: Shape) -> Value:
     operands = {f"x{i}": value for i, value in enumerate(inputs)}
-    out = Value(name or node.name, shape, inputs[0].dtype)
+    out = Value(node.name, shape, inputs[0].dtype)
     return e.call(Kernel("movement", problem), operands, {"y": out})[0]
 
 
 def permute(e: Emitter, node: fx.Node) -> Value:
-    x, rank = e.value(node.args[0]), e.two[node.name].dim()
-    if len(x.shape) != rank:
-        raise e.refusal("it permutes a tensor whose rows are not samples")
-    order = [d % rank for d in _order(node, rank)]
-    problem = record("movement.permute", shape=x.shape, order=order, dtype=x.dtype)
-    return _moved(e, node, problem, [x], tuple(x.shape[d] for d in order))
+    rank = e.two[node.name].dim()
+    return _permuted(e, node, node.args[0], [d % rank for d in _order(node, rank)])
+
+
+def _permuted(e: Emitter, node: fx.Node, source: Any, order: Sequence[int]) -> Value:
+    x = e.value(source)
+    if len(x.shape) != len(order) or (x.batched and order[0] != 0):
+        raise e.refusal("it permutes a tensor whose rows are not samples, or moves the batch")
+    view = e.view(x)
+    moved = View(view.source, tuple(view.shape[d] for d in order), tuple(view.strides[d] for d in order), view.offset)
+    return e.copied(moved, node.name)
 
 
 def _order(node: fx.Node, rank: int) -> list[int]:
@@ -44,59 +50,74 @@ def _order(node: fx.Node, rank: int) -> list[int]:
     return order
 
 
-def einsum(e: Emitter, node: fx.Node) -> Value:
-    """A single operand whose indices are all kept is permuted; nothing else is an einsum here."""
-    equation, operands = str(node.args[0]).replace(" ", ""), arguments(node)[1]
-    source, _, target = equation.partition("->")
-    if len(operands) != 1 or sorted(source) != sorted(target) or len({*source}) != len(source):
-        raise e.refusal(f"einsum '{equation}' is no permutation")
-    x = e.value(operands[0])
-    order = [source.index(c) for c in target]
-    problem = record("movement.permute", shape=x.shape, order=order, dtype=x.dtype)
-    return _moved(e, node, problem, [x], tuple(x.shape[d] for d in order))
+def rearranged(e: Emitter, node: fx.Node) -> Value:
+    """An einsum of one operand whose indices are all kept: a permute."""
+    source, _, target = str(node.args[0]).replace(" ", "").partition("->")
+    if sorted(source) != sorted(target) or len({*source}) != len(source):
+        raise e.refusal(f"einsum '{node.args[0]}' is no permutation")
+    return _permuted(e, node, arguments(node)[1][0], [source.index(c) for c in target])
 
 
 def concatenate(e: Emitter, node: fx.Node) -> Value:
     nodes = list(arguments(node)[0])
     dim = int(arguments(node)[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))  # type: ignore[arg-type]
-    axis = e.axis(nodes[0], dim)
-    values = [e.value(n) for n in nodes]
-    if len({v.dtype for v in values}) > 1 or len({v.batched for v in values}) > 1:
+    return _joined(e, node, [e.view(e.value(n)) for n in nodes], e.axis(nodes[0], dim))
+
+
+def prepend(e: Emitter, node: fx.Node) -> Value:
+    """A stored token before the tokens of every sample."""
+    x, token = (e.value(n) for n in arguments(node))
+    first = View(token, (BATCH, 1, token.size), (0, 0, 1))
+    return _joined(e, node, [first, e.view(x)], 1)
+
+
+def _joined(e: Emitter, node: fx.Node, parts: Sequence[View], axis: int) -> Value:
+    if len({(v.source.dtype, v.shape[:1] == (BATCH,)) for v in parts}) > 1:
         raise e.refusal("it joins tensors of several types, or with and without a batch")
-    problem = record("movement.concat", shapes=[v.shape for v in values], dim=axis, dtype=values[0].dtype)
-    return _moved(e, node, problem, values, e.shape(node))
+    shape = e.shape(node)
+    strides, copies, offset = whole(Value("", shape, "")).strides, [], 0
+    sources = list({v.source.name: v.source for v in parts}.values())
+    for view in parts:
+        copies.append(
+            record(
+                "movement.Copy", source=[s.name for s in sources].index(view.source.name), extents=view.extents,
+                source_strides=view.strides, source_offset=view.offset, target_strides=strides,
+                target_offset=offset * math.prod(int(d) for d in shape[axis + 1 :]),
+            )
+        )  # fmt: skip
+        offset += view.extents[axis]
+    problem = record(
+        "movement.Movement", inputs=[s.shape for s in sources], shape=shape, copies=copies, dtype=sources[0].dtype
+    )
+    return _moved(e, node, problem, sources, shape)
 
 
-def _sliced(
-    e: Emitter, node: fx.Node, source: Any, axis: int, start: int, stop: int, step: int, name: str = ""
-) -> Value:
+def _sliced(e: Emitter, source: Any, axis: int, start: int, stop: int, step: int, name: str) -> Value:
     x = e.value(source)
     if x.shape[axis] == BATCH:
         raise e.refusal("it takes a part of the batch")
-    extent = int(x.shape[axis])
-    span = range(*slice(start, stop, step).indices(extent))
+    span = range(*slice(start, stop, step).indices(int(x.shape[axis])))
+    if len(span) == x.shape[axis]:
+        return x
+    view = e.view(x)
+    stride = view.strides[axis]
     shape = (*x.shape[:axis], len(span), *x.shape[axis + 1 :])
-    if len(span) == extent:
-        return Value(x.name, x.shape, x.dtype)
-    starts = [span.start if d == axis else 0 for d in range(len(x.shape))]
-    stops = [span.stop if d == axis else 0 if size == BATCH else int(size) for d, size in enumerate(x.shape)]
-    steps = [span.step if d == axis else 1 for d in range(len(x.shape))]
-    problem = record("movement.slice_", shape=x.shape, starts=starts, stops=stops, steps=steps, dtype=x.dtype)
-    return _moved(e, node, problem, [x], shape, name)
+    strides = (*view.strides[:axis], stride * span.step, *view.strides[axis + 1 :])
+    return e.copied(View(view.source, shape, strides, view.offset + span.start * stride), name)
 
 
 def slice_(e: Emitter, node: fx.Node) -> Value:
     x, dim, start, stop, step = filled(node, None, 0, None, None, 1)
     if e.two[x.name].shape[dim] != e.three[x.name].shape[dim] and not start and step == 1:
         return alias(e, node)  # the whole batch
-    return _sliced(e, node, x, e.axis(x, dim), start or 0, 1 << 62 if stop is None else stop, step)
+    return _sliced(e, x, e.axis(x, dim), start or 0, 1 << 62 if stop is None else stop, step, node.name)
 
 
 def select(e: Emitter, node: fx.Node) -> Value:
     x, dim, index = arguments(node)
     axis = e.axis(x, dim)
     start = index % int(e.shape(x)[axis])
-    part = _sliced(e, node, x, axis, start, start + 1, 1)
+    part = _sliced(e, x, axis, start, start + 1, 1, node.name)
     return Value(part.name, e.shape(node), part.dtype)
 
 
@@ -110,7 +131,7 @@ def parts(e: Emitter, node: fx.Node) -> list[Value]:
         size = 1 if single else int(two.shape[dim])
         shape = e.shape_of(two, three)
         if i in used:
-            part = _sliced(e, node, x, axis, start, start + size, 1, used[i].name)
+            part = _sliced(e, x, axis, start, start + size, 1, used[i].name)
             found.append(Value(part.name, shape, part.dtype))
         else:
             found.append(Value("", shape, "float32"))
@@ -126,8 +147,9 @@ def expand(e: Emitter, node: fx.Node) -> Value:
     x, shape = e.value(node.args[0]), e.shape(node)
     if elements(x.shape) == elements(shape):
         return alias(e, node)
-    problem = record("movement.expand", shape=e.broadcast(x, shape), target=shape, dtype=x.dtype)
-    return _moved(e, node, problem, [x], shape)
+    view = e.view(Value(x.name, e.broadcast(x, shape), x.dtype))
+    padding = (0,) * (len(shape) - len(view.strides))
+    return e.copied(View(view.source, shape, padding + view.strides, view.offset), node.name)
 
 
 def pad(e: Emitter, node: fx.Node) -> Value:

@@ -9,7 +9,7 @@ from torch import fx
 
 from mpq_compiler import ops, storage
 from mpq_compiler.backends.tvm import emit_pointwise
-from mpq_compiler.backends.tvm.emitter import Emitter, Epilogue
+from mpq_compiler.backends.tvm.emitter import Emitter, Epilogue, type_name
 from mpq_compiler.backends.tvm.lowered import BATCH, Kernel, Value, record
 from mpq_compiler.program import arguments
 
@@ -29,9 +29,42 @@ def quantize(e: Emitter, node: fx.Node) -> Value:
     x, quantizer, bits = e.value(node.args[0]), e.quantizer(node), arguments(node)[4]
     if not x.batched or x.dtype != "float32":
         raise e.refusal("it quantizes what has no batch or is no float32")
+    if not e.view(x).is_whole:
+        read = record("pointwise.Input", index=0)
+        step = record("pointwise.PointwiseStep", op="quantize", args=(read,), value=bits)
+        return emit_pointwise.run(e, [x], [step], x.shape, quantizer, node.name)
     problem = record("quantize.Quantize", shape=(x.size,), bits=bits, groups=quantizer["qscale"].size)
     out = Value(node.name, x.shape, "uint8")
     return e.call(Kernel("quantize", problem), {"x": x, **quantizer}, {"out": out})[0]
+
+
+def dynamic_quantize(e: Emitter, node: fx.Node) -> list[Value]:
+    x, bits = e.value(node.args[0]), arguments(node)[1]
+    if not x.batched or x.dtype != "float32":
+        raise e.refusal("it quantizes what has no batch or is no float32")
+    width = e.two[node.name][0].shape[-1]
+    problem = record("quantize.DynamicQuantize", rows=x.size // width, width=width, bits=bits)
+    readers = {arguments(user)[1]: user.name for user in node.users}
+    parts = zip(e.two[node.name], e.three[node.name], strict=True)
+    values = [
+        Value(readers.get(i, f"{node.name}|{i}"), e.shape_of(two, three), type_name(two.dtype))
+        for i, (two, three) in enumerate(parts)
+    ]
+    return e.call(Kernel("quantize", problem), {"x": x}, dict(zip(("out", "scale", "zero"), values, strict=True)))
+
+
+def dequantize_float8(e: Emitter, node: fx.Node) -> Value:
+    """The weight of a float layer: codes and scales are stored, so the call goes to `prepare`."""
+    codes, scale = (e.stored(a) for a in arguments(node)[:2])
+    _, _, shape, exponent = arguments(node)
+    rows, columns = codes.inner
+    problem = record("float8.DequantizeFloat8", rows=rows, columns=columns, exponent=exponent)
+    out = Value(node.name, tuple(shape), "float32")
+    return e.call(Kernel("float8", problem), {"codes": codes, "scale": scale}, {"y": out})[0]
+
+
+def quant_attention(e: Emitter, node: fx.Node) -> Value:
+    raise e.refusal("quantized attention runs on the target 'reference' for now; leave out bit-allocation{attention}")
 
 
 def _stacked(e: Emitter, nodes: Sequence[Any], convert: str | None) -> Value:
@@ -39,8 +72,13 @@ def _stacked(e: Emitter, nodes: Sequence[Any], convert: str | None) -> Value:
     values = [e.stored(n) for n in nodes]
     if convert:
         values = [e.converted(v, convert) for v in values]
-    if len(values) == 1:
-        return values[0]
+    first, count = values[0], len(values)
+    if count == 1:
+        return first
+    if len(set(values)) == 1:  # K-groups: one table for all segments
+        problem = record("movement.expand", shape=(1, first.size), target=(count, first.size), dtype=first.dtype)
+        out = Value(f"{first.name}*{count}", (count, first.size), first.dtype)
+        return e.call(Kernel("movement", problem), {"x0": first}, {"y": out})[0]
     problem = record("movement.concat", shapes=[v.shape for v in values], dim=0, dtype=values[0].dtype)
     out = Value("+".join(v.name for v in values), (sum(v.size for v in values),), values[0].dtype)
     operands = {f"x{i}": v for i, v in enumerate(values)}
@@ -53,7 +91,9 @@ def contraction(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Va
     parts = {"codes": codes, "scale": scale, "stored_offset": offset, "tables": lut, "row_class": row_class}
     parts["stored_bias"] = bias
     stored = {name: e.stored(part) for name, part in parts.items() if part is not None}
-    stored["act_zero"] = _stacked(e, act_zero, None)
+    dynamic = group is None  # the tables are those of the rows, the same for all segments
+    if not dynamic:
+        stored["act_zero"] = _stacked(e, act_zero, None)
     bits = storage.code_bits(e.program, stored["tables"].name if "tables" in stored else None)
     if "tables" in stored and "row_class" not in stored:
         blocks = -(-stored["scale"].inner[0] // ops.TILE_ROWS)
@@ -67,7 +107,8 @@ def contraction(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Va
         "bits": bits,
         "classes": stored["tables"].inner[0] if "tables" in stored else 1,
         "segments": tuple(segments),
-        "groups": e.stored(act_scale[0]).size,
+        "groups": 1 if dynamic else e.stored(act_scale[0]).size,
+        "dynamic": dynamic,
         "has_offset": "stored_offset" in stored,
         "has_bias": "stored_bias" in stored,
     }
@@ -85,15 +126,20 @@ def contraction(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Va
         rank = 2 if rows == 1 else 3
         problem = record("problem.QuantMatmul", height=rows, width=1, rank=rank, epilogue=epilogue.record, **shared)
         prepare = record("problem.QuantMatmul", height=1, width=1, **shared)
+        if dynamic:
+            problem = problem.replace(groups=emit_pointwise.groups(e, epilogue))
     names = ["tiles", "lut", "start", "weight_scale", "offset", "bias"]
     absent = {"lut": bits == 8, "offset": not shared["has_offset"], "bias": not shared["has_bias"]}
     results = {n: Value(f"{node.name}|{n}", (), "") for n in names if not absent.get(n)}
     panels = e.call(Kernel("prepare", prepare), stored, results)
+    if dynamic:
+        tables = {"act_scale": e.value(act_scale[0]), "act_zero": e.value(act_zero[0])}
+    else:
+        tables = {"act_scale": _stacked(e, act_scale, "float32"), "act_zero": stored["act_zero"]}
+        tables["group"] = e.value(group)
     operands = {
         "x": source,
-        "group": e.value(group),
-        "act_scale": _stacked(e, act_scale, "float32"),
-        "act_zero": stored["act_zero"],
+        **tables,
         **dict(zip(results, panels, strict=True)),
         **emit_pointwise.finish(e, epilogue),
     }

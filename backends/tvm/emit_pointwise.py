@@ -43,7 +43,17 @@ BINARY: dict[Any, str] = {
     aten.div.Scalar: "div",
     aten.maximum.default: "maximum",
     aten.minimum.default: "minimum",
+    **{
+        getattr(getattr(aten, name), overload): name
+        for name in ("eq", "ne", "lt", "le", "gt", "ge")
+        for overload in ("Tensor", "Scalar")
+    },
 }
+
+WHERE = (aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
+
+ALONE = (*WHERE, *(target for target, name in BINARY.items() if name in ("eq", "ne", "lt", "le", "gt", "ge")))
+"""Calls that make or read truth values, which kernels hold as float32 1 and 0: never part of a region."""
 
 SWAPPED = {"sub": "rsub", "rsub": "sub", "div": "rdiv", "rdiv": "div"}
 
@@ -68,9 +78,13 @@ def operations(e: Emitter, node: fx.Node) -> list[Operation]:
         approximate = kwargs.get("approximate", args[1] if len(args) > 1 else "none")
         return [("gelu_tanh" if approximate == "tanh" else "gelu", (args[0],))]
     if target in (aten.to.dtype, aten._to_copy.default):
+        if e.two[node.name].dtype == torch.bool:
+            return [("ne", (args[0], 0.0))]
         if e.two[node.name].dtype != torch.float32:
             raise e.refusal(f"it converts to {e.dtype(node)}, and kernels compute in float32")
         return [("cast", (args[0],))]
+    if target in WHERE:
+        return [("where", args)]
     if target is aten.abs.default:
         return [("neg", (args[0],)), ("maximum", (args[0], _Earlier(0)))]
     if target is aten.pow.Tensor_Scalar:
@@ -112,7 +126,7 @@ def kernel(e: Emitter, members: list[fx.Node]) -> Value:
         return kernel(e, members[cut + 1 :]) if cut + 1 < len(members) else e.values[members[cut]]
     last = members[-1]
     shape = e.shape(last)
-    inputs: list[Value] = []
+    inputs: list[Value] = []  # as they are read
     steps: list[Record] = []
     results: dict[fx.Node, int] = {}
     quantizer: dict[str, Value] = {}
@@ -136,22 +150,41 @@ def kernel(e: Emitter, members: list[fx.Node]) -> Value:
             bits = int(arguments(member)[4])
             steps.append(record("pointwise.PointwiseStep", op="quantize", args=(x,), value=bits))
             continue
-        if e.two[member.name].dtype != torch.float32:
+        if e.two[member.name].dtype not in (torch.float32, torch.bool):
             raise e.refusal("it computes on integers, and kernels compute in float32")
         first = len(steps)
         for op, operands in operations(e, member):
             args = tuple(reference(o, first) for o in operands)
             steps.append(record("pointwise.PointwiseStep", op=op, args=args))
         results[member] = len(steps) - 1
+    return run(e, inputs, steps, shape, quantizer, e.task.node.name if last is e.task.members[-1] else last.name)
+
+
+def alone(e: Emitter, node: fx.Node) -> Value:
+    """A single call."""
+    return kernel(e, [node])
+
+
+def run(
+    e: Emitter, inputs: list[Value], steps: list[Record], shape: Shape, quantizer: dict[str, Value], name: str
+) -> Value:
+    """A pointwise kernel; what is a part of another value is read where it lies."""
+    shapes = [e.broadcast(value, shape) for value in inputs]
+    views = [e.view(Value(v.name, s, v.dtype)) for v, s in zip(inputs, shapes, strict=True)]
+    windows = [
+        None if v.is_whole else record("pointwise.Window", shape=v.source.shape, strides=v.strides, offset=v.offset)
+        for v in views
+    ]
     problem = record(
         "pointwise.PointwiseProgram",
-        inputs=[(e.broadcast(v, shape), v.dtype) for v in inputs],
+        inputs=[(s, v.dtype) for s, v in zip(shapes, inputs, strict=True)],
         steps=steps,
         shape=shape,
         time_groups=quantizer["qscale"].size if quantizer else 1,
     )
-    read = {f"x{i}": value for i, value in enumerate(inputs)} | quantizer
-    name = e.task.node.name if last is e.task.members[-1] else last.name
+    if any(windows):
+        problem = problem.replace(windows=windows)
+    read = {f"x{i}": view.source for i, view in enumerate(views)} | quantizer
     out = Value(name, shape, "uint8" if quantizer else "float32")
     return e.call(Kernel("pointwise", problem), read, {"y": out})[0]
 
@@ -192,6 +225,8 @@ def _steps(e: Emitter, member: fx.Node, running: fx.Node, found: Epilogue) -> li
         return []
     if len(operands) == 1:
         return [record("epilogue.Step", op=op)] if operands[0] is running else None
+    if len(operands) != 2:
+        return None
     left, right = operands
     if right is running and left is not running:
         op, left, right = SWAPPED.get(op, op), right, left

@@ -75,6 +75,65 @@ class Epilogue:
         return self.operands.index((kind, value))
 
 
+@dataclass(frozen=True)
+class View:
+    """Where the elements of a tensor lie in a value: what slices, permutes and repetitions are made of.
+
+    shape:    of the tensor
+    strides:  of its dimensions, in elements of a sample of the source; 0 for the batch
+    offset:   of its first element within a sample
+    """
+
+    source: Value
+    shape: Shape
+    strides: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """The shape of a sample, with 1 for the batch."""
+        return tuple(1 if extent == BATCH else int(extent) for extent in self.shape)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the source in another shape."""
+        if self.offset or elements(self.shape) != elements(self.source.shape):
+            return False
+        contiguous = whole(Value("", self.shape, "")).strides
+        return all(n == 1 or a == b for n, a, b in zip(self.extents, self.strides, contiguous, strict=True))
+
+    def reshaped(self, shape: Shape) -> View | None:
+        """The same elements in another shape; None where no strides say it."""
+        dims = [(n, s) for n, s in zip(self.extents, self.strides, strict=True) if n != 1]
+        strides: list[int] = []
+        for extent in reversed([1 if d == BATCH else int(d) for d in shape]):
+            if extent == 1:
+                strides.append(0)
+                continue
+            while dims and len(dims) > 1 and dims[-1][0] < extent:  # merge with the dimension before
+                (outer, step), (inner, stride) = dims[-2:]
+                if step != inner * stride:
+                    return None
+                dims[-2:] = [(outer * inner, stride)]
+            if not dims or dims[-1][0] % extent:
+                return None
+            size, stride = dims.pop()
+            strides.append(stride)
+            if size != extent:
+                dims.append((size // extent, stride * extent))
+        return None if dims else View(self.source, shape, tuple(reversed(strides)), self.offset)
+
+
+def whole(value: Value) -> View:
+    """All of a value."""
+    strides, step = [], 1
+    for extent in reversed(value.shape):
+        one = extent == BATCH or extent == 1
+        strides.append(0 if one else step)
+        step *= 1 if one else int(extent)
+    return View(value, value.shape, tuple(reversed(strides)))
+
+
 class Preparation:
     """The calls of `prepare`, shared by all functions: what is computed from stored tensors alone, once for equal
     calls."""
@@ -96,6 +155,8 @@ class Emitter:
         self.two, self.three = (_Shapes(program, batch).found for batch in (2, 3))
         self.values: dict[fx.Node, Value] = {}
         self.parts: dict[fx.Node, list[Value]] = {}
+        self.views: dict[str, View] = {}
+        """What copies were made of, by the copy's name: kernels that can read strides read the source."""
         self.calls: list[Call] = []
         self.made: dict[tuple[Any, ...], list[Value]] = {}
         self.task = Task(next(iter(program.graph.nodes)), [])
@@ -172,6 +233,29 @@ class Emitter:
         )
         made = Value(f"{value.name}|{dtype}", value.shape, dtype)
         return self.call(Kernel("pointwise", problem), {"x0": value}, {"y": made})[0]
+
+    def view(self, value: Value) -> View:
+        """Where the elements of a value lie: in another, which it is a copied part of, or in itself."""
+        found = self.views.get(value.name)
+        return (found and found.reshaped(value.shape)) or whole(value)
+
+    def copied(self, view: View, name: str) -> Value:
+        """The view as a value: no call where it is its whole source, else a copy (that none may come to read)."""
+        if view.is_whole:
+            return Value(view.source.name, view.shape, view.source.dtype)
+        extents = view.extents
+        strides = whole(Value("", extents, "")).strides
+        copy = record(
+            "movement.Copy", source=0, extents=extents, source_strides=view.strides, target_strides=strides,
+            source_offset=view.offset,
+        )  # fmt: skip
+        problem = record(
+            "movement.Movement", inputs=[view.source.shape], shape=view.shape, copies=[copy], dtype=view.source.dtype
+        )
+        out = Value(name, view.shape, view.source.dtype)
+        made = self.call(Kernel("movement", problem), {"x0": view.source}, {"y": out})[0]
+        self.views[made.name] = view
+        return made
 
     def broadcast(self, value: Value, shape: Shape) -> Shape:
         """The value's shape as it broadcasts to `shape`: [B, m, ...] and [m*B, ...] may meet, and 1 may stand for B."""

@@ -11,8 +11,10 @@ from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels import (
     attention,
+    float8,
     float_gemm,
     gemm,
+    matmul,
     movement,
     norms,
     pointwise,
@@ -72,6 +74,8 @@ TEMPLATES: dict[str, Template] = {
     "pointwise": _portable(pointwise),
     "movement": _portable(movement),
     "float_gemm": _portable(float_gemm),
+    "matmul": _portable(matmul),
+    "float8": _portable(float8),
 }
 
 

@@ -52,7 +52,7 @@ Ref = Input | Result | float | int
 class PointwiseStep:
     """One operation.
 
-    op:     a name of `vmath.UNARY`, `vmath.BINARY` or `vmath.TERNARY`; ``cast`` (to float32); or ``quantize``, last only
+    op:     a name of `vmath.UNARY`, `BINARY` or `TERNARY`; ``cast`` (to float32); or ``quantize``, last only
     args:   what it reads; plain numbers are float32 constants
     value:  for ``quantize`` the number of bits
     """

@@ -38,6 +38,11 @@ MODELS = (
     ("sd15", "int8"),
     ("pixart", "int4"),
     ("unet2d-17x23", "int8"),
+    ("dit", "int8"),
+    ("sd3", "int4"),
+    ("flux", "int8"),
+    ("sana", "int8"),
+    ("pixart-size", "int8"),
 )
 BATCHES = (1, 4)
 EXACT_STEPS = {"add", "sub", "rsub", "mul", "div", "rdiv", "neg", "square", "cast", "quantize"}
