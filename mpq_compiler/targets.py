@@ -102,7 +102,7 @@ TARGETS: dict[str, Target] = {
             _NO_KERNELS,
         ),
         *(_cuda(level) for level in (80, 87, 89, 90)),
-        Target("onnx", "any", "onnx", "onnx", status="ONNX export is not written yet"),
+        Target("onnx", "any", "onnx", "onnx"),
         Target("reference", "any", "reference", "reference"),
     )
 }

@@ -1,0 +1,83 @@
+"""A packed program as ONNX models, which read the weight file of every other target in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnxruntime  # noqa: F401  (what was compiled is judged with it; better missed now than then)
+
+from mpq_compiler import storage, tensorfile
+from mpq_compiler.artifact import WEIGHTS
+from mpq_compiler.backends import Built, Progress
+from mpq_compiler.backends.onnx import FUNCTION, model_file
+from mpq_compiler.backends.onnx.emit import emit
+from mpq_compiler.errors import UserError
+from mpq_compiler.program import Program, operand, shapes
+from mpq_compiler.storage import Stored
+from mpq_compiler.targets import Target
+
+if TYPE_CHECKING:
+    from mpq_compiler.specialize import Specialization
+
+
+def build(
+    program: Program,
+    target: Target,
+    batches: Sequence[int] = (),
+    jobs: int = 1,
+    progress: Progress | None = None,
+    cache: Any = None,
+    others: Sequence[Specialization] = (),
+) -> Built:
+    """The packed program as a model of any batch size, beside the stored tensors.
+
+    others: the program at other image sizes, each a model of its own over the same tensors. What stands between is of
+    no concern here. What runs otherwise than planned is added to ``program.fallbacks``. UserError: a node that ONNX
+    cannot say.
+    """
+    del target, batches, jobs, progress, cache
+    programs = {FUNCTION: program} | {f"{FUNCTION}_{other.size}": other.program for other in others}
+    stored = storage.stored(program, *(other.program for other in others))
+    models = {name: emit(each, stored, WEIGHTS) for name, each in programs.items()}
+    return Built(
+        files={model_file(name): model.SerializeToString(deterministic=True) for name, model in models.items()},
+        tensors={name: tensor.array for name, tensor in stored.items()},
+        entries=[tensor.entry(name) for name, tensor in stored.items()],
+        functions=[_describe(name, each, models[name].graph.output[0].name) for name, each in programs.items()],
+        prepare=None,
+        facts={},
+    )
+
+
+def _describe(name: str, program: Program, output: str) -> dict[str, Any]:
+    """The manifest's entry of a function."""
+    sample = shapes(program, 2)[operand(program.graph.output_node(), 0).name].shape[1:]
+    inputs = []
+    for spec in program.inputs:
+        shape = [None if d == "B" else d for d in spec.shape]
+        inputs.append({"name": spec.name, "shape": shape, "dtype": str(spec.dtype).removeprefix("torch.")})
+    result = {"name": output, "shape": [None, *sample], "dtype": "float32"}
+    return {"name": name, "batch": None, "inputs": inputs, "output": result}
+
+
+def export_float(program: Program, path: str | Path) -> None:
+    """Writes a program before quantization (stage float, rewritten or planned) as an f32 model at ``path``.
+
+    Its weights lie beside it, in a file of the same name that ends in .safetensors. UserError: a node that ONNX cannot
+    say; a path that does not end in .onnx.
+    """
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise UserError(f"cannot write {path}: the name of an ONNX model must end in .onnx")
+    names = sorted({str(n.target) for n in program.graph.nodes if n.op == "get_attr"})
+    arrays = {name: program.tensors.read(name).contiguous().numpy() for name in names}
+    weights = path.with_suffix(".safetensors")
+    model = emit(program.fork(), {name: Stored(array, name) for name, array in arrays.items()}, weights.name)
+    with weights.open("wb") as stream:
+        tensorfile.save(stream, arrays)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+__all__ = ["build", "export_float"]
