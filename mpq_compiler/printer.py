@@ -23,7 +23,7 @@ from torch import Tensor, fx
 
 from mpq_compiler import calls, costs, formats, ops
 from mpq_compiler.pass_manager import Pass
-from mpq_compiler.program import Program, Stage, shapes
+from mpq_compiler.program import Program, Stage, shapes, softmax
 
 NAME_WIDTH, CALL_WIDTH, TYPE_WIDTH = 48, 88, 18
 """Widest columns that are aligned; longer entries push what follows."""
@@ -158,7 +158,7 @@ class LayerRow:
     weight: str
     """Format name, or "float"."""
     activation: str
-    """``u8/t4``: width and number of time groups, or "float"."""
+    """``u8/t4``: width and number of time groups, ``u8/token``, or "float"."""
     bytes: int
     share: float
     """Of all stored bytes."""
@@ -182,6 +182,7 @@ def stored_bytes(program: Program) -> int | None:
             parts |= {str(calls.stored(a)) for a in call.args[:3]}
     read = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
     floats = {name: program.tensors[name] for name in read - parts}
+    floats = {name: tensor for name, tensor in floats.items() if not calls.is_factor(name)}  # those of their format
     weights = {path: _weight_bytes(program, path) for path in {found.path for found in levels}}
     return sum(weights.values()) + sum(t.numel() * costs.stored_dtype(n, t).itemsize for n, t in floats.items())
 
@@ -194,15 +195,15 @@ def _parts(levels: calls.Levels) -> Iterator[str]:
 
 def _weight_bytes(program: Program, path: str) -> int:
     shape = program.tensors[path].shape
-    rows = int(shape[0])
-    return formats.get(program.weights[path].format).stored_bytes(rows, int(shape.numel()) // rows)
+    channels = int(shape[1])  # the weight of a convolution is [O, C, kh, kw] under its own name
+    return formats.get(program.weights[path].format).stored_bytes(int(shape[0]), int(shape[2:].numel()), channels)
 
 
 def table_of_layers(program: Program) -> list[LayerRow]:
     """A row for each linear and conv2d call, in graph order, from the planned stage on."""
     flat = calls.flatten(program)
     levels = {found.call.name: found for found in calls.levels_of(flat)}
-    quantizers = {q.call.name: q for q in calls.quantizers_of(flat)}
+    quantizers = {q.call.name: q for q in calls.quantizers_of(flat) if q.call.target not in calls.ATTENTIONS}
     groups = len(program.facts["time-groups"]) + 1 if "time-groups" in program.facts else 1
     total = stored_bytes(program) or 1
     losses = program.facts.get("sensitivity", {}).get("weights", {})
@@ -211,7 +212,7 @@ def table_of_layers(program: Program) -> list[LayerRow]:
         path = calls.weight_path(call, levels)
         if path is None:
             continue
-        x = getattr(call.args[0], "name", "")
+        x = getattr(calls.made_by(call.args[0]), "name", "")
         edge = quantizers[x].edge if x in quantizers else x
         plan, activation = program.weights.get(path), program.activations.get(edge)
         shape = program.tensors[path].shape
@@ -221,7 +222,7 @@ def table_of_layers(program: Program) -> list[LayerRow]:
                 call.name,
                 path,
                 plan.format if plan else "float",
-                f"u{activation.bits}/t{groups}" if plan and activation else "float",
+                activation.label(groups) if plan and activation else "float",
                 stored,
                 stored / total,
                 losses.get(path, {}).get(plan.format) if plan else None,
@@ -239,10 +240,10 @@ def header(program: Program, pass_name: str = "") -> str:
         parameters = program.facts["parameters"]
         bits = costs.average_bits(total, parameters)
         parts.append(f"weights {bits:.2f} bit ({total} of {4 * parameters} bytes)")
-        sizes = costs.activation_elements(program) if program.stage == Stage.PLANNED else {}
         if program.activations:
-            weight = {e: sizes.get(e, 1) for e in program.activations}
-            mean = sum(p.bits * weight[e] for e, p in program.activations.items()) / sum(weight.values())
+            widths = [plan.bits for plan in program.activations.values()]
+            planned = program.stage == Stage.PLANNED
+            mean = costs.activation_bits(program) if planned else sum(widths) / len(widths)
             parts.append(f"activations {number(round(mean, 2))} bit")
         allocation = program.facts.get("allocation")
         if allocation:
@@ -266,6 +267,7 @@ def text(program: Program, pass_name: str = "") -> str:
     two, three = shapes(program, 2), shapes(program, 3)
     types = {name: _type(two[name], three[name]) for name in two}
     notes = {row.name: _note(row) for row in table_of_layers(program)} if program.weights else {}
+    notes |= _attention_notes(program) if program.activations else {}
     inputs = ", ".join(f"%{s.name} {DTYPES[s.dtype]}[{','.join(map(str, s.shape))}]" for s in program.inputs)
     output = program.graph.output_node().args[0]
     lines = [header(program, pass_name), f"graph {program.model}({inputs}) -> {_output_type(output, types)} {{"]
@@ -280,6 +282,7 @@ def text(program: Program, pass_name: str = "") -> str:
     lines.append("}")
     for name, reason in sorted(program.fallbacks.items()):
         lines.append(f"// float: {name}: {reason}")
+    lines += [f"// note: {sentence}" for sentence in program.facts.get("notes", ())]
     return "\n".join(lines) + "\n"
 
 
@@ -290,6 +293,26 @@ def _output_type(output: Any, types: dict[str, str]) -> str:
 def _note(row: LayerRow) -> str:
     loss = "" if row.loss is None else f", loss {row.loss:.1e}"
     return f"w {row.weight:7} a {row.activation:6} // {100 * row.share:.1f} % of bytes{loss}"
+
+
+def _attention_notes(program: Program) -> dict[str, str]:
+    """``p u8/t4 a u8/t4``: the widths of an attention's probabilities and of its operands."""
+    flat = calls.flatten(program)
+    quantizers = {q.call.name: q.edge for q in calls.quantizers_of(flat)}
+    groups = len(program.facts["time-groups"]) + 1
+    losses = program.facts.get("sensitivity", {}).get("attention", {})
+    notes = {}
+    for call in flat:
+        plan = program.activations.get(softmax(call.name))
+        if plan is None:
+            continue
+        names = [getattr(x, "name", "") for x in call.args[:3]]
+        plans = [program.activations.get(quantizers.get(name, name)) for name in names]
+        operands = "/".join(dict.fromkeys(p.label(groups) for p in plans if p))
+        loss = losses.get(call.name, {}).get(str(plan.bits))
+        note = f"p {plan.label(groups):7} a {operands:6}"
+        notes[call.name] = note if loss is None else f"{note} // loss {loss:.1e}"
+    return notes
 
 
 def _lines(

@@ -97,6 +97,10 @@ class ActivationPlan:
     """Store name of the u8 zero points, one a time group."""
     dynamic: bool = False
 
+    def label(self, groups: int) -> str:
+        """``u8/t4``: the width and the number of time groups; ``u8/token`` where every row has a range of its own."""
+        return f"u{self.bits}/token" if self.dynamic else f"u{self.bits}/t{groups}"
+
 
 def softmax(attention: str) -> str:
     """Under which the probabilities within an attention call have their plan."""

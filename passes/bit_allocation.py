@@ -130,7 +130,7 @@ class BitAllocation(Pass):
         missing = [n.name for n in program.attentions if width not in measured.get(n.name, {})]
         if missing:
             raise UserError(
-                f"the sensitivities do not hold attention '{missing[0]}' at {width} bits: measure them with "
+                f"the sensitivities hold no attention '{missing[0]}' at {width} bits: measure them with "
                 f"sensitivity{{activations={width}}} before bit-allocation{{attention={width}}}"
             )
         return {n.name: {width: measured[n.name][width]} for n in program.attentions}

@@ -35,9 +35,13 @@ MIXED = f"{FRONT},sensitivity{{inputs=3,formats=int2/int2+b/int8}},bit-allocatio
 """All passes; plain and residual formats side by side."""
 RESIDUAL = f"{FRONT},bit-allocation{{uniform=int2+b}},{BACK}"
 """One format with tables, offsets and branches in every layer."""
-REWRITES = f"{FRONT},bit-allocation{{uniform=int4}},{BACK}".replace("layout,", "layout,split-shortcut,")
+REWRITES = f"{FRONT},bit-allocation{{uniform=int4}},{BACK}".replace("layout,", "layout,split-shortcut,bos-split,")
 """With the exact rewrites that are options."""
-PIPELINES = (MIXED, REWRITES)
+LOW_RANK = f"{FRONT},bit-allocation{{uniform=int3+r4}},{BACK}".replace("round-weights", "low-rank,round-weights")
+"""A float branch beside every layer."""
+PIPELINES = (MIXED, REWRITES, LOW_RANK)
+ACTIVATIONS = f"{FRONT},sensitivity{{inputs=3,formats=int8}},bit-allocation{{dynamic=true,attention=8}},{BACK}"
+"""Dynamic activations and quantized attentions, as they are measured."""
 
 TIMESTEPS = (1, 200, 400, 600, 800, 999)
 
@@ -63,8 +67,16 @@ def calibration(name: str) -> dict[str, Tensor] | None:
     """Random inputs at a few timesteps; the bundled model records its own."""
     if name == BUNDLED:
         return None
-    inputs = denoiser(name).random_inputs(12, 3)
+    inputs = _with_one_first_token(denoiser(name).random_inputs(12, 3))
     inputs["timestep"] = torch.tensor([t for t in TIMESTEPS for _ in range(2)])
+    return inputs
+
+
+def _with_one_first_token(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Texts that all begin with the same token, as those of CLIP do."""
+    for name, value in inputs.items():
+        if name.startswith("encoder_hidden_states"):
+            value[:, 0] = torch.linspace(-8, 8, value.shape[2])
     return inputs
 
 
@@ -98,6 +110,6 @@ def after(name: str, pass_name: str, pipeline: str | None = None) -> Program:
 
 def inputs(name: str, batch: int) -> Mapping[str, Tensor]:
     """Random inputs whose timesteps differ within the batch."""
-    found = denoiser(name).random_inputs(batch, 11)
+    found = _with_one_first_token(denoiser(name).random_inputs(batch, 11))
     found["timestep"] = torch.linspace(999, 0, batch).round().long()
     return found

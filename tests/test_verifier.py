@@ -174,6 +174,12 @@ def _(program):
     del program.activations[_edge(program)[0]]
 
 
+@mutant("dynamic-activations", "bit-allocation")
+def _(program):
+    edge = program.node("conv_in").args[0].name
+    program.activations[edge] = ActivationPlan(8, None, None, dynamic=True)
+
+
 @mutant("activation-bits", "bit-allocation")
 def _(program):
     edge, plan = _edge(program)

@@ -33,8 +33,11 @@ class FormatsOff(Interpreter):
         return super().attribute(name)
 
     def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        if node.target is ops.fake_quantize or node.target is ops.fake_quantize_weight:
+        if node.target in (ops.fake_quantize, ops.dynamic_fake_quantize, ops.fake_quantize_weight):
             return args[0]
+        if node.target is ops.fake_quantize_attention:
+            q, k, v, _, _, _, *rest, _ = args
+            return ops.attention(q, k, v, *rest)
         if node.target is ops.dequantize_weight:
             return self._weight(str(node.args[0].target).split(":")[0])
         if node.target is ops.binary_branch:
@@ -83,6 +86,8 @@ def simulation(step: Step, x: dict[str, Tensor]) -> None:
         elif node.target in (ops.fake_quantize_weight, ops.dequantize_weight):
             table = node.args[3]
             bits = 8 if table is None else int(step.after.tensors[str(table.target)].shape[1]).bit_length() - 1
+        elif node.target is ops.dynamic_fake_quantize:
+            bits, value = node.args[1], value.flatten(0, -2)
         if bits is not None:
             rows = value.reshape(len(value), -1)
             levels[node.name] = max(len(row.unique()) for row in rows)
