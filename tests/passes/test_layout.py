@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import fx
 
+from mpq_compiler import ops
 from mpq_compiler.aten import aten, interior_permutes, is_movement
 from mpq_compiler.editing import Editor
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.passes.layout import Layout, simplify_movement
-from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run
+from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run, shapes
 from tests import programs
 
 
@@ -83,3 +84,23 @@ def test_a_chain_of_movement_becomes_what_it_amounts_to(chain, left):
     simplify_movement(Editor(program))
     assert torch.equal(run(program, x), expected)
     assert sum(is_movement(n) for n in program.graph.nodes) == left
+
+
+def test_a_boolean_mask_becomes_additive():
+    """Attention of two heads among 5 tokens of 8 channels, with a mask of the keys."""
+    graph = fx.Graph()
+    x, mask = graph.placeholder("x"), graph.placeholder("mask")
+    call = graph.call_function
+    rows = call(aten.transpose.int, (call(aten.view.default, (x, [-1, 5, 2, 4])), 1, 2))
+    keys = call(aten.view.default, (call(aten.to.dtype, (mask, torch.bool)), [-1, 1, 1, 5]))
+    keys = call(aten.expand.default, (keys, [-1, 2, 5, -1]))
+    y = call(aten.scaled_dot_product_attention.default, (rows, rows, rows, keys))
+    graph.output(call(aten.reshape.default, (call(aten.transpose.int, (y, 1, 2)), [-1, 5, 8])))
+    inputs = (InputSpec("x", ("B", 5, 8), torch.float32), InputSpec("mask", ("B", 5), torch.float32))
+    before = Program(graph, TensorStore({}), inputs, Stage.FLOAT)
+    after = Layout().run(before, Session())
+    given = {"x": torch.randn(3, 5, 8), "mask": torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 1.0]])}
+    torch.testing.assert_close(run(after, given), run(before, given))
+    (attention,) = [n for n in after.graph.nodes if n.target is ops.attention]
+    assert attention.args[5].target is aten.where.self
+    assert shapes(after, 2)[attention.args[5].name].shape == (2, 1, 1, 5)
