@@ -211,10 +211,10 @@ def dynamic_quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @op("dynamic_fake_quantize")
 def dynamic_fake_quantize(x: Tensor, bits: int) -> Tensor:
-    """``scale * (codes - z)`` of `dynamic_quantize` in f32; straight-through gradient, the range held constant."""
+    """``scale * (codes - z)`` of `dynamic_quantize` in f32; the gradient passes straight through, at the ends too."""
     scale, zero = row_ranges(x, bits)
-    clamped, s, _ = _clamped(x, scale, zero, None, bits)
-    return (clamped + (torch.round(clamped) - clamped).detach()) * s
+    clamped, s, _ = _clamped(x.detach(), scale, zero, None, bits)
+    return torch.round(clamped) * s + (x - x.detach())
 
 
 # --- weights ------------------------------------------------------------------------------------------------
