@@ -27,6 +27,7 @@ mixed-precision low-bit artifacts.
   mpqc inspect out.mpq --layers                which layer got which bits
   mpqc compile MODEL -o out.mpq --dumps d      keep the program after every pass
   mpqc inspect d --diff bit-allocation         ... and see what a pass did
+  mpqc inspect d --why LAYER                   ... and why a layer is as it is
 
 MODEL is a folder with config.json and safetensors, a pipeline's folder, a hub
 id, or a bundled name (mpqc models).
@@ -114,9 +115,14 @@ def parser() -> argparse.ArgumentParser:
 
     inspect = add("inspect", _inspect, "look at the dumps of a compilation, or into an artifact")
     inspect.add_argument("path", metavar="DUMPS|ARTIFACT")
-    inspect.add_argument("--pass", dest="pass_name", metavar="NAME", help="print the program after that pass")
-    inspect.add_argument("--diff", nargs="+", metavar="PASS", help="what a pass changed, or the difference of two")
+    what = inspect.add_mutually_exclusive_group()
+    what.add_argument("--pass", dest="pass_name", metavar="NAME", help="print the program after that pass")
+    what.add_argument("--diff", nargs="+", metavar="PASS", help="what a pass changed, or the difference of two")
+    what.add_argument("--bisect", action="store_true", help="the pass and the layer where the program went wrong")
+    what.add_argument("--why", metavar="LAYER", help="what decided on a layer's formats, with the numbers")
+    what.add_argument("--html", metavar="FILE", help="everything as one page, charts included")
     inspect.add_argument("--layers", action="store_true", help="layer by layer: bits, bytes, loss")
+    inspect.add_argument("--overwrite", action="store_true", help="replace a page that exists")
 
     allocate = add("allocate", _allocate, "solve an allocation problem, or the one that a sensitivity table poses")
     allocate.add_argument("problem", metavar="PROBLEM.json|TABLE.json")
@@ -347,7 +353,17 @@ def _verify(args: argparse.Namespace) -> Any:
 def _inspect(args: argparse.Namespace) -> Any:
     from mpq_compiler.inspection import inspect
 
-    return inspect(Path(args.path), args.pass_name, args.diff, args.layers)
+    path = Path(args.path)
+    if args.html:
+        from mpq_compiler.inspection import write_page
+
+        output = Path(args.html)
+        _require_new(output, args.overwrite)
+        page = write_page(path)
+        _write_whole(output, lambda stream: stream.write(page.encode()))
+        terminal.say(f"wrote {output}")
+        return {"output": str(output)}
+    return inspect(path, args.pass_name, args.diff, args.layers, args.bisect, args.why)
 
 
 def _allocate(args: argparse.Namespace) -> Any:

@@ -74,7 +74,7 @@ def document(program: Program, kernels: Mapping[str, Any] | None = None) -> dict
 
 
 def encode(found: Mapping[str, Any]) -> bytes:
-    return (json.dumps(found, indent=1, allow_nan=False) + "\n").encode()
+    return (json.dumps(found, separators=(",", ":"), allow_nan=False) + "\n").encode()
 
 
 # --- what every compilation decides -------------------------------------------------------------------------

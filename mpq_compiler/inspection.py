@@ -9,16 +9,78 @@ from mpq_compiler import artifact, terminal
 from mpq_compiler.errors import UserError, nearest
 
 
-def inspect(path: Path, pass_name: str | None = None, diff: list[str] | None = None, layers: bool = False) -> Any:
+def inspect(
+    path: Path,
+    pass_name: str | None = None,
+    diff: list[str] | None = None,
+    layers: bool = False,
+    bisect: bool = False,
+    why: str | None = None,
+) -> Any:
     """Prints what is asked for and returns it as plain data.
 
-    Raises UserError for a path that is neither, an unknown pass, and options that do not fit.
+    Raises UserError for a path that is neither, an unknown pass or layer, and options that do not fit.
     """
-    if (path / artifact.MANIFEST).is_file() or path.suffix == ".zip":
-        if pass_name or diff:
-            raise UserError(f"'{path}' is an artifact; --pass and --diff need the folder of a compilation's --dumps")
+    if why is not None:
+        return _why(path, why)
+    if _is_artifact(path):
+        if pass_name or diff or bisect:
+            asked = "--pass" if pass_name else "--diff" if diff else "--bisect"
+            raise UserError(f"'{path}' is an artifact; {asked} needs the folder of a compilation's --dumps")
         return _artifact(path, layers)
-    return _dumps(path, pass_name, diff)
+    return _bisect(path) if bisect else _dumps(path, pass_name, diff)
+
+
+def write_page(path: Path) -> str:
+    """The HTML page of dumps or an artifact (`page.page`)."""
+    from mpq_compiler import page, why
+
+    return page.page(why.load(path), str(path), _read_dumps(path))
+
+
+def _is_artifact(path: Path) -> bool:
+    return (path / artifact.MANIFEST).is_file() or path.suffix == ".zip"
+
+
+def _read_dumps(path: Path) -> list[Any]:
+    if _is_artifact(path):
+        return []
+    from mpq_compiler import probes
+
+    return probes.read_dumps(path)
+
+
+def _why(path: Path, layer: str) -> dict[str, Any]:
+    from mpq_compiler import why
+
+    dumps = _read_dumps(path)  # first, for it says best what is wrong with a path
+    found = why.why(why.load(path), layer, dumps)
+    why.show(found)
+    return found
+
+
+def _bisect(path: Path) -> dict[str, Any]:
+    from mpq_compiler import bisect
+
+    found = bisect.bisect(_read_dumps(path))
+    terminal.table(
+        str(path),
+        ("pass", "contract", "nodes compared", "broken by", "SQNR of the output"),
+        [
+            (
+                row["pass"],
+                row["contract"],
+                row["nodes"],
+                ", ".join(f["layers"][0] for f in row["findings"]) or "",
+                "" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB",
+            )
+            for row in found["passes"]
+        ],
+        numeric=(2, 4),
+    )
+    for finding in [f for row in found["passes"] for f in row["findings"]] or [found]:
+        terminal.say(finding["sentence"])
+    return found
 
 
 def _artifact(path: Path, layers: bool) -> dict[str, Any]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpq_compiler import artifact, terminal
+from mpq_compiler import artifact, schemas, terminal
 from mpq_compiler.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from mpq_compiler.allocation import Solution
     from mpq_compiler.probes import Dump
 
 STEP = 0.05
@@ -32,6 +35,8 @@ def load(path: Path) -> Document:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' holds no readable {artifact.DECISIONS}; compile it again") from error
+    if wrong := schemas.check(found, "decisions"):
+        raise UserError(f"{file} is no record of decisions: {wrong}; compile it again")
     return found
 
 
@@ -49,25 +54,103 @@ def find(document: Document, name: str) -> str:
     return known[name]
 
 
-def why(document: Document, name: str, dumps: Sequence[Dump] = ()) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Moved:
+    """A budget, and the allocations of least loss with 5 % less and 5 % more of it: None where that cannot be met."""
+
+    cost: str
+    max: float
+    used: float
+    objective: float
+    """The least loss with the budget as it is."""
+    less: Solution | None
+    more: Solution | None
+
+    @property
+    def binding(self) -> bool:
+        """Whether more of it would help: by a thousandth of the loss, at the least."""
+        return self.more is not None and self.more.objective < self.objective * (1 - 1e-3)
+
+    @property
+    def price(self) -> float:
+        """The loss that a unit of the cost is worth."""
+        high, low = (self.objective if s is None else s.objective for s in (self.less, self.more))
+        steps = (self.less is not None) + (self.more is not None)
+        return max(0.0, high - low) / (STEP * self.max * steps) if steps else 0.0
+
+    def of(self, layer: str) -> dict[str, Any]:
+        """As plain data, with what the layer would be."""
+
+        def otherwise(solution: Solution | None) -> dict[str, Any] | None:
+            if solution is None:
+                return None
+            return {"loss": solution.objective, "choice": solution.choices.get(layer)}
+
+        return {
+            "cost": self.cost,
+            "max": self.max,
+            "used": self.used,
+            "binding": self.binding,
+            "price": self.price,
+            "less": otherwise(self.less),
+            "more": otherwise(self.more),
+        }
+
+
+def moved_budgets(document: Document) -> tuple[list[Moved], str | None]:
+    """Every budget of the allocation, moved; ([], why not) where no program was solved, or none can be here."""
+    allocation = _said(document["program"], "problem")
+    if not allocation:
+        return [], "no program was solved: the plan was given"
+    if importlib.util.find_spec("highspy") is None:
+        return [], "what other budgets would change needs the solver: pip install highspy"
+    from mpq_compiler.allocation import InfeasibleError, Problem, solve
+
+    problem = allocation["problem"]
+
+    def solved(index: int, factor: float) -> Solution | None:
+        budgets = [{**b, "max": b["max"] * factor} if i == index else b for i, b in enumerate(problem["budgets"])]
+        try:
+            return solve(Problem.from_json({**problem, "budgets": budgets}))
+        except InfeasibleError:
+            return None
+
+    return [
+        Moved(
+            budget["cost"],
+            budget["max"],
+            allocation["costs"][budget["cost"]],
+            allocation["objective"],
+            solved(index, 1 - STEP),
+            solved(index, 1 + STEP),
+        )
+        for index, budget in enumerate(problem["budgets"])
+    ], None
+
+
+def why(
+    document: Document,
+    name: str,
+    dumps: Sequence[Dump] = (),
+    moved: tuple[Sequence[Moved], str | None] | None = None,
+) -> dict[str, Any]:
     """Everything that is known of a layer, as plain data.
 
     ``layer``; ``passes``, what each noted of it; ``choices``, the candidates with what they cost and lose; ``budgets``,
-    with what 5 % more or less would change; ``price``, the loss that a byte is worth; ``noise`` after every pass, from
-    dumps alone; ``fallback``, the reason where it stays float.
+    with what 5 % more or less would change (``moved`` where that was solved before); ``price``, the loss that a byte is
+    worth; ``noise`` after every pass, from dumps alone; ``fallback``, the reason where it stays float.
     """
     path = find(document, name)
     passes = document["layers"].get(path, {})
-    allocation = _said(document["program"], "bytes")
     chosen = _said(passes, "format")
-    budgets, reason = _budgets(allocation, path)
-    price = next((b["price"] for b in budgets if b["cost"] == "bytes"), None)
+    budgets, reason = moved if moved is not None else moved_budgets(document)
+    price = next((b.price for b in budgets if b.cost == "bytes"), None)
     return {
         "layer": path.removesuffix(".weight"),
         "parameter": path,
         "passes": passes,
         "choices": _choices(_said(passes, "weights").get("weights", {}), chosen, price),
-        "budgets": budgets,
+        "budgets": [budget.of(path) for budget in budgets],
         "budgets_reason": reason,
         "price": price,
         "noise": _noise(path, passes, dumps),
@@ -81,7 +164,11 @@ def _said(passes: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _choices(weights: Mapping[str, Any], chosen: Mapping[str, Any], price: float | None) -> list[dict[str, Any]]:
-    """The candidates from the smallest on; ``saves`` is loss for a byte more (or less) than what was chosen."""
+    """The candidates from the smallest on.
+
+    ``saves`` is the loss that a byte saves between the candidate and what was chosen, ``priced`` the loss with the
+    bytes at their price: the least of these is what an allocation of one budget chooses.
+    """
     own = weights.get(chosen.get("format", ""))
     rows = []
     for name, cost in sorted(weights.items(), key=lambda item: (item[1]["bytes"], item[0])):
@@ -92,42 +179,6 @@ def _choices(weights: Mapping[str, Any], chosen: Mapping[str, Any], price: float
             row["priced"] = cost["loss"] + price * cost["bytes"]
         rows.append(row)
     return rows
-
-
-def _budgets(allocation: Mapping[str, Any], layer: str) -> tuple[list[dict[str, Any]], str | None]:
-    """Each budget with its use and what the layer and the whole program would be with 5 % less or more of it."""
-    problem = allocation.get("problem")
-    if problem is None:
-        return [], "no program was solved: the plan was given"
-    try:
-        import highspy  # noqa: F401
-    except ModuleNotFoundError:
-        return [], "what other budgets would change needs the solver: pip install highspy"
-    found = []
-    for index, budget in enumerate(problem["budgets"]):
-        cost = budget["cost"]
-        row: dict[str, Any] = {"cost": cost, "max": budget["max"], "used": allocation["costs"][cost]}
-        for name, factor in (("less", 1 - STEP), ("more", 1 + STEP)):
-            row[name] = _resolved(problem, index, factor, layer)
-        less, more = row["less"], row["more"]
-        row["binding"] = more is not None and more["loss"] < allocation["objective"] * (1 - 1e-6)
-        ends = [(less or {}).get("loss", allocation["objective"]), (more or {}).get("loss", allocation["objective"])]
-        span = STEP * budget["max"] * ((less is not None) + (more is not None))
-        row["price"] = max(0.0, ends[0] - ends[1]) / span if span else 0.0
-        found.append(row)
-    return found, None
-
-
-def _resolved(problem: Mapping[str, Any], index: int, factor: float, layer: str) -> dict[str, Any] | None:
-    """Loss and the layer's choice with a budget times ``factor``; None where it cannot be met."""
-    from mpq_compiler.allocation import InfeasibleError, Problem, solve
-
-    budgets = [{**b, "max": b["max"] * factor} if i == index else b for i, b in enumerate(problem["budgets"])]
-    try:
-        solution = solve(Problem.from_json({**problem, "budgets": budgets}))
-    except InfeasibleError:
-        return None
-    return {"loss": solution.objective, "choice": solution.choices.get(layer)}
 
 
 def _noise(path: str, passes: Mapping[str, Any], dumps: Sequence[Dump]) -> list[dict[str, Any]]:
@@ -299,21 +350,23 @@ def _choice(found: Mapping[str, Any]) -> list[str]:
     chosen = next((row for row in found["choices"] if row["chosen"]), None)
     if chosen is None:
         return []
-    text = f"bit-allocation took {chosen['format']}: a loss of {chosen['loss']:.2e} for {chosen['bytes']} bytes"
+    step = next(name for name, said in found["passes"].items() if "format" in said)
+    text = f"{step} took {chosen['format']}: a loss of {chosen['loss']:.2e} for {chosen['bytes']} bytes"
     price = found["price"]
     smaller = [row for row in found["choices"] if row["bytes"] < chosen["bytes"] and row["saves"] is not None]
     larger = [row for row in found["choices"] if row["bytes"] > chosen["bytes"] and row["saves"] is not None]
     if price and smaller:
         row = smaller[-1]
-        text += f"; {row['format']} would give up {_times(row['saves'], price)} what its bytes are worth elsewhere"
+        text += f"; {row['format']} would lose {_times(row['saves'], price)} what the bytes it frees are worth"
     if price and larger:
         row = max(larger, key=lambda r: r["saves"])
-        text += f"; {row['format']} would gain {_times(row['saves'], price)} of that"
+        text += f"; {row['format']} would gain {_times(row['saves'], price)} what its bytes are worth"
     return [text]
 
 
 def _times(saves: float, price: float) -> str:
-    return f"{saves / price:.2g} times"
+    ratio = saves / price
+    return f"{ratio:.2g} times" if ratio < 100 else f"{ratio:,.0f} times"
 
 
 def _tables(plan: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,175 @@
+"""Small charts as SVG text: bars, lines, and points on two logarithmic axes. No scripts, no fonts, nothing to load.
+
+Colors are those of the page where the chart stands in one: ``currentColor`` for text and axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+PALETTE = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
+"""Paul Tol's bright scheme, which the color-blind can tell apart."""
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 26, 44
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mark with what its tooltip says; ``series`` picks the color."""
+
+    x: float
+    y: float
+    label: str = ""
+    series: int = 0
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The plot area and its axes: data ranges, logarithmic or not."""
+
+    width: int
+    height: int
+    x: tuple[float, float]
+    y: tuple[float, float]
+    log: bool = False
+
+    def across(self, value: float) -> float:
+        return _LEFT + _share(value, self.x, self.log) * (self.width - _LEFT - _RIGHT)
+
+    def up(self, value: float) -> float:
+        return self.height - _BOTTOM - _share(value, self.y, self.log) * (self.height - _TOP - _BOTTOM)
+
+
+def _share(value: float, ends: tuple[float, float], log: bool) -> float:
+    low, high = ends
+    if log:
+        value, low, high = (math.log10(max(v, 1e-300)) for v in (value, low, high))
+    return (value - low) / (high - low) if high > low else 0.5
+
+
+def bars(
+    values: Sequence[Point], title: str, unit: str, legend: Sequence[str] = (), width: int = 900, height: int = 220
+) -> str:
+    """A bar for each value; its x is the place in the row, its height from zero (or from the least below zero)."""
+    least, largest = min([0.0, *(v.y for v in values)]), max([0.0, *(v.y for v in values)])
+    frame = Frame(width, height, (0, max(1, len(values))), (least, largest or 1.0))
+    thick = (frame.across(1) - frame.across(0)) * 0.8
+    marks = []
+    for index, value in enumerate(values):
+        ends = sorted((frame.up(0.0), frame.up(value.y)))
+        left = frame.across(index + 0.1)
+        marks.append(
+            f'<rect x="{left:.1f}" y="{ends[0]:.1f}" width="{thick:.1f}" height="{max(ends[1] - ends[0], 0.5):.1f}" '
+            f'fill="{_color(value.series)}">{_tip(value.label)}</rect>'
+        )
+    return _drawn(frame, title, [*_grid(frame, unit), *marks, *_legend(frame, legend)])
+
+
+def lines(
+    series: Sequence[Sequence[Point]], title: str, unit: str, names: Sequence[str], ticks: Sequence[str] = (),
+    width: int = 900, height: int = 220,
+) -> str:  # fmt: skip
+    """A polyline with dots for each series; ``ticks`` name the whole numbers of the x axis."""
+    points = [p for s in series for p in s]
+    span = _padded([p.y for p in points])
+    frame = Frame(width, height, (-0.5, max(1.0, max((p.x for p in points), default=1.0)) + 0.5), span)
+    marks = []
+    for index, row in enumerate(series):
+        path = " ".join(f"{frame.across(p.x):.1f},{frame.up(p.y):.1f}" for p in row)
+        marks.append(f'<polyline points="{path}" fill="none" stroke="{_color(index)}" stroke-width="1.5"/>')
+        marks += [_dot(frame, p, index) for p in row]
+    for place, name in enumerate(ticks):
+        marks.append(_text(frame.across(place), frame.height - _BOTTOM + 14, name, "middle", 9))
+    return _drawn(frame, title, [*_grid(frame, unit), *marks, *_legend(frame, names)])
+
+
+def log_log(
+    points: Sequence[Point], roof: Sequence[tuple[float, float]], title: str, axes: tuple[str, str],
+    legend: Sequence[str] = (), width: int = 900, height: int = 480,
+) -> str:  # fmt: skip
+    """Points under a roof (a polyline), both axes logarithmic."""
+    xs = [p.x for p in points] + [x for x, _ in roof]
+    ys = [p.y for p in points] + [y for _, y in roof]
+    frame = Frame(width, height, _decades(xs), _decades(ys), log=True)
+    marks = []
+    for at in _powers(frame.x):
+        x = frame.across(at)
+        marks += [_line(x, _TOP, x, height - _BOTTOM, 0.15), _text(x, height - _BOTTOM + 14, f"{at:g}", "middle")]
+    for at in _powers(frame.y):
+        y = frame.up(at)
+        marks += [_line(_LEFT, y, width - _RIGHT, y, 0.15), _text(_LEFT - 6, y + 4, f"{at:g}", "end")]
+    path = " ".join(f"{frame.across(x):.1f},{frame.up(y):.1f}" for x, y in roof)
+    marks.append(f'<polyline points="{path}" fill="none" stroke="currentColor" stroke-width="1.5"/>')
+    marks += [_dot(frame, p, p.series, 4) for p in points]
+    marks.append(_text((_LEFT + width - _RIGHT) / 2, height - 8, axes[0], "middle"))
+    marks.append(_text(_LEFT, _TOP - 10, axes[1], "middle"))
+    return _drawn(frame, title, [*marks, *_legend(frame, legend)])
+
+
+def _decades(values: Sequence[float]) -> tuple[float, float]:
+    known = [v for v in values if v > 0] or [1.0]
+    return 10.0 ** math.floor(math.log10(min(known))), 10.0 ** math.ceil(math.log10(max(known) * 1.001))
+
+
+def _powers(ends: tuple[float, float]) -> list[float]:
+    first, last = (round(math.log10(end)) for end in ends)
+    return [10.0**power for power in range(first, last + 1)]
+
+
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    edge = 0.08 * (high - low) or 1.0
+    return low - edge, high + edge
+
+
+def _grid(frame: Frame, unit: str) -> Iterable[str]:
+    low, high = frame.y
+    step = 10.0 ** math.floor(math.log10((high - low) / 2))
+    step *= next(m for m in (5, 2, 1) if (high - low) / (step * m) >= 3 or m == 1)
+    value = math.ceil(low / step) * step
+    while value <= high + 1e-9 * step:
+        yield _line(_LEFT, frame.up(value), frame.width - _RIGHT, frame.up(value), 0.15)
+        yield _text(_LEFT - 6, frame.up(value) + 4, f"{value:.6g}", "end")
+        value += step
+    yield _text(_LEFT - 6, _TOP - 8, unit, "end")
+
+
+def _legend(frame: Frame, names: Sequence[str]) -> Iterable[str]:
+    x = float(_LEFT)
+    for index, name in enumerate(names):
+        yield f'<rect x="{x:.0f}" y="{frame.height - 14}" width="10" height="10" fill="{_color(index)}"/>'
+        yield _text(x + 14, frame.height - 5, name, "start")
+        x += 26 + 7 * len(name)
+
+
+def _color(series: int) -> str:
+    return PALETTE[series % len(PALETTE)]
+
+
+def _tip(label: str) -> str:
+    return f"<title>{escape(label)}</title>" if label else ""
+
+
+def _dot(frame: Frame, point: Point, series: int, radius: float = 3) -> str:
+    at = f'cx="{frame.across(point.x):.1f}" cy="{frame.up(point.y):.1f}"'
+    return f'<circle {at} r="{radius}" fill="{_color(series)}" fill-opacity="0.85">{_tip(point.label)}</circle>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, opacity: float) -> str:
+    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+    return f'<line {ends} stroke="currentColor" stroke-opacity="{opacity}"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str, size: int = 11) -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"'
+    return f'<text {place} fill="currentColor">{escape(text)}</text>'
+
+
+def _drawn(frame: Frame, title: str, marks: Iterable[str]) -> str:
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {frame.width} {frame.height}" role="img" '
+        'font-family="system-ui, sans-serif" style="max-width:100%">'
+    )
+    return "\n".join([head, f"<title>{escape(title)}</title>", *marks, "</svg>"]) + "\n"
