@@ -177,15 +177,17 @@ class Comparing(Interpreter):
 @torch.no_grad()
 def test_shapes_without_arithmetic():
     compared: set[Any] = set()
-    for name in ("insert-fake-quant", "round-weights", "fold-fake-quant"):
-        comparing = Comparing(programs.after("unet2d", name))
-        comparing.run(programs.inputs("unet2d", 2))
-        compared |= comparing.compared
+    float8 = f"{programs.FRONT},bit-allocation{{uniform=fp8,attention=8}},{programs.BACK}"
+    for model, pipeline in (("unet2d", programs.MIXED), ("pixart", float8)):
+        for name in ("insert-fake-quant", "round-weights", "fold-fake-quant"):
+            comparing = Comparing(programs.after(model, name, pipeline))
+            comparing.run(programs.inputs(model, 2))
+            compared |= comparing.compared
     assert compared == {*meta.SHAPES}
 
 
 def test_every_operator_has_a_name_and_a_bound():
     for function, op in ops.OPS.items():
-        assert op.name.startswith("mpq::") and op.bound in (0.0, 1e-5) and function.__doc__
+        assert op.name.startswith("mpq::") and op.bound in (0.0, 1e-6, 1e-5) and function.__doc__
     exact = {op.name for op in ops.OPS.values() if op.bound == 0}
     assert {"mpq::quantize", "mpq::quant_linear", "mpq::quant_conv2d", "mpq::time_group"} <= exact
