@@ -2,7 +2,7 @@
 
     python benchmarks/train_fashion.py unet fashion-mnist.npz OUT --steps 15000
     python benchmarks/train_fashion.py text fashion-mnist.npz OUT --steps 5500 --learning-rate 1.5e-3
-    python benchmarks/train_fashion.py dit fashion-mnist.npz OUT --steps 6000 --learning-rate 1e-3
+    python benchmarks/train_fashion.py dit fashion-mnist.npz OUT --steps 6500 --learning-rate 1e-3 --ema 0.999
 
 unet: a class-conditional UNet; text: one with cross-attention to short prompts ("dark plain boot"), whose tone and
 texture are measured on the images; dit: a class-conditional diffusion transformer. The data are an npz with x_train,
@@ -100,7 +100,7 @@ def text_encoder() -> TextEncoder:
     """The frozen encoder: random words and positions, and a first token as that of CLIP.
 
     Two channels of `<bos>` are 20 and -18 where everything else is below 5, and the token is the same for every prompt.
-    This is made after MixDQ's description of CLIP's text encoder (arXiv 2405.17873, section 4.1); it did not emerge.
+    This is made after MixDQ's description of CLIP's text encoder (arXiv 2405.17873); it did not emerge.
     """
     vocabulary = (BOS, EOS, PAD, *(word for slot in SLOTS.values() for word in slot))
     generator = torch.Generator().manual_seed(0)

@@ -69,7 +69,7 @@ def test_the_lists(folder: Path) -> None:
     assert {r["name"] for r in command(folder, "recipes")} >= {"default", "w8a8"}
     (native,) = [t for t in command(folder, "targets") if t["native"]]
     assert native["implemented"]
-    assert {m["name"] for m in command(folder, "models")} >= {"fashion-text", "fashion-unet"}
+    assert {m["name"] for m in command(folder, "models")} == {"fashion-dit", "fashion-text", "fashion-unet"}
 
 
 def test_generate_beside_the_float_model(folder: Path, model: Path, artifact: Path) -> None:
@@ -108,6 +108,54 @@ def test_inspect_dumps_and_artifact(folder: Path, artifact: Path, capsys: pytest
     assert all("//" in line for line in unchanged.splitlines() if line.startswith(("+", "-")))
     layers = command(folder, "inspect", artifact, "--layers")["layers"]
     assert {row["weight"] for row in layers} <= {"int2", "int3", "int2+b", "int4", "int3+b", "int8"}
+
+
+def test_inspect_looks_for_faults_and_reasons(
+    folder: Path, artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dumps = folder / "dumps"
+    verdict = command(folder, "inspect", dumps, "--bisect")
+    assert verdict["clean"] and len(verdict["passes"]) == len(command(folder, "inspect", dumps))
+    assert "nothing is wrong" in capsys.readouterr().out
+    from_dumps = command(folder, "inspect", dumps, "--why", "mid_block.attentions.0.to_q")
+    from_artifact = command(folder, "inspect", artifact, "--why", "mid_block_attentions_0_to_q")
+    assert from_artifact == {**from_dumps, "noise": []} and from_dumps["noise"]
+    assert from_dumps["passes"]["backend"]["kernels"][0]["template"] == "gemm"
+    assert cli.main(["inspect", str(dumps), "--why", "mid_block.attentions.0.to_p"]) == 1
+    assert "did you mean 'mid_block.attentions.0.to_" in capsys.readouterr().err
+    page = folder / "page.html"
+    assert command(folder, "inspect", dumps, "--html", page) == {"output": str(page)}
+    assert "mid_block.attentions.0.to_q" in page.read_text()
+    assert cli.main(["inspect", str(dumps), "--html", str(page)]) == 1
+    assert command(folder, "inspect", artifact, "--html", page, "--overwrite") == {"output": str(page)}
+    assert cli.main(["inspect", str(artifact), "--bisect"]) == 1
+    assert "--bisect needs the folder of a compilation's --dumps" in capsys.readouterr().err
+
+
+def test_bench_times_every_kernel_call(folder: Path, artifact: Path) -> None:
+    plot = folder / "roof.svg"
+    found = command(folder, "bench", artifact, "--rounds", "2", "--no-memory", "--kernels", "--plot", plot)
+    schedule = json.loads((artifact / "schedule.json").read_text())
+    assert schemas.check(schedule, "schedule") is None
+    assert [row["node"] for row in found["kernels"]] == [row["node"] for row in schedule]
+    assert sum(row["share"] for row in found["kernels"]) == pytest.approx(1)
+    layers = {row["layer"] for row in found["kernels"] if row["macs"]}
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    assert {row["name"] for row in manifest["plan"]["layers"] if row["weight"] != "float"} <= layers
+    assert 0 < found["peak"]["reached"] < 1 and plot.read_text().startswith("<svg")
+    assert cli.main(["bench", str(artifact), "--kernels", "--batch", "3"]) == 1
+
+
+def test_timing_kernels_changes_no_result(artifact: Path) -> None:
+    from mpq_compiler import bench, contestants, runtime
+
+    compiled = runtime.load(artifact, 1)
+    inputs = contestants.random_inputs(compiled.manifest, 2)
+    before = compiled.run(inputs)
+    calls = bench.profile(compiled, inputs)
+    assert [name for name, *_ in calls] == [row["kernel"] for row in bench._schedule(compiled)]
+    assert all(seconds >= 0 and size > 0 for _, seconds, _, size in calls)
+    assert np.array_equal(compiled.run(inputs), before)
 
 
 def test_verify_and_run(folder: Path, artifact: Path) -> None:

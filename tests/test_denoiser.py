@@ -103,7 +103,7 @@ def test_loading_leaves_the_random_state_alone(tmp_path):
 
 
 def test_bundled_model(bundled):
-    assert denoisers.bundled().keys() >= {"fashion-text", "fashion-unet"}
+    assert denoisers.bundled().keys() == {"fashion-dit", "fashion-text", "fashion-unet"}
     assert bundled.parameters == 1_578_196
     assert {name: str(spec) for name, spec in bundled.input_specs.items()} == {
         "sample": "f32[B,4,14,14]",

@@ -52,7 +52,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(script, npz, tmp_path):
         script.train(script.Settings(steps=6, batch=4, seed=5), data, tmp_path / "halved")
 
 
-@pytest.mark.parametrize("model", ["unet", "text"])
+@pytest.mark.parametrize("model", ["unet", "text", "dit"])
 def test_the_trained_model_loads_and_samples(script, npz, tmp_path, model):
     """Each recipe gives what its bundled model is: structure, sampling, conditions."""
     script.train(script.Settings(model=model, steps=2, batch=4), script.Data.load(npz), tmp_path)
@@ -65,9 +65,8 @@ def test_the_trained_model_loads_and_samples(script, npz, tmp_path, model):
     assert {k: v for k, v in trained.config.items() if not k.startswith("_")} == {
         k: v for k, v in bundled.config.items() if not k.startswith("_")
     }
-    latents = sample(
-        trained, trained.scheduler, gaussian(1, (4, 14, 14), 0), trained.default_conditions(1), 2
-    )
+    noise, conditions = gaussian(1, (4, 14, 14), 0), trained.default_conditions(1)
+    latents = sample(trained, trained.scheduler, noise, conditions, 2, latent=trained.latent)
     assert trained.decode(latents).shape == (1, 1, 28, 28)
 
 
