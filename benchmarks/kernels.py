@@ -23,14 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import tvm
-from tvm import tirx
-from tvm.script.ir_builder import tirx as T
 
 from benchmarks.machine import provenance
+from mpq_compiler.backends.tvm import peak
 from mpq_compiler.backends.tvm.kernels import gemm, prepare
 from mpq_compiler.backends.tvm.kernels.isa import ISAS, Isa, isa
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
-from mpq_compiler.backends.tvm.kernels.template import Argument, primfunc, scratch, span, store
 from tests.shapes import concrete, make_case
 
 SAME: dict = {"kernel": (3, 3), "padding": (1, 1, 1, 1)}
@@ -56,31 +54,6 @@ def problems() -> dict[str, QuantMatmul]:
             name = f"small linear {rows}x{channels}x{outputs} w{bits}"
             table[name] = QuantMatmul.linear((rows,), channels, outputs, bits=bits)
     return table
-
-
-def peak(target: Isa) -> tuple[Callable[[], object], int]:
-    """A call that does dot products on registers only, and its multiply-accumulates."""
-    rounds, tile = 20000, target.tiles[0]
-    cells = tile.rows * tile.vectors
-
-    def body(_, buffers):
-        acc = scratch(cells * target.lanes, "int32")
-        for i in range(cells):
-            store(acc, tirx.Broadcast(buffers["y"][i], target.lanes), span(i * target.lanes, target.lanes))
-        activation = T.bind(target.spread(buffers["y"][0]))
-        weights = f"{target.weight}x{target.vector}"
-        with T.serial(0, rounds):
-            for i in range(cells):
-                at = span(i * target.lanes, target.lanes)
-                # The sum itself as the weights: a constant operand would let vpmaddwd move out of the loop.
-                store(acc, target.dot(acc[at], activation, tirx.reinterpret(weights, acc[at])), at)
-        for i in range(cells):
-            store(buffers["y"], acc[i * target.lanes], i)
-
-    loop = primfunc("peak", [Argument("y", (cells,), "int32")], body)
-    function = tvm.compile(tvm.IRModule({"peak": loop}), target=target.target())["peak"]
-    y = tvm.runtime.tensor(np.zeros(cells, np.int32))
-    return lambda: function(y), rounds * cells * target.vector
 
 
 def kernel(problem: QuantMatmul, target: Isa) -> tuple[Callable[[], object], int]:
@@ -126,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     target = isa(options.isa)
     calls, work = {}, {}
-    calls["peak"], work["peak"] = peak(target)
+    calls["peak"], work["peak"] = peak.integer(target)
     for name, problem in problems().items():
         if options.only in name:
             calls[name], work[name] = kernel(problem, target)

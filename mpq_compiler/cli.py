@@ -113,6 +113,18 @@ def parser() -> argparse.ArgumentParser:
     verify = add("verify", _verify, "check every byte of an artifact, and whether this machine can run it")
     verify.add_argument("artifact", metavar="ARTIFACT")
 
+    bench = add("bench", _bench, "the speed of artifacts on this machine, whole and kernel by kernel, beside others")
+    bench.add_argument("artifacts", metavar="ARTIFACT", nargs="+", help="of one model; --kernels looks at the first")
+    bench.add_argument("--against", metavar="PEERS", default="", help="the float model in torch,onnxruntime,openvino")
+    bench.add_argument("--model", metavar="MODEL", help="the float model (default: the bundled one of its name)")
+    bench.add_argument("--threads", type=int, metavar="N", default=1, help="of every call (1: CPU time is compared)")
+    bench.add_argument("--batch", type=int, metavar="N", default=1, help="samples of a call (1)")
+    bench.add_argument("--rounds", type=int, metavar="N", default=15, help="in which all take turns (15)")
+    bench.add_argument("--kernels", action="store_true", help="also the time of each kernel call")
+    bench.add_argument("--plot", metavar="FILE", help="write the kernels under the machine's roofs, as SVG")
+    bench.add_argument("--no-memory", action="store_true", help="leave out peak memory, measured in processes apart")
+    bench.add_argument("--overwrite", action="store_true", help="replace a plot that exists")
+
     inspect = add("inspect", _inspect, "look at the dumps of a compilation, or into an artifact")
     inspect.add_argument("path", metavar="DUMPS|ARTIFACT")
     what = inspect.add_mutually_exclusive_group()
@@ -348,6 +360,33 @@ def _verify(args: argparse.Namespace) -> Any:
         + (f"; this machine cannot run it: it lacks {', '.join(missing)}" if missing else "")
     )
     return {"intact": True, "sha256": read.manifest["artifact_sha256"], "missing_features": missing}
+
+
+def _bench(args: argparse.Namespace) -> Any:
+    from mpq_compiler import bench
+
+    plot = Path(args.plot) if args.plot else None
+    if plot is not None:
+        if plot.suffix != ".svg":
+            raise UserError(f"--plot {plot}: the plot is drawn as SVG; name it {plot.stem}.svg")
+        _require_new(plot, args.overwrite)
+    found = bench.bench(
+        args.artifacts,
+        [name.strip() for name in args.against.split(",") if name.strip()],
+        args.model,
+        args.threads,
+        args.batch,
+        args.rounds,
+        kernels=args.kernels or plot is not None,
+        memory=not args.no_memory,
+        progress=terminal.progress,
+    )
+    bench.show(found, args.kernels)
+    if plot is not None:
+        picture = bench.roofline(found)
+        _write_whole(plot, lambda stream: stream.write(picture.encode()))
+        terminal.say(f"wrote {plot}")
+    return found
 
 
 def _inspect(args: argparse.Namespace) -> Any:

@@ -6,7 +6,7 @@ Colors are those of the page where the chart stands in one: ``currentColor`` for
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -86,12 +86,12 @@ def lines(
 
 
 def log_log(
-    points: Sequence[Point], roof: Sequence[tuple[float, float]], title: str, axes: tuple[str, str],
+    points: Sequence[Point], roofs: Mapping[str, Sequence[tuple[float, float]]], title: str, axes: tuple[str, str],
     legend: Sequence[str] = (), width: int = 900, height: int = 480,
 ) -> str:  # fmt: skip
-    """Points under a roof (a polyline), both axes logarithmic."""
-    xs = [p.x for p in points] + [x for x, _ in roof]
-    ys = [p.y for p in points] + [y for _, y in roof]
+    """Points under roofs (polylines, named at their ends), both axes logarithmic."""
+    xs = [p.x for p in points] + [x for roof in roofs.values() for x, _ in roof]
+    ys = [p.y for p in points] + [y for roof in roofs.values() for _, y in roof]
     frame = Frame(width, height, _decades(xs), _decades(ys), log=True)
     marks = []
     for at in _powers(frame.x):
@@ -100,8 +100,10 @@ def log_log(
     for at in _powers(frame.y):
         y = frame.up(at)
         marks += [_line(_LEFT, y, width - _RIGHT, y, 0.15), _text(_LEFT - 6, y + 4, f"{at:g}", "end")]
-    path = " ".join(f"{frame.across(x):.1f},{frame.up(y):.1f}" for x, y in roof)
-    marks.append(f'<polyline points="{path}" fill="none" stroke="currentColor" stroke-width="1.5"/>')
+    for name, roof in roofs.items():
+        marks.append(_text(frame.across(roof[-1][0]), frame.up(roof[-1][1]) - 6, name, "end"))
+        path = " ".join(f"{frame.across(x):.1f},{frame.up(y):.1f}" for x, y in roof)
+        marks.append(f'<polyline points="{path}" fill="none" stroke="currentColor" stroke-width="1.5"/>')
     marks += [_dot(frame, p, p.series, 4) for p in points]
     marks.append(_text((_LEFT + width - _RIGHT) / 2, height - 8, axes[0], "middle"))
     marks.append(_text(_LEFT, _TOP - 10, axes[1], "middle"))

@@ -200,7 +200,7 @@ def test_charts_keep_their_marks_inside_the_frame():
         svg.bars(points, "t", "bits", ("a",)),
         svg.bars([svg.Point(0, -3), svg.Point(0, 5)], "t", "dB"),
         svg.lines([points, points[:1]], "t", "dB", ("a", "b")),
-        svg.log_log(points, [(0.1, 1), (10, 500), (1000, 500)], "t", ("x", "y")),
+        svg.log_log(points, {"roof": [(0.1, 1), (10, 500), (1000, 500)]}, "t", ("x", "y")),
         svg.lines([[svg.Point(0, 5)]], "t", "dB", ()),
     ]
     for chart in charts:

@@ -1,0 +1,371 @@
+"""`mpqc bench`: artifacts against torch, onnxruntime and OpenVINO on this machine, whole and kernel by kernel.
+
+Everything that is compared takes turns, in rounds, so that what else the machine does meets all alike; ratios are
+those within a round. The first artifact runs twice under two names: what that control differs by is noise. CPU time of
+the process is what counts on one thread, for it leaves out what others do; with more threads it is the wall clock.
+
+Without peers nothing here imports torch, and without TVM's compiler only the peaks of the machine are missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpq_compiler import artifact as artifacts
+from mpq_compiler import contestants, runtime, svg, terminal
+from mpq_compiler.contestants import Arrays, Contestant
+from mpq_compiler.errors import UserError, nearest
+from mpq_compiler.machine import cpu
+from mpq_compiler.svg import Point
+from mpq_compiler.tvm_runtime import VirtualMachine
+
+OURS, CONTROL = "mpq", "mpq control"
+WINDOW = 8e-3
+"""Seconds that a turn takes at the least: shorter calls are repeated."""
+COPIED = 64 << 20
+"""Bytes of the copy that the memory's bandwidth is measured with: more than caches hold."""
+
+
+@dataclass
+class Times:
+    """Seconds a call in each round, by both clocks."""
+
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+
+    def of(self, clock: str) -> list[float]:
+        return self.cpu if clock == "cpu" else self.wall
+
+
+def bench(
+    paths: Sequence[str | Path],
+    against: Sequence[str] = (),
+    model: str | None = None,
+    threads: int = 1,
+    batch: int = 1,
+    rounds: int = 15,
+    kernels: bool = False,
+    memory: bool = True,
+    progress: Any = None,
+) -> dict[str, Any]:
+    """Measures and returns plain data (schemas/bench.json).
+
+    paths: artifacts of one model; the first is the one whose kernels are looked at. model: the float model that the
+    peers run, where the artifact's is no bundled one. UserError: fewer than one round, thread or sample, an unknown
+    peer, an artifact that this machine cannot run, or that is of another model.
+    """
+    _check(against, threads, batch, rounds)
+    loaded = [runtime.load(path, threads) for path in paths]
+    subject = loaded[0]
+    inputs = contestants.random_inputs(subject.manifest, batch)
+    for path, other in zip(paths, loaded, strict=True):
+        if other.input_names != subject.input_names:
+            raise UserError(f"'{path}' takes {', '.join(other.input_names)}, and the first artifact something else")
+    names = [OURS, *(f"{OURS} {Path(path).stem}" for path in paths[1:])]
+    entries = [
+        contestants.of_artifact(path, compiled, inputs, name)
+        for path, compiled, name in zip(paths, loaded, names, strict=True)
+    ]
+    entries.insert(1, Contestant(CONTROL, functools.partial(runtime.load(paths[0], threads).run, inputs)))
+    clock = "cpu" if threads == 1 else "wall"
+    with tempfile.TemporaryDirectory(prefix="mpq-") as scratch, contestants.torch_threads(threads, "torch" in against):
+        peers, skipped = contestants.peers(against, model, subject.manifest, inputs, threads, Path(scratch))
+        machine = _machine(subject.manifest)
+        calls = {c.name: c.call for c in (*entries, *peers, *machine.loops)}
+        profiles: list[list[Any]] = []
+        if kernels:
+            _require_kernels(subject, batch)
+        with progress("benchmark", rounds) if progress else nullcontext(lambda n: None) as advance:
+            times = {name: Times() for name in calls}
+            repeats = {name: _repeats(call) for name, call in calls.items()}
+            for index in range(rounds):
+                order = list(calls) if index % 2 == 0 else list(calls)[::-1]  # what drifts meets both directions
+                for name in order:
+                    _turn(calls[name], repeats[name], times[name])
+                if kernels:
+                    profiles.append(profile(subject, inputs))
+                advance(1)
+        peaks = contestants.peak_memory([*entries, *peers], batch, threads) if memory else {}
+    rows = _rows([*entries, *peers], times, clock, peaks)
+    peak = machine.figures(times, clock)
+    macs = batch * sum(row["macs"] for row in _schedule(subject))
+    seconds = statistics.median(times[OURS].of(clock))
+    if macs:
+        peak["model_gmacs"] = macs / seconds / 1e9
+        peak["reached"] = peak["model_gmacs"] / peak["gmacs"] if peak["gmacs"] else None
+    return {
+        "rows": rows,
+        "peak": peak,
+        "rounds": rounds,
+        "threads": threads,
+        "batch": batch,
+        "clock": clock,
+        "cpu": cpu(),
+        "skipped": skipped,
+        "kernels": _kernel_rows(subject, profiles, batch, clock, peak["gmacs"]) if kernels else None,
+    }
+
+
+def _check(against: Sequence[str], threads: int, batch: int, rounds: int) -> None:
+    for name in against:
+        if name not in contestants.PEERS:
+            raise UserError(f"--against '{name}' is no peer: {nearest(name, contestants.PEERS)}")
+    for option, value in (("threads", threads), ("batch", batch), ("rounds", rounds)):
+        if value < 1:
+            raise UserError(f"--{option} {value} must be 1 or more")
+
+
+# --- the machine --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Loops that do nothing but one thing, and how much of it a call does."""
+
+    loops: tuple[Contestant, ...]
+    work: Mapping[str, float]
+    reason: str | None
+
+    def figures(self, times: Mapping[str, Times], clock: str) -> dict[str, Any]:
+        """The best of all rounds: ``gmacs`` of 8-bit integers and of f32 on one core, ``gbytes`` copied a second."""
+        best = {name: self.work[name] / min(times[name].of(clock)) / 1e9 for name in self.work}
+        return {
+            "gmacs": best.get("peak integer"),
+            "float_gmacs": best.get("peak float"),
+            "gbytes": best["peak copy"],
+            "model_gmacs": None,
+            "reached": None,
+            "reason": self.reason,
+        }
+
+
+def _machine(manifest: Mapping[str, Any]) -> Machine:
+    source = np.zeros(COPIED // 8)
+    target = np.zeros_like(source)
+    loops = [Contestant("peak copy", lambda: np.copyto(target, source))]
+    work: dict[str, float] = {"peak copy": 2.0 * COPIED}  # it reads and it writes
+    reason = None
+    if manifest["target"]["backend"] != "tvm":
+        reason = "an artifact for another runtime has no kernels of ours to hold against a peak"
+    elif importlib.util.find_spec("tvm") is None:
+        reason = "the peaks are compiled here, which needs TVM's compiler: pip install 'mpq-compiler[compile]'"
+    else:
+        peak = importlib.import_module("mpq_compiler.backends.tvm.peak")
+        isa = importlib.import_module("mpq_compiler.backends.tvm.kernels.isa").isa(manifest["target"]["name"])
+        for name, make in (("peak integer", peak.integer), ("peak float", peak.floating)):
+            call, macs = make(isa)
+            loops.append(Contestant(name, call))
+            work[name] = macs
+    return Machine(tuple(loops), work, reason)
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+def _repeats(call: Callable[[], object]) -> int:
+    call()
+    start = time.perf_counter()
+    call()
+    return max(1, int(WINDOW / max(time.perf_counter() - start, 1e-7)))
+
+
+def _turn(call: Callable[[], object], repeats: int, times: Times) -> None:
+    wall, used = time.perf_counter(), time.process_time()
+    for _ in range(repeats):
+        call()
+    times.cpu.append((time.process_time() - used) / repeats)
+    times.wall.append((time.perf_counter() - wall) / repeats)
+
+
+def _rows(
+    entries: Sequence[Contestant], times: Mapping[str, Times], clock: str, peaks: Mapping[str, int | None]
+) -> list[dict[str, Any]]:
+    rows = []
+    for entry in entries:
+        own = times[entry.name].of(clock)
+        ratios = {
+            other.name: [b / a for a, b in zip(own, times[other.name].of(clock), strict=True)]
+            for other in entries
+            if other.name != entry.name
+        }
+        rows.append(
+            {
+                "name": entry.name,
+                "ms": 1e3 * statistics.median(own),
+                "ms_min": 1e3 * min(own),
+                "ms_max": 1e3 * max(own),
+                "cpu_ms": 1e3 * statistics.median(times[entry.name].cpu),
+                "wall_ms": 1e3 * statistics.median(times[entry.name].wall),
+                "bytes": entry.bytes,
+                "peak_bytes": peaks.get(entry.name),
+                "speedup": {name: statistics.median(values) for name, values in ratios.items()},
+                "spread": {name: _middle(values) for name, values in ratios.items()},
+            }
+        )
+    return rows
+
+
+def _middle(values: Sequence[float]) -> list[float]:
+    """The range of the middle eight tenths."""
+    return [float(np.quantile(values, q)) for q in (0.1, 0.9)]
+
+
+# --- kernels ------------------------------------------------------------------------------------------------
+
+
+def _schedule(compiled: runtime.CompiledDenoiser) -> list[dict[str, Any]]:
+    if artifacts.SCHEDULE not in compiled.manifest["files"]:
+        return []
+    return json.loads(compiled.artifact.file(artifacts.SCHEDULE).read_text(encoding="utf-8"))
+
+
+def _require_kernels(compiled: runtime.CompiledDenoiser, batch: int) -> None:
+    if compiled.manifest["target"]["backend"] != "tvm" or not _schedule(compiled):
+        raise UserError(f"{compiled.artifact.path} has no kernels that could be timed; leave --kernels and --plot out")
+    sizes = sorted({f["batch"] for f in compiled.manifest["functions"]})
+    if batch not in sizes:
+        known = ", ".join(map(str, sizes))
+        raise UserError(f"--kernels times one function, and there is none for a batch of {batch}: take {known}")
+
+
+def profile(compiled: runtime.CompiledDenoiser, inputs: Arrays) -> list[tuple[str, float, float, int]]:
+    """(kernel, CPU seconds, seconds, bytes of its operands) of each kernel call of one run, in order."""
+    batch = len(next(iter(inputs.values())))
+    function = next(f for f in compiled.manifest["functions"] if f["batch"] == batch)
+    names = frozenset(row["kernel"] for row in _schedule(compiled))
+    machine = compiled._executor
+    assert isinstance(machine, VirtualMachine), "only TVM's machine knows single kernels"
+    return machine.profile(function["name"], [inputs[value["name"]] for value in function["inputs"]], names)
+
+
+def _kernel_rows(
+    compiled: runtime.CompiledDenoiser, profiles: Sequence[Sequence[Any]], batch: int, clock: str, peak: float | None
+) -> list[dict[str, Any]]:
+    column = 1 if clock == "cpu" else 2
+    rows = []
+    for index, call in enumerate(_schedule(compiled)):
+        times = [run[index][column] for run in profiles]
+        seconds, macs = statistics.median(times), call["macs"] * batch
+        gmacs = macs / max(seconds, 1e-9) / 1e9 if macs else None
+        rows.append(
+            {
+                **{key: call[key] for key in ("node", "layer", "kernel", "template")},
+                "ms": 1e3 * seconds,
+                "ms_min": 1e3 * min(times),
+                "ms_max": 1e3 * max(times),
+                "bytes": profiles[0][index][3],
+                "macs": macs,
+                "gmacs": gmacs,
+                "reached": None if gmacs is None or peak is None else gmacs / peak,
+            }
+        )
+    total = sum(row["ms"] for row in rows)
+    return [{**row, "share": row["ms"] / total if total else 0.0} for row in rows]
+
+
+# --- for reading --------------------------------------------------------------------------------------------
+
+
+def show(found: Mapping[str, Any], kernels: bool) -> None:
+    """Prints the result."""
+    ours = found["rows"][0]
+    clock = "CPU" if found["clock"] == "cpu" else "wall"
+    terminal.table(
+        f"{found['cpu']}: batch {found['batch']}, {found['threads']} thread(s), {found['rounds']} rounds, {clock} time",
+        ("", "ms", "least", "most", "stored", "peak memory", f"against {ours['name']}", "80 % within"),
+        [
+            (
+                row["name"],
+                *(f"{row[key]:.3f}" for key in ("ms", "ms_min", "ms_max")),
+                "" if row["bytes"] is None else terminal.size(row["bytes"]),
+                "" if row["peak_bytes"] is None else terminal.size(row["peak_bytes"]),
+                "" if row is ours else f"{ours['speedup'][row['name']]:.2f} x",
+                "" if row is ours else "{:.2f} .. {:.2f}".format(*ours["spread"][row["name"]]),
+            )
+            for row in found["rows"]
+        ],
+        numeric=range(1, 7),
+    )
+    for name, reason in found["skipped"].items():
+        terminal.say(f"skipped {name}: {reason}")
+    peak = found["peak"]
+    if peak["gmacs"]:
+        reached = f"; the model runs at {peak['model_gmacs']:.0f}, {100 * peak['reached']:.0f} % of it"
+        terminal.say(
+            f"one core does {peak['gmacs']:.0f} GMAC/s of 8-bit integers and {peak['float_gmacs']:.0f} of f32 at most, "
+            f"and copies {peak['gbytes']:.1f} GB/s{reached if peak['reached'] else ''}"
+        )
+    elif peak["reason"]:
+        terminal.note(f"no peak: {peak['reason']}")
+    if kernels:
+        _show_kernels(found["kernels"])
+
+
+def _show_kernels(rows: Sequence[Mapping[str, Any]]) -> None:
+    families: dict[str, list[float]] = {}
+    for row in rows:
+        families.setdefault(row["template"], []).append(row["ms"])
+    total = sum(row["ms"] for row in rows)
+    terminal.table(
+        "kernels",
+        ("layer or node", "kernel", "ms", "share", "operands", "GMAC/s", "of the peak"),
+        [
+            (
+                (row["layer"] or row["node"]).removesuffix(".weight"),
+                row["template"],
+                f"{row['ms']:.4f}",
+                f"{100 * row['share']:.1f} %",
+                terminal.size(row["bytes"]),
+                "" if row["gmacs"] is None else f"{row['gmacs']:.1f}",
+                "" if row["reached"] is None else f"{100 * row['reached']:.0f} %",
+            )
+            for row in rows
+        ],
+        numeric=range(2, 7),
+    )
+    terminal.table(
+        f"families, {total:.3f} ms in all",
+        ("kernel", "calls", "ms", "share"),
+        [
+            (name, len(times), f"{sum(times):.4f}", f"{100 * sum(times) / total:.1f} %")
+            for name, times in sorted(families.items(), key=lambda item: -sum(item[1]))
+        ],
+        numeric=(1, 2, 3),
+    )
+
+
+def roofline(found: Mapping[str, Any]) -> str:
+    """The kernels that multiply under the roofs of this machine, as SVG: GMAC/s over MACs a byte of operands."""
+    rows = [row for row in found["kernels"] if row["macs"] and row["bytes"]]
+    families = sorted({row["template"] for row in rows})
+    points = [
+        Point(
+            row["macs"] / row["bytes"],
+            row["gmacs"],
+            f"{row['layer'] or row['node']}: {row['ms']:.4f} ms, {row['gmacs']:.1f} GMAC/s",
+            families.index(row["template"]),
+        )
+        for row in rows
+    ]
+    peak = found["peak"]
+    xs = [p.x for p in points] or [1.0]
+    roofs = {}
+    for name, top in (("8-bit integers", peak["gmacs"]), ("f32", peak["float_gmacs"])):
+        if top:
+            knee = top / peak["gbytes"]
+            first, last = min([*xs, knee]) / 2, max([*xs, knee]) * 2
+            roofs[name] = [(first, first * peak["gbytes"]), (knee, top), (last, top)]
+    return svg.log_log(points, roofs, "roofline", ("multiply-accumulates for each byte", "GMAC/s"), families)

@@ -1,0 +1,18 @@
+"""What this machine is called."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+
+def cpus() -> list[str]:
+    """The name of each logical CPU; empty where the system does not say."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+
+
+def cpu() -> str:
+    """The name of the CPU."""
+    return next(iter(cpus()), platform.processor() or platform.machine())

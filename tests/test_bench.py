@@ -1,0 +1,175 @@
+"""Measuring artifacts beside the float model: what is told, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpq_compiler import artifact, bench, cli, compiler, contestants, runtime, schemas, targets, tensorfile
+from mpq_compiler.errors import UserError
+from tests import relax_artifact, tiny
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact of three operators, compiled for this machine."""
+    path = tmp_path_factory.mktemp("bench") / "plain.mpq"
+    relax_artifact.build(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save("pixart", tmp_path_factory.mktemp("bench") / "model")
+
+
+@pytest.fixture(scope="module")
+def interpreted(model: Path) -> Path:
+    """An artifact of a tiny transformer for the interpreter."""
+    path = model.parent / "pixart.mpq"
+    calibration = model.parent / "inputs.safetensors"
+    with calibration.open("wb") as stream:
+        tensorfile.save(stream, {name: value.numpy() for name, value in tiny.inputs("pixart", batch=8).items()})
+    options = {"recipe": "w8a8", "target": "reference", "calibration": calibration}
+    compiler.compile(model, path, **options)
+    return path
+
+
+def checked(found: dict) -> dict:
+    assert schemas.check(json.loads(json.dumps(found)), "bench") is None
+    return found
+
+
+def test_rows_ratios_and_their_spread(plain):
+    found = checked(bench.bench([plain], rounds=5, memory=False))
+    assert [row["name"] for row in found["rows"]] == ["mpq", "mpq control"]
+    ours = found["rows"][0]
+    assert ours["ms_min"] <= ours["ms"] <= ours["ms_max"] and ours["ms"] == ours["cpu_ms"]
+    low, high = ours["spread"]["mpq control"]
+    assert 0 < low <= ours["speedup"]["mpq control"] <= high
+    assert ours["bytes"] == runtime.load(plain).manifest["weights"]["payload_bytes"]
+    assert found["clock"] == "cpu" and found["cpu"] and found["kernels"] is None
+    assert found["peak"]["gbytes"] > 0.1 and found["peak"]["gmacs"] > found["peak"]["float_gmacs"] > 0.1
+
+
+def test_ratios_are_taken_within_rounds():
+    times = {"a": bench.Times([1.0, 2.0, 4.0]), "b": bench.Times([3.0, 6.0, 8.0])}
+    entries = [contestants.Contestant(name, lambda: None) for name in times]
+    for each in times.values():
+        each.wall.extend(each.cpu)
+    rows = bench._rows(entries, times, "cpu", {})
+    assert rows[0]["speedup"] == {"b": 3.0} and rows[1]["speedup"]["a"] == pytest.approx(1 / 3)
+    assert rows[0]["ms"] == 2000 and rows[0]["ms_max"] == 4000
+
+
+def test_more_threads_go_by_the_wall(plain):
+    found = checked(bench.bench([plain], threads=2, batch=2, rounds=2, memory=False))
+    assert (found["clock"], found["threads"], found["batch"]) == ("wall", 2, 2)
+    assert found["rows"][0]["ms"] == found["rows"][0]["wall_ms"]
+
+
+def test_several_artifacts_of_one_model(plain, tmp_path):
+    other = tmp_path / "other.mpq"
+    relax_artifact.build(other)
+    found = checked(bench.bench([plain, other], rounds=2, memory=False))
+    assert [row["name"] for row in found["rows"]] == ["mpq", "mpq control", "mpq other"]
+
+
+def test_memory_is_that_of_a_process_of_its_own(plain):
+    found = checked(bench.bench([plain], rounds=1))
+    ours, control = found["rows"]
+    assert 10e6 < ours["peak_bytes"] < 500e6 and control["peak_bytes"] is None
+
+
+def test_against_torch_and_onnxruntime(interpreted, model):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    found = checked(
+        bench.bench([interpreted], ["torch", "onnxruntime", "openvino"], str(model), rounds=2, memory=False)
+    )
+    names = [row["name"] for row in found["rows"]]
+    assert names[:4] == ["mpq", "mpq control", "torch", "onnxruntime"]
+    torch_row = found["rows"][2]
+    assert torch_row["bytes"] == 4 * runtime.load(interpreted).manifest["model"]["parameters"]
+    assert {*torch_row["speedup"]} == {*names} - {"torch"}
+    assert "openvino" in names or found["skipped"] == {"openvino": "openvino is not installed"}
+    assert found["peak"]["gmacs"] is None and "another runtime" in found["peak"]["reason"]
+
+
+def test_the_float_models_give_what_the_denoiser_gives(interpreted, model, tmp_path):
+    """The peers compute the model, not something faster."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    manifest = runtime.load(interpreted).manifest
+    inputs = contestants.random_inputs(manifest, 2)
+    found, skipped = contestants.peers(["torch", "onnxruntime"], str(model), manifest, inputs, 1, tmp_path)
+    assert not skipped
+    torch_output, onnx_output = (np.asarray(c.call()) for c in found[:1]), found[1].call()[0]
+    expected = next(torch_output)
+    assert np.abs(onnx_output - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"against": ["tflite"]}, "--against 'tflite' is no peer: there is: onnxruntime, openvino, torch"),
+        ({"against": ["troch"]}, "did you mean 'torch'?"),
+        ({"rounds": 0}, "--rounds 0 must be 1 or more"),
+        ({"threads": 0}, "--threads 0 must be 1 or more"),
+        ({"batch": -1}, "--batch -1 must be 1 or more"),
+        ({"against": ["torch"]}, "'tiny' is no bundled model: name the float model with --model"),
+        ({"against": ["torch"], "model": "fashion-unet"}, "'fashion-unet' takes sample[4, 14, 14], timestep, class_la"),
+        ({"kernels": True}, "has no kernels that could be timed"),
+    ],
+)
+def test_what_cannot_be_measured(plain, arguments, message):
+    with pytest.raises(UserError) as raised:
+        bench.bench([plain], **{"rounds": 1, "memory": False, **arguments})
+    assert message in str(raised.value)
+
+
+def test_an_artifact_of_another_machine(plain, tmp_path):
+    other = "aarch64-dotprod" if platform.machine() == "x86_64" else "x86-64-avx2"
+    path, made = tmp_path / "other.mpq", artifact.read(plain)
+    row = targets.TARGETS[other]
+    changed = {"name": other, "arch": row.arch, "features": list(row.features), "backend": row.backend}
+    filled = ("format", "format_version", "weights", "files", "artifact_sha256")
+    manifest = {key: value for key, value in made.manifest.items() if key not in filled}
+    artifact.write(
+        path,
+        {**manifest, "target": changed},
+        {name: made.file(name) for name in made.manifest["files"] if name != artifact.WEIGHTS},
+        made.tensors(),
+    )
+    with pytest.raises(UserError, match=other):
+        bench.bench([path], rounds=1)
+
+
+def test_the_plot_is_svg_and_not_overwritten(plain, tmp_path, capsys):
+    assert cli.main(["bench", str(plain), "--plot", str(tmp_path / "roof.png")]) == 1
+    assert "name it roof.svg" in capsys.readouterr().err
+    (tmp_path / "roof.svg").write_text("mine")
+    assert cli.main(["bench", str(plain), "--plot", str(tmp_path / "roof.svg")]) == 1
+    assert (tmp_path / "roof.svg").read_text() == "mine"
+
+
+def test_peaks_are_those_of_a_core():
+    """Twice the work takes about twice the time, and integers are faster than floats."""
+    from mpq_compiler.backends.tvm import peak
+    from mpq_compiler.backends.tvm.kernels.isa import isa
+    from mpq_compiler.targets import resolve
+
+    speeds = {}
+    for make in (peak.integer, peak.floating):
+        call, macs = make(isa(resolve("native").name))
+        times = bench.Times()
+        for _ in range(9):
+            bench._turn(call, 20, times)
+        speeds[make] = macs / min(times.cpu) / 1e9
+        assert statistics.median(times.cpu) < 3 * min(times.cpu)
+    assert 1 < speeds[peak.floating] < speeds[peak.integer] < 10000
