@@ -175,11 +175,12 @@ def load_denoiser(model: str | Path | Denoiser, options: Options) -> Denoiser:
 
 @dataclass
 class Lowering:
-    """What the passes made of a denoiser: the last program, and the planned and the laid-out one, if there are any."""
+    """What the passes made of a denoiser: the last program, the planned one if there is one, and the laid-out ones."""
 
     program: Program
     planned: Program | None
-    laid_out: Program | None
+    laid_out: list[Program]
+    """At every size of ``--shapes``."""
     records: list[Record]
     passes: list[Pass]
 
@@ -209,14 +210,15 @@ def lower(
     def after(index: int, step: Pass, before: Program, program: Program) -> None:
         observe(index, step, before, program)
         if specialize.is_laid_out(step):
-            laid_out.append(program)
+            sizes = [latent[1:] for latent in parse_shapes(options.shapes) if latent is not None][1:]
+            laid_out[:] = [program, *(specialize.laid_out(program, denoiser, size, passes) for size in sizes)]
         if step.provides >= {"time-groups"} and session.sensitivity is None:
             _check_budget(program, passes)
 
     start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
     with single_threaded():
         program, records = pass_manager.run_pipeline(passes, start, session, after)
-    return Lowering(program, planned[-1] if planned else None, laid_out[0] if laid_out else None, records, passes)
+    return Lowering(program, planned[-1] if planned else None, laid_out, records, passes)
 
 
 def _check_budget(program: Program, passes: Sequence[Pass]) -> None:
@@ -305,7 +307,7 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
         raise UserError("the pipeline ends before 'fold-fake-quant': nothing was packed that a backend could run")
     with single_threaded():
         batches, *_ = parse_shapes(chosen.shapes).values()
-        others = _other_sizes(lowering, denoiser, chosen)
+        others = _other_sizes(lowering, chosen)
         more = {"others": others} if others else {}
         built = backend.build(program, target, batches, jobs=chosen.jobs, progress=progress, cache=chosen.cache, **more)
         stored = costs.stored_bytes(planned) + specialize.added_bytes(program, others)
@@ -331,6 +333,7 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
         complete = artifact.write(output, manifest, files, built.tensors, chosen.overwrite)
         assert complete["weights"]["payload_bytes"] == stored, "payload and plan differ"
         quality = judge.quality(output, target)
+        disagreements = [*_disagreements(output, target, denoiser, others)]
     asked = (chosen.steps, chosen.guidance, chosen.scheduler or chosen.prediction_type)
     differences = [] if chosen.calibration is None else recording.notes(denoiser, chosen.calibration, *asked)
     notes = [*denoiser.notes, *differences, *program.facts.get("notes", ())]
@@ -345,6 +348,7 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
             f"the artifact's SQNR is {quality['agreement_db']:+.2f} dB from the packed program's: its kernels for "
             f"'{target.name}' compute something else, report it with the model"
         )
+    notes += disagreements
     parameters = program.facts["parameters"]
     weights = {
         "average_bits": costs.average_bits(stored, parameters),
@@ -368,14 +372,35 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
     )
 
 
-def _other_sizes(lowering: Lowering, denoiser: Denoiser, options: Options) -> list[specialize.Specialization]:
+def _other_sizes(lowering: Lowering, options: Options) -> list[specialize.Specialization]:
     """The packed program at the sizes of ``--shapes`` behind the first."""
-    found = []
-    for latent, batches in [*parse_shapes(options.shapes).items()][1:]:
-        assert latent is not None and lowering.laid_out is not None
-        made = specialize.at_size(lowering.program, lowering.laid_out, denoiser, latent[1:], lowering.passes)
-        found.append(specialize.Specialization(made, batches))
-    return found
+    here, *there = lowering.laid_out
+    return [
+        specialize.Specialization(specialize.transplant(lowering.program, here, other), batches)
+        for other, batches in zip(there, [*parse_shapes(options.shapes).values()][1:], strict=True)
+    ]
+
+
+def _disagreements(
+    path: str | Path, target: targets.Target, denoiser: Denoiser, others: Sequence[specialize.Specialization]
+) -> Iterator[str]:
+    """Notes on the sizes at which the artifact is not as good as the packed program, on a few random inputs."""
+    if not others or target.backend == "reference" or targets.missing_features(target):
+        return
+    from mpq_compiler import runtime
+
+    compiled = runtime.load(path)
+    for other in others:
+        resized = denoiser.resized(*specialize.size_of(other.program))
+        inputs = resized.random_inputs(REFERENCE_LEAST)
+        expected = resized(**inputs).numpy()
+        output = compiled.run({name: value.numpy() for name, value in inputs.items()})
+        difference = sqnr_db(expected, output) - sqnr_db(expected, run(other.program, inputs).numpy())
+        if abs(difference) > AGREEMENT_DB:
+            yield (
+                f"at {other.size} the artifact's SQNR is {difference:+.2f} dB from the packed program's: its kernels "
+                f"for '{target.name}' compute something else, report it with the model"
+            )
 
 
 def _backend(target: targets.Target) -> Any:

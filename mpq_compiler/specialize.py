@@ -43,11 +43,17 @@ class Specialization:
     @property
     def size(self) -> str:
         """Height and width of the latents, as "24x32"."""
-        return size_text(self.program)
+        return _text(self.program)
 
 
-def size_text(program: Program) -> str:
-    return "x".join(map(str, program.inputs[0].shape[-2:]))
+def size_of(program: Program) -> tuple[int, int]:
+    """Height and width of the latents."""
+    height, width = program.inputs[0].shape[-2:]
+    return int(height), int(width)
+
+
+def _text(program: Program) -> str:
+    return "x".join(map(str, size_of(program)))
 
 
 def is_laid_out(step: Pass) -> bool:
@@ -55,19 +61,16 @@ def is_laid_out(step: Pass) -> bool:
     return LAID_OUT in step.provides
 
 
-def at_size(
-    packed: Program, here: Program, denoiser: Denoiser, size: tuple[int, int], passes: Sequence[Pass]
-) -> Program:
-    """The packed program at another size of latents, over the same store of tensors, to which it adds constants.
+def laid_out(here: Program, denoiser: Denoiser, size: tuple[int, int], passes: Sequence[Pass]) -> Program:
+    """The program at another size of latents, as ``here`` is at the first: after the pass of ``passes`` that lays out.
 
-    here: the program after the pass that `is_laid_out`, at the size of ``packed``. denoiser: any size. passes: of the
-    pipeline. UserError: the model does not take the size, or its graph is another one.
+    UserError: the model does not take the size, or its graph is another one; known before anything is measured.
     """
-    other = denoiser.resized(*size)
     end = next(i for i, step in enumerate(passes) if is_laid_out(step)) + 1
     empty = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
-    there, _ = pass_manager.run_pipeline(passes[:end], empty, Session(other))
-    return transplant(packed, here, there)
+    there, _ = pass_manager.run_pipeline(passes[:end], empty, Session(denoiser.resized(*size)))
+    list(_differences(here, there, (_text(here), _text(there))))
+    return there
 
 
 def added_bytes(program: Program, others: Sequence[Specialization]) -> int:
@@ -82,8 +85,11 @@ def _reads(program: Program) -> set[str]:
 
 
 def transplant(packed: Program, here: Program, there: Program) -> Program:
-    """``packed``, made from ``here``, as it is made from ``there``: the same graph at another size."""
-    sizes = size_text(here), size_text(there)
+    """``packed``, made from ``here``, as it is made from ``there``, the laid-out program at another size.
+
+    It adds constants to the common store of tensors. UserError: a pass rewrote what depends on the size.
+    """
+    sizes = _text(here), _text(there)
     made = packed.fork(inputs=there.inputs)
     changes = dict(_differences(here, there, sizes))
     for call, region in _calls(made):
@@ -216,4 +222,4 @@ class _Site:
         return _refusal(self.sizes, f"a pass rewrote an operand of '{self.call.name}', which depends on it")
 
 
-__all__ = ["Specialization", "added_bytes", "at_size", "is_laid_out", "size_text", "transplant"]
+__all__ = ["Specialization", "added_bytes", "is_laid_out", "laid_out", "size_of", "transplant"]

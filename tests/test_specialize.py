@@ -12,7 +12,6 @@ from mpq_compiler.aten import aten
 from mpq_compiler.backends.reference.build import build as build_reference
 from mpq_compiler.backends.tvm.build import build as build_kernels
 from mpq_compiler.errors import UserError
-from mpq_compiler.pass_manager import Session
 from mpq_compiler.program import Program, Stage, TensorStore, run
 from mpq_compiler.specialize import Specialization
 from tests import packed
@@ -23,13 +22,10 @@ CASES = [("unet2d", "int3"), ("pixart", "int4")]
 NATIVE = "x86-64-avx2"
 
 
-def laid_out(denoiser) -> Program:
-    return pass_manager.run_pipeline(LAYOUT, Program(fx.Graph(), TensorStore(), (), Stage.FLOAT), Session(denoiser))[0]
-
-
 def specialized(name: str, weights: str = "int8") -> Program:
     case = packed.program(name, weights)
-    return specialize.at_size(case.program, case.laid_out, case.denoiser, SIZES[name], LAYOUT)
+    there = specialize.laid_out(case.laid_out, case.denoiser, SIZES[name], LAYOUT)
+    return specialize.transplant(case.program, case.laid_out, there)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -37,7 +33,7 @@ def test_a_transplanted_layout_is_the_other_layout(name):
     """Nothing but the size is transplanted: the laid-out graph itself becomes that of the other size, to the bit."""
     case = packed.program(name)
     other = case.denoiser.resized(*SIZES[name])
-    there = laid_out(other)
+    there = specialize.laid_out(case.laid_out, case.denoiser, SIZES[name], LAYOUT)
     here = case.laid_out.fork(tensors=TensorStore(dict(case.laid_out.tensors)))
     made = specialize.transplant(here, here, there)
     inputs = other.random_inputs(3, 5)
@@ -144,4 +140,4 @@ def test_a_rewritten_call_that_depends_on_the_size_is_refused():
 def test_a_size_that_the_model_does_not_take():
     case = packed.program("dit")
     with pytest.raises(UserError, match="cannot be traced"):
-        specialize.at_size(case.program, case.laid_out, case.denoiser, (8, 16), LAYOUT)
+        specialize.laid_out(case.laid_out, case.denoiser, (8, 16), LAYOUT)

@@ -10,7 +10,8 @@ from typing import Any
 from torch import fx
 
 from mpq_compiler.aten import aten, is_permute
-from mpq_compiler.backends.tvm.emitter import Emitter, View, elements, filled, whole
+from mpq_compiler.backends.tvm import emit_pointwise
+from mpq_compiler.backends.tvm.emitter import Emitter, Formula, View, elements, filled, whole
 from mpq_compiler.backends.tvm.lowered import BATCH, Kernel, Record, Shape, Value, record
 from mpq_compiler.program import arguments, operand
 
@@ -61,7 +62,26 @@ def rearranged(e: Emitter, node: fx.Node) -> Value:
 def concatenate(e: Emitter, node: fx.Node) -> Value:
     nodes = list(arguments(node)[0])
     dim = int(arguments(node)[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))  # type: ignore[arg-type]
-    return _joined(e, node, [e.view(e.value(n)) for n in nodes], e.axis(nodes[0], dim))
+    values, axis = [e.value(n) for n in nodes], e.axis(nodes[0], dim)
+    return _rotated(e, node, values, axis) or _joined(e, node, [e.view(v) for v in values], axis)
+
+
+def _rotated(e: Emitter, node: fx.Node, parts: Sequence[Value], axis: int) -> Value | None:
+    """``stack([-x[..., 1::2], x[..., 0::2]], -1)``, the turned pairs of rotary embeddings, as one operation on x."""
+    formula = e.formulas.get(parts[0].name)
+    if len(parts) != 2 or formula is None or [step.get("op") for step in formula.steps] != ["neg"]:
+        return None
+    odd, even = e.view(formula.inputs[0]), e.view(parts[1]).reshaped(formula.shape)
+    shape = e.shape(node)
+    if even is None or axis != len(shape) - 1 or shape != (*formula.shape, 2):
+        return None
+    pairs = View(even.source, shape, (*even.strides, 1), even.offset)
+    if odd != View(even.source, even.shape, even.strides, even.offset + 1) or not pairs.is_whole:
+        return None
+    turned = Formula((*shape[:-2], 2 * int(shape[-2])))
+    turned.step("rotate", turned.read(Value(even.source.name, turned.shape, even.source.dtype)))
+    made = emit_pointwise.run(e, turned, {}, node.name)
+    return Value(made.name, shape, made.dtype)
 
 
 def prepend(e: Emitter, node: fx.Node) -> Value:

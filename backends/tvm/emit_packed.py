@@ -9,7 +9,7 @@ from torch import fx
 
 from mpq_compiler import ops, storage
 from mpq_compiler.backends.tvm import emit_pointwise
-from mpq_compiler.backends.tvm.emitter import Emitter, Epilogue, type_name
+from mpq_compiler.backends.tvm.emitter import Emitter, Epilogue, Formula, type_name
 from mpq_compiler.backends.tvm.lowered import BATCH, Kernel, Value, record
 from mpq_compiler.program import arguments
 
@@ -30,9 +30,9 @@ def quantize(e: Emitter, node: fx.Node) -> Value:
     if not x.batched or x.dtype != "float32":
         raise e.refusal("it quantizes what has no batch or is no float32")
     if not e.view(x).is_whole:
-        read = record("pointwise.Input", index=0)
-        step = record("pointwise.PointwiseStep", op="quantize", args=(read,), value=bits)
-        return emit_pointwise.run(e, [x], [step], x.shape, quantizer, node.name)
+        formula = Formula(x.shape)
+        formula.step("quantize", formula.read(x), value=bits)
+        return emit_pointwise.run(e, formula, quantizer, node.name)
     problem = record("quantize.Quantize", shape=(x.size,), bits=bits, groups=quantizer["qscale"].size)
     out = Value(node.name, x.shape, "uint8")
     return e.call(Kernel("quantize", problem), {"x": x, **quantizer}, {"out": out})[0]
@@ -64,7 +64,10 @@ def dequantize_float8(e: Emitter, node: fx.Node) -> Value:
 
 
 def quant_attention(e: Emitter, node: fx.Node) -> Value:
-    raise e.refusal("quantized attention runs on the target 'reference' for now; leave out bit-allocation{attention}")
+    raise e.refusal(
+        "quantized attention has no CPU kernel yet, the targets reference and onnx run it; leave attentions in float "
+        "with bit-allocation{attention=none}"
+    )
 
 
 def _stacked(e: Emitter, nodes: Sequence[Any], convert: str | None) -> Value:

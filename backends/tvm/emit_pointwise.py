@@ -11,9 +11,9 @@ from torch import fx
 
 from mpq_compiler import ops
 from mpq_compiler.aten import MOVEMENT, aten
-from mpq_compiler.backends.tvm.emitter import Emitter, Epilogue
+from mpq_compiler.backends.tvm.emitter import Emitter, Epilogue, Formula
 from mpq_compiler.backends.tvm.lowered import Kernel, Record, Shape, Value, record
-from mpq_compiler.program import arguments
+from mpq_compiler.program import arguments, operand
 
 UNARY: dict[Any, str] = {
     aten.silu.default: "silu",
@@ -125,39 +125,41 @@ def kernel(e: Emitter, members: list[fx.Node]) -> Value:
         e.values[members[cut]] = Value(before.name, e.shape(members[cut]), before.dtype)
         return kernel(e, members[cut + 1 :]) if cut + 1 < len(members) else e.values[members[cut]]
     last = members[-1]
-    shape = e.shape(last)
-    inputs: list[Value] = []  # as they are read
-    steps: list[Record] = []
-    results: dict[fx.Node, int] = {}
+    formula = Formula(e.shape(last))
     quantizer: dict[str, Value] = {}
+    known: dict[Any, Any] = {}
 
-    def reference(read: Any, first: int) -> Any:
-        if isinstance(read, _Earlier):
-            return record("pointwise.Result", index=first + read.index)
-        if not isinstance(read, fx.Node):
-            return float(read)
-        if read in results:
-            return record("pointwise.Result", index=results[read])
-        value = e.value(read)
-        if value not in inputs:
-            inputs.append(value)
-        return record("pointwise.Input", index=inputs.index(value))
+    def read(operand: Any) -> Any:
+        if not isinstance(operand, fx.Node):
+            return float(operand)
+        if operand not in known:
+            other = _only_read_here(e, operand, formula.shape)
+            known[operand] = formula.include(other) if other else formula.read(e.value(operand))
+        return known[operand]
 
     for member in members:
         if member.target is ops.quantize:
             quantizer = e.quantizer(member)
-            x = reference(member.args[0], len(steps))
-            bits = int(arguments(member)[4])
-            steps.append(record("pointwise.PointwiseStep", op="quantize", args=(x,), value=bits))
+            formula.step("quantize", read(member.args[0]), value=int(arguments(member)[4]))
             continue
         if e.two[member.name].dtype not in (torch.float32, torch.bool):
             raise e.refusal("it computes on integers, and kernels compute in float32")
-        first = len(steps)
+        own: list[Any] = []
         for op, operands in operations(e, member):
-            args = tuple(reference(o, first) for o in operands)
-            steps.append(record("pointwise.PointwiseStep", op=op, args=args))
-        results[member] = len(steps) - 1
-    return run(e, inputs, steps, shape, quantizer, e.task.node.name if last is e.task.members[-1] else last.name)
+            own.append(formula.step(op, *(own[o.index] if isinstance(o, _Earlier) else read(o) for o in operands)))
+        known[member] = own[-1]
+    return run(e, formula, quantizer, e.task.node.name if last is e.task.members[-1] else last.name)
+
+
+def _only_read_here(e: Emitter, node: fx.Node, shape: Shape) -> Formula | None:
+    """What makes the node's value, where it is a pointwise kernel of this shape that has no other reader."""
+    value = e.value(node)
+    formula = e.formulas.get(value.name)
+    node = e.task.outer.get(node, node)
+    while len(node.users) == 1 and node.target in MOVEMENT:
+        node = operand(node, 0)
+    only = len(node.users) == 1 and formula is not None and formula.shape == value.shape == shape
+    return formula if only else None
 
 
 def alone(e: Emitter, node: fx.Node) -> Value:
@@ -165,28 +167,29 @@ def alone(e: Emitter, node: fx.Node) -> Value:
     return kernel(e, [node])
 
 
-def run(
-    e: Emitter, inputs: list[Value], steps: list[Record], shape: Shape, quantizer: dict[str, Value], name: str
-) -> Value:
+def run(e: Emitter, formula: Formula, quantizer: dict[str, Value], name: str) -> Value:
     """A pointwise kernel; what is a part of another value is read where it lies."""
-    shapes = [e.broadcast(value, shape) for value in inputs]
-    views = [e.view(Value(v.name, s, v.dtype)) for v, s in zip(inputs, shapes, strict=True)]
+    shapes = [e.broadcast(value, formula.shape) for value in formula.inputs]
+    views = [e.view(Value(v.name, s, v.dtype)) for v, s in zip(formula.inputs, shapes, strict=True)]
     windows = [
         None if v.is_whole else record("pointwise.Window", shape=v.source.shape, strides=v.strides, offset=v.offset)
         for v in views
     ]
     problem = record(
         "pointwise.PointwiseProgram",
-        inputs=[(s, v.dtype) for s, v in zip(shapes, inputs, strict=True)],
-        steps=steps,
-        shape=shape,
+        inputs=[(s, v.dtype) for s, v in zip(shapes, formula.inputs, strict=True)],
+        steps=formula.steps,
+        shape=formula.shape,
         time_groups=quantizer["qscale"].size if quantizer else 1,
     )
     if any(windows):
         problem = problem.replace(windows=windows)
     read = {f"x{i}": view.source for i, view in enumerate(views)} | quantizer
-    out = Value(name, shape, "uint8" if quantizer else "float32")
-    return e.call(Kernel("pointwise", problem), read, {"y": out})[0]
+    out = Value(name, formula.shape, "uint8" if quantizer else "float32")
+    made = e.call(Kernel("pointwise", problem), read, {"y": out})[0]
+    if not quantizer:
+        e.formulas[made.name] = formula
+    return made
 
 
 # ----------------------------------------------------------------------------------------------- epilogues

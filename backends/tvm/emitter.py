@@ -75,6 +75,32 @@ class Epilogue:
         return self.operands.index((kind, value))
 
 
+@dataclass
+class Formula:
+    """What a pointwise kernel computes: its inputs, as they broadcast to ``shape``, and its steps."""
+
+    shape: Shape
+    inputs: list[Value] = field(default_factory=list)
+    steps: list[Record] = field(default_factory=list)
+
+    def read(self, value: Value) -> Record:
+        if value not in self.inputs:
+            self.inputs.append(value)
+        return record("pointwise.Input", index=self.inputs.index(value))
+
+    def step(self, op: str, *args: Record | float, value: int | None = None) -> Record:
+        self.steps.append(record("pointwise.PointwiseStep", op=op, args=args, value=value))
+        return record("pointwise.Result", index=len(self.steps) - 1)
+
+    def include(self, other: Formula) -> Record:
+        """The result of another formula of the same shape, computed here."""
+        renamed = {("pointwise.Input", i): self.read(value) for i, value in enumerate(other.inputs)}
+        for i, step in enumerate(other.steps):
+            args = [renamed[a.type, a.get("index")] if isinstance(a, Record) else a for a in step.get("args")]
+            renamed["pointwise.Result", i] = self.step(step.get("op"), *args)
+        return renamed["pointwise.Result", len(other.steps) - 1]
+
+
 @dataclass(frozen=True)
 class View:
     """Where the elements of a tensor lie in a value: what slices, permutes and repetitions are made of.
@@ -157,6 +183,8 @@ class Emitter:
         self.parts: dict[fx.Node, list[Value]] = {}
         self.views: dict[str, View] = {}
         """What copies were made of, by the copy's name: kernels that can read strides read the source."""
+        self.formulas: dict[str, Formula] = {}
+        """What pointwise kernels compute, by their result: their only readers may compute it themselves."""
         self.calls: list[Call] = []
         self.made: dict[tuple[Any, ...], list[Value]] = {}
         self.task = Task(next(iter(program.graph.nodes)), [])

@@ -52,7 +52,8 @@ Ref = Input | Result | float | int
 class PointwiseStep:
     """One operation.
 
-    op:     a name of `vmath.UNARY`, `BINARY` or `TERNARY`; ``cast`` (to float32); or ``quantize``, last only
+    op:     a name of `vmath.UNARY`, `BINARY` or `TERNARY`; ``cast`` (to float32); ``rotate`` (neighbours in the last
+            dimension by a quarter turn); or ``quantize``, last only
     args:   what it reads; plain numbers are float32 constants
     value:  for ``quantize`` the number of bits
     """
@@ -109,6 +110,8 @@ class PointwiseProgram:
             raise ValueError(f"the batch must be the first dimension of {self.shape}")
         if self.bits is not None and self.shape[:1] != (BATCH,):
             raise ValueError("a program that quantizes needs a batch: scales are chosen by sample")
+        if any(step.op == "rotate" for step in self.steps) and int(self.shape[-1]) % 2:
+            raise ValueError(f"the last dimension of {self.shape} is no row of pairs to rotate")
         if any(step.op == "quantize" for step in self.steps[:-1]):
             raise ValueError("quantize must be the last step")
 
@@ -256,6 +259,8 @@ def _evaluate(program: PointwiseProgram, load: Any, quant: Any, lanes: int) -> E
             return vmath.quantize(args[0], vmath.reciprocal(quant[0]), quant[1], int(step.value or 0))
         if step.op == "cast":
             value = args[0]
+        elif step.op == "rotate":
+            value = vmath.rotate_pairs(args[0])
         elif step.op in vmath.UNARY:
             value = vmath.UNARY[step.op](*args)
         elif step.op in vmath.BINARY:

@@ -229,6 +229,14 @@ def where(condition: Expr, a: Expr, b: Expr) -> Expr:
     return tirx.Select(tirx.NE(condition, f32(0.0, lanes(condition))), a, b)
 
 
+def rotate_pairs(x: Expr) -> Expr:
+    """(-x1, x0, -x3, x2, ...): a quarter turn of each pair of lanes, of which there are two or more."""
+    count = lanes(x)
+    places = [tirx.IntImm("int32", lane) for lane in range(count)]
+    swapped = tirx.Shuffle([x], [places[lane ^ 1] for lane in range(count)])
+    return mul(swapped, tirx.Shuffle([f32(1.0 if lane % 2 else -1.0, 1) for lane in range(count)], places))
+
+
 def relu(x: Expr) -> Expr:
     """max(x, 0), NaN to NaN."""
     return at_least(x, f32(0.0, lanes(x)))

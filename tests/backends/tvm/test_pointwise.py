@@ -124,6 +124,18 @@ PROGRAMS: dict[str, tuple[PointwiseProgram, Any]] = {
         ),
         lambda x, y: y[:, ::2] - x[..., 1::2],
     ),
+    "rotary embedding": (
+        PointwiseProgram(
+            _f32(("B", 7, 3, 22), (1, 7, 1, 22), (1, 7, 1, 22)),
+            (_step("rotate", X[0]), _step("mul", R[0], X[2]), _step("mul", X[0], X[1]), _step("add", R[1], R[2])),
+            ("B", 7, 3, 22),
+        ),
+        lambda x, c, s: x * c + torch.stack([-x[..., 1::2], x[..., 0::2]], -1).flatten(-2) * s,
+    ),
+    "rotated pairs": (
+        PointwiseProgram(_f32(("B", 9, 2)), (_step("rotate", X[0]),), ("B", 9, 2)),
+        lambda x: torch.stack([-x[..., 1], x[..., 0]], -1),
+    ),
     "another order": (
         PointwiseProgram(
             _f32(("B", 5, 21)), (_step("relu", X[0]),), ("B", 5, 21), windows=(Window(("B", 21, 5), (0, 1, 5)),)
@@ -227,6 +239,7 @@ def test_merge_dimensions(extents: tuple, strides: tuple, sizes: list[int]) -> N
         (_f32(("B", 3)), (_step("relu", X[0]),), ("B", 4), "does not broadcast"),
         (_f32((3, "B")), (_step("relu", X[0]),), (3, "B"), "must be the first"),
         (_f32((3,)), (_step("quantize", X[0], value=8),), (3,), "needs a batch"),
+        (_f32(("B", 3)), (_step("rotate", X[0]),), ("B", 3), "no row of pairs"),
     ],
 )
 def test_programs_that_make_no_sense(inputs: tuple, steps: tuple, shape: tuple, message: str) -> None:
