@@ -460,7 +460,9 @@ def _passes(args: argparse.Namespace) -> Any:
         described = printer.describe_pass(pass_manager.find(args.name))
         terminal.say(printer.pass_text(described, min(110, terminal.output.width)))
         return described
-    everything = [printer.describe_pass(pass_manager.find(n)) for n in pass_manager.all_names()]
+    found, broken = pass_manager.usable()
+    everything = [printer.describe_pass(p) for p in found.values()]
+    everything += [{"name": name, "broken": reason} for name, reason in broken.items()]
     terminal.table(
         "passes, in the order of the default recipe",
         ("pass", "contract", "purpose"),

@@ -120,22 +120,16 @@ class Pass(ABC):
 def find(name: str) -> type[Pass]:
     """The pass class of that name: one of `mpq_compiler.passes`, or of a package with an entry point.
 
-    Raises UserError for an unknown name, a name defined twice and a package that fails to import.
+    Raises UserError for an unknown name, a name defined twice, and a package whose pass cannot be used, with why.
     """
     from mpq_compiler.passes import PASSES
 
-    external = [e for e in importlib.metadata.entry_points(group=ENTRY_POINTS) if e.name == name]
+    external = [e for e in _external() if e.name == name]
     if len(external) + (name in PASSES) > 1:
-        owners = ", ".join(e.value for e in external)
+        owners = ", ".join(_owner(e) for e in external)
         raise UserError(f"pass '{name}' is defined more than once ({owners}); uninstall one of the packages")
     if external:
-        try:
-            loaded = external[0].load()
-        except Exception as error:
-            raise UserError(f"pass '{name}' ({external[0].value}) fails to import: {error}") from error
-        if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
-            raise UserError(f"pass '{name}' ({external[0].value}) is no subclass of Pass")
-        return loaded
+        return _load(external[0])
     if name not in PASSES:
         raise UserError(f"unknown pass '{name}': {nearest(name, all_names())}")
     module = importlib.import_module("mpq_compiler.passes." + name.replace("-", "_"))
@@ -147,12 +141,50 @@ def find(name: str) -> type[Pass]:
     return cls
 
 
+def _external() -> list[importlib.metadata.EntryPoint]:
+    return sorted(importlib.metadata.entry_points(group=ENTRY_POINTS), key=lambda e: (e.name, e.value))
+
+
+def _owner(entry: importlib.metadata.EntryPoint) -> str:
+    """Where an entry point comes from: its object, and its distribution."""
+    return f"{entry.value} of {entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+
+
+def _load(entry: importlib.metadata.EntryPoint) -> type[Pass]:
+    """The pass behind an entry point. UserError: whatever keeps it from being one."""
+    where = f"pass '{entry.name}' ({_owner(entry)})"
+    try:
+        loaded = entry.load()
+    except (Exception, SystemExit) as error:  # importing a package runs what its author wrote
+        raise UserError(f"{where} fails to import: {type(error).__name__}: {error}") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
+        raise UserError(f"{where} is no subclass of mpq_compiler.pass_manager.Pass")
+    if loaded.name() != entry.name:
+        raise UserError(f"{where} calls itself '{loaded.name()}': name its module after it, or override name()")
+    if not isinstance(getattr(loaded, "contract", None), Contract):
+        raise UserError(f"{where} declares no contract: set it to {', '.join(f'Contract.{c.name}' for c in Contract)}")
+    if missing := sorted(getattr(loaded, "__abstractmethods__", ())):
+        raise UserError(f"{where} does not define {', '.join(missing)}")
+    return loaded
+
+
 def all_names() -> list[str]:
-    """The names of all passes, in pipeline order, third-party ones last."""
+    """The names of all passes, in pipeline order, third-party ones last, those among them that cannot be used too."""
     from mpq_compiler.passes import PASSES
 
-    external = {e.name for e in importlib.metadata.entry_points(group=ENTRY_POINTS)}
-    return [*PASSES, *sorted(external - set(PASSES))]
+    return [*PASSES, *sorted({e.name for e in _external()} - set(PASSES))]
+
+
+def usable() -> tuple[dict[str, type[Pass]], dict[str, str]]:
+    """(the passes that can be used by name, the reason for each name that cannot)."""
+    found: dict[str, type[Pass]] = {}
+    broken: dict[str, str] = {}
+    for name in all_names():
+        try:
+            found[name] = find(name)
+        except UserError as error:
+            broken[name] = str(error)
+    return found, broken
 
 
 def make(name: str, options: dict[str, Any]) -> Pass:
@@ -244,7 +276,7 @@ def check(passes: Sequence[Pass], present: Iterable[str] = ()) -> None:
     for p in passes:
         missing = sorted(p.requires - have)
         if missing:
-            makers = [n for n in all_names() if missing[0] in find(n).provides]
+            makers = [name for name, maker in usable()[0].items() if missing[0] in maker.provides]
             hint = f"put {' or '.join(makers)} before it" if makers else "no pass provides it"
             raise UserError(f"pass '{p.name()}' needs '{missing[0]}': {hint}")
         have |= p.provides

@@ -176,21 +176,31 @@ def test_a_pass_of_another_package(installed):
         parse("polich")
 
 
-def test_a_package_that_fails_to_import_is_named(installed):
-    installed("polish = acme_passes:Polish", "import no_such_module\n")
-    with pytest.raises(UserError, match=r"pass 'polish' \(acme_passes:Polish\) fails to import: No module named"):
+@pytest.mark.parametrize(
+    "source, reason",
+    [
+        ("import no_such_module\n", "fails to import: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("raise SystemExit(3)\n", "fails to import: SystemExit: 3"),
+        ("Polished = 1\n", "fails to import: AttributeError: .*'Polish'"),
+        ("class Polish: pass\n", "is no subclass of mpq_compiler.pass_manager.Pass"),
+        (SOURCE.replace('"polish"', '"varnish"'), "calls itself 'varnish': name its module after it, or override name"),
+        (SOURCE.replace("contract:", "promise:"), "declares no contract: set it to Contract.IDENTICAL, Contract.REW"),
+        (SOURCE.replace("def run(", "def walk("), "does not define run"),
+    ],
+)
+def test_a_pass_that_cannot_be_used_is_named_with_the_reason(installed, source, reason):
+    installed("polish = acme_passes:Polish", source)
+    with pytest.raises(UserError, match=rf"pass 'polish' \(acme_passes:Polish of acme-passes 1.0\) {reason}"):
         parse("polish")
-
-
-def test_something_else_than_a_pass_is_named(installed):
-    installed("polish = acme_passes:Polish", "class Polish: pass\n")
-    with pytest.raises(UserError, match="is no subclass of Pass"):
-        parse("polish")
+    found, broken = pass_manager.usable()
+    assert [*found] == [*PASSES] and [*broken] == ["polish"]
+    with pytest.raises(UserError, match="put layout before it"):
+        pass_manager.check(parse("trace,calibrate"))
 
 
 def test_a_name_twice_is_an_error(installed):
     installed("layout = acme_passes:Polish", SOURCE)
-    with pytest.raises(UserError, match=r"pass 'layout' is defined more than once \(acme_passes:Polish\)"):
+    with pytest.raises(UserError, match=r"pass 'layout' is defined more than once \(acme_passes:Polish of acme-passes"):
         parse("layout")
 
 
