@@ -466,7 +466,7 @@ def _passes(args: argparse.Namespace) -> Any:
     terminal.table(
         "passes, in the order of the default recipe",
         ("pass", "contract", "purpose"),
-        [(d["name"], d["contract"], d["summary"]) for d in everything],
+        [(d["name"], d.get("contract", "broken"), d.get("summary") or d["broken"]) for d in everything],
     )
     return everything
 
