@@ -19,6 +19,12 @@ from mpq_compiler.artifact import Artifact
 from mpq_compiler.errors import UserError, nearest
 from mpq_compiler.tvm_runtime import VirtualMachine, usable_cores
 
+ASSUMED_TO = 0.02
+"""How far a token that was compiled in may be off, in parts of its mean magnitude."""
+
+BACKENDS = {"reference": "mpq-compiler[compile]", "onnx": "mpq-compiler[onnx]"}
+"""What has to be installed for artifacts that no TVM kernels run."""
+
 
 class Executor(Protocol):
     """What executes the functions of an artifact. Calls come one at a time."""
@@ -207,6 +213,8 @@ class CompiledDenoiser:
         batch, fitting = self._specializations(arrays)
         if self.check_finite:
             _require_finite_inputs(arrays)
+        for assumed in self.manifest.get("assumptions", ()):
+            _require_token(assumed, arrays[assumed["input"]])
         with self._lock:
             parts = [
                 self._part(function, arrays, begin, end) for function, begin, end in _schedule(batch, fitting)
@@ -281,6 +289,22 @@ def _require_finite_inputs(arrays: Mapping[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise UserError(f"input '{name}' holds NaN or infinity; check what made it")
+
+
+def _require_token(assumed: Mapping[str, Any], array: np.ndarray) -> None:
+    """UserError where samples begin otherwise than what pass bos-split made a constant of.
+
+    Text encoders of another precision or machine give the same token to some thousandths: 2 % of the mean magnitude are
+    allowed. Another token, or the zeros that some pipelines guide with, are far beyond.
+    """
+    expected = np.asarray(assumed["values"], np.float32)
+    difference = np.abs(array[:, assumed["token"]] - expected).mean(axis=1)
+    if (difference > ASSUMED_TO * np.abs(expected).mean()).any():
+        raise UserError(
+            f"token {assumed['token']} of '{assumed['input']}' in sample {int(difference.argmax())} is not the one "
+            "with which every prompt began when this artifact was compiled; its keys and values are constants since: "
+            "encode texts as they were for calibration, or compile without the pass 'bos-split'"
+        )
 
 
 def _schedule(batch: int, functions: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int, int]]:

@@ -4,6 +4,7 @@ PASSES: tuple[str, ...] = (
     "trace",
     "layout",
     "split-shortcut",
+    "bos-split",
     "calibrate",
     "time-groups",
     "sensitivity",
