@@ -303,7 +303,16 @@ def _generate(args: argparse.Namespace) -> Any:
     titles = ["float", "compiled"] if args.compare else None
     pictures.grid(drawn if args.compare else drawn[0], args.output, titles=titles)
     terminal.say(f"wrote {args.output}")
-    result: dict[str, Any] = {"output": str(args.output), "images": args.images, "steps": args.steps, "seed": args.seed}
+    guidance = painter.conditioning.usual_guidance() if args.guidance is None else args.guidance
+    asked = {"prompt": args.prompt, "class": args.label}
+    result: dict[str, Any] = {
+        "output": str(args.output),
+        "images": args.images,
+        "steps": args.steps,
+        "seed": args.seed,
+        "guidance": guidance,
+        **{name: value for name, value in asked.items() if value is not None},
+    }
     if args.compare:
         from mpq_compiler.metrics import psnr_db
 

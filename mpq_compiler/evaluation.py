@@ -177,7 +177,7 @@ def evaluate(
         **metrics.compare_images(pictures_reference, pictures, extractor, reason, conditions.labels),
         "steps": steps,
         "seed": seed,
-        "guidance": guidance,
+        "guidance": reference.conditioning.usual_guidance() if guidance is None else guidance,
     }
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 import mpq_compiler
 from mpq_compiler import cli, pass_manager, schemas
+from mpq_compiler.prompts import TextEncoder
 from tests import tiny
 
 QUICK = ("--samples", "2", "--steps", "2")
@@ -89,6 +90,46 @@ def test_eval_has_every_metric(folder: Path, model: Path, artifact: Path) -> Non
     assert result["psnr_db"]["low"] <= result["psnr_db"]["value"] <= result["psnr_db"]["high"]
     assert result["frechet_to_data"] is None
     assert "extractor" in result["reasons"]["frechet_to_data"]
+
+
+def prompted(folder: Path) -> Path:
+    """A text-conditioned model with its own text encoder."""
+    root = tiny.save("sd15", folder, sample_size=8)
+    rows = np.random.default_rng(0).standard_normal((10, 32)).astype(np.float32)
+    encoder = TextEncoder(
+        ("<bos>", "<eos>", "<pad>", "old", "new", "boat", "tree", "town"),
+        {"age": ("old", "new"), "class": ("boat", "tree", "town")},
+        rows[:8],
+        np.tile(rows[8:9], (tiny.TOKENS, 1)),
+    )
+    encoder.save(root / "table.safetensors")
+    about = {"codec": "identity", "tokens": tiny.TOKENS, "text": {"tables": "table.safetensors", **encoder.to_json()}}
+    (root / "harness.json").write_text(json.dumps(about))
+    return root
+
+
+def test_prompts_from_compiling_to_drawing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The artifact encodes prompts by itself; guidance is that of the calibration, and of the evaluation."""
+    model, output = prompted(folder / "text"), folder / "text.mpq"
+    quick = ("--samples", "8", "--steps", "3", "--recipe", "w8a8", "--target", "reference", "--guidance", "2")
+    report = command(folder, "compile", model, "-o", output, *quick)
+    assert report["calibration"]["guidance"] == 2
+    assert report["calibration"]["inputs"] == 8 * 3 * 2  # both calls of every step
+    assert "8 trajectories of 3 steps (DDIMScheduler), guidance 2, seed 0" in capsys.readouterr().out.replace("\n", " ")
+    draw = ("generate", output, "-o", folder / "boat.png", "--compare", model, "--images", "3", "--steps", "2")
+    drawn = command(folder, *draw, "--prompt", "old boat", "--guidance", "2")
+    assert (drawn["prompt"], drawn["guidance"]) == ("old boat", 2)
+    other = command(folder, *draw, "--prompt", "new town", "--overwrite")
+    assert other["guidance"] == 1 and other["psnr_db"] != drawn["psnr_db"]
+    assert cli.main([*map(str, draw), "--prompt", "old boot", "--overwrite"]) == 1
+    assert "did you mean 'boat'" in capsys.readouterr().err
+    few = ("--images", "4", "--eval-steps", "2", "--guidance", "2")
+    judged = command(folder, "eval", output, "--against", model, *few)
+    assert judged["guidance"] == 2 and judged["sqnr_db"] > 10
+    command(folder, "verify", output)
+    (output / "text.safetensors").write_bytes(b"")
+    assert cli.main(["verify", str(output)]) == 1
+    assert "text.safetensors is truncated" in capsys.readouterr().err
 
 
 def test_inspect_dumps_and_artifact(folder: Path, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
