@@ -110,6 +110,7 @@ class Emitter:
                 self._made[node] = Value(next(specs).name)
             elif node.op != "output":
                 self._emit(node)
+        program.fallbacks.update(self.weights.decoded())
         result = operand(program.graph.output_node(), 0)
         self.graph.scope = output
         shape, source = self.shape(result), self.last(result)

@@ -120,7 +120,7 @@ def _dynamic_quantize(e: Emitter, node: fx.Node, a: Arguments) -> Made:
 @emits(ops.dequantize_weight)
 def _dequantize_weight(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     g, columns = e.graph, e.example(a["codes"]).shape[1]
-    levels, zero = _levels(e, node, a)
+    levels, zero = _levels(e, a)
     value = g.op("Sub", g.op("Cast", levels, to=ELEMENT["float32"]), e.number(float(zero)))
     segment = ops.column_segments(a["segments"] or [columns], columns).numpy()
     index = g.constant(segment if segment.any() else segment[:1], "int64", f"{node.name}/segments")
@@ -140,17 +140,11 @@ def _dequantize_float8(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.reshaped(value, e.shape(node), node.name)
 
 
-def _levels(e: Emitter, node: fx.Node, a: Arguments) -> tuple[str, int]:
-    """The integers of a weight (`Weights.levels`); those of fewer than 8 bits are listed."""
+def _levels(e: Emitter, a: Arguments) -> tuple[str, int]:
+    """The integers of a weight (`Weights.levels`)."""
     codes, lut, row_class = (None if a[k] is None else e.stored(a[k]) for k in ("codes", "lut", "row_class"))
-    tensor = e.weights.stored[str(codes)]
-    if tensor.bits != 8:
-        e.program.fallbacks.setdefault(
-            node.name,
-            f"its {tensor.bits}-bit codes are decoded to int8 when onnxruntime loads the model: "
-            f"{tensor.array.nbytes} bytes stored, {e.example(a['codes']).numel()} in memory",
-        )
-    return e.weights.levels(str(codes), lut, row_class)
+    assert codes is not None
+    return e.weights.levels(codes, lut, row_class)
 
 
 @dataclass(frozen=True)
@@ -174,10 +168,10 @@ class _Weight:
         return g.op("Mul", g.op("Sub", total, e.number(float(self.zero * self.columns))), self.scale)
 
 
-def _segments(e: Emitter, node: fx.Node, a: Arguments, taps: int) -> list[_Weight]:
+def _segments(e: Emitter, a: Arguments, taps: int) -> list[_Weight]:
     """The parts of a weight; channels are split alike at every tap."""
     g, (outputs, columns) = e.graph, e.example(a["codes"]).shape
-    levels, zero = _levels(e, node, a)
+    levels, zero = _levels(e, a)
     found, begin = [], 0
     for j, size in enumerate(a["segments"]):
         part = levels
@@ -197,7 +191,7 @@ def _segments(e: Emitter, node: fx.Node, a: Arguments, taps: int) -> list[_Weigh
 @emits(ops.quant_linear)
 def _quant_linear(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     parts = _channels(e, e.last(a["x"]), a["segments"])
-    return _contraction(e, a, parts, _segments(e, node, a, 1), e.shape(node), node.name)
+    return _contraction(e, a, parts, _segments(e, a, 1), e.shape(node), node.name)
 
 
 def _channels(e: Emitter, x: str, segments: list[int]) -> list[str]:
@@ -225,7 +219,7 @@ def _quant_conv2d(e: Emitter, node: fx.Node, a: Arguments) -> Made:
                 pixels = g.op("Concat", pixels, _chosen(e, table, a["group"], (batch,)), axis=1)
             rows = g.op("Gather", pixels, index, axis=1)
             parts[j] = g.op("Reshape", rows, g.ints(-1, *taps.shape[:2], taps.shape[2] * size))
-    return _contraction(e, a, parts, _segments(e, node, a, taps.shape[2]), shape, node.name)
+    return _contraction(e, a, parts, _segments(e, a, taps.shape[2]), shape, node.name)
 
 
 def _taps(height: int, width: int, kernel: Any, stride: Any, padding: Any) -> tuple[np.ndarray, bool]:

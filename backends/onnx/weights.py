@@ -2,17 +2,18 @@
 
 ONNX has no 2-, 3- or 5-bit integers and no tables. Nodes that read nothing but stored tensors make the int8 values of
 such weights; onnxruntime folds them when it loads a model, so that a file of any width is as small as the plan says and
-the integer kernels read int8.
+the integer kernels read int8 (`Weights.decoded` says which).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
 from mpq_compiler import ops
-from mpq_compiler.backends.onnx.graph import Graph
+from mpq_compiler.backends.onnx.graph import ELEMENT, Graph
 from mpq_compiler.storage import Stored
 
 
@@ -21,6 +22,7 @@ class Weights:
 
     def __init__(self, graph: Graph, stored: Mapping[str, Stored], places: Mapping[str, tuple[int, int]]) -> None:
         self.graph, self.stored, self.places = graph, stored, places
+        self._decoded: set[str] = set()
 
     def raw(self, name: str) -> str:
         """The tensor as it is stored; codes of 4 and 8 bits in their shape, other widths as bytes."""
@@ -35,7 +37,7 @@ class Weights:
     def read(self, name: str) -> str:
         """The value that the program sees: half-precision floats as f32."""
         raw = self.raw(name)
-        return self.graph.op("Cast", raw, to=_FLOAT) if self.stored[name].array.dtype == np.float16 else raw
+        return self.graph.op("Cast", raw, to=ELEMENT["float32"]) if self.stored[name].array.dtype == np.float16 else raw
 
     def levels(self, codes: str, lut: str | None, row_class: str | None) -> tuple[str, int]:
         """(i8 [O, K], zero): what `ops.entries` gives is the difference, exactly.
@@ -44,6 +46,7 @@ class Weights:
         """
         if lut is None:
             return self.raw(codes), 0
+        self._decoded.add(codes)
         table = self.stored[lut].array
         first = int(table[0, 0])
         if len(table) == 1 and np.array_equal(table[0], np.arange(first, first + table.shape[1])) and first <= 0:
@@ -53,10 +56,25 @@ class Weights:
             index = self.graph.op("Add", index, self._first_entries(row_class, table.shape[1], self._shape(codes)[0]))
         return self.graph.op("Gather", self.graph.op("Reshape", self.raw(lut), self.graph.ints(-1)), index), 0
 
+    def decoded(self) -> dict[str, str]:
+        """What there is to say of weights that take more memory than file, by width."""
+        said = {}
+        for bits in (2, 3, 4, 5):
+            names = [name for name in self._decoded if self.stored[name].bits == bits]
+            if not names:
+                continue
+            held = sum(self.stored[name].array.nbytes for name in names)
+            values = sum(math.prod(self._shape(name)) for name in names)
+            said[f"{bits}-bit weights"] = (
+                f"onnxruntime decodes those of {len(names)} layers to int8 when it loads the model: "
+                f"{held} bytes in the file, {values} in memory"
+            )
+        return said
+
     def _first_entries(self, row_class: str, entries: int, rows: int) -> str:
         """i32 [O, 1]: where the table of each row begins in all tables one behind the other."""
         g = self.graph
-        first = g.op("Mul", g.op("Cast", self.raw(row_class), to=_INT32), g.constant(entries, "int32"))
+        first = g.op("Mul", g.op("Cast", self.raw(row_class), to=ELEMENT["int32"]), g.constant(entries, "int32"))
         tiles = g.op("Expand", g.op("Reshape", first, g.ints(-1, 1)), g.ints(1, ops.TILE_ROWS))
         return g.op("Slice", g.op("Reshape", tiles, g.ints(-1, 1)), g.ints(0), g.ints(rows), g.ints(0))
 
@@ -66,34 +84,28 @@ class Weights:
         return shape
 
     def _codes(self, name: str, dtype: str) -> str:
-        """Codes [O, K] as int8 or int32."""
+        """Codes [O, K] below 32 as int8 or int32."""
         g, bits, shape = self.graph, self.stored[name].bits, self._shape(name)
-        element = {"int8": _INT8, "int32": _INT32}[dtype]
-        if bits in (4, 8):
-            return g.op("Cast", self.raw(name), to=element)
+        if bits == 4:
+            return g.op("Cast", self.raw(name), to=ELEMENT[dtype])
         assert bits in (2, 3, 5)
-        count = int(np.prod(shape))
-        flat = self._plane(name, count, 0, 4 if bits == 5 else 2, 0)
-        if bits != 2:
-            flat = g.op("BitwiseOr", flat, self._plane(name, count, count * (bits - 1), 1, bits - 1))
-        return g.op("Cast", g.op("Reshape", flat, g.ints(*shape)), to=element)
+        low, count = bits - bits % 2, math.prod(shape)
+        flat = self._plane(name, count, 0, low)
+        if low < bits:
+            flat = g.op("BitwiseOr", flat, self._plane(name, count, low, 1))
+        return g.op("Cast", g.op("Reshape", flat, g.ints(*shape)), to=ELEMENT[dtype])
 
-    def _plane(self, name: str, count: int, begin: int, width: int, shift: int) -> str:
-        """u8 [count]: values of ``width`` bits from bit ``begin`` of the stream on (formats/packing.py), shifted left.
+    def _plane(self, name: str, count: int, first: int, width: int) -> str:
+        """u8 [count]: bits first .. first + width of codes that are stored in planes (formats/packing.py).
 
-        A table says what the bits of each byte are.
+        A table says for each byte which bits of codes it holds.
         """
-        g = self.graph
-        end = begin + count * width
-        stream = self.raw(name)
-        if (begin // 8, -(-end // 8)) != (0, len(self.stored[name].array)):
-            stream = g.op("Slice", stream, g.ints(begin // 8), g.ints(-(-end // 8)), g.ints(0))
-        parts = np.arange(256)[:, None] >> np.arange(0, 8, width)
-        table = g.constant((parts & (1 << width) - 1) << shift, "uint8", f"bits{width}<<{shift}")
-        flat = g.op("Reshape", g.op("Gather", table, g.op("Cast", stream, to=_INT32)), g.ints(-1))
+        g, begin = self.graph, count * first
+        stream, last = self.raw(name), -(-(begin + count * width) // 8)
+        if (begin // 8, last) != (0, self.stored[name].array.size):
+            stream = g.op("Slice", stream, g.ints(begin // 8), g.ints(last), g.ints(0))
+        values = np.arange(256)[:, None] >> np.arange(0, 8, width) & (1 << width) - 1
+        table = g.constant(values << first, "uint8", f"bits{first}..{first + width}")
+        flat = g.op("Reshape", g.op("Gather", table, g.op("Cast", stream, to=ELEMENT["int32"])), g.ints(-1))
         lead = begin % 8 // width
         return g.op("Slice", flat, g.ints(lead), g.ints(lead + count), g.ints(0))
-
-
-_FLOAT, _INT8, _INT32 = 1, 3, 6
-"""Element types of onnx.TensorProto."""
