@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -481,6 +482,8 @@ def _describe(
             "class": str(denoiser.config.get("_class_name", type(denoiser.module.model).__name__)),
             "config": {k: v for k, v in denoiser.config.items() if not k.startswith("_")},
             "parameters": program.facts["parameters"],
+            "signature": list(inspect.signature(denoiser.module.model.forward).parameters),
+            "call": asdict(denoiser.module.convention),
         },
         "recipe": {"name": str(Path(options.recipe).stem) if options.pipeline is None else "custom"},
         "pipeline": pass_manager.to_text(passes),

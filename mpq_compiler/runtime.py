@@ -16,6 +16,7 @@ import numpy as np
 from mpq_compiler import artifact as artifacts
 from mpq_compiler import targets
 from mpq_compiler.artifact import Artifact
+from mpq_compiler.calling import Convention
 from mpq_compiler.errors import UserError, nearest
 from mpq_compiler.tvm_runtime import VirtualMachine, usable_cores
 
@@ -98,6 +99,8 @@ class CompiledDenoiser:
         self._functions: list[dict[str, Any]] = self.manifest["functions"]
         self._inputs: dict[str, dict[str, Any]] = {v["name"]: v for v in self._functions[0]["inputs"]}
         self._signature: list[str] = self.manifest["model"].get("signature", list(self._inputs))
+        call = self.manifest["model"].get("call", {})
+        self._convention = Convention(**{**call, "baked": tuple(call.get("baked", ()))})
         self.report: Any = None
         """How it was compiled, where that was done in this process (`compile` of a pipeline)."""
         self._executor = _executor(artifact, threads)
@@ -177,7 +180,7 @@ class CompiledDenoiser:
         """
         named = self._named(args, kwargs)
         as_torch = any(_is_torch(value) for value in named.values())
-        result: Any = self.run(named)
+        result: Any = self._convention.pack(self.run(named))
         if as_torch:
             torch = _torch()
             assert torch
@@ -193,11 +196,11 @@ class CompiledDenoiser:
         for name, value in kwargs.items():
             if name in named:
                 raise UserError(f"input '{name}' is given twice, by position and by name")
-            if name == "added_cond_kwargs" and isinstance(value, Mapping):
-                named.update(value)
-            else:
-                named[name] = value
-        return {name: value for name, value in named.items() if value is not None}
+            named[name] = value
+        if "img_ids" in self._convention.baked and named.get("img_ids") is None:
+            raise UserError("input 'img_ids' is missing; an artifact is called as its model is, or `run` on images")
+        arguments = self._convention.inputs(named)
+        return {n: v for n, v in arguments.items() if not (isinstance(v, Mapping) and not v)}
 
     def run(self, inputs: Mapping[str, Any]) -> np.ndarray:
         """The output for `inputs` by name: float32, the batch first.
@@ -368,4 +371,6 @@ def _array(name: str, value: Any, expected: Mapping[str, Any]) -> np.ndarray:
             if (converted == array).all():
                 return converted
         raise UserError(f"input '{name}' holds a value that {dtype} cannot; this artifact takes {dtype}")
+    if array.dtype.kind in "iub" and dtype.kind == "f":  # masks of tokens, as tokenizers make them
+        return array.astype(dtype)
     raise UserError(f"input '{name}' is {array.dtype}; this artifact takes {dtype}")

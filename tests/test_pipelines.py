@@ -10,10 +10,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import mpq_compiler
+from mpq_compiler import denoiser as denoisers
 from mpq_compiler import metrics
 from mpq_compiler.errors import UserError
+from mpq_compiler.inputs import convention_of
 from mpq_compiler.runtime import CompiledDenoiser
 from tests import tiny
 
@@ -28,7 +31,7 @@ def quiet(pipeline: Any) -> Any:
 def gentle(name: str, **changes: Any) -> torch.nn.Module:
     """A tiny model whose output is small: a random denoiser that is not would amplify every difference."""
     model = tiny.model(name, **changes)
-    last = model.conv_out if hasattr(model, "conv_out") else model.proj_out_2
+    last = next(getattr(model, name) for name in ("conv_out", "proj_out_2", "proj_out") if hasattr(model, name))
     last.weight.mul_(0.2)
     last.bias.zero_()
     return model
@@ -85,6 +88,32 @@ def test_a_pipeline_calibrates_by_drawing(tmp_path: Path) -> None:
     assert about["steps"] == "5" and len(about["file"]) == 64
     assert about["inputs"] == 4 * 5 * 8 * 3 // 4  # 4 calls of 5 steps, 4 images with and without their class, 3 of 4
     assert metrics.psnr_db(expected, draw()) > 30
+
+
+def test_called_as_fluxs_pipeline_calls_its_transformer(tmp_path: Path) -> None:
+    """Packed latents and their places, timesteps in fractions of 1; what holds no more than sizes may be left in."""
+    model = gentle("flux")
+    denoiser = denoisers.wrap(model, name="flux", size=tiny.SIZES["flux"], tokens=tiny.TOKENS)
+    calibration = tmp_path / "calibration.safetensors"
+    save_file(tiny.inputs("flux", batch=32, seed=1), calibration)
+    mpq_compiler.compile(denoiser, tmp_path / "x.mpq", calibration=calibration, **W8A8)
+    compiled = mpq_compiler.load(tmp_path / "x.mpq")
+    given, convention = tiny.inputs("flux", batch=2), convention_of(model)
+    call = {
+        **given,
+        "hidden_states": convention.pack(given["hidden_states"]),
+        "timestep": given["timestep"] / 1000,
+        "img_ids": denoiser.module.get_buffer("img_ids_0"),
+        "txt_ids": torch.zeros(tiny.TOKENS, 3),
+        "joint_attention_kwargs": {},
+        "return_dict": False,
+    }
+    with compiled.cache_context("cond"):
+        drawn = compiled(**call)[0]
+    assert drawn.shape == (2, 64, 16)
+    assert metrics.sqnr_db(model(**call)[0].numpy(), drawn.numpy()) > 15
+    with pytest.raises(UserError, match="'img_ids' is missing"):
+        compiled(**{**call, "img_ids": None})
 
 
 def test_calls_and_targets_that_cannot_be(tmp_path: Path) -> None:
