@@ -173,7 +173,7 @@ def _tables(dump: Dump, before: Dump | None) -> Iterator[Finding]:
 
 
 def _weights(dump: Dump) -> Iterator[Finding]:
-    """No weight half a bit noisier than plain rounding, no row two bits, and none that is nearer to another's."""
+    """No weight half a bit noisier than plain rounding, no K-group one, no row two, and none nearer to another's."""
     for path, weight in dump.weights.items():
         layer = (path.removesuffix(".weight"),)
         node = dump.about["layers"].get(path, [layer[0]])[0]
@@ -192,6 +192,12 @@ def _weights(dump: Dump) -> Iterator[Finding]:
             what = f"row {rows} of '{layer[0]}' is {_times(ratio)} as noisy as plain rounding"
             sentence = f"{dump.name}: {what}, {_bits(ratio)} lost where two bits are allowed to a row"
             yield Finding(dump.name, "rows", node, layer, ratio, TWO_BITS, sentence)
+        groups = dump.groups.get(path, np.zeros(1))
+        if groups.max() > ONE_BIT:
+            worst, ratio = int(groups.argmax()), float(groups.max())
+            what = f"K-group {worst} of the {len(groups)} of '{layer[0]}' is {_times(ratio)} as noisy as plain rounding"
+            sentence = f"{dump.name}: {what}, {_bits(ratio)} lost where one is allowed to a group"
+            yield Finding(dump.name, "rows", node, layer, ratio, ONE_BIT, sentence)
         if weight[0] > HALF_BIT:
             what = f"the weight of '{layer[0]}' is {_times(weight[0])} as noisy as plain rounding at its width"
             power = f"{_decibels(weight[1])} at the layer's output, {_decibels(weight[2])} expected"
@@ -237,14 +243,15 @@ def _values(dump: Dump) -> Iterator[Finding]:
 
 
 def _finite(dump: Dump, before: Dump | None) -> Iterator[Finding]:
-    """NaN where there was none."""
+    """NaN or infinity where there was none: masks may begin with one."""
     for node, values in dump.values.items():
-        if values.dtype.kind != "f" or not np.isnan(values).any():
+        if values.dtype.kind != "f" or np.isfinite(values).all():
             continue
-        if before is not None and node in before.values and np.isnan(before.values[node]).any():
+        known = None if before is None else before.values.get(node)
+        if not np.isnan(values).any() if known is None else not np.isfinite(known).all():
             continue
-        count = f"{int(np.isnan(values).sum())} of {len(values)}"
-        sentence = f"{dump.name}: {_named(dump, node)} holds NaN, {count} sampled values"
+        count = f"{int((~np.isfinite(values)).sum())} of {len(values)}"
+        sentence = f"{dump.name}: {_named(dump, node)} is not finite in {count} sampled values"
         yield Finding(dump.name, "finite", node, (_layer(dump, node),), None, 0.0, sentence)
         return  # what reads it holds NaN as well
 

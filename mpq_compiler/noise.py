@@ -62,6 +62,8 @@ class WeightNoise:
     suspects: tuple[tuple[int, float, int, float], ...]
     """(row, times the expected noise, the other row it is nearest to, its distance from that over that from its own) of
     the noisiest rows."""
+    groups: Tensor
+    """How many times the expected noise the weights of each K-group have, [J]."""
 
     @property
     def ratio(self) -> float:
@@ -75,11 +77,13 @@ class WeightNoise:
         return float(self.measured[:, 1].sum()) / power, float(self.expected[:, 1].sum()) / power
 
 
-def weight_noise(weight: Tensor, quantized: Tensor, gram: Tensor | None, expected: Tensor) -> WeightNoise:
-    """Of ``quantized`` against ``weight`` [O, ..., C]; ``expected`` [O, 2] is that of `plain_rounding`."""
+def weight_noise(weight: Tensor, quantized: Tensor, gram: Tensor | None, plain: Plain) -> WeightNoise:
+    """Of ``quantized`` against ``weight`` [O, ..., C], held against `plain_rounding`."""
     own, other = rows(weight), rows(quantized)
-    measured = _powers(other - own, gram)
-    ratios = (measured / expected).amin(1)
+    error = other - own
+    measured = _powers(error, gram)
+    ratios = (measured / plain.rows).amin(1)
+    groups = (_by_group(error, gram, plain.segments) / plain.groups).amin(1)
     worst = torch.argsort(ratios, descending=True, stable=True)[:SUSPECTS]
     suspects = []
     if len(own) > 1:
@@ -91,21 +95,48 @@ def weight_noise(weight: Tensor, quantized: Tensor, gram: Tensor | None, expecte
             (int(row), float(ratios[row]), int(i), float(d / m.clamp_min(1e-30)))
             for row, i, d, m in zip(worst, index, least, mine, strict=True)
         ]
-    return WeightNoise(measured, expected, _powers(own, gram).sum(0), tuple(suspects))
+    return WeightNoise(measured, plain.rows, _powers(own, gram).sum(0), tuple(suspects), groups)
 
 
-def plain_rounding(weight: Tensor, format_name: str, gram: Tensor | None, settled: bool) -> Tensor:
-    """The expected squared errors [O, 2] of the rows: those of `Format.start`, 6 dB less for each bit to come.
+@dataclass(frozen=True)
+class Plain:
+    """Squared errors to expect of a weight, as in `WeightNoise`: of its rows [O, 2], and of its K-groups [J, 2]."""
+
+    rows: Tensor
+    groups: Tensor
+    segments: tuple[int, ...]
+
+
+def plain_rounding(weight: Tensor, format_name: str, gram: Tensor | None, settled: bool) -> Plain:
+    """The errors of `Format.start`, 6 dB less for each bit to come.
 
     The start of a residual format is its base alone; ``settled`` says that its branch is there too.
     """
     chosen = formats.get(format_name)
     start = chosen.start(weight)
-    error = rows(start.dequantize()) - rows(weight)
+    own = rows(weight)
+    error = rows(start.dequantize()) - own
     lut = getattr(start, "lut", None)
     missing = chosen.bits - ((lut.shape[1] - 1).bit_length() if lut is not None else chosen.bits)
-    found = _powers(error, gram) * 4.0 ** (-missing if settled else 0)
-    return torch.maximum(found, _powers(rows(weight) * HALF_ROUNDING, gram)).clamp_min(1e-30)
+    gain, segments = 4.0 ** (-missing if settled else 0), chosen.segments(weight.shape[-1])
+    least = own * HALF_ROUNDING
+    by_group = torch.maximum(_by_group(error, gram, segments) * gain, _by_group(least, gram, segments)).clamp_min(1e-30)
+    return Plain(
+        torch.maximum(_powers(error, gram) * gain, _powers(least, gram)).clamp_min(1e-30),
+        torch.maximum(by_group, by_group.mean(0)),  # of a group that hardly counts, nothing is expected
+        segments,
+    )
+
+
+def _by_group(error: Tensor, gram: Tensor | None, segments: tuple[int, ...]) -> Tensor:
+    """The squared errors [J, 2] that each K-group makes by itself, of error [O, K]."""
+    group = ops.column_segments(segments, error.shape[1])
+    found = []
+    for j in range(len(segments)):
+        columns = torch.nonzero(group == j).flatten()
+        own = gram if gram is None else gram[columns] if gram.dim() == 1 else gram[columns][:, columns]
+        found.append(_powers(error[:, columns], own).sum(0))
+    return torch.stack(found)
 
 
 def _powers(error: Tensor, gram: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ is the probe: of runs on a fixed batch of inputs
 - ``weight:<parameter>``: f64 [5], noise of the quantized weight: how many times plain rounding's, then relative to the
   layer's output measured and expected, then relative to the weight measured and expected;
 - ``rows:<parameter>``: f64 [S, 4], its noisiest rows (`noise.WeightNoise.suspects`);
+- ``groups:<parameter>``: f64 [J], how many times plain rounding's noise each K-group has, where there are several;
 - ``edge:<edge>``: f64 [4, G], scale and zero point of its time groups, their noise on calibration values and that of
   plain rounding;
 
@@ -65,7 +66,7 @@ class Dump:
     """The pass."""
     text: str
     values: dict[str, np.ndarray]
-    """Node -> sampled values."""
+    """Node -> sampled values, in the order in which the program makes them."""
     sqnr: dict[str, float]
     """Node -> dB against the first dump that has it in floats; infinite where nothing changed."""
     shapes: dict[str, tuple[int, ...]]
@@ -78,6 +79,7 @@ class Dump:
     """Call on quantized operands -> the relative noise that the plan stands for."""
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     rows: dict[str, np.ndarray] = field(default_factory=dict)
+    groups: dict[str, np.ndarray] = field(default_factory=dict)
     edges: dict[str, np.ndarray] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     """pass, contract, stage, boundaries, order, layers, readers, consumers, departing."""
@@ -111,7 +113,7 @@ def sqnr_db(reference: np.ndarray, value: np.ndarray) -> float:
     error = float(np.square(value.astype(np.float64) - reference.astype(np.float64)).sum())
     if error == 0:
         return float("inf")
-    return 10 * float(np.log10(signal / error)) if signal > 0 else -float("inf")
+    return 10 * float(np.log10(signal / error)) if signal > 0 and np.isfinite(error) else -float("inf")
 
 
 # --- what is measured ---------------------------------------------------------------------------------------
@@ -188,7 +190,7 @@ class Writer:
             "pass": step.name(),
             "contract": str(step.contract),
             "stage": str(program.stage),
-            "order": list(forced.departures),
+            "order": [*values, OUTPUT],
             "agreeing": forced.force is not always,
             "departing": departing,
             "consumers": consumers,
@@ -261,6 +263,8 @@ class Writer:
             found[f"weight:{path}"] = np.array([weight.ratio, out, expected_out, *inside])
             if weight.suspects:
                 found[f"rows:{path}"] = np.array(weight.suspects)
+            if len(weight.groups) > 1:
+                found[f"groups:{path}"] = weight.groups.numpy()
         return found
 
     def _noise_of_weights(self, program: Program) -> dict[str, noise.WeightNoise]:
@@ -282,9 +286,9 @@ class Writer:
             key = (source, _parts(node), settled := levels.weight is None)
             if self._weights.get(path, (None,))[0] != key:
                 weight, gram = program.tensors.read(source), noise.gram_of(planned, call)
-                expected = noise.plain_rounding(weight, program.weights[path].format, gram, settled)
+                plain = noise.plain_rounding(weight, program.weights[path].format, gram, settled)
                 quantized = noise.constant(program, node)
-                self._weights[path] = key, noise.weight_noise(weight, quantized, gram, expected)
+                self._weights[path] = key, noise.weight_noise(weight, quantized, gram, plain)
             found[path] = self._weights[path][1]
         return found
 
@@ -463,20 +467,21 @@ def _read(folder: Path, stem: str, index: int, name: str) -> Dump:
 
     try:
         about = json.loads(tensorfile.metadata(file).get("mpq", ""))
-        local = part("local:")
+        local, values = part("local:"), part("value:")
         return Dump(
             index,
             name,
             text,
-            part("value:"),
+            {node: values[node] for node in about["order"] if node in values},
             {k: float(v[0]) for k, v in part("sqnr:").items()},
             {k: tuple(int(n) for n in v) for k, v in part("shape:").items()},
             np.asarray(tensors[OUTPUT]),
             float(tensors["output:sqnr"][0]),
-            {node: _departure_of(local[node]) for node in about["order"]},
+            {node: _departure_of(local[node]) for node in about["order"] if node in local},
             {k: float(v[0]) for k, v in part("expected:").items()},
             part("weight:"),
             part("rows:"),
+            part("groups:"),
             part("edge:"),
             about,
         )
