@@ -19,6 +19,8 @@ RANGE, VALUES, GRAM = "range", "values", "gram"
 """The statistics there are: extremes per input; a sample of values per input; second moments of layer inputs."""
 ATTENTION, DYNAMIC = "attention", "dynamic"
 """Asked for like statistics: the edges of attentions and their probabilities; what dynamic quantizers cost."""
+GPTQ, IN_ORDER = "gptq", "in-order"
+"""Asked for like statistics: that codes are chosen by GPTQ, and column after column as they stand."""
 
 VALUES_PER_INPUT = 256
 PROBABILITIES = 1024

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from mpq_compiler import calls, formats, ops
-from mpq_compiler.calibration import Calibration
+from mpq_compiler.calibration import GPTQ, GRAM_COLUMNS, IN_ORDER, Calibration
 from mpq_compiler.costs import stored_dtype
 from mpq_compiler.formats import activation
+from mpq_compiler.gptq import gptq
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.program import Program, operand
 
@@ -47,15 +49,47 @@ def moments(program: Program, call: fx.Node) -> Tensor | None:
     return gram - (mean.square() if gram.dim() == 1 else torch.outer(mean, mean))
 
 
-def fitted(program: Program, call: fx.Node, weight: str, format_name: str) -> formats.Fit:
-    """The weight of a call in a format, with the least error of the layer's output over the calibration's rows."""
-    kept = program.facts.setdefault("fits", {})
-    if (weight, format_name) not in kept:
-        fit = formats.get(format_name).fit(program.tensors.read(weight), moments(program, call))
-        if fit.codes.numel() > KEPT_ELEMENTS:
+class Rounding(StrEnum):
+    """How codes are chosen at the levels of a fit (`passes/round_weights.py`)."""
+
+    NEAREST = "nearest"
+    GPTQ = "gptq"
+    GPTQ_IN_ORDER = "gptq-in-order"
+
+    @classmethod
+    def asked(cls, statistics: frozenset[str]) -> Rounding:
+        """What the pipeline's `round-weights` asks for."""
+        if GPTQ not in statistics:
+            return cls.NEAREST
+        return cls.GPTQ_IN_ORDER if IN_ORDER in statistics else cls.GPTQ
+
+    def __call__(self, fit: formats.Fit, rows: Tensor, gram: Tensor | None) -> formats.Fit:
+        """The fit of rows [O, K] with other codes; those of FP8, and where the gram is not whole, stay the nearest."""
+        if self == Rounding.NEAREST or gram is None or gram.dim() == 1:
             return fit
-        kept[weight, format_name] = fit
-    return kept[weight, format_name]
+        if isinstance(fit, formats.LowRankWeight):
+            base = self(fit.base, rows - fit.branch, gram)
+            assert isinstance(base, formats.QuantizedWeight)
+            return replace(fit, base=base)
+        if not isinstance(fit, formats.QuantizedWeight):
+            return fit
+        codes = gptq(rows, fit.merged(), gram, order=self == Rounding.GPTQ).codes
+        return replace(fit, codes=codes) if fit.signs is None else replace(fit, codes=codes >> 1, signs=codes & 1)
+
+
+def fitted(
+    program: Program, call: fx.Node, weight: str, format_name: str, rounding: Rounding = Rounding.NEAREST
+) -> formats.Fit:
+    """The weight of a call in a format, with the least error of the layer's output over the calibration's rows."""
+    kept, key = program.facts.setdefault("fits", {}), (weight, format_name, rounding)
+    if key in kept:
+        return kept[key]
+    gram = moments(program, call)
+    fit = formats.get(format_name).fit(program.tensors.read(weight), gram)
+    fit = rounding(fit, rows_of(program, weight), gram)
+    if fit.codes.numel() <= KEPT_ELEMENTS:
+        kept[key] = fit
+    return fit
 
 
 def corrected_bias(program: Program, call: fx.Node, weight: str, quantized: formats.Fit) -> Tensor | None:
@@ -102,16 +136,32 @@ def unsettled(program: Program) -> list[Open]:
 def fit_unsettled(
     program: Program, session: Session, title: str, kind: type[formats.Format] = formats.Format
 ) -> list[tuple[Open, Any]]:
-    """The open weights whose planned format is of ``kind``, with their fits, in graph order; fitted by all jobs."""
+    """The open weights whose planned format is of ``kind``, with their fits, in graph order; fitted by all jobs.
+
+    Codes are rounded as the pipeline asks for; where GPTQ cannot, there is a note.
+    """
     chosen = [u for u in unsettled(program) if isinstance(formats.get(u.format), kind)]
+    rounding = Rounding.asked(session.statistics)
+    if rounding != Rounding.NEAREST:
+        _note_nearest(program, chosen)
     with session.track(title, len(chosen)) as advance:
 
         def fit(weight: Open) -> tuple[Open, Any]:
-            found = fitted(program, weight.call, weight.weight, weight.format)
+            found = fitted(program, weight.call, weight.weight, weight.format, rounding)
             advance(1)
             return weight, found
 
         return session.map(fit, chosen)
+
+
+def _note_nearest(program: Program, chosen: list[Open]) -> None:
+    grams = program.facts["calibration"].grams
+    left = [weight.path for weight in chosen if weight.call.name not in grams or grams[weight.call.name].dim() == 1]
+    if left:
+        program.note(
+            f"GPTQ needs the second moments of all pairs of inputs, which are kept up to {GRAM_COLUMNS} inputs: "
+            f"codes are those of the nearest levels in {', '.join(left)}"
+        )
 
 
 def attributes(program: Program, prefix: str, **tensors: Tensor | None) -> list[fx.Node | None]:

@@ -17,7 +17,7 @@ from mpq_compiler.program import Program, operand, prune
 
 @dataclass(frozen=True)
 class LowRank(Pass):
-    """Gives the layers whose plan says so a float branch of low rank: y = layer(x) + (x V) U (SVDQuant, arXiv 2411.05007).
+    """Gives the layers whose plan says so a float branch of low rank: y = layer(x) + (x V) U (arXiv 2411.05007).
 
     The branch reads the activation before its quantizer, and what it leaves of the weight is quantized as the base of
     the format. Its two layers stay float, are listed, and their factors count as stored bytes of the weight. In a

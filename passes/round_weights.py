@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from mpq_compiler import formats, ops
-from mpq_compiler.calibration import GRAM
-from mpq_compiler.fitting import Open, attributes, fit_unsettled, settle
+from mpq_compiler.calibration import GPTQ, GRAM, IN_ORDER
+from mpq_compiler.errors import UserError
+from mpq_compiler.fitting import Open, attributes, fit_unsettled, settle, unsettled
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Program, prune
 
@@ -16,9 +17,12 @@ from mpq_compiler.program import Program, prune
 class RoundWeights(Pass):
     """Settles scales and codes of every weight that is still open, and corrects biases.
 
-    ``nearest``: of a grid of shrunken ranges, each row takes the scale with the least error of the layer's *output* on
-    calibration data (least weight error is the wrong target: it shrinks near-uniform rows and loses 4-6 dB of the image
-    at 2-3 bits), and codes are those of the nearest levels. The mean of the remaining error moves into the bias.
+    Scales and tables come out of the format's fit: of a grid of shrunken ranges, each row takes the scale with the
+    least error of the layer's *output* on calibration data (least weight error is the wrong target: it shrinks
+    near-uniform rows and loses 4-6 dB of the image at 2-3 bits). With ``nearest`` codes are those of the nearest
+    levels. With ``gptq`` they are chosen column by column, each carrying its error over to the inputs that go with it
+    (arXiv 2210.17323), in the rows where that is better; FP8 and layers whose moments are too large to keep have the
+    nearest. The mean of the remaining error moves into the bias.
 
         %conv_in_w = mpq::fake_quantize_weight(.weight:{ohwi,range.scale,range.offset,range.lut})
       =>
@@ -30,11 +34,24 @@ class RoundWeights(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"codes"})
     statistics: ClassVar[frozenset[str]] = frozenset({GRAM})
 
-    method: Literal["nearest"] = "nearest"
-    """How codes are chosen."""
+    method: Literal["nearest", "gptq"] = "nearest"
+    """How codes are chosen; residual branches, and what `sensitivity` measures, follow it."""
+    order: bool = True
+    """GPTQ takes inputs of large second moment first, else as they stand."""
+
+    def asks(self) -> frozenset[str]:
+        if self.method == "nearest":
+            return self.statistics
+        return self.statistics | ({GPTQ} if self.order else {GPTQ, IN_ORDER})
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
+        session = replace(session, statistics=session.statistics | self.asks())
+        for weight in unsettled(program):
+            if isinstance(formats.get(weight.format), formats.LowRankFormat):
+                raise UserError(
+                    f"'{weight.path}' is planned as {weight.format}: put pass 'low-rank' before 'round-weights'"
+                )
         for weight, fit in fit_unsettled(program, session, "rounding weights"):
             self._settle(program, weight, fit)
         prune(program.graph)

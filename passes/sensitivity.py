@@ -25,7 +25,7 @@ from mpq_compiler.calibration import (
     input_edge,
 )
 from mpq_compiler.costs import weight_path
-from mpq_compiler.fitting import activation_parameters, bias_of, corrected_bias, fitted
+from mpq_compiler.fitting import Rounding, activation_parameters, bias_of, corrected_bias, fitted
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Program, operand, shapes, softmax
 
@@ -46,6 +46,8 @@ class Task:
     choice: str | int
     name: str
     """Under which the result is kept."""
+    rounding: Rounding = Rounding.NEAREST
+    """How a weight's codes are chosen."""
 
 
 @dataclass(frozen=True)
@@ -137,13 +139,16 @@ class Sensitivity(Pass):
     def tasks(self, program: Program, asked: frozenset[str] = frozenset()) -> list[Task]:
         """What is to be measured, in graph order; a shared weight or edge counts once.
 
-        Of ``asked``, DYNAMIC makes the edges of linear layers dynamic and ATTENTION adds the attentions.
+        Of ``asked``, DYNAMIC makes the edges of linear layers dynamic and ATTENTION adds the attentions; weights are
+        rounded as `round-weights` will.
         """
         found: dict[str, Task] = {}
 
+        rounding = Rounding.asked(asked)
+
         def add(kind: str, node: fx.Node, what: str, choice: str | int) -> None:
-            name = f"{kind} {what} {choice}"
-            found.setdefault(name, Task(kind, node, choice, name))
+            name = f"{kind} {what} {choice}" + (f" {rounding}" if kind == WEIGHT else "")
+            found.setdefault(name, Task(kind, node, choice, name, rounding))
 
         dynamic = dynamic_edges(program, ATTENTION in asked) if DYNAMIC in asked else frozenset()
         for node in program.quantizable:
@@ -176,7 +181,7 @@ class Sensitivity(Pass):
         if isinstance(choice, str):
             weight = operand(node, 1)
             name = str(weight.target)
-            quantized = fitted(program, node, name, choice)
+            quantized = fitted(program, node, name, choice, task.rounding)
             values = {weight: quantized.dequantize().reshape(program.tensors[name].shape)}
             bias, corrected = bias_of(node), corrected_bias(program, node, name, quantized)
             if bias is not None and corrected is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,20 @@ import torch
 from mpq_compiler import formats, ops
 from mpq_compiler.errors import UserError
 from mpq_compiler.formats import activation
-from mpq_compiler.formats.base import F16_MAX, F16_TINY, nearest_codes, stored_scale, stored_type
+from mpq_compiler.formats.base import (
+    F16_MAX,
+    F16_TINY,
+    QuantizedWeight,
+    nearest_codes,
+    output_error,
+    stored_scale,
+    stored_type,
+)
 from mpq_compiler.formats.packing import pack_codes, unpack_codes
 
-NAMES = [*formats.FORMATS]
+NAMES = [name for name, found in formats.FORMATS.items() if found.integer]
+"""Those of the weight contract; FP8 is tested in test_floating.py."""
+SPELLED = [*NAMES, "int4g8", "nf4g16", "int3+r4", "int2+b+r2", "km3t+r2"]
 
 
 def weight(rows: int = 35, columns: int = 29, seed: int = 0) -> torch.Tensor:
@@ -27,29 +39,67 @@ def test_unknown_formats_name_the_nearest():
         formats.get("int2+bb")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_stored_types(name):
-    fit = formats.get(name).fit(weight()).merged()
-    bits = formats.get(name).bits
-    assert fit.scale.dtype == torch.float16 and fit.scale.shape == (35, 1) and (fit.scale > 0).all()
-    assert (fit.offset is not None) == formats.get(name).has_offset
+def table_of(name: str, w: torch.Tensor, start: bool = False) -> QuantizedWeight:
+    """The fitted table of a format; of a low-rank one, that of its base."""
+    found = formats.get(name)
+    fit = found.start(w) if start else found.fit(w)
+    return getattr(fit, "base", fit).merged()
+
+
+@pytest.mark.parametrize("start", [False, True], ids=["fit", "start"])
+@pytest.mark.parametrize("name", SPELLED)
+def test_stored_types(name, start):
+    found = formats.get(name)
+    fit, bits, groups = table_of(name, weight(), start), found.bits, len(found.segments(29))
+    assert fit.scale.dtype == torch.float16 and fit.scale.shape == (35, groups) and (fit.scale > 0).all()
+    assert (fit.segments is not None) == (groups > 1) and (groups == 1 or sum(fit.segments) == 29)
+    assert (fit.offset is not None) == found.has_offset
+    if start and "+b" in name:
+        bits -= 1  # from the base alone
     if fit.offset is not None:
         assert fit.offset.dtype == torch.float16 and fit.offset.shape == (35,)
     if bits == 8:
         assert fit.lut is None and fit.codes.dtype == torch.int8 and int(fit.codes.min()) >= -ops.LUT_MAX
     else:
-        assert fit.lut.dtype == torch.int8 and fit.lut.shape == (1, 2**bits) and int(fit.lut.min()) >= -ops.LUT_MAX
+        assert fit.lut.dtype == torch.int8 and fit.lut.shape == (found.classes(35), 2**bits)
+        assert int(fit.lut.min()) >= -ops.LUT_MAX
+        assert (fit.row_class is not None) == (len(fit.lut) > 1)
         assert fit.codes.dtype == torch.uint8 and int(fit.codes.max()) < 2**bits
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "int4g8", "nf4g16"])
 def test_codes_are_those_of_the_nearest_levels(name):
     w = weight()
-    fit = formats.get(name).fit(w).merged()
-    table = torch.arange(-127, 128).float() if fit.lut is None else fit.lut[0].float()
-    levels = fit.scale.float() * table + (0 if fit.offset is None else fit.offset.float()[:, None])
-    nearest = (w[:, :, None] - levels[:, None, :]).abs().amin(-1)
+    fit = table_of(name, w)
+    table = torch.arange(-127, 128).float()[None] if fit.lut is None else fit.lut.float()
+    if fit.row_class is not None:
+        table = table[fit.row_class.long().repeat_interleave(16)[: len(w)]]
+    columns = [j for j, size in enumerate(fit.segments or w.shape[1:]) for _ in range(size)]
+    offset = 0 if fit.offset is None else fit.offset.float()[:, None, None]
+    levels = fit.scale.float()[:, columns, None] * table[:, None, :] + offset
+    nearest = (w[:, :, None] - levels).abs().amin(-1)
     assert torch.allclose((w - fit.dequantize()).abs(), nearest, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_the_fit_is_better_than_the_start_on_what_it_minimizes(name):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 29, generator=generator) * torch.linspace(0.1, 3, 29)
+    x = x + torch.randn(300, 1, generator=generator)
+    w, gram = weight(), x.T @ x / 300
+    for moments in (None, gram.diagonal(), gram):
+        found, start = formats.get(name).fit(w, moments), formats.get(name).start(w)
+        error, least = (float(output_error(q.dequantize() - w, moments).sum()) for q in (found, start))
+        assert error < least * (1 if formats.get(name).bits < 8 else 1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_the_weight_of_a_convolution_is_fitted_as_its_rows(name):
+    w = weight(20, 36)
+    rows, image = formats.get(name).fit(w), formats.get(name).fit(w.reshape(20, 3, 3, 4))
+    assert image.codes.shape == (20, 36)
+    if formats.get(name).segments(36) == (36,):
+        assert torch.equal(rows.dequantize(), image.dequantize())
 
 
 def test_ties_go_to_the_lower_level():
@@ -70,15 +120,17 @@ def test_row_classes_choose_the_table():
         assert torch.allclose((w[row] - value[row]).abs(), (w[row, :, None] - table).abs().amin(-1))
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 27), (16, 63), (65, 100)])
+@pytest.mark.parametrize("name", SPELLED)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 27), (16, 63), (65, 100), (20, 3, 3, 10)])
 def test_bytes_are_those_of_the_packed_form(name, shape):
     fmt = formats.get(name)
-    fit = fmt.fit(weight(*shape)).merged()
+    found = fmt.fit(weight(shape[0], math.prod(shape[1:])).reshape(shape))
+    fit = getattr(found, "base", found).merged()
     packed = pack_codes(fit.codes.numpy(), fmt.bits)
-    total = packed.nbytes + sum(t.nbytes for t in (fit.scale, fit.offset, fit.lut) if t is not None)
-    assert total == fmt.stored_bytes(*shape)
-    np.testing.assert_array_equal(unpack_codes(packed, shape, fmt.bits), fit.codes.numpy())
+    factors = (getattr(found, "up", None), getattr(found, "down", None))
+    parts = (fit.scale, fit.offset, fit.lut, fit.row_class, *factors)
+    assert packed.nbytes + sum(t.nbytes for t in parts if t is not None) == fmt.stored_bytes(*shape)
+    np.testing.assert_array_equal(unpack_codes(packed, tuple(fit.codes.shape), fmt.bits), fit.codes.numpy())
 
 
 def test_three_bit_codes_take_three_bits():

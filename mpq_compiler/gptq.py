@@ -1,0 +1,84 @@
+"""GPTQ: codes chosen one column after the other, what a column errs carried over to those behind it.
+
+Frantar 2022, "GPTQ: accurate post-training quantization for generative pre-trained transformers" (arXiv 2210.17323),
+on any table of the weight contract. Activation order, largest second moment first (the option ``act_order`` of the
+authors' code), is the order of the updates alone: codes stay where they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from mpq_compiler import ops
+from mpq_compiler.formats.base import QuantizedWeight, output_error
+
+BLOCK = 128
+"""Columns whose updates to all later ones are applied together."""
+
+
+def gptq(
+    rows: Tensor, nearest: QuantizedWeight, gram: Tensor, order: bool = True, damping: float = 0.01
+) -> QuantizedWeight:
+    """``nearest`` with the codes that GPTQ chooses, in the rows where their output error is the lesser.
+
+    rows:    f32 [O, K]
+    gram:    the second moments [K, K] of the layer's input, whole
+    order:   columns by descending second moment, else as they stand
+    damping: of the gram's diagonal, in parts of its mean
+    """
+    permutation = torch.argsort(gram.diagonal(), descending=True, stable=True) if order else torch.arange(len(gram))
+    upper = _inverse_factor(gram[permutation][:, permutation], damping)
+    quantizer = _Columns(nearest)
+    left = rows[:, permutation].clone()
+    codes = torch.empty_like(nearest.codes)
+    for start in range(0, len(gram), BLOCK):
+        end = min(start + BLOCK, len(gram))
+        part, errors = left[:, start:end], torch.empty(len(rows), end - start)
+        for i in range(end - start):
+            column = int(permutation[start + i])
+            code, level = quantizer(part[:, i], column)
+            codes[:, column] = code
+            errors[:, i] = (part[:, i] - level) / upper[start + i, start + i]
+            part[:, i + 1 :] -= errors[:, i : i + 1] * upper[start + i, start + i + 1 : end]
+        left[:, end:] -= errors @ upper[start:end, end:]
+    found = dataclasses.replace(nearest, codes=codes)
+    before, after = (output_error(q.dequantize() - rows, gram) for q in (nearest, found))
+    return dataclasses.replace(nearest, codes=torch.where((after < before)[:, None], codes, nearest.codes))
+
+
+def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of the inverse of the damped gram, f32."""
+    wide = gram.double()
+    wide = wide + torch.eye(len(wide)) * (damping * wide.diagonal().mean()).clamp_min(1e-30)
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(wide)), upper=True).float()
+
+
+class _Columns:
+    """The nearest levels of one column at a time, as `formats.base.nearest_codes` finds those of all."""
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        rows, columns = weight.codes.shape
+        self.scale = ops.column_scale(weight.scale, weight.segments, columns).expand(rows, columns)
+        self.offset = torch.zeros(rows) if weight.offset is None else weight.offset.float()
+        self.levels: Tensor | None = None
+        if weight.lut is not None:
+            classes = torch.zeros(rows, dtype=torch.long)
+            if weight.row_class is not None:
+                classes = ops.row_classes(weight.row_class, rows)
+            order = torch.argsort(weight.lut.to(torch.int32), dim=1, stable=True)
+            self.order, self.levels = order[classes], weight.lut.gather(1, order).float()[classes]
+            self.middles = ((self.levels[:, 1:] + self.levels[:, :-1]) / 2).contiguous()
+
+    def __call__(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        """Codes and levels [O] of the values [O] of a column."""
+        scale = self.scale[:, column]
+        t = (values - self.offset) / scale
+        if self.levels is None:
+            entry = torch.round(t).clamp(-ops.LUT_MAX, ops.LUT_MAX)
+            return entry.to(torch.int8), entry * scale + self.offset
+        index = torch.searchsorted(self.middles, t[:, None])
+        entry = self.levels.gather(1, index)[:, 0]
+        return self.order.gather(1, index)[:, 0].to(torch.uint8), entry * scale + self.offset
