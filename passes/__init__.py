@@ -11,6 +11,7 @@ PASSES: tuple[str, ...] = (
     "bit-allocation",
     "insert-fake-quant",
     "residual-branch",
+    "low-rank",
     "round-weights",
     "fold-fake-quant",
     "fuse-epilogues",
