@@ -219,7 +219,7 @@ def expected_of_call(
             return quantized_by_plan(planned, planned.activations[source.name], known, timestep)
         return known
 
-    args = fx.map_arg(node.args, value)
+    args: Any = fx.map_arg(node.args, value)
     kwargs = fx.map_arg(node.kwargs, value)
     if not any_plan or not isinstance(values.get(node.name), Tensor):
         return None

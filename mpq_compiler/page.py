@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -51,13 +52,13 @@ def page(document: Mapping[str, Any], source: str, dumps: Sequence[Dump] = ()) -
 
 def _summary(document: Mapping[str, Any]) -> str:
     whole = document["program"]
-    plan = next((said for said in whole.values() if "average_bits" in said), {})
+    plan: Mapping[str, Any] = next((said for said in whole.values() if "average_bits" in said), {})
     told = []
     if plan:
         told.append(f"{plan['average_bits']:.3f} true average bits, {plan['bytes']} bytes")
     if "objective" in plan:
         told.append(f"predicted loss {plan['objective']:.2e}")
-    groups = next((said["boundaries"] for said in whole.values() if "boundaries" in said), [])
+    groups: Sequence[float] = next((said["boundaries"] for said in whole.values() if "boundaries" in said), [])
     cut = f", cut at {', '.join(f'{b:g}' for b in groups)}" if groups else ""
     told.append(f"{len(groups) + 1} time groups{cut}")
     told.append(f"{len(document['layers'])} layers, {len(document['fallbacks'])} float fallbacks")
@@ -74,10 +75,8 @@ def _bits(layers: Sequence[Mapping[str, Any]]) -> str:
     names = sorted({_plan(layer).get("format", "float") for layer in layers})
     points = []
     for layer in layers:
-        plan, shape = _plan(layer), next((s["shape"] for s in layer["passes"].values() if "shape" in s), [])
-        count = 1
-        for size in shape:
-            count *= size
+        plan = _plan(layer)
+        count = math.prod(next((said["shape"] for said in layer["passes"].values() if "shape" in said), [0]))
         bits = 8 * plan["bytes"] / count if plan and count else 16.0
         name = plan.get("format", "float")
         points.append(Point(0, bits, f"{layer['layer']}: {name}, {bits:.2f} bits a weight", names.index(name)))

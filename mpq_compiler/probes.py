@@ -360,7 +360,7 @@ def _outputs_of_modules(denoiser: Any, inputs: Mapping[str, Tensor]) -> dict[str
 
 
 def _quantizes(node: fx.Node) -> bool:
-    name = ops.OPS[node.target].name if node.target in ops.OPS else ""  # type: ignore[index]
+    name = ops.OPS[node.target].name if node.target in ops.OPS else ""
     return "quantize" in name
 
 

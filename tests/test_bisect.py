@@ -303,14 +303,12 @@ def test_no_pipeline_is_blamed_without_a_fault(pipeline):
     assert schemas.check(found, "inspect") is None
 
 
-@pytest.mark.parametrize("model", sorted({*programs.MODELS} - {"pixart"}))
+@pytest.mark.parametrize("model", ["fashion-unet", "sd15"])
 def test_no_model_is_blamed_without_a_fault(model):
-    found = bisect.bisect(probes.read_dumps(clean(model, programs.MIXED)[0]))
+    folder, _ = clean(model, INT4)
+    dumps = probes.read_dumps(folder)
+    found = bisect.bisect(dumps)
     assert found["clean"], found["sentence"]
-
-
-def test_probes_are_small_whatever_the_model():
-    """Some numbers a node and a layer, and 64 values."""
-    folder, _ = clean("fashion-unet", programs.MIXED)
-    nodes = max(d.nodes for d in probes.read_dumps(folder))
-    assert max(path.stat().st_size for path in folder.glob("*.safetensors")) < 2000 * nodes
+    # Some numbers a node and a layer, and 64 values: probes do not grow with the model's width.
+    largest = max(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert largest < 2000 * max(d.nodes for d in dumps)
