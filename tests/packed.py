@@ -26,7 +26,7 @@ from tests import tiny
 
 BUNDLED = "fashion-unet"
 _PIPELINE = (
-    "trace,layout,calibrate,time-groups,bit-allocation{{uniform={}}},insert-fake-quant,residual-branch,low-rank,"
+    "trace,layout,{}calibrate,time-groups,bit-allocation{{uniform={}}},insert-fake-quant,residual-branch,low-rank,"
     "round-weights,fold-fake-quant,fuse-epilogues"
 )
 
@@ -42,8 +42,11 @@ class Packed:
 
 
 @functools.cache
-def program(name: str, weights: str = "int8") -> Packed:
-    """The denoiser after the whole pipeline, all weights in one format."""
+def program(name: str, weights: str = "int8", rewrites: str = "") -> Packed:
+    """The denoiser after the whole pipeline, all weights in one format; ``rewrites`` are passes behind `layout`.
+
+    With rewrites all texts begin with one token, as `bos-split` needs it.
+    """
     torch.set_num_threads(1)
     bundled = name == BUNDLED
     model = denoiser.load(name) if bundled else denoiser.wrap(tiny.model(name), name=name, size=tiny.SIZES.get(name))
@@ -57,9 +60,12 @@ def program(name: str, weights: str = "int8") -> Packed:
     else:
         session.calibration = model.random_inputs(16, generator)
         inputs = model.random_inputs(64, generator)
+    if rewrites and "encoder_hidden_states" in inputs:
+        for values in (session.calibration, inputs):
+            values["encoder_hidden_states"][:, 0] = torch.linspace(-3, 3, values["encoder_hidden_states"].shape[-1])
     stages: dict[str, Program] = {}
     final, _ = pass_manager.run_pipeline(
-        pass_manager.parse(_PIPELINE.format(weights)),
+        pass_manager.parse(_PIPELINE.format(rewrites and f"{rewrites},", weights)),
         Program(fx.Graph(), TensorStore(), (), Stage.FLOAT),
         session,
         after=lambda index, each, before, after: stages.__setitem__(each.name(), after),
