@@ -137,7 +137,13 @@ def sha256(path: str | Path) -> str:
 
 
 def _converted(name: str, value: Tensor, dtype: torch.dtype, path: str | Path) -> Tensor:
-    if value.is_complex() or value.dtype == torch.bool or (dtype.is_floating_point and not value.is_floating_point()):
+    # Masks of tokens, timesteps and sizes come as tokenizers and schedulers make them; latents and embeddings do not.
+    counts = dtype.is_floating_point and value.ndim <= 2 and not value.is_complex()
+    if not counts and (
+        value.is_complex()
+        or value.dtype == torch.bool
+        or (dtype.is_floating_point and not value.is_floating_point())
+    ):
         kind, wanted = (str(t).removeprefix("torch.") for t in (value.dtype, dtype))
         raise UserError(f"'{name}' in the calibration file '{path}' is {kind}, and must be {wanted}")
     if value.is_floating_point() and not bool(torch.isfinite(value).all()):

@@ -371,6 +371,6 @@ def _array(name: str, value: Any, expected: Mapping[str, Any]) -> np.ndarray:
             if (converted == array).all():
                 return converted
         raise UserError(f"input '{name}' holds a value that {dtype} cannot; this artifact takes {dtype}")
-    if array.dtype.kind in "iub" and dtype.kind == "f":  # masks of tokens, as tokenizers make them
+    if array.dtype.kind in "iub" and dtype.kind == "f" and array.ndim <= 2:  # masks of tokens, as tokenizers make them
         return array.astype(dtype)
     raise UserError(f"input '{name}' is {array.dtype}; this artifact takes {dtype}")

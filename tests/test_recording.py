@@ -143,6 +143,19 @@ def test_latents_of_another_size_are_cut_or_repeated_and_said(loaded: denoiser.D
     assert "a resolution of 8x24, and 16x16 is asked for" in note
 
 
+def test_masks_and_timesteps_are_read_as_they_are_made(tmp_path: Path) -> None:
+    loaded = denoiser.wrap(tiny.model("sana"), tokens=tiny.TOKENS)
+    given = tiny.inputs("sana", batch=4)
+    expected = {name: value.clone() for name, value in given.items()}
+    given["encoder_attention_mask"] = given["encoder_attention_mask"].bool()
+    given["timestep"] = given["timestep"].long()
+    found = recording.load(loaded, written(given, tmp_path))
+    order = expected["timestep"].argsort(descending=True, stable=True)
+    for name, value in expected.items():
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], value[order])
+
+
 def test_bfloat16_is_read(loaded: denoiser.Denoiser, tmp_path: Path) -> None:
     given = tiny.inputs("sd15", batch=2)
     given["sample"] = given["sample"].bfloat16()
