@@ -108,11 +108,13 @@ def _contract(
 ) -> Tensor:
     channels = list(w.segments or x.codes.shape[-1:])
     scales, zeros = [x.scale] * len(channels), [x.zero_point] * len(channels)
-    common: tuple[Any, ...] = (x.codes, x.group, w.codes, w.scale, w.offset, w.lut, w.row_class, scales, zeros, bias)
+    parts = (x.codes, x.group, w.codes, w.scale, w.offset, w.lut, w.row_class)
+    operands: tuple[Any, ...] = (*parts, scales, zeros, bias, channels)
     if target is ops.conv2d:
         assert groups == 1
-        return ops.quant_conv2d(*common, channels, list(w.shape[1:3]), stride, padding)
-    return ops.quant_linear(*common, channels)
+        operands = (*operands, list(w.shape[1:3]), stride, padding)
+        return ops.quant_conv2d(*operands)
+    return ops.quant_linear(*operands)
 
 
 def _attend(q: Codes, k: Codes, v: Codes, group: Tensor, p_scale: Tensor, p_zero: Tensor, *rest: Any) -> Tensor:
