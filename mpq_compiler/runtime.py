@@ -69,16 +69,16 @@ def _executor(artifact: Artifact, threads: int) -> Executor:
     targets.require_host(target["name"], target["arch"], target["features"])
     if target["backend"] == "tvm":
         return VirtualMachine(artifact, threads)
-    if target["backend"] == "reference":
+    if target["backend"] in BACKENDS:
         try:
-            # By name, for the ground floor imports no backend: this one interprets the graph with torch.
-            backend = importlib.import_module("mpq_compiler.backends.reference")
+            # By name, for the ground floor imports no backend, and these import what others do without.
+            backend = importlib.import_module(f"mpq_compiler.backends.{target['backend']}")
+            return backend.load(artifact, threads)
         except ModuleNotFoundError as error:
             raise UserError(
-                f"an artifact for 'reference' needs {error.name}: pip install 'mpq-compiler[compile]', "
+                f"an artifact for '{target['name']}' needs {error.name}: pip install '{BACKENDS[target['backend']]}', "
                 "or compile it for this machine with --target native"
             ) from error
-        return backend.load(artifact, threads)
     raise UserError(
         f"artifacts for '{target['name']}' are not run here; load it with the {target['backend']} runtime"
     )

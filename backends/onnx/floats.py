@@ -184,10 +184,12 @@ def _normalized_groups(e: Emitter, node: fx.Node, a: Arguments, x: str, groups: 
     g = e.graph
     ones, zeros = (g.constant(np.full(groups, v), "float32", f"{v}x{groups}") for v in (1, 0))
     rows = g.op("Reshape", x, g.ints(0, groups, -1))
-    y = e.reshaped(g.op("InstanceNormalization", rows, ones, zeros, epsilon=a["eps"]), shape)
-    for kind, part in (("Mul", a["weight"]), ("Add", a["bias"])):
-        if part is not None:
-            y = g.op(kind, y, e.reshaped(e.last(part), (shape[1], *[1] * (len(shape) - 2))))
+    parts = [(kind, part) for kind, part in (("Mul", a["weight"]), ("Add", a["bias"])) if part is not None]
+    normalized = g.op("InstanceNormalization", rows, ones, zeros, epsilon=a["eps"])
+    y = e.reshaped(normalized, shape, None if parts else node.name)
+    for kind, part in parts:
+        channels = e.reshaped(e.last(part), (shape[1], *[1] * (len(shape) - 2)))
+        y = g.op(kind, y, channels, name=node.name if part is parts[-1][1] else None)
     return y
 
 

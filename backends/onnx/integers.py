@@ -165,7 +165,9 @@ class _Weight:
         """f32 [O]: the sum over K."""
         g = e.graph
         total = g.op("ReduceSum", g.op("Cast", self.levels, to=ELEMENT["float32"]), g.ints(0), keepdims=0)
-        return g.op("Mul", g.op("Sub", total, e.number(float(self.zero * self.columns))), self.scale)
+        if self.zero:
+            total = g.op("Sub", total, e.number(float(self.zero * self.columns)))
+        return g.op("Mul", total, self.scale)
 
 
 def _segments(e: Emitter, a: Arguments, taps: int) -> list[_Weight]:
