@@ -69,7 +69,7 @@ def test_scales_and_tables_stay_and_codes_are_those_of_the_table(name):
 
 
 def plain(w: Tensor, start: QuantizedWeight, g: Tensor, order: list[int], damping: float = 0.01) -> Tensor:
-    """The levels that optimal brain quantization in a given order chooses, with the inverse of what is left each time."""
+    """The levels that optimal brain quantization in a given order chooses, inverting what is left each time."""
     hessian = g.double() + torch.eye(len(g)) * damping * g.double().diagonal().mean()
     left, result, rest = w.double().clone(), torch.zeros_like(w), list(order)
     table = torch.arange(-127, 128) if start.lut is None else start.lut[0]

@@ -109,7 +109,7 @@ def _spelled(name: str) -> Format | None:
     if match := re.fullmatch(r"(.+)\+r([1-9]\d*)", name):
         base = get(match[1])
         if not base.integer or isinstance(base, LowRankFormat):
-            raise UserError(f"weight format '{name}': a low-rank branch stands beside a table, and '{base.name}' is none")
+            raise UserError(f"weight format '{name}': a low-rank branch stands beside a table; '{base.name}' is none")
         return LowRankFormat(name, base.bits, base=base, rank=int(match[2]))
     if (match := re.fullmatch(r"(.+)g([1-9]\d*)", name)) and match[1] in TABLES:
         table = TABLES[match[1]]

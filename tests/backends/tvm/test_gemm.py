@@ -281,9 +281,15 @@ K_GROUPS = [
     *(QuantMatmul.linear((7,), 1130, 50, bits=b, segments=groups_of(1130, 64), groups=3) for b in (8, 4, 3, 2)),
     *(
         QuantMatmul(
-            6, 5, 101, 40, kernel=(3, 3), padding=(1, 1, 0, 1), stride=(1, 2), bits=bits, groups=2,
-            segments=groups_of(101, 32), classes=3 if bits < 8 else 1,
-        )  # fmt: skip
+            *(6, 5, 101, 40),
+            kernel=(3, 3),
+            padding=(1, 1, 0, 1),
+            stride=(1, 2),
+            bits=bits,
+            groups=2,
+            segments=groups_of(101, 32),
+            classes=3 if bits < 8 else 1,
+        )
         for bits in (8, 4, 3)
     ),
     QuantMatmul.linear((9,), 200, 33, bits=4, segments=groups_of(200, 64), groups=2, has_offset=True),
