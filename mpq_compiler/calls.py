@@ -146,8 +146,9 @@ def levels_of(calls: Iterable[Call]) -> list[Levels]:
             found.append(Levels(call, None, *(stored(a) for a in call.args[:5])))
         elif call.target in FLOAT8:
             weight, scale = (stored(a) for a in call.args[:2])
-            given = (weight, None) if call.target is ops.fake_quantize_float8 else (None, weight)
-            found.append(Levels(call, *given, scale, None, None, None))
+            is_open = call.target is ops.fake_quantize_float8
+            opened, codes = (weight, None) if is_open else (None, weight)
+            found.append(Levels(call, opened, codes, scale, None, None, None))
         elif call.target in PACKED_LAYERS:
             found.append(Levels(call, None, *(stored(a) for a in call.args[2:7])))
     return found

@@ -12,7 +12,7 @@ from mpq_compiler.aten import aten
 from mpq_compiler.calibration import GRAM
 from mpq_compiler.fitting import REST, Open, attributes, fit_unsettled
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, operand, prune
+from mpq_compiler.program import Program, function_of, operand, prune
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class LowRank(Pass):
         with graph.inserting_before(total):
             down, up = attributes(program, f"{weight.path}:", down=fit.down.reshape(-1, *shape[1:]), up=fit.up)
             window = call.args[3:] if call.target is ops.conv2d else ()
-            narrow = graph.call_function(call.target, (x, down, *((None, *window) if window else ())))
+            narrow = graph.call_function(function_of(call), (x, down, *((None, *window) if window else ())))
             wide = graph.call_function(aten.linear.default, (narrow, up))
         name = call.name
         call.replace_all_uses_with(total)

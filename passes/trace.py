@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from mpq_compiler.aten import aten
 from mpq_compiler.errors import UserError
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, copy_graph, merge_equal, prune
+from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, copy_graph, merge_equal, operand, prune
 
 NO_OPS = (aten.dropout.default, aten.detach.default, aten.alias.default)
 ASSERTIONS = (
@@ -113,7 +113,7 @@ def _export(wrapper: nn.Module, denoiser: Any) -> tuple[fx.Graph, Any]:
         if node.op == "output" and isinstance(node.args[0], tuple | list) and len(node.args[0]) == 1:
             node.args = (node.args[0][0],)
 
-    shape, (_, *sides) = graph.output_node().args[0].meta["val"].shape, denoiser.latent_shape
+    shape, (_, *sides) = operand(graph.output_node(), 0).meta["val"].shape, denoiser.latent_shape
     if list(shape[2:]) != sides:
         given, made = "x".join(map(str, sides)), "x".join(map(str, shape[1:]))
         raise UserError(f"{denoiser.name} takes no latents of {given}, it gives {made} for them: give another size")
@@ -130,7 +130,8 @@ def _export(wrapper: nn.Module, denoiser: Any) -> tuple[fx.Graph, Any]:
 def _reason(error: BaseException, model: nn.Module) -> str:
     """Which module could not be traced, and why, in one line."""
     paths = {id(module): name for name, module in model.named_modules()}
-    at, trace = model, error.__traceback__
+    at: Any = model
+    trace = error.__traceback__
     while trace is not None:
         found = trace.tb_frame.f_locals.get("self")
         if id(found) in paths:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,7 +32,8 @@ def stored_scale(scale: Tensor) -> Tensor:
 class Fit(Protocol):
     """A weight in a format: what `Format.fit` yields."""
 
-    codes: Tensor
+    @property
+    def codes(self) -> Tensor: ...
 
     def dequantize(self) -> Tensor:
         """f32 [O, K]."""
@@ -135,7 +137,7 @@ def nearest_codes(
     offset: Tensor | None,
     lut: Tensor | None,
     row_class: Tensor | None,
-    segments: tuple[int, ...] | list[int] | None = None,
+    segments: Sequence[int] | None = None,
 ) -> Tensor:
     """Codes of the levels nearest to weight [O, K]; ties go to the lower level (8 bits: to the even code).
 

@@ -246,7 +246,11 @@ class _Kernel:
     def _segments(self, body: Callable[[Segment], None]) -> None:
         """Calls body for each segment, in a loop where several are equal."""
         for first, count in self.p.segment_runs:
-            _loop(count, lambda i, first=first: body(Segment(first, i)))
+
+            def at(i: Any, first: int = first) -> None:
+                body(Segment(first, i))
+
+            _loop(count, at)
 
     def _plane(self, j: Segment) -> Any:
         """Where segment j begins in the gathered activations."""
