@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from mpq_compiler import denoiser as denoisers
-from mpq_compiler import evaluation, metrics, pictures, terminal
+from mpq_compiler import checkpoint, evaluation, metrics, pictures, terminal
 from mpq_compiler.compiler import compile, single_threaded
-from mpq_compiler.errors import UserError
+from mpq_compiler.errors import UserError, nearest
 
 MODEL = "fashion-unet"
 ROUNDS = 7
@@ -29,7 +29,9 @@ def demo(
     cache: Path | None = None,
     model: str = MODEL,
 ) -> dict[str, Any]:
-    """Compiles, draws the same noise with both, writes ``samples.png`` and prints the table."""
+    """Compiles a bundled model, draws the same noise with both, writes ``samples.png`` and prints the table."""
+    if model not in checkpoint.bundled():
+        raise UserError(f"there is no bundled model '{model}'; {nearest(model, checkpoint.bundled())}")
     picture, output = folder / "samples.png", folder / f"{model}.mpq"
     for existing in (picture, output):
         if existing.exists() and not overwrite:

@@ -295,6 +295,12 @@ def test_options_of_a_compilation_with_what_is_compiled(capsys: pytest.CaptureFi
     assert "is compiled already, and --weights, --steps would change nothing" in sentence
 
 
+def test_a_demo_of_what_is_not_bundled(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+    for name, hint in (("fashion-txt", "did you mean 'fashion-text'"), (str(model), "no bundled model")):
+        assert hint in refused(capsys, "demo", "--model", name, "-o", tmp_path / "demo")
+    assert nothing_in(tmp_path)
+
+
 def test_a_hub_id_without_a_network(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
