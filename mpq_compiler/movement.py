@@ -116,6 +116,11 @@ class Chain:
         self.dims = [[] if self.repeated & set(dim) else dim for dim in self.dims]
         return True
 
+    def leads_with_batch(self) -> bool:
+        """The size that grows with the batch is the outermost of the first dimension."""
+        grows = [self.sizes[a][0] != self.sizes[a][1] for dim in self.dims for a in dim]
+        return grows[:1] == [True]
+
     def steps(self) -> list[Step]:
         """The calls that make the tensor of its source: the permute stands last where that is possible."""
         place = {atom: i for i, atom in enumerate(self.order)}

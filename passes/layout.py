@@ -12,9 +12,10 @@ from torch import fx
 from mpq_compiler import ops
 from mpq_compiler.aten import MOVEMENT, POINTWISE, aten, interior_permutes, is_movement, is_permute
 from mpq_compiler.editing import Editor, bound, respell
+from mpq_compiler.errors import UserError
 from mpq_compiler.movement import ONE, Chain, Step, follow
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, Stage, arguments, copy_graph, merge_equal, operand, prune
+from mpq_compiler.program import Program, Stage, arguments, copy_graph, merge_equal, operand, prune, weight_of
 
 TO_CHANNELS_LAST = {3: (0, 2, 1), 4: (0, 2, 3, 1)}
 TO_CHANNELS_FIRST = {3: (0, 2, 1), 4: (0, 3, 1, 2)}
@@ -57,6 +58,7 @@ class Layout(Pass):
             changed = simplify_movement(edit)
             changed |= sink_permutes(edit)
         fold_constants(edit)
+        require_rows_of_samples(edit)
         merge_equal(program.graph)
         keep_names(program)
         for node in interior_permutes(program.graph):
@@ -382,6 +384,20 @@ def fold_constants(edit: Editor) -> None:
             with edit.before(node):
                 node.replace_all_uses_with(edit.stored(name if ":" in name else name + ":moved", moved))
     prune(edit.graph)
+
+
+def require_rows_of_samples(edit: Editor) -> None:
+    """UserError where a layer reads rows that do not stand sample by sample: time groups are chosen by sample."""
+    for node in edit.program.quantizable:
+        x = operand(node, 0)
+        while is_movement(x):
+            chain = Chain(edit.size(operand(x, 0)))
+            if follow(chain, x, edit.size(x)) and not chain.leads_with_batch():
+                raise UserError(
+                    f"layer '{weight_of(node)}' of {edit.program.model} multiplies rows of several samples in turn "
+                    f"(%{x.name} puts {list(edit.value(x).shape)} in front of the batch), which is not supported"
+                )
+            x = operand(x, 0)
 
 
 # --- names --------------------------------------------------------------------------------------------------

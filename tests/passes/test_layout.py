@@ -7,6 +7,7 @@ from torch import fx
 from mpq_compiler import ops
 from mpq_compiler.aten import aten, interior_permutes, is_movement
 from mpq_compiler.editing import Editor
+from mpq_compiler.errors import UserError
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.passes.layout import Layout, simplify_movement
 from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run, shapes
@@ -58,6 +59,19 @@ def test_a_permute_between_two_kernels_is_listed():
     after = Layout().run(before, Session())
     assert list(after.fallbacks.values()) == ["data is permuted between two kernels"]
     assert {*after.fallbacks} == {n.name for n in interior_permutes(after.graph)}
+
+
+def test_layers_on_rows_of_several_samples_are_refused():
+    """[B, T, C] as [T * B, C]: row r is not of sample r // T."""
+
+    def build(graph, x):
+        call = graph.call_function
+        turned = call(aten.permute.default, (call(aten.neg.default, (x,)), [1, 0, 2]))
+        rows = call(aten.reshape.default, (turned, [-1, 6]))
+        return call(aten.linear.default, (rows, graph.get_attr("w")))
+
+    with pytest.raises(UserError, match=r"layer 'w' of .* multiplies rows of several samples in turn"):
+        Layout().run(program_of(build, (4, 6), {"w": torch.randn(6, 6)}), Session())
 
 
 @pytest.mark.parametrize(
