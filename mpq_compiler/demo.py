@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mpq_compiler import denoiser as denoisers
 from mpq_compiler import checkpoint, evaluation, metrics, pictures, terminal
+from mpq_compiler import denoiser as denoisers
 from mpq_compiler.compiler import compile, single_threaded
 from mpq_compiler.errors import UserError, nearest
 
