@@ -6,8 +6,9 @@ results need no quantizer, ConvInteger, takes 15 times as long, and Conv on dequ
 
 With one time group, scale and zero point are constants. With several they differ from sample to sample, where the
 kernel takes one number: onnxruntime 1.31 fuses DequantizeLinear along axis 0 all the same, and fails at batch 2. So the
-codes are dequantized by scale 1 and zero point 0, and what ``y = sum_k s[b] (q - z[b]) w`` needs besides follows the
-product: times s[b], plus the row of a table [G, O] that onnxruntime computes when it loads the model.
+codes are dequantized by scale 1 and a zero point m in the middle of all groups', and what
+``y = sum_k s[b] (q - z[b]) w`` needs besides follows the product: times s[b], plus the row of a table [G, O], of
+``bias - s (z - m) sum_k w``, that onnxruntime computes when it loads the model.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ def _tensor(value: int, dtype: str) -> onnx.TensorProto:
 def _single(e: Emitter, table: fx.Node) -> bool:
     """Whether a table is stored and has one entry."""
     return e.resolve(table).op == "get_attr" and e.array(table).size == 1
+
+
+def _middle(e: Emitter, zero: fx.Node) -> int:
+    """A zero point near all of a table's, so that products of codes stay small."""
+    return round(float(e.array(zero).mean())) if e.resolve(zero).op == "get_attr" else 128
 
 
 def _scalar(e: Emitter, table: fx.Node) -> str:
@@ -246,7 +252,9 @@ def _contraction(
         tables.setdefault(tuple(map(e.resolve, table)), []).append((codes, weight))
     terms = []
     for (scale, zero), members in tables.items():
-        x_scale, x_zero = (_scalar(e, scale), _scalar(e, zero)) if constant else (e.number(1.0), e.number(0, "uint8"))
+        x_scale, x_zero = e.number(1.0), e.number(_middle(e, zero), "uint8")
+        if constant:
+            x_scale, x_zero = _scalar(e, scale), _scalar(e, zero)
         products = []
         for codes, weight in members:
             x = g.op("DequantizeLinear", codes, x_scale, x_zero)
@@ -278,13 +286,14 @@ def _rest(
     bias: str | None,
     shape: Shape,
 ) -> str:
-    """What y holds besides the products of codes: ``bias - sum_j s_j z_j sum_k w_jk``, to broadcast over it."""
+    """What y holds besides the products of codes: ``bias - sum_j s_j (z_j - m_j) sum_k w_jk``, to broadcast over it."""
     g, terms = e.graph, []
     for (scale, zero), members in tables.items():
         sums = [weight.sums(e) for _, weight in members]
         if offset is not None:
             sums.append(g.op("Mul", offset, e.number(float(sum(weight.columns for _, weight in members)))))
-        shift = g.op("Mul", e.last(scale), g.op("Cast", e.last(zero), to=ELEMENT["float32"]))
+        distance = g.op("Sub", g.op("Cast", e.last(zero), to=ELEMENT["float32"]), e.number(float(_middle(e, zero))))
+        shift = g.op("Mul", e.last(scale), distance)
         terms.append(g.op("Mul", g.op("Reshape", shift, g.ints(-1, 1)), _sum(e, sums)))
     total = _sum(e, terms)
     total = g.op("Neg", total) if bias is None else g.op("Sub", bias, total)
