@@ -14,7 +14,7 @@ from mpq_compiler.errors import UserError
 from mpq_compiler.program import run
 from tests import packed
 
-CASES = [("unet2d", "int8"), ("unet2d-class", "int3"), ("sd15", "int2+b"), ("pixart", "int4")]
+CASES = [("unet2d", "int8"), ("unet2d-class", "int3"), ("sd15", "int2+b"), ("pixart", "int4,dynamic=true,attention=8")]
 
 
 @pytest.mark.parametrize(("name", "weights"), CASES)
