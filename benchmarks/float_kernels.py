@@ -30,8 +30,9 @@ import tvm
 
 from benchmarks.machine import provenance
 from mpq_compiler import targets
-from mpq_compiler.backends.tvm.kernels import attention, float_gemm, movement, norms, pointwise
+from mpq_compiler.backends.tvm.kernels import attention, float_gemm, matmul, movement, norms, pointwise
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.matmul import Access, Matmul
 from mpq_compiler.backends.tvm.kernels.pointwise import Input, PointwiseProgram, PointwiseStep, Result
 from tests.float_kernels import shape_of, tvm_target
 
@@ -152,8 +153,66 @@ def _float_gemm() -> Iterator[Contest]:
         yield Contest(f"conv3x3 {side}x{side}x{inputs}->{outputs}", float_gemm, problem, conv)
 
 
+def _transformers() -> Iterator[Contest]:
+    """What SD3, Flux and Sana add: norms of heads, rotary embeddings, linear attention, depthwise convolutions."""
+    for rows, channels in ((1024 * 24, 64), (1024 * 24, 128), (1024, 1152), (256, 2240)):
+        problem = norms.RmsNorm(rows, channels)
+
+        def rms(t, p=problem):
+            return [lambda: F.rms_norm(t[0], (p.channels,), t[1], p.eps)]
+
+        yield Contest(f"rms_norm {rows}x{channels}", norms, problem, rms)
+    for tokens, heads, dim in ((1024, 24, 128), (256, 16, 72)):
+        shape, table = ("B", tokens, heads, dim), (1, tokens, 1, dim)
+        x, cos, sin = (Input(i) for i in range(3))
+        turn, first = PointwiseStep("rotate", (x,)), PointwiseStep("mul", (x, cos))
+        steps = (turn, first, PointwiseStep("mul", (Result(0), sin)), PointwiseStep("add", (Result(1), Result(2))))
+        inputs = ((shape, "float32"), (table, "float32"), (table, "float32"))
+
+        def rope(t):
+            def rotated():
+                a, b = t[0].unflatten(-1, (-1, 2)).unbind(-1)
+                return t[0] * t[1] + torch.stack([-b, a], -1).flatten(-2) * t[2]
+
+            return [rotated]
+
+        yield Contest(f"rope {tokens}x{heads}x{dim}", pointwise, PointwiseProgram(inputs, steps, shape), rope)
+    for tokens, heads, dim in ((1024, 70, 32), (256, 20, 32)):
+        wide, across = heads * dim, heads * (dim + 1)
+        values, keys = (
+            Access((tokens, heads, dim + 1), (dim + 1, 1, across)),
+            Access((tokens, heads, dim), (dim, wide, 1)),
+        )
+        state = Access((heads, dim + 1, dim), ((dim + 1) * dim, dim, 1))
+        problem = Matmul((heads,), dim + 1, tokens, dim, values, keys, state)
+
+        def summed(t):
+            return [lambda: torch.einsum("bkhm,bkhn->bhmn", t[0], t[1])]
+
+        yield Contest(f"sum of keys and values {tokens}x{heads}x{dim}", matmul, problem, summed)
+        queries = Access((tokens, heads, dim), (dim, wide, 1))
+        transposed = Access((heads, dim + 1, dim), ((dim + 1) * dim, 1, dim))
+        problem = Matmul(
+            (heads,), tokens, dim, dim + 1, queries, transposed, Access((tokens, heads, dim + 1), (dim + 1, across, 1))
+        )
+
+        def read(t):
+            return [lambda: torch.einsum("bhmk,bnhk->bnhm", t[1], t[0])]
+
+        yield Contest(f"queries {tokens}x{heads}x{dim}", matmul, problem, read)
+    for side, channels in ((16, 1120), (32, 2240)):
+        problem = float_gemm.Conv2d(side, side, channels, channels, groups=channels)
+
+        def depthwise(t, channels=channels):
+            x, w = t[0].permute(0, 3, 1, 2), t[1].permute(0, 3, 1, 2)
+            pairs = ((x, w), (x.contiguous(), w.contiguous()))
+            return [lambda x=x, w=w: F.conv2d(x, w, t[2], 1, 1, 1, channels) for x, w in pairs]
+
+        yield Contest(f"depthwise 3x3 {side}x{side}x{channels}", float_gemm, problem, depthwise)
+
+
 def contests() -> Iterator[Contest]:
-    for family in (_group_norms, _layer_norms, _attention, _pointwise, _movement, _float_gemm):
+    for family in (_group_norms, _layer_norms, _attention, _pointwise, _movement, _float_gemm, _transformers):
         yield from family()
 
 
