@@ -70,11 +70,19 @@ class Conditioning:
         return tuple(name for name in self.inputs if name not in self.fixed.keys() | EMBEDDED.keys())
 
     @property
+    def encoder(self) -> TextEncoder | None:
+        """What prompts are encoded with, where they are all that it takes."""
+        return self.text if self.needed == (TEXT,) else None
+
+    @property
+    def by_class(self) -> bool:
+        """Whether classes are all that it takes."""
+        return self.needed == (LABELS,) and bool(self.classes)
+
+    @property
     def possible(self) -> bool:
         """Whether conditions can be made here; else they must come from a file."""
-        by_class = self.needed == (LABELS,) and bool(self.classes)
-        by_prompt = self.needed == (TEXT,) and self.text is not None
-        return self.given is not None or not self.needed or by_class or by_prompt
+        return self.given is not None or not self.needed or self.by_class or self.encoder is not None
 
     def of(self, wanted: Sequence[int] | Sequence[str] | Array) -> Conditions:
         """The conditions for class labels (the null class among them) or for prompts.
@@ -82,13 +90,13 @@ class Conditioning:
         UserError: a label or a word that the model does not know; a model of another kind.
         """
         text = isinstance(wanted, Sequence) and any(isinstance(item, str) for item in wanted)
-        if text and self.needed == (TEXT,) and self.text is not None:
+        if text and (encoder := self.encoder):
             prompts = [str(item) for item in wanted]
             values, null = (
-                self._complete({TEXT: self.text.encode(p)}, len(prompts)) for p in (prompts, [""] * len(prompts))
+                self._complete({TEXT: encoder.encode(p)}, len(prompts)) for p in (prompts, [""] * len(prompts))
             )
-            return Conditions(values, null, self.text.labels(prompts))
-        if not text and self.needed == (LABELS,) and self.classes:
+            return Conditions(values, null, encoder.labels(prompts))
+        if not text and self.by_class:
             labels = self._known_labels(np.asarray(wanted, np.int64))
             values = self._complete({LABELS: labels}, len(labels))
             if self.null_class is None:
@@ -108,10 +116,10 @@ class Conditioning:
         """How this model is conditioned, for it is not as it was asked."""
         if not self.needed:
             return UserError(f"'{self.name}' has no {'prompts' if text else 'classes'}: it is unconditional")
-        if self.needed == (LABELS,) and self.classes:
-            return UserError(f"'{self.name}' has no prompts, but the classes 0 to {self.classes - 1}")
-        if self.needed == (TEXT,) and self.text is not None:
-            return UserError(f"'{self.name}' has no classes, but prompts such as '{self.text.example}'")
+        if self.by_class:
+            return UserError(f"'{self.name}' has no prompts, but the classes 0 to {(self.classes or 0) - 1}")
+        if self.encoder:
+            return UserError(f"'{self.name}' has no classes, but prompts such as '{self.encoder.example}'")
         return UserError(
             f"'{self.name}' is conditioned on {', '.join(self.needed)}, which cannot be made without its encoders: "
             "give recorded ones in a file with --conditions, or put the artifact into its diffusers pipeline"
@@ -123,8 +131,8 @@ class Conditioning:
             return self.given.take(np.arange(count) % len(next(iter(self.given.values.values()))))
         if not self.needed:
             return Conditions(self._complete({}, count))
-        if self.text is not None:
-            return self.of([self.text.all_prompts[i % len(self.text.all_prompts)] for i in range(count)])
+        if self.encoder:
+            return self.of([*itertools.islice(itertools.cycle(self.encoder.all_prompts), count)])
         return self.of(np.arange(count) % (self.classes or 1))
 
     def mixed(self, count: int, seed: int) -> Conditions:
@@ -133,14 +141,14 @@ class Conditioning:
         if self.given is not None:
             rows = len(next(iter(self.given.values.values())))
             return self.given.take(order.permutation(max(count, rows))[:count] % rows)
-        if self.text is not None and self.needed == (TEXT,):
+        if self.encoder:
             # As often as classes have their null class: one in each turn of the last slot.
-            turn = len(list(self.text.slots.values())[-1]) + 1
-            prompts = itertools.cycle(self.text.all_prompts)
+            turn = len(list(self.encoder.slots.values())[-1]) + 1
+            prompts = itertools.cycle(self.encoder.all_prompts)
             mixed = ["" if i % turn == turn - 1 else next(prompts) for i in range(count)]
             return self.of([mixed[i] for i in order.permutation(count)])
-        if self.classes and self.needed == (LABELS,):
-            known = [*range(self.classes), *([] if self.null_class is None else [self.null_class])]
+        if self.by_class:
+            known = [*range(self.classes or 0), *([] if self.null_class is None else [self.null_class])]
             return self.of(order.permutation(np.resize(known, count)))
         return self.varied(count)
 
