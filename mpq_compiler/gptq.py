@@ -50,10 +50,17 @@ def gptq(
 
 
 def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped gram, f32."""
+    """The upper Cholesky factor of the inverse of the damped gram, f32.
+
+    Where inputs hardly vary, what rounding left of the gram may need more than that damping to be positive definite.
+    """
     wide = gram.double()
-    wide = wide + torch.eye(len(wide)) * (damping * wide.diagonal().mean()).clamp_min(1e-30)
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(wide)), upper=True).float()
+    step = (damping * wide.diagonal().mean()).clamp_min(1e-30)
+    factor, failed = torch.linalg.cholesky_ex(wide + step * torch.eye(len(wide)))
+    while failed and bool(torch.isfinite(step)):
+        step = step * 10
+        factor, failed = torch.linalg.cholesky_ex(wide + step * torch.eye(len(wide)))
+    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
 
 
 class _Columns:

@@ -119,3 +119,15 @@ def test_inputs_that_are_always_zero_and_fewer_samples_than_inputs():
     assert torch.isfinite(found.dequantize()).all() and (after <= before).all() and after.sum() < before.sum()
     nothing = gptq(w, start, torch.zeros(160, 160))
     assert torch.equal(nothing.codes, start.codes)
+
+
+def test_inputs_that_hardly_vary():
+    """Moments about the mean of constant inputs are what rounding left of them: no gram, strictly."""
+    w, constant = weight(), torch.linspace(-30, 30, 40)
+    x = constant + torch.randn(64, 40, generator=torch.Generator().manual_seed(0)) * 1e-4
+    mean = x.mean(0)
+    left = x.T @ x / len(x) - torch.outer(mean, mean)
+    assert torch.linalg.eigvalsh(left.double())[0] < -0.02 * left.diagonal().mean().abs()
+    start = nearest("int4", w, None)
+    before, after = errors(w, left, start, gptq(w, start, left))
+    assert torch.isfinite(after).all() and (after <= before).all()
