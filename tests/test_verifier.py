@@ -303,6 +303,16 @@ def _(program):
     layer.update_arg(7, [scale])
 
 
+@mutant("low-rank", "round-weights")
+def _(program):
+    """A norm's weight that goes by the name of a factor."""
+    read = first(program, ops.group_norm).args[2]
+    name = f"{path_of(read).split(':')[0]}:up"
+    tensor = program.tensors[path_of(read)]
+    read.target = name
+    return with_tensor(program, name, tensor)
+
+
 @mutant("simulated-operands", "round-weights")
 def _(program):
     quantizer = next(n for n in program.graph.nodes if n.target is ops.fake_quantize and len(n.users) > 1)

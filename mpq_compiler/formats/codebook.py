@@ -7,7 +7,7 @@ add to the layer's output, ``scale[i]^2 * E[x_k^2]`` (SqueezeLLM, arXiv 2306.076
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,16 +21,17 @@ from mpq_compiler.formats.base import (
     output_error,
     row_tiles,
     stored_scale,
+    weighted,
 )
 
 BINS = 512
 """Of the histogram that K-means starts from."""
 LLOYD = 25
 """Steps of Lloyd's algorithm; in one dimension and with so many values it has settled by then."""
-FACTORS = tuple(1 + 0.03 * i for i in range(-7, 8))
-"""Fractions of a row's scale that the scale search tries."""
-ROUNDS = 4
-"""Turns of tables after scales and scales after tables; the best is kept."""
+FACTORS = tuple(1 + 0.04 * i for i in range(-4, 5))
+"""Fractions of the least-squares scale of a row that the scale search tries."""
+ROUNDS = 3
+"""Turns of tables after scales and scales after tables from each start; the best is kept."""
 MOST_CLASSES = 256
 """A row class is stored as u8."""
 
@@ -59,14 +60,23 @@ class CodebookFormat(Format):
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
         rows = weight.flatten(1)
         importance = torch.ones(rows.shape[1]) if gram is None else diagonal(gram)
-        scale = rows.square().mean(1, keepdim=True).sqrt()
         best: QuantizedWeight | None = None
         least = torch.full((self.classes(len(rows)),), torch.inf)
-        for _ in range(ROUNDS):
-            found, error = self._search(rows, self._learn(rows, scale, importance), gram)
-            total = self._per_class(error)
-            best = found if best is None else self._choose(rows, total < least, found, best)
-            least, scale = torch.minimum(total, least), found.scale.float()
+        if self.classes(len(rows)) > 1:  # from the best table for all rows, which is kept where it is better
+            best = replace(self, tiled=False).fit(weight, gram)
+            starts = [best.scale.float()]
+            assert best.lut is not None
+            best = self._quantize(rows, best.scale, best.lut.repeat(len(least), 1))
+            least = self._per_class(output_error(best.dequantize() - rows, gram))
+        else:
+            spread = (rows.square() * importance).sum(1, keepdim=True) / importance.sum().clamp_min(1e-30)
+            starts = [spread.sqrt(), rows.abs().amax(1, keepdim=True)]
+        for scale in starts:
+            for _ in range(ROUNDS):
+                found, error = self._search(rows, self._learn(rows, scale, importance), gram)
+                total = self._per_class(error)
+                best = found if best is None else self._choose(rows, total < least, found, best)
+                least, scale = torch.minimum(total, least), found.scale.float()
         assert best is not None
         return best
 
@@ -83,9 +93,13 @@ class CodebookFormat(Format):
     def _search(self, rows: Tensor, found: QuantizedWeight, gram: Tensor | None) -> tuple[QuantizedWeight, Tensor]:
         """The row scales with the least output error under the same tables, and that error [O]."""
         assert found.lut is not None
+        level = found.dequantize()
+        served = weighted(level, gram)
+        fitting = (served * rows).sum(1, keepdim=True) / (served * level).sum(1, keepdim=True).clamp_min(1e-30)
+        middle = found.scale.float() * fitting.clamp(0.5, 2)
         best, least = found.scale, torch.full((len(rows),), torch.inf)
         for factor in FACTORS:
-            tried = self._quantize(rows, stored_scale(found.scale.float() * factor), found.lut)
+            tried = self._quantize(rows, stored_scale(middle * factor), found.lut)
             error = output_error(tried.dequantize() - rows, gram)
             best = torch.where((error < least)[:, None], tried.scale, best)
             least = torch.minimum(error, least)

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import fx
+
+from mpq_compiler import formats, ops
+from mpq_compiler.aten import aten
+from mpq_compiler.errors import UserError
+from mpq_compiler.exact import run_exact
+from mpq_compiler.fitting import unsettled
+from mpq_compiler.pass_manager import Session, parse, run_pipeline
+from mpq_compiler.passes.low_rank import LowRank
+from mpq_compiler.program import Program, prune, run
+from mpq_compiler.verifier import check
+from tests import programs
+
+MODEL = "pixart"
+
+
+def step() -> programs.Step:
+    return programs.step(MODEL, "low-rank", programs.LOW_RANK)
+
+
+def sums(program: Program) -> dict[str, fx.Node]:
+    """Node that adds a branch, by the parameter of its layer."""
+    return {
+        str(n.args[1].args[1].target).split(":")[0]: n
+        for n in program.graph.nodes
+        if n.target is aten.add.Tensor and getattr(n.args[1], "name", "").endswith("_up")
+    }
+
+
+def test_every_layer_of_the_plan_has_base_and_branch_on_one_input():
+    program = step().after
+    found = sums(program)
+    assert {*found} == {*program.weights}
+    for path, total in found.items():
+        base, up = total.args
+        down = up.args[0]
+        assert base.args[0].target is ops.fake_quantize and base.args[0].args[0] is down.args[0]
+        assert program.weights[path].sites == (base.name,) and base.name == f"{total.name}_base"
+        assert {down.name, up.name} <= {*program.fallbacks}
+        rank, shape = len(program.tensors[str(down.args[1].target)]), program.tensors[str(up.args[1].target)].shape
+        assert shape[1] == rank <= 4
+
+
+def test_the_sum_is_the_layer_with_the_fitted_weight():
+    """A convolution and linear layers: base and branch compute what one layer with the sum of both weights does."""
+    program = step().after
+    values: dict[str, torch.Tensor] = {}
+    run(program, programs.inputs(MODEL, 2), lambda node, value: values.__setitem__(node.name, value))
+    kinds = set()
+    for path, total in sums(program).items():
+        base = total.args[0]
+        x, rest = values[base.args[0].args[0].name], values[base.args[1].name]
+        branch = program.tensors.read(f"{path}:up") @ program.tensors.read(f"{path}:down").flatten(1)
+        difference = values[total.name] - values[base.name]
+        wide = base.target(x, branch.reshape(rest.shape), None, *base.args[3:])
+        assert float((difference - wide).abs().max()) <= 1e-4 * float(values[total.name].abs().max() + 1)
+        kinds.add(base.target)
+    assert kinds == {ops.conv2d, aten.linear.default}
+
+
+def test_what_the_branch_leaves_is_quantized_at_the_fitted_levels():
+    program = step().after
+    for weight in unsettled(program):
+        assert weight.weight.endswith(":rest") and weight.format == "int3"
+        path, original = weight.path, program.weights[weight.path]
+        assert original.format == "int3+r4"
+        name = f"{path}:ohwi" if f"{path}:ohwi" in program.tensors else path
+        branch = program.tensors.read(f"{path}:up") @ program.tensors.read(f"{path}:down").flatten(1)
+        rest = program.tensors[weight.weight]
+        assert torch.allclose(rest.flatten(1) + branch, program.tensors.read(name).flatten(1), atol=1e-6)
+
+
+def test_branches_bring_the_output_nearer_to_float():
+    x = programs.inputs(MODEL, 4)
+    y = run(programs.after(MODEL, "bit-allocation", programs.LOW_RANK), x)
+    plain = programs.LOW_RANK.replace("int3+r4", "int3")
+    errors = [
+        float((run(programs.after(MODEL, "round-weights", pipeline), x) - y).square().sum())
+        for pipeline in (programs.LOW_RANK, plain)
+    ]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_without_the_pass_weights_are_not_rounded():
+    before = programs.after(MODEL, "insert-fake-quant", programs.LOW_RANK)
+    with pytest.raises(UserError, match=r"planned as int3\+r4: put pass 'low-rank' before 'round-weights'"):
+        parse("round-weights")[0].run(before, Session())
+
+
+def test_plans_without_a_branch_are_left_alone():
+    program = programs.after(MODEL, "residual-branch", programs.RESIDUAL)
+    after = LowRank().run(program, Session())
+    assert [n.name for n in after.graph.nodes] == [n.name for n in program.graph.nodes]
+
+
+def test_a_weight_that_is_used_twice_has_one_pair_of_factors():
+    model = "dit"
+    passes = parse(f"{programs.FRONT},bit-allocation{{uniform=int4g16+r2}},insert-fake-quant,low-rank,round-weights")
+    session = Session(programs.denoiser(model), programs.calibration(model))
+    program, _ = run_pipeline(passes, programs.empty(), session)
+    shared = [plan for plan in program.weights.values() if len(plan.sites) > 1]
+    assert shared
+    factors = [str(n.target) for n in program.graph.nodes if n.op == "get_attr" and ":up" in str(n.target)]
+    assert len(factors) == sum(len(plan.sites) for plan in program.weights.values()) > len({*factors})
+    x = programs.inputs(model, 2)
+    packed, _ = run_pipeline(parse("fold-fake-quant,fuse-epilogues"), program, session, present=["codes", "packed"])
+    assert torch.equal(run_exact(program, x), run(packed, x))
+
+
+def test_a_branch_that_is_lost_or_wider_than_its_type_is_seen():
+    program = programs.after(MODEL, "round-weights", programs.LOW_RANK)
+    assert not check(program, ["low-rank"])
+    lost = program.fork()
+    total = next(iter(sums(lost).values()))
+    name = total.name
+    total.replace_all_uses_with(lost.node(f"{name}_base"))
+    prune(lost.graph)
+    assert [v.node for v in check(lost, ["low-rank"])] == [f"{name}_w"]
+    other = program.fork()
+    path = next(iter(other.weights))
+    other.weights[path] = type(other.weights[path])("int3", other.weights[path].sites)
+    assert {v.rule for v in check(other, ["low-rank"])} == {"low-rank"}
+    assert isinstance(formats.get("int3+r4"), formats.LowRankFormat)
