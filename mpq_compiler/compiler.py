@@ -309,8 +309,9 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
     with single_threaded():
         batches, *_ = parse_shapes(chosen.shapes).values()
         others = _other_sizes(lowering, chosen)
-        more = {"others": others} if others else {}
-        built = backend.build(program, target, batches, jobs=chosen.jobs, progress=progress, cache=chosen.cache, **more)
+        built = backend.build(
+            program, target, batches, jobs=chosen.jobs, progress=progress, cache=chosen.cache, others=others
+        )
         stored = costs.stored_bytes(planned) + specialize.added_bytes(program, others)
         manifest = {
             **_describe(denoiser, program, planned, chosen, passes),

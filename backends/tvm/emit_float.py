@@ -157,8 +157,8 @@ def mean(e: Emitter, node: fx.Node) -> Value:
 def _product(e: Emitter, node: fx.Node, values: list[Value], letters: list[str], target: str) -> Value:
     """``einsum("letters[0],letters[1]->target")`` over one letter; the batch comes first where there is one.
 
-    The last letter of the result numbers the columns: the operand that has it stands on the right. One letter of the
-    left operand numbers the rows; the others are heads, over which an operand that lacks them repeats.
+    The last letter of the result numbers the columns: the operand that alone has it stands on the right. A letter of
+    the left operand alone numbers the rows; the others are heads, over which an operand that lacks them repeats.
     """
     equation = f"{','.join(letters)}->{target}"
     views = [e.view(value) for value in values]
@@ -169,11 +169,11 @@ def _product(e: Emitter, node: fx.Node, values: list[Value], letters: list[str],
     if not fits or not led or len(summed) != 1 or not summed <= {*letters[0]} & {*letters[1]}:
         raise e.refusal(f"'{equation}' is no product of float32 matrices, sample by sample")
     rest = target.removeprefix(batch)
-    columns = rest[-1:]
+    columns = "" if {*rest[-1:]} <= {*letters[0]} & {*letters[1]} else rest[-1]
     if columns and columns in letters[0]:
         views, letters = views[::-1], letters[::-1]
-    rows = next((c for c in rest[:-1] if c in letters[0] and c not in letters[1]), "")
-    heads = [c for c in rest[:-1] if c != rows]
+    rows = next((c for c in rest if c != columns and c in letters[0] and c not in letters[1]), "")
+    heads = [c for c in rest if c not in (rows, columns)]
     strides = [dict(zip(s, v.strides, strict=True)) for s, v in zip(letters, views, strict=True)]
     extents = {c: n for s, v in zip(letters, views, strict=True) for c, n in zip(s, v.extents, strict=True)}
     strides.append(dict(zip(rest, whole(Value("", tuple(extents[c] for c in rest), "")).strides, strict=True)))

@@ -465,3 +465,52 @@ def test_pointwise_movement_and_shapes(tmp_path):
         return call(aten.sub.Tensor, call(aten.cat.default, [y, wide], 1), bias)
 
     check_by_hand(by_hand(build_graph), tmp_path, exact=False)
+
+
+def test_products_means_and_masks(tmp_path):
+    def build_graph(graph, store, x, group):
+        def call(target, *args, **kwargs):
+            return graph.call_function(target, args, kwargs)
+
+        def constant(name, tensor):
+            return graph.get_attr(store.add(f"constant.{name}", tensor))
+
+        def attend(mask):
+            return call(ops.attention, x, x, x, 1, None, mask)
+
+        later = constant("later", torch.full((5, 5), -torch.inf).triu(1))
+        table = constant("table", torch.linspace(-1, 1, 28).reshape(4, 7))
+        across = call(aten.matmul.default, x, call(aten.permute.default, x, [0, 2, 1]))  # [B, 5, 5]
+        positive = call(aten.gt.Scalar, call(aten.select.int, x, 2, 0), 0.0)  # bool [B, 5]
+        additive = call(aten.where.Scalar, positive, 0.0, -1e30)
+        row = call(aten.slice.Tensor, table, 0, 0, 1)
+        kept = call(aten.where.self, call(aten.unsqueeze.default, positive, 2), x, row)
+        results = [
+            call(aten.einsum.default, "bkm,bkn->bmn", [x, x]),
+            call(aten.einsum.default, "bmk,nk->bnm", [x, table]),
+            call(aten.einsum.default, "bkm,bkm->bm", [x, x]),
+            call(aten.bmm.default, across, x),
+            call(aten.mean.dim, x, [1]),
+            call(aten.mean.dim, x, [-1], True),
+            call(ops.rms_norm, x, None, 1e-6),
+            call(ops.prepend, x, constant("token", torch.arange(7.0))),
+            kept,
+            call(aten.to.dtype, positive, torch.float32),
+            attend(call(aten.reshape.default, additive, [-1, 1, 1, 5])),
+            attend(call(aten.reshape.default, across, [-1, 1, 5, 5])),
+            attend(later),
+        ]
+        sizes = [49, 20, 7, 35, 7, 5, 35, 42, 35, 5, 35, 35, 35]
+        flat = [call(aten.reshape.default, y, [-1, size]) for y, size in zip(results, sizes, strict=True)]
+        return call(aten.cat.default, flat, 1)
+
+    check_by_hand(by_hand(build_graph), tmp_path, exact=False)
+
+
+def test_products_that_are_none_are_refused():
+    def built(equation):
+        return by_hand(lambda graph, store, x, group: graph.call_function(aten.einsum.default, (equation, [x, x])))
+
+    for equation in ("bkm,bkm->b", "bkm,bnm->bk", "akm,bkm->abk"):
+        with pytest.raises(UserError, match=r"aten\.einsum.*(no product|batch outermost)"):
+            lower(built(equation), (1,))
