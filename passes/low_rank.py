@@ -27,9 +27,9 @@ class LowRank(Pass):
         %conv_in      = mpq::conv2d(%permute_default_q, %conv_in_w, .bias:f16, ...)
       =>
         %conv_in_w    = mpq::fake_quantize_weight(.weight:{rest,scale,offset,lut})
-        %conv_in_base = mpq::conv2d(%permute_default_q, %conv_in_w, .bias:f16, ...)
-        %conv_in_down = mpq::conv2d(%permute_default, .weight:down, ...)
-        %conv_in_up   = aten.linear(%conv_in_down, .weight:up)
+        %conv_in_base = mpq::conv2d(%permute_default_q, %conv_in_w, conv_in.bias:f16, ...)
+        %conv_in_down = mpq::conv2d(%permute_default, conv_in.weight:down, ...)
+        %conv_in_up   = aten.linear(%conv_in_down, conv_in.weight:up)
         %conv_in      = aten.add(%conv_in_base, %conv_in_up)
     """
 

@@ -150,7 +150,8 @@ def test_the_excerpt_of_a_pass_is_real(name):
     if name in UNCHANGED:
         assert "no change" in before and "no change" in after
         return
-    pipelines = (programs.RESIDUAL,) if name == "residual-branch" else (PLAIN, *programs.PIPELINES)
+    own = {"residual-branch": programs.RESIDUAL, "low-rank": programs.LOW_RANK}
+    pipelines = (own[name],) if name in own else (PLAIN, *programs.PIPELINES)
     model = "sd15" if name == "bos-split" else "unet2d"
     step = programs.step(model, name, next(p for p in pipelines if name in re.split("[,{]", p)))
     text = printer.text(step.after)

@@ -31,7 +31,7 @@ def host(monkeypatch):
 def test_the_table_holds_every_documented_name():
     assert list(targets.TARGETS) == NAMES
     ready = {name for name, target in targets.TARGETS.items() if target.implemented}
-    assert ready == {"x86-64-avx2", "x86-64-avxvnni", "x86-64-avx512vnni", "aarch64-dotprod", "reference"}
+    assert ready == {"x86-64-avx2", "x86-64-avxvnni", "x86-64-avx512vnni", "aarch64-dotprod", "onnx", "reference"}
 
 
 @pytest.mark.parametrize(
