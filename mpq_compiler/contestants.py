@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mpq_compiler import artifact as artifacts
-from mpq_compiler import checkpoint, runtime
+from mpq_compiler import checkpoint, runtime, terminal
 from mpq_compiler.errors import UserError
 from mpq_compiler.runtime import CompiledDenoiser
 
@@ -34,7 +34,7 @@ class Contestant:
     call: Callable[[], object]
     bytes: int | None = None
     loader: tuple[str, ...] = ()
-    """Arguments of `_load` in a process of its own, for the peak of its memory."""
+    """Its kind and its path or model, for `child`; empty where its memory is not asked for."""
 
 
 def random_inputs(manifest: Mapping[str, Any], batch: int) -> dict[str, np.ndarray]:
@@ -70,9 +70,7 @@ def peers(
     source = model or manifest["name"]
     if model is None and source not in checkpoint.bundled():
         raise UserError(f"'{source}' is no bundled model: name the float model with --model")
-    from mpq_compiler import denoiser as denoisers
-
-    loaded = denoisers.load(source)
+    loaded = _float_model(source, inputs)
     theirs = {name: tuple(spec.shape) for name, spec in loaded.input_specs.items()}
     ours = {name: value.shape[1:] for name, value in inputs.items()}
     if theirs != ours:
@@ -92,6 +90,16 @@ def peers(
         size = sum(file.stat().st_size for file in scratch.iterdir())
         found.append(Contestant(name, call, size, (name, str(exported))))
     return found, skipped
+
+
+def _float_model(source: str, inputs: Arrays) -> Any:
+    """The denoiser at the size of the inputs."""
+    from mpq_compiler import denoiser
+
+    latent = next(iter(inputs.values())).shape[1:]
+    text = inputs.get("encoder_hidden_states")
+    size = (latent[1], latent[2]) if len(latent) == 3 else None
+    return denoiser.load(source, size=size, tokens=None if text is None else text.shape[1])
 
 
 def _text(shapes: Mapping[str, Sequence[int]]) -> str:
@@ -192,6 +200,9 @@ def peak_memory(entries: Sequence[Contestant], batch: int, threads: int) -> dict
         request = json.dumps(asked)
         done = subprocess.run([sys.executable, "-c", code, request], env=environment, capture_output=True, text=True)
         found[entry.name] = int(done.stdout.split()[-1]) if done.returncode == 0 else None
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+            terminal.note(f"the peak memory of {entry.name} is not known: its process ended with {last}")
     return found
 
 
@@ -204,10 +215,8 @@ def child(request: str) -> None:
     if kind == "artifact":
         runtime.load(source, threads).run(inputs)
     elif kind == "torch":
-        from mpq_compiler import denoiser
-
         with torch_threads(threads, True):
-            _torch_call(denoiser.load(source), inputs)()
+            _torch_call(_float_model(source, inputs), inputs)()
     else:
         _LOADERS[kind](Path(source), inputs, threads)()
     status = Path("/proc/self/status").read_text()

@@ -52,38 +52,89 @@ def constant(program: Program, node: fx.Node) -> Tensor:
 
 
 @dataclass(frozen=True)
-class WeightNoise:
-    """Squared errors of the rows of a weight, in the weight and in the layer's output over calibration: [O, 2]."""
+class Errors:
+    """Squared errors of a weight [O, K], in the weight itself and in the layer's output over calibration."""
 
-    measured: Tensor
-    expected: Tensor
-    signal: Tensor
-    """The weight's own powers, [2] in all."""
+    rows: Tensor
+    """[O, 2]"""
+    groups: Tensor
+    """[J, 2], what each K-group makes by itself."""
+
+
+def errors(difference: Tensor, gram: Tensor | None, segments: tuple[int, ...]) -> Errors:
+    """Those of ``difference`` [O, K]."""
+    found = _powers(difference, gram)
+    return Errors(found, found.sum(0)[None] if len(segments) == 1 else _by_group(difference, gram, segments))
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Plain rounding of a weight: the levels of `Format.start`."""
+
+    error: Errors
+    signal: Errors
+    """Of the weight against nothing."""
+    segments: tuple[int, ...]
+    missing: int
+    """Bits that are still to come: the start of a residual format is its base alone."""
+
+    def expected(self, settled: bool) -> Errors:
+        """The errors to expect: 6 dB less for each bit that came with a branch, no less than f16 parameters make."""
+        gain = 4.0 ** (-self.missing if settled else 0)
+
+        def of(error: Tensor, signal: Tensor) -> Tensor:
+            return torch.maximum(error * gain, signal * HALF_ROUNDING**2).clamp_min(1e-30)
+
+        groups = of(self.error.groups, self.signal.groups)
+        groups = torch.maximum(groups, groups.mean(0))  # of a group that hardly counts nothing is expected
+        return Errors(of(self.error.rows, self.signal.rows), groups)
+
+
+def plain_rounding(weight: Tensor, format_name: str, gram: Tensor | None) -> Plain:
+    """Of weight [O, ..., C] in a format."""
+    chosen = formats.get(format_name)
+    start, segments, own = chosen.start(weight), chosen.segments(weight.shape[-1]), rows(weight)
+    lut = getattr(start, "lut", None)
+    missing = chosen.bits - ((lut.shape[1] - 1).bit_length() if lut is not None else chosen.bits)
+    error = errors(rows(start.dequantize()) - own, gram, segments)
+    return Plain(error, errors(own, gram, segments), segments, missing)
+
+
+@dataclass(frozen=True)
+class WeightNoise:
+    """What a quantized weight has of it, and what it should have."""
+
+    measured: Errors
+    expected: Errors
+    signal: Errors
     suspects: tuple[tuple[int, float, int, float], ...]
     """(row, times the expected noise, the other row it is nearest to, its distance from that over that from its own) of
     the noisiest rows."""
-    groups: Tensor
-    """How many times the expected noise the weights of each K-group have, [J]."""
 
     @property
     def ratio(self) -> float:
         """How many times the expected noise there is, in the measure that is kinder: a fit may trade one for other."""
-        return float((self.measured.sum(0) / self.expected.sum(0)).min())
+        return float((self.measured.rows.sum(0) / self.expected.rows.sum(0)).min())
 
     @property
-    def relative(self) -> tuple[float, float]:
-        """Noise over signal in the layer's output, measured and expected."""
-        power = float(self.signal[1].clamp_min(1e-30))
-        return float(self.measured[:, 1].sum()) / power, float(self.expected[:, 1].sum()) / power
+    def groups(self) -> Tensor:
+        """The same of each K-group, [J]."""
+        return (self.measured.groups / self.expected.groups).amin(1)
+
+    def relative(self, measure: int) -> tuple[float, float]:
+        """Noise over signal, measured and expected: in the weight (0), in the layer's output (1)."""
+        power = float(self.signal.rows[:, measure].sum().clamp_min(1e-30))
+        measured, expected = (float(e.rows[:, measure].sum()) / power for e in (self.measured, self.expected))
+        return measured, expected
 
 
-def weight_noise(weight: Tensor, quantized: Tensor, gram: Tensor | None, plain: Plain) -> WeightNoise:
-    """Of ``quantized`` against ``weight`` [O, ..., C], held against `plain_rounding`."""
+def weight_noise(
+    weight: Tensor, quantized: Tensor, gram: Tensor | None, plain: Plain, settled: bool
+) -> WeightNoise:
+    """Of ``quantized`` against ``weight`` [O, ..., C]; ``settled``: its codes are final, and its branch is there."""
     own, other = rows(weight), rows(quantized)
-    error = other - own
-    measured = _powers(error, gram)
-    ratios = (measured / plain.rows).amin(1)
-    groups = (_by_group(error, gram, plain.segments) / plain.groups).amin(1)
+    measured, expected = errors(other - own, gram, plain.segments), plain.expected(settled)
+    ratios = (measured.rows / expected.rows).amin(1)
     worst = torch.argsort(ratios, descending=True, stable=True)[:SUSPECTS]
     suspects = []
     if len(own) > 1:
@@ -95,53 +146,23 @@ def weight_noise(weight: Tensor, quantized: Tensor, gram: Tensor | None, plain: 
             (int(row), float(ratios[row]), int(i), float(d / m.clamp_min(1e-30)))
             for row, i, d, m in zip(worst, index, least, mine, strict=True)
         ]
-    return WeightNoise(measured, plain.rows, _powers(own, gram).sum(0), tuple(suspects), groups)
+    return WeightNoise(measured, expected, plain.signal, tuple(suspects))
 
 
-@dataclass(frozen=True)
-class Plain:
-    """Squared errors to expect of a weight, as in `WeightNoise`: of its rows [O, 2], and of its K-groups [J, 2]."""
-
-    rows: Tensor
-    groups: Tensor
-    segments: tuple[int, ...]
-
-
-def plain_rounding(weight: Tensor, format_name: str, gram: Tensor | None, settled: bool) -> Plain:
-    """The errors of `Format.start`, 6 dB less for each bit to come.
-
-    The start of a residual format is its base alone; ``settled`` says that its branch is there too.
-    """
-    chosen = formats.get(format_name)
-    start = chosen.start(weight)
-    own = rows(weight)
-    error = rows(start.dequantize()) - own
-    lut = getattr(start, "lut", None)
-    missing = chosen.bits - ((lut.shape[1] - 1).bit_length() if lut is not None else chosen.bits)
-    gain, segments = 4.0 ** (-missing if settled else 0), chosen.segments(weight.shape[-1])
-    least = own * HALF_ROUNDING
-    by_group = torch.maximum(_by_group(error, gram, segments) * gain, _by_group(least, gram, segments)).clamp_min(1e-30)
-    return Plain(
-        torch.maximum(_powers(error, gram) * gain, _powers(least, gram)).clamp_min(1e-30),
-        torch.maximum(by_group, by_group.mean(0)),  # of a group that hardly counts, nothing is expected
-        segments,
-    )
-
-
-def _by_group(error: Tensor, gram: Tensor | None, segments: tuple[int, ...]) -> Tensor:
-    """The squared errors [J, 2] that each K-group makes by itself, of error [O, K]."""
-    group = ops.column_segments(segments, error.shape[1])
+def _by_group(difference: Tensor, gram: Tensor | None, segments: tuple[int, ...]) -> Tensor:
+    group = ops.column_segments(segments, difference.shape[1])
     found = []
     for j in range(len(segments)):
         columns = torch.nonzero(group == j).flatten()
         own = gram if gram is None else gram[columns] if gram.dim() == 1 else gram[columns][:, columns]
-        found.append(_powers(error[:, columns], own).sum(0))
+        found.append(_powers(difference[:, columns], own).sum(0))
     return torch.stack(found)
 
 
-def _powers(error: Tensor, gram: Tensor | None) -> Tensor:
-    found = error.square().sum(1)
-    return torch.stack([found, found if gram is None else output_error(error, gram).clamp_min(0)], 1).double()
+def _powers(difference: Tensor, gram: Tensor | None) -> Tensor:
+    found = difference.square().sum(1)
+    output = found if gram is None else output_error(difference, gram).clamp_min(0)
+    return torch.stack([found, output], 1).double()
 
 
 # --- activations --------------------------------------------------------------------------------------------

@@ -134,6 +134,8 @@ class Writer:
         self._float: dict[str, Any] = {}
         self._calls: dict[str, float] = {}
         self._weights: dict[str, tuple[Any, noise.WeightNoise]] = {}
+        self._plain: dict[tuple[str, str], noise.Plain] = {}
+        """By the store name of what is rounded, and the format."""
         self._sources: dict[str, str] = {}
         """Weight -> store name of what it is rounded from."""
         self._tables: dict[str, tuple[Any, noise.TableNoise | None]] = {}
@@ -258,9 +260,7 @@ class Writer:
     def _weight_arrays(self, program: Program) -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}
         for path, weight in self._noise_of_weights(program).items():
-            (out, expected_out), own = weight.relative, weight.signal[0].clamp_min(1e-30)
-            inside = [float(x[:, 0].sum() / own) for x in (weight.measured, weight.expected)]
-            found[f"weight:{path}"] = np.array([weight.ratio, out, expected_out, *inside])
+            found[f"weight:{path}"] = np.array([weight.ratio, *weight.relative(1), *weight.relative(0)])
             if weight.suspects:
                 found[f"rows:{path}"] = np.array(weight.suspects)
             if len(weight.groups) > 1:
@@ -282,13 +282,14 @@ class Writer:
             path, node, call = levels.path, layer.call.args[1], sites[levels.path]
             if levels.weight is not None:
                 self._sources[path] = levels.weight
-            source = self._sources.get(path) or str(weight_of(call))
+            source, planned_format = self._sources.get(path) or str(weight_of(call)), program.weights[path].format
             key = (source, _parts(node), settled := levels.weight is None)
             if self._weights.get(path, (None,))[0] != key:
                 weight, gram = program.tensors.read(source), noise.gram_of(planned, call)
-                plain = noise.plain_rounding(weight, program.weights[path].format, gram, settled)
-                quantized = noise.constant(program, node)
-                self._weights[path] = key, noise.weight_noise(weight, quantized, gram, plain)
+                if (source, planned_format) not in self._plain:
+                    self._plain[source, planned_format] = noise.plain_rounding(weight, planned_format, gram)
+                plain, quantized = self._plain[source, planned_format], noise.constant(program, node)
+                self._weights[path] = key, noise.weight_noise(weight, quantized, gram, plain, settled)
             found[path] = self._weights[path][1]
         return found
 
