@@ -47,8 +47,8 @@ def test_a_name_spells_out_a_low_rank_branch(base):
         ("km4g64", "unknown weight format 'km4g64'"),
         ("int5+r4", "unknown weight format 'int5'"),
         ("int4+r0", r"unknown weight format 'int4\+r0'"),
-        ("fp8+r4", "stands beside a table, and 'fp8' is none"),
-        ("int4+r4+r4", r"stands beside a table, and 'int4\+r4' is none"),
+        ("fp8+r4", "stands beside a table; 'fp8' is none"),
+        ("int4+r4+r4", r"stands beside a table; 'int4\+r4' is none"),
     ],
 )
 def test_other_names_are_refused_with_what_is_near(name, message):
