@@ -549,7 +549,8 @@ def _table_size(view: View) -> Findings:
             continue
         base = planned.base if isinstance(planned, formats.LowRankFormat) else planned
         bits = base.bits
-        beside = levels.codes is None and base is planned  # an open weight of a low-rank format has the merged table
+        # an open weight has the base's table; that of a low-rank format the merged one, once its branch is in the graph
+        beside = levels.codes is None and (base is planned or ":range." in (levels.lut or ""))
         if isinstance(base, ResidualFormat) and (beside or levels.call.name in based):
             bits = base.base_bits
         size = None if levels.lut is None else tuple(view.tensor(levels.lut).shape)
