@@ -18,14 +18,20 @@ from tests import packed
 
 LAYOUT = pass_manager.parse("trace,layout")
 SIZES = {"unet2d": (24, 8), "pixart": (24, 8), "flux": (8, 24), "sd15": (8, 8), "dit": (8, 8)}
-CASES = [("unet2d", "int3"), ("pixart", "int4")]
+CASES = [("unet2d", "int3", ""), ("pixart", "int4", ""), ("sd15", "int8", "split-shortcut,bos-split")]
 NATIVE = "x86-64-avx2"
 
 
-def specialized(name: str, weights: str = "int8") -> Program:
-    case = packed.program(name, weights)
+def specialized(name: str, weights: str, rewrites: str) -> Program:
+    case = packed.program(name, weights, rewrites)
     there = specialize.laid_out(case.laid_out, case.denoiser, SIZES[name], LAYOUT)
     return specialize.transplant(case.program, case.laid_out, there)
+
+
+def inputs_at(case: packed.Packed, denoiser, count: int) -> dict[str, torch.Tensor]:
+    """The case's inputs with latents of the denoiser's size."""
+    latents = denoiser.random_inputs(count, 5)[denoiser.latent]
+    return packed.take(case.inputs, slice(count)) | {denoiser.latent: latents}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -42,19 +48,19 @@ def test_a_transplanted_layout_is_the_other_layout(name):
     assert torch.allclose(run(made, inputs), other(**inputs), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "weights"), CASES)
-def test_the_packed_program_is_as_good_at_the_other_size(name, weights):
-    case, made = packed.program(name, weights), specialized(name, weights)
+@pytest.mark.parametrize(("name", "weights", "rewrites"), CASES)
+def test_the_packed_program_is_as_good_at_the_other_size(name, weights, rewrites):
+    case, made = packed.program(name, weights, rewrites), specialized(name, weights, rewrites)
     other = case.denoiser.resized(*SIZES[name])
-    first, second = packed.take(case.inputs, slice(8)), other.random_inputs(8, 5)
+    first, second = packed.take(case.inputs, slice(8)), inputs_at(case, other, 8)
     at_first = packed.sqnr_db(run(case.program, first), case.denoiser(**first))
     at_second = packed.sqnr_db(run(made, second), other(**second))
     assert at_second > at_first - 3
 
 
-@pytest.mark.parametrize(("name", "weights"), CASES)
-def test_only_constants_are_added(name, weights):
-    case, made = packed.program(name, weights), specialized(name, weights)
+@pytest.mark.parametrize(("name", "weights", "rewrites"), CASES)
+def test_only_constants_are_added(name, weights, rewrites):
+    case, made = packed.program(name, weights, rewrites), specialized(name, weights, rewrites)
     before, after = storage.stored(case.program), storage.stored(case.program, made)
     added = {key: stored for key, stored in after.items() if key not in before}
     assert all(key.startswith("constant.") and "@" in key for key in added)
@@ -64,25 +70,25 @@ def test_only_constants_are_added(name, weights):
 
 
 @pytest.mark.parametrize("target", [NATIVE, "reference"])
-@pytest.mark.parametrize(("name", "weights"), CASES)
-def test_an_artifact_of_two_sizes(name, weights, target, tmp_path):
+@pytest.mark.parametrize(("name", "weights", "rewrites"), CASES)
+def test_an_artifact_of_two_sizes(name, weights, rewrites, target, tmp_path):
     row = targets.resolve(target)
     if lacking := targets.missing_features(row):
         pytest.skip(f"this machine lacks {', '.join(lacking)}")
-    case, made = packed.program(name, weights), specialized(name, weights)
+    case, made = packed.program(name, weights, rewrites), specialized(name, weights, rewrites)
     build = build_reference if target == "reference" else build_kernels
     built = build(case.program, row, (1, 2), cache=packed.kernel_cache(), others=[Specialization(made, (2,))])
     artifact = runtime.load(packed.write(tmp_path / "a.mpq", case.program, row, built), threads=1)
     other = case.denoiser.resized(*SIZES[name])
     for program, denoiser in ((case.program, case.denoiser), (made, other)):
-        inputs = denoiser.random_inputs(5, 1)
+        inputs = inputs_at(case, denoiser, 5)
         result = torch.from_numpy(artifact.run({key: value.numpy() for key, value in inputs.items()}))
         expected, exact = denoiser(**inputs), run(program, inputs)
         assert result.shape == expected.shape
         assert abs(packed.sqnr_db(result, expected) - packed.sqnr_db(exact, expected)) <= 0.1
         if target == "reference":
             assert torch.equal(result, exact)
-    inputs = {key: value.numpy() for key, value in other.random_inputs(1, 1).items()}
+    inputs = {key: value.numpy() for key, value in inputs_at(case, other, 1).items()}
     latent = case.denoiser.latent
     inputs[latent] = np.zeros((1, inputs[latent].shape[1], 4, 4), np.float32)
     with pytest.raises(UserError, match=r"takes \[B, \d, (16|24|8), .*\] or \[B, \d, (16|24|8), "):

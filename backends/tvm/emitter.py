@@ -136,7 +136,7 @@ class View:
             if extent == 1:
                 strides.append(0)
                 continue
-            while dims and len(dims) > 1 and dims[-1][0] < extent:  # merge with the dimension before
+            while len(dims) > 1 and dims[-1][0] % extent:  # merge with the dimension before
                 (outer, step), (inner, stride) = dims[-2:]
                 if step != inner * stride:
                     return None
