@@ -263,6 +263,21 @@ def test_structures_that_are_not_supported():
         model.register_to_config(**{key: None})
 
 
+def test_inputs_and_sizes_that_a_model_does_not_take():
+    class Strange(torch.nn.Module):
+        def forward(self, sample, timestep, depth_map):
+            return sample
+
+    with pytest.raises(UserError, match="Strange takes the input 'depth_map', which is not supported"):
+        wrap(Strange())
+    with pytest.raises(UserError, match="FluxTransformer2DModel does not say the size of its latents"):
+        wrap(tiny.model("flux"))
+    with pytest.raises(UserError, match="2x2 pixels a token, and 16x15 is no multiple"):
+        wrap(tiny.model("flux"), size=(16, 15))
+    with pytest.raises(UserError, match="HunyuanDiT2DModel is 7 tokens long, and 8 are asked for"):
+        wrap(tiny.model("hunyuan"), tokens=8)
+
+
 # Calibration
 
 
