@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import fx
 
-from mpq_compiler import formats, ops
+from mpq_compiler import denoiser, formats, ops
 from mpq_compiler.aten import aten
 from mpq_compiler.errors import UserError
 from mpq_compiler.exact import run_exact
@@ -13,7 +13,7 @@ from mpq_compiler.pass_manager import Session, parse, run_pipeline
 from mpq_compiler.passes.low_rank import LowRank
 from mpq_compiler.program import Program, prune, run
 from mpq_compiler.verifier import check
-from tests import programs
+from tests import programs, tiny
 
 MODEL = "pixart"
 
@@ -98,15 +98,19 @@ def test_plans_without_a_branch_are_left_alone():
 
 
 def test_a_weight_that_is_used_twice_has_one_pair_of_factors():
-    model = "dit"
+    tied = tiny.model("dit")
+    tied.transformer_blocks[1].attn1.to_q = tied.transformer_blocks[0].attn1.to_q
+    model = denoiser.wrap(tied, name="tied")
+    inputs = model.random_inputs(12, 3)
+    inputs["timestep"] = torch.tensor([t for t in programs.TIMESTEPS for _ in range(2)])
     passes = parse(f"{programs.FRONT},bit-allocation{{uniform=int4g16+r2}},insert-fake-quant,low-rank,round-weights")
-    session = Session(programs.denoiser(model), programs.calibration(model))
+    session = Session(model, inputs)
     program, _ = run_pipeline(passes, programs.empty(), session)
     shared = [plan for plan in program.weights.values() if len(plan.sites) > 1]
     assert shared
     factors = [str(n.target) for n in program.graph.nodes if n.op == "get_attr" and ":up" in str(n.target)]
     assert len(factors) == sum(len(plan.sites) for plan in program.weights.values()) > len({*factors})
-    x = programs.inputs(model, 2)
+    x = model.random_inputs(2, 5)
     packed, _ = run_pipeline(parse("fold-fake-quant,fuse-epilogues"), program, session, present=["codes", "packed"])
     assert torch.equal(run_exact(program, x), run(packed, x))
 

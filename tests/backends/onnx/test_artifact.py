@@ -229,8 +229,10 @@ def test_products_are_exact_without_vnni(tmp_path):
 # ------------------------------------------------------------------------------------------ float programs
 
 
-@pytest.mark.parametrize("stage", ["trace", "layout"])
-@pytest.mark.parametrize("name", ["unet2d", "sd15", "pixart"])
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [("unet2d", "trace"), ("sd15", "trace"), ("unet2d", "layout"), ("sd15", "layout"), ("pixart", "layout")],
+)
 def test_float_programs(name, stage, tmp_path):
     program, inputs = programs.after(name, stage), programs.inputs(name, 3)
     export_float(program, tmp_path / "float.onnx")
@@ -293,7 +295,7 @@ def test_wrong_sizes_and_batches():
     given = arrays(packed.take(packed.program("unet2d", "int3").inputs, slice(2)))
     with pytest.raises(UserError, match=r"has shape \[2, 3, 8, 16\]; this artifact takes \[B, 3, 16, 16\]"):
         loaded.run({**given, "sample": given["sample"][:, :, :8]})
-    with pytest.raises(UserError, match="batch of 1"):
+    with pytest.raises(UserError, match="one of 1"):
         loaded.run({**given, "sample": given["sample"][:1]})
 
 
