@@ -234,7 +234,7 @@ def test_malformed_recipes_name_the_key(
 @pytest.fixture(scope="module")
 def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that is conditioned on text, without its encoder."""
-    return tiny.save("sd15", tmp_path_factory.mktemp("text"))
+    return tiny.save("sd15", tmp_path_factory.mktemp("text"), sample_size=8)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,8 @@ def test_a_text_model_without_encoder_or_file(
     picture = tmp_path / "x.png"
     assert "--conditions" in refused(capsys, "generate", output, "-o", picture)
     assert "cannot be made without its encoders" in refused(capsys, "generate", output, "-o", picture, "--prompt", "x")
-    assert cli.main(["generate", str(output), "-o", str(picture), "--conditions", str(conditions), "--steps", "2"]) == 0
+    few = ("--images", "2", "--steps", "2")
+    assert cli.main(["generate", str(output), "-o", str(picture), "--conditions", str(conditions), *few]) == 0
 
 
 def test_options_of_a_compilation_with_what_is_compiled(capsys: pytest.CaptureFixture[str], compiled: Path) -> None:
