@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ FRONT = "trace,layout,calibrate,time-groups"
 BACK = "bit-allocation{{uniform={}}},insert-fake-quant,residual-branch,low-rank,round-weights{{method={}}}"
 SPELLED = ("int4g32", "nf4g64", "int4+r4", "int4+r16")
 METHODS = ("nearest", "gptq")
+RESULTS = Path(__file__).parent / "results" / "formats.json"
 BEGIN, END = "<!-- formats: begin -->", "<!-- formats: end -->"
 
 
-def measure(names: list[str]) -> list[dict[str, Any]]:
+def measure(names: list[str], done: Callable[[dict[str, Any]], None]) -> None:
+    """Calls ``done`` with the row of each format."""
     import numpy as np
     from torch import fx
 
@@ -47,7 +50,6 @@ def measure(names: list[str]) -> list[dict[str, Any]]:
         front, _ = pass_manager.run_pipeline(pass_manager.parse(FRONT), start, session)
         present = {p for each in pass_manager.parse(FRONT) for p in each.provides}
         largest = max((front.tensors[str(weight_of(n))] for n in front.quantizable), key=lambda t: t.numel())
-        rows = []
         for name in names:
             row: dict[str, Any] = {"format": name, "layer_bits": 8 * formats.get(name).stored_bytes(*largest.shape)}
             row["layer_bits"] /= largest.numel()
@@ -61,9 +63,9 @@ def measure(names: list[str]) -> list[dict[str, Any]]:
             planned, _ = pass_manager.run_pipeline(passes[:1], front, session, present=present)
             row["bytes"] = costs.stored_bytes(planned)
             row["bits"] = costs.average_bits(row["bytes"], planned.facts["parameters"])
-            rows.append(row)
-            print(f"{name:10} {row['bits']:.2f} bits  nearest {row['nearest_db']:.1f} dB  gptq {row['gptq_db']:.1f} dB")
-    return rows
+            kept = f"{row['bits']:.2f} bits  nearest {row['nearest_db']:.1f} dB  gptq {row['gptq_db']:.1f} dB"
+            print(f"{name:10} {kept}", flush=True)
+            done(row)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -80,16 +82,23 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="formats, separated by commas")
-    parser.add_argument("--json", type=Path, help="write the rows, with the machine")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where rows are kept; other formats' rows stay")
     parser.add_argument("--docs", type=Path, help="write the table into this file")
     options = parser.parse_args()
-    rows = measure(options.only.split(",") if options.only else [*formats.FORMATS, *SPELLED])
-    if options.json:
-        options.json.write_text(json.dumps({**provenance(), "model": MODEL, "rows": rows}, indent=1) + "\n")
+    rows = {}
+    if options.json.exists():
+        rows = {row["format"]: row for row in json.loads(options.json.read_text())["rows"]}
+
+    def keep(row: dict[str, Any]) -> None:
+        rows[row["format"]] = row
+        document = {**provenance(), "model": MODEL, "rows": [rows[name] for name in sorted(rows)]}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+
+    measure(options.only.split(",") if options.only else [*formats.FORMATS, *SPELLED], keep)
     if options.docs:
         text = options.docs.read_text()
         before, rest = text.split(BEGIN)
-        options.docs.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.split(END)[1]}")
+        options.docs.write_text(f"{before}{BEGIN}\n{table([*rows.values()])}\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

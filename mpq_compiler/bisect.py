@@ -29,8 +29,8 @@ NEARER = 0.5
 
 KINDS = ("groups", "table", "rows", "weight", "finite", "call", "leftover", "value")
 """What can be wrong, causes before what they cause: of one layer only the first kind is told."""
-LASTING = frozenset({"rows", "weight", "call", "leftover"})
-"""Kinds that every later simulation pass shows again."""
+LASTING = frozenset({"groups", "rows", "weight", "call", "leftover"})
+"""Kinds that later passes show again."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +68,17 @@ class Judged:
 def judge(dumps: Sequence[Dump]) -> list[Judged]:
     """Every pass with its findings, in the order of their kinds and of the graph; a fault is told where it began.
 
-    UserError: dumps that begin in the middle of a compilation.
+    UserError: dumps of which some are missing.
     """
-    if dumps[0].index:
-        raise UserError(f"the dumps begin with '{dumps[0].name}'; --bisect needs those of the whole compilation")
+    gap = next((d.name for i, d in enumerate(dumps) if d.index != i), None)
+    if gap is not None:
+        raise UserError(f"the dump before that of '{gap}' is missing; --bisect needs those of the whole compilation")
     told: set[str] = set()
     judged = []
     for index, dump in enumerate(dumps):
         kept: dict[str, Finding] = {}
         for finding in sorted(_findings(dump, dumps[:index]), key=lambda f: KINDS.index(f.kind)):
-            if finding.kind in LASTING and told.intersection(finding.layers):
+            if finding.kind in LASTING and finding.layer in told:
                 continue
             if not any(set(finding.layers) & set(f.layers) for f in kept.values()):
                 kept[finding.node] = finding

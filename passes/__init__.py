@@ -5,6 +5,7 @@ PASSES: tuple[str, ...] = (
     "layout",
     "split-shortcut",
     "bos-split",
+    "equalize",
     "calibrate",
     "time-groups",
     "sensitivity",

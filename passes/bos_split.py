@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import ops
+from mpq_compiler import decisions, ops
 from mpq_compiler.aten import aten, is_pointwise
+from mpq_compiler.costs import weight_path
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Interpreter, Program, arguments, function_of, operand, prune, shapes
 
@@ -110,6 +111,8 @@ def _split(program: Program, name: str, text: Tensor) -> bool:
             rest[node] = graph.call_function(function_of(node), args, kwargs)
         rest[node].name = f"{node.name}_rest"
     for node in reversed(order):
+        if (path := weight_path(node)) is not None:
+            decisions.note(program, path, "bos-split", reads=f"all tokens of '{name}' but the first")
         if node in computed:
             _join(program, node, rest[node], values[node][0, 0])
     token = {"input": name, "token": 0, "values": text[0, 0].tolist()}

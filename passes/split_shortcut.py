@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from mpq_compiler import ops
+from mpq_compiler import decisions, ops
 from mpq_compiler.aten import aten, is_movement, is_pointwise
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Program, arguments, function_of, operand, prune, shapes, weight_of
@@ -51,6 +51,9 @@ class SplitShortcut(Pass):
             widths = found[0][1]
             if widths and all(other == widths for _, other in found):  # a shared weight is stored in one form
                 names = _split_weight(program, weight, widths)
+                for name, end in zip(names, itertools.accumulate(widths), strict=True):
+                    whole, part = (n.split(":")[0] for n in (weight, name))
+                    decisions.note(program, part, self.name(), part_of=whole, channels_until=end)
                 for node, _ in found:
                     x = operand(node, 0)
                     if x not in parts:

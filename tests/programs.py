@@ -35,7 +35,9 @@ MIXED = f"{FRONT},sensitivity{{inputs=3,formats=int2/int2+b/int8}},bit-allocatio
 """All passes; plain and residual formats side by side."""
 RESIDUAL = f"{FRONT},bit-allocation{{uniform=int2+b}},{BACK}"
 """One format with tables, offsets and branches in every layer."""
-REWRITES = f"{FRONT},bit-allocation{{uniform=int4}},{BACK}".replace("layout,", "layout,split-shortcut,bos-split,")
+REWRITES = f"{FRONT},bit-allocation{{uniform=int4}},{BACK}".replace(
+    "layout,", "layout,split-shortcut,bos-split,equalize{samples=3,steps=5,rows=64},"
+)
 """With the exact rewrites that are options."""
 LOW_RANK = f"{FRONT},bit-allocation{{uniform=int3+r4}},{BACK}".replace("round-weights", "low-rank,round-weights")
 """A float branch beside every layer."""
@@ -51,6 +53,8 @@ class Step:
     step: Pass
     before: Program
     after: Program
+    planned: Program | None = None
+    """The last program before quantizers were inserted."""
 
 
 @functools.cache
@@ -89,19 +93,35 @@ def steps(name: str, pipeline: str = MIXED) -> tuple[Step, ...]:
 def _steps(name: str, pipeline: str) -> tuple[Step, ...]:
     found: list[Step] = []
     session = Session(denoiser(name), calibration(name), cache=Path(_CACHE.name))
-    pass_manager.run_pipeline(
-        pass_manager.parse(pipeline), empty(), session, lambda i, p, before, after: found.append(Step(p, before, after))
-    )
+
+    def add(index: int, step: Pass, before: Program, after: Program) -> None:
+        last = after if after.stage == Stage.PLANNED else found[-1].planned if found else None
+        found.append(Step(step, before, after, last))
+
+    pass_manager.run_pipeline(pass_manager.parse(pipeline), empty(), session, add)
     return tuple(found)
 
 
 _CACHE = tempfile.TemporaryDirectory()
 
 
+def having(pass_name: str) -> str:
+    """The first of `PIPELINES` that has the pass; where none has, what the registry has before it, and the pass."""
+    for pipeline in PIPELINES:
+        if pass_name in (name for name, _ in _PASS.findall(pipeline)):
+            return pipeline
+    order = pass_manager.all_names()
+    earlier = [p for p in _PASS.findall(RESIDUAL) if order.index(p[0]) < order.index(pass_name)]
+    return ",".join([*map("".join, earlier), pass_name])
+
+
+_PASS = re.compile(r"([\w-]+)(\{[^}]*\})?")
+"""A pass in a pipeline: its name, and its options."""
+
+
 def step(name: str, pass_name: str, pipeline: str | None = None) -> Step:
-    """The step of that pass, in the first of `PIPELINES` that has it where none is given."""
-    pipeline = pipeline or next(p for p in PIPELINES if pass_name in re.split("[,{]", p))
-    return next(s for s in steps(name, pipeline) if s.step.name() == pass_name)
+    """The step of that pass, in the pipeline that `having` gives where none is given."""
+    return next(s for s in steps(name, pipeline or having(pass_name)) if s.step.name() == pass_name)
 
 
 def after(name: str, pass_name: str, pipeline: str | None = None) -> Program:

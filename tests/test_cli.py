@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,7 +116,8 @@ def test_prompts_from_compiling_to_drawing(folder: Path, capsys: pytest.CaptureF
     report = command(folder, "compile", model, "-o", output, *quick)
     assert report["calibration"]["guidance"] == 2
     assert report["calibration"]["inputs"] == 8 * 3 * 2  # both calls of every step
-    assert "8 trajectories of 3 steps (DDIMScheduler), guidance 2, seed 0" in capsys.readouterr().out.replace("\n", " ")
+    told = re.sub(r"[│\s]+", " ", capsys.readouterr().out)  # wherever the table's cell was wrapped
+    assert "8 trajectories of 3 steps (DDIMScheduler), guidance 2, seed 0" in told
     draw = ("generate", output, "-o", folder / "boat.png", "--compare", model, "--images", "3", "--steps", "2")
     drawn = command(folder, *draw, "--prompt", "old boat", "--guidance", "2")
     assert (drawn["prompt"], drawn["guidance"]) == ("old boat", 2)

@@ -123,7 +123,8 @@ class View:
     @property
     def is_whole(self) -> bool:
         """Whether it is the source in another shape."""
-        if self.offset or elements(self.shape) != elements(self.source.shape):
+        batched = self.shape[:1] == (BATCH,)
+        if self.offset or batched != self.source.batched or math.prod(self.extents) != self.source.size:
             return False
         contiguous = whole(Value("", self.shape, "")).strides
         return all(n == 1 or a == b for n, a, b in zip(self.extents, self.strides, contiguous, strict=True))
@@ -161,8 +162,7 @@ def whole(value: Value) -> View:
 
 
 class Preparation:
-    """The calls of `prepare`, shared by all functions: what is computed from stored tensors alone, once for equal
-    calls."""
+    """The calls of `prepare`, shared by all functions: what is computed from stored tensors alone."""
 
     def __init__(self, stored: dict[str, Stored]) -> None:
         self.stored = stored

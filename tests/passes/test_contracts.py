@@ -20,7 +20,12 @@ from tests.programs import Step
 
 
 class FormatsOff(Interpreter):
-    """A simulated program with every quantizer replaced by identity: activations as they come, weights as trained."""
+    """A simulated program with every quantizer replaced by identity: activations as they come, weights as planned."""
+
+    def __init__(self, program: Program, planned: Program) -> None:
+        super().__init__(program)
+        read = [str(n.target) for n in planned.graph.nodes if n.op == "get_attr"]
+        self.planned = {name.split(":")[0]: name for name in read}
 
     def attribute(self, name: str) -> Any:
         path, _, part = name.partition(":")
@@ -45,12 +50,12 @@ class FormatsOff(Interpreter):
         return super().call(node, args, kwargs)
 
     def _weight(self, path: str) -> Tensor:
-        """As trained, in the layout of the graph."""
-        return self.program.tensors[f"{path}:ohwi" if self.program.tensors[path].dim() == 4 else path]
+        """In floats, in the layout of the graph."""
+        return self.program.tensors[self.planned[path]]
 
-    def _stored(self, name: str) -> Tensor:
-        tensor = self.program.tensors[name]
-        return tensor.to(stored_dtype(name, tensor)).float()
+    def _stored(self, path: str) -> Tensor:
+        tensor = self._weight(path)
+        return tensor.to(stored_dtype(path, tensor)).float()
 
 
 class RoundedLeftovers(Interpreter):
@@ -73,9 +78,10 @@ def rewrite(step: Step, x: dict[str, Tensor]) -> None:
 
 
 def simulation(step: Step, x: dict[str, Tensor]) -> None:
+    planned = step.planned
+    assert planned is not None
     with torch.no_grad():
-        off = FormatsOff(step.after).run(x)
-        planned = programs.after(step.after.model, "bit-allocation")
+        off = FormatsOff(step.after, planned).run(x)
         assert torch.equal(off, RoundedLeftovers(planned).run(x))
     levels: dict[str, int] = {}
 
@@ -119,6 +125,14 @@ def check(step: Step, x: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("model", programs.MODELS)
 def test_contract(model, name):
     check(programs.step(model, name), dict(programs.inputs(model, 3)))
+
+
+@pytest.mark.parametrize("model", programs.MODELS)
+def test_contracts_behind_the_rewrites(model):
+    """Parts of layers, layers without their first token and scaled channels are quantized as any others."""
+    x = dict(programs.inputs(model, 3))
+    for step in programs.steps(model, programs.REWRITES):
+        check(step, x)
 
 
 @pytest.mark.parametrize("model", programs.MODELS)

@@ -148,6 +148,9 @@ def test_parts_have_plans_of_their_own():
         edges = [program.node(program.weights[p].sites[0]).args[0].name for p in paths]
         scales = [program.tensors[program.activations[e].scale] for e in edges]
         assert not torch.equal(*scales)
+        assert program.facts["decisions"][paths[1]]["split-shortcut"] == {
+            "part_of": f"{layer}.weight", "channels_until": 96
+        }
 
 
 def test_the_simulated_noise_falls():

@@ -70,3 +70,8 @@ def test_only_the_source_itself_is_whole(name: str) -> None:
     assert view.is_whole == (name == "all")
     assert view_of(ARRAYS["all"]).reshaped(("B", 1, 24, 10)).is_whole
     assert whole(view.source).is_whole
+
+
+def test_what_is_the_same_for_all_samples_is_no_value_of_each() -> None:
+    table = Value("table", (2, 5), "float32")
+    assert not View(table, ("B", 5), (0, 1)).is_whole  # its first row, as many elements as it has at batch 2

@@ -1,0 +1,232 @@
+"""Channels of activations made alike, at the cost of the weights that read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler import decisions, formats
+from mpq_compiler.calibration import batches, input_edge, input_rows, row_geometry
+from mpq_compiler.costs import weight_path
+from mpq_compiler.errors import UserError
+from mpq_compiler.fitting import bias_of
+from mpq_compiler.formats import activation
+from mpq_compiler.pass_manager import Contract, Pass, Session
+from mpq_compiler.program import Program, operand, run, weight_of
+from mpq_compiler.scaling import Scaling
+
+POWERS = tuple(i / 10 for i in range(1, 10))
+"""SmoothQuant's alpha: how much of the spread of a channel's values moves into the weights."""
+WIDEST = 64.0
+"""Largest and smallest factor, relative to their geometric mean."""
+INTERVALS = 4
+"""Of time, each with a quantizer of its own in the search, as time groups will have."""
+FITTED = 4096
+"""Values on which a quantizer of the search is fitted."""
+HELD_BYTES = 1 << 30
+"""Memory for the sampled rows."""
+
+
+@dataclass
+class Layers:
+    """The layers that read one tensor edge, and rows of what they read."""
+
+    edge: fx.Node
+    readers: list[fx.Node]
+    largest: Tensor
+    """Of each channel's magnitudes, f32 [C]."""
+    rows: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict)
+    """By window: [R, K], in the order of time."""
+
+
+class Found(NamedTuple):
+    """What a search has chosen: the factor [C] of the tensor, the rule that gave it, its gain in dB."""
+
+    factor: Tensor
+    rule: str
+    gain: float
+
+
+@dataclass(frozen=True)
+class Equalize(Pass):
+    """Divides the channels of a tensor by factors, and multiplies the columns of the layers that read it with them.
+
+    The quantized product is what should come out best: of many ways to share out the spread of channels between
+    activation and weights (SmoothQuant, arXiv 2211.10438, with each alpha; weight dilation, DilateQuant, arXiv
+    2409.14307; powers of the activation's magnitudes alone) each group of layers that read one tensor takes the one
+    with the least error of its outputs, both sides quantized, and none where it does not gain on rows that the search
+    has not seen. Factors go into what makes the tensor where that is exact: a norm's weight and bias, the rows of a
+    layer, of the values through an attention; else they are a multiplication, which the producing kernel takes along.
+
+        %time_embedding_linear_1 = aten.linear(%time_proj_cat_1, .weight, .bias)
+      =>
+        %time_proj_cat_1_scaled  = aten.mul(%time_proj_cat_1, time_proj_cat_1:equalized)
+        %time_embedding_linear_1 = aten.linear(%time_proj_cat_1_scaled, .weight:equalized, .bias)
+    """
+
+    contract: ClassVar[Contract] = Contract.REWRITE
+    requires: ClassVar[frozenset[str]] = frozenset({"channels-last"})
+
+    weights: str = "int4"
+    """Weight format for which the error is reckoned."""
+    activations: int = 8
+    """Activation width for which the error is reckoned."""
+    gain: float = 0.2
+    """Least gain in dB for which layers are changed."""
+    samples: int = 8
+    """Trajectories on which channels are measured, where no inputs are given."""
+    steps: int = 10
+    """Steps of each."""
+    rows: int = 512
+    """Rows of each layer's input on which errors are measured; fewer in models where that exceeds a gigabyte."""
+    exact: bool = True
+    """Factors are powers of two, so that scaling changes no bit of a float; else f16."""
+
+    def __post_init__(self) -> None:
+        formats.get(self.weights)
+        if not 2 <= self.activations <= 8:
+            raise UserError(f"option 'activations' of pass 'equalize' must be 2 to 8, not {self.activations}")
+
+    def run(self, program: Program, session: Session) -> Program:
+        program = program.fork()
+        groups = self._collect(program, session)
+        scaling = Scaling(program)
+        chosen = [g for g in groups if scaling.possible(g.readers)]
+        with session.track("equalizing", len(chosen)) as advance:
+
+            def search(group: Layers) -> Found | None:
+                found = self.search(program, group)
+                advance(1)
+                return found
+
+            results = session.map(search, chosen)
+        for group, found in zip(chosen, results, strict=True):
+            if found is not None:
+                folded = scaling.scale(group.edge, found.factor, group.readers)
+                said = {"rule": found.rule, "gain_db": found.gain, "into": "producer" if folded else "multiplication"}
+                for reader in group.readers:
+                    decisions.note(program, str(weight_path(reader)), self.name(), **said)
+        scaling.apply()
+        return program
+
+    def _collect(self, program: Program, session: Session) -> list[Layers]:
+        """Rows and magnitudes of every tensor that layers read, in graph order."""
+        from mpq_compiler.denoiser import record_calibration
+
+        inputs = session.calibration
+        if inputs is None:
+            assert session.denoiser is not None
+            with session.track("recording inputs to equalize", self.steps) as advance:
+                inputs = record_calibration(
+                    session.denoiser, self.samples, self.steps, session.seed, lambda done, total: advance(1)
+                )
+        groups: dict[fx.Node, Layers] = {}
+        columns = 0
+        for node in program.quantizable:
+            operand(node, 1).meta["shape"] = tuple(program.tensors[str(weight_of(node))].shape)
+            group = groups.setdefault(input_edge(node), Layers(input_edge(node), [], torch.zeros(())))
+            group.readers.append(node)
+            if row_geometry(node) not in group.rows:
+                group.rows[row_geometry(node)] = []
+                columns += math.prod(operand(node, 1).meta["shape"][1:])
+        count = len(next(iter(inputs.values())))
+        rows = max(1, min(self.rows, HELD_BYTES // (4 * max(1, columns))))
+        generator = torch.Generator().manual_seed(session.seed)
+
+        def watch(node: fx.Node, value: Any) -> None:
+            if (group := groups.get(node)) is None:
+                return
+            group.largest = torch.maximum(group.largest, value.abs().flatten(0, -2).amax(0))
+            readers = {row_geometry(n): n for n in group.readers}
+            for geometry, reader in readers.items():
+                group.rows[geometry].append(input_rows(reader, value, -(-rows * size // count), generator))
+
+        for batch in batches(inputs):
+            size = len(next(iter(batch.values())))
+            run(program, batch, watch)
+        return list(groups.values())
+
+    def search(self, program: Program, group: Layers) -> Found | None:
+        """The best factor for what the layers read, or None where none gains on the rows kept back."""
+        weights = [program.tensors.read(str(weight_of(n))) for n in group.readers]
+        joined = {geometry: torch.cat(parts) for geometry, parts in group.rows.items()}
+        shown, kept = ({geometry: rows[start::2] for geometry, rows in joined.items()} for start in (0, 1))
+        whole = torch.ones(len(group.largest))
+        rule, best, least = "", whole, self._error(group, shown, weights, whole)
+        for name, factor in self.candidates(group.largest, weights):
+            error = self._error(group, shown, weights, factor)
+            if error < least:
+                rule, best, least = name, factor, error
+        before, after = (self._error(group, kept, weights, f) for f in (whole, best))
+        gain = 10 * math.log10(max(before, 1e-30) / max(after, 1e-30))
+        return Found(best, rule, gain) if rule and gain >= self.gain else None
+
+    def candidates(self, largest: Tensor, weights: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Rules, and the factors [C] that they give for channels of those largest magnitudes."""
+        columns = torch.stack([w.abs().flatten(0, -2).amax(0) for w in weights]).amax(0)
+        for power in POWERS:
+            yield f"alpha {power}", self._on_grid(columns ** (1 - power) / largest**power)
+        for power in (0.25, 0.5, 0.75):
+            yield f"activation^{power}", self._on_grid(largest**-power)
+        yield "dilation", self._on_grid(1 / dilation(weights))
+
+    def _on_grid(self, factor: Tensor) -> Tensor:
+        """Of geometric mean 1, within `WIDEST`, as it will be stored; channels that are always zero stay."""
+        log = factor.log2()
+        known = torch.isfinite(log)
+        if not bool(known.any()):
+            return torch.ones_like(factor)
+        log = torch.where(known, log - log[known].mean(), torch.zeros_like(log))
+        bound = torch.tensor(WIDEST).log2()
+        log = log.clamp(-bound, bound)
+        return torch.exp2(log.round()) if self.exact else torch.exp2(log).to(torch.float16).to(torch.float32)
+
+    def _error(
+        self, group: Layers, rows: dict[tuple[Any, ...], Tensor], weights: list[Tensor], factor: Tensor
+    ) -> float:
+        """Relative squared errors of the outputs of the layers, both sides quantized, summed over the layers."""
+        planned = formats.get(self.weights)
+        quantized = {
+            geometry: self._quantized((x.unflatten(1, (-1, len(factor))) * factor).flatten(1))
+            for geometry, x in rows.items()
+        }
+        total = 0.0
+        for w, reader in zip(weights, group.readers, strict=True):
+            geometry = row_geometry(reader)
+            rounded = planned.start(w / factor).dequantize().reshape(len(w), -1)
+            y = rows[geometry] @ w.flatten(1).T
+            error = quantized[geometry] @ rounded.T - y
+            if bias_of(reader) is not None:  # which will take up the mean
+                error = error - error.mean(0)
+            total += float(error.square().sum() / y.square().sum().clamp_min(1e-30))
+        return total
+
+    def _quantized(self, x: Tensor) -> Tensor:
+        """Rows in the order of time, by one quantizer an interval."""
+        found = []
+        for interval in x.chunk(INTERVALS):
+            values = interval.flatten()
+            low, high = values.aminmax()
+            stride = max(1, len(values) // FITTED) | 1  # odd, so that all channels have their turn
+            scale, zero, _ = activation.fit(values[::stride], low, high, self.activations)
+            s, z = scale.float(), zero.float()
+            codes = torch.maximum(torch.minimum(torch.round(interval / s), (2**self.activations - 1) - z), -z)
+            found.append(codes * s)
+        return torch.cat(found)
+
+
+def dilation(weights: list[Tensor]) -> Tensor:
+    """The largest factors [C] by which columns can grow without a row leaving its range (DilateQuant, eq. 10-12)."""
+    found = torch.full((weights[0].shape[-1],), torch.inf)
+    for w in weights:
+        taps = w.reshape(len(w), -1, w.shape[-1])
+        for sign in (1, -1):
+            part = (sign * taps).clamp_min(0)
+            bound = part.amax((1, 2))[:, None, None]
+            found = torch.minimum(found, torch.where(part > 0, bound / part, torch.inf).amin((0, 1)))
+    return torch.where(torch.isfinite(found), found, torch.ones_like(found))
