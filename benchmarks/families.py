@@ -3,8 +3,9 @@
     python benchmarks/families.py
     python benchmarks/families.py --family dit sana    # these two rows anew
 
-Each model is traced, compiled at 8 bits and judged on 64 inputs that calibration has not seen. Weights are random: the
-decibels say how artifact and packed program agree (docs/ir.md, contract (c)), not how a trained model fares.
+Each model is traced, compiled at 8 bits with an empty cache, and judged on 64 inputs that calibration has not seen.
+Weights are random: the decibels say how artifact and packed program agree (docs/ir.md, contract (c)), not how a trained
+model fares.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -58,11 +60,14 @@ def row(family: str, target: str, jobs: int) -> str:
             "target": target,
             "jobs": jobs,
             "shapes": families.shapes(model),
+            "cache": Path(folder, "cache"),
         }
+        begin = time.perf_counter()
         try:
             report = compiler.compile(model, Path(folder, "model.mpq"), **chosen)
         except UserError as error:
-            return "| " + " | ".join([*cells, str(error), "", ""]) + " |"
+            return "| " + " | ".join([*cells, str(error), "", "", ""]) + " |"
+    cells.append(f"{time.perf_counter() - begin:.0f} s")
     quality, difference = report.quality, report.quality["agreement_db"]
     cells += [f"{report.weights['average_bits']:.2f} bits, {quality['sqnr_db']:.1f} dB"]
     cells += [f"not run here ({target})" if difference is None else f"{difference + 0.0:+.4f} dB"]
@@ -89,7 +94,7 @@ def write(family: str, line: str, target: str) -> None:
     rows = {old.split("`")[1]: old for old in table.splitlines() if old.startswith("| `")} | {family: line}
     where = provenance()
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
-    head = f"| family | class | traced | {RECIPE}: bits, SQNR | artifact - reference | stays float |"
+    head = f"| family | class | traced | compiled in | {RECIPE}: bits, SQNR | artifact - reference | stays float |"
     lines = [BEGIN, head, "|" + " --- |" * (head.count("|") - 1)]
     lines += [rows[name] for name in tiny.ALL_FAMILIES if name in rows]
     lines += ["", f"Target `{target}` on {where['cpu']}; {versions}.", END]

@@ -16,7 +16,7 @@ from torch import fx
 
 from mpq_compiler import ops
 from mpq_compiler.aten import aten
-from mpq_compiler.program import Program, softmax
+from mpq_compiler.program import Program, part_of, softmax
 
 OPEN_LEVELS = (ops.fake_quantize_weight, ops.fake_quantize_float8)
 """Calls that move a float weight to its nearest levels."""
@@ -208,14 +208,15 @@ def weight_path(call: Call, levels: dict[str, Levels]) -> str | None:
         return None
     name = stored(call.args[1])
     if name is not None:
-        return name if is_factor(name) else name.split(":")[0]
+        return name if factor(name) else name.split(":")[0]
     made = _made_by(call.args[1], levels)
     return made.path if made else None
 
 
-def is_factor(name: str) -> bool:
-    """Whether a store name is that of a factor of a low-rank branch."""
-    return name.partition(":")[2] in FACTORS
+def factor(name: str) -> str | None:
+    """Which of `FACTORS` a store name is; None for any other tensor."""
+    part = part_of(name)
+    return part if part in FACTORS else None
 
 
 def is_aten(target: Any) -> bool:

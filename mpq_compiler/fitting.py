@@ -15,7 +15,7 @@ from mpq_compiler.costs import stored_dtype
 from mpq_compiler.formats import activation
 from mpq_compiler.gptq import gptq
 from mpq_compiler.pass_manager import Session
-from mpq_compiler.program import Program, operand
+from mpq_compiler.program import Program, operand, part_of
 
 KEPT_ELEMENTS = 1 << 20
 """Larger weights are fitted again where they are asked for again, rather than held in every format."""
@@ -125,9 +125,9 @@ def unsettled(program: Program) -> list[Open]:
     found = []
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in calls.OPEN_LEVELS:
-            path, _, part = str(operand(node, 0).target).partition(":")
-            planned = formats.get(program.weights[path].format)
-            if part == REST and isinstance(planned, formats.LowRankFormat):
+            name = str(operand(node, 0).target)
+            planned = formats.get(program.weights[name.split(":")[0]].format)
+            if part_of(name) == REST and isinstance(planned, formats.LowRankFormat):
                 planned = planned.base
             found.append(Open(node, next(iter(node.users)), planned.name))
     return found

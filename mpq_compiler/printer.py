@@ -182,7 +182,7 @@ def stored_bytes(program: Program) -> int | None:
             parts |= {str(calls.stored(a)) for a in call.args[:3]}
     read = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
     floats = {name: program.tensors[name] for name in read - parts}
-    floats = {name: tensor for name, tensor in floats.items() if not calls.is_factor(name)}  # those of their format
+    floats = {name: tensor for name, tensor in floats.items() if not calls.factor(name)}  # those of their format
     weights = {path: _weight_bytes(program, path) for path in {found.path for found in levels}}
     return sum(weights.values()) + sum(t.numel() * costs.stored_dtype(n, t).itemsize for n, t in floats.items())
 

@@ -7,6 +7,7 @@ compiler runs in torch through `run`, so every pass is checked the same way: run
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -72,6 +73,11 @@ class TensorStore(Mapping[str, Tensor]):
         """The value the graph sees: half-precision floats are stored, and read as f32."""
         tensor = self._tensors[name]
         return tensor.to(torch.float32) if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def part_of(name: str) -> str:
+    """What a stored tensor is of its parameter ("scale" of "conv.weight:scale.2"), without the store's number."""
+    return re.sub(r"\.\d+$", "", name.partition(":")[2])
 
 
 @dataclass(frozen=True)

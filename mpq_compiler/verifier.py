@@ -628,18 +628,23 @@ def _branches(view: View) -> Findings:
 @rule("low-rank", QUANTIZED)
 def _low_rank(view: View) -> Findings:
     """A settled low-rank weight is read with both factors, halves [O, r] and [r, ...]; no other weight has any."""
-    read = {name: node for node, name in view.reads if calls.is_factor(name)}
-    for name, node in read.items():
+    factors: dict[str, dict[str, str]] = {}
+    for node, name in view.reads:
+        part = calls.factor(name)
+        if part is None:
+            continue
         path = name.split(":")[0]
+        factors.setdefault(path, {})[part] = name
         if not isinstance(view.format(path), formats.LowRankFormat):
             yield node, f"'{name}' is a factor of a weight that is planned without a branch"
     for levels in view.levels:
         if levels.codes is None or not isinstance(view.format(levels.path), formats.LowRankFormat):
             continue
-        if any(f"{levels.path}:{part}" not in read for part in calls.FACTORS):
+        names = factors.get(levels.path, {})
+        if len(names) < len(calls.FACTORS):
             yield levels.call.name, f"the low-rank branch of '{levels.path}' is not in the graph"
             continue
-        up, down = (view.tensor(f"{levels.path}:{part}") for part in calls.FACTORS)
+        up, down = (view.tensor(names[part]) for part in calls.FACTORS)
         rows = len(view.tensor(levels.codes))
         if up.dtype != torch.float16 or down.dtype != torch.float16 or tuple(up.shape) != (rows, len(down)):
             yield levels.call.name, f"the factors {list(up.shape)} and {list(down.shape)} are not halves of one rank"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import fx
 
-from mpq_compiler import denoiser, formats, ops
+from mpq_compiler import calls, denoiser, formats, ops
 from mpq_compiler.aten import aten
 from mpq_compiler.errors import UserError
 from mpq_compiler.exact import run_exact
@@ -113,6 +113,18 @@ def test_a_weight_that_is_used_twice_has_one_pair_of_factors():
     x = model.random_inputs(2, 5)
     packed, _ = run_pipeline(parse("fold-fake-quant,fuse-epilogues"), program, session, present=["codes", "packed"])
     assert torch.equal(run_exact(program, x), run(packed, x))
+
+
+def test_ranks_tried_one_after_another_share_a_store():
+    front = programs.after(MODEL, "time-groups", programs.LOW_RANK)
+    present = {p for each in parse(programs.FRONT) for p in each.provides}
+    ranks = []
+    for rank in (2, 4):
+        passes = parse(f"bit-allocation{{uniform=int3+r{rank}}},insert-fake-quant,low-rank,round-weights")
+        program, _ = run_pipeline(passes, front, Session(), present=present)
+        names = [str(n.target) for n in program.graph.nodes if n.op == "get_attr"]
+        ranks.append({program.tensors[name].shape[1] for name in names if calls.factor(name) == "up"})
+    assert ranks == [{2}, {4}]
 
 
 def test_a_branch_that_is_lost_or_wider_than_its_type_is_seen():
