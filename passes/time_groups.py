@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mpq_compiler import decisions
 from mpq_compiler.calibration import RANGE, VALUES, Calibration
+from mpq_compiler.errors import UserError
 from mpq_compiler.formats import activation
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Program
@@ -40,39 +41,51 @@ class TimeGroups(Pass):
     """Groups at most; fewer where the calibration has fewer timesteps."""
     bits: int = 8
     """Width of the activations for which the cost is reckoned."""
+    places: int = 24
+    """Intervals at most between which cuts are looked for: of more timesteps, neighbours are taken together."""
+
+    def __post_init__(self) -> None:
+        for option in ("groups", "places"):
+            if getattr(self, option) < 1:
+                raise UserError(f"option '{option}' of pass 'time-groups' must be 1 or more")
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
         calibration: Calibration = program.facts["calibration"]
         steps = calibration.timesteps.unique()
-        costs = torch.zeros(len(steps), len(steps), dtype=torch.float64)
+        ends = [step[-1] for step in steps.tensor_split(min(self.places, len(steps)))]
+        costs = torch.zeros(len(ends), len(ends), dtype=torch.float64)
         with session.track("time groups", len(calibration.edges)) as advance:
             for name in sorted(calibration.edges):
-                costs += self._interval_costs(calibration, name, steps)
+                costs += self._interval_costs(calibration, name, ends)
                 advance(1)
-        starts = best_cut(costs, min(self.groups, len(steps)))
-        boundaries = [(steps[s - 1] + steps[s]) / 2 for s in starts[1:]]
+        starts = best_cut(costs, min(self.groups, len(ends)))
+        boundaries = [(ends[s - 1] + steps[steps > ends[s - 1]][0]) / 2 for s in starts[1:]]
         program.facts["time-groups"] = torch.tensor(boundaries, dtype=torch.float32)
         program.tensors.add(BOUNDARIES, program.facts["time-groups"])
         errors = [_total(costs, best_cut(costs, count)) / len(calibration.edges) for count in range(1, len(starts) + 1)]
         decisions.note(program, decisions.PROGRAM, self.name(), decided=boundaries, error_by_groups=errors)
         return program
 
-    def _interval_costs(self, calibration: Calibration, name: str, steps: Tensor) -> Tensor:
-        """[T, T]: at [a, b] the relative error of one quantizer for the timesteps a..b; infinite below the diagonal."""
+    def _interval_costs(self, calibration: Calibration, name: str, ends: list[Tensor]) -> Tensor:
+        """[T, T]: at [a, b] the relative error of one quantizer for the places a..b; infinite below the diagonal.
+
+        ends: the last timestep of each place, ascending.
+        """
         edge, times = calibration.edges[name], calibration.timesteps
-        chosen = [times == t for t in steps]
+        places = torch.searchsorted(torch.stack(ends), times)
+        chosen = [places == i for i in range(len(ends))]
         values = [edge.values[rows].flatten() for rows in chosen]
         values = [v[:: max(1, len(v) // VALUES_PER_STEP)] for v in values]
         low = [edge.low[rows].min() for rows in chosen]
         high = [edge.high[rows].max() for rows in chosen]
-        costs = torch.full((len(steps), len(steps)), torch.inf, dtype=torch.float64)
+        costs = torch.full((len(ends), len(ends)), torch.inf, dtype=torch.float64)
         power = torch.cat(values).square().sum().clamp_min(1e-30)
-        for a in range(len(steps)):
-            for b in range(a, len(steps)):
+        for a in range(len(ends)):
+            for b in range(a, len(ends)):
                 interval = torch.cat(values[a : b + 1])
-                ends = torch.stack(low[a : b + 1]).min(), torch.stack(high[a : b + 1]).max()
-                costs[a, b] = float(activation.least_error(interval, *ends, self.bits) / power)
+                span = torch.stack(low[a : b + 1]).min(), torch.stack(high[a : b + 1]).max()
+                costs[a, b] = float(activation.least_error(interval, *span, self.bits) / power)
         return costs
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from mpq_compiler import ops
-from mpq_compiler.passes.time_groups import best_cut
+from mpq_compiler.errors import UserError
+from mpq_compiler.pass_manager import Session
+from mpq_compiler.passes.time_groups import TimeGroups, best_cut
 from mpq_compiler.program import Program, TensorStore, run
 from tests import programs
 
@@ -42,6 +44,20 @@ def test_boundaries_lie_between_calibrated_timesteps():
         assert len(boundaries) == 2 and (boundaries[1:] > boundaries[:-1]).all()
         assert not {*boundaries.tolist()} & {*steps.tolist()}
         assert steps[0] < boundaries[0] and boundaries[-1] < steps[-1]
+
+
+def test_many_timesteps_are_taken_together():
+    """Of 6 timesteps in 3 places, cuts lie between places only; what a cut costs is still that of all the values."""
+    before = programs.after("unet2d", "calibrate")
+    steps = before.facts["calibration"].timesteps.unique()
+    assert len(steps) == 6
+    after = TimeGroups(groups=3, places=3).run(before, Session())
+    assert after.facts["time-groups"].tolist() == [(steps[1] + steps[2]) / 2, (steps[3] + steps[4]) / 2]
+
+
+def test_no_groups_at_all():
+    with pytest.raises(UserError, match="'places' of pass 'time-groups' must be 1 or more"):
+        TimeGroups(places=0)
 
 
 def test_timesteps_outside_the_range_fall_into_the_nearest_group():
