@@ -51,6 +51,10 @@ def _dequantize_float8(codes: Tensor, scale: Tensor, shape: Any, exponent: int =
     return codes.to(torch.float32).reshape(list(shape))
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, numerics: str = "f32") -> Tensor:
+    return ops.attention(q, k, v, *rest)
+
+
 def _fake_quantize_attention(q: Tensor, k: Tensor, v: Tensor, group: Tensor, *rest: Any) -> Tensor:
     scale, zero, *arguments, bits = rest
     for x in (q, k, v):
@@ -71,6 +75,7 @@ SHAPES: dict[Callable[..., Any], Callable[..., Tensor]] = {
     ops.dequantize_float8: _dequantize_float8,
     ops.quant_linear: _quant_linear,
     ops.quant_conv2d: _quant_conv2d,
+    ops.attention: _attention,
     ops.fake_quantize_attention: _fake_quantize_attention,
     ops.quant_attention: _quant_attention,
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,19 @@ class Target:
     @property
     def implemented(self) -> bool:
         return not self.status
+
+
+_ATTRIBUTES = {"avx512_bf16": "+avx512bf16", "avx512_vnni": "+avx512vnni"}
+"""What LLVM calls the features that kernels may ask for beyond those of their target."""
+
+
+def with_features(target: Target, features: Iterable[str]) -> Target:
+    """The target on CPUs that have these `numerics.FEATURES` as well."""
+    added = tuple(f for f in features if f not in target.features)
+    if not added:
+        return target
+    attributes = [*target.tvm.get("mattr", ()), *(_ATTRIBUTES[f] for f in added)]
+    return replace(target, features=(*target.features, *added), tvm={**target.tvm, "mattr": attributes})
 
 
 _NO_KERNELS = "its kernels are not written yet"

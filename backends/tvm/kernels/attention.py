@@ -9,7 +9,7 @@ of all sums, so the result does not depend on the tiles, which `isa` chooses to 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +38,8 @@ from mpq_compiler.backends.tvm.kernels.template import (
     transpose,
 )
 from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, keep, mul, splat
+from mpq_compiler.numerics import KEY_BLOCK as KEYS
 
-KEYS = 64  # keys of a block: part of the arithmetic, the same for every target
 LOWEST = -1e30  # the running maximum before the first key; finite, so that fully masked keys do not make NaN
 # (vectors of queries, keys of a score tile, dimensions of an output tile): accumulators fill the registers
 TILES = {"wide": (4, 6, 6), "narrow": (1, 6, 6)}
@@ -91,14 +91,15 @@ def arguments(problem: Attention) -> list[Argument]:
 
 def build(problem: Attention, isa: str = "avx512vnni", name: str = "attention") -> PrimFunc:
     """The kernel; `isa` chooses the tiles and no bit of the result."""
+    return tiled(problem, arguments(problem), Body, isa, name)
+
+
+def tiled(problem: Attention, made: Sequence[Argument], body: type[Body], isa: str, name: str) -> PrimFunc:
+    """The kernel with that body, in tiles that fit the registers."""
     vectors, key_tile, dim_tile = TILES[register_file(isa)]
     tiles = -(-problem.queries // (vectors * LANES))
     vectors = -(-problem.queries // (tiles * LANES))
-    return primfunc(
-        name,
-        arguments(problem),
-        lambda batch, buffers: _Body(problem, buffers, vectors, key_tile, dim_tile).emit(batch),
-    )
+    return primfunc(name, made, lambda batch, buffers: body(problem, buffers, vectors, key_tile, dim_tile).emit(batch))
 
 
 def _each_tile(extent: int, tile: int, body: Callable[[Any, int], None]) -> None:
@@ -111,8 +112,13 @@ def _each_tile(extent: int, tile: int, body: Callable[[Any, int], None]) -> None
         body(full * tile, rest)
 
 
-class _Body:
-    """The kernel's body for one choice of tiles; `_at(row, j)` indexes vector j of a row of queries."""
+class Body:
+    """The kernel's body for one choice of tiles; `_at(row, j)` indexes vector j of a row of queries.
+
+    `fast_attention` has other products (`_start` to `_logit`, `_values`) and weights.
+    """
+
+    sums = "float32"  # type of the accumulators of scores
 
     def __init__(self, problem: Attention, buffers: Buffers, vectors: int, key_tile: int, dim_tile: int):
         self.problem, self.buffers = problem, buffers
@@ -125,7 +131,7 @@ class _Body:
 
     def emit(self, batch: Any) -> None:
         p, width = self.problem, self.width
-        self.query = scratch(p.dim * width)
+        self.query = self.factors = scratch(p.dim * width)
         self.score = scratch(KEYS * width)
         self.out = scratch(p.dim * width)
         self.highest, self.total, self.rescale = (scratch(width) for _ in range(3))
@@ -179,17 +185,13 @@ class _Body:
     def _key_block(self, b: Any, h: Any, first: Any, key: Any, size: int) -> None:
         new = scratch(self.width)
         for j in range(self.vectors):
-            store(new, self.highest[self._at(0, j)], self._at(0, j))
+            store(new, self._first_maximum(j), self._at(0, j))
         if self._full_mask:
             self._load_mask(b, h, first, key, size)
         tile = min(self.key_tile, size)
         with T.serial(0, -(-size // tile)) as t:
             start = T.min(t * tile, size - tile)  # scores of an overlap are computed twice, alike
             self._scores(b, h, key, start, tile, new)
-        for j in range(self.vectors):
-            at = self._at(0, j)
-            store(self.rescale, vmath.exp2_nonpositive(self.highest[at] - new[at]), at)
-            store(self.highest, new[at], at)
         self._weights(size, new)
         _each_tile(self.problem.dim, self.dim_tile, lambda d, dims: self._values(b, h, key, size, d, dims))
 
@@ -208,17 +210,17 @@ class _Body:
     def _scores(self, b: Any, h: Any, key: Any, start: Any, keys: int, new: Buffer) -> None:
         """Scores of `keys` keys (times log2 e) into `score`, their maximum into `new`."""
         p, vectors = self.problem, self.vectors
-        sums = scratch(keys * self.width)
+        sums = scratch(keys * self.width, self.sums)
         pairs = [(i, j) for i in range(keys) for j in range(vectors)]
         for i, j in pairs:
-            store(sums, f32(0.0, LANES), self._at(i, j))
-        with T.serial(0, p.dim) as d:
+            store(sums, self._start(j), self._at(i, j))
+        with T.serial(0, self._steps) as d:
             for i, j in pairs:
                 at = self._at(i, j)
-                element = splat(self.buffers["k"][b, key + start + i, h * p.dim + d], LANES)
-                store(sums, fma(element, self.query[self._at(d, j)], sums[at]), at)
+                element = splat(self._key(b, h, key + start + i, d), LANES)
+                store(sums, self._dot(element, self.factors[self._at(d, j)], sums[at]), at)
         for i, j in pairs:
-            value = sums[self._at(i, j)]
+            value = self._logit(sums[self._at(i, j)], j)
             if p.mask is not None:
                 mask = (
                     self.mask_tile[self._at(start + i, j)]
@@ -231,8 +233,37 @@ class _Body:
             at = self._at(0, j)
             store(new, tirx.Select(new[at] > value, new[at], value), at)
 
+    @property
+    def _steps(self) -> int:
+        """Of a score's sum."""
+        return self.problem.dim
+
+    def _first_maximum(self, j: int) -> Any:
+        """With what the maximum of a block's scores starts."""
+        return self.highest[self._at(0, j)]
+
+    def _start(self, j: int) -> Any:
+        return f32(0.0, LANES)
+
+    def _key(self, b: Any, h: Any, key: Any, step: Any) -> Any:
+        return self.buffers["k"][b, key, h * self.problem.dim + step]
+
+    def _dot(self, key: Any, query: Any, total: Any) -> Any:
+        return fma(key, query, total)
+
+    def _logit(self, total: Any, j: int) -> Any:
+        return total
+
+    def _rescale(self, new: Buffer) -> None:
+        """What sums up to here are multiplied by, as the maximum moves to `new`."""
+        for j in range(self.vectors):
+            at = self._at(0, j)
+            store(self.rescale, vmath.exp2_nonpositive(self.highest[at] - new[at]), at)
+            store(self.highest, new[at], at)
+
     def _weights(self, size: int, new: Buffer) -> None:
         """Scores to 2^(score - maximum), and their sum."""
+        self._rescale(new)
         wide = span(0, self.width)
         total = scratch(self.width)
         store(total, mul(self.total[wide], self.rescale[wide]), wide)
@@ -257,6 +288,10 @@ class _Body:
         for i, j in pairs:
             store(self.out, sums[self._at(i, j)], self._at(d + i, j))
 
+    def _result(self, value: Any, b: Any, h: Any, d: Any) -> Any:
+        """The output from the weighted mean, lanes of neighbouring dimensions from `d` on."""
+        return value
+
     def _store(self, b: Any, h: Any, first: Any, quant: Any) -> None:
         p, wide = self.problem, span(0, self.width)
         store(self.total, vmath.reciprocal(self.total[wide]), wide)
@@ -275,7 +310,8 @@ class _Body:
 
                 def finish(c: Any, lanes: int) -> None:
                     at = h * p.dim + d + c
-                    value = self.finish(self.square[span(i * LANES + c, lanes)], b, (row,), at, quant)
+                    value = self._result(self.square[span(i * LANES + c, lanes)], b, h, d + c)
+                    value = self.finish(value, b, (row,), at, quant)
                     store(self.buffers["y"], value, b, row, span(at, lanes))
 
                 each_vector(dims, finish)

@@ -10,7 +10,8 @@ a target) chooses tile sizes only: no result depends on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, apply
 
 LANES = 16
 BATCH = "B"
+WORTH_SHARING = 8000
+"""Nanoseconds of work on a sample: to wake another thread and to wait for it takes three thousand."""
 
 Shape = tuple[int | str, ...]
 Buffer = Any
@@ -70,6 +73,23 @@ def scratch(size: int, dtype: str = "float32", *, heap: bool = False) -> Buffer:
     return T.alloc_buffer((size,), dtype, align=64, annotations=annotations)
 
 
+@contextmanager
+def shared(nanoseconds: float) -> Iterator[Callable[[Any, Any], Any]]:
+    """A region of a kernel that threads share: ``with shared(time) as each, each(0, extent) as i: ...``.
+
+    Every thread gets a part of the range of the loop, in order; what is allocated in the region, before the loop or
+    in it, each has of its own. Its steps must write disjoint parts of the output, each in full, whatever steps other
+    threads take: then no bit depends on how many there are.
+
+    nanoseconds: what one core takes for a sample, about. Where that is less than it costs to share it, nothing is.
+    """
+    if nanoseconds < WORTH_SHARING:
+        yield T.serial
+        return
+    with T.attr(T.int32(0), "pragma_parallel_launch_point", T.int32(1)):
+        yield T.parallel
+
+
 def span(start: Any, lanes: int) -> Any:
     """Index of `lanes` neighbouring elements."""
     return start if lanes == 1 else T.ramp(start, 1, lanes)
@@ -109,13 +129,13 @@ def partial(buffer: Buffer, row: Sequence[Any], start: Any, count: int) -> tuple
     return tirx.Select(mask, value, vmath.f32(0.0, LANES)), mask  # lanes not loaded are undefined
 
 
-def fold(vector: Expr) -> Expr:
-    """Sum of the lanes, by halves."""
+def fold(vector: Expr, combine: Callable[[Expr, Expr], Expr] = lambda a, b: a + b) -> Expr:
+    """Sum of the lanes, by halves; or what else combines two."""
     let = vmath.Lets()
     lanes = vmath.lanes(vector)
     while lanes > 1:
         whole, lanes = let(vector, "whole"), lanes // 2
-        vector = _lanes_of(whole, 0, lanes) + _lanes_of(whole, lanes, lanes)
+        vector = combine(_lanes_of(whole, 0, lanes), _lanes_of(whole, lanes, lanes))
     return let.close(vector)
 
 

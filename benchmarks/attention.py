@@ -1,0 +1,211 @@
+"""Attention kernels against torch, onnxruntime and OpenVINO on the same tensors, one thread.
+
+    python benchmarks/attention.py [--rounds N] [--only TEXT] [--numerics f32,bf16,int8] [--json FILE]
+
+Everything runs interleaved, in rounds; a figure is the median over the rounds of the thread's CPU time. Each of our
+numerics is held against the best peer of its class: f32 against those that compute in float32, bf16 and int8 against
+those in bfloat16 (no peer has an attention in int8). Times include making keys and values ready. Peers read and write
+their own layout, without transposes: onnxruntime [B, T, H*D] as ours, torch and OpenVINO [B, H, T, D].
+`error` is the root mean square against float64, relative to that of the result, on Gaussian queries and keys whose
+logits have a standard deviation of 2.25: a hard case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = os.environ["TVM_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tvm
+
+from benchmarks.machine import provenance
+from mpq_compiler import numerics, targets
+from mpq_compiler.backends.tvm.kernels import attention, fast_attention
+from tests.float_kernels import shape_of, tvm_target
+
+# (heads, dim, queries, keys): self-attention, then on a text of 77 tokens
+SHAPES = (
+    *((8, 40, 4096, 4096), (8, 40, 1024, 1024), (8, 80, 1024, 1024), (8, 80, 256, 256), (8, 64, 256, 256)),
+    *((4, 64, 64, 64), (8, 128, 1024, 1024), (8, 40, 4096, 77), (8, 80, 1024, 77), (8, 64, 64, 77)),
+)
+CLASSES = {"f32": "f32", "bf16": "bf16", "int8": "bf16"}
+"""The peers that each of our numerics is held against, by the end of their names."""
+AIMS = {"f32": 1.0, "bf16": 1.1, "int8": 1.5}
+Tensors = Sequence[np.ndarray]
+
+
+def ours(kind: str, heads: int, operands: Tensors, target: targets.Target) -> tuple[Callable[[], Any], Any]:
+    """A call of the kernels at batch 1 and the tensor that it writes."""
+    q, k, _ = operands
+    shape = {"keys": k.shape[1], "heads": heads, "dim": q.shape[2] // heads}
+    output = tvm.runtime.tensor(np.zeros(q.shape, np.float32))
+    query, *read = (tvm.runtime.tensor(x) for x in operands)
+    if kind == "f32":
+        kernel = attention.build(attention.Attention(queries=q.shape[1], **shape), target.isa, "attention")
+        library = tvm.compile(tvm.IRModule({"attention": kernel}), target=tvm_target(target.name))
+        return functools.partial(library["attention"], query, *read, output), output
+    ready = fast_attention.Ready(numerics=kind, **shape)
+    functions = {
+        "ready": fast_attention.build(ready, target.isa, "ready"),
+        "attention": fast_attention.build(
+            fast_attention.FastAttention(queries=q.shape[1], numerics=kind, **shape), target.isa, "attention"
+        ),
+    }
+    options = targets.with_features(target, numerics.FEATURES[kind]).tvm
+    library = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(dict(options)))
+    made = [tvm.runtime.tensor(np.zeros(shape_of(a, 1), a.dtype)) for a in fast_attention.outputs(ready)]
+    first, second = library["ready"], library["attention"]
+
+    def call() -> None:
+        first(*read, *made)
+        second(query, *made, output)
+
+    return call, output
+
+
+def torch_call(dtype: torch.dtype, heads: int, operands: Tensors) -> Callable[[], object]:
+    q, k, v = (torch.from_numpy(x).to(dtype).unflatten(-1, (heads, -1)).transpose(1, 2) for x in operands)
+    return lambda: F.scaled_dot_product_attention(q, k, v)
+
+
+def onnxruntime_call(heads: int, operands: Tensors) -> Callable[[], object]:
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    node = helper.make_node("MultiHeadAttention", ["q", "k", "v"], ["y"], domain="com.microsoft", num_heads=heads)
+    given = dict(zip("qkv", operands, strict=True))
+    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, x.shape) for n, x in given.items()]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, operands[0].shape)]
+    domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(helper.make_graph([node], "g", inputs, outputs), opset_imports=domains, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    for n, x in given.items():
+        binding.bind_ortvalue_input(n, onnxruntime.OrtValue.ortvalue_from_numpy(x))
+    binding.bind_output("y")
+    return lambda: session.run_with_iobinding(binding)
+
+
+def openvino_call(precision: str, heads: int, operands: Tensors) -> Callable[[], object]:
+    import openvino
+    from openvino import opset13
+
+    split = [np.ascontiguousarray(x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)) for x in operands]
+    inputs = [opset13.parameter(x.shape, openvino.Type.f32) for x in split]
+    model = openvino.Model([opset13.result(opset13.scaled_dot_product_attention(*inputs))], inputs, "m")
+    options = {"INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": precision}
+    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    for i, x in enumerate(split):
+        request.set_input_tensor(i, openvino.Tensor(x))
+    return request.infer
+
+
+def peers(heads: int, operands: Tensors) -> dict[str, Callable[[], object]]:
+    return {
+        "torch f32": torch_call(torch.float32, heads, operands),
+        "torch bf16": torch_call(torch.bfloat16, heads, operands),
+        "onnxruntime f32": onnxruntime_call(heads, operands),
+        "openvino f32": openvino_call("f32", heads, operands),
+        "openvino bf16": openvino_call("bf16", heads, operands),
+    }
+
+
+def exact(heads: int, operands: Tensors) -> np.ndarray:
+    q, k, v = (torch.from_numpy(x).double().unflatten(-1, (heads, -1)).transpose(1, 2) for x in operands)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).numpy()
+
+
+def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Microseconds of CPU time of each call in each round, sorted; short calls repeat in a round."""
+    repeats: dict[str, int] = {}
+    for name, call in calls.items():
+        call()
+        start = time.thread_time_ns()
+        call()
+        repeats[name] = max(1, int(2_000_000 / max(1, time.thread_time_ns() - start)))
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.thread_time_ns()
+            for _ in range(repeats[name]):
+                call()
+            found[name].append((time.thread_time_ns() - start) / repeats[name] / 1e3)
+    return {name: sorted(times) for name, times in found.items()}
+
+
+def row(shape: tuple[int, ...], kinds: Sequence[str], target: targets.Target, rounds: int) -> dict[str, Any]:
+    heads, dim, queries, keys = shape
+    rng = np.random.default_rng(0)
+    spread = {"q": 1.5, "k": 1.5, "v": 1.0}
+    sizes = {"q": queries, "k": keys, "v": keys}
+    operands = [(s * rng.standard_normal((1, sizes[n], heads * dim))).astype(np.float32) for n, s in spread.items()]
+    expected, calls, errors = exact(heads, operands), {}, {}
+    for kind in kinds:
+        calls[kind], output = ours(kind, heads, operands, target)
+        calls[kind]()
+        difference = output.numpy() - expected
+        errors[kind] = float(np.sqrt((difference**2).mean() / (expected**2).mean()))
+    times = measure(calls | peers(heads, operands), rounds)
+    middle = {name: statistics.median(found) for name, found in times.items()}
+    made: dict[str, Any] = {"heads": heads, "dim": dim, "queries": queries, "keys": keys}
+    made |= {"us": {n: round(t, 1) for n, t in middle.items()}, "error": errors}
+    made["us_spread"] = {n: [round(found[0], 1), round(found[-1], 1)] for n, found in times.items()}
+    made["gmacs"] = {n: round(2e-3 * queries * keys * heads * dim / middle[n], 1) for n in middle}
+    made["against"] = {}
+    for kind in kinds:
+        best = min((n for n in middle if n not in kinds and n.endswith(CLASSES[kind])), key=middle.__getitem__)
+        made["against"][kind] = {"peer": best, "ratio": round(middle[best] / middle[kind], 3), "aim": AIMS[kind]}
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", default="native")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default="", help="shapes whose name contains this text")
+    parser.add_argument("--numerics", default="f32,bf16,int8")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    target = targets.resolve(options.target)
+    targets.require_runnable(target)
+    kinds, rows = options.numerics.split(","), []
+    print(f"{'us on one thread, ' + target.name:32}" + "".join(f"{k:>10}{'best peer':>26}{'ratio':>8}" for k in kinds))
+    with torch.inference_mode():
+        for shape in SHAPES:
+            heads, dim, queries, keys = shape
+            name = f"{heads} heads of {dim}, {queries}x{keys}"
+            if options.only not in name:
+                continue
+            made = row(shape, kinds, target, options.rounds)
+            rows.append({"name": name, **made})
+            line = f"{name:32}"
+            for kind in kinds:
+                peer = made["against"][kind]
+                theirs = f"{peer['peer']} {made['us'][peer['peer']]:.1f}"
+                line += f"{made['us'][kind]:10.1f}{theirs:>26}{peer['ratio']:8.2f}"
+            print(line, flush=True)
+    if options.json:
+        record = {**provenance(), "target": target.name, "threads": 1, "rounds": options.rounds, "rows": rows}
+        record["versions"] |= {peer: version(peer) for peer in ("onnxruntime", "openvino")}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

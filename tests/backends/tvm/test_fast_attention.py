@@ -1,0 +1,169 @@
+"""Attention in bfloat16 and in 8 bits against its own meaning, and that against exact attention."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import tvm
+
+from mpq_compiler import numerics, ops, targets
+from mpq_compiler.backends.tvm.kernels import fast_attention
+from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.fast_attention import FastAttention, Ready
+from mpq_compiler.numerics import BF16, INT8
+from tests.float_kernels import error, quantized, quantizer_inputs, random_inputs, same_bits, shape_of
+
+RESIDUAL = Epilogue((Step("add", operand=0),), (Operand("full"),))
+PROBLEMS = {
+    "49 tokens, D 24": FastAttention(49, 49, 4, 24),
+    "cross, D 40": FastAttention(70, 77, 2, 40, epilogue=RESIDUAL),
+    "more than two key blocks, D 33": FastAttention(50, 131, 3, 33, scale=0.3),
+    "few tokens, D 11": FastAttention(7, 3, 2, 11),
+    "one key": FastAttention(3, 1, 2, 5),
+    "mask": FastAttention(20, 70, 3, 9, mask=("B", 3, 20, 70)),
+}
+KINDS = (BF16, INT8)
+BATCH = 2
+TARGET = targets.with_features(targets.TARGETS["x86-64-avx512vnni"], numerics.FEATURES[BF16])
+
+pytestmark = pytest.mark.skipif(
+    bool(targets.missing_features(TARGET)),
+    reason=f"this machine lacks {', '.join(targets.missing_features(TARGET))}",
+)
+
+
+def _inputs(problem: FastAttention) -> list[np.ndarray]:
+    """q, k, v and what else it reads; keys have a mean, as those of models do."""
+    shapes = fast_attention.of_floats(problem)
+    inputs = random_inputs(shapes, BATCH, problem.queries)
+    inputs[1] += 3 * np.random.default_rng(1).standard_normal(inputs[1].shape[-1]).astype(np.float32)
+    if problem.mask is not None:
+        hidden = np.random.default_rng(2).random(inputs[3].shape) < 0.3
+        hidden[..., 0] = False  # at least one key for everyone
+        inputs[3][hidden] = -np.inf
+    return inputs
+
+
+def _meaning(problem: FastAttention, inputs: list[np.ndarray], kind: str) -> np.ndarray:
+    q, k, v, *rest = (torch.from_numpy(x) for x in inputs)
+    mask = rest.pop(0) if problem.mask is not None else None
+    y = ops.attention(q, k, v, problem.heads, problem.scale, mask, kind)
+    return (y + rest[0] if problem.epilogue.operands else y).numpy()
+
+
+@functools.cache
+def _library() -> tvm.runtime.Module:
+    functions = {}
+    for i, problem in enumerate([*PROBLEMS.values(), _quantizing()]):
+        for kind in KINDS:
+            given = replace(problem, numerics=kind)
+            functions[f"attention_{i}_{kind}"] = fast_attention.build(given, TARGET.isa, f"attention_{i}_{kind}")
+            functions[f"ready_{i}_{kind}"] = fast_attention.build(_ready(given), TARGET.isa, f"ready_{i}_{kind}")
+    return tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(dict(TARGET.tvm)))
+
+
+def _ready(problem: FastAttention) -> Ready:
+    return Ready(problem.keys, problem.heads, problem.dim, problem.numerics)
+
+
+def _run(index: int, problem: FastAttention, inputs: list[np.ndarray], kind: str) -> np.ndarray:
+    problem = replace(problem, numerics=kind)
+    *arguments, result = fast_attention.arguments(problem)
+    tensors = {a.name: tvm.runtime.tensor(np.full(shape_of(a, BATCH), 77, a.dtype)) for a in (*arguments, result)}
+    given = dict(zip((a.name for a in fast_attention.of_floats(problem)), inputs, strict=False))
+    tensors |= {name: tvm.runtime.tensor(value) for name, value in given.items()}
+    _library()[f"ready_{index}_{kind}"](*(tensors[a.name] for a in fast_attention.arguments(_ready(problem))))
+    _library()[f"attention_{index}_{kind}"](*(tensors[a.name] for a in (*arguments, result)))
+    return tensors[result.name].numpy()
+
+
+def _of(name: str, kind: str, inputs: list[np.ndarray] | None = None) -> np.ndarray:
+    return _run([*PROBLEMS].index(name), PROBLEMS[name], inputs or _inputs(PROBLEMS[name]), kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_against_its_meaning(name: str, kind: str) -> None:
+    problem = PROBLEMS[name]
+    assert error(_of(name, kind), _meaning(problem, _inputs(problem), kind)) <= numerics.BOUNDS[kind]
+
+
+def _quantizing() -> FastAttention:
+    epilogue = replace(RESIDUAL, steps=(*RESIDUAL.steps, Step("quantize", value=6)))
+    return replace(PROBLEMS["cross, D 40"], epilogue=epilogue, time_groups=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantizes_its_own_result(kind: str) -> None:
+    y, inputs = _of("cross, D 40", kind), _inputs(PROBLEMS["cross, D 40"])
+    tables = quantizer_inputs(y, 2, 6)
+    codes = _run(len(PROBLEMS), _quantizing(), [*inputs, *tables], kind)
+    assert (codes == quantized(y, *tables, 6)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("which", (0, 1, 2))
+def test_nan_spoils_what_depends_on_it_only(kind: str, which: int) -> None:
+    """NaN in query, key or value 5, dimension 0, of sample 0 and head 0."""
+    name = "49 tokens, D 24"
+    inputs = _inputs(PROBLEMS[name])
+    inputs[which][0, 5, 0] = np.nan
+    y, spoiled = _of(name, kind, inputs), np.zeros((BATCH, 49, 96), bool)
+    spoiled[(0, 5, slice(24)) if which == 0 else (0, slice(None), slice(24) if which == 1 else 0)] = True
+    assert (np.isnan(y) == spoiled).all()
+    assert same_bits(y[~spoiled], _of(name, kind)[~spoiled])
+
+
+def test_a_common_offset_of_keys_costs_eight_bits_nothing() -> None:
+    """It changes no softmax, and is taken off before keys are rounded."""
+    name = "49 tokens, D 24"
+    inputs = _inputs(PROBLEMS[name])
+    exact = _meaning(PROBLEMS[name], inputs, "f32")
+    inputs[1] += 100 * np.sign(inputs[1].mean((0, 1)))
+    assert error(_of(name, INT8, inputs), exact) < 3e-2
+
+
+@pytest.mark.parametrize(("kind", "bound"), ((BF16, 1e-2), (INT8, 3e-2)))
+def test_meaning_against_exact_attention(kind: str, bound: float) -> None:
+    """Relative root mean square, with logits of a standard deviation of 2.25; the keys are many."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (s * torch.randn(1, n, 80, generator=generator) for s, n in ((1.5, 40), (1.5, 2000), (1.0, 2000)))
+    exact = ops.attention(q.double(), k.double(), v.double(), 2)
+    difference = ops.attention(q, k, v, 2, numerics=kind) - exact
+    assert 1e-4 < float(difference.square().mean().sqrt() / exact.square().mean().sqrt()) < bound
+
+
+def test_eight_bits_by_the_formula() -> None:
+    """One query, one block, in NumPy float64 but for the codes: the integer definition, written again."""
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.standard_normal(shape).astype(np.float32) for shape in ((1, 1, 8), (1, 5, 8), (1, 5, 8)))
+    smooth = k[0] - k[0].mean(0)
+
+    def codes(x: np.ndarray, axis: int | None) -> tuple[np.ndarray, np.ndarray]:
+        most = np.abs(x).max(axis, keepdims=True)
+        return np.rint(x * 127 / most), most / 127
+
+    (qc, qs), (kc, ks), (vc, vs) = codes(q[0], 1), codes(smooth, None), codes(v[0], 0)
+    logits = (qc @ kc.T) * qs * ks / np.sqrt(8)
+    weights = np.rint(255 * np.exp(logits - logits.max()))
+    expected = weights @ vc / weights.sum() * vs
+    y = ops.attention(*(torch.from_numpy(x) for x in (q, k, v)), 1, numerics=INT8)
+    assert error(y[0].numpy(), expected) < 1e-6
+
+
+def test_gradients_are_those_of_float32() -> None:
+    q, k, v = (torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(i), requires_grad=True) for i in range(3))
+    gradients = [
+        torch.autograd.grad(ops.attention(q, k, v, 2, numerics=kind).sum(), (q, k, v)) for kind in ("f32", INT8)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_unknown_numerics() -> None:
+    x = torch.zeros(1, 2, 4)
+    with pytest.raises(ValueError, match="not 'fp4'"):
+        ops.attention(x, x, x, 1, numerics="fp4")
