@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ class Built:
     functions:  the manifest's list of specializations
     prepare:    the manifest's entry on preparing tensors at load, where that is needed
     facts:      counts for the report: kernels, how many of them came from the cache, ...
+    features:   what its kernels ask of a CPU beyond the target
+    parts:      the manifest's list of what functions share between calls (docs/artifact.md), where there is any
     """
 
     files: dict[str, bytes]
@@ -34,6 +36,8 @@ class Built:
     functions: list[dict[str, Any]]
     prepare: dict[str, Any] | None
     facts: dict[str, Any]
+    features: tuple[str, ...] = ()
+    parts: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def payload_bytes(self) -> int:

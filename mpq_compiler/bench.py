@@ -1,8 +1,10 @@
 """`mpqc bench`: artifacts against torch, onnxruntime and OpenVINO on this machine, whole and kernel by kernel.
 
 Everything that is compared takes turns, in rounds, so that what else the machine does meets all alike; ratios are
-those within a round. The first artifact runs twice under two names: what that control differs by is noise. CPU time of
-the process is what counts on one thread, for it leaves out what others do; with more threads it is the wall clock.
+those within a round. The first artifact runs twice under two names: what that control differs by is noise. Artifacts
+compute everything in every call, as peers do; what a sampler saves because timesteps and texts come again stands in a
+row of its own, ``mpq reusing`` (docs/artifact.md). CPU time of the process is what counts on one thread, for it leaves
+out what others do; with more threads it is the wall clock.
 
 Without peers nothing here imports torch, and without TVM's compiler only the peaks of the machine are missing.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import itertools
 import json
 import statistics
 import tempfile
@@ -32,7 +35,7 @@ from mpq_compiler.machine import cpu
 from mpq_compiler.svg import Point
 from mpq_compiler.tvm_runtime import VirtualMachine
 
-OURS, CONTROL = "mpq", "mpq control"
+OURS, CONTROL, REUSING = "mpq", "mpq control", "mpq reusing"
 WINDOW = 8e-3
 """Seconds that a turn takes at the least: shorter calls are repeated."""
 COPIED = 64 << 20
@@ -68,7 +71,7 @@ def bench(
     peer, an artifact that this machine cannot run, or that is of another model.
     """
     _check(against, threads, batch, rounds)
-    loaded = [runtime.load(path, threads) for path in paths]
+    loaded = [runtime.load(path, threads, reuse_bytes=0) for path in paths]
     subject = loaded[0]
     inputs = contestants.random_inputs(subject.manifest, batch)
     for path, other in zip(paths, loaded, strict=True):
@@ -79,7 +82,11 @@ def bench(
         contestants.of_artifact(path, compiled, inputs, name)
         for path, compiled, name in zip(paths, loaded, names, strict=True)
     ]
-    entries.insert(1, Contestant(CONTROL, functools.partial(runtime.load(paths[0], threads).run, inputs)))
+    again = runtime.load(paths[0], threads, reuse_bytes=0)
+    entries.insert(1, Contestant(CONTROL, functools.partial(again.run, inputs)))
+    if subject.manifest.get("parts"):
+        reusing = runtime.load(paths[0], threads)
+        entries.insert(2, Contestant(REUSING, functools.partial(reusing.run, inputs)))
     clock = "cpu" if threads == 1 else "wall"
     with tempfile.TemporaryDirectory(prefix="mpq-") as scratch, contestants.torch_threads(threads, "torch" in against):
         peers, skipped = contestants.peers(against, model, subject.manifest, inputs, threads, Path(scratch))
@@ -242,13 +249,27 @@ def _require_kernels(compiled: runtime.CompiledDenoiser, batch: int) -> None:
 
 
 def profile(compiled: runtime.CompiledDenoiser, inputs: Arrays) -> list[tuple[str, float, float, int]]:
-    """(kernel, CPU seconds, seconds, bytes of its operands) of each kernel call of one run, in order."""
+    """(kernel, CPU seconds, seconds, bytes of its operands) of each kernel call of a run that knows nothing, in order.
+
+    A part that runs for several samples counts as one call of each of its kernels.
+    """
     batch = len(next(iter(inputs.values())))
     function = next(f for f in compiled.manifest["functions"] if f["batch"] == batch)
-    names = frozenset(row["kernel"] for row in _schedule(compiled))
+    known = frozenset(row["kernel"] for row in _schedule(compiled))
     machine = compiled._executor
     assert isinstance(machine, VirtualMachine), "only TVM's machine knows single kernels"
-    return machine.profile(function["name"], [inputs[value["name"]] for value in function["inputs"]], names)
+    machine.forget()
+    before = {name: part.computed for name, part in machine.parts.items()}
+    timed = iter(machine.profile(function["name"], [inputs[value["name"]] for value in function["inputs"]], known))
+    runs = {name: part.computed - before[name] for name, part in machine.parts.items()}
+    found: list[tuple[str, float, float, int]] = []
+    for part, rows in itertools.groupby(_schedule(compiled), lambda row: row.get("part")):
+        count = len(list(rows))
+        each = [[next(timed) for _ in range(count)] for _ in range(runs.get(str(part), 1))]
+        for calls in zip(*each, strict=True):
+            names, used, wall, size = zip(*calls, strict=True)
+            found.append((names[0], sum(used), sum(wall), sum(size)))
+    return found
 
 
 def _kernel_rows(
@@ -263,6 +284,7 @@ def _kernel_rows(
         rows.append(
             {
                 **{key: call[key] for key in ("node", "layer", "kernel", "template")},
+                "part": call.get("part", "step"),
                 "ms": 1e3 * seconds,
                 "ms_min": 1e3 * min(times),
                 "ms_max": 1e3 * max(times),
@@ -299,6 +321,11 @@ def show(found: Mapping[str, Any], kernels: bool) -> None:
         ],
         numeric=range(1, 7),
     )
+    if any(row["name"] == REUSING for row in found["rows"]):
+        terminal.say(
+            f"'{OURS}' computes everything in every call; '{REUSING}' knows what depends on timesteps and texts alone, "
+            "as a sampler does from its second image on (of texts: from the second step on)"
+        )
     for name, reason in found["skipped"].items():
         terminal.say(f"skipped {name}: {reason}")
     peak = found["peak"]
@@ -318,6 +345,9 @@ def _show_kernels(rows: Sequence[Mapping[str, Any]]) -> None:
     families: dict[str, list[float]] = {}
     for row in rows:
         families.setdefault(row["template"], []).append(row["ms"])
+    parts: dict[str, list[float]] = {}
+    for row in rows:
+        parts.setdefault(row["part"], []).append(row["ms"])
     total = sum(row["ms"] for row in rows)
     terminal.table(
         "kernels",
@@ -345,6 +375,16 @@ def _show_kernels(rows: Sequence[Mapping[str, Any]]) -> None:
         ],
         numeric=(1, 2, 3),
     )
+    if len(parts) > 1:
+        terminal.table(
+            "what is computed in every step, and what once for each timestep or text",
+            ("part", "calls", "ms", "share"),
+            [
+                (name, len(times), f"{sum(times):.4f}", f"{100 * sum(times) / total:.1f} %")
+                for name, times in parts.items()
+            ],
+            numeric=(1, 2, 3),
+        )
 
 
 def roofline(found: Mapping[str, Any]) -> str:

@@ -321,6 +321,8 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
         }
         if built.prepare is not None:
             manifest["prepare"] = built.prepare
+        if built.parts:
+            manifest["parts"] = built.parts
         kernels = schedule.describe(program, built.facts.get("schedule", ()))
         decided = decisions.encode(decisions.document(program, schedule.by_layer(kernels)))
         files = {**built.files, artifact.IR: printer.text(program).encode(), artifact.DECISIONS: decided}

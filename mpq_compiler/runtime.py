@@ -18,6 +18,7 @@ from mpq_compiler import targets
 from mpq_compiler.artifact import Artifact
 from mpq_compiler.calling import Convention
 from mpq_compiler.errors import UserError, nearest
+from mpq_compiler.hoisting import REUSE_BYTES
 from mpq_compiler.tvm_runtime import VirtualMachine, usable_cores
 
 ASSUMED_TO = 0.02
@@ -51,24 +52,30 @@ class Config(dict[str, Any]):
 
 
 def load(
-    path: str | os.PathLike[str], threads: int | None = None, check_finite: bool = True
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    check_finite: bool = True,
+    reuse_bytes: int = REUSE_BYTES,
 ) -> CompiledDenoiser:
     """Verifies and loads the artifact at `path`, a folder or a zip.
 
     threads: how many a call uses (default: every core this process may use; never more). check_finite:
-    whether NaN or infinity in an output is an error. UserError: the artifact is not sound, or this machine
-    cannot run it.
+    whether NaN or infinity in an output is an error. reuse_bytes: memory for what was computed of timesteps and
+    texts alone and will be asked for again; 0 computes it in every call (docs/artifact.md). UserError: the artifact
+    is not sound, or this machine cannot run it.
     """
+    if reuse_bytes < 0:
+        raise UserError(f"reuse_bytes is {reuse_bytes}; it must be 0 or more")
     if threads is not None and threads < 1:
         raise UserError(f"threads is {threads}; it must be at least 1")
-    return CompiledDenoiser(artifacts.read(path), threads or usable_cores(), check_finite)
+    return CompiledDenoiser(artifacts.read(path), threads or usable_cores(), check_finite, reuse_bytes)
 
 
-def _executor(artifact: Artifact, threads: int) -> Executor:
+def _executor(artifact: Artifact, threads: int, reuse_bytes: int) -> Executor:
     target = artifact.manifest["target"]
     targets.require_host(target["name"], target["arch"], target["features"])
     if target["backend"] == "tvm":
-        return VirtualMachine(artifact, threads)
+        return VirtualMachine(artifact, threads, reuse_bytes)
     if target["backend"] in BACKENDS:
         try:
             # By name, for the ground floor imports no backend, and these import what others do without.
@@ -91,7 +98,9 @@ class CompiledDenoiser:
     `device`, and returns torch tensors when it is given some. Calls from several threads take turns.
     """
 
-    def __init__(self, artifact: Artifact, threads: int, check_finite: bool = True) -> None:
+    def __init__(
+        self, artifact: Artifact, threads: int, check_finite: bool = True, reuse_bytes: int = REUSE_BYTES
+    ) -> None:
         self.artifact = artifact
         self.manifest = artifact.manifest
         self.config = Config(self.manifest["model"]["config"])
@@ -103,7 +112,7 @@ class CompiledDenoiser:
         self._convention = Convention(**{**call, "baked": tuple(call.get("baked", ()))})
         self.report: Any = None
         """How it was compiled, where that was done in this process (`compile` of a pipeline)."""
-        self._executor = _executor(artifact, threads)
+        self._executor = _executor(artifact, threads, reuse_bytes)
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -112,6 +121,12 @@ class CompiledDenoiser:
             f"CompiledDenoiser({self.manifest['name']}, {self.manifest['model']['class']} for {target}, "
             f"{weights['average_bits']:.2f} bits, {weights['payload_bytes']} bytes)"
         )
+
+    def forget(self) -> None:
+        """Lets go of what earlier calls computed of timesteps and texts: the next call computes everything."""
+        if isinstance(self._executor, VirtualMachine):
+            with self._lock:
+                self._executor.forget()
 
     @property
     def input_names(self) -> list[str]:

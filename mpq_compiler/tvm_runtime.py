@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +25,7 @@ import numpy as np
 
 from mpq_compiler.artifact import KERNELS, Artifact
 from mpq_compiler.errors import UserError
+from mpq_compiler.hoisting import REUSE_BYTES, Part
 from mpq_compiler.tensorfile import ALIGNMENT, aligned, aligned_empty
 
 ENVIRONMENT = "MPQ_TVM_RUNTIME"
@@ -153,8 +154,11 @@ def _require_version(artifact: Artifact) -> None:
 class VirtualMachine:
     """The functions of an artifact's `kernels.so`, with its prepared weights; one call at a time."""
 
-    def __init__(self, artifact: Artifact, threads: int) -> None:
-        """Loads the kernels and prepares the weights, on `threads` threads."""
+    def __init__(self, artifact: Artifact, threads: int, reuse_bytes: int = REUSE_BYTES) -> None:
+        """Loads the kernels and prepares the weights, on `threads` threads.
+
+        reuse_bytes: memory for results that do not depend on the latents; 0 computes them in every call.
+        """
         kernels = artifact.file(KERNELS)
         _require_version(artifact)
         self._ffi, _ = _load()
@@ -175,6 +179,23 @@ class VirtualMachine:
             _use_threads(self.threads)
             with _default_float_environment():
                 self._prepared = list(self._machine[prepare["name"]](*arguments))
+        entries = artifact.manifest.get("parts", [])
+        self._reuses = reuse_bytes > 0
+        self.parts = {
+            entry["name"]: Part(entry, self._tensor, self._part(entry["name"]), reuse_bytes // len(entries))
+            for entry in entries
+        }
+        """What functions of the artifact share between calls, by name."""
+        self._described = {function["name"]: function for function in artifact.manifest["functions"]}
+
+    def _part(self, name: str) -> Callable[..., Sequence[Any]]:
+        function = self._machine[name]
+        return lambda *tensors: function(*tensors, *self._prepared)
+
+    def forget(self) -> None:
+        """Keeps nothing that parts have computed."""
+        for part in self.parts.values():
+            part.forget()
 
     def _load_kernels(self, path: Path, sha256: str) -> Any:
         # The dynamic loader knows libraries by path and keeps them: under its own path an artifact that was
@@ -199,8 +220,24 @@ class VirtualMachine:
             np.copyto(buffer, array)
         _use_threads(self.threads)
         with _default_float_environment():
-            result = self._functions[function](*(tensor for _, tensor in staged), *self._prepared)
+            shared = self._shared(function, staged)
+            result = self._functions[function](*(tensor for _, tensor in staged), *shared, *self._prepared)
         return np.from_dlpack(result)
+
+    def _shared(self, function: str, staged: Sequence[tuple[np.ndarray, Any]]) -> list[Any]:
+        """What the parts of `function` yield for its inputs, computed where it is not known."""
+        described = self._described[function]
+        if not (names := described.get("parts")):
+            return []
+        if not self._reuses:
+            self.forget()
+        arrays = {value["name"]: array for value, (array, _) in zip(described["inputs"], staged, strict=True)}
+        found = []
+        for part in map(self.parts.__getitem__, names):
+            results = part.results(arrays, described["batch"])
+            arrays |= {name: array for name, (array, _) in zip(part.outputs, results, strict=True)}
+            found += [tensor for _, tensor in results]
+        return found
 
     def profile(
         self, function: str, inputs: Sequence[np.ndarray], kernels: Collection[str]

@@ -94,6 +94,8 @@ def write(path: Path, program: Program, target: Target, built: Built) -> Path:
     }
     if built.prepare is not None:
         manifest["prepare"] = built.prepare
+    if built.parts:
+        manifest["parts"] = built.parts
     artifact.write(path, manifest, built.files, built.tensors)
     return path
 

@@ -21,7 +21,7 @@ from mpq_compiler import storage
 from mpq_compiler.artifact import KERNELS
 from mpq_compiler.backends import Built, Progress
 from mpq_compiler.backends.tvm.emit import OUTPUT, lower
-from mpq_compiler.backends.tvm.lowered import BATCH, Function, Kernel, Lowered, Value
+from mpq_compiler.backends.tvm.lowered import BATCH, Call, Function, Kernel, Lowered, Part, Value
 from mpq_compiler.backends.tvm.worker import Crash, Failure, Worker
 from mpq_compiler.errors import UserError
 from mpq_compiler.program import Program
@@ -65,14 +65,17 @@ def build(
         tensors={name: tensor.array for name, tensor in stored.items()},
         entries=[tensor.entry(name) for name, tensor in stored.items()],
         functions=[_describe(function, batch) for function in lowered.functions for batch in function.batches],
+        parts=[_describe_part(part) for part in lowered.parts().values()],
         prepare={"name": PREPARE, "tensors": [value.name for value in lowered.stored]},
+        features=tuple(sorted({feature for kernel in lowered.kernels() for feature in kernel.features})),
         facts={
             "kernels": len(lowered.kernels()),
             "from_cache": reused,
             "calls": len(lowered.functions[0].calls),
             "schedule": [
-                {"node": call.node, "kernel": call.kernel.name, "template": call.kernel.template}
-                for call in lowered.functions[0].calls
+                {"node": call.node, "kernel": call.kernel.name, "template": call.kernel.template, "part": part}
+                for part, calls in _in_parts(lowered.functions[0])
+                for call in calls
             ],
         },
     )
@@ -80,16 +83,31 @@ def build(
 
 def _describe(function: Function, batch: int) -> dict[str, Any]:
     """The manifest's entry of a specialization."""
-
-    def describe(name: str, value: Value) -> dict[str, Any]:
-        return {"name": name, "shape": [batch if d == BATCH else d for d in value.shape], "dtype": value.dtype}
-
-    return {
+    found: dict[str, Any] = {
         "name": function.name(batch),
         "batch": batch,
-        "inputs": [describe(value.name, value) for value in function.inputs],
-        "output": describe(OUTPUT, function.output),
+        "inputs": [_described(value.name, value, batch) for value in function.inputs],
+        "output": _described(OUTPUT, function.output, batch),
     }
+    return found | ({"parts": [part.name for part in function.parts]} if function.parts else {})
+
+
+def _describe_part(part: Part) -> dict[str, Any]:
+    """The manifest's entry of a part, which computes one sample."""
+    return {
+        "name": part.name,
+        "inputs": [_described(value.name, value, 1) for value in part.inputs],
+        "outputs": [_described(value.name, value, 1) for value in part.outputs],
+    }
+
+
+def _described(name: str, value: Value, batch: int) -> dict[str, Any]:
+    return {"name": name, "shape": [batch if d == BATCH else d for d in value.shape], "dtype": value.dtype}
+
+
+def _in_parts(function: Function) -> list[tuple[str, tuple[Call, ...]]]:
+    """The calls of a run in which nothing is known yet, by the parts that make them."""
+    return [*((part.name, part.calls) for part in function.parts), ("step", function.own)]
 
 
 def compile_library(

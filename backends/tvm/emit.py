@@ -11,16 +11,17 @@ is the `emitter`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
 from mpq_compiler import ops, storage
 from mpq_compiler.aten import MOVEMENT, aten, is_pointwise
-from mpq_compiler.backends.tvm import emit_float, emit_movement, emit_packed, emit_pointwise
+from mpq_compiler.backends.tvm import emit_float, emit_movement, emit_packed, emit_pointwise, hoist
 from mpq_compiler.backends.tvm.emitter import Emitter, Epilogue, Preparation, Task, text, type_name
-from mpq_compiler.backends.tvm.lowered import BATCH, Call, Function, Lowered, Value
+from mpq_compiler.backends.tvm.lowered import BATCH, Function, Lowered, Value
 from mpq_compiler.errors import UserError
 from mpq_compiler.program import Program, operand
 from mpq_compiler.specialize import Specialization
@@ -84,28 +85,24 @@ def lower(program: Program, batches: Sequence[int], others: Sequence[Specializat
     """
     tensors = storage.stored(program, *(other.program for other in others))
     preparation = Preparation(tensors)
-    functions = (
-        _function(program, batches, preparation),
-        *(_function(other.program, other.batches, preparation, f"_{other.size}") for other in others),
-    )
+    functions = [_function(program, batches, preparation)]
+    for other in others:
+        functions.append(_sharing(_function(other.program, other.batches, preparation, f"_{other.size}"), functions))
     read = dict.fromkeys(name for function in functions for call in function.calls for _, name in call.operands)
     prepared = tuple(name for name in read if name in preparation.static)
     return Lowered(
         stored=tuple(Value(name, t.array.shape, str(t.array.dtype)) for name, t in tensors.items()),
-        preparation=_needed(preparation.calls, prepared),
+        preparation=hoist.needed(preparation.calls, prepared),
         prepared=prepared,
-        functions=functions,
+        functions=tuple(functions),
     )
 
 
-def _needed(calls: Sequence[Call], results: Iterable[str]) -> tuple[Call, ...]:
-    """The calls without those that nothing reads: copies whose readers read the source."""
-    read, kept = {*results}, []
-    for call in reversed(calls):
-        if any(name in read for _, name in call.results):
-            kept.append(call)
-            read |= {name for _, name in call.operands}
-    return tuple(reversed(kept))
+def _sharing(function: Function, others: Sequence[Function]) -> Function:
+    """The function with the parts of others where they are the same: time and texts know no image size."""
+    known = [part for other in others for part in other.parts]
+    shared = (next((k for k in known if replace(part, name=k.name) == k), part) for part in function.parts)
+    return replace(function, parts=tuple(shared))
 
 
 def _function(program: Program, batches: Sequence[int], preparation: Preparation, suffix: str = "") -> Function:
@@ -129,8 +126,10 @@ def _function(program: Program, batches: Sequence[int], preparation: Preparation
     if not output.batched or output.dtype != "float32" or shape[:1] != (BATCH,):
         kind = f"{output.dtype} {text(shape)}"
         raise UserError(f"the output '{output.name}' is {kind}, where a denoiser yields float32 [B, ...]")
-    calls = _needed(e.calls, [output.name])
-    return Function(inputs, calls, Value(output.name, shape, output.dtype), tuple(sorted({*batches})), suffix)
+    calls = hoist.needed(e.calls, [output.name])
+    parts, step = hoist.split(inputs, calls, output.name, e.results, suffix)
+    result = Value(output.name, shape, output.dtype)
+    return Function(inputs, calls, result, tuple(sorted({*batches})), suffix, parts, step)
 
 
 def _emit(e: Emitter, node: fx.Node) -> None:

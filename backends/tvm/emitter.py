@@ -186,6 +186,8 @@ class Emitter:
         self.formulas: dict[str, Formula] = {}
         """What pointwise kernels compute, by their result: their only readers may compute it themselves."""
         self.calls: list[Call] = []
+        self.results: dict[str, Value] = {}
+        """What the calls make, by name."""
         self.made: dict[tuple[Any, ...], list[Value]] = {}
         self.task = Task(next(iter(program.graph.nodes)), [])
 
@@ -312,6 +314,7 @@ class Emitter:
             made = tuple((argument, value.name) for argument, value in results.items())
             self.calls.append(Call(kernel, names, made, self.task.node.name))
             self.made[kernel, names] = list(results.values())
+            self.results |= {value.name: value for value in results.values()}
         return self.made[kernel, names]
 
     def _prepare(self, kernel: Kernel, names: tuple[tuple[str, str], ...], results: dict[str, Value]) -> list[Value]:

@@ -22,7 +22,7 @@ from tvm.support import cc
 
 from mpq_compiler.backends.tvm import templates
 from mpq_compiler.backends.tvm.kernels.template import BATCH, Argument, primfunc
-from mpq_compiler.backends.tvm.lowered import Call, Function, Kernel, Lowered, Value
+from mpq_compiler.backends.tvm.lowered import Call, Kernel, Lowered, Value
 from mpq_compiler.errors import UserError
 from mpq_compiler.targets import Target
 
@@ -93,9 +93,11 @@ class _Builder:
             signature = primfunc(kernel.name, [*inputs, *outputs], lambda batch, buffers: T.evaluate(0))
             self.signatures[kernel] = (self.builder.add_func(signature, kernel.name), inputs, outputs)
         types = self._prepare()
+        for part in self.lowered.parts().values():
+            self._function(part.name, part.inputs, part.calls, part.outputs, 1, types)
         for function in self.lowered.functions:
             for batch in function.batches:
-                self._denoise(function, batch, types)
+                self._function(function.name(batch), function.arguments, function.own, function.output, batch, types)
         return self.builder.get()
 
     def _prepare(self) -> list[relax.Type]:
@@ -111,19 +113,29 @@ class _Builder:
             self.builder.emit_func_output(result)
         return [value.ty for value in prepared]
 
-    def _denoise(self, function: Function, batch: int, types: Sequence[Any]) -> None:
-        inputs = [_variable(f"x{i}", value, batch) for i, value in enumerate(function.inputs)]
+    def _function(
+        self,
+        name: str,
+        arguments: Sequence[Value],
+        calls: Sequence[Call],
+        result: Value | Sequence[Value],
+        batch: int,
+        types: Sequence[Any],
+    ) -> None:
+        """``name(arguments..., prepared...)``: one result, or a tuple of several."""
+        inputs = [_variable(f"x{i}", value, batch) for i, value in enumerate(arguments)]
         weights = [relax.Var(f"w{i}", type) for i, type in enumerate(types)]
-        env = {value.name: p for value, p in zip(function.inputs, inputs, strict=True)}
+        env = {value.name: p for value, p in zip(arguments, inputs, strict=True)}
         env |= dict(zip(self.lowered.prepared, weights, strict=True))
-        with self.builder.function(function.name(batch), [*inputs, *weights]):
+        with self.builder.function(name, [*inputs, *weights]):
             with self.builder.dataflow():
-                for call in function.calls:
+                for call in calls:
                     self._call(call, env, batch)
-                output = function.output
-                shaped = self._shaped(env[output.name], _sized(output.shape, batch))
-                result = self.builder.emit_output(shaped)
-            self.builder.emit_func_output(result)
+                results = [result] if isinstance(result, Value) else result
+                shaped = [self._shaped(env[value.name], _sized(value.shape, batch)) for value in results]
+                made = shaped[0] if isinstance(result, Value) else relax.Tuple(shaped)
+                output = self.builder.emit_output(made)
+            self.builder.emit_func_output(output)
 
     def _call(self, call: Call, env: dict[str, Any], batch: int) -> None:
         function, inputs, outputs = self.signatures[call.kernel]

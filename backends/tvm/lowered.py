@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mpq_compiler.numerics import F32, FEATURES
+
 BATCH = "B"
 Shape = tuple[int | str, ...]
 
@@ -60,6 +62,11 @@ class Kernel:
         """Of its function, the same wherever it is compiled."""
         return f"{self.template}_{hashlib.sha256(str(self).encode()).hexdigest()[:16]}"
 
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What it asks of a CPU, perhaps beyond the target, as /proc/cpuinfo spells it."""
+        return FEATURES[dict(self.problem.fields).get("numerics", F32)]
+
     def __str__(self) -> str:
         return f"{self.template} {self.problem}"
 
@@ -98,10 +105,26 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Function:
-    """The denoiser at one image size: ``denoise(inputs..., prepared...)``, specialized for every batch size.
+class Part:
+    """What does not depend on the latents (`hoist`): ``name(inputs..., prepared...) -> outputs``, for one sample.
 
+    inputs: of the denoiser, or outputs of the parts before it
+    """
+
+    name: str
+    inputs: tuple[Value, ...]
+    calls: tuple[Call, ...]
+    outputs: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Function:
+    """The denoiser at one image size: ``denoise(inputs..., outputs of the parts..., prepared...)`` for each batch size.
+
+    calls:  of the parts and of the function itself, in order
     suffix: what the names of its specializations end in, "" for the size that was calibrated
+    parts:  what has been taken out of it
+    step:   the calls that are left; all where nothing was taken out
     """
 
     inputs: tuple[Value, ...]
@@ -109,6 +132,18 @@ class Function:
     output: Value
     batches: tuple[int, ...] = (1,)
     suffix: str = ""
+    parts: tuple[Part, ...] = ()
+    step: tuple[Call, ...] = ()
+
+    @property
+    def own(self) -> tuple[Call, ...]:
+        """The calls of the function itself."""
+        return self.step if self.parts else self.calls
+
+    @property
+    def arguments(self) -> tuple[Value, ...]:
+        """What the function takes before what is prepared."""
+        return (*self.inputs, *(value for part in self.parts for value in part.outputs))
 
     def name(self, batch: int) -> str:
         """Of the specialization for a batch size."""
@@ -133,6 +168,10 @@ class Lowered:
         for call in self.calls():
             found.setdefault(call.kernel, call.node)
         return found
+
+    def parts(self) -> dict[str, Part]:
+        """The parts of all functions by name; functions share those that are equal."""
+        return {part.name: part for function in self.functions for part in function.parts}
 
     def calls(self) -> Iterator[Call]:
         """All calls: those of `prepare`, then those of the functions."""

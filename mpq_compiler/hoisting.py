@@ -1,0 +1,120 @@
+"""Results that do not depend on the latents, kept between calls: the parts of an artifact (docs/artifact.md).
+
+A part computes one sample. Its result is known by the bytes of its inputs alone, so what is kept is what would be
+computed, bit for bit; samples of a batch with the same inputs share it. Memory is bounded and allocated once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mpq_compiler.tensorfile import ALIGNMENT, aligned_empty
+
+REUSE_BYTES = 64 << 20
+"""What all parts together may keep by default. Pages are only used as results come."""
+MOST_ROWS = 256
+"""Results that a part keeps at most: the steps of a long schedule."""
+LEAST_ROWS = 2
+"""Results that a part keeps in any case: those of a prompt and of no prompt."""
+
+Staged = tuple[np.ndarray, Any]
+"""A buffer, and the runtime's tensor of the same memory."""
+
+
+class Part:
+    """A function for one sample and its latest results.
+
+    tensor: the runtime's tensor of an aligned array. call: the function on such tensors. room: bytes for results.
+    """
+
+    def __init__(
+        self,
+        entry: Mapping[str, Any],
+        tensor: Callable[[np.ndarray], Any],
+        call: Callable[..., Sequence[Any]],
+        room: int,
+    ) -> None:
+        self.name: str = entry["name"]
+        self.inputs: list[str] = [value["name"] for value in entry["inputs"]]
+        self.outputs: list[str] = [value["name"] for value in entry["outputs"]]
+        self._tensor, self._call = tensor, call
+        self._arguments = [self._staged(tuple(v["shape"]), np.dtype(v["dtype"])) for v in entry["inputs"]]
+        self._types = [(tuple(v["shape"]), np.dtype(v["dtype"])) for v in entry["outputs"]]
+        self.row_bytes = sum(_rounded(math.prod(shape) * dtype.itemsize) for shape, dtype in self._types)
+        """Of one result."""
+        key = sum(array.nbytes for array, _ in self._arguments)
+        self.rows = min(MOST_ROWS, max(LEAST_ROWS, room // (self.row_bytes + key)))
+        """Results that are kept."""
+        self._memory = aligned_empty((self.rows * self.row_bytes,), np.dtype(np.uint8))
+        self._places: dict[int, list[Staged]] = {}
+        self._batches: dict[int, list[Staged]] = {}
+        self.computed = 0
+        """How often the function has run."""
+        self.forget()
+
+    @property
+    def reserved_bytes(self) -> int:
+        """The memory that results may take, without their keys and the batches they are put together in."""
+        return self._memory.nbytes
+
+    def forget(self) -> None:
+        """Keeps nothing."""
+        self._kept: OrderedDict[tuple[bytes, ...], int] = OrderedDict()
+        """Inputs of a sample -> its place, the latest last."""
+        self._latest: dict[int, list[tuple[bytes, ...]]] = {}
+        """Inputs of the batch that lies ready, by its size."""
+
+    def results(self, arrays: Mapping[str, np.ndarray], batch: int) -> list[Staged]:
+        """The outputs for a batch, by its inputs [batch, ...]; valid until the next call."""
+        taken = [arrays[name] for name in self.inputs]
+        keys = [tuple(array[i].tobytes() for array in taken) for i in range(batch)]
+        if batch == 1:
+            return self._row(keys[0], taken, 0)
+        if batch not in self._batches:
+            self._batches[batch] = [self._staged((batch, *shape[1:]), dtype) for shape, dtype in self._types]
+        batched = self._batches[batch]
+        if self._latest.get(batch) != keys:
+            for i, key in enumerate(keys):
+                for (target, _), (source, _) in zip(batched, self._row(key, taken, i), strict=True):
+                    target[i] = source[0]
+            self._latest[batch] = keys
+        return batched
+
+    def _row(self, key: tuple[bytes, ...], taken: Sequence[np.ndarray], sample: int) -> list[Staged]:
+        if (known := self._kept.get(key)) is not None:
+            self._kept.move_to_end(key)
+            return self._places[known]
+        number = len(self._kept) if len(self._kept) < self.rows else self._kept.popitem(last=False)[1]
+        place = self._place(number)
+        for (buffer, _), array in zip(self._arguments, taken, strict=True):
+            np.copyto(buffer, array[sample : sample + 1])
+        made = self._call(*(tensor for _, tensor in self._arguments))
+        self.computed += 1
+        for (target, _), source in zip(place, made, strict=True):
+            np.copyto(target, np.from_dlpack(source))
+        self._kept[key] = number
+        return place
+
+    def _place(self, number: int) -> list[Staged]:
+        if number not in self._places:
+            start, found = number * self.row_bytes, []
+            for shape, dtype in self._types:
+                size = math.prod(shape) * dtype.itemsize
+                array = self._memory[start : start + size].view(dtype).reshape(shape)
+                found.append((array, self._tensor(array)))
+                start += _rounded(size)
+            self._places[number] = found
+        return self._places[number]
+
+    def _staged(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Staged:
+        array = aligned_empty(shape, dtype)
+        return array, self._tensor(array)
+
+
+def _rounded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
