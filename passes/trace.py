@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils import _pytree as pytree
 
 from mpq_compiler.aten import aten
 from mpq_compiler.errors import UserError
@@ -50,6 +52,7 @@ class Trace(Pass):
         wrapper = _Positional(denoiser.module, [s.name for s in specs])
         graph, attributes = _export(wrapper, denoiser)
         prefix = next(n for n, m in wrapper.named_modules() if m is denoiser.module.model) + "."
+        _require_deterministic(graph, denoiser, prefix)
         tensors = TensorStore()
         names = {p.data_ptr(): name for name, p in denoiser.module.model.named_parameters()}  # one for tied parameters
         for node in graph.nodes:
@@ -75,6 +78,7 @@ class Trace(Pass):
                 program.fallbacks[name] = "never executed, and left out of the artifact"
         merge_equal(graph)
         _fold_constants(graph, tensors)
+        _require_real(graph, denoiser, prefix)
         _rename(graph, prefix)
         program.graph = copy_graph(graph)
         return program
@@ -144,6 +148,34 @@ def _reason(error: BaseException, model: nn.Module) -> str:
     return f"{where}: {text}"
 
 
+def _require_deterministic(graph: fx.Graph, denoiser: Any, prefix: str) -> None:
+    """UserError: a call draws random numbers."""
+    for node in graph.nodes:
+        seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if node.target is aten.scaled_dot_product_attention.default:
+            seeded = bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p"))
+        if seeded and node.target not in NO_OPS:
+            reason = f"{_operator(node)} draws random numbers, and a compiled denoiser is a function of its inputs"
+            raise _refusal(node, denoiser, prefix, reason)
+
+
+def _require_real(graph: fx.Graph, denoiser: Any, prefix: str) -> None:
+    """UserError: a call gives complex numbers, or a tensor whose size depends on values."""
+    for node in graph.nodes:
+        made = node.meta.get("val") if node.op == "call_function" else None
+        if free_unbacked_symbols(made):
+            reason = f"the size of what {_operator(node)} gives depends on the values of tensors"
+            raise _refusal(node, denoiser, prefix, reason)
+        if any(isinstance(t, Tensor) and t.is_complex() for t in pytree.tree_leaves(made)):
+            raise _refusal(node, denoiser, prefix, f"{_operator(node)} computes with complex numbers")
+
+
+def _refusal(node: fx.Node, denoiser: Any, prefix: str, reason: str) -> UserError:
+    path = _module_path(node, prefix)
+    kind = type(denoiser.module.model.get_submodule(path)).__name__
+    return UserError(f"{denoiser.name} cannot be traced: {f'module {path!r} ({kind})' if path else kind}: {reason}")
+
+
 def _same_value(node: fx.Node) -> fx.Node | None:
     """The operand that the call returns unchanged, bit for bit, or None."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
@@ -151,7 +183,9 @@ def _same_value(node: fx.Node) -> fx.Node | None:
     x, out = node.args[0].meta.get("val"), node.meta.get("val")
     if node.target in NO_OPS:
         return node.args[0]
-    if not isinstance(x, Tensor) or not isinstance(out, Tensor) or x.dtype != out.dtype or x.shape != out.shape:
+    if not isinstance(x, Tensor) or not isinstance(out, Tensor) or free_unbacked_symbols([x, out]):
+        return None
+    if x.dtype != out.dtype or x.shape != out.shape:
         return None
     if node.target in (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device):
         return node.args[0]
@@ -237,8 +271,15 @@ def _call_name(node: fx.Node, prefix: str) -> str:
     weights = [n for n in node.all_input_nodes if n.op == "get_attr" and not str(n.target).startswith("constant.")]
     if weights:
         return str(weights[0].target).rpartition(".")[0] or str(weights[0].target)
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [entry[0] for entry in stack.values()]
-    path = paths[-1].removeprefix(prefix) if paths and paths[-1].startswith(prefix) else ""
-    operator = str(getattr(node.target, "__name__", node.target)).split(".")[0]
-    return f"{path}.{operator}" if path else operator
+    path = _module_path(node, prefix)
+    return f"{path}.{_operator(node)}" if path else _operator(node)
+
+
+def _operator(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target)).split(".")[0]
+
+
+def _module_path(node: fx.Node, prefix: str) -> str:
+    """The path in the model of the innermost module that makes the call; empty for the model itself."""
+    paths = [entry[0] for entry in (node.meta.get("nn_module_stack") or {}).values()]
+    return paths[-1].removeprefix(prefix) if paths and paths[-1].startswith(prefix) else ""

@@ -79,6 +79,32 @@ def test_the_module_that_cannot_be_traced_is_named(capsys):
     assert "\n" not in str(found.value) and "aten" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x: x + torch.randn_like(x), "randn_like draws random numbers"),
+        (lambda x: x + torch.randn(x.shape[1:]), "randn draws random numbers"),
+        (lambda x: torch.fft.fft2(x).real, "\\w+ computes with complex numbers"),
+        (lambda x: x + x.flatten()[torch.nonzero(x.flatten() > 0)[:, 0]].sum(), "the size of what \\w+ gives depends"),
+    ],
+)
+def test_what_is_no_function_of_real_tensors_is_refused(change, reason):
+    class Before(torch.nn.Module):
+        """Changes what another module reads."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(change(x))
+
+    model = tiny.model("unet2d")
+    model.conv_in = Before(model.conv_in)
+    with pytest.raises(UserError, match=rf"odd cannot be traced: module 'conv_in' \(Before\): {reason}"):
+        trace(denoisers.wrap(model, name="odd"))
+
+
 def test_latents_that_the_model_reads_in_another_shape_are_refused():
     """DiT takes every image for a square one."""
     with pytest.raises(UserError, match="takes no latents of 8x32, it gives 8x16x16 for them"):
