@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
 import json
 import os
@@ -76,6 +77,11 @@ def parser() -> argparse.ArgumentParser:
     compile_.add_argument("model", metavar="MODEL", help="folder, hub id, or bundled name (mpqc models)")
     compile_.add_argument("-o", "--output", required=True, metavar="OUT", help="artifact: a folder, or a file OUT.zip")
     compile_.add_argument("--target", default="native", help="mpqc targets lists them (default: this machine)")
+    compile_.add_argument(
+        "--numerics",
+        choices=("portable", "fast"),
+        help="portable: the same bits on every CPU target (default); fast: attentions in bfloat16 and in 8 bits too",
+    )
     compile_.add_argument("--overwrite", action="store_true", help="replace an artifact that exists")
     compile_.add_argument("--dumps", type=Path, metavar="DIR", help="write the program after every pass")
     _budget_options(compile_)
@@ -221,7 +227,7 @@ def _lowering_options(parser: argparse.ArgumentParser, table: bool = True) -> No
 def _options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     names = (
         *("recipe", "pipeline", "weights", "activations", "bops", "shapes", "calibration", "samples", "steps"),
-        *("scheduler", "prediction_type", "guidance", "conditions", "sensitivity", "seed", "jobs", "cache"),
+        *("scheduler", "prediction_type", "guidance", "conditions", "sensitivity", "numerics", "seed", "jobs", "cache"),
     )
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if given.get("jobs", 1) < 1:
@@ -262,6 +268,7 @@ def _compile(args: argparse.Namespace) -> Any:
             ("weights", f"{terminal.size(weights['bytes'])}, {weights['average_bits']:.3f} true average bits"),
             ("as f32", terminal.size(weights["float_bytes"])),
             ("activations", f"{report.activations['average_bits']:.2f} average bits"),
+            ("numerics", _numerics(report.numerics)),
             ("SQNR", f"{report.quality['sqnr_db']:.2f} dB, executed by the {report.quality['executed_by']}"),
             ("calibrated on", _calibrated(report.calibration)),
             ("float fallbacks", len(report.fallbacks)),
@@ -271,6 +278,11 @@ def _compile(args: argparse.Namespace) -> Any:
     for name, reason in report.fallbacks.items():
         terminal.say(f"fallback: {name}: {reason}")
     return report.to_json()
+
+
+def _numerics(about: dict[str, Any]) -> str:
+    kinds = collections.Counter(about["attentions"].values())
+    return ", ".join([about["mode"], *(f"{count} attentions in {kind}" for kind, count in sorted(kinds.items()))])
 
 
 def _calibrated(about: dict[str, Any]) -> str:

@@ -75,6 +75,9 @@ class Options:
     conditions: str | Path | None = None
     """Safetensors with the conditions to sample with, for models whose encoders are elsewhere."""
     sensitivity: str | Path | None = None
+    numerics: str | None = None
+    """"portable": the same bits on every CPU target; "fast": also bfloat16 and 8 bits in attentions. By default the
+    recipe's, which is portable."""
     seed: int = 0
     jobs: int = 1
     cache: Path | None = None
@@ -97,6 +100,8 @@ class Report:
     target: str
     recipe: str
     pipeline: str
+    numerics: dict[str, Any]
+    """``mode`` that the artifact has, and ``attentions``: those that are not in float32."""
     fallbacks: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -124,6 +129,8 @@ def resolve(options: Options) -> list[Pass]:
         recipe = recipe.override("bit-allocation", weights=bits if bits is not None else "none", bytes=size)
     recipe = recipe.override("bit-allocation", activations=options.activations, bops=options.bops)
     recipe = recipe.override("calibrate", samples=options.samples, steps=options.steps)
+    if options.numerics != "portable" or "numerics" in recipe.pipeline:
+        recipe = recipe.override("numerics", mode=options.numerics)
     if options.activations is not None and options.activations < 8 and "sensitivity" in recipe.pipeline:
         recipe = recipe.override("sensitivity", activations=(4, 6, 8))
     passes = recipe.passes()
@@ -198,6 +205,7 @@ def lower(
         if options.calibration is None
         else recording.split(recording.load(denoiser, options.calibration))[0],
         sensitivity=None if options.sensitivity is None else sensitivity_table.load(options.sensitivity),
+        numerics=targets.numerics_of(options.target) if any(p.name() == "numerics" for p in passes) else (),
         seed=options.seed,
         jobs=options.jobs,
         cache=options.cache,
@@ -312,10 +320,11 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
         built = backend.build(
             program, target, batches, jobs=chosen.jobs, progress=progress, cache=chosen.cache, others=others
         )
+        target = targets.with_features(target, built.features)
         stored = costs.stored_bytes(planned) + specialize.added_bytes(program, others)
         manifest = {
             **_describe(denoiser, program, planned, chosen, passes),
-            "target": _describe_target(target),
+            "target": _describe_target(target) | {"numerics": _numerics(program)},
             "functions": built.functions,
             "tensors": built.entries,
         }
@@ -371,9 +380,15 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
         target=target.name,
         recipe=str(chosen.recipe) if chosen.pipeline is None else "custom",
         pipeline=pass_manager.to_text(passes),
+        numerics={"mode": _numerics(program), "attentions": program.facts.get("numerics", {})},
         fallbacks=dict(program.fallbacks),
         notes=notes,
     )
+
+
+def _numerics(program: Program) -> str:
+    """What the program needs, whatever was allowed."""
+    return "fast" if program.facts.get("numerics") else "portable"
 
 
 def _other_sizes(lowering: Lowering, options: Options) -> list[specialize.Specialization]:
@@ -496,6 +511,7 @@ def _describe(
             "stored_bytes": costs.stored_bytes(planned),
             "fallbacks": dict(sorted(program.fallbacks.items())),
             **({"loss": allocation["objective"]} if allocation else {}),
+            **({"numerics": program.facts["numerics"]} if program.facts.get("numerics") else {}),
         },
         "sampling": denoiser.sampling(),
         "assumptions": list(program.facts.get("assumptions", ())),
@@ -522,7 +538,6 @@ def _describe_target(target: targets.Target) -> dict[str, Any]:
         "arch": target.arch,
         "backend": target.backend,
         "features": list(target.features),
-        "numerics": "portable",
     }
     if target.backend == "tvm":
         described |= {"isa": target.isa, "tvm": dict(target.tvm)}

@@ -12,8 +12,23 @@ BOUNDS = {F32: 1e-5, BF16: 1e-2, INT8: 1e-6}
 FEATURES: dict[str, tuple[str, ...]] = {F32: (), BF16: ("avx512_bf16",), INT8: ("avx512_vnni",)}
 """What the kernels ask of a CPU, as /proc/cpuinfo spells it."""
 
+PACKED = {BF16: 2, INT8: 4}
+"""Values in a word of 32 bits."""
+
 KEY_BLOCK = 64
 """Keys that share a scale of K, and a scale of P for each query."""
+
+def ready_shapes(kind: str, keys: int, heads: int, dim: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Keys and values of a sample as the kernels read them: shape and type by name (`kernels.fast_attention`)."""
+    packed = PACKED[kind]
+    made: dict[str, tuple[tuple[int, ...], str]] = {
+        "packed_k": ((heads, keys, -(-dim // packed)), "int32"),
+        "packed_v": ((heads, -(-keys // packed), dim), "int32"),
+    }
+    if kind == INT8:
+        made |= {"k_scale": ((heads, -(-keys // KEY_BLOCK)), "float32"), "v_scale": ((heads, dim), "float32")}
+    return made
+
 
 SMALLEST = 1e-20
 """Of the largest magnitudes that codes are scaled by."""

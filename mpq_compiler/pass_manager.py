@@ -23,6 +23,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from mpq_compiler.errors import UserError, nearest
+from mpq_compiler.numerics import NUMERICS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +59,8 @@ class Session:
     """Recorded inputs by name; None: recorded by sampling."""
     sensitivity: dict[str, Any] | None = None
     """A measured table; None: measured here."""
+    numerics: tuple[str, ...] = NUMERICS
+    """Those of attentions that the target has kernels for."""
     seed: int = 0
     jobs: int = 1
     cache: Path | None = None

@@ -268,6 +268,8 @@ def text(program: Program, pass_name: str = "") -> str:
     types = {name: _type(two[name], three[name]) for name in two}
     notes = {row.name: _note(row) for row in table_of_layers(program)} if program.weights else {}
     notes |= _attention_notes(program) if program.activations else {}
+    if program.stage == Stage.PLANNED:  # later the calls say so themselves
+        notes |= {name: f"numerics {kind}" for name, kind in program.facts.get("numerics", {}).items()}
     inputs = ", ".join(f"%{s.name} {DTYPES[s.dtype]}[{','.join(map(str, s.shape))}]" for s in program.inputs)
     output = program.graph.output_node().args[0]
     lines = [header(program, pass_name), f"graph {program.model}({inputs}) -> {_output_type(output, types)} {{"]

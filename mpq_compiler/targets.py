@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq_compiler.errors import UserError, nearest
+from mpq_compiler.numerics import BF16, FEATURES, INT8
 
 # Flags as /proc/cpuinfo spells them. LLVM may use every instruction of the level named by `mcpu`, not only
 # those our kernels ask for, so a target needs the whole level (x86-64 psABI).
@@ -37,6 +38,7 @@ class Target:
     isa: instruction family that kernel templates choose their inner loop by.
     backend: "tvm", "reference" or "onnx".
     status: empty when implemented, else one clause that says what is missing.
+    numerics: those besides float32 that its attentions can have under ``--numerics fast`` (`mpq_compiler.numerics`).
     """
 
     name: str
@@ -46,6 +48,7 @@ class Target:
     features: tuple[str, ...] = ()
     tvm: Mapping[str, Any] = field(default_factory=dict, hash=False)
     status: str = ""
+    numerics: tuple[str, ...] = ()
 
     @property
     def implemented(self) -> bool:
@@ -74,12 +77,18 @@ _LLVM: dict[str, Any] = {"kind": "llvm", "cl-opt": ["-vectorize-loops=false"]}
 
 
 def _x86(
-    name: str, isa: str, mcpu: str, mattr: list[str], features: tuple[str, ...], status: str = ""
+    name: str,
+    isa: str,
+    mcpu: str,
+    mattr: list[str],
+    features: tuple[str, ...],
+    status: str = "",
+    numerics: tuple[str, ...] = (),
 ) -> Target:
     options: dict[str, Any] = {**_LLVM, "mtriple": "x86_64-linux-gnu", "mcpu": mcpu}
     if mattr:
         options["mattr"] = mattr
-    return Target(name, "x86_64", isa, "tvm", features, options, status)
+    return Target(name, "x86_64", isa, "tvm", features, options, status, numerics)
 
 
 def _arm(name: str, isa: str, options: dict[str, Any], features: tuple[str, ...], status: str = "") -> Target:
@@ -97,9 +106,13 @@ TARGETS: dict[str, Target] = {
     for target in (
         _x86("x86-64-avx2", "avx2", "x86-64-v3", [], _X86_64_V3),
         _x86("x86-64-avxvnni", "avxvnni", "x86-64-v3", ["+avxvnni"], (*_X86_64_V3, "avx_vnni")),
-        _x86("x86-64-avx512", "avx512", "x86-64-v4", [], _X86_64_V4, _NO_KERNELS),
+        _x86("x86-64-avx512", "avx512", "x86-64-v4", [], _X86_64_V4, _NO_KERNELS, numerics=(BF16,)),
         # x86-64-v4 has no VNNI of its own: without the attribute LLVM cannot select vpdpbusd and aborts.
-        _x86("x86-64-avx512vnni", "avx512vnni", "x86-64-v4", ["+avx512vnni"], (*_X86_64_V4, "avx512_vnni")),
+        _x86(
+            *("x86-64-avx512vnni", "avx512vnni", "x86-64-v4", ["+avx512vnni"]),
+            (*_X86_64_V4, "avx512_vnni"),
+            numerics=(BF16, INT8),
+        ),
         _arm("aarch64-neon", "neon", {"mattr": ["+neon"]}, _ARMV8, _NO_KERNELS),
         _arm(
             "aarch64-dotprod",
@@ -140,6 +153,13 @@ def resolve(name: str) -> Target:
         f"no target fits this {platform.machine()} CPU (x86-64 needs AVX2, AArch64 needs dot products): "
         "name one with --target, or use --target reference, which runs anywhere on torch"
     )
+
+
+def numerics_of(name: str) -> tuple[str, ...]:
+    """The `Target.numerics` of a target; of `native` those that this CPU has the features for."""
+    target = resolve(name)
+    native = name == "native"
+    return tuple(kind for kind in target.numerics if not (native and missing(target.arch, FEATURES[kind])))
 
 
 def require_implemented(target: Target) -> None:

@@ -23,6 +23,7 @@ from mpq_compiler.calls import Call, Layer, Levels, Quantizer, stored
 from mpq_compiler.costs import stored_dtype
 from mpq_compiler.errors import UserError
 from mpq_compiler.formats.residual import ResidualFormat
+from mpq_compiler.numerics import F32, NUMERICS
 from mpq_compiler.program import ActivationPlan, Program, Stage, shapes, softmax, weight_of
 
 BATCHES = (2, 3)
@@ -444,6 +445,20 @@ def _dynamic_activations(view: View) -> Findings:
             edge = edges.get(name, "") if edges else name
             if edge in dynamic:
                 yield call.name, f"it adds up rows of %{edge}, whose scales differ"
+
+
+@rule("numerics", PLANNED)
+def _numerics(view: View) -> Findings:
+    """Attentions are in float32, or in the numerics that were chosen for them, which exist."""
+    chosen = view.program.facts.get("numerics", {})
+    for name, kind in chosen.items():
+        if kind not in NUMERICS:
+            yield name, f"there are no numerics '{kind}'"
+    if view.program.stage != Stage.PLANNED:
+        for call in view.calls:
+            own, wanted = call.kwargs.get("numerics", F32), chosen.get(call.name, F32)
+            if call.target is ops.attention and own != wanted:
+                yield call.name, f"it computes in {own}, and {wanted} was chosen for it"
 
 
 @rule("activation-bits", PLANNED)

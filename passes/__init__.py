@@ -10,6 +10,7 @@ PASSES: tuple[str, ...] = (
     "time-groups",
     "sensitivity",
     "bit-allocation",
+    "numerics",
     "insert-fake-quant",
     "residual-branch",
     "low-rank",

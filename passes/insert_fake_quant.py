@@ -23,7 +23,7 @@ class InsertFakeQuant(Pass):
 
     One quantizer a tensor edge, whoever reads it; one a weight, with the scales of the min-max range until a later pass
     sets better ones. Layers whose format is no table of integers keep reading the float activation. Biases, norms and
-    embeddings are read from f16 from here on.
+    embeddings are read from f16 from here on, and attentions have the numerics that were chosen for them.
 
         %conv_in           = mpq::conv2d(%permute_default, .weight:ohwi, .bias, ...)
       =>
@@ -59,6 +59,9 @@ class InsertFakeQuant(Pass):
                 if edge not in quantized:
                     quantized[edge] = _insert_quantizer(program, edge, group)
             _quantize_attention(program, call, quantized, group)
+        for call in program.attentions:
+            if call.name in program.facts.get("numerics", {}):
+                call.kwargs = {**call.kwargs, "numerics": program.facts["numerics"][call.name]}
         self._store_leftovers(program, set(rounded))
         return program
 

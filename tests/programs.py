@@ -41,7 +41,9 @@ REWRITES = f"{FRONT},bit-allocation{{uniform=int4}},{BACK}".replace(
 """With the exact rewrites that are options."""
 LOW_RANK = f"{FRONT},bit-allocation{{uniform=int3+r4}},{BACK}".replace("round-weights", "low-rank,round-weights")
 """A float branch beside every layer."""
-PIPELINES = (MIXED, REWRITES, LOW_RANK)
+FAST = f"{FRONT},bit-allocation{{uniform=int8}},numerics{{mode=fast,noise=0.3,inputs=3}},{BACK}"
+"""Attentions in bfloat16 and in 8 bits."""
+PIPELINES = (MIXED, REWRITES, LOW_RANK, FAST)
 ACTIVATIONS = f"{FRONT},sensitivity{{inputs=3,formats=int8}},bit-allocation{{dynamic=true,attention=8}},{BACK}"
 """Dynamic activations and quantized attentions, as they are measured."""
 

@@ -180,6 +180,11 @@ def _(program):
     program.activations[edge] = ActivationPlan(8, None, None, dynamic=True)
 
 
+@mutant("numerics", "insert-fake-quant")
+def _(program):
+    program.attentions[0].kwargs = {"numerics": "int8"}
+
+
 @mutant("activation-bits", "bit-allocation")
 def _(program):
     edge, plan = _edge(program)

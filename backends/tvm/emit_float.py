@@ -7,6 +7,7 @@ from torch import fx
 from mpq_compiler.backends.tvm import emit_movement, emit_pointwise
 from mpq_compiler.backends.tvm.emitter import Emitter, Epilogue, filled, whole
 from mpq_compiler.backends.tvm.lowered import BATCH, Kernel, Record, Value, record
+from mpq_compiler.numerics import F32, ready_shapes
 from mpq_compiler.program import arguments, operand
 
 
@@ -65,8 +66,20 @@ def attention(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Valu
         "attention.Attention", queries=query.inner[0], keys=key.inner[0], heads=heads, dim=query.inner[1] // heads,
         scale=scale, mask=shape,
     )  # fmt: skip
-    operands = {"q": query, "k": key, "v": e.value(v), "mask": additive}
-    return _anchor(e, "attention", problem, operands, epilogue, out)
+    kind = str(node.kwargs.get("numerics", F32))
+    if kind == F32:
+        operands = {"q": query, "k": key, "v": e.value(v), "mask": additive}
+        return _anchor(e, "attention", problem, operands, epilogue, out)
+    keys, heads, dim = (int(problem.get(name)) for name in ("keys", "heads", "dim"))
+    ready = record("fast_attention.Ready", keys=keys, heads=heads, dim=dim, numerics=kind)
+    results = {
+        name: Value(f"{node.name}|{name}", (BATCH, *size), dtype)
+        for name, (size, dtype) in ready_shapes(kind, keys, heads, dim).items()
+    }
+    made = e.call(Kernel("fast_attention", ready), {"k": key, "v": e.value(v)}, results)
+    fast = record("fast_attention.FastAttention", numerics=kind, **dict(problem.fields))
+    operands = {"q": query, **dict(zip(results, made, strict=True)), "mask": additive}
+    return _anchor(e, "fast_attention", fast, operands, epilogue, out)
 
 
 def linear(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:

@@ -11,6 +11,7 @@ from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels import (
     attention,
+    fast_attention,
     float8,
     float_gemm,
     gemm,
@@ -71,6 +72,11 @@ TEMPLATES: dict[str, Template] = {
     ),
     "norms": _portable(norms),
     "attention": _portable(attention),
+    "fast_attention": Template(
+        lambda problem, isa: fast_attention.arguments(problem),
+        lambda problem, isa, name: fast_attention.build(problem, isa.name, name),
+        lambda problem, isa: fast_attention.results(problem),
+    ),
     "pointwise": _portable(pointwise),
     "movement": _portable(movement),
     "float_gemm": _portable(float_gemm),

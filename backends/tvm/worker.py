@@ -100,10 +100,11 @@ def _compile(kernel: Any, target: Any, path: str) -> None:
     import tvm
 
     from mpq_compiler.backends.tvm import templates
+    from mpq_compiler.targets import with_features
 
     function = templates.build(kernel, target)
     module = tvm.IRModule({kernel.name: function})
-    compiled = tvm.compile(module, target=tvm.target.Target(dict(target.tvm)))
+    compiled = tvm.compile(module, target=tvm.target.Target(dict(with_features(target, kernel.features).tvm)))
     compiled.mod.write_to_file(path)
 
 

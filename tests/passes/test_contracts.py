@@ -40,6 +40,8 @@ class FormatsOff(Interpreter):
     def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.target in (ops.fake_quantize, ops.dynamic_fake_quantize, ops.fake_quantize_weight):
             return args[0]
+        if node.target is ops.attention:
+            return ops.attention(*args)
         if node.target is ops.fake_quantize_attention:
             q, k, v, _, _, _, *rest, _ = args
             return ops.attention(q, k, v, *rest)
@@ -128,10 +130,11 @@ def test_contract(model, name):
 
 
 @pytest.mark.parametrize("model", programs.MODELS)
-def test_contracts_behind_the_rewrites(model):
-    """Parts of layers, layers without their first token and scaled channels are quantized as any others."""
+@pytest.mark.parametrize("pipeline", [programs.REWRITES, programs.FAST])
+def test_contracts_of_other_pipelines(model, pipeline):
+    """Parts of layers, layers without their first token and scaled channels; attentions in other numerics."""
     x = dict(programs.inputs(model, 3))
-    for step in programs.steps(model, programs.REWRITES):
+    for step in programs.steps(model, pipeline):
         check(step, x)
 
 

@@ -39,10 +39,8 @@ from mpq_compiler.backends.tvm.kernels.template import (
     store,
 )
 from mpq_compiler.backends.tvm.kernels.vmath import MAGIC, as_float, as_int, f32, fma, i32, keep, lanes, mul, splat
-from mpq_compiler.numerics import BF16, INT8, KEY_BLOCK
+from mpq_compiler.numerics import BF16, KEY_BLOCK, PACKED
 
-PACKED = {BF16: 2, INT8: 4}
-"""Values in a word."""
 Pack = Callable[[Any, int], Any]
 
 
@@ -68,17 +66,14 @@ class Ready:
 
 
 def outputs(problem: FastAttention | Ready) -> list[Argument]:
-    keys, heads, dim, packed = problem.keys, problem.heads, problem.dim, PACKED[problem.numerics]
-    made = [
-        Argument("packed_k", (BATCH, heads, keys, -(-dim // packed)), "int32"),
-        Argument("packed_v", (BATCH, heads, -(-keys // packed), dim), "int32"),
-    ]
-    if problem.numerics == INT8:
-        made += [
-            Argument("k_scale", (BATCH, heads, -(-keys // KEY_BLOCK))),
-            Argument("v_scale", (BATCH, heads, dim)),
-        ]
-    return made
+    """Of `Ready`."""
+    made = numerics.ready_shapes(problem.numerics, problem.keys, problem.heads, problem.dim)
+    return [Argument(name, (BATCH, *shape), kind) for name, (shape, kind) in made.items()]
+
+
+def results(problem: FastAttention | Ready) -> int:
+    """How many of the arguments are outputs."""
+    return len(outputs(problem)) if isinstance(problem, Ready) else 1
 
 
 def arguments(problem: FastAttention | Ready) -> list[Argument]:

@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 import torch
 import tvm
+from torch import fx
 
-from mpq_compiler import numerics, ops, targets
+from mpq_compiler import numerics, ops, runtime, targets
+from mpq_compiler.backends.tvm.build import build
 from mpq_compiler.backends.tvm.kernels import fast_attention
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.fast_attention import FastAttention, Ready
+from mpq_compiler.errors import UserError
 from mpq_compiler.numerics import BF16, INT8
+from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run
+from tests import packed
 from tests.float_kernels import error, quantized, quantizer_inputs, random_inputs, same_bits, shape_of
 
 RESIDUAL = Epilogue((Step("add", operand=0),), (Operand("full"),))
@@ -167,3 +172,24 @@ def test_unknown_numerics() -> None:
     x = torch.zeros(1, 2, 4)
     with pytest.raises(ValueError, match="not 'fp4'"):
         ops.attention(x, x, x, 1, numerics="fp4")
+
+
+def test_an_artifact(tmp_path, monkeypatch) -> None:
+    """It computes what its program means, and is refused where the CPU lacks what its kernels ask for."""
+    graph = fx.Graph()
+    x, text = graph.placeholder("x"), graph.placeholder("text")
+    first = graph.call_function(ops.attention, (x, x, x, 2), {"numerics": INT8})
+    graph.output(graph.call_function(ops.attention, (first, text, text, 2), {"numerics": BF16}))
+    inputs = tuple(InputSpec(name, ("B", rows, 48), torch.float32) for name, rows in (("x", 70), ("text", 9)))
+    program = Program(graph, TensorStore(), inputs, Stage.PACKED, facts={"parameters": 1})
+    target = targets.TARGETS["x86-64-avx512vnni"]
+    built = build(program, target, (2,), cache=packed.kernel_cache())
+    assert built.features == ("avx512_bf16", "avx512_vnni")
+    path = packed.write(tmp_path / "a.mpq", program, targets.with_features(target, built.features), built)
+    given = {name: torch.randn(2, rows, 48, generator=torch.Generator().manual_seed(rows)) for name, rows in
+             (("x", 70), ("text", 9))}  # fmt: skip
+    y = runtime.load(path, threads=1).run({name: value.numpy() for name, value in given.items()})
+    assert error(y, run(program, given).numpy()) <= numerics.BOUNDS[BF16]
+    monkeypatch.setattr(targets, "host_features", lambda: frozenset(target.features))
+    with pytest.raises(UserError, match="cannot run 'x86-64-avx512vnni': it lacks avx512_bf16"):
+        runtime.load(path)

@@ -1,0 +1,91 @@
+"""Which attentions leave float32."""
+
+from __future__ import annotations
+
+import pytest
+
+from mpq_compiler import compiler, pass_manager, targets
+from mpq_compiler.errors import UserError
+from mpq_compiler.numerics import BF16, INT8
+from mpq_compiler.pass_manager import Session
+from mpq_compiler.passes.numerics import Numerics
+from mpq_compiler.program import run
+from tests import programs
+
+MODEL = "unet2d"
+
+
+def _after(mode: Numerics, kinds: tuple[str, ...] = (BF16, INT8)) -> tuple[dict[str, str], dict, tuple[str, ...]]:
+    """(what was chosen, what was decided on, notes) for the planned program."""
+    planned = programs.step(MODEL, "numerics", programs.FAST).before
+    program = mode.run(planned, Session(numerics=kinds))
+    said = program.facts.get("decisions", {}).get("", {}).get("numerics", {})
+    return program.facts["numerics"], said, program.facts.get("notes", ())
+
+
+def test_portable_changes_nothing() -> None:
+    assert _after(Numerics()) == ({}, {}, ())
+
+
+def test_eight_bits_where_they_cost_little() -> None:
+    chosen, said, notes = _after(Numerics(mode="fast", inputs=3))
+    assert set(chosen.values()) == {INT8} and set(chosen) == set(said["losses"])
+    assert 0 < sum(losses[INT8] for losses in said["losses"].values()) <= said["most"]
+    assert notes[-1].startswith("numerics=fast: of 4 attentions 0 in f32, 0 in bf16, 4 in int8")
+
+
+def test_the_noise_allowed_decides() -> None:
+    """With room for all in bfloat16 and one in 8 bits, that is what is chosen; with none, nothing is."""
+    _, said, _ = _after(Numerics(mode="fast", inputs=3))
+    losses = said["losses"]
+    least = min(losses.values(), key=lambda loss: loss[INT8])
+    room = sum(loss[BF16] for loss in losses.values()) + least[INT8] - least[BF16]
+    share = Numerics.noise * room / said["most"]
+    chosen, tight, _ = _after(Numerics(mode="fast", inputs=3, noise=1.0001 * share))
+    assert sum(tight["losses"][name][kind] for name, kind in chosen.items()) <= tight["most"]
+    assert len(chosen) == 4 and sorted(chosen.values())[:2] == [BF16, BF16] and INT8 in chosen.values()
+    assert _after(Numerics(mode="fast", inputs=3, noise=0.0))[0] == {}
+
+
+def test_losses_are_measured_as_noise_at_the_output() -> None:
+    step = programs.step(MODEL, "numerics", programs.FAST)
+    node = step.before.attentions[0]
+    calibration = step.before.facts["calibration"].select(3)
+    program = step.before.fork()
+    program.node(node.name).kwargs = {"numerics": INT8}
+    noise = []
+    for i in range(3):
+        x = {name: value[i : i + 1] for name, value in calibration.items()}
+        y, exact = run(program, x).double(), run(step.before, x).double()
+        noise.append(float((y - exact).square().sum() / exact.square().sum()))
+    said = step.after.facts["decisions"][""]["numerics"]["losses"][node.name][INT8]
+    assert said == pytest.approx(sum(noise) / 3, rel=1e-4)
+
+
+def test_a_target_without_kernels_says_so() -> None:
+    chosen, _, notes = _after(Numerics(mode="fast"), ())
+    assert not chosen and "the target has no kernels in bfloat16 or 8 bits" in notes[-1]
+
+
+def test_options() -> None:
+    with pytest.raises(UserError, match="'kinds' of pass 'numerics' must be of f32, bf16, int8, not 'fp4'"):
+        Numerics(kinds=("fp4",))
+    with pytest.raises(UserError, match="'mode' of pass 'numerics' is 'faster'"):
+        pass_manager.parse("numerics{mode=faster}")
+    assert _mode(compiler.Options(recipe="w8a8", numerics="fast")) == "fast"
+    assert _mode(compiler.Options(recipe="w8a8")) == "portable"
+    with pytest.raises(UserError, match="has no pass 'numerics'"):
+        compiler.resolve(compiler.Options(pipeline="trace,layout", numerics="fast"))
+    compiler.resolve(compiler.Options(pipeline="trace,layout", numerics="portable"))
+
+
+def _mode(options: compiler.Options) -> str:
+    (found,) = (p for p in compiler.resolve(options) if isinstance(p, Numerics))
+    return found.mode
+
+
+def test_what_this_machine_can_do() -> None:
+    lacking = targets.missing("x86_64", ["avx512_bf16"])
+    assert (BF16 in targets.numerics_of("native")) == (not lacking and "avx512_vnni" in targets.host_features())
+    assert targets.numerics_of("x86-64-avx512vnni") == (BF16, INT8)
+    assert targets.numerics_of("x86-64-avx2") == targets.numerics_of("reference") == ()
