@@ -271,7 +271,7 @@ def _compile(args: argparse.Namespace) -> Any:
             ("numerics", _numerics(report.numerics)),
             ("SQNR", f"{report.quality['sqnr_db']:.2f} dB, executed by the {report.quality['executed_by']}"),
             ("calibrated on", _calibrated(report.calibration)),
-            ("float fallbacks", len(report.fallbacks)),
+            ("fallbacks", len(report.fallbacks)),
             ("artifact", f"{terminal.size(report.artifact['bytes'])}, sha256 {report.artifact['sha256'][:16]}"),
         ),
     )

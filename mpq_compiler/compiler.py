@@ -502,6 +502,7 @@ def _describe(
             "parameters": program.facts["parameters"],
             "signature": list(inspect.signature(denoiser.module.model.forward).parameters),
             "call": asdict(denoiser.module.convention),
+            "below": {name: s.below for name, s in denoiser.input_specs.items() if s.below is not None},
         },
         "recipe": {"name": str(Path(options.recipe).stem) if options.pipeline is None else "custom"},
         "pipeline": pass_manager.to_text(passes),

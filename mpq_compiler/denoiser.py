@@ -373,6 +373,12 @@ def _fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Pat
                 f"the tensor '{name}' in '{folder}' is {_shape(weights[name])} and config.json asks for "
                 f"{_shape(tensor)}; they are not of one model"
             )
+        if tensor.dtype != weights[name].dtype:
+            kind, wanted = (str(t.dtype).removeprefix("torch.") for t in (weights[name], tensor))
+            raise UserError(
+                f"the tensor '{name}' in '{folder}' is {kind}, and the model has {wanted} there; "
+                "weights are compiled from floats: give the checkpoint that was not quantized"
+            )
     module.load_state_dict(weights, assign=True)
 
 

@@ -61,7 +61,7 @@ def _summary(document: Mapping[str, Any]) -> str:
     groups: Sequence[float] = next((said["boundaries"] for said in whole.values() if "boundaries" in said), [])
     cut = f", cut at {', '.join(f'{b:g}' for b in groups)}" if groups else ""
     told.append(f"{len(groups) + 1} time groups{cut}")
-    told.append(f"{len(document['layers'])} layers, {len(document['fallbacks'])} float fallbacks")
+    told.append(f"{len(document['layers'])} layers, {len(document['fallbacks'])} fallbacks")
     fallbacks = "".join(f"<li>{escape(n)}: {escape(r)}</li>" for n, r in document["fallbacks"].items())
     return f"<p>{escape('; '.join(told))}.</p>" + (f"<ul>{fallbacks}</ul>" if fallbacks else "")
 

@@ -109,4 +109,12 @@ def _draw(pipeline: Any, call: str | Mapping[str, Any], index: int, options: Map
         "generator": torch.Generator().manual_seed(options.get("seed", 0) + index),
         "output_type": "latent",
     }
-    pipeline(**{name: value for name, value in usual.items() if name in taken and value is not None} | named)
+    given = {name: value for name, value in usual.items() if name in taken and value is not None} | named
+    try:
+        pipeline(**given)
+    except Exception as error:  # a pipeline may raise anything
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(
+            f"call {index + 1} for calibration, {named}, failed in {type(pipeline).__name__} ({what}); "
+            "the pipeline must draw before its denoiser can be compiled"
+        ) from error

@@ -51,7 +51,7 @@ def load(denoiser: Denoiser, path: str | Path) -> dict[str, Tensor]:
 
     Latents of another height or width are cut, or repeated, to the denoiser's: each keeps its values, and what they
     are distributed like. `notes` says so. UserError: not a safetensors file; an input is missing, unknown, of another
-    shape or type, or not finite.
+    shape or type, not finite, or no label that there is.
     """
     found = {name: torch.from_numpy(np.array(value)) for name, value in tensorfile.load(path).items()}
     specs = denoiser.input_specs
@@ -78,6 +78,13 @@ def load(denoiser: Denoiser, path: str | Path) -> dict[str, Tensor]:
         listed = ", ".join(f"{name} {len(value)}" for name, value in found.items())
         raise UserError(f"the calibration file '{path}' must hold equally many rows of every input, and holds {listed}")
     values = {name: _converted(name, found[name], spec.dtype, path) for name, spec in specs.items()}
+    for name, spec in specs.items():
+        if spec.below is not None and not bool(((values[name] >= 0) & (values[name] < spec.below)).all()):
+            low, high = int(values[name].min()), int(values[name].max())
+            raise UserError(
+                f"'{name}' in the calibration file '{path}' goes from {low} to {high}, "
+                f"where {denoiser.name} takes 0 to {spec.below - 1}"
+            )
     order = torch.argsort(values["timestep"], descending=True, stable=True)
     return {name: value[order] for name, value in values.items()}
 

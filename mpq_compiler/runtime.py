@@ -225,12 +225,14 @@ class CompiledDenoiser:
         show.
 
         UserError: an input is missing, unknown, or of the wrong type, shape or device; the batch is empty;
-        an input or the output is not finite.
+        an input or the output is not finite; a label is none.
         """
         arrays = self._checked(inputs)
         batch, fitting = self._specializations(arrays)
         if self.check_finite:
             _require_finite_inputs(arrays)
+        for name, below in self.manifest["model"].get("below", {}).items():
+            _require_range(name, arrays[name], below)
         for assumed in self.manifest.get("assumptions", ()):
             _require_token(assumed, arrays[assumed["input"]])
         with self._lock:
@@ -307,6 +309,14 @@ def _require_finite_inputs(arrays: Mapping[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise UserError(f"input '{name}' holds NaN or infinity; check what made it")
+
+
+def _require_range(name: str, array: np.ndarray, below: int) -> None:
+    # A table that is read beyond its end gives something, and nothing shows in what comes out.
+    bad = (array < 0) | (array >= below)
+    if bad.any():
+        at = int(bad.argmax())
+        raise UserError(f"input '{name}' is {array.flat[at]} in sample {at}; it goes from 0 to {below - 1}")
 
 
 def _require_token(assumed: Mapping[str, Any], array: np.ndarray) -> None:

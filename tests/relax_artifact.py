@@ -52,6 +52,7 @@ def build(path: Path, target: str = "native", tensors: Mapping[str, np.ndarray] 
             "config": {"in_channels": 3, "sample_size": WIDTH},
             "parameters": WIDTH,
             "signature": list(INPUTS),
+            "below": {"class_labels": 10},
         },
         "functions": [
             {

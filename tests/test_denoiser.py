@@ -213,6 +213,13 @@ def test_tensors_that_do_not_belong(tmp_path):
     refused(folder, "beyond what the model takes", "'extra'")
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64])
+def test_weights_of_another_type(tmp_path, dtype):
+    folder = unet(tmp_path)
+    edit_weights(folder, lambda weights: weights.update({"conv_in.weight": weights["conv_in.weight"].to(dtype)}))
+    refused(folder, "'conv_in.weight'", f"is {str(dtype).removeprefix('torch.')}", "the model has float32 there")
+
+
 def test_safetensors_with_a_false_header(tmp_path):
     folder = unet(tmp_path)
     path = folder / WEIGHTS

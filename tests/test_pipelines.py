@@ -10,6 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 import mpq_compiler
@@ -120,6 +121,8 @@ def test_calls_and_targets_that_cannot_be(tmp_path: Path) -> None:
     pipeline, output = ddim(), tmp_path / "x.mpq"
     with pytest.raises(UserError, match="DDIMPipeline does not take 'prompt'"):
         mpq_compiler.compile(pipeline, output, calls=["a fox"])
+    with pytest.raises(UserError, match=r"call 1 for calibration, \{'batch_size': 'many'\}, failed in DDIMPipeline"):
+        mpq_compiler.compile(pipeline, output, calls=[{"batch_size": "many"}])
     with pytest.raises(UserError, match="give one of them"):
         mpq_compiler.compile(pipeline, output, calls=[{}], calibration="x.safetensors")
     with pytest.raises(UserError, match="could not run here"):
@@ -132,7 +135,6 @@ def test_calls_and_targets_that_cannot_be(tmp_path: Path) -> None:
 
 def clip(folder: Path, width: int) -> dict[str, Any]:
     """A random text encoder of Stable Diffusion's kind, and a tokenizer that spells."""
-    transformers = pytest.importorskip("transformers")
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     vocabulary = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(vocabulary)}))
@@ -260,7 +262,6 @@ SIDES = {"sana": 256}  # without a VAE, Sana's pipeline takes it to enlarge by 3
 @pytest.mark.parametrize("make", [sdxl, sd3, flux, pixart, sana], ids=lambda make: make.__name__)
 def test_every_familys_pipeline_whole(make: Any, tmp_path: Path) -> None:
     """Calibrated by eight prompts in six steps, it draws from another prompt in four what it drew before."""
-    pytest.importorskip("transformers")
     size = dict.fromkeys(("height", "width"), SIDES.get(make.__name__, 16))
     pipeline = quiet(make(0)[0]())
 

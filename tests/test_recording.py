@@ -190,6 +190,15 @@ def test_faults_are_named(
         recording.load(loaded, written(_replace(name, value), tmp_path))
 
 
+@pytest.mark.parametrize("label", [-1, 11])
+def test_labels_that_there_are_not(label: int, tmp_path: Path) -> None:
+    loaded = denoiser.wrap(tiny.model("unet2d-class"), name="classes")
+    given = tiny.inputs("unet2d-class", batch=4)
+    given["class_labels"][2] = label
+    with pytest.raises(UserError, match=r"'class_labels' .* goes from .* where classes takes 0 to \d+"):
+        recording.load(loaded, written(given, tmp_path))
+
+
 def test_what_judges_has_not_been_seen() -> None:
     kept, held = recording.split({"timestep": torch.arange(16)})
     assert held["timestep"].tolist() == [2, 6, 10, 14]

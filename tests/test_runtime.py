@@ -197,6 +197,8 @@ def test_denormals_are_kept_whatever_the_process_does(denoiser):
             r"'timestep' has shape \[1, 2\]; this artifact takes \[B\]",
         ),
         ({"class_labels": np.array([True])}, "'class_labels' is bool; this artifact takes int64"),
+        ({"class_labels": np.array([10])}, "'class_labels' is 10 in sample 0; it goes from 0 to 9"),
+        ({"class_labels": np.array([-1])}, "'class_labels' is -1 in sample 0; it goes from 0 to 9"),
     ],
 )
 def test_bad_input_is_one_sentence(denoiser, change, says):
