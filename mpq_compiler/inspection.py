@@ -28,6 +28,8 @@ def inspect(
             asked = "--pass" if pass_name else "--diff" if diff else "--bisect"
             raise UserError(f"'{path}' is an artifact; {asked} needs the folder of a compilation's --dumps")
         return _artifact(path, layers)
+    if layers:
+        return _layers(path)
     return _bisect(path) if bisect else _dumps(path, pass_name, diff)
 
 
@@ -88,23 +90,7 @@ def _artifact(path: Path, layers: bool) -> dict[str, Any]:
     plan, weights = manifest.get("plan", {}), manifest["weights"]
     rows = plan.get("layers", [])
     if layers:
-        total = weights["payload_bytes"]
-        terminal.table(
-            f"{path}: layers",
-            ("layer", "weight", "activation", "bytes", "share", "loss"),
-            [
-                (
-                    row["name"].removesuffix(".weight"),
-                    row["weight"],
-                    row["activation"],
-                    row["bytes"],
-                    f"{100 * row['bytes'] / total:.1f} %",
-                    "" if row["loss"] is None else f"{row['loss']:.1e}",
-                )
-                for row in rows
-            ],
-            numeric=(3, 4, 5),
-        )
+        _table(path, rows, weights["payload_bytes"])
     counts: dict[str, list[int]] = {}
     for row in rows:
         counts.setdefault(row["weight"], []).append(row["bytes"])
@@ -119,6 +105,53 @@ def _artifact(path: Path, layers: bool) -> dict[str, Any]:
     for name, reason in plan.get("fallbacks", {}).items():
         terminal.say(f"fallback: {name}: {reason}")
     return {"name": manifest["name"], "target": manifest["target"]["name"], "weights": weights, "layers": rows}
+
+
+def _table(path: Path, rows: list[dict[str, Any]], total: int) -> None:
+    """The layers, with their share of all stored bytes."""
+    terminal.table(
+        f"{path}: layers",
+        ("layer", "weight", "activation", "bytes", "share", "loss"),
+        [
+            (
+                row["name"].removesuffix(".weight"),
+                row["weight"],
+                row["activation"],
+                row["bytes"],
+                f"{100 * row['bytes'] / total:.1f} %",
+                "" if row["loss"] is None else f"{row['loss']:.1e}",
+            )
+            for row in rows
+        ],
+        numeric=(3, 4, 5),
+    )
+
+
+def _layers(path: Path) -> dict[str, Any]:
+    """What the compilation that left these dumps has decided of each layer."""
+    from mpq_compiler import why
+
+    document = why.load(path)
+    rows, total = [], 0.0
+    for layer in document["layers"]:
+        found = why.why(document, layer, moved=((), None))
+        plan = why.plan(found)
+        if plan:
+            total = plan["bytes"] / plan["share"]
+        rows.append(
+            {
+                "name": found["parameter"],
+                "weight": plan.get("format", "float"),
+                "activation": why.activation(plan),
+                "bytes": plan.get("bytes", 0),
+                "loss": plan.get("loss"),
+                "fallback": found["fallback"],
+            }
+        )
+    if not rows:
+        raise UserError(f"the compilation of '{path}' ended before anything was decided of its layers")
+    _table(path, rows, round(total) or 1)
+    return {"layers": rows}
 
 
 def _dumps(path: Path, pass_name: str | None, diff: list[str] | None) -> Any:

@@ -66,16 +66,12 @@ def _summary(document: Mapping[str, Any]) -> str:
     return f"<p>{escape('; '.join(told))}.</p>" + (f"<ul>{fallbacks}</ul>" if fallbacks else "")
 
 
-def _plan(layer: Mapping[str, Any]) -> Mapping[str, Any]:
-    return next((said for said in layer["passes"].values() if "format" in said), {})
-
-
 def _bits(layers: Sequence[Mapping[str, Any]]) -> str:
     """A bar for each layer: stored bits a weight, overheads included, colored by format."""
-    names = sorted({_plan(layer).get("format", "float") for layer in layers})
+    names = sorted({why.plan(layer).get("format", "float") for layer in layers})
     points = []
     for layer in layers:
-        plan = _plan(layer)
+        plan = why.plan(layer)
         count = math.prod(next((said["shape"] for said in layer["passes"].values() if "shape" in said), [0]))
         bits = 8 * plan["bytes"] / count if plan and count else 16.0
         name = plan.get("format", "float")
@@ -113,7 +109,7 @@ def _own(layer: Mapping[str, Any], name: str) -> float | None:
 def _table(layers: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for layer in layers:
-        plan = _plan(layer)
+        plan = why.plan(layer)
         own = next((row["own_db"] for row in reversed(layer["noise"]) if row["planned_db"] is not None), None)
         loss = plan.get("loss")
         cells = (

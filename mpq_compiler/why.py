@@ -158,6 +158,11 @@ def why(
     }
 
 
+def plan(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the allocation has decided of a layer that `why` describes; empty where it has not come so far."""
+    return _said(layer["passes"], "format")
+
+
 def _said(passes: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """What the pass noted that noted ``key``."""
     return next((said for said in passes.values() if key in said), {})
@@ -274,21 +279,21 @@ def _otherwise(solved: Mapping[str, Any] | None) -> str:
 
 def headline(found: Mapping[str, Any]) -> str:
     """What became of the layer, in a line."""
-    plan = _said(found["passes"], "format")
-    if not plan:
+    decided = plan(found)
+    if not decided:
         return f"stays float: {found['fallback']}"
-    activation = _activation(plan)
-    share = f"{plan['bytes']} bytes, {100 * plan['share']:.2f} % of all"
-    return f"weight {plan['format']}, activation {activation}, {share}"
+    share = f"{decided['bytes']} bytes, {100 * decided['share']:.2f} % of all"
+    return f"weight {decided['format']}, activation {activation(decided)}, {share}"
 
 
-def _activation(plan: Mapping[str, Any]) -> str:
-    if "activation_bits" not in plan:
+def activation(decided: Mapping[str, Any]) -> str:
+    """Width and kind of the activations that a planned layer reads."""
+    if "activation_bits" not in decided:
         return "float"
-    if plan["dynamic"]:
-        return f"u{plan['activation_bits']} with a scale for each token"
-    groups = len(plan["scale"])
-    return f"u{plan['activation_bits']}" + (f" in {groups} time groups" if groups > 1 else "")
+    if decided["dynamic"]:
+        return f"u{decided['activation_bits']} with a scale for each token"
+    groups = len(decided["scale"])
+    return f"u{decided['activation_bits']}" + (f" in {groups} time groups" if groups > 1 else "")
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:

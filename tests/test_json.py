@@ -50,7 +50,10 @@ def test_every_command(command: Command, model: str, tmp_path_factory: pytest.Te
     command("verify", "verify", "out.mpq")
     for path in ("dumps", "out.mpq"):
         command("inspect", "inspect", path)
-        command("inspect", "inspect", path, "--layers")
+        layers = command("inspect", "inspect", path, "--layers")["layers"]
+        assert {row["name"]: row["weight"] for row in layers} == {
+            row["name"]: row["weight"] for row in report["layers"]
+        }
         command("inspect", "inspect", path, "--why", layer)
     command("inspect", "inspect", "dumps", "--diff", "bit-allocation")
     assert command("inspect", "inspect", "dumps", "--bisect")
