@@ -28,10 +28,11 @@ from typing import Any
 import numpy as np
 
 from mpq_compiler import artifact as artifacts
-from mpq_compiler import contestants, runtime, svg, terminal
+from mpq_compiler import contestants, peers, runtime, svg, terminal
 from mpq_compiler.contestants import Arrays, Contestant
-from mpq_compiler.errors import UserError, nearest
+from mpq_compiler.errors import UserError
 from mpq_compiler.machine import cpu
+from mpq_compiler.metrics import sqnr_db
 from mpq_compiler.svg import Point
 from mpq_compiler.tvm_runtime import VirtualMachine
 
@@ -88,10 +89,11 @@ def bench(
         reusing = runtime.load(paths[0], threads)
         entries.insert(2, Contestant(REUSING, functools.partial(reusing.run, inputs)))
     clock = "cpu" if threads == 1 else "wall"
-    with tempfile.TemporaryDirectory(prefix="mpq-") as scratch, contestants.torch_threads(threads, "torch" in against):
-        peers, skipped = contestants.peers(against, model, subject.manifest, inputs, threads, Path(scratch))
+    source = peers.source_of(model, subject.manifest) if against else ""
+    with tempfile.TemporaryDirectory(prefix="mpq-") as scratch, peers.torch_threads(threads, bool(against)):
+        others, skipped, float_model = peers.contestants(against, source, inputs, threads, Path(scratch), progress)
         machine = _machine(subject.manifest)
-        calls = {c.name: c.call for c in (*entries, *peers, *machine.loops)}
+        calls = {c.name: c.call for c in (*entries, *others, *machine.loops)}
         profiles: list[list[Any]] = []
         if kernels:
             _require_kernels(subject, batch)
@@ -105,8 +107,12 @@ def bench(
                 if kernels:
                     profiles.append(profile(subject, inputs))
                 advance(1)
-        peaks = contestants.peak_memory([*entries, *peers], batch, threads) if memory else {}
-    rows = _rows([*entries, *peers], times, clock, peaks)
+        peaks = contestants.peak_memory([*entries, *others], batch, threads) if memory else {}
+        judged = [*zip(names, (c.run for c in loaded), strict=True), *((c.name, c.call) for c in others)]
+        quality = {} if float_model is None else _quality(float_model, judged)
+    rows = _rows([*entries, *others], times, clock, peaks)
+    for row in rows:
+        row["sqnr_db"] = quality.get(row["name"])
     peak = machine.figures(times, clock)
     macs = batch * sum(row["macs"] for row in _schedule(subject))
     seconds = statistics.median(times[OURS].of(clock))
@@ -126,10 +132,16 @@ def bench(
     }
 
 
+def _quality(model: peers.Model, judged: Sequence[tuple[str, Callable[[Arrays], np.ndarray]]]) -> dict[str, float]:
+    """SQNR of everybody's output against the float model's, on inputs that none was calibrated on."""
+    rows = model.recorded(*peers.JUDGED, seed=1)
+    exact = peers.load("torch-fp32", model.source, model.inputs, 1, model.denoiser)
+    expected = np.concatenate([exact(row) for row in rows])
+    return {name: sqnr_db(expected, np.concatenate([call(row) for row in rows])) for name, call in judged}
+
+
 def _check(against: Sequence[str], threads: int, batch: int, rounds: int) -> None:
-    for name in against:
-        if name not in contestants.PEERS:
-            raise UserError(f"--against '{name}' is no peer: {nearest(name, contestants.PEERS)}")
+    peers.chosen(against)
     for option, value in (("threads", threads), ("batch", batch), ("rounds", rounds)):
         if value < 1:
             raise UserError(f"--{option} {value} must be 1 or more")
@@ -307,19 +319,20 @@ def show(found: Mapping[str, Any], kernels: bool) -> None:
     clock = "CPU" if found["clock"] == "cpu" else "wall"
     terminal.table(
         f"{found['cpu']}: batch {found['batch']}, {found['threads']} thread(s), {found['rounds']} rounds, {clock} time",
-        ("", "ms", "least", "most", "stored", "peak memory", f"against {ours['name']}", "80 % within"),
+        ("", "ms", "least", "most", "stored", "peak memory", "SQNR", f"against {ours['name']}", "80 % within"),
         [
             (
                 row["name"],
                 *(f"{row[key]:.3f}" for key in ("ms", "ms_min", "ms_max")),
                 "" if row["bytes"] is None else terminal.size(row["bytes"]),
                 "" if row["peak_bytes"] is None else terminal.size(row["peak_bytes"]),
+                "" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB",
                 "" if row is ours else f"{ours['speedup'][row['name']]:.2f} x",
                 "" if row is ours else "{:.2f} .. {:.2f}".format(*ours["spread"][row["name"]]),
             )
             for row in found["rows"]
         ],
-        numeric=range(1, 7),
+        numeric=range(1, 8),
     )
     if any(row["name"] == REUSING for row in found["rows"]):
         terminal.say(

@@ -121,7 +121,10 @@ def parser() -> argparse.ArgumentParser:
 
     bench = add("bench", _bench, "the speed of artifacts on this machine, whole and kernel by kernel, beside others")
     bench.add_argument("artifacts", metavar="ARTIFACT", nargs="+", help="of one model; --kernels looks at the first")
-    bench.add_argument("--against", metavar="PEERS", default="", help="the float model in torch,onnxruntime,openvino")
+    bench.add_argument(
+        "--against", metavar="PEERS", default="",
+        help="torch,onnxruntime,openvino: the float model there, as it is and in 8 bits; or one variant (torch-bf16)",
+    )  # fmt: skip
     bench.add_argument("--model", metavar="MODEL", help="the float model (default: the bundled one of its name)")
     bench.add_argument("--threads", type=int, metavar="N", default=1, help="of every call (1: CPU time is compared)")
     bench.add_argument("--batch", type=int, metavar="N", default=1, help="samples of a call (1)")
