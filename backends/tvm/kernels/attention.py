@@ -2,7 +2,7 @@
 
 Lanes are queries: scores and outputs of a tile of queries stand transposed in L1, so neither softmax nor the
 two products need a horizontal reduction, a mask or padding of the head's dimension, and keys and values are
-read where they are, one broadcast element at a time. Keys are taken in blocks of 64; their order is the order
+read where they are, one broadcast element at a time. Keys are taken in blocks; their order is the order
 of all sums, so the result does not depend on the tiles, which `isa` chooses to fit the registers.
 """
 
@@ -33,9 +33,11 @@ from mpq_compiler.backends.tvm.kernels.template import (
     primfunc,
     register_file,
     scratch,
+    shares,
     span,
     store,
     transpose,
+    unravel,
 )
 from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, keep, mul, splat
 from mpq_compiler.numerics import KEY_BLOCK as KEYS
@@ -131,16 +133,18 @@ class Body:
 
     def emit(self, batch: Any) -> None:
         p, width = self.problem, self.width
-        self.query = self.factors = scratch(p.dim * width)
-        self.score = scratch(KEYS * width)
-        self.out = scratch(p.dim * width)
-        self.highest, self.total, self.rescale = (scratch(width) for _ in range(3))
-        self.square = scratch(LANES * LANES)  # for transposition
-        if self._full_mask:
-            self.mask_tile = scratch(KEYS * width)
-        with T.serial(0, batch) as b:
+        tiles = -(-p.queries // width)
+        with shares(batch, p.heads * tiles, p.queries * p.keys * p.channels / 32) as (b, begin, end):
+            self.query = self.factors = scratch(p.dim * width)
+            self.score = scratch(KEYS * width)
+            self.out = scratch(p.dim * width)
+            self.highest, self.total, self.rescale = (scratch(width) for _ in range(3))
+            self.square = scratch(LANES * LANES)  # for transposition
+            if self._full_mask:
+                self.mask_tile = scratch(KEYS * width)
             quant = self.finish.quantizer(b)
-            with T.serial(0, p.heads) as h, T.serial(0, -(-p.queries // width)) as tile:
+            with T.serial(begin, end) as i:
+                h, tile = unravel(i, tiles)
                 # the last tile ends at the last query and overlaps the one before; lanes beyond repeat it
                 first = T.bind(T.max(T.min(tile * width, p.queries - width), 0))
                 self._load_queries(b, h, first)

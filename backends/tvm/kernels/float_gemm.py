@@ -26,6 +26,7 @@ from mpq_compiler.backends.tvm.kernels.pointwise import sample_view
 from mpq_compiler.backends.tvm.kernels.template import (
     BATCH,
     LANES,
+    SHARES,
     Argument,
     Buffer,
     Buffers,
@@ -38,8 +39,11 @@ from mpq_compiler.backends.tvm.kernels.template import (
     primfunc,
     register_file,
     scratch,
+    share,
+    shares,
     span,
     store,
+    unravel,
     width,
 )
 from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, keep, splat
@@ -273,9 +277,8 @@ class _Body:
             self._dot_over_samples(batch)
             return
         with T.serial(0, batch) as b:
-            quant = self.finish.quantizer(b)
             x, start = self._image(b)
-            (self._dot if plan.form == "dot" else self._panels)(b, x, start, quant)
+            (self._dot if plan.form == "dot" else self._panels)(b, x, start)
 
     # ---------------------------------------------------------------------------------------- the image
 
@@ -303,7 +306,7 @@ class _Body:
             return flat, start
         length = problem.width * problem.channels
         corner = problem.padding[0] * self.row + problem.padding[2] * problem.channels
-        with T.serial(0, problem.height) as h:
+        with shares(1, problem.height, problem.height * length / 16) as (_, top, end), T.serial(top, end) as h:
             source, target = start + h * length, corner + h * self.row
             each_vector(length, lambda i, n: store(padded, flat[span(source + i, n)], span(target + i, n)))
         return padded, 0
@@ -325,28 +328,37 @@ class _Body:
 
     # ----------------------------------------------------------------------------------------------- panels
 
-    def _panels(self, b: Any, x: Buffer, start: Any, quant: Any) -> None:
+    def _panels(self, b: Any, x: Buffer, start: Any) -> None:
         plan = self.plan
         accumulators, most = PANEL_TILES[self.registers]
         blocks = -(-plan.vectors // most)
         per_block = -(-plan.vectors // blocks)
         depthwise = plan.form == "depthwise"
         size = plan.outputs if depthwise else plan.group_outputs
-        with T.serial(0, 1 if depthwise else plan.groups) as g:
+        groups = 1 if depthwise else plan.groups
 
-            def block(first: Any, count: int) -> None:
-                rows = min(plan.rows, accumulators // count, 12)
-                columns = [g * size + T.min((first + j) * plan.lanes, size - plan.lanes) for j in range(count)]
-                panels = [(g * plan.vectors + first + j) * (plan.terms * plan.lanes) for j in range(count)]
-                with T.serial(0, -(-plan.rows // rows)) as tile:
-                    row = T.bind(T.min(tile * rows, plan.rows - rows))
-                    self._panel_tile(b, x, start + g * plan.group_inputs, quant, row, rows, columns, panels)
+        def blocks_of(base: int, number: int, count: int) -> None:
+            """`number` blocks of `count` vectors, in every group, from vector `base` on."""
+            rows = min(plan.rows, accumulators // count, 12)
+            tiles = -(-plan.rows // rows)
+            split = min(tiles, -(-SHARES // (groups * number)))  # of a block's rows
+            macs = plan.rows * plan.terms * groups * number * count * plan.lanes
+            with shares(1, groups * number * split, macs / 32) as (_, begin, end):
+                quant = self.finish.quantizer(b)
+                with T.serial(begin, end) as i:
+                    g, index, part = unravel(i, number, split)
+                    first = base + index * count
+                    columns = [g * size + T.min((first + j) * plan.lanes, size - plan.lanes) for j in range(count)]
+                    panels = [(g * plan.vectors + first + j) * (plan.terms * plan.lanes) for j in range(count)]
+                    with T.serial(*share(tiles, part, split)) as tile:
+                        row = T.bind(T.min(tile * rows, plan.rows - rows))
+                        self._panel_tile(b, x, start + g * plan.group_inputs, quant, row, rows, columns, panels)
 
-            full, rest = divmod(plan.vectors, per_block)
-            with T.serial(0, full) as i:
-                block(i * per_block, per_block)
-            if rest:
-                block(full * per_block, rest)
+        full, rest = divmod(plan.vectors, per_block)
+        if full:
+            blocks_of(0, full, per_block)
+        if rest:
+            blocks_of(full * per_block, 1, rest)
 
     def _panel_tile(
         self,
@@ -383,12 +395,21 @@ class _Body:
 
     # -------------------------------------------------------------------------------------------------- dot
 
-    def _dot(self, b: Any, x: Buffer, start: Any, quant: Any) -> None:
+    def _dot(self, b: Any, x: Buffer, start: Any) -> None:
         plan = self.plan
         rows = min(DOT_TILES[self.registers][0], plan.rows)
-        with T.serial(0, -(-plan.rows // rows)) as tile:
-            row = T.bind(T.min(tile * rows, plan.rows - rows))
-            self._dot_rows(x, [(b, start + self._origin(row + i), self._where(row + i), quant) for i in range(rows)])
+        tiles = -(-plan.rows // rows)
+        with shares(1, tiles, self._nanoseconds) as (_, begin, end):
+            quant = self.finish.quantizer(b)
+            with T.serial(begin, end) as tile:
+                row = T.bind(T.min(tile * rows, plan.rows - rows))
+                where = [(b, start + self._origin(row + i), self._where(row + i), quant) for i in range(rows)]
+                self._dot_rows(x, where, share_outputs=tiles == 1)
+
+    @property
+    def _nanoseconds(self) -> float:
+        """Of a sample, at the rate of multiplication or of reading weights from memory."""
+        return max(self.plan.rows / 16, 1 / 4) * self.plan.outputs * self.plan.terms
 
     def _dot_over_samples(self, batch: Any) -> None:
         """One row for each sample: tiles of samples, so that a batch reads the weights fewer times."""
@@ -401,15 +422,16 @@ class _Body:
     def _dot_samples(self, samples: list[Any]) -> None:
         images = [self._image(sample) for sample in samples]
         rows = [(b, start, (0,), self.finish.quantizer(b)) for b, (_, start) in zip(samples, images, strict=True)]
-        self._dot_rows(images[0][0], rows)
+        self._dot_rows(images[0][0], rows, share_outputs=True)
 
-    def _dot_rows(self, x: Buffer, rows: list[tuple[Any, Any, tuple[Any, ...], Any]]) -> None:
-        """Output rows (sample, origin, where in the output, quantizer) through all outputs."""
+    def _dot_rows(self, x: Buffer, rows: list[tuple[Any, Any, tuple[Any, ...], Any]], share_outputs: bool) -> None:
+        """Output rows (sample, origin, where in the output, quantizer) through all outputs, which threads may share."""
         plan = self.plan
         outputs = min(DOT_TILES[self.registers][1], plan.outputs)
         results = scratch(len(rows) * plan.outputs, heap=plan.outputs > 4096)
         origins = [T.bind(origin) for _, origin, _, _ in rows]
-        with T.serial(0, -(-plan.outputs // outputs)) as part:
+        cost = self._nanoseconds if share_outputs else 0
+        with shares(1, -(-plan.outputs // outputs), cost) as (_, begin, end), T.serial(begin, end) as part:
             first = T.bind(T.min(part * outputs, plan.outputs - outputs))
             self._dot_tile(x, origins, first, outputs, results)
         for i, (b, _, where, quant) in enumerate(rows):

@@ -17,6 +17,9 @@ Structure. The rows m = (sample, y, x) of the product are cut into chunks that a
             unpack the weights of the block    # below 8 bits: codes -> int8 through the look-up table
             for each tile of rows              # accumulators in registers, then the epilogue
 
+The three loops are one over pieces of work, some tiles each, which threads share. A thread gathers and unpacks what it
+has not at hand yet: one that begins amid a chunk or a block does again what another has done for the tiles before.
+
 Convolutions gather a copy of the image that is padded with zero points, and in channels, up to whole steps
 of k, with zeros. It is not an expanded im2col matrix: a row of the product starts at an offset in that copy,
 and the taps of one kernel row are neighbours in it. Each segment has its own copy. Where fewer rows remain
@@ -44,9 +47,12 @@ from mpq_compiler.backends.tvm.kernels.template import (
     Argument,
     Buffer,
     Buffers,
+    Shared,
     epilogue_arguments,
     primfunc,
     scratch,
+    share,
+    shared,
     span,
     store,
 )
@@ -57,6 +63,8 @@ PANEL_BYTES = 256 * 1024
 """Gathered activations of a chunk, about: a quarter to a half of the L2 cache of a core."""
 MOST_ROWS, LEAST_ROWS = 512, 96
 """Rows of a chunk, where there are that many: enough to make up for unpacking the weights."""
+PIECES = 16
+"""Pieces of work, at least, where there are so many tiles: then threads get equal parts, nearly."""
 
 
 def arguments(problem: QuantMatmul, isa: Isa) -> list[Argument]:
@@ -162,84 +170,119 @@ class _Kernel:
         if p.pointwise:
             rows = max(min(PANEL_BYTES // pixel, MOST_ROWS), LEAST_ROWS)
             self.most_rows = self.pixels = rows // self.tile.rows * self.tile.rows
-            self.least_rows = 1  # of a chunk; sizes of chunks differ by at most one
-            return
-        image = self.image_height * self.image_width * pixel
-        self.samples = max(1, min(PANEL_BYTES // image, -(-MOST_ROWS // p.rows)))
-        bands = min(-(-image // PANEL_BYTES), max(1, p.rows // LEAST_ROWS), p.out_height)
-        self.band = -(-p.out_height // bands)
-        self.bands = -(-p.out_height // self.band)
-        self.band_height = (self.band - 1) * p.stride[0] + p.kernel[0]
-        self.most_rows = self.samples * self.band * p.out_width
-        self.least_rows = (p.out_height - (self.bands - 1) * self.band) * p.out_width
-        self.pixels = self.samples * self.band_height * self.image_width
+            self.least_rows = 1  # of a chunk
+            chunks = -(-p.rows // self.most_rows)
+        else:
+            image = self.image_height * self.image_width * pixel
+            self.samples = max(1, min(PANEL_BYTES // image, -(-MOST_ROWS // p.rows)))
+            bands = min(-(-image // PANEL_BYTES), max(1, p.rows // LEAST_ROWS), p.out_height)
+            self.band = -(-p.out_height // bands)
+            self.bands = chunks = -(-p.out_height // self.band)
+            self.band_height = (self.band - 1) * p.stride[0] + p.kernel[0]
+            self.most_rows = self.samples * self.band * p.out_width
+            self.least_rows = (p.out_height - (self.bands - 1) * self.band) * p.out_width
+            self.pixels = self.samples * self.band_height * self.image_width
+        rows = min(self.most_rows, p.rows)
+        self.parts = max(1, min(-(-PIECES // (chunks * self.w.blocks)), rows // (2 * self.tile.rows)))
+
+    @property
+    def _nanoseconds(self) -> float:
+        """Of a sample, at the rate of dot products of a core or of reading weights from memory."""
+        p = self.p
+        return max(p.rows * p.reduction * p.outputs / (8 * self.isa.vector), p.reduction * p.outputs * p.bits / 160)
 
     def emit(self, batch: Any) -> None:
-        """The whole kernel. Chunks write disjoint rows of the output, so their loop may become parallel."""
-        if self.p.pointwise:
-            total = batch * self.p.rows
-            self._split(total, self.most_rows, self._chunk_of_rows)
+        """The whole kernel: pieces of work, which write disjoint parts of the output."""
+        p, blocks = self.p, self.w.blocks
+        tall, rows = self.tile.rows, batch * p.rows
+        if p.pointwise:  # chunks of whole tiles
+            total, most, bands = T.bind(_quotient(rows + (tall - 1), tall)), self.most_rows // tall, 1
         else:
-            self._split(batch, self.samples, self._chunk_of_samples)
+            total, most, bands = batch, self.samples, self.bands
+        chunks = T.bind(_quotient(total + (most - 1), most))
+        each = T.bind(_quotient(total, T.max(chunks, 1)))
+        with shared(self._nanoseconds) as team:
+            self._allocate(team)
+            with team.loop(0, chunks * (bands * blocks * self.parts)) as piece:
+                block = T.bind(_quotient(piece, self.parts))
+                band = T.bind(_quotient(block, blocks))
+                chunk = T.bind(_quotient(band, bands))
+                # Without a product of rows and chunks, which might not fit 32 bits.
+                start = _opaque(chunk * each + T.min(chunk, total - each * chunks))
+                count = _opaque(T.Select(chunk < total - each * chunks, each + 1, each))
+                if p.pointwise:
+                    first = T.bind(start * tall)
+                    here, gather = self._chunk_of_rows(first, _opaque(T.min(count * tall, rows - first)))
+                else:
+                    here, gather = self._chunk_of_images(start, count, band - chunk * bands)
+                if not self.direct or p.has_offset:
+                    self._once(0, band, blocks * self.parts, gather)
+                self.block = T.bind(block - band * blocks) if blocks > 1 else 0
+                if self.unpacks:
+                    self._once(1, block, self.parts, self._unpack)
+                self._multiply(here, piece - block * self.parts)
 
-    @staticmethod
-    def _split(total: Any, most: int, body: Callable[[Any, Any], None]) -> None:
-        """Calls body(start, count) over range(total) in parts of equal size (to one), `most` at most."""
-        parts = T.bind(_quotient(total + (most - 1), most))
-        each = T.bind(_quotient(total, T.max(parts, 1)))
-        with T.serial(0, parts) as part:
-            # Without a product of rows and parts, which might not fit 32 bits.
-            start = _opaque(part * each + T.min(part, total - each * parts))
-            body(start, _opaque(T.Select(part < total - each * parts, each + 1, each)))
+    def _once(self, cell: int, number: Any, repeated: int, body: Callable[[], None]) -> None:
+        """body(), where the thread has not done it for this number: so many pieces in a row have the same one."""
+        if repeated == 1:
+            body()
+            return
+        with T.If(self.done[cell] != number), T.Then():
+            body()
+            store(self.done, number, cell)
 
-    def _chunk_of_rows(self, row: Any, rows: Any) -> None:
+    def _chunk_of_rows(self, row: Any, rows: Any) -> tuple[Any, Callable[[], None]]:
+        """(rows, what gathers them) of a chunk."""
         self.first_row = row
-        self._allocate()
-        if self.direct:
-            self.activations = self.b["x"]
-            self._multiply(rows)
-            return
-        with T.serial(0, rows) as r:
-            self._segments(lambda j: self._gather_pixels(j, 1, (row + r) * self.p.channels, r))
-        self._multiply(rows)
 
-    def _chunk_of_samples(self, sample: Any, samples: Any) -> None:
+        def gather() -> None:
+            if not self.direct:
+                with T.serial(0, rows) as r:
+                    self._segments(lambda j: self._gather_pixels(j, 1, (row + r) * self.p.channels, r))
+            if self.p.has_offset:
+                self._sum_rows(rows)
+
+        return rows, gather
+
+    def _chunk_of_images(self, sample: Any, samples: Any, band: Any) -> tuple[Any, Callable[[], None]]:
+        """(rows, what gathers them) of a band of some samples (of one sample, where that is not all rows)."""
         p = self.p
-        if self.bands == 1:
-            self._chunk_of_images(sample, samples, 0, p.out_height)
-            return
-        with T.serial(0, self.bands) as band:
+        top, height = 0, p.out_height
+        if self.bands > 1:
             top = T.bind(band * self.band)
             height = self.band if p.out_height % self.band == 0 else T.min(self.band, p.out_height - top)
-            self._chunk_of_images(sample, samples, top, height)
-
-    def _chunk_of_images(self, sample: Any, samples: Any, top: Any, height: Any) -> None:
-        """Output rows [top, top + height) of some samples (of one sample, where that is not all rows)."""
-        p = self.p
         self.first_row = _opaque(sample * p.rows + top * p.out_width)
-        self._allocate()
-        reach = (height - 1) * p.stride[0] + p.kernel[0]  # image rows that these output rows see
-        with T.serial(0, samples) as s, T.serial(0, reach) as y:
-            line = (s * self.band_height + y) * self.image_width
-            self._gather_line(sample + s, top * p.stride[0] + y - p.padding[0], T.bind(line))
-        with T.serial(0, samples) as s, T.serial(0, height) as y, T.serial(0, p.out_width) as x:
-            pixel = (s * self.band_height + y * p.stride[0]) * self.image_width + x * p.stride[1]
-            store(self.starts, pixel, (s * height + y) * p.out_width + x)
-        self._multiply(samples * height * p.out_width)
 
-    def _allocate(self) -> None:
-        """The working memory of a chunk."""
+        def gather() -> None:
+            reach = (height - 1) * p.stride[0] + p.kernel[0]  # image rows that these output rows see
+            with T.serial(0, samples) as s, T.serial(0, reach) as y:
+                line = (s * self.band_height + y) * self.image_width
+                self._gather_line(sample + s, top * p.stride[0] + y - p.padding[0], T.bind(line))
+            with T.serial(0, samples) as s, T.serial(0, height) as y, T.serial(0, p.out_width) as x:
+                pixel = (s * self.band_height + y * p.stride[0]) * self.image_width + x * p.stride[1]
+                store(self.starts, pixel, (s * height + y) * p.out_width + x)
+            if p.has_offset:
+                self._sum_rows(samples * height * p.out_width)
+
+        return samples * height * p.out_width, gather
+
+    def _allocate(self, team: Shared) -> None:
+        """The working memory of a thread."""
         p, segments = self.p, len(self.p.segments)
+        self.done = team.workspace(2, "int32")  # the chunk that is gathered, the block that is unpacked
+        for cell in range(2):
+            store(self.done, T.int32(-1), cell)
+        self.activations = self.b["x"]
         if not self.direct:
             size = self.pixels * sum(self.w.channels) + 16 * self.isa.vector  # loads may run over the end
-            self.activations = scratch(size, self.isa.activation, heap=True)
+            self.activations = team.workspace(size, self.isa.activation)
         if not p.pointwise:
-            self.starts = scratch(self.most_rows, "int32", heap=True)
+            self.starts = team.workspace(self.most_rows, "int32")
         if p.has_offset:
-            self.sums = scratch(segments * self.most_rows, "int32", heap=True)
+            self.sums = team.workspace(segments * self.most_rows, "int32")
         if self.unpacks:
             size = self.w.steps * self.tile.vectors * self.isa.vector
-            self.panel = scratch(size, self.isa.weight, heap=True)
+            self.panel = team.workspace(size, self.isa.weight)
 
     # ------------------------------------------------------------------------------------------- gathering
 
@@ -399,28 +442,24 @@ class _Kernel:
 
     # -------------------------------------------------------------------------------------- multiplication
 
-    def _multiply(self, rows: Any) -> None:
-        """The product of the gathered rows with all blocks of weights."""
-        if self.p.has_offset:
-            self._sum_rows(rows)
+    def _multiply(self, rows: Any, part: Any) -> None:
+        """A part of the tiles of the gathered rows times the block of weights."""
+        tall = self.tile.rows
 
-        def block(n: Any) -> None:
-            self.block = n
-            if self.unpacks:
-                self._unpack()
-            tall = self.tile.rows
+        def each(units: Any, body: Callable[[Any], None]) -> None:
+            with T.serial(*share(units, part, self.parts)) as unit:
+                body(unit)
 
-            def tiles() -> None:
-                with T.serial(0, _quotient(rows + (tall - 1), tall)) as t:
-                    self._tile(Tile(self.tile.vectors, tall), _opaque(T.min(t * tall, rows - tall)))
+        def tile(t: Any) -> None:
+            self._tile(Tile(self.tile.vectors, tall), _opaque(T.min(t * tall, rows - tall)))
 
-            def single() -> None:
-                with T.serial(0, rows) as r:
-                    self._tile(Tile(self.tile.vectors, 1), r)
+        def tiles() -> None:
+            each(_quotient(rows + (tall - 1), tall), tile)
 
-            _when(True if self.least_rows >= tall else rows >= tall, tiles, single)
+        def single() -> None:
+            each(rows, lambda r: self._tile(Tile(self.tile.vectors, 1), r))
 
-        _loop(self.w.blocks, block)
+        _when(True if self.least_rows >= tall else rows >= tall, tiles, single)
 
     def _unpack(self) -> None:
         """panel = the weights of the block, int8 (int16), in the order of the micro-kernel."""

@@ -16,20 +16,26 @@ from tvm.tirx import PrimFunc
 from mpq_compiler.backends.tvm.kernels.float_gemm import PANEL_TILES
 from mpq_compiler.backends.tvm.kernels.template import (
     BATCH,
+    SHARES,
     Argument,
     Buffer,
     Buffers,
     primfunc,
     register_file,
     scratch,
+    share,
+    shares,
     span,
     store,
+    unravel,
     width,
 )
 from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, splat
 
 TERMS = 256
 """Of a block of the sum: part of the arithmetic, the same for every target."""
+MOST_ROWS = 12
+"""Of a tile."""
 STACK = 4096
 """Elements of a packed operand that still lie on the stack."""
 
@@ -98,12 +104,21 @@ class _Body:
 
     def emit(self, batch: Any) -> None:
         p = self.problem
-        self.panel = None
-        if p.right.strides[-1] != 1 and p.columns > 1:
-            self.panel = scratch(p.terms * p.columns, heap=p.terms * p.columns > STACK)
-        with T.serial(0, batch) as b:
-            left, right, y = (self._flat(name, a, b) for name, a in zip(["left", "right", "y"], self._all, strict=True))
-            self._heads(0, (left, right, y), [at for _, at in (left, right, y)])
+        heads, packs = math.prod(p.heads), p.right.strides[-1] != 1 and p.columns > 1
+        # A packed operand serves all rows of its head.
+        self.split = 1 if packs else min(-(-SHARES // heads), -(-p.rows // MOST_ROWS))
+        with shares(batch, heads * self.split, heads * p.rows * p.terms * p.columns / 64) as (sample, begin, end):
+            self.panel = scratch(p.terms * p.columns, heap=p.terms * p.columns > STACK) if packs else None
+            names = ("left", "right", "y")
+            flat = [self._flat(name, access, sample) for name, access in zip(names, self._all, strict=True)]
+            left, right, y = (buffer for buffer, _ in flat)
+            with T.serial(begin, end) as i:
+                *head, part = unravel(i, *p.heads[1:], self.split)
+                a, b, c = (
+                    T.bind(at + sum(h * step for h, step in zip(head, access.strides, strict=False)))
+                    for (_, at), access in zip(flat, self._all, strict=True)
+                )
+                self._matrix(left, right, y, a, b, c, part)
 
     @property
     def _all(self) -> tuple[Access, Access, Access]:
@@ -116,16 +131,8 @@ class _Body:
         flat = T.decl_buffer((size,), "float32", data=buffer.data)
         return flat, (sample * access.size if access.batched else 0) + access.offset
 
-    def _heads(self, depth: int, operands: Any, starts: list[Any]) -> None:
-        if depth < len(self.problem.heads):
-            with T.serial(0, self.problem.heads[depth]) as h:
-                moved = [at + h * access.strides[depth] for at, access in zip(starts, self._all, strict=True)]
-                self._heads(depth + 1, operands, moved)
-            return
-        (left, _), (right, _), (y, _) = operands
-        self._matrix(left, right, y, *(T.bind(at) for at in starts))
-
-    def _matrix(self, left: Buffer, right: Buffer, y: Buffer, a: Any, b: Any, c: Any) -> None:
+    def _matrix(self, left: Buffer, right: Buffer, y: Buffer, a: Any, b: Any, c: Any, part: Any) -> None:
+        """Part number `part` of `split` of the rows of a product."""
         p, lanes = self.problem, self.lanes
         step = p.right.strides[-2]
         if self.panel is not None:
@@ -137,9 +144,10 @@ class _Body:
         each = -(-self.vectors // blocks)
 
         def block(first: Any, count: int) -> None:
-            rows = min(p.rows, self.accumulators // count, 12)
+            rows = min(p.rows, self.accumulators // count, MOST_ROWS)
             columns = [T.min((first + j) * lanes, p.columns - lanes) for j in range(count)]
-            with T.serial(0, -(-p.rows // rows)) as tile:
+            begin, end = share(-(-p.rows // rows), part, self.split)
+            with T.serial(begin, end) as tile:
                 row = T.bind(T.min(tile * rows, p.rows - rows))
                 self._tile(left, right, y, a, b, c, step, row, rows, columns)
 

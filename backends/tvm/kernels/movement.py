@@ -25,8 +25,11 @@ from mpq_compiler.backends.tvm.kernels.template import (
     Shape,
     each_vector,
     primfunc,
+    shares,
+    some_vectors,
     span,
     store,
+    vectors,
 )
 
 BYTES = {"float32": 4, "int32": 4, "int64": 8, "float16": 2, "int8": 1, "uint8": 1, "bool": 1, "float64": 8}
@@ -211,27 +214,36 @@ def _constant(value: float, dtype: str, lanes: int) -> Any:
 def _move(problem: Movement, batch: Any, buffers: Buffers) -> None:
     most = 64 // BYTES[problem.dtype]
 
-    def sample(b: Any) -> None:
-        y, start = sample_view(buffers["y"], problem.shape, b)
-        if problem.fill is not None:
-            size, fill = math.prod(_inner(problem.shape)), problem.fill
-            each_vector(size, lambda i, n: store(y, _constant(fill, problem.dtype, n), span(start + i, n)), most)
-        for copy in problem.copies:
+    samples = batch if problem.shape[:1] == (BATCH,) else 1
+    if problem.fill is not None:
+        size, fill = math.prod(_inner(problem.shape)), problem.fill
+        with shares(samples, vectors(size, most), size / most) as (b, first, end):
+            y, start = sample_view(buffers["y"], problem.shape, b)
+
+            def put(i: Any, lanes: int) -> None:
+                store(y, _constant(fill, problem.dtype, lanes), span(start + i, lanes))
+
+            some_vectors(size, first, end, put, most)
+    for copy in problem.copies:
+        extents, strides = merge_dimensions(copy.extents, [copy.source_strides, copy.target_strides])
+        in_vectors = strides[1][-1] == 1 and strides[0][-1] in (0, 1)
+        outer = vectors(extents[0], most) if len(extents) == 1 and in_vectors else extents[0]
+        nanoseconds = math.prod(extents) / (most if in_vectors else 2)
+        with shares(samples, outer, nanoseconds) as (b, first, end):
+            y, start = sample_view(buffers["y"], problem.shape, b)
             x, origin = sample_view(buffers[f"x{copy.source}"], problem.inputs[copy.source], b)
-            extents, strides = merge_dimensions(copy.extents, [copy.source_strides, copy.target_strides])
-            _nest(x, y, extents, strides, origin + copy.source_offset, start + copy.target_offset, most)
-
-    if problem.shape[:1] == (BATCH,):
-        with T.serial(0, batch) as b:
-            sample(b)
-    else:
-        sample(0)
+            at, to = origin + copy.source_offset, start + copy.target_offset
+            _nest(x, y, extents, strides, at, to, most, (first, end))
 
 
-def _nest(x: Any, y: Any, extents: list[int], strides: list[list[int]], at: Any, to: Any, most: int) -> None:
+def _nest(
+    x: Any, y: Any, extents: list[int], strides: list[list[int]], at: Any, to: Any, most: int,
+    part: tuple[Any, Any] | None = None,
+) -> None:  # fmt: skip
+    """A copy; where there is a `part`, those of the steps (vectors) of its outermost loop."""
     (step, *inner_steps), (stride, *inner_strides) = strides
     if len(extents) > 1:
-        with T.serial(0, extents[0]) as i:
+        with T.serial(*(part or (0, extents[0]))) as i:
             _nest(x, y, extents[1:], [inner_steps, inner_strides], at + i * step, to + i * stride, most)
     elif stride == 1 and step in (0, 1):
 
@@ -239,9 +251,12 @@ def _nest(x: Any, y: Any, extents: list[int], strides: list[list[int]], at: Any,
             value = x[span(at + i, lanes)] if step else vmath.splat(x[at], lanes)
             store(y, value, span(to + i, lanes))
 
-        each_vector(extents[0], vector, most)
+        if part:
+            some_vectors(extents[0], *part, vector, most)
+        else:
+            each_vector(extents[0], vector, most)
     else:
-        with T.serial(0, extents[0]) as i:
+        with T.serial(*(part or (0, extents[0]))) as i:
             store(y, x[at + i * step], to + i * stride)
 
 
@@ -249,10 +264,10 @@ def _gather(problem: Gather, batch: Any, buffers: Buffers) -> None:
     count = math.prod(problem.positions)
     index_shape: Shape = (BATCH, *problem.positions)
     table = buffers["table"]
-    with T.serial(0, batch) as b:
+    with shares(batch, count, count * problem.width / 8) as (b, begin, end):
         index, first = sample_view(buffers["index"], index_shape, b)
         y, start = sample_view(buffers["y"], (*index_shape, problem.width), b)
-        with T.serial(0, count) as i:
+        with T.serial(begin, end) as i:
             row = T.cast(index[first + i], "int32")
             row = T.bind(T.max(T.min(row, problem.rows - 1), 0))
             to = start + i * problem.width

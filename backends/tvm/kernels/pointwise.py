@@ -22,12 +22,15 @@ from mpq_compiler.backends.tvm.kernels.template import (
     Argument,
     Buffers,
     Shape,
-    each_vector,
     primfunc,
     quantizer,
     quantizer_arguments,
+    shares,
+    some_vectors,
     span,
     store,
+    vectors,
+    width,
 )
 
 
@@ -203,19 +206,19 @@ def _body(program: PointwiseProgram, batch: Any, buffers: Buffers) -> None:
     accesses = program.accesses
     sizes, strides = merge_dimensions(inner, [access.strides for access in accesses])
 
-    def sample(b: Any) -> None:
+    def part(b: Any, first: Any, end: Any) -> None:
         names = [*(f"x{i}" for i in range(len(program.inputs))), "y"]
         views = [sample_view(buffers[n], access.shape, b) for n, access in zip(names, accesses, strict=True)]
         quant = quantizer(buffers, b) if program.bits is not None else None
         starts = [start + access.offset for (_, start), access in zip(views, accesses, strict=True)]
-        nest(views, quant, 0, starts)
+        nest(views, quant, 0, starts, first, end)
 
-    def nest(views: Any, quant: Any, depth: int, starts: list[Any]) -> None:
+    def nest(views: Any, quant: Any, depth: int, starts: list[Any], first: Any, end: Any) -> None:
         if depth + 1 < len(sizes):
-            with T.serial(0, sizes[depth]) as i:
+            with T.serial(first, end) as i:
                 steps = [stride[depth] for stride in strides]
                 moved = [start + i * step for start, step in zip(starts, steps, strict=True)]
-                nest(views, quant, depth + 1, moved)
+                nest(views, quant, depth + 1, moved, 0, extents[depth + 1])
             return
 
         def vector(position: Any, lanes: int) -> None:
@@ -227,13 +230,15 @@ def _body(program: PointwiseProgram, batch: Any, buffers: Buffers) -> None:
             value = vmath.cast(_evaluate(program, load, quant, lanes), program.out_dtype)
             store(views[-1][0], value, span(starts[-1] + position, lanes))
 
-        each_vector(sizes[-1], vector)
+        if extents[-1] == 1:
+            vector(0, width(sizes[-1]))
+        else:
+            some_vectors(sizes[-1], first, end, vector)
 
-    if program.shape[:1] == (BATCH,):
-        with T.serial(0, batch) as b:
-            sample(b)
-    else:
-        sample(0)
+    extents = [*sizes[:-1], vectors(sizes[-1])]  # of the loops, the innermost over vectors
+    samples = batch if program.shape[:1] == (BATCH,) else 1
+    with shares(samples, extents[0], math.prod(sizes) * (1 + len(program.steps)) / 16) as (b, begin, end):
+        part(b, begin, end)
 
 
 def _apart(start: Any, step: int, lanes: int) -> Any:

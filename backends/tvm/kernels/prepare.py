@@ -14,7 +14,7 @@ from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.isa import Isa
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul, Segment, WeightLayout
-from mpq_compiler.backends.tvm.kernels.template import Argument, Buffer, Buffers, primfunc, scratch, store
+from mpq_compiler.backends.tvm.kernels.template import Argument, Buffer, Buffers, primfunc, scratch, shares, store
 
 
 def inputs(problem: QuantMatmul) -> list[Argument]:
@@ -64,7 +64,8 @@ class _Prepare:
                 store(tiles, tirx.IntImm(tiles.dtype, 0), a, b)
         if p.bits < 8:
             self._tables()
-        with T.serial(0, w.outputs) as i:
+        work = p.outputs * p.reduction
+        with shares(1, w.outputs, work) as (_, begin, end), T.serial(begin, end) as i:
             self._vectors(i)
             with T.If(i < p.outputs), T.Then():
                 self._row(i)

@@ -11,12 +11,12 @@ a target) chooses tile sizes only: no result depends on it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import tirx
-from tvm.ir import Expr
+from tvm import DataType, tirx
+from tvm.ir import Expr, PointerType, PrimType
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
@@ -26,6 +26,9 @@ from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, apply
 
 LANES = 16
 BATCH = "B"
+CPU = 1  # kDLCPU
+SHARES = 16
+"""Parts of a sample's work: divisible by most numbers of cores."""
 WORTH_SHARING = 8000
 """Nanoseconds of work on a sample: to wake another thread and to wait for it takes three thousand."""
 
@@ -73,21 +76,81 @@ def scratch(size: int, dtype: str = "float32", *, heap: bool = False) -> Buffer:
     return T.alloc_buffer((size,), dtype, align=64, annotations=annotations)
 
 
+class Shared:
+    """What `shared` yields: a loop that threads share, and memory that each of them has of its own."""
+
+    def __init__(self, serial: bool) -> None:
+        self.serial = serial
+        self.workspaces: list[Any] = []
+
+    def loop(self, begin: Any, end: Any) -> Any:
+        """The loop of the region, for a ``with`` statement."""
+        return T.serial(begin, end) if self.serial else T.parallel(begin, end)
+
+    def workspace(self, size: int, dtype: str = "float32") -> Buffer:
+        """An uninitialised buffer from the workspace pool of the thread, kept over all steps of its part of the loop.
+
+        It calls the pool itself: TVM moves other allocations that stand before the loop to where threads would have
+        them in common.
+        """
+        kind = DataType(dtype)
+        size_of = T.uint64(size * kind.bits // 8)
+        asked = (CPU, 0, size_of, int(kind.type_code), kind.bits)
+        pointer = T.bind(tirx.call_intrin(PointerType(PrimType(dtype)), "tirx.TVMBackendAllocWorkspace", *asked))
+        with T.If(T.isnullptr(pointer)), T.Then():
+            T.evaluate(T.tvm_throw_last_error())
+        self.workspaces.append(pointer)
+        return T.decl_buffer((size,), dtype, data=pointer, align=64)
+
+
 @contextmanager
-def shared(nanoseconds: float) -> Iterator[Callable[[Any, Any], Any]]:
-    """A region of a kernel that threads share: ``with shared(time) as each, each(0, extent) as i: ...``.
+def shared(nanoseconds: float) -> Iterator[Shared]:
+    """A region of a kernel for all threads: ``with shared(time) as team, team.loop(0, extent) as i: ...``.
 
-    Every thread gets a part of the range of the loop, in order; what is allocated in the region, before the loop or
-    in it, each has of its own. Its steps must write disjoint parts of the output, each in full, whatever steps other
-    threads take: then no bit depends on how many there are.
+    Each gets a part of the range of the loop, in order. Before the loop a region holds workspaces only; what is
+    allocated within the loop each thread has of its own. The steps write disjoint parts of the output, each in
+    full, whatever steps other threads take: then no bit depends on how many there are.
 
-    nanoseconds: what one core takes for a sample, about. Where that is less than it costs to share it, nothing is.
+    nanoseconds: what one core takes for a sample, about. Where sharing would cost as much, the loop is serial.
     """
-    if nanoseconds < WORTH_SHARING:
-        yield T.serial
+    with ExitStack() as stack:
+        team = Shared(nanoseconds < WORTH_SHARING)
+        if not team.serial:
+            stack.enter_context(T.attr(T.int32(0), "pragma_parallel_launch_point", T.int32(1)))
+        yield team
+        for pointer in reversed(team.workspaces):
+            T.evaluate(T.TVMBackendFreeWorkspace(CPU, 0, pointer))
+
+
+@contextmanager
+def shares(batch: Any, extent: int, nanoseconds: float) -> Iterator[tuple[Any, Any, Any]]:
+    """(sample, begin, end) of parts of ``range(extent)`` of every sample, which threads share as in `shared`."""
+    parts = min(extent, SHARES) if nanoseconds >= WORTH_SHARING else 1
+    if parts == 1:
+        with T.serial(0, batch) as sample:
+            yield sample, 0, extent
         return
-    with T.attr(T.int32(0), "pragma_parallel_launch_point", T.int32(1)):
-        yield T.parallel
+    with shared(nanoseconds) as team, team.loop(0, parts) as part:
+        begin, end = share(extent, part, parts)
+        with T.serial(0, batch) as sample:  # within: LLVM makes less of indices that a division gives
+            yield sample, begin, end
+
+
+def share(extent: Any, part: Any, parts: int) -> tuple[Any, Any]:
+    """Where part number `part` of equal ones (to one) of ``range(extent)`` begins and ends."""
+    if parts == 1:
+        return 0, extent
+    return T.bind(tirx.truncdiv(part * extent, parts)), T.bind(tirx.truncdiv((part + 1) * extent, parts))
+
+
+def unravel(i: Any, *extents: int) -> list[Any]:
+    """The indices of step `i` of loops fused into one, `extents` being those of the inner loops."""
+    indices: list[Any] = []
+    for extent in reversed(extents):
+        outer = T.bind(tirx.truncdiv(i, extent)) if extent > 1 else i
+        indices.append(T.bind(i - outer * extent) if extent > 1 else 0)
+        i = outer
+    return [i, *reversed(indices)]
 
 
 def span(start: Any, lanes: int) -> Any:
@@ -111,12 +174,21 @@ def each_vector(extent: int, body: Callable[[Any, int], None], most: int = LANES
     Where the lanes do not divide the extent, the last vector ends at the end and overlaps the one before: the
     body must be elementwise and must not read what it writes.
     """
+    if vectors(extent, most) == 1:
+        body(0, width(extent, most))
+    else:
+        some_vectors(extent, 0, vectors(extent, most), body, most)
+
+
+def vectors(extent: int, most: int = LANES) -> int:
+    """How many `each_vector` takes."""
+    return -(-extent // width(extent, most))
+
+
+def some_vectors(extent: int, first: Any, end: Any, body: Callable[[Any, int], None], most: int = LANES) -> None:
+    """Those of `each_vector` from number `first` to `end`."""
     lanes = width(extent, most)
-    count = -(-extent // lanes)
-    if count == 1:
-        body(0, lanes)
-        return
-    with T.serial(0, count) as i:
+    with T.serial(first, end) as i:
         body(i * lanes if extent % lanes == 0 else T.min(i * lanes, extent - lanes), lanes)
 
 
