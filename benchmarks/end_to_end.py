@@ -1,10 +1,13 @@
-"""A compiled denoiser against torch eager in float32: one step, one thread, interleaved, on this machine.
+"""Compiled denoisers against torch, onnxruntime and OpenVINO, one step on one thread, interleaved on this machine.
 
-    python benchmarks/end_to_end.py --json benchmarks/results/end_to_end.json
-    python benchmarks/end_to_end.py --model fashion-unet --target x86-64-avx2 --weights int3 --profile
+    python -m benchmarks.end_to_end                               # all models, into benchmarks/results/
+    python -m benchmarks.end_to_end --model unet-70m --runs 1
 
-For each batch size the artifact and the model take turns, so that what else the machine does meets both. Thread CPU
-time does not count what others do; wall time is what a user sees. `ratio` is torch's median over the artifact's.
+The peers run the same model in f32, in bfloat16 and in 8 bits, quantized as their users would
+(`mpq_compiler/peers.py`); we run it with 8-bit weights, with 4-bit weights, and with `--numerics fast`. Everybody is
+calibrated on 32 inputs. The large models have random weights: their SQNR ranks arithmetic and says nothing of images.
+In each run all take turns; a ratio is the median over the runs of the median ratio within rounds, by CPU time, which
+leaves out what others do.
 """
 
 from __future__ import annotations
@@ -16,155 +19,154 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 
 from benchmarks.machine import provenance
-from mpq_compiler import artifact, compiler, denoiser, runtime, targets
+from mpq_compiler import bench, compiler, denoiser, terminal
 
+RESULTS = Path(__file__).parent / "results" / "end_to_end.json"
 PIPELINE = (
-    "trace,layout,calibrate{{samples=16,steps=4}},time-groups,bit-allocation{{uniform={}}},insert-fake-quant,"
-    "residual-branch,round-weights,fold-fake-quant,fuse-epilogues"
+    "trace,layout,calibrate{{samples=8,steps=4}},time-groups,bit-allocation{{uniform={}}},numerics{{mode={}}},"
+    "insert-fake-quant,residual-branch,round-weights,fold-fake-quant,fuse-epilogues"
 )
-BATCHES = (1, 8)
+OURS = {"w8a8": ("int8", "portable"), "w8a8-fast": ("int8", "fast"), "w4a8": ("int4", "portable")}
+"""Artifacts by name: format of all weights, numerics. The first is the one that peers are held against."""
+INT8 = ("onnxruntime-int8", "openvino-int8", "openvino-int8-bf16")
+BLOCKS = ("{}DownBlock2D", "{}UpBlock2D")
 
 
-def clocks(function: Callable[[], Any]) -> tuple[float, float]:
-    """(thread CPU seconds, wall seconds) of one call."""
-    wall, cpu = time.perf_counter(), time.thread_time()
-    function()
-    return time.thread_time() - cpu, time.perf_counter() - wall
+def unet_70m() -> torch.nn.Module:
+    """70 M parameters, 6.8 GMAC a step."""
+    from diffusers import UNet2DModel
+
+    kinds = ("", "Attn", "Attn", "")
+    return UNet2DModel(
+        sample_size=32, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(128, 256, 256, 512),
+        down_block_types=tuple(BLOCKS[0].format(k) for k in kinds), attention_head_dim=64,
+        up_block_types=tuple(BLOCKS[1].format(k) for k in kinds),
+    )  # fmt: skip
 
 
-def interleaved(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each function: median and minimum of both clocks."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
-    for function in functions.values():
-        function()
-    for _ in range(repeats):
-        for name, function in functions.items():
-            times[name].append(clocks(function))
-    result = {}
-    for name, pairs in times.items():
-        cpu, wall = ([1e3 * p[i] for p in pairs] for i in (0, 1))
-        result[name] = {
-            "cpu_ms": round(statistics.median(cpu), 4),
-            "cpu_ms_min": round(min(cpu), 4),
-            "wall_ms": round(statistics.median(wall), 4),
-            "wall_ms_min": round(min(wall), 4),
-        }
-    return result
+def unet_420m() -> torch.nn.Module:
+    """As wide as Stable Diffusion 1.5, three levels of one layer: 420 M parameters, 58 GMAC a step."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=32, in_channels=4, out_channels=4, cross_attention_dim=768, block_out_channels=(320, 640, 1280),
+        layers_per_block=1, down_block_types=(BLOCKS[0].format("CrossAttn"),) * 3,
+        up_block_types=(BLOCKS[1].format("CrossAttn"),) * 3,
+    )  # fmt: skip
 
 
-def measure(model: denoiser.Denoiser, path: Path, batch: int, repeats: int) -> dict[str, Any]:
-    """One step of a batch, artifact against torch."""
-    inputs = model.random_inputs(batch, 0)
-    arrays = {name: value.numpy() for name, value in inputs.items()}
-    compiled = runtime.load(path, threads=1)
-    with torch.no_grad():
-        times = interleaved({"artifact": lambda: compiled.run(arrays), "torch": lambda: model(**inputs)}, repeats)
-    ratio = {c: round(times["torch"][c] / times["artifact"][c], 2) for c in ("cpu_ms", "wall_ms")}
-    return {"batch": batch, **times, "ratio": ratio}
+MODELS: Mapping[str, Callable[[], torch.nn.Module] | None] = {
+    "fashion-unet": None,
+    "unet-70m": unet_70m,
+    "unet-420m": unet_420m,
+}
+"""By name; None where it is bundled."""
 
 
-def profile(path: Path, model: denoiser.Denoiser, batch: int, program: Any) -> list[tuple[str, float, int]]:
-    """(kernel family, milliseconds, calls) of one step, each kernel called on its own with warm caches."""
-    from mpq_compiler.backends.tvm import templates
-    from mpq_compiler.backends.tvm.emit import lower
-    from mpq_compiler.tensorfile import aligned_empty
+def save(name: str, folder: Path) -> str:
+    """The model as a folder, with random weights that are always the same; its name where it is bundled."""
+    make = MODELS[name]
+    if make is None:
+        return name
+    path = folder / name
+    if not path.exists():
+        torch.manual_seed(0)
+        make().save_pretrained(path / "unet")
+    return str(path)
 
-    made = artifact.read(path)
-    target = targets.resolve(made.manifest["target"]["name"])
-    library = runtime.load(path, threads=1)._executor._ffi  # type: ignore[attr-defined]
-    functions = library.load_module(str(made.file(artifact.KERNELS)))
-    lowered = lower(program, (batch,))
-    totals: dict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
-    slowest = []
-    for call in lowered.functions[0].calls:
-        inputs, outputs = templates.arguments(call.kernel, target)
-        arrays = []
-        for argument in (*inputs, *outputs):
-            shape = tuple(batch if extent == "B" else int(extent) for extent in argument.shape)
-            array = aligned_empty(shape, np.dtype(argument.dtype))
-            array[...] = 0 if array.dtype.kind in "iu" else 1
-            arrays.append(library.from_dlpack(array))
-        function = functions.get_function(call.kernel.name, query_imports=True)
-        seconds = min(clocks(lambda f=function, a=arrays: f(*a))[0] for _ in range(20))
-        before, count = totals[call.kernel.template]
-        totals[call.kernel.template] = (before + 1e3 * seconds, count + 1)
-        slowest.append((1e3 * seconds, str(call.kernel)))
-    for milliseconds, text in sorted(slowest, reverse=True)[:12]:
-        print(f"  {milliseconds:8.4f} ms  {text}")
-    return sorted(((k, ms, n) for k, (ms, n) in totals.items()), key=lambda row: -row[1])
+
+def compiled(source: str, name: str, folder: Path, jobs: int) -> tuple[Path, float]:
+    """(the artifact, seconds that it took to compile; 0 where it was there)."""
+    weights, numerics = OURS[name]
+    path = folder / f"{Path(source).name}-{name}" / f"{name}.mpq"
+    if path.exists():
+        return path, 0.0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = denoiser.load(source)
+    chosen: dict[str, Any] = {"pipeline": PIPELINE.format(weights, numerics), "jobs": jobs}
+    if not model.conditioning.possible:  # no text encoder: random conditions, as the peers get
+        chosen["calibration"] = folder / f"{Path(source).name}.safetensors"
+        if not chosen["calibration"].exists():
+            from safetensors.torch import save_file
+
+            inputs = model.random_inputs(44, 0)  # every fourth but the last is kept to judge by
+            inputs["timestep"] = torch.linspace(999, 1, 44).round().to(inputs["timestep"].dtype)
+            save_file({n: t.contiguous() for n, t in inputs.items()}, chosen["calibration"])
+    start = time.perf_counter()
+    compiler.compile(model, path, **chosen)
+    return path, time.perf_counter() - start
+
+
+def measure(name: str, folder: Path, runs: int, rounds: int, against: list[str], jobs: int) -> dict[str, Any]:
+    """The document of a model: its artifacts, every run, and the ratios."""
+    source = save(name, folder)
+    paths, seconds = [], {}
+    for ours in OURS:
+        path, seconds[ours] = compiled(source, ours, folder, jobs)
+        paths.append(path)
+    found = []
+    for _ in range(runs):
+        found.append(bench.bench(paths, against, source, rounds=rounds, progress=terminal.progress))
+        bench.show(found[-1], kernels=False)
+        against = [row["name"] for row in found[-1]["rows"] if not row["name"].startswith("mpq")]
+    return {"model": name, "compile_s": seconds, "runs": found, **summary(found)}
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the issue of all runs is."""
+    names = [row["name"] for row in runs[0]["rows"]]
+    rows = {name: [next(r for r in run["rows"] if r["name"] == name) for run in runs] for name in names}
+
+    def ratio(slow: str, fast: str) -> float:
+        return round(statistics.median(row["speedup"][slow] for row in rows[fast]), 3)
+
+    speedup = {name: ratio(name, "mpq") for name in names if name != "mpq"}
+    eights = [name for name in INT8 if name in rows]
+    best = min(eights, key=speedup.__getitem__, default=None)
+    return {
+        "ms": {name: round(statistics.median(row["ms"] for row in rows[name]), 4) for name in names},
+        "sqnr_db": {name: rows[name][0]["sqnr_db"] for name in names},
+        "bytes": {name: rows[name][0]["bytes"] for name in names},
+        "speedup": speedup,
+        "best_int8": best and {"name": best, "speedup": speedup[best]},
+        "w4a8_against_w8a8": ratio("mpq", "mpq w4a8"),
+        "w4a8_bytes_against_int8": best and round(rows["mpq w4a8"][0]["bytes"] / rows[best][0]["bytes"], 3),
+        "fast_against_portable": ratio("mpq", "mpq w8a8-fast"),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="fashion-unet")
-    parser.add_argument("--target", action="append", help="default: every CPU target that this machine runs")
-    parser.add_argument("--weights", action="append", help="uniform formats; default int8 and int3")
-    parser.add_argument("--repeats", type=int, default=60)
-    parser.add_argument("--profile", action="store_true", help="also the time of each family of kernels")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--jobs", type=int, default=2, help="to compile with")
+    parser.add_argument("--against", default="torch,onnxruntime,openvino")
+    parser.add_argument("--folder", type=Path, help="for models and artifacts, kept between calls (default: temporary)")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where results go; those of other models stay")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    names = options.target or [
-        name
-        for name, row in targets.TARGETS.items()
-        if row.backend == "tvm" and row.implemented and not targets.missing_features(row)
-    ]
-    model = denoiser.load(options.model)
-    rows = []
-    for weights in options.weights or ("int8", "int3"):
-        chosen = compiler.Options(pipeline=PIPELINE.format(weights), target=names[0])
-        program, _, _, _ = compiler.lower(model, chosen)
-        for name in names:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, "model.mpq")
-                start = time.perf_counter()
-                _write(path, model, program, targets.resolve(name))
-                seconds = round(time.perf_counter() - start, 1)
-                for batch in BATCHES:
-                    row = {"target": name, "weights": weights, "build_s": seconds}
-                    row |= measure(model, path, batch, options.repeats)
-                    rows.append(row)
-                    cpu = (row["artifact"]["cpu_ms"], row["torch"]["cpu_ms"], row["ratio"]["cpu_ms"])
-                    print(f"{name} {weights} batch {batch}: artifact {cpu[0]} ms, torch {cpu[1]} ms, x{cpu[2]}")
-                    if options.profile:
-                        for kind, milliseconds, count in profile(path, model, batch, program):
-                            print(f"  {kind:12} {milliseconds:8.3f} ms in {count} calls")
-    if options.json:
-        document = {**provenance(), "model": options.model, "threads": 1, "rows": rows}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def _write(path: Path, model: denoiser.Denoiser, program: Any, target: targets.Target) -> None:
-    from mpq_compiler.backends.tvm.build import build
-
-    built = build(program, target, BATCHES, jobs=2)
-    manifest: dict[str, Any] = {
-        "name": model.name,
-        "target": {
-            "name": target.name,
-            "arch": target.arch,
-            "backend": target.backend,
-            "features": list(target.features),
-        },
-        "model": {"class": "Benchmark", "config": {}, "parameters": program.facts["parameters"]},
-        "functions": built.functions,
-        "prepare": built.prepare,
-        "tensors": built.entries,
-        "versions": {},
-    }
-    artifact.write(path, manifest, built.files, built.tensors)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.folder or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in options.model:
+            row = measure(name, folder, options.runs, options.rounds, options.against.split(","), options.jobs)
+            told = {key: row[key] for key in ("best_int8", "w4a8_against_w8a8", "fast_against_portable", "compile_s")}
+            print(f"{name}: {json.dumps(told)}", flush=True)
+            known = json.loads(options.json.read_text()) if options.json.exists() else {}
+            models = {m["model"]: m for m in known.get("models", ())} | {name: row}
+            document = {**provenance(), "models": [models[n] for n in MODELS if n in models]}
+            options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
