@@ -19,7 +19,7 @@ from torch import fx
 
 from mpq_compiler import ops, storage
 from mpq_compiler.aten import MOVEMENT, aten, is_pointwise
-from mpq_compiler.backends.tvm import emit_float, emit_movement, emit_packed, emit_pointwise, hoist
+from mpq_compiler.backends.tvm import emit_float, emit_movement, emit_packed, emit_pointwise, fuse, hoist
 from mpq_compiler.backends.tvm.emitter import Emitter, Epilogue, Preparation, Task, text, type_name
 from mpq_compiler.backends.tvm.lowered import BATCH, Function, Lowered, Value
 from mpq_compiler.errors import UserError
@@ -126,8 +126,10 @@ def _function(program: Program, batches: Sequence[int], preparation: Preparation
     if not output.batched or output.dtype != "float32" or shape[:1] != (BATCH,):
         kind = f"{output.dtype} {text(shape)}"
         raise UserError(f"the output '{output.name}' is {kind}, where a denoiser yields float32 [B, ...]")
-    calls = hoist.needed(e.calls, [output.name])
+    calls = hoist.needed(fuse.fuse(hoist.needed(e.calls, [output.name]), e.results, output.name), [output.name])
     parts, step = hoist.split(inputs, calls, output.name, e.results, suffix)
+    step = fuse.in_place(step, e.results, output.name)
+    calls = (*(call for part in parts for call in part.calls), *step)
     result = Value(output.name, shape, output.dtype)
     return Function(inputs, calls, result, tuple(sorted({*batches})), suffix, parts, step)
 

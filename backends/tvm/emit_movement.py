@@ -106,10 +106,18 @@ def _joined(e: Emitter, node: fx.Node, parts: Sequence[View], axis: int) -> Valu
             )
         )  # fmt: skip
         offset += view.extents[axis]
+    if len(sources) == 1 and all(_stays(copy) for copy in copies) and elements(sources[0].shape) == elements(shape):
+        return Value(sources[0].name, shape, sources[0].dtype)  # slices of one tensor, put together again
     problem = record(
         "movement.Movement", inputs=[s.shape for s in sources], shape=shape, copies=copies, dtype=sources[0].dtype
     )
     return _moved(e, node, problem, sources, shape)
+
+
+def _stays(copy: Record) -> bool:
+    """Whether the elements are copied to where they lie."""
+    fields = dict(copy.fields)
+    return (fields["source_offset"], fields["source_strides"]) == (fields["target_offset"], fields["target_strides"])
 
 
 def _sliced(e: Emitter, source: Any, axis: int, start: int, stop: int, step: int, name: str) -> Value:

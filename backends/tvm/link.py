@@ -6,6 +6,7 @@ module holds no code of kernels, only their signatures; the machine finds them i
 
 from __future__ import annotations
 
+import collections
 import math
 import platform
 import shutil
@@ -27,10 +28,12 @@ from mpq_compiler.errors import UserError
 from mpq_compiler.targets import Target
 
 PREPARE = "prepare"
+PAGE = 4096
+"""Bytes of a page of the machine's pool."""
 
 
-def link(lowered: Lowered, target: Target, objects: Sequence[Path], output: Path) -> None:
-    """Writes the library of the plan's functions and the kernels' objects.
+def link(lowered: Lowered, target: Target, objects: Sequence[Path], output: Path) -> dict[str, int]:
+    """Writes the library of the plan's functions and the kernels' objects; bytes of memory by function (`held_bytes`).
 
     The bytes depend on the plan, the objects and the versions of TVM and the linker, not on any path.
     UserError: there is no linker for the target.
@@ -44,6 +47,37 @@ def link(lowered: Lowered, target: Target, objects: Sequence[Path], output: Path
     options = ["-Wl,--strip-all", "-Wl,--build-id=none", "-Wl,-z,noexecstack"]
     compiler = cc.cross_compiler(linker(target), options=options)
     executable.mod.export_library(str(output), fcompile=compiler, addons=[str(path) for path in objects])
+    functions = {name.name_hint: f for name, f in module.functions.items() if isinstance(f, relax.Function)}
+    return {name: held_bytes(function) for name, function in functions.items()}
+
+
+def held_bytes(function: relax.Function) -> int:
+    """Memory that calls of a function keep for what they compute, the output included.
+
+    The machine's pool hands out blocks by their size in pages and takes them back after their last use.
+    """
+    sizes: dict[relax.Var, int] = {}
+    owned: dict[relax.Var, set[relax.Var]] = {}  # blocks that a block, tensor or tuple keeps in use
+    users: collections.Counter[relax.Var] = collections.Counter()
+    unused: collections.Counter[int] = collections.Counter()
+    held = 0
+    for binding in (binding for block in function.body.blocks for binding in block.bindings):
+        value, name = binding.value, getattr(getattr(binding.value, "op", None), "name", "")
+        read = value.args if isinstance(value, relax.Call) else getattr(value, "fields", [value])
+        if name == "relax.vm.alloc_storage":
+            sizes[binding.var] = size = -(-int(value.args[0].values[0]) // PAGE) * PAGE
+            held += 0 if unused[size] else size
+            unused[size] -= 1 if unused[size] else 0
+            owned[binding.var] = {binding.var}
+        elif name == "relax.vm.kill_object":
+            for block in owned.pop(value.args[0], set()):
+                users[block] -= 1
+                unused[sizes[block]] += not users[block]
+            continue
+        elif not isinstance(binding.var.ty, relax.TupleType) or binding.var.ty.fields:
+            owned[binding.var] = set().union(*(owned.get(v, set()) for v in read if isinstance(v, relax.Var)))
+        users.update(owned.get(binding.var, ()))
+    return held
 
 
 def linker(target: Target) -> str:
@@ -141,6 +175,14 @@ class _Builder:
         function, inputs, outputs = self.signatures[call.kernel]
         operands = dict(call.operands)
         arguments = [self._shaped(env[operands[a.name]], _sized(a.shape, batch)) for a in inputs]
+        if call.into:
+            (output,) = outputs
+            if call.into not in env:
+                shape, dtype = relax.ShapeExpr(_sized(output.shape, batch)), output.dtype
+                env[call.into] = self.builder.emit(relax.op.builtin.alloc_tensor(shape, dtype, 0))
+            target = self._shaped(env[call.into], _sized(output.shape, batch))
+            self.builder.emit(relax.Call(function, [*arguments, target]))
+            return
         types = [relax.TensorType(_sized(a.shape, batch), a.dtype) for a in outputs]
         made = self.builder.emit(relax.call_tir(function, arguments, types if len(types) > 1 else types[0]))
         names = dict(call.results)

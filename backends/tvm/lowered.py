@@ -96,12 +96,16 @@ class Value:
 
 @dataclass(frozen=True)
 class Call:
-    """A kernel applied: names of values by the names of the kernel's arguments. `node` is for messages."""
+    """A kernel applied: names of values by the names of the kernel's arguments. `node` is for messages.
+
+    into: the value of which this call writes a part, its one result; other calls write the other parts
+    """
 
     kernel: Kernel
     operands: tuple[tuple[str, str], ...]
     results: tuple[tuple[str, str], ...]
     node: str
+    into: str = ""
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,11 @@ def _pack_arguments(problem: Any, _: Isa) -> list[Argument]:
 
 
 TEMPLATES: dict[str, Template] = {
-    "gemm": Template(gemm.arguments, gemm.build),
+    "gemm": Template(
+        gemm.arguments,
+        gemm.build,
+        lambda problem, isa: 2 if problem.epilogue is not None and problem.epilogue.keeps else 1,
+    ),
     "prepare": Template(
         lambda problem, isa: [*prepare.inputs(problem), *prepare.outputs(problem, isa)],
         prepare.build,
@@ -70,7 +74,7 @@ TEMPLATES: dict[str, Template] = {
         lambda problem, isa, name: quantize.build(problem, name),
         lambda problem, isa: quantize.outputs(problem),
     ),
-    "norms": _portable(norms),
+    "norms": replace(_portable(norms), outputs=lambda problem, isa: norms.outputs(problem)),
     "attention": _portable(attention),
     "fast_attention": Template(
         lambda problem, isa: fast_attention.arguments(problem),

@@ -54,12 +54,18 @@ class Operand:
 
 @dataclass(frozen=True)
 class Epilogue:
-    """The steps behind an anchor, in order, and the operands they read."""
+    """The steps behind an anchor, in order, and the operands they read.
+
+    keeps: what the quantizer at the end reads is a result as well (of `gemm` only)
+    """
 
     steps: tuple[Step, ...] = ()
     operands: tuple[Operand, ...] = ()
+    keeps: bool = False
 
     def __post_init__(self) -> None:
+        if self.keeps and self.bits is None:
+            raise ValueError("without a quantizer at the end there is no second result")
         for i, step in enumerate(self.steps):
             if step.op == "quantize":
                 if i + 1 != len(self.steps) or step.value not in range(2, 9):

@@ -30,6 +30,7 @@ row by row.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -71,8 +72,8 @@ def arguments(problem: QuantMatmul, isa: Isa) -> list[Argument]:
     """The buffers of the kernel in calling order, the output last.
 
     ``x`` and ``group``; ``act_scale``, ``act_zero``; then what `prepare` makes, by its names; the epilogue's
-    operands, ``qscale`` and ``qzero`` where it quantizes; ``out``. Dynamic activations have no ``group``, but their
-    epilogue may.
+    operands, ``qscale`` and ``qzero`` where it quantizes; ``out``, and ``full``, what the quantizer reads, where the
+    epilogue keeps it. Dynamic activations have no ``group``, but their epilogue may.
     """
     tables = (BATCH, problem.rows) if problem.dynamic else (len(problem.segments), problem.groups)
     own = [
@@ -85,7 +86,9 @@ def arguments(problem: QuantMatmul, isa: Isa) -> list[Argument]:
     epilogue, shape = problem.epilogue or Epilogue(), problem.output_shape()
     theirs = epilogue_arguments(epilogue, shape[:-1], problem.outputs, problem.groups)
     own += [argument for argument in theirs if problem.dynamic or argument.name != "group"]
-    return [*own, Argument("out", shape, epilogue.out_dtype)]
+    kept = [Argument("full", shape)] if epilogue.keeps else []
+    written = shape if problem.into is None else (BATCH, problem.into[0])
+    return [*own, Argument("out", written, epilogue.out_dtype), *kept]
 
 
 def build(problem: QuantMatmul, isa: Isa, name: str) -> PrimFunc:
@@ -670,8 +673,17 @@ class _Kernel:
                     return buffer[at]
                 return T.masked_load(f"float32x{lanes}", buffer, at, mask)
 
-            y = apply(self.epilogue, y, load, quant)
-            self._store_live(y, m * p.outputs + n, live)
+            steps, at = self.epilogue.steps, m * p.outputs + n
+            if self.epilogue.keeps:
+                y = vmath.keep(apply(replace(self.epilogue, steps=steps[:-1], keeps=False), y, load))
+                self._store_live(self.b["full"], y, at, live)
+                steps = steps[-1:]
+            y = apply(replace(self.epilogue, steps=steps, keeps=False), y, load, quant)
+            if p.into is not None:
+                size, offset, row = p.into
+                sample = T.bind(_quotient(m, p.rows))
+                at = sample * size + (m - sample * p.rows) * row + (n + offset)
+            self._store_live(self.b["out"], y, at, live)
 
         # In the last block, registers behind the output's last channel are not stored, one perhaps in part.
         inner = T.bool(True) if w.blocks == 1 else self.block < w.blocks - 1
@@ -687,13 +699,13 @@ class _Kernel:
             else:
                 _when(inner, partial(vector, v, lanes))
 
-    def _store_live(self, value: Expr, at: Any, live: int) -> None:
+    def _store_live(self, out: Buffer, value: Expr, at: Any, live: int) -> None:
         """Stores the first `live` lanes of `value`.
 
         In parts of a power of two, since LLVM 22 writes four bytes for a masked store of one uint8 that was
         narrowed from int32.
         """
-        out, lanes = self.b["out"], self.isa.lanes
+        lanes = self.isa.lanes
         if live == lanes:
             store(out, value, span(at, lanes))
             return

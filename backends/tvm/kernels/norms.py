@@ -14,7 +14,7 @@ The first two apply ``(x - mean) * (gamma * rstd) + beta`` with one fused multip
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tvm import tirx
@@ -31,12 +31,16 @@ from mpq_compiler.backends.tvm.kernels.template import (
     Buffer,
     Buffers,
     Finish,
+    Shape,
     each_vector,
     epilogue_arguments,
     fold,
     partial,
     primfunc,
+    quantizer_arguments,
     scratch,
+    shared,
+    shares,
     span,
     store,
     width,
@@ -51,7 +55,12 @@ STEP = 4 * LANES  # channels that one pass over a block keeps in registers
 class GroupNorm:
     """y = epilogue(group_norm(x [B, positions, channels])), groups of neighbouring channels.
 
-    Arguments: x, gamma [channels] and beta [channels] where `affine`, the epilogue's, y.
+    parts: channels of x0, x1, ... where x is those tensors side by side; it is read where they lie
+    raw:   bits of the codes of x itself, which a quantizer of its own makes as a second result; its tables have
+           ``raw_groups`` entries
+
+    Arguments: x (or x0, x1, ...), gamma [channels] and beta [channels] where `affine`, the epilogue's, raw_scale,
+    raw_zero (and group, where the epilogue has none) where `raw`, y, raw.
     """
 
     positions: int
@@ -61,15 +70,23 @@ class GroupNorm:
     affine: bool = True
     epilogue: Epilogue = field(default_factory=Epilogue)
     time_groups: int = 1
+    parts: tuple[int, ...] = ()
+    raw: int | None = None
+    raw_groups: int = 1
 
     def __post_init__(self) -> None:
         if self.channels % self.groups:
             raise ValueError(f"{self.channels} channels do not divide into {self.groups} groups")
+        if self.parts and sum(self.parts) != self.channels:
+            raise ValueError(f"tensors of {self.parts} channels are not {self.channels} channels side by side")
 
 
 @dataclass(frozen=True)
 class LayerNorm:
     """y = epilogue(layer_norm(x [B, positions, channels])) over the channels of each row.
+
+    into: (elements of a sample, offset of the first row, from one row to the next) of a larger buffer, y then, of which
+          the result is a part
 
     Arguments: x, gamma [channels] where `scale`, beta [channels] where `shift`, the epilogue's, y.
     """
@@ -81,11 +98,14 @@ class LayerNorm:
     shift: bool = True
     epilogue: Epilogue = field(default_factory=Epilogue)
     time_groups: int = 1
+    into: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
 class RmsNorm:
     """y = epilogue(x / sqrt(mean(x^2) + eps) * gamma) over the channels of each row of x [B, positions, channels].
+
+    into: as of `LayerNorm`
 
     Arguments: x, gamma [channels] where `scale`, the epilogue's, y.
     """
@@ -96,6 +116,7 @@ class RmsNorm:
     scale: bool = True
     epilogue: Epilogue = field(default_factory=Epilogue)
     time_groups: int = 1
+    into: tuple[int, int, int] | None = None
 
 
 Norm = GroupNorm | LayerNorm | RmsNorm
@@ -106,12 +127,48 @@ def arguments(problem: Norm) -> list[Argument]:
     rows, channels = (BATCH, problem.positions), problem.channels
     has_gamma, has_beta = _affine(problem)
     return [
-        Argument("x", (*rows, channels)),
+        *(Argument(name, (*rows, count)) for name, count in _sources(problem)),
         *([Argument("gamma", (channels,))] if has_gamma else []),
         *([Argument("beta", (channels,))] if has_beta else []),
         *epilogue_arguments(problem.epilogue, rows, channels, problem.time_groups),
-        Argument("y", (*rows, channels), problem.epilogue.out_dtype),
+        *_raw_arguments(problem),
+        Argument("y", _written(problem), problem.epilogue.out_dtype),
+        *([Argument("raw", (*rows, channels), "uint8")] if outputs(problem) == 2 else []),
     ]
+
+
+def _written(problem: Norm) -> Shape:
+    into = None if isinstance(problem, GroupNorm) else problem.into
+    return (BATCH, problem.positions, problem.channels) if into is None else (BATCH, into[0])
+
+
+def _store_row(problem: LayerNorm | RmsNorm, y: Buffer, value: Expr, b: Any, s: Any, c: Any) -> None:
+    """Channels from c on of row s of sample b."""
+    lanes = vmath.lanes(value)
+    if problem.into is None:
+        store(y, value, b, s, span(c, lanes))
+    else:
+        _, offset, row = problem.into
+        store(y, value, b, span(s * row + (c + offset), lanes))
+
+
+def outputs(problem: Norm) -> int:
+    """How many of the arguments, the last ones, are results."""
+    return 2 if isinstance(problem, GroupNorm) and problem.raw is not None else 1
+
+
+def _sources(problem: Norm) -> list[tuple[str, int]]:
+    """Name and channels of the tensors that are normalized."""
+    parts = problem.parts if isinstance(problem, GroupNorm) else ()
+    return [(f"x{i}", count) for i, count in enumerate(parts)] or [("x", problem.channels)]
+
+
+def _raw_arguments(problem: Norm) -> list[Argument]:
+    if not isinstance(problem, GroupNorm) or problem.raw is None:
+        return []
+    scale, zero, group = quantizer_arguments(problem.raw, problem.raw_groups)
+    tables = [replace(scale, name="raw_scale"), replace(zero, name="raw_zero")]
+    return tables if problem.epilogue.bits is not None else [*tables, group]
 
 
 def build(problem: Norm, isa: str = "avx512vnni", name: str = "norm") -> PrimFunc:
@@ -139,63 +196,101 @@ def _affine(problem: Norm) -> tuple[bool, bool]:
 
 
 def _group_norm(problem: GroupNorm, batch: Any, buffers: Buffers) -> None:
-    channels = problem.channels
+    """Moments of blocks of rows, merged in order; then each row by itself. Both are shared among threads."""
+    channels, positions = problem.channels, problem.positions
     finish = Finish(problem.epilogue, buffers)
     # per channel: mean and centred sum of squares; then mean of the group and factor of the application
     mean, factor = scratch(channels), scratch(channels)
-    x, y = buffers["x"], buffers["y"]
+    y, nanoseconds = buffers["y"], positions * channels / 8
     with T.serial(0, batch) as b:
-        _channel_moments(problem, x, b, mean, factor)
+        _channel_moments(problem, b, buffers, mean, factor, nanoseconds)
         _merge_groups(problem, buffers, mean, factor)
-        quant = finish.quantizer(b)
-        with T.serial(0, problem.positions) as s:
+        with shares(1, positions, nanoseconds) as (_, begin, end):
+            quant = finish.quantizer(b)
+            raw = None
+            if problem.raw is not None:
+                group = T.bind(T.cast(buffers["group"][b], "int32"))
+                inverse = T.bind(vmath.reciprocal(buffers["raw_scale"][group]))
+                raw = inverse, T.bind(buffers["raw_zero"][group])
+            with T.serial(begin, end) as s:
+                for x, count, first in _parts(problem, buffers):
 
-            def apply(c: Any, lanes: int) -> None:
-                at = span(c, lanes)
-                shift = buffers["beta"][at] if problem.affine else f32(0.0, lanes)
-                value = fma(x[b, s, at] - mean[at], factor[at], shift)
-                store(y, finish(value, b, (s,), c, quant), b, s, at)
+                    def apply(c: Any, lanes: int, x: Buffer = x, first: int = first) -> None:
+                        at = span(first + c, lanes)
+                        shift = buffers["beta"][at] if problem.affine else f32(0.0, lanes)
+                        read = keep(x[b, s, span(c, lanes)])
+                        if raw is not None:
+                            store(buffers["raw"], vmath.quantize(read, *raw, int(problem.raw or 0)), b, s, at)
+                        value = fma(read - mean[at], factor[at], shift)
+                        store(y, finish(value, b, (s,), first + c, quant), b, s, at)
 
-            each_vector(channels, apply, STEP)
+                    each_vector(count, apply, STEP)
 
 
-def _channel_moments(problem: GroupNorm, x: Buffer, b: Any, mean: Buffer, m2: Buffer) -> None:
+def _parts(problem: GroupNorm, buffers: Buffers) -> list[tuple[Buffer, int, int]]:
+    """(tensor, its channels, number of the first of them) of what is normalized."""
+    sources = _sources(problem)
+    return [(buffers[n], count, sum(c for _, c in sources[:i])) for i, (n, count) in enumerate(sources)]
+
+
+def _channel_moments(
+    problem: GroupNorm, b: Any, buffers: Buffers, mean: Buffer, m2: Buffer, nanoseconds: float
+) -> None:
     """Mean and centred sum of squares of every channel of sample b."""
-    full, rest = divmod(problem.positions, ROWS)
+    channels, (full, rest) = problem.channels, divmod(problem.positions, ROWS)
+    blocks = full + bool(rest)
+    means, squares_of = (scratch(blocks * channels, heap=True) for _ in range(2))
 
-    def block(row: Any, rows: int, before: Expr | None, c: Any, lanes: int) -> None:
-        """Merges rows [row, row + rows) into those `before` (their number as a float; None at the start)."""
-        at = span(c, lanes)
-        total, squares = scratch(lanes), scratch(lanes)
-        local = span(0, lanes)
-        store(total, f32(0.0, lanes), local)
-        store(squares, f32(0.0, lanes), local)
-        with T.serial(1, rows) as r:
-            distance = keep(x[b, row + r, at] - x[b, row, at])
-            store(total, total[local] + distance, local)
-            store(squares, fma(distance, distance, squares[local]), local)
-        shift = keep(mul(total[local], f32(1.0 / rows, lanes)))
-        block_mean = keep(x[b, row, at] + shift)
-        block_m2 = keep(fma(vmath.neg(shift), total[local], squares[local]))
-        if before is None:
-            store(mean, block_mean, at)
-            store(m2, block_m2, at)
-            return
+    def block(number: Any, rows: int) -> None:
+        """Moments of a block of rows about its first row."""
+        row = T.bind(number * ROWS)
+        for x, count, first in _parts(problem, buffers):
+
+            def moments(c: Any, lanes: int, x: Buffer = x, first: int = first) -> None:
+                own, at = span(c, lanes), span(number * channels + (first + c), lanes)
+                total, squares = scratch(lanes), scratch(lanes)
+                local = span(0, lanes)
+                store(total, f32(0.0, lanes), local)
+                store(squares, f32(0.0, lanes), local)
+                with T.serial(1, rows) as r:
+                    distance = keep(x[b, row + r, own] - x[b, row, own])
+                    store(total, total[local] + distance, local)
+                    store(squares, fma(distance, distance, squares[local]), local)
+                shift = keep(mul(total[local], f32(1.0 / rows, lanes)))
+                store(means, x[b, row, own] + shift, at)
+                store(squares_of, fma(vmath.neg(shift), total[local], squares[local]), at)
+
+            each_vector(count, moments, STEP)
+
+    if full:
+        with shared(nanoseconds) as team, team.loop(0, full) as i:
+            block(i, ROWS)
+    if rest:
+        block(full, rest)
+
+    def merge(number: Any, rows: int, before: Expr) -> None:
+        """Merges a block into those before, ``before`` rows."""
         weight = keep(vmath.div(f32(float(rows), 1), before + f32(float(rows), 1)))
-        delta = keep(block_mean - mean[at])
-        store(mean, fma(delta, splat(weight, lanes), mean[at]), at)
-        between = mul(delta, splat(mul(weight, before), lanes))
-        store(m2, fma(delta, between, m2[at] + block_m2), at)
 
-    first = ROWS if full else rest
-    each_vector(problem.channels, lambda c, lanes: block(0, first, None, c, lanes), STEP)
+        def each(c: Any, lanes: int) -> None:
+            at, own = span(c, lanes), span(number * channels + c, lanes)
+            delta = keep(means[own] - mean[at])
+            store(mean, fma(delta, splat(weight, lanes), mean[at]), at)
+            between = mul(delta, splat(mul(weight, before), lanes))
+            store(m2, fma(delta, between, m2[at] + squares_of[own]), at)
+
+        _each_part(channels, each)
+
+    def begin(c: Any, lanes: int) -> None:
+        store(mean, means[span(c, lanes)], span(c, lanes))
+        store(m2, squares_of[span(c, lanes)], span(c, lanes))
+
+    each_vector(channels, begin, STEP)
     if full > 1:
         with T.serial(1, full) as i:
-            before = T.bind(T.cast(i * ROWS, "float32"))
-            _each_part(problem.channels, lambda c, lanes: block(i * ROWS, ROWS, before, c, lanes))
+            merge(i, ROWS, T.bind(T.cast(i * ROWS, "float32")))
     if full and rest:
-        before = f32(float(full * ROWS), 1)
-        _each_part(problem.channels, lambda c, lanes: block(full * ROWS, rest, before, c, lanes))
+        merge(full, rest, f32(float(full * ROWS), 1))
 
 
 def _each_part(extent: int, body: Any) -> None:
@@ -251,9 +346,9 @@ def _layer_norm(problem: LayerNorm, batch: Any, buffers: Buffers) -> None:
     channels = problem.channels
     finish = Finish(problem.epilogue, buffers)
     x, y = buffers["x"], buffers["y"]
-    with T.serial(0, batch) as b:
+    with shares(batch, problem.positions, problem.positions * channels / 4) as (b, first, end):
         quant = finish.quantizer(b)
-        with T.serial(0, problem.positions) as s:
+        with T.serial(first, end) as s:
             inverse = f32(1.0 / channels, 1)
             total = _row_sum(channels, x, (b, s), lambda value, mask, total: total + value)
             mean = keep(mul(total, inverse))
@@ -275,7 +370,7 @@ def _layer_norm(problem: LayerNorm, batch: Any, buffers: Buffers) -> None:
                     factor = mul(factor, buffers["gamma"][at])
                 shift = buffers["beta"][at] if problem.shift else f32(0.0, lanes)
                 value = fma(x[b, s, at] - splat(mean, lanes), factor, shift)
-                store(y, finish(value, b, (s,), c, quant), b, s, at)
+                _store_row(problem, y, finish(value, b, (s,), c, quant), b, s, c)
 
             each_vector(channels, apply)
 
@@ -284,9 +379,9 @@ def _rms_norm(problem: RmsNorm, batch: Any, buffers: Buffers) -> None:
     channels = problem.channels
     finish = Finish(problem.epilogue, buffers)
     x, y = buffers["x"], buffers["y"]
-    with T.serial(0, batch) as b:
+    with shares(batch, problem.positions, problem.positions * channels / 4) as (b, first, end):
         quant = finish.quantizer(b)
-        with T.serial(0, problem.positions) as s:
+        with T.serial(first, end) as s:
             squares = _row_sum(channels, x, (b, s), lambda value, mask, total: fma(value, value, total))
             mean = mul(squares, f32(1.0 / channels, 1))
             rstd = keep(vmath.rsqrt(mean + f32(problem.eps, 1)))
@@ -295,7 +390,7 @@ def _rms_norm(problem: RmsNorm, batch: Any, buffers: Buffers) -> None:
                 value = mul(x[b, s, span(c, lanes)], splat(rstd, lanes))
                 if problem.scale:
                     value = mul(value, buffers["gamma"][span(c, lanes)])
-                store(y, finish(value, b, (s,), c, quant), b, s, span(c, lanes))
+                _store_row(problem, y, finish(value, b, (s,), c, quant), b, s, c)
 
             each_vector(channels, apply)
 

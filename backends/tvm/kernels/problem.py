@@ -55,6 +55,8 @@ class QuantMatmul:
     has_bias:       there is a bias
     epilogue:       what happens to the result before it is stored
     rank:           of the input: 4 for [B,H,W,C], 3 for [B,H,C], 2 for [B,C]
+    into:           (elements of a sample, offset of the first row, from one row to the next) of a larger buffer, of
+                    which the result is a part
     """
 
     height: int
@@ -73,6 +75,7 @@ class QuantMatmul:
     has_bias: bool = True
     epilogue: Epilogue | None = None
     rank: int = 4
+    into: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -146,6 +149,7 @@ class QuantMatmul:
         return ("B", *(self.height, self.width)[: self.rank - 2], self.channels)
 
     def output_shape(self) -> Shape:
+        """Of the result; that of the buffer it is written to is [B, into[0]] where `into` is given."""
         return ("B", *(self.out_height, self.out_width)[: self.rank - 2], self.outputs)
 
 

@@ -22,8 +22,11 @@ from mpq_compiler.backends.tvm.kernels.template import (
     quantizer,
     quantizer_arguments,
     scratch,
+    shares,
+    some_vectors,
     span,
     store,
+    vectors,
 )
 
 SMALLEST_SCALE = 2.0**-24
@@ -39,11 +42,13 @@ class Quantize:
     shape:   of one sample
     bits:    of a code
     groups:  G, number of time groups
+    parts:   channels (of the last dimension) of x0, x1, ... where x is those tensors side by side
     """
 
     shape: tuple[int, ...]
     bits: int = 8
     groups: int = 1
+    parts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,9 @@ def arguments(problem: Problem) -> list[Argument]:
             Argument("zero", rows, "uint8"),
         ]
     shape: Shape = (BATCH, *problem.shape)
+    parts = [Argument(f"x{i}", (*shape[:-1], count)) for i, count in enumerate(problem.parts)]
     return [
-        Argument("x", shape),
+        *(parts or [Argument("x", shape)]),
         *quantizer_arguments(problem.bits, problem.groups),
         Argument("out", shape, "uint8"),
     ]
@@ -118,10 +124,13 @@ def build(problem: Problem, name: str) -> PrimFunc:
 
 
 def _quantize(problem: Quantize, batch: Any, buffers: Buffers) -> None:
+    if problem.parts:
+        _quantize_parts(problem, batch, buffers)
+        return
     size = math.prod(problem.shape)
     x = T.decl_buffer((batch * size,), "float32", data=buffers["x"].data)
     out = T.decl_buffer((batch * size,), "uint8", data=buffers["out"].data)
-    with T.serial(0, batch) as sample:
+    with shares(batch, vectors(size, LANES), size / 16) as (sample, first, end):
         scale, zero = quantizer(buffers, sample)
         inverse = T.bind(vmath.reciprocal(scale))
 
@@ -129,7 +138,31 @@ def _quantize(problem: Quantize, batch: Any, buffers: Buffers) -> None:
             at = span(sample * size + start, lanes)
             store(out, vmath.quantize(x[at], inverse, zero, problem.bits), at)
 
-        each_vector(size, vector, LANES)
+        some_vectors(size, first, end, vector, LANES)
+
+
+def _quantize_parts(problem: Quantize, batch: Any, buffers: Buffers) -> None:
+    """Row by row, of every part its channels."""
+    rows, width = math.prod(problem.shape[:-1]), problem.shape[-1]
+    names = [f"x{i}" for i in range(len(problem.parts))]
+    x = {
+        name: T.decl_buffer((batch * rows * count,), "float32", data=buffers[name].data)
+        for name, count in zip(names, problem.parts, strict=True)
+    }
+    out = T.decl_buffer((batch * rows * width,), "uint8", data=buffers["out"].data)
+    with shares(batch, rows, rows * width / 8) as (sample, begin, end):
+        scale, zero = quantizer(buffers, sample)
+        inverse = T.bind(vmath.reciprocal(scale))
+        with T.serial(begin, end) as r:
+            row, first = T.bind(sample * rows + r), 0
+            for name, count in zip(names, problem.parts, strict=True):
+
+                def vector(start: Any, lanes: int, name: str = name, count: int = count, first: int = first) -> None:
+                    codes = vmath.quantize(x[name][span(row * count + start, lanes)], inverse, zero, problem.bits)
+                    store(out, codes, span(row * width + (first + start), lanes))
+
+                each_vector(count, vector, LANES)
+                first += count
 
 
 def _dynamic(problem: DynamicQuantize, batch: Any, buffers: Buffers) -> None:
@@ -138,7 +171,7 @@ def _dynamic(problem: DynamicQuantize, batch: Any, buffers: Buffers) -> None:
     x = T.decl_buffer((batch * rows * width,), "float32", data=buffers["x"].data)
     out = T.decl_buffer((batch * rows * width,), "uint8", data=buffers["out"].data)
     zero = vmath.f32(0.0, 1)
-    with T.serial(0, batch) as sample, T.serial(0, rows) as row:
+    with shares(batch, rows, rows * width / 5) as (sample, begin, end), T.serial(begin, end) as row:
         first = T.bind((sample * rows + row) * width)
         low, high = _range(x, first, width)
         scale = vmath.keep(vmath.at_least(vmath.div(high - low, vmath.f32(top, 1)), vmath.f32(SMALLEST_SCALE, 1)))

@@ -8,11 +8,24 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import tvm
 
 from mpq_compiler.backends.tvm.kernels import norms
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.norms import GroupNorm, LayerNorm, Norm, RmsNorm
-from tests.float_kernels import TARGETS, Case, Suite, error, quantized, quantizer_inputs, random_inputs, same_bits
+from tests.float_kernels import (
+    TARGETS,
+    Case,
+    Suite,
+    error,
+    quantized,
+    quantizer_inputs,
+    random_inputs,
+    same_bits,
+    shape_of,
+    tvm_target,
+    unavailable,
+)
 
 SILU = Epilogue((Step("silu"),))
 MODULATE = Epilogue(
@@ -91,8 +104,31 @@ def _quantizing(name: str) -> tuple[Norm, list[np.ndarray]]:
     return replace(problem, epilogue=epilogue, time_groups=GROUPS), [*_inputs(name), *tables]
 
 
+def _in_parts(name: str, *parts: int) -> Case:
+    """The same problem, of tensors side by side."""
+    x, *others = _inputs(name)
+    pieces = np.split(x, np.cumsum(parts)[:-1], axis=-1)
+    return _case(replace(PROBLEMS[name], parts=parts), [*(np.ascontiguousarray(p) for p in pieces), *others])
+
+
+def _into(name: str, rows: int) -> Case:
+    """The same problem, written to some rows (less than 0: some channels) of a larger buffer; see test_in_place."""
+    problem = PROBLEMS[name]
+    channels = problem.channels
+    row = channels if rows >= 0 else channels + 5
+    size = (problem.positions + max(rows, 0) + 1) * row
+    return _case(replace(problem, into=(size, rows * channels if rows >= 0 else 3, row)), _inputs(name))
+
+
+PARTS = {
+    "gn 14x14x96 in parts": _in_parts("gn 14x14x96", 64, 32),
+    "gn 17x23x33 groups of 3 in parts": _in_parts("gn 17x23x33 groups of 3", 16, 13, 4),
+}
+PLACES = {"ln 33": 2, "ln 64": -1, "rms 64": 0, "rms 13": -1}
 SUITE = Suite(
     {name: _case(problem, _inputs(name)) for name, problem in PROBLEMS.items()}
+    | PARTS
+    | {f"{name} in place": _into(name, rows) for name, rows in PLACES.items()}
     | {name: _case(problem, _hard_inputs(problem), 5) for name, problem in HARD.items()}
     | {f"{name} quantized": _case(*_quantizing(name)) for name in QUANTIZED}
 )
@@ -106,6 +142,25 @@ def test_same_bits(target: str) -> None:
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_against_float64(name: str) -> None:
     assert error(SUITE.first[name], _exact(PROBLEMS[name], _inputs(name))) <= 2e-6
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_tensors_side_by_side_are_read_where_they_lie(name: str) -> None:
+    assert same_bits(SUITE.first[name], SUITE.first[name.removesuffix(" in parts")])
+
+
+@pytest.mark.parametrize(("name", "rows"), PLACES.items())
+def test_in_place(name: str, rows: int) -> None:
+    """The part is written, and no other byte of the buffer."""
+    problem, buffer = PROBLEMS[name], SUITE.first[f"{name} in place"].copy()
+    channels = problem.channels
+    row = channels if rows >= 0 else channels + 5
+    offset = rows * channels if rows >= 0 else 3
+    taken = offset + np.arange(problem.positions)[:, None] * row + np.arange(channels)
+    part = buffer[:, taken]
+    assert same_bits(np.ascontiguousarray(part), SUITE.first[name])
+    buffer[:, taken] = np.frombuffer(b"\xa5" * 4, np.float32)
+    assert (buffer.view(np.uint8) == 0xA5).all()
 
 
 @pytest.mark.parametrize("name", HARD)
@@ -144,6 +199,28 @@ def test_samples_are_independent_and_nan_stays_in_its_own(name: str) -> None:
     assert clean == spoiled_rows[..., -size:].size
 
 
+@pytest.mark.parametrize("quantizes", [False, True])
+def test_codes_of_what_is_normalized(quantizes: bool) -> None:
+    """A second result beside the first: two quantizers of one tensor, with time groups of their own."""
+    if reason := unavailable(TARGETS[0]):
+        pytest.skip(reason)
+    plain, inputs = _quantizing("gn 14x14x96") if quantizes else (PROBLEMS["gn 14x14x96"], _inputs("gn 14x14x96"))
+    x, *others = inputs
+    scale, zero, group = quantizer_inputs(x, GROUPS, 6, 3)
+    group = others[-1] if quantizes else group
+    problem = replace(plain, parts=(16, 80), raw=6, raw_groups=GROUPS)
+    module = tvm.compile(tvm.IRModule({"f": norms.build(problem, TARGETS[0], "f")}), target=tvm_target(TARGETS[0]))
+    made = [np.empty(shape_of(a, BATCH), a.dtype) for a in norms.arguments(problem)[-2:]]
+    given = [x[..., :16].copy(), x[..., 16:].copy(), *others, scale, zero, *([] if quantizes else [group]), *made]
+    tensors = [tvm.runtime.tensor(array) for array in given]
+    module["f"](*tensors)
+    y, raw = (tensor.numpy() for tensor in tensors[-2:])
+    assert same_bits(y, SUITE.outputs(TARGETS[0])["gn 14x14x96 quantized" if quantizes else "gn 14x14x96"])
+    assert (raw == quantized(x, scale, zero, group, 6)).all() and len(np.unique(raw)) > 30
+
+
 def test_groups_must_divide_the_channels() -> None:
     with pytest.raises(ValueError, match="33 channels do not divide into 4 groups"):
         GroupNorm(10, 33, 4)
+    with pytest.raises(ValueError, match=r"tensors of \(16, 16\) channels are not 33 channels side by side"):
+        GroupNorm(10, 33, 3, parts=(16, 16))

@@ -27,6 +27,11 @@ from tests.shapes import concrete, dynamic_quantize, quantize, seed
 
 SHAPES = ((1,), (3,), (16,), (63,), (64,), (65,), (7, 7, 48), (5, 333))
 PROBLEMS = [Quantize(shape, bits, groups) for shape in SHAPES for bits, groups in ((8, 1), (6, 3), (4, 2))]
+PARTS = [
+    Quantize((49, 48), 8, 3, parts=(32, 16)),
+    Quantize((5, 333), 6, 2, parts=(200, 64, 69)),
+    Quantize((1, 3), parts=(1, 2)),
+]
 
 
 def data(problem: Quantize, batch: int) -> dict[str, np.ndarray]:
@@ -41,7 +46,13 @@ def data(problem: Quantize, batch: int) -> dict[str, np.ndarray]:
     special = np.array([np.inf, -np.inf, 0.0, -0.0, 3e38, -3e38, 1e-45], np.float32)
     x.reshape(-1)[:: max(1, x.size // 7)] = np.resize(special, x.reshape(-1)[:: max(1, x.size // 7)].shape)
     zero = np.resize(np.array([0, top, top // 3]), problem.groups).astype(np.int32)
-    return {"x": x, "qscale": scale, "qzero": zero, "group": group}
+    tables = {"qscale": scale, "qzero": zero, "group": group}
+    return {"x": x, **tables} if not problem.parts else {**_split(x, problem.parts), **tables}
+
+
+def _split(x: np.ndarray, parts: Sequence[int]) -> dict[str, np.ndarray]:
+    pieces = np.split(x, np.cumsum(parts)[:-1], axis=-1)
+    return {f"x{i}": np.ascontiguousarray(piece) for i, piece in enumerate(pieces)}
 
 
 def run(name: str, calls: Sequence[tuple[Problem, dict[str, np.ndarray]]]) -> list[np.ndarray]:
@@ -68,9 +79,10 @@ def run(name: str, calls: Sequence[tuple[Problem, dict[str, np.ndarray]]]) -> li
 
 @pytest.mark.parametrize("name", [*X86, AARCH64])
 def test_quantize(name):
-    calls = [(problem, data(problem, batch)) for problem in PROBLEMS for batch in (1, 4)]
+    calls = [(problem, data(problem, batch)) for problem in [*PROBLEMS, *PARTS] for batch in (1, 4)]
     for (problem, d), got in zip(calls, run(name, calls), strict=True):
-        wanted = quantize(d["x"], d["qscale"], d["qzero"], d["group"], problem.bits)
+        x = np.concatenate([value for key, value in d.items() if key.startswith("x")], axis=-1)
+        wanted = quantize(x, d["qscale"], d["qzero"], d["group"], problem.bits)
         assert_same_bits(got, wanted, problem)
 
 
