@@ -15,7 +15,7 @@ FEATURES: dict[str, tuple[str, ...]] = {F32: (), BF16: ("avx512_bf16",), INT8: (
 PACKED = {BF16: 2, INT8: 4}
 """Values in a word of 32 bits."""
 
-KEY_BLOCK = 64
+KEY_BLOCK = 96
 """Keys that share a scale of K, and a scale of P for each query."""
 
 def ready_shapes(kind: str, keys: int, heads: int, dim: int) -> dict[str, tuple[tuple[int, ...], str]]:

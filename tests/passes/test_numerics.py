@@ -36,11 +36,11 @@ def test_eight_bits_where_they_cost_little() -> None:
 
 def test_the_noise_allowed_decides() -> None:
     """With room for all in bfloat16 and one in 8 bits, that is what is chosen; with none, nothing is."""
-    _, said, _ = _after(Numerics(mode="fast", inputs=3))
+    _, said, _ = _after(Numerics(mode="fast", inputs=3, noise=1e-9))
     losses = said["losses"]
     least = min(losses.values(), key=lambda loss: loss[INT8])
     room = sum(loss[BF16] for loss in losses.values()) + least[INT8] - least[BF16]
-    share = Numerics.noise * room / said["most"]
+    share = 1e-9 * room / said["most"]
     chosen, tight, _ = _after(Numerics(mode="fast", inputs=3, noise=1.0001 * share))
     assert sum(tight["losses"][name][kind] for name, kind in chosen.items()) <= tight["most"]
     assert len(chosen) == 4 and sorted(chosen.values())[:2] == [BF16, BF16] and INT8 in chosen.values()

@@ -35,6 +35,7 @@ from mpq_compiler.backends.tvm.kernels.template import (
     fold,
     primfunc,
     scratch,
+    shares,
     span,
     store,
 )
@@ -64,6 +65,10 @@ class Ready:
     dim: int
     numerics: str
 
+    @property
+    def channels(self) -> int:
+        return self.heads * self.dim
+
 
 def outputs(problem: FastAttention | Ready) -> list[Argument]:
     """Of `Ready`."""
@@ -79,7 +84,7 @@ def results(problem: FastAttention | Ready) -> int:
 def arguments(problem: FastAttention | Ready) -> list[Argument]:
     """The kernel's buffers in calling order, outputs last."""
     if isinstance(problem, Ready):
-        rows = (BATCH, problem.keys, problem.heads * problem.dim)
+        rows = (BATCH, problem.keys, problem.channels)
         return [Argument("k", rows), Argument("v", rows), *outputs(problem)]
     query, _, _, *rest = of_floats(problem)
     return [query, *outputs(problem), *rest]
@@ -150,6 +155,14 @@ def _four(codes: list[Any]) -> Any:
     return word
 
 
+_MAGIC_BITS = 0x4B400000
+
+
+def _int32(value: int) -> int:
+    """The value modulo 2^32, as signed."""
+    return (value + 2**31) % 2**32 - 2**31
+
+
 def _magnitude(x: Any) -> Any:
     """|x| as an integer that is ordered as the floats are, NaN above all."""
     return tirx.bitwise_and(as_int(x), i32(0x7FFFFFFF, lanes(x)))
@@ -169,6 +182,12 @@ def _code(x: Any, inverse: Any) -> Any:
     return as_int(mul(x, splat(inverse, lanes(x))) + f32(MAGIC, lanes(x)))
 
 
+def _power(x: Any) -> Any:
+    """2^x for x <= 126, coarse: next to nothing below -126. NaN gives NaN where its lowest bits are 0."""
+    x = keep(vmath.at_least(x, f32(-126.0, lanes(x))))
+    return vmath.exp2_unchecked(x, coefficients=numerics.EXP2_COARSE)
+
+
 def _every(vector: Any, step: int, first: int) -> Any:
     """Lanes first, first + step, ..."""
     return tirx.Shuffle([vector], [tirx.IntImm("int32", i) for i in range(first, lanes(vector), step)])
@@ -184,7 +203,8 @@ class _Ready:
         self.problem, self.buffers = problem, buffers
 
     def emit(self, batch: Any) -> None:
-        with T.serial(0, batch) as b, T.serial(0, self.problem.heads) as h:
+        p = self.problem
+        with shares(batch, p.heads, p.keys * p.channels / 4) as (b, first, end), T.serial(first, end) as h:
             self._emit_keys(b, h)
             self._emit_values(b, h)
 
@@ -402,11 +422,16 @@ class _Bfloat16(_Fast):
 
         def weight(key: Any) -> Any:
             score = self.score[span(key * self.width, self.width)]
-            value = keep(vmath.exp2_nonpositive(score - new[wide], numerics.EXP2_COARSE))
+            value = keep(_power(score - new[wide]))
             store(self.total, self.total[wide] + value, wide)
             return as_int(value) + i32(0x8000, self.width)  # to nearest: of ties, which are rare, all go up
 
-        self._weight_words(size, weight, _Bfloat16Ready._join)
+        def join(values: list[Any]) -> Any:
+            low = tirx.shift_right(values[0], i32(16, self.width))  # weights are positive
+            high = [tirx.bitwise_and(value, i32(-0x10000, self.width)) for value in values[1:]]
+            return tirx.bitwise_or(low, high[0]) if high else low
+
+        self._weight_words(size, weight, join)
 
     def _weigh(self, total: Any, weights: Any, values: Any) -> Any:
         return dot_bfloat16(total, weights, values)
@@ -444,7 +469,7 @@ class _Codes(_Fast):
         def value(d: Any, j: int) -> Any:
             at = self._at(0, j)
             code = keep(_code(self.query[self._at(d, j)], inverse[at]))
-            store(self.offset, self.offset[at] + code - as_int(f32(MAGIC, LANES)), at)
+            store(self.offset, self.offset[at] + code - i32(_MAGIC_BITS, LANES), at)
             return code
 
         self._query_words(value, _four)
@@ -483,19 +508,28 @@ class _Codes(_Fast):
     def _weights(self, size: int, new: Any) -> None:
         self._rescale(new)
         wide = span(0, self.width)
-        shifted, part = scratch(self.width), scratch(self.width)
+        shifted, part = scratch(self.width), scratch(self.width, "int32")
         store(shifted, new[wide] - f32(log2(255), self.width), wide)
-        store(part, f32(0.0, self.width), wide)
+        store(part, i32(0, self.width), wide)
 
         def weight(key: Any) -> Any:
             score = self.score[span(key * self.width, self.width)]
-            value = vmath.exp2_nonpositive(score - shifted[wide], numerics.EXP2_COARSE)
-            rounded = keep(value + f32(MAGIC, self.width))
-            store(part, part[wide] + (rounded - f32(MAGIC, self.width)), wide)
-            return as_int(rounded)
+            return as_int(_power(score - shifted[wide]) + f32(MAGIC, self.width))
 
-        self._weight_words(size, weight, _four)
-        store(self.total, fma(part[wide], self.merge[wide], mul(self.total[wide], self.rescale[wide])), wide)
+        def join(codes: list[Any]) -> Any:
+            """The codes, 0 to 255 above the bits of MAGIC, shifted into place and added: none carries."""
+            places = range(len(codes))
+            total = sum((tirx.shift_left(codes[i], i32(8 * i, self.width)) for i in places[1:]), codes[0])
+            return total - i32(_int32(sum(_MAGIC_BITS << 8 * i for i in places)), self.width)
+
+        self._weight_words(size, weight, join)
+        with T.serial(0, -(-size // self._packed)) as word:
+            for j in range(self.vectors):
+                ones = i32(0x01010101, LANES)
+                total = _dot_codes(part[self._at(0, j)], self.words[self._at(word, j)], ones)
+                store(part, total, self._at(0, j))
+        summed = vmath.cast(part[wide], "float32")
+        store(self.total, fma(summed, self.merge[wide], mul(self.total[wide], self.rescale[wide])), wide)
 
     def _weigh(self, total: Any, weights: Any, values: Any) -> Any:
         return _dot_codes(total, weights, values)

@@ -265,21 +265,21 @@ def _exp2_of_product(
     return let(polynomial(r, coefficients), "p"), t
 
 
-def _exp2_unchecked(x: Expr, factor: float) -> Expr:
+def exp2_unchecked(x: Expr, factor: float = 1.0, coefficients: Sequence[float] = EXP2) -> Expr:
     """2^(x*factor) for |x*factor| <= 126, by adding to the exponent field. NaN payloads may be lost: for
     callers in which NaN reaches the result by another way."""
     let = Lets()
     x = let(x, "x")
-    p, t = _exp2_of_product(let, x, factor)
+    p, t = _exp2_of_product(let, x, factor, coefficients)
     return let.close(as_float(as_int(p) + tirx.shift_left(as_int(t), i32(23, lanes(x)))))
 
 
-def exp2_nonpositive(x: Expr, coefficients: Sequence[float] = EXP2) -> Expr:
-    """2^x for x <= 0 (up to 126), as softmax needs it: below -126 it saturates at 2^-126; NaN to NaN."""
+def exp2_nonpositive(x: Expr) -> Expr:
+    """2^x for x <= 0, as softmax needs it: below -126 it saturates at 2^-126; NaN to NaN."""
     let = Lets()
     count = lanes(x)
     x = let(at_least(x, f32(-126.0, count)), "x")
-    p, t = _exp2_of_product(let, x, 1.0, coefficients)
+    p, t = _exp2_of_product(let, x, 1.0)
     power = tirx.shift_left(as_int(t), i32(23, count)) + i32(127 << 23, count)
     return let.close(mul(p, as_float(power)))
 
@@ -332,7 +332,7 @@ def silu(x: Expr) -> Expr:
     let = Lets()
     count = lanes(x)
     x = let(at_least(x, f32(-87.0, count)), "x")
-    e = _exp2_unchecked(at_most(x, f32(87.0, count)), -LOG2_E)
+    e = exp2_unchecked(at_most(x, f32(87.0, count)), -LOG2_E)
     return let.close(div(x, f32(1.0, count) + e))
 
 
@@ -344,7 +344,7 @@ def gelu_tanh(x: Expr) -> Expr:
     x = let(at_least(x, f32(-10.0, count)), "x")
     y = let(at_most(x, f32(10.0, count)), "y")
     u = mul(y, fma(mul(y, y), f32(a * 0.044715, count), f32(a, count)))
-    return let.close(div(x, f32(1.0, count) + _exp2_unchecked(u, -1.0)))
+    return let.close(div(x, f32(1.0, count) + exp2_unchecked(u, -1.0)))
 
 
 ERF_NUMERATOR = (-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05,
