@@ -79,6 +79,8 @@ class Options:
     """"portable": the same bits on every CPU target; "fast": also bfloat16 and 8 bits in attentions. By default the
     recipe's, which is portable."""
     seed: int = 0
+    threads: int | None = None
+    """Of a call of the artifact, where whoever loads it says nothing else; by default every core it finds then."""
     jobs: int = 1
     cache: Path | None = None
     dumps: Path | None = None
@@ -97,6 +99,8 @@ class Report:
     layers: list[dict[str, Any]]
     artifact: dict[str, Any]
     calibration: dict[str, Any]
+    memory: dict[str, Any] | None
+    """The manifest's entry (docs/artifact.md), for the targets that have one."""
     target: str
     recipe: str
     pipeline: str
@@ -302,6 +306,8 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
             "or a denoiser in memory as mpq_compiler.denoiser.wrap(module)"
         )
     chosen = Options(**options)
+    if chosen.threads is not None and chosen.threads < 1:
+        raise UserError(f"threads is {chosen.threads}; it must be at least 1")
     target = targets.resolve(chosen.target)
     targets.require_implemented(target)
     backend = _backend(target)
@@ -332,6 +338,10 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
             manifest["prepare"] = built.prepare
         if built.parts:
             manifest["parts"] = built.parts
+        if built.memory is not None:
+            manifest["memory"] = built.memory
+        if chosen.threads is not None:
+            manifest["threads"] = chosen.threads
         kernels = schedule.describe(program, built.facts.get("schedule", ()))
         decided = decisions.encode(decisions.document(program, schedule.by_layer(kernels)))
         files = {**built.files, artifact.IR: printer.text(program).encode(), artifact.DECISIONS: decided}
@@ -349,7 +359,7 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
         disagreements = [*_disagreements(output, target, denoiser, others)]
     asked = (chosen.steps, chosen.guidance, chosen.scheduler or chosen.prediction_type)
     differences = [] if chosen.calibration is None else recording.notes(denoiser, chosen.calibration, *asked)
-    notes = [*denoiser.notes, *differences, *program.facts.get("notes", ())]
+    notes = [*denoiser.notes, *differences, *program.facts.get("notes", ()), *built.facts.get("notes", ())]
     rows = len(planned.facts["calibration"].timesteps)
     if rows < ENOUGH_ROWS:
         notes.append(
@@ -377,6 +387,7 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
         layers=layer_rows(planned),
         artifact={"bytes": size, "sha256": complete["artifact_sha256"]},
         calibration=complete["calibration"],
+        memory=built.memory,
         target=target.name,
         recipe=str(chosen.recipe) if chosen.pipeline is None else "custom",
         pipeline=pass_manager.to_text(passes),

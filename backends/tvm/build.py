@@ -58,13 +58,14 @@ def build(
     """
     require_implemented(target)
     lowered = lower(program, batches, others)
-    library, reused = compile_library(lowered, target, jobs, progress, cache)
+    library, reused, memory = compile_library(lowered, target, jobs, progress, cache)
     stored = storage.stored(program, *(other.program for other in others))
     return Built(
         files={KERNELS: library},
         tensors={name: tensor.array for name, tensor in stored.items()},
         entries=[tensor.entry(name) for name, tensor in stored.items()],
         functions=[_describe(function, batch) for function in lowered.functions for batch in function.batches],
+        memory=memory,
         parts=[_describe_part(part) for part in lowered.parts().values()],
         prepare={"name": PREPARE, "tensors": [value.name for value in lowered.stored]},
         features=tuple(sorted({feature for kernel in lowered.kernels() for feature in kernel.features})),
@@ -72,6 +73,7 @@ def build(
             "kernels": len(lowered.kernels()),
             "from_cache": reused,
             "calls": len(lowered.functions[0].calls),
+            "notes": _notes(lowered.functions[0]),
             "schedule": [
                 {"node": call.node, "kernel": call.kernel.name, "template": call.kernel.template, "part": part}
                 for part, calls in _in_parts(lowered.functions[0])
@@ -90,6 +92,21 @@ def _describe(function: Function, batch: int) -> dict[str, Any]:
         "output": _described(OUTPUT, function.output, batch),
     }
     return found | ({"parts": [part.name for part in function.parts]} if function.parts else {})
+
+
+def _notes(function: Function) -> list[str]:
+    """What a user may expect of the parts and of concatenations, and does not get."""
+    notes = []
+    if function.mixed:
+        some = ", ".join(function.mixed[:3]) + (", ..." if len(function.mixed) > 3 else "")
+        notes.append(
+            f"{len(function.mixed)} of {len(function.own)} kernel calls of a step depend on the timestep and the texts "
+            f"together, though not on the image: they are not kept between steps ({some}; docs/artifact.md)"
+        )
+    if function.copied:
+        copied = "; ".join(f"{node} ({parts})" for node, parts in function.copied)
+        notes.append(f"concatenated by a copy, for others read the parts as well or cannot write them there: {copied}")
+    return notes
 
 
 def _describe_part(part: Part) -> dict[str, Any]:
@@ -116,12 +133,12 @@ def compile_library(
     jobs: int = 1,
     progress: Progress | None = None,
     cache: Path | None = None,
-) -> tuple[bytes, int]:
-    """(the shared library of the plan, how many of its kernels came from the cache)."""
+) -> tuple[bytes, int, dict[str, Any]]:
+    """(the shared library of the plan, how many of its kernels came from the cache, the manifest's entry on memory)."""
     kernels = lowered.kernels()
     folder = caches.folder(cache) / KIND
     objects = {kernel: folder / f"{_key(kernel, target)}.o" for kernel in kernels}
-    missing = [kernel for kernel in kernels if not objects[kernel].is_file()]
+    missing = [kernel for kernel, path in objects.items() if not (path.is_file() and _workspace(path).is_file())]
     with ExitStack() as stack:
         count = max(1, min(jobs, len(missing)))
         workers = [stack.enter_context(Worker()) for _ in range(count)]
@@ -133,19 +150,37 @@ def compile_library(
                 _sweep(folder)
                 pending = {kernel: kernels[kernel] for kernel in sorted(missing, key=_cost)}
                 for kernel, path in _compiled(pending, target, workers, folder):
+                    os.replace(_workspace(path), _workspace(objects[kernel]))
                     os.replace(path, objects[kernel])
                     advance(1)
         with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
             output = Path(scratch, KERNELS)
             files = [str(objects[kernel]) for kernel in sorted(kernels, key=lambda k: k.name)]
             try:
-                workers[0]("link", lowered, target, files, str(output))
+                held = workers[0]("link", lowered, target, files, str(output))
             except (Crash, Failure) as error:
                 _require_room(Path(scratch), "the folder for temporary files (TMPDIR)")
                 raise UserError(
                     f"the {len(kernels)} kernels for '{target.name}' cannot be linked: {error}; report the model"
                 ) from error
-            return output.read_bytes(), len(kernels) - len(missing)
+            taken = {kernel: int(_workspace(objects[kernel]).read_text()) for kernel in kernels}
+            return output.read_bytes(), len(kernels) - len(missing), _memory(lowered, held, taken)
+
+
+def _workspace(path: Path) -> Path:
+    """Beside a kernel's object: how much memory a thread takes while it runs."""
+    return path.with_suffix(".workspace")
+
+
+def _memory(lowered: Lowered, held: dict[str, int], taken: dict[Kernel, int]) -> dict[str, Any]:
+    """The manifest's entry: bytes by the names of functions and parts (docs/artifact.md)."""
+    calls = {name: part.calls for name, part in lowered.parts().items()}
+    calls |= {f.name(batch): f.own for f in lowered.functions for batch in f.batches}
+    return {
+        "prepared_bytes": held.pop(PREPARE),
+        "activation_bytes": held,
+        "workspace_bytes": {name: max((taken[call.kernel] for call in own), default=0) for name, own in calls.items()},
+    }
 
 
 def _cost(kernel: Kernel) -> tuple[int, str]:
@@ -197,7 +232,7 @@ def _compiled(
                 return
             own = folder / f"{kernel.name}.o"
             try:
-                worker("compile", kernel, target, str(own))
+                _workspace(own).write_text(str(worker("compile", kernel, target, str(own))))
                 finished.put((kernel, own))
             except Exception as error:
                 finished.put((kernel, error))

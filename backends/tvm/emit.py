@@ -129,9 +129,11 @@ def _function(program: Program, batches: Sequence[int], preparation: Preparation
     calls = hoist.needed(fuse.fuse(hoist.needed(e.calls, [output.name]), e.results, output.name), [output.name])
     parts, step = hoist.split(inputs, calls, output.name, e.results, suffix)
     step = fuse.in_place(step, e.results, output.name)
+    mixed, copied = hoist.mixed(inputs, calls, e.results), fuse.copies(step)
     calls = (*(call for part in parts for call in part.calls), *step)
     result = Value(output.name, shape, output.dtype)
-    return Function(inputs, calls, result, tuple(sorted({*batches})), suffix, parts, step)
+    sizes = tuple(sorted({*batches}))
+    return Function(inputs, calls, result, sizes, suffix, parts, step, tuple(mixed), tuple(copied.items()))
 
 
 def _emit(e: Emitter, node: fx.Node) -> None:

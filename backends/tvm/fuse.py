@@ -35,14 +35,14 @@ def fuse(calls: Sequence[Call], values: dict[str, Value], output: str) -> list[C
 
 
 def copies(calls: Sequence[Call]) -> dict[str, str]:
-    """Concatenations that are copied, in whole or in part: node -> the parts and the kernels that make them."""
+    """Concatenations that are copied, in whole or in part: node -> what is copied, and the kernels that make it."""
     maker = {name: call for call in calls for _, name in call.results}
     found = {}
     for call in calls:
         if _is_join(call) or (call.into and call.kernel.template == "movement"):
             made = (maker[name].kernel.template if name in maker else "no kernel" for _, name in call.operands)
-            parts = ", ".join(f"'{name}' by {how}" for (_, name), how in zip(call.operands, made, strict=True))
-            found[call.node] = f"concatenated by a copy of what others read as well or cannot be written there: {parts}"
+            parts = zip(call.operands, made, strict=True)
+            found[call.node] = ", ".join(f"'{name}' by {how}" for (_, name), how in parts)
     return found
 
 

@@ -10,7 +10,8 @@ the work depend on nothing else:
 
 Each is a function for one sample, whose results the runtime keeps by the bytes of its inputs (`mpq_compiler.hoisting`).
 Kernels and their order are those that a step would have run, so no bit changes. What depends on timestep and texts both
-beyond that (joint attention, texts pooled into the time embedding) changes with every step, and stays in it.
+beyond that (joint attention, texts pooled into the time embedding) changes with every step, and stays in it:
+`mixed` lists it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from mpq_compiler.backends.tvm.lowered import Call, Part, Value
 
 TIME, TEXT = "time", "text"
-_STEP = "step"
+_STEP, _MIXED = "step", "mixed"
 
 
 def needed(calls: Sequence[Call], results: Iterable[str]) -> tuple[Call, ...]:
@@ -41,12 +42,9 @@ def split(
     values: what the calls make, by name. Calls that read no input at all, fills for example, are repeated wherever
     their results are read. suffix: of the parts' names.
     """
-    kinds = {value.name: _kind(i, value) for i, value in enumerate(inputs)}
     of: dict[str, list[Call]] = {TIME: [], TEXT: [], _STEP: [], "": []}
-    for call in calls:
-        kind = _part_of(call, kinds, values)
-        of[kind].append(call)
-        kinds |= {name: kind for _, name in call.results if kind}
+    for call, kind in zip(calls, _kinds(inputs, calls, values), strict=True):
+        of[_STEP if kind == _MIXED else kind].append(call)
     parts: list[Part] = []
     known = {value.name: value for value in inputs}
     for kind in (TIME, TEXT):
@@ -64,6 +62,22 @@ def split(
     return tuple(parts), _in_order(calls, of[_STEP], of[""], [output])
 
 
+def mixed(inputs: Sequence[Value], calls: Sequence[Call], values: dict[str, Value]) -> list[str]:
+    """Nodes of the calls that read no latents and stay in the step all the same."""
+    kinds = _kinds(inputs, calls, values)
+    return [call.node for call, kind in zip(calls, kinds, strict=True) if kind == _MIXED]
+
+
+def _kinds(inputs: Sequence[Value], calls: Sequence[Call], values: dict[str, Value]) -> list[str]:
+    """The part that each call belongs to."""
+    known = {value.name: _kind(i, value) for i, value in enumerate(inputs)}
+    found = []
+    for call in calls:
+        found.append(_part_of(call, known, values))
+        known |= {name: found[-1] for _, name in call.results if found[-1]}
+    return found
+
+
 def _kind(index: int, value: Value) -> str:
     """The part that an input belongs to: latents come first, and images change with every step as they do."""
     if index == 0 or len(value.shape) > 3:
@@ -76,13 +90,15 @@ def _part_of(call: Call, kinds: dict[str, str], values: dict[str, Value]) -> str
     read = {kinds[name]: name for _, name in call.operands if name in kinds}
     if not read:
         return ""
-    if _STEP in read or not all(values[name].batched for _, name in call.results):
+    if _STEP in read:
         return _STEP
+    if _MIXED in read or not all(values[name].batched for _, name in call.results):
+        return _MIXED
     if TEXT not in read:
         return TIME
     timed = [values[n] for _, n in call.operands if kinds.get(n) == TIME and n in values]
     by_input = any(kinds.get(n) == TIME and n not in values for _, n in call.operands)
-    return _STEP if by_input or any(value.dtype != "int64" for value in timed) else TEXT
+    return _MIXED if by_input or any(value.dtype != "int64" for value in timed) else TEXT
 
 
 def _in_order(

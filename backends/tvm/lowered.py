@@ -129,6 +129,8 @@ class Function:
     suffix: what the names of its specializations end in, "" for the size that was calibrated
     parts:  what has been taken out of it
     step:   the calls that are left; all where nothing was taken out
+    mixed:  nodes of those of them that read no latents (`hoist`)
+    copied: concatenations that are copied -> of what (`fuse.copies`)
     """
 
     inputs: tuple[Value, ...]
@@ -138,6 +140,8 @@ class Function:
     suffix: str = ""
     parts: tuple[Part, ...] = ()
     step: tuple[Call, ...] = ()
+    mixed: tuple[str, ...] = ()
+    copied: tuple[tuple[str, str], ...] = ()
 
     @property
     def own(self) -> tuple[Call, ...]:

@@ -7,7 +7,7 @@ import pytest
 
 from mpq_compiler import artifact, hoisting, pass_manager, runtime, specialize, targets
 from mpq_compiler.backends.tvm import hoist
-from mpq_compiler.backends.tvm.build import build
+from mpq_compiler.backends.tvm.build import _notes, build
 from mpq_compiler.backends.tvm.emit import lower
 from mpq_compiler.backends.tvm.lowered import Call, Kernel, Value, record
 from mpq_compiler.errors import UserError
@@ -148,3 +148,12 @@ def test_what_stays_in_the_step():
     assert [value.name for value in text.inputs] == ["tokens", "token_mask", "g"]
     assert [value.name for value in text.outputs] == ["keys"]
     assert [call.node for call in step] == ["joint", "hinted", "flat", "y"]
+    assert hoist.mixed(inputs, calls, values) == ["joint", "flat"]
+
+
+def test_what_is_not_kept_is_said():
+    """Joint attention mixes texts with the time embedding; cross-attention does not."""
+    (function,) = lower(packed.program("flux", "int8").program, (1,)).functions
+    (note,) = _notes(function)
+    assert f"{len(function.mixed)} of {len(function.own)} kernel calls" in note and "norm1_context" in note
+    assert not _notes(lower(packed.program("sd15", "int8").program, (1,)).functions[0])
