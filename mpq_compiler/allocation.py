@@ -286,7 +286,7 @@ def _check_names(problem: Problem) -> None:
         _finite(budget.max, f"budgets[{i}].max")
         members = [layer for layer in problem.layers if budget.group in (None, layer.group)]
         if not members and problem.layers:
-            groups = {layer.group for layer in problem.layers}
+            groups = {layer.group for layer in problem.layers if layer.group}
             raise UserError(f"budgets[{i}].group '{budget.group}' has no layers; {nearest(str(budget.group), groups)}")
         for layer in members:
             for option in layer.choices:

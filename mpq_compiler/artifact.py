@@ -44,13 +44,18 @@ FileSource = bytes | Path | Callable[[Path], object]
 """Where a file's content comes from: bytes, a file to copy, or a function that writes the given path."""
 
 
-def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
-    """UserError when an artifact could not be written to `path`; long work should ask before it starts."""
-    path = Path(path)
+def check_place(path: Path) -> None:
+    """UserError when there is no folder, or none that can be written to, for a file or folder `path`."""
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}; create it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {path}: {path.parent} cannot be written to; choose another place")
+
+
+def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
+    """UserError when an artifact could not be written to `path`; long work should ask before it starts."""
+    path = Path(path)
+    check_place(path)
     if os.path.lexists(path):
         if not overwrite:
             raise UserError(f"{path} exists; choose another name or give --overwrite")

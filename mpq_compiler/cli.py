@@ -301,7 +301,10 @@ def _calibrated(about: dict[str, Any]) -> str:
 def _generate(args: argparse.Namespace) -> Any:
     from mpq_compiler import evaluation, pictures
 
-    _require_new(args.output, args.overwrite)
+    picture = Path(args.output)
+    if picture.suffix.lower() != ".png":
+        raise UserError(f"-o {picture}: the picture is written as PNG; name it {picture.stem}.png")
+    _require_new(picture, args.overwrite)
     painter = evaluation.with_conditions(evaluation.from_artifact(args.artifact, args.threads), args.conditions)
     conditions = painter.conditioning.chosen(args.images, args.label, args.prompt)
     painter.conditioning.arguments(conditions, args.images, args.guidance)  # refuses before the work begins
@@ -585,7 +588,10 @@ def _write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
 
 
 def _require_new(path: str | Path, overwrite: bool) -> None:
-    """UserError where an output exists that may not be replaced."""
+    """UserError where an output cannot be written, or exists and may not be replaced."""
+    from mpq_compiler.artifact import check_place
+
+    check_place(Path(path))
     if Path(path).exists() and not overwrite:
         raise UserError(f"'{path}' exists; choose another name or add --overwrite")
 
@@ -598,6 +604,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     terminal.output.stderr = args.json == "-"
     try:
+        if args.json not in (None, "-"):
+            _require_new(args.json, overwrite=True)
         result = args.run(args)
         if args.json == "-":
             print(json.dumps(result, indent=1))

@@ -32,6 +32,7 @@ from mpq_compiler import (
 from mpq_compiler import denoiser as denoisers
 from mpq_compiler.calibration import batches as in_batches
 from mpq_compiler.calibration import input_edge
+from mpq_compiler.conditioning import require_guidance
 from mpq_compiler.denoiser import Denoiser
 from mpq_compiler.errors import UserError
 from mpq_compiler.metrics import sqnr_db
@@ -128,6 +129,11 @@ def resolve(options: Options) -> list[Pass]:
     """The passes of the recipe, with the command line's options over it."""
     by_hand = options.pipeline
     recipe = recipes.load(options.recipe) if by_hand is None else recipes.from_pipeline(by_hand)
+    require_guidance(options.guidance)
+    if options.sensitivity is not None:
+        recipe.require("sensitivity", "sensitivity")
+        if (uniform := recipe.options.get("bit-allocation", {}).get("uniform")) not in (None, "none"):
+            raise UserError(f"--sensitivity changes nothing where every layer has the format {uniform}: leave it out")
     bits, size = sensitivity_table.parse_budget(options.weights)
     if bits is not None or size is not None:
         recipe = recipe.override("bit-allocation", weights=bits if bits is not None else "none", bytes=size)
@@ -203,12 +209,15 @@ def lower(
     """Runs the passes. Nothing is written but dumps."""
     passes = resolve(options) if passes is None else passes
     recording.require(denoiser, options.calibration)
+    table = None if options.sensitivity is None else sensitivity_table.load(options.sensitivity)
+    if table is not None:
+        sensitivity_table.require_of(table, denoiser.name, denoiser.parameters)
     session = Session(
         denoiser=denoiser,
         calibration=None
         if options.calibration is None
         else recording.split(recording.load(denoiser, options.calibration))[0],
-        sensitivity=None if options.sensitivity is None else sensitivity_table.load(options.sensitivity),
+        sensitivity=table,
         numerics=targets.numerics_of(options.target) if any(p.name() == "numerics" for p in passes) else (),
         seed=options.seed,
         jobs=options.jobs,

@@ -6,6 +6,7 @@ The float model and every artifact of it share this, so both are asked for the s
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,6 +170,7 @@ class Conditioning:
 
         UserError: guidance is asked for, and the model does not know the unconditional case.
         """
+        require_guidance(guidance)
         guidance = self.usual_guidance() if guidance is None else guidance
         embedded = {
             name: np.array([self._embedded(name, guidance)] * count, np.float32)
@@ -240,6 +242,12 @@ class Conditioning:
 
     def _known(self, name: str) -> str:
         return nearest(name, self.inputs.keys() - EMBEDDED.keys()) if self.inputs else "there is none"
+
+
+def require_guidance(guidance: float | None) -> None:
+    """UserError unless the guidance, where one is given, is a finite number that is not negative."""
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise UserError(f"--guidance {guidance:g} must be 0 or more, and finite: 1 is without, 7.5 is usual")
 
 
 def _converted(value: Array, kind: str, where: str) -> Array:

@@ -17,7 +17,7 @@ import torch
 from mpq_compiler import checkpoint, sampler, schedulers
 from mpq_compiler.conditioning import LABELS, TEXT, Conditioning, Conditions
 from mpq_compiler.errors import UserError, nearest
-from mpq_compiler.inputs import InputSpec, TensorModule, convention_of, fixed_values, random_values, specs_of
+from mpq_compiler.inputs import InputSpec, TensorModule, convention_of, fixed_values, latent_of, random_values, specs_of
 from mpq_compiler.prompts import TextEncoder
 from mpq_compiler.sampler import Call, Progress, gaussian, sample
 from mpq_compiler.schedulers import DDIM, FlowMatchEuler, Scheduler
@@ -212,7 +212,7 @@ def load(
         size=size,
         tokens=tokens or harness.get("tokens"),
         codec=harness.get("codec", "identity"),
-        scheduler=checkpoint.read_json(chosen) if chosen else None,
+        scheduler=_read_scheduler(chosen, prediction_type) if chosen else None,
         prediction_type=prediction_type,
         null_class=harness.get("null_class"),
         class_names=tuple(harness.get("class_names", ())),
@@ -222,6 +222,18 @@ def load(
         else None,
     )
     return made.sampled(guidance, conditions)
+
+
+def _read_scheduler(path: Path, prediction_type: str | None) -> dict[str, Any]:
+    """A scheduler_config.json. UserError: it is none, or no schedule can be made of it; names the file and the key."""
+    config = checkpoint.read_json(path)
+    if "_class_name" not in config:
+        raise UserError(f"'{path}' is no scheduler configuration: it lacks the key '_class_name'")
+    try:
+        schedulers.from_config({**config, "prediction_type": prediction_type} if prediction_type else config)
+    except UserError as error:
+        raise UserError(f"'{path}': {error}") from error
+    return config
 
 
 def _text_encoder(harness: Mapping[str, Any], path: Path | None) -> TextEncoder | None:
@@ -342,6 +354,10 @@ def _build(config: Mapping[str, Any], folder: Path) -> torch.nn.Module:
         raise UserError(
             f"{where} names the class '{name}', which diffusers does not have; {_did_you_mean(name, known)}"
         )
+    try:
+        latent_of(name, cls.forward)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     try:
         with torch.random.fork_rng(devices=[]):
             module: torch.nn.Module = cls.from_config({**config})  # type: ignore[attr-defined]

@@ -13,5 +13,7 @@ class UserError(Exception):
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown `name`: ``did you mean 'x'?``, or the list of what there is."""
     names = sorted(known)
+    if not names:
+        return "there is none"
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else "there is: " + ", ".join(names)

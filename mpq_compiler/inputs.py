@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,6 +148,18 @@ def _rotary_tables(config: Mapping[str, Any], height: int, width: int) -> tuple[
     return cos, sin
 
 
+def latent_of(kind: str, forward: Callable[..., Any]) -> str:
+    """The name of the input that holds the noisy latents, by a class's ``forward``. UserError: it is no denoiser's."""
+    taken = inspect.signature(forward).parameters
+    latent = next((name for name in ("sample", "hidden_states") if name in taken), None)
+    if latent is None or "timestep" not in taken:
+        raise UserError(
+            f"{kind} is no denoiser, for it takes no noisy latents with a timestep; name a diffusion denoiser "
+            "(UNet or transformer)"
+        )
+    return latent
+
+
 def specs_of(
     model: torch.nn.Module, config: Mapping[str, Any], size: int | tuple[int, int] | None, tokens: int | None
 ) -> tuple[dict[str, InputSpec], list[str]]:
@@ -155,11 +167,7 @@ def specs_of(
     assumed."""
     kind, notes = type(model).__name__, []
     taken = list(inspect.signature(model.forward).parameters)
-    latent = next((name for name in ("sample", "hidden_states") if name in taken), None)
-    if latent is None or "timestep" not in taken:
-        raise UserError(
-            f"{kind} takes no noisy latents with a timestep; name a diffusion denoiser (UNet or transformer)"
-        )
+    latent = latent_of(kind, model.forward)
     if strange := [name for name in taken if name not in _OPTIONAL | _KNOWN]:
         raise UserError(f"{kind} takes the input '{strange[0]}', which is not supported")
 

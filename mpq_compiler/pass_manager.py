@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
+import math
 import time
 import typing
 from abc import ABC, abstractmethod
@@ -109,6 +110,15 @@ class Pass(ABC):
     def options(self) -> dict[str, Any]:
         """Option name -> value, in the order of declaration."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def require(self, option: str, least: float, most: float = math.inf) -> None:
+        """UserError unless the option, or each of its values, is a number of that range; none passes."""
+        value = getattr(self, option)
+        items = value if isinstance(value, tuple) else () if value is None else (value,)
+        wanted = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
+        if value == () or not all(least <= item <= most and item != math.inf for item in items):
+            given = "empty" if value == () else _print_value(value)
+            raise UserError(f"option '{option}' of pass '{self.name()}' must be {wanted}, not {given}")
 
     def text(self) -> str:
         """``name{option=value,...}`` with the options that differ from their defaults."""
@@ -222,7 +232,9 @@ def _convert(value: Any, expected: Any, where: str) -> Any:
             return tuple(_convert(p, inner, where) for p in parts)
         if origin is bool and str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
-        if origin in (int, float, str) and not isinstance(value, bool):
+        if origin is int and isinstance(value, float) and not value.is_integer():
+            continue  # int() would cut it
+        if origin in (int, float, str) and not isinstance(value, bool | list | dict):
             try:
                 return origin(value)
             except (TypeError, ValueError):

@@ -23,6 +23,7 @@ from mpq_compiler import schedulers, tensorfile
 from mpq_compiler.denoiser import Denoiser
 from mpq_compiler.errors import UserError, nearest
 from mpq_compiler.inputs import convention_of
+from mpq_compiler.schedulers import FlowMatchEuler
 
 HELD_OUT_EVERY = 4
 """One row in so many is kept from calibration, and judges what was compiled."""
@@ -106,7 +107,8 @@ def notes(
     guidance: float | None = None,
     scheduler: str | Path | None = None,
 ) -> list[str]:
-    """Where a calibration file was recorded otherwise than is asked for: a sentence for each difference.
+    """What in a calibration file may not fit: a sentence for each doubtful input, and for each difference to what is
+    asked for.
 
     steps, guidance, scheduler (a file): what is asked for; None where nothing is.
     """
@@ -124,12 +126,27 @@ def notes(
             theirs = {"_class_name": "scheduler that is not known here"}
         ours = denoiser.scheduler.to_config()
         pairs += [(f"a {key.strip('_')} of", str(theirs[key]), str(ours[key])) for key in ours.keys() & theirs.keys()]
-    return [
-        f"the calibration file '{path}' was recorded with {what} {was}, and {asked} is asked for: "
-        "what is measured on it may not fit"
-        for what, was, asked in sorted(pairs, key=lambda pair: pair[0])
-        if was is not None and asked is not None and was != asked
-    ]
+    said = [f"{about}: what is measured on it may not fit" for about in _doubts(denoiser, load(denoiser, path))]
+    for what, was, wanted_of in sorted(pairs, key=lambda pair: pair[0]):
+        if wanted_of is not None and was is None:
+            said.append(f"does not say that it was recorded with {what} {wanted_of}, as is asked for: check it")
+        elif wanted_of is not None and was != wanted_of:
+            said.append(
+                f"was recorded with {what} {was}, and {wanted_of} is asked for: what is measured on it may not fit"
+            )
+    if scheduler is not None and "scheduler" not in stated:
+        said.append("does not say with which scheduler it was recorded: check that it was the one asked for")
+    return [f"the calibration file '{path}' {clause}" for clause in said]
+
+
+def _doubts(denoiser: Denoiser, inputs: Mapping[str, Tensor]) -> Iterator[str]:
+    """What no sampling gives: times that the scheduler does not have, and latents without noise."""
+    times, scheduler = inputs["timestep"], denoiser.scheduler
+    last = scheduler.num_train_timesteps - (not isinstance(scheduler, FlowMatchEuler))
+    if beyond := times[(times < 0) | (times > last)].tolist():
+        yield f"has {len(beyond)} of {len(times)} rows at timesteps outside 0 to {last}, such as {beyond[0]:g}"
+    if empty := int((inputs[denoiser.latent].flatten(1) == 0).all(1).sum()):
+        yield f"has {empty} of {len(times)} rows in which '{denoiser.latent}' is all zeros"
 
 
 def stated(path: str | Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 SPACINGS = ("leading", "linspace", "trailing")
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SHIFTS = ("exponential", "linear")
+MOST_TIMESTEPS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,10 @@ class Scheduler(ABC):
     """Whether its steps add noise."""
 
     def __post_init__(self) -> None:
-        if self.num_train_timesteps < 1:
-            raise UserError(f"the scheduler's num_train_timesteps is {self.num_train_timesteps}; it must be 1 or more")
+        if not 1 <= self.num_train_timesteps <= MOST_TIMESTEPS:
+            raise UserError(
+                f"the scheduler's num_train_timesteps is {self.num_train_timesteps}; it must be 1 to {MOST_TIMESTEPS}"
+            )
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> Scheduler:
@@ -97,6 +101,14 @@ class NoiseSchedule(Scheduler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.trained_betas is not None:
+            if len(self.trained_betas) != self.num_train_timesteps:
+                wanted = f"num_train_timesteps is {self.num_train_timesteps}"
+                raise UserError(f"the scheduler has {len(self.trained_betas)} trained_betas, and its {wanted}")
+            _require_between("trained_betas", *self.trained_betas)
+        else:
+            for field in ("beta_start", "beta_end"):
+                _require_between(field, getattr(self, field))
         for field, known in (
             ("prediction_type", PREDICTIONS),
             ("timestep_spacing", SPACINGS),
@@ -161,6 +173,8 @@ class DDIM(NoiseSchedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.clip_sample_range <= 0:
+            raise UserError(f"the scheduler's clip_sample_range is {self.clip_sample_range:g}; it must be more than 0")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise UserError(
                 "the scheduler combines prediction_type 'epsilon' with rescale_betas_zero_snr, under which "
@@ -195,6 +209,14 @@ class LCM(DDIM):
     original_inference_steps: int = 50
     """Steps of the schedule that the model was distilled on: its trajectories are some of them."""
     timestep_scaling: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.original_inference_steps <= self.num_train_timesteps:
+            raise UserError(
+                f"the scheduler's original_inference_steps is {self.original_inference_steps}; it must be 1 to "
+                f"{self.num_train_timesteps}, its num_train_timesteps"
+            )
 
     def timesteps(self, steps: int) -> Array:
         origin = np.arange(self.original_inference_steps, 0, -1)
@@ -301,6 +323,13 @@ class FlowMatchEuler(Scheduler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.shift <= 0:
+            raise UserError(f"the scheduler's shift is {self.shift:g}; it must be more than 0")
+        if self.use_dynamic_shifting and self.base_image_seq_len >= self.max_image_seq_len:
+            raise UserError(
+                f"the scheduler's base_image_seq_len is {self.base_image_seq_len}; it must be less than its "
+                f"max_image_seq_len, {self.max_image_seq_len}"
+            )
         if self.time_shift_type not in SHIFTS:
             hint = nearest(str(self.time_shift_type), SHIFTS)
             raise UserError(f"the scheduler's time_shift_type {self.time_shift_type!r} is not known; {hint}")
@@ -381,10 +410,31 @@ def from_config(config: Mapping[str, Any]) -> tuple[Scheduler, str | None]:
         note = f"the model's {what} is replaced by {place} with the same noise schedule"
     if kind is DDIM:
         values.setdefault("clip_sample", name in _CLIPPING)
-    if betas := values.get("trained_betas"):
-        values["trained_betas"] = tuple(float(beta) for beta in betas)
-    known = {field.name for field in dataclasses.fields(kind)}
-    try:
-        return kind(**{key: value for key, value in values.items() if key in known}), note
-    except TypeError as error:
-        raise UserError(f"the scheduler's configuration is malformed: {error}") from error
+    types = typing.get_type_hints(kind)
+    known = {field.name: types[field.name] for field in dataclasses.fields(kind)}
+    return kind(**{key: _typed(key, value, known[key]) for key, value in values.items() if key in known}), note
+
+
+_HUGE = 1e30
+
+
+def _typed(key: str, value: Any, wanted: Any) -> Any:
+    """The value of a field as its type. UserError: it is of another, or not finite."""
+    kinds = [kind for kind in typing.get_args(wanted) if kind is not type(None)] or [wanted]
+    kind = typing.get_origin(kinds[0]) or kinds[0]
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool) and bool(-_HUGE < value < _HUGE)
+    if kind is tuple and isinstance(value, list | tuple | np.ndarray):
+        return tuple(_typed(key, item, float) for item in value)
+    if (kind is float and number) or (kind is int and number and value == int(value)):
+        return kind(value)
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", tuple: "a list"}
+    raise UserError(f"the scheduler's {key} must be {names[kind]}, not {value!r}")
+
+
+def _require_between(key: str, *betas: float) -> None:
+    """UserError unless the shares of noise that a step adds lie between 0 and 1."""
+    for beta in betas:
+        if not 0 < beta < 1:
+            raise UserError(f"the scheduler's {key} is {beta:g}; it must be more than 0 and less than 1")

@@ -16,8 +16,9 @@ whose choices are "float" and the widths of its operands and probabilities.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def is_table(path: str | Path) -> bool:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """The table in a file. UserError: unreadable, or not a table (naming the key)."""
+    """The table in a file. UserError: unreadable, no table, or one whose parts do not fit together; names the key."""
     from mpq_compiler import schemas
 
     try:
@@ -52,7 +53,62 @@ def load(path: str | Path) -> dict[str, Any]:
         raise UserError(f"the sensitivity table '{path}' is not JSON: {error}") from error
     if wrong := schemas.check(table, "sensitivity"):
         raise UserError(f"'{path}' is no sensitivity table as `mpqc sensitivity` writes it: {wrong}")
+    if wrong := next(_faults(table), None):
+        raise UserError(f"the sensitivity table '{path}' does not fit together: {wrong}; measure it again")
     return table
+
+
+def _faults(table: dict[str, Any]) -> Iterator[str]:
+    """What the schema cannot say: losses that are finite, and the same layers, formats and edges everywhere."""
+    for kind in ("weights", "activations", "attention"):
+        for name, losses in table.get(kind, {}).items():
+            if not losses:
+                yield f"'{kind}.{name}' holds no loss"
+            for choice, loss in losses.items():
+                if not -math.inf < loss < math.inf:
+                    yield f"'{kind}.{name}.{choice}' must be a finite number, not {loss}"
+                if kind != "weights" and not re.fullmatch("[1-9][0-9]?", choice):
+                    yield f"'{kind}.{name}' must be by number of bits, not by '{choice}'"
+    names = [layer["name"] for layer in table["layers"]]
+    for name in names:
+        if name not in table["weights"]:
+            yield f"'weights' lacks the layer '{name}' of 'layers'"
+        if names.count(name) > 1:
+            yield f"'layers' has '{name}' twice"
+    for name in table["weights"].keys() - set(names):
+        yield f"'weights.{name}' is no layer of 'layers'"
+    for i, layer in enumerate(table["layers"]):
+        if unknown := table["weights"][layer["name"]].keys() - layer["formats"].keys():
+            yield f"'layers[{i}].formats' of '{layer['name']}' lacks '{min(unknown)}', which 'weights' holds a loss of"
+        for edge in layer["edges"]:
+            for kind in ("activations", "elements"):
+                if edge not in table[kind]:
+                    yield f"'{kind}' lacks '{edge}', which 'layers[{i}]' reads"
+            if table["activations"][edge].keys() != table["activations"][layer["edges"][0]].keys():
+                yield f"'activations' of the edges of 'layers[{i}]' must be of the same bits"
+    for name in table.get("attention", {}).keys() - table.get("attention_costs", {}).keys():
+        yield f"'attention_costs' lacks '{name}' of 'attention'"
+
+
+def require_of(
+    table: dict[str, Any], model: str, parameters: int, edges: Mapping[str, Sequence[str]] | None = None
+) -> None:
+    """UserError unless the table can be that of the model, whatever it is called.
+
+    edges: those that each layer reads, where they are known already.
+    """
+    name = table.get("model", "another model")
+    of, ask = f"the sensitivity table (--sensitivity) is that of '{name}'", "measure this one with `mpqc sensitivity`"
+    here = f"of '{model}' in this pipeline: {ask}, in the same pipeline"
+    if table["parameters"] != parameters:
+        raise UserError(f"{of} with {table['parameters']} parameters, and '{model}' has {parameters}: {ask}")
+    if edges is None:
+        return
+    for wanted, known in ((edges.keys(), table["weights"]), (set().union(*edges.values()), table["activations"])):
+        if missing := sorted(wanted - known.keys()):
+            raise UserError(f"{of}, and lacks '{missing[0]}' {here}")
+    if extra := sorted(table["weights"].keys() - edges.keys()):
+        raise UserError(f"{of}, and its '{extra[0]}' is no layer {here}")
 
 
 def problem(
@@ -156,8 +212,10 @@ def parse_budget(text: str | float | None) -> tuple[float | None, int | None]:
     """(true average bits, bytes) of ``3.7`` or ``"40MB"``, ``"800kB"``, ``"2MiB"``; one of them is None."""
     if text is None:
         return None, None
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kMG]i?)?(B)?\s*", str(text))
-    if match is None or float(match[1]) <= 0 or (match[2] and not match[3]):
+    match = re.fullmatch(r"\s*(-?[0-9]*\.?[0-9]+)\s*([kMG]i?)?(B)?\s*", str(text))
+    if match is not None and float(match[1]) <= 0:
+        raise UserError(f"--weights {text} leaves no room at all: a budget is more than 0 bits (3.7), or bytes (40MB)")
+    if match is None or (match[2] and not match[3]):
         raise UserError(f"--weights '{text}' is neither bits (3.7) nor bytes (40MB, 800kB)")
     if not match[3]:
         return float(match[1]), None

@@ -56,8 +56,10 @@ class BitAllocation(Pass):
     def __post_init__(self) -> None:
         if self.uniform is not None:
             formats.get(self.uniform)
-        if self.attention is not None and not 2 <= self.attention <= 8:
-            raise UserError(f"option 'attention' of pass 'bit-allocation' must be none or 2 to 8, not {self.attention}")
+        self.require("attention", 2, 8)
+        self.require("activations", 2)
+        for option in ("weights", "bytes", "bops"):
+            self.require(option, 0)
 
     def asks(self) -> frozenset[str]:
         asked = {ATTENTION: self.attention is not None, DYNAMIC: self.dynamic}

@@ -34,6 +34,10 @@ class Calibrate(Pass):
     steps: int = 20
     """Steps of each."""
 
+    def __post_init__(self) -> None:
+        for option in ("samples", "steps"):
+            self.require(option, 1)
+
     def run(self, program: Program, session: Session) -> Program:
         from mpq_compiler.denoiser import record_calibration
 

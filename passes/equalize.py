@@ -13,7 +13,6 @@ from torch import Tensor, fx
 from mpq_compiler import decisions, formats
 from mpq_compiler.calibration import batches, input_edge, input_rows, row_geometry
 from mpq_compiler.costs import weight_path
-from mpq_compiler.errors import UserError
 from mpq_compiler.fitting import bias_of
 from mpq_compiler.formats import activation
 from mpq_compiler.pass_manager import Contract, Pass, Session
@@ -89,8 +88,10 @@ class Equalize(Pass):
 
     def __post_init__(self) -> None:
         formats.get(self.weights)
-        if not 2 <= self.activations <= 8:
-            raise UserError(f"option 'activations' of pass 'equalize' must be 2 to 8, not {self.activations}")
+        self.require("activations", 2, 8)
+        self.require("gain", 0)
+        for option in ("samples", "steps", "rows"):
+            self.require(option, 1)
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()

@@ -53,6 +53,8 @@ class Numerics(Pass):
     """Calibration inputs on which the output is compared."""
 
     def __post_init__(self) -> None:
+        self.require("noise", 0)
+        self.require("inputs", 1)
         for kind in self.kinds:
             if kind not in NUMERICS:
                 raise UserError(f"option 'kinds' of pass 'numerics' must be of {', '.join(NUMERICS)}, not '{kind}'")

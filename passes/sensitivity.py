@@ -25,9 +25,11 @@ from mpq_compiler.calibration import (
     input_edge,
 )
 from mpq_compiler.costs import weight_path
+from mpq_compiler.errors import UserError
 from mpq_compiler.fitting import Rounding, activation_parameters, bias_of, corrected_bias, fitted
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Program, operand, shapes, softmax
+from mpq_compiler.sensitivity_table import require_of
 
 HELD_BYTES = 4 << 30
 """Memory for the values of the unchanged program, from which each measurement starts."""
@@ -78,12 +80,20 @@ class Sensitivity(Pass):
     """Activation widths to measure."""
 
     def __post_init__(self) -> None:
+        self.require("inputs", 1)
+        self.require("activations", 2, 8)
+        if not self.formats:
+            raise UserError("option 'formats' of pass 'sensitivity' must name a format to measure, and is empty")
         for name in self.formats:
             formats.get(name)
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
         if session.sensitivity is not None:
+            edges: dict[str, list[str]] = {}
+            for node in program.quantizable:
+                edges.setdefault(str(weight_path(node)), []).append(input_edge(node).name)
+            require_of(session.sensitivity, program.model, program.facts["parameters"], edges)
             program.facts["sensitivity"] = session.sensitivity
             return program
         calibration: Calibration = program.facts["calibration"]

@@ -40,6 +40,9 @@ class SplitShortcut(Pass):
     channels: int = 16
     """Layers stay whole where a part would have fewer channels than this."""
 
+    def __post_init__(self) -> None:
+        self.require("channels", 1)
+
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
         sizes = shapes(program, 2)

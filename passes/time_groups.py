@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mpq_compiler import decisions
 from mpq_compiler.calibration import RANGE, VALUES, Calibration
-from mpq_compiler.errors import UserError
 from mpq_compiler.formats import activation
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Program
@@ -46,8 +45,8 @@ class TimeGroups(Pass):
 
     def __post_init__(self) -> None:
         for option in ("groups", "places"):
-            if getattr(self, option) < 1:
-                raise UserError(f"option '{option}' of pass 'time-groups' must be 1 or more")
+            self.require(option, 1)
+        self.require("bits", 2, 8)
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mpq_compiler import cli, runtime, tensorfile
+from mpq_compiler import cli, recipes, runtime, tensorfile
 from mpq_compiler.denoiser import wrap
 from mpq_compiler.errors import UserError
 from tests import tiny
@@ -154,6 +155,14 @@ def test_layers_that_never_run_are_listed(capsys: pytest.CaptureFixture[str], mo
     assert "never" in report.fallbacks["spare.weight"]
 
 
+def test_another_kind_of_model_is_told_so(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "vae"
+    shutil.copytree(model, copy)
+    (config,) = (c for c in copy.glob("**/config.json"))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "AutoencoderKL"}))
+    assert "AutoencoderKL is no denoiser" in refused(capsys, "compile", copy, "-o", tmp_path / "x.mpq", *QUICK)
+
+
 # --- options ------------------------------------------------------------------------------------------------
 
 
@@ -174,13 +183,23 @@ def test_layers_that_never_run_are_listed(capsys: pytest.CaptureFixture[str], mo
         (("--recipe", "w8a8", "--weights", "4"), "budget"),
         (("--calibration", "absent.safetensors"), "absent.safetensors"),
         (("--sensitivity", "absent.json"), "absent.json"),
+        (("--recipe", "w8a8", "--sensitivity", "absent.json"), "has no pass 'sensitivity'"),
         (("--jobs", "0"), "--jobs"),
+        (("--weights", "0"), "--weights 0 leaves no room at all"),
+        (("--weights=-1",), "--weights -1 leaves no room at all"),
+        (("--weights", "nan"), "neither bits (3.7) nor bytes"),
+        (("--activations", "nan"), "'activations' of pass 'bit-allocation' must be 2 or more, not nan"),
+        (("--samples", "0"), "'samples' of pass 'calibrate' must be 1 or more, not 0"),
+        (("--guidance", "nan"), "--guidance nan must be 0 or more"),
+        (("--guidance", "-2"), "--guidance -2 must be 0 or more"),
+        (("--json", "{folder}/absent/x.json"), "there is no folder"),
     ],
 )
 def test_unknown_and_wrong_options(
     capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, arguments: tuple[str, ...], hint: str
 ) -> None:
-    quick = () if "--pipeline" in arguments else ("--samples", "2", "--steps", "2")
+    arguments = tuple(a.format(folder=tmp_path) if a.startswith("{folder}") else a for a in arguments)
+    quick = () if {"--pipeline", "--samples"} & {*arguments} else ("--samples", "2", "--steps", "2")
     assert hint in refused(capsys, "compile", model, "-o", tmp_path / "x.mpq", *quick, *arguments)
     assert nothing_in(tmp_path)
 
@@ -204,6 +223,28 @@ def test_a_budget_that_cannot_be_met_names_the_least(
 
 
 @pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("sensitivity", "formats", "[]"),
+        ("sensitivity", "activations", "[]"),
+        ("sensitivity", "activations", "[8, 0]"),
+        ("sensitivity", "inputs", "0"),
+        ("calibrate", "steps", "0"),
+        ("time-groups", "bits", "0"),
+        ("bit-allocation", "weights", "nan"),
+        ("bit-allocation", "bytes", "-1"),
+        ("bit-allocation", "activations", "0"),
+        ("numerics", "inputs", "0"),
+    ],
+)
+def test_empty_options_of_passes_name_file_and_key(tmp_path: Path, name: str, option: str, value: str) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f"schema = 1\nextends = 'default'\n[options.{name}]\n{option} = {value}")
+    with pytest.raises(UserError, match=f"mine.toml: option '{option}' of pass '{name}' must "):
+        recipes.load(recipe)
+
+
+@pytest.mark.parametrize(
     ("text", "key"),
     [
         ("schema = 2", "schema = 1"),
@@ -211,10 +252,13 @@ def test_a_budget_that_cannot_be_met_names_the_least(
         ("schema = 1\npipeline = [", "not valid TOML"),
         ("schema = 1", "'pipeline'"),
         ("schema = 1\nextends = 3", "'extends'"),
-        ("schema = 1\nextends = 'defualt'", "'default'"),
+        ("schema = 1\nextends = 'defualt'", "mine.toml: 'extends': unknown recipe 'defualt': did you mean 'default'"),
+        ("schema = 1\nextends = 'w8a8'\ndescription = 3", "mine.toml: 'description' must be a text"),
         ("schema = 1\nextends = '{recipe}'", "'extends' leads back"),
         ("schema = 1\nextends = 'w8a8'\n[options]\ncalibrate = 3", "[options.calibrate]"),
-        ("schema = 1\nextends = 'w8a8'\n[options.calibrate]\nsampels = 3", "'samples'"),
+        ("schema = 1\nextends = 'w8a8'\n[options.calibrate]\nsampels = 3", "mine.toml: pass 'calibrate' has no option"),
+        ("schema = 1\nextends = 'w8a8'\n[options.calibrate]\nsamples = 3.5", "mine.toml: option 'samples' of pass"),
+        ("schema = 1\nextends = 'w8a8'\n[options.equalize]\nrows = 3", "'equalize', which is not in its pipeline"),
         ("schema = 1\nextends = 'w8a8'\n[options.sensitivity]\nrounds = 3", "'sensitivity'"),
         ("schema = 1\ndescription = '\udcff'", "not valid TOML"),
     ],
@@ -226,6 +270,88 @@ def test_malformed_recipes_name_the_key(
     recipe.write_bytes(text.format(recipe=recipe).encode(errors="surrogateescape"))
     assert key in refused(capsys, "compile", model, "-o", tmp_path / "x.mpq", "--recipe", recipe)
     assert not (tmp_path / "x.mpq").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('{"a": 1}', "no scheduler configuration: it lacks the key '_class_name'"),
+        ('{"_class_name": "DDIMScheduler", "num_train_timesteps": "abc"}', "num_train_timesteps must be a whole"),
+        ('{"_class_name": "DDIMScheduler", "beta_start": 5, "beta_end": -3}', "beta_start is 5"),
+        ('{"_class_name": "PNDMScheduler", "beta_end": -3}', "beta_end is -3"),
+    ],
+)
+def test_files_of_schedulers_are_named_with_the_key(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, text: str, key: str
+) -> None:
+    scheduler = tmp_path / "mine.json"
+    scheduler.write_text(text)
+    sentence = refused(capsys, "compile", model, "-o", tmp_path / "x.mpq", "--scheduler", scheduler, *QUICK)
+    assert "mine.json" in sentence and key in sentence
+
+
+@pytest.fixture(scope="module")
+def table(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sensitivity table of the model, of two formats."""
+    output = tmp_path_factory.mktemp("table") / "table.json"
+    measure = f"{MEASURE},sensitivity{{inputs=2,formats=int4/int8}},bit-allocation"
+    assert cli.main(["sensitivity", str(model), "-o", str(output), "--pipeline", measure]) == 0
+    return output
+
+
+MEASURE = "trace,layout,calibrate{samples=2,steps=2},time-groups"
+PACK = "insert-fake-quant,residual-branch,low-rank,round-weights,fold-fake-quant,fuse-epilogues"
+TABLED = f"{MEASURE},sensitivity,bit-allocation,{PACK}"
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda t, first: t["weights"].pop(first), "'weights' lacks the layer '{first}'"),
+        (lambda t, first: t["weights"].update(zz=t["weights"].pop(first)), "'weights' lacks the layer '{first}'"),
+        (lambda t, first: t["weights"].update(zz={"int4": 0.1}), "'weights.zz' is no layer of 'layers'"),
+        (lambda t, first: t["weights"][first].update(foo5=0.1), "'layers[0].formats' of '{first}' lacks 'foo5'"),
+        (lambda t, first: t["weights"][first].update(int4=float("nan")), "'weights.{first}.int4' must be a finite"),
+        (lambda t, first: t["weights"].update({first: {}}), "'weights.{first}' holds no loss"),
+        (lambda t, first: t["activations"].popitem(), "'activations' lacks"),
+        (lambda t, first: t["elements"].popitem(), "'elements' lacks"),
+        (lambda t, first: t["activations"].popitem()[1].update(eight=1.0), "'activations' lacks"),
+        (lambda t, first: next(iter(t["activations"].values())).update(eight=1.0), "by number of bits, not by 'eight'"),
+        (lambda t, first: t["layers"].append(t["layers"][0]), "'layers' has '{first}' twice"),
+        (lambda t, first: t.update(attention={"a": {"8": 0.1}}), "'attention_costs' lacks 'a'"),
+    ],
+)
+def test_tables_that_do_not_fit_together_name_the_key(
+    capsys: pytest.CaptureFixture[str], table: Path, tmp_path: Path, change: Callable[..., object], key: str
+) -> None:
+    damaged, document = tmp_path / "mine.json", json.loads(table.read_text())
+    first = document["layers"][0]["name"]
+    change(document, first)
+    damaged.write_text(json.dumps(document))
+    sentence = refused(capsys, "allocate", damaged, "--weights", "5")
+    assert "mine.json" in sentence and key.format(first=first) in sentence
+
+
+def test_the_table_of_another_model(
+    capsys: pytest.CaptureFixture[str], model: Path, table: Path, tmp_path: Path
+) -> None:
+    """Refused by what it holds, not by its name."""
+    mine, place = tmp_path / "mine.json", ("-o", tmp_path / "x.mpq", "--target", "reference", "--pipeline", TABLED)
+    document = json.loads(table.read_text())
+    mine.write_text(json.dumps(document | {"model": "other", "parameters": 7}))
+    sentence = refused(capsys, "compile", model, *place, "--sensitivity", mine)
+    assert f"is that of 'other' with 7 parameters, and '{model.name}' has" in sentence
+    renamed = json.dumps(document).replace("conv_in.weight", "conv_inn.weight")
+    mine.write_text(renamed)
+    sentence = refused(capsys, "compile", model, *place, "--sensitivity", mine)
+    assert f"lacks 'conv_in.weight' of '{model.name}'" in sentence
+    uniform = TABLED.replace("bit-allocation", "bit-allocation{uniform=int8}")
+    sentence = refused(capsys, "compile", model, *place[:-1], uniform, "--sensitivity", mine)
+    assert "--sensitivity changes nothing" in sentence
+    assert not (tmp_path / "x.mpq").exists()
+    mine.write_text(json.dumps(document | {"model": "other"}))
+    arguments = ["compile", model, *place, "--sensitivity", mine, "--weights", "6"]
+    assert cli.main([str(a) for a in arguments]) == 0
 
 
 # --- what is asked for --------------------------------------------------------------------------------------
@@ -246,11 +372,17 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--conditions", "absent.safetensors"), "absent.safetensors"),
         (("--images", "0"), "1 or more"),
         (("--steps", "0"), "1 or more"),
+        (("--guidance", "nan"), "--guidance nan must be 0 or more"),
+        (("--guidance", "-1"), "--guidance -1 must be 0 or more"),
+        (("--json", "{folder}/absent/x.json"), "there is no folder"),
+        (("-o", "{folder}/x.jpg"), "written as PNG; name it x.png"),
+        (("-o", "{folder}/absent/x.png"), "there is no folder"),
     ],
 )
 def test_what_a_model_does_not_know_is_not_drawn(
     capsys: pytest.CaptureFixture[str], compiled: Path, tmp_path: Path, arguments: tuple[str, ...], hint: str
 ) -> None:
+    arguments = tuple(a.format(folder=tmp_path) for a in arguments)
     assert hint in refused(capsys, "generate", compiled, "-o", tmp_path / "x.png", *arguments)
     assert nothing_in(tmp_path)
 
@@ -456,6 +588,7 @@ def test_malformed_allocation_problems(capsys: pytest.CaptureFixture[str], tmp_p
         ({"budgets": [{"cost": "bytes", "max": 3}]}, "budgets[0].cost"),
         ({"ties": [["a", "b"]]}, "ties[0]"),
         ({"fixed": {"a": "int8"}}, "fixed.a"),
+        ({"budgets": [{"cost": "bits", "max": 3, "group": "q"}]}, "'q' has no layers; there is none"),
         ({"layers": [{**layer, "choices": [{"name": "x", "loss": "low", "costs": {}}]}]}, "layers[0].choices[0].loss"),
     ):
         problem.write_text(json.dumps({"version": 1, "layers": [layer], **change}))

@@ -66,7 +66,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_lists(folder: Path) -> None:
     assert [p["name"] for p in command(folder, "passes")][:2] == ["trace", "layout"]
     described = command(folder, "passes", "time-groups")
-    assert {o["name"] for o in described["options"]} == {"groups", "bits"}
+    assert {o["name"] for o in described["options"]} == {"groups", "bits", "places"}
     assert all(o["meaning"] for o in described["options"])
     assert {r["name"] for r in command(folder, "recipes")} >= {"default", "w8a8"}
     (native,) = [t for t in command(folder, "targets") if t["native"]]

@@ -260,7 +260,7 @@ def test_structures_that_are_not_supported():
     import diffusers
 
     vae = diffusers.AutoencoderKL(block_out_channels=(32,), norm_num_groups=8)
-    with pytest.raises(UserError, match="AutoencoderKL takes no noisy latents"):
+    with pytest.raises(UserError, match="AutoencoderKL is no denoiser"):
         wrap(vae)
     model = tiny.model("sd15")
     for key, value in (("addition_embed_type", "image"), ("encoder_hid_dim_type", "ip_image_proj")):

@@ -123,6 +123,19 @@ def test_a_file_says_how_it_was_sampled_and_what_differs_is_named(loaded: denois
     assert "timestep_spacing" not in said
 
 
+def test_inputs_that_no_sampling_gives_are_named(loaded: denoiser.Denoiser, tmp_path: Path) -> None:
+    path, inputs = tmp_path / "recorded.safetensors", tiny.inputs("sd15", batch=4)
+    inputs["timestep"] = torch.tensor([-3, 0, 999, 5000])
+    inputs["sample"][1:] = 0
+    save_file(inputs, path)
+    (times, zeros, steps, guidance, scheduler) = recording.notes(loaded, path, 20, 7.5, "scheduler_config.json")
+    assert "2 of 4 rows at timesteps outside 0 to 999, such as 5000" in times
+    assert "3 of 4 rows in which 'sample' is all zeros" in zeros
+    assert "does not say that it was recorded with a guidance of 7.5" in steps
+    assert "does not say that it was recorded with a number of steps of 20" in guidance
+    assert "does not say with which scheduler" in scheduler
+
+
 def test_what_changes_between_the_calls_is_not_stated(tmp_path: Path) -> None:
     pipeline, path = Pipeline(25, 7.5), tmp_path / "recorded.safetensors"
     with recording.record_inputs(pipeline, path):

@@ -37,13 +37,17 @@ class Recipe:
         given = {k: v for k, v in options.items() if v is not None}
         if not given:
             return self
-        if pass_name not in self.pipeline:
-            raise UserError(
-                f"recipe '{self.name}' has no pass '{pass_name}', which option "
-                f"'{next(iter(given))}' belongs to; choose another recipe or leave the option out"
-            )
+        self.require(pass_name, next(iter(given)))
         merged = {**self.options, pass_name: {**self.options.get(pass_name, {}), **given}}
         return Recipe(self.name, self.description, self.pipeline, merged)
+
+    def require(self, pass_name: str, option: str) -> None:
+        """UserError where the pipeline lacks the pass that an option of the command line belongs to."""
+        if pass_name not in self.pipeline:
+            raise UserError(
+                f"recipe '{self.name}' has no pass '{pass_name}', which option '{option}' belongs to; "
+                "choose another recipe or leave the option out"
+            )
 
     def passes(self) -> list[pass_manager.Pass]:
         """The passes, their options checked."""
@@ -61,15 +65,16 @@ def load(name: str | Path, extending: tuple[str, ...] = ()) -> Recipe:
     extending: the recipes on the way here, each of which extends the next.
     """
     path = Path(name)
+    by = f"{extending[-1]}: 'extends': " if extending else ""
     if path.suffix == ".toml" or path.exists():
         if not path.is_file():
-            raise UserError(f"there is no recipe file '{path}'")
+            raise UserError(f"{by}there is no recipe file '{path}'")
         try:
             return _parse(path.stem, path.read_text(encoding="utf-8"), str(path), extending)
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not valid TOML: {error}") from error
     if str(name) not in names():
-        raise UserError(f"unknown recipe '{name}': {nearest(str(name), names())}; a file must end in .toml")
+        raise UserError(f"{by}unknown recipe '{name}': {nearest(str(name), names())}; a file must end in .toml")
     text = (resources.files(__name__) / f"{name}.toml").read_text(encoding="utf-8")
     return _parse(str(name), text, f"recipe '{name}'", extending)
 
@@ -107,6 +112,12 @@ def _parse(name: str, text: str, where: str, extending: tuple[str, ...]) -> Reci
         raise UserError(f"{where} sets options of '{stray[0]}', which is not in its pipeline")
     inherited = {p: o for p, o in base.options.items() if p in pipeline}
     merged = {p: {**inherited.get(p, {}), **options.get(p, {})} for p in {*inherited, *options}}
-    recipe = Recipe(name, str(data.get("description", base.description)), tuple(pipeline), merged)
-    recipe.passes()  # unknown passes and options are refused here, with the nearest name
+    description = data.get("description", base.description)
+    if not isinstance(description, str):
+        raise UserError(f"{where}: 'description' must be a text, not {description!r}")
+    recipe = Recipe(name, description, tuple(pipeline), merged)
+    try:
+        recipe.passes()  # unknown passes and options are refused here, with the nearest name
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     return recipe
