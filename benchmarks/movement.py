@@ -1,0 +1,216 @@
+"""What is not computed and not moved: parts kept between steps, concatenations that are read or written in place.
+
+    python -m benchmarks.movement [--model fashion-text] [--model unet-70m] [--rounds 25] [--folder DIR]
+
+One thread, CPU time, everything interleaved. Of each model (8-bit weights) two artifacts run: as compiled, and without
+the rules of `backends/tvm/fuse.py`, where concatenations are copies and quantizers kernels of their own. *Reusing* is
+the artifact when the timestep and the texts are known from an earlier call (docs/artifact.md), against a call that
+computes everything. Below, what a concatenation of two tensors costs by itself, against a copy of the same bytes: a
+kernel that copies it; a group norm that reads two tensors in place of one; a layer norm that writes to a part of a
+buffer in place of a tensor. The last two are differences of two measurements and may be negative.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TVM_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import tvm
+
+from benchmarks import end_to_end
+from benchmarks.machine import provenance
+from mpq_compiler import bench, compiler, contestants, runtime, targets, terminal
+from mpq_compiler.backends.tvm import fuse
+from mpq_compiler.backends.tvm.kernels import movement, norms
+from mpq_compiler.backends.tvm.kernels.template import BATCH, Argument
+from mpq_compiler.tensorfile import aligned_empty
+
+RESULTS = Path(__file__).parent / "results" / "movement.json"
+SHAPES = ((4096, 320), (1024, 640), (256, 1280), (1024, 128), (256, 256), (64, 512))
+"""Positions and channels of each of the two tensors: the skip connections of U-Nets."""
+MOVING = ("movement", "quantize", "norms")
+
+
+def artifact(source: str, folder: Path, fused: bool) -> Path:
+    """The model with 8-bit weights, with the rules or without."""
+    path = folder / f"{Path(source).name}-{'fused' if fused else 'single'}" / "model.mpq"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        chosen: dict[str, Any] = {"recipe": "w8a8", "samples": 4, "steps": 4}
+        if fused:
+            compiler.compile(source, path, **chosen)
+        else:
+            alone = {name: lambda calls, values, output: tuple(calls) for name in ("fuse", "in_place")}
+            with mock.patch.multiple(fuse, **alone):
+                compiler.compile(source, path, **chosen)
+    return path
+
+
+def of_model(name: str, folder: Path, rounds: int) -> dict[str, Any]:
+    """Milliseconds of a step by kernel family with the rules and without; of a whole call, reusing or not."""
+    source = end_to_end.save(name, folder) if name in end_to_end.MODELS else name
+    paths = {kind: artifact(source, folder, kind == "fused") for kind in ("fused", "single")}
+    cold = {kind: runtime.load(path, 1, reuse_bytes=0) for kind, path in paths.items()}
+    reusing = runtime.load(paths["fused"], 1)
+    inputs = contestants.random_inputs(reusing.manifest, 1)
+    calls: dict[str, Callable[[], object]] = {kind: lambda c=c: c.run(inputs) for kind, c in cold.items()}
+    calls["fused, reusing"] = lambda: reusing.run(inputs)
+    times: dict[str, list[float]] = defaultdict(list)
+    families: dict[str, dict[str, list[float]]] = {kind: defaultdict(list) for kind in cold}
+    parts: dict[str, list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for kind, call in calls.items():
+            times[kind].append(seconds(call, 4))
+        for kind, compiled in cold.items():
+            sums: dict[str, float] = defaultdict(float)
+            by_part: dict[str, float] = defaultdict(float)
+            for row, (_, used, _, _) in zip(bench._schedule(compiled), bench.profile(compiled, inputs), strict=True):
+                sums[row["template"]] += used
+                by_part[row["part"]] += used
+            for family, used in sums.items():
+                families[kind][family].append(used)
+            if kind == "fused":
+                for part, used in by_part.items():
+                    parts[part].append(used)
+    kept = {
+        key: {"row_bytes": part.row_bytes, "rows": part.rows, "reserved_bytes": part.reserved_bytes}
+        for key, part in reusing._executor.parts.items()  # type: ignore[attr-defined]
+    }
+    return {
+        "model": name,
+        "ms": {kind: median(values) for kind, values in times.items()},
+        "reusing_speedup": ratio(times["fused"], times["fused, reusing"]),
+        "fusing_speedup": ratio(times["single"], times["fused"]),
+        "kernels_ms": {kind: {f: median(v) for f, v in sums.items()} for kind, sums in families.items()},
+        "calls": {kind: len(bench._schedule(compiled)) for kind, compiled in cold.items()},
+        "parts_ms": {part: median(values) for part, values in parts.items()},
+        "kept": kept,
+    }
+
+
+def seconds(call: Callable[[], object], repeats: int) -> float:
+    start = time.thread_time()
+    for _ in range(repeats):
+        call()
+    return (time.thread_time() - start) / repeats
+
+
+def median(values: Sequence[float]) -> float:
+    """In milliseconds."""
+    return round(1e3 * statistics.median(values), 4)
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """The median ratio within rounds."""
+    return round(statistics.median(a / b for a, b in zip(slow, fast, strict=True)), 4)
+
+
+def kernels(positions: int, channels: int) -> Mapping[str, Callable[[], object]]:
+    """The kernels whose times make up the costs of a concatenation of two tensors of these channels."""
+    target = targets.resolve("native")
+    both, rows = 2 * channels, (BATCH, positions)
+    whole = norms.GroupNorm(positions, both, 32)
+    row = norms.LayerNorm(positions, channels)
+    problems: dict[str, Any] = {
+        "concat": movement.concat([(*rows, channels)] * 2, 2),
+        "norm": whole,
+        "norm of parts": replace(whole, parts=(channels, channels)),
+        "row norm": row,
+        "row norm in place": replace(row, into=(positions * both, channels, both)),
+    }
+    found: dict[str, Callable[[], object]] = {}
+    for name, problem in problems.items():
+        module = movement if name == "concat" else norms
+        function = module.build(problem, target.isa or "", "f")
+        library = tvm.compile(tvm.IRModule({"f": function}), target=tvm.target.Target(dict(target.tvm)))["f"]
+        buffers = [filled(argument) for argument in module.arguments(problem)]
+        found[name] = lambda f=library, b=buffers: f(*b)
+    source, copied = (aligned_empty((positions * both,), np.dtype(np.float32)) for _ in range(2))
+    source[...] = copied[...] = 1
+    found["copy"] = lambda: np.copyto(copied, source)
+    return found
+
+
+def filled(argument: Argument) -> Any:
+    shape = tuple(1 if extent == BATCH else int(extent) for extent in argument.shape)
+    array = aligned_empty(shape, np.dtype(argument.dtype))
+    array[...] = np.random.default_rng(0).standard_normal(shape)
+    return tvm.runtime.from_dlpack(array)
+
+
+def of_shape(positions: int, channels: int, rounds: int) -> dict[str, Any]:
+    """Microseconds that a concatenation costs, each way."""
+    calls = kernels(positions, channels)
+    times: dict[str, list[float]] = defaultdict(list)
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(seconds(call, 20))
+
+    def cost(name: str, without: str = "") -> float:
+        base = times[without] if without else [0.0] * rounds
+        return round(1e6 * statistics.median(a - b for a, b in zip(times[name], base, strict=True)), 2)
+
+    return {
+        "positions": positions,
+        "channels": channels,
+        "copy_us": cost("copy"),
+        "kernel_us": cost("concat"),
+        "read_in_parts_us": cost("norm of parts", "norm"),
+        "written_in_place_us": cost("row norm in place", "row norm"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", action="append", help=f"a bundled model, or {', '.join(end_to_end.MODELS)}")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--folder", type=Path, help="keeps models and artifacts")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    shapes = [of_shape(*shape, options.rounds) for shape in SHAPES]
+    terminal.table(
+        "a concatenation of two tensors, us",
+        ("each", "copy", "kernel", "read in parts", "written in place"),
+        [(f"{s['positions']} x {s['channels']}", *(f"{s[k]:.1f}" for k in list(s)[2:])) for s in shapes],
+        numeric=range(1, 5),
+    )
+    with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
+        folder = options.folder or Path(scratch)
+        models = [of_model(name, folder, options.rounds) for name in options.model or ("fashion-text", "unet-70m")]
+    for found in models:
+        fused, single = (found["kernels_ms"][kind] for kind in ("fused", "single"))
+        terminal.table(
+            f"{found['model']}: ms a step on one thread",
+            ("", "with the rules", "without"),
+            [
+                ("a call", found["ms"]["fused"], found["ms"]["single"]),
+                ("a call, timestep and texts known", found["ms"]["fused, reusing"], ""),
+                *((f"kernels: {family}", fused.get(family, 0.0), single.get(family, 0.0)) for family in MOVING),
+                ("kernel calls", found["calls"]["fused"], found["calls"]["single"]),
+                *((f"part '{part}'", ms, "") for part, ms in found["parts_ms"].items()),
+            ],
+            numeric=(1, 2),
+        )
+    options.json.write_text(
+        json.dumps({**provenance(), "rounds": options.rounds, "models": models, "shapes": shapes}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
