@@ -1,13 +1,15 @@
 """Attention kernels against torch, onnxruntime and OpenVINO on the same tensors, one thread.
 
     python benchmarks/attention.py [--rounds N] [--only TEXT] [--numerics f32,bf16,int8] [--json FILE]
+                                   [--artifacts PORTABLE.mpq FAST.mpq]
 
 Everything runs interleaved, in rounds; a figure is the median over the rounds of the thread's CPU time. Each of our
 numerics is held against the best peer of its class: f32 against those that compute in float32, bf16 and int8 against
 those in bfloat16 (no peer has an attention in int8). Times include making keys and values ready. Peers read and write
 their own layout, without transposes: onnxruntime [B, T, H*D] as ours, torch and OpenVINO [B, H, T, D].
 `error` is the root mean square against float64, relative to that of the result, on Gaussian queries and keys whose
-logits have a standard deviation of 2.25: a hard case.
+logits have a standard deviation of 2.25: a hard case. With `--artifacts`, two of one model that differ in `--numerics`,
+a step of each is timed too: what the same bits on every CPU cost.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import torch.nn.functional as F
 import tvm
 
 from benchmarks.machine import provenance
-from mpq_compiler import numerics, targets
+from mpq_compiler import contestants, numerics, runtime, targets
 from mpq_compiler.backends.tvm.kernels import attention, fast_attention
 from tests.float_kernels import shape_of, tvm_target
 
@@ -174,12 +176,28 @@ def row(shape: tuple[int, ...], kinds: Sequence[str], target: targets.Target, ro
     return made
 
 
+def whole_models(paths: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Milliseconds of a step of artifacts, and those of the first over those of the last."""
+    loaded = [runtime.load(path, threads=1) for path in paths]
+    inputs = contestants.random_inputs(loaded[0].manifest, 1)
+    names = [f"{m.manifest['name']} {m.manifest['target']['numerics']}" for m in loaded]
+    calls = {name: functools.partial(m.run, inputs) for name, m in zip(names, loaded, strict=True)}
+    middle = {name: statistics.median(found) / 1e3 for name, found in measure(calls, 5 * rounds).items()}
+    return {
+        "ms": {name: round(ms, 3) for name, ms in middle.items()},
+        "ratio": round(middle[names[0]] / middle[names[-1]], 3),
+        "attentions": [m.manifest["plan"].get("numerics", {}) for m in loaded],
+        "sqnr_db": [m.manifest["quality"]["reference_sqnr_db"] for m in loaded],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="native")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="", help="shapes whose name contains this text")
     parser.add_argument("--numerics", default="f32,bf16,int8")
+    parser.add_argument("--artifacts", nargs=2, default=(), metavar="MPQ", help="of one model: portable, fast")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -201,9 +219,13 @@ def main() -> None:
                 theirs = f"{peer['peer']} {made['us'][peer['peer']]:.1f}"
                 line += f"{made['us'][kind]:10.1f}{theirs:>26}{peer['ratio']:8.2f}"
             print(line, flush=True)
+    whole = whole_models(options.artifacts, options.rounds) if options.artifacts else None
+    if whole:
+        print(", ".join(f"{name} {ms:.2f} ms" for name, ms in whole["ms"].items()), f"ratio {whole['ratio']:.3f}")
     if options.json:
         record = {**provenance(), "target": target.name, "threads": 1, "rounds": options.rounds, "rows": rows}
         record["versions"] |= {peer: version(peer) for peer in ("onnxruntime", "openvino")}
+        record |= {"whole_models": whole} if whole else {}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

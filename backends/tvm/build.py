@@ -185,7 +185,7 @@ def _memory(lowered: Lowered, held: dict[str, int], taken: dict[Kernel, int]) ->
 
 def _cost(kernel: Kernel) -> tuple[int, str]:
     """Kernels that take long to compile come first, so that no worker is left alone with one at the end."""
-    order = ("gemm", "float_gemm", "attention", "matmul", "prepare", "norms")
+    order = ("fast_attention", "gemm", "float_gemm", "attention", "matmul", "prepare", "norms")
     return order.index(kernel.template) if kernel.template in order else len(order), kernel.name
 
 

@@ -130,12 +130,20 @@ def test_contract(model, name):
 
 
 @pytest.mark.parametrize("model", programs.MODELS)
-@pytest.mark.parametrize("pipeline", [programs.REWRITES, programs.FAST])
-def test_contracts_of_other_pipelines(model, pipeline):
-    """Parts of layers, layers without their first token and scaled channels; attentions in other numerics."""
+def test_contracts_behind_the_rewrites(model):
+    """Parts of layers, layers without their first token and scaled channels are quantized as any others."""
     x = dict(programs.inputs(model, 3))
-    for step in programs.steps(model, pipeline):
+    for step in programs.steps(model, programs.REWRITES):
         check(step, x)
+
+
+@pytest.mark.parametrize("model", ["unet2d", "pixart"])
+def test_contracts_of_fast_attentions(model):
+    """Attentions in other numerics, with and without a mask: simulated noise, and as exact as any others."""
+    steps = programs.steps(model, programs.FAST)
+    assert steps[-1].after.facts["numerics"]
+    for step in steps[-len(programs.BACK.split(",")) :]:
+        check(step, dict(programs.inputs(model, 3)))
 
 
 @pytest.mark.parametrize("model", programs.MODELS)
