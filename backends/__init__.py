@@ -28,6 +28,7 @@ class Built:
     facts:      counts for the report: kernels, how many of them came from the cache, ...
     features:   what its kernels ask of a CPU beyond the target
     parts:      the manifest's list of what functions share between calls (docs/artifact.md), where there is any
+    memory:     the manifest's entry on memory, where the backend knows
     """
 
     files: dict[str, bytes]
@@ -38,6 +39,7 @@ class Built:
     facts: dict[str, Any]
     features: tuple[str, ...] = ()
     parts: list[dict[str, Any]] = field(default_factory=list)
+    memory: dict[str, Any] | None = None
 
     @property
     def payload_bytes(self) -> int:

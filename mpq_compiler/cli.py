@@ -34,6 +34,7 @@ MODEL is a folder with config.json and safetensors, a pipeline's folder, a hub
 id, or a bundled name (mpqc models).
 """
 
+PER_CALL = "threads of a call (default: what the artifact was compiled with, else every core)"
 # What a bare installation lacks: the distribution of a module, and what brings it.
 REQUIREMENTS = {
     "torch": ("torch", "mpq-compiler[compile]"),
@@ -84,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     )
     compile_.add_argument("--overwrite", action="store_true", help="replace an artifact that exists")
     compile_.add_argument("--dumps", type=Path, metavar="DIR", help="write the program after every pass")
+    _threads_option(compile_, "threads of a call, unless it says otherwise (default: every core it finds)")
     _budget_options(compile_)
     _lowering_options(compile_)
 
@@ -97,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--class", dest="label", type=int, metavar="K", help="only images of class K")
     generate.add_argument("--prompt", metavar="TEXT", help="only images of this prompt, such as 'dark plain boot'")
     _condition_options(generate)
-    _threads_option(generate)
+    _threads_option(generate, PER_CALL)
     generate.add_argument("--overwrite", action="store_true", help="replace a picture that exists")
 
     evaluate = add("eval", _eval, "all metrics of an artifact, or of a model compiled first, against the float model")
@@ -106,6 +108,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--images", type=int, metavar="N", default=200, help="images to draw with both (200)")
     evaluate.add_argument("--eval-steps", type=int, metavar="N", default=10, help="sampling steps (10)")
     evaluate.add_argument("--eval-seed", type=int, metavar="N", default=1, help="of the noise (1)")
+    _threads_option(evaluate, PER_CALL)
     _budget_options(evaluate)
     _lowering_options(evaluate)
 
@@ -113,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("artifact", metavar="ARTIFACT")
     run.add_argument("--input", required=True, metavar="FILE", help="safetensors with the inputs by name")
     run.add_argument("--output", required=True, metavar="FILE", help="safetensors to write, with the tensor 'output'")
-    _threads_option(run)
+    _threads_option(run, PER_CALL)
     run.add_argument("--overwrite", action="store_true", help="replace a file that exists")
 
     verify = add("verify", _verify, "check every byte of an artifact, and whether this machine can run it")
@@ -187,8 +190,8 @@ def _condition_options(made: argparse._ActionsContainer) -> None:
     )
 
 
-def _threads_option(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--threads", type=int, metavar="N", help="threads of a call (default: every core)")
+def _threads_option(made: argparse.ArgumentParser, described: str) -> None:
+    made.add_argument("--threads", type=int, metavar="N", help=described)
 
 
 def _budget_options(made: argparse.ArgumentParser) -> None:
@@ -230,7 +233,8 @@ def _lowering_options(parser: argparse.ArgumentParser, table: bool = True) -> No
 def _options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     names = (
         *("recipe", "pipeline", "weights", "activations", "bops", "shapes", "calibration", "samples", "steps"),
-        *("scheduler", "prediction_type", "guidance", "conditions", "sensitivity", "numerics", "seed", "jobs", "cache"),
+        *("scheduler", "prediction_type", "guidance", "conditions", "sensitivity", "numerics", "seed"),
+        *("threads", "jobs", "cache"),
     )
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if given.get("jobs", 1) < 1:
@@ -274,6 +278,7 @@ def _compile(args: argparse.Namespace) -> Any:
             ("numerics", _numerics(report.numerics)),
             ("SQNR", f"{report.quality['sqnr_db']:.2f} dB, executed by the {report.quality['executed_by']}"),
             ("calibrated on", _calibrated(report.calibration)),
+            *([("memory", terminal.memory(report.memory))] if report.memory else []),
             ("fallbacks", len(report.fallbacks)),
             ("artifact", f"{terminal.size(report.artifact['bytes'])}, sha256 {report.artifact['sha256'][:16]}"),
         ),

@@ -185,7 +185,7 @@ def _require_no_effect(path: str, options: Mapping[str, Any]) -> None:
     """UserError where a compiled model is to be evaluated with options of a compilation."""
     from mpq_compiler.compiler import Options
 
-    used = {"guidance", "conditions", "jobs", "cache"}
+    used = {"guidance", "conditions", "threads", "jobs", "cache"}
     idle = [
         f"--{name.replace('_', '-')}"
         for name, value in options.items()
@@ -221,7 +221,7 @@ def evaluate_path(
             compile(path, target, progress, **options)
         else:
             _require_no_effect(path, options)
-        painter = with_conditions(from_artifact(target), options.get("conditions"))
+        painter = with_conditions(from_artifact(target, options.get("threads")), options.get("conditions"))
         if against is None and painter.name not in checkpoint.bundled():
             raise UserError(f"'{painter.name}' is no bundled model: name the float model with --against")
         loaded = float_model(against or painter.name, painter)

@@ -102,9 +102,23 @@ def _artifact(path: Path, layers: bool) -> dict[str, Any]:
         formats,
         numeric=(1, 2),
     )
+    if memory := manifest.get("memory"):
+        kinds = ("activation_bytes", "workspace_bytes")
+        terminal.table(
+            f"memory: {terminal.memory(memory)}",
+            ("function", "activations", "workspaces of a thread"),
+            [(name, *(terminal.size(memory[kind][name]) for kind in kinds)) for name in memory["activation_bytes"]],
+            numeric=(1, 2),
+        )
     for name, reason in plan.get("fallbacks", {}).items():
         terminal.say(f"fallback: {name}: {reason}")
-    return {"name": manifest["name"], "target": manifest["target"]["name"], "weights": weights, "layers": rows}
+    return {
+        "name": manifest["name"],
+        "target": manifest["target"]["name"],
+        "weights": weights,
+        "memory": memory,
+        "layers": rows,
+    }
 
 
 def _table(path: Path, rows: list[dict[str, Any]], total: int) -> None:

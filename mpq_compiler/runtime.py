@@ -59,7 +59,8 @@ def load(
 ) -> CompiledDenoiser:
     """Verifies and loads the artifact at `path`, a folder or a zip.
 
-    threads: how many a call uses (default: every core this process may use; never more). check_finite:
+    threads: how many a call uses (default: what the artifact was compiled with, else every core this process may
+    use; never more); it changes no bit of a result. check_finite:
     whether NaN or infinity in an output is an error. reuse_bytes: memory for what was computed of timesteps and
     texts alone and will be asked for again; 0 computes it in every call (docs/artifact.md). UserError: the artifact
     is not sound, or this machine cannot run it.
@@ -68,7 +69,9 @@ def load(
         raise UserError(f"reuse_bytes is {reuse_bytes}; it must be 0 or more")
     if threads is not None and threads < 1:
         raise UserError(f"threads is {threads}; it must be at least 1")
-    return CompiledDenoiser(artifacts.read(path), threads or usable_cores(), check_finite, reuse_bytes)
+    artifact = artifacts.read(path)
+    chosen = threads or artifact.manifest.get("threads") or usable_cores()
+    return CompiledDenoiser(artifact, chosen, check_finite, reuse_bytes)
 
 
 def _executor(artifact: Artifact, threads: int, reuse_bytes: int) -> Executor:

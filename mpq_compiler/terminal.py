@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -85,3 +86,12 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def memory(entry: Mapping[str, Any]) -> str:
+    """What running an artifact takes, of the manifest's entry on memory."""
+    most = {kind: size(max(entry[kind].values())) for kind in ("activation_bytes", "workspace_bytes")}
+    return (
+        f"{size(entry['prepared_bytes'])} of prepared weights, {most['activation_bytes']} of activations, "
+        f"{most['workspace_bytes']} of workspaces a thread"
+    )

@@ -63,7 +63,7 @@ def held_bytes(function: relax.Function) -> int:
     held = 0
     for binding in (binding for block in function.body.blocks for binding in block.bindings):
         value, name = binding.value, getattr(getattr(binding.value, "op", None), "name", "")
-        read = value.args if isinstance(value, relax.Call) else getattr(value, "fields", [value])
+        read = getattr(value, "args", None) or getattr(value, "fields", [getattr(value, "tuple_value", value)])
         if name == "relax.vm.alloc_storage":
             sizes[binding.var] = size = -(-int(value.args[0].values[0]) // PAGE) * PAGE
             held += 0 if unused[size] else size

@@ -95,27 +95,31 @@ class Worker:
         return f"{telling[0]} ({ended})" if telling else ended
 
 
-def _compile(kernel: Any, target: Any, path: str) -> None:
-    """The kernel as an object file."""
+def _compile(kernel: Any, target: Any, path: str) -> int:
+    """The kernel as an object file; bytes of the workspaces that a thread takes for it, at most."""
     import tvm
 
     from mpq_compiler.backends.tvm import templates
+    from mpq_compiler.backends.tvm.workspaces import Workspaces
     from mpq_compiler.targets import with_features
 
     function = templates.build(kernel, target)
     module = tvm.IRModule({kernel.name: function})
-    compiled = tvm.compile(module, target=tvm.target.Target(dict(with_features(target, kernel.features).tvm)))
+    row, workspaces = with_features(target, kernel.features), Workspaces()
+    with tvm.transform.PassContext(instruments=[workspaces]):
+        compiled = tvm.compile(module, target=tvm.target.Target(dict(row.tvm)))
     compiled.mod.write_to_file(path)
+    return workspaces.size
 
 
-def _link(lowered: Any, target: Any, objects: list[str], output: str) -> None:
+def _link(lowered: Any, target: Any, objects: list[str], output: str) -> dict[str, int]:
     from mpq_compiler.backends.tvm.link import link
 
     tempfile.tempdir = str(Path(output).parent)  # what TVM leaves there goes with the parent's folder
-    link(lowered, target, [Path(p) for p in objects], Path(output))
+    return link(lowered, target, [Path(p) for p in objects], Path(output))
 
 
-REQUESTS: dict[str, Callable[..., None]] = {"compile": _compile, "link": _link}
+REQUESTS: dict[str, Callable[..., Any]] = {"compile": _compile, "link": _link}
 
 
 def main() -> None:

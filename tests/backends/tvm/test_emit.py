@@ -252,11 +252,12 @@ def test_equal_bytes_whatever_jobs_and_folders(tmp_path):
     lowered = lower(packed.program("pixart", "int4").program, (1, 2))
     target = targets.resolve("aarch64-dotprod" if tvm_linker_missing("x86-64-avx2") else "x86-64-avx2")
     (tmp_path / "other").mkdir()
-    first, reused = compile_library(lowered, target, jobs=1, cache=tmp_path)
-    second, _ = compile_library(lowered, target, jobs=2, cache=tmp_path / "other")
-    third, all_reused = compile_library(lowered, target, jobs=2, cache=tmp_path)
+    first, reused, memory = compile_library(lowered, target, jobs=1, cache=tmp_path)
+    second, _, _ = compile_library(lowered, target, jobs=2, cache=tmp_path / "other")
+    third, all_reused, same_memory = compile_library(lowered, target, jobs=2, cache=tmp_path)
     assert hashlib.sha256(first).digest() == hashlib.sha256(second).digest() == hashlib.sha256(third).digest()
     assert reused == 0 and all_reused == len(lowered.kernels())
+    assert memory == same_memory, "what workspaces take is kept with the kernels"
     assert str(tmp_path).encode() not in first and str(Path.cwd()).encode() not in first
 
 
