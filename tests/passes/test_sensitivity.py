@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpq_compiler import cache
+from mpq_compiler import cache, costs
+from mpq_compiler.errors import UserError
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.passes import sensitivity
 from mpq_compiler.passes.sensitivity import Sensitivity
@@ -128,9 +129,16 @@ def _lines(folder: Path) -> int:
 
 def test_a_given_table_is_used(evaluations):
     program = programs.after(MODEL, "time-groups")
-    table = {"weights": {}, "activations": {}}
+    evaluations[0] = 0
+    described = costs.describe(program)
+    layers, elements, parameters = (described[name] for name in ("layers", "elements", "parameters"))
+    weights = {layer["name"]: {"int8": 0.1} for layer in layers}
+    table = {"weights": weights, "activations": {edge: {"8": 0.1} for edge in elements}, "parameters": parameters}
     assert PASS.run(program, Session(sensitivity=table)).facts["sensitivity"] is table
     assert evaluations[0] == 0
+    weights.pop(layers[0]["name"])
+    with pytest.raises(UserError, match="lacks"):
+        PASS.run(program, Session(sensitivity=table))
 
 
 def test_losses_are_rounded():
