@@ -23,8 +23,12 @@ has not at hand yet: one that begins amid a chunk or a block does again what ano
 Convolutions gather a copy of the image that is padded with zero points, and in channels, up to whole steps
 of k, with zeros. It is not an expanded im2col matrix: a row of the product starts at an offset in that copy,
 and the taps of one kernel row are neighbours in it. Each segment has its own copy. Where fewer rows remain
-than a tile has, the last tile starts earlier and computes some rows twice; a chunk smaller than a tile goes
-row by row.
+than a tile has, the last tile starts earlier and computes some rows twice.
+
+Weights come from memory, more of them than caches hold. So every tile of rows asks for some lines of those that come
+next, and all of them are there when the block is done. With few tiles a block takes as long to arrive as to be used:
+then k is cut into slices that stay in the L1 cache, unpacked there, and the sums of all tiles wait in memory. A chunk
+smaller than a tile goes by pairs of rows, whose weights are unpacked in registers.
 """
 
 from __future__ import annotations
@@ -64,8 +68,20 @@ PANEL_BYTES = 256 * 1024
 """Gathered activations of a chunk, about: a quarter to a half of the L2 cache of a core."""
 MOST_ROWS, LEAST_ROWS = 512, 96
 """Rows of a chunk, where there are that many: enough to make up for unpacking the weights."""
+SLICE_BYTES = 24 * 1024
+"""Weights of a slice, with room for activations and sums beside them in an L1 cache of 32 KiB or more."""
+FEW_AHEAD = 8 * 1024
+"""Bytes of weights that are prefetched ahead of their use where rows are fewer than a tile's."""
+SLICED_ROWS = 36
+"""Up to so many rows weights are read slice by slice."""
+STACK_BYTES = 1024
+"""TVM leaves scratch memory below this on the stack, and takes larger one from its pool."""
+
 PIECES = 16
 """Pieces of work, at least, where there are so many tiles: then threads get equal parts, nearly."""
+
+Load = Callable[[int, Any], Expr]
+Save = Callable[[Expr, int, Any], None]
 
 
 def arguments(problem: QuantMatmul, isa: Isa) -> list[Argument]:
@@ -153,7 +169,7 @@ class _Kernel:
     def __init__(self, problem: QuantMatmul, isa: Isa, buffers: Buffers) -> None:
         self.p, self.isa, self.b = problem, isa, buffers
         self.w = WeightLayout(problem, isa)
-        self.tile = self.w.tile
+        self.tile = isa.fitted(self.w.tile, problem.rows)
         self.epilogue = problem.epilogue or Epilogue()
         # Where channels are whole steps of k and codes are used as they are, the input needs no copy.
         self.direct = problem.pointwise and isa.reads_codes and self.w.channels == problem.segments
@@ -163,6 +179,7 @@ class _Kernel:
             self.image_height = (problem.out_height - 1) * problem.stride[0] + problem.kernel[0]
             self.image_width = (problem.out_width - 1) * problem.stride[1] + problem.kernel[1]
         self._size_chunks()
+        self._size_slices()
 
     # -------------------------------------------------------------------------------------- chunks of rows
 
@@ -173,7 +190,7 @@ class _Kernel:
         if p.pointwise:
             rows = max(min(PANEL_BYTES // pixel, MOST_ROWS), LEAST_ROWS)
             self.most_rows = self.pixels = rows // self.tile.rows * self.tile.rows
-            self.least_rows = 1  # of a chunk
+            self.least_rows = p.rows  # of a chunk, or more than a tile has
             chunks = -(-p.rows // self.most_rows)
         else:
             image = self.image_height * self.image_width * pixel
@@ -187,6 +204,25 @@ class _Kernel:
             self.pixels = self.samples * self.band_height * self.image_width
         rows = min(self.most_rows, p.rows)
         self.parts = max(1, min(-(-PIECES // (chunks * self.w.blocks)), rows // (2 * self.tile.rows)))
+
+    def _size_slices(self) -> None:
+        """Sets slices: how many a run of k is cut into, for each segment; none where all of k is one."""
+        p, w, tile = self.p, self.w, self.tile
+        self.most_tiles, self.usual_tiles = (-(-n // tile.rows) for n in (self.most_rows, min(p.rows, self.most_rows)))
+        runs = [self._runs(Segment(j))[1] // self.isa.kpack for j in range(len(p.segments))]
+        begins = [sum(w.segment_steps[:j]) for j in range(len(p.segments))]
+        # Whether steps that share bytes are always neighbours in a run.
+        self.aligned = not any(n % w.pack for n in (*runs, *begins))
+        self.slices: list[int] = []
+        if len(p.segments) <= FEW_SEGMENTS and self.aligned and self.usual_tiles * tile.rows <= SLICED_ROWS:
+            most = SLICE_BYTES // (tile.vectors * self.isa.vector)
+            for run in runs:
+                fitting = (n for n in range(1, run + 1) if run % n == 0 and run // n <= most and run // n % w.pack == 0)
+                self.slices.append(next(fitting, 1))
+            if sum(self.slices) * p.kernel[0] == 1:
+                self.slices = []
+        if self.slices:
+            self.parts = 1  # or each of them would read all weights
 
     @property
     def _nanoseconds(self) -> float:
@@ -221,8 +257,10 @@ class _Kernel:
                 if not self.direct or p.has_offset:
                     self._once(0, band, blocks * self.parts, gather)
                 self.block = T.bind(block - band * blocks) if blocks > 1 else 0
-                if self.unpacks:
-                    self._once(1, block, self.parts, self._unpack)
+                if self.unpacks and not self.slices:
+                    unpack = partial(self._once, 1, block, self.parts, partial(self._unpack, 0, self.w.packs))
+                    # Few rows take their weights from the codes at once.
+                    _when(True if self.least_rows >= tall or not self.aligned else here >= tall, unpack)
                 self._multiply(here, piece - block * self.parts)
 
     def _once(self, cell: int, number: Any, repeated: int, body: Callable[[], None]) -> None:
@@ -283,6 +321,9 @@ class _Kernel:
             self.starts = team.workspace(self.most_rows, "int32")
         if p.has_offset:
             self.sums = team.workspace(segments * self.most_rows, "int32")
+        if self.slices:
+            size = self.most_tiles * self.tile.rows * self.tile.vectors * self.isa.lanes
+            self.products = team.workspace(segments * size, "int32")
         if self.unpacks:
             size = self.w.steps * self.tile.vectors * self.isa.vector
             self.panel = team.workspace(size, self.isa.weight)
@@ -449,42 +490,126 @@ class _Kernel:
         """A part of the tiles of the gathered rows times the block of weights."""
         tall = self.tile.rows
 
-        def each(units: Any, body: Callable[[Any], None]) -> None:
-            with T.serial(*share(units, part, self.parts)) as unit:
-                body(unit)
-
-        def tile(t: Any) -> None:
-            self._tile(Tile(self.tile.vectors, tall), _opaque(T.min(t * tall, rows - tall)))
+        def first_row(t: Any) -> Any:
+            return _opaque(T.min(t * tall, rows - tall))
 
         def tiles() -> None:
-            each(_quotient(rows + (tall - 1), tall), tile)
+            first, end = share(T.bind(_quotient(rows + (tall - 1), tall)), part, self.parts)
+            if self.slices:
+                self._multiply_slices(first, end, first_row)
+                return
+            with T.serial(first, end) as t:
+                self._tile(self.tile, first_row(t), t)
 
-        def single() -> None:
-            each(rows, lambda r: self._tile(Tile(self.tile.vectors, 1), r))
+        def few() -> None:
+            pairs = T.bind(_quotient(rows, 2))
+            with T.serial(0, pairs) as pair:
+                self._tile(Tile(self.tile.vectors, 2), _opaque(pair * 2), None)
+            _when(rows > pairs * 2, lambda: self._tile(Tile(self.tile.vectors, 1), _opaque(rows - 1), None))
 
-        _when(True if self.least_rows >= tall else rows >= tall, tiles, single)
+        if self.least_rows >= tall:
+            tiles()
+        else:
+            _when(rows >= tall, tiles, few if self.parts == 1 else lambda: _when(part == 0, few))
 
-    def _unpack(self) -> None:
-        """panel = the weights of the block, int8 (int16), in the order of the micro-kernel."""
-        w, isa, vectors = self.w, self.isa, self.tile.vectors
-        tiles, size = self.b["tiles"], isa.vector
+    def _multiply_slices(self, first: Any, end: Any, first_row: Callable[[Any], Any]) -> None:
+        """Tiles [first, end), slice by slice of k: each is read from memory once and stays in the L1 cache."""
+        p, w, tile, lanes = self.p, self.w, self.tile, self.isa.lanes
+        size = tile.rows * tile.vectors * lanes
 
-        def put(step: Any, v: int, weights: Expr) -> None:
-            if isa.weight != "int8":
-                weights = tirx.Cast(f"{isa.weight}x{size}", weights)
-            store(self.panel, weights, span((step * vectors + v) * size, size))
+        def product(j: int, t: Any) -> Any:
+            return T.bind((t + j * self.most_tiles) * size)
 
+        with T.serial(first, end) as t:
+            r = first_row(t)
+            groups = self._groups(tile, r)
+            for j in range(len(p.segments)):
+                self._start(tile, Segment(j), r, groups, self.products, product(j, t))
+        for j, slices in enumerate(self.slices):
+            taps, run, stride = self._runs(Segment(j))
+            steps = run // self.isa.kpack // slices
+            with T.serial(0, taps) as tap, T.serial(0, slices) as n:
+                begin = T.bind(Segment(j).before(w.segment_steps) + (tap * slices + n) * steps)
+                offset = T.bind(tap * stride + n * (steps * self.isa.kpack))
+                if self.unpacks:
+                    self._unpack(_quotient(begin, w.pack), steps // w.pack)
+                with T.serial(first, end) as t:
+                    r, at = first_row(t), product(j, t)
+
+                    def initial(i: Any, v: Any, at: Any = at) -> Expr:
+                        return self.products[span(at + (i * tile.vectors + v) * lanes, lanes)]
+
+                    weights = self._weights(0 if self.unpacks else begin, False)
+                    ahead = self._ahead(begin, steps, t)
+                    runs = (1, steps, 0)
+                    self._accumulate(tile, Segment(j), r, initial, runs, offset, weights, ahead, self.products, at)
+        with T.serial(first, end) as t:
+            r = first_row(t)
+            groups = self._groups(tile, r)
+            products = [(self.products, product(j, t)) for j in range(len(p.segments))]
+            _loop(tile.rows, lambda i: self._finish_row(tile, products, None, i, r + i, T.bind(groups[i])))
+
+    def _unpack(self, first: Any, packs: int) -> None:
+        """panel = some weights of the block, int8 (int16), in the order of the micro-kernel."""
+        w, size, vectors = self.w, self.isa.vector, self.tile.vectors
         for v in range(vectors):
-            table = None
-            if self.p.bits < 8:
-                table = T.bind(self.b["lut"][span((self.block * vectors + v) * size, size)])
-            with T.serial(0, w.packs) as pack:
-                base = T.bind(((self.block * w.packs + pack) * vectors + v) * w.pack_bytes)
-                if table is None:
-                    put(pack, v, tiles[span(base, size)])
-                else:
-                    for d in range(w.pack):
-                        put(pack * w.pack + d, v, isa.look_up(table, self._codes(base, d)))
+            table = self._table(v)
+            with T.serial(0, packs) as pack:
+                for d in range(w.pack):
+                    weights = self._decoded(table, first + pack, d, v)
+                    store(self.panel, weights, span(((pack * w.pack + d) * vectors + v) * size, size))
+
+    def _table(self, v: int) -> Expr | None:
+        """The look-up table of register v of the block."""
+        size = self.isa.vector
+        if self.p.bits == 8:
+            return None
+        return T.bind(self.b["lut"][span((self.block * self.tile.vectors + v) * size, size)])
+
+    def _decoded(self, table: Expr | None, pack: Any, d: int, v: int) -> Expr:
+        """Register v of the weights of step d of a group of steps that share bytes."""
+        w, isa = self.w, self.isa
+        base = T.bind(((self.block * w.packs + pack) * self.tile.vectors + v) * w.pack_bytes)
+        codes = self.b["tiles"][span(base, isa.vector)] if table is None else self._codes(base, d)
+        weights = codes if table is None else isa.look_up(table, codes)
+        return weights if isa.weight == "int8" else tirx.Cast(f"{isa.weight}x{isa.vector}", weights)
+
+    def _weights(self, begin: Any, decode: bool) -> Callable[[Any, int, int], Expr]:
+        """(k, d, v) -> register v of the weights of step ``begin + k + d``; ``decode``: from the stored codes.
+
+        Where it decodes, ``begin`` and k are multiples of the steps that share bytes.
+        """
+        w, vectors, size = self.w, self.tile.vectors, self.isa.vector
+        if decode:
+            tables = [self._table(v) for v in range(vectors)]
+
+            def decoded(k: Any, d: int, v: int) -> Expr:
+                return self._decoded(tables[v], _quotient(begin + k, w.pack) + d // w.pack, d % w.pack, v)
+
+            return decoded
+        source = self.panel if self.unpacks else self.b["tiles"]
+        start = begin if self.unpacks else begin + self.block * w.steps
+
+        def ready(k: Any, d: int, v: Any) -> Expr:
+            return source[span(((start + k + d) * vectors + v) * size, size)]
+
+        return ready
+
+    def _ahead(self, begin: Any, steps: int, t: Any) -> tuple[Any, int]:
+        """Where tile t of rows, in steps [begin, begin + steps), finds weights to prefetch, and lines for each step.
+
+        All tiles together ask for the weights behind those steps, one tile after another. Few rows (t is None) have
+        no time for that much, and ask for what they need soon.
+        """
+        w = self.w
+        bytes_ = w.pack_bytes * self.tile.vectors
+        needed = -(-bytes_ // (w.pack * 64))  # lines a step
+        if t is None:
+            return T.bind(_quotient(self.block * w.steps + begin, w.pack) * bytes_ + FEW_AHEAD), needed
+        lines = -(-needed // self.usual_tiles)
+        last = -(-needed // lines)
+        here = _quotient((self.block * w.steps + begin + steps), w.pack) * bytes_
+        return T.bind(here + T.min(t, last) * (steps * lines * 64)), lines
 
     def _codes(self, base: Any, d: int) -> Expr:
         """Codes of step d of a group, one in each byte."""
@@ -500,26 +625,31 @@ class _Kernel:
             return field(0, d * self.p.bits, self.p.bits)
         return field(d // 4, d % 4 * 2, 2) | (field(2, d, 1) << vmath.splat(tirx.IntImm("uint8", 2), size))
 
-    def _tile(self, tile: Tile, r: Any) -> None:
-        """Rows r .. r + tile.rows of the chunk times one block of weights, to the output."""
-        p, segments = self.p, len(self.p.segments)
+    def _groups(self, tile: Tile, r: Any) -> Buffer:
+        """The time groups of the rows r .. r + tile.rows of the chunk."""
         groups = scratch(tile.rows, "int32")
         with T.unroll(0, tile.rows) as i:
-            store(groups, self._group(_quotient(self.first_row + r + i, p.rows)), i)
+            store(groups, self._group(_quotient(self.first_row + r + i, self.p.rows)), i)
+        return groups
+
+    def _tile(self, tile: Tile, r: Any, t: Any) -> None:
+        """Rows r .. r + tile.rows of the chunk, tile t of it, times one block of weights, to the output."""
+        segments = len(self.p.segments)
+        groups = self._groups(tile, r)
         size = tile.rows * tile.vectors * self.isa.lanes
-        products: list[Buffer] = []
+        products: list[tuple[Buffer, Any]] = []
         scaled = None
         if segments > FEW_SEGMENTS:
             scaled = scratch(size)
-            self._scale_groups(tile, r, groups, scaled)
+            self._scale_groups(tile, r, groups, scaled, t)
         else:
             for j in range(segments):
-                products.append(scratch(size, "int32"))
-                self._accumulate(tile, Segment(j), r, groups, products[j])
+                products.append((scratch(size, "int32"), 0))
+                self._whole_segment(tile, Segment(j), r, groups, products[j][0], t)
         # One body for all rows keeps the code small where epilogues are long.
         _loop(tile.rows, lambda i: self._finish_row(tile, products, scaled, i, r + i, T.bind(groups[i])))
 
-    def _scale_groups(self, tile: Tile, r: Any, groups: Buffer, scaled: Buffer) -> None:
+    def _scale_groups(self, tile: Tile, r: Any, groups: Buffer, scaled: Buffer, t: Any) -> None:
         """scaled = bias + the products of all segments with their scales, in order, f32 [tile.rows, vectors, lanes].
 
         Of many segments each is scaled as soon as it is summed, so that one product is held at a time.
@@ -536,7 +666,7 @@ class _Kernel:
             store(scaled, bias, cell(i, v))
 
         def segment(j: Segment) -> None:
-            self._accumulate(tile, j, r, groups, product)
+            self._whole_segment(tile, j, r, groups, product, t)
             with T.unroll(0, tile.rows) as i:
                 scale = T.bind(self.b["act_scale"][self._entry(j, self.first_row + r + i, groups[i])])
                 with T.unroll(0, tile.vectors) as v:
@@ -547,68 +677,132 @@ class _Kernel:
 
         self._segments(segment)
 
-    def _accumulate(self, tile: Tile, j: Segment, r: Any, groups: Buffer, product: Buffer) -> None:
-        """product = start + the sum over segment j, int32 [tile.rows, tile.vectors, lanes].
+    def _start_value(self, j: Segment, m: Any, group: Any, v: Any) -> Expr:
+        """The first value of the accumulator of row m, register v."""
+        p, w, lanes = self.p, self.w, self.isa.lanes
+        table = j.index if p.dynamic else j.index * p.groups + group
+        first = self.b["start"][span(table * w.outputs + self.block * w.block + v * lanes, lanes)]
+        if p.dynamic:
+            zero = T.cast(self.b["act_zero"][m], "int32")
+            first = first * vmath.splat(T.bind(self.isa.unsigned_excess - zero), lanes)
+        return first
+
+    def _start(self, tile: Tile, j: Segment, r: Any, groups: Buffer, product: Buffer, at: Any) -> None:
+        """product[at ..] = the first values of the accumulators of a tile."""
+        with T.unroll(0, tile.rows) as i, T.unroll(0, tile.vectors) as v:
+            first = self._start_value(j, self.first_row + r + i, groups[i], v)
+            store(product, first, span(at + (i * tile.vectors + v) * self.isa.lanes, self.isa.lanes))
+
+    def _whole_segment(self, tile: Tile, j: Segment, r: Any, groups: Buffer, product: Buffer, t: Any) -> None:
+        """product = all of segment j, of tile t of the chunk (None: of few rows, which take weights from the codes)."""
+        taps, run, stride = self._runs(j)
+        steps, begin = run // self.isa.kpack, j.before(self.w.segment_steps)
+        decode = self.unpacks and t is None and self.aligned
+
+        def initial(i: Any, v: Any) -> Expr:
+            return self._start_value(j, self.first_row + r + i, groups[i], v)
+
+        ahead = self._ahead(begin, self.w.segment_steps[j.first], t)
+        weights = self._weights(begin, decode)
+        self._accumulate(tile, j, r, initial, (taps, steps, stride), 0, weights, ahead, product, 0, decode)
+
+    def _accumulate(
+        self,
+        tile: Tile,
+        j: Segment,
+        r: Any,
+        initial: Callable[[Any, Any], Expr],
+        runs: tuple[int, int, int],
+        offset: Any,
+        weights: Callable[[Any, int, int], Expr],
+        ahead: tuple[Any, int],
+        product: Buffer,
+        to: Any,
+        decode: bool = False,
+    ) -> None:
+        """product[to ..] = initial + the sum over some steps of segment j, int32 [tile.rows, tile.vectors, lanes].
+
+        runs: how many runs of neighbouring activations there are, steps of each, and the distance from one to the
+        next; offset: of the first from a row's start; ahead: see `_ahead`; decode: weights are made of codes, and kept
+        for all rows
 
         Loops over the cells of the tile are unrolled late, so that TVM's passes see little code; LLVM then
         keeps the accumulators in registers.
         """
-        isa, p, w = self.isa, self.p, self.w
-        lanes, vector, cells = isa.lanes, isa.vector, tile.rows * tile.vectors
+        isa = self.isa
+        taps, steps, stride = runs
+        lanes, cells = isa.lanes, tile.rows * tile.vectors
         # With few accumulators the latency of the dot product would show: some steps get their own.
         sets = max(1, 8 // cells)
-        acc, starts = scratch(sets * cells * lanes, "int32"), scratch(tile.rows, "int32")
+        starts = scratch(tile.rows, "int32")
+        columns = scratch(tile.vectors * isa.vector, isa.weight)
+        # In parts that are small enough for the stack, where a prefetch cannot touch them and LLVM sees it.
+        row_size = sets * tile.vectors * lanes
+        most = max(1, (STACK_BYTES - 1) // (4 * row_size))
+        accumulators = [scratch(min(most, tile.rows - i) * row_size, "int32") for i in range(0, tile.rows, most)]
 
-        def cell(s: int, i: Any, v: Any) -> Any:
-            return span(((s * tile.rows + i) * tile.vectors + v) * lanes, lanes)
+        def each_row(body: Callable[[Any, Load, Save], None]) -> None:
+            """Calls body(row, load(set, v), save(value, set, v)) for all rows."""
+            for part, acc in enumerate(accumulators):
+                with T.unroll(0, min(most, tile.rows - part * most)) as i:
 
-        with T.unroll(0, tile.rows) as i:
-            store(starts, self._row_start(j, r + i), i)
-            if p.dynamic:
-                zero = T.cast(self.b["act_zero"][self.first_row + r + i], "int32")
-                negated = T.bind(isa.unsigned_excess - zero)
+                    def cell(s: int, v: Any, i: Any = i) -> Any:
+                        return span(i * row_size + (s * tile.vectors + v) * lanes, lanes)
+
+                    def load(s: int, v: Any, acc: Buffer = acc, cell: Any = cell) -> Expr:
+                        return acc[cell(s, v)]
+
+                    def save(value: Expr, s: int, v: Any, acc: Buffer = acc, cell: Any = cell) -> None:
+                        store(acc, value, cell(s, v))
+
+                    body(part * most + i, load, save)
+
+        def begin(i: Any, _: Load, save: Save) -> None:
+            store(starts, self._row_start(j, r + i) + offset, i)
             with T.unroll(0, tile.vectors) as v:
-                table = j.index if p.dynamic else j.index * p.groups + groups[i]
-                first = self.b["start"][span(table * w.outputs + self.block * w.block + v * lanes, lanes)]
-                if p.dynamic:
-                    first = first * vmath.splat(negated, lanes)
-                store(acc, first, cell(0, i, v))
+                save(initial(i, v), 0, v)
                 for s in range(1, sets):
-                    store(acc, vmath.i32(0, lanes), cell(s, i, v))
-        weights = self.panel if self.unpacks else self.b["tiles"]
-        begin = j.before(w.segment_steps) + (0 if self.unpacks else self.block * w.steps)
-        taps, run, stride = self._runs(j)
-        steps = run // isa.kpack
+                    save(vmath.i32(0, lanes), s, v)
 
-        def step(k: Any, s: int, tap: Any, word: Callable[[Any], Expr]) -> None:
-            base = T.bind((begin + tap * steps + k) * (tile.vectors * vector))
-            with T.unroll(0, tile.rows) as i, T.unroll(0, tile.vectors) as v:
-                column = weights[span(base + v * vector, vector)]
-                store(acc, isa.dot(acc[cell(s, i, v)], isa.spread(word(i)), column), cell(s, i, v))
+        each_row(begin)
+
+        def step(k: Any, d: int, s: int, word: Callable[[Any], Expr]) -> None:
+            for line in range(ahead[1]):
+                self._prefetch(ahead[0] + ((k + d) * ahead[1] + line) * 64)
+            for v in range(tile.vectors if decode else 0):
+                store(columns, weights(k, d, v), span(v * isa.vector, isa.vector))
+
+            def row(i: Any, load: Load, save: Save) -> None:
+                with T.unroll(0, tile.vectors) as v:
+                    column = columns[span(v * isa.vector, isa.vector)] if decode else weights(k, d, v)
+                    save(isa.dot(load(s, v), isa.spread(word(i)), column), s, v)
+
+            each_row(row)
 
         def several(k: Any, count: int, tap: Any) -> None:
-            """`count` steps from step k on."""
-            ahead = isa.load_steps
-            if count % ahead or ahead == 1:
+            """`count` steps from step k of a run on."""
+            here = T.bind(tap * steps + k)
+            group = isa.load_steps
+            if count % group or group == 1:
                 for d in range(count):
-                    offset = T.bind(tap * stride + (k + d) * isa.kpack)
-                    step(k + d, d % sets, tap, partial(self._word, starts, offset))
+                    at = T.bind(tap * stride + (k + d) * isa.kpack)
+                    step(here, d, d % sets, partial(self._word, starts, at))
                 return
-            words = scratch(tile.rows * ahead, "int32")
-            for d in range(0, count, ahead):
+            words = scratch(tile.rows * group, "int32")
+            for d in range(0, count, group):
                 with T.unroll(0, tile.rows) as i:
                     at = starts[i] + tap * stride + (k + d) * isa.kpack
-                    loaded = self.activations[span(at, ahead * isa.kpack)]
-                    store(words, tirx.reinterpret(f"int32x{ahead}", loaded), span(i * ahead, ahead))
-                for e in range(ahead):
+                    loaded = self.activations[span(at, group * isa.kpack)]
+                    store(words, tirx.reinterpret(f"int32x{group}", loaded), span(i * group, group))
+                for e in range(group):
 
                     def word(i: Any, e: int = e) -> Expr:
-                        return words[i * ahead + e]
+                        return words[i * group + e]
 
-                    step(k + d + e, (d + e) % sets, tap, word)
+                    step(here, d + e, (d + e) % sets, word)
 
         def along(tap: Any) -> None:
-            each = max(sets, isa.load_steps)
+            each = max(sets, isa.load_steps, self.w.pack if decode else 1)
             if steps >= each:
                 with T.serial(0, steps // each) as k:
                     several(k * each, each, tap)
@@ -616,11 +810,20 @@ class _Kernel:
                 several(steps // each * each, steps % each, tap)
 
         _loop(taps, along)
-        with T.unroll(0, tile.rows) as i, T.unroll(0, tile.vectors) as v:
-            total = acc[cell(0, i, v)]
-            for s in range(1, sets):
-                total = total + acc[cell(s, i, v)]
-            store(product, total, cell(0, i, v))
+
+        def end(i: Any, load: Load, _: Save) -> None:
+            with T.unroll(0, tile.vectors) as v:
+                total = load(0, v)
+                for s in range(1, sets):
+                    total = total + load(s, v)
+                store(product, total, span(to + (i * tile.vectors + v) * lanes, lanes))
+
+        each_row(end)
+
+    def _prefetch(self, at: Any) -> None:
+        """Asks for the cache line of the stored weights that begins at a byte; it may lie behind the last."""
+        address = T.address_of(self.b["tiles"][at])
+        T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(3), T.int32(1)))
 
     def _word(self, starts: Buffer, offset: Any, i: Any) -> Expr:
         """The activations of row i of a tile at an offset from the row's start, as one int32."""
@@ -629,7 +832,7 @@ class _Kernel:
     # --------------------------------------------------------------------------------------------- results
 
     def _finish_row(
-        self, tile: Tile, products: list[Buffer], scaled: Buffer | None, i: Any, r: Any, group: Any
+        self, tile: Tile, products: list[tuple[Buffer, Any]], scaled: Buffer | None, i: Any, r: Any, group: Any
     ) -> None:
         """Scales, bias (where nothing is ``scaled`` yet), offsets, epilogue and store of row i of a tile, row r."""
         p, w, lanes = self.p, self.w, self.isa.lanes
@@ -652,9 +855,9 @@ class _Kernel:
                 y = scaled[span((i * tile.vectors + v) * lanes, lanes)]
             else:
                 y = self.b["bias"][span(n, lanes)] if p.has_bias else vmath.f32(0.0, lanes)
-            for j, product in enumerate(products):
+            for j, (product, at) in enumerate(products):
                 scale = self.b["weight_scale"][span(n + j * w.outputs, lanes)]
-                total = tirx.Cast(f"float32x{lanes}", product[span((i * tile.vectors + v) * lanes, lanes)])
+                total = tirx.Cast(f"float32x{lanes}", product[span(at + (i * tile.vectors + v) * lanes, lanes)])
                 y = vmath.fma(total, vmath.mul(vmath.splat(scales[j], lanes), scale), y)
             for j, total in enumerate(sums):
                 factor = vmath.mul(vmath.splat(scales[j], lanes), self.b["offset"][span(n, lanes)])

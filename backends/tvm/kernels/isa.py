@@ -16,7 +16,7 @@ less 128; the start values of the accumulators make up for it (`prepare`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import tirx
@@ -89,6 +89,15 @@ class Isa:
             return -(-outputs // block) * block * tile.cost
 
         return min(self.tiles, key=work)
+
+    def fitted(self, tile: Tile, rows: int) -> Tile:
+        """The micro-kernel with fewer rows where a sample of `rows` rows then has less to compute twice."""
+        least = max(1, tile.rows - 2, -(-8 // tile.vectors))  # as many sums as hide the latency of a dot product
+
+        def work(height: int) -> float:
+            return -(-rows // height) * height * (1 + 0.02 * (tile.rows - height))
+
+        return replace(tile, rows=min(range(tile.rows, min(least, tile.rows) - 1, -1), key=work))
 
     def dot(self, acc: Expr, activations: Expr, weights: Expr) -> Expr:
         """acc + the dot products of each lane, int32. Operands are vectors of the gathered types."""
