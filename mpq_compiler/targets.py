@@ -106,7 +106,7 @@ TARGETS: dict[str, Target] = {
     for target in (
         _x86("x86-64-avx2", "avx2", "x86-64-v3", [], _X86_64_V3),
         _x86("x86-64-avxvnni", "avxvnni", "x86-64-v3", ["+avxvnni"], (*_X86_64_V3, "avx_vnni")),
-        _x86("x86-64-avx512", "avx512", "x86-64-v4", [], _X86_64_V4, _NO_KERNELS, numerics=(BF16,)),
+        _x86("x86-64-avx512", "avx512", "x86-64-v4", [], _X86_64_V4, numerics=(BF16,)),
         # x86-64-v4 has no VNNI of its own: without the attribute LLVM cannot select vpdpbusd and aborts.
         _x86(
             *("x86-64-avx512vnni", "avx512vnni", "x86-64-v4", ["+avx512vnni"]),
@@ -134,7 +134,7 @@ TARGETS: dict[str, Target] = {
 }
 
 # What `native` means, best first.
-_NATIVE = ("x86-64-avx512vnni", "x86-64-avxvnni", "x86-64-avx2", "aarch64-dotprod")
+_NATIVE = ("x86-64-avx512vnni", "x86-64-avxvnni", "x86-64-avx512", "x86-64-avx2", "aarch64-dotprod")
 
 
 def resolve(name: str) -> Target:

@@ -31,7 +31,8 @@ def host(monkeypatch):
 def test_the_table_holds_every_documented_name():
     assert list(targets.TARGETS) == NAMES
     ready = {name for name, target in targets.TARGETS.items() if target.implemented}
-    assert ready == {"x86-64-avx2", "x86-64-avxvnni", "x86-64-avx512vnni", "aarch64-dotprod", "onnx", "reference"}
+    x86 = {"x86-64-avx2", "x86-64-avxvnni", "x86-64-avx512", "x86-64-avx512vnni"}
+    assert ready == {*x86, "aarch64-dotprod", "onnx", "reference"}
 
 
 @pytest.mark.parametrize(

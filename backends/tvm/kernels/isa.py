@@ -6,10 +6,11 @@ The kernels are one source for all of these; everything that differs between the
 |-------------------|-------------------------------------------|---------------|---------|
 | x86-64-avx512vnni | vpdpbusd zmm: 4 x (u8 * s8)               | u8            | s8      |
 | x86-64-avxvnni    | vpdpbusd ymm: 4 x (u8 * s8)               | u8            | s8      |
+| x86-64-avx512     | vpmaddwd, vpaddd zmm: 2 x (s16 * s16)     | u8 in s16     | s16     |
 | x86-64-avx2       | vpmaddwd, vpaddd ymm: 2 x (s16 * s16)     | u8 in s16     | s16     |
 | aarch64-dotprod   | sdot: 4 x (s8 * s8)                       | s8: code - 128 | s8     |
 
-All of these are exact. AVX2's vpmaddubsw is not used: it saturates. With sdot an activation is stored
+All of these are exact. vpmaddubsw is not used: it saturates. With sdot an activation is stored
 less 128; the start values of the accumulators make up for it (`prepare`).
 """
 
@@ -103,7 +104,8 @@ class Isa:
         """acc + the dot products of each lane, int32. Operands are vectors of the gathered types."""
         i32 = f"int32x{self.lanes}"
         if self.weight == "int16":
-            return acc + tirx.call_llvm_pure_intrin(i32, "llvm.x86.avx2.pmadd.wd", activations, weights)
+            name = "llvm.x86.avx2.pmadd.wd" if self.lanes == 8 else "llvm.x86.avx512.pmaddw.d.512"
+            return acc + tirx.call_llvm_pure_intrin(i32, name, activations, weights)
         if self.activation == "int8":
             return tirx.call_llvm_pure_intrin(i32, "llvm.aarch64.neon.sdot", acc, weights, activations)
         # LLVM 22 gave this intrinsic byte vectors; TVM's own schedule still passes int32 ones and fails.
@@ -146,6 +148,7 @@ ISAS: Mapping[str, Isa] = {
     for isa in (
         Isa("x86-64-avx512vnni", 16, 4, "uint8", "int8", "llvm.x86.avx512.pshuf.b.512", _TILES_512),
         Isa("x86-64-avxvnni", 8, 4, "uint8", "int8", "llvm.x86.avx2.pshuf.b", _TILES_256),
+        Isa("x86-64-avx512", 16, 2, "int16", "int16", "llvm.x86.avx2.pshuf.b", _TILES_512),
         Isa("x86-64-avx2", 8, 2, "int16", "int16", "llvm.x86.ssse3.pshuf.b.128", _TILES_256),
         Isa("aarch64-dotprod", 4, 4, "int8", "int8", "llvm.aarch64.neon.tbl1", _TILES_NEON, load_steps=4),
     )

@@ -64,6 +64,7 @@ def square(shift: int, step: int) -> list[tuple[QuantMatmul, Case, np.ndarray]]:
         *(("x86-64-avx512vnni", shift, 1) for shift in (0, 2, 4, 6)),
         *(("x86-64-avx2", shift, 1) for shift in (3, 5, 7, 1)),
         ("x86-64-avxvnni", 5, 4),
+        ("x86-64-avx512", 7, 4),
         (AARCH64, 6, 4),
     ],
 )
@@ -111,6 +112,7 @@ def random_cases() -> tuple[list[QuantMatmul], list[tuple[int, Case]], list[np.n
         ("x86-64-avx512vnni", 0, 2),
         ("x86-64-avx2", 1, 2),
         ("x86-64-avxvnni", 3, 8),
+        ("x86-64-avx512", 7, 8),
         (AARCH64, 5, 6),
     ],
 )
@@ -300,7 +302,7 @@ K_GROUPS = [
 """Up to 18 segments, with and without a shorter last one, offsets, bias, row classes; runs of unequal ones."""
 
 
-@pytest.mark.parametrize("name", ["x86-64-avx512vnni", "x86-64-avx2", "x86-64-avxvnni", AARCH64])
+@pytest.mark.parametrize("name", [*X86, AARCH64])
 def test_k_groups(name):
     kernels = Kernels(needs(name), K_GROUPS)
     cases = [make_case(problem, 3, seed("groups", i)) for i, problem in enumerate(K_GROUPS)]
