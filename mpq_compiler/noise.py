@@ -219,7 +219,8 @@ def expected_of_call(
 ) -> float | None:
     """Relative noise power at the output of a float call when what it reads is quantized as planned.
 
-    ``planned`` has the plans, ``values`` are those of its run. None where nothing that the call reads has a plan.
+    ``planned`` has the plans, ``values`` are those of its run. None where nothing that the call reads has a plan, and
+    it is no attention that computes coarsely.
     """
     weight = weight_of(node)
     path = None if weight is None else weight.split(":")[0]
@@ -242,6 +243,8 @@ def expected_of_call(
 
     args: Any = fx.map_arg(node.args, value)
     kwargs = fx.map_arg(node.kwargs, value)
+    if (kind := planned.facts.get("numerics", {}).get(node.name)) is not None:
+        any_plan, kwargs = True, {**kwargs, "numerics": kind}
     if not any_plan or not isinstance(values.get(node.name), Tensor):
         return None
     probabilities = planned.activations.get(softmax(node.name))

@@ -366,13 +366,13 @@ def _quantizes(node: fx.Node) -> bool:
 
 
 def _consumers(program: Program, forced: Forced) -> list[str]:
-    """The calls with a counterpart that read what a quantizer has made, in graph order."""
+    """The calls with a counterpart that read what a quantizer has made, or compute coarsely, in graph order."""
     noisy: set[fx.Node] = set()
     found = []
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
-        reads = any(n in noisy for n in node.all_input_nodes) or _quantizes(node)
+        reads = any(n in noisy for n in node.all_input_nodes) or _quantizes(node) or "numerics" in node.kwargs
         if node.name in forced.departures:
             if reads:
                 found.append(node.name)
