@@ -13,6 +13,7 @@ buffer in place of a tensor. The last two are differences of two measurements an
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -39,6 +40,7 @@ from mpq_compiler import bench, compiler, contestants, runtime, targets, termina
 from mpq_compiler.backends.tvm import fuse
 from mpq_compiler.backends.tvm.kernels import movement, norms
 from mpq_compiler.backends.tvm.kernels.template import BATCH, Argument
+from mpq_compiler.backends.tvm.lowered import Call
 from mpq_compiler.tensorfile import aligned_empty
 
 RESULTS = Path(__file__).parent / "results" / "movement.json"
@@ -56,10 +58,14 @@ def artifact(source: str, folder: Path, fused: bool) -> Path:
         if fused:
             compiler.compile(source, path, **chosen)
         else:
-            alone = {name: lambda calls, values, output: tuple(calls) for name in ("fuse", "in_place")}
-            with mock.patch.multiple(fuse, **alone):
+            with mock.patch.object(fuse, "fuse", unchanged), mock.patch.object(fuse, "in_place", unchanged):
                 compiler.compile(source, path, **chosen)
     return path
+
+
+def unchanged(calls: Sequence[Call], values: object, output: str) -> tuple[Call, ...]:
+    """In place of a rule."""
+    return tuple(calls)
 
 
 def of_model(name: str, folder: Path, rounds: int) -> dict[str, Any]:
@@ -69,8 +75,8 @@ def of_model(name: str, folder: Path, rounds: int) -> dict[str, Any]:
     cold = {kind: runtime.load(path, 1, reuse_bytes=0) for kind, path in paths.items()}
     reusing = runtime.load(paths["fused"], 1)
     inputs = contestants.random_inputs(reusing.manifest, 1)
-    calls: dict[str, Callable[[], object]] = {kind: lambda c=c: c.run(inputs) for kind, c in cold.items()}
-    calls["fused, reusing"] = lambda: reusing.run(inputs)
+    loaded = {**cold, "fused, reusing": reusing}
+    calls = {kind: functools.partial(compiled.run, inputs) for kind, compiled in loaded.items()}
     times: dict[str, list[float]] = defaultdict(list)
     families: dict[str, dict[str, list[float]]] = {kind: defaultdict(list) for kind in cold}
     parts: dict[str, list[float]] = defaultdict(list)
@@ -140,10 +146,10 @@ def kernels(positions: int, channels: int) -> Mapping[str, Callable[[], object]]
         function = module.build(problem, target.isa or "", "f")
         library = tvm.compile(tvm.IRModule({"f": function}), target=tvm.target.Target(dict(target.tvm)))["f"]
         buffers = [filled(argument) for argument in module.arguments(problem)]
-        found[name] = lambda f=library, b=buffers: f(*b)
+        found[name] = functools.partial(library, *buffers)
     source, copied = (aligned_empty((positions * both,), np.dtype(np.float32)) for _ in range(2))
     source[...] = copied[...] = 1
-    found["copy"] = lambda: np.copyto(copied, source)
+    found["copy"] = functools.partial(np.copyto, copied, source)
     return found
 
 
