@@ -6,6 +6,8 @@ computed, bit for bit; samples of a batch with the same inputs share it. Memory 
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +23,10 @@ MOST_ROWS = 256
 """Results that a part keeps at most: the steps of a long schedule."""
 LEAST_ROWS = 2
 """Results that a part keeps in any case: those of a prompt and of no prompt."""
+SMALL = 1024
+"""Bytes of an input up to which it is part of a key itself; the contents of larger ones are numbered."""
+
+Key = tuple[bytes | int, ...]
 
 Staged = tuple[np.ndarray, Any]
 """A buffer, and the runtime's tensor of the same memory."""
@@ -50,6 +56,9 @@ class Part:
         key = sum(array.nbytes for array, _ in self._arguments)
         self.rows = min(MOST_ROWS, max(LEAST_ROWS, room // (self.row_bytes + key)))
         """Results that are kept."""
+        self._contents = [
+            Contents(array.nbytes, self.rows) if array.nbytes > SMALL else None for array, _ in self._arguments
+        ]
         self._memory = aligned_empty((self.rows * self.row_bytes,), np.dtype(np.uint8))
         self._places: dict[int, list[Staged]] = {}
         self._batches: dict[int, list[Staged]] = {}
@@ -59,20 +68,20 @@ class Part:
 
     @property
     def reserved_bytes(self) -> int:
-        """The memory that results may take, without their keys and the batches they are put together in."""
-        return self._memory.nbytes
+        """The memory that results and what they were made of may take, without batches that are put together."""
+        return self._memory.nbytes + sum(c.nbytes for c in self._contents if c is not None)
 
     def forget(self) -> None:
         """Keeps nothing."""
-        self._kept: OrderedDict[tuple[bytes, ...], int] = OrderedDict()
+        self._kept: OrderedDict[Key, int] = OrderedDict()
         """Inputs of a sample -> its place, the latest last."""
-        self._latest: dict[int, list[tuple[bytes, ...]]] = {}
+        self._latest: dict[int, list[Key]] = {}
         """Inputs of the batch that lies ready, by its size."""
 
     def results(self, arrays: Mapping[str, np.ndarray], batch: int) -> list[Staged]:
         """The outputs for a batch, by its inputs [batch, ...]; valid until the next call."""
         taken = [arrays[name] for name in self.inputs]
-        keys = [tuple(array[i].tobytes() for array in taken) for i in range(batch)]
+        keys = [self._key(taken, i) for i in range(batch)]
         if batch == 1:
             return self._row(keys[0], taken, 0)
         if batch not in self._batches:
@@ -85,7 +94,13 @@ class Part:
             self._latest[batch] = keys
         return batched
 
-    def _row(self, key: tuple[bytes, ...], taken: Sequence[np.ndarray], sample: int) -> list[Staged]:
+    def _key(self, taken: Sequence[np.ndarray], sample: int) -> Key:
+        return tuple(
+            contents.number(array[sample]) if contents else array[sample].tobytes()
+            for array, contents in zip(taken, self._contents, strict=True)
+        )
+
+    def _row(self, key: Key, taken: Sequence[np.ndarray], sample: int) -> list[Staged]:
         if (known := self._kept.get(key)) is not None:
             self._kept.move_to_end(key)
             return self._places[known]
@@ -114,6 +129,45 @@ class Part:
     def _staged(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Staged:
         array = aligned_empty(shape, dtype)
         return array, self._tensor(array)
+
+
+class Contents:
+    """Numbers for arrays of ``size`` bytes: equal bytes, and only they, have the same, while they are remembered.
+
+    The latest ``count`` are. It compares and copies in place: looking up what is known allocates nothing.
+    """
+
+    def __init__(self, size: int, count: int) -> None:
+        self._memory = aligned_empty((count, size), np.dtype(np.uint8))
+        self._slots = list(range(count))
+        """The latest first."""
+        self._numbers = [-1] * count
+        self._next = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._memory.nbytes
+
+    def number(self, array: np.ndarray) -> int:
+        """Of a contiguous array."""
+        address, size = array.ctypes.data, self._memory.shape[1]
+        for i, slot in enumerate(self._slots):
+            known = self._numbers[slot] >= 0
+            if known and _libc().memcmp(address, self._memory.ctypes.data + slot * size, size) == 0:
+                self._slots.insert(0, self._slots.pop(i))
+                return self._numbers[slot]
+        slot = self._slots.pop()
+        self._slots.insert(0, slot)
+        ctypes.memmove(self._memory.ctypes.data + slot * size, address, size)
+        self._numbers[slot], self._next = self._next, self._next + 1
+        return self._numbers[slot]
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    return libc
 
 
 def _rounded(size: int) -> int:

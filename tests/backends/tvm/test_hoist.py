@@ -41,7 +41,7 @@ def paths(case, others, tmp_path_factory):
     for whole in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             if whole:
-                patch.setattr(hoist, "split", lambda inputs, calls, output, values, suffix: ((), ()))
+                patch.setattr(hoist, "split", lambda inputs, calls, output, values, suffix: ((), tuple(calls)))
             built = build(case.program, target, (1, 3), jobs=2, cache=packed.kernel_cache(), others=others)
         path = tmp_path_factory.mktemp("hoist") / f"{whole}.mpq"
         found.append(packed.write(path, case.program, target, built))
@@ -96,7 +96,9 @@ def test_what_is_known_is_not_computed_again(case, paths):
 def test_memory_is_bounded_and_taken_once(paths):
     denoiser = runtime.load(paths[0], reuse_bytes=1 << 20)
     for part in denoiser._executor.parts.values():
-        assert part.reserved_bytes == part.rows * part.row_bytes <= max(1 << 19, 2 * part.row_bytes)
+        inputs = sum(array.nbytes for array, _ in part._arguments)
+        most = max(1 << 19, 2 * (part.row_bytes + inputs))
+        assert part.rows * part.row_bytes <= part.reserved_bytes <= most
     with pytest.raises(UserError, match="reuse_bytes is -1"):
         runtime.load(paths[0], reuse_bytes=-1)
 
@@ -113,6 +115,17 @@ def test_functions_of_other_sizes_share_the_parts(case, others):
     keys = {call.node for call in text.calls if "attn2_to_k" in call.node or "attn2_to_v" in call.node}
     assert projections and keys
     assert not {call.node for call in first.own} & (projections | keys)
+
+
+def test_contents_have_numbers():
+    contents, draw = hoisting.Contents(4096, 3), np.random.default_rng(0)
+    arrays = [draw.integers(0, 256, 4096).astype(np.uint8) for _ in range(4)]
+    arrays[1][:-1] = arrays[0][:-1]  # they differ in the last byte
+    assert [contents.number(arrays[i].copy()) for i in (0, 1, 0, 2, 1)] == [0, 1, 0, 2, 1]
+    assert contents.number(arrays[3]) == 3  # in the place of the one that was not asked for longest
+    assert [contents.number(arrays[i]) for i in (1, 2, 3, 0)] == [1, 2, 3, 4]
+    assert contents.number(np.zeros(1024, np.float32)) != contents.number(np.full(1024, -0.0, np.float32))
+    assert contents.nbytes == 3 * 4096
 
 
 def node(name: str, *operands: str, dtype: str = "float32", shape=("B", 4)) -> tuple[Call, Value]:
