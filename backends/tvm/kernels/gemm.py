@@ -684,7 +684,8 @@ class _Kernel:
         first = self.b["start"][span(table * w.outputs + self.block * w.block + v * lanes, lanes)]
         if p.dynamic:
             zero = T.cast(self.b["act_zero"][m], "int32")
-            first = first * vmath.splat(T.bind(self.isa.unsigned_excess - zero), lanes)
+            taps = p.kernel[0] * p.kernel[1] * p.segments[j.first]
+            first = self.isa.product(first, T.bind(self.isa.unsigned_excess - zero), 127 * taps)
         return first
 
     def _start(self, tile: Tile, j: Segment, r: Any, groups: Buffer, product: Buffer, at: Any) -> None:

@@ -69,6 +69,11 @@ class Isa:
         return self.lanes * self.kpack
 
     @property
+    def pairs(self) -> str:
+        """x86's intrinsic that adds up products of neighbouring int16."""
+        return "llvm.x86.avx2.pmadd.wd" if self.lanes == 8 else "llvm.x86.avx512.pmaddw.d.512"
+
+    @property
     def reads_codes(self) -> bool:
         """Whether the dot product takes u8 activation codes as they are, without a copy."""
         return self.activation == "uint8"
@@ -91,6 +96,11 @@ class Isa:
 
         return min(self.tiles, key=work)
 
+    @property
+    def grouped(self) -> Tile:
+        """The micro-kernel for K-groups: registers hold the sums of a group and those of all groups so far."""
+        return Tile(max(1, self.tiles[0].vectors // 2), self.tiles[0].rows)
+
     def fitted(self, tile: Tile, rows: int) -> Tile:
         """The micro-kernel with fewer rows where a sample of `rows` rows then has less to compute twice."""
         least = max(1, tile.rows - 2, -(-8 // tile.vectors))  # as many sums as hide the latency of a dot product
@@ -104,14 +114,21 @@ class Isa:
         """acc + the dot products of each lane, int32. Operands are vectors of the gathered types."""
         i32 = f"int32x{self.lanes}"
         if self.weight == "int16":
-            name = "llvm.x86.avx2.pmadd.wd" if self.lanes == 8 else "llvm.x86.avx512.pmaddw.d.512"
-            return acc + tirx.call_llvm_pure_intrin(i32, name, activations, weights)
+            return acc + tirx.call_llvm_pure_intrin(i32, self.pairs, activations, weights)
         if self.activation == "int8":
             return tirx.call_llvm_pure_intrin(i32, "llvm.aarch64.neon.sdot", acc, weights, activations)
         # LLVM 22 gave this intrinsic byte vectors; TVM's own schedule still passes int32 ones and fails.
         return tirx.call_llvm_pure_intrin(
             i32, f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", acc, activations, weights
         )
+
+    def product(self, values: Expr, factor: Expr, most: int) -> Expr:
+        """int32 values, at most `most` in magnitude, times one in -255..128. Multiplying 32 bits is slow on x86."""
+        if self.activation == "int8" or most > 2**15 - 1:
+            return values * tirx.Broadcast(factor, self.lanes)
+        pair, low = f"int16x{2 * self.lanes}", tirx.Broadcast(factor & 0xFFFF, self.lanes)  # times (factor, 0)
+        halves = [tirx.reinterpret(pair, values), tirx.reinterpret(pair, low)]
+        return tirx.call_llvm_pure_intrin(f"int32x{self.lanes}", self.pairs, *halves)
 
     def spread(self, word: Expr) -> Expr:
         """`kpack` neighbouring activations, given as one int32, in every lane."""

@@ -172,6 +172,8 @@ class WeightLayout:
 
     @property
     def tile(self) -> Tile:
+        if len(self.problem.segments) > FEW_SEGMENTS:
+            return self.isa.grouped
         return self.isa.tile(self.problem.outputs)
 
     @property
