@@ -220,14 +220,17 @@ class CompiledDenoiser:
         arguments = self._convention.inputs(named)
         return {n: v for n, v in arguments.items() if not (isinstance(v, Mapping) and not v)}
 
-    def run(self, inputs: Mapping[str, Any]) -> np.ndarray:
-        """The output for `inputs` by name: float32, the batch first.
+    def run(self, inputs: Mapping[str, Any], out: np.ndarray | None = None) -> np.ndarray:
+        """The output for `inputs` by name: float32, the batch first; written to `out` where it is given.
+
+        With the same `out` in every call, and inputs of the compiled types, calls after the second allocate nothing
+        but small objects of Python.
 
         A batch without a specialization of its own is run in parts, the largest first, and what remains is
         filled up with copies of its last sample; samples do not influence one another, so the parts do not
         show.
 
-        UserError: an input is missing, unknown, or of the wrong type, shape or device; the batch is empty;
+        UserError: an input or `out` is missing, unknown, or of the wrong type, shape or device; the batch is empty;
         an input or the output is not finite; a label is none.
         """
         arrays = self._checked(inputs)
@@ -238,11 +241,17 @@ class CompiledDenoiser:
             _require_range(name, arrays[name], below)
         for assumed in self.manifest.get("assumptions", ()):
             _require_token(assumed, arrays[assumed["input"]])
+        if out is not None:
+            _require_room(out, (batch, *fitting[0]["output"]["shape"][1:]))
+        schedule = _schedule(batch, fitting)
+        if out is None and len(schedule) > 1:
+            out = np.empty((batch, *fitting[0]["output"]["shape"][1:]), np.float32)
         with self._lock:
-            parts = [
-                self._part(function, arrays, begin, end) for function, begin, end in _schedule(batch, fitting)
-            ]
-        result = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            for function, begin, end in schedule:
+                result = self._part(function, arrays, begin, end)
+                if out is not None:
+                    np.copyto(out[begin:end], result)
+        result = result if out is None else out
         if self.check_finite:
             self._require_finite(result)
         return result
@@ -296,9 +305,9 @@ class CompiledDenoiser:
         return batch, fitting
 
     def _require_finite(self, result: np.ndarray) -> None:
-        # A sum is finite only if every term is; it may overflow where all are, hence the second look.
-        if np.isfinite(result.sum(dtype=np.float64)) or (bad := ~np.isfinite(result)).sum() == 0:
+        if _is_finite(result):
             return
+        bad = ~np.isfinite(result)
         name = self._functions[0]["output"]["name"]
         sample = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1)))
         raise UserError(
@@ -307,10 +316,23 @@ class CompiledDenoiser:
         )
 
 
+def _is_finite(array: np.ndarray) -> bool:
+    # A sum is finite only if every term is; it may overflow where all are, hence the second look. It allocates nothing.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(array.sum())) or bool(np.isfinite(array).all())
+
+
+def _require_room(out: Any, shape: tuple[int, ...]) -> None:
+    """UserError where a result of that shape cannot be written to ``out``."""
+    if not isinstance(out, np.ndarray) or (out.shape, out.dtype) != (shape, np.float32) or not out.flags.writeable:
+        kind = f"{out.dtype}{list(out.shape)}" if isinstance(out, np.ndarray) else type(out).__name__
+        raise UserError(f"the result does not fit into `out`, {kind}: give a writeable array float32{list(shape)}")
+
+
 def _require_finite_inputs(arrays: Mapping[str, np.ndarray]) -> None:
     # A quantizer turns NaN into a code: what goes in must be looked at, for nothing shows in what comes out.
     for name, array in arrays.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if array.dtype.kind == "f" and not _is_finite(array):
             raise UserError(f"input '{name}' holds NaN or infinity; check what made it")
 
 

@@ -16,7 +16,7 @@ from tvm.script.ir_builder import tirx as T
 
 from mpq_compiler.backends.tvm.kernels import vmath
 from mpq_compiler.backends.tvm.kernels.isa import Isa
-from mpq_compiler.backends.tvm.kernels.template import Argument, primfunc, scratch, span, store
+from mpq_compiler.backends.tvm.kernels.template import Argument, primfunc, scratch, shares, span, store
 
 ROUNDS = 20000
 """Of the loop in a call: some milliseconds."""
@@ -25,15 +25,18 @@ Loop = tuple[Callable[[], object], int]
 """A call, and the multiply-accumulates that it makes."""
 
 
-def integer(target: Isa) -> Loop:
-    """Dot products as the integer kernels make them, int32 sums in registers."""
+def integer(target: Isa, parts: int = 1) -> Loop:
+    """Dot products as the integer kernels make them, int32 sums in registers; as often for each of some parts.
+
+    Parts are shared among threads: what two threads make of two of them is what no kernel can do better.
+    """
     weights = f"{target.weight}x{target.vector}"
 
     def step(total: Expr, word: Expr) -> Expr:
         # The sum itself as the weights: a constant operand would let vpmaddwd move out of the loop.
         return target.dot(total, target.spread(word), tirx.reinterpret(weights, total))
 
-    return _loop("peak_integer", target, "int32", step, target.vector)
+    return _loop("peak_integer", target, "int32", step, target.vector, parts)
 
 
 def floating(target: Isa) -> Loop:
@@ -45,24 +48,27 @@ def floating(target: Isa) -> Loop:
     return _loop("peak_floating", target, "float32", step, target.lanes)
 
 
-def _loop(name: str, target: Isa, dtype: str, step: Callable[[Expr, Expr], Expr], work: int) -> Loop:
+def _loop(
+    name: str, target: Isa, dtype: str, step: Callable[[Expr, Expr], Expr], work: int, parts: int = 1
+) -> Loop:
     """``step(sum, word)`` again and again on as many sums as the widest tile of the target has."""
     tile = target.tiles[0]
     cells = tile.rows * tile.vectors
 
     def body(_: Any, buffers: dict[str, Any]) -> None:
-        total = scratch(cells * target.lanes, dtype)
-        for i in range(cells):
-            store(total, tirx.Broadcast(buffers["y"][i], target.lanes), span(i * target.lanes, target.lanes))
-        word = T.bind(buffers["y"][0])
-        with T.serial(0, ROUNDS):
+        with shares(1, parts, float("inf") if parts > 1 else 0) as (_, begin, end), T.serial(begin, end) as part:
+            total = scratch(cells * target.lanes, dtype)
             for i in range(cells):
-                at = span(i * target.lanes, target.lanes)
-                store(total, step(total[at], word), at)
-        for i in range(cells):
-            store(buffers["y"], total[i * target.lanes], i)
+                store(total, tirx.Broadcast(buffers["y"][part, i], target.lanes), span(i * target.lanes, target.lanes))
+            word = T.bind(buffers["y"][part, 0])
+            with T.serial(0, ROUNDS):
+                for i in range(cells):
+                    at = span(i * target.lanes, target.lanes)
+                    store(total, step(total[at], word), at)
+            for i in range(cells):
+                store(buffers["y"], total[i * target.lanes], part, i)
 
-    loop = primfunc(name, [Argument("y", (cells,), dtype)], body)
+    loop = primfunc(name, [Argument("y", (parts, cells), dtype)], body)
     function = tvm.compile(tvm.IRModule({name: loop}), target=target.target())[name]
-    y = tvm.runtime.tensor(np.zeros(cells, dtype))
-    return lambda: function(y), ROUNDS * cells * work
+    y = tvm.runtime.tensor(np.zeros((parts, cells), dtype))
+    return lambda: function(y), ROUNDS * cells * work * parts
