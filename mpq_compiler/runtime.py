@@ -223,9 +223,6 @@ class CompiledDenoiser:
     def run(self, inputs: Mapping[str, Any], out: np.ndarray | None = None) -> np.ndarray:
         """The output for `inputs` by name: float32, the batch first; written to `out` where it is given.
 
-        With the same `out` in every call, and inputs of the compiled types, calls after the second allocate nothing
-        but small objects of Python.
-
         A batch without a specialization of its own is run in parts, the largest first, and what remains is
         filled up with copies of its last sample; samples do not influence one another, so the parts do not
         show.

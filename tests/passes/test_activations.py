@@ -207,7 +207,7 @@ def test_sensitivities_of_another_kind_are_refused():
         planned(attention=8)
     with pytest.raises(UserError, match=r"no attention '.*' at 4 bits: measure them with sensitivity{activations=4}"):
         planned(dynamic=True, attention=4)
-    with pytest.raises(UserError, match="must be none or 2 to 8, not 16"):
+    with pytest.raises(UserError, match="must be 2 to 8, not 16"):
         BitAllocation(attention=16)
 
 
