@@ -23,7 +23,7 @@ _API = {
     "UserError": "errors:UserError",
     "allocate": "allocation:solve",
     "compile": "compiler:compile",
-    "demo": "demo:demo",
+    "demo": "demonstration:demo",
     "evaluate": "evaluation:evaluate",
     "inspect": "inspection:inspect",
     "load": "runtime:load",

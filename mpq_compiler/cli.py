@@ -246,7 +246,7 @@ def _options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
 
 
 def _demo(args: argparse.Namespace) -> Any:
-    from mpq_compiler.demo import demo
+    from mpq_compiler.demonstration import demo
 
     where, machine = Path(args.output), _options_of_machine(args)
     return demo(where, args.weights, args.images, args.steps, args.overwrite, **machine, model=args.model)

@@ -284,6 +284,13 @@ def test_functions_of_the_manifest():
     assert {entry["bits"] for entry in codes} == {3}  # int2 and a binary branch: a table of eight entries
 
 
+def test_threads_change_no_bit():
+    made, _ = compiled("unet2d", "int3", TARGETS[1])
+    inputs = {key: value.numpy() for key, value in packed.program("unet2d", "int3").inputs.items()}
+    outputs = runtime.load(made.path, threads=2).run(inputs)
+    assert np.array_equal(outputs, executed("unet2d", "int3", TARGETS[1]).numpy())
+
+
 def test_kernels_check_the_shapes_of_what_they_are_given():
     made, lowered = compiled("unet2d", "int3", TARGETS[1])
     machine = tvm_runtime.VirtualMachine(made, threads=1)
