@@ -40,7 +40,7 @@ class TimeGroups(Pass):
     """Groups at most; fewer where the calibration has fewer timesteps."""
     bits: int = 8
     """Width of the activations for which the cost is reckoned."""
-    places: int = 24
+    places: int = 20
     """Intervals at most between which cuts are looked for: of more timesteps, neighbours are taken together."""
 
     def __post_init__(self) -> None:
