@@ -20,7 +20,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -35,6 +34,7 @@ import torch.nn.functional as F
 import tvm
 
 from benchmarks.machine import provenance
+from benchmarks.timing import interleaved
 from mpq_compiler import contestants, numerics, runtime, targets
 from mpq_compiler.backends.tvm.kernels import attention, fast_attention
 from tests.float_kernels import shape_of, tvm_target
@@ -133,22 +133,9 @@ def exact(heads: int, operands: Tensors) -> np.ndarray:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).numpy()
 
 
-def measure(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of CPU time of each call in each round, sorted; short calls repeat in a round."""
-    repeats: dict[str, int] = {}
-    for name, call in calls.items():
-        call()
-        start = time.thread_time_ns()
-        call()
-        repeats[name] = max(1, int(2_000_000 / max(1, time.thread_time_ns() - start)))
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.thread_time_ns()
-            for _ in range(repeats[name]):
-                call()
-            found[name].append((time.thread_time_ns() - start) / repeats[name] / 1e3)
-    return {name: sorted(times) for name, times in found.items()}
+def microseconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """CPU time of each call in each round, sorted."""
+    return {name: sorted(1e6 * t for t in times) for name, times in interleaved(calls, rounds).items()}
 
 
 def row(shape: tuple[int, ...], kinds: Sequence[str], target: targets.Target, rounds: int) -> dict[str, Any]:
@@ -163,7 +150,7 @@ def row(shape: tuple[int, ...], kinds: Sequence[str], target: targets.Target, ro
         calls[kind]()
         difference = output.numpy() - expected
         errors[kind] = float(np.sqrt((difference**2).mean() / (expected**2).mean()))
-    times = measure(calls | peers(heads, operands), rounds)
+    times = microseconds(calls | peers(heads, operands), rounds)
     middle = {name: statistics.median(found) for name, found in times.items()}
     made: dict[str, Any] = {"heads": heads, "dim": dim, "queries": queries, "keys": keys}
     made |= {"us": {n: round(t, 1) for n, t in middle.items()}, "error": errors}
@@ -182,7 +169,7 @@ def whole_models(paths: Sequence[str], rounds: int) -> dict[str, Any]:
     inputs = contestants.random_inputs(loaded[0].manifest, 1)
     names = [f"{m.manifest['name']} {m.manifest['target']['numerics']}" for m in loaded]
     calls = {name: functools.partial(m.run, inputs) for name, m in zip(names, loaded, strict=True)}
-    middle = {name: statistics.median(found) / 1e3 for name, found in measure(calls, 5 * rounds).items()}
+    middle = {name: statistics.median(found) / 1e3 for name, found in microseconds(calls, 5 * rounds).items()}
     return {
         "ms": {name: round(ms, 3) for name, ms in middle.items()},
         "ratio": round(middle[names[0]] / middle[names[-1]], 3),

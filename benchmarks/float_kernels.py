@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 import tvm
 
 from benchmarks.machine import provenance
+from benchmarks.timing import interleaved
 from mpq_compiler import targets
 from mpq_compiler.backends.tvm.kernels import attention, float_gemm, matmul, movement, norms, pointwise
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
@@ -226,24 +226,6 @@ def _arguments(contest: Contest) -> list[np.ndarray]:
     return arrays
 
 
-def _least(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Microseconds of CPU time of each call, least over interleaved rounds; short calls repeat in a round."""
-    repeats, best = {}, {}
-    for name, call in calls.items():
-        call()
-        start = time.thread_time_ns()
-        call()
-        repeats[name] = max(1, int(200_000 / max(1, time.thread_time_ns() - start)))
-        best[name] = float("inf")
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.thread_time_ns()
-            for _ in range(repeats[name]):
-                call()
-            best[name] = min(best[name], (time.thread_time_ns() - start) / repeats[name] / 1e3)
-    return best
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="native")
@@ -267,7 +249,7 @@ def main() -> None:
             rivals = contest.rivals([torch.from_numpy(a) for a in arrays])
             calls = {"ours": lambda f=function, t=tensors: f(*t)}
             calls |= {f"torch {i}": rival for i, rival in enumerate(rivals)}
-            times = _least(calls, options.rounds)
+            times = {n: 1e6 * min(found) for n, found in interleaved(calls, options.rounds, 2e-4).items()}
             ours = times.pop("ours")
             theirs = min(times.values())
             print(f"{contest.name:44}{ours:10.1f}{theirs:10.1f}{theirs / ours:8.2f}", flush=True)

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import numpy as np
 import tvm
 
 from benchmarks.machine import provenance
+from benchmarks.timing import interleaved
 from mpq_compiler.backends.tvm import peak
 from mpq_compiler.backends.tvm.kernels import gemm, prepare
 from mpq_compiler.backends.tvm.kernels.isa import ISAS, Isa, isa
@@ -71,24 +71,6 @@ def kernel(problem: QuantMatmul, target: Isa) -> tuple[Callable[[], object], int
     return lambda: function(*args), problem.rows * problem.reduction * problem.outputs
 
 
-def measure(calls: dict[str, Callable[[], object]], rounds: int, window: float = 2e-3) -> dict[str, float]:
-    """Least seconds of CPU time of each call over interleaved rounds of about `window` seconds."""
-    repeats = {}
-    for name, call in calls.items():
-        call()
-        start = time.thread_time()
-        call()
-        repeats[name] = max(1, int(window / max(time.thread_time() - start, 1e-6)))
-    best = dict.fromkeys(calls, float("inf"))
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.thread_time()
-            for _ in range(repeats[name]):
-                call()
-            best[name] = min(best[name], (time.thread_time() - start) / repeats[name])
-    return best
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     names = [name for name in ISAS if name.startswith("x86")]
@@ -103,7 +85,7 @@ def main() -> None:
     for name, problem in problems().items():
         if options.only in name:
             calls[name], work[name] = kernel(problem, target)
-    seconds = measure(calls, options.rounds)
+    seconds = {name: min(times) for name, times in interleaved(calls, options.rounds).items()}
     top = work["peak"] / seconds["peak"]
     rows: list[dict] = [
         {"name": name, "us": 1e6 * seconds[name], "gmacs": work[name] / seconds[name] / 1e9,

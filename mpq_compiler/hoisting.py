@@ -32,6 +32,12 @@ Staged = tuple[np.ndarray, Any]
 """A buffer, and the runtime's tensor of the same memory."""
 
 
+def stage(shape: tuple[int, ...], dtype: np.dtype[Any], tensor: Callable[[np.ndarray], Any]) -> Staged:
+    """A new buffer with its tensor, which ``tensor`` makes of it."""
+    array = aligned_empty(shape, dtype)
+    return array, tensor(array)
+
+
 class Part:
     """A function for one sample and its latest results.
 
@@ -49,7 +55,7 @@ class Part:
         self.inputs: list[str] = [value["name"] for value in entry["inputs"]]
         self.outputs: list[str] = [value["name"] for value in entry["outputs"]]
         self._tensor, self._call = tensor, call
-        self._arguments = [self._staged(tuple(v["shape"]), np.dtype(v["dtype"])) for v in entry["inputs"]]
+        self._arguments = [stage(tuple(v["shape"]), np.dtype(v["dtype"]), tensor) for v in entry["inputs"]]
         self._types = [(tuple(v["shape"]), np.dtype(v["dtype"])) for v in entry["outputs"]]
         self.row_bytes = sum(_rounded(math.prod(shape) * dtype.itemsize) for shape, dtype in self._types)
         """Of one result."""
@@ -85,7 +91,7 @@ class Part:
         if batch == 1:
             return self._row(keys[0], taken, 0)
         if batch not in self._batches:
-            self._batches[batch] = [self._staged((batch, *shape[1:]), dtype) for shape, dtype in self._types]
+            self._batches[batch] = [stage((batch, *shape[1:]), dtype, self._tensor) for shape, dtype in self._types]
         batched = self._batches[batch]
         if self._latest.get(batch) != keys:
             for i, key in enumerate(keys):
@@ -125,10 +131,6 @@ class Part:
                 start += _rounded(size)
             self._places[number] = found
         return self._places[number]
-
-    def _staged(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Staged:
-        array = aligned_empty(shape, dtype)
-        return array, self._tensor(array)
 
 
 class Contents:

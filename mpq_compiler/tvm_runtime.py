@@ -25,8 +25,8 @@ import numpy as np
 
 from mpq_compiler.artifact import KERNELS, Artifact
 from mpq_compiler.errors import UserError
-from mpq_compiler.hoisting import REUSE_BYTES, Part
-from mpq_compiler.tensorfile import ALIGNMENT, aligned, aligned_empty
+from mpq_compiler.hoisting import REUSE_BYTES, Part, Staged, stage
+from mpq_compiler.tensorfile import ALIGNMENT, aligned
 
 ENVIRONMENT = "MPQ_TVM_RUNTIME"
 _LIBRARY = "libtvm_runtime.so"
@@ -168,9 +168,9 @@ class VirtualMachine:
         self._machine = self._load_kernels(kernels, artifact.manifest["files"][KERNELS]["sha256"])
         self._machine["vm_initialization"](_CPU, 0, _POOLED)
         self._functions = {f["name"]: self._machine[f["name"]] for f in artifact.manifest["functions"]}
-        self._staged: dict[str, list[tuple[np.ndarray, Any]]] = {
+        self._staged: dict[str, list[Staged]] = {
             function["name"]: [
-                self._staging(tuple(value["shape"]), np.dtype(value["dtype"])) for value in function["inputs"]
+                stage(tuple(value["shape"]), np.dtype(value["dtype"]), self._tensor) for value in function["inputs"]
             ]
             for function in artifact.manifest["functions"]
         }
@@ -211,10 +211,6 @@ class VirtualMachine:
     def _tensor(self, array: np.ndarray) -> Any:
         return self._ffi.from_dlpack(array, require_alignment=ALIGNMENT)
 
-    def _staging(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[np.ndarray, Any]:
-        buffer = aligned_empty(shape, dtype)
-        return buffer, self._tensor(buffer)
-
     def run(self, function: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
         """Calls `function` on arrays of exactly its shapes and types, with any strides and alignment."""
         staged = self._staged[function]
@@ -226,7 +222,7 @@ class VirtualMachine:
             result = self._functions[function](*(tensor for _, tensor in staged), *shared, *self._prepared)
         return np.from_dlpack(result)
 
-    def _shared(self, function: str, staged: Sequence[tuple[np.ndarray, Any]]) -> list[Any]:
+    def _shared(self, function: str, staged: Sequence[Staged]) -> list[Any]:
         """What the parts of `function` yield for its inputs, computed where it is not known."""
         described = self._described[function]
         if not (names := described.get("parts")):

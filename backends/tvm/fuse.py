@@ -16,11 +16,11 @@ hold memory for the whole of it all the while. What is left of concatenations ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
+from mpq_compiler.backends.tvm.emitter import View, whole
 from mpq_compiler.backends.tvm.lowered import BATCH, Call, Kernel, Record, Shape, Value, record
 
 QUANTIZER = ("qscale", "qzero", "group")
@@ -57,6 +57,10 @@ class _Calls:
         for call in calls:
             for name in dict.fromkeys(name for _, name in call.operands):
                 self.readers.setdefault(name, []).append(call)
+
+    def of(self, type: str) -> Iterator[tuple[int, Call]]:
+        """The calls whose kernels are of this type, each with its place."""
+        return ((i, call) for i, call in enumerate(self.calls) if _is(call, type))
 
     def made_by(self, name: str, type: str) -> Call | None:
         """The call that makes a value, where its kernel is of this type."""
@@ -103,9 +107,10 @@ def _channel_parts(call: Call) -> tuple[int, ...] | None:
     moves, inputs, shape = problem.get("copies"), problem.get("inputs"), problem.get("shape")
     if len(inputs) < 2 or len(moves) != len(inputs) or shape[:1] != (BATCH,):
         return None
-    before = 0
+    before, target = 0, _contiguous(shape)
     for i, (move, own) in enumerate(zip(moves, inputs, strict=True)):
-        expected = (i, 0, before, _extents(own), _strides(own), _strides(shape))
+        source = _contiguous(own)
+        expected = (i, 0, before, source.extents, source.strides, target.strides)
         if own[:-1] != shape[:-1] or _move(move) != expected:
             return None
         before += int(own[-1])
@@ -120,14 +125,8 @@ def _move(copy: Record) -> tuple[Any, ...]:
     )
 
 
-def _extents(shape: Shape) -> tuple[int, ...]:
-    return tuple(1 if extent == BATCH else int(extent) for extent in shape)
-
-
-def _strides(shape: Shape) -> tuple[int, ...]:
-    """Of a contiguous sample, 0 for dimensions of one element."""
-    steps = list(accumulate(reversed(_extents(shape)[1:]), lambda a, b: a * b, initial=1))[::-1]
-    return tuple(0 if extent == 1 else step for extent, step in zip(_extents(shape), steps, strict=True))
+def _contiguous(shape: Shape) -> View:
+    return whole(Value("", shape, ""))
 
 
 def _is_join(call: Call) -> bool:
@@ -145,7 +144,7 @@ def in_place(calls: Sequence[Call], values: dict[str, Value], output: str) -> tu
         if not _is_join(call) or joined is None or joined == output:
             continue
         problem, left = call.kernel.problem, []
-        sources = [dict(call.operands)[f"x{move.get('source')}"] for move in problem.get("copies")]
+        sources = [_operands(call)[f"x{move.get('source')}"] for move in problem.get("copies")]
         for move, source in zip(problem.get("copies"), sources, strict=True):
             own = problem.get("inputs")[move.get("source")]
             place = known.place.get(source, -1)
@@ -165,9 +164,7 @@ def in_place(calls: Sequence[Call], values: dict[str, Value], output: str) -> tu
 
 def _into(move: Record, own: Shape, shape: Shape, maker: Call) -> Record | None:
     """The problem of a kernel that writes its result to where the copy would, or None where it cannot."""
-    size = 1
-    for extent in _extents(shape):
-        size *= extent
+    source, target = _contiguous(own), _contiguous(shape)
     problem = maker.kernel.problem
     if maker.into or len(maker.results) != 1 or own[:1] != (BATCH,) or shape[:1] != (BATCH,):
         return None
@@ -178,12 +175,12 @@ def _into(move: Record, own: Shape, shape: Shape, maker: Call) -> Record | None:
     else:
         return None
     _, source_offset, offset, extents, source_strides, target_strides = _move(move)
-    if source_offset or extents != _extents(own) or source_strides != _strides(own):
+    if source_offset or (extents, source_strides) != (source.extents, source.strides):
         return None
     if source_strides == target_strides:  # one block in every sample
-        return problem.replace(into=(size, offset, width))
-    if target_strides == _strides(shape) and own[1:-1] == shape[1:-1] and own[-1] == width:  # some of the channels
-        return problem.replace(into=(size, offset, int(shape[-1])))
+        return problem.replace(into=(target.source.size, offset, width))
+    if target_strides == target.strides and own[1:-1] == shape[1:-1] and own[-1] == width:  # some of the channels
+        return problem.replace(into=(target.source.size, offset, int(shape[-1])))
     return None
 
 
@@ -224,10 +221,10 @@ def _read_parts(known: _Calls) -> list[Call]:
 def _quantize_first(known: _Calls) -> list[Call]:
     """quantize(upsample(x)) = upsample(quantize(x)): a code depends on its value alone."""
     changes: dict[int, list[Call]] = {}
-    for i, call in enumerate(known.calls):
+    for i, call in known.of("quantize.Quantize"):
         operands = _operands(call)
         moved = known.made_by(operands.get("x", ""), "movement.upsample")
-        if moved is None or not _is(call, "quantize.Quantize") or not known.only_reader(operands["x"], call):
+        if moved is None or not known.only_reader(operands["x"], call):
             continue
         source = known.values.get(_operands(moved)["x0"])
         if source is None:  # an input of the model
@@ -247,9 +244,7 @@ def _quantize_first(known: _Calls) -> list[Call]:
 def _codes_beside_norm(known: _Calls) -> list[Call]:
     """A quantizer of what a group norm reads: the norm writes its codes as well."""
     changes: dict[int, list[Call]] = {}
-    for i, call in enumerate(known.calls):
-        if not _is(call, "quantize.Quantize"):
-            continue
+    for i, call in known.of("quantize.Quantize"):
         sources = {name: value for name, value in call.operands if name.startswith("x")}
 
         def reads_the_same(other: Call, sources: dict[str, str] = sources) -> bool:
@@ -277,10 +272,10 @@ def _codes_beside_norm(known: _Calls) -> list[Call]:
 def _codes_behind(known: _Calls) -> list[Call]:
     """A quantizer of what a product of codes makes: it writes the codes, and the value where others read it."""
     changes: dict[int, list[Call]] = {}
-    for i, call in enumerate(known.calls):
+    for i, call in known.of("quantize.Quantize"):
         operands = _operands(call)
         product = known.made_by(operands.get("x", ""), "problem.QuantMatmul")
-        if product is None or not _is(call, "quantize.Quantize") or dict(product.results).keys() != {"out"}:
+        if product is None or dict(product.results).keys() != {"out"}:
             continue
         j, own = known.place[operands["x"]], _operands(product)
         epilogue, groups = product.kernel.problem.get("epilogue"), call.kernel.problem.get("groups")

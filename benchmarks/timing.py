@@ -1,0 +1,27 @@
+"""Calls that take turns, so that what else the machine does meets all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int, window: float = 2e-3) -> dict[str, list[float]]:
+    """Seconds of the thread's CPU time of each call in each round; one shorter than ``window`` repeats in a round."""
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        repeats[name] = max(1, int(window / max(_seconds(call, 1), 1e-9)))
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            found[name].append(_seconds(call, repeats[name]))
+    return found
+
+
+def _seconds(call: Callable[[], object], repeats: int) -> float:
+    """Of one call, over several."""
+    start = time.thread_time_ns()
+    for _ in range(repeats):
+        call()
+    return (time.thread_time_ns() - start) / repeats / 1e9
