@@ -1,105 +1,364 @@
-"""Speed of the integer kernels against the peak of the CPU's dot product, one thread.
+"""Integer GEMMs, convolutions and matrix-vector products: share of the CPU's peak, and against the best peer.
 
-    python benchmarks/kernels.py [--isa NAME] [--rounds N] [--only TEXT] [--json FILE]
+    python -m benchmarks.kernels                                  # all, into benchmarks/results/kernels-ISA.json
+    python -m benchmarks.kernels --isa x86-64-avx2 --against ''   # without peers, whose kernels take what the CPU has
+    python -m benchmarks.kernels --only 'linear 64x' --runs 1 --json ''
 
-All kernels and a loop of nothing but dot products on registers (the peak) run interleaved, in rounds; each
-figure is the least CPU time of the thread over the rounds. `reached` is the share of the peak that the useful
-multiply-accumulates take: padded channels and recomputed rows count as lost. Activations are already
-quantized, the result is float32.
+One thread. The kernels of a shape in all formats, its peers (benchmarks/operators.py) and a loop of nothing but dot
+products on registers (the peak) take turns, in rounds; figures are medians over the rounds of the process's CPU time,
+and medians of those over the runs, with their least and most beside. `peak` is the share of it that the useful
+multiply-accumulates reach: padded channels and recomputed rows count as lost. Linear layers read codes and write
+floats; convolutions read codes and write codes. Formats: `lut4` has two codebooks that rows choose from, `base+b` a
+binary branch (`int2+b`), folded, and offsets. Rows against MatMulNBits, which quantizes what it reads, include that.
+Cold matrix-vector products take each call other weights out of several times what the last-level cache holds; their
+share is of the speed at which a loop of loads reads as many bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import os
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-os.environ["TVM_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = os.environ["TVM_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import tvm
 
+from benchmarks import operators
 from benchmarks.machine import provenance
 from benchmarks.timing import interleaved
+from mpq_compiler import terminal
 from mpq_compiler.backends.tvm import peak
-from mpq_compiler.backends.tvm.kernels import gemm, prepare
+from mpq_compiler.backends.tvm.kernels import gemm, prepare, quantize
+from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Step
 from mpq_compiler.backends.tvm.kernels.isa import ISAS, Isa, isa
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
 from tests.shapes import concrete, make_case
 
-SAME: dict = {"kernel": (3, 3), "padding": (1, 1, 1, 1)}
+Call = Callable[[], object]
+RESULTS = Path(__file__).parent / "results"
+PEERS = ("torch", "onnxruntime", "openvino")
+ROWS, SIZES = (1, 2, 5, 64, 256, 1024), (320, 640, 1280)
+SAME: dict[str, Any] = {"kernel": (3, 3), "padding": (1, 1, 1, 1)}
+REQUANTIZED = Epilogue((Step("quantize", value=8),))
+FORMATS: Mapping[str, dict[str, Any]] = {
+    "w8": {"bits": 8},
+    "w4": {"bits": 4},
+    "w3": {"bits": 3},
+    "w2": {"bits": 2},
+    "lut4": {"bits": 4, "classes": 2},
+    "base+b": {"bits": 3, "has_offset": True},
+}
+GEMM = {"w8": 0.92, "w4": 0.90, "w2": 0.90, "lut4": 0.88, "w3": 0.88, "base+b": 0.88}
+"""Shares of the peak at 256 rows and 640 channels or more."""
+CONV = {(64, 320): 0.88, (32, 640): 0.88, (16, 1280): 0.82, (8, 1280): None}
+AS_W8, NBITS, COLD = 1.05, 2.5, 0.70
 
 
-def problems() -> dict[str, QuantMatmul]:
-    """The large shapes of latent-diffusion U-Nets, and those of the bundled denoiser at batch 1."""
-    table: dict[str, QuantMatmul] = {}
-    for rows in (1, 64, 256, 1024):
-        for bits in (8, 4, 3, 2):
-            table[f"linear {rows}x640x640 w{bits}"] = QuantMatmul.linear((rows,), 640, 640, bits=bits)
-    for side, channels in ((32, 640), (64, 320), (16, 1280)):
-        for bits in (8, 4):
-            name = f"conv3x3 {side}x{side}x{channels} w{bits}"
-            table[name] = QuantMatmul(side, side, channels, channels, bits=bits, **SAME)
-    small = ((28, 1, 48), (28, 48, 48), (14, 48, 96), (14, 96, 96), (7, 192, 192), (28, 48, 1))
-    for side, channels, outputs in small:
-        for bits in (8, 4, 3):
-            name = f"small conv3x3 {side}x{side}x{channels}->{outputs} w{bits}"
-            table[name] = QuantMatmul(side, side, channels, outputs, bits=bits, **SAME)
-    for rows, channels, outputs in ((196, 96, 96), (49, 192, 192), (1, 48, 192), (1, 192, 192)):
-        for bits in (8, 4):
-            name = f"small linear {rows}x{channels}x{outputs} w{bits}"
-            table[name] = QuantMatmul.linear((rows,), channels, outputs, bits=bits)
+@dataclass
+class Group:
+    """What takes turns.
+
+    work:     multiply-accumulates of a call of ours; of a cold one the bytes that it reads
+    goals:    (of ours, what) -> the least; what is ``peak``, ``read``, or a contestant that is to take so many times
+              as long
+    also:     calls whose time counts to one of ours
+    unit:     the contestant that sets the pace
+    """
+
+    name: str
+    ours: dict[str, Call]
+    work: dict[str, float]
+    unit: str
+    peers: dict[str, Call] = field(default_factory=dict)
+    goals: dict[tuple[str, str], float] = field(default_factory=dict)
+    also: dict[str, str] = field(default_factory=dict)
+
+
+def problems() -> dict[str, dict[str, QuantMatmul]]:
+    """Groups of problems by the end of their names: shapes of latent-diffusion U-Nets and of the bundled denoiser."""
+    table: dict[str, dict[str, QuantMatmul]] = {}
+    for rows, size in itertools.product(ROWS, SIZES):
+        table[f"linear {rows}x{size}x{size}"] = {
+            name: QuantMatmul.linear((rows,), size, size, **options) for name, options in FORMATS.items()
+        }
+    for side, channels in CONV:
+        table[f"conv3x3 {side}x{side}x{channels}"] = {
+            name: QuantMatmul(side, side, channels, channels, epilogue=REQUANTIZED, **options, **SAME)
+            for name, options in FORMATS.items()
+        }
+    for side, channels in ((64, 320), (32, 128)):
+        table[f"conv_out {side}x{side}x{channels}->4"] = {
+            name: QuantMatmul(side, side, channels, 4, **FORMATS[name], **SAME) for name in ("w8", "w4")
+        }
+    several = {"2 segments": {"segments": (320, 320)}, "4 classes": {"classes": 4}, "20 time groups": {"groups": 20}}
+    for kind, options in several.items():
+        table[f"linear 256x640x640, {kind},"] = {"w4": QuantMatmul.linear((256,), 640, 640, bits=4, **options)}
+    for side, channels, outputs in ((28, 1, 48), (28, 48, 48), (14, 96, 96), (7, 192, 192), (28, 48, 1)):
+        table[f"small conv3x3 {side}x{side}x{channels}->{outputs}"] = {
+            name: QuantMatmul(side, side, channels, outputs, **FORMATS[name], **SAME) for name in ("w8", "w4", "w3")
+        }
+    for rows, channels, outputs in ((196, 96, 96), (49, 192, 192), (1, 48, 192)):
+        table[f"small linear {rows}x{channels}x{outputs}"] = {
+            name: QuantMatmul.linear((rows,), channels, outputs, **FORMATS[name]) for name in ("w8", "w4")
+        }
     return table
 
 
-def kernel(problem: QuantMatmul, target: Isa) -> tuple[Callable[[], object], int]:
-    """A call of the kernel on random data at batch 1, and its useful multiply-accumulates."""
-    functions = {"kernel": gemm.build(problem, target, "kernel")}
-    functions["prepare"] = prepare.build(problem, target, "prepare")
-    library = tvm.compile(tvm.IRModule(functions), target=target.target())
+# --- ours ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled(problem: QuantMatmul, target: Isa) -> tuple[Call, Call]:
+    """(the kernel, what prepares its weights)."""
+    plain = problem if not problem.pointwise else replace(problem, height=1, width=1, rank=3)
+    return _compiled(gemm, problem, target), _compiled(prepare, replace(plain, epilogue=None), target)
+
+
+@functools.cache
+def _compiled(module: Any, problem: QuantMatmul, target: Isa) -> Call:
+    return tvm.compile(tvm.IRModule({"kernel": module.build(problem, target, "kernel")}), target=target.target())[
+        "kernel"
+    ]
+
+
+def prepared(problem: QuantMatmul, target: Isa) -> dict[str, Any]:
+    """The kernel's arguments by name, at batch 1, from random data."""
     buffers = make_case(problem, 1, 0).stored()
     for a in (*prepare.outputs(problem, target), gemm.arguments(problem, target)[-1]):
         buffers[a.name] = np.zeros(concrete(a.shape, 1), a.dtype)
     tensors = {name: tvm.runtime.tensor(np.ascontiguousarray(value)) for name, value in buffers.items()}
     made = [*prepare.inputs(problem), *prepare.outputs(problem, target)]
-    library["prepare"](*[tensors[a.name] for a in made])
-    function, args = library["kernel"], [tensors[a.name] for a in gemm.arguments(problem, target)]
-    return lambda: function(*args), problem.rows * problem.reduction * problem.outputs
+    compiled(problem, target)[1](*[tensors[a.name] for a in made])
+    return {a.name: tensors[a.name] for a in gemm.arguments(problem, target)}
+
+
+def kernel(problem: QuantMatmul, target: Isa) -> tuple[Call, float]:
+    """A call of the kernel on random data at batch 1, and its useful multiply-accumulates."""
+    function, arguments = compiled(problem, target)[0], [*prepared(problem, target).values()]
+    return lambda: function(*arguments), macs(problem)
+
+
+def macs(problem: QuantMatmul) -> float:
+    return problem.rows * problem.reduction * problem.outputs
+
+
+# --- groups -------------------------------------------------------------------------------------------------
+
+
+def products(target: Isa, only: str, wanted: Callable[[str], bool]) -> Iterator[Group]:
+    """Linear layers and convolutions."""
+    for name, by_format in problems().items():
+        chosen = {f"{name} {kind}": (kind, p) for kind, p in by_format.items() if only in f"{name} {kind}"}
+        if not chosen:
+            continue
+        calls = {full: kernel(p, target) for full, (_, p) in chosen.items()}
+        group = Group(name, {n: call for n, (call, _) in calls.items()}, {n: w for n, (_, w) in calls.items()}, "peak")
+        first = next(iter(by_format.values()))
+        if not name.startswith("small") and len(by_format) > 1:
+            linear = first.pointwise
+            made = (
+                operators.linear(first.rows, first.channels, first.outputs) if linear else operators.convolution(first)
+            )
+            group.peers = {n: call for n, call in made.items() if wanted(n)}
+        for full, (kind, p) in chosen.items():
+            if (goal := goal_of(name, kind, p)) is not None:
+                group.goals[full, "peak"] = goal
+            if kind == "w4" and "linear" in name and p.rows >= 256 and f"{name} w8" in chosen:
+                group.goals[full, f"{name} w8"] = 1 / AS_W8
+        yield group
+
+
+def goal_of(name: str, kind: str, p: QuantMatmul) -> float | None:
+    """The least share of the peak."""
+    if name.startswith("conv3x3"):
+        return CONV[p.height, p.channels]
+    if not name.startswith("linear") or p.rows < 64 or kind not in GEMM or "," in name:
+        return None
+    if p.rows == 64 or p.outputs == 320:
+        return 0.80 if kind == "base+b" else 0.85
+    return GEMM[kind]
+
+
+def groups_of_channels(target: Isa, only: str, wanted: Callable[[str], bool]) -> Iterator[Group]:
+    """K-groups of 4 bits against MatMulNBits, both from floats."""
+    for rows, size, block in itertools.product((1, 5, 64, 256, 1024), (640, 1280), (32, 64, 128)):
+        name = f"linear {rows}x{size}x{size} w4 g{block}"
+        if only not in name:
+            continue
+        p = QuantMatmul.linear((rows,), size, size, bits=4, segments=(block,) * (size // block), dynamic=True)
+        arguments = prepared(p, target)
+        from_floats = quantize.DynamicQuantize(rows, size, 8)
+        made = {"x": np.random.default_rng(0).standard_normal((1, rows * size)).astype(np.float32)}
+        tables = {"out": arguments["x"], "scale": arguments["act_scale"], "zero": arguments["act_zero"]}
+        order = [tables.get(a.name) or tvm.runtime.tensor(made[a.name].reshape(concrete(a.shape, 1)))
+                 for a in quantize.arguments(from_floats)]  # fmt: skip
+        ours, theirs = compiled(p, target)[0], _quantizer(from_floats, target)
+        calls: dict[str, Call] = {
+            name: functools.partial(ours, *arguments.values()),
+            "quantize": functools.partial(theirs, *order),
+        }
+        group = Group(name, calls, {name: macs(p)}, "peak", also={name: "quantize"})
+        if wanted("onnxruntime-nbits"):
+            group.peers = operators.blocks_of_bits(rows, size, size, block)
+            group.goals[name, "onnxruntime-nbits"] = NBITS
+        yield group
+
+
+@functools.cache
+def _quantizer(problem: quantize.DynamicQuantize, target: Isa) -> Call:
+    functions = {"quantize": quantize.build(problem, "quantize")}
+    return tvm.compile(tvm.IRModule(functions), target=target.target())["quantize"]
+
+
+def cold(target: Isa, only: str, wanted: Callable[[str], bool]) -> Iterator[Group]:
+    """Matrix-vector products whose weights come from memory."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    bytes_ = 4 * max((1024 * int(path.read_text().strip().rstrip("K")) for path in sizes), default=1 << 25)
+    for size, kind in itertools.product((640, 1280), ("w4", "w8", "w3", "w2")):
+        name = f"cold linear 1x{size}x{size} {kind}"
+        if only not in name:
+            continue
+        p = QuantMatmul.linear((1,), size, size, **FORMATS[kind])
+        first = prepared(p, target)
+        stored = first["tiles"].numpy().nbytes
+        weights = [a.name for a in prepare.outputs(p, target)]
+        copies = [
+            [tvm.runtime.tensor(value.numpy()) if n in weights else value for n, value in first.items()]
+            for _ in range(bytes_ // stored)
+        ]
+        read, total = peak.reading(target, len(copies) * stored)
+        function = compiled(p, target)[0]
+
+        def call(function: Call = function, copies: list[list[Any]] = copies) -> None:
+            for arguments in copies:
+                function(*arguments)
+
+        group = Group(name, {name: call}, {name: len(copies) * stored, "read": total}, "read", {"read": read})
+        if kind == "w4":
+            group.goals[name, "read"] = COLD
+        yield group
+
+
+# --- figures ------------------------------------------------------------------------------------------------
+
+
+def figures(group: Group, times: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """For each of ours: microseconds, share of the unit, and times that others take, medians over the rounds."""
+    found = {}
+    for name in group.work:
+        if name == group.unit:
+            continue
+        own = [a + b for a, b in zip(times[name], times.get(group.also.get(name, ""), itertools.repeat(0.0)))]
+        row = {"us": 1e6 * statistics.median(own)}
+        rate = [group.work[name] / a / (group.work[group.unit] / b) for a, b in zip(times[name], times[group.unit])]
+        row[group.unit] = statistics.median(rate)
+        others = {*group.peers, *(what for of, what in group.goals if of == name)} - {group.unit}
+        for other in sorted(others):
+            row[other] = statistics.median(b / a for a, b in zip(own, times[other], strict=True))
+        found[name] = row
+    return found
+
+
+def measured(groups: Callable[[], Iterator[Group]], top: tuple[Call, int], rounds: int) -> Iterator[tuple[Group, Any]]:
+    """Each group and its `figures`."""
+    for group in groups():
+        calls = {**group.ours, **group.peers}
+        if group.unit == "peak":
+            calls, group.work = {"peak": top[0], **calls}, {**group.work, "peak": top[1]}
+        yield group, figures(group, interleaved(calls, rounds, process=True))
+
+
+def row(name: str, group: Group, found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """A row of the report: over the runs, medians and [least, most]."""
+
+    def over(what: str) -> dict[str, Any]:
+        values = [each[what] for each in found]
+        return {"median": round(statistics.median(values), 4), "spread": [round(v, 4) for v in (min(values), max(values))]}
+
+    made: dict[str, Any] = {"name": name, "us": over("us"), group.unit: over(group.unit)}
+    theirs = {peer: over(peer) for peer in group.peers if peer in found[0] and peer != group.unit}
+    if theirs:
+        made["best_peer"] = min(theirs, key=lambda peer: theirs[peer]["median"])
+        made["times_as_long"] = theirs
+    goals = {what: least for (of, what), least in group.goals.items() if of == name}
+    if goals:
+        made["goals"] = {what: {**over(what), "least": round(least, 4)} for what, least in goals.items()}
+        made["met"] = all(goal["median"] >= goal["least"] for goal in made["goals"].values())
+    return made
+
+
+def cells(made: Mapping[str, Any]) -> list[str]:
+    """The row as it is printed."""
+    unit = "read" if "read" in made else "peak"
+    goals = [f"{what} >= {goal['least']:.2f}: {goal['median']:.2f}" for what, goal in made.get("goals", {}).items()]
+    verdict = {True: "yes", False: "NO", None: ""}[made.get("met")]
+    best = made.get("best_peer")
+    against = f"{made['times_as_long'][best]['median']:.2f} x {best}" if best else ""
+    low, high = made[unit]["spread"]
+    share = f"{100 * made[unit]['median']:.1f} % ({100 * low:.0f}-{100 * high:.0f})"
+    return [made["name"], f"{made['us']['median']:.1f}", share, ", ".join(goals), verdict, against]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [name for name in ISAS if name.startswith("x86")]
     parser.add_argument("--isa", default=names[0], choices=names)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--only", default="", help="measure the kernels whose name contains this")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--runs", type=int, default=3, help="each measures everything (default 3)")
+    parser.add_argument("--rounds", type=int, default=10, help="of a run (default 10)")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--against", default=",".join(PEERS), help=f"peers, by commas (default {','.join(PEERS)})")
+    parser.add_argument("--json", help="default benchmarks/results/kernels-ISA.json; '' for none")
     options = parser.parse_args()
-    target = isa(options.isa)
-    calls, work = {}, {}
-    calls["peak"], work["peak"] = peak.integer(target)
-    for name, problem in problems().items():
-        if options.only in name:
-            calls[name], work[name] = kernel(problem, target)
-    seconds = {name: min(times) for name, times in interleaved(calls, options.rounds).items()}
-    top = work["peak"] / seconds["peak"]
-    rows: list[dict] = [
-        {"name": name, "us": 1e6 * seconds[name], "gmacs": work[name] / seconds[name] / 1e9,
-         "reached": work[name] / seconds[name] / top}
-        for name in calls
-    ]  # fmt: skip
-    for row in rows:
-        speed = f"{row['us']:10.1f} us {row['gmacs']:7.0f} GMAC/s {100 * row['reached']:5.0f} %"
-        print(f"{row['name']:42s} {speed}")
-    if options.json:
-        report: dict = {**provenance(), "isa": target.name, "threads": 1, "rounds": options.rounds}
-        report["peak_gmacs"] = top / 1e9
-        report["rows"] = rows
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    target, against = isa(options.isa), tuple(filter(None, options.against.split(",")))
+
+    def wanted(peer: str) -> bool:
+        return peer.startswith(against) if against else False
+
+    def groups() -> Iterator[Group]:
+        for family in (products, groups_of_channels, cold):
+            yield from family(target, options.only, wanted)
+
+    import torch
+
+    torch.set_num_threads(1)
+    top = peak.integer(target)
+    found: dict[str, list[dict[str, float]]] = {}
+    kept: dict[str, Group] = {}
+    peaks = []
+    for run in range(options.runs):
+        count = len(kept) if run else 0
+        with torch.inference_mode(), terminal.progress(f"run {run + 1} of {options.runs}", count) as advance:
+            for group, by_name in measured(groups, top, options.rounds):
+                for name, values in by_name.items():
+                    found.setdefault(name, []).append(values)
+                    kept[name] = replace(group, ours={}, peers=dict.fromkeys(group.peers, lambda: None))
+                advance(len(by_name))
+        peaks.append(top[1] / min(interleaved({"peak": top[0]}, options.rounds, process=True)["peak"]) / 1e9)
+    rows = [row(name, kept[name], values) for name, values in found.items()]
+    title = f"one thread, {target.name}: {statistics.median(peaks):.0f} GMAC/s at most"
+    headers = ("kernel", "us", "of the peak (or of reading)", "goals", "met", "best peer")
+    terminal.table(title, headers, [cells(made) for made in rows], numeric=(1, 2))
+    missed = [made["name"] for made in rows if made.get("met") is False]
+    judged = sum("met" in made for made in rows)
+    terminal.say(f"{judged - len(missed)} of {judged} goals are met" + (f"; not {', '.join(missed)}" if missed else ""))
+    path = options.json if options.json is not None else RESULTS / f"kernels-{target.name}.json"
+    if path:
+        report: dict[str, Any] = {**provenance(), "isa": target.name, "threads": 1}
+        report["versions"] |= {peer: version(peer) for peer in ("onnxruntime", "openvino") if wanted(peer)}
+        report |= {"runs": options.runs, "rounds": options.rounds, "peak_gmacs": peaks, "rows": rows}
+        Path(path).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -48,13 +48,15 @@ Call = Callable[[], object]
 
 def subjects(only: str, artifacts: list[Path], target: Any) -> dict[str, tuple[Call, Call]]:
     """What is measured: calls on one thread and on two."""
-    chosen = {name: p for name, p in problems().items() if "small" not in name and " 1x" not in name}
+    large = (*(f"linear {rows}x640x640" for rows in (64, 256, 1024)), "conv3x3 32x32x640", "conv3x3 64x64x320")
+    groups = {name: problems()[name] for name in (*large, "conv3x3 16x16x1280")}
+    chosen = {f"{name} {kind}": group[kind] for name, group in groups.items() for kind in ("w8", "w4")}
     same: dict[str, Any] = {"kernel": (3, 3), "padding": (1, 1, 1, 1)}
     for side, channels in ((8, 1280), (4, 1280)):
         chosen[f"conv3x3 {side}x{side}x{channels} w8"] = QuantMatmul(side, side, channels, channels, **same)
     found: dict[str, Call] = {}
     for name, problem in chosen.items():
-        if only in name and not name.endswith(("w3", "w2")):
+        if only in name:
             found[name] = kernel(problem, target)[0]
     others: dict[str, tuple[str, Any]] = {
         "attention 1024x640": ("attention", Attention(1024, 1024, 8, 80)),

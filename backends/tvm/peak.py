@@ -6,6 +6,7 @@ What kernels reach is told as a share of it (`mpqc bench`, benchmarks/kernels.py
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
+from mpq_compiler.backends.tvm.kernels import bfloat16 as pairs
 from mpq_compiler.backends.tvm.kernels import vmath
 from mpq_compiler.backends.tvm.kernels.isa import Isa
 from mpq_compiler.backends.tvm.kernels.template import Argument, primfunc, scratch, shares, span, store
+from mpq_compiler.numerics import BF16, FEATURES
+from mpq_compiler.targets import TARGETS, with_features
 
 ROUNDS = 20000
 """Of the loop in a call: some milliseconds."""
@@ -48,9 +52,42 @@ def floating(target: Isa) -> Loop:
     return _loop("peak_floating", target, "float32", step, target.lanes)
 
 
+def reading(target: Isa, bytes_: int) -> Loop:
+    """Loads of whole registers from a buffer of about so many bytes, from its begin to its end; those bytes."""
+    lanes, cells = target.lanes, target.tiles[0].rows
+    steps = bytes_ // (4 * lanes * cells)
+    size = steps * lanes * cells
+
+    def body(_: Any, buffers: dict[str, Any]) -> None:
+        total = scratch(cells * lanes, "int32")
+        for i in range(cells):
+            store(total, vmath.i32(0, lanes), span(i * lanes, lanes))
+        with T.serial(0, steps) as step:
+            for i in range(cells):
+                at = span(i * lanes, lanes)
+                store(total, total[at] + buffers["x"][span((step * cells + i) * lanes, lanes)], at)
+        for i in range(cells):
+            store(buffers["y"], total[span(i * lanes, lanes)], span(i * lanes, lanes))
+
+    loop = primfunc("reading", [Argument("x", (size,), "int32"), Argument("y", (cells * lanes,), "int32")], body)
+    function = tvm.compile(tvm.IRModule({"reading": loop}), target=target.target())["reading"]
+    x, y = (tvm.runtime.tensor(np.ones(n, np.int32)) for n in (size, cells * lanes))
+    return lambda: function(x, y), 4 * size
+
+
+def bfloat16(target: Isa) -> Loop:
+    """Products of pairs of bfloat16 with f32 sums, for CPUs with AVX512_BF16 and targets of their vectors."""
+
+    def step(total: Expr, word: Expr) -> Expr:
+        return pairs.dot(total, tirx.Broadcast(vmath.as_int(word), target.lanes), vmath.as_int(total))
+
+    return _loop("peak_bfloat16", target, "float32", step, 2 * target.lanes, features=FEATURES[BF16])
+
+
 def _loop(
-    name: str, target: Isa, dtype: str, step: Callable[[Expr, Expr], Expr], work: int, parts: int = 1
-) -> Loop:
+    name: str, target: Isa, dtype: str, step: Callable[[Expr, Expr], Expr], work: int, parts: int = 1,
+    features: tuple[str, ...] = (),
+) -> Loop:  # fmt: skip
     """``step(sum, word)`` again and again on as many sums as the widest tile of the target has."""
     tile = target.tiles[0]
     cells = tile.rows * tile.vectors
@@ -61,7 +98,7 @@ def _loop(
             for i in range(cells):
                 store(total, tirx.Broadcast(buffers["y"][part, i], target.lanes), span(i * target.lanes, target.lanes))
             word = T.bind(buffers["y"][part, 0])
-            with T.serial(0, ROUNDS):
+            with pairs.instructions() if features else nullcontext(), T.serial(0, ROUNDS):
                 for i in range(cells):
                     at = span(i * target.lanes, target.lanes)
                     store(total, step(total[at], word), at)
@@ -69,6 +106,7 @@ def _loop(
                 store(buffers["y"], total[i * target.lanes], part, i)
 
     loop = primfunc(name, [Argument("y", (parts, cells), dtype)], body)
-    function = tvm.compile(tvm.IRModule({name: loop}), target=target.target())[name]
+    row = with_features(TARGETS[target.name], features)
+    function = tvm.compile(tvm.IRModule({name: loop}), target=tvm.target.Target(dict(row.tvm)))[name]
     y = tvm.runtime.tensor(np.zeros((parts, cells), dtype))
     return lambda: function(y), ROUNDS * cells * work * parts

@@ -321,9 +321,10 @@ class _Kernel:
             self.starts = team.workspace(self.most_rows, "int32")
         if p.has_offset:
             self.sums = team.workspace(segments * self.most_rows, "int32")
-        if self.slices:
-            size = self.most_tiles * self.tile.rows * self.tile.vectors * self.isa.lanes
-            self.products = team.workspace(segments * size, "int32")
+        if self.slices or segments == FEW_SEGMENTS:
+            size = self.tile.rows * self.tile.vectors * self.isa.lanes
+            tiles = self.most_tiles if self.slices else 1
+            self.products = team.workspace(segments * tiles * size, "int32")
         if self.unpacks:
             size = self.w.steps * self.tile.vectors * self.isa.vector
             self.panel = team.workspace(size, self.isa.weight)
@@ -644,8 +645,9 @@ class _Kernel:
             self._scale_groups(tile, r, groups, scaled, t)
         else:
             for j in range(segments):
-                products.append((scratch(size, "int32"), 0))
-                self._whole_segment(tile, Segment(j), r, groups, products[j][0], t)
+                # Where LLVM does not see that nothing else writes them: or it keeps them in the registers of the next.
+                products.append((scratch(size, "int32"), 0) if segments == 1 else (self.products, j * size))
+                self._whole_segment(tile, Segment(j), r, groups, *products[j], t)
         # One body for all rows keeps the code small where epilogues are long.
         _loop(tile.rows, lambda i: self._finish_row(tile, products, scaled, i, r + i, T.bind(groups[i])))
 
@@ -666,7 +668,7 @@ class _Kernel:
             store(scaled, bias, cell(i, v))
 
         def segment(j: Segment) -> None:
-            self._whole_segment(tile, j, r, groups, product, t)
+            self._whole_segment(tile, j, r, groups, product, 0, t)
             with T.unroll(0, tile.rows) as i:
                 scale = T.bind(self.b["act_scale"][self._entry(j, self.first_row + r + i, groups[i])])
                 with T.unroll(0, tile.vectors) as v:
@@ -694,8 +696,10 @@ class _Kernel:
             first = self._start_value(j, self.first_row + r + i, groups[i], v)
             store(product, first, span(at + (i * tile.vectors + v) * self.isa.lanes, self.isa.lanes))
 
-    def _whole_segment(self, tile: Tile, j: Segment, r: Any, groups: Buffer, product: Buffer, t: Any) -> None:
-        """product = all of segment j, of tile t of the chunk (None: of few rows, which take weights from the codes)."""
+    def _whole_segment(
+        self, tile: Tile, j: Segment, r: Any, groups: Buffer, product: Buffer, to: Any, t: Any
+    ) -> None:
+        """product[to ..] = segment j of tile t of the chunk (None: of few rows, which take weights from the codes)."""
         taps, run, stride = self._runs(j)
         steps, begin = run // self.isa.kpack, j.before(self.w.segment_steps)
         decode = self.unpacks and t is None and self.aligned
@@ -705,7 +709,7 @@ class _Kernel:
 
         ahead = self._ahead(begin, self.w.segment_steps[j.first], t)
         weights = self._weights(begin, decode)
-        self._accumulate(tile, j, r, initial, (taps, steps, stride), 0, weights, ahead, product, 0, decode)
+        self._accumulate(tile, j, r, initial, (taps, steps, stride), 0, weights, ahead, product, to, decode)
 
     def _accumulate(
         self,
