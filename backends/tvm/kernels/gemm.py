@@ -596,21 +596,25 @@ class _Kernel:
 
         return ready
 
-    def _ahead(self, begin: Any, steps: int, t: Any) -> tuple[Any, int]:
-        """Where tile t of rows, in steps [begin, begin + steps), finds weights to prefetch, and lines for each step.
+    def _ahead(self, begin: Any, steps: int, t: Any) -> tuple[Any, int, Any]:
+        """Where tile t of rows, in steps [begin, begin + steps), finds weights to prefetch; lines for each step; and
+        bytes from one to the next.
 
-        All tiles together ask for the weights behind those steps, one tile after another. Few rows (t is None) have
-        no time for that much, and ask for what they need soon.
+        All tiles together ask for the weights behind those steps, one tile after another; who comes when all are
+        asked for stays at one line. Few rows (t is None) have no time for that much, and ask for what they need soon.
         """
         w = self.w
         bytes_ = w.pack_bytes * self.tile.vectors
         needed = -(-bytes_ // (w.pack * 64))  # lines a step
         if t is None:
-            return T.bind(_quotient(self.block * w.steps + begin, w.pack) * bytes_ + FEW_AHEAD), needed
+            return T.bind(_quotient(self.block * w.steps + begin, w.pack) * bytes_ + FEW_AHEAD), needed, 64
         lines = -(-needed // self.usual_tiles)
         last = -(-needed // lines)
         here = _quotient((self.block * w.steps + begin + steps), w.pack) * bytes_
-        return T.bind(here + T.min(t, last) * (steps * lines * 64)), lines
+        if self.usual_tiles <= last:
+            return T.bind(here + T.min(t, last) * (steps * lines * 64)), lines, 64
+        asks = T.bind(T.Select(t < last, 1, 0))
+        return T.bind(here + asks * t * (steps * lines * 64)), lines, T.bind(asks * 64)
 
     def _codes(self, base: Any, d: int) -> Expr:
         """Codes of step d of a group, one in each byte."""
@@ -720,7 +724,7 @@ class _Kernel:
         runs: tuple[int, int, int],
         offset: Any,
         weights: Callable[[Any, int, int], Expr],
-        ahead: tuple[Any, int],
+        ahead: tuple[Any, int, Any],
         product: Buffer,
         to: Any,
         decode: bool = False,
@@ -773,7 +777,7 @@ class _Kernel:
 
         def step(k: Any, d: int, s: int, word: Callable[[Any], Expr]) -> None:
             for line in range(ahead[1]):
-                self._prefetch(ahead[0] + ((k + d) * ahead[1] + line) * 64)
+                self._prefetch(ahead[0] + ((k + d) * ahead[1] + line) * ahead[2])
             for v in range(tile.vectors if decode else 0):
                 store(columns, weights(k, d, v), span(v * isa.vector, isa.vector))
 
