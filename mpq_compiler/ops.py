@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpq_compiler.numerics import EXP2_COARSE, KEY_BLOCK, NUMERICS, SMALLEST
+from mpq_compiler.numerics import BF16, EXP2_COARSE, F32, KEY_BLOCK, NUMERICS, SMALLEST
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -60,6 +60,24 @@ def op(name: str, bound: float = 0.0) -> Callable[[_F], _F]:
 # --- float operators of the rewritten graph -----------------------------------------------------------------
 
 
+@op("linear", bound=1e-5)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, numerics: str = F32) -> Tensor:
+    """``x @ weight^T + bias`` of x [..., K] and weight [O, K], with ``numerics`` as in `conv2d`.
+
+    It stands for ``aten.linear`` where the numerics are not those of float32.
+    """
+    return F.linear(*_rounded(x, weight, numerics), bias)
+
+
+def _rounded(x: Tensor, weight: Tensor, numerics: str) -> tuple[Tensor, Tensor]:
+    """What a contraction multiplies."""
+    if numerics == F32:
+        return x, weight
+    if numerics != BF16:
+        raise ValueError(f"linear layers and convolutions have the numerics {F32} and {BF16}, not '{numerics}'")
+    return x.bfloat16().to(torch.float32), weight.bfloat16().to(torch.float32)
+
+
 @op("conv2d", bound=1e-5)
 def conv2d(
     x: Tensor,
@@ -68,8 +86,13 @@ def conv2d(
     stride: Sequence[int] = (1, 1),
     padding: Sequence[int] = (0, 0, 0, 0),
     groups: int = 1,
+    numerics: str = F32,
 ) -> Tensor:
-    """Convolution of x [B, H, W, C] with weight [O, kh, kw, C/groups]; padding is (top, bottom, left, right)."""
+    """Convolution of x [B, H, W, C] with weight [O, kh, kw, C/groups]; padding is (top, bottom, left, right).
+
+    ``numerics`` "bf16": x and weight are rounded to bfloat16 first; products and sums are in float32.
+    """
+    x, weight = _rounded(x, weight, numerics)
     image, pads = _pad_channels_first(x, padding)
     y = F.conv2d(image, weight.permute(0, 3, 1, 2), bias, list(stride), pads, 1, groups)
     return y.permute(0, 2, 3, 1).contiguous()

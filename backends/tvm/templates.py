@@ -52,11 +52,6 @@ def _portable(module: Any) -> Template:
     )
 
 
-def _pack_arguments(problem: Any, _: Isa) -> list[Argument]:
-    plain = float_gemm.arguments(replace(problem, packed=False))[1]
-    return [Argument("weight", plain.shape), Argument("panel", float_gemm.panel_shape(problem))]
-
-
 TEMPLATES: dict[str, Template] = {
     "gemm": Template(
         gemm.arguments,
@@ -68,7 +63,10 @@ TEMPLATES: dict[str, Template] = {
         prepare.build,
         lambda problem, isa: len(prepare.outputs(problem, isa)),
     ),
-    "pack": Template(_pack_arguments, lambda problem, isa, name: float_gemm.build_pack(problem, name)),
+    "pack": Template(
+        lambda problem, isa: float_gemm.pack_arguments(problem),
+        lambda problem, isa, name: float_gemm.build_pack(problem, name),
+    ),
     "quantize": Template(
         lambda problem, isa: quantize.arguments(problem),
         lambda problem, isa, name: quantize.build(problem, name),

@@ -12,8 +12,7 @@ times -128 are what the accumulators start with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import log2
 from typing import Any
@@ -23,7 +22,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler import numerics
-from mpq_compiler.backends.tvm.kernels import vmath
+from mpq_compiler.backends.tvm.kernels import bfloat16, vmath
 from mpq_compiler.backends.tvm.kernels.attention import LOWEST, Attention, Body, tiled
 from mpq_compiler.backends.tvm.kernels.attention import arguments as of_floats
 from mpq_compiler.backends.tvm.kernels.template import (
@@ -100,50 +99,10 @@ def build(problem: FastAttention | Ready, isa: str = "avx512vnni", name: str = "
 
 # ------------------------------------------------------------------------------------------------- expressions
 
-_DPBF16 = """
-declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
-define linkonce_odr <16 x float> @mpq_dpbf16(<16 x float> %c, <16 x i32> %a, <16 x i32> %b) #0 {
-  %x = bitcast <16 x i32> %a to <32 x bfloat>
-  %y = bitcast <16 x i32> %b to <32 x bfloat>
-  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %c, <32 x bfloat> %x, <32 x bfloat> %y)
-  ret <16 x float> %r
-}
-attributes #0 = { alwaysinline nounwind "target-features"="+avx512bf16,+avx512f" }
-"""
-
-
-@contextmanager
-def bfloat16_products() -> Iterator[None]:
-    """Where `dot_bfloat16` may be used. TVM turns vectors of bfloat16 into float32, hence LLVM's own text."""
-    with T.attr(T.int32(0), "pragma_import_llvm", _DPBF16):
-        yield
-
-
-def dot_bfloat16(total: Any, a: Any, b: Any) -> Any:
-    """total + the products of the two bfloat16 in each int32 of a and b, 16 lanes."""
-    return T.call_pure_extern("float32x16", "mpq_dpbf16", total, a, b)
-
-
 def _dot_codes(total: Any, unsigned: Any, signed: Any) -> Any:
     """total + the products of the four u8 and s8 in each int32, 16 lanes."""
     bytes_ = tirx.reinterpret("uint8x64", unsigned), tirx.reinterpret("int8x64", signed)
     return tirx.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", total, *bytes_)
-
-
-def _rounded(x: Any) -> Any:
-    """The bits of x in an int32 whose upper half is the nearest bfloat16, ties to even; NaN stays NaN."""
-    count = lanes(x)
-    bits = keep(as_int(x))
-    odd = tirx.bitwise_and(tirx.shift_right(bits, i32(16, count)), i32(1, count))
-    magnitude = tirx.bitwise_and(bits, i32(0x7FFFFFFF, count))
-    return tirx.Select(magnitude > i32(0x7F800000, count), i32(0x7FC00000, count), bits + i32(0x7FFF, count) + odd)
-
-
-def _pair(low: Any, high: Any) -> Any:
-    """The upper halves of two int32 as one."""
-    count = lanes(low)
-    half = tirx.bitwise_and(tirx.shift_right(low, i32(16, count)), i32(0xFFFF, count))
-    return tirx.bitwise_or(half, tirx.bitwise_and(high, i32(-0x10000, count)))
 
 
 def _four(codes: list[Any]) -> Any:
@@ -186,11 +145,6 @@ def _power(x: Any) -> Any:
     """2^x for x <= 126, coarse: next to nothing below -126. NaN gives NaN where its lowest bits are 0."""
     x = keep(vmath.at_least(x, f32(-126.0, lanes(x))))
     return vmath.exp2_unchecked(x, coefficients=numerics.EXP2_COARSE)
-
-
-def _every(vector: Any, step: int, first: int) -> Any:
-    """Lanes first, first + step, ..."""
-    return tirx.Shuffle([vector], [tirx.IntImm("int32", i) for i in range(first, lanes(vector), step)])
 
 
 # ------------------------------------------------------------------------------------------- keys and values
@@ -248,21 +202,24 @@ class _Ready:
 
 
 class _Bfloat16Ready(_Ready):
+    def emit(self, batch: Any) -> None:
+        with bfloat16.instructions():
+            super().emit(batch)
+
     def _emit_keys(self, b: Any, h: Any) -> None:
         with T.serial(0, self.problem.keys) as key:
 
             def pack(d: Any, count: int) -> Any:
-                row = keep(self._row("k", b, h, key, d, 2 * count))
-                return _pair(_rounded(_every(row, 2, 0)), _rounded(_every(row, 2, 1)))
+                return bfloat16.words(self.buffers["k"], (b, key), h * self.problem.dim + d, count)
 
-            self._words(b, h, key, pack, lambda d, _: self._join([_rounded(self._row("k", b, h, key, d, 1))]))
+            self._words(b, h, key, pack, lambda d, _: self._join([bfloat16.rounded(self._row("k", b, h, key, d, 1))]))
 
     def _emit_values(self, b: Any, h: Any) -> None:
-        self._columns(b, h, lambda key, d, count: _rounded(self._row("v", b, h, key, d, count)), self._join)
+        self._columns(b, h, lambda key, d, count: bfloat16.rounded(self._row("v", b, h, key, d, count)), self._join)
 
     @staticmethod
     def _join(values: list[Any]) -> Any:
-        return _pair(values[0], values[1] if len(values) > 1 else i32(0, lanes(values[0])))
+        return bfloat16.pair(values[0], values[1] if len(values) > 1 else i32(0, lanes(values[0])))
 
 
 class _CodesReady(_Ready):
@@ -405,15 +362,15 @@ class _Fast(Body):
 
 class _Bfloat16(_Fast):
     def emit(self, batch: Any) -> None:
-        with bfloat16_products():
+        with bfloat16.instructions():
             super().emit(batch)
 
     def _load_queries(self, b: Any, h: Any, first: Any) -> None:
         super()._load_queries(b, h, first)
-        self._query_words(lambda d, j: _rounded(self.query[self._at(d, j)]), _Bfloat16Ready._join)
+        self._query_words(lambda d, j: bfloat16.rounded(self.query[self._at(d, j)]), _Bfloat16Ready._join)
 
     def _dot(self, key: Any, query: Any, total: Any) -> Any:
-        return dot_bfloat16(total, key, query)
+        return bfloat16.dot(total, key, query)
 
     def _weights(self, size: int, new: Any) -> None:
         self._rescale(new)
@@ -434,7 +391,7 @@ class _Bfloat16(_Fast):
         self._weight_words(size, weight, join)
 
     def _weigh(self, total: Any, weights: Any, values: Any) -> Any:
-        return dot_bfloat16(total, weights, values)
+        return bfloat16.dot(total, weights, values)
 
     def _values(self, b: Any, h: Any, key: Any, size: int, d: Any, dims: int) -> None:
         def start(i: Any, j: int) -> Any:

@@ -1,4 +1,4 @@
-"""Linear and convolution in float32, for what a plan leaves unquantized: any shape, with an epilogue.
+"""Linear and convolution in floats, for what a plan leaves unquantized: any shape, with an epilogue.
 
 Two forms, chosen by the problem alone (never by the target):
 
@@ -10,17 +10,25 @@ Two forms, chosen by the problem alone (never by the target):
   halves) and weights are read where they are.
 
 Convolutions read the image from a copy with its zero border, where there is a border.
+
+In bfloat16 (`numerics`) the input is rounded to words of two neighbouring channels on every call, the weight once, when
+it is packed; sums are in float32. Terms are words then, a last odd channel paired with zero.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
+from mpq_compiler.backends.tvm.kernels import bfloat16
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue
 from mpq_compiler.backends.tvm.kernels.pointwise import sample_view
 from mpq_compiler.backends.tvm.kernels.template import (
@@ -46,11 +54,14 @@ from mpq_compiler.backends.tvm.kernels.template import (
     unravel,
     width,
 )
-from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, keep, splat
+from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, i32, keep, splat
+from mpq_compiler.numerics import BF16, F32, PACKED
 
 # of a panel tile: accumulators and, at most, vectors; of a dot tile: rows and outputs
 PANEL_TILES = {"wide": (24, 4), "narrow": (6, 1)}
 DOT_TILES = {"wide": (4, 4), "narrow": (2, 2)}
+NEAR = 1 << 19
+"""Bytes that the second cache holds beside what streams through it."""
 FEW_ROWS = 8
 FEW_OUTPUTS = 8
 
@@ -69,6 +80,10 @@ class Linear:
     packed: bool = False
     epilogue: Epilogue = field(default_factory=Epilogue)
     time_groups: int = 1
+    numerics: str = F32
+
+    def __post_init__(self) -> None:
+        _check_numerics(self)
 
 
 @dataclass(frozen=True)
@@ -92,8 +107,10 @@ class Conv2d:
     packed: bool = False
     epilogue: Epilogue = field(default_factory=Epilogue)
     time_groups: int = 1
+    numerics: str = F32
 
     def __post_init__(self) -> None:
+        _check_numerics(self)
         if self.channels % self.groups or self.outputs % self.groups:
             raise ValueError(f"{self.channels} and {self.outputs} channels: {self.groups} groups do not divide")
         if self.out_height < 1 or self.out_width < 1:
@@ -108,10 +125,18 @@ class Conv2d:
         return (self.width + self.padding[2] + self.padding[3] - self.kernel[1]) // self.stride[1] + 1
 
 
+def _check_numerics(problem: Linear | Conv2d) -> None:
+    if problem.numerics == F32:
+        return
+    if problem.numerics != BF16 or not problem.packed or getattr(problem, "groups", 1) != 1:
+        raise ValueError(f"{problem.numerics}: only bf16 has a kernel, with packed weights, of one group")
+
+
 @dataclass(frozen=True)
 class _Plan:
     """Both problems as one: `rows` of a sample, each with outputs that are sums over taps and inputs.
 
+    group_inputs: values that lanes or words hold: channels of a group, or pairs of them in bfloat16.
     tap_steps: distance, in elements of the (bordered) image, of two kernel rows and of two kernel columns.
     form: ``panel``, ``depthwise`` (panels over all channels, whose inputs are vectors too) or ``dot``.
     """
@@ -135,6 +160,8 @@ class _Plan:
 
     @property
     def lanes(self) -> int:
+        if self.form == "dot":
+            return 1  # of a packed weight
         return width(self.outputs if self.form == "depthwise" else self.group_outputs)
 
     @property
@@ -144,34 +171,43 @@ class _Plan:
 
 
 def _plan(problem: Linear | Conv2d) -> _Plan:
+    per_word = PACKED[BF16] if problem.numerics == BF16 else 1
     if isinstance(problem, Linear):
-        few = problem.positions < FEW_ROWS or problem.outputs <= FEW_OUTPUTS
         return _Plan(
             rows=problem.positions,
             row_shape=(problem.positions,),
             groups=1,
             group_outputs=problem.outputs,
-            group_inputs=problem.inputs,
+            group_inputs=-(-problem.inputs // per_word),
             taps=(1, 1),
             tap_steps=(0, 0),
-            form="dot" if few and not problem.packed else "panel",
+            form="dot" if _few(problem) else "panel",
         )
-    kernel_width, channels, groups = problem.kernel[1], problem.channels, problem.groups
-    group_outputs, group_inputs = problem.outputs // groups, channels // groups
-    few = groups == 1 and problem.outputs <= FEW_OUTPUTS and kernel_width * channels >= LANES
-    form = "dot" if few and not problem.packed else "panel"
-    if groups > 1 and group_inputs == group_outputs == 1:
-        form = "depthwise"
+    group_inputs = -(-problem.channels // problem.groups // per_word)
+    channels = group_inputs * problem.groups
+    depthwise = problem.groups > 1 and problem.channels == problem.outputs == problem.groups
     return _Plan(
         rows=problem.out_height * problem.out_width,
         row_shape=(problem.out_height, problem.out_width),
-        groups=groups,
-        group_outputs=group_outputs,
+        groups=problem.groups,
+        group_outputs=problem.outputs // problem.groups,
         group_inputs=group_inputs,
         taps=problem.kernel,
         tap_steps=((problem.width + problem.padding[2] + problem.padding[3]) * channels, channels),
-        form=form,
+        form="depthwise" if depthwise else "dot" if _few(problem) else "panel",
     )
+
+
+def _few(problem: Linear | Conv2d) -> bool:
+    """Whether rows or outputs are too few for panels; in bfloat16 vectors of a panel are whole."""
+    rows = problem.positions if isinstance(problem, Linear) else FEW_ROWS
+    if problem.numerics == BF16:
+        return rows < FEW_ROWS or problem.outputs < LANES
+    if problem.packed:
+        return False
+    if isinstance(problem, Linear):
+        return rows < FEW_ROWS or problem.outputs <= FEW_OUTPUTS
+    return problem.groups == 1 and problem.outputs <= FEW_OUTPUTS and problem.kernel[1] * problem.channels >= LANES
 
 
 def panel_shape(problem: Linear | Conv2d) -> tuple[int, int, int]:
@@ -183,7 +219,13 @@ def panel_shape(problem: Linear | Conv2d) -> tuple[int, int, int]:
 
 def pack_weight(problem: Linear | Conv2d, weight: np.ndarray) -> np.ndarray:
     """The weight [outputs, ...] in panels, for a problem with `packed`."""
-    rows = np.ascontiguousarray(weight, np.float32).reshape(weight.shape[0], -1)
+    rows = np.ascontiguousarray(weight, np.float32)
+    if problem.numerics == BF16:
+        bits = rows.view(np.uint32)
+        halves = (bits + 0x7FFF + (bits >> 16 & 1) >> 16).astype(np.uint16)
+        odd = [(0, 0)] * (halves.ndim - 1) + [(0, halves.shape[-1] % 2)]
+        rows = np.ascontiguousarray(np.pad(halves, odd)).view(np.int32)
+    rows = rows.reshape(weight.shape[0], -1)
     columns = [first + np.arange(_plan(problem).lanes) for first in _columns(_plan(problem))]
     return np.ascontiguousarray(rows[np.stack(columns)].transpose(0, 2, 1))
 
@@ -205,11 +247,20 @@ def arguments(problem: Linear | Conv2d) -> list[Argument]:
         x = (BATCH, problem.height, problem.width, problem.channels)
     return [
         Argument("x", x),
-        Argument("weight", panel_shape(problem) if problem.packed else _weight_shape(problem)),
+        _panel(problem, "weight") if problem.packed else Argument("weight", _weight_shape(problem)),
         *([Argument("bias", (plan.outputs,))] if problem.bias else []),
         *epilogue_arguments(problem.epilogue, rows, plan.outputs, problem.time_groups),
         Argument("y", (*rows, plan.outputs), problem.epilogue.out_dtype),
     ]
+
+
+def _panel(problem: Linear | Conv2d, name: str) -> Argument:
+    return Argument(name, panel_shape(problem), _kind(problem))
+
+
+def _kind(problem: Linear | Conv2d) -> str:
+    """Element type of what is multiplied."""
+    return "int32" if problem.numerics == BF16 else "float32"
 
 
 def _weight_shape(problem: Linear | Conv2d) -> Shape:
@@ -221,26 +272,50 @@ def _weight_shape(problem: Linear | Conv2d) -> Shape:
 def build(problem: Linear | Conv2d, isa: str = "avx512vnni", name: str = "float_gemm") -> PrimFunc:
     """The kernel; `isa` chooses the tiles and no bit of the result."""
     plan = _plan(problem)
-    return primfunc(name, arguments(problem), lambda batch, bufs: _Body(problem, plan, isa, bufs).emit(batch))
+
+    def body(batch: Any, buffers: Buffers) -> None:
+        with bfloat16.instructions() if problem.numerics == BF16 else nullcontext():
+            _Body(problem, plan, isa, buffers).emit(batch)
+
+    return primfunc(name, arguments(problem), body)
+
+
+def pack_arguments(problem: Linear | Conv2d) -> list[Argument]:
+    """Of the kernel of `build_pack`."""
+    return [Argument("weight", _weight_shape(problem)), _panel(problem, "panel")]
 
 
 def build_pack(problem: Linear | Conv2d, name: str = "pack_weight") -> PrimFunc:
     """A kernel (weight, panel) that packs as `pack_weight` does."""
-    plan = _plan(problem)
-    buffers = [Argument("weight", _weight_shape(problem)), Argument("panel", panel_shape(problem))]
+    plan, buffers = _plan(problem), pack_arguments(problem)
 
     def body(batch: Any, bufs: Buffers) -> None:
         del batch
-        flat = T.decl_buffer((plan.outputs * plan.terms,), "float32", data=bufs["weight"].data)
-        vectors, terms, lanes = panel_shape(problem)
-        panel = T.decl_buffer((vectors * terms * lanes,), "float32", data=bufs["panel"].data)
-        _pack(plan, flat, panel)
+        weight, panel = (_flat(bufs[argument.name], argument) for argument in buffers)
+        if problem.numerics != BF16:
+            _pack(plan, lambda row, term: weight[row * plan.terms + term], panel)
+            return
+        words, depth = plan.group_inputs, int(buffers[0].shape[-1])
+
+        def word(row: Any, term: Any) -> Any:
+            tap, w = T.floordiv(term, words), T.floormod(term, words)
+            at = (row * (plan.terms // words) + tap) * depth + 2 * w
+            high = bfloat16.rounded(weight[T.min(at + 1, plan.outputs * plan.terms // words * depth - 1)])
+            if depth % 2:
+                high = tirx.Select(2 * w + 1 < depth, high, i32(0, 1))
+            return bfloat16.pair(bfloat16.rounded(weight[at]), high)
+
+        _pack(plan, word, panel)
 
     return primfunc(name, buffers, body)
 
 
-def _pack(plan: _Plan, weight: Buffer, panel: Buffer) -> None:
-    """weight [outputs * terms] into panel [vectors * terms * lanes]; vectors of all groups in one row."""
+def _flat(buffer: Buffer, argument: Argument) -> Buffer:
+    return T.decl_buffer((math.prod(int(n) for n in argument.shape),), argument.dtype, data=buffer.data)
+
+
+def _pack(plan: _Plan, weight: Callable[[Any, Any], Any], panel: Buffer) -> None:
+    """``weight(row, term)`` into panel [vectors * terms * lanes]; vectors of all groups in one row."""
     size = plan.outputs if plan.form == "depthwise" else plan.group_outputs
     groups = 1 if plan.form == "depthwise" else plan.groups
     with T.serial(0, groups) as g, T.serial(0, plan.vectors) as v:
@@ -248,7 +323,21 @@ def _pack(plan: _Plan, weight: Buffer, panel: Buffer) -> None:
         with T.serial(0, plan.terms) as k:
             for lane in range(plan.lanes):
                 target = ((g * plan.vectors + v) * plan.terms + k) * plan.lanes + lane
-                store(panel, weight[(first + lane) * plan.terms + k], target)
+                store(panel, weight(first + lane, k), target)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some vectors of outputs, for all rows: sample, image and where it starts, quantizer, rows of a tile, first
+    output and place in the packed weight of each vector."""
+
+    b: Any
+    x: Buffer
+    start: Any
+    quant: Any
+    rows: int
+    columns: list[Any]
+    panels: list[Any]
 
 
 class _Body:
@@ -258,64 +347,88 @@ class _Body:
         self.problem, self.plan, self.buffers = problem, plan, buffers
         self.registers = register_file(isa)
         self.finish = Finish(problem.epilogue, buffers)
+        self.in_words = problem.numerics == BF16
 
     def emit(self, batch: Any) -> None:
         problem, plan = self.problem, self.plan
-        size = plan.outputs * plan.terms
-        if problem.packed:
+        argument = next(a for a in arguments(problem) if a.name == "weight")
+        self.weight = _flat(self.buffers["weight"], argument)
+        if not problem.packed and plan.form != "dot":
             vectors, terms, lanes = panel_shape(problem)
-            self.weight = T.decl_buffer((vectors * terms * lanes,), data=self.buffers["weight"].data)
-        else:
-            self.weight = T.decl_buffer((size,), data=self.buffers["weight"].data)
-            if plan.form != "dot":
-                vectors, terms, lanes = panel_shape(problem)
-                panel = scratch(vectors * terms * lanes, heap=True)
-                _pack(plan, self.weight, panel)
-                self.weight = panel
-        self._prepare_border()
-        if plan.form == "dot" and isinstance(problem, Linear) and problem.positions == 1:
+            weight, panel = self.weight, scratch(vectors * terms * lanes, heap=True)
+            _pack(plan, lambda row, term: weight[row * terms + term], panel)
+            self.weight = panel
+        over_samples = plan.form == "dot" and isinstance(problem, Linear) and problem.positions == 1
+        self._prepare_image(DOT_TILES[self.registers][0] if over_samples else 1)
+        if over_samples:
             self._dot_over_samples(batch)
             return
         with T.serial(0, batch) as b:
             x, start = self._image(b)
             (self._dot if plan.form == "dot" else self._panels)(b, x, start)
 
+    def _multiply(self, a: Any, b: Any, total: Any) -> Any:
+        """total + a * b, of two words all products."""
+        return bfloat16.dot(total, a, b) if self.in_words else fma(a, b, total)
+
     # ---------------------------------------------------------------------------------------- the image
 
-    def _prepare_border(self) -> None:
-        """A zeroed scratch image; its border stays zero, its interior is copied for every sample."""
-        self.padded = None
-        problem = self.problem
-        if isinstance(problem, Conv2d) and any(problem.padding):
-            top, bottom, left, right = problem.padding
-            self.row = (problem.width + left + right) * problem.channels
-            size = (problem.height + top + bottom) * self.row
-            padded = scratch(size, heap=True)
-            each_vector(size, lambda i, n: store(padded, f32(0.0, n), span(i, n)))
-            self.padded = padded
+    def _prepare_image(self, images: int) -> None:
+        """Scratch for `images` samples where they are not read as they are: zeroed where they have a border, in words.
 
-    def _image(self, b: Any) -> tuple[Buffer, Any]:
-        """A flat buffer that holds sample b, with its border, from the index returned."""
-        problem, x = self.problem, self.buffers["x"]
+        The border stays zero; the interior is written for every sample.
+        """
+        problem, kind = self.problem, _kind(self.problem)
         if isinstance(problem, Linear):
-            return sample_view(x, (BATCH, problem.positions, problem.inputs), b)
-        shape = (BATCH, problem.height, problem.width, problem.channels)
-        flat, start = sample_view(x, shape, b)
-        padded = self.padded
-        if padded is None:
+            self.lines, self.pixels, self.channels, padding = problem.positions, 1, problem.inputs, (0, 0, 0, 0)
+        else:
+            self.lines, self.pixels, self.channels = problem.height, problem.width, problem.channels
+            padding = problem.padding
+        top, bottom, left, right = padding
+        depth = self.plan.groups * self.plan.group_inputs
+        self.row = (self.pixels + left + right) * depth
+        self.corner = top * self.row + left * depth
+        self.size = (self.lines + top + bottom) * self.row
+        self.own = None
+        if any(padding) or (self.in_words and not self.by_part):
+            self.own = own = scratch(images * self.size, kind, heap=True)
+            if any(padding):
+                zero = i32 if self.in_words else f32
+                each_vector(images * self.size, lambda i, n: store(own, zero(0, n), span(i, n)))
+
+    def _image(self, b: Any, place: int = 0) -> tuple[Buffer, Any]:
+        """A flat buffer that holds sample b as it is multiplied, from the index returned; `place` in the scratch."""
+        x, own = self.buffers["x"], self.own
+        flat, start = sample_view(x, (BATCH, self.lines, self.pixels * self.channels), b)
+        if own is None:
             return flat, start
-        length = problem.width * problem.channels
-        corner = problem.padding[0] * self.row + problem.padding[2] * problem.channels
-        with shares(1, problem.height, problem.height * length / 16) as (_, top, end), T.serial(top, end) as h:
-            source, target = start + h * length, corner + h * self.row
-            each_vector(length, lambda i, n: store(padded, flat[span(source + i, n)], span(target + i, n)))
-        return padded, 0
+        length, corner = self.pixels * self.channels, place * self.size + self.corner
+        with shares(1, self.lines, self.lines * length / 16) as (_, begin, end), T.serial(begin, end) as line:
+            source, target = start + line * length, corner + line * self.row
+            if not self.in_words:
+                each_vector(length, lambda i, n: store(own, flat[span(source + i, n)], span(target + i, n)))
+            elif self.channels % 2 == 0:
+                self._to_words(flat, source, own, target, length)
+            else:
+                with T.serial(0, self.pixels) as pixel:
+                    words = target + pixel * self.plan.group_inputs
+                    self._to_words(flat, source + pixel * self.channels, own, words, self.channels)
+        return own, place * self.size
+
+    @staticmethod
+    def _to_words(x: Buffer, source: Any, own: Buffer, target: Any, count: int) -> None:
+        """`count` neighbours of x as words into `own`."""
+        whole, odd = divmod(count, 2)
+        if whole:
+            each_vector(whole, lambda w, n: store(own, bfloat16.words(x, (), source + 2 * w, n), span(target + w, n)))
+        if odd:
+            store(own, bfloat16.pair(bfloat16.rounded(x[source + count - 1]), i32(0, 1)), target + whole)
 
     def _origin(self, row: Any) -> Any:
         """Where the terms of output row `row` start within the image."""
         problem = self.problem
         if isinstance(problem, Linear):
-            return row * problem.inputs
+            return row * self.plan.group_inputs
         line, channels = self.plan.tap_steps
         oh, ow = T.floordiv(row, problem.out_width), T.floormod(row, problem.out_width)
         return oh * (problem.stride[0] * line) + ow * (problem.stride[1] * channels)
@@ -341,18 +454,37 @@ class _Body:
             """`number` blocks of `count` vectors, in every group, from vector `base` on."""
             rows = min(plan.rows, accumulators // count, 12)
             tiles = -(-plan.rows // rows)
-            split = min(tiles, -(-SHARES // (groups * number)))  # of a block's rows
-            macs = plan.rows * plan.terms * groups * number * count * plan.lanes
-            with shares(1, groups * number * split, macs / 32) as (_, begin, end):
-                quant = self.finish.quantizer(b)
-                with T.serial(begin, end) as i:
-                    g, index, part = unravel(i, number, split)
-                    first = base + index * count
-                    columns = [g * size + T.min((first + j) * plan.lanes, size - plan.lanes) for j in range(count)]
-                    panels = [(g * plan.vectors + first + j) * (plan.terms * plan.lanes) for j in range(count)]
-                    with T.serial(*share(tiles, part, split)) as tile:
-                        row = T.bind(T.min(tile * rows, plan.rows - rows))
-                        self._panel_tile(b, x, start + g * plan.group_inputs, quant, row, rows, columns, panels)
+            split = min(tiles, max(-(-SHARES // (1 if self.by_part else groups * number)), self.row_parts))
+            nanoseconds = plan.rows * plan.terms * groups * number * count * plan.lanes / 32
+            most = -(-tiles // split)
+
+            def run(i: Any, part: Any, x: Buffer, start: Any, quant: Any) -> None:
+                """Block `i` of the rows of a part."""
+                g, index = unravel(i, number)
+                first = base + index * count
+                columns = [g * size + T.min((first + j) * plan.lanes, size - plan.lanes) for j in range(count)]
+                panels = [(g * plan.vectors + first + j) * (plan.terms * plan.lanes) for j in range(count)]
+                block = _Block(b, x, start + g * plan.group_inputs, quant, rows, columns, panels)
+                self._block(block, *share(tiles, part, split), most)
+
+            if not self.by_part:
+                with shares(1, split * groups * number, nanoseconds) as (_, begin, end):
+                    quant = self.finish.quantizer(b)
+                    with T.serial(begin, end) as i:
+                        part, block = unravel(i, groups * number)
+                        run(block, part, x, start, quant)
+                return
+            with shares(1, split, nanoseconds) as (_, begin, end):
+                quant, own = self.finish.quantizer(b), scratch(most * rows * plan.group_inputs, "int32", heap=True)
+                with T.serial(begin, end) as part:
+                    low, high = share(tiles, part, split)
+                    low = T.bind(T.min(low * rows, plan.rows - rows))
+                    with T.serial(low, T.min(high * rows, plan.rows)) as row:
+                        self._to_words(
+                            x, start + row * self.channels, own, (row - low) * plan.group_inputs, self.channels
+                        )
+                    with T.serial(0, number) as block:
+                        run(block, part, own, -low * plan.group_inputs, quant)
 
         full, rest = divmod(plan.vectors, per_block)
         if full:
@@ -360,38 +492,106 @@ class _Body:
         if rest:
             blocks_of(full * per_block, 1, rest)
 
-    def _panel_tile(
-        self,
-        b: Any,
-        x: Buffer,
-        start: Any,
-        quant: Any,
-        row: Any,
-        rows: int,
-        columns: list[Any],
-        panels: list[Any],
-    ) -> None:
+    @property
+    def row_parts(self) -> int:
+        """Parts of the rows that all blocks of outputs take one after another, so that the cache holds their inputs.
+
+        One where the weights are what the cache would have to hold.
+        """
+        plan = self.plan
+        inputs = 4 * plan.rows * plan.groups * plan.group_inputs
+        weights = 4 * plan.outputs * plan.terms
+        worth = plan.form == "panel" and weights <= 2 * NEAR and inputs >= 4 * NEAR
+        return -(-inputs // NEAR) if worth else 1
+
+    @property
+    def by_part(self) -> bool:
+        """Whether such a part is rounded to words just before."""
+        return self.in_words and isinstance(self.problem, Linear) and self.row_parts > 1
+
+    def _block(self, block: _Block, begin: Any, end: Any, most: int) -> None:
+        """Tiles `begin` to `end`, at most `most`, of a block of outputs.
+
+        A panel that the cache does not hold is taken in pieces, each by all rows: their sums wait in memory meanwhile.
+        No bit depends on it.
+        """
         plan, lanes = self.plan, self.plan.lanes
-        sums = scratch(rows * len(columns) * lanes)
-        cells = [(i, j, span((i * len(columns) + j) * lanes, lanes)) for i in range(rows) for j in range(len(columns))]
-        for _, j, at in cells:
-            bias = self.buffers["bias"][span(columns[j], lanes)] if self.problem.bias else f32(0.0, lanes)
-            store(sums, bias, at)
-        origins = [T.bind(start + self._origin(row + i)) for i in range(rows)]
+        taps = plan.taps[0] * plan.taps[1]
+        steps = plan.group_inputs if taps == 1 else taps  # of the sum that pieces consist of
+        pieces = min(steps, -(-4 * plan.terms * len(block.columns) * lanes // NEAR)) if most > 1 else 1
+        cells = [
+            (i, j, span((i * len(block.columns) + j) * lanes, lanes))
+            for i in range(block.rows) for j in range(len(block.columns))
+        ]  # fmt: skip
+        sums = scratch(len(cells) * lanes)
+
+        def row_of(tile: Any) -> Any:
+            return T.bind(T.min(tile * block.rows, plan.rows - block.rows))
+
+        def bias(j: int) -> Any:
+            found = self.buffers["bias"][span(block.columns[j], lanes)] if self.problem.bias else None
+            return f32(0.0, lanes) if found is None else found
+
+        if pieces == 1:
+            with T.serial(begin, end) as tile:
+                row = row_of(tile)
+                for _, j, at in cells:
+                    store(sums, bias(j), at)
+                self._add_terms(block, row, cells, sums)
+                self._finish_tile(block, row, cells, sums, 0)
+            return
+        waiting = scratch(most * len(cells) * lanes, heap=True)
+        size, each = len(cells) * lanes, -(-steps // pieces)
+        with T.serial(begin, end) as tile:
+            for i, j, _ in cells:
+                store(waiting, bias(j), span((tile - begin) * size + (i * len(block.columns) + j) * lanes, lanes))
+        with T.serial(0, -(-steps // each)) as piece, T.serial(begin, end) as tile:
+            own = (tile - begin) * size
+            for place, (_, _, at) in enumerate(cells):
+                store(sums, waiting[span(own + place * lanes, lanes)], at)
+            self._add_terms(block, row_of(tile), cells, sums, (piece * each, T.min((piece + 1) * each, steps)))
+            for place, (_, _, at) in enumerate(cells):
+                store(waiting, sums[at], span(own + place * lanes, lanes))
+        with T.serial(begin, end) as tile:
+            self._finish_tile(block, row_of(tile), cells, waiting, (tile - begin) * size)
+
+    def _add_terms(
+        self, block: _Block, row: Any, cells: list[tuple[int, int, Any]], sums: Buffer, steps: Any = None
+    ) -> None:
+        """Adds the products of a tile to its sums: all, or those of some taps (of some inputs, where there is one)."""
+        plan, lanes = self.plan, self.plan.lanes
+        origins = [T.bind(block.start + self._origin(row + i)) for i in range(block.rows)]
         depthwise = plan.form == "depthwise"
         inner = 1 if depthwise else plan.group_inputs
-        with T.serial(0, plan.taps[0]) as kh, T.serial(0, plan.taps[1]) as kw, T.serial(0, inner) as c:
+
+        def add(kh: Any, kw: Any, c: Any) -> None:
             tap = kh * plan.tap_steps[0] + kw * plan.tap_steps[1] + c
             term = (kh * plan.taps[1] + kw) * inner + c
             for i, j, at in cells:
                 where = origins[i] + tap
-                element = x[span(where + columns[j], lanes)] if depthwise else splat(x[where], lanes)
-                weight = self.weight[span(panels[j] + term * lanes, lanes)]
-                store(sums, fma(element, weight, sums[at]), at)
-        for i, j, at in cells:
-            where = self._where(row + i)
-            value = self.finish(sums[at], b, where, columns[j], quant)
-            store(self.buffers["y"], value, b, *where, span(columns[j], lanes))
+                x = block.x[span(where + block.columns[j], lanes)] if depthwise else splat(block.x[where], lanes)
+                weight = self.weight[span(block.panels[j] + term * lanes, lanes)]
+                store(sums, self._multiply(x, weight, sums[at]), at)
+
+        if steps is None:
+            with T.serial(0, plan.taps[0]) as kh, T.serial(0, plan.taps[1]) as kw, T.serial(0, inner) as c:
+                add(kh, kw, c)
+        elif plan.taps == (1, 1):
+            with T.serial(*steps) as c:
+                add(0, 0, c)
+        else:
+            with T.serial(*steps) as tap, T.serial(0, inner) as c:
+                add(T.floordiv(tap, plan.taps[1]), T.floormod(tap, plan.taps[1]), c)
+
+    def _finish_tile(
+        self, block: _Block, row: Any, cells: list[tuple[int, int, Any]], sums: Buffer, first: Any
+    ) -> None:
+        """Stores the rows of a tile, whose sums are in order from element `first` on."""
+        lanes = self.plan.lanes
+        for place, (i, j, _) in enumerate(cells):
+            where, column = self._where(row + i), block.columns[j]
+            value = self.finish(sums[span(first + place * lanes, lanes)], block.b, where, column, block.quant)
+            store(self.buffers["y"], value, block.b, *where, span(column, lanes))
 
     # -------------------------------------------------------------------------------------------------- dot
 
@@ -420,7 +620,7 @@ class _Body:
             self._dot_samples([batch - T.floormod(batch, rows) + i])
 
     def _dot_samples(self, samples: list[Any]) -> None:
-        images = [self._image(sample) for sample in samples]
+        images = [self._image(sample, place) for place, sample in enumerate(samples)]
         rows = [(b, start, (0,), self.finish.quantizer(b)) for b, (_, start) in zip(samples, images, strict=True)]
         self._dot_rows(images[0][0], rows, share_outputs=True)
 
@@ -457,7 +657,7 @@ class _Body:
             images = [keep(load(x, origin + kh * plan.tap_steps[0])) for origin in origins]
             weights = [keep(load(self.weight, (first + j) * plan.terms + kh * run)) for j in range(outputs)]
             for i, j, at in cells:
-                store(sums, fma(images[i], weights[j], sums[at]), at)
+                store(sums, self._multiply(images[i], weights[j], sums[at]), at)
 
         with T.serial(0, plan.taps[0]) as kh:
             if run >= LANES:

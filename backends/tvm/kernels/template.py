@@ -193,12 +193,13 @@ def some_vectors(extent: int, first: Any, end: Any, body: Callable[[Any, int], N
 
 
 def partial(buffer: Buffer, row: Sequence[Any], start: Any, count: int) -> tuple[Expr, Expr]:
-    """The `count` < 16 elements from `start` on in 16 lanes, zeros behind them; and the mask of the lanes."""
+    """The `count` < 16 elements (float32, int32) from `start` on in 16 lanes, then zeros; and the mask of the lanes."""
     index = [tirx.IntImm("int32", lane) for lane in range(LANES)]
     mask = tirx.Shuffle([tirx.IntImm("bool", int(lane < count)) for lane in range(LANES)], index)
     vector = f"{buffer.dtype}x{LANES}"
     value = T.masked_load(vector, buffer, *row, T.ramp(start, 1, LANES), mask)
-    return tirx.Select(mask, value, vmath.f32(0.0, LANES)), mask  # lanes not loaded are undefined
+    zero = vmath.f32(0.0, LANES) if buffer.dtype == "float32" else vmath.i32(0, LANES)
+    return tirx.Select(mask, value, zero), mask  # lanes not loaded are undefined
 
 
 def fold(vector: Expr, combine: Callable[[Expr, Expr], Expr] = lambda a, b: a + b) -> Expr:

@@ -10,10 +10,22 @@ import torch
 import torch.nn.functional as F
 import tvm
 
+from mpq_compiler import ops, targets
 from mpq_compiler.backends.tvm.kernels import float_gemm
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.float_gemm import Conv2d, Linear
-from tests.float_kernels import TARGETS, Case, Suite, error, quantized, quantizer_inputs, random_inputs, shape_of
+from mpq_compiler.numerics import BF16, FEATURES
+from tests.float_kernels import (
+    TARGETS,
+    Case,
+    Suite,
+    error,
+    quantized,
+    quantizer_inputs,
+    random_inputs,
+    same_bits,
+    shape_of,
+)
 
 STEPS = Epilogue((Step("silu"), Step("add", operand=0)), (Operand("full"),))
 PROBLEMS: dict[str, Linear | Conv2d] = {
@@ -22,6 +34,7 @@ PROBLEMS: dict[str, Linear | Conv2d] = {
     "vector 5 to 7": Linear(1, 5, 7, bias=False),
     "tokens": Linear(49, 24, 33, epilogue=STEPS),
     "nine rows of one term": Linear(9, 1, 70),
+    "many rows": Linear(90, 6, 40),
     "conv_in": Conv2d(9, 11, 1, 48),
     "conv_out": Conv2d(9, 11, 48, 1),
     "conv_out 3": Conv2d(9, 11, 20, 3, epilogue=STEPS),
@@ -110,6 +123,61 @@ def test_quantizes_its_own_result(name: str) -> None:
     assert (SUITE.first[f"{name} quantized"] == quantized(SUITE.first[name], scale, zero, group, 8)).all()
 
 
+@pytest.mark.parametrize("name", ["tokens", "many rows", "downsample", "1x3"])
+def test_pieces_of_panels_and_parts_of_rows_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float_gemm, "NEAR", 1 << 9)  # as if the cache held next to nothing
+    assert same_bits(Suite({name: SUITE.cases[name]}).first[name], SUITE.first[name])
+
+
+# ---------------------------------------------------------------------------------------------------- bfloat16
+
+WORDS = ("vector", "vector 33 to 1", "tokens", "many rows", "conv_in", "conv_out", "downsample", "patches", "1x3")
+AVX512_BF16 = targets.with_features(targets.TARGETS["x86-64-avx512vnni"], FEATURES[BF16])
+
+
+def _bfloat16(names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """What the kernels compute, with weights that the kernel of `build_pack` has packed."""
+    if lacking := targets.missing_features(AVX512_BF16):
+        pytest.skip(f"this machine lacks {', '.join(lacking)}")
+    problems = {name: replace(PROBLEMS[name], packed=True, numerics=BF16) for name in names}
+    functions = {f"run{i}": float_gemm.build(p, AVX512_BF16.isa, f"run{i}") for i, p in enumerate(problems.values())}
+    functions |= {f"pack{i}": float_gemm.build_pack(p, f"pack{i}") for i, p in enumerate(problems.values())}
+    library = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(dict(AVX512_BF16.tvm)))
+    found = {}
+    for i, (name, problem) in enumerate(problems.items()):
+        x, weight, *rest = _inputs(name)
+        panel = tvm.runtime.tensor(np.full(float_gemm.panel_shape(problem), 77, np.int32))
+        library[f"pack{i}"](tvm.runtime.tensor(weight), panel)
+        np.testing.assert_array_equal(panel.numpy(), float_gemm.pack_weight(problem, weight))
+        y = tvm.runtime.tensor(np.full(shape_of(float_gemm.arguments(problem)[-1], BATCH), np.nan, np.float32))
+        library[f"run{i}"](tvm.runtime.tensor(x), panel, *map(tvm.runtime.tensor, rest), y)
+        found[name] = y.numpy()
+    return found
+
+
+def _rounded(name: str) -> np.ndarray:
+    """`ops.linear` and `ops.conv2d` in bfloat16."""
+    problem, names = PROBLEMS[name], [a.name for a in float_gemm.arguments(PROBLEMS[name])]
+    t = {key: torch.from_numpy(value) for key, value in zip(names, _inputs(name), strict=False)}
+    operands = (t["x"], t["weight"], t.get("bias"))
+    if isinstance(problem, Linear):
+        y = ops.linear(*operands, numerics=BF16)
+    else:
+        y = ops.conv2d(*operands, problem.stride, problem.padding, numerics=BF16)
+    return (F.silu(y) + t["operand0"] if problem.epilogue.operands else y).numpy()
+
+
+def test_bfloat16_against_its_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is rounded is rounded alike, so that the bound is that of float32; pieces and parts change no bit."""
+    found = _bfloat16(WORDS)
+    for name, y in found.items():
+        assert error(y, _rounded(name)) <= 2e-6, name
+        assert 1e-4 < error(y, _exact(name)) < 1e-2, name
+    monkeypatch.setattr(float_gemm, "NEAR", 1 << 8)
+    some = ("tokens", "many rows", "downsample", "patches")
+    assert all(same_bits(y, found[name]) for name, y in _bfloat16(some).items())
+
+
 @pytest.mark.parametrize("name", ["conv_in", "conv_out"])
 def test_nan_reaches_what_sees_it(name: str) -> None:
     inputs = _inputs(name)
@@ -125,3 +193,5 @@ def test_problems_that_make_no_sense() -> None:
         Conv2d(5, 5, 7, 8, groups=2)
     with pytest.raises(ValueError, match="does not fit"):
         Conv2d(2, 2, 7, 8, padding=(0, 0, 0, 0))
+    with pytest.raises(ValueError, match="bf16: only bf16 has a kernel, with packed weights, of one group"):
+        Conv2d(5, 5, 8, 8, groups=2, packed=True, numerics=BF16)
