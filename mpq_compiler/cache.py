@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from mpq_compiler.errors import UserError
 
-KINDS = ("kernels", "sensitivity")
+KINDS = ("kernels", "latency", "sensitivity")
 """The folders of a cache."""
 
 
@@ -66,6 +66,9 @@ class Results:
 
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
 
     def __len__(self) -> int:
         return len(self._values)

@@ -19,6 +19,7 @@ from mpq_compiler import (
     costs,
     decisions,
     formats,
+    latency_table,
     pass_manager,
     pipelines,
     prompts,
@@ -30,12 +31,15 @@ from mpq_compiler import (
     targets,
 )
 from mpq_compiler import denoiser as denoisers
+from mpq_compiler.calibration import RANGE, VALUES, input_edge
 from mpq_compiler.calibration import batches as in_batches
-from mpq_compiler.calibration import input_edge
 from mpq_compiler.conditioning import require_guidance
 from mpq_compiler.denoiser import Denoiser
 from mpq_compiler.errors import UserError
+from mpq_compiler.latency import LOWERED, Latency
+from mpq_compiler.machine import cpu
 from mpq_compiler.metrics import sqnr_db
+from mpq_compiler.numerics import F32
 from mpq_compiler.pass_manager import Pass, Record, Session
 from mpq_compiler.program import Program, Stage, TensorStore, run
 
@@ -49,6 +53,8 @@ AGREEMENT_DB = 0.1
 """How far the artifact's SQNR may be from the reference's: contract (c)."""
 JUDGED_TOGETHER = 8
 DEFAULT_BATCHES = (1, 2)
+ENOUGH_TO_RUN = 4
+"""Random inputs with which quantizers get scales, where their values do not matter."""
 ENOUGH_ROWS = 64
 """Calibration inputs below which ranges and moments are poor: there is a note."""
 
@@ -64,6 +70,10 @@ class Options:
     """Budget: true average bits, or bytes as "40MB"."""
     activations: float | None = None
     bops: float | None = None
+    latency: str | float | None = None
+    """Budget: milliseconds of a call, or as "800us"; of the table's samples and threads."""
+    latency_table: str | Path | None = None
+    """What `mpqc latency` measured (docs/latency.md); without one a budget has one measured here."""
     shapes: str | None = None
     """"1x4x64x64,2x4x64x64"; by default batches 1 and 2 at the configuration's size."""
     calibration: str | Path | None = None
@@ -105,6 +115,8 @@ class Report:
     target: str
     recipe: str
     pipeline: str
+    latency: dict[str, Any] | None
+    """What the plan takes by the latency table (`_latency`); None where there is none."""
     numerics: dict[str, Any]
     """``mode`` that the artifact has, and ``attentions``: those that are not in float32."""
     fallbacks: dict[str, str] = field(default_factory=dict)
@@ -137,7 +149,12 @@ def resolve(options: Options) -> list[Pass]:
     bits, size = sensitivity_table.parse_budget(options.weights)
     if bits is not None or size is not None:
         recipe = recipe.override("bit-allocation", weights=bits if bits is not None else "none", bytes=size)
-    recipe = recipe.override("bit-allocation", activations=options.activations, bops=options.bops)
+    recipe = recipe.override(
+        "bit-allocation",
+        activations=options.activations,
+        bops=options.bops,
+        latency=latency_table.parse_latency(options.latency),
+    )
     recipe = recipe.override("calibrate", samples=options.samples, steps=options.steps)
     if options.numerics != "portable" or "numerics" in recipe.pipeline:
         recipe = recipe.override("numerics", mode=options.numerics)
@@ -201,6 +218,8 @@ class Lowering:
     """At every size of ``--shapes``."""
     records: list[Record]
     passes: list[Pass]
+    latency: Latency | None = None
+    """Times of formats on the target, where they are asked for."""
 
 
 def lower(
@@ -212,18 +231,23 @@ def lower(
     table = None if options.sensitivity is None else sensitivity_table.load(options.sensitivity)
     if table is not None:
         sensitivity_table.require_of(table, denoiser.name, denoiser.parameters)
+    everything = resolve(options)  # though some may not run
+    budgets = next((p.options() for p in everything if p.name() == "bit-allocation"), {})
+    timed = options.latency_table is not None or budgets.get("latency") is not None
+    latency = _times(denoiser, options, everything, progress) if timed else None
     session = Session(
         denoiser=denoiser,
         calibration=None
         if options.calibration is None
         else recording.split(recording.load(denoiser, options.calibration))[0],
         sensitivity=table,
+        latency=latency,
         numerics=targets.numerics_of(options.target) if any(p.name() == "numerics" for p in passes) else (),
         seed=options.seed,
         jobs=options.jobs,
         cache=options.cache,
         progress=progress,
-        statistics=frozenset().union(*(p.asks() for p in resolve(options))),  # of all passes, though some may not run
+        statistics=frozenset().union(*(p.asks() for p in everything)),
     )
     planned: list[Program] = []
     laid_out: list[Program] = []
@@ -235,16 +259,42 @@ def lower(
             sizes = [latent[1:] for latent in parse_shapes(options.shapes) if latent is not None][1:]
             laid_out[:] = [program, *(specialize.laid_out(program, denoiser, size, passes) for size in sizes)]
         if step.provides >= {"time-groups"} and session.sensitivity is None:
-            _check_budget(program, passes)
+            _check_budget(program, passes, latency)
 
     start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
     with single_threaded():
         program, records = pass_manager.run_pipeline(passes, start, session, after)
-    return Lowering(program, planned[-1] if planned else None, laid_out, records, passes)
+    return Lowering(program, planned[-1] if planned else None, laid_out, records, passes, latency)
 
 
-def _check_budget(program: Program, passes: Sequence[Pass]) -> None:
-    """UserError for a budget in bytes that no allocation meets, before the long measurement that one needs."""
+def _times(
+    denoiser: Denoiser, options: Options, passes: Sequence[Pass], progress: Any = None, batch: int | None = None
+) -> Latency:
+    """What answers for times on the target. UserError: the table that was given is not that of the target."""
+    target = targets.resolve(options.target)
+    batches, *_ = parse_shapes(options.shapes).values()
+    kinds: tuple[str, ...] = (F32,)
+    fast = next((p.options() for p in passes if p.name() == "numerics" and p.options()["mode"] == "fast"), None)
+    if fast is not None:
+        kinds += tuple(kind for kind in fast["kinds"] if kind in targets.numerics_of(options.target))
+    return Latency(
+        target, denoiser, passes, _latency_table(options, target), batch or min(batches), options.threads or 1, kinds,
+        options.jobs, options.cache, progress,
+    )  # fmt: skip
+
+
+def _latency_table(options: Options, target: targets.Target) -> latency_table.Table | None:
+    """The table that was given. UserError: it is that of another target, of another CPU, of other threads."""
+    if options.latency_table is None:
+        return None
+    table = latency_table.load(options.latency_table)
+    here = None if targets.missing_features(target) else cpu()
+    latency_table.require_of(table, target.name, here, options.threads)
+    return table
+
+
+def _check_budget(program: Program, passes: Sequence[Pass], latency: Latency | None = None) -> None:
+    """UserError for a budget of bytes or time that no allocation meets, before the long measurement that one needs."""
     options = {p.name(): p for p in passes}
     allocation, sensitivity = (options.get(name) for name in ("bit-allocation", "sensitivity"))
     if allocation is None or sensitivity is None:
@@ -253,8 +303,14 @@ def _check_budget(program: Program, passes: Sequence[Pass]) -> None:
     table = costs.describe(program, names=measured)
     bits, size = getattr(allocation, "weights", None), getattr(allocation, "bytes", None)
     limit = sensitivity_table.byte_limit(table, bits, size)
+    choices = {layer["name"]: measured for layer in table["layers"]}
     if limit is not None:
-        sensitivity_table.require_bytes(table, limit, {layer["name"]: measured for layer in table["layers"]})
+        sensitivity_table.require_bytes(table, limit, choices)
+    most = getattr(allocation, "latency", None)
+    if latency is not None and most is not None:
+        times = latency.costs(program, measured, getattr(allocation, "dynamic", False))
+        table = sensitivity_table.with_latencies(table, times.fixed, times.layers)
+        sensitivity_table.require_latency(table, most, choices)
 
 
 def _observer(
@@ -323,7 +379,8 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
     artifact.check_output(output, chosen.overwrite)
     if chosen.dumps is not None and not chosen.overwrite and chosen.dumps.exists() and any(chosen.dumps.iterdir()):
         raise UserError(f"the dumps folder '{chosen.dumps}' is not empty; name another one or add --overwrite")
-    resolve(chosen)  # a wrong option is refused before the model is read
+    resolve(chosen)  # a wrong option is refused before the model is read, and so is a wrong table
+    _latency_table(chosen, target)
     denoiser = load_denoiser(model, chosen)
     lowering = lower(denoiser, chosen, progress)
     program, planned, records, passes = lowering.program, lowering.planned, lowering.records, lowering.passes
@@ -351,6 +408,9 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
             manifest["memory"] = built.memory
         if chosen.threads is not None:
             manifest["threads"] = chosen.threads
+        times = _latency(lowering.latency, program, built.facts)
+        if times is not None:
+            manifest["plan"]["latency"] = times
         kernels = schedule.describe(program, built.facts.get("schedule", ()))
         decided = decisions.encode(decisions.document(program, schedule.by_layer(kernels)))
         files = {**built.files, artifact.IR: printer.text(program).encode(), artifact.DECISIONS: decided}
@@ -399,11 +459,32 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
         memory=built.memory,
         target=target.name,
         recipe=str(chosen.recipe) if chosen.pipeline is None else "custom",
+        latency=times,
         pipeline=pass_manager.to_text(passes),
         numerics={"mode": _numerics(program), "attentions": program.facts.get("numerics", {})},
         fallbacks=dict(program.fallbacks),
         notes=notes,
     )
+
+
+def _latency(latency: Latency | None, program: Program, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """Milliseconds of a call by the latency table: ``predicted_ms`` of the kernels that were compiled or, where the
+    table lacks some (``missing`` of them), of the plan; ``fixed_ms`` of it that no weight format changes."""
+    planned = program.facts.get("latency")
+    if latency is None or latency.table is None or planned is None:
+        return None
+    table = latency.table
+    found = latency_table.predict(table, [row["problem"] for row in facts["schedule"]])
+    return {
+        "predicted_ms": planned["ms"] if found.missing else found.ms,
+        "missing": len(found.missing),
+        "fixed_ms": planned["fixed_ms"],
+        "budget_ms": planned["budget_ms"],
+        "batch": table.batch,
+        "threads": table.threads,
+        "cpu": table.cpu,
+        "table_sha256": table.sha256,
+    }
 
 
 def _numerics(program: Program) -> str:
@@ -600,7 +681,59 @@ def measure_sensitivity(model: str | Path | Denoiser, progress: Any = None, **op
     if "sensitivity" not in names:
         raise UserError(f"the recipe has no pass 'sensitivity' to measure with: {', '.join(names)}")
     denoiser = load_denoiser(model, chosen)
-    program = lower(denoiser, chosen, progress, passes[: names.index("sensitivity") + 1]).program
-    measured = program.facts["sensitivity"]
-    return {**costs.describe(program, measured.get("dynamic", False)), **measured}
+    lowering = lower(denoiser, chosen, progress, passes[: names.index("sensitivity") + 1])
+    program, measured = lowering.program, lowering.program.facts["sensitivity"]
+    dynamic = measured.get("dynamic", False)
+    table = costs.describe(program, dynamic)
+    if lowering.latency is not None:
+        kinds = dict.fromkeys(name for losses in measured["weights"].values() for name in losses)
+        with single_threaded():
+            times = lowering.latency.costs(program, list(kinds), dynamic)
+        table = sensitivity_table.with_latencies(table, times.fixed, times.layers)
+    return {**table, **measured}
+
+
+def measure_latency(
+    model: str | Path | Denoiser,
+    progress: Any = None,
+    formats: Sequence[str] = (),
+    batch: int = 1,
+    **options: Any,
+) -> latency_table.Table:
+    """The latency table of a model on this machine: its kernels with all weights in each of ``formats``.
+
+    formats: by default those that the recipe chooses from. batch: samples of a call. UserError: this machine cannot
+    run the target.
+    """
+    chosen = Options(**options)
+    passes = resolve(chosen)
+    target = targets.resolve(chosen.target)
+    targets.require_implemented(target)
+    if batch < 1:
+        raise UserError(f"--batch {batch} must be 1 or more")
+    if missing := targets.missing_features(target):
+        raise UserError(
+            f"times for '{target.name}' are measured on a machine that runs it, and this one lacks {', '.join(missing)}"
+        )
+    denoiser = load_denoiser(model, chosen)
+    sensitivity = next((p for p in passes if p.name() == "sensitivity"), None)
+    allocation = next((p for p in passes if p.name() == "bit-allocation"), None)
+    if allocation is None or not {p.name() for p in passes} >= LOWERED - {"low-rank", "fuse-epilogues"}:
+        raise UserError("the pipeline packs nothing that has times: it needs 'bit-allocation' to 'fold-fake-quant'")
+    uniform = allocation.options().get("uniform")
+    names = list(formats or ([uniform] if uniform else sensitivity.options()["formats"] if sensitivity else ["int8"]))
+    latency = _times(denoiser, chosen, passes, progress, batch)
+    front = [p for p in passes[: passes.index(allocation)] if p.name() != "sensitivity"]
+    session = Session(
+        denoiser,
+        denoiser.random_inputs(ENOUGH_TO_RUN)
+        if chosen.calibration is None
+        else recording.split(recording.load(denoiser, chosen.calibration))[0],
+        cache=chosen.cache,
+        statistics=frozenset({RANGE, VALUES}),
+    )
+    with single_threaded():
+        start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
+        program, _ = pass_manager.run_pipeline(front, start, session)
+        return latency.measure(program, names, bool(allocation.options().get("dynamic")))
 

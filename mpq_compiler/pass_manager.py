@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mpq_compiler.denoiser import Denoiser
+    from mpq_compiler.latency import Latency
     from mpq_compiler.program import Program
 
 ENTRY_POINTS = "mpq_compiler.passes"
@@ -60,6 +61,8 @@ class Session:
     """Recorded inputs by name; None: recorded by sampling."""
     sensitivity: dict[str, Any] | None = None
     """A measured table; None: measured here."""
+    latency: Latency | None = None
+    """Times of layers in each format on the target, where they are asked for."""
     numerics: tuple[str, ...] = NUMERICS
     """Those of attentions that the target has kernels for."""
     seed: int = 0

@@ -15,9 +15,9 @@ from mpq_compiler.program import Program, shapes
 
 
 def describe(program: Program, made: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """A row for each kernel call: node, layer (a parameter, or None), kernel, template, macs per sample.
+    """A row for each kernel call: what ``made`` says of it, layer (a parameter, or None), macs per sample.
 
-    ``made`` holds node, kernel and template of each, as the backend emits them. Where several calls stand for one node,
+    ``made`` holds the node of each, its kernel and what else the backend says. Where several calls stand for one node,
     the multiplications are those of the first.
     """
     layers, work = _layers(program), _macs(program)

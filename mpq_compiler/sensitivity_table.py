@@ -7,10 +7,11 @@ neither the model nor torch.
      "weights": {layer: {format: loss}}, "activations": {edge: {bits: loss}}, "attention": {call: {bits: loss}},
      "layers": [{"name", "edges", "macs", "formats": {format: {"bits", "bytes", "float_macs"?, "float"?}}}],
      "elements": {edge: count},
-     "attention_costs": {call: {"macs", "elements", "bytes"}}, "dynamic"}
+     "attention_costs": {call: {"macs", "elements", "bytes"}}, "dynamic", "fixed_microseconds"?}
 
-``dynamic`` says that edges of linear layers were measured with scales of their rows. An attention is a layer of its own
-whose choices are "float" and the widths of its operands and probabilities.
+``dynamic`` says that edges of linear layers were measured with scales of their rows. Where a latency table was given,
+formats have their ``microseconds``, and ``fixed_microseconds`` is the time that none of them changes. An attention is
+a layer of its own whose choices are "float" and the widths of its operands and probabilities.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ def problem(
     limit_bytes: int | None = None,
     activations: float | None = None,
     bops: float | None = None,
+    latency: float | None = None,
 ) -> dict[str, Any]:
     """The allocation problem of a table, in the form of interfaces.md, under the budgets that are given.
 
@@ -123,7 +125,9 @@ def problem(
     stored once: its loss and its size are shared out among them, and they are linked to one width. A format whose
     layers compute in float ("fp8 float") leaves the edge unquantized: no loss, and no part of the average width.
 
-    Raises UserError for a byte budget that cannot be met, naming the least that can.
+    latency: milliseconds of a call; what no format changes is subtracted, and the cost is in microseconds.
+
+    Raises UserError for a budget of bytes or of time that cannot be met, naming the least that can.
     """
     attentions = table.get("attention", {})
     elements = [*table["elements"].values(), *(table["attention_costs"][name]["elements"] for name in attentions)]
@@ -142,6 +146,9 @@ def problem(
         budgets.append({"cost": "bytes", "max": limit_bytes - table["fixed_bytes"]})
     if bops is not None:
         budgets.append({"cost": "bops", "max": bops})
+    if latency is not None:
+        require_latency(table, latency, {name: list(losses) for name, losses in table["weights"].items()})
+        budgets.append({"cost": "latency", "max": 1e3 * latency - table["fixed_microseconds"]})
     links = [{"layers": names, "attribute": "activation"} for _, names in sorted(readers.items()) if len(names) > 1]
     return {"version": 1, "layers": layers, "budgets": budgets, "links": links}
 
@@ -159,6 +166,42 @@ def require_bytes(table: dict[str, Any], limit_bytes: int, formats: Mapping[str,
             f"a budget of {limit_bytes} bytes ({limit_bytes / per_bit:.2f} true average bits) cannot be met: "
             f"the least that the formats allow is {least} bytes ({least / per_bit:.3f} bits)"
         )
+
+
+def with_latencies(
+    table: dict[str, Any], fixed: float, layers: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
+    """The table with the microseconds of its layers by format, and those that no format changes."""
+
+    def timed(layer: dict[str, Any]) -> dict[str, Any]:
+        times = layers[layer["name"]]
+        known = {name: {"microseconds": times[name]} if name in times else {} for name in layer["formats"]}
+        return {**layer, "formats": {name: cost | known[name] for name, cost in layer["formats"].items()}}
+
+    return {**table, "fixed_microseconds": fixed, "layers": [timed(layer) for layer in table["layers"]]}
+
+
+def require_latency(table: dict[str, Any], latency: float, formats: Mapping[str, Sequence[str]]) -> None:
+    """UserError where even the fastest of each layer's ``formats`` take longer than so many milliseconds."""
+    if "fixed_microseconds" not in table:
+        raise UserError(
+            "the sensitivity table holds no times, which --latency needs: measure it with `mpqc sensitivity MODEL "
+            "--latency-table FILE`"
+        )
+    times = {layer["name"]: layer["formats"] for layer in table["layers"]}
+    fixed = table["fixed_microseconds"] / 1e3
+    least = fixed + sum(min(times[n][f]["microseconds"] for f in names) for n, names in formats.items()) / 1e3
+    if latency < least:
+        raise UserError(
+            f"a latency of {latency:g} ms cannot be met: the smallest that the formats allow is {up(least)} ms, "
+            f"{fixed:.4g} ms of it whatever they are"
+        )
+
+
+def up(value: float) -> str:
+    """Four digits, rounded up: what is named as the least that can be met can be met."""
+    text = f"{value:.4g}"
+    return text if float(text) >= value else f"{value * (1 + 1e-3):.4g}"
 
 
 def _choices(
@@ -179,6 +222,8 @@ def _choices(
             "activation_bits": (average if bits is None else bits) * elements,
             "bops": layer["macs"] * costs["bits"] * (FLOAT_BITS if bits is None else bits) + branch,
         }
+        if "microseconds" in costs:
+            spent["latency"] = costs["microseconds"]
         return {"name": f"{name} {width}", "loss": loss + noise, "costs": spent, "attributes": {"activation": width}}
 
     return [
@@ -194,6 +239,8 @@ def _attention_choices(table: dict[str, Any], name: str) -> list[dict[str, Any]]
 
     def choice(label: str, loss: float, bits: int, size: float) -> dict[str, Any]:
         spent = {"bytes": size, "activation_bits": bits * costs["elements"], "bops": costs["macs"] * bits * bits}
+        if "fixed_microseconds" in table:
+            spent["latency"] = 0.0  # it is among the fixed ones: no target with times has kernels for the others
         return {"name": label, "loss": loss, "costs": spent}
 
     measured = [choice(f"u{bits}", loss, int(bits), costs["bytes"]) for bits, loss in table["attention"][name].items()]

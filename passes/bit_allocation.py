@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from mpq_compiler import costs, formats, sensitivity_table
-from mpq_compiler.allocation import Problem, solve
+from mpq_compiler import costs, decisions, formats, sensitivity_table
+from mpq_compiler.allocation import InfeasibleError, Problem, Solution, solve
 from mpq_compiler.calibration import ATTENTION, DYNAMIC, GRAM, RANGE, VALUES, attention_edges, dynamic_edges, input_edge
 from mpq_compiler.costs import weight_path
 from mpq_compiler.errors import UserError
 from mpq_compiler.fitting import activation_parameters
+from mpq_compiler.latency import Costs, Latency
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import CONTRACTIONS, ActivationPlan, Program, Stage, WeightPlan, softmax, weight_of
 
@@ -23,9 +24,9 @@ class BitAllocation(Pass):
 
     A multiple-choice program solved to optimality with HiGHS (MixDQ, arXiv 2405.17873, section 4.3, in joint form). A
     choice is a pair of weight format and activation width, so that bit operations stay linear; layers that read one
-    tensor are linked to one width. Bytes are those of the artifact, overheads included. An attention is a choice
-    between float, at 32 bits an activation, and q, k, v and probabilities of one width; an edge that a layer reads too
-    has the layer's width.
+    tensor are linked to one width. Bytes are those of the artifact, overheads included; times are those of the kernels
+    that a layer becomes in each format (docs/latency.md). An attention is a choice between float, at 32 bits an
+    activation, and q, k, v and probabilities of one width; an edge that a layer reads too has the layer's width.
 
         %mid_block_attentions_0_to_q = aten.linear(%mid_block_attentions_0_group_norm, .weight, .bias)
       =>
@@ -45,6 +46,8 @@ class BitAllocation(Pass):
     """Budget in average bits of the activations that layers read, and attentions where they may be quantized."""
     bops: float | None = None
     """Budget in bit operations per sample and step."""
+    latency: float | None = None
+    """Budget in milliseconds of a call on the target."""
     uniform: str | None = None
     """One format for every layer, whatever it costs: no program is solved."""
     dynamic: bool = False
@@ -58,7 +61,7 @@ class BitAllocation(Pass):
             formats.get(self.uniform)
         self.require("attention", 2, 8)
         self.require("activations", 2)
-        for option in ("weights", "bytes", "bops"):
+        for option in ("weights", "bytes", "bops", "latency"):
             self.require(option, 0)
 
     def asks(self) -> frozenset[str]:
@@ -75,7 +78,7 @@ class BitAllocation(Pass):
             choices = {path: (formats.get(self.uniform).name, bits) for path in sites}
             quantized = {n.name for n in program.attentions if self.attention is not None}
         else:
-            choices, quantized = self._solve(program)
+            choices, quantized = self._solve(program, session)
         dynamic = dynamic_edges(program, self.attention is not None) if self.dynamic else frozenset()
         for path, nodes in sites.items():
             name, bits = choices[path]
@@ -89,6 +92,7 @@ class BitAllocation(Pass):
         if self.attention is not None:
             self._plan_attentions(program, quantized, self.attention)
         self._check_uniform(program)
+        self._note_latencies(program, session)
         for node in program.graph.nodes:
             if node.target in CONTRACTIONS and weight_of(node) is None:
                 program.fallbacks[node.name] = "grouped convolutions and computed weights have no quantized kernel"
@@ -102,11 +106,12 @@ class BitAllocation(Pass):
             for name in (*(edge.name for edge in attention_edges(node)), softmax(node.name)):
                 _plan_activation(program, name, bits)
 
-    def _solve(self, program: Program) -> tuple[dict[str, tuple[str, int]], set[str]]:
+    def _solve(self, program: Program, session: Session) -> tuple[dict[str, tuple[str, int]], set[str]]:
         """Weight format and activation bits of each layer; the attentions that are quantized."""
         if "sensitivity" not in program.facts:
             raise UserError("pass 'bit-allocation' needs 'sensitivity': put sensitivity before it, or set uniform=int8")
         table = program.facts["sensitivity"] | costs.describe(program, self.dynamic)
+        table = self._with_latencies(table, program, session)
         table |= {"attention": self._attention_losses(program, table.get("attention", {}))}
         if self.dynamic != table.get("dynamic", False):
             kinds = ("dynamic", "static") if table.get("dynamic") else ("static", "dynamic")
@@ -115,14 +120,65 @@ class BitAllocation(Pass):
                 f"measure them again with bit-allocation{{dynamic={str(self.dynamic).lower()}}} in the pipeline"
             )
         limit = sensitivity_table.byte_limit(table, self.weights, self.bytes)
-        problem = sensitivity_table.problem(table, limit, self.activations, self.bops)
-        solution = solve(Problem.from_json(problem))
+        problem = sensitivity_table.problem(table, limit, self.activations, self.bops, self.latency)
+        solution = self._solved(problem, table)
         program.facts["allocation"] = {**solution.to_json(), "problem": problem}
         split = {path: choice.split(" ") for path, choice in solution.choices.items() if path in table["weights"]}
         quantized = {name for name in table["attention"] if solution.choices[name] != sensitivity_table.FLOAT}
         float_width = sensitivity_table.FLOAT
         widths = {path: (name, 0 if width == float_width else int(width[1:])) for path, (name, width) in split.items()}
         return widths, quantized
+
+    def _with_latencies(self, table: dict[str, Any], program: Program, session: Session) -> dict[str, Any]:
+        """The table with the times of its formats, where there are any. UserError: a budget without times."""
+        if session.latency is None:
+            if self.latency is not None:
+                raise UserError(
+                    "a budget of time needs a target with kernels of ours and a latency table of it: compile with "
+                    "`mpqc compile --latency`"
+                )
+            return table
+        times = self._times(program, session.latency)
+        return sensitivity_table.with_latencies(table, times.fixed, times.layers)
+
+    def _times(self, program: Program, latency: Latency) -> Costs:
+        """Of the formats that there are to choose from."""
+        if self.uniform is not None:
+            return latency.costs(program, [formats.get(self.uniform).name], self.dynamic)
+        measured = program.facts["sensitivity"]["weights"].values()
+        return latency.costs(program, list(dict.fromkeys(name for losses in measured for name in losses)), self.dynamic)
+
+    def _solved(self, problem: dict[str, Any], table: dict[str, Any]) -> Solution:
+        """The solution. UserError: none is within the budgets; says how fast the model can be within the others."""
+        try:
+            return solve(Problem.from_json(problem))
+        except InfeasibleError as error:
+            least = next((value for budget, value in error.least.items() if budget.cost == "latency"), None)
+            if least is None:
+                raise
+            whole = sensitivity_table.up((least + table["fixed_microseconds"]) / 1e3)
+            raise UserError(
+                f"a latency of {self.latency:g} ms cannot be met together with the other budgets: with them kept the "
+                f"smallest is {whole} ms"
+            ) from error
+
+    def _note_latencies(self, program: Program, session: Session) -> None:
+        """Leaves what the plan takes, whole and by layer. UserError: a uniform plan beyond the budget."""
+        if session.latency is None:
+            if self.latency is not None:
+                self._with_latencies({}, program, session)
+            return
+        times = self._times(program, session.latency)
+        total = (times.fixed + sum(times.layers[path][plan.format] for path, plan in program.weights.items())) / 1e3
+        if self.latency is not None and total > self.latency * (1 + 1e-9):
+            raise UserError(
+                f"uniform {self.uniform} takes {total:.4g} ms, more than the budget of {self.latency:g} ms; use the "
+                "default recipe, which mixes formats"
+            )
+        program.facts["latency"] = {"ms": total, "fixed_ms": times.fixed / 1e3, "budget_ms": self.latency}
+        decisions.note(program, decisions.PROGRAM, self.name(), latency=program.facts["latency"])
+        for path in program.weights:
+            decisions.note(program, path, self.name(), microseconds=times.layers[path])
 
     def _attention_losses(self, program: Program, measured: dict[str, dict[str, float]]) -> dict[str, Any]:
         """Of the measured losses those at the width that is asked for, by attention."""

@@ -75,7 +75,13 @@ def build(
             "calls": len(lowered.functions[0].calls),
             "notes": _notes(lowered.functions[0]),
             "schedule": [
-                {"node": call.node, "kernel": call.kernel.name, "template": call.kernel.template, "part": part}
+                {
+                    "node": call.node,
+                    "kernel": call.kernel.name,
+                    "template": call.kernel.template,
+                    "problem": str(call.kernel),
+                    "part": part,
+                }
                 for part, calls in _in_parts(lowered.functions[0])
                 for call in calls
             ],

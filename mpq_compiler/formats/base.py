@@ -94,6 +94,10 @@ class Format(ABC):
         """Levels that span the range of weight [O, ..., C], at once: what is simulated until a pass calls `fit`."""
         return self.fit(weight)
 
+    def form(self, weight: Tensor) -> Fit:
+        """What `fit` yields, at once and however far from the weight: all that kernels are chosen and timed by."""
+        return self.start(weight)
+
     @property
     def has_offset(self) -> bool:
         """Whether rows have an offset, stored as f16."""

@@ -74,6 +74,13 @@ class LowRankFormat(Format):
         """The base alone."""
         return self.base.start(weight)
 
+    def form(self, weight: Tensor) -> LowRankWeight:
+        base, (rows, columns) = self.base.form(weight), weight.flatten(1).shape
+        assert isinstance(base, QuantizedWeight)
+        rank = min(self.rank, rows, columns)
+        up, down = (torch.zeros(shape, dtype=torch.float16) for shape in ((rows, rank), (rank, columns)))
+        return LowRankWeight(base, up, down)
+
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> LowRankWeight:
         rows = weight.flatten(1)
         best: LowRankWeight | None = None

@@ -52,6 +52,10 @@ class ResidualFormat(Format):
         """The base alone: one more bit of levels comes with the branch."""
         return UniformFormat("base", self.base_bits).start(weight)
 
+    def form(self, weight: Tensor) -> QuantizedWeight:
+        """One table of base and branch, as packed programs have it."""
+        return UniformFormat("merged", self.bits).start(weight)
+
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
         weight = weight.flatten(1)
         best: QuantizedWeight | None = None
