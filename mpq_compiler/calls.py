@@ -25,7 +25,7 @@ FLOAT8 = (ops.fake_quantize_float8, ops.dequantize_float8)
 FACTORS = ("up", "down")
 """The parts of a parameter that are the factors of its low-rank branch."""
 PACKED_LAYERS = (ops.quant_linear, ops.quant_conv2d)
-FLOAT_LAYERS = (aten.linear.default, ops.conv2d)
+FLOAT_LAYERS = (aten.linear.default, ops.linear, ops.conv2d)
 QUANTIZERS = (ops.fake_quantize, ops.quantize)
 DYNAMIC_QUANTIZERS = (ops.dynamic_fake_quantize, ops.dynamic_quantize)
 ATTENTIONS = (ops.fake_quantize_attention, ops.quant_attention)

@@ -81,7 +81,8 @@ def parser() -> argparse.ArgumentParser:
     compile_.add_argument(
         "--numerics",
         choices=("portable", "fast"),
-        help="portable: the same bits on every CPU target (default); fast: attentions in bfloat16 and in 8 bits too",
+        help="portable: the same bits on every CPU target (default); fast: attentions in bfloat16 and in 8 bits too, "
+        "float layers in bfloat16",
     )
     compile_.add_argument("--overwrite", action="store_true", help="replace an artifact that exists")
     compile_.add_argument("--dumps", type=Path, metavar="DIR", help="write the program after every pass")
@@ -289,8 +290,11 @@ def _compile(args: argparse.Namespace) -> Any:
 
 
 def _numerics(about: dict[str, Any]) -> str:
-    kinds = collections.Counter(about["attentions"].values())
-    return ", ".join([about["mode"], *(f"{count} attentions in {kind}" for kind, count in sorted(kinds.items()))])
+    found = [about["mode"]]
+    for what in ("attentions", "layers"):
+        counts = collections.Counter(about[what].values())
+        found += [f"{count} {what} in {kind}" for kind, count in sorted(counts.items())]
+    return ", ".join(found)
 
 
 def _calibrated(about: dict[str, Any]) -> str:

@@ -118,7 +118,7 @@ class Report:
     latency: dict[str, Any] | None
     """What the plan takes by the latency table (`_latency`); None where there is none."""
     numerics: dict[str, Any]
-    """``mode`` that the artifact has, and ``attentions``: those that are not in float32."""
+    """``mode`` that the artifact has, and ``attentions`` and float ``layers``: those that are not in float32."""
     fallbacks: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -461,7 +461,7 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
         recipe=str(chosen.recipe) if chosen.pipeline is None else "custom",
         latency=times,
         pipeline=pass_manager.to_text(passes),
-        numerics={"mode": _numerics(program), "attentions": program.facts.get("numerics", {})},
+        numerics={"mode": _numerics(program), **_choices(planned)},
         fallbacks=dict(program.fallbacks),
         notes=notes,
     )
@@ -485,6 +485,13 @@ def _latency(latency: Latency | None, program: Program, facts: dict[str, Any]) -
         "cpu": table.cpu,
         "table_sha256": table.sha256,
     }
+
+
+def _choices(planned: Program) -> dict[str, dict[str, str]]:
+    """The numerics that were chosen, of attentions and of float layers."""
+    chosen, calls = planned.facts.get("numerics", {}), {node.name for node in planned.attentions}
+    attentions = {name: kind for name, kind in chosen.items() if name in calls}
+    return {"attentions": attentions, "layers": {n: kind for n, kind in chosen.items() if n not in calls}}
 
 
 def _numerics(program: Program) -> str:

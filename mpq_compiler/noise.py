@@ -249,7 +249,8 @@ def expected_of_call(
         return None
     probabilities = planned.activations.get(softmax(node.name))
     if probabilities is None:
-        output = function_of(node)(*args, **kwargs)
+        function = function_of(node)
+        output = (function if kind is None else ops.NUMERICAL.get(function, function))(*args, **kwargs)
     else:
         q, k, v, *_ = args
         heads, scale, mask = attention_arguments(args)

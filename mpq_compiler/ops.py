@@ -69,6 +69,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, numerics: str 
     return F.linear(*_rounded(x, weight, numerics), bias)
 
 
+NUMERICAL: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.linear.default: linear}
+"""What stands for operators that have no numerics."""
+
+
 def _rounded(x: Tensor, weight: Tensor, numerics: str) -> tuple[Tensor, Tensor]:
     """What a contraction multiplies."""
     if numerics == F32:

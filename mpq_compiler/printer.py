@@ -269,7 +269,8 @@ def text(program: Program, pass_name: str = "") -> str:
     notes = {row.name: _note(row) for row in table_of_layers(program)} if program.weights else {}
     notes |= _attention_notes(program) if program.activations else {}
     if program.stage == Stage.PLANNED:  # later the calls say so themselves
-        notes |= {name: f"numerics {kind}" for name, kind in program.facts.get("numerics", {}).items()}
+        for name, kind in program.facts.get("numerics", {}).items():
+            notes[name] = "  ".join(filter(None, (f"numerics {kind}", notes.get(name))))
     inputs = ", ".join(f"%{s.name} {DTYPES[s.dtype]}[{','.join(map(str, s.shape))}]" for s in program.inputs)
     output = program.graph.output_node().args[0]
     lines = [header(program, pass_name), f"graph {program.model}({inputs}) -> {_output_type(output, types)} {{"]

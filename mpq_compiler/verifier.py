@@ -267,6 +267,7 @@ def _inputs(view: View) -> Findings:
 
 _FLOAT_OPS = {ops.conv2d, ops.group_norm, ops.rms_norm, ops.attention, ops.upsample_nearest2d, ops.prepend}
 _SIMULATION = {
+    ops.linear,
     ops.time_group,
     ops.fake_quantize,
     ops.dynamic_fake_quantize,
@@ -277,6 +278,7 @@ _SIMULATION = {
     *calls.FLOAT8,
 }
 _PACKED = {
+    ops.linear,
     ops.time_group,
     ops.quantize,
     ops.dynamic_quantize,
@@ -449,7 +451,7 @@ def _dynamic_activations(view: View) -> Findings:
 
 @rule("numerics", PLANNED)
 def _numerics(view: View) -> Findings:
-    """Attentions are in float32, or in the numerics that were chosen for them, which exist."""
+    """Attentions and float layers are in float32, or in the numerics that were chosen for them, which exist."""
     chosen = view.program.facts.get("numerics", {})
     for name, kind in chosen.items():
         if kind not in NUMERICS:
@@ -457,7 +459,7 @@ def _numerics(view: View) -> Findings:
     if view.program.stage != Stage.PLANNED:
         for call in view.calls:
             own, wanted = call.kwargs.get("numerics", F32), chosen.get(call.name, F32)
-            if call.target is ops.attention and own != wanted:
+            if call.target in (ops.attention, *calls.FLOAT_LAYERS) and own != wanted:
                 yield call.name, f"it computes in {own}, and {wanted} was chosen for it"
 
 

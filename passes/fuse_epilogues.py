@@ -17,6 +17,7 @@ ANCHORS: dict[Callable[..., Any], str] = {
     ops.quant_linear: "quant_linear",
     ops.quant_conv2d: "quant_conv2d",
     aten.linear.default: "linear",
+    ops.linear: "linear",
     ops.conv2d: "conv2d",
     ops.group_norm: "group_norm",
     aten.layer_norm.default: "layer_norm",

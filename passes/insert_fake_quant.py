@@ -14,7 +14,7 @@ from mpq_compiler.costs import stored_dtype, weight_path
 from mpq_compiler.fitting import attributes
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.passes.time_groups import BOUNDARIES
-from mpq_compiler.program import ActivationPlan, Program, Stage, operand, softmax, weight_of
+from mpq_compiler.program import ActivationPlan, Program, Stage, function_of, operand, softmax, weight_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class InsertFakeQuant(Pass):
 
     One quantizer a tensor edge, whoever reads it; one a weight, with the scales of the min-max range until a later pass
     sets better ones. Layers whose format is no table of integers keep reading the float activation. Biases, norms and
-    embeddings are read from f16 from here on, and attentions have the numerics that were chosen for them.
+    embeddings are read from f16 from here on; attentions and such layers have the numerics that were chosen for them.
 
         %conv_in           = mpq::conv2d(%permute_default, .weight:ohwi, .bias, ...)
       =>
@@ -59,9 +59,10 @@ class InsertFakeQuant(Pass):
                 if edge not in quantized:
                     quantized[edge] = _insert_quantizer(program, edge, group)
             _quantize_attention(program, call, quantized, group)
-        for call in program.attentions:
-            if call.name in program.facts.get("numerics", {}):
-                call.kwargs = {**call.kwargs, "numerics": program.facts["numerics"][call.name]}
+        for call in [*program.attentions, *calls]:
+            if (kind := program.facts.get("numerics", {}).get(call.name)) is not None:
+                call.target = ops.NUMERICAL.get(function_of(call), call.target)
+                call.kwargs = {**call.kwargs, "numerics": kind}
         self._store_leftovers(program, set(rounded))
         return program
 

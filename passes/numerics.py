@@ -1,13 +1,14 @@
-"""Attentions in bfloat16 or in 8 bits, where the plan is not made worse by it."""
+"""Attentions in bfloat16 or in 8 bits, and float layers in bfloat16, where the plan is not made worse by it."""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torch import fx
+from torch import Tensor, fx
 
-from mpq_compiler import decisions, ops
+from mpq_compiler import cache, costs, decisions, formats, ops
 from mpq_compiler.ablation import Ablation, noise_power
 from mpq_compiler.allocation import Problem, solve
 from mpq_compiler.calibration import Calibration, attention_arguments, batches
@@ -15,24 +16,30 @@ from mpq_compiler.errors import UserError
 from mpq_compiler.numerics import BF16, F32, INT8, NUMERICS
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.passes.insert_fake_quant import InsertFakeQuant
-from mpq_compiler.program import Program, operand, run, shapes, softmax
+from mpq_compiler.passes.sensitivity import Sensitivity
+from mpq_compiler.program import Program, function_of, operand, run, shapes, softmax
 
 TIME = {F32: 1.0, BF16: 0.6, INT8: 0.45}
 """Of an attention relative to float32: medians of benchmarks/attention.py on x86-64-avx512vnni."""
+LAYER_TIME = {F32: 1.0, BF16: 0.5}
+"""Of a linear layer or convolution: medians of benchmarks/float_kernels.py there."""
 DIGITS = 6
 """Significant digits kept of a noise power, so that the last bits of a sum never decide."""
+PLAN = "plan"
+"""Name of the noise of the plan itself among the results in the cache."""
 
 
 @dataclass(frozen=True)
 class Numerics(Pass):
-    """Chooses the numerics of each attention that stays float, under ``mode=fast``: the least time for little noise.
+    """Chooses the numerics of what stays float, under ``mode=fast``: the least time for little noise.
 
-    Each attention is measured in each numerics of ``kinds`` that the target has kernels for, as `sensitivity` measures
-    layers: relative noise power of the output over calibration inputs. All choices together may add a share of the
-    noise of the plan, which is what `bit-allocation` predicts or, where it solved nothing, what the plan's rounding to
-    nearest is measured to cost. Where the fastest numerics for all are beyond that, an integer program finds the
-    fastest choice within it. `insert-fake-quant` writes it into the graph. 8 bits are those of SageAttention (arXiv
-    2410.02367); their meaning is in `ops.fast_attention`.
+    Attentions may be in each numerics of ``kinds`` that the target has kernels for; linear layers and convolutions
+    whose weight format has no integer kernel, in bf16. Each is measured in each, as `sensitivity` measures layers:
+    relative noise power of the output over calibration inputs, which the cache keeps. All choices together may add a
+    share of the noise of the plan, which is what `bit-allocation` predicts or, where it solved nothing, what the plan's
+    rounding to nearest is measured to cost. Where the fastest numerics for all are beyond that, an integer program
+    finds the fastest choice within it. `insert-fake-quant` writes it into the graph. 8 bits are those of SageAttention
+    (arXiv 2410.02367); their meaning is in `ops.fast_attention`.
 
         %mid_block_attentions_0_scaled_dot_product_attention = mpq::attention(...)  f32[B,64,64]
       =>
@@ -46,9 +53,9 @@ class Numerics(Pass):
     mode: Literal["portable", "fast"] = "portable"
     """portable: float32, the same bits on every CPU target; fast: what the target computes fastest."""
     noise: float = 0.05
-    """Share of the plan's noise power that all attentions together may add."""
+    """Share of the plan's noise power that all choices together may add."""
     kinds: tuple[str, ...] = (BF16, INT8)
-    """What to choose from besides float32."""
+    """What to choose from besides float32: 8 bits for attentions only."""
     inputs: int = 4
     """Calibration inputs on which the output is compared."""
 
@@ -65,80 +72,129 @@ class Numerics(Pass):
         if self.mode == "portable":
             return program
         kinds = [kind for kind in self.kinds if kind in session.numerics]
-        calls = [n for n in program.attentions if softmax(n.name) not in program.activations]
+        attentions = [n for n in program.attentions if softmax(n.name) not in program.activations]
+        calls = [*attentions, *(_float_layers(program) if BF16 in kinds else ())]
         if not kinds:
             program.note("numerics=fast changes nothing: the target has no kernels in bfloat16 or 8 bits")
         if not kinds or not calls:
             return program
         calibration: Calibration = program.facts["calibration"]
-        inputs = calibration.select(self.inputs)
-        most = self.noise * self._noise_of_plan(program, inputs, session)
-        quickest = min(kinds, key=TIME.__getitem__)
-        losses = self._measured(program, inputs, calls, [quickest], session)
-        if sum(found[quickest] for found in losses.values()) <= most:
-            choices = dict.fromkeys(losses, quickest)
+        measured = _Measured(self, program, calibration.select(self.inputs), session)
+        most = self.noise * measured.of_plan()
+        of_call = {n.name: [k for k in kinds if k in _times(n)] for n in calls}
+        quickest = {n.name: min(of_call[n.name], key=_times(n).__getitem__) for n in calls}
+        losses = measured.of_calls([(n, quickest[n.name]) for n in calls])
+        if sum(found[quickest[name]] for name, found in losses.items()) <= most:
+            choices = dict(quickest)
         else:
-            others = self._measured(program, inputs, calls, [k for k in kinds if k != quickest], session)
-            losses = {name: others[name] | found for name, found in losses.items()}
+            others = [(n, kind) for n in calls for kind in of_call[n.name] if kind != quickest[n.name]]
+            for name, found in measured.of_calls(others).items():
+                losses[name] = found | losses[name]
             choices = _fastest(program, calls, losses, most)
         chosen = {name: kind for name, kind in choices.items() if kind != F32}
         program.facts["numerics"] = chosen
         decisions.note(program, decisions.PROGRAM, self.name(), most=most, losses=losses, chosen=chosen)
-        count = {kind: sum(c == kind for c in choices.values()) for kind in (F32, *kinds)}
-        program.note(
-            f"numerics=fast: of {len(calls)} attentions "
-            + ", ".join(f"{n} in {kind}" for kind, n in count.items())
-            + "; other targets than this one give other bits"
-        )
+        counts = _counts(attentions, choices, kinds)
+        program.note(f"numerics=fast: {counts}; other targets than this one give other bits")
         return program
 
-    def _measured(
-        self, program: Program, inputs: dict[str, Any], calls: list[fx.Node], kinds: list[str], session: Session
-    ) -> dict[str, dict[str, float]]:
-        """Relative noise power of the output with one attention at a time in other numerics."""
-        powers: dict[str, dict[str, list[float]]] = {n.name: {kind: [] for kind in kinds} for n in calls}
-        parts = list(batches(inputs, 1))
-        with session.track("numerics", len(parts)) as advance:
-            for batch in parts:
-                ablation = Ablation(program, batch)
 
-                def measure(task: tuple[fx.Node, str], ablation: Ablation = ablation) -> float:
-                    node, kind = task
-                    heads, scale, mask = attention_arguments(node.args)
-                    q, k, v = (ablation.value(operand(node, i)) for i in range(3))
-                    mask = ablation.value(mask) if isinstance(mask, fx.Node) else None
-                    y = ops.attention(q, k, v, heads, scale, mask, kind)
-                    return noise_power(ablation.output(values={node: y}), ablation.reference)
+def _counts(attentions: list[fx.Node], choices: dict[str, str], kinds: list[str]) -> str:
+    """How many attentions and layers are in which numerics."""
+    calls = {node.name for node in attentions}
+    layers = [kind for name, kind in choices.items() if name not in calls]
+    found = []
+    if calls:
+        own = [kind for name, kind in choices.items() if name in calls]
+        found = [f"of {len(own)} attentions " + ", ".join(f"{own.count(kind)} in {kind}" for kind in (F32, *kinds))]
+    return ", ".join([*found, *([f"of {len(layers)} float layers {layers.count(BF16)} in bf16"] if layers else [])])
 
-                tasks = [(node, kind) for node in calls for kind in kinds]
-                for (node, kind), power in zip(tasks, session.map(measure, tasks), strict=True):
-                    powers[node.name][kind].append(power)
-                advance(1)
-        return {
-            name: {kind: float(f"{sum(found) / len(found):.{DIGITS - 1}e}") for kind, found in of_kind.items()}
-            for name, of_kind in powers.items()
-        }
 
-    def _noise_of_plan(self, program: Program, inputs: dict[str, Any], session: Session) -> float:
-        allocation = program.facts.get("allocation")
+def _float_layers(program: Program) -> list[fx.Node]:
+    """Linear layers and convolutions whose stored weight has no integer format, in graph order."""
+    plans = program.weights
+    planned = ((n, plans.get(str(costs.weight_path(n)))) for n in program.quantizable)
+    return [n for n, plan in planned if plan is None or not formats.get(plan.format).integer]
+
+
+def _times(node: fx.Node) -> dict[str, float]:
+    return TIME if node.target is ops.attention else LAYER_TIME
+
+
+class _Measured:
+    """Noise powers of a program, which the cache keeps: relative, means over ``inputs``."""
+
+    def __init__(self, options: Numerics, program: Program, inputs: dict[str, Tensor], session: Session) -> None:
+        self.program, self.session = program, session
+        self.parts = list(batches(inputs, 1))
+        plan = str((sorted(program.weights.items()), sorted(program.activations.items())))
+        tables = {n: program.tensors[n] for a in program.activations.values() for n in (a.scale, a.zero_point) if n}
+        key = cache.digest("numerics 1", Sensitivity(inputs=options.inputs).key(program, inputs), plan, tables)
+        self.results = cache.Results("sensitivity", key, session.cache)
+
+    def of_plan(self) -> float:
+        """Of the plan, with all rounding to nearest."""
+        allocation = self.program.facts.get("allocation")
         if allocation is not None:
             return float(allocation["objective"])
-        quantized = InsertFakeQuant().run(program, session)
-        powers = [noise_power(run(quantized, batch), run(program, batch)) for batch in batches(inputs, 1)]
-        return sum(powers) / len(powers)
+        if PLAN not in self.results:
+            quantized = InsertFakeQuant().run(self.program, self.session)
+            powers = [noise_power(run(quantized, batch), run(self.program, batch)) for batch in self.parts]
+            self.results[PLAN] = sum(powers) / len(powers)
+        return float(self.results[PLAN])
+
+    def of_calls(self, tasks: list[tuple[fx.Node, str]]) -> dict[str, dict[str, float]]:
+        """With one call at a time in other numerics: by call and numerics."""
+        left = [[task for task in tasks if _key(*task, part) not in self.results] for part in range(len(self.parts))]
+        if any(left):
+            with self.session.track("numerics", sum(map(len, left))) as advance:
+                for part, own in enumerate(left):
+                    if own:
+                        self._measure(part, own, advance)
+        found: dict[str, dict[str, float]] = {}
+        for node, kind in tasks:
+            powers = [self.results[_key(node, kind, part)] for part in range(len(self.parts))]
+            found.setdefault(node.name, {})[kind] = float(f"{sum(powers) / len(powers):.{DIGITS - 1}e}")
+        return found
+
+    def _measure(self, part: int, tasks: list[tuple[fx.Node, str]], advance: Any) -> None:
+        ablation, lock = Ablation(self.program, self.parts[part]), threading.Lock()
+
+        def measure(task: tuple[fx.Node, str]) -> None:
+            node, kind = task
+            args = fx.map_arg(node.args, ablation.value)
+            if node.target is ops.attention:
+                heads, scale, mask = attention_arguments(args)
+                y = ops.attention(*args[:3], heads, scale, mask, kind)
+            else:
+                function = function_of(node)
+                y = ops.NUMERICAL.get(function, function)(*args, numerics=kind)
+            power = noise_power(ablation.output(values={node: y}), ablation.reference)
+            with lock:
+                self.results[_key(node, kind, part)] = float(f"{power:.{DIGITS - 1}e}")
+                advance(1)
+
+        self.session.map(measure, tasks)
+
+
+def _key(node: fx.Node, kind: str, part: int) -> str:
+    return f"{node.name} {kind} part {part}"
 
 
 def _fastest(
     program: Program, calls: list[fx.Node], losses: dict[str, dict[str, float]], most: float
 ) -> dict[str, str]:
-    """The numerics of each attention: least time with at most that much noise in all."""
+    """The numerics of each call: least time with at most that much noise in all."""
     sizes = shapes(program, 1)
     layers = []
     for node in calls:
-        query, key = (sizes[operand(node, i).name].shape for i in (0, 1))
-        macs = 2 * query.numel() * key[1]
-        own = {F32: 0.0} | losses[node.name]
-        choices = [{"name": kind, "loss": macs * TIME[kind], "costs": {"noise": loss}} for kind, loss in own.items()]
-        layers.append({"name": node.name, "group": "attention", "choices": choices})
+        first, second = (sizes[operand(node, i).name].shape for i in (0, 1))
+        if node.target is ops.attention:
+            macs = 2 * first.numel() * second[1]
+        else:
+            macs = sizes[node.name].numel() * second[1:].numel()
+        own, times = {F32: 0.0} | losses[node.name], _times(node)
+        choices = [{"name": kind, "loss": macs * times[kind], "costs": {"noise": loss}} for kind, loss in own.items()]
+        layers.append({"name": node.name, "group": "numerics", "choices": choices})
     problem = {"version": 1, "layers": layers, "budgets": [{"cost": "noise", "max": max(most, 0.0)}]}
     return dict(solve(Problem.from_json(problem)).choices)

@@ -40,6 +40,7 @@ ANCHORS: dict[Any, Anchor] = {
     ops.rms_norm: emit_float.rms_norm,
     ops.attention: emit_float.attention,
     aten.linear.default: emit_float.linear,
+    ops.linear: emit_float.linear,
     ops.conv2d: emit_float.conv2d,
 }
 """Operators whose kernels take an epilogue."""

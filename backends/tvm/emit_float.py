@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import fx
 
 from mpq_compiler.backends.tvm import emit_movement, emit_pointwise
@@ -91,7 +93,7 @@ def linear(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:
     problem = record(
         "float_gemm.Linear", positions=x.size // inputs, inputs=inputs, outputs=outputs, bias=b is not None
     )
-    return _float_contraction(e, problem, x, w, b, epilogue, out)
+    return _float_contraction(e, node, problem, [x, w, b], epilogue, out)
 
 
 def conv2d(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:
@@ -105,26 +107,38 @@ def conv2d(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:
         "float_gemm.Conv2d", height=height, width=width, channels=channels, outputs=outputs, kernel=kernel,
         stride=stride, padding=padding, groups=groups, bias=b is not None,
     )  # fmt: skip
-    return _float_contraction(e, problem, x, w, b, epilogue, out)
+    return _float_contraction(e, node, problem, [x, w, b], epilogue, out)
 
 
 def _float_contraction(
-    e: Emitter, problem: Record, x: Value, weight: Value, bias: Value | None, epilogue: Epilogue, out: Value
+    e: Emitter, node: fx.Node, problem: Record, operands: list[Any], epilogue: Epilogue, out: Value
 ) -> Value:
-    """Weights that the kernel reads in panels are packed at load."""
-    e.program.fallbacks.setdefault(e.task.anchor.name, "computed in float32: the plan leaves it unquantized")
-    plain = problem.type == "float_gemm.Linear" and (problem.get("positions") < 8 or problem.get("outputs") < 4)
+    """x, weight and bias. Weights that the kernel reads in panels, or in words of bfloat16, are packed at load."""
+    x, weight, bias = operands
+    kind = str(node.kwargs.get("numerics", F32))
+    if kind == F32:
+        e.program.fallbacks.setdefault(e.task.anchor.name, "computed in float32: the plan leaves it unquantized")
+        few = problem.get("positions") < FEW_ROWS if problem.type == "float_gemm.Linear" else False
+        plain = few or problem.get("outputs") < 4
+    else:
+        if not e.is_static(weight):
+            raise e.refusal("its weight is computed, and products in bfloat16 read stored ones")
+        problem, plain = problem.replace(numerics=kind), False
     if not plain and e.is_static(weight):
         problem = problem.replace(packed=True)
-        panel = Value(f"{weight.name}|panel", (), "float32")
+        panel = Value(f"{weight.name}|panel", (), "float32" if kind == F32 else "int32")
         weight = e.call(Kernel("pack", _without_size(problem)), {"weight": weight}, {"panel": panel})[0]
     return _anchor(e, "float_gemm", problem, {"x": x, "weight": weight, "bias": bias}, epilogue, out)
 
 
+FEW_ROWS = 8
+"""With fewer, kernels read weights as they are (`float_gemm.FEW_ROWS`)."""
+
+
 def _without_size(problem: Record) -> Record:
-    """The problem with the smallest image there is: weights are packed alike for all sizes."""
+    """The problem with the smallest image there is: weights are packed alike for all sizes of many rows, or of few."""
     if problem.type == "float_gemm.Linear":
-        return problem.replace(positions=1)
+        return problem.replace(positions=1 if problem.get("positions") < FEW_ROWS else FEW_ROWS)
     height, width = problem.get("kernel")
     return problem.replace(height=height, width=width, padding=(0, 0, 0, 0), stride=(1, 1))
 

@@ -1,13 +1,18 @@
-"""Which attentions leave float32."""
+"""Which attentions and layers leave float32."""
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from mpq_compiler import compiler, pass_manager, targets
+import pytest
+import torch
+
+from mpq_compiler import compiler, ops, pass_manager, printer, targets
 from mpq_compiler.errors import UserError
+from mpq_compiler.exact import run_exact
 from mpq_compiler.numerics import BF16, INT8
 from mpq_compiler.pass_manager import Session
+from mpq_compiler.passes import numerics
 from mpq_compiler.passes.numerics import Numerics
 from mpq_compiler.program import run
 from tests import programs
@@ -65,6 +70,43 @@ def test_losses_are_measured_as_noise_at_the_output() -> None:
 def test_a_target_without_kernels_says_so() -> None:
     chosen, _, notes = _after(Numerics(mode="fast"), ())
     assert not chosen and "the target has no kernels in bfloat16 or 8 bits" in notes[-1]
+
+
+FLOAT8 = programs.FAST.replace("uniform=int8", "uniform=fp8")
+
+
+def test_float_layers_in_bfloat16() -> None:
+    """Layers whose weights have no integer kernel: listed, written into the graph, and exact when packed."""
+    step = programs.step(MODEL, "numerics", FLOAT8)
+    chosen, layers = step.after.facts["numerics"], {n.name for n in step.before.quantizable}
+    assert layers and {chosen[name] for name in layers} == {BF16}
+    said = step.after.facts["decisions"][""]["numerics"]["losses"]
+    assert all(0 < said[name][BF16] < 1e-3 and INT8 not in said[name] for name in layers)
+    assert f"of {len(layers)} float layers {len(layers)} in bf16" in step.after.facts["notes"][-1]
+    assert "numerics bf16  w fp8" in printer.text(step.after)
+    simulated, packed = (programs.after(MODEL, name, FLOAT8) for name in ("round-weights", "fuse-epilogues"))
+    own = {n.name: n for n in simulated.graph.nodes if n.name in layers}
+    assert {n.target for n in own.values()} == {ops.linear, ops.conv2d}
+    assert {n.kwargs["numerics"] for n in own.values()} == {BF16}
+    x = programs.inputs(MODEL, 2)
+    assert torch.equal(run_exact(simulated, x), run(packed, x))
+
+
+def test_measurements_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second run evaluates nothing, and another plan is measured anew."""
+    session = Session(numerics=(BF16, INT8), cache=tmp_path)
+    planned = programs.step(MODEL, "numerics", programs.FAST).before
+    chosen = Numerics(mode="fast", inputs=2)
+    first = chosen.run(planned, session).facts
+    with monkeypatch.context() as patch:
+        patch.setattr(numerics, "Ablation", None)
+        patch.setattr(numerics, "run", None)
+        again = chosen.run(planned, session).facts
+    assert first["numerics"] == again["numerics"] and first["decisions"] == again["decisions"]
+    other = programs.step(MODEL, "numerics", FLOAT8).before
+    monkeypatch.setattr(numerics, "Ablation", None)
+    with pytest.raises(TypeError):
+        chosen.run(other, session)
 
 
 def test_options() -> None:
