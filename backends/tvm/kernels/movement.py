@@ -20,17 +20,23 @@ from mpq_compiler.backends.tvm.kernels import vmath
 from mpq_compiler.backends.tvm.kernels.pointwise import merge_dimensions, sample_view
 from mpq_compiler.backends.tvm.kernels.template import (
     BATCH,
+    LANES,
     Argument,
     Buffers,
     Shape,
     each_vector,
+    head,
+    partial,
     primfunc,
     shares,
     some_vectors,
     span,
     store,
+    transpose,
     vectors,
+    width,
 )
+from mpq_compiler.backends.tvm.kernels.vmath import keep
 
 BYTES = {"float32": 4, "int32": 4, "int64": 8, "float16": 2, "int8": 1, "uint8": 1, "bool": 1, "float64": 8}
 
@@ -212,7 +218,7 @@ def _constant(value: float, dtype: str, lanes: int) -> Any:
 
 
 def _move(problem: Movement, batch: Any, buffers: Buffers) -> None:
-    most = 64 // BYTES[problem.dtype]
+    most = 128 // BYTES[problem.dtype]
 
     samples = batch if problem.shape[:1] == (BATCH,) else 1
     if problem.fill is not None:
@@ -224,16 +230,86 @@ def _move(problem: Movement, batch: Any, buffers: Buffers) -> None:
                 store(y, _constant(fill, problem.dtype, lanes), span(start + i, lanes))
 
             some_vectors(size, first, end, put, most)
-    for copy in problem.copies:
-        extents, strides = merge_dimensions(copy.extents, [copy.source_strides, copy.target_strides])
+    for together in _side_by_side(problem.copies):
+        (extents, strides), *_ = merged = [
+            merge_dimensions(copy.extents, [copy.source_strides, copy.target_strides]) for copy in together
+        ]
         in_vectors = strides[1][-1] == 1 and strides[0][-1] in (0, 1)
+        turned = len(together) == 1 and problem.dtype == "float32" and _turned(extents, strides)
         outer = vectors(extents[0], most) if len(extents) == 1 and in_vectors else extents[0]
-        nanoseconds = math.prod(extents) / (most if in_vectors else 2)
+        if turned and 0 in turned:
+            outer = -(-extents[0] // LANES)
+        nanoseconds = sum(math.prod(own) for own, _ in merged) / (most if in_vectors else 4)
         with shares(samples, outer, nanoseconds) as (b, first, end):
             y, start = sample_view(buffers["y"], problem.shape, b)
-            x, origin = sample_view(buffers[f"x{copy.source}"], problem.inputs[copy.source], b)
-            at, to = origin + copy.source_offset, start + copy.target_offset
-            _nest(x, y, extents, strides, at, to, most, (first, end))
+            places = []
+            for copy in together:
+                x, origin = sample_view(buffers[f"x{copy.source}"], problem.inputs[copy.source], b)
+                places.append((x, origin + copy.source_offset, start + copy.target_offset))
+            if len(together) == 1:
+                ((x, at, to),) = places
+                if turned:
+                    _turn(x, y, extents, strides, at, to, turned, (first, end))
+                    continue
+                _nest(x, y, extents, strides, at, to, most, (first, end))
+                continue
+            with T.serial(first, end) as i:
+                for (x, at, to), (own, (source, target)) in zip(places, merged, strict=True):
+                    rest = [source[1:], target[1:]]
+                    _nest(x, y, own[1:], rest, at + i * source[0], to + i * target[0], most)
+
+
+def _turned(extents: list[int], strides: list[list[int]]) -> tuple[int, int] | None:
+    """The dimensions of which each has neighbours on one side: of the source, of the target; None where one has both.
+
+    Rows of fewer than 16 neighbours in the target are written whole, where a vector can be as short.
+    """
+    source, target = strides
+    own = next((d for d, n in enumerate(extents) if n > 1 and source[d] == 1), None)
+    last = len(extents) - 1
+    short = extents[last] < LANES and width(extents[last]) != extents[last]
+    if own is None or own == last or target[last] != 1 or source[last] == 0 or extents[last] == 1 or short:
+        return None
+    return own, last
+
+
+def _turn(
+    x: Any, y: Any, extents: list[int], strides: list[list[int]], at: Any, to: Any, turned: tuple[int, int],
+    part: tuple[Any, Any],
+) -> None:  # fmt: skip
+    """A copy in blocks of 16 x 16, which are transposed in registers; `part` of the steps of the outermost loop."""
+    (source, target), (own, last) = strides, turned
+    rows, lanes = min(extents[last], LANES), min(extents[own], LANES)
+
+    def block(at: Any, to: Any) -> None:
+        def row(j: int) -> Any:
+            start = at + j * source[last]
+            return x[span(start, LANES)] if lanes == LANES else partial(x, (), start, lanes)[0]
+
+        found = [keep(row(j)) for j in range(rows)] + [vmath.f32(0.0, LANES)] * (LANES - rows)
+        for i, value in enumerate(transpose(found)[:lanes]):
+            store(y, value if rows == LANES else head(value, rows), span(to + i * target[own], rows))
+
+    def loop(d: int, at: Any, to: Any) -> None:
+        if d == len(extents):
+            block(at, to)
+            return
+        size = LANES if d in turned else 1
+        with T.serial(*((0, -(-extents[d] // size)) if d else part)) as i:
+            first = T.max(T.min(i * size, extents[d] - size), 0) if d in turned else i
+            loop(d + 1, at + first * source[d], to + first * target[d])
+
+    loop(0, at, to)
+
+
+def _side_by_side(copies: Sequence[Copy]) -> list[list[Copy]]:
+    """Copies by the loop that they have in common: those whose parts of a row lie in one, which is written whole."""
+    found: dict[Any, list[Copy]] = {}
+    for copy in copies:
+        extents, (_, target) = merge_dimensions(copy.extents, [copy.source_strides, copy.target_strides])
+        rows = (extents[0], target[0]) if len(extents) > 1 else copy
+        found.setdefault(rows, []).append(copy)
+    return list(found.values())
 
 
 def _nest(

@@ -227,6 +227,11 @@ def transpose(rows: Sequence[Expr]) -> list[Expr]:
     return rows
 
 
+def head(vector: Expr, lanes: int) -> Expr:
+    """The first lanes of a vector."""
+    return _lanes_of(vector, 0, lanes)
+
+
 def _lanes_of(vector: Expr, first: int, lanes: int) -> Expr:
     return tirx.Shuffle([vector], [tirx.IntImm("int32", first + i) for i in range(lanes)])
 

@@ -45,6 +45,10 @@ PROBLEMS: dict[str, tuple[Movement, Any]] = {
         lambda x: np.pad(x, ((0, 0), (1, 1)), constant_values=7),
     ),
     "no batch": (movement.permute((5, 37), (1, 0)), lambda x: x.T),
+    "turned": (movement.permute(("B", 3, 18, 37), (0, 3, 1, 2)), lambda x: x.transpose(0, 3, 1, 2)),
+    "turned, rows within": (movement.permute(("B", 17, 3, 20), (0, 3, 2, 1)), lambda x: x.transpose(0, 3, 2, 1)),
+    "four channels to last": (movement.permute(("B", 4, 7, 5), (0, 2, 3, 1)), lambda x: x.transpose(0, 2, 3, 1)),
+    "four channels to first": (movement.permute(("B", 7, 5, 4), (0, 3, 1, 2)), lambda x: x.transpose(0, 3, 1, 2)),
 }  # fmt: skip
 GATHERS = {
     "class embedding": Gather(10, 24),
