@@ -14,8 +14,9 @@ Structure. The rows m = (sample, y, x) of the product are cut into chunks that a
     for each chunk of rows                     # its activations stay in the L2 cache
         gather the activations                 # not where the kernel can read the input as it is
         for each block of output channels      # tile.vectors registers wide
-            unpack the weights of the block    # below 8 bits: codes -> int8 through the look-up table
             for each tile of rows              # accumulators in registers, then the epilogue
+                the first one unpacks the weights of the block for the others
+                                               # below 8 bits: codes -> int8 through the look-up table
 
 The three loops are one over pieces of work, some tiles each, which threads share. A thread gathers and unpacks what it
 has not at hand yet: one that begins amid a chunk or a block does again what another has done for the tiles before.
@@ -28,13 +29,13 @@ than a tile has, the last tile starts earlier and computes some rows twice.
 Weights come from memory, more of them than caches hold. So every tile of rows asks for some lines of those that come
 next, and all of them are there when the block is done. With few tiles a block takes as long to arrive as to be used:
 then k is cut into slices that stay in the L1 cache, unpacked there, and the sums of all tiles wait in memory. A chunk
-smaller than a tile goes by pairs of rows, whose weights are unpacked in registers.
+smaller than a tile goes by pairs of rows, each of which unpacks weights for itself, in registers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -82,6 +83,20 @@ PIECES = 16
 
 Load = Callable[[int, Any], Expr]
 Save = Callable[[Expr, int, Any], None]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a tile. Register v of step k of them is
+
+    ``decoded(k - d, d, v)`` from the stored codes, where `fresh` is true, and then `keep` stores it for tiles to come;
+    ``ready(k, v)`` where it is not.
+    """
+
+    fresh: Any
+    decoded: Callable[[Any, int, int], Expr]
+    ready: Callable[[Any, Any], Expr]
+    keep: Callable[[Expr, Any, int], None]
 
 
 def arguments(problem: QuantMatmul, isa: Isa) -> list[Argument]:
@@ -167,8 +182,8 @@ class _Kernel:
     """Emits one kernel. The flat buffers of the arguments are in `self.b`, by name."""
 
     def __init__(self, problem: QuantMatmul, isa: Isa, buffers: Buffers) -> None:
-        self.p, self.isa, self.b = problem, isa, buffers
-        self.w = WeightLayout(problem, isa)
+        self.p, self.b, self.w = problem, buffers, WeightLayout(problem, isa)
+        self.isa = isa = self.w.isa
         self.tile = isa.fitted(self.w.tile, problem.rows)
         self.epilogue = problem.epilogue or Epilogue()
         # Where channels are whole steps of k and codes are used as they are, the input needs no copy.
@@ -214,10 +229,10 @@ class _Kernel:
         # Whether steps that share bytes are always neighbours in a run.
         self.aligned = not any(n % w.pack for n in (*runs, *begins))
         self.slices: list[int] = []
-        if len(p.segments) <= FEW_SEGMENTS and self.aligned and self.usual_tiles * tile.rows <= SLICED_ROWS:
+        if len(p.segments) <= FEW_SEGMENTS and self.usual_tiles * tile.rows <= SLICED_ROWS:
             most = SLICE_BYTES // (tile.vectors * self.isa.vector)
             for run in runs:
-                fitting = (n for n in range(1, run + 1) if run % n == 0 and run // n <= most and run // n % w.pack == 0)
+                fitting = (n for n in range(1, run + 1) if run % n == 0 and run // n <= most)
                 self.slices.append(next(fitting, 1))
             if sum(self.slices) * p.kernel[0] == 1:
                 self.slices = []
@@ -257,11 +272,7 @@ class _Kernel:
                 if not self.direct or p.has_offset:
                     self._once(0, band, blocks * self.parts, gather)
                 self.block = T.bind(block - band * blocks) if blocks > 1 else 0
-                if self.unpacks and not self.slices:
-                    unpack = partial(self._once, 1, block, self.parts, partial(self._unpack, 0, self.w.packs))
-                    # Few rows take their weights from the codes at once.
-                    _when(True if self.least_rows >= tall or not self.aligned else here >= tall, unpack)
-                self._multiply(here, piece - block * self.parts)
+                self._multiply(here, piece - block * self.parts, block)
 
     def _once(self, cell: int, number: Any, repeated: int, body: Callable[[], None]) -> None:
         """body(), where the thread has not done it for this number: so many pieces in a row have the same one."""
@@ -322,7 +333,7 @@ class _Kernel:
         if p.has_offset:
             self.sums = team.workspace(segments * self.most_rows, "int32")
         if self.slices or segments == FEW_SEGMENTS:
-            size = self.tile.rows * self.tile.vectors * self.isa.lanes
+            size = self.tile.rows * self.tile.vectors * self.isa.words
             tiles = self.most_tiles if self.slices else 1
             self.products = team.workspace(segments * tiles * size, "int32")
         if self.unpacks:
@@ -427,7 +438,7 @@ class _Kernel:
         """``activations[to + i] = value(i)`` for i < count, in vectors; the last two may overlap."""
         if not count:
             return
-        lanes = min(4 * self.isa.lanes, 1 << (count.bit_length() - 1))
+        lanes = min(4 * self.isa.words, 1 << (count.bit_length() - 1))
 
         def vector(at: Any) -> None:
             store(self.activations, value(at, lanes), span(to + at, lanes))
@@ -455,7 +466,7 @@ class _Kernel:
 
     def _sum_rows(self, rows: Any) -> None:
         """sums[j, r] = sum over segment j of (q - z_j[g]); pixels that are padding add nothing."""
-        p, lanes = self.p, self.isa.lanes
+        p, lanes = self.p, self.isa.words
         with T.serial(0, rows) as r:
             group = 0 if p.dynamic else self._group(_quotient(self.first_row + r, p.rows))
 
@@ -487,8 +498,8 @@ class _Kernel:
 
     # -------------------------------------------------------------------------------------- multiplication
 
-    def _multiply(self, rows: Any, part: Any) -> None:
-        """A part of the tiles of the gathered rows times the block of weights."""
+    def _multiply(self, rows: Any, part: Any, number: Any) -> None:
+        """A part of the tiles of the gathered rows times the block of weights, the kernel's block of that number."""
         tall = self.tile.rows
 
         def first_row(t: Any) -> Any:
@@ -500,13 +511,19 @@ class _Kernel:
                 self._multiply_slices(first, end, first_row)
                 return
             with T.serial(first, end) as t:
-                self._tile(self.tile, first_row(t), t)
+                fresh: Any = False
+                if self.unpacks:
+                    fresh = T.bind(self.done[1] != number) if self.parts > 1 else t == 0
+                self._tile(self.tile, first_row(t), t, fresh)
+                if self.unpacks and self.parts > 1:
+                    store(self.done, number, 1)
 
         def few() -> None:
             pairs = T.bind(_quotient(rows, 2))
             with T.serial(0, pairs) as pair:
-                self._tile(Tile(self.tile.vectors, 2), _opaque(pair * 2), None)
-            _when(rows > pairs * 2, lambda: self._tile(Tile(self.tile.vectors, 1), _opaque(rows - 1), None))
+                self._tile(Tile(self.tile.vectors, 2), _opaque(pair * 2), None, self.unpacks)
+            last = partial(self._tile, Tile(self.tile.vectors, 1))
+            _when(rows > pairs * 2, lambda: last(_opaque(rows - 1), None, self.unpacks))
 
         if self.least_rows >= tall:
             tiles()
@@ -515,7 +532,7 @@ class _Kernel:
 
     def _multiply_slices(self, first: Any, end: Any, first_row: Callable[[Any], Any]) -> None:
         """Tiles [first, end), slice by slice of k: each is read from memory once and stays in the L1 cache."""
-        p, w, tile, lanes = self.p, self.w, self.tile, self.isa.lanes
+        p, w, tile, lanes = self.p, self.w, self.tile, self.isa.words
         size = tile.rows * tile.vectors * lanes
 
         def product(j: int, t: Any) -> Any:
@@ -532,15 +549,13 @@ class _Kernel:
             with T.serial(0, taps) as tap, T.serial(0, slices) as n:
                 begin = T.bind(Segment(j).before(w.segment_steps) + (tap * slices + n) * steps)
                 offset = T.bind(tap * stride + n * (steps * self.isa.kpack))
-                if self.unpacks:
-                    self._unpack(_quotient(begin, w.pack), steps // w.pack)
                 with T.serial(first, end) as t:
                     r, at = first_row(t), product(j, t)
 
                     def initial(i: Any, v: Any, at: Any = at) -> Expr:
                         return self.products[span(at + (i * tile.vectors + v) * lanes, lanes)]
 
-                    weights = self._weights(0 if self.unpacks else begin, False)
+                    weights = self._weights(begin, 0, self.unpacks and t == first)
                     ahead = self._ahead(begin, steps, t)
                     runs = (1, steps, 0)
                     self._accumulate(tile, Segment(j), r, initial, runs, offset, weights, ahead, self.products, at)
@@ -550,16 +565,6 @@ class _Kernel:
             products = [(self.products, product(j, t)) for j in range(len(p.segments))]
             _loop(tile.rows, lambda i: self._finish_row(tile, products, None, i, r + i, T.bind(groups[i])))
 
-    def _unpack(self, first: Any, packs: int) -> None:
-        """panel = some weights of the block, int8 (int16), in the order of the micro-kernel."""
-        w, size, vectors = self.w, self.isa.vector, self.tile.vectors
-        for v in range(vectors):
-            table = self._table(v)
-            with T.serial(0, packs) as pack:
-                for d in range(w.pack):
-                    weights = self._decoded(table, first + pack, d, v)
-                    store(self.panel, weights, span(((pack * w.pack + d) * vectors + v) * size, size))
-
     def _table(self, v: int) -> Expr | None:
         """The look-up table of register v of the block."""
         size = self.isa.vector
@@ -567,34 +572,37 @@ class _Kernel:
             return None
         return T.bind(self.b["lut"][span((self.block * self.tile.vectors + v) * size, size)])
 
-    def _decoded(self, table: Expr | None, pack: Any, d: int, v: int) -> Expr:
-        """Register v of the weights of step d of a group of steps that share bytes."""
-        w, isa = self.w, self.isa
-        base = T.bind(((self.block * w.packs + pack) * self.tile.vectors + v) * w.pack_bytes)
-        codes = self.b["tiles"][span(base, isa.vector)] if table is None else self._codes(base, d)
-        weights = codes if table is None else isa.look_up(table, codes)
-        return weights if isa.weight == "int8" else tirx.Cast(f"{isa.weight}x{isa.vector}", weights)
+    def _weights(self, begin: Any, kept: Any, fresh: Any) -> Weights:
+        """Those of the block from step ``begin`` on, which are in the panel from its step ``kept`` on.
 
-    def _weights(self, begin: Any, decode: bool) -> Callable[[Any, int, int], Expr]:
-        """(k, d, v) -> register v of the weights of step ``begin + k + d``; ``decode``: from the stored codes.
-
-        Where it decodes, ``begin`` and k are multiples of the steps that share bytes.
+        fresh: they are not, yet; without a panel (None) they never are
         """
-        w, vectors, size = self.w, self.tile.vectors, self.isa.vector
-        if decode:
-            tables = [self._table(v) for v in range(vectors)]
+        w, isa, vectors, size = self.w, self.isa, self.tile.vectors, self.isa.vector
+        tables = [self._table(v) for v in range(vectors)] if self.unpacks else []
 
-            def decoded(k: Any, d: int, v: int) -> Expr:
-                return self._decoded(tables[v], _quotient(begin + k, w.pack) + d // w.pack, d % w.pack, v)
+        def decoded(k: Any, d: int, v: int) -> Expr:
+            pack: Any
+            if kept is None and self.aligned:  # k is a multiple of the steps that share bytes
+                pack, d = _quotient(begin + k, w.pack) + d // w.pack, d % w.pack
+            else:
+                step = T.bind(begin + k + d)
+                pack, d = (step, 0) if w.pack == 1 else (step >> (w.pack.bit_length() - 1), step & (w.pack - 1))
+            base = T.bind(((self.block * w.packs + pack) * vectors + v) * w.pack_bytes)
+            table = tables[v]
+            codes = self.b["tiles"][span(base, size)] if table is None else self._codes(base, d)
+            weights = codes if table is None else isa.look_up(table, codes)
+            return weights if isa.weight == "int8" else tirx.Cast(f"{isa.weight}x{size}", weights)
 
-            return decoded
-        source = self.panel if self.unpacks else self.b["tiles"]
-        start = begin if self.unpacks else begin + self.block * w.steps
+        def ready(k: Any, v: Any) -> Expr:
+            if self.unpacks:
+                return self.panel[span(((kept + k) * vectors + v) * size, size)]
+            return self.b["tiles"][span(((begin + self.block * w.steps + k) * vectors + v) * size, size)]
 
-        def ready(k: Any, d: int, v: Any) -> Expr:
-            return source[span(((start + k + d) * vectors + v) * size, size)]
+        def keep(weights: Expr, k: Any, v: int) -> None:
+            if kept is not None:
+                store(self.panel, weights, span(((kept + k) * vectors + v) * size, size))
 
-        return ready
+        return Weights(fresh, decoded, ready, keep)
 
     def _ahead(self, begin: Any, steps: int, t: Any) -> tuple[Any, int, Any]:
         """Where tile t of rows, in steps [begin, begin + steps), finds weights to prefetch; lines for each step; and
@@ -616,19 +624,20 @@ class _Kernel:
         asks = T.bind(T.Select(t < last, 1, 0))
         return T.bind(here + asks * t * (steps * lines * 64)), lines, T.bind(asks * 64)
 
-    def _codes(self, base: Any, d: int) -> Expr:
+    def _codes(self, base: Any, d: Any) -> Expr:
         """Codes of step d of a group, one in each byte."""
-        size = self.isa.vector
+        bits, size = self.p.bits, self.isa.vector
+        words = size // 4
 
-        def field(plane: int, shift: int, width: int) -> Expr:
-            value = self.b["tiles"][span(base + plane * size, size)]
-            if shift:
-                value = value >> vmath.splat(tirx.IntImm("uint8", shift), size)
-            return value & vmath.splat(tirx.IntImm("uint8", (1 << width) - 1), size)
+        def field(plane: Any, shift: Any, width: int) -> Expr:
+            value = tirx.reinterpret(f"uint32x{words}", self.b["tiles"][span(base + plane * size, size)])
+            mask = tirx.const(0x01010101 * ((1 << width) - 1), "uint32")
+            return value >> tirx.Broadcast(T.cast(shift, "uint32"), words) & tirx.Broadcast(mask, words)
 
-        if self.p.bits != 3:
-            return field(0, d * self.p.bits, self.p.bits)
-        return field(d // 4, d % 4 * 2, 2) | (field(2, d, 1) << vmath.splat(tirx.IntImm("uint8", 2), size))
+        if bits == 3:
+            high = field(2, d, 1) << tirx.Broadcast(tirx.const(2, "uint32"), words)
+            return tirx.reinterpret(f"uint8x{size}", field(d >> 2, (d & 3) * 2, 2) | high)
+        return tirx.reinterpret(f"uint8x{size}", field(0, d * bits, bits))
 
     def _groups(self, tile: Tile, r: Any) -> Buffer:
         """The time groups of the rows r .. r + tile.rows of the chunk."""
@@ -637,25 +646,28 @@ class _Kernel:
             store(groups, self._group(_quotient(self.first_row + r + i, self.p.rows)), i)
         return groups
 
-    def _tile(self, tile: Tile, r: Any, t: Any) -> None:
-        """Rows r .. r + tile.rows of the chunk, tile t of it, times one block of weights, to the output."""
+    def _tile(self, tile: Tile, r: Any, t: Any, fresh: Any) -> None:
+        """Rows r .. r + tile.rows of the chunk, tile t of it, times one block of weights, to the output.
+
+        Few rows have no t; fresh: see `_weights`.
+        """
         segments = len(self.p.segments)
         groups = self._groups(tile, r)
-        size = tile.rows * tile.vectors * self.isa.lanes
+        size = tile.rows * tile.vectors * self.isa.words
         products: list[tuple[Buffer, Any]] = []
         scaled = None
         if segments > FEW_SEGMENTS:
             scaled = scratch(size)
-            self._scale_groups(tile, r, groups, scaled, t)
+            self._scale_groups(tile, r, groups, scaled, t, fresh)
         else:
             for j in range(segments):
                 # Where LLVM does not see that nothing else writes them: or it keeps them in the registers of the next.
                 products.append((scratch(size, "int32"), 0) if segments == 1 else (self.products, j * size))
-                self._whole_segment(tile, Segment(j), r, groups, *products[j], t)
+                self._whole_segment(tile, Segment(j), r, groups, *products[j], t, fresh)
         # One body for all rows keeps the code small where epilogues are long.
         _loop(tile.rows, lambda i: self._finish_row(tile, products, scaled, i, r + i, T.bind(groups[i])))
 
-    def _scale_groups(self, tile: Tile, r: Any, groups: Buffer, scaled: Buffer, t: Any) -> None:
+    def _scale_groups(self, tile: Tile, r: Any, groups: Buffer, scaled: Buffer, t: Any, fresh: Any) -> None:
         """scaled = bias + the products of all segments with their scales, in order, f32 [tile.rows, vectors, lanes].
 
         Of many segments each is scaled as soon as it is summed, so that one product is held at a time.
@@ -672,7 +684,7 @@ class _Kernel:
             store(scaled, bias, cell(i, v))
 
         def segment(j: Segment) -> None:
-            self._whole_segment(tile, j, r, groups, product, 0, t)
+            self._whole_segment(tile, j, r, groups, product, 0, t, fresh)
             with T.unroll(0, tile.rows) as i:
                 scale = T.bind(self.b["act_scale"][self._entry(j, self.first_row + r + i, groups[i])])
                 with T.unroll(0, tile.vectors) as v:
@@ -692,28 +704,27 @@ class _Kernel:
             zero = T.cast(self.b["act_zero"][m], "int32")
             taps = p.kernel[0] * p.kernel[1] * p.segments[j.first]
             first = self.isa.product(first, T.bind(self.isa.unsigned_excess - zero), 127 * taps)
-        return first
+        return self.isa.unfolded(first)
 
     def _start(self, tile: Tile, j: Segment, r: Any, groups: Buffer, product: Buffer, at: Any) -> None:
         """product[at ..] = the first values of the accumulators of a tile."""
         with T.unroll(0, tile.rows) as i, T.unroll(0, tile.vectors) as v:
             first = self._start_value(j, self.first_row + r + i, groups[i], v)
-            store(product, first, span(at + (i * tile.vectors + v) * self.isa.lanes, self.isa.lanes))
+            store(product, first, span(at + (i * tile.vectors + v) * self.isa.words, self.isa.words))
 
     def _whole_segment(
-        self, tile: Tile, j: Segment, r: Any, groups: Buffer, product: Buffer, to: Any, t: Any
+        self, tile: Tile, j: Segment, r: Any, groups: Buffer, product: Buffer, to: Any, t: Any, fresh: Any
     ) -> None:
-        """product[to ..] = segment j of tile t of the chunk (None: of few rows, which take weights from the codes)."""
+        """product[to ..] = segment j of tile t of the chunk."""
         taps, run, stride = self._runs(j)
         steps, begin = run // self.isa.kpack, j.before(self.w.segment_steps)
-        decode = self.unpacks and t is None and self.aligned
 
         def initial(i: Any, v: Any) -> Expr:
             return self._start_value(j, self.first_row + r + i, groups[i], v)
 
         ahead = self._ahead(begin, self.w.segment_steps[j.first], t)
-        weights = self._weights(begin, decode)
-        self._accumulate(tile, j, r, initial, (taps, steps, stride), 0, weights, ahead, product, to, decode)
+        weights = self._weights(begin, None if t is None else begin, fresh)
+        self._accumulate(tile, j, r, initial, (taps, steps, stride), 0, weights, ahead, product, to)
 
     def _accumulate(
         self,
@@ -723,24 +734,23 @@ class _Kernel:
         initial: Callable[[Any, Any], Expr],
         runs: tuple[int, int, int],
         offset: Any,
-        weights: Callable[[Any, int, int], Expr],
+        weights: Weights,
         ahead: tuple[Any, int, Any],
         product: Buffer,
         to: Any,
-        decode: bool = False,
     ) -> None:
-        """product[to ..] = initial + the sum over some steps of segment j, int32 [tile.rows, tile.vectors, lanes].
+        """product[to ..] = initial + the sum over some steps of segment j, int32 [tile.rows, tile.vectors, words].
 
         runs: how many runs of neighbouring activations there are, steps of each, and the distance from one to the
-        next; offset: of the first from a row's start; ahead: see `_ahead`; decode: weights are made of codes, and kept
-        for all rows
+        next; offset: of the first from a row's start; ahead: see `_ahead`
 
         Loops over the cells of the tile are unrolled late, so that TVM's passes see little code; LLVM then
         keeps the accumulators in registers.
         """
         isa = self.isa
         taps, steps, stride = runs
-        lanes, cells = isa.lanes, tile.rows * tile.vectors
+        few = tile.rows < self.tile.rows
+        lanes, cells = isa.words, tile.rows * tile.vectors
         # With few accumulators the latency of the dot product would show: some steps get their own.
         sets = max(1, 8 // cells)
         starts = scratch(tile.rows, "int32")
@@ -775,27 +785,29 @@ class _Kernel:
 
         each_row(begin)
 
-        def step(k: Any, d: int, s: int, word: Callable[[Any], Expr]) -> None:
+        def step(k: Any, d: int, s: int, word: Callable[[Any], Expr], fresh: bool) -> None:
             for line in range(ahead[1]):
                 self._prefetch(ahead[0] + ((k + d) * ahead[1] + line) * ahead[2])
-            for v in range(tile.vectors if decode else 0):
-                store(columns, weights(k, d, v), span(v * isa.vector, isa.vector))
+            for v in range(tile.vectors if fresh else 0):
+                column = T.bind(weights.decoded(k, d, v))
+                weights.keep(column, k + d, v)
+                store(columns, column, span(v * isa.vector, isa.vector))
 
             def row(i: Any, load: Load, save: Save) -> None:
                 with T.unroll(0, tile.vectors) as v:
-                    column = columns[span(v * isa.vector, isa.vector)] if decode else weights(k, d, v)
+                    column = columns[span(v * isa.vector, isa.vector)] if fresh else weights.ready(k + d, v)
                     save(isa.dot(load(s, v), isa.spread(word(i)), column), s, v)
 
             each_row(row)
 
-        def several(k: Any, count: int, tap: Any) -> None:
+        def several(k: Any, count: int, tap: Any, fresh: bool) -> None:
             """`count` steps from step k of a run on."""
             here = T.bind(tap * steps + k)
             group = isa.load_steps
             if count % group or group == 1:
                 for d in range(count):
                     at = T.bind(tap * stride + (k + d) * isa.kpack)
-                    step(here, d, d % sets, partial(self._word, starts, at))
+                    step(here, d, d % sets, partial(self._word, starts, at), fresh)
                 return
             words = scratch(tile.rows * group, "int32")
             for d in range(0, count, group):
@@ -808,17 +820,17 @@ class _Kernel:
                     def word(i: Any, e: int = e) -> Expr:
                         return words[i * group + e]
 
-                    step(here, d + e, (d + e) % sets, word)
+                    step(here, d + e, (d + e) % sets, word, fresh)
 
-        def along(tap: Any) -> None:
-            each = max(sets, isa.load_steps, self.w.pack if decode else 1)
+        def along(fresh: bool, tap: Any) -> None:
+            each = max(sets, isa.load_steps, self.w.pack if fresh and few else 1)
             if steps >= each:
                 with T.serial(0, steps // each) as k:
-                    several(k * each, each, tap)
+                    several(k * each, each, tap, fresh)
             if steps % each:
-                several(steps // each * each, steps % each, tap)
+                several(steps // each * each, steps % each, tap, fresh)
 
-        _loop(taps, along)
+        _when(weights.fresh, lambda: _loop(taps, partial(along, True)), lambda: _loop(taps, partial(along, False)))
 
         def end(i: Any, load: Load, _: Save) -> None:
             with T.unroll(0, tile.vectors) as v:
@@ -866,7 +878,8 @@ class _Kernel:
                 y = self.b["bias"][span(n, lanes)] if p.has_bias else vmath.f32(0.0, lanes)
             for j, (product, at) in enumerate(products):
                 scale = self.b["weight_scale"][span(n + j * w.outputs, lanes)]
-                total = tirx.Cast(f"float32x{lanes}", product[span(at + (i * tile.vectors + v) * lanes, lanes)])
+                total = self.isa.folded(product[span(at + (i * tile.vectors + v) * self.isa.words, self.isa.words)])
+                total = tirx.Cast(f"float32x{lanes}", total)
                 y = vmath.fma(total, vmath.mul(vmath.splat(scales[j], lanes), scale), y)
             for j, total in enumerate(sums):
                 factor = vmath.mul(vmath.splat(scales[j], lanes), self.b["offset"][span(n, lanes)])

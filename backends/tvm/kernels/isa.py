@@ -22,6 +22,7 @@ from typing import Any
 
 from tvm import tirx
 from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from mpq_compiler.errors import UserError, nearest
@@ -45,13 +46,14 @@ class Tile:
 class Isa:
     """One CPU target of the integer kernels.
 
-    lanes:           32-bit lanes of a register
-    kpack:           values of k that one dot product adds up in a lane
+    lanes:           output channels of a register
+    kpack:           values of k that one dot product adds up for each of them
     activation:      element type of the gathered activations: uint8, int8 (code xor 0x80) or int16
     weight:          element type of the weights in registers, int8 or int16
     shuffle:         intrinsic that looks up `lanes * kpack` bytes in 16-entry tables (one for each 16 bytes)
     tiles:           micro-kernels that fit the registers, one for each number of vectors
     load_steps:      steps of k whose activations are loaded at once (sdot takes one of four by index)
+    split:           32-bit lanes of each output channel: they share the values of k, and are added up at the end
     """
 
     name: str
@@ -62,6 +64,12 @@ class Isa:
     shuffle: str
     tiles: tuple[Tile, ...]
     load_steps: int = 1
+    split: int = 1
+
+    @property
+    def words(self) -> int:
+        """32-bit lanes of a register."""
+        return self.lanes * self.split
 
     @property
     def vector(self) -> int:
@@ -71,7 +79,7 @@ class Isa:
     @property
     def pairs(self) -> str:
         """x86's intrinsic that adds up products of neighbouring int16."""
-        return "llvm.x86.avx2.pmadd.wd" if self.lanes == 8 else "llvm.x86.avx512.pmaddw.d.512"
+        return "llvm.x86.avx2.pmadd.wd" if self.words == 8 else "llvm.x86.avx512.pmaddw.d.512"
 
     @property
     def reads_codes(self) -> bool:
@@ -96,6 +104,17 @@ class Isa:
 
         return min(self.tiles, key=work)
 
+    def narrowed(self, outputs: int, channels: int) -> Isa:
+        """The same registers for few outputs, several lanes for each, where that pads channels little."""
+        split = 1
+        while self.lanes >= 2 * split * max(4, outputs) and -channels % (2 * split * self.kpack) <= channels // 4:
+            split *= 2
+        if split == 1:
+            return self
+        lanes, kpack = self.lanes // split, self.kpack * split
+        tiles = (Tile(1, 8),)  # more rows than hide the latency would not help: every one needs a load for each product
+        return replace(self, lanes=lanes, kpack=kpack, split=self.split * split, tiles=tiles, load_steps=1)
+
     @property
     def grouped(self) -> Tile:
         """The micro-kernel for K-groups: registers hold the sums of a group and those of all groups so far."""
@@ -111,32 +130,54 @@ class Isa:
         return replace(tile, rows=min(range(tile.rows, min(least, tile.rows) - 1, -1), key=work))
 
     def dot(self, acc: Expr, activations: Expr, weights: Expr) -> Expr:
-        """acc + the dot products of each lane, int32. Operands are vectors of the gathered types."""
-        i32 = f"int32x{self.lanes}"
+        """acc + the dot products of each 32-bit lane. Operands are vectors of the gathered types."""
+        i32 = f"int32x{self.words}"
         if self.weight == "int16":
             return acc + tirx.call_llvm_pure_intrin(i32, self.pairs, activations, weights)
         if self.activation == "int8":
             return tirx.call_llvm_pure_intrin(i32, "llvm.aarch64.neon.sdot", acc, weights, activations)
         # LLVM 22 gave this intrinsic byte vectors; TVM's own schedule still passes int32 ones and fails.
         return tirx.call_llvm_pure_intrin(
-            i32, f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}", acc, activations, weights
+            i32, f"llvm.x86.avx512.vpdpbusd.{32 * self.words}", acc, activations, weights
         )
 
     def product(self, values: Expr, factor: Expr, most: int) -> Expr:
         """int32 values, at most `most` in magnitude, times one in -255..128. Multiplying 32 bits is slow on x86."""
-        if self.activation == "int8" or most > 2**15 - 1:
+        if self.activation == "int8" or self.split > 1 or most > 2**15 - 1:
             return values * tirx.Broadcast(factor, self.lanes)
         pair, low = f"int16x{2 * self.lanes}", tirx.Broadcast(factor & 0xFFFF, self.lanes)  # times (factor, 0)
         halves = [tirx.reinterpret(pair, values), tirx.reinterpret(pair, low)]
         return tirx.call_llvm_pure_intrin(f"int32x{self.lanes}", self.pairs, *halves)
 
     def spread(self, word: Expr) -> Expr:
-        """`kpack` neighbouring activations, given as one int32, in every lane."""
-        return tirx.reinterpret(f"{self.activation}x{self.vector}", tirx.Broadcast(word, self.lanes))
+        """`kpack` neighbouring activations, given as `split` int32, for every output."""
+        if self.split == 1:
+            every = tirx.Broadcast(word, self.lanes)
+        else:
+            every = tirx.Shuffle([word] * self.lanes, [tirx.IntImm("int32", i) for i in range(self.words)])
+        return tirx.reinterpret(f"{self.activation}x{self.vector}", every)
+
+    def unfolded(self, values: Expr) -> Expr:
+        """int32 values of the outputs in the first of the lanes of each, zeros in the others."""
+        if self.split == 1:
+            return values
+        zeros = tirx.Broadcast(tirx.IntImm("int32", 0), self.lanes)
+        at = [n // self.split if n % self.split == 0 else self.lanes for n in range(self.words)]
+        return tirx.Shuffle([values] + [zeros] * (self.split - 1), [tirx.IntImm("int32", i) for i in at])
+
+    def folded(self, sums: Expr) -> Expr:
+        """The sums of the lanes of each output."""
+        count = self.words
+        while count > self.lanes:
+            whole, count = T.bind(sums), count // 2
+            even, odd = ([tirx.IntImm("int32", 2 * n + side) for n in range(count)] for side in (0, 1))
+            sums = tirx.Shuffle([whole], even) + tirx.Shuffle([whole], odd)
+        return sums
 
     def load_word(self, buffer: Buffer, index: Expr) -> Expr:
-        """`kpack` neighbouring activations at `index` as one int32."""
-        return tirx.reinterpret("int32", buffer[tirx.Ramp(index, 1, self.kpack)])
+        """`kpack` neighbouring activations at `index` as `split` int32."""
+        words = "int32" if self.split == 1 else f"int32x{self.split}"
+        return tirx.reinterpret(words, buffer[tirx.Ramp(index, 1, self.kpack)])
 
     def gathered(self, codes: Expr, lanes: int) -> Expr:
         """u8 activation codes in the type of the gathered activations."""

@@ -53,8 +53,8 @@ def build(problem: QuantMatmul, isa: Isa, name: str) -> PrimFunc:
 
 class _Prepare:
     def __init__(self, problem: QuantMatmul, isa: Isa, buffers: Buffers) -> None:
-        self.p, self.isa, self.b = problem, isa, buffers
-        self.w = WeightLayout(problem, isa)
+        self.p, self.b, self.w = problem, buffers, WeightLayout(problem, isa)
+        self.isa = self.w.isa
 
     def emit(self) -> None:
         p, w = self.p, self.w

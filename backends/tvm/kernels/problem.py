@@ -165,10 +165,17 @@ class WeightLayout:
     Below 8 bits, `pack` successive steps of one vector share bytes: byte e of the group holds the code of
     element e of step d at bit ``bits * d``; 3 bits are a plane of 2 bits (two byte vectors, the first for
     steps 0 to 3) and, behind it, one of 1 bit.
+
+    isa: as given, or `narrowed` to few outputs: then lane and kpack are those of several lanes together
     """
 
     problem: QuantMatmul
     isa: Isa
+
+    def __post_init__(self) -> None:
+        p = self.problem
+        if len(p.segments) <= FEW_SEGMENTS:
+            object.__setattr__(self, "isa", self.isa.narrowed(p.outputs, min(p.segments)))
 
     @property
     def tile(self) -> Tile:
