@@ -26,6 +26,7 @@ from mpq_compiler.backends.tvm.kernels.template import (
     Buffer,
     Buffers,
     Finish,
+    Registers,
     Shape,
     each_vector,
     epilogue_arguments,
@@ -214,17 +215,16 @@ class Body:
     def _scores(self, b: Any, h: Any, key: Any, start: Any, keys: int, new: Buffer) -> None:
         """Scores of `keys` keys (times log2 e) into `score`, their maximum into `new`."""
         p, vectors = self.problem, self.vectors
-        sums = scratch(keys * self.width, self.sums)
         pairs = [(i, j) for i in range(keys) for j in range(vectors)]
-        for i, j in pairs:
-            store(sums, self._start(j), self._at(i, j))
+        sums = Registers(len(pairs), LANES, self.sums)
+        for n, (_, j) in enumerate(pairs):
+            sums[n] = self._start(j)
         with T.serial(0, self._steps) as d:
-            for i, j in pairs:
-                at = self._at(i, j)
+            for n, (i, j) in enumerate(pairs):
                 element = splat(self._key(b, h, key + start + i, d), LANES)
-                store(sums, self._dot(element, self.factors[self._at(d, j)], sums[at]), at)
-        for i, j in pairs:
-            value = self._logit(sums[self._at(i, j)], j)
+                sums[n] = self._dot(element, self.factors[self._at(d, j)], sums[n])
+        for n, (i, j) in enumerate(pairs):
+            value = self._logit(sums[n], j)
             if p.mask is not None:
                 mask = (
                     self.mask_tile[self._at(start + i, j)]
@@ -280,17 +280,16 @@ class Body:
 
     def _values(self, b: Any, h: Any, key: Any, size: int, d: Any, dims: int) -> None:
         """Adds the block's weighted values to `dims` rows of the output."""
-        sums = scratch(dims * self.width)
         pairs = [(i, j) for i in range(dims) for j in range(self.vectors)]
-        for i, j in pairs:
-            store(sums, mul(self.out[self._at(d + i, j)], self.rescale[self._at(0, j)]), self._at(i, j))
+        sums = Registers(len(pairs), LANES)
+        for n, (i, j) in enumerate(pairs):
+            sums[n] = mul(self.out[self._at(d + i, j)], self.rescale[self._at(0, j)])
         with T.serial(0, size) as k:
-            for i, j in pairs:
-                at = self._at(i, j)
+            for n, (i, j) in enumerate(pairs):
                 element = splat(self.buffers["v"][b, key + k, h * self.problem.dim + d + i], LANES)
-                store(sums, fma(element, self.score[self._at(k, j)], sums[at]), at)
-        for i, j in pairs:
-            store(self.out, sums[self._at(i, j)], self._at(d + i, j))
+                sums[n] = fma(element, self.score[self._at(k, j)], sums[n])
+        for n, (i, j) in enumerate(pairs):
+            store(self.out, sums[n], self._at(d + i, j))
 
     def _result(self, value: Any, b: Any, h: Any, d: Any) -> Any:
         """The output from the weighted mean, lanes of neighbouring dimensions from `d` on."""

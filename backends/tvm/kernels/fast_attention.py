@@ -30,6 +30,7 @@ from mpq_compiler.backends.tvm.kernels.template import (
     LANES,
     Argument,
     Buffers,
+    Registers,
     each_vector,
     fold,
     primfunc,
@@ -345,15 +346,14 @@ class _Fast(Body):
         self, b: Any, h: Any, key: Any, size: int, d: Any, dims: int, start: Callable[[Any, int], Any], kind: str
     ) -> Any:
         """Sums over the block's keys of weight times value for `dims` dimensions, and their places."""
-        sums = scratch(dims * self.width, kind)
         pairs = [(i, j) for i in range(dims) for j in range(self.vectors)]
-        for i, j in pairs:
-            store(sums, start(i, j), self._at(i, j))
+        sums = Registers(len(pairs), LANES, kind)
+        for n, (i, j) in enumerate(pairs):
+            sums[n] = start(i, j)
         with T.serial(0, -(-size // self._packed)) as word:
-            for i, j in pairs:
-                at = self._at(i, j)
+            for n, (i, j) in enumerate(pairs):
                 value = splat(self.buffers["packed_v"][b, h, key // self._packed + word, d + i], LANES)
-                store(sums, self._weigh(sums[at], self.words[self._at(word, j)], value), at)
+                sums[n] = self._weigh(sums[n], self.words[self._at(word, j)], value)
         return sums, pairs
 
     def _weigh(self, total: Any, weights: Any, values: Any) -> Any:
@@ -398,8 +398,8 @@ class _Bfloat16(_Fast):
             return mul(self.out[self._at(d + i, j)], self.rescale[self._at(0, j)])
 
         sums, pairs = self._products(b, h, key, size, d, dims, start, "float32")
-        for i, j in pairs:
-            store(self.out, sums[self._at(i, j)], self._at(d + i, j))
+        for n, (i, j) in enumerate(pairs):
+            store(self.out, sums[n], self._at(d + i, j))
 
 
 class _Codes(_Fast):
@@ -493,9 +493,9 @@ class _Codes(_Fast):
 
     def _values(self, b: Any, h: Any, key: Any, size: int, d: Any, dims: int) -> None:
         sums, pairs = self._products(b, h, key, size, d, dims, lambda i, j: i32(0, LANES), "int32")
-        for i, j in pairs:
+        for n, (i, j) in enumerate(pairs):
             at, common = self._at(d + i, j), self._at(0, j)
-            part = mul(vmath.cast(sums[self._at(i, j)], "float32"), self.merge[common])
+            part = mul(vmath.cast(sums[n], "float32"), self.merge[common])
             store(self.out, fma(self.out[at], self.rescale[common], part), at)
 
     def _result(self, value: Any, b: Any, h: Any, d: Any) -> Any:

@@ -39,6 +39,7 @@ from mpq_compiler.backends.tvm.kernels.template import (
     Buffer,
     Buffers,
     Finish,
+    Registers,
     Shape,
     each_vector,
     epilogue_arguments,
@@ -519,11 +520,8 @@ class _Body:
         taps = plan.taps[0] * plan.taps[1]
         steps = plan.group_inputs if taps == 1 else taps  # of the sum that pieces consist of
         pieces = min(steps, -(-4 * plan.terms * len(block.columns) * lanes // NEAR)) if most > 1 else 1
-        cells = [
-            (i, j, span((i * len(block.columns) + j) * lanes, lanes))
-            for i in range(block.rows) for j in range(len(block.columns))
-        ]  # fmt: skip
-        sums = scratch(len(cells) * lanes)
+        cells = [(i, j) for i in range(block.rows) for j in range(len(block.columns))]
+        sums = Registers(len(cells), lanes)
 
         def row_of(tile: Any) -> Any:
             return T.bind(T.min(tile * block.rows, plan.rows - block.rows))
@@ -535,28 +533,31 @@ class _Body:
         if pieces == 1:
             with T.serial(begin, end) as tile:
                 row = row_of(tile)
-                for _, j, at in cells:
-                    store(sums, bias(j), at)
+                for n, (_, j) in enumerate(cells):
+                    sums[n] = bias(j)
                 self._add_terms(block, row, cells, sums)
-                self._finish_tile(block, row, cells, sums, 0)
+                self._finish_tile(block, row, cells, sums.__getitem__)
             return
         waiting = scratch(most * len(cells) * lanes, heap=True)
-        size, each = len(cells) * lanes, -(-steps // pieces)
+
+        def place(tile: Any, n: int) -> Any:
+            return span(((tile - begin) * len(cells) + n) * lanes, lanes)
+
         with T.serial(begin, end) as tile:
-            for i, j, _ in cells:
-                store(waiting, bias(j), span((tile - begin) * size + (i * len(block.columns) + j) * lanes, lanes))
+            for n, (_, j) in enumerate(cells):
+                store(waiting, bias(j), place(tile, n))
+        each = -(-steps // pieces)
         with T.serial(0, -(-steps // each)) as piece, T.serial(begin, end) as tile:
-            own = (tile - begin) * size
-            for place, (_, _, at) in enumerate(cells):
-                store(sums, waiting[span(own + place * lanes, lanes)], at)
+            for n in range(len(cells)):
+                sums[n] = waiting[place(tile, n)]
             self._add_terms(block, row_of(tile), cells, sums, (piece * each, T.min((piece + 1) * each, steps)))
-            for place, (_, _, at) in enumerate(cells):
-                store(waiting, sums[at], span(own + place * lanes, lanes))
+            for n in range(len(cells)):
+                store(waiting, sums[n], place(tile, n))
         with T.serial(begin, end) as tile:
-            self._finish_tile(block, row_of(tile), cells, waiting, (tile - begin) * size)
+            self._finish_tile(block, row_of(tile), cells, lambda n: waiting[place(tile, n)])
 
     def _add_terms(
-        self, block: _Block, row: Any, cells: list[tuple[int, int, Any]], sums: Buffer, steps: Any = None
+        self, block: _Block, row: Any, cells: list[tuple[int, int]], sums: Registers, steps: Any = None
     ) -> None:
         """Adds the products of a tile to its sums: all, or those of some taps (of some inputs, where there is one)."""
         plan, lanes = self.plan, self.plan.lanes
@@ -567,11 +568,11 @@ class _Body:
         def add(kh: Any, kw: Any, c: Any) -> None:
             tap = kh * plan.tap_steps[0] + kw * plan.tap_steps[1] + c
             term = (kh * plan.taps[1] + kw) * inner + c
-            for i, j, at in cells:
+            for n, (i, j) in enumerate(cells):
                 where = origins[i] + tap
                 x = block.x[span(where + block.columns[j], lanes)] if depthwise else splat(block.x[where], lanes)
                 weight = self.weight[span(block.panels[j] + term * lanes, lanes)]
-                store(sums, self._multiply(x, weight, sums[at]), at)
+                sums[n] = self._multiply(x, weight, sums[n])
 
         if steps is None:
             with T.serial(0, plan.taps[0]) as kh, T.serial(0, plan.taps[1]) as kw, T.serial(0, inner) as c:
@@ -583,15 +584,12 @@ class _Body:
             with T.serial(*steps) as tap, T.serial(0, inner) as c:
                 add(T.floordiv(tap, plan.taps[1]), T.floormod(tap, plan.taps[1]), c)
 
-    def _finish_tile(
-        self, block: _Block, row: Any, cells: list[tuple[int, int, Any]], sums: Buffer, first: Any
-    ) -> None:
-        """Stores the rows of a tile, whose sums are in order from element `first` on."""
-        lanes = self.plan.lanes
-        for place, (i, j, _) in enumerate(cells):
+    def _finish_tile(self, block: _Block, row: Any, cells: list[tuple[int, int]], sums: Callable[[int], Any]) -> None:
+        """Stores the rows of a tile."""
+        for n, (i, j) in enumerate(cells):
             where, column = self._where(row + i), block.columns[j]
-            value = self.finish(sums[span(first + place * lanes, lanes)], block.b, where, column, block.quant)
-            store(self.buffers["y"], value, block.b, *where, span(column, lanes))
+            value = self.finish(sums(n), block.b, where, column, block.quant)
+            store(self.buffers["y"], value, block.b, *where, span(column, self.plan.lanes))
 
     # -------------------------------------------------------------------------------------------------- dot
 
@@ -648,16 +646,16 @@ class _Body:
         """Sums of rows x outputs into `results` [rows, all outputs], without bias."""
         plan = self.plan
         run = plan.taps[1] * plan.group_inputs  # the columns of a kernel row and their channels are neighbours
-        sums = scratch(len(origins) * outputs * LANES)
-        cells = [(i, j, span((i * outputs + j) * LANES, LANES)) for i in range(len(origins)) for j in range(outputs)]
-        for _, _, at in cells:
-            store(sums, f32(0.0, LANES), at)
+        cells = [(i, j) for i in range(len(origins)) for j in range(outputs)]
+        sums = Registers(len(cells), LANES)
+        for n in range(len(cells)):
+            sums[n] = f32(0.0, LANES)
 
         def add(kh: Any, load: Any) -> None:
             images = [keep(load(x, origin + kh * plan.tap_steps[0])) for origin in origins]
             weights = [keep(load(self.weight, (first + j) * plan.terms + kh * run)) for j in range(outputs)]
-            for i, j, at in cells:
-                store(sums, self._multiply(images[i], weights[j], sums[at]), at)
+            for n, (i, j) in enumerate(cells):
+                sums[n] = self._multiply(images[i], weights[j], sums[n])
 
         with T.serial(0, plan.taps[0]) as kh:
             if run >= LANES:
@@ -666,5 +664,5 @@ class _Body:
             if run % LANES:
                 tail = run - run % LANES
                 add(kh, lambda buffer, at: partial(buffer, (), at + tail, run % LANES)[0])
-        for i, j, at in cells:
-            store(results, fold(sums[at]), i * plan.outputs + first + j)
+        for n, (i, j) in enumerate(cells):
+            store(results, fold(sums[n]), i * plan.outputs + first + j)

@@ -20,6 +20,7 @@ from mpq_compiler.backends.tvm.kernels.template import (
     Argument,
     Buffer,
     Buffers,
+    Registers,
     primfunc,
     register_file,
     scratch,
@@ -163,35 +164,36 @@ class _Body:
     ) -> None:  # fmt: skip
         """`rows` rows from `row` on of the vectors of `columns`."""
         p, lanes = self.problem, self.lanes
-        cells = [(i, j, span((i * len(columns) + j) * lanes, lanes)) for i in range(rows) for j in range(len(columns))]
-        sums, total = scratch(len(cells) * lanes), scratch(len(cells) * lanes)
+        cells = [(i, j) for i in range(rows) for j in range(len(columns))]
+        sums = Registers(len(cells), lanes)
         down, along = p.left.strides[-2:]
 
         def terms(first: Any, count: int) -> None:
-            for _, _, at in cells:
-                store(sums, f32(0.0, lanes), at)
+            for n in range(len(cells)):
+                sums[n] = f32(0.0, lanes)
             with T.serial(0, count) as k:
-                for i, j, at in cells:
+                for n, (i, j) in enumerate(cells):
                     element = splat(left[a + (row + i) * down + (first + k) * along], lanes)
-                    store(sums, fma(element, right[span(b + (first + k) * step + columns[j], lanes)], sums[at]), at)
+                    sums[n] = fma(element, right[span(b + (first + k) * step + columns[j], lanes)], sums[n])
 
         full, rest = divmod(p.terms, TERMS)
         if full + bool(rest) == 1:
             terms(0, p.terms)
             total = sums
         else:
-            for _, _, at in cells:
-                store(total, f32(0.0, lanes), at)
-            with T.serial(0, full) as i:
-                terms(i * TERMS, TERMS)
-                for _, _, at in cells:
-                    store(total, total[at] + sums[at], at)
+            total = Registers(len(cells), lanes)
+            for n in range(len(cells)):
+                total[n] = f32(0.0, lanes)
+            with T.serial(0, full) as block:
+                terms(block * TERMS, TERMS)
+                for n in range(len(cells)):
+                    total[n] = total[n] + sums[n]
             if rest:
                 terms(full * TERMS, rest)
-                for _, _, at in cells:
-                    store(total, total[at] + sums[at], at)
-        for i, j, at in cells:
-            store(y, total[at], span(c + (row + i) * p.result.strides[-2] + columns[j], lanes))
+                for n in range(len(cells)):
+                    total[n] = total[n] + sums[n]
+        for n, (i, j) in enumerate(cells):
+            store(y, total[n], span(c + (row + i) * p.result.strides[-2] + columns[j], lanes))
 
 
 __all__ = ["Access", "Matmul", "arguments", "build"]

@@ -76,6 +76,27 @@ def scratch(size: int, dtype: str = "float32", *, heap: bool = False) -> Buffer:
     return T.alloc_buffer((size,), dtype, align=64, annotations=annotations)
 
 
+class Registers:
+    """Vectors that LLVM keeps in registers: ``r[i] = value``, uninitialised before.
+
+    Each is a buffer of its own. One of a kilobyte and more TVM takes from the workspace pool where threads share a
+    loop, whatever `scratch` asks for, and what is stored to it goes to memory.
+    """
+
+    def __init__(self, count: int, lanes: int, dtype: str = "float32") -> None:
+        self._whole = span(0, lanes)
+        self._vectors = [scratch(lanes, dtype) for _ in range(count)]
+
+    def __getitem__(self, i: int) -> Expr:
+        return self._vectors[i][self._whole]
+
+    def __setitem__(self, i: int, value: Expr) -> None:
+        store(self._vectors[i], value, self._whole)
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+
 class Shared:
     """What `shared` yields: a loop that threads share, and memory that each of them has of its own."""
 
@@ -125,7 +146,9 @@ def shared(nanoseconds: float) -> Iterator[Shared]:
 @contextmanager
 def shares(batch: Any, extent: int, nanoseconds: float) -> Iterator[tuple[Any, Any, Any]]:
     """(sample, begin, end) of parts of ``range(extent)`` of every sample, which threads share as in `shared`."""
-    parts = min(extent, SHARES) if nanoseconds >= WORTH_SHARING else 1
+    parts = 1
+    if nanoseconds >= WORTH_SHARING:
+        parts = extent if extent <= 2 * SHARES else SHARES  # one step each where they are few: no loop
     if parts == 1:
         with T.serial(0, batch) as sample:
             yield sample, 0, extent
