@@ -28,6 +28,7 @@ _API = {
     "inspect": "inspection:inspect",
     "load": "runtime:load",
     "load_denoiser": "denoiser:load",
+    "measure_latency": "compiler:measure_latency",
     "measure_sensitivity": "compiler:measure_sensitivity",
     "record_inputs": "recording:record_inputs",
     "verify": "artifact:read",

@@ -29,8 +29,10 @@ import numpy as np
 
 from mpq_compiler import artifact as artifacts
 from mpq_compiler import contestants, peers, runtime, svg, terminal
+from mpq_compiler import latency_table as tables
 from mpq_compiler.contestants import Arrays, Contestant
 from mpq_compiler.errors import UserError
+from mpq_compiler.latency_table import Table
 from mpq_compiler.machine import cpu
 from mpq_compiler.metrics import sqnr_db
 from mpq_compiler.svg import Point
@@ -39,6 +41,10 @@ from mpq_compiler.tvm_runtime import VirtualMachine
 OURS, CONTROL, REUSING = "mpq", "mpq control", "mpq reusing"
 WINDOW = 8e-3
 """Seconds that a turn takes at the least: shorter calls are repeated."""
+GAIN = 0.02
+"""Share of a layer's time from which on another format counts as faster: less is noise."""
+SHOWN = 20
+"""Layers that are told of, of those that would be faster otherwise."""
 COPIED = 64 << 20
 """Bytes of the copy that the memory's bandwidth is measured with: more than caches hold."""
 
@@ -64,16 +70,19 @@ def bench(
     kernels: bool = False,
     memory: bool = True,
     progress: Any = None,
+    latency_table: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measures and returns plain data (schemas/bench.json).
 
     paths: artifacts of one model; the first is the one whose kernels are looked at. model: the float model that the
-    peers run, where the artifact's is no bundled one. UserError: fewer than one round, thread or sample, an unknown
+    peers run, where the artifact's is no bundled one. latency_table: of `mpqc latency`, to hold the first artifact
+    against. UserError: fewer than one round, thread or sample, an unknown
     peer, an artifact that this machine cannot run, or that is of another model.
     """
     _check(against, threads, batch, rounds)
     loaded = [runtime.load(path, threads, reuse_bytes=0) for path in paths]
     subject = loaded[0]
+    times_of = None if latency_table is None else _latency_table(latency_table, subject, threads, batch)
     inputs = contestants.random_inputs(subject.manifest, batch)
     for path, other in zip(paths, loaded, strict=True):
         if other.input_names != subject.input_names:
@@ -129,6 +138,7 @@ def bench(
         "cpu": cpu(),
         "skipped": skipped,
         "kernels": _kernel_rows(subject, profiles, batch, clock, peak["gmacs"]) if kernels else None,
+        "latency": _latency(subject, times_of, threads, batch, rows[0]["ms"]),
     }
 
 
@@ -297,6 +307,7 @@ def _kernel_rows(
             {
                 **{key: call[key] for key in ("node", "layer", "kernel", "template")},
                 "part": call.get("part", "step"),
+                "weights": tables.format_of(call.get("problem", "")),
                 "ms": 1e3 * seconds,
                 "ms_min": 1e3 * min(times),
                 "ms_max": 1e3 * max(times),
@@ -308,6 +319,55 @@ def _kernel_rows(
         )
     total = sum(row["ms"] for row in rows)
     return [{**row, "share": row["ms"] / total if total else 0.0} for row in rows]
+
+
+# --- predictions --------------------------------------------------------------------------------------------
+
+
+def _latency_table(path: str | Path, subject: runtime.CompiledDenoiser, threads: int, batch: int) -> Table:
+    """The table in a file. UserError: it does not hold for what is measured here."""
+    table = tables.load(path)
+    tables.require_of(table, subject.manifest["target"]["name"], cpu(), threads)
+    if table.batch != batch:
+        raise UserError(f"the latency table (--latency-table) is of batch {table.batch}: add --batch {table.batch}")
+    _require_kernels(subject, batch)
+    return table
+
+
+def _latency(
+    subject: runtime.CompiledDenoiser, table: Table | None, threads: int, batch: int, measured: float
+) -> dict[str, Any] | None:
+    """Predicted against measured time, by the table or by what the artifact was compiled with; and faster formats."""
+    if table is None:
+        known = subject.manifest.get("plan", {}).get("latency")
+        if known is None or (known["cpu"], known["threads"], known["batch"]) != (cpu(), threads, batch):
+            return None
+        return _against(known["predicted_ms"], measured) | {"missing": known["missing"], "layers": None}
+    rows = _schedule(subject)
+    if any("problem" not in row for row in rows):
+        raise UserError(f"{subject.artifact.path} does not say what its kernels compute: compile it again")
+    found = tables.predict(table, [row["problem"] for row in rows])
+    others = tables.others_of(table)
+    layers = [layer for row in rows if (layer := _faster(row, others)) is not None]
+    layers.sort(key=lambda layer: layer["best_ms"] - layer["ms"])
+    return _against(found.ms, measured) | {"missing": len(found.missing), "layers": layers}
+
+
+def _against(predicted: float, measured: float) -> dict[str, Any]:
+    return {"predicted_ms": predicted, "measured_ms": measured, "error": predicted / measured - 1}
+
+
+def _faster(row: Mapping[str, Any], others: Mapping[str, Mapping[str, float]]) -> dict[str, Any] | None:
+    """A layer beside its fastest format in the table; None where none gains anything, or nothing is known."""
+    times = others.get(tables.in_any_format(row["problem"]) or "", {})
+    own = tables.format_of(row["problem"]) or ""
+    if own not in times:
+        return None
+    best = min(times, key=times.__getitem__)
+    if times[best] > times[own] * (1 - GAIN):
+        return None
+    layer = row["layer"] or row["node"]
+    return {"layer": layer, "weights": own, "ms": times[own] / 1e3, "best": best, "best_ms": times[best] / 1e3}
 
 
 # --- for reading --------------------------------------------------------------------------------------------
@@ -350,8 +410,37 @@ def show(found: Mapping[str, Any], kernels: bool) -> None:
         )
     elif peak["reason"]:
         terminal.note(f"no peak: {peak['reason']}")
+    if found["latency"] is not None:
+        _show_latency(found["latency"])
     if kernels:
         _show_kernels(found["kernels"])
+
+
+def _show_latency(found: Mapping[str, Any]) -> None:
+    beyond = f"; the table lacks {found['missing']} of the kernel calls" if found["missing"] else ""
+    terminal.say(
+        f"predicted {found['predicted_ms']:.4g} ms, measured {found['measured_ms']:.4g} ms: "
+        f"{100 * found['error']:+.1f} %{beyond}"
+    )
+    if found["layers"] is None:
+        return
+    saved = sum(row["ms"] - row["best_ms"] for row in found["layers"])
+    terminal.table(
+        f"layers that would be faster with other weights, by {saved:.4f} ms in all",
+        ("layer", "weights", "ms", "faster with", "ms", "saves"),
+        [
+            (
+                row["layer"].removesuffix(".weight"),
+                row["weights"],
+                f"{row['ms']:.4f}",
+                row["best"],
+                f"{row['best_ms']:.4f}",
+                f"{100 * (1 - row['best_ms'] / row['ms']):.1f} %",
+            )
+            for row in found["layers"][:SHOWN]
+        ],
+        numeric=(2, 4, 5),
+    )
 
 
 def _show_kernels(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -364,11 +453,12 @@ def _show_kernels(rows: Sequence[Mapping[str, Any]]) -> None:
     total = sum(row["ms"] for row in rows)
     terminal.table(
         "kernels",
-        ("layer or node", "kernel", "ms", "share", "operands", "GMAC/s", "of the peak"),
+        ("layer or node", "kernel", "weights", "ms", "share", "operands", "GMAC/s", "of the peak"),
         [
             (
                 (row["layer"] or row["node"]).removesuffix(".weight"),
                 row["template"],
+                row["weights"] or "",
                 f"{row['ms']:.4f}",
                 f"{100 * row['share']:.1f} %",
                 terminal.size(row["bytes"]),
@@ -377,7 +467,7 @@ def _show_kernels(rows: Sequence[Mapping[str, Any]]) -> None:
             )
             for row in rows
         ],
-        numeric=range(2, 7),
+        numeric=range(3, 8),
     )
     terminal.table(
         f"families, {total:.3f} ms in all",

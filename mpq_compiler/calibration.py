@@ -5,9 +5,9 @@ Passes ask for statistics by name; `calibrate` collects what the whole pipeline 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -15,20 +15,28 @@ from torch import Tensor, fx
 from mpq_compiler import ops
 from mpq_compiler.program import Interpreter, Program, arguments, operand, softmax, weight_of
 
-RANGE, VALUES, GRAM = "range", "values", "gram"
-"""The statistics there are: extremes per input; a sample of values per input; second moments of layer inputs."""
+if TYPE_CHECKING:
+    from mpq_compiler.pass_manager import Session
+
+RANGE, VALUES, MOMENTS, GRAM = "range", "values", "moments", "gram"
+"""The statistics there are: extremes per input; a sample of values per input; the mean squares of layer inputs; their
+whole second moments, which take as long as running the model does."""
 ATTENTION, DYNAMIC = "attention", "dynamic"
 """Asked for like statistics: the edges of attentions and their probabilities; what dynamic quantizers cost."""
 GPTQ, IN_ORDER = "gptq", "in-order"
 """Asked for like statistics: that codes are chosen by GPTQ, and column after column as they stand."""
 
 VALUES_PER_INPUT = 256
+VALUES_PER_EDGE = 1 << 18
+"""Sampled at least from every input, and from all inputs together: of few inputs, more values each."""
 PROBABILITIES = 1024
 """Sampled from an attention per input, about: whole rows, because few of a row's values are large."""
 GRAM_ROWS = 8192
 GRAM_COLUMNS = 4096
 """Layers with more inputs than this keep the diagonal of their second moments only: memory and time grow as K^2."""
 BATCH = 32
+PART = 8
+"""Inputs that a thread takes at a time."""
 
 
 @dataclass
@@ -132,9 +140,12 @@ def row_geometry(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _choice(count: int, wanted: int, generator: torch.Generator) -> Tensor:
+    """At most ``wanted`` of 0..count-1, ascending: one at random out of each of as many equal stretches."""
     if count <= wanted:
         return torch.arange(count)
-    return torch.randperm(count, generator=generator)[:wanted].sort().values
+    starts = torch.arange(wanted + 1) * count // wanted
+    inside = torch.rand(wanted, generator=generator, dtype=torch.float64) * starts.diff()
+    return starts[:-1] + inside.long()
 
 
 class _Observer(Interpreter):
@@ -169,47 +180,103 @@ class _Observer(Interpreter):
         return EdgeStatistics(p.min().reshape(1), p.max().reshape(1), values.reshape(1, -1), p.numel())
 
 
+Rows = tuple[str, tuple[Any, ...]]
+"""What decides the rows that a layer multiplies: the edge it reads, and `row_geometry`."""
+
+
+@dataclass
+class _Piece:
+    """What is measured on a part of a batch."""
+
+    output: Tensor
+    edges: dict[str, EdgeStatistics]
+    rows: dict[Rows, Tensor]
+
+
+class Collector:
+    """Measures every edge and layer that may be quantized while the program runs on inputs, batch by batch.
+
+    A batch is measured in parts of `PART` inputs, by as many threads as `Session.map` has; what is found does not
+    depend on their number.
+    """
+
+    def __init__(self, program: Program, wanted: frozenset[str], total: int, session: Session) -> None:
+        """wanted: the statistics. total: how many inputs there will be, among which samples are shared out."""
+        self.program, self.wanted, self.total, self.session = program, wanted, total, session
+        self.layers = program.quantizable
+        self.attentions = program.attentions if ATTENTION in wanted else []
+        self.readers: dict[str, dict[Rows, list[fx.Node]]] = {}
+        for n in self.layers:
+            operand(n, 1).meta["shape"] = tuple(program.tensors[str(weight_of(n))].shape)
+            edge = input_edge(n).name
+            self.readers.setdefault(edge, {}).setdefault((edge, row_geometry(n)), []).append(n)
+        read = {e.name for n in self.attentions for e in attention_edges(n)}
+        self.parts: dict[str, list[EdgeStatistics]] = {
+            name: [] for name in (*(self.readers.keys() | read), *(softmax(n.name) for n in self.attentions))
+        }
+        self.sums: dict[Rows, tuple[Tensor, Tensor, int]] = {}
+        self.measured = 0
+
+    def measure(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The program's output for a batch of inputs, whose statistics are added."""
+        pieces = self.session.map(self._piece, enumerate(batches(inputs, PART), self.measured))
+        self.measured += len(pieces)
+        for piece in pieces:
+            for name, found in piece.edges.items():
+                self.parts[name].append(found)
+
+        def add(key: Rows) -> None:
+            rows = torch.cat([piece.rows[key] for piece in pieces])
+            gram, mean, count = self.sums.get(key, (0, 0, 0))
+            whole = GRAM in self.wanted and rows.shape[1] <= GRAM_COLUMNS
+            moments = rows.T @ rows if whole else rows.square().sum(0)
+            self.sums[key] = (gram + moments, mean + rows.sum(0), count + len(rows))
+
+        self.session.map(add, pieces[0].rows)
+        return torch.cat([piece.output for piece in pieces])
+
+    def _piece(self, numbered: tuple[int, dict[str, Tensor]]) -> _Piece:
+        number, inputs = numbered
+        size = len(next(iter(inputs.values())))
+        values = max(VALUES_PER_INPUT, VALUES_PER_EDGE // self.total) if VALUES in self.wanted else 1
+        generator = torch.Generator().manual_seed(self.session.seed + number)
+        edges: dict[str, EdgeStatistics] = {}
+        sampled: dict[Rows, Tensor] = {}
+
+        def watch(node: fx.Node, value: Any) -> None:
+            if node.name not in self.parts:
+                return
+            flat = value.reshape(size, -1)
+            low, high = flat.aminmax(dim=1)
+            positions = _choice(flat.shape[1], values, generator)
+            edges[node.name] = EdgeStatistics(low, high, flat[:, positions], flat.shape[1])
+            for key, calls in self.readers.get(node.name, {}).items() if self.wanted & {GRAM, MOMENTS} else ():
+                sampled[key] = input_rows(calls[0], value, max(1, GRAM_ROWS * size // self.total), generator)
+
+        observer = _Observer(self.program, frozenset(n.name for n in self.attentions), generator)
+        with torch.no_grad():
+            output = observer.run(inputs, watch=watch)
+        edges |= {softmax(name): found for name, found in observer.found.items()}
+        return _Piece(output, edges, sampled)
+
+    def calibration(self, inputs: dict[str, Tensor]) -> Calibration:
+        """What was measured; ``inputs``: all of them, in order."""
+        found = Calibration(inputs)
+        found.edges |= {name: EdgeStatistics.joined(parts) for name, parts in self.parts.items()}
+        for key, (gram, mean, count) in self.sums.items():
+            moments = gram / count, mean / count
+            for call in self.readers[key[0]][key]:
+                found.grams[call.name], found.means[call.name] = moments
+        return found
+
+
 def collect(
-    program: Program, inputs: dict[str, Tensor], wanted: frozenset[str], seed: int, advance: Callable[[int], None]
+    program: Program, inputs: dict[str, Tensor], wanted: frozenset[str], session: Session
 ) -> Calibration:
     """Runs the program over the inputs once and measures every edge and layer that may be quantized."""
-    found = Calibration(inputs)
-    layers = program.quantizable
-    attentions = program.attentions if ATTENTION in wanted else []
-    edges = {input_edge(n).name for n in layers} | {e.name for n in attentions for e in attention_edges(n)}
-    readers: dict[str, dict[tuple[Any, ...], list[fx.Node]]] = {}
-    for n in layers:
-        operand(n, 1).meta["shape"] = tuple(program.tensors[str(weight_of(n))].shape)
-        readers.setdefault(input_edge(n).name, {}).setdefault(row_geometry(n), []).append(n)
-    parts: dict[str, list[EdgeStatistics]] = {name: [] for name in (*edges, *(softmax(n.name) for n in attentions))}
-    sums: dict[tuple[str, tuple[Any, ...]], tuple[Tensor, Tensor, int]] = {}
     total = len(next(iter(inputs.values())))
-    generator = torch.Generator().manual_seed(seed)
-
-    def watch(node: fx.Node, value: Any) -> None:
-        if node.name not in edges:
-            return
-        flat = value.reshape(size, -1)
-        low, high = flat.aminmax(dim=1)
-        positions = _choice(flat.shape[1], VALUES_PER_INPUT if VALUES in wanted else 1, generator)
-        parts[node.name].append(EdgeStatistics(low, high, flat[:, positions], flat.shape[1]))
-        for geometry, calls in readers.get(node.name, {}).items() if GRAM in wanted else ():
-            rows = input_rows(calls[0], value, max(1, GRAM_ROWS * size // total), generator)
-            gram, mean, count = sums.get((node.name, geometry), (0, 0, 0))
-            moments = rows.T @ rows if rows.shape[1] <= GRAM_COLUMNS else rows.square().sum(0)
-            sums[node.name, geometry] = (gram + moments, mean + rows.sum(0), count + len(rows))
-
-    for batch in batches(inputs):
-        size = len(next(iter(batch.values())))
-        observer = _Observer(program, frozenset(n.name for n in attentions), generator)
-        with torch.no_grad():
-            observer.run(batch, watch=watch)
-        for name, observed in observer.found.items():
-            parts[softmax(name)].append(observed)
-        advance(size)
-    found.edges |= {name: EdgeStatistics.joined(pieces) for name, pieces in parts.items()}
-    for (edge, geometry), (gram, mean, count) in sums.items():
-        moments = gram / count, mean / count
-        for call in readers[edge][geometry]:
-            found.grams[call.name], found.means[call.name] = moments
-    return found
+    collector = Collector(program, wanted, total, session)
+    with session.track("calibrating", total) as advance:
+        for batch in batches(inputs):
+            advance(len(collector.measure(batch)))
+    return collector.calibration(inputs)

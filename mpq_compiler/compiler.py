@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -382,16 +382,17 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
     resolve(chosen)  # a wrong option is refused before the model is read, and so is a wrong table
     _latency_table(chosen, target)
     denoiser = load_denoiser(model, chosen)
-    lowering = lower(denoiser, chosen, progress)
-    program, planned, records, passes = lowering.program, lowering.planned, lowering.records, lowering.passes
-    if program.stage != Stage.PACKED or planned is None:
-        raise UserError("the pipeline ends before 'fold-fake-quant': nothing was packed that a backend could run")
+    with _standby(backend, chosen.jobs) as ready:
+        lowering = lower(denoiser, chosen, progress)
+        program, planned, records, passes = lowering.program, lowering.planned, lowering.records, lowering.passes
+        if program.stage != Stage.PACKED or planned is None:
+            raise UserError("the pipeline ends before 'fold-fake-quant': nothing was packed that a backend could run")
+        with single_threaded():
+            batches, *_ = parse_shapes(chosen.shapes).values()
+            others = _other_sizes(lowering, chosen)
+            ready |= {"jobs": chosen.jobs, "progress": progress, "cache": chosen.cache}
+            built = backend.build(program, target, batches, others=others, **ready)
     with single_threaded():
-        batches, *_ = parse_shapes(chosen.shapes).values()
-        others = _other_sizes(lowering, chosen)
-        built = backend.build(
-            program, target, batches, jobs=chosen.jobs, progress=progress, cache=chosen.cache, others=others
-        )
         target = targets.with_features(target, built.features)
         stored = costs.stored_bytes(planned) + specialize.added_bytes(program, others)
         manifest = {
@@ -420,7 +421,9 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
             (chosen.dumps / artifact.DECISIONS).write_bytes(decided)
         if denoiser.text is not None:
             files[prompts.FILE] = denoiser.text.save
-        judge = _Judge(denoiser, held_out(denoiser, chosen), program, progress)
+        macs = sum(costs.macs(planned).values())
+        session = Session(jobs=chosen.jobs, progress=progress)
+        judge = _Judge(denoiser, held_out(denoiser, chosen), program, macs, session)
         manifest["quality"] = {"reference_sqnr_db": judge.reference_sqnr_db, "inputs": judge.compared}
         complete = artifact.write(output, manifest, files, built.tensors, chosen.overwrite)
         assert complete["weights"]["payload_bytes"] == stored, "payload and plan differ"
@@ -543,6 +546,16 @@ def _backend(target: targets.Target) -> Any:
         ) from error
 
 
+@contextmanager
+def _standby(backend: Any, jobs: int) -> Iterator[dict[str, Any]]:
+    """What a backend takes its time to start, started while the passes run: an argument of its ``build``."""
+    if not hasattr(backend, "standby"):
+        yield {}
+        return
+    with backend.standby(jobs) as workers:
+        yield {"workers": workers}
+
+
 class _Judge:
     """Teacher-forced quality against the float model, and the agreement of artifact and packed program.
 
@@ -550,23 +563,27 @@ class _Judge:
     for some of the inputs only, spread over time, and the two are compared on those.
     """
 
-    def __init__(self, denoiser: Denoiser, inputs: dict[str, Tensor], program: Program, progress: Any = None) -> None:
+    def __init__(
+        self, denoiser: Denoiser, inputs: dict[str, Tensor], program: Program, macs: int, session: Session
+    ) -> None:
+        """program: the packed one. macs: multiply-accumulates of its layers, a sample."""
         self.inputs = inputs
         self.count = len(next(iter(inputs.values())))
-        macs = max(1, sum(costs.macs(program).values()))
         self.compared = min(self.count, max(REFERENCE_LEAST, int(REFERENCE_MACS / macs)))
         index = torch.linspace(0, self.count - 1, self.compared).round().long()
         self.rows = index.numpy()
-        expected, packed = [], []
-        track = progress("judging", self.count + self.compared) if progress else nullcontext(lambda n: None)
-        with track as advance:
-            for batch in in_batches(inputs, JUDGED_TOGETHER):
-                expected.append(denoiser(**batch).numpy())
-                advance(len(expected[-1]))
-            for batch in in_batches({name: value[index] for name, value in inputs.items()}, JUDGED_TOGETHER):
-                packed.append(run(program, batch).numpy())
-                advance(len(packed[-1]))
-        self.expected, self.packed = np.concatenate(expected), np.concatenate(packed)
+        with session.track("judging", self.count + self.compared) as advance:
+
+            def outputs(of: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor]) -> np.ndarray:
+                def output(batch: dict[str, Tensor]) -> np.ndarray:
+                    found = of(batch).numpy()
+                    advance(len(found))
+                    return found
+
+                return np.concatenate(session.map(output, in_batches(inputs, JUDGED_TOGETHER)))
+
+            self.expected = outputs(lambda batch: denoiser(**batch), inputs)
+            self.packed = outputs(lambda batch: run(program, batch), {n: value[index] for n, value in inputs.items()})
         self.reference_sqnr_db = round(sqnr_db(self.expected[self.rows], self.packed), 6)
 
     def quality(self, path: str | Path, target: targets.Target) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mpq_compiler.conditioning import LABELS, TEXT, Conditioning, Conditions
 from mpq_compiler.errors import UserError, nearest
 from mpq_compiler.inputs import InputSpec, TensorModule, convention_of, fixed_values, latent_of, random_values, specs_of
 from mpq_compiler.prompts import TextEncoder
-from mpq_compiler.sampler import Call, Progress, gaussian, sample
+from mpq_compiler.sampler import Call, Model, Progress, gaussian, sample
 from mpq_compiler.schedulers import DDIM, FlowMatchEuler, Scheduler
 
 __all__ = [
@@ -151,6 +151,12 @@ class Denoiser:
         """The conditions that ask for nothing, for guidance; None where the model does not know that."""
         null = self.conditioning.varied(count).null
         return None if null is None else dict(null)
+
+    @property
+    def calls_per_step(self) -> int:
+        """How often `record_calibration` runs the model in a step: twice with guidance."""
+        arguments = self.conditioning.arguments(self.conditioning.mixed(1, 0), 1, self.guidance)
+        return 2 if "null_conditions" in arguments else 1
 
     def sampled(self, guidance: float | None = None, conditions: str | Path | None = None) -> Denoiser:
         """Itself, sampled with a guidance and with the conditions of a file, where they are given."""
@@ -408,6 +414,7 @@ def record_calibration(
     conditions: Mapping[str, Any] | None = None,
     guidance: float | None = None,
     batch: int = 32,
+    model: Model | None = None,
 ) -> dict[str, torch.Tensor]:
     """Records the denoiser's inputs along `samples` sampling trajectories of `steps` steps each.
 
@@ -415,7 +422,7 @@ def record_calibration(
     step first), then by sample. With guidance (by default `denoiser.guidance`) the null-conditioned calls are
     recorded as well: [2 * samples * steps, ...] with both calls of a step next to each other. Without `conditions`
     (arrays [samples, ...] by input name) the model gets `denoiser.given`, or its classes or prompts in turn, the null
-    class or the empty prompt among them, in an order drawn from the seed.
+    class or the empty prompt among them, in an order drawn from the seed. `model` is called in the denoiser's place.
 
     Raises:
         UserError: conditions that cannot be made, or a model whose output is not finite.
@@ -431,7 +438,7 @@ def record_calibration(
 
     calls: list[Call] = []
     sample(
-        denoiser,
+        model or denoiser,
         denoiser.scheduler,
         gaussian(samples, denoiser.latent_shape, seed),
         steps=steps,

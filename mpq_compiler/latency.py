@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -169,7 +169,13 @@ class Latency:
     # ------------------------------------------------------------------------------------------ measuring
 
     def measure(self, program: Program, names: Sequence[str], dynamic: bool = False) -> Table:
-        """The table of a model: candidate plans in each format, and attentions in each of ``kinds``."""
+        """The table of a model."""
+        with self.plans(program, names, dynamic) as loaded:
+            return measured(loaded, self.batch, self.threads, self.progress)
+
+    @contextmanager
+    def plans(self, program: Program, names: Sequence[str], dynamic: bool = False) -> Iterator[list[CompiledDenoiser]]:
+        """Candidate plans with weights in each format, and attentions in each of ``kinds``, compiled and loaded."""
         plans = [(name, self.kinds[-1]) for name in names] + [(names[0], kind) for kind in self.kinds[:-1]]
         with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
             loaded = []
@@ -180,7 +186,7 @@ class Latency:
                     folder.mkdir()
                     loaded.append(self._compiled(self._packed(program, name, kind, dynamic), folder))
                     advance(1)
-            return measured(loaded, self.batch, self.threads, self.progress)
+            yield loaded
 
     def _measured(self, program: Program, rows: Mapping[str, Sequence[Row]], dynamic: bool) -> Table:
         """A table of the kernels in ``rows`` at least, from the cache where all of them are known there."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any
+
+import numpy as np
 
 from mpq_compiler import bench, contestants
 from mpq_compiler.errors import UserError
@@ -16,7 +19,11 @@ from mpq_compiler.machine import cpu
 from mpq_compiler.runtime import CompiledDenoiser
 
 ROUNDS = 25
-"""In which the artifacts take turns."""
+"""In which the artifacts take turns, at the least."""
+SECONDS = 6.0
+"""For which they do at the least: what else a machine does comes and goes within seconds."""
+QUANTILE = 0.25
+"""Of the times of all rounds, which is the one that counts: what others do only ever adds to it."""
 
 
 def versions() -> dict[str, str]:
@@ -24,12 +31,16 @@ def versions() -> dict[str, str]:
 
 
 def measured(
-    loaded: Sequence[CompiledDenoiser], batch: int = 1, threads: int = 1, progress: Any = None, rounds: int = ROUNDS
+    loaded: Sequence[CompiledDenoiser],
+    batch: int = 1,
+    threads: int = 1,
+    progress: Any = None,
+    seconds: float | None = None,
 ) -> Table:
     """The table of artifacts of one target that were loaded with ``threads`` and ``reuse_bytes=0``.
 
-    One thread is measured by its CPU time, which leaves out what others do; more by the wall clock. UserError: no
-    kernels to time, none for the batch size, artifacts of different targets.
+    seconds: to go on for, after `ROUNDS` rounds. One thread is measured by its CPU time, which leaves out what others
+    do; more by the wall clock. UserError: no kernels to time, none for the batch size, artifacts of different targets.
     """
     target, *others = dict.fromkeys(compiled.manifest["target"]["name"] for compiled in loaded)
     if others:
@@ -37,31 +48,31 @@ def measured(
     kernels = [_kernels(compiled, batch) for compiled in loaded]
     inputs = [contestants.random_inputs(compiled.manifest, batch) for compiled in loaded]
     calls = [functools.partial(compiled.run, given) for compiled, given in zip(loaded, inputs, strict=True)]
-    repeats = [bench._repeats(call) for call in calls]
+    repeats = [max(bench._repeats(call) for _ in range(3)) for call in calls]  # a call that was disturbed takes longer
     clock, column = ("cpu", 0) if threads == 1 else ("wall", 1)
-    sites: list[list[list[float]]] = [[[] for _ in own] for own in kernels]
-    beyond: list[list[float]] = [[] for _ in loaded]
-    with progress("measuring kernels", rounds) if progress else nullcontext(lambda n: None) as advance:
-        for _ in range(rounds):
+    whole = [bench.Times() for _ in loaded]
+    profiles: list[list[list[float]]] = [[] for _ in loaded]
+    end = time.monotonic() + (SECONDS if seconds is None else seconds)
+    with progress("measuring kernels", ROUNDS) if progress else nullcontext(lambda n: None) as advance:
+        while len(profiles[0]) < ROUNDS or time.monotonic() < end:
             for index, call in enumerate(calls):
                 call()  # finds the caches as another artifact left them
-                whole = bench.Times()
-                bench._turn(call, repeats[index], whole)
-                spent = [row[column] for row in _seconds(loaded[index], inputs[index])]
-                for site, seconds in zip(sites[index], spent, strict=True):
-                    site.append(seconds)
-                beyond[index].append((whole.of(clock)[0] - sum(spent)) / len(spent))
-            advance(1)
+                bench._turn(call, repeats[index], whole[index])
+                profiles[index].append([row[column] for row in _seconds(loaded[index], inputs[index])])
+            advance(len(profiles[0]) <= ROUNDS)
     times: dict[str, list[float]] = {}
-    for own, found in zip(kernels, sites, strict=True):
-        for kernel, site in zip(own, found, strict=True):
-            times.setdefault(timed_as(kernel), []).append(1e6 * statistics.median(site))
+    beyond = []
+    for own, found, runs in zip(kernels, profiles, whole, strict=True):
+        spent = 1e6 * np.quantile(np.array(found), QUANTILE, axis=0)
+        beyond.append((1e6 * np.quantile(runs.of(clock), QUANTILE) - spent.sum()) / len(own))
+        for kernel, site in zip(own, spent, strict=True):
+            times.setdefault(timed_as(kernel), []).append(float(site))
     return Table(
         target=target,
         cpu=cpu(),
         threads=threads,
         batch=batch,
-        call_us=1e6 * statistics.fmean(statistics.median(each) for each in beyond),
+        call_us=statistics.fmean(beyond),
         kernels={kernel: statistics.fmean(found) for kernel, found in sorted(times.items())},
         models=tuple(dict.fromkeys(compiled.manifest["name"] for compiled in loaded)),
         versions=versions(),

@@ -3,10 +3,11 @@
     {"version": 1, "target", "cpu", "threads", "batch", "call_us", "kernels": {kernel: microseconds},
      "models", "versions"}
 
-A kernel is known by what the compiler asks for (its template and its problem, as `schedule.json` spells them), and its
-time is the mean over the calls that were seen of the median over rounds. ``call_us`` is what a run takes beyond its
-kernels, by the call: the virtual machine, the copies of inputs; what timing adds to a kernel is subtracted in it, so
-that it may be negative. Times are those of a run with nothing known from earlier ones (docs/latency.md).
+A kernel is known by what the compiler asks for (its template and its problem, as `schedule.json` spells them). Its time
+is the mean over the calls that were seen of the lower quartile over rounds, for what others do only adds to it.
+``call_us`` is what a run takes beyond its kernels, by the call: the virtual machine, the copies of inputs; what timing
+adds to a kernel is subtracted in it, so that it may be negative. Times are those of a run with nothing known from
+earlier ones (docs/latency.md).
 """
 
 from __future__ import annotations

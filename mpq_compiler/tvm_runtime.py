@@ -174,13 +174,13 @@ class VirtualMachine:
             ]
             for function in artifact.manifest["functions"]
         }
-        self._prepared: list[Any] = []
+        self._prepared: Any = self._ffi.convert([])
         if prepare := artifact.manifest.get("prepare"):
             stored = artifact.tensors()
             arguments = [self._tensor(aligned(stored[name])) for name in prepare["tensors"]]
             _use_threads(self.threads)
             with _default_float_environment():
-                self._prepared = list(self._machine[prepare["name"]](*arguments))
+                self._prepared = self._machine[prepare["name"]](*arguments)
         entries = artifact.manifest.get("parts", [])
         self._reuses = reuse_bytes > 0
         self.parts = {
@@ -192,7 +192,7 @@ class VirtualMachine:
 
     def _part(self, name: str) -> Callable[..., Sequence[Any]]:
         function = self._machine[name]
-        return lambda *tensors: function(*tensors, *self._prepared)
+        return lambda *tensors: function(*tensors, self._prepared)
 
     def forget(self) -> None:
         """Keeps nothing that parts have computed."""
@@ -219,7 +219,7 @@ class VirtualMachine:
         _use_threads(self.threads)
         with _default_float_environment():
             shared = self._shared(function, staged)
-            result = self._functions[function](*(tensor for _, tensor in staged), *shared, *self._prepared)
+            result = self._functions[function](*(tensor for _, tensor in staged), *shared, self._prepared)
         return np.from_dlpack(result)
 
     def _shared(self, function: str, staged: Sequence[Staged]) -> list[Any]:

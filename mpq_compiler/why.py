@@ -145,11 +145,12 @@ def why(
     chosen = _said(passes, "format")
     budgets, reason = moved if moved is not None else moved_budgets(document)
     price = next((b.price for b in budgets if b.cost == "bytes"), None)
+    times = _said(passes, "microseconds").get("microseconds", {})
     return {
         "layer": path.removesuffix(".weight"),
         "parameter": path,
         "passes": passes,
-        "choices": _choices(_said(passes, "weights").get("weights", {}), chosen, price),
+        "choices": _choices(_said(passes, "weights").get("weights", {}), chosen, price, times),
         "budgets": [budget.of(path) for budget in budgets],
         "budgets_reason": reason,
         "price": price,
@@ -168,8 +169,10 @@ def _said(passes: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return next((said for said in passes.values() if key in said), {})
 
 
-def _choices(weights: Mapping[str, Any], chosen: Mapping[str, Any], price: float | None) -> list[dict[str, Any]]:
-    """The candidates from the smallest on.
+def _choices(
+    weights: Mapping[str, Any], chosen: Mapping[str, Any], price: float | None, times: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """The candidates from the smallest on; ``ms`` is the time of the layer, None without a latency table.
 
     ``saves`` is the loss that a byte saves between the candidate and what was chosen, ``priced`` the loss with the
     bytes at their price: the least of these is what an allocation of one budget chooses.
@@ -178,6 +181,7 @@ def _choices(weights: Mapping[str, Any], chosen: Mapping[str, Any], price: float
     rows = []
     for name, cost in sorted(weights.items(), key=lambda item: (item[1]["bytes"], item[0])):
         row = {"format": name, **cost, "chosen": name == chosen.get("format"), "saves": None, "priced": None}
+        row["ms"] = times[name] / 1e3 if name in times else None
         if own is not None and cost["bytes"] != own["bytes"]:
             row["saves"] = (own["loss"] - cost["loss"]) / (cost["bytes"] - own["bytes"])
         if price is not None:
@@ -224,19 +228,20 @@ def show(found: Mapping[str, Any]) -> None:
         price = found["price"]
         terminal.table(
             "what each format would cost" + (f"; a kilobyte is worth a loss of {1e3 * price:.2g}" if price else ""),
-            ("format", "bytes", "loss", "saves per kB", "loss + price", ""),
+            ("format", "bytes", "loss", "ms", "saves per kB", "loss + price", ""),
             [
                 (
                     row["format"],
                     row["bytes"],
                     f"{row['loss']:.2e}",
+                    "" if row["ms"] is None else f"{row['ms']:.4f}",
                     "" if row["saves"] is None else f"{1e3 * row['saves']:.1e}",
                     "" if row["priced"] is None else f"{row['priced']:.2e}",
                     "chosen" if row["chosen"] else "",
                 )
                 for row in found["choices"]
             ],
-            numeric=(1, 2, 3, 4),
+            numeric=(1, 2, 3, 4, 5),
         )
     if found["budgets"]:
         terminal.table(

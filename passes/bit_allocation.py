@@ -9,7 +9,17 @@ from torch import fx
 
 from mpq_compiler import costs, decisions, formats, sensitivity_table
 from mpq_compiler.allocation import InfeasibleError, Problem, Solution, solve
-from mpq_compiler.calibration import ATTENTION, DYNAMIC, GRAM, RANGE, VALUES, attention_edges, dynamic_edges, input_edge
+from mpq_compiler.calibration import (
+    ATTENTION,
+    DYNAMIC,
+    GRAM,
+    MOMENTS,
+    RANGE,
+    VALUES,
+    attention_edges,
+    dynamic_edges,
+    input_edge,
+)
 from mpq_compiler.costs import weight_path
 from mpq_compiler.errors import UserError
 from mpq_compiler.fitting import activation_parameters
@@ -36,7 +46,7 @@ class BitAllocation(Pass):
     contract: ClassVar[Contract] = Contract.IDENTICAL
     requires: ClassVar[frozenset[str]] = frozenset({"time-groups"})
     provides: ClassVar[frozenset[str]] = frozenset({"plan"})
-    statistics: ClassVar[frozenset[str]] = frozenset({RANGE, VALUES, GRAM})
+    statistics: ClassVar[frozenset[str]] = frozenset({RANGE, VALUES, MOMENTS})
 
     weights: float | None = None
     """Budget in true average bits: all stored bytes over the number of parameters."""
@@ -65,7 +75,8 @@ class BitAllocation(Pass):
             self.require(option, 0)
 
     def asks(self) -> frozenset[str]:
-        asked = {ATTENTION: self.attention is not None, DYNAMIC: self.dynamic}
+        fine = self.uniform is not None and formats.get(self.uniform).bits >= 8  # whole moments gain nothing
+        asked = {ATTENTION: self.attention is not None, DYNAMIC: self.dynamic, GRAM: not fine}
         return self.statistics | {name for name, wanted in asked.items() if wanted}
 
     def run(self, program: Program, session: Session) -> Program:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 
-from mpq_compiler.calibration import GRAM, RANGE, VALUES, collect
+from mpq_compiler.calibration import GRAM, RANGE, VALUES, Calibration, Collector, collect
 from mpq_compiler.errors import UserError
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Program
@@ -39,24 +40,38 @@ class Calibrate(Pass):
             self.require(option, 1)
 
     def run(self, program: Program, session: Session) -> Program:
-        from mpq_compiler.denoiser import record_calibration
-
         assert session.denoiser is not None
         program = program.fork()
         if not program.quantizable:
             raise UserError(f"{program.model} has no linear or conv2d layer that could be quantized")
-        inputs = session.calibration
-        if inputs is None:
-            with session.track("recording calibration inputs", self.steps) as advance:
-                inputs = record_calibration(
-                    session.denoiser, self.samples, self.steps, session.seed, lambda done, total: advance(1)
-                )
-        count = len(next(iter(inputs.values())))
-        with session.track("calibrating", count) as advance:
-            wanted = session.statistics or frozenset({RANGE, VALUES, GRAM})
-            calibration = collect(program, inputs, wanted, session.seed, advance)
+        wanted = session.statistics or frozenset({RANGE, VALUES, GRAM})
+        if session.calibration is None:
+            calibration = self._sampled(program, session, wanted)
+        else:
+            calibration = collect(program, session.calibration, wanted, session)
         for name, edge in calibration.edges.items():
             if not bool(torch.isfinite(edge.low).all() and torch.isfinite(edge.high).all()):
                 raise UserError(f"{program.model} gives values that are not finite at '{name}' during calibration")
         program.facts["calibration"] = calibration
         return program
+
+    def _sampled(self, program: Program, session: Session, wanted: frozenset[str]) -> Calibration:
+        """Measured while the program itself is what the sampler draws with: the float model runs once."""
+        from mpq_compiler.denoiser import record_calibration
+
+        denoiser = session.denoiser
+        assert denoiser is not None
+        total = self.samples * self.steps * denoiser.calls_per_step
+        collector = Collector(program, wanted, total, session)
+
+        def model(**inputs: np.ndarray) -> np.ndarray:
+            arrays = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in inputs.items()}
+            output = collector.measure({name: x.to(denoiser.input_specs[name].dtype) for name, x in arrays.items()})
+            advance(len(output))
+            return output.numpy()
+
+        with session.track("calibrating", total) as advance:
+            inputs = record_calibration(
+                denoiser, self.samples, self.steps, session.seed, batch=self.samples, model=model
+            )
+        return collector.calibration(inputs)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from mpq_compiler import formats, ops
-from mpq_compiler.calibration import GPTQ, GRAM, IN_ORDER
+from mpq_compiler.calibration import GPTQ, GRAM, IN_ORDER, MOMENTS
 from mpq_compiler.errors import UserError
 from mpq_compiler.fitting import Open, attributes, fit_unsettled, settle, unsettled
 from mpq_compiler.pass_manager import Contract, Pass, Session
@@ -32,7 +32,7 @@ class RoundWeights(Pass):
     contract: ClassVar[Contract] = Contract.SIMULATION
     requires: ClassVar[frozenset[str]] = frozenset({"fake-quant"})
     provides: ClassVar[frozenset[str]] = frozenset({"codes"})
-    statistics: ClassVar[frozenset[str]] = frozenset({GRAM})
+    statistics: ClassVar[frozenset[str]] = frozenset({MOMENTS})
 
     method: Literal["nearest", "gptq"] = "nearest"
     """How codes are chosen; residual branches, and what `sensitivity` measures, follow it."""
@@ -42,7 +42,7 @@ class RoundWeights(Pass):
     def asks(self) -> frozenset[str]:
         if self.method == "nearest":
             return self.statistics
-        return self.statistics | ({GPTQ} if self.order else {GPTQ, IN_ORDER})
+        return self.statistics | ({GRAM, GPTQ} if self.order else {GRAM, GPTQ, IN_ORDER})
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()

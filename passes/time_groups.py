@@ -75,17 +75,16 @@ class TimeGroups(Pass):
         places = torch.searchsorted(torch.stack(ends), times)
         chosen = [places == i for i in range(len(ends))]
         values = [edge.values[rows].flatten() for rows in chosen]
-        values = [v[:: max(1, len(v) // VALUES_PER_STEP)] for v in values]
-        low = [edge.low[rows].min() for rows in chosen]
-        high = [edge.high[rows].max() for rows in chosen]
+        count = min(VALUES_PER_STEP, *(len(v) for v in values))
+        sample = torch.stack([v[torch.arange(count) * len(v) // count] for v in values])
+        low = torch.stack([edge.low[rows].min() for rows in chosen])
+        high = torch.stack([edge.high[rows].max() for rows in chosen])
         costs = torch.full((len(ends), len(ends)), torch.inf, dtype=torch.float64)
-        power = torch.cat(values).square().sum().clamp_min(1e-30)
-        for a in range(len(ends)):
-            for b in range(a, len(ends)):
-                interval = torch.cat(values[a : b + 1])
-                span = torch.stack(low[a : b + 1]).min(), torch.stack(high[a : b + 1]).max()
-                costs[a, b] = float(activation.least_error(interval, *span, self.bits) / power)
-        return costs
+        for length in range(1, len(ends) + 1):  # every interval of so many places at once
+            intervals = sample.unfold(0, length, 1).flatten(1)
+            span = low.unfold(0, length, 1).amin(1), high.unfold(0, length, 1).amax(1)
+            costs.diagonal(length - 1).copy_(activation.least_error(intervals, *span, self.bits))
+        return costs / sample.square().sum().clamp_min(1e-30)
 
 
 def _total(costs: Tensor, starts: list[int]) -> float:

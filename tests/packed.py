@@ -25,7 +25,7 @@ from mpq_compiler.targets import Target
 from tests import tiny
 
 BUNDLED = "fashion-unet"
-_PIPELINE = (
+PIPELINE = (
     "trace,layout,{}calibrate,time-groups,bit-allocation{{uniform={}}},insert-fake-quant,residual-branch,low-rank,"
     "round-weights,fold-fake-quant,fuse-epilogues"
 )
@@ -65,7 +65,7 @@ def program(name: str, weights: str = "int8", rewrites: str = "") -> Packed:
             values["encoder_hidden_states"][:, 0] = torch.linspace(-3, 3, values["encoder_hidden_states"].shape[-1])
     stages: dict[str, Program] = {}
     final, _ = pass_manager.run_pipeline(
-        pass_manager.parse(_PIPELINE.format(rewrites and f"{rewrites},", weights)),
+        pass_manager.parse(PIPELINE.format(rewrites and f"{rewrites},", weights)),
         Program(fx.Graph(), TensorStore(), (), Stage.FLOAT),
         session,
         after=lambda index, each, before, after: stages.__setitem__(each.name(), after),

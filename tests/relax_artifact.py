@@ -129,11 +129,11 @@ def _compile(sizes: list[tuple[str, int, int]], target: dict[str, Any]) -> Any:
             relax.Var("sample", tensor(batch, height, WIDTH)),
             relax.Var("timestep", tensor(batch, dtype="int64")),
             relax.Var("class_labels", tensor(batch, dtype="int64")),
-            relax.Var("weight", tensor(WIDTH)),
-            relax.Var("offset", tensor(10)),
         ]
-        with builder.function(name, arguments):
+        prepared = relax.Var("prepared", relax.TupleType([tensor(WIDTH), tensor(10)]))
+        with builder.function(name, [*arguments, prepared]):
             with builder.dataflow():
+                arguments += [builder.emit(relax.TupleGetItem(prepared, i)) for i in range(2)]
                 kernel = builder.add_func(scale_and_shift, "scale_and_shift")
                 output = builder.emit_output(
                     builder.emit(relax.call_tir(kernel, arguments, tensor(batch, height, WIDTH)))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mpq_compiler import checkpoint, cli, denoiser, schemas, tensorfile
+from mpq_compiler import checkpoint, cli, denoiser, latency_profile, schemas, tensorfile
 
 Command = Callable[..., Any]
 
@@ -18,6 +18,7 @@ Command = Callable[..., Any]
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Runs `mpqc` in an empty folder; the JSON it wrote, checked against the schema of that name."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(latency_profile, "SECONDS", 0.0)
 
     def run(schema: str, *arguments: str) -> Any:
         assert cli.main([*arguments, "--json", "result.json"]) == 0, arguments
@@ -64,7 +65,10 @@ def test_every_command(command: Command, model: str, tmp_path_factory: pytest.Te
     command("run", "run", "out.mpq", "--input", "in.safetensors", "--output", "y.safetensors")
     command("generate", "generate", "out.mpq", "-o", "grid.png", "--images", "4", "--steps", "2", "--compare", model)
     command("eval", "eval", "out.mpq", "--images", "8", "--eval-steps", "2")
-    command("bench", "bench", "out.mpq", "--against", "torch", "--rounds", "2")
+    times = command("latency", "latency", "out.mpq", "-o", "times.json")
+    assert times["kernels"] and json.loads(Path("times.json").read_text()) == times
+    found = command("bench", "bench", "out.mpq", "--against", "torch", "--rounds", "2", "--latency-table", "times.json")
+    assert found["latency"]["missing"] == 0 and found["latency"]["predicted_ms"] > 0
 
 
 def test_the_demo(command: Command, tmp_path_factory: pytest.TempPathFactory) -> None:

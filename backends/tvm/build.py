@@ -47,18 +47,20 @@ def build(
     progress: Progress | None = None,
     cache: Path | None = None,
     others: Sequence[Specialization] = (),
+    workers: Sequence[Worker] | None = None,
 ) -> Built:
     """Compiles a packed program for a CPU target, with a specialization for each batch size.
 
     others: the program at other image sizes, with the batch sizes for each; they share the stored tensors.
-    jobs: worker processes. cache: folder of compiled kernels (default: `cache.folder()`). Neither changes a byte.
+    jobs: worker processes; workers: those of `standby`, in their place. cache: folder of compiled kernels (default:
+    `cache.folder()`). None of them changes a byte.
     Slow forms are added to ``program.fallbacks``.
 
     UserError: a node that no kernel computes; a kernel that cannot be compiled; no linker; no room in the cache.
     """
     require_implemented(target)
     lowered = lower(program, batches, others)
-    library, reused, memory = compile_library(lowered, target, jobs, progress, cache)
+    library, reused, memory = compile_library(lowered, target, jobs, progress, cache, workers)
     stored = storage.stored(program, *(other.program for other in others))
     return Built(
         files={KERNELS: library},
@@ -87,6 +89,13 @@ def build(
             ],
         },
     )
+
+
+@contextmanager
+def standby(jobs: int) -> Iterator[list[Worker]]:
+    """The workers of a compilation; each takes half a second to be ready, which may pass before they are needed."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(Worker()) for _ in range(jobs)]
 
 
 def _describe(function: Function, batch: int) -> dict[str, Any]:
@@ -139,6 +148,7 @@ def compile_library(
     jobs: int = 1,
     progress: Progress | None = None,
     cache: Path | None = None,
+    workers: Sequence[Worker] | None = None,
 ) -> tuple[bytes, int, dict[str, Any]]:
     """(the shared library of the plan, how many of its kernels came from the cache, the manifest's entry on memory)."""
     kernels = lowered.kernels()
@@ -146,8 +156,8 @@ def compile_library(
     objects = {kernel: folder / f"{_key(kernel, target)}.o" for kernel in kernels}
     missing = [kernel for kernel, path in objects.items() if not (path.is_file() and _workspace(path).is_file())]
     with ExitStack() as stack:
-        count = max(1, min(jobs, len(missing)))
-        workers = [stack.enter_context(Worker()) for _ in range(count)]
+        if workers is None:
+            workers = stack.enter_context(standby(max(1, min(jobs, len(missing)))))
         track = progress("compiling kernels", len(kernels)) if progress else nullcontext(lambda n: None)
         with track as advance:
             advance(len(kernels) - len(missing))

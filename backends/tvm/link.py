@@ -156,13 +156,19 @@ class _Builder:
         batch: int,
         types: Sequence[Any],
     ) -> None:
-        """``name(arguments..., prepared...)``: one result, or a tuple of several."""
+        """``name(arguments..., prepared)``: one result, or a tuple of several.
+
+        The prepared tensors are one argument, a tuple: the machine allocates room for all arguments in every call.
+        """
         inputs = [_variable(f"x{i}", value, batch) for i, value in enumerate(arguments)]
-        weights = [relax.Var(f"w{i}", type) for i, type in enumerate(types)]
+        weights = relax.Var("prepared", relax.TupleType(types))
         env = {value.name: p for value, p in zip(arguments, inputs, strict=True)}
-        env |= dict(zip(self.lowered.prepared, weights, strict=True))
-        with self.builder.function(name, [*inputs, *weights]):
+        read = {name for call in calls for _, name in call.operands}
+        with self.builder.function(name, [*inputs, weights]):
             with self.builder.dataflow():
+                for i, prepared in enumerate(self.lowered.prepared):
+                    if prepared in read:
+                        env[prepared] = self.builder.emit(relax.TupleGetItem(weights, i))
                 for call in calls:
                     self._call(call, env, batch)
                 results = [result] if isinstance(result, Value) else result

@@ -30,10 +30,8 @@ def error(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 
 def least_error(values: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """The least error on ``values`` [S] when both ends of the range [low, high] shrink together: a quick bound."""
-    shrink = torch.tensor(SHRINK)
-    scale, zero = parameters(low * shrink, high * shrink, bits)
-    return error(values.expand(len(SHRINK), -1), scale, zero, bits).min()
+    """A quick bound [...]: the least error on values [..., S] when both ends of the ranges [low, high] [...] shrink."""
+    return torch.stack([error(values, *parameters(low * s, high * s, bits), bits) for s in SHRINK[::2]]).amin(0)
 
 
 def fit(values: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:

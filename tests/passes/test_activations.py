@@ -151,8 +151,8 @@ def test_statistics_of_an_attention_are_those_of_its_probabilities():
 
 def test_attentions_are_observed_where_they_are_asked_for():
     program, x = after("layout"), programs.inputs(MODEL, 2)
-    plain = collect(program, x, frozenset({RANGE, VALUES}), 0, lambda n: None)
-    asked = collect(program, x, frozenset({RANGE, VALUES, ATTENTION}), 0, lambda n: None)
+    plain = collect(program, x, frozenset({RANGE, VALUES}), Session())
+    asked = collect(program, x, frozenset({RANGE, VALUES, ATTENTION}), Session())
     own = {softmax(n.name) for n in program.attentions}
     own |= {e.name for n in program.attentions for e in attention_edges(n)}
     assert {*asked.edges} - {*plain.edges} == own - {*plain.edges} and own

@@ -5,7 +5,7 @@ import torch
 
 from mpq_compiler import denoiser as denoisers
 from mpq_compiler import ops, pass_manager
-from mpq_compiler.calibration import GRAM, RANGE, VALUES, collect, input_rows, row_geometry
+from mpq_compiler.calibration import GRAM, MOMENTS, RANGE, VALUES, collect, input_rows, row_geometry
 from mpq_compiler.errors import UserError
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.passes.calibrate import Calibrate
@@ -51,14 +51,17 @@ def test_moments():
 def test_only_what_is_asked_for_is_collected():
     program = programs.after("pixart", "layout")
     x = programs.inputs("pixart", 2)
-    assert not collect(program, x, frozenset({RANGE}), 0, lambda n: None).grams
-    both = collect(program, x, frozenset({VALUES, GRAM}), 0, lambda n: None)
+    assert not collect(program, x, frozenset({RANGE}), Session()).grams
+    both = collect(program, x, frozenset({VALUES, GRAM}), Session())
     assert {*both.grams} == {n.name for n in program.quantizable}
+    squares = collect(program, x, frozenset({MOMENTS}), Session())
+    for name, gram in both.grams.items():
+        torch.testing.assert_close(squares.grams[name], gram.diagonal(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_pipeline_asks_once():
     passes = pass_manager.parse(programs.MIXED)
-    assert frozenset().union(*(p.statistics for p in passes)) == {RANGE, VALUES, GRAM}
+    assert frozenset().union(*(p.asks() for p in passes)) == {RANGE, VALUES, MOMENTS, GRAM}
 
 
 def test_a_model_without_layers_is_a_sentence():

@@ -182,7 +182,7 @@ def test_layers_with_many_inputs_keep_the_diagonal_of_their_moments(monkeypatch)
     whole = program.facts["calibration"]
     monkeypatch.setattr(calibration, "GRAM_COLUMNS", 8)
     wanted = frozenset({calibration.RANGE, calibration.GRAM})
-    thin = calibration.collect(program, whole.inputs, wanted, 0, lambda n: None)
+    thin = calibration.collect(program, whole.inputs, wanted, Session())
     for node in program.quantizable:
         rows, gram = rows_of(program, str(weight_of(node))), whole.grams[node.name]
         assert thin.grams[node.name].shape == (rows.shape[1],)

@@ -299,7 +299,7 @@ def test_kernels_check_the_shapes_of_what_they_are_given():
     shared = machine._shared("denoise_b1", machine._staged["denoise_b1"])
     wrong = [aligned(np.zeros((1, 3, 16, 15), np.float32)), aligned(np.zeros(1, np.int64))]
     with pytest.raises(Exception, match=r"(?i)shape|mismatch"):
-        machine._machine["denoise_b1"](*(machine._tensor(array) for array in wrong), *shared, *machine._prepared)
+        machine._machine["denoise_b1"](*(machine._tensor(array) for array in wrong), *shared, machine._prepared)
 
 
 # ---------------------------------------------------------------------------------------------- refusals
