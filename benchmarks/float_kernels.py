@@ -1,25 +1,33 @@
-"""Speed of the float kernels against torch eager, one thread.
+"""Float kernels: share of the CPU's peak, and against torch, onnxruntime and OpenVINO; norms, movement, GEMM, conv.
 
-    python benchmarks/float_kernels.py [--target NAME] [--rounds N] [--only TEXT] [--json FILE]
+    python -m benchmarks.float_kernels                      # all, into benchmarks/results/float_kernels.json
+    python -m benchmarks.float_kernels --only 'norm' --runs 1 --json ''
 
-The kernel and torch doing the same run interleaved, in rounds; each figure is the least CPU time of the thread
-over the rounds. Torch gets its better layout (channels first or last) and runs a region operation by operation,
-as the model does; where the region ends in a quantizer, torch quantizes too (multiply, round, clamp, to uint8).
-`ratio` is torch's time over the kernel's. Output checks belong to the tests.
+One thread. A kernel, its peers and what it is a share of take turns, in rounds, each with a call that is not timed
+before; figures are medians over the rounds of the process's CPU time, and medians of those over the runs, with their
+least and most beside. Products are a share of what one core can multiply and add on registers only, in float32 or
+bfloat16; what moves memory, of a copy (`numpy.copyto`) of as many bytes as it writes, 1 being as fast. Torch runs a
+region operation by operation, as the model does, with channels first and last; peers of GEMM and convolutions have
+weights and layouts of their own, those of norms what is exported to ONNX. Where a region ends in a quantizer, all
+quantize. Each row says how long its kernel took to compile. Outputs are checked by the tests.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ["TVM_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = os.environ["TVM_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
@@ -27,14 +35,21 @@ import torch
 import torch.nn.functional as F
 import tvm
 
+from benchmarks import graphs, operators
+from benchmarks.kernels import Group, figures, row
 from benchmarks.machine import provenance
 from benchmarks.timing import interleaved
-from mpq_compiler import targets
+from mpq_compiler import targets, terminal
+from mpq_compiler.backends.tvm import peak
 from mpq_compiler.backends.tvm.kernels import attention, float_gemm, matmul, movement, norms, pointwise
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.isa import isa
 from mpq_compiler.backends.tvm.kernels.matmul import Access, Matmul
 from mpq_compiler.backends.tvm.kernels.pointwise import Input, PointwiseProgram, PointwiseStep, Result
-from tests.float_kernels import shape_of, tvm_target
+from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
+from mpq_compiler.numerics import BF16, F32, FEATURES
+from mpq_compiler.tensorfile import aligned
+from tests.float_kernels import shape_of
 
 QUANTIZE = Step("quantize", value=8)
 SILU, SILU_Q = Epilogue((Step("silu"),)), Epilogue((Step("silu"), QUANTIZE))
@@ -44,15 +59,30 @@ SAMPLE2 = (Operand("sample"), Operand("sample"))
 IMAGES = ((64, 320), (32, 640), (16, 1280), (32, 128), (16, 256), (28, 48), (14, 48), (14, 96), (7, 96), (7, 192))
 
 
+RESULTS = Path(__file__).parent / "results" / "float_kernels.json"
+PEAK, COPY = "peak", "copy"
+GROUP_NORM, LAYER_NORM, PRODUCT, CONCAT = 2.5, 4.0, 0.88, 1.0
+"""The least: times that torch takes as long (norms that quantize); shares of the peak; speed of a copy."""
+
+
 @dataclass(frozen=True)
 class Contest:
-    """A kernel, and torch doing the same in one way or more."""
+    """A kernel, torch doing the same in one way or more, other peers, and the least that is asked for.
+
+    torch:   of the kernel's arguments
+    peers:   by name, made when they are needed
+    goals:   of what -> the least: ``peak``, ``copy``, ``torch`` (each of its ways), ``peers`` (each)
+    macs:    of a call, where products count
+    """
 
     name: str
     module: Any
     problem: Any
-    rivals: Callable[[list[torch.Tensor]], list[Callable[[], object]]]
+    torch: Callable[[list[torch.Tensor]], list[Callable[[], object]]] = lambda t: []
     batch: int = 1
+    peers: Callable[[], dict[str, Callable[[], object]]] = dict
+    goals: dict[str, float] = field(default_factory=dict)
+    macs: int = 0
 
 
 def _quantize(x: torch.Tensor) -> torch.Tensor:
@@ -73,7 +103,10 @@ def _group_norms() -> Iterator[Contest]:
                 forms = (first, first.contiguous())
                 return [lambda x=x: last(F.silu(F.group_norm(x, p.groups, t[1], t[2], p.eps))) for x in forms]
 
-            yield Contest(f"group_norm silu{ending} {side}x{side}x{channels}", norms, problem, rivals)
+            others = functools.partial(graphs.group_norm, side, channels, problem.groups, problem.eps, bool(ending))
+            goals = {"torch": GROUP_NORM, "peers": 1.0} if ending else {}
+            name = f"group_norm silu{ending} {side}x{side}x{channels}"
+            yield Contest(name, norms, problem, rivals, peers=others, goals=goals)
 
 
 def _layer_norms() -> Iterator[Contest]:
@@ -86,7 +119,10 @@ def _layer_norms() -> Iterator[Contest]:
                     lambda: last(F.layer_norm(t[0], (p.channels,), None, None, p.eps) * t[1][:, None] + t[2][:, None])
                 ]
 
-            yield Contest(f"layer_norm modulate{ending} {rows}x{channels}", norms, problem, rivals)
+            others = functools.partial(graphs.layer_norm, rows, channels, problem.eps, bool(ending))
+            goals = {"torch": LAYER_NORM, "peers": 1.0} if ending else {}
+            name = f"layer_norm modulate{ending} {rows}x{channels}"
+            yield Contest(name, norms, problem, rivals, peers=others, goals=goals)
 
 
 def _attention() -> Iterator[Contest]:
@@ -129,28 +165,57 @@ def _movement() -> Iterator[Contest]:
             return [lambda x=x: F.interpolate(x, scale_factor=2.0, mode="nearest") for x in forms]
 
         yield Contest(f"upsample {side}x{side}x{channels}", movement, movement.upsample(shape, (2, 2)), upsample)
-        both = movement.concat([shape, shape], -1)
-        yield Contest(f"concat {side}x{side}x{channels}", movement, both, lambda t: [lambda: torch.cat(t[:2], -1)])
+    for side, channels in ((64, 320), (32, 640), (16, 1280), (32, 128), (16, 256), (8, 512), (14, 96), (7, 192)):
+        shape = ("B", side, side, channels)
+        both, half = movement.concat([shape, shape], -1), np.ones((1, side, side, channels), np.float32)
+        nodes = [("Concat", ("a", "b"), "y", {"axis": -1})]
+        yield Contest(
+            f"concat {side}x{side}x{channels}", movement, both,
+            lambda t: [lambda out=t[2]: torch.cat(t[:2], -1, out=out)],
+            peers=functools.partial(graphs.run, nodes, {"a": half, "b": half + 1}, {}), goals={COPY: CONCAT},
+        )  # fmt: skip
+    for shape, order in (
+        (("B", 64, 64, 4), (0, 3, 1, 2)), (("B", 4, 64, 64), (0, 2, 3, 1)), (("B", 64, 64, 320), (0, 3, 1, 2)),
+        (("B", 1024, 24, 64), (0, 2, 1, 3)),
+    ):  # fmt: skip
+        turned = movement.permute(shape, order)
+        name = f"permute {'x'.join(map(str, shape[1:]))} to {','.join(map(str, order[1:]))}"
+        yield Contest(name, movement, turned, lambda t, order=order: [lambda: t[0].permute(order).contiguous()])
+
+
+LINEAR = (
+    *((1, 320, 1280), (49, 192, 192), (64, 320, 320), (64, 640, 640), (256, 640, 640), (256, 1280, 1280)),
+    *((1024, 320, 1280), (1024, 640, 640), (4096, 320, 320)),
+)
+CONV = ((64, 320, 320), (32, 640, 640), (16, 1280, 1280), (32, 128, 128), (16, 256, 256), (64, 4, 320), (64, 320, 4))
+"""Side, inputs, outputs: the last two are conv_in and conv_out, whose few terms or outputs leave lanes empty."""
 
 
 def _float_gemm() -> Iterator[Contest]:
-    shapes = ((1, 48, 192), (1, 192, 192), (1, 320, 1280), (49, 192, 192), (256, 640, 640))
-    for batch, (rows, inputs, outputs) in ((b, shape) for shape in shapes for b in (1, 8) if b == 1 or shape[0] == 1):
-        problem = float_gemm.Linear(rows, inputs, outputs)
+    """As artifacts run them: weights packed at load, where the kernel reads them in panels."""
+    for kind in (F32, BF16):
+        of_kind = "fp32" if kind == F32 else "bf16"
 
-        def linear(t):
-            return [lambda: F.linear(*t[:3])]
+        def chosen(made: dict[str, Callable[[], object]], of_kind: str = of_kind) -> dict[str, Callable[[], object]]:
+            return {name: call for name, call in made.items() if name.endswith(of_kind)}
 
-        yield Contest(f"linear {batch * rows}x{inputs}x{outputs}", float_gemm, problem, linear, batch)
-    for side, inputs, outputs in ((28, 1, 48), (28, 48, 1), (14, 96, 96), (32, 4, 320), (32, 320, 4)):
-        problem = float_gemm.Conv2d(side, side, inputs, outputs)
-
-        def conv(t):
-            x, w = t[0].permute(0, 3, 1, 2), t[1].permute(0, 3, 1, 2)
-            pairs = ((x, w), (x.contiguous(), w.contiguous()))
-            return [lambda x=x, w=w: F.conv2d(x, w, t[2], 1, 1) for x, w in pairs]
-
-        yield Contest(f"conv3x3 {side}x{side}x{inputs}->{outputs}", float_gemm, problem, conv)
+        for rows, inputs, outputs in LINEAR:
+            few = rows < float_gemm.FEW_ROWS and kind == F32
+            problem = float_gemm.Linear(rows, inputs, outputs, packed=not few, numerics=kind)
+            yield Contest(
+                f"linear {kind} {rows}x{inputs}x{outputs}", float_gemm, problem,
+                peers=lambda size=(rows, inputs, outputs), chosen=chosen: chosen(operators.linear(*size)),
+                goals={PEAK: PRODUCT} if rows >= 64 else {}, macs=rows * inputs * outputs,
+            )  # fmt: skip
+        for side, inputs, outputs in CONV:
+            few = outputs <= float_gemm.FEW_OUTPUTS and kind == F32
+            problem = float_gemm.Conv2d(side, side, inputs, outputs, packed=not few, numerics=kind)
+            same = QuantMatmul(side, side, inputs, outputs, kernel=(3, 3), padding=(1, 1, 1, 1), bits=8)
+            yield Contest(
+                f"conv3x3 {kind} {side}x{side}x{inputs}->{outputs}", float_gemm, problem,
+                peers=lambda same=same, chosen=chosen: chosen(operators.convolution(same)),
+                goals={PEAK: PRODUCT} if min(inputs, outputs) > 4 else {}, macs=side * side * inputs * outputs * 9,
+            )  # fmt: skip
 
 
 def _transformers() -> Iterator[Contest]:
@@ -220,43 +285,106 @@ def _arguments(contest: Contest) -> list[np.ndarray]:
     rng, arrays = np.random.default_rng(0), []
     for argument in contest.module.arguments(contest.problem):
         shape = shape_of(argument, contest.batch)
+        if argument.name == "weight" and contest.problem.packed:
+            plain = contest.module.pack_arguments(contest.problem)[0]
+            weight = rng.standard_normal(shape_of(plain, 1)).astype(np.float32)
+            arrays.append(aligned(contest.module.pack_weight(contest.problem, weight)))
+            continue
         fixed = {"qscale": 1 / 30, "qzero": 128, "group": 0}.get(argument.name)
         value = rng.standard_normal(shape) if fixed is None else np.full(shape, fixed)
-        arrays.append(value.astype(argument.dtype))
+        arrays.append(aligned(value.astype(argument.dtype)))
     return arrays
+
+
+@functools.cache
+def _compiled(module: Any, problem: Any, target: targets.Target) -> tuple[Callable[..., object], float]:
+    """The kernel, and the seconds that TVM took for it."""
+    start = time.thread_time()
+    kernel = module.build(problem, target.isa, "kernel")
+    row_of = targets.with_features(target, FEATURES[getattr(problem, "numerics", F32)])
+    library = tvm.compile(tvm.IRModule({"kernel": kernel}), target=tvm.target.Target(dict(row_of.tvm)))
+    return library["kernel"], time.thread_time() - start
+
+
+def group_of(contest: Contest, target: targets.Target, peaks: dict[str, peak.Loop]) -> tuple[Group, float]:
+    """What takes turns, and the seconds that the kernel took to compile."""
+    function, seconds = _compiled(contest.module, contest.problem, target)
+    arrays = _arguments(contest)
+    call = functools.partial(function, *map(tvm.runtime.from_dlpack, arrays))
+    ways = contest.torch([torch.from_numpy(a) for a in arrays])
+    peers = {f"torch-{i}" if len(ways) > 1 else "torch": way for i, way in enumerate(ways)}
+    if contest.macs:
+        loop, most = peaks[contest.problem.numerics]
+        unit, work = PEAK, {contest.name: float(contest.macs), PEAK: float(most)}
+    else:
+        copied, source = (aligned(np.ones(arrays[-1].nbytes, np.uint8)) for _ in range(2))
+        loop, unit, work = functools.partial(np.copyto, copied, source), COPY, {contest.name: 1.0, COPY: 1.0}
+    group = Group(contest.name, {unit: loop, contest.name: call}, work, unit, peers | contest.peers())
+    for what, least in contest.goals.items():
+        for name in (n for n in group.peers if n.startswith("torch") == (what == "torch")):
+            if what in ("torch", "peers"):
+                group.goals[contest.name, name] = least
+        if what == unit:
+            group.goals[contest.name, unit] = least
+    return group, seconds
+
+
+def cells(made: dict[str, Any]) -> list[str]:
+    """A row as it is printed: of several goals the one that is met least."""
+    unit = PEAK if PEAK in made else COPY
+    goals = made.get("goals", {})
+    worst = min(goals, key=lambda what: goals[what]["median"] / goals[what]["least"], default=None)
+    goal = f"{worst} >= {goals[worst]['least']:.2f}: {goals[worst]['median']:.2f}" if worst else ""
+    best, (low, high) = made.get("best_peer"), made[unit]["spread"]
+    against = f"{made['times_as_long'][best]['median']:.2f} x {best}" if best else ""
+    share = f"{100 * made[unit]['median']:.0f} % ({100 * low:.0f}-{100 * high:.0f}) of {unit}"
+    verdict = {True: "yes", False: "NO", None: ""}[made.get("met")]
+    return [made["name"], f"{made['us']['median']:.1f}", share, goal, verdict, against, f"{made['compile_ms']:.0f}"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="native")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--runs", type=int, default=3, help="each measures everything (default 3)")
+    parser.add_argument("--rounds", type=int, default=10, help="of a run (default 10)")
     parser.add_argument("--only", default="", help="contests whose name contains this text")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", default=str(RESULTS), help="'' for none")
     options = parser.parse_args()
     torch.set_num_threads(1)
     target = targets.resolve(options.target)
     targets.require_runnable(target)
-    results = []
-    print(f"{'':44}{'us':>10}{'torch':>10}{'ratio':>8}   {target.name}")
-    with torch.inference_mode():
-        for contest in contests():
-            if options.only not in contest.name:
-                continue
-            kernel = contest.module.build(contest.problem, target.isa, "kernel")
-            function = tvm.compile(tvm.IRModule({"kernel": kernel}), target=tvm_target(target.name))["kernel"]
-            arrays = _arguments(contest)
-            tensors = [tvm.runtime.tensor(a) for a in arrays]
-            rivals = contest.rivals([torch.from_numpy(a) for a in arrays])
-            calls = {"ours": lambda f=function, t=tensors: f(*t)}
-            calls |= {f"torch {i}": rival for i, rival in enumerate(rivals)}
-            times = {n: 1e6 * min(found) for n, found in interleaved(calls, options.rounds, 2e-4).items()}
-            ours = times.pop("ours")
-            theirs = min(times.values())
-            print(f"{contest.name:44}{ours:10.1f}{theirs:10.1f}{theirs / ours:8.2f}", flush=True)
-            results.append({"name": contest.name, "us": ours, "torch_us": theirs, "ratio": theirs / ours})
+    peaks = {F32: peak.floating(isa(target.name))}
+    if BF16 in targets.numerics_of(options.target):
+        peaks[BF16] = peak.bfloat16(isa(target.name))
+    chosen = [c for c in contests() if options.only in c.name and getattr(c.problem, "numerics", F32) in peaks]
+    found: dict[str, list[dict[str, float]]] = {}
+    kept: dict[str, tuple[Group, float]] = {}
+    for run in range(options.runs):
+        with torch.inference_mode(), terminal.progress(f"run {run + 1} of {options.runs}", len(chosen)) as advance:
+            for contest in chosen:
+                group, seconds = group_of(contest, target, peaks)
+                times = interleaved({**group.ours, **group.peers}, options.rounds, process=True, warm=True)
+                found.setdefault(contest.name, []).append(figures(group, times)[contest.name])
+                kept[contest.name] = replace(group, ours={}, peers=dict.fromkeys(group.peers, lambda: None)), seconds
+                advance(1)
+    rows = [
+        {**row(name, kept[name][0], values), "compile_ms": round(1e3 * kept[name][1], 1)}
+        for name, values in found.items()
+    ]
+    headers = ("kernel", "us", "share", "goal", "met", "best peer", "compiled in ms")
+    terminal.table(f"one thread, {target.name}", headers, [cells(made) for made in rows], numeric=(1, 2, 6))
+    missed = [made["name"] for made in rows if made.get("met") is False]
+    judged = sum("met" in made for made in rows)
+    terminal.say(f"{judged - len(missed)} of {judged} goals are met" + (f"; not {', '.join(missed)}" if missed else ""))
     if options.json:
-        record = {**provenance(), "target": target.name, "threads": 1, "rounds": options.rounds, "results": results}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        report: dict[str, Any] = {**provenance(), "target": target.name, "threads": 1}
+        report["versions"] |= {peer: version(peer) for peer in ("onnxruntime", "openvino")}
+        gmacs = {
+            kind: round(most / statistics.median(interleaved({"": loop}, options.rounds)[""]) / 1e9, 1)
+            for kind, (loop, most) in peaks.items()
+        }
+        report |= {"runs": options.runs, "rounds": options.rounds, "peak_gmacs": gmacs, "rows": rows}
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,16 @@ from collections.abc import Callable, Mapping
 
 
 def interleaved(
-    calls: Mapping[str, Callable[[], object]], rounds: int, window: float = 2e-3, process: bool = False
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    window: float = 2e-3,
+    process: bool = False,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of CPU time of each call in each round; one shorter than ``window`` repeats in a round.
 
-    Of the thread, or of the ``process``: what peers leave to threads of their own counts.
+    Of the thread, or of the ``process``: what peers leave to threads of their own counts. ``warm``: one call more comes
+    before, untimed, so that what the others have left in the caches does not count.
     """
     clock = time.process_time_ns if process else time.thread_time_ns
     repeats = {}
@@ -21,6 +26,8 @@ def interleaved(
     found: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            if warm:
+                call()
             found[name].append(_seconds(call, repeats[name], clock))
     return found
 
