@@ -89,7 +89,6 @@ def parser() -> argparse.ArgumentParser:
     _threads_option(compile_, "threads of a call, unless it says otherwise (default: every core it finds)")
     _budget_options(compile_)
     _latency_table_option(compile_, "times of kernels, by `mpqc latency` (default with --latency: measured here)")
-    _latency_table_option(compile_, "times of kernels, by `mpqc latency` (default with --latency: measured here)")
     _lowering_options(compile_)
 
     generate = add("generate", _generate, "draw images with an artifact")
@@ -114,7 +113,6 @@ def parser() -> argparse.ArgumentParser:
     _threads_option(evaluate, PER_CALL)
     _budget_options(evaluate)
     _latency_table_option(evaluate, "times of kernels, by `mpqc latency` (default with --latency: measured here)")
-    _latency_table_option(evaluate, "times of kernels, by `mpqc latency` (default with --latency: measured here)")
     _lowering_options(evaluate)
 
     run = add("run", _run, "run an artifact once on tensors from a file")
@@ -138,10 +136,6 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--batch", type=int, metavar="N", default=1, help="samples of a call (1)")
     bench.add_argument("--rounds", type=int, metavar="N", default=15, help="in which all take turns (15)")
     bench.add_argument("--kernels", action="store_true", help="also the time of each kernel call")
-    bench.add_argument(
-        "--latency-table", metavar="FILE",
-        help="of `mpqc latency`: predicted against measured time, and layers that would be faster in another format",
-    )  # fmt: skip
     bench.add_argument(
         "--latency-table", metavar="FILE",
         help="of `mpqc latency`: predicted against measured time, and layers that would be faster in another format",
@@ -175,27 +169,7 @@ def parser() -> argparse.ArgumentParser:
     sensitivity.add_argument("--overwrite", action="store_true", help="replace a table that exists")
     sensitivity.add_argument("--activations", type=float, metavar="BITS", help="below 8: measure 4, 6 and 8 bits")
     _latency_table_option(sensitivity, "adds the times of layers, for `mpqc allocate --latency`")
-    _latency_table_option(sensitivity, "adds the times of layers, for `mpqc allocate --latency`")
     _lowering_options(sensitivity, table=False)
-
-    latency = add("latency", _latency, "measure how long kernels take on this machine, for `mpqc compile --latency`")
-    latency.add_argument(
-        "sources", metavar="MODEL|ARTIFACT|TABLE", nargs="+",
-        help="models are compiled in each format and timed whole, artifacts as they are; tables of this machine are "
-        "merged with what is measured",
-    )  # fmt: skip
-    latency.add_argument("-o", "--output", required=True, metavar="TABLE.json", help="for --latency-table")
-    latency.add_argument("--target", default="native", help="mpqc targets lists them (default: this machine)")
-    latency.add_argument(
-        "--formats", metavar="NAMES", help="weight formats, as int4,int8 (default: those the recipe chooses from)"
-    )
-    latency.add_argument("--batch", type=int, metavar="N", default=1, help="samples of a call (1)")
-    _threads_option(latency, "threads of a call (1: CPU time is measured, with more the wall clock)")
-    latency.add_argument(
-        "--numerics", choices=("portable", "fast"), help="fast: attentions in bfloat16 and in 8 bits are timed too"
-    )
-    latency.add_argument("--overwrite", action="store_true", help="replace a table that exists")
-    _lowering_options(latency, table=False)
 
     latency = add("latency", _latency, "measure how long kernels take on this machine, for `mpqc compile --latency`")
     latency.add_argument(
@@ -252,11 +226,6 @@ def _budget_options(made: argparse.ArgumentParser) -> None:
     budgets.add_argument("--weights", metavar="BUDGET", help="true average bits (3.7), or bytes (40MB)")
     budgets.add_argument("--activations", type=float, metavar="BITS", help="average bits of the activations")
     budgets.add_argument("--bops", type=float, metavar="N", help="bit operations per sample and step")
-    budgets.add_argument("--latency", metavar="TIME", help="of a call: 12ms, 800us (docs/latency.md)")
-
-
-def _latency_table_option(made: argparse.ArgumentParser, described: str) -> None:
-    made.add_argument("--latency-table", metavar="FILE", help=described)
     budgets.add_argument("--latency", metavar="TIME", help="of a call: 12ms, 800us (docs/latency.md)")
 
 
@@ -343,7 +312,6 @@ def _compile(args: argparse.Namespace) -> Any:
             ("calibrated on", _calibrated(report.calibration)),
             *([("memory", terminal.memory(report.memory))] if report.memory else []),
             *([("latency", _predicted(report.latency))] if report.latency else []),
-            *([("latency", _predicted(report.latency))] if report.latency else []),
             ("fallbacks", len(report.fallbacks)),
             ("artifact", f"{terminal.size(report.artifact['bytes'])}, sha256 {report.artifact['sha256'][:16]}"),
         ),
@@ -351,14 +319,6 @@ def _compile(args: argparse.Namespace) -> Any:
     for name, reason in report.fallbacks.items():
         terminal.say(f"fallback: {name}: {reason}")
     return report.to_json()
-
-
-def _predicted(about: dict[str, Any]) -> str:
-    """What the latency table says of the artifact."""
-    budget = "" if about["budget_ms"] is None else f" of {about['budget_ms']:g} ms"
-    several = f"{about['batch']} sample(s), {about['threads']} thread(s)"
-    fixed = f"{about['fixed_ms']:.3g} ms of it in any format"
-    return f"{about['predicted_ms']:.4g} ms{budget} predicted ({several}), {fixed}"
 
 
 def _predicted(about: dict[str, Any]) -> str:
@@ -497,7 +457,6 @@ def _bench(args: argparse.Namespace) -> Any:
         memory=not args.no_memory,
         progress=terminal.progress,
         latency_table=args.latency_table,
-        latency_table=args.latency_table,
     )
     bench.show(found, args.kernels)
     if plot is not None:
@@ -570,33 +529,6 @@ def _sensitivity(args: argparse.Namespace) -> Any:
         numeric=range(1, len(formats) + 1),
     )
     return table
-
-
-def _latency(args: argparse.Namespace) -> Any:
-    from mpq_compiler import artifact, latency_profile, latency_table, runtime
-
-    output = Path(args.output)
-    _require_new(output, args.overwrite)
-    threads, names = args.threads or 1, [name.strip() for name in (args.formats or "").split(",") if name.strip()]
-    sources = [Path(source) for source in args.sources]
-    tables = [latency_table.load(source) for source in sources if source.suffix == ".json"]
-    artifacts = [path for path in sources if path.suffix == ".zip" or (path / artifact.MANIFEST).is_file()]
-    if artifacts:
-        loaded = [runtime.load(path, threads, reuse_bytes=0) for path in artifacts]
-        tables.append(latency_profile.measured(loaded, args.batch, threads, terminal.progress))
-    for model, path in zip(args.sources, sources, strict=True):
-        if path.suffix != ".json" and path not in artifacts:
-            from mpq_compiler.compiler import measure_latency
-
-            options = _options(args, target=args.target)
-            tables.append(measure_latency(model, terminal.progress, names, args.batch, **options))
-    table = latency_table.merged(tables)
-    _write_json(table.to_json(), output)
-    terminal.say(
-        f"wrote {output}: {len(table.kernels)} kernels of {', '.join(table.models)} for {table.target} on {table.cpu}, "
-        f"{table.threads} thread(s), batch {table.batch}"
-    )
-    return table.to_json()
 
 
 def _latency(args: argparse.Namespace) -> Any:
