@@ -37,11 +37,13 @@ from mpq_compiler.conditioning import require_guidance
 from mpq_compiler.denoiser import Denoiser
 from mpq_compiler.errors import UserError
 from mpq_compiler.latency import LOWERED, Latency
+from mpq_compiler.latency_profile import measured
 from mpq_compiler.machine import cpu
 from mpq_compiler.metrics import sqnr_db
 from mpq_compiler.numerics import F32
 from mpq_compiler.pass_manager import Pass, Record, Session
 from mpq_compiler.program import Program, Stage, TensorStore, run
+from mpq_compiler.runtime import CompiledDenoiser
 
 HELD_OUT = 64
 """Teacher-forced inputs on which a compiled denoiser is judged, none of them seen in calibration."""
@@ -729,6 +731,19 @@ def measure_latency(
     formats: by default those that the recipe chooses from. batch: samples of a call. UserError: this machine cannot
     run the target.
     """
+    with candidate_plans(model, progress, formats, batch, **options) as loaded:
+        return measured(loaded, batch, options.get("threads") or 1, progress)
+
+
+@contextmanager
+def candidate_plans(
+    model: str | Path | Denoiser,
+    progress: Any = None,
+    formats: Sequence[str] = (),
+    batch: int = 1,
+    **options: Any,
+) -> Iterator[list[CompiledDenoiser]]:
+    """The model with all weights in each of ``formats``, loaded: for timing and nothing else (`measure_latency`)."""
     chosen = Options(**options)
     passes = resolve(chosen)
     target = targets.resolve(chosen.target)
@@ -759,5 +774,6 @@ def measure_latency(
     with single_threaded():
         start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
         program, _ = pass_manager.run_pipeline(front, start, session)
-        return latency.measure(program, names, bool(allocation.options().get("dynamic")))
+        with latency.plans(program, names, bool(allocation.options().get("dynamic"))) as loaded:
+            yield loaded
 
