@@ -1,13 +1,14 @@
 """What is not computed and not moved: parts kept between steps, concatenations that are read or written in place.
 
-    python -m benchmarks.movement [--model fashion-text] [--model unet-70m] [--rounds 25] [--folder DIR]
+    python -m benchmarks.movement [--model fashion-text] [--model unet-70m] [--runs 3] [--rounds 9] [--folder DIR]
 
-One thread, CPU time, everything interleaved. Of each model (8-bit weights) two artifacts run: as compiled, and without
-the rules of `backends/tvm/fuse.py`, where concatenations are copies and quantizers kernels of their own. *Reusing* is
-the artifact when the timestep and the texts are known from an earlier call (docs/artifact.md), against a call that
-computes everything. Below, what a concatenation of two tensors costs by itself, against a copy of the same bytes: a
-kernel that copies it; a group norm that reads two tensors in place of one; a layer norm that writes to a part of a
-buffer in place of a tensor. The last two are differences of two measurements and may be negative.
+One thread, CPU time, everything interleaved; medians over the rounds, then over the runs, with least and most. Of each
+model (8-bit weights) two artifacts run: as compiled, and without the rules of `backends/tvm/fuse.py`, where
+concatenations are copies and quantizers kernels of their own. *Reusing* is the artifact when the timestep and the texts
+are known from an earlier call (docs/artifact.md), against a call that computes everything. Below, what a concatenation
+of two tensors costs by itself, against a copy of the same bytes: a kernel that copies it (the goal: never slower); a
+group norm that reads two tensors in place of one; a layer norm that writes to a part of a buffer in place of a tensor.
+The last two are differences of two measurements and may be negative.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import tvm
 
 from benchmarks import end_to_end
 from benchmarks.machine import provenance
+from benchmarks.timing import interleaved
 from mpq_compiler import bench, compiler, contestants, runtime, targets, terminal
 from mpq_compiler.backends.tvm import fuse
 from mpq_compiler.backends.tvm.kernels import movement, norms
@@ -46,6 +48,7 @@ from mpq_compiler.tensorfile import aligned_empty
 RESULTS = Path(__file__).parent / "results" / "movement.json"
 SHAPES = ((4096, 320), (1024, 640), (256, 1280), (1024, 128), (256, 256), (64, 512))
 """Positions and channels of each of the two tensors: the skip connections of U-Nets."""
+GOAL = 1.0
 MOVING = ("movement", "quantize", "norms")
 
 
@@ -68,10 +71,13 @@ def unchanged(calls: Sequence[Call], values: object, output: str) -> tuple[Call,
     return tuple(calls)
 
 
-def of_model(name: str, folder: Path, rounds: int) -> dict[str, Any]:
-    """Milliseconds of a step by kernel family with the rules and without; of a whole call, reusing or not."""
+def artifacts(name: str, folder: Path) -> dict[str, Path]:
     source = end_to_end.save(name, folder) if name in end_to_end.MODELS else name
-    paths = {kind: artifact(source, folder, kind == "fused") for kind in ("fused", "single")}
+    return {kind: artifact(source, folder, kind == "fused") for kind in ("fused", "single")}
+
+
+def of_model(name: str, paths: Mapping[str, Path], rounds: int) -> dict[str, Any]:
+    """Milliseconds of a step by kernel family with the rules and without; of a whole call, reusing or not."""
     cold = {kind: runtime.load(path, 1, reuse_bytes=0) for kind, path in paths.items()}
     reusing = runtime.load(paths["fused"], 1)
     inputs = contestants.random_inputs(reusing.manifest, 1)
@@ -160,62 +166,83 @@ def filled(argument: Argument) -> Any:
     return tvm.runtime.from_dlpack(array)
 
 
-def of_shape(positions: int, channels: int, rounds: int) -> dict[str, Any]:
-    """Microseconds that a concatenation costs, each way."""
-    calls = kernels(positions, channels)
-    times: dict[str, list[float]] = defaultdict(list)
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(seconds(call, 20))
+def of_shape(positions: int, channels: int, rounds: int) -> dict[str, float]:
+    """Microseconds that a concatenation costs, each way, and how many times the kernel's time a copy takes."""
+    times = interleaved(kernels(positions, channels), rounds, warm=True)
 
     def cost(name: str, without: str = "") -> float:
         base = times[without] if without else [0.0] * rounds
         return round(1e6 * statistics.median(a - b for a, b in zip(times[name], base, strict=True)), 2)
 
     return {
-        "positions": positions,
-        "channels": channels,
         "copy_us": cost("copy"),
         "kernel_us": cost("concat"),
         "read_in_parts_us": cost("norm of parts", "norm"),
         "written_in_place_us": cost("row norm in place", "row norm"),
+        "of_copy": ratio(times["copy"], times["concat"]),
     }
+
+
+def over(found: Sequence[Any]) -> Any:
+    """What the runs have found as one: numbers as their median, with [least, most] beside where they differ."""
+    if isinstance(found[0], dict):
+        return {key: over([each[key] for each in found]) for key in found[0]}
+    if isinstance(found[0], float):
+        return {"median": round(statistics.median(found), 4), "spread": [min(found), max(found)]}
+    return found[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", help=f"a bundled model, or {', '.join(end_to_end.MODELS)}")
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--runs", type=int, default=3, help="each measures everything (default 3)")
+    parser.add_argument("--rounds", type=int, default=9, help="of a run (default 9)")
     parser.add_argument("--folder", type=Path, help="keeps models and artifacts")
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
-    shapes = [of_shape(*shape, options.rounds) for shape in SHAPES]
+    shapes = []
+    for shape in SHAPES:
+        found = over([of_shape(*shape, options.rounds) for _ in range(options.runs)])
+        verdict = {"goal": GOAL, "met": found["of_copy"]["median"] >= GOAL}
+        shapes.append({"positions": shape[0], "channels": shape[1], **found, **verdict})
+    columns = ("copy_us", "kernel_us", "read_in_parts_us", "written_in_place_us", "of_copy")
     terminal.table(
         "a concatenation of two tensors, us",
-        ("each", "copy", "kernel", "read in parts", "written in place"),
-        [(f"{s['positions']} x {s['channels']}", *(f"{s[k]:.1f}" for k in list(s)[2:])) for s in shapes],
-        numeric=range(1, 5),
-    )
+        ("each", "copy", "kernel", "read in parts", "written in place", f"speed of a copy (goal {GOAL:g})", "met"),
+        [
+            (f"{s['positions']} x {s['channels']}", *(f"{s[k]['median']:.2f}" for k in columns),
+             "yes" if s["met"] else "NO")
+            for s in shapes
+        ],
+        numeric=range(1, 6),
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
         folder = options.folder or Path(scratch)
-        models = [of_model(name, folder, options.rounds) for name in options.model or ("fashion-text", "unet-70m")]
+        made = {name: artifacts(name, folder) for name in options.model or ("fashion-text", "unet-70m")}
+        runs = [
+            {name: of_model(name, paths, options.rounds) for name, paths in made.items()} for _ in range(options.runs)
+        ]
+    models = [over([run[name] for run in runs]) for name in made]
     for found in models:
         fused, single = (found["kernels_ms"][kind] for kind in ("fused", "single"))
+
+        def ms(of: Mapping[str, Any], key: str) -> float | str:
+            return of[key]["median"] if key in of else 0.0
+
         terminal.table(
             f"{found['model']}: ms a step on one thread",
             ("", "with the rules", "without"),
             [
-                ("a call", found["ms"]["fused"], found["ms"]["single"]),
-                ("a call, timestep and texts known", found["ms"]["fused, reusing"], ""),
-                *((f"kernels: {family}", fused.get(family, 0.0), single.get(family, 0.0)) for family in MOVING),
+                ("a call", ms(found["ms"], "fused"), ms(found["ms"], "single")),
+                ("a call, timestep and texts known", ms(found["ms"], "fused, reusing"), ""),
+                *((f"kernels: {family}", ms(fused, family), ms(single, family)) for family in MOVING),
                 ("kernel calls", found["calls"]["fused"], found["calls"]["single"]),
-                *((f"part '{part}'", ms, "") for part, ms in found["parts_ms"].items()),
+                *((f"part '{part}'", of["median"], "") for part, of in found["parts_ms"].items()),
             ],
             numeric=(1, 2),
         )
-    options.json.write_text(
-        json.dumps({**provenance(), "rounds": options.rounds, "models": models, "shapes": shapes}, indent=1) + "\n"
-    )
+    record = {**provenance(), "runs": options.runs, "rounds": options.rounds, "models": models, "shapes": shapes}
+    options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
