@@ -18,7 +18,7 @@ import numpy as np
 
 from mpq_compiler.errors import UserError
 
-KINDS = ("kernels", "latency", "sensitivity")
+KINDS = ("kernels", "latency", "sensitivity", "tiles")
 """The folders of a cache."""
 
 

@@ -84,6 +84,10 @@ def parser() -> argparse.ArgumentParser:
         help="portable: the same bits on every CPU target (default); fast: attentions in bfloat16 and in 8 bits too, "
         "float layers in bfloat16",
     )
+    compile_.add_argument(
+        "--tune", action="store_true",
+        help="time the tiles of the integer kernels on this machine and take the fastest; kept in the cache",
+    )  # fmt: skip
     compile_.add_argument("--overwrite", action="store_true", help="replace an artifact that exists")
     compile_.add_argument("--dumps", type=Path, metavar="DIR", help="write the program after every pass")
     _threads_option(compile_, "threads of a call, unless it says otherwise (default: every core it finds)")
@@ -295,7 +299,7 @@ def _compile(args: argparse.Namespace) -> Any:
         args.model,
         args.output,
         terminal.progress,
-        **_options(args, target=args.target, overwrite=args.overwrite, dumps=args.dumps),
+        **_options(args, target=args.target, overwrite=args.overwrite, dumps=args.dumps, tune=args.tune),
     )
     for note in report.notes:
         terminal.note(f"note: {note}")

@@ -94,6 +94,8 @@ class Options:
     seed: int = 0
     threads: int | None = None
     """Of a call of the artifact, where whoever loads it says nothing else; by default every core it finds then."""
+    tune: bool = False
+    """Search for the fastest tiles of the integer kernels, measured here; no result depends on them."""
     jobs: int = 1
     cache: Path | None = None
     dumps: Path | None = None
@@ -378,6 +380,8 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
     target = targets.resolve(chosen.target)
     targets.require_implemented(target)
     backend = _backend(target)
+    if chosen.tune and "tune" not in inspect.signature(backend.build).parameters:
+        raise UserError(f"--tune measures kernels of CPU targets; '{target.name}' has none to choose: leave it out")
     artifact.check_output(output, chosen.overwrite)
     if chosen.dumps is not None and not chosen.overwrite and chosen.dumps.exists() and any(chosen.dumps.iterdir()):
         raise UserError(f"the dumps folder '{chosen.dumps}' is not empty; name another one or add --overwrite")
@@ -393,6 +397,7 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
             batches, *_ = parse_shapes(chosen.shapes).values()
             others = _other_sizes(lowering, chosen)
             ready |= {"jobs": chosen.jobs, "progress": progress, "cache": chosen.cache}
+            ready |= {"tune": True} if chosen.tune else {}
             built = backend.build(program, target, batches, others=others, **ready)
     with single_threaded():
         target = targets.with_features(target, built.features)
@@ -411,6 +416,8 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
             manifest["memory"] = built.memory
         if chosen.threads is not None:
             manifest["threads"] = chosen.threads
+        if chosen.tune:
+            manifest["tiles"] = {node: list(tile) for node, tile in sorted(built.facts["tiles"].items())}
         times = _latency(lowering.latency, program, built.facts)
         if times is not None:
             manifest["plan"]["latency"] = times

@@ -20,6 +20,7 @@ from mpq_compiler import cache as caches
 from mpq_compiler import storage
 from mpq_compiler.artifact import KERNELS
 from mpq_compiler.backends import Built, Progress
+from mpq_compiler.backends.tvm import tune as tune_
 from mpq_compiler.backends.tvm.emit import OUTPUT, lower
 from mpq_compiler.backends.tvm.lowered import BATCH, Call, Function, Kernel, Lowered, Part, Value
 from mpq_compiler.backends.tvm.worker import Crash, Failure, Worker
@@ -48,18 +49,24 @@ def build(
     cache: Path | None = None,
     others: Sequence[Specialization] = (),
     workers: Sequence[Worker] | None = None,
+    tune: bool = False,
 ) -> Built:
     """Compiles a packed program for a CPU target, with a specialization for each batch size.
 
     others: the program at other image sizes, with the batch sizes for each; they share the stored tensors.
     jobs: worker processes; workers: those of `standby`, in their place. cache: folder of compiled kernels (default:
-    `cache.folder()`). None of them changes a byte.
+    `cache.folder()`). None of them changes a byte. tune: search for the fastest tiles (`tune`).
     Slow forms are added to ``program.fallbacks``.
 
     UserError: a node that no kernel computes; a kernel that cannot be compiled; no linker; no room in the cache.
     """
     require_implemented(target)
     lowered = lower(program, batches, others)
+    tiles: dict[str, tune_.Tile] | None = None
+    if tune:
+        with ExitStack() as stack:
+            worker = workers[0] if workers else stack.enter_context(Worker())
+            lowered, tiles = tune_.tuned(lowered, target, worker, _sources(), cache, progress)
     library, reused, memory = compile_library(lowered, target, jobs, progress, cache, workers)
     stored = storage.stored(program, *(other.program for other in others))
     return Built(
@@ -76,6 +83,7 @@ def build(
             "from_cache": reused,
             "calls": len(lowered.functions[0].calls),
             "notes": _notes(lowered.functions[0]),
+            "tiles": tiles,
             "schedule": [
                 {
                     "node": call.node,

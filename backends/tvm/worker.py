@@ -120,7 +120,13 @@ def _link(lowered: Any, target: Any, objects: list[str], output: str) -> dict[st
     return link(lowered, target, [Path(p) for p in objects], Path(output))
 
 
-REQUESTS: dict[str, Callable[..., Any]] = {"compile": _compile, "link": _link}
+def _tune(kernel: Any, target: Any) -> list[tuple[int, int, float]]:
+    from mpq_compiler.backends.tvm.tune import measure
+
+    return measure(kernel, target)
+
+
+REQUESTS: dict[str, Callable[..., Any]] = {"compile": _compile, "link": _link, "tune": _tune}
 
 
 def main() -> None:

@@ -184,7 +184,7 @@ class _Kernel:
     def __init__(self, problem: QuantMatmul, isa: Isa, buffers: Buffers) -> None:
         self.p, self.b, self.w = problem, buffers, WeightLayout(problem, isa)
         self.isa = isa = self.w.isa
-        self.tile = isa.fitted(self.w.tile, problem.rows)
+        self.tile = self.w.tile if self.w.tile.rows and problem.tile else isa.fitted(self.w.tile, problem.rows)
         self.epilogue = problem.epilogue or Epilogue()
         # Where channels are whole steps of k and codes are used as they are, the input needs no copy.
         self.direct = problem.pointwise and isa.reads_codes and self.w.channels == problem.segments

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue
@@ -57,6 +57,8 @@ class QuantMatmul:
     rank:           of the input: 4 for [B,H,W,C], 3 for [B,H,C], 2 for [B,C]
     into:           (elements of a sample, offset of the first row, from one row to the next) of a larger buffer, of
                     which the result is a part
+    tile:           (registers, rows) of the micro-kernel, where it is another than `tiles` chooses; the registers are
+                    those of `prepare` as well, and 0 rows are as many as fit best
     """
 
     height: int
@@ -76,6 +78,7 @@ class QuantMatmul:
     epilogue: Epilogue | None = None
     rank: int = 4
     into: tuple[int, int, int] | None = None
+    tile: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -179,6 +182,9 @@ class WeightLayout:
 
     @property
     def tile(self) -> Tile:
+        """The micro-kernel, but for its rows."""
+        if self.problem.tile is not None:
+            return Tile(*self.problem.tile)
         if len(self.problem.segments) > FEW_SEGMENTS:
             return self.isa.grouped
         return self.isa.tile(self.problem.outputs)
@@ -248,3 +254,29 @@ class WeightLayout:
         if p.has_bias:
             named.append(Argument("bias", (n,), "float32"))
         return named
+
+
+WORTH_TRYING = 1.12
+"""Tiles are tried (`tiles`) whose work, by the weights of `Isa`, is not more than so many times the least."""
+
+
+def tiles(problem: QuantMatmul, isa: Isa) -> list[tuple[int, int]]:
+    """Micro-kernels (registers, rows) for a problem: the one that is taken without a search, then others."""
+    layout = WeightLayout(replace(problem, tile=None), isa)
+    isa, first = layout.isa, layout.tile
+    chosen = isa.fitted(first, problem.rows)
+    grouped = len(problem.segments) > FEW_SEGMENTS
+
+    def work(tile: Tile) -> float:
+        block = tile.vectors * isa.lanes
+        rows = -(-problem.rows // tile.rows) * tile.rows if problem.rows > tile.rows else problem.rows
+        return -(-problem.outputs // block) * block * rows * tile.cost
+
+    others = []
+    for tile in (first,) if grouped else isa.tiles:
+        least = max(1, tile.rows - 2, -(-8 // tile.vectors))
+        heights = range(tile.rows, min(least, tile.rows) - 1, -1)
+        few = problem.rows < heights[-1]  # then it does not matter
+        others += [replace(tile, rows=rows) for rows in ([isa.fitted(tile, problem.rows).rows] if few else heights)]
+    found = [(t.vectors, t.rows) for t in others if work(t) <= WORTH_TRYING * work(chosen)]
+    return list(dict.fromkeys([(chosen.vectors, chosen.rows), *found]))

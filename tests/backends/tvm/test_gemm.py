@@ -17,6 +17,7 @@ import tvm
 from tvm import relax
 
 from mpq_compiler.backends.tvm.kernels import gemm, prepare
+from mpq_compiler.backends.tvm.kernels import problem as problems
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
 from tests.integer_kernels import AARCH64, X86, Kernels, assert_same_bits, needs
@@ -272,6 +273,28 @@ def test_problems_that_make_no_sense_are_refused():
         QuantMatmul(4, 4, 8, 8, kernel=(3, 3), dynamic=True)
     with pytest.raises(ValueError, match="nothing to compute"):
         QuantMatmul(2, 2, 8, 8, kernel=(3, 3))
+
+
+FEW_OUTPUTS = [
+    QuantMatmul(9, 6, 128, 4, (3, 3), padding=(1, 1, 1, 1)),
+    QuantMatmul(9, 6, 48, 3, (3, 3), padding=(1, 1, 1, 1), bits=3, groups=2, has_offset=True),
+    QuantMatmul.linear((19,), 64, 8, bits=4, segments=(24, 40), classes=1),
+    QuantMatmul.linear((40,), 300, 7, bits=2, has_offset=True, has_bias=False),
+    QuantMatmul.linear((21,), 96, 1, dynamic=True),
+    QuantMatmul.linear((5,), 1024, 2, bits=4),
+]
+"""Several lanes of a register are one output's, where the ISA has lanes to spare."""
+
+
+@pytest.mark.parametrize("name", X86)
+def test_few_outputs(name):
+    isa = needs(name)
+    widths = {problems.WeightLayout(p, isa).isa.split for p in FEW_OUTPUTS}
+    assert widths == ({2, 4} if isa.lanes == 16 else {1, 2})
+    kernels = Kernels(isa, FEW_OUTPUTS)
+    cases = [make_case(problem, 2, seed("few", i)) for i, problem in enumerate(FEW_OUTPUTS)]
+    for case, got in zip(cases, kernels.run(list(enumerate(cases))), strict=True):
+        assert_same_bits(got, reference(case), case.problem)
 
 
 def groups_of(channels: int, size: int) -> tuple[int, ...]:
