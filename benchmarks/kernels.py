@@ -102,7 +102,11 @@ def problems() -> dict[str, dict[str, QuantMatmul]]:
         table[f"conv_out {side}x{side}x{channels}->4"] = {
             name: QuantMatmul(side, side, channels, 4, **FORMATS[name], **SAME) for name in ("w8", "w4")
         }
-    several = {"2 segments": {"segments": (320, 320)}, "4 classes": {"classes": 4}, "20 time groups": {"groups": 20}}
+    several: dict[str, dict[str, Any]] = {
+        "2 segments": {"segments": (320, 320)},
+        "4 classes": {"classes": 4},
+        "20 time groups": {"groups": 20},
+    }
     for kind, options in several.items():
         table[f"linear 256x640x640, {kind},"] = {"w4": QuantMatmul.linear((256,), 640, 640, bits=4, **options)}
     for side, channels, outputs in ((28, 1, 48), (28, 48, 48), (14, 96, 96), (7, 192, 192), (28, 48, 1)):
@@ -260,9 +264,11 @@ def figures(group: Group, times: Mapping[str, Sequence[float]]) -> dict[str, dic
     for name in group.work:
         if name == group.unit:
             continue
-        own = [a + b for a, b in zip(times[name], times.get(group.also.get(name, ""), itertools.repeat(0.0)))]
+        more = times.get(group.also.get(name, ""), [0.0] * len(times[name]))
+        own = [a + b for a, b in zip(times[name], more, strict=True)]
         row = {"us": 1e6 * statistics.median(own)}
-        rate = [group.work[name] / a / (group.work[group.unit] / b) for a, b in zip(times[name], times[group.unit])]
+        rounds = zip(times[name], times[group.unit], strict=True)
+        rate = [group.work[name] / a / (group.work[group.unit] / b) for a, b in rounds]
         row[group.unit] = statistics.median(rate)
         others = {*group.peers, *(what for of, what in group.goals if of == name)} - {group.unit}
         for other in sorted(others):
@@ -285,7 +291,10 @@ def row(name: str, group: Group, found: Sequence[Mapping[str, float]]) -> dict[s
 
     def over(what: str) -> dict[str, Any]:
         values = [each[what] for each in found]
-        return {"median": round(statistics.median(values), 4), "spread": [round(v, 4) for v in (min(values), max(values))]}
+        return {
+            "median": round(statistics.median(values), 4),
+            "spread": [round(v, 4) for v in (min(values), max(values))],
+        }
 
     made: dict[str, Any] = {"name": name, "us": over("us"), group.unit: over(group.unit)}
     theirs = {peer: over(peer) for peer in group.peers if peer in found[0] and peer != group.unit}

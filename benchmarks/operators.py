@@ -52,7 +52,7 @@ def convolution(problem: QuantMatmul) -> dict[str, Call]:
     bias = rng.standard_normal(p.outputs).astype(np.float32)
     codes, scale, weights = _quantized(x, w, 0)
     top, bottom, left, right = p.padding
-    spatial = {"strides": p.stride, "pads": (top, left, bottom, right), "kernel_shape": p.kernel}
+    spatial: dict[str, Any] = {"strides": p.stride, "pads": (top, left, bottom, right), "kernel_shape": p.kernel}
     constants = {
         "x_scale": np.float32(0.02), "x_zero": np.uint8(128), "w": weights, "w_scale": scale.reshape(-1),
         "w_zero": np.zeros(p.outputs, np.int8), "y_scale": np.float32(0.03), "y_zero": np.uint8(128),
