@@ -150,8 +150,27 @@ class Body:
                 first = T.bind(T.max(T.min(tile * width, p.queries - width), 0))
                 self._load_queries(b, h, first)
                 self._clear()
-                _each_tile(p.keys, KEYS, lambda key, size: self._key_block(b, h, first, key, size))
+                self._each_key_block(lambda key, size: self._key_block(b, h, first, key, size))
                 self._store(b, h, first, quant)
+
+    def _each_key_block(self, body: Callable[[Any, Any], None]) -> None:
+        """Calls ``body(key, size)`` for blocks of keys: where it can, once, with a variable as size, for all of them.
+
+        That is half of the code to compile; a last block smaller than a tile, or with words in part, has code of its
+        own.
+        """
+        full, rest = divmod(self.problem.keys, KEYS)
+        if not full or rest < self.key_tile or rest % self._granule:
+            _each_tile(self.problem.keys, KEYS, body)
+            return
+        with T.serial(0, full + 1) as i:
+            key = i * KEYS
+            body(key, T.bind(T.min(self.problem.keys - key, KEYS)))
+
+    @property
+    def _granule(self) -> int:
+        """Keys that are taken together."""
+        return 1
 
     @property
     def _full_mask(self) -> bool:
@@ -187,20 +206,20 @@ class Body:
             store(self.highest, f32(LOWEST, LANES), self._at(0, j))
             store(self.total, f32(0.0, LANES), self._at(0, j))
 
-    def _key_block(self, b: Any, h: Any, first: Any, key: Any, size: int) -> None:
+    def _key_block(self, b: Any, h: Any, first: Any, key: Any, size: Any) -> None:
         new = scratch(self.width)
         for j in range(self.vectors):
             store(new, self._first_maximum(j), self._at(0, j))
         if self._full_mask:
             self._load_mask(b, h, first, key, size)
-        tile = min(self.key_tile, size)
-        with T.serial(0, -(-size // tile)) as t:
+        tile = min(self.key_tile, size) if isinstance(size, int) else self.key_tile
+        with T.serial(0, T.floordiv(size + tile - 1, tile)) as t:
             start = T.min(t * tile, size - tile)  # scores of an overlap are computed twice, alike
             self._scores(b, h, key, start, tile, new)
         self._weights(size, new)
         _each_tile(self.problem.dim, self.dim_tile, lambda d, dims: self._values(b, h, key, size, d, dims))
 
-    def _load_mask(self, b: Any, h: Any, first: Any, key: Any, size: int) -> None:
+    def _load_mask(self, b: Any, h: Any, first: Any, key: Any, size: Any) -> None:
         with T.serial(0, self.width) as i:
             row = T.bind(self._query_row(first, i))
             with T.serial(0, size) as k:
@@ -265,7 +284,7 @@ class Body:
             store(self.rescale, vmath.exp2_nonpositive(self.highest[at] - new[at]), at)
             store(self.highest, new[at], at)
 
-    def _weights(self, size: int, new: Buffer) -> None:
+    def _weights(self, size: Any, new: Buffer) -> None:
         """Scores to 2^(score - maximum), and their sum."""
         self._rescale(new)
         wide = span(0, self.width)
@@ -278,7 +297,7 @@ class Body:
             store(total, total[wide] + weight, wide)
         store(self.total, total[wide], wide)
 
-    def _values(self, b: Any, h: Any, key: Any, size: int, d: Any, dims: int) -> None:
+    def _values(self, b: Any, h: Any, key: Any, size: Any, d: Any, dims: int) -> None:
         """Adds the block's weighted values to `dims` rows of the output."""
         pairs = [(i, j) for i in range(dims) for j in range(self.vectors)]
         sums = Registers(len(pairs), LANES)

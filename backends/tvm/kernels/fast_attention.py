@@ -308,6 +308,10 @@ class _Fast(Body):
     def _steps(self) -> int:
         return -(-self.problem.dim // self._packed)
 
+    @property
+    def _granule(self) -> int:
+        return self._packed
+
     def _key(self, b: Any, h: Any, key: Any, step: Any) -> Any:
         return self.buffers["packed_k"][b, h, key, step]
 
@@ -327,30 +331,30 @@ class _Fast(Body):
         if rest:
             words(whole, rest)
 
-    def _weight_words(self, size: int, weight: Callable[[Any], Any], join: Callable[[list[Any]], Any]) -> None:
+    def _weight_words(self, size: Any, weight: Callable[[Any], Any], join: Callable[[list[Any]], Any]) -> None:
         """`words` from ``weight(key)``, the weights of all queries for a key of the block."""
         self.words = scratch(KEY_BLOCK // self._packed * self.width, "int32")
-        whole, rest = divmod(size, self._packed)
+        whole, rest = divmod(size, self._packed) if isinstance(size, int) else (T.floordiv(size, self._packed), 0)
 
         def words(word: Any, keys: int) -> None:
             joined = join([weight(word * self._packed + i) for i in range(keys)])
             store(self.words, joined, span(word * self.width, self.width))
 
-        if whole:
+        if not isinstance(whole, int) or whole:
             with T.serial(0, whole) as word:
                 words(word, self._packed)
         if rest:
             words(whole, rest)
 
     def _products(
-        self, b: Any, h: Any, key: Any, size: int, d: Any, dims: int, start: Callable[[Any, int], Any], kind: str
+        self, b: Any, h: Any, key: Any, size: Any, d: Any, dims: int, start: Callable[[Any, int], Any], kind: str
     ) -> Any:
         """Sums over the block's keys of weight times value for `dims` dimensions, and their places."""
         pairs = [(i, j) for i in range(dims) for j in range(self.vectors)]
         sums = Registers(len(pairs), LANES, kind)
         for n, (i, j) in enumerate(pairs):
             sums[n] = start(i, j)
-        with T.serial(0, -(-size // self._packed)) as word:
+        with T.serial(0, T.floordiv(size + self._packed - 1, self._packed)) as word:
             for n, (i, j) in enumerate(pairs):
                 value = splat(self.buffers["packed_v"][b, h, key // self._packed + word, d + i], LANES)
                 sums[n] = self._weigh(sums[n], self.words[self._at(word, j)], value)
@@ -372,7 +376,7 @@ class _Bfloat16(_Fast):
     def _dot(self, key: Any, query: Any, total: Any) -> Any:
         return bfloat16.dot(total, key, query)
 
-    def _weights(self, size: int, new: Any) -> None:
+    def _weights(self, size: Any, new: Any) -> None:
         self._rescale(new)
         wide = span(0, self.width)
         store(self.total, mul(self.total[wide], self.rescale[wide]), wide)
@@ -393,7 +397,7 @@ class _Bfloat16(_Fast):
     def _weigh(self, total: Any, weights: Any, values: Any) -> Any:
         return bfloat16.dot(total, weights, values)
 
-    def _values(self, b: Any, h: Any, key: Any, size: int, d: Any, dims: int) -> None:
+    def _values(self, b: Any, h: Any, key: Any, size: Any, d: Any, dims: int) -> None:
         def start(i: Any, j: int) -> Any:
             return mul(self.out[self._at(d + i, j)], self.rescale[self._at(0, j)])
 
@@ -434,7 +438,7 @@ class _Codes(_Fast):
             at = self._at(0, j)
             store(self.offset, self.offset[at] * i32(-128, LANES), at)
 
-    def _key_block(self, b: Any, h: Any, first: Any, key: Any, size: int) -> None:
+    def _key_block(self, b: Any, h: Any, first: Any, key: Any, size: Any) -> None:
         self.scale, self.merge = scratch(self.width), scratch(self.width)
         for j in range(self.vectors):
             at = self._at(0, j)
@@ -462,7 +466,7 @@ class _Codes(_Fast):
             store(self.merge, vmath.exp2_nonpositive(new[at] - highest), at)
             store(self.highest, highest, at)
 
-    def _weights(self, size: int, new: Any) -> None:
+    def _weights(self, size: Any, new: Any) -> None:
         self._rescale(new)
         wide = span(0, self.width)
         shifted, part = scratch(self.width), scratch(self.width, "int32")
@@ -480,7 +484,7 @@ class _Codes(_Fast):
             return total - i32(_int32(sum(_MAGIC_BITS << 8 * i for i in places)), self.width)
 
         self._weight_words(size, weight, join)
-        with T.serial(0, -(-size // self._packed)) as word:
+        with T.serial(0, T.floordiv(size + self._packed - 1, self._packed)) as word:
             for j in range(self.vectors):
                 ones = i32(0x01010101, LANES)
                 total = _dot_codes(part[self._at(0, j)], self.words[self._at(word, j)], ones)
@@ -491,7 +495,7 @@ class _Codes(_Fast):
     def _weigh(self, total: Any, weights: Any, values: Any) -> Any:
         return _dot_codes(total, weights, values)
 
-    def _values(self, b: Any, h: Any, key: Any, size: int, d: Any, dims: int) -> None:
+    def _values(self, b: Any, h: Any, key: Any, size: Any, d: Any, dims: int) -> None:
         sums, pairs = self._products(b, h, key, size, d, dims, lambda i, j: i32(0, LANES), "int32")
         for n, (i, j) in enumerate(pairs):
             at, common = self._at(d + i, j), self._at(0, j)

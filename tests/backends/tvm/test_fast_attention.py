@@ -27,6 +27,7 @@ PROBLEMS = {
     "49 tokens, D 24": FastAttention(49, 49, 4, 24),
     "cross, D 40": FastAttention(70, 77, 2, 40, epilogue=RESIDUAL),
     "more than two key blocks, D 33": FastAttention(50, 131, 3, 33, scale=0.3),
+    "two key blocks of whole words": FastAttention(9, 132, 2, 16),
     "few tokens, D 11": FastAttention(7, 3, 2, 11),
     "one key": FastAttention(3, 1, 2, 5),
     "mask": FastAttention(20, 70, 3, 9, mask=("B", 3, 20, 70)),
