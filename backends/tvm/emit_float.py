@@ -118,8 +118,7 @@ def _float_contraction(
     kind = str(node.kwargs.get("numerics", F32))
     if kind == F32:
         e.program.fallbacks.setdefault(e.task.anchor.name, "computed in float32: the plan leaves it unquantized")
-        few = problem.get("positions") < FEW_ROWS if problem.type == "float_gemm.Linear" else False
-        plain = few or problem.get("outputs") < 4
+        plain = _reads_rows(problem)
     else:
         if not e.is_static(weight):
             raise e.refusal("its weight is computed, and products in bfloat16 read stored ones")
@@ -131,8 +130,17 @@ def _float_contraction(
     return _anchor(e, "float_gemm", problem, {"x": x, "weight": weight, "bias": bias}, epilogue, out)
 
 
-FEW_ROWS = 8
-"""With fewer, kernels read weights as they are (`float_gemm.FEW_ROWS`)."""
+FEW_ROWS, FEW_OUTPUTS, LANES = 8, 8, 16
+"""Those of `float_gemm`."""
+
+
+def _reads_rows(problem: Record) -> bool:
+    """Whether the kernel in float32 is fastest with weights as they are: few rows or few outputs."""
+    few = problem.get("outputs") <= FEW_OUTPUTS
+    if problem.type == "float_gemm.Linear":
+        return few or problem.get("positions") < FEW_ROWS
+    wide = problem.get("kernel")[1] * problem.get("channels") >= LANES
+    return few and wide and problem.get("groups") == 1
 
 
 def _without_size(problem: Record) -> Record:
