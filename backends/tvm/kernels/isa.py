@@ -125,7 +125,7 @@ class Isa:
         least = max(1, tile.rows - 2, -(-8 // tile.vectors))  # as many sums as hide the latency of a dot product
 
         def work(height: int) -> float:
-            return -(-rows // height) * height * (1 + 0.02 * (tile.rows - height))
+            return -(-rows // height) * height * (1 + 0.01 * (tile.rows - height))
 
         return replace(tile, rows=min(range(tile.rows, min(least, tile.rows) - 1, -1), key=work))
 
