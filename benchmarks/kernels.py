@@ -48,6 +48,7 @@ from tests.shapes import concrete, make_case
 
 Call = Callable[[], object]
 RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
 PEERS = ("torch", "onnxruntime", "openvino")
 ROWS, SIZES = (1, 2, 5, 64, 256, 1024), (320, 640, 1280)
 SAME: dict[str, Any] = {"kernel": (3, 3), "padding": (1, 1, 1, 1)}
@@ -320,6 +321,21 @@ def cells(made: Mapping[str, Any]) -> list[str]:
     return [made["name"], f"{made['us']['median']:.1f}", share, ", ".join(goals), verdict, against]
 
 
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: shares of the peak by shape and format, and how many times as long the best peer takes as w8."""
+    by_name = {made["name"]: made for made in rows}
+    lines = ["| | " + " | ".join([*FORMATS, "best peer against w8"]) + " |", "|---" * (len(FORMATS) + 2) + "|"]
+    for shape in problems():
+        if f"{shape} base+b" not in by_name:
+            continue
+        made = [by_name[f"{shape} {kind}"] for kind in FORMATS]
+        shares = [f"{100 * each['peak']['median']:.0f} %" + "*" * (each.get("met") is False) for each in made]
+        best = made[0].get("best_peer")
+        against = f"{made[0]['times_as_long'][best]['median']:.2f} x {best}" if best else ""
+        lines.append("| " + " | ".join([shape, *shares, against]) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [name for name in ISAS if name.startswith("x86")]
@@ -329,7 +345,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--against", default=",".join(PEERS), help=f"peers, by commas (default {','.join(PEERS)})")
     parser.add_argument("--json", help="default benchmarks/results/kernels-ISA.json; '' for none")
+    parser.add_argument("--docs", type=Path, help="only write the table of the JSON between the marks of this file")
     options = parser.parse_args()
+    path = options.json if options.json is not None else RESULTS / f"kernels-{options.isa}.json"
+    if options.docs:
+        before, rest = options.docs.read_text().split(BEGIN)
+        written = table(json.loads(Path(path).read_text())["rows"])
+        options.docs.write_text(f"{before}{BEGIN}\n{written}\n{END}{rest.split(END)[1]}")
+        return
     target, against = isa(options.isa), tuple(filter(None, options.against.split(",")))
 
     def wanted(peer: str) -> bool:
@@ -362,7 +385,6 @@ def main() -> None:
     missed = [made["name"] for made in rows if made.get("met") is False]
     judged = sum("met" in made for made in rows)
     terminal.say(f"{judged - len(missed)} of {judged} goals are met" + (f"; not {', '.join(missed)}" if missed else ""))
-    path = options.json if options.json is not None else RESULTS / f"kernels-{target.name}.json"
     if path:
         report: dict[str, Any] = {**provenance(), "isa": target.name, "threads": 1}
         report["versions"] |= {peer: version(peer) for peer in ("onnxruntime", "openvino") if wanted(peer)}
