@@ -14,7 +14,7 @@ from mpq_compiler.machine import cpu, cpus
 def provenance() -> dict[str, Any]:
     """The command, the CPU, the system and the versions that a benchmark ran with."""
     return {
-        "command": " ".join(["python", Path(sys.argv[0]).as_posix(), *sys.argv[1:]]),
+        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "cpu": cpu(),
         "cores": len(cpus()),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
