@@ -322,7 +322,7 @@ def test_candidate_plans_run_and_their_table_predicts_them():
     target = targets.resolve("native")
     if target.backend != "tvm":
         pytest.skip("no kernels of ours for this machine")
-    made = packed.program(packed.BUNDLED, "int8")
+    made = packed.program("dit", "int8")
     passes = pass_manager.parse(packed.PIPELINE.format("", "int8"))
     latency = Latency(target, made.denoiser, passes, cache=packed.kernel_cache())
     with latency.plans(made.planned, ["int8"]) as (loaded,):
