@@ -28,7 +28,7 @@ from mpq_compiler import schemas, tensorfile
 from mpq_compiler.errors import UserError
 
 FORMAT = "mpq-artifact"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 KERNELS = "kernels.so"
@@ -293,6 +293,11 @@ def _read_manifest(folder: Path, path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} has format version {version}, made by a newer mpq-compiler; this one reads up to "
             f"{FORMAT_VERSION}: update it (pip install --upgrade mpq-compiler)"
+        )
+    if isinstance(version, int) and version < FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {version}, made by an earlier mpq-compiler, and this one calls its functions in "
+            "another way: compile it again"
         )
     try:
         sound = text == canonical(manifest) and manifest.get("artifact_sha256") == digest(manifest)
