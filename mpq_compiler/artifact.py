@@ -296,8 +296,8 @@ def _read_manifest(folder: Path, path: Path) -> dict[str, Any]:
         )
     if isinstance(version, int) and version < FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {version}, made by an earlier mpq-compiler, and this one calls its functions in "
-            "another way: compile it again"
+            f"{path} has format version {version}, made by an earlier mpq-compiler, and this one calls its functions "
+            "in another way: compile it again"
         )
     try:
         sound = text == canonical(manifest) and manifest.get("artifact_sha256") == digest(manifest)

@@ -161,7 +161,8 @@ def test_the_simulated_noise_falls():
     x = denoiser.random_inputs(8, 5)
     for front in ("", "split-shortcut,"):
         program = programs.after("fashion-unet", "time-groups", f"trace,layout,{front}calibrate,time-groups")
-        found.append((program, Ablation(program, x), {n.name.partition("_part")[0]: n.name for n in program.quantizable}))
+        names = {n.name.partition("_part")[0]: n.name for n in program.quantizable}
+        found.append((program, Ablation(program, x), names))
     layers = [name for name, part in found[1][2].items() if part != name]
     noise = []
     for program, ablation, _ in found:
