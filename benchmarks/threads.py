@@ -153,7 +153,7 @@ def main() -> None:
     options = parser.parse_args()
     target = isa(options.isa)
     tvm_runtime._load()
-    peak.ROUNDS = 2000  # a fifth of a millisecond a thread
+    peak.ROUNDS = 60_000  # a fifth of a millisecond a thread
     busy, _ = peak.integer(target, parts=2)
     control = on(1, busy), on(2, busy)
     rows = []
