@@ -337,6 +337,30 @@ def dynamic_fake_quantize(x: Tensor, bits: int) -> Tensor:
     return torch.round(clamped) * s + (x - x.detach())
 
 
+def float_bias(exponent: int) -> int:
+    """What is subtracted from the ``exponent`` bits of a small float."""
+    return 2 ** (exponent - 1) - 1
+
+
+def float_largest(exponent: int, bits: int) -> float:
+    """The largest of the small floats of so many bits, a sign and ``exponent`` bits of exponent among them."""
+    return (2 - 2.0 ** (1 + exponent - bits)) * 2.0 ** (2**exponent - 1 - float_bias(exponent))
+
+
+def round_float(x: Tensor, exponent: int, bits: int) -> Tensor:
+    """x f32 moved to the nearest small float, ties to even; to the largest where it is beyond.
+
+    Values are those of `dequantize_float8`, with M = bits - 1 - exponent bits of mantissa. In f32, where p is the
+    largest power of two that is at most |x|, and at least the smallest normal float: ``(x + c) - c`` with
+    ``c = p * (1.5 * 2^(23 - M))``, next to which f32 has the steps of the small float (Dekker's constant).
+    """
+    largest = float_largest(exponent, bits)
+    x = x.clamp(-largest, largest)
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+    c = power.clamp_min(2.0 ** (1 - float_bias(exponent))) * (1.5 * 2.0 ** (24 + exponent - bits))
+    return (x + c) - c
+
+
 # --- weights ------------------------------------------------------------------------------------------------
 
 
@@ -413,14 +437,15 @@ def dequantize_float8(codes: Tensor, scale: Tensor, shape: Sequence[int], expone
     """``scale[i] * float8(code[i, k])`` as f32 of ``shape``: codes u8 [O, K], scale [O].
 
     A code is a sign, ``exponent`` bits e and M = 7 - exponent bits m, with the bias b = 2^(exponent-1) - 1:
-    ``(-1)^sign * 2^(max(e, 1) - b - M) * (m + (2^M if e > 0 else 0))``. With 4 bits of exponent that is E4M3 and with
-    5 E5M2 of OCP's FP8 (arXiv 2209.05433) without their infinities and NaNs, which no weight has.
+    ``(-1)^sign * 2^(max(e, 1) - b - M) * (m + (2^M if e > 0 else 0))``. All codes are finite (Kuzmin 2022, "FP8
+    quantization: the power of the exponent", section 2): E4M3 and E5M2 are those of OCP (arXiv 2209.05433) with numbers
+    where they have infinities and NaNs.
     """
     mantissa = 7 - exponent
     bits = codes.to(torch.int32)
     e, m = (bits >> mantissa) & (2**exponent - 1), bits & (2**mantissa - 1)
     significand = m + torch.where(e > 0, 2**mantissa, 0)
-    power = e.clamp_min(1) - (2 ** (exponent - 1) - 1) - mantissa
+    power = e.clamp_min(1) - float_bias(exponent) - mantissa
     value = torch.ldexp(significand.to(torch.float32), power)
     value = torch.where(bits >= 128, -value, value) * scale.to(torch.float32)[:, None]
     return value.reshape(list(shape))
@@ -429,11 +454,9 @@ def dequantize_float8(codes: Tensor, scale: Tensor, shape: Sequence[int], expone
 @op("fake_quantize_float8")
 def fake_quantize_float8(weight: Tensor, scale: Tensor, exponent: int = 4) -> Tensor:
     """weight [O, ...] moved to its nearest FP8 level, with a straight-through gradient."""
-    from mpq_compiler.formats.floating import float8_codes
-
-    codes = float8_codes(weight.detach().reshape(weight.shape[0], -1), scale, exponent)
-    level = dequantize_float8(codes, scale, weight.shape, exponent)
-    return level.detach() + (weight - weight.detach())
+    s = scale.to(torch.float32).reshape(-1, *[1] * (weight.dim() - 1))
+    level = round_float(weight.detach() / s, exponent, 8) * s
+    return level + (weight - weight.detach())
 
 
 @op("binary_branch")

@@ -531,14 +531,13 @@ def _one_time_group(view: View) -> Findings:
 
 @rule("codes", QUANTIZED)
 def _codes(view: View) -> Findings:
-    """u8 codes below the size of their table, or int8 values within +-127 where there is none; finite FP8 numbers."""
+    """u8 codes below the size of their table, or int8 values within +-127 where there is none; of FP8 any u8."""
     for levels in view.levels:
         if levels.codes is None:
             continue
         codes = view.tensor(levels.codes)
         if not levels.integer:
-            largest = {4: 0x7E, 5: 0x7B}[levels.call.args[3]]
-            sound = codes.dtype == torch.uint8 and int((codes & 0x7F).max()) <= largest
+            sound = codes.dtype == torch.uint8
         elif levels.lut is None:
             sound = codes.dtype == torch.int8 and int(codes.min()) >= -ops.LUT_MAX
         else:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from mpq_compiler.errors import UserError, nearest
 from mpq_compiler.formats.base import Fit, Format, QuantizedWeight, stored_type
 from mpq_compiler.formats.codebook import CodebookFormat
-from mpq_compiler.formats.floating import E2M1, NF4, Float8Format, Float8Weight
+from mpq_compiler.formats.floating import E2M1, EXPONENTS, NF4, Float8Format, Float8Weight
 from mpq_compiler.formats.lowrank import LowRankFormat, LowRankWeight
 from mpq_compiler.formats.residual import ResidualFormat
 from mpq_compiler.formats.table import TableFormat
@@ -52,7 +52,7 @@ FORMATS: dict[str, Format] = {
         ResidualFormat("int3+b", bits=4, base_bits=3),
         UniformFormat("int8", bits=8),
         Float8Format("fp8", bits=8),
-        Float8Format("fp8e5", bits=8, exponent=5),
+        *(Float8Format(f"fp8e{exponent}", bits=8, exponent=exponent) for exponent in EXPONENTS),
     )
 }
 """The formats with a name of their own."""

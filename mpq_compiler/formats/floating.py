@@ -1,7 +1,8 @@
 """Small floats. FP4 and NF4 are tables of the weight contract; FP8 is not, and its layers compute in float.
 
 E2M1 (OCP Microscaling, 2023; LLM-FP4, arXiv 2310.16836) doubled is a table of integers: {0, 1, 2, 3, 4, 6, 8, 12} and
-their negatives. NF4 (QLoRA, arXiv 2305.14314, appendix E) is rounded to 127ths. FP8 is E4M3 or E5M2 (arXiv 2209.05433).
+their negatives. NF4 (QLoRA, arXiv 2305.14314, appendix E) is rounded to 127ths. FP8 is E2M5, E3M4, E4M3 or E5M2 without
+infinities and NaNs (Kuzmin 2022, arXiv 2208.09225), the encoding and the largest value searched (arXiv 2408.06995).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpq_compiler import ops
-from mpq_compiler.formats.base import Format, output_error, stored_scale
+from mpq_compiler.formats.base import Format, diagonal, output_error, stored_scale
 
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 """Twice the values of the 16 codes of FP4: sign, two bits of exponent, one of mantissa. Zero is there twice."""
@@ -24,11 +25,10 @@ _QLORA = (
 NF4 = tuple(round(ops.LUT_MAX * level) for level in _QLORA)
 """Quantiles of the normal distribution over the largest magnitude of a row, zero among them."""
 
-LARGEST = {4: 448.0, 5: 57344.0}
-"""The largest finite value by the bits of the exponent."""
-OCTAVES = tuple(2 ** (i / 4) for i in range(16))
-"""By how much the scale search enlarges the smallest scale: relative steps only matter within an octave, beyond that
-small values fall below the normal range."""
+EXPONENTS = (2, 3, 4, 5)
+"""The bits of exponent that a small float may have: fewer make an evenly spaced grid, more have no mantissa left."""
+FACTORS = tuple(0.1 + 0.01 * i for i in range(111))
+"""Fractions of the largest magnitude that the search takes for the largest value (Kuzmin 2022, section 4)."""
 
 
 @dataclass(frozen=True)
@@ -48,36 +48,69 @@ class Float8Weight:
 class Float8Format(Format):
     """Eight bits with ``exponent`` bits of exponent and a scale a row: eight bits for rows with outliers.
 
-    There is no int8 table of it. The layer reads unquantized activations and computes in float; its weight is
+    Without ``exponent`` the weight has the one of least output error; few bits of exponent make a nearly even grid,
+    many one of even relative steps. There is no int8 table of either: the layer computes in float, and its weight is
     dequantized when the artifact is loaded, so it saves bytes of the artifact and not time.
     """
 
-    exponent: int = 4
+    exponent: int | None = None
 
     @property
     def integer(self) -> bool:
         return False
 
+    @property
+    def exponents(self) -> tuple[int, ...]:
+        """Those to choose from."""
+        return EXPONENTS if self.exponent is None else (self.exponent,)
+
     def start(self, weight: Tensor) -> Float8Weight:
         rows = weight.flatten(1)
-        return self._quantize(rows, stored_scale(rows.abs().amax(1) / LARGEST[self.exponent]))
+        found = [float8(rows, _scales(rows.abs().amax(1), e, 1.0), e) for e in self.exponents]
+        return _least(found, rows, None)
+
+    def form(self, weight: Tensor) -> Float8Weight:
+        rows, exponent = weight.flatten(1), self.exponents[0]
+        return float8(rows, _scales(rows.abs().amax(1), exponent, 1.0), exponent)
 
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> Float8Weight:
+        """Scales are searched under the diagonal of the gram, and kept where they are better under the whole of it."""
         rows = weight.flatten(1)
-        smallest = rows.abs().amax(1) / LARGEST[self.exponent]
-        best, least = stored_scale(smallest), torch.full((len(rows),), torch.inf)
-        for factor in OCTAVES:
-            scale = stored_scale(smallest * factor)
-            error = output_error(self._quantize(rows, scale).dequantize() - rows, gram)
-            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-        return self._quantize(rows, best)
-
-    def _quantize(self, rows: Tensor, scale: Tensor) -> Float8Weight:
-        return Float8Weight(float8_codes(rows, scale, self.exponent), scale, self.exponent)
+        return _least([_searched(rows, gram, e) for e in self.exponents], rows, gram)
 
 
-def float8_codes(rows: Tensor, scale: Tensor, exponent: int) -> Tensor:
-    """Codes u8 of rows [O, K] at scales [O]: nearest, ties to even, the largest value beyond the range."""
-    kind = {4: torch.float8_e4m3fn, 5: torch.float8_e5m2}[exponent]
-    t = rows / scale.to(torch.float32)[:, None]
-    return t.clamp(-LARGEST[exponent], LARGEST[exponent]).to(kind).view(torch.uint8)
+def _scales(peak: Tensor, exponent: int, factor: float) -> Tensor:
+    """Scales f16 under which ``factor`` of the peaks [O] is the largest value."""
+    return stored_scale(peak * (factor / ops.float_largest(exponent, 8)))
+
+
+def _searched(rows: Tensor, gram: Tensor | None, exponent: int) -> Float8Weight:
+    """The scales of least error of rows [O, K] among `FACTORS`."""
+    peak, importance = rows.abs().amax(1), None if gram is None else diagonal(gram)
+    best = widest = _scales(peak, exponent, 1.0)
+    least = torch.full((len(rows),), torch.inf)
+    for factor in FACTORS:
+        scale = _scales(peak, exponent, factor)
+        s = scale.float()[:, None]
+        error = output_error(ops.round_float(rows / s, exponent, 8) * s - rows, importance)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    found, whole = (output_error(float8(rows, s, exponent).dequantize() - rows, gram) for s in (best, widest))
+    return float8(rows, torch.where(found < whole, best, widest), exponent)
+
+
+def _least(found: list[Float8Weight], rows: Tensor, gram: Tensor | None) -> Float8Weight:
+    """The first of those with the least output error of the whole weight."""
+    if len(found) == 1:
+        return found[0]
+    return min(found, key=lambda fit: float(output_error(fit.dequantize() - rows, gram).sum()))
+
+
+def float8(rows: Tensor, scale: Tensor, exponent: int) -> Float8Weight:
+    """Nearest codes of rows [O, K] at scales [O]: ties to even, the largest value beyond the range."""
+    value = ops.round_float(rows / scale.to(torch.float32)[:, None], exponent, 8)
+    mantissa, smallest = 7 - exponent, 2.0 ** (1 - ops.float_bias(exponent))
+    magnitude = value.abs()
+    # exponent and mantissa stand side by side in f32 too, with another bias and more digits behind
+    normal = (magnitude.view(torch.int32) >> (23 - mantissa)) - ((127 - ops.float_bias(exponent)) << mantissa)
+    code = torch.where(magnitude < smallest, (magnitude * (2.0**mantissa / smallest)).to(torch.int32), normal)
+    return Float8Weight((code | (value < 0).to(torch.int32) << 7).to(torch.uint8), scale, exponent)

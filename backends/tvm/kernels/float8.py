@@ -18,7 +18,7 @@ from mpq_compiler.backends.tvm.kernels.template import Argument, Buffers, each_v
 class DequantizeFloat8:
     """``scale[i] * float8(codes[i, k])`` for codes u8 [rows, columns] and scale f16 [rows].
 
-    exponent:  bits of the exponent: 4 (E4M3) or 5 (E5M2)
+    exponent:  bits of the exponent: 2 (E2M5) to 5 (E5M2)
     """
 
     rows: int
@@ -26,8 +26,8 @@ class DequantizeFloat8:
     exponent: int = 4
 
     def __post_init__(self) -> None:
-        if self.exponent not in (4, 5):
-            raise ValueError(f"FP8 has 4 or 5 bits of exponent, not {self.exponent}")
+        if not 2 <= self.exponent <= 5:
+            raise ValueError(f"FP8 has 2 to 5 bits of exponent, not {self.exponent}")
 
 
 def arguments(problem: DequantizeFloat8) -> list[Argument]:

@@ -236,12 +236,10 @@ def test_attention_on_codes(groups, tmp_path):
     assert packed.sqnr_db(onnx_models.run(program, inputs, tmp_path), run(program, inputs)) > 60
 
 
-@pytest.mark.parametrize("exponent", [4, 5])
+@pytest.mark.parametrize("exponent", [2, 3, 4, 5])
 def test_float8_weights(exponent, tmp_path):
     inputs = {"x": torch.randn(5, 16, generator=seeded(7))}
     tensors = {"w:codes": torch.arange(256, dtype=torch.uint8).reshape(16, 16), "w:scale": torch.rand(16).half()}
-    if exponent == 5:
-        tensors["w:codes"] &= 0xFB  # without the largest exponent, which stands for infinity and NaN
 
     def build(graph, n):
         made = graph.call_function(ops.dequantize_float8, (n["w:codes"], n["w:scale"], [16, 16], exponent))
