@@ -53,8 +53,12 @@ from mpq_compiler.backends.tvm.kernels.template import (
     Argument,
     Buffer,
     Buffers,
+    Registers,
     Shared,
+    each_vector,
     epilogue_arguments,
+    fold,
+    folds,
     primfunc,
     scratch,
     share,
@@ -286,6 +290,7 @@ class _Kernel:
     def _chunk_of_rows(self, row: Any, rows: Any) -> tuple[Any, Callable[[], None]]:
         """(rows, what gathers them) of a chunk."""
         self.first_row = row
+        self._know_group(T.bind(_quotient(row, self.p.rows)), _quotient(row + rows - 1, self.p.rows))
 
         def gather() -> None:
             if not self.direct:
@@ -304,6 +309,7 @@ class _Kernel:
             top = T.bind(band * self.band)
             height = self.band if p.out_height % self.band == 0 else T.min(self.band, p.out_height - top)
         self.first_row = _opaque(sample * p.rows + top * p.out_width)
+        self._know_group(sample, sample + samples - 1)
 
         def gather() -> None:
             reach = (height - 1) * p.stride[0] + p.kernel[0]  # image rows that these output rows see
@@ -314,7 +320,7 @@ class _Kernel:
                 pixel = (s * self.band_height + y * p.stride[0]) * self.image_width + x * p.stride[1]
                 store(self.starts, pixel, (s * height + y) * p.out_width + x)
             if p.has_offset:
-                self._sum_rows(samples * height * p.out_width)
+                self._sum_windows(samples, height)
 
         return samples * height * p.out_width, gather
 
@@ -332,7 +338,10 @@ class _Kernel:
             self.starts = team.workspace(self.most_rows, "int32")
         if p.has_offset:
             self.sums = team.workspace(segments * self.most_rows, "int32")
-        if self.slices or segments == FEW_SEGMENTS:
+            if not p.pointwise:
+                self.pixel_sums = team.workspace(self.pixels, "int32")
+        self.products: Any = None
+        if self.slices or segments == FEW_SEGMENTS or (segments == 1 and not team.serial):
             size = self.tile.rows * self.tile.vectors * self.isa.words
             tiles = self.most_tiles if self.slices else 1
             self.products = team.workspace(segments * tiles * size, "int32")
@@ -358,6 +367,18 @@ class _Kernel:
     def _group(self, sample: Any) -> Any:
         """Time group of a sample; where there is one group only, nothing is read."""
         return T.bind(T.cast(self.b["group"][sample], "int32")) if self.p.groups > 1 else 0
+
+    def _know_group(self, first: Any, last: Any) -> None:
+        """Reads the time group of a chunk, samples first to last of the batch, for `_group_of`."""
+        if self.p.groups > 1:
+            self.alone, self.group = T.bind(first == last), self._group(first)
+
+    def _group_of(self, r: Any) -> Any:
+        """Time group of row r of the chunk: a tile of rows need not wait for it where there is one sample."""
+        if self.p.groups == 1:
+            return 0
+        sample = _quotient(self.first_row + r, self.p.rows)
+        return T.if_then_else(self.alone, self.group, T.cast(self.b["group"][sample], "int32"))
 
     def _entry(self, j: Segment, m: Any, group: Any) -> Any:
         """Where row m, of a sample of that time group, finds segment j's scale and zero point."""
@@ -465,36 +486,96 @@ class _Kernel:
         return self.p.kernel[0], self.p.kernel[1] * c, 0 if self.p.pointwise else self.image_width * c
 
     def _sum_rows(self, rows: Any) -> None:
-        """sums[j, r] = sum over segment j of (q - z_j[g]); pixels that are padding add nothing."""
-        p, lanes = self.p, self.isa.words
-        with T.serial(0, rows) as r:
-            group = 0 if p.dynamic else self._group(_quotient(self.first_row + r, p.rows))
+        """sums[j, r] = the sum of segment j of row r of a linear layer, zero points and all."""
 
-            def segment(j: Segment) -> None:
-                taps, run, stride = self._runs(j)
-                start = T.bind(self._row_start(j, r))
-                partial_sums = scratch(lanes, "int32")
-                store(partial_sums, vmath.i32(0, lanes), span(0, lanes))
+        def segment(j: Segment) -> None:
+            width, start = self.w.channels[j.first], self._row_start(j, 0)
+            stride = self.p.channels if self.direct else width
+            self._sum_each(self.sums, j.index * self.most_rows, rows, self.least_rows, start, stride, width)
 
-                def add(at: Any, width: int, to: Buffer = partial_sums) -> None:
-                    values = self.activations[span(at, width)]
-                    wide = tirx.Cast("int32" if width == 1 else f"int32x{width}", values)
-                    store(to, to[span(0, width)] + wide, span(0, width))
+        self._segments(segment)
 
-                with T.serial(0, taps) as tap:
-                    line = T.bind(start + tap * stride)
-                    if run >= lanes:
-                        with T.serial(0, run // lanes) as k:
-                            add(line + k * lanes, lanes)
-                    for k in range(run // lanes * lanes, run):
-                        add(line + k, 1)
-                zero = T.cast(self.b["act_zero"][self._entry(j, self.first_row + r, group)], "int32")
-                total = (self.isa.unsigned_excess - zero) * (p.kernel[0] * p.kernel[1] * p.segments[j.first])
-                for lane in range(lanes):
-                    total = total + partial_sums[lane]
-                store(self.sums, total, j.index * self.most_rows + r)
+    def _sum_windows(self, samples: Any, height: Any) -> None:
+        """The same for a convolution, whose rows see neighbouring pixels: each of them is summed once."""
+        p, (down, across), line_size = self.p, self.p.stride, self.image_width
 
-            self._segments(segment)
+        def segment(j: Segment) -> None:
+            lines = (samples - 1) * self.band_height + (height - 1) * down + p.kernel[0]
+            width, least = self.w.channels[j.first], p.kernel[0] * line_size
+            self._sum_each(self.pixel_sums, 0, lines * line_size, least, self._plane(j), width, width)
+            with T.serial(0, samples) as s, T.serial(0, height) as y:
+                line = T.bind((s * self.band_height + y * down) * line_size)
+                row = T.bind(j.index * self.most_rows + (s * height + y) * p.out_width)
+
+                def some(x: Any, lanes: int) -> None:
+                    total = scratch(lanes, "int32")
+                    store(total, vmath.i32(0, lanes), span(0, lanes))
+                    with T.serial(0, p.kernel[0]) as tap:
+                        for side in range(p.kernel[1]):
+                            at = line + tap * line_size + x * across + side
+                            seen = self.pixel_sums[at if lanes == 1 else T.ramp(at, across, lanes)]
+                            store(total, total[span(0, lanes)] + seen, span(0, lanes))
+                    store(self.sums, total[span(0, lanes)], span(row + x, lanes))
+
+                each_vector(p.out_width, some, self.isa.words)
+
+        self._segments(segment)
+
+    def _sum_each(self, sums: Buffer, to: Any, count: Any, least: int, start: Any, stride: int, width: int) -> None:
+        """sums[to + i] = the sum of the activations [start + i * stride, + width), for i < count; count >= least.
+
+        By dot products with ones. As many at once as a register has lanes: then their lanes are added up in a tree.
+        """
+        isa, size, lanes = self.isa, self.isa.vector, self.isa.words
+        whole, left = width // size, width % size
+
+        def counted(dtype: str, first: int, last: int) -> Expr:
+            return tirx.Shuffle([tirx.const(int(first <= i < last), dtype) for i in range(size)], list(range(size)))
+
+        def rows(i: Any, together: int) -> Expr:
+            totals = Registers(together, lanes, "int32")
+            begins = [T.bind(start + (i + r) * stride) for r in range(together)]
+
+            def add(values: Callable[[Any], Expr], ones: Expr) -> None:
+                for r, begin in enumerate(begins):
+                    totals[r] = isa.dot(totals[r], values(begin), ones)
+
+            def vector(k: Any) -> None:
+                ones = tirx.Broadcast(tirx.const(1, isa.weight), size)
+                add(lambda begin: self.activations[span(begin + k * size, size)], ones)
+
+            def some(begin: Any) -> Expr:
+                mask = counted("bool", 0, left)
+                loaded = T.masked_load(f"{isa.activation}x{size}", self.activations, span(begin, size), mask)
+                return tirx.Select(mask, loaded, self._zeros(0, size))  # lanes that are not loaded are undefined
+
+            for r in range(together):
+                totals[r] = vmath.i32(0, lanes)
+            if whole:
+                _loop(whole, vector)
+            if left and whole:  # the last vector begins amid those that have been counted
+                last = width - size
+                add(lambda begin: self.activations[span(begin + last, size)], counted(isa.weight, size - left, size))
+            elif left:
+                add(some, counted(isa.weight, 0, left))
+            return fold(totals[0]) if together == 1 else folds([totals[r] for r in range(together)])
+
+        def vectors() -> None:
+            with T.serial(0, _quotient(count + (lanes - 1), lanes)) as n:
+                i = T.bind(T.min(n * lanes, count - lanes))
+                store(sums, rows(i, lanes), span(to + i, lanes))
+
+        def one_by_one() -> None:
+            with T.serial(0, count) as i:
+                store(sums, rows(i, 1), to + i)
+
+        _when(least >= lanes or count >= lanes, vectors, one_by_one)
+
+    def _zeros_of(self, j: Segment, m: Any, group: Any) -> Expr:
+        """What the activations of segment j would add up to if all of row m were zero points."""
+        p = self.p
+        zero = T.cast(self.b["act_zero"][self._entry(j, m, group)], "int32")
+        return (zero - self.isa.unsigned_excess) * (p.kernel[0] * p.kernel[1] * p.segments[j.first])
 
     # -------------------------------------------------------------------------------------- multiplication
 
@@ -643,7 +724,7 @@ class _Kernel:
         """The time groups of the rows r .. r + tile.rows of the chunk."""
         groups = scratch(tile.rows, "int32")
         with T.unroll(0, tile.rows) as i:
-            store(groups, self._group(_quotient(self.first_row + r + i, self.p.rows)), i)
+            store(groups, self._group_of(r + i), i)
         return groups
 
     def _tile(self, tile: Tile, r: Any, t: Any, fresh: Any) -> None:
@@ -662,7 +743,7 @@ class _Kernel:
         else:
             for j in range(segments):
                 # Where LLVM does not see that nothing else writes them: or it keeps them in the registers of the next.
-                products.append((scratch(size, "int32"), 0) if segments == 1 else (self.products, j * size))
+                products.append((scratch(size, "int32") if self.products is None else self.products, j * size))
                 self._whole_segment(tile, Segment(j), r, groups, *products[j], t, fresh)
         # One body for all rows keeps the code small where epilogues are long.
         _loop(tile.rows, lambda i: self._finish_row(tile, products, scaled, i, r + i, T.bind(groups[i])))
@@ -864,7 +945,8 @@ class _Kernel:
         sums = []
         if p.has_offset:
             for j in range(len(p.segments)):
-                sums.append(T.bind(T.cast(self.sums[j * self.most_rows + r], "float32")))
+                total = self.sums[j * self.most_rows + r] - self._zeros_of(Segment(j), m, group)
+                sums.append(T.bind(T.cast(total, "float32")))
         quant = None
         if self.epilogue.bits is not None:
             quant = (T.bind(self.b["qscale"][group]), T.bind(self.b["qzero"][group]))

@@ -240,14 +240,28 @@ def transpose(rows: Sequence[Expr]) -> list[Expr]:
     rows, step = list(rows), LANES // 2
     while step:
         for i in (i for i in range(LANES) if not i & step):
-            a, b = rows[i], rows[i + step]
-            low = [lane if not lane & step else LANES + lane - step for lane in range(LANES)]
-            high = [lane + step if not lane & step else LANES + lane for lane in range(LANES)]
-            rows[i], rows[i + step] = (
-                vmath.keep(tirx.Shuffle([a, b], [tirx.IntImm("int32", k) for k in order])) for order in (low, high)
-            )
+            rows[i], rows[i + step] = map(vmath.keep, _exchanged(rows[i], rows[i + step], step))
         step //= 2
     return rows
+
+
+def folds(rows: Sequence[Expr]) -> Expr:
+    """Lane i: the sum of the lanes of vector i, of as many vectors as each has lanes."""
+    rows = list(rows)
+    while len(rows) > 1:
+        step = len(rows) // 2
+        pairs = [_exchanged(rows[i], rows[i + step], step) for i in range(step)]
+        rows = [vmath.keep(low + high) for low, high in pairs]
+    return rows[0]
+
+
+def _exchanged(a: Expr, b: Expr, step: int) -> tuple[Expr, Expr]:
+    """(lanes whose number lacks the bit `step`, those of b in the place of a's others; the rest, likewise)."""
+    lanes = vmath.lanes(a)
+    low = [lane if not lane & step else lanes + lane - step for lane in range(lanes)]
+    high = [lane + step if not lane & step else lanes + lane for lane in range(lanes)]
+    first, second = (tirx.Shuffle([a, b], [tirx.IntImm("int32", k) for k in order]) for order in (low, high))
+    return first, second
 
 
 def head(vector: Expr, lanes: int) -> Expr:
