@@ -115,15 +115,18 @@ class Isa:
         tiles = (Tile(1, 8),)  # more rows than hide the latency would not help: every one needs a load for each product
         return replace(self, lanes=lanes, kpack=kpack, split=self.split * split, tiles=tiles, load_steps=1)
 
-    @property
-    def grouped(self) -> Tile:
-        """The micro-kernel for K-groups: registers hold the sums of a group and those of all groups so far."""
-        return Tile(max(1, self.tiles[0].vectors // 2), self.tiles[0].rows)
+    def grouped(self, channels: int) -> Tile:
+        """The micro-kernel for K-groups of so many channels: registers hold the sums of a group, those of all groups so
+        far and, where scaling them is most of the work, what that takes."""
+        most = self.tiles[0]
+        return Tile(max(1, most.vectors // 2), most.rows - (channels < 64))
 
     def fitted(self, tile: Tile, rows: int) -> Tile:
         """The micro-kernel with fewer rows where a sample of `rows` rows then has less to compute twice."""
         least = max(1, tile.rows - 2, -(-8 // tile.vectors))  # as many sums as hide the latency of a dot product
-        loss = 0.03 if tile == self.grouped else 0.01  # of a row less: K-groups have few sums to begin with
+        most = self.tiles[0]
+        few = tile.vectors * tile.rows <= most.vectors * most.rows // 2  # sums, as for K-groups
+        loss = 0.03 if few else 0.01  # of a row less
 
         def work(height: int) -> float:
             return -(-rows // height) * height * (1 + loss * (tile.rows - height))

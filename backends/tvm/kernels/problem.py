@@ -186,7 +186,7 @@ class WeightLayout:
         if self.problem.tile is not None:
             return Tile(*self.problem.tile)
         if len(self.problem.segments) > FEW_SEGMENTS:
-            return self.isa.grouped
+            return self.isa.grouped(min(self.problem.segments))
         return self.isa.tile(self.problem.outputs)
 
     @property
