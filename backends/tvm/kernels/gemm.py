@@ -29,7 +29,7 @@ than a tile has, the last tile starts earlier and computes some rows twice.
 Weights come from memory, more of them than caches hold. So every tile of rows asks for some lines of those that come
 next, and all of them are there when the block is done. With few tiles a block takes as long to arrive as to be used:
 then k is cut into slices that stay in the L1 cache, unpacked there, and the sums of all tiles wait in memory. A chunk
-smaller than a tile goes by pairs of rows, each of which unpacks weights for itself, in registers.
+of a tile at most keeps none: weights are unpacked in registers, for all rows of a sample at once, or for two samples.
 """
 
 from __future__ import annotations
@@ -94,10 +94,11 @@ class Weights:
     """The weights of a tile. Register v of step k of them is
 
     ``decoded(k - d, d, v)`` from the stored codes, where `fresh` is true, and then `keep` stores it for tiles to come;
-    ``ready(k, v)`` where it is not.
+    ``ready(k, v)`` where it is not. by_packs: k - d has to be a multiple of the steps that share bytes.
     """
 
     fresh: Any
+    by_packs: bool
     decoded: Callable[[Any, int, int], Expr]
     ready: Callable[[Any, Any], Expr]
     keep: Callable[[Expr, Any, int], None]
@@ -599,17 +600,22 @@ class _Kernel:
                 if self.unpacks and self.parts > 1:
                     store(self.done, number, 1)
 
-        def few() -> None:
-            pairs = T.bind(_quotient(rows, 2))
-            with T.serial(0, pairs) as pair:
-                self._tile(Tile(self.tile.vectors, 2), _opaque(pair * 2), None, self.unpacks)
-            last = partial(self._tile, Tile(self.tile.vectors, 1))
-            _when(rows > pairs * 2, lambda: last(_opaque(rows - 1), None, self.unpacks))
+        own = self.p.rows  # of a sample
 
-        if self.least_rows >= tall:
+        def few() -> None:
+            some = own if 1 < own <= tall else 2
+            count = T.bind(_quotient(rows, some))
+            with T.serial(0, count) as n:
+                self._tile(Tile(self.tile.vectors, some), _opaque(n * some), None, self.unpacks)
+            if some != own:
+                last = partial(self._tile, Tile(self.tile.vectors, 1))
+                _when(rows > count * some, lambda: last(_opaque(rows - 1), None, self.unpacks))
+
+        if own != tall and self.least_rows >= tall:
             tiles()
         else:
-            _when(rows >= tall, tiles, few if self.parts == 1 else lambda: _when(part == 0, few))
+            enough = rows > tall if own == tall else rows >= tall
+            _when(enough, tiles, few if self.parts == 1 else lambda: _when(part == 0, few))
 
     def _multiply_slices(self, first: Any, end: Any, first_row: Callable[[Any], Any]) -> None:
         """Tiles [first, end), slice by slice of k: each is read from memory once and stays in the L1 cache."""
@@ -660,10 +666,11 @@ class _Kernel:
         """
         w, isa, vectors, size = self.w, self.isa, self.tile.vectors, self.isa.vector
         tables = [self._table(v) for v in range(vectors)] if self.unpacks else []
+        by_packs = kept is None and self.aligned
 
         def decoded(k: Any, d: int, v: int) -> Expr:
             pack: Any
-            if kept is None and self.aligned:  # k is a multiple of the steps that share bytes
+            if by_packs:
                 pack, d = _quotient(begin + k, w.pack) + d // w.pack, d % w.pack
             else:
                 step = T.bind(begin + k + d)
@@ -683,7 +690,7 @@ class _Kernel:
             if kept is not None:
                 store(self.panel, weights, span(((kept + k) * vectors + v) * size, size))
 
-        return Weights(fresh, decoded, ready, keep)
+        return Weights(fresh, by_packs, decoded, ready, keep)
 
     def _ahead(self, begin: Any, steps: int, t: Any) -> tuple[Any, int, Any]:
         """Where tile t of rows, in steps [begin, begin + steps), finds weights to prefetch; lines for each step; and
@@ -830,7 +837,6 @@ class _Kernel:
         """
         isa = self.isa
         taps, steps, stride = runs
-        few = tile.rows < self.tile.rows
         lanes, cells = isa.words, tile.rows * tile.vectors
         # With few accumulators the latency of the dot product would show: some steps get their own.
         sets = max(1, 8 // cells)
@@ -904,7 +910,7 @@ class _Kernel:
                     step(here, d + e, (d + e) % sets, word, fresh)
 
         def along(fresh: bool, tap: Any) -> None:
-            each = max(sets, isa.load_steps, self.w.pack if fresh and few else 1)
+            each = max(sets, isa.load_steps, self.w.pack if fresh and weights.by_packs else 1)
             if steps >= each:
                 with T.serial(0, steps // each) as k:
                     several(k * each, each, tap, fresh)
