@@ -18,7 +18,7 @@ import numpy as np
 
 from mpq_compiler.errors import UserError
 
-KINDS = ("kernels", "latency", "sensitivity", "tiles")
+KINDS = ("kernels", "latency", "sensitivity", "tiles", "training")
 """The folders of a cache."""
 
 
@@ -94,6 +94,21 @@ class Results:
         with self.path.open("rb") as file:
             file.seek(-1, os.SEEK_END)
             return file.read(1) == b"\n"
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file of the cache whole or not at all. UserError: it cannot be written."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(
+            f"the cache {path.parent} cannot be written ({error.strerror}); "
+            "free some space there or name another folder with --cache"
+        ) from error
 
 
 def entries(path: Path | None = None) -> Iterable[tuple[str, Path, int]]:

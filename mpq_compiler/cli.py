@@ -241,6 +241,14 @@ def _lowering_options(parser: argparse.ArgumentParser, table: bool = True) -> No
     made = parser.add_argument_group("how to compile")
     made.add_argument("--recipe", default="default", help="name or .toml file (mpqc recipes)")
     made.add_argument("--pipeline", metavar="PASSES", help='passes by hand: "trace,layout,calibrate{samples=64},..."')
+    if table:
+        made.add_argument(
+            "--effort",
+            choices=("none", "fast", "balanced", "best"),
+            help="training against the float model: fast tunes scales at frozen codes (2 minutes), balanced trains "
+            "weights first (8), best goes on for 30 (default: the recipe's)",
+        )
+        made.add_argument("--minutes", type=float, metavar="N", help="of training, in place of the effort's")
     made.add_argument(
         "--shapes",
         help="batch x channels x height x width, comma-separated (default: batch 1 and 2); several image sizes share "
@@ -270,7 +278,7 @@ def _options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     names = (
         *("recipe", "pipeline", "weights", "activations", "bops", "shapes", "calibration", "samples", "steps"),
         *("scheduler", "prediction_type", "guidance", "conditions", "sensitivity", "numerics", "seed"),
-        *("latency", "latency_table", "threads", "jobs", "cache"),
+        *("latency", "latency_table", "effort", "minutes", "threads", "jobs", "cache"),
     )
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if given.get("jobs", 1) < 1:

@@ -35,7 +35,7 @@ from mpq_compiler.calibration import RANGE, VALUES, input_edge
 from mpq_compiler.calibration import batches as in_batches
 from mpq_compiler.conditioning import require_guidance
 from mpq_compiler.denoiser import Denoiser
-from mpq_compiler.errors import UserError
+from mpq_compiler.errors import UserError, nearest
 from mpq_compiler.latency import LOWERED, Latency
 from mpq_compiler.latency_profile import measured
 from mpq_compiler.machine import cpu
@@ -55,6 +55,13 @@ AGREEMENT_DB = 0.1
 """How far the artifact's SQNR may be from the reference's: contract (c)."""
 JUDGED_TOGETHER = 8
 DEFAULT_BATCHES = (1, 2)
+EFFORTS: dict[str, dict[str, Any]] = {
+    "none": {"minutes": 0.0},
+    "fast": {"minutes": 1.5, "latent": 0.0},
+    "balanced": {"minutes": 8.0, "latent": 0.7},
+    "best": {"minutes": 30.0, "latent": 0.7},
+}
+"""Options of `distill` by the name of an effort."""
 ENOUGH_TO_RUN = 4
 """Random inputs with which quantizers get scales, where their values do not matter."""
 ENOUGH_ROWS = 64
@@ -91,6 +98,11 @@ class Options:
     numerics: str | None = None
     """"portable": the same bits on every CPU target; "fast": also bfloat16 and 8 bits in attentions. By default the
     recipe's, which is portable."""
+    effort: str | None = None
+    """How much is trained: "none", "fast" (frozen codes), "balanced" (weights, then frozen codes; some 8 minutes) or
+    "best" (30). By default as the recipe says."""
+    minutes: float | None = None
+    """Of training, in place of the effort's."""
     seed: int = 0
     threads: int | None = None
     """Of a call of the artifact, where whoever loads it says nothing else; by default every core it finds then."""
@@ -164,6 +176,11 @@ def resolve(options: Options) -> list[Pass]:
         recipe = recipe.override("numerics", mode=options.numerics)
     if options.activations is not None and options.activations < 8 and "sensitivity" in recipe.pipeline:
         recipe = recipe.override("sensitivity", activations=(4, 6, 8))
+    if options.effort is not None:
+        if options.effort not in EFFORTS:
+            raise UserError(f"--effort '{options.effort}' is not known: {nearest(options.effort, EFFORTS)}")
+        recipe = recipe.override("distill", **EFFORTS[options.effort])
+    recipe = recipe.override("distill", minutes=options.minutes)
     passes = recipe.passes()
     pass_manager.check(passes)
     return passes

@@ -427,6 +427,30 @@ def record_calibration(
     Raises:
         UserError: conditions that cannot be made, or a model whose output is not finite.
     """
+    calls = _recorded(denoiser, samples, steps, seed, progress, conditions, guidance, batch, model)
+    return _inputs_of(denoiser, calls)
+
+
+def record_teacher(
+    denoiser: Denoiser, samples: int, steps: int, seed: int, model: Model | None = None, batch: int = 32
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The inputs of `record_calibration`, and the model's outputs for them [N, C, H, W]."""
+    calls = _recorded(denoiser, samples, steps, seed, None, None, None, batch, model)
+    return _inputs_of(denoiser, calls), torch.from_numpy(np.concatenate([call.output for call in calls]))
+
+
+def _recorded(
+    denoiser: Denoiser,
+    samples: int,
+    steps: int,
+    seed: int,
+    progress: Progress | None,
+    conditions: Mapping[str, Any] | None,
+    guidance: float | None,
+    batch: int,
+    model: Model | None,
+) -> list[Call]:
+    """The calls of `record_calibration`, in its order."""
     if samples < 1:
         raise UserError(f"cannot calibrate on {samples} samples; give 1 or more")
     conditioning = denoiser.conditioning
@@ -450,6 +474,10 @@ def record_calibration(
         progress=progress,
     )
     calls.sort(key=lambda call: (call.step, call.guided, call.rows.start))
+    return calls
+
+
+def _inputs_of(denoiser: Denoiser, calls: list[Call]) -> dict[str, torch.Tensor]:
     return {
         name: torch.from_numpy(np.concatenate([call.inputs[name] for call in calls])).to(spec.dtype)
         for name, spec in denoiser.input_specs.items()

@@ -173,7 +173,8 @@ def attributes(program: Program, prefix: str, **tensors: Tensor | None) -> list[
 def settle(program: Program, weight: Open, value: fx.Node, quantized: formats.Fit) -> None:
     """Replaces an open weight by ``value``, whose levels are ``quantized``, and corrects the bias of its calls.
 
-    Calls that share weight and bias share the corrected bias: the mean of what each would have.
+    Calls that share weight and bias share the corrected bias: the mean of what each would have. facts["latents"] keeps
+    the store name of the float weight by that of the value's node, for training.
     """
     quantizer = weight.quantizer
     readers: dict[fx.Node, list[fx.Node]] = {}
@@ -189,8 +190,9 @@ def settle(program: Program, weight: Open, value: fx.Node, quantized: formats.Fi
             with program.graph.inserting_before(bias):
                 new = program.graph.get_attr(program.tensors.add(name, corrected.to(stored_dtype(name, corrected))))
             bias.replace_all_uses_with(new)
-    quantizer.replace_all_uses_with(value)
     name = quantizer.name
+    program.facts["latents"] = {**program.facts.get("latents", {}), name: weight.weight}
+    quantizer.replace_all_uses_with(value)
     program.graph.erase_node(quantizer)
     value.name = name
 

@@ -15,6 +15,7 @@ PASSES: tuple[str, ...] = (
     "residual-branch",
     "low-rank",
     "round-weights",
+    "distill",
     "fold-fake-quant",
     "fuse-epilogues",
 )

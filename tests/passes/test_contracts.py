@@ -29,7 +29,7 @@ class FormatsOff(Interpreter):
 
     def attribute(self, name: str) -> Any:
         path, _, part = name.partition(":")
-        if part.startswith("corrected"):  # the bias before the mean error moved into it
+        if part.startswith(("corrected", "f16", "trained")):  # before the mean error moved into it, before training
             return self._stored(path)
         if part == "rest":  # the weight before a low-rank branch took its part
             return self._weight(path)

@@ -1,0 +1,366 @@
+"""Training of a quantized program against the float model: stages of variables, the best state kept.
+
+A step takes a batch of the float model's calls, of mixed times, and moves the variables of the stage against the
+relative squared error of the output. Steps are counted, never timed, and gradients are summed part by part in a fixed
+order, so that the same seed gives the same bits whatever else the machine does, and however many jobs there are. The
+state is kept in the cache as training goes on: one that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpq_compiler import cache, sampler
+from mpq_compiler.calibration import batches
+from mpq_compiler.denoiser import Denoiser, record_teacher
+from mpq_compiler.formats.base import nearest_codes
+from mpq_compiler.pass_manager import Session
+from mpq_compiler.program import Program, part_of, run
+from mpq_compiler.student import Kind, Student, Variable, settled, variables
+
+BATCH = 32
+PART = 16
+"""Inputs of which a thread takes the gradient; the parts of a batch are summed in order."""
+BETAS, EPSILON = (0.9, 0.99), 1e-12
+CLIP = 4.0
+"""How many times its usual norm the gradient of a step may have."""
+RATES: Mapping[Kind, float] = {
+    Kind.LATENT: 1e-2,
+    Kind.SCALE: 5e-3,
+    Kind.OFFSET: 5e-3,
+    Kind.RANGE: 5e-3,
+    Kind.ZERO: 1e-2,
+    Kind.FLOAT: 5e-3,
+}
+"""Learning rates at the start, in units of theta (`student`); they fall to zero along a cosine."""
+CHECKS = 16
+"""How often in a stage the held-out error is measured, and the state kept."""
+MACS = 2.4e10
+"""Multiply-accumulates of layers that two cores get through in a second of training, the gradients' included."""
+SEED = 1 << 20
+"""Added to the seed, so that training sees noise that neither calibration nor evaluation draws."""
+HELD_OUT = 8
+"""Trajectories to judge by, beside those that are trained on; of given calls one in so many."""
+IMAGE_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Data:
+    """The float model's calls: inputs [N, ...] by name, and its outputs for them [N, C, H, W]."""
+
+    inputs: dict[str, Tensor]
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def select(self, index: Tensor) -> Data:
+        return Data({name: x[index] for name, x in self.inputs.items()}, self.targets[index])
+
+    def parts(self) -> Iterator[Data]:
+        for start in range(0, len(self), PART):
+            yield self.select(torch.arange(start, min(start + PART, len(self))))
+
+
+def calls(session: Session, samples: int, steps: int) -> tuple[Data, Data]:
+    """Calls of the float model to train on, and others to judge by: of its sampling, or of the inputs given."""
+    denoiser = session.denoiser
+    assert denoiser is not None
+    given = session.calibration
+    total = len(given["timestep"]) if given else (samples + HELD_OUT) * steps * denoiser.calls_per_step
+    with session.track("teaching", total) as advance:
+
+        def teacher(**inputs: Any) -> np.ndarray:
+            output = denoiser(**inputs).numpy()
+            advance(len(output))
+            return output
+
+        if given is not None:
+            outputs = np.concatenate([teacher(**batch) for batch in batches(given)])
+            both, index = Data(given, torch.from_numpy(outputs)), torch.arange(total)
+            chosen = index % HELD_OUT == HELD_OUT // 2
+            return both.select(index[~chosen]), both.select(index[chosen])
+        seed = session.seed + SEED
+        return (
+            Data(*record_teacher(denoiser, samples, steps, seed, teacher)),
+            Data(*record_teacher(denoiser, HELD_OUT, steps, seed + 1, teacher)),
+        )
+
+
+def affordable(program: Program, minutes: float) -> int:
+    """Steps of training in the minutes given, reckoned from the size of the model alone."""
+    return int(minutes * 60 * MACS / (3 * BATCH * max(program.facts["macs"], 1)))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is trained, and for how many steps."""
+
+    name: str
+    latent: bool
+    """Latent weights too, and with them the codes; else those are frozen."""
+    steps: int
+    rates: Mapping[Kind, float] = field(default_factory=lambda: dict(RATES))
+    """Of learning, by kind of variable."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Held-out noise power relative to the output's, before a stage and of the state that was kept."""
+
+    stage: str
+    steps: int
+    before: float
+    after: float
+    best_step: int
+    diverged: int | None
+    """The step in which training gave up, where it did."""
+
+
+@dataclass
+class _State:
+    """Where training is: thetas, the moments of Adam, and the best thetas so far."""
+
+    thetas: dict[str, Tensor]
+    first: dict[str, Tensor]
+    second: dict[str, Tensor]
+    best: dict[str, Tensor]
+    step: int = 0
+    usual: float = 0.0
+    """A running mean of the gradient's norm."""
+    before: float = math.inf
+    least: float = math.inf
+    best_step: int = 0
+    diverged: int | None = None
+
+    @classmethod
+    def start(cls, trained: Mapping[str, Variable]) -> _State:
+        zeros = {name: torch.zeros_like(variable.start) for name, variable in trained.items()}
+        return cls(dict(zeros), dict(zeros), dict(zeros), zeros)
+
+
+def train(
+    program: Program, stage: Stage, data: Data, held_out: Data, session: Session, seed: int
+) -> tuple[Program, Outcome]:
+    """The program with the values of the variables that erred least on ``held_out``, those of the start among them."""
+    trained = variables(program, stage.latent)
+    kept = _Kept(_key(program, trained, stage, data, held_out, seed), session)
+    state = kept.load() or _State.start(trained)
+    checks = {round(stage.steps * (i + 1) / CHECKS) for i in range(CHECKS)}
+    power = float(data.targets.double().square().mean())
+    if not state.step:
+        state.before = state.least = noise(program, trained, state.thetas, held_out, session)
+    with session.track(f"training {stage.name}", stage.steps) as advance:
+        advance(state.step)
+        while state.step < stage.steps and state.diverged is None:
+            state.step += 1
+            loss, gradients = _gradients(
+                program, trained, state.thetas, data.select(_batch(state.step, len(data), seed)), power, session
+            )
+            norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+            if not math.isfinite(loss + norm):
+                state.diverged = state.step
+                break
+            state.usual = norm if state.step == 1 else 0.9 * state.usual + 0.1 * min(norm, CLIP * state.usual)
+            shrink = min(1.0, CLIP * state.usual / max(norm, 1e-30))
+            decay = 0.5 * (1 + math.cos(math.pi * (state.step - 1) / stage.steps))
+            rates = {name: stage.rates[variable.kind] * decay for name, variable in trained.items()}
+            _adam(state, {name: g * shrink for name, g in gradients.items()}, rates)
+            if state.step in checks:
+                error = noise(program, trained, state.thetas, held_out, session)
+                if error < state.least:
+                    state.least, state.best, state.best_step = error, dict(state.thetas), state.step
+                kept.save(state)
+            advance(1)
+    outcome = Outcome(stage.name, stage.steps, state.before, state.least, state.best_step, state.diverged)
+    return applied(program, trained, state.best), outcome
+
+
+def _batch(step: int, count: int, seed: int) -> Tensor:
+    """The calls of a step: every call once in an epoch, in an order of its own."""
+    size = min(BATCH, count)
+    epoch, place = divmod(step - 1, count // size)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + (epoch << 32)))
+    return order[place * size : (place + 1) * size]
+
+
+def _gradients(
+    program: Program,
+    trained: Mapping[str, Variable],
+    thetas: Mapping[str, Tensor],
+    batch: Data,
+    power: float,
+    session: Session,
+) -> tuple[float, dict[str, Tensor]]:
+    """The relative squared error of a batch, and what it is by every theta."""
+
+    def part(piece: Data) -> tuple[float, tuple[Tensor, ...]]:
+        leaves = {name: theta.detach().requires_grad_() for name, theta in thetas.items()}
+        output = Student(program, trained, leaves).run(piece.inputs)
+        loss = (output - piece.targets).square().mean() * (len(piece) / len(batch) / power)
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return float(loss.detach()), found
+
+    pieces = session.map(part, batch.parts())
+    sums = [torch.stack(parts).sum(0) for parts in zip(*(found for _, found in pieces), strict=True)]
+    return sum(loss for loss, _ in pieces), dict(zip(thetas, sums, strict=True))
+
+
+def _adam(state: _State, gradients: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
+    """A step of Adam (Kingma 2015, arXiv 1412.6980, algorithm 1)."""
+    for name, g in gradients.items():
+        state.first[name] = state.first[name].lerp(g, 1 - BETAS[0])
+        state.second[name] = state.second[name].lerp(g.square(), 1 - BETAS[1])
+        mean = state.first[name] / (1 - BETAS[0] ** state.step)
+        spread = state.second[name] / (1 - BETAS[1] ** state.step)
+        state.thetas[name] = state.thetas[name] - rates[name] * mean / (spread.sqrt() + EPSILON)
+
+
+@torch.no_grad()
+def noise(
+    program: Program, trained: Mapping[str, Variable], thetas: Mapping[str, Tensor], data: Data, session: Session
+) -> float:
+    """Squared error of the outputs over the teacher's squared outputs: the inverse of the SQNR."""
+
+    def part(piece: Data) -> float:
+        output = Student(program, trained, thetas).run(piece.inputs)
+        return float((output - piece.targets).double().square().sum())
+
+    return sum(session.map(part, data.parts())) / float(data.targets.double().square().sum())
+
+
+@torch.no_grad()
+def applied(program: Program, trained: Mapping[str, Variable], thetas: Mapping[str, Tensor]) -> Program:
+    """The program with the variables' values stored, and the codes of latent weights."""
+    program = program.fork()
+    renamed: dict[str, str] = {}
+
+    def store(name: str, tensor: Tensor) -> None:
+        renamed[name] = program.tensors.add(f"{name.split(':')[0]}:{part_of(name) or 'trained'}", tensor)
+
+    for name, variable in trained.items():
+        if variable.kind != Kind.LATENT:
+            store(name, variable.stored(thetas[name]))
+    for weight in settled(program):
+        if weight.codes not in trained:
+            continue
+        rows = trained[weight.codes].stored(thetas[weight.codes])
+        scale = program.tensors[renamed[weight.scale]]
+        offset = None if weight.offset is None else program.tensors[renamed[weight.offset]]
+        row_class = None if weight.row_class is None else program.tensors[weight.row_class]
+        codes = nearest_codes(rows, scale, offset, weight.table(program), row_class, weight.segments)
+        if weight.signs is None:
+            store(weight.codes, codes)
+        else:
+            store(weight.codes, codes >> 1)
+            store(weight.signs, codes & 1)
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and node.target in renamed:
+            node.target = renamed[str(node.target)]
+    for edge, plan in program.activations.items():
+        scale_name, zero = (None if n is None else renamed.get(n, n) for n in (plan.scale, plan.zero_point))
+        program.activations[edge] = replace(plan, scale=scale_name, zero_point=zero)
+    return program
+
+
+@dataclass
+class Gallery:
+    """Held-out images of the float model: noise, conditions, and what it draws of them."""
+
+    denoiser: Denoiser
+    conditions: Any
+    count: int
+    seed: int
+    session: Session
+    reference: np.ndarray
+
+    @classmethod
+    def drawn(cls, session: Session, count: int) -> Gallery | None:
+        """None where none are wanted, or the model cannot be sampled: its conditions are not known."""
+        denoiser = session.denoiser
+        assert denoiser is not None
+        if not count or not denoiser.conditioning.possible:
+            return None
+        seed = session.seed + SEED + 2
+        made = cls(denoiser, denoiser.conditioning.mixed(count, seed), count, seed, session, np.empty(0))
+        made.reference = made._draw(lambda **inputs: denoiser(**inputs).numpy())
+        return made
+
+    def noise(self, program: Program) -> float:
+        """Squared error of what the program draws over the float model's squared latents."""
+
+        def call(**inputs: np.ndarray) -> np.ndarray:
+            specs = self.denoiser.input_specs
+            given = {n: torch.from_numpy(np.ascontiguousarray(x)).to(specs[n].dtype) for n, x in inputs.items()}
+            parts = self.session.map(lambda batch: run(program, batch), batches(given, PART))
+            return torch.cat(parts).numpy()
+
+        error = np.square(self._draw(call).astype(np.float64) - self.reference).sum()
+        return float(error / np.square(self.reference.astype(np.float64)).sum())
+
+    def _draw(self, model: Callable[..., np.ndarray]) -> np.ndarray:
+        return sampler.sample(
+            model,
+            self.denoiser.scheduler,
+            sampler.gaussian(self.count, self.denoiser.latent_shape, self.seed),
+            steps=IMAGE_STEPS,
+            **self.denoiser.conditioning.arguments(self.conditions, self.count, self.denoiser.guidance),
+            latent=self.denoiser.latent,
+            seed=self.seed,
+            batch=self.count,
+        )
+
+
+def _key(program: Program, trained: Mapping[str, Variable], stage: Stage, data: Data, held_out: Data, seed: int) -> str:
+    """Everything that the outcome of a stage depends on."""
+    import platform
+
+    read = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
+    text = "\n".join(f"{n.name} {n.target} {n.args} {n.kwargs}" for n in program.graph.nodes)
+    latents = {name: v.start for name, v in trained.items() if v.kind == Kind.LATENT}
+    capability = torch.backends.cpu.get_cpu_capability()
+    versions = f"1 {seed} {stage} {torch.__version__} {platform.machine()} {capability}"
+    tensors = {name: program.tensors[name].contiguous() for name in sorted(read)}
+    return cache.digest(
+        versions, text, tensors, latents, data.inputs, {"": data.targets}, held_out.inputs, {"": held_out.targets}
+    )
+
+
+class _Kept:
+    """The state of one stage in the cache."""
+
+    PARTS = ("thetas", "first", "second", "best")
+    FACTS = ("step", "usual", "before", "least", "best_step", "diverged")
+
+    def __init__(self, key: str, session: Session) -> None:
+        self.path = cache.folder(session.cache) / "training" / f"{key}.safetensors"
+
+    def load(self) -> _State | None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, "pt") as file:
+                facts = json.loads(file.metadata()["state"])
+                found: dict[str, dict[str, Tensor]] = {part: {} for part in self.PARTS}
+                for name in file.keys():  # noqa: SIM118 (it is no mapping)
+                    part, _, of = name.partition("/")
+                    found[part][of] = file.get_tensor(name)
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return None
+        return _State(found["thetas"], found["first"], found["second"], found["best"], **facts)
+
+    def save(self, state: _State) -> None:
+        from safetensors.torch import save
+
+        tensors = {f"{part}/{name}": t for part in self.PARTS for name, t in getattr(state, part).items()}
+        copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}  # none is there twice
+        facts = json.dumps({name: getattr(state, name) for name in self.FACTS})
+        cache.write(self.path, save(copies, {"state": facts}))

@@ -1,0 +1,278 @@
+"""The fake-quantized program with variables in the place of stored tensors: what training changes.
+
+Every variable is a function of a tensor ``theta``, zero at the start and without a unit, so that one learning rate
+serves all variables of a kind whatever their size: scales are multiplied by ``exp(theta)``, floats move by ``theta``
+times their root mean square, latent weights by ``theta`` steps of their table. What the program reads is projected to
+the stored type in every step, with straight-through gradients: the program that is trained is the one that is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler import ops
+from mpq_compiler.aten import aten
+from mpq_compiler.formats.base import F16_MAX, F16_TINY, nearest_codes
+from mpq_compiler.program import Interpreter, Program, arguments, operand
+
+
+class Kind(StrEnum):
+    """What a variable is to the program; learning rates go by it."""
+
+    LATENT = "latent"
+    """A float weight, of which the program sees the nearest level."""
+    SCALE = "scale"
+    OFFSET = "offset"
+    RANGE = "range"
+    """Scales of activations, one a time group."""
+    ZERO = "zero"
+    """Zero points of activations."""
+    FLOAT = "float"
+    """Biases, norms, embeddings, factors of low-rank branches."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A stored tensor, or a latent weight, as a function of theta."""
+
+    kind: Kind
+    start: Tensor
+    """f32, at theta = 0."""
+    unit: Tensor
+    """f32 that broadcasts over ``start``: what theta = 1 adds (SCALE and RANGE: not used)."""
+    dtype: torch.dtype
+    """Of the stored tensor."""
+    most: int = 0
+    """ZERO: the largest code."""
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        """f32, as the program reads it."""
+        if self.kind in (Kind.SCALE, Kind.RANGE):
+            value = (self.start * theta.exp()).clamp(F16_TINY, F16_MAX)
+        else:
+            value = self.start + self.unit * theta
+        if self.kind == Kind.LATENT:
+            return value
+        if self.kind == Kind.ZERO:
+            value = value.clamp(0, self.most)
+            return value + (value.round() - value).detach()
+        return value + (value.to(self.dtype).to(torch.float32) - value).detach()
+
+    @torch.no_grad()
+    def stored(self, theta: Tensor) -> Tensor:
+        """The tensor of the store; a latent weight as f32."""
+        value = self(theta)
+        return value.round().to(self.dtype) if self.kind == Kind.ZERO else value.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A weight whose codes are chosen: the node of its value, and the store names of what it is made of."""
+
+    node: fx.Node
+    codes: str
+    scale: str
+    offset: str | None
+    lut: str | None
+    row_class: str | None
+    shape: tuple[int, ...]
+    segments: tuple[int, ...] | None
+    signs: str | None = None
+    alpha: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The parameter's name in the model."""
+        return self.codes.split(":")[0]
+
+    def table(self, program: Program) -> Tensor | None:
+        """LUT int8 [classes, entries], the branch merged in; None where the code is the value."""
+        if self.lut is None:
+            return None
+        lut = program.tensors[self.lut]
+        if self.signs is None:
+            return lut
+        codes = torch.zeros(1, dtype=torch.uint8)
+        return ops.merge_branch(codes, lut, codes, program.tensors[str(self.alpha)])[1]
+
+
+def settled(program: Program) -> list[Settled]:
+    """The weights with codes, in graph order; base and branch are one."""
+    found = []
+    branched = {
+        operand(n, 0): n for n in program.graph.nodes
+        if n.target is aten.add.Tensor and isinstance(n.args[1], fx.Node) and n.args[1].target is ops.binary_branch
+    }  # fmt: skip
+    for node in program.graph.nodes:
+        if node.target is not ops.dequantize_weight:
+            continue
+        *parts, shape = arguments(node)[:6]
+        names = [None if part is None else str(part.target) for part in parts]
+        segments = tuple(arguments(node)[6]) if len(node.args) > 6 and node.args[6] else None
+        total, signs, alpha = node, None, None
+        if node in branched:
+            total = branched[node]
+            signs_of, _, alpha_of, _ = arguments(operand(total, 1))
+            signs, alpha = str(signs_of.target), str(alpha_of.target)
+        codes, scale, offset, lut, row_class = names
+        found.append(
+            Settled(total, str(codes), str(scale), offset, lut, row_class, tuple(shape), segments, signs, alpha)
+        )
+    return found
+
+
+class _Levels(torch.autograd.Function):
+    """Rows [O, K] moved to their nearest levels.
+
+    Gradients (Esser 2020, arXiv 1902.08153, eq. 2-3, for any table), with t = (w - offset) / scale: a weight's passes
+    straight through up to half a step beyond the table's ends; a scale's is ``entry - t`` between them and ``entry``
+    beyond; an offset's is what does not reach the weights.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        scale: Tensor,
+        offset: Tensor | None,
+        lut: Tensor | None,
+        row_class: Tensor | None,
+        segments: tuple[int, ...] | None,
+    ) -> Tensor:
+        codes = nearest_codes(rows, scale, offset, lut, row_class, segments)
+        entry = ops.entries(codes, lut, row_class)
+        wide = ops.column_scale(scale, segments, rows.shape[1])
+        shifted = rows if offset is None else rows - offset[:, None]
+        t = shifted / wide
+        low, high = _ends(lut, row_class, len(rows))
+        inside = (t >= low) & (t <= high)
+        ctx.save_for_backward(inside, torch.where(inside, entry - t, entry))
+        ctx.shape, ctx.segments, ctx.shifts = scale.shape, segments, offset is not None
+        level = entry * wide
+        return level if offset is None else level + offset[:, None]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        inside, slope = ctx.saved_tensors
+        to_rows = gradient * inside
+        product = gradient * slope
+        if ctx.segments is None or len(ctx.segments) == 1:
+            to_scale = product.sum(1, keepdim=True).expand(ctx.shape)
+        else:
+            index = ops.column_segments(ctx.segments, product.shape[1])
+            to_scale = torch.zeros(ctx.shape).index_add(1, index, product)
+        to_offset = (gradient - to_rows).sum(1) if ctx.shifts else None
+        return to_rows, to_scale, to_offset, None, None, None
+
+
+def _ends(lut: Tensor | None, row_class: Tensor | None, rows: int) -> tuple[Any, Any]:
+    """Where the table of each row ends, half a step beyond its extreme entries."""
+    if lut is None:
+        return -ops.LUT_MAX - 0.5, ops.LUT_MAX + 0.5
+    ordered = lut.to(torch.float32).sort(1).values
+    distinct = ordered[:, 1:] - ordered[:, :-1]
+    step = (ordered[:, -1:] - ordered[:, :1]) / distinct.gt(0).sum(1, keepdim=True).clamp_min(1)
+    low, high = ordered[:, :1] - step / 2, ordered[:, -1:] + step / 2
+    if lut.shape[0] == 1:
+        return low[0], high[0]
+    assert row_class is not None
+    classes = ops.row_classes(row_class, rows)
+    return low[classes], high[classes]
+
+
+class Student(Interpreter):
+    """Runs the program with the values of variables for what is stored; differentiable in ``thetas``."""
+
+    def __init__(self, program: Program, variables: Mapping[str, Variable], thetas: Mapping[str, Tensor]) -> None:
+        """variables: by the name of the stored tensor; a latent weight by that of its codes."""
+        super().__init__(program)
+        self.variables, self.thetas = variables, thetas
+        self.latent = {s.node: s for s in settled(program) if _is_latent(variables, s.codes)}
+        parts = [n for s in self.latent.values() if s.signs for n in (operand(s.node, 0), operand(s.node, 1))]
+        self.unread = frozenset(parts)
+
+    def attribute(self, name: str) -> Any:
+        if name in self.variables and not _is_latent(self.variables, name):
+            return self.variables[name](self.thetas[name])
+        return super().attribute(name)
+
+    def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node in self.unread:
+            return None
+        if node in self.latent:
+            weight = self.latent[node]
+            rows = self.variables[weight.codes](self.thetas[weight.codes])
+            parts = [None if n is None else self.attribute(n) for n in (weight.scale, weight.offset)]
+            table = weight.table(self.program)
+            row_class = None if weight.row_class is None else self.program.tensors[weight.row_class]
+            return _Levels.apply(rows, *parts, table, row_class, weight.segments).reshape(weight.shape)
+        return super().call(node, args, kwargs)
+
+
+def _is_latent(variables: Mapping[str, Variable], name: str) -> bool:
+    return name in variables and variables[name].kind == Kind.LATENT
+
+
+def variables(program: Program, latent: bool) -> dict[str, Variable]:
+    """All that can be trained, in graph order: latent weights too, or else the codes stay what they are."""
+    found: dict[str, Variable] = {}
+    tensors, originals = program.tensors, program.facts["latents"]
+    for weight in settled(program):
+        found[weight.scale] = _scale(Kind.SCALE, tensors[weight.scale])
+        if weight.offset is not None:
+            found[weight.offset] = _float(Kind.OFFSET, tensors[weight.offset])
+        if latent:
+            rows = tensors.read(originals[weight.node.name]).flatten(1)
+            table = weight.table(program)
+            step = 1.0 if table is None else float(_mean_step(table))
+            unit = ops.column_scale(tensors.read(weight.scale), weight.segments, rows.shape[1]) * step
+            found[weight.codes] = Variable(Kind.LATENT, rows.clone(), unit, torch.float32)
+    for node in program.graph.nodes:
+        for scale, zero, bits in _tables(node):
+            found[scale] = _scale(Kind.RANGE, tensors[scale])
+            start = tensors.read(zero).to(torch.float32)
+            found[zero] = Variable(Kind.ZERO, start, torch.ones(()), tensors[zero].dtype, 2**bits - 1)
+    for node in program.graph.nodes:
+        name = str(node.target)
+        if node.op == "get_attr" and name not in found and _is_parameter(tensors[name], name):
+            found[name] = _float(Kind.FLOAT, tensors[name])
+    return found
+
+
+def _tables(node: fx.Node) -> list[tuple[str, str, int]]:
+    """Store names of scale and zero point, and the bits, of the quantizers in a call."""
+    if node.target is ops.fake_quantize:
+        _, scale, zero, _, bits = arguments(node)
+        return [(str(scale.target), str(zero.target), bits)]
+    if node.target is ops.fake_quantize_attention:
+        _, _, _, _, scale, zero, *_, bits = arguments(node)
+        return [(str(scale.target), str(zero.target), bits)]
+    return []
+
+
+def _is_parameter(tensor: Tensor, name: str) -> bool:
+    return tensor.is_floating_point() and not name.startswith(("constant.", "time_groups."))
+
+
+def _scale(kind: Kind, stored: Tensor) -> Variable:
+    return Variable(kind, stored.to(torch.float32), torch.ones(()), stored.dtype)
+
+
+def _float(kind: Kind, stored: Tensor) -> Variable:
+    start = stored.to(torch.float32)
+    size = start.square().mean().sqrt()
+    return Variable(kind, start, size if size > 0 else torch.ones(()), stored.dtype)
+
+
+def _mean_step(table: Tensor) -> Tensor:
+    """The mean distance of neighbouring entries, of all classes."""
+    ordered = table.to(torch.float32).sort(1).values
+    gaps = ordered[:, 1:] - ordered[:, :-1]
+    return gaps.sum() / gaps.gt(0).sum().clamp_min(1)

@@ -1,0 +1,89 @@
+"""Training against the float model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+from mpq_compiler import decisions, distillation
+from mpq_compiler.distillation import Gallery, Stage
+from mpq_compiler.pass_manager import Contract, Pass, Session
+from mpq_compiler.program import Program
+
+
+@dataclass(frozen=True)
+class Distill(Pass):
+    """Trains what is stored against the float model's outputs, on calls that the float model makes when it samples.
+
+    For ``latent`` of the updates that is the weights themselves: float weights behind the quantizer, with
+    straight-through gradients (LSQ, arXiv 1902.08153, for any table of levels). Then the codes are frozen, and scales,
+    offsets, ranges of activations, biases, norms and embeddings go on: codes that move to the end leave them
+    mismatched. Of each stage the state with the least error on held-out calls is kept, and only if held-out images are
+    no worse for it.
+
+        %conv_in_w_base   = mpq::dequantize_weight(.weight:{base.codes,scale,offset,base.lut}, shape=[32,3,3,3])
+        %conv_in_w_branch = mpq::binary_branch(.weight:{signs,scale,alpha}, shape=[32,3,3,3])
+      =>
+        %conv_in_w_base   = mpq::dequantize_weight(.weight:{base.codes.1,scale.2,offset.2,base.lut}, shape=[32,3,3,3])
+        %conv_in_w_branch = mpq::binary_branch(.weight:{signs.1,scale.2,alpha}, shape=[32,3,3,3])
+    """
+
+    contract: ClassVar[Contract] = Contract.SIMULATION
+    requires: ClassVar[frozenset[str]] = frozenset({"codes"})
+    provides: ClassVar[frozenset[str]] = frozenset({"trained"})
+
+    minutes: float = 2.0
+    """Of two cores of a server, about: the number of updates follows from the model's size alone."""
+    updates: int | None = None
+    """Of the variables, whatever the minutes."""
+    latent: float = 0.7
+    """The share of the updates that the weights themselves are trained for."""
+    rate: float = 1.0
+    """Of learning, in parts of the usual."""
+    samples: int = 64
+    """Trajectories to train on, where no calls are given."""
+    steps: int = 20
+    """Steps of each."""
+    images: int = 32
+    """Held-out images that no stage may make worse; 0 draws none."""
+
+    def __post_init__(self) -> None:
+        for option in ("minutes", "rate"):
+            self.require(option, 0)
+        self.require("latent", 0, 1)
+        for option in ("samples", "steps"):
+            self.require(option, 1)
+        for option in ("updates", "images"):
+            self.require(option, 0)
+
+    def run(self, program: Program, session: Session) -> Program:
+        updates = distillation.affordable(program, self.minutes) if self.updates is None else self.updates
+        latent = round(updates * self.latent)
+        rates = {kind: rate * self.rate for kind, rate in distillation.RATES.items()}
+        stages = [Stage("weights", True, latent, rates), Stage("scales", False, updates - latent, rates)]
+        stages = [stage for stage in stages if stage.steps]
+        program = program.fork()
+        if not stages:
+            if self.minutes and self.updates is None:
+                program.note(f"distill: {self.minutes:g} minutes are not enough for one update of a model of this size")
+            return program
+        data, held_out = distillation.calls(session, self.samples, self.steps)
+        gallery = Gallery.drawn(session, self.images)
+        images = gallery.noise(program) if gallery else None
+        told = []
+        for number, stage in enumerate(stages):
+            trained, outcome = distillation.train(program, stage, data, held_out, session, session.seed + number)
+            found = gallery.noise(trained) if gallery else None
+            kept = images is None or found is None or found <= images
+            told.append({**asdict(outcome), "images_before": images, "images_after": found, "kept": kept})
+            if kept:
+                program, images = trained, found
+            else:
+                program.note(f"distill: training {stage.name} made the held-out images worse and was undone")
+            if outcome.diverged is not None:
+                program.note(
+                    f"distill: training {stage.name} diverged in step {outcome.diverged} of {stage.steps}; the best "
+                    f"state until then, that of step {outcome.best_step}, is kept"
+                )
+        decisions.note(program, decisions.PROGRAM, self.name(), stages=told)
+        return program

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mpq_compiler import denoiser as denoisers
+from mpq_compiler import distillation, pass_manager
+from mpq_compiler.distillation import Data, Stage, noise, train
+from mpq_compiler.ops import fake_quantize
+from mpq_compiler.pass_manager import Session
+from mpq_compiler.program import run
+from mpq_compiler.student import Kind, settled
+from mpq_compiler.verifier import verify
+from tests import programs
+
+MODEL = "unet2d"
+GENTLE = {kind: rate / 10 for kind, rate in distillation.RATES.items()}
+"""The model's weights are random: what is learned of few calls is soon of no use for others."""
+
+
+@pytest.fixture(scope="module")
+def data():
+    denoiser = programs.denoiser(MODEL)
+
+    def calls(seed):
+        return Data(*denoisers.record_teacher(denoiser, 2, 5, seed))
+
+    return calls(1), calls(2)
+
+
+def session(tmp_path, **more):
+    return Session(programs.denoiser(MODEL), programs.calibration(MODEL), cache=tmp_path, **more)
+
+
+def start(pipeline=programs.RESIDUAL):
+    return programs.after(MODEL, "round-weights", pipeline)
+
+
+def stored(program):
+    return {str(n.target): program.tensors[str(n.target)] for n in program.graph.nodes if n.op == "get_attr"}
+
+
+def same(a, b):
+    a, b = stored(a), stored(b)
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def held_out(program, data):
+    error = sum(float((run(program, d.inputs) - d.targets).double().square().sum()) for d in data.parts())
+    return error / float(data.targets.double().square().sum())
+
+
+@pytest.mark.parametrize("pipeline", [programs.RESIDUAL, programs.LOW_RANK])
+@pytest.mark.parametrize("latent", [True, False])
+def test_the_error_falls_and_is_that_of_the_stored_program(data, tmp_path, latent, pipeline):
+    program = start(pipeline)
+    trained, outcome = train(program, Stage("x", latent, 6, GENTLE), *data, session(tmp_path), 0)
+    verify(trained, after="distill")
+    assert outcome.after < outcome.before and outcome.best_step > 0 and outcome.diverged is None
+    assert math.isclose(held_out(trained, data[1]), outcome.after, rel_tol=1e-5)
+    for weight in settled(trained):
+        codes = trained.tensors[weight.codes]
+        table = trained.tensors[weight.lut]
+        assert int(codes.max()) < table.shape[1]
+
+
+def test_frozen_codes_stay(data, tmp_path):
+    program = start()
+    trained, _ = train(program, Stage("x", False, 4, GENTLE), *data, session(tmp_path), 0)
+    for before, after in zip(settled(program), settled(trained), strict=True):
+        assert (before.codes, before.signs, before.lut) == (after.codes, after.signs, after.lut)
+        assert before.scale != after.scale
+
+
+def test_zero_points_are_codes(data, tmp_path):
+    rates = {**distillation.RATES, Kind.ZERO: 3.0}
+    trained, _ = train(start(), Stage("x", False, 8, rates), *data, session(tmp_path), 0)
+    calls = [n for n in trained.graph.nodes if n.target is fake_quantize]
+    for call in calls:
+        zero = trained.tensors[str(call.args[2].target)]
+        assert zero.dtype == torch.uint8 and int(zero.max()) < 2 ** call.args[4]
+        assert trained.activations[call.args[0].name].zero_point == str(call.args[2].target)
+
+
+def test_no_number_of_jobs_changes_a_bit(data, tmp_path):
+    found = [
+        train(start(), Stage("x", True, 3), *data, session(tmp_path / str(jobs), jobs=jobs), 0)[0] for jobs in (1, 2)
+    ]
+    assert same(*found)
+
+
+def test_goes_on_after_a_kill(data, tmp_path, monkeypatch):
+    """A run that dies in the middle and is started again ends with the bits of one that does not."""
+    stage = Stage("x", True, 8)
+    whole, outcome = train(start(), stage, *data, session(tmp_path / "a"), 0)
+    updates = distillation._adam
+    count = 0
+
+    def dies(*arguments):
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise KeyboardInterrupt
+        updates(*arguments)
+
+    monkeypatch.setattr(distillation, "_adam", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(start(), stage, *data, session(tmp_path / "b"), 0)
+    assert [f.suffix for f in (tmp_path / "b" / "training").iterdir()] == [".safetensors"]
+    resumed, again = train(start(), stage, *data, session(tmp_path / "b"), 0)
+    assert again == outcome and same(whole, resumed)
+    third, _ = train(start(), stage, *data, session(tmp_path / "b"), 0)
+    assert count == 5 + 8 - 4 and same(whole, third)  # what is finished is not trained again
+
+
+def test_a_torn_state_is_trained_anew(data, tmp_path):
+    stage = Stage("x", False, 2)
+    whole, _ = train(start(), stage, *data, session(tmp_path), 0)
+    (file,) = (tmp_path / "training").iterdir()
+    file.write_bytes(file.read_bytes()[:1000])
+    again, _ = train(start(), stage, *data, session(tmp_path), 0)
+    assert same(whole, again)
+
+
+def test_divergence_keeps_the_best(data, tmp_path):
+    rates = dict.fromkeys(Kind, 1e9)
+    program = start()
+    trained, outcome = train(program, Stage("x", False, 8, rates), *data, session(tmp_path), 0)
+    assert outcome.diverged is not None and outcome.after <= outcome.before
+    assert math.isclose(held_out(trained, data[1]), outcome.after, rel_tol=1e-5)
+
+
+def test_the_pass_says_what_it_did(tmp_path):
+    made = pass_manager.make("distill", {"updates": 8, "samples": 2, "steps": 4})
+    program = made.run(start(), session(tmp_path))
+    stages = program.facts["decisions"][""]["distill"]["stages"]
+    assert [s["stage"] for s in stages] == ["weights", "scales"] and [s["steps"] for s in stages] == [6, 2]
+    assert all(s["after"] <= s["before"] for s in stages if s["kept"])
+    nothing = pass_manager.make("distill", {"updates": 0}).run(start(), session(tmp_path))
+    assert same(nothing, start()) and "notes" not in nothing.facts
+    short = pass_manager.make("distill", {"minutes": 1e-9}).run(start(), session(tmp_path))
+    assert "not enough for one update" in short.facts["notes"][-1]
+
+
+def test_images_that_get_worse_undo_a_stage(tmp_path, monkeypatch):
+    errors = iter([0.1, 0.2, 0.05])
+    monkeypatch.setattr(distillation.Gallery, "noise", lambda self, program: next(errors))
+    monkeypatch.setattr(distillation, "RATES", GENTLE)
+    made = pass_manager.make("distill", {"updates": 4, "latent": 0.5, "samples": 2, "steps": 4})
+    program = made.run(start(), session(tmp_path))
+    first, second = program.facts["decisions"][""]["distill"]["stages"]
+    assert not first["kept"] and second["kept"] and "undone" in program.facts["notes"][-1]
+    before = {w.codes for w in settled(start())}
+    assert {w.codes for w in settled(program)} == before  # the weights are those of before, the scales are not
+    assert not same(program, start())
+
+
+def test_given_calls_are_what_it_trains_on(tmp_path):
+    denoiser = programs.denoiser(MODEL)
+    given = session(tmp_path)
+    data, judged = distillation.calls(given, 99, 99)
+    assert len(data) + len(judged) == len(given.calibration["timestep"])
+    assert torch.equal(data.targets, denoiser(**data.inputs))
+    assert set(data.inputs["timestep"].tolist()) >= set(judged.inputs["timestep"].tolist())
+    recorded = distillation.calls(replace(given, calibration=None), 2, 3)
+    assert [len(d) for d in recorded] == [6, 3 * distillation.HELD_OUT]
+
+
+def test_noise_of_the_float_program_is_none(data, tmp_path):
+    program = programs.after(MODEL, "layout")
+    assert noise(program, {}, {}, data[1], session(tmp_path)) < 1e-9

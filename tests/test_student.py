@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mpq_compiler import ops, student
+from mpq_compiler.formats.base import nearest_codes
+from mpq_compiler.program import run
+from mpq_compiler.student import Kind, Student
+from tests import programs
+
+PIPELINES = {"tables": programs.MIXED, "branches": programs.RESIDUAL, "parts": programs.REWRITES}
+
+
+def zeros(variables):
+    return {name: torch.zeros_like(v.start) for name, v in variables.items()}
+
+
+@pytest.mark.parametrize("model, pipeline", [*(("unet2d", p) for p in PIPELINES), ("dit", "tables")])
+def test_at_the_start_it_is_the_program(model, pipeline):
+    """Variables of frozen codes begin with what is stored, bit for bit."""
+    program = programs.after(model, "round-weights", PIPELINES[pipeline])
+    x = programs.inputs(model, 3)
+    trained = student.variables(program, latent=False)
+    with torch.no_grad():
+        assert torch.equal(Student(program, trained, zeros(trained)).run(x), run(program, x))
+    assert {v.kind for v in trained.values()} >= {Kind.SCALE, Kind.RANGE, Kind.ZERO, Kind.FLOAT}
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_latent_weights_start_at_the_float_weights(pipeline):
+    """Each contraction reads the levels nearest to them, the branch's among them."""
+    program = programs.after("unet2d", "round-weights", PIPELINES[pipeline])
+    trained = student.variables(program, latent=True)
+    found = {}
+    watch = found.__setitem__
+    Student(program, trained, zeros(trained)).run(programs.inputs("unet2d", 2), watch=watch)
+    weights = student.settled(program)
+    assert weights and any(w.signs for w in weights) == (pipeline != "parts")
+    for weight in weights:
+        rows = program.tensors.read(program.facts["latents"][weight.node.name]).flatten(1)
+        parts = [None if n is None else program.tensors[n] for n in (weight.scale, weight.offset, weight.row_class)]
+        scale, offset, row_class = parts
+        table = weight.table(program)
+        codes = nearest_codes(rows, scale, offset, table, row_class, weight.segments)
+        level = ops.dequantize_weight(codes, scale, offset, table, row_class, weight.shape, weight.segments)
+        assert torch.equal(found[weight.node].detach(), level)
+
+
+def test_every_variable_has_a_gradient():
+    program = programs.after("unet2d", "round-weights", programs.MIXED)
+    trained = student.variables(program, latent=True)
+    leaves = {name: theta.requires_grad_() for name, theta in zeros(trained).items()}
+    y = Student(program, trained, leaves).run(programs.inputs("unet2d", 6))
+    found = torch.autograd.grad(y.square().sum(), list(leaves.values()), allow_unused=True)
+    reached = {trained[n].kind for n, g in zip(leaves, found, strict=True) if g is not None and g.abs().sum() > 0}
+    assert reached == set(Kind)
+    dead = [n for n, g in zip(leaves, found, strict=True) if g is None]
+    assert not dead
+
+
+def test_time_groups_that_a_batch_lacks_get_no_gradient():
+    """Tables are trained by row: a call of one time moves the rows of its group alone."""
+    program = programs.after("unet2d", "round-weights", programs.MIXED)
+    trained = student.variables(program, latent=False)
+    leaves = {name: theta.requires_grad_() for name, theta in zeros(trained).items()}
+    x = dict(programs.inputs("unet2d", 2)) | {"timestep": torch.tensor([999, 999])}
+    group = int(ops.time_group(x["timestep"], program.facts["time-groups"])[0])
+    y = Student(program, trained, leaves).run(x)
+    tables = [n for n, v in trained.items() if v.kind == Kind.RANGE]
+    for gradient in torch.autograd.grad(y.square().sum(), [leaves[n] for n in tables]):
+        others = [g for g in range(len(gradient)) if g != group]
+        assert (gradient[others] == 0).all() and len(others) == len(program.facts["time-groups"])
+
+
+@pytest.mark.parametrize("offset", [None, torch.tensor([0.1, -0.2])])
+@pytest.mark.parametrize("lut", [None, torch.tensor([[-3, -1, 1, 3]], dtype=torch.int8)])
+def test_gradients_of_levels(lut, offset):
+    """LSQ's, eq. 2-3: with the codes as they are, ``scale * round(t)`` by scale is ``round(t) - t`` inside."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 40, generator=generator).requires_grad_()
+    scale = torch.tensor([[0.2], [0.4]], requires_grad=True)
+    shift = None if offset is None else offset.clone().requires_grad_()
+    level = student._Levels.apply(rows, scale, shift, lut, None, None)
+    weights = torch.randn(2, 40, generator=generator)
+    (level * weights).sum().backward()
+    t = (rows.detach() - (0 if shift is None else shift.detach()[:, None])) / scale.detach()
+    most, step = (127.5, 1) if lut is None else (4.0, 2)
+    inside = t.abs() <= most
+    assert torch.equal(rows.grad, weights * inside)
+    entry = t.div(step).round().mul(step) if lut is None else lut[0].float()[(t[..., None] - lut[0]).abs().argmin(-1)]
+    expected = (weights * (entry - torch.where(inside, t, 0.0))).sum(1, keepdim=True)
+    torch.testing.assert_close(scale.grad, expected)
+    if shift is not None:
+        torch.testing.assert_close(shift.grad, (weights * ~inside).sum(1))
+    again = student._Levels.apply(level.detach(), scale, shift, lut, None, None)
+    torch.testing.assert_close(again, level)  # levels are their own nearest
+
+
+@pytest.mark.parametrize("theta", [-3.0, 0.0, 0.7, 40.0])
+def test_values_are_what_is_stored(theta):
+    """Whatever theta: scales are positive halves, zero points whole codes."""
+    for kind, start in ((Kind.SCALE, [0.25, 3.0]), (Kind.RANGE, [1e-3]), (Kind.ZERO, [7.0, 0.0]), (Kind.FLOAT, [-2.5])):
+        dtype = torch.uint8 if kind == Kind.ZERO else torch.float16
+        variable = student.Variable(kind, torch.tensor(start), torch.ones(()), dtype, most=15)
+        value, stored = variable(torch.full((len(start),), theta)), variable.stored(torch.full((len(start),), theta))
+        assert stored.dtype == dtype and torch.equal(stored.float(), value) and torch.isfinite(value).all()
+        if kind == Kind.ZERO:
+            assert value.min() >= 0 and value.max() <= 15
+        elif kind != Kind.FLOAT:
+            assert (value > 0).all()
