@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 RANGE, VALUES, MOMENTS, GRAM = "range", "values", "moments", "gram"
 """The statistics there are: extremes per input; a sample of values per input; the mean squares of layer inputs; their
 whole second moments, which take as long as running the model does."""
-ATTENTION, DYNAMIC = "attention", "dynamic"
-"""Asked for like statistics: the edges of attentions and their probabilities; what dynamic quantizers cost."""
+ATTENTION, DYNAMIC, FLOATING = "attention", "dynamic", "floating"
+"""Asked for like statistics: the edges of attentions and their probabilities; what dynamic quantizers cost; what
+activations in small floats do."""
 GPTQ, IN_ORDER = "gptq", "in-order"
 """Asked for like statistics: that codes are chosen by GPTQ, and column after column as they stand."""
 

@@ -28,6 +28,8 @@ PACKED_LAYERS = (ops.quant_linear, ops.quant_conv2d)
 FLOAT_LAYERS = (aten.linear.default, ops.linear, ops.conv2d)
 QUANTIZERS = (ops.fake_quantize, ops.quantize)
 DYNAMIC_QUANTIZERS = (ops.dynamic_fake_quantize, ops.dynamic_quantize)
+FLOAT_QUANTIZERS = (ops.fake_quantize_float,)
+"""Simulated in every stage: layers read the rounded floats."""
 ATTENTIONS = (ops.fake_quantize_attention, ops.quant_attention)
 """Attention on quantized operands, simulated and packed."""
 
@@ -86,6 +88,8 @@ class Quantizer:
     zero_point: str | None
     group: Any
     bits: int
+    exponent: int | None = None
+    """Of small floats, which have no zero point."""
 
     @property
     def dynamic(self) -> bool:
@@ -160,6 +164,9 @@ def quantizers_of(calls: Iterable[Call]) -> list[Quantizer]:
         if call.target in QUANTIZERS:
             x, scale, zero, group, bits = call.args
             found.append(Quantizer(call, getattr(x, "name", str(x)), stored(scale), stored(zero), group, bits))
+        elif call.target in FLOAT_QUANTIZERS:
+            x, scale, group, exponent, bits = call.args
+            found.append(Quantizer(call, getattr(x, "name", str(x)), stored(scale), None, group, bits, exponent))
         elif call.target in DYNAMIC_QUANTIZERS:
             found.append(Quantizer(call, getattr(call.args[0], "name", ""), None, None, None, call.args[1]))
         elif call.target in ATTENTIONS:

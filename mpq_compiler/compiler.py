@@ -321,7 +321,8 @@ def _check_budget(program: Program, passes: Sequence[Pass], latency: Latency | N
     if allocation is None or sensitivity is None:
         return
     measured: Sequence[str] = getattr(sensitivity, "formats", ())
-    table = costs.describe(program, names=measured)
+    floating = getattr(allocation, "activation_format", "int") == "float"
+    table = costs.describe(program, names=measured, floating=floating)
     bits, size = getattr(allocation, "weights", None), getattr(allocation, "bytes", None)
     limit = sensitivity_table.byte_limit(table, bits, size)
     choices = {layer["name"]: measured for layer in table["layers"]}
@@ -705,8 +706,8 @@ def layer_rows(planned: Program) -> list[dict[str, Any]]:
     for path, node in reversed(layers.items()):
         plan = planned.weights[path]
         weight = str(node.args[1].target)  # type: ignore[union-attr]
-        integer = formats.get(plan.format).integer
-        activation = planned.activations[input_edge(node).name].label(groups) if integer else "float"
+        quantized = formats.get(plan.format).integer or planned.reads_floats(node)
+        activation = planned.activations[input_edge(node).name].label(groups) if quantized else "float"
         rows.append(
             {
                 "name": path,
@@ -734,7 +735,7 @@ def measure_sensitivity(model: str | Path | Denoiser, progress: Any = None, **op
     lowering = lower(denoiser, chosen, progress, passes[: names.index("sensitivity") + 1])
     program, measured = lowering.program, lowering.program.facts["sensitivity"]
     dynamic = measured.get("dynamic", False)
-    table = costs.describe(program, dynamic)
+    table = costs.describe(program, dynamic, floating=measured.get("floating", False))
     if lowering.latency is not None:
         kinds = dict.fromkeys(name for losses in measured["weights"].values() for name in losses)
         with single_threaded():

@@ -17,6 +17,8 @@ from mpq_compiler.sensitivity_table import FLOAT_BITS
 
 ACTIVATION_GROUP_BYTES = 3
 """An f16 scale and a u8 zero point."""
+FLOAT_GROUP_BYTES = 2
+"""Of small floats: the scale alone."""
 
 
 def weight_path(node: fx.Node) -> str | None:
@@ -41,13 +43,14 @@ def leftovers(program: Program) -> dict[str, Tensor]:
     return {name: program.tensors[name] for name in sorted(names - planned)}
 
 
-def fixed_bytes(program: Program, edges: int, groups: int) -> int:
-    """Bytes that do not depend on the allocation: float leftovers, tables of ``edges``, time-group boundaries.
+def fixed_bytes(program: Program, group_bytes: int, groups: int) -> int:
+    """Bytes that do not depend on the allocation: float leftovers, tables of activations, time-group boundaries.
 
-    ``program`` is in the planned stage, with weight plans for what will be quantized.
+    ``program`` is in the planned stage, with weight plans for what will be quantized; all tables have ``group_bytes``
+    for each of ``groups`` time groups.
     """
     floats = sum(t.numel() * stored_dtype(n, t).itemsize for n, t in leftovers(program).items())
-    return floats + edges * groups * ACTIVATION_GROUP_BYTES + (4 * (groups - 1) if edges else 0)
+    return floats + group_bytes * groups + (4 * (groups - 1) if group_bytes else 0)
 
 
 def weight_bytes(program: Program, name: str, format_name: str) -> int:
@@ -60,8 +63,7 @@ def stored_bytes(program: Program) -> int:
     names = {str(weight_of(n)): program.weights[str(weight_path(n))].format for n in program.quantizable}
     weights = sum(weight_bytes(program, name, fmt) for name, fmt in names.items())
     groups = len(program.facts["time-groups"]) + 1
-    static = sum(not plan.dynamic for plan in program.activations.values())
-    return weights + fixed_bytes(program, static, groups)
+    return weights + fixed_bytes(program, sum(p.group_bytes for p in program.activations.values()), groups)
 
 
 def average_bits(stored: int, parameters: int) -> float:
@@ -123,20 +125,26 @@ def activation_bits(program: Program) -> float:
     return sum(bits[edge] * count for edge, count in planned.items()) / sum(planned.values())
 
 
-def format_costs(shape: Sequence[int], name: str, operations: int) -> dict[str, Any]:
-    """What a weight of that shape costs in a format, in a layer of so many multiply-accumulates."""
+def format_costs(shape: Sequence[int], name: str, operations: int, floating: bool = False) -> dict[str, Any]:
+    """What a weight of that shape costs in a format, in a layer of so many multiply-accumulates.
+
+    With ``floating`` activations are small floats, and such a layer reads what any other does.
+    """
     chosen = formats.get(name)
     found: dict[str, Any] = {"bits": chosen.bits, "bytes": chosen.stored_bytes(*shape)}
     rows, columns = shape[0], math.prod(shape[1:])
     if branch := chosen.branch_elements(rows, columns):
         found["float_macs"] = operations // (rows * columns) * branch
-    return found if chosen.integer else found | {"float": True}
+    return found if chosen.integer or floating else found | {"float": True}
 
 
-def describe(program: Program, dynamic: bool = False, names: Iterable[str] = ()) -> dict[str, Any]:
+def describe(
+    program: Program, dynamic: bool = False, names: Iterable[str] = (), floating: bool = False
+) -> dict[str, Any]:
     """What a sensitivity table holds besides losses; ``program`` is calibrated and in float.
 
-    With ``dynamic`` the edges that linear layers alone read store no tables. Formats are the built-in ones, those that
+    With ``dynamic`` the edges that linear layers alone read store no tables; with ``floating`` tables have no zero
+    points, and layers of all formats read what is quantized. Formats are the built-in ones, those that
     were measured, and ``names``.
     """
     measured = (name for losses in program.facts.get("sensitivity", {}).get("weights", {}).values() for name in losses)
@@ -147,19 +155,19 @@ def describe(program: Program, dynamic: bool = False, names: Iterable[str] = ())
     for node in program.quantizable:
         path, weight = str(weight_path(node)), str(weight_of(node))
         everything.weights[path] = WeightPlan("int8")
-        sizes = {f: format_costs(program.tensors[weight].shape, f, operations[node.name]) for f in candidates}
+        sizes = {f: format_costs(program.tensors[weight].shape, f, operations[node.name], floating) for f in candidates}
         layer = layers.setdefault(path, {"name": path, "edges": [], "macs": 0, "formats": sizes})
         layer["macs"] += operations[node.name]
         if (edge := input_edge(node).name) not in layer["edges"]:
             layer["edges"].append(edge)
     elements = activation_elements(program)
     static = len(elements) - (len(dynamic_edges(program, bool(program.attentions))) if dynamic else 0)
-    groups = len(program.facts["time-groups"]) + 1
+    groups, each = len(program.facts["time-groups"]) + 1, FLOAT_GROUP_BYTES if floating else ACTIVATION_GROUP_BYTES
     return {
         "version": 1,
         "model": program.model,
         "parameters": program.facts["parameters"],
-        "fixed_bytes": fixed_bytes(everything, static, groups),
+        "fixed_bytes": fixed_bytes(everything, each * static, groups),
         "layers": list(layers.values()),
         "elements": elements,
         "attention_costs": attention_costs(program),

@@ -198,7 +198,8 @@ def _planned(step: str, program: Program) -> None:
                 for key, name in (("scale", activation.scale), ("zero_point", activation.zero_point))
                 if name is not None
             }
-            note(program, path, step, activation_bits=activation.bits, dynamic=activation.scale is None, **tables)
+            kind = {} if activation.exponent is None else {"activation": activation.kind}
+            note(program, path, step, activation_bits=activation.bits, dynamic=activation.dynamic, **kind, **tables)
 
 
 def _settled(step: str, before: Program, program: Program) -> None:

@@ -197,6 +197,21 @@ def settle(program: Program, weight: Open, value: fx.Node, quantized: formats.Fi
     value.name = name
 
 
+def float_parameters(program: Program, edge: str, bits: int) -> tuple[int, Tensor]:
+    """Bits of exponent and scales f16 [G] of an edge in small floats, by least squared error on its values."""
+    kept = program.facts.setdefault("activation-fits", {})
+    if (edge, bits, "floating") not in kept:
+        calibration: Calibration = program.facts["calibration"]
+        boundaries = program.facts["time-groups"]
+        group, statistics = ops.time_group(calibration.inputs["timestep"], boundaries), calibration.edges[edge]
+        chosen = [group == g for g in range(len(boundaries) + 1)]
+        magnitude = torch.maximum(-statistics.low, statistics.high)
+        peaks = torch.stack([magnitude[rows].max() for rows in chosen])
+        values = [statistics.values[rows].flatten() for rows in chosen]
+        kept[edge, bits, "floating"] = activation.fit_floats(values, peaks, bits)
+    return kept[edge, bits, "floating"]
+
+
 def activation_parameters(program: Program, edge: str, bits: int) -> tuple[Tensor, Tensor]:
     """Scale f16 [G] and zero point u8 [G] of an edge, by least squared error on its values of each time group."""
     kept = program.facts.setdefault("activation-fits", {})

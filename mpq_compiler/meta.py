@@ -39,6 +39,10 @@ def _fake_quantize(*args: Any) -> Tensor:
     return _quantize(*args).to(args[0].dtype)
 
 
+def _fake_quantize_float(x: Tensor, scale: Tensor, group: Tensor, *_: Any) -> Tensor:
+    return _quantize(x, scale, scale, group, 8).to(x.dtype)
+
+
 def _fake_quantize_weight(weight: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(weight)
 
@@ -69,6 +73,7 @@ def _quant_attention(q: Tensor, k: Tensor, v: Tensor, group: Tensor, *rest: Any)
 SHAPES: dict[Callable[..., Any], Callable[..., Tensor]] = {
     ops.quantize: _quantize,
     ops.fake_quantize: _fake_quantize,
+    ops.fake_quantize_float: _fake_quantize_float,
     ops.fake_quantize_weight: _fake_quantize_weight,
     ops.dequantize_weight: _dequantize_weight,
     ops.fake_quantize_float8: _fake_quantize_weight,

@@ -19,7 +19,7 @@ from mpq_compiler.ablation import noise_power
 from mpq_compiler.calibration import Calibration, attention_arguments
 from mpq_compiler.fitting import moments
 from mpq_compiler.formats import activation
-from mpq_compiler.formats.base import output_error
+from mpq_compiler.formats.base import output_error, stored_scale
 from mpq_compiler.program import ActivationPlan, Interpreter, Program, function_of, softmax, weight_of
 
 HALF_ROUNDING = 2.0**-11
@@ -182,9 +182,10 @@ class TableNoise:
 def table_noise(program: Program, edge: str, plan: ActivationPlan) -> TableNoise | None:
     """The noise of an edge's tables on the values that calibration kept; None where it kept none."""
     calibration: Calibration | None = program.facts.get("calibration")
-    if calibration is None or edge not in calibration.edges or plan.scale is None or plan.zero_point is None:
+    if calibration is None or edge not in calibration.edges or plan.scale is None:
         return None
-    scale, zero = program.tensors[plan.scale], program.tensors[plan.zero_point]
+    scale = program.tensors[plan.scale]
+    zero = torch.zeros_like(scale) if plan.zero_point is None else program.tensors[plan.zero_point]
     group = ops.time_group(calibration.inputs["timestep"], program.facts["time-groups"])
     statistics = calibration.edges[edge]
     measured, expected = [], []
@@ -197,6 +198,13 @@ def table_noise(program: Program, edge: str, plan: ActivationPlan) -> TableNoise
             continue
         power = float(values.square().sum().clamp_min(1e-30))
         ends = statistics.low[chosen].min(), statistics.high[chosen].max()
+        if plan.exponent is not None:
+            largest = max(-ends[0], ends[1]) / ops.float_largest(plan.exponent, plan.bits)
+            tried = (scale[g], *(stored_scale(largest * shrink) for shrink in activation.SHRINK[::2]))
+            errors = [float(activation.float_error(values, s, plan.exponent, plan.bits)) / power for s in tried]
+            measured.append(errors[0])
+            expected.append(min(errors[1:]))
+            continue
         measured.append(float(activation.error(values, scale[g], zero[g], plan.bits)) / power)
         expected.append(float(activation.least_error(values, *ends, plan.bits)) / power)
     return TableNoise(scale, zero, torch.tensor(measured), torch.tensor(expected))
@@ -204,11 +212,12 @@ def table_noise(program: Program, edge: str, plan: ActivationPlan) -> TableNoise
 
 def quantized_by_plan(program: Program, plan: ActivationPlan, value: Tensor, timestep: Tensor) -> Tensor:
     """``value`` as its plan says, in f32."""
-    if plan.scale is None or plan.zero_point is None:
+    if plan.scale is None:
         return ops.dynamic_fake_quantize(value, plan.bits)
-    group = ops.time_group(timestep, program.facts["time-groups"])
-    tables = program.tensors[plan.scale], program.tensors[plan.zero_point]
-    return ops.fake_quantize(value, *tables, group, plan.bits)
+    group, scale = ops.time_group(timestep, program.facts["time-groups"]), program.tensors[plan.scale]
+    if plan.exponent is not None:
+        return ops.fake_quantize_float(value, scale, group, plan.exponent, plan.bits)
+    return ops.fake_quantize(value, scale, program.tensors[str(plan.zero_point)], group, plan.bits)
 
 
 # --- calls --------------------------------------------------------------------------------------------------

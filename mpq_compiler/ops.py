@@ -306,6 +306,19 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, b
     return (clamped + (torch.round(clamped) - clamped).detach()) * s
 
 
+@op("fake_quantize_float")
+def fake_quantize_float(x: Tensor, scale: Tensor, group: Tensor, exponent: int, bits: int) -> Tensor:
+    """x moved to the nearest of ``scale[g]`` times the small floats of `round_float`, in f32; scale [G], group i64 [B].
+
+    ``round_float(x / scale) * scale``; straight-through gradients to x within the range, and to the scale.
+    """
+    s = per_sample(scale.to(torch.float32), group, x)
+    t = x / s
+    largest = float_largest(exponent, bits)
+    clamped = t.clamp(-largest, largest)
+    return (round_float(t.detach(), exponent, bits) + (clamped - clamped.detach())) * s
+
+
 def row_ranges(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale f32 [R] and zero point f32 [R] of the range of each of the R rows of x [..., K], widened to contain zero.
 

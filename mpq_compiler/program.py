@@ -93,7 +93,8 @@ class WeightPlan:
 class ActivationPlan:
     """How a tensor edge (named by its producing node) is quantized, or the probabilities of an attention (`softmax`).
 
-    A dynamic plan has no tables: scale and zero point of each row are measured when the tensor is made.
+    A dynamic plan has no tables: scale and zero point of each row are measured when the tensor is made. A plan with an
+    ``exponent`` rounds to small floats, which have no zero points; the layers that read them compute in float.
     """
 
     bits: int
@@ -102,10 +103,22 @@ class ActivationPlan:
     zero_point: str | None
     """Store name of the u8 zero points, one a time group."""
     dynamic: bool = False
+    exponent: int | None = None
+    """Bits of exponent of a small float of ``bits`` bits, a sign among them; None for integers."""
+
+    @property
+    def kind(self) -> str:
+        """``u8`` for integers; ``e4m3`` for small floats, by the bits of exponent and mantissa."""
+        return f"u{self.bits}" if self.exponent is None else f"e{self.exponent}m{self.bits - 1 - self.exponent}"
+
+    @property
+    def group_bytes(self) -> int:
+        """Stored bytes of a time group: an f16 scale, and a u8 zero point where there is one."""
+        return 2 * (self.scale is not None) + (self.zero_point is not None)
 
     def label(self, groups: int) -> str:
-        """``u8/t4``: the width and the number of time groups; ``u8/token`` where every row has a range of its own."""
-        return f"u{self.bits}/token" if self.dynamic else f"u{self.bits}/t{groups}"
+        """``u8/t4``: the kind and the number of time groups; ``u8/token`` where every row has a range of its own."""
+        return f"{self.kind}/token" if self.dynamic else f"{self.kind}/t{groups}"
 
 
 def softmax(attention: str) -> str:
@@ -152,6 +165,11 @@ class Program:
             if n.name == name:
                 return n
         raise KeyError(name)
+
+    def reads_floats(self, call: fx.Node) -> bool:
+        """Whether the tensor that a quantizable call reads is planned as small floats."""
+        plan = self.activations.get(operand(call, 0).name)
+        return plan is not None and plan.exponent is not None
 
     @property
     def attentions(self) -> list[fx.Node]:

@@ -7,9 +7,10 @@ neither the model nor torch.
      "weights": {layer: {format: loss}}, "activations": {edge: {bits: loss}}, "attention": {call: {bits: loss}},
      "layers": [{"name", "edges", "macs", "formats": {format: {"bits", "bytes", "float_macs"?, "float"?}}}],
      "elements": {edge: count},
-     "attention_costs": {call: {"macs", "elements", "bytes"}}, "dynamic", "fixed_microseconds"?}
+     "attention_costs": {call: {"macs", "elements", "bytes"}}, "dynamic", "floating", "fixed_microseconds"?}
 
-``dynamic`` says that edges of linear layers were measured with scales of their rows. Where a latency table was given,
+``dynamic`` says that edges of linear layers were measured with scales of their rows, ``floating`` that activations are
+small floats, which layers of every format read ("fp8 f8"). Where a latency table was given,
 formats have their ``microseconds``, and ``fixed_microseconds`` is the time that none of them changes. An attention is
 a layer of its own whose choices are "float" and the widths of its operands and probabilities.
 """
@@ -211,10 +212,10 @@ def _choices(
     edges = layer["edges"]
     widths = sorted({int(b) for e in edges for b in table["activations"][e]})
     shared = {e: 1 / len(readers[e]) for e in edges}
-    elements = sum(table["elements"][e] * shared[e] for e in edges)
+    elements, kind = sum(table["elements"][e] * shared[e] for e in edges), "f" if table.get("floating") else "u"
 
     def choice(name: str, loss: float, bits: int | None) -> dict[str, Any]:
-        costs, width = layer["formats"][name], FLOAT if bits is None else f"u{bits}"
+        costs, width = layer["formats"][name], FLOAT if bits is None else f"{kind}{bits}"
         noise = 0.0 if bits is None else sum(table["activations"][e][str(bits)] * shared[e] for e in edges)
         branch = costs.get("float_macs", 0) * BRANCH_BITS * FLOAT_BITS
         spent = {

@@ -22,6 +22,7 @@ from mpq_compiler.calibration import attention_edges
 from mpq_compiler.calls import Call, Layer, Levels, Quantizer, stored
 from mpq_compiler.costs import stored_dtype
 from mpq_compiler.errors import UserError
+from mpq_compiler.formats import activation
 from mpq_compiler.formats.residual import ResidualFormat
 from mpq_compiler.numerics import F32, NUMERICS
 from mpq_compiler.program import ActivationPlan, Program, Stage, shapes, softmax, weight_of
@@ -110,8 +111,7 @@ class View:
     @cached_property
     def static_plans(self) -> list[tuple[str, ActivationPlan]]:
         """(edge, plan) of the activation plans that have tables."""
-        plans = self.program.activations.items()
-        return [(edge, plan) for edge, plan in plans if plan.scale is not None and plan.zero_point is not None]
+        return [(edge, plan) for edge, plan in self.program.activations.items() if plan.scale is not None]
 
     @cached_property
     def layers(self) -> list[Layer]:
@@ -271,6 +271,7 @@ _SIMULATION = {
     ops.time_group,
     ops.fake_quantize,
     ops.dynamic_fake_quantize,
+    ops.fake_quantize_float,
     ops.fake_quantize_attention,
     ops.fake_quantize_weight,
     ops.dequantize_weight,
@@ -283,6 +284,8 @@ _PACKED = {
     ops.quantize,
     ops.dynamic_quantize,
     ops.quant_attention,
+    ops.fake_quantize_float,
+    ops.dequantize_weight,
     ops.dequantize_float8,
     *calls.PACKED_LAYERS,
 }
@@ -412,7 +415,9 @@ def _activation_plans(view: View) -> Findings:
     program = view.program
     if program.stage == Stage.PLANNED:
         paths = {p for p in program.weights if not view.computes_in_float(p)}
-        edges = {c.args[0].name for c in view.calls if view.paths.get(c.name) in paths}
+        small = {edge for edge, plan in program.activations.items() if plan.exponent is not None}
+        read = ((c.args[0].name, view.paths[c.name]) for c in view.calls if view.paths.get(c.name) in program.weights)
+        edges = {edge for edge, path in read if path in paths or edge in small}
         for node in program.attentions:
             if softmax(node.name) in program.activations:
                 edges |= {softmax(node.name), *(edge.name for edge in attention_edges(node))}
@@ -425,7 +430,7 @@ def _activation_plans(view: View) -> Findings:
         plan = program.activations.get(q.edge)
         if counts[q.edge] > 1:
             yield q.call.name, f"%{q.edge} has {counts[q.edge]} quantizers"
-        made = ActivationPlan(q.bits, q.scale, q.zero_point, q.dynamic)
+        made = ActivationPlan(q.bits, q.scale, q.zero_point, q.dynamic, q.exponent)
         if plan is not None and made != plan:
             yield q.call.name, f"it does not follow the plan of %{q.edge}"
 
@@ -436,7 +441,7 @@ def _dynamic_activations(view: View) -> Findings:
     program = view.program
     dynamic = {edge for edge, plan in program.activations.items() if plan.dynamic}
     for edge, plan in program.activations.items():
-        if plan.dynamic != (plan.scale is None) or plan.dynamic != (plan.zero_point is None):
+        if plan.exponent is None and not plan.dynamic == (plan.scale is None) == (plan.zero_point is None):
             yield edge, "its plan is either dynamic or has a scale and a zero point for each time group"
     edges = {q.call.name: q.edge for q in view.quantizers}
     for call in view.calls:
@@ -447,6 +452,31 @@ def _dynamic_activations(view: View) -> Findings:
             edge = edges.get(name, "") if edges else name
             if edge in dynamic:
                 yield call.name, f"it adds up rows of %{edge}, whose scales differ"
+
+
+@rule("small-floats", PLANNED)
+def _small_floats(view: View) -> Findings:
+    """Activations in small floats have an encoding, scales and no zero points; a layer that reads them is listed.
+
+    What is left of tables in the packed stage is read by such layers.
+    """
+    program = view.program
+    small = {edge for edge, plan in program.activations.items() if plan.exponent is not None}
+    for edge in small:
+        plan = program.activations[edge]
+        if plan.exponent not in activation.exponents(plan.bits):
+            yield edge, f"floats of {plan.bits} bits have no {plan.exponent} bits of exponent"
+        if plan.dynamic or plan.scale is None or plan.zero_point is not None:
+            yield edge, "small floats have a scale for each time group, and no zero points"
+    names = small | {q.call.name for q in view.quantizers if q.exponent is not None}
+    for call in view.calls:
+        if call.target in calls.FLOAT_LAYERS and view.paths.get(call.name) in program.weights:
+            reads = getattr(call.args[0], "name", "")
+            if reads in names and call.name not in program.fallbacks:
+                yield call.name, f"%{reads} is simulated and no fallback says so"
+            table = isinstance(call.args[1], fx.Node) and call.args[1].target is ops.dequantize_weight
+            if program.stage == Stage.PACKED and table and reads not in names:
+                yield call.name, "its weight is a table and its operand holds neither codes nor small floats"
 
 
 @rule("numerics", PLANNED)
@@ -481,7 +511,9 @@ def _activation_scales(view: View) -> Findings:
 @rule("zero-points", PLANNED)
 def _zero_points(view: View) -> Findings:
     for edge, plan in view.static_plans:
-        zero = view.tensor(str(plan.zero_point))
+        if plan.zero_point is None:
+            continue
+        zero = view.tensor(plan.zero_point)
         if zero.dtype != torch.uint8 or int(zero.max()) >= 2**plan.bits:
             yield edge, f"its zero points ({zero.dtype}, up to {int(zero.max())}) are not u8 codes of {plan.bits} bits"
 
@@ -491,7 +523,7 @@ def _group_tables(view: View) -> Findings:
     """A scale and a zero point for each time group: one more than there are boundaries."""
     groups = len(view.program.facts["time-groups"]) + 1
     for edge, plan in view.static_plans:
-        for name in (str(plan.scale), str(plan.zero_point)):
+        for name in filter(None, (plan.scale, plan.zero_point)):
             if tuple(view.tensor(name).shape) != (groups,):
                 yield edge, f"'{name}' {list(view.tensor(name).shape)} is not one value for each of {groups} groups"
 
@@ -727,7 +759,7 @@ def _operand_tables(view: View) -> Findings:
 @rule("simulated-operands", SIMULATED)
 def _simulated_operands(view: View) -> Findings:
     """Quantized weights meet quantized activations: a layer has both or neither, an attention three operands."""
-    simulated = (ops.fake_quantize, ops.dynamic_fake_quantize)
+    simulated = (ops.fake_quantize, ops.dynamic_fake_quantize, ops.fake_quantize_float)
     for call in view.calls:
         if call.target is ops.fake_quantize_attention:
             for x in call.args[:3]:

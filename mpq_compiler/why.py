@@ -297,8 +297,8 @@ def activation(decided: Mapping[str, Any]) -> str:
         return "float"
     if decided["dynamic"]:
         return f"u{decided['activation_bits']} with a scale for each token"
-    groups = len(decided["scale"])
-    return f"u{decided['activation_bits']}" + (f" in {groups} time groups" if groups > 1 else "")
+    groups, kind = len(decided["scale"]), decided.get("activation", f"u{decided['activation_bits']}")
+    return kind + (f" in {groups} time groups" if groups > 1 else "")
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
@@ -382,6 +382,8 @@ def _times(saves: float, price: float) -> str:
 def _tables(plan: Mapping[str, Any]) -> list[str]:
     if not plan or plan["dynamic"]:
         return []
+    if "zero_point" not in plan:
+        return ["activation scale by time group: " + ", ".join(f"{s:.3g}" for s in plan["scale"])]
     pairs = zip(plan["scale"], plan["zero_point"], strict=True)
     return ["activation scale and zero point by time group: " + ", ".join(f"{s:.3g} / {z}" for s, z in pairs)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import fx
 
@@ -12,6 +12,7 @@ from mpq_compiler.allocation import InfeasibleError, Problem, Solution, solve
 from mpq_compiler.calibration import (
     ATTENTION,
     DYNAMIC,
+    FLOATING,
     GRAM,
     MOMENTS,
     RANGE,
@@ -22,7 +23,8 @@ from mpq_compiler.calibration import (
 )
 from mpq_compiler.costs import weight_path
 from mpq_compiler.errors import UserError
-from mpq_compiler.fitting import activation_parameters
+from mpq_compiler.fitting import activation_parameters, float_parameters
+from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
 from mpq_compiler.latency import Costs, Latency
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import CONTRACTIONS, ActivationPlan, Program, Stage, WeightPlan, softmax, weight_of
@@ -65,6 +67,9 @@ class BitAllocation(Pass):
     read stay static."""
     attention: int | None = None
     """Bits of q, k, v and the probabilities of attentions; none leaves them float."""
+    activation_format: Literal["int", "float"] = "int"
+    """float: activations are small floats of so many bits, E2M1 of 4 and the best of E2M5 to E5M2 of 8 (arXiv
+    2408.06995). Simulated: no target has kernels for them, and layers compute in float on what is rounded."""
 
     def __post_init__(self) -> None:
         if self.uniform is not None:
@@ -73,10 +78,24 @@ class BitAllocation(Pass):
         self.require("activations", 2)
         for option in ("weights", "bytes", "bops", "latency"):
             self.require(option, 0)
+        if self.activation_format == "int":
+            return
+        self.require("activations", LEAST_FLOAT_BITS)
+        for option in ("attention", "latency", "dynamic"):
+            if getattr(self, option):
+                raise UserError(
+                    f"bit-allocation{{{option}}} and activation_format=float exclude each other: small floats are "
+                    "simulated in the static inputs of layers, and have no times"
+                )
+
+    @property
+    def floating(self) -> bool:
+        """Whether activations are small floats."""
+        return self.activation_format == "float"
 
     def asks(self) -> frozenset[str]:
         fine = self.uniform is not None and formats.get(self.uniform).bits >= 8  # whole moments gain nothing
-        asked = {ATTENTION: self.attention is not None, DYNAMIC: self.dynamic, GRAM: not fine}
+        asked = {ATTENTION: self.attention is not None, DYNAMIC: self.dynamic, GRAM: not fine, FLOATING: self.floating}
         return self.statistics | {name for name, wanted in asked.items() if wanted}
 
     def run(self, program: Program, session: Session) -> Program:
@@ -95,10 +114,17 @@ class BitAllocation(Pass):
             name, bits = choices[path]
             program.weights[path] = WeightPlan(name, tuple(n.name for n in nodes))
             for node in nodes:
+                edge = input_edge(node).name
+                if self.floating:
+                    _plan_floats(program, edge, bits)
+                    kind = program.activations[edge].kind
+                    program.fallbacks[node.name] = (
+                        f"{kind} activations are simulated: rounded to {kind} in float, and the layer computes in float"
+                    )
+                    continue
                 if not formats.get(name).integer:
                     program.fallbacks[node.name] = f"{name} weights have no integer kernel: the layer computes in float"
                     continue
-                edge = input_edge(node).name
                 _plan_activation(program, edge, bits, edge in dynamic)
         if self.attention is not None:
             self._plan_attentions(program, quantized, self.attention)
@@ -121,7 +147,7 @@ class BitAllocation(Pass):
         """Weight format and activation bits of each layer; the attentions that are quantized."""
         if "sensitivity" not in program.facts:
             raise UserError("pass 'bit-allocation' needs 'sensitivity': put sensitivity before it, or set uniform=int8")
-        table = program.facts["sensitivity"] | costs.describe(program, self.dynamic)
+        table = program.facts["sensitivity"] | costs.describe(program, self.dynamic, floating=self.floating)
         table = self._with_latencies(table, program, session)
         table |= {"attention": self._attention_losses(program, table.get("attention", {}))}
         if self.dynamic != table.get("dynamic", False):
@@ -129,6 +155,12 @@ class BitAllocation(Pass):
             raise UserError(
                 f"the sensitivities are those of {kinds[0]} activations, and bit-allocation plans {kinds[1]} ones: "
                 f"measure them again with bit-allocation{{dynamic={str(self.dynamic).lower()}}} in the pipeline"
+            )
+        if self.floating != table.get("floating", False):
+            kinds = ("small floats", "integers") if table.get("floating") else ("integers", "small floats")
+            raise UserError(
+                f"the sensitivities are those of activations in {kinds[0]}, and bit-allocation plans {kinds[1]}: "
+                f"measure them again with bit-allocation{{activation_format={self.activation_format}}} in the pipeline"
             )
         limit = sensitivity_table.byte_limit(table, self.weights, self.bytes)
         problem = sensitivity_table.problem(table, limit, self.activations, self.bops, self.latency)
@@ -142,7 +174,7 @@ class BitAllocation(Pass):
 
     def _with_latencies(self, table: dict[str, Any], program: Program, session: Session) -> dict[str, Any]:
         """The table with the times of its formats, where there are any. UserError: a budget without times."""
-        if session.latency is None:
+        if session.latency is None or self.floating:
             if self.latency is not None:
                 raise UserError(
                     "a budget of time needs a target with kernels of ours and a latency table of it: compile with "
@@ -175,7 +207,7 @@ class BitAllocation(Pass):
 
     def _note_latencies(self, program: Program, session: Session) -> None:
         """Leaves what the plan takes, whole and by layer. UserError: a uniform plan beyond the budget."""
-        if session.latency is None:
+        if session.latency is None or self.floating:
             if self.latency is not None:
                 self._with_latencies({}, program, session)
             return
@@ -214,6 +246,13 @@ class BitAllocation(Pass):
                 f"uniform {self.uniform} takes {stored} bytes ({bits:.3f} true average bits), more than the budget of "
                 f"{limit} bytes; use the default recipe, which mixes formats"
             )
+
+
+def _plan_floats(program: Program, edge: str, bits: int) -> None:
+    if edge not in program.activations:
+        exponent, scale = float_parameters(program, edge, bits)
+        name = program.tensors.add(f"{edge}:scale", scale)
+        program.activations[edge] = ActivationPlan(bits, name, None, exponent=exponent)
 
 
 def _plan_activation(program: Program, edge: str, bits: int, dynamic: bool = False) -> None:

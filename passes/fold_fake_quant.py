@@ -20,6 +20,8 @@ _SIMULATED = (ops.fake_quantize, ops.dynamic_fake_quantize)
 class FoldFakeQuant(Pass):
     """Layers between fake quantizers become packed operators on codes; base and branch become one table.
 
+    Layers on small floats stay what they are: float layers on the rounded activation and the dequantized weight.
+
     Equal, bit for bit, to the program before executed in exact mode (docs/ir.md, "Exact arithmetic").
 
         %permute_default_q = mpq::fake_quantize(%permute_default, :{scale,zero_point}, %g, bits=8)
@@ -43,6 +45,8 @@ class FoldFakeQuant(Pass):
                 packed[codes.codes] = codes
             elif _is_layer(node):
                 self._fold(program, node, packed[operand(node, 0)])
+            elif _is_branched(node):
+                _merge(program, node)
             elif node.target is ops.fake_quantize_attention:
                 _fold_attention(program.graph, node, [packed[operand(node, i)] for i in range(3)])
         prune(program.graph)
@@ -109,6 +113,23 @@ def _is_layer(node: fx.Node) -> bool:
     quantized = isinstance(x, fx.Node) and x.target in (*_SIMULATED, ops.quantize, ops.dynamic_quantize)
     rounded = (ops.dequantize_weight, aten.add.Tensor)
     return quantized and isinstance(weight, fx.Node) and weight.op == "call_function" and weight.target in rounded
+
+
+def _is_branched(node: fx.Node) -> bool:
+    """Whether the node is a weight of base and branch that layers on small floats read."""
+    return (
+        node.target is aten.add.Tensor
+        and isinstance(node.args[1], fx.Node)
+        and node.args[1].target is ops.binary_branch
+        and any(operand(user, 0).target is ops.fake_quantize_float for user in node.users)
+    )
+
+
+def _merge(program: Program, weight: fx.Node) -> None:
+    """Base and branch as one table."""
+    with program.graph.inserting_before(weight):
+        new = program.graph.call_function(ops.dequantize_weight, _table(program, weight))
+    _replace(program.graph, weight, new)
 
 
 def _reads_codes(node: fx.Node) -> bool:

@@ -22,7 +22,8 @@ class InsertFakeQuant(Pass):
     """Writes the plan into the graph as differentiable quantizers, and rounds float leftovers to their stored type.
 
     One quantizer a tensor edge, whoever reads it; one a weight, with the scales of the min-max range until a later pass
-    sets better ones. Layers whose format is no table of integers keep reading the float activation. Biases, norms and
+    sets better ones. Layers whose format is no table of integers keep reading the float activation, unless that is
+    planned as small floats. Biases, norms and
     embeddings are read from f16 from here on; attentions and such layers have the numerics that were chosen for them.
 
         %conv_in           = mpq::conv2d(%permute_default, .weight:ohwi, .bias, ...)
@@ -52,7 +53,7 @@ class InsertFakeQuant(Pass):
             if name not in rounded:
                 rounded[name] = _insert_levels(program, call, planned)
             call.update_arg(1, rounded[name])
-            if planned.integer:
+            if planned.integer or program.reads_floats(call):
                 if edge not in quantized:
                     quantized[edge] = _insert_quantizer(program, edge, group)
                 call.update_arg(0, quantized[edge])
@@ -119,6 +120,11 @@ def _insert_quantizer(program: Program, edge: fx.Node, group: fx.Node | None) ->
     if plan.dynamic:
         with graph.inserting_after(place):
             new = graph.call_function(ops.dynamic_fake_quantize, (edge, plan.bits))
+    elif plan.exponent is not None:
+        with graph.inserting_after(place):
+            scale = graph.get_attr(str(plan.scale))
+        with graph.inserting_after(scale):
+            new = graph.call_function(ops.fake_quantize_float, (edge, scale, group, plan.exponent, plan.bits))
     else:
         scale, zero = _tables(program, plan, place)
         with graph.inserting_after(zero):

@@ -81,5 +81,7 @@ def _rename_site(program: Program, path: str, old: str, new: str) -> None:
     """The sum has the name of the layer that it stands for; plan and statistics are those of the layer."""
     plan, calibration = program.weights[path], program.facts["calibration"]
     program.weights[path] = replace(plan, sites=tuple(new if site == old else site for site in plan.sites))
+    if old in program.fallbacks:
+        program.fallbacks[new] = program.fallbacks.pop(old)
     grams, means = ({**d, new: d[old]} if old in d else d for d in (calibration.grams, calibration.means))
     program.facts["calibration"] = replace(calibration, grams=grams, means=means)

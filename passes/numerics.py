@@ -111,10 +111,12 @@ def _counts(attentions: list[fx.Node], choices: dict[str, str], kinds: list[str]
 
 
 def _float_layers(program: Program) -> list[fx.Node]:
-    """Linear layers and convolutions whose stored weight has no integer format, in graph order."""
+    """Linear layers and convolutions whose stored weight or activation has no integer format, in graph order."""
     plans = program.weights
     planned = ((n, plans.get(str(costs.weight_path(n)))) for n in program.quantizable)
-    return [n for n, plan in planned if plan is None or not formats.get(plan.format).integer]
+    return [
+        n for n, plan in planned if plan is None or not formats.get(plan.format).integer or program.reads_floats(n)
+    ]
 
 
 def _times(node: fx.Node) -> dict[str, float]:

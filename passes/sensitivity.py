@@ -15,6 +15,7 @@ from mpq_compiler.ablation import Ablation, noise_power
 from mpq_compiler.calibration import (
     ATTENTION,
     DYNAMIC,
+    FLOATING,
     GRAM,
     RANGE,
     VALUES,
@@ -26,7 +27,7 @@ from mpq_compiler.calibration import (
 )
 from mpq_compiler.costs import weight_path
 from mpq_compiler.errors import UserError
-from mpq_compiler.fitting import Rounding, activation_parameters, bias_of, corrected_bias, fitted
+from mpq_compiler.fitting import Rounding, activation_parameters, bias_of, corrected_bias, fitted, float_parameters
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Program, operand, shapes, softmax
 from mpq_compiler.sensitivity_table import require_of
@@ -35,8 +36,9 @@ HELD_BYTES = 4 << 30
 """Memory for the values of the unchanged program, from which each measurement starts."""
 DIGITS = 6
 """Significant digits kept of a sensitivity, so that the last bits of a sum never decide an allocation."""
-WEIGHT, STATIC, PER_TOKEN, PROBABILITIES = "w", "a", "d", "p"
-"""What a task quantizes: a weight; an edge, by time group or by row; an attention's operands and probabilities."""
+WEIGHT, STATIC, PER_TOKEN, SMALL_FLOAT, PROBABILITIES = "w", "a", "d", "f", "p"
+"""What a task quantizes: a weight; an edge, by time group, by row or to small floats; an attention's operands and
+probabilities."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Sensitivity(Pass):
     measures the same as an SQNR). Noise powers of independent errors add, which is what the allocation relies on. Each
     result goes to the cache as it is measured: a run that was killed goes on where it was. Where `bit-allocation` may
     quantize attentions, each is measured with q, k, v and its probabilities quantized together; where it makes
-    activations dynamic, those are measured so.
+    activations dynamic, or small floats, those are measured so.
 
         (no change; facts["sensitivity"] holds weights[path][format], activations[edge][bits], attention[node][bits])
       =>
@@ -108,7 +110,7 @@ class Sensitivity(Pass):
                     left = [task for task in tasks if _key(task.name, part) not in results]
                     self._measure_part(program, batch, part, left, results, session, advance)
         table: dict[str, Any] = {"weights": {}, "activations": {}, "inputs": self.inputs}
-        table |= {"attention": {}, "dynamic": DYNAMIC in session.statistics}
+        table |= {"attention": {}, "dynamic": DYNAMIC in session.statistics, "floating": FLOATING in session.statistics}
         sizes = [len(part["timestep"]) for part in parts]
         for task in tasks:
             powers = [results[_key(task.name, part)] for part in range(len(parts))]
@@ -149,8 +151,8 @@ class Sensitivity(Pass):
     def tasks(self, program: Program, asked: frozenset[str] = frozenset()) -> list[Task]:
         """What is to be measured, in graph order; a shared weight or edge counts once.
 
-        Of ``asked``, DYNAMIC makes the edges of linear layers dynamic and ATTENTION adds the attentions; weights are
-        rounded as `round-weights` will.
+        Of ``asked``, DYNAMIC makes the edges of linear layers dynamic, FLOATING all edges small floats, and ATTENTION
+        adds the attentions; weights are rounded as `round-weights` will.
         """
         found: dict[str, Task] = {}
 
@@ -166,7 +168,8 @@ class Sensitivity(Pass):
                 add(WEIGHT, node, str(weight_path(node)), f)
             edge = input_edge(node)
             for bits in self.activations:
-                add(PER_TOKEN if edge.name in dynamic else STATIC, edge, edge.name, bits)
+                kind = SMALL_FLOAT if FLOATING in asked else PER_TOKEN if edge.name in dynamic else STATIC
+                add(kind, edge, edge.name, bits)
         for node in program.attentions if ATTENTION in asked else ():
             for bits in self.activations:
                 add(PROBABILITIES, node, node.name, bits)
@@ -211,8 +214,13 @@ class Sensitivity(Pass):
             mask = None if mask is None else ablation.value(mask)
             y = ops.fake_quantize_attention(q, k, v, group, *tables, heads, scale, mask, choice)
             return noise_power(ablation.output(values={node: y}), ablation.reference)
-        per_token = task.kind == PER_TOKEN
-        changed = ops.dynamic_fake_quantize(ablation.value(node), choice) if per_token else quantized_edge(node)
+        if task.kind == SMALL_FLOAT:
+            exponent, table = float_parameters(program, node.name, choice)
+            changed = ops.fake_quantize_float(ablation.value(node), table, group, exponent, choice)
+        elif task.kind == PER_TOKEN:
+            changed = ops.dynamic_fake_quantize(ablation.value(node), choice)
+        else:
+            changed = quantized_edge(node)
         readers = [n for n in program.quantizable if input_edge(n) is node]
         return noise_power(ablation.output(operands=dict.fromkeys(readers, changed)), ablation.reference)
 

@@ -49,6 +49,9 @@ PIPELINES = (MIXED, REWRITES, LOW_RANK, FAST, TRAINED)
 ACTIVATIONS = f"{FRONT},sensitivity{{inputs=3,formats=int8}},bit-allocation{{dynamic=true,attention=8}},{BACK}"
 """Dynamic activations and quantized attentions, as they are measured."""
 
+SMALL_FLOATS = f"{FRONT},bit-allocation{{uniform=fp4,activation_format=float,activations=4}},{BACK}"
+"""Weights and activations in FP4: tables that float layers read."""
+
 TIMESTEPS = (1, 200, 400, 600, 800, 999)
 
 

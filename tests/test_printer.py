@@ -122,7 +122,7 @@ def test_table_of_layers():
     program = programs.after("unet2d", "bit-allocation")
     rows = printer.table_of_layers(program)
     assert [r.name for r in rows] == [n.name for n in program.quantizable]
-    fixed = costs.fixed_bytes(program, len(program.activations), 3)
+    fixed = costs.fixed_bytes(program, sum(plan.group_bytes for plan in program.activations.values()), 3)
     assert sum(r.bytes for r in rows) + fixed == costs.stored_bytes(program)
     assert all(r.activation == "u8/t3" and r.fallback is None and r.loss > 0 for r in rows)
     after = printer.table_of_layers(programs.after("unet2d", "fuse-epilogues"))

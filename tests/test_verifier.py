@@ -23,12 +23,12 @@ LINEAR = "time_embedding_linear_1"
 MUTANTS: dict[str, Callable[[], Program]] = {}
 
 
-def mutant(rule: str, pass_name: str):
+def mutant(rule: str, pass_name: str, pipeline: str = programs.RESIDUAL):
     """Registers ``change(program)``, which spoils the program after that pass for one rule."""
 
     def register(change: Callable[[Program], Program | None]):
         def make() -> Program:
-            program = programs.after(MODEL, pass_name, programs.RESIDUAL).fork()
+            program = programs.after(MODEL, pass_name, pipeline).fork()
             return change(program) or program
 
         MUTANTS[rule] = make
@@ -208,6 +208,11 @@ def _(program):
 def _(program):
     name = _edge(program)[1].scale
     return with_tensor(program, name, program.tensors[name].repeat(2))
+
+
+@mutant("small-floats", "bit-allocation", programs.SMALL_FLOATS)
+def _(program):
+    del program.fallbacks[LINEAR]
 
 
 @mutant("boundaries", "bit-allocation")

@@ -120,6 +120,24 @@ def _dynamic_quantize(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return [Value(e.reshaped(q, codes, node.name)), Value(s), Value(z)]
 
 
+@emits(ops.fake_quantize_float)
+def _fake_quantize_float(e: Emitter, node: fx.Node, a: Arguments) -> Made:
+    """`ops.round_float`; the power of two is found by logarithm, and corrected where that is next to a whole number."""
+    g, x, shape = e.graph, e.value(a["x"]), e.shape(node)
+    exponent, bits = a["exponent"], a["bits"]
+    largest, smallest = ops.float_largest(exponent, bits), 2.0 ** (1 - ops.float_bias(exponent))
+    scale = _scalar(e, a["scale"]) if _single(e, a["scale"]) else _spread(e, a["scale"], a["group"], shape)
+    t = g.op("Clip", g.op("Div", x.name, scale), e.number(-largest), e.number(largest))
+    magnitude = g.op("Max", g.op("Abs", t), e.number(smallest))
+    power = g.op("Pow", e.number(2.0), g.op("Floor", g.op("Mul", g.op("Log", magnitude), e.number(1.4426950408889634))))
+    power = g.op("Where", g.op("Greater", power, magnitude), g.op("Mul", power, e.number(0.5)), power)
+    double = g.op("Mul", power, e.number(2.0))
+    power = g.op("Where", g.op("LessOrEqual", double, magnitude), double, power)
+    c = g.op("Mul", power, e.number(1.5 * 2.0 ** (24 + exponent - bits)))
+    rounded = g.op("Sub", g.op("Add", t, c), c)
+    return Value(g.op("Mul", rounded, scale, name=node.name), x.first)
+
+
 # --- weights ----------------------------------------------------------------------------------------------------
 
 

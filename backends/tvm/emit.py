@@ -50,6 +50,8 @@ PLAIN: dict[Any, Plain] = {
     ops.quantize: emit_packed.quantize,
     ops.dynamic_quantize: emit_packed.dynamic_quantize,
     ops.quant_attention: emit_packed.quant_attention,
+    ops.fake_quantize_float: emit_packed.fake_quantize_float,
+    ops.dequantize_weight: emit_packed.dequantize_weight,
     ops.dequantize_float8: emit_packed.dequantize_float8,
     ops.upsample_nearest2d: emit_movement.upsample,
     aten.embedding.default: emit_movement.embedding,

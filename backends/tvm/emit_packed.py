@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,45 @@ def dynamic_quantize(e: Emitter, node: fx.Node) -> list[Value]:
         for i, (two, three) in enumerate(parts)
     ]
     return e.call(Kernel("quantize", problem), {"x": x}, dict(zip(("out", "scale", "zero"), values, strict=True)))
+
+
+def fake_quantize_float(e: Emitter, node: fx.Node) -> Value:
+    """`ops.round_float` between a division and a product, each step the one of torch."""
+    x_node, table, group, exponent, bits = arguments(node)
+    x, scale = e.value(x_node), e.converted(e.stored(table), "float32")
+    if not x.batched or x.dtype != "float32":
+        raise e.refusal("it quantizes what has no batch or is no float32")
+    if scale.size > 1:
+        index, rows = e.value(group), scale.size
+        gather = record(
+            "movement.Gather", rows=rows, width=1, positions=index.inner, dtype="float32", index_dtype=index.dtype
+        )
+        out = Value(f"{node.name}|scale", (BATCH,), "float32")
+        scale = e.call(Kernel("movement", gather), {"index": index, "table": scale}, {"y": out})[0]
+    largest, formula = ops.float_largest(exponent, bits), Formula(x.shape)
+    s = formula.read(scale)
+    t = formula.step("div", formula.read(x), s)
+    t = formula.step("minimum", formula.step("maximum", t, -largest), largest)
+    power = formula.step("maximum", formula.step("binade", t), 2.0 ** (1 - ops.float_bias(exponent)))
+    c = formula.step("mul", power, 1.5 * 2.0 ** (24 + exponent - bits))
+    formula.step("mul", formula.step("sub", formula.step("add", t, c), c), s)
+    return emit_pointwise.run(e, formula, {}, node.name)
+
+
+def dequantize_weight(e: Emitter, node: fx.Node) -> Value:
+    """The weight of a float layer on simulated activations: stored, so the call goes to `prepare`."""
+    codes, scale, offset, lut, row_class, shape, *segments = arguments(node)
+    parts = {"codes": codes, "scale": scale, "offset": offset, "tables": lut, "row_class": row_class}
+    stored = {name: e.stored(part) for name, part in parts.items() if part is not None}
+    rows, columns = stored["scale"].inner[0], math.prod(shape[1:])
+    tables = stored["tables"] if lut is not None else None
+    problem = record(
+        "dequantize.DequantizeTable", rows=rows, columns=columns, segments=tuple((segments or [shape[-1:]])[0]),
+        bits=storage.code_bits(e.program, tables.name if tables else None), classes=tables.inner[0] if tables else 1,
+        offset=stored["offset"].dtype if offset is not None else None,
+    )  # fmt: skip
+    out = Value(node.name, tuple(shape), "float32")
+    return e.call(Kernel("dequantize", problem), stored, {"y": out})[0]
 
 
 def dequantize_float8(e: Emitter, node: fx.Node) -> Value:

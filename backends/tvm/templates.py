@@ -11,6 +11,7 @@ from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels import (
     attention,
+    dequantize,
     fast_attention,
     float8,
     float_gemm,
@@ -84,6 +85,7 @@ TEMPLATES: dict[str, Template] = {
     "float_gemm": _portable(float_gemm),
     "matmul": _portable(matmul),
     "float8": _portable(float8),
+    "dequantize": _portable(dequantize),
 }
 
 

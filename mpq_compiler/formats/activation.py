@@ -1,11 +1,18 @@
-"""Static activation quantizers: an f16 scale and a u8 zero point for each time group of a tensor edge."""
+"""Static activation quantizers: an f16 scale and a u8 zero point for each time group of a tensor edge.
+
+Those of small floats have no zero point, and one encoding for all groups (arXiv 2408.06995).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from mpq_compiler import ops
 from mpq_compiler.formats.base import stored_scale
+from mpq_compiler.formats.floating import EXPONENTS, FACTORS
 
 SHRINK = tuple(1 - 0.06 * i for i in range(12))
 """Fractions of the observed range that the search tries, first for both ends, then for each."""
@@ -32,6 +39,55 @@ def error(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 def least_error(values: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     """A quick bound [...]: the least error on values [..., S] when both ends of the ranges [low, high] [...] shrink."""
     return torch.stack([error(values, *parameters(low * s, high * s, bits), bits) for s in SHRINK[::2]]).amin(0)
+
+
+BULK, TAIL = 1 << 13, 1 << 11
+"""Magnitudes of a time group on which small floats are searched, 444 pairs of encoding and scale: so many, evenly
+spaced by rank, and all of the largest, which the range hangs on."""
+LEAST_FLOAT_BITS = 4
+"""A sign, two bits of exponent and one of mantissa; with one bit of exponent floats are integers."""
+
+
+def exponents(bits: int) -> tuple[int, ...]:
+    """The bits of exponent that small floats of ``bits`` may have: those that leave a mantissa."""
+    return tuple(e for e in EXPONENTS if e < bits - 1)
+
+
+def float_error(values: Tensor, scale: Tensor, exponent: int, bits: int) -> Tensor:
+    """Sum of squared errors over the last dimension of values [..., S] under scale [...]."""
+    s = scale.to(torch.float32)[..., None]
+    return (ops.round_float(values / s, exponent, bits) * s - values).square().sum(-1)
+
+
+def fit_floats(values: Sequence[Tensor], peaks: Tensor, bits: int) -> tuple[int, Tensor]:
+    """The encoding with the least squared error over all time groups, each with its best scale.
+
+    values [S] and peaks f32 [G], the largest magnitudes, are those of the groups. Returns the bits of exponent and the
+    scales f16 [G]: of 111 fractions of the peak, the largest value of least error (Kuzmin 2022, section 4).
+    """
+    sampled = [_ranked(v) for v in values]
+    found: list[tuple[float, int, Tensor]] = []
+    for exponent in exponents(bits):
+        scales = [stored_scale(peaks * (f / ops.float_largest(exponent, bits))) for f in FACTORS]
+        errors = [[_weighed(v, s[g], exponent, bits) for g, v in enumerate(sampled)] for s in scales]
+        least = torch.tensor(errors).min(0)
+        chosen = torch.stack([scales[i][g] for g, i in enumerate(least.indices.tolist())])
+        found.append((float(least.values.sum()), exponent, chosen))
+    _, exponent, scale = min(found, key=lambda f: f[0])
+    return exponent, scale
+
+
+def _ranked(values: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Magnitudes of values [S] that stand for all of them, those of the tail, and how many each of the first is."""
+    magnitudes = values.abs().sort().values
+    bulk, tail = magnitudes[:-TAIL], magnitudes[-TAIL:]
+    every = max(1, -(-len(bulk) // BULK))
+    return bulk[every // 2 :: every], tail, float(every)
+
+
+def _weighed(ranked: tuple[Tensor, Tensor, float], scale: Tensor, exponent: int, bits: int) -> float:
+    bulk, tail, every = ranked
+    return every * float(float_error(bulk, scale, exponent, bits)) + float(float_error(tail, scale, exponent, bits))
 
 
 def fit(values: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,10 @@ from tests import programs
 from tests.programs import Step
 
 
+OPEN = (ops.fake_quantize, ops.dynamic_fake_quantize, ops.fake_quantize_float, ops.fake_quantize_weight)
+"""Quantizers of float values."""
+
+
 class FormatsOff(Interpreter):
     """A simulated program with every quantizer replaced by identity: activations as they come, weights as planned."""
 
@@ -38,7 +42,7 @@ class FormatsOff(Interpreter):
         return super().attribute(name)
 
     def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        if node.target in (ops.fake_quantize, ops.dynamic_fake_quantize, ops.fake_quantize_weight):
+        if node.target in OPEN:
             return args[0]
         if node.target is ops.attention:
             return ops.attention(*args)
@@ -96,6 +100,8 @@ def simulation(step: Step, x: dict[str, Tensor]) -> None:
             bits = 8 if table is None else int(step.after.tensors[str(table.target)].shape[1]).bit_length() - 1
         elif node.target is ops.dynamic_fake_quantize:
             bits, value = node.args[1], value.flatten(0, -2)
+        elif node.target is ops.fake_quantize_float:
+            bits = node.args[4]
         if bits is not None:
             rows = value.reshape(len(value), -1)
             levels[node.name] = max(len(row.unique()) for row in rows)
@@ -143,6 +149,12 @@ def test_contracts_of_fast_attentions(model):
     steps = programs.steps(model, programs.FAST)
     assert steps[-1].after.facts["numerics"]
     for step in steps[-len(programs.BACK.split(",")) :]:
+        check(step, dict(programs.inputs(model, 3)))
+
+
+@pytest.mark.parametrize("model", ["unet2d", "pixart"])
+def test_contracts_of_small_floats(model):
+    for step in programs.steps(model, programs.SMALL_FLOATS):
         check(step, dict(programs.inputs(model, 3)))
 
 

@@ -42,6 +42,19 @@ def outputs(problem: QuantMatmul, isa: Isa) -> list[Argument]:
     return WeightLayout(problem, isa).buffers()
 
 
+def stored_code(codes: Buffer, index: Any, bits: int, count: int) -> Expr:
+    """The code at `index` of a stored stream of `count` (`formats.packing`), int32: unsigned below 8 bits."""
+    if bits == 8:
+        return T.cast(tirx.reinterpret("int8", codes[index]), "int32")
+
+    def field(bit: Any, width: int) -> Expr:
+        return T.cast(codes[bit // 8], "int32") >> (bit % 8) & ((1 << width) - 1)
+
+    if bits != 3:
+        return field(index * bits, bits)
+    return field(index * 2, 2) | field(2 * count + index, 1) << 2
+
+
 def build(problem: QuantMatmul, isa: Isa, name: str) -> PrimFunc:
     """The function ``name(*inputs(problem), *outputs(problem, isa))``."""
 
@@ -133,16 +146,7 @@ class _Prepare:
 
     def _code(self, index: Any) -> Expr:
         """The code at `index` of the stored stream, int32 (unsigned below 8 bits)."""
-        bits, codes = self.p.bits, self.b["codes"]
-        if bits == 8:
-            return T.cast(tirx.reinterpret("int8", codes[index]), "int32")
-
-        def field(bit: Any, width: int) -> Expr:
-            return T.cast(codes[bit // 8], "int32") >> (bit % 8) & ((1 << width) - 1)
-
-        if bits != 3:
-            return field(index * bits, bits)
-        return field(index * 2, 2) | field(2 * self.p.outputs * self.p.reduction + index, 1) << 2
+        return stored_code(self.b["codes"], index, self.p.bits, self.p.outputs * self.p.reduction)
 
     def _weight(self, i: Any, code: Any) -> Expr:
         if self.p.bits == 8:

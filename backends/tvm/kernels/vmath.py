@@ -174,6 +174,11 @@ def neg(x: Expr) -> Expr:
     return mul(x, f32(-1.0, lanes(x)))
 
 
+def binade(x: Expr) -> Expr:
+    """The largest power of two that is at most |x|; 0 for what is smaller than any normal float32."""
+    return as_float(as_int(x) & i32(0x7F800000, lanes(x)))
+
+
 def square(x: Expr) -> Expr:
     """x * x."""
     let = Lets()
@@ -480,7 +485,7 @@ def reciprocal(scale: Expr) -> Expr:
 UNARY = {
     "silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "sigmoid": sigmoid, "tanh": tanh, "relu": relu,
     "exp": exp, "log": log, "erf": erf, "sin": sin, "cos": cos, "sqrt": sqrt, "rsqrt": rsqrt, "neg": neg,
-    "square": square,
+    "square": square, "binade": binade,
 }  # fmt: skip
 """Unary functions by the name that epilogues and pointwise programs use."""
 

@@ -38,6 +38,8 @@ MODELS = (
     ("flux", "int8"),
     ("sana", "int4g64"),
     ("hunyuan", "fp8"),
+    ("unet2d-class", "fp4,activation_format=float,activations=4"),
+    ("dit", "fp8,activation_format=float"),
 )
 
 

@@ -250,6 +250,23 @@ def test_float8_weights(exponent, tmp_path):
     assert (result - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("exponent, bits", [(2, 4), (2, 8), (3, 8), (4, 8), (5, 8)])
+def test_activations_in_small_floats(exponent, bits, groups, tmp_path):
+    x = torch.randn(6, 400, generator=seeded(9)) * torch.logspace(-4, 2, 400)
+    x[:, ::7] = 2.0 ** torch.arange(-9, 49)[: len(x[0, ::7])].clamp(max=9)  # powers of two, where a logarithm errs
+    inputs = {"x": x, "timestep": torch.tensor([0, 300, 301, 700, 900, 999])}
+    tensors = {"s": (torch.rand(groups, generator=seeded(2)) + 0.1).half()}
+    tensors["boundaries"] = torch.linspace(300, 800, groups - 1)
+
+    def build(graph, n):
+        group = graph.call_function(ops.time_group, (n["timestep"], n["boundaries"]))
+        return graph.call_function(ops.fake_quantize_float, (n["x"], n["s"], group, exponent, bits))
+
+    program = onnx_models.graph_of(build, inputs, tensors)
+    assert torch.equal(onnx_models.run(program, inputs, tmp_path), run(program, inputs))
+
+
 @pytest.mark.parametrize("form", WEIGHTS, ids=str)
 def test_weights_that_float_layers_read(form, tmp_path):
     inputs, tensors = {"x": torch.randn(5, 26, generator=seeded(7))}, weight(37, 26, **form, segments=2)

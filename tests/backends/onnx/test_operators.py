@@ -155,7 +155,7 @@ CASES = [
 """What the quantized operators compute is in test_integers.py."""
 QUANTIZED = {
     *(ops.time_group, ops.quantize, ops.dynamic_quantize, ops.dequantize_weight, ops.dequantize_float8),
-    *(ops.quant_linear, ops.quant_conv2d, ops.quant_attention),
+    *(ops.quant_linear, ops.quant_conv2d, ops.quant_attention, ops.fake_quantize_float),
 }
 
 

@@ -21,7 +21,51 @@ def test_every_node_computes_what_the_reference_does(name, weights):
     emitted.test_every_node_computes_what_the_reference_does(name, weights, TARGET)
 
 
-@pytest.mark.parametrize(("name", "weights"), [*INTEGER, ("pixart", "fp8"), ("unet2d-class", "fp8e5")])
+FLOATS = (
+    ("unet2d", "fp4,activation_format=float,activations=4"),
+    ("unet2d-class", "int8,activation_format=float"),
+    ("pixart", "km3t+r2,activation_format=float"),
+    ("sd15", "int2+b,activation_format=float,activations=6"),
+    ("dit", "nf4g12,activation_format=float,activations=4"),
+    ("pixart", "fp8,activation_format=float"),
+)
+"""Weights of every kind on simulated activations: E2M1, E2M3 and the like, E2M5 to E5M2."""
+
+
+@pytest.mark.parametrize(("name", "weights"), FLOATS[:2])
+def test_small_floats_are_those_of_the_reference(name, weights):
+    emitted.test_every_node_computes_what_the_reference_does(name, weights, TARGET)
+
+
+@pytest.mark.parametrize(("name", "weights"), FLOATS[2:5])
+def test_small_floats_have_the_bits_of_torch(name, weights):
+    case, batch = packed.program(name, weights), 4
+    program, lowered = emitted.compiled(name, weights, TARGET)
+    kernels = emitted.Kernels(program, lowered, TARGET)
+    values, inputs = {}, packed.take(case.inputs, slice(batch))
+    run(case.program, inputs, watch=lambda node, value: values.__setitem__(node.name, value))
+    nodes = {n.name: n.target for n in case.program.graph.nodes if n.op == "call_function"}
+    floats = {name for name, target in nodes.items() if target is ops.fake_quantize_float}
+    assert len(floats) > 10
+    known = {key: value.numpy() for key, value in values.items() if isinstance(value, torch.Tensor)}
+    known |= kernels.prepared | {key: value.numpy() for key, value in inputs.items()}
+    checked = set()
+    for call in lowered.functions[0].calls:
+        if not call.node.endswith("_q") or call.node not in floats:
+            continue
+        results = kernels(call.kernel, {argument: known[value] for argument, value in call.operands}, batch)
+        for argument, value in call.results:
+            if value in floats:
+                assert torch.equal(torch.from_numpy(results[argument]).reshape(values[value].shape), values[value])
+                checked.add(value)
+            else:
+                known[value] = results[argument]
+    assert checked == floats
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"), [*INTEGER, ("pixart", "fp8"), ("unet2d-class", "fp8e5"), FLOATS[0], FLOATS[-1]]
+)
 def test_artifact_is_as_good_as_the_packed_program(name, weights):
     emitted.test_artifact_is_as_good_as_the_packed_program(name, weights, TARGET)
 

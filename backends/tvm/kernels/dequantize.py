@@ -1,0 +1,76 @@
+"""The `mpq::dequantize_weight` kernel: a table's codes to float32, once, when an artifact is loaded.
+
+Layers on simulated activations compute in float; all others multiply codes (`gemm`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from mpq_compiler.backends.tvm.kernels import vmath
+from mpq_compiler.backends.tvm.kernels.prepare import stored_code
+from mpq_compiler.backends.tvm.kernels.template import Argument, Buffers, primfunc, store
+
+TILE_ROWS = 16
+"""Rows that share a row class."""
+
+
+@dataclass(frozen=True)
+class DequantizeTable:
+    """``scale[i, j(k)] * table[class(i), code[i, k]] + offset[i]`` of packed codes [rows, columns].
+
+    segments:  channel counts with a scale of their own; columns are taps times channels
+    classes:   tables; rows of 16 have a class where there are several
+    offset:    the type in which offsets are stored, None without
+    """
+
+    rows: int
+    columns: int
+    segments: tuple[int, ...]
+    bits: int
+    classes: int = 1
+    offset: str | None = None
+
+
+def arguments(problem: DequantizeTable) -> list[Argument]:
+    """The buffers in calling order, the output last."""
+    p = problem
+    found = [
+        Argument("codes", (-(-p.rows * p.columns * p.bits // 8),), "uint8"),
+        Argument("scale", (p.rows, len(p.segments)), "float16"),
+    ]
+    if p.offset is not None:
+        found.append(Argument("offset", (p.rows,), p.offset))
+    if p.bits < 8:
+        found.append(Argument("tables", (p.classes, 2**p.bits), "int8"))
+    if p.classes > 1:
+        found.append(Argument("row_class", (-(-p.rows // TILE_ROWS),), "uint8"))
+    return [*found, Argument("y", (p.rows, p.columns))]
+
+
+def build(problem: DequantizeTable, isa: str, name: str) -> PrimFunc:
+    """The kernel ``name(*arguments(problem))``, plain loops for all targets."""
+    del isa
+    p, channels = problem, sum(problem.segments)
+
+    def body(_: Any, b: Buffers) -> None:
+        with T.serial(0, p.rows) as i:
+            offset = None if p.offset is None else T.bind(T.cast(b["offset"][i], "float32"))
+            table = T.bind(T.cast(b["row_class"][i // TILE_ROWS], "int32")) if p.classes > 1 else 0
+            with T.serial(0, p.columns // channels) as tap:
+                first = 0
+                for j, size in enumerate(p.segments):
+                    scale = T.bind(T.cast(b["scale"][i, j], "float32"))
+                    with T.serial(0, size) as k:
+                        column = T.bind(tap * channels + first + k)
+                        code = T.bind(stored_code(b["codes"], i * p.columns + column, p.bits, p.rows * p.columns))
+                        entry = code if p.bits == 8 else T.cast(b["tables"][table, code], "int32")
+                        value = vmath.mul(T.cast(entry, "float32"), scale)
+                        store(b["y"], value if offset is None else value + offset, i, column)
+                    first += size
+
+    return primfunc(name, arguments(problem), body)
