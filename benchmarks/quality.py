@@ -1,0 +1,249 @@
+"""Recipes at equal stored bytes: images, distances and true bits, side by side.
+
+    python -m benchmarks.quality                       # the table of what is there
+    python -m benchmarks.quality --all                 # computes what is missing, cell by cell; goes on where it was
+    python -m benchmarks.quality --model fashion-unet --setting W2A8 --recipe default nearest
+
+A cell is a recipe at a setting on a model. ``W2A8`` is the bytes that uniform ``int2`` takes in all layers, overheads
+included, and 8-bit activations: what a recipe does with these bytes is its affair. All draw the same noise in the same
+steps. `image_sqnr_db` has a paired bootstrap interval of its difference to the best other recipe: the same images are
+drawn with replacement for both. Training has as many minutes in every cell (`mpqc compile --minutes`). A cell is known
+by its recipe, options and versions; results and the errors of every image lie in benchmarks/results/quality/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from benchmarks.machine import provenance
+from benchmarks.timing import interleaved
+from mpq_compiler import checkpoint, compiler, costs, denoiser, evaluation, metrics, recipes, svg, terminal
+
+RESULTS = Path(__file__).parent / "results" / "quality"
+SETTINGS = {"W8A8": (8, 8), "W4A8": (4, 8), "W3A8": (3, 8), "W2A8": (2, 8), "W4A4": (4, 4), "W3A6": (3, 6)}
+"""Bits of the uniform weights whose bytes are the budget, and of activations."""
+SHORT = ("W4A8", "W2A8", "W4A4")
+"""The settings of models other than the first."""
+MODELS = ("fashion-unet", "fashion-dit", "fashion-text")
+STEPS = 10
+SEED = 1000
+"""Of the images: noise that neither calibration nor training has seen."""
+RESAMPLES = 2000
+UNIFORM = (
+    "trace,layout,calibrate,time-groups,bit-allocation{{uniform=int{w},activations={a}}},numerics,insert-fake-quant,"
+    "residual-branch,round-weights{{method={method}}},fold-fake-quant,fuse-epilogues"
+)
+BASELINES = {"nearest": "nearest", "gptq": "gptq"}
+"""Uniform bits with nothing else, by the rounding: what a recipe is to be better than."""
+COLUMNS = {
+    "image_sqnr_db": 2,
+    "psnr_db": 2,
+    "ssim": 4,
+    "frechet_to_float": 4,
+    "frechet_to_data": 3,
+    "class_accuracy": 3,
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is compiled and judged."""
+
+    model: str
+    setting: str
+    recipe: str
+    minutes: float
+    seed: int = 0
+    images: int = 250
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.setting} {self.recipe} seed {self.seed}"
+
+    @property
+    def key(self) -> str:
+        """Of the file of its result: changes with all that the result depends on but the code."""
+        text = ""
+        if self.recipe not in BASELINES:
+            recipe = recipes.load(self.recipe)
+            text = json.dumps([recipe.pipeline, recipe.options], sort_keys=True)
+        digest = hashlib.sha256(f"1 {sorted(asdict(self).items())} {text}".encode()).hexdigest()
+        return f"{self.model}-{self.setting}-{self.recipe}-{self.seed}-{digest[:8]}"
+
+    @property
+    def file(self) -> Path:
+        return RESULTS / f"{self.key}.json"
+
+    def result(self) -> dict[str, Any] | None:
+        return json.loads(self.file.read_text()) if self.file.exists() else None
+
+    def options(self, budget: int) -> dict[str, Any]:
+        """Of `compiler.compile`, with that budget of bytes."""
+        weights, activations = SETTINGS[self.setting]
+        if self.recipe in BASELINES:
+            pipeline = UNIFORM.format(w=weights, a=activations, method=BASELINES[self.recipe])
+            return {"pipeline": pipeline, "seed": self.seed}
+        recipe = recipes.load(self.recipe)
+        trains = {"minutes": self.minutes} if "distill" in recipe.pipeline else {}
+        return {"recipe": self.recipe, "weights": f"{budget}B", "activations": activations, "seed": self.seed, **trains}
+
+
+def budget_of(model: str, setting: str) -> int:
+    """Stored bytes of uniform weights in all layers."""
+    file = RESULTS / "budgets.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    name = f"{model} {setting}"
+    if name not in known:
+        pipeline = UNIFORM.format(w=SETTINGS[setting][0], a=8, method="nearest")
+        lowered = compiler.lower(denoiser.load(model), compiler.Options(pipeline=pipeline, samples=1))
+        assert lowered.planned is not None
+        known[name] = costs.stored_bytes(lowered.planned)
+        _write(file, known)
+    return int(known[name])
+
+
+def compute(cell: Cell, jobs: int) -> dict[str, Any]:
+    """The row of a cell: compiled, drawn and judged against the float model."""
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "cell.mpq"
+        budget = budget_of(cell.model, cell.setting)
+        report = compiler.compile(cell.model, path, terminal.progress, jobs=jobs, **cell.options(budget))
+        seconds = time.perf_counter() - begin
+        painter = evaluation.from_artifact(path, threads=1)
+        loaded = evaluation.float_model(cell.model, painter)
+        reference = evaluation.sampled_like(evaluation.from_denoiser(loaded), painter)
+        conditions = reference.conditioning.varied(cell.images)
+        pictures = []
+        for each in (reference, painter):
+            with terminal.progress(f"drawing with {each.name}", cell.images) as advance:
+                drawn = each.draw(conditions, cell.images, STEPS, SEED, progress=lambda done, total: advance(0))
+            pictures.append(each.decode(drawn))
+        one = {name: value.numpy() for name, value in loaded.random_inputs(1).items()}
+        times = interleaved({"step": lambda: painter.call(**one)}, rounds=15, warm=True)["step"]
+    extractor, reason = metrics.features_for(loaded.features, pictures[0].shape[1:])
+    judged = metrics.compare_images(*pictures, extractor, reason, conditions.labels)
+    error, power = (np.square(x.astype(np.float64)).sum((1, 2, 3)) for x in (pictures[1] - pictures[0], pictures[0]))
+    return {
+        "cell": asdict(cell),
+        "true_bits": report.weights["average_bits"],
+        "bytes": report.weights["bytes"],
+        "budget": budget,
+        "sqnr_db": report.quality["sqnr_db"],
+        "seconds": seconds,
+        "step_ms": statistics.median(times) * 1e3,
+        "fallbacks": len(report.fallbacks),
+        **{name: judged[name] and judged[name]["value"] for name in COLUMNS},
+        "errors": [float(f"{e:.6g}") for e in error],
+        "powers": [float(f"{p:.6g}") for p in power],
+        "notes": report.notes,
+        **provenance(),
+    }
+
+
+def paired(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Image SQNR of ``one`` less that of ``other`` in dB, with its 95 % interval over the images."""
+    errors = [np.array(row["errors"]) for row in (one, other)]
+    count = len(errors[0])
+    index = np.random.Generator(np.random.PCG64(0)).integers(0, count, (RESAMPLES, count))
+    # the power of the reference is the same for both
+    gains = 10 * np.log10(errors[1][index].sum(1) / errors[0][index].sum(1))
+    low, high = np.quantile(gains, (0.025, 0.975))
+    return float(10 * np.log10(errors[1].sum() / errors[0].sum())), float(low), float(high)
+
+
+def show(cells: list[Cell]) -> None:
+    """Tables of the results that are there, a setting of a model at a time; which recipe is best, and by how much."""
+    for model, setting in dict.fromkeys((c.model, c.setting) for c in cells):
+        rows = {c.recipe: row for c in cells if (c.model, c.setting) == (model, setting) and (row := c.result())}
+        if not rows:
+            continue
+        others = {name: row for name, row in rows.items() if name != "default"}
+        best = max(others, key=lambda n: others[n]["image_sqnr_db"], default=None)
+        lines = []
+        for name, row in rows.items():
+            gain = ""
+            if name == "default" and best:
+                gain = "{:+.2f} dB ({:+.2f} .. {:+.2f}) to {}".format(*paired(row, others[best]), best)
+            values = [_number(row[column], digits) for column, digits in COLUMNS.items()]
+            times = [f"{row['seconds'] / 60:.1f}", f"{row['step_ms']:.2f}"]
+            lines.append([name, f"{row['true_bits']:.3f}", f"{row['sqnr_db']:.2f}", *values, *times, gain])
+        headers = ["recipe", "true bits", "sqnr_db", *COLUMNS, "minutes", "ms a step", "image SQNR, paired"]
+        terminal.table(f"{model}, {setting}", headers, lines, numeric=range(1, len(headers) - 1))
+
+
+def plot(cells: list[Cell], model: str) -> str:
+    """Image SQNR over true bits at 8-bit activations, a line a recipe, as SVG."""
+    points: dict[str, list[svg.Point]] = {}
+    for cell in cells:
+        if cell.model == model and SETTINGS[cell.setting][1] == 8 and (row := cell.result()):
+            label = f"{cell.recipe}: {row['image_sqnr_db']:.2f} dB at {row['true_bits']:.2f} bits"
+            points.setdefault(cell.recipe, []).append(svg.Point(row["true_bits"], row["image_sqnr_db"], label))
+    lines = [sorted(row, key=lambda point: point.x) for row in points.values()]
+    ticks = [f"{bits} bits" if bits else "" for bits in range(9)]
+    return svg.lines(lines, f"{model}: image SQNR at equal bytes", "dB", list(points), ticks, height=400)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _write(file: Path, value: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(".part")
+    beside.write_text(json.dumps(value) + "\n")
+    os.replace(beside, file)
+
+
+def chosen(options: argparse.Namespace) -> Iterator[Cell]:
+    for model in options.model:
+        for setting in options.setting or (SETTINGS if model == MODELS[0] else SHORT):
+            for recipe in options.recipe:
+                for seed in range(options.seeds):
+                    yield Cell(model, setting, recipe, options.minutes, seed, options.images)
+
+
+def main() -> None:
+    known = [*BASELINES, *(name for name in recipes.names() if name != "w8a8")]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=checkpoint.bundled(), default=list(MODELS))
+    parser.add_argument("--setting", nargs="+", choices=SETTINGS)
+    parser.add_argument("--recipe", nargs="+", choices=known, default=known)
+    parser.add_argument("--all", action="store_true", help="compute the cells that are missing")
+    parser.add_argument("--minutes", type=float, default=4.0, help="of training in each cell (4)")
+    parser.add_argument("--images", type=int, default=250, help="to judge by (250)")
+    parser.add_argument("--seeds", type=int, default=1, help="of calibration and training (1)")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--plot", type=Path, help="write the Pareto plot of the first model, as SVG")
+    options = parser.parse_args()
+    cells = list(chosen(options))
+    there = [cell for cell in cells if cell.file.exists()]
+    print(f"{len(there)} of {len(cells)} cells are there", flush=True)
+    for number, cell in enumerate(c for c in cells if options.all and c not in there):
+        print(f"{cell.name} ({number + 1} of {len(cells) - len(there)}) ...", flush=True)
+        row = compute(cell, options.jobs)
+        _write(cell.file, row)
+        print(f"{cell.name}: {row['image_sqnr_db']:.2f} dB in {row['seconds'] / 60:.1f} minutes", flush=True)
+    show(cells)
+    if options.plot:
+        options.plot.write_text(plot(cells, options.model[0]))
+
+
+if __name__ == "__main__":
+    main()
