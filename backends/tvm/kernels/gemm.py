@@ -600,10 +600,13 @@ class _Kernel:
                 if self.unpacks and self.parts > 1:
                     store(self.done, number, 1)
 
-        own = self.p.rows  # of a sample
+        own, isa = self.p.rows, self.isa  # rows of a sample
+        # Whether registers hold the sums of that many beside what unpacking takes: more for int16 and for three bits.
+        most = 12 if isa.weight == "int8" and self.p.bits != 3 else 8
+        spacious = isa.words > 8 or own * self.tile.vectors <= most
 
         def few() -> None:
-            some = own if 1 < own <= tall else 2
+            some = own if spacious and 1 < own <= tall else 2
             count = T.bind(_quotient(rows, some))
             with T.serial(0, count) as n:
                 self._tile(Tile(self.tile.vectors, some), _opaque(n * some), None, self.unpacks)
@@ -611,10 +614,11 @@ class _Kernel:
                 last = partial(self._tile, Tile(self.tile.vectors, 1))
                 _when(rows > count * some, lambda: last(_opaque(rows - 1), None, self.unpacks))
 
-        if own != tall and self.least_rows >= tall:
+        alone = spacious and own == tall
+        if self.least_rows >= tall and not alone:
             tiles()
         else:
-            enough = rows > tall if own == tall else rows >= tall
+            enough = rows > tall if alone else rows >= tall
             _when(enough, tiles, few if self.parts == 1 else lambda: _when(part == 0, few))
 
     def _multiply_slices(self, first: Any, end: Any, first_row: Callable[[Any], Any]) -> None:
