@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpq_compiler import cache, sampler
+from mpq_compiler import cache, ops, sampler
+from mpq_compiler.blocks import Block, cut, weight_path_of
 from mpq_compiler.calibration import batches
 from mpq_compiler.denoiser import Denoiser, record_teacher
 from mpq_compiler.formats.base import nearest_codes
@@ -58,12 +59,24 @@ class Data:
 
     inputs: dict[str, Tensor]
     targets: Tensor
+    teacher: Program | None = None
+    """What makes other targets than those, where they are too many to keep."""
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def select(self, index: Tensor) -> Data:
-        return Data({name: x[index] for name, x in self.inputs.items()}, self.targets[index])
+        return replace(self, inputs={n: x[index] for n, x in self.inputs.items()}, targets=self.targets[index])
+
+    def judged_by(self, teacher: Program, session: Session | None = None) -> Data:
+        """The calls with a float program's outputs as targets: now, or as they are asked for."""
+        if session is None:
+            return replace(self, teacher=teacher)
+        outputs = session.map(lambda piece: run(teacher, piece.inputs), self.parts())
+        return replace(self, targets=torch.cat(outputs))
+
+    def wanted(self) -> Tensor:
+        return self.targets if self.teacher is None else run(self.teacher, self.inputs)
 
     def parts(self) -> Iterator[Data]:
         for start in range(0, len(self), PART):
@@ -110,6 +123,8 @@ class Stage:
     steps: int
     rates: Mapping[Kind, float] = field(default_factory=lambda: dict(RATES))
     """Of learning, by kind of variable."""
+    block: Block | None = None
+    """The one block that is trained, against its own output in the float program; else all of the program."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +166,17 @@ def train(
     program: Program, stage: Stage, data: Data, held_out: Data, session: Session, seed: int
 ) -> tuple[Program, Outcome]:
     """The program with the values of the variables that erred least on ``held_out``, those of the start among them."""
-    trained = variables(program, stage.latent)
-    kept = _Kept(_key(program, trained, stage, data, held_out, seed), session)
+    whole, trained = program, variables(program, stage.latent)
+    key = _key(program, trained, stage, data, held_out, seed)
+    if stage.block is not None:
+        program, teacher = (cut(p, stage.block.output) for p in (program, program.facts["planned"]))
+        own = _variables_of(program, stage.block)
+        trained = {name: variable for name, variable in trained.items() if name in own}
+        data, held_out = data.judged_by(teacher), held_out.judged_by(teacher, session)
+    kept = _Kept(key, session)
     state = kept.load() or _State.start(trained)
     checks = {round(stage.steps * (i + 1) / CHECKS) for i in range(CHECKS)}
-    power = float(data.targets.double().square().mean())
+    power = float(held_out.targets.double().square().mean())
     if not state.step:
         state.before = state.least = noise(program, trained, state.thetas, held_out, session)
     with session.track(f"training {stage.name}", stage.steps) as advance:
@@ -181,7 +202,26 @@ def train(
                 kept.save(state)
             advance(1)
     outcome = Outcome(stage.name, stage.steps, state.before, state.least, state.best_step, state.diverged)
-    return applied(program, trained, state.best), outcome
+    return applied(whole, trained, state.best), outcome
+
+
+def _variables_of(program: Program, block: Block) -> set[str]:
+    """Store names of what belongs to a block: its parameters, and the tables of what its layers read.
+
+    program: cut at the output of the block.
+    """
+    names: set[str] = set()
+    tables: dict[str, set[str]] = {}
+    for node in program.graph.nodes:
+        read = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+        names |= {name for name in read if name.split(":")[0] in block.parameters}
+        if node.target in (ops.fake_quantize, ops.fake_quantize_attention):
+            tables[node.name] = {name for name in read if name.split(":")[0] not in program.weights}
+    for node in program.graph.nodes:
+        layer = weight_path_of(node)
+        for source in node.all_input_nodes if layer in block.parameters else ():
+            names |= tables.get(source.name, set())
+    return names
 
 
 def _batch(step: int, count: int, seed: int) -> Tensor:
@@ -205,7 +245,7 @@ def _gradients(
     def part(piece: Data) -> tuple[float, tuple[Tensor, ...]]:
         leaves = {name: theta.detach().requires_grad_() for name, theta in thetas.items()}
         output = Student(program, trained, leaves).run(piece.inputs)
-        loss = (output - piece.targets).square().mean() * (len(piece) / len(batch) / power)
+        loss = (output - piece.wanted()).square().mean() * (len(piece) / len(batch) / power)
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
         return float(loss.detach()), found
 

@@ -235,6 +235,9 @@ def variables(program: Program, latent: bool) -> dict[str, Variable]:
             unit = ops.column_scale(tensors.read(weight.scale), weight.segments, rows.shape[1]) * step
             found[weight.codes] = Variable(Kind.LATENT, rows.clone(), unit, torch.float32)
     for node in program.graph.nodes:
+        if node.target in _SCALED:
+            scale = str(operand(node, 1).target)
+            found[scale] = _scale(_SCALED[node.target], tensors[scale])
         for scale, zero, bits in _tables(node):
             found[scale] = _scale(Kind.RANGE, tensors[scale])
             start = tensors.read(zero).to(torch.float32)
@@ -244,6 +247,10 @@ def variables(program: Program, latent: bool) -> dict[str, Variable]:
         if node.op == "get_attr" and name not in found and _is_parameter(tensors[name], name):
             found[name] = _float(Kind.FLOAT, tensors[name])
     return found
+
+
+_SCALED = {ops.fake_quantize_float: Kind.RANGE, ops.dequantize_float8: Kind.SCALE}
+"""Calls of small floats, whose second operand is their scale."""
 
 
 def _tables(node: fx.Node) -> list[tuple[str, str, int]]:

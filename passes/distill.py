@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
-from mpq_compiler import decisions, distillation
+from mpq_compiler import blocks, decisions, distillation
 from mpq_compiler.distillation import Gallery, Stage
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Program
@@ -38,6 +39,9 @@ class Distill(Pass):
     """Of the variables, whatever the minutes."""
     latent: float = 0.7
     """The share of the updates that the weights themselves are trained for."""
+    blocks: bool = False
+    """The weights are trained block by block, each against its own output in the float program while those before it
+    are quantized already (DilateQuant, arXiv 2409.14307, section 3.4), rather than all against the output."""
     rate: float = 1.0
     """Of learning, in parts of the usual."""
     samples: int = 64
@@ -58,12 +62,8 @@ class Distill(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         updates = distillation.affordable(program, self.minutes) if self.updates is None else self.updates
-        latent = round(updates * self.latent)
-        rates = {kind: rate * self.rate for kind, rate in distillation.RATES.items()}
-        stages = [Stage("weights", True, latent, rates), Stage("scales", False, updates - latent, rates)]
-        stages = [stage for stage in stages if stage.steps]
         program = program.fork()
-        if not stages:
+        if not updates:
             if self.minutes and self.updates is None:
                 program.note(f"distill: {self.minutes:g} minutes are not enough for one update of a model of this size")
             return program
@@ -71,19 +71,38 @@ class Distill(Pass):
         gallery = Gallery.drawn(session, self.images)
         images = gallery.noise(program) if gallery else None
         told = []
-        for number, stage in enumerate(stages):
-            trained, outcome = distillation.train(program, stage, data, held_out, session, session.seed + number)
+        for title, stages in self._phases(program, session, updates):
+            trained, outcomes = program, []
+            for number, stage in enumerate(stages):
+                trained, outcome = distillation.train(trained, stage, data, held_out, session, session.seed + number)
+                outcomes.append(asdict(outcome))
+                if outcome.diverged is not None:
+                    trained.note(
+                        f"distill: training {stage.name} diverged in step {outcome.diverged} of {stage.steps}; the "
+                        f"best state until then, that of step {outcome.best_step}, is kept"
+                    )
             found = gallery.noise(trained) if gallery else None
             kept = images is None or found is None or found <= images
-            told.append({**asdict(outcome), "images_before": images, "images_after": found, "kept": kept})
+            told.append(
+                {"phase": title, "stages": outcomes, "images_before": images, "images_after": found, "kept": kept}
+            )
             if kept:
                 program, images = trained, found
             else:
-                program.note(f"distill: training {stage.name} made the held-out images worse and was undone")
-            if outcome.diverged is not None:
-                program.note(
-                    f"distill: training {stage.name} diverged in step {outcome.diverged} of {stage.steps}; the best "
-                    f"state until then, that of step {outcome.best_step}, is kept"
-                )
-        decisions.note(program, decisions.PROGRAM, self.name(), stages=told)
+                program.note(f"distill: training {title} made the held-out images worse and was undone")
+        decisions.note(program, decisions.PROGRAM, self.name(), phases=told)
         return program
+
+    def _phases(self, program: Program, session: Session, updates: int) -> Iterator[tuple[str, list[Stage]]]:
+        """What is trained one after the other; a phase is kept or undone as one."""
+        rates = {kind: rate * self.rate for kind, rate in distillation.RATES.items()}
+        latent = round(updates * self.latent)
+        if latent and self.blocks:
+            assert session.denoiser is not None
+            found = blocks.blocks(session.denoiser.module.model, program)
+            share = max(1, latent // len(found))
+            yield "blocks", [Stage(block.name, True, share, rates, block) for block in found]
+        elif latent:
+            yield "weights", [Stage("weights", True, latent, rates)]
+        if updates > latent:
+            yield "scales", [Stage("scales", False, updates - latent, rates)]

@@ -39,9 +39,9 @@ class InsertFakeQuant(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"fake-quant"})
 
     def run(self, program: Program, session: Session) -> Program:
-        macs = sum(costs.macs(program).values())
+        float_program = program
         program = program.fork(stage=Stage.FAKE_QUANTIZED)
-        program.facts["macs"] = macs
+        program.facts |= {"planned": float_program, "macs": sum(costs.macs(float_program).values())}
         calls = [n for n in program.quantizable if weight_path(n) in program.weights]
         static = any(not plan.dynamic for plan in program.activations.values())
         group = _insert_time_group(program) if static else None

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mpq_compiler import blocks, distillation, pass_manager
 from mpq_compiler import denoiser as denoisers
-from mpq_compiler import distillation, pass_manager
 from mpq_compiler.distillation import Data, Stage, noise, train
 from mpq_compiler.ops import fake_quantize
 from mpq_compiler.pass_manager import Session
@@ -136,9 +136,10 @@ def test_divergence_keeps_the_best(data, tmp_path):
 def test_the_pass_says_what_it_did(tmp_path):
     made = pass_manager.make("distill", {"updates": 8, "samples": 2, "steps": 4})
     program = made.run(start(), session(tmp_path))
-    stages = program.facts["decisions"][""]["distill"]["stages"]
-    assert [s["stage"] for s in stages] == ["weights", "scales"] and [s["steps"] for s in stages] == [6, 2]
-    assert all(s["after"] <= s["before"] for s in stages if s["kept"])
+    phases = program.facts["decisions"][""]["distill"]["phases"]
+    stages = [stage for phase in phases for stage in phase["stages"]]
+    assert [p["phase"] for p in phases] == ["weights", "scales"] and [s["steps"] for s in stages] == [6, 2]
+    assert all(s["after"] <= s["before"] for s in stages)
     nothing = pass_manager.make("distill", {"updates": 0}).run(start(), session(tmp_path))
     assert same(nothing, start()) and "notes" not in nothing.facts
     short = pass_manager.make("distill", {"minutes": 1e-9}).run(start(), session(tmp_path))
@@ -151,7 +152,7 @@ def test_images_that_get_worse_undo_a_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(distillation, "RATES", GENTLE)
     made = pass_manager.make("distill", {"updates": 4, "latent": 0.5, "samples": 2, "steps": 4})
     program = made.run(start(), session(tmp_path))
-    first, second = program.facts["decisions"][""]["distill"]["stages"]
+    first, second = program.facts["decisions"][""]["distill"]["phases"]
     assert not first["kept"] and second["kept"] and "undone" in program.facts["notes"][-1]
     before = {w.codes for w in settled(start())}
     assert {w.codes for w in settled(program)} == before  # the weights are those of before, the scales are not
@@ -172,3 +173,38 @@ def test_given_calls_are_what_it_trains_on(tmp_path):
 def test_noise_of_the_float_program_is_none(data, tmp_path):
     program = programs.after(MODEL, "layout")
     assert noise(program, {}, {}, data[1], session(tmp_path)) < 1e-9
+
+
+def test_blocks_are_trained_one_by_one(data, tmp_path):
+    """A block moves its own parameters and the tables of what its layers read, and its own output gets better."""
+    program = start()
+    found = blocks.blocks(programs.denoiser(MODEL).module.model, program)
+    block = next(b for b in found if b.name == "mid_block.attentions.0")
+    trained, outcome = train(program, Stage("x", True, 4, GENTLE, block), *data, session(tmp_path), 0)
+    assert outcome.after < outcome.before
+    before, after = stored(program), stored(trained)
+    moved = {name.split(":")[0] for name in after.keys() - before.keys()}
+    edges = moved - set(block.parameters)
+    readers = {n.args[0].args[0].name for n in program.graph.nodes if blocks.weight_path_of(n) in block.parameters}
+    assert moved & set(block.parameters) and edges <= readers
+
+
+@pytest.mark.parametrize("model", ["unet2d", "pixart", "dit"])
+def test_every_layer_is_in_one_block(model):
+    program = programs.after(model, "round-weights", programs.RESIDUAL)
+    found = blocks.blocks(programs.denoiser(model).module.model, program)
+    paths = [path for block in found for path in block.parameters]
+    assert len(paths) == len(set(paths)) and {w.path for w in settled(program)} <= set(paths)
+    planned = {n.name for n in program.facts["planned"].graph.nodes}
+    assert {block.output for block in found} <= planned
+    assert 1 < sum(len(block.parameters) > 4 for block in found) < len(found)
+
+
+def test_the_pass_goes_through_the_blocks(tmp_path):
+    options = {"updates": 20, "latent": 0.9, "blocks": True, "samples": 2, "steps": 3, "images": 0, "rate": 0.1}
+    program = pass_manager.make("distill", options).run(start(), session(tmp_path))
+    first, second = program.facts["decisions"][""]["distill"]["phases"]
+    assert first["phase"] == "blocks" and len(first["stages"]) > 10 and second["phase"] == "scales"
+    assert second["stages"][-1]["after"] < noise(
+        start(), {}, {}, distillation.calls(session(tmp_path), 2, 3)[1], session(tmp_path)
+    )
