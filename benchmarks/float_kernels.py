@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import statistics
 import sys
@@ -36,7 +35,7 @@ import torch.nn.functional as F
 import tvm
 
 from benchmarks import graphs, operators
-from benchmarks.kernels import Group, figures, row
+from benchmarks.kernels import Group, figures, row, write
 from benchmarks.machine import provenance
 from benchmarks.timing import interleaved
 from mpq_compiler import targets, terminal
@@ -347,7 +346,7 @@ def main() -> None:
     parser.add_argument("--target", default="native")
     parser.add_argument("--runs", type=int, default=3, help="each measures everything (default 3)")
     parser.add_argument("--rounds", type=int, default=10, help="of a run (default 10)")
-    parser.add_argument("--only", default="", help="contests whose name contains this text")
+    parser.add_argument("--only", default="", help="contests whose name contains this; the others of the JSON stay")
     parser.add_argument("--json", default=str(RESULTS), help="'' for none")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -384,7 +383,7 @@ def main() -> None:
             for kind, (loop, most) in peaks.items()
         }
         report |= {"runs": options.runs, "rounds": options.rounds, "peak_gmacs": gmacs, "rows": rows}
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+        write(report, Path(options.json), bool(options.only))
 
 
 if __name__ == "__main__":

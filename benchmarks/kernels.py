@@ -11,7 +11,8 @@ multiply-accumulates reach: padded channels and recomputed rows count as lost. L
 floats; convolutions read codes and write codes. Formats: `lut4` has two codebooks that rows choose from, `base+b` a
 binary branch (`int2+b`), folded, and offsets. Rows against MatMulNBits, which quantizes what it reads, include that.
 Cold matrix-vector products take each call other weights out of several times what the last-level cache holds; their
-share is of the speed at which a loop of loads reads as many bytes.
+share is of the speed at which a loop of loads reads as many bytes. Of K-groups with one row, whose weights do not fit
+the first caches, `read` is how fast they are against such a loop: no kernel can be faster than it.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ GEMM = {"w8": 0.92, "w4": 0.90, "w2": 0.90, "lut4": 0.88, "w3": 0.88, "base+b": 
 """Shares of the peak at 256 rows and 640 channels or more."""
 CONV = {(64, 320): 0.88, (32, 640): 0.88, (16, 1280): 0.82, (8, 1280): None}
 AS_W8, NBITS, COLD = 1.05, 2.5, 0.70
+READ = "read"
+"""The contestant that reads memory and does nothing else."""
 
 
 @dataclass
@@ -219,6 +222,9 @@ def groups_of_channels(target: Isa, only: str, wanted: Callable[[str], bool]) ->
         if wanted("onnxruntime-nbits"):
             group.peers = operators.blocks_of_bits(rows, size, size, block)
             group.goals[name, "onnxruntime-nbits"] = NBITS
+        if rows == 1:
+            stored = sum(arguments[a.name].numpy().nbytes for a in prepare.outputs(p, target))
+            group.peers = {**group.peers, READ: peak.reading(target, stored)[0]}
         yield group
 
 
@@ -251,9 +257,9 @@ def cold(target: Isa, only: str, wanted: Callable[[str], bool]) -> Iterator[Grou
             for arguments in copies:
                 function(*arguments)
 
-        group = Group(name, {name: call}, {name: len(copies) * stored, "read": total}, "read", {"read": read})
+        group = Group(name, {name: call}, {name: len(copies) * stored, READ: total}, READ, {READ: read})
         if kind == "w4":
-            group.goals[name, "read"] = COLD
+            group.goals[name, READ] = COLD
         yield group
 
 
@@ -299,7 +305,9 @@ def row(name: str, group: Group, found: Sequence[Mapping[str, float]]) -> dict[s
         }
 
     made: dict[str, Any] = {"name": name, "us": over("us"), group.unit: over(group.unit)}
-    theirs = {peer: over(peer) for peer in group.peers if peer in found[0] and peer != group.unit}
+    if READ in found[0]:
+        made[READ] = over(READ)
+    theirs = {peer: over(peer) for peer in group.peers if peer in found[0] and peer != READ}
     if theirs:
         made["best_peer"] = min(theirs, key=lambda peer: theirs[peer]["median"])
         made["times_as_long"] = theirs
@@ -310,9 +318,18 @@ def row(name: str, group: Group, found: Sequence[Mapping[str, float]]) -> dict[s
     return made
 
 
+def write(report: dict[str, Any], path: Path, some: bool) -> None:
+    """The report; of only some rows, into the one that is there."""
+    if some and path.exists():
+        again = {made["name"]: made for made in report["rows"]}
+        report = json.loads(path.read_text())
+        report["rows"] = [again.pop(made["name"], made) for made in report["rows"]] + list(again.values())
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def cells(made: Mapping[str, Any]) -> list[str]:
     """The row as it is printed."""
-    unit = "read" if "read" in made else "peak"
+    unit = "peak" if "peak" in made else READ
     goals = [f"{what} >= {goal['least']:.2f}: {goal['median']:.2f}" for what, goal in made.get("goals", {}).items()]
     verdict = {True: "yes", False: "NO", None: ""}[made.get("met")]
     best = made.get("best_peer")
@@ -343,7 +360,7 @@ def main() -> None:
     parser.add_argument("--isa", default=names[0], choices=names)
     parser.add_argument("--runs", type=int, default=3, help="each measures everything (default 3)")
     parser.add_argument("--rounds", type=int, default=10, help="of a run (default 10)")
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", default="", help="rows whose name contains this; the others of the JSON stay")
     parser.add_argument("--against", default=",".join(PEERS), help=f"peers, by commas (default {','.join(PEERS)})")
     parser.add_argument("--json", help="default benchmarks/results/kernels-ISA.json; '' for none")
     parser.add_argument("--docs", type=Path, help="only write the table of the JSON between the marks of this file")
@@ -390,7 +407,7 @@ def main() -> None:
         report: dict[str, Any] = {**provenance(), "isa": target.name, "threads": 1}
         report["versions"] |= {peer: version(peer) for peer in ("onnxruntime", "openvino") if wanted(peer)}
         report |= {"runs": options.runs, "rounds": options.rounds, "peak_gmacs": peaks, "rows": rows}
-        Path(path).write_text(json.dumps(report, indent=1) + "\n")
+        write(report, Path(path), bool(options.only))
 
 
 if __name__ == "__main__":
