@@ -24,8 +24,8 @@ whole second moments, which take as long as running the model does."""
 ATTENTION, DYNAMIC, FLOATING = "attention", "dynamic", "floating"
 """Asked for like statistics: the edges of attentions and their probabilities; what dynamic quantizers cost; what
 activations in small floats do."""
-GPTQ, IN_ORDER = "gptq", "in-order"
-"""Asked for like statistics: that codes are chosen by GPTQ, and column after column as they stand."""
+GPTQ, IN_ORDER, LEARNED = "gptq", "in-order", "learned"
+"""Asked for like statistics: that codes are chosen by GPTQ, and column after column as they stand; or are learned."""
 
 VALUES_PER_INPUT = 256
 VALUES_PER_EDGE = 1 << 18

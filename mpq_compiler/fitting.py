@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, fx
 
 from mpq_compiler import calls, formats, ops
-from mpq_compiler.calibration import GPTQ, GRAM_COLUMNS, IN_ORDER, Calibration
+from mpq_compiler.calibration import GPTQ, GRAM_COLUMNS, IN_ORDER, LEARNED, Calibration
 from mpq_compiler.costs import stored_dtype
 from mpq_compiler.formats import activation
 from mpq_compiler.gptq import gptq
+from mpq_compiler.learned_rounding import learned
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.program import Program, operand, part_of
 
@@ -55,10 +56,18 @@ class Rounding(StrEnum):
     NEAREST = "nearest"
     GPTQ = "gptq"
     GPTQ_IN_ORDER = "gptq-in-order"
+    LEARNED = "learned"
+
+    @property
+    def quick(self) -> Rounding:
+        """What stands for it where many roundings are compared: GPTQ comes close to learning, in a fraction of time."""
+        return Rounding.GPTQ if self == Rounding.LEARNED else self
 
     @classmethod
     def asked(cls, statistics: frozenset[str]) -> Rounding:
         """What the pipeline's `round-weights` asks for."""
+        if LEARNED in statistics:
+            return cls.LEARNED
         if GPTQ not in statistics:
             return cls.NEAREST
         return cls.GPTQ_IN_ORDER if IN_ORDER in statistics else cls.GPTQ
@@ -73,7 +82,10 @@ class Rounding(StrEnum):
             return replace(fit, base=base)
         if not isinstance(fit, formats.QuantizedWeight):
             return fit
-        codes = gptq(rows, fit.merged(), gram, order=self == Rounding.GPTQ).codes
+        if self == Rounding.LEARNED:
+            codes = learned(rows, fit.merged(), gram).codes
+        else:
+            codes = gptq(rows, fit.merged(), gram, order=self == Rounding.GPTQ).codes
         return replace(fit, codes=codes) if fit.signs is None else replace(fit, codes=codes >> 1, signs=codes & 1)
 
 
@@ -138,12 +150,12 @@ def fit_unsettled(
 ) -> list[tuple[Open, Any]]:
     """The open weights whose planned format is of ``kind``, with their fits, in graph order; fitted by all jobs.
 
-    Codes are rounded as the pipeline asks for; where GPTQ cannot, there is a note.
+    Codes are rounded as the pipeline asks for; where that needs more than is known, there is a note.
     """
     chosen = [u for u in unsettled(program) if isinstance(formats.get(u.format), kind)]
     rounding = Rounding.asked(session.statistics)
     if rounding != Rounding.NEAREST:
-        _note_nearest(program, chosen)
+        _note_nearest(program, chosen, rounding)
     with session.track(title, len(chosen)) as advance:
 
         def fit(weight: Open) -> tuple[Open, Any]:
@@ -154,12 +166,13 @@ def fit_unsettled(
         return session.map(fit, chosen)
 
 
-def _note_nearest(program: Program, chosen: list[Open]) -> None:
+def _note_nearest(program: Program, chosen: list[Open], rounding: Rounding) -> None:
     grams = program.facts["calibration"].grams
     left = [weight.path for weight in chosen if weight.call.name not in grams or grams[weight.call.name].dim() == 1]
     if left:
+        method = "learned rounding" if rounding == Rounding.LEARNED else "GPTQ"
         program.note(
-            f"GPTQ needs the second moments of all pairs of inputs, which are kept up to {GRAM_COLUMNS} inputs: "
+            f"{method} needs the second moments of all pairs of inputs, which are kept up to {GRAM_COLUMNS} inputs: "
             f"codes are those of the nearest levels in {', '.join(left)}"
         )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from mpq_compiler import formats, ops
-from mpq_compiler.calibration import GPTQ, GRAM, IN_ORDER, MOMENTS
+from mpq_compiler.calibration import GPTQ, GRAM, IN_ORDER, LEARNED, MOMENTS
 from mpq_compiler.errors import UserError
 from mpq_compiler.fitting import Open, attributes, fit_unsettled, settle, unsettled
 from mpq_compiler.pass_manager import Contract, Pass, Session
@@ -21,8 +21,9 @@ class RoundWeights(Pass):
     least error of the layer's *output* on calibration data (least weight error is the wrong target: it shrinks
     near-uniform rows and loses 4-6 dB of the image at 2-3 bits). With ``nearest`` codes are those of the nearest
     levels. With ``gptq`` they are chosen column by column, each carrying its error over to the inputs that go with it
-    (arXiv 2210.17323), in the rows where that is better; FP8 and layers whose moments are too large to keep have the
-    nearest. The mean of the remaining error moves into the bias.
+    (arXiv 2210.17323), in the rows where that is better. With ``learned`` each is the level below or above its weight,
+    as gradient descent on the same error decides (arXiv 2004.10568), in the rows where that is better. FP8 and layers
+    whose moments are too large to keep have the nearest. The mean of the remaining error moves into the bias.
 
         %conv_in_w = mpq::fake_quantize_weight(.weight:{ohwi,range.scale,range.offset,range.lut})
       =>
@@ -34,14 +35,17 @@ class RoundWeights(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"codes"})
     statistics: ClassVar[frozenset[str]] = frozenset({MOMENTS})
 
-    method: Literal["nearest", "gptq"] = "nearest"
-    """How codes are chosen; residual branches, and what `sensitivity` measures, follow it."""
+    method: Literal["nearest", "gptq", "learned"] = "nearest"
+    """How codes are chosen; residual branches follow it, and what `sensitivity` measures, where GPTQ stands for learned
+    rounding."""
     order: bool = True
     """GPTQ takes inputs of large second moment first, else as they stand."""
 
     def asks(self) -> frozenset[str]:
         if self.method == "nearest":
             return self.statistics
+        if self.method == "learned":
+            return self.statistics | {GRAM, LEARNED}
         return self.statistics | ({GRAM, GPTQ} if self.order else {GRAM, GPTQ, IN_ORDER})
 
     def run(self, program: Program, session: Session) -> Program:

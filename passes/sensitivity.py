@@ -156,7 +156,7 @@ class Sensitivity(Pass):
         """
         found: dict[str, Task] = {}
 
-        rounding = Rounding.asked(asked)
+        rounding = Rounding.asked(asked).quick
 
         def add(kind: str, node: fx.Node, what: str, choice: str | int) -> None:
             name = f"{kind} {what} {choice}" + (f" {rounding}" if kind == WEIGHT else "")

@@ -27,6 +27,8 @@ class TableFormat(Format):
     table: tuple[int, ...] | None = None
     """int8 entries in the order of the codes; None: 8-bit codes are the values."""
     size: int | None = None
+    shared: bool = False
+    """Whether all rows have one scale, the largest magnitude of the tensor the largest level. It is stored for each."""
 
     def segments(self, channels: int) -> tuple[int, ...]:
         size = min(self.size or channels, channels)
@@ -51,6 +53,8 @@ class TableFormat(Format):
         """Scales f16 [O, J] under which the largest magnitude of each group is the largest level."""
         group = ops.column_segments(segments, rows.shape[1]).expand(len(rows), -1)
         peak = torch.zeros(len(rows), len(segments)).scatter_reduce(1, group, rows.abs(), "amax")
+        if self.shared:
+            peak = peak.amax(0, keepdim=True).expand_as(peak)
         return stored_scale(peak / self.top)
 
     def quantize(self, rows: Tensor, scale: Tensor, segments: tuple[int, ...]) -> QuantizedWeight:
@@ -70,16 +74,20 @@ class TableFormat(Format):
             for j in range(len(segments)):
                 columns = (group == j).nonzero().flatten()
                 own, others, inner = rows[:, columns], _cross(error, gram, columns), _block(gram, columns)
-                least = output_error(error[:, columns], inner) + 2 * (error[:, columns] * others).sum(1)
+                least = self._together(output_error(error[:, columns], inner) + 2 * (error[:, columns] * others).sum(1))
                 for shrink in SHRINK if self.bits < 8 else SHRINK[:5]:
                     tried = stored_scale(widest[:, j : j + 1].float() * shrink)
                     e = self.quantize(own, tried, (len(columns),)).dequantize() - own
-                    total = output_error(e, inner) + 2 * (e * others).sum(1)
+                    total = self._together(output_error(e, inner) + 2 * (e * others).sum(1))
                     better = total < least
                     least = torch.where(better, total, least)
                     scale[:, j] = torch.where(better, tried[:, 0], scale[:, j])
                     error[:, columns] = torch.where(better[:, None], e, error[:, columns])
         return self.quantize(rows, scale, segments)
+
+    def _together(self, errors: Tensor) -> Tensor:
+        """Errors [O] by which rows choose their scales: where they share one, the sum."""
+        return errors.sum().expand_as(errors) if self.shared else errors
 
 
 def _block(gram: Tensor | None, columns: Tensor) -> Tensor | None:

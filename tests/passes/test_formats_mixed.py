@@ -74,10 +74,12 @@ def settled(method: str, format_name: str) -> programs.Step:
     return programs.step(MODEL, "round-weights", pipeline.replace("round-weights", f"round-weights{{method={method}}}"))
 
 
-@pytest.mark.parametrize("name", ["int3", "int2+b"])
-def test_gptq_is_better_for_every_layer_and_the_output(name):
+@pytest.mark.parametrize(
+    ("name", "method"), [("int3", "gptq"), ("int2+b", "gptq"), ("fp4", "learned"), ("int2+b", "learned")]
+)
+def test_chosen_codes_are_better_for_every_layer_and_the_output(name, method):
     """Plain tables, and residual branches, whose pass rounds as `round-weights` asks."""
-    nearest, gptq = (settled(method, name) for method in ("nearest", "gptq"))
+    nearest, gptq = (settled(each, name) for each in ("nearest", method))
     plan = f"{programs.FRONT},bit-allocation{{uniform={name}}},{programs.BACK}"
     before = programs.after(MODEL, "insert-fake-quant", plan)
     x = programs.inputs(MODEL, 4)
@@ -87,7 +89,7 @@ def test_gptq_is_better_for_every_layer_and_the_output(name):
         float((run(s.after, x, lambda node, value, v=v: v.__setitem__(node.name, value)) - y).square().sum())
         for s, v in zip((nearest, gptq), values, strict=True)
     ]
-    assert noise[1] < 0.8 * noise[0]
+    assert noise[1] < (0.8 if method == "gptq" else 0.95) * noise[0], noise
     better = 0
     for weight in unsettled(before):
         w, gram = rows_of(before, weight.weight), moments(before, weight.call)
@@ -97,9 +99,10 @@ def test_gptq_is_better_for_every_layer_and_the_output(name):
     assert better > 10
 
 
-def test_codes_stay_nearest_where_moments_are_too_large_to_keep_and_a_note_says_so(monkeypatch):
+@pytest.mark.parametrize("method", ["gptq", "learned"])
+def test_codes_stay_nearest_where_moments_are_too_large_to_keep_and_a_note_says_so(monkeypatch, method):
     monkeypatch.setattr(calibration, "GRAM_COLUMNS", 40)
-    back = "bit-allocation{uniform=int3},insert-fake-quant,round-weights{method=gptq}"
+    back = f"bit-allocation{{uniform=int3}},insert-fake-quant,round-weights{{method={method}}}"
     session = Session(programs.denoiser(MODEL), programs.calibration(MODEL))
     program, _ = run_pipeline(parse(f"{programs.FRONT},{back}"), programs.empty(), session)
     (note,) = program.facts["notes"]

@@ -13,6 +13,7 @@ from mpq_compiler import costs, ops, printer, storage
 from mpq_compiler.compiler import layer_rows
 from mpq_compiler.errors import UserError
 from mpq_compiler.exact import run_exact
+from mpq_compiler.fitting import Rounding
 from mpq_compiler.formats import activation
 from mpq_compiler.noise import table_noise
 from mpq_compiler.pass_manager import Session, parse
@@ -160,3 +161,10 @@ def test_sensitivities_of_the_other_kind_are_refused():
 def test_what_small_floats_are_not_for_is_refused_by_name(options, message):
     with pytest.raises(UserError, match=message):
         parse(f"bit-allocation{{uniform=int8,{options}}}")
+
+
+def test_sensitivities_stand_in_gptq_for_learned_rounding():
+    learned = parse("sensitivity,round-weights{method=learned}")
+    tasks = learned[0].tasks(programs.after(MODEL, "time-groups"), learned[1].asks())
+    assert {task.rounding for task in tasks} == {Rounding.GPTQ}
+    assert Rounding.asked(learned[1].asks()) == Rounding.LEARNED
