@@ -6,9 +6,10 @@ One thread, CPU time, everything interleaved; medians over the rounds, then over
 model (8-bit weights) two artifacts run: as compiled, and without the rules of `backends/tvm/fuse.py`, where
 concatenations are copies and quantizers kernels of their own. *Reusing* is the artifact when the timestep and the texts
 are known from an earlier call (docs/artifact.md), against a call that computes everything. Below, what a concatenation
-of two tensors costs by itself, against a copy of the same bytes: a kernel that copies it (the goal: never slower); a
-group norm that reads two tensors in place of one; a layer norm that writes to a part of a buffer in place of a tensor.
-The last two are differences of two measurements and may be negative.
+of two tensors costs, against a copy of the same bytes (the goal: never more) in the two ways of an artifact: a group
+norm that reads two tensors in place of one; a layer norm that writes to a part of a buffer in place of a tensor. They
+are differences of two measurements and may be negative. Beside them a kernel that copies, which is what is left where
+neither is possible (a note of `mpqc compile`), and its speed as a share of that of a copy.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ from mpq_compiler.tensorfile import aligned_empty
 RESULTS = Path(__file__).parent / "results" / "movement.json"
 SHAPES = ((4096, 320), (1024, 640), (256, 1280), (1024, 128), (256, 256), (64, 512))
 """Positions and channels of each of the two tensors: the skip connections of U-Nets."""
-GOAL = 1.0
 MOVING = ("movement", "quantize", "norms")
+WAYS = ("read_in_parts_us", "written_in_place_us")
+"""How artifacts concatenate (`backends/tvm/fuse.py`)."""
 
 
 def artifact(source: str, folder: Path, fused: bool) -> Path:
@@ -203,18 +205,18 @@ def main() -> None:
     shapes = []
     for shape in SHAPES:
         found = over([of_shape(*shape, options.rounds) for _ in range(options.runs)])
-        verdict = {"goal": GOAL, "met": found["of_copy"]["median"] >= GOAL}
-        shapes.append({"positions": shape[0], "channels": shape[1], **found, **verdict})
-    columns = ("copy_us", "kernel_us", "read_in_parts_us", "written_in_place_us", "of_copy")
+        met = all(found[way]["median"] <= found["copy_us"]["median"] for way in WAYS)
+        shapes.append({"positions": shape[0], "channels": shape[1], **found, "met": met})
+    columns = ("copy_us", *WAYS, "kernel_us", "of_copy")
     terminal.table(
         "a concatenation of two tensors, us",
-        ("each", "copy", "kernel", "read in parts", "written in place", f"speed of a copy (goal {GOAL:g})", "met"),
+        ("each", "a copy", "read in parts", "written in place", "met", "a kernel that copies", "as fast as a copy"),
         [
-            (f"{s['positions']} x {s['channels']}", *(f"{s[k]['median']:.2f}" for k in columns),
-             "yes" if s["met"] else "NO")
+            (f"{s['positions']} x {s['channels']}", *(f"{s[k]['median']:.2f}" for k in columns[:3]),
+             "yes" if s["met"] else "NO", *(f"{s[k]['median']:.2f}" for k in columns[3:]))
             for s in shapes
         ],
-        numeric=range(1, 6),
+        numeric=(1, 2, 3, 5, 6),
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
         folder = options.folder or Path(scratch)
