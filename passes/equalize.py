@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -71,6 +71,8 @@ class Equalize(Pass):
     contract: ClassVar[Contract] = Contract.REWRITE
     requires: ClassVar[frozenset[str]] = frozenset({"channels-last"})
 
+    rule: Literal["search", "dilation"] = "search"
+    """Which factors are tried; ``dilation`` has those of DilateQuant everywhere, whether they gain or not."""
     weights: str = "int4"
     """Weight format for which the error is reckoned."""
     activations: int = 8
@@ -84,7 +86,8 @@ class Equalize(Pass):
     rows: int = 512
     """Rows of each layer's input on which errors are measured; fewer in models where that exceeds a gigabyte."""
     exact: bool = True
-    """Factors are powers of two, so that scaling changes no bit of a float; else f16."""
+    """Factors are powers of two, so that scaling changes no bit of a float; else, and those of ``rule=dilation``, most
+    of which are below two, f16."""
 
     def __post_init__(self) -> None:
         formats.get(self.weights)
@@ -158,14 +161,19 @@ class Equalize(Pass):
         joined = {geometry: torch.cat(parts) for geometry, parts in group.rows.items()}
         shown, kept = ({geometry: rows[start::2] for geometry, rows in joined.items()} for start in (0, 1))
         whole = torch.ones(len(group.largest))
-        rule, best, least = "", whole, self._error(group, shown, weights, whole)
-        for name, factor in self.candidates(group.largest, weights):
-            error = self._error(group, shown, weights, factor)
-            if error < least:
-                rule, best, least = name, factor, error
+        if self.rule == "dilation":
+            rule, best = self.rule, self._dilating(weights)
+            if torch.equal(best, whole):
+                return None
+        else:
+            rule, best, least = "", whole, self._error(group, shown, weights, whole)
+            for name, factor in self.candidates(group.largest, weights):
+                error = self._error(group, shown, weights, factor)
+                if error < least:
+                    rule, best, least = name, factor, error
         before, after = (self._error(group, kept, weights, f) for f in (whole, best))
         gain = 10 * math.log10(max(before, 1e-30) / max(after, 1e-30))
-        return Found(best, rule, gain) if rule and gain >= self.gain else None
+        return Found(best, rule, gain) if rule and (gain >= self.gain or self.rule != "search") else None
 
     def candidates(self, largest: Tensor, weights: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Rules, and the factors [C] that they give for channels of those largest magnitudes."""
@@ -175,6 +183,11 @@ class Equalize(Pass):
         for power in (0.25, 0.5, 0.75):
             yield f"activation^{power}", self._on_grid(largest**-power)
         yield "dilation", self._on_grid(1 / dilation(weights))
+
+    def _dilating(self, weights: list[Tensor]) -> Tensor:
+        """The factors [C] of `dilation`, at least 1/`WIDEST`, as f16 that let no row leave its range."""
+        factor = 1 / dilation(weights).clamp_max(WIDEST)
+        return (factor * (1 + 2.0**-10)).to(torch.float16).to(torch.float32).clamp_max(1.0)
 
     def _on_grid(self, factor: Tensor) -> Tensor:
         """Of geometric mean 1, within `WIDEST`, as it will be stored; channels that are always zero stay."""

@@ -274,3 +274,42 @@ def test_the_bundled_model_is_the_same_to_the_bit():
     x = dict(programs.inputs("fashion-unet", 3))
     assert torch.equal(run(step.after, x), run(step.before, x))
     assert any(n.name.endswith("_scaled") for n in step.after.graph.nodes)
+
+
+def test_dilation_as_published_never_enlarges_a_row():
+    """DilateQuant's factors alone: channels shrink, no row's range changes, and a second time nothing is left to do."""
+    made = Equalize(rule="dilation")
+    for seed in range(5):
+        columns = torch.exp(random(C, seed=seed + 50) / 2)
+        weights = [random(24, C, seed=seed) * columns, random(8, 3, 3, C, seed=seed + 9) * columns]
+        weights[1][..., 2] = 0.0
+        weights[0][:, 2] = 0.0
+        factor = made._dilating(weights)
+        assert (factor <= 1).all() and factor[2] == 1 and (factor < 1).any()
+        for w in weights:
+            before, after = (t.flatten(1) for t in (w, w / factor))
+            assert torch.equal(before.amax(1), after.amax(1)) and torch.equal(before.amin(1), after.amin(1))
+        again = made._dilating([w / factor for w in weights])
+        assert (again > 0.995).all()
+
+
+def test_dilation_as_published_is_applied_everywhere():
+    """To what the search leaves alone, too: a loss is not looked at."""
+    found = [
+        pass_manager.make("equalize", {"rule": rule, "samples": 2, "steps": 3, "rows": 64, "gain": 30.0})
+        for rule in ("search", "dilation")
+    ]
+    counts = []
+    for made in found:
+        before = programs.after("unet2d", "layout")
+        after = made.run(before, Session(programs.denoiser("unet2d"), programs.calibration("unet2d")))
+        said = [
+            passes["equalize"]["rule"]
+            for passes in after.facts["decisions"].values()
+            if "rule" in passes.get("equalize", {})
+        ]
+        counts.append(len(said))
+        assert set(said) <= {"dilation"}
+        x = dict(programs.inputs("unet2d", 2))
+        assert float((run(after, x) - run(before, x)).abs().max()) <= 1e-5 * float(run(before, x).abs().max())
+    assert counts[0] == 0 < counts[1]
