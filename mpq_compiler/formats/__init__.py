@@ -38,6 +38,7 @@ FORMATS: dict[str, Format] = {
     for f in (
         UniformFormat("int2", bits=2),
         TableFormat("int2g64", bits=2, table=TABLES["int2"], size=64),
+        CodebookFormat("km2", bits=2),
         UniformFormat("int3", bits=3),
         CodebookFormat("km3", bits=3),
         CodebookFormat("km3t", bits=3, tiled=True),
