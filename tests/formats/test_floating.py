@@ -29,6 +29,19 @@ def test_fp4_is_twice_e2m1():
     assert tuple(2 * v for v in values) == E2M1
 
 
+def test_fp4_weights_multiply_integers_exactly():
+    """On codes, with int8 entries that are twice the values, and in floats on the values themselves: the same bits."""
+    draw = torch.Generator().manual_seed(2)
+    fit = formats.get("fp4").quantize(weight(20, 50), torch.full((20, 1), 0.5).half(), (50,))
+    q = torch.randint(0, 256, (7, 50), generator=draw).to(torch.uint8)
+    one, zero = torch.ones(1).half(), torch.full((1,), 17, dtype=torch.uint8)
+    group = torch.zeros(7, dtype=torch.int64)
+    y = ops.quant_linear(q, group, fit.codes, fit.scale, None, fit.lut, None, [one], [zero], None, [50])
+    values = torch.tensor(E2M1).float()[fit.codes.long()] / 2
+    assert torch.equal(y, (q.float() - 17) @ values.T)
+    assert torch.isin(values, grid(4, 2)).all()
+
+
 def test_nf4_is_sixteen_rising_levels_with_zero_and_both_ends():
     assert list(NF4) == sorted(NF4) and NF4[7] == 0 and (NF4[0], NF4[15]) == (-127, 127)
     normal = torch.distributions.Normal(0.0, 1.0)

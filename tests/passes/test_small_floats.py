@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpq_compiler import costs, ops, printer, storage
+from mpq_compiler import costs, ops, printer, recipes, storage
 from mpq_compiler.compiler import layer_rows
 from mpq_compiler.errors import UserError
 from mpq_compiler.exact import run_exact
@@ -20,6 +20,7 @@ from mpq_compiler.pass_manager import Session, parse
 from mpq_compiler.passes.bit_allocation import BitAllocation
 from mpq_compiler.program import run
 from tests import programs
+from tests.tree import ROOT
 
 MODEL = "unet2d"
 MEASURED = programs.MIXED.replace("bit-allocation{", "bit-allocation{activation_format=float,").replace(
@@ -168,3 +169,11 @@ def test_sensitivities_stand_in_gptq_for_learned_rounding():
     tasks = learned[0].tasks(programs.after(MODEL, "time-groups"), learned[1].asks())
     assert {task.rounding for task in tasks} == {Rounding.GPTQ}
     assert Rounding.asked(learned[1].asks()) == Rounding.LEARNED
+
+
+def test_the_recipe_lists_what_the_method_is():
+    made = {each.name(): each for each in recipes.load("fpq").passes()}
+    assert made["sensitivity"].formats == ("fp4", "fp8")
+    assert made["bit-allocation"].floating and made["round-weights"].method == "learned"
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    assert "## `fpq`" in page and "arXiv 2408.06995" in page and "simulated" in page
