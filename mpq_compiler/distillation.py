@@ -25,7 +25,7 @@ from mpq_compiler.denoiser import Denoiser, record_teacher
 from mpq_compiler.formats.base import nearest_codes
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.program import Program, part_of, run
-from mpq_compiler.student import Kind, Student, Variable, settled, variables
+from mpq_compiler.student import Kind, Student, Variable, settled, values, variables
 
 BATCH = 32
 PART = 16
@@ -240,18 +240,27 @@ def _gradients(
     power: float,
     session: Session,
 ) -> tuple[float, dict[str, Tensor]]:
-    """The relative squared error of a batch, and what it is by every theta."""
+    """The relative squared error of a batch, and its gradients by every theta; weights are made once for all parts."""
+    leaves = {name: theta.detach().requires_grad_() for name, theta in thetas.items()}
+    made = values(program, trained, leaves)
 
-    def part(piece: Data) -> tuple[float, tuple[Tensor, ...]]:
-        leaves = {name: theta.detach().requires_grad_() for name, theta in thetas.items()}
-        output = Student(program, trained, leaves).run(piece.inputs)
+    def part(piece: Data) -> tuple[float, tuple[Tensor | None, ...]]:
+        inner = {name: value.detach().requires_grad_() for name, value in made.items()}
+        output = Student(program, inner).run(piece.inputs)
         loss = (output - piece.wanted()).square().mean() * (len(piece) / len(batch) / power)
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        return float(loss.detach()), found
+        return float(loss.detach()), torch.autograd.grad(loss, list(inner.values()), allow_unused=True)
 
     pieces = session.map(part, batch.parts())
-    sums = [torch.stack(parts).sum(0) for parts in zip(*(found for _, found in pieces), strict=True)]
-    return sum(loss for loss, _ in pieces), dict(zip(thetas, sums, strict=True))
+    reached: dict[str, Tensor] = {}
+    for name, *parts in zip(made, *(found for _, found in pieces), strict=True):
+        sums = [g for g in parts if g is not None]
+        if sums:
+            reached[name] = torch.stack(sums).sum(0)
+    gradients = torch.autograd.grad(
+        [made[name] for name in reached], list(leaves.values()), list(reached.values()),
+        allow_unused=True, materialize_grads=True,
+    )  # fmt: skip
+    return sum(loss for loss, _ in pieces), dict(zip(thetas, gradients, strict=True))
 
 
 def _adam(state: _State, gradients: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
@@ -270,8 +279,10 @@ def noise(
 ) -> float:
     """Squared error of the outputs over the teacher's squared outputs: the inverse of the SQNR."""
 
+    made = values(program, trained, thetas)
+
     def part(piece: Data) -> float:
-        output = Student(program, trained, thetas).run(piece.inputs)
+        output = Student(program, made).run(piece.inputs)
         return float((output - piece.targets).double().square().sum())
 
     return sum(session.map(part, data.parts())) / float(data.targets.double().square().sum())

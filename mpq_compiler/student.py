@@ -101,6 +101,11 @@ class Settled:
         codes = torch.zeros(1, dtype=torch.uint8)
         return ops.merge_branch(codes, lut, codes, program.tensors[str(self.alpha)])[1]
 
+    def merged_codes(self, program: Program) -> Tensor:
+        """Codes [O, K] of `table`."""
+        codes = program.tensors[self.codes]
+        return codes if self.signs is None else codes * 2 + program.tensors[self.signs]
+
 
 def settled(program: Program) -> list[Settled]:
     """The weights with codes, in graph order; base and branch are one."""
@@ -187,37 +192,77 @@ def _ends(lut: Tensor | None, row_class: Tensor | None, rows: int) -> tuple[Any,
     return low[classes], high[classes]
 
 
-class Student(Interpreter):
-    """Runs the program with the values of variables for what is stored; differentiable in ``thetas``."""
+class _Rounded(torch.autograd.Function):
+    """``s * round(clamp(x / s, -z, most - z))`` with the gradients of `ops.fake_quantize`, in one step.
 
-    def __init__(self, program: Program, variables: Mapping[str, Variable], thetas: Mapping[str, Tensor]) -> None:
-        """variables: by the name of the stored tensor; a latent weight by that of its codes."""
+    s and z broadcast over x; gradients to x, s and z (Esser 2020, eq. 2-3; a zero point moves what is clamped).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, s: Tensor, z: Tensor, most: int) -> Tensor:
+        t = x * (torch.ones((), dtype=torch.float32) / s)
+        clamped = torch.maximum(torch.minimum(t, most - z), -z)
+        inside, code = t == clamped, torch.round(clamped)
+        ctx.save_for_backward(inside, torch.where(inside, code - t, code), s)
+        return code * s
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        inside, slope, s = ctx.saved_tensors
+        to_x = gradient * inside
+        dims = [d for d in range(gradient.dim()) if s.shape[d] == 1 and gradient.shape[d] > 1]
+        to_s = (gradient * slope).sum(dims, keepdim=True)
+        to_z = (to_x - gradient).sum(dims, keepdim=True) * s
+        return to_x, to_s, to_z, None
+
+
+class Student(Interpreter):
+    """Runs the program with other values of what is stored; differentiable in them."""
+
+    def __init__(self, program: Program, values: Mapping[str, Tensor]) -> None:
+        """values: those of `values`."""
         super().__init__(program)
-        self.variables, self.thetas = variables, thetas
-        self.latent = {s.node: s for s in settled(program) if _is_latent(variables, s.codes)}
-        parts = [n for s in self.latent.values() if s.signs for n in (operand(s.node, 0), operand(s.node, 1))]
-        self.unread = frozenset(parts)
+        self.values = values
+        totals = [w.node for w in settled(program) if w.signs is not None and w.node.name in values]
+        self.unread = frozenset(operand(total, part) for total in totals for part in (0, 1))
 
     def attribute(self, name: str) -> Any:
-        if name in self.variables and not _is_latent(self.variables, name):
-            return self.variables[name](self.thetas[name])
-        return super().attribute(name)
+        return self.values[name] if name in self.values else super().attribute(name)
 
     def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.name in self.values:
+            return self.values[node.name]
         if node in self.unread:
             return None
-        if node in self.latent:
-            weight = self.latent[node]
-            rows = self.variables[weight.codes](self.thetas[weight.codes])
-            parts = [None if n is None else self.attribute(n) for n in (weight.scale, weight.offset)]
-            table = weight.table(self.program)
-            row_class = None if weight.row_class is None else self.program.tensors[weight.row_class]
-            return _Levels.apply(rows, *parts, table, row_class, weight.segments).reshape(weight.shape)
+        if node.target is ops.fake_quantize:
+            x, scale, zero, group, bits = args
+            return _Rounded.apply(
+                x, *(ops.per_sample(t.to(torch.float32), group, x) for t in (scale, zero)), 2**bits - 1
+            )
         return super().call(node, args, kwargs)
 
 
-def _is_latent(variables: Mapping[str, Variable], name: str) -> bool:
-    return name in variables and variables[name].kind == Kind.LATENT
+def values(program: Program, variables: Mapping[str, Variable], thetas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """f32 values of the variables by the names of the stored tensors, and of the weights they make by that of the node.
+
+    variables: by the name of the stored tensor; a latent weight by that of its codes.
+    """
+    found = {name: v(thetas[name]) for name, v in variables.items() if v.kind != Kind.LATENT}
+    for weight in settled(program):
+        if weight.scale not in found:
+            continue
+        scale, offset = found[weight.scale], None if weight.offset is None else found[weight.offset]
+        row_class = None if weight.row_class is None else program.tensors[weight.row_class]
+        table, segments = weight.table(program), weight.segments
+        if weight.codes in variables:
+            rows = variables[weight.codes](thetas[weight.codes])
+            level = _Levels.apply(rows, scale, offset, table, row_class, segments)
+        else:
+            codes = weight.merged_codes(program)
+            level = ops.dequantize_weight(codes, scale, offset, table, row_class, codes.shape, segments)
+        found[weight.node.name] = level.reshape(weight.shape)
+    return found
 
 
 def variables(program: Program, latent: bool) -> dict[str, Variable]:

@@ -162,7 +162,7 @@ class Equalize(Pass):
         shown, kept = ({geometry: rows[start::2] for geometry, rows in joined.items()} for start in (0, 1))
         whole = torch.ones(len(group.largest))
         if self.rule == "dilation":
-            rule, best = self.rule, self._dilating(weights)
+            rule, best = "dilation", self._dilating(weights)
             if torch.equal(best, whole):
                 return None
         else:

@@ -23,7 +23,7 @@ def test_at_the_start_it_is_the_program(model, pipeline):
     x = programs.inputs(model, 3)
     trained = student.variables(program, latent=False)
     with torch.no_grad():
-        assert torch.equal(Student(program, trained, zeros(trained)).run(x), run(program, x))
+        assert torch.equal(Student(program, student.values(program, trained, zeros(trained))).run(x), run(program, x))
     assert {v.kind for v in trained.values()} >= {Kind.SCALE, Kind.RANGE, Kind.ZERO, Kind.FLOAT}
 
 
@@ -34,7 +34,7 @@ def test_latent_weights_start_at_the_float_weights(pipeline):
     trained = student.variables(program, latent=True)
     found = {}
     watch = found.__setitem__
-    Student(program, trained, zeros(trained)).run(programs.inputs("unet2d", 2), watch=watch)
+    Student(program, student.values(program, trained, zeros(trained))).run(programs.inputs("unet2d", 2), watch=watch)
     weights = student.settled(program)
     assert weights and any(w.signs for w in weights) == (pipeline != "parts")
     for weight in weights:
@@ -51,7 +51,7 @@ def test_every_variable_has_a_gradient():
     program = programs.after("unet2d", "round-weights", programs.MIXED)
     trained = student.variables(program, latent=True)
     leaves = {name: theta.requires_grad_() for name, theta in zeros(trained).items()}
-    y = Student(program, trained, leaves).run(programs.inputs("unet2d", 6))
+    y = Student(program, student.values(program, trained, leaves)).run(programs.inputs("unet2d", 6))
     found = torch.autograd.grad(y.square().sum(), list(leaves.values()), allow_unused=True)
     reached = {trained[n].kind for n, g in zip(leaves, found, strict=True) if g is not None and g.abs().sum() > 0}
     assert reached == set(Kind)
@@ -66,7 +66,7 @@ def test_time_groups_that_a_batch_lacks_get_no_gradient():
     leaves = {name: theta.requires_grad_() for name, theta in zeros(trained).items()}
     x = dict(programs.inputs("unet2d", 2)) | {"timestep": torch.tensor([999, 999])}
     group = int(ops.time_group(x["timestep"], program.facts["time-groups"])[0])
-    y = Student(program, trained, leaves).run(x)
+    y = Student(program, student.values(program, trained, leaves)).run(x)
     tables = [n for n, v in trained.items() if v.kind == Kind.RANGE]
     for gradient in torch.autograd.grad(y.square().sum(), [leaves[n] for n in tables]):
         others = [g for g in range(len(gradient)) if g != group]
@@ -109,3 +109,22 @@ def test_values_are_what_is_stored(theta):
             assert value.min() >= 0 and value.max() <= 15
         elif kind != Kind.FLOAT:
             assert (value > 0).all()
+
+
+def test_quantizers_are_those_of_the_program():
+    """`_Rounded` has the values and the gradients of `ops.fake_quantize`, to x, scale and zero point."""
+    generator = torch.Generator().manual_seed(0)
+    group = torch.tensor([0, 1, 1])
+    weights = torch.randn(3, 5, 7, generator=generator)
+    found = []
+    for rounded in (False, True):
+        x = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(1)).mul(2).requires_grad_()
+        scale, zero = torch.tensor([0.1, 0.3], requires_grad=True), torch.tensor([7.0, 3.0], requires_grad=True)
+        if rounded:
+            y = student._Rounded.apply(x, *(ops.per_sample(t, group, x) for t in (scale, zero)), 15)
+        else:
+            y = ops.fake_quantize(x, scale, zero, group, 4)
+        found.append((y.detach(), *torch.autograd.grad((y * weights).sum(), (x, scale, zero))))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1] != 0, found[1][1] != 0)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
