@@ -41,6 +41,7 @@ SETTINGS = {"W8A8": (8, 8), "W4A8": (4, 8), "W3A8": (3, 8), "W2A8": (2, 8), "W4A
 SHORT = ("W4A8", "W2A8", "W4A4")
 """The settings of models other than the first."""
 MODELS = ("fashion-unet", "fashion-dit", "fashion-text")
+BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 STEPS = 10
 SEED = 1000
 """Of the images: noise that neither calibration nor training has seen."""
@@ -188,6 +189,20 @@ def show(cells: list[Cell]) -> None:
         terminal.table(f"{model}, {setting}", headers, lines, numeric=range(1, len(headers) - 1))
 
 
+def markdown(cells: list[Cell]) -> str:
+    """The results that are there, as a table for people."""
+    lines = [
+        "| model | setting | recipe | true bits | SQNR, dB | images: SQNR, dB | PSNR, dB | Fréchet to float | ms |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for cell in cells:
+        if row := cell.result():
+            parts = [f"{row['true_bits']:.2f}", *(f"{row[n]:.1f}" for n in ("sqnr_db", "image_sqnr_db", "psnr_db"))]
+            parts += [_number(row["frechet_to_float"], 2), f"{row['step_ms']:.2f}"]
+            lines.append(f"| {cell.model} | {cell.setting} | `{cell.recipe}` | {' | '.join(parts)} |")
+    return "\n".join(lines)
+
+
 def plot(cells: list[Cell], model: str) -> str:
     """Image SQNR over true bits at 8-bit activations, a line a recipe, as SVG."""
     points: dict[str, list[svg.Point]] = {}
@@ -230,6 +245,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=250, help="to judge by (250)")
     parser.add_argument("--seeds", type=int, default=1, help="of calibration and training (1)")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--docs", type=Path, help="write the results into this file, between the marks")
     parser.add_argument("--plot", type=Path, help="write the Pareto plot of the first model, as SVG")
     options = parser.parse_args()
     cells = list(chosen(options))
@@ -241,6 +257,9 @@ def main() -> None:
         _write(cell.file, row)
         print(f"{cell.name}: {row['image_sqnr_db']:.2f} dB in {row['seconds'] / 60:.1f} minutes", flush=True)
     show(cells)
+    if options.docs:
+        before, rest = options.docs.read_text().split(BEGIN)
+        options.docs.write_text(f"{before}{BEGIN}\n{markdown(cells)}\n{END}{rest.split(END)[1]}")
     if options.plot:
         options.plot.write_text(plot(cells, options.model[0]))
 

@@ -6,6 +6,7 @@ import argparse
 import collections
 import functools
 import json
+import math
 import os
 import signal
 import sys
@@ -52,9 +53,7 @@ def parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--json", metavar="FILE", help="write the result as JSON ('-': to standard output)")
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    top = argparse.ArgumentParser(
-        prog="mpqc", description=TEACH, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    top = argparse.ArgumentParser(prog="mpqc", description=TEACH, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"mpqc {version('mpq-compiler')}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -324,6 +323,7 @@ def _compile(args: argparse.Namespace) -> Any:
             ("calibrated on", _calibrated(report.calibration)),
             *([("memory", terminal.memory(report.memory))] if report.memory else []),
             *([("latency", _predicted(report.latency))] if report.latency else []),
+            *((f"trained: {phase['phase']}", _trained(phase)) for phase in report.training),
             ("fallbacks", len(report.fallbacks)),
             ("artifact", f"{terminal.size(report.artifact['bytes'])}, sha256 {report.artifact['sha256'][:16]}"),
         ),
@@ -339,6 +339,15 @@ def _predicted(about: dict[str, Any]) -> str:
     several = f"{about['batch']} sample(s), {about['threads']} thread(s)"
     fixed = f"{about['fixed_ms']:.3g} ms of it in any format"
     return f"{about['predicted_ms']:.4g} ms{budget} predicted ({several}), {fixed}"
+
+
+def _trained(phase: dict[str, Any]) -> str:
+    """What a phase of training gave."""
+    stages = phase["stages"]
+    updates = sum(stage["steps"] for stage in stages)
+    ends = [f"{-10 * math.log10(noise):.2f}" for noise in (stages[0]["before"], stages[-1]["after"])]
+    said = f"SQNR of held-out calls {' to '.join(ends)} dB" if len(stages) == 1 else f"{len(stages)} blocks"
+    return f"{said} in {updates} updates" + ("" if phase["kept"] else ", undone: held-out images were worse")
 
 
 def _numerics(about: dict[str, Any]) -> str:

@@ -133,6 +133,8 @@ class Report:
     pipeline: str
     latency: dict[str, Any] | None
     """What the plan takes by the latency table (`_latency`); None where there is none."""
+    training: list[dict[str, Any]]
+    """What `distill` did, phase by phase (`distillation.Outcome`); nothing where nothing was trained."""
     numerics: dict[str, Any]
     """``mode`` that the artifact has, and ``attentions`` and float ``layers``: those that are not in float32."""
     fallbacks: dict[str, str] = field(default_factory=dict)
@@ -491,6 +493,7 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
         recipe=str(chosen.recipe) if chosen.pipeline is None else "custom",
         latency=times,
         pipeline=pass_manager.to_text(passes),
+        training=list(program.facts.get("training", ())),
         numerics={"mode": _numerics(program), **_choices(planned)},
         fallbacks=dict(program.fallbacks),
         notes=notes,

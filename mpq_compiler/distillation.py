@@ -200,7 +200,7 @@ def train(
                 if error < state.least:
                     state.least, state.best, state.best_step = error, dict(state.thetas), state.step
                 kept.save(state)
-            advance(1)
+            advance(1, f"(loss {loss:.2g}, best {-10 * math.log10(max(state.least, 1e-30)):.1f} dB)")
     outcome = Outcome(stage.name, stage.steps, state.before, state.least, state.best_step, state.diverged)
     return applied(whole, trained, state.best), outcome
 

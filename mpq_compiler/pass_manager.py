@@ -68,13 +68,16 @@ class Session:
     seed: int = 0
     jobs: int = 1
     cache: Path | None = None
-    progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] | None = None
-    """``with progress("sensitivity", total) as advance: advance(1)``: a bar for work of more than two seconds."""
+    progress: Callable[[str, int], AbstractContextManager[Callable[..., None]]] | None = None
+    """``with progress("sensitivity", total) as advance: advance(1)``: a bar for work of more than two seconds.
+
+    ``advance(1, "12.3 dB")`` says how it goes besides.
+    """
     statistics: frozenset[str] = frozenset()
     """The statistics that the passes of the pipeline ask `calibrate` for."""
 
-    def track(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        return self.progress(title, total) if self.progress else nullcontext(lambda n: None)
+    def track(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
+        return self.progress(title, total) if self.progress else nullcontext(lambda n, said="": None)
 
     def map(self, work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
         """``work`` of every item, by as many threads as there are jobs, in order; an error or Ctrl-C drops the rest."""

@@ -27,8 +27,11 @@ SILENCE = 30.0
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar; yields ``advance(n)``. Without a terminal: a line when the work begins, and twice a minute."""
+def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
+    """A progress bar; yields ``advance(n, said="")``, which shows ``said`` too: a loss.
+
+    Without a terminal: a line when the work begins, and twice a minute.
+    """
     if not console.is_terminal:
         print(f"{title} ({total}) ...", file=sys.stderr, flush=True)
         yield _lines(title, total)
@@ -42,18 +45,18 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=total)
-        yield lambda n: bar.advance(task, n)
+        yield lambda n, said="": bar.update(task, advance=n, description=f"{title} {said}".rstrip())
 
 
-def _lines(title: str, total: int) -> Callable[[int], None]:
+def _lines(title: str, total: int) -> Callable[..., None]:
     done, told = 0, time.monotonic()
 
-    def advance(n: int) -> None:
+    def advance(n: int, said: str = "") -> None:
         nonlocal done, told
         done += n
         if time.monotonic() - told > SILENCE and done < total:
             told = time.monotonic()
-            print(f"{title}: {done} of {total}", file=sys.stderr, flush=True)
+            print(f"{title}: {done} of {total} {said}".rstrip(), file=sys.stderr, flush=True)
 
     return advance
 

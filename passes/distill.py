@@ -90,6 +90,7 @@ class Distill(Pass):
                 program, images = trained, found
             else:
                 program.note(f"distill: training {title} made the held-out images worse and was undone")
+        program.facts["training"] = told
         decisions.note(program, decisions.PROGRAM, self.name(), phases=told)
         return program
 
