@@ -15,12 +15,14 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import provenance
 from mpq_compiler import compiler, costs, denoiser, ops, pass_manager
 from mpq_compiler.calibration import batches
+from mpq_compiler.formats import activation
 from mpq_compiler.metrics import sqnr_db
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.program import Program, Stage, TensorStore, run
@@ -29,10 +31,13 @@ MODEL = "fashion-unet"
 FRONT = "trace,layout,calibrate,time-groups"
 BACK = "bit-allocation{{uniform={},{}}},insert-fake-quant,round-weights{{method={}}}"
 FLOAT = "activation_format=float"
+E4M3 = "only E4M3"
+"""Behind the options: activations have that encoding and no other."""
 EIGHT = (
     ("int8", "activations=8", "INT8", "u8"),
     ("fp8", f"{FLOAT},activations=8", "FP8, encodings searched", "FP8, encodings searched"),
     ("fp8e4", f"{FLOAT},activations=8", "E4M3", "FP8, encodings searched"),
+    ("fp8e4", f"{FLOAT},activations=8,{E4M3}", "E4M3", "E4M3"),
     ("fp8", "activations=8", "FP8, encodings searched", "float"),
     ("fp4", f"{FLOAT},activations=8", "FP4", "FP8, encodings searched"),
     ("fp4", f"{FLOAT},activations=4", "FP4", "FP4"),
@@ -62,13 +67,15 @@ class Bench:
     def row(self, weights: str, options: str, method: str = "nearest") -> dict[str, Any]:
         import numpy as np
 
+        exponents = (lambda bits: (4,)) if options.endswith(E4M3) else activation.exponents
         begin = time.process_time()
-        passes = pass_manager.parse(BACK.format(weights, options, method))
-        program, _ = pass_manager.run_pipeline(passes, self.front, self.session, present=self.present)
+        passes = pass_manager.parse(BACK.format(weights, options.removesuffix(f",{E4M3}"), method))
+        with mock.patch.object(activation, "exponents", exponents):
+            program, _ = pass_manager.run_pipeline(passes, self.front, self.session, present=self.present)
         seconds = time.process_time() - begin
         y = np.concatenate([run(program, part).numpy() for part in batches(self.held_out)])
         planned, _ = pass_manager.run_pipeline(passes[:1], self.front, self.session, present=self.present)
-        kinds = Counter(plan.kind for plan in planned.activations.values())
+        kinds = Counter(plan.kind for plan in program.activations.values())
         encodings = Counter(f"e{n.args[3]}" for n in program.graph.nodes if n.target is ops.dequantize_float8)
         found = {"weights": weights, "options": options, "method": method, "db": sqnr_db(self.expected, y)}
         found |= {"seconds": seconds, "activations": dict(kinds), "encodings": dict(encodings)}
