@@ -36,6 +36,8 @@ class Block:
     parameters: tuple[str, ...]
     """Paths of its parameters that the program reads, sorted."""
     output: str
+    repeated: bool
+    """It stands among others of its kind; else it is a layer alone."""
 
 
 def blocks(model: torch.nn.Module, program: Program) -> list[Block]:
@@ -65,7 +67,7 @@ def blocks(model: torch.nn.Module, program: Program) -> list[Block]:
             if reached.intersection(later.all_input_nodes):
                 reached.add(later)
                 output = later if later.target not in _NO_VALUE else output
-        found.append(Block(name, tuple(sorted(read[name])), output.name))
+        found.append(Block(name, tuple(sorted(read[name])), output.name, name in repeated))
     return found
 
 

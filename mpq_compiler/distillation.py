@@ -25,6 +25,8 @@ from mpq_compiler.denoiser import Denoiser, record_teacher
 from mpq_compiler.formats.base import nearest_codes
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.program import Program, part_of, run
+from mpq_compiler.relation import Memory, Relations, Term
+from mpq_compiler.relation import Step as RelationStep
 from mpq_compiler.student import Kind, Student, Variable, settled, values, variables
 
 BATCH = 32
@@ -125,6 +127,8 @@ class Stage:
     """Of learning, by kind of variable."""
     block: Block | None = None
     """The one block that is trained, against its own output in the float program; else all of the program."""
+    relation: Term | None = None
+    """A loss of features beside that of the output (`relation`)."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,8 @@ class _State:
     first: dict[str, Tensor]
     second: dict[str, Tensor]
     best: dict[str, Tensor]
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """The parts of a `relation.Memory`, where there is one."""
     step: int = 0
     usual: float = 0.0
     """A running mean of the gradient's norm."""
@@ -177,15 +183,22 @@ def train(
     state = kept.load() or _State.start(trained)
     checks = {round(stage.steps * (i + 1) / CHECKS) for i in range(CHECKS)}
     power = float(held_out.targets.double().square().mean())
+    relations = None
+    if stage.relation is not None:
+        relations = Relations.start(stage.relation, program, data.inputs)
+        relations.memory = Memory(**state.memory) if state.memory else relations.memory
+        state.memory = vars(relations.memory)
     if not state.step:
         state.before = state.least = noise(program, trained, state.thetas, held_out, session)
     with session.track(f"training {stage.name}", stage.steps) as advance:
         advance(state.step)
         while state.step < stage.steps and state.diverged is None:
             state.step += 1
-            loss, gradients = _gradients(
-                program, trained, state.thetas, data.select(_batch(state.step, len(data), seed)), power, session
-            )
+            batch = data.select(_batch(state.step, len(data), seed))
+            drawn = None
+            if relations is not None:
+                drawn = relations.step(len(batch), torch.Generator().manual_seed((seed << 32) + state.step))
+            loss, gradients = _gradients(program, trained, state.thetas, batch, power, session, drawn)
             norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
             if not math.isfinite(loss + norm):
                 state.diverged = state.step
@@ -239,20 +252,37 @@ def _gradients(
     batch: Data,
     power: float,
     session: Session,
+    relation: RelationStep | None = None,
 ) -> tuple[float, dict[str, Tensor]]:
-    """The relative squared error of a batch, and its gradients by every theta; weights are made once for all parts."""
+    """The relative squared error of a batch, and its gradients by every theta; weights are made once for all parts.
+
+    relation: a loss that is added.
+    """
     leaves = {name: theta.detach().requires_grad_() for name, theta in thetas.items()}
     made = values(program, trained, leaves)
 
-    def part(piece: Data) -> tuple[float, tuple[Tensor | None, ...]]:
+    def part(numbered: tuple[int, Data]) -> tuple[float, tuple[Tensor | None, ...], Tensor | None]:
+        number, piece = numbered
         inner = {name: value.detach().requires_grad_() for name, value in made.items()}
-        output = Student(program, inner).run(piece.inputs)
-        loss = (output - piece.wanted()).square().mean() * (len(piece) / len(batch) / power)
-        return float(loss.detach()), torch.autograd.grad(loss, list(inner.values()), allow_unused=True)
+        seen: list[Tensor] = []
+        wanted = relation and relation.relations.term.node
+        output = Student(program, inner).run(
+            piece.inputs, watch=lambda node, value: seen.append(value) if node.name == wanted else None
+        )
+        share, pixels = len(piece) / len(batch), None
+        loss = (output - piece.wanted()).square().mean() * (share / power)
+        if relation is not None:
+            rows = slice(number * PART, number * PART + len(piece))
+            more, pixels = relation.loss(seen[0], piece.inputs, rows)
+            loss = loss + more * share
+        return float(loss.detach()), torch.autograd.grad(loss, list(inner.values()), allow_unused=True), pixels
 
-    pieces = session.map(part, batch.parts())
+    pieces = session.map(part, enumerate(batch.parts()))
+    if relation is not None:
+        group = ops.time_group(batch.inputs["timestep"], program.facts["time-groups"])
+        relation.push(torch.cat([pixels for *_, pixels in pieces if pixels is not None]), group)
     reached: dict[str, Tensor] = {}
-    for name, *parts in zip(made, *(found for _, found in pieces), strict=True):
+    for name, *parts in zip(made, *(found for _, found, _ in pieces), strict=True):
         sums = [g for g in parts if g is not None]
         if sums:
             reached[name] = torch.stack(sums).sum(0)
@@ -260,7 +290,7 @@ def _gradients(
         [made[name] for name in reached], list(leaves.values()), list(reached.values()),
         allow_unused=True, materialize_grads=True,
     )  # fmt: skip
-    return sum(loss for loss, _ in pieces), dict(zip(thetas, gradients, strict=True))
+    return sum(loss for loss, *_ in pieces), dict(zip(thetas, gradients, strict=True))
 
 
 def _adam(state: _State, gradients: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
@@ -388,7 +418,7 @@ def _key(program: Program, trained: Mapping[str, Variable], stage: Stage, data: 
 class _Kept:
     """The state of one stage in the cache."""
 
-    PARTS = ("thetas", "first", "second", "best")
+    PARTS = ("thetas", "first", "second", "best", "memory")
     FACTS = ("step", "usual", "before", "least", "best_step", "diverged")
 
     def __init__(self, key: str, session: Session) -> None:
@@ -406,7 +436,8 @@ class _Kept:
                     found[part][of] = file.get_tensor(name)
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
-        return _State(found["thetas"], found["first"], found["second"], found["best"], **facts)
+        parts = (found["thetas"], found["first"], found["second"], found["best"], found["memory"])
+        return _State(*parts, **facts)
 
     def save(self, state: _State) -> None:
         from safetensors.torch import save

@@ -10,6 +10,7 @@ from mpq_compiler import blocks, decisions, distillation
 from mpq_compiler.distillation import Gallery, Stage
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Program
+from mpq_compiler.relation import Term
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Distill(Pass):
     blocks: bool = False
     """The weights are trained block by block, each against its own output in the float program while those before it
     are quantized already (DilateQuant, arXiv 2409.14307, section 3.4), rather than all against the output."""
+    relation: float = 0.0
+    """The weight of a loss beside the output's: how pixels of the last block relate to the teacher's pixels of other
+    times (MPQ-DMv2, arXiv 2507.04290); 0.1 there."""
     rate: float = 1.0
     """Of learning, in parts of the usual."""
     samples: int = 64
@@ -52,7 +56,7 @@ class Distill(Pass):
     """Held-out images that no stage may make worse; 0 draws none."""
 
     def __post_init__(self) -> None:
-        for option in ("minutes", "rate"):
+        for option in ("minutes", "rate", "relation"):
             self.require(option, 0)
         self.require("latent", 0, 1)
         for option in ("samples", "steps"):
@@ -96,14 +100,15 @@ class Distill(Pass):
 
     def _phases(self, program: Program, session: Session, updates: int) -> Iterator[tuple[str, list[Stage]]]:
         """What is trained one after the other; a phase is kept or undone as one."""
+        assert session.denoiser is not None
         rates = {kind: rate * self.rate for kind, rate in distillation.RATES.items()}
         latent = round(updates * self.latent)
+        found = blocks.blocks(session.denoiser.module.model, program)
+        term = Term([b for b in found if b.repeated][-1].output, self.relation) if self.relation else None
         if latent and self.blocks:
-            assert session.denoiser is not None
-            found = blocks.blocks(session.denoiser.module.model, program)
             share = max(1, latent // len(found))
             yield "blocks", [Stage(block.name, True, share, rates, block) for block in found]
         elif latent:
-            yield "weights", [Stage("weights", True, latent, rates)]
+            yield "weights", [Stage("weights", True, latent, rates, relation=term)]
         if updates > latent:
-            yield "scales", [Stage("scales", False, updates - latent, rates)]
+            yield "scales", [Stage("scales", False, updates - latent, rates, relation=term)]

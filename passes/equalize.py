@@ -71,8 +71,9 @@ class Equalize(Pass):
     contract: ClassVar[Contract] = Contract.REWRITE
     requires: ClassVar[frozenset[str]] = frozenset({"channels-last"})
 
-    rule: Literal["search", "dilation"] = "search"
-    """Which factors are tried; ``dilation`` has those of DilateQuant everywhere, whether they gain or not."""
+    rule: Literal["search", "dilation", "smoothquant"] = "search"
+    """Which factors are tried. ``dilation`` and ``smoothquant`` have those of DilateQuant, and of SmoothQuant with
+    alpha 0.5 (which MPQ-DM takes), everywhere, whether they gain or not."""
     weights: str = "int4"
     """Weight format for which the error is reckoned."""
     activations: int = 8
@@ -161,8 +162,13 @@ class Equalize(Pass):
         joined = {geometry: torch.cat(parts) for geometry, parts in group.rows.items()}
         shown, kept = ({geometry: rows[start::2] for geometry, rows in joined.items()} for start in (0, 1))
         whole = torch.ones(len(group.largest))
-        if self.rule == "dilation":
-            rule, best = "dilation", self._dilating(weights)
+        if self.rule != "search":
+            rule = {"dilation": "dilation", "smoothquant": "alpha 0.5"}[self.rule]
+            best = (
+                self._dilating(weights)
+                if self.rule == "dilation"
+                else dict(self.candidates(group.largest, weights))[rule]
+            )
             if torch.equal(best, whole):
                 return None
         else:

@@ -12,6 +12,7 @@ from mpq_compiler.distillation import Data, Stage, noise, train
 from mpq_compiler.ops import fake_quantize
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.program import run
+from mpq_compiler.relation import Term
 from mpq_compiler.student import Kind, settled
 from mpq_compiler.verifier import verify
 from tests import programs
@@ -208,3 +209,28 @@ def test_the_pass_goes_through_the_blocks(tmp_path):
     assert second["stages"][-1]["after"] < noise(
         start(), {}, {}, distillation.calls(session(tmp_path), 2, 3)[1], session(tmp_path)
     )
+
+
+def test_relations_are_learned_and_survive_a_kill(data, tmp_path, monkeypatch):
+    """The loss of features reaches the layers before them, and a queue is as it was after a kill."""
+    program = start()
+    node = next(b.output for b in blocks.blocks(programs.denoiser(MODEL).module.model, program) if b.repeated)
+    alone = Stage("x", True, 8, GENTLE)
+    stage = replace(alone, relation=Term(node, 0.1))
+    whole, outcome = train(program, stage, *data, session(tmp_path / "a"), 0)
+    assert not same(whole, train(program, alone, *data, session(tmp_path / "a"), 0)[0])
+    assert same(whole, train(program, stage, *data, session(tmp_path / "c", jobs=2), 0)[0])
+    updates, count = distillation._adam, 0
+
+    def dies(*arguments):
+        nonlocal count
+        count += 1
+        if count == 6:
+            raise KeyboardInterrupt
+        updates(*arguments)
+
+    monkeypatch.setattr(distillation, "_adam", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(program, stage, *data, session(tmp_path / "b"), 0)
+    resumed, again = train(program, stage, *data, session(tmp_path / "b"), 0)
+    assert again == outcome and same(whole, resumed)

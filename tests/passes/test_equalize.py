@@ -293,11 +293,11 @@ def test_dilation_as_published_never_enlarges_a_row():
         assert (again > 0.995).all()
 
 
-def test_dilation_as_published_is_applied_everywhere():
+def test_rules_as_published_are_applied_everywhere():
     """To what the search leaves alone, too: a loss is not looked at."""
     found = [
         pass_manager.make("equalize", {"rule": rule, "samples": 2, "steps": 3, "rows": 64, "gain": 30.0})
-        for rule in ("search", "dilation")
+        for rule in ("search", "dilation", "smoothquant")
     ]
     counts = []
     for made in found:
@@ -309,7 +309,7 @@ def test_dilation_as_published_is_applied_everywhere():
             if "rule" in passes.get("equalize", {})
         ]
         counts.append(len(said))
-        assert set(said) <= {"dilation"}
+        assert set(said) <= {"dilation", "alpha 0.5"}
         x = dict(programs.inputs("unet2d", 2))
         assert float((run(after, x) - run(before, x)).abs().max()) <= 1e-5 * float(run(before, x).abs().max())
-    assert counts[0] == 0 < counts[1]
+    assert counts[0] == 0 < counts[1] and counts[2] > 0
