@@ -245,9 +245,7 @@ class Lowering:
     """Times of formats on the target, where they are asked for."""
 
 
-def lower(
-    denoiser: Denoiser, options: Options, progress: Any = None, passes: list[Pass] | None = None
-) -> Lowering:
+def lower(denoiser: Denoiser, options: Options, progress: Any = None, passes: list[Pass] | None = None) -> Lowering:
     """Runs the passes. Nothing is written but dumps."""
     passes = resolve(options) if passes is None else passes
     recording.require(denoiser, options.calibration)
@@ -710,7 +708,8 @@ def layer_rows(planned: Program) -> list[dict[str, Any]]:
         plan = planned.weights[path]
         weight = str(node.args[1].target)  # type: ignore[union-attr]
         quantized = formats.get(plan.format).integer or planned.reads_floats(node)
-        activation = planned.activations[input_edge(node).name].label(groups) if quantized else "float"
+        read = planned.activations.get(input_edge(node).name) if quantized else None
+        activation = "float" if read is None else read.label(groups)
         rows.append(
             {
                 "name": path,
@@ -724,7 +723,6 @@ def layer_rows(planned: Program) -> list[dict[str, Any]]:
     others = {n: reason for n, reason in planned.fallbacks.items() if n not in {q.name for q in planned.quantizable}}
     left = {"weight": "float", "activation": "float", "bytes": 0, "loss": 0.0}
     return rows + [{"name": name, **left, "fallback": reason} for name, reason in others.items()]
-
 
 
 def measure_sensitivity(model: str | Path | Denoiser, progress: Any = None, **options: Any) -> dict[str, Any]:
@@ -804,4 +802,3 @@ def candidate_plans(
         program, _ = pass_manager.run_pipeline(front, start, session)
         with latency.plans(program, names, bool(allocation.options().get("dynamic"))) as loaded:
             yield loaded
-

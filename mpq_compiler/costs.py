@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import formats
+from mpq_compiler import formats, layer_groups
 from mpq_compiler.calibration import attention_edges, dynamic_edges, input_edge
 from mpq_compiler.formats.base import F16_MAX
 from mpq_compiler.program import Program, WeightPlan, operand, shapes, softmax, weight_of
@@ -149,14 +149,15 @@ def describe(
     """
     measured = (name for losses in program.facts.get("sensitivity", {}).get("weights", {}).values() for name in losses)
     candidates = list(dict.fromkeys([*formats.FORMATS, *names, *measured]))
-    everything = program.fork()
+    everything, group_of = program.fork(), layer_groups.groups(program)
     layers: dict[str, dict[str, Any]] = {}
     operations = macs(program)
     for node in program.quantizable:
         path, weight = str(weight_path(node)), str(weight_of(node))
         everything.weights[path] = WeightPlan("int8")
         sizes = {f: format_costs(program.tensors[weight].shape, f, operations[node.name], floating) for f in candidates}
-        layer = layers.setdefault(path, {"name": path, "edges": [], "macs": 0, "formats": sizes})
+        known = {"name": path, "group": group_of[path], "weights": program.tensors[weight].numel()}
+        layer = layers.setdefault(path, {**known, "edges": [], "macs": 0, "formats": sizes})
         layer["macs"] += operations[node.name]
         if (edge := input_edge(node).name) not in layer["edges"]:
             layer["edges"].append(edge)

@@ -411,13 +411,17 @@ def _float_leftovers(view: View) -> Findings:
 
 @rule("activation-plans", PLANNED)
 def _activation_plans(view: View) -> Findings:
-    """One plan for each tensor edge that a quantized layer or attention reads, and one quantizer that follows it."""
+    """One plan for each tensor edge that a quantized layer or attention reads, and one quantizer that follows it.
+
+    A layer that is listed among the float leftovers may read what has none.
+    """
     program = view.program
     if program.stage == Stage.PLANNED:
         paths = {p for p in program.weights if not view.computes_in_float(p)}
         small = {edge for edge, plan in program.activations.items() if plan.exponent is not None}
-        read = ((c.args[0].name, view.paths[c.name]) for c in view.calls if view.paths.get(c.name) in program.weights)
-        edges = {edge for edge, path in read if path in paths or edge in small}
+        listed = program.fallbacks
+        read = ((c.args[0].name, c.name) for c in view.calls if view.paths.get(c.name) in program.weights)
+        edges = {e for e, call in read if e in small or (view.paths[call] in paths and call not in listed)}
         for node in program.attentions:
             if softmax(node.name) in program.activations:
                 edges |= {softmax(node.name), *(edge.name for edge in attention_edges(node))}
@@ -458,7 +462,7 @@ def _dynamic_activations(view: View) -> Findings:
 def _small_floats(view: View) -> Findings:
     """Activations in small floats have an encoding, scales and no zero points; a layer that reads them is listed.
 
-    What is left of tables in the packed stage is read by such layers.
+    What is left of tables in the packed stage is read by such layers, and by others that are listed.
     """
     program = view.program
     small = {edge for edge, plan in program.activations.items() if plan.exponent is not None}
@@ -475,8 +479,9 @@ def _small_floats(view: View) -> Findings:
             if reads in names and call.name not in program.fallbacks:
                 yield call.name, f"%{reads} is simulated and no fallback says so"
             table = isinstance(call.args[1], fx.Node) and call.args[1].target is ops.dequantize_weight
-            if program.stage == Stage.PACKED and table and reads not in names:
-                yield call.name, "its weight is a table and its operand holds neither codes nor small floats"
+            listed = call.name in program.fallbacks
+            if program.stage == Stage.PACKED and table and reads not in names and not listed:
+                yield call.name, "its weight is a table, its operand holds no codes, and no fallback says why"
 
 
 @rule("numerics", PLANNED)
@@ -758,7 +763,7 @@ def _operand_tables(view: View) -> Findings:
 
 @rule("simulated-operands", SIMULATED)
 def _simulated_operands(view: View) -> Findings:
-    """Quantized weights meet quantized activations: a layer has both or neither, an attention three operands."""
+    """Quantized weights meet quantized activations, but in listed layers; an attention has three such operands."""
     simulated = (ops.fake_quantize, ops.dynamic_fake_quantize, ops.fake_quantize_float)
     for call in view.calls:
         if call.target is ops.fake_quantize_attention:
@@ -767,7 +772,8 @@ def _simulated_operands(view: View) -> Findings:
                     yield call.name, f"its probabilities are quantized and its operand %{x.name} is not"
     for layer in view.layers:
         quantized = isinstance(layer.x, fx.Node) and layer.x.target in simulated
-        if layer.levels is not None and layer.levels.integer and not quantized:
+        listed = layer.call.name in view.program.fallbacks
+        if layer.levels is not None and layer.levels.integer and not quantized and not listed:
             yield layer.call.name, f"its weight is quantized and its operand %{getattr(layer.x, 'name', '?')} is not"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from torch import fx
@@ -23,11 +25,13 @@ from mpq_compiler.calibration import (
 )
 from mpq_compiler.costs import weight_path
 from mpq_compiler.errors import UserError
+from mpq_compiler.finalists import Finalists, Solved
 from mpq_compiler.fitting import activation_parameters, float_parameters
 from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
 from mpq_compiler.latency import Costs, Latency
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import CONTRACTIONS, ActivationPlan, Program, Stage, WeightPlan, softmax, weight_of
+from mpq_compiler.sensitivity_table import CONTENT, QUALITY, Terms
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,10 @@ class BitAllocation(Pass):
     tensor are linked to one width. Bytes are those of the artifact, overheads included; times are those of the kernels
     that a layer becomes in each format (docs/latency.md). An attention is a choice between float, at 32 bits an
     activation, and q, k, v and probabilities of one width; an edge that a layer reads too has the layer's width.
+
+    With ``ratios`` metrics are decoupled as in the paper: content layers (`layer_groups`) have a budget of their own,
+    so many times the bits of the others. Of the programs that the ratios give, and of the one with a common budget,
+    that is taken whose images are nearest to the float model's; then the same for ``activation_ratios``.
 
         %mid_block_attentions_0_to_q = aten.linear(%mid_block_attentions_0_group_norm, .weight, .bias)
       =>
@@ -71,9 +79,33 @@ class BitAllocation(Pass):
     """float: activations are small floats of so many bits, E2M1 of 4 and the best of E2M5 to E5M2 of 8 (arXiv
     2408.06995). Simulated: no target has kernels for them, and layers compute in float on what is rounded."""
 
+    objective: Literal["noise", "paper-db"] = "noise"
+    """What is summed over the layers: noise power; or, to be as large as can be, SQNR in dB as in the paper, which sums
+    to no noise of anything and costs 1.5 to 2 dB."""
+    ratios: tuple[float, ...] = ()
+    """Content layers have so many times the bits a weight of the others; the best is taken. None: one budget."""
+    activation_ratios: tuple[float, ...] = ()
+    """The same of the bits of activations."""
+    images: int = 8
+    """By which ratios are judged, beside the float model's from the same noise."""
+    protected: float = 0.0
+    """Share of the activations that are kept from the budget, those that lose most; at least one where it is not 0."""
+    protected_as: Literal["float", "widest"] = "float"
+    """Protected activations stay float, and their layers compute in float; or have the widest of the measured widths,
+    which counts in the average."""
+
     def __post_init__(self) -> None:
         if self.uniform is not None:
             formats.get(self.uniform)
+        for option, most in (("ratios", 16), ("activation_ratios", 16), ("protected", 1)):
+            if getattr(self, option):
+                self.require(option, 0 if option == "protected" else 1 / most, most)
+        self.require("images", 1)
+        for option in ("ratios", "activation_ratios", "protected"):
+            if self.uniform is not None and getattr(self, option):
+                raise UserError(f"bit-allocation{{uniform}} solves no program, which '{option}' is an option of")
+        if self.protected and self.protected_as == "float" and self.latency is not None:
+            raise UserError("bit-allocation{protected}: layers of float activations have no times: protected_as=widest")
         self.require("attention", 2, 8)
         self.require("activations", 2)
         for option in ("weights", "bytes", "bops", "latency"):
@@ -100,21 +132,35 @@ class BitAllocation(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork(stage=Stage.PLANNED)
-        sites: dict[str, list[fx.Node]] = {}
-        for node in program.quantizable:
-            sites.setdefault(str(weight_path(node)), []).append(node)
         if self.uniform is not None:
-            bits = int(min(self.activations, 8))
-            choices = {path: (formats.get(self.uniform).name, bits) for path in sites}
+            bits, paths = int(min(self.activations, 8)), {str(weight_path(node)) for node in program.quantizable}
+            choices = dict.fromkeys(paths, (formats.get(self.uniform).name, bits))
             quantized = {n.name for n in program.attentions if self.attention is not None}
         else:
             choices, quantized = self._solve(program, session)
+        program = self._planned(program, choices, quantized)
+        self._check_uniform(program)
+        self._note_latencies(program, session)
+        return program
+
+    def _planned(self, program: Program, choices: dict[str, tuple[str, int]], quantized: set[str]) -> Program:
+        """The program with the plans that the choices give: formats and widths of layers, attentions to quantize."""
+        program = program.fork()
+        sites: dict[str, list[fx.Node]] = {}
+        for node in program.quantizable:
+            sites.setdefault(str(weight_path(node)), []).append(node)
         dynamic = dynamic_edges(program, self.attention is not None) if self.dynamic else frozenset()
         for path, nodes in sites.items():
             name, bits = choices[path]
             program.weights[path] = WeightPlan(name, tuple(n.name for n in nodes))
             for node in nodes:
                 edge = input_edge(node).name
+                if not bits and (formats.get(name).integer or self.floating):
+                    program.fallbacks[node.name] = (
+                        f"its activation is protected, among the {self.protected:.0%} that lose most: "
+                        "it stays float, and the layer computes in float"
+                    )
+                    continue
                 if self.floating:
                     _plan_floats(program, edge, bits)
                     kind = program.activations[edge].kind
@@ -128,8 +174,6 @@ class BitAllocation(Pass):
                 _plan_activation(program, edge, bits, edge in dynamic)
         if self.attention is not None:
             self._plan_attentions(program, quantized, self.attention)
-        self._check_uniform(program)
-        self._note_latencies(program, session)
         for node in program.graph.nodes:
             if node.target in CONTRACTIONS and weight_of(node) is None:
                 program.fallbacks[node.name] = "grouped convolutions and computed weights have no quantized kernel"
@@ -163,14 +207,61 @@ class BitAllocation(Pass):
                 f"measure them again with bit-allocation{{activation_format={self.activation_format}}} in the pipeline"
             )
         limit = sensitivity_table.byte_limit(table, self.weights, self.bytes)
-        problem = sensitivity_table.problem(table, limit, self.activations, self.bops, self.latency)
-        solution = self._solved(problem, table)
-        program.facts["allocation"] = {**solution.to_json(), "problem": problem}
-        split = {path: choice.split(" ") for path, choice in solution.choices.items() if path in table["weights"]}
-        quantized = {name for name in table["attention"] if solution.choices[name] != sensitivity_table.FLOAT}
-        float_width = sensitivity_table.FLOAT
-        widths = {path: (name, 0 if width == float_width else int(width[1:])) for path, (name, width) in split.items()}
-        return widths, quantized
+        spared = {e.name for n in program.attentions for e in attention_edges(n)} if self.attention is not None else ()
+        protected = sensitivity_table.most_sensitive(table, self.protected, spared)
+        widest = max(int(bits) for losses in table["activations"].values() for bits in losses)
+        terms = Terms(
+            self.objective == "paper-db",
+            protected=dict.fromkeys(protected, widest if self.protected_as == "widest" else None),
+        )
+
+        def posed(terms: Terms) -> dict[str, Any]:
+            return sensitivity_table.problem(table, limit, self.activations, self.bops, self.latency, terms)
+
+        def solved(terms: Terms) -> Solved:
+            return Solved(terms, problem := posed(terms), self._solved(problem, table))
+
+        def planned(solution: Solution) -> Program:
+            return self._planned(program, *_choices_of(solution, table))
+
+        finalists = Finalists(program, session, self.images, planned)
+        best = self._best(program, table, terms, solved, finalists)
+        program.facts["allocation"] = {
+            **best.solution.to_json(),
+            "objective": _noise(posed(replace(best.terms, decibels=False)), best.solution),
+            "problem": best.problem,
+            **({"candidates": finalists.judged} if finalists.judged else {}),
+        }
+        return _choices_of(best.solution, table)
+
+    def _best(
+        self,
+        program: Program,
+        table: dict[str, Any],
+        terms: Terms,
+        solved: Callable[[Terms], Solved],
+        finalists: Finalists,
+    ) -> Solved:
+        """The program of the best ratio of the weights' bits and then, with that, of the activations'."""
+        scans: dict[str, tuple[float, ...]] = {"ratio": self.ratios, "activation_ratio": self.activation_ratios}
+        if any(scans.values()) and {layer["group"] for layer in table["layers"]} != {CONTENT, QUALITY}:
+            program.note(
+                "there is nothing to decouple: the model has no content layers (feed-forward and cross-attention of "
+                "transformer blocks) beside others, and one program is solved for all layers"
+            )
+            scans = {}
+        if all(len(losses) == 1 for losses in table["activations"].values()):
+            scans.pop("activation_ratio", None)  # of a single width nothing is to be shared out
+        best = solved(terms)
+        for option, ratios in scans.items():
+            found = [best]
+            for ratio in ratios:
+                try:
+                    found.append(solved(replace(best.terms, **{option: ratio})))  # type: ignore[arg-type]
+                except InfeasibleError:
+                    continue  # the ratio leaves a group less than its least
+            best = finalists.best(found)
+        return best
 
     def _with_latencies(self, table: dict[str, Any], program: Program, session: Session) -> dict[str, Any]:
         """The table with the times of its formats, where there are any. UserError: a budget without times."""
@@ -246,6 +337,21 @@ class BitAllocation(Pass):
                 f"uniform {self.uniform} takes {stored} bytes ({bits:.3f} true average bits), more than the budget of "
                 f"{limit} bytes; use the default recipe, which mixes formats"
             )
+
+
+def _noise(problem: dict[str, Any], solution: Solution) -> float:
+    """The summed loss of the choices in a problem that sums something else than theirs."""
+    losses = {(layer["name"], c["name"]): c["loss"] for layer in problem["layers"] for c in layer["choices"]}
+    return math.fsum(losses[choice] for choice in solution.choices.items())
+
+
+def _choices_of(solution: Solution, table: dict[str, Any]) -> tuple[dict[str, tuple[str, int]], set[str]]:
+    """Format and width, 0 for float, of each layer; the attentions that are quantized."""
+    split = {path: choice.split(" ") for path, choice in solution.choices.items() if path in table["weights"]}
+    quantized = {name for name in table["attention"] if solution.choices[name] != sensitivity_table.FLOAT}
+    float_width = sensitivity_table.FLOAT
+    widths = {path: (name, 0 if width == float_width else int(width[1:])) for path, (name, width) in split.items()}
+    return widths, quantized
 
 
 def _plan_floats(program: Program, edge: str, bits: int) -> None:

@@ -11,7 +11,7 @@ from torch import fx
 from mpq_compiler import calls, ops
 from mpq_compiler.aten import aten
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, Stage, arguments, operand, prune
+from mpq_compiler.program import CONTRACTIONS, Program, Stage, arguments, operand, prune
 
 _SIMULATED = (ops.fake_quantize, ops.dynamic_fake_quantize)
 
@@ -20,7 +20,7 @@ _SIMULATED = (ops.fake_quantize, ops.dynamic_fake_quantize)
 class FoldFakeQuant(Pass):
     """Layers between fake quantizers become packed operators on codes; base and branch become one table.
 
-    Layers on small floats stay what they are: float layers on the rounded activation and the dequantized weight.
+    Layers on small floats and on float activations stay what they are: float layers on the dequantized weight.
 
     Equal, bit for bit, to the program before executed in exact mode (docs/ir.md, "Exact arithmetic").
 
@@ -116,12 +116,12 @@ def _is_layer(node: fx.Node) -> bool:
 
 
 def _is_branched(node: fx.Node) -> bool:
-    """Whether the node is a weight of base and branch that layers on small floats read."""
+    """Whether the node is a weight of base and branch that float layers read."""
     return (
         node.target is aten.add.Tensor
         and isinstance(node.args[1], fx.Node)
         and node.args[1].target is ops.binary_branch
-        and any(operand(user, 0).target is ops.fake_quantize_float for user in node.users)
+        and any(user.target in CONTRACTIONS and not _is_layer(user) for user in node.users)
     )
 
 

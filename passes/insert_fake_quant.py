@@ -23,8 +23,8 @@ class InsertFakeQuant(Pass):
 
     One quantizer a tensor edge, whoever reads it; one a weight, with the scales of the min-max range until a later pass
     sets better ones. Layers whose format is no table of integers keep reading the float activation, unless that is
-    planned as small floats. Biases, norms and
-    embeddings are read from f16 from here on; attentions and such layers have the numerics that were chosen for them.
+    planned as small floats, and so do layers whose activation has no plan. Biases, norms and embeddings are read from
+    f16 from here on; attentions and such layers have the numerics that were chosen for them.
 
         %conv_in           = mpq::conv2d(%permute_default, .weight:ohwi, .bias, ...)
       =>
@@ -53,7 +53,7 @@ class InsertFakeQuant(Pass):
             if name not in rounded:
                 rounded[name] = _insert_levels(program, call, planned)
             call.update_arg(1, rounded[name])
-            if planned.integer or program.reads_floats(call):
+            if edge.name in program.activations and (planned.integer or program.reads_floats(call)):
                 if edge not in quantized:
                     quantized[edge] = _insert_quantizer(program, edge, group)
                 call.update_arg(0, quantized[edge])

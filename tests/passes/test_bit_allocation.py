@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx
 
-from mpq_compiler import costs, formats, pass_manager, storage
+from mpq_compiler import calls, costs, formats, pass_manager, storage
 from mpq_compiler.aten import aten
 from mpq_compiler.calibration import input_edge
 from mpq_compiler.errors import UserError
@@ -155,3 +155,94 @@ def test_layers_without_a_quantized_kernel_are_listed_and_stay_float():
     assert torch.equal(run_exact(before, inputs), run(after["fuse-epilogues"], inputs))
     stored = storage.stored(after["fuse-epilogues"])
     assert sum(s.array.nbytes for s in stored.values()) == costs.stored_bytes(after["bit-allocation"])
+
+
+RATIOS = (0.8, 1.2)
+
+
+def widths_open(program: Program) -> Program:
+    """The program with 4-bit activations measured too, at nine times the noise of 8 bits."""
+    program = program.fork()
+    table = program.facts["sensitivity"]
+    activations = {edge: {"4": 9 * losses["8"], "8": losses["8"]} for edge, losses in table["activations"].items()}
+    program.facts["sensitivity"] = table | {"activations": activations}
+    return program
+
+
+def test_budgets_of_content_and_quality_are_those_of_the_ratio_that_draws_best():
+    program = widths_open(programs.after("sd15", "sensitivity"))
+    session = Session(programs.denoiser("sd15"))
+    found = BitAllocation(weights=6.0, activations=6.0, ratios=RATIOS, activation_ratios=(0.9,)).run(program, session)
+    (note,) = (text for text in found.facts["notes"] if "candidates" in text)
+    assert "nothing can be drawn" in note  # a text encoder is elsewhere
+    allocation = found.facts["allocation"]
+    tried = [c["ratio"] for c in allocation["candidates"] if c["activation_ratio"] is None]
+    assert tried[:3] == [None, *RATIOS]
+    first = min(allocation["candidates"][:3], key=lambda c: c["noise"])
+    assert min(c["noise"] for c in allocation["candidates"]) <= first["noise"]
+    layers = {layer["name"]: layer for layer in allocation["problem"]["layers"]}
+    for budget in allocation["problem"]["budgets"]:
+        members = [x for x in layers.values() if budget.get("group") in (None, x["group"])]
+        spent = [
+            choice["costs"][budget["cost"]]
+            for layer in members
+            for choice in layer["choices"]
+            if choice["name"] == allocation["choices"][layer["name"]]
+        ]
+        assert sum(spent) <= budget["max"] * (1 + 1e-9)
+    assert costs.average_bits(costs.stored_bytes(found), found.facts["parameters"]) <= 6.0
+
+
+def test_without_content_layers_there_is_nothing_to_decouple():
+    found = planned(weights=5.0, ratios=RATIOS)
+    assert any("there is nothing to decouple" in note for note in found.facts["notes"])
+    assert found.weights == planned(weights=5.0).weights
+
+
+def test_sums_of_decibels_report_the_noise_that_they_cost():
+    noise, decibels = (planned(weights=5.0, objective=o) for o in ("noise", "paper-db"))
+    assert noise.facts["allocation"]["objective"] < decibels.facts["allocation"]["objective"]
+    assert costs.stored_bytes(decibels) <= 5.0 * decibels.facts["parameters"] / 8
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1])
+def test_protected_activations_get_no_quantizer(share):
+    pipeline = programs.MIXED.replace("weights=5.5", f"weights=5.5,protected={share}")
+    plan, packed = (programs.after(MODEL, name, pipeline) for name in ("bit-allocation", "fuse-epilogues"))
+    edges = {input_edge(node).name for node in plan.quantizable}
+    protected = edges - plan.activations.keys()
+    assert len(protected) == max(1, round(share * len(edges)))
+    losses = {e: plan.facts["sensitivity"]["activations"][e]["8"] for e in edges}
+    assert min(losses[e] for e in protected) >= max(losses[e] for e in edges - protected)
+    listed = {node.name for node in plan.quantizable if input_edge(node).name in protected}
+    assert listed <= plan.fallbacks.keys() and all("protected" in plan.fallbacks[name] for name in listed)
+    quantized = {q.edge for q in calls.quantizers_of(calls.flatten(packed))}
+    assert not quantized & protected
+    stored = storage.stored(packed)
+    assert costs.stored_bytes(plan) == sum(s.array.nbytes for s in stored.values())
+    inputs = programs.inputs(MODEL, 4)
+    before = programs.step(MODEL, "fold-fake-quant", pipeline).before
+    assert torch.equal(run_exact(before, inputs), run(packed, inputs))
+
+
+def test_protected_activations_of_the_widest_width_count_in_the_average():
+    program = widths_open(programs.after(MODEL, "sensitivity"))
+    found = BitAllocation(activations=5.0, weights=6.0, protected=0.1, protected_as="widest").run(program, Session())
+    losses = {edge: bits["4"] for edge, bits in program.facts["sensitivity"]["activations"].items()}
+    most = sorted(losses, key=lambda edge: -losses[edge])[: round(0.1 * len(losses))]
+    assert {found.activations[edge].bits for edge in most} == {8}
+    assert costs.activation_bits(found) <= 5.0 and not any("protected" in r for r in found.fallbacks.values())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"uniform": "int4", "ratios": RATIOS}, "solves no program, which 'ratios'"),
+        ({"protected": 1.5}, "'protected' .* must be 0 to 1"),
+        ({"ratios": (0.0,)}, "'ratios' .* must be 0.0625 to 16"),
+        ({"protected": 0.01, "latency": 1.0}, "protected_as=widest"),
+    ],
+)
+def test_options_of_the_paper_that_do_not_fit(options, message):
+    with pytest.raises(UserError, match=message):
+        BitAllocation(**options)
