@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,11 +65,14 @@ class Moved:
     """The least loss with the budget as it is."""
     less: Solution | None
     more: Solution | None
+    layers: Collection[str] | None = None
+    """Those that share the budget, where it is that of a group."""
+    group: str | None = None
 
     @property
     def binding(self) -> bool:
         """Whether more of it would help: by a thousandth of the loss, at the least."""
-        return self.more is not None and self.more.objective < self.objective * (1 - 1e-3)
+        return self.more is not None and self.more.objective < self.objective - 1e-3 * abs(self.objective)
 
     @property
     def price(self) -> float:
@@ -87,7 +90,7 @@ class Moved:
             return {"loss": solution.objective, "choice": solution.choices.get(layer)}
 
         return {
-            "cost": self.cost,
+            "cost": self.cost if self.group is None else f"{self.cost} of {self.group} layers",
             "max": self.max,
             "used": self.used,
             "binding": self.binding,
@@ -106,7 +109,11 @@ def moved_budgets(document: Document) -> tuple[list[Moved], str | None]:
         return [], "what other budgets would change needs the solver: pip install highspy"
     from mpq_compiler.allocation import InfeasibleError, Problem, solve
 
-    problem = allocation["problem"]
+    problem, choices = allocation["problem"], allocation["choices"]
+    layers = [(x, next(c for c in x["choices"] if c["name"] == choices[x["name"]])) for x in problem["layers"]]
+
+    def members(budget: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        return {x["name"]: choice for x, choice in layers if budget.get("group") in (None, x.get("group"))}
 
     def solved(index: int, factor: float) -> Solution | None:
         budgets = [{**b, "max": b["max"] * factor} if i == index else b for i, b in enumerate(problem["budgets"])]
@@ -119,10 +126,12 @@ def moved_budgets(document: Document) -> tuple[list[Moved], str | None]:
         Moved(
             budget["cost"],
             budget["max"],
-            allocation["costs"][budget["cost"]],
-            allocation["objective"],
+            sum(choice["costs"][budget["cost"]] for choice in members(budget).values()),
+            sum(choice["loss"] for _, choice in layers),
             solved(index, 1 - STEP),
             solved(index, 1 + STEP),
+            members(budget).keys(),
+            budget.get("group"),
         )
         for index, budget in enumerate(problem["budgets"])
     ], None
@@ -144,7 +153,7 @@ def why(
     passes = document["layers"].get(path, {})
     chosen = _said(passes, "format")
     budgets, reason = moved if moved is not None else moved_budgets(document)
-    price = next((b.price for b in budgets if b.cost == "bytes"), None)
+    price = next((b.price for b in budgets if b.cost == "bytes" and (b.layers is None or path in b.layers)), None)
     times = _said(passes, "microseconds").get("microseconds", {})
     return {
         "layer": path.removesuffix(".weight"),

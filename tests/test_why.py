@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpq_compiler import decisions, page, pass_manager, probes, schemas, svg, why
+from mpq_compiler import costs, decisions, page, pass_manager, probes, schemas, sensitivity_table, svg, why
 from mpq_compiler.ablation import noise_power
 from mpq_compiler.allocation import Problem, solve
 from mpq_compiler.calibration import Calibration
@@ -122,6 +122,26 @@ def test_moved_budgets_are_solved_again():
     assert size.more.choices == solve(Problem.from_json({**problem, "budgets": budgets})).choices
     row = next(b for b in why.why(found, LAYER, (), (moved, reason))["budgets"] if b["cost"] == "bytes")
     assert row["more"] == {"loss": size.more.objective, "choice": size.more.choices[f"{LAYER}.weight"]}
+
+
+def test_budgets_of_groups_are_those_of_their_layers():
+    """In decibels too, whose sums are negative."""
+    program = programs.after("sd15", "sensitivity")
+    table = program.facts["sensitivity"] | costs.describe(program)
+    terms = sensitivity_table.Terms(decibels=True, ratio=0.9)
+    problem = sensitivity_table.problem(table, int(5.0 * table["parameters"] / 8), terms=terms)
+    allocation = solve(Problem.from_json(problem))
+    found = document("sd15")
+    found["program"]["bit-allocation"] |= {**allocation.to_json(), "problem": problem}
+    content, quality = (b for b in why.moved_budgets(found)[0] if b.cost == "bytes")
+    assert (content.group, quality.group) == ("content", "quality")
+    assert not {*content.layers} & {*quality.layers} and content.used <= content.max and quality.used <= quality.max
+    assert math.isclose(content.used + quality.used, allocation.costs["bytes"])
+    assert content.price > 0 and content.price != quality.price
+    layer = next(name for name in content.layers if ".ff." in name).removesuffix(".weight")
+    explained = why.why(found, layer)
+    assert explained["price"] == content.price
+    assert [b["cost"] for b in explained["budgets"]] == ["bytes of content layers", "bytes of quality layers"]
 
 
 def test_a_given_plan_has_no_budgets():
