@@ -21,6 +21,9 @@ from mpq_compiler.aten import aten
 from mpq_compiler.formats.base import F16_MAX, F16_TINY, nearest_codes
 from mpq_compiler.program import Interpreter, Program, arguments, operand
 
+EDGE = 0.02
+"""Of a step of the table: how far within its cell a latent weight starts at least."""
+
 
 class Kind(StrEnum):
     """What a variable is to the program; learning rates go by it."""
@@ -278,7 +281,7 @@ def variables(program: Program, latent: bool) -> dict[str, Variable]:
             table = weight.table(program)
             step = 1.0 if table is None else float(_mean_step(table))
             unit = ops.column_scale(tensors.read(weight.scale), weight.segments, rows.shape[1]) * step
-            found[weight.codes] = Variable(Kind.LATENT, rows.clone(), unit, torch.float32)
+            found[weight.codes] = Variable(Kind.LATENT, _within(program, weight, rows), unit, torch.float32)
     for node in program.graph.nodes:
         if node.target in _SCALED:
             scale = str(operand(node, 1).target)
@@ -296,6 +299,32 @@ def variables(program: Program, latent: bool) -> dict[str, Variable]:
 
 _SCALED = {ops.fake_quantize_float: Kind.RANGE, ops.dequantize_float8: Kind.SCALE}
 """Calls of small floats, whose second operand is their scale."""
+
+
+def _within(program: Program, weight: Settled, rows: Tensor) -> Tensor:
+    """The float weights [O, K], moved just into the cells of the codes that were chosen for them.
+
+    What GPTQ or learned rounding has chosen is where training starts, and the float weight says to which side a code
+    may change first.
+    """
+    tensors, codes, table = program.tensors, weight.merged_codes(program), weight.table(program)
+    scale = ops.column_scale(tensors[weight.scale], weight.segments, rows.shape[1])
+    offset = 0 if weight.offset is None else tensors.read(weight.offset)[:, None]
+    if table is None:
+        low, high = codes - 0.5, codes + 0.5
+        margin: Any = EDGE
+    else:
+        levels, order = table.to(torch.float32).sort(1)
+        middles = (levels[:, 1:] + levels[:, :-1]) / 2
+        ends = torch.full_like(levels[:, :1], torch.inf)
+        classes = torch.zeros(len(rows), dtype=torch.long)
+        if weight.row_class is not None:
+            classes = ops.row_classes(tensors[weight.row_class], len(rows))
+        rank = order.argsort(1)[classes].gather(1, codes.long())
+        low, high = (torch.cat(parts, 1)[classes].gather(1, rank) for parts in ((-ends, middles), (middles, ends)))
+        margin = EDGE * float(_mean_step(table))
+    t = (rows - offset) / scale
+    return torch.minimum(torch.maximum(t, low + margin), high - margin) * scale + offset
 
 
 def _tables(node: fx.Node) -> list[tuple[str, str, int]]:
