@@ -81,7 +81,7 @@ class BitAllocation(Pass):
 
     objective: Literal["noise", "paper-db"] = "noise"
     """What is summed over the layers: noise power; or, to be as large as can be, SQNR in dB as in the paper, which sums
-    to no noise of anything and costs 1.5 to 2 dB."""
+    to no noise of anything and is worse by far (docs/recipes.md)."""
     ratios: tuple[float, ...] = ()
     """Content layers have so many times the bits a weight of the others; the best is taken. None: one budget."""
     activation_ratios: tuple[float, ...] = ()
