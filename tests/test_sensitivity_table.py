@@ -117,6 +117,13 @@ def test_a_larger_budget_is_never_worse_whatever_the_ratio():
         assert all(after <= before for before, after in itertools.pairwise(found))
 
 
+def test_equal_losses_are_allocated_within_the_budget():
+    same = [{2: 0.1, 4: 0.01, 8: 0.001}] * len(NAMES)
+    for limit in (260, 500, 777):
+        found = solve(Problem.from_json(sensitivity_table.problem(table(same), limit, terms=Terms(ratio=1.0))))
+        assert found.costs["bytes"] <= limit and found.choices.keys() == {*NAMES}
+
+
 def test_losses_never_rise_with_the_bits_of_a_kind():
     losses = {"int2": 3.0, "int3": 5.0, "int2+b": 1.0, "int4": 4.0, "int3+b": 2.0, "fp8": 9.0, "int8": 0.5}
     clean = monotone({"weights": {"a": losses}, "activations": {"x": {"8": 2.0, "4": 1.0, "6": 3.0}}})
