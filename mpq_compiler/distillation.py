@@ -36,12 +36,12 @@ BETAS, EPSILON = (0.9, 0.99), 1e-12
 CLIP = 4.0
 """How many times its usual norm the gradient of a step may have."""
 RATES: Mapping[Kind, float] = {
-    Kind.LATENT: 1e-2,
-    Kind.SCALE: 5e-3,
-    Kind.OFFSET: 5e-3,
-    Kind.RANGE: 5e-3,
-    Kind.ZERO: 1e-2,
-    Kind.FLOAT: 5e-3,
+    Kind.LATENT: 1.5e-3,
+    Kind.SCALE: 7.5e-4,
+    Kind.OFFSET: 7.5e-4,
+    Kind.RANGE: 7.5e-4,
+    Kind.ZERO: 1.5e-3,
+    Kind.FLOAT: 7.5e-4,
 }
 """Learning rates at the start, in units of theta (`student`); they fall to zero along a cosine."""
 CHECKS = 16
@@ -63,12 +63,31 @@ class Data:
     targets: Tensor
     teacher: Program | None = None
     """What makes other targets than those, where they are too many to keep."""
+    weights: Tensor | None = None
+    """f32 [N]: how much the error of a call counts; None: all alike."""
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def select(self, index: Tensor) -> Data:
-        return replace(self, inputs={n: x[index] for n, x in self.inputs.items()}, targets=self.targets[index])
+        weights = None if self.weights is None else self.weights[index]
+        inputs = {name: x[index] for name, x in self.inputs.items()}
+        return replace(self, inputs=inputs, targets=self.targets[index], weights=weights)
+
+    def weighted(self, gains: tuple[np.ndarray, np.ndarray]) -> Data:
+        """The calls, whose errors count by gains at ascending timesteps, interpolated; they count 1 on average."""
+        times = self.inputs["timestep"].numpy().astype(np.float64)
+        weights = np.exp(np.interp(times, gains[0], np.log(gains[1])))
+        return replace(self, weights=torch.from_numpy(weights / weights.mean()).float())
+
+    def parts_of_key(self) -> tuple[dict[str, Tensor], ...]:
+        """All that a training on the calls depends on."""
+        return self.inputs, {"targets": self.targets}, {} if self.weights is None else {"weights": self.weights}
+
+    def squared(self, values: Tensor) -> Tensor:
+        """The squares of values [N, ...] of the calls, a sum over each call that counts by its weight, f32 [N]."""
+        sums = values.square().flatten(1).sum(1)
+        return sums if self.weights is None else sums * self.weights
 
     def judged_by(self, teacher: Program, session: Session | None = None) -> Data:
         """The calls with a float program's outputs as targets: now, or as they are asked for."""
@@ -182,7 +201,7 @@ def train(
     kept = _Kept(key, session)
     state = kept.load() or _State.start(trained)
     checks = {round(stage.steps * (i + 1) / CHECKS) for i in range(CHECKS)}
-    power = float(held_out.targets.double().square().mean())
+    power = float(held_out.squared(held_out.targets).double().mean())
     relations = None
     if stage.relation is not None:
         relations = Relations.start(stage.relation, program, data.inputs)
@@ -270,7 +289,7 @@ def _gradients(
             piece.inputs, watch=lambda node, value: seen.append(value) if node.name == wanted else None
         )
         share, pixels = len(piece) / len(batch), None
-        loss = (output - piece.wanted()).square().mean() * (share / power)
+        loss = piece.squared(output - piece.wanted()).sum() / (len(batch) * power)
         if relation is not None:
             rows = slice(number * PART, number * PART + len(piece))
             more, pixels = relation.loss(seen[0], piece.inputs, rows)
@@ -307,15 +326,15 @@ def _adam(state: _State, gradients: Mapping[str, Tensor], rates: Mapping[str, fl
 def noise(
     program: Program, trained: Mapping[str, Variable], thetas: Mapping[str, Tensor], data: Data, session: Session
 ) -> float:
-    """Squared error of the outputs over the teacher's squared outputs: the inverse of the SQNR."""
+    """Squared error of the outputs over the teacher's squared outputs, calls by their weights: an inverse SQNR."""
 
     made = values(program, trained, thetas)
 
     def part(piece: Data) -> float:
         output = Student(program, made).run(piece.inputs)
-        return float((output - piece.targets).double().square().sum())
+        return float(piece.squared(output - piece.targets).double().sum())
 
-    return sum(session.map(part, data.parts())) / float(data.targets.double().square().sum())
+    return sum(session.map(part, data.parts())) / float(data.squared(data.targets).double().sum())
 
 
 @torch.no_grad()
@@ -377,15 +396,43 @@ class Gallery:
 
     def noise(self, program: Program) -> float:
         """Squared error of what the program draws over the float model's squared latents."""
-
-        def call(**inputs: np.ndarray) -> np.ndarray:
-            specs = self.denoiser.input_specs
-            given = {n: torch.from_numpy(np.ascontiguousarray(x)).to(specs[n].dtype) for n, x in inputs.items()}
-            parts = self.session.map(lambda batch: run(program, batch), batches(given, PART))
-            return torch.cat(parts).numpy()
-
-        error = np.square(self._draw(call).astype(np.float64) - self.reference).sum()
+        error = self._error(self._draw(lambda **inputs: self._run(program, inputs)))
         return float(error / np.square(self.reference.astype(np.float64)).sum())
+
+    def gains(self, program: Program) -> tuple[np.ndarray, np.ndarray]:
+        """(timesteps f64 [T], ascending; squared error of the images by squared error of the output there, f64 [T]).
+
+        Measured with the program's own error in one step at a time, and the float model in all others: what a step errs
+        at random later steps clean up, and what it errs alike everywhere they do not.
+        """
+        found: dict[float, float] = {}
+        for step in range(IMAGE_STEPS):
+            seen: dict[float, float] = {}
+
+            def model(hit: int = step, seen: dict[float, float] = seen, **inputs: np.ndarray) -> np.ndarray:
+                time = float(inputs["timestep"].flat[0])
+                seen.setdefault(time, 0.0)
+                output = self.denoiser(**inputs).numpy()
+                if [*seen].index(time) != hit:
+                    return output
+                other = self._run(program, inputs)
+                seen[time] += float(np.square(other.astype(np.float64) - output).sum())
+                return other
+
+            error = self._error(self._draw(model))
+            for time, caused in seen.items():
+                if caused:
+                    found[time] = max(error / caused, 1e-12)
+        times = sorted(found)
+        return np.array(times), np.array([found[time] for time in times])
+
+    def _error(self, drawn: np.ndarray) -> float:
+        return float(np.square(drawn.astype(np.float64) - self.reference).sum())
+
+    def _run(self, program: Program, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        specs = self.denoiser.input_specs
+        given = {n: torch.from_numpy(np.ascontiguousarray(x)).to(specs[n].dtype) for n, x in inputs.items()}
+        return torch.cat(self.session.map(lambda batch: run(program, batch), batches(given, PART))).numpy()
 
     def _draw(self, model: Callable[..., np.ndarray]) -> np.ndarray:
         return sampler.sample(
@@ -408,10 +455,14 @@ def _key(program: Program, trained: Mapping[str, Variable], stage: Stage, data: 
     text = "\n".join(f"{n.name} {n.target} {n.args} {n.kwargs}" for n in program.graph.nodes)
     latents = {name: v.start for name, v in trained.items() if v.kind == Kind.LATENT}
     capability = torch.backends.cpu.get_cpu_capability()
-    versions = f"1 {seed} {stage} {torch.__version__} {platform.machine()} {capability}"
+    versions = f"2 {seed} {stage} {torch.__version__} {platform.machine()} {capability}"
     tensors = {name: program.tensors[name].contiguous() for name in sorted(read)}
     return cache.digest(
-        versions, text, tensors, latents, data.inputs, {"": data.targets}, held_out.inputs, {"": held_out.targets}
+        versions,
+        text,
+        tensors,
+        latents,
+        *(d.inputs | {"": d.targets} | ({} if d.weights is None else {" ": d.weights}) for d in (data, held_out)),
     )
 
 

@@ -20,8 +20,9 @@ class Distill(Pass):
     For ``latent`` of the updates that is the weights themselves: float weights behind the quantizer, with
     straight-through gradients (LSQ, arXiv 1902.08153, for any table of levels). Then the codes are frozen, and scales,
     offsets, ranges of activations, biases, norms and embeddings go on: codes that move to the end leave them
-    mismatched. Of each stage the state with the least error on held-out calls is kept, and only if held-out images are
-    no worse for it.
+    mismatched. Errors count by what they do to images, which is measured for each time: early ones a hundred times as
+    much as late ones. Of each stage the state with the least error on held-out calls is kept, and only if held-out
+    images are no worse for it.
 
         %conv_in_w_base   = mpq::dequantize_weight(.weight:{base.codes,scale,offset,base.lut}, shape=[32,3,3,3])
         %conv_in_w_branch = mpq::binary_branch(.weight:{signs,scale,alpha}, shape=[32,3,3,3])
@@ -74,6 +75,9 @@ class Distill(Pass):
         data, held_out = distillation.calls(session, self.samples, self.steps)
         gallery = Gallery.drawn(session, self.images)
         images = gallery.noise(program) if gallery else None
+        if gallery:
+            gains = gallery.gains(program)
+            data, held_out = data.weighted(gains), held_out.weighted(gains)
         told = []
         for title, stages in self._phases(program, session, updates):
             trained, outcomes = program, []

@@ -185,7 +185,7 @@ class Sensitivity(Pass):
         edges = {n: e.values for n, e in calibration.edges.items()}
         grams = calibration.grams
         split = min(self.inputs, _inputs_held(program))
-        versions = f"1 {split} {torch.__version__} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        versions = f"2 {split} {torch.__version__} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
         return cache.digest(versions, text, str(program.facts["time-groups"]), tensors, inputs, edges, grams)
 
     def measure(self, program: Program, ablation: Ablation, inputs: dict[str, Tensor], task: Task) -> float:

@@ -43,9 +43,7 @@ LOW_RANK = f"{FRONT},bit-allocation{{uniform=int3+r4}},{BACK}".replace("round-we
 """A float branch beside every layer."""
 FAST = f"{FRONT},bit-allocation{{uniform=int8}},numerics{{mode=fast,noise=0.3,inputs=3}},{BACK}"
 """Attentions in bfloat16 and in 8 bits."""
-TRAINED = RESIDUAL.replace(
-    "round-weights", "round-weights,distill{updates=4,latent=0.5,rate=0.1,samples=2,steps=4,images=0}"
-)
+TRAINED = RESIDUAL.replace("round-weights", "round-weights,distill{updates=4,latent=0.5,samples=2,steps=4,images=0}")
 """Weights, scales and all else trained for two updates each."""
 PIPELINES = (MIXED, REWRITES, LOW_RANK, FAST, TRAINED)
 ACTIVATIONS = f"{FRONT},sensitivity{{inputs=3,formats=int8}},bit-allocation{{dynamic=true,attention=8}},{BACK}"

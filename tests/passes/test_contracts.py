@@ -18,7 +18,6 @@ from mpq_compiler.program import Interpreter, Program, run
 from tests import programs
 from tests.programs import Step
 
-
 OPEN = (ops.fake_quantize, ops.dynamic_fake_quantize, ops.fake_quantize_float, ops.fake_quantize_weight)
 """Quantizers of float values."""
 

@@ -18,8 +18,6 @@ from mpq_compiler.verifier import verify
 from tests import programs
 
 MODEL = "unet2d"
-GENTLE = {kind: rate / 10 for kind, rate in distillation.RATES.items()}
-"""The model's weights are random: what is learned of few calls is soon of no use for others."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +56,7 @@ def held_out(program, data):
 @pytest.mark.parametrize("latent", [True, False])
 def test_the_error_falls_and_is_that_of_the_stored_program(data, tmp_path, latent, pipeline):
     program = start(pipeline)
-    trained, outcome = train(program, Stage("x", latent, 6, GENTLE), *data, session(tmp_path), 0)
+    trained, outcome = train(program, Stage("x", latent, 6), *data, session(tmp_path), 0)
     verify(trained, after="distill")
     assert outcome.after < outcome.before and outcome.best_step > 0 and outcome.diverged is None
     assert math.isclose(held_out(trained, data[1]), outcome.after, rel_tol=1e-5)
@@ -70,7 +68,7 @@ def test_the_error_falls_and_is_that_of_the_stored_program(data, tmp_path, laten
 
 def test_frozen_codes_stay(data, tmp_path):
     program = start()
-    trained, _ = train(program, Stage("x", False, 4, GENTLE), *data, session(tmp_path), 0)
+    trained, _ = train(program, Stage("x", False, 4), *data, session(tmp_path), 0)
     for before, after in zip(settled(program), settled(trained), strict=True):
         assert (before.codes, before.signs, before.lut) == (after.codes, after.signs, after.lut)
         assert before.scale != after.scale
@@ -135,7 +133,7 @@ def test_divergence_keeps_the_best(data, tmp_path):
 
 
 def test_the_pass_says_what_it_did(tmp_path):
-    made = pass_manager.make("distill", {"updates": 8, "samples": 2, "steps": 4})
+    made = pass_manager.make("distill", {"updates": 8, "samples": 2, "steps": 4, "images": 4})
     program = made.run(start(), session(tmp_path))
     phases = program.facts["decisions"][""]["distill"]["phases"]
     stages = [stage for phase in phases for stage in phase["stages"]]
@@ -150,8 +148,7 @@ def test_the_pass_says_what_it_did(tmp_path):
 def test_images_that_get_worse_undo_a_stage(tmp_path, monkeypatch):
     errors = iter([0.1, 0.2, 0.05])
     monkeypatch.setattr(distillation.Gallery, "noise", lambda self, program: next(errors))
-    monkeypatch.setattr(distillation, "RATES", GENTLE)
-    made = pass_manager.make("distill", {"updates": 4, "latent": 0.5, "samples": 2, "steps": 4})
+    made = pass_manager.make("distill", {"updates": 4, "latent": 0.5, "samples": 2, "steps": 4, "images": 4})
     program = made.run(start(), session(tmp_path))
     first, second = program.facts["decisions"][""]["distill"]["phases"]
     assert not first["kept"] and second["kept"] and "undone" in program.facts["notes"][-1]
@@ -181,7 +178,7 @@ def test_blocks_are_trained_one_by_one(data, tmp_path):
     program = start()
     found = blocks.blocks(programs.denoiser(MODEL).module.model, program)
     block = next(b for b in found if b.name == "mid_block.attentions.0")
-    trained, outcome = train(program, Stage("x", True, 4, GENTLE, block), *data, session(tmp_path), 0)
+    trained, outcome = train(program, Stage("x", True, 4, block=block), *data, session(tmp_path), 0)
     assert outcome.after < outcome.before
     before, after = stored(program), stored(trained)
     moved = {name.split(":")[0] for name in after.keys() - before.keys()}
@@ -202,7 +199,7 @@ def test_every_layer_is_in_one_block(model):
 
 
 def test_the_pass_goes_through_the_blocks(tmp_path):
-    options = {"updates": 20, "latent": 0.9, "blocks": True, "samples": 2, "steps": 3, "images": 0, "rate": 0.1}
+    options = {"updates": 20, "latent": 0.9, "blocks": True, "samples": 2, "steps": 3, "images": 0}
     program = pass_manager.make("distill", options).run(start(), session(tmp_path))
     first, second = program.facts["decisions"][""]["distill"]["phases"]
     assert first["phase"] == "blocks" and len(first["stages"]) > 10 and second["phase"] == "scales"
@@ -215,7 +212,7 @@ def test_relations_are_learned_and_survive_a_kill(data, tmp_path, monkeypatch):
     """The loss of features reaches the layers before them, and a queue is as it was after a kill."""
     program = start()
     node = next(b.output for b in blocks.blocks(programs.denoiser(MODEL).module.model, program) if b.repeated)
-    alone = Stage("x", True, 8, GENTLE)
+    alone = Stage("x", True, 8)
     stage = replace(alone, relation=Term(node, 0.1))
     whole, outcome = train(program, stage, *data, session(tmp_path / "a"), 0)
     assert not same(whole, train(program, alone, *data, session(tmp_path / "a"), 0)[0])
@@ -234,3 +231,20 @@ def test_relations_are_learned_and_survive_a_kill(data, tmp_path, monkeypatch):
         train(program, stage, *data, session(tmp_path / "b"), 0)
     resumed, again = train(program, stage, *data, session(tmp_path / "b"), 0)
     assert again == outcome and same(whole, resumed)
+
+
+def test_calls_count_by_what_their_errors_do_to_images(data, tmp_path):
+    """Weights are 1 on average, go by time, and scale the errors that are trained and judged."""
+    gallery = distillation.Gallery.drawn(session(tmp_path), 4)
+    times, gains = gallery.gains(start())
+    assert len(times) == distillation.IMAGE_STEPS and (gains > 0).all() and (times[1:] > times[:-1]).all()
+    calls = data[0].weighted((times, gains))
+    assert float(calls.weights.mean()) == pytest.approx(1, rel=1e-5)
+    for time in calls.inputs["timestep"].unique().tolist():
+        same_time = calls.weights[calls.inputs["timestep"] == time]
+        assert (same_time == same_time[0]).all()
+    ratio = gains[-1] / gains[0]
+    ends = [calls.weights[calls.inputs["timestep"] == t][0] for t in (calls.inputs["timestep"].max(), 0)]
+    assert float(ends[0] / ends[1]) == pytest.approx(ratio, rel=0.5)
+    once = calls.select(torch.tensor([0]))
+    assert float(once.squared(once.targets)) == pytest.approx(float(ends[0] * once.targets.square().sum()), rel=1e-5)
