@@ -24,11 +24,11 @@ class Distill(Pass):
     much as late ones. Of each stage the state with the least error on held-out calls is kept, and only if held-out
     images are no worse for it.
 
-        %conv_in_w_base   = mpq::dequantize_weight(.weight:{base.codes,scale,offset,base.lut}, shape=[32,3,3,3])
-        %conv_in_w_branch = mpq::binary_branch(.weight:{signs,scale,alpha}, shape=[32,3,3,3])
+        %conv_in_w_base = mpq::dequantize_weight(.weight:{base.codes,scale,offset,base.lut}, shape=[32,3,3,3])
+        %conv_in        = mpq::conv2d(%permute_default_q, %conv_in_w, .bias:corrected, ...)
       =>
-        %conv_in_w_base   = mpq::dequantize_weight(.weight:{base.codes.1,scale.2,offset.2,base.lut}, shape=[32,3,3,3])
-        %conv_in_w_branch = mpq::binary_branch(.weight:{signs.1,scale.2,alpha}, shape=[32,3,3,3])
+        %conv_in_w_base = mpq::dequantize_weight(.weight:{base.codes,scale.2,offset.2,base.lut}, shape=[32,3,3,3])
+        %conv_in        = mpq::conv2d(%permute_default_q, %conv_in_w, .bias:corrected.2, ...)
     """
 
     contract: ClassVar[Contract] = Contract.SIMULATION

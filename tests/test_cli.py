@@ -150,7 +150,7 @@ def test_inspect_dumps_and_artifact(folder: Path, artifact: Path, capsys: pytest
     unchanged = command(folder, "inspect", dumps, "--diff", "calibrate", "time-groups")["diff"]
     assert all("//" in line for line in unchanged.splitlines() if line.startswith(("+", "-")))
     layers = command(folder, "inspect", artifact, "--layers")["layers"]
-    assert {row["weight"] for row in layers} <= {"int2", "int3", "int2+b", "int4", "int3+b", "int8"}
+    assert {row["weight"] for row in layers} <= {"km2", "int2", "int3", "int2+b", "int4", "int3+b", "int8"}
 
 
 def test_inspect_looks_for_faults_and_reasons(

@@ -293,17 +293,6 @@ def test_threads_change_no_bit():
     assert np.array_equal(outputs, executed("unet2d", "int3", TARGETS[1]).numpy())
 
 
-def test_kernels_check_the_shapes_of_what_they_are_given():
-    made, lowered = compiled("unet2d", "int3", TARGETS[1])
-    machine = tvm_runtime.VirtualMachine(made, threads=1)
-    assert [value.name for value in lowered.functions[0].inputs] == ["sample", "timestep"]
-    machine.run("denoise_b1", [np.zeros((1, 3, 16, 16), np.float32), np.zeros(1, np.int64)])
-    shared = machine._shared("denoise_b1", machine._staged["denoise_b1"])
-    wrong = [aligned(np.zeros((1, 3, 16, 15), np.float32)), aligned(np.zeros(1, np.int64))]
-    with pytest.raises(Exception, match=r"(?i)shape|mismatch"):
-        machine._machine["denoise_b1"](*(machine._tensor(array) for array in wrong), *shared, machine._prepared)
-
-
 # ---------------------------------------------------------------------------------------------- refusals
 
 
