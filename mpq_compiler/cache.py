@@ -85,10 +85,7 @@ class Results:
                     file.write(b"\n")
                 file.write(line.encode())
         except OSError as error:
-            raise UserError(
-                f"the cache {self.path.parent} cannot be written ({error.strerror}); "
-                "free some space there or name another folder with --cache"
-            ) from error
+            raise _unwritable(self.path.parent, error) from error
 
     def _ends_line(self) -> bool:
         with self.path.open("rb") as file:
@@ -105,10 +102,14 @@ def write(path: Path, content: bytes) -> None:
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise UserError(
-            f"the cache {path.parent} cannot be written ({error.strerror}); "
-            "free some space there or name another folder with --cache"
-        ) from error
+        raise _unwritable(path.parent, error) from error
+
+
+def _unwritable(where: Path, error: OSError) -> UserError:
+    return UserError(
+        f"the cache {where} cannot be written ({error.strerror}); "
+        "free some space there or name another folder with --cache"
+    )
 
 
 def entries(path: Path | None = None) -> Iterable[tuple[str, Path, int]]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpq_compiler import cache, ops, sampler
+from mpq_compiler import cache, costs, ops, sampler
 from mpq_compiler.blocks import Block, cut, weight_path_of
 from mpq_compiler.calibration import batches
 from mpq_compiler.denoiser import Denoiser, record_teacher
@@ -131,7 +131,8 @@ def calls(session: Session, samples: int, steps: int) -> tuple[Data, Data]:
 
 def affordable(program: Program, minutes: float) -> int:
     """Steps of training in the minutes given, reckoned from the size of the model alone."""
-    return int(minutes * 60 * MACS / (3 * BATCH * max(program.facts["macs"], 1)))
+    macs = sum(costs.macs(program.facts["planned"]).values())
+    return int(minutes * 60 * MACS / (3 * BATCH * max(macs, 1)))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from mpq_compiler import costs, formats, ops
+from mpq_compiler import formats, ops
 from mpq_compiler.calibration import attention_arguments, attention_edges, input_edge
 from mpq_compiler.costs import stored_dtype, weight_path
 from mpq_compiler.fitting import attributes
@@ -39,9 +39,9 @@ class InsertFakeQuant(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"fake-quant"})
 
     def run(self, program: Program, session: Session) -> Program:
-        float_program = program
+        before = program
         program = program.fork(stage=Stage.FAKE_QUANTIZED)
-        program.facts |= {"planned": float_program, "macs": sum(costs.macs(float_program).values())}
+        program.facts["planned"] = before
         calls = [n for n in program.quantizable if weight_path(n) in program.weights]
         static = any(not plan.dynamic for plan in program.activations.values())
         group = _insert_time_group(program) if static else None
