@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import documents
 from benchmarks.machine import provenance
 from mpq_compiler import compiler, costs, denoiser, formats, pass_manager
 from mpq_compiler.calibration import batches
@@ -33,7 +34,6 @@ BACK = "bit-allocation{{uniform={}}},insert-fake-quant,residual-branch,low-rank,
 SPELLED = ("int4g32", "nf4g64", "int4+r4", "int4+r16")
 METHODS = ("nearest", "gptq")
 RESULTS = Path(__file__).parent / "results" / "formats.json"
-BEGIN, END = "<!-- formats: begin -->", "<!-- formats: end -->"
 
 
 def measure(names: list[str], done: Callable[[dict[str, Any]], None]) -> None:
@@ -96,9 +96,7 @@ def main() -> None:
 
     measure(options.only.split(",") if options.only else [*formats.FORMATS, *SPELLED], keep)
     if options.docs:
-        text = options.docs.read_text()
-        before, rest = text.split(BEGIN)
-        options.docs.write_text(f"{before}{BEGIN}\n{table([*rows.values()])}\n{END}{rest.split(END)[1]}")
+        documents.insert(options.docs, "formats", table([*rows.values()]))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import tvm
 
-from benchmarks import operators
+from benchmarks import documents, operators
 from benchmarks.machine import provenance
 from benchmarks.timing import interleaved
 from mpq_compiler import terminal
@@ -50,7 +50,6 @@ from tests.shapes import concrete, make_case
 
 Call = Callable[[], object]
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
 PEERS = ("torch", "onnxruntime", "openvino")
 ROWS, SIZES = (1, 2, 5, 64, 256, 1024), (320, 640, 1280)
 SAME: dict[str, Any] = {"kernel": (3, 3), "padding": (1, 1, 1, 1)}
@@ -367,9 +366,7 @@ def main() -> None:
     options = parser.parse_args()
     path = options.json if options.json is not None else RESULTS / f"kernels-{options.isa}.json"
     if options.docs:
-        before, rest = options.docs.read_text().split(BEGIN)
-        written = table(json.loads(Path(path).read_text())["rows"])
-        options.docs.write_text(f"{before}{BEGIN}\n{written}\n{END}{rest.split(END)[1]}")
+        documents.insert(options.docs, "kernels", table(json.loads(Path(path).read_text())["rows"]))
         return
     target, against = isa(options.isa), tuple(filter(None, options.against.split(",")))
 

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch import fx
 
+from benchmarks import documents
 from benchmarks.machine import provenance
 from mpq_compiler import compiler, costs, denoiser, pass_manager
 from mpq_compiler.ablation import noise_power
@@ -51,7 +52,6 @@ OBJECTIVES = {
 }
 TRUE_BITS = (3, 4)
 RESULTS = Path(__file__).parent / "results" / "mixdq.json"
-BEGIN, END = "<!-- mixdq {}: begin -->", "<!-- mixdq {}: end -->"
 
 
 class Bench:
@@ -143,12 +143,8 @@ def main() -> None:
             document = {**provenance(), "model": MODEL, "images": options.images, "rows": rows}
             options.json.write_text(json.dumps(document, indent=1) + "\n")
     if options.docs:
-        text = options.docs.read_text()
         for mark, table in tables(rows).items():
-            before, rest = text.split(BEGIN.format(mark))
-            after = rest.split(END.format(mark))[1]
-            text = f"{before}{BEGIN.format(mark)}\n{table}\n{END.format(mark)}{after}"
-        options.docs.write_text(text)
+            documents.insert(options.docs, f"mixdq {mark}", table)
 
 
 if __name__ == "__main__":

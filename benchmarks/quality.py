@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from benchmarks import documents
 from benchmarks.machine import provenance
 from benchmarks.timing import interleaved
 from mpq_compiler import checkpoint, compiler, costs, denoiser, evaluation, metrics, recipes, svg, terminal
@@ -41,7 +42,6 @@ SETTINGS = {"W8A8": (8, 8), "W4A8": (4, 8), "W3A8": (3, 8), "W2A8": (2, 8), "W4A
 SHORT = ("W4A8", "W2A8", "W4A4")
 """The settings of models other than the first."""
 MODELS = ("fashion-unet", "fashion-dit", "fashion-text")
-BEGIN, END = "<!-- quality: begin -->", "<!-- quality: end -->"
 STEPS = 10
 SEED = 1000
 """Of the images: noise that neither calibration nor training has seen."""
@@ -258,8 +258,7 @@ def main() -> None:
         print(f"{cell.name}: {row['image_sqnr_db']:.2f} dB in {row['seconds'] / 60:.1f} minutes", flush=True)
     show(cells)
     if options.docs:
-        before, rest = options.docs.read_text().split(BEGIN)
-        options.docs.write_text(f"{before}{BEGIN}\n{markdown(cells)}\n{END}{rest.split(END)[1]}")
+        documents.insert(options.docs, "quality", markdown(cells))
     if options.plot:
         options.plot.write_text(plot(cells, options.model[0]))
 

@@ -19,6 +19,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import documents
 from benchmarks.machine import provenance
 from mpq_compiler import compiler, costs, denoiser, ops, pass_manager
 from mpq_compiler.calibration import batches
@@ -48,7 +49,6 @@ EIGHT = (
 FOUR = ("int4t", "fp4t", "int4", "fp4")
 METHODS = ("nearest", "learned", "gptq")
 RESULTS = Path(__file__).parent / "results" / "small_floats.json"
-BEGIN, END = "<!-- fpq {}: begin -->", "<!-- fpq {}: end -->"
 
 
 class Bench:
@@ -113,12 +113,8 @@ def main() -> None:
             document = {**provenance(), "model": MODEL, "rows": rows}
             options.json.write_text(json.dumps(document, indent=1) + "\n")
     if options.docs:
-        text = options.docs.read_text()
         for mark, table in tables(rows).items():
-            before, rest = text.split(BEGIN.format(mark))
-            after = rest.split(END.format(mark))[1]
-            text = f"{before}{BEGIN.format(mark)}\n{table}\n{END.format(mark)}{after}"
-        options.docs.write_text(text)
+            documents.insert(options.docs, f"fpq {mark}", table)
 
 
 if __name__ == "__main__":

@@ -91,28 +91,32 @@ def test_no_number_of_jobs_changes_a_bit(data, tmp_path):
     assert same(*found)
 
 
+def killed_at(step, monkeypatch):
+    """Ends the training in that update, once; returns what grows by one with every update."""
+    update, updates = distillation._adam, []
+
+    def dies(*arguments):
+        updates.append(arguments[0].step)
+        if len(updates) == step:
+            raise KeyboardInterrupt
+        update(*arguments)
+
+    monkeypatch.setattr(distillation, "_adam", dies)
+    return updates
+
+
 def test_goes_on_after_a_kill(data, tmp_path, monkeypatch):
     """A run that dies in the middle and is started again ends with the bits of one that does not."""
     stage = Stage("x", True, 8)
     whole, outcome = train(start(), stage, *data, session(tmp_path / "a"), 0)
-    updates = distillation._adam
-    count = 0
-
-    def dies(*arguments):
-        nonlocal count
-        count += 1
-        if count == 5:
-            raise KeyboardInterrupt
-        updates(*arguments)
-
-    monkeypatch.setattr(distillation, "_adam", dies)
+    updates = killed_at(5, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train(start(), stage, *data, session(tmp_path / "b"), 0)
     assert [f.suffix for f in (tmp_path / "b" / "training").iterdir()] == [".safetensors"]
     resumed, again = train(start(), stage, *data, session(tmp_path / "b"), 0)
     assert again == outcome and same(whole, resumed)
     third, _ = train(start(), stage, *data, session(tmp_path / "b"), 0)
-    assert count == 5 + 8 - 4 and same(whole, third)  # what is finished is not trained again
+    assert len(updates) == 5 + 8 - 4 and same(whole, third)  # what is finished is not trained again
 
 
 def test_a_torn_state_is_trained_anew(data, tmp_path):
@@ -217,16 +221,7 @@ def test_relations_are_learned_and_survive_a_kill(data, tmp_path, monkeypatch):
     whole, outcome = train(program, stage, *data, session(tmp_path / "a"), 0)
     assert not same(whole, train(program, alone, *data, session(tmp_path / "a"), 0)[0])
     assert same(whole, train(program, stage, *data, session(tmp_path / "c", jobs=2), 0)[0])
-    updates, count = distillation._adam, 0
-
-    def dies(*arguments):
-        nonlocal count
-        count += 1
-        if count == 6:
-            raise KeyboardInterrupt
-        updates(*arguments)
-
-    monkeypatch.setattr(distillation, "_adam", dies)
+    killed_at(6, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train(program, stage, *data, session(tmp_path / "b"), 0)
     resumed, again = train(program, stage, *data, session(tmp_path / "b"), 0)

@@ -1,0 +1,12 @@
+"""Tables that stand in documents, between the marks ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def insert(path: Path, name: str, table: str) -> None:
+    """Puts a table between the marks of its name, in place of what stands there."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    path.write_text(f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}", encoding="utf-8")
