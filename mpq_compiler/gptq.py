@@ -72,9 +72,7 @@ class _Columns:
         self.offset = torch.zeros(rows) if weight.offset is None else weight.offset.float()
         self.levels: Tensor | None = None
         if weight.lut is not None:
-            classes = torch.zeros(rows, dtype=torch.long)
-            if weight.row_class is not None:
-                classes = ops.row_classes(weight.row_class, rows)
+            classes = ops.row_classes(weight.row_class, rows)
             order = torch.argsort(weight.lut.to(torch.int32), dim=1, stable=True)
             self.order, self.levels = order[classes], weight.lut.gather(1, order).float()[classes]
             self.middles = ((self.levels[:, 1:] + self.levels[:, :-1]) / 2).contiguous()

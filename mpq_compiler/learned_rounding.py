@@ -123,9 +123,7 @@ class _Neighbours:
             index = t.floor().clamp(-ops.LUT_MAX, ops.LUT_MAX - 1)
             low, high = index, index + 1
         else:
-            classes = torch.zeros(len(rows), dtype=torch.long)
-            if weight.row_class is not None:
-                classes = ops.row_classes(weight.row_class, len(rows))
+            classes = ops.row_classes(weight.row_class, len(rows))
             ranks = torch.argsort(weight.lut.to(torch.int32), dim=1, stable=True)
             order, levels = ranks[classes], weight.lut.gather(1, ranks).float()[classes]
             index = (torch.searchsorted(levels, t.contiguous(), right=True) - 1).clamp(0, levels.shape[1] - 2)

@@ -388,8 +388,10 @@ def entries(codes: Tensor, lut: Tensor | None, row_class: Tensor | None) -> Tens
     return table[row_classes(row_class, codes.shape[0])[:, None], codes.long()]
 
 
-def row_classes(row_class: Tensor, rows: int) -> Tensor:
-    """The class of each of ``rows`` rows, i64, from those of their tiles of 16."""
+def row_classes(row_class: Tensor | None, rows: int) -> Tensor:
+    """The class of each of ``rows`` rows, i64, from those of their tiles of 16; without any there is one class."""
+    if row_class is None:
+        return torch.zeros(rows, dtype=torch.long)
     return row_class.long().repeat_interleave(TILE_ROWS)[:rows]
 
 

@@ -317,9 +317,7 @@ def _within(program: Program, weight: Settled, rows: Tensor) -> Tensor:
         levels, order = table.to(torch.float32).sort(1)
         middles = (levels[:, 1:] + levels[:, :-1]) / 2
         ends = torch.full_like(levels[:, :1], torch.inf)
-        classes = torch.zeros(len(rows), dtype=torch.long)
-        if weight.row_class is not None:
-            classes = ops.row_classes(tensors[weight.row_class], len(rows))
+        classes = ops.row_classes(None if weight.row_class is None else tensors[weight.row_class], len(rows))
         rank = order.argsort(1)[classes].gather(1, codes.long())
         low, high = (torch.cat(parts, 1)[classes].gather(1, rank) for parts in ((-ends, middles), (middles, ends)))
         margin = EDGE * float(_mean_step(table))
