@@ -527,11 +527,42 @@ def _epilogue(
     for j, accumulator in enumerate(accumulators):
         factor = per_sample(act_scale[j].to(torch.float32), group, first) * scale[:, j].to(torch.float32)
         y = fma(accumulator.to(torch.float32), factor, y)
+    return _with_offsets(y, sums, group, offset, act_scale)
+
+
+def _with_offsets(
+    y: Tensor, sums: list[Tensor] | None, group: Tensor | None, offset: Tensor | None, act_scale: Sequence[Tensor]
+) -> Tensor:
+    """y [R, ..., O] and, where rows of the weight have offsets, theirs: times the sum of each segment's inputs."""
     if offset is not None and sums is not None:
         for j, total in enumerate(sums):
-            factor = per_sample(act_scale[j].to(torch.float32), group, first) * offset.to(torch.float32)
-            y = fma(total.to(torch.float32).expand(first.shape), factor, y)
+            factor = per_sample(act_scale[j].to(torch.float32), group, y) * offset.to(torch.float32)
+            y = fma(total.to(torch.float32).expand(y.shape), factor, y)
     return y
+
+
+def _late_rows(
+    x: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    scale: Tensor,
+    act_scale: Tensor,
+    act_zero: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """``act_scale[m] * (sum_j scale[i, j] * sum_k q * w - z[m] * sum_j scale[i, j] * sum_k w) + bias``, in fused steps.
+
+    The segments' codes x [..., K_j] and weights [O, K_j] are whole f64; a segment then costs one multiply-add.
+    """
+    total = torch.zeros((), device=scale.device)
+    weights = torch.zeros(len(scale), device=scale.device)
+    for j, (part, w) in enumerate(zip(x, weight, strict=True)):
+        own = scale[:, j].to(torch.float32)
+        product = (part @ w.T).to(torch.float32)
+        total = fma(product, own, total.expand(product.shape))
+        weights = fma(w.sum(1).to(torch.float32), own, weights)
+    zero, unit = (per_sample(values.to(torch.float32), None, total) for values in (act_zero, act_scale))
+    y = torch.zeros(len(scale), device=scale.device) if bias is None else bias.to(torch.float32)
+    return fma(unit, fma(-zero, weights, total), y.expand(total.shape))
 
 
 def _centred(x: Tensor, group: Tensor | None, act_zero: Sequence[Tensor], segments: Sequence[int]) -> list[Tensor]:
@@ -560,11 +591,15 @@ def quant_linear(
     where group is None, one entry for each row of x.
 
     ``A_j = sum_k (q - z_j) * LUT[code]`` exactly; then `_epilogue`. Segments are the J channel counts, summing to K.
+    What rows have of their own counts once for more than two segments (`_late_rows`).
     """
     weight = torch.split(entries(codes, lut, row_class).double(), list(segments), dim=1)
     parts = _centred(x, group, act_zero, segments)
-    accumulators = [p @ w.T for p, w in zip(parts, weight, strict=True)]
     sums = [p.sum(-1, keepdim=True) for p in parts] if offset is not None else None
+    if group is None and len(segments) > 2:
+        y = _late_rows(torch.split(x.double(), list(segments), dim=-1), weight, scale, act_scale[0], act_zero[0], bias)
+        return _with_offsets(y, sums, group, offset, act_scale)
+    accumulators = [p @ w.T for p, w in zip(parts, weight, strict=True)]
     return _epilogue(accumulators, sums, group, scale, offset, act_scale, bias)
 
 

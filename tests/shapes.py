@@ -149,6 +149,8 @@ def reference(case: Case) -> np.ndarray:
     if p.has_bias:
         y += d["stored_bias"].astype(np.float32)
     sums, begin = [], 0
+    late = p.dynamic and len(p.segments) > 2  # zero points and scales of rows count once for all segments
+    total, weight_sums = np.zeros_like(y), np.zeros(p.outputs, np.float32)
     for j, channels in enumerate(p.segments):
         part = slice(begin, begin + channels)
         begin += channels
@@ -160,8 +162,18 @@ def reference(case: Case) -> np.ndarray:
         product = columns.astype(np.float64) @ weights[..., part].reshape(p.outputs, -1).T.astype(np.float64)
         assert np.abs(product).max() < 2**31
         scale = (d["act_scale"].reshape(-1) if p.dynamic else np.repeat(d["act_scale"][j][group], p.rows))[:, None]
-        y = fma(product.astype(np.float32), scale * d["scale"][:, j].astype(np.float32), y)
+        own = d["scale"][:, j].astype(np.float32)
+        if late:
+            weight = weights[..., part].reshape(p.outputs, -1).sum(1)
+            weight_sums = fma(weight.astype(np.float32), own, weight_sums)
+            zeros = d["act_zero"].reshape(-1, 1).astype(np.float64)
+            total = fma((product + zeros * weight).astype(np.float32), own, total)
+        else:
+            y = fma(product.astype(np.float32), scale * own, y)
         sums.append((columns.sum(1)[:, None].astype(np.float32), scale))
+    if late:
+        minus_zero = -d["act_zero"].reshape(-1, 1).astype(np.float32)
+        y = fma(scale, fma(minus_zero, weight_sums, total), y)
     if p.has_offset:
         for total, scale in sums:
             y = fma(total, scale * d["stored_offset"].astype(np.float32), y)

@@ -7,7 +7,13 @@ Arithmetic (exact, the same bits on every target): ``A_j = sum_k (q - z_j[g]) * 
     where weights have offsets, for j ascending:    y = fma(f32(S_j), f32(act_scale[j,g] * offset[i]), y)
 
 with ``S_j = sum_k (q - z_j[g])``; then the epilogue. Of dynamic activations the scale and the zero point are
-those of the row m, the same for all segments.
+those of the row m, the same for all segments; of more than two segments they count once for all, so that each costs one
+multiply-add (with ``W_j = sum_k w``):
+
+    t = 0; c = 0
+    for j ascending:                                t = fma(f32(sum_k q * w), f32(scale[i,j]), t)
+                                                    c = fma(f32(W_j), f32(scale[i,j]), c)         (once, at load)
+    y = fma(act_scale[m], fma(-f32(z[m]), c, t), bias or 0)
 
 Structure. The rows m = (sample, y, x) of the product are cut into chunks that are independent of each other:
 
@@ -762,7 +768,8 @@ class _Kernel:
     def _scale_groups(self, tile: Tile, r: Any, groups: Buffer, scaled: Buffer, t: Any, fresh: Any) -> None:
         """scaled = bias + the products of all segments with their scales, in order, f32 [tile.rows, vectors, lanes].
 
-        Of many segments each is scaled as soon as it is summed, so that one product is held at a time.
+        Of many segments each is scaled as soon as it is summed, so that one product is held at a time. What dynamic
+        rows have of their own, and the bias, is left to `_finish_row`.
         """
         p, w, lanes = self.p, self.w, self.isa.lanes
         product = scratch(tile.rows * tile.vectors * lanes, "int32")
@@ -772,17 +779,19 @@ class _Kernel:
 
         with T.unroll(0, tile.rows) as i, T.unroll(0, tile.vectors) as v:
             at = span(self.block * w.block + v * lanes, lanes)
-            bias = self.b["bias"][at] if p.has_bias else vmath.f32(0.0, lanes)
-            store(scaled, bias, cell(i, v))
+            first = self.b["bias"][at] if p.has_bias and not p.dynamic else vmath.f32(0.0, lanes)
+            store(scaled, first, cell(i, v))
 
         def segment(j: Segment) -> None:
             self._whole_segment(tile, j, r, groups, product, 0, t, fresh)
             with T.unroll(0, tile.rows) as i:
-                scale = T.bind(self.b["act_scale"][self._entry(j, self.first_row + r + i, groups[i])])
+                rows = None
+                if not p.dynamic:
+                    rows = T.bind(self.b["act_scale"][self._entry(j, self.first_row + r + i, groups[i])])
                 with T.unroll(0, tile.vectors) as v:
                     own = self.b["weight_scale"][span(j.index * w.outputs + self.block * w.block + v * lanes, lanes)]
                     total = tirx.Cast(f"float32x{lanes}", product[cell(i, v)])
-                    factor = vmath.mul(vmath.splat(scale, lanes), own)
+                    factor = own if rows is None else vmath.mul(vmath.splat(rows, lanes), own)
                     store(scaled, vmath.fma(total, factor, scaled[cell(i, v)]), cell(i, v))
 
         self._segments(segment)
@@ -790,9 +799,11 @@ class _Kernel:
     def _start_value(self, j: Segment, m: Any, group: Any, v: Any) -> Expr:
         """The first value of the accumulator of row m, register v."""
         p, w, lanes = self.p, self.w, self.isa.lanes
+        if w.late_zeros and not self.isa.unsigned_excess:
+            return vmath.i32(0, self.isa.words)
         table = j.index if p.dynamic else j.index * p.groups + group
         first = self.b["start"][span(table * w.outputs + self.block * w.block + v * lanes, lanes)]
-        if p.dynamic:
+        if p.dynamic and not w.late_zeros:
             zero = T.cast(self.b["act_zero"][m], "int32")
             taps = p.kernel[0] * p.kernel[1] * p.segments[j.first]
             first = self.isa.product(first, T.bind(self.isa.unsigned_excess - zero), 127 * taps)
@@ -950,8 +961,9 @@ class _Kernel:
         p, w, lanes = self.p, self.w, self.isa.lanes
         m = T.bind(self.first_row + r)
         scales = []
-        if products or p.has_offset:
+        if products or p.has_offset or p.dynamic:
             scales = [T.bind(self.b["act_scale"][self._entry(Segment(j), m, group)]) for j in range(len(p.segments))]
+        minus_zero = T.bind(0.0 - T.cast(self.b["act_zero"][m], "float32")) if w.late_zeros else None
         sums = []
         if p.has_offset:
             for j in range(len(p.segments)):
@@ -964,10 +976,13 @@ class _Kernel:
         def vector(v: int, live: int) -> None:
             """Registers v of the block; its first `live` lanes are channels of the output."""
             n = T.bind(self.block * w.block + v * lanes)
+            y = self.b["bias"][span(n, lanes)] if p.has_bias else vmath.f32(0.0, lanes)
             if scaled is not None:
-                y = scaled[span((i * tile.vectors + v) * lanes, lanes)]
-            else:
-                y = self.b["bias"][span(n, lanes)] if p.has_bias else vmath.f32(0.0, lanes)
+                total = scaled[span((i * tile.vectors + v) * lanes, lanes)]
+                if w.late_zeros:
+                    centred = vmath.fma(vmath.splat(minus_zero, lanes), self.b["sums"][span(n, lanes)], total)
+                    total = vmath.fma(vmath.splat(scales[0], lanes), centred, y)
+                y = total
             for j, (product, at) in enumerate(products):
                 scale = self.b["weight_scale"][span(n + j * w.outputs, lanes)]
                 total = self.isa.folded(product[span(at + (i * tile.vectors + v) * self.isa.words, self.isa.words)])

@@ -12,6 +12,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
+from mpq_compiler.backends.tvm.kernels import vmath
 from mpq_compiler.backends.tvm.kernels.isa import Isa
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul, Segment, WeightLayout
 from mpq_compiler.backends.tvm.kernels.template import Argument, Buffer, Buffers, primfunc, scratch, shares, store
@@ -94,7 +95,7 @@ class _Prepare:
                 store(self.b["lut"], value, n, repeat * 16 + entry)
 
     def _vectors(self, i: Any) -> None:
-        """Scales, offset and bias of channel i, zero behind the last one; start values are set to zero."""
+        """Scales, offset and bias of channel i, zero behind the last one; start values and sums are set to zero."""
         p = self.p
         inside = T.min(i, p.outputs - 1)
 
@@ -105,6 +106,8 @@ class _Prepare:
             store(self.b["weight_scale"], or_zero(self.b["scale"][inside, j]), j, i)
             with T.serial(0, self.b["start"].shape[1]) as g:
                 store(self.b["start"], tirx.IntImm("int32", 0), j, g, i)
+        if self.w.late_zeros:
+            store(self.b["sums"], tirx.FloatImm("float32", 0.0), i)
         if p.has_offset:
             store(self.b["offset"], or_zero(self.b["stored_offset"][inside]), i)
         if p.has_bias:
@@ -137,6 +140,11 @@ class _Prepare:
                         code = T.bind(self._code(source + k * kpack + lane))
                         self._place(i, step, lane, code)
                         store(total, total[0] + self._weight(i, code), 0)
+        if w.late_zeros:
+            own, before = self.b["weight_scale"][j.index, i], self.b["sums"][i]
+            store(self.b["sums"], vmath.fma(T.cast(total[0], "float32"), own, before), i)
+            store(self.b["start"], self.isa.unsigned_excess * total[0], j.index, 0, i)
+            return
         if p.dynamic:
             store(self.b["start"], total[0], j.index, 0, i)
             return

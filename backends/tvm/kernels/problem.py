@@ -181,6 +181,11 @@ class WeightLayout:
             object.__setattr__(self, "isa", self.isa.narrowed(p.outputs, min(p.segments)))
 
     @property
+    def late_zeros(self) -> bool:
+        """Whether the zero points of dynamic rows count once for all segments, behind their sum."""
+        return self.problem.dynamic and len(self.problem.segments) > FEW_SEGMENTS
+
+    @property
     def tile(self) -> Tile:
         """The micro-kernel, but for its rows."""
         if self.problem.tile is not None:
@@ -240,7 +245,9 @@ class WeightLayout:
         tiles   the codes (int8 for 8 bits, else packed bytes)
         lut     the table of each register of output channels, repeated over its bytes
         start   int32 first values of the accumulators: -z_j[g] * sum of the row's weights in segment j;
-                where zero points are dynamic that sum itself, [J, 1, n]
+                where zero points are dynamic that sum itself, and with late zero points only what activations lack
+                against their codes, [J, 1, n]
+        sums    with late zero points, those sums over all segments, scaled
         """
         p, n = self.problem, self.outputs
         tiles = (self.blocks, self.packs * self.tile.vectors * self.pack_bytes)
@@ -249,6 +256,8 @@ class WeightLayout:
             named.append(Argument("lut", (n // self.isa.lanes, self.isa.vector), "int8"))
         named.append(Argument("start", (len(p.segments), 1 if p.dynamic else p.groups, n), "int32"))
         named.append(Argument("weight_scale", (len(p.segments), n), "float32"))
+        if self.late_zeros:
+            named.append(Argument("sums", (n,), "float32"))
         if p.has_offset:
             named.append(Argument("offset", (n,), "float32"))
         if p.has_bias:
