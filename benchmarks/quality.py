@@ -35,6 +35,7 @@ from benchmarks import documents
 from benchmarks.machine import provenance
 from benchmarks.timing import interleaved
 from mpq_compiler import checkpoint, compiler, costs, denoiser, evaluation, metrics, recipes, svg, terminal
+from mpq_compiler.errors import UserError
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 SETTINGS = {"W8A8": (8, 8), "W4A8": (4, 8), "W3A8": (3, 8), "W2A8": (2, 8), "W4A4": (4, 4), "W3A6": (3, 6)}
@@ -92,7 +93,9 @@ class Cell:
         return RESULTS / f"{self.key}.json"
 
     def result(self) -> dict[str, Any] | None:
-        return json.loads(self.file.read_text()) if self.file.exists() else None
+        """The row, where there is one: nothing was computed, or the recipe cannot keep the budget."""
+        row = json.loads(self.file.read_text()) if self.file.exists() else {}
+        return row if "errors" in row else None
 
     def options(self, budget: int) -> dict[str, Any]:
         """Of `compiler.compile`, with that budget of bytes."""
@@ -253,7 +256,12 @@ def main() -> None:
     print(f"{len(there)} of {len(cells)} cells are there", flush=True)
     for number, cell in enumerate(c for c in cells if options.all and c not in there):
         print(f"{cell.name} ({number + 1} of {len(cells) - len(there)}) ...", flush=True)
-        row = compute(cell, options.jobs)
+        try:
+            row = compute(cell, options.jobs)
+        except UserError as error:  # a recipe of 4 and 8 bits at 2: kept, or each run would try again
+            _write(cell.file, {"cell": asdict(cell), "refused": str(error)})
+            print(f"{cell.name}: {error}", flush=True)
+            continue
         _write(cell.file, row)
         print(f"{cell.name}: {row['image_sqnr_db']:.2f} dB in {row['seconds'] / 60:.1f} minutes", flush=True)
     show(cells)
