@@ -137,7 +137,9 @@ class Scaling:
         """Rewrites the program: values that change get names that end in ``_scaled``."""
         program, graph = self.program, self.program.graph
         for edge, factor, readers in self._multiplied:
-            place = edge.next if edge.op != "placeholder" else next(n for n in graph.nodes if n.op != "placeholder")
+            place = edge.next
+            while place.op == "placeholder":  # inputs stay together
+                place = place.next
             with graph.inserting_before(place):
                 stored = graph.get_attr(program.tensors.add(f"{edge.name}:equalized", factor))
                 scaled = graph.call_function(aten.mul.Tensor, (edge, stored))

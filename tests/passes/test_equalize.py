@@ -132,6 +132,19 @@ def test_elsewhere_they_are_a_multiplication(case):
     assert not folded and muls(program) == muls(before) + 1
 
 
+def test_an_input_behind_other_calls_is_scaled_behind_it():
+    """Text models compute with their time before their text is named."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    first = graph.call_function(aten.relu.default, (x,))
+    v = graph.placeholder("v")
+    made = last(graph.call_function, graph.get_attr, v)
+    graph.output(graph.call_function(aten.add.Tensor, (made, graph.call_function(aten.mean.dim, (first, [2], True)))))
+    specs = tuple(InputSpec(n, ("B", 5, C), torch.float32) for n in ("x", "v"))
+    program, folded = scaled(Program(graph, TensorStore(LINEAR), specs, Stage.REWRITTEN))
+    assert not folded and muls(program) == 1
+
+
 def test_another_reader_keeps_what_it_reads():
     def build(call, get, x, v):
         edge = linear(call, get, x)
