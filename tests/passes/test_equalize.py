@@ -132,16 +132,15 @@ def test_elsewhere_they_are_a_multiplication(case):
     assert not folded and muls(program) == muls(before) + 1
 
 
-def test_an_input_behind_other_calls_is_scaled_behind_it():
-    """Text models compute with their time before their text is named."""
+def test_an_input_is_scaled_behind_it_whatever_stands_before():
+    """Stored tensors may stand between the inputs of a text model."""
     graph = fx.Graph()
-    x = graph.placeholder("x")
-    first = graph.call_function(aten.relu.default, (x,))
-    v = graph.placeholder("v")
-    made = last(graph.call_function, graph.get_attr, v)
-    graph.output(graph.call_function(aten.add.Tensor, (made, graph.call_function(aten.mean.dim, (first, [2], True)))))
+    x, bias, v = graph.placeholder("x"), graph.get_attr("bias"), graph.placeholder("v")
+    both = graph.call_function(aten.add.Tensor, (x, v))
+    mean = graph.call_function(aten.mean.dim, (graph.call_function(aten.add.Tensor, (both, bias)), [2], True))
+    graph.output(graph.call_function(aten.add.Tensor, (last(graph.call_function, graph.get_attr, v), mean)))
     specs = tuple(InputSpec(n, ("B", 5, C), torch.float32) for n in ("x", "v"))
-    program, folded = scaled(Program(graph, TensorStore(LINEAR), specs, Stage.REWRITTEN))
+    program, folded = scaled(Program(graph, TensorStore(LINEAR | {"bias": random(C)}), specs, Stage.REWRITTEN))
     assert not folded and muls(program) == 1
 
 
