@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -61,7 +62,17 @@ class _Overlay(Mapping[fx.Node, Any]):
         return len(self._base)
 
 
-def noise_power(output: Tensor, reference: Tensor) -> float:
-    """Squared error summed over everything, relative to the squared reference: the inverse of the SQNR."""
-    difference = (output.double() - reference.double()).square().sum()
-    return float(difference / reference.double().square().sum().clamp_min(1e-300))
+def noise_power(output: Tensor, reference: Tensor, weights: Tensor | None = None) -> float:
+    """Squared error summed over everything, relative to the squared reference: the inverse of the SQNR.
+
+    ``weights`` [N] say how much each of the N outputs counts, in both.
+    """
+    squares = [(output.double() - reference.double()).square(), reference.double().square()]
+    error, power = (x.sum() if weights is None else x.flatten(1).sum(1) @ weights.double() for x in squares)
+    return float(error / power.clamp_min(1e-300))
+
+
+def by_gains(timesteps: Tensor, gains: Sequence[tuple[float, float]]) -> Tensor:
+    """The gains at timesteps [N] as f64 [N], of (timestep, gain) by ascending timestep; logarithms are interpolated."""
+    known = np.array(gains)
+    return torch.from_numpy(np.exp(np.interp(timesteps.double().numpy(), known[:, 0], np.log(known[:, 1]))))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mpq_compiler import cache, costs, ops, sampler
+from mpq_compiler.ablation import by_gains
 from mpq_compiler.blocks import Block, cut, weight_path_of
 from mpq_compiler.calibration import batches
 from mpq_compiler.denoiser import Denoiser, record_teacher
@@ -65,6 +66,8 @@ class Data:
     """What makes other targets than those, where they are too many to keep."""
     weights: Tensor | None = None
     """f32 [N]: how much the error of a call counts; None: all alike."""
+    stride: int | None = None
+    """Calls from one step of a trajectory to the next; None where the order is not known."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -72,13 +75,23 @@ class Data:
     def select(self, index: Tensor) -> Data:
         weights = None if self.weights is None else self.weights[index]
         inputs = {name: x[index] for name, x in self.inputs.items()}
-        return replace(self, inputs=inputs, targets=self.targets[index], weights=weights)
+        return replace(self, inputs=inputs, targets=self.targets[index], weights=weights, stride=None)
 
-    def weighted(self, gains: tuple[np.ndarray, np.ndarray]) -> Data:
-        """The calls, whose errors count by gains at ascending timesteps, interpolated; they count 1 on average."""
-        times = self.inputs["timestep"].numpy().astype(np.float64)
-        weights = np.exp(np.interp(times, gains[0], np.log(gains[1])))
-        return replace(self, weights=torch.from_numpy(weights / weights.mean()).float())
+    def before(self, index: Tensor, steps: int) -> list[dict[str, Tensor]]:
+        """Inputs of so many calls before those of ``index`` in their trajectories; nothing where these are not known.
+
+        Before the first call stands that call itself.
+        """
+        found: list[dict[str, Tensor]] = []
+        while self.stride is not None and len(found) < steps:
+            index = torch.where(index < self.stride, index, index - self.stride)
+            found.append({name: x[index] for name, x in self.inputs.items()})
+        return found
+
+    def weighted(self, gains: Sequence[tuple[float, float]]) -> Data:
+        """The calls, whose errors count by gains at ascending timesteps (`ablation.by_gains`), 1 on average."""
+        weights = by_gains(self.inputs["timestep"], gains)
+        return replace(self, weights=(weights / weights.mean()).float())
 
     def parts_of_key(self) -> tuple[dict[str, Tensor], ...]:
         """All that a training on the calls depends on."""
@@ -123,8 +136,9 @@ def calls(session: Session, samples: int, steps: int) -> tuple[Data, Data]:
             chosen = index % HELD_OUT == HELD_OUT // 2
             return both.select(index[~chosen]), both.select(index[chosen])
         seed = session.seed + SEED
+        stride = samples * denoiser.calls_per_step
         return (
-            Data(*record_teacher(denoiser, samples, steps, seed, teacher)),
+            Data(*record_teacher(denoiser, samples, steps, seed, teacher), stride=stride),
             Data(*record_teacher(denoiser, HELD_OUT, steps, seed + 1, teacher)),
         )
 
@@ -214,10 +228,11 @@ def train(
         advance(state.step)
         while state.step < stage.steps and state.diverged is None:
             state.step += 1
-            batch = data.select(_batch(state.step, len(data), seed))
-            drawn = None
+            index = _batch(state.step, len(data), seed)
+            batch, drawn = data.select(index), None
             if relations is not None:
-                drawn = relations.step(len(batch), torch.Generator().manual_seed((seed << 32) + state.step))
+                before = data.before(index, relations.term.window - 1)
+                drawn = relations.step(len(batch), torch.Generator().manual_seed((seed << 32) + state.step), before)
             loss, gradients = _gradients(program, trained, state.thetas, batch, power, session, drawn)
             norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
             if not math.isfinite(loss + norm):
@@ -284,16 +299,22 @@ def _gradients(
     def part(numbered: tuple[int, Data]) -> tuple[float, tuple[Tensor | None, ...], Tensor | None]:
         number, piece = numbered
         inner = {name: value.detach().requires_grad_() for name, value in made.items()}
-        seen: list[Tensor] = []
         wanted = relation and relation.relations.term.node
-        output = Student(program, inner).run(
-            piece.inputs, watch=lambda node, value: seen.append(value) if node.name == wanted else None
-        )
+
+        def outputs(inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+            """The features that relate, where any do, and the output."""
+            seen: list[Tensor] = []
+            output = Student(program, inner).run(
+                inputs, watch=lambda node, value: seen.append(value) if node.name == wanted else None
+            )
+            return seen, output
+
+        seen, output = outputs(piece.inputs)
         share, pixels = len(piece) / len(batch), None
         loss = piece.squared(output - piece.wanted()).sum() / (len(batch) * power)
         if relation is not None:
             rows = slice(number * PART, number * PART + len(piece))
-            more, pixels = relation.loss(seen[0], piece.inputs, rows)
+            more, pixels = relation.loss(seen[0], piece.inputs, rows, lambda inputs: outputs(inputs)[0][0])
             loss = loss + more * share
         return float(loss.detach()), torch.autograd.grad(loss, list(inner.values()), allow_unused=True), pixels
 
@@ -382,6 +403,8 @@ class Gallery:
     seed: int
     session: Session
     reference: np.ndarray
+    outputs: list[np.ndarray]
+    """Of the float model, call by call, while the reference was drawn."""
 
     @classmethod
     def drawn(cls, session: Session, count: int) -> Gallery | None:
@@ -391,8 +414,13 @@ class Gallery:
         if not count or not denoiser.conditioning.possible:
             return None
         seed = session.seed + SEED + 2
-        made = cls(denoiser, denoiser.conditioning.mixed(count, seed), count, seed, session, np.empty(0))
-        made.reference = made._draw(lambda **inputs: denoiser(**inputs).numpy())
+        made = cls(denoiser, denoiser.conditioning.mixed(count, seed), count, seed, session, np.empty(0), [])
+
+        def model(**inputs: np.ndarray) -> np.ndarray:
+            made.outputs.append(denoiser(**inputs).numpy())
+            return made.outputs[-1]
+
+        made.reference = made._draw(model)
         return made
 
     def noise(self, program: Program) -> float:
@@ -400,32 +428,37 @@ class Gallery:
         error = self._error(self._draw(lambda **inputs: self._run(program, inputs)))
         return float(error / np.square(self.reference.astype(np.float64)).sum())
 
-    def gains(self, program: Program) -> tuple[np.ndarray, np.ndarray]:
-        """(timesteps f64 [T], ascending; squared error of the images by squared error of the output there, f64 [T]).
+    def gains(self, program: Program) -> list[tuple[float, float]]:
+        """(timestep, squared error of the images by squared error of the output there), by ascending timesteps.
 
         Measured with the program's own error in one step at a time, and the float model in all others: what a step errs
         at random later steps clean up, and what it errs alike everywhere they do not.
         """
         found: dict[float, float] = {}
-        for step in range(IMAGE_STEPS):
-            seen: dict[float, float] = {}
+        with self.session.track("gains of times", IMAGE_STEPS) as advance:
+            for step in range(IMAGE_STEPS):
+                found |= self._gain(program, step)
+                advance(1)
+        return sorted(found.items())
 
-            def model(hit: int = step, seen: dict[float, float] = seen, **inputs: np.ndarray) -> np.ndarray:
-                time = float(inputs["timestep"].flat[0])
-                seen.setdefault(time, 0.0)
-                output = self.denoiser(**inputs).numpy()
-                if [*seen].index(time) != hit:
-                    return output
-                other = self._run(program, inputs)
-                seen[time] += float(np.square(other.astype(np.float64) - output).sum())
-                return other
+    def _gain(self, program: Program, hit: int) -> dict[float, float]:
+        """The gain at the timestep of one step; nothing where the program makes no error there."""
+        seen: dict[float, float] = {}
+        known = iter(self.outputs)
 
-            error = self._error(self._draw(model))
-            for time, caused in seen.items():
-                if caused:
-                    found[time] = max(error / caused, 1e-12)
-        times = sorted(found)
-        return np.array(times), np.array([found[time] for time in times])
+        def model(**inputs: np.ndarray) -> np.ndarray:
+            time = float(inputs["timestep"].flat[0])
+            seen.setdefault(time, 0.0)
+            # until an error was made, everything is as when the reference was drawn
+            output = self.denoiser(**inputs).numpy() if any(seen.values()) else next(known)
+            if [*seen].index(time) != hit:
+                return output
+            other = self._run(program, inputs)
+            seen[time] += float(np.square(other.astype(np.float64) - output).sum())
+            return other
+
+        error = self._error(self._draw(model))
+        return {time: max(error / caused, 1e-12) for time, caused in seen.items() if caused}
 
     def _error(self, drawn: np.ndarray) -> float:
         return float(np.square(drawn.astype(np.float64) - self.reference).sum())

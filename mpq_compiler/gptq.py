@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpq_compiler import ops
-from mpq_compiler.formats.base import QuantizedWeight, output_error
+from mpq_compiler.formats.base import QuantizedWeight, output_error, rising
 
 BLOCK = 128
 """Columns whose updates to all later ones are applied together."""
@@ -73,8 +73,7 @@ class _Columns:
         self.levels: Tensor | None = None
         if weight.lut is not None:
             classes = ops.row_classes(weight.row_class, rows)
-            order = torch.argsort(weight.lut.to(torch.int32), dim=1, stable=True)
-            self.order, self.levels = order[classes], weight.lut.gather(1, order).float()[classes]
+            self.levels, self.order = (part[classes] for part in rising(weight.lut))
             self.middles = ((self.levels[:, 1:] + self.levels[:, :-1]) / 2).contiguous()
 
     def __call__(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:

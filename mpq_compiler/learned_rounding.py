@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mpq_compiler import ops
-from mpq_compiler.formats.base import QuantizedWeight, output_error
+from mpq_compiler.formats.base import QuantizedWeight, output_error, rising
 
 STEPS = 600
 """Of Adam, which has settled by then."""
@@ -124,9 +124,9 @@ class _Neighbours:
             low, high = index, index + 1
         else:
             classes = ops.row_classes(weight.row_class, len(rows))
-            ranks = torch.argsort(weight.lut.to(torch.int32), dim=1, stable=True)
-            order, levels = ranks[classes], weight.lut.gather(1, ranks).float()[classes]
-            index = (torch.searchsorted(levels, t.contiguous(), right=True) - 1).clamp(0, levels.shape[1] - 2)
+            levels, order = (part[classes] for part in rising(weight.lut))
+            last = levels.isfinite().sum(1, keepdim=True) - 2
+            index = (torch.searchsorted(levels, t.contiguous(), right=True) - 1).clamp_min(0).minimum(last)
             low, high = levels.gather(1, index), levels.gather(1, index + 1)
         fraction = torch.where(high > low, (t - low) / (high - low).clamp_min(1e-30), 0.0).clamp(0, 1)
         low = torch.where(t > high, high, low)

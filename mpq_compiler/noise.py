@@ -95,7 +95,7 @@ def plain_rounding(weight: Tensor, format_name: str, gram: Tensor | None) -> Pla
     chosen = formats.get(format_name)
     start, segments, own = chosen.start(weight), chosen.segments(weight.shape[-1]), rows(weight)
     lut = getattr(start, "lut", None)
-    missing = chosen.bits - ((lut.shape[1] - 1).bit_length() if lut is not None else chosen.bits)
+    missing = chosen.index_bits - (lut.shape[1] - 1).bit_length() if lut is not None else 0
     error = errors(rows(start.dequantize()) - own, gram, segments)
     return Plain(error, errors(own, gram, segments), segments, missing)
 

@@ -30,6 +30,9 @@ LOWEST = -1e30
 LUT_MAX = 127
 """Largest magnitude of a table entry and of an int8 code, the same on every target."""
 
+NO_LEVEL = -128
+"""Fills a table behind its levels, where another table of the weight has more of them; no code stands for it."""
+
 TILE_ROWS = 16
 """Rows (output channels) that share a row class, and with it a table."""
 
@@ -378,7 +381,7 @@ def round_float(x: Tensor, exponent: int, bits: int) -> Tensor:
 
 
 def entries(codes: Tensor, lut: Tensor | None, row_class: Tensor | None) -> Tensor:
-    """The int8 values that codes [O, K] stand for, as f32: ``lut[row_class[i // 16], code]``, or the code itself."""
+    """The int8 values that codes [O, K] stand for, as f32: ``lut[class(i), code]``, or the code itself."""
     if lut is None:
         return codes.to(torch.float32)
     table = lut.to(torch.float32)
@@ -389,10 +392,17 @@ def entries(codes: Tensor, lut: Tensor | None, row_class: Tensor | None) -> Tens
 
 
 def row_classes(row_class: Tensor | None, rows: int) -> Tensor:
-    """The class of each of ``rows`` rows, i64, from those of their tiles of 16; without any there is one class."""
+    """The class of each of ``rows`` rows, i64, from theirs or those of their tiles of 16; without any there is one."""
     if row_class is None:
         return torch.zeros(rows, dtype=torch.long)
+    if len(row_class) == rows:
+        return row_class.long()
     return row_class.long().repeat_interleave(TILE_ROWS)[:rows]
+
+
+def class_bits(lut: Tensor) -> tuple[int, ...]:
+    """The bits of a code of each table of lut [classes, entries]: as many as number its levels."""
+    return tuple((int(levels) - 1).bit_length() for levels in (lut != NO_LEVEL).sum(1))
 
 
 def column_segments(segments: Sequence[int], columns: int) -> Tensor:

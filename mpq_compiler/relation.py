@@ -2,13 +2,15 @@
 
 Memory-based temporal relation distillation (MPQ-DMv2, arXiv 2507.04290, after CIRKD, arXiv 2204.06986, section 3.3): a
 queue holds the teacher's pixels of earlier steps, by time group; a pixel's similarities to them, as a distribution,
-should be the same for teacher and student. MPQ-DM's own code detaches the student, which leaves no gradient, and its
-temperature of 1 makes the distributions nearly uniform: here the student is live and the temperature 0.1.
+should be the same for teacher and student. Its predecessor (MPQ-DM, arXiv 2412.11549, section 3.3) compares a pixel to
+those of its own image, features being a mean over a window of steps. MPQ-DM's own code detaches the student, which
+leaves no gradient, and its temperature of 1 makes the distributions nearly uniform: here the student is live (of a
+window in the last step) and the temperature 0.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +37,8 @@ class Term:
 
     node: str
     weight: float
+    window: int = 0
+    """Steps whose mean features relate to themselves; 0: features of a step relate to the queue."""
 
 
 @dataclass
@@ -93,11 +97,11 @@ class Relations:
         memory = Memory.empty(groups, features.shape[-1])
         return cls(term, teacher, memory, features[0].numel() // features.shape[-1])
 
-    def step(self, images: int, generator: torch.Generator) -> Step:
-        """What a step with so many images compares."""
+    def step(self, images: int, generator: torch.Generator, before: Sequence[Mapping[str, Tensor]] = ()) -> Step:
+        """What a step with so many images compares; ``before``: inputs of the steps before, of a window."""
         count = min(self.places, max(1, ANCHORS // images))
         at = torch.stack([torch.randperm(self.places, generator=generator)[:count] for _ in range(images)])
-        return Step(self, self.memory.draw(generator), at)
+        return Step(self, self.memory.draw(generator), at, before)
 
 
 @dataclass
@@ -107,11 +111,29 @@ class Step:
     relations: Relations
     contrasted: Tensor
     at: Tensor
+    before: Sequence[Mapping[str, Tensor]] = ()
+    """Of a window: the inputs of the steps before."""
 
-    def loss(self, features: Tensor, inputs: Mapping[str, Tensor], rows: slice) -> tuple[Tensor, Tensor]:
-        """(the weighted loss of the images in ``rows`` of the batch, teacher's pixels of theirs for the queue)."""
+    def loss(
+        self,
+        features: Tensor,
+        inputs: Mapping[str, Tensor],
+        rows: slice,
+        student: Callable[[dict[str, Tensor]], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """(the weighted loss of the images in ``rows`` of the batch, teacher's pixels of theirs for the queue).
+
+        student: its features for other inputs, of which a window holds the mean; gradients reach ``features`` alone.
+        """
         at = self.at[rows]
-        theirs = pick(run(self.relations.teacher, inputs), at)
+        whole = run(self.relations.teacher, inputs)
+        if self.relations.term.window:
+            for earlier in ({name: value[rows] for name, value in each.items()} for each in self.before):
+                with torch.no_grad():
+                    old = student(earlier)
+                features, whole = features + old, whole + run(self.relations.teacher, earlier)
+            return self.relations.term.weight * own_loss(features, whole, at), pick(whole, at)[:, :0]
+        theirs = pick(whole, at)
         found = loss(pick(features, at).flatten(0, 1), theirs.flatten(0, 1), self.contrasted)
         return self.relations.term.weight * found, theirs[:, :PUSHED]
 
@@ -128,8 +150,25 @@ def loss(student: Tensor, teacher: Tensor, contrasted: Tensor) -> Tensor:
     """
     if not len(contrasted):
         return student.sum() * 0
-    ours, theirs = (F.normalize(x, dim=1) @ contrasted.T / TEMPERATURE for x in (student, teacher))
-    return F.kl_div(F.log_softmax(ours, 1), F.log_softmax(theirs, 1), reduction="batchmean", log_target=True)
+    return _divergence(*(F.normalize(x, dim=1) @ contrasted.T for x in (student, teacher)))
+
+
+def own_loss(student: Tensor, teacher: Tensor, at: Tensor) -> Tensor:
+    """The same of the similarities of the pixels at positions [B, N] to all pixels of their own image.
+
+    student, teacher: features [B, ..., C]
+    """
+    found = []
+    for features in (student, teacher):
+        pixels = F.normalize(features.flatten(1, -2), dim=2)
+        found.append((pick(pixels, at) @ pixels.mT).flatten(0, 1))
+    return _divergence(*found)
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL divergence between softmaxes of similarities [N, K], a mean over rows."""
+    ours, theirs = (F.log_softmax(x / TEMPERATURE, 1) for x in (student, teacher))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def pick(features: Tensor, at: Tensor) -> Tensor:

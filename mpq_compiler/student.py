@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from mpq_compiler import ops
 from mpq_compiler.aten import aten
-from mpq_compiler.formats.base import F16_MAX, F16_TINY, nearest_codes
+from mpq_compiler.formats.base import F16_MAX, F16_TINY, nearest_codes, rising
 from mpq_compiler.program import Interpreter, Program, arguments, operand
 
 EDGE = 0.02
@@ -184,10 +184,10 @@ def _ends(lut: Tensor | None, row_class: Tensor | None, rows: int) -> tuple[Any,
     """Where the table of each row ends, half a step beyond its extreme entries."""
     if lut is None:
         return -ops.LUT_MAX - 0.5, ops.LUT_MAX + 0.5
-    ordered = lut.to(torch.float32).sort(1).values
-    distinct = ordered[:, 1:] - ordered[:, :-1]
-    step = (ordered[:, -1:] - ordered[:, :1]) / distinct.gt(0).sum(1, keepdim=True).clamp_min(1)
-    low, high = ordered[:, :1] - step / 2, ordered[:, -1:] + step / 2
+    gaps, levels = _gaps(lut), rising(lut)[0][:, :1]
+    span = gaps.sum(1, keepdim=True)
+    step = span / gaps.gt(0).sum(1, keepdim=True).clamp_min(1)
+    low, high = levels - step / 2, levels + span + step / 2
     if lut.shape[0] == 1:
         return low[0], high[0]
     assert row_class is not None
@@ -314,7 +314,7 @@ def _within(program: Program, weight: Settled, rows: Tensor) -> Tensor:
         low, high = codes - 0.5, codes + 0.5
         margin: Any = EDGE
     else:
-        levels, order = table.to(torch.float32).sort(1)
+        levels, order = rising(table)
         middles = (levels[:, 1:] + levels[:, :-1]) / 2
         ends = torch.full_like(levels[:, :1], torch.inf)
         classes = ops.row_classes(None if weight.row_class is None else tensors[weight.row_class], len(rows))
@@ -352,6 +352,11 @@ def _float(kind: Kind, stored: Tensor) -> Variable:
 
 def _mean_step(table: Tensor) -> Tensor:
     """The mean distance of neighbouring entries, of all classes."""
-    ordered = table.to(torch.float32).sort(1).values
-    gaps = ordered[:, 1:] - ordered[:, :-1]
+    gaps = _gaps(table)
     return gaps.sum() / gaps.gt(0).sum().clamp_min(1)
+
+
+def _gaps(lut: Tensor) -> Tensor:
+    """The distances of neighbouring levels [classes, entries - 1], zero behind the last."""
+    levels, _ = rising(lut)
+    return torch.where(levels[:, 1:].isfinite(), levels[:, 1:] - levels[:, :-1], 0)

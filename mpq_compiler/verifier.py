@@ -568,7 +568,7 @@ def _one_time_group(view: View) -> Findings:
 
 @rule("codes", QUANTIZED)
 def _codes(view: View) -> Findings:
-    """u8 codes below the size of their table, or int8 values within +-127 where there is none; of FP8 any u8."""
+    """u8 codes of levels of their table, or int8 values within +-127 where there is none; of FP8 any u8."""
     for levels in view.levels:
         if levels.codes is None:
             continue
@@ -578,18 +578,34 @@ def _codes(view: View) -> Findings:
         elif levels.lut is None:
             sound = codes.dtype == torch.int8 and int(codes.min()) >= -ops.LUT_MAX
         else:
-            sound = codes.dtype == torch.uint8 and int(codes.max()) < view.tensor(levels.lut).shape[-1]
+            most = _levels_of_rows(view, levels, len(codes))
+            sound = codes.dtype == torch.uint8 and bool((codes.amax(1) < most).all())
         if not sound:
             yield levels.call.name, f"'{levels.codes}' ({codes.dtype}) holds codes outside of their table"
 
 
+def _levels_of_rows(view: View, levels: Levels, rows: int) -> Tensor:
+    """How many levels the table of each row has; where classes are not sound (`row-classes`) the most of any table."""
+    counts = 2 ** torch.tensor(ops.class_bits(view.tensor(str(levels.lut))))
+    if levels.row_class is not None:
+        classes = ops.row_classes(view.tensor(levels.row_class), rows)
+        if len(classes) == rows and int(classes.max()) < len(counts):
+            return counts[classes]
+    return counts.max()
+
+
 @rule("table-range", QUANTIZED)
 def _table_range(view: View) -> Findings:
+    """int8 entries within +-127; a table may have fewer levels than entries, a power of two in front of the filling."""
     for levels in view.levels:
-        if levels.lut is not None:
-            lut = view.tensor(levels.lut)
-            if lut.dtype != torch.int8 or int(lut.min()) < -ops.LUT_MAX:
-                yield levels.call.name, f"'{levels.lut}' ({lut.dtype}) has entries outside of -127..127"
+        if levels.lut is None:
+            continue
+        lut = view.tensor(levels.lut)
+        filled = lut == ops.NO_LEVEL
+        sizes = [len(table) - int(n) for table, n in zip(lut, filled.sum(1), strict=True)]
+        behind = all(bool(f[n:].all()) for f, n in zip(filled, sizes, strict=True))
+        if lut.dtype != torch.int8 or not behind or max(sizes) < lut.shape[1] or any(n < 2 or n & n - 1 for n in sizes):
+            yield levels.call.name, f"'{levels.lut}' ({lut.dtype}) has entries outside of -127..127"
 
 
 @rule("table-size", QUANTIZED)
@@ -601,7 +617,7 @@ def _table_size(view: View) -> Findings:
         if planned is None:
             continue
         base = planned.base if isinstance(planned, formats.LowRankFormat) else planned
-        bits = base.bits
+        bits = base.index_bits
         # an open weight has the base's table; that of a low-rank format the merged one, once its branch is in the graph
         beside = levels.codes is None and (base is planned or ":range." in (levels.lut or ""))
         if isinstance(base, ResidualFormat) and (beside or levels.call.name in based):
@@ -644,19 +660,34 @@ def _offsets(view: View) -> Findings:
                 yield levels.call.name, f"'{levels.offset}' is not one offset a row"
 
 
+def _nested(lut: Tensor) -> bool:
+    """Whether each table has a bit more than the one before, and the last the entries of all, evenly spaced by 1."""
+    bits, inside = ops.class_bits(lut), lut[lut != ops.NO_LEVEL]
+    steps = bits == tuple(range(bits[0], bits[0] + len(bits))) and bool(lut[-1].diff().eq(1).all())
+    return steps and bool(inside.ge(lut[-1, 0]).all()) and bool(inside.le(lut[-1, -1]).all())
+
+
 @rule("row-classes", QUANTIZED)
 def _row_classes(view: View) -> Findings:
-    """A class u8 below the number of tables for every 16 rows, where there are several tables."""
+    """A class u8 below the number of tables for every 16 rows, where there are several tables.
+
+    Where tables differ in size every row has a class, each table one bit more than the one before, and the last holds
+    the others: a kernel looks all rows up in that one.
+    """
     for levels in view.levels:
         classes = 1 if levels.lut is None else len(view.tensor(levels.lut))
         if levels.row_class is None:
             if classes != 1:
                 yield levels.call.name, f"{classes} tables and no row classes"
             continue
-        table = view.tensor(levels.row_class)
-        tiles = -(-len(view.tensor(str(levels.codes or levels.weight))) // ops.TILE_ROWS)
-        if table.dtype != torch.uint8 or tuple(table.shape) != (tiles,) or int(table.max()) >= classes:
-            yield levels.call.name, f"'{levels.row_class}' is not one of {classes} classes for each of {tiles} tiles"
+        table, lut = view.tensor(levels.row_class), view.tensor(str(levels.lut))
+        rows, kind = len(view.tensor(str(levels.codes or levels.weight))), "rows"
+        if len({*ops.class_bits(lut)}) == 1:
+            rows, kind = -(-rows // ops.TILE_ROWS), "tiles"
+        elif not _nested(lut):
+            yield levels.call.name, f"the tables of '{levels.lut}' are not each within the next, of one bit more"
+        if table.dtype != torch.uint8 or tuple(table.shape) != (rows,) or int(table.max()) >= classes:
+            yield levels.call.name, f"'{levels.row_class}' is not one of {classes} classes for each of {rows} {kind}"
 
 
 @rule("branches", SIMULATED)

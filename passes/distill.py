@@ -47,6 +47,9 @@ class Distill(Pass):
     relation: float = 0.0
     """The weight of a loss beside the output's: how pixels of the last block relate to the teacher's pixels of other
     times (MPQ-DMv2, arXiv 2507.04290); 0.1 there."""
+    window: int = 0
+    """Of ``relation``: pixels relate to those of their own image instead, features being the mean of so many steps, of
+    which the last is trained (MPQ-DM, arXiv 2412.11549); 2 there. Of given calls steps are not known: 1."""
     rate: float = 1.0
     """Of learning, in parts of the usual."""
     samples: int = 64
@@ -62,7 +65,7 @@ class Distill(Pass):
         self.require("latent", 0, 1)
         for option in ("samples", "steps"):
             self.require(option, 1)
-        for option in ("updates", "images"):
+        for option in ("updates", "images", "window"):
             self.require(option, 0)
 
     def run(self, program: Program, session: Session) -> Program:
@@ -108,7 +111,9 @@ class Distill(Pass):
         rates = {kind: rate * self.rate for kind, rate in distillation.RATES.items()}
         latent = round(updates * self.latent)
         found = blocks.blocks(session.denoiser.module.model, program)
-        term = Term([b for b in found if b.repeated][-1].output, self.relation) if self.relation else None
+        term = None
+        if self.relation:
+            term = Term([b for b in found if b.repeated][-1].output, self.relation, self.window)
         if latent and self.blocks:
             share = max(1, latent // len(found))
             yield "blocks", [Stage(block.name, True, share, rates, block) for block in found]

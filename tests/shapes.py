@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
-from mpq_compiler.formats.packing import pack_codes
+from mpq_compiler.formats.packing import pack_codes, pack_rows, packed_bytes
 
 ROWS = (1, 2, 5, 6, 7, 63, 64, 65, 1000)
 OUTPUTS = (1, 3, 16, 48, 63, 64, 65, 320)
@@ -59,7 +59,10 @@ class Case:
 
     def stored(self) -> dict[str, np.ndarray]:
         """The arguments of `prepare`."""
-        return {**self.data, "codes": pack_codes(self.data["codes"], self.problem.bits)}
+        p, codes, row_class = self.problem, self.data["codes"], self.data["row_class"]
+        if not p.widths:
+            return {**self.data, "codes": pack_codes(codes, p.bits)}
+        return {**self.data, "codes": pack_rows(codes, row_class, p.widths[0]), "row_class": pack_codes(row_class, 2)}
 
 
 def concrete(shape: tuple[int | str, ...], batch: int) -> tuple[int, ...]:
@@ -81,7 +84,9 @@ def make_case(problem: QuantMatmul, batch: int, seed_: int, zero_points: tuple[i
     if corner < 0.3:  # the largest sums there can be
         x[...] = 255 if corner < 0.15 else 0
     shape = (p.outputs, p.reduction)
-    if p.bits == 8:
+    if p.widths:
+        codes = draw.integers(0, 2 ** np.take(p.widths, classes_in_turn(p))[:, None], shape).astype(np.uint8)
+    elif p.bits == 8:
         codes = draw.integers(-127, 128, shape).astype(np.int8)
         codes[draw.integers(p.outputs)] = draw.choice([-127, 127])
     else:
@@ -93,6 +98,9 @@ def make_case(problem: QuantMatmul, batch: int, seed_: int, zero_points: tuple[i
         zeros = np.resize(zero_points, zeros.shape)
     luts = draw.integers(-127, 128, (p.classes, p.entries)).astype(np.int8)
     luts[:, 0], luts[:, -1] = -127, 127
+    if p.widths:  # each table within the last
+        luts = draw.integers(-p.entries // 2, p.entries // 2, (len(p.widths), p.entries)).astype(np.int8)
+        luts[-1] = np.arange(p.entries) - p.entries // 2
     data: dict[str, np.ndarray] = {
         "x": x,
         "group": draw.integers(0, p.groups, batch),
@@ -100,7 +108,7 @@ def make_case(problem: QuantMatmul, batch: int, seed_: int, zero_points: tuple[i
         "scale": (draw.random((p.outputs, segments)) * 0.02 + 1e-4).astype(np.float16),
         "stored_offset": (draw.standard_normal(p.outputs) * 0.1).astype(np.float16),
         "tables": luts,
-        "row_class": draw.integers(0, p.classes, p.row_classes).astype(np.uint8),
+        "row_class": (classes_in_turn(p) if p.widths else draw.integers(0, p.classes, p.row_classes)).astype(np.uint8),
         "act_scale": (draw.random(tables) * 0.1 + 1e-3).astype(np.float32),
         "act_zero": zeros.astype(np.uint8),
         "stored_bias": draw.standard_normal(p.outputs).astype(np.float16),
@@ -140,8 +148,8 @@ def reference(case: Case) -> np.ndarray:
     batch, kh, kw = case.batch, *p.kernel
     x = d["x"].reshape(batch, p.height, p.width, p.channels).astype(np.int64)
     weights = d["codes"].astype(np.int64)
-    if p.bits < 8:
-        row_class = d["row_class"][np.arange(p.outputs) // 16]
+    if p.has_tables:
+        row_class = d["row_class"] if p.widths else d["row_class"][np.arange(p.outputs) // 16]
         weights = d["tables"].astype(np.int64)[row_class[:, None], d["codes"]]
     weights = weights.reshape(p.outputs, kh, kw, p.channels)
     group, top = d["group"], p.padding
@@ -225,3 +233,15 @@ def random_problem(draw: np.random.Generator) -> tuple[int, QuantMatmul]:
 def with_format(problem: QuantMatmul, name: str) -> QuantMatmul:
     """The problem in another format of `FORMATS`."""
     return replace(problem, **FORMATS[name])
+
+
+def classes_in_turn(problem: QuantMatmul) -> np.ndarray:
+    """The class of each row in `make_case`, where rows have several widths."""
+    return np.arange(problem.outputs) * 7 // 3 % len(problem.widths)
+
+
+def with_widths(problem: QuantMatmul, *widths: int) -> QuantMatmul:
+    """The problem with rows of so many classes, whose stored codes have these bits."""
+    problem = replace(problem, bits=widths[-1] if widths[-1] <= 4 else 8, widths=widths)
+    bits = int(np.take(widths, classes_in_turn(problem)).sum())
+    return replace(problem, code_bytes=packed_bytes(bits * problem.reduction, 1))

@@ -116,6 +116,7 @@ def test_the_folder_of_a_zip_goes_with_the_artifact(tmp_path):
     np.testing.assert_array_equal(tensors["conv.weight.codes"], TENSORS["conv.weight.codes"])
 
 
+@pytest.mark.invariant("compiler-12")
 def test_same_content_same_bytes(tmp_path):
     for number in (1, 2):
         (tmp_path / str(number)).mkdir()

@@ -288,6 +288,7 @@ def test_inputs_and_sizes_that_a_model_does_not_take():
 # Calibration
 
 
+@pytest.mark.invariant("qdiffusion-9")
 def test_calibration_covers_all_steps_and_classes(bundled):
     calls = []
     recorded = record_calibration(bundled, 22, 4, seed=1, progress=lambda *call: calls.append(call), batch=8)

@@ -49,6 +49,7 @@ def test_uncorrelated_inputs_leave_the_nearest_codes(name, order):
 
 @pytest.mark.parametrize("order", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.invariant("compiler-9")
 def test_no_row_is_worse_and_all_together_are_better(name, order):
     for seed in range(3):
         w, g = weight(seed=seed), gram(seed=seed + 10)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpq_compiler import formats
+from mpq_compiler import formats, learned_rounding
 from mpq_compiler.fitting import Rounding
 from mpq_compiler.formats.base import QuantizedWeight, output_error
 from mpq_compiler.learned_rounding import learned
@@ -27,6 +27,7 @@ def levels(start: QuantizedWeight) -> Tensor:
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.invariant("fpq-8", "qdiffusion-8")
 def test_no_row_is_worse_and_all_together_are_better(name):
     for seed in range(2):
         w, g = weight(seed=seed), gram(seed=seed + 10)
@@ -36,7 +37,24 @@ def test_no_row_is_worse_and_all_together_are_better(name):
         assert after.sum() < 0.9 * before.sum()
 
 
+@pytest.mark.parametrize("name, least", [("fp4", 0.985), ("int4", 0.99)])
+@pytest.mark.invariant("qdiffusion-7")
+def test_roundings_are_decided_when_learning_has_converged(name, least, monkeypatch):
+    """Before the descent by single weights, which goes through those that are still between their two levels."""
+    seen, pull = [], learned_rounding._pull
+
+    def watched(h, progress):
+        seen[:] = [h.clone()]
+        return pull(h, progress)
+
+    monkeypatch.setattr(learned_rounding, "_pull", watched)
+    w, g = weight(), gram()
+    learned(w, nearest(name, w, g), g, steps=3000)
+    assert float((2 * seen[0] - 1).abs().mean()) > least
+
+
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.invariant("fpq-8", "qdiffusion-6")
 def test_each_weight_is_at_the_level_below_or_above_it(name):
     w, g = weight(), gram()
     start = nearest(name, w, g)

@@ -103,6 +103,7 @@ def packed(segments: list[int], classes: int, outputs: int = 37, seed: int = 0):
 
 @pytest.mark.parametrize("segments", [[21], [13, 8]])
 @pytest.mark.parametrize("classes", [1, 2])
+@pytest.mark.invariant("qdiffusion-4")
 def test_quant_linear_equals_its_formula(segments, classes):
     p = packed(segments, classes)
     rows = p["row_class"].long().repeat_interleave(16)[:37]
@@ -121,6 +122,7 @@ def test_quant_linear_equals_its_formula(segments, classes):
 
 @pytest.mark.parametrize("stride, padding", [((1, 1), (1, 1, 1, 1)), ((2, 2), (0, 1, 0, 1)), ((2, 1), (2, 0, 0, 3))])
 @pytest.mark.parametrize("segments", [[5], [2, 3]])
+@pytest.mark.invariant("compiler-6")
 def test_quant_conv2d_is_quant_linear_on_patches(stride, padding, segments):
     """The same integers and the same epilogue; padded pixels hold the zero point of their segment and group."""
     p = packed(segments, 1)
@@ -139,6 +141,48 @@ def test_quant_conv2d_is_quant_linear_on_patches(stride, padding, segments):
     columns = [c.reshape(37, -1) for c in codes.reshape(37, 9, 5).split(segments, -1)]
     flat = ops.quant_linear(**p | {"x": rows, "codes": torch.cat(columns, 1), "segments": [9 * n for n in segments]})
     assert torch.equal(got, flat.reshape(b, oh, ow, 37))
+
+
+@pytest.mark.invariant("mixdq-4")
+def test_padding_with_zero_points_is_padding_with_zeros_and_a_constant_for_each_pixel():
+    """Integers alone: zero points add the same to all pixels only where the padding holds them too."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (2, 5, 6, 4), generator=generator, dtype=torch.uint8)
+    codes = torch.randint(-127, 128, (8, 36), generator=generator, dtype=torch.int8)
+    zero, group, one = torch.tensor([17, 201], dtype=torch.uint8), torch.tensor([1, 0]), torch.ones(2).half()
+    weight = codes, torch.ones(8, 1).half(), None, None, None
+    y = ops.quant_conv2d(x, group, *weight, [one], [zero], None, [4], [3, 3], [1, 1], [1, 1, 1, 1])
+    image, w = x.permute(0, 3, 1, 2).double(), codes.reshape(8, 3, 3, 4).permute(0, 3, 1, 2).double()
+    z = zero[group].double()[:, None, None, None]
+    filled = torch.stack([F.pad(a, (1, 1, 1, 1), value=float(v)) for a, v in zip(image, z, strict=True)])
+    constant = z * w.sum((1, 2, 3))[:, None, None]
+    of_each_pixel = z * F.conv2d(torch.ones_like(image), w, padding=1)
+    assert torch.equal(y.permute(0, 3, 1, 2).double(), F.conv2d(filled, w) - constant)
+    assert torch.equal(y.permute(0, 3, 1, 2).double(), F.conv2d(image, w, padding=1) - of_each_pixel)
+    assert not torch.equal(of_each_pixel, constant.expand_as(of_each_pixel))
+
+
+@pytest.mark.invariant("qdiffusion-2")
+def test_parts_under_equal_tables_are_the_whole_layer():
+    """To the bit where no sum is rounded, scales being powers of two."""
+    whole = packed([21], 1)
+    powers = {"scale": torch.full((37, 1), 2.0**-5).half(), "act_scale": [torch.tensor([0.25, 2.0]).half()]}
+    for exact in (True, False):
+        one = whole | (powers | {"offset": None, "bias": None} if exact else {})
+        scale = one["scale"].repeat(1, 2)
+        parts = {"scale": scale, "segments": [13, 8], **{name: 2 * one[name] for name in ("act_scale", "act_zero")}}
+        y, split = ops.quant_linear(**one), ops.quant_linear(**one | parts)
+        assert torch.equal(y, split) if exact else float((y - split).abs().max()) <= 1e-6 * float(y.abs().max())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.invariant("compiler-10")
+def test_a_table_of_even_levels_is_arithmetic_on_the_codes(bits):
+    p, half = packed([13, 8], 1) | {"row_class": None}, 2 ** (bits - 1)
+    codes = torch.randint(0, 2 * half, p["codes"].shape, generator=torch.Generator().manual_seed(bits))
+    table = {"codes": codes.to(torch.uint8), "lut": torch.arange(-half, half, dtype=torch.int8)[None]}
+    plain = {"codes": (codes - half).to(torch.int8), "lut": None}
+    assert torch.equal(ops.quant_linear(**p | table), ops.quant_linear(**p | plain))
 
 
 def test_float_operators_are_torch_on_channels_first():

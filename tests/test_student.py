@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpq_compiler import ops, student
+from mpq_compiler import distillation, formats, ops, student
 from mpq_compiler.formats.base import nearest_codes
-from mpq_compiler.program import run
-from mpq_compiler.student import Kind, Student
+from mpq_compiler.program import TensorStore, run
+from mpq_compiler.student import Kind, Student, settled
 from tests import programs
 
 PIPELINES = {"tables": programs.MIXED, "branches": programs.RESIDUAL, "parts": programs.REWRITES}
@@ -17,6 +17,7 @@ def zeros(variables):
 
 
 @pytest.mark.parametrize("model, pipeline", [*(("unet2d", p) for p in PIPELINES), ("dit", "tables")])
+@pytest.mark.invariant("lsq-3")
 def test_at_the_start_it_is_the_program(model, pipeline):
     """Variables of frozen codes begin with what is stored, bit for bit."""
     program = programs.after(model, "round-weights", PIPELINES[pipeline])
@@ -31,6 +32,7 @@ GPTQ = {name: text.replace("round-weights", "round-weights{method=gptq}") for na
 
 
 @pytest.mark.parametrize("pipeline", GPTQ)
+@pytest.mark.invariant("efficientdm-1")
 def test_latent_weights_start_where_the_program_is(pipeline):
     """Their nearest levels are those of the codes that were chosen; where that allows it they are the float weights."""
     program = programs.after("unet2d", "round-weights", GPTQ[pipeline])
@@ -66,6 +68,7 @@ def test_every_variable_has_a_gradient():
     assert not dead
 
 
+@pytest.mark.invariant("quest-2", "dilatequant-9")
 def test_time_groups_that_a_batch_lacks_get_no_gradient():
     """Tables are trained by row: a call of one time moves the rows of its group alone."""
     program = programs.after("unet2d", "round-weights", programs.MIXED)
@@ -82,6 +85,7 @@ def test_time_groups_that_a_batch_lacks_get_no_gradient():
 
 @pytest.mark.parametrize("offset", [None, torch.tensor([0.1, -0.2])])
 @pytest.mark.parametrize("lut", [None, torch.tensor([[-3, -1, 1, 3]], dtype=torch.int8)])
+@pytest.mark.invariant("lsq-1", "lsq-4")
 def test_gradients_of_levels(lut, offset):
     """LSQ's, eq. 2-3: with the codes as they are, ``scale * round(t)`` by scale is ``round(t) - t`` inside."""
     generator = torch.Generator().manual_seed(0)
@@ -104,7 +108,61 @@ def test_gradients_of_levels(lut, offset):
     torch.testing.assert_close(again, level)  # levels are their own nearest
 
 
+@pytest.mark.parametrize("lut", [None, torch.tensor([[-3, -1, 1, 3]], dtype=torch.int8)])
+@pytest.mark.invariant("lsq-1")
+def test_gradients_are_finite_differences_where_levels_move_smoothly(lut):
+    """Weights and scale by one factor, weights and offset by one distance: then no code changes."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 40, generator=generator) * (2 if lut is not None else 90)  # some beyond the ends
+    given = [rows, torch.tensor([[0.4], [0.7]]), torch.tensor([0.3, -0.2])]
+    weights = torch.randn(2, 40, generator=generator, dtype=torch.float64)
+
+    def total(rows, scale, offset):
+        return (student._Levels.apply(rows, scale, offset, lut, None, None).double() * weights).sum()
+
+    leaves = [t.clone().requires_grad_() for t in given]
+    found = torch.autograd.grad(total(*leaves), leaves)
+    rest = rows - given[2][:, None]
+    for direction in ([rest, given[1], torch.zeros(2)], [torch.ones_like(rows), torch.zeros(2, 1), torch.ones(2)]):
+        slope = sum(float((g * d).sum()) for g, d in zip(found, direction, strict=True))
+        ends = [total(*(x + step * d for x, d in zip(given, direction, strict=True))) for step in (2**-6, -(2**-6))]
+        assert slope == pytest.approx(float(ends[0] - ends[1]) * 2**5, rel=1e-3)
+
+
+@pytest.mark.invariant("lsq-6")
+def test_adam_does_not_raise_the_error_of_a_fixed_weight():
+    rows = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    fit = formats.get("int3").start(rows)  # over the whole range: too wide
+    trained = {
+        "scale": student.Variable(Kind.SCALE, fit.scale.float(), torch.ones(()), torch.float16),
+        "offset": student.Variable(Kind.OFFSET, fit.offset.float(), fit.scale.float().mean(), torch.float16),
+    }
+    state, errors = distillation._State.start(trained), []
+    for state.step in range(1, 102):
+        leaves = {name: theta.requires_grad_() for name, theta in state.thetas.items()}
+        made = {name: variable(leaves[name]) for name, variable in trained.items()}
+        level = student._Levels.apply(rows, made["scale"], made["offset"], fit.lut, None, None)
+        loss = (level - rows).square().sum() / rows.square().sum()
+        errors.append(float(loss.detach()))
+        gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        state.thetas = {name: theta.detach() for name, theta in state.thetas.items()}
+        distillation._adam(state, gradients, {n: distillation.RATES[v.kind] for n, v in trained.items()})
+    assert all(error <= errors[0] for error in errors) and errors[::20] == sorted(errors[::20], reverse=True)
+
+
+@pytest.mark.invariant("efficientdm-3")
+def test_weights_learn_in_steps_of_their_table():
+    program = programs.after("unet2d", "round-weights", programs.MIXED)
+    scales = {weight.scale: program.tensors[weight.scale] for weight in settled(program)}
+    doubled = program.fork(tensors=TensorStore({**program.tensors, **{name: 2 * s for name, s in scales.items()}}))
+    once, twice = (student.variables(p, latent=True) for p in (program, doubled))
+    latent = [name for name, variable in once.items() if variable.kind == Kind.LATENT]
+    assert len(latent) == len(scales)
+    assert all(torch.equal(2 * once[name].unit, twice[name].unit) for name in latent)
+
+
 @pytest.mark.parametrize("theta", [-3.0, 0.0, 0.7, 40.0])
+@pytest.mark.invariant("lsq-2")
 def test_values_are_what_is_stored(theta):
     """Whatever theta: scales are positive halves, zero points whole codes."""
     for kind, start in ((Kind.SCALE, [0.25, 3.0]), (Kind.RANGE, [1e-3]), (Kind.ZERO, [7.0, 0.0]), (Kind.FLOAT, [-2.5])):

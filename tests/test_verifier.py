@@ -381,6 +381,7 @@ def test_every_rule_has_a_mutant():
 
 
 @pytest.mark.parametrize("name", RULES)
+@pytest.mark.invariant("quest-3", "compiler-2")
 def test_the_rule_alone_rejects_its_mutant(name):
     program = MUTANTS[name]()
     found = check(program)

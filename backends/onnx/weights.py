@@ -14,7 +14,8 @@ import numpy as np
 
 from mpq_compiler import ops
 from mpq_compiler.backends.onnx.graph import ELEMENT, Graph
-from mpq_compiler.storage import Stored
+from mpq_compiler.formats.packing import unpack_codes
+from mpq_compiler.storage import CLASS_BITS, Stored
 
 
 class Weights:
@@ -59,13 +60,13 @@ class Weights:
     def decoded(self) -> dict[str, str]:
         """What there is to say of weights that take more memory than file, by width."""
         said = {}
-        for bits in (2, 3, 4, 5):
-            names = [name for name in self._decoded if self.stored[name].bits == bits]
-            if not names:
-                continue
+        labels = {name: f"{self.stored[name].bits}-bit" for name in sorted(self._decoded)}
+        labels |= {name: "mixed-width" for name in labels if self.stored[name].row_class}
+        for label in sorted({*labels.values()}):
+            names = [name for name in labels if labels[name] == label]
             held = sum(self.stored[name].array.nbytes for name in names)
             values = sum(math.prod(self._shape(name)) for name in names)
-            said[f"{bits}-bit weights"] = (
+            said[f"{label} weights"] = (
                 f"onnxruntime decodes those of {len(names)} layers to int8 when it loads the model: "
                 f"{held} bytes in the file, {values} in memory"
             )
@@ -74,6 +75,9 @@ class Weights:
     def _first_entries(self, row_class: str, entries: int, rows: int) -> str:
         """i32 [O, 1]: where the table of each row begins in all tables one behind the other."""
         g = self.graph
+        if self.stored[row_class].bits is not None:  # every row has a class of its own
+            first = g.op("Mul", self._codes(row_class, "int32"), g.constant(entries, "int32"))
+            return g.op("Reshape", first, g.ints(-1, 1))
         first = g.op("Mul", g.op("Cast", self.raw(row_class), to=ELEMENT["int32"]), g.constant(entries, "int32"))
         tiles = g.op("Expand", g.op("Reshape", first, g.ints(-1, 1)), g.ints(1, ops.TILE_ROWS))
         return g.op("Slice", g.op("Reshape", tiles, g.ints(-1, 1)), g.ints(0), g.ints(rows), g.ints(0))
@@ -88,19 +92,37 @@ class Weights:
         g, bits, shape = self.graph, self.stored[name].bits, self._shape(name)
         if bits == 4:
             return g.op("Cast", self.raw(name), to=ELEMENT[dtype])
-        assert bits in (2, 3, 5)
-        low, count = bits - bits % 2, math.prod(shape)
-        flat = self._plane(name, count, 0, low)
+        assert bits in (1, 2, 3, 5)
+        low, count = max(1, bits - bits % 2), math.prod(shape)
+        flat = self._plane(name, count, 0, low, 0)
         if low < bits:
-            flat = g.op("BitwiseOr", flat, self._plane(name, count, low, 1))
-        return g.op("Cast", g.op("Reshape", flat, g.ints(*shape)), to=ELEMENT[dtype])
+            flat = g.op("BitwiseOr", flat, self._plane(name, count, low, 1, low * count))
+        codes = g.op("Reshape", flat, g.ints(*shape))
+        if self.stored[name].row_class is not None:
+            codes = self._extended(name, codes, bits)
+        return g.op("Cast", codes, to=ELEMENT[dtype])
 
-    def _plane(self, name: str, count: int, first: int, width: int) -> str:
+    def _extended(self, name: str, codes: str, bits: int) -> str:
+        """u8 codes [O, K] of rows of several widths: the bits that all rows have, and those of some rows behind."""
+        g, (rows, columns) = self.graph, self._shape(name)
+        classes = unpack_codes(self.stored[str(self.stored[name].row_class)].array, (rows,), CLASS_BITS)
+        begin = bits * rows * columns
+        for c in range(1, int(classes.max()) + 1):
+            chosen = classes >= c
+            count = int(chosen.sum())
+            plane = g.op("Reshape", self._plane(name, count * columns, bits + c - 1, 1, begin), g.ints(count, columns))
+            padded = g.op("Concat", plane, g.constant(np.zeros((1, columns)), "uint8", "none"), axis=0)
+            place = g.constant(np.where(chosen, chosen.cumsum() - 1, count), "int32", "rows")
+            codes = g.op("BitwiseOr", codes, g.op("Gather", padded, place))
+            begin += count * columns
+        return codes
+
+    def _plane(self, name: str, count: int, first: int, width: int, begin: int) -> str:
         """u8 [count]: bits first .. first + width of codes that are stored in planes (formats/packing.py).
 
-        A table says for each byte which bits of codes it holds.
+        They stand from bit ``begin`` of the stream on. A table says for each byte which bits of codes it holds.
         """
-        g, begin = self.graph, count * first
+        g = self.graph
         stream, last = self.raw(name), -(-(begin + count * width) // 8)
         if (begin // 8, last) != (0, self.stored[name].array.size):
             stream = g.op("Slice", stream, g.ints(begin // 8), g.ints(last), g.ints(0))

@@ -27,8 +27,8 @@ _MPQ = {entry.name: function for function, entry in ops.OPS.items()}
 
 def load(artifact: Artifact, threads: int) -> Interpreter:
     """What executes the artifact (`mpq_compiler.runtime`). UserError: its graph is not sound."""
-    entries = {entry["name"]: entry for entry in artifact.manifest["tensors"]}
-    tensors = {name: storage.restored(array, entries[name]) for name, array in artifact.tensors().items()}
+    arrays = artifact.tensors()
+    tensors = {entry["name"]: storage.restored(entry, arrays) for entry in artifact.manifest["tensors"]}
     return Interpreter(loads(artifact.file(GRAPH).read_text(encoding="utf-8"), tensors), threads)
 
 

@@ -87,10 +87,18 @@ def dequantize_weight(e: Emitter, node: fx.Node) -> Value:
     problem = record(
         "dequantize.DequantizeTable", rows=rows, columns=columns, segments=tuple((segments or [shape[-1:]])[0]),
         bits=storage.code_bits(e.program, tables.name if tables else None), classes=tables.inner[0] if tables else 1,
-        offset=stored["offset"].dtype if offset is not None else None,
+        offset=stored["offset"].dtype if offset is not None else None, **_widths(e, stored),
     )  # fmt: skip
     out = Value(node.name, tuple(shape), "float32")
     return e.call(Kernel("dequantize", problem), stored, {"y": out})[0]
+
+
+def _widths(e: Emitter, stored: dict[str, Value]) -> dict[str, Any]:
+    """What a kernel must know of stored codes whose bits differ by row; nothing where they do not."""
+    lut = stored["tables"].name if "tables" in stored else None
+    if not storage.several_widths(e.program, lut):
+        return {}
+    return {"widths": storage.class_bits(e.program, lut), "code_bytes": stored["codes"].size}
 
 
 def dequantize_float8(e: Emitter, node: fx.Node) -> Value:
@@ -134,10 +142,13 @@ def contraction(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Va
     parts = {"codes": codes, "scale": scale, "stored_offset": offset, "tables": lut, "row_class": row_class}
     parts["stored_bias"] = bias
     stored = {name: e.stored(part) for name, part in parts.items() if part is not None}
+    widths = _widths(e, stored)
     dynamic = group is None  # the tables are those of the rows, the same for all segments
     if not dynamic:
         stored["act_zero"] = _stacked(e, act_zero, None)
     bits = storage.code_bits(e.program, stored["tables"].name if "tables" in stored else None)
+    if widths and bits > 4:
+        bits = 8  # of more entries than a kernel shuffles: in memory codes are the values
     if "tables" in stored and "row_class" not in stored:
         blocks = -(-stored["scale"].inner[0] // ops.TILE_ROWS)
         stored["row_class"] = e.constant((blocks,), "uint8", 0)  # one table for all rows
@@ -148,7 +159,7 @@ def contraction(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Va
         "channels": channels,
         "outputs": stored["scale"].inner[0],
         "bits": bits,
-        "classes": stored["tables"].inner[0] if "tables" in stored else 1,
+        "classes": stored["tables"].inner[0] if bits < 8 and not widths else 1,  # one table holds those of all widths
         "segments": tuple(segments),
         "groups": 1 if dynamic else e.stored(act_scale[0]).size,
         "dynamic": dynamic,
@@ -163,12 +174,12 @@ def contraction(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Va
             "problem.QuantMatmul", height=source.inner[0], width=source.inner[1], kernel=kernel, stride=stride,
             padding=padding, epilogue=epilogue.record, **shared,
         )  # fmt: skip
-        prepare = record("problem.QuantMatmul", height=kernel[0], width=kernel[1], kernel=kernel, **shared)
+        prepare = record("problem.QuantMatmul", height=kernel[0], width=kernel[1], kernel=kernel, **shared | widths)
     else:
         rows = source.size // channels
         rank = 2 if rows == 1 else 3
         problem = record("problem.QuantMatmul", height=rows, width=1, rank=rank, epilogue=epilogue.record, **shared)
-        prepare = record("problem.QuantMatmul", height=1, width=1, **shared)
+        prepare = record("problem.QuantMatmul", height=1, width=1, **shared | widths)
         if dynamic:
             problem = problem.replace(groups=emit_pointwise.groups(e, epilogue))
     names = ["tiles", "lut", "start", "weight_scale", "offset", "bias"]

@@ -19,6 +19,7 @@ from mpq_compiler.formats.codebook import CodebookFormat
 from mpq_compiler.formats.floating import E2M1, EXPONENTS, NF4, Float8Format, Float8Weight
 from mpq_compiler.formats.lowrank import LowRankFormat, LowRankWeight
 from mpq_compiler.formats.residual import ResidualFormat
+from mpq_compiler.formats.row_classes import RowClassFormat
 from mpq_compiler.formats.table import TableFormat
 from mpq_compiler.formats.uniform import UniformFormat
 
@@ -37,14 +38,17 @@ FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
         UniformFormat("int2", bits=2),
+        RowClassFormat("int2m", bits=2),
         TableFormat("int2g64", bits=2, table=TABLES["int2"], size=64),
         CodebookFormat("km2", bits=2),
         UniformFormat("int3", bits=3),
+        RowClassFormat("int3m", bits=3),
         CodebookFormat("km3", bits=3),
         CodebookFormat("km3t", bits=3, tiled=True),
         TableFormat("int3g64", bits=3, table=TABLES["int3"], size=64),
         ResidualFormat("int2+b", bits=3, base_bits=2),
         UniformFormat("int4", bits=4),
+        RowClassFormat("int4m", bits=4),
         CodebookFormat("km4", bits=4),
         CodebookFormat("km4t", bits=4, tiled=True),
         TableFormat("int4t", bits=4, table=TABLES["int4"], shared=True),

@@ -72,7 +72,7 @@ class QuantizedWeight:
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """A weight format: its name in plans and recipes, and the bits of one stored code.
+    """A weight format: its name in plans and recipes, and the bits of a stored code, on average.
 
     A subclass of the weight contract says how to `fit` and whether it `has_offset`; with K-groups also its `segments`,
     with several tables its `classes`. docs/formats.md adds one from beginning to end.
@@ -116,6 +116,15 @@ class Format(ABC):
         """The number of tables of a weight with so many rows."""
         return 1
 
+    def class_bytes(self, rows: int) -> int:
+        """Bytes of the row classes, where there are several tables: one for each tile of 16 rows."""
+        return row_tiles(rows)
+
+    @property
+    def index_bits(self) -> int:
+        """The bits that number the entries of its tables: those of the longest code, where codes differ in length."""
+        return self.bits
+
     def branch_elements(self, rows: int, columns: int) -> int:
         """Elements of a float branch beside the table, stored as f16: each also costs a multiplication a row."""
         return 0
@@ -126,8 +135,8 @@ class Format(ABC):
         codes = math.ceil(self.bits * count / 8)
         floats = rows * (len(self.segments(channels)) + self.has_offset)
         tables = self.classes(rows)
-        entries = 0 if self.bits == 8 else tables * 2**self.bits
-        return codes + 2 * floats + entries + (row_tiles(rows) if tables > 1 else 0)
+        entries = 0 if self.bits == 8 else tables * 2**self.index_bits
+        return codes + 2 * floats + entries + (self.class_bytes(rows) if tables > 1 else 0)
 
 
 def row_tiles(rows: int) -> int:
@@ -151,22 +160,27 @@ def nearest_codes(
     t = shifted / ops.column_scale(scale, segments, weight.shape[1])
     if lut is None:
         return torch.round(t).clamp(-ops.LUT_MAX, ops.LUT_MAX).to(torch.int8)
+    levels, order = rising(lut)
+    middles = (levels[:, 1:] + levels[:, :-1]) / 2
     if lut.shape[0] == 1:
-        return _nearest_entry(t, lut[0])
+        return order[0][torch.bucketize(t, middles[0])].to(torch.uint8)
     assert row_class is not None
     classes = ops.row_classes(row_class, len(weight))
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for c in classes.unique().tolist():
         rows = classes == c
-        codes[rows] = _nearest_entry(t[rows], lut[c])
+        codes[rows] = order[c][torch.bucketize(t[rows], middles[c])].to(torch.uint8)
     return codes
 
 
-def _nearest_entry(t: Tensor, table: Tensor) -> Tensor:
-    order = torch.argsort(table.to(torch.int32), stable=True)
-    levels = table[order].to(torch.float32)
-    index = torch.bucketize(t, (levels[1:] + levels[:-1]) / 2)
-    return order[index].to(torch.uint8)
+def rising(lut: Tensor) -> tuple[Tensor, Tensor]:
+    """The levels of tables [classes, entries] in rising order, f32, and their codes, i64.
+
+    What fills a table up stands behind its levels and is infinite: no value is nearest to it.
+    """
+    levels = torch.where(lut == ops.NO_LEVEL, torch.inf, lut.to(torch.float32))
+    order = torch.argsort(levels, dim=1, stable=True)
+    return levels.gather(1, order), order
 
 
 def output_error(error: Tensor, gram: Tensor | None) -> Tensor:

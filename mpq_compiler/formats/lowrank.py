@@ -61,6 +61,10 @@ class LowRankFormat(Format):
     def classes(self, rows: int) -> int:
         return self.base.classes(rows)
 
+    @property
+    def index_bits(self) -> int:
+        return self.base.index_bits
+
     def branch_elements(self, rows: int, columns: int) -> int:
         return min(self.rank, rows, columns) * (rows + columns)
 

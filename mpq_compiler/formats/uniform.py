@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +13,16 @@ from mpq_compiler.formats.base import Format, QuantizedWeight, nearest_codes, ou
 
 SHRINK = tuple(1 - 0.05 * i for i in range(14))
 """Fractions of the min-max range that the scale search tries."""
+BINARY = tuple(0.7 + 0.05 * i for i in range(13))
+"""Of one bit: fractions of the closed form."""
 
 
 @dataclass(frozen=True)
 class UniformFormat(Format):
-    """``scale[i] * (code - 2^(bits-1)) + offset[i]``; INT8 is symmetric, its code is the value (-127..127)."""
+    """``scale[i] * (code - 2^(bits-1)) + offset[i]``, of 1 to 5 bits.
+
+    INT8 is symmetric, its code is the value (-127..127).
+    """
 
     @property
     def has_offset(self) -> bool:
@@ -34,8 +40,7 @@ class UniformFormat(Format):
         weight = weight.flatten(1)
         best: tuple[Tensor, Tensor, Tensor | None] | None = None
         least = torch.full((len(weight),), torch.inf)
-        for shrink in SHRINK if self.bits < 8 else SHRINK[:5]:
-            scale, offset = self.range_parameters(weight, shrink)
+        for scale, offset in self._tried(weight):
             level = self.quantize(weight, scale, offset).dequantize()
             error = output_error(level - weight, gram)
             better = error < least
@@ -58,13 +63,30 @@ class UniformFormat(Format):
         """Nearest codes at given stored parameters."""
         return QuantizedWeight(nearest_codes(weight, scale, offset, self.table, None), scale, offset, self.table)
 
+    def _tried(self, weight: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Scales and offsets to choose from.
+
+        The two levels of one bit lie on both sides of the mean, by the mean distance from it (XNOR-Net, arXiv
+        1603.05279, eq. 6): the range says nothing about them.
+        """
+        if self.bits > 1:
+            for shrink in SHRINK if self.bits < 8 else SHRINK[:5]:
+                yield self.range_parameters(weight, shrink)
+            return
+        mean = weight.mean(1, keepdim=True)
+        distance = (weight - mean).abs().mean(1, keepdim=True)
+        for factor in BINARY:
+            yield self._centred(mean, stored_scale(2 * factor * distance))
+
     def range_parameters(self, weight: Tensor, shrink: float = 1.0) -> tuple[Tensor, Tensor | None]:
         """Scale f16 [O, 1] and offset f16 [O] whose levels span ``shrink`` of each row's range."""
         if self.bits == 8:
             return stored_scale(weight.abs().amax(1, keepdim=True) * (shrink / ops.LUT_MAX)), None
         low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
         middle, half = (low + high) / 2, (high - low) * (shrink / 2)
-        scale = stored_scale(2 * half / (2**self.bits - 1))
-        # The levels -2^(b-1) .. 2^(b-1)-1 are centred on -1/2.
-        offset = middle + scale.to(torch.float32) / 2
-        return scale, stored_type(offset[:, 0])
+        return self._centred(middle, stored_scale(2 * half / (2**self.bits - 1)))
+
+    @staticmethod
+    def _centred(middle: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The levels -2^(b-1) .. 2^(b-1)-1 are centred on -1/2."""
+        return scale, stored_type((middle + scale.to(torch.float32) / 2)[:, 0])

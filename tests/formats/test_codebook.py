@@ -49,6 +49,7 @@ def test_k_means_is_near_the_best_partition():
 
 
 @pytest.mark.parametrize("name", CODEBOOKS)
+@pytest.mark.invariant("qua2sedimo-2")
 def test_as_many_levels_as_values_reproduce_the_weight(name):
     generator = torch.Generator().manual_seed(2)
     values = torch.tensor([-127.0, -61, -20, 0, 13, 40, 80, 127])
@@ -57,11 +58,18 @@ def test_as_many_levels_as_values_reproduce_the_weight(name):
     assert float((formats.get(name).fit(w).dequantize() - w).abs().max()) <= 0.02 * float(w.abs().max())
 
 
+@pytest.mark.invariant("qua2sedimo-2")
 def test_more_levels_and_more_tables_are_nearer():
     w = weight(64, 200)
     assert error("km4", w) < 0.5 * error("km3", w)
     assert error("km3t", w) < error("km3", w) and error("km4t", w) < error("km4", w)
     assert error("km3", w) < 0.8 * error("int3", w)  # heavy tails: levels where the values are
+
+
+@pytest.mark.invariant("qua2sedimo-1")
+def test_one_table_costs_its_codes_and_a_scale_a_row():
+    true_bits = 8 * formats.get("km4").stored_bytes(320, 1152) / (320 * 1152)
+    assert true_bits == pytest.approx(4 + 16 / 1152 + 16 * 8 / (320 * 1152))
 
 
 @pytest.mark.parametrize("name", ["km3", "km3t"])
@@ -72,6 +80,7 @@ def test_columns_that_carry_nothing_are_not_served(name):
     assert error(name, spoilt, gram) <= 1.02 * error(name, w, gram)
 
 
+@pytest.mark.invariant("qua2sedimo-2")
 def test_a_table_and_a_class_for_every_sixteen_rows():
     w = weight(40)
     fit = formats.get("km3t").fit(w)

@@ -21,6 +21,7 @@ def weight(rows: int = 20, columns: int = 50, power: int = 3) -> Tensor:
     return torch.randn(rows, columns, generator=generator) ** power * torch.rand(rows, 1, generator=generator).add(0.1)
 
 
+@pytest.mark.invariant("fpq-9")
 def test_fp4_is_twice_e2m1():
     values = []
     for code in range(16):
@@ -29,6 +30,7 @@ def test_fp4_is_twice_e2m1():
     assert tuple(2 * v for v in values) == E2M1
 
 
+@pytest.mark.invariant("fpq-9")
 def test_fp4_weights_multiply_integers_exactly():
     """On codes, with int8 entries that are twice the values, and in floats on the values themselves: the same bits."""
     draw = torch.Generator().manual_seed(2)
@@ -50,6 +52,7 @@ def test_nf4_is_sixteen_rising_levels_with_zero_and_both_ends():
 
 
 @pytest.mark.parametrize("name", ["fp4", "nf4", "fp4g16", *FLOAT8])
+@pytest.mark.invariant("fpq-4")
 def test_powers_of_two_pass_through(name):
     w = weight() * 64  # so that all scales are normal halves
     first, larger = (formats.get(name).fit(w * factor) for factor in (1, 8))
@@ -58,6 +61,7 @@ def test_powers_of_two_pass_through(name):
 
 
 @pytest.mark.parametrize("name", ["fp4", "fp4g16", "int8", *FLOAT8])
+@pytest.mark.invariant("fpq-2")
 def test_the_sign_passes_through(name):
     w = weight()
     assert torch.equal(formats.get(name).fit(-w).dequantize(), -formats.get(name).fit(w).dequantize())
@@ -77,6 +81,7 @@ def values(power: int = 3) -> Tensor:
 
 
 @pytest.mark.parametrize("bits, exponent", SMALL)
+@pytest.mark.invariant("fpq-3")
 def test_small_floats_are_the_nearest_of_all_codes(bits, exponent):
     levels, x = grid(bits, exponent), values()
     y = ops.round_float(x, exponent, bits)
@@ -89,6 +94,7 @@ def test_small_floats_are_the_nearest_of_all_codes(bits, exponent):
 
 
 @pytest.mark.parametrize("bits, exponent", SMALL)
+@pytest.mark.invariant("fpq-1", "fpq-2", "fpq-5")
 def test_small_floats_round_alike_once_and_twice_on_both_sides_and_in_order(bits, exponent):
     x = values().sort().values
     y = ops.round_float(x, exponent, bits)
@@ -107,6 +113,7 @@ def test_ties_of_small_floats_go_to_the_even_code(bits, exponent):
 
 
 @pytest.mark.parametrize("exponent", [4, 5])
+@pytest.mark.invariant("fpq-6")
 def test_fp8_is_that_of_torch_up_to_the_codes_that_stand_for_no_number(exponent):
     x = values(power=5)
     expected, y = x.to(KINDS[exponent]).to(torch.float32), ops.round_float(x, exponent, 8)
@@ -117,6 +124,7 @@ def test_fp8_is_that_of_torch_up_to_the_codes_that_stand_for_no_number(exponent)
 
 
 @pytest.mark.parametrize("exponent", EXPONENTS)
+@pytest.mark.invariant("fpq-3")
 def test_fp8_codes_are_those_of_the_nearest_values(exponent):
     w = weight(power=5)
     scale = (w.abs().amax(1) / ops.float_largest(exponent, 8) * 0.9).half()
@@ -144,11 +152,13 @@ def test_the_encoding_is_that_of_least_output_error():
             assert torch.equal(chosen.dequantize(), fits[best].dequantize())
 
 
+@pytest.mark.invariant("fpq-7")
 def test_the_search_tries_a_tenth_to_six_fifths_of_the_range_and_the_range():
     assert len(FACTORS) == 111 and FACTORS[0] == 0.1 and FACTORS[90] == 1.0 and FACTORS[-1] == pytest.approx(1.2)
 
 
 @pytest.mark.parametrize("name", FLOAT8)
+@pytest.mark.invariant("fpq-7")
 def test_the_scale_search_is_never_worse_than_the_whole_range(name):
     found, w = formats.get(name), weight()
     x = torch.randn(200, 50, generator=torch.Generator().manual_seed(1)) + 1

@@ -20,7 +20,7 @@ from mpq_compiler.formats.base import (
     stored_scale,
     stored_type,
 )
-from mpq_compiler.formats.packing import pack_codes, unpack_codes
+from mpq_compiler.formats.packing import pack_codes, pack_rows, unpack_codes, unpack_rows
 
 NAMES = [name for name, found in formats.FORMATS.items() if found.integer]
 """Those of the weight contract; FP8 is tested in test_floating.py."""
@@ -48,9 +48,10 @@ def table_of(name: str, w: torch.Tensor, start: bool = False) -> QuantizedWeight
 
 @pytest.mark.parametrize("start", [False, True], ids=["fit", "start"])
 @pytest.mark.parametrize("name", SPELLED)
+@pytest.mark.invariant("lsq-5")
 def test_stored_types(name, start):
     found = formats.get(name)
-    fit, bits, groups = table_of(name, weight(), start), found.bits, len(found.segments(29))
+    fit, bits, groups = table_of(name, weight(), start), found.index_bits, len(found.segments(29))
     assert fit.scale.dtype == torch.float16 and fit.scale.shape == (35, groups) and (fit.scale > 0).all()
     assert (fit.segments is not None) == (groups > 1) and (groups == 1 or sum(fit.segments) == 29)
     assert (fit.offset is not None) == found.has_offset
@@ -62,7 +63,7 @@ def test_stored_types(name, start):
         assert fit.lut is None and fit.codes.dtype == torch.int8 and int(fit.codes.min()) >= -ops.LUT_MAX
     else:
         assert fit.lut.dtype == torch.int8 and fit.lut.shape == (found.classes(35), 2**bits)
-        assert int(fit.lut.min()) >= -ops.LUT_MAX
+        assert int(fit.lut[fit.lut != ops.NO_LEVEL].min()) >= -ops.LUT_MAX
         assert (fit.row_class is not None) == (len(fit.lut) > 1)
         assert fit.codes.dtype == torch.uint8 and int(fit.codes.max()) < 2**bits
 
@@ -72,8 +73,9 @@ def test_codes_are_those_of_the_nearest_levels(name):
     w = weight()
     fit = table_of(name, w)
     table = torch.arange(-127, 128).float()[None] if fit.lut is None else fit.lut.float()
+    table = table.masked_fill(table == ops.NO_LEVEL, torch.inf)
     if fit.row_class is not None:
-        table = table[fit.row_class.long().repeat_interleave(16)[: len(w)]]
+        table = table[ops.row_classes(fit.row_class, len(w))]
     columns = [j for j, size in enumerate(fit.segments or w.shape[1:]) for _ in range(size)]
     offset = 0 if fit.offset is None else fit.offset.float()[:, None, None]
     levels = fit.scale.float()[:, columns, None] * table[:, None, :] + offset
@@ -122,15 +124,23 @@ def test_row_classes_choose_the_table():
 
 @pytest.mark.parametrize("name", SPELLED)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 27), (16, 63), (65, 100), (20, 3, 3, 10)])
+@pytest.mark.invariant("qua2sedimo-1")
 def test_bytes_are_those_of_the_packed_form(name, shape):
     fmt = formats.get(name)
     found = fmt.fit(weight(shape[0], math.prod(shape[1:])).reshape(shape))
     fit = getattr(found, "base", found).merged()
-    packed = pack_codes(fit.codes.numpy(), fmt.bits)
+    codes, classes = fit.codes.numpy(), fit.row_class
+    if fmt.index_bits != fmt.bits:  # of rows of several widths
+        packed, least = pack_rows(codes, classes.numpy(), fmt.bits - 1), fmt.bits - 1
+        again = unpack_rows(packed, codes.shape, classes.numpy(), least)
+        classes = torch.from_numpy(pack_codes(classes.numpy(), 2))
+    else:
+        packed = pack_codes(codes, fmt.bits)
+        again = unpack_codes(packed, codes.shape, fmt.bits)
     factors = (getattr(found, "up", None), getattr(found, "down", None))
-    parts = (fit.scale, fit.offset, fit.lut, fit.row_class, *factors)
+    parts = (fit.scale, fit.offset, fit.lut, classes, *factors)
     assert packed.nbytes + sum(t.nbytes for t in parts if t is not None) == fmt.stored_bytes(*shape)
-    np.testing.assert_array_equal(unpack_codes(packed, tuple(fit.codes.shape), fmt.bits), fit.codes.numpy())
+    np.testing.assert_array_equal(again, codes)
 
 
 def test_three_bit_codes_take_three_bits():
@@ -175,6 +185,7 @@ def test_stored_scalars():
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("low, high", [(-1.0, 3.0), (0.5, 2.0), (-4.0, -1.0), (0.0, 0.0), (-1e-9, 1e-9), (-3e4, 6e4)])
+@pytest.mark.invariant("qdiffusion-10")
 def test_zero_is_a_code_and_both_ends_are_reached(bits, low, high):
     scale, zero = activation.parameters(torch.tensor(low), torch.tensor(high), bits)
     assert scale.dtype == torch.float16 and zero.dtype == torch.uint8 and 0 <= int(zero) < 2**bits

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from mpq_compiler import formats
+from mpq_compiler.formats import lowrank
 from mpq_compiler.formats.base import output_error
 from mpq_compiler.formats.lowrank import truncated
 
@@ -27,6 +30,7 @@ MOMENTS = {"none": None, "diagonal": gram().diagonal(), "whole": gram(), "few sa
 
 @pytest.mark.parametrize("moments", MOMENTS.values(), ids=MOMENTS)
 @pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.invariant("svdquant-2", "olri-1")
 def test_no_branch_of_that_rank_is_better(moments, rank):
     """The error that is left is that of the singular values behind the rank, of R G^(1/2) (Eckart and Young 1936)."""
     w = weight()
@@ -40,6 +44,7 @@ def test_no_branch_of_that_rank_is_better(moments, rank):
     assert left == pytest.approx(float(singular[rank:].square().sum()), rel=1e-2, abs=1e-4 * float(singular[0]) ** 2)
 
 
+@pytest.mark.invariant("svdquant-1", "olri-5")
 def test_a_full_rank_is_the_weight():
     w = weight(12, 20)
     for rank in (12, 100):
@@ -49,6 +54,7 @@ def test_a_full_rank_is_the_weight():
 
 
 @pytest.mark.parametrize("base", ["int2", "int4", "int2+b", "km3t", "nf4g8", "int8"])
+@pytest.mark.invariant("olri-1")
 def test_base_and_branch_are_better_than_the_base_alone(base):
     w = weight()
     for moments in MOMENTS.values():
@@ -58,6 +64,7 @@ def test_base_and_branch_are_better_than_the_base_alone(base):
         assert error < 0.8 * least
 
 
+@pytest.mark.invariant("olri-1")
 def test_more_rank_is_nearer_and_costs_its_factors():
     w, g = weight(), gram()
     errors = [float(output_error(formats.get(f"int3+r{r}").fit(w, g).dequantize() - w, g).sum()) for r in (1, 2, 6)]
@@ -65,6 +72,37 @@ def test_more_rank_is_nearer_and_costs_its_factors():
     plain = formats.get("int3").stored_bytes(24, 5, 8)
     assert formats.get("int3+r2").stored_bytes(24, 5, 8) == plain + 2 * 2 * (24 + 40)
     assert formats.get("int3+r99").stored_bytes(24, 5, 8) == plain + 2 * 24 * (24 + 40)  # no rank beyond the rows
+
+
+@pytest.mark.parametrize("moments", MOMENTS.values(), ids=MOMENTS)
+@pytest.mark.invariant("svdquant-3")
+def test_more_turns_never_end_worse(moments, monkeypatch):
+    errors = []
+    for rounds in range(1, 6):
+        monkeypatch.setattr(lowrank, "ROUNDS", rounds)
+        fit = formats.get("int2+r2").fit(weight(), moments)
+        errors.append(float(output_error(fit.dequantize() - weight(), moments).sum()))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < errors[0]
+
+
+@pytest.mark.invariant("olri-2")
+def test_the_output_is_served_at_the_cost_of_the_weight():
+    w, g = weight(), gram()
+    errors = {}
+    for name, moments in (("output", g), ("weight", None)):
+        up, down = truncated(w, moments, 3)
+        rest = up.float() @ down.float() - w
+        errors[name] = [float(output_error(rest, of).sum()) for of in (g, None)]
+    assert errors["output"][0] < errors["weight"][0] and errors["output"][1] > errors["weight"][1]
+
+
+@pytest.mark.invariant("olri-4")
+def test_factors_have_no_scale_of_their_own():
+    fit = formats.get("int4+r3").fit(weight(), gram())
+    other = dataclasses.replace(fit, up=2 * fit.up, down=fit.down / 2)
+    assert torch.equal(other.branch, fit.branch)
+    norms = [float(factor.float().square().mean().sqrt()) for factor in (fit.up, fit.down)]
+    assert 0.5 < norms[0] / norms[1] < 2  # both use the range of halves alike
 
 
 def test_the_same_weight_gives_the_same_branch():

@@ -12,7 +12,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels import vmath
-from mpq_compiler.backends.tvm.kernels.prepare import stored_code
+from mpq_compiler.backends.tvm.kernels.prepare import StoredRows
 from mpq_compiler.backends.tvm.kernels.template import Argument, Buffers, primfunc, store
 
 TILE_ROWS = 16
@@ -26,6 +26,7 @@ class DequantizeTable:
     segments:  channel counts with a scale of their own; columns are taps times channels
     classes:   tables; rows of 16 have a class where there are several
     offset:    the type in which offsets are stored, None without
+    widths:    the bits of a code by class of row, where rows differ in them; the stream then has `code_bytes`
     """
 
     rows: int
@@ -34,13 +35,15 @@ class DequantizeTable:
     bits: int
     classes: int = 1
     offset: str | None = None
+    widths: tuple[int, ...] = ()
+    code_bytes: int = 0
 
 
 def arguments(problem: DequantizeTable) -> list[Argument]:
     """The buffers in calling order, the output last."""
     p = problem
     found = [
-        Argument("codes", (-(-p.rows * p.columns * p.bits // 8),), "uint8"),
+        Argument("codes", (p.code_bytes or -(-p.rows * p.columns * p.bits // 8),), "uint8"),
         Argument("scale", (p.rows, len(p.segments)), "float16"),
     ]
     if p.offset is not None:
@@ -48,7 +51,7 @@ def arguments(problem: DequantizeTable) -> list[Argument]:
     if p.bits < 8:
         found.append(Argument("tables", (p.classes, 2**p.bits), "int8"))
     if p.classes > 1:
-        found.append(Argument("row_class", (-(-p.rows // TILE_ROWS),), "uint8"))
+        found.append(Argument("row_class", (-(-p.rows // (4 if p.widths else TILE_ROWS)),), "uint8"))
     return [*found, Argument("y", (p.rows, p.columns))]
 
 
@@ -58,16 +61,21 @@ def build(problem: DequantizeTable, isa: str, name: str) -> PrimFunc:
     p, channels = problem, sum(problem.segments)
 
     def body(_: Any, b: Buffers) -> None:
-        with T.serial(0, p.rows) as i:
+        rows = StoredRows(b, (p.rows, p.columns), p.bits, p.widths, 0)
+        with T.serial(0, p.rows) as i, rows.row(i) as codes:
             offset = None if p.offset is None else T.bind(T.cast(b["offset"][i], "float32"))
-            table = T.bind(T.cast(b["row_class"][i // TILE_ROWS], "int32")) if p.classes > 1 else 0
+            table = 0
+            if p.widths:
+                table = T.bind(rows.class_of(i))
+            elif p.classes > 1:
+                table = T.bind(T.cast(b["row_class"][i // TILE_ROWS], "int32"))
             with T.serial(0, p.columns // channels) as tap:
                 first = 0
                 for j, size in enumerate(p.segments):
                     scale = T.bind(T.cast(b["scale"][i, j], "float32"))
                     with T.serial(0, size) as k:
                         column = T.bind(tap * channels + first + k)
-                        code = T.bind(stored_code(b["codes"], i * p.columns + column, p.bits, p.rows * p.columns))
+                        code = T.bind(codes(column))
                         entry = code if p.bits == 8 else T.cast(b["tables"][table, code], "int32")
                         value = vmath.mul(T.cast(entry, "float32"), scale)
                         store(b["y"], value if offset is None else value + offset, i, column)

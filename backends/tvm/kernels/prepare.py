@@ -5,6 +5,8 @@ Plain loops: this runs once for each layer and is bound by reading the codes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tvm import tirx
@@ -23,14 +25,14 @@ def inputs(problem: QuantMatmul) -> list[Argument]:
     p, segments = problem, len(problem.segments)
     stored = [
         # as formats.packing.packed_bytes, whose package imports torch
-        Argument("codes", (-(-p.outputs * p.reduction * p.bits // 8),), "uint8"),
+        Argument("codes", (p.code_bytes or -(-p.outputs * p.reduction * p.bits // 8),), "uint8"),
         Argument("scale", (p.outputs, segments), "float16"),
     ]
     if p.has_offset:
         stored.append(Argument("stored_offset", (p.outputs,), "float16"))
-    if p.bits < 8:
-        stored.append(Argument("tables", (p.classes, p.entries), "int8"))
-        stored.append(Argument("row_class", (p.row_classes,), "uint8"))
+    if p.has_tables:
+        stored.append(Argument("tables", (len(p.widths) or p.classes, p.entries), "int8"))
+        stored.append(Argument("row_class", (-(-p.outputs // 4) if p.widths else p.row_classes,), "uint8"))
     if not p.dynamic:
         stored.append(Argument("act_zero", (segments, p.groups), "uint8"))
     if p.has_bias:
@@ -47,13 +49,56 @@ def stored_code(codes: Buffer, index: Any, bits: int, count: int) -> Expr:
     """The code at `index` of a stored stream of `count` (`formats.packing`), int32: unsigned below 8 bits."""
     if bits == 8:
         return T.cast(tirx.reinterpret("int8", codes[index]), "int32")
-
-    def field(bit: Any, width: int) -> Expr:
-        return T.cast(codes[bit // 8], "int32") >> (bit % 8) & ((1 << width) - 1)
-
     if bits != 3:
-        return field(index * bits, bits)
-    return field(index * 2, 2) | field(2 * count + index, 1) << 2
+        return _field(codes, index * bits, bits)
+    return _field(codes, index * 2, 2) | _field(codes, 2 * count + index, 1) << 2
+
+
+def _field(codes: Buffer, bit: Any, width: int) -> Expr:
+    """`width` bits from number `bit` of a stream on, within a byte."""
+    return T.cast(codes[bit // 8], "int32") >> (bit % 8) & ((1 << width) - 1)
+
+
+class StoredRows:
+    """Reads the codes of a stored weight [rows, columns], one row after the other from row `begin` on.
+
+    widths: the bits of a code by class of row (`formats.packing.pack_rows`); nothing where all have `bits`
+    """
+
+    def __init__(self, b: Buffers, shape: tuple[int, int], bits: int, widths: Sequence[int], begin: Any) -> None:
+        self.b, (self.rows, self.columns), self.extra = b, shape, range(1, len(widths))
+        self.bits = widths[0] if widths else bits
+        if not widths:
+            return
+        self.first = scratch(len(widths), "int32")
+        """The bit of the stream where the extra bits of the row begin, by class that has them."""
+        for c in self.extra:
+            store(self.first, tirx.IntImm("int32", self.bits * self.rows * self.columns), c)
+        with T.serial(0, self.rows) as i:
+            own = T.bind(self.class_of(i))
+            for c in self.extra:  # behind those of fewer bits, and of the rows before
+                before = T.min(own, c - 1) + tirx.Select(tirx.all(own >= c, i < begin), 1, 0)
+                store(self.first, self.first[c] + before * self.columns, c)
+
+    def class_of(self, i: Any) -> Expr:
+        """The class of row i, int32, from 2 bits."""
+        return T.cast(self.b["row_class"][i // 4], "int32") >> (i % 4 * 2) & 3
+
+    @contextmanager
+    def row(self, i: Any) -> Iterator[Callable[[Any], Expr]]:
+        """The code of row i by column, int32."""
+        own: Any = T.bind(self.class_of(i)) if self.extra else 0
+
+        def code(column: Any) -> Expr:
+            found = stored_code(self.b["codes"], i * self.columns + column, self.bits, self.rows * self.columns)
+            for c in self.extra:
+                more = _field(self.b["codes"], self.first[c] + column, 1) << (self.bits + c - 1)
+                found = found | T.if_then_else(own >= c, more, 0)
+            return found
+
+        yield code
+        for c in self.extra:
+            store(self.first, self.first[c] + tirx.Select(own >= c, self.columns, 0), c)
 
 
 def build(problem: QuantMatmul, isa: Isa, name: str) -> PrimFunc:
@@ -79,17 +124,19 @@ class _Prepare:
         if p.bits < 8:
             self._tables()
         work = p.outputs * p.reduction
-        with shares(1, w.outputs, work) as (_, begin, end), T.serial(begin, end) as i:
-            self._vectors(i)
-            with T.If(i < p.outputs), T.Then():
-                self._row(i)
+        with shares(1, w.outputs, work) as (_, begin, end):
+            self.codes = StoredRows(self.b, (p.outputs, p.reduction), p.bits, p.widths, begin)
+            with T.serial(begin, end) as i:
+                self._vectors(i)
+                with T.If(i < p.outputs), T.Then(), self.codes.row(i) as codes:
+                    self._row(i, codes)
 
     def _tables(self) -> None:
         """The table of each register of output channels, repeated for byte shuffles of 16 bytes."""
         isa, p = self.isa, self.p
         with T.serial(0, self.w.outputs // isa.lanes) as n:
             block = T.min(n * isa.lanes // 16, p.row_classes - 1)
-            table = T.bind(T.cast(self.b["row_class"][block], "int32"))
+            table = len(p.widths) - 1 if p.widths else T.bind(T.cast(self.b["row_class"][block], "int32"))
             with T.serial(0, isa.vector // 16) as repeat, T.serial(0, 16) as entry:
                 value = self.b["tables"][table, T.min(entry, p.entries - 1)]
                 store(self.b["lut"], value, n, repeat * 16 + entry)
@@ -113,23 +160,23 @@ class _Prepare:
         if p.has_bias:
             store(self.b["bias"], or_zero(self.b["stored_bias"][inside]), i)
 
-    def _row(self, i: Any) -> None:
+    def _row(self, i: Any, codes: Callable[[Any], Expr]) -> None:
         """Places the codes of output row i and sums its weights."""
         for first, count in self.p.segment_runs:
             if count == 1:
-                self._segment(i, Segment(first))
+                self._segment(i, Segment(first), codes)
             else:
                 with T.serial(0, count) as each:
-                    self._segment(i, Segment(first, each))
+                    self._segment(i, Segment(first, each), codes)
 
-    def _segment(self, i: Any, j: Segment) -> None:
+    def _segment(self, i: Any, j: Segment, codes: Callable[[Any], Expr]) -> None:
         p, w = self.p, self.w
         taps, kpack, channels = p.kernel[0] * p.kernel[1], self.isa.kpack, p.segments[j.first]
         total = scratch(1, "int32")
         store(total, tirx.IntImm("int32", 0), 0)
         first = T.bind(j.before(w.segment_steps))
         with T.serial(0, taps) as tap:
-            source = T.bind((i * taps + tap) * p.channels + j.before(p.segments))
+            source = T.bind(tap * p.channels + j.before(p.segments))
             steps = w.channels[j.first] // kpack
             for begin, end, width in ((0, channels // kpack, kpack), (channels // kpack, steps, channels % kpack)):
                 if begin == end:
@@ -137,9 +184,10 @@ class _Prepare:
                 with T.serial(begin, end) as k:
                     step = T.bind(first + tap * steps + k)
                     for lane in range(width):
-                        code = T.bind(self._code(source + k * kpack + lane))
-                        self._place(i, step, lane, code)
-                        store(total, total[0] + self._weight(i, code), 0)
+                        code = T.bind(codes(source + k * kpack + lane))
+                        value = T.bind(self._weight(i, code))
+                        self._place(i, step, lane, self._kept(code, value))
+                        store(total, total[0] + value, 0)
         if w.late_zeros:
             own, before = self.b["weight_scale"][j.index, i], self.b["sums"][i]
             store(self.b["sums"], vmath.fma(T.cast(total[0], "float32"), own, before), i)
@@ -152,15 +200,19 @@ class _Prepare:
             zero = T.cast(self.b["act_zero"][j.index, g], "int32") - self.isa.unsigned_excess
             store(self.b["start"], (0 - zero) * total[0], j.index, g, i)
 
-    def _code(self, index: Any) -> Expr:
-        """The code at `index` of the stored stream, int32 (unsigned below 8 bits)."""
-        return stored_code(self.b["codes"], index, self.p.bits, self.p.outputs * self.p.reduction)
-
     def _weight(self, i: Any, code: Any) -> Expr:
-        if self.p.bits == 8:
+        p = self.p
+        if not p.has_tables:
             return code
-        table = T.cast(self.b["row_class"][i // 16], "int32")
+        table = self.codes.class_of(i) if p.widths else T.cast(self.b["row_class"][i // 16], "int32")
         return T.cast(self.b["tables"][table, code], "int32")
+
+    def _kept(self, code: Any, value: Any) -> Expr:
+        """What stands for a weight in memory: its code; of rows of several widths its place in the last table."""
+        p = self.p
+        if p.bits == 8:
+            return value
+        return value - T.cast(self.b["tables"][len(p.widths) - 1, 0], "int32") if p.widths else code
 
     def _place(self, i: Any, step: Any, lane: int, code: Any) -> None:
         """Writes the code of output channel i and value `lane` of a step of k to its place in the tiles.

@@ -59,6 +59,9 @@ class QuantMatmul:
                     which the result is a part
     tile:           (registers, rows) of the micro-kernel, where it is another than `tiles` chooses; the registers are
                     those of `prepare` as well, and 0 rows are as many as fit best
+    widths:         for `prepare`: the bits of a stored code by class of row, where rows differ in them; in memory all
+                    codes have `bits` and number the entries of the last table, or are values (8)
+    code_bytes:     then: of the stored stream
     """
 
     height: int
@@ -79,6 +82,8 @@ class QuantMatmul:
     rank: int = 4
     into: tuple[int, int, int] | None = None
     tile: tuple[int, int] | None = None
+    widths: tuple[int, ...] = ()
+    code_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -136,7 +141,12 @@ class QuantMatmul:
     @property
     def entries(self) -> int:
         """Entries of a look-up table."""
-        return 2**self.bits
+        return 2 ** max(self.widths, default=self.bits)
+
+    @property
+    def has_tables(self) -> bool:
+        """Whether stored codes number the entries of tables."""
+        return self.bits < 8 or bool(self.widths)
 
     @property
     def pointwise(self) -> bool:

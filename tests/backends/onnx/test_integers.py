@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from mpq_compiler import ops, storage
+from mpq_compiler import formats, ops, storage
 from mpq_compiler.aten import aten
 from mpq_compiler.formats.packing import pack_codes
 from mpq_compiler.program import run
@@ -110,6 +110,21 @@ def test_linear_layers_of_every_width(form, groups, tmp_path):
     assert made["MatMulIntegerToFloat"] == 1 + ("w:offset" in tensors)
     assert not made["DequantizeLinear"] and not made["MatMul"], "an integer kernel reads the codes"
     assert not {"BitShift", "BitwiseOr", "Unsqueeze"} & made.keys(), "weights are decoded at load"
+
+
+@pytest.mark.parametrize("name", ["int2m", "int3m", "int4m"])
+def test_rows_of_several_widths(name, tmp_path):
+    w = torch.randn(37, 27, generator=seeded(0))
+    w[::3] = w[::3] ** 3
+    fit = formats.get(name).fit(w)
+    assert len(fit.row_class.unique()) == 3
+    parts = {part: getattr(fit, part) for part in ("codes", "scale", "offset", "lut", "row_class")}
+    tensors = {f"w:{part}": tensor for part, tensor in parts.items()} | activation_tables("a", G)
+    program, inputs = layer(ops.quant_linear, codes(5, 7, 27), tensors, G, [27])
+    made = check(program, inputs, tmp_path)
+    assert made["MatMulIntegerToFloat"] == 2
+    assert not {"BitwiseOr", "Concat"} & made.keys(), "weights are decoded at load"
+    assert storage.stored(program)["w:codes"].array.nbytes == -(-37 * 27 * formats.get(name).bits // 8)
 
 
 @pytest.mark.parametrize("groups", [1, G])

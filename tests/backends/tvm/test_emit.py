@@ -119,6 +119,7 @@ def is_exact(kernel: Kernel) -> bool:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("name", "weights"), MODELS)
+@pytest.mark.invariant("compiler-1")
 def test_every_node_computes_what_the_reference_does(name, weights, target):
     case = packed.program(name, weights)
     kernels = Kernels(*compiled(name, weights, target), target)
@@ -207,12 +208,14 @@ def test_a_rewritten_program_is_as_good_as_the_packed_one(target, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "weights"), MODELS)
+@pytest.mark.invariant("compiler-1")
 def test_cpu_targets_give_the_same_bits(name, weights):
     first, *others = (executed(name, weights, target) for target in TARGETS)
     assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("name", ["unet2d-class", "pixart"])
+@pytest.mark.invariant("compiler-5")
 def test_a_batch_of_mixed_timesteps_equals_its_samples(name):
     weights = dict(MODELS)[name]
     case = packed.program(name, weights)
@@ -222,6 +225,7 @@ def test_a_batch_of_mixed_timesteps_equals_its_samples(name):
     assert np.array_equal(np.concatenate(rows), executed(name, weights, TARGETS[1])[:8].numpy())
 
 
+@pytest.mark.invariant("compiler-4")
 def test_other_time_groups_change_nothing(tmp_path):
     name, weights = "unet2d", "int3"
     case, (made, _) = packed.program(name, weights), compiled(name, weights, TARGETS[1])
@@ -250,6 +254,7 @@ def test_other_time_groups_change_nothing(tmp_path):
 # ------------------------------------------------------------------------------------------- equal bytes
 
 
+@pytest.mark.invariant("compiler-12")
 def test_equal_bytes_whatever_jobs_and_folders(tmp_path):
     lowered = lower(packed.program("pixart", "int4").program, (1, 2))
     target = targets.resolve("aarch64-dotprod" if tvm_linker_missing("x86-64-avx2") else "x86-64-avx2")
@@ -433,6 +438,7 @@ def check_by_hand(program: Program, folder: Path, exact: bool) -> None:
 
 
 @pytest.mark.parametrize("classes", [1, 2])
+@pytest.mark.invariant("qdiffusion-4")
 def test_two_segments_with_offsets_and_tables(classes, tmp_path):
     """Two segments with scales of their own, offsets, row classes: all of the weight contract."""
     generator = torch.Generator().manual_seed(1)

@@ -17,6 +17,7 @@ INTEGER = (("pixart", "nf4g16+r4"), ("unet2d-class", "km3t"), ("pixart", "int2g1
 
 
 @pytest.mark.parametrize(("name", "weights"), INTEGER)
+@pytest.mark.invariant("compiler-1")
 def test_every_node_computes_what_the_reference_does(name, weights):
     emitted.test_every_node_computes_what_the_reference_does(name, weights, TARGET)
 

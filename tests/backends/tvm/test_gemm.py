@@ -69,6 +69,7 @@ def square(shift: int, step: int) -> list[tuple[QuantMatmul, Case, np.ndarray]]:
         (AARCH64, 6, 4),
     ],
 )
+@pytest.mark.invariant("compiler-1")
 def test_every_shape(name, shift, step):
     isa, table = needs(name), square(shift, step)
     kernels = Kernels(isa, [problem for problem, _, _ in table])
@@ -117,6 +118,7 @@ def random_cases() -> tuple[list[QuantMatmul], list[tuple[int, Case]], list[np.n
         (AARCH64, 5, 6),
     ],
 )
+@pytest.mark.invariant("compiler-1")
 def test_random_cases(name, begin, step):
     isa = needs(name)
     problems, calls, wanted = random_cases()

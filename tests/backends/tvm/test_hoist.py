@@ -59,6 +59,7 @@ def calls(case) -> list[dict[str, np.ndarray]]:
     return [*found, found[1] | {"sample": small}, one_text, found[0] | {"timestep": np.array([999])}]
 
 
+@pytest.mark.invariant("bitsfusion-1")
 def test_bits_do_not_depend_on_what_is_kept(case, paths):
     split, whole = paths
     expected = [runtime.load(whole, threads=1).run(inputs) for inputs in calls(case)]
@@ -103,6 +104,7 @@ def test_memory_is_bounded_and_taken_once(paths):
         runtime.load(paths[0], reuse_bytes=-1)
 
 
+@pytest.mark.invariant("bitsfusion-2")
 def test_functions_of_other_sizes_share_the_parts(case, others):
     lowered = lower(case.program, (1, 2), others)
     assert [*lowered.parts()] == ["time", "text"]

@@ -1,0 +1,86 @@
+"""Rows of several widths in one weight: a bit more where outliers are, one less elsewhere.
+
+Outlier-driven mixed quantization of MPQ-DM (arXiv 2412.11549, section 3.2): of N bits, the rows of largest kurtosis get
+N + 1, as many of the smallest N - 1, how many by the error of the layer's output. Kurtosis says little of that error:
+the order by what a bit is worth to each row is tried as well. Levels are evenly spaced in all rows, and those of fewer
+bits are among those of more: rows stay in their order, and a kernel looks all of them up in one table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpq_compiler import ops
+from mpq_compiler.formats.base import Format, QuantizedWeight, output_error, stored_type
+from mpq_compiler.formats.uniform import UniformFormat
+
+LOST = 2.0
+"""What the error counts that a row has more for a bit less: GPTQ takes less of it in fewer bits."""
+
+
+@dataclass(frozen=True)
+class RowClassFormat(Format):
+    """Evenly spaced levels of bits - 1, bits or bits + 1 by row, ``bits`` on average; a scale and an offset a row."""
+
+    @property
+    def has_offset(self) -> bool:
+        return True
+
+    @property
+    def index_bits(self) -> int:
+        return self.bits + 1
+
+    @property
+    def widths(self) -> tuple[UniformFormat, ...]:
+        """The formats of the three classes of rows."""
+        return tuple(UniformFormat(f"int{bits}", bits) for bits in (self.bits - 1, self.bits, self.bits + 1))
+
+    def classes(self, rows: int) -> int:
+        return len(self.widths)
+
+    def class_bytes(self, rows: int) -> int:
+        """Two bits a row."""
+        return -(-2 * rows // 8)
+
+    def start(self, weight: Tensor) -> QuantizedWeight:
+        """All rows in ``bits``."""
+        return self._of([width.start(weight) for width in self.widths], torch.ones(len(weight), dtype=torch.uint8))
+
+    def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
+        """No row has another width where that is no gain: then all codes are those of the plain format."""
+        rows = weight.flatten(1)
+        fits = [width.fit(rows, gram) for width in self.widths]
+        less, same, more = (output_error(fit.dequantize() - rows, gram).double() for fit in fits)
+        best, most = torch.ones(len(rows), dtype=torch.uint8), 0.0
+        for rank in (kurtosis(rows), less - more):
+            order = torch.argsort(rank, descending=True, stable=True)
+            first, last = order[: len(rows) // 2], order.flip(0)[: len(rows) // 2]
+            gain = ((same - more)[first] - LOST * (less - same)[last]).cumsum(0)
+            if len(gain) and float(gain.max()) > most:
+                most, count = float(gain.max()), int(gain.argmax()) + 1
+                best = torch.ones_like(best)
+                best[first[:count]], best[last[:count]] = 2, 0
+        return self._of(fits, best)
+
+    def _of(self, fits: Sequence[QuantizedWeight], row_class: Tensor) -> QuantizedWeight:
+        """The rows of the fits that their classes [O] choose."""
+        chosen, rows = row_class.long(), torch.arange(len(row_class))
+        codes = torch.stack([f.codes for f in fits])[chosen, rows]
+        scale = torch.stack([f.scale for f in fits])[chosen, rows]
+        offset = torch.stack([f.offset.float() for f in fits if f.offset is not None])[chosen, rows]
+        lut = torch.full((len(fits), 2**self.index_bits), ops.NO_LEVEL, dtype=torch.int8)
+        for table, fit in zip(lut, fits, strict=True):
+            assert fit.lut is not None
+            table[: fit.lut.shape[1]] = fit.lut[0]
+        return QuantizedWeight(codes, scale, stored_type(offset), lut, row_class=row_class)
+
+
+def kurtosis(rows: Tensor) -> Tensor:
+    """Pearson's kurtosis of each row of [O, K], f64: 3 for a Gaussian, 0 for a row of zeros."""
+    centred = rows.double() - rows.double().mean(1, keepdim=True)
+    variance = centred.square().sum(1) / max(1, rows.shape[1] - 1)
+    return centred.pow(4).mean(1) / variance.square().clamp_min(1e-300)
