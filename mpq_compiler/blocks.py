@@ -46,7 +46,7 @@ def blocks(model: torch.nn.Module, program: Program) -> list[Block]:
     The output of a block is what its last layer becomes before another block's layer has its turn: residual additions
     and changes of size are still its own.
     """
-    repeated = _repeated(model)
+    lists = repeated(model)
     known = {name for name, _ in model.named_parameters()}
     order = [n for n in program.graph.nodes if n.op == "call_function" and not _is_weight(n)]
     place = {node: index for index, node in enumerate(order)}
@@ -55,7 +55,7 @@ def blocks(model: torch.nn.Module, program: Program) -> list[Block]:
     for node in order:
         paths = {path for path in _read(node) if path in known}
         for path in paths:
-            owners[node] = _block_of(path, repeated)
+            owners[node] = block_of(path, lists)
             read.setdefault(owners[node], set()).add(path)
     last = {owner: node for node, owner in owners.items()}
     found = []
@@ -67,7 +67,7 @@ def blocks(model: torch.nn.Module, program: Program) -> list[Block]:
             if reached.intersection(later.all_input_nodes):
                 reached.add(later)
                 output = later if later.target not in _NO_VALUE else output
-        found.append(Block(name, tuple(sorted(read[name])), output.name, name in repeated))
+        found.append(Block(name, tuple(sorted(read[name])), output.name, name in lists))
     return found
 
 
@@ -80,7 +80,7 @@ def cut(program: Program, node: str) -> Program:
     return short
 
 
-def _repeated(model: torch.nn.Module) -> set[str]:
+def repeated(model: torch.nn.Module) -> set[str]:
     """Paths of modules that stand in a list of modules of one class."""
     found = set()
     for path, module in model.named_modules():
@@ -89,7 +89,8 @@ def _repeated(model: torch.nn.Module) -> set[str]:
     return found
 
 
-def _block_of(parameter: str, repeated: set[str]) -> str:
+def block_of(parameter: str, repeated: set[str]) -> str:
+    """Path of the block that a parameter is in: the innermost of those ``repeated``, or its own module."""
     module, _, _ = parameter.rpartition(".")
     parts = module.split(".")
     prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))

@@ -5,6 +5,7 @@ Passes ask for statistics by name; `calibrate` collects what the whole pipeline 
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import ops
+from mpq_compiler import cache, ops
 from mpq_compiler.program import Interpreter, Program, arguments, operand, softmax, weight_of
 
 if TYPE_CHECKING:
@@ -83,6 +84,17 @@ class Calibration:
         n = len(next(iter(self.inputs.values())))
         index = torch.linspace(0, n - 1, min(count, n)).round().long()
         return {name: value[index] for name, value in self.inputs.items()}
+
+
+def fingerprint(program: Program, inputs: Mapping[str, Tensor], options: str) -> str:
+    """Of the cache: everything that a measurement of the calibrated program on ``inputs`` depends on."""
+    names = sorted({str(n.target) for n in program.graph.nodes if n.op == "get_attr"})
+    tensors = {name: program.tensors[name].contiguous() for name in names}
+    text = "\n".join(f"{n.name} {ops.name_of(n.target)} {n.args} {n.kwargs}" for n in program.graph.nodes)
+    calibration: Calibration = program.facts["calibration"]
+    edges = {name: statistics.values for name, statistics in calibration.edges.items()}
+    versions = f"{options} {torch.__version__} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return cache.digest(versions, text, str(program.facts["time-groups"]), tensors, inputs, edges, calibration.grams)
 
 
 def batches(inputs: Mapping[str, Tensor], size: int = BATCH) -> Iterator[dict[str, Tensor]]:

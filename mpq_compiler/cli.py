@@ -154,6 +154,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--diff", nargs="+", metavar="PASS", help="what a pass changed, or the difference of two")
     what.add_argument("--bisect", action="store_true", help="the pass and the layer where the program went wrong")
     what.add_argument("--why", metavar="LAYER", help="what decided on a layer's formats, with the numbers")
+    what.add_argument("--scores", action="store_true", help="by operation, unit and block (recipe qua2sedimo)")
     what.add_argument("--html", metavar="FILE", help="everything as one page, charts included")
     inspect.add_argument("--layers", action="store_true", help="layer by layer: bits, bytes, loss")
     inspect.add_argument("--overwrite", action="store_true", help="replace a page that exists")
@@ -500,7 +501,7 @@ def _inspect(args: argparse.Namespace) -> Any:
         _write_whole(output, lambda stream: stream.write(page.encode()))
         terminal.say(f"wrote {output}")
         return {"output": str(output)}
-    return inspect(path, args.pass_name, args.diff, args.layers, args.bisect, args.why)
+    return inspect(path, args.pass_name, args.diff, args.layers, args.bisect, args.why, args.scores)
 
 
 def _allocate(args: argparse.Namespace) -> Any:

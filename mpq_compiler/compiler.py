@@ -36,6 +36,7 @@ from mpq_compiler.calibration import batches as in_batches
 from mpq_compiler.conditioning import require_guidance
 from mpq_compiler.denoiser import Denoiser
 from mpq_compiler.errors import UserError, nearest
+from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
 from mpq_compiler.latency import LOWERED, Latency
 from mpq_compiler.latency_profile import measured
 from mpq_compiler.machine import cpu
@@ -176,8 +177,8 @@ def resolve(options: Options) -> list[Pass]:
     recipe = recipe.override("calibrate", samples=options.samples, steps=options.steps)
     if options.numerics != "portable" or "numerics" in recipe.pipeline:
         recipe = recipe.override("numerics", mode=options.numerics)
-    if options.activations is not None and options.activations < 8 and "sensitivity" in recipe.pipeline:
-        recipe = recipe.override("sensitivity", activations=(4, 6, 8))
+    if options.activations is not None and options.activations < 8:
+        recipe = _with_width(recipe, options.activations)
     if options.effort is not None:
         if options.effort not in EFFORTS:
             raise UserError(f"--effort '{options.effort}' is not known: {nearest(options.effort, EFFORTS)}")
@@ -186,6 +187,20 @@ def resolve(options: Options) -> list[Pass]:
     passes = recipe.passes()
     pass_manager.check(passes)
     return passes
+
+
+def _with_width(recipe: recipes.Recipe, activations: float) -> recipes.Recipe:
+    """The recipe for a budget of so many average bits of activations; what it says itself of widths stays."""
+    given, nearest_width = recipe.options, max(2, min(8, round(activations)))
+    for name, option in (("equalize", "activations"), ("time-groups", "bits"), ("time-gains", "activations")):
+        if name in recipe.pipeline and option not in given.get(name, {}):
+            recipe = recipe.override(name, **{option: nearest_width})
+    if "sensitivity" in recipe.pipeline and "activations" not in given.get("sensitivity", {}):
+        plan = given.get("bit-allocation", {})
+        least = LEAST_FLOAT_BITS if plan.get("activation_format") == "float" else 2
+        one = plan.get("mixed") in (False, "false")
+        recipe = recipe.override("sensitivity", activations=(nearest_width,) if one else tuple(range(least, 9)))
+    return recipe
 
 
 def parse_shapes(text: str | None) -> dict[tuple[int, int, int] | None, tuple[int, ...]]:
@@ -317,7 +332,7 @@ def _latency_table(options: Options, target: targets.Target) -> latency_table.Ta
 def _check_budget(program: Program, passes: Sequence[Pass], latency: Latency | None = None) -> None:
     """UserError for a budget of bytes or time that no allocation meets, before the long measurement that one needs."""
     options = {p.name(): p for p in passes}
-    allocation, sensitivity = (options.get(name) for name in ("bit-allocation", "sensitivity"))
+    allocation, sensitivity = options.get("bit-allocation"), options.get("sensitivity", options.get("predict-scores"))
     if allocation is None or sensitivity is None:
         return
     measured: Sequence[str] = getattr(sensitivity, "formats", ())
@@ -788,7 +803,7 @@ def candidate_plans(
     uniform = allocation.options().get("uniform")
     names = list(formats or ([uniform] if uniform else sensitivity.options()["formats"] if sensitivity else ["int8"]))
     latency = _times(denoiser, chosen, passes, progress, batch)
-    front = [p for p in passes[: passes.index(allocation)] if p.name() != "sensitivity"]
+    front = [p for p in passes[: passes.index(allocation)] if p.name() not in ("sensitivity", "predict-scores")]
     session = Session(
         denoiser,
         denoiser.random_inputs(ENOUGH_TO_RUN)

@@ -16,6 +16,7 @@ def inspect(
     layers: bool = False,
     bisect: bool = False,
     why: str | None = None,
+    scores: bool = False,
 ) -> Any:
     """Prints what is asked for and returns it as plain data.
 
@@ -23,6 +24,8 @@ def inspect(
     """
     if why is not None:
         return _why(path, why)
+    if scores:
+        return _scores(path)
     if _is_artifact(path):
         if pass_name or diff or bisect:
             asked = "--pass" if pass_name else "--diff" if diff else "--bisect"
@@ -58,6 +61,14 @@ def _why(path: Path, layer: str) -> dict[str, Any]:
     dumps = _read_dumps(path)  # first, for it says best what is wrong with a path
     found = why.why(why.load(path), layer, dumps)
     why.show(found)
+    return found
+
+
+def _scores(path: Path) -> dict[str, Any]:
+    from mpq_compiler import scores, why
+
+    found = scores.explain(why.load(path))
+    scores.show(found)
     return found
 
 

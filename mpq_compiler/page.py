@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from mpq_compiler import svg, why
+from mpq_compiler import scores, svg, why
 from mpq_compiler.svg import Point
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def page(document: Mapping[str, Any], source: str, dumps: Sequence[Dump] = ()) -
         _summary(document),
         "<h2>Bits of each layer</h2>",
         _bits(layers),
+        *_scores(document),
         *(_of_dumps(layers, dumps) if dumps else ()),
         "<h2>Layers</h2>",
         _table(layers),
@@ -77,6 +78,13 @@ def _bits(layers: Sequence[Mapping[str, Any]]) -> str:
         name = plan.get("format", "float")
         points.append(Point(0, bits, f"{layer['layer']}: {name}, {bits:.2f} bits a weight", names.index(name)))
     return svg.bars(points, "stored bits of each weight, layer by layer", "bits", names)
+
+
+def _scores(document: Mapping[str, Any]) -> list[str]:
+    if not scores.known(document):
+        return []
+    charts = scores.charts(scores.explain(document))
+    return [part for title, chart in charts.items() for part in (f"<h2>Scores and formats by {title}</h2>", chart)]
 
 
 def _of_dumps(layers: Sequence[Mapping[str, Any]], dumps: Sequence[Dump]) -> list[str]:

@@ -182,6 +182,41 @@ def problem(
     return {"version": 1, "layers": layers, "budgets": budgets, "links": links}
 
 
+def unit_problem(
+    table: dict[str, Any], units: Sequence[Mapping[str, Any]], limit_bytes: int | None = None
+) -> dict[str, Any]:
+    """The allocation problem whose layers are ``units`` of layers, and whose losses are their scores, negated.
+
+    units: each has its ``layers``, and ``variants`` with the score of the formats of these, in order and joined by
+    blanks; the unit is named in the same way. table: for the bytes (`costs.describe`). UserError: a budget that cannot
+    be met, naming the least that can.
+    """
+    sizes = {layer["name"]: layer["formats"] for layer in table["layers"]}
+
+    def choice(layers: Sequence[str], name: str, score: float) -> dict[str, Any]:
+        size = sum(sizes[layer][format]["bytes"] for layer, format in zip(layers, name.split(" "), strict=True))
+        return {"name": name, "loss": -score, "costs": {"bytes": size}}
+
+    if limit_bytes is not None:
+        formats = {
+            layer: sorted({name.split(" ")[i] for name in unit["variants"]})
+            for unit in units
+            for i, layer in enumerate(unit["layers"])
+        }
+        require_bytes(table, limit_bytes, formats)
+    return {
+        "version": 1,
+        "layers": [
+            {
+                "name": " ".join(unit["layers"]),
+                "choices": [choice(unit["layers"], name, score) for name, score in unit["variants"].items()],
+            }
+            for unit in units
+        ],
+        "budgets": [] if limit_bytes is None else [{"cost": "bytes", "max": limit_bytes - table["fixed_bytes"]}],
+    }
+
+
 @dataclass(frozen=True)
 class Terms:
     """What a problem may be besides least summed noise power under common budgets (MixDQ, arXiv 2405.17873)."""

@@ -85,6 +85,47 @@ def lines(
     return _drawn(frame, title, [*_grid(frame, unit), *marks, *_legend(frame, names)])
 
 
+@dataclass(frozen=True)
+class Row:
+    """A named distribution, and how its members are divided."""
+
+    name: str
+    box: Sequence[float]
+    """Least, first quartile, median, third quartile, largest."""
+    parts: Sequence[int]
+    """How many members are of each part of the legend."""
+
+
+def boxes(rows: Sequence[Row], title: str, unit: str, legend: Sequence[str] = (), width: int = 900) -> str:
+    """A box for each row on one axis, and beside it a bar with the shares of its parts."""
+    names, bar, thick = 260, 150, 18
+    frame = Frame(width, _TOP + _BOTTOM + thick * len(rows), (0, 1), (0, 1))
+    low, high = min((row.box[0] for row in rows), default=0.0), max((row.box[-1] for row in rows), default=1.0)
+
+    def at(value: float) -> float:
+        return names + _share(value, (low, high), False) * (width - names - bar - 3 * _RIGHT)
+
+    marks = [_text(names, _TOP - 10, f"{unit} {low:.3g}", "start"), _text(at(high), _TOP - 10, f"{high:.3g}", "end")]
+    for index, row in enumerate(rows):
+        middle = _TOP + thick * (index + 0.5)
+        ends = [at(value) for value in row.box]
+        tip = _tip(f"{row.name}: {', '.join(f'{value:.3g}' for value in row.box)}")
+        marks += [_text(names - 8, middle + 4, row.name, "end"), _line(ends[0], middle, ends[-1], middle, 0.6)]
+        marks.append(
+            f'<rect x="{ends[1]:.1f}" y="{middle - 6:.1f}" width="{max(ends[3] - ends[1], 0.5):.1f}" height="12" '
+            f'fill="{PALETTE[-1]}">{tip}</rect>'
+        )
+        marks.append(_line(ends[2], middle - 6, ends[2], middle + 6, 1))
+        x, total = float(width - bar - _RIGHT), sum(row.parts)
+        for part, count in enumerate(row.parts):
+            wide = bar * count / total if total else 0.0
+            tip = _tip(f"{row.name}: {count} of {total} {legend[part]}")
+            at_bar = f'x="{x:.1f}" y="{middle - 6:.1f}" width="{wide:.1f}" height="12"'
+            marks.append(f'<rect {at_bar} fill="{_color(part)}">{tip}</rect>')
+            x += wide
+    return _drawn(frame, title, [*marks, *_legend(frame, legend)])
+
+
 def log_log(
     points: Sequence[Point], roofs: Mapping[str, Sequence[tuple[float, float]]], title: str, axes: tuple[str, str],
     legend: Sequence[str] = (), width: int = 900, height: int = 480,

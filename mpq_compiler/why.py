@@ -316,6 +316,7 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
     told = [
         *_statistics(_said(passes, "edge")),
         *_time(_said(passes, "ranges")),
+        *_scored(_said(passes, "scores")),
         *_choice(found),
         *_tables(_said(passes, "activation_bits")),
     ]
@@ -323,7 +324,7 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
         told += _codes(name, said)
         told += _packed(name, said)
     told += _kernels(passes.get("backend", {}))
-    known = {"calibrate", "time-groups", "sensitivity", "bit-allocation", "backend"}
+    known = {"calibrate", "time-groups", "sensitivity", "predict-scores", "bit-allocation", "backend"}
     for name, said in passes.items():
         rest = {k: v for k, v in said.items() if k not in _TOLD}
         if rest and name not in known:
@@ -360,10 +361,23 @@ def _time(said: Mapping[str, Any]) -> list[str]:
     return ["ranges of its time groups: " + ", ".join(f"{low:.3g} .. {high:.3g}" for low, high in ranges)]
 
 
+def _scored(said: Mapping[str, Any]) -> list[str]:
+    if not said:
+        return []
+    told = ", ".join(f"{name} {score:.2f}" for name, score in sorted(said["scores"].items(), key=lambda item: -item[1]))
+    parts = [f"the predictor scores it as '{said['operation']}' of block {said['block']}: {told}"]
+    others = [path.removesuffix(".weight") for path in said.get("unit_layers", ())]
+    if len(others) > 1:
+        parts.append(f"its format is chosen together with those of its unit, {', '.join(others)}")
+    return parts
+
+
 def _choice(found: Mapping[str, Any]) -> list[str]:
     plan = _said(found["passes"], "format")
     if not plan:
         return []
+    if not found["choices"] and _said(found["passes"], "scores"):
+        return [f"{plan['format']} was taken by these scores and the price of its {plan['bytes']} bytes"]
     if not found["choices"]:
         return [f"{plan['format']} is the plan's one format for every layer"]
     chosen = next((row for row in found["choices"] if row["chosen"]), None)

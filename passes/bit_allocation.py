@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import fx
 
-from mpq_compiler import costs, decisions, formats, sensitivity_table
+from mpq_compiler import costs, decisions, formats, pricing, sensitivity_table
 from mpq_compiler.allocation import InfeasibleError, Problem, Solution, solve
 from mpq_compiler.calibration import (
     ATTENTION,
@@ -32,6 +32,9 @@ from mpq_compiler.latency import Costs, Latency
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import CONTRACTIONS, ActivationPlan, Program, Stage, WeightPlan, softmax, weight_of
 from mpq_compiler.sensitivity_table import CONTENT, QUALITY, Terms
+
+UNQUANTIZED = 16
+"""Bits of activations from which on they stay float, where all have one width."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class BitAllocation(Pass):
     """Budget in stored bytes."""
     activations: float = 8.0
     """Budget in average bits of the activations that layers read, and attentions where they may be quantized."""
+    mixed: bool = True
+    """Activations have different widths; else, as most methods have them, all the budget's, a whole number of bits."""
     bops: float | None = None
     """Budget in bit operations per sample and step."""
     latency: float | None = None
@@ -79,9 +84,12 @@ class BitAllocation(Pass):
     """float: activations are small floats of so many bits, E2M1 of 4 and the best of E2M5 to E5M2 of 8 (arXiv
     2408.06995). Simulated: no target has kernels for them, and layers compute in float on what is rounded."""
 
-    objective: Literal["noise", "paper-db"] = "noise"
+    objective: Literal["noise", "paper-db", "scores", "scores-program"] = "noise"
     """What is summed over the layers: noise power; or, to be as large as can be, SQNR in dB as in the paper, which sums
-    to no noise of anything and is worse by far (docs/recipes.md)."""
+    to no noise of anything and is worse by far (docs/recipes.md); or the scores of `predict-scores`. With scores, each
+    unit takes the formats of the largest score less a price of its bytes, the least price that meets the budget
+    (Qua2SeDiMo); with scores-program the integer program decides. Then activations have all the same whole width, at
+    most 8, or stay float from 16 on."""
     ratios: tuple[float, ...] = ()
     """Content layers have so many times the bits a weight of the others; the best is taken. None: one budget."""
     activation_ratios: tuple[float, ...] = ()
@@ -106,6 +114,11 @@ class BitAllocation(Pass):
                 raise UserError(f"bit-allocation{{uniform}} solves no program, which '{option}' is an option of")
         if self.protected and self.protected_as == "float" and self.latency is not None:
             raise UserError("bit-allocation{protected}: layers of float activations have no times: protected_as=widest")
+        if self.scored:
+            here = f"bit-allocation{{objective={self.objective}}}"
+            for option in ("bops", "latency", "ratios", "activation_ratios", "protected", "attention", "uniform"):
+                if getattr(self, option):
+                    raise UserError(f"{here} has a budget of bytes alone: leave '{option}' out")
         self.require("attention", 2, 8)
         self.require("activations", 2)
         for option in ("weights", "bytes", "bops", "latency"):
@@ -119,6 +132,11 @@ class BitAllocation(Pass):
                     f"bit-allocation{{{option}}} and activation_format=float exclude each other: small floats are "
                     "simulated in the static inputs of layers, and have no times"
                 )
+
+    @property
+    def scored(self) -> bool:
+        """Whether weights are chosen by the scores of `predict-scores`."""
+        return self.objective.startswith("scores")
 
     @property
     def floating(self) -> bool:
@@ -136,6 +154,8 @@ class BitAllocation(Pass):
             bits, paths = int(min(self.activations, 8)), {str(weight_path(node)) for node in program.quantizable}
             choices = dict.fromkeys(paths, (formats.get(self.uniform).name, bits))
             quantized = {n.name for n in program.attentions if self.attention is not None}
+        elif self.scored:
+            choices, quantized = self._by_scores(program), set()
         else:
             choices, quantized = self._solve(program, session)
         program = self._planned(program, choices, quantized)
@@ -156,10 +176,9 @@ class BitAllocation(Pass):
             for node in nodes:
                 edge = input_edge(node).name
                 if not bits and (formats.get(name).integer or self.floating):
-                    program.fallbacks[node.name] = (
-                        f"its activation is protected, among the {self.protected:.0%} that lose most: "
-                        "it stays float, and the layer computes in float"
-                    )
+                    share = f"its activation is protected, among the {self.protected:.0%} that lose most: "
+                    reason = share if self.protected else "activations of 16 bits and more are not quantized: "
+                    program.fallbacks[node.name] = f"{reason}it stays float, and the layer computes in float"
                     continue
                 if self.floating:
                     _plan_floats(program, edge, bits)
@@ -192,6 +211,8 @@ class BitAllocation(Pass):
         if "sensitivity" not in program.facts:
             raise UserError("pass 'bit-allocation' needs 'sensitivity': put sensitivity before it, or set uniform=int8")
         table = program.facts["sensitivity"] | costs.describe(program, self.dynamic, floating=self.floating)
+        if not self.mixed:
+            table |= {"activations": self._of_one_width(table["activations"])}
         table = self._with_latencies(table, program, session)
         table |= {"attention": self._attention_losses(program, table.get("attention", {}))}
         if self.dynamic != table.get("dynamic", False):
@@ -233,6 +254,28 @@ class BitAllocation(Pass):
             **({"candidates": finalists.judged} if finalists.judged else {}),
         }
         return _choices_of(best.solution, table)
+
+    def _by_scores(self, program: Program) -> dict[str, tuple[str, int]]:
+        """Weight format and activation bits of each layer, by what `predict-scores` found."""
+        if "scores" not in program.facts:
+            raise UserError(
+                f"bit-allocation{{objective={self.objective}}} needs 'scores': put predict-scores before it"
+            )
+        units = program.facts["scores"]["units"]
+        table = costs.describe(program, self.dynamic, floating=self.floating)
+        limit = sensitivity_table.byte_limit(table, self.weights, self.bytes)
+        document = sensitivity_table.unit_problem(table, units, limit)
+        problem = Problem.from_json(document)
+        found = solve(problem) if self.objective == "scores-program" or limit is None else pricing.solve(problem)
+        chosen = found.choices.items()
+        names = {
+            path: name for unit, all_ in chosen for path, name in zip(unit.split(" "), all_.split(" "), strict=True)
+        }
+        program.facts["allocation"] = {**found.to_json(), "choices": names}
+        if all(len(unit["layers"]) == 1 for unit in units):
+            program.facts["allocation"]["problem"] = document
+        bits = 0 if self.activations >= UNQUANTIZED else int(min(self.activations, 8))
+        return {path: (name, bits) for path, name in names.items()}
 
     def _best(
         self,
@@ -313,6 +356,16 @@ class BitAllocation(Pass):
         decisions.note(program, decisions.PROGRAM, self.name(), latency=program.facts["latency"])
         for path in program.weights:
             decisions.note(program, path, self.name(), microseconds=times.layers[path])
+
+    def _of_one_width(self, measured: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        """Of the measured losses of activations those at the budget's width."""
+        width = f"{min(self.activations, 8):g}"
+        if any(width not in losses for losses in measured.values()):
+            raise UserError(
+                f"bit-allocation{{mixed=false}} gives all activations {width} bits, which was not measured: measure it "
+                f"with sensitivity{{activations={width}}}, or leave the option out"
+            )
+        return {edge: {width: losses[width]} for edge, losses in measured.items()}
 
     def _attention_losses(self, program: Program, measured: dict[str, dict[str, float]]) -> dict[str, Any]:
         """Of the measured losses those at the width that is asked for, by attention."""

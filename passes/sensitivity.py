@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from mpq_compiler import cache, formats, ops
-from mpq_compiler.ablation import Ablation, noise_power
+from mpq_compiler.ablation import Ablation, by_gains, noise_power
 from mpq_compiler.calibration import (
     ATTENTION,
     DYNAMIC,
@@ -23,6 +23,7 @@ from mpq_compiler.calibration import (
     attention_arguments,
     batches,
     dynamic_edges,
+    fingerprint,
     input_edge,
 )
 from mpq_compiler.costs import weight_path
@@ -59,7 +60,8 @@ class Sensitivity(Pass):
     """Relative noise power of the denoiser's output with one weight, or one activation, quantized at a time.
 
     ``sum (y_q - y)^2 / sum y^2`` over calibration inputs spread over time (MixDQ, arXiv 2405.17873, section 4.2,
-    measures the same as an SQNR). Noise powers of independent errors add, which is what the allocation relies on. Each
+    measures the same as an SQNR). Noise powers of independent errors add, which is what the allocation relies on. With
+    `time-gains` each input counts by what an error at its time does to images. Each
     result goes to the cache as it is measured: a run that was killed goes on where it was. Where `bit-allocation` may
     quantize attentions, each is measured with q, k, v and its probabilities quantized together; where it makes
     activations dynamic, or small floats, those are measured so.
@@ -111,7 +113,7 @@ class Sensitivity(Pass):
                     self._measure_part(program, batch, part, left, results, session, advance)
         table: dict[str, Any] = {"weights": {}, "activations": {}, "inputs": self.inputs}
         table |= {"attention": {}, "dynamic": DYNAMIC in session.statistics, "floating": FLOATING in session.statistics}
-        sizes = [len(part["timestep"]) for part in parts]
+        sizes = [float(_counts(program, part).sum()) for part in parts]
         for task in tasks:
             powers = [results[_key(task.name, part)] for part in range(len(parts))]
             mean = sum(power * size for power, size in zip(powers, sizes, strict=True)) / sum(sizes)
@@ -177,20 +179,16 @@ class Sensitivity(Pass):
 
     def key(self, program: Program, inputs: dict[str, Tensor]) -> str:
         """Everything a result depends on but its own task."""
-        import platform
-
-        tensors = {n: program.tensors[n].contiguous() for n in sorted(_read(program))}
-        text = "\n".join(f"{n.name} {ops.name_of(n.target)} {n.args} {n.kwargs}" for n in program.graph.nodes)
-        calibration: Calibration = program.facts["calibration"]
-        edges = {n: e.values for n, e in calibration.edges.items()}
-        grams = calibration.grams
-        split = min(self.inputs, _inputs_held(program))
-        versions = f"2 {split} {torch.__version__} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-        return cache.digest(versions, text, str(program.facts["time-groups"]), tensors, inputs, edges, grams)
+        gains = program.facts.get("time-gains", "")
+        return fingerprint(program, inputs, f"2 {min(self.inputs, _inputs_held(program))}{gains}")
 
     def measure(self, program: Program, ablation: Ablation, inputs: dict[str, Tensor], task: Task) -> float:
         """The relative noise power of one task over ``inputs``."""
         node, choice = task.node, task.choice
+
+        def noise(output: Tensor) -> float:
+            return noise_power(output, ablation.reference, _counts(program, inputs))
+
         if isinstance(choice, str):
             weight = operand(node, 1)
             name = str(weight.target)
@@ -199,7 +197,7 @@ class Sensitivity(Pass):
             bias, corrected = bias_of(node), corrected_bias(program, node, name, quantized)
             if bias is not None and corrected is not None:
                 values[bias] = corrected
-            return noise_power(ablation.output(values=values), ablation.reference)
+            return noise(ablation.output(values=values))
         group = ops.time_group(inputs["timestep"], program.facts["time-groups"])
 
         def quantized_edge(edge: fx.Node) -> Tensor:
@@ -213,7 +211,7 @@ class Sensitivity(Pass):
             q, k, v = (quantized_edge(operand(node, i)) for i in range(3))
             mask = None if mask is None else ablation.value(mask)
             y = ops.fake_quantize_attention(q, k, v, group, *tables, heads, scale, mask, choice)
-            return noise_power(ablation.output(values={node: y}), ablation.reference)
+            return noise(ablation.output(values={node: y}))
         if task.kind == SMALL_FLOAT:
             exponent, table = float_parameters(program, node.name, choice)
             changed = ops.fake_quantize_float(ablation.value(node), table, group, exponent, choice)
@@ -222,7 +220,15 @@ class Sensitivity(Pass):
         else:
             changed = quantized_edge(node)
         readers = [n for n in program.quantizable if input_edge(n) is node]
-        return noise_power(ablation.output(operands=dict.fromkeys(readers, changed)), ablation.reference)
+        return noise(ablation.output(operands=dict.fromkeys(readers, changed)))
+
+
+def _counts(program: Program, inputs: dict[str, Tensor]) -> Tensor:
+    """How much each input [N] counts: by what errors at its time do to images, where that is known."""
+    timesteps = inputs["timestep"]
+    if "time-gains" not in program.facts:
+        return torch.ones(len(timesteps), dtype=torch.float64)
+    return by_gains(timesteps, program.facts["time-gains"])
 
 
 def _key(name: str, part: int) -> str:
@@ -234,7 +240,3 @@ def _inputs_held(program: Program) -> int:
     """How many inputs' values fit in memory at once; the measurement is split where that is not all of them."""
     values = [v for v in shapes(program, 1).values() if isinstance(v, Tensor)]
     return max(1, HELD_BYTES // sum(v.numel() * v.element_size() for v in values))
-
-
-def _read(program: Program) -> set[str]:
-    return {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}

@@ -45,7 +45,12 @@ FAST = f"{FRONT},bit-allocation{{uniform=int8}},numerics{{mode=fast,noise=0.3,in
 """Attentions in bfloat16 and in 8 bits."""
 TRAINED = RESIDUAL.replace("round-weights", "round-weights,distill{updates=4,latent=0.5,samples=2,steps=4,images=0}")
 """Weights, scales and all else trained for two updates each."""
-PIPELINES = (MIXED, REWRITES, LOW_RANK, FAST, TRAINED)
+SCORED = (
+    f"{FRONT},predict-scores{{formats=int3/int4,configurations=30,inputs=3,folds=2,epochs=20}},"
+    f"bit-allocation{{objective=scores}},{BACK}"
+)
+"""Formats by the scores of predictors that have hardly been trained."""
+PIPELINES = (MIXED, REWRITES, LOW_RANK, FAST, TRAINED, SCORED)
 ACTIVATIONS = f"{FRONT},sensitivity{{inputs=3,formats=int8}},bit-allocation{{dynamic=true,attention=8}},{BACK}"
 """Dynamic activations and quantized attentions, as they are measured."""
 

@@ -222,6 +222,8 @@ def test_charts_keep_their_marks_inside_the_frame():
         svg.lines([points, points[:1]], "t", "dB", ("a", "b")),
         svg.log_log(points, {"roof": [(0.1, 1), (10, 500), (1000, 500)]}, "t", ("x", "y")),
         svg.lines([[svg.Point(0, 5)]], "t", "dB", ()),
+        svg.boxes([svg.Row("a", (-2, 0, 1, 2, 3), (1, 2)), svg.Row("b", 5 * (1,), (0, 0))], "t", "s", ("x", "y")),
+        svg.boxes([svg.Row("a", (5, 5, 5, 5, 5), ())], "t", "s"),
     ]
     for chart in charts:
         width, height = map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', chart).groups())

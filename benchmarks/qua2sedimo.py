@@ -1,0 +1,142 @@
+"""Weights by scores of a graph neural network, beside uniform ones and an integer program on measured sensitivities.
+
+    python -m benchmarks.qua2sedimo [--json FILE] [--docs FILE]
+
+All rows choose among the recipe's formats, round codes to the nearest levels and have 8-bit activations. *Operations*
+are the recipe: each layer takes the format of its largest score less a price of its bytes; *program* is an integer
+program on these scores. *Units* are attentions, feed-forward networks and residual blocks scored as wholes; *table* is
+the integer program on the noise that was measured one layer at a time.
+The SQNR is that of the output, teacher-forced on 64 held-out inputs; images are drawn in 10 steps from three seeds,
+their ratio is of the float model's latents to the error. --docs writes the table between the marks of docs/recipes.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from torch import fx
+
+from benchmarks import documents
+from benchmarks.machine import provenance
+from mpq_compiler import compiler, costs, decisions, denoiser, pass_manager, recipes, terminal
+from mpq_compiler.ablation import noise_power
+from mpq_compiler.distillation import Gallery
+from mpq_compiler.pass_manager import Session
+from mpq_compiler.program import Program, Stage, TensorStore, run
+
+MODEL = "fashion-unet"
+RECIPE = recipes.load("qua2sedimo")
+FORMATS = RECIPE.options["predict-scores"]["formats"]
+UNIFORM = ("int4", "km4")
+BITS = (3.4, 3.7, 4.0)
+PLANS = {
+    "operations": ("operation", "scores"),
+    "operations, program": ("operation", "scores-program"),
+    "units": ("block", "scores"),
+    "table": (None, "noise"),
+}
+"""Level of the scores and objective, by the name of the plan."""
+SEEDS = (101, 102, 103)
+RESULTS = Path(__file__).parent / "results" / "qua2sedimo.json"
+
+
+class Bench:
+    def __init__(self, images: int) -> None:
+        self.model = denoiser.load(MODEL)
+        self.session = Session(
+            self.model, progress=terminal.progress, statistics=frozenset({"range", "values", "moments", "gram"})
+        )
+        self.held_out = compiler.held_out(self.model, compiler.Options())
+        self.present: set[str] = set()
+        front = "trace,layout,split-shortcut,calibrate,time-groups"
+        self.front = self.passed(front, Program(fx.Graph(), TensorStore(), (), Stage.FLOAT))
+        self.front.facts["fits"] = {}  # which copies share: weights are fitted once
+        self.reference = run(self.front, self.held_out)
+        galleries = (Gallery.drawn(replace(self.session, seed=seed), images) for seed in SEEDS)
+        self.galleries = [gallery for gallery in galleries if gallery is not None]
+        self.measured: dict[str | None, Program] = {}
+
+    def passed(self, pipeline: str, program: Program) -> Program:
+        passes = pass_manager.parse(pipeline)
+        self.present |= {p for each in passes for p in each.provides}
+        return pass_manager.run_pipeline(passes, program, self.session, present=self.present)[0]
+
+    def known(self, level: str | None) -> Program:
+        """The program with scores of that level, or with the table."""
+        if level not in self.measured:
+            names = f"formats={'/'.join(FORMATS)}"
+            step = f"sensitivity{{{names}}}" if level is None else f"predict-scores{{{names},level={level}}}"
+            self.measured[level] = self.passed(step, self.front)
+        return self.measured[level]
+
+    def plan(self, name: str, bits: float | None) -> Program:
+        if bits is None:
+            return self.passed(f"bit-allocation{{uniform={name}}}", self.front)
+        level, objective = PLANS[name]
+        return self.passed(f"bit-allocation{{weights={bits},objective={objective}}}", self.known(level))
+
+    def row(self, name: str, bits: float | None) -> dict[str, Any]:
+        plan = self.plan(name, bits)
+        program = self.passed("insert-fake-quant,round-weights", plan)
+        found = {
+            "plan": name,
+            "budget": bits,
+            "true_bits": costs.average_bits(costs.stored_bytes(plan), plan.facts["parameters"]),
+            "output_db": -10 * math.log10(noise_power(run(program, self.held_out), self.reference)),
+            "image_db": [-10 * math.log10(gallery.noise(program)) for gallery in self.galleries],
+            "formats": {n: sum(w.format == n for w in plan.weights.values()) for n in FORMATS},
+        }
+        images = ", ".join(f"{db:.2f}" for db in found["image_db"])
+        print(
+            f"{name:20} {found['true_bits']:.2f} bits: output {found['output_db']:.2f} dB, images {images} dB",
+            flush=True,
+        )
+        return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| plan | true bits | output, dB | images, dB (least .. most) | layers in each format |",
+        "| --- " * 5 + "|",
+    ]
+    for row in rows:
+        images = row["image_db"]
+        name = f"uniform `{row['plan']}`" if row["budget"] is None else row["plan"]
+        spread = f"{statistics.mean(images):.1f} ({min(images):.1f} .. {max(images):.1f})"
+        used = ", ".join(f"{count} `{name}`" for name, count in row["formats"].items() if count)
+        lines.append(f"| {name} | {row['true_bits']:.2f} | {row['output_db']:.1f} | {spread} | {used} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--docs", type=Path, help="write the table into this file")
+    parser.add_argument("--images", type=int, default=32, help="from each seed (32)")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    cells: list[tuple[str, float | None]] = [(name, None) for name in UNIFORM]
+    cells += [(name, bits) for bits in BITS for name in PLANS]
+    with compiler.single_threaded():
+        bench = Bench(options.images)
+        said = bench.known("operation").facts[decisions.KEY][decisions.PROGRAM]["predict-scores"]
+        learned = {key: said[key] for key in ("correlations", "hops", "sqnr_db")}
+        for cell in cells:
+            rows.append(bench.row(*cell))
+            document = {**provenance(), "model": MODEL, "images": options.images, **learned, "rows": rows}
+            options.json.write_text(json.dumps(document, indent=1) + "\n")
+    if options.docs:
+        documents.insert(options.docs, "qua2sedimo", table(rows))
+
+
+if __name__ == "__main__":
+    main()

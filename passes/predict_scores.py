@@ -1,0 +1,220 @@
+"""What layers, and groups of layers, are worth in each format: learned from random configurations."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mpq_compiler import cache, configurations, decisions, dependency_graph, formats, scores
+from mpq_compiler.calibration import GRAM, RANGE, VALUES, Calibration, fingerprint
+from mpq_compiler.configurations import Configuration, Fits
+from mpq_compiler.costs import weight_bytes
+from mpq_compiler.dependency_graph import Graph
+from mpq_compiler.errors import UserError
+from mpq_compiler.fitting import Rounding
+from mpq_compiler.pass_manager import Contract, Pass, Session
+from mpq_compiler.predictor import Features, Learner, Scored, Training, variants_of
+from mpq_compiler.program import Program, run, weight_of
+
+DIGITS = 6
+TRUSTED = 0.8
+"""Spearman correlation of prediction and label below which there is a note."""
+LEAST = 20
+"""Configurations without which a fold has nothing to be judged by."""
+
+
+@dataclass(frozen=True)
+class PredictScores(Pass):
+    """Scores the formats of layers by a graph neural network, which random configurations have taught.
+
+    Each configuration gives all weights formats at random; its label is the output's SQNR in dB with these weights on
+    calibration inputs. Predictors of several folds learn to rank them; the norm of what one node is embedded as, after
+    as many hops as its unit is deep, standardized and weighted by how well such norms rank configurations that were
+    held out, is the score of the unit's formats (Qua2SeDiMo, arXiv 2412.14628, section 3). A unit is an attention, a
+    feed-forward network, the layers of a residual block: `mpq_compiler/dependency_graph.py` finds them. Labels and
+    scores go to the cache as they are made.
+
+        (no change; facts["scores"] holds units: their layers, and a score for each variant of their formats)
+      =>
+        (no change)
+    """
+
+    contract: ClassVar[Contract] = Contract.IDENTICAL
+    requires: ClassVar[frozenset[str]] = frozenset({"calibration", "time-groups"})
+    provides: ClassVar[frozenset[str]] = frozenset({"scores"})
+    statistics: ClassVar[frozenset[str]] = frozenset({RANGE, VALUES, GRAM})
+
+    formats: tuple[str, ...] = ("int4", "km4", "km4t", "int3", "km3", "km3t")
+    """Weight formats to draw from: the width first, then one of its formats."""
+    configurations: int = 500
+    """Random configurations to measure."""
+    inputs: int = 32
+    """Calibration inputs on which the output is compared."""
+    level: Literal["block", "operation"] = "block"
+    """Units are those of blocks, or single layers."""
+    folds: int = 5
+    """Predictors, each trained on what the others are judged by."""
+    epochs: int = 60
+    """Of the training of each."""
+
+    def __post_init__(self) -> None:
+        self.require("inputs", 1)
+        self.require("configurations", LEAST)
+        self.require("folds", 2, 10)
+        self.require("epochs", 1)
+        if len({*self.formats}) < 2:
+            raise UserError("option 'formats' of pass 'predict-scores' must name two formats or more to choose from")
+        for name in self.formats:
+            formats.get(name)
+
+    def run(self, program: Program, session: Session) -> Program:
+        assert session.denoiser is not None
+        program = program.fork()
+        graph = dependency_graph.of(program, session.denoiser.module.model)
+        calibration: Calibration = program.facts["calibration"]
+        inputs = calibration.select(self.inputs)
+        results = cache.Results("sensitivity", self.key(program, graph, inputs, session), session.cache)
+        fits = Fits(program, self.formats, session)
+        drawn = configurations.drawn(list(fits.calls), self.formats, self.configurations, session.seed)
+        labels = self._labels(program, fits, drawn, inputs, results, session)
+        units, alone = dependency_graph.units(graph), dependency_graph.alone(graph)
+        training = Training(self.folds, self.epochs)
+        learner = Learner(graph, self._features(program, fits), [*units, *alone], training, session.seed)
+        folds = self._folds(learner, drawn, labels, results, session)
+        mean = [torch.tensor([fold.variants[i] for fold in folds]).mean(0) for i in range(len(learner.units))]
+        found = []
+        for unit, score in zip(learner.units, mean, strict=True):
+            names = [
+                " ".join(self.formats[i] for i in chosen) for chosen in variants_of(len(self.formats), len(unit.layers))
+            ]
+            found.append(
+                {
+                    "kind": graph.kind(unit),
+                    "layers": learner.paths(unit),
+                    "variants": dict(zip(names, score.tolist(), strict=True)),
+                }
+            )
+        program.facts["scores"] = {"units": found[: len(units)] if self.level == "block" else found[len(units) :]}
+        worst = min(fold.prediction for fold in folds)
+        if worst < TRUSTED:
+            program.note(
+                f"the predictors rank configurations poorly that they have not seen (Spearman correlation {worst:.2f}, "
+                f"where {TRUSTED} is usual): predict-scores{{configurations}} above {self.configurations} may help"
+            )
+        self._note(program, graph, learner, found, len(units), folds, labels)
+        return program
+
+    def _labels(
+        self,
+        program: Program,
+        fits: Fits,
+        drawn: Sequence[Configuration],
+        inputs: dict[str, Tensor],
+        results: cache.Results,
+        session: Session,
+    ) -> Tensor:
+        """SQNR in dB of each configuration, f32 [configurations]."""
+        missing = [i for i in range(len(drawn)) if f"configuration {i}" not in results]
+        if missing:
+            reference, lock = run(program, inputs), threading.Lock()
+            with session.track("random configurations", len(missing)) as advance:
+
+                def measure(i: int) -> None:
+                    power = fits.noise(drawn[i], inputs, reference)
+                    with lock:
+                        results[f"configuration {i}"] = float(f"{power:.{DIGITS - 1}e}")
+                        advance(1)
+
+                session.map(measure, missing)
+        powers = torch.tensor([results[f"configuration {i}"] for i in range(len(drawn))], dtype=torch.float64)
+        return (-10 * powers.clamp_min(1e-30).log10()).float()
+
+    def _features(self, program: Program, fits: Fits) -> Features:
+        kinds = list(dict.fromkeys(map(configurations.method, self.formats)))
+        widths = sorted({formats.get(name).bits for name in self.formats})
+        values = {}
+        for path, (call, *_) in fits.calls.items():
+            weight = str(weight_of(call))
+            size = program.tensors[weight].numel() * 4
+            rows = [
+                [
+                    size / weight_bytes(program, weight, name),
+                    float(torch.tensor(max(fits.error(path, name), 1e-12)).log10()),
+                ]
+                for name in self.formats
+            ]
+            values[path] = torch.tensor(rows)
+        return Features(
+            self.formats,
+            tuple(1 + kinds.index(configurations.method(name)) for name in self.formats),
+            tuple(1 + widths.index(formats.get(name).bits) for name in self.formats),
+            values,
+        )
+
+    def _folds(
+        self, learner: Learner, drawn: Sequence[Configuration], labels: Tensor, results: cache.Results, session: Session
+    ) -> list[Scored]:
+        def name(fold: int) -> str:
+            return f"fold {fold} of {self.folds} {self.epochs} epochs {len(drawn)}"
+
+        missing = [fold for fold in range(self.folds) if name(fold) not in results]
+        if missing:
+            place = {name: 1 + i for i, name in enumerate(self.formats)}
+            choices = learner.encoded([{path: place[f] for path, f in c.items()} for c in drawn])
+            predictors = learner.predictors()
+            with session.track("training predictors", len(missing) * self.epochs) as advance:
+
+                def learn(fold: int) -> Scored:
+                    learner.fit(predictors[fold], fold, choices, labels, advance)
+                    return learner.scored(predictors[fold], fold, choices, labels)
+
+                for fold, scored in zip(missing, session.map(learn, missing), strict=True):
+                    results[name(fold)] = scored.to_json()
+        return [Scored.from_json(results[name(fold)]) for fold in range(self.folds)]
+
+    def _note(
+        self,
+        program: Program,
+        graph: Graph,
+        learner: Learner,
+        found: Sequence[Mapping[str, Any]],
+        units: int,
+        folds: Sequence[Scored],
+        labels: Tensor,
+    ) -> None:
+        """Leaves what explains the scores: of each layer, and of all of a kind."""
+        alone = {entry["layers"][0]: entry["variants"] for entry in found[units:]}
+        groups: dict[str, dict[str, list[float]]] = {kind: {} for kind in scores.KINDS}
+        for entry in found[:units]:
+            groups[scores.UNIT].setdefault(entry["kind"], []).extend(entry["variants"].values())
+            for path in entry["layers"]:
+                decisions.note(program, path, self.name(), unit=entry["kind"])
+                if self.level == "block":
+                    decisions.note(program, path, self.name(), unit_layers=entry["layers"])
+        for place in graph.layers:
+            node = graph.nodes[place]
+            if (path := str(node.path)) in alone:
+                said = {scores.OPERATION: node.operation, scores.BLOCK: f"{node.index} {node.block}"}
+                decisions.note(program, path, self.name(), scores=alone[path], **said)
+                for kind, name in said.items():
+                    groups[kind].setdefault(name, []).extend(alone[path].values())
+        decisions.note(
+            program,
+            decisions.PROGRAM,
+            self.name(),
+            correlations=[fold.prediction for fold in folds],
+            hops=[list(fold.hops) for fold in folds],
+            sqnr_db=[float(labels.min()), float(labels.max())],
+            boxes={kind: {name: scores.box(v) for name, v in group.items()} for kind, group in groups.items()},
+        )
+
+    def key(self, program: Program, graph: Graph, inputs: dict[str, Tensor], session: Session) -> str:
+        """Everything a label or a score depends on but its own number and the predictors' options."""
+        rounding = Rounding.asked(session.statistics).quick
+        options = f"scores 1 {self.formats} {session.seed} {rounding} {graph}"
+        return fingerprint(program, inputs, options)

@@ -1,0 +1,62 @@
+"""What an error of the output does to the images, by the time at which it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from mpq_compiler import decisions, formats, pass_manager
+from mpq_compiler.calibration import MOMENTS, RANGE, VALUES
+from mpq_compiler.distillation import Gallery
+from mpq_compiler.pass_manager import Contract, Pass, Session
+from mpq_compiler.program import Program
+
+
+@dataclass(frozen=True)
+class TimeGains(Pass):
+    """Measures how much of an error of the output at one time is left in the images.
+
+    Early errors decide what is drawn, late ones are seen as they are, and those between are mostly cleaned up by the
+    steps that follow: the gains differ by a factor of a hundred. With them `sensitivity` sums what layers do to images
+    rather than to outputs. A plain plan, one weight format and one width, makes the errors: images are drawn with its
+    output in one step at a time and the float model's in all others. Where nothing can be drawn there is a note, and
+    all times count alike.
+
+        (no change; facts["time-gains"] holds ascending timesteps, and the gain at each)
+      =>
+        (no change)
+    """
+
+    contract: ClassVar[Contract] = Contract.IDENTICAL
+    requires: ClassVar[frozenset[str]] = frozenset({"time-groups"})
+    provides: ClassVar[frozenset[str]] = frozenset({"time-gains"})
+    statistics: ClassVar[frozenset[str]] = frozenset({RANGE, VALUES, MOMENTS})
+
+    weights: str = "int4"
+    """Format of all weights while gains are measured."""
+    activations: int = 8
+    """Width of all activations then; a budget of activations takes its own."""
+    images: int = 16
+    """That are drawn."""
+
+    def __post_init__(self) -> None:
+        formats.get(self.weights)
+        self.require("activations", 2, 8)
+        self.require("images", 1)
+
+    def run(self, program: Program, session: Session) -> Program:
+        program = program.fork()
+        gallery = None if session.denoiser is None else Gallery.drawn(session, self.images)
+        if gallery is None:
+            program.note("time-gains: nothing can be drawn here, and errors at all times count alike")
+            return program
+        plain, quick = program, replace(session, progress=None)
+        plan = {"uniform": self.weights, "activations": float(self.activations)}
+        for name, options in (("bit-allocation", plan), ("insert-fake-quant", {}), ("round-weights", {})):
+            plain = pass_manager.make(name, options).run(plain, quick)
+        measured = gallery.gains(plain)
+        largest = max(gain for _, gain in measured)
+        found = [(time, float(f"{gain / largest:.5e}")) for time, gain in measured]
+        program.facts["time-gains"] = found
+        decisions.note(program, decisions.PROGRAM, self.name(), gains=found)
+        return program

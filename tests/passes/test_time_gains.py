@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from mpq_compiler import pass_manager, sampler
+from mpq_compiler.ablation import Ablation, by_gains, noise_power
+from mpq_compiler.distillation import IMAGE_STEPS, Gallery
+from mpq_compiler.errors import UserError
+from mpq_compiler.pass_manager import Session
+from mpq_compiler.passes.sensitivity import Sensitivity
+from mpq_compiler.passes.time_gains import TimeGains
+from mpq_compiler.program import run
+from tests import programs
+
+MODEL = "unet2d"
+IMAGES = 3
+
+
+def session(tmp_path, **more):
+    return Session(programs.denoiser(MODEL), programs.calibration(MODEL), cache=tmp_path, **more)
+
+
+@pytest.fixture(scope="module")
+def grouped():
+    return programs.after(MODEL, "time-groups")
+
+
+@pytest.fixture(scope="module")
+def plain(grouped):
+    program = grouped
+    for name, options in (("bit-allocation", {"uniform": "int2"}), ("insert-fake-quant", {}), ("round-weights", {})):
+        program = pass_manager.make(name, options).run(program, Session())
+    return program
+
+
+def test_a_gain_is_the_error_of_the_images_by_that_of_one_step(tmp_path, plain):
+    gallery = Gallery.drawn(session(tmp_path), IMAGES)
+    found = gallery.gains(plain)
+    assert len(found) == IMAGE_STEPS and found == sorted(found) and all(gain > 0 for _, gain in found)
+    denoiser = gallery.denoiser
+    for hit, (time, gain) in itertools.islice(enumerate(reversed(found)), 0, None, 3):
+        errors, steps = [], itertools.count()
+
+        def model(hit=hit, errors=errors, steps=steps, **inputs):
+            exact = denoiser(**inputs).numpy()
+            if next(steps) != hit:
+                return exact
+            given = {n: torch.from_numpy(x).to(denoiser.input_specs[n].dtype) for n, x in inputs.items()}
+            wrong = run(plain, given).numpy()
+            errors.append((float(inputs["timestep"][0]), np.square(wrong - exact).sum()))
+            return wrong
+
+        noise = sampler.gaussian(IMAGES, denoiser.latent_shape, gallery.seed)
+        drawn = sampler.sample(model, denoiser.scheduler, noise, {}, IMAGE_STEPS, seed=gallery.seed, batch=IMAGES)
+        ((when, error),) = errors
+        assert when == time
+        assert gain == pytest.approx(np.square(drawn - gallery.reference).sum() / error, rel=1e-4)
+
+
+def test_the_pass_measures_the_same_for_any_jobs(tmp_path, grouped):
+    pass_ = TimeGains(weights="int2", images=IMAGES)
+    found = [pass_.run(grouped, session(tmp_path, jobs=jobs)).facts["time-gains"] for jobs in (1, 2)]
+    assert found[0] == found[1]
+    assert max(gain for _, gain in found[0]) == 1.0
+    assert "time-gains" not in grouped.facts
+
+
+def test_where_nothing_can_be_drawn_all_times_count_alike(tmp_path, grouped):
+    program = TimeGains().run(grouped, Session(cache=tmp_path))
+    assert "time-gains" not in program.facts
+    assert "count alike" in program.facts["notes"][-1]
+
+
+def test_sensitivity_counts_errors_by_their_gains(tmp_path, grouped):
+    """A gain of nearly nothing at all times but one leaves the loss at that time."""
+    calibration = grouped.facts["calibration"]
+    measure = Sensitivity(inputs=4, formats=("int2",), activations=(8,))
+    inputs = calibration.select(4)
+    times = sorted({float(t) for t in inputs["timestep"]})
+    assert len(times) > 1
+    last, program = times[-1], grouped.fork()
+    task = measure.tasks(program)[0]
+    alone = {name: x[inputs["timestep"] == last] for name, x in inputs.items()}
+    wanted, key = measure.measure(program, Ablation(program, alone), alone, task), measure.key(program, inputs)
+    program.facts["time-gains"] = [(time, 1.0 if time == last else 1e-9) for time in times]
+    assert measure.measure(program, Ablation(program, inputs), inputs, task) == pytest.approx(wanted, rel=1e-4)
+    assert measure.key(program, inputs) != key
+
+
+def test_weights_of_a_noise_power_are_those_of_repeated_outputs():
+    generator = torch.Generator().manual_seed(0)
+    y, reference = (torch.randn(3, 4, 5, generator=generator) for _ in range(2))
+    repeated = torch.tensor([0, 1, 1, 2, 2, 2])
+    weighted = noise_power(y, reference, torch.tensor([1.0, 2.0, 3.0]))
+    assert weighted == pytest.approx(noise_power(y[repeated], reference[repeated]))
+
+
+def test_gains_between_measured_times_lie_on_a_logarithmic_line():
+    found = by_gains(torch.tensor([0.0, 100.0, 150.0, 200.0, 900.0]), [(100.0, 1.0), (200.0, 100.0)])
+    assert torch.allclose(found, torch.tensor([1.0, 1.0, 10.0, 100.0, 100.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("option", [{"weights": "int9"}, {"activations": 9}, {"images": 0}])
+def test_bad_options(option):
+    with pytest.raises(UserError):
+        TimeGains(**option)
