@@ -17,6 +17,7 @@ rows = st.lists(st.floats(-(2.0**40), 2.0**40, width=32), min_size=1, max_size=9
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(rows, st.integers(2, 8))
+@pytest.mark.invariant("vidit-q-1")
 def test_codes_of_a_row_cover_its_range(values, bits):
     """Real zero is a code, at most 2^b codes, and every value lies within half a step (and its rounding) of its own."""
     x = torch.tensor([values], dtype=torch.float32)
@@ -29,6 +30,7 @@ def test_codes_of_a_row_cover_its_range(values, bits):
     assert bool((codes[x == 0] == zero).all())
 
 
+@pytest.mark.invariant("vidit-q-2")
 def test_rows_have_ranges_of_their_own():
     x = torch.tensor([[0.0, 255.0], [-1.0, 0.0], [0.0, 0.0], [-3.0, 12.0]])
     codes, scale, zero = ops.dynamic_quantize(x, 8)
@@ -47,6 +49,7 @@ def test_gradients_of_a_dynamic_quantizer_pass_straight_through():
 
 
 @pytest.mark.parametrize("segments", [[21], [13, 8]])
+@pytest.mark.invariant("vidit-q-3")
 def test_a_layer_on_rows_with_tables_is_the_layer_row_by_row(segments):
     """Each row alone, as a sample with one time group of its tables."""
     p = packed(segments, 1)

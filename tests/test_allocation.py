@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import scipy.optimize
 
 from mpq_compiler import schemas
 from mpq_compiler.allocation import Budget, Choice, InfeasibleError, Layer, Link, Problem, solve
@@ -92,6 +93,7 @@ def shared_choices(problem: Problem) -> bool:
 
 
 @pytest.mark.parametrize("block", range(20))
+@pytest.mark.invariant("allocator-1", "allocator-2", "allocator-8")
 def test_equals_brute_force(block):
     for seed in range(10 * block, 10 * block + 10):
         problem = random_problem(seed)
@@ -155,6 +157,7 @@ def test_800_layers_are_solved_to_optimality_in_seconds(seed):
     assert solution.costs["bops"] <= problem.budgets[1].max
 
 
+@pytest.mark.invariant("allocator-3")
 def test_larger_budgets_are_never_worse():
     problem = network(30)
     before = math.inf
@@ -167,6 +170,46 @@ def test_larger_budgets_are_never_worse():
     assert set(unlimited.choices.values()) == {"int8"} and unlimited.gap == 0
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.invariant("allocator-4")
+def test_the_relaxation_bounds_the_optimum_and_leaves_a_layer_a_budget_open(seed):
+    problem = network(60, seed)
+    solution = solve(problem)
+    choices = [(i, choice) for i, layer in enumerate(problem.layers) for choice in layer.choices]
+    unit = max(choice.loss for _, choice in choices)
+    relaxed = scipy.optimize.linprog(
+        [choice.loss / unit for _, choice in choices],
+        A_ub=[[choice.costs[budget.cost] / budget.max for _, choice in choices] for budget in problem.budgets],
+        b_ub=[1.0] * len(problem.budgets),
+        A_eq=[[float(i == row) for i, _ in choices] for row in range(len(problem.layers))],
+        b_eq=[1.0] * len(problem.layers),
+        method="highs-ds",  # whose optimum is a vertex
+    )
+    assert relaxed.fun * unit <= solution.objective * (1 + 1e-9) and solution.gap <= 1e-6
+    undecided = {i for (i, _), share in zip(choices, relaxed.x, strict=True) if 1e-6 < share < 1 - 1e-6}
+    assert 0 < len(undecided) <= len(problem.budgets)
+
+
+@pytest.mark.invariant("allocator-9")
+def test_a_group_that_outweighs_the_others_is_served_as_if_alone():
+    problem = network(30)
+
+    def content(weight: float, others: float) -> float:
+        """Its loss, in the optimum of losses that are weighted so."""
+        layers = []
+        for layer in problem.layers:
+            factor = weight if layer.group == "content" else others
+            choices = (replace(choice, loss=factor * choice.loss) for choice in layer.choices)
+            layers.append(replace(layer, choices=tuple(choices)))
+        chosen = solve(replace(problem, layers=tuple(layers))).choices
+        members = [layer for layer in problem.layers if layer.group == "content"]
+        return math.fsum(c.loss for layer in members for c in layer.choices if c.name == chosen[layer.name])
+
+    alone = content(1, 0)
+    assert content(1e6, 1) == pytest.approx(alone, rel=1e-5) and content(1, 1) > 1.01 * alone
+
+
+@pytest.mark.invariant("allocator-10")
 def test_the_order_in_which_a_problem_is_written_has_no_influence():
     problem = network(60)
     expected = solve(problem)
@@ -179,6 +222,7 @@ def test_the_order_in_which_a_problem_is_written_has_no_influence():
 
 
 @pytest.mark.parametrize(("loss_scale", "cost_scale"), [(2.0**-40, 1.0), (1e-6, 1e3), (1e9, 1e-6)])
+@pytest.mark.invariant("allocator-7")
 def test_units_of_measure_have_no_influence(loss_scale, cost_scale):
     problem = network(60)
     scaled = Problem(
@@ -234,6 +278,7 @@ def test_losses_of_very_different_magnitude_are_all_respected():
     assert solution.choices == {"t0": "a", "t1": "a", "t2": "a", "t3": "b", "t4": "b", "huge": "b"}
 
 
+@pytest.mark.invariant("allocator-2")
 def test_infeasible_budgets_are_told_what_they_can_be():
     def layer(name: str, group: str, costs: list[tuple[float, float]]) -> Layer:
         return Layer(name, tuple(Choice(f"c{i}", -i, {"bits": b, "time": t}) for i, (b, t) in enumerate(costs)), group)

@@ -48,6 +48,7 @@ NOISY = [
 
 @pytest.mark.parametrize("ratio", [0.25, 0.46, 1.0, 1.36, 4.0])
 @pytest.mark.parametrize("content, quality", [(1, 1), (692, 308), (3, 1000)])
+@pytest.mark.invariant("mixdq-6")
 def test_budgets_of_groups_add_up_to_the_common_one(ratio, content, quality):
     """W_c B_c + W_q B_q = (W_c + W_q) B, and B_c = k B_q."""
     bits = 4.0
@@ -60,6 +61,7 @@ def test_budgets_of_groups_add_up_to_the_common_one(ratio, content, quality):
 
 @pytest.mark.parametrize("ratio", [0.6, 1.0, 1.5])
 @pytest.mark.parametrize("decibels", [False, True])
+@pytest.mark.invariant("mixdq-5")
 def test_decoupled_programs_are_the_best_of_each_group(ratio, decibels):
     """By brute force over all allocations, group by group, as the paper solves them."""
     posed = table(NOISY)
@@ -108,6 +110,7 @@ def test_sums_of_decibels_are_not_those_of_noise():
     assert noise(True) > 1.2 * noise(False)
 
 
+@pytest.mark.invariant("mixdq-5")
 def test_a_larger_budget_is_never_worse_whatever_the_ratio():
     for ratio in (0.6, 1.4):
         found = [
@@ -117,6 +120,7 @@ def test_a_larger_budget_is_never_worse_whatever_the_ratio():
         assert all(after <= before for before, after in itertools.pairwise(found))
 
 
+@pytest.mark.invariant("mixdq-5")
 def test_equal_losses_are_allocated_within_the_budget():
     same = [{2: 0.1, 4: 0.01, 8: 0.001}] * len(NAMES)
     for limit in (260, 500, 777):
@@ -124,6 +128,7 @@ def test_equal_losses_are_allocated_within_the_budget():
         assert found.costs["bytes"] <= limit and found.choices.keys() == {*NAMES}
 
 
+@pytest.mark.invariant("mixdq-8")
 def test_losses_never_rise_with_the_bits_of_a_kind():
     losses = {"int2": 3.0, "int3": 5.0, "int2+b": 1.0, "int4": 4.0, "int3+b": 2.0, "fp8": 9.0, "int8": 0.5}
     clean = monotone({"weights": {"a": losses}, "activations": {"x": {"8": 2.0, "4": 1.0, "6": 3.0}}})
@@ -132,12 +137,14 @@ def test_losses_never_rise_with_the_bits_of_a_kind():
     assert list(clean["weights"]["a"]) == list(losses)
 
 
+@pytest.mark.invariant("mixdq-8")
 def test_what_is_not_quantized_has_an_infinite_ratio_which_sums_cut():
     """The SQNR of the identity is +inf; in a sum of decibels it is the ceiling, as of any noise below that."""
     clean = Terms(decibels=True).losses({"weights": {"a": {"int8": 0.0, "int4": 1e-3}}, "activations": {}})
     assert clean["weights"]["a"] == {"int8": -sensitivity_table.CEILING_DB, "int4": pytest.approx(-30)}
 
 
+@pytest.mark.invariant("mixdq-7")
 def test_the_most_sensitive_activations_at_their_narrowest_width():
     posed = table(NOISY, [{4: x, 8: 1.0 - x} for x in (0.1, 0.4, 0.3, 0.2)])
     assert sensitivity_table.most_sensitive(posed, 0.0) == []

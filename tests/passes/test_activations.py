@@ -74,6 +74,7 @@ def test_the_plan_says_who_is_dynamic(model):
 
 
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.invariant("compiler-7")
 def test_stored_bytes_are_those_of_the_artifact(model):
     plan = after("bit-allocation", model)
     for name in ("fold-fake-quant", "fuse-epilogues"):

@@ -30,6 +30,7 @@ def loss(program: Program) -> float:
     return sum(table[path][plan.format] for path, plan in program.weights.items())
 
 
+@pytest.mark.invariant("fz-rmq-6")
 def test_the_budget_is_met_and_used():
     previous = float("inf")
     for bits in (4.0, 5.0, 6.0, 8.0):
@@ -42,6 +43,7 @@ def test_the_budget_is_met_and_used():
 
 
 @pytest.mark.parametrize("model", programs.MODELS)
+@pytest.mark.invariant("allocator-5", "compiler-7")
 def test_stored_bytes_are_those_of_the_artifact(model):
     """To the byte: what the plan says is what the packed program stores."""
     plan = programs.after(model, "bit-allocation")
@@ -56,6 +58,7 @@ def test_a_budget_of_bytes_is_the_same_budget():
     assert by_bits.weights == by_bytes.weights
 
 
+@pytest.mark.invariant("allocator-2")
 def test_an_impossible_budget_names_the_least():
     with pytest.raises(UserError, match=r"cannot be met: the least .* is \d+ bytes \(\d\.\d+ bits\)") as caught:
         planned(weights=1.0)
@@ -115,11 +118,13 @@ def test_without_sensitivities_the_sentence_says_what_to_do():
         BitAllocation(weights=4.0).run(program, Session())
 
 
+@pytest.mark.invariant("compiler-12")
 def test_the_same_problem_twice_gives_the_same_plan():
     assert planned(weights=4.7).weights == planned(weights=4.7).weights
     assert dataclasses.asdict(BitAllocation())["activations"] == 8.0
 
 
+@pytest.mark.invariant("allocator-8")
 def test_layers_without_a_quantized_kernel_are_listed_and_stay_float():
     """A grouped convolution between two plain ones: everything else is packed, and all contracts hold."""
     generator = torch.Generator().manual_seed(0)
@@ -206,6 +211,7 @@ def test_sums_of_decibels_report_the_noise_that_they_cost():
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1])
+@pytest.mark.invariant("mixdq-7", "allocator-8")
 def test_protected_activations_get_no_quantizer(share):
     pipeline = programs.MIXED.replace("weights=5.5", f"weights=5.5,protected={share}")
     plan, packed = (programs.after(MODEL, name, pipeline) for name in ("bit-allocation", "fuse-epilogues"))

@@ -61,6 +61,7 @@ def values(program: Program, x: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.invariant("mixdq-1")
 def test_keys_and_values_are_the_same_bits_before_quantization():
     assert len(split().facts["assumptions"]) == 1 and "notes" not in split().facts
     x = prompts(6)
@@ -71,6 +72,7 @@ def test_keys_and_values_are_the_same_bits_before_quantization():
         assert torch.equal(old[name], new[name])
 
 
+@pytest.mark.invariant("mixdq-1", "mixdq-2")
 def test_quantized_the_first_token_is_still_exact_and_out_of_the_range():
     quiet, loud = (continued(split(), PLANNED, loudness) for loudness in (1, 10))
     edge = quiet.activations[f"{TEXT}_rest"]
@@ -126,6 +128,7 @@ def text(*first: float) -> Tensor:
         (text(1.0, 1.0)[:, :1], "single token"),
     ],
 )
+@pytest.mark.invariant("mixdq-3")
 def test_it_is_refused_where_the_first_token_is_no_constant(given, reason):
     before = programs.after("sd15", "layout")
     after = BosSplit().run(before, session(given))
@@ -134,6 +137,7 @@ def test_it_is_refused_where_the_first_token_is_no_constant(given, reason):
     assert TEXT in after.facts["notes"][0] and "assumptions" not in after.facts
 
 
+@pytest.mark.invariant("mixdq-3")
 def test_nothing_happens_and_nothing_is_said_without_a_text():
     before = programs.after("unet2d", "layout")
     after = BosSplit().run(before, Session(programs.denoiser("unet2d")))

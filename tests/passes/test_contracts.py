@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import ops, pass_manager
+from mpq_compiler import ops, pass_manager, storage
 from mpq_compiler.ablation import noise_power
 from mpq_compiler.costs import stored_dtype
 from mpq_compiler.exact import run_exact
@@ -130,16 +130,32 @@ def check(step: Step, x: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("model", programs.MODELS)
+@pytest.mark.invariant("compiler-1", "compiler-2", "compiler-8", "lsq-5")
 def test_contract(model, name):
     check(programs.step(model, name), dict(programs.inputs(model, 3)))
 
 
 @pytest.mark.parametrize("model", programs.MODELS)
+@pytest.mark.invariant("compiler-8")
 def test_contracts_behind_the_rewrites(model):
     """Parts of layers, layers without their first token and scaled channels are quantized as any others."""
     x = dict(programs.inputs(model, 3))
     for step in programs.steps(model, programs.REWRITES):
         check(step, x)
+
+
+@pytest.mark.invariant("compiler-3")
+def test_methods_that_are_off_leave_uniform_rounding():
+    """The passes of methods, each told to change nothing: the bits, and the bytes, of a pipeline without them."""
+    passes = f"{programs.FRONT},bit-allocation{{uniform=int4}},insert-fake-quant,round-weights,fold-fake-quant"
+    methods = passes.replace("layout,", "layout,bos-split,split-shortcut{channels=4096},")
+    methods = methods.replace("insert", "numerics{mode=portable},insert")
+    methods = methods.replace("round-weights", "residual-branch,low-rank,round-weights,distill{updates=0}")
+    plain, off = (programs.after("unet2d", "fold-fake-quant", pipeline) for pipeline in (passes, methods))
+    x = programs.inputs("unet2d", 3)
+    assert torch.equal(run(plain, x), run(off, x))
+    stored = [{name: s.array.tobytes() for name, s in storage.stored(p).items()} for p in (plain, off)]
+    assert stored[0] == stored[1]
 
 
 @pytest.mark.parametrize("model", ["unet2d", "pixart"])

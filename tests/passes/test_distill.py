@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,10 +55,12 @@ def held_out(program, data):
 
 @pytest.mark.parametrize("pipeline", [programs.RESIDUAL, programs.LOW_RANK])
 @pytest.mark.parametrize("latent", [True, False])
+@pytest.mark.invariant("efficientdm-2", "mpq-dm-4")
 def test_the_error_falls_and_is_that_of_the_stored_program(data, tmp_path, latent, pipeline):
     program = start(pipeline)
     trained, outcome = train(program, Stage("x", latent, 6), *data, session(tmp_path), 0)
     verify(trained, after="distill")
+    assert not {*stored(trained)} & {*trained.facts["latents"].values()}  # the float weights are left behind
     assert outcome.after < outcome.before and outcome.best_step > 0 and outcome.diverged is None
     assert math.isclose(held_out(trained, data[1]), outcome.after, rel_tol=1e-5)
     for weight in settled(trained):
@@ -66,6 +69,7 @@ def test_the_error_falls_and_is_that_of_the_stored_program(data, tmp_path, laten
         assert int(codes.max()) < table.shape[1]
 
 
+@pytest.mark.invariant("quest-1")
 def test_frozen_codes_stay(data, tmp_path):
     program = start()
     trained, _ = train(program, Stage("x", False, 4), *data, session(tmp_path), 0)
@@ -74,6 +78,7 @@ def test_frozen_codes_stay(data, tmp_path):
         assert before.scale != after.scale
 
 
+@pytest.mark.invariant("efficientdm-6")
 def test_zero_points_are_codes(data, tmp_path):
     rates = {**distillation.RATES, Kind.ZERO: 3.0}
     trained, _ = train(start(), Stage("x", False, 8, rates), *data, session(tmp_path), 0)
@@ -84,6 +89,7 @@ def test_zero_points_are_codes(data, tmp_path):
         assert trained.activations[call.args[0].name].zero_point == str(call.args[2].target)
 
 
+@pytest.mark.invariant("mtrd-7", "compiler-12")
 def test_no_number_of_jobs_changes_a_bit(data, tmp_path):
     found = [
         train(start(), Stage("x", True, 3), *data, session(tmp_path / str(jobs), jobs=jobs), 0)[0] for jobs in (1, 2)
@@ -128,6 +134,7 @@ def test_a_torn_state_is_trained_anew(data, tmp_path):
     assert same(whole, again)
 
 
+@pytest.mark.invariant("quest-5", "compiler-9")
 def test_divergence_keeps_the_best(data, tmp_path):
     rates = dict.fromkeys(Kind, 1e9)
     program = start()
@@ -136,6 +143,7 @@ def test_divergence_keeps_the_best(data, tmp_path):
     assert math.isclose(held_out(trained, data[1]), outcome.after, rel_tol=1e-5)
 
 
+@pytest.mark.invariant("quest-5", "compiler-9")
 def test_the_pass_says_what_it_did(tmp_path):
     made = pass_manager.make("distill", {"updates": 8, "samples": 2, "steps": 4, "images": 4})
     program = made.run(start(), session(tmp_path))
@@ -172,11 +180,26 @@ def test_given_calls_are_what_it_trains_on(tmp_path):
     assert [len(d) for d in recorded] == [6, 3 * distillation.HELD_OUT]
 
 
+@pytest.mark.invariant("efficientdm-5")
+def test_calls_are_the_float_models_own_trajectory():
+    """Each from the noise by the float model's outputs alone: no quantized program has a part in it."""
+    denoiser = programs.denoiser(MODEL)
+    inputs, targets = denoisers.record_teacher(denoiser, 2, 5, 1)
+    x = denoisers.gaussian(2, denoiser.latent_shape, 1)
+    for step, time in enumerate(denoiser.scheduler.timesteps(5)):
+        rows = inputs["timestep"] == time
+        output = denoiser(sample=x, timestep=np.full(2, time))
+        assert torch.equal(inputs["sample"][rows], torch.from_numpy(x)) and torch.equal(targets[rows], output)
+        x = denoiser.scheduler.step(output.numpy(), step, 5, x)
+    assert len(targets) == 10 and not targets.requires_grad
+
+
 def test_noise_of_the_float_program_is_none(data, tmp_path):
     program = programs.after(MODEL, "layout")
     assert noise(program, {}, {}, data[1], session(tmp_path)) < 1e-9
 
 
+@pytest.mark.invariant("quest-1", "dilatequant-7", "dilatequant-8")
 def test_blocks_are_trained_one_by_one(data, tmp_path):
     """A block moves its own parameters and the tables of what its layers read, and its own output gets better."""
     program = start()
@@ -212,6 +235,7 @@ def test_the_pass_goes_through_the_blocks(tmp_path):
     )
 
 
+@pytest.mark.invariant("mtrd-7", "mtrd-8")
 def test_relations_are_learned_and_survive_a_kill(data, tmp_path, monkeypatch):
     """The loss of features reaches the layers before them, and a queue is as it was after a kill."""
     program = start()
@@ -226,6 +250,33 @@ def test_relations_are_learned_and_survive_a_kill(data, tmp_path, monkeypatch):
         train(program, stage, *data, session(tmp_path / "b"), 0)
     resumed, again = train(program, stage, *data, session(tmp_path / "b"), 0)
     assert again == outcome and same(whole, resumed)
+
+
+def test_calls_before_are_those_of_the_trajectory(tmp_path):
+    """A step earlier, the same image; a model with guidance has calls of both kinds in a step."""
+    calls, _ = distillation.calls(Session(programs.denoiser(MODEL), None, cache=tmp_path), 3, 4)
+    index = torch.arange(len(calls))
+    one, two = calls.before(index, 2)
+    assert calls.stride == 3 and len(calls) == 12
+    for name, x in calls.inputs.items():
+        assert torch.equal(one[name][3:], x[:-3]) and torch.equal(two[name][6:], x[:-6])
+        assert torch.equal(one[name][:3], x[:3]) and torch.equal(two[name][:6], torch.cat([x[:3], x[:3]]))
+    labels = calls.inputs.get("class_labels")
+    assert labels is None or torch.equal(one["class_labels"], labels)
+    assert calls.select(index).before(index, 2) == [] and calls.before(index, 0) == []
+
+
+def test_relations_of_a_window_are_learned_and_survive_a_kill(data, tmp_path, monkeypatch):
+    program, calls = start(), (replace(data[0], stride=2), data[1])
+    node = next(b.output for b in blocks.blocks(programs.denoiser(MODEL).module.model, program) if b.repeated)
+    stages = [Stage("x", True, 2, relation=Term(node, 0.1, window)) for window in (1, 2)]
+    single, whole = (train(program, stage, *calls, session(tmp_path / "a"), 0)[0] for stage in stages)
+    assert not same(single, whole)
+    assert same(single, train(program, stages[1], *data, session(tmp_path / "c"), 0)[0])  # the order is not known
+    killed_at(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        train(program, stages[1], *calls, session(tmp_path / "b"), 0)
+    assert same(whole, train(program, stages[1], *calls, session(tmp_path / "b"), 0)[0])
 
 
 def test_calls_count_by_what_their_errors_do_to_images(data, tmp_path):

@@ -11,6 +11,7 @@ from mpq_compiler import ops, pass_manager
 from mpq_compiler.ablation import noise_power
 from mpq_compiler.aten import aten
 from mpq_compiler.pass_manager import Session
+from mpq_compiler.passes import equalize
 from mpq_compiler.passes.equalize import WIDEST, Equalize, dilation
 from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run
 from mpq_compiler.scaling import Scaling
@@ -89,6 +90,7 @@ FOLDED = {
 
 
 @pytest.mark.parametrize("case", FOLDED)
+@pytest.mark.invariant("svdquant-4", "quest-4", "dilatequant-5")
 def test_factors_go_into_what_makes_the_tensor(case):
     before = program_of(
         lambda call, get, x, v: last(call, get, FOLDED[case](call, get, x, v)),
@@ -98,6 +100,7 @@ def test_factors_go_into_what_makes_the_tensor(case):
     assert folded and muls(program) == 0
 
 
+@pytest.mark.invariant("dilatequant-5")
 def test_half_of_a_geglu():
     """The factors are those of the value half of its layer's rows; the gate is as it was."""
 
@@ -124,6 +127,7 @@ EXPLICIT = {
 
 
 @pytest.mark.parametrize("case", EXPLICIT)
+@pytest.mark.invariant("svdquant-4", "dilatequant-5")
 def test_elsewhere_they_are_a_multiplication(case):
     before = program_of(
         lambda call, get, x, v: last(call, get, EXPLICIT[case](call, get, x, v)), **LINEAR, w0=random(C, seed=4)
@@ -180,6 +184,7 @@ def test_a_layer_in_the_middle_is_scaled_on_both_sides_once():
 # --- the search ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.invariant("dilatequant-1", "dilatequant-2", "dilatequant-3", "dilatequant-4")
 def test_dilation_widens_columns_as_far_as_rows_allow():
     """DilateQuant's invariants: ranges of rows stay, factors are at least 1 and maximal, a second run finds 1."""
     w = random(6, 3, 3, 20) * torch.exp(random(20, seed=1))
@@ -196,6 +201,7 @@ def test_dilation_widens_columns_as_far_as_rows_allow():
 
 
 @pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.invariant("mpq-dm-1")
 def test_factors_are_on_their_grid(exact):
     step = Equalize(exact=exact)
     largest = torch.exp(4 * random(50))
@@ -210,6 +216,17 @@ def test_factors_are_on_their_grid(exact):
         assert torch.equal(factor.to(torch.float16).float(), factor)
         mantissa = torch.frexp(factor).mantissa
         assert bool((mantissa == 0.5).all()) == exact
+
+
+@pytest.mark.invariant("vidit-q-4")
+def test_the_ends_of_alpha(monkeypatch):
+    """SmoothQuant, eq. 4: alpha 0 leaves all of the spread to the activation, alpha 1 to the weights."""
+    monkeypatch.setattr(equalize, "POWERS", (0.0, 1.0))
+    largest, weights = torch.exp(random(50)), [random(8, 50, seed=2), random(6, 50, seed=3)]
+    found = dict(Equalize(exact=False).candidates(largest, weights))
+    columns = torch.cat(weights).abs().amax(0)
+    for spread in (columns / found["alpha 0.0"], largest * found["alpha 1.0"]):
+        torch.testing.assert_close(spread / spread.mean(), torch.ones(50), rtol=2e-3, atol=0)
 
 
 def outliers(factor: float) -> denoisers.Denoiser:
@@ -274,6 +291,7 @@ def test_the_simulated_noise_of_loud_channels_is_gone():
     assert len(exact) == 8 and decibels["loud"] > 10 and decibels["undone"] < 1, decibels
 
 
+@pytest.mark.invariant("compiler-3")
 def test_nothing_changes_where_nothing_gains():
     step = Equalize(gain=100.0, rows=64, samples=1, steps=2)
     before = programs.after("unet2d", "layout")
@@ -288,6 +306,7 @@ def test_the_bundled_model_is_the_same_to_the_bit():
     assert any(n.name.endswith("_scaled") for n in step.after.graph.nodes)
 
 
+@pytest.mark.invariant("dilatequant-1", "dilatequant-3", "dilatequant-4")
 def test_dilation_as_published_never_enlarges_a_row():
     """DilateQuant's factors alone: channels shrink, no row's range changes, and a second time nothing is left to do."""
     made = Equalize(rule="dilation")
@@ -305,6 +324,7 @@ def test_dilation_as_published_never_enlarges_a_row():
         assert (again > 0.995).all()
 
 
+@pytest.mark.invariant("mpq-dm-1")
 def test_rules_as_published_are_applied_everywhere():
     """To what the search leaves alone, too: a loss is not looked at."""
     found = [

@@ -67,6 +67,7 @@ class Comparing(Interpreter):
 
 @pytest.mark.parametrize("model", programs.MODELS)
 @torch.no_grad()
+@pytest.mark.invariant("mixdq-4")
 def test_every_packed_call_equals_the_formula(model):
     comparing = Comparing(programs.after(model, "fold-fake-quant"))
     comparing.run(programs.inputs(model, 2))

@@ -11,6 +11,7 @@ from mpq_compiler.program import run
 from tests import programs
 
 
+@pytest.mark.invariant("compiler-11")
 def test_base_and_branch_become_one_table():
     step = programs.step("pixart", "fold-fake-quant", programs.RESIDUAL)
     before = {x.path: x for x in calls.levels_of(calls.flatten(step.before))}

@@ -32,6 +32,7 @@ def test_every_family_is_measured_with_the_rounding_that_the_pipeline_asks_for()
     assert {key[2] for key in program.facts["fits"]} == {Rounding.GPTQ}
 
 
+@pytest.mark.invariant("qua2sedimo-1")
 def test_several_families_are_chosen_and_counted_to_the_byte():
     planned, packed = after("bit-allocation"), after("fuse-epilogues")
     chosen = {plan.format for plan in planned.weights.values()}
@@ -48,6 +49,7 @@ def test_exact_mode_is_the_packed_program(batch):
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8e5", "int2g12", "km4t", "int3+b+r3", "int8+r1", "nf4g16"])
+@pytest.mark.invariant("svdquant-5", "mpq-dm-4")
 def test_one_family_alone_is_exact_and_counted_to_the_byte(name):
     pipeline = f"{programs.FRONT},bit-allocation{{uniform={name}}},{programs.BACK}"
     pipeline = pipeline.replace("round-weights", "low-rank,round-weights")
@@ -77,6 +79,7 @@ def settled(method: str, format_name: str) -> programs.Step:
 @pytest.mark.parametrize(
     ("name", "method"), [("int3", "gptq"), ("int2+b", "gptq"), ("fp4", "learned"), ("int2+b", "learned")]
 )
+@pytest.mark.invariant("qdiffusion-8")
 def test_chosen_codes_are_better_for_every_layer_and_the_output(name, method):
     """Plain tables, and residual branches, whose pass rounds as `round-weights` asks."""
     nearest, gptq = (settled(each, name) for each in ("nearest", method))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import fx
 
-from mpq_compiler import calls, denoiser, formats, ops
+from mpq_compiler import calls, denoiser, formats, ops, student
 from mpq_compiler.aten import aten
 from mpq_compiler.errors import UserError
 from mpq_compiler.exact import run_exact
@@ -45,6 +45,7 @@ def test_every_layer_of_the_plan_has_base_and_branch_on_one_input():
         assert shape[1] == rank <= 4
 
 
+@pytest.mark.invariant("svdquant-5")
 def test_the_sum_is_the_layer_with_the_fitted_weight():
     """A convolution and linear layers: base and branch compute what one layer with the sum of both weights does."""
     program = step().after
@@ -72,6 +73,18 @@ def test_what_the_branch_leaves_is_quantized_at_the_fitted_levels():
         branch = program.tensors.read(f"{path}:up") @ program.tensors.read(f"{path}:down").flatten(1)
         rest = program.tensors[weight.weight]
         assert torch.allclose(rest.flatten(1) + branch, program.tensors.read(name).flatten(1), atol=1e-6)
+
+
+@pytest.mark.invariant("olri-3")
+def test_factors_learn_from_the_first_update():
+    """Neither is zero at the start, which would leave the other without a gradient."""
+    program = programs.after(MODEL, "round-weights", programs.LOW_RANK)
+    trained = student.variables(program, latent=False)
+    leaves = {name: torch.zeros_like(v.start).requires_grad_() for name, v in trained.items()}
+    y = student.Student(program, student.values(program, trained, leaves)).run(programs.inputs(MODEL, 3))
+    factors = [leaves[name] for name in leaves if calls.factor(name)]
+    assert len(factors) == 2 * len(program.weights)
+    assert all(float(g.abs().sum()) > 0 for g in torch.autograd.grad(y.square().sum(), factors))
 
 
 def test_branches_bring_the_output_nearer_to_float():

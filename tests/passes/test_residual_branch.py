@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from mpq_compiler import formats, ops
-from mpq_compiler.formats.base import QuantizedWeight, output_error
-from mpq_compiler.formats.residual import RATIOS, ResidualFormat
+from mpq_compiler.formats.base import QuantizedWeight, nearest_codes, output_error
+from mpq_compiler.formats.residual import RATIOS, ResidualFormat, _least_squares
 from mpq_compiler.formats.uniform import UniformFormat
 from mpq_compiler.program import run
 from tests import programs
@@ -25,6 +27,7 @@ def gram(columns: int = 40, seed: int = 1) -> torch.Tensor:
 
 @pytest.mark.parametrize("residual", RESIDUALS, ids=lambda f: f.name)
 @pytest.mark.parametrize("moments", [None, gram()], ids=["weight-error", "output-error"])
+@pytest.mark.invariant("fz-rmq-1")
 def test_never_worse_than_its_base(residual, moments):
     for seed in range(4):
         w = weight(seed=seed)
@@ -35,6 +38,7 @@ def test_never_worse_than_its_base(residual, moments):
 
 
 @pytest.mark.parametrize("residual", RESIDUALS, ids=lambda f: f.name)
+@pytest.mark.invariant("fz-rmq-4")
 def test_a_quarter_gives_the_even_levels_of_one_more_bit(residual):
     table, alpha = residual.tables(0.25)
     nothing = torch.zeros(1, 1, dtype=torch.uint8)
@@ -56,6 +60,7 @@ def test_tables_stay_within_int8_and_on_the_grid(residual, ratio):
     assert alpha.dtype == torch.int8 and abs(int(alpha) - ratio * unit) == 0
 
 
+@pytest.mark.invariant("fz-rmq-5", "compiler-11")
 def test_merging_is_exact():
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 8, (33, 20), generator=generator, dtype=torch.uint8)
@@ -67,6 +72,47 @@ def test_merging_is_exact():
     assert merged.dtype == torch.uint8 and int(merged.max()) < 16
 
 
+@pytest.mark.parametrize("name", [f.name for f in RESIDUALS])
+@pytest.mark.invariant("fz-rmq-7")
+def test_two_accumulators_are_that_of_the_joint_table(name):
+    """Base and signs apart: ``sum q base + alpha (2 sum q sign - sum q)``, all integers."""
+    fit = formats.get(name).fit(weight())
+    q = torch.randint(0, 256, (7, 40), generator=torch.Generator().manual_seed(2))
+    base, signs, alpha = fit.lut[0].long()[fit.codes.long()], fit.signs.long(), int(fit.alpha)
+    apart = q @ base.T + alpha * (2 * (q @ signs.T) - q.sum(1, keepdim=True))
+    joint = fit.merged()
+    assert torch.equal(apart, q @ joint.lut[0].long()[joint.codes.long()].T)
+
+
+@pytest.mark.invariant("fz-rmq-2")
+def test_the_least_squares_of_signs_are_the_mean_magnitude():
+    rest = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    rest = torch.cat([rest, -rest], 1)  # no offset is left to gain by
+    scale, offset = _least_squares(rest.sign(), rest, torch.ones(80))
+    torch.testing.assert_close(scale[:, 0], rest.abs().mean(1))
+    torch.testing.assert_close(offset, torch.zeros(5, 1))
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.invariant("fz-rmq-3")
+def test_levels_and_scales_in_turn_never_raise_the_error(ratio):
+    """Without the rounding of what is stored."""
+    lut, alpha = ResidualFormat("r", 3, base_bits=2).tables(ratio)
+    nothing = torch.zeros(1, 1, dtype=torch.uint8)
+    _, table = ops.merge_branch(nothing, lut, nothing, alpha)
+    w, importance = weight(), gram().diagonal()
+    scale, offset = w.abs().amax(1, keepdim=True) / 20, w.mean(1, keepdim=True)
+    errors = []
+    for _ in range(6):
+        level = table[0].float()[nearest_codes(w, scale, offset[:, 0], table, None).long()]
+        errors.append(output_error(scale * level + offset - w, importance))
+        scale, offset = _least_squares(level, w, importance)
+        errors.append(output_error(scale * level + offset - w, importance))
+    assert all((after <= before * (1 + 1e-5)).all() for before, after in itertools.pairwise(errors))
+    assert errors[-1].sum() < 0.9 * errors[0].sum()
+
+
+@pytest.mark.invariant("fz-rmq-8")
 def test_without_a_branch_there_is_nothing_to_merge():
     """Z = 0: a plain format merges to itself."""
     for name in ("int2", "int4", "int8"):
@@ -74,6 +120,7 @@ def test_without_a_branch_there_is_nothing_to_merge():
         assert plain.merged() is plain and plain.signs is None
 
 
+@pytest.mark.invariant("fz-rmq-8")
 def test_a_branch_of_zero_leaves_the_base():
     fit = formats.get("int2+b").fit(weight())
     silent = QuantizedWeight(fit.codes, fit.scale, fit.offset, fit.lut, fit.signs, torch.zeros_like(fit.alpha))
@@ -82,6 +129,7 @@ def test_a_branch_of_zero_leaves_the_base():
 
 
 @pytest.mark.parametrize("residual", RESIDUALS, ids=lambda f: f.name)
+@pytest.mark.invariant("fz-rmq-5")
 def test_two_to_the_b_plus_one_levels(residual):
     fit = residual.fit(weight(columns=400)).merged()
     assert fit.lut.shape == (1, 2 ** (residual.base_bits + 1))

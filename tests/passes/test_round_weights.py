@@ -24,6 +24,7 @@ def test_the_scale_is_never_worse_than_min_max_in_any_row(uniform):
 
 
 @pytest.mark.parametrize("model", programs.MODELS)
+@pytest.mark.invariant("compiler-9")
 def test_layers_are_never_worse_than_min_max_on_their_own_moments(model):
     step = programs.step(model, "round-weights")
     calibration = step.after.facts["calibration"]

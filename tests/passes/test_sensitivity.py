@@ -1,21 +1,28 @@
 from __future__ import annotations
 
+import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 
-from mpq_compiler import cache, costs
+from mpq_compiler import cache, costs, ops
+from mpq_compiler.ablation import Ablation, noise_power
+from mpq_compiler.calibration import input_edge
 from mpq_compiler.errors import UserError
+from mpq_compiler.fitting import activation_parameters, bias_of, corrected_bias, fitted
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.passes import sensitivity
 from mpq_compiler.passes.sensitivity import Sensitivity
-from mpq_compiler.program import Program, TensorStore
+from mpq_compiler.program import Interpreter, Program, TensorStore, run, weight_of
 from tests import programs
 from tests.tree import ROOT
 
@@ -51,6 +58,7 @@ def test_fewer_bits_cost_more(tmp_path):
     assert all(losses["4"] > losses["8"] > 0 for losses in table["activations"].values())
 
 
+@pytest.mark.invariant("compiler-12")
 def test_jobs_change_nothing(tmp_path):
     program = programs.after(MODEL, "time-groups")
     assert measured(program, tmp_path / "1", jobs=1) == measured(program, tmp_path / "2", jobs=2)
@@ -139,6 +147,64 @@ def test_a_given_table_is_used(evaluations):
     weights.pop(layers[0]["name"])
     with pytest.raises(UserError, match="lacks"):
         PASS.run(program, Session(sensitivity=table))
+
+
+@pytest.mark.invariant("mixdq-8")
+def test_what_stays_as_it_is_makes_no_noise():
+    program = programs.after(MODEL, "time-groups")
+    ablation = Ablation(program, program.facts["calibration"].select(3))
+    for node in program.quantizable:
+        weight, edge = node.args[1], node.args[0]
+        same = ablation.output({weight: ablation.value(weight).clone()}, {node: ablation.value(edge).clone()})
+        assert noise_power(same, ablation.reference) == 0
+
+
+class Planned(Interpreter):
+    """A float program with other weights and biases, whose layers read quantized activations."""
+
+    def __init__(self, program: Program, tensors: dict[str, torch.Tensor], widths: dict[str, int]) -> None:
+        super().__init__(program)
+        self.other, self.widths, self.layers = tensors, widths, {*program.quantizable}
+
+    def attribute(self, name):
+        return self.other[name] if name in self.other else super().attribute(name)
+
+    def call(self, node, args, kwargs):
+        if node in self.layers:
+            edge = input_edge(node).name
+            tables = activation_parameters(self.program, edge, self.widths[edge])
+            args = (ops.fake_quantize(args[0], *tables, self.group, self.widths[edge]), *args[1:])
+        return super().call(node, args, kwargs)
+
+
+@pytest.mark.invariant("allocator-11")
+def test_noise_powers_of_single_changes_add_up_to_that_of_a_plan():
+    """On the bundled denoiser, for random plans that cover the noise in which allocations lie."""
+    pipeline = f"{programs.FRONT},sensitivity{{inputs=6,formats=int3/int4/int8,activations=4/8}}"
+    program = programs.after(programs.BUNDLED, "sensitivity", pipeline)
+    table, inputs = program.facts["sensitivity"], program.facts["calibration"].select(6)
+    reference, decibels = run(program, inputs), []
+    for seed in range(20):
+        draw, tensors, widths, total = random.Random(seed), {}, {}, 0.0
+        coarse = draw.random() ** 2
+        for node in program.quantizable:
+            weight, edge = str(weight_of(node)), input_edge(node).name
+            chosen = draw.choice(["int3", "int4"]) if draw.random() < coarse else "int8"
+            fit = fitted(program, node, weight, chosen)
+            tensors[weight] = fit.dequantize().reshape(program.tensors[weight].shape)
+            if (bias := bias_of(node)) is not None:
+                tensors[str(bias.target)] = corrected_bias(program, node, weight, fit)
+            total += table["weights"][costs.weight_path(node)][chosen]
+            if edge not in widths:
+                widths[edge] = 4 if draw.random() < coarse / 4 else 8
+                total += table["activations"][edge][str(widths[edge])]
+        planned = Planned(program, tensors, widths)
+        planned.group = ops.time_group(inputs["timestep"], program.facts["time-groups"])
+        decibels.append([10 * math.log10(x) for x in (total, noise_power(planned.run(inputs), reference))])
+    expected, measured = np.array(decibels).T
+    assert expected.min() < -25 and expected.max() > -18
+    assert abs((measured - expected).mean()) <= 1 and (measured - expected).std() <= 1.5
+    assert scipy.stats.spearmanr(expected, measured).statistic >= 0.85
 
 
 def test_losses_are_rounded():

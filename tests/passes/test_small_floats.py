@@ -35,6 +35,7 @@ BRANCHED = programs.SMALL_FLOATS.replace("uniform=fp4", "uniform=int2+b")
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=9), st.sampled_from([(2, 4), (2, 8), (4, 8)]))
+@pytest.mark.invariant("fpq-4", "fpq-5")
 def test_values_scales_and_powers_of_two(values, kind):
     """Rounded once and twice alike; ``Q(2^k x; 2^k s) = 2^k Q(x; s)``; at most half a step away within the range."""
     x, group = torch.tensor([values]), torch.zeros(1, dtype=torch.int64)
@@ -66,6 +67,7 @@ def test_encodings_leave_a_mantissa():
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.invariant("fpq-7")
 def test_the_search_is_never_worse_than_the_whole_range_of_any_encoding(bits):
     draw = torch.Generator().manual_seed(bits)
     values = [torch.randn(5000, generator=draw) ** power for power in (1, 3)]

@@ -52,6 +52,7 @@ CONV = {"w.weight": weight(8, 36, 3, 3), "w.bias": weight(8)}
 CONV["w.weight:ohwi"] = CONV["w.weight"].permute(0, 2, 3, 1)
 
 
+@pytest.mark.invariant("mixdq-9")
 def test_the_parts_are_the_concatenated_tensors_and_the_concatenation_is_gone():
     def build(call, get, a, b):
         return conv(call, get, call(aten.cat.default, ([a, b], 3)))
@@ -68,6 +69,7 @@ def test_the_parts_are_the_concatenated_tensors_and_the_concatenation_is_gone():
     assert names(before) == ["cat_default", "conv2d"], "the program given is left as it is"
 
 
+@pytest.mark.invariant("qdiffusion-5")
 def test_behind_a_norm_the_parts_are_slices_of_what_the_layers_read():
     """The norm is over the whole concatenation: its groups do not end where the parts do."""
 
@@ -99,6 +101,7 @@ def test_linear_layers_of_tokens_behind_norm_modulation_and_reshape():
     assert [len(after.node(n).args) for n in (first, second, third)] == [3, 2, 2]
 
 
+@pytest.mark.invariant("qdiffusion-5")
 def test_what_stays_whole():
     def narrow(call, get, a, b):
         return conv(call, get, call(aten.cat.default, ([a, b], 3)))
@@ -134,12 +137,33 @@ def test_a_shared_weight_is_split_where_all_its_calls_agree(same):
     assert set(read) == (parts if same else {"w.weight:ohwi"})
 
 
+@pytest.mark.invariant("qdiffusion-1")
 def test_every_shortcut_of_the_bundled_unet_is_split():
     step = programs.step("fashion-unet", "split-shortcut")
     gone = {n.name for n in step.before.quantizable} - {n.name for n in step.after.quantizable}
     layers = ("conv1", "conv_shortcut")
     assert gone == {f"up_blocks_{b}_resnets_{r}_{layer}" for b in (0, 1) for r in (0, 1) for layer in layers}
     assert gone < {*names(step.after)}, "a sum has the name of the layer whose value it is"
+
+
+@pytest.mark.invariant("qdiffusion-1")
+def test_parts_end_where_the_model_joined_its_tensors(monkeypatch):
+    """Of every concatenation that the model itself makes of images: the channels of what comes first."""
+    model, joined, cat = programs.denoiser("fashion-unet"), [], torch.cat
+
+    def watched(tensors, dim=0, **more):
+        if dim == 1 and all(t.dim() == 4 for t in tensors):
+            joined.append([t.shape[1] for t in tensors])
+        return cat(tensors, dim, **more)
+
+    monkeypatch.setattr(torch, "cat", watched)
+    model(**programs.inputs("fashion-unet", 1))
+    monkeypatch.undo()
+    weights = programs.step("fashion-unet", "split-shortcut").after.tensors
+    blocks = [f"up_blocks.{b}.resnets.{r}" for b in (0, 1) for r in (0, 1)]
+    for layer in ("conv1", "conv_shortcut"):
+        parts = [[weights[f"{b}.{layer}_part{i}.weight"].shape[1] for i in (0, 1)] for b in blocks]
+        assert parts == joined
 
 
 def test_parts_have_plans_of_their_own():
@@ -155,6 +179,7 @@ def test_parts_have_plans_of_their_own():
         }
 
 
+@pytest.mark.invariant("qdiffusion-3")
 def test_the_simulated_noise_falls():
     """Noise of the output when nothing is quantized but what the layers behind concatenations read."""
     denoiser, found = programs.denoiser("fashion-unet"), []

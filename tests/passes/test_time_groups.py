@@ -55,11 +55,25 @@ def test_many_timesteps_are_taken_together():
     assert after.facts["time-groups"].tolist() == [(steps[1] + steps[2]) / 2, (steps[3] + steps[4]) / 2]
 
 
+@pytest.mark.invariant("efficientdm-4")
+def test_a_group_for_every_step_is_a_table_that_fewer_steps_stride():
+    """A sampler that takes every second or third of the steps reads the rows of those."""
+    before = programs.after("unet2d", "calibrate")
+    steps = before.facts["calibration"].timesteps.unique()
+    boundaries = TimeGroups(groups=len(steps)).run(before, Session()).facts["time-groups"]
+    rows = ops.time_group(steps, boundaries)
+    assert rows.tolist() == list(range(len(steps)))
+    for stride in (2, 3):
+        fewer = steps.flip(0)[::stride]
+        assert torch.equal(ops.time_group(fewer, boundaries), rows.flip(0)[::stride])
+
+
 def test_no_groups_at_all():
     with pytest.raises(UserError, match="'places' of pass 'time-groups' must be 1 or more"):
         TimeGroups(places=0)
 
 
+@pytest.mark.invariant("vidit-q-5")
 def test_timesteps_outside_the_range_fall_into_the_nearest_group():
     boundaries = torch.tensor([250.0, 750.0])
     timesteps = torch.tensor([-1000, -1, 0, 249, 250, 251, 749, 750, 999, 10**6])
@@ -73,6 +87,7 @@ def test_timesteps_outside_the_range_fall_into_the_nearest_group():
 
 @pytest.mark.parametrize("pass_name", ["fold-fake-quant", "fuse-epilogues"])
 @pytest.mark.parametrize("model", programs.MODELS)
+@pytest.mark.invariant("dilatequant-6", "compiler-5")
 def test_a_mixed_batch_equals_its_samples(model, pass_name):
     """Bit for bit: integer contractions are exact, and the reference runs float ops sample by sample alike."""
     program = programs.after(model, pass_name)
@@ -86,6 +101,7 @@ def test_a_mixed_batch_equals_its_samples(model, pass_name):
 
 
 @pytest.mark.parametrize("model", programs.MODELS)
+@pytest.mark.invariant("compiler-4")
 def test_other_groups_rows_change_nothing(model):
     """Tables of the other groups set to nonsense: the output of this group's samples keeps every bit."""
     program = programs.after(model, "fuse-epilogues")
