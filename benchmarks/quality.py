@@ -119,7 +119,7 @@ def budget_of(model: str, setting: str) -> int:
         lowered = compiler.lower(denoiser.load(model), compiler.Options(pipeline=pipeline, samples=1))
         assert lowered.planned is not None
         known[name] = costs.stored_bytes(lowered.planned) * 41 // 40
-        _write(file, known)
+        write(file, known)
     return int(known[name])
 
 
@@ -223,7 +223,7 @@ def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _write(file: Path, value: Any) -> None:
+def write(file: Path, value: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix(".part")
     beside.write_text(json.dumps(value) + "\n")
@@ -260,10 +260,10 @@ def main() -> None:
         try:
             row = compute(cell, options.jobs)
         except UserError as error:  # a recipe of 4 and 8 bits at 2: kept, or each run would try again
-            _write(cell.file, {"cell": asdict(cell), "refused": str(error)})
+            write(cell.file, {"cell": asdict(cell), "refused": str(error)})
             print(f"{cell.name}: {error}", flush=True)
             continue
-        _write(cell.file, row)
+        write(cell.file, row)
         print(f"{cell.name}: {row['image_sqnr_db']:.2f} dB in {row['seconds'] / 60:.1f} minutes", flush=True)
     show(cells)
     if options.docs:

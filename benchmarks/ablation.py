@@ -1,0 +1,171 @@
+"""What each part of the default recipe is worth: the recipe without it, all else as in `benchmarks.quality`.
+
+    python -m benchmarks.ablation                      # the table of what is there
+    python -m benchmarks.ablation --all                # computes what is missing, row by row; goes on where it was
+    python -m benchmarks.ablation --all --setting W4A4 --part gptq training --docs docs/recipes.md
+
+Every row is the recipe with one part taken away or, behind a plus, with one that it leaves out. Its image SQNR less
+that of the whole recipe, which is the cell of `benchmarks.quality`, has a paired bootstrap interval over the images.
+Results lie in benchmarks/results/ablation/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import documents, quality
+from benchmarks.quality import write
+from mpq_compiler import recipes, terminal
+from mpq_compiler.recipes import Recipe
+
+RESULTS = quality.RESULTS.parent / "ablation"
+RECIPE = "default"
+SETTINGS = ("W2A8", "W4A4")
+Change = Callable[[Recipe], Recipe]
+
+
+def _without(name: str) -> Change:
+    return lambda recipe: replace(recipe, pipeline=tuple(n for n in recipe.pipeline if n != name))
+
+
+def _before(place: str, name: str) -> Change:
+    def change(recipe: Recipe) -> Recipe:
+        at = recipe.pipeline.index(place)
+        return replace(recipe, pipeline=(*recipe.pipeline[:at], name, *recipe.pipeline[at:]))
+
+    return change
+
+
+def _with(name: str, **options: Any) -> Change:
+    return lambda recipe: recipe.override(name, **options)
+
+
+def _without_formats(mark: str) -> Change:
+    def change(recipe: Recipe) -> Recipe:
+        kept = [name for name in recipe.options["sensitivity"]["formats"] if mark not in name]
+        return recipe.override("sensitivity", formats=kept)
+
+    return change
+
+
+PARTS: dict[str, Change] = {
+    "training": _without("distill"),
+    "training of weights": _with("distill", latent=0.0),
+    "GPTQ": _with("round-weights", method="nearest"),
+    "equalization": _without("equalize"),
+    "time groups": _with("time-groups", groups=1),
+    "gains of times": _without("time-gains"),
+    "mixed activations": _with("bit-allocation", mixed=False),
+    "K-means": _without_formats("km"),
+    "residual branches": _without_formats("+b"),
+    "+ 20 time groups": _with("time-groups", groups=20),
+    "+ split shortcuts": _before("calibrate", "split-shortcut"),
+    "+ learned rounding": _with("round-weights", method="learned"),
+}
+
+
+@dataclass(frozen=True)
+class Row(quality.Cell):
+    """The default recipe with one part changed."""
+
+    part: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.setting}, {self.title}"
+
+    @property
+    def title(self) -> str:
+        if not self.part:
+            return "the whole recipe"
+        return self.part if self.part.startswith("+") else f"without {self.part}"
+
+    @property
+    def recipe_changed(self) -> Recipe:
+        recipe = recipes.load(self.recipe)
+        return PARTS[self.part](recipe) if self.part else recipe
+
+    @property
+    def file(self) -> Path:
+        if not self.part:
+            return quality.Cell(self.model, self.setting, self.recipe, self.minutes, self.seed, self.images).file
+        recipe = self.recipe_changed
+        text = f"{sorted(asdict(self).items())} {json.dumps([recipe.pipeline, recipe.options], sort_keys=True)}"
+        name = self.part.strip("+ ").replace(" ", "-").lower()
+        return RESULTS / f"{self.model}-{self.setting}-{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+
+    def options(self, budget: int) -> dict[str, Any]:
+        given = super().options(budget)
+        if "distill" not in self.recipe_changed.pipeline:
+            del given["minutes"]
+        del given["recipe"]
+        return {**given, "pipeline": spelled(self.recipe_changed)}
+
+
+def spelled(recipe: Recipe) -> str:
+    """The recipe as ``--pipeline`` takes it."""
+
+    def value(given: Any) -> str:
+        return "/".join(map(str, given)) if isinstance(given, (list, tuple)) else str(given)
+
+    def one(name: str) -> str:
+        chosen = ",".join(f"{option}={value(given)}" for option, given in recipe.options.get(name, {}).items())
+        return f"{name}{{{chosen}}}" if chosen else name
+
+    return ",".join(map(one, recipe.pipeline))
+
+
+def compared(rows: list[Row]) -> list[list[str]]:
+    """A line for each row that is there: names, image SQNR, what the part is worth, with its interval."""
+    lines = []
+    for row in rows:
+        whole, found = replace(row, part="").result(), row.result()
+        if not whole or not found:
+            continue
+        worth = "" if not row.part else "{:+.2f} ({:+.2f} .. {:+.2f})".format(*quality.paired(found, whole))
+        numbers = [f"{found[name]:.{digits}f}" for name, digits in (("sqnr_db", 1), ("image_sqnr_db", 1))]
+        lines.append([row.model, row.setting, row.title, *numbers, worth])
+    return lines
+
+
+HEADERS = ("model", "setting", "recipe", "SQNR, dB", "images: SQNR, dB", "to the whole recipe, dB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=quality.MODELS[0])
+    parser.add_argument("--setting", nargs="+", choices=quality.SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--all", action="store_true", help="compute the rows that are missing")
+    parser.add_argument("--minutes", type=float, default=4.0, help="of training in each row (4)")
+    parser.add_argument("--images", type=int, default=250, help="to judge by (250)")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--docs", type=Path, help="write the results into this file, between the marks")
+    options = parser.parse_args()
+    rows = [
+        Row(options.model, setting, RECIPE, options.minutes, 0, options.images, part)
+        for setting in options.setting
+        for part in ("", *options.part)
+    ]
+    missing = [row for row in rows if not row.file.exists()]
+    print(f"{len(rows) - len(missing)} of {len(rows)} rows are there", flush=True)
+    for row in missing if options.all else ():
+        print(f"{row.name} ...", flush=True)
+        found = quality.compute(row, options.jobs)
+        write(row.file, found)
+        print(f"{row.name}: {found['image_sqnr_db']:.2f} dB in {found['seconds'] / 60:.1f} minutes", flush=True)
+    lines = compared(rows)
+    terminal.table(f"parts of {RECIPE}", HEADERS, lines, numeric=(3, 4))
+    if options.docs:
+        table = ["| " + " | ".join(line) + " |" for line in (HEADERS, ["---"] * len(HEADERS), *lines)]
+        documents.insert(options.docs, "ablation", "\n".join(table))
+
+
+if __name__ == "__main__":
+    main()
