@@ -191,15 +191,19 @@ def resolve(options: Options) -> list[Pass]:
 
 def _with_width(recipe: recipes.Recipe, activations: float) -> recipes.Recipe:
     """The recipe for a budget of so many average bits of activations; what it says itself of widths stays."""
-    given, nearest_width = recipe.options, max(2, min(8, round(activations)))
-    for name, option in (("equalize", "activations"), ("time-groups", "bits"), ("time-gains", "activations")):
-        if name in recipe.pipeline and option not in given.get(name, {}):
-            recipe = recipe.override(name, **{option: nearest_width})
-    if "sensitivity" in recipe.pipeline and "activations" not in given.get("sensitivity", {}):
-        plan = given.get("bit-allocation", {})
-        least = LEAST_FLOAT_BITS if plan.get("activation_format") == "float" else 2
-        one = plan.get("mixed") in (False, "false")
-        recipe = recipe.override("sensitivity", activations=(nearest_width,) if one else tuple(range(least, 9)))
+    plan, width = recipe.options.get("bit-allocation", {}), max(2, min(8, round(activations)))
+    least = LEAST_FLOAT_BITS if plan.get("activation_format") == "float" else 2
+    measured = (width,) if plan.get("mixed") is False else tuple(range(least, 9))
+    for name, option, value in (
+        ("equalize", "activations", width),
+        ("time-groups", "bits", width),
+        ("time-gains", "activations", width),
+        ("sensitivity", "activations", measured),
+    ):
+        if name in recipe.pipeline:
+            usual = getattr(pass_manager.make(name, {}), option)
+            if recipe.options.get(name, {}).get(option, usual) == usual:
+                recipe = recipe.override(name, **{option: value})
     return recipe
 
 

@@ -68,6 +68,16 @@ def test_an_impossible_budget_names_the_least():
         planned(bytes=least - 1)
 
 
+def test_activations_of_one_width_have_the_budgets():
+    measured = programs.after(MODEL, "sensitivity")
+    widths = {bits for losses in measured.facts["sensitivity"]["activations"].values() for bits in losses}
+    width = min(map(int, widths))
+    program = planned(weights=5.0, activations=float(width), mixed=False)
+    assert {plan.bits for plan in program.activations.values()} == {width}
+    with pytest.raises(UserError, match=r"mixed=false.* gives all activations 7 bits, which was not measured"):
+        planned(weights=5.0, activations=7.0, mixed=False)
+
+
 def test_formats_fall_with_their_sensitivity():
     program = planned(weights=5.0)
     assert len({plan.format for plan in program.weights.values()}) > 1
