@@ -33,6 +33,9 @@ LUT_MAX = 127
 NO_LEVEL = -128
 """Fills a table behind its levels, where another table of the weight has more of them; no code stands for it."""
 
+FEW_SEGMENTS = 2
+"""Of more segments, K-groups, what dynamic rows have of their own counts once (`quant_linear`)."""
+
 TILE_ROWS = 16
 """Rows (output channels) that share a row class, and with it a table."""
 
@@ -601,12 +604,12 @@ def quant_linear(
     where group is None, one entry for each row of x.
 
     ``A_j = sum_k (q - z_j) * LUT[code]`` exactly; then `_epilogue`. Segments are the J channel counts, summing to K.
-    What rows have of their own counts once for more than two segments (`_late_rows`).
+    What rows have of their own counts once for more than `FEW_SEGMENTS` (`_late_rows`).
     """
     weight = torch.split(entries(codes, lut, row_class).double(), list(segments), dim=1)
     parts = _centred(x, group, act_zero, segments)
     sums = [p.sum(-1, keepdim=True) for p in parts] if offset is not None else None
-    if group is None and len(segments) > 2:
+    if group is None and len(segments) > FEW_SEGMENTS:
         y = _late_rows(torch.split(x.double(), list(segments), dim=-1), weight, scale, act_scale[0], act_zero[0], bias)
         return _with_offsets(y, sums, group, offset, act_scale)
     accumulators = [p @ w.T for p, w in zip(parts, weight, strict=True)]

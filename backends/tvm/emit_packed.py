@@ -182,8 +182,9 @@ def contraction(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Va
         prepare = record("problem.QuantMatmul", height=1, width=1, **shared | widths)
         if dynamic:
             problem = problem.replace(groups=emit_pointwise.groups(e, epilogue))
-    names = ["tiles", "lut", "start", "weight_scale", "offset", "bias"]
-    absent = {"lut": bits == 8, "offset": not shared["has_offset"], "bias": not shared["has_bias"]}
+    names = ["tiles", "lut", "start", "weight_scale", "sums", "offset", "bias"]
+    late = dynamic and len(shared["segments"]) > ops.FEW_SEGMENTS
+    absent = {"lut": bits == 8, "sums": not late, "offset": not shared["has_offset"], "bias": not shared["has_bias"]}
     results = {n: Value(f"{node.name}|{n}", (), "") for n in names if not absent.get(n)}
     panels = e.call(Kernel("prepare", prepare), stored, results)
     if dynamic:
