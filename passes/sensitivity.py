@@ -61,10 +61,10 @@ class Sensitivity(Pass):
 
     ``sum (y_q - y)^2 / sum y^2`` over calibration inputs spread over time (MixDQ, arXiv 2405.17873, section 4.2,
     measures the same as an SQNR). Noise powers of independent errors add, which is what the allocation relies on. With
-    `time-gains` each input counts by what an error at its time does to images. Each
-    result goes to the cache as it is measured: a run that was killed goes on where it was. Where `bit-allocation` may
-    quantize attentions, each is measured with q, k, v and its probabilities quantized together; where it makes
-    activations dynamic, or small floats, those are measured so.
+    `time-gains` each input counts by what an error at its time does to images. Each result goes to the cache as it is
+    measured: a run that was killed goes on where it was. Where `bit-allocation` may quantize attentions, each is
+    measured with q, k, v and its probabilities quantized together; where it makes activations dynamic, or small floats,
+    those are measured so.
 
         (no change; facts["sensitivity"] holds weights[path][format], activations[edge][bits], attention[node][bits])
       =>
