@@ -105,20 +105,7 @@ class Row(quality.Cell):
         if "distill" not in self.recipe_changed.pipeline:
             del given["minutes"]
         del given["recipe"]
-        return {**given, "pipeline": spelled(self.recipe_changed)}
-
-
-def spelled(recipe: Recipe) -> str:
-    """The recipe as ``--pipeline`` takes it."""
-
-    def value(given: Any) -> str:
-        return "/".join(map(str, given)) if isinstance(given, (list, tuple)) else str(given)
-
-    def one(name: str) -> str:
-        chosen = ",".join(f"{option}={value(given)}" for option, given in recipe.options.get(name, {}).items())
-        return f"{name}{{{chosen}}}" if chosen else name
-
-    return ",".join(map(one, recipe.pipeline))
+        return {**given, "pipeline": ",".join(p.text() for p in self.recipe_changed.passes())}
 
 
 def compared(rows: list[Row]) -> list[list[str]]:

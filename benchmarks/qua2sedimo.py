@@ -13,25 +13,16 @@ their ratio is of the float model's latents to the error. --docs writes the tabl
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import statistics
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from torch import fx
-
-from benchmarks import documents
-from benchmarks.machine import provenance
-from mpq_compiler import compiler, costs, decisions, denoiser, pass_manager, recipes, terminal
-from mpq_compiler.ablation import noise_power
-from mpq_compiler.distillation import Gallery
-from mpq_compiler.pass_manager import Session
-from mpq_compiler.program import Program, Stage, TensorStore, run
+from benchmarks import documents, plans
+from mpq_compiler import compiler, decisions, recipes, terminal
+from mpq_compiler.program import Program
 
 MODEL = "fashion-unet"
 RECIPE = recipes.load("qua2sedimo")
@@ -45,42 +36,27 @@ PLANS = {
     "table": (None, "noise"),
 }
 """Level of the scores and objective, by the name of the plan."""
-SEEDS = (101, 102, 103)
 RESULTS = Path(__file__).parent / "results" / "qua2sedimo.json"
 
 
-class Bench:
+class Bench(plans.Judge):
     def __init__(self, images: int) -> None:
-        self.model = denoiser.load(MODEL)
-        self.session = Session(
-            self.model, progress=terminal.progress, statistics=frozenset({"range", "values", "moments", "gram"})
-        )
-        self.held_out = compiler.held_out(self.model, compiler.Options())
-        self.present: set[str] = set()
-        front = "trace,layout,split-shortcut,calibrate,time-groups"
-        self.front = self.passed(front, Program(fx.Graph(), TensorStore(), (), Stage.FLOAT))
-        self.front.facts["fits"] = {}  # which copies share: weights are fitted once
-        self.reference = run(self.front, self.held_out)
-        galleries = (Gallery.drawn(replace(self.session, seed=seed), images) for seed in SEEDS)
-        self.galleries = [gallery for gallery in galleries if gallery is not None]
+        front, statistics = "trace,layout,split-shortcut,calibrate,time-groups", {"range", "values", "moments", "gram"}
+        super().__init__(MODEL, frozenset(statistics), front, images, terminal.progress)
+        self.floats.facts["fits"] = {}  # which copies share: weights are fitted once
         self.measured: dict[str | None, Program] = {}
-
-    def passed(self, pipeline: str, program: Program) -> Program:
-        passes = pass_manager.parse(pipeline)
-        self.present |= {p for each in passes for p in each.provides}
-        return pass_manager.run_pipeline(passes, program, self.session, present=self.present)[0]
 
     def known(self, level: str | None) -> Program:
         """The program with scores of that level, or with the table."""
         if level not in self.measured:
             names = f"formats={'/'.join(FORMATS)}"
             step = f"sensitivity{{{names}}}" if level is None else f"predict-scores{{{names},level={level}}}"
-            self.measured[level] = self.passed(step, self.front)
+            self.measured[level] = self.passed(step, self.floats)
         return self.measured[level]
 
     def plan(self, name: str, bits: float | None) -> Program:
         if bits is None:
-            return self.passed(f"bit-allocation{{uniform={name}}}", self.front)
+            return self.passed(f"bit-allocation{{uniform={name}}}", self.floats)
         level, objective = PLANS[name]
         return self.passed(f"bit-allocation{{weights={bits},objective={objective}}}", self.known(level))
 
@@ -90,30 +66,22 @@ class Bench:
         found = {
             "plan": name,
             "budget": bits,
-            "true_bits": costs.average_bits(costs.stored_bytes(plan), plan.facts["parameters"]),
-            "output_db": -10 * math.log10(noise_power(run(program, self.held_out), self.reference)),
-            "image_db": [-10 * math.log10(gallery.noise(program)) for gallery in self.galleries],
+            **self.judged(plan, program),
             "formats": {n: sum(w.format == n for w in plan.weights.values()) for n in FORMATS},
         }
-        images = ", ".join(f"{db:.2f}" for db in found["image_db"])
-        print(
-            f"{name:20} {found['true_bits']:.2f} bits: output {found['output_db']:.2f} dB, images {images} dB",
-            flush=True,
-        )
+        print(f"{name:20} {found['true_bits']:.2f} bits: {plans.decibels(found)}", flush=True)
         return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         "| plan | true bits | output, dB | images, dB (least .. most) | layers in each format |",
         "| --- " * 5 + "|",
     ]
     for row in rows:
-        images = row["image_db"]
         name = f"uniform `{row['plan']}`" if row["budget"] is None else row["plan"]
-        spread = f"{statistics.mean(images):.1f} ({min(images):.1f} .. {max(images):.1f})"
         used = ", ".join(f"{count} `{name}`" for name, count in row["formats"].items() if count)
-        lines.append(f"| {name} | {row['true_bits']:.2f} | {row['output_db']:.1f} | {spread} | {used} |")
+        lines.append(f"| {name} | {plans.columns(row)} | {used} |")
     return "\n".join(lines)
 
 
@@ -123,17 +91,14 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="write the table into this file")
     parser.add_argument("--images", type=int, default=32, help="from each seed (32)")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
     cells: list[tuple[str, float | None]] = [(name, None) for name in UNIFORM]
     cells += [(name, bits) for bits in BITS for name in PLANS]
     with compiler.single_threaded():
         bench = Bench(options.images)
         said = bench.known("operation").facts[decisions.KEY][decisions.PROGRAM]["predict-scores"]
         learned = {key: said[key] for key in ("correlations", "hops", "sqnr_db")}
-        for cell in cells:
-            rows.append(bench.row(*cell))
-            document = {**provenance(), "model": MODEL, "images": options.images, **learned, "rows": rows}
-            options.json.write_text(json.dumps(document, indent=1) + "\n")
+        about = {"model": MODEL, "images": options.images, **learned}
+        rows = plans.written((bench.row(*cell) for cell in cells), options.json, **about)
     if options.docs:
         documents.insert(options.docs, "qua2sedimo", table(rows))
 

@@ -21,6 +21,16 @@ INPUTS = 32
 """Calibration inputs by which to judge where nothing can be drawn."""
 
 
+def made(program: Program, session: Session) -> Program:
+    """The program of a plan, quickly: for learned rounding GPTQ stands."""
+    asked = session.statistics
+    statistics = asked - {LEARNED} | ({GPTQ} if LEARNED in asked else set())
+    quick = replace(session, progress=None, statistics=statistics)
+    for name in STEPS:
+        program = pass_manager.make(name, {}).run(program, quick)
+    return program
+
+
 @dataclass(frozen=True)
 class Solved:
     """An allocation problem and its solution."""
@@ -70,13 +80,7 @@ class Finalists:
         key = tuple(sorted(solution.choices.items()))
         if key not in self._known:
             self._judge = self._judge or self._made()
-            program = self.planned(solution)
-            asked = self.session.statistics
-            quick = replace(
-                self.session, progress=None, statistics=asked - {LEARNED} | ({GPTQ} if LEARNED in asked else set())
-            )
-            for name in STEPS:
-                program = pass_manager.make(name, {}).run(program, quick)
+            program = made(self.planned(solution), self.session)
             self._known[key] = float(f"{self._judge(program):.5e}")
         return self._known[key]
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from mpq_compiler import decisions, formats, pass_manager
 from mpq_compiler.calibration import MOMENTS, RANGE, VALUES
 from mpq_compiler.distillation import Gallery
+from mpq_compiler.finalists import made
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Program
 
@@ -50,11 +51,9 @@ class TimeGains(Pass):
         if gallery is None:
             program.note("time-gains: nothing can be drawn here, and errors at all times count alike")
             return program
-        plain, quick = program, replace(session, progress=None)
         plan = {"uniform": self.weights, "activations": float(self.activations)}
-        for name, options in (("bit-allocation", plan), ("insert-fake-quant", {}), ("round-weights", {})):
-            plain = pass_manager.make(name, options).run(plain, quick)
-        measured = gallery.gains(plain)
+        planned = pass_manager.make("bit-allocation", plan).run(program, replace(session, progress=None))
+        measured = gallery.gains(made(planned, session))
         largest = max(gain for _, gain in measured)
         found = [(time, float(f"{gain / largest:.5e}")) for time, gain in measured]
         program.facts["time-gains"] = found
