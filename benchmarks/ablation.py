@@ -115,7 +115,7 @@ def compared(rows: list[Row]) -> list[list[str]]:
         whole, found = replace(row, part="").result(), row.result()
         if not whole or not found:
             continue
-        worth = "" if not row.part else "{:+.2f} ({:+.2f} .. {:+.2f})".format(*quality.paired(found, whole))
+        worth = "" if not row.part else "{:+.2f} ({:+.2f} .. {:+.2f})".format(*quality.paired([found], [whole]))
         numbers = [f"{found[name]:.{digits}f}" for name, digits in (("sqnr_db", 1), ("image_sqnr_db", 1))]
         lines.append([row.model, row.setting, row.title, *numbers, worth])
     return lines
@@ -150,8 +150,7 @@ def main() -> None:
     lines = compared(rows)
     terminal.table(f"parts of {RECIPE}", HEADERS, lines, numeric=(3, 4))
     if options.docs:
-        table = ["| " + " | ".join(line) + " |" for line in (HEADERS, ["---"] * len(HEADERS), *lines)]
-        documents.insert(options.docs, "ablation", "\n".join(table))
+        documents.insert(options.docs, "ablation", documents.table(HEADERS, lines))
 
 
 if __name__ == "__main__":

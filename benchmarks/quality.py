@@ -2,14 +2,16 @@
 
     python -m benchmarks.quality                       # the table of what is there
     python -m benchmarks.quality --all                 # computes what is missing, cell by cell; goes on where it was
+    python -m benchmarks.quality --all --claims        # and then `default` beside the best other recipe, three seeds
     python -m benchmarks.quality --model fashion-unet --setting W2A8 --recipe default nearest
 
 A cell is a recipe at a setting on a model. ``W2A8`` is the bytes that uniform ``int2`` takes in all layers, overheads
 included, one in forty more, which the tables of twenty time groups take in some recipes, and 8-bit activations: what a
 recipe does with these bytes is its affair. All draw the same noise in the same
 steps. `image_sqnr_db` has a paired bootstrap interval of its difference to the best other recipe: the same images are
-drawn with replacement for both. Training has as many minutes in every cell (`mpqc compile --minutes`). A cell is known
-by its recipe, options and versions; results and the errors of every image lie in benchmarks/results/quality/.
+drawn with replacement for both. Training has as many minutes in every cell (`mpqc compile --minutes`). A claim is
+about `default` and the best other recipe of a setting, each of three seeds of calibration and training, on 1000 images.
+A cell is known by its recipe and options; results and the errors of every image lie in benchmarks/results/quality/.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,9 @@ STEPS = 10
 SEED = 1000
 """Of the images: noise that neither calibration nor training has seen."""
 RESAMPLES = 2000
+FRECHET_RESAMPLES = 200
+CLAIM = {"seeds": 3, "images": 1000}
+"""What a cell of a claim is judged by, beside its recipe."""
 UNIFORM = (
     "trace,layout,calibrate,time-groups,bit-allocation{{uniform=int{w},activations={a}}},numerics,insert-fake-quant,"
     "residual-branch,round-weights{{method={method}}},fold-fake-quant,fuse-epilogues"
@@ -155,6 +160,7 @@ def compute(cell: Cell, jobs: int) -> dict[str, Any]:
         "step_ms": statistics.median(times) * 1e3,
         "fallbacks": len(report.fallbacks),
         **{name: judged[name] and judged[name]["value"] for name in COLUMNS},
+        "frechet_resamples": extractor and [float(f"{v:.5g}") for v in resampled_frechet(*pictures, extractor)],
         "errors": [float(f"{e:.6g}") for e in error],
         "powers": [float(f"{p:.6g}") for p in power],
         "notes": report.notes,
@@ -162,15 +168,91 @@ def compute(cell: Cell, jobs: int) -> dict[str, Any]:
     }
 
 
-def paired(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[float, float, float]:
-    """Image SQNR of ``one`` less that of ``other`` in dB, with its 95 % interval over the images."""
-    errors = [np.array(row["errors"]) for row in (one, other)]
-    count = len(errors[0])
-    index = np.random.Generator(np.random.PCG64(0)).integers(0, count, (RESAMPLES, count))
+def resamples(images: int, count: int) -> np.ndarray:
+    """Indices [count, images], drawn with replacement: the same for all recipes, whose differences are paired so."""
+    return np.random.Generator(np.random.PCG64(0)).integers(0, images, (count, images))
+
+
+def resampled_frechet(reference: np.ndarray, images: np.ndarray, features: metrics.Features) -> list[float]:
+    """`metrics.frechet_to_float` of each of `resamples`."""
+    found = [features(pictures)[0] for pictures in (reference, images)]
+    return [
+        metrics.frechet(*(part for values in found for part in metrics.gaussian(values[index])))
+        for index in resamples(len(images), FRECHET_RESAMPLES)
+    ]
+
+
+Rows = Sequence[Mapping[str, Any]]
+"""Of one recipe, a seed each."""
+
+
+def paired(one: Rows, other: Rows) -> tuple[float, float, float]:
+    """Image SQNR of ``one`` less that of ``other`` in dB, of all seeds, with its 95 % interval over the images."""
+    errors = [np.array([row["errors"] for row in rows]).sum(0) for rows in (one, other)]
+    index = resamples(len(errors[0]), RESAMPLES)
     # the power of the reference is the same for both
     gains = 10 * np.log10(errors[1][index].sum(1) / errors[0][index].sum(1))
-    low, high = np.quantile(gains, (0.025, 0.975))
-    return float(10 * np.log10(errors[1].sum() / errors[0].sum())), float(low), float(high)
+    return float(10 * np.log10(errors[1].sum() / errors[0].sum())), *_interval(gains)
+
+
+def paired_frechet(one: Rows, other: Rows) -> tuple[float, float, float] | None:
+    """Fréchet distance to float of ``one`` less that of ``other``, mean of the seeds, with its 95 % interval."""
+    if any(not row["frechet_resamples"] for row in (*one, *other)):
+        return None
+    values = [np.array([row["frechet_resamples"] for row in rows]).mean(0) for rows in (one, other)]
+    means = [statistics.mean(row["frechet_to_float"] for row in rows) for rows in (one, other)]
+    return means[0] - means[1], *_interval(values[0] - values[1])
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def best_other(model: str, setting: str, cells: Sequence[Cell]) -> str | None:
+    """The recipe of the best images beside `default`, of the cells that are there."""
+    found = {c.recipe: row for c in cells if (c.model, c.setting) == (model, setting) and (row := c.result())}
+    found.pop("default", None)
+    return max(found, key=lambda name: found[name]["image_sqnr_db"], default=None)
+
+
+def claims(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """For each setting of a model the cells of `default` and of the best other recipe, a list each."""
+    found = []
+    for model, setting in dict.fromkeys((c.model, c.setting) for c in cells):
+        if other := best_other(model, setting, cells):
+            first = replace(cells[0], model=model, setting=setting, images=CLAIM["images"])
+            for recipe in ("default", other):
+                found.append([replace(first, recipe=recipe, seed=seed) for seed in range(CLAIM["seeds"])])
+    return found
+
+
+CLAIM_HEADERS = (
+    "model", "setting", "best other", "default, dB", "other, dB", "image SQNR, dB", "of each seed",
+    "default, Fréchet", "other, Fréchet", "Fréchet",
+)  # fmt: skip
+
+
+def claimed(cells: Sequence[Cell]) -> list[list[str]]:
+    """A line for each claim whose cells are there: `default` less the best other recipe, with 95 % intervals."""
+    lines = []
+    both = iter(claims(cells))
+    for default, other in zip(both, both, strict=True):
+        ours, theirs = ([row for cell in side if (row := cell.result())] for side in (default, other))
+        if len(ours) < len(default) or len(theirs) < len(other):
+            continue
+        decibels = (statistics.mean(row["image_sqnr_db"] for row in rows) for rows in (ours, theirs))
+        by_seed = ", ".join(f"{paired([a], [b])[0]:+.2f}" for a, b in zip(ours, theirs, strict=True))
+        distance = paired_frechet(ours, theirs)
+        distances = [""] * 3
+        if distance:
+            means = (statistics.mean(row["frechet_to_float"] for row in rows) for rows in (ours, theirs))
+            distances = [*(f"{mean:.4f}" for mean in means), "{:+.4f} ({:+.4f} .. {:+.4f})".format(*distance)]
+        lines.append(
+            [default[0].model, default[0].setting, other[0].recipe, *(f"{db:.2f}" for db in decibels),
+             "{:+.2f} ({:+.2f} .. {:+.2f})".format(*paired(ours, theirs)), by_seed, *distances]
+        )  # fmt: skip
+    return lines
 
 
 def show(cells: list[Cell]) -> None:
@@ -179,13 +261,12 @@ def show(cells: list[Cell]) -> None:
         rows = {c.recipe: row for c in cells if (c.model, c.setting) == (model, setting) and (row := c.result())}
         if not rows:
             continue
-        others = {name: row for name, row in rows.items() if name != "default"}
-        best = max(others, key=lambda n: others[n]["image_sqnr_db"], default=None)
+        best = best_other(model, setting, cells)
         lines = []
         for name, row in rows.items():
             gain = ""
             if name == "default" and best:
-                gain = "{:+.2f} dB ({:+.2f} .. {:+.2f}) to {}".format(*paired(row, others[best]), best)
+                gain = "{:+.2f} dB ({:+.2f} .. {:+.2f}) to {}".format(*paired([row], [rows[best]]), best)
             values = [_number(row[column], digits) for column, digits in COLUMNS.items()]
             times = [f"{row['seconds'] / 60:.1f}", f"{row['step_ms']:.2f}"]
             lines.append([name, f"{row['true_bits']:.3f}", f"{row['sqnr_db']:.2f}", *values, *times, gain])
@@ -195,16 +276,16 @@ def show(cells: list[Cell]) -> None:
 
 def markdown(cells: list[Cell]) -> str:
     """The results that are there, as a table for people."""
-    lines = [
-        "| model | setting | recipe | true bits | SQNR, dB | images: SQNR, dB | PSNR, dB | Fréchet to float | ms |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    headers = (
+        "model", "setting", "recipe", "true bits", "SQNR, dB", "images: SQNR, dB", "PSNR, dB", "Fréchet to float", "ms",
+    )  # fmt: skip
+    lines = []
     for cell in cells:
         if row := cell.result():
             parts = [f"{row['true_bits']:.2f}", *(f"{row[n]:.1f}" for n in ("sqnr_db", "image_sqnr_db", "psnr_db"))]
             parts += [_number(row["frechet_to_float"], 2), f"{row['step_ms']:.2f}"]
-            lines.append(f"| {cell.model} | {cell.setting} | `{cell.recipe}` | {' | '.join(parts)} |")
-    return "\n".join(lines)
+            lines.append([cell.model, cell.setting, f"`{cell.recipe}`", *parts])
+    return documents.table(headers, lines)
 
 
 def plot(cells: list[Cell], model: str) -> str:
@@ -234,8 +315,22 @@ def chosen(options: argparse.Namespace) -> Iterator[Cell]:
     for model in options.model:
         for setting in options.setting or (SETTINGS if model == MODELS[0] else SHORT):
             for recipe in options.recipe:
-                for seed in range(options.seeds):
-                    yield Cell(model, setting, recipe, options.minutes, seed, options.images)
+                yield Cell(model, setting, recipe, options.minutes, images=options.images)
+
+
+def compute_missing(cells: Sequence[Cell], jobs: int) -> None:
+    """Each is written as soon as it is there."""
+    missing = [cell for cell in cells if not cell.file.exists()]
+    for number, cell in enumerate(missing, 1):
+        print(f"{cell.name}, {cell.images} images ({number} of {len(missing)}) ...", flush=True)
+        try:
+            row = compute(cell, jobs)
+        except UserError as error:  # a recipe of 4 and 8 bits at 2: kept, or each run would try again
+            write(cell.file, {"cell": asdict(cell), "refused": str(error)})
+            print(f"{cell.name}: {error}", flush=True)
+            continue
+        write(cell.file, row)
+        print(f"{cell.name}: {row['image_sqnr_db']:.2f} dB in {row['seconds'] / 60:.1f} minutes", flush=True)
 
 
 def main() -> None:
@@ -245,29 +340,28 @@ def main() -> None:
     parser.add_argument("--setting", nargs="+", choices=SETTINGS)
     parser.add_argument("--recipe", nargs="+", choices=known, default=known)
     parser.add_argument("--all", action="store_true", help="compute the cells that are missing")
+    parser.add_argument("--claims", action="store_true", help="with --all: those of the claims too")
     parser.add_argument("--minutes", type=float, default=4.0, help="of training in each cell (4)")
     parser.add_argument("--images", type=int, default=250, help="to judge by (250)")
-    parser.add_argument("--seeds", type=int, default=1, help="of calibration and training (1)")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--docs", type=Path, help="write the results into this file, between the marks")
     parser.add_argument("--plot", type=Path, help="write the Pareto plot of the first model, as SVG")
     options = parser.parse_args()
     cells = list(chosen(options))
-    there = [cell for cell in cells if cell.file.exists()]
-    print(f"{len(there)} of {len(cells)} cells are there", flush=True)
-    for number, cell in enumerate(c for c in cells if options.all and c not in there):
-        print(f"{cell.name} ({number + 1} of {len(cells) - len(there)}) ...", flush=True)
-        try:
-            row = compute(cell, options.jobs)
-        except UserError as error:  # a recipe of 4 and 8 bits at 2: kept, or each run would try again
-            write(cell.file, {"cell": asdict(cell), "refused": str(error)})
-            print(f"{cell.name}: {error}", flush=True)
-            continue
-        write(cell.file, row)
-        print(f"{cell.name}: {row['image_sqnr_db']:.2f} dB in {row['seconds'] / 60:.1f} minutes", flush=True)
+    print(f"{sum(cell.file.exists() for cell in cells)} of {len(cells)} cells are there", flush=True)
+    if options.all:
+        compute_missing(cells, options.jobs)
+    of_claims = [cell for side in claims(cells) for cell in side]
+    print(f"{sum(c.file.exists() for c in of_claims)} of {len(of_claims)} cells of claims are there", flush=True)
+    if options.all and options.claims:
+        compute_missing(of_claims, options.jobs)
     show(cells)
+    lines = claimed(cells)
+    images = "default and the best other recipe, {seeds} seeds, {images} images".format(**CLAIM)
+    terminal.table(images, CLAIM_HEADERS, lines)
     if options.docs:
         documents.insert(options.docs, "quality", markdown(cells))
+        documents.insert(options.docs, "claims", documents.table(CLAIM_HEADERS, lines))
     if options.plot:
         options.plot.write_text(plot(cells, options.model[0]))
 

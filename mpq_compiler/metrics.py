@@ -168,7 +168,7 @@ class Features:
         return np.concatenate(features), np.concatenate(scores)
 
 
-def _gaussian(features: Array) -> tuple[Array, Array]:
+def gaussian(features: Array) -> tuple[Array, Array]:
     if len(features) < 2:
         raise UserError("the Fréchet distance needs 2 images or more")
     return features.mean(axis=0), np.cov(features, rowvar=False)
@@ -176,12 +176,12 @@ def _gaussian(features: Array) -> tuple[Array, Array]:
 
 def frechet_to_float(reference: Any, images: Any, features: Features) -> float:
     """The Fréchet distance of `images` from those of the float model, drawn from the same noise."""
-    return frechet(*_gaussian(features(reference)[0]), *_gaussian(features(images)[0]))
+    return frechet(*gaussian(features(reference)[0]), *gaussian(features(images)[0]))
 
 
 def frechet_to_data(images: Any, features: Features) -> float:
     """The Fréchet distance of `images` from the real test images."""
-    return frechet(*_gaussian(features(images)[0]), features.mean, features.covariance)
+    return frechet(*gaussian(features(images)[0]), features.mean, features.covariance)
 
 
 def class_accuracy(images: Any, labels: Any, features: Features) -> float:
@@ -263,10 +263,10 @@ def compare_images(
         own, scores = features(images)
         if len(images) > 1:
             result["frechet_to_float"] = {
-                "value": frechet(*_gaussian(features(reference)[0]), *_gaussian(own))
+                "value": frechet(*gaussian(features(reference)[0]), *gaussian(own))
             }
             result["frechet_to_data"] = {
-                "value": frechet(*_gaussian(own), features.mean, features.covariance)
+                "value": frechet(*gaussian(own), features.mean, features.covariance)
             }
         else:
             reasons.update(
