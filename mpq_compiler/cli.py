@@ -87,6 +87,10 @@ def parser() -> argparse.ArgumentParser:
         "--tune", action="store_true",
         help="time the tiles of the integer kernels on this machine and take the fastest; kept in the cache",
     )  # fmt: skip
+    compile_.add_argument(
+        "--emit", metavar="c",
+        help="c: also a C program, built static, that runs the artifact with nothing installed (docs/standalone.md)",
+    )  # fmt: skip
     compile_.add_argument("--overwrite", action="store_true", help="replace an artifact that exists")
     compile_.add_argument("--dumps", type=Path, metavar="DIR", help="write the program after every pass")
     _threads_option(compile_, "threads of a call, unless it says otherwise (default: every core it finds)")
@@ -307,7 +311,9 @@ def _compile(args: argparse.Namespace) -> Any:
         args.model,
         args.output,
         terminal.progress,
-        **_options(args, target=args.target, overwrite=args.overwrite, dumps=args.dumps, tune=args.tune),
+        **_options(
+            args, target=args.target, overwrite=args.overwrite, dumps=args.dumps, tune=args.tune, emit=args.emit
+        ),
     )
     for note in report.notes:
         terminal.note(f"note: {note}")

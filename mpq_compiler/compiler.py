@@ -109,6 +109,8 @@ class Options:
     """Of a call of the artifact, where whoever loads it says nothing else; by default every core it finds then."""
     tune: bool = False
     """Search for the fastest tiles of the integer kernels, measured here; no result depends on them."""
+    emit: str | None = None
+    """"c": also a C program that runs the artifact without TVM's runtime (docs/standalone.md)."""
     jobs: int = 1
     cache: Path | None = None
     dumps: Path | None = None
@@ -427,6 +429,10 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
     denoiser = load_denoiser(model, chosen)
     with _standby(backend, chosen.jobs) as ready:
         lowering = lower(denoiser, chosen, progress)
+    if chosen.emit not in (None, "c"):
+        raise UserError(f"--emit '{chosen.emit}' is not known: it is 'c' or left out")
+    if chosen.emit and "emit" not in inspect.signature(backend.build).parameters:
+        raise UserError(f"--emit c needs compiled kernels; '{target.name}' has none: leave it out")
         program, planned, records, passes = lowering.program, lowering.planned, lowering.records, lowering.passes
         if program.stage != Stage.PACKED or planned is None:
             raise UserError("the pipeline ends before 'fold-fake-quant': nothing was packed that a backend could run")
@@ -443,6 +449,7 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
             **_describe(denoiser, program, planned, chosen, passes),
             "target": _describe_target(target) | {"numerics": _numerics(program)},
             "functions": built.functions,
+            ready |= {"emit": chosen.emit} if chosen.emit else {}
             "tensors": built.entries,
         }
         if built.prepare is not None:

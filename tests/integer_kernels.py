@@ -18,14 +18,14 @@ from tests import qemu
 from tests.shapes import Case, concrete
 
 X86 = tuple(name for name in ISAS if name.startswith("x86"))
-AARCH64 = "aarch64-dotprod"
+AARCH64 = tuple(name for name in ISAS if name.startswith("aarch64"))
 _GUARD, _FILL = 256, 0xA5
 
 
 def needs(name: str) -> Isa:
     """The ISA; skips the test where this machine cannot run it."""
     lacking = missing_features(TARGETS[name])
-    if name == AARCH64 and lacking:
+    if name in AARCH64 and lacking:
         reason = qemu.missing()
         if reason:
             pytest.skip(reason)
@@ -62,7 +62,7 @@ class Kernels:
             functions[f"kernel{i}"] = gemm.build(problem, isa, f"kernel{i}")
             functions[f"prepare{i}"] = prepare.build(problem, isa, f"prepare{i}")
         module = tvm.IRModule(functions)
-        self.remote = isa.name == AARCH64
+        self.remote = isa.name in AARCH64
         compile_ = qemu.Aarch64Library if self.remote else tvm.compile
         self._library: Any = compile_(module, target=isa.target())
 

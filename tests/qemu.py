@@ -22,7 +22,9 @@ from tvm.support import cc
 
 TARGET = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon", "+dotprod"]}
 _COMPILER = "aarch64-linux-gnu-gcc"
-_QEMU = ("qemu-aarch64", "-cpu", "max", "-L", "/usr/aarch64-linux-gnu")
+_QEMU = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
+_CPUS = {"+i8mm": "max", "+dotprod": "cortex-a76", "+neon": "cortex-a53"}
+"""By the first attribute that a target has: a CPU without those before it, so that their instructions would end it."""
 _TYPE_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
 
 Argument = np.ndarray | int | float
@@ -72,7 +74,9 @@ class Aarch64Library:
         target: dict | None = None,
     ) -> None:
         module = tvm.IRModule(kernels) if isinstance(kernels, dict) else kernels
-        compiled = tvm.compile(module, target=target or TARGET)
+        target = target or TARGET
+        self.cpu = next(cpu for attribute, cpu in _CPUS.items() if attribute in target["mattr"])
+        compiled = tvm.compile(module, target=target)
         handle, path = tempfile.mkstemp(suffix=".so", dir=_folder())
         os.close(handle)
         self.path = Path(path)
@@ -90,7 +94,7 @@ class Aarch64Library:
                     )
                     for argument in arguments:
                         file.write(_encode(argument))
-            command = [*_QEMU, str(_runner()), str(self.path), str(source), str(result)]
+            command = [*_QEMU, "-cpu", self.cpu, str(_runner()), str(self.path), str(source), str(result)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"qemu-aarch64 ended with {done.returncode}: {done.stderr.strip()}")

@@ -11,14 +11,14 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from mpq_compiler import cache as caches
-from mpq_compiler import storage
-from mpq_compiler.artifact import KERNELS
+from mpq_compiler import storage, tensorfile
+from mpq_compiler.artifact import KERNELS, WEIGHTS
 from mpq_compiler.backends import Built, Progress
 from mpq_compiler.backends.tvm import tune as tune_
 from mpq_compiler.backends.tvm.emit import OUTPUT, lower
@@ -50,12 +50,14 @@ def build(
     others: Sequence[Specialization] = (),
     workers: Sequence[Worker] | None = None,
     tune: bool = False,
+    emit: str | None = None,
 ) -> Built:
     """Compiles a packed program for a CPU target, with a specialization for each batch size.
 
     others: the program at other image sizes, with the batch sizes for each; they share the stored tensors.
     jobs: worker processes; workers: those of `standby`, in their place. cache: folder of compiled kernels (default:
-    `cache.folder()`). None of them changes a byte. tune: search for the fastest tiles (`tune`).
+    `cache.folder()`). None of them changes a byte. tune: search for the fastest tiles (`tune`). emit: "c", a program
+    without a runtime as well (`standalone`).
     Slow forms are added to ``program.fallbacks``.
 
     UserError: a node that no kernel computes; a kernel that cannot be compiled; no linker; no room in the cache.
@@ -67,11 +69,19 @@ def build(
         with ExitStack() as stack:
             worker = workers[0] if workers else stack.enter_context(Worker())
             lowered, tiles = tune_.tuned(lowered, target, worker, _sources(), cache, progress)
-    library, reused, memory = compile_library(lowered, target, jobs, progress, cache, workers)
     stored = storage.stored(program, *(other.program for other in others))
+    tensors = {name: tensor.array for name, tensor in stored.items()}
+    alone: dict[str, bytes] = {}
+
+    def standalone(worker: Worker, objects: Mapping[Kernel, Path]) -> None:
+        alone.update(_standalone(lowered, target, tensors, worker, objects))
+
+    library, reused, memory = compile_library(
+        lowered, target, jobs, progress, cache, workers, standalone if emit == "c" else None
+    )
     return Built(
-        files={KERNELS: library},
-        tensors={name: tensor.array for name, tensor in stored.items()},
+        files={KERNELS: library, **alone},
+        tensors=tensors,
         entries=[tensor.entry(name) for name, tensor in stored.items()],
         functions=[_describe(function, batch) for function in lowered.functions for batch in function.batches],
         memory=memory,
@@ -157,8 +167,12 @@ def compile_library(
     progress: Progress | None = None,
     cache: Path | None = None,
     workers: Sequence[Worker] | None = None,
+    further: Callable[[Worker, Mapping[Kernel, Path]], None] | None = None,
 ) -> tuple[bytes, int, dict[str, Any]]:
-    """(the shared library of the plan, how many of its kernels came from the cache, the manifest's entry on memory)."""
+    """(the shared library of the plan, how many of its kernels came from the cache, the manifest's entry on memory).
+
+    further: what else is to be made of the kernels' objects, by a worker.
+    """
     kernels = lowered.kernels()
     folder = caches.folder(cache) / KIND
     objects = {kernel: folder / f"{_key(kernel, target)}.o" for kernel in kernels}
@@ -187,8 +201,30 @@ def compile_library(
                 raise UserError(
                     f"the {len(kernels)} kernels for '{target.name}' cannot be linked: {error}; report the model"
                 ) from error
+            if further is not None:
+                further(workers[0], objects)
             taken = {kernel: int(_workspace(objects[kernel]).read_text()) for kernel in kernels}
             return output.read_bytes(), len(kernels) - len(missing), _memory(lowered, held, taken)
+
+
+def _standalone(
+    lowered: Lowered, target: Target, tensors: Mapping[str, Any], worker: Worker, objects: Mapping[Kernel, Path]
+) -> dict[str, bytes]:
+    """The files of a program without a runtime, by name."""
+    files = [str(objects[kernel]) for kernel in sorted(objects, key=lambda k: k.name)]
+    workspace = max((int(_workspace(path).read_text()) for path in objects.values()), default=0)
+    with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
+        weights = Path(scratch, WEIGHTS)
+        with weights.open("wb") as stream:
+            tensorfile.save(stream, tensors)
+        made = Path(scratch, "standalone")
+        made.mkdir()
+        try:
+            places = tensorfile.places(tensors)
+            names = worker("standalone", str(made), lowered, target, files, str(weights), places, workspace)
+        except (Crash, Failure) as error:
+            raise UserError(f"the program for '{target.name}' cannot be linked: {error}; report the model") from error
+        return {name: (made / name).read_bytes() for name in names}
 
 
 def _workspace(path: Path) -> Path:
@@ -263,9 +299,7 @@ def _compiled(
                 return
 
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as scratch:
-        threads = [
-            threading.Thread(target=serve, args=(worker, Path(scratch)), daemon=True) for worker in workers
-        ]
+        threads = [threading.Thread(target=serve, args=(worker, Path(scratch)), daemon=True) for worker in workers]
         for thread in threads:
             thread.start()
         try:

@@ -122,13 +122,22 @@ def _link(lowered: Any, target: Any, objects: list[str], output: str) -> dict[st
     return link(lowered, target, [Path(p) for p in objects], Path(output))
 
 
+def _standalone(
+    folder: str, lowered: Any, target: Any, objects: list[str], weights: str, places: Any, workspace: int
+) -> list[str]:
+    from mpq_compiler.backends.tvm import standalone
+
+    described = standalone.describe(Path(weights), places)
+    return standalone.write(Path(folder), lowered, target, [Path(p) for p in objects], described, workspace)
+
+
 def _tune(kernel: Any, target: Any) -> list[tuple[int, int, float]]:
     from mpq_compiler.backends.tvm.tune import measure
 
     return measure(kernel, target)
 
 
-REQUESTS: dict[str, Callable[..., Any]] = {"compile": _compile, "link": _link, "tune": _tune}
+REQUESTS: dict[str, Callable[..., Any]] = {"compile": _compile, "link": _link, "standalone": _standalone, "tune": _tune}
 
 
 def main() -> None:

@@ -545,7 +545,7 @@ class _Kernel:
 
             def add(values: Callable[[Any], Expr], ones: Expr) -> None:
                 for r, begin in enumerate(begins):
-                    totals[r] = isa.dot(totals[r], values(begin), ones)
+                    totals[r] = isa.sums(totals[r], values(begin), ones)
 
             def vector(k: Any) -> None:
                 ones = tirx.Broadcast(tirx.const(1, isa.weight), size)
@@ -703,24 +703,25 @@ class _Kernel:
         return Weights(fresh, by_packs, decoded, ready, keep)
 
     def _ahead(self, begin: Any, steps: int, t: Any) -> tuple[Any, int, Any]:
-        """Where tile t of rows, in steps [begin, begin + steps), finds weights to prefetch; lines for each step; and
-        bytes from one to the next.
+        """Where tile t of rows, in steps [begin, begin + steps), finds weights to prefetch; lines for each
+        `Isa.load_steps` of them; and bytes from one to the next.
 
         All tiles together ask for the weights behind those steps, one tile after another; who comes when all are
         asked for stays at one line. Few rows (t is None) have no time for that much, and ask for what they need soon.
         """
-        w = self.w
+        w, together = self.w, self.isa.load_steps
         bytes_ = w.pack_bytes * self.tile.vectors
-        needed = -(-bytes_ // (w.pack * 64))  # lines a step
+        needed = -(-bytes_ * together // (w.pack * 64))
         if t is None:
             return T.bind(_quotient(self.block * w.steps + begin, w.pack) * bytes_ + FEW_AHEAD), needed, 64
         lines = -(-needed // self.usual_tiles)
         last = -(-needed // lines)
         here = _quotient((self.block * w.steps + begin + steps), w.pack) * bytes_
+        size = -(-steps // together) * lines * 64
         if self.usual_tiles <= last:
-            return T.bind(here + T.min(t, last) * (steps * lines * 64)), lines, 64
+            return T.bind(here + T.min(t, last) * size), lines, 64
         asks = T.bind(T.Select(t < last, 1, 0))
-        return T.bind(here + asks * t * (steps * lines * 64)), lines, T.bind(asks * 64)
+        return T.bind(here + asks * t * size), lines, _opaque(asks * 64)
 
     def _codes(self, base: Any, d: Any) -> Expr:
         """Codes of step d of a group, one in each byte."""
@@ -852,23 +853,29 @@ class _Kernel:
         """
         isa = self.isa
         taps, steps, stride = runs
-        lanes, cells = isa.words, tile.rows * tile.vectors
+        units = -(-tile.rows // isa.unit)
+        lanes, cells = isa.words * isa.unit, units * tile.vectors
         # With few accumulators the latency of the dot product would show: some steps get their own.
-        sets = max(1, 8 // cells)
+        sets = max(1, 8 // (cells * isa.unit))
         starts = scratch(tile.rows, "int32")
         columns = scratch(tile.vectors * isa.vector, isa.weight)
         # In parts that are small enough for the stack, where a prefetch cannot touch them and LLVM sees it.
-        row_size = sets * tile.vectors * lanes
-        most = max(1, (STACK_BYTES - 1) // (4 * row_size))
-        accumulators = [scratch(min(most, tile.rows - i) * row_size, "int32") for i in range(0, tile.rows, most)]
+        unit_size = sets * tile.vectors * lanes
+        most = max(1, (STACK_BYTES - 1) // (4 * unit_size))
+        accumulators = [scratch(min(most, units - u) * unit_size, "int32") for u in range(0, units, most)]
 
-        def each_row(body: Callable[[Any, Load, Save], None]) -> None:
-            """Calls body(row, load(set, v), save(value, set, v)) for all rows."""
+        def rows_of(u: Any) -> list[Any]:
+            """The rows of a unit; those behind the tile's last row are that row again."""
+            rows = [u * isa.unit + n for n in range(isa.unit)]
+            return rows if tile.rows % isa.unit == 0 else [T.min(row, tile.rows - 1) for row in rows]
+
+        def each_unit(body: Callable[[Any, Load, Save], None]) -> None:
+            """Calls body(unit, load(set, v), save(value, set, v)) for all units of rows."""
             for part, acc in enumerate(accumulators):
-                with T.unroll(0, min(most, tile.rows - part * most)) as i:
+                with T.unroll(0, min(most, units - part * most)) as i:
 
                     def cell(s: int, v: Any, i: Any = i) -> Any:
-                        return span(i * row_size + (s * tile.vectors + v) * lanes, lanes)
+                        return span(i * unit_size + (s * tile.vectors + v) * lanes, lanes)
 
                     def load(s: int, v: Any, acc: Buffer = acc, cell: Any = cell) -> Expr:
                         return acc[cell(s, v)]
@@ -878,49 +885,55 @@ class _Kernel:
 
                     body(part * most + i, load, save)
 
-        def begin(i: Any, _: Load, save: Save) -> None:
+        with T.unroll(0, tile.rows) as i:
             store(starts, self._row_start(j, r + i) + offset, i)
+
+        def begin(u: Any, _: Load, save: Save) -> None:
             with T.unroll(0, tile.vectors) as v:
-                save(initial(i, v), 0, v)
+                save(isa.joined([initial(i, v) for i in rows_of(u)]), 0, v)
                 for s in range(1, sets):
                     save(vmath.i32(0, lanes), s, v)
 
-        each_row(begin)
+        each_unit(begin)
 
         def step(k: Any, d: int, s: int, word: Callable[[Any], Expr], fresh: bool) -> None:
-            for line in range(ahead[1]):
-                self._prefetch(ahead[0] + ((k + d) * ahead[1] + line) * ahead[2])
+            for line in range(ahead[1] if d % isa.load_steps == 0 else 0):
+                at = _quotient(k + d, isa.load_steps) * ahead[1] + line
+                self._prefetch(ahead[0] + at * ahead[2])
             for v in range(tile.vectors if fresh else 0):
                 column = T.bind(weights.decoded(k, d, v))
                 weights.keep(column, k + d, v)
                 store(columns, column, span(v * isa.vector, isa.vector))
 
-            def row(i: Any, load: Load, save: Save) -> None:
+            def unit(u: Any, load: Load, save: Save) -> None:
+                words = [word(i) for i in rows_of(u)]
                 with T.unroll(0, tile.vectors) as v:
                     column = columns[span(v * isa.vector, isa.vector)] if fresh else weights.ready(k + d, v)
-                    save(isa.dot(load(s, v), isa.spread(word(i)), column), s, v)
+                    save(isa.dot(load(s, v), isa.spread(words), column), s, v)
 
-            each_row(row)
+            each_unit(unit)
 
         def several(k: Any, count: int, tap: Any, fresh: bool) -> None:
             """`count` steps from step k of a run on."""
             here = T.bind(tap * steps + k)
-            group = isa.load_steps
+            group, size = isa.load_steps, isa.word_lanes
             if count % group or group == 1:
                 for d in range(count):
                     at = T.bind(tap * stride + (k + d) * isa.kpack)
                     step(here, d, d % sets, partial(self._word, starts, at), fresh)
                 return
-            words = scratch(tile.rows * group, "int32")
+            words = scratch(tile.rows * group * size, "int32")
             for d in range(0, count, group):
                 with T.unroll(0, tile.rows) as i:
                     at = starts[i] + tap * stride + (k + d) * isa.kpack
                     loaded = self.activations[span(at, group * isa.kpack)]
-                    store(words, tirx.reinterpret(f"int32x{group}", loaded), span(i * group, group))
+                    loaded = tirx.reinterpret(f"int32x{group * size}", loaded)
+                    store(words, loaded, span(i * group * size, group * size))
                 for e in range(group):
 
                     def word(i: Any, e: int = e) -> Expr:
-                        return words[i * group + e]
+                        at = (i * group + e) * size
+                        return words[at if size == 1 else span(at, size)]
 
                     step(here, d + e, (d + e) % sets, word, fresh)
 
@@ -934,14 +947,15 @@ class _Kernel:
 
         _when(weights.fresh, lambda: _loop(taps, partial(along, True)), lambda: _loop(taps, partial(along, False)))
 
-        def end(i: Any, load: Load, _: Save) -> None:
+        def end(u: Any, load: Load, _: Save) -> None:
             with T.unroll(0, tile.vectors) as v:
                 total = load(0, v)
                 for s in range(1, sets):
                     total = total + load(s, v)
-                store(product, total, span(to + (i * tile.vectors + v) * lanes, lanes))
+                for n, i in enumerate(rows_of(u)):
+                    store(product, isa.row(total, n), span(to + (i * tile.vectors + v) * isa.words, isa.words))
 
-        each_row(end)
+        each_unit(end)
 
     def _prefetch(self, at: Any) -> None:
         """Asks for the cache line of the stored weights that begins at a byte; it may lie behind the last."""

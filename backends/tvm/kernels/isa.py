@@ -8,15 +8,18 @@ The kernels are one source for all of these; everything that differs between the
 | x86-64-avxvnni    | vpdpbusd ymm: 4 x (u8 * s8)               | u8            | s8      |
 | x86-64-avx512     | vpmaddwd, vpaddd zmm: 2 x (s16 * s16)     | u8 in s16     | s16     |
 | x86-64-avx2       | vpmaddwd, vpaddd ymm: 2 x (s16 * s16)     | u8 in s16     | s16     |
+| aarch64-neon      | smull, smlal, sadalp: 4 x (s8 * s8)       | s8: code - 128 | s8     |
 | aarch64-dotprod   | sdot: 4 x (s8 * s8)                       | s8: code - 128 | s8     |
+| aarch64-i8mm      | usmmla: 8 x (u8 * s8), two rows at once   | u8            | s8      |
 
-All of these are exact. vpmaddubsw is not used: it saturates. With sdot an activation is stored
-less 128; the start values of the accumulators make up for it (`prepare`).
+All of these are exact. vpmaddubsw is not used: it saturates. The sum of two products of smull and smlal fits 16 bits:
+codes less 128 are at least -128, and weights at most 127 in magnitude. Where an activation is stored less 128 the start
+values of the accumulators make up for it (`prepare`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +28,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
+from mpq_compiler.backends.tvm.kernels import vmath
 from mpq_compiler.errors import UserError, nearest
 from mpq_compiler.targets import TARGETS
 
@@ -46,6 +50,7 @@ class Tile:
 class Isa:
     """One CPU target of the integer kernels.
 
+    instruction:     that computes it, or the first of those
     lanes:           output channels of a register
     kpack:           values of k that one dot product adds up for each of them
     activation:      element type of the gathered activations: uint8, int8 (code xor 0x80) or int16
@@ -53,10 +58,13 @@ class Isa:
     shuffle:         intrinsic that looks up `lanes * kpack` bytes in 16-entry tables (one for each 16 bytes)
     tiles:           micro-kernels that fit the registers, one for each number of vectors
     load_steps:      steps of k whose activations are loaded at once (sdot takes one of four by index)
+    unit:            rows whose sums lie together, of which one instruction computes two outputs each (usmmla)
+    loss:            of speed with a row less in a micro-kernel
     split:           32-bit lanes of each output channel: they share the values of k, and are added up at the end
     """
 
     name: str
+    instruction: str
     lanes: int
     kpack: int
     activation: str
@@ -64,12 +72,19 @@ class Isa:
     shuffle: str
     tiles: tuple[Tile, ...]
     load_steps: int = 1
+    unit: int = 1
+    loss: float = 0.01
     split: int = 1
 
     @property
     def words(self) -> int:
         """32-bit lanes of a register."""
         return self.lanes * self.split
+
+    @property
+    def word_lanes(self) -> int:
+        """How many int32 the activations of a step are."""
+        return self.kpack * (2 if self.activation == "int16" else 1) // 4
 
     @property
     def vector(self) -> int:
@@ -119,43 +134,83 @@ class Isa:
         """The micro-kernel for K-groups of so many channels: registers hold the sums of a group, those of all groups so
         far and, where scaling them is most of the work, what that takes."""
         most = self.tiles[0]
-        return Tile(max(1, most.vectors // 2), most.rows - (channels < 64))
+        return Tile(-(-most.vectors // 2), most.rows - (channels < 64) * self.unit)
 
     def fitted(self, tile: Tile, rows: int) -> Tile:
         """The micro-kernel with fewer rows where a sample of `rows` rows then has less to compute twice."""
         least = max(1, tile.rows - 2, -(-8 // tile.vectors))  # as many sums as hide the latency of a dot product
         most = self.tiles[0]
         few = tile.vectors * tile.rows <= most.vectors * most.rows // 2  # sums, as for K-groups
-        loss = 0.03 if few else 0.01  # of a row less
+        loss = 0.03 if few else self.loss
 
         def work(height: int) -> float:
             return -(-rows // height) * height * (1 + loss * (tile.rows - height))
 
-        return replace(tile, rows=min(range(tile.rows, min(least, tile.rows) - 1, -1), key=work))
+        return replace(tile, rows=min(range(tile.rows, min(least, tile.rows) - 1, -self.unit), key=work))
 
     def dot(self, acc: Expr, activations: Expr, weights: Expr) -> Expr:
-        """acc + the dot products of each 32-bit lane. Operands are vectors of the gathered types."""
+        """acc + the dot products of each 32-bit lane. Operands are vectors of the gathered types.
+
+        With usmmla acc are the sums of a unit as `joined` makes them, and the activations are `kpack` of each row.
+        """
         i32 = f"int32x{self.words}"
-        if self.weight == "int16":
+        if self.instruction == "vpmaddwd":
             return acc + tirx.call_llvm_pure_intrin(i32, self.pairs, activations, weights)
-        if self.activation == "int8":
+        if self.instruction == "sdot":
             return tirx.call_llvm_pure_intrin(i32, "llvm.aarch64.neon.sdot", acc, weights, activations)
+        if self.instruction == "smull":
+            (a, b), (u, v) = ([tirx.Cast("int16x8", half) for half in _halves(x)] for x in (activations, weights))
+            pairs = tirx.call_llvm_pure_intrin(i32, "llvm.aarch64.neon.saddlp", a * u + b * v)
+            return acc + pairs
+        if self.instruction == "usmmla":
+            name, parts = "llvm.aarch64.neon.usmmla", zip(_halves(acc), _halves(weights), strict=True)
+            return _concatenated([tirx.call_llvm_pure_intrin(i32, name, a, activations, w) for a, w in parts])
         # LLVM 22 gave this intrinsic byte vectors; TVM's own schedule still passes int32 ones and fails.
-        return tirx.call_llvm_pure_intrin(
-            i32, f"llvm.x86.avx512.vpdpbusd.{32 * self.words}", acc, activations, weights
-        )
+        return tirx.call_llvm_pure_intrin(i32, f"llvm.x86.avx512.vpdpbusd.{32 * self.words}", acc, activations, weights)
+
+    def sums(self, acc: Expr, values: Expr, weights: Expr) -> Expr:
+        """acc + products of `vector` values and weights, each added to some lane of it."""
+        if self.instruction != "usmmla":
+            return self.dot(acc, values, weights)
+        for part in zip(_halves(values), _halves(weights), strict=True):
+            acc = tirx.call_llvm_pure_intrin(f"int32x{self.words}", "llvm.aarch64.neon.usdot", acc, *part)
+        return acc
+
+    def joined(self, rows: Sequence[Expr]) -> Expr:
+        """The sums of the rows of a unit as `dot` takes them: two outputs of the first, two of the second, ..."""
+        if self.unit == 1:
+            return rows[0]
+        return tirx.Shuffle([*rows], [tirx.IntImm("int32", i) for i in (0, 1, 4, 5, 2, 3, 6, 7)])
+
+    def row(self, unit: Expr, number: int) -> Expr:
+        """The sums of one row of a unit."""
+        if self.unit == 1:
+            return unit
+        return tirx.Shuffle([unit], [tirx.IntImm("int32", 2 * number + i) for i in (0, 1, 4, 5)])
+
+    def place(self, channel: Any, k: int) -> Any:
+        """Where the weight of an output channel and value k of a step lies among those of the register."""
+        if self.instruction == "smull":  # its two halves are multiplied one after the other
+            return k // 2 * 2 * self.lanes + channel * 2 + k % 2
+        return channel * self.kpack + k
 
     def product(self, values: Expr, factor: Expr, most: int) -> Expr:
         """int32 values, at most `most` in magnitude, times one in -255..128. Multiplying 32 bits is slow on x86."""
-        if self.activation == "int8" or self.split > 1 or most > 2**15 - 1:
+        if not self.name.startswith("x86") or self.split > 1 or most > 2**15 - 1:
             return values * tirx.Broadcast(factor, self.lanes)
         pair, low = f"int16x{2 * self.lanes}", tirx.Broadcast(factor & 0xFFFF, self.lanes)  # times (factor, 0)
         halves = [tirx.reinterpret(pair, values), tirx.reinterpret(pair, low)]
         return tirx.call_llvm_pure_intrin(f"int32x{self.lanes}", self.pairs, *halves)
 
-    def spread(self, word: Expr) -> Expr:
-        """`kpack` neighbouring activations, given as `split` int32, for every output."""
-        if self.split == 1:
+    def spread(self, words: Sequence[Expr]) -> Expr:
+        """`kpack` neighbouring activations of each row of a unit, given as int32, for every output."""
+        if self.unit > 1:
+            return tirx.reinterpret(f"{self.activation}x16", _concatenated(words))
+        (word,) = words
+        if self.instruction == "smull":
+            first, second = (_element(tirx.reinterpret("int16x2", word), i) for i in range(2))
+            every = _concatenated([tirx.Broadcast(first, self.lanes), tirx.Broadcast(second, self.lanes)])
+        elif self.split == 1:
             every = tirx.Broadcast(word, self.lanes)
         else:
             every = tirx.Shuffle([word] * self.lanes, [tirx.IntImm("int32", i) for i in range(self.words)])
@@ -179,8 +234,8 @@ class Isa:
         return sums
 
     def load_word(self, buffer: Buffer, index: Expr) -> Expr:
-        """`kpack` neighbouring activations at `index` as `split` int32."""
-        words = "int32" if self.split == 1 else f"int32x{self.split}"
+        """`kpack` neighbouring activations at `index` as int32."""
+        words = f"int32x{self.word_lanes}" if self.word_lanes > 1 else "int32"
         return tirx.reinterpret(words, buffer[tirx.Ramp(index, 1, self.kpack)])
 
     def gathered(self, codes: Expr, lanes: int) -> Expr:
@@ -197,22 +252,47 @@ class Isa:
         """table[indices] for `vector` bytes; table int8 (16 entries for each 16 bytes), indices u8 < 16."""
         signed = f"int8x{self.vector}"
         indices = tirx.reinterpret(signed, indices)
+        if self.instruction == "usmmla":  # tbl looks up 16 bytes
+            parts = zip(_halves(table), _halves(indices), strict=True)
+            return _concatenated([tirx.call_llvm_pure_intrin("int8x16", self.shuffle, *part) for part in parts])
         return tirx.call_llvm_pure_intrin(signed, self.shuffle, table, indices)
+
+
+def _element(vector: Expr, index: int) -> Expr:
+    return tirx.Shuffle([vector], [tirx.IntImm("int32", index)])
+
+
+def _halves(vector: Expr) -> tuple[Expr, Expr]:
+    half = vmath.lanes(vector) // 2
+    first, second = ([tirx.IntImm("int32", side * half + i) for i in range(half)] for side in range(2))
+    return tirx.Shuffle([vector], first), tirx.Shuffle([vector], second)
+
+
+def _concatenated(vectors: Sequence[Expr]) -> Expr:
+    lanes = sum(vmath.lanes(v) for v in vectors)
+    return tirx.Shuffle([*vectors], [tirx.IntImm("int32", i) for i in range(lanes)])
 
 
 # 32 registers hold at most 29 accumulators beside the weights of a step and one activation; 16 hold 12.
 _TILES_512 = (Tile(4, 6), Tile(5, 5, 1.02), Tile(3, 8, 1.02), Tile(2, 12, 1.05), Tile(1, 16, 1.3))
 _TILES_256 = (Tile(2, 6), Tile(3, 4, 1.05), Tile(1, 10, 1.25))
-_TILES_NEON = (Tile(4, 5), Tile(5, 4, 1.01), Tile(3, 6, 1.02), Tile(2, 8, 1.05), Tile(1, 8, 1.3))
+_TILES_I8MM = (Tile(4, 4), Tile(3, 6, 1.01), Tile(2, 8, 1.05), Tile(1, 8, 1.3))
+_TBL = "llvm.aarch64.neon.tbl1"
+# The fewer loads beside the products, the better for cores that issue either: three registers by six rows.
+_TILES_SDOT = (Tile(3, 6), Tile(4, 5, 1.02), Tile(5, 4, 1.02), Tile(2, 8, 1.05), Tile(1, 8, 1.3))
+# Products of 16 bits take registers of their own before they are added up.
+_TILES_NEON = (Tile(4, 4), Tile(3, 4, 1.02), Tile(2, 6, 1.05), Tile(1, 8, 1.3))
 
 ISAS: Mapping[str, Isa] = {
     isa.name: isa
     for isa in (
-        Isa("x86-64-avx512vnni", 16, 4, "uint8", "int8", "llvm.x86.avx512.pshuf.b.512", _TILES_512),
-        Isa("x86-64-avxvnni", 8, 4, "uint8", "int8", "llvm.x86.avx2.pshuf.b", _TILES_256),
-        Isa("x86-64-avx512", 16, 2, "int16", "int16", "llvm.x86.avx2.pshuf.b", _TILES_512),
-        Isa("x86-64-avx2", 8, 2, "int16", "int16", "llvm.x86.ssse3.pshuf.b.128", _TILES_256),
-        Isa("aarch64-dotprod", 4, 4, "int8", "int8", "llvm.aarch64.neon.tbl1", _TILES_NEON, load_steps=4),
+        Isa("x86-64-avx512vnni", "vpdpbusd", 16, 4, "uint8", "int8", "llvm.x86.avx512.pshuf.b.512", _TILES_512),
+        Isa("x86-64-avxvnni", "vpdpbusd", 8, 4, "uint8", "int8", "llvm.x86.avx2.pshuf.b", _TILES_256),
+        Isa("x86-64-avx512", "vpmaddwd", 16, 2, "int16", "int16", "llvm.x86.avx2.pshuf.b", _TILES_512),
+        Isa("x86-64-avx2", "vpmaddwd", 8, 2, "int16", "int16", "llvm.x86.ssse3.pshuf.b.128", _TILES_256),
+        Isa("aarch64-neon", "smull", 4, 4, "int8", "int8", _TBL, _TILES_NEON, load_steps=4, loss=0.04),
+        Isa("aarch64-dotprod", "sdot", 4, 4, "int8", "int8", _TBL, _TILES_SDOT, load_steps=4, loss=0.04),
+        Isa("aarch64-i8mm", "usmmla", 4, 8, "uint8", "int8", _TBL, _TILES_I8MM, load_steps=2, loss=0.04, unit=2),
     )
 }
 """By the name of the target."""

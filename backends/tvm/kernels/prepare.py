@@ -224,7 +224,7 @@ class _Prepare:
         block, channel = i // w.block, i % w.block
         group, d = step // w.pack, step % w.pack
         base = (group * w.tile.vectors + channel // isa.lanes) * w.pack_bytes
-        at = T.bind(base + channel % isa.lanes * isa.kpack + lane)
+        at = T.bind(base + isa.place(channel % isa.lanes, lane))
         if self.p.bits == 8:
             store(tiles, T.cast(code, "int8"), block, at)
         elif self.p.bits == 3:

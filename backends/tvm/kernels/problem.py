@@ -94,11 +94,7 @@ class QuantMatmul:
             raise ValueError(f"segments {self.segments} do not partition {self.channels} channels")
         if min(self.out_height, self.out_width, self.channels, self.outputs, self.groups, self.classes) < 1:
             raise ValueError(f"nothing to compute in {self}")
-        if (
-            self.rank not in (2, 3, 4)
-            or (self.rank < 4 and self.width != 1)
-            or (self.rank < 3 and self.height != 1)
-        ):
+        if self.rank not in (2, 3, 4) or (self.rank < 4 and self.width != 1) or (self.rank < 3 and self.height != 1):
             raise ValueError(f"an input of rank {self.rank} cannot be {self.height} x {self.width}")
         if self.dynamic and not self.pointwise:
             raise ValueError("the rows that a convolution adds up cannot have scales of their own")
@@ -294,7 +290,7 @@ def tiles(problem: QuantMatmul, isa: Isa) -> list[tuple[int, int]]:
     others = []
     for tile in (first,) if grouped else isa.tiles:
         least = max(1, tile.rows - 2, -(-8 // tile.vectors))
-        heights = range(tile.rows, min(least, tile.rows) - 1, -1)
+        heights = range(tile.rows, min(least, tile.rows) - 1, -isa.unit)
         few = problem.rows < heights[-1]  # then it does not matter
         others += [replace(tile, rows=rows) for rows in ([isa.fitted(tile, problem.rows).rows] if few else heights)]
     found = [(t.vectors, t.rows) for t in others if work(t) <= WORTH_TRYING * work(chosen)]

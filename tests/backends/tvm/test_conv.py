@@ -33,7 +33,7 @@ def cases() -> list[tuple[Case, np.ndarray]]:
     return result
 
 
-@pytest.mark.parametrize("name", [*X86, AARCH64])
+@pytest.mark.parametrize("name", [*X86, *AARCH64])
 def test_convolutions(name):
     isa, table = needs(name), cases()
     if name not in ("x86-64-avx512vnni", "x86-64-avx2"):

@@ -66,14 +66,16 @@ def square(shift: int, step: int) -> list[tuple[QuantMatmul, Case, np.ndarray]]:
         *(("x86-64-avx2", shift, 1) for shift in (3, 5, 7, 1)),
         ("x86-64-avxvnni", 5, 4),
         ("x86-64-avx512", 7, 4),
-        (AARCH64, 6, 4),
+        ("aarch64-neon", 1, 6),
+        ("aarch64-dotprod", 6, 6),
+        ("aarch64-i8mm", 3, 6),
     ],
 )
 @pytest.mark.invariant("compiler-1")
 def test_every_shape(name, shift, step):
     isa, table = needs(name), square(shift, step)
     kernels = Kernels(isa, [problem for problem, _, _ in table])
-    rows = ROWS if name != AARCH64 else ROWS[:-1]  # 1000 rows add nothing but time under emulation
+    rows = ROWS if name not in AARCH64 else ROWS[:-1]  # 1000 rows add nothing but time under emulation
     calls, wanted = [], []
     for index, (_, case, result) in enumerate(table):
         begin = 0
@@ -115,7 +117,9 @@ def random_cases() -> tuple[list[QuantMatmul], list[tuple[int, Case]], list[np.n
         ("x86-64-avx2", 1, 2),
         ("x86-64-avxvnni", 3, 8),
         ("x86-64-avx512", 7, 8),
-        (AARCH64, 5, 6),
+        ("aarch64-neon", 1, 9),
+        ("aarch64-dotprod", 5, 9),
+        ("aarch64-i8mm", 2, 9),
     ],
 )
 @pytest.mark.invariant("compiler-1")
@@ -173,7 +177,7 @@ def epilogue_problems() -> list[QuantMatmul]:
     return [replace(shapes[i], epilogue=EPILOGUES[name]) for i, name in pairs]
 
 
-@pytest.mark.parametrize("name", [*X86, AARCH64])
+@pytest.mark.parametrize("name", [*X86, *AARCH64])
 def test_epilogues(name):
     isa, problems = needs(name), epilogue_problems()
     calls = [
@@ -201,7 +205,7 @@ DYNAMIC = (
 """Rows with scales and zero points of their own."""
 
 
-@pytest.mark.parametrize("name", [*X86, AARCH64])
+@pytest.mark.parametrize("name", [*X86, *AARCH64])
 def test_dynamic_rows(name):
     isa, problems = needs(name), [replace(problem, dynamic=True) for problem in DYNAMIC]
     calls = [
@@ -327,7 +331,7 @@ K_GROUPS = [
 """Up to 18 segments, with and without a shorter last one, offsets, bias, row classes; runs of unequal ones."""
 
 
-@pytest.mark.parametrize("name", [*X86, AARCH64])
+@pytest.mark.parametrize("name", [*X86, *AARCH64])
 def test_k_groups(name):
     kernels = Kernels(needs(name), K_GROUPS)
     cases = [make_case(problem, 3, seed("groups", i)) for i, problem in enumerate(K_GROUPS)]

@@ -25,7 +25,7 @@ PROBLEMS = (
 """In memory indices of 3 and 4 bits, and int8 values."""
 
 
-@pytest.mark.parametrize("target", [*X86, AARCH64])
+@pytest.mark.parametrize("target", [*X86, *AARCH64])
 @pytest.mark.invariant("fz-rmq-9", "compiler-1")
 def test_kernels_have_the_bits_of_the_definition(target):
     kernels = Kernels(needs(target), PROBLEMS)

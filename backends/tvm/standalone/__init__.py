@@ -1,0 +1,278 @@
+"""A plan as a C program: tables, a static memory plan, and the kernels' objects; no runtime of TVM (`--emit c`).
+
+What is generated is data (mpq_model.c); the program that runs it is the same for all models (mpq.c, mpq.h), and so is
+the one around it (mpq_run.c). Every call computes everything: nothing is kept between steps.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from mpq_compiler.artifact import PROGRAM
+from mpq_compiler.backends.tvm import templates
+from mpq_compiler.backends.tvm.kernels.template import BATCH, Argument
+from mpq_compiler.backends.tvm.link import linker
+from mpq_compiler.backends.tvm.lowered import Call, Kernel, Lowered, Value
+from mpq_compiler.targets import Target
+
+SOURCES = ("mpq.h", "mpq_plan.h", "mpq.c", "mpq_run.c", "CMakeLists.txt")
+MODEL, KERNELS = "mpq_model.c", "libkernels.a"
+OPTIONS = ("-std=c11", "-O2", "-static", "-Wl,--strip-all", "-Wl,--build-id=none", "-Wl,-z,noexecstack")
+ALIGNMENT = 64
+TYPE_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
+"""As DLPack numbers them."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights file: its size, its sum (`mpq.c`, sum_of), and (first byte, end) of each tensor."""
+
+    bytes: int
+    sum: int
+    places: Mapping[str, tuple[int, int]]
+
+
+def describe(path: Path, places: Mapping[str, tuple[int, int]]) -> Weights:
+    """Of a weights file whose tensors lie at those places."""
+    words = 1 << 20
+    total, first = path.stat().st_size, 0
+    with path.open("rb") as file, np.errstate(over="ignore"):
+        result = np.uint64(total)
+        while data := file.read(8 * words):
+            values = np.frombuffer(data + bytes(-len(data) % 8), "<u8")
+            odd = np.arange(first, first + len(values), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+            result += (values * odd).sum(dtype=np.uint64)
+            first += len(values)
+    return Weights(total, int(result), places)
+
+
+def write(
+    folder: Path, lowered: Lowered, target: Target, objects: Sequence[Path], weights: Weights, workspace_bytes: int
+) -> list[str]:
+    """The sources, `KERNELS`, the archive of the kernels, and `PROGRAM`, all of it as one static executable;
+    the names of the files.
+
+    UserError: there is no compiler for the target.
+    """
+    for name, text in sources(lowered, target, weights, workspace_bytes).items():
+        (folder / name).write_text(text)
+    compiler = linker(target)
+    archiver = compiler.removesuffix("gcc") + "ar" if compiler.endswith("-gcc") else "ar"
+    _run(folder, archiver, "rcsD", KERNELS, *(str(path.resolve()) for path in objects))
+    units = [name for name in (*SOURCES, MODEL) if name.endswith(".c")]
+    _run(folder, compiler, *OPTIONS, *units, KERNELS, "-lpthread", "-lm", "-o", PROGRAM)
+    return sorted([*SOURCES, MODEL, KERNELS, PROGRAM])
+
+
+def _run(folder: Path, *command: str) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr.strip()]
+        raise RuntimeError(f"{command[0]} ended with {done.returncode}: {errors[0]}")
+
+
+def sources(lowered: Lowered, target: Target, weights: Weights, workspace_bytes: int) -> dict[str, str]:
+    """The files by name: what is generated, and what is the same for all models.
+
+    workspace_bytes: that a kernel takes in a thread, at most.
+    """
+    folder = Path(__file__).parent
+    return {
+        **{name: (folder / name).read_text() for name in SOURCES},
+        MODEL: _Model(lowered, target, weights, workspace_bytes).text(),
+    }
+
+
+def offsets(sizes: Mapping[str, int], alive: Mapping[str, tuple[int, int]]) -> tuple[dict[str, int], int]:
+    """Where each tensor lies in one block of memory, and the size of that: those alive at once do not overlap.
+
+    sizes: bytes; alive: first and last call that a tensor is needed in. Larger ones are placed first, each at the
+    lowest place that is free (greedy by size, Pisarchyk and Lee 2020, arXiv 2001.03288).
+    """
+    placed: dict[str, int] = {}
+    for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
+        first, last = alive[name]
+        others = (n for n in placed if alive[n][0] <= last and first <= alive[n][1])
+        taken = sorted((placed[n], placed[n] + _aligned(sizes[n])) for n in others)
+        at = 0
+        for begin, end in taken:
+            if at + _aligned(sizes[name]) <= begin:
+                break
+            at = max(at, end)
+        placed[name] = at
+    return placed, max((placed[n] + _aligned(sizes[n]) for n in placed), default=0)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Calls in the table, and the memory of what they make on the way."""
+
+    first: int
+    count: int
+    bytes: int
+    places: dict[str, int]
+
+
+@dataclass
+class _Model:
+    """Collects the tables of mpq_model.c."""
+
+    lowered: Lowered
+    target: Target
+    weights: Weights
+    workspace_bytes: int
+    shapes: list[int] = field(default_factory=list)
+    operands: list[str] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+    signatures: dict[Kernel, tuple[list[Argument], list[Argument]]] = field(default_factory=dict)
+    first_of: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+    def text(self) -> str:
+        lowered = self.lowered
+        for kernel in lowered.kernels():
+            self.signatures[kernel] = templates.arguments(kernel, self.target)
+        held, held_bytes, copies = self._held()
+        begin = {name: ("MPQ_HELD", at) for name, at in held.items()}
+        stored = {value.name: ("MPQ_FILE", self.weights.places[value.name][0]) for value in lowered.stored} | begin
+        prepare = self._steps(lowered.preparation, stored, 0, ())
+        peak = prepare.bytes
+        functions, steps, tables = [], [], []
+        for function in lowered.functions:
+            for batch in function.batches:
+                name = function.name(batch)
+                arguments = [(v.name, v, batch) for v in function.inputs]
+                kept = {n: stored[n] for n in lowered.prepared}
+                ends = [*function.inputs, function.output]
+                own = self._steps(function.calls, kept, batch, ends)
+                peak = max(peak, own.bytes)
+                inputs = ", ".join(str(own.places[v.name]) for v in function.inputs)
+                tables.append(f"static const uint64_t inputs_{name}[] = {{{inputs}}};")
+                described = ", ".join(self._tensor(n, v, b) for n, v, b in arguments)
+                tables.append(f"static const mpq_tensor tensors_{name}[] = {{{described}}};")
+                output = self._tensor("sample", function.output, batch)
+                functions.append(f'{{"{name}", {len(arguments)}, tensors_{name}, {output}}}')
+                steps.append(f"{{{own.first}, {own.count}, inputs_{name}, {own.places[function.output.name]}}}")
+        features = ", ".join([*(f'"{name}"' for name in self.target.features), "NULL"])
+        kernels = sorted(kernel.name for kernel in self.signatures)
+        workspace = _aligned(self.workspace_bytes + 64 * ALIGNMENT)
+        w = self.weights
+        plan = [
+            f'"{self.target.name}"', "features", f"{w.bytes}ull", f"{w.sum}ull",
+            held_bytes, max(peak, ALIGNMENT), workspace, "shapes", "operands", len(self.operands),
+            "calls", "copies", len(copies), f"{{{prepare.first}, {prepare.count}, NULL, 0}}",
+            "functions", "steps", len(functions),
+        ]  # fmt: skip
+        return "\n".join(
+            [
+                "/* Generated: the plan of a denoiser. */",
+                '#include "mpq_plan.h"',
+                "",
+                *(f"int __tvm_ffi_{n}(void *, const void *, int32_t, void *);" for n in kernels),
+                f"static const char *const features[] = {{{features}}};",
+                _table("int64_t", "shapes", map(str, self.shapes or [0])),
+                _table("mpq_operand", "operands", self.operands),
+                _table("mpq_call", "calls", self.calls),
+                _table("mpq_copy", "copies", copies or ["{0, 0, 0}"]),
+                *tables,
+                _table("mpq_function", "functions", functions),
+                _table("mpq_steps", "steps", steps),
+                f"const mpq_plan mpq_the_plan = {{{', '.join(map(str, plan))}}};",
+                "",
+            ]
+        )
+
+    def _held(self) -> tuple[dict[str, int], int, list[str]]:
+        """(offsets of what `prepare` makes and of small stored tensors; their bytes; the copies of the latter)."""
+        lowered, held, copies, at = self.lowered, {}, [], 0
+        for value in lowered.stored:
+            first, end = self.weights.places[value.name]
+            if first % ALIGNMENT:
+                held[value.name] = at
+                copies.append(f"{{{first}, {at}, {end - first}}}")
+                at += _aligned(end - first)
+        sizes = self._results(lowered.preparation, 0)
+        for name in lowered.prepared:
+            if name in sizes and name not in held:
+                held[name] = at
+                at += _aligned(sizes[name])
+        return held, max(at, ALIGNMENT), copies
+
+    def _results(self, calls: Iterable[Call], batch: int) -> dict[str, int]:
+        """Bytes of what calls make."""
+        found: dict[str, int] = {}
+        for call in calls:
+            names = dict(call.results)
+            for argument in self.signatures[call.kernel][1]:
+                found[call.into or names[argument.name]] = _bytes(_sized(argument.shape, batch), argument.dtype)
+        return found
+
+    def _steps(
+        self, calls: Sequence[Call], kept: Mapping[str, tuple[str, int]], batch: int, ends: Sequence[Value]
+    ) -> _Steps:
+        """Adds the calls to the tables.
+
+        kept: space and offset of tensors that stay; ends: inputs and, last, the output, which is needed to the end.
+        """
+        sizes = {name: size for name, size in self._results(calls, batch).items() if name not in kept}
+        alive = {}
+        for value in ends[:-1]:
+            sizes[value.name], alive[value.name] = _bytes(_sized(value.shape, batch), value.dtype), (-1, -1)
+        for number, call in enumerate(calls):
+            names = [name for _, name in (*call.operands, *call.results)] + ([call.into] if call.into else [])
+            for name in names:
+                if name in sizes:
+                    alive[name] = (alive.get(name, (number, 0))[0], number)
+        for value in ends[-1:]:
+            alive[value.name] = (alive[value.name][0], len(calls))
+        places, size = offsets({name: sizes[name] for name in alive}, alive)
+        where = {**{name: ("MPQ_CALL", at) for name, at in places.items()}, **kept}
+        first = len(self.calls)
+        for call in calls:
+            self._call(call, where, batch)
+        return _Steps(first, len(calls), size, places)
+
+    def _call(self, call: Call, where: Mapping[str, tuple[str, int]], batch: int) -> None:
+        inputs, outputs = self.signatures[call.kernel]
+        names, begin = {**dict(call.operands), **dict(call.results)}, len(self.operands)
+        for argument in (*inputs, *outputs):
+            name = call.into if call.into and argument in outputs else names[argument.name]
+            space, at = where[name]
+            dtype, shape = np.dtype(argument.dtype), _sized(argument.shape, batch)
+            code = f"{TYPE_CODES[dtype.kind]}, {8 * dtype.itemsize}"
+            self.operands.append(f"{{{space}, {code}, {len(shape)}, {self._shape(shape)}, {at}}}")
+        name = f"__tvm_ffi_{call.kernel.name}"
+        self.calls.append(f'{{{name}, "{call.kernel.name}", {begin}, {len(self.operands) - begin}}}')
+
+    def _shape(self, shape: tuple[int, ...]) -> int:
+        """Index of the first extent."""
+        if shape not in self.first_of:
+            self.first_of[shape] = len(self.shapes)
+            self.shapes += shape
+        return self.first_of[shape]
+
+    def _tensor(self, name: str, value: Value, batch: int) -> str:
+        shape, dtype = _sized(value.shape, batch), np.dtype(value.dtype)
+        code = "BOOL" if dtype.kind == "b" else f"{dtype.kind.upper()}{8 * dtype.itemsize}"
+        return f'{{"{name}", "{code}", {len(shape)}, shapes + {self._shape(shape)}, {_bytes(shape, value.dtype)}}}'
+
+
+def _sized(shape: Sequence[int | str], batch: int) -> tuple[int, ...]:
+    return tuple(batch if extent == BATCH else int(extent) for extent in shape)
+
+
+def _bytes(shape: Sequence[int], dtype: str) -> int:
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def _table(kind: str, name: str, rows: Iterable[str]) -> str:
+    return f"static const {kind} {name}[] = {{\n    " + ",\n    ".join(rows) + "\n};"

@@ -1,0 +1,53 @@
+/* A compiled denoiser without any runtime: C11 and POSIX threads. docs/standalone.md */
+#ifndef MPQ_H
+#define MPQ_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+    const char *name;
+    const char *dtype; /* as safetensors spell it: "F32", "I64", ... */
+    int ndim;
+    const int64_t *shape;
+    size_t bytes;
+} mpq_tensor;
+
+/* The denoiser at one batch and image size. */
+typedef struct {
+    const char *name;
+    int inputs;
+    const mpq_tensor *input;
+    mpq_tensor output;
+} mpq_function;
+
+typedef struct mpq_model mpq_model;
+
+/* The functions of this program, `*count` of them. */
+const mpq_function *mpq_functions(int *count);
+
+/* Maps the weights file, prepares the weights for the kernels, and starts threads - 1 threads (0: one for each CPU).
+ * NULL, with mpq_error(): a CPU without what the kernels need, a file that cannot be read or is not that of this build,
+ * or no memory. Threads and their number are those of the process. */
+mpq_model *mpq_open(const char *weights, int threads);
+
+/* One call of mpq_functions()[function]: inputs in its order, each of its bytes; the output of its bytes. Allocates
+ * nothing. 0, or -1 with mpq_error(). One call at a time. */
+int mpq_run(mpq_model *model, int function, const void *const *inputs, void *output);
+
+/* Memory that the model keeps, beside the file that it maps. */
+size_t mpq_bytes(const mpq_model *model);
+
+void mpq_close(mpq_model *model);
+
+/* What went wrong last, one sentence. */
+const char *mpq_error(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,150 @@
+/* Runs a compiled denoiser on safetensors files:
+ *
+ *   mpq_run [--weights FILE] [--inputs FILE] [--output FILE] [--function NAME] [--threads N] [--repeat N]
+ *
+ * Without inputs all are zeros. Times go to standard output. */
+#define _POSIX_C_SOURCE 200809L
+#include "mpq.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+static int refuse(const char *what, const char *which) {
+    fprintf(stderr, "error: %s%s%s\n", what, *which ? " " : "", which);
+    return 1;
+}
+
+static char *whole(const char *path, size_t *bytes) {
+    FILE *file = fopen(path, "rb");
+    char *data = NULL;
+    long size = -1;
+    if (file && !fseek(file, 0, SEEK_END) && (size = ftell(file)) >= 0 && !fseek(file, 0, SEEK_SET) &&
+        (data = malloc((size_t)size + 1)) && fread(data, 1, (size_t)size, file) == (size_t)size)
+        data[*bytes = (size_t)size] = 0;
+    else {
+        free(data);
+        data = NULL;
+    }
+    if (file) fclose(file);
+    return data;
+}
+
+/* Where a tensor's bytes lie in a safetensors file, if it has this name, type and size there. Headers are JSON; names
+ * and types hold nothing that would be escaped. */
+static const char *find(const char *data, size_t bytes, const mpq_tensor *tensor) {
+    uint64_t header, from, to;
+    if (bytes < 8) return NULL;
+    memcpy(&header, data, 8);
+    if (header > bytes - 8) return NULL;
+    char key[512], type[32];
+    snprintf(key, sizeof key, "\"%s\"", tensor->name);
+    snprintf(type, sizeof type, "\"%s\"", tensor->dtype);
+    const char *end = data + 8 + header, *at = data + 8;
+    size_t length = strlen(key);
+    for (; (at = memchr(at, '"', (size_t)(end - at))); at++)
+        if ((size_t)(end - at) > length && !memcmp(at, key, length) && at[length] == ':') break;
+    if (!at) return NULL;
+    const char *close = memchr(at, '}', (size_t)(end - at));
+    char entry[1024];
+    if (!close || (size_t)(close - at) >= sizeof entry) return NULL;
+    memcpy(entry, at, (size_t)(close - at));
+    entry[close - at] = 0;
+    const char *offsets = strstr(entry, "\"data_offsets\"");
+    if (!offsets || !strstr(entry, type) || !(offsets = strchr(offsets, '[')) ||
+        sscanf(offsets, "[%" SCNu64 ",%" SCNu64, &from, &to) != 2)
+        return NULL;
+    uint64_t room = bytes - 8 - header;
+    return from <= to && to <= room && to - from == tensor->bytes ? end + from : NULL;
+}
+
+static int save(const char *path, const mpq_tensor *tensor, const void *data) {
+    char header[1024];
+    int used = snprintf(header, sizeof header, "{\"%s\":{\"dtype\":\"%s\",\"shape\":[", tensor->name, tensor->dtype);
+    for (int i = 0; i < tensor->ndim; i++)
+        used += snprintf(header + used, sizeof header - used, "%s%" PRId64, i ? "," : "", tensor->shape[i]);
+    used += snprintf(header + used, sizeof header - used, "],\"data_offsets\":[0,%zu]}}", tensor->bytes);
+    while (used % 8) header[used++] = ' ';
+    uint64_t size = (uint64_t)used;
+    FILE *file = fopen(path, "wb");
+    int bad = !file || fwrite(&size, 8, 1, file) != 1 || fwrite(header, (size_t)used, 1, file) != 1 ||
+              fwrite(data, tensor->bytes, 1, file) != 1;
+    return (file && fclose(file)) || bad;
+}
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec / 1e6;
+}
+
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a - *(const double *)b;
+    return (x > 0) - (x < 0);
+}
+
+int main(int count, char **words) {
+    const char *weights = "weights.safetensors", *inputs = NULL, *output = NULL, *name = NULL;
+    int threads = 1, repeat = 1, functions, chosen = 0;
+    for (int i = 1; i < count; i++) {
+        const char *option = words[i], *value = i + 1 < count ? words[i + 1] : NULL;
+        if (!strcmp(option, "--help")) {
+            puts("mpq_run [--weights FILE] [--inputs FILE] [--output FILE] [--function NAME] [--threads N] [--repeat N]");
+            return 0;
+        }
+        if (!value) return refuse("this option needs a value, or is not known:", option);
+        if (!strcmp(option, "--weights")) weights = value;
+        else if (!strcmp(option, "--inputs")) inputs = value;
+        else if (!strcmp(option, "--output")) output = value;
+        else if (!strcmp(option, "--function")) name = value;
+        else if (!strcmp(option, "--threads")) threads = atoi(value);
+        else if (!strcmp(option, "--repeat")) repeat = atoi(value);
+        else return refuse("this option is not known:", option);
+        i++;
+    }
+    if (threads < 1 || repeat < 1) return refuse("--threads and --repeat must be at least 1", "");
+    const mpq_function *all = mpq_functions(&functions);
+    while (name && chosen < functions && strcmp(all[chosen].name, name)) chosen++;
+    if (chosen == functions) {
+        fprintf(stderr, "error: there is no function '%s'; there are", name);
+        for (int i = 0; i < functions; i++) fprintf(stderr, " %s", all[i].name);
+        fputc('\n', stderr);
+        return 1;
+    }
+    const mpq_function *own = &all[chosen];
+    size_t bytes = 0;
+    char *given = inputs ? whole(inputs, &bytes) : NULL;
+    if (inputs && !given) return refuse("cannot read", inputs);
+    const void **data = calloc((size_t)own->inputs, sizeof *data);
+    void *result = malloc(own->output.bytes);
+    double *times = calloc((size_t)repeat, sizeof *times);
+    if (!data || !result || !times) return refuse("there is no memory", "");
+    for (int i = 0; i < own->inputs; i++) {
+        const mpq_tensor *each = &own->input[i];
+        data[i] = given ? find(given, bytes, each) : calloc(1, each->bytes);
+        if (!data[i]) {
+            fprintf(stderr, "error: %s must hold '%s' as %s of shape [", given ? inputs : "memory", each->name, each->dtype);
+            for (int d = 0; d < each->ndim; d++) fprintf(stderr, "%s%" PRId64, d ? ", " : "", each->shape[d]);
+            fputs("]\n", stderr);
+            return 1;
+        }
+    }
+    double begin = now();
+    mpq_model *model = mpq_open(weights, threads);
+    if (!model) return refuse(mpq_error(), "");
+    printf("%s: opened in %.1f ms, %.1f MiB beside the weights\n", own->name, now() - begin,
+           (double)mpq_bytes(model) / (1 << 20));
+    for (int i = 0; i < repeat; i++) {
+        begin = now();
+        if (mpq_run(model, chosen, data, result)) return refuse(mpq_error(), "");
+        times[i] = now() - begin;
+    }
+    qsort(times, (size_t)repeat, sizeof *times, by_value);
+    printf("%d calls: median %.3f ms, least %.3f ms, most %.3f ms\n", repeat, times[repeat / 2], times[0],
+           times[repeat - 1]);
+    mpq_close(model);
+    if (output && save(output, &own->output, result)) return refuse("cannot write", output);
+    return 0;
+}

@@ -1,0 +1,272 @@
+"""ARM kernels without an ARM machine: modelled cycles of what really runs, for every format, target and core.
+
+    python -m benchmarks.arm_static                       # all, into benchmarks/results/arm_static.json
+    python -m benchmarks.arm_static --format w4 --target aarch64-dotprod --json ''
+
+Each kernel is linked into a static program, which qemu runs once; its trace says how often every block of instructions
+is executed. llvm-mca models the cycles of a block on a core, as if it were repeated. *loop* is the speed of the block
+that holds most dot products, in shares of the core's peak: a loop of nothing but dot products on registers (smull,
+smlal and sadalp where there are none). *outside* is the share of all cycles that is not that loop's: epilogue,
+unpacking, loads of start values, tails. These are models of the pipeline: caches, memory and branch prediction are not
+in them, and nothing ran on silicon. Needs qemu-aarch64, aarch64-linux-gnu-gcc, and llvm-mca and llvm-objdump of LLVM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import documents
+from benchmarks.kernels import FORMATS
+from benchmarks.machine import provenance
+from mpq_compiler import terminal
+from mpq_compiler.backends.tvm import standalone, templates
+from mpq_compiler.backends.tvm.link import linker
+from mpq_compiler.backends.tvm.lowered import Call, Function, Kernel, Lowered, Record, Value, record
+from mpq_compiler.backends.tvm.worker import _compile
+from mpq_compiler.targets import TARGETS, Target
+
+RESULTS = Path(__file__).parent / "results" / "arm_static.json"
+IN_ORDER, REORDERING = (
+    ("cortex-a55", "cortex-a510"),
+    ("cortex-a76", "neoverse-n1", "neoverse-n2", "neoverse-v1", "neoverse-v2"),
+)
+CORES = {
+    "aarch64-neon": (*IN_ORDER, *REORDERING),
+    "aarch64-dotprod": (*IN_ORDER, *REORDERING),
+    "aarch64-i8mm": ("cortex-a510", *REORDERING[2:]),
+}
+DOTS = {"aarch64-neon": "sadalp", "aarch64-dotprod": "sdot", "aarch64-i8mm": "usmmla"}
+"""The instruction that is counted: one for each 16 products, usmmla for 32."""
+PEAKS = {
+    "aarch64-neon": "smull v{0}.8h, v30.8b, v31.8b\nsmlal2 v{0}.8h, v30.16b, v31.16b\nsadalp v{1}.4s, v{0}.8h",
+    "aarch64-dotprod": "sdot v{1}.4s, v30.16b, v31.16b",
+    "aarch64-i8mm": "usmmla v{1}.4s, v30.16b, v31.16b",
+}
+ROWS, SIZE = (64, 256), 640
+LOOP = {**dict.fromkeys(REORDERING, 0.95), "cortex-a55": 0.75}
+OUTSIDE = 0.10
+"""At 256 rows, on cores that reorder."""
+AS_W8 = 1.10
+
+
+def problems(rows: int) -> dict[str, Record]:
+    """A linear layer and a 3 x 3 convolution of so many rows, in all formats."""
+    side = int(rows**0.5)
+    found = {}
+    for name, options in FORMATS.items():
+        fields = {"height": rows, "width": 1, "channels": SIZE, "outputs": SIZE, "rank": 3, **options}
+        found[f"linear {name}"] = record("problem.QuantMatmul", **fields)
+        image = {"height": side, "width": side, "channels": SIZE // 2, "outputs": SIZE // 2, **options}
+        same = {"kernel": (3, 3), "padding": (1, 1, 1, 1)}
+        found[f"conv3x3 {name}"] = record("problem.QuantMatmul", **image, **same)
+    return found
+
+
+def program(kernel: Kernel, target: Target, folder: Path) -> Path:
+    """A static program, with its symbols, that calls the kernel once, on zeros."""
+    inputs, outputs = templates.arguments(kernel, target)
+    values = [Value(a.name, tuple(a.shape), a.dtype) for a in (*inputs, *outputs)]
+    call = Call(kernel, tuple((v.name, v.name) for v in values[:-1]), ((values[-1].name,) * 2,), "kernel")
+    lowered = Lowered((), (), (), (Function(tuple(values[:-1]), (call,), values[-1]),))
+    workspace = _compile(kernel, target, str(folder / "kernel.o"))
+    weights = folder / "weights.safetensors"
+    weights.write_bytes(bytes(64))
+    for name, text in standalone.sources(lowered, target, standalone.describe(weights, {}), workspace).items():
+        (folder / name).write_text(text)
+    sources = [str(folder / name) for name in ("mpq.c", "mpq_run.c", standalone.MODEL)]
+    path = folder / "program"
+    options = ("-std=c11", "-O2", "-static", "-no-pie", *sources, str(folder / "kernel.o"), "-lpthread", "-lm")
+    subprocess.run([linker(target), *options, "-o", str(path)], check=True)
+    return path
+
+
+def executions(path: Path, folder: Path) -> collections.Counter[int]:
+    """How often qemu enters each block of instructions, by the address of the first."""
+    log = folder / "trace"
+    command = ["qemu-aarch64", "-cpu", "max", "-d", "exec,nochain", "-D", str(log), str(path)]
+    subprocess.run([*command, "--weights", str(folder / "weights.safetensors")], check=True, capture_output=True)
+    found: collections.Counter[int] = collections.Counter()
+    with log.open() as lines:
+        for line in lines:
+            if line.startswith("Trace"):
+                found[int(line.split("/")[1], 16)] += 1
+    log.unlink()
+    return found
+
+
+def instructions(path: Path, symbol: str) -> dict[int, str]:
+    """The instructions of the functions whose names hold ``symbol``, by address."""
+    text = subprocess.run(
+        [tool("llvm-objdump"), "-d", "--no-show-raw-insn", "--mattr=+i8mm,+dotprod", str(path)],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    found, inside = {}, False
+    for line in text.splitlines():
+        if match := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
+            inside = symbol in match[1]
+        elif inside and (match := re.match(r"\s*([0-9a-f]+):\s+(.*)", line)):
+            found[int(match[1], 16)] = match[2].split("//")[0].strip()
+    return found
+
+
+BRANCH = re.compile(r"(b|b\.\w+|bl|blr|br|ret|cbn?z|tbn?z)\b")
+
+
+def blocks(code: dict[int, str], entered: collections.Counter[int]) -> Iterator[tuple[list[str], int]]:
+    """(instructions, executions) of what ran: from each entry to the next branch."""
+    for start, count in entered.items():
+        block, at = [], start
+        while at in code:
+            block.append(code[at])
+            if BRANCH.match(code[at]):
+                break
+            at += 4
+        if block:
+            yield block, count
+
+
+def cycles(block: Sequence[str], core: str, kept: dict[tuple[str, str], float]) -> float:
+    """Of one execution among many, by llvm-mca."""
+    # a branch costs an instruction, and is taken for granted
+    text = "\n".join("nop" if BRANCH.match(line) else line.split("<")[0].strip() for line in block)
+    text = re.sub(r"(adrp?\s+\w+), .*", r"\1, #0", text)
+    if (text, core) not in kept:
+        command = [tool("llvm-mca"), "-mtriple=aarch64", f"-mcpu={core}", "-mattr=+i8mm,+dotprod", "-iterations=400"]
+        done = subprocess.run(command, input=text, capture_output=True, text=True)
+        match = re.search(r"Total Cycles:\s+(\d+)", done.stdout)
+        if match is None:
+            raise RuntimeError(f"llvm-mca has no cycles of a block on {core}: {done.stderr.strip()[:300]}")
+        kept[text, core] = int(match[1]) / 400
+    return kept[text, core]
+
+
+def tool(name: str) -> str:
+    """The newest of an LLVM tool that is installed."""
+    found = [f"{name}-{version}" for version in range(30, 15, -1) if shutil.which(f"{name}-{version}")]
+    if not found and not shutil.which(name):
+        sys.exit(f"{name} is not installed: install LLVM (apt install llvm)")
+    return (found or [name])[0]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Of a kernel on a core: cycles of a dot product in the loop and at the peak; the share of cycles outside."""
+
+    loop: float
+    peak: float
+    outside: float
+
+    @property
+    def share(self) -> float:
+        return self.peak / self.loop
+
+
+def measure(name: str, problem: Record, target: Target, kept: dict[tuple[str, str], float]) -> dict[str, Cell]:
+    """Each core's cell."""
+    kernel = Kernel("gemm", problem)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        path = program(kernel, target, folder)
+        ran = list(blocks(instructions(path, kernel.name), executions(path, folder)))
+    dots = [sum(line.startswith(DOTS[target.name]) for line in block) for block, _ in ran]
+    main = max(range(len(ran)), key=lambda i: dots[i] * ran[i][1])
+    found = {}
+    for core in CORES[target.name]:
+        own = cycles(ran[main][0], core, kept) / dots[main]
+        total = sum(count * cycles(block, core, kept) for block, count in ran)
+        useful = own * sum(n * count for n, (_, count) in zip(dots, ran, strict=True))
+        instruction = PEAKS[target.name]
+        register_only = "\n".join(instruction.format(i, i + 12) for i in range(12)).splitlines()
+        found[core] = Cell(own, cycles(register_only, core, kept) / 12, max(0.0, 1 - useful / total))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", nargs="+", choices=CORES, default=list(CORES))
+    parser.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--json", default=str(RESULTS), help="'' writes none")
+    parser.add_argument("--docs", type=Path, help="write the tables into this file, between the marks")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    kept: dict[tuple[str, str], float] = {}
+    rows: list[dict[str, Any]] = []
+    work = [
+        (name, m, problem, TARGETS[target])
+        for target in options.target
+        for m in ROWS
+        for name, problem in problems(m).items()
+        if name.split()[1] in options.format
+    ]
+    with terminal.progress("kernels", len(work)) as advance:
+        for name, m, problem, target in work:
+            for core, cell in measure(name, problem, target, kept).items():
+                rows.append(
+                    {"kernel": name, "rows": m, "target": target.name, "core": core, "share": round(cell.share, 4),
+                     "cycles": round(cell.loop, 4), "peak": round(cell.peak, 4), "outside": round(cell.outside, 4)}
+                )  # fmt: skip
+            advance(1)
+    tables = {target: table(rows, target) for target in options.target}
+    for target, lines in tables.items():
+        terminal.table(f"{target}: the loop's share of the peak / cycles outside", lines[0], lines[1:])
+    for line in missed(rows):
+        print(line)
+    if options.json:
+        versions = subprocess.run([tool("llvm-mca"), "--version"], capture_output=True, text=True).stdout
+        llvm = re.search(r"version (\S+)", versions)
+        record_ = {**provenance(), "llvm": llvm and llvm[1], "size": SIZE, "rows": rows}
+        Path(options.json).write_text(json.dumps(record_, indent=1) + "\n")
+    if options.docs:
+        text = "\n\n".join(f"`{name}`:\n\n{documents.table(lines[0], lines[1:])}" for name, lines in tables.items())
+        documents.insert(options.docs, "arm", text)
+
+
+def table(rows: Sequence[dict[str, Any]], target: str) -> list[list[str]]:
+    """A line for each kernel, a column for each core, under the headers."""
+    own = [row for row in rows if row["target"] == target]
+    lines = [["kernel", "rows", *CORES[target]]]
+    for name, m in dict.fromkeys((row["kernel"], row["rows"]) for row in own):
+        cells = {row["core"]: row for row in own if (row["kernel"], row["rows"]) == (name, m)}
+        shares = [f"{cells[core]['share']:.0%} / {cells[core]['outside']:.0%}" for core in CORES[target]]
+        lines.append([name, str(m), *shares])
+    return lines
+
+
+def missed(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """The goals that are not met, and the worst cell."""
+    by_key = {(row["kernel"], row["rows"], row["target"], row["core"]): row for row in rows}
+    for (name, m, target, core), row in by_key.items():
+        what = f"{target} {core}, {name}, {m} rows"
+        if row["share"] < LOOP.get(core, 0):
+            yield f"NOT MET: {what}: the loop has {row['share']:.1%} of the peak, goal {LOOP[core]:.0%}"
+        if m == max(ROWS) and core in REORDERING and row["outside"] > OUTSIDE:
+            yield f"NOT MET: {what}: {row['outside']:.1%} of the cycles are outside the loop, goal {OUTSIDE:.0%}"
+        eight = by_key.get((name.replace("w4", "w8"), m, target, core))
+        if (
+            name.endswith("w4")
+            and eight
+            and row["cycles"] / (1 - row["outside"]) > AS_W8 * eight["cycles"] / (1 - eight["outside"])
+        ):
+            yield f"NOT MET: {what}: more than {AS_W8 - 1:.0%} slower than w8"
+    worst = min(rows, key=lambda row: row["share"])
+    yield f"the worst loop: {worst['target']} {worst['core']}, {worst['kernel']}: {worst['share']:.1%} of the peak"
+
+
+if __name__ == "__main__":
+    main()

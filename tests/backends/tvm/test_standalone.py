@@ -1,0 +1,140 @@
+"""The C program of an artifact: the machine's bits on every CPU target, its memory plan, what it refuses."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from mpq_compiler import artifact, targets
+from mpq_compiler.backends.tvm import standalone
+from mpq_compiler.backends.tvm.build import build
+from tests import packed, qemu
+from tests.backends.tvm.test_emit import TARGETS, executed
+
+HOST = TARGETS[1]
+CPUS = {"aarch64-neon": "cortex-a53", "aarch64-dotprod": "cortex-a76", "aarch64-i8mm": "max"}
+"""The least that each target needs, of those that are emulated."""
+CASES = (
+    (packed.BUNDLED, "int8", HOST),
+    (packed.BUNDLED, "int4", "aarch64-neon"),
+    (packed.BUNDLED, "int2+b", "aarch64-dotprod"),
+    (packed.BUNDLED, "int3", "aarch64-i8mm"),
+    ("unet2d-17x23", "int8", "aarch64-i8mm"),
+    ("sd15", "int4,dynamic=true", "aarch64-neon"),
+    ("sd3", "int4", "aarch64-dotprod"),
+    ("pixart", "int4g64,dynamic=true", "aarch64-i8mm"),
+)
+BATCH = 4
+
+
+@functools.cache
+def program(name: str, weights: str, target: str) -> Path:
+    """The artifact with its C program."""
+    if target in CPUS and platform.machine() != "aarch64" and (absent := qemu.missing()):
+        pytest.skip(absent)
+    case, folder, row = packed.program(name, weights), packed.kernel_cache(), targets.resolve(target)
+    built = build(case.program, row, (1, BATCH), jobs=2, cache=folder, emit="c")
+    return packed.write(folder / f"{name}-{weights}-{target}-c.mpq", case.program, row, built)
+
+
+def run(folder: Path, target: str, *options: str, cpu: str = "") -> subprocess.CompletedProcess[str]:
+    command = [str(folder / artifact.PROGRAM), "--weights", str(folder / artifact.WEIGHTS), *options]
+    if target in CPUS and platform.machine() != "aarch64":
+        command = ["qemu-aarch64", "-cpu", cpu or CPUS[target], *command]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """Writes the first rows of a case's inputs to a file."""
+
+    def make(name: str, weights: str) -> Path:
+        rows = {key: value[:BATCH].numpy() for key, value in packed.program(name, weights).inputs.items()}
+        save_file({key: np.ascontiguousarray(value) for key, value in rows.items()}, tmp_path / "in.safetensors")
+        return tmp_path / "in.safetensors"
+
+    return make
+
+
+@pytest.mark.invariant("compiler-1")
+@pytest.mark.parametrize(("name", "weights", "target"), CASES)
+def test_the_program_has_the_bits_of_the_machine(name, weights, target, inputs, tmp_path):
+    """Contract (d), with nothing installed where it runs; and neither threads nor repetitions change a bit."""
+    folder, expected = program(name, weights, target), executed(name, weights, HOST)[:BATCH].numpy()
+    given = ("--inputs", str(inputs(name, weights)), "--function", f"denoise_b{BATCH}")
+    for options in ((), ("--threads", "3", "--repeat", "2")):
+        output = tmp_path / f"out{len(options)}.safetensors"
+        done = run(folder, target, *given, "--output", str(output), *options)
+        assert done.returncode == 0, done.stderr
+        assert np.array_equal(load_file(output)["sample"].view(np.uint32), expected.view(np.uint32))
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000), st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=40))
+def test_tensors_that_are_needed_at_once_do_not_overlap(rows):
+    sizes = {str(i): size for i, (size, _, _) in enumerate(rows)}
+    alive = {str(i): (min(a, b), max(a, b)) for i, (_, a, b) in enumerate(rows)}
+    places, total = standalone.offsets(sizes, alive)
+    assert all(at % standalone.ALIGNMENT == 0 and at + sizes[name] <= total for name, at in places.items())
+    for a in sizes:
+        for b in sizes:
+            together = alive[a][0] <= alive[b][1] and alive[b][0] <= alive[a][1]
+            apart = places[a] + sizes[a] <= places[b] or places[b] + sizes[b] <= places[a]
+            assert a == b or apart or not together
+    lower = max(sum(s for n, s in sizes.items() if alive[n][0] <= t <= alive[n][1]) for t in range(21))
+    assert lower <= total <= sum(standalone._aligned(size) for size in sizes.values())
+
+
+def test_what_it_refuses(tmp_path):
+    """A sentence and exit code 1; nothing of a result is written."""
+    name, weights, target = CASES[2]
+    folder, output = program(name, weights, target), tmp_path / "out.safetensors"
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    data = bytearray((folder / artifact.WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (copy / artifact.WEIGHTS).write_bytes(data)
+
+    def refused(*options: str, where: Path = folder, cpu: str = "") -> str:
+        done = run(where, target, "--output", str(output), *options, cpu=cpu)
+        assert done.returncode == 1 and not output.exists()
+        return done.stderr
+
+    assert "lacks asimddp, which the kernels for 'aarch64-dotprod' need" in refused(cpu="cortex-a53")
+    assert "holds other weights than those of this build" in refused(where=copy)
+    (copy / artifact.WEIGHTS).write_bytes(data[:-8])
+    assert f"has {len(data) - 8} bytes, and the weights of this build {len(data)}" in refused(where=copy)
+    (copy / artifact.WEIGHTS).unlink()
+    assert "No such file" in refused(where=copy)
+    assert "there is no function 'denoise_b3'; there are denoise_b1 denoise_b4" in refused("--function", "denoise_b3")
+    assert "must hold 'sample' as F32 of shape [1, 1, 28, 28]" in refused("--inputs", str(folder / artifact.WEIGHTS))
+    assert "cannot read" in refused("--inputs", str(tmp_path / "none"))
+    assert "not known" in refused("--colour", "red")
+
+
+def test_equal_bytes(tmp_path):
+    """Of everything that is added to the artifact, whatever the folder."""
+    name, weights, target = CASES[0]
+    case, row = packed.program(name, weights), targets.resolve(target)
+    builds = [build(case.program, row, (1, BATCH), jobs=jobs, cache=tmp_path / f"{jobs}", emit="c") for jobs in (1, 2)]
+    assert builds[0].files == builds[1].files
+    program_ = builds[0].files[artifact.PROGRAM]
+    assert str(tmp_path).encode() not in program_ and str(Path.cwd()).encode() not in program_
+
+
+def test_the_example_of_cmake_builds(tmp_path):
+    if not shutil.which("cmake"):
+        pytest.skip("cmake is not installed")
+    name, weights, target = CASES[0]
+    folder, made = program(name, weights, target), tmp_path / "build"
+    for command in (("cmake", "-S", str(folder), "-B", str(made)), ("cmake", "--build", str(made))):
+        subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run([made / "mpq_run", "--weights", folder / artifact.WEIGHTS], capture_output=True, text=True)
+    assert done.returncode == 0 and "calls: median" in done.stdout
