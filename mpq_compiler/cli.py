@@ -325,6 +325,7 @@ def _compile(args: argparse.Namespace) -> Any:
             ("weights", f"{terminal.size(weights['bytes'])}, {weights['average_bits']:.3f} true average bits"),
             ("as f32", terminal.size(weights["float_bytes"])),
             ("activations", f"{report.activations['average_bits']:.2f} average bits"),
+            *([("plan", terminal.additivity(report.additivity))] if report.additivity else []),
             ("numerics", _numerics(report.numerics)),
             ("SQNR", f"{report.quality['sqnr_db']:.2f} dB, executed by the {report.quality['executed_by']}"),
             ("calibrated on", _calibrated(report.calibration)),

@@ -63,6 +63,8 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "best": {"minutes": 30.0, "latent": 0.7},
 }
 """Options of `distill` by the name of an effort."""
+MEASURING = ("sensitivity", "predict-scores", "orthogonality")
+"""Passes that say between which formats is chosen."""
 ENOUGH_TO_RUN = 4
 """Random inputs with which quantizers get scales, where their values do not matter."""
 ENOUGH_ROWS = 64
@@ -107,10 +109,10 @@ class Options:
     seed: int = 0
     threads: int | None = None
     """Of a call of the artifact, where whoever loads it says nothing else; by default every core it finds then."""
-    tune: bool = False
-    """Search for the fastest tiles of the integer kernels, measured here; no result depends on them."""
     emit: str | None = None
     """"c": also a C program that runs the artifact without TVM's runtime (docs/standalone.md)."""
+    tune: bool = False
+    """Search for the fastest tiles of the integer kernels, measured here; no result depends on them."""
     jobs: int = 1
     cache: Path | None = None
     dumps: Path | None = None
@@ -138,6 +140,9 @@ class Report:
     """What the plan takes by the latency table (`_latency`); None where there is none."""
     training: list[dict[str, Any]]
     """What `distill` did, phase by phase (`distillation.Outcome`); nothing where nothing was trained."""
+    additivity: dict[str, Any] | None
+    """Noise of the whole plan, weights and activations together: ``measured``, ``expected`` from the sum of losses by
+    which it was chosen, ``difference_db`` of the two, on so many ``inputs``. None where no such sum chose it."""
     numerics: dict[str, Any]
     """``mode`` that the artifact has, and ``attentions`` and float ``layers``: those that are not in float32."""
     fallbacks: dict[str, str] = field(default_factory=dict)
@@ -198,9 +203,11 @@ def _with_width(recipe: recipes.Recipe, activations: float) -> recipes.Recipe:
     measured = (width,) if plan.get("mixed") is False else tuple(range(least, 9))
     for name, option, value in (
         ("equalize", "activations", width),
+        ("rotate", "activations", width),
         ("time-groups", "bits", width),
         ("time-gains", "activations", width),
         ("sensitivity", "activations", measured),
+        ("orthogonality", "activations", measured),
     ):
         if name in recipe.pipeline:
             usual = getattr(pass_manager.make(name, {}), option)
@@ -338,10 +345,11 @@ def _latency_table(options: Options, target: targets.Target) -> latency_table.Ta
 def _check_budget(program: Program, passes: Sequence[Pass], latency: Latency | None = None) -> None:
     """UserError for a budget of bytes or time that no allocation meets, before the long measurement that one needs."""
     options = {p.name(): p for p in passes}
-    allocation, sensitivity = options.get("bit-allocation"), options.get("sensitivity", options.get("predict-scores"))
-    if allocation is None or sensitivity is None:
+    allocation = options.get("bit-allocation")
+    measuring = next((options[name] for name in MEASURING if name in options), None)
+    if allocation is None or measuring is None:
         return
-    measured: Sequence[str] = getattr(sensitivity, "formats", ())
+    measured: Sequence[str] = getattr(measuring, "formats", ())
     floating = getattr(allocation, "activation_format", "int") == "float"
     table = costs.describe(program, names=measured, floating=floating)
     bits, size = getattr(allocation, "weights", None), getattr(allocation, "bytes", None)
@@ -421,6 +429,10 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
     backend = _backend(target)
     if chosen.tune and "tune" not in inspect.signature(backend.build).parameters:
         raise UserError(f"--tune measures kernels of CPU targets; '{target.name}' has none to choose: leave it out")
+    if chosen.emit not in (None, "c"):
+        raise UserError(f"--emit '{chosen.emit}' is not known: it is 'c' or left out")
+    if chosen.emit and "emit" not in inspect.signature(backend.build).parameters:
+        raise UserError(f"--emit c needs compiled kernels; '{target.name}' has none: leave it out")
     artifact.check_output(output, chosen.overwrite)
     if chosen.dumps is not None and not chosen.overwrite and chosen.dumps.exists() and any(chosen.dumps.iterdir()):
         raise UserError(f"the dumps folder '{chosen.dumps}' is not empty; name another one or add --overwrite")
@@ -429,10 +441,6 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
     denoiser = load_denoiser(model, chosen)
     with _standby(backend, chosen.jobs) as ready:
         lowering = lower(denoiser, chosen, progress)
-    if chosen.emit not in (None, "c"):
-        raise UserError(f"--emit '{chosen.emit}' is not known: it is 'c' or left out")
-    if chosen.emit and "emit" not in inspect.signature(backend.build).parameters:
-        raise UserError(f"--emit c needs compiled kernels; '{target.name}' has none: leave it out")
         program, planned, records, passes = lowering.program, lowering.planned, lowering.records, lowering.passes
         if program.stage != Stage.PACKED or planned is None:
             raise UserError("the pipeline ends before 'fold-fake-quant': nothing was packed that a backend could run")
@@ -441,6 +449,7 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
             others = _other_sizes(lowering, chosen)
             ready |= {"jobs": chosen.jobs, "progress": progress, "cache": chosen.cache}
             ready |= {"tune": True} if chosen.tune else {}
+            ready |= {"emit": chosen.emit} if chosen.emit else {}
             built = backend.build(program, target, batches, others=others, **ready)
     with single_threaded():
         target = targets.with_features(target, built.features)
@@ -449,7 +458,6 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
             **_describe(denoiser, program, planned, chosen, passes),
             "target": _describe_target(target) | {"numerics": _numerics(program)},
             "functions": built.functions,
-            ready |= {"emit": chosen.emit} if chosen.emit else {}
             "tensors": built.entries,
         }
         if built.prepare is not None:
@@ -518,6 +526,7 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
         latency=times,
         pipeline=pass_manager.to_text(passes),
         training=list(program.facts.get("training", ())),
+        additivity=program.facts.get("allocation", {}).get("additivity"),
         numerics={"mode": _numerics(program), **_choices(planned)},
         fallbacks=dict(program.fallbacks),
         notes=notes,
@@ -807,14 +816,14 @@ def candidate_plans(
             f"times for '{target.name}' are measured on a machine that runs it, and this one lacks {', '.join(missing)}"
         )
     denoiser = load_denoiser(model, chosen)
-    sensitivity = next((p for p in passes if p.name() == "sensitivity"), None)
+    measuring = next((p for p in passes if p.name() in MEASURING), None)
     allocation = next((p for p in passes if p.name() == "bit-allocation"), None)
     if allocation is None or not {p.name() for p in passes} >= LOWERED - {"low-rank", "fuse-epilogues"}:
         raise UserError("the pipeline packs nothing that has times: it needs 'bit-allocation' to 'fold-fake-quant'")
     uniform = allocation.options().get("uniform")
-    names = list(formats or ([uniform] if uniform else sensitivity.options()["formats"] if sensitivity else ["int8"]))
+    names = list(formats or ([uniform] if uniform else measuring.options()["formats"] if measuring else ["int8"]))
     latency = _times(denoiser, chosen, passes, progress, batch)
-    front = [p for p in passes[: passes.index(allocation)] if p.name() not in ("sensitivity", "predict-scores")]
+    front = [p for p in passes[: passes.index(allocation)] if p.name() not in MEASURING]
     session = Session(
         denoiser,
         denoiser.random_inputs(ENOUGH_TO_RUN)

@@ -92,8 +92,9 @@ def observe(done: Pass, before: Program, program: Program) -> None:
         _calibrated(step, program)
     if new("time-groups"):
         _grouped(step, program)
-    if new("sensitivity"):
-        _measured(step, program)
+    for fact in ("sensitivity", "orthogonality"):
+        if new(fact):
+            _measured(step, program, program.facts[fact])
     if program.stage == Stage.PLANNED and before.stage != Stage.PLANNED:
         _planned(step, program)
     if program.stage == Stage.FAKE_QUANTIZED:
@@ -159,8 +160,7 @@ def _grouped(step: str, program: Program) -> None:
         note(program, str(costs.weight_path(node)), step, ranges=ranges)
 
 
-def _measured(step: str, program: Program) -> None:
-    table = program.facts["sensitivity"]
+def _measured(step: str, program: Program, table: Mapping[str, Any]) -> None:
     note(program, PROGRAM, step, inputs=table.get("inputs"))
     for node in program.quantizable:
         path, edge = str(costs.weight_path(node)), input_edge(node).name

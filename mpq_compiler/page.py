@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from mpq_compiler import scores, svg, why
+from mpq_compiler import scores, svg, terminal, why
 from mpq_compiler.svg import Point
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def _summary(document: Mapping[str, Any]) -> str:
         told.append(f"{plan['average_bits']:.3f} true average bits, {plan['bytes']} bytes")
     if "objective" in plan:
         told.append(f"predicted loss {plan['objective']:.2e}")
+    if together := plan.get("additivity"):
+        told.append(terminal.additivity(together))
     groups: Sequence[float] = next((said["boundaries"] for said in whole.values() if "boundaries" in said), [])
     cut = f", cut at {', '.join(f'{b:g}' for b in groups)}" if groups else ""
     told.append(f"{len(groups) + 1} time groups{cut}")

@@ -248,6 +248,8 @@ def header(program: Program, pass_name: str = "") -> str:
         allocation = program.facts.get("allocation")
         if allocation:
             parts.append(f"predicted loss {allocation['objective']:.1e}")
+            if program.stage == Stage.PLANNED and (together := allocation.get("additivity")):
+                parts.append(f"{together['measured']:.1e} measured together")
     if program.fallbacks:
         parts.append(f"{len(program.fallbacks)} float leftovers")
     return f"// {pass_name + ': ' if pass_name else ''}{', '.join(parts)}"

@@ -98,3 +98,9 @@ def memory(entry: Mapping[str, Any]) -> str:
         f"{size(entry['prepared_bytes'])} of prepared weights, {most['activation_bytes']} of activations, "
         f"{most['workspace_bytes']} of workspaces a thread"
     )
+
+
+def additivity(entry: Mapping[str, Any]) -> str:
+    """How far the losses of single changes add up to the noise of a plan, of the report's entry on it."""
+    apart = "" if entry["difference_db"] is None else f" ({entry['difference_db']:+.2f} dB)"
+    return f"noise {entry['measured']:.2e} measured together, {entry['expected']:.2e} by the sum of its losses{apart}"

@@ -115,8 +115,14 @@ def moved_budgets(document: Document) -> tuple[list[Moved], str | None]:
     def members(budget: dict[str, Any]) -> dict[str, dict[str, Any]]:
         return {x["name"]: choice for x, choice in layers if budget.get("group") in (None, x.get("group"))}
 
+    used = [sum(choice["costs"][b["cost"]] for choice in members(b).values()) for b in problem["budgets"]]
+    most = [max(b["max"], own) for b, own in zip(problem["budgets"], used, strict=True)]  # what is written is rounded
+
     def solved(index: int, factor: float) -> Solution | None:
-        budgets = [{**b, "max": b["max"] * factor} if i == index else b for i, b in enumerate(problem["budgets"])]
+        budgets = [
+            {**b, "max": m * (factor if i == index else 1)}
+            for i, (b, m) in enumerate(zip(problem["budgets"], most, strict=True))
+        ]
         try:
             return solve(Problem.from_json({**problem, "budgets": budgets}))
         except InfeasibleError:
@@ -126,7 +132,7 @@ def moved_budgets(document: Document) -> tuple[list[Moved], str | None]:
         Moved(
             budget["cost"],
             budget["max"],
-            sum(choice["costs"][budget["cost"]] for choice in members(budget).values()),
+            used[index],
             sum(choice["loss"] for _, choice in layers),
             solved(index, 1 - STEP),
             solved(index, 1 + STEP),
@@ -317,6 +323,7 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
         *_statistics(_said(passes, "edge")),
         *_time(_said(passes, "ranges")),
         *_scored(_said(passes, "scores")),
+        *_important(_said(passes, "importance")),
         *_choice(found),
         *_tables(_said(passes, "activation_bits")),
     ]
@@ -324,7 +331,7 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
         told += _codes(name, said)
         told += _packed(name, said)
     told += _kernels(passes.get("backend", {}))
-    known = {"calibrate", "time-groups", "sensitivity", "predict-scores", "bit-allocation", "backend"}
+    known = {"calibrate", "time-groups", "sensitivity", "predict-scores", "orthogonality", "bit-allocation", "backend"}
     for name, said in passes.items():
         rest = {k: v for k, v in said.items() if k not in _TOLD}
         if rest and name not in known:
@@ -370,6 +377,15 @@ def _scored(said: Mapping[str, Any]) -> list[str]:
     if len(others) > 1:
         parts.append(f"its format is chosen together with those of its unit, {', '.join(others)}")
     return parts
+
+
+def _important(said: Mapping[str, Any]) -> list[str]:
+    if not said:
+        return []
+    return [
+        f"its outputs have {said['gamma']:.2f} in common with those of all layers on average (network orthogonality): "
+        f"its bits count {said['importance']:.2g} times those of the layer with the least"
+    ]
 
 
 def _choice(found: Mapping[str, Any]) -> list[str]:

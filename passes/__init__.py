@@ -11,6 +11,7 @@ PASSES: tuple[str, ...] = (
     "time-gains",
     "sensitivity",
     "predict-scores",
+    "orthogonality",
     "bit-allocation",
     "numerics",
     "insert-fake-quant",

@@ -25,14 +25,28 @@ from mpq_compiler.calibration import (
 )
 from mpq_compiler.costs import weight_path
 from mpq_compiler.errors import UserError
-from mpq_compiler.finalists import Finalists, Solved
+from mpq_compiler.finalists import Finalists, Solved, made
 from mpq_compiler.fitting import activation_parameters, float_parameters
 from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
 from mpq_compiler.latency import Costs, Latency
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import CONTRACTIONS, ActivationPlan, Program, Stage, WeightPlan, softmax, weight_of
+from mpq_compiler.passes.sensitivity import noise_together
+from mpq_compiler.program import (
+    CONTRACTIONS,
+    ActivationPlan,
+    Program,
+    Stage,
+    TensorStore,
+    WeightPlan,
+    softmax,
+    weight_of,
+)
 from mpq_compiler.sensitivity_table import CONTENT, QUALITY, Terms
 
+ORTHOGONALITY = "orthogonality"
+"""The objective, and the pass that it needs."""
+ADDITIVE_DB = 3.0
+"""How far a plan's noise may be from the sum of its losses without a note: what destroyed networks are off by."""
 UNQUANTIZED = 16
 """Bits of activations from which on they stay float, where all have one width."""
 
@@ -84,12 +98,13 @@ class BitAllocation(Pass):
     """float: activations are small floats of so many bits, E2M1 of 4 and the best of E2M5 to E5M2 of 8 (arXiv
     2408.06995). Simulated: no target has kernels for them, and layers compute in float on what is rounded."""
 
-    objective: Literal["noise", "paper-db", "scores", "scores-program"] = "noise"
+    objective: Literal["noise", "paper-db", "scores", "scores-program", "orthogonality"] = "noise"
     """What is summed over the layers: noise power; or, to be as large as can be, SQNR in dB as in the paper, which sums
     to no noise of anything and is worse by far (docs/recipes.md); or the scores of `predict-scores`. With scores, each
     unit takes the formats of the largest score less a price of its bytes, the least price that meets the budget
     (Qua2SeDiMo); with scores-program the integer program decides. Then activations have all the same whole width, at
-    most 8, or stay float from 16 on."""
+    most 8, or stay float from 16 on. Or, with orthogonality, bits that layers lack by the importance that
+    `orthogonality` gave them, without a sensitivity (docs/recipes.md)."""
     ratios: tuple[float, ...] = ()
     """Content layers have so many times the bits a weight of the others; the best is taken. None: one budget."""
     activation_ratios: tuple[float, ...] = ()
@@ -119,6 +134,11 @@ class BitAllocation(Pass):
             for option in ("bops", "latency", "ratios", "activation_ratios", "protected", "attention", "uniform"):
                 if getattr(self, option):
                     raise UserError(f"{here} has a budget of bytes alone: leave '{option}' out")
+        if self.objective == ORTHOGONALITY and (self.attention or self.uniform):
+            option = "attention" if self.attention else "uniform"
+            raise UserError(
+                f"bit-allocation{{objective={ORTHOGONALITY}}} knows importances of layers alone: leave '{option}' out"
+            )
         self.require("attention", 2, 8)
         self.require("activations", 2)
         for option in ("weights", "bytes", "bops", "latency"):
@@ -159,6 +179,8 @@ class BitAllocation(Pass):
         else:
             choices, quantized = self._solve(program, session)
         program = self._planned(program, choices, quantized)
+        if self.uniform is None and self.objective in ("noise", "paper-db"):
+            self._measure_together(program, session)
         self._check_uniform(program)
         self._note_latencies(program, session)
         return program
@@ -208,9 +230,8 @@ class BitAllocation(Pass):
 
     def _solve(self, program: Program, session: Session) -> tuple[dict[str, tuple[str, int]], set[str]]:
         """Weight format and activation bits of each layer; the attentions that are quantized."""
-        if "sensitivity" not in program.facts:
-            raise UserError("pass 'bit-allocation' needs 'sensitivity': put sensitivity before it, or set uniform=int8")
-        table = program.facts["sensitivity"] | costs.describe(program, self.dynamic, floating=self.floating)
+        measured = self._measured(program)
+        table = measured | costs.describe(program, self.dynamic, _formats(measured), self.floating)
         if not self.mixed:
             table |= {"activations": self._of_one_width(table["activations"])}
         table = self._with_latencies(table, program, session)
@@ -254,6 +275,42 @@ class BitAllocation(Pass):
             **({"candidates": finalists.judged} if finalists.judged else {}),
         }
         return _choices_of(best.solution, table)
+
+    def _measured(self, program: Program) -> dict[str, Any]:
+        """The losses that are summed. UserError: no pass has measured them."""
+        name = ORTHOGONALITY if self.objective == ORTHOGONALITY else "sensitivity"
+        if name not in program.facts:
+            raise UserError(f"pass 'bit-allocation' needs '{name}': put {name} before it, or set uniform=int8")
+        found: dict[str, Any] = program.facts[name]
+        return found
+
+    def _measure_together(self, program: Program, session: Session) -> None:
+        """Leaves the noise of the whole plan beside the sum of its losses, and a note where they are far apart."""
+        allocation, most = program.facts["allocation"], program.facts["sensitivity"].get("inputs")
+        if most is None:
+            program.note(
+                "whether the losses of the sensitivity table add up to the plan's noise is not checked: the table does "
+                "not say on how many inputs it was measured"
+            )
+            return
+        inputs = min(most, len(program.facts["calibration"].timesteps))
+        program.facts.setdefault("fits", {})  # which copies share, so that weights are fitted once
+        changed = made(program.fork(tensors=TensorStore(program.tensors)), session)
+        expected, measured = allocation["objective"], noise_together(program, changed, inputs, session)
+        difference = 10 * math.log10(measured / expected) if min(measured, expected) > 0 else None
+        program.facts["allocation"] = allocation | {
+            "additivity": {"expected": expected, "measured": measured, "difference_db": difference, "inputs": inputs}
+        }
+        if difference is not None and abs(difference) > ADDITIVE_DB:
+            remedy = "give more bits (--weights, --activations), for large errors do not add up"
+            if session.sensitivity is not None:
+                remedy = "measure the table again, in this pipeline and on this calibration"
+            elif difference < 0:
+                remedy = f"measure on more inputs (sensitivity{{inputs={2 * most}}})"
+            program.note(
+                f"the noise of the plan is {difference:+.1f} dB from the sum of its losses, by which it was chosen, so "
+                f"that another plan may be better: {remedy}"
+            )
 
     def _by_scores(self, program: Program) -> dict[str, tuple[str, int]]:
         """Weight format and activation bits of each layer, by what `predict-scores` found."""
@@ -322,8 +379,7 @@ class BitAllocation(Pass):
         """Of the formats that there are to choose from."""
         if self.uniform is not None:
             return latency.costs(program, [formats.get(self.uniform).name], self.dynamic)
-        measured = program.facts["sensitivity"]["weights"].values()
-        return latency.costs(program, list(dict.fromkeys(name for losses in measured for name in losses)), self.dynamic)
+        return latency.costs(program, _formats(self._measured(program)), self.dynamic)
 
     def _solved(self, problem: dict[str, Any], table: dict[str, Any]) -> Solution:
         """The solution. UserError: none is within the budgets; says how fast the model can be within the others."""
@@ -390,6 +446,11 @@ class BitAllocation(Pass):
                 f"uniform {self.uniform} takes {stored} bytes ({bits:.3f} true average bits), more than the budget of "
                 f"{limit} bytes; use the default recipe, which mixes formats"
             )
+
+
+def _formats(table: dict[str, Any]) -> list[str]:
+    """Those that a table has losses of."""
+    return list(dict.fromkeys(name for losses in table["weights"].values() for name in losses))
 
 
 def _noise(problem: dict[str, Any], solution: Solution) -> float:

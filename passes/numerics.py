@@ -136,9 +136,9 @@ class _Measured:
 
     def of_plan(self) -> float:
         """Of the plan, with all rounding to nearest."""
-        allocation = self.program.facts.get("allocation")
-        if allocation is not None:
-            return float(allocation["objective"])
+        known = self.program.facts.get("allocation", {}).get("additivity")
+        if known is not None:
+            return float(known["expected"])
         if PLAN not in self.results:
             quantized = InsertFakeQuant().run(self.program, self.session)
             powers = [noise_power(run(quantized, batch), run(self.program, batch)) for batch in self.parts]

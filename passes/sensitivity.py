@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,7 +30,7 @@ from mpq_compiler.costs import weight_path
 from mpq_compiler.errors import UserError
 from mpq_compiler.fitting import Rounding, activation_parameters, bias_of, corrected_bias, fitted, float_parameters
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, operand, shapes, softmax
+from mpq_compiler.program import Program, operand, run, shapes, softmax
 from mpq_compiler.sensitivity_table import require_of
 
 HELD_BYTES = 4 << 30
@@ -115,9 +115,7 @@ class Sensitivity(Pass):
         table |= {"attention": {}, "dynamic": DYNAMIC in session.statistics, "floating": FLOATING in session.statistics}
         sizes = [float(_counts(program, part).sum()) for part in parts]
         for task in tasks:
-            powers = [results[_key(task.name, part)] for part in range(len(parts))]
-            mean = sum(power * size for power, size in zip(powers, sizes, strict=True)) / sum(sizes)
-            loss = float(f"{mean:.{DIGITS - 1}e}")
+            loss = _mean([results[_key(task.name, part)] for part in range(len(parts))], sizes)
             if task.kind == WEIGHT:
                 table["weights"].setdefault(weight_path(task.node), {})[task.choice] = loss
             else:
@@ -221,6 +219,25 @@ class Sensitivity(Pass):
             changed = quantized_edge(node)
         readers = [n for n in program.quantizable if input_edge(n) is node]
         return noise(ablation.output(operands=dict.fromkeys(readers, changed)))
+
+
+def noise_together(program: Program, changed: Program, inputs: int, session: Session) -> float:
+    """The relative noise power of a ``changed`` program, measured as those of single changes to ``program`` are.
+
+    On the same of its calibration inputs, so many of them, each of which counts as much.
+    """
+    parts = list(batches(program.facts["calibration"].select(inputs), _inputs_held(program)))
+
+    def power(part: dict[str, Tensor]) -> float:
+        return noise_power(run(changed, part), run(program, part), _counts(program, part))
+
+    return _mean(session.map(power, parts), [float(_counts(program, part).sum()) for part in parts])
+
+
+def _mean(powers: Sequence[float], sizes: Sequence[float]) -> float:
+    """Of the noise powers of parts, as it is kept."""
+    mean = sum(power * size for power, size in zip(powers, sizes, strict=True)) / sum(sizes)
+    return float(f"{mean:.{DIGITS - 1}e}")
 
 
 def _counts(program: Program, inputs: dict[str, Tensor]) -> Tensor:

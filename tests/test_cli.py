@@ -50,6 +50,7 @@ def artifact(folder: Path, model: Path) -> Path:
     )
     assert report["weights"]["average_bits"] <= 5
     assert report["quality"]["executed_by"] == "artifact"
+    assert report["additivity"]["inputs"] == 4 and abs(report["additivity"]["difference_db"]) < 3
     assert [p["name"] for p in report["passes"]] == [p.name() for p in pass_manager.parse(report["pipeline"])]
     assert sum(layer["bytes"] for layer in report["layers"]) < report["weights"]["bytes"]
     return output
@@ -218,7 +219,7 @@ def test_verify_and_run(folder: Path, artifact: Path) -> None:
     assert np.array_equal(tensorfile.load(output)["output"], mpq_compiler.load(artifact).run(inputs))
 
 
-def test_measure_once_allocate_often(folder: Path, model: Path) -> None:
+def test_measure_once_allocate_often(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The table alone gives the allocation that compiling with it gives, without importing torch."""
     table = folder / "table.json"
     measured = command(folder, "sensitivity", model, "-o", table, *QUICK)
@@ -233,11 +234,15 @@ def test_measure_once_allocate_often(folder: Path, model: Path) -> None:
     chosen = json.loads(solution.read_text())
     assert schemas.check(chosen, "allocation-solution") is None
     assert chosen["optimal"]
+    capsys.readouterr()
     report = command(
         folder,
         *("compile", model, "-o", folder / "tabled.mpq", "--weights", "4", "--sensitivity", table),
         *("--target", "reference", *QUICK),
     )
+    told = re.sub(r"[│\s]+", " ", capsys.readouterr().out)
+    assert f"measured together, {chosen['objective']:.2e} by the sum of its losses (" in told
+    assert report["additivity"]["expected"] == pytest.approx(chosen["objective"])
     assert {row["name"]: f"{row['weight']} u8" for row in report["layers"]} == chosen["choices"]
     fewer = command(folder, "allocate", table, "--weights", "3.2")
     assert fewer["objective"] > chosen["objective"]

@@ -21,7 +21,7 @@ from tests import programs, tiny
 
 GOLDEN = Path(__file__).parent / "golden"
 PLAIN = programs.RESIDUAL.replace("int2+b", "int3")
-UNCHANGED = ("calibrate", "time-groups", "time-gains", "sensitivity", "predict-scores")
+UNCHANGED = ("calibrate", "time-groups", "time-gains", "sensitivity", "predict-scores", "orthogonality")
 SHOWN = {
     **{p.name(): ("unet2d", PLAIN) for p in pass_manager.parse(PLAIN)},
     "residual-branch": ("unet2d", programs.RESIDUAL),

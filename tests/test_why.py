@@ -124,6 +124,14 @@ def test_moved_budgets_are_solved_again():
     assert row["more"] == {"loss": size.more.objective, "choice": size.more.choices[f"{LAYER}.weight"]}
 
 
+def test_what_was_chosen_fits_though_numbers_are_written_rounded():
+    """Thirds of edges that three layers share: six digits of each sum to more than the budget that they fill."""
+    found = document("unet2d")
+    moved = {budget.cost: budget for budget in why.moved_budgets(found)[0]}
+    assert moved["activation_bits"].used > moved["activation_bits"].max
+    assert moved["bytes"].less is not None and moved["bytes"].more is not None and moved["bytes"].price > 0
+
+
 def test_budgets_of_groups_are_those_of_their_layers():
     """In decibels too, whose sums are negative."""
     program = programs.after("sd15", "sensitivity")
@@ -210,6 +218,8 @@ def test_the_page_stands_alone_and_shows_every_layer(dumps, with_dumps):
     words = " ".join(reader.words)
     for path in found["layers"]:
         assert path.removesuffix(".weight") in words
+    said = found["program"]["bit-allocation"]
+    assert f"noise {said['additivity']['measured']:.2e} measured together, {said['objective']:.2e} by the sum" in words
     assert "dumps & more" in words and text.count("<svg") == (3 if with_dumps else 1)
     assert ("What each pass changed" in words) == with_dumps
 

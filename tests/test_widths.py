@@ -9,7 +9,8 @@ from mpq_compiler.compiler import Options, resolve
 
 def widths(**options) -> dict[str, object]:
     named = {p.name(): p.options() for p in resolve(Options(weights=4, **options))}
-    found = {name: named[name]["activations"] for name in ("equalize", "time-gains", "sensitivity") if name in named}
+    names = ("equalize", "rotate", "time-gains", "sensitivity")
+    found = {name: named[name]["activations"] for name in names if name in named}
     return {**found, "time-groups": named["time-groups"]["bits"]}
 
 
@@ -32,6 +33,12 @@ def test_small_floats_have_four_bits_at_least():
         "trace,layout,calibrate,time-groups,sensitivity{formats=fp8},bit-allocation{activation_format=float},numerics"
     )
     assert widths(activations=5, pipeline=text)["sensitivity"] == (4, 5, 6, 7, 8)
+
+
+def test_rotations_are_reckoned_for_the_width_of_the_budget():
+    text = "trace,layout,rotate{},calibrate,time-groups,bit-allocation{{uniform=int8}},numerics"
+    assert widths(activations=4, pipeline=text.format(""))["rotate"] == 4
+    assert widths(activations=4, pipeline=text.format("{activations=6}"))["rotate"] == 6
 
 
 def test_widths_given_by_hand_stay():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections import defaultdict
 
@@ -9,12 +10,14 @@ import torch
 from torch import fx
 
 from mpq_compiler import calls, costs, formats, pass_manager, storage
+from mpq_compiler.ablation import by_gains
 from mpq_compiler.aten import aten
 from mpq_compiler.calibration import input_edge
 from mpq_compiler.errors import UserError
 from mpq_compiler.exact import run_exact
 from mpq_compiler.pass_manager import Session
-from mpq_compiler.passes.bit_allocation import BitAllocation
+from mpq_compiler.passes import sensitivity
+from mpq_compiler.passes.bit_allocation import ADDITIVE_DB, BitAllocation
 from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run
 from tests import programs
 
@@ -218,6 +221,79 @@ def test_sums_of_decibels_report_the_noise_that_they_cost():
     noise, decibels = (planned(weights=5.0, objective=o) for o in ("noise", "paper-db"))
     assert noise.facts["allocation"]["objective"] < decibels.facts["allocation"]["objective"]
     assert costs.stored_bytes(decibels) <= 5.0 * decibels.facts["parameters"] / 8
+
+
+def together(program: Program, session: Session | None = None, **options) -> Program:
+    """The program planned with a budget of 5 bits, whose noise is measured."""
+    return BitAllocation(weights=5.0, **options).run(program, session or Session())
+
+
+@pytest.mark.parametrize("gains", [None, [(0.0, 1.0), (400.0, 0.01), (999.0, 0.5)]])
+@pytest.mark.invariant("allocator-12")
+def test_noise_of_the_plan_is_that_of_the_program_that_is_made_of_it(gains):
+    """Weights and activations together, on the table's inputs, each counted as it counts there."""
+    program = programs.after(MODEL, "sensitivity").fork()
+    if gains is not None:
+        program.facts["time-gains"] = gains
+    planned = together(program)
+    said = planned.facts["allocation"]["additivity"]
+    changed = pass_manager.make("round-weights", {}).run(
+        pass_manager.make("insert-fake-quant", {}).run(planned, Session()), Session()
+    )
+    inputs = program.facts["calibration"].select(program.facts["sensitivity"]["inputs"])
+    outputs = [run(p, inputs).double() for p in (changed, program)]
+    counts = torch.ones(len(outputs[0])) if gains is None else by_gains(inputs["timestep"], gains)
+    error, power = (x.square().flatten(1).sum(1) @ counts.double() for x in (outputs[0] - outputs[1], outputs[1]))
+    assert said["measured"] == pytest.approx(float(error / power), rel=1e-5)
+    assert said["expected"] == planned.facts["allocation"]["objective"]
+    assert said["difference_db"] == pytest.approx(10 * math.log10(said["measured"] / said["expected"]))
+    assert said["inputs"] == 3 and (gains is not None or abs(said["difference_db"]) < ADDITIVE_DB)
+
+
+@pytest.mark.invariant("compiler-12")
+def test_noise_of_the_plan_depends_on_no_jobs_and_leaves_no_tensors(monkeypatch):
+    """Measured input by input, as where memory is short."""
+    monkeypatch.setattr(sensitivity, "HELD_BYTES", 1)
+    program = programs.after(MODEL, "sensitivity")
+    program = program.fork(tensors=TensorStore(program.tensors))
+    before = {*program.tensors}
+    one, two = (together(program, Session(jobs=jobs)).facts["allocation"] for jobs in (1, 2))
+    assert one == two and one["additivity"]["measured"] > 0
+    assert {name.split(":")[1].split(".")[0] for name in program.tensors.keys() - before} <= {"scale", "zero_point"}
+
+
+@pytest.mark.parametrize(
+    ("factor", "given", "remedy"),
+    [
+        (0.1, False, r"\+\d+\.\d dB from the sum .*: give more bits \(--weights, --activations\)"),
+        (10.0, False, r"-\d+\.\d dB from the sum .*: measure on more inputs \(sensitivity\{inputs=6\}\)"),
+        (10.0, True, "measure the table again, in this pipeline"),
+        (1.0, False, None),
+        (0.0, False, None),
+    ],
+)
+def test_losses_that_do_not_add_up_are_told_with_a_remedy(factor, given, remedy):
+    program = programs.after(MODEL, "sensitivity").fork()
+    table = program.facts["sensitivity"]
+    scaled = {
+        kind: {name: {choice: loss * factor for choice, loss in losses.items()} for name, losses in table[kind].items()}
+        for kind in ("weights", "activations")
+    }
+    program.facts["sensitivity"] = table | scaled
+    found = together(program, Session(sensitivity=program.facts["sensitivity"] if given else None))
+    notes = [note for note in found.facts.get("notes", ()) if "sum of its losses" in note]
+    assert [bool(re.search(remedy, note)) for note in notes] == [True] if remedy else notes == []
+    if not factor:
+        assert found.facts["allocation"]["additivity"]["difference_db"] is None
+
+
+def test_a_table_that_names_no_inputs_is_not_checked():
+    program = programs.after(MODEL, "sensitivity").fork()
+    table = {key: value for key, value in program.facts["sensitivity"].items() if key != "inputs"}
+    program.facts["sensitivity"] = table
+    found = together(program, Session(sensitivity=table))
+    assert "additivity" not in found.facts["allocation"]
+    assert any("is not checked: the table does not say on how many inputs" in note for note in found.facts["notes"])
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1])
