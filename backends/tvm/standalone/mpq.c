@@ -72,12 +72,14 @@ static bool has(const char *feature) {
 #endif
 
 static bool fits_cpu(void) {
+    char lacking[256] = "";
+    size_t used = 0;
     for (const char *const *feature = plan->features; *feature; feature++)
-        if (!has(*feature)) {
-            fail("this CPU lacks %s, which the kernels for '%s' need: compile for another target", *feature, plan->target);
-            return false;
-        }
-    return true;
+        if (!has(*feature) && used + strlen(*feature) + 3 < sizeof lacking)
+            used += (size_t)sprintf(lacking + used, "%s%s", used ? ", " : "", *feature);
+    if (used)
+        fail("this CPU lacks %s, which the kernels for '%s' need: compile for another target", lacking, plan->target);
+    return !used;
 }
 
 /* ------------------------------------------------------------------- what the kernels ask of their runtime */
@@ -240,6 +242,8 @@ static char *map(const char *path) {
     else
         fail("%s has %lld bytes, and the weights of this build %llu: take the file that was compiled with it", path,
              (long long)about.st_size, (unsigned long long)plan->weights_bytes);
+    if (data == MAP_FAILED && (uint64_t)about.st_size == plan->weights_bytes)
+        fail("cannot map the weights %s: %s", path, strerror(errno));
     close(handle);
     if (data == MAP_FAILED) return NULL;
     if (sum_of(data, plan->weights_bytes) != plan->weights_sum) {
