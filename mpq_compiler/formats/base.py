@@ -144,6 +144,10 @@ def row_tiles(rows: int) -> int:
     return -(-rows // ops.TILE_ROWS)
 
 
+MANY, FEW_MIDDLES = 8192, 15
+"""Values and middles of levels where counting, a middle at a time, is two to six times as fast as searching."""
+
+
 def nearest_codes(
     weight: Tensor,
     scale: Tensor,
@@ -163,14 +167,25 @@ def nearest_codes(
     levels, order = rising(lut)
     middles = (levels[:, 1:] + levels[:, :-1]) / 2
     if lut.shape[0] == 1:
-        return order[0][torch.bucketize(t, middles[0])].to(torch.uint8)
+        return _codes_of(t, middles[0], order[0])
     assert row_class is not None
     classes = ops.row_classes(row_class, len(weight))
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for c in classes.unique().tolist():
         rows = classes == c
-        codes[rows] = order[c][torch.bucketize(t[rows], middles[c])].to(torch.uint8)
+        codes[rows] = _codes_of(t[rows], middles[c], order[c])
     return codes
+
+
+def _codes_of(t: Tensor, middles: Tensor, order: Tensor) -> Tensor:
+    """Codes of the levels nearest to values, u8: those whose rank is the number of middles that lie below."""
+    if t.numel() < MANY or len(middles) > FEW_MIDDLES:
+        return order[torch.bucketize(t, middles)].to(torch.uint8)
+    ranks = torch.zeros(t.shape, dtype=torch.uint8)
+    for middle in middles.tolist():
+        ranks += t > middle
+    rising_codes = torch.equal(order, torch.arange(len(order)))
+    return ranks if rising_codes else order.to(torch.uint8)[ranks.long()]
 
 
 def rising(lut: Tensor) -> tuple[Tensor, Tensor]:
