@@ -35,8 +35,8 @@ KERNELS = "kernels.so"
 IR = "ir.txt"
 DECISIONS = "decisions.json"
 SCHEDULE = "schedule.json"
-PROGRAM = "mpq_run"
-"""The one file that may be executed (`mpqc compile --emit c`)."""
+PROGRAM, SERVER = "mpq_run", "mpq_rpc"
+"""Files that may be executed (`mpqc compile --emit c`)."""
 
 _MAX_MANIFEST = 64 << 20  # bytes
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -177,7 +177,7 @@ def _fill(path: Path, source: FileSource) -> None:
         source(path)
     with path.open("rb+") as stream:
         _sync(stream)
-    path.chmod((0o777 if path.name == PROGRAM else 0o666) & ~_umask())
+    path.chmod((0o777 if path.name in (PROGRAM, SERVER) else 0o666) & ~_umask())
 
 
 def _sync(stream: IO[bytes]) -> None:

@@ -149,6 +149,10 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     bench.add_argument("--plot", metavar="FILE", help="write the kernels under the machine's roofs, as SVG")
     bench.add_argument("--no-memory", action="store_true", help="leave out peak memory, measured in processes apart")
+    bench.add_argument(
+        "--rpc", metavar="HOST:PORT",
+        help="on the device where mpq_rpc listens; the environment's MPQ_TOKEN is its token (docs/standalone.md)",
+    )  # fmt: skip
     bench.add_argument("--overwrite", action="store_true", help="replace a plot that exists")
 
     inspect = add("inspect", _inspect, "look at the dumps of a compilation, or into an artifact")
@@ -468,13 +472,19 @@ def _verify(args: argparse.Namespace) -> Any:
 
 
 def _bench(args: argparse.Namespace) -> Any:
-    from mpq_compiler import bench
+    from mpq_compiler import bench, remote
 
     plot = Path(args.plot) if args.plot else None
     if plot is not None:
         if plot.suffix != ".svg":
             raise UserError(f"--plot {plot}: the plot is drawn as SVG; name it {plot.stem}.svg")
         _require_new(plot, args.overwrite)
+    if args.rpc:
+        if args.against or args.kernels or plot is not None or args.latency_table:
+            raise UserError("--rpc times artifacts alone: leave --against, --kernels, --plot and --latency-table out")
+        found = remote.bench(args.artifacts, args.rpc, args.threads, args.batch, args.rounds, terminal.progress)
+        bench.show(found, False)
+        return found
     found = bench.bench(
         args.artifacts,
         [name.strip() for name in args.against.split(",") if name.strip()],

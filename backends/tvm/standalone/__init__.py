@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mpq_compiler.artifact import PROGRAM
+from mpq_compiler.artifact import PROGRAM, SERVER
 from mpq_compiler.backends.tvm import templates
 from mpq_compiler.backends.tvm.kernels.template import BATCH, Argument
 from mpq_compiler.backends.tvm.link import linker
 from mpq_compiler.backends.tvm.lowered import Call, Kernel, Lowered, Value
 from mpq_compiler.targets import Target
 
-SOURCES = ("mpq.h", "mpq_plan.h", "mpq.c", "mpq_run.c", "CMakeLists.txt")
+SOURCES = ("mpq.h", "mpq_plan.h", "mpq.c", "mpq_run.c", "mpq_rpc.c", "CMakeLists.txt")
 MODEL, KERNELS = "mpq_model.c", "libkernels.a"
 OPTIONS = ("-std=c11", "-O2", "-static", "-Wl,--strip-all", "-Wl,--build-id=none", "-Wl,-z,noexecstack")
 ALIGNMENT = 64
@@ -55,8 +55,8 @@ def describe(path: Path, places: Mapping[str, tuple[int, int]]) -> Weights:
 def write(
     folder: Path, lowered: Lowered, target: Target, objects: Sequence[Path], weights: Weights, workspace_bytes: int
 ) -> list[str]:
-    """The sources, `KERNELS`, the archive of the kernels, and `PROGRAM`, all of it as one static executable;
-    the names of the files.
+    """The sources, the archive of the kernels, and two static executables: `PROGRAM`, which is all of it, and `SERVER`,
+    which takes programs on a device (`mpq_rpc.c`). The names of the files.
 
     UserError: there is no compiler for the target.
     """
@@ -65,9 +65,9 @@ def write(
     compiler = linker(target)
     archiver = compiler.removesuffix("gcc") + "ar" if compiler.endswith("-gcc") else "ar"
     _run(folder, archiver, "rcsD", KERNELS, *(str(path.resolve()) for path in objects))
-    units = [name for name in (*SOURCES, MODEL) if name.endswith(".c")]
-    _run(folder, compiler, *OPTIONS, *units, KERNELS, "-lpthread", "-lm", "-o", PROGRAM)
-    return sorted([*SOURCES, MODEL, KERNELS, PROGRAM])
+    _run(folder, compiler, *OPTIONS, "mpq.c", "mpq_run.c", MODEL, KERNELS, "-lpthread", "-lm", "-o", PROGRAM)
+    _run(folder, compiler, *OPTIONS, "mpq_rpc.c", "-o", SERVER)
+    return sorted([*SOURCES, MODEL, KERNELS, PROGRAM, SERVER])
 
 
 def _run(folder: Path, *command: str) -> None:

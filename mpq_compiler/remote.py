@@ -1,0 +1,189 @@
+"""A device over the network: sends an artifact's C program to `mpq_rpc`, runs it there, and takes times.
+
+The protocol stands at the head of `backends/tvm/standalone/mpq_rpc.c`. Nothing here imports torch or TVM.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from mpq_compiler import artifact
+from mpq_compiler.errors import UserError
+
+TOKEN = "MPQ_TOKEN"
+"""The environment variable with the secret of client and server."""
+PIECE = 1 << 20
+TIMES = re.compile(r"(\d+) calls: median ([\d.]+) ms, least ([\d.]+) ms, most ([\d.]+) ms")
+
+
+class Device:
+    """A connection, as a context. UserError: it cannot be made, or is lost; the device refuses what it is asked for."""
+
+    def __init__(self, address: str, token: str | None = None, timeout: float = 600.0) -> None:
+        """address: HOST:PORT; token: by default that of the environment; timeout: seconds without an answer."""
+        self.address = address
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise UserError(f"--rpc {address} must be HOST:PORT, as mpq_rpc says when it starts")
+        try:
+            self.socket = socket.create_connection((host, int(port)), 10)
+        except OSError as error:
+            raise UserError(f"cannot reach {address}: {error.strerror or error}; start mpq_rpc there") from error
+        self.socket.settimeout(timeout)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        secret = os.environ.get(TOKEN, "") if token is None else token
+        try:
+            self._ask(b"MPQ1" + _text(secret))
+        except UserError:
+            self.socket.close()
+            raise
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def put(self, path: Path, name: str = "", progress: Callable[[int], None] | None = None) -> None:
+        """Sends a file; it may be executed there."""
+        self._send(b"P" + _text(name or path.name) + path.stat().st_size.to_bytes(8, "little"))
+        with path.open("rb") as file:
+            while piece := file.read(PIECE):
+                self._send(piece)
+                if progress:
+                    progress(len(piece))
+        self._ask(b"")
+
+    def get(self, name: str) -> bytes:
+        """A file's content."""
+        self._ask(b"G" + _text(name))
+        return self._take(int.from_bytes(self._take(8), "little"))
+
+    def run(self, program: str, *options: str) -> tuple[int, str]:
+        """(exit code, 256 and above that of a signal; what was printed) of a program that was sent."""
+        words = (program, *options)
+        self._ask(b"R" + len(words).to_bytes(4, "little") + b"".join(map(_text, words)))
+        code, size = (int.from_bytes(self._take(4), "little") for _ in range(2))
+        return code, self._take(size).decode(errors="replace")
+
+    def _ask(self, request: bytes) -> None:
+        self._send(request)
+        if self._take(1) != b"\0":
+            sentence = self._take(int.from_bytes(self._take(4), "little")).decode(errors="replace")
+            raise UserError(f"{self.address}: {sentence}")
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self.socket.sendall(data)
+        except OSError as error:
+            raise self._lost(error) from error
+
+    def _take(self, count: int) -> bytes:
+        found = bytearray()
+        try:
+            while len(found) < count:
+                piece = self.socket.recv(min(count - len(found), PIECE))
+                if not piece:
+                    raise ConnectionError("it was closed")
+                found += piece
+        except OSError as error:
+            raise self._lost(error) from error
+        return bytes(found)
+
+    def _lost(self, error: OSError) -> UserError:
+        return UserError(f"the connection to {self.address} is lost: {error.strerror or error}")
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return len(data).to_bytes(4, "little") + data
+
+
+def bench(
+    paths: Sequence[str | Path], address: str, threads: int = 1, batch: int = 1, rounds: int = 15, progress: Any = None
+) -> dict[str, Any]:
+    """Times of artifacts with a C program on a device, in turns; plain data (schemas/bench.json).
+
+    UserError: an artifact without a C program, or without a function for the batch; what the device says.
+    """
+    opened = [_opened(path, batch) for path in paths]
+    turns = [("mpq", 0), ("mpq control", 0), *((f"mpq {Path(p).stem}", n) for n, p in enumerate(paths[1:], 1))]
+    names = [name for name, _ in turns]
+    times: dict[str, list[Mapping[str, float]]] = {name: [] for name in names}
+    with Device(address) as device:
+        size = sum(a.file(name).stat().st_size for a, _ in opened for name in (artifact.PROGRAM, artifact.WEIGHTS))
+        with progress(f"sending to {address}", size) if progress else nullcontext(lambda n: None) as advance:
+            for number, (each, _) in enumerate(opened):
+                for name in (artifact.PROGRAM, artifact.WEIGHTS):
+                    device.put(each.file(name), f"{number}-{name}", advance)
+        with progress("benchmark", rounds) if progress else nullcontext(lambda n: None) as advance:
+            for _ in range(rounds):
+                for name, number in turns:
+                    times[name].append(_timed(device, number, opened[number][1], threads))
+                advance(1)
+    rows = []
+    for name, number in turns:
+        own = [row["median"] for row in times[name]]
+        ratios = {
+            other: [b["median"] / a for a, b in zip(own, times[other], strict=True)] for other in names if other != name
+        }
+        rows.append(
+            {
+                "name": name,
+                "ms": statistics.median(own),
+                "ms_min": min(row["least"] for row in times[name]),
+                "ms_max": max(row["most"] for row in times[name]),
+                "cpu_ms": None,
+                "wall_ms": statistics.median(own),
+                "bytes": opened[number][0].manifest["weights"]["payload_bytes"],
+                "peak_bytes": None,
+                "sqnr_db": None,
+                "speedup": {other: statistics.median(values) for other, values in ratios.items()},
+                "spread": {other: [min(values), max(values)] for other, values in ratios.items()},
+            }
+        )
+    return {
+        "rows": rows,
+        "peak": {
+            **dict.fromkeys(("gmacs", "float_gmacs", "gbytes", "model_gmacs", "reached")),
+            "reason": "on a device",
+        },
+        "rounds": rounds,
+        "threads": threads,
+        "batch": batch,
+        "clock": "wall",
+        "cpu": f"the device at {address}",
+        "skipped": {},
+        "kernels": None,
+        "latency": None,
+    }
+
+
+def _opened(path: str | Path, batch: int) -> tuple[artifact.Artifact, str]:
+    """The artifact, and the function for the batch."""
+    found = artifact.read(path)
+    if artifact.PROGRAM not in found.manifest["files"]:
+        raise UserError(f"{path} has no program that runs on a device: compile it with --emit c")
+    functions = {f["batch"]: f["name"] for f in reversed(found.manifest["functions"])}
+    if batch not in functions:
+        known = ", ".join(map(str, sorted(functions)))
+        raise UserError(f"{path} has no function for a batch of {batch}: take {known}")
+    return found, functions[batch]
+
+
+def _timed(device: Device, number: int, function: str, threads: int) -> dict[str, float]:
+    """Milliseconds of a few calls."""
+    weights = f"{number}-{artifact.WEIGHTS}"
+    options = ("--weights", weights, "--function", function, "--threads", str(threads), "--repeat", "5")
+    code, printed = device.run(f"{number}-{artifact.PROGRAM}", *options)
+    match = TIMES.search(printed)
+    if code or match is None:
+        raise UserError(f"{device.address}: {printed.strip().removeprefix('error: ') or f'it ended with {code}'}")
+    return dict(zip(("median", "least", "most"), map(float, match.groups()[1:]), strict=True))

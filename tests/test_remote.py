@@ -1,0 +1,142 @@
+"""The server for devices and its client: what is sent and run, what is refused, that nothing is left."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from mpq_compiler import remote, schemas, targets
+from mpq_compiler.backends.tvm import standalone
+from mpq_compiler.backends.tvm.build import build
+from mpq_compiler.errors import UserError
+from mpq_compiler.remote import Device
+from tests import packed, qemu
+
+TOKEN = "a secret"
+
+
+@functools.cache
+def server(compiler: str) -> Path:
+    """mpq_rpc, built by a compiler."""
+    path = Path(tempfile.mkdtemp(prefix="mpq-rpc-")) / "mpq_rpc"
+    source = Path(standalone.__file__).with_name("mpq_rpc.c")
+    subprocess.run([compiler, *standalone.OPTIONS, "-Wall", "-Wextra", "-Werror", source, "-o", path], check=True)
+    return path
+
+
+@contextmanager
+def listening(folder: Path, token: str = TOKEN, emulated: bool = False) -> Iterator[str]:
+    """The address of a server; it must end when it is told to, and leave nothing."""
+    if emulated and (absent := qemu.missing()):
+        pytest.skip(absent)
+    command = [str(server("aarch64-linux-gnu-gcc" if emulated else "gcc")), "--port", "0", "--folder", str(folder)]
+    environment = {**os.environ, "MPQ_TOKEN": token}
+    before = ["qemu-aarch64"] if emulated else []
+    with subprocess.Popen([*before, *command], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().split()[-1]
+        finally:
+            process.terminate()
+            assert process.wait(20) == 0
+    assert not list(folder.iterdir())
+
+
+def script(folder: Path, text: str) -> Path:
+    path = folder / "script"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    return path
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_files_and_programs(tmp_path, emulated):
+    (tmp_path / "device").mkdir()
+    data = os.urandom(3_000_001)
+    (tmp_path / "data").write_bytes(data)
+    with listening(tmp_path / "device", emulated=emulated) as address, Device(address, TOKEN) as device:
+        device.put(tmp_path / "data")
+        device.put(script(tmp_path, 'cat data > copy; echo "$1 $MPQ_TOKEN"; echo error >&2; exit 3'))
+        assert device.run("script", "two words") == (3, "two words \nerror\n"), "the token is not for programs"
+        assert device.get("copy") == data
+        device.put(script(tmp_path, "kill -9 $$"))
+        assert device.run("script") == (256 + 9, "")
+
+
+def test_what_is_refused(tmp_path):
+    (tmp_path / "device").mkdir()
+    with listening(tmp_path / "device") as address:
+        with pytest.raises(UserError, match="the token is wrong"):
+            Device(address, "another")
+        with pytest.raises(UserError, match="the token is wrong"):
+            Device(address, "")
+        with Device(address, TOKEN) as device:
+            for name in ("../out", "/etc/passwd", ".hidden", "-rf", "a b"):
+                with pytest.raises(UserError, match="this name cannot be that of a file"):
+                    device.put(script(tmp_path, "true"), name)
+                with pytest.raises(UserError, match="there is no such file"):
+                    device.get(name)
+                with pytest.raises(UserError, match="there is no such program"):
+                    device.run(name)
+        with socket.create_connection(tuple(address.split(":"))) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            with suppress(ConnectionResetError):
+                assert stranger.recv(1) == b"", "it hangs up"
+        with Device(address, TOKEN):
+            pass
+    with pytest.raises(UserError, match=r"cannot reach .*start mpq_rpc there"):
+        Device(address, TOKEN)
+    with pytest.raises(UserError, match="must be HOST:PORT"):
+        Device("board")
+    done = subprocess.run(
+        [server("gcc"), "--host", "0.0.0.0", "--port", "0"], capture_output=True, text=True, env={"MPQ_TOKEN": ""}
+    )
+    assert done.returncode == 1 and "beyond 127.0.0.1 a token is needed" in done.stderr
+
+
+def test_a_dropped_connection_leaves_nothing_running(tmp_path):
+    (tmp_path / "device").mkdir()
+    alive = tmp_path / "alive"
+    with listening(tmp_path / "device") as address:
+        device = Device(address, TOKEN)
+        device.put(script(tmp_path, f"while true; do date +%N > {alive}; sleep 0.05; done"))
+        device._send(b"R" + (1).to_bytes(4, "little") + remote._text("script"))
+        deadline = time.monotonic() + 20
+        while not alive.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        device.socket.close()
+        with Device(address, TOKEN) as other:
+            with pytest.raises(UserError, match="there is no such file"):
+                other.get("script")
+            last = alive.read_text()
+            time.sleep(0.5)
+            assert alive.read_text() == last
+
+
+def test_bench_on_a_device(tmp_path, monkeypatch):
+    """Two artifacts in turns, through a server on this machine."""
+    monkeypatch.setenv(remote.TOKEN, TOKEN)
+    (tmp_path / "device").mkdir()
+    target = targets.resolve("native")
+    paths = []
+    for weights in ("int8", "int4"):
+        case = packed.program("unet2d", weights)
+        built = build(case.program, target, (1, 2), jobs=2, cache=packed.kernel_cache(), emit="c")
+        paths.append(packed.write(tmp_path / f"{weights}.mpq", case.program, target, built))
+    with listening(tmp_path / "device") as address:
+        found = remote.bench(paths, address, threads=2, batch=2, rounds=3)
+        with pytest.raises(UserError, match="has no function for a batch of 3: take 1, 2"):
+            remote.bench(paths, address, batch=3)
+        with pytest.raises(UserError, match="there is no artifact"):
+            remote.bench([tmp_path / "none.mpq"], address)
+    assert schemas.check(found, "bench") is None
+    assert [row["name"] for row in found["rows"]] == ["mpq", "mpq control", "mpq int4"]
+    assert all(0 < row["ms_min"] <= row["ms"] <= row["ms_max"] for row in found["rows"])
