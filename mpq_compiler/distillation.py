@@ -163,6 +163,10 @@ class Stage:
     """The one block that is trained, against its own output in the float program; else all of the program."""
     relation: Term | None = None
     """A loss of features beside that of the output (`relation`)."""
+    adapters: int = 0
+    """The rank of what moves latent weights (`student.Adapted`); 0: each moves by itself."""
+    range_network: bool = False
+    """Networks make the scales of activations (`student.Timed`); else each moves by itself."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,7 @@ class _State:
 
     @classmethod
     def start(cls, trained: Mapping[str, Variable]) -> _State:
-        zeros = {name: torch.zeros_like(variable.start) for name, variable in trained.items()}
+        zeros = {name: variable.zeros() for name, variable in trained.items()}
         return cls(dict(zeros), dict(zeros), dict(zeros), zeros)
 
 
@@ -206,7 +210,8 @@ def train(
     program: Program, stage: Stage, data: Data, held_out: Data, session: Session, seed: int
 ) -> tuple[Program, Outcome]:
     """The program with the values of the variables that erred least on ``held_out``, those of the start among them."""
-    whole, trained = program, variables(program, stage.latent)
+    times = group_times(program, data.inputs["timestep"]) if stage.range_network else None
+    whole, trained = program, variables(program, stage.latent, stage.adapters, times, seed)
     key = _key(program, trained, stage, data, held_out, seed)
     if stage.block is not None:
         program, teacher = (cut(p, stage.block.output) for p in (program, program.facts["planned"]))
@@ -251,6 +256,14 @@ def train(
             advance(1, f"(loss {loss:.2g}, best {-10 * math.log10(max(state.least, 1e-30)):.1f} dB)")
     outcome = Outcome(stage.name, stage.steps, state.before, state.least, state.best_step, state.diverged)
     return applied(whole, trained, state.best), outcome
+
+
+def group_times(program: Program, timesteps: Tensor) -> Tensor:
+    """f32 [G]: the middles of the time groups, from 0 to 1 over the range of the timesteps."""
+    boundaries = program.facts["time-groups"]
+    low, high = torch.cat([timesteps.to(torch.float32), boundaries]).aminmax()
+    ends = torch.cat([low[None], boundaries, high[None]])
+    return ((ends[1:] + ends[:-1]) / 2 - low) / (high - low)
 
 
 def _variables_of(program: Program, block: Block) -> set[str]:

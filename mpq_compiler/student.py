@@ -4,16 +4,20 @@ Every variable is a function of a tensor ``theta``, zero at the start and withou
 serves all variables of a kind whatever their size: scales are multiplied by ``exp(theta)``, floats move by ``theta``
 times their root mean square, latent weights by ``theta`` steps of their table. What the program reads is projected to
 the stored type in every step, with straight-through gradients: the program that is trained is the one that is stored.
+Adapters of low rank may move latent weights, and networks make the scales of time groups; neither is stored.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from mpq_compiler import ops
@@ -23,6 +27,10 @@ from mpq_compiler.program import Interpreter, Program, arguments, operand
 
 EDGE = 0.02
 """Of a step of the table: how far within its cell a latent weight starts at least."""
+UP, DOWN = 8.0, 80.0
+"""What theta = 1 is to adapters: so many steps of the table in B, and so many times its own size in A."""
+WIDTHS = (64, 64, 64, 64, 1)
+"""Of the network that makes scales of times: its input, and the outputs of its four layers."""
 
 
 class Kind(StrEnum):
@@ -54,15 +62,24 @@ class Variable:
     most: int = 0
     """ZERO: the largest code."""
 
+    def zeros(self) -> Tensor:
+        """The theta of the start."""
+        return torch.zeros_like(self.start)
+
+    def moved(self, theta: Tensor) -> Tensor:
+        """f32, before it is projected to the stored type."""
+        if self.kind in (Kind.SCALE, Kind.RANGE):
+            return self.start * theta.exp()
+        return self.start + self.unit * theta
+
     def __call__(self, theta: Tensor) -> Tensor:
         """f32, as the program reads it."""
-        if self.kind in (Kind.SCALE, Kind.RANGE):
-            value = (self.start * theta.exp()).clamp(F16_TINY, F16_MAX)
-        else:
-            value = self.start + self.unit * theta
+        value = self.moved(theta)
         if self.kind == Kind.LATENT:
             return value
-        if self.kind == Kind.ZERO:
+        if self.kind in (Kind.SCALE, Kind.RANGE):
+            value = value.clamp(F16_TINY, F16_MAX)
+        elif self.kind == Kind.ZERO:
             value = value.clamp(0, self.most)
             return value + (value.round() - value).detach()
         return value + (value.to(self.dtype).to(torch.float32) - value).detach()
@@ -72,6 +89,55 @@ class Variable:
         """The tensor of the store; a latent weight as f32."""
         value = self(theta)
         return value.round().to(self.dtype) if self.kind == Kind.ZERO else value.to(self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapted(Variable):
+    """A latent weight [O, K] that adapters of rank R move (QALoRA of EfficientDM, arXiv 2310.03270).
+
+    ``start + unit * B A / sqrt(R)``: the sum is what is quantized, and a convolution's A of k x k and B of 1 x 1 are
+    one product of rows. Theta [O + K, R] is B over the transpose of what A has moved, in parts of `UP` and `DOWN`.
+    Rates are scale-aware as in the paper, by the unit: B learns in steps of its row and A, of unit variance, in none,
+    so that twice the weight is moved twice as far by the same theta. (The paper's rates have the step in both factors,
+    and that property only while A hardly moves.) ``start`` is the dequantized weight, as published: adapters cannot
+    choose which weights they move, and float weights near a border would change codes by chance.
+    """
+
+    down: Tensor
+    """f32 [K, R]: the transpose of A at the start."""
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(len(self.start) + len(self.down), self.down.shape[1])
+
+    def moved(self, theta: Tensor) -> Tensor:
+        up, down = theta.split([len(self.start), len(self.down)])
+        product = (UP * up) @ (self.down + DOWN * down).T / math.sqrt(self.down.shape[1])
+        return self.start + self.unit * product
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed(Variable):
+    """Scales of activations [G] that a network makes of the times of their groups (TDQ, arXiv 2306.02316).
+
+    ``start * softplus(network(embedding))``, 1 at the start, so that the network learns in units of the scales that
+    were calibrated. Theta [P] is what its parameters have moved, those of a layer in units of one by its inputs.
+    """
+
+    embedding: Tensor
+    """f32 [G, WIDTHS[0]]: of the groups' times."""
+    network: Tensor
+    """f32 [P]: its parameters at the start, layer by layer, weights before biases."""
+
+    def zeros(self) -> Tensor:
+        return torch.zeros_like(self.network)
+
+    def moved(self, theta: Tensor) -> Tensor:
+        parameters, x = self.network + self.unit * theta, self.embedding
+        sizes = [size for inputs, outputs in pairwise(WIDTHS) for size in (inputs * outputs, outputs)]
+        weights = parameters.split(sizes)
+        for number, (weight, bias) in enumerate(zip(weights[::2], weights[1::2], strict=True)):
+            x = F.linear(F.relu(x) if number else x, weight.reshape(len(bias), -1), bias)
+        return self.start * F.softplus(x[:, 0])
 
 
 @dataclass(frozen=True)
@@ -268,8 +334,16 @@ def values(program: Program, variables: Mapping[str, Variable], thetas: Mapping[
     return found
 
 
-def variables(program: Program, latent: bool) -> dict[str, Variable]:
-    """All that can be trained, in graph order: latent weights too, or else the codes stay what they are."""
+def variables(
+    program: Program, latent: bool, adapters: int = 0, times: Tensor | None = None, seed: int = 0
+) -> dict[str, Variable]:
+    """All that can be trained, in graph order: latent weights too, or else the codes stay what they are.
+
+    adapters: the rank of what moves latent weights; 0: each weight moves by itself. times: those of the time groups
+    [G], from 0 to 1 over the range of times, for networks that make the scales of activations; None: each scale moves
+    by itself. seed: of what adapters and networks start with.
+    """
+    generator = torch.Generator().manual_seed(seed)
     found: dict[str, Variable] = {}
     tensors, originals = program.tensors, program.facts["latents"]
     for weight in settled(program):
@@ -281,7 +355,10 @@ def variables(program: Program, latent: bool) -> dict[str, Variable]:
             table = weight.table(program)
             step = 1.0 if table is None else float(_mean_step(table))
             unit = ops.column_scale(tensors.read(weight.scale), weight.segments, rows.shape[1]) * step
-            found[weight.codes] = Variable(Kind.LATENT, _within(program, weight, rows), unit, torch.float32)
+            if adapters:
+                found[weight.codes] = _adapted(_dequantized(program, weight), unit, adapters, generator)
+            else:
+                found[weight.codes] = Variable(Kind.LATENT, _within(program, weight, rows), unit, torch.float32)
     for node in program.graph.nodes:
         if node.target in _SCALED:
             scale = str(operand(node, 1).target)
@@ -290,6 +367,11 @@ def variables(program: Program, latent: bool) -> dict[str, Variable]:
             found[scale] = _scale(Kind.RANGE, tensors[scale])
             start = tensors.read(zero).to(torch.float32)
             found[zero] = Variable(Kind.ZERO, start, torch.ones(()), tensors[zero].dtype, 2**bits - 1)
+    if times is not None:
+        embedding = _embedding(times)
+        for name, variable in found.items():
+            if variable.kind == Kind.RANGE:
+                found[name] = _timed(variable, embedding, generator)
     for node in program.graph.nodes:
         name = str(node.target)
         if node.op == "get_attr" and name not in found and _is_parameter(tensors[name], name):
@@ -325,6 +407,14 @@ def _within(program: Program, weight: Settled, rows: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(t, low + margin), high - margin) * scale + offset
 
 
+def _dequantized(program: Program, weight: Settled) -> Tensor:
+    """The levels [O, K] of the codes that were chosen."""
+    tensors, codes = program.tensors, weight.merged_codes(program)
+    offset, row_class = (None if n is None else tensors[n] for n in (weight.offset, weight.row_class))
+    table, scale = weight.table(program), tensors[weight.scale]
+    return ops.dequantize_weight(codes, scale, offset, table, row_class, codes.shape, weight.segments)
+
+
 def _tables(node: fx.Node) -> list[tuple[str, str, int]]:
     """Store names of scale and zero point, and the bits, of the quantizers in a call."""
     if node.target is ops.fake_quantize:
@@ -338,6 +428,30 @@ def _tables(node: fx.Node) -> list[tuple[str, str, int]]:
 
 def _is_parameter(tensor: Tensor, name: str) -> bool:
     return tensor.is_floating_point() and not name.startswith(("constant.", "time_groups."))
+
+
+def _adapted(start: Tensor, unit: Tensor, rank: int, generator: torch.Generator) -> Adapted:
+    """A latent weight with adapters: B zero, A Kaiming-uniform, whose size is in the unit."""
+    down = torch.empty(start.shape[1], rank).uniform_(-math.sqrt(3), math.sqrt(3), generator=generator)
+    return Adapted(Kind.LATENT, start, unit.mean(1, keepdim=True), torch.float32, down=down)
+
+
+def _timed(table: Variable, embedding: Tensor, generator: torch.Generator) -> Timed:
+    """A table of scales that a network makes: what it starts with."""
+    network: list[Tensor] = []
+    unit: list[Tensor] = []
+    for inputs, outputs in pairwise(WIDTHS):
+        network += [torch.randn(outputs * inputs, generator=generator) * math.sqrt(2 / inputs), torch.zeros(outputs)]
+        unit += [torch.full((outputs * inputs,), 1 / inputs), torch.ones(outputs)]
+    network[-2:] = torch.zeros(WIDTHS[-2]), torch.full((1,), math.log(math.e - 1))  # softplus makes 1 of it
+    return Timed(table.kind, table.start, torch.cat(unit), table.dtype, embedding=embedding, network=torch.cat(network))
+
+
+def _embedding(times: Tensor) -> Tensor:
+    """[G, WIDTHS[0]]: sines of times [G] from 0 to 1, as diffusion models make them of 1000 timesteps."""
+    count = WIDTHS[0] // 2
+    phase = 1000 * times[:, None] * torch.exp(torch.arange(count) * (-math.log(10000) / count))
+    return torch.cat([phase.cos(), phase.sin()], 1)
 
 
 def _scale(kind: Kind, stored: Tensor) -> Variable:

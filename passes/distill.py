@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import ClassVar
 
 from mpq_compiler import blocks, decisions, distillation
@@ -50,6 +51,12 @@ class Distill(Pass):
     window: int = 0
     """Of ``relation``: pixels relate to those of their own image instead, features being the mean of so many steps, of
     which the last is trained (MPQ-DM, arXiv 2412.11549); 2 there. Of given calls steps are not known: 1."""
+    adapters: int = 0
+    """The rank of adapters that move the weights, which else move each by itself; merged into what is quantized (QALoRA
+    of EfficientDM, arXiv 2310.03270); 32 there. 0: none."""
+    range_network: bool = False
+    """Scales of activations are what small networks make of the time, one for each tensor, rather than tables that
+    learn number by number (TDQ, arXiv 2306.02316); what is stored are the tables of their outputs."""
     rate: float = 1.0
     """Of learning, in parts of the usual."""
     samples: int = 64
@@ -65,7 +72,7 @@ class Distill(Pass):
         self.require("latent", 0, 1)
         for option in ("samples", "steps"):
             self.require(option, 1)
-        for option in ("updates", "images", "window"):
+        for option in ("updates", "images", "window", "adapters"):
             self.require(option, 0)
 
     def run(self, program: Program, session: Session) -> Program:
@@ -75,6 +82,8 @@ class Distill(Pass):
             if self.minutes and self.updates is None:
                 program.note(f"distill: {self.minutes:g} minutes are not enough for one update of a model of this size")
             return program
+        for note in self._without_effect(program, updates):
+            program.note(f"distill: {note}")
         data, held_out = distillation.calls(session, self.samples, self.steps)
         gallery = Gallery.drawn(session, self.images)
         images = gallery.noise(program) if gallery else None
@@ -105,6 +114,15 @@ class Distill(Pass):
         decisions.note(program, decisions.PROGRAM, self.name(), phases=told)
         return program
 
+    def _without_effect(self, program: Program, updates: int) -> Iterator[str]:
+        """What options have nothing to work on, in sentences."""
+        if self.adapters and not round(updates * self.latent):
+            yield "adapters had no effect: no update is of the weights themselves (latent)"
+        if self.range_network and all(plan.scale is None for plan in program.activations.values()):
+            yield "range_network had no effect: no activation has a stored scale"
+        elif self.range_network and not len(program.facts["time-groups"]):
+            yield "range_network had no effect: of one time group each network would make one number"
+
     def _phases(self, program: Program, session: Session, updates: int) -> Iterator[tuple[str, list[Stage]]]:
         """What is trained one after the other; a phase is kept or undone as one."""
         assert session.denoiser is not None
@@ -114,10 +132,12 @@ class Distill(Pass):
         term = None
         if self.relation:
             term = Term([b for b in found if b.repeated][-1].output, self.relation, self.window)
+        network = self.range_network and len(program.facts["time-groups"]) > 0
+        stage = partial(Stage, rates=rates, adapters=self.adapters, range_network=network)
         if latent and self.blocks:
             share = max(1, latent // len(found))
-            yield "blocks", [Stage(block.name, True, share, rates, block) for block in found]
+            yield "blocks", [stage(block.name, True, share, block=block) for block in found]
         elif latent:
-            yield "weights", [Stage("weights", True, latent, rates, relation=term)]
+            yield "weights", [stage("weights", True, latent, relation=term)]
         if updates > latent:
-            yield "scales", [Stage("scales", False, updates - latent, rates, relation=term)]
+            yield "scales", [stage("scales", False, updates - latent, relation=term)]

@@ -1,19 +1,30 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.utils import vector_to_parameters
 
 from mpq_compiler import distillation, formats, ops, student
 from mpq_compiler.formats.base import nearest_codes
 from mpq_compiler.program import TensorStore, run
-from mpq_compiler.student import Kind, Student, settled
+from mpq_compiler.student import Adapted, Kind, Student, Timed, Variable, settled
+from mpq_compiler.verifier import verify
 from tests import programs
 
 PIPELINES = {"tables": programs.MIXED, "branches": programs.RESIDUAL, "parts": programs.REWRITES}
 
 
 def zeros(variables):
-    return {name: torch.zeros_like(v.start) for name, v in variables.items()}
+    return {name: v.zeros() for name, v in variables.items()}
+
+
+def anywhere(variables, size=0.1):
+    """Thetas that training might come to."""
+    generator = torch.Generator().manual_seed(0)
+    return {name: size * torch.randn(v.zeros().shape, generator=generator) for name, v in variables.items()}
 
 
 @pytest.mark.parametrize("model, pipeline", [*(("unet2d", p) for p in PIPELINES), ("dit", "tables")])
@@ -56,10 +67,64 @@ def test_latent_weights_start_where_the_program_is(pipeline):
     assert moved > 100  # GPTQ has chosen other codes than the nearest
 
 
-def test_every_variable_has_a_gradient():
+CLASSES = programs.RESIDUAL.replace("int2+b", "int3m")
+"""Rows of several widths in one weight."""
+TIMES = torch.tensor([0.1, 0.5, 0.9])
+
+
+@pytest.mark.parametrize("pipeline", [*GPTQ.values(), CLASSES, programs.LOW_RANK, programs.SMALL_FLOATS])
+@pytest.mark.invariant("efficientdm-1", "efficientdm-2", "tdq-1")
+def test_adapters_and_networks_start_where_the_program_is(pipeline):
+    """With every format; and wherever training takes them, what is stored is what a program may be."""
+    program = programs.after("unet2d", "round-weights", pipeline)
+    x = programs.inputs("unet2d", 3)
+    trained = student.variables(program, latent=True, adapters=3, times=TIMES, seed=1)
+    kinds = {type(v): v.kind for v in trained.values() if type(v) is not Variable}
+    assert kinds == {Adapted: Kind.LATENT, Timed: Kind.RANGE}
+    assert not {Kind.LATENT, Kind.RANGE} & {v.kind for v in trained.values() if type(v) is Variable}
+    with torch.no_grad():
+        assert torch.equal(Student(program, student.values(program, trained, zeros(trained))).run(x), run(program, x))
+    thetas = anywhere(trained)
+    moved = distillation.applied(program, trained, thetas)
+    verify(moved, after="distill")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            run(moved, x), Student(program, student.values(program, trained, thetas)).run(x), rtol=1e-3, atol=1e-3
+        )
+
+
+@pytest.mark.invariant("efficientdm-7")
+def test_adapters_are_a_branch_that_is_merged_before_the_quantizer():
+    """A convolution to R channels and one of 1 x 1 from there, and the weight's: in floats one convolution."""
     program = programs.after("unet2d", "round-weights", programs.MIXED)
-    trained = student.variables(program, latent=True)
-    leaves = {name: theta.requires_grad_() for name, theta in zeros(trained).items()}
+    trained = student.variables(program, latent=True, adapters=3)
+    thetas = anywhere(trained)
+    weights = [w for w in settled(program) if w.shape[1:-1] == (3, 3)]
+    made = student.values(program, trained, thetas)
+    for weight in weights:
+        variable, theta = trained[weight.codes], thetas[weight.codes]
+        rows, (outputs, _, _, inputs) = variable(theta), weight.shape
+        up, down = student.UP * variable.unit * theta[:outputs], variable.down + student.DOWN * theta[outputs:]
+        start, a, merged = (
+            w.reshape(-1, 3, 3, inputs).permute(0, 3, 1, 2).double() for w in (variable.start, down.T, rows)
+        )
+        b = up[:, :, None, None].double() / 3**0.5
+        x = torch.randn(2, inputs, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        beside = F.conv2d(x, start, padding=1) + F.conv2d(F.conv2d(x, a, padding=1), b)
+        torch.testing.assert_close(F.conv2d(x, merged, padding=1), beside, rtol=1e-4, atol=1e-4)
+        assert not torch.equal(rows, variable.start)
+        parts = [made.get(n, program.tensors.get(n)) for n in (weight.scale, weight.offset, weight.row_class)]
+        codes = nearest_codes(rows, *parts[:2], weight.table(program), parts[2], weight.segments)
+        level = ops.dequantize_weight(codes, *parts[:2], weight.table(program), parts[2], weight.shape, weight.segments)
+        torch.testing.assert_close(made[weight.node.name], level)
+    assert len(weights) > 5
+
+
+@pytest.mark.parametrize("options", [{}, {"adapters": 3, "times": TIMES}])
+def test_every_variable_has_a_gradient(options):
+    program = programs.after("unet2d", "round-weights", programs.MIXED)
+    trained = student.variables(program, latent=True, **options)
+    leaves = {name: theta.requires_grad_() for name, theta in anywhere(trained, 0.01).items()}
     y = Student(program, student.values(program, trained, leaves)).run(programs.inputs("unet2d", 6))
     found = torch.autograd.grad(y.square().sum(), list(leaves.values()), allow_unused=True)
     reached = {trained[n].kind for n, g in zip(leaves, found, strict=True) if g is not None and g.abs().sum() > 0}
@@ -134,8 +199,8 @@ def test_adam_does_not_raise_the_error_of_a_fixed_weight():
     rows = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     fit = formats.get("int3").start(rows)  # over the whole range: too wide
     trained = {
-        "scale": student.Variable(Kind.SCALE, fit.scale.float(), torch.ones(()), torch.float16),
-        "offset": student.Variable(Kind.OFFSET, fit.offset.float(), fit.scale.float().mean(), torch.float16),
+        "scale": Variable(Kind.SCALE, fit.scale.float(), torch.ones(()), torch.float16),
+        "offset": Variable(Kind.OFFSET, fit.offset.float(), fit.scale.float().mean(), torch.float16),
     }
     state, errors = distillation._State.start(trained), []
     for state.step in range(1, 102):
@@ -150,15 +215,95 @@ def test_adam_does_not_raise_the_error_of_a_fixed_weight():
     assert all(error <= errors[0] for error in errors) and errors[::20] == sorted(errors[::20], reverse=True)
 
 
+@pytest.mark.parametrize("adapters", [0, 3])
 @pytest.mark.invariant("efficientdm-3")
-def test_weights_learn_in_steps_of_their_table():
+def test_weights_learn_in_steps_of_their_table(adapters):
     program = programs.after("unet2d", "round-weights", programs.MIXED)
     scales = {weight.scale: program.tensors[weight.scale] for weight in settled(program)}
     doubled = program.fork(tensors=TensorStore({**program.tensors, **{name: 2 * s for name, s in scales.items()}}))
-    once, twice = (student.variables(p, latent=True) for p in (program, doubled))
+    once, twice = (student.variables(p, latent=True, adapters=adapters) for p in (program, doubled))
     latent = [name for name, variable in once.items() if variable.kind == Kind.LATENT]
     assert len(latent) == len(scales)
     assert all(torch.equal(2 * once[name].unit, twice[name].unit) for name in latent)
+
+
+@pytest.mark.parametrize("adapters", [0, 3])
+@pytest.mark.invariant("efficientdm-3")
+def test_twice_the_weight_is_moved_twice_as_far(adapters):
+    """By ten steps of Adam against a target of its size, to the bit: two is no rounding."""
+    rows, target = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
+    fit = formats.get("int3").start(rows)
+    found = []
+    for size in (1, 2):
+        start, scale, offset = size * rows, size * fit.scale.float(), size * fit.offset.float()
+        generator = torch.Generator().manual_seed(1)
+        variable = Variable(Kind.LATENT, start, 2 * scale, torch.float32)
+        trained = {"rows": student._adapted(start, 2 * scale, adapters, generator) if adapters else variable}
+        state = distillation._State.start(trained)
+        for state.step in range(1, 11):
+            theta = state.thetas["rows"].requires_grad_()
+            level = student._Levels.apply(trained["rows"](theta), scale, offset, fit.lut, None, None)
+            loss = (level - size * target).square().sum() / (size * target).square().sum()
+            (gradient,) = torch.autograd.grad(loss, theta)
+            state.thetas["rows"] = theta.detach()
+            distillation._adam(state, {"rows": gradient}, {"rows": 0.05})
+        found.append((trained["rows"](state.thetas["rows"]) - start).detach())
+    assert torch.equal(2 * found[0], found[1]) and float(found[0].abs().max()) > float(fit.scale.max()) / 100
+
+
+@pytest.mark.invariant("tdq-2")
+def test_tables_are_what_networks_make_of_the_times_of_groups():
+    """Four linear layers with ReLU between them and softplus behind, at each group's time alone."""
+    program = programs.after("unet2d", "round-weights", programs.MIXED)
+    trained = student.variables(program, latent=False, times=TIMES, seed=1)
+    thetas = anywhere(trained, 1.0)
+    moved = distillation.applied(program, trained, thetas)
+    layers = [torch.nn.Linear(*sizes) for sizes in pairwise(student.WIDTHS)]
+    network = torch.nn.Sequential(*layers[:1], *(m for layer in layers[1:] for m in (torch.nn.ReLU(), layer)))
+    tables = {plan.scale: moved.activations[edge].scale for edge, plan in program.activations.items()}
+    assert tables.keys() == {name for name, v in trained.items() if v.kind == Kind.RANGE}
+    for before, after in tables.items():
+        variable, own = trained[before], program.tensors[before].float()
+        vector_to_parameters(variable.network + variable.unit * thetas[before], network.parameters())
+        scales = [s * F.softplus(network(e))[0] for s, e in zip(own, variable.embedding, strict=True)]
+        assert moved.tensors[after].dtype == torch.float16
+        torch.testing.assert_close(moved.tensors[after].float(), torch.stack(scales).detach(), rtol=1e-3, atol=1e-6)
+        assert not torch.equal(moved.tensors[after], program.tensors[before])
+
+
+@pytest.mark.parametrize("theta", [-1e4, -3.0, 0.7, 1e4])
+@pytest.mark.invariant("tdq-3")
+def test_scales_of_networks_are_positive(theta):
+    table = Variable(Kind.RANGE, torch.tensor([0.01, 0.02, 30.0]), torch.ones(()), torch.float16)
+    variable = student._timed(table, student._embedding(TIMES), torch.Generator().manual_seed(0))
+    thetas = torch.full_like(variable.zeros(), theta)
+    assert (variable.stored(thetas) > 0).all() and variable.stored(thetas).isfinite().all()
+    assert torch.equal(variable.stored(thetas).float(), variable(thetas))
+
+
+@pytest.mark.invariant("tdq-4")
+def test_networks_learn_of_a_group_what_others_are_like():
+    """A step on the scale of one time moves those of other times, and more that of a neighbour."""
+    times = torch.tensor([0.5, 0.501, 0.9])
+    table = Variable(Kind.RANGE, torch.full((3,), 0.25), torch.ones(()), torch.float16)
+    variable = student._timed(table, student._embedding(times), torch.Generator().manual_seed(0))
+    theta = variable.zeros().requires_grad_()
+    (gradient,) = torch.autograd.grad(variable.moved(theta)[0], theta)
+    own, near, far = (variable.moved(1e-3 * gradient) - variable.moved(theta)).tolist()
+    assert own >= near > far > 0
+
+
+@pytest.mark.invariant("tdq-5")
+def test_times_of_groups_lie_in_them():
+    """In the range of the timesteps that there were; a sampler's other steps read their group's."""
+    program = programs.after("unet2d", "round-weights", programs.MIXED)
+    timesteps = torch.tensor([1, 200, 999])
+    times = distillation.group_times(program, timesteps)
+    boundaries = program.facts["time-groups"]
+    assert torch.equal(ops.time_group(1 + times * 998, boundaries), torch.arange(len(boundaries) + 1))
+    assert len(times) == len(boundaries) + 1 and times.min() > 0 and times.max() < 1
+    late = distillation.group_times(program, torch.tensor([999, 950]))  # calls of the last group alone
+    assert (late.diff() > 0).all() and late.isfinite().all()
 
 
 @pytest.mark.parametrize("theta", [-3.0, 0.0, 0.7, 40.0])
@@ -167,7 +312,7 @@ def test_values_are_what_is_stored(theta):
     """Whatever theta: scales are positive halves, zero points whole codes."""
     for kind, start in ((Kind.SCALE, [0.25, 3.0]), (Kind.RANGE, [1e-3]), (Kind.ZERO, [7.0, 0.0]), (Kind.FLOAT, [-2.5])):
         dtype = torch.uint8 if kind == Kind.ZERO else torch.float16
-        variable = student.Variable(kind, torch.tensor(start), torch.ones(()), dtype, most=15)
+        variable = Variable(kind, torch.tensor(start), torch.ones(()), dtype, most=15)
         value, stored = variable(torch.full((len(start),), theta)), variable.stored(torch.full((len(start),), theta))
         assert stored.dtype == dtype and torch.equal(stored.float(), value) and torch.isfinite(value).all()
         if kind == Kind.ZERO:
@@ -176,6 +321,7 @@ def test_values_are_what_is_stored(theta):
             assert (value > 0).all()
 
 
+@pytest.mark.invariant("lsq-1", "lsq-4")
 def test_quantizers_are_those_of_the_program():
     """`_Rounded` has the values and the gradients of `ops.fake_quantize`, to x, scale and zero point."""
     generator = torch.Generator().manual_seed(0)
@@ -186,7 +332,9 @@ def test_quantizers_are_those_of_the_program():
         x = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(1)).mul(2).requires_grad_()
         scale, zero = torch.tensor([0.1, 0.3], requires_grad=True), torch.tensor([7.0, 3.0], requires_grad=True)
         if rounded:
-            y = student._Rounded.apply(x, *(ops.per_sample(t, group, x) for t in (scale, zero)), 15)
+            tables = [ops.per_sample(t, group, x) for t in (scale, zero)]
+            y = student._Rounded.apply(x, *tables, 15)
+            assert torch.equal(student._Rounded.apply(y, *tables, 15), y)
         else:
             y = ops.fake_quantize(x, scale, zero, group, 4)
         found.append((y.detach(), *torch.autograd.grad((y * weights).sum(), (x, scale, zero))))

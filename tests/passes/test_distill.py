@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from mpq_compiler import blocks, distillation, pass_manager
 from mpq_compiler import denoiser as denoisers
 from mpq_compiler.distillation import Data, Stage, noise, train
+from mpq_compiler.errors import UserError
 from mpq_compiler.ops import fake_quantize
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.program import run
@@ -19,6 +21,7 @@ from mpq_compiler.verifier import verify
 from tests import programs
 
 MODEL = "unet2d"
+BOTH = Stage("x", True, 8, adapters=4, range_network=True)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,32 @@ def test_the_error_falls_and_is_that_of_the_stored_program(data, tmp_path, laten
         assert int(codes.max()) < table.shape[1]
 
 
+@pytest.mark.invariant("efficientdm-2", "tdq-2")
+def test_neither_adapters_nor_networks_are_stored(data, tmp_path):
+    """The program has the tensors that it had, of other values, and errs as it did in training."""
+    program = start()
+    trained, outcome = train(program, BOTH, *data, session(tmp_path), 0)
+    verify(trained, after="distill")
+    assert outcome.after < outcome.before and outcome.best_step > 0
+    assert math.isclose(held_out(trained, data[1]), outcome.after, rel_tol=1e-5)
+    forms = [sorted((n.split(":")[0], str(t.dtype), t.shape) for n, t in stored(p).items()) for p in (program, trained)]
+    assert forms[0] == forms[1] and not same(program, trained)
+    operations = [[n.target for n in p.graph.nodes if n.op == "call_function"] for p in (program, trained)]
+    assert operations[0] == operations[1]
+
+
+@pytest.mark.invariant("compiler-12")
+def test_every_option_of_a_stage_trains_other_bits_from_one_cache(data, tmp_path):
+    plain = Stage("x", True, 2)
+    stages = [plain, replace(plain, adapters=4), replace(plain, adapters=5), replace(plain, range_network=True)]
+    found = [train(start(), stage, *data, session(tmp_path), 0)[0] for stage in stages]
+    assert len([*(tmp_path / "training").iterdir()]) == len(stages)
+    assert not any(same(a, b) for a, b in combinations(found, 2))
+    again = train(start(), stages[1], *data, session(tmp_path / "b"), 0)[0]
+    assert same(found[1], again)
+    assert not same(found[1], train(start(), stages[1], *data, session(tmp_path), 1)[0])  # another seed
+
+
 @pytest.mark.invariant("quest-1")
 def test_frozen_codes_stay(data, tmp_path):
     program = start()
@@ -111,9 +140,9 @@ def killed_at(step, monkeypatch):
     return updates
 
 
-def test_goes_on_after_a_kill(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage", [Stage("x", True, 8), BOTH])
+def test_goes_on_after_a_kill(data, tmp_path, monkeypatch, stage):
     """A run that dies in the middle and is started again ends with the bits of one that does not."""
-    stage = Stage("x", True, 8)
     whole, outcome = train(start(), stage, *data, session(tmp_path / "a"), 0)
     updates = killed_at(5, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -155,6 +184,30 @@ def test_the_pass_says_what_it_did(tmp_path):
     assert same(nothing, start()) and "notes" not in nothing.facts
     short = pass_manager.make("distill", {"minutes": 1e-9}).run(start(), session(tmp_path))
     assert "not enough for one update" in short.facts["notes"][-1]
+
+
+def test_options_without_an_effect_are_said(tmp_path):
+    """Adapters where codes stay, networks of one time group or of activations without scales."""
+    options = {"updates": 1, "latent": 0.0, "samples": 1, "steps": 2, "images": 0}
+    one = programs.RESIDUAL.replace("groups=3", "groups=1")
+    given = [
+        (programs.RESIDUAL, {"adapters": 4}, "adapters had no effect"),
+        (one, {"range_network": True}, "one time group"),
+    ]
+    for pipeline, more, said in given:
+        plain, other = (
+            pass_manager.make("distill", options | extra).run(start(pipeline), session(tmp_path))
+            for extra in ({}, more)
+        )
+        assert said in other.facts["notes"][-1] and same(plain, other)
+    network = pass_manager.make("distill", {"range_network": True})
+    dynamic = start().fork()
+    for edge, plan in dynamic.activations.items():
+        dynamic.activations[edge] = replace(plan, dynamic=True, scale=None, zero_point=None)
+    assert ["no activation has a stored scale" in note for note in network._without_effect(dynamic, 1)] == [True]
+    assert not [*network._without_effect(start(), 1)]
+    with pytest.raises(UserError, match="adapters"):
+        pass_manager.make("distill", {"adapters": -1})
 
 
 def test_images_that_get_worse_undo_a_stage(tmp_path, monkeypatch):
@@ -199,13 +252,14 @@ def test_noise_of_the_float_program_is_none(data, tmp_path):
     assert noise(program, {}, {}, data[1], session(tmp_path)) < 1e-9
 
 
+@pytest.mark.parametrize("stage", [Stage("x", True, 4), replace(BOTH, steps=4)])
 @pytest.mark.invariant("quest-1", "dilatequant-7", "dilatequant-8")
-def test_blocks_are_trained_one_by_one(data, tmp_path):
+def test_blocks_are_trained_one_by_one(data, tmp_path, stage):
     """A block moves its own parameters and the tables of what its layers read, and its own output gets better."""
     program = start()
     found = blocks.blocks(programs.denoiser(MODEL).module.model, program)
     block = next(b for b in found if b.name == "mid_block.attentions.0")
-    trained, outcome = train(program, Stage("x", True, 4, block=block), *data, session(tmp_path), 0)
+    trained, outcome = train(program, replace(stage, block=block), *data, session(tmp_path), 0)
     assert outcome.after < outcome.before
     before, after = stored(program), stored(trained)
     moved = {name.split(":")[0] for name in after.keys() - before.keys()}
