@@ -38,9 +38,11 @@ def integer(target: Isa, parts: int = 1) -> Loop:
 
     def step(total: Expr, word: Expr) -> Expr:
         # The sum itself as the weights: a constant operand would let vpmaddwd move out of the loop.
-        return target.dot(total, target.spread(word), tirx.reinterpret(weights, total))
+        each = word if target.word_lanes == 1 else tirx.Broadcast(word, target.word_lanes)
+        return target.dot(total, target.spread([each] * target.unit), tirx.reinterpret(weights, total))
 
-    return _loop("peak_integer", target, "int32", step, target.vector, parts)
+    lanes = target.words * target.unit
+    return _loop("peak_integer", target, "int32", step, target.vector * target.unit, parts, lanes=lanes)
 
 
 def floating(target: Isa) -> Loop:
@@ -86,24 +88,27 @@ def bfloat16(target: Isa) -> Loop:
 
 def _loop(
     name: str, target: Isa, dtype: str, step: Callable[[Expr, Expr], Expr], work: int, parts: int = 1,
-    features: tuple[str, ...] = (),
+    features: tuple[str, ...] = (), lanes: int = 0,
 ) -> Loop:  # fmt: skip
-    """``step(sum, word)`` again and again on as many sums as the widest tile of the target has."""
-    tile = target.tiles[0]
-    cells = tile.rows * tile.vectors
+    """``step(sum, word)`` again and again on as many sums as the widest tile of the target has.
+
+    lanes: of a sum, where those are not the target's.
+    """
+    tile, lanes = target.tiles[0], lanes or target.lanes
+    cells = tile.rows * tile.vectors * target.lanes // lanes
 
     def body(_: Any, buffers: dict[str, Any]) -> None:
         with shares(1, parts, float("inf") if parts > 1 else 0) as (_, begin, end), T.serial(begin, end) as part:
-            total = scratch(cells * target.lanes, dtype)
+            total = scratch(cells * lanes, dtype)
             for i in range(cells):
-                store(total, tirx.Broadcast(buffers["y"][part, i], target.lanes), span(i * target.lanes, target.lanes))
+                store(total, tirx.Broadcast(buffers["y"][part, i], lanes), span(i * lanes, lanes))
             word = T.bind(buffers["y"][part, 0])
             with pairs.instructions() if features else nullcontext(), T.serial(0, ROUNDS):
                 for i in range(cells):
-                    at = span(i * target.lanes, target.lanes)
+                    at = span(i * lanes, lanes)
                     store(total, step(total[at], word), at)
             for i in range(cells):
-                store(buffers["y"], total[i * target.lanes], part, i)
+                store(buffers["y"], total[i * lanes], part, i)
 
     loop = primfunc(name, [Argument("y", (parts, cells), dtype)], body)
     row = with_features(TARGETS[target.name], features)
