@@ -55,6 +55,12 @@ def _dequantize_float8(codes: Tensor, scale: Tensor, shape: Any, exponent: int =
     return codes.to(torch.float32).reshape(list(shape))
 
 
+def _hadamard(x: Tensor, block: int) -> Tensor:
+    if block & (block - 1) or x.shape[-1] % block:
+        raise ValueError(f"{x.shape[-1]} channels do not divide into blocks of {block}, a power of two")
+    return x.contiguous()
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, numerics: str = "f32") -> Tensor:
     return ops.attention(q, k, v, *rest)
 
@@ -80,6 +86,7 @@ SHAPES: dict[Callable[..., Any], Callable[..., Tensor]] = {
     ops.dequantize_float8: _dequantize_float8,
     ops.quant_linear: _quant_linear,
     ops.quant_conv2d: _quant_conv2d,
+    ops.hadamard: _hadamard,
     ops.attention: _attention,
     ops.fake_quantize_attention: _fake_quantize_attention,
     ops.quant_attention: _quant_attention,

@@ -33,5 +33,10 @@ def ready_shapes(kind: str, keys: int, heads: int, dim: int) -> dict[str, tuple[
 SMALLEST = 1e-20
 """Of the largest magnitudes that codes are scaled by."""
 
+def rotation_sign(i: int) -> float:
+    """-1 to the number of pairs of neighbouring ones in binary i: the sequence of Golay, Rudin and Shapiro."""
+    return -1.0 if (i & i >> 1).bit_count() % 2 else 1.0
+
+
 EXP2_COARSE = (0.05517162371997846, 0.24261111871702196, 0.6932609938289391, 0.9999280739673682)
 """2^r on [-1/2, 1/2] within 7.5e-5, far below a step of 8 bits; highest power first."""

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpq_compiler.numerics import BF16, EXP2_COARSE, F32, KEY_BLOCK, NUMERICS, SMALLEST
+from mpq_compiler.numerics import BF16, EXP2_COARSE, F32, KEY_BLOCK, NUMERICS, SMALLEST, rotation_sign
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -129,6 +129,31 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension of x [..., C]; weight [C]."""
     y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return y if weight is None else y * weight
+
+
+@op("hadamard")
+def hadamard(x: Tensor, block: int) -> Tensor:
+    """``H (s * x) / sqrt(block)`` of every ``block`` neighbouring channels of x [..., C]: an orthogonal rotation.
+
+    ``block`` is a power of two that divides C, H Sylvester's matrix of that size, and s its `rotation_signs`. In this
+    order, in f32: the signs; for h = 1, 2, 4 ... below ``block`` every pair (y[i], y[i + h]), where i lacks the bit h,
+    becomes its sum and its difference; all times f32(1/sqrt(block)).
+    """
+    y = x.reshape(-1, block) * rotation_signs(block).to(x)
+    step = 1
+    while step < block:
+        a, b = y.reshape(-1, 2, step).unbind(1)
+        y = torch.stack([a + b, a - b], 1)
+        step *= 2
+    return (y * block**-0.5).reshape(x.shape)
+
+
+def rotation_signs(block: int) -> Tensor:
+    """`numerics.rotation_sign` [block].
+
+    Such signs spread what all channels have in common evenly over the rotated ones; without any, the first has it all.
+    """
+    return torch.tensor([rotation_sign(i) for i in range(block)])
 
 
 @op("upsample_nearest2d")

@@ -47,10 +47,7 @@ class Scaling:
         self._columns: list[tuple[fx.Node, Tensor]] = []
         self._scaled: dict[fx.Node, None] = {}
         self._multiplied: list[tuple[fx.Node, Tensor, list[fx.Node]]] = []
-        reads: dict[str, list[fx.Node]] = {}
-        for node in program.quantizable:
-            reads.setdefault(str(weight_of(node)), []).append(node)
-        self._shared = {node for nodes in reads.values() if len(nodes) > 1 for node in nodes}
+        self._shared = sharing(program)
 
     def scale(self, edge: fx.Node, factor: Tensor, readers: Iterable[fx.Node]) -> bool:
         """The layers ``readers`` are to read ``edge`` times ``factor`` [C], and to multiply with weights that undo it.
@@ -164,6 +161,14 @@ class Scaling:
         for node in self._scaled:
             node.name = f"{node.name}_scaled"
         prune(graph)
+
+
+def sharing(program: Program) -> set[fx.Node]:
+    """The layers whose weights others read too, so that they cannot change for one of them."""
+    reads: dict[str, list[fx.Node]] = {}
+    for node in program.quantizable:
+        reads.setdefault(str(weight_of(node)), []).append(node)
+    return {node for nodes in reads.values() if len(nodes) > 1 for node in nodes}
 
 
 def _both(left: Any, right: Any) -> Made | None:

@@ -265,7 +265,15 @@ def _inputs(view: View) -> Findings:
             yield spec.name, f"its shape {list(spec.shape)} is not [B, ...] with fixed sizes"
 
 
-_FLOAT_OPS = {ops.conv2d, ops.group_norm, ops.rms_norm, ops.attention, ops.upsample_nearest2d, ops.prepend}
+_FLOAT_OPS = {
+    ops.conv2d,
+    ops.group_norm,
+    ops.rms_norm,
+    ops.attention,
+    ops.hadamard,
+    ops.upsample_nearest2d,
+    ops.prepend,
+}
 _SIMULATION = {
     ops.linear,
     ops.time_group,

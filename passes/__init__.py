@@ -6,6 +6,7 @@ PASSES: tuple[str, ...] = (
     "split-shortcut",
     "bos-split",
     "equalize",
+    "rotate",
     "calibrate",
     "time-groups",
     "time-gains",

@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from mpq_compiler import decisions, formats
-from mpq_compiler.calibration import batches, input_edge, input_rows, row_geometry
+from mpq_compiler import decisions, formats, trials
 from mpq_compiler.costs import weight_path
-from mpq_compiler.fitting import bias_of
-from mpq_compiler.formats import activation
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, operand, run, weight_of
+from mpq_compiler.program import Program, weight_of
 from mpq_compiler.scaling import Scaling
+from mpq_compiler.trials import Layers, Rows
 
 POWERS = tuple(i / 10 for i in range(1, 10))
 """SmoothQuant's alpha: how much of the spread of a channel's values moves into the weights."""
 WIDEST = 64.0
 """Largest and smallest factor, relative to their geometric mean."""
-INTERVALS = 4
-"""Of time, each with a quantizer of its own in the search, as time groups will have."""
-FITTED = 4096
-"""Values on which a quantizer of the search is fitted."""
-HELD_BYTES = 1 << 30
-"""Memory for the sampled rows."""
-
-
-@dataclass
-class Layers:
-    """The layers that read one tensor edge, and rows of what they read."""
-
-    edge: fx.Node
-    readers: list[fx.Node]
-    largest: Tensor
-    """Of each channel's magnitudes, f32 [C]."""
-    rows: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict)
-    """By window: [R, K], in the order of time."""
 
 
 class Found(NamedTuple):
@@ -99,7 +78,7 @@ class Equalize(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
-        groups = self._collect(program, session)
+        groups = trials.collect(program, session, self.samples, self.steps, self.rows)
         scaling = Scaling(program)
         chosen = [g for g in groups if scaling.possible(g.readers)]
         with session.track("equalizing", len(chosen)) as advance:
@@ -119,47 +98,10 @@ class Equalize(Pass):
         scaling.apply()
         return program
 
-    def _collect(self, program: Program, session: Session) -> list[Layers]:
-        """Rows and magnitudes of every tensor that layers read, in graph order."""
-        from mpq_compiler.denoiser import record_calibration
-
-        inputs = session.calibration
-        if inputs is None:
-            assert session.denoiser is not None
-            with session.track("recording inputs to equalize", self.steps) as advance:
-                inputs = record_calibration(
-                    session.denoiser, self.samples, self.steps, session.seed, lambda done, total: advance(1)
-                )
-        groups: dict[fx.Node, Layers] = {}
-        columns = 0
-        for node in program.quantizable:
-            operand(node, 1).meta["shape"] = tuple(program.tensors[str(weight_of(node))].shape)
-            group = groups.setdefault(input_edge(node), Layers(input_edge(node), [], torch.zeros(())))
-            group.readers.append(node)
-            if row_geometry(node) not in group.rows:
-                group.rows[row_geometry(node)] = []
-                columns += math.prod(operand(node, 1).meta["shape"][1:])
-        count = len(next(iter(inputs.values())))
-        rows = max(1, min(self.rows, HELD_BYTES // (4 * max(1, columns))))
-        generator = torch.Generator().manual_seed(session.seed)
-
-        def watch(node: fx.Node, value: Any) -> None:
-            if (group := groups.get(node)) is None:
-                return
-            group.largest = torch.maximum(group.largest, value.abs().flatten(0, -2).amax(0))
-            readers = {row_geometry(n): n for n in group.readers}
-            for geometry, reader in readers.items():
-                group.rows[geometry].append(input_rows(reader, value, -(-rows * size // count), generator))
-
-        for batch in batches(inputs):
-            size = len(next(iter(batch.values())))
-            run(program, batch, watch)
-        return list(groups.values())
-
     def search(self, program: Program, group: Layers) -> Found | None:
         """The best factor for what the layers read, or None where none gains on the rows kept back."""
         weights = [program.tensors.read(str(weight_of(n))) for n in group.readers]
-        joined = {geometry: torch.cat(parts) for geometry, parts in group.rows.items()}
+        joined = group.rows()
         shown, kept = ({geometry: rows[start::2] for geometry, rows in joined.items()} for start in (0, 1))
         whole = torch.ones(len(group.largest))
         if self.rule != "search":
@@ -178,7 +120,7 @@ class Equalize(Pass):
                 if error < least:
                     rule, best, least = name, factor, error
         before, after = (self._error(group, kept, weights, f) for f in (whole, best))
-        gain = 10 * math.log10(max(before, 1e-30) / max(after, 1e-30))
+        gain = trials.gain_db(before, after)
         return Found(best, rule, gain) if rule and (gain >= self.gain or self.rule != "search") else None
 
     def candidates(self, largest: Tensor, weights: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -206,38 +148,11 @@ class Equalize(Pass):
         log = log.clamp(-bound, bound)
         return torch.exp2(log.round()) if self.exact else torch.exp2(log).to(torch.float16).to(torch.float32)
 
-    def _error(
-        self, group: Layers, rows: dict[tuple[Any, ...], Tensor], weights: list[Tensor], factor: Tensor
-    ) -> float:
-        """Relative squared errors of the outputs of the layers, both sides quantized, summed over the layers."""
-        planned = formats.get(self.weights)
-        quantized = {
-            geometry: self._quantized((x.unflatten(1, (-1, len(factor))) * factor).flatten(1))
-            for geometry, x in rows.items()
-        }
-        total = 0.0
-        for w, reader in zip(weights, group.readers, strict=True):
-            geometry = row_geometry(reader)
-            rounded = planned.start(w / factor).dequantize().reshape(len(w), -1)
-            y = rows[geometry] @ w.flatten(1).T
-            error = quantized[geometry] @ rounded.T - y
-            if bias_of(reader) is not None:  # which will take up the mean
-                error = error - error.mean(0)
-            total += float(error.square().sum() / y.square().sum().clamp_min(1e-30))
-        return total
-
-    def _quantized(self, x: Tensor) -> Tensor:
-        """Rows in the order of time, by one quantizer an interval."""
-        found = []
-        for interval in x.chunk(INTERVALS):
-            values = interval.flatten()
-            low, high = values.aminmax()
-            stride = max(1, len(values) // FITTED) | 1  # odd, so that all channels have their turn
-            scale, zero, _ = activation.fit(values[::stride], low, high, self.activations)
-            s, z = scale.float(), zero.float()
-            codes = torch.maximum(torch.minimum(torch.round(interval / s), (2**self.activations - 1) - z), -z)
-            found.append(codes * s)
-        return torch.cat(found)
+    def _error(self, group: Layers, rows: Rows, weights: list[Tensor], factor: Tensor) -> float:
+        """Relative squared errors of the outputs of the layers (`trials.error`)."""
+        return trials.error(
+            group, rows, weights, lambda x: x * factor, lambda w: w / factor, self.weights, self.activations
+        )
 
 
 def dilation(weights: list[Tensor]) -> Tensor:

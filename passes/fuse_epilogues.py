@@ -22,6 +22,7 @@ ANCHORS: dict[Callable[..., Any], str] = {
     ops.group_norm: "group_norm",
     aten.layer_norm.default: "layer_norm",
     ops.rms_norm: "rms_norm",
+    ops.hadamard: "hadamard",
     ops.attention: "attention",
 }
 """Operators whose kernels take an epilogue, and the first part of their regions' names."""

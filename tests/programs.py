@@ -39,6 +39,8 @@ REWRITES = f"{FRONT},bit-allocation{{uniform=int4}},{BACK}".replace(
     "layout,", "layout,split-shortcut,bos-split,equalize{samples=3,steps=5,rows=64},"
 )
 """With the exact rewrites that are options."""
+ROTATED = f"{FRONT},bit-allocation{{uniform=int4}},{BACK}".replace("layout,", "layout,rotate{rule=everywhere,rows=8},")
+"""Every layer on rotated channels."""
 LOW_RANK = f"{FRONT},bit-allocation{{uniform=int3+r4}},{BACK}".replace("round-weights", "low-rank,round-weights")
 """A float branch beside every layer."""
 FAST = f"{FRONT},bit-allocation{{uniform=int8}},numerics{{mode=fast,noise=0.3,inputs=3}},{BACK}"
@@ -50,7 +52,7 @@ SCORED = (
     f"bit-allocation{{objective=scores}},{BACK}"
 )
 """Formats by the scores of predictors that have hardly been trained."""
-PIPELINES = (MIXED, REWRITES, LOW_RANK, FAST, TRAINED, SCORED)
+PIPELINES = (MIXED, REWRITES, LOW_RANK, FAST, TRAINED, SCORED, ROTATED)
 ACTIVATIONS = f"{FRONT},sensitivity{{inputs=3,formats=int8}},bit-allocation{{dynamic=true,attention=8}},{BACK}"
 """Dynamic activations and quantized attentions, as they are measured."""
 

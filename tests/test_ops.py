@@ -222,7 +222,7 @@ class Comparing(Interpreter):
 def test_shapes_without_arithmetic():
     compared: set[Any] = set()
     float8 = f"{programs.FRONT},bit-allocation{{uniform=fp8,attention=8}},{programs.BACK}"
-    for model, pipeline in (("unet2d", programs.MIXED), ("pixart", float8), ("pixart", programs.SMALL_FLOATS)):
+    for model, pipeline in (("unet2d", programs.ROTATED), ("pixart", float8), ("pixart", programs.SMALL_FLOATS)):
         for name in ("insert-fake-quant", "round-weights", "fold-fake-quant"):
             comparing = Comparing(programs.after(model, name, pipeline))
             comparing.run(programs.inputs(model, 2))

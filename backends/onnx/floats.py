@@ -211,6 +211,16 @@ def _rms_norm(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return y if a["weight"] is None else g.op("Mul", y, e.last(a["weight"]), name=node.name)
 
 
+@emits(ops.hadamard)
+def _hadamard(e: Emitter, node: fx.Node, a: Arguments) -> Made:
+    g, x, block, shape = e.graph, e.last(a["x"]), a["block"], e.shape(node)
+    matrix = g.constant(ops.hadamard(torch.eye(block), block).numpy(), "float32", f"hadamard[{block}]")
+    if shape[-1] == block:
+        return g.op("MatMul", x, matrix, name=node.name)
+    blocks = e.reshaped(x, (*shape[:-1], shape[-1] // block, block))
+    return e.reshaped(g.op("MatMul", blocks, matrix), shape, node.name)
+
+
 # --- contractions ---------------------------------------------------------------------------------------------
 
 

@@ -38,6 +38,7 @@ ANCHORS: dict[Any, Anchor] = {
     ops.group_norm: emit_float.group_norm,
     aten.layer_norm.default: emit_float.layer_norm,
     ops.rms_norm: emit_float.rms_norm,
+    ops.hadamard: emit_float.hadamard,
     ops.attention: emit_float.attention,
     aten.linear.default: emit_float.linear,
     ops.linear: emit_float.linear,

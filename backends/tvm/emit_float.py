@@ -1,4 +1,4 @@
-"""Operators in float32: norms, attention, products of activations, and what a plan leaves unquantized."""
+"""Operators in float32: norms, rotations, attention, products of activations, and what a plan leaves unquantized."""
 
 from __future__ import annotations
 
@@ -53,6 +53,14 @@ def rms_norm(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value
     channels = x.inner[-1]
     problem = record("norms.RmsNorm", positions=x.size // channels, channels=channels, eps=eps, scale=gamma is not None)
     return _anchor(e, "norms", problem, {"x": x, "gamma": gamma}, epilogue, out)
+
+
+def hadamard(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:
+    source, block = arguments(node)
+    x = e.value(source)
+    channels = x.inner[-1]
+    problem = record("hadamard.Hadamard", positions=x.size // channels, channels=channels, block=block)
+    return _anchor(e, "hadamard", problem, {"x": x}, epilogue, out)
 
 
 def attention(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:

@@ -16,6 +16,7 @@ from mpq_compiler.backends.tvm.kernels import (
     float8,
     float_gemm,
     gemm,
+    hadamard,
     matmul,
     movement,
     norms,
@@ -74,6 +75,7 @@ TEMPLATES: dict[str, Template] = {
         lambda problem, isa: quantize.outputs(problem),
     ),
     "norms": replace(_portable(norms), outputs=lambda problem, isa: norms.outputs(problem)),
+    "hadamard": _portable(hadamard),
     "attention": _portable(attention),
     "fast_attention": Template(
         lambda problem, isa: fast_attention.arguments(problem),

@@ -135,12 +135,13 @@ def test_contract(model, name):
     check(programs.step(model, name), dict(programs.inputs(model, 3)))
 
 
+@pytest.mark.parametrize("pipeline", [programs.REWRITES, programs.ROTATED], ids=["rewritten", "rotated"])
 @pytest.mark.parametrize("model", programs.MODELS)
 @pytest.mark.invariant("compiler-8")
-def test_contracts_behind_the_rewrites(model):
-    """Parts of layers, layers without their first token and scaled channels are quantized as any others."""
+def test_contracts_behind_the_rewrites(model, pipeline):
+    """Parts of layers, layers without their first token, scaled and rotated channels are quantized as any others."""
     x = dict(programs.inputs(model, 3))
-    for step in programs.steps(model, programs.REWRITES):
+    for step in programs.steps(model, pipeline):
         check(step, x)
 
 

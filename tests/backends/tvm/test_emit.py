@@ -114,7 +114,8 @@ def steps_of(kernel: Kernel) -> list[str]:
 
 def is_exact(kernel: Kernel) -> bool:
     """Whether its result is defined to the bit: integers, moved elements, IEEE operations."""
-    return kernel.template in ("gemm", "quantize", "movement", "pointwise") and {*steps_of(kernel)} <= EXACT_STEPS
+    exact = ("gemm", "quantize", "hadamard", "movement", "pointwise")
+    return kernel.template in exact and {*steps_of(kernel)} <= EXACT_STEPS
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -205,6 +206,25 @@ def test_a_rewritten_program_is_as_good_as_the_packed_one(target, tmp_path):
     expected = case.denoiser(**inputs)
     agreement = packed.sqnr_db(result, expected) - packed.sqnr_db(run(case.program, inputs), expected)
     assert abs(agreement) <= 0.1
+
+
+@pytest.mark.invariant("trdq-5")
+def test_rotated_channels(tmp_path):
+    """Quantized in the kernel that rotates, by each CPU target to the same bits."""
+    case = packed.program("unet2d-class", "int4", "rotate{rule=everywhere,rows=8}")
+    inputs = packed.take(case.inputs, slice(16))
+    expected = case.denoiser(**inputs)
+    made = [call.kernel for call in lower(case.program, (1,)).functions[0].calls if call.kernel.template == "hadamard"]
+    assert len(made) > 20 and all(steps_of(kernel) == ["quantize"] for kernel in made)
+    outputs = []
+    for target in TARGETS:
+        folder = tmp_path / target
+        folder.mkdir()
+        machine = artifact_of(case.program, folder, target)
+        outputs.append(torch.from_numpy(machine.run({key: value.numpy() for key, value in inputs.items()})))
+        agreement = packed.sqnr_db(outputs[-1], expected) - packed.sqnr_db(run(case.program, inputs), expected)
+        assert abs(agreement) <= 0.1
+    assert torch.equal(*outputs)
 
 
 @pytest.mark.parametrize(("name", "weights"), MODELS)

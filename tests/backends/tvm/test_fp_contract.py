@@ -17,7 +17,7 @@ from tvm import tirx
 from tvm_ffi.structural import structural_walk
 
 from mpq_compiler import targets
-from mpq_compiler.backends.tvm.kernels import attention, float_gemm, gemm, matmul, norms, pointwise, vmath
+from mpq_compiler.backends.tvm.kernels import attention, float_gemm, gemm, hadamard, matmul, norms, pointwise, vmath
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.isa import ISAS
 from mpq_compiler.backends.tvm.kernels.pointwise import Input, PointwiseProgram, PointwiseStep, Result
@@ -173,6 +173,7 @@ KERNELS = {
     "group_norm": lambda: norms.build(norms.GroupNorm(40, 33, 11, epilogue=EVERY)),
     "layer_norm": lambda: norms.build(norms.LayerNorm(5, 83, epilogue=EVERY)),
     "rms_norm": lambda: norms.build(norms.RmsNorm(5, 83, epilogue=EVERY)),
+    "hadamard": lambda: hadamard.build(hadamard.Hadamard(5, 96, 32, epilogue=EVERY)),
     "matmul": lambda: matmul.build(
         matmul.Matmul(
             (3,), 9, 600, 33, matmul.Access((600, 3, 9), (9, 1, 27)), matmul.Access((600, 3, 33), (33, 99, 1)),

@@ -1,0 +1,136 @@
+"""What exact rewrites of layers would gain: the error of their outputs with both sides quantized, before and after.
+
+A rewrite changes the tensor that some layers read, and undoes that in their weights. It is tried on rows of what the
+layers read, one quantizer for each interval of time, as time groups will have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler import formats
+from mpq_compiler.calibration import batches, input_edge, input_rows, row_geometry
+from mpq_compiler.fitting import bias_of
+from mpq_compiler.formats import activation
+from mpq_compiler.pass_manager import Session
+from mpq_compiler.program import Program, operand, run, weight_of
+
+INTERVALS = 4
+"""Of time, each with a quantizer of its own."""
+FITTED = 4096
+"""Values on which a quantizer is fitted."""
+HELD_BYTES = 1 << 30
+"""Memory for the sampled rows."""
+
+Rows = dict[tuple[Any, ...], Tensor]
+"""By window (`row_geometry`): [R, K], in the order of time."""
+Change = Callable[[Tensor], Tensor]
+"""Of the channels of a tensor [..., C]."""
+
+
+@dataclass
+class Layers:
+    """The layers that read one tensor edge, and rows of what they read."""
+
+    edge: fx.Node
+    readers: list[fx.Node]
+    largest: Tensor
+    """Of each channel's magnitudes, f32 [C]."""
+    parts: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict)
+    """The rows as they were found, by window."""
+
+    @property
+    def channels(self) -> int:
+        return len(self.largest)
+
+    def rows(self) -> Rows:
+        return {geometry: torch.cat(parts) for geometry, parts in self.parts.items()}
+
+
+def collect(program: Program, session: Session, samples: int, steps: int, rows: int) -> list[Layers]:
+    """The layers by the edges that they read, in graph order, with about ``rows`` rows each.
+
+    They are those of the session's calibration inputs, or else of as many trajectories of so many steps.
+    """
+    from mpq_compiler.denoiser import record_calibration
+
+    inputs = session.calibration
+    if inputs is None:
+        assert session.denoiser is not None
+        with session.track("recording inputs to rewrite by", steps) as advance:
+            inputs = record_calibration(session.denoiser, samples, steps, session.seed, lambda done, total: advance(1))
+    groups: dict[fx.Node, Layers] = {}
+    columns = 0
+    for node in program.quantizable:
+        operand(node, 1).meta["shape"] = tuple(program.tensors[str(weight_of(node))].shape)
+        group = groups.setdefault(input_edge(node), Layers(input_edge(node), [], torch.zeros(())))
+        group.readers.append(node)
+        if row_geometry(node) not in group.parts:
+            group.parts[row_geometry(node)] = []
+            columns += math.prod(operand(node, 1).meta["shape"][1:])
+    count = len(next(iter(inputs.values())))
+    rows = max(1, min(rows, HELD_BYTES // (4 * max(1, columns))))
+    generator = torch.Generator().manual_seed(session.seed)
+
+    def watch(node: fx.Node, value: Any) -> None:
+        if (group := groups.get(node)) is None:
+            return
+        group.largest = torch.maximum(group.largest, value.abs().flatten(0, -2).amax(0))
+        readers = {row_geometry(n): n for n in group.readers}
+        for geometry, reader in readers.items():
+            group.parts[geometry].append(input_rows(reader, value, -(-rows * size // count), generator))
+
+    for batch in batches(inputs):
+        size = len(next(iter(batch.values())))
+        run(program, batch, watch)
+    return list(groups.values())
+
+
+def error(
+    group: Layers, rows: Rows, weights: list[Tensor], change: Change, undo: Change, format_name: str, bits: int
+) -> float:
+    """Relative squared errors of the outputs of the layers, summed over them.
+
+    weights: of the layers [O, ..., C]. change: of what they read. undo: of their weights. Both sides are quantized
+    then, the weights in the format, what is read with so many bits.
+    """
+    planned = formats.get(format_name)
+    quantized = {
+        geometry: _quantized(change(x.unflatten(1, (-1, group.channels))).flatten(1), bits)
+        for geometry, x in rows.items()
+    }
+    total = 0.0
+    for w, reader in zip(weights, group.readers, strict=True):
+        geometry = row_geometry(reader)
+        rounded = planned.start(undo(w)).dequantize().reshape(len(w), -1)
+        y = rows[geometry] @ w.flatten(1).T
+        wrong = quantized[geometry] @ rounded.T - y
+        if bias_of(reader) is not None:  # which will take up the mean
+            wrong = wrong - wrong.mean(0)
+        total += float(wrong.square().sum() / y.square().sum().clamp_min(1e-30))
+    return total
+
+
+def gain_db(before: float, after: float) -> float:
+    """Of errors."""
+    return 10 * math.log10(max(before, 1e-30) / max(after, 1e-30))
+
+
+def _quantized(x: Tensor, bits: int) -> Tensor:
+    """Rows in the order of time, by one quantizer an interval."""
+    found = []
+    for interval in x.chunk(INTERVALS):
+        values = interval.flatten()
+        low, high = values.aminmax()
+        stride = max(1, len(values) // FITTED) | 1  # odd, so that all channels have their turn
+        scale, zero, _ = activation.fit(values[::stride], low, high, bits)
+        s, z = scale.float(), zero.float()
+        codes = torch.maximum(torch.minimum(torch.round(interval / s), (2**bits - 1) - z), -z)
+        found.append(codes * s)
+    return torch.cat(found)

@@ -1,0 +1,117 @@
+"""Outliers among the channels of activations spread over many, by a rotation that the weights undo."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from mpq_compiler import decisions, formats, ops, trials
+from mpq_compiler.costs import weight_path
+from mpq_compiler.errors import UserError
+from mpq_compiler.pass_manager import Contract, Pass, Session
+from mpq_compiler.program import Program, prune, weight_of
+from mpq_compiler.scaling import sharing
+from mpq_compiler.trials import Layers
+
+
+@dataclass(frozen=True)
+class Rotate(Pass):
+    """Rotates the channels of a tensor by a Hadamard matrix, and the columns of the layers that read it alike.
+
+    ``W x = (W R)(R^T x)``: a rotated channel is a sum, with signs, of a whole block of them, so that none is much
+    louder than others (QuaRot, arXiv 2404.00456). Blocks are as large as powers of two divide the channels. A rotation
+    of channels commutes with the taps of a convolution and with its zeros. Weights are rotated here, once; activations
+    where they are quantized, in ``log2(block)`` additions a value. There is one rotation for all times: with one for
+    each, as in TR-DQ (arXiv 2503.06564), every time group would store weights of its own. Rotated is what gains by it,
+    both sides quantized; layers that read one tensor share its rotation.
+
+        %mid_block_attentions_0_to_q               = aten.linear(%mid_block_attentions_0_group_norm, .weight, .bias)
+      =>
+        %mid_block_attentions_0_group_norm_rotated = mpq::hadamard(%mid_block_attentions_0_group_norm, block=64)
+        %mid_block_attentions_0_to_q               = aten.linear(%mid_block_attentions_0_group_norm_rotated, ...)
+    """
+
+    contract: ClassVar[Contract] = Contract.REWRITE
+    requires: ClassVar[frozenset[str]] = frozenset({"channels-last"})
+
+    rule: Literal["search", "everywhere"] = "search"
+    """``everywhere`` rotates what all layers read, whether they gain or not."""
+    block: int = 256
+    """Channels of a block at most, a power of two."""
+    weights: str = "int4"
+    """Weight format for which the error is reckoned."""
+    activations: int = 8
+    """Activation width for which the error is reckoned."""
+    gain: float = 0.2
+    """Least gain in dB for which a tensor is rotated."""
+    samples: int = 8
+    """Trajectories on which tensors are measured, where no inputs are given."""
+    steps: int = 10
+    """Steps of each."""
+    rows: int = 512
+    """Rows of each layer's input on which errors are measured; fewer in models where that exceeds a gigabyte."""
+
+    def __post_init__(self) -> None:
+        formats.get(self.weights)
+        self.require("activations", 2, 8)
+        self.require("gain", 0)
+        for option in ("samples", "steps", "rows"):
+            self.require(option, 1)
+        if self.block < 2 or self.block & (self.block - 1):
+            raise UserError(f"option 'block' of pass 'rotate' must be a power of two from 2 on, not {self.block}")
+
+    def run(self, program: Program, session: Session) -> Program:
+        program = program.fork()
+        groups = trials.collect(program, session, self.samples, self.steps, self.rows)
+        shared = sharing(program)
+        chosen = [g for g in groups if self._size(g) > 1 and not shared & {*g.readers}]
+        with session.track("rotating", len(chosen)) as advance:
+
+            def trial(group: Layers) -> float:
+                gain = self._gain(program, group)
+                advance(1)
+                return gain
+
+            gains = session.map(trial, chosen)
+        found = [(g, db) for g, db in zip(chosen, gains, strict=True) if self.rule == "everywhere" or db >= self.gain]
+        for group, gain in found:
+            self._apply(program, group, gain)
+        prune(program.graph)
+        if not found:
+            program.note(
+                f"rotate changes nothing: of {len(groups)} tensors that layers read {len(chosen)} can be rotated "
+                f"(others have odd numbers of channels, or shared weights), and none gains {self.gain:g} dB"
+            )
+        return program
+
+    def _size(self, group: Layers) -> int:
+        """Channels of a block."""
+        return min(self.block, group.channels & -group.channels)
+
+    def _gain(self, program: Program, group: Layers) -> float:
+        """In dB, of the layers' outputs."""
+        weights = [program.tensors.read(str(weight_of(n))) for n in group.readers]
+        rows, turn = group.rows(), functools.partial(ops.hadamard, block=self._size(group))
+        before, after = (
+            trials.error(group, rows, weights, change, change, self.weights, self.activations)
+            for change in (lambda x: x, turn)
+        )
+        return trials.gain_db(before, after)
+
+    def _apply(self, program: Program, group: Layers, gain: float) -> None:
+        graph, block = program.graph, self._size(group)
+        with graph.inserting_before(group.readers[0]):
+            rotated = graph.call_function(ops.hadamard, (group.edge, block))
+        rotated.name = f"{group.edge.name}_rotated"
+        for reader in group.readers:
+            name = str(weight_of(reader))
+            weight = ops.hadamard(program.tensors.read(name).double(), block).to(torch.float32)
+            path, _, part = name.partition(":")
+            with graph.inserting_before(reader):
+                new = graph.get_attr(program.tensors.add(f"{path}:{part + '.' if part else ''}rotated", weight))
+            reader.update_arg(0, rotated)
+            reader.update_arg(1, new)
+            decisions.note(program, str(weight_path(reader)), self.name(), block=block, gain_db=gain)
