@@ -67,6 +67,8 @@ PARTS: dict[str, Change] = {
     "+ 20 time groups": _with("time-groups", groups=20),
     "+ split shortcuts": _before("calibrate", "split-shortcut"),
     "+ learned rounding": _with("round-weights", method="learned"),
+    "+ rotated channels": _before("calibrate", "rotate"),
+    "+ adapters": _with("distill", adapters=32),
 }
 
 
