@@ -361,7 +361,8 @@ def main() -> None:
     terminal.table(images, CLAIM_HEADERS, lines)
     if options.docs:
         documents.insert(options.docs, "quality", markdown(cells))
-        documents.insert(options.docs, "claims", documents.table(CLAIM_HEADERS, lines))
+        none = "No cell of a claim has been computed yet."
+        documents.insert(options.docs, "claims", documents.table(CLAIM_HEADERS, lines) if lines else none)
     if options.plot:
         options.plot.write_text(plot(cells, options.model[0]))
 
