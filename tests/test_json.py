@@ -37,7 +37,9 @@ def test_lists(command: Command, name: str) -> None:
 @pytest.mark.parametrize("model", sorted(checkpoint.bundled()))
 def test_every_command(command: Command, model: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     cache = ("--cache", str(tmp_path_factory.getbasetemp() / "json-cache"))
-    few = ("--samples", "8", "--steps", "8", *cache)
+    recipe = 'schema = 1\nextends = "default"\n[options.sensitivity]\nformats = ["int3", "int4", "int8"]\n'
+    Path("few.toml").write_text(recipe)
+    few = ("--recipe", "few.toml", "--samples", "8", "--steps", "8", *cache)
     table = command("sensitivity", "sensitivity", model, "-o", "table.json", *few)
     assert table["weights"]
     solution = command("allocation-solution", "allocate", "table.json", "--weights", "4", "-o", "solution.json")
