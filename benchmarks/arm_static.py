@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import collections
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -215,7 +214,6 @@ def main() -> None:
     parser.add_argument("--json", default=str(RESULTS), help="'' writes none")
     parser.add_argument("--docs", type=Path, help="write the tables into this file, between the marks")
     options = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     kept: dict[tuple[str, str], float] = {}
     rows: list[dict[str, Any]] = []
     work = [

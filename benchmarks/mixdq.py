@@ -93,10 +93,9 @@ def tables(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     """The tables by their marks."""
     found = {}
     for mark, first, named in (("text", "bits of the text", PLANS), ("objectives", "budget, true bits", OBJECTIVES)):
-        lines = [f"| {first} | plan | true bits | output, dB | images, dB (least .. most) |", "| --- " * 5 + "|"]
-        chosen = (row for row in rows if row["plan"] in named)
-        lines += [f"| {row['bits']} | {row['plan']} | {plans.columns(row)} |" for row in chosen]
-        found[mark] = "\n".join(lines)
+        headers = (first, "plan", "true bits", "output, dB", "images, dB (least .. most)")
+        lines = [[str(row["bits"]), row["plan"], *plans.columns(row)] for row in rows if row["plan"] in named]
+        found[mark] = documents.table(headers, lines)
     return found
 
 

@@ -70,9 +70,8 @@ def main() -> None:
         found = plans.written(rows(options.images), options.json, model=MODEL, images=options.images)
     if options.docs:
         columns = ("bits of activations", "plan", "true bits", "output, dB", "images, dB (least .. most)")
-        lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-        lines += [f"| {row['activations']} | {row['plan']} | {plans.columns(row)} |" for row in found]
-        documents.insert(options.docs, "orthogonality", "\n".join(lines))
+        lines = [[str(row["activations"]), row["plan"], *plans.columns(row)] for row in found]
+        documents.insert(options.docs, "orthogonality", documents.table(columns, lines))
 
 
 if __name__ == "__main__":

@@ -61,11 +61,11 @@ def decibels(row: dict[str, Any]) -> str:
     return f"output {row['output_db']:.2f} dB, images {images} dB"
 
 
-def columns(row: dict[str, Any]) -> str:
-    """True bits, output and images (mean, least and most) of a row, as cells of a table in Markdown."""
+def columns(row: dict[str, Any]) -> list[str]:
+    """True bits, output and images (mean, least and most) of a row, as cells of a table."""
     images = row["image_db"]
     spread = f"{statistics.mean(images):.1f} ({min(images):.1f} .. {max(images):.1f})"
-    return f"{row['true_bits']:.2f} | {row['output_db']:.1f} | {spread}"
+    return [f"{row['true_bits']:.2f}", f"{row['output_db']:.1f}", spread]
 
 
 def written(rows: Iterator[dict[str, Any]], path: Path, **about: Any) -> Sequence[dict[str, Any]]:

@@ -74,15 +74,13 @@ class Bench(plans.Judge):
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        "| plan | true bits | output, dB | images, dB (least .. most) | layers in each format |",
-        "| --- " * 5 + "|",
-    ]
+    headers = ("plan", "true bits", "output, dB", "images, dB (least .. most)", "layers in each format")
+    lines = []
     for row in rows:
         name = f"uniform `{row['plan']}`" if row["budget"] is None else row["plan"]
         used = ", ".join(f"{count} `{name}`" for name, count in row["formats"].items() if count)
-        lines.append(f"| {name} | {plans.columns(row)} | {used} |")
-    return "\n".join(lines)
+        lines.append([name, *plans.columns(row), used])
+    return documents.table(headers, lines)
 
 
 def main() -> None:

@@ -172,7 +172,7 @@ class _Builder:
                 for call in calls:
                     self._call(call, env, batch)
                 results = [result] if isinstance(result, Value) else result
-                shaped = [self._shaped(env[value.name], _sized(value.shape, batch)) for value in results]
+                shaped = [self._shaped(env[value.name], sized(value.shape, batch)) for value in results]
                 made = shaped[0] if isinstance(result, Value) else relax.Tuple(shaped)
                 output = self.builder.emit_output(made)
             self.builder.emit_func_output(output)
@@ -180,16 +180,16 @@ class _Builder:
     def _call(self, call: Call, env: dict[str, Any], batch: int) -> None:
         function, inputs, outputs = self.signatures[call.kernel]
         operands = dict(call.operands)
-        arguments = [self._shaped(env[operands[a.name]], _sized(a.shape, batch)) for a in inputs]
+        arguments = [self._shaped(env[operands[a.name]], sized(a.shape, batch)) for a in inputs]
         if call.into:
             (output,) = outputs
             if call.into not in env:
-                shape, dtype = relax.ShapeExpr(_sized(output.shape, batch)), output.dtype
+                shape, dtype = relax.ShapeExpr(sized(output.shape, batch)), output.dtype
                 env[call.into] = self.builder.emit(relax.op.builtin.alloc_tensor(shape, dtype, 0))
-            target = self._shaped(env[call.into], _sized(output.shape, batch))
+            target = self._shaped(env[call.into], sized(output.shape, batch))
             self.builder.emit(relax.Call(function, [*arguments, target]))
             return
-        types = [relax.TensorType(_sized(a.shape, batch), a.dtype) for a in outputs]
+        types = [relax.TensorType(sized(a.shape, batch), a.dtype) for a in outputs]
         made = self.builder.emit(relax.call_tir(function, arguments, types if len(types) > 1 else types[0]))
         names = dict(call.results)
         if len(types) == 1:
@@ -208,9 +208,10 @@ class _Builder:
         return self.builder.emit(relax.op.reshape(value, shape))
 
 
-def _sized(shape: Sequence[int | str], batch: int) -> tuple[int, ...]:
+def sized(shape: Sequence[int | str], batch: int) -> tuple[int, ...]:
+    """A shape with the batch's size in its place."""
     return tuple(batch if extent == BATCH else int(extent) for extent in shape)
 
 
 def _variable(name: str, value: Value, batch: int) -> relax.Var:
-    return relax.Var(name, relax.TensorType(_sized(value.shape, batch), value.dtype))
+    return relax.Var(name, relax.TensorType(sized(value.shape, batch), value.dtype))

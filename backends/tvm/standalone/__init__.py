@@ -16,15 +16,15 @@ import numpy as np
 
 from mpq_compiler.artifact import PROGRAM, SERVER
 from mpq_compiler.backends.tvm import templates
-from mpq_compiler.backends.tvm.kernels.template import BATCH, Argument
-from mpq_compiler.backends.tvm.link import linker
+from mpq_compiler.backends.tvm.kernels.template import Argument
+from mpq_compiler.backends.tvm.link import linker, sized
 from mpq_compiler.backends.tvm.lowered import Call, Kernel, Lowered, Value
 from mpq_compiler.targets import Target
+from mpq_compiler.tensorfile import ALIGNMENT
 
 SOURCES = ("mpq.h", "mpq_plan.h", "mpq.c", "mpq_run.c", "mpq_rpc.c", "CMakeLists.txt")
 MODEL, KERNELS = "mpq_model.c", "libkernels.a"
 OPTIONS = ("-std=c11", "-O2", "-static", "-Wl,--strip-all", "-Wl,--build-id=none", "-Wl,-z,noexecstack")
-ALIGNMENT = 64
 TYPE_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
 """As DLPack numbers them."""
 
@@ -213,7 +213,7 @@ class _Model:
         for call in calls:
             names = dict(call.results)
             for argument in self.signatures[call.kernel][1]:
-                found[call.into or names[argument.name]] = _bytes(_sized(argument.shape, batch), argument.dtype)
+                found[call.into or names[argument.name]] = _bytes(sized(argument.shape, batch), argument.dtype)
         return found
 
     def _steps(
@@ -226,7 +226,7 @@ class _Model:
         sizes = {name: size for name, size in self._results(calls, batch).items() if name not in kept}
         alive = {}
         for value in ends[:-1]:
-            sizes[value.name], alive[value.name] = _bytes(_sized(value.shape, batch), value.dtype), (-1, -1)
+            sizes[value.name], alive[value.name] = _bytes(sized(value.shape, batch), value.dtype), (-1, -1)
         for number, call in enumerate(calls):
             names = [name for _, name in (*call.operands, *call.results)] + ([call.into] if call.into else [])
             for name in names:
@@ -247,7 +247,7 @@ class _Model:
         for argument in (*inputs, *outputs):
             name = call.into if call.into and argument in outputs else names[argument.name]
             space, at = where[name]
-            dtype, shape = np.dtype(argument.dtype), _sized(argument.shape, batch)
+            dtype, shape = np.dtype(argument.dtype), sized(argument.shape, batch)
             code = f"{TYPE_CODES[dtype.kind]}, {8 * dtype.itemsize}"
             self.operands.append(f"{{{space}, {code}, {len(shape)}, {self._shape(shape)}, {at}}}")
         name = f"__tvm_ffi_{call.kernel.name}"
@@ -261,13 +261,9 @@ class _Model:
         return self.first_of[shape]
 
     def _tensor(self, name: str, value: Value, batch: int) -> str:
-        shape, dtype = _sized(value.shape, batch), np.dtype(value.dtype)
+        shape, dtype = sized(value.shape, batch), np.dtype(value.dtype)
         code = "BOOL" if dtype.kind == "b" else f"{dtype.kind.upper()}{8 * dtype.itemsize}"
         return f'{{"{name}", "{code}", {len(shape)}, shapes + {self._shape(shape)}, {_bytes(shape, value.dtype)}}}'
-
-
-def _sized(shape: Sequence[int | str], batch: int) -> tuple[int, ...]:
-    return tuple(batch if extent == BATCH else int(extent) for extent in shape)
 
 
 def _bytes(shape: Sequence[int], dtype: str) -> int:

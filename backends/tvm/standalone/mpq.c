@@ -194,8 +194,6 @@ void *(*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) = take;
 int (*__TVMBackendFreeWorkspace)(int, int, void *) = give_back;
 int (*__TVMBackendParallelLaunch)(lambda, void *, int) = launch;
 
-__attribute__((weak)) void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *text) { fail("%s: %s", kind, text); }
-
 /* ---------------------------------------------------------------------------------------------- the model */
 
 /* As DLPack lays out a tensor (dlpack.h), and TVM an argument. */
