@@ -59,6 +59,7 @@ PARTS: dict[str, Change] = {
     "training of weights": _with("distill", latent=0.0),
     "GPTQ": _with("round-weights", method="nearest"),
     "equalization": _without("equalize"),
+    "rotation": _without("rotate"),
     "time groups": _with("time-groups", groups=1),
     "gains of times": _without("time-gains"),
     "mixed activations": _with("bit-allocation", mixed=False),
@@ -67,7 +68,6 @@ PARTS: dict[str, Change] = {
     "+ 20 time groups": _with("time-groups", groups=20),
     "+ split shortcuts": _before("calibrate", "split-shortcut"),
     "+ learned rounding": _with("round-weights", method="learned"),
-    "+ rotated channels": _before("calibrate", "rotate"),
     "+ adapters": _with("distill", adapters=32),
 }
 
@@ -146,7 +146,7 @@ def main() -> None:
     print(f"{len(rows) - len(missing)} of {len(rows)} rows are there", flush=True)
     for row in missing if options.all else ():
         print(f"{row.name} ...", flush=True)
-        found = quality.compute(row, options.jobs)
+        found = quality.compute(row, options.jobs)[0]
         write(row.file, found)
         print(f"{row.name}: {found['image_sqnr_db']:.2f} dB in {found['seconds'] / 60:.1f} minutes", flush=True)
     lines = compared(rows)

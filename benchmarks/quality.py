@@ -128,8 +128,12 @@ def budget_of(model: str, setting: str) -> int:
     return int(known[name])
 
 
-def compute(cell: Cell, jobs: int) -> dict[str, Any]:
-    """The row of a cell: compiled, drawn and judged against the float model."""
+def compute(cell: Cell, jobs: int, counts: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """The row of a cell: compiled, drawn and judged against the float model.
+
+    counts: of images, a row for each where given; fewer images are the first of more.
+    """
+    counts = counts or [cell.images]
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "cell.mpq"
@@ -139,19 +143,15 @@ def compute(cell: Cell, jobs: int) -> dict[str, Any]:
         painter = evaluation.from_artifact(path, threads=1)
         loaded = evaluation.float_model(cell.model, painter)
         reference = evaluation.sampled_like(evaluation.from_denoiser(loaded), painter)
-        conditions = reference.conditioning.varied(cell.images)
+        conditions = reference.conditioning.varied(max(counts))
         pictures = []
         for each in (reference, painter):
-            with terminal.progress(f"drawing with {each.name}", cell.images) as advance:
-                drawn = each.draw(conditions, cell.images, STEPS, SEED, progress=lambda done, total: advance(0))
+            with terminal.progress(f"drawing with {each.name}", max(counts)) as advance:
+                drawn = each.draw(conditions, max(counts), STEPS, SEED, progress=lambda done, total: advance(0))
             pictures.append(each.decode(drawn))
         one = {name: value.numpy() for name, value in loaded.random_inputs(1).items()}
         times = interleaved({"step": lambda: painter.call(**one)}, rounds=15, warm=True)["step"]
-    extractor, reason = metrics.features_for(loaded.features, pictures[0].shape[1:])
-    judged = metrics.compare_images(*pictures, extractor, reason, conditions.labels)
-    error, power = (np.square(x.astype(np.float64)).sum((1, 2, 3)) for x in (pictures[1] - pictures[0], pictures[0]))
-    return {
-        "cell": asdict(cell),
+    known = {
         "true_bits": report.weights["average_bits"],
         "bytes": report.weights["bytes"],
         "budget": budget,
@@ -159,12 +159,30 @@ def compute(cell: Cell, jobs: int) -> dict[str, Any]:
         "seconds": seconds,
         "step_ms": statistics.median(times) * 1e3,
         "fallbacks": len(report.fallbacks),
+        "notes": report.notes,
+        **provenance(),
+    }
+    features = metrics.features_for(loaded.features, pictures[0].shape[1:])
+    rows = []
+    for count in counts:
+        first = [images[:count] for images in pictures]
+        labels = None if conditions.labels is None else conditions.labels[:count]
+        rows.append({"cell": asdict(replace(cell, images=count)), **known, **_judged(first, features, labels)})
+    return rows
+
+
+def _judged(
+    pictures: Sequence[np.ndarray], features: tuple[metrics.Features | None, str | None], labels: np.ndarray | None
+) -> dict[str, Any]:
+    """Distances of images to the float model's, which come first."""
+    judged = metrics.compare_images(*pictures, *features, labels)
+    error, power = (np.square(x.astype(np.float64)).sum((1, 2, 3)) for x in (pictures[1] - pictures[0], pictures[0]))
+    extractor, _ = features
+    return {
         **{name: judged[name] and judged[name]["value"] for name in COLUMNS},
         "frechet_resamples": extractor and [float(f"{v:.5g}") for v in resampled_frechet(*pictures, extractor)],
         "errors": [float(f"{e:.6g}") for e in error],
         "powers": [float(f"{p:.6g}") for p in power],
-        "notes": report.notes,
-        **provenance(),
     }
 
 
@@ -319,18 +337,19 @@ def chosen(options: argparse.Namespace) -> Iterator[Cell]:
 
 
 def compute_missing(cells: Sequence[Cell], jobs: int) -> None:
-    """Each is written as soon as it is there."""
+    """Each is written as soon as it is there, and with it the same as a cell of a claim."""
     missing = [cell for cell in cells if not cell.file.exists()]
     for number, cell in enumerate(missing, 1):
         print(f"{cell.name}, {cell.images} images ({number} of {len(missing)}) ...", flush=True)
         try:
-            row = compute(cell, jobs)
+            rows = compute(cell, jobs, sorted({cell.images, CLAIM["images"]}))
         except UserError as error:  # a recipe of 4 and 8 bits at 2: kept, or each run would try again
             write(cell.file, {"cell": asdict(cell), "refused": str(error)})
             print(f"{cell.name}: {error}", flush=True)
             continue
-        write(cell.file, row)
-        print(f"{cell.name}: {row['image_sqnr_db']:.2f} dB in {row['seconds'] / 60:.1f} minutes", flush=True)
+        for row in rows:
+            write(Cell(**row["cell"]).file, row)
+        print(f"{cell.name}: {rows[0]['image_sqnr_db']:.2f} dB in {rows[0]['seconds'] / 60:.1f} minutes", flush=True)
 
 
 def main() -> None:

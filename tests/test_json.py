@@ -35,11 +35,10 @@ def test_lists(command: Command, name: str) -> None:
 
 
 @pytest.mark.parametrize("model", sorted(checkpoint.bundled()))
-def test_every_command(command: Command, model: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    cache = ("--cache", str(tmp_path_factory.getbasetemp() / "json-cache"))
+def test_every_command(command: Command, model: str) -> None:
     recipe = 'schema = 1\nextends = "default"\n[options.sensitivity]\nformats = ["int3", "int4", "int8"]\n'
     Path("few.toml").write_text(recipe)
-    few = ("--recipe", "few.toml", "--samples", "8", "--steps", "8", *cache)
+    few = ("--recipe", "few.toml", "--samples", "8", "--steps", "8")
     table = command("sensitivity", "sensitivity", model, "-o", "table.json", *few)
     assert table["weights"]
     solution = command("allocation-solution", "allocate", "table.json", "--weights", "4", "-o", "solution.json")
@@ -71,8 +70,3 @@ def test_every_command(command: Command, model: str, tmp_path_factory: pytest.Te
     assert times["kernels"] and json.loads(Path("times.json").read_text()) == times
     found = command("bench", "bench", "out.mpq", "--against", "torch", "--rounds", "2", "--latency-table", "times.json")
     assert found["latency"]["missing"] == 0 and found["latency"]["predicted_ms"] > 0
-
-
-def test_the_demo(command: Command, tmp_path_factory: pytest.TempPathFactory) -> None:
-    cache = ("--cache", str(tmp_path_factory.getbasetemp() / "json-cache"))
-    command("demo", "demo", "--images", "4", "--steps", "2", *cache)

@@ -19,7 +19,7 @@ ALL = (2, 3, 4, 5, 6, 7, 8)
 
 @pytest.mark.parametrize(("budget", "nearest"), [(4, 4), (4.4, 4), (6, 6), (7.6, 8)])
 def test_a_budget_below_eight_bits_mixes_all_widths(budget, nearest):
-    wanted = {"equalize": nearest, "time-gains": nearest, "sensitivity": ALL, "time-groups": nearest}
+    wanted = dict.fromkeys(("equalize", "rotate", "time-gains", "time-groups"), nearest) | {"sensitivity": ALL}
     assert widths(activations=budget) == wanted
 
 
@@ -33,12 +33,6 @@ def test_small_floats_have_four_bits_at_least():
         "trace,layout,calibrate,time-groups,sensitivity{formats=fp8},bit-allocation{activation_format=float},numerics"
     )
     assert widths(activations=5, pipeline=text)["sensitivity"] == (4, 5, 6, 7, 8)
-
-
-def test_rotations_are_reckoned_for_the_width_of_the_budget():
-    text = "trace,layout,rotate{},calibrate,time-groups,bit-allocation{{uniform=int8}},numerics"
-    assert widths(activations=4, pipeline=text.format(""))["rotate"] == 4
-    assert widths(activations=4, pipeline=text.format("{activations=6}"))["rotate"] == 6
 
 
 def test_widths_given_by_hand_stay():
