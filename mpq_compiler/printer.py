@@ -441,8 +441,16 @@ def _type_name(hint: Any) -> str:
     return "none" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 
-def _field_docs(cls: type) -> dict[str, str]:
-    """The string that stands below each field in the source of the class."""
+def _field_docs(cls: type[Pass]) -> dict[str, str]:
+    """The string that stands below each field in the source of the class, or of one that it extends."""
+    found: dict[str, str] = {}
+    for each in reversed(cls.__mro__):
+        if issubclass(each, Pass):
+            found |= _own_field_docs(each)
+    return found
+
+
+def _own_field_docs(cls: type) -> dict[str, str]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, SyntaxError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -18,7 +18,7 @@ from mpq_compiler import formats
 from mpq_compiler.calibration import batches, input_edge, input_rows, row_geometry
 from mpq_compiler.fitting import bias_of
 from mpq_compiler.formats import activation
-from mpq_compiler.pass_manager import Session
+from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Program, operand, run, weight_of
 
 INTERVALS = 4
@@ -53,68 +53,94 @@ class Layers:
         return {geometry: torch.cat(parts) for geometry, parts in self.parts.items()}
 
 
-def collect(program: Program, session: Session, samples: int, steps: int, rows: int) -> list[Layers]:
-    """The layers by the edges that they read, in graph order, with about ``rows`` rows each.
+@dataclass(frozen=True)
+class Trial(Pass):
+    """A pass that rewrites the layers which gain by it, both sides quantized."""
 
-    They are those of the session's calibration inputs, or else of as many trajectories of so many steps.
-    """
-    from mpq_compiler.denoiser import record_calibration
+    contract: ClassVar[Contract] = Contract.REWRITE
+    requires: ClassVar[frozenset[str]] = frozenset({"channels-last"})
 
-    inputs = session.calibration
-    if inputs is None:
-        assert session.denoiser is not None
-        with session.track("recording inputs to rewrite by", steps) as advance:
-            inputs = record_calibration(session.denoiser, samples, steps, session.seed, lambda done, total: advance(1))
-    groups: dict[fx.Node, Layers] = {}
-    columns = 0
-    for node in program.quantizable:
-        operand(node, 1).meta["shape"] = tuple(program.tensors[str(weight_of(node))].shape)
-        group = groups.setdefault(input_edge(node), Layers(input_edge(node), [], torch.zeros(())))
-        group.readers.append(node)
-        if row_geometry(node) not in group.parts:
-            group.parts[row_geometry(node)] = []
-            columns += math.prod(operand(node, 1).meta["shape"][1:])
-    count = len(next(iter(inputs.values())))
-    rows = max(1, min(rows, HELD_BYTES // (4 * max(1, columns))))
-    generator = torch.Generator().manual_seed(session.seed)
+    weights: str = "int4"
+    """Weight format for which the error is reckoned."""
+    activations: int = 8
+    """Activation width for which the error is reckoned."""
+    gain: float = 0.2
+    """Least gain in dB for which layers are changed."""
+    samples: int = 8
+    """Trajectories on which channels are measured, where no inputs are given."""
+    steps: int = 10
+    """Steps of each."""
+    rows: int = 512
+    """Rows of each layer's input on which errors are measured; fewer in models where that exceeds a gigabyte."""
 
-    def watch(node: fx.Node, value: Any) -> None:
-        if (group := groups.get(node)) is None:
-            return
-        group.largest = torch.maximum(group.largest, value.abs().flatten(0, -2).amax(0))
-        readers = {row_geometry(n): n for n in group.readers}
-        for geometry, reader in readers.items():
-            group.parts[geometry].append(input_rows(reader, value, -(-rows * size // count), generator))
+    def __post_init__(self) -> None:
+        formats.get(self.weights)
+        self.require("activations", 2, 8)
+        self.require("gain", 0)
+        for option in ("samples", "steps", "rows"):
+            self.require(option, 1)
 
-    for batch in batches(inputs):
-        size = len(next(iter(batch.values())))
-        run(program, batch, watch)
-    return list(groups.values())
+    def layers(self, program: Program, session: Session) -> list[Layers]:
+        """The layers by the edges that they read, in graph order, with `rows` rows each, about.
 
+        They are those of the session's calibration inputs, or else of the trajectories that the options name.
+        """
+        from mpq_compiler.denoiser import record_calibration
 
-def error(
-    group: Layers, rows: Rows, weights: list[Tensor], change: Change, undo: Change, format_name: str, bits: int
-) -> float:
-    """Relative squared errors of the outputs of the layers, summed over them.
+        inputs = session.calibration
+        if inputs is None:
+            assert session.denoiser is not None
+            with session.track("recording inputs to rewrite by", self.steps) as advance:
+                inputs = record_calibration(
+                    session.denoiser, self.samples, self.steps, session.seed, lambda done, total: advance(1)
+                )
+        groups: dict[fx.Node, Layers] = {}
+        columns = 0
+        for node in program.quantizable:
+            operand(node, 1).meta["shape"] = tuple(program.tensors[str(weight_of(node))].shape)
+            group = groups.setdefault(input_edge(node), Layers(input_edge(node), [], torch.zeros(())))
+            group.readers.append(node)
+            if row_geometry(node) not in group.parts:
+                group.parts[row_geometry(node)] = []
+                columns += math.prod(operand(node, 1).meta["shape"][1:])
+        count = len(next(iter(inputs.values())))
+        rows = max(1, min(self.rows, HELD_BYTES // (4 * max(1, columns))))
+        generator = torch.Generator().manual_seed(session.seed)
 
-    weights: of the layers [O, ..., C]. change: of what they read. undo: of their weights. Both sides are quantized
-    then, the weights in the format, what is read with so many bits.
-    """
-    planned = formats.get(format_name)
-    quantized = {
-        geometry: _quantized(change(x.unflatten(1, (-1, group.channels))).flatten(1), bits)
-        for geometry, x in rows.items()
-    }
-    total = 0.0
-    for w, reader in zip(weights, group.readers, strict=True):
-        geometry = row_geometry(reader)
-        rounded = planned.start(undo(w)).dequantize().reshape(len(w), -1)
-        y = rows[geometry] @ w.flatten(1).T
-        wrong = quantized[geometry] @ rounded.T - y
-        if bias_of(reader) is not None:  # which will take up the mean
-            wrong = wrong - wrong.mean(0)
-        total += float(wrong.square().sum() / y.square().sum().clamp_min(1e-30))
-    return total
+        def watch(node: fx.Node, value: Any) -> None:
+            if (group := groups.get(node)) is None:
+                return
+            group.largest = torch.maximum(group.largest, value.abs().flatten(0, -2).amax(0))
+            readers = {row_geometry(n): n for n in group.readers}
+            for geometry, reader in readers.items():
+                group.parts[geometry].append(input_rows(reader, value, -(-rows * size // count), generator))
+
+        for batch in batches(inputs):
+            size = len(next(iter(batch.values())))
+            run(program, batch, watch)
+        return list(groups.values())
+
+    def error(self, group: Layers, rows: Rows, weights: list[Tensor], change: Change, undo: Change) -> float:
+        """Relative squared errors of the outputs of the layers, summed over them.
+
+        weights: of the layers [O, ..., C]. change: of what they read. undo: of their weights. Both sides are quantized
+        then, as the options have it.
+        """
+        planned = formats.get(self.weights)
+        quantized = {
+            geometry: _quantized(change(x.unflatten(1, (-1, group.channels))).flatten(1), self.activations)
+            for geometry, x in rows.items()
+        }
+        total = 0.0
+        for w, reader in zip(weights, group.readers, strict=True):
+            geometry = row_geometry(reader)
+            rounded = planned.start(undo(w)).dequantize().reshape(len(w), -1)
+            y = rows[geometry] @ w.flatten(1).T
+            wrong = quantized[geometry] @ rounded.T - y
+            if bias_of(reader) is not None:  # which will take up the mean
+                wrong = wrong - wrong.mean(0)
+            total += float(wrong.square().sum() / y.square().sum().clamp_min(1e-30))
+        return total
 
 
 def gain_db(before: float, after: float) -> float:

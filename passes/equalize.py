@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mpq_compiler import decisions, formats, trials
+from mpq_compiler import decisions, trials
 from mpq_compiler.costs import weight_path
-from mpq_compiler.pass_manager import Contract, Pass, Session
+from mpq_compiler.pass_manager import Session
 from mpq_compiler.program import Program, weight_of
 from mpq_compiler.scaling import Scaling
-from mpq_compiler.trials import Layers, Rows
+from mpq_compiler.trials import Layers, Rows, Trial
 
 POWERS = tuple(i / 10 for i in range(1, 10))
 """SmoothQuant's alpha: how much of the spread of a channel's values moves into the weights."""
@@ -31,7 +31,7 @@ class Found(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Equalize(Pass):
+class Equalize(Trial):
     """Divides the channels of a tensor by factors, and multiplies the columns of the layers that read it with them.
 
     The quantized product is what should come out best: of many ways to share out the spread of channels between
@@ -47,38 +47,16 @@ class Equalize(Pass):
         %time_embedding_linear_1 = aten.linear(%time_proj_cat_1_scaled, .weight:equalized, .bias)
     """
 
-    contract: ClassVar[Contract] = Contract.REWRITE
-    requires: ClassVar[frozenset[str]] = frozenset({"channels-last"})
-
     rule: Literal["search", "dilation", "smoothquant"] = "search"
     """Which factors are tried. ``dilation`` and ``smoothquant`` have those of DilateQuant, and of SmoothQuant with
     alpha 0.5 (which MPQ-DM takes), everywhere, whether they gain or not."""
-    weights: str = "int4"
-    """Weight format for which the error is reckoned."""
-    activations: int = 8
-    """Activation width for which the error is reckoned."""
-    gain: float = 0.2
-    """Least gain in dB for which layers are changed."""
-    samples: int = 8
-    """Trajectories on which channels are measured, where no inputs are given."""
-    steps: int = 10
-    """Steps of each."""
-    rows: int = 512
-    """Rows of each layer's input on which errors are measured; fewer in models where that exceeds a gigabyte."""
     exact: bool = True
     """Factors are powers of two, so that scaling changes no bit of a float; else, and those of ``rule=dilation``, most
     of which are below two, f16."""
 
-    def __post_init__(self) -> None:
-        formats.get(self.weights)
-        self.require("activations", 2, 8)
-        self.require("gain", 0)
-        for option in ("samples", "steps", "rows"):
-            self.require(option, 1)
-
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
-        groups = trials.collect(program, session, self.samples, self.steps, self.rows)
+        groups = self.layers(program, session)
         scaling = Scaling(program)
         chosen = [g for g in groups if scaling.possible(g.readers)]
         with session.track("equalizing", len(chosen)) as advance:
@@ -149,10 +127,8 @@ class Equalize(Pass):
         return torch.exp2(log.round()) if self.exact else torch.exp2(log).to(torch.float16).to(torch.float32)
 
     def _error(self, group: Layers, rows: Rows, weights: list[Tensor], factor: Tensor) -> float:
-        """Relative squared errors of the outputs of the layers (`trials.error`)."""
-        return trials.error(
-            group, rows, weights, lambda x: x * factor, lambda w: w / factor, self.weights, self.activations
-        )
+        """Of the outputs of the layers where what they read is multiplied by ``factor`` [C]."""
+        return self.error(group, rows, weights, lambda x: x * factor, lambda w: w / factor)
 
 
 def dilation(weights: list[Tensor]) -> Tensor:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
-from mpq_compiler import decisions, formats, ops, trials
+from mpq_compiler import decisions, ops, trials
 from mpq_compiler.costs import weight_path
 from mpq_compiler.errors import UserError
-from mpq_compiler.pass_manager import Contract, Pass, Session
+from mpq_compiler.pass_manager import Session
 from mpq_compiler.program import Program, prune, weight_of
 from mpq_compiler.scaling import sharing
-from mpq_compiler.trials import Layers
+from mpq_compiler.trials import Layers, Trial
 
 
 @dataclass(frozen=True)
-class Rotate(Pass):
+class Rotate(Trial):
     """Rotates the channels of a tensor by a Hadamard matrix, and the columns of the layers that read it alike.
 
     ``W x = (W R)(R^T x)``: a rotated channel is a sum, with signs, of a whole block of them, so that none is much
@@ -34,38 +34,19 @@ class Rotate(Pass):
         %mid_block_attentions_0_to_q               = aten.linear(%mid_block_attentions_0_group_norm_rotated, ...)
     """
 
-    contract: ClassVar[Contract] = Contract.REWRITE
-    requires: ClassVar[frozenset[str]] = frozenset({"channels-last"})
-
     rule: Literal["search", "everywhere"] = "search"
     """``everywhere`` rotates what all layers read, whether they gain or not."""
     block: int = 256
     """Channels of a block at most, a power of two."""
-    weights: str = "int4"
-    """Weight format for which the error is reckoned."""
-    activations: int = 8
-    """Activation width for which the error is reckoned."""
-    gain: float = 0.2
-    """Least gain in dB for which a tensor is rotated."""
-    samples: int = 8
-    """Trajectories on which tensors are measured, where no inputs are given."""
-    steps: int = 10
-    """Steps of each."""
-    rows: int = 512
-    """Rows of each layer's input on which errors are measured; fewer in models where that exceeds a gigabyte."""
 
     def __post_init__(self) -> None:
-        formats.get(self.weights)
-        self.require("activations", 2, 8)
-        self.require("gain", 0)
-        for option in ("samples", "steps", "rows"):
-            self.require(option, 1)
+        super().__post_init__()
         if self.block < 2 or self.block & (self.block - 1):
             raise UserError(f"option 'block' of pass 'rotate' must be a power of two from 2 on, not {self.block}")
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
-        groups = trials.collect(program, session, self.samples, self.steps, self.rows)
+        groups = self.layers(program, session)
         shared = sharing(program)
         chosen = [g for g in groups if self._size(g) > 1 and not shared & {*g.readers}]
         with session.track("rotating", len(chosen)) as advance:
@@ -95,10 +76,7 @@ class Rotate(Pass):
         """In dB, of the layers' outputs."""
         weights = [program.tensors.read(str(weight_of(n))) for n in group.readers]
         rows, turn = group.rows(), functools.partial(ops.hadamard, block=self._size(group))
-        before, after = (
-            trials.error(group, rows, weights, change, change, self.weights, self.activations)
-            for change in (lambda x: x, turn)
-        )
+        before, after = (self.error(group, rows, weights, change, change) for change in (lambda x: x, turn))
         return trials.gain_db(before, after)
 
     def _apply(self, program: Program, group: Layers, gain: float) -> None:
