@@ -2,7 +2,7 @@
 
     python -m benchmarks.ablation                      # the table of what is there
     python -m benchmarks.ablation --all                # computes what is missing, row by row; goes on where it was
-    python -m benchmarks.ablation --all --setting W4A4 --part gptq training --docs docs/recipes.md
+    python -m benchmarks.ablation --all --setting W4A4 --part GPTQ training --docs docs/recipes.md
 
 Every row is the recipe with one part taken away or, behind a plus, with one that it leaves out. Its image SQNR less
 that of the whole recipe, which is the cell of `benchmarks.quality`, has a paired bootstrap interval over the images.
@@ -128,7 +128,7 @@ HEADERS = ("model", "setting", "recipe", "SQNR, dB", "images: SQNR, dB", "to the
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=quality.MODELS[0])
+    parser.add_argument("--model", nargs="+", choices=quality.MODELS, default=list(quality.MODELS[:1]))
     parser.add_argument("--setting", nargs="+", choices=quality.SETTINGS, default=list(SETTINGS))
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--all", action="store_true", help="compute the rows that are missing")
@@ -138,7 +138,8 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="write the results into this file, between the marks")
     options = parser.parse_args()
     rows = [
-        Row(options.model, setting, RECIPE, options.minutes, 0, options.images, part)
+        Row(model, setting, RECIPE, options.minutes, 0, options.images, part)
+        for model in options.model
         for setting in options.setting
         for part in ("", *options.part)
     ]

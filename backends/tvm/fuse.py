@@ -8,6 +8,7 @@ calls into fewer or cheaper ones with the same results under the same names, bit
   (`_quantize_first`);
 - codes are written by the kernel that has the value in registers: group norm, which reads it (`_codes_beside_norm`),
   or the product that makes it, with or without the value itself (`_codes_behind`);
+- channels are rotated by the norm that makes them (`_rotated_by_norm`);
 - of other concatenations the kernels that make the parts write them where they belong (`in_place`).
 
 Skip connections are read, not written, in parts: a part is read by others long before the concatenation is, and would
@@ -29,7 +30,7 @@ QUANTIZER = ("qscale", "qzero", "group")
 def fuse(calls: Sequence[Call], values: dict[str, Value], output: str) -> list[Call]:
     """The calls with every rule applied. ``values`` are the results by name; new ones are added."""
     found = list(calls)
-    for rule in (_read_parts, _quantize_first, _codes_beside_norm, _codes_behind):
+    for rule in (_read_parts, _quantize_first, _codes_beside_norm, _codes_behind, _rotated_by_norm):
         found = rule(_Calls(found, values, output))
     return found
 
@@ -295,4 +296,34 @@ def _codes_behind(known: _Calls) -> list[Call]:
         results = {"out": dict(call.results)["out"]} | ({} if alone else {"full": operands["x"]})
         changes[i] = []
         changes[j] = [_changed(product, problem, own | quantizer, results)]
+    return known.replaced(changes)
+
+
+# ------------------------------------------------------------------------------------------------- rotations
+
+
+NORMS = ("norms.GroupNorm", "norms.LayerNorm", "norms.RmsNorm")
+
+
+def _rotated_by_norm(known: _Calls) -> list[Call]:
+    """A rotation of what a norm makes, and of nothing else's: the norm has a row at hand, and rotates it."""
+    changes: dict[int, list[Call]] = {}
+    for i, call in known.of("hadamard.Hadamard"):
+        operands, problem = _operands(call), call.kernel.problem
+        source = operands.pop("x")
+        norm = next((made for kind in NORMS if (made := known.made_by(source, kind))), None)
+        if norm is None or not known.only_reader(source, call) or problem.get("epilogue").get("operands"):
+            continue
+        j, own, block = known.place[source], norm.kernel.problem, problem.get("block")
+        sizes = (own.get("channels"), *(dict(own.fields).get("parts") or ()))
+        if any(size % block for size in sizes) or not known.known_at(j, [*operands.values()]):
+            continue
+        if dict(norm.operands).get("group", operands.get("group")) != operands.get("group"):
+            continue
+        steps = (*own.get("epilogue").get("steps"), *problem.get("epilogue").get("steps"))
+        merged = own.replace(
+            epilogue=own.get("epilogue").replace(steps=steps), block=block, time_groups=problem.get("time_groups")
+        )
+        results = dict(norm.results) | {"y": dict(call.results)["y"]}
+        changes |= {i: [], j: [_changed(norm, merged, _operands(norm) | operands, results)]}
     return known.replaced(changes)

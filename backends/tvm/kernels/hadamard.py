@@ -46,8 +46,13 @@ class Hadamard:
     time_groups: int = 1
 
     def __post_init__(self) -> None:
-        if self.block < 2 or self.block & (self.block - 1) or self.channels % self.block:
-            raise ValueError(f"{self.channels} channels do not divide into blocks of {self.block}, a power of two")
+        check_block(self.channels, self.block)
+
+
+def check_block(channels: int, block: int) -> None:
+    """ValueError: so many channels cannot be rotated by blocks of that size."""
+    if block < 2 or block & (block - 1) or channels % block:
+        raise ValueError(f"{channels} channels do not divide into blocks of {block}, a power of two")
 
 
 def arguments(problem: Hadamard) -> list[Argument]:
@@ -74,12 +79,12 @@ def _body(problem: Hadamard, batch: Any, buffers: Buffers) -> None:
         quant = finish.quantizer(b)
         with T.serial(first, end) as s, T.serial(0, channels // block) as i:
             places = [i * block + k for k in range(0, block, width)]
-            for place, value in zip(places, _rotated([x[b, s, span(c, width)] for c in places]), strict=True):
+            for place, value in zip(places, rotated([x[b, s, span(c, width)] for c in places]), strict=True):
                 store(y, finish(value, b, (s,), place, quant), b, s, span(place, width))
 
 
-def _rotated(values: Sequence[Expr]) -> list[Expr]:
-    """The vectors of a block, rotated."""
+def rotated(values: Sequence[Expr]) -> list[Expr]:
+    """The vectors of a block, rotated, as `ops.hadamard` to the bit."""
     width, block = lanes(values[0]), lanes(values[0]) * len(values)
     signs = [rotation_sign(i) for i in range(block)]
     values = [keep(mul(v, _constant(signs[k * width : (k + 1) * width]))) for k, v in enumerate(values)]

@@ -10,10 +10,14 @@ Statistics are exact to rounding for any mean and scale of the data:
 - RMS norm: one such pass over the squares.
 
 The first two apply ``(x - mean) * (gamma * rstd) + beta`` with one fused multiply-add, RMS norm ``(x * rstd) * gamma``.
+
+With ``block`` channels are rotated by Hadamard matrices of that size before the epilogue's quantizer (`hadamard`): the
+other steps come first, a block at a time, and wait for each other in the nearest cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +28,7 @@ from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels import vmath
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue
+from mpq_compiler.backends.tvm.kernels.hadamard import check_block, rotated
 from mpq_compiler.backends.tvm.kernels.template import (
     BATCH,
     LANES,
@@ -55,6 +60,7 @@ STEP = 4 * LANES  # channels that one pass over a block keeps in registers
 class GroupNorm:
     """y = epilogue(group_norm(x [B, positions, channels])), groups of neighbouring channels.
 
+    block: channels of a rotation before the epilogue's quantizer, or at its end where it has none; 0: none
     parts: channels of x0, x1, ... where x is those tensors side by side; it is read where they lie
     raw:   bits of the codes of x itself, which a quantizer of its own makes as a second result; its tables have
            ``raw_groups`` entries
@@ -70,6 +76,7 @@ class GroupNorm:
     affine: bool = True
     epilogue: Epilogue = field(default_factory=Epilogue)
     time_groups: int = 1
+    block: int = 0
     parts: tuple[int, ...] = ()
     raw: int | None = None
     raw_groups: int = 1
@@ -85,8 +92,9 @@ class GroupNorm:
 class LayerNorm:
     """y = epilogue(layer_norm(x [B, positions, channels])) over the channels of each row.
 
-    into: (elements of a sample, offset of the first row, from one row to the next) of a larger buffer, y then, of which
-          the result is a part
+    block: as of `GroupNorm`
+    into:  (elements of a sample, offset of the first row, from one row to the next) of a larger buffer, y then, of
+           which the result is a part
 
     Arguments: x, gamma [channels] where `scale`, beta [channels] where `shift`, the epilogue's, y.
     """
@@ -98,6 +106,7 @@ class LayerNorm:
     shift: bool = True
     epilogue: Epilogue = field(default_factory=Epilogue)
     time_groups: int = 1
+    block: int = 0
     into: tuple[int, int, int] | None = None
 
 
@@ -105,7 +114,8 @@ class LayerNorm:
 class RmsNorm:
     """y = epilogue(x / sqrt(mean(x^2) + eps) * gamma) over the channels of each row of x [B, positions, channels].
 
-    into: as of `LayerNorm`
+    block: as of `GroupNorm`
+    into:  as of `LayerNorm`
 
     Arguments: x, gamma [channels] where `scale`, the epilogue's, y.
     """
@@ -116,6 +126,7 @@ class RmsNorm:
     scale: bool = True
     epilogue: Epilogue = field(default_factory=Epilogue)
     time_groups: int = 1
+    block: int = 0
     into: tuple[int, int, int] | None = None
 
 
@@ -142,14 +153,53 @@ def _written(problem: Norm) -> Shape:
     return (BATCH, problem.positions, problem.channels) if into is None else (BATCH, into[0])
 
 
-def _store_row(problem: LayerNorm | RmsNorm, y: Buffer, value: Expr, b: Any, s: Any, c: Any) -> None:
+def _store(problem: Norm, y: Buffer, value: Expr, b: Any, s: Any, c: Any) -> None:
     """Channels from c on of row s of sample b."""
     lanes = vmath.lanes(value)
-    if problem.into is None:
+    if isinstance(problem, GroupNorm) or problem.into is None:
         store(y, value, b, s, span(c, lanes))
     else:
         _, offset, row = problem.into
         store(y, value, b, span(s * row + (c + offset), lanes))
+
+
+class _Rows:
+    """What writes the rows of a thread's share: the epilogue, with the rotation before its quantizer."""
+
+    def __init__(self, problem: Norm, buffers: Buffers, sample: Any) -> None:
+        self.problem, self.y, self.sample = problem, buffers["y"], sample
+        steps = problem.epilogue.steps
+        last = steps[-1:] if problem.epilogue.bits is not None else ()
+        self.finish = Finish(problem.epilogue, buffers)
+        if problem.block:
+            self.before = Finish(replace(problem.epilogue, steps=steps[: len(steps) - len(last)]), buffers)
+            self.finish = Finish(Epilogue(last), buffers)
+            self.waiting = scratch(problem.block)
+        self.quant = self.finish.quantizer(sample)
+
+    def write(self, count: int, value: Callable[[Any, int], Expr], row: Any, first: int = 0, step: int = LANES) -> None:
+        """Channels from ``first`` on of a row: what ``value(c, lanes)`` gives of the vectors of ``range(count)``."""
+        block, b = self.problem.block, self.sample
+
+        def put(c: Any, lanes: int) -> None:
+            done = self.finish(value(c, lanes), b, (row,), first + c, self.quant)
+            _store(self.problem, self.y, done, b, row, first + c)
+
+        if not block:
+            each_vector(count, put, step)
+            return
+        check_block(count, block)
+        places = [span(c, min(LANES, block)) for c in range(0, block, LANES)]
+        with T.serial(0, count // block) as i:
+
+            def wait(c: Any, lanes: int) -> None:
+                own = i * block + c
+                store(self.waiting, self.before(value(own, lanes), b, (row,), first + own, None), span(c, lanes))
+
+            each_vector(block, wait)
+            for k, turned in enumerate(rotated([self.waiting[place] for place in places])):
+                c = first + i * block + k * LANES
+                _store(self.problem, self.y, self.finish(turned, b, (row,), c, self.quant), b, row, c)
 
 
 def outputs(problem: Norm) -> int:
@@ -198,16 +248,14 @@ def _affine(problem: Norm) -> tuple[bool, bool]:
 def _group_norm(problem: GroupNorm, batch: Any, buffers: Buffers) -> None:
     """Moments of blocks of rows, merged in order; then each row by itself. Both are shared among threads."""
     channels, positions = problem.channels, problem.positions
-    finish = Finish(problem.epilogue, buffers)
     # per channel: mean and centred sum of squares; then mean of the group and factor of the application
     mean, factor = scratch(channels), scratch(channels)
-    y, nanoseconds = buffers["y"], positions * channels / 8
+    nanoseconds = positions * channels / 8
     with T.serial(0, batch) as b:
         _channel_moments(problem, b, buffers, mean, factor, nanoseconds)
         _merge_groups(problem, buffers, mean, factor)
         with shares(1, positions, nanoseconds) as (_, begin, end):
-            quant = finish.quantizer(b)
-            raw = None
+            rows, raw = _Rows(problem, buffers, b), None
             if problem.raw is not None:
                 group = T.bind(T.cast(buffers["group"][b], "int32"))
                 inverse = T.bind(vmath.reciprocal(buffers["raw_scale"][group]))
@@ -215,16 +263,15 @@ def _group_norm(problem: GroupNorm, batch: Any, buffers: Buffers) -> None:
             with T.serial(begin, end) as s:
                 for x, count, first in _parts(problem, buffers):
 
-                    def apply(c: Any, lanes: int, x: Buffer = x, first: int = first) -> None:
+                    def value(c: Any, lanes: int, x: Buffer = x, first: int = first) -> Expr:
                         at = span(first + c, lanes)
                         shift = buffers["beta"][at] if problem.affine else f32(0.0, lanes)
                         read = keep(x[b, s, span(c, lanes)])
                         if raw is not None:
                             store(buffers["raw"], vmath.quantize(read, *raw, int(problem.raw or 0)), b, s, at)
-                        value = fma(read - mean[at], factor[at], shift)
-                        store(y, finish(value, b, (s,), first + c, quant), b, s, at)
+                        return fma(read - mean[at], factor[at], shift)
 
-                    each_vector(count, apply, STEP)
+                    rows.write(count, value, s, first, STEP)
 
 
 def _parts(problem: GroupNorm, buffers: Buffers) -> list[tuple[Buffer, int, int]]:
@@ -343,11 +390,9 @@ def _merge_groups(problem: GroupNorm, buffers: Buffers, mean: Buffer, m2: Buffer
 
 
 def _layer_norm(problem: LayerNorm, batch: Any, buffers: Buffers) -> None:
-    channels = problem.channels
-    finish = Finish(problem.epilogue, buffers)
-    x, y = buffers["x"], buffers["y"]
+    channels, x = problem.channels, buffers["x"]
     with shares(batch, problem.positions, problem.positions * channels / 4) as (b, first, end):
-        quant = finish.quantizer(b)
+        rows = _Rows(problem, buffers, b)
         with T.serial(first, end) as s:
             inverse = f32(1.0 / channels, 1)
             total = _row_sum(channels, x, (b, s), lambda value, mask, total: total + value)
@@ -363,36 +408,31 @@ def _layer_norm(problem: LayerNorm, batch: Any, buffers: Buffers) -> None:
             squares = _row_sum(channels, x, (b, s), add_square)
             rstd = keep(vmath.rsqrt(mul(squares, inverse) + f32(problem.eps, 1)))
 
-            def apply(c: Any, lanes: int) -> None:
+            def value(c: Any, lanes: int) -> Expr:
                 at = span(c, lanes)
                 factor = splat(rstd, lanes)
                 if problem.scale:
                     factor = mul(factor, buffers["gamma"][at])
                 shift = buffers["beta"][at] if problem.shift else f32(0.0, lanes)
-                value = fma(x[b, s, at] - splat(mean, lanes), factor, shift)
-                _store_row(problem, y, finish(value, b, (s,), c, quant), b, s, c)
+                return fma(x[b, s, at] - splat(mean, lanes), factor, shift)
 
-            each_vector(channels, apply)
+            rows.write(channels, value, s)
 
 
 def _rms_norm(problem: RmsNorm, batch: Any, buffers: Buffers) -> None:
-    channels = problem.channels
-    finish = Finish(problem.epilogue, buffers)
-    x, y = buffers["x"], buffers["y"]
+    channels, x = problem.channels, buffers["x"]
     with shares(batch, problem.positions, problem.positions * channels / 4) as (b, first, end):
-        quant = finish.quantizer(b)
+        rows = _Rows(problem, buffers, b)
         with T.serial(first, end) as s:
             squares = _row_sum(channels, x, (b, s), lambda value, mask, total: fma(value, value, total))
             mean = mul(squares, f32(1.0 / channels, 1))
             rstd = keep(vmath.rsqrt(mean + f32(problem.eps, 1)))
 
-            def apply(c: Any, lanes: int) -> None:
-                value = mul(x[b, s, span(c, lanes)], splat(rstd, lanes))
-                if problem.scale:
-                    value = mul(value, buffers["gamma"][span(c, lanes)])
-                _store_row(problem, y, finish(value, b, (s,), c, quant), b, s, c)
+            def value(c: Any, lanes: int) -> Expr:
+                found = mul(x[b, s, span(c, lanes)], splat(rstd, lanes))
+                return mul(found, buffers["gamma"][span(c, lanes)]) if problem.scale else found
 
-            each_vector(channels, apply)
+            rows.write(channels, value, s)
 
 
 def _row_sum(extent: int, x: Buffer, row: tuple[Any, ...], add: Any) -> Expr:

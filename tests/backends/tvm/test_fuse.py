@@ -123,3 +123,19 @@ def test_what_cannot_be_written_in_place_is_copied_there_and_listed(axis, into):
     assert "'given' by no kernel" in fuse.copies([made, copied])["joined"]
     again = [*calls, replace(calls[0], operands=(("x", "made"),), results=(("out", "more"),))]
     assert not any(call.into for call in fuse.in_place(again, values, "y"))  # others read it as well
+
+
+@pytest.mark.parametrize("name", ["unet2d-class", "pixart"])
+def test_norms_rotate_what_they_make(name, unfused):
+    """What attentions and activations make has a kernel of its own, and so has what others read unrotated."""
+    program = packed.program(name, "int4", "rotate{rule=everywhere,rows=8}").program
+
+    def rotations() -> Counter[str]:
+        problems = [call.kernel.problem for call in lower(program, (1,)).functions[0].own]
+        return Counter(p.type for p in problems if p.type == "hadamard.Hadamard" or dict(p.fields).get("block"))
+
+    found = rotations()
+    unfused()
+    alone = rotations()
+    assert alone.keys() == {"hadamard.Hadamard"} and found.total() == alone.total()
+    assert found["norms.GroupNorm" if "unet" in name else "norms.LayerNorm"] > 2

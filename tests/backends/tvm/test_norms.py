@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import tvm
 
+from mpq_compiler import ops
 from mpq_compiler.backends.tvm.kernels import norms
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.norms import GroupNorm, LayerNorm, Norm, RmsNorm
@@ -48,9 +49,12 @@ PROBLEMS: dict[str, Norm] = {
     "rms 13": RmsNorm(7, 13, eps=1e-5),
     "rms 1000": RmsNorm(2, 1000, scale=False, epilogue=SILU),
     "rms 191": RmsNorm(5, 191),
+    "gn 14x14x96 rotated": GroupNorm(196, 96, 32, epilogue=SILU, block=32),
+    "ln 64 rotated": LayerNorm(3, 64, epilogue=MODULATE, block=64),
+    "rms 24 rotated": RmsNorm(5, 24, block=8),
 }
 HARD = {"hard gn": GroupNorm(200, 36, 4), "hard ln": LayerNorm(200, 36), "hard rms": RmsNorm(200, 36)}
-QUANTIZED = ("gn 14x14x96", "gn 5x66 groups of 11", "ln 64", "ln 191", "rms 64")
+QUANTIZED = ("gn 14x14x96", "gn 5x66 groups of 11", "ln 64", "ln 191", "rms 64", "gn 14x14x96 rotated", "ln 64 rotated")
 BATCH = 2
 GROUPS = 3
 
@@ -94,7 +98,7 @@ def _exact(problem: Norm, inputs: list[np.ndarray], dtype: torch.dtype = torch.f
     if problem.epilogue.operands:
         o = [tensors[f"operand{i}"] for i in range(4)]
         y = (y * o[0][:, None] + o[1] + o[2]) * o[3]
-    return y.numpy()
+    return (ops.hadamard(y, problem.block) if problem.block else y).numpy()
 
 
 def _quantizing(name: str) -> tuple[Norm, list[np.ndarray]]:
@@ -123,8 +127,9 @@ def _into(name: str, rows: int) -> Case:
 PARTS = {
     "gn 14x14x96 in parts": _in_parts("gn 14x14x96", 64, 32),
     "gn 17x23x33 groups of 3 in parts": _in_parts("gn 17x23x33 groups of 3", 16, 13, 4),
+    "gn 14x14x96 rotated in parts": _in_parts("gn 14x14x96 rotated", 64, 32),
 }
-PLACES = {"ln 33": 2, "ln 64": -1, "rms 64": 0, "rms 13": -1}
+PLACES = {"ln 33": 2, "ln 64": -1, "rms 64": 0, "rms 13": -1, "rms 24 rotated": -1}
 SUITE = Suite(
     {name: _case(problem, _inputs(name)) for name, problem in PROBLEMS.items()}
     | PARTS
@@ -217,6 +222,11 @@ def test_codes_of_what_is_normalized(quantizes: bool) -> None:
     y, raw = (tensor.numpy() for tensor in tensors[-2:])
     assert same_bits(y, SUITE.outputs(TARGETS[0])["gn 14x14x96 quantized" if quantizes else "gn 14x14x96"])
     assert (raw == quantized(x, scale, zero, group, 6)).all() and len(np.unique(raw)) > 30
+
+
+def test_blocks_of_rotations_must_divide_the_channels() -> None:
+    with pytest.raises(ValueError, match="16 channels do not divide into blocks of 32, a power of two"):
+        norms.build(GroupNorm(10, 96, 32, block=32, parts=(16, 80)), TARGETS[0])
 
 
 def test_groups_must_divide_the_channels() -> None:
