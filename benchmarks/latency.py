@@ -30,6 +30,7 @@ import torch
 from benchmarks.end_to_end import save
 from benchmarks.machine import provenance
 from mpq_compiler import bench, compiler, contestants, latency_profile, latency_table, runtime, terminal
+from mpq_compiler.latency import runnable
 from mpq_compiler.runtime import CompiledDenoiser
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"
@@ -96,7 +97,8 @@ def measure(name: str, folder: Path, runs: int, seconds: float, jobs: int) -> di
     folder = folder / f"{name}-latency"
     folder.mkdir(exist_ok=True)
     everywhere = PIPELINE.format("", f"uniform={FORMATS[name][0]}")
-    with compiler.candidate_plans(source, terminal.progress, FORMATS[name], pipeline=everywhere, jobs=jobs) as loaded:
+    with compiler.candidate_plans(source, terminal.progress, FORMATS[name], pipeline=everywhere, jobs=jobs) as made:
+        loaded = runnable(made)
         path = folder / "table.json"
         path.write_text(json.dumps(latency_profile.measured(loaded, seconds=seconds).to_json()))
         plans = compiled(source, name, folder, path, jobs)

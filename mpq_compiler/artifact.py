@@ -36,7 +36,7 @@ IR = "ir.txt"
 DECISIONS = "decisions.json"
 SCHEDULE = "schedule.json"
 PROGRAM, SERVER = "mpq_run", "mpq_rpc"
-"""Files that may be executed (`mpqc compile --emit c`)."""
+"""Files that may be executed (`mpqc compile --emit c`; the first of `--standalone`, too)."""
 
 _MAX_MANIFEST = 64 << 20  # bytes
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")

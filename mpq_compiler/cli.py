@@ -91,6 +91,10 @@ def parser() -> argparse.ArgumentParser:
         "--emit", metavar="c",
         help="c: also a C program, built static, that runs the artifact with nothing installed (docs/standalone.md)",
     )  # fmt: skip
+    compile_.add_argument(
+        "--standalone", nargs="?", const=True, default=False, type=Path, metavar="WHEELS",
+        help="also a C program with TVM's runtime: of the wheels in a folder, where the target is none of this machine",
+    )  # fmt: skip
     compile_.add_argument("--overwrite", action="store_true", help="replace an artifact that exists")
     compile_.add_argument("--dumps", type=Path, metavar="DIR", help="write the program after every pass")
     _threads_option(compile_, "threads of a call, unless it says otherwise (default: every core it finds)")
@@ -183,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     _latency_table_option(sensitivity, "adds the times of layers, for `mpqc allocate --latency`")
     _lowering_options(sensitivity, table=False)
 
-    latency = add("latency", _latency, "measure how long kernels take on this machine, for `mpqc compile --latency`")
+    latency = add("latency", _latency, "measure how long kernels take, here or on a device, for `compile --latency`")
     latency.add_argument(
         "sources", metavar="MODEL|ARTIFACT|TABLE", nargs="+",
         help="models are compiled in each format and timed whole, artifacts as they are; tables of this machine are "
@@ -199,6 +203,10 @@ def parser() -> argparse.ArgumentParser:
     latency.add_argument(
         "--numerics", choices=("portable", "fast"), help="fast: attentions in bfloat16 and in 8 bits are timed too"
     )
+    latency.add_argument(
+        "--rpc", metavar="HOST:PORT",
+        help="on the device where mpq_rpc listens, with its --target (docs/standalone.md); artifacts need --emit c",
+    )  # fmt: skip
     latency.add_argument("--overwrite", action="store_true", help="replace a table that exists")
     _lowering_options(latency, table=False)
 
@@ -316,7 +324,13 @@ def _compile(args: argparse.Namespace) -> Any:
         args.output,
         terminal.progress,
         **_options(
-            args, target=args.target, overwrite=args.overwrite, dumps=args.dumps, tune=args.tune, emit=args.emit
+            args,
+            target=args.target,
+            overwrite=args.overwrite,
+            dumps=args.dumps,
+            tune=args.tune,
+            emit=args.emit,
+            standalone=args.standalone,
         ),
     )
     for note in report.notes:
@@ -571,7 +585,7 @@ def _sensitivity(args: argparse.Namespace) -> Any:
 
 
 def _latency(args: argparse.Namespace) -> Any:
-    from mpq_compiler import artifact, latency_profile, latency_table, runtime
+    from mpq_compiler import artifact, latency_profile, latency_table, remote, runtime
 
     output = Path(args.output)
     _require_new(output, args.overwrite)
@@ -579,7 +593,10 @@ def _latency(args: argparse.Namespace) -> Any:
     sources = [Path(source) for source in args.sources]
     tables = [latency_table.load(source) for source in sources if source.suffix == ".json"]
     artifacts = [path for path in sources if path.suffix == ".zip" or (path / artifact.MANIFEST).is_file()]
-    if artifacts:
+    if artifacts and args.rpc:
+        opened = [artifact.read(path) for path in artifacts]
+        tables.append(remote.measured(opened, args.rpc, args.batch, threads, terminal.progress))
+    elif artifacts:
         loaded = [runtime.load(path, threads, reuse_bytes=0) for path in artifacts]
         tables.append(latency_profile.measured(loaded, args.batch, threads, terminal.progress))
     for model, path in zip(args.sources, sources, strict=True):
@@ -587,7 +604,7 @@ def _latency(args: argparse.Namespace) -> Any:
             from mpq_compiler.compiler import measure_latency
 
             options = _options(args, target=args.target)
-            tables.append(measure_latency(model, terminal.progress, names, args.batch, **options))
+            tables.append(measure_latency(model, terminal.progress, names, args.batch, args.rpc, **options))
     table = latency_table.merged(tables)
     _write_json(table.to_json(), output)
     terminal.say(

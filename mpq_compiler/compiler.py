@@ -25,26 +25,28 @@ from mpq_compiler import (
     prompts,
     recipes,
     recording,
+    remote,
     schedule,
     sensitivity_table,
     specialize,
     targets,
+    tvm_wheels,
 )
 from mpq_compiler import denoiser as denoisers
+from mpq_compiler.artifact import Artifact
 from mpq_compiler.calibration import RANGE, VALUES, input_edge
 from mpq_compiler.calibration import batches as in_batches
 from mpq_compiler.conditioning import require_guidance
 from mpq_compiler.denoiser import Denoiser
 from mpq_compiler.errors import UserError, nearest
 from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
-from mpq_compiler.latency import LOWERED, Latency
+from mpq_compiler.latency import LOWERED, Latency, runnable
 from mpq_compiler.latency_profile import measured
 from mpq_compiler.machine import cpu
 from mpq_compiler.metrics import sqnr_db
 from mpq_compiler.numerics import F32
 from mpq_compiler.pass_manager import Pass, Record, Session
 from mpq_compiler.program import Program, Stage, TensorStore, run
-from mpq_compiler.runtime import CompiledDenoiser
 
 HELD_OUT = 64
 """Teacher-forced inputs on which a compiled denoiser is judged, none of them seen in calibration."""
@@ -111,6 +113,8 @@ class Options:
     """Of a call of the artifact, where whoever loads it says nothing else; by default every core it finds then."""
     emit: str | None = None
     """"c": also a C program that runs the artifact without TVM's runtime (docs/standalone.md)."""
+    standalone: bool | str | Path = False
+    """Also a program that runs it, with TVM's runtime: the installed one, or that of wheels in a folder."""
     tune: bool = False
     """Search for the fastest tiles of the integer kernels, measured here; no result depends on them."""
     jobs: int = 1
@@ -431,8 +435,14 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
         raise UserError(f"--tune measures kernels of CPU targets; '{target.name}' has none to choose: leave it out")
     if chosen.emit not in (None, "c"):
         raise UserError(f"--emit '{chosen.emit}' is not known: it is 'c' or left out")
-    if chosen.emit and "emit" not in inspect.signature(backend.build).parameters:
-        raise UserError(f"--emit c needs compiled kernels; '{target.name}' has none: leave it out")
+    option = "--standalone" if chosen.standalone else "--emit c" if chosen.emit else None
+    if option and "emit" not in inspect.signature(backend.build).parameters:
+        raise UserError(f"{option} needs compiled kernels; '{target.name}' has none: leave it out")
+    if chosen.emit and chosen.standalone:
+        raise UserError("--standalone and --emit c both make the program mpq_run: leave one of them out")
+    beside: dict[str, bytes] = {}
+    if chosen.standalone:
+        beside = tvm_wheels.files(target, None if chosen.standalone is True else Path(chosen.standalone))
     artifact.check_output(output, chosen.overwrite)
     if chosen.dumps is not None and not chosen.overwrite and chosen.dumps.exists() and any(chosen.dumps.iterdir()):
         raise UserError(f"the dumps folder '{chosen.dumps}' is not empty; name another one or add --overwrite")
@@ -449,7 +459,7 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
             others = _other_sizes(lowering, chosen)
             ready |= {"jobs": chosen.jobs, "progress": progress, "cache": chosen.cache}
             ready |= {"tune": True} if chosen.tune else {}
-            ready |= {"emit": chosen.emit} if chosen.emit else {}
+            ready |= {"emit": "machine" if chosen.standalone else "c"} if option else {}
             built = backend.build(program, target, batches, others=others, **ready)
     with single_threaded():
         target = targets.with_features(target, built.features)
@@ -475,7 +485,7 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
             manifest["plan"]["latency"] = times
         kernels = schedule.describe(program, built.facts.get("schedule", ()))
         decided = decisions.encode(decisions.document(program, schedule.by_layer(kernels)))
-        files = {**built.files, artifact.IR: printer.text(program).encode(), artifact.DECISIONS: decided}
+        files = {**built.files, **beside, artifact.IR: printer.text(program).encode(), artifact.DECISIONS: decided}
         if kernels:
             files[artifact.SCHEDULE] = schedule.encode(kernels)
         if chosen.dumps is not None:
@@ -785,15 +795,23 @@ def measure_latency(
     progress: Any = None,
     formats: Sequence[str] = (),
     batch: int = 1,
+    rpc: str | None = None,
     **options: Any,
 ) -> latency_table.Table:
-    """The latency table of a model on this machine: its kernels with all weights in each of ``formats``.
+    """The latency table of a model: its kernels with all weights in each of ``formats``, on this machine or a device.
 
-    formats: by default those that the recipe chooses from. batch: samples of a call. UserError: this machine cannot
-    run the target.
+    formats: by default those that the recipe chooses from. batch: samples of a call. rpc: HOST:PORT where `mpq_rpc`
+    listens. UserError: this machine, or the device, cannot run the target; no target of a device is named.
     """
-    with candidate_plans(model, progress, formats, batch, **options) as loaded:
-        return measured(loaded, batch, options.get("threads") or 1, progress)
+    threads = options.get("threads") or 1
+    if rpc is None:
+        with candidate_plans(model, progress, formats, batch, **options) as plans:
+            return measured(runnable(plans, threads), batch, threads, progress)
+    if options.get("target", "native") == "native":
+        raise UserError("--rpc measures on a device, which need not be as this machine: name its target with --target")
+    remote.Device(rpc).close()  # refuses before anything is compiled
+    with candidate_plans(model, progress, formats, batch, emit="c", **options) as plans:
+        return remote.measured(plans, rpc, batch, threads, progress)
 
 
 @contextmanager
@@ -802,18 +820,23 @@ def candidate_plans(
     progress: Any = None,
     formats: Sequence[str] = (),
     batch: int = 1,
+    emit: str | None = None,
     **options: Any,
-) -> Iterator[list[CompiledDenoiser]]:
-    """The model with all weights in each of ``formats``, loaded: for timing and nothing else (`measure_latency`)."""
+) -> Iterator[list[Artifact]]:
+    """The model with all weights in each of ``formats``: for timing and nothing else (`measure_latency`).
+
+    emit: "c", with programs for a device
+    """
     chosen = Options(**options)
     passes = resolve(chosen)
     target = targets.resolve(chosen.target)
     targets.require_implemented(target)
     if batch < 1:
         raise UserError(f"--batch {batch} must be 1 or more")
-    if missing := targets.missing_features(target):
+    if emit is None and (missing := targets.missing_features(target)):
         raise UserError(
-            f"times for '{target.name}' are measured on a machine that runs it, and this one lacks {', '.join(missing)}"
+            f"times for '{target.name}' are measured on a machine that runs it, and this one lacks "
+            f"{', '.join(missing)}: add --rpc HOST:PORT of one (docs/latency.md)"
         )
     denoiser = load_denoiser(model, chosen)
     measuring = next((p for p in passes if p.name() in MEASURING), None)
@@ -822,7 +845,7 @@ def candidate_plans(
         raise UserError("the pipeline packs nothing that has times: it needs 'bit-allocation' to 'fold-fake-quant'")
     uniform = allocation.options().get("uniform")
     names = list(formats or ([uniform] if uniform else measuring.options()["formats"] if measuring else ["int8"]))
-    latency = _times(denoiser, chosen, passes, progress, batch)
+    times = _times(denoiser, chosen, passes, progress, batch)
     front = [p for p in passes[: passes.index(allocation)] if p.name() not in MEASURING]
     session = Session(
         denoiser,
@@ -835,5 +858,5 @@ def candidate_plans(
     with single_threaded():
         start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
         program, _ = pass_manager.run_pipeline(front, start, session)
-        with latency.plans(program, names, bool(allocation.options().get("dynamic"))) as loaded:
-            yield loaded
+        with times.plans(program, names, bool(allocation.options().get("dynamic")), emit) as plans:
+            yield plans

@@ -170,30 +170,35 @@ class Latency:
 
     def measure(self, program: Program, names: Sequence[str], dynamic: bool = False) -> Table:
         """The table of a model."""
-        with self.plans(program, names, dynamic) as loaded:
-            return measured(loaded, self.batch, self.threads, self.progress)
+        with self.plans(program, names, dynamic) as plans:
+            return measured(runnable(plans, self.threads), self.batch, self.threads, self.progress)
 
     @contextmanager
-    def plans(self, program: Program, names: Sequence[str], dynamic: bool = False) -> Iterator[list[CompiledDenoiser]]:
-        """Candidate plans with weights in each format, and attentions in each of ``kinds``, compiled and loaded."""
+    def plans(
+        self, program: Program, names: Sequence[str], dynamic: bool = False, emit: str | None = None
+    ) -> Iterator[list[Artifact]]:
+        """Candidate plans with weights in each format, and attentions in each of ``kinds``, compiled.
+
+        emit: "c", with programs for a device
+        """
         plans = [(name, self.kinds[-1]) for name in names] + [(names[0], kind) for kind in self.kinds[:-1]]
         with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
-            loaded = []
+            made = []
             track = self.progress("candidate plans", len(plans)) if self.progress else nullcontext(lambda n: None)
             with track as advance:
                 for index, (name, kind) in enumerate(plans):
                     folder = Path(scratch, str(index))
                     folder.mkdir()
-                    loaded.append(self._compiled(self._packed(program, name, kind, dynamic), folder))
+                    made.append(self._compiled(self._packed(program, name, kind, dynamic), folder, emit))
                     advance(1)
-            yield loaded
+            yield made
 
     def _measured(self, program: Program, rows: Mapping[str, Sequence[Row]], dynamic: bool) -> Table:
         """A table of the kernels in ``rows`` at least, from the cache where all of them are known there."""
         if missing := targets.missing_features(self.target):
             raise UserError(
                 f"times for '{self.target.name}' cannot be measured here, for this machine lacks {', '.join(missing)}: "
-                "give a table that was measured on such a machine (--latency-table FILE)"
+                "give a table that was measured on such a machine (`mpqc latency --rpc`, --latency-table FILE)"
             )
         build = importlib.import_module("mpq_compiler.backends.tvm.build")
         about = f"1 {self.target.name} {cpu()} {self.threads} {self.batch} {version('apache-tvm')}"
@@ -209,10 +214,10 @@ class Latency:
         machine = (self.target.name, cpu(), self.threads, self.batch)
         return Table(*machine, results[CALL], kernels, (self.denoiser.name,), versions())
 
-    def _compiled(self, packed: Program, folder: Path) -> CompiledDenoiser:
+    def _compiled(self, packed: Program, folder: Path, emit: str | None) -> Artifact:
         """The packed program as an artifact of which nothing is promised but that it runs."""
         build = importlib.import_module("mpq_compiler.backends.tvm.build")
-        built = build.build(packed, self.target, (self.batch,), jobs=self.jobs, cache=self.cache)
+        built = build.build(packed, self.target, (self.batch,), jobs=self.jobs, cache=self.cache, emit=emit)
         rows = schedule.encode(schedule.describe(packed, built.facts["schedule"]))
         files = {**built.files, artifact.SCHEDULE: rows}
         for name, content in files.items():
@@ -230,7 +235,12 @@ class Latency:
             "files": {n: {"sha256": hashlib.sha256(content).hexdigest()} for n, content in files.items()},
         }
         manifest["files"][artifact.WEIGHTS] = {}
-        return CompiledDenoiser(Artifact(folder, folder, manifest), self.threads, reuse_bytes=0)
+        return Artifact(folder, folder, manifest)
+
+
+def runnable(plans: Sequence[Artifact], threads: int = 1) -> list[CompiledDenoiser]:
+    """Candidate plans on this machine, for timing: nothing is kept between calls."""
+    return [CompiledDenoiser(plan, threads, reuse_bytes=0) for plan in plans]
 
 
 def _forms(program: Program, planned: formats.Format) -> dict[Any, formats.Fit]:

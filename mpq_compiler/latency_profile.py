@@ -1,12 +1,16 @@
-"""A latency table from artifacts: they run whole, in turns, and each kernel call is timed where it stands. No torch."""
+"""A latency table from artifacts: they run whole, in turns, and each kernel call is timed where it stands. No torch.
+
+`measured` does so on this machine, `remote.measured` on a device.
+"""
 
 from __future__ import annotations
 
 import functools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -24,6 +28,44 @@ SECONDS = 6.0
 """For which they do at the least: what else a machine does comes and goes within seconds."""
 QUANTILE = 0.25
 """Of the times of all rounds, which is the one that counts: what others do only ever adds to it."""
+
+
+@dataclass
+class Runs:
+    """Of an artifact: what its kernel calls compute and, by round, microseconds of each of them and of the whole."""
+
+    manifest: Mapping[str, Any]
+    kernels: Sequence[str]
+    calls: list[Sequence[float]] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+
+
+def table(runs: Sequence[Runs], cpu: str, threads: int, batch: int) -> Table:
+    """The table of artifacts that took turns."""
+    times: dict[str, list[float]] = {}
+    beyond = []
+    for own in runs:
+        spent = np.quantile(np.array(own.calls), QUANTILE, axis=0)
+        beyond.append((np.quantile(own.whole, QUANTILE) - spent.sum()) / len(own.kernels))
+        for kernel, site in zip(own.kernels, spent, strict=True):
+            times.setdefault(timed_as(kernel), []).append(float(site))
+    return Table(
+        target=runs[0].manifest["target"]["name"],
+        cpu=cpu,
+        threads=threads,
+        batch=batch,
+        call_us=statistics.fmean(map(float, beyond)),
+        kernels={kernel: statistics.fmean(found) for kernel, found in sorted(times.items())},
+        models=tuple(dict.fromkeys(own.manifest["name"] for own in runs)),
+        versions=versions(),
+    )
+
+
+def require_one_target(manifests: Iterable[Mapping[str, Any]]) -> None:
+    """UserError: artifacts of different targets."""
+    target, *others = dict.fromkeys(manifest["target"]["name"] for manifest in manifests)
+    if others:
+        raise UserError(f"one table holds for one target, and the artifacts are for {target} and {others[0]}")
 
 
 def versions() -> dict[str, str]:
@@ -47,41 +89,24 @@ def measured(
     seconds: to go on for, after `ROUNDS` rounds. One thread is measured by its CPU time, which leaves out what others
     do; more by the wall clock. UserError: no kernels to time, none for the batch size, artifacts of different targets.
     """
-    target, *others = dict.fromkeys(compiled.manifest["target"]["name"] for compiled in loaded)
-    if others:
-        raise UserError(f"one table holds for one target, and the artifacts are for {target} and {others[0]}")
-    kernels = [_kernels(compiled, batch) for compiled in loaded]
+    require_one_target(compiled.manifest for compiled in loaded)
+    runs = [Runs(compiled.manifest, _kernels(compiled, batch)) for compiled in loaded]
     inputs = [contestants.random_inputs(compiled.manifest, batch) for compiled in loaded]
     calls = [functools.partial(compiled.run, given) for compiled, given in zip(loaded, inputs, strict=True)]
     repeats = [max(bench._repeats(call) for _ in range(3)) for call in calls]  # a call that was disturbed takes longer
     clock, column = ("cpu", 0) if threads == 1 else ("wall", 1)
     whole = [bench.Times() for _ in loaded]
-    profiles: list[list[list[float]]] = [[] for _ in loaded]
     end = time.monotonic() + (SECONDS if seconds is None else seconds)
     with progress("measuring kernels", ROUNDS) if progress else nullcontext(lambda n: None) as advance:
-        while len(profiles[0]) < ROUNDS or time.monotonic() < end:
+        while len(runs[0].calls) < ROUNDS or time.monotonic() < end:
             for index, call in enumerate(calls):
                 call()  # finds the caches as another artifact left them
                 bench._turn(call, repeats[index], whole[index])
-                profiles[index].append([row[column] for row in _seconds(loaded[index], inputs[index])])
-            advance(len(profiles[0]) <= ROUNDS)
-    times: dict[str, list[float]] = {}
-    beyond = []
-    for own, found, runs in zip(kernels, profiles, whole, strict=True):
-        spent = 1e6 * np.quantile(np.array(found), QUANTILE, axis=0)
-        beyond.append((1e6 * np.quantile(runs.of(clock), QUANTILE) - spent.sum()) / len(own))
-        for kernel, site in zip(own, spent, strict=True):
-            times.setdefault(timed_as(kernel), []).append(float(site))
-    return Table(
-        target=target,
-        cpu=cpu(),
-        threads=threads,
-        batch=batch,
-        call_us=statistics.fmean(beyond),
-        kernels={kernel: statistics.fmean(found) for kernel, found in sorted(times.items())},
-        models=tuple(dict.fromkeys(compiled.manifest["name"] for compiled in loaded)),
-        versions=versions(),
-    )
+                runs[index].calls.append([1e6 * row[column] for row in _seconds(loaded[index], inputs[index])])
+            advance(len(runs[0].calls) <= ROUNDS)
+    for own, times in zip(runs, whole, strict=True):
+        own.whole.extend(1e6 * seconds for seconds in times.of(clock))
+    return table(runs, cpu(), threads, batch)
 
 
 def _seconds(compiled: CompiledDenoiser, inputs: contestants.Arrays) -> list[tuple[float, float]]:

@@ -14,5 +14,7 @@ def cpus() -> list[str]:
 
 
 def cpu() -> str:
-    """The name of the CPU."""
-    return next(iter(cpus()), platform.processor() or platform.machine())
+    """The name of the CPU; where the system does not say, of the board, else of the architecture."""
+    board = Path("/proc/device-tree/model")
+    known = [*cpus(), *([board.read_text(encoding="utf-8").strip("\0")] if board.exists() else [])]
+    return next(iter(known), platform.machine())

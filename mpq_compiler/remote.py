@@ -5,22 +5,32 @@ The protocol stands at the head of `backends/tvm/standalone/mpq_rpc.c`. Nothing 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from mpq_compiler import artifact
+from mpq_compiler import artifact, latency_profile
+from mpq_compiler.artifact import Artifact
 from mpq_compiler.errors import UserError
+from mpq_compiler.latency_table import Table
 
 TOKEN = "MPQ_TOKEN"
 """The environment variable with the secret of client and server."""
 PIECE = 1 << 20
-TIMES = re.compile(r"(\d+) calls: median ([\d.]+) ms, least ([\d.]+) ms, most ([\d.]+) ms")
+TIMES = re.compile(r"calls: median ([\d.]+) ms, least ([\d.]+) ms, most ([\d.]+) ms")
+CPU = re.compile(r"^kernels on (.*), (?:CPU|wall) time$", re.MULTILINE)
+KERNEL = re.compile(r"^ *([\d.]+) us  (\w+)$", re.MULTILINE)
+"""What the program prints (`mpq_run.c`)."""
+ROUNDS = 7
+"""In which artifacts take turns for a latency table, at the least; each turn is the median of `REPEAT` calls."""
+REPEAT = 5
 
 
 class Device:
@@ -49,6 +59,10 @@ class Device:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the connection, what still runs there, and what was sent."""
         self.socket.close()
 
     def put(self, path: Path, name: str = "", progress: Callable[[int], None] | None = None) -> None:
@@ -113,20 +127,19 @@ def bench(
 
     UserError: an artifact without a C program, or without a function for the batch; what the device says.
     """
-    opened = [_opened(path, batch) for path in paths]
+    opened = [artifact.read(path) for path in paths]
+    functions = [_function(each, batch) for each in opened]
     turns = [("mpq", 0), ("mpq control", 0), *((f"mpq {Path(p).stem}", n) for n, p in enumerate(paths[1:], 1))]
     names = [name for name, _ in turns]
     times: dict[str, list[Mapping[str, float]]] = {name: [] for name in names}
     with Device(address) as device:
-        size = sum(a.file(name).stat().st_size for a, _ in opened for name in (artifact.PROGRAM, artifact.WEIGHTS))
-        with progress(f"sending to {address}", size) if progress else nullcontext(lambda n: None) as advance:
-            for number, (each, _) in enumerate(opened):
-                for name in (artifact.PROGRAM, artifact.WEIGHTS):
-                    device.put(each.file(name), f"{number}-{name}", advance)
+        _send(device, opened, progress)
         with progress("benchmark", rounds) if progress else nullcontext(lambda n: None) as advance:
             for _ in range(rounds):
                 for name, number in turns:
-                    times[name].append(_timed(device, number, opened[number][1], threads))
+                    printed = _run(device, number, opened[number], functions[number], threads)
+                    spent = map(float, TIMES.findall(printed)[0])
+                    times[name].append(dict(zip(("median", "least", "most"), spent, strict=True)))
                 advance(1)
     rows = []
     for name, number in turns:
@@ -142,7 +155,7 @@ def bench(
                 "ms_max": max(row["most"] for row in times[name]),
                 "cpu_ms": None,
                 "wall_ms": statistics.median(own),
-                "bytes": opened[number][0].manifest["weights"]["payload_bytes"],
+                "bytes": opened[number].manifest["weights"]["payload_bytes"],
                 "peak_bytes": None,
                 "sqnr_db": None,
                 "speedup": {other: statistics.median(values) for other, values in ratios.items()},
@@ -166,24 +179,74 @@ def bench(
     }
 
 
-def _opened(path: str | Path, batch: int) -> tuple[artifact.Artifact, str]:
-    """The artifact, and the function for the batch."""
-    found = artifact.read(path)
-    if artifact.PROGRAM not in found.manifest["files"]:
-        raise UserError(f"{path} has no program that runs on a device: compile it with --emit c")
+def measured(
+    plans: Sequence[Artifact],
+    address: str,
+    batch: int = 1,
+    threads: int = 1,
+    progress: Any = None,
+    seconds: float | None = None,
+) -> Table:
+    """The latency table of artifacts of one target with C programs, measured on a device.
+
+    seconds: to go on for, after `ROUNDS` rounds; by default as `latency_profile.measured` does on this machine.
+    UserError: no C program, or no function for the batch; artifacts of different targets; what the device says.
+    """
+    latency_profile.require_one_target(plan.manifest for plan in plans)
+    functions = [_function(plan, batch) for plan in plans]
+    problems = [_problems(plan) for plan in plans]
+    runs: list[latency_profile.Runs] = []
+    with Device(address) as device:
+        _send(device, plans, progress)
+        end = time.monotonic() + (latency_profile.SECONDS if seconds is None else seconds)
+        rounds = 0
+        with progress("measuring kernels", ROUNDS) if progress else nullcontext(lambda n: None) as advance:
+            while rounds < ROUNDS or time.monotonic() < end:
+                for number, plan in enumerate(plans):
+                    printed = _run(device, number, plan, functions[number], threads, "--profile", "kernels")
+                    rows = KERNEL.findall(printed)
+                    if len(runs) == number:
+                        runs.append(latency_profile.Runs(plan.manifest, [problems[number][name] for _, name in rows]))
+                    runs[number].calls.append([float(spent) for spent, _ in rows])
+                    runs[number].whole.append(1e3 * float(TIMES.findall(printed)[0][0]))
+                rounds += 1
+                advance(rounds <= ROUNDS)
+    return latency_profile.table(runs, CPU.findall(printed)[0].strip(), threads, batch)
+
+
+def _problems(plan: Artifact) -> dict[str, str]:
+    """What the kernels compute, by their names."""
+    rows = json.loads(plan.file(artifact.SCHEDULE).read_text(encoding="utf-8"))
+    return {row["kernel"]: row["problem"] for row in rows}
+
+
+def _function(found: Artifact, batch: int) -> str:
+    """The function for the batch. UserError: there is none, or no C program."""
+    if artifact.SERVER not in found.manifest["files"]:  # that of --standalone needs more than its weights
+        raise UserError(f"{found.path} has no program that runs on a device: compile it with --emit c")
     functions = {f["batch"]: f["name"] for f in reversed(found.manifest["functions"])}
     if batch not in functions:
         known = ", ".join(map(str, sorted(functions)))
-        raise UserError(f"{path} has no function for a batch of {batch}: take {known}")
-    return found, functions[batch]
+        raise UserError(f"{found.path} has no function for a batch of {batch}: take {known}")
+    return functions[batch]
 
 
-def _timed(device: Device, number: int, function: str, threads: int) -> dict[str, float]:
-    """Milliseconds of a few calls."""
+def _send(device: Device, opened: Sequence[Artifact], progress: Any) -> None:
+    """Programs and weights, each with its number before its name."""
+    size = sum(each.file(name).stat().st_size for each in opened for name in (artifact.PROGRAM, artifact.WEIGHTS))
+    with progress(f"sending to {device.address}", size) if progress else nullcontext(lambda n: None) as advance:
+        for number, each in enumerate(opened):
+            for name in (artifact.PROGRAM, artifact.WEIGHTS):
+                device.put(each.file(name), f"{number}-{name}", advance)
+
+
+def _run(device: Device, number: int, opened: Artifact, function: str, threads: int, *options: str) -> str:
+    """What the program of a number printed of a few calls. UserError: what it says, or that it cannot be run."""
     weights = f"{number}-{artifact.WEIGHTS}"
-    options = ("--weights", weights, "--function", function, "--threads", str(threads), "--repeat", "5")
-    code, printed = device.run(f"{number}-{artifact.PROGRAM}", *options)
-    match = TIMES.search(printed)
-    if code or match is None:
-        raise UserError(f"{device.address}: {printed.strip().removeprefix('error: ') or f'it ended with {code}'}")
-    return dict(zip(("median", "least", "most"), map(float, match.groups()[1:]), strict=True))
+    few = ("--weights", weights, "--function", function, "--threads", str(threads), "--repeat", str(REPEAT), *options)
+    code, printed = device.run(f"{number}-{artifact.PROGRAM}", *few)
+    if code or not TIMES.search(printed):
+        target = opened.manifest["target"]["name"]
+        unknown = f"it cannot run a program for '{target}' ({code}): compile for the target that it is (--target)"
+        raise UserError(f"{device.address}: {printed.strip().removeprefix('error: ') or unknown}")
+    return printed

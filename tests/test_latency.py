@@ -14,7 +14,7 @@ from mpq_compiler import latency_profile as profile
 from mpq_compiler import latency_table as tables
 from mpq_compiler.backends.tvm.emit import lower
 from mpq_compiler.errors import UserError
-from mpq_compiler.latency import Latency
+from mpq_compiler.latency import Latency, runnable
 from mpq_compiler.latency_table import Table, timed_as
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.passes.bit_allocation import BitAllocation
@@ -336,7 +336,8 @@ def test_candidate_plans_run_and_their_table_predicts_them():
     made = packed.program("dit", "int8")
     passes = pass_manager.parse(packed.PIPELINE.format("", "int8"))
     latency = Latency(target, made.denoiser, passes, cache=packed.kernel_cache())
-    with latency.plans(made.planned, ["int8"]) as (loaded,):
+    with latency.plans(made.planned, ["int8"]) as plans:
+        (loaded,) = runnable(plans)
         found = profile.measured([loaded, loaded], seconds=0)
         rows = bench._schedule(loaded)
     assert schemas.check(json.loads(json.dumps(found.to_json())), "latency") is None

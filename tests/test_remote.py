@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import socket
 import subprocess
@@ -10,14 +11,17 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mpq_compiler import remote, schemas, targets
+from mpq_compiler import compiler, machine, pass_manager, remote, schemas, targets
 from mpq_compiler.backends.tvm import standalone
 from mpq_compiler.backends.tvm.build import build
 from mpq_compiler.errors import UserError
+from mpq_compiler.latency import Latency
+from mpq_compiler.program import Program
 from mpq_compiler.remote import Device
 from tests import packed, qemu
 
@@ -34,14 +38,20 @@ def server(compiler: str) -> Path:
 
 
 @contextmanager
-def listening(folder: Path, token: str = TOKEN, emulated: bool = False) -> Iterator[str]:
-    """The address of a server; it must end when it is told to, and leave nothing."""
+def listening(folder: Path, token: str = TOKEN, emulated: bool = False, cpu: str = "") -> Iterator[str]:
+    """The address of a server; it must end when it is told to, and leave nothing.
+
+    cpu: what programs run on, emulated
+    """
     if emulated and (absent := qemu.missing()):
         pytest.skip(absent)
-    command = [str(server("aarch64-linux-gnu-gcc" if emulated else "gcc")), "--port", "0", "--folder", str(folder)]
+    command = [str(server("aarch64-linux-gnu-gcc" if emulated else "gcc")), "--port", "0", "--folder", folder.name]
+    command += ["--with", f"qemu-aarch64 -cpu {cpu}"] if cpu else []
     environment = {**os.environ, "MPQ_TOKEN": token}
     before = ["qemu-aarch64"] if emulated else []
-    with subprocess.Popen([*before, *command], stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        [*before, *command], stdout=subprocess.PIPE, text=True, env=environment, cwd=folder.parent
+    ) as process:
         try:
             assert process.stdout is not None
             yield process.stdout.readline().split()[-1]
@@ -125,12 +135,9 @@ def test_bench_on_a_device(tmp_path, monkeypatch):
     """Two artifacts in turns, through a server on this machine."""
     monkeypatch.setenv(remote.TOKEN, TOKEN)
     (tmp_path / "device").mkdir()
-    target = targets.resolve("native")
-    paths = []
-    for weights in ("int8", "int4"):
-        case = packed.program("unet2d", weights)
-        built = build(case.program, target, (1, 2), jobs=2, cache=packed.kernel_cache(), emit="c")
-        paths.append(packed.write(tmp_path / f"{weights}.mpq", case.program, target, built))
+    target, case = targets.resolve("native"), packed.program("dit", "int8")
+    built = build(case.program, target, (1, 2), jobs=2, cache=packed.kernel_cache(), emit="c")
+    paths = [packed.write(tmp_path / f"{name}.mpq", case.program, target, built) for name in ("first", "second")]
     with listening(tmp_path / "device") as address:
         found = remote.bench(paths, address, threads=2, batch=2, rounds=3)
         with pytest.raises(UserError, match="has no function for a batch of 3: take 1, 2"):
@@ -138,5 +145,65 @@ def test_bench_on_a_device(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="there is no artifact"):
             remote.bench([tmp_path / "none.mpq"], address)
     assert schemas.check(found, "bench") is None
-    assert [row["name"] for row in found["rows"]] == ["mpq", "mpq control", "mpq int4"]
+    assert [row["name"] for row in found["rows"]] == ["mpq", "mpq control", "mpq second"]
     assert all(0 < row["ms_min"] <= row["ms"] <= row["ms_max"] for row in found["rows"])
+
+
+TARGET = "aarch64-dotprod"
+
+
+def emulated_latency() -> tuple[Latency, Program]:
+    """What answers for times on a device, and the program that it is asked about."""
+    made = packed.program("dit", "int8")
+    passes = pass_manager.parse(packed.PIPELINE.format("", "int8"))
+    return Latency(targets.resolve(TARGET), made.denoiser, passes, cache=packed.kernel_cache(), jobs=2), made.planned
+
+
+def test_a_latency_table_of_a_device_answers_for_every_kernel(tmp_path, monkeypatch):
+    """Server and programs are those of AArch64, under emulation; only what times say cannot be tested there."""
+    monkeypatch.setenv(remote.TOKEN, TOKEN)
+    monkeypatch.setattr(remote, "ROUNDS", 1)
+    (tmp_path / "device").mkdir()
+    latency, program = emulated_latency()
+    with (
+        listening(tmp_path / "device", emulated=True, cpu="cortex-a76") as address,
+        latency.plans(program, ["int8"], emit="c") as (plan,),
+    ):
+        table = remote.measured([plan, plan], address, seconds=0)
+        other = replace(plan, manifest={**plan.manifest, "target": {"name": "aarch64-neon"}})
+        with pytest.raises(UserError, match="one table holds for one target"):
+            remote.measured([plan, other], address)
+    assert schemas.check(json.loads(json.dumps(table.to_json())), "latency") is None
+    assert (table.target, table.cpu, table.threads, table.batch) == (TARGET, machine.cpu(), 1, 1)
+    assert all(spent > 0 for spent in table.kernels.values())
+    costs = replace(latency, table=table).costs(program, ["int8"])
+    assert costs.fixed > 0 and all(layer["int8"] > 0 for layer in costs.layers.values())
+
+
+def test_programs_for_another_device_are_refused(tmp_path, monkeypatch):
+    """For a CPU that lacks what the kernels need, and for another architecture."""
+    monkeypatch.setenv(remote.TOKEN, TOKEN)
+    (tmp_path / "device").mkdir()
+    latency, program = emulated_latency()
+    with latency.plans(program, ["int8"], emit="c") as plans:
+        with (
+            listening(tmp_path / "device", emulated=True, cpu="cortex-a53") as address,
+            pytest.raises(UserError, match=f"lacks .*asimddp.* which the kernels for '{TARGET}' need"),
+        ):
+            remote.measured(plans, address)
+        with (
+            listening(tmp_path / "device") as address,
+            pytest.raises(UserError, match=f"it cannot run a program for '{TARGET}'"),
+        ):
+            remote.measured(plans, address)
+
+
+def test_a_device_of_a_model_is_asked_before_anything_is_compiled(tmp_path):
+    (tmp_path / "device").mkdir()
+    with listening(tmp_path / "device") as address:
+        with pytest.raises(UserError, match="the token is wrong"):
+            compiler.measure_latency(packed.BUNDLED, rpc=address, target=TARGET)
+        with pytest.raises(UserError, match="name its target with --target"):
+            compiler.measure_latency(packed.BUNDLED, rpc=address)
+    with pytest.raises(UserError, match="cannot reach"):
+        compiler.measure_latency(packed.BUNDLED, rpc=address, target=TARGET)

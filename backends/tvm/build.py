@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ def build(
 
     others: the program at other image sizes, with the batch sizes for each; they share the stored tensors.
     jobs: worker processes; workers: those of `standby`, in their place. cache: folder of compiled kernels (default:
-    `cache.folder()`). None of them changes a byte. tune: search for the fastest tiles (`tune`). emit: "c", a program
-    without a runtime as well (`standalone`).
+    `cache.folder()`). None of them changes a byte. tune: search for the fastest tiles (`tune`). emit: "c" or
+    "machine", a program as well, without a runtime or with TVM's (`standalone`).
     Slow forms are added to ``program.fallbacks``.
 
     UserError: a node that no kernel computes; a kernel that cannot be compiled; no linker; no room in the cache.
@@ -73,11 +74,11 @@ def build(
     tensors = {name: tensor.array for name, tensor in stored.items()}
     alone: dict[str, bytes] = {}
 
-    def standalone(worker: Worker, objects: Mapping[Kernel, Path]) -> None:
-        alone.update(_standalone(lowered, target, tensors, worker, objects))
+    def standalone(worker: Worker, made: Made) -> None:
+        alone.update(_standalone(lowered, target, tensors, worker, made, emit == "machine"))
 
     library, reused, memory = compile_library(
-        lowered, target, jobs, progress, cache, workers, standalone if emit == "c" else None
+        lowered, target, jobs, progress, cache, workers, standalone if emit else None
     )
     return Built(
         files={KERNELS: library, **alone},
@@ -167,11 +168,11 @@ def compile_library(
     progress: Progress | None = None,
     cache: Path | None = None,
     workers: Sequence[Worker] | None = None,
-    further: Callable[[Worker, Mapping[Kernel, Path]], None] | None = None,
+    further: Callable[[Worker, Made], None] | None = None,
 ) -> tuple[bytes, int, dict[str, Any]]:
     """(the shared library of the plan, how many of its kernels came from the cache, the manifest's entry on memory).
 
-    further: what else is to be made of the kernels' objects, by a worker.
+    further: what else is to be made of it all, by a worker.
     """
     kernels = lowered.kernels()
     folder = caches.folder(cache) / KIND
@@ -201,30 +202,49 @@ def compile_library(
                 raise UserError(
                     f"the {len(kernels)} kernels for '{target.name}' cannot be linked: {error}; report the model"
                 ) from error
-            if further is not None:
-                further(workers[0], objects)
             taken = {kernel: int(_workspace(objects[kernel]).read_text()) for kernel in kernels}
-            return output.read_bytes(), len(kernels) - len(missing), _memory(lowered, held, taken)
+            memory = _memory(lowered, held, taken)
+            if further is not None:
+                workspace, activations = max(taken.values(), default=0), max(memory["activation_bytes"].values())
+                held_bytes = memory["prepared_bytes"] + activations + workspace
+                further(workers[0], Made([Path(file) for file in files], output, workspace, held_bytes))
+            return output.read_bytes(), len(kernels) - len(missing), memory
+
+
+@dataclass(frozen=True)
+class Made:
+    """The kernels' objects, the library of them and of the plan.
+
+    workspace_bytes: that a kernel takes in a thread, at most. held_bytes: that TVM's runtime takes, for prepared
+    weights and the largest function
+    """
+
+    objects: Sequence[Path]
+    library: Path
+    workspace_bytes: int
+    held_bytes: int
 
 
 def _standalone(
-    lowered: Lowered, target: Target, tensors: Mapping[str, Any], worker: Worker, objects: Mapping[Kernel, Path]
+    lowered: Lowered, target: Target, tensors: Mapping[str, Any], worker: Worker, made: Made, machine: bool
 ) -> dict[str, bytes]:
-    """The files of a program without a runtime, by name."""
-    files = [str(objects[kernel]) for kernel in sorted(objects, key=lambda k: k.name)]
-    workspace = max((int(_workspace(path).read_text()) for path in objects.values()), default=0)
+    """The files of a program, by name. machine: it runs on TVM's runtime."""
     with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
         weights = Path(scratch, WEIGHTS)
         with weights.open("wb") as stream:
             tensorfile.save(stream, tensors)
-        made = Path(scratch, "standalone")
-        made.mkdir()
+        folder = Path(scratch, "standalone")
+        folder.mkdir()
         try:
             places = tensorfile.places(tensors)
-            names = worker("standalone", str(made), lowered, target, files, str(weights), places, workspace)
+            if machine:
+                names = worker("machine", folder, lowered, target, made.library, weights, places, made.held_bytes)
+            else:
+                own = (made.objects, weights, places, made.workspace_bytes)
+                names = worker("standalone", folder, lowered, target, *own)
         except (Crash, Failure) as error:
             raise UserError(f"the program for '{target.name}' cannot be linked: {error}; report the model") from error
-        return {name: (made / name).read_bytes() for name in names}
+        return {name: (folder / name).read_bytes() for name in names}
 
 
 def _workspace(path: Path) -> Path:

@@ -123,12 +123,21 @@ def _link(lowered: Any, target: Any, objects: list[str], output: str) -> dict[st
 
 
 def _standalone(
-    folder: str, lowered: Any, target: Any, objects: list[str], weights: str, places: Any, workspace: int
+    folder: Path, lowered: Any, target: Any, objects: list[Path], weights: Path, places: Any, workspace: int
 ) -> list[str]:
     from mpq_compiler.backends.tvm import standalone
 
-    described = standalone.describe(Path(weights), places)
-    return standalone.write(Path(folder), lowered, target, [Path(p) for p in objects], described, workspace)
+    described = standalone.Weights(standalone.describe(weights), places)
+    return standalone.write(folder, lowered, target, objects, described, workspace)
+
+
+def _machine(
+    folder: Path, lowered: Any, target: Any, library: Path, weights: Path, places: Any, held: int
+) -> list[str]:
+    from mpq_compiler.backends.tvm import standalone
+
+    described = standalone.Weights(standalone.describe(weights), places)
+    return standalone.write_machine(folder, lowered, target, library, described, held)
 
 
 def _tune(kernel: Any, target: Any) -> list[tuple[int, int, float]]:
@@ -137,7 +146,9 @@ def _tune(kernel: Any, target: Any) -> list[tuple[int, int, float]]:
     return measure(kernel, target)
 
 
-REQUESTS: dict[str, Callable[..., Any]] = {"compile": _compile, "link": _link, "standalone": _standalone, "tune": _tune}
+REQUESTS: dict[str, Callable[..., Any]] = {
+    "compile": _compile, "link": _link, "standalone": _standalone, "machine": _machine, "tune": _tune,
+}  # fmt: skip
 
 
 def main() -> None:

@@ -1,7 +1,10 @@
-"""A plan as a C program: tables, a static memory plan, and the kernels' objects; no runtime of TVM (`--emit c`).
+"""A plan as a C program, with mpq.h for others, and mpq_run.c around it; what is generated is data (mpq_model.c).
 
-What is generated is data (mpq_model.c); the program that runs it is the same for all models (mpq.c, mpq.h), and so is
-the one around it (mpq_run.c). Every call computes everything: nothing is kept between steps.
+`write`, for `--emit c`: tables, a static memory plan, and the kernels' objects, which mpq.c runs; no runtime of TVM.
+Every call computes everything: nothing is kept between steps.
+
+`write_machine`, for `--standalone`: mpq_vm.c runs the functions of kernels.so by TVM's small runtime (`tvm_wheels`).
+What does not depend on the latents is computed where it is not that of the call before.
 """
 
 from __future__ import annotations
@@ -22,24 +25,36 @@ from mpq_compiler.backends.tvm.lowered import Call, Kernel, Lowered, Value
 from mpq_compiler.targets import Target
 from mpq_compiler.tensorfile import ALIGNMENT
 
-SOURCES = ("mpq.h", "mpq_plan.h", "mpq.c", "mpq_run.c", "mpq_rpc.c", "CMakeLists.txt")
+COMMON = ("mpq.h", "mpq_plan.h", "mpq_common.h", "mpq_run.c", "CMakeLists.txt")
+SOURCES = (*COMMON, "mpq.c", "mpq_rpc.c")
+MACHINE = (*COMMON, "mpq_vm.c")
 MODEL, KERNELS = "mpq_model.c", "libkernels.a"
-OPTIONS = ("-std=c11", "-O2", "-static", "-Wl,--strip-all", "-Wl,--build-id=none", "-Wl,-z,noexecstack")
+LINKED = ("-std=c11", "-O2", "-Wl,--strip-all", "-Wl,--build-id=none", "-Wl,-z,noexecstack")
+OPTIONS = (*LINKED, "-static")
 TYPE_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
 """As DLPack numbers them."""
 
 
 @dataclass(frozen=True)
-class Weights:
-    """The weights file: its size, its sum (`mpq.c`, sum_of), and (first byte, end) of each tensor."""
+class File:
+    """Its size and its sum (`mpq_common.h`, sum_of)."""
 
     bytes: int
     sum: int
+
+    def __str__(self) -> str:
+        return f"{{{self.bytes}ull, {self.sum}ull}}"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights file, and (first byte, end) of each tensor."""
+
+    file: File
     places: Mapping[str, tuple[int, int]]
 
 
-def describe(path: Path, places: Mapping[str, tuple[int, int]]) -> Weights:
-    """Of a weights file whose tensors lie at those places."""
+def describe(path: Path) -> File:
     words = 1 << 20
     total, first = path.stat().st_size, 0
     with path.open("rb") as file, np.errstate(over="ignore"):
@@ -49,7 +64,7 @@ def describe(path: Path, places: Mapping[str, tuple[int, int]]) -> Weights:
             odd = np.arange(first, first + len(values), dtype=np.uint64) * np.uint64(2) + np.uint64(1)
             result += (values * odd).sum(dtype=np.uint64)
             first += len(values)
-    return Weights(total, int(result), places)
+    return File(total, int(result))
 
 
 def write(
@@ -60,8 +75,7 @@ def write(
 
     UserError: there is no compiler for the target.
     """
-    for name, text in sources(lowered, target, weights, workspace_bytes).items():
-        (folder / name).write_text(text)
+    _sources(folder, SOURCES, _Model(lowered, target, weights, workspace_bytes).text())
     compiler = linker(target)
     archiver = compiler.removesuffix("gcc") + "ar" if compiler.endswith("-gcc") else "ar"
     _run(folder, archiver, "rcsD", KERNELS, *(str(path.resolve()) for path in objects))
@@ -70,23 +84,29 @@ def write(
     return sorted([*SOURCES, MODEL, KERNELS, PROGRAM, SERVER])
 
 
+def write_machine(
+    folder: Path, lowered: Lowered, target: Target, library: Path, weights: Weights, held_bytes: int
+) -> list[str]:
+    """The sources, and `PROGRAM`, which runs kernels.so by TVM's runtime. The names of the files.
+
+    held_bytes: that the runtime takes. UserError: there is no compiler for the target.
+    """
+    _sources(folder, MACHINE, _Machine(lowered, target, weights).text(describe(library), held_bytes))
+    _run(folder, linker(target), *LINKED, "mpq_vm.c", "mpq_run.c", MODEL, "-ldl", "-o", PROGRAM)
+    return sorted([*MACHINE, MODEL, PROGRAM])
+
+
+def _sources(folder: Path, names: Iterable[str], generated: str) -> None:
+    for name in names:
+        (folder / name).write_text(Path(__file__).with_name(name).read_text())
+    (folder / MODEL).write_text(generated)
+
+
 def _run(folder: Path, *command: str) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr.strip()]
         raise RuntimeError(f"{command[0]} ended with {done.returncode}: {errors[0]}")
-
-
-def sources(lowered: Lowered, target: Target, weights: Weights, workspace_bytes: int) -> dict[str, str]:
-    """The files by name: what is generated, and what is the same for all models.
-
-    workspace_bytes: that a kernel takes in a thread, at most.
-    """
-    folder = Path(__file__).parent
-    return {
-        **{name: (folder / name).read_text() for name in SOURCES},
-        MODEL: _Model(lowered, target, weights, workspace_bytes).text(),
-    }
 
 
 def offsets(sizes: Mapping[str, int], alive: Mapping[str, tuple[int, int]]) -> tuple[dict[str, int], int]:
@@ -124,18 +144,90 @@ class _Steps:
 
 
 @dataclass
-class _Model:
+class _Tables:
     """Collects the tables of mpq_model.c."""
 
     lowered: Lowered
     target: Target
     weights: Weights
+    shapes: list[int] = field(default_factory=list, init=False)
+    first_of: dict[tuple[int, ...], int] = field(default_factory=dict, init=False)
+
+    def build(self, functions: Sequence[str]) -> list[str]:
+        """What every program begins with (mpq_build)."""
+        features = ", ".join([*(f'"{name}"' for name in self.target.features), "NULL"])
+        return [
+            f"static const char *const features[] = {{{features}}};",
+            _table("mpq_function", "functions", functions),
+            f'const mpq_build mpq_the_build = {{"{self.target.name}", features, {self.weights.file}, functions, '
+            f"{len(functions)}}};",
+        ]
+
+    def _shape(self, shape: tuple[int, ...]) -> int:
+        """Index of the first extent."""
+        if shape not in self.first_of:
+            self.first_of[shape] = len(self.shapes)
+            self.shapes += shape
+        return self.first_of[shape]
+
+    def _tensor(self, name: str, value: Value, batch: int) -> str:
+        shape, dtype = sized(value.shape, batch), np.dtype(value.dtype)
+        code = "BOOL" if dtype.kind == "b" else f"{dtype.kind.upper()}{8 * dtype.itemsize}"
+        return f'{{"{name}", "{code}", {len(shape)}, shapes + {self._shape(shape)}, {_bytes(shape, value.dtype)}}}'
+
+    def _tensors(self, values: Iterable[Value], batch: int) -> str:
+        return ", ".join(self._tensor(value.name, value, batch) for value in values)
+
+
+class _Machine(_Tables):
+    """Those that mpq_vm.c reads."""
+
+    def text(self, library: File, held_bytes: int) -> str:
+        lowered, parts = self.lowered, self.lowered.parts()
+        numbers = {name: number for number, name in enumerate(parts)}
+        tables, rows, functions, entries = [], [], [], []
+        for name, part in parts.items():
+            tables.append(f"static const mpq_tensor in_{name}[] = {{{self._tensors(part.inputs, 1)}}};")
+            tables.append(f"static const mpq_tensor out_{name}[] = {{{self._tensors(part.outputs, 1)}}};")
+            rows.append(f'{{"{name}", {len(part.inputs)}, {len(part.outputs)}, in_{name}, out_{name}}}')
+        for function in lowered.functions:
+            for batch in function.batches:
+                name, arguments = function.name(batch), function.arguments
+                own = ", ".join(str(numbers[part.name]) for part in function.parts)
+                tables.append(f"static const mpq_tensor tensors_{name}[] = {{{self._tensors(arguments, batch)}}};")
+                tables.append(f"static const int parts_{name}[] = {{{own or -1}}};")
+                output = self._tensor("sample", function.output, batch)
+                functions.append(f'{{"{name}", {len(function.inputs)}, tensors_{name}, {output}, 0}}')
+                entries.append(f"{{{len(arguments)}, {len(function.parts)}, tensors_{name}, parts_{name}}}")
+        stored = [self._tensor(value.name, value, 0) for value in lowered.stored]
+        offsets = [str(self.weights.places[value.name][0]) for value in lowered.stored]
+        machine = f"{library}, {held_bytes}ull, {len(stored)}, {len(rows)}, stored, offsets, parts, entries"
+        return "\n".join(
+            [
+                "/* Generated: the functions of kernels.so. */",
+                '#include "mpq_plan.h"',
+                "",
+                _table("int64_t", "shapes", map(str, self.shapes)),
+                _table("mpq_tensor", "stored", stored),
+                _table("uint64_t", "offsets", offsets),
+                *tables,
+                _table("mpq_part", "parts", rows or ["{0}"]),
+                _table("mpq_entry", "entries", entries),
+                *self.build(functions),
+                f"const mpq_machine mpq_the_machine = {{{machine}}};",
+                "",
+            ]
+        )
+
+
+@dataclass
+class _Model(_Tables):
+    """Those that mpq.c reads."""
+
     workspace_bytes: int
-    shapes: list[int] = field(default_factory=list)
     operands: list[str] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     signatures: dict[Kernel, tuple[list[Argument], list[Argument]]] = field(default_factory=dict)
-    first_of: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     def text(self) -> str:
         lowered = self.lowered
@@ -150,27 +242,23 @@ class _Model:
         for function in lowered.functions:
             for batch in function.batches:
                 name = function.name(batch)
-                arguments = [(v.name, v, batch) for v in function.inputs]
                 kept = {n: stored[n] for n in lowered.prepared}
                 ends = [*function.inputs, function.output]
                 own = self._steps(function.calls, kept, batch, ends)
                 peak = max(peak, own.bytes)
                 inputs = ", ".join(str(own.places[v.name]) for v in function.inputs)
                 tables.append(f"static const uint64_t inputs_{name}[] = {{{inputs}}};")
-                described = ", ".join(self._tensor(n, v, b) for n, v, b in arguments)
+                described = self._tensors(function.inputs, batch)
                 tables.append(f"static const mpq_tensor tensors_{name}[] = {{{described}}};")
                 output = self._tensor("sample", function.output, batch)
-                functions.append(f'{{"{name}", {len(arguments)}, tensors_{name}, {output}}}')
+                functions.append(f'{{"{name}", {len(function.inputs)}, tensors_{name}, {output}, {own.count}}}')
                 steps.append(f"{{{own.first}, {own.count}, inputs_{name}, {own.places[function.output.name]}}}")
-        features = ", ".join([*(f'"{name}"' for name in self.target.features), "NULL"])
         kernels = sorted(kernel.name for kernel in self.signatures)
         workspace = _aligned(self.workspace_bytes + 64 * ALIGNMENT)
-        w = self.weights
         plan = [
-            f'"{self.target.name}"', "features", f"{w.bytes}ull", f"{w.sum}ull",
             held_bytes, max(peak, ALIGNMENT), workspace, "shapes", "operands", len(self.operands),
             "calls", "copies", len(copies), f"{{{prepare.first}, {prepare.count}, NULL, 0}}",
-            "functions", "steps", len(functions),
+            "steps",
         ]  # fmt: skip
         return "\n".join(
             [
@@ -178,13 +266,12 @@ class _Model:
                 '#include "mpq_plan.h"',
                 "",
                 *(f"int __tvm_ffi_{n}(void *, const void *, int32_t, void *);" for n in kernels),
-                f"static const char *const features[] = {{{features}}};",
-                _table("int64_t", "shapes", map(str, self.shapes or [0])),
+                _table("int64_t", "shapes", map(str, self.shapes)),
                 _table("mpq_operand", "operands", self.operands),
                 _table("mpq_call", "calls", self.calls),
                 _table("mpq_copy", "copies", copies or ["{0, 0, 0}"]),
                 *tables,
-                _table("mpq_function", "functions", functions),
+                *self.build(functions),
                 _table("mpq_steps", "steps", steps),
                 f"const mpq_plan mpq_the_plan = {{{', '.join(map(str, plan))}}};",
                 "",
@@ -252,18 +339,6 @@ class _Model:
             self.operands.append(f"{{{space}, {code}, {len(shape)}, {self._shape(shape)}, {at}}}")
         name = f"__tvm_ffi_{call.kernel.name}"
         self.calls.append(f'{{{name}, "{call.kernel.name}", {begin}, {len(self.operands) - begin}}}')
-
-    def _shape(self, shape: tuple[int, ...]) -> int:
-        """Index of the first extent."""
-        if shape not in self.first_of:
-            self.first_of[shape] = len(self.shapes)
-            self.shapes += shape
-        return self.first_of[shape]
-
-    def _tensor(self, name: str, value: Value, batch: int) -> str:
-        shape, dtype = sized(value.shape, batch), np.dtype(value.dtype)
-        code = "BOOL" if dtype.kind == "b" else f"{dtype.kind.upper()}{8 * dtype.itemsize}"
-        return f'{{"{name}", "{code}", {len(shape)}, shapes + {self._shape(shape)}, {_bytes(shape, value.dtype)}}}'
 
 
 def _bytes(shape: Sequence[int], dtype: str) -> int:

@@ -1,86 +1,9 @@
-#define _GNU_SOURCE
-#include "mpq_plan.h"
+#include "mpq_common.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <pthread.h>
-#include <stdarg.h>
 #include <stdatomic.h>
-#include <stdbool.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-#ifdef __aarch64__
-#include <sys/auxv.h>
-#endif
 
-#define ALIGNMENT 64
 static const mpq_plan *const plan = &mpq_the_plan;
-
-static _Thread_local char message[512];
-
-const char *mpq_error(void) { return message; }
-
-__attribute__((format(printf, 1, 2))) static void *fail(const char *format, ...) {
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(message, sizeof message, format, arguments);
-    va_end(arguments);
-    return NULL;
-}
-
-const mpq_function *mpq_functions(int *count) {
-    *count = plan->function_count;
-    return plan->functions;
-}
-
-/* ------------------------------------------------------------------------------------------------ the CPU */
-
-#ifdef __aarch64__
-static bool has(const char *feature) {
-    /* Bits of AT_HWCAP, then those of AT_HWCAP2, by their names in /proc/cpuinfo (asm/hwcap.h). */
-    static const struct { const char *name; int bit; } bits[] = {
-        {"fp", 0}, {"asimd", 1}, {"crc32", 7}, {"atomics", 8}, {"fphp", 9}, {"asimdhp", 10}, {"asimdrdm", 12},
-        {"lrcpc", 15}, {"asimddp", 20}, {"i8mm", 32 + 13}, {"bf16", 32 + 14},
-    };
-    for (size_t i = 0; i < sizeof bits / sizeof *bits; i++)
-        if (!strcmp(bits[i].name, feature)) {
-            unsigned long word = getauxval(bits[i].bit < 32 ? AT_HWCAP : AT_HWCAP2);
-            return word >> (bits[i].bit & 31) & 1;
-        }
-    return false;
-}
-#else
-static bool has(const char *feature) {
-    FILE *file = fopen("/proc/cpuinfo", "r");
-    char *line = NULL, word[64];
-    size_t room = 0;
-    bool found = false;
-    snprintf(word, sizeof word, " %s ", feature);
-    while (file && !found && getline(&line, &room, file) > 0)
-        if (!strncmp(line, "flags", 5)) {
-            line[strcspn(line, "\n")] = ' ';
-            found = strstr(line, word) != NULL;
-        }
-    free(line);
-    if (file) fclose(file);
-    return found;
-}
-#endif
-
-static bool fits_cpu(void) {
-    char lacking[256] = "";
-    size_t used = 0;
-    for (const char *const *feature = plan->features; *feature; feature++)
-        if (!has(*feature) && used + strlen(*feature) + 3 < sizeof lacking)
-            used += (size_t)sprintf(lacking + used, "%s%s", used ? ", " : "", *feature);
-    if (used)
-        fail("this CPU lacks %s, which the kernels for '%s' need: compile for another target", lacking, plan->target);
-    return !used;
-}
 
 /* ------------------------------------------------------------------- what the kernels ask of their runtime */
 
@@ -196,15 +119,7 @@ int (*__TVMBackendParallelLaunch)(lambda, void *, int) = launch;
 
 /* ---------------------------------------------------------------------------------------------- the model */
 
-/* As DLPack lays out a tensor (dlpack.h), and TVM an argument. */
-typedef struct {
-    void *data;
-    struct { int32_t type, id; } device;
-    int32_t ndim;
-    struct { uint8_t code, bits; uint16_t lanes; } dtype;
-    const int64_t *shape, *strides;
-    uint64_t byte_offset;
-} tensor;
+/* As TVM lays out an argument. */
 typedef struct { int32_t type, padding; void *value; } argument;
 enum { CPU = 1, TENSOR = 7 };
 
@@ -212,46 +127,12 @@ struct mpq_model {
     char *file, *held, *call;
     tensor *tensors;
     argument *arguments;
+    void (*watcher)(void *, const char *);
+    void *watching;
 };
 
-/* Of 64-bit words, each times an odd number of its own: no change of one word goes unseen. */
-static uint64_t sum_of(const char *data, uint64_t bytes) {
-    uint64_t sum = bytes, word;
-    for (uint64_t i = 0; i * 8 < bytes; i++) {
-        uint64_t left = bytes - i * 8;
-        word = 0;
-        memcpy(&word, data + i * 8, left < 8 ? left : 8);
-        sum += word * (2 * i + 1);
-    }
-    return sum;
-}
-
-static char *map(const char *path) {
-    struct stat about;
-    int handle = open(path, O_RDONLY | O_CLOEXEC);
-    if (handle < 0 || fstat(handle, &about)) {
-        fail("cannot read the weights %s: %s", path, strerror(errno));
-        if (handle >= 0) close(handle);
-        return NULL;
-    }
-    char *data = MAP_FAILED;
-    if ((uint64_t)about.st_size == plan->weights_bytes)
-        data = mmap(NULL, plan->weights_bytes, PROT_READ, MAP_PRIVATE, handle, 0);
-    else
-        fail("%s has %lld bytes, and the weights of this build %llu: take the file that was compiled with it", path,
-             (long long)about.st_size, (unsigned long long)plan->weights_bytes);
-    if (data == MAP_FAILED && (uint64_t)about.st_size == plan->weights_bytes)
-        fail("cannot map the weights %s: %s", path, strerror(errno));
-    close(handle);
-    if (data == MAP_FAILED) return NULL;
-    if (sum_of(data, plan->weights_bytes) != plan->weights_sum) {
-        munmap(data, plan->weights_bytes);
-        return fail("%s holds other weights than those of this build: take the file that was compiled with it", path);
-    }
-    return data;
-}
-
 static int run_calls(mpq_model *model, const mpq_steps *steps) {
+    if (model->watcher) model->watcher(model->watching, NULL);
     for (uint32_t i = steps->first; i < steps->first + steps->count; i++) {
         const mpq_call *each = &plan->calls[i];
         argument result = {0};
@@ -259,6 +140,7 @@ static int run_calls(mpq_model *model, const mpq_steps *steps) {
             fail("kernel %s failed: there is no memory for it", each->name);
             return -1;
         }
+        if (model->watcher) model->watcher(model->watching, each->name);
     }
     return 0;
 }
@@ -267,7 +149,7 @@ mpq_model *mpq_open(const char *weights, int threads) {
     if (!fits_cpu()) return NULL;
     mpq_model *model = calloc(1, sizeof *model);
     if (!model) return fail("there is no memory");
-    if (!(model->file = map(weights))) {
+    if (!(model->file = map(weights, &build->weights, "weights"))) {
         free(model);
         return NULL;
     }
@@ -304,15 +186,18 @@ mpq_model *mpq_open(const char *weights, int threads) {
 }
 
 int mpq_run(mpq_model *model, int function, const void *const *inputs, void *output) {
-    if (function < 0 || function >= plan->function_count) {
-        fail("there is no function %d: there are %d", function, plan->function_count);
-        return -1;
-    }
-    const mpq_function *own = &plan->functions[function];
+    if (!is_function(function)) return -1;
+    const mpq_function *own = &build->functions[function];
     const mpq_steps *steps = &plan->steps[function];
     for (int i = 0; i < own->inputs; i++) memcpy(model->call + steps->inputs[i], inputs[i], own->input[i].bytes);
     if (run_calls(model, steps)) return -1;
     memcpy(output, model->call + steps->output, own->output.bytes);
+    return 0;
+}
+
+int mpq_watch(mpq_model *model, void (*watcher)(void *data, const char *kernel), void *data) {
+    model->watcher = watcher;
+    model->watching = data;
     return 0;
 }
 
@@ -325,7 +210,7 @@ size_t mpq_bytes(const mpq_model *model) {
 void mpq_close(mpq_model *model) {
     if (!model) return;
     stop_threads();
-    munmap(model->file, plan->weights_bytes);
+    munmap(model->file, build->weights.bytes);
     free(model->held);
     free(model->call);
     free(model->tensors);

@@ -1,4 +1,4 @@
-/* A compiled denoiser without any runtime: C11 and POSIX threads. docs/standalone.md */
+/* A compiled denoiser in a program of C, C++ or anything that calls C. docs/standalone.md */
 #ifndef MPQ_H
 #define MPQ_H
 
@@ -23,6 +23,7 @@ typedef struct {
     int inputs;
     const mpq_tensor *input;
     mpq_tensor output;
+    int calls; /* of kernels; 0 where the program does not know them */
 } mpq_function;
 
 typedef struct mpq_model mpq_model;
@@ -36,8 +37,12 @@ const mpq_function *mpq_functions(int *count);
 mpq_model *mpq_open(const char *weights, int threads);
 
 /* One call of mpq_functions()[function]: inputs in its order, each of its bytes; the output of its bytes. Allocates
- * nothing. 0, or -1 with mpq_error(). One call at a time. */
+ * nothing of its own. 0, or -1 with mpq_error(). One call at a time. */
 int mpq_run(mpq_model *model, int function, const void *const *inputs, void *output);
+
+/* For timing: from now on mpq_run() calls `watcher` with NULL once the inputs are in place, and with a kernel's name
+ * behind each call of one. NULL: no longer. 0, or -1 with mpq_error() where the program does not know them. */
+int mpq_watch(mpq_model *model, void (*watcher)(void *data, const char *kernel), void *data);
 
 /* Memory that the model keeps, beside the file that it maps. */
 size_t mpq_bytes(const mpq_model *model);

@@ -1,8 +1,24 @@
-/* The plan of a denoiser, which mpq_model.c holds (generated) and mpq.c runs. */
+/* What mpq_model.c holds (generated): mpq_the_build, and the plan that mpq.c runs or that mpq_vm.c runs. */
 #ifndef MPQ_PLAN_H
 #define MPQ_PLAN_H
 
 #include "mpq.h"
+
+typedef struct {
+    uint64_t bytes, sum; /* sum_of (mpq_common.h) */
+} mpq_file;
+
+typedef struct {
+    const char *target;
+    const char *const *features; /* as /proc/cpuinfo spells them, NULL behind the last */
+    mpq_file weights;
+    const mpq_function *functions;
+    int function_count;
+} mpq_build;
+
+extern const mpq_build mpq_the_build;
+
+/* ------------------------------------------------------------------------------- mpq.c: calls of kernels */
 
 /* Where a tensor lies: in the mapped file, in the memory of the prepared weights, or in that of a call. */
 enum { MPQ_FILE, MPQ_HELD, MPQ_CALL };
@@ -33,9 +49,6 @@ typedef struct {
 } mpq_copy;
 
 typedef struct {
-    const char *target;
-    const char *const *features; /* as /proc/cpuinfo spells them, NULL behind the last */
-    uint64_t weights_bytes, weights_sum; /* size of the file, and mpq_sum of it */
     uint64_t held_bytes, call_bytes, workspace_bytes;
     const int64_t *shapes;
     const mpq_operand *operands;
@@ -44,11 +57,36 @@ typedef struct {
     const mpq_copy *copies; /* small tensors of the file, which are not aligned there */
     uint32_t copy_count;
     mpq_steps prepare; /* once, when the weights are opened */
-    const mpq_function *functions;
     const mpq_steps *steps; /* of each function */
-    int function_count;
 } mpq_plan;
 
 extern const mpq_plan mpq_the_plan;
+
+/* --------------------------------------------------------------------- mpq_vm.c: functions of kernels.so */
+
+/* What is computed for one sample at a time, from arguments of a function of these names; it makes others. */
+typedef struct {
+    const char *name;
+    int inputs, outputs;
+    const mpq_tensor *input, *output;
+} mpq_part;
+
+typedef struct {
+    int arguments, parts;
+    const mpq_tensor *argument; /* the inputs, then what each part makes */
+    const int *part; /* of mpq_machine.parts, in the order in which they run */
+} mpq_entry;
+
+typedef struct {
+    mpq_file kernels;
+    uint64_t bytes; /* that the runtime takes for a call of a function, at most, and for prepared weights */
+    int stored, parts;
+    const mpq_tensor *tensor; /* of the weights file, as `prepare` takes them */
+    const uint64_t *offset; /* where each lies */
+    const mpq_part *part;
+    const mpq_entry *entries; /* of each function */
+} mpq_machine;
+
+extern const mpq_machine mpq_the_machine;
 
 #endif

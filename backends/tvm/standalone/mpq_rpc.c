@@ -1,10 +1,10 @@
-/* Runs programs that a client sends, on a device: what `mpqc bench --rpc` measures with.
+/* Runs programs that a client sends, on a device: what `mpqc bench --rpc` and `mpqc latency --rpc` measure with.
  *
- *   MPQ_TOKEN=secret mpq_rpc [--host ADDRESS] [--port N] [--folder DIR]
+ *   MPQ_TOKEN=secret mpq_rpc [--host ADDRESS] [--port N] [--folder DIR] [--with COMMAND]
  *
  * Whoever knows the token may run anything here. Without one only this machine is listened to (127.0.0.1), and on any
  * other address it does not start. One client at a time; its files lie in a folder of its own, which is removed when the
- * connection ends, and so is what still runs.
+ * connection ends, and so is what still runs. COMMAND stands before each program: "taskset f0", to choose cores.
  *
  * A client sends "MPQ1" and the token, then requests of one letter; numbers are little-endian, strings have their length
  * before them (u32). P name size (u64) bytes: a file. R count (u32) words: runs the file that the first one names in the
@@ -30,7 +30,7 @@
 #include <unistd.h>
 
 enum { WORDS = 64, LONGEST = 4096, PIECE = 1 << 16 };
-static char folder[LONGEST];
+static char folder[LONGEST], *before[WORDS];
 static volatile sig_atomic_t stopped;
 
 static void stop(int number) {
@@ -158,12 +158,16 @@ static bool run(int client) {
     if (whole && (!plain(words[0]) || access(words[0], X_OK))) good = answer(client, "there is no such program");
     else if (whole && (pipe2(ends, O_CLOEXEC) || (program = fork()) < 0)) good = answer(client, "it cannot be started");
     else if (whole && !program) {
-        char path[LONGEST + 2];
+        char path[LONGEST + 2], *command[2 * WORDS];
+        uint32_t more = 0;
+        for (; before[more]; more++) command[more] = before[more];
+        memcpy(command + more, words, (count + 1) * sizeof *words);
+        command[more] = path;
         setpgid(0, 0);
         dup2(ends[1], 1);
         dup2(ends[1], 2);
         snprintf(path, sizeof path, "./%s", words[0]);
-        execv(path, words);
+        (more ? execvp : execv)(command[0], command);
         _exit(127);
     } else if (whole) {
         setpgid(program, program);
@@ -213,10 +217,12 @@ int main(int count, char **words) {
         if (!strcmp(words[i], "--host")) host = words[i + 1];
         else if (!strcmp(words[i], "--port")) port = atoi(words[i + 1]);
         else if (!strcmp(words[i], "--folder")) where = words[i + 1];
+        else if (!strcmp(words[i], "--with"))
+            for (int n = 0; n < WORDS - 1 && (before[n] = strtok(n ? NULL : words[i + 1], " ")); n++) continue;
         else count = 0;
     }
     if (count % 2 == 0) {
-        fputs("MPQ_TOKEN=secret mpq_rpc [--host ADDRESS] [--port N] [--folder DIR]\n", stderr);
+        fputs("MPQ_TOKEN=secret mpq_rpc [--host ADDRESS] [--port N] [--folder DIR] [--with COMMAND]\n", stderr);
         return 1;
     }
     if (!token) token = "";
@@ -229,7 +235,9 @@ int main(int count, char **words) {
         fputs("error: beyond 127.0.0.1 a token is needed: set MPQ_TOKEN to a secret\n", stderr);
         return 1;
     }
-    snprintf(folder, sizeof folder, "%s/mpq-XXXXXX", where);
+    char *place = realpath(where, NULL);
+    snprintf(folder, sizeof folder, "%s/mpq-XXXXXX", place ? place : where);
+    free(place);
     if (!mkdtemp(folder) || chdir(folder)) {
         fprintf(stderr, "error: cannot make a folder in %s: %s\n", where, strerror(errno));
         return 1;

@@ -1,8 +1,10 @@
 /* Runs a compiled denoiser on safetensors files:
  *
  *   mpq_run [--weights FILE] [--inputs FILE] [--output FILE] [--function NAME] [--threads N] [--repeat N]
+ *           [--profile kernels]
  *
- * Without inputs all are zeros. Times go to standard output. */
+ * Without inputs all are zeros. Times go to standard output. `--profile kernels` adds those of each call of a kernel, in
+ * order; of one thread it takes CPU time, which leaves out what else the device does. */
 #define _POSIX_C_SOURCE 200809L
 #include "mpq.h"
 
@@ -10,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/utsname.h>
 #include <time.h>
 
 static int refuse(const char *what, const char *which) {
@@ -74,9 +77,9 @@ static int save(const char *path, const mpq_tensor *tensor, const void *data) {
     return (file && fclose(file)) || bad;
 }
 
-static double now(void) {
+static double now(clockid_t clock) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return (double)t.tv_sec * 1e3 + (double)t.tv_nsec / 1e6;
 }
 
@@ -85,13 +88,47 @@ static int by_value(const void *a, const void *b) {
     return (x > 0) - (x < 0);
 }
 
+/* Milliseconds of each kernel call of a function, `repeat` for one behind those for another. */
+typedef struct {
+    clockid_t clock;
+    double last, *times;
+    const char **names;
+    int repeat, turn, call;
+} profile;
+
+static void watch(void *data, const char *kernel) {
+    profile *own = data;
+    double time = now(own->clock);
+    if (kernel) {
+        own->times[own->call * own->repeat + own->turn] = time - own->last;
+        own->names[own->call++] = kernel;
+    }
+    own->last = time;
+}
+
+/* What the device is called: by its CPU, else its board, else its architecture (as mpq_compiler/machine.py has it). */
+static const char *device(void) {
+    static char line[4096], name[256];
+    static struct utsname system;
+    FILE *file = fopen("/proc/cpuinfo", "r");
+    while (file && fgets(line, sizeof line, file))
+        if (!*name) sscanf(line, "model name : %255[^\n]", name);
+    if (file) fclose(file);
+    if (!*name && (file = fopen("/proc/device-tree/model", "r"))) {
+        if (!fgets(name, sizeof name, file)) *name = 0;
+        fclose(file);
+    }
+    return *name || uname(&system) ? name : system.machine;
+}
+
 int main(int count, char **words) {
-    const char *weights = "weights.safetensors", *inputs = NULL, *output = NULL, *name = NULL;
+    const char *weights = "weights.safetensors", *inputs = NULL, *output = NULL, *name = NULL, *profiled = NULL;
     int threads = 1, repeat = 1, functions, chosen = 0;
     for (int i = 1; i < count; i++) {
         const char *option = words[i], *value = i + 1 < count ? words[i + 1] : NULL;
         if (!strcmp(option, "--help")) {
-            puts("mpq_run [--weights FILE] [--inputs FILE] [--output FILE] [--function NAME] [--threads N] [--repeat N]");
+            puts("mpq_run [--weights FILE] [--inputs FILE] [--output FILE] [--function NAME] [--threads N] [--repeat N]\n"
+                 "        [--profile kernels]");
             return 0;
         }
         if (!value) return refuse("this option needs a value, or is not known:", option);
@@ -101,6 +138,7 @@ int main(int count, char **words) {
         else if (!strcmp(option, "--function")) name = value;
         else if (!strcmp(option, "--threads")) threads = atoi(value);
         else if (!strcmp(option, "--repeat")) repeat = atoi(value);
+        else if (!strcmp(option, "--profile") && !strcmp(value, "kernels")) profiled = value;
         else return refuse("this option is not known:", option);
         i++;
     }
@@ -120,30 +158,45 @@ int main(int count, char **words) {
     const void **data = calloc((size_t)own->inputs, sizeof *data);
     void *result = malloc(own->output.bytes);
     double *times = calloc((size_t)repeat, sizeof *times);
-    if (!data || !result || !times) return refuse("there is no memory", "");
+    profile each = {.clock = profiled && threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, .repeat = repeat};
+    each.times = calloc((size_t)own->calls * (size_t)repeat, sizeof *each.times);
+    each.names = calloc((size_t)own->calls, sizeof *each.names);
+    if (!data || !result || !times || !each.times || !each.names) return refuse("there is no memory", "");
     for (int i = 0; i < own->inputs; i++) {
-        const mpq_tensor *each = &own->input[i];
-        data[i] = given ? find(given, bytes, each) : calloc(1, each->bytes);
+        const mpq_tensor *input = &own->input[i];
+        data[i] = given ? find(given, bytes, input) : calloc(1, input->bytes);
         if (!data[i]) {
-            fprintf(stderr, "error: %s must hold '%s' as %s of shape [", given ? inputs : "memory", each->name, each->dtype);
-            for (int d = 0; d < each->ndim; d++) fprintf(stderr, "%s%" PRId64, d ? ", " : "", each->shape[d]);
+            fprintf(stderr, "error: %s must hold '%s' as %s of shape [", given ? inputs : "memory", input->name, input->dtype);
+            for (int d = 0; d < input->ndim; d++) fprintf(stderr, "%s%" PRId64, d ? ", " : "", input->shape[d]);
             fputs("]\n", stderr);
             return 1;
         }
     }
-    double begin = now();
+    double begin = now(each.clock);
     mpq_model *model = mpq_open(weights, threads);
     if (!model) return refuse(mpq_error(), "");
-    printf("%s: opened in %.1f ms, %.1f MiB beside the weights\n", own->name, now() - begin,
+    printf("%s: opened in %.1f ms, %.1f MiB beside the weights\n", own->name, now(each.clock) - begin,
            (double)mpq_bytes(model) / (1 << 20));
     for (int i = 0; i < repeat; i++) {
-        begin = now();
+        begin = now(each.clock);
         if (mpq_run(model, chosen, data, result)) return refuse(mpq_error(), "");
-        times[i] = now() - begin;
+        times[i] = now(each.clock) - begin;
+        if (!profiled) continue;
+        each.turn = i;
+        each.call = 0;
+        if (mpq_watch(model, watch, &each)) return refuse(mpq_error(), "");
+        if (mpq_run(model, chosen, data, result)) return refuse(mpq_error(), "");
+        mpq_watch(model, NULL, NULL);
     }
     qsort(times, (size_t)repeat, sizeof *times, by_value);
     printf("%d calls: median %.3f ms, least %.3f ms, most %.3f ms\n", repeat, times[repeat / 2], times[0],
            times[repeat - 1]);
+    if (profiled) printf("kernels on %s, %s time\n", device(), threads == 1 ? "CPU" : "wall");
+    for (int i = 0; profiled && i < own->calls; i++) {
+        double *row = each.times + (size_t)i * (size_t)repeat;
+        qsort(row, (size_t)repeat, sizeof *row, by_value);
+        printf("%12.3f us  %s\n", 1e3 * row[repeat / 2], each.names[i]);
+    }
     mpq_close(model);
     if (output && save(output, &own->output, result)) return refuse("cannot write", output);
     return 0;

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from mpq_compiler import artifact, compiler, denoiser, evaluation, runtime, targets
+from mpq_compiler import artifact, compiler, denoiser, evaluation, runtime, targets, tvm_wheels
 from mpq_compiler.backends.tvm import standalone
 from mpq_compiler.backends.tvm.build import build
+from mpq_compiler.errors import UserError
 from tests import packed, qemu
 from tests.backends.tvm.test_emit import TARGETS, executed
 
 HOST = TARGETS[1]
+QEMU = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
 CPUS = {"aarch64-neon": "cortex-a53", "aarch64-dotprod": "cortex-a76", "aarch64-i8mm": "max"}
 """The least that each target needs, of those that are emulated."""
 CASES = (
@@ -31,23 +35,32 @@ CASES = (
     ("sd15", "int4,dynamic=true", "aarch64-neon"),
 )
 BATCH = 4
+MACHINES = (("sd15", "int4,dynamic=true", HOST), CASES[1])
+"""Of programs with TVM's runtime: parts for texts and timesteps; another architecture, where its wheels are there."""
+WHEELS = "MPQ_TEST_WHEELS"
+"""The environment variable with a folder of TVM's wheels for AArch64 (docs/standalone.md)."""
 
 
 @functools.cache
-def program(name: str, weights: str, target: str) -> Path:
-    """The artifact with its C program."""
+def program(name: str, weights: str, target: str, emit: str) -> Path:
+    """The artifact with its C program, for "machine" with TVM's runtime too."""
     if target in CPUS and platform.machine() != "aarch64" and (absent := qemu.missing()):
         pytest.skip(absent)
     case, folder, row = packed.program(name, weights), packed.kernel_cache(), targets.resolve(target)
-    built = build(case.program, row, (1, BATCH), jobs=2, cache=folder, emit="c")
-    return packed.write(folder / f"{name}-{weights}-{target}-c.mpq", case.program, row, built)
+    built = build(case.program, row, (1, BATCH), jobs=2, cache=folder, emit=emit)
+    if emit == "machine":
+        wheels = os.environ.get(WHEELS)
+        if target in CPUS and not wheels:
+            pytest.skip(f"{WHEELS} names no folder with TVM's wheels for AArch64")
+        built.files.update(tvm_wheels.files(row, Path(wheels) if wheels and target in CPUS else None))
+    return packed.write(folder / f"{name}-{weights}-{target}-{emit}.mpq", case.program, row, built)
 
 
 def run(folder: Path, target: str, *options: str, cpu: str = "") -> subprocess.CompletedProcess[str]:
     command = [str(folder / artifact.PROGRAM), "--weights", str(folder / artifact.WEIGHTS), *options]
     if target in CPUS and platform.machine() != "aarch64":
-        command = ["qemu-aarch64", "-cpu", cpu or CPUS[target], *command]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+        command = [*QEMU, "-cpu", cpu or CPUS[target], *command]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={"PATH": os.environ["PATH"]})
 
 
 @pytest.fixture
@@ -63,10 +76,13 @@ def inputs(tmp_path):
 
 
 @pytest.mark.invariant("compiler-1")
-@pytest.mark.parametrize(("name", "weights", "target"), CASES)
-def test_the_program_has_the_bits_of_the_machine(name, weights, target, inputs, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "weights", "target", "emit"),
+    [*((*case, "c") for case in CASES), *((*case, "machine") for case in MACHINES)],
+)
+def test_the_program_has_the_bits_of_the_machine(name, weights, target, emit, inputs, tmp_path):
     """Contract (d), with nothing installed where it runs; and neither threads nor repetitions change a bit."""
-    folder, expected = program(name, weights, target), executed(name, weights, HOST)[:BATCH].numpy()
+    folder, expected = program(name, weights, target, emit), executed(name, weights, HOST)[:BATCH].numpy()
     given = ("--inputs", str(inputs(name, weights)), "--function", f"denoise_b{BATCH}")
     for options in ((), ("--threads", "3", "--repeat", "2")):
         output = tmp_path / f"out{len(options)}.safetensors"
@@ -126,7 +142,7 @@ def test_tensors_that_are_needed_at_once_do_not_overlap(rows):
 def test_what_it_refuses(tmp_path):
     """A sentence and exit code 1; nothing of a result is written."""
     name, weights, target = CASES[1]
-    folder, output = program(name, weights, target), tmp_path / "out.safetensors"
+    folder, output = program(name, weights, target, "c"), tmp_path / "out.safetensors"
     copy = shutil.copytree(folder, tmp_path / "copy")
     data = bytearray((folder / artifact.WEIGHTS).read_bytes())
     data[-1] ^= 1
@@ -160,11 +176,77 @@ def test_equal_bytes(tmp_path):
     assert str(tmp_path).encode() not in program_ and str(Path.cwd()).encode() not in program_
 
 
-def test_the_example_of_cmake_builds(tmp_path):
+def test_what_a_program_on_tvms_runtime_refuses(tmp_path):
+    """Files of another build, before any of them is opened, and wheels that are not there."""
+    name, weights, target = MACHINES[0]
+    copy = shutil.copytree(program(name, weights, target, "machine"), tmp_path / "copy")
+    done = run(copy, target, "--profile", "kernels")
+    assert done.returncode == 1 and "compile with --emit c" in done.stderr
+    (copy / "libtvm_runtime.so").unlink()
+    done = run(copy, target)
+    assert done.returncode == 1 and "cannot load TVM's runtime" in done.stderr
+    data = bytearray((copy / artifact.KERNELS).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / artifact.KERNELS).write_bytes(data)
+    done = run(copy, target)
+    assert done.returncode == 1 and "holds other kernels than those of this build" in done.stderr
+    with pytest.raises(
+        UserError, match=r"there is no apache_tvm-.*aarch64\.whl in .*: get TVM's runtime .* `pip download"
+    ):
+        compiler.compile(packed.BUNDLED, tmp_path / "out.mpq", target="aarch64-neon", standalone=str(tmp_path))
+    with pytest.raises(UserError, match="--standalone needs compiled kernels; 'onnx' has none"):
+        compiler.compile(packed.BUNDLED, tmp_path / "out.mpq", target="onnx", standalone=True)
+    with pytest.raises(UserError, match="leave one of them out"):
+        compiler.compile(packed.BUNDLED, tmp_path / "out.mpq", emit="c", standalone=True)
+
+
+EMBEDDED = """
+import ctypes, sys
+import numpy as np
+from safetensors.numpy import load_file
+
+mpq = ctypes.CDLL("./libmpq.so")
+mpq.mpq_open.restype = ctypes.c_void_p
+model = mpq.mpq_open(sys.argv[1].encode(), 2)
+names = sys.argv[3].split(",")
+
+def run(values):
+    output = np.empty_like(values["sample"])
+    arrays = [np.ascontiguousarray(values[name]) for name in names]
+    pointers = (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
+    assert mpq.mpq_run(ctypes.c_void_p(model), 1, pointers, ctypes.c_void_p(output.ctypes.data)) == 0
+    return output
+
+given = load_file(sys.argv[2])
+for name in ("timestep", "encoder_hidden_states", "sample"):
+    first = run(given)
+    other = run({**given, name: np.ascontiguousarray(given[name][::-1])})
+    assert not np.array_equal(first, other), name
+    assert np.array_equal(run(given), first), name
+mpq.mpq_close(ctypes.c_void_p(model))
+"""
+
+
+def test_a_program_on_tvms_runtime_computes_what_is_new(inputs, tmp_path):
+    """As a library in another program: what it keeps of timesteps and texts is theirs."""
+    name, weights, target = MACHINES[0]
+    folder = program(name, weights, target, "machine")
+    sources = [str(folder / source) for source in ("mpq_vm.c", standalone.MODEL)]
+    subprocess.run(
+        ["gcc", *standalone.LINKED, "-shared", "-fPIC", *sources, "-ldl", "-o", tmp_path / "libmpq.so"], check=True
+    )
+    function = artifact.read(folder).manifest["functions"][1]
+    names = ",".join(value["name"] for value in function["inputs"])
+    given = (str(folder / artifact.WEIGHTS), str(inputs(name, weights)), names)
+    subprocess.run([sys.executable, "-c", EMBEDDED, *given], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("emit", ["c", "machine"])
+def test_the_example_of_cmake_builds(emit, tmp_path):
     if not shutil.which("cmake"):
         pytest.skip("cmake is not installed")
-    name, weights, target = CASES[0]
-    folder, made = program(name, weights, target), tmp_path / "build"
+    name, weights, target = CASES[0] if emit == "c" else MACHINES[0]
+    folder, made = program(name, weights, target, emit), tmp_path / "build"
     for command in (("cmake", "-S", str(folder), "-B", str(made)), ("cmake", "--build", str(made))):
         subprocess.run(command, check=True, capture_output=True)
     done = subprocess.run([made / "mpq_run", "--weights", folder / artifact.WEIGHTS], capture_output=True, text=True)

@@ -1,0 +1,138 @@
+/* What every way to run a denoiser begins with: its CPU, its files. Of mpq.c and mpq_vm.c, one of which is built. */
+#define _GNU_SOURCE
+#include "mpq_plan.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#ifdef __aarch64__
+#include <sys/auxv.h>
+#endif
+
+#define ALIGNMENT 64
+static const mpq_build *const build = &mpq_the_build;
+
+static _Thread_local char message[512];
+
+const char *mpq_error(void) { return message; }
+
+__attribute__((format(printf, 1, 2))) static void *fail(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(message, sizeof message, format, arguments);
+    va_end(arguments);
+    return NULL;
+}
+
+const mpq_function *mpq_functions(int *count) {
+    *count = build->function_count;
+    return build->functions;
+}
+
+static bool is_function(int number) {
+    bool known = number >= 0 && number < build->function_count;
+    if (!known) fail("there is no function %d: there are %d", number, build->function_count);
+    return known;
+}
+
+/* ------------------------------------------------------------------------------------------------ the CPU */
+
+#ifdef __aarch64__
+static bool has(const char *feature) {
+    /* Bits of AT_HWCAP, then those of AT_HWCAP2, by their names in /proc/cpuinfo (asm/hwcap.h). */
+    static const struct { const char *name; int bit; } bits[] = {
+        {"fp", 0}, {"asimd", 1}, {"crc32", 7}, {"atomics", 8}, {"fphp", 9}, {"asimdhp", 10}, {"asimdrdm", 12},
+        {"lrcpc", 15}, {"asimddp", 20}, {"i8mm", 32 + 13}, {"bf16", 32 + 14},
+    };
+    for (size_t i = 0; i < sizeof bits / sizeof *bits; i++)
+        if (!strcmp(bits[i].name, feature)) {
+            unsigned long word = getauxval(bits[i].bit < 32 ? AT_HWCAP : AT_HWCAP2);
+            return word >> (bits[i].bit & 31) & 1;
+        }
+    return false;
+}
+#else
+static bool has(const char *feature) {
+    FILE *file = fopen("/proc/cpuinfo", "r");
+    char *line = NULL, word[64];
+    size_t room = 0;
+    bool found = false;
+    snprintf(word, sizeof word, " %s ", feature);
+    while (file && !found && getline(&line, &room, file) > 0)
+        if (!strncmp(line, "flags", 5)) {
+            line[strcspn(line, "\n")] = ' ';
+            found = strstr(line, word) != NULL;
+        }
+    free(line);
+    if (file) fclose(file);
+    return found;
+}
+#endif
+
+static bool fits_cpu(void) {
+    char lacking[256] = "";
+    size_t used = 0;
+    for (const char *const *feature = build->features; *feature; feature++)
+        if (!has(*feature) && used + strlen(*feature) + 3 < sizeof lacking)
+            used += (size_t)sprintf(lacking + used, "%s%s", used ? ", " : "", *feature);
+    if (used)
+        fail("this CPU lacks %s, which the kernels for '%s' need: compile for another target", lacking, build->target);
+    return !used;
+}
+
+/* ---------------------------------------------------------------------------------------------- the files */
+
+/* Of 64-bit words, each times an odd number of its own: no change of one word goes unseen. */
+static uint64_t sum_of(const char *data, uint64_t bytes) {
+    uint64_t sum = bytes, word;
+    for (uint64_t i = 0; i * 8 < bytes; i++) {
+        uint64_t left = bytes - i * 8;
+        word = 0;
+        memcpy(&word, data + i * 8, left < 8 ? left : 8);
+        sum += word * (2 * i + 1);
+    }
+    return sum;
+}
+
+/* The bytes of a file, if it is that of this build. what: "weights", for sentences. */
+static char *map(const char *path, const mpq_file *file, const char *what) {
+    struct stat about;
+    int handle = open(path, O_RDONLY | O_CLOEXEC);
+    if (handle < 0 || fstat(handle, &about)) {
+        fail("cannot read the %s %s: %s", what, path, strerror(errno));
+        if (handle >= 0) close(handle);
+        return NULL;
+    }
+    char *data = MAP_FAILED;
+    if ((uint64_t)about.st_size == file->bytes)
+        data = mmap(NULL, file->bytes, PROT_READ, MAP_PRIVATE, handle, 0);
+    else
+        fail("%s has %lld bytes, and the %s of this build %llu: take the file that was compiled with it", path,
+             (long long)about.st_size, what, (unsigned long long)file->bytes);
+    if (data == MAP_FAILED && (uint64_t)about.st_size == file->bytes)
+        fail("cannot map the %s %s: %s", what, path, strerror(errno));
+    close(handle);
+    if (data == MAP_FAILED) return NULL;
+    if (sum_of(data, file->bytes) != file->sum) {
+        munmap(data, file->bytes);
+        return fail("%s holds other %s than those of this build: take the file that was compiled with it", path, what);
+    }
+    return data;
+}
+
+/* As DLPack lays out a tensor (dlpack.h), and TVM an argument. */
+typedef struct {
+    void *data;
+    struct { int32_t type, id; } device;
+    int32_t ndim;
+    struct { uint8_t code, bits; uint16_t lanes; } dtype;
+    const int64_t *shape, *strides;
+    uint64_t byte_offset;
+} tensor;

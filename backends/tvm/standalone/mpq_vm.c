@@ -1,0 +1,297 @@
+/* Runs a denoiser by the functions of its kernels.so, with TVM's small runtime: libtvm_runtime.so and libtvm_ffi.so,
+ * which lie beside the weights and are opened when the CPU and the files are known to be those of the build. */
+#include "mpq_common.h"
+
+#include <dlfcn.h>
+
+static const mpq_machine *const machine = &mpq_the_machine;
+
+/* ------------------------------------------------------------------------- the runtime (tvm/ffi/c_api.h) */
+
+typedef struct { uint64_t count; int32_t type; uint32_t padding; void *deleter; } object;
+typedef struct { const char *text; size_t bytes; } words;
+typedef struct {
+    int32_t type;
+    uint32_t padding;
+    union { int64_t number; void *pointer; const char *text; };
+} value;
+enum { NONE = 0, INTEGER = 1, BOOLEAN = 2, TEXT = 8, OBJECTS = 64, FUNCTION = 68, TENSOR = 70 };
+
+/* DLManagedTensor; its memory lies behind it. */
+typedef struct managed {
+    tensor tensor;
+    void *context;
+    void (*deleter)(struct managed *);
+} managed;
+
+static struct {
+    int (*global)(const words *name, void **function);
+    int (*call)(void *function, const value *arguments, int32_t count, value *result);
+    int (*tensor)(managed *from, int32_t alignment, int32_t contiguous, void **made);
+    void (*error)(void **made);
+    int (*release)(void *object);
+} tvm;
+
+static char folder[2048]; /* of the weights */
+
+static const char *beside(const char *name) {
+    static char path[sizeof folder + 64];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    return path;
+}
+
+static bool load_runtime(int threads) {
+    static const struct { const char *name; void *place; } functions[] = {
+        {"TVMFFIFunctionGetGlobal", &tvm.global}, {"TVMFFIFunctionCall", &tvm.call},
+        {"TVMFFITensorFromDLPack", &tvm.tensor}, {"TVMFFIErrorMoveFromRaised", &tvm.error},
+        {"TVMFFIObjectDecRef", &tvm.release},
+    };
+    char count[16];
+    snprintf(count, sizeof count, "%d", threads > 0 ? threads : (int)sysconf(_SC_NPROCESSORS_ONLN));
+    setenv("TVM_NUM_THREADS", count, 1);
+    setenv("TVM_BIND_THREADS", "0", 1);
+    setenv("TVM_THREAD_POOL_SPIN_COUNT", "4000", 0);
+    void *library = NULL;
+    for (int i = 0; i < 2; i++) {
+        void *opened = dlopen(beside(i ? "libtvm_runtime.so" : "libtvm_ffi.so"), RTLD_NOW | RTLD_GLOBAL);
+        if (!opened) return fail("cannot load TVM's runtime: %s", dlerror());
+        if (!i) library = opened;
+    }
+    for (size_t i = 0; i < sizeof functions / sizeof *functions; i++)
+        if (!(*(void **)functions[i].place = dlsym(library, functions[i].name)))
+            return fail("%s is not that of this build: %s", beside("libtvm_ffi.so"), dlerror());
+    return true;
+}
+
+static void release(value *held) {
+    if (held->type >= OBJECTS) tvm.release(held->pointer);
+    held->type = NONE;
+}
+
+/* A failure's sentence becomes mpq_error(). */
+static bool good(int code) {
+    if (!code) return true;
+    value error = {.type = OBJECTS};
+    tvm.error(&error.pointer);
+    const words *about = (const words *)((const object *)error.pointer + 1); /* kind, message */
+    fail("TVM's runtime: %.*s", (int)about[1].bytes, about[1].text);
+    release(&error);
+    return false;
+}
+
+static bool call(value function, const value *arguments, int count, value *result) {
+    *result = (value){.type = NONE};
+    return good(tvm.call(function.pointer, arguments, count, result));
+}
+
+static bool global(const char *name, const value *arguments, int count, value *result) {
+    value function = {.type = FUNCTION};
+    bool done = good(tvm.global(&(words){name, strlen(name)}, &function.pointer)) && function.pointer &&
+                call(function, arguments, count, result);
+    if (!function.pointer) fail("TVM's runtime has no %s: it is not that of this build", name);
+    else release(&function);
+    return done;
+}
+
+static bool member(value module, const char *name, value *function) {
+    value arguments[] = {module, {.type = TEXT, .text = name}, {.type = BOOLEAN, .number = 1}};
+    if (!global("ffi.ModuleGetFunction", arguments, 3, function)) return false;
+    return function->type == FUNCTION || fail("kernels.so has no function %s", name);
+}
+
+static tensor *laid_out(value held) { return (tensor *)((object *)held.pointer + 1); }
+
+static void discard(managed *each) { free(each); }
+
+/* A tensor on data, or with memory of its own. */
+static bool make(const mpq_tensor *like, const void *data, value *made) {
+    size_t room = data ? 0 : (like->bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    managed *block = aligned_alloc(ALIGNMENT, ALIGNMENT + room);
+    if (!block) return fail("there is no memory for %zu bytes", room);
+    bool truth = !strcmp(like->dtype, "BOOL");
+    *block = (managed){
+        .tensor = {
+            .data = data ? (void *)data : (char *)block + ALIGNMENT, .device = {1, 0}, .ndim = like->ndim,
+            .dtype = {truth ? 6 : *like->dtype == 'F' ? 2 : *like->dtype == 'U', truth ? 8 : atoi(like->dtype + 1), 1},
+            .shape = like->shape,
+        },
+        .deleter = discard,
+    };
+    made->type = TENSOR;
+    bool done = good(tvm.tensor(block, ALIGNMENT, 1, &made->pointer));
+    if (!done) made->type = NONE;
+    return done;
+}
+
+/* ---------------------------------------------------------------------------------------------- the model */
+
+typedef struct {
+    value call, *inputs; /* for one sample */
+} part;
+
+typedef struct {
+    value call, *arguments; /* behind the tensors, what `prepare` made */
+    bool *changed; /* since the call before */
+    bool ready;
+} entry;
+
+struct mpq_model {
+    char *file;
+    uint64_t bytes;
+    value machine, prepared;
+    part *parts;
+    entry *entries;
+};
+
+static bool fits_kernels(void) {
+    char *kernels = map(beside("kernels.so"), &machine->kernels, "kernels");
+    if (kernels) munmap(kernels, machine->kernels.bytes);
+    return kernels;
+}
+
+static bool load_kernels(mpq_model *model) {
+    value library = {.type = NONE}, start = library, ignored;
+    value cpu[] = {{.type = INTEGER, .number = 1}, {.type = INTEGER}, {.type = INTEGER, .number = 2}};
+    if (!global("ffi.ModuleLoadFromFile", &(value){.type = TEXT, .text = beside("kernels.so")}, 1, &library)) return false;
+    bool done = member(library, "vm_load_executable", &start) && call(start, NULL, 0, &model->machine);
+    release(&start);
+    release(&library);
+    done = done && member(model->machine, "vm_initialization", &start) && call(start, cpu, 3, &ignored);
+    release(&start);
+    return done;
+}
+
+static bool prepare(mpq_model *model) {
+    value function = {.type = NONE}, *stored = calloc((size_t)machine->stored + 1, sizeof *stored);
+    bool done = (stored || fail("there is no memory")) && member(model->machine, "prepare", &function);
+    for (int i = 0; done && i < machine->stored; i++) {
+        const char *data = model->file + machine->offset[i];
+        bool aligned = machine->offset[i] % ALIGNMENT == 0;
+        done = make(&machine->tensor[i], aligned ? data : NULL, &stored[i]);
+        if (done && !aligned) memcpy(laid_out(stored[i])->data, data, machine->tensor[i].bytes);
+    }
+    done = done && call(function, stored, machine->stored, &model->prepared);
+    for (int i = 0; stored && i < machine->stored; i++) release(&stored[i]);
+    free(stored);
+    release(&function);
+    return done;
+}
+
+/* A function of the machine, and memory for its arguments, with what was prepared behind them. */
+static bool ready(mpq_model *model, const char *name, const mpq_tensor *like, int count, value *function, value **made) {
+    if (!(*made = calloc((size_t)count + 1, sizeof **made))) return fail("there is no memory");
+    for (int i = 0; i < count; i++) {
+        if (!make(&like[i], NULL, &(*made)[i])) return false;
+        model->bytes += like[i].bytes;
+    }
+    (*made)[count] = model->prepared;
+    return member(model->machine, name, function);
+}
+
+mpq_model *mpq_open(const char *weights, int threads) {
+    if (!fits_cpu()) return NULL;
+    mpq_model *model = calloc(1, sizeof *model);
+    if (!model) return fail("there is no memory");
+    const char *end = strrchr(weights, '/');
+    snprintf(folder, sizeof folder, "%.*s", end ? (int)(end - weights) : 1, end ? weights : ".");
+    model->parts = calloc((size_t)machine->parts + 1, sizeof *model->parts);
+    model->entries = calloc((size_t)build->function_count, sizeof *model->entries);
+    bool done = (model->parts && model->entries) || fail("there is no memory");
+    done = done && (model->file = map(weights, &build->weights, "weights")) && fits_kernels() &&
+           load_runtime(threads) && load_kernels(model) && prepare(model);
+    for (int i = 0; done && i < machine->parts; i++) {
+        const mpq_part *own = &machine->part[i];
+        done = ready(model, own->name, own->input, own->inputs, &model->parts[i].call, &model->parts[i].inputs);
+    }
+    for (int i = 0; done && i < build->function_count; i++) {
+        const mpq_entry *own = &machine->entries[i];
+        entry *each = &model->entries[i];
+        done = (each->changed = calloc((size_t)own->arguments, 1)) || fail("there is no memory");
+        done = done && ready(model, build->functions[i].name, own->argument, own->arguments, &each->call, &each->arguments);
+    }
+    if (done) return model;
+    mpq_close(model);
+    return NULL;
+}
+
+/* The rows that a part makes of the arguments it reads, where any of these is new. `first`: of what it makes. */
+static bool run_part(part *own, const mpq_part *about, entry *all, const mpq_entry *known, int first) {
+    int from[about->inputs];
+    bool changed = false;
+    for (int i = 0; i < about->inputs; i++) {
+        for (from[i] = 0; strcmp(known->argument[from[i]].name, about->input[i].name);) from[i]++;
+        changed |= all->changed[from[i]];
+    }
+    for (int i = 0; i < about->outputs; i++) all->changed[first + i] = changed;
+    size_t samples = changed ? known->argument[first].bytes / about->output[0].bytes : 0;
+    for (size_t sample = 0; sample < samples; sample++) {
+        for (int i = 0; i < about->inputs; i++) {
+            size_t bytes = about->input[i].bytes;
+            memcpy(laid_out(own->inputs[i])->data, (char *)laid_out(all->arguments[from[i]])->data + sample * bytes, bytes);
+        }
+        value made;
+        if (!call(own->call, own->inputs, about->inputs + 1, &made)) return false;
+        const value *each = *(value **)((object *)made.pointer + 1); /* of an array: its elements, and how many */
+        for (int i = 0; i < about->outputs; i++) {
+            size_t bytes = about->output[i].bytes;
+            memcpy((char *)laid_out(all->arguments[first + i])->data + sample * bytes, laid_out(each[i])->data, bytes);
+        }
+        release(&made);
+    }
+    return true;
+}
+
+int mpq_run(mpq_model *model, int function, const void *const *inputs, void *output) {
+    if (!is_function(function)) return -1;
+    const mpq_function *about = &build->functions[function];
+    const mpq_entry *known = &machine->entries[function];
+    entry *own = &model->entries[function];
+    bool done = true;
+    for (int i = 0; i < about->inputs; i++) {
+        void *held = laid_out(own->arguments[i])->data;
+        own->changed[i] = !own->ready || memcmp(held, inputs[i], about->input[i].bytes);
+        memcpy(held, inputs[i], about->input[i].bytes);
+    }
+    own->ready = false;
+    for (int i = 0, first = about->inputs; done && i < known->parts; i++) {
+        const mpq_part *each = &machine->part[known->part[i]];
+        done = run_part(&model->parts[known->part[i]], each, own, known, first);
+        first += each->outputs;
+    }
+    value made;
+    if (!done || !call(own->call, own->arguments, known->arguments + 1, &made)) return -1;
+    memcpy(output, laid_out(made)->data, about->output.bytes);
+    release(&made);
+    own->ready = true;
+    return 0;
+}
+
+int mpq_watch(mpq_model *model, void (*watcher)(void *data, const char *kernel), void *data) {
+    (void)model, (void)watcher, (void)data;
+    fail("TVM's runtime does not tell its kernels: compile with --emit c in place of --standalone");
+    return -1;
+}
+
+size_t mpq_bytes(const mpq_model *model) { return model->bytes + machine->bytes; }
+
+static void close_call(value *function, value *arguments, int count) {
+    for (int i = 0; arguments && i < count; i++) release(&arguments[i]);
+    free(arguments);
+    release(function);
+}
+
+void mpq_close(mpq_model *model) {
+    if (!model) return;
+    for (int i = 0; model->parts && i < machine->parts; i++)
+        close_call(&model->parts[i].call, model->parts[i].inputs, machine->part[i].inputs);
+    for (int i = 0; model->entries && i < build->function_count; i++) {
+        close_call(&model->entries[i].call, model->entries[i].arguments, machine->entries[i].arguments);
+        free(model->entries[i].changed);
+    }
+    release(&model->prepared);
+    release(&model->machine);
+    if (model->file) munmap(model->file, build->weights.bytes);
+    free(model->parts);
+    free(model->entries);
+    free(model);
+}
