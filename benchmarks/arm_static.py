@@ -2,6 +2,7 @@
 
     python -m benchmarks.arm_static                       # all, into benchmarks/results/arm_static.json
     python -m benchmarks.arm_static --format w4 --target aarch64-dotprod --json ''
+    python -m benchmarks.arm_static --peer FOLDER         # with the wheels of others in it (see `peers`)
 
 Each kernel is linked into a static program, which qemu runs once; its trace says how often every block of instructions
 is executed. llvm-mca models the cycles of a block on a core, as if it were repeated. *loop* is the speed of the block
@@ -9,19 +10,26 @@ that holds most dot products, in shares of the core's peak: a loop of nothing bu
 smlal and sadalp where there are none). *outside* is the share of all cycles that is not that loop's: epilogue,
 unpacking, loads of start values, tails. These are models of the pipeline: caches, memory and branch prediction are not
 in them, and nothing ran on silicon. Needs qemu-aarch64, aarch64-linux-gnu-gcc, and llvm-mca and llvm-objdump of LLVM.
+
+A peer is a wheel for AArch64, which is not run: of all innermost loops of its libraries with many dot products, each
+core's best is what it is said to have. Loops that take bytes apart are those of 4 bits. To have one:
+
+    pip download onnxruntime --no-deps --only-binary=:all: --platform manylinux_2_28_aarch64 -d FOLDER
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +58,17 @@ CORES = {
 }
 DOTS = {"aarch64-neon": "sadalp", "aarch64-dotprod": "sdot", "aarch64-i8mm": "usmmla"}
 """The instruction that is counted: one for each 16 products, usmmla for 32."""
+PEER_DOTS = {
+    "aarch64-neon": (re.compile(r"[su](mull|mlal)2?\s+v\d+\.8h"), 0.5),
+    "aarch64-dotprod": (re.compile(r"(s|u|us)dot\s+[vz]\d+\.4?s"), 1),
+    "aarch64-i8mm": (re.compile(r"(s|u|us)mmla\s+[vz]\d+\.4?s"), 1),
+}
+"""Those of others, and how many of the above each is."""
+MANY, UNPACKS = 16, re.compile(r"(and|ushr|sshr|shl)\s+v\d+\.(16b|8h)")
+"""Dot products of a loop of a peer, at least, and what takes two codes out of a byte."""
+SVE = {"cortex-a510": 1, "neoverse-n2": 1, "neoverse-v1": 2, "neoverse-v2": 1}
+"""How many times 128 bits a vector of SVE has, on the cores that have it."""
+FEATURES = "+i8mm,+dotprod,+sve"
 PEAKS = {
     "aarch64-neon": (
         "smull v{0}.8h, v30.8b, v31.8b",
@@ -91,8 +110,8 @@ def program(kernel: Kernel, target: Target, folder: Path) -> Path:
     workspace = _compile(kernel, target, str(folder / "kernel.o"))
     weights = folder / "weights.safetensors"
     weights.write_bytes(bytes(64))
-    for name, text in standalone.sources(lowered, target, standalone.describe(weights, {}), workspace).items():
-        (folder / name).write_text(text)
+    about = standalone.Weights(standalone.describe(weights), {})
+    standalone.write(folder, lowered, target, [folder / "kernel.o"], about, workspace)
     sources = [str(folder / name) for name in ("mpq.c", "mpq_run.c", standalone.MODEL)]
     path = folder / "program"
     options = ("-std=c11", "-O2", "-static", "-no-pie", *sources, str(folder / "kernel.o"), "-lpthread", "-lm")
@@ -114,21 +133,19 @@ def executions(path: Path, folder: Path) -> collections.Counter[int]:
     return found
 
 
-def instructions(path: Path, symbol: str) -> dict[int, str]:
-    """The instructions of the functions whose names hold ``symbol``, by address."""
-    text = subprocess.run(
-        [tool("llvm-objdump"), "-d", "--no-show-raw-insn", "--mattr=+i8mm,+dotprod", str(path)],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    found, inside = {}, False
-    for line in text.splitlines():
-        if match := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
-            inside = symbol in match[1]
-        elif inside and (match := re.match(r"\s*([0-9a-f]+):\s+(.*)", line)):
-            found[int(match[1], 16)] = match[2].split("//")[0].strip()
-    return found
+def instructions(path: Path) -> Iterator[tuple[str, int, str]]:
+    """(function, address, instruction) of all that a program or library holds."""
+    command = [tool("llvm-objdump"), "-d", "--no-show-raw-insn", f"--mattr={FEATURES}", str(path)]
+    function = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if match := re.match(r"\s+([0-9a-f]+):\s+(.*)", line):
+                yield function, int(match[1], 16), match[2].split("//")[0].strip()
+            elif match := re.match(r"[0-9a-f]+ <(.*)>:", line):
+                function = match[1]
+    if process.returncode:
+        sys.exit(f"llvm-objdump cannot read {path}")
 
 
 BRANCH = re.compile(r"(b|b\.\w+|bl|blr|br|ret|cbn?z|tbn?z)\b")
@@ -147,19 +164,23 @@ def blocks(code: dict[int, str], entered: collections.Counter[int]) -> Iterator[
             yield block, count
 
 
-def cycles(block: Sequence[str], core: str, kept: dict[tuple[str, str], float]) -> float:
-    """Of one execution among many, by llvm-mca."""
-    # a branch costs an instruction, and is taken for granted
-    text = "\n".join("nop" if BRANCH.match(line) else line.split("<")[0].strip() for line in block)
-    text = re.sub(r"(adrp?\s+\w+), .*", r"\1, #0", text)
-    if (text, core) not in kept:
-        command = [tool("llvm-mca"), "-mtriple=aarch64", f"-mcpu={core}", "-mattr=+i8mm,+dotprod", "-iterations=400"]
-        done = subprocess.run(command, input=text, capture_output=True, text=True)
-        match = re.search(r"Total Cycles:\s+(\d+)", done.stdout)
-        if match is None:
+def cycles(found: Iterable[Sequence[str]], core: str, kept: dict[tuple[str, str], float]) -> list[float]:
+    """Of one execution of each block among many, by llvm-mca."""
+    texts = []
+    for block in found:
+        # a branch costs an instruction, and is taken for granted
+        text = "\n".join("nop" if BRANCH.match(line) else line.split("<")[0].strip() for line in block)
+        texts.append(re.sub(r"(adrp?\s+\w+), .*", r"\1, #0", text))
+    new = [text for text in dict.fromkeys(texts) if (text, core) not in kept]
+    if new:
+        command = [tool("llvm-mca"), "-mtriple=aarch64", f"-mcpu={core}", f"-mattr={FEATURES}", "-iterations=400"]
+        regions = "".join(f"// LLVM-MCA-BEGIN\n{text}\n// LLVM-MCA-END\n" for text in new)
+        done = subprocess.run(command, input=regions, capture_output=True, text=True)
+        totals = re.findall(r"Total Cycles:\s+(\d+)", done.stdout)
+        if len(totals) != len(new):
             raise RuntimeError(f"llvm-mca has no cycles of a block on {core}: {done.stderr.strip()[:300]}")
-        kept[text, core] = int(match[1]) / 400
-    return kept[text, core]
+        kept.update({(text, core): int(total) / 400 for text, total in zip(new, totals, strict=True)})
+    return [kept[text, core] for text in texts]
 
 
 def tool(name: str) -> str:
@@ -189,31 +210,79 @@ def measure(name: str, problem: Record, target: Target, kept: dict[tuple[str, st
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         path = program(kernel, target, folder)
-        ran = list(blocks(instructions(path, kernel.name), executions(path, folder)))
+        code = {address: text for function, address, text in instructions(path) if kernel.name in function}
+        ran = list(blocks(code, executions(path, folder)))
     dots = [sum(line.startswith(DOTS[target.name]) for line in block) for block, _ in ran]
     main = max(range(len(ran)), key=lambda i: dots[i] * ran[i][1])
     found = {}
     for core in CORES[target.name]:
-        own = cycles(ran[main][0], core, kept) / dots[main]
-        total = sum(count * cycles(block, core, kept) for block, count in ran)
+        each = cycles([block for block, _ in ran], core, kept)
+        own = each[main] / dots[main]
+        total = sum(count * time for time, (_, count) in zip(each, ran, strict=True))
         useful = own * sum(n * count for n, (_, count) in zip(dots, ran, strict=True))
         found[core] = Cell(own, peak(target, core, kept), max(0.0, 1 - useful / total))
     return found
 
 
+def loops(wheel: Path) -> set[tuple[str, ...]]:
+    """The innermost loops of a wheel's libraries: from where a branch goes back to, with no other before it."""
+    found: set[tuple[str, ...]] = set()
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if ".so" not in Path(name).suffixes:
+                continue
+            since: list[tuple[int, str]] = []
+            for _, address, text in instructions(Path(archive.extract(name, folder))):
+                since.append((address, text))
+                if branch := BRANCH.match(text):
+                    goal = re.findall(r"0x([0-9a-f]+)", text.split("<")[0])
+                    if goal and since[0][0] <= int(goal[-1], 16) < address:
+                        found.add((*(line for at, line in since[:-1] if at >= int(goal[-1], 16)), branch[0]))
+                    since = []
+    return found
+
+
+def products(loop: Sequence[str], target: str, core: str) -> float:
+    """Dot products of a peer's loop on a core, of 128 bits."""
+    dot, worth = PEER_DOTS[target]
+    return worth * sum(SVE.get(core, 0) if "z" in m[0] else 1 for m in map(dot.match, loop) if m)
+
+
+def peers(wheel: Path, targets: Sequence[str], kept: dict[tuple[str, str], float]) -> Iterator[dict[str, Any]]:
+    """The best of a peer's loops on each core, for 8 bits and for 4, where it has any."""
+    name = " ".join(wheel.name.split("-")[:2])
+    found = [loop for loop in loops(wheel) if any(products(loop, target, "neoverse-v1") for target in targets)]
+    for target, bits in itertools.product(targets, (8, 4)):
+        for core in CORES[target]:
+            own = [loop for loop in found if any(map(UNPACKS.match, loop)) == (bits == 4)]
+            own = [loop for loop in own if products(loop, target, core) >= MANY]
+            if not own:
+                continue
+            times = cycles(own, core, kept)
+            best = min(time / products(loop, target, core) for time, loop in zip(times, own, strict=True))
+            most = peak(TARGETS[target], core, kept)
+            yield {"kernel": f"{name} w{bits}", "target": target, "core": core, "share": round(most / best, 4),
+                   "cycles": round(best, 4), "peak": round(most, 4), "loops": len(own)}  # fmt: skip
+
+
 def peak(target: Target, core: str, kept: dict[tuple[str, str], float]) -> float:
     """Cycles of a dot product where there is nothing else."""
     register_only = [line.format(i, i + SUMS) for line in PEAKS[target.name] for i in range(SUMS)]
-    return cycles(register_only, core, kept) / SUMS
+    (found,) = cycles([register_only], core, kept)
+    return found / SUMS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="+", choices=CORES, default=list(CORES))
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--peer", nargs="+", type=Path, default=[], help="wheels, or folders of wheels, of peers")
     parser.add_argument("--json", default=str(RESULTS), help="'' writes none")
     parser.add_argument("--docs", type=Path, help="write the tables into this file, between the marks")
     options = parser.parse_args()
+    wheels = [wheel for path in options.peer for wheel in (sorted(path.glob("*.whl")) if path.is_dir() else [path])]
+    if bad := [str(path) for path in wheels or options.peer if not zipfile.is_zipfile(path)]:
+        parser.error(f"--peer: no wheel, nor a folder of wheels: {', '.join(bad)}")
     kept: dict[tuple[str, str], float] = {}
     rows: list[dict[str, Any]] = []
     work = [
@@ -231,29 +300,36 @@ def main() -> None:
                      "cycles": round(cell.loop, 4), "peak": round(cell.peak, 4), "outside": round(cell.outside, 4)}
                 )  # fmt: skip
             advance(1)
-    tables = {target: table(rows, target) for target in options.target}
+    others: list[dict[str, Any]] = []
+    for wheel in wheels:
+        others += peers(wheel, options.target, kept)
+    tables = {target: table(rows, others, target) for target in options.target}
     for target, lines in tables.items():
-        terminal.table(f"{target}: the loop's share of the peak / cycles outside", lines[0], lines[1:])
+        title = f"{target}: the loop's share of the peak / cycles outside it at {' and '.join(map(str, ROWS))} rows"
+        terminal.table(title, lines[0], lines[1:])
     for line in missed(rows):
         print(line)
     if options.json:
         versions = subprocess.run([tool("llvm-mca"), "--version"], capture_output=True, text=True).stdout
         llvm = re.search(r"version (\S+)", versions)
-        record_ = {**provenance(), "llvm": llvm and llvm[1], "size": SIZE, "rows": rows}
+        record_ = {**provenance(), "llvm": llvm and llvm[1], "size": SIZE, "rows": rows, "peers": others}
         Path(options.json).write_text(json.dumps(record_, indent=1) + "\n")
     if options.docs:
         text = "\n\n".join(f"`{name}`:\n\n{documents.table(lines[0], lines[1:])}" for name, lines in tables.items())
         documents.insert(options.docs, "arm", text)
 
 
-def table(rows: Sequence[dict[str, Any]], target: str) -> list[list[str]]:
-    """A line for each kernel, a column for each core, under the headers."""
-    own = [row for row in rows if row["target"] == target]
-    lines = [["kernel", "rows", *CORES[target]]]
-    for name, m in dict.fromkeys((row["kernel"], row["rows"]) for row in own):
-        cells = {row["core"]: row for row in own if (row["kernel"], row["rows"]) == (name, m)}
-        shares = [f"{cells[core]['share']:.0%} / {cells[core]['outside']:.0%}" for core in CORES[target]]
-        lines.append([name, str(m), *shares])
+def table(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], target: str) -> list[list[str]]:
+    """A line for each kernel and each peer, a column for each core, under the headers."""
+    lines = [["kernel", *CORES[target]]]
+    for name in dict.fromkeys(row["kernel"] for row in (*rows, *others) if row["target"] == target):
+        line = [name]
+        for core in CORES[target]:
+            own = [r for r in (*rows, *others) if (r["kernel"], r["target"], r["core"]) == (name, target, core)]
+            outside = ", ".join(f"{row['outside']:.0%}" for row in own if "outside" in row)
+            share = f"{min(row['share'] for row in own):.0%}" if own else ""
+            line.append(f"{share} / {outside}" if outside else share)
+        lines.append(line)
     return lines
 
 
@@ -275,6 +351,9 @@ def missed(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
             yield f"NOT MET: {what}: more than {AS_W8 - 1:.0%} slower than w8"
     worst = min(rows, key=lambda row: row["share"])
     yield f"the worst loop: {worst['target']} {worst['core']}, {worst['kernel']}: {worst['share']:.1%} of the peak"
+    worst = max((row for row in rows if row["rows"] == max(ROWS)), key=lambda row: row["outside"])
+    where = f"{worst['target']} {worst['core']}, {worst['kernel']}"
+    yield f"the most outside a loop at {max(ROWS)} rows: {where}: {worst['outside']:.1%} of the cycles"
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ has not at hand yet: one that begins amid a chunk or a block does again what ano
 Convolutions gather a copy of the image that is padded with zero points, and in channels, up to whole steps
 of k, with zeros. It is not an expanded im2col matrix: a row of the product starts at an offset in that copy,
 and the taps of one kernel row are neighbours in it. Each segment has its own copy. Where fewer rows remain
-than a tile has, the last tile starts earlier and computes some rows twice.
+than a tile has, the last tile starts earlier and computes some rows twice. For dot products of two rows
+a second copy holds each pixel beside that of the next row, a step of k of one, then of the other.
 
 Weights come from memory, more of them than caches hold. So every tile of rows asks for some lines of those that come
 next, and all of them are there when the block is done. With few tiles a block takes as long to arrive as to be used:
@@ -40,6 +41,7 @@ of a tile at most keeps none: weights are unpacked in registers, for all rows of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -100,10 +102,12 @@ class Weights:
     """The weights of a tile. Register v of step k of them is
 
     ``decoded(k - d, d, v)`` from the stored codes, where `fresh` is true, and then `keep` stores it for tiles to come;
-    ``ready(k, v)`` where it is not. by_packs: k - d has to be a multiple of the steps that share bytes.
+    ``ready(k, v)`` where it is not. first: all are to be stored before the first is used.
+    by_packs: k - d has to be a multiple of the steps that share bytes.
     """
 
     fresh: Any
+    first: bool
     by_packs: bool
     decoded: Callable[[Any, int, int], Expr]
     ready: Callable[[Any, Any], Expr]
@@ -195,11 +199,16 @@ class _Kernel:
     def __init__(self, problem: QuantMatmul, isa: Isa, buffers: Buffers) -> None:
         self.p, self.b, self.w = problem, buffers, WeightLayout(problem, isa)
         self.isa = isa = self.w.isa
-        self.tile = self.w.tile if self.w.tile.rows and problem.tile else isa.fitted(self.w.tile, problem.rows)
+        self.tile = self.w.tile if self.w.tile.rows and problem.tile else self.w.fitted()
         self.epilogue = problem.epilogue or Epilogue()
         # Where channels are whole steps of k and codes are used as they are, the input needs no copy.
         self.direct = problem.pointwise and isa.reads_codes and self.w.channels == problem.segments
         self.unpacks = problem.bits < 8 or isa.weight != "int8"
+        # Units of two rows lie together in memory where the second is always the next pixel of a line. Each row is in
+        # one of them, or in two: where the first may be any pixel.
+        self.paired = isa.unit == 2 and problem.rows > 1 and (problem.pointwise or problem.out_width % 2 == 0)
+        self.together = 2 if self.paired else 1
+        self.copies = 2 if self.paired and (not problem.pointwise or problem.rows % 2) else 1
         if not problem.pointwise:
             # Extent of the padded image that the kernel reaches.
             self.image_height = (problem.out_height - 1) * problem.stride[0] + problem.kernel[0]
@@ -212,7 +221,7 @@ class _Kernel:
     def _size_chunks(self) -> None:
         """Sets most_rows, pixels (of the gathered copy) and, for images, samples and bands of a chunk."""
         p = self.p
-        pixel = sum(self.w.channels) * (2 if self.isa.activation == "int16" else 1)
+        pixel = sum(self.w.channels) * (2 if self.isa.activation == "int16" else self.copies)
         if p.pointwise:
             rows = max(min(PANEL_BYTES // pixel, MOST_ROWS), LEAST_ROWS)
             self.most_rows = self.pixels = rows // self.tile.rows * self.tile.rows
@@ -280,7 +289,7 @@ class _Kernel:
                     here, gather = self._chunk_of_rows(first, _opaque(T.min(count * tall, rows - first)))
                 else:
                     here, gather = self._chunk_of_images(start, count, band - chunk * bands)
-                if not self.direct or p.has_offset:
+                if not self.direct or p.has_offset or self.paired:
                     self._once(0, band, blocks * self.parts, gather)
                 self.block = T.bind(block - band * blocks) if blocks > 1 else 0
                 self._multiply(here, piece - block * self.parts, block)
@@ -305,6 +314,8 @@ class _Kernel:
                     self._segments(lambda j: self._gather_pixels(j, 1, (row + r) * self.p.channels, r))
             if self.p.has_offset:
                 self._sum_rows(rows)
+            if self.paired:
+                self._pair_pixels(rows, 1)
 
         return rows, gather
 
@@ -328,6 +339,9 @@ class _Kernel:
                 store(self.starts, pixel, (s * height + y) * p.out_width + x)
             if p.has_offset:
                 self._sum_windows(samples, height)
+            if self.paired:
+                lines = (samples - 1) * self.band_height + reach
+                self._pair_pixels(lines * self.image_width, p.stride[1])
 
         return samples * height * p.out_width, gather
 
@@ -341,6 +355,9 @@ class _Kernel:
         if not self.direct:
             size = self.pixels * sum(self.w.channels) + 16 * self.isa.vector  # loads may run over the end
             self.activations = team.workspace(size, self.isa.activation)
+        self.units = self.activations  # what dot products read
+        if self.paired:
+            self.units = team.workspace(self.copies * self.pixels * sum(self.w.channels), self.isa.activation)
         if not p.pointwise:
             self.starts = team.workspace(self.most_rows, "int32")
         if p.has_offset:
@@ -348,7 +365,7 @@ class _Kernel:
             if not p.pointwise:
                 self.pixel_sums = team.workspace(self.pixels, "int32")
         self.products: Any = None
-        if self.slices or segments == FEW_SEGMENTS or (segments == 1 and not team.serial):
+        if self.slices or segments == FEW_SEGMENTS or (segments == 1 and not team.serial and self.isa.unit == 1):
             size = self.tile.rows * self.tile.vectors * self.isa.words
             tiles = self.most_tiles if self.slices else 1
             self.products = team.workspace(segments * tiles * size, "int32")
@@ -480,12 +497,42 @@ class _Kernel:
         if count % lanes:
             vector(count - lanes)
 
-    def _row_start(self, j: Segment, r: Any) -> Any:
-        """Where row r of the chunk starts in the activations of segment j."""
+    def _pair_pixels(self, count: Any, apart: int) -> None:
+        """units = each step of a pixel and, behind it, that of the pixel so far `apart`, of the first `count` ones."""
+        size, every = self.isa.kpack, 2 // self.copies
+
+        def segment(j: Segment) -> None:
+            width, plane = self.w.channels[j.first], self._plane(j) * self.copies
+            lanes = size * (2 if width % (2 * size) == 0 else 1)
+            order = [n * lanes + k + i for k in range(0, lanes, size) for n in range(2) for i in range(size)]
+            with T.serial(0, _quotient(count + (every - 1), every)) as i:
+                pixels = (i * every, T.min(i * every + apart, count - 1))
+                starts = [T.bind(self._pixel_start(j, pixel)) for pixel in pixels]
+                to = T.bind(plane + i * (2 * width))
+                with T.serial(0, width // lanes) as k:
+                    steps = [self.activations[span(start + k * lanes, lanes)] for start in starts]
+                    both = tirx.Shuffle(steps, [tirx.IntImm("int32", n) for n in order])
+                    store(self.units, both, span(to + k * (2 * lanes), 2 * lanes))
+
+        self._segments(segment)
+
+    def _pixel_start(self, j: Segment, pixel: Any) -> Any:
+        """Where a pixel of the chunk starts in the activations of segment j."""
         if self.direct:
-            return (self.first_row + r) * self.p.channels + j.before(self.p.segments)
-        pixel = r if self.p.pointwise else self.starts[r]
+            return (self.first_row + pixel) * self.p.channels + j.before(self.p.segments)
         return self._plane(j) + pixel * self.w.channels[j.first]
+
+    def _row_start(self, j: Segment, r: Any, i: Any, in_line: bool) -> Any:
+        """Where dot products find row r + i of the chunk in segment j, or the pair that it is the first of.
+
+        in_line: rows r .. r + i are pixels of one line; then addresses share a base, and registers are left for sums
+        """
+        pixel = r + i
+        if not self.p.pointwise:
+            pixel = self.starts[r] + i * self.p.stride[1] if in_line else self.starts[pixel]
+        if self.paired:
+            return (self._plane(j) + pixel * self.w.channels[j.first]) * self.copies
+        return self._pixel_start(j, pixel)
 
     def _runs(self, j: Segment) -> tuple[int, int, int]:
         """Vertical taps, values in a row at each of them, and the distance from one to the next."""
@@ -496,7 +543,7 @@ class _Kernel:
         """sums[j, r] = the sum of segment j of row r of a linear layer, zero points and all."""
 
         def segment(j: Segment) -> None:
-            width, start = self.w.channels[j.first], self._row_start(j, 0)
+            width, start = self.w.channels[j.first], self._pixel_start(j, 0)
             stride = self.p.channels if self.direct else width
             self._sum_each(self.sums, j.index * self.most_rows, rows, self.least_rows, start, stride, width)
 
@@ -676,7 +723,8 @@ class _Kernel:
         """
         w, isa, vectors, size = self.w, self.isa, self.tile.vectors, self.isa.vector
         tables = [self._table(v) for v in range(vectors)] if self.unpacks else []
-        by_packs = kept is None and self.aligned
+        first = kept is not None and isa.unit > 1  # sums leave no registers for unpacking
+        by_packs = self.aligned and (kept is None or (first and not self.slices))
 
         def decoded(k: Any, d: int, v: int) -> Expr:
             pack: Any
@@ -700,7 +748,7 @@ class _Kernel:
             if kept is not None:
                 store(self.panel, weights, span(((kept + k) * vectors + v) * size, size))
 
-        return Weights(fresh, by_packs, decoded, ready, keep)
+        return Weights(fresh, first, by_packs, decoded, ready, keep)
 
     def _ahead(self, begin: Any, steps: int, t: Any) -> tuple[Any, int, Any]:
         """Where tile t of rows, in steps [begin, begin + steps), finds weights to prefetch; lines for each
@@ -853,6 +901,7 @@ class _Kernel:
         """
         isa = self.isa
         taps, steps, stride = runs
+        stride, size = stride * self.together, isa.kpack * self.together  # of a step
         units = -(-tile.rows // isa.unit)
         lanes, cells = isa.words * isa.unit, units * tile.vectors
         # With few accumulators the latency of the dot product would show: some steps get their own.
@@ -885,8 +934,9 @@ class _Kernel:
 
                     body(part * most + i, load, save)
 
+        in_line = self.paired and self.p.out_width % tile.rows == 0
         with T.unroll(0, tile.rows) as i:
-            store(starts, self._row_start(j, r + i) + offset, i)
+            store(starts, self._row_start(j, r, i, in_line) + offset * self.together, i)
 
         def begin(u: Any, _: Load, save: Save) -> None:
             with T.unroll(0, tile.vectors) as v:
@@ -905,35 +955,42 @@ class _Kernel:
                 weights.keep(column, k + d, v)
                 store(columns, column, span(v * isa.vector, isa.vector))
 
-            def unit(u: Any, load: Load, save: Save) -> None:
-                words = [word(i) for i in rows_of(u)]
-                with T.unroll(0, tile.vectors) as v:
-                    column = columns[span(v * isa.vector, isa.vector)] if fresh else weights.ready(k + d, v)
-                    save(isa.dot(load(s, v), isa.spread(words), column), s, v)
+            def cell(v: Any, u: Any, load: Load, save: Save) -> None:
+                words = [word(i) for i in rows_of(u)[:: self.together]]
+                column = columns[span(v * isa.vector, isa.vector)] if fresh else weights.ready(k + d, v)
+                save(isa.dot(load(s, v), isa.spread(words), column), s, v)
 
-            each_unit(unit)
+            def unit(u: Any, load: Load, save: Save) -> None:
+                with T.unroll(0, tile.vectors) as v:
+                    cell(v, u, load, save)
+
+            if self.paired:  # sums leave no registers for all weights of a step
+                with T.unroll(0, tile.vectors) as v:
+                    each_unit(partial(cell, v))
+            else:
+                each_unit(unit)
 
         def several(k: Any, count: int, tap: Any, fresh: bool) -> None:
             """`count` steps from step k of a run on."""
             here = T.bind(tap * steps + k)
-            group, size = isa.load_steps, isa.word_lanes
-            if count % group or group == 1:
+            group, lanes = isa.load_steps, isa.word_lanes
+            if count % group or group == 1 or self.paired:
                 for d in range(count):
-                    at = T.bind(tap * stride + (k + d) * isa.kpack)
+                    at = T.bind(tap * stride + (k + d) * size)
                     step(here, d, d % sets, partial(self._word, starts, at), fresh)
                 return
-            words = scratch(tile.rows * group * size, "int32")
+            words = scratch(tile.rows * group * lanes, "int32")
             for d in range(0, count, group):
                 with T.unroll(0, tile.rows) as i:
-                    at = starts[i] + tap * stride + (k + d) * isa.kpack
-                    loaded = self.activations[span(at, group * isa.kpack)]
-                    loaded = tirx.reinterpret(f"int32x{group * size}", loaded)
-                    store(words, loaded, span(i * group * size, group * size))
+                    at = starts[i] + tap * stride + (k + d) * size
+                    loaded = self.units[span(at, group * size)]
+                    loaded = tirx.reinterpret(f"int32x{group * lanes}", loaded)
+                    store(words, loaded, span(i * group * lanes, group * lanes))
                 for e in range(group):
 
                     def word(i: Any, e: int = e) -> Expr:
-                        at = (i * group + e) * size
-                        return words[at if size == 1 else span(at, size)]
+                        at = (i * group + e) * lanes
+                        return words[at if lanes == 1 else span(at, lanes)]
 
                     step(here, d + e, (d + e) % sets, word, fresh)
 
@@ -945,14 +1002,24 @@ class _Kernel:
             if steps % each:
                 several(steps // each * each, steps % each, tap, fresh)
 
-        _when(weights.fresh, lambda: _loop(taps, partial(along, True)), lambda: _loop(taps, partial(along, False)))
+        def unpack() -> None:
+            together = self.w.pack if weights.by_packs else 1
+            with T.serial(0, taps * steps // together) as n:
+                for d, v in itertools.product(range(together), range(tile.vectors)):
+                    weights.keep(weights.decoded(n * together, d, v), n * together + d, v)
+
+        if weights.first:
+            _when(weights.fresh, unpack)
+            _loop(taps, partial(along, False))
+        else:
+            _when(weights.fresh, lambda: _loop(taps, partial(along, True)), lambda: _loop(taps, partial(along, False)))
 
         def end(u: Any, load: Load, _: Save) -> None:
             with T.unroll(0, tile.vectors) as v:
                 total = load(0, v)
                 for s in range(1, sets):
                     total = total + load(s, v)
-                for n, i in enumerate(rows_of(u)):
+                for n, i in reversed([*enumerate(rows_of(u))]):  # what stands for a missing row first
                     store(product, isa.row(total, n), span(to + (i * tile.vectors + v) * isa.words, isa.words))
 
         each_unit(end)
@@ -963,8 +1030,8 @@ class _Kernel:
         T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(3), T.int32(1)))
 
     def _word(self, starts: Buffer, offset: Any, i: Any) -> Expr:
-        """The activations of row i of a tile at an offset from the row's start, as one int32."""
-        return self.isa.load_word(self.activations, starts[i] + offset)
+        """The activations of row i of a tile, and of those beside it, at an offset from its start, as int32."""
+        return self.isa.load_word(self.units, starts[i] + offset, self.together)
 
     # --------------------------------------------------------------------------------------------- results
 

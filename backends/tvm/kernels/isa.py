@@ -134,19 +134,21 @@ class Isa:
         """The micro-kernel for K-groups of so many channels: registers hold the sums of a group, those of all groups so
         far and, where scaling them is most of the work, what that takes."""
         most = self.tiles[0]
-        return Tile(-(-most.vectors // 2), most.rows - (channels < 64) * self.unit)
+        return Tile(-(-most.vectors // 2), most.rows // self.unit - (channels < 64) * self.unit)
 
     def fitted(self, tile: Tile, rows: int) -> Tile:
         """The micro-kernel with fewer rows where a sample of `rows` rows then has less to compute twice."""
         least = max(1, tile.rows - 2, -(-8 // tile.vectors))  # as many sums as hide the latency of a dot product
-        most = self.tiles[0]
+        top, most = tile.rows, self.tiles[0]
+        if self.unit > 1 and 2 * self.unit <= rows < top:  # rather some rows twice than two at a time
+            least, top = 2 * self.unit, rows // self.unit * self.unit
         few = tile.vectors * tile.rows <= most.vectors * most.rows // 2  # sums, as for K-groups
         loss = 0.03 if few else self.loss
 
         def work(height: int) -> float:
             return -(-rows // height) * height * (1 + loss * (tile.rows - height))
 
-        return replace(tile, rows=min(range(tile.rows, min(least, tile.rows) - 1, -self.unit), key=work))
+        return replace(tile, rows=min(range(top, min(least, top) - 1, -self.unit), key=work))
 
     def dot(self, acc: Expr, activations: Expr, weights: Expr) -> Expr:
         """acc + the dot products of each 32-bit lane. Operands are vectors of the gathered types.
@@ -233,10 +235,11 @@ class Isa:
             sums = tirx.Shuffle([whole], even) + tirx.Shuffle([whole], odd)
         return sums
 
-    def load_word(self, buffer: Buffer, index: Expr) -> Expr:
-        """`kpack` neighbouring activations at `index` as int32."""
-        words = f"int32x{self.word_lanes}" if self.word_lanes > 1 else "int32"
-        return tirx.reinterpret(words, buffer[tirx.Ramp(index, 1, self.kpack)])
+    def load_word(self, buffer: Buffer, index: Expr, rows: int = 1) -> Expr:
+        """`kpack` neighbouring activations of each of some rows that lie together at `index`, as int32."""
+        lanes = self.word_lanes * rows
+        words = f"int32x{lanes}" if lanes > 1 else "int32"
+        return tirx.reinterpret(words, buffer[tirx.Ramp(index, 1, self.kpack * rows)])
 
     def gathered(self, codes: Expr, lanes: int) -> Expr:
         """u8 activation codes in the type of the gathered activations."""
@@ -276,7 +279,8 @@ def _concatenated(vectors: Sequence[Expr]) -> Expr:
 # 32 registers hold at most 29 accumulators beside the weights of a step and one activation; 16 hold 12.
 _TILES_512 = (Tile(4, 6), Tile(5, 5, 1.02), Tile(3, 8, 1.02), Tile(2, 12, 1.05), Tile(1, 16, 1.3))
 _TILES_256 = (Tile(2, 6), Tile(3, 4, 1.05), Tile(1, 10, 1.25))
-_TILES_I8MM = (Tile(4, 4), Tile(3, 6, 1.01), Tile(2, 8, 1.05), Tile(1, 8, 1.3))
+# Sums are 24 registers of the first two: it leaves four for a step of all rows and a few for weights.
+_TILES_I8MM = (Tile(3, 8), Tile(4, 6, 1.02), Tile(2, 8, 1.05), Tile(1, 8, 1.3))
 _TBL = "llvm.aarch64.neon.tbl1"
 # The fewer loads beside the products, the better for cores that issue either: three registers by six rows.
 _TILES_SDOT = (Tile(3, 6), Tile(4, 5, 1.02), Tile(5, 4, 1.02), Tile(2, 8, 1.05), Tile(1, 8, 1.3))

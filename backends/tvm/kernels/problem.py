@@ -200,6 +200,13 @@ class WeightLayout:
             return self.isa.grouped(min(self.problem.segments))
         return self.isa.tile(self.problem.outputs)
 
+    def fitted(self) -> Tile:
+        """The micro-kernel with rows that fit the problem."""
+        p, tile, unit = self.problem, self.tile, self.isa.unit
+        if unit > 1 and not p.pointwise and p.out_width % tile.rows and tile.rows > 2 * unit:
+            tile = replace(tile, rows=tile.rows - unit)  # rows of several lines take registers for their addresses
+        return self.isa.fitted(tile, p.rows)
+
     @property
     def block(self) -> int:
         """Output channels of a block."""
@@ -279,7 +286,7 @@ def tiles(problem: QuantMatmul, isa: Isa) -> list[tuple[int, int]]:
     """Micro-kernels (registers, rows) for a problem: the one that is taken without a search, then others."""
     layout = WeightLayout(replace(problem, tile=None), isa)
     isa, first = layout.isa, layout.tile
-    chosen = isa.fitted(first, problem.rows)
+    chosen = layout.fitted()
     grouped = len(problem.segments) > FEW_SEGMENTS
 
     def work(tile: Tile) -> float:

@@ -337,3 +337,22 @@ def test_k_groups(name):
     cases = [make_case(problem, 3, seed("groups", i)) for i, problem in enumerate(K_GROUPS)]
     for case, got in zip(cases, kernels.run(list(enumerate(cases))), strict=True):
         assert_same_bits(got, reference(case), case.problem)
+
+
+ROWS_IN_PAIRS = [
+    QuantMatmul(6, 16, 40, 24, (3, 3), padding=(1, 1, 1, 1), bits=4, has_offset=True),
+    QuantMatmul(9, 12, 24, 36, (3, 3), padding=(1, 1, 1, 1), groups=2),
+    QuantMatmul(9, 7, 16, 20, (3, 3), padding=(1, 1, 1, 1), bits=4),
+    QuantMatmul(13, 20, 33, 30, (3, 3), (2, 2), (1, 1, 1, 1), bits=3, has_offset=True),
+    QuantMatmul.linear((77,), 96, 50, bits=4, segments=(32, 64), has_offset=True),
+    QuantMatmul.linear((7,), 64, 24, bits=3),
+    QuantMatmul.linear((600,), 640, 12, bits=2),
+]
+"""Tiles of one line of an image or of several, an odd width, a stride; odd rows, few of them, several chunks."""
+
+
+def test_rows_in_pairs():
+    kernels = Kernels(needs("aarch64-i8mm"), ROWS_IN_PAIRS)
+    calls = [(i, make_case(p, batch, seed("pairs", i))) for i, p in enumerate(ROWS_IN_PAIRS) for batch in (1, 2)]
+    for (_, case), got in zip(calls, kernels.run(calls), strict=True):
+        assert_same_bits(got, reference(case), (case.batch, case.problem))
