@@ -75,6 +75,8 @@ class Session:
     """
     statistics: frozenset[str] = frozenset()
     """The statistics that the passes of the pipeline ask `calibrate` for."""
+    trajectories: dict[tuple[int, int], dict[str, Tensor]] = dataclasses.field(default_factory=dict)
+    """Inputs that rewrites were tried on, by the number of trajectories and of steps: the next rewrite's too."""
 
     def track(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
         return self.progress(title, total) if self.progress else nullcontext(lambda n, said="": None)

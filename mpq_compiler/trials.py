@@ -85,15 +85,7 @@ class Trial(Pass):
 
         They are those of the session's calibration inputs, or else of the trajectories that the options name.
         """
-        from mpq_compiler.denoiser import record_calibration
-
-        inputs = session.calibration
-        if inputs is None:
-            assert session.denoiser is not None
-            with session.track("recording inputs to rewrite by", self.steps) as advance:
-                inputs = record_calibration(
-                    session.denoiser, self.samples, self.steps, session.seed, lambda done, total: advance(1)
-                )
+        inputs = self._recorded(session) if session.calibration is None else session.calibration
         groups: dict[fx.Node, Layers] = {}
         columns = 0
         for node in program.quantizable:
@@ -119,6 +111,17 @@ class Trial(Pass):
             size = len(next(iter(batch.values())))
             run(program, batch, watch)
         return list(groups.values())
+
+    def _recorded(self, session: Session) -> dict[str, Tensor]:
+        """The inputs of the trajectories, which another rewrite of the session may have recorded."""
+        from mpq_compiler.denoiser import record_calibration
+
+        known, asked = session.trajectories, (self.samples, self.steps)
+        if asked not in known:
+            assert session.denoiser is not None
+            with session.track("recording inputs to rewrite by", self.steps) as step:
+                known[asked] = record_calibration(session.denoiser, *asked, session.seed, lambda done, total: step(1))
+        return known[asked]
 
     def error(self, group: Layers, rows: Rows, weights: list[Tensor], change: Change, undo: Change) -> float:
         """Relative squared errors of the outputs of the layers, summed over them.
