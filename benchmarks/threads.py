@@ -5,35 +5,43 @@
 A window is: the control on one thread and on two, the subject on one and on two, the control again; all by the wall
 clock. It counts where both controls scale by 1.9 or more, for otherwise something else used a core. Windows are tried
 until 15 count or the time of a row is over; with fewer than 3 the row says NOT MEASURED. `kept` is the median of
-scaling over the control's scaling in the same window.
+scaling over the control's scaling in the same window. Kernels and the control share their loops among the threads that
+artifacts bring along (mpq_pool.c); a whole artifact has its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
 import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ["TVM_NUM_THREADS"] = "2"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import tvm
+import tvm_ffi
 
 from benchmarks.kernels import kernel, problems
 from benchmarks.machine import provenance
-from mpq_compiler import runtime, tvm_runtime
-from mpq_compiler.backends.tvm import peak, templates
+from mpq_compiler import runtime, targets
+from mpq_compiler.backends.tvm import peak, standalone, templates
 from mpq_compiler.backends.tvm.kernels.attention import Attention
 from mpq_compiler.backends.tvm.kernels.isa import ISAS, isa
 from mpq_compiler.backends.tvm.kernels.norms import GroupNorm, LayerNorm
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
+from mpq_compiler.backends.tvm.link import linker
+from mpq_compiler.tvm_runtime import VirtualMachine
 
 VALID = 1.9
 """Scaling of the control from which on a window counts."""
@@ -69,7 +77,7 @@ def subjects(only: str, artifacts: list[Path], target: Any) -> dict[str, tuple[C
     calls = {name: (on(1, call), on(2, call)) for name, call in found.items()}
     for path in artifacts:
         if only in path.name:
-            calls[path.name] = whole(path, 1), whole(path, 2)
+            calls[path.name] = whole(path)
     return calls
 
 
@@ -83,17 +91,49 @@ def of_floats(kind: str, problem: Any, target: Any) -> Call:
     return lambda: function(*tensors)
 
 
+class _Value(ctypes.Structure):
+    """As TVM lays one out."""
+
+    _fields_ = (("type", ctypes.c_int32), ("padding", ctypes.c_uint32), ("number", ctypes.c_int64))
+
+
+@functools.cache
+def pool() -> ctypes.CDLL:
+    """The threads of artifacts, which kernels that are compiled from now on in this process call for their loops."""
+    source = Path(standalone.__file__).with_name("mpq_pool.c")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "pool.so")
+        command = [linker(targets.resolve("native")), "-std=gnu11", "-O2", "-shared", "-fPIC", str(source)]
+        subprocess.run([*command, "-o", str(path)], check=True)
+        library = ctypes.CDLL(str(path))
+    use_threads(library, 1)
+    launch = ctypes.c_void_p.in_dll(library, "__TVMBackendParallelLaunch")
+    name = b"__TVMBackendParallelLaunch"
+    if ctypes.CDLL(tvm_ffi.libinfo.find_libtvm_ffi()).TVMFFIEnvModRegisterContextSymbol(name, launch):
+        raise AssertionError("TVM does not take the pool")
+    return library
+
+
+def use_threads(library: ctypes.CDLL, count: int) -> None:
+    result = _Value()
+    library["__tvm_ffi_mpq_use_threads"](None, ctypes.byref(_Value(1, 0, count)), 1, ctypes.byref(result))
+    if result.number:
+        raise OSError(result.number, os.strerror(result.number))
+
+
 def on(threads: int, call: Call) -> Call:
     def run() -> None:
-        tvm_runtime._use_threads(threads)
+        use_threads(pool(), threads)
         call()
 
     return run
 
 
-def whole(path: Path, threads: int) -> Call:
-    """A step of an artifact at batch 1, with everything computed."""
-    loaded, rng = runtime.load(path, threads, reuse_bytes=0), np.random.default_rng(0)
+def whole(path: Path) -> tuple[Call, Call]:
+    """A step of an artifact at batch 1, with everything computed, on one thread and on two: of the same memory."""
+    loaded, rng = runtime.load(path, 2, reuse_bytes=0), np.random.default_rng(0)
+    machine = loaded._executor
+    assert isinstance(machine, VirtualMachine)
     described = loaded.manifest["functions"][0]["inputs"]
     inputs = {
         v["name"]: rng.standard_normal((1, *v["shape"][1:])).astype(np.float32)
@@ -102,7 +142,12 @@ def whole(path: Path, threads: int) -> Call:
         for v in described
     }
     out = np.empty_like(loaded.run(inputs))
-    return lambda: loaded.run(inputs, out=out)
+
+    def on(threads: int) -> None:
+        machine.threads = threads
+        loaded.run(inputs, out=out)
+
+    return partial(on, 1), partial(on, 2)
 
 
 def seconds(call: Call, repeats: int = 1) -> float:
@@ -110,6 +155,12 @@ def seconds(call: Call, repeats: int = 1) -> float:
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
+
+
+def warm(call: Call, repeats: int) -> float:
+    """As in a loop over steps: threads are awake, and each has its share of the weights in its cache."""
+    call()
+    return seconds(call, repeats)
 
 
 def row(name: str, one: Call, two: Call, control: tuple[Call, Call], budget: float) -> dict[str, Any]:
@@ -124,7 +175,7 @@ def row(name: str, one: Call, two: Call, control: tuple[Call, Call], budget: flo
         before = seconds(control[0]) / seconds(control[1])
         if before < VALID:
             continue
-        took = seconds(one, repeats), seconds(two, repeats)
+        took = warm(one, repeats), warm(two, repeats)
         after = seconds(control[0]) / seconds(control[1])
         if after >= VALID:
             windows.append((*took, (before + after) / 2))
@@ -152,7 +203,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     target = isa(options.isa)
-    tvm_runtime._load()
+    pool()
     peak.ROUNDS = 60_000  # a fifth of a millisecond a thread
     busy, _ = peak.integer(target, parts=2)
     control = on(1, busy), on(2, busy)

@@ -28,7 +28,7 @@ from mpq_compiler import schemas, tensorfile
 from mpq_compiler.errors import UserError
 
 FORMAT = "mpq-artifact"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 KERNELS = "kernels.so"

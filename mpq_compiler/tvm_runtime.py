@@ -13,7 +13,6 @@ import math
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,13 +29,8 @@ from mpq_compiler.tensorfile import ALIGNMENT, aligned
 
 ENVIRONMENT = "MPQ_TVM_RUNTIME"
 _LIBRARY = "libtvm_runtime.so"
-# tvm::runtime::threading::SetMaxConcurrency(int), for the calling thread: 1 makes its parallel loops serial.
-_SET_MAX_CONCURRENCY = "_ZN3tvm7runtime9threading17SetMaxConcurrencyEi"
 _CPU, _POOLED = 1, 2  # kDLCPU; the memory allocator that keeps its buffers for the next call
-_ALL_BIG_CORES = 1
 _GO_ON, _SKIP = 0, 1  # VMInstrumentReturnKind: what the machine does with the call
-
-_current = threading.local()  # .threads: how many the pool of this operating system thread uses now
 
 
 def usable_cores() -> int:
@@ -85,35 +79,11 @@ def _import_tvm_ffi() -> ModuleType:
 def _load() -> tuple[ModuleType, ctypes.CDLL]:
     """(tvm_ffi, the runtime library), loaded once."""
     path = library_path()
-    # Without a stated size every parallel loop asks the system for the number of cores, and half of them
-    # stay idle; and TVM would bind the caller's thread to a core, and with it whatever else the process
-    # runs on it.
-    os.environ.setdefault("TVM_NUM_THREADS", str(usable_cores()))
-    os.environ.setdefault("TVM_BIND_THREADS", "0")
-    # Half a millisecond: from kernel to kernel idle threads stay awake, and between calls they leave the cores alone.
-    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "4000")
     tvm_ffi = _import_tvm_ffi()
     try:
         return tvm_ffi, ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise UserError(f"the TVM runtime {path} cannot be loaded ({error}); install it again") from error
-
-
-def _use_threads(count: int) -> None:
-    """Lets parallel loops started by this operating system thread use `count` threads.
-
-    TVM keeps one pool a thread, of a size fixed when it starts; so it starts at full size, and uses a part.
-    """
-    if getattr(_current, "threads", None) == count:
-        return
-    tvm_ffi, library = _load()
-    set_max_concurrency = library[_SET_MAX_CONCURRENCY]
-    if count == 1:
-        set_max_concurrency(1)
-    else:
-        set_max_concurrency(usable_cores())
-        tvm_ffi.get_global_func("runtime.config_threadpool")(_ALL_BIG_CORES, count)
-    _current.threads = count
 
 
 @functools.cache
@@ -164,8 +134,10 @@ class VirtualMachine:
         kernels = artifact.file(KERNELS)
         _require_version(artifact)
         self._ffi, _ = _load()
-        self.threads = min(threads, int(os.environ["TVM_NUM_THREADS"]), usable_cores())
-        self._machine = self._load_kernels(kernels, artifact.manifest["files"][KERNELS]["sha256"])
+        self.threads = min(threads, usable_cores())
+        library = self._load_kernels(kernels, artifact.manifest["files"][KERNELS]["sha256"])
+        self._use_threads = library.get_function("mpq_use_threads", query_imports=True)
+        self._machine = library["vm_load_executable"]()
         self._machine["vm_initialization"](_CPU, 0, _POOLED)
         self._functions = {f["name"]: self._machine[f["name"]] for f in artifact.manifest["functions"]}
         self._staged: dict[str, list[Staged]] = {
@@ -178,8 +150,7 @@ class VirtualMachine:
         if prepare := artifact.manifest.get("prepare"):
             stored = artifact.tensors()
             arguments = [self._tensor(aligned(stored[name])) for name in prepare["tensors"]]
-            _use_threads(self.threads)
-            with _default_float_environment():
+            with self._calling():
                 self._prepared = self._machine[prepare["name"]](*arguments)
         entries = artifact.manifest.get("parts", [])
         self._reuses = reuse_bytes > 0
@@ -206,7 +177,15 @@ class VirtualMachine:
         with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
             link = Path(folder, f"{sha256}.so")
             link.symlink_to(path.resolve())
-            return self._ffi.load_module(str(link))["vm_load_executable"]()
+            return self._ffi.load_module(str(link), keep_module_alive=False)
+
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        """Kernels share their loops among threads of the library, which have the same float environment."""
+        with _default_float_environment():
+            if code := self._use_threads(self.threads):
+                raise UserError(f"{self.threads} threads cannot be started ({os.strerror(code)}); load it with fewer")
+            yield
 
     def _tensor(self, array: np.ndarray) -> Any:
         return self._ffi.from_dlpack(array, require_alignment=ALIGNMENT)
@@ -216,8 +195,7 @@ class VirtualMachine:
         staged = self._staged[function]
         for (buffer, _), array in zip(staged, inputs, strict=True):
             np.copyto(buffer, array)
-        _use_threads(self.threads)
-        with _default_float_environment():
+        with self._calling():
             shared = self._shared(function, staged)
             result = self._functions[function](*(tensor for _, tensor in staged), *shared, self._prepared)
         return np.from_dlpack(result)

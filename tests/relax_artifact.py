@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mpq_compiler import artifact
-from mpq_compiler.targets import resolve
+from mpq_compiler.targets import Target, resolve
 
 WIDTH = 16
 TENSORS = {
@@ -73,15 +73,18 @@ def build(path: Path, target: str = "native", tensors: Mapping[str, np.ndarray] 
     }
 
     def kernels(path: Path) -> None:
-        _compile(sizes, dict(resolved.tvm)).export_library(str(path))
+        library(sizes, resolved, path)
 
     return artifact.write(path, manifest, {artifact.KERNELS: kernels, artifact.IR: b""}, tensors)
 
 
-def _compile(sizes: list[tuple[str, int, int]], target: dict[str, Any]) -> Any:
+def library(sizes: list[tuple[str, int, int]], target: Target, path: Path) -> None:
+    """Writes kernels.so."""
     import tvm
     from tvm import relax
     from tvm.script import tirx as T
+
+    from mpq_compiler.backends.tvm.link import export
 
     @T.prim_func(s_tir=True)
     def dequantize(w: T.Buffer((16,), "uint8"), s: T.Buffer((1,), "float16"), o: T.Buffer((16,), "float32")):
@@ -139,7 +142,7 @@ def _compile(sizes: list[tuple[str, int, int]], target: dict[str, Any]) -> Any:
                     builder.emit(relax.call_tir(kernel, arguments, tensor(batch, height, WIDTH)))
                 )
             builder.emit_func_output(output)
-    return tvm.compile(builder.get(), tvm.target.Target(target))
+    export(tvm.compile(builder.get(), tvm.target.Target(dict(target.tvm))).mod, target, path)
 
 
 if __name__ == "__main__":

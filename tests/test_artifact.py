@@ -325,8 +325,8 @@ DAMAGE = {
         ),
         "manifest.json was altered",
     ),
-    "newer version": (lambda a: resign(a, format_version=3), "version 3, made by a newer mpq-compiler"),
-    "older version": (lambda a: resign(a, format_version=1), "version 1, made by an earlier mpq-compiler"),
+    "newer version": (lambda a: resign(a, format_version=4), "version 4, made by a newer mpq-compiler"),
+    "older version": (lambda a: resign(a, format_version=2), "version 2, made by an earlier mpq-compiler"),
     "wrong schema": (lambda a: resign(a, functions=[]), "does not obey the schema .*'functions'"),
     "unknown key": (lambda a: resign(a, colour="red"), "unknown key 'colour'"),
 }

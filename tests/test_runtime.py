@@ -127,7 +127,7 @@ def test_an_overwritten_artifact_runs_its_new_code(tmp_path):
     target = targets.resolve("native")
 
     def kernels(path: Path) -> None:
-        relax_artifact._compile(sizes, dict(target.tvm)).export_library(str(path))
+        relax_artifact.library(sizes, target, path)
 
     artifact.write(
         tmp_path / "a.mpq", manifest, {"kernels.so": kernels}, relax_artifact.TENSORS, overwrite=True
@@ -377,6 +377,32 @@ def test_the_caller_is_not_bound_to_a_core_and_one_thread_stays_one(path):
     assert len(os.listdir("/proc/self/task")) == before
     runtime.load(sys.argv[1], threads=2)(np.ones((2, 3, 16), np.float32), 1, np.array([1, 2]))
     assert os.sched_getaffinity(0) == cores
+    """
+    python(code, path)
+
+
+@pytest.mark.skipif(tvm_runtime.usable_cores() < 2, reason="one core")
+def test_threads_of_a_library(path):
+    """They end with the last artifact that uses them, and a copy of the process starts its own."""
+    code = """
+    import gc, os, sys
+    import numpy as np
+    from mpq_compiler import runtime
+    tasks = lambda: len(os.listdir("/proc/self/task"))
+    inputs = {"sample": np.ones((2, 3, 16), np.float32), "timestep": np.array([1, 2]), "class_labels": np.array([1, 2])}
+    one = runtime.load(sys.argv[1], threads=1)
+    expected, before = one.run(inputs), tasks()
+    two = runtime.load(sys.argv[1], threads=2)
+    assert tasks() == before + 1
+    if not (child := os.fork()):
+        os._exit(not (two.run(inputs) == expected).all() or tasks() != 2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    again = runtime.load(sys.argv[1], threads=2)
+    again.run(inputs)
+    assert tasks() == before + 1
+    one = two = again = None
+    gc.collect()
+    assert tasks() == before, tasks()
     """
     python(code, path)
 

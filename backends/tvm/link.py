@@ -6,10 +6,11 @@ module holds no code of kernels, only their signatures; the machine finds them i
 
 from __future__ import annotations
 
-import collections
 import math
 import platform
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,40 +45,27 @@ def link(lowered: Lowered, target: Target, objects: Sequence[Path], output: Path
     # A library that holds code of its own is what makes the machine look up kernels in the shared object.
     anchor = primfunc("mpq_library", [Argument("x", (1,))], lambda batch, buffers: T.evaluate(0))
     executable = _vmlink(builder, tvm.target.Target(dict(target.tvm)), tir_mod=tvm.IRModule({"mpq_library": anchor}))
-    options = ["-Wl,--strip-all", "-Wl,--build-id=none", "-Wl,-z,noexecstack"]
-    compiler = cc.cross_compiler(linker(target), options=options)
-    executable.mod.export_library(str(output), fcompile=compiler, addons=[str(path) for path in objects])
+    export(executable.mod, target, output, objects)
     functions = {name.name_hint: f for name, f in module.functions.items() if isinstance(f, relax.Function)}
     return {name: held_bytes(function) for name, function in functions.items()}
 
 
 def held_bytes(function: relax.Function) -> int:
-    """Memory that calls of a function keep for what they compute, the output included.
+    """Memory that calls of a function keep for what they compute, the output included: blocks in whole pages."""
+    values = (binding.value for block in function.body.blocks for binding in block.bindings)
+    blocks = (value for value in values if getattr(getattr(value, "op", None), "name", "") == "relax.vm.alloc_storage")
+    return sum(-(-int(block.args[0].values[0]) // PAGE) * PAGE for block in blocks)
 
-    The machine's pool hands out blocks by their size in pages and takes them back after their last use.
-    """
-    sizes: dict[relax.Var, int] = {}
-    owned: dict[relax.Var, set[relax.Var]] = {}  # blocks that a block, tensor or tuple keeps in use
-    users: collections.Counter[relax.Var] = collections.Counter()
-    unused: collections.Counter[int] = collections.Counter()
-    held = 0
-    for binding in (binding for block in function.body.blocks for binding in block.bindings):
-        value, name = binding.value, getattr(getattr(binding.value, "op", None), "name", "")
-        read = getattr(value, "args", None) or getattr(value, "fields", [getattr(value, "tuple_value", value)])
-        if name == "relax.vm.alloc_storage":
-            sizes[binding.var] = size = -(-int(value.args[0].values[0]) // PAGE) * PAGE
-            held += 0 if unused[size] else size
-            unused[size] -= 1 if unused[size] else 0
-            owned[binding.var] = {binding.var}
-        elif name == "relax.vm.kill_object":
-            for block in owned.pop(value.args[0], set()):
-                users[block] -= 1
-                unused[sizes[block]] += not users[block]
-            continue
-        elif not isinstance(binding.var.ty, relax.TupleType) or binding.var.ty.fields:
-            owned[binding.var] = set().union(*(owned.get(v, set()) for v in read if isinstance(v, relax.Var)))
-        users.update(owned.get(binding.var, ()))
-    return held
+
+def export(compiled: Any, target: Target, output: Path, objects: Sequence[Path] = ()) -> None:
+    """Writes the library of a compiled module and more objects, with threads of its own (mpq_pool.c)."""
+    compiler, options = linker(target), ["-Wl,--strip-all", "-Wl,--build-id=none", "-Wl,-z,noexecstack"]
+    with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
+        pool, source = Path(folder, "pool.o"), Path(__file__).parent / "standalone" / "mpq_pool.c"
+        command = [compiler, "-std=gnu11", "-O2", "-fPIC", "-c", str(source), "-o", str(pool)]
+        subprocess.run(command, check=True, capture_output=True)
+        addons = [str(path) for path in (*objects, pool)]
+        compiled.export_library(str(output), fcompile=cc.cross_compiler(compiler, options=options), addons=addons)
 
 
 def linker(target: Target) -> str:
@@ -92,7 +80,7 @@ def linker(target: Target) -> str:
 
 
 def pipeline() -> tvm.transform.Pass:
-    """Kernel calls to machine instructions: buffers planned once for each function, freed after their last use.
+    """Kernel calls to machine instructions: buffers planned once for each function, freed at its end.
 
     All shapes are static, so there are none to compute (VMShapeLower), and no check of each of hundreds of
     prepared tensors in every call: the runtime stages inputs in their exact shapes, and kernels check their own.
@@ -105,7 +93,6 @@ def pipeline() -> tvm.transform.Pass:
             transform.CallTIRRewrite(),
             transform.StaticPlanBlockMemory(),
             transform.LowerAllocTensor(),
-            transform.KillAfterLastUse(),
             transform.LowerRuntimeBuiltin(),
             transform.ComputePrimValue(),
             transform.AttachGlobalSymbol(),

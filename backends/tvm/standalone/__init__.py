@@ -26,7 +26,7 @@ from mpq_compiler.targets import Target
 from mpq_compiler.tensorfile import ALIGNMENT
 
 COMMON = ("mpq.h", "mpq_plan.h", "mpq_common.h", "mpq_run.c", "CMakeLists.txt")
-SOURCES = (*COMMON, "mpq.c", "mpq_rpc.c")
+SOURCES = (*COMMON, "mpq.c", "mpq_pool.h", "mpq_rpc.c")
 MACHINE = (*COMMON, "mpq_vm.c")
 MODEL, KERNELS = "mpq_model.c", "libkernels.a"
 LINKED = ("-std=c11", "-O2", "-Wl,--strip-all", "-Wl,--build-id=none", "-Wl,-z,noexecstack")

@@ -1,7 +1,5 @@
 #include "mpq_common.h"
-
-#include <pthread.h>
-#include <stdatomic.h>
+#include "mpq_pool.h"
 
 static const mpq_plan *const plan = &mpq_the_plan;
 
@@ -27,87 +25,7 @@ static int give_back(int type, int id, void *block) {
     return 0;
 }
 
-/* Threads wait for work, a while without sleeping: there are hundreds of kernels in a call. */
-typedef struct { void *sync; int32_t count; } group;
-typedef int (*lambda)(int number, group *env, void *data);
-enum { SPINS = 20000 };
-static struct {
-    pthread_mutex_t lock;
-    pthread_cond_t wake;
-    _Atomic unsigned turn, left;
-    atomic_bool failed, stop;
-    lambda work;
-    void *data;
-    int threads;
-    pthread_t *others;
-} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .threads = 1};
-
-static void relax(void) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
-static void share(int number) {
-    group env = {NULL, pool.threads};
-    if (pool.work(number, &env, pool.data)) atomic_store(&pool.failed, true);
-}
-
-static void *serve(void *number) {
-    for (unsigned seen = 0;;) {
-        for (int spin = 0; spin < SPINS && atomic_load(&pool.turn) == seen; spin++) relax();
-        if (atomic_load(&pool.turn) == seen) {
-            pthread_mutex_lock(&pool.lock);
-            while (atomic_load(&pool.turn) == seen) pthread_cond_wait(&pool.wake, &pool.lock);
-            pthread_mutex_unlock(&pool.lock);
-        }
-        seen++;
-        if (atomic_load(&pool.stop)) break;
-        share((int)(intptr_t)number);
-        atomic_fetch_sub(&pool.left, 1);
-    }
-    free(workspace);
-    return NULL;
-}
-
-static void next_turn(void) {
-    pthread_mutex_lock(&pool.lock);
-    atomic_fetch_add(&pool.turn, 1);
-    pthread_cond_broadcast(&pool.wake);
-    pthread_mutex_unlock(&pool.lock);
-}
-
-static int launch(lambda work, void *data, int count) {
-    (void)count; /* 0 in all kernels: as many tasks as threads */
-    pool.work = work;
-    pool.data = data;
-    atomic_store(&pool.failed, false);
-    atomic_store(&pool.left, (unsigned)pool.threads - 1);
-    if (pool.threads > 1) next_turn();
-    share(0);
-    while (atomic_load(&pool.left)) relax();
-    return atomic_load(&pool.failed) ? -1 : 0;
-}
-
-static int start_threads(int threads) {
-    if (threads <= 0) threads = (int)sysconf(_SC_NPROCESSORS_ONLN);
-    if (threads > 1) pool.others = calloc((size_t)threads - 1, sizeof *pool.others);
-    atomic_store(&pool.stop, false);
-    atomic_store(&pool.turn, 0);
-    for (pool.threads = 1; pool.threads < threads; pool.threads++)
-        if (!pool.others || pthread_create(&pool.others[pool.threads - 1], NULL, serve, (void *)(intptr_t)pool.threads))
-            return -1;
-    return 0;
-}
-
-static void stop_threads(void) {
-    atomic_store(&pool.stop, true);
-    if (pool.threads > 1) next_turn();
-    for (; pool.threads > 1; pool.threads--) pthread_join(pool.others[pool.threads - 2], NULL);
-    free(pool.others);
-    pool.others = NULL;
+static void free_workspace(void) {
     free(workspace);
     workspace = NULL;
 }
@@ -124,6 +42,7 @@ typedef struct { int32_t type, padding; void *value; } argument;
 enum { CPU = 1, TENSOR = 7 };
 
 struct mpq_model {
+    int threads;
     char *file, *held, *call;
     tensor *tensors;
     argument *arguments;
@@ -145,6 +64,15 @@ static int run_calls(mpq_model *model, const mpq_steps *steps) {
     return 0;
 }
 
+/* Large blocks in large pages where the system has them: weights are read from end to end in every call. */
+static void *room(uint64_t bytes) {
+    enum { LARGE = 1 << 21 };
+    void *block = NULL;
+    if (posix_memalign(&block, bytes < LARGE ? ALIGNMENT : LARGE, bytes)) return NULL;
+    if (bytes >= LARGE) madvise(block, bytes / LARGE * LARGE, MADV_HUGEPAGE);
+    return block;
+}
+
 mpq_model *mpq_open(const char *weights, int threads) {
     if (!fits_cpu()) return NULL;
     mpq_model *model = calloc(1, sizeof *model);
@@ -153,14 +81,17 @@ mpq_model *mpq_open(const char *weights, int threads) {
         free(model);
         return NULL;
     }
-    model->held = aligned_alloc(ALIGNMENT, plan->held_bytes);
-    model->call = aligned_alloc(ALIGNMENT, plan->call_bytes);
+    model->held = room(plan->held_bytes);
+    model->call = room(plan->call_bytes);
     model->tensors = calloc(plan->operand_count, sizeof *model->tensors);
     model->arguments = calloc(plan->operand_count, sizeof *model->arguments);
     bool all = model->held && model->call && model->tensors && model->arguments;
     if (!all) fail("there is no memory for %llu bytes", (unsigned long long)(plan->held_bytes + plan->call_bytes));
-    if (all && start_threads(threads)) {
-        fail("cannot start %d threads: %s", threads, strerror(errno));
+    model->threads = threads > 0 ? threads : (int)sysconf(_SC_NPROCESSORS_ONLN);
+    pool.ends = free_workspace;
+    int code = all ? use_threads(model->threads) : 0;
+    if (code) {
+        fail("cannot start %d threads: %s", model->threads, strerror(code));
         all = false;
     }
     if (!all) {
@@ -189,6 +120,7 @@ int mpq_run(mpq_model *model, int function, const void *const *inputs, void *out
     if (!is_function(function)) return -1;
     const mpq_function *own = &build->functions[function];
     const mpq_steps *steps = &plan->steps[function];
+    use_threads(model->threads);
     for (int i = 0; i < own->inputs; i++) memcpy(model->call + steps->inputs[i], inputs[i], own->input[i].bytes);
     if (run_calls(model, steps)) return -1;
     memcpy(output, model->call + steps->output, own->output.bytes);
@@ -202,14 +134,14 @@ int mpq_watch(mpq_model *model, void (*watcher)(void *data, const char *kernel),
 }
 
 size_t mpq_bytes(const mpq_model *model) {
-    (void)model;
     uint64_t tables = plan->operand_count * (sizeof(tensor) + sizeof(argument));
-    return plan->held_bytes + plan->call_bytes + (uint64_t)pool.threads * plan->workspace_bytes + tables;
+    return plan->held_bytes + plan->call_bytes + (uint64_t)model->threads * plan->workspace_bytes + tables;
 }
 
 void mpq_close(mpq_model *model) {
     if (!model) return;
     stop_threads();
+    free_workspace();
     munmap(model->file, build->weights.bytes);
     free(model->held);
     free(model->call);

@@ -40,17 +40,12 @@ static const char *beside(const char *name) {
     return path;
 }
 
-static bool load_runtime(int threads) {
+static bool load_runtime(void) {
     static const struct { const char *name; void *place; } functions[] = {
         {"TVMFFIFunctionGetGlobal", &tvm.global}, {"TVMFFIFunctionCall", &tvm.call},
         {"TVMFFITensorFromDLPack", &tvm.tensor}, {"TVMFFIErrorMoveFromRaised", &tvm.error},
         {"TVMFFIObjectDecRef", &tvm.release},
     };
-    char count[16];
-    snprintf(count, sizeof count, "%d", threads > 0 ? threads : (int)sysconf(_SC_NPROCESSORS_ONLN));
-    setenv("TVM_NUM_THREADS", count, 1);
-    setenv("TVM_BIND_THREADS", "0", 1);
-    setenv("TVM_THREAD_POOL_SPIN_COUNT", "4000", 0);
     void *library = NULL;
     for (int i = 0; i < 2; i++) {
         void *opened = dlopen(beside(i ? "libtvm_runtime.so" : "libtvm_ffi.so"), RTLD_NOW | RTLD_GLOBAL);
@@ -138,7 +133,8 @@ typedef struct {
 struct mpq_model {
     char *file;
     uint64_t bytes;
-    value machine, prepared;
+    int threads;
+    value machine, prepared, use_threads;
     part *parts;
     entry *entries;
 };
@@ -154,11 +150,19 @@ static bool load_kernels(mpq_model *model) {
     value cpu[] = {{.type = INTEGER, .number = 1}, {.type = INTEGER}, {.type = INTEGER, .number = 2}};
     if (!global("ffi.ModuleLoadFromFile", &(value){.type = TEXT, .text = beside("kernels.so")}, 1, &library)) return false;
     bool done = member(library, "vm_load_executable", &start) && call(start, NULL, 0, &model->machine);
+    done = done && member(library, "mpq_use_threads", &model->use_threads);
     release(&start);
     release(&library);
     done = done && member(model->machine, "vm_initialization", &start) && call(start, cpu, 3, &ignored);
     release(&start);
     return done;
+}
+
+/* For the loops of this thread (mpq_pool.c). */
+static bool use_threads(mpq_model *model) {
+    value code, count = {.type = INTEGER, .number = model->threads};
+    if (!call(model->use_threads, &count, 1, &code)) return false;
+    return !code.number || fail("cannot start %d threads: %s", model->threads, strerror((int)code.number));
 }
 
 static bool prepare(mpq_model *model) {
@@ -192,13 +196,14 @@ mpq_model *mpq_open(const char *weights, int threads) {
     if (!fits_cpu()) return NULL;
     mpq_model *model = calloc(1, sizeof *model);
     if (!model) return fail("there is no memory");
+    model->threads = threads > 0 ? threads : (int)sysconf(_SC_NPROCESSORS_ONLN);
     const char *end = strrchr(weights, '/');
     snprintf(folder, sizeof folder, "%.*s", end ? (int)(end - weights) : 1, end ? weights : ".");
     model->parts = calloc((size_t)machine->parts + 1, sizeof *model->parts);
     model->entries = calloc((size_t)build->function_count, sizeof *model->entries);
     bool done = (model->parts && model->entries) || fail("there is no memory");
     done = done && (model->file = map(weights, &build->weights, "weights")) && fits_kernels() &&
-           load_runtime(threads) && load_kernels(model) && prepare(model);
+           load_runtime() && load_kernels(model) && use_threads(model) && prepare(model);
     for (int i = 0; done && i < machine->parts; i++) {
         const mpq_part *own = &machine->part[i];
         done = ready(model, own->name, own->input, own->inputs, &model->parts[i].call, &model->parts[i].inputs);
@@ -246,7 +251,7 @@ int mpq_run(mpq_model *model, int function, const void *const *inputs, void *out
     const mpq_function *about = &build->functions[function];
     const mpq_entry *known = &machine->entries[function];
     entry *own = &model->entries[function];
-    bool done = true;
+    bool done = use_threads(model);
     for (int i = 0; i < about->inputs; i++) {
         void *held = laid_out(own->arguments[i])->data;
         own->changed[i] = !own->ready || memcmp(held, inputs[i], about->input[i].bytes);
@@ -290,6 +295,7 @@ void mpq_close(mpq_model *model) {
     }
     release(&model->prepared);
     release(&model->machine);
+    release(&model->use_threads);
     if (model->file) munmap(model->file, build->weights.bytes);
     free(model->parts);
     free(model->entries);
