@@ -151,17 +151,25 @@ def instructions(path: Path) -> Iterator[tuple[str, int, str]]:
 BRANCH = re.compile(r"(b|b\.\w+|bl|blr|br|ret|cbn?z|tbn?z)\b")
 
 
+PAGE, MOST = 4096, 512
+"""qemu enters anew what begins a page, and what lies behind so many instructions."""
+
+
 def blocks(code: dict[int, str], entered: collections.Counter[int]) -> Iterator[tuple[list[str], int]]:
     """(instructions, executions) of what ran: from each entry to the next branch."""
-    for start, count in entered.items():
-        block, at = [], start
-        while at in code:
+    left = collections.Counter(entered)
+    for start in sorted(entered):
+        block, at, since = [], start, start
+        while at in code and left[start] > 0:
+            if at != start and (at % PAGE == 0 or at - since == 4 * MOST):
+                left[at] -= left[start]
+                since = at
             block.append(code[at])
             if BRANCH.match(code[at]):
                 break
             at += 4
         if block:
-            yield block, count
+            yield block, left[start]
 
 
 def cycles(found: Iterable[Sequence[str]], core: str, kept: dict[tuple[str, str], float]) -> list[float]:

@@ -92,8 +92,12 @@ def parser() -> argparse.ArgumentParser:
         help="c: also a C program, built static, that runs the artifact with nothing installed (docs/standalone.md)",
     )  # fmt: skip
     compile_.add_argument(
-        "--standalone", nargs="?", const=True, default=False, type=Path, metavar="WHEELS",
-        help="also a C program with TVM's runtime: of the wheels in a folder, where the target is none of this machine",
+        "--standalone", action="store_true",
+        help="also a C program that runs the artifact with TVM's runtime (docs/standalone.md)",
+    )  # fmt: skip
+    compile_.add_argument(
+        "--wheels", type=Path, metavar="DIR",
+        help="with --standalone for another architecture: TVM's wheels for it (default: what is installed)",
     )  # fmt: skip
     compile_.add_argument("--overwrite", action="store_true", help="replace an artifact that exists")
     compile_.add_argument("--dumps", type=Path, metavar="DIR", help="write the program after every pass")
@@ -331,6 +335,7 @@ def _compile(args: argparse.Namespace) -> Any:
             tune=args.tune,
             emit=args.emit,
             standalone=args.standalone,
+            wheels=args.wheels,
         ),
     )
     for note in report.notes:

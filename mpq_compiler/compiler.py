@@ -113,8 +113,10 @@ class Options:
     """Of a call of the artifact, where whoever loads it says nothing else; by default every core it finds then."""
     emit: str | None = None
     """"c": also a C program that runs the artifact without TVM's runtime (docs/standalone.md)."""
-    standalone: bool | str | Path = False
-    """Also a program that runs it, with TVM's runtime: the installed one, or that of wheels in a folder."""
+    standalone: bool = False
+    """Also a program that runs it, with TVM's runtime."""
+    wheels: Path | None = None
+    """Folder with the wheels of that runtime for the target; by default the installed one."""
     tune: bool = False
     """Search for the fastest tiles of the integer kernels, measured here; no result depends on them."""
     jobs: int = 1
@@ -440,9 +442,9 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
         raise UserError(f"{option} needs compiled kernels; '{target.name}' has none: leave it out")
     if chosen.emit and chosen.standalone:
         raise UserError("--standalone and --emit c both make the program mpq_run: leave one of them out")
-    beside: dict[str, bytes] = {}
-    if chosen.standalone:
-        beside = tvm_wheels.files(target, None if chosen.standalone is True else Path(chosen.standalone))
+    if chosen.wheels is not None and not chosen.standalone:
+        raise UserError("--wheels holds TVM's runtime for --standalone: add that, or leave it out")
+    beside = tvm_wheels.files(target, chosen.wheels) if chosen.standalone else {}
     artifact.check_output(output, chosen.overwrite)
     if chosen.dumps is not None and not chosen.overwrite and chosen.dumps.exists() and any(chosen.dumps.iterdir()):
         raise UserError(f"the dumps folder '{chosen.dumps}' is not empty; name another one or add --overwrite")

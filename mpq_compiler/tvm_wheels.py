@@ -52,5 +52,5 @@ def _wheel(package: str, target: Target, folder: Path | None) -> tuple[list[str]
     raise UserError(
         f"there is no {wheel}{f' in {folder}' if folder else ''}: get TVM's runtime for {target.arch} by `pip download "
         f"--no-deps --only-binary=:all: --platform manylinux_2_28_{target.arch} -d wheels {get}`, and add "
-        "--standalone wheels"
+        "--wheels wheels"
     )

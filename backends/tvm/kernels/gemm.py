@@ -54,7 +54,7 @@ from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels import vmath
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, apply
-from mpq_compiler.backends.tvm.kernels.isa import Isa, Tile
+from mpq_compiler.backends.tvm.kernels.isa import ISAS, Isa, Tile
 from mpq_compiler.backends.tvm.kernels.problem import FEW_SEGMENTS, QuantMatmul, Segment, WeightLayout
 from mpq_compiler.backends.tvm.kernels.template import (
     BATCH,
@@ -263,7 +263,8 @@ class _Kernel:
     def _nanoseconds(self) -> float:
         """Of a sample, at the rate of dot products of a core or of reading weights from memory."""
         p = self.p
-        return max(p.rows * p.reduction * p.outputs / (8 * self.isa.vector), p.reduction * p.outputs * p.bits / 160)
+        products = 8 * self.isa.vector / self.isa.parts
+        return max(p.rows * p.reduction * p.outputs / products, p.reduction * p.outputs * p.bits / 160)
 
     def emit(self, batch: Any) -> None:
         """The whole kernel: pieces of work, which write disjoint parts of the output."""
@@ -580,7 +581,8 @@ class _Kernel:
 
         By dot products with ones. As many at once as a register has lanes: then their lanes are added up in a tree.
         """
-        isa, size, lanes = self.isa, self.isa.vector, self.isa.words
+        isa = ISAS[self.isa.name]  # however weights lie
+        size, lanes = isa.vector, isa.words
         whole, left = width // size, width % size
 
         def counted(dtype: str, first: int, last: int) -> Expr:
@@ -656,7 +658,7 @@ class _Kernel:
         own, isa = self.p.rows, self.isa  # rows of a sample
         # Whether registers hold the sums of that many beside what unpacking takes: more for int16 and for three bits.
         most = 12 if isa.weight == "int8" and self.p.bits != 3 else 8
-        spacious = isa.words > 8 or own * self.tile.vectors <= most
+        spacious = isa.words > 8 * isa.parts or own * self.tile.vectors * isa.parts <= most
 
         def few() -> None:
             some = own if spacious and 1 < own <= tall else 2
@@ -905,7 +907,7 @@ class _Kernel:
         units = -(-tile.rows // isa.unit)
         lanes, cells = isa.words * isa.unit, units * tile.vectors
         # With few accumulators the latency of the dot product would show: some steps get their own.
-        sets = max(1, 8 // (cells * isa.unit))
+        sets = max(1, 8 // (cells * isa.unit * isa.parts))
         starts = scratch(tile.rows, "int32")
         columns = scratch(tile.vectors * isa.vector, isa.weight)
         # In parts that are small enough for the stack, where a prefetch cannot touch them and LLVM sees it.

@@ -61,6 +61,7 @@ class Isa:
     unit:            rows whose sums lie together, of which one instruction computes two outputs each (usmmla)
     loss:            of speed with a row less in a micro-kernel
     split:           32-bit lanes of each output channel: they share the values of k, and are added up at the end
+    parts:           registers that the sums of `lanes` channels take
     """
 
     name: str
@@ -75,10 +76,11 @@ class Isa:
     unit: int = 1
     loss: float = 0.01
     split: int = 1
+    parts: int = 1
 
     @property
     def words(self) -> int:
-        """32-bit lanes of a register."""
+        """32-bit lanes of the sums of `lanes` channels."""
         return self.lanes * self.split
 
     @property
@@ -120,7 +122,12 @@ class Isa:
         return min(self.tiles, key=work)
 
     def narrowed(self, outputs: int, channels: int) -> Isa:
-        """The same registers for few outputs, several lanes for each, where that pads channels little."""
+        """The same registers for few outputs, several lanes for each, where that pads channels little.
+
+        With smull for any number of them: there a whole register for each takes activations as they lie in memory.
+        """
+        if self.instruction == "smull" and -channels % 16 <= channels // 4:
+            return replace(self, kpack=16, split=4, parts=4, tiles=(Tile(1, 4),), load_steps=1)
         split = 1
         while self.lanes >= 2 * split * max(4, outputs) and -channels % (2 * split * self.kpack) <= channels // 4:
             split *= 2
@@ -138,7 +145,7 @@ class Isa:
 
     def fitted(self, tile: Tile, rows: int) -> Tile:
         """The micro-kernel with fewer rows where a sample of `rows` rows then has less to compute twice."""
-        least = max(1, tile.rows - 2, -(-8 // tile.vectors))  # as many sums as hide the latency of a dot product
+        least = max(1, tile.rows - 2, -(-8 // (tile.vectors * self.parts)))  # as many sums as hide a product's latency
         top, most = tile.rows, self.tiles[0]
         if self.unit > 1 and 2 * self.unit <= rows < top:  # rather some rows twice than two at a time
             least, top = 2 * self.unit, rows // self.unit * self.unit
@@ -161,11 +168,14 @@ class Isa:
         if self.instruction == "sdot":
             return tirx.call_llvm_pure_intrin(i32, "llvm.aarch64.neon.sdot", acc, weights, activations)
         if self.instruction == "smull":
-            (a, b), (u, v) = ([tirx.Cast("int16x8", half) for half in _halves(x)] for x in (activations, weights))
-            pairs = tirx.call_llvm_pure_intrin(i32, "llvm.aarch64.neon.saddlp", a * u + b * v)
-            return acc + pairs
+            a, b = (tirx.Cast("int16x8", half) for half in _parts(activations, 2))
+            pairs = []
+            for part in _parts(weights, self.parts):
+                u, v = (tirx.Cast("int16x8", half) for half in _parts(part, 2))
+                pairs.append(tirx.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.saddlp", a * u + b * v))
+            return acc + _concatenated(pairs)
         if self.instruction == "usmmla":
-            name, parts = "llvm.aarch64.neon.usmmla", zip(_halves(acc), _halves(weights), strict=True)
+            name, parts = "llvm.aarch64.neon.usmmla", zip(_parts(acc, 2), _parts(weights, 2), strict=True)
             return _concatenated([tirx.call_llvm_pure_intrin(i32, name, a, activations, w) for a, w in parts])
         # LLVM 22 gave this intrinsic byte vectors; TVM's own schedule still passes int32 ones and fails.
         return tirx.call_llvm_pure_intrin(i32, f"llvm.x86.avx512.vpdpbusd.{32 * self.words}", acc, activations, weights)
@@ -174,7 +184,7 @@ class Isa:
         """acc + products of `vector` values and weights, each added to some lane of it."""
         if self.instruction != "usmmla":
             return self.dot(acc, values, weights)
-        for part in zip(_halves(values), _halves(weights), strict=True):
+        for part in zip(_parts(values, 2), _parts(weights, 2), strict=True):
             acc = tirx.call_llvm_pure_intrin(f"int32x{self.words}", "llvm.aarch64.neon.usdot", acc, *part)
         return acc
 
@@ -192,7 +202,7 @@ class Isa:
 
     def place(self, channel: Any, k: int) -> Any:
         """Where the weight of an output channel and value k of a step lies among those of the register."""
-        if self.instruction == "smull":  # its two halves are multiplied one after the other
+        if self.instruction == "smull" and self.split == 1:  # its two halves are multiplied one after the other
             return k // 2 * 2 * self.lanes + channel * 2 + k % 2
         return channel * self.kpack + k
 
@@ -209,6 +219,8 @@ class Isa:
         if self.unit > 1:
             return tirx.reinterpret(f"{self.activation}x16", _concatenated(words))
         (word,) = words
+        if self.parts > 1:
+            return tirx.reinterpret("int8x16", word)
         if self.instruction == "smull":
             first, second = (_element(tirx.reinterpret("int16x2", word), i) for i in range(2))
             every = _concatenated([tirx.Broadcast(first, self.lanes), tirx.Broadcast(second, self.lanes)])
@@ -255,8 +267,8 @@ class Isa:
         """table[indices] for `vector` bytes; table int8 (16 entries for each 16 bytes), indices u8 < 16."""
         signed = f"int8x{self.vector}"
         indices = tirx.reinterpret(signed, indices)
-        if self.instruction == "usmmla":  # tbl looks up 16 bytes
-            parts = zip(_halves(table), _halves(indices), strict=True)
+        if self.shuffle == _TBL:  # it looks up 16 bytes
+            parts = zip(*(_parts(x, self.vector // 16) for x in (table, indices)), strict=True)
             return _concatenated([tirx.call_llvm_pure_intrin("int8x16", self.shuffle, *part) for part in parts])
         return tirx.call_llvm_pure_intrin(signed, self.shuffle, table, indices)
 
@@ -265,13 +277,18 @@ def _element(vector: Expr, index: int) -> Expr:
     return tirx.Shuffle([vector], [tirx.IntImm("int32", index)])
 
 
-def _halves(vector: Expr) -> tuple[Expr, Expr]:
-    half = vmath.lanes(vector) // 2
-    first, second = ([tirx.IntImm("int32", side * half + i) for i in range(half)] for side in range(2))
-    return tirx.Shuffle([vector], first), tirx.Shuffle([vector], second)
+def _parts(vector: Expr, count: int) -> list[Expr]:
+    """The vector in so many equal parts."""
+    if count == 1:
+        return [vector]
+    size = vmath.lanes(vector) // count
+    lanes = ([tirx.IntImm("int32", at + i) for i in range(size)] for at in range(0, size * count, size))
+    return [tirx.Shuffle([vector], part) for part in lanes]
 
 
 def _concatenated(vectors: Sequence[Expr]) -> Expr:
+    if len(vectors) == 1:
+        return vectors[0]
     lanes = sum(vmath.lanes(v) for v in vectors)
     return tirx.Shuffle([*vectors], [tirx.IntImm("int32", i) for i in range(lanes)])
 

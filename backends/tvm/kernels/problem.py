@@ -296,7 +296,7 @@ def tiles(problem: QuantMatmul, isa: Isa) -> list[tuple[int, int]]:
 
     others = []
     for tile in (first,) if grouped else isa.tiles:
-        least = max(1, tile.rows - 2, -(-8 // tile.vectors))
+        least = max(1, tile.rows - 2, -(-8 // (tile.vectors * isa.parts)))
         heights = range(tile.rows, min(least, tile.rows) - 1, -isa.unit)
         few = problem.rows < heights[-1]  # then it does not matter
         others += [replace(tile, rows=rows) for rows in ([isa.fitted(tile, problem.rows).rows] if few else heights)]

@@ -1,9 +1,8 @@
 """A plan as a C program, with mpq.h for others, and mpq_run.c around it; what is generated is data (mpq_model.c).
 
 `write`, for `--emit c`: tables, a static memory plan, and the kernels' objects, which mpq.c runs; no runtime of TVM.
-Every call computes everything: nothing is kept between steps.
-
 `write_machine`, for `--standalone`: mpq_vm.c runs the functions of kernels.so by TVM's small runtime (`tvm_wheels`).
+
 What does not depend on the latents is computed where it is not that of the call before.
 """
 
@@ -21,7 +20,7 @@ from mpq_compiler.artifact import PROGRAM, SERVER
 from mpq_compiler.backends.tvm import templates
 from mpq_compiler.backends.tvm.kernels.template import Argument
 from mpq_compiler.backends.tvm.link import linker, sized
-from mpq_compiler.backends.tvm.lowered import Call, Kernel, Lowered, Value
+from mpq_compiler.backends.tvm.lowered import Call, Function, Kernel, Lowered, Value
 from mpq_compiler.targets import Target
 from mpq_compiler.tensorfile import ALIGNMENT
 
@@ -135,10 +134,12 @@ def _aligned(size: int) -> int:
 
 @dataclass(frozen=True)
 class _Steps:
-    """Calls in the table, and the memory of what they make on the way."""
+    """Calls in the table, and the memory of what they make on the way.
 
-    first: int
-    count: int
+    first: of the table, for each of the lists of calls and behind the last
+    """
+
+    first: list[int]
     bytes: int
     places: dict[str, int]
 
@@ -227,6 +228,9 @@ class _Model(_Tables):
     workspace_bytes: int
     operands: list[str] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
+    stages: list[str] = field(default_factory=list)
+    reads: list[str] = field(default_factory=list)
+    kept_bytes: int = 0
     signatures: dict[Kernel, tuple[list[Argument], list[Argument]]] = field(default_factory=dict)
 
     def text(self) -> str:
@@ -236,29 +240,33 @@ class _Model(_Tables):
         held, held_bytes, copies = self._held()
         begin = {name: ("MPQ_HELD", at) for name, at in held.items()}
         stored = {value.name: ("MPQ_FILE", self.weights.places[value.name][0]) for value in lowered.stored} | begin
-        prepare = self._steps(lowered.preparation, stored, 0, ())
+        prepare = self._steps([lowered.preparation], stored, 0, ())
         peak = prepare.bytes
         functions, steps, tables = [], [], []
         for function in lowered.functions:
             for batch in function.batches:
                 name = function.name(batch)
-                kept = {n: stored[n] for n in lowered.prepared}
+                kept = self._kept(function, batch)
                 ends = [*function.inputs, function.output]
-                own = self._steps(function.calls, kept, batch, ends)
+                lists = [*(part.calls for part in function.parts), function.own]
+                own = self._steps(lists, kept | {n: stored[n] for n in lowered.prepared}, batch, ends)
+                first_stage = self._stages(function, batch, own, kept)
                 peak = max(peak, own.bytes)
                 inputs = ", ".join(str(own.places[v.name]) for v in function.inputs)
                 tables.append(f"static const uint64_t inputs_{name}[] = {{{inputs}}};")
                 described = self._tensors(function.inputs, batch)
                 tables.append(f"static const mpq_tensor tensors_{name}[] = {{{described}}};")
                 output = self._tensor("sample", function.output, batch)
-                functions.append(f'{{"{name}", {len(function.inputs)}, tensors_{name}, {output}, {own.count}}}')
-                steps.append(f"{{{own.first}, {own.count}, inputs_{name}, {own.places[function.output.name]}}}")
+                count = own.first[-1] - own.first[0]
+                functions.append(f'{{"{name}", {len(function.inputs)}, tensors_{name}, {output}, {count}}}')
+                calls = f"{own.first[-2]}, {own.first[-1] - own.first[-2]}, {first_stage}, {len(function.parts)}"
+                steps.append(f"{{{calls}, inputs_{name}, {own.places[function.output.name]}}}")
         kernels = sorted(kernel.name for kernel in self.signatures)
         workspace = _aligned(self.workspace_bytes + 64 * ALIGNMENT)
         plan = [
-            held_bytes, max(peak, ALIGNMENT), workspace, "shapes", "operands", len(self.operands),
-            "calls", "copies", len(copies), f"{{{prepare.first}, {prepare.count}, NULL, 0}}",
-            "steps",
+            held_bytes, max(peak, ALIGNMENT), max(self.kept_bytes, ALIGNMENT), workspace, "shapes", "operands",
+            len(self.operands), "calls", "stages", len(self.stages), "reads", "copies", len(copies),
+            f"{{{prepare.first[0]}, {prepare.first[1] - prepare.first[0]}, 0, 0, NULL, 0}}", "steps",
         ]  # fmt: skip
         return "\n".join(
             [
@@ -269,6 +277,8 @@ class _Model(_Tables):
                 _table("int64_t", "shapes", map(str, self.shapes)),
                 _table("mpq_operand", "operands", self.operands),
                 _table("mpq_call", "calls", self.calls),
+                _table("mpq_stage", "stages", self.stages or ["{0}"]),
+                _table("mpq_read", "reads", self.reads or ["{0}"]),
                 _table("mpq_copy", "copies", copies or ["{0, 0, 0}"]),
                 *tables,
                 *self.build(functions),
@@ -294,6 +304,31 @@ class _Model(_Tables):
                 at += _aligned(sizes[name])
         return held, max(at, ALIGNMENT), copies
 
+    def _keep(self, size: int) -> int:
+        """Room for so many bytes that stay between calls."""
+        at = self.kept_bytes
+        self.kept_bytes += _aligned(size)
+        return at
+
+    def _kept(self, function: Function, batch: int) -> dict[str, tuple[str, int]]:
+        """Where what the parts make lies."""
+        made = (value for part in function.parts for value in part.outputs)
+        return {v.name: ("MPQ_KEPT", self._keep(_bytes(sized(v.shape, batch), v.dtype))) for v in made}
+
+    def _stages(
+        self, function: Function, batch: int, steps: _Steps, kept: Mapping[str, tuple[str, int]]
+    ) -> int:
+        """Adds the parts to the table; the number of the first."""
+        first_stage = len(self.stages)
+        for part, first, end in zip(function.parts, steps.first, steps.first[1:], strict=False):
+            begin = len(self.reads)
+            for value in part.inputs:
+                space, at = kept.get(value.name) or ("MPQ_CALL", steps.places[value.name])
+                size = _bytes(sized(value.shape, batch), value.dtype)
+                self.reads.append(f"{{{space}, {at}, {self._keep(size)}, {size}}}")
+            self.stages.append(f"{{{first}, {end - first}, {begin}, {len(part.inputs)}}}")
+        return first_stage
+
     def _results(self, calls: Iterable[Call], batch: int) -> dict[str, int]:
         """Bytes of what calls make."""
         found: dict[str, int] = {}
@@ -304,12 +339,17 @@ class _Model(_Tables):
         return found
 
     def _steps(
-        self, calls: Sequence[Call], kept: Mapping[str, tuple[str, int]], batch: int, ends: Sequence[Value]
+        self,
+        lists: Sequence[Sequence[Call]],
+        kept: Mapping[str, tuple[str, int]],
+        batch: int,
+        ends: Sequence[Value],
     ) -> _Steps:
-        """Adds the calls to the tables.
+        """Adds lists of calls, which run one after the other, to the tables.
 
         kept: space and offset of tensors that stay; ends: inputs and, last, the output, which is needed to the end.
         """
+        calls = [call for each in lists for call in each]
         sizes = {name: size for name, size in self._results(calls, batch).items() if name not in kept}
         alive = {}
         for value in ends[:-1]:
@@ -323,10 +363,10 @@ class _Model(_Tables):
             alive[value.name] = (alive[value.name][0], len(calls))
         places, size = offsets({name: sizes[name] for name in alive}, alive)
         where = {**{name: ("MPQ_CALL", at) for name, at in places.items()}, **kept}
-        first = len(self.calls)
+        first = [len(self.calls) + sum(map(len, lists[:i])) for i in range(len(lists) + 1)]
         for call in calls:
             self._call(call, where, batch)
-        return _Steps(first, len(calls), size, places)
+        return _Steps(first, size, places)
 
     def _call(self, call: Call, where: Mapping[str, tuple[str, int]], batch: int) -> None:
         inputs, outputs = self.signatures[call.kernel]

@@ -43,16 +43,16 @@ enum { CPU = 1, TENSOR = 7 };
 
 struct mpq_model {
     int threads;
-    char *file, *held, *call;
+    char *file, *held, *call, *kept;
+    bool *known; /* of each stage: whether what it made is kept */
     tensor *tensors;
     argument *arguments;
     void (*watcher)(void *, const char *);
     void *watching;
 };
 
-static int run_calls(mpq_model *model, const mpq_steps *steps) {
-    if (model->watcher) model->watcher(model->watching, NULL);
-    for (uint32_t i = steps->first; i < steps->first + steps->count; i++) {
+static int run_calls(mpq_model *model, uint32_t first, uint32_t count) {
+    for (uint32_t i = first; i < first + count; i++) {
         const mpq_call *each = &plan->calls[i];
         argument result = {0};
         if (each->kernel(NULL, model->arguments + each->first, (int32_t)each->count, &result)) {
@@ -61,6 +61,24 @@ static int run_calls(mpq_model *model, const mpq_steps *steps) {
         }
         if (model->watcher) model->watcher(model->watching, each->name);
     }
+    return 0;
+}
+
+/* Computes a stage where it reads something else than when it was computed. */
+static int run_stage(mpq_model *model, uint32_t number) {
+    const mpq_stage *stage = &plan->stages[number];
+    bool known = model->known[number] && !model->watcher;
+    for (uint32_t i = stage->read; i < stage->read + stage->reads; i++) {
+        const mpq_read *each = &plan->reads[i];
+        char *now = (each->space == MPQ_KEPT ? model->kept : model->call) + each->at, *then = model->kept + each->copy;
+        if (known && !memcmp(now, then, each->bytes)) continue;
+        memcpy(then, now, each->bytes);
+        known = false;
+    }
+    if (known) return 0;
+    model->known[number] = false;
+    if (run_calls(model, stage->first, stage->count)) return -1;
+    model->known[number] = true;
     return 0;
 }
 
@@ -81,12 +99,15 @@ mpq_model *mpq_open(const char *weights, int threads) {
         free(model);
         return NULL;
     }
+    uint64_t memory = plan->held_bytes + plan->call_bytes + plan->kept_bytes;
     model->held = room(plan->held_bytes);
     model->call = room(plan->call_bytes);
+    model->kept = room(plan->kept_bytes);
+    model->known = calloc(plan->stage_count + 1, sizeof *model->known);
     model->tensors = calloc(plan->operand_count, sizeof *model->tensors);
     model->arguments = calloc(plan->operand_count, sizeof *model->arguments);
-    bool all = model->held && model->call && model->tensors && model->arguments;
-    if (!all) fail("there is no memory for %llu bytes", (unsigned long long)(plan->held_bytes + plan->call_bytes));
+    bool all = model->held && model->call && model->kept && model->known && model->tensors && model->arguments;
+    if (!all) fail("there is no memory for %llu bytes", (unsigned long long)memory);
     model->threads = threads > 0 ? threads : (int)sysconf(_SC_NPROCESSORS_ONLN);
     pool.ends = free_workspace;
     int code = all ? use_threads(model->threads) : 0;
@@ -98,7 +119,7 @@ mpq_model *mpq_open(const char *weights, int threads) {
         mpq_close(model);
         return NULL;
     }
-    char *const spaces[] = {model->file, model->held, model->call};
+    char *const spaces[] = {model->file, model->held, model->call, model->kept};
     for (uint32_t i = 0; i < plan->operand_count; i++) {
         const mpq_operand *o = &plan->operands[i];
         model->tensors[i] = (tensor){
@@ -109,7 +130,7 @@ mpq_model *mpq_open(const char *weights, int threads) {
     }
     for (uint32_t i = 0; i < plan->copy_count; i++)
         memcpy(model->held + plan->copies[i].to, model->file + plan->copies[i].from, plan->copies[i].bytes);
-    if (run_calls(model, &plan->prepare)) {
+    if (run_calls(model, plan->prepare.first, plan->prepare.count)) {
         mpq_close(model);
         return NULL;
     }
@@ -122,10 +143,15 @@ int mpq_run(mpq_model *model, int function, const void *const *inputs, void *out
     const mpq_steps *steps = &plan->steps[function];
     use_threads(model->threads);
     for (int i = 0; i < own->inputs; i++) memcpy(model->call + steps->inputs[i], inputs[i], own->input[i].bytes);
-    if (run_calls(model, steps)) return -1;
+    if (model->watcher) model->watcher(model->watching, NULL);
+    for (uint32_t i = 0; i < steps->stages; i++)
+        if (run_stage(model, steps->stage + i)) return -1;
+    if (run_calls(model, steps->first, steps->count)) return -1;
     memcpy(output, model->call + steps->output, own->output.bytes);
     return 0;
 }
+
+void mpq_forget(mpq_model *model) { memset(model->known, 0, plan->stage_count * sizeof *model->known); }
 
 int mpq_watch(mpq_model *model, void (*watcher)(void *data, const char *kernel), void *data) {
     model->watcher = watcher;
@@ -135,7 +161,7 @@ int mpq_watch(mpq_model *model, void (*watcher)(void *data, const char *kernel),
 
 size_t mpq_bytes(const mpq_model *model) {
     uint64_t tables = plan->operand_count * (sizeof(tensor) + sizeof(argument));
-    return plan->held_bytes + plan->call_bytes + (uint64_t)model->threads * plan->workspace_bytes + tables;
+    return plan->held_bytes + plan->call_bytes + plan->kept_bytes + (uint64_t)model->threads * plan->workspace_bytes + tables;
 }
 
 void mpq_close(mpq_model *model) {
@@ -145,6 +171,8 @@ void mpq_close(mpq_model *model) {
     munmap(model->file, build->weights.bytes);
     free(model->held);
     free(model->call);
+    free(model->kept);
+    free(model->known);
     free(model->tensors);
     free(model->arguments);
     free(model);

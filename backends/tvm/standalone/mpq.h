@@ -23,7 +23,7 @@ typedef struct {
     int inputs;
     const mpq_tensor *input;
     mpq_tensor output;
-    int calls; /* of kernels; 0 where the program does not know them */
+    int calls; /* of kernels, where nothing is known; 0 where the program does not know them */
 } mpq_function;
 
 typedef struct mpq_model mpq_model;
@@ -40,8 +40,12 @@ mpq_model *mpq_open(const char *weights, int threads);
  * nothing of its own. 0, or -1 with mpq_error(). One call at a time. */
 int mpq_run(mpq_model *model, int function, const void *const *inputs, void *output);
 
+/* The next call computes everything; others only what their inputs, the latents aside, were not known for: timesteps and
+ * texts are those of the call of this function before. No bit depends on it. */
+void mpq_forget(mpq_model *model);
+
 /* For timing: from now on mpq_run() calls `watcher` with NULL once the inputs are in place, and with a kernel's name
- * behind each call of one. NULL: no longer. 0, or -1 with mpq_error() where the program does not know them. */
+ * behind each call of one, and computes everything. NULL: no longer. 0, or -1 with mpq_error() where the program does not know them. */
 int mpq_watch(mpq_model *model, void (*watcher)(void *data, const char *kernel), void *data);
 
 /* Memory that the model keeps, beside the file that it maps. */

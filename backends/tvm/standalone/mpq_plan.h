@@ -20,8 +20,9 @@ extern const mpq_build mpq_the_build;
 
 /* ------------------------------------------------------------------------------- mpq.c: calls of kernels */
 
-/* Where a tensor lies: in the mapped file, in the memory of the prepared weights, or in that of a call. */
-enum { MPQ_FILE, MPQ_HELD, MPQ_CALL };
+/* Where a tensor lies: in the mapped file, in the memory of the prepared weights, in that of a call, or in that of what
+ * is kept between calls. */
+enum { MPQ_FILE, MPQ_HELD, MPQ_CALL, MPQ_KEPT };
 
 typedef struct {
     uint8_t space, type_code, type_bits, ndim;
@@ -38,8 +39,21 @@ typedef struct {
     uint32_t first, count; /* of mpq_plan.operands */
 } mpq_call;
 
+/* What a part reads, and where a copy of it lies (MPQ_KEPT) from when the part was computed. */
+typedef struct {
+    uint8_t space;
+    uint64_t at, copy, bytes;
+} mpq_read;
+
+/* What does not depend on the latents: what it makes is kept until it reads something else. */
 typedef struct {
     uint32_t first, count; /* of mpq_plan.calls */
+    uint32_t read, reads; /* of mpq_plan.reads */
+} mpq_stage;
+
+typedef struct {
+    uint32_t first, count; /* of mpq_plan.calls */
+    uint32_t stage, stages; /* of mpq_plan.stages, which come before those calls */
     const uint64_t *inputs; /* offsets in the memory of a call */
     uint64_t output;
 } mpq_steps;
@@ -49,11 +63,14 @@ typedef struct {
 } mpq_copy;
 
 typedef struct {
-    uint64_t held_bytes, call_bytes, workspace_bytes;
+    uint64_t held_bytes, call_bytes, kept_bytes, workspace_bytes;
     const int64_t *shapes;
     const mpq_operand *operands;
     uint32_t operand_count;
     const mpq_call *calls;
+    const mpq_stage *stages;
+    uint32_t stage_count;
+    const mpq_read *reads;
     const mpq_copy *copies; /* small tensors of the file, which are not aligned there */
     uint32_t copy_count;
     mpq_steps prepare; /* once, when the weights are opened */

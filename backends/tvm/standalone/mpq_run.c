@@ -1,9 +1,10 @@
 /* Runs a compiled denoiser on safetensors files:
  *
  *   mpq_run [--weights FILE] [--inputs FILE] [--output FILE] [--function NAME] [--threads N] [--repeat N]
- *           [--profile kernels]
+ *           [--reuse yes] [--profile kernels]
  *
- * Without inputs all are zeros. Times go to standard output. `--profile kernels` adds those of each call of a kernel, in
+ * Without inputs all are zeros. Times go to standard output: of calls that compute everything, with `--reuse yes` of calls
+ * that know what depends on timesteps and texts alone. `--profile kernels` adds those of each call of a kernel, in
  * order; of one thread it takes CPU time, which leaves out what else the device does. */
 #define _POSIX_C_SOURCE 200809L
 #include "mpq.h"
@@ -123,12 +124,12 @@ static const char *device(void) {
 
 int main(int count, char **words) {
     const char *weights = "weights.safetensors", *inputs = NULL, *output = NULL, *name = NULL, *profiled = NULL;
-    int threads = 1, repeat = 1, functions, chosen = 0;
+    int threads = 1, repeat = 1, reuse = 0, functions, chosen = 0;
     for (int i = 1; i < count; i++) {
         const char *option = words[i], *value = i + 1 < count ? words[i + 1] : NULL;
         if (!strcmp(option, "--help")) {
             puts("mpq_run [--weights FILE] [--inputs FILE] [--output FILE] [--function NAME] [--threads N] [--repeat N]\n"
-                 "        [--profile kernels]");
+                 "        [--reuse yes] [--profile kernels]");
             return 0;
         }
         if (!value) return refuse("this option needs a value, or is not known:", option);
@@ -138,6 +139,7 @@ int main(int count, char **words) {
         else if (!strcmp(option, "--function")) name = value;
         else if (!strcmp(option, "--threads")) threads = atoi(value);
         else if (!strcmp(option, "--repeat")) repeat = atoi(value);
+        else if (!strcmp(option, "--reuse") && !strcmp(value, "yes")) reuse = 1;
         else if (!strcmp(option, "--profile") && !strcmp(value, "kernels")) profiled = value;
         else return refuse("this option is not known:", option);
         i++;
@@ -178,6 +180,7 @@ int main(int count, char **words) {
     printf("%s: opened in %.1f ms, %.1f MiB beside the weights\n", own->name, now(each.clock) - begin,
            (double)mpq_bytes(model) / (1 << 20));
     for (int i = 0; i < repeat; i++) {
+        if (!reuse) mpq_forget(model);
         begin = now(each.clock);
         if (mpq_run(model, chosen, data, result)) return refuse(mpq_error(), "");
         times[i] = now(each.clock) - begin;

@@ -271,6 +271,10 @@ int mpq_run(mpq_model *model, int function, const void *const *inputs, void *out
     return 0;
 }
 
+void mpq_forget(mpq_model *model) {
+    for (int i = 0; i < build->function_count; i++) model->entries[i].ready = false;
+}
+
 int mpq_watch(mpq_model *model, void (*watcher)(void *data, const char *kernel), void *data) {
     (void)model, (void)watcher, (void)data;
     fail("TVM's runtime does not tell its kernels: compile with --emit c in place of --standalone");

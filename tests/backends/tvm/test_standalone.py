@@ -193,9 +193,11 @@ def test_what_a_program_on_tvms_runtime_refuses(tmp_path):
     with pytest.raises(
         UserError, match=r"there is no apache_tvm-.*aarch64\.whl in .*: get TVM's runtime .* `pip download"
     ):
-        compiler.compile(packed.BUNDLED, tmp_path / "out.mpq", target="aarch64-neon", standalone=str(tmp_path))
+        compiler.compile(packed.BUNDLED, tmp_path / "out.mpq", target="aarch64-neon", standalone=True, wheels=tmp_path)
     with pytest.raises(UserError, match="--standalone needs compiled kernels; 'onnx' has none"):
         compiler.compile(packed.BUNDLED, tmp_path / "out.mpq", target="onnx", standalone=True)
+    with pytest.raises(UserError, match="--wheels holds TVM's runtime for --standalone: add that"):
+        compiler.compile(packed.BUNDLED, tmp_path / "out.mpq", wheels=tmp_path)
     with pytest.raises(UserError, match="leave one of them out"):
         compiler.compile(packed.BUNDLED, tmp_path / "out.mpq", emit="c", standalone=True)
 
@@ -223,18 +225,20 @@ for name in ("timestep", "encoder_hidden_states", "sample"):
     other = run({**given, name: np.ascontiguousarray(given[name][::-1])})
     assert not np.array_equal(first, other), name
     assert np.array_equal(run(given), first), name
+    mpq.mpq_forget(ctypes.c_void_p(model))
+    assert np.array_equal(run(given), first), name
 mpq.mpq_close(ctypes.c_void_p(model))
 """
 
 
-def test_a_program_on_tvms_runtime_computes_what_is_new(inputs, tmp_path):
+@pytest.mark.parametrize("emit", ["c", "machine"])
+def test_a_program_computes_what_is_new(emit, inputs, tmp_path):
     """As a library in another program: what it keeps of timesteps and texts is theirs."""
     name, weights, target = MACHINES[0]
-    folder = program(name, weights, target, "machine")
-    sources = [str(folder / source) for source in ("mpq_vm.c", standalone.MODEL)]
-    subprocess.run(
-        ["gcc", *standalone.LINKED, "-shared", "-fPIC", *sources, "-ldl", "-o", tmp_path / "libmpq.so"], check=True
-    )
+    folder = program(name, weights, target, emit)
+    sources = [standalone.MODEL, *(("mpq.c", standalone.KERNELS) if emit == "c" else ("mpq_vm.c",))]
+    command = ["gcc", *standalone.LINKED, "-shared", "-fPIC", *(str(folder / source) for source in sources)]
+    subprocess.run([*command, "-ldl", "-lpthread", "-lm", "-o", tmp_path / "libmpq.so"], check=True)
     function = artifact.read(folder).manifest["functions"][1]
     names = ",".join(value["name"] for value in function["inputs"])
     given = (str(folder / artifact.WEIGHTS), str(inputs(name, weights)), names)
