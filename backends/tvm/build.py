@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from mpq_compiler.artifact import KERNELS, WEIGHTS
 from mpq_compiler.backends import Built, Progress
 from mpq_compiler.backends.tvm import tune as tune_
 from mpq_compiler.backends.tvm.emit import OUTPUT, lower
-from mpq_compiler.backends.tvm.lowered import BATCH, Call, Function, Kernel, Lowered, Part, Value
+from mpq_compiler.backends.tvm.lowered import BATCH, Call, Function, Kernel, Lowered, Made, Part, Value
 from mpq_compiler.backends.tvm.worker import Crash, Failure, Worker
 from mpq_compiler.errors import UserError
 from mpq_compiler.program import Program
@@ -211,20 +210,6 @@ def compile_library(
             return output.read_bytes(), len(kernels) - len(missing), memory
 
 
-@dataclass(frozen=True)
-class Made:
-    """The kernels' objects, the library of them and of the plan.
-
-    workspace_bytes: that a kernel takes in a thread, at most. held_bytes: that TVM's runtime takes, for prepared
-    weights and the largest function
-    """
-
-    objects: Sequence[Path]
-    library: Path
-    workspace_bytes: int
-    held_bytes: int
-
-
 def _standalone(
     lowered: Lowered, target: Target, tensors: Mapping[str, Any], worker: Worker, made: Made, machine: bool
 ) -> dict[str, bytes]:
@@ -237,11 +222,7 @@ def _standalone(
         folder.mkdir()
         try:
             places = tensorfile.places(tensors)
-            if machine:
-                names = worker("machine", folder, lowered, target, made.library, weights, places, made.held_bytes)
-            else:
-                own = (made.objects, weights, places, made.workspace_bytes)
-                names = worker("standalone", folder, lowered, target, *own)
+            names = worker("standalone", folder, lowered, target, made, weights, places, machine)
         except (Crash, Failure) as error:
             raise UserError(f"the program for '{target.name}' cannot be linked: {error}; report the model") from error
         return {name: (folder / name).read_bytes() for name in names}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mpq_compiler.numerics import F32, FEATURES
@@ -186,3 +187,17 @@ class Lowered:
         yield from self.preparation
         for function in self.functions:
             yield from function.calls
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a plan was compiled to: the kernels' objects, the library of them and of the plan.
+
+    workspace_bytes: that a kernel takes in a thread, at most. held_bytes: that TVM's runtime takes, for prepared
+    weights and the largest function
+    """
+
+    objects: Sequence[Path]
+    library: Path
+    workspace_bytes: int
+    held_bytes: int

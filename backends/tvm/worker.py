@@ -123,21 +123,14 @@ def _link(lowered: Any, target: Any, objects: list[str], output: str) -> dict[st
 
 
 def _standalone(
-    folder: Path, lowered: Any, target: Any, objects: list[Path], weights: Path, places: Any, workspace: int
+    folder: Path, lowered: Any, target: Any, made: Any, weights: Path, places: Any, machine: bool
 ) -> list[str]:
     from mpq_compiler.backends.tvm import standalone
 
     described = standalone.Weights(standalone.describe(weights), places)
-    return standalone.write(folder, lowered, target, objects, described, workspace)
-
-
-def _machine(
-    folder: Path, lowered: Any, target: Any, library: Path, weights: Path, places: Any, held: int
-) -> list[str]:
-    from mpq_compiler.backends.tvm import standalone
-
-    described = standalone.Weights(standalone.describe(weights), places)
-    return standalone.write_machine(folder, lowered, target, library, described, held)
+    if machine:
+        return standalone.write_machine(folder, lowered, target, made.library, described, made.held_bytes)
+    return standalone.write(folder, lowered, target, made.objects, described, made.workspace_bytes)
 
 
 def _tune(kernel: Any, target: Any) -> list[tuple[int, int, float]]:
@@ -147,7 +140,7 @@ def _tune(kernel: Any, target: Any) -> list[tuple[int, int, float]]:
 
 
 REQUESTS: dict[str, Callable[..., Any]] = {
-    "compile": _compile, "link": _link, "standalone": _standalone, "machine": _machine, "tune": _tune,
+    "compile": _compile, "link": _link, "standalone": _standalone, "tune": _tune,
 }  # fmt: skip
 
 
