@@ -17,7 +17,6 @@ import functools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,12 +34,12 @@ import tvm_ffi
 from benchmarks.kernels import kernel, problems
 from benchmarks.machine import provenance
 from mpq_compiler import runtime, targets
-from mpq_compiler.backends.tvm import peak, standalone, templates
+from mpq_compiler.backends.tvm import peak, templates
 from mpq_compiler.backends.tvm.kernels.attention import Attention
 from mpq_compiler.backends.tvm.kernels.isa import ISAS, isa
 from mpq_compiler.backends.tvm.kernels.norms import GroupNorm, LayerNorm
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
-from mpq_compiler.backends.tvm.link import linker
+from mpq_compiler.backends.tvm.link import compile_pool
 from mpq_compiler.tvm_runtime import VirtualMachine
 
 VALID = 1.9
@@ -100,12 +99,8 @@ class _Value(ctypes.Structure):
 @functools.cache
 def pool() -> ctypes.CDLL:
     """The threads of artifacts, which kernels that are compiled from now on in this process call for their loops."""
-    source = Path(standalone.__file__).with_name("mpq_pool.c")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "pool.so")
-        command = [linker(targets.resolve("native")), "-std=gnu11", "-O2", "-shared", "-fPIC", str(source)]
-        subprocess.run([*command, "-o", str(path)], check=True)
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(compile_pool(targets.resolve("native"), Path(folder, "pool.so"), "-shared")))
     use_threads(library, 1)
     launch = ctypes.c_void_p.in_dll(library, "__TVMBackendParallelLaunch")
     name = b"__TVMBackendParallelLaunch"

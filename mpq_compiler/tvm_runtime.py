@@ -76,14 +76,15 @@ def _import_tvm_ffi() -> ModuleType:
 
 
 @functools.cache
-def _load() -> tuple[ModuleType, ctypes.CDLL]:
-    """(tvm_ffi, the runtime library), loaded once."""
+def _load() -> ModuleType:
+    """tvm_ffi, with the runtime library, loaded once."""
     path = library_path()
     tvm_ffi = _import_tvm_ffi()
     try:
-        return tvm_ffi, ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise UserError(f"the TVM runtime {path} cannot be loaded ({error}); install it again") from error
+    return tvm_ffi
 
 
 @functools.cache
@@ -133,7 +134,7 @@ class VirtualMachine:
         """
         kernels = artifact.file(KERNELS)
         _require_version(artifact)
-        self._ffi, _ = _load()
+        self._ffi = _load()
         self.threads = min(threads, usable_cores())
         library = self._load_kernels(kernels, artifact.manifest["files"][KERNELS]["sha256"])
         self._use_threads = library.get_function("mpq_use_threads", query_imports=True)

@@ -61,11 +61,17 @@ def export(compiled: Any, target: Target, output: Path, objects: Sequence[Path] 
     """Writes the library of a compiled module and more objects, with threads of its own (mpq_pool.c)."""
     compiler, options = linker(target), ["-Wl,--strip-all", "-Wl,--build-id=none", "-Wl,-z,noexecstack"]
     with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
-        pool, source = Path(folder, "pool.o"), Path(__file__).parent / "standalone" / "mpq_pool.c"
-        command = [compiler, "-std=gnu11", "-O2", "-fPIC", "-c", str(source), "-o", str(pool)]
-        subprocess.run(command, check=True, capture_output=True)
+        pool = compile_pool(target, Path(folder, "pool.o"), "-c")
         addons = [str(path) for path in (*objects, pool)]
         compiled.export_library(str(output), fcompile=cc.cross_compiler(compiler, options=options), addons=addons)
+
+
+def compile_pool(target: Target, output: Path, kind: str) -> Path:
+    """Writes mpq_pool.c as an object (``-c``) or as a library (``-shared``)."""
+    source = Path(__file__).parent / "standalone" / "mpq_pool.c"
+    command = [linker(target), "-std=gnu11", "-O2", "-fPIC", kind, str(source), "-o", str(output)]
+    subprocess.run(command, check=True, capture_output=True)
+    return output
 
 
 def linker(target: Target) -> str:

@@ -175,7 +175,7 @@ class WeightLayout:
     element e of step d at bit ``bits * d``; 3 bits are a plane of 2 bits (two byte vectors, the first for
     steps 0 to 3) and, behind it, one of 1 bit.
 
-    isa: as given, or `narrowed` to few outputs: then lane and kpack are those of several lanes together
+    isa: as given, or `narrowed`: then lane and kpack are those of several lanes together
     """
 
     problem: QuantMatmul

@@ -8,6 +8,7 @@ What does not depend on the latents is computed where it is not that of the call
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -363,7 +364,7 @@ class _Model(_Tables):
             alive[value.name] = (alive[value.name][0], len(calls))
         places, size = offsets({name: sizes[name] for name in alive}, alive)
         where = {**{name: ("MPQ_CALL", at) for name, at in places.items()}, **kept}
-        first = [len(self.calls) + sum(map(len, lists[:i])) for i in range(len(lists) + 1)]
+        first = [*itertools.accumulate(map(len, lists), initial=len(self.calls))]
         for call in calls:
             self._call(call, where, batch)
         return _Steps(first, size, places)

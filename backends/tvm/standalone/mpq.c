@@ -108,7 +108,7 @@ mpq_model *mpq_open(const char *weights, int threads) {
     model->arguments = calloc(plan->operand_count, sizeof *model->arguments);
     bool all = model->held && model->call && model->kept && model->known && model->tensors && model->arguments;
     if (!all) fail("there is no memory for %llu bytes", (unsigned long long)memory);
-    model->threads = threads > 0 ? threads : (int)sysconf(_SC_NPROCESSORS_ONLN);
+    model->threads = thread_count(threads);
     pool.ends = free_workspace;
     int code = all ? use_threads(model->threads) : 0;
     if (code) {

@@ -42,6 +42,9 @@ static bool is_function(int number) {
     return known;
 }
 
+/* 0: one for each CPU. */
+static int thread_count(int threads) { return threads > 0 ? threads : (int)sysconf(_SC_NPROCESSORS_ONLN); }
+
 /* ------------------------------------------------------------------------------------------------ the CPU */
 
 #ifdef __aarch64__

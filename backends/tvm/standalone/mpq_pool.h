@@ -27,6 +27,8 @@ static struct {
     void (*ends)(void); /* called by every thread that ends */
 } pool = {.busy = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .threads = 1};
 
+__attribute__((constructor)) static void begin(void) { pool.owner = getpid(); }
+
 static _Thread_local int wanted = 1; /* threads for the loops of this one */
 
 static void relax(void) {
@@ -89,7 +91,7 @@ static int launch(lambda work, void *data, int tasks) {
 static int use_threads(int threads) {
     wanted = threads > 0 ? threads : 1;
     if (wanted >= 1 << TAKING_PART) wanted = (1 << TAKING_PART) - 1;
-    if (pool.owner != getpid()) { /* or a copy of a process that had threads: the copy has none */
+    if (pool.owner != getpid()) { /* a copy of a process that had threads has none */
         pthread_mutex_init(&pool.busy, NULL);
         pthread_mutex_init(&pool.lock, NULL);
         pthread_cond_init(&pool.wake, NULL);

@@ -196,7 +196,7 @@ mpq_model *mpq_open(const char *weights, int threads) {
     if (!fits_cpu()) return NULL;
     mpq_model *model = calloc(1, sizeof *model);
     if (!model) return fail("there is no memory");
-    model->threads = threads > 0 ? threads : (int)sysconf(_SC_NPROCESSORS_ONLN);
+    model->threads = thread_count(threads);
     const char *end = strrchr(weights, '/');
     snprintf(folder, sizeof folder, "%.*s", end ? (int)(end - weights) : 1, end ? weights : ".");
     model->parts = calloc((size_t)machine->parts + 1, sizeof *model->parts);
