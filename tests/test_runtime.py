@@ -415,6 +415,31 @@ def test_threads_of_a_library(path):
     python(code, path, OPENBLAS_NUM_THREADS="1")  # NumPy's own end with a fork
 
 
+@pytest.mark.skipif(
+    tuple(map(int, os.uname().release.split(".")[:2])) < (6, 1)
+    or "never" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().partition("[")[2].partition("]")[0],
+    reason="this system collapses no pages",
+)
+def test_weights_move_to_large_pages():
+    code = """
+    import mmap
+    import numpy as np
+    from mpq_compiler import tvm_runtime
+    tvm_ffi = tvm_runtime._load()
+    def large():
+        with open("/proc/self/smaps_rollup") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
+    memory = mmap.mmap(-1, 16 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    values = np.frombuffer(memory, np.float32)
+    values[:] = np.arange(values.size)
+    before = large()
+    tvm_runtime._use_large_pages([tvm_ffi.from_dlpack(part) for part in values.reshape(2, -1)])
+    assert large() - before >= 12 << 10, (before, large())  # all but what lies at the ends, in KiB
+    assert (values == np.arange(values.size)).all()
+    """
+    python(code)
+
+
 def test_a_runtime_library_by_name(path, tmp_path):
     library = tmp_path / "elsewhere.so"
     library.write_bytes(tvm_runtime.library_path().read_bytes())
