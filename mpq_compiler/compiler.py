@@ -431,15 +431,16 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
     if chosen.threads is not None and chosen.threads < 1:
         raise UserError(f"threads is {chosen.threads}; it must be at least 1")
     target = targets.resolve(chosen.target)
-    targets.require_implemented(target)
     backend = _backend(target)
-    if chosen.tune and "tune" not in inspect.signature(backend.build).parameters:
+    if chosen.tune and (target.is_cuda or "tune" not in inspect.signature(backend.build).parameters):
         raise UserError(f"--tune measures kernels of CPU targets; '{target.name}' has none to choose: leave it out")
     if chosen.emit not in (None, "c"):
         raise UserError(f"--emit '{chosen.emit}' is not known: it is 'c' or left out")
     option = "--standalone" if chosen.standalone else "--emit c" if chosen.emit else None
-    if option and "emit" not in inspect.signature(backend.build).parameters:
-        raise UserError(f"{option} needs compiled kernels; '{target.name}' has none: leave it out")
+    if option and (target.is_cuda or "emit" not in inspect.signature(backend.build).parameters):
+        raise UserError(f"{option} makes a program of kernels for CPUs; '{target.name}' has none: leave it out")
+    if target.is_cuda:
+        backend.require_compiler()
     if chosen.emit and chosen.standalone:
         raise UserError("--standalone and --emit c both make the program mpq_run: leave one of them out")
     if chosen.wheels is not None and not chosen.standalone:
@@ -832,7 +833,6 @@ def candidate_plans(
     chosen = Options(**options)
     passes = resolve(chosen)
     target = targets.resolve(chosen.target)
-    targets.require_implemented(target)
     if batch < 1:
         raise UserError(f"--batch {batch} must be 1 or more")
     if emit is None and (missing := targets.missing_features(target)):

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from mpq_compiler import artifact as artifacts
-from mpq_compiler import targets
+from mpq_compiler import gpu, targets
 from mpq_compiler.artifact import Artifact
 from mpq_compiler.calling import Convention
+from mpq_compiler.cuda_runtime import CudaMachine
 from mpq_compiler.errors import UserError, nearest
 from mpq_compiler.hoisting import REUSE_BYTES
 from mpq_compiler.tvm_runtime import VirtualMachine, usable_cores
@@ -78,7 +79,8 @@ def _executor(artifact: Artifact, threads: int, reuse_bytes: int) -> Executor:
     target = artifact.manifest["target"]
     targets.require_host(target["name"], target["arch"], target["features"])
     if target["backend"] == "tvm":
-        return VirtualMachine(artifact, threads, reuse_bytes)
+        machine = CudaMachine if gpu.stated(target["features"]) else VirtualMachine
+        return machine(artifact, threads, reuse_bytes)
     if target["backend"] in BACKENDS:
         try:
             # By name, for the ground floor imports no backend, and these import what others do without.

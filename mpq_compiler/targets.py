@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mpq_compiler import gpu
 from mpq_compiler.errors import UserError, nearest
 from mpq_compiler.numerics import BF16, FEATURES, INT8
 
@@ -33,11 +34,12 @@ class Target:
     """One row of the table.
 
     arch: machine of the host that runs it, as `platform.machine()` says ("x86_64", "aarch64", "any").
-    features: the /proc/cpuinfo flags without which its kernels would end in an illegal instruction.
+    features: the /proc/cpuinfo flags without which its kernels would end in an illegal instruction; of a GPU what it
+        has code for, of which one will do (`gpu`).
     tvm: the dictionary for `tvm.target.Target`; empty where TVM takes no part.
     isa: instruction family that kernel templates choose their inner loop by.
     backend: "tvm", "reference" or "onnx".
-    status: empty when implemented, else one clause that says what is missing.
+    status: where its kernels have run, if not on silicon.
     numerics: those besides float32 that its attentions can have under ``--numerics fast`` (`mpq_compiler.numerics`).
     """
 
@@ -51,8 +53,18 @@ class Target:
     numerics: tuple[str, ...] = ()
 
     @property
-    def implemented(self) -> bool:
-        return not self.status
+    def is_cuda(self) -> bool:
+        return self.isa == "cuda"
+
+    @property
+    def levels(self) -> list[int]:
+        """Compute capabilities that it has code for, 10 times the number; none on a CPU."""
+        return gpu.stated(self.features)
+
+    @property
+    def host(self) -> Mapping[str, Any]:
+        """The dictionary for `tvm.target.Target` of what runs on the CPU."""
+        return _HOSTS[self.arch] if self.is_cuda else self.tvm
 
 
 _ATTRIBUTES = {"avx512_bf16": "+avx512bf16", "avx512_vnni": "+avx512vnni"}
@@ -68,27 +80,18 @@ def with_features(target: Target, features: Iterable[str]) -> Target:
     return replace(target, features=(*target.features, *added), tvm={**target.tvm, "mattr": attributes})
 
 
-_NO_KERNELS = "its kernels are not written yet"
-
-
 # Kernels are written in vectors. LLVM 22's own loop vectoriser adds nothing to them, and turns a load at
 # c * 16 + v % 16 in a loop over v into a contiguous one, with wrong values and reads out of bounds.
 _LLVM: dict[str, Any] = {"kind": "llvm", "cl-opt": ["-vectorize-loops=false"]}
 
 
 def _x86(
-    name: str,
-    isa: str,
-    mcpu: str,
-    mattr: list[str],
-    features: tuple[str, ...],
-    status: str = "",
-    numerics: tuple[str, ...] = (),
+    name: str, isa: str, mcpu: str, mattr: list[str], features: tuple[str, ...], numerics: tuple[str, ...] = ()
 ) -> Target:
     options: dict[str, Any] = {**_LLVM, "mtriple": "x86_64-linux-gnu", "mcpu": mcpu}
     if mattr:
         options["mattr"] = mattr
-    return Target(name, "x86_64", isa, "tvm", features, options, status, numerics)
+    return Target(name, "x86_64", isa, "tvm", features, options, numerics=numerics)
 
 
 def _arm(name: str, isa: str, mcpu: str, mattr: list[str], features: tuple[str, ...]) -> Target:
@@ -99,12 +102,21 @@ def _arm(name: str, isa: str, mcpu: str, mattr: list[str], features: tuple[str, 
     options: dict[str, Any] = {**_LLVM, "mtriple": "aarch64-linux-gnu", "mattr": [*mattr, "+disable-ldp"]}
     if mcpu:
         options |= {"mcpu": mcpu, "mattr": [*options["mattr"], "-aes", "-sha2"]}
-    return Target(name, "aarch64", isa, "tvm", features, options)
+    return Target(name, "aarch64", isa, "tvm", features, options, "run under qemu, never on silicon")
 
 
-def _cuda(level: int) -> Target:
-    options = {"kind": "cuda", "arch": f"sm_{level}"}
-    return Target(f"cuda-sm{level}", "any", f"sm{level}", "tvm", (), options, _NO_KERNELS)
+_HOSTS: dict[str, dict[str, Any]] = {
+    "x86_64": {**_LLVM, "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64"},
+    "aarch64": {**_LLVM, "mtriple": "aarch64-linux-gnu"},
+}
+"""What launches kernels on a GPU runs on any CPU of the architecture."""
+
+
+def _cuda(name: str, arch: str, *levels: int) -> Target:
+    """The same source for all levels, whose tensor cores multiply integers alike."""
+    options = {"kind": "cuda", "arch": f"sm_{levels[0]}"}
+    features = tuple(map(gpu.feature, levels))
+    return Target(name, arch, "cuda", "tvm", features, options, "run on an emulator, never on silicon")
 
 
 TARGETS: dict[str, Target] = {
@@ -122,7 +134,9 @@ TARGETS: dict[str, Target] = {
         _arm("aarch64-neon", "neon", "cortex-a53", ["+neon", "-crc"], _ARMV8),
         _arm("aarch64-dotprod", "dotprod", "cortex-a55", ["+neon", "+dotprod"], _ARMV8_2),
         _arm("aarch64-i8mm", "i8mm", "", ["+neon", "+dotprod", "+i8mm"], (*_ARMV8, "asimddp", "i8mm")),
-        *(_cuda(level) for level in (80, 87, 89, 90)),
+        *(_cuda(f"cuda-sm{level}", "aarch64" if level == 87 else "x86_64", level) for level in (80, 87, 89, 90)),
+        _cuda("cuda", "x86_64", 80, 87, 89, 90),
+        _cuda("cuda-aarch64", "aarch64", 80, 87, 89, 90),
         Target("onnx", "any", "onnx", "onnx"),
         Target("reference", "any", "reference", "reference"),
     )
@@ -136,7 +150,7 @@ _NATIVE = (
 
 
 def resolve(name: str) -> Target:
-    """The target called `name`; `native` is the best implemented one whose features this CPU has.
+    """The target called `name`; `native` is the best one whose features this CPU has.
 
     UserError: an unknown name; `native` on a CPU that no target covers.
     """
@@ -158,13 +172,6 @@ def numerics_of(name: str) -> tuple[str, ...]:
     target = resolve(name)
     native = name == "native"
     return tuple(kind for kind in target.numerics if not (native and missing(target.arch, FEATURES[kind])))
-
-
-def require_implemented(target: Target) -> None:
-    """UserError when nothing can be compiled for `target` yet."""
-    if not target.implemented:
-        ready = ", ".join(t.name for t in TARGETS.values() if t.implemented)
-        raise UserError(f"cannot compile for '{target.name}': {target.status}; choose one of {ready}")
 
 
 @functools.cache
@@ -196,7 +203,11 @@ def missing(arch: str, features: Iterable[str]) -> list[str]:
     """`missing_features` of an artifact, which states its architecture and features itself."""
     if arch not in ("any", platform.machine()):
         return [f"an {arch} CPU"]
-    return [flag for flag in features if flag not in host_features()]
+    features = tuple(features)
+    if (code := gpu.stated(features)) and not any(gpu.runs(code, level) for level in gpu.levels()):
+        own = " and ".join(map(gpu.feature, gpu.levels()))
+        return [f"an NVIDIA GPU that runs {' or '.join(map(gpu.feature, code))}" + (f" (it has {own})" if own else "")]
+    return [flag for flag in features if not gpu.stated([flag]) and flag not in host_features()]
 
 
 def require_runnable(target: Target) -> None:

@@ -77,7 +77,7 @@ def _import_tvm_ffi() -> ModuleType:
 
 
 @functools.cache
-def _load() -> ModuleType:
+def load() -> ModuleType:
     """tvm_ffi, with the runtime library, loaded once."""
     path = library_path()
     tvm_ffi = _import_tvm_ffi()
@@ -135,12 +135,11 @@ class VirtualMachine:
         """
         kernels = artifact.file(KERNELS)
         _require_version(artifact)
-        self._ffi = _load()
+        self._ffi = self._load()
         self.threads = min(threads, usable_cores())
-        library = self._load_kernels(kernels, artifact.manifest["files"][KERNELS]["sha256"])
-        self._use_threads = library.get_function("mpq_use_threads", query_imports=True)
-        self._machine = library["vm_load_executable"]()
-        self._machine["vm_initialization"](_CPU, 0, _POOLED)
+        self._library = self._load_kernels(kernels, artifact.manifest["files"][KERNELS]["sha256"])
+        self._machine = self._library["vm_load_executable"]()
+        self._machine["vm_initialization"](*(part for kind in self.devices for part in (kind, 0, _POOLED)))
         self._functions = {f["name"]: self._machine[f["name"]] for f in artifact.manifest["functions"]}
         self._staged: dict[str, list[Staged]] = {
             function["name"]: [
@@ -154,7 +153,7 @@ class VirtualMachine:
             arguments = [self._tensor(aligned(stored[name])) for name in prepare["tensors"]]
             with self._calling():
                 self._prepared = self._machine[prepare["name"]](*arguments)
-            _use_large_pages(self._prepared)
+            self._place(self._prepared)
         entries = artifact.manifest.get("parts", [])
         self._reuses = reuse_bytes > 0
         self.parts = {
@@ -163,6 +162,21 @@ class VirtualMachine:
         }
         """What functions of the artifact share between calls, by name."""
         self._described = {function["name"]: function for function in artifact.manifest["functions"]}
+
+    devices: tuple[int, ...] = (_CPU,)
+    """Kinds of devices that the machine is given, the one of its tensors first."""
+
+    def _load(self) -> ModuleType:
+        """tvm_ffi with the runtime of the devices."""
+        return load()
+
+    @functools.cached_property
+    def _use_threads(self) -> Any:
+        return self._library.get_function("mpq_use_threads", query_imports=True)
+
+    def _place(self, prepared: Any) -> None:
+        """Has prepared weights where reading them is fastest."""
+        _use_large_pages(prepared)
 
     def _part(self, name: str) -> Callable[..., Sequence[Any]]:
         function = self._machine[name]
@@ -191,17 +205,26 @@ class VirtualMachine:
             yield
 
     def _tensor(self, array: np.ndarray) -> Any:
+        """A tensor of the device with what an aligned array holds."""
         return self._ffi.from_dlpack(array, require_alignment=ALIGNMENT)
 
     def run(self, function: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
         """Calls `function` on arrays of exactly its shapes and types, with any strides and alignment."""
         staged = self._staged[function]
-        for (buffer, _), array in zip(staged, inputs, strict=True):
+        for (buffer, tensor), array in zip(staged, inputs, strict=True):
             np.copyto(buffer, array)
+            self._send(buffer, tensor)
         with self._calling():
             shared = self._shared(function, staged)
             result = self._functions[function](*(tensor for _, tensor in staged), *shared, self._prepared)
-        return np.from_dlpack(result)
+        return self._received(result)
+
+    def _send(self, buffer: np.ndarray, tensor: Any) -> None:
+        """Brings what lies in a buffer to its tensor: the same memory, on a CPU."""
+
+    def _received(self, tensor: Any) -> np.ndarray:
+        """What a tensor of the device holds."""
+        return np.from_dlpack(tensor)
 
     def _shared(self, function: str, staged: Sequence[Staged]) -> list[Any]:
         """What the parts of `function` yield for its inputs, computed where it is not known."""

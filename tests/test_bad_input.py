@@ -179,7 +179,7 @@ def test_another_kind_of_model_is_told_so(capsys: pytest.CaptureFixture[str], mo
         (("--shapes", "1x3x16"), "1x4x64x64"),
         (("--shapes", "1x3x16x16,1x4x32x32"), "4 channels"),
         (("--shapes", "1x3x16x16,1x3x18x17"), "cannot be traced"),
-        (("--target", "cuda-sm80"), "choose"),
+        (("--target", "cuda-sm80", "--tune"), "--tune"),
         (("--recipe", "w8a8", "--weights", "4"), "budget"),
         (("--calibration", "absent.safetensors"), "absent.safetensors"),
         (("--sensitivity", "absent.json"), "absent.json"),

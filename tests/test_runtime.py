@@ -425,7 +425,7 @@ def test_weights_move_to_large_pages():
     import mmap
     import numpy as np
     from mpq_compiler import tvm_runtime
-    tvm_ffi = tvm_runtime._load()
+    tvm_ffi = tvm_runtime.load()
     def large():
         with open("/proc/self/smaps_rollup") as lines:
             return next(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from mpq_compiler import targets
+from mpq_compiler import gpu, targets
 from mpq_compiler.errors import UserError
 
 ARM = ("aarch64-neon", "aarch64-dotprod", "aarch64-i8mm")
 NAMES = [
     *("x86-64-avx2", "x86-64-avxvnni", "x86-64-avx512", "x86-64-avx512vnni"),
     *ARM,
-    *("cuda-sm80", "cuda-sm87", "cuda-sm89", "cuda-sm90", "onnx", "reference"),
+    *("cuda-sm80", "cuda-sm87", "cuda-sm89", "cuda-sm90", "cuda", "cuda-aarch64", "onnx", "reference"),
 ]
 
 
@@ -31,9 +31,29 @@ def host(monkeypatch):
 
 def test_the_table_holds_every_documented_name():
     assert list(targets.TARGETS) == NAMES
-    ready = {name for name, target in targets.TARGETS.items() if target.implemented}
-    x86 = {"x86-64-avx2", "x86-64-avxvnni", "x86-64-avx512", "x86-64-avx512vnni"}
-    assert ready == {*x86, *ARM, "onnx", "reference"}
+
+
+def test_what_never_ran_on_silicon_says_so():
+    said = {name for name, target in targets.TARGETS.items() if "never on silicon" in target.status}
+    assert said == {name for name in NAMES if name.startswith(("aarch64", "cuda"))}
+
+
+@pytest.mark.parametrize(
+    ("code", "level", "runs"),
+    [([80], 80, True), ([80], 86, True), ([80, 89], 89, True), ([87], 86, False), ([80], 90, False), ([90], 89, False)],
+)
+def test_machine_code_runs_within_its_generation(code, level, runs):
+    assert gpu.runs(code, level) == runs
+
+
+def test_a_gpu_is_asked_for_by_what_there_is_code_for(monkeypatch):
+    target = targets.TARGETS["cuda"]
+    monkeypatch.setattr(platform, "machine", lambda: target.arch)
+    for levels, lacking in (((), "or sm_90"), ((75,), r"or sm_90 (it has sm_75)"), ((75, 86), None)):
+        monkeypatch.setattr(gpu, "levels", lambda levels=levels: levels)
+        found = targets.missing_features(target)
+        assert bool(found) == (lacking is not None)
+        assert not found or found[0].endswith(lacking)
 
 
 @pytest.mark.parametrize(
@@ -61,14 +81,6 @@ def test_unknown_name_suggests_the_nearest():
         targets.resolve("x86-64-avx521")
     with pytest.raises(UserError, match="did you mean 'native'"):
         targets.resolve("natve")
-
-
-def test_a_target_without_kernels_is_refused_by_name():
-    with pytest.raises(UserError, match=r"'cuda-sm89': its kernels are not.*choose one of x86-64-avx2"):
-        targets.require_implemented(targets.resolve("cuda-sm89"))
-    for target in targets.TARGETS.values():
-        if target.implemented:
-            targets.require_implemented(target)
 
 
 def test_missing_features_are_named(host):

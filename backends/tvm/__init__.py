@@ -1,4 +1,4 @@
-"""The TVM backend: CPU kernels and the Relax functions that call them.
+"""The TVM backend: kernels for CPUs (`kernels`) and GPUs (`cuda`), and the Relax functions that call them.
 
     emit.py     packed graph -> `lowered` plan (torch, no TVM)
     build.py    plan -> kernels.so, through worker processes and the kernel cache

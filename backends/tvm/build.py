@@ -21,15 +21,18 @@ from mpq_compiler import storage, tensorfile
 from mpq_compiler.artifact import KERNELS, WEIGHTS
 from mpq_compiler.backends import Built, Progress
 from mpq_compiler.backends.tvm import tune as tune_
+from mpq_compiler.backends.tvm.cuda import machine_code
 from mpq_compiler.backends.tvm.emit import OUTPUT, lower
 from mpq_compiler.backends.tvm.lowered import BATCH, Call, Function, Kernel, Lowered, Made, Part, Value
 from mpq_compiler.backends.tvm.worker import Crash, Failure, Worker
 from mpq_compiler.errors import UserError
 from mpq_compiler.program import Program
 from mpq_compiler.specialize import Specialization
-from mpq_compiler.targets import Target, require_implemented
+from mpq_compiler.targets import Target
 
 PREPARE = "prepare"
+WORKSPACE = ".workspace"
+"""Beside a kernel's object: how much memory a thread takes while it runs."""
 KIND = "kernels"
 """Folder of the cache."""
 PARTIAL = ".partial-"
@@ -52,7 +55,7 @@ def build(
     tune: bool = False,
     emit: str | None = None,
 ) -> Built:
-    """Compiles a packed program for a CPU target, with a specialization for each batch size.
+    """Compiles a packed program for a CPU or for CUDA, with a specialization for each batch size.
 
     others: the program at other image sizes, with the batch sizes for each; they share the stored tensors.
     jobs: worker processes; workers: those of `standby`, in their place. cache: folder of compiled kernels (default:
@@ -62,8 +65,9 @@ def build(
 
     UserError: a node that no kernel computes; a kernel that cannot be compiled; no linker; no room in the cache.
     """
-    require_implemented(target)
-    lowered = lower(program, batches, others)
+    if target.is_cuda:
+        require_compiler()
+    lowered = lower(program, batches, others, hoisted=not target.is_cuda)
     tiles: dict[str, tune_.Tile] | None = None
     if tune:
         with ExitStack() as stack:
@@ -107,6 +111,11 @@ def build(
             ],
         },
     )
+
+
+def require_compiler() -> None:
+    """UserError: there is no compiler of kernels for GPUs."""
+    machine_code.compiler()
 
 
 @contextmanager
@@ -176,7 +185,12 @@ def compile_library(
     kernels = lowered.kernels()
     folder = caches.folder(cache) / KIND
     objects = {kernel: folder / f"{_key(kernel, target)}.o" for kernel in kernels}
-    missing = [kernel for kernel, path in objects.items() if not (path.is_file() and _workspace(path).is_file())]
+    beside = (WORKSPACE, machine_code.DEVICE, machine_code.SOURCE) if target.is_cuda else (WORKSPACE,)
+    missing = [
+        kernel
+        for kernel, path in objects.items()
+        if not all(path.with_suffix(suffix).is_file() for suffix in (path.suffix, *beside))
+    ]
     with ExitStack() as stack:
         if workers is None:
             workers = stack.enter_context(standby(max(1, min(jobs, len(missing)))))
@@ -188,8 +202,8 @@ def compile_library(
                 _sweep(folder)
                 pending = {kernel: kernels[kernel] for kernel in sorted(missing, key=_cost)}
                 for kernel, path in _compiled(pending, target, workers, folder):
-                    os.replace(_workspace(path), _workspace(objects[kernel]))
-                    os.replace(path, objects[kernel])
+                    for suffix in (*beside, path.suffix):
+                        os.replace(path.with_suffix(suffix), objects[kernel].with_suffix(suffix))
                     advance(1)
         with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
             output = Path(scratch, KERNELS)
@@ -201,7 +215,7 @@ def compile_library(
                 raise UserError(
                     f"the {len(kernels)} kernels for '{target.name}' cannot be linked: {error}; report the model"
                 ) from error
-            taken = {kernel: int(_workspace(objects[kernel]).read_text()) for kernel in kernels}
+            taken = {kernel: int(objects[kernel].with_suffix(WORKSPACE).read_text()) for kernel in kernels}
             memory = _memory(lowered, held, taken)
             if further is not None:
                 workspace, activations = max(taken.values(), default=0), max(memory["activation_bytes"].values())
@@ -226,11 +240,6 @@ def _standalone(
         except (Crash, Failure) as error:
             raise UserError(f"the program for '{target.name}' cannot be linked: {error}; report the model") from error
         return {name: (folder / name).read_bytes() for name in names}
-
-
-def _workspace(path: Path) -> Path:
-    """Beside a kernel's object: how much memory a thread takes while it runs."""
-    return path.with_suffix(".workspace")
 
 
 def _memory(lowered: Lowered, held: dict[str, int], taken: dict[Kernel, int]) -> dict[str, Any]:
@@ -293,7 +302,7 @@ def _compiled(
                 return
             own = folder / f"{kernel.name}.o"
             try:
-                _workspace(own).write_text(str(worker("compile", kernel, target, str(own))))
+                own.with_suffix(WORKSPACE).write_text(str(worker("compile", kernel, target, str(own))))
                 finished.put((kernel, own))
             except Exception as error:
                 finished.put((kernel, error))
@@ -328,11 +337,13 @@ def _refusal(kernel: Kernel, node: str, target: Target, error: Exception) -> Use
 def _key(kernel: Kernel, target: Target) -> str:
     """What the object depends on: the templates' source, the kernel, the target and the compiler."""
     options = repr(sorted((k, str(v)) for k, v in target.tvm.items()))
-    return caches.digest(_sources(), str(kernel), target.name, options, importlib.metadata.version("apache-tvm"))
+    compilers = [importlib.metadata.version("apache-tvm"), *([machine_code.version()] if target.is_cuda else [])]
+    return caches.digest(_sources(), str(kernel), target.name, options, *compilers)
 
 
 @functools.cache
 def _sources() -> str:
     folder = Path(__file__).parent
-    files = [*sorted((folder / "kernels").glob("*.py")), folder / "templates.py", folder / "worker.py"]
+    rooms = [path for room in ("kernels", "cuda") for path in sorted((folder / room).glob("*.py"))]
+    files = [*rooms, folder / "templates.py", folder / "worker.py"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

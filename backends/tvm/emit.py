@@ -82,16 +82,20 @@ PLAIN: dict[Any, Plain] = {
 """Operators that stand alone."""
 
 
-def lower(program: Program, batches: Sequence[int], others: Sequence[Specialization] = ()) -> Lowered:
+def lower(
+    program: Program, batches: Sequence[int], others: Sequence[Specialization] = (), hoisted: bool = True
+) -> Lowered:
     """The packed program as kernel calls, specialized for `batches`, and at `others` of its image sizes for theirs.
 
+    hoisted: what does not depend on the latents becomes functions of its own (`hoist`).
     Slow forms are added to ``program.fallbacks``. UserError: a node that no kernel computes; a batch size below 1.
     """
     tensors = storage.stored(program, *(other.program for other in others))
     preparation = Preparation(tensors)
-    functions = [_function(program, batches, preparation)]
+    functions = [_function(program, batches, preparation, hoisted)]
     for other in others:
-        functions.append(_sharing(_function(other.program, other.batches, preparation, f"_{other.size}"), functions))
+        function = _function(other.program, other.batches, preparation, hoisted, f"_{other.size}")
+        functions.append(_sharing(function, functions))
     read = dict.fromkeys(name for function in functions for call in function.calls for _, name in call.operands)
     prepared = tuple(name for name in read if name in preparation.static)
     return Lowered(
@@ -109,7 +113,9 @@ def _sharing(function: Function, others: Sequence[Function]) -> Function:
     return replace(function, parts=tuple(shared))
 
 
-def _function(program: Program, batches: Sequence[int], preparation: Preparation, suffix: str = "") -> Function:
+def _function(
+    program: Program, batches: Sequence[int], preparation: Preparation, hoisted: bool, suffix: str = ""
+) -> Function:
     if not batches or min(batches) < 1:
         raise UserError(f"batch sizes {list(batches)} cannot be compiled: name at least one, all of them positive")
     e = Emitter(program, preparation)
@@ -131,9 +137,9 @@ def _function(program: Program, batches: Sequence[int], preparation: Preparation
         kind = f"{output.dtype} {text(shape)}"
         raise UserError(f"the output '{output.name}' is {kind}, where a denoiser yields float32 [B, ...]")
     calls = hoist.needed(fuse.fuse(hoist.needed(e.calls, [output.name]), e.results, output.name), [output.name])
-    parts, step = hoist.split(inputs, calls, output.name, e.results, suffix)
+    parts, step = hoist.split(inputs, calls, output.name, e.results, suffix) if hoisted else ((), calls)
     step = fuse.in_place(step, e.results, output.name)
-    mixed, copied = hoist.mixed(inputs, calls, e.results), fuse.copies(step)
+    mixed, copied = hoist.mixed(inputs, calls, e.results) if hoisted else [], fuse.copies(step)
     calls = (*(call for part in parts for call in part.calls), *step)
     result = Value(output.name, shape, output.dtype)
     sizes = tuple(sorted({*batches}))

@@ -23,6 +23,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.support import cc
 
 from mpq_compiler.backends.tvm import templates
+from mpq_compiler.backends.tvm.cuda.machine_code import DEVICE, Imports
 from mpq_compiler.backends.tvm.kernels.template import BATCH, Argument, primfunc
 from mpq_compiler.backends.tvm.lowered import Call, Kernel, Lowered, Value
 from mpq_compiler.errors import UserError
@@ -31,6 +32,7 @@ from mpq_compiler.targets import Target
 PREPARE = "prepare"
 PAGE = 4096
 """Bytes of a page of the machine's pool."""
+_LINK = ("-Wl,--strip-all", "-Wl,--build-id=none", "-Wl,-z,noexecstack")
 
 
 def link(lowered: Lowered, target: Target, objects: Sequence[Path], output: Path) -> dict[str, int]:
@@ -44,8 +46,12 @@ def link(lowered: Lowered, target: Target, objects: Sequence[Path], output: Path
     _vmcodegen(builder, module, "bytecode")
     # A library that holds code of its own is what makes the machine look up kernels in the shared object.
     anchor = primfunc("mpq_library", [Argument("x", (1,))], lambda batch, buffers: T.evaluate(0))
-    executable = _vmlink(builder, tvm.target.Target(dict(target.tvm)), tir_mod=tvm.IRModule({"mpq_library": anchor}))
-    export(executable.mod, target, output, objects)
+    executable = _vmlink(builder, tvm.target.Target(dict(target.host)), tir_mod=tvm.IRModule({"mpq_library": anchor}))
+    if target.is_cuda:
+        modules = [path.with_suffix(DEVICE).read_bytes() for path in objects]
+        export_cuda(executable.mod, target, output, objects, modules)
+    else:
+        export(executable.mod, target, output, objects)
     functions = {name.name_hint: f for name, f in module.functions.items() if isinstance(f, relax.Function)}
     return {name: held_bytes(function) for name, function in functions.items()}
 
@@ -59,11 +65,26 @@ def held_bytes(function: relax.Function) -> int:
 
 def export(compiled: Any, target: Target, output: Path, objects: Sequence[Path] = ()) -> None:
     """Writes the library of a compiled module and more objects, with threads of its own (mpq_pool.c)."""
-    compiler, options = linker(target), ["-Wl,--strip-all", "-Wl,--build-id=none", "-Wl,-z,noexecstack"]
+    compiler, options = linker(target), list(_LINK)
     with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
         pool = compile_pool(target, Path(folder, "pool.o"), "-c")
         addons = [str(path) for path in (*objects, pool)]
         compiled.export_library(str(output), fcompile=cc.cross_compiler(compiler, options=options), addons=addons)
+
+
+def export_cuda(compiled: Any, target: Target, output: Path, objects: Sequence[Path], modules: Sequence[bytes]) -> None:
+    """Writes the library of a compiled module, of objects that launch kernels, and of the kernels' modules."""
+    imports = Imports.of(compiled)
+    for module in modules:
+        imports.add(b"cuda", module)
+    (library,) = compiled.imports
+    with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
+        own, packed = Path(folder, "library.o"), Path(folder, "imports.o")
+        library.write_to_file(str(own))
+        imports.write_object(packed, linker(target))
+        files = [str(path) for path in (own, packed, *objects)]
+        command = [linker(target), "-shared", "-fPIC", *_LINK, *files, "-o", str(output)]
+        subprocess.run(command, check=True, capture_output=True)
 
 
 def compile_pool(target: Target, output: Path, kind: str) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tvm.tirx import PrimFunc
 
+from mpq_compiler.backends.tvm.cuda import templates as cuda
 from mpq_compiler.backends.tvm.kernels import (
     attention,
     dequantize,
@@ -24,12 +25,15 @@ from mpq_compiler.backends.tvm.kernels import (
     prepare,
     quantize,
 )
-from mpq_compiler.backends.tvm.kernels.isa import Isa, isa
+from mpq_compiler.backends.tvm.kernels.isa import ISAS, Isa, isa
 from mpq_compiler.backends.tvm.kernels.template import Argument
 from mpq_compiler.backends.tvm.lowered import Kernel, Record
+from mpq_compiler.errors import UserError
 from mpq_compiler.targets import Target
 
 _KERNELS = "mpq_compiler.backends.tvm.kernels"
+HOST = ISAS["x86-64-avx2"]
+"""Stands where arguments are asked for that no instruction set changes."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,27 @@ def resolve(value: Any) -> Any:
 
 def arguments(kernel: Kernel, target: Target) -> tuple[list[Argument], list[Argument]]:
     """(inputs, outputs) of a kernel in calling order."""
-    template, problem, lanes = TEMPLATES[kernel.template], resolve(kernel.problem), isa(target.name)
-    buffers = template.arguments(problem, lanes)
-    count = len(buffers) - template.outputs(problem, lanes)
-    return buffers[:count], buffers[count:]
+    problem = resolve(kernel.problem)
+    lanes = HOST if target.is_cuda else isa(target.name)
+    template = TEMPLATES[kernel.template]
+    buffers, count = template.arguments(problem, lanes), template.outputs(problem, lanes)
+    if target.is_cuda:
+        own = _cuda(kernel)
+        buffers = own.arguments(problem) if own.arguments else buffers
+        count = own.outputs(problem) if own.outputs else count
+    return buffers[: len(buffers) - count], buffers[len(buffers) - count :]
 
 
 def build(kernel: Kernel, target: Target) -> PrimFunc:
     """The kernel's function, under its name."""
-    return TEMPLATES[kernel.template].build(resolve(kernel.problem), isa(target.name), kernel.name)
+    problem = resolve(kernel.problem)
+    if target.is_cuda:
+        return _cuda(kernel).build(problem, kernel.name)
+    return TEMPLATES[kernel.template].build(problem, isa(target.name), kernel.name)
+
+
+def _cuda(kernel: Kernel) -> cuda.Template:
+    """UserError: no GPU computes it."""
+    if kernel.template not in cuda.TEMPLATES:
+        raise UserError(f"no CUDA kernel computes {kernel}; compile it for a CPU")
+    return cuda.TEMPLATES[kernel.template]

@@ -106,6 +106,9 @@ def _compile(kernel: Any, target: Any, path: str) -> int:
 
     function = templates.build(kernel, target)
     module = tvm.IRModule({kernel.name: function})
+    if target.is_cuda:
+        _compile_cuda(module, target, Path(path))
+        return 0
     row, workspaces = with_features(target, kernel.features), Workspaces()
     # Without its checks of every argument, half of the code of a small kernel: the plan is what calls them, and the
     # runtime checks what the plan gets.
@@ -113,6 +116,21 @@ def _compile(kernel: Any, target: Any, path: str) -> int:
         compiled = tvm.compile(module, target=tvm.target.Target(dict(row.tvm)))
     compiled.mod.write_to_file(path)
     return workspaces.size
+
+
+def _compile_cuda(module: Any, target: Any, path: Path) -> None:
+    """What launches a kernel as an object file, and beside it the kernel as a module for the runtime."""
+    import tvm
+
+    from mpq_compiler.backends.tvm.cuda import machine_code
+
+    options = {**target.tvm, "host": dict(target.host)}
+    with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
+        compiled = tvm.compile(module, target=tvm.target.Target(options), tir_pipeline="tirx").mod
+    device = machine_code.split(compiled)
+    compiled.write_to_file(str(path))
+    path.with_suffix(machine_code.SOURCE).write_text(device.source)
+    path.with_suffix(machine_code.DEVICE).write_bytes(device.packed(machine_code.fatbin(device.source, target.levels)))
 
 
 def _link(lowered: Any, target: Any, objects: list[str], output: str) -> dict[str, int]:

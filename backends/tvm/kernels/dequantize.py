@@ -58,27 +58,38 @@ def arguments(problem: DequantizeTable) -> list[Argument]:
 def build(problem: DequantizeTable, isa: str, name: str) -> PrimFunc:
     """The kernel ``name(*arguments(problem))``, plain loops for all targets."""
     del isa
-    p, channels = problem, sum(problem.segments)
 
     def body(_: Any, b: Buffers) -> None:
-        rows = StoredRows(b, (p.rows, p.columns), p.bits, p.widths, 0)
-        with T.serial(0, p.rows) as i, rows.row(i) as codes:
-            offset = None if p.offset is None else T.bind(T.cast(b["offset"][i], "float32"))
-            table = 0
-            if p.widths:
-                table = T.bind(rows.class_of(i))
-            elif p.classes > 1:
-                table = T.bind(T.cast(b["row_class"][i // TILE_ROWS], "int32"))
-            with T.serial(0, p.columns // channels) as tap:
-                first = 0
-                for j, size in enumerate(p.segments):
-                    scale = T.bind(T.cast(b["scale"][i, j], "float32"))
-                    with T.serial(0, size) as k:
-                        column = T.bind(tap * channels + first + k)
-                        code = T.bind(codes(column))
-                        entry = code if p.bits == 8 else T.cast(b["tables"][table, code], "int32")
-                        value = vmath.mul(T.cast(entry, "float32"), scale)
-                        store(b["y"], value if offset is None else value + offset, i, column)
-                    first += size
+        rows = stored_rows(problem, b, 0)
+        with T.serial(0, problem.rows) as i:
+            dequantize_row(problem, b, rows, i)
 
     return primfunc(name, arguments(problem), body)
+
+
+def stored_rows(problem: DequantizeTable, b: Buffers, begin: Any) -> StoredRows:
+    """What reads the codes, from row `begin` on."""
+    return StoredRows(b, (problem.rows, problem.columns), problem.bits, problem.widths, begin)
+
+
+def dequantize_row(problem: DequantizeTable, b: Buffers, rows: StoredRows, i: Any) -> None:
+    """Row i of the result; rows in order."""
+    p, channels = problem, sum(problem.segments)
+    with rows.row(i) as codes:
+        offset = None if p.offset is None else T.bind(T.cast(b["offset"][i], "float32"))
+        table = 0
+        if p.widths:
+            table = T.bind(rows.class_of(i))
+        elif p.classes > 1:
+            table = T.bind(T.cast(b["row_class"][i // TILE_ROWS], "int32"))
+        with T.serial(0, p.columns // channels) as tap:
+            first = 0
+            for j, size in enumerate(p.segments):
+                scale = T.bind(T.cast(b["scale"][i, j], "float32"))
+                with T.serial(0, size) as k:
+                    column = T.bind(tap * channels + first + k)
+                    code = T.bind(codes(column))
+                    entry = code if p.bits == 8 else T.cast(b["tables"][table, code], "int32")
+                    value = vmath.mul(T.cast(entry, "float32"), scale)
+                    store(b["y"], value if offset is None else value + offset, i, column)
+                first += size

@@ -45,7 +45,7 @@ def build(problem: DequantizeFloat8, isa: str, name: str) -> PrimFunc:
             factor = T.bind(T.cast(scale[i], "float32"))
 
             def vector(start: Any, lanes: int) -> None:
-                value = _decode(vmath.cast(codes[i, span(start, lanes)], "int32"), problem.exponent, lanes)
+                value = decode(vmath.cast(codes[i, span(start, lanes)], "int32"), problem.exponent, lanes)
                 store(y, vmath.mul(value, vmath.splat(factor, lanes)), i, span(start, lanes))
 
             each_vector(problem.columns, vector)
@@ -53,8 +53,8 @@ def build(problem: DequantizeFloat8, isa: str, name: str) -> PrimFunc:
     return primfunc(name, arguments(problem), body)
 
 
-def _decode(code: Expr, exponent: int, lanes: int) -> Expr:
-    """``(-1)^sign * 2^(max(e, 1) - b - M) * (m + (2^M if e > 0 else 0))``: every factor is exact."""
+def decode(code: Expr, exponent: int, lanes: int) -> Expr:
+    """``(-1)^sign * 2^(max(e, 1) - b - M) * (m + (2^M if e > 0 else 0))`` of int32 codes: every factor is exact."""
 
     def constant(value: int) -> Expr:
         return vmath.i32(value, lanes)

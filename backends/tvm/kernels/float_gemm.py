@@ -238,6 +238,23 @@ def _columns(plan: _Plan) -> list[int]:
     return [g * size + min(v * plan.lanes, size - plan.lanes) for g in range(groups) for v in range(plan.vectors)]
 
 
+def panel_column(problem: Linear | Conv2d, output: Any) -> tuple[Any, Any]:
+    """(vector, lane) of an output channel in the packed weight."""
+    plan = _plan(problem)
+    size = plan.outputs if plan.form == "depthwise" else plan.group_outputs
+    group, own = tirx.truncdiv(output, size), tirx.truncmod(output, size)
+    vector = tirx.truncdiv(own, plan.lanes)
+    return group * plan.vectors + vector, own - T.min(vector * plan.lanes, size - plan.lanes)
+
+
+def first_output(problem: Linear | Conv2d, vector: Any) -> Any:
+    """The output channel of the first lane of a vector of the packed weight."""
+    plan = _plan(problem)
+    size = plan.outputs if plan.form == "depthwise" else plan.group_outputs
+    group = tirx.truncdiv(vector, plan.vectors)
+    return group * size + T.min((vector - group * plan.vectors) * plan.lanes, size - plan.lanes)
+
+
 def arguments(problem: Linear | Conv2d) -> list[Argument]:
     """The kernel's buffers in calling order, output last."""
     plan = _plan(problem)

@@ -212,7 +212,8 @@ def pad(shape: Shape, before: Sequence[int], after: Sequence[int], fill: float =
 # --------------------------------------------------------------------------------------------------- bodies
 
 
-def _constant(value: float, dtype: str, lanes: int) -> Any:
+def constant(value: float, dtype: str, lanes: int) -> Any:
+    """`value` of that type in `lanes` lanes."""
     number = tirx.FloatImm(dtype, value) if dtype.startswith("float") else tirx.IntImm(dtype, int(value))
     return vmath.splat(number, lanes)
 
@@ -227,7 +228,7 @@ def _move(problem: Movement, batch: Any, buffers: Buffers) -> None:
             y, start = sample_view(buffers["y"], problem.shape, b)
 
             def put(i: Any, lanes: int) -> None:
-                store(y, _constant(fill, problem.dtype, lanes), span(start + i, lanes))
+                store(y, constant(fill, problem.dtype, lanes), span(start + i, lanes))
 
             some_vectors(size, first, end, put, most)
     for together in _side_by_side(problem.copies):

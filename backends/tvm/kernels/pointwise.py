@@ -227,7 +227,7 @@ def _body(program: PointwiseProgram, batch: Any, buffers: Buffers) -> None:
                 value = flat[_apart(starts[i] + position * step, step, lanes)]
                 return vmath.splat(vmath.cast(value, "float32"), lanes)
 
-            value = vmath.cast(_evaluate(program, load, quant, lanes), program.out_dtype)
+            value = vmath.cast(evaluate(program, load, quant, lanes), program.out_dtype)
             store(views[-1][0], value, span(starts[-1] + position, lanes))
 
         if extents[-1] == 1:
@@ -246,8 +246,11 @@ def _apart(start: Any, step: int, lanes: int) -> Any:
     return start if lanes == 1 or not step else T.ramp(start, step, lanes)
 
 
-def _evaluate(program: PointwiseProgram, load: Any, quant: Any, lanes: int) -> Expr:
-    """The value of the last step in `lanes` lanes; every input and every step is computed once."""
+def evaluate(program: PointwiseProgram, load: Any, quant: Any, lanes: int, partner: Any = None) -> Expr:
+    """The value of the last step in `lanes` lanes; every input and every step is computed once.
+
+    partner: what an input with its sign holds where `rotate` takes it from, for single lanes
+    """
     inputs: dict[int, Expr] = {}
     results: list[Expr] = []
 
@@ -265,7 +268,7 @@ def _evaluate(program: PointwiseProgram, load: Any, quant: Any, lanes: int) -> E
         if step.op == "cast":
             value = args[0]
         elif step.op == "rotate":
-            value = vmath.rotate_pairs(args[0])
+            value = partner(step.args[0]) if partner else vmath.rotate_pairs(args[0])
         elif step.op in vmath.UNARY:
             value = vmath.UNARY[step.op](*args)
         elif step.op in vmath.BINARY:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
+from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -167,17 +168,13 @@ def _quantize_parts(problem: Quantize, batch: Any, buffers: Buffers) -> None:
 
 def _dynamic(problem: DynamicQuantize, batch: Any, buffers: Buffers) -> None:
     """Row by row: the range, for which order does not matter, then the codes while the row is in the cache."""
-    rows, width, top = problem.rows, problem.width, float(2**problem.bits - 1)
+    rows, width = problem.rows, problem.width
     x = T.decl_buffer((batch * rows * width,), "float32", data=buffers["x"].data)
     out = T.decl_buffer((batch * rows * width,), "uint8", data=buffers["out"].data)
-    zero = vmath.f32(0.0, 1)
     with shares(batch, rows, rows * width / 5) as (sample, begin, end), T.serial(begin, end) as row:
         first = T.bind((sample * rows + row) * width)
         low, high = _range(x, first, width)
-        scale = vmath.keep(vmath.at_least(vmath.div(high - low, vmath.f32(top, 1)), vmath.f32(SMALLEST_SCALE, 1)))
-        steps = vmath.div(zero - low, scale)
-        # Rounded and limited by the quantizer itself: the code of -low / scale at the scale 1 and the zero point 0.
-        point = T.bind(vmath.quantize(steps, vmath.f32(1.0, 1), vmath.i32(0, 1), problem.bits))
+        scale, point = dynamic_scale(low, high, problem.bits)
         store(buffers["scale"], scale, sample, row)
         store(buffers["zero"], point, sample, row)
         inverse, code_of_zero = T.bind(vmath.reciprocal(scale)), T.bind(T.cast(point, "int32"))
@@ -187,6 +184,15 @@ def _dynamic(problem: DynamicQuantize, batch: Any, buffers: Buffers) -> None:
             store(out, vmath.quantize(x[at], inverse, code_of_zero, problem.bits), at)
 
         each_vector(width, vector, LANES)
+
+
+def dynamic_scale(low: Expr, high: Expr, bits: int) -> tuple[Expr, Any]:
+    """Scale and zero point (uint8) of a row whose least and greatest values, or zero, are these."""
+    top, zero = vmath.f32(float(2**bits - 1), 1), vmath.f32(0.0, 1)
+    scale = vmath.keep(vmath.at_least(vmath.div(high - low, top), vmath.f32(SMALLEST_SCALE, 1)))
+    # Rounded and limited by the quantizer itself: the code of -low / scale at the scale 1 and the zero point 0.
+    code = vmath.quantize(vmath.div(zero - low, scale), vmath.f32(1.0, 1), vmath.i32(0, 1), bits)
+    return scale, T.bind(code)
 
 
 def _range(x: Any, first: Any, width: int) -> tuple[Any, Any]:
@@ -217,8 +223,13 @@ def _range(x: Any, first: Any, width: int) -> tuple[Any, Any]:
 
 def _time_group(problem: TimeGroup, batch: Any, buffers: Buffers) -> None:
     with T.serial(0, batch) as sample:
-        t = T.bind(T.cast(buffers["timestep"][sample], "float32"))
-        group: Any = tirx.IntImm("int64", 0)
-        for i in range(problem.groups - 1):
-            group = group + T.cast(buffers["boundaries"][i] <= t, "int64")
-        store(buffers["out"], group, sample)
+        store(buffers["out"], group_of(problem, buffers, sample), sample)
+
+
+def group_of(problem: TimeGroup, buffers: Buffers, sample: Any) -> Expr:
+    """The time group of a sample, int64."""
+    t = T.bind(T.cast(buffers["timestep"][sample], "float32"))
+    group: Any = tirx.IntImm("int64", 0)
+    for i in range(problem.groups - 1):
+        group = group + T.cast(buffers["boundaries"][i] <= t, "int64")
+    return group

@@ -46,9 +46,14 @@ class Argument:
     dtype: str = "float32"
 
 
-def primfunc(name: str, arguments: Sequence[Argument], body: Callable[[Any, Buffers], None]) -> PrimFunc:
-    """The PrimFunc ``name(arguments...)``; `body` receives the batch size and the buffers by name."""
-    with IRBuilder() as builder, T.prim_func(s_tir=True):
+def primfunc(
+    name: str, arguments: Sequence[Argument], body: Callable[[Any, Buffers], None], s_tir: bool = True
+) -> PrimFunc:
+    """The PrimFunc ``name(arguments...)``; `body` receives the batch size and the buffers by name.
+
+    s_tir: TVM's passes rearrange it; without, what is written is what is run.
+    """
+    with IRBuilder() as builder, T.prim_func(s_tir=s_tir):
         T.func_name(name)
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
         handles = [T.arg(f"{argument.name}_handle", T.handle()) for argument in arguments]
@@ -72,8 +77,7 @@ def register_file(isa: str) -> str:
 
 def scratch(size: int, dtype: str = "float32", *, heap: bool = False) -> Buffer:
     """An uninitialised local buffer: on the stack (registers, where LLVM can), or from the workspace pool."""
-    annotations = None if heap else {"disable_lower_builtin": 1}
-    return T.alloc_buffer((size,), dtype, align=64, annotations=annotations)
+    return T.alloc_buffer((size,), dtype, align=64, **({} if heap else vmath.local()))
 
 
 class Registers:

@@ -15,8 +15,9 @@ kernel of this package:
 
 ``mul`` wraps the product in ``llvm.arithmetic.fence``, an identity at run time (it selects to no instruction)
 through which LLVM may not combine floating-point operations. ``div`` is fenced as well because LLVM rewrites
-a division by a power of two as a product. Float additions, subtractions, comparisons and selects may be
-written with Python operators. ``tests/backends/tvm/test_fp_contract.py`` proves the rule on three targets.
+a division by a power of two as a product. For CUDA both are the intrinsics that round by themselves (`Dialect`). Float
+additions, subtractions, comparisons and selects may be written with Python operators.
+``tests/backends/tvm/test_fp_contract.py`` proves the rule on three targets.
 
 Further rules that the functions follow: only IEEE division and square root; one polynomial for all targets;
 clamps by ``Select`` ordered so that NaN passes through (``max``/``min`` instructions differ between ISAs); no
@@ -29,7 +30,11 @@ approximations of Eigen. exp2: minimax polynomial of relative error 7.5e-8.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -88,7 +93,7 @@ def keep(value: Expr) -> Expr:
     """
     count = lanes(value)
     base = str(value.ty).split("x")[0]
-    place = builder.alloc_buffer((count,), base, align=64, annotations={"disable_lower_builtin": 1})
+    place = builder.alloc_buffer((count,), base, align=64, **local())
     index = 0 if count == 1 else tirx.Ramp(0, 1, count)
     builder.buffer_store(place, value, [index])
     return place[index]
@@ -135,33 +140,80 @@ def as_float(x: Expr) -> Expr:
     return tirx.reinterpret(_vector("float32", lanes(x)), x)
 
 
-def _intrinsic(name: str, *args: Expr) -> Expr:
+@dataclass(frozen=True)
+class Dialect:
+    """How a code generator is told of operations that round once, each by itself.
+
+    local: options of `alloc_buffer` for memory of one thread, in registers where there are enough
+    """
+
+    fma: Callable[[Expr, Expr, Expr], Expr]
+    mul: Callable[[Expr, Expr], Expr]
+    div: Callable[[Expr, Expr], Expr]
+    sqrt: Callable[[Expr], Expr]
+    local: dict[str, Any]
+
+
+def _llvm(name: str, *args: Expr) -> Expr:
     return tirx.call_llvm_pure_intrin(_vector("float32", lanes(args[0])), name, *args)
 
 
-def fence(x: Expr) -> Expr:
+def _fence(x: Expr) -> Expr:
     """x, which LLVM may not combine with the operation that uses it (see the contraction rule above)."""
-    return _intrinsic("llvm.arithmetic.fence", x)
+    return _llvm("llvm.arithmetic.fence", x)
+
+
+def _cuda(name: str) -> Callable[..., Expr]:
+    """A function of CUDA that rounds to nearest, and that its compiler contracts with nothing; scalars only."""
+    return lambda *args: tirx.call_pure_extern("float32", name, *args)
+
+
+LLVM = Dialect(
+    fma=lambda a, b, c: _llvm("llvm.fma", a, b, c),
+    mul=lambda a, b: _fence(a * b),
+    div=lambda a, b: _fence(a / b),
+    sqrt=lambda x: _llvm("llvm.sqrt", x),
+    local={"annotations": {"disable_lower_builtin": 1}},
+)
+CUDA = Dialect(
+    _cuda("__fmaf_rn"), _cuda("__fmul_rn"), _cuda("__fdiv_rn"), _cuda("__fsqrt_rn"), local={"scope": "local"}
+)
+_dialect: ContextVar[Dialect] = ContextVar("dialect", default=LLVM)
+
+
+@contextmanager
+def dialect(chosen: Dialect) -> Iterator[None]:
+    """Kernels built within are for that code generator."""
+    token = _dialect.set(chosen)
+    try:
+        yield
+    finally:
+        _dialect.reset(token)
+
+
+def local() -> dict[str, Any]:
+    """`Dialect.local` of the code generator that kernels are built for."""
+    return _dialect.get().local
 
 
 def fma(a: Expr, b: Expr, c: Expr) -> Expr:
     """a * b + c, rounded once."""
-    return _intrinsic("llvm.fma", a, b, c)
+    return _dialect.get().fma(a, b, c)
 
 
 def mul(a: Expr, b: Expr) -> Expr:
     """a * b, rounded, and never contracted with a later addition."""
-    return fence(a * b)
+    return _dialect.get().mul(a, b)
 
 
 def div(a: Expr, b: Expr) -> Expr:
     """a / b (IEEE), and never turned into a product that is contracted with a later addition."""
-    return fence(a / b)
+    return _dialect.get().div(a, b)
 
 
 def sqrt(x: Expr) -> Expr:
     """Correctly rounded square root."""
-    return _intrinsic("llvm.sqrt", x)
+    return _dialect.get().sqrt(x)
 
 
 def rsqrt(x: Expr) -> Expr:

@@ -1,0 +1,548 @@
+"""Quantized linear layers and convolutions on integer tensor cores; arithmetic as of `kernels.gemm`.
+
+A block of threads makes a tile of rows x output channels, in steps of 64 values of k. Activations are copied to shared
+memory in chunks of 16 values, several steps ahead (`cp.async`); a row of 64 bytes has its 4 chunks swapped by its
+number, so that `ldmatrix` meets no bank twice. Weights are copied as they lie (`weights.Fragments`) and read by the
+lanes that need them; below 8 bits they are looked up in registers (`__byte_perm`).
+
+A convolution is the same product with other addresses: what depends on the row alone (the pixel under the first tap) is
+computed once; a chunk's tap and channel are shared by all rows of a thread. Pixels of the border hold zero points,
+written in place of a copy; rows and taps that do not exist are zero.
+
+Sums of activations, which weights with an offset ask for, are one more product, with ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from mpq_compiler.backends.tvm.cuda.threads import barrier, flat, grid, local, primfunc, shared
+from mpq_compiler.backends.tvm.cuda.weights import BLOCK, CHANNELS, CHUNK, STEP, UNIT, Fragments
+from mpq_compiler.backends.tvm.kernels import vmath
+from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, apply
+from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
+from mpq_compiler.backends.tvm.kernels.template import BATCH, Argument, Buffers, epilogue_arguments, quantizer, store
+
+MMA = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
+LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
+ONES = 0x01010101
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows, columns: of a block of threads. down, across: its warps. stages: steps in shared memory at once."""
+
+    rows: int
+    columns: int
+    down: int = 2
+    across: int = 2
+    stages: int = 3
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.down * self.across
+
+    @property
+    def row_fragments(self) -> int:
+        """Of 16 rows, of a warp."""
+        return self.rows // self.down // 16
+
+    @property
+    def column_fragments(self) -> int:
+        """Of 16 columns, of a warp."""
+        return self.columns // self.across // CHANNELS
+
+
+LARGE, SMALL = Tile(128, 128), Tile(64, 64)
+
+
+def tile(problem: QuantMatmul) -> Tile:
+    """Large ones where sums of a segment need no second set of registers, and there are rows and columns for them."""
+    fits = Fragments(problem).outputs % LARGE.columns == 0 and problem.rows >= LARGE.rows
+    return LARGE if fits and len(problem.segments) == 1 else SMALL
+
+
+def arguments(problem: QuantMatmul) -> list[Argument]:
+    """As of `kernels.gemm`, with the weights of `weights.Fragments`."""
+    tables = (BATCH, problem.rows) if problem.dynamic else (len(problem.segments), problem.groups)
+    own = [
+        Argument("x", problem.input_shape(), "uint8"),
+        *([] if problem.dynamic else [Argument("group", (BATCH,), "int64")]),
+        Argument("act_scale", tables, "float32"),
+        Argument("act_zero", tables, "uint8"),
+        *Fragments(problem).buffers(),
+    ]
+    epilogue, shape = problem.epilogue or Epilogue(), problem.output_shape()
+    theirs = epilogue_arguments(epilogue, shape[:-1], problem.outputs, problem.groups)
+    own += [argument for argument in theirs if problem.dynamic or argument.name != "group"]
+    kept = [Argument("full", shape)] if epilogue.keeps else []
+    written = shape if problem.into is None else (BATCH, problem.into[0])
+    return [*own, Argument("out", written, epilogue.out_dtype), *kept]
+
+
+def build(problem: QuantMatmul, name: str) -> PrimFunc:
+    """The kernel ``name(*arguments(problem))``; the batch is the only symbolic size."""
+
+    def body(batch: Any, buffers: Buffers) -> None:
+        _Kernel(problem, tile(problem), buffers).emit(batch)
+
+    return primfunc(name, arguments(problem), body)
+
+
+def byte_perm(low: Any, high: Any, selector: Any) -> Expr:
+    return T.call_pure_extern("uint32", "__byte_perm", low, high, selector)
+
+
+class _Kernel:
+    def __init__(self, problem: QuantMatmul, tile: Tile, buffers: Buffers) -> None:
+        self.p, self.t, self.w = problem, tile, Fragments(problem)
+        self.epilogue = problem.epilogue or Epilogue()
+        self.b = {name: flat(buffer) for name, buffer in buffers.items()}
+        self.buffers = buffers
+        sizes = [problem.channels, *problem.segments, *self.w.first_channels]
+        self.copied = math.gcd(CHUNK, *sizes)
+        """Bytes that are copied at once: addresses are multiples of this."""
+        self.several = len(problem.segments) > 1
+
+    def emit(self, batch: Any) -> None:
+        t, p = self.t, self.p
+        self.total = T.bind(batch * p.rows)
+        down = (self.total + (t.rows - 1)) // t.rows
+        across = self.w.outputs // t.columns
+        with grid(down * across, t.threads) as (block, thread):
+            self.thread = thread
+            self.first_row = T.bind(block // across * t.rows)
+            self.first_column = T.bind(block % across * t.columns)
+            self.lane, warp = T.bind(thread % 32), T.bind(thread // 32)
+            self.warp_row = T.bind(warp // t.across * (t.row_fragments * 16))
+            self.warp_column = T.bind(warp % t.across * (t.column_fragments * CHANNELS))
+            self._allocate()
+            self._rows()
+            self._clear()
+            self._products()
+            self._store()
+
+    def _allocate(self) -> None:
+        t = self.t
+        self.x = shared(t.stages * t.rows * STEP, "uint8")
+        self.x_words = T.decl_buffer((t.stages * t.rows * STEP // 4,), "uint32", data=self.x.data, scope="shared")
+        self.fragment = 32 * self.w.words  # words
+        self.weights = shared(t.stages * (t.columns // CHANNELS) * self.fragment, "uint32")
+        tiles = 2 * t.row_fragments * t.column_fragments
+        self.sums = local(tiles * 4, "uint32")
+        self.row_sums: Any = local(t.row_fragments * 4, "uint32") if self.p.has_offset else None
+        self.own_rows = t.row_fragments * 2
+        self.activations: Any = local(self.own_rows * len(self.p.segments), "int32") if self.p.has_offset else None
+        """Sums of the activations of a segment, of each row of a thread: offsets count behind all segments."""
+        self.y: Any = local(tiles * 4) if self.several else None
+        self.a = local(t.row_fragments * 4, "uint32")
+        self.decoded = local(t.column_fragments * 4, "uint32")
+        if self.p.bits < 8:
+            words = 2**self.p.bits // 4
+            self.table = local(t.column_fragments * words, "uint32")
+            for j in range(t.column_fragments):
+                block = (self.first_column + self.warp_column) // CHANNELS + j
+                for word in range(words):
+                    store(self.table, self.b["lut"][block * words + word], j * words + word)
+
+    # --------------------------------------------------------------------------------------------- activations
+
+    def _rows(self) -> None:
+        """What a thread copies of every step: the same chunk of some rows."""
+        p, t = self.p, self.t
+        self.copies = t.rows * (STEP // CHUNK) // t.threads
+        self.chunk = T.bind(self.thread % (STEP // CHUNK))
+        if not p.pointwise:
+            self.top, self.left, self.pixel = (local(self.copies, "int32") for _ in range(3))
+        if not p.pointwise and self._has_border and p.groups > 1:
+            self.row_group = local(self.copies, "int32")
+        for i in range(self.copies) if not p.pointwise else ():
+            row = T.bind(self._copied_row(i))
+            sample = T.bind(tirx.truncdiv(T.min(row, self.total - 1), p.rows))
+            own = T.bind(T.min(row, self.total - 1) - sample * p.rows)
+            top = T.bind(own // p.out_width * p.stride[0] - p.padding[0])
+            left = T.bind(own % p.out_width * p.stride[1] - p.padding[2])
+            store(self.top, top, i)
+            store(self.left, left, i)
+            store(self.pixel, (sample * p.height + top) * p.width + left, i)
+            if self._has_border and p.groups > 1:
+                store(self.row_group, T.cast(self.b["group"][sample], "int32"), i)
+
+    @property
+    def _has_border(self) -> bool:
+        return any(self.p.padding)
+
+    def _copied_row(self, i: int) -> Any:
+        return self.first_row + self.thread // (STEP // CHUNK) + i * (self.t.threads // (STEP // CHUNK))
+
+    def _load_activations(self, step: Any, stage: Any) -> None:
+        p, w, t = self.p, self.w, self.t
+        unit = T.bind(step * (STEP // UNIT) + self.chunk // 2)
+        number = T.bind(step * (STEP // CHUNK) + self.chunk)  # of the chunk
+        if w.even:
+            segment: Any = 0 if len(p.segments) == 1 else T.bind(tirx.truncdiv(unit, w.units[0]))
+            own = number - segment * (2 * w.units[0])
+            tap, channel = self._split(own, w.chunks[0])
+            size, before = p.segments[0], segment * p.segments[0]
+        else:
+            segment = T.bind(w.of_unit(unit, range(len(p.segments))))
+            places = [self._split(number - 2 * w.first_units[j], w.chunks[j]) for j in range(len(p.segments))]
+            tap = T.bind(w.of_unit(unit, [tap for tap, _ in places]))
+            channel = T.bind(w.of_unit(unit, [channel for _, channel in places]))
+            size = T.bind(w.of_unit(unit, p.segments))
+            before = T.bind(w.of_unit(unit, w.first_channels))
+        count = T.bind(T.max(T.min(size - channel, CHUNK), 0))
+        here = tirx.all(tap < w.taps, unit < sum(w.units))
+        count = T.bind(T.if_then_else(here, count, 0))
+        for i in range(self.copies):
+            row = T.bind(self._copied_row(i))
+            local_row = T.bind(row - self.first_row)
+            swapped = T.bitwise_xor(self.chunk, local_row // 2 % 4)
+            target = T.bind(stage * (t.rows * STEP) + local_row * STEP + swapped * CHUNK)
+            if p.pointwise:
+                there = T.bind(T.if_then_else(row < self.total, count, 0))
+                self._copy(target, T.if_then_else(there > 0, row * p.channels + before + channel, 0), there)
+                continue
+            dy, dx = T.bind(tirx.truncdiv(tap, p.kernel[1])), T.bind(tirx.truncmod(tap, p.kernel[1]))
+            y, x = T.bind(self.top[i] + dy), T.bind(self.left[i] + dx)
+            inside = tirx.all(y >= 0, y < p.height, x >= 0, x < p.width)
+            wanted = T.bind(T.if_then_else(row < self.total, count, 0))
+            source = (self.pixel[i] + dy * p.width + dx) * p.channels + before + channel
+
+            def copy(target: Any = target, source: Any = source, wanted: Any = wanted) -> None:
+                self._copy(target, T.if_then_else(wanted > 0, source, 0), wanted)
+
+            if not self._has_border:
+                copy()
+                continue
+            with T.If(tirx.any(inside, wanted <= 0)):
+                with T.Then():
+                    copy()
+                with T.Else():
+                    group = self.row_group[i] if p.groups > 1 else 0
+                    zero = T.cast(self.b["act_zero"][segment * p.groups + group], "uint32")
+                    word = T.bind(zero * T.uint32(ONES))
+                    for k in range(CHUNK // 4):
+                        bits = T.max(T.min(wanted - 4 * k, 4), 0) * 8
+                        mask = T.if_then_else(
+                            bits >= 32, T.uint32(0xFFFFFFFF), (T.uint32(1) << T.cast(bits, "uint32")) - T.uint32(1)
+                        )
+                        store(self.x_words, word & mask, target // 4 + k)
+
+    def _split(self, number: Any, chunks: int) -> tuple[Any, Any]:
+        """(tap, first channel) of a chunk of a segment."""
+        if self.w.taps == 1:
+            return tirx.IntImm("int32", 0), T.bind(number * CHUNK)
+        tap = T.bind(tirx.truncdiv(number, chunks))
+        return tap, T.bind((number - tap * chunks) * CHUNK)
+
+    def _copy(self, target: Any, source: Any, count: Any) -> None:
+        """`count` of 16 values to shared memory, then zeros."""
+        x, size = self.b["x"], self.copied
+        source = T.bind(source)
+        if size >= 4:
+            operation = "cp.async.cg.shared.global" if size == CHUNK else "cp.async.ca.shared.global"
+            for first in range(0, CHUNK, size):
+                there = T.max(T.min(count - first, size), 0)
+                at = source + first if first == 0 else T.if_then_else(count > first, source + first, 0)
+                given = T.cast(there, "uint32")
+                T.evaluate(T.ptx[operation](self.x.ptr_to([target + first]), x.ptr_to([at]), size, given))
+            return
+        for k in range(CHUNK // 4):
+            word: Any = T.uint32(0)
+            for e in range(4):
+                value = T.if_then_else(count > 4 * k + e, T.cast(x[source + 4 * k + e], "uint32"), T.uint32(0))
+                word = word | value << T.uint32(8 * e)
+            store(self.x_words, word, target // 4 + k)
+
+    def _load_weights(self, step: Any, stage: Any) -> None:
+        """The fragments of a step: 128 bits a word of code."""
+        t, w = self.t, self.w
+        per_fragment = self.fragment // 4  # copies of 4 words
+        total = t.columns // CHANNELS * per_fragment
+        for first in range(0, total, t.threads):
+            i = T.bind(first + self.thread)
+            fragment = tirx.truncdiv(i, per_fragment)
+            source = ((self.first_column // CHANNELS + fragment) * w.steps + step) * per_fragment
+            source = T.bind((source + tirx.truncmod(i, per_fragment)) * 4)
+            target = stage * (total * 4) + i * 4
+
+            def copy(source: Any = source, target: Any = target) -> None:
+                pointers = self.weights.ptr_to([target]), self.b["tiles"].ptr_to([source])
+                T.evaluate(T.ptx["cp.async.cg.shared.global"](*pointers, 16))
+
+            if total - first >= t.threads:
+                copy()
+            else:
+                with T.If(i < total), T.Then():
+                    copy()
+
+    # ------------------------------------------------------------------------------------------------ products
+
+    def _clear(self) -> None:
+        self._clear_sums()
+        if self.y is not None:
+            self._each_output(lambda at, row, column: store(self.y, self._first(column), at))
+
+    def _clear_sums(self) -> None:
+        for buffer in (self.sums, self.row_sums):
+            if buffer is not None:
+                for i in range(int(buffer.shape[0])):
+                    store(buffer, T.uint32(0), i)
+
+    def _first(self, column: Any) -> Expr:
+        """With what the float sum of an output starts."""
+        late = self.w.late_zeros
+        return self.b["bias"][column] if self.p.has_bias and not late else vmath.f32(0.0, 1)
+
+    def _products(self) -> None:
+        w, t = self.w, self.t
+
+        def load(step: Any, stage: Any) -> None:
+            self._load_activations(step, stage)
+            self._load_weights(step, stage)
+
+        for step in range(t.stages - 1):
+            if step < w.steps:
+                load(step, step)
+            T.evaluate(T.ptx.cp.async_.commit_group())
+        with T.serial(0, w.steps) as step:
+            T.evaluate(T.ptx.cp.async_.wait_group(t.stages - 2))
+            barrier()
+            if w.steps >= t.stages:
+                ahead = T.bind(step + (t.stages - 1))
+                with T.If(ahead < w.steps), T.Then():
+                    load(ahead, T.bind(ahead % t.stages))
+            T.evaluate(T.ptx.cp.async_.commit_group())
+            stage = T.bind(step % t.stages)
+            for ks in range(STEP // UNIT):
+                self._unit(stage, ks)
+                self._end_of_segment(T.bind(step * (STEP // UNIT) + ks), ks)
+
+    def _unit(self, stage: Any, ks: int) -> None:
+        """32 values of k."""
+        t, lane = self.t, self.lane
+        for i in range(t.row_fragments):
+            row = T.bind(self.warp_row + i * 16 + lane % 16)
+            chunk = T.bitwise_xor(ks * 2 + lane // 16, row // 2 % 4)
+            at = stage * (t.rows * STEP) + row * STEP + chunk * CHUNK
+            registers = [self.a[i * 4 + r] for r in range(4)]
+            T.evaluate(T.ptx[LDMATRIX](*registers, self.x.ptr_to([at])))
+        for j in range(t.column_fragments):
+            self._decode(stage, ks, j)
+            for i in range(t.row_fragments):
+                for h in range(2):
+                    self._multiply(self.sums, ((i * t.column_fragments + j) * 2 + h) * 4, i, [
+                        self.decoded[j * 4 + 2 * h], self.decoded[j * 4 + 2 * h + 1],
+                    ])  # fmt: skip
+        if self.row_sums is not None:
+            for i in range(t.row_fragments):
+                self._multiply(self.row_sums, i * 4, i, [T.uint32(ONES)] * 2)
+
+    def _multiply(self, sums: Any, at: int, i: int, weights: list[Any]) -> None:
+        results = [sums[at + e] for e in range(4)]
+        T.evaluate(T.ptx[MMA](*results, *(self.a[i * 4 + r] for r in range(4)), *weights, *results))
+
+    def _decode(self, stage: Any, ks: int, j: int) -> None:
+        """The weights of 16 channels for 32 values of k into 4 registers, (h, kk)."""
+        w, bits, lane = self.w, self.p.bits, self.lane
+        fragment = T.bind(stage * (self.t.columns // CHANNELS) + self.warp_column // CHANNELS + j)
+
+        def word(number: int) -> Any:
+            return self.weights[fragment * self.fragment + w.place(number, lane)]
+
+        for h in range(2):
+            for kk in range(2):
+                at = j * 4 + 2 * h + kk
+                if bits == 8:
+                    store(self.decoded, word(4 * ks + 2 * h + kk), at)
+                    continue
+                words = 2**bits // 4
+                table = [self.table[j * words + i] for i in range(words)]
+                store(self.decoded, _looked_up(table, _selector(bits, word, ks, h, kk)), at)
+
+    # ---------------------------------------------------------------------------------------------- conclusions
+
+    def _each_output(self, body: Callable[[int, Any, Any], None]) -> None:
+        """``body(register, row, column)`` for what a thread holds, rows and columns of the whole product."""
+        t, lane = self.t, self.lane
+        for i in range(t.row_fragments):
+            for half in range(2):
+                row = T.bind(self._own_row(2 * i + half))
+                for j in range(t.column_fragments):
+                    for h in range(2):
+                        for e in range(2):
+                            first = self.first_column + self.warp_column + j * CHANNELS + h * 8
+                            column = T.bind(first + lane % 4 * 2 + e)
+                            body(((i * t.column_fragments + j) * 2 + h) * 4 + half * 2 + e, row, column)
+
+    def _own_row(self, i: int) -> Any:
+        """Number i of the rows that a thread holds sums of."""
+        return self.first_row + self.warp_row + i * 8 + self.lane // 4
+
+    def _end_of_segment(self, unit: Any, ks: int) -> None:
+        """Behind the last unit of a segment its sums go to the float ones; of a single one at the end of it all."""
+        w = self.w
+        if not self.several:
+            return
+        if w.even:
+            if w.units[0] % 2 == 0 and ks == 0:
+                return  # no segment ends here
+            ends = tirx.all(tirx.EQ(tirx.truncmod(unit + 1, w.units[0]), 0), unit < sum(w.units))
+            segment = tirx.truncdiv(unit, w.units[0])
+        else:
+            last = [first + units - 1 for first, units in zip(w.first_units, w.units, strict=True)]
+            ends = tirx.any(*(tirx.EQ(unit, end) for end in last))
+            segment = w.of_unit(unit, range(len(w.units)))
+        with T.If(ends), T.Then():
+            own = T.bind(segment)
+            self._each_output(lambda at, row, column: store(self.y, self._added(self.y[at], at, row, column, own), at))
+            self._sum_activations(own)
+            self._clear_sums()
+
+    def _added(self, y: Expr, at: int, row: Any, column: Any, segment: Any) -> Expr:
+        """y with what a segment adds to it."""
+        p, b, n = self.p, self.b, self.w.outputs
+        total = tirx.reinterpret("int32", self.sums[at])
+        scale = b["weight_scale"][segment * n + column]
+        inside = T.min(row, self.total - 1)
+        if self.w.late_zeros:
+            return vmath.fma(T.cast(total, "float32"), scale, y)
+        if p.dynamic:
+            total = total - self._zero(inside, segment) * b["start"][segment * n + column]
+        else:
+            total = total + b["start"][(segment * p.groups + self._group(inside)) * n + column]
+        return vmath.fma(T.cast(total, "float32"), vmath.mul(self._scale(inside, segment), scale), y)
+
+    def _scale(self, row: Any, segment: Any) -> Expr:
+        """Of the activations of a row."""
+        return self.b["act_scale"][row if self.p.dynamic else segment * self.p.groups + self._group(row)]
+
+    def _zero(self, row: Any, segment: Any) -> Expr:
+        """The zero point of the activations of a row, int32."""
+        at = row if self.p.dynamic else segment * self.p.groups + self._group(row)
+        return T.cast(self.b["act_zero"][at], "int32")
+
+    def _sum_activations(self, segment: Any) -> None:
+        """Keeps the sum of q - z of every row of the thread, for offsets."""
+        if self.row_sums is None:
+            return
+        for i in range(self.own_rows):
+            codes = tirx.reinterpret("int32", self.row_sums[i // 2 * 4 + i % 2 * 2])
+            row = T.min(self._own_row(i), self.total - 1)
+            value = codes - self._zero(row, segment) * self._values(segment)
+            store(self.activations, value, segment * self.own_rows + i)
+
+    def _with_offsets(self, y: Expr, at: int, row: Any, column: Any) -> Expr:
+        """y with what the offset of its channel makes of the activations."""
+        if self.row_sums is None:
+            return y
+        i = at // (self.t.column_fragments * 8) * 2 + at % 4 // 2
+        total = local(1)
+        store(total, y, 0)
+        with T.serial(0, len(self.p.segments)) as j:
+            activations = T.cast(self.activations[j * self.own_rows + i], "float32")
+            factor = vmath.mul(self._scale(row, j), self.b["offset"][column])
+            store(total, vmath.fma(activations, factor, total[0]), 0)
+        return total[0]
+
+    def _values(self, segment: Any) -> Any:
+        """How many values of k a segment has."""
+        p = self.p
+        if self.w.even:
+            return p.segments[0] * self.w.taps
+        return self.w.of_segment(segment, [channels * self.w.taps for channels in p.segments])
+
+    def _group(self, row: Any) -> Any:
+        if self.p.groups == 1:
+            return 0
+        return T.cast(self.b["group"][tirx.truncdiv(row, self.p.rows)], "int32")
+
+    def _store(self) -> None:
+        p = self.p
+
+        def finish(at: int, row: Any, column: Any) -> None:
+            with T.If(tirx.all(row < self.total, column < p.outputs)), T.Then():
+                if self.y is not None:
+                    y: Any = self.y[at]
+                    if self.w.late_zeros:
+                        zero = vmath.neg(T.cast(self.b["act_zero"][row], "float32"))
+                        start = self.b["bias"][column] if p.has_bias else vmath.f32(0.0, 1)
+                        own = vmath.fma(zero, self.b["sums"][column], y)
+                        y = vmath.fma(self.b["act_scale"][row], own, start)
+                else:
+                    y = self._added(self._first(column), at, row, column, 0)
+                self._finish(vmath.keep(self._with_offsets(y, at, row, column)), row, column)
+
+        if not self.several:
+            self._sum_activations(0)
+        self._each_output(finish)
+
+    def _finish(self, y: Expr, row: Any, column: Any) -> None:
+        """The epilogue, and where its result goes."""
+        p, epilogue = self.p, self.epilogue
+        sample = T.bind(tirx.truncdiv(row, p.rows))
+
+        def load(i: int) -> Expr:
+            operand = self.b[f"operand{i}"]
+            match epilogue.operands[i].kind:
+                case "scalar":
+                    return operand[0]
+                case "channel":
+                    return operand[column]
+                case "sample":
+                    return operand[sample * p.outputs + column]
+            return operand[row * p.outputs + column]
+
+        quant = quantizer(self.buffers, sample) if epilogue.bits is not None else None
+        at: Any = row * p.outputs + column
+        if p.into is not None:
+            size, offset, step = p.into
+            at = sample * size + offset + (row - sample * p.rows) * step + column
+        if epilogue.keeps:
+            steps = Epilogue(epilogue.steps[:-1], epilogue.operands)
+            full = vmath.keep(apply(steps, y, load))
+            store(self.b["full"], full, row * p.outputs + column)
+            store(self.b["out"], apply(Epilogue(epilogue.steps[-1:]), full, load, quant), at)
+        else:
+            store(self.b["out"], apply(epilogue, y, load, quant), at)
+
+
+def _selector(bits: int, word: Callable[[int], Any], ks: int, h: int, kk: int) -> Any:
+    """The codes of 4 weights as nibbles (`weights`)."""
+    if bits == 4:
+        found = word(2 * ks + h)
+        return found >> T.uint32(16) if kk else found
+    shift = 16 * h + 2 * kk
+    found = word(ks)
+    low = (found >> T.uint32(shift) if shift else found) & T.uint32(0x3333)
+    if bits == 2:
+        return low
+    plane = word(2) >> T.uint32(16) if ks else word(2)
+    place = 2 * h + kk
+    moved = plane << T.uint32(2 - place) if place < 2 else plane >> T.uint32(place - 2)
+    return low | moved & T.uint32(0x4444)
+
+
+def _looked_up(table: list[Any], selector: Any) -> Any:
+    """The bytes of a table of 4, 8 or 16 entries that 4 nibbles select."""
+    if len(table) == 1:
+        return byte_perm(table[0], T.uint32(0), selector)
+    if len(table) == 2:
+        return byte_perm(table[0], table[1], selector)
+    chosen = vmath.keep(selector)
+    within = chosen & T.uint32(0x7777)
+    low, high = byte_perm(table[0], table[1], within), byte_perm(table[2], table[3], within)
+    upper = vmath.keep(byte_perm(T.uint32(0), T.uint32(0xFFFFFFFF), (chosen & T.uint32(0x8888)) >> T.uint32(1)))
+    return (low & ~upper) | (high & upper)
+
+
+__all__ = ["BLOCK", "Tile", "arguments", "build", "tile"]

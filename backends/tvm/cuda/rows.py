@@ -1,0 +1,78 @@
+"""What rows of channels are written by: the epilogue, with a rotation of channels before its quantizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+
+from mpq_compiler.backends.tvm.cuda.threads import barrier, shared, strided
+from mpq_compiler.backends.tvm.kernels import vmath
+from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue
+from mpq_compiler.backends.tvm.kernels.hadamard import check_block
+from mpq_compiler.backends.tvm.kernels.template import Buffers, Finish, store
+
+Put = Callable[[Expr, Any], None]
+
+
+class Rows:
+    """Writes rows [sample, row, channels] of `y`.
+
+    block: channels of a rotation, 0 for none. A rotated row is written by a block of threads, others by any thread.
+    into:  as of `kernels.norms.LayerNorm`
+    late:  the rotation comes before all steps of the epilogue, not only before its quantizer
+    """
+
+    def __init__(
+        self, epilogue: Epilogue, buffers: Buffers, block: int, into: tuple[int, int, int] | None, late: bool = False
+    ) -> None:
+        self.buffers, self.block, self.into = buffers, block, into
+        steps = epilogue.steps
+        first = len(steps) - (epilogue.bits is not None) if block and not late else 0
+        self.before = Finish(replace(epilogue, steps=steps[:first]), buffers)
+        self.finish = Finish(replace(epilogue, steps=steps[first:]), buffers)
+
+    def put(self, value: Expr, sample: Any, row: Any, channel: Any) -> None:
+        """What the steps behind a rotation make of a value, stored."""
+        done = self.finish(value, sample, (row,), channel, self.finish.quantizer(sample))
+        if self.into is None:
+            store(self.buffers["y"], done, sample, row, channel)
+        else:
+            _, offset, step = self.into
+            store(self.buffers["y"], done, sample, row * step + (channel + offset))
+
+    def write(
+        self, value: Callable[[Any], Expr], sample: Any, row: Any, channels: int, thread: Any, threads: int
+    ) -> None:
+        """All channels of a row, by all threads of the block; `value` gives them by number."""
+        if not self.block:
+            with strided(thread, channels, threads) as c:
+                self.put(vmath.keep(value(c)), sample, row, c)
+            return
+        check_block(channels, self.block)
+        waiting, block = shared(channels), self.block
+        with strided(thread, channels, threads) as c:
+            before = vmath.keep(self.before(vmath.keep(value(c)), sample, (row,), c, None))
+            store(waiting, tirx.Select(_is_negative(c % block), vmath.neg(before), before), c)
+        barrier()
+        step = 1
+        while step < block:
+            with strided(thread, channels // 2, threads) as pair:
+                low = T.bind(tirx.truncdiv(pair, step) * (2 * step) + tirx.truncmod(pair, step))
+                a, b = vmath.keep(waiting[low]), vmath.keep(waiting[low + step])
+                store(waiting, a + b, low)
+                store(waiting, a - b, low + step)
+            barrier()
+            step *= 2
+        with strided(thread, channels, threads) as c:
+            self.put(vmath.keep(vmath.mul(waiting[c], vmath.f32(block**-0.5, 1))), sample, row, c)
+
+
+def _is_negative(index: Any) -> Expr:
+    """Whether `numerics.rotation_sign` of an index is -1."""
+    pairs = T.call_pure_extern("int32", "__popc", index & (index >> 1))
+    return tirx.EQ(pairs & 1, 1)

@@ -1,0 +1,45 @@
+"""The CUDA templates by the names of `backends.tvm.templates`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.tirx import PrimFunc
+
+from mpq_compiler.backends.tvm.cuda import attention, gemm, movement, norms, pointwise, products, quantize, weights
+from mpq_compiler.backends.tvm.kernels import template
+
+
+@dataclass(frozen=True)
+class Template:
+    """As of the CPU, without an instruction set: (problem, name) makes the kernel.
+
+    arguments: of a problem, where they are others than on the CPU
+    """
+
+    build: Callable[[Any, str], PrimFunc]
+    arguments: Callable[[Any], list[template.Argument]] | None = None
+    outputs: Callable[[Any], int] | None = None
+
+
+TEMPLATES: dict[str, Template] = {
+    "gemm": Template(gemm.build, gemm.arguments),
+    "prepare": Template(
+        weights.build,
+        lambda problem: [argument for part in weights.arguments(problem) for argument in part],
+        lambda problem: len(weights.arguments(problem)[1]),
+    ),
+    "pack": Template(weights.build_pack),
+    "dequantize": Template(weights.build_dequantize),
+    "float8": Template(weights.build_float8),
+    "quantize": Template(quantize.build),
+    "norms": Template(norms.build),
+    "hadamard": Template(norms.build_hadamard),
+    "attention": Template(attention.build),
+    "pointwise": Template(pointwise.build),
+    "movement": Template(movement.build),
+    "float_gemm": Template(products.build),
+    "matmul": Template(products.build_matmul),
+}

@@ -1,0 +1,181 @@
+"""Artifacts for GPUs: compiled without one, run on the emulator through TVM's own CUDA runtime."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("tvm")
+from mpq_compiler import targets
+from mpq_compiler.backends.tvm.build import build
+from mpq_compiler.backends.tvm.cuda import machine_code
+from mpq_compiler.program import run
+from tests import packed
+from tests.cuda import emulator, nvcc
+
+MODELS = ((packed.BUNDLED, "int4"), ("sd15", "int2+b"), ("pixart", "int4g64,dynamic=true"))
+PIPELINE = (
+    "trace,layout,calibrate{samples=4,steps=2},time-groups,bit-allocation{uniform=int4},numerics{mode=portable},"
+    "insert-fake-quant,residual-branch,round-weights,fold-fake-quant,fuse-epilogues"
+)
+RUN = """
+import pickle, sys
+from mpq_compiler import runtime
+inputs = pickle.load(sys.stdin.buffer)
+pickle.dump(runtime.load(sys.argv[1]).run(inputs), sys.stdout.buffer)
+"""
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """CUDA_HOME of a compiler for the emulator."""
+    emulator.needs()
+    return nvcc.install(tmp_path_factory.mktemp("cuda"))
+
+
+def execute(path: Path, inputs: dict[str, np.ndarray], **environment: str) -> np.ndarray:
+    """The artifact's output on the emulated GPU."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(path)],
+        input=pickle.dumps(inputs),
+        capture_output=True,
+        env=emulator.environment(**environment),
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    return pickle.loads(done.stdout)
+
+
+def mpqc(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mpq_compiler.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize(("name", "weights"), MODELS)
+def test_artifact_is_as_good_as_the_packed_program(name, weights, emulated, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(emulated))
+    machine_code.compiler.cache_clear()
+    machine_code.version.cache_clear()
+    case, target = packed.program(name, weights), targets.resolve("cuda-sm80")
+    built = build(case.program, target, (1, 4), jobs=2, cache=tmp_path)
+    path = packed.write(tmp_path / "model.mpq", case.program, target, built)
+    inputs = packed.take(case.inputs, slice(8))
+    expected = case.denoiser(**inputs)
+    packed_db = packed.sqnr_db(run(case.program, inputs), expected)
+    arrays = {key: value.numpy() for key, value in inputs.items()}
+    artifact_db = packed.sqnr_db(torch.from_numpy(execute(path, arrays, MPQ_EMULATED_SM="86")), expected)
+    assert abs(artifact_db - packed_db) <= 0.1
+
+
+def test_a_jetson_is_launched_by_its_own_processor(emulated, tmp_path):
+    path = tmp_path / "orin.mpq"
+    options = ("--target", "cuda-sm87", "--pipeline", PIPELINE, "--cache", tmp_path)
+    done = mpqc("compile", "fashion-unet", "-o", path, *options, CUDA_HOME=str(emulated))
+    assert done.returncode == 0, done.stderr
+    header = (path / "kernels.so").read_bytes()[:20]
+    assert header[:4] == b"\x7fELF" and header[18] == 183  # AArch64
+
+
+@pytest.fixture(scope="module", params=("fashion-unet", "fashion-dit", "fashion-text"))
+def for_all(request, tmp_path_factory):
+    """(artifact, cache) of a bundled denoiser, compiled by NVIDIA's compiler for all architectures."""
+    folder = tmp_path_factory.mktemp(request.param)
+    options = ("--target", "cuda", "--pipeline", PIPELINE, "--cache", folder, "--jobs", 2)
+    done = mpqc("compile", request.param, "-o", folder / "model.mpq", *options)
+    assert done.returncode == 0, done.stderr
+    return folder / "model.mpq", folder
+
+
+def test_machine_code_for_all_architectures(for_all, tmp_path):
+    """Products are on integer tensor cores, four instructions of them at least, and no kernel of them spills."""
+    products = 0
+    for module in sorted(for_all[1].glob(f"kernels/*{machine_code.DEVICE}")):
+        source = module.with_suffix(machine_code.SOURCE).read_text()
+        if "mma_int_sync" not in source:
+            continue
+        products += 1
+        code = tmp_path / "kernel.fatbin"
+        code.write_bytes(machine_code.code_of(module.read_bytes()))
+        used = subprocess.run(
+            [machine_code.tool("cuobjdump"), "-res-usage", str(code)], capture_output=True, text=True, check=True
+        ).stdout
+        assert {int(level) for level in re.findall(r"sm_(\d+)", used)} == {80, 87, 89, 90}
+        assert {int(n) for n in re.findall(r"LOCAL:(\d+)", used)} == {0}, used
+        if products == 1:
+            listing = subprocess.run(
+                [machine_code.tool("cuobjdump"), "-sass", str(code)], capture_output=True, text=True, check=True
+            ).stdout
+            assert listing.count("IMMA.16832.U8.S8") >= 4 * 4
+    assert products > 5
+
+
+def test_an_artifact_of_fatbins_runs(for_all, tmp_path):
+    path, cache = for_all
+    if "unet" not in str(cache):
+        pytest.skip("one denoiser is enough: kernels are emulated in other tests")
+    emulator.needs()
+    emulator.emulate(cache, tmp_path)
+    case = packed.program(packed.BUNDLED, "int4")
+    inputs = packed.take(case.inputs, slice(2))
+    arrays = {key: value.numpy() for key, value in inputs.items()}
+    found = torch.from_numpy(execute(path, arrays, MPQ_EMULATED=str(tmp_path), MPQ_EMULATED_SM="90"))
+    assert packed.sqnr_db(found, case.denoiser(**inputs)) > 10
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"MPQ_EMULATED_DEVICES": "0"}, r"it lacks an NVIDIA GPU that runs sm_80"),
+        ({"MPQ_EMULATED_SM": "75"}, r"an NVIDIA GPU that runs sm_80 or sm_87 or sm_89 or sm_90 \(it has sm_75\)"),
+    ],
+)
+def test_no_gpu_that_runs_it(for_all, variables, says):
+    emulator.needs()
+    code = "import sys; from mpq_compiler import runtime; runtime.load(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(for_all[0])],
+        capture_output=True,
+        text=True,
+        env=emulator.environment(**variables),
+    )
+    assert re.search(f"UserError: .*{says}", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--tune",), "leave it out"),
+        (("--emit", "c"), "kernels for CPUs"),
+        ((), r"nvcc is not installed.*mpq-compiler\[cuda\]"),
+    ],
+)
+def test_what_a_gpu_cannot_be_given(options, says, tmp_path):
+    command = (
+        "compile",
+        "fashion-unet",
+        "-o",
+        tmp_path / "x.mpq",
+        "--target",
+        "cuda",
+        "--pipeline",
+        PIPELINE,
+        *options,
+    )
+    hidden = {} if options else {"PATH": "/usr/bin:/bin", "PYTHONPATH": _without_wheels(tmp_path)}
+    done = mpqc(*command, **hidden)
+    assert done.returncode == 1 and re.search(says, done.stderr), done.stderr
+    assert not (tmp_path / "x.mpq").exists()
+
+
+def _without_wheels(folder: Path) -> str:
+    """A folder for PYTHONPATH in which NVIDIA's wheels are none."""
+    (folder / "nvidia").mkdir()
+    (folder / "nvidia" / "__init__.py").write_text("")
+    return str(folder)

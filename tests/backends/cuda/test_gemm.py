@@ -1,0 +1,106 @@
+"""Integer products on the tensor cores of the emulator, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tvm")
+from mpq_compiler.backends.tvm.cuda import gemm, weights
+from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
+from tests.cuda import emulator
+from tests.cuda.kernels import Library, empty
+from tests.shapes import CONVOLUTIONS, Case, make_case, quantize, random_problem, reference, seed, with_widths
+
+linear = QuantMatmul.linear
+Problems = Sequence[tuple[int, QuantMatmul]]
+
+FORMATS: Problems = [
+    (2, linear((10,), 64, 64)),
+    (1, linear((200,), 128, 128, bits=4, classes=2, groups=2)),
+    (1, linear((70,), 100, 70, bits=3)),
+    (1, linear((70,), 200, 70, bits=2)),
+    (1, linear((300,), 64, 128, bits=4, has_offset=True)),
+    (1, with_widths(linear((9,), 60, 40), 2, 3, 4)),
+    (1, with_widths(linear((9,), 60, 40), 4, 5)),
+]
+SEGMENTS: Problems = [
+    (2, linear((10,), 96, 64, segments=(32,) * 3, bits=4, has_offset=True)),
+    (2, linear((10,), 96, 64, segments=(40, 56), bits=4, groups=3, has_offset=True)),
+    (2, linear((5,), 128, 64, dynamic=True)),
+    (2, linear((5,), 128, 64, dynamic=True, segments=(32,) * 4, bits=4)),
+    (2, linear((5,), 128, 64, dynamic=True, segments=(64, 64), bits=4, has_offset=True)),
+    (1, QuantMatmul(7, 6, 44, 46, (1, 2), (2, 2), (0, 0, 1, 1), bits=2, segments=(12, 32), has_offset=True)),
+]
+IMAGES: Problems = [
+    *(CONVOLUTIONS[n] for n in ("3x3", "3x3-stride-2", "3x3-one-channel", "5x3-of-3x2", "patches", "1x1-strided")),
+    (2, QuantMatmul(12, 12, 64, 128, (3, 3), padding=(1, 1, 1, 1), groups=2)),
+]
+RANDOM: Problems = [random_problem(np.random.default_rng(i)) for i in range(8)]
+
+
+@pytest.fixture(autouse=True)
+def _emulated():
+    emulator.needs()
+
+
+def run(problems: Problems) -> list[tuple[Case, list[np.ndarray]]]:
+    """The cases of some problems with what their kernels write, whenever copies happen."""
+    functions = {f"kernel{i}": gemm.build(p, f"kernel{i}") for i, (_, p) in enumerate(problems)}
+    functions |= {f"prepare{i}": weights.build(p, f"prepare{i}") for i, (_, p) in enumerate(problems)}
+    library = Library(functions)
+    cases = [make_case(p, batch, seed(i, batch)) for i, (batch, p) in enumerate(problems)]
+    datas, first, second, found = [case.stored() for case in cases], [], [], []
+    for i, (case, data) in enumerate(zip(cases, datas, strict=True)):
+        inputs, made = weights.arguments(case.problem)
+        first.append((f"prepare{i}", [*(data[a.name] for a in inputs), *(empty(a, case.batch) for a in made)]))
+    for i, (case, data, results) in enumerate(zip(cases, datas, library.run(first), strict=True)):
+        inputs, made = weights.arguments(case.problem)
+        data |= {a.name: value for a, value in zip(made, results[len(inputs) :], strict=True)}
+        arguments = gemm.arguments(case.problem)
+        data |= {a.name: empty(a, case.batch) for a in arguments if a.name in ("out", "full")}
+        second.append((f"kernel{i}", [data[a.name] for a in arguments]))
+    late, early = library.run(second), library.run(second, early=True)
+    for case, results, others in zip(cases, late, early, strict=True):
+        for result, other in zip(results, others, strict=True):
+            np.testing.assert_array_equal(result.view(np.uint8), other.view(np.uint8), str(case.problem))
+        names = [a.name for a in gemm.arguments(case.problem)]
+        found.append((case, [results[names.index(name)] for name in ("out", "full") if name in names]))
+    return found
+
+
+@pytest.mark.parametrize(
+    "problems", [FORMATS, SEGMENTS, IMAGES, RANDOM], ids=["formats", "segments", "images", "random"]
+)
+def test_the_bits_of_the_definition(problems):
+    for case, (out,) in run(problems):
+        np.testing.assert_array_equal(out.view(np.uint32), reference(case).view(np.uint32), str(case.problem))
+
+
+def test_epilogues():
+    steps = (Step("add", operand=0), Step("mul", operand=1), Step("add", operand=2), Step("quantize", value=8))
+    operands = tuple(map(Operand, ("full", "sample", "channel")))
+    plain = linear((20,), 64, 48, bits=4, groups=2, epilogue=Epilogue(steps, operands))
+    kept = replace(plain, epilogue=Epilogue(steps, operands, keeps=True))
+    into = replace(linear((20,), 64, 48, bits=4), into=(20 * 64 + 3, 5, 64))
+    found = run([(3, plain), (3, kept), (3, into)])
+    for case, outputs in found[:2]:
+        d = case.data
+        y = reference(case) + d["operand0"]
+        y = y * d["operand1"][:, None] + d["operand2"]
+        codes = quantize(y, d["qscale"], d["qzero"], d["group"], 8)
+        np.testing.assert_array_equal(outputs[0], codes)
+        if case.problem.epilogue.keeps:
+            np.testing.assert_array_equal(outputs[1], y)
+    case, (out,) = found[2]
+    rows = out[:, 5:].reshape(3, -1)[:, : 20 * 64 - 2]
+    for row in range(20):
+        np.testing.assert_array_equal(rows[:, row * 64 : row * 64 + 48], reference(case)[:, row])
+    untouched = np.ones(out.shape[1], bool)
+    for row in range(20):
+        untouched[5 + row * 64 : 5 + row * 64 + 48] = False
+    assert (out.view(np.uint32)[:, untouched] == 0xA5A5A5A5).all()

@@ -1,0 +1,207 @@
+"""Kernels with a mistake in them: the emulator has to notice, or its agreement says nothing."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tvm")
+from mpq_compiler.backends.tvm.cuda import attention, gemm, norms, products, weights
+from mpq_compiler.backends.tvm.kernels import attention as cpu_attention
+from mpq_compiler.backends.tvm.kernels import float_gemm
+from mpq_compiler.backends.tvm.kernels import norms as cpu_norms
+from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
+from tests.cuda import emulator
+from tests.cuda.kernels import Library, empty
+from tests.shapes import make_case, seed
+
+Mutants = Mapping[str, tuple[str, str]]
+
+GEMM: Mutants = {
+    "no barrier before a step": ("            barrier()\n            if w.steps", "            if w.steps"),
+    "waits for a step less": ("wait_group(t.stages - 2)", "wait_group(t.stages - 1)"),
+    "chunks not swapped where they are read": (", row // 2 % 4)\n            at =", ", 0)\n            at ="),
+    "rows of another fragment": ("i * 16 + lane % 16)", "i * 16 + lane % 8)"),
+    "weights of the next lane": ("w.place(number, lane)]", "w.place(number, T.bitwise_xor(lane, 1))]"),
+    "copies into the stage that is read": (
+        "load(ahead, T.bind(ahead % t.stages))",
+        "load(ahead, T.bind(step % t.stages))",
+    ),
+    "writes a row too many": (
+        "tirx.all(row < self.total, column < p.outputs)",
+        "tirx.all(row <= self.total, column < p.outputs)",
+    ),
+    "writes columns too many": (
+        "tirx.all(row < self.total, column < p.outputs)",
+        "tirx.all(row < self.total, column <= p.outputs)",
+    ),
+    "a border of zeros": ("word = T.bind(zero * T.uint32(ONES))", "word = T.bind(zero * T.uint32(0))"),
+    "no border at the bottom": ("y >= 0, y < p.height,", "y >= 0, y <= p.height,"),
+    "another tap": ("y, x = T.bind(self.top[i] + dy)", "y, x = T.bind(self.top[i] + dx)"),
+    "the zero point of the first group": (
+        'total = total + b["start"][(segment * p.groups + self._group(inside)) * n',
+        'total = total + b["start"][(segment * p.groups) * n',
+    ),
+    "the scale of the first group": (
+        "else segment * self.p.groups + self._group(row)]",
+        "else segment * self.p.groups]",
+    ),
+    "sums of the next row": ("i * 8 + self.lane // 4", "i * 8 + (self.lane // 4 + 1) % 8"),
+    "columns turned": ("column = T.bind(first + lane % 4 * 2 + e)", "column = T.bind(first + lane % 4 * 2 + 1 - e)"),
+    "half of a selector": ("return found >> T.uint32(16) if kk else found", "return found"),
+    "the last chunk whole": (
+        "count = T.bind(T.max(T.min(size - channel, CHUNK), 0))",
+        "count = T.bind(T.max(T.min(size - channel + 3, CHUNK), 0))",
+    ),
+}
+ATTENTION: Mutants = {
+    "no barrier before keys": ("            barrier()\n            load(key", "            load(key"),
+    "no barrier behind keys": (
+        "None)\n            barrier()\n            with strided",
+        "None)\n            with strided",
+    ),
+    "no barrier behind scores": ("            barrier()\n            new = local(1)", "            new = local(1)"),
+    "keys from the start": ("T.min(start + token, tokens - 1)", "T.min(token, tokens - 1)"),
+    "values that are not there": ("T.min(p.keys - begin, keys)", "keys"),
+    "no rescaling of outputs": ("store(out, mul(out[d], rescale), d)", "store(out, out[d], d)"),
+    "no rescaling of the sum": ("store(total, mul(total[0], rescale), 0)", "store(total, total[0], 0)"),
+    "a query too many": ("T.If(first + row < p.queries)", "T.If(first + row <= p.queries)"),
+    "the next head": ("+ head * p.dim + d\n", "+ (head + 1) % p.heads * p.dim + d\n"),
+    "the maximum of old": ("store(highest, new[0], 0)", "store(highest, highest[0], 0)"),
+    "dimensions of the neighbour": (
+        "T.min(part + d * row_threads, p.dim - 1)",
+        "T.min(part + 1 + d * row_threads, p.dim - 1)",
+    ),
+    "unscaled queries": ("scale * vmath.LOG2_E)", "vmath.LOG2_E)"),
+}
+PRODUCTS: Mutants = {
+    "no barrier behind copies": (
+        "            barrier()\n            with T.serial(0, TERMS)",
+        "            with T.serial(0, TERMS)",
+    ),
+    "no barrier before copies": ("            barrier()\n        for i in range(OWN):", "        for i in range(OWN):"),
+    "terms that are not there": ("tirx.all(n < columns, term < terms)", "n < columns"),
+    "a row too many": ("own_row(i) < rows, own_column", "own_row(i) <= rows, own_column"),
+    "a column too many": ("own_column(j) < columns)", "own_column(j) <= columns)"),
+    "no start": (
+        "store(sums, start(T.min(own_column(j), columns - 1)), i * OWN + j)",
+        "store(sums, f32(0.0, 1), i * OWN + j)",
+    ),
+    "rows turned": ("return first_row + row * OWN + i", "return first_row + row * OWN + (OWN - 1 - i)"),
+    "no border": ("inside = tirx.all(top >= 0, top < p.height", "inside = tirx.all(top >= -1, top < p.height"),
+    "the first channel": ("p.channels + group * depth + c", "p.channels + group * depth"),
+    "without stride": ("i * p.stride[0] + dy", "i + dy"),
+}
+NORMS: Mutants = {
+    "no mean": ("else x[sample, row, c] - mean", "else x[sample, row, c]"),
+    "no epsilon": (
+        "rstd = keep(vmath.rsqrt(mul(squares, inverse) + f32(problem.eps, 1)))",
+        "rstd = keep(vmath.rsqrt(mul(squares, inverse)))",
+    ),
+    "no shift": ('buffers["beta"][c] if problem.shift', "f32(0.0, 1) if problem.shift"),
+    "gamma of the next": ('mul(rstd, buffers["gamma"][c])', 'mul(rstd, buffers["gamma"][(c + 1) % channels])'),
+    "an element twice": (
+        "with strided(thread, count, threads) as i:",
+        "with strided(thread * 1 // 2, count, threads) as i:",
+    ),
+    "sum from the row before": ("return combined([total[0]], thread, threads)[0]", "return total[0]"),
+    "squares by half": (
+        "return fma(own, own, total)\n\n        squares = _sum(thread, threads",
+        "return fma(own, f32(0.5, 1), total)\n\n        squares = _sum(thread, threads",
+    ),
+    "the first row": (
+        "sample, row = unravel(number, problem.positions)\n        mean = None",
+        "sample, row = unravel(number, problem.positions)\n        mean, row = None, row * 0",
+    ),
+    "another width": ("inverse = f32(1.0 / channels, 1)", "inverse = f32(1.0 / (channels + 1), 1)"),
+    "a thread too few": (
+        'channels, x, threads = problem.channels, buffers["x"], power(problem.channels)',
+        'channels, x, threads = problem.channels - 1, buffers["x"], power(problem.channels)',
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kernel with its mutants: build(module, name) makes it, inputs are its arguments but the results."""
+
+    module: Any
+    mutants: Mutants
+    build: Callable[[Any, str], Any]
+    arrays: Callable[[], list[np.ndarray]]
+
+
+def _draw(arguments: Any, batch: int) -> list[np.ndarray]:
+    draw = np.random.default_rng(0)
+    arrays = [empty(a, batch) for a in arguments]
+    return [*(draw.standard_normal(a.shape).astype(a.dtype) for a in arrays[:-1]), arrays[-1]]
+
+
+CONV = QuantMatmul(9, 11, 20, 60, (3, 3), padding=(1, 1, 1, 1), bits=4, groups=3)
+ROWS = cpu_norms.LayerNorm(7, 100, eps=1e-2)
+HEADS = cpu_attention.Attention(36, 75, 2, 20)  # whose result ends where nothing may be written
+FLOATS = float_gemm.Conv2d(9, 8, 12, 70, stride=(2, 1))
+
+
+def _conv() -> list[np.ndarray]:
+    case = make_case(CONV, 2, seed("mutants"))
+    data, (inputs, made) = case.stored(), weights.arguments(CONV)
+    data["group"] = np.array([2, 1])
+    prepared = [*(data[a.name] for a in inputs), *(empty(a, 2) for a in made)]
+    (results,) = Library({"prepare": weights.build(CONV, "prepare")}).run([("prepare", prepared)])
+    data |= {a.name: value for a, value in zip(made, results[len(inputs) :], strict=True)}
+    arguments = gemm.arguments(CONV)
+    return [data[a.name] if a.name in data else empty(a, 2) for a in arguments]
+
+
+SUBJECTS = {
+    "gemm": Subject(gemm, GEMM, lambda m, n: m.build(CONV, n), _conv),
+    "attention": Subject(
+        attention, ATTENTION, lambda m, n: m.build(HEADS, n), lambda: _draw(cpu_attention.arguments(HEADS), 2)
+    ),
+    "products": Subject(
+        products, PRODUCTS, lambda m, n: m.build(FLOATS, n), lambda: _draw(float_gemm.arguments(FLOATS), 2)
+    ),
+    "norms": Subject(norms, NORMS, lambda m, n: m.build(ROWS, n), lambda: _draw(cpu_norms.arguments(ROWS), 2)),
+}
+
+
+def _mutated(module: Any, before: str, after: str) -> Any:
+    """The module with another text in one place."""
+    source = Path(module.__file__).read_text()
+    assert before in source, f"a mutant's place is gone: {before!r}"
+    changed = types.ModuleType(module.__name__)
+    changed.__dict__["__file__"] = module.__file__
+    exec(compile(source.replace(before, after, 1), module.__file__, "exec"), changed.__dict__)
+    return changed
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_mistakes_are_noticed(name):
+    emulator.needs()
+    subject = SUBJECTS[name]
+    numbered = {f"mutant{i}": what for i, what in enumerate(subject.mutants)}
+    functions = {"right": subject.build(subject.module, "right")}
+    for key, what in numbered.items():
+        functions[key] = subject.build(_mutated(subject.module, *subject.mutants[what]), key)
+    library, arrays = Library(functions), subject.arrays()
+    calls = [(key, arrays) for key in functions]
+    noticed = set()
+    for early in (False, True):
+        right, *others = library.tried(calls, early)
+        assert right is not None
+        for what, result in zip(numbered.values(), others, strict=True):
+            same = result is not None and all(
+                np.array_equal(a.view(np.uint8), b.view(np.uint8)) for a, b in zip(right, result, strict=True)
+            )
+            if not same:
+                noticed.add(what)
+    missed = sorted(set(subject.mutants) - noticed)
+    assert len(subject.mutants) >= 10
+    assert len(missed) <= len(subject.mutants) // 10, f"not noticed: {missed}"

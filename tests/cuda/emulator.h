@@ -1,0 +1,222 @@
+// Runs CUDA C++ as TVM writes it on a CPU: a block of threads at a time, each thread a fiber.
+//
+// Between barriers warps run one after the other, in an order that turns around at every barrier; within a warp lanes
+// run one after the other up to the next operation of the whole warp. Copies to shared memory (cp.async) happen as late
+// as the program allows, when it waits for them, or, where the environment says MPQ_EMULATED_EARLY, as early, when they are
+// asked for: a program is right only if both give the same.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <type_traits>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __restrict__ __restrict
+#define __launch_bounds__(...)
+#define uint unsigned int
+#define uchar unsigned char
+#define ushort unsigned short
+#define CUDART_INF_F INFINITY
+#define CUDART_NAN_F NAN
+typedef _Float16 half;
+
+namespace emulator {
+enum { THREADS = 1024, STACK = 1 << 16, LANES = 32 };
+enum Wait { RUNS, WARP, BLOCK, ENDED };
+struct Index { int x = 0, y = 0, z = 0; };
+struct Copy { char *target; const char *source; unsigned size, count; };
+struct Exchange { uint32_t words[6]; };
+
+static Index block;
+static int current, threads;
+static Wait waiting[THREADS];
+static void *contexts[THREADS], *scheduler;
+static char *stacks;
+static Exchange exchanged[2][THREADS];
+static unsigned char parity[THREADS];
+static std::deque<std::vector<Copy>> copies[THREADS];
+static void (*body)(void **);
+static void **arguments;
+static char anchor;  // shared memory is addressed from here, in 32 bits
+
+extern "C" void emulator_switch(void **save, void *load);
+asm(R"(
+.text
+emulator_switch:
+    pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
+    ret
+)");
+
+static void pause(Wait reason) {
+    waiting[current] = reason;
+    emulator_switch(&contexts[current], scheduler);
+}
+
+static void main_of_thread() {
+    body(arguments);
+    for (auto &group : copies[current]) for (auto &copy : group)
+        if (copy.target) { fprintf(stderr, "emulator: a thread ends with copies that nothing waited for\n"); break; }
+    pause(ENDED);
+    abort();
+}
+
+static void resume(int thread) {
+    current = thread;
+    waiting[thread] = RUNS;
+    emulator_switch(&scheduler, contexts[thread]);
+}
+
+[[noreturn]] static void diverged() {
+    fprintf(stderr, "emulator: threads of a warp wait for different things\n");
+    abort();
+}
+
+// A warp up to the next barrier of the block, or to its end.
+static void run_warp(int first, int end) {
+    for (;;) {
+        for (int i = first; i < end; ++i) if (waiting[i] != ENDED) resume(i);
+        Wait reason = ENDED;
+        for (int i = first; i < end; ++i) if (waiting[i] != ENDED) reason = waiting[i];
+        for (int i = first; i < end; ++i) if (waiting[i] != reason && !(waiting[i] == ENDED && reason == BLOCK)) diverged();
+        if (reason != WARP) return;
+    }
+}
+
+static void run_block(int count) {
+    if (!stacks) stacks = (char *)malloc((size_t)THREADS * STACK);
+    threads = count;
+    for (int i = 0; i < count; ++i) {
+        void **top = (void **)(stacks + (size_t)(i + 1) * STACK - 64);
+        *--top = nullptr;  // where the body's caller would return to
+        *--top = (void *)main_of_thread;
+        top -= 6;
+        contexts[i] = top;
+        waiting[i] = RUNS;
+        parity[i] = 0;
+        copies[i].assign(1, {});
+    }
+    int warps = (count + LANES - 1) / LANES;
+    for (bool forward = true, any = true; any; forward = !forward) {
+        any = false;
+        for (int i = 0; i < warps; ++i) {
+            int first = (forward ? i : warps - 1 - i) * LANES, end = first + LANES < count ? first + LANES : count;
+            bool ended = true;
+            for (int k = first; k < end; ++k) ended = ended && waiting[k] == ENDED;
+            if (!ended) run_warp(first, end);
+            for (int k = first; k < end; ++k) any = any || waiting[k] != ENDED;
+        }
+    }
+}
+
+static char *shared(uint32_t address) { return &anchor + (int32_t)address; }
+
+// What the lanes of a warp show each other; every lane may read it until its next exchange but one.
+static const Exchange *exchange(const Exchange &own) {
+    int now = parity[current] ^= 1;
+    exchanged[now][current] = own;
+    pause(WARP);
+    return exchanged[now] + current / LANES * LANES;
+}
+
+static void barrier() { pause(BLOCK); }
+
+static void copy(const Copy &c) {
+    char line[16] = {0};
+    memcpy(line, c.source, c.count);
+    memcpy(c.target, line, c.size);
+}
+
+static void copy_async(unsigned size, uint32_t target, const void *source, unsigned count) {
+    Copy asked = {shared(target), (const char *)source, size, count};
+    if ((uintptr_t)asked.target % size || (count && (uintptr_t)source % size)) {
+        fprintf(stderr, "emulator: a copy of %u bytes is not aligned\n", size);
+        abort();
+    }
+    static const bool early = getenv("MPQ_EMULATED_EARLY");
+    if (early) copy(asked);
+    else copies[current].back().push_back(asked);
+}
+
+static void commit() { copies[current].emplace_back(); }
+
+static void wait_group(size_t left) {
+    auto &groups = copies[current];
+    while (groups.size() - 1 > left) {
+        for (auto &c : groups.front()) copy(c);
+        groups.pop_front();
+    }
+}
+
+static void ldmatrix_x4(uint32_t &r0, uint32_t &r1, uint32_t &r2, uint32_t &r3, uint32_t row) {
+    int lane = current % LANES;
+    const Exchange *warp = exchange({{row}});
+    uint32_t *registers[] = {&r0, &r1, &r2, &r3};
+    for (int k = 0; k < 4; ++k) memcpy(registers[k], shared(warp[k * 8 + lane / 4].words[0]) + lane % 4 * 4, 4);
+}
+
+// m16n8k32 (PTX ISA): register 2 (k >= 16) + (row >= 8) of A in lane 4 (row % 8) + k % 16 / 4, byte k % 4; register
+// k >= 16 of B in lane 4 column + k % 16 / 4; sums of row lane / 4 (+ 8), column 2 (lane % 4) (+ 1).
+template <class A, class B>
+static void mma_16832(uint32_t *d[4], const uint32_t (&own)[6], const uint32_t (&c)[4]) {
+    int lane = current % LANES;
+    Exchange shown;
+    memcpy(shown.words, own, sizeof own);
+    const Exchange *warp = exchange(shown);
+    for (int e = 0; e < 4; ++e) {
+        int row = lane / 4, column = lane % 4 * 2 + e % 2;
+        int32_t sum = (int32_t)c[e];
+        for (int half = 0; half < 2; ++half)
+            for (int quad = 0; quad < 4; ++quad) {
+                const A *a = (const A *)&warp[row * 4 + quad].words[2 * half + e / 2];
+                const B *b = (const B *)&warp[column * 4 + quad].words[4 + half];
+                for (int k = 0; k < 4; ++k) sum += (int)a[k] * (int)b[k];
+            }
+        *d[e] = (uint32_t)sum;
+    }
+}
+
+static void mma_u8_s8(uint32_t &d0, uint32_t &d1, uint32_t &d2, uint32_t &d3, uint32_t a0, uint32_t a1, uint32_t a2,
+                      uint32_t a3, uint32_t b0, uint32_t b1, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+    uint32_t *d[] = {&d0, &d1, &d2, &d3};
+    mma_16832<uint8_t, int8_t>(d, {a0, a1, a2, a3, b0, b1}, {c0, c1, c2, c3});
+}
+
+template <class F> static void launch(F kernel, const unsigned *grid, unsigned count, void **given, bool fibers) {
+    body = kernel;
+    arguments = given;
+    for (unsigned y = 0; y < grid[1]; ++y)
+        for (unsigned x = 0; x < grid[0]; ++x) {
+            block = {(int)x, (int)y, 0};
+            if (fibers) run_block((int)count);
+            else for (current = 0; current < (int)count; ++current) body(arguments);
+        }
+}
+}  // namespace emulator
+
+#define threadIdx (emulator::Index{emulator::current, 0, 0})
+#define blockIdx emulator::block
+
+static inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float __fdiv_rn(float a, float b) { return a / b; }
+static inline float __fsqrt_rn(float a) { return __builtin_sqrtf(a); }
+static inline int __popc(unsigned x) { return __builtin_popcount(x); }
+static inline int min(int a, int b) { return a < b ? a : b; }
+static inline int max(int a, int b) { return a > b ? a : b; }
+static inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+    uint64_t bytes = (uint64_t)high << 32 | low;
+    unsigned found = 0;
+    for (int i = 0; i < 4; ++i) found |= (unsigned)(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+    return found;
+}
+static inline uint32_t tvm_builtin_cuda_cvta_generic_to_shared(void *p) {
+    return (uint32_t)((char *)p - &emulator::anchor);
+}

@@ -1,0 +1,146 @@
+"""CUDA kernels on the CPU: their source as TVM writes it, compiled for the emulator of emulator.h.
+
+TVM's own CUDA runtime launches them, in a process of its own, on a driver that is none (driver.c).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from mpq_compiler.backends.tvm.cuda import machine_code
+
+HERE = Path(__file__).parent
+CACHE = Path(tempfile.gettempdir(), f"mpq-emulator-{os.getuid()}")
+_HELPER = re.compile(
+    r"__forceinline__ __device__ (?:void|unsigned int|uint32_t) (tvm_builtin\w+)\(([^)]*)\) \{\n.*?\n\}\n", re.S
+)
+_KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\) \{')
+
+
+def missing() -> str | None:
+    """Why nothing can be emulated here; None where it can."""
+    return None if platform.machine() == "x86_64" else "the emulator's fibers are written for x86-64"
+
+
+def translated(source: str) -> str:
+    """The CUDA source as C++ for the host: kernels as they are, what stands for instructions by the emulator's."""
+    begins = [at for mark in ("__forceinline__ __device__", 'extern "C" __global__') if (at := source.find(mark)) >= 0]
+    text = _HELPER.sub(_helper, source[min(begins) :])
+    text = text.replace("__shared__ alignas(64)", "alignas(64) static")
+    launches = []
+    for match in _KERNEL.finditer(text):
+        name, parameters = match.groups()
+        types = [p.replace("__restrict__", "").rsplit(" ", 1)[0].strip() for p in parameters.split(",")]
+        given = ", ".join(f"*({kind} *)given[{i}]" for i, kind in enumerate(types))
+        following = _KERNEL.search(text, match.end())
+        body = text[match.end() : following.start() if following else None]
+        fibers = str("sync" in body or "mma" in body).lower()
+        launches.append(
+            f'extern "C" void launch_{name}(const unsigned *grid, unsigned threads, void **given) {{\n'
+            f"  emulator::launch([](void **given) {{ {name}({given}); }}, grid, threads, given, {fibers});\n}}\n"
+        )
+    return "".join(['#include "emulator.h"\n', text, *launches])
+
+
+def _helper(match: re.Match[str]) -> str:
+    """A function that stands for an instruction."""
+    name, parameters = match.groups()
+    own = [p.strip().rsplit(" ", 1)[-1].lstrip("*&") for p in parameters.split(",") if p.strip()]
+    arguments = ", ".join(own)
+    if "cvta_generic_to_shared" in name:
+        return ""
+    if "mma" in name and "m16n8k32" in name and "u8_s8" in name:
+        body = f"emulator::mma_u8_s8({arguments});"
+    elif "ldmatrix" in name and "x4" in name and "trans" not in name:
+        body = f"emulator::ldmatrix_x4({arguments});"
+    elif "commit_group" in name:
+        body = "emulator::commit();"
+    elif "wait_group" in name:
+        body = f"emulator::wait_group({name.rsplit('_', 1)[1]});"
+    elif "cp_async" in name:
+        size = name.rsplit("_", 1)[1]
+        body = f"emulator::copy_async({size}, {own[0]}, {own[1]}, {own[2] if len(own) > 2 else size});"
+    elif "cta_sync" in name:
+        body = "emulator::barrier();"
+    else:
+        raise NotImplementedError(f"the emulator knows no {name}")
+    return f"static inline void {name}({parameters}) {{ {body} }}\n"
+
+
+def compiled(source: str) -> bytes:
+    """The emulated kernels of a CUDA source, as a library."""
+    text = translated(source)
+    header = (HERE / "emulator.h").read_bytes()
+    path = CACHE / f"{hashlib.sha256(text.encode() + header).hexdigest()[:32]}.so"
+    if not path.is_file():
+        _compile(
+            ["g++", "-std=c++20", "-w", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{HERE}", "-x", "c++", "-"],
+            path,
+            text,
+        )
+    return path.read_bytes()
+
+
+def _compile(command: list[str], path: Path, text: str = "") -> None:
+    CACHE.mkdir(exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    options = ["-O1", "-shared", "-fPIC", "-o", str(partial)]
+    done = subprocess.run([command[0], *options, *command[1:]], input=text, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    os.replace(partial, path)
+
+
+@functools.cache
+def driver() -> Path:
+    """The folder of libcuda and libcudart."""
+    source = HERE / "driver.c"
+    folder = CACHE / f"driver-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
+    if not (folder / "libcudart.so.13").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        version = folder / "version"
+        version.write_text("libcudart.so.13 { global: cuda*; };\n")
+        for name in ("libcuda.so.1", "libcudart.so.13"):
+            options = ["gcc", f"-Wl,-soname,{name}", f"-Wl,--version-script={version}", str(source), "-ldl"]
+            _compile(options, folder / name)
+    return folder
+
+
+def version() -> str:
+    """Changes with the emulator."""
+    return hashlib.sha256((HERE / "emulator.h").read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
+
+
+def emulate(cache: Path, folder: Path) -> None:
+    """Fills a folder for MPQ_EMULATED: emulated kernels for all that a compilation has left in its cache."""
+    for module in sorted(cache.glob(f"kernels/*{machine_code.DEVICE}")):
+        code = machine_code.code_of(module.read_bytes())
+        source = module.with_suffix(machine_code.SOURCE).read_text()
+        (folder / f"{_fnv1a(code):016x}.so").write_bytes(compiled(source))
+
+
+def _fnv1a(data: bytes) -> int:
+    """As in driver.c."""
+    found = 0xCBF29CE484222325
+    for byte in data:
+        found = (found ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    return found
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Of a process in which TVM's CUDA runtime finds the driver."""
+    return {**os.environ, "LD_LIBRARY_PATH": str(driver()), **variables}
+
+
+def needs() -> None:
+    """Skips the test where nothing can be emulated."""
+    if reason := missing():
+        pytest.skip(reason)
