@@ -61,13 +61,18 @@ class Tile:
         return self.columns // self.across // CHANNELS
 
 
-LARGE, SMALL = Tile(128, 128), Tile(64, 64)
+TILES = Tile(128, 128), Tile(128, 64), Tile(64, 64)
 
 
 def tile(problem: QuantMatmul) -> Tile:
-    """Large ones where sums of a segment need no second set of registers, and there are rows and columns for them."""
-    fits = Fragments(problem).outputs % LARGE.columns == 0 and problem.rows >= LARGE.rows
-    return LARGE if fits and len(problem.segments) == 1 else SMALL
+    """The largest that columns divide into and rows fill; the largest of all only for one segment.
+
+    Several have a second set of sums, of floats.
+    """
+    for found in TILES[:-1] if len(problem.segments) == 1 else TILES[1:-1]:
+        if Fragments(problem).outputs % found.columns == 0 and problem.rows >= found.rows:
+            return found
+    return TILES[-1]
 
 
 def arguments(problem: QuantMatmul) -> list[Argument]:
@@ -539,10 +544,10 @@ def _looked_up(table: list[Any], selector: Any) -> Any:
     if len(table) == 2:
         return byte_perm(table[0], table[1], selector)
     chosen = vmath.keep(selector)
-    within = chosen & T.uint32(0x7777)
+    within = vmath.keep(chosen & T.uint32(0x7777))
     low, high = byte_perm(table[0], table[1], within), byte_perm(table[2], table[3], within)
-    upper = vmath.keep(byte_perm(T.uint32(0), T.uint32(0xFFFFFFFF), (chosen & T.uint32(0x8888)) >> T.uint32(1)))
-    return (low & ~upper) | (high & upper)
+    half = chosen >> T.uint32(1) & T.uint32(0x4444)  # of each byte, as what selects it from the one or the other
+    return byte_perm(low, high, half | T.uint32(0x3210))
 
 
 __all__ = ["BLOCK", "Tile", "arguments", "build", "tile"]

@@ -1,0 +1,189 @@
+"""Machine code of the integer products on tensor cores, counted without a GPU: the inner loop beside CUTLASS's.
+
+    python -m benchmarks.cuda_static                                  # into benchmarks/results/cuda_static.json
+    python -m benchmarks.cuda_static --cutlass DIR --docs docs/targets.md
+
+NVIDIA's compiler makes each kernel for all architectures; its disassembler lists it. The inner loop is the smallest one
+that multiplies; figures are instructions that a warp issues for each `IMMA` (4096 products), registers of a thread and
+shared memory of a block. A tensor core of sm_80, sm_87 and sm_89 takes 8 cycles for an `IMMA`, in which a warp's
+scheduler issues as many instructions: with fewer, tensor cores can be what a loop waits for. Nothing is executed, and
+caches, banks and waiting are not in the figures. CUTLASS's is its 2.x GEMM of signed 8-bit integers in our tile, from
+the folder of its headers (`nvidia-cutlass` on PyPI, or a clone's `include`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tvm
+
+from benchmarks import documents
+from benchmarks.machine import provenance
+from mpq_compiler import terminal
+from mpq_compiler.backends.tvm.cuda import gemm, machine_code
+from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
+from mpq_compiler.targets import TARGETS
+
+RESULTS = Path(__file__).parent / "results" / "cuda_static.json"
+BUDGET = 8
+"""Instructions that a scheduler issues while a tensor core is busy with one."""
+LINEAR = QuantMatmul.linear((4096,), 1280, 1280)
+CONV = QuantMatmul(32, 32, 320, 320, (3, 3), padding=(1, 1, 1, 1))
+FORMATS: dict[str, dict[str, Any]] = {
+    "w8": {},
+    "w4": {"bits": 4},
+    "w3": {"bits": 3},
+    "w2": {"bits": 2},
+    "base+b": {"bits": 2, "has_offset": True},
+}
+PROBLEMS = {
+    **{f"linear {name}": replace(LINEAR, **options) for name, options in FORMATS.items()},
+    "linear w4 g128": replace(LINEAR, bits=4, segments=(128,) * 10),
+    **{f"conv3x3 {name}": replace(CONV, **options) for name, options in FORMATS.items()},
+}
+CUTLASS = """
+#include "cutlass/gemm/device/gemm_universal.h"
+#include "cutlass/epilogue/thread/linear_combination.h"
+using Gemm = cutlass::gemm::device::GemmUniversal<
+    int8_t, cutlass::layout::RowMajor, int8_t, cutlass::layout::ColumnMajor, float, cutlass::layout::RowMajor, int32_t,
+    cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80, cutlass::gemm::GemmShape<128, 128, 64>,
+    cutlass::gemm::GemmShape<64, 64, 64>, cutlass::gemm::GemmShape<16, 8, 32>,
+    cutlass::epilogue::thread::LinearCombination<float, 4, int32_t, float>,
+    cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<>, 3, 16, 16>;
+int run(void *a, void *b, void *c, int m, int n, int k) {
+    Gemm gemm;
+    auto mode = cutlass::gemm::GemmUniversalMode::kGemm;
+    return (int)gemm({mode, {m, n, k}, 1, {1.f, 0.f}, a, b, c, c, 0, 0, 0, 0, k, k, n, n});
+}
+"""
+
+
+def source(problem: QuantMatmul) -> str:
+    """The kernel's CUDA."""
+    target = TARGETS["cuda"]
+    options = tvm.target.Target({**target.tvm, "host": dict(target.host)})
+    return machine_code.split(
+        tvm.compile(tvm.IRModule({"gemm": gemm.build(problem, "gemm")}), target=options, tir_pipeline="tirx").mod
+    ).source
+
+
+def listed(code: Path) -> Iterator[tuple[int, list[tuple[int, str]]]]:
+    """(compute capability, instructions with their addresses) of the machine code in a file."""
+    command = [machine_code.tool("cuobjdump"), "-sass", str(code)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for part in re.split(r"(?=arch = sm_)", text)[1:]:
+        level = re.match(r"arch = sm_(\d+)", part)
+        assert level
+        found = re.finditer(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", part)
+        yield int(level[1]), [(int(m[1], 16), m[2]) for m in found]
+
+
+def resources(code: Path) -> dict[int, dict[str, int]]:
+    """By compute capability: REG, STACK, SHARED and LOCAL."""
+    command = [machine_code.tool("cuobjdump"), "-res-usage", str(code)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {}
+    for part in re.split(r"(?=arch = sm_)", text)[1:]:
+        level = re.match(r"arch = sm_(\d+)", part)
+        numbers = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", part)
+        if level and numbers:
+            found[int(level[1])] = {name: int(number) for name, number in numbers}
+    return found
+
+
+def loop(instructions: list[tuple[int, str]]) -> tuple[int, int] | None:
+    """(instructions, IMMAs among them) of the smallest loop that has any."""
+    best: tuple[int, int] | None = None
+    for end, text in instructions:
+        target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
+        if not target or int(target[1], 16) >= end:
+            continue
+        body = [t for at, t in instructions if int(target[1], 16) <= at <= end]
+        products = sum("IMMA" in t for t in body)
+        if products and (best is None or len(body) < best[0]):
+            best = len(body), products
+    return best
+
+
+def measure(name: str, code: bytes, tile: str) -> Iterator[dict[str, Any]]:
+    """A row for each architecture."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.fatbin")
+        path.write_bytes(code)
+        used = resources(path)
+        for level, instructions in listed(path):
+            found = loop(instructions)
+            if found:
+                row = {"kernel": name, "tile": tile, "level": level, "instructions": found[0], "imma": found[1]}
+                yield row | {key.lower(): value for key, value in used[level].items()}
+
+
+def cutlass(headers: Path) -> bytes:
+    """Its GEMM for all architectures."""
+    (found,) = {path.parents[1] for path in headers.rglob("cutlass/cutlass.h")}
+    with tempfile.TemporaryDirectory() as folder:
+        text, code = Path(folder, "gemm.cu"), Path(folder, "gemm.fatbin")
+        text.write_text(CUTLASS)
+        levels = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in TARGETS["cuda"].levels]
+        options = ["-O3", "-std=c++17", "-w", *levels, f"-I{found}"]
+        subprocess.run([machine_code.compiler(), "-fatbin", *options, "-o", code, text], check=True)
+        return code.read_bytes()
+
+
+def main() -> None:
+    """Counts, prints, and writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--cutlass", type=Path, help="folder of CUTLASS's headers")
+    parser.add_argument("--json", default=str(RESULTS), help="'' for none")
+    parser.add_argument("--docs", type=Path, help="write the table between the marks of this file")
+    options = parser.parse_args()
+    chosen = {name: problem for name, problem in PROBLEMS.items() if options.only in name}
+    rows: list[dict[str, Any]] = []
+    with terminal.progress("compiling kernels", len(chosen)) as advance:
+        for name, problem in chosen.items():
+            code = machine_code.fatbin(source(problem), TARGETS["cuda"].levels)
+            own = gemm.tile(problem)
+            rows += measure(name, code, f"{own.rows} x {own.columns}")
+            advance(1)
+    if options.cutlass:
+        rows += measure("CUTLASS w8", cutlass(options.cutlass), "128 x 128")
+    headers, lines = table(rows)
+    terminal.table("instructions of the inner loop for each IMMA", headers, lines)
+    over = [f"{r['kernel']} on sm_{r['level']}" for r in rows if r["instructions"] > BUDGET * r["imma"]]
+    print(f"more than {BUDGET} instructions for each: {', '.join(over) or 'none'}")
+    print(f"spills: {', '.join(r['kernel'] for r in rows if r['local'] or r['stack']) or 'none'}")
+    if options.json:
+        found = {**provenance(), "nvcc": machine_code.version().splitlines()[-1], "rows": rows}
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    if options.docs:
+        documents.insert(options.docs, "cuda", documents.table(headers, lines))
+
+
+def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """(headers, a line for each kernel)."""
+    levels = sorted({row["level"] for row in rows})
+    lines = []
+    for name in dict.fromkeys(row["kernel"] for row in rows):
+        own = {row["level"]: row for row in rows if row["kernel"] == name}
+        first = next(iter(own.values()))
+        ratios = [f"{own[n]['instructions'] / own[n]['imma']:.1f}" if n in own else "" for n in levels]
+        registers = "{} .. {}".format(min(r["reg"] for r in own.values()), max(r["reg"] for r in own.values()))
+        shared = f"{first['shared'] / 1024:.0f} KiB" if first["shared"] else ""
+        lines.append([name, first["tile"], *ratios, registers, shared])
+    return ["kernel", "tile", *(f"sm_{n}" for n in levels), "registers", "shared"], lines
+
+
+if __name__ == "__main__":
+    main()
