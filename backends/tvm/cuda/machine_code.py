@@ -131,8 +131,10 @@ def fatbin(source: str, levels: Sequence[int]) -> bytes:
     with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
         kernel, output = Path(folder, "kernels.cu"), Path(folder, "kernels.fatbin")
         kernel.write_text(source)
-        targets = [f"-gencode=arch=compute_{level},code=sm_{level}" for level in levels]
-        command = [str(compiler()), "-fatbin", *OPTIONS, *targets, "-o", str(output), str(kernel)]
+        # One pass over the source for all: it uses nothing that the first of them has not.
+        wanted = ",".join(f"sm_{level}" for level in levels)
+        target = f"-gencode=arch=compute_{min(levels)},code=[{wanted}]"
+        command = [str(compiler()), "-fatbin", *OPTIONS, target, "-o", str(output), str(kernel)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
