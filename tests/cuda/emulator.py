@@ -119,10 +119,16 @@ def version() -> str:
     return hashlib.sha256((HERE / "emulator.h").read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
 
 
+def fatbin_of(module: Path) -> bytes:
+    """The machine code in the bytes of a module for the runtime, which end with it."""
+    data = module.read_bytes()
+    return data[data.rindex(b"\x50\xed\x55\xba") :]
+
+
 def emulate(cache: Path, folder: Path) -> None:
     """Fills a folder for MPQ_EMULATED: emulated kernels for all that a compilation has left in its cache."""
     for module in sorted(cache.glob(f"kernels/*{machine_code.DEVICE}")):
-        code = machine_code.code_of(module.read_bytes())
+        code = fatbin_of(module)
         source = module.with_suffix(machine_code.SOURCE).read_text()
         (folder / f"{_fnv1a(code):016x}.so").write_bytes(compiled(source))
 

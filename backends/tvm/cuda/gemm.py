@@ -25,11 +25,12 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.cuda.threads import barrier, flat, grid, local, primfunc, shared
-from mpq_compiler.backends.tvm.cuda.weights import BLOCK, CHANNELS, CHUNK, STEP, UNIT, Fragments
+from mpq_compiler.backends.tvm.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
 from mpq_compiler.backends.tvm.kernels import vmath
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, apply
+from mpq_compiler.backends.tvm.kernels.gemm import calling
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
-from mpq_compiler.backends.tvm.kernels.template import BATCH, Argument, Buffers, epilogue_arguments, quantizer, store
+from mpq_compiler.backends.tvm.kernels.template import Argument, Buffers, quantizer, store
 
 MMA = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
@@ -77,20 +78,7 @@ def tile(problem: QuantMatmul) -> Tile:
 
 def arguments(problem: QuantMatmul) -> list[Argument]:
     """As of `kernels.gemm`, with the weights of `weights.Fragments`."""
-    tables = (BATCH, problem.rows) if problem.dynamic else (len(problem.segments), problem.groups)
-    own = [
-        Argument("x", problem.input_shape(), "uint8"),
-        *([] if problem.dynamic else [Argument("group", (BATCH,), "int64")]),
-        Argument("act_scale", tables, "float32"),
-        Argument("act_zero", tables, "uint8"),
-        *Fragments(problem).buffers(),
-    ]
-    epilogue, shape = problem.epilogue or Epilogue(), problem.output_shape()
-    theirs = epilogue_arguments(epilogue, shape[:-1], problem.outputs, problem.groups)
-    own += [argument for argument in theirs if problem.dynamic or argument.name != "group"]
-    kept = [Argument("full", shape)] if epilogue.keeps else []
-    written = shape if problem.into is None else (BATCH, problem.into[0])
-    return [*own, Argument("out", written, epilogue.out_dtype), *kept]
+    return calling(problem, Fragments(problem).buffers())
 
 
 def build(problem: QuantMatmul, name: str) -> PrimFunc:
@@ -305,7 +293,7 @@ class _Kernel:
 
     def _first(self, column: Any) -> Expr:
         """With what the float sum of an output starts."""
-        late = self.w.late_zeros
+        late = self.p.late_zeros
         return self.b["bias"][column] if self.p.has_bias and not late else vmath.f32(0.0, 1)
 
     def _products(self) -> None:
@@ -419,7 +407,7 @@ class _Kernel:
         total = tirx.reinterpret("int32", self.sums[at])
         scale = b["weight_scale"][segment * n + column]
         inside = T.min(row, self.total - 1)
-        if self.w.late_zeros:
+        if self.p.late_zeros:
             return vmath.fma(T.cast(total, "float32"), scale, y)
         if p.dynamic:
             total = total - self._zero(inside, segment) * b["start"][segment * n + column]
@@ -478,7 +466,7 @@ class _Kernel:
             with T.If(tirx.all(row < self.total, column < p.outputs)), T.Then():
                 if self.y is not None:
                     y: Any = self.y[at]
-                    if self.w.late_zeros:
+                    if self.p.late_zeros:
                         zero = vmath.neg(T.cast(self.b["act_zero"][row], "float32"))
                         start = self.b["bias"][column] if p.has_bias else vmath.f32(0.0, 1)
                         own = vmath.fma(zero, self.b["sums"][column], y)
@@ -549,5 +537,3 @@ def _looked_up(table: list[Any], selector: Any) -> Any:
     half = chosen >> T.uint32(1) & T.uint32(0x4444)  # of each byte, as what selects it from the one or the other
     return byte_perm(low, high, half | T.uint32(0x3210))
 
-
-__all__ = ["BLOCK", "Tile", "arguments", "build", "tile"]

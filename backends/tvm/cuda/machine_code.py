@@ -28,8 +28,6 @@ from mpq_compiler.errors import UserError
 SYMBOL = "__tvm_ffi__library_bin"
 DEVICE, SOURCE = ".device", ".cu"
 """End the names of files beside a kernel's object: the kernel's module for the runtime, and what it was made of."""
-FATBIN = struct.pack("<I", 0xBA55ED50)
-"""With what a fatbin begins."""
 OPTIONS = ("-O3", "-std=c++17", "--fmad=false", "-diag-suppress=177,550")
 """No multiply-add that the source does not ask for, and no other arithmetic than IEEE's: no --use_fast_math."""
 
@@ -104,12 +102,6 @@ class Imports:
             source = "\n".join([*lines, '.section .note.GNU-stack,"",%progbits', ""])
             command = [compiler, "-c", "-x", "assembler", "-", "-o", str(path)]
             subprocess.run(command, input=source.encode(), check=True, capture_output=True)
-
-
-def code_of(module: bytes) -> bytes:
-    """The machine code in the bytes of a module."""
-    at = module.rindex(FATBIN) - 8
-    return _string(module, at)[0]
 
 
 def split(module: Any) -> DeviceModule:

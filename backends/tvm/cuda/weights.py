@@ -30,7 +30,7 @@ from tvm.tirx import PrimFunc
 from mpq_compiler.backends.tvm.cuda.threads import each, flat, local, primfunc, workspace
 from mpq_compiler.backends.tvm.kernels import dequantize, float8, float_gemm, prepare, vmath
 from mpq_compiler.backends.tvm.kernels.prepare import StoredRows
-from mpq_compiler.backends.tvm.kernels.problem import FEW_SEGMENTS, QuantMatmul
+from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul, vectors
 from mpq_compiler.backends.tvm.kernels.template import Argument, Buffers, store, unravel
 
 CHUNK, UNIT, STEP = 16, 32, 64
@@ -90,11 +90,6 @@ class Fragments:
         """Of a lane in a fragment."""
         return self.problem.bits
 
-    @property
-    def late_zeros(self) -> bool:
-        """As of `kernels.problem.WeightLayout`."""
-        return self.problem.dynamic and len(self.problem.segments) > FEW_SEGMENTS
-
     def buffers(self) -> list[Argument]:
         """What `build` makes and the product reads; all but the first two as of `kernels.problem.WeightLayout`.
 
@@ -105,15 +100,7 @@ class Fragments:
         named = [Argument("tiles", (n // CHANNELS, self.steps, 32 * self.words), "uint32")]
         if p.bits < 8:
             named.append(Argument("lut", (n // CHANNELS, 2**p.bits // 4), "uint32"))
-        named.append(Argument("start", (len(p.segments), 1 if p.dynamic else p.groups, n), "int32"))
-        named.append(Argument("weight_scale", (len(p.segments), n), "float32"))
-        if self.late_zeros:
-            named.append(Argument("sums", (n,)))
-        if p.has_offset:
-            named.append(Argument("offset", (n,)))
-        if p.has_bias:
-            named.append(Argument("bias", (n,)))
-        return named
+        return [*named, *vectors(p, n)]
 
     def place(self, word: Any, lane: Any) -> Any:
         """Of a word of a lane in a fragment: lanes read up to four neighbours at once."""
@@ -174,7 +161,7 @@ class _Prepare:
         with each(w.outputs * len(p.segments), 32) as number:
             i, j = unravel(number, len(p.segments))
             self._vectors(i, j, values)
-        if w.late_zeros:
+        if p.late_zeros:
             with each(w.outputs, 32) as i:
                 total = local(1)
                 store(total, vmath.f32(0.0, 1), 0)

@@ -42,7 +42,7 @@ of a tile at most keeps none: weights are unpacked in registers, for all rows of
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -115,11 +115,16 @@ class Weights:
 
 
 def arguments(problem: QuantMatmul, isa: Isa) -> list[Argument]:
-    """The buffers of the kernel in calling order, the output last.
+    """The buffers of the kernel in calling order (`calling`)."""
+    return calling(problem, WeightLayout(problem, isa).buffers())
 
-    ``x`` and ``group``; ``act_scale``, ``act_zero``; then what `prepare` makes, by its names; the epilogue's
-    operands, ``qscale`` and ``qzero`` where it quantizes; ``out``, and ``full``, what the quantizer reads, where the
-    epilogue keeps it. Dynamic activations have no ``group``, but their epilogue may.
+
+def calling(problem: QuantMatmul, weights: Sequence[Argument]) -> list[Argument]:
+    """The buffers of a kernel in calling order, the output last. weights: what `prepare` makes
+
+    ``x`` and ``group``; ``act_scale``, ``act_zero``; the weights; the epilogue's operands, ``qscale`` and ``qzero``
+    where it quantizes; ``out``, and ``full``, what the quantizer reads, where the epilogue keeps it. Dynamic activations
+    have no ``group``, but their epilogue may.
     """
     tables = (BATCH, problem.rows) if problem.dynamic else (len(problem.segments), problem.groups)
     own = [
@@ -127,7 +132,7 @@ def arguments(problem: QuantMatmul, isa: Isa) -> list[Argument]:
         *([] if problem.dynamic else [Argument("group", (BATCH,), "int64")]),
         Argument("act_scale", tables, "float32"),
         Argument("act_zero", tables, "uint8"),
-        *WeightLayout(problem, isa).buffers(),
+        *weights,
     ]
     epilogue, shape = problem.epilogue or Epilogue(), problem.output_shape()
     theirs = epilogue_arguments(epilogue, shape[:-1], problem.outputs, problem.groups)
@@ -850,11 +855,11 @@ class _Kernel:
     def _start_value(self, j: Segment, m: Any, group: Any, v: Any) -> Expr:
         """The first value of the accumulator of row m, register v."""
         p, w, lanes = self.p, self.w, self.isa.lanes
-        if w.late_zeros and not self.isa.unsigned_excess:
+        if self.p.late_zeros and not self.isa.unsigned_excess:
             return vmath.i32(0, self.isa.words)
         table = j.index if p.dynamic else j.index * p.groups + group
         first = self.b["start"][span(table * w.outputs + self.block * w.block + v * lanes, lanes)]
-        if p.dynamic and not w.late_zeros:
+        if p.dynamic and not self.p.late_zeros:
             zero = T.cast(self.b["act_zero"][m], "int32")
             taps = p.kernel[0] * p.kernel[1] * p.segments[j.first]
             first = self.isa.product(first, T.bind(self.isa.unsigned_excess - zero), 127 * taps)
@@ -1046,7 +1051,7 @@ class _Kernel:
         scales = []
         if products or p.has_offset or p.dynamic:
             scales = [T.bind(self.b["act_scale"][self._entry(Segment(j), m, group)]) for j in range(len(p.segments))]
-        minus_zero = T.bind(0.0 - T.cast(self.b["act_zero"][m], "float32")) if w.late_zeros else None
+        minus_zero = T.bind(0.0 - T.cast(self.b["act_zero"][m], "float32")) if self.p.late_zeros else None
         sums = []
         if p.has_offset:
             for j in range(len(p.segments)):
@@ -1062,7 +1067,7 @@ class _Kernel:
             y = self.b["bias"][span(n, lanes)] if p.has_bias else vmath.f32(0.0, lanes)
             if scaled is not None:
                 total = scaled[span((i * tile.vectors + v) * lanes, lanes)]
-                if w.late_zeros:
+                if self.p.late_zeros:
                     centred = vmath.fma(vmath.splat(minus_zero, lanes), self.b["sums"][span(n, lanes)], total)
                     total = vmath.fma(vmath.splat(scales[0], lanes), centred, y)
                 y = total

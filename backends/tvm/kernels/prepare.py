@@ -153,7 +153,7 @@ class _Prepare:
             store(self.b["weight_scale"], or_zero(self.b["scale"][inside, j]), j, i)
             with T.serial(0, self.b["start"].shape[1]) as g:
                 store(self.b["start"], tirx.IntImm("int32", 0), j, g, i)
-        if self.w.late_zeros:
+        if self.p.late_zeros:
             store(self.b["sums"], tirx.FloatImm("float32", 0.0), i)
         if p.has_offset:
             store(self.b["offset"], or_zero(self.b["stored_offset"][inside]), i)
@@ -188,7 +188,7 @@ class _Prepare:
                         value = T.bind(self._weight(i, code))
                         self._place(i, step, lane, self._kept(code, value))
                         store(total, total[0] + value, 0)
-        if w.late_zeros:
+        if self.p.late_zeros:
             own, before = self.b["weight_scale"][j.index, i], self.b["sums"][i]
             store(self.b["sums"], vmath.fma(T.cast(total[0], "float32"), own, before), i)
             store(self.b["start"], self.isa.unsigned_excess * total[0], j.index, 0, i)

@@ -150,6 +150,11 @@ class QuantMatmul:
         return self.kernel == self.stride == (1, 1) and not any(self.padding)
 
     @property
+    def late_zeros(self) -> bool:
+        """Whether the zero points of dynamic rows count once for all segments, behind their sum."""
+        return self.dynamic and len(self.segments) > FEW_SEGMENTS
+
+    @property
     def row_classes(self) -> int:
         """Blocks of 16 output rows that choose a look-up table."""
         return -(-self.outputs // 16)
@@ -185,11 +190,6 @@ class WeightLayout:
         p = self.problem
         if len(p.segments) <= FEW_SEGMENTS:
             object.__setattr__(self, "isa", self.isa.narrowed(p.outputs, min(p.segments)))
-
-    @property
-    def late_zeros(self) -> bool:
-        """Whether the zero points of dynamic rows count once for all segments, behind their sum."""
-        return self.problem.dynamic and len(self.problem.segments) > FEW_SEGMENTS
 
     @property
     def tile(self) -> Tile:
@@ -267,15 +267,21 @@ class WeightLayout:
         named = [Argument("tiles", tiles, "int8" if p.bits == 8 else "uint8")]
         if p.bits < 8:
             named.append(Argument("lut", (n // self.isa.lanes, self.isa.vector), "int8"))
-        named.append(Argument("start", (len(p.segments), 1 if p.dynamic else p.groups, n), "int32"))
-        named.append(Argument("weight_scale", (len(p.segments), n), "float32"))
-        if self.late_zeros:
-            named.append(Argument("sums", (n,), "float32"))
-        if p.has_offset:
-            named.append(Argument("offset", (n,), "float32"))
-        if p.has_bias:
-            named.append(Argument("bias", (n,), "float32"))
-        return named
+        return [*named, *vectors(p, n)]
+
+
+def vectors(problem: QuantMatmul, outputs: int) -> list[Argument]:
+    """What `prepare` makes beside codes and tables, for so many output channels, padded."""
+    p, n = problem, outputs
+    named = [Argument("start", (len(p.segments), 1 if p.dynamic else p.groups, n), "int32")]
+    named.append(Argument("weight_scale", (len(p.segments), n), "float32"))
+    if p.late_zeros:
+        named.append(Argument("sums", (n,), "float32"))
+    if p.has_offset:
+        named.append(Argument("offset", (n,), "float32"))
+    if p.has_bias:
+        named.append(Argument("bias", (n,), "float32"))
+    return named
 
 
 WORTH_TRYING = 1.12

@@ -102,7 +102,7 @@ def test_machine_code_for_all_architectures(for_all, tmp_path):
             continue
         products += 1
         code = tmp_path / "kernel.fatbin"
-        code.write_bytes(machine_code.code_of(module.read_bytes()))
+        code.write_bytes(emulator.fatbin_of(module))
         used = subprocess.run(
             [machine_code.tool("cuobjdump"), "-res-usage", str(code)], capture_output=True, text=True, check=True
         ).stdout
