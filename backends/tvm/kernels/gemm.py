@@ -123,8 +123,8 @@ def calling(problem: QuantMatmul, weights: Sequence[Argument]) -> list[Argument]
     """The buffers of a kernel in calling order, the output last. weights: what `prepare` makes
 
     ``x`` and ``group``; ``act_scale``, ``act_zero``; the weights; the epilogue's operands, ``qscale`` and ``qzero``
-    where it quantizes; ``out``, and ``full``, what the quantizer reads, where the epilogue keeps it. Dynamic activations
-    have no ``group``, but their epilogue may.
+    where it quantizes; ``out``, and ``full``, what the quantizer reads, where the epilogue keeps it. Dynamic
+    activations have no ``group``, but their epilogue may.
     """
     tables = (BATCH, problem.rows) if problem.dynamic else (len(problem.segments), problem.groups)
     own = [
