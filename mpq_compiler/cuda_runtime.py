@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from mpq_compiler import tvm_runtime
+from mpq_compiler import gpu, tvm_runtime
+from mpq_compiler.artifact import Artifact
 from mpq_compiler.errors import UserError
+from mpq_compiler.hoisting import REUSE_BYTES
 
 _CUDA = 2  # kDLCUDA
 _LIBRARY = "libtvm_runtime_cuda.so"
 _CUDART = "libcudart.so.13"
+_RELEASE = 13000
 
 
 @functools.cache
@@ -50,10 +53,38 @@ def _cudart() -> str:
     return next((str(path) for path in places if path.is_file()), _CUDART)
 
 
+def _require_driver() -> None:
+    """UserError: the driver is of an earlier release than TVM's runtime and the machine code."""
+    if (version := gpu.driver_version()) < _RELEASE:
+        raise UserError(
+            f"the NVIDIA driver is of CUDA {version // 1000}.{version % 1000 // 10}, and artifacts need "
+            f"{_RELEASE // 1000}.0 or later: update the driver (of a Jetson, JetPack 7)"
+        )
+
+
+def _require_memory(artifact: Artifact) -> None:
+    """UserError: the GPU cannot hold stored and prepared weights and one call's activations at once."""
+    memory = artifact.manifest.get("memory", {})
+    needed = memory.get("prepared_bytes", 0) + max(memory.get("activation_bytes", {}).values(), default=0)
+    needed += artifact.manifest.get("weights", {}).get("payload_bytes", 0)
+    device = gpu.gpus()[0]
+    if needed > device.memory:
+        raise UserError(
+            f"{artifact.path} takes {needed / 1e6:.0f} MB of the GPU's memory, and {device.name} has "
+            f"{device.memory / 1e6:.0f} MB: compile it with fewer bits or a smaller batch"
+        )
+
+
 class CudaMachine(tvm_runtime.VirtualMachine):
     """As of a CPU, with tensors in the memory of the first GPU."""
 
     devices = (_CUDA, *tvm_runtime.VirtualMachine.devices)
+
+    def __init__(self, artifact: Artifact, threads: int, reuse_bytes: int = REUSE_BYTES) -> None:
+        """As of a CPU; one thread launches. UserError: the driver is too old, or the GPU's memory too small."""
+        _require_driver()
+        _require_memory(artifact)
+        super().__init__(artifact, threads, reuse_bytes)
 
     def _load(self) -> ModuleType:
         return _load()

@@ -5,31 +5,62 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _PREFIX = "sm_"
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """level: the compute capability, 10 times the number (87 of a Jetson Orin). memory: bytes, in all"""
+
+    name: str
+    level: int
+    memory: int
+
+
 @functools.cache
-def levels() -> tuple[int, ...]:
-    """The compute capability of each GPU, 10 times the number (87 of a Jetson Orin); none without a driver."""
+def _driver() -> ctypes.CDLL | None:
+    """The driver's library, ready; None where there is none, or no GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
+        return None
+    return None if driver.cuInit(0) else driver
+
+
+def driver_version() -> int:
+    """The release of CUDA that the driver is of: 13000 of 13.0; 0 without a driver."""
+    version = ctypes.c_int()
+    if (driver := _driver()) is None or driver.cuDriverGetVersion(ctypes.byref(version)):
+        return 0
+    return version.value
+
+
+@functools.cache
+def gpus() -> tuple[Gpu, ...]:
+    """Those of this machine, in the driver's order."""
+    if (driver := _driver()) is None:
         return ()
     count, value, device = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return ()
-    found = []
+    name, memory, found = ctypes.create_string_buffer(256), ctypes.c_size_t(), []
+    driver.cuDeviceGetCount(ctypes.byref(count))
     for number in range(count.value):
-        parts = []
+        driver.cuDeviceGet(ctypes.byref(device), number)
+        driver.cuDeviceGetName(name, len(name), device)
+        driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+        level = 0
         for attribute in (_MAJOR, _MINOR):
-            if driver.cuDeviceGet(ctypes.byref(device), number):
-                return ()
             driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-            parts.append(value.value)
-        found.append(10 * parts[0] + parts[1])
+            level = 10 * level + value.value
+        found.append(Gpu(name.value.decode(), level, memory.value))
     return tuple(found)
+
+
+def levels() -> tuple[int, ...]:
+    """The compute capability of each GPU."""
+    return tuple(each.level for each in gpus())
 
 
 def feature(level: int) -> str:

@@ -27,6 +27,11 @@ static int attribute_of(int attribute) {
 
 int cuInit(unsigned flags) { return setting("MPQ_EMULATED_DEVICES", 1) ? 0 : 100; }
 int cuDeviceGetCount(int *count) { *count = setting("MPQ_EMULATED_DEVICES", 1); return 0; }
+int cuDriverGetVersion(int *version) { *version = setting("MPQ_EMULATED_DRIVER", 13000); return 0; }
+int cuDeviceTotalMem_v2(size_t *bytes, int device) {
+    *bytes = (size_t)setting("MPQ_EMULATED_MEGABYTES", 8192) << 20;
+    return 0;
+}
 int cuDeviceGet(int *device, int number) { *device = number; return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute_of(attribute); return 0; }
 int cuDeviceGetName(char *name, int size, int device) { snprintf(name, size, "emulated"); return 0; }

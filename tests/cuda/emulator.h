@@ -24,6 +24,8 @@
 #define CUDART_INF_F INFINITY
 #define CUDART_NAN_F NAN
 typedef _Float16 half;
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 namespace emulator {
 enum { THREADS = 1024, STACK = 1 << 16, LANES = 32 };

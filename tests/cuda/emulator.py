@@ -21,7 +21,7 @@ from mpq_compiler.backends.tvm.cuda import machine_code
 HERE = Path(__file__).parent
 CACHE = Path(tempfile.gettempdir(), f"mpq-emulator-{os.getuid()}")
 _HELPER = re.compile(
-    r"__forceinline__ __device__ (?:void|unsigned int|uint32_t) (tvm_builtin\w+)\(([^)]*)\) \{\n.*?\n\}\n", re.S
+    r"__forceinline__ __device__ (?:void|unsigned int|uint32_t) (tvm_builtin\w+|mpq_\w+)\(([^)]*)\) \{\n.*?\n\}\n", re.S
 )
 _KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\) \{')
 
@@ -58,7 +58,11 @@ def _helper(match: re.Match[str]) -> str:
     arguments = ", ".join(own)
     if "cvta_generic_to_shared" in name:
         return ""
-    if "mma" in name and "m16n8k32" in name and "u8_s8" in name:
+    if name.startswith("mpq_copy_either"):
+        target, first, second, chosen, count = own
+        address = f"tvm_builtin_cuda_cvta_generic_to_shared({target})"
+        body = f"emulator::copy_async({name.rsplit('_', 1)[1]}, {address}, {chosen} ? {first} : {second}, {count});"
+    elif "mma" in name and "m16n8k32" in name and "u8_s8" in name:
         body = f"emulator::mma_u8_s8({arguments});"
     elif "ldmatrix" in name and "x4" in name and "trans" not in name:
         body = f"emulator::ldmatrix_x4({arguments});"

@@ -134,9 +134,11 @@ def test_an_artifact_of_fatbins_runs(for_all, tmp_path):
     [
         ({"MPQ_EMULATED_DEVICES": "0"}, r"it lacks an NVIDIA GPU that runs sm_80"),
         ({"MPQ_EMULATED_SM": "75"}, r"an NVIDIA GPU that runs sm_80 or sm_87 or sm_89 or sm_90 \(it has sm_75\)"),
+        ({"MPQ_EMULATED_DRIVER": "12060"}, r"driver is of CUDA 12\.6, and artifacts need 13\.0 or later"),
+        ({"MPQ_EMULATED_MEGABYTES": "2"}, r"MB of the GPU's memory, and emulated has 2 MB"),
     ],
 )
-def test_no_gpu_that_runs_it(for_all, variables, says):
+def test_a_gpu_that_does_not_run_it(for_all, variables, says):
     emulator.needs()
     code = "import sys; from mpq_compiler import runtime; runtime.load(sys.argv[1])"
     done = subprocess.run(
