@@ -88,7 +88,7 @@ class Kernels:
     def __init__(self, made: artifact.Artifact, lowered: Lowered, target: str) -> None:
         machine = tvm_runtime.VirtualMachine(made, threads=1)
         self.prepared = dict(zip(lowered.prepared, (np.from_dlpack(t) for t in machine._prepared), strict=True))
-        self.ffi = tvm_runtime._load()
+        self.ffi = tvm_runtime.load()
         self.library = self.ffi.load_module(str(made.file(artifact.KERNELS)))  # the machine; kernels lie beneath
         self.target = targets.resolve(target)
 
