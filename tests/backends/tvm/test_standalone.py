@@ -194,7 +194,7 @@ def test_what_a_program_on_tvms_runtime_refuses(tmp_path):
         UserError, match=r"there is no apache_tvm-.*aarch64\.whl in .*: get TVM's runtime .* `pip download"
     ):
         compiler.compile(packed.BUNDLED, tmp_path / "out.mpq", target="aarch64-neon", standalone=True, wheels=tmp_path)
-    with pytest.raises(UserError, match="--standalone needs compiled kernels; 'onnx' has none"):
+    with pytest.raises(UserError, match="--standalone makes a program of kernels for CPUs; 'onnx' has none"):
         compiler.compile(packed.BUNDLED, tmp_path / "out.mpq", target="onnx", standalone=True)
     with pytest.raises(UserError, match="--wheels holds TVM's runtime for --standalone: add that"):
         compiler.compile(packed.BUNDLED, tmp_path / "out.mpq", wheels=tmp_path)
