@@ -6,8 +6,8 @@ number, so that `ldmatrix` meets no bank twice. Weights are copied as they lie (
 lanes that need them; below 8 bits they are looked up in registers (`__byte_perm`).
 
 A convolution is the same product with other addresses: what depends on the row alone (the pixel under the first tap) is
-computed once; a chunk's tap and channel are shared by all rows of a thread. Pixels of the border hold zero points,
-written in place of a copy; rows and taps that do not exist are zero.
+computed once; a chunk's tap and channel are shared by all rows of a thread. Pixels of the border are copied from where
+zero points stand; rows and taps that do not exist are zero.
 
 Sums of activations, which weights with an offset ask for, are one more product, with ones.
 """
@@ -35,6 +35,16 @@ from mpq_compiler.backends.tvm.kernels.template import Argument, Buffers, quanti
 MMA = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
 ONES = 0x01010101
+COPY_EITHER = """
+__forceinline__ __device__ void {name}(void* target, const void* own, const void* other, int inside, unsigned count) {{
+  unsigned address = (unsigned)__cvta_generic_to_shared(target);
+  asm volatile("cp.async.{cache}.shared.global [%0], [%1], {size}, %2;"
+               : : "r"(address), "l"(inside ? own : other), "r"(count) : "memory");
+}}
+"""
+"""A copy from one of two places, without a branch: TVM's expressions choose between numbers, not between pointers."""
+NOWHERE = -(1 << 24)
+"""A line outside of every image."""
 
 
 @dataclass(frozen=True)
@@ -155,19 +165,23 @@ class _Kernel:
         self.chunk = T.bind(self.thread % (STEP // CHUNK))
         if not p.pointwise:
             self.top, self.left, self.pixel = (local(self.copies, "int32") for _ in range(3))
-        if not p.pointwise and self._has_border and p.groups > 1:
+        if not p.pointwise and self._has_border:
             self.row_group = local(self.copies, "int32")
+            start = self.buffers["start"]
+            size = 4 * math.prod(int(extent) for extent in start.shape)
+            self.start_bytes = T.decl_buffer((size,), "uint8", data=start.data)
         for i in range(self.copies) if not p.pointwise else ():
             row = T.bind(self._copied_row(i))
             sample = T.bind(tirx.truncdiv(T.min(row, self.total - 1), p.rows))
             own = T.bind(T.min(row, self.total - 1) - sample * p.rows)
             top = T.bind(own // p.out_width * p.stride[0] - p.padding[0])
             left = T.bind(own % p.out_width * p.stride[1] - p.padding[2])
-            store(self.top, top, i)
+            store(self.top, T.Select(row < self.total, top, NOWHERE), i)
             store(self.left, left, i)
-            store(self.pixel, (sample * p.height + top) * p.width + left, i)
-            if self._has_border and p.groups > 1:
-                store(self.row_group, T.cast(self.b["group"][sample], "int32"), i)
+            store(self.pixel, ((sample * p.height + top) * p.width + left) * p.channels, i)
+            if self._has_border:
+                group = T.cast(self.b["group"][sample], "int32") if p.groups > 1 else tirx.IntImm("int32", 0)
+                store(self.row_group, group, i)
 
     @property
     def _has_border(self) -> bool:
@@ -192,43 +206,33 @@ class _Kernel:
             channel = T.bind(w.of_unit(unit, [channel for _, channel in places]))
             size = T.bind(w.of_unit(unit, p.segments))
             before = T.bind(w.of_unit(unit, w.first_channels))
-        count = T.bind(T.max(T.min(size - channel, CHUNK), 0))
         here = tirx.all(tap < w.taps, unit < sum(w.units))
-        count = T.bind(T.if_then_else(here, count, 0))
+        # Where chunks are whole, one behind the last of a segment has a tap that is none, or a channel.
+        whole = w.taps > 1 and all(channels % CHUNK == 0 for channels in p.segments)
+        count = T.bind(T.Select(here, CHUNK if whole else T.max(T.min(size - channel, CHUNK), 0), 0))
+        if not p.pointwise:
+            dy, dx = (vmath.keep(part) for part in (tirx.truncdiv(tap, p.kernel[1]), tirx.truncmod(tap, p.kernel[1])))
+            moved = vmath.keep((dy * p.width + dx) * p.channels + before + channel)
+        count = vmath.keep(count)
         for i in range(self.copies):
             row = T.bind(self._copied_row(i))
             local_row = T.bind(row - self.first_row)
             swapped = T.bitwise_xor(self.chunk, local_row // 2 % 4)
             target = T.bind(stage * (t.rows * STEP) + local_row * STEP + swapped * CHUNK)
             if p.pointwise:
-                there = T.bind(T.if_then_else(row < self.total, count, 0))
-                self._copy(target, T.if_then_else(there > 0, row * p.channels + before + channel, 0), there)
+                there = T.bind(T.Select(row < self.total, count, 0))
+                self._copy(target, self.b["x"], T.Select(there > 0, row * p.channels + before + channel, 0), there)
                 continue
-            dy, dx = T.bind(tirx.truncdiv(tap, p.kernel[1])), T.bind(tirx.truncmod(tap, p.kernel[1]))
-            y, x = T.bind(self.top[i] + dy), T.bind(self.left[i] + dx)
-            inside = tirx.all(y >= 0, y < p.height, x >= 0, x < p.width)
-            wanted = T.bind(T.if_then_else(row < self.total, count, 0))
-            source = (self.pixel[i] + dy * p.width + dx) * p.channels + before + channel
-
-            def copy(target: Any = target, source: Any = source, wanted: Any = wanted) -> None:
-                self._copy(target, T.if_then_else(wanted > 0, source, 0), wanted)
-
+            # Before the first line and behind the last is far from the first, as a number without sign.
+            y, x = (T.cast(place, "uint32") for place in (self.top[i] + dy, self.left[i] + dx))
+            within = (T.cast(place, "int32") for place in (y < T.uint32(p.height), x < T.uint32(p.width)))
+            inside = vmath.keep(T.bitwise_and(*within))
+            source = T.Select(T.bitwise_and(inside, T.cast(count > 0, "int32")) > 0, self.pixel[i] + moved, 0)
             if not self._has_border:
-                copy()
+                self._copy(target, self.b["x"], source, T.Select(inside > 0, count, 0))
                 continue
-            with T.If(tirx.any(inside, wanted <= 0)):
-                with T.Then():
-                    copy()
-                with T.Else():
-                    group = self.row_group[i] if p.groups > 1 else 0
-                    zero = T.cast(self.b["act_zero"][segment * p.groups + group], "uint32")
-                    word = T.bind(zero * T.uint32(ONES))
-                    for k in range(CHUNK // 4):
-                        bits = T.max(T.min(wanted - 4 * k, 4), 0) * 8
-                        mask = T.if_then_else(
-                            bits >= 32, T.uint32(0xFFFFFFFF), (T.uint32(1) << T.cast(bits, "uint32")) - T.uint32(1)
-                        )
-                        store(self.x_words, word & mask, target // 4 + k)
+            border = ((segment * p.groups + self.row_group[i]) * w.start_row + w.outputs) * 4
+            self._copy(target, self.b["x"], source, count, (inside, border))
 
     def _split(self, number: Any, chunks: int) -> tuple[Any, Any]:
         """(tap, first channel) of a chunk of a segment."""
@@ -237,24 +241,43 @@ class _Kernel:
         tap = T.bind(tirx.truncdiv(number, chunks))
         return tap, T.bind((number - tap * chunks) * CHUNK)
 
-    def _copy(self, target: Any, source: Any, count: Any) -> None:
-        """`count` of 16 values to shared memory, then zeros."""
-        x, size = self.b["x"], self.copied
-        source = T.bind(source)
+    def _copy(self, target: Any, x: Any, source: Any, count: Any, border: tuple[Any, Any] | None = None) -> None:
+        """`count` of 16 values to shared memory, then zeros.
+
+        border: (1 where they come from there, where zero points stand that are taken otherwise)
+        """
+        size = self.copied
+        source, count = vmath.keep(source), vmath.keep(count)
+
         if size >= 4:
-            operation = "cp.async.cg.shared.global" if size == CHUNK else "cp.async.ca.shared.global"
+            cache = "cg" if size == CHUNK else "ca"
             for first in range(0, CHUNK, size):
-                there = T.max(T.min(count - first, size), 0)
-                at = source + first if first == 0 else T.if_then_else(count > first, source + first, 0)
-                given = T.cast(there, "uint32")
-                T.evaluate(T.ptx[operation](self.x.ptr_to([target + first]), x.ptr_to([at]), size, given))
+                at = source + first if first == 0 else T.Select(count > first, source + first, 0)
+                given = T.cast(T.max(T.min(count - first, size), 0), "uint32")
+                places = self.x.ptr_to([target + first]), x.ptr_to([at])
+                if border is None:
+                    T.evaluate(T.ptx[f"cp.async.{cache}.shared.global"](*places, size, given))
+                    continue
+                inside, other = border
+                arguments = (*places, self.start_bytes.ptr_to([other]), inside, given)
+                name = f"mpq_copy_either_{size}"
+                text = COPY_EITHER.format(name=name, cache=cache, size=size)
+                T.evaluate(T.cuda.func_call(name, *arguments, source_code=text, return_type="void"))
             return
         for k in range(CHUNK // 4):
             word: Any = T.uint32(0)
             for e in range(4):
-                value = T.if_then_else(count > 4 * k + e, T.cast(x[source + 4 * k + e], "uint32"), T.uint32(0))
+                value = self._value(x, source + 4 * k + e, border)
+                value = T.if_then_else(count > 4 * k + e, value, T.uint32(0))
                 word = word | value << T.uint32(8 * e)
             store(self.x_words, word, target // 4 + k)
+
+    def _value(self, x: Any, at: Any, border: tuple[Any, Any] | None) -> Expr:
+        """One value, as `_copy` takes it."""
+        value = T.cast(x[at], "uint32")
+        if border is None:
+            return value
+        return T.if_then_else(border[0] > 0, value, T.cast(self.start_bytes[border[1]], "uint32"))
 
     def _load_weights(self, step: Any, stage: Any) -> None:
         """The fragments of a step: 128 bits a word of code."""
@@ -410,9 +433,9 @@ class _Kernel:
         if self.p.late_zeros:
             return vmath.fma(T.cast(total, "float32"), scale, y)
         if p.dynamic:
-            total = total - self._zero(inside, segment) * b["start"][segment * n + column]
+            total = total - self._zero(inside, segment) * b["start"][segment * self.w.start_row + column]
         else:
-            total = total + b["start"][(segment * p.groups + self._group(inside)) * n + column]
+            total = total + b["start"][(segment * p.groups + self._group(inside)) * self.w.start_row + column]
         return vmath.fma(T.cast(total, "float32"), vmath.mul(self._scale(inside, segment), scale), y)
 
     def _scale(self, row: Any, segment: Any) -> Expr:
@@ -536,4 +559,3 @@ def _looked_up(table: list[Any], selector: Any) -> Any:
     low, high = byte_perm(table[0], table[1], within), byte_perm(table[2], table[3], within)
     half = chosen >> T.uint32(1) & T.uint32(0x4444)  # of each byte, as what selects it from the one or the other
     return byte_perm(low, high, half | T.uint32(0x3210))
-

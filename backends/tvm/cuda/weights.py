@@ -95,12 +95,18 @@ class Fragments:
 
         tiles   the codes [fragments of channels, steps, words of lanes]: word w of lane l at place(w, l)
         lut     tables [fragments of channels, words of 4 entries]
+        start   where groups of time have zero points, 16 bytes of it stand behind each row: pixels of the border
         """
         p, n = self.problem, self.outputs
         named = [Argument("tiles", (n // CHANNELS, self.steps, 32 * self.words), "uint32")]
         if p.bits < 8:
             named.append(Argument("lut", (n // CHANNELS, 2**p.bits // 4), "uint32"))
-        return [*named, *vectors(p, n)]
+        return [*named, *vectors(p, n, self.start_row - n)]
+
+    @property
+    def start_row(self) -> int:
+        """Numbers in a row of start values."""
+        return self.outputs + (0 if self.problem.dynamic else CHUNK // 4)
 
     def place(self, word: Any, lane: Any) -> Any:
         """Of a word of a lane in a fragment: lanes read up to four neighbours at once."""
@@ -217,7 +223,11 @@ class _Prepare:
             store(b["start"], total[0], j, 0, i)
         else:
             with T.serial(0, p.groups) as g:
-                store(b["start"], (0 - T.cast(b["act_zero"][j, g], "int32")) * total[0], j, g, i)
+                zero = T.cast(b["act_zero"][j, g], "int32")
+                store(b["start"], (0 - zero) * total[0], j, g, i)
+                with T.If(i < CHUNK // 4), T.Then():
+                    bytes_ = tirx.reinterpret("int32", T.cast(zero, "uint32") * T.uint32(0x01010101))
+                    store(b["start"], bytes_, j, g, self.w.outputs + i)
         with T.If(tirx.EQ(j, 0)), T.Then():
             T.evaluate(T.int32(0))
             if p.has_offset:

@@ -270,10 +270,13 @@ class WeightLayout:
         return [*named, *vectors(p, n)]
 
 
-def vectors(problem: QuantMatmul, outputs: int) -> list[Argument]:
-    """What `prepare` makes beside codes and tables, for so many output channels, padded."""
+def vectors(problem: QuantMatmul, outputs: int, behind: int = 0) -> list[Argument]:
+    """What `prepare` makes beside codes and tables, for so many output channels, padded.
+
+    behind: more numbers in each row of start values
+    """
     p, n = problem, outputs
-    named = [Argument("start", (len(p.segments), 1 if p.dynamic else p.groups, n), "int32")]
+    named = [Argument("start", (len(p.segments), 1 if p.dynamic else p.groups, n + behind), "int32")]
     named.append(Argument("weight_scale", (len(p.segments), n), "float32"))
     if p.late_zeros:
         named.append(Argument("sums", (n,), "float32"))

@@ -23,6 +23,7 @@ FORMATS: Problems = [
     (2, linear((10,), 64, 64)),
     (1, linear((200,), 128, 128, bits=4, classes=2, groups=2)),
     (1, linear((70,), 100, 70, bits=3)),
+    (1, linear((9,), 48, 64, bits=4, has_offset=True)),
     (1, linear((70,), 200, 70, bits=2)),
     (1, linear((300,), 64, 128, bits=4, has_offset=True)),
     (1, with_widths(linear((9,), 60, 40), 2, 3, 4)),

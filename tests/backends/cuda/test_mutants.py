@@ -41,12 +41,15 @@ GEMM: Mutants = {
         "tirx.all(row < self.total, column < p.outputs)",
         "tirx.all(row < self.total, column <= p.outputs)",
     ),
-    "a border of zeros": ("word = T.bind(zero * T.uint32(ONES))", "word = T.bind(zero * T.uint32(0))"),
-    "no border at the bottom": ("y >= 0, y < p.height,", "y >= 0, y <= p.height,"),
-    "another tap": ("y, x = T.bind(self.top[i] + dy)", "y, x = T.bind(self.top[i] + dx)"),
+    "the border of the first group": (
+        "((segment * p.groups + self.row_group[i]) * w.start_row",
+        "((segment * p.groups) * w.start_row",
+    ),
+    "a line too many": ("(y < T.uint32(p.height), x", "(y <= T.uint32(p.height), x"),
+    "another tap": ("(self.top[i] + dy, self.left[i] + dx)", "(self.top[i] + dx, self.left[i] + dx)"),
     "the zero point of the first group": (
-        'total = total + b["start"][(segment * p.groups + self._group(inside)) * n',
-        'total = total + b["start"][(segment * p.groups) * n',
+        'total = total + b["start"][(segment * p.groups + self._group(inside)) * self',
+        'total = total + b["start"][(segment * p.groups) * self',
     ),
     "the scale of the first group": (
         "else segment * self.p.groups + self._group(row)]",
@@ -55,10 +58,7 @@ GEMM: Mutants = {
     "sums of the next row": ("i * 8 + self.lane // 4", "i * 8 + (self.lane // 4 + 1) % 8"),
     "columns turned": ("column = T.bind(first + lane % 4 * 2 + e)", "column = T.bind(first + lane % 4 * 2 + 1 - e)"),
     "half of a selector": ("return found >> T.uint32(16) if kk else found", "return found"),
-    "the last chunk whole": (
-        "count = T.bind(T.max(T.min(size - channel, CHUNK), 0))",
-        "count = T.bind(T.max(T.min(size - channel + 3, CHUNK), 0))",
-    ),
+    "the last chunk too long": ("T.min(size - channel, CHUNK), 0)", "T.min(size - channel + 3, CHUNK), 0)"),
 }
 ATTENTION: Mutants = {
     "no barrier before keys": ("            barrier()\n            load(key", "            load(key"),
