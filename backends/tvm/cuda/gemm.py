@@ -10,6 +10,9 @@ computed once; a chunk's tap and channel are shared by all rows of a thread. Pix
 zero points stand; rows and taps that do not exist are zero.
 
 Sums of activations, which weights with an offset ask for, are one more product, with ones.
+
+Where tiles are too few for a GPU, several blocks share the k axis of one: their sums of integers go to memory, and a
+second grid adds them up and finishes, to the same bits.
 """
 
 from __future__ import annotations
@@ -24,13 +27,13 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
-from mpq_compiler.backends.tvm.cuda.threads import barrier, flat, grid, local, primfunc, shared
+from mpq_compiler.backends.tvm.cuda.threads import barrier, each, flat, grid, local, primfunc, shared, workspace
 from mpq_compiler.backends.tvm.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
 from mpq_compiler.backends.tvm.kernels import vmath
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, apply
 from mpq_compiler.backends.tvm.kernels.gemm import calling
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
-from mpq_compiler.backends.tvm.kernels.template import Argument, Buffers, quantizer, store
+from mpq_compiler.backends.tvm.kernels.template import Argument, Buffers, quantizer, store, unravel
 
 MMA = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
@@ -86,6 +89,21 @@ def tile(problem: QuantMatmul) -> Tile:
     return TILES[-1]
 
 
+BLOCKS = 128
+"""Of threads that a GPU is to have; Orin has 16 processors, an A100 108."""
+LEAST_STEPS = 8
+"""Of a block of threads, so that filling its stages is worth it."""
+
+
+def most_splits(problem: QuantMatmul) -> int:
+    """How many blocks share the k axis of a tile, for one sample; several segments have an order of their sums."""
+    if len(problem.segments) > 1:
+        return 1
+    weights, own = Fragments(problem), tile(problem)
+    tiles = -(-problem.rows // own.rows) * (weights.outputs // own.columns)
+    return max(1, min(BLOCKS // tiles, weights.steps // LEAST_STEPS))
+
+
 def arguments(problem: QuantMatmul) -> list[Argument]:
     """As of `kernels.gemm`, with the weights of `weights.Fragments`."""
     return calling(problem, Fragments(problem).buffers())
@@ -114,14 +132,23 @@ class _Kernel:
         self.copied = math.gcd(CHUNK, *sizes)
         """Bytes that are copied at once: addresses are multiples of this."""
         self.several = len(problem.segments) > 1
+        self.most_splits = most_splits(problem)
 
     def emit(self, batch: Any) -> None:
         t, p = self.t, self.p
         self.total = T.bind(batch * p.rows)
         down = (self.total + (t.rows - 1)) // t.rows
         across = self.w.outputs // t.columns
-        with grid(down * across, t.threads) as (block, thread):
+        if self.most_splits > 1:
+            self.splits = T.bind(T.max(1, T.min(BLOCKS // (down * across), self.most_splits)))
+            self.parts = workspace(self.splits * self.total * p.outputs, "int32")
+            self.row_parts: Any = workspace(self.splits * self.total, "int32") if p.has_offset else None
+        else:
+            self.splits = 1
+        with grid(down * across * self.splits, t.threads) as (number, thread):
             self.thread = thread
+            self.split: Any = T.bind(number // (down * across)) if self.most_splits > 1 else 0
+            block = T.bind(number - self.split * (down * across))
             self.first_row = T.bind(block // across * t.rows)
             self.first_column = T.bind(block % across * t.columns)
             self.lane, warp = T.bind(thread % 32), T.bind(thread // 32)
@@ -131,7 +158,12 @@ class _Kernel:
             self._rows()
             self._clear()
             self._products()
-            self._store()
+            if self.most_splits > 1:
+                self._store_parts()
+            else:
+                self._store()
+        if self.most_splits > 1:
+            self._add_parts()
 
     def _allocate(self) -> None:
         t = self.t
@@ -326,22 +358,30 @@ class _Kernel:
             self._load_activations(step, stage)
             self._load_weights(step, stage)
 
+        begin, steps = self._steps()
         for step in range(t.stages - 1):
-            if step < w.steps:
-                load(step, step)
+            if step < w.steps // self.most_splits:
+                load(begin + step, step)
             T.evaluate(T.ptx.cp.async_.commit_group())
-        with T.serial(0, w.steps) as step:
+        with T.serial(0, steps) as step:
             T.evaluate(T.ptx.cp.async_.wait_group(t.stages - 2))
             barrier()
             if w.steps >= t.stages:
                 ahead = T.bind(step + (t.stages - 1))
-                with T.If(ahead < w.steps), T.Then():
-                    load(ahead, T.bind(ahead % t.stages))
+                with T.If(ahead < steps), T.Then():
+                    load(begin + ahead, T.bind(ahead % t.stages))
             T.evaluate(T.ptx.cp.async_.commit_group())
             stage = T.bind(step % t.stages)
             for ks in range(STEP // UNIT):
                 self._unit(stage, ks)
                 self._end_of_segment(T.bind(step * (STEP // UNIT) + ks), ks)
+
+    def _steps(self) -> tuple[Any, Any]:
+        """(first, number) of those of the block."""
+        if self.most_splits == 1:
+            return 0, self.w.steps
+        begin = T.bind(self.split * self.w.steps // self.splits)
+        return begin, T.bind((self.split + 1) * self.w.steps // self.splits - begin)
 
     def _unit(self, stage: Any, ks: int) -> None:
         """32 values of k."""
@@ -420,14 +460,18 @@ class _Kernel:
             segment = w.of_unit(unit, range(len(w.units)))
         with T.If(ends), T.Then():
             own = T.bind(segment)
-            self._each_output(lambda at, row, column: store(self.y, self._added(self.y[at], at, row, column, own), at))
+            self._each_output(
+                lambda at, row, column: store(self.y, self._added(self.y[at], self._sum(at), row, column, own), at)
+            )
             self._sum_activations(own)
             self._clear_sums()
 
-    def _added(self, y: Expr, at: int, row: Any, column: Any, segment: Any) -> Expr:
-        """y with what a segment adds to it."""
+    def _sum(self, at: int) -> Expr:
+        return tirx.reinterpret("int32", self.sums[at])
+
+    def _added(self, y: Expr, total: Expr, row: Any, column: Any, segment: Any) -> Expr:
+        """y with what a segment adds to it, whose products come to `total`."""
         p, b, n = self.p, self.b, self.w.outputs
-        total = tirx.reinterpret("int32", self.sums[at])
         scale = b["weight_scale"][segment * n + column]
         inside = T.min(row, self.total - 1)
         if self.p.late_zeros:
@@ -452,22 +496,26 @@ class _Kernel:
         if self.row_sums is None:
             return
         for i in range(self.own_rows):
-            codes = tirx.reinterpret("int32", self.row_sums[i // 2 * 4 + i % 2 * 2])
-            row = T.min(self._own_row(i), self.total - 1)
-            value = codes - self._zero(row, segment) * self._values(segment)
+            value = self._above_zero(self._row_sum(i), T.min(self._own_row(i), self.total - 1), segment)
             store(self.activations, value, segment * self.own_rows + i)
 
-    def _with_offsets(self, y: Expr, at: int, row: Any, column: Any) -> Expr:
-        """y with what the offset of its channel makes of the activations."""
-        if self.row_sums is None:
+    def _row_sum(self, i: int) -> Expr:
+        """Of the codes of number i of the rows that a thread holds sums of."""
+        return tirx.reinterpret("int32", self.row_sums[i // 2 * 4 + i % 2 * 2])
+
+    def _above_zero(self, codes: Expr, row: Any, segment: Any) -> Expr:
+        """The sum of q - z of a row, given that of its codes."""
+        return codes - self._zero(row, segment) * self._values(segment)
+
+    def _with_offsets(self, y: Expr, activations: Callable[[Any], Expr], row: Any, column: Any) -> Expr:
+        """y with what the offset of its channel makes of the activations, sums by segment."""
+        if not self.p.has_offset:
             return y
-        i = at // (self.t.column_fragments * 8) * 2 + at % 4 // 2
         total = local(1)
         store(total, y, 0)
         with T.serial(0, len(self.p.segments)) as j:
-            activations = T.cast(self.activations[j * self.own_rows + i], "float32")
             factor = vmath.mul(self._scale(row, j), self.b["offset"][column])
-            store(total, vmath.fma(activations, factor, total[0]), 0)
+            store(total, vmath.fma(T.cast(activations(j), "float32"), factor, total[0]), 0)
         return total[0]
 
     def _values(self, segment: Any) -> Any:
@@ -495,12 +543,50 @@ class _Kernel:
                         own = vmath.fma(zero, self.b["sums"][column], y)
                         y = vmath.fma(self.b["act_scale"][row], own, start)
                 else:
-                    y = self._added(self._first(column), at, row, column, 0)
-                self._finish(vmath.keep(self._with_offsets(y, at, row, column)), row, column)
+                    y = self._added(self._first(column), self._sum(at), row, column, 0)
+                i = at // (self.t.column_fragments * 8) * 2 + at % 4 // 2  # of the thread's own rows
+                y = self._with_offsets(y, lambda j: self.activations[j * self.own_rows + i], row, column)
+                self._finish(vmath.keep(y), row, column)
 
         if not self.several:
             self._sum_activations(0)
         self._each_output(finish)
+
+    def _store_parts(self) -> None:
+        """What a block has summed up goes to memory."""
+        outputs = self.p.outputs
+
+        def keep(at: int, row: Any, column: Any) -> None:
+            with T.If(tirx.all(row < self.total, column < outputs)), T.Then():
+                store(self.parts, self._sum(at), (self.split * self.total + row) * outputs + column)
+
+        self._each_output(keep)
+        if self.row_sums is None:
+            return
+        for i in range(self.own_rows):
+            row = T.bind(self._own_row(i))
+            first = tirx.all(tirx.EQ(self.first_column + self.warp_column, 0), tirx.EQ(self.lane % 4, 0))
+            with T.If(tirx.all(row < self.total, first)), T.Then():  # all columns have the same
+                store(self.row_parts, self._row_sum(i), self.split * self.total + row)
+
+    def _add_parts(self) -> None:
+        """A thread for each output."""
+        with each(self.total * self.p.outputs) as number:
+            row, column = unravel(number, self.p.outputs)
+
+            def summed(parts: Any, step: Any, at: Any) -> Expr:
+                total = local(1, "int32")
+                store(total, parts[at], 0)
+                with T.serial(1, self.splits) as split:
+                    store(total, total[0] + parts[split * step + at], 0)
+                return total[0]
+
+            total = summed(self.parts, self.total * self.p.outputs, number)
+            y = self._added(self._first(column), total, row, column, 0)
+            if self.p.has_offset:
+                activations = vmath.keep(self._above_zero(summed(self.row_parts, self.total, row), row, 0))
+                y = self._with_offsets(y, lambda _: activations, row, column)
+            self._finish(vmath.keep(y), row, column)
 
     def _finish(self, y: Expr, row: Any, column: Any) -> None:
         """The epilogue, and where its result goes."""

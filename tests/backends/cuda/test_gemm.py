@@ -37,6 +37,11 @@ SEGMENTS: Problems = [
     (2, linear((5,), 128, 64, dynamic=True, segments=(64, 64), bits=4, has_offset=True)),
     (1, QuantMatmul(7, 6, 44, 46, (1, 2), (2, 2), (0, 0, 1, 1), bits=2, segments=(12, 32), has_offset=True)),
 ]
+SPLIT: Problems = [
+    (2, linear((10,), 1100, 64, bits=4, groups=2, has_offset=True)),
+    (3, linear((1,), 2048, 70, dynamic=True)),
+    (1, QuantMatmul(5, 6, 100, 64, (3, 3), padding=(1, 1, 1, 1), bits=2, has_offset=True)),
+]
 IMAGES: Problems = [
     *(CONVOLUTIONS[n] for n in ("3x3", "3x3-stride-2", "3x3-one-channel", "5x3-of-3x2", "patches", "1x1-strided")),
     (2, QuantMatmul(12, 12, 64, 128, (3, 3), padding=(1, 1, 1, 1), groups=2)),
@@ -75,7 +80,9 @@ def run(problems: Problems) -> list[tuple[Case, list[np.ndarray]]]:
 
 
 @pytest.mark.parametrize(
-    "problems", [FORMATS, SEGMENTS, IMAGES, RANDOM], ids=["formats", "segments", "images", "random"]
+    "problems",
+    [FORMATS, SEGMENTS, SPLIT, IMAGES, RANDOM],
+    ids=["formats", "segments", "split", "images", "random"],
 )
 def test_the_bits_of_the_definition(problems):
     for case, (out,) in run(problems):

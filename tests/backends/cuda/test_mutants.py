@@ -30,8 +30,8 @@ GEMM: Mutants = {
     "rows of another fragment": ("i * 16 + lane % 16)", "i * 16 + lane % 8)"),
     "weights of the next lane": ("w.place(number, lane)]", "w.place(number, T.bitwise_xor(lane, 1))]"),
     "copies into the stage that is read": (
-        "load(ahead, T.bind(ahead % t.stages))",
-        "load(ahead, T.bind(step % t.stages))",
+        "load(begin + ahead, T.bind(ahead % t.stages))",
+        "load(begin + ahead, T.bind(step % t.stages))",
     ),
     "writes a row too many": (
         "tirx.all(row < self.total, column < p.outputs)",
@@ -59,6 +59,20 @@ GEMM: Mutants = {
     "columns turned": ("column = T.bind(first + lane % 4 * 2 + e)", "column = T.bind(first + lane % 4 * 2 + 1 - e)"),
     "half of a selector": ("return found >> T.uint32(16) if kk else found", "return found"),
     "the last chunk too long": ("T.min(size - channel, CHUNK), 0)", "T.min(size - channel + 3, CHUNK), 0)"),
+}
+SPLIT: Mutants = {
+    "a part too few": ("T.serial(1, self.splits)", "T.serial(1, self.splits - 1)"),
+    "a step twice": ("begin = T.bind(self.split * self.w.steps // self.splits)", "begin = T.bind(self.split)"),
+    "a step too few": (
+        "T.bind((self.split + 1) * self.w.steps // self.splits - begin)",
+        "T.bind((self.split + 1) * self.w.steps // self.splits - begin - 1)",
+    ),
+    "parts over one another": ("(self.split * self.total + row) * outputs + column)", "row * outputs + column)"),
+    "sums of rows over one another": (
+        "store(self.row_parts, self._row_sum(i), self.split * self.total + row)",
+        "store(self.row_parts, self._row_sum(i), row)",
+    ),
+    "sums of rows by no one": ("first = tirx.all(tirx.EQ(self.first", "first = tirx.all(tirx.EQ(1 + self.first"),
 }
 ATTENTION: Mutants = {
     "no barrier before keys": ("            barrier()\n            load(key", "            load(key"),
@@ -144,24 +158,26 @@ def _draw(arguments: Any, batch: int) -> list[np.ndarray]:
 
 
 CONV = QuantMatmul(9, 11, 20, 60, (3, 3), padding=(1, 1, 1, 1), bits=4, groups=3)
+LONG = QuantMatmul.linear((5,), 1100, 60, bits=4, groups=3, has_offset=True)
 ROWS = cpu_norms.LayerNorm(7, 100, eps=1e-2)
 HEADS = cpu_attention.Attention(36, 75, 2, 20)  # whose result ends where nothing may be written
 FLOATS = float_gemm.Conv2d(9, 8, 12, 70, stride=(2, 1))
 
 
-def _conv() -> list[np.ndarray]:
-    case = make_case(CONV, 2, seed("mutants"))
-    data, (inputs, made) = case.stored(), weights.arguments(CONV)
+def _product(problem: QuantMatmul) -> list[np.ndarray]:
+    case = make_case(problem, 2, seed("mutants"))
+    data, (inputs, made) = case.stored(), weights.arguments(problem)
     data["group"] = np.array([2, 1])
     prepared = [*(data[a.name] for a in inputs), *(empty(a, 2) for a in made)]
-    (results,) = Library({"prepare": weights.build(CONV, "prepare")}).run([("prepare", prepared)])
+    (results,) = Library({"prepare": weights.build(problem, "prepare")}).run([("prepare", prepared)])
     data |= {a.name: value for a, value in zip(made, results[len(inputs) :], strict=True)}
-    arguments = gemm.arguments(CONV)
+    arguments = gemm.arguments(problem)
     return [data[a.name] if a.name in data else empty(a, 2) for a in arguments]
 
 
 SUBJECTS = {
-    "gemm": Subject(gemm, GEMM, lambda m, n: m.build(CONV, n), _conv),
+    "gemm": Subject(gemm, GEMM, lambda m, n: m.build(CONV, n), lambda: _product(CONV)),
+    "split gemm": Subject(gemm, SPLIT, lambda m, n: m.build(LONG, n), lambda: _product(LONG)),
     "attention": Subject(
         attention, ATTENTION, lambda m, n: m.build(HEADS, n), lambda: _draw(cpu_attention.arguments(HEADS), 2)
     ),
@@ -202,5 +218,5 @@ def test_mistakes_are_noticed(name):
             )
             if not same:
                 noticed.add(what)
-    assert len(subject.mutants) >= 10
+    assert sum(len(other.mutants) for other in SUBJECTS.values() if other.module is subject.module) >= 10
     assert noticed == set(subject.mutants)
