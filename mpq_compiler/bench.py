@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from mpq_compiler import artifact as artifacts
-from mpq_compiler import contestants, peers, runtime, svg, terminal
+from mpq_compiler import contestants, gpu, peers, runtime, svg, terminal
 from mpq_compiler import latency_table as tables
 from mpq_compiler.contestants import Arrays, Contestant
 from mpq_compiler.errors import UserError
@@ -97,7 +97,10 @@ def bench(
     if subject.manifest.get("parts"):
         reusing = runtime.load(paths[0], threads)
         entries.insert(2, Contestant(REUSING, functools.partial(reusing.run, inputs)))
-    clock = "cpu" if threads == 1 else "wall"
+    on_gpu = bool(gpu.stated(subject.manifest["target"]["features"]))
+    if on_gpu and against:
+        raise UserError(f"peers run on the CPU, and {paths[0]} on a GPU; leave --against out")
+    clock = "cpu" if threads == 1 and not on_gpu else "wall"
     source = peers.source_of(model, subject.manifest) if against else ""
     with tempfile.TemporaryDirectory(prefix="mpq-") as scratch, peers.torch_threads(threads, bool(against)):
         others, skipped, float_model = peers.contestants(against, source, inputs, threads, Path(scratch), progress)
@@ -189,6 +192,8 @@ def _machine(manifest: Mapping[str, Any]) -> Machine:
     reason = None
     if manifest["target"]["backend"] != "tvm":
         reason = "an artifact for another runtime has no kernels of ours to hold against a peak"
+    elif gpu.stated(manifest["target"]["features"]):
+        reason = "the peaks of a GPU are not measured"
     elif importlib.util.find_spec("tvm") is None:
         reason = "the peaks are compiled here, which needs TVM's compiler: pip install 'mpq-compiler[compile]'"
     else:
@@ -264,6 +269,11 @@ def _schedule(compiled: runtime.CompiledDenoiser) -> list[dict[str, Any]]:
 def _require_kernels(compiled: runtime.CompiledDenoiser, batch: int) -> None:
     if compiled.manifest["target"]["backend"] != "tvm" or not _schedule(compiled):
         raise UserError(f"{compiled.artifact.path} has no kernels that could be timed; leave --kernels and --plot out")
+    if gpu.stated(compiled.manifest["target"]["features"]):
+        raise UserError(
+            f"the kernels of {compiled.artifact.path} are launched as one graph, which NVIDIA's nsys takes apart; "
+            "leave --kernels and --plot out"
+        )
     sizes = sorted({f["batch"] for f in compiled.manifest["functions"]})
     if batch not in sizes:
         known = ", ".join(map(str, sizes))

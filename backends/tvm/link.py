@@ -41,7 +41,8 @@ def link(lowered: Lowered, target: Target, objects: Sequence[Path], output: Path
     The bytes depend on the plan, the objects and the versions of TVM and the linker, not on any path.
     UserError: there is no linker for the target.
     """
-    module = pipeline()(_Builder(lowered, target).module())
+    planned = planning()(_Builder(lowered, target).module())
+    module = lowering(target)(planned)
     builder = relax.ExecBuilder()
     _vmcodegen(builder, module, "bytecode")
     # A library that holds code of its own is what makes the machine look up kernels in the shared object.
@@ -52,14 +53,15 @@ def link(lowered: Lowered, target: Target, objects: Sequence[Path], output: Path
         export_cuda(executable.mod, target, output, objects, modules)
     else:
         export(executable.mod, target, output, objects)
-    functions = {name.name_hint: f for name, f in module.functions.items() if isinstance(f, relax.Function)}
+    functions = {name.name_hint: f for name, f in planned.functions.items() if isinstance(f, relax.Function)}
     return {name: held_bytes(function) for name, function in functions.items()}
 
 
 def held_bytes(function: relax.Function) -> int:
-    """Memory that calls of a function keep for what they compute, the output included: blocks in whole pages."""
+    """Memory that calls of a planned function keep for what they compute, the output included: blocks in whole pages."""
     values = (binding.value for block in function.body.blocks for binding in block.bindings)
-    blocks = (value for value in values if getattr(getattr(value, "op", None), "name", "") == "relax.vm.alloc_storage")
+    name = "relax.memory.alloc_storage"
+    blocks = (value for value in values if getattr(getattr(value, "op", None), "name", "") == name)
     return sum(-(-int(block.args[0].values[0]) // PAGE) * PAGE for block in blocks)
 
 
@@ -106,12 +108,8 @@ def linker(target: Target) -> str:
     raise UserError(f"cannot link for '{target.name}': {names[0]} is not installed; install it (apt install {package})")
 
 
-def pipeline() -> tvm.transform.Pass:
-    """Kernel calls to machine instructions: buffers planned once for each function, freed at its end.
-
-    All shapes are static, so there are none to compute (VMShapeLower), and no check of each of hundreds of
-    prepared tensors in every call: the runtime stages inputs in their exact shapes, and kernels check their own.
-    """
+def planning() -> tvm.transform.Pass:
+    """Kernel calls as calls of functions on buffers, planned once for each function, freed at its end."""
     return tvm.transform.Sequential(
         [
             transform.RewriteDataflowReshape(),
@@ -119,12 +117,35 @@ def pipeline() -> tvm.transform.Pass:
             transform.RemovePurityChecking(),
             transform.CallTIRRewrite(),
             transform.StaticPlanBlockMemory(),
+        ]
+    )
+
+
+def lowering(target: Target) -> tvm.transform.Pass:
+    """Planned functions as instructions of the machine; on a GPU their kernels are launched as one graph.
+
+    All shapes are static, so there are none to compute (VMShapeLower), and no check of each of hundreds of
+    prepared tensors in every call: the runtime stages inputs in their exact shapes, and kernels check their own.
+    """
+    return tvm.transform.Sequential(
+        [
+            *([_graphs] if target.is_cuda else []),
             transform.LowerAllocTensor(),
             transform.LowerRuntimeBuiltin(),
             transform.ComputePrimValue(),
             transform.AttachGlobalSymbol(),
         ]
     )
+
+
+@tvm.transform.module_pass(opt_level=0)
+def _graphs(module: tvm.IRModule, _: Any) -> tvm.IRModule:
+    """Every function that is called again and again captures its launches in a CUDA graph."""
+    again = tvm.IRModule({name: f for name, f in module.functions.items() if name.name_hint != PREPARE})
+    with tvm.transform.PassContext(config={"relax.backend.use_cuda_graph": True}):
+        rewritten = transform.RewriteCUDAGraph()(again)
+    rewritten.update_func(module.get_global_var(PREPARE), module[PREPARE])
+    return rewritten
 
 
 class _Builder:
@@ -177,13 +198,15 @@ class _Builder:
         inputs = [_variable(f"x{i}", value, batch) for i, value in enumerate(arguments)]
         weights = relax.Var("prepared", relax.TupleType(types))
         env = {value.name: p for value, p in zip(arguments, inputs, strict=True)}
-        read = {name for call in calls for _, name in call.operands}
-        with self.builder.function(name, [*inputs, weights]):
+        places = {name: i for i, name in enumerate(self.lowered.prepared)}
+        # A graph keeps the addresses of all arguments: the runtime stages inputs in the same memory in every call.
+        attributes = {"num_input": 0} if self.target.is_cuda else None
+        with self.builder.function(name, [*inputs, weights], attrs=attributes):
             with self.builder.dataflow():
-                for i, prepared in enumerate(self.lowered.prepared):
-                    if prepared in read:
-                        env[prepared] = self.builder.emit(relax.TupleGetItem(weights, i))
                 for call in calls:
+                    for _, read in call.operands:
+                        if read in places and read not in env:
+                            env[read] = self.builder.emit(relax.TupleGetItem(weights, places[read]))
                     self._call(call, env, batch)
                 results = [result] if isinstance(result, Value) else result
                 shaped = [self._shaped(env[value.name], sized(value.shape, batch)) for value in results]

@@ -14,7 +14,10 @@ typedef struct {
     void *stream, *attributes;
     unsigned count;
 } Launch;
-typedef void (*Kernel)(const unsigned *grid, unsigned threads, void **arguments);
+typedef struct {  // of an emulated library
+    void (*run)(const unsigned *grid, unsigned threads, void **arguments);
+    unsigned arguments;
+} Kernel;
 
 static int setting(const char *name, int otherwise) {
     const char *stated = getenv(name);
@@ -75,22 +78,77 @@ int cuModuleLoadData(void **module, const void *image) {
 
 int cuModuleGetFunction(void **function, void *module, const char *name) {
     char symbol[512];
-    snprintf(symbol, sizeof symbol, "launch_%s", name);
+    snprintf(symbol, sizeof symbol, "kernel_%s", name);
     *function = dlsym(module, symbol);
     return *function ? 0 : 500;
 }
 
+// A graph is the launches of a stream between the begin and the end of a capture, which runs none of them.
+enum { MOST_ARGUMENTS = 64 };
+typedef struct { const Kernel *kernel; unsigned grid[3], threads; uint64_t values[MOST_ARGUMENTS]; } Node;
+typedef struct { unsigned count, users; Node *nodes; } Graph;
+static Graph *capture;
+static void *captured_stream;
+static unsigned launches, graphs;
+unsigned cuEmulatedLaunches(void) { return launches; }  // one by one
+unsigned cuEmulatedGraphs(void) { return graphs; }  // launched
+
+static void run(const Node *node) {
+    void *arguments[MOST_ARGUMENTS];
+    for (unsigned i = 0; i < node->kernel->arguments; ++i) arguments[i] = (void *)&node->values[i];
+    node->kernel->run(node->grid, node->threads, arguments);
+}
+
 int cuLaunchKernelEx(const Launch *launch, void *function, void **arguments, void **extra) {
-    ((Kernel)function)(launch->grid, launch->block[0], arguments);
+    Node node = {.kernel = function, .threads = launch->block[0]};
+    if (node.kernel->arguments > MOST_ARGUMENTS) return 1;
+    memcpy(node.grid, launch->grid, sizeof node.grid);
+    for (unsigned i = 0; i < node.kernel->arguments; ++i) memcpy(&node.values[i], arguments[i], 8);
+    if (!capture) {
+        ++launches;
+        run(&node);
+        return 0;
+    }
+    if (launch->stream != captured_stream) return 906;  // CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
+    capture->nodes = realloc(capture->nodes, (capture->count + 1) * sizeof node);
+    capture->nodes[capture->count++] = node;
     return 0;
 }
+int cudaStreamCreate(void **stream) { *stream = malloc(1); return 0; }
+int cudaStreamDestroy(void *stream) { free(stream); return 0; }
+int cudaStreamBeginCapture(void *stream, int mode) {
+    if (!stream || capture) return 900;
+    captured_stream = stream;
+    capture = calloc(1, sizeof *capture);
+    capture->users = 1;
+    return 0;
+}
+int cudaStreamEndCapture(void *stream, Graph **graph) {
+    *graph = capture;
+    capture = NULL;
+    return 0;
+}
+int cudaGraphInstantiate(Graph **executable, Graph *graph, unsigned long long flags) {
+    ++(*executable = graph)->users;
+    return 0;
+}
+int cudaGraphLaunch(Graph *graph, void *stream) {
+    ++graphs;
+    for (unsigned i = 0; i < graph->count; ++i) run(&graph->nodes[i]);
+    return 0;
+}
+int cudaGraphDestroy(Graph *graph) {
+    if (--graph->users) return 0;
+    free(graph->nodes);
+    free(graph);
+    return 0;
+}
+int cudaGraphExecDestroy(Graph *graph) { return cudaGraphDestroy(graph); }
 
 #define NOTHING(name) int name(void) { return 0; }
 NOTHING(cudaEventCreate) NOTHING(cudaEventDestroy) NOTHING(cudaEventElapsedTime) NOTHING(cudaEventRecord)
-NOTHING(cudaEventSynchronize) NOTHING(cudaGetLastError) NOTHING(cudaGraphDestroy) NOTHING(cudaGraphExecDestroy)
-NOTHING(cudaGraphInstantiate) NOTHING(cudaGraphLaunch) NOTHING(cudaPeekAtLastError) NOTHING(cudaSetDevice)
-NOTHING(cudaStreamBeginCapture) NOTHING(cudaStreamCreate) NOTHING(cudaStreamCreateWithFlags)
-NOTHING(cudaStreamDestroy) NOTHING(cudaStreamEndCapture) NOTHING(cudaStreamSynchronize) NOTHING(cudaStreamWaitEvent)
+NOTHING(cudaEventSynchronize) NOTHING(cudaGetLastError) NOTHING(cudaPeekAtLastError) NOTHING(cudaSetDevice)
+NOTHING(cudaStreamCreateWithFlags) NOTHING(cudaStreamSynchronize) NOTHING(cudaStreamWaitEvent)
 NOTHING(cudaMemGetInfo)
 int cudaGetDevice(int *device) { *device = 0; return 0; }
 int cudaGetDeviceCount(int *count) { *count = setting("MPQ_EMULATED_DEVICES", 1); return *count ? 0 : 100; }
@@ -100,6 +158,7 @@ int cudaGetDeviceProperties(void *properties, int device) { memset(properties, 0
 typedef struct { void *base; size_t size; } Block;
 static Block *block_of(void *place) { return (Block *)((uintptr_t)place / 4096 * 4096) - 1; }
 int cudaMalloc(void **place, size_t size) {
+    if (capture) return 900;  // cudaErrorStreamCaptureUnsupported
     size_t kept = (size + 255) / 256 * 256 + !size * 256, pages = (kept + 4095) / 4096 * 4096;
     char *base = mmap(0, pages + 3 * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED) return 2;
@@ -116,6 +175,7 @@ int cudaFree(void *place) {
 }
 int cudaFreeHost(void *place) { return cudaFree(place); }
 int cudaMemcpyAsync(void *target, const void *source, size_t size, int kind, void *stream) {
+    if (capture) return 900;  // not emulated
     memcpy(target, source, size);
     return 0;
 }

@@ -191,6 +191,11 @@ static void mma_u8_s8(uint32_t &d0, uint32_t &d1, uint32_t &d2, uint32_t &d3, ui
     mma_16832<uint8_t, int8_t>(d, {a0, a1, a2, a3, b0, b1}, {c0, c1, c2, c3});
 }
 
+struct Kernel {  // as driver.c knows it
+    void (*run)(const unsigned *grid, unsigned threads, void **arguments);
+    unsigned arguments;
+};
+
 template <class F> static void launch(F kernel, const unsigned *grid, unsigned count, void **given, bool fibers) {
     body = kernel;
     arguments = given;

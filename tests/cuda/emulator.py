@@ -45,8 +45,9 @@ def translated(source: str) -> str:
         body = text[match.end() : following.start() if following else None]
         fibers = str("sync" in body or "mma" in body).lower()
         launches.append(
-            f'extern "C" void launch_{name}(const unsigned *grid, unsigned threads, void **given) {{\n'
+            f"static void launch_{name}(const unsigned *grid, unsigned threads, void **given) {{\n"
             f"  emulator::launch([](void **given) {{ {name}({given}); }}, grid, threads, given, {fibers});\n}}\n"
+            f'extern "C" const emulator::Kernel kernel_{name} = {{launch_{name}, {len(types)}}};\n'
         )
     return "".join(['#include "emulator.h"\n', text, *launches])
 

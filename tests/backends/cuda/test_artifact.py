@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,12 @@ PIPELINE = (
     "insert-fake-quant,residual-branch,round-weights,fold-fake-quant,fuse-epilogues"
 )
 RUN = """
-import pickle, sys
+import ctypes, pickle, sys
 from mpq_compiler import runtime
-inputs = pickle.load(sys.stdin.buffer)
-pickle.dump(runtime.load(sys.argv[1]).run(inputs), sys.stdout.buffer)
+artifact = runtime.load(sys.argv[1])
+pickle.dump([artifact.run(inputs) for inputs in pickle.load(sys.stdin.buffer)], sys.stdout.buffer)
+driver = ctypes.CDLL("libcudart.so.13")  # whose launches TVM's runtime takes, the emulator's libcuda has the same
+print(driver.cuEmulatedLaunches(), driver.cuEmulatedGraphs(), file=sys.stderr)
 """
 
 
@@ -41,16 +44,19 @@ def emulated(tmp_path_factory):
     return nvcc.install(tmp_path_factory.mktemp("cuda"))
 
 
-def execute(path: Path, inputs: dict[str, np.ndarray], **environment: str) -> np.ndarray:
-    """The artifact's output on the emulated GPU."""
+def execute(
+    path: Path, calls: Sequence[dict[str, np.ndarray]], **environment: str
+) -> tuple[list[np.ndarray], tuple[int, int]]:
+    """What calls of an artifact yield on the emulated GPU; how many kernels were launched by themselves, and graphs."""
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(path)],
-        input=pickle.dumps(inputs),
+        input=pickle.dumps(calls),
         capture_output=True,
         env=emulator.environment(**environment),
     )
     assert done.returncode == 0, done.stderr.decode()[-2000:]
-    return pickle.loads(done.stdout)
+    launches, graphs = done.stderr.split()[-2:]
+    return pickle.loads(done.stdout), (int(launches), int(graphs))
 
 
 def mpqc(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -69,9 +75,13 @@ def test_artifact_is_as_good_as_the_packed_program(name, weights, emulated, monk
     inputs = packed.take(case.inputs, slice(8))
     expected = case.denoiser(**inputs)
     packed_db = packed.sqnr_db(run(case.program, inputs), expected)
-    arrays = {key: value.numpy() for key, value in inputs.items()}
-    artifact_db = packed.sqnr_db(torch.from_numpy(execute(path, arrays, MPQ_EMULATED_SM="86")), expected)
+    (found,), _ = execute(path, [_arrays(inputs)], MPQ_EMULATED_SM="86")
+    artifact_db = packed.sqnr_db(torch.from_numpy(found), expected)
     assert abs(artifact_db - packed_db) <= 0.1
+
+
+def _arrays(inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {key: value.numpy() for key, value in inputs.items()}
 
 
 def test_a_jetson_is_launched_by_its_own_processor(emulated, tmp_path):
@@ -117,16 +127,22 @@ def test_machine_code_for_all_architectures(for_all, tmp_path):
 
 
 def test_an_artifact_of_fatbins_runs(for_all, tmp_path):
+    """From its second call on as a graph, whatever the batch sizes in between."""
     path, cache = for_all
     if "unet" not in str(cache):
         pytest.skip("one denoiser is enough: kernels are emulated in other tests")
     emulator.needs()
     emulator.emulate(cache, tmp_path)
+    options = {"MPQ_EMULATED": str(tmp_path), "MPQ_EMULATED_SM": "90"}
     case = packed.program(packed.BUNDLED, "int4")
-    inputs = packed.take(case.inputs, slice(2))
-    arrays = {key: value.numpy() for key, value in inputs.items()}
-    found = torch.from_numpy(execute(path, arrays, MPQ_EMULATED=str(tmp_path), MPQ_EMULATED_SM="90"))
-    assert packed.sqnr_db(found, case.denoiser(**inputs)) > 10
+    parts = [packed.take(case.inputs, rows) for rows in (slice(1), slice(2, 4), slice(4, 5))]
+    (first, two, third), (launches, graphs) = execute(path, [_arrays(inputs) for inputs in parts], **options)
+    (alone,), (launches_alone, none) = execute(path, [_arrays(parts[2])], **options)
+    np.testing.assert_array_equal(third, alone)
+    assert (graphs, none) == (1, 0)
+    assert launches - launches_alone < launches_alone / 2  # a call of two, and what the graph leaves out
+    for found, inputs in zip((first, two, third), parts, strict=True):
+        assert packed.sqnr_db(torch.from_numpy(found), case.denoiser(**inputs)) > 10
 
 
 @pytest.mark.parametrize(
