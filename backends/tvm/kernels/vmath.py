@@ -317,8 +317,7 @@ def _exp2_of_product(
     """2^(x*factor) as (p, t): p = 2^r with |r| <= 1/2, and t whose low bits hold the integer part."""
     count = lanes(x)
     t = let(fma(x, f32(factor, count), f32(MAGIC, count)), "t")
-    n = t - f32(MAGIC, count)
-    r = let(fma(x, f32(factor, count), f32(0.0, count) - n), "r")
+    r = let(fma(x, f32(factor, count), f32(MAGIC, count) - t), "r")
     return let(polynomial(r, coefficients), "p"), t
 
 
@@ -331,12 +330,12 @@ def exp2_unchecked(x: Expr, factor: float = 1.0, coefficients: Sequence[float] =
     return let.close(as_float(as_int(p) + tirx.shift_left(as_int(t), i32(23, lanes(x)))))
 
 
-def exp2_nonpositive(x: Expr) -> Expr:
+def exp2_nonpositive(x: Expr, coefficients: Sequence[float] = EXP2) -> Expr:
     """2^x for x <= 0, as softmax needs it: below -126 it saturates at 2^-126; NaN to NaN."""
     let = Lets()
     count = lanes(x)
     x = let(at_least(x, f32(-126.0, count)), "x")
-    p, t = _exp2_of_product(let, x, 1.0)
+    p, t = _exp2_of_product(let, x, 1.0, coefficients)
     power = tirx.shift_left(as_int(t), i32(23, count)) + i32(127 << 23, count)
     return let.close(mul(p, as_float(power)))
 
