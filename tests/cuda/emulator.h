@@ -164,31 +164,64 @@ static void ldmatrix_x4(uint32_t &r0, uint32_t &r1, uint32_t &r2, uint32_t &r3, 
     for (int k = 0; k < 4; ++k) memcpy(registers[k], shared(warp[k * 8 + lane / 4].words[0]) + lane % 4 * 4, 4);
 }
 
-// m16n8k32 (PTX ISA): register 2 (k >= 16) + (row >= 8) of A in lane 4 (row % 8) + k % 16 / 4, byte k % 4; register
-// k >= 16 of B in lane 4 column + k % 16 / 4; sums of row lane / 4 (+ 8), column 2 (lane % 4) (+ 1).
-template <class A, class B>
-static void mma_16832(uint32_t *d[4], const uint32_t (&own)[6], const uint32_t (&c)[4]) {
+struct Bfloat16 {
+    uint16_t bits;
+    operator float() const {
+        uint32_t word = (uint32_t)bits << 16;
+        float value;
+        memcpy(&value, &word, 4);
+        return value;
+    }
+};
+
+// To the nearest, ties to even; of all NaN that one which the instruction makes.
+static uint32_t rounded(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return value != value ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+static void cvt_bf16x2(uint32_t &d, float high, float low) { d = rounded(high) << 16 | rounded(low); }
+
+// m16n8k32 of bytes (PTX ISA): register 2 (k >= 16) + (row >= 8) of A in lane 4 (row % 8) + k % 16 / 4, byte k % 4;
+// register k >= 16 of B in lane 4 column + k % 16 / 4; sums of row lane / 4 (+ 8), column 2 (lane % 4) (+ 1). m16n8k16
+// of values of two bytes is the same with half as many of them in the same words.
+template <class Sum, class A, class B, class D>
+static void mma(D *(&&d)[4], const uint32_t (&own)[6], const D (&c)[4]) {
     int lane = current % LANES;
     Exchange shown;
     memcpy(shown.words, own, sizeof own);
     const Exchange *warp = exchange(shown);
     for (int e = 0; e < 4; ++e) {
         int row = lane / 4, column = lane % 4 * 2 + e % 2;
-        int32_t sum = (int32_t)c[e];
+        Sum sum = (Sum)c[e];
         for (int half = 0; half < 2; ++half)
             for (int quad = 0; quad < 4; ++quad) {
                 const A *a = (const A *)&warp[row * 4 + quad].words[2 * half + e / 2];
                 const B *b = (const B *)&warp[column * 4 + quad].words[4 + half];
-                for (int k = 0; k < 4; ++k) sum += (int)a[k] * (int)b[k];
+                for (size_t k = 0; k < 4 / sizeof(A); ++k) sum += (Sum)a[k] * (Sum)b[k];
             }
-        *d[e] = (uint32_t)sum;
+        *d[e] = (D)sum;
     }
 }
 
 static void mma_u8_s8(uint32_t &d0, uint32_t &d1, uint32_t &d2, uint32_t &d3, uint32_t a0, uint32_t a1, uint32_t a2,
                       uint32_t a3, uint32_t b0, uint32_t b1, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
-    uint32_t *d[] = {&d0, &d1, &d2, &d3};
-    mma_16832<uint8_t, int8_t>(d, {a0, a1, a2, a3, b0, b1}, {c0, c1, c2, c3});
+    mma<int32_t, uint8_t, int8_t, uint32_t>({&d0, &d1, &d2, &d3}, {a0, a1, a2, a3, b0, b1}, {c0, c1, c2, c3});
+}
+
+// The order in which the instruction adds is not specified: here that of k.
+static void mma_bf16(float &d0, float &d1, float &d2, float &d3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                     uint32_t b0, uint32_t b1, float c0, float c1, float c2, float c3) {
+    mma<float, Bfloat16, Bfloat16, float>({&d0, &d1, &d2, &d3}, {a0, a1, a2, a3, b0, b1}, {c0, c1, c2, c3});
+}
+
+static float shuffle_xor(float value, int distance) {
+    Exchange shown;
+    memcpy(shown.words, &value, 4);
+    const Exchange *warp = exchange(shown);
+    memcpy(&value, warp[(current % LANES) ^ distance].words, 4);
+    return value;
 }
 
 struct Kernel {  // as driver.c knows it
@@ -218,6 +251,10 @@ static inline float __fsqrt_rn(float a) { return __builtin_sqrtf(a); }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline int max(int a, int b) { return a > b ? a : b; }
+static inline float max(float a, float b) { return fmaxf(a, b); }
+static inline float __shfl_xor_sync(unsigned, float value, int distance, int) {
+    return emulator::shuffle_xor(value, distance);
+}
 static inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
     uint64_t bytes = (uint64_t)high << 32 | low;
     unsigned found = 0;

@@ -65,6 +65,10 @@ def _helper(match: re.Match[str]) -> str:
         body = f"emulator::copy_async({name.rsplit('_', 1)[1]}, {address}, {chosen} ? {first} : {second}, {count});"
     elif "mma" in name and "m16n8k32" in name and "u8_s8" in name:
         body = f"emulator::mma_u8_s8({arguments});"
+    elif "mma" in name and "m16n8k16" in name and "f32_bf16_bf16_f32" in name:
+        body = f"emulator::mma_bf16({arguments});"
+    elif "cvt" in name and "rn_bf16x2_f32" in name:
+        body = f"emulator::cvt_bf16x2({arguments});"
     elif "ldmatrix" in name and "x4" in name and "trans" not in name:
         body = f"emulator::ldmatrix_x4({arguments});"
     elif "commit_group" in name:
