@@ -78,7 +78,7 @@ def _body(problem: Attention, batch: Any, buffers: Buffers) -> None:
                 with T.serial(0, p.dim) as d:
                     store(score, fma(query[a * wide + d], key[b * wide + d], score[0]), 0)
                 if p.mask is not None:
-                    added = _mask(
+                    added = mask_at(
                         p, buffers, sample, head, T.min(first + a, p.queries - 1), T.min(begin + b, p.keys - 1)
                     )
                     store(score, fma(added, f32(vmath.LOG2_E, 1), score[0]), 0)
@@ -119,7 +119,8 @@ def _body(problem: Attention, batch: Any, buffers: Buffers) -> None:
                         write()
 
 
-def _mask(problem: Attention, buffers: Buffers, sample: Any, head: Any, query: Any, key: Any) -> Expr:
+def mask_at(problem: Attention, buffers: Buffers, sample: Any, head: Any, query: Any, key: Any) -> Expr:
+    """What the mask adds to a score."""
     shape = problem.mask
     assert shape is not None
     where = (sample if shape[0] == BATCH else 0, head if shape[1] != 1 else 0, query if shape[2] != 1 else 0, key)

@@ -8,7 +8,17 @@ from typing import Any
 
 from tvm.tirx import PrimFunc
 
-from mpq_compiler.backends.tvm.cuda import attention, gemm, movement, norms, pointwise, products, quantize, weights
+from mpq_compiler.backends.tvm.cuda import (
+    attention,
+    fast_attention,
+    gemm,
+    movement,
+    norms,
+    pointwise,
+    products,
+    quantize,
+    weights,
+)
 from mpq_compiler.backends.tvm.kernels import template
 
 
@@ -38,6 +48,7 @@ TEMPLATES: dict[str, Template] = {
     "norms": Template(norms.build),
     "hadamard": Template(norms.build_hadamard),
     "attention": Template(attention.build),
+    "fast_attention": Template(fast_attention.build),
     "pointwise": Template(pointwise.build),
     "movement": Template(movement.build),
     "float_gemm": Template(products.build),

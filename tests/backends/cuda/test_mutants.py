@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tvm")
-from mpq_compiler.backends.tvm.cuda import attention, gemm, norms, products, weights
+from mpq_compiler.backends.tvm.cuda import attention, fast_attention, gemm, norms, products, weights
 from mpq_compiler.backends.tvm.kernels import attention as cpu_attention
+from mpq_compiler.backends.tvm.kernels import fast_attention as cpu_fast_attention
 from mpq_compiler.backends.tvm.kernels import float_gemm
 from mpq_compiler.backends.tvm.kernels import norms as cpu_norms
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
@@ -94,6 +95,38 @@ ATTENTION: Mutants = {
     ),
     "unscaled queries": ("scale * vmath.LOG2_E)", "vmath.LOG2_E)"),
 }
+FAST_ATTENTION: Mutants = {
+    "no barrier before a step": ("            barrier()\n            if steps", "            if steps"),
+    "waits for a step less": ("wait_group(0)", "wait_group(1)"),
+    "copies into the stage that is read": ("T.bind((step + 1) % STAGES)", "T.bind(step % STAGES)"),
+    "eight keys twice": ("lane // 16 * 8 + lane % 8)", "lane % 8)"),
+    "eight terms twice": ("+ lane // 8 % 2 * 4)", "+ lane // 16 % 2 * 4)"),
+    "eight values twice": ("4 * (tile + half) * t.value_pitch", "4 * tile * t.value_pitch"),
+    "lanes of another column": ("T.bind(self.lane % 4)", "T.bind(self.lane % 4 ^ 1)"),
+    "weights turned": ("bfloat16.pair(low, high), row", "bfloat16.pair(high, low), row"),
+    "rows turned": ("row // 2 * 4 + 2 * half + row % 2)", "row // 2 * 4 + 2 * half + 1 - row % 2)"),
+    "a key too many": ("tirx.Select(key < p.keys,", "tirx.Select(key <= p.keys,"),
+    "keys that are not there": ("tirx.EQ(step, p.keys // t.keys)", "tirx.EQ(step, p.keys // t.keys + 1)"),
+    "keys from the start": ("T.min(step * t.keys + row, p.keys - 1)", "T.min(row, p.keys - 1)"),
+    "values from the start": ("T.bind(step * (t.keys // 2) + row)", "T.bind(row)"),
+    "a query too many": ("T.If(query < p.queries)", "T.If(query <= p.queries)"),
+    "a dimension too many": ("T.If(d < p.dim)", "T.If(d <= p.dim)"),
+    "no rescaling of outputs": ("store(self.out, mul(self.out[at], rescale), at)", "store(self.out, self.out[at], at)"),
+    "no rescaling of the sum": ("mul(self.total[row], rescale), row)", "self.total[row], row)"),
+    "the maximum of old": ("store(self.highest, new[row], row)", "store(self.highest, self.highest[row], row)"),
+    "the maximum of two lanes": (
+        "for distance in (1, 2):\n                store(new",
+        "for distance in (1,):\n                store(new",
+    ),
+    "the sum of two lanes": (
+        "for distance in (1, 2):\n                store(self",
+        "for distance in (1,):\n                store(self",
+    ),
+    "unscaled queries": ("scale * vmath.LOG2_E", "vmath.LOG2_E"),
+    "queries of the next head": ("T.bind(row + self.head * p.dim)", "T.bind(row + (self.head + 1) % p.heads * p.dim)"),
+    "a mask for the first query": ("self.head, query, inside)", "self.head, 0, inside)"),
+    "an unscaled mask": ("fma(added, f32(vmath.LOG2_E, 1), self", "fma(added, f32(1.0, 1), self"),
+}
 PRODUCTS: Mutants = {
     "no barrier behind copies": (
         "            barrier()\n            with T.serial(0, TERMS)",
@@ -161,6 +194,7 @@ CONV = QuantMatmul(9, 11, 20, 60, (3, 3), padding=(1, 1, 1, 1), bits=4, groups=3
 LONG = QuantMatmul.linear((5,), 1100, 60, bits=4, groups=3, has_offset=True)
 ROWS = cpu_norms.LayerNorm(7, 100, eps=1e-2)
 HEADS = cpu_attention.Attention(36, 75, 2, 20)  # whose result ends where nothing may be written
+FAST = cpu_fast_attention.FastAttention(133, 75, 2, 36, scale=0.3, mask=("B", 1, 133, 75))
 FLOATS = float_gemm.Conv2d(9, 8, 12, 70, stride=(2, 1))
 
 
@@ -175,12 +209,21 @@ def _product(problem: QuantMatmul) -> list[np.ndarray]:
     return [data[a.name] if a.name in data else empty(a, 2) for a in arguments]
 
 
+def _fast_attention() -> list[np.ndarray]:
+    ready = cpu_fast_attention.Ready(FAST.keys, FAST.heads, FAST.dim, FAST.numerics)
+    q, k, v, *rest = _draw(cpu_fast_attention.of_floats(FAST), 2)
+    made = [empty(a, 2) for a in cpu_fast_attention.outputs(ready)]
+    (results,) = Library({"ready": fast_attention.build(ready, "ready")}).run([("ready", [k, v, *made])])
+    return [q, *results[2:], *rest]
+
+
 SUBJECTS = {
     "gemm": Subject(gemm, GEMM, lambda m, n: m.build(CONV, n), lambda: _product(CONV)),
     "split gemm": Subject(gemm, SPLIT, lambda m, n: m.build(LONG, n), lambda: _product(LONG)),
     "attention": Subject(
         attention, ATTENTION, lambda m, n: m.build(HEADS, n), lambda: _draw(cpu_attention.arguments(HEADS), 2)
     ),
+    "fast_attention": Subject(fast_attention, FAST_ATTENTION, lambda m, n: m.build(FAST, n), _fast_attention),
     "products": Subject(
         products, PRODUCTS, lambda m, n: m.build(FLOATS, n), lambda: _draw(float_gemm.arguments(FLOATS), 2)
     ),

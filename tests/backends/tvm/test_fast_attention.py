@@ -15,12 +15,13 @@ from mpq_compiler import numerics, ops, runtime, targets
 from mpq_compiler.backends.tvm.build import build
 from mpq_compiler.backends.tvm.kernels import fast_attention
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.fast_attention import FastAttention, Ready
+from mpq_compiler.backends.tvm.kernels.fast_attention import FastAttention
 from mpq_compiler.errors import UserError
 from mpq_compiler.numerics import BF16, INT8
 from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run
 from tests import packed
-from tests.float_kernels import error, quantized, quantizer_inputs, random_inputs, same_bits, shape_of
+from tests.fast_attention import BATCH, inputs_of, meaning, ready
+from tests.float_kernels import error, quantized, quantizer_inputs, same_bits, shape_of
 
 RESIDUAL = Epilogue((Step("add", operand=0),), (Operand("full"),))
 PROBLEMS = {
@@ -33,32 +34,12 @@ PROBLEMS = {
     "mask": FastAttention(20, 70, 3, 9, mask=("B", 3, 20, 70)),
 }
 KINDS = (BF16, INT8)
-BATCH = 2
 TARGET = targets.with_features(targets.TARGETS["x86-64-avx512vnni"], numerics.FEATURES[BF16])
 
 pytestmark = pytest.mark.skipif(
     bool(targets.missing_features(TARGET)),
     reason=f"this machine lacks {', '.join(targets.missing_features(TARGET))}",
 )
-
-
-def _inputs(problem: FastAttention) -> list[np.ndarray]:
-    """q, k, v and what else it reads; keys have a mean, as those of models do."""
-    shapes = fast_attention.of_floats(problem)
-    inputs = random_inputs(shapes, BATCH, problem.queries)
-    inputs[1] += 3 * np.random.default_rng(1).standard_normal(inputs[1].shape[-1]).astype(np.float32)
-    if problem.mask is not None:
-        hidden = np.random.default_rng(2).random(inputs[3].shape) < 0.3
-        hidden[..., 0] = False  # at least one key for everyone
-        inputs[3][hidden] = -np.inf
-    return inputs
-
-
-def _meaning(problem: FastAttention, inputs: list[np.ndarray], kind: str) -> np.ndarray:
-    q, k, v, *rest = (torch.from_numpy(x) for x in inputs)
-    mask = rest.pop(0) if problem.mask is not None else None
-    y = ops.attention(q, k, v, problem.heads, problem.scale, mask, kind)
-    return (y + rest[0] if problem.epilogue.operands else y).numpy()
 
 
 @functools.cache
@@ -68,12 +49,8 @@ def _library() -> tvm.runtime.Module:
         for kind in KINDS:
             given = replace(problem, numerics=kind)
             functions[f"attention_{i}_{kind}"] = fast_attention.build(given, TARGET.isa, f"attention_{i}_{kind}")
-            functions[f"ready_{i}_{kind}"] = fast_attention.build(_ready(given), TARGET.isa, f"ready_{i}_{kind}")
+            functions[f"ready_{i}_{kind}"] = fast_attention.build(ready(given), TARGET.isa, f"ready_{i}_{kind}")
     return tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(dict(TARGET.tvm)))
-
-
-def _ready(problem: FastAttention) -> Ready:
-    return Ready(problem.keys, problem.heads, problem.dim, problem.numerics)
 
 
 def _run(index: int, problem: FastAttention, inputs: list[np.ndarray], kind: str) -> np.ndarray:
@@ -82,20 +59,20 @@ def _run(index: int, problem: FastAttention, inputs: list[np.ndarray], kind: str
     tensors = {a.name: tvm.runtime.tensor(np.full(shape_of(a, BATCH), 77, a.dtype)) for a in (*arguments, result)}
     given = dict(zip((a.name for a in fast_attention.of_floats(problem)), inputs, strict=False))
     tensors |= {name: tvm.runtime.tensor(value) for name, value in given.items()}
-    _library()[f"ready_{index}_{kind}"](*(tensors[a.name] for a in fast_attention.arguments(_ready(problem))))
+    _library()[f"ready_{index}_{kind}"](*(tensors[a.name] for a in fast_attention.arguments(ready(problem))))
     _library()[f"attention_{index}_{kind}"](*(tensors[a.name] for a in (*arguments, result)))
     return tensors[result.name].numpy()
 
 
 def _of(name: str, kind: str, inputs: list[np.ndarray] | None = None) -> np.ndarray:
-    return _run([*PROBLEMS].index(name), PROBLEMS[name], inputs or _inputs(PROBLEMS[name]), kind)
+    return _run([*PROBLEMS].index(name), PROBLEMS[name], inputs or inputs_of(PROBLEMS[name]), kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_against_its_meaning(name: str, kind: str) -> None:
     problem = PROBLEMS[name]
-    assert error(_of(name, kind), _meaning(problem, _inputs(problem), kind)) <= numerics.BOUNDS[kind]
+    assert error(_of(name, kind), meaning(problem, inputs_of(problem), kind)) <= numerics.BOUNDS[kind]
 
 
 def _quantizing() -> FastAttention:
@@ -105,7 +82,7 @@ def _quantizing() -> FastAttention:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantizes_its_own_result(kind: str) -> None:
-    y, inputs = _of("cross, D 40", kind), _inputs(PROBLEMS["cross, D 40"])
+    y, inputs = _of("cross, D 40", kind), inputs_of(PROBLEMS["cross, D 40"])
     tables = quantizer_inputs(y, 2, 6)
     codes = _run(len(PROBLEMS), _quantizing(), [*inputs, *tables], kind)
     assert (codes == quantized(y, *tables, 6)).all()
@@ -116,7 +93,7 @@ def test_quantizes_its_own_result(kind: str) -> None:
 def test_nan_spoils_what_depends_on_it_only(kind: str, which: int) -> None:
     """NaN in query, key or value 5, dimension 0, of sample 0 and head 0."""
     name = "49 tokens, D 24"
-    inputs = _inputs(PROBLEMS[name])
+    inputs = inputs_of(PROBLEMS[name])
     inputs[which][0, 5, 0] = np.nan
     y, spoiled = _of(name, kind, inputs), np.zeros((BATCH, 49, 96), bool)
     spoiled[(0, 5, slice(24)) if which == 0 else (0, slice(None), slice(24) if which == 1 else 0)] = True
@@ -127,8 +104,8 @@ def test_nan_spoils_what_depends_on_it_only(kind: str, which: int) -> None:
 def test_a_common_offset_of_keys_costs_eight_bits_nothing() -> None:
     """It changes no softmax, and is taken off before keys are rounded."""
     name = "49 tokens, D 24"
-    inputs = _inputs(PROBLEMS[name])
-    exact = _meaning(PROBLEMS[name], inputs, "f32")
+    inputs = inputs_of(PROBLEMS[name])
+    exact = meaning(PROBLEMS[name], inputs, "f32")
     inputs[1] += 100 * np.sign(inputs[1].mean((0, 1)))
     assert error(_of(name, INT8, inputs), exact) < 3e-2
 

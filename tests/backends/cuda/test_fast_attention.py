@@ -1,0 +1,150 @@
+"""Attention in bfloat16 on the tensor cores of the emulator, against its meaning."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("tvm")
+import tvm
+
+from mpq_compiler import numerics
+from mpq_compiler.backends.tvm.cuda import fast_attention, machine_code
+from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.fast_attention import FastAttention, arguments, outputs
+from mpq_compiler.errors import UserError
+from mpq_compiler.numerics import BF16, INT8
+from mpq_compiler.targets import TARGETS
+from tests.cuda import emulator
+from tests.cuda.kernels import Library, empty
+from tests.fast_attention import BATCH, inputs_of, meaning, ready
+from tests.float_kernels import error, quantized, quantizer_inputs, same_bits
+
+RESIDUAL = Epilogue((Step("add", operand=0),), (Operand("full"),))
+CODES = replace(RESIDUAL, steps=(*RESIDUAL.steps, Step("quantize", value=6)))
+PROBLEMS = {
+    "49 tokens, D 24": FastAttention(49, 49, 4, 24),
+    "two fragments, cross, D 40": FastAttention(150, 77, 2, 40, epilogue=RESIDUAL),
+    "two fragments, whole steps": FastAttention(130, 64, 1, 64),
+    "more than two key blocks, D 33": FastAttention(50, 131, 3, 33, scale=0.3),
+    "few tokens, D 11": FastAttention(7, 3, 2, 11),
+    "one key": FastAttention(3, 1, 2, 5),
+    "one query": FastAttention(1, 40, 2, 16),
+    "mask": FastAttention(20, 70, 3, 9, mask=("B", 3, 20, 70)),
+    "mask of keys, two fragments": FastAttention(130, 90, 2, 16, mask=(1, 1, 1, 90)),
+    "32 keys, D 160": FastAttention(20, 70, 1, 160),
+    "two parts, D 300": FastAttention(9, 20, 1, 300),
+    "four parts, D 512": FastAttention(33, 40, 1, 512),
+}
+SPOILED = "49 tokens, D 24"
+QUANTIZING = "two fragments, cross, D 40"
+
+
+def spoil(which: int) -> list[np.ndarray]:
+    """NaN in query, key or value 5, dimension 0, of sample 0 and head 0."""
+    inputs = inputs_of(PROBLEMS[SPOILED])
+    inputs[which][0, 5, 0] = np.nan
+    return inputs
+
+
+def run(problems: dict[str, FastAttention], inputs: dict[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]:
+    """Of each the words of keys and values, and its result, whenever copies happen."""
+    names = {name: f"kernel{i}" for i, name in enumerate(problems)}
+    functions = {f"{n}_ready": fast_attention.build(ready(problems[name]), f"{n}_ready") for name, n in names.items()}
+    functions |= {n: fast_attention.build(problems[name], n) for name, n in names.items()}
+    library = Library(functions)
+    first = []
+    for name, problem in problems.items():
+        made = [empty(a, BATCH) for a in outputs(ready(problem))]
+        first.append((f"{names[name]}_ready", [*inputs[name][1:3], *made]))
+    words = [result[2:] for result in library.run(first)]
+    second = []
+    for made, (name, problem) in zip(words, problems.items(), strict=True):
+        q, _, _, *rest = inputs[name]
+        second.append((names[name], [q, *made, *rest, empty(arguments(problem)[-1], BATCH)]))
+    late, early = library.run(second), library.run(second, early=True)
+    for a, b in zip(late, early, strict=True):
+        np.testing.assert_array_equal(a[-1].view(np.uint8), b[-1].view(np.uint8))
+    return {name: [*made, result[-1]] for name, made, result in zip(problems, words, late, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, list[np.ndarray]]:
+    """Of each problem, and of one with NaN in its inputs (`spoil`)."""
+    emulator.needs()
+    problems, inputs = dict(PROBLEMS), {name: inputs_of(problem) for name, problem in PROBLEMS.items()}
+    for which in range(3):
+        problems[f"NaN {which}"], inputs[f"NaN {which}"] = PROBLEMS[SPOILED], spoil(which)
+    return run(problems, inputs)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_against_its_meaning(results, name):
+    problem = PROBLEMS[name]
+    expected = meaning(problem, inputs_of(problem), BF16)
+    assert error(results[name][-1], expected) <= numerics.BOUNDS[BF16]
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_words_of_keys_and_values(results, name):
+    """Pairs of neighbouring dimensions, pairs of neighbouring keys; zero where there is no second one."""
+    p, (k, v) = PROBLEMS[name], (torch.from_numpy(x) for x in inputs_of(PROBLEMS[name])[1:3])
+    heads = [x.reshape(BATCH, p.keys, p.heads, p.dim).transpose(1, 2).bfloat16() for x in (k, v)]
+    keys = torch.nn.functional.pad(heads[0], (0, p.dim % 2)).contiguous().view(torch.int32)
+    values = torch.nn.functional.pad(heads[1], (0, 0, 0, p.keys % 2)).unflatten(2, (-1, 2))
+    values = values.transpose(3, 4).contiguous().view(torch.int32)[..., 0]
+    for found, expected in zip(results[name], (keys, values), strict=False):
+        np.testing.assert_array_equal(found, expected.numpy())
+
+
+def test_quantizes_its_own_result(results):
+    y, problem = results[QUANTIZING][-1], replace(PROBLEMS[QUANTIZING], epilogue=CODES, time_groups=2)
+    tables = quantizer_inputs(y, 2, 6)
+    (found,) = run({"codes": problem}, {"codes": [*inputs_of(PROBLEMS[QUANTIZING]), *tables]}).values()
+    assert (found[-1] == quantized(y, *tables, 6)).all()
+
+
+@pytest.mark.parametrize("which", (0, 1, 2))
+def test_nan_spoils_what_depends_on_it_only(results, which):
+    y, spoiled = results[f"NaN {which}"][-1], np.zeros((BATCH, 49, 96), bool)
+    spoiled[(0, 5, slice(24)) if which == 0 else (0, slice(None), slice(24) if which == 1 else 0)] = True
+    assert (np.isnan(y) == spoiled).all()
+    assert same_bits(y[~spoiled], results[SPOILED][-1][~spoiled])
+
+
+@pytest.mark.parametrize(
+    ("problem", "says"),
+    [(FastAttention(9, 9, 1, 16, numerics=INT8), "attention in int8"), (FastAttention(9, 9, 1, 1024), "1024 dimen")],
+)
+def test_what_no_kernel_computes(problem, says):
+    with pytest.raises(UserError, match=f"no CUDA kernel computes .*{says}"):
+        fast_attention.build(problem, "attention")
+
+
+def test_machine_code_for_all_architectures(tmp_path):
+    """All products of a step are tensor cores', and what a thread holds is in registers."""
+    target = TARGETS["cuda"]
+    problems = {f"d{dim}": FastAttention(4096, 4096, 8, dim) for dim in (40, 64, 80, 128)}
+    functions = {name: fast_attention.build(problem, name) for name, problem in problems.items()}
+    options = tvm.target.Target({**target.tvm, "host": dict(target.host)})
+    source = machine_code.split(tvm.compile(tvm.IRModule(functions), target=options, tir_pipeline="tirx").mod).source
+    code = tmp_path / "kernels.fatbin"
+    code.write_bytes(machine_code.fatbin(source, target.levels))
+
+    def dumped(option: str) -> str:
+        command = [machine_code.tool("cuobjdump"), option, str(code)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    used = dumped("-res-usage")
+    assert len(re.findall(r"REG:", used)) == len(problems) * len(target.levels)
+    assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}, used
+    products = 0
+    for problem in problems.values():
+        own = fast_attention.tile(problem)
+        products += own.fragments * own.keys // 8 * own.steps + own.fragments * own.keys // 16 * -(-own.columns // 8)
+    assert dumped("-sass").count("HMMA.16816.F32.BF16") == products * len(target.levels)
