@@ -1,13 +1,14 @@
-"""Machine code of the integer products on tensor cores, counted without a GPU: the inner loop beside CUTLASS's.
+"""Machine code of the products on tensor cores, counted without a GPU: the inner loop beside CUTLASS's.
 
     python -m benchmarks.cuda_static                                  # into benchmarks/results/cuda_static.json
     python -m benchmarks.cuda_static --cutlass DIR --docs docs/targets.md
 
 NVIDIA's compiler makes each kernel for all architectures; its disassembler lists it. The inner loop is the smallest one
-that multiplies; figures are instructions that a warp issues for each `IMMA` (4096 products), registers of a thread and
-shared memory of a block. A tensor core of sm_80, sm_87 and sm_89 takes 8 cycles for an `IMMA`, in which a warp's
-scheduler issues as many instructions: with fewer, tensor cores can be what a loop waits for. Nothing is executed, and
-caches, banks and waiting are not in the figures. CUTLASS's is its 2.x GEMM of signed 8-bit integers in our tile, from
+that multiplies; figures are instructions that a warp issues for each `IMMA` (4096 products of 8 bits) or `HMMA` (2048
+of bfloat16), registers of a thread and shared memory of a block. A tensor core of sm_80, sm_87 and sm_89 takes 8 cycles
+for an `IMMA`, in which a warp's scheduler issues as many instructions: with fewer, tensor cores can be what a loop
+waits for. Nothing is executed, and caches, banks and waiting are not in the figures. The tile of an attention is
+queries x keys, and its loop holds the softmax too. CUTLASS's is its 2.x GEMM of signed 8-bit integers in our tile, from
 the folder of its headers (`nvidia-cutlass` on PyPI, or a clone's `include`).
 """
 
@@ -31,7 +32,8 @@ import tvm
 from benchmarks import documents
 from benchmarks.machine import provenance
 from mpq_compiler import terminal
-from mpq_compiler.backends.tvm.cuda import gemm, machine_code
+from mpq_compiler.backends.tvm.cuda import fast_attention, gemm, machine_code
+from mpq_compiler.backends.tvm.kernels.fast_attention import FastAttention
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
 from mpq_compiler.targets import TARGETS
 
@@ -47,10 +49,11 @@ FORMATS: dict[str, dict[str, Any]] = {
     "w2": {"bits": 2},
     "base+b": {"bits": 2, "has_offset": True},
 }
-PROBLEMS = {
+PROBLEMS: dict[str, QuantMatmul | FastAttention] = {
     **{f"linear {name}": replace(LINEAR, **options) for name, options in FORMATS.items()},
     "linear w4 g128": replace(LINEAR, bits=4, segments=(128,) * 10),
     **{f"conv3x3 {name}": replace(CONV, **options) for name, options in FORMATS.items()},
+    **{f"attention bf16 d{dim}": FastAttention(4096, 4096, 8, dim) for dim in (40, 64, 80, 128)},
 }
 CUTLASS = """
 #include "cutlass/gemm/device/gemm_universal.h"
@@ -69,13 +72,23 @@ int run(void *a, void *b, void *c, int m, int n, int k) {
 """
 
 
-def source(problem: QuantMatmul) -> str:
+def source(problem: QuantMatmul | FastAttention) -> str:
     """The kernel's CUDA."""
     target = TARGETS["cuda"]
     options = tvm.target.Target({**target.tvm, "host": dict(target.host)})
+    build = fast_attention.build if isinstance(problem, FastAttention) else gemm.build
     return machine_code.split(
-        tvm.compile(tvm.IRModule({"gemm": gemm.build(problem, "gemm")}), target=options, tir_pipeline="tirx").mod
+        tvm.compile(tvm.IRModule({"kernel": build(problem, "kernel")}), target=options, tir_pipeline="tirx").mod
     ).source
+
+
+def tile(problem: QuantMatmul | FastAttention) -> str:
+    """Of a block of threads, in words."""
+    if isinstance(problem, FastAttention):
+        own = fast_attention.tile(problem)
+        return f"{own.queries} x {own.keys}"
+    found = gemm.tile(problem)
+    return f"{found.rows} x {found.columns}"
 
 
 def listed(code: Path) -> Iterator[tuple[int, list[tuple[int, str]]]]:
@@ -103,14 +116,14 @@ def resources(code: Path) -> dict[int, dict[str, int]]:
 
 
 def loop(instructions: list[tuple[int, str]]) -> tuple[int, int] | None:
-    """(instructions, IMMAs among them) of the smallest loop that has any."""
+    """(instructions, IMMAs and HMMAs among them) of the smallest loop that has any."""
     best: tuple[int, int] | None = None
     for end, text in instructions:
         target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
         if not target or int(target[1], 16) >= end:
             continue
         body = [t for at, t in instructions if int(target[1], 16) <= at <= end]
-        products = sum("IMMA" in t for t in body)
+        products = sum("MMA" in t for t in body)
         if products and (best is None or len(body) < best[0]):
             best = len(body), products
     return best
@@ -125,7 +138,7 @@ def measure(name: str, code: bytes, tile: str) -> Iterator[dict[str, Any]]:
         for level, instructions in listed(path):
             found = loop(instructions)
             if found:
-                row = {"kernel": name, "tile": tile, "level": level, "instructions": found[0], "imma": found[1]}
+                row = {"kernel": name, "tile": tile, "level": level, "instructions": found[0], "mma": found[1]}
                 yield row | {key.lower(): value for key, value in used[level].items()}
 
 
@@ -154,14 +167,13 @@ def main() -> None:
     with terminal.progress("compiling kernels", len(chosen)) as advance:
         for name, problem in chosen.items():
             code = machine_code.fatbin(source(problem), TARGETS["cuda"].levels)
-            own = gemm.tile(problem)
-            rows += measure(name, code, f"{own.rows} x {own.columns}")
+            rows += measure(name, code, tile(problem))
             advance(1)
     if options.cutlass:
         rows += measure("CUTLASS w8", cutlass(options.cutlass), "128 x 128")
     headers, lines = table(rows)
-    terminal.table("instructions of the inner loop for each IMMA", headers, lines)
-    over = [f"{r['kernel']} on sm_{r['level']}" for r in rows if r["instructions"] > BUDGET * r["imma"]]
+    terminal.table("instructions of the inner loop for each IMMA or HMMA", headers, lines)
+    over = [f"{r['kernel']} on sm_{r['level']}" for r in rows if r["instructions"] > BUDGET * r["mma"]]
     print(f"more than {BUDGET} instructions for each: {', '.join(over) or 'none'}")
     print(f"spills: {', '.join(r['kernel'] for r in rows if r['local'] or r['stack']) or 'none'}")
     if options.json:
@@ -178,7 +190,7 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     for name in dict.fromkeys(row["kernel"] for row in rows):
         own = {row["level"]: row for row in rows if row["kernel"] == name}
         first = next(iter(own.values()))
-        ratios = [f"{own[n]['instructions'] / own[n]['imma']:.1f}" if n in own else "" for n in levels]
+        ratios = [f"{own[n]['instructions'] / own[n]['mma']:.1f}" if n in own else "" for n in levels]
         registers = "{} .. {}".format(min(r["reg"] for r in own.values()), max(r["reg"] for r in own.values()))
         shared = f"{first['shared'] / 1024:.0f} KiB" if first["shared"] else ""
         lines.append([name, first["tile"], *ratios, registers, shared])
