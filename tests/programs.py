@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, fx
 
 from mpq_compiler import denoiser as denoisers
-from mpq_compiler import pass_manager
+from mpq_compiler import ops, pass_manager
 from mpq_compiler.denoiser import Denoiser
+from mpq_compiler.numerics import BF16
 from mpq_compiler.pass_manager import Pass, Session
-from mpq_compiler.program import Program, Stage, TensorStore
+from mpq_compiler.program import InputSpec, Program, Stage, TensorStore
 from tests import tiny
 
 torch.set_num_threads(1)  # so that seconds and bits do not depend on the machine's cores
@@ -74,6 +75,23 @@ class Step:
 @functools.cache
 def denoiser(name: str) -> Denoiser:
     return denoisers.load(name) if name == BUNDLED else denoisers.wrap(tiny.model(name), name=name)
+
+
+def bfloat16_layers() -> tuple[Program, Tensor]:
+    """A packed program of a convolution and two linear layers in bfloat16, few outputs in one; an input of batch 2."""
+    generator = torch.Generator().manual_seed(0)
+    tensors, graph = TensorStore(), fx.Graph()
+    x = graph.placeholder("x")
+    for name, shape in {"conv": (20, 3, 3, 5), "few": (7, 20), "many": (33, 7)}.items():
+        weight = graph.get_attr(tensors.add(name, torch.randn(shape, generator=generator).half()))
+        if name == "conv":
+            x = graph.call_function(ops.conv2d, (x, weight, None, [1, 1], [1, 1, 1, 1]), {"numerics": BF16})
+        else:
+            x = graph.call_function(ops.linear, (x, weight), {"numerics": BF16})
+    graph.output(x)
+    spec = InputSpec("x", ("B", 6, 4, 5), torch.float32)
+    program = Program(graph, tensors, (spec,), Stage.PACKED, facts={"parameters": 1})
+    return program, torch.randn(2, 6, 4, 5, generator=generator)
 
 
 def empty() -> Program:

@@ -91,7 +91,7 @@ def build(
         memory=memory,
         parts=[_describe_part(part) for part in lowered.parts().values()],
         prepare={"name": PREPARE, "tensors": [value.name for value in lowered.stored]},
-        features=tuple(sorted({feature for kernel in lowered.kernels() for feature in kernel.features})),
+        features=() if target.is_cuda else _features(lowered),
         facts={
             "kernels": len(lowered.kernels()),
             "from_cache": reused,
@@ -149,6 +149,11 @@ def _notes(function: Function) -> list[str]:
         copied = "; ".join(f"{node} ({parts})" for node, parts in function.copied)
         notes.append(f"concatenated by a copy, for others read the parts as well or cannot write them there: {copied}")
     return notes
+
+
+def _features(lowered: Lowered) -> tuple[str, ...]:
+    """What the kernels ask of a CPU."""
+    return tuple(sorted({feature for kernel in lowered.kernels() for feature in kernel.features}))
 
 
 def _describe_part(part: Part) -> dict[str, Any]:

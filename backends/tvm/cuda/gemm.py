@@ -18,7 +18,7 @@ second grid adds them up and finishes, to the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,15 +78,15 @@ class Tile:
 TILES = Tile(128, 128), Tile(128, 64), Tile(64, 64)
 
 
-def tile(problem: QuantMatmul) -> Tile:
+def tile(problem: QuantMatmul, tiles: Sequence[Tile] = TILES) -> Tile:
     """The largest that columns divide into and rows fill; the largest of all only for one segment.
 
     Several have a second set of sums, of floats.
     """
-    for found in TILES[:-1] if len(problem.segments) == 1 else TILES[1:-1]:
+    for found in tiles[:-1] if len(problem.segments) == 1 else tiles[1:-1]:
         if Fragments(problem).outputs % found.columns == 0 and problem.rows >= found.rows:
             return found
-    return TILES[-1]
+    return tiles[-1]
 
 
 BLOCKS = 128
@@ -113,7 +113,7 @@ def build(problem: QuantMatmul, name: str) -> PrimFunc:
     """The kernel ``name(*arguments(problem))``; the batch is the only symbolic size."""
 
     def body(batch: Any, buffers: Buffers) -> None:
-        _Kernel(problem, tile(problem), buffers).emit(batch)
+        Kernel(problem, tile(problem), buffers).emit(batch)
 
     return primfunc(name, arguments(problem), body)
 
@@ -122,7 +122,14 @@ def byte_perm(low: Any, high: Any, selector: Any) -> Expr:
     return T.call_pure_extern("uint32", "__byte_perm", low, high, selector)
 
 
-class _Kernel:
+class Kernel:
+    """A product in a tile. The one in bfloat16 (`float_products`) has others where it says so.
+
+    instruction: of the tensor cores; sum_type: of its results' registers
+    """
+
+    instruction, sum_type = MMA, "uint32"
+
     def __init__(self, problem: QuantMatmul, tile: Tile, buffers: Buffers) -> None:
         self.p, self.t, self.w = problem, tile, Fragments(problem)
         self.epilogue = problem.epilogue or Epilogue()
@@ -172,7 +179,7 @@ class _Kernel:
         self.fragment = 32 * self.w.words  # words
         self.weights = shared(t.stages * (t.columns // CHANNELS) * self.fragment, "uint32")
         tiles = 2 * t.row_fragments * t.column_fragments
-        self.sums = local(tiles * 4, "uint32")
+        self.sums = local(tiles * 4, self.sum_type)
         self.row_sums: Any = local(t.row_fragments * 4, "uint32") if self.p.has_offset else None
         self.own_rows = t.row_fragments * 2
         self.activations: Any = local(self.own_rows * len(self.p.segments), "int32") if self.p.has_offset else None
@@ -222,8 +229,14 @@ class _Kernel:
     def _copied_row(self, i: int) -> Any:
         return self.first_row + self.thread // (STEP // CHUNK) + i * (self.t.threads // (STEP // CHUNK))
 
+    def _target(self, row: Any, stage: Any) -> Any:
+        """Where in shared memory the chunk of a row lies."""
+        local_row = T.bind(row - self.first_row)
+        swapped = T.bitwise_xor(self.chunk, local_row // 2 % 4)
+        return T.bind(stage * (self.t.rows * STEP) + local_row * STEP + swapped * CHUNK)
+
     def _load_activations(self, step: Any, stage: Any) -> None:
-        p, w, t = self.p, self.w, self.t
+        p, w = self.p, self.w
         unit = T.bind(step * (STEP // UNIT) + self.chunk // 2)
         number = T.bind(step * (STEP // CHUNK) + self.chunk)  # of the chunk
         if w.even:
@@ -248,9 +261,7 @@ class _Kernel:
         count = vmath.keep(count)
         for i in range(self.copies):
             row = T.bind(self._copied_row(i))
-            local_row = T.bind(row - self.first_row)
-            swapped = T.bitwise_xor(self.chunk, local_row // 2 % 4)
-            target = T.bind(stage * (t.rows * STEP) + local_row * STEP + swapped * CHUNK)
+            target = self._target(row, stage)
             if p.pointwise:
                 there = T.bind(T.Select(row < self.total, count, 0))
                 self._copy(target, self.b["x"], T.Select(there > 0, row * p.channels + before + channel, 0), there)
@@ -344,7 +355,7 @@ class _Kernel:
         for buffer in (self.sums, self.row_sums):
             if buffer is not None:
                 for i in range(int(buffer.shape[0])):
-                    store(buffer, T.uint32(0), i)
+                    store(buffer, tirx.const(0, buffer.dtype), i)
 
     def _first(self, column: Any) -> Expr:
         """With what the float sum of an output starts."""
@@ -405,7 +416,7 @@ class _Kernel:
 
     def _multiply(self, sums: Any, at: int, i: int, weights: list[Any]) -> None:
         results = [sums[at + e] for e in range(4)]
-        T.evaluate(T.ptx[MMA](*results, *(self.a[i * 4 + r] for r in range(4)), *weights, *results))
+        T.evaluate(T.ptx[self.instruction](*results, *(self.a[i * 4 + r] for r in range(4)), *weights, *results))
 
     def _decode(self, stage: Any, ks: int, j: int) -> None:
         """The weights of 16 channels for 32 values of k into 4 registers, (h, kk)."""

@@ -11,6 +11,7 @@ from tvm.tirx import PrimFunc
 from mpq_compiler.backends.tvm.cuda import (
     attention,
     fast_attention,
+    float_products,
     gemm,
     movement,
     norms,
@@ -19,7 +20,8 @@ from mpq_compiler.backends.tvm.cuda import (
     quantize,
     weights,
 )
-from mpq_compiler.backends.tvm.kernels import template
+from mpq_compiler.backends.tvm.kernels import float_gemm, template
+from mpq_compiler.numerics import BF16
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Template:
     outputs: Callable[[Any], int] | None = None
 
 
+def _by_numerics(f32: Callable[..., Any], bf16: Callable[..., Any]) -> Callable[..., Any]:
+    """What is given a problem first, for those in float32 and for those in bfloat16."""
+    return lambda problem, *name: (bf16 if problem.numerics == BF16 else f32)(problem, *name)
+
+
 TEMPLATES: dict[str, Template] = {
     "gemm": Template(gemm.build, gemm.arguments),
     "prepare": Template(
@@ -41,7 +48,10 @@ TEMPLATES: dict[str, Template] = {
         lambda problem: [argument for part in weights.arguments(problem) for argument in part],
         lambda problem: len(weights.arguments(problem)[1]),
     ),
-    "pack": Template(weights.build_pack),
+    "pack": Template(
+        _by_numerics(weights.build_pack, float_products.build_pack),
+        _by_numerics(float_gemm.pack_arguments, float_products.pack_arguments),
+    ),
     "dequantize": Template(weights.build_dequantize),
     "float8": Template(weights.build_float8),
     "quantize": Template(quantize.build),
@@ -51,6 +61,9 @@ TEMPLATES: dict[str, Template] = {
     "fast_attention": Template(fast_attention.build),
     "pointwise": Template(pointwise.build),
     "movement": Template(movement.build),
-    "float_gemm": Template(products.build),
+    "float_gemm": Template(
+        _by_numerics(products.build, float_products.build),
+        _by_numerics(float_gemm.arguments, float_products.arguments),
+    ),
     "matmul": Template(products.build_matmul),
 }

@@ -18,9 +18,11 @@ pytest.importorskip("tvm")
 from mpq_compiler import targets
 from mpq_compiler.backends.tvm.build import build
 from mpq_compiler.backends.tvm.cuda import machine_code
+from mpq_compiler.numerics import BF16, BOUNDS
 from mpq_compiler.program import run
-from tests import packed
+from tests import packed, programs
 from tests.cuda import emulator, nvcc
+from tests.float_kernels import error
 
 MODELS = ((packed.BUNDLED, "int4"), ("sd15", "int2+b"), ("pixart", "int4g64,dynamic=true"))
 PIPELINE = (
@@ -84,6 +86,26 @@ def _arrays(inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return {key: value.numpy() for key, value in inputs.items()}
 
 
+def test_layers_in_bfloat16(tmp_path):
+    """Packed at load; on tensor cores of every architecture, no register spilled; no instruction asked of the CPU."""
+    program, given = programs.bfloat16_layers()
+    target = targets.resolve("cuda")
+    built = build(program, target, (2,), cache=tmp_path)
+    assert not built.features
+    products = [m for m in tmp_path.glob(f"kernels/*{machine_code.DEVICE}") if "f32_bf16_bf16_f32" in _source(m)]
+    assert len(products) == 3
+    for module in products:
+        code = tmp_path / "kernel.fatbin"
+        code.write_bytes(emulator.fatbin_of(module))
+        assert_no_spills(code)
+        assert cuobjdump("-sass", code).count("HMMA.16816.F32.BF16") >= 4 * 4
+    emulator.needs()
+    emulator.emulate(tmp_path, tmp_path)
+    path = packed.write(tmp_path / "model.mpq", program, target, built)
+    (y,), _ = execute(path, [{"x": given.numpy()}], MPQ_EMULATED=str(tmp_path), MPQ_EMULATED_SM="80")
+    assert error(y, run(program, {"x": given}).numpy()) <= BOUNDS[BF16]
+
+
 def test_a_jetson_is_launched_by_its_own_processor(emulated, tmp_path):
     path = tmp_path / "orin.mpq"
     options = ("--target", "cuda-sm87", "--pipeline", PIPELINE, "--cache", tmp_path)
@@ -107,23 +129,32 @@ def test_machine_code_for_all_architectures(for_all, tmp_path):
     """Products are on integer tensor cores, four instructions of them at least, and no kernel of them spills."""
     products = 0
     for module in sorted(for_all[1].glob(f"kernels/*{machine_code.DEVICE}")):
-        source = module.with_suffix(machine_code.SOURCE).read_text()
-        if "mma_int_sync" not in source:
+        if "mma_int_sync" not in _source(module):
             continue
         products += 1
         code = tmp_path / "kernel.fatbin"
         code.write_bytes(emulator.fatbin_of(module))
-        used = subprocess.run(
-            [machine_code.tool("cuobjdump"), "-res-usage", str(code)], capture_output=True, text=True, check=True
-        ).stdout
-        assert {int(level) for level in re.findall(r"sm_(\d+)", used)} == {80, 87, 89, 90}
-        assert {int(n) for n in re.findall(r"LOCAL:(\d+)", used)} == {0}, used
+        assert_no_spills(code)
         if products == 1:
-            listing = subprocess.run(
-                [machine_code.tool("cuobjdump"), "-sass", str(code)], capture_output=True, text=True, check=True
-            ).stdout
-            assert listing.count("IMMA.16832.U8.S8") >= 4 * 4
+            assert cuobjdump("-sass", code).count("IMMA.16832.U8.S8") >= 4 * 4
     assert products > 5
+
+
+def cuobjdump(option: str, code: Path) -> str:
+    command = [machine_code.tool("cuobjdump"), option, str(code)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def assert_no_spills(code: Path) -> None:
+    """On none of the architectures, all of which there is code for."""
+    used = cuobjdump("-res-usage", code)
+    assert {int(level) for level in re.findall(r"sm_(\d+)", used)} == {80, 87, 89, 90}
+    assert {int(n) for n in re.findall(r"LOCAL:(\d+)", used)} == {0}, used
+
+
+def _source(module: Path) -> str:
+    """The CUDA of a kernel in the cache."""
+    return module.with_suffix(machine_code.SOURCE).read_text()
 
 
 def test_an_artifact_of_fatbins_runs(for_all, tmp_path):

@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 pytest.importorskip("tvm")
 import tvm
 
+from mpq_compiler import ops
 from mpq_compiler.backends.tvm import templates
 from mpq_compiler.backends.tvm.cuda import templates as cuda
 from mpq_compiler.backends.tvm.kernels import float_gemm, vmath
@@ -26,9 +29,11 @@ from mpq_compiler.backends.tvm.kernels.movement import Gather, concat, pad, perm
 from mpq_compiler.backends.tvm.kernels.norms import GroupNorm, LayerNorm, RmsNorm
 from mpq_compiler.backends.tvm.kernels.pointwise import Input, PointwiseProgram, PointwiseStep, Result
 from mpq_compiler.backends.tvm.kernels.quantize import DynamicQuantize, Quantize, TimeGroup
+from mpq_compiler.numerics import BF16
 from mpq_compiler.targets import TARGETS
 from tests.cuda import emulator
 from tests.cuda.kernels import Library, empty
+from tests.float_kernels import error, quantized
 
 CODES = Epilogue((Step("silu"), Step("quantize", value=8)))
 ADDED = Epilogue((Step("add", operand=0), Step("mul", operand=1)), (Operand("full"), Operand("sample")))
@@ -156,3 +161,74 @@ def test_as_on_the_cpu(results, number):
         np.testing.assert_array_equal(got.view(np.uint32)[~there], want.view(np.uint32)[~there])
         scale = math.sqrt(float((want[there].astype(np.float64) ** 2).mean()))
         assert np.abs(got[there] - want[there]).max() <= 2e-5 * scale, str(case.problem)
+
+
+# ---------------------------------------------------------------------------------------------------- bfloat16
+
+BFLOAT16 = [
+    replace(problem, packed=True, numerics=BF16)
+    for problem in (
+        Linear(70, 33, 65, epilogue=ADDED),
+        Linear(1, 50, 7, bias=False),
+        Linear(130, 100, 120, epilogue=CODES),  # the largest tile
+        Linear(200, 64, 40),
+        Conv2d(9, 8, 12, 20, stride=(2, 1), epilogue=ADDED),
+        Conv2d(12, 11, 20, 128, epilogue=CODES),
+        Conv2d(7, 9, 3, 66, (5, 2), padding=(2, 1, 0, 1), bias=False),
+        Conv2d(8, 12, 6, 10, (2, 4), stride=(2, 4), padding=(0, 0, 0, 0)),
+        Conv2d(9, 7, 21, 30, (1, 1), stride=(2, 2), padding=(0, 0, 0, 0)),
+    )
+]
+
+
+def _meaning(problem: Linear | Conv2d, given: dict[str, np.ndarray]) -> np.ndarray:
+    """`ops.linear` or `ops.conv2d` in bfloat16, and the epilogue."""
+    t = {name: torch.from_numpy(value) for name, value in given.items()}
+    operands = (t["x"], t["weight"], t.get("bias"))
+    if isinstance(problem, Linear):
+        y = ops.linear(*operands, numerics=BF16)
+    else:
+        y = ops.conv2d(*operands, problem.stride, problem.padding, numerics=BF16)
+    if problem.epilogue == ADDED:
+        y = (y + t["operand0"]) * t["operand1"].reshape(BATCH, *[1] * (y.ndim - 2), -1)
+    if problem.epilogue != CODES:
+        return y.numpy()
+    return quantized(F.silu(y).numpy(), given["qscale"], given["qzero"], given["group"], 8)
+
+
+@pytest.fixture(scope="module")
+def rounded() -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each problem in bfloat16 its meaning, and what the kernels compute from weights that the GPU has packed."""
+    emulator.needs()
+    pack, product = cuda.TEMPLATES["pack"], cuda.TEMPLATES["float_gemm"]
+    problems = dict(enumerate(BFLOAT16))
+    functions = {f"pack{i}": pack.build(p, f"pack{i}") for i, p in problems.items()}
+    functions |= {f"product{i}": product.build(p, f"product{i}") for i, p in problems.items()}
+    library, draw, givens, calls = Library(functions), np.random.default_rng(0), [], []
+    for i, p in problems.items():
+        weight, panel = pack.arguments(p)
+        drawn = [replace(weight, name="weight"), *(a for a in float_gemm.arguments(p)[:-1] if a.name != "weight")]
+        case = Case("pack", p)
+        givens.append({a.name: _value(draw, case, a.name, empty(a, BATCH)) for a in drawn})
+        calls.append((f"pack{i}", [givens[i]["weight"], empty(panel, 1)]))
+    packed = [panel for _, panel in library.run(calls)]
+    calls = []
+    for i, p in problems.items():
+        *arguments, y = product.arguments(p)
+        found = givens[i] | {"weight": packed[i]}
+        calls.append((f"product{i}", [*(found[a.name] for a in arguments), empty(y, BATCH)]))
+    late, early = ([arrays[-1] for arrays in library.run(calls, early)] for early in (False, True))
+    for one, other in zip(late, early, strict=True):
+        np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8))
+    return [(_meaning(p, given), y) for p, given, y in zip(BFLOAT16, givens, late, strict=True)]
+
+
+@pytest.mark.parametrize("number", range(len(BFLOAT16)))
+def test_bfloat16_against_its_meaning(rounded, number):
+    """What is rounded is rounded alike, so that the bound is that of float32."""
+    expected, found = rounded[number]
+    if found.dtype == np.uint8:
+        off = np.abs(found.astype(np.int64) - expected)
+        assert off.max() <= 1 and off.mean() < 0.01
+    else:
+        assert error(found, expected) <= 2e-6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tvm")
-from mpq_compiler.backends.tvm.cuda import attention, fast_attention, gemm, norms, products, weights
+from mpq_compiler.backends.tvm.cuda import attention, fast_attention, float_products, gemm, norms, products, weights
 from mpq_compiler.backends.tvm.kernels import attention as cpu_attention
 from mpq_compiler.backends.tvm.kernels import fast_attention as cpu_fast_attention
 from mpq_compiler.backends.tvm.kernels import float_gemm
 from mpq_compiler.backends.tvm.kernels import norms as cpu_norms
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
+from mpq_compiler.numerics import BF16
 from tests.cuda import emulator
 from tests.cuda.kernels import Library, empty
 from tests.shapes import make_case, seed
@@ -145,6 +146,26 @@ PRODUCTS: Mutants = {
     "the first channel": ("p.channels + group * depth + c", "p.channels + group * depth"),
     "without stride": ("i * p.stride[0] + dy", "i + dy"),
 }
+FLOAT_PRODUCTS: Mutants = {
+    "no barrier before a step": ("            barrier()\n", ""),
+    "does not wait for weights": ("wait_group(0)", "wait_group(1)"),
+    "weights into the stage that is read": ("self._load_weights(ahead, other)", "self._load_weights(ahead, stage)"),
+    "activations into the stage that is read": ("_round_activations(other)", "_round_activations(stage)"),
+    "no activations of the last step": (
+        "with T.If(ahead < w.steps), T.Then():\n                self._round",
+        "with T.If(ahead + 1 < w.steps), T.Then():\n                self._round",
+    ),
+    "no border at the bottom": ("top >= 0, top < p.height,", "top >= 0, top <= p.height,"),
+    "no border at the left": ("left >= 0, left", "left >= -1, left"),
+    "another tap": ("self.pixel[i] + dy * p.width + dx", "self.pixel[i] + dx * p.width + dy"),
+    "the first half of a chunk": ("span((at + first // together) * together,", "span(at * together,"),
+    "the first channels": ("+ channel // together)", "+ 0)"),
+    "pairs turned": ("words[place], high, low)", "words[place], low, high)"),
+    "the floats of the first row": ("self.floats[i * VALUES + BYTES * k + e]", "self.floats[BYTES * k + e]"),
+    "words of another row": ("self._target(self._copied_row(i), stage)", "self._target(self._copied_row(0), stage)"),
+    "sums of the neighbour": ("return y + self.sums[at]", "return y + self.sums[at // 2 * 2]"),
+    "no bias": ("p.padding, has_bias=p.bias", "p.padding, has_bias=False"),
+}
 NORMS: Mutants = {
     "no mean": ("else x[sample, row, c] - mean", "else x[sample, row, c]"),
     "no epsilon": (
@@ -196,6 +217,7 @@ ROWS = cpu_norms.LayerNorm(7, 100, eps=1e-2)
 HEADS = cpu_attention.Attention(36, 75, 2, 20)  # whose result ends where nothing may be written
 FAST = cpu_fast_attention.FastAttention(133, 75, 2, 36, scale=0.3, mask=("B", 1, 133, 75))
 FLOATS = float_gemm.Conv2d(9, 8, 12, 70, stride=(2, 1))
+BFLOAT16 = replace(FLOATS, packed=True, numerics=BF16)
 
 
 def _product(problem: QuantMatmul) -> list[np.ndarray]:
@@ -217,6 +239,13 @@ def _fast_attention() -> list[np.ndarray]:
     return [q, *results[2:], *rest]
 
 
+def _bfloat16() -> list[np.ndarray]:
+    weight, panel = _draw(float_products.pack_arguments(BFLOAT16), 1)
+    packed = Library({"pack": float_products.build_pack(BFLOAT16, "pack")}).run([("pack", [weight, panel])])[0][1]
+    x, _, *rest = _draw(float_gemm.arguments(FLOATS), 2)
+    return [x, packed, *rest]
+
+
 SUBJECTS = {
     "gemm": Subject(gemm, GEMM, lambda m, n: m.build(CONV, n), lambda: _product(CONV)),
     "split gemm": Subject(gemm, SPLIT, lambda m, n: m.build(LONG, n), lambda: _product(LONG)),
@@ -227,6 +256,7 @@ SUBJECTS = {
     "products": Subject(
         products, PRODUCTS, lambda m, n: m.build(FLOATS, n), lambda: _draw(float_gemm.arguments(FLOATS), 2)
     ),
+    "float products": Subject(float_products, FLOAT_PRODUCTS, lambda m, n: m.build(BFLOAT16, n), _bfloat16),
     "norms": Subject(norms, NORMS, lambda m, n: m.build(ROWS, n), lambda: _draw(cpu_norms.arguments(ROWS), 2)),
 }
 

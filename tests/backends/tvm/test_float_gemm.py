@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import tvm
-from torch import fx
 
 from mpq_compiler import ops, runtime, targets
 from mpq_compiler.backends.tvm.build import build
@@ -18,8 +17,8 @@ from mpq_compiler.backends.tvm.kernels import float_gemm
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.float_gemm import Conv2d, Linear
 from mpq_compiler.numerics import BF16, BOUNDS, FEATURES
-from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run
-from tests import packed
+from mpq_compiler.program import run
+from tests import packed, programs
 from tests.float_kernels import (
     TARGETS,
     Case,
@@ -187,24 +186,10 @@ def test_an_artifact(tmp_path: Path) -> None:
     """Layers in bfloat16 through emission, packing at load and the loader; the artifact asks for the instructions."""
     if lacking := targets.missing_features(AVX512_BF16):
         pytest.skip(f"this machine lacks {', '.join(lacking)}")
-    generator = torch.Generator().manual_seed(0)
-    stored = {"conv": (20, 3, 3, 5), "few": (7, 20), "many": (33, 7)}
-    tensors, graph = TensorStore(), fx.Graph()
-    x = graph.placeholder("x")
-    for name, shape in stored.items():
-        weight = graph.get_attr(tensors.add(name, torch.randn(shape, generator=generator).half()))
-        if name == "conv":
-            x = graph.call_function(ops.conv2d, (x, weight, None, [1, 1], [1, 1, 1, 1]), {"numerics": BF16})
-        else:
-            x = graph.call_function(ops.linear, (x, weight), {"numerics": BF16})
-    graph.output(x)
-    program = Program(
-        graph, tensors, (InputSpec("x", ("B", 6, 4, 5), torch.float32),), Stage.PACKED, facts={"parameters": 1}
-    )
+    program, given = programs.bfloat16_layers()
     built = build(program, targets.TARGETS["x86-64-avx512vnni"], (2,), cache=packed.kernel_cache())
     assert built.features == FEATURES[BF16]
     path = packed.write(tmp_path / "a.mpq", program, AVX512_BF16, built)
-    given = torch.randn(2, 6, 4, 5, generator=generator)
     y = runtime.load(path, threads=1).run({"x": given.numpy()})
     assert error(y, run(program, {"x": given}).numpy()) <= BOUNDS[BF16]
 
