@@ -159,6 +159,11 @@ class BitAllocation(Pass):
         return self.objective.startswith("scores")
 
     @property
+    def _width(self) -> int:
+        """Bits of the activations where all have one width; 0 leaves them float."""
+        return 0 if self.activations >= UNQUANTIZED else int(min(self.activations, 8))
+
+    @property
     def floating(self) -> bool:
         """Whether activations are small floats."""
         return self.activation_format == "float"
@@ -171,8 +176,8 @@ class BitAllocation(Pass):
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork(stage=Stage.PLANNED)
         if self.uniform is not None:
-            bits, paths = int(min(self.activations, 8)), {str(weight_path(node)) for node in program.quantizable}
-            choices = dict.fromkeys(paths, (formats.get(self.uniform).name, bits))
+            paths = {str(weight_path(node)) for node in program.quantizable}
+            choices = dict.fromkeys(paths, (formats.get(self.uniform).name, self._width))
             quantized = {n.name for n in program.attentions if self.attention is not None}
         elif self.scored:
             choices, quantized = self._by_scores(program), set()
@@ -331,8 +336,7 @@ class BitAllocation(Pass):
         program.facts["allocation"] = {**found.to_json(), "choices": names}
         if all(len(unit["layers"]) == 1 for unit in units):
             program.facts["allocation"]["problem"] = document
-        bits = 0 if self.activations >= UNQUANTIZED else int(min(self.activations, 8))
-        return {path: (name, bits) for path, name in names.items()}
+        return {path: (name, self._width) for path, name in names.items()}
 
     def _best(
         self,

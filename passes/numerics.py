@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from mpq_compiler import cache, costs, decisions, formats, ops
 from mpq_compiler.ablation import Ablation, noise_power
 from mpq_compiler.allocation import Problem, solve
-from mpq_compiler.calibration import Calibration, attention_arguments, batches
+from mpq_compiler.calibration import Calibration, attention_arguments, batches, input_edge
 from mpq_compiler.errors import UserError
 from mpq_compiler.numerics import BF16, F32, INT8, NUMERICS
 from mpq_compiler.pass_manager import Contract, Pass, Session
@@ -112,11 +112,12 @@ def _counts(attentions: list[fx.Node], choices: dict[str, str], kinds: list[str]
 
 def _float_layers(program: Program) -> list[fx.Node]:
     """Linear layers and convolutions whose stored weight or activation has no integer format, in graph order."""
-    plans = program.weights
-    planned = ((n, plans.get(str(costs.weight_path(n)))) for n in program.quantizable)
-    return [
-        n for n, plan in planned if plan is None or not formats.get(plan.format).integer or program.reads_floats(n)
-    ]
+    plans, found = program.weights, []
+    for n in program.quantizable:
+        plan, activation = plans.get(str(costs.weight_path(n))), program.activations.get(input_edge(n).name)
+        if plan is None or not formats.get(plan.format).integer or activation is None or program.reads_floats(n):
+            found.append(n)
+    return found
 
 
 def _times(node: fx.Node) -> dict[str, float]:

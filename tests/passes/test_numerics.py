@@ -75,16 +75,20 @@ def test_a_target_without_kernels_says_so() -> None:
 FLOAT8 = programs.FAST.replace("uniform=int8", "uniform=fp8")
 
 
-def test_float_layers_in_bfloat16() -> None:
-    """Layers whose weights have no integer kernel: listed, written into the graph, and exact when packed."""
-    step = programs.step(MODEL, "numerics", FLOAT8)
+WEIGHT_ONLY = programs.FAST.replace("uniform=int8", "uniform=int4,activations=16")
+
+
+@pytest.mark.parametrize(("pipeline", "weights"), [(FLOAT8, "fp8"), (WEIGHT_ONLY, "int4")])
+def test_float_layers_in_bfloat16(pipeline: str, weights: str) -> None:
+    """Layers whose weights, or whose activations, are no integers: listed, in the graph, and exact when packed."""
+    step = programs.step(MODEL, "numerics", pipeline)
     chosen, layers = step.after.facts["numerics"], {n.name for n in step.before.quantizable}
     assert layers and {chosen[name] for name in layers} == {BF16}
     said = step.after.facts["decisions"][""]["numerics"]["losses"]
     assert all(0 < said[name][BF16] < 1e-3 and INT8 not in said[name] for name in layers)
     assert f"of {len(layers)} float layers {len(layers)} in bf16" in step.after.facts["notes"][-1]
-    assert "numerics bf16  w fp8" in printer.text(step.after)
-    simulated, packed = (programs.after(MODEL, name, FLOAT8) for name in ("round-weights", "fuse-epilogues"))
+    assert f"numerics bf16  w {weights}" in printer.text(step.after)
+    simulated, packed = (programs.after(MODEL, name, pipeline) for name in ("round-weights", "fuse-epilogues"))
     own = {n.name: n for n in simulated.graph.nodes if n.name in layers}
     assert {n.target for n in own.values()} == {ops.linear, ops.conv2d}
     assert {n.kwargs["numerics"] for n in own.values()} == {BF16}
