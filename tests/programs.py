@@ -78,7 +78,10 @@ def denoiser(name: str) -> Denoiser:
 
 
 def bfloat16_layers() -> tuple[Program, Tensor]:
-    """A packed program of a convolution and two linear layers in bfloat16, few outputs in one; an input of batch 2."""
+    """A packed program of layers in bfloat16, an input of batch 2.
+
+    A convolution, a linear layer of few outputs, one of many, and one whose weight is a table of 4 bits.
+    """
     generator = torch.Generator().manual_seed(0)
     tensors, graph = TensorStore(), fx.Graph()
     x = graph.placeholder("x")
@@ -88,7 +91,16 @@ def bfloat16_layers() -> tuple[Program, Tensor]:
             x = graph.call_function(ops.conv2d, (x, weight, None, [1, 1], [1, 1, 1, 1]), {"numerics": BF16})
         else:
             x = graph.call_function(ops.linear, (x, weight), {"numerics": BF16})
-    graph.output(x)
+    table = {
+        "codes": torch.randint(16, (40, 33), generator=generator, dtype=torch.uint8),
+        "scale": torch.rand((40, 1), generator=generator).half(),
+        "offset": torch.rand(40, generator=generator).half(),
+        "lut": torch.randint(-128, 128, (2, 16), generator=generator, dtype=torch.int8),
+        "row_class": torch.tensor([1, 0, 1], dtype=torch.uint8),
+    }
+    parts = [graph.get_attr(tensors.add(name, part)) for name, part in table.items()]
+    weight = graph.call_function(ops.dequantize_weight, (*parts, [40, 33]))
+    graph.output(graph.call_function(ops.linear, (x, weight), {"numerics": BF16}))
     spec = InputSpec("x", ("B", 6, 4, 5), torch.float32)
     program = Program(graph, tensors, (spec,), Stage.PACKED, facts={"parameters": 1})
     return program, torch.randn(2, 6, 4, 5, generator=generator)

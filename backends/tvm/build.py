@@ -21,6 +21,7 @@ from mpq_compiler import storage, tensorfile
 from mpq_compiler.artifact import KERNELS, WEIGHTS
 from mpq_compiler.backends import Built, Progress
 from mpq_compiler.backends.tvm import tune as tune_
+from mpq_compiler.backends.tvm import weight_only
 from mpq_compiler.backends.tvm.cuda import machine_code
 from mpq_compiler.backends.tvm.emit import OUTPUT, lower
 from mpq_compiler.backends.tvm.lowered import BATCH, Call, Function, Kernel, Lowered, Made, Part, Value
@@ -68,6 +69,8 @@ def build(
     if target.is_cuda:
         require_compiler()
     lowered = lower(program, batches, others, hoisted=not target.is_cuda)
+    if target.is_cuda:
+        lowered = weight_only.keep_codes(lowered)
     tiles: dict[str, tune_.Tile] | None = None
     if tune:
         with ExitStack() as stack:
@@ -260,7 +263,7 @@ def _memory(lowered: Lowered, held: dict[str, int], taken: dict[Kernel, int]) ->
 
 def _cost(kernel: Kernel) -> tuple[int, str]:
     """Kernels that take long to compile come first, so that no worker is left alone with one at the end."""
-    order = ("fast_attention", "gemm", "float_gemm", "attention", "matmul", "prepare", "norms")
+    order = ("fast_attention", "gemm", "float_gemm", "weight_only", "attention", "matmul", "prepare", "norms")
     return order.index(kernel.template) if kernel.template in order else len(order), kernel.name
 
 

@@ -64,9 +64,13 @@ class Kernel:
         return f"{self.template}_{hashlib.sha256(str(self).encode()).hexdigest()[:16]}"
 
     @property
+    def numerics(self) -> str:
+        return str(dict(self.problem.fields).get("numerics", F32))
+
+    @property
     def features(self) -> tuple[str, ...]:
         """What it asks of a CPU, perhaps beyond the target, as /proc/cpuinfo spells it."""
-        return FEATURES[dict(self.problem.fields).get("numerics", F32)]
+        return FEATURES[self.numerics]
 
     def __str__(self) -> str:
         return f"{self.template} {self.problem}"

@@ -110,12 +110,10 @@ def arguments(kernel: Kernel, target: Target) -> tuple[list[Argument], list[Argu
     """(inputs, outputs) of a kernel in calling order."""
     problem = resolve(kernel.problem)
     lanes = HOST if target.is_cuda else isa(target.name)
-    template = TEMPLATES[kernel.template]
-    buffers, count = template.arguments(problem, lanes), template.outputs(problem, lanes)
-    if target.is_cuda:
-        own = _cuda(kernel)
-        buffers = own.arguments(problem) if own.arguments else buffers
-        count = own.outputs(problem) if own.outputs else count
+    own = _cuda(kernel) if target.is_cuda else None  # GPUs have templates besides, which say it all themselves
+    arguments_, outputs = own and own.arguments, own and own.outputs
+    buffers = arguments_(problem) if arguments_ else TEMPLATES[kernel.template].arguments(problem, lanes)
+    count = outputs(problem) if outputs else TEMPLATES[kernel.template].outputs(problem, lanes)
     return buffers[: len(buffers) - count], buffers[len(buffers) - count :]
 
 

@@ -62,7 +62,7 @@ def build(problem: Linear | Conv2d, name: str) -> PrimFunc:
     def body(batch: Any, buffers: Buffers) -> None:
         own = replace(in_bytes(problem), epilogue=problem.epilogue)
         named = buffers | {"tiles": buffers["weight"], "out": buffers["y"]}
-        _Kernel(own, gemm.tile(own, TILES), named).emit(batch)
+        Kernel(own, gemm.tile(own, TILES), named).emit(batch)
 
     return primfunc(name, arguments(problem), body)
 
@@ -87,18 +87,18 @@ def build_pack(problem: Linear | Conv2d, name: str) -> PrimFunc:
                 return T.if_then_else(there, weight[at], vmath.f32(0.0, 1))
 
             word = local(1, "uint32")
-            _round(word, 0, value(first), value(first + 1))
+            round_pair(word, 0, value(first), value(first + 1))
             store(panel, tirx.reinterpret("int32", word[0]), number)
 
     return primfunc(name, pack_arguments(problem), body)
 
 
-def _round(words: Any, place: int, low: Expr, high: Expr) -> None:
+def round_pair(words: Any, place: int, low: Expr, high: Expr) -> None:
     """``words[place]``: two floats in bfloat16, the nearest, ties to even."""
     T.evaluate(T.ptx["cvt.rn.bf16x2.f32"](words[place], high, low))
 
 
-class _Kernel(gemm.Kernel):
+class Kernel(gemm.Kernel):
     instruction, sum_type = MMA, "float32"
 
     def _products(self) -> None:
@@ -107,7 +107,7 @@ class _Kernel(gemm.Kernel):
         self._fetch(0)
         self._load_weights(0, 0)
         T.evaluate(T.ptx.cp.async_.commit_group())
-        self._round_activations(0)
+        self._put(0, 0)
         with T.serial(0, w.steps) as step:
             T.evaluate(T.ptx.cp.async_.wait_group(0))
             barrier()
@@ -120,7 +120,7 @@ class _Kernel(gemm.Kernel):
             for ks in range(STEP // UNIT):
                 self._unit(stage, ks)
             with T.If(ahead < w.steps), T.Then():
-                self._round_activations(other)
+                self._put(ahead, other)
 
     def _fetch(self, step: Any) -> None:
         """The floats that this thread copies in a step into registers; zeros where there are none."""
@@ -146,12 +146,12 @@ class _Kernel(gemm.Kernel):
                     with T.Else():
                         store(self.floats, vmath.f32(0.0, together), place)
 
-    def _round_activations(self, stage: Any) -> None:
+    def _put(self, step: Any, stage: Any) -> None:
         """What `_fetch` has read, to shared memory."""
         words = local(CHUNK // 4, "uint32")
         for i in range(self.copies):
             for k in range(CHUNK // 4):
-                _round(words, k, *(self.floats[i * VALUES + BYTES * k + e] for e in range(2)))
+                round_pair(words, k, *(self.floats[i * VALUES + BYTES * k + e] for e in range(2)))
             store(
                 self.x_words,
                 words[span(0, CHUNK // 4)],

@@ -434,7 +434,7 @@ class Kernel:
                     continue
                 words = 2**bits // 4
                 table = [self.table[j * words + i] for i in range(words)]
-                store(self.decoded, _looked_up(table, _selector(bits, word, ks, h, kk)), at)
+                store(self.decoded, looked_up(table, _selector(bits, word, ks, h, kk)), at)
 
     # ---------------------------------------------------------------------------------------------- conclusions
 
@@ -645,7 +645,7 @@ def _selector(bits: int, word: Callable[[int], Any], ks: int, h: int, kk: int) -
     return low | moved & T.uint32(0x4444)
 
 
-def _looked_up(table: list[Any], selector: Any) -> Any:
+def looked_up(table: list[Any], selector: Any) -> Any:
     """The bytes of a table of 4, 8 or 16 entries that 4 nibbles select."""
     if len(table) == 1:
         return byte_perm(table[0], T.uint32(0), selector)

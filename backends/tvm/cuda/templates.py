@@ -18,6 +18,7 @@ from mpq_compiler.backends.tvm.cuda import (
     pointwise,
     products,
     quantize,
+    weight_only,
     weights,
 )
 from mpq_compiler.backends.tvm.kernels import float_gemm, template
@@ -66,4 +67,6 @@ TEMPLATES: dict[str, Template] = {
         _by_numerics(float_gemm.arguments, float_products.arguments),
     ),
     "matmul": Template(products.build_matmul),
+    "pack_codes": Template(weight_only.build_pack, weight_only.pack_arguments, lambda problem: 1),
+    "weight_only": Template(weight_only.build, weight_only.arguments, lambda problem: 1),
 }

@@ -12,6 +12,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels import vmath
+from mpq_compiler.backends.tvm.kernels.float_gemm import Conv2d, Linear
 from mpq_compiler.backends.tvm.kernels.prepare import StoredRows
 from mpq_compiler.backends.tvm.kernels.template import Argument, Buffers, primfunc, store
 
@@ -37,6 +38,18 @@ class DequantizeTable:
     offset: str | None = None
     widths: tuple[int, ...] = ()
     code_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class WeightOnly:
+    """A product in bfloat16 whose weight stays in codes; CUDA only (`cuda.weight_only`).
+
+    product: its `packed` weight is what this would be in floats
+    table:   of the weight, to the bit as here
+    """
+
+    product: Linear | Conv2d
+    table: DequantizeTable
 
 
 def arguments(problem: DequantizeTable) -> list[Argument]:

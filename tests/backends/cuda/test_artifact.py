@@ -18,6 +18,8 @@ pytest.importorskip("tvm")
 from mpq_compiler import targets
 from mpq_compiler.backends.tvm.build import build
 from mpq_compiler.backends.tvm.cuda import machine_code
+from mpq_compiler.backends.tvm.emit import lower
+from mpq_compiler.backends.tvm.weight_only import keep_codes
 from mpq_compiler.numerics import BF16, BOUNDS
 from mpq_compiler.program import run
 from tests import packed, programs
@@ -87,13 +89,18 @@ def _arrays(inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 def test_layers_in_bfloat16(tmp_path):
-    """Packed at load; on tensor cores of every architecture, no register spilled; no instruction asked of the CPU."""
+    """Packed at load; on tensor cores of every architecture, no register spilled; no instruction asked of the CPU.
+
+    A weight in codes stays in codes.
+    """
     program, given = programs.bfloat16_layers()
     target = targets.resolve("cuda")
     built = build(program, target, (2,), cache=tmp_path)
     assert not built.features
     products = [m for m in tmp_path.glob(f"kernels/*{machine_code.DEVICE}") if "f32_bf16_bf16_f32" in _source(m)]
-    assert len(products) == 3
+    assert len(products) == 4
+    templates = {kernel.template for kernel in keep_codes(lower(program, (2,), hoisted=False)).kernels()}
+    assert {"pack", "float_gemm", "pack_codes", "weight_only"} <= templates and "dequantize" not in templates
     for module in products:
         code = tmp_path / "kernel.fatbin"
         code.write_bytes(emulator.fatbin_of(module))

@@ -19,7 +19,7 @@ from mpq_compiler.backends.tvm import templates
 from mpq_compiler.backends.tvm.cuda import templates as cuda
 from mpq_compiler.backends.tvm.kernels import float_gemm, vmath
 from mpq_compiler.backends.tvm.kernels.attention import Attention
-from mpq_compiler.backends.tvm.kernels.dequantize import DequantizeTable
+from mpq_compiler.backends.tvm.kernels.dequantize import DequantizeTable, WeightOnly
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.float8 import DequantizeFloat8
 from mpq_compiler.backends.tvm.kernels.float_gemm import Conv2d, Linear
@@ -29,6 +29,7 @@ from mpq_compiler.backends.tvm.kernels.movement import Gather, concat, pad, perm
 from mpq_compiler.backends.tvm.kernels.norms import GroupNorm, LayerNorm, RmsNorm
 from mpq_compiler.backends.tvm.kernels.pointwise import Input, PointwiseProgram, PointwiseStep, Result
 from mpq_compiler.backends.tvm.kernels.quantize import DynamicQuantize, Quantize, TimeGroup
+from mpq_compiler.backends.tvm.kernels.template import Argument
 from mpq_compiler.numerics import BF16
 from mpq_compiler.targets import TARGETS
 from tests.cuda import emulator
@@ -232,3 +233,70 @@ def test_bfloat16_against_its_meaning(rounded, number):
         assert off.max() <= 1 and off.mean() < 0.01
     else:
         assert error(found, expected) <= 2e-6
+
+
+def _weight_only(product: Linear | Conv2d, bits: int, groups: int = 1, **options: Any) -> WeightOnly:
+    """With the table of its weight."""
+    if isinstance(product, Linear):
+        channels, columns = product.inputs, product.inputs
+    else:
+        channels, columns = product.channels, math.prod(product.kernel) * product.channels
+    first = -(-channels // groups // 8) * 8 if groups > 1 else channels
+    sizes = tuple(min(first, channels - first * j) for j in range(groups))
+    table = DequantizeTable(product.outputs, columns, sizes, bits, **options)
+    return WeightOnly(replace(product, packed=True, numerics=BF16), table)
+
+
+WEIGHT_ONLY = [
+    _weight_only(Linear(70, 33, 65, epilogue=ADDED), 4, classes=2),
+    _weight_only(Linear(9, 100, 72, bias=False), 4, groups=4, offset="float16"),
+    _weight_only(Linear(130, 64, 120), 8),
+    _weight_only(Conv2d(9, 8, 12, 20, stride=(2, 1)), 2, classes=2),
+    _weight_only(Conv2d(7, 9, 40, 66, (3, 2), padding=(2, 1, 0, 1)), 3, groups=2, offset="float32"),
+    _weight_only(Conv2d(12, 11, 20, 128, epilogue=CODES), 2, offset="float16"),
+]
+
+
+def test_no_bit_depends_on_where_a_weight_is_decoded():
+    emulator.needs()
+    functions, draw, first, datas = {}, np.random.default_rng(0), [], []
+    for i, problem in enumerate(WEIGHT_ONLY):
+        templates_ = {"dequantize": problem.table, "pack": problem.product, "float_gemm": problem.product}
+        templates_ |= {"pack_codes": problem, "weight_only": problem}
+        functions |= {f"{t}{i}": cuda.TEMPLATES[t].build(p, f"{t}{i}") for t, p in templates_.items()}
+        names = {a.name: a for a in (*_arguments("weight_only", problem), *_arguments("dequantize", problem.table))}
+        case = Case("weight_only", problem)
+        data = {name: _value(draw, case, name, empty(a, BATCH)) for name, a in names.items() if name != "weight"}
+        data["codes"] = draw.integers(0, 256, names["codes"].shape).astype(np.uint8)
+        if "tables" in data:
+            data["tables"] = draw.integers(-128, 128, names["tables"].shape).astype(np.int8)
+        datas.append(data)
+        floats = empty(_arguments("dequantize", problem.table)[-1], 1)
+        first.append(
+            (f"dequantize{i}", [*(data[a.name] for a in _arguments("dequantize", problem.table)[:-1]), floats])
+        )
+        first.append((f"pack_codes{i}", [data["codes"], empty(_arguments("pack_codes", problem)[-1], 1)]))
+    library = Library(functions)
+    made = [arrays[-1] for arrays in library.run(first)]
+    packs = []
+    for i, problem in enumerate(WEIGHT_ONLY):
+        weight, panel = _arguments("pack", problem.product)
+        packs.append((f"pack{i}", [made[2 * i].reshape(weight.shape), empty(panel, 1)]))
+    panels, calls = [arrays[-1] for arrays in library.run(packs)], []
+    for i, (problem, data) in enumerate(zip(WEIGHT_ONLY, datas, strict=True)):
+        for template, subject, weight in (
+            ("float_gemm", problem.product, panels[i]),
+            ("weight_only", problem, made[2 * i + 1]),
+        ):
+            *inputs, y = _arguments(template, subject)
+            calls.append((f"{template}{i}", [*((data | {"weight": weight})[a.name] for a in inputs), empty(y, BATCH)]))
+    results = [arrays[-1] for arrays in library.run(calls)]
+    for expected, found, problem in zip(results[::2], results[1::2], WEIGHT_ONLY, strict=True):
+        assert np.isfinite(expected).all()
+        np.testing.assert_array_equal(found.view(np.uint8), expected.view(np.uint8), str(problem))
+
+
+def _arguments(template: str, problem: Any) -> list[Argument]:
+    """Of a CUDA kernel."""
+    own = cuda.TEMPLATES[template].arguments
+    return own(problem) if own else templates.TEMPLATES[template].arguments(problem, templates.HOST)

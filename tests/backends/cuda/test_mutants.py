@@ -12,11 +12,21 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tvm")
-from mpq_compiler.backends.tvm.cuda import attention, fast_attention, float_products, gemm, norms, products, weights
+from mpq_compiler.backends.tvm.cuda import (
+    attention,
+    fast_attention,
+    float_products,
+    gemm,
+    norms,
+    products,
+    weight_only,
+    weights,
+)
 from mpq_compiler.backends.tvm.kernels import attention as cpu_attention
 from mpq_compiler.backends.tvm.kernels import fast_attention as cpu_fast_attention
 from mpq_compiler.backends.tvm.kernels import float_gemm
 from mpq_compiler.backends.tvm.kernels import norms as cpu_norms
+from mpq_compiler.backends.tvm.kernels.dequantize import DequantizeTable, WeightOnly
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
 from mpq_compiler.numerics import BF16
 from tests.cuda import emulator
@@ -150,10 +160,10 @@ FLOAT_PRODUCTS: Mutants = {
     "no barrier before a step": ("            barrier()\n", ""),
     "does not wait for weights": ("wait_group(0)", "wait_group(1)"),
     "weights into the stage that is read": ("self._load_weights(ahead, other)", "self._load_weights(ahead, stage)"),
-    "activations into the stage that is read": ("_round_activations(other)", "_round_activations(stage)"),
+    "activations into the stage that is read": ("self._put(ahead, other)", "self._put(ahead, stage)"),
     "no activations of the last step": (
-        "with T.If(ahead < w.steps), T.Then():\n                self._round",
-        "with T.If(ahead + 1 < w.steps), T.Then():\n                self._round",
+        "with T.If(ahead < w.steps), T.Then():\n                self._put",
+        "with T.If(ahead + 1 < w.steps), T.Then():\n                self._put",
     ),
     "no border at the bottom": ("top >= 0, top < p.height,", "top >= 0, top <= p.height,"),
     "no border at the left": ("left >= 0, left", "left >= -1, left"),
@@ -165,6 +175,21 @@ FLOAT_PRODUCTS: Mutants = {
     "words of another row": ("self._target(self._copied_row(i), stage)", "self._target(self._copied_row(0), stage)"),
     "sums of the neighbour": ("return y + self.sums[at]", "return y + self.sums[at // 2 * 2]"),
     "no bias": ("p.padding, has_bias=p.bias", "p.padding, has_bias=False"),
+}
+WEIGHT_ONLY: Mutants = {
+    "the first table": ("tables[number * size + word]", "tables[word]"),
+    "codes of another step": ("* self.w.steps + step) * LANES", "* self.w.steps + stage) * LANES"),
+    "half of a selector": ("code >> T.uint32(16 * h)", "code"),
+    "bytes without a sign": ("T.uint32(BIASED)", "T.uint32(0)"),
+    "a byte off by one": ("2.0**23 + 128", "2.0**23 + 127"),
+    "bytes turned": ("0x7440 + i)", "0x7440 + 3 - i)"),
+    "one scale for two chunks": ("places[kk]", "places[0]"),
+    "scales of the first step": ("((step * 2 + lane // 32)", "((lane // 32)"),
+    "the scale of another channel": ("8 * h + lane % 32 // 4)", "lane % 32 // 4)"),
+    "no offset": ("if self.table.offset is None:", "if True:"),
+    "registers turned": ("decoded, 2 * h + kk, *pair", "decoded, 2 * kk + h, *pair"),
+    "lanes of the first share": ("(i * self.t.threads + self.thread) // LANES", "self.thread // LANES"),
+    "into the stage that is read": ("target = stage * (", "target = (1 - stage) * ("),
 }
 NORMS: Mutants = {
     "no mean": ("else x[sample, row, c] - mean", "else x[sample, row, c]"),
@@ -218,6 +243,7 @@ HEADS = cpu_attention.Attention(36, 75, 2, 20)  # whose result ends where nothin
 FAST = cpu_fast_attention.FastAttention(133, 75, 2, 36, scale=0.3, mask=("B", 1, 133, 75))
 FLOATS = float_gemm.Conv2d(9, 8, 12, 70, stride=(2, 1))
 BFLOAT16 = replace(FLOATS, packed=True, numerics=BF16)
+CODES = WeightOnly(replace(BFLOAT16, channels=24), DequantizeTable(70, 9 * 24, (8, 8, 8), 4, 2, "float16"))
 
 
 def _product(problem: QuantMatmul) -> list[np.ndarray]:
@@ -246,6 +272,15 @@ def _bfloat16() -> list[np.ndarray]:
     return [x, packed, *rest]
 
 
+def _codes() -> list[np.ndarray]:
+    draw, named = np.random.default_rng(0), {a.name: a for a in weight_only.arguments(CODES)}
+    whole = {"weight": (0, 2**32), "tables": (-128, 128), "row_class": (0, 2)}
+    arrays = dict(zip(named, _draw(named.values(), 2), strict=True))
+    for name, limits in whole.items():
+        arrays[name] = draw.integers(*limits, arrays[name].shape).astype(named[name].dtype)
+    return list(arrays.values())
+
+
 SUBJECTS = {
     "gemm": Subject(gemm, GEMM, lambda m, n: m.build(CONV, n), lambda: _product(CONV)),
     "split gemm": Subject(gemm, SPLIT, lambda m, n: m.build(LONG, n), lambda: _product(LONG)),
@@ -257,6 +292,7 @@ SUBJECTS = {
         products, PRODUCTS, lambda m, n: m.build(FLOATS, n), lambda: _draw(float_gemm.arguments(FLOATS), 2)
     ),
     "float products": Subject(float_products, FLOAT_PRODUCTS, lambda m, n: m.build(BFLOAT16, n), _bfloat16),
+    "weight only": Subject(weight_only, WEIGHT_ONLY, lambda m, n: m.build(CODES, n), _codes),
     "norms": Subject(norms, NORMS, lambda m, n: m.build(ROWS, n), lambda: _draw(cpu_norms.arguments(ROWS), 2)),
 }
 
