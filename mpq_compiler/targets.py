@@ -116,7 +116,7 @@ def _cuda(name: str, arch: str, *levels: int) -> Target:
     """The same source for all levels, whose tensor cores multiply integers alike."""
     options = {"kind": "cuda", "arch": f"sm_{levels[0]}"}
     features = tuple(map(gpu.feature, levels))
-    return Target(name, arch, "cuda", "tvm", features, options, "run on an emulator, never on silicon")
+    return Target(name, arch, "cuda", "tvm", features, options, "run on an emulator, never on silicon", (BF16,))
 
 
 TARGETS: dict[str, Target] = {

@@ -58,7 +58,7 @@ def link(lowered: Lowered, target: Target, objects: Sequence[Path], output: Path
 
 
 def held_bytes(function: relax.Function) -> int:
-    """Memory that calls of a planned function keep for what they compute, the output included: blocks in whole pages."""
+    """Memory that calls of a planned function keep for what they compute, with the output: blocks in whole pages."""
     values = (binding.value for block in function.body.blocks for binding in block.bindings)
     name = "relax.memory.alloc_storage"
     blocks = (value for value in values if getattr(getattr(value, "op", None), "name", "") == name)

@@ -16,7 +16,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
-from mpq_compiler.backends.tvm.cuda import gemm
+from mpq_compiler.backends.tvm.cuda import bfloat16, gemm
 from mpq_compiler.backends.tvm.cuda.gemm import Tile
 from mpq_compiler.backends.tvm.cuda.threads import barrier, each, flat, local, primfunc
 from mpq_compiler.backends.tvm.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
@@ -25,7 +25,6 @@ from mpq_compiler.backends.tvm.kernels.float_gemm import Conv2d, Linear
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
 from mpq_compiler.backends.tvm.kernels.template import Argument, Buffers, span, store, unravel
 
-MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 TILES = Tile(128, 128, 2, 4, stages=2), Tile(128, 64, 4, 2, stages=2), Tile(64, 64, stages=2)
 """More warps than `gemm` has for as many outputs: each has the floats of a step in registers besides."""
 BYTES = 2
@@ -86,20 +85,20 @@ def build_pack(problem: Linear | Conv2d, name: str) -> PrimFunc:
                 at = T.if_then_else(there, (output * w.taps + tap) * depth + channel, 0)
                 return T.if_then_else(there, weight[at], vmath.f32(0.0, 1))
 
-            word = local(1, "uint32")
-            round_pair(word, 0, value(first), value(first + 1))
-            store(panel, tirx.reinterpret("int32", word[0]), number)
+            word = bfloat16.pair(value(first), value(first + 1))
+            store(panel, tirx.reinterpret("int32", word), number)
 
     return primfunc(name, pack_arguments(problem), body)
 
 
-def round_pair(words: Any, place: int, low: Expr, high: Expr) -> None:
-    """``words[place]``: two floats in bfloat16, the nearest, ties to even."""
-    T.evaluate(T.ptx["cvt.rn.bf16x2.f32"](words[place], high, low))
-
-
 class Kernel(gemm.Kernel):
-    instruction, sum_type = MMA, "float32"
+    instruction, sum_type = bfloat16.MMA, "float32"
+    _has_border = False
+    """Pixels of the border are zeros, as `_fetch` gives what is not there."""
+
+    def _most_splits(self) -> int:
+        """One: sums of floats have an order."""
+        return 1
 
     def _products(self) -> None:
         w = self.w
@@ -131,13 +130,13 @@ class Kernel(gemm.Kernel):
         channel = T.bind(byte // BYTES)
         for i in range(self.copies):
             row = T.bind(self._copied_row(i))
-            there, pixel = tirx.all(row < self.total, tap < w.taps), row
+            there, start = tirx.all(row < self.total, tap < w.taps), row * (depth // together)
             if not p.pointwise:
                 dy, dx = T.bind(tirx.truncdiv(tap, p.kernel[1])), T.bind(tirx.truncmod(tap, p.kernel[1]))
                 top, left = T.bind(self.top[i] + dy), T.bind(self.left[i] + dx)
                 there = tirx.all(there, top >= 0, top < p.height, left >= 0, left < p.width)
-                pixel = self.pixel[i] + dy * p.width + dx
-            at = T.bind(pixel * (depth // together) + channel // together)  # a multiple, which TVM has to see
+                start = tirx.truncdiv(self.pixel[i], BYTES * together) + (dy * p.width + dx) * (depth // together)
+            at = T.bind(start + channel // together)  # a multiple, which TVM has to see
             for first in range(0, VALUES, together):
                 place = span(i * VALUES + first, together)
                 with T.If(tirx.all(there, channel + first < depth)):
@@ -151,12 +150,15 @@ class Kernel(gemm.Kernel):
         words = local(CHUNK // 4, "uint32")
         for i in range(self.copies):
             for k in range(CHUNK // 4):
-                round_pair(words, k, *(self.floats[i * VALUES + BYTES * k + e] for e in range(2)))
+                store(words, bfloat16.pair(*(self.floats[i * VALUES + BYTES * k + e] for e in range(2))), k)
             store(
                 self.x_words,
                 words[span(0, CHUNK // 4)],
                 span(self._target(self._copied_row(i), stage) // 4, CHUNK // 4),
             )
 
-    def _added(self, y: Expr, at: int, row: Any, column: Any, segment: Any) -> Expr:
-        return y + self.sums[at]
+    def _sum(self, at: int) -> Expr:
+        return self.sums[at]
+
+    def _added(self, y: Expr, total: Expr, row: Any, column: Any, segment: Any) -> Expr:
+        return y + total

@@ -95,15 +95,6 @@ LEAST_STEPS = 8
 """Of a block of threads, so that filling its stages is worth it."""
 
 
-def most_splits(problem: QuantMatmul) -> int:
-    """How many blocks share the k axis of a tile, for one sample; several segments have an order of their sums."""
-    if len(problem.segments) > 1:
-        return 1
-    weights, own = Fragments(problem), tile(problem)
-    tiles = -(-problem.rows // own.rows) * (weights.outputs // own.columns)
-    return max(1, min(BLOCKS // tiles, weights.steps // LEAST_STEPS))
-
-
 def arguments(problem: QuantMatmul) -> list[Argument]:
     """As of `kernels.gemm`, with the weights of `weights.Fragments`."""
     return calling(problem, Fragments(problem).buffers())
@@ -139,7 +130,14 @@ class Kernel:
         self.copied = math.gcd(CHUNK, *sizes)
         """Bytes that are copied at once: addresses are multiples of this."""
         self.several = len(problem.segments) > 1
-        self.most_splits = most_splits(problem)
+        self.most_splits = self._most_splits()
+
+    def _most_splits(self) -> int:
+        """How many blocks share the k axis of a tile, for one sample; several segments have an order of their sums."""
+        if self.several:
+            return 1
+        tiles = -(-self.p.rows // self.t.rows) * (self.w.outputs // self.t.columns)
+        return max(1, min(BLOCKS // tiles, self.w.steps // LEAST_STEPS))
 
     def emit(self, batch: Any) -> None:
         t, p = self.t, self.p

@@ -17,7 +17,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
-from mpq_compiler.backends.tvm.cuda import float_products, gemm
+from mpq_compiler.backends.tvm.cuda import bfloat16, float_products, gemm
 from mpq_compiler.backends.tvm.cuda.gemm import byte_perm, looked_up
 from mpq_compiler.backends.tvm.cuda.threads import each, flat, local, primfunc
 from mpq_compiler.backends.tvm.cuda.weights import CHANNELS, Fragments
@@ -143,7 +143,7 @@ class _Kernel(float_products.Kernel):
                 for kk in range(2):
                     scale = vmath.keep(T.cast(b["scale"][channel * segments + places[kk]], "float32"))
                     pair = [self._weight(bytes_, 2 * kk + e, scale, channel) for e in range(2)]
-                    float_products.round_pair(decoded, 2 * h + kk, *pair)
+                    store(decoded, bfloat16.pair(*pair), 2 * h + kk)
             target = stage * (self.t.columns // CHANNELS * self.fragment) + (fragment * LANES + lane) * 4
             store(self.weights, decoded[span(0, 4)], span(target, 4))
 
