@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -79,8 +78,7 @@ def _require_memory(artifact: Artifact) -> None:
 class CudaMachine(tvm_runtime.VirtualMachine):
     """As of a CPU, with tensors in the memory of the first GPU.
 
-    The first call of a function captures its launches in a CUDA graph, later ones launch the graph. It keeps the
-    addresses of TVM's workspaces, which end with the thread that asked for them: one thread makes all calls.
+    The first call of a function captures its launches in a CUDA graph, later ones launch the graph.
     """
 
     devices = (_CUDA, *tvm_runtime.VirtualMachine.devices)
@@ -89,12 +87,7 @@ class CudaMachine(tvm_runtime.VirtualMachine):
         """As of a CPU; one thread launches. UserError: the driver is too old, or the GPU's memory too small."""
         _require_driver()
         _require_memory(artifact)
-        self._caller = ThreadPoolExecutor(1, "mpq-cuda")
         super().__init__(artifact, threads, reuse_bytes)
-
-    def run(self, function: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
-        """As of a CPU."""
-        return self._caller.submit(super().run, function, inputs).result()
 
     def _load(self) -> ModuleType:
         return _load()

@@ -42,7 +42,8 @@ def link(lowered: Lowered, target: Target, objects: Sequence[Path], output: Path
     UserError: there is no linker for the target.
     """
     planned = planning()(_Builder(lowered, target).module())
-    module = lowering(target)(planned)
+    plain = lowering()(planned)
+    module = lowering()(_graphs(planned)) if target.is_cuda else plain
     builder = relax.ExecBuilder()
     _vmcodegen(builder, module, "bytecode")
     # A library that holds code of its own is what makes the machine look up kernels in the shared object.
@@ -53,15 +54,14 @@ def link(lowered: Lowered, target: Target, objects: Sequence[Path], output: Path
         export_cuda(executable.mod, target, output, objects, modules)
     else:
         export(executable.mod, target, output, objects)
-    functions = {name.name_hint: f for name, f in planned.functions.items() if isinstance(f, relax.Function)}
+    functions = {name.name_hint: f for name, f in plain.functions.items() if isinstance(f, relax.Function)}
     return {name: held_bytes(function) for name, function in functions.items()}
 
 
 def held_bytes(function: relax.Function) -> int:
-    """Memory that calls of a planned function keep for what they compute, with the output: blocks in whole pages."""
+    """Memory that calls of a function keep for what they compute, the output included: blocks in whole pages."""
     values = (binding.value for block in function.body.blocks for binding in block.bindings)
-    name = "relax.memory.alloc_storage"
-    blocks = (value for value in values if getattr(getattr(value, "op", None), "name", "") == name)
+    blocks = (value for value in values if getattr(getattr(value, "op", None), "name", "") == "relax.vm.alloc_storage")
     return sum(-(-int(block.args[0].values[0]) // PAGE) * PAGE for block in blocks)
 
 
@@ -121,15 +121,14 @@ def planning() -> tvm.transform.Pass:
     )
 
 
-def lowering(target: Target) -> tvm.transform.Pass:
-    """Planned functions as instructions of the machine; on a GPU their kernels are launched as one graph.
+def lowering() -> tvm.transform.Pass:
+    """Planned functions as instructions of the machine.
 
     All shapes are static, so there are none to compute (VMShapeLower), and no check of each of hundreds of
     prepared tensors in every call: the runtime stages inputs in their exact shapes, and kernels check their own.
     """
     return tvm.transform.Sequential(
         [
-            *([_graphs] if target.is_cuda else []),
             transform.LowerAllocTensor(),
             transform.LowerRuntimeBuiltin(),
             transform.ComputePrimValue(),
@@ -138,9 +137,8 @@ def lowering(target: Target) -> tvm.transform.Pass:
     )
 
 
-@tvm.transform.module_pass(opt_level=0)
-def _graphs(module: tvm.IRModule, _: Any) -> tvm.IRModule:
-    """Every function that is called again and again captures its launches in a CUDA graph."""
+def _graphs(module: tvm.IRModule) -> tvm.IRModule:
+    """The module on a GPU: every function that is called again and again captures its launches in a CUDA graph."""
     again = tvm.IRModule({name: f for name, f in module.functions.items() if name.name_hint != PREPARE})
     with tvm.transform.PassContext(config={"relax.backend.use_cuda_graph": True}):
         rewritten = transform.RewriteCUDAGraph()(again)
@@ -219,12 +217,12 @@ class _Builder:
         operands = dict(call.operands)
         arguments = [self._shaped(env[operands[a.name]], sized(a.shape, batch)) for a in inputs]
         if call.into:
-            (output,) = outputs
+            output, *workspaces = outputs
             if call.into not in env:
-                shape, dtype = relax.ShapeExpr(sized(output.shape, batch)), output.dtype
-                env[call.into] = self.builder.emit(relax.op.builtin.alloc_tensor(shape, dtype, 0))
+                env[call.into] = self._allocated(output, batch)
             target = self._shaped(env[call.into], sized(output.shape, batch))
-            self.builder.emit(relax.Call(function, [*arguments, target]))
+            made = [target, *(self._allocated(argument, batch) for argument in workspaces)]
+            self.builder.emit(relax.Call(function, [*arguments, *made]))
             return
         types = [relax.TensorType(sized(a.shape, batch), a.dtype) for a in outputs]
         made = self.builder.emit(relax.call_tir(function, arguments, types if len(types) > 1 else types[0]))
@@ -233,7 +231,12 @@ class _Builder:
             env[names[outputs[0].name]] = made
             return
         for i, argument in enumerate(outputs):
-            env[names[argument.name]] = self.builder.emit(relax.TupleGetItem(made, i))
+            if argument.name in names:  # no one reads workspaces
+                env[names[argument.name]] = self.builder.emit(relax.TupleGetItem(made, i))
+
+    def _allocated(self, argument: Argument, batch: int) -> Any:
+        shape = relax.ShapeExpr(sized(argument.shape, batch))
+        return self.builder.emit(relax.op.builtin.alloc_tensor(shape, argument.dtype, 0))
 
     def _shaped(self, value: Any, shape: tuple[int, ...]) -> Any:
         """The value in the shape that a kernel reads it in."""

@@ -107,14 +107,15 @@ def resolve(value: Any) -> Any:
 
 
 def arguments(kernel: Kernel, target: Target) -> tuple[list[Argument], list[Argument]]:
-    """(inputs, outputs) of a kernel in calling order."""
+    """(inputs, outputs) of a kernel in calling order; workspaces are outputs that no one reads."""
     problem = resolve(kernel.problem)
     lanes = HOST if target.is_cuda else isa(target.name)
     own = _cuda(kernel) if target.is_cuda else None  # GPUs have templates besides, which say it all themselves
     arguments_, outputs = own and own.arguments, own and own.outputs
     buffers = arguments_(problem) if arguments_ else TEMPLATES[kernel.template].arguments(problem, lanes)
     count = outputs(problem) if outputs else TEMPLATES[kernel.template].outputs(problem, lanes)
-    return buffers[: len(buffers) - count], buffers[len(buffers) - count :]
+    workspaces = own.workspaces(problem) if own else []
+    return buffers[: len(buffers) - count], [*buffers[len(buffers) - count :], *workspaces]
 
 
 def build(kernel: Kernel, target: Target) -> PrimFunc:

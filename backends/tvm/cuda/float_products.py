@@ -96,10 +96,6 @@ class Kernel(gemm.Kernel):
     _has_border = False
     """Pixels of the border are zeros, as `_fetch` gives what is not there."""
 
-    def _most_splits(self) -> int:
-        """One: sums of floats have an order."""
-        return 1
-
     def _products(self) -> None:
         w = self.w
         self.floats = local(self.copies * VALUES)

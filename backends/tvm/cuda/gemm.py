@@ -27,13 +27,22 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
-from mpq_compiler.backends.tvm.cuda.threads import barrier, each, flat, grid, local, primfunc, shared, workspace
+from mpq_compiler.backends.tvm.cuda.threads import (
+    barrier,
+    each,
+    flat,
+    grid,
+    local,
+    primfunc,
+    shared,
+    strided,
+)
 from mpq_compiler.backends.tvm.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
 from mpq_compiler.backends.tvm.kernels import vmath
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, apply
 from mpq_compiler.backends.tvm.kernels.gemm import calling
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
-from mpq_compiler.backends.tvm.kernels.template import Argument, Buffers, quantizer, store, unravel
+from mpq_compiler.backends.tvm.kernels.template import BATCH, Argument, Buffers, quantizer, store, unravel
 
 MMA = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
@@ -95,18 +104,35 @@ LEAST_STEPS = 8
 """Of a block of threads, so that filling its stages is worth it."""
 
 
+def most_splits(problem: QuantMatmul) -> int:
+    """How many blocks share the k axis of a tile, for one sample; several segments have an order of their sums."""
+    if len(problem.segments) > 1:
+        return 1
+    w, own = Fragments(problem), tile(problem)
+    tiles = -(-problem.rows // own.rows) * (w.outputs // own.columns)
+    return max(1, min(BLOCKS // tiles, w.steps // LEAST_STEPS))
+
+
 def arguments(problem: QuantMatmul) -> list[Argument]:
     """As of `kernels.gemm`, with the weights of `weights.Fragments`."""
     return calling(problem, Fragments(problem).buffers())
 
 
+def workspaces(problem: QuantMatmul) -> list[Argument]:
+    """Sums of blocks that share the k axis: parts [B, most splits x rows x outputs]; row_parts, of rows' codes."""
+    if (most := most_splits(problem)) == 1:
+        return []
+    parts = Argument("parts", (BATCH, most * problem.rows * problem.outputs), "int32")
+    return [parts, *([Argument("row_parts", (BATCH, most * problem.rows), "int32")] if problem.has_offset else [])]
+
+
 def build(problem: QuantMatmul, name: str) -> PrimFunc:
-    """The kernel ``name(*arguments(problem))``; the batch is the only symbolic size."""
+    """The kernel ``name(*arguments(problem), *workspaces(problem))``; the batch is the only symbolic size."""
 
     def body(batch: Any, buffers: Buffers) -> None:
-        Kernel(problem, tile(problem), buffers).emit(batch)
+        Kernel(problem, tile(problem), buffers, most_splits(problem)).emit(batch)
 
-    return primfunc(name, arguments(problem), body)
+    return primfunc(name, [*arguments(problem), *workspaces(problem)], body)
 
 
 def byte_perm(low: Any, high: Any, selector: Any) -> Expr:
@@ -117,11 +143,12 @@ class Kernel:
     """A product in a tile. The one in bfloat16 (`float_products`) has others where it says so.
 
     instruction: of the tensor cores; sum_type: of its results' registers
+    most_splits: `most_splits` of a product of integers; sums of floats have an order
     """
 
     instruction, sum_type = MMA, "uint32"
 
-    def __init__(self, problem: QuantMatmul, tile: Tile, buffers: Buffers) -> None:
+    def __init__(self, problem: QuantMatmul, tile: Tile, buffers: Buffers, most_splits: int = 1) -> None:
         self.p, self.t, self.w = problem, tile, Fragments(problem)
         self.epilogue = problem.epilogue or Epilogue()
         self.b = {name: flat(buffer) for name, buffer in buffers.items()}
@@ -130,26 +157,16 @@ class Kernel:
         self.copied = math.gcd(CHUNK, *sizes)
         """Bytes that are copied at once: addresses are multiples of this."""
         self.several = len(problem.segments) > 1
-        self.most_splits = self._most_splits()
-
-    def _most_splits(self) -> int:
-        """How many blocks share the k axis of a tile, for one sample; several segments have an order of their sums."""
-        if self.several:
-            return 1
-        tiles = -(-self.p.rows // self.t.rows) * (self.w.outputs // self.t.columns)
-        return max(1, min(BLOCKS // tiles, self.w.steps // LEAST_STEPS))
+        self.most_splits = most_splits
 
     def emit(self, batch: Any) -> None:
         t, p = self.t, self.p
         self.total = T.bind(batch * p.rows)
         down = (self.total + (t.rows - 1)) // t.rows
         across = self.w.outputs // t.columns
+        self.splits: Any = 1
         if self.most_splits > 1:
             self.splits = T.bind(T.max(1, T.min(BLOCKS // (down * across), self.most_splits)))
-            self.parts = workspace(self.splits * self.total * p.outputs, "int32")
-            self.row_parts: Any = workspace(self.splits * self.total, "int32") if p.has_offset else None
-        else:
-            self.splits = 1
         with grid(down * across * self.splits, t.threads) as (number, thread):
             self.thread = thread
             self.split: Any = T.bind(number // (down * across)) if self.most_splits > 1 else 0
@@ -436,10 +453,13 @@ class Kernel:
 
     # ---------------------------------------------------------------------------------------------- conclusions
 
-    def _each_output(self, body: Callable[[int, Any, Any], None]) -> None:
-        """``body(register, row, column)`` for what a thread holds, rows and columns of the whole product."""
+    def _each_output(self, body: Callable[[int, Any, Any], None], fragment: int | None = None) -> None:
+        """``body(register, row, column)`` for what a thread holds, rows and columns of the whole product.
+
+        fragment: of rows, that alone
+        """
         t, lane = self.t, self.lane
-        for i in range(t.row_fragments):
+        for i in range(t.row_fragments) if fragment is None else (fragment,):
             for half in range(2):
                 row = T.bind(self._own_row(2 * i + half))
                 for j in range(t.column_fragments):
@@ -540,26 +560,54 @@ class Kernel:
         return T.cast(self.b["group"][tirx.truncdiv(row, self.p.rows)], "int32")
 
     def _store(self) -> None:
-        p = self.p
+        """Results go to shared memory as the lanes hold them, 16 rows of each warp at once, and from there by rows.
 
-        def finish(at: int, row: Any, column: Any) -> None:
-            with T.If(tirx.all(row < self.total, column < p.outputs)), T.Then():
-                if self.y is not None:
-                    y: Any = self.y[at]
-                    if self.p.late_zeros:
-                        zero = vmath.neg(T.cast(self.b["act_zero"][row], "float32"))
-                        start = self.b["bias"][column] if p.has_bias else vmath.f32(0.0, 1)
-                        own = vmath.fma(zero, self.b["sums"][column], y)
-                        y = vmath.fma(self.b["act_scale"][row], own, start)
-                else:
-                    y = self._added(self._first(column), self._sum(at), row, column, 0)
-                i = at // (self.t.column_fragments * 8) * 2 + at % 4 // 2  # of the thread's own rows
-                y = self._with_offsets(y, lambda j: self.activations[j * self.own_rows + i], row, column)
-                self._finish(vmath.keep(y), row, column)
-
+        So neighbouring threads read and write what lies side by side, and the code of the epilogue stands there once.
+        """
+        t, p = self.t, self.p
         if not self.several:
             self._sum_activations(0)
-        self._each_output(finish)
+        rows = 16 * t.down
+        staged = T.decl_buffer((rows * t.columns,), "float32", data=self.x.data, scope="shared")
+        assert rows * t.columns * 4 <= t.stages * t.rows * STEP
+
+        def place(row: Any, column: Any) -> Any:
+            """Such that neither the lanes of a fragment nor those of a row meet a bank twice."""
+            return row * t.columns + T.bitwise_xor(column, row % 4 * 8 + row // 4 % 2)
+
+        for fragment in range(t.row_fragments):
+
+            def keep(at: int, row: Any, column: Any, fragment: int = fragment) -> None:
+                own = row - self.first_row - fragment * 16
+                own = own - self.warp_row + self.warp_row // t.row_fragments
+                inside = T.bind(T.min(row, self.total - 1))
+                channel = column if self.w.outputs == p.outputs else T.bind(T.min(column, p.outputs - 1))
+                store(staged, self._result(at, inside, channel), place(T.bind(own), column - self.first_column))
+
+            barrier()
+            self._each_output(keep, fragment)
+            barrier()
+            with strided(self.thread, rows * t.columns, t.threads) as number:
+                own, across = unravel(number, t.columns)
+                down = own // 16 * (t.row_fragments * 16) + fragment * 16 + own % 16
+                row, column = T.bind(self.first_row + down), T.bind(self.first_column + across)
+                with T.If(tirx.all(row < self.total, column < p.outputs)), T.Then():
+                    self._finish(vmath.keep(staged[place(own, across)]), row, column)
+
+    def _result(self, at: int, row: Any, column: Any) -> Expr:
+        """What stands in a register at the end, before the epilogue."""
+        p = self.p
+        if self.y is None:
+            y = self._added(self._first(column), self._sum(at), row, column, 0)
+        elif p.late_zeros:
+            zero = vmath.neg(T.cast(self.b["act_zero"][row], "float32"))
+            start = self.b["bias"][column] if p.has_bias else vmath.f32(0.0, 1)
+            own = vmath.fma(zero, self.b["sums"][column], self.y[at])
+            y = vmath.fma(self.b["act_scale"][row], own, start)
+        else:
+            y = self.y[at]
+        i = at // (self.t.column_fragments * 8) * 2 + at % 4 // 2  # of the thread's own rows
+        return self._with_offsets(y, lambda j: self.activations[j * self.own_rows + i], row, column)
 
     def _store_parts(self) -> None:
         """What a block has summed up goes to memory."""
@@ -567,7 +615,7 @@ class Kernel:
 
         def keep(at: int, row: Any, column: Any) -> None:
             with T.If(tirx.all(row < self.total, column < outputs)), T.Then():
-                store(self.parts, self._sum(at), (self.split * self.total + row) * outputs + column)
+                store(self.b["parts"], self._sum(at), (self.split * self.total + row) * outputs + column)
 
         self._each_output(keep)
         if self.row_sums is None:
@@ -576,7 +624,7 @@ class Kernel:
             row = T.bind(self._own_row(i))
             first = tirx.all(tirx.EQ(self.first_column + self.warp_column, 0), tirx.EQ(self.lane % 4, 0))
             with T.If(tirx.all(row < self.total, first)), T.Then():  # all columns have the same
-                store(self.row_parts, self._row_sum(i), self.split * self.total + row)
+                store(self.b["row_parts"], self._row_sum(i), self.split * self.total + row)
 
     def _add_parts(self) -> None:
         """A thread for each output."""
@@ -590,10 +638,10 @@ class Kernel:
                     store(total, total[0] + parts[split * step + at], 0)
                 return total[0]
 
-            total = summed(self.parts, self.total * self.p.outputs, number)
+            total = summed(self.b["parts"], self.total * self.p.outputs, number)
             y = self._added(self._first(column), total, row, column, 0)
             if self.p.has_offset:
-                activations = vmath.keep(self._above_zero(summed(self.row_parts, self.total, row), row, 0))
+                activations = vmath.keep(self._above_zero(summed(self.b["row_parts"], self.total, row), row, 0))
                 y = self._with_offsets(y, lambda _: activations, row, column)
             self._finish(vmath.keep(y), row, column)
 

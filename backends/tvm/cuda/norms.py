@@ -24,18 +24,24 @@ from mpq_compiler.backends.tvm.cuda.threads import (
     power,
     primfunc,
     strided,
-    workspace,
 )
 from mpq_compiler.backends.tvm.kernels import vmath
 from mpq_compiler.backends.tvm.kernels.hadamard import Hadamard
 from mpq_compiler.backends.tvm.kernels.hadamard import arguments as hadamard_arguments
 from mpq_compiler.backends.tvm.kernels.norms import GroupNorm, LayerNorm, Norm, RmsNorm, arguments
-from mpq_compiler.backends.tvm.kernels.template import Buffers, store, unravel
+from mpq_compiler.backends.tvm.kernels.template import BATCH, Argument, Buffers, store, unravel
 from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, keep, mul
 
 
+def workspaces(problem: Norm) -> list[Argument]:
+    """Of group norm: mean and rstd [B, groups]."""
+    if not isinstance(problem, GroupNorm):
+        return []
+    return [Argument(name, (BATCH, problem.groups)) for name in ("mean", "rstd")]
+
+
 def build(problem: Norm, name: str) -> PrimFunc:
-    """The kernel ``name(*kernels.norms.arguments(problem))``."""
+    """The kernel ``name(*kernels.norms.arguments(problem), *workspaces(problem))``."""
 
     def body(batch: Any, buffers: Buffers) -> None:
         if isinstance(problem, GroupNorm):
@@ -43,7 +49,7 @@ def build(problem: Norm, name: str) -> PrimFunc:
         else:
             _row_norm(problem, batch, buffers)
 
-    return primfunc(name, arguments(problem), body)
+    return primfunc(name, [*arguments(problem), *workspaces(problem)], body)
 
 
 def build_hadamard(problem: Hadamard, name: str) -> PrimFunc:
@@ -102,7 +108,7 @@ def _row_norm(problem: LayerNorm | RmsNorm, batch: Any, buffers: Buffers) -> Non
 def _group_norm(problem: GroupNorm, batch: Any, buffers: Buffers) -> None:
     channels, positions, size = problem.channels, problem.positions, problem.channels // problem.groups
     count = positions * size
-    mean_of, rstd_of = workspace(batch * problem.groups), workspace(batch * problem.groups)
+    mean_of, rstd_of = flat(buffers["mean"]), flat(buffers["rstd"])
     names = [(f"x{i}", n) for i, n in enumerate(problem.parts)] or [("x", channels)]
 
     def read(sample: Any, row: Any, channel: Any) -> Expr:

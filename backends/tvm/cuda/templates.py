@@ -30,11 +30,13 @@ class Template:
     """As of the CPU, without an instruction set: (problem, name) makes the kernel.
 
     arguments: of a problem, where they are others than on the CPU
+    workspaces: memory for what one grid hands to the next, behind the arguments
     """
 
     build: Callable[[Any, str], PrimFunc]
     arguments: Callable[[Any], list[template.Argument]] | None = None
     outputs: Callable[[Any], int] | None = None
+    workspaces: Callable[[Any], list[template.Argument]] = lambda problem: []
 
 
 def _by_numerics(f32: Callable[..., Any], bf16: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,7 +45,7 @@ def _by_numerics(f32: Callable[..., Any], bf16: Callable[..., Any]) -> Callable[
 
 
 TEMPLATES: dict[str, Template] = {
-    "gemm": Template(gemm.build, gemm.arguments),
+    "gemm": Template(gemm.build, gemm.arguments, workspaces=gemm.workspaces),
     "prepare": Template(
         weights.build,
         lambda problem: [argument for part in weights.arguments(problem) for argument in part],
@@ -56,7 +58,7 @@ TEMPLATES: dict[str, Template] = {
     "dequantize": Template(weights.build_dequantize),
     "float8": Template(weights.build_float8),
     "quantize": Template(quantize.build),
-    "norms": Template(norms.build),
+    "norms": Template(norms.build, workspaces=norms.workspaces),
     "hadamard": Template(norms.build_hadamard),
     "attention": Template(attention.build),
     "fast_attention": Template(fast_attention.build),

@@ -65,7 +65,11 @@ def local(size: int, dtype: str = "float32") -> Buffer:
 
 
 def workspace(size: Any, dtype: str = "float32") -> Buffer:
-    """Uninitialised memory of the device, for what one grid hands to the next. Outside of grids."""
+    """Uninitialised memory of the device, for what one grid hands to the next, of a kernel that runs once.
+
+    TVM frees it as soon as another asks for more, and a CUDA graph goes on with its address: what runs in every call
+    has arguments for it. Outside of grids.
+    """
     return T.alloc_buffer((size,), dtype, align=64, scope="global")
 
 

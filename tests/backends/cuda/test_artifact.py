@@ -164,14 +164,21 @@ def _source(module: Path) -> str:
     return module.with_suffix(machine_code.SOURCE).read_text()
 
 
-def test_an_artifact_of_fatbins_runs(for_all, tmp_path):
-    """From its second call on as a graph, whatever the batch sizes in between."""
+@pytest.fixture(scope="module")
+def emulated_unet(for_all, tmp_path_factory):
+    """(artifact, what the driver has to know to run it)"""
     path, cache = for_all
     if "unet" not in str(cache):
         pytest.skip("one denoiser is enough: kernels are emulated in other tests")
     emulator.needs()
-    emulator.emulate(cache, tmp_path)
-    options = {"MPQ_EMULATED": str(tmp_path), "MPQ_EMULATED_SM": "90"}
+    folder = tmp_path_factory.mktemp("emulated")
+    emulator.emulate(cache, folder)
+    return path, {"MPQ_EMULATED": str(folder), "MPQ_EMULATED_SM": "90"}
+
+
+def test_an_artifact_of_fatbins_runs(emulated_unet):
+    """From its second call on as a graph, whatever the batch sizes in between."""
+    path, options = emulated_unet
     case = packed.program(packed.BUNDLED, "int4")
     parts = [packed.take(case.inputs, rows) for rows in (slice(1), slice(2, 4), slice(4, 5))]
     (first, two, third), (launches, graphs) = execute(path, [_arrays(inputs) for inputs in parts], **options)
@@ -181,6 +188,21 @@ def test_an_artifact_of_fatbins_runs(for_all, tmp_path):
     assert launches - launches_alone < launches_alone / 2  # a call of two, and what the graph leaves out
     for found, inputs in zip((first, two, third), parts, strict=True):
         assert packed.sqnr_db(torch.from_numpy(found), case.denoiser(**inputs)) > 10
+
+
+def test_its_time_is_that_of_the_wall(emulated_unet):
+    path, options = emulated_unet
+    code = (
+        "import sys; from mpq_compiler.bench import bench\n"
+        "for more in ({}, {'kernels': True}, {'against': ['onnxruntime-int8']}):\n"
+        "    try: print(bench([sys.argv[1]], rounds=1, memory=False, **more)['clock'])\n"
+        "    except Exception as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=emulator.environment(**options))
+    clock, kernels, against = done.stdout.splitlines()
+    assert clock == "wall"
+    assert "launched as one graph" in kernels and "leave --against out" in against
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,8 @@ def run(problems: Problems) -> list[tuple[Case, list[np.ndarray]]]:
     for i, (case, data, results) in enumerate(zip(cases, datas, library.run(first), strict=True)):
         inputs, made = weights.arguments(case.problem)
         data |= {a.name: value for a, value in zip(made, results[len(inputs) :], strict=True)}
-        arguments = gemm.arguments(case.problem)
-        data |= {a.name: empty(a, case.batch) for a in arguments if a.name in ("out", "full")}
-        second.append((f"kernel{i}", [data[a.name] for a in arguments]))
+        arguments = [*gemm.arguments(case.problem), *gemm.workspaces(case.problem)]
+        second.append((f"kernel{i}", [data[a.name] if a.name in data else empty(a, case.batch) for a in arguments]))
     late, early = library.run(second), library.run(second, early=True)
     for case, results, others in zip(cases, late, early, strict=True):
         for result, other in zip(results, others, strict=True):

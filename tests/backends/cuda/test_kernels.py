@@ -139,12 +139,13 @@ def results() -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
         count = len(arguments) - template.outputs(case.problem, isa)
         arrays = [empty(a, BATCH) for a in arguments]
         arrays[:count] = [_value(draw, case, a.name, x) for a, x in zip(arguments[:count], arrays, strict=False)]
-        calls.append((name, arrays))
+        workspaces = [empty(a, BATCH) for a in cuda.TEMPLATES[case.template].workspaces(case.problem)]
+        calls.append((name, [*arrays, *workspaces]))
         tensors = [tvm.runtime.tensor(array) for array in arrays]
         library[name](*tensors)
-        expected.append([tensor.numpy() for tensor in tensors[count:]])
+        expected.append({i: tensor.numpy() for i, tensor in enumerate(tensors) if i >= count})
     found = Library(device).run(calls)
-    return [(want, got[-len(want) :]) for want, got in zip(expected, found, strict=True)]
+    return [([*want.values()], [got[i] for i in want]) for want, got in zip(expected, found, strict=True)]
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{c.template}-{i}" for i, c in enumerate(CASES)])

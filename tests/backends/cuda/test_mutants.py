@@ -70,6 +70,9 @@ GEMM: Mutants = {
     "sums of the next row": ("i * 8 + self.lane // 4", "i * 8 + (self.lane // 4 + 1) % 8"),
     "columns turned": ("column = T.bind(first + lane % 4 * 2 + e)", "column = T.bind(first + lane % 4 * 2 + 1 - e)"),
     "half of a selector": ("return found >> T.uint32(16) if kk else found", "return found"),
+    "no barrier before results": ("            barrier()\n            self._each", "            self._each"),
+    "no barrier behind results": ("            barrier()\n            with strided", "            with strided"),
+    "results of the next row": ("own = own - self.warp_row +", "own = own + 1 - self.warp_row +"),
     "the last chunk too long": ("T.min(size - channel, CHUNK), 0)", "T.min(size - channel + 3, CHUNK), 0)"),
 }
 SPLIT: Mutants = {
@@ -81,8 +84,8 @@ SPLIT: Mutants = {
     ),
     "parts over one another": ("(self.split * self.total + row) * outputs + column)", "row * outputs + column)"),
     "sums of rows over one another": (
-        "store(self.row_parts, self._row_sum(i), self.split * self.total + row)",
-        "store(self.row_parts, self._row_sum(i), row)",
+        "self._row_sum(i), self.split * self.total + row)",
+        "self._row_sum(i), row)",
     ),
     "sums of rows by no one": ("first = tirx.all(tirx.EQ(self.first", "first = tirx.all(tirx.EQ(1 + self.first"),
 }
@@ -167,13 +170,13 @@ FLOAT_PRODUCTS: Mutants = {
     ),
     "no border at the bottom": ("top >= 0, top < p.height,", "top >= 0, top <= p.height,"),
     "no border at the left": ("left >= 0, left", "left >= -1, left"),
-    "another tap": ("self.pixel[i] + dy * p.width + dx", "self.pixel[i] + dx * p.width + dy"),
+    "another tap": ("(dy * p.width + dx) * (depth", "(dx * p.width + dy) * (depth"),
     "the first half of a chunk": ("span((at + first // together) * together,", "span(at * together,"),
     "the first channels": ("+ channel // together)", "+ 0)"),
-    "pairs turned": ("words[place], high, low)", "words[place], low, high)"),
+    "pairs turned": ("+ e] for e in range(2))), k)", "+ e] for e in (1, 0))), k)"),
     "the floats of the first row": ("self.floats[i * VALUES + BYTES * k + e]", "self.floats[BYTES * k + e]"),
     "words of another row": ("self._target(self._copied_row(i), stage)", "self._target(self._copied_row(0), stage)"),
-    "sums of the neighbour": ("return y + self.sums[at]", "return y + self.sums[at // 2 * 2]"),
+    "sums of the neighbour": ("return self.sums[at]", "return self.sums[at // 2 * 2]"),
     "no bias": ("p.padding, has_bias=p.bias", "p.padding, has_bias=False"),
 }
 WEIGHT_ONLY: Mutants = {
@@ -187,7 +190,7 @@ WEIGHT_ONLY: Mutants = {
     "scales of the first step": ("((step * 2 + lane // 32)", "((lane // 32)"),
     "the scale of another channel": ("8 * h + lane % 32 // 4)", "lane % 32 // 4)"),
     "no offset": ("if self.table.offset is None:", "if True:"),
-    "registers turned": ("decoded, 2 * h + kk, *pair", "decoded, 2 * kk + h, *pair"),
+    "registers turned": ("pair(*pair), 2 * h + kk)", "pair(*pair), 2 * kk + h)"),
     "lanes of the first share": ("(i * self.t.threads + self.thread) // LANES", "self.thread // LANES"),
     "into the stage that is read": ("target = stage * (", "target = (1 - stage) * ("),
 }
@@ -253,7 +256,7 @@ def _product(problem: QuantMatmul) -> list[np.ndarray]:
     prepared = [*(data[a.name] for a in inputs), *(empty(a, 2) for a in made)]
     (results,) = Library({"prepare": weights.build(problem, "prepare")}).run([("prepare", prepared)])
     data |= {a.name: value for a, value in zip(made, results[len(inputs) :], strict=True)}
-    arguments = gemm.arguments(problem)
+    arguments = [*gemm.arguments(problem), *gemm.workspaces(problem)]
     return [data[a.name] if a.name in data else empty(a, 2) for a in arguments]
 
 
