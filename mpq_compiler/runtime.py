@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
@@ -117,6 +117,8 @@ class CompiledDenoiser:
         self._convention = Convention(**{**call, "baked": tuple(call.get("baked", ()))})
         self.report: Any = None
         """How it was compiled, where that was done in this process (`compile` of a pipeline)."""
+        self._devices = ("cpu", "cuda") if gpu.stated(self.manifest["target"]["features"]) else ("cpu",)
+        """Where torch tensors may be."""
         self._executor = _executor(artifact, threads, reuse_bytes)
         self._lock = threading.Lock()
 
@@ -146,19 +148,22 @@ class CompiledDenoiser:
 
     @property
     def device(self) -> Any:
-        """The CPU: a torch device where torch is loaded, else the string "cpu"."""
+        """The CPU, or the GPU of an artifact for one: a torch device where torch is loaded, else a string.
+
+        A torch that was built without CUDA has tensors on the CPU only.
+        """
         torch = _torch()
-        return torch.device("cpu") if torch else "cpu"
+        name = self._devices[-1] if not torch or torch.cuda.is_available() else "cpu"
+        return torch.device(name) if torch else name
 
     def to(self, *args: Any, **kwargs: Any) -> CompiledDenoiser:
-        """Itself, for the CPU and float32. UserError: any other device or type."""
+        """Itself, for float32 and the CPU, or the GPU of an artifact for one. UserError: any other device or type."""
         for argument in (*args, *kwargs.values()):
             if isinstance(argument, str | np.dtype) or type(argument).__module__ == "torch":
                 name = str(argument).removeprefix("torch.")
-                if name.split(":")[0] not in ("cpu", "float32", "contiguous_format", "preserve_format"):
-                    raise UserError(
-                        f"a compiled denoiser cannot move to {name}: it runs in float32 on the CPU"
-                    )
+                if name.split(":")[0] not in (*self._devices, "float32", "contiguous_format", "preserve_format"):
+                    known = " or ".join(self._devices)
+                    raise UserError(f"a compiled denoiser cannot move to {name}: this one takes float32 on {known}")
         return self
 
     def eval(self) -> CompiledDenoiser:
@@ -195,16 +200,17 @@ class CompiledDenoiser:
 
         Arguments by position or by name, as arrays or torch tensors on the CPU; those that are None count
         as absent. A number, or an array of one, stands for one value a sample where the input has one (the
-        timestep). Returns a `DenoiserOutput`, or a tuple of one where `return_dict` is false. UserError: as
+        timestep). An artifact for a GPU takes tensors on the GPU too, by way of the CPU, and returns the result where
+        the first of them is. Returns a `DenoiserOutput`, or a tuple of one where `return_dict` is false. UserError: as
         `run`.
         """
         named = self._named(args, kwargs)
-        as_torch = any(_is_torch(value) for value in named.values())
+        given = next((value for value in named.values() if _is_torch(value)), None)
         result: Any = self._convention.pack(self.run(named))
-        if as_torch:
+        if given is not None:
             torch = _torch()
             assert torch
-            result = torch.from_numpy(result)
+            result = torch.from_numpy(result).to(given.device)
         return DenoiserOutput(result) if return_dict else (result,)
 
     def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,7 +278,7 @@ class CompiledDenoiser:
         for name in self._inputs:
             if name not in inputs:
                 raise UserError(f"input '{name}' is missing; this artifact takes {', '.join(self._inputs)}")
-        arrays = {name: _array(name, inputs[name], value) for name, value in self._inputs.items()}
+        arrays = {name: _array(name, inputs[name], value, self._devices) for name, value in self._inputs.items()}
         batch = max((len(array) for array in arrays.values() if array.ndim), default=1)
         for name, value in self._inputs.items():
             array = arrays[name]
@@ -394,16 +400,16 @@ def _is_torch(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def _array(name: str, value: Any, expected: Mapping[str, Any]) -> np.ndarray:
-    """`value` as an array of the expected type. UserError: it is something else, or elsewhere."""
+def _array(name: str, value: Any, expected: Mapping[str, Any], devices: Collection[str]) -> np.ndarray:
+    """`value` as an array of the expected type. UserError: it is something else, or on no device of these."""
     dtype, scalar = np.dtype(expected["dtype"]), len(expected["shape"]) == 1
     if _is_torch(value):
-        if value.device.type != "cpu":
+        if value.device.type not in devices:
             raise UserError(f"input '{name}' is on {value.device}; this artifact takes it on the CPU: .cpu()")
         stated = str(value.dtype).removeprefix("torch.")
         if stated in ("bfloat16", "complex32") or stated.startswith("float8"):
             raise UserError(f"input '{name}' is {stated}; this artifact takes {dtype}")
-        value = value.detach().numpy()
+        value = value.detach().cpu().numpy()
     elif scalar and isinstance(value, int | float):
         value = np.asarray(value)
     elif not isinstance(value, np.ndarray | np.generic):

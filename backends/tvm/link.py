@@ -42,7 +42,7 @@ def link(lowered: Lowered, target: Target, objects: Sequence[Path], output: Path
     UserError: there is no linker for the target.
     """
     planned = planning()(_Builder(lowered, target).module())
-    plain = lowering()(planned)
+    plain = lowering()(planned)  # says what functions hold, which graphs share
     module = lowering()(_graphs(planned)) if target.is_cuda else plain
     builder = relax.ExecBuilder()
     _vmcodegen(builder, module, "bytecode")

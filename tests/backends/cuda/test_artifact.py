@@ -35,6 +35,7 @@ RUN = """
 import ctypes, pickle, sys
 from mpq_compiler import runtime
 artifact = runtime.load(sys.argv[1])
+assert artifact.to("cuda") is artifact
 pickle.dump([artifact.run(inputs) for inputs in pickle.load(sys.stdin.buffer)], sys.stdout.buffer)
 driver = ctypes.CDLL("libcudart.so.13")  # whose launches TVM's runtime takes, the emulator's libcuda has the same
 print(driver.cuEmulatedLaunches(), driver.cuEmulatedGraphs(), file=sys.stderr)
