@@ -97,7 +97,7 @@ def bench(
     if subject.manifest.get("parts"):
         reusing = runtime.load(paths[0], threads)
         entries.insert(2, Contestant(REUSING, functools.partial(reusing.run, inputs)))
-    on_gpu = bool(gpu.stated(subject.manifest["target"]["features"]))
+    on_gpu = gpu.is_for(subject.manifest)
     if on_gpu and against:
         raise UserError(f"peers run on the CPU, and {paths[0]} on a GPU; leave --against out")
     clock = "cpu" if threads == 1 and not on_gpu else "wall"
@@ -192,7 +192,7 @@ def _machine(manifest: Mapping[str, Any]) -> Machine:
     reason = None
     if manifest["target"]["backend"] != "tvm":
         reason = "an artifact for another runtime has no kernels of ours to hold against a peak"
-    elif gpu.stated(manifest["target"]["features"]):
+    elif gpu.is_for(manifest):
         reason = "the peaks of a GPU are not measured"
     elif importlib.util.find_spec("tvm") is None:
         reason = "the peaks are compiled here, which needs TVM's compiler: pip install 'mpq-compiler[compile]'"
@@ -269,7 +269,7 @@ def _schedule(compiled: runtime.CompiledDenoiser) -> list[dict[str, Any]]:
 def _require_kernels(compiled: runtime.CompiledDenoiser, batch: int) -> None:
     if compiled.manifest["target"]["backend"] != "tvm" or not _schedule(compiled):
         raise UserError(f"{compiled.artifact.path} has no kernels that could be timed; leave --kernels and --plot out")
-    if gpu.stated(compiled.manifest["target"]["features"]):
+    if gpu.is_for(compiled.manifest):
         raise UserError(
             f"the kernels of {compiled.artifact.path} are launched as one graph, which NVIDIA's nsys takes apart; "
             "leave --kernels and --plot out"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _PREFIX = "sm_"
@@ -71,6 +72,11 @@ def feature(level: int) -> str:
 def stated(features: Iterable[str]) -> list[int]:
     """The compute capabilities that features state."""
     return [int(name.removeprefix(_PREFIX)) for name in features if name.startswith(_PREFIX)]
+
+
+def is_for(manifest: Mapping[str, Any]) -> bool:
+    """Whether an artifact is for a GPU."""
+    return bool(stated(manifest["target"]["features"]))
 
 
 def runs(code: Iterable[int], level: int) -> bool:

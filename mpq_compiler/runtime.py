@@ -79,7 +79,7 @@ def _executor(artifact: Artifact, threads: int, reuse_bytes: int) -> Executor:
     target = artifact.manifest["target"]
     targets.require_host(target["name"], target["arch"], target["features"])
     if target["backend"] == "tvm":
-        machine = CudaMachine if gpu.stated(target["features"]) else VirtualMachine
+        machine = CudaMachine if gpu.is_for(artifact.manifest) else VirtualMachine
         return machine(artifact, threads, reuse_bytes)
     if target["backend"] in BACKENDS:
         try:
@@ -117,7 +117,7 @@ class CompiledDenoiser:
         self._convention = Convention(**{**call, "baked": tuple(call.get("baked", ()))})
         self.report: Any = None
         """How it was compiled, where that was done in this process (`compile` of a pipeline)."""
-        self._devices = ("cpu", "cuda") if gpu.stated(self.manifest["target"]["features"]) else ("cpu",)
+        self._devices = ("cpu", "cuda") if gpu.is_for(self.manifest) else ("cpu",)
         """Where torch tensors may be."""
         self._executor = _executor(artifact, threads, reuse_bytes)
         self._lock = threading.Lock()

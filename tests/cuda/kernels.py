@@ -85,6 +85,12 @@ class Library:
         return [result for result in found if result is not None]
 
 
+def cuobjdump(option: str, code: Path) -> str:
+    """What it says of the machine code in a file."""
+    command = [machine_code.tool("cuobjdump"), option, str(code)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def empty(argument: Argument, batch: int) -> np.ndarray:
     """A result to be written, full of a byte that no kernel leaves behind by chance."""
     shape = tuple(batch if extent == BATCH else int(extent) for extent in argument.shape)

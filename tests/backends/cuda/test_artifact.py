@@ -24,6 +24,7 @@ from mpq_compiler.numerics import BF16, BOUNDS
 from mpq_compiler.program import run
 from tests import packed, programs
 from tests.cuda import emulator, nvcc
+from tests.cuda.kernels import cuobjdump
 from tests.float_kernels import error
 
 MODELS = ((packed.BUNDLED, "int4"), ("sd15", "int2+b"), ("pixart", "int4g64,dynamic=true"))
@@ -146,11 +147,6 @@ def test_machine_code_for_all_architectures(for_all, tmp_path):
         if products == 1:
             assert cuobjdump("-sass", code).count("IMMA.16832.U8.S8") >= 4 * 4
     assert products > 5
-
-
-def cuobjdump(option: str, code: Path) -> str:
-    command = [machine_code.tool("cuobjdump"), option, str(code)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def assert_no_spills(code: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +20,7 @@ from mpq_compiler.errors import UserError
 from mpq_compiler.numerics import BF16, INT8
 from mpq_compiler.targets import TARGETS
 from tests.cuda import emulator
-from tests.cuda.kernels import Library, empty
+from tests.cuda.kernels import Library, cuobjdump, empty
 from tests.fast_attention import BATCH, inputs_of, meaning, ready
 from tests.float_kernels import error, quantized, quantizer_inputs, same_bits
 
@@ -135,16 +134,11 @@ def test_machine_code_for_all_architectures(tmp_path):
     source = machine_code.split(tvm.compile(tvm.IRModule(functions), target=options, tir_pipeline="tirx").mod).source
     code = tmp_path / "kernels.fatbin"
     code.write_bytes(machine_code.fatbin(source, target.levels))
-
-    def dumped(option: str) -> str:
-        command = [machine_code.tool("cuobjdump"), option, str(code)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    used = dumped("-res-usage")
+    used = cuobjdump("-res-usage", code)
     assert len(re.findall(r"REG:", used)) == len(problems) * len(target.levels)
     assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}, used
     products = 0
     for problem in problems.values():
         own = fast_attention.tile(problem)
         products += own.fragments * own.keys // 8 * own.steps + own.fragments * own.keys // 16 * -(-own.columns // 8)
-    assert dumped("-sass").count("HMMA.16816.F32.BF16") == products * len(target.levels)
+    assert cuobjdump("-sass", code).count("HMMA.16816.F32.BF16") == products * len(target.levels)
