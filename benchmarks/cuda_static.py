@@ -5,11 +5,12 @@
 
 NVIDIA's compiler makes each kernel for all architectures; its disassembler lists it. The inner loop is the smallest one
 that multiplies; figures are instructions that a warp issues for each `IMMA` (4096 products of 8 bits) or `HMMA` (2048
-of bfloat16), registers of a thread and shared memory of a block. A tensor core of sm_80, sm_87 and sm_89 takes 8 cycles
-for an `IMMA`, in which a warp's scheduler issues as many instructions: with fewer, tensor cores can be what a loop
-waits for. Nothing is executed, and caches, banks and waiting are not in the figures. The tile of an attention is
-queries x keys, and its loop holds the softmax too. CUTLASS's is its 2.x GEMM of signed 8-bit integers in our tile, from
-the folder of its headers (`nvidia-cutlass` on PyPI, or a clone's `include`).
+of bfloat16), an `IGMMA` of Hopper being as many as a warp has a share of; registers of a thread and shared memory of a
+block. A tensor core of sm_80, sm_87 and sm_89 takes 8 cycles for an `IMMA`, in which a warp's scheduler issues as many
+instructions: with fewer, tensor cores can be what a loop waits for. One of sm_90 takes 4, in an `IGMMA`. Nothing
+is executed, and caches, banks and waiting are not in the figures. The tile of an attention is queries x keys, and its
+loop holds the softmax too. CUTLASS's is its 2.x GEMM of signed 8-bit integers in our tile, from the folder of its
+headers (`nvidia-cutlass` on PyPI, or a clone's `include`).
 """
 
 from __future__ import annotations
@@ -27,12 +28,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import tvm
-
 from benchmarks import documents
 from benchmarks.machine import provenance
 from mpq_compiler import terminal
-from mpq_compiler.backends.tvm.cuda import fast_attention, gemm, machine_code
+from mpq_compiler.backends.tvm.cuda import fast_attention, gemm, machine_code, wgmma
 from mpq_compiler.backends.tvm.kernels.fast_attention import FastAttention
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
 from mpq_compiler.targets import TARGETS
@@ -72,14 +71,18 @@ int run(void *a, void *b, void *c, int m, int n, int k) {
 """
 
 
-def source(problem: QuantMatmul | FastAttention) -> str:
-    """The kernel's CUDA."""
-    target = TARGETS["cuda"]
-    options = tvm.target.Target({**target.tvm, "host": dict(target.host)})
-    build = fast_attention.build if isinstance(problem, FastAttention) else gemm.build
-    return machine_code.split(
-        tvm.compile(tvm.IRModule({"kernel": build(problem, "kernel")}), target=options, tir_pipeline="tirx").mod
-    ).source
+def compiled(problem: QuantMatmul | FastAttention) -> list[bytes]:
+    """The kernel's machine code for all architectures: Hopper has products of its own in an artifact for it alone."""
+    builds = {"cuda": gemm.build, "cuda-sm90": wgmma.build}
+    if isinstance(problem, FastAttention):
+        builds = {"cuda": fast_attention.build}
+    found = []
+    for name, build in builds.items():
+        target = TARGETS[name]
+        if function := build(problem, "kernel"):
+            source = machine_code.split(machine_code.compiled({"kernel": function}, target)).source
+            found.append(machine_code.fatbin(source, target.levels))
+    return found
 
 
 def tile(problem: QuantMatmul | FastAttention) -> str:
@@ -123,10 +126,16 @@ def loop(instructions: list[tuple[int, str]]) -> tuple[int, int] | None:
         if not target or int(target[1], 16) >= end:
             continue
         body = [t for at, t in instructions if int(target[1], 16) <= at <= end]
-        products = sum("MMA" in t for t in body)
+        products = sum(_products(t) for t in body)
         if products and (best is None or len(body) < best[0]):
             best = len(body), products
     return best
+
+
+def _products(text: str) -> int:
+    """Of an instruction in units of IMMA: 16 x 8 outputs of a warp, whose share of `wgmma` is 16 rows."""
+    wide = re.search(r"\bIGMMA\.64x(\d+)x32", text)
+    return int(wide[1]) // 8 if wide else int("MMA" in text)
 
 
 def measure(name: str, code: bytes, tile: str) -> Iterator[dict[str, Any]]:
@@ -166,8 +175,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with terminal.progress("compiling kernels", len(chosen)) as advance:
         for name, problem in chosen.items():
-            code = machine_code.fatbin(source(problem), TARGETS["cuda"].levels)
-            rows += measure(name, code, tile(problem))
+            for code, kind in zip(compiled(problem), ("", " wgmma"), strict=False):
+                rows += measure(name + kind, code, tile(problem))
             advance(1)
     if options.cutlass:
         rows += measure("CUTLASS w8", cutlass(options.cutlass), "128 x 128")

@@ -113,7 +113,7 @@ _HOSTS: dict[str, dict[str, Any]] = {
 
 
 def _cuda(name: str, arch: str, *levels: int) -> Target:
-    """The same source for all levels, whose tensor cores multiply integers alike."""
+    """The same source for all levels, whose tensor cores multiply integers alike; Hopper alone has a way of its own."""
     options = {"kind": "cuda", "arch": f"sm_{levels[0]}"}
     features = tuple(map(gpu.feature, levels))
     return Target(name, arch, "cuda", "tvm", features, options, "run on an emulator, never on silicon", (BF16,))

@@ -10,6 +10,7 @@ from typing import Any
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.cuda import templates as cuda
+from mpq_compiler.backends.tvm.cuda import wgmma
 from mpq_compiler.backends.tvm.kernels import (
     attention,
     dequantize,
@@ -122,7 +123,9 @@ def build(kernel: Kernel, target: Target) -> PrimFunc:
     """The kernel's function, under its name."""
     problem = resolve(kernel.problem)
     if target.is_cuda:
-        return _cuda(kernel).build(problem, kernel.name)
+        own = _cuda(kernel)
+        hopper = own.hopper(problem, kernel.name) if target.levels == [wgmma.LEVEL] else None
+        return hopper or own.build(problem, kernel.name)
     return TEMPLATES[kernel.template].build(problem, isa(target.name), kernel.name)
 
 

@@ -104,11 +104,10 @@ def _compile(kernel: Any, target: Any, path: str) -> int:
     from mpq_compiler.backends.tvm.workspaces import Workspaces
     from mpq_compiler.targets import with_features
 
-    function = templates.build(kernel, target)
-    module = tvm.IRModule({kernel.name: function})
     if target.is_cuda:
-        _compile_cuda(module, target, Path(path))
+        _compile_cuda(kernel, target, Path(path))
         return 0
+    module = tvm.IRModule({kernel.name: templates.build(kernel, target)})
     row, workspaces = with_features(target, kernel.features), Workspaces()
     # Without its checks of every argument, half of the code of a small kernel: the plan is what calls them, and the
     # runtime checks what the plan gets.
@@ -118,17 +117,14 @@ def _compile(kernel: Any, target: Any, path: str) -> int:
     return workspaces.size
 
 
-def _compile_cuda(module: Any, target: Any, path: Path) -> None:
+def _compile_cuda(kernel: Any, target: Any, path: Path) -> None:
     """What launches a kernel as an object file, and beside it the kernel as a module for the runtime."""
-    import tvm
-
+    from mpq_compiler.backends.tvm import templates
     from mpq_compiler.backends.tvm.cuda import machine_code
 
-    options = {**target.tvm, "host": dict(target.host)}
-    with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
-        compiled = tvm.compile(module, target=tvm.target.Target(options), tir_pipeline="tirx").mod
-    device = machine_code.split(compiled)
-    compiled.write_to_file(str(path))
+    module = machine_code.compiled({kernel.name: templates.build(kernel, target)}, target)
+    device = machine_code.split(module)
+    module.write_to_file(str(path))
     path.with_suffix(machine_code.SOURCE).write_text(device.source)
     path.with_suffix(machine_code.DEVICE).write_bytes(device.packed(machine_code.fatbin(device.source, target.levels)))
 

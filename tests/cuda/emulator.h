@@ -2,8 +2,9 @@
 //
 // Between barriers warps run one after the other, in an order that turns around at every barrier; within a warp lanes
 // run one after the other up to the next operation of the whole warp. Copies to shared memory (cp.async) happen as late
-// as the program allows, when it waits for them, or, where the environment says MPQ_EMULATED_EARLY, as early, when they are
-// asked for: a program is right only if both give the same.
+// as the program allows, when it waits for them, or, where the environment says MPQ_EMULATED_EARLY, as early, when they
+// are asked for, warps then in the opposite order: a program is right only if both give the same. Likewise the products of
+// four warps together (wgmma).
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -46,9 +47,16 @@ static char *stacks;
 static Exchange exchanged[2][THREADS];
 static unsigned char parity[THREADS];
 static std::deque<std::vector<Copy>> copies[THREADS];
+// What four warps multiply together: 16 rows of a warp, A, by a matrix in shared memory, at which its operand points.
+struct Product { std::vector<uint32_t *> sums; uint32_t a[2][8]; const char *b; unsigned period; bool adds; };
+static std::deque<std::vector<Product>> products[THREADS];
+static bool ordered[THREADS];   // registers, before the products that are asked for next
+static bool unseen[THREADS];    // what its copies have written to shared memory, by tensor cores that read there
+static uint32_t asked_address;  // the last
+static const bool early = getenv("MPQ_EMULATED_EARLY");
 static void (*body)(void **);
 static void **arguments;
-static char anchor;  // shared memory is addressed from here, in 32 bits
+alignas(1024) static char anchor;  // shared memory is addressed from here, in 32 bits
 
 extern "C" void emulator_switch(void **save, void *load);
 asm(R"(
@@ -70,6 +78,8 @@ static void main_of_thread() {
     body(arguments);
     for (auto &group : copies[current]) for (auto &copy : group)
         if (copy.target) { fprintf(stderr, "emulator: a thread ends with copies that nothing waited for\n"); break; }
+    for (auto &group : products[current])
+        if (!group.empty()) { fprintf(stderr, "emulator: a thread ends with products that nothing waited for\n"); break; }
     pause(ENDED);
     abort();
 }
@@ -108,9 +118,11 @@ static void run_block(int count) {
         waiting[i] = RUNS;
         parity[i] = 0;
         copies[i].assign(1, {});
+        products[i].assign(1, {});
+        ordered[i] = unseen[i] = false;
     }
     int warps = (count + LANES - 1) / LANES;
-    for (bool forward = true, any = true; any; forward = !forward) {
+    for (bool forward = !early, any = true; any; forward = !forward) {
         any = false;
         for (int i = 0; i < warps; ++i) {
             int first = (forward ? i : warps - 1 - i) * LANES, end = first + LANES < count ? first + LANES : count;
@@ -146,7 +158,6 @@ static void copy_async(unsigned size, uint32_t target, const void *source, unsig
         fprintf(stderr, "emulator: a copy of %u bytes is not aligned\n", size);
         abort();
     }
-    static const bool early = getenv("MPQ_EMULATED_EARLY");
     if (early) copy(asked);
     else copies[current].back().push_back(asked);
 }
@@ -156,7 +167,7 @@ static void commit() { copies[current].emplace_back(); }
 static void wait_group(size_t left) {
     auto &groups = copies[current];
     while (groups.size() - 1 > left) {
-        for (auto &c : groups.front()) copy(c);
+        for (auto &c : groups.front()) copy(c), unseen[current] = true;
         groups.pop_front();
     }
 }
@@ -220,6 +231,55 @@ static void mma_bf16(float &d0, float &d1, float &d2, float &d3, uint32_t a0, ui
     mma<float, Bfloat16, Bfloat16, float>({&d0, &d1, &d2, &d3}, {a0, a1, a2, a3, b0, b1}, {c0, c1, c2, c3});
 }
 
+// wgmma m64nNk32 of bytes (PTX ISA 9.7.17.5): the registers of A and of sums are those of m16n8k32 above, of the warp's
+// 16 rows and of 8 columns after the other. Where the operand says so, the 16-byte parts of column n, 64 bytes wide,
+// lie swapped by n / 2 % 4, 8 columns in a period.
+static void add(const Product &p) {
+    int lane = current % LANES;
+    for (size_t i = 0; i < p.sums.size(); ++i) {
+        size_t column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        int32_t sum = p.adds ? (int32_t)*p.sums[i] : 0;
+        for (int k = 0; k < 32; ++k) {
+            uintptr_t place = (uintptr_t)p.b + column / 8 * p.period + column % 8 * 64 + k;
+            uintptr_t within = place - (uintptr_t)&anchor;
+            place = (uintptr_t)&anchor + (within ^ (within >> 7 & 3) << 4);
+            sum += (int32_t)((const int8_t *)p.a[i / 2 % 2])[k] * *(const uint8_t *)place;
+        }
+        *p.sums[i] = (uint32_t)sum;
+    }
+}
+
+static void wgmma_fence() { ordered[current] = true; }
+static void fence_async() { unseen[current] = false; }
+
+static void wgmma_s8_u8(const std::vector<uint32_t *> &sums, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                        uint64_t operand, bool adds) {
+    bool seen = ordered[current];
+    for (int i = 0; i < threads; ++i) seen = seen && !unseen[i];
+    if (!seen) { fprintf(stderr, "emulator: no fence before a product\n"); abort(); }
+    if (operand >> 62 != 2 || operand >> 49 & 7) { fprintf(stderr, "emulator: an operand of another kind\n"); abort(); }
+    int32_t behind = (int32_t)(asked_address - (uint32_t)(operand << 4)) << 14 >> 14;  // of 18 bits
+    Product p = {sums, {}, shared(asked_address - (uint32_t)behind), (unsigned)(operand >> 32 & 0x3fff) << 4, adds};
+    const Exchange *warp = exchange({{a0, a1, a2, a3}});
+    for (int half = 0; half < 2; ++half)
+        for (int k = 0; k < 8; ++k) p.a[half][k] = warp[current % LANES / 4 * 4 + k % 4].words[half + k / 4 * 2];
+    if (early) add(p);
+    else products[current].back().push_back(p);
+}
+
+static void wgmma_commit() {
+    products[current].emplace_back();
+    ordered[current] = false;
+}
+
+static void wgmma_wait(size_t left) {
+    auto &groups = products[current];
+    while (groups.size() - 1 > left) {
+        for (auto &p : groups.front()) add(p);
+        groups.pop_front();
+    }
+}
+
 static float shuffle_xor(float value, int distance) {
     Exchange shown;
     memcpy(shown.words, &value, 4);
@@ -265,6 +325,10 @@ static inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selecto
     for (int i = 0; i < 4; ++i) found |= (unsigned)(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
     return found;
 }
+static inline unsigned __dp4a(unsigned a, unsigned b, unsigned sum) {
+    for (int i = 0; i < 32; i += 8) sum += (a >> i & 0xff) * (b >> i & 0xff);
+    return sum;
+}
 static inline uint32_t tvm_builtin_cuda_cvta_generic_to_shared(void *p) {
-    return (uint32_t)((char *)p - &emulator::anchor);
+    return emulator::asked_address = (uint32_t)((char *)p - &emulator::anchor);
 }

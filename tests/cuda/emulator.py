@@ -35,7 +35,7 @@ def translated(source: str) -> str:
     """The CUDA source as C++ for the host: kernels as they are, what stands for instructions by the emulator's."""
     begins = [at for mark in ("__forceinline__ __device__", 'extern "C" __global__') if (at := source.find(mark)) >= 0]
     text = _HELPER.sub(_helper, source[min(begins) :])
-    text = text.replace("__shared__ alignas(64)", "alignas(64) static")
+    text = re.sub(r"__shared__ (alignas\(\d+\))", r"\1 static", text)
     launches = []
     for match in _KERNEL.finditer(text):
         name, parameters = match.groups()
@@ -63,6 +63,17 @@ def _helper(match: re.Match[str]) -> str:
         target, first, second, chosen, count = own
         address = f"tvm_builtin_cuda_cvta_generic_to_shared({target})"
         body = f"emulator::copy_async({name.rsplit('_', 1)[1]}, {address}, {chosen} ? {first} : {second}, {count});"
+    elif "wgmma" in name and "s32_s8_u8" in name:
+        sums = ", ".join(f"&{own_name}" for own_name in own[:-6])
+        body = f"emulator::wgmma_s8_u8({{{sums}}}, {', '.join(own[-6:])});"
+    elif "wgmma_fence" in name:
+        body = "emulator::wgmma_fence();"
+    elif "wgmma_commit" in name:
+        body = "emulator::wgmma_commit();"
+    elif "wgmma_wait" in name:
+        body = f"emulator::wgmma_wait({name.rsplit('_', 1)[1]});"
+    elif "fence_proxy_async" in name or "fence_proxy_proxy_async" in name:
+        body = "emulator::fence_async();"
     elif "mma" in name and "m16n8k32" in name and "u8_s8" in name:
         body = f"emulator::mma_u8_s8({arguments});"
     elif "mma" in name and "m16n8k16" in name and "f32_bf16_bf16_f32" in name:

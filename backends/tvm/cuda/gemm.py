@@ -142,11 +142,11 @@ def byte_perm(low: Any, high: Any, selector: Any) -> Expr:
 class Kernel:
     """A product in a tile. The one in bfloat16 (`float_products`) has others where it says so.
 
-    instruction: of the tensor cores; sum_type: of its results' registers
+    instruction: of the tensor cores; sum_type: of its results' registers; x_align: bytes, of activations where it reads
     most_splits: `most_splits` of a product of integers; sums of floats have an order
     """
 
-    instruction, sum_type = MMA, "uint32"
+    instruction, sum_type, x_align = MMA, "uint32", 64
 
     def __init__(self, problem: QuantMatmul, tile: Tile, buffers: Buffers, most_splits: int = 1) -> None:
         self.p, self.t, self.w = problem, tile, Fragments(problem)
@@ -189,7 +189,7 @@ class Kernel:
 
     def _allocate(self) -> None:
         t = self.t
-        self.x = shared(t.stages * t.rows * STEP, "uint8")
+        self.x = shared(t.stages * t.rows * STEP, "uint8", self.x_align)
         self.x_words = T.decl_buffer((t.stages * t.rows * STEP // 4,), "uint32", data=self.x.data, scope="shared")
         self.fragment = 32 * self.w.words  # words
         self.weights = shared(t.stages * (t.columns // CHANNELS) * self.fragment, "uint32")
@@ -206,9 +206,13 @@ class Kernel:
             words = 2**self.p.bits // 4
             self.table = local(t.column_fragments * words, "uint32")
             for j in range(t.column_fragments):
-                block = (self.first_column + self.warp_column) // CHANNELS + j
+                fragment = self.first_column // CHANNELS + self._fragment(j)
                 for word in range(words):
-                    store(self.table, self.b["lut"][block * words + word], j * words + word)
+                    store(self.table, self.b["lut"][fragment * words + word], j * words + word)
+
+    def _fragment(self, j: int) -> Any:
+        """Number j of the fragments of weights that a warp reads, of those of the tile."""
+        return self.warp_column // CHANNELS + j
 
     # --------------------------------------------------------------------------------------------- activations
 
@@ -390,7 +394,7 @@ class Kernel:
                 load(begin + step, step)
             T.evaluate(T.ptx.cp.async_.commit_group())
         with T.serial(0, steps) as step:
-            T.evaluate(T.ptx.cp.async_.wait_group(t.stages - 2))
+            self._land(t.stages - 2)
             barrier()
             if w.steps >= t.stages:
                 ahead = T.bind(step + (t.stages - 1))
@@ -401,6 +405,10 @@ class Kernel:
             for ks in range(STEP // UNIT):
                 self._unit(stage, ks)
                 self._end_of_segment(T.bind(step * (STEP // UNIT) + ks), ks)
+
+    def _land(self, stages: int) -> None:
+        """The thread's copies are there, but for those of the last stages asked for."""
+        T.evaluate(T.ptx.cp.async_.wait_group(stages))
 
     def _steps(self) -> tuple[Any, Any]:
         """(first, number) of those of the block."""
@@ -433,17 +441,17 @@ class Kernel:
         results = [sums[at + e] for e in range(4)]
         T.evaluate(T.ptx[self.instruction](*results, *(self.a[i * 4 + r] for r in range(4)), *weights, *results))
 
-    def _decode(self, stage: Any, ks: int, j: int) -> None:
-        """The weights of 16 channels for 32 values of k into 4 registers, (h, kk)."""
+    def _decode(self, stage: Any, ks: int, j: int, first: int = 0) -> None:
+        """The weights of 16 channels for 32 values of k into 4 registers, (h, kk), from the first + 4 j on."""
         w, bits, lane = self.w, self.p.bits, self.lane
-        fragment = T.bind(stage * (self.t.columns // CHANNELS) + self.warp_column // CHANNELS + j)
+        fragment = T.bind(stage * (self.t.columns // CHANNELS) + self._fragment(j))
 
         def word(number: int) -> Any:
             return self.weights[fragment * self.fragment + w.place(number, lane)]
 
         for h in range(2):
             for kk in range(2):
-                at = j * 4 + 2 * h + kk
+                at = first + j * 4 + 2 * h + kk
                 if bits == 8:
                     store(self.decoded, word(4 * ks + 2 * h + kk), at)
                     continue
@@ -571,10 +579,6 @@ class Kernel:
         staged = T.decl_buffer((rows * t.columns,), "float32", data=self.x.data, scope="shared")
         assert rows * t.columns * 4 <= t.stages * t.rows * STEP
 
-        def place(row: Any, column: Any) -> Any:
-            """Such that neither the lanes of a fragment nor those of a row meet a bank twice."""
-            return row * t.columns + T.bitwise_xor(column, row % 4 * 8 + row // 4 % 2)
-
         for fragment in range(t.row_fragments):
 
             def keep(at: int, row: Any, column: Any, fragment: int = fragment) -> None:
@@ -582,7 +586,7 @@ class Kernel:
                 own = own - self.warp_row + self.warp_row // t.row_fragments
                 inside = T.bind(T.min(row, self.total - 1))
                 channel = column if self.w.outputs == p.outputs else T.bind(T.min(column, p.outputs - 1))
-                store(staged, self._result(at, inside, channel), place(T.bind(own), column - self.first_column))
+                store(staged, self._result(at, inside, channel), self._staged(T.bind(own), column - self.first_column))
 
             barrier()
             self._each_output(keep, fragment)
@@ -592,7 +596,11 @@ class Kernel:
                 down = own // 16 * (t.row_fragments * 16) + fragment * 16 + own % 16
                 row, column = T.bind(self.first_row + down), T.bind(self.first_column + across)
                 with T.If(tirx.all(row < self.total, column < p.outputs)), T.Then():
-                    self._finish(vmath.keep(staged[place(own, across)]), row, column)
+                    self._finish(vmath.keep(staged[self._staged(own, across)]), row, column)
+
+    def _staged(self, row: Any, column: Any) -> Any:
+        """Where a result waits, such that neither the lanes of a fragment nor those of a row meet a bank twice."""
+        return row * self.t.columns + T.bitwise_xor(column, row % 4 * 8 + row // 4 % 2)
 
     def _result(self, at: int, row: Any, column: Any) -> Expr:
         """What stands in a register at the end, before the epilogue."""
@@ -606,8 +614,12 @@ class Kernel:
             y = vmath.fma(self.b["act_scale"][row], own, start)
         else:
             y = self.y[at]
+        return self._with_offsets(y, lambda j: self._activations(at, j), row, column)
+
+    def _activations(self, at: int, segment: Any) -> Expr:
+        """Those of the row of a register, summed up (`_sum_activations`)."""
         i = at // (self.t.column_fragments * 8) * 2 + at % 4 // 2  # of the thread's own rows
-        return self._with_offsets(y, lambda j: self.activations[j * self.own_rows + i], row, column)
+        return self.activations[segment * self.own_rows + i]
 
     def _store_parts(self) -> None:
         """What a block has summed up goes to memory."""
@@ -622,9 +634,13 @@ class Kernel:
             return
         for i in range(self.own_rows):
             row = T.bind(self._own_row(i))
-            first = tirx.all(tirx.EQ(self.first_column + self.warp_column, 0), tirx.EQ(self.lane % 4, 0))
-            with T.If(tirx.all(row < self.total, first)), T.Then():  # all columns have the same
+            # all columns have the same
+            with T.If(tirx.all(row < self.total, tirx.EQ(self.first_column, 0), self._first_of_row())), T.Then():
                 store(self.b["row_parts"], self._row_sum(i), self.split * self.total + row)
+
+    def _first_of_row(self) -> Any:
+        """Whether the thread is the first of those that know the sums of its rows' codes."""
+        return tirx.EQ(self.warp_column + self.lane % 4, 0)
 
     def _add_parts(self) -> None:
         """A thread for each output."""

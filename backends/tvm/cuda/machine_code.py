@@ -18,12 +18,13 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpq_compiler.errors import UserError
+from mpq_compiler.targets import Target
 
 SYMBOL = "__tvm_ffi__library_bin"
 DEVICE, SOURCE = ".device", ".cu"
@@ -104,6 +105,15 @@ class Imports:
             subprocess.run(command, input=source.encode(), check=True, capture_output=True)
 
 
+def compiled(functions: Mapping[str, Any], target: Target) -> Any:
+    """A TVM module of kernels by name: what launches them, compiled for the target's CPU, and CUDA in an import."""
+    import tvm
+
+    options = tvm.target.Target({**target.tvm, "host": dict(target.host)})
+    with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
+        return tvm.compile(tvm.IRModule(dict(functions)), target=options, tir_pipeline="tirx").mod
+
+
 def split(module: Any) -> DeviceModule:
     """Takes the kernels out of a compiled module, which keeps what launches them."""
     (device,) = module.imports
@@ -123,9 +133,10 @@ def fatbin(source: str, levels: Sequence[int]) -> bytes:
     with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
         kernel, output = Path(folder, "kernels.cu"), Path(folder, "kernels.fatbin")
         kernel.write_text(source)
-        # One pass over the source for all: it uses nothing that the first of them has not.
-        wanted = ",".join(f"sm_{level}" for level in levels)
-        target = f"-gencode=arch=compute_{min(levels)},code=[{wanted}]"
+        # One pass over the source for all: it uses nothing that the first of them has not. Hopper alone has more.
+        names = ["90a" if [*levels] == [90] else str(level) for level in levels]
+        wanted = ",".join(f"sm_{name}" for name in names)
+        target = f"-gencode=arch=compute_{names[0]},code=[{wanted}]"
         command = [str(compiler()), "-fatbin", *OPTIONS, target, "-o", str(output), str(kernel)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if done.returncode:

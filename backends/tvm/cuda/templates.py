@@ -20,6 +20,7 @@ from mpq_compiler.backends.tvm.cuda import (
     quantize,
     weight_only,
     weights,
+    wgmma,
 )
 from mpq_compiler.backends.tvm.kernels import float_gemm, template
 from mpq_compiler.numerics import BF16
@@ -31,12 +32,14 @@ class Template:
 
     arguments: of a problem, where they are others than on the CPU
     workspaces: memory for what one grid hands to the next, behind the arguments
+    hopper: instead of `build`, of artifacts for `wgmma.LEVEL` alone; None where there is nothing better
     """
 
     build: Callable[[Any, str], PrimFunc]
     arguments: Callable[[Any], list[template.Argument]] | None = None
     outputs: Callable[[Any], int] | None = None
     workspaces: Callable[[Any], list[template.Argument]] = lambda problem: []
+    hopper: Callable[[Any, str], PrimFunc | None] = lambda problem, name: None
 
 
 def _by_numerics(f32: Callable[..., Any], bf16: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,7 +48,7 @@ def _by_numerics(f32: Callable[..., Any], bf16: Callable[..., Any]) -> Callable[
 
 
 TEMPLATES: dict[str, Template] = {
-    "gemm": Template(gemm.build, gemm.arguments, workspaces=gemm.workspaces),
+    "gemm": Template(gemm.build, gemm.arguments, workspaces=gemm.workspaces, hopper=wgmma.build),
     "prepare": Template(
         weights.build,
         lambda problem: [argument for part in weights.arguments(problem) for argument in part],

@@ -54,9 +54,9 @@ def strided(begin: Any, count: int, threads: int) -> Iterator[Any]:
             yield i
 
 
-def shared(size: int, dtype: str = "float32") -> Buffer:
-    """Uninitialised memory of a block."""
-    return T.alloc_buffer((size,), dtype, align=64, scope="shared")
+def shared(size: int, dtype: str = "float32", align: int = 64) -> Buffer:
+    """Uninitialised memory of a block; align: bytes."""
+    return T.alloc_buffer((size,), dtype, align=align, scope="shared")
 
 
 def local(size: int, dtype: str = "float32") -> Buffer:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 pytest.importorskip("tvm")
-import tvm
 
 from mpq_compiler import numerics
 from mpq_compiler.backends.tvm.cuda import fast_attention, machine_code
@@ -130,8 +129,7 @@ def test_machine_code_for_all_architectures(tmp_path):
     target = TARGETS["cuda"]
     problems = {f"d{dim}": FastAttention(4096, 4096, 8, dim) for dim in (40, 64, 80, 128)}
     functions = {name: fast_attention.build(problem, name) for name, problem in problems.items()}
-    options = tvm.target.Target({**target.tvm, "host": dict(target.host)})
-    source = machine_code.split(tvm.compile(tvm.IRModule(functions), target=options, tir_pipeline="tirx").mod).source
+    source = machine_code.split(machine_code.compiled(functions, target)).source
     code = tmp_path / "kernels.fatbin"
     code.write_bytes(machine_code.fatbin(source, target.levels))
     used = cuobjdump("-res-usage", code)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 pytest.importorskip("tvm")
-from mpq_compiler.backends.tvm.cuda import gemm, weights
+from mpq_compiler import targets
+from mpq_compiler.backends.tvm.cuda import gemm, machine_code, weights, wgmma
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
 from tests.cuda import emulator
-from tests.cuda.kernels import Library, empty
+from tests.cuda.kernels import Library, cuobjdump, empty
 from tests.shapes import CONVOLUTIONS, Case, make_case, quantize, random_problem, reference, seed, with_widths
 
 linear = QuantMatmul.linear
 Problems = Sequence[tuple[int, QuantMatmul]]
+Build = Callable[[QuantMatmul, str], Any]
 
 FORMATS: Problems = [
     (2, linear((10,), 64, 64)),
@@ -54,9 +58,9 @@ def _emulated():
     emulator.needs()
 
 
-def run(problems: Problems) -> list[tuple[Case, list[np.ndarray]]]:
+def run(problems: Problems, build: Build = gemm.build) -> list[tuple[Case, list[np.ndarray]]]:
     """The cases of some problems with what their kernels write, whenever copies happen."""
-    functions = {f"kernel{i}": gemm.build(p, f"kernel{i}") for i, (_, p) in enumerate(problems)}
+    functions = {f"kernel{i}": build(p, f"kernel{i}") for i, (_, p) in enumerate(problems)}
     functions |= {f"prepare{i}": weights.build(p, f"prepare{i}") for i, (_, p) in enumerate(problems)}
     library = Library(functions)
     cases = [make_case(p, batch, seed(i, batch)) for i, (batch, p) in enumerate(problems)]
@@ -83,18 +87,33 @@ def run(problems: Problems) -> list[tuple[Case, list[np.ndarray]]]:
     [FORMATS, SEGMENTS, SPLIT, IMAGES, RANDOM],
     ids=["formats", "segments", "split", "images", "random"],
 )
-def test_the_bits_of_the_definition(problems):
-    for case, (out,) in run(problems):
+@pytest.mark.parametrize("build", [gemm.build, wgmma.build], ids=["mma", "wgmma"])
+def test_the_bits_of_the_definition(problems, build):
+    problems = [(batch, p) for batch, p in problems if build is gemm.build or len(p.segments) == 1]
+    for case, (out,) in run(problems, build):
         np.testing.assert_array_equal(out.view(np.uint32), reference(case).view(np.uint32), str(case.problem))
 
 
-def test_epilogues():
+def test_machine_code_of_hopper(tmp_path):
+    """Products are of four warps together, and nothing but them holds their sums."""
+    problems = {f"k{bits}": linear((256,), 640, 640, bits=bits, has_offset=True) for bits in (8, 3)}
+    functions = {name: wgmma.build(problem, name) for name, problem in problems.items()}
+    target, code = targets.resolve("cuda-sm90"), tmp_path / "kernels.fatbin"
+    source = machine_code.split(machine_code.compiled(functions, target)).source
+    code.write_bytes(machine_code.fatbin(source, target.levels))
+    used, listed = cuobjdump("-res-usage", code), cuobjdump("-sass", code)
+    assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}, used
+    assert listed.count("IGMMA.64x128x32.S8.U8") >= 8 and " IMMA." not in listed
+
+
+@pytest.mark.parametrize("build", [gemm.build, wgmma.build], ids=["mma", "wgmma"])
+def test_epilogues(build):
     steps = (Step("add", operand=0), Step("mul", operand=1), Step("add", operand=2), Step("quantize", value=8))
     operands = tuple(map(Operand, ("full", "sample", "channel")))
     plain = linear((20,), 64, 48, bits=4, groups=2, epilogue=Epilogue(steps, operands))
     kept = replace(plain, epilogue=Epilogue(steps, operands, keeps=True))
     into = replace(linear((20,), 64, 48, bits=4), into=(20 * 64 + 3, 5, 64))
-    found = run([(3, plain), (3, kept), (3, into)])
+    found = run([(3, plain), (3, kept), (3, into)], build)
     for case, outputs in found[:2]:
         d = case.data
         y = reference(case) + d["operand0"]

@@ -21,6 +21,7 @@ from mpq_compiler.backends.tvm.cuda import (
     products,
     weight_only,
     weights,
+    wgmma,
 )
 from mpq_compiler.backends.tvm.kernels import attention as cpu_attention
 from mpq_compiler.backends.tvm.kernels import fast_attention as cpu_fast_attention
@@ -37,7 +38,7 @@ Mutants = Mapping[str, tuple[str, str]]
 
 GEMM: Mutants = {
     "no barrier before a step": ("            barrier()\n            if w.steps", "            if w.steps"),
-    "waits for a step less": ("wait_group(t.stages - 2)", "wait_group(t.stages - 1)"),
+    "waits for a step less": ("_land(t.stages - 2)", "_land(t.stages - 1)"),
     "chunks not swapped where they are read": (", row // 2 % 4)\n            at =", ", 0)\n            at ="),
     "rows of another fragment": ("i * 16 + lane % 16)", "i * 16 + lane % 8)"),
     "weights of the next lane": ("w.place(number, lane)]", "w.place(number, T.bitwise_xor(lane, 1))]"),
@@ -87,8 +88,26 @@ SPLIT: Mutants = {
         "self._row_sum(i), self.split * self.total + row)",
         "self._row_sum(i), row)",
     ),
-    "sums of rows by no one": ("first = tirx.all(tirx.EQ(self.first", "first = tirx.all(tirx.EQ(1 + self.first"),
+    "sums of rows by no one": ("return tirx.EQ(self.warp_column + ", "return tirx.EQ(1 + self.warp_column + "),
 }
+WGMMA: Mutants = {
+    "registers not in order": ("T.evaluate(T.ptx.wgmma.fence.sync.aligned())", "pass"),
+    "copies not seen": ('T.evaluate(T.ptx["fence.proxy.async.shared::cta"]())', "pass"),
+    "waits for a product less": ("wait_group.sync.aligned(0)", "wait_group.sync.aligned(1)"),
+    "waits at the end alone": ("if ks == STEP // UNIT - 1:", "if ks == STEP // UNIT:"),
+    "rows twice as close": ("LAYOUT = PERIOD >> 4", "LAYOUT = PERIOD >> 5"),
+    "chunks not swapped": ("2 << 30", "3 << 30"),
+    "the first half of a step again": (" + ks * (UNIT // 16)", ""),
+    "registers turned": ("for kk in range(2) for h in range(2)", "for h in range(2) for kk in range(2)"),
+    "channels turned": ("+ h * 8 + lane // 4)", "+ (1 - h) * 8 + lane // 4)"),
+    "rows turned": ("lane % 4 * 2 + e)", "lane % 4 * 2 + 1 - e)"),
+    "half of the weights": ("self.decoded[first + j", "self.decoded[j"),
+    "the zero point of another row": ("self.first_row + self._row_of_thread()", "self.first_row + self.lane"),
+    "a word too few": ("for e in range(CHUNK // 4):", "for e in range(CHUNK // 4 - 1):"),
+    "sums of another row": ("// 4 * 8 + self.lane % 4 * 2 + at % 2]", "// 4 * 8 + self.lane % 4 * 2]"),
+    "no barrier before sums": ("        barrier()\n        store", "        store"),
+}
+SPLIT_WGMMA: Mutants = {"sums of rows by no one": ("return self.thread < self.t.rows", "return self.thread < 0")}
 ATTENTION: Mutants = {
     "no barrier before keys": ("            barrier()\n            load(key", "            load(key"),
     "no barrier behind keys": (
@@ -240,6 +259,7 @@ def _draw(arguments: Any, batch: int) -> list[np.ndarray]:
 
 
 CONV = QuantMatmul(9, 11, 20, 60, (3, 3), padding=(1, 1, 1, 1), bits=4, groups=3)
+WIDE = QuantMatmul.linear((130,), 250, 120, bits=4, groups=3, has_offset=True)  # the last step is in the first stage
 LONG = QuantMatmul.linear((5,), 1100, 60, bits=4, groups=3, has_offset=True)
 ROWS = cpu_norms.LayerNorm(7, 100, eps=1e-2)
 HEADS = cpu_attention.Attention(36, 75, 2, 20)  # whose result ends where nothing may be written
@@ -286,6 +306,8 @@ def _codes() -> list[np.ndarray]:
 
 SUBJECTS = {
     "gemm": Subject(gemm, GEMM, lambda m, n: m.build(CONV, n), lambda: _product(CONV)),
+    "wgmma": Subject(wgmma, WGMMA, lambda m, n: m.build(WIDE, n), lambda: _product(WIDE)),
+    "split wgmma": Subject(wgmma, SPLIT_WGMMA, lambda m, n: m.build(LONG, n), lambda: _product(LONG)),
     "split gemm": Subject(gemm, SPLIT, lambda m, n: m.build(LONG, n), lambda: _product(LONG)),
     "attention": Subject(
         attention, ATTENTION, lambda m, n: m.build(HEADS, n), lambda: _draw(cpu_attention.arguments(HEADS), 2)
