@@ -32,6 +32,8 @@ FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 KERNELS = "kernels.so"
+CUDART = "cudart.so"
+"""For drivers of CUDA 12: what stands before their runtime library where TVM's runtime asks for that of CUDA 13."""
 IR = "ir.txt"
 DECISIONS = "decisions.json"
 SCHEDULE = "schedule.json"

@@ -440,7 +440,7 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
     if option and (target.is_cuda or "emit" not in inspect.signature(backend.build).parameters):
         raise UserError(f"{option} makes a program of kernels for CPUs; '{target.name}' has none: leave it out")
     if target.is_cuda:
-        backend.require_compiler()
+        backend.require_compiler(target)
     if chosen.emit and chosen.standalone:
         raise UserError("--standalone and --emit c both make the program mpq_run: leave one of them out")
     if chosen.wheels is not None and not chosen.standalone:
@@ -743,6 +743,8 @@ def _describe_target(target: targets.Target) -> dict[str, Any]:
     }
     if target.backend == "tvm":
         described |= {"isa": target.isa, "tvm": dict(target.tvm)}
+    if target.is_cuda:
+        described["cuda"] = target.cuda
     return described
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,51 +13,59 @@ from typing import Any
 import numpy as np
 
 from mpq_compiler import gpu, tvm_runtime
-from mpq_compiler.artifact import Artifact
+from mpq_compiler.artifact import CUDART, Artifact
 from mpq_compiler.errors import UserError
 from mpq_compiler.hoisting import REUSE_BYTES
 
 _CUDA = 2  # kDLCUDA
 _LIBRARY = "libtvm_runtime_cuda.so"
-_CUDART = "libcudart.so.13"
-_RELEASE = 13000
+_CUDARTS = {
+    12: ("cuda_runtime/lib", "nvidia-cuda-runtime-cu12==12.*"),
+    13: ("cu13/lib", "nvidia-cuda-runtime==13.*"),
+}
+"""CUDA's runtime by its release: where it is in its wheel, and the wheel."""
 
 
 @functools.cache
-def _load() -> ModuleType:
-    """tvm_ffi with TVM's runtime for CUDA, beside its other one. UserError: something that it needs is missing."""
+def _load(cudart: Path | None) -> ModuleType:
+    """tvm_ffi with TVM's runtime for CUDA, beside its other one. UserError: something that it needs is missing.
+
+    cudart: with a driver of CUDA 12, what TVM's runtime is to take for the runtime of CUDA 13 that its wheel was built
+    with. The loader does where it is loaded before: it goes by the name that a library gives itself.
+    """
     tvm_ffi = tvm_runtime.load()
-    with suppress(OSError):  # the next library says what is missing
-        ctypes.CDLL(_cudart(), mode=ctypes.RTLD_GLOBAL)
     library = tvm_runtime.library_path().with_name(_LIBRARY)
     if not library.is_file():
         raise UserError(f"{library} is missing, TVM's runtime for CUDA: pip install 'mpq-compiler[runtime]'")
+    release = 12 if cudart else 13
     try:
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        for path in (_cudart(release), *filter(None, [cudart]), library):
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise UserError(
-            f"TVM's runtime for CUDA cannot be loaded ({error}): it needs the NVIDIA driver of CUDA 13 and "
-            f"{_CUDART} (pip install nvidia-cuda-runtime==13.*)"
+            f"TVM's runtime for CUDA cannot be loaded ({error}): it needs the NVIDIA driver of CUDA {release} and "
+            f"libcudart.so.{release} (pip install {_CUDARTS[release][1]})"
         ) from error
     return tvm_ffi
 
 
-def _cudart() -> str:
-    """The runtime that the loader finds, else that of the wheel nvidia-cuda-runtime."""
+def _cudart(release: int) -> str:
+    """CUDA's runtime that the loader finds, else that of its wheel."""
+    name = f"libcudart.so.{release}"
     with suppress(OSError):
-        ctypes.CDLL(_CUDART)
-        return _CUDART
-    spec = importlib.util.find_spec("nvidia")
-    places = [Path(place, "cu13", "lib", _CUDART) for place in (spec and spec.submodule_search_locations) or ()]
-    return next((str(path) for path in places if path.is_file()), _CUDART)
+        ctypes.CDLL(name)
+        return name
+    return str(gpu.from_wheels(f"{_CUDARTS[release][0]}/{name}") or name)
 
 
-def _require_driver() -> None:
-    """UserError: the driver is of an earlier release than TVM's runtime and the machine code."""
-    if (version := gpu.driver_version()) < _RELEASE:
+def _require_driver(artifact: Artifact) -> None:
+    """UserError: the driver is of an earlier release of CUDA than what the artifact was compiled for."""
+    version, needed = gpu.driver_version(), artifact.manifest["target"].get("cuda", gpu.CUDA_13)
+    if version < needed:
+        other = ", or compile for CUDA 12.6 (--target cuda12-sm87 and others)" if needed >= gpu.CUDA_13 else ""
         raise UserError(
-            f"the NVIDIA driver is of CUDA {version // 1000}.{version % 1000 // 10}, and artifacts need "
-            f"{_RELEASE // 1000}.0 or later: update the driver (of a Jetson, JetPack 7)"
+            f"the NVIDIA driver is of CUDA {gpu.spelled(version)}, and {artifact.path} needs {gpu.spelled(needed)} or "
+            f"later: update the driver (of a Jetson, JetPack {7 if other else 6}){other}"
         )
 
 
@@ -85,12 +92,13 @@ class CudaMachine(tvm_runtime.VirtualMachine):
 
     def __init__(self, artifact: Artifact, threads: int, reuse_bytes: int = REUSE_BYTES) -> None:
         """As of a CPU; one thread launches. UserError: the driver is too old, or the GPU's memory too small."""
-        _require_driver()
+        _require_driver(artifact)
         _require_memory(artifact)
+        self._cudart = artifact.file(CUDART) if gpu.driver_version() < gpu.CUDA_13 else None
         super().__init__(artifact, threads, reuse_bytes)
 
     def _load(self) -> ModuleType:
-        return _load()
+        return _load(self._cudart)
 
     def _place(self, prepared: Any) -> None:
         """Where they were made."""

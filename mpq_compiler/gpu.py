@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _PREFIX = "sm_"
+CUDA_13 = 13000
+"""The release, as drivers count, that TVM's wheel is built with and nvcc makes code for: for its driver or a later."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,18 @@ def gpus() -> tuple[Gpu, ...]:
             level = 10 * level + value.value
         found.append(Gpu(name.value.decode(), level, memory.value))
     return tuple(found)
+
+
+def spelled(release: int) -> str:
+    """A release of CUDA as people write it: 12.6 of 12060."""
+    return f"{release // 1000}.{release % 1000 // 10}"
+
+
+def from_wheels(place: str) -> Path | None:
+    """A file of NVIDIA's wheels, by its place in the package `nvidia`; None where it is not installed."""
+    spec = importlib.util.find_spec("nvidia")
+    paths = [Path(folder, place) for folder in (spec and spec.submodule_search_locations) or ()]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def levels() -> tuple[int, ...]:

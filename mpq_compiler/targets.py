@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Target:
     arch: machine of the host that runs it, as `platform.machine()` says ("x86_64", "aarch64", "any").
     features: the /proc/cpuinfo flags without which its kernels would end in an illegal instruction; of a GPU what it
         has code for, of which one will do (`gpu`).
+    cuda: the release of CUDA that the driver of a GPU must be of, or of a later one, as drivers count: 12060 of 12.6.
     tvm: the dictionary for `tvm.target.Target`; empty where TVM takes no part.
     isa: instruction family that kernel templates choose their inner loop by.
     backend: "tvm", "reference" or "onnx".
@@ -51,10 +52,16 @@ class Target:
     tvm: Mapping[str, Any] = field(default_factory=dict, hash=False)
     status: str = ""
     numerics: tuple[str, ...] = ()
+    cuda: int = 0
 
     @property
     def is_cuda(self) -> bool:
         return self.isa == "cuda"
+
+    @property
+    def is_cuda12(self) -> bool:
+        """Whether drivers of CUDA 12 run it: code of its compiler, and TVM's runtime by way of `artifact.CUDART`."""
+        return self.is_cuda and self.cuda < gpu.CUDA_13
 
     @property
     def levels(self) -> list[int]:
@@ -112,11 +119,18 @@ _HOSTS: dict[str, dict[str, Any]] = {
 """What launches kernels on a GPU runs on any CPU of the architecture."""
 
 
-def _cuda(name: str, arch: str, *levels: int) -> Target:
-    """The same source for all levels, whose tensor cores multiply integers alike; Hopper alone has a way of its own."""
+def _cuda(name: str, arch: str, *levels: int, release: int = gpu.CUDA_13) -> Target:
+    """The same source for all levels and releases of CUDA: tensor cores multiply integers alike, but Hopper's alone."""
     options = {"kind": "cuda", "arch": f"sm_{levels[0]}"}
     features = tuple(map(gpu.feature, levels))
-    return Target(name, arch, "cuda", "tvm", features, options, "run on an emulator, never on silicon", (BF16,))
+    status = "run on an emulator, never on silicon"
+    return Target(name, arch, "cuda", "tvm", features, options, status, (BF16,), release)
+
+
+def _single(name: str, release: int = gpu.CUDA_13) -> Iterator[Target]:
+    """A target for each level; of these a Jetson alone has an AArch64 CPU."""
+    for level in (80, 87, 89, 90):
+        yield _cuda(f"{name}-sm{level}", "aarch64" if level == 87 else "x86_64", level, release=release)
 
 
 TARGETS: dict[str, Target] = {
@@ -134,9 +148,10 @@ TARGETS: dict[str, Target] = {
         _arm("aarch64-neon", "neon", "cortex-a53", ["+neon", "-crc"], _ARMV8),
         _arm("aarch64-dotprod", "dotprod", "cortex-a55", ["+neon", "+dotprod"], _ARMV8_2),
         _arm("aarch64-i8mm", "i8mm", "", ["+neon", "+dotprod", "+i8mm"], (*_ARMV8, "asimddp", "i8mm")),
-        *(_cuda(f"cuda-sm{level}", "aarch64" if level == 87 else "x86_64", level) for level in (80, 87, 89, 90)),
+        *_single("cuda"),
         _cuda("cuda", "x86_64", 80, 87, 89, 90),
         _cuda("cuda-aarch64", "aarch64", 80, 87, 89, 90),
+        *_single("cuda12", release=12060),
         Target("onnx", "any", "onnx", "onnx"),
         Target("reference", "any", "reference", "reference"),
     )

@@ -14,7 +14,8 @@ ARM = ("aarch64-neon", "aarch64-dotprod", "aarch64-i8mm")
 NAMES = [
     *("x86-64-avx2", "x86-64-avxvnni", "x86-64-avx512", "x86-64-avx512vnni"),
     *ARM,
-    *("cuda-sm80", "cuda-sm87", "cuda-sm89", "cuda-sm90", "cuda", "cuda-aarch64", "onnx", "reference"),
+    *("cuda-sm80", "cuda-sm87", "cuda-sm89", "cuda-sm90", "cuda", "cuda-aarch64"),
+    *("cuda12-sm80", "cuda12-sm87", "cuda12-sm89", "cuda12-sm90", "onnx", "reference"),
 ]
 
 

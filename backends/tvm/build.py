@@ -18,7 +18,7 @@ from typing import Any
 
 from mpq_compiler import cache as caches
 from mpq_compiler import storage, tensorfile
-from mpq_compiler.artifact import KERNELS, WEIGHTS
+from mpq_compiler.artifact import CUDART, KERNELS, WEIGHTS
 from mpq_compiler.backends import Built, Progress
 from mpq_compiler.backends.tvm import tune as tune_
 from mpq_compiler.backends.tvm import weight_only
@@ -67,7 +67,7 @@ def build(
     UserError: a node that no kernel computes; a kernel that cannot be compiled; no linker; no room in the cache.
     """
     if target.is_cuda:
-        require_compiler()
+        require_compiler(target)
     lowered = lower(program, batches, others, hoisted=not target.is_cuda)
     if target.is_cuda:
         lowered = weight_only.keep_codes(lowered)
@@ -78,16 +78,18 @@ def build(
             lowered, tiles = tune_.tuned(lowered, target, worker, _sources(), cache, progress)
     stored = storage.stored(program, *(other.program for other in others))
     tensors = {name: tensor.array for name, tensor in stored.items()}
-    alone: dict[str, bytes] = {}
+    beside: dict[str, bytes] = {}
 
-    def standalone(worker: Worker, made: Made) -> None:
-        alone.update(_standalone(lowered, target, tensors, worker, made, emit == "machine"))
+    def further(worker: Worker, made: Made) -> None:
+        if emit:
+            beside.update(_standalone(lowered, target, tensors, worker, made, emit == "machine"))
+        if target.is_cuda12:
+            worker("cudart", target, str(path := made.library.with_name(CUDART)))
+            beside[CUDART] = path.read_bytes()
 
-    library, reused, memory = compile_library(
-        lowered, target, jobs, progress, cache, workers, standalone if emit else None
-    )
+    library, reused, memory = compile_library(lowered, target, jobs, progress, cache, workers, further)
     return Built(
-        files={KERNELS: library, **alone},
+        files={KERNELS: library, **beside},
         tensors=tensors,
         entries=[tensor.entry(name) for name, tensor in stored.items()],
         functions=[_describe(function, batch) for function in lowered.functions for batch in function.batches],
@@ -116,9 +118,9 @@ def build(
     )
 
 
-def require_compiler() -> None:
-    """UserError: there is no compiler of kernels for GPUs."""
-    machine_code.compiler()
+def require_compiler(target: Target) -> None:
+    """UserError: there is no compiler of kernels for that GPU."""
+    machine_code.require_compiler(target)
 
 
 @contextmanager
@@ -345,7 +347,9 @@ def _refusal(kernel: Kernel, node: str, target: Target, error: Exception) -> Use
 def _key(kernel: Kernel, target: Target) -> str:
     """What the object depends on: the templates' source, the kernel, the target and the compiler."""
     options = repr(sorted((k, str(v)) for k, v in target.tvm.items()))
-    compilers = [importlib.metadata.version("apache-tvm"), *([machine_code.version()] if target.is_cuda else [])]
+    compilers = [importlib.metadata.version("apache-tvm")]
+    if target.is_cuda:
+        compilers.append(machine_code.compiler_version(target))
     return caches.digest(_sources(), str(kernel), target.name, options, *compilers)
 
 

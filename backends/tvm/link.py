@@ -97,6 +97,21 @@ def compile_pool(target: Target, output: Path, kind: str) -> Path:
     return output
 
 
+def compile_cudart(target: Target, output: Path) -> None:
+    """Writes cudart.c as the library that TVM's runtime takes for that of CUDA 13. UserError: there is no linker."""
+    source = Path(__file__).parent / "cuda" / "cudart.c"
+    with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
+        stub, symbols = Path(folder, "stub.so"), Path(folder, "symbols")
+        for name, written, more in (
+            ("libcudart.so.12", stub, ["-DSTUB"]),
+            ("libcudart.so.13", output, [*_LINK, str(stub), "-Wl,-z,now", "-Wl,-z,norelro"]),
+        ):
+            symbols.write_text(f"{name} {{ global: cuda*; local: *; }};")  # their version is the library's name
+            command = [linker(target), "-std=gnu11", "-O2", "-fPIC", "-shared", str(source), *more, "-o", str(written)]
+            command += [f"-Wl,-soname,{name}", f"-Wl,--version-script,{symbols}"]
+            subprocess.run(command, check=True, capture_output=True)
+
+
 def linker(target: Target) -> str:
     """The compiler driver that links for the target. UserError: it is not installed."""
     own = platform.machine() == target.arch

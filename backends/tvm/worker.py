@@ -126,7 +126,13 @@ def _compile_cuda(kernel: Any, target: Any, path: Path) -> None:
     device = machine_code.split(module)
     module.write_to_file(str(path))
     path.with_suffix(machine_code.SOURCE).write_text(device.source)
-    path.with_suffix(machine_code.DEVICE).write_bytes(device.packed(machine_code.fatbin(device.source, target.levels)))
+    path.with_suffix(machine_code.DEVICE).write_bytes(device.packed(*machine_code.code_for(device.source, target)))
+
+
+def _cudart(target: Any, output: str) -> None:
+    from mpq_compiler.backends.tvm.link import compile_cudart
+
+    compile_cudart(target, Path(output))
 
 
 def _link(lowered: Any, target: Any, objects: list[str], output: str) -> dict[str, int]:
@@ -154,7 +160,7 @@ def _tune(kernel: Any, target: Any) -> list[tuple[int, int, float]]:
 
 
 REQUESTS: dict[str, Callable[..., Any]] = {
-    "compile": _compile, "link": _link, "standalone": _standalone, "tune": _tune,
+    "compile": _compile, "cudart": _cudart, "link": _link, "standalone": _standalone, "tune": _tune,
 }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 // What of libcuda and libcudart TVM's CUDA runtime asks for, on the memory and the processor of the host. A module is an
-// emulated kernel library: the image itself, or, of a fatbin, the file $MPQ_EMULATED/<FNV-1a of the image>.so.
+// emulated kernel library: the image itself, or, of a fatbin or cubin, the file $MPQ_EMULATED/<FNV-1a of the image>.so.
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <elf.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -46,29 +47,27 @@ int cuModuleUnload(void *module) { return dlclose(module) ? 999 : 0; }
 
 int cuModuleLoadData(void **module, const void *image) {
     char path[4096];
-    uint32_t magic;
-    memcpy(&magic, image, 4);
-    int file = -1;
-    if (magic == 0x464c457f) {  // ELF: its sections end it
-        uint64_t sections;
-        uint16_t size, count;
-        memcpy(&sections, (const char *)image + 0x28, 8);
-        memcpy(&size, (const char *)image + 0x3a, 2);
-        memcpy(&count, (const char *)image + 0x3c, 2);
-        uint64_t length = sections + (uint64_t)size * count;
-        file = memfd_create("kernel", 0);
-        if (file < 0 || write(file, image, length) != (ssize_t)length) return 999;
-        snprintf(path, sizeof path, "/proc/self/fd/%d", file);
-    } else if (magic == 0xba55ed50) {  // fatbin: sizes of header and rest
-        uint16_t header;
-        uint64_t rest, hash = 0xcbf29ce484222325u;
-        memcpy(&header, (const char *)image + 6, 2);
-        memcpy(&rest, (const char *)image + 8, 8);
-        for (uint64_t i = 0; i < header + rest; ++i) hash = (hash ^ ((const unsigned char *)image)[i]) * 0x100000001b3u;
-        const char *folder = getenv("MPQ_EMULATED");
-        snprintf(path, sizeof path, "%s/%016llx.so", folder ? folder : ".", (unsigned long long)hash);
+    uint64_t length;
+    const Elf64_Ehdr *elf = image;
+    const struct { uint32_t magic; uint16_t version, header; uint64_t rest; } *fatbin = image;
+    if (!memcmp(image, ELFMAG, SELFMAG)) {  // ends with the table of its sections, a cubin with that of its segments
+        uint64_t sections = elf->e_shoff + (uint64_t)elf->e_shentsize * elf->e_shnum;
+        uint64_t segments = elf->e_phoff + (uint64_t)elf->e_phentsize * elf->e_phnum;
+        length = sections > segments ? sections : segments;
+    } else if (fatbin->magic == 0xba55ed50) {
+        length = fatbin->header + fatbin->rest;
     } else {
         return 200;  // CUDA_ERROR_INVALID_IMAGE
+    }
+    if (elf->e_ident[EI_MAG0] == ELFMAG0 && elf->e_machine == EM_X86_64) {
+        int file = memfd_create("kernel", 0);
+        if (file < 0 || write(file, image, length) != (ssize_t)length) return 999;
+        snprintf(path, sizeof path, "/proc/self/fd/%d", file);
+    } else {
+        uint64_t hash = 0xcbf29ce484222325u;
+        for (uint64_t i = 0; i < length; ++i) hash = (hash ^ ((const unsigned char *)image)[i]) * 0x100000001b3u;
+        const char *folder = getenv("MPQ_EMULATED");
+        snprintf(path, sizeof path, "%s/%016llx.so", folder ? folder : ".", (unsigned long long)hash);
     }
     *module = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     // The file stays open: the loader would take another of its number for the library that it has loaded by that name.
@@ -154,6 +153,10 @@ int cudaGetDevice(int *device) { *device = 0; return 0; }
 int cudaGetDeviceCount(int *count) { *count = setting("MPQ_EMULATED_DEVICES", 1); return *count ? 0 : 100; }
 int cudaDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute_of(attribute); return 0; }
 int cudaGetDeviceProperties(void *properties, int device) { memset(properties, 0, 512); return 0; }
+int cudaGetDeviceProperties_v2(unsigned *properties, int device) {  // of CUDA 12: every four bytes are their number
+    for (unsigned i = 0; i < 1032 / 4; ++i) properties[i] = i;
+    return 0;
+}
 // Blocks end before a page that nobody may touch, as closely as their alignment allows.
 typedef struct { void *base; size_t size; } Block;
 static Block *block_of(void *place) { return (Block *)((uintptr_t)place / 4096 * 4096) - 1; }

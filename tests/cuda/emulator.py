@@ -120,15 +120,15 @@ def _compile(command: list[str], path: Path, text: str = "") -> None:
 
 
 @functools.cache
-def driver() -> Path:
-    """The folder of libcuda and libcudart."""
-    source = HERE / "driver.c"
-    folder = CACHE / f"driver-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
-    if not (folder / "libcudart.so.13").is_file():
+def driver(release: int = 13) -> Path:
+    """The folder of libcuda and libcudart, of a release of CUDA."""
+    source, cudart = HERE / "driver.c", f"libcudart.so.{release}"
+    folder = CACHE / f"driver-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}-{release}"
+    if not (folder / cudart).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         version = folder / "version"
-        version.write_text("libcudart.so.13 { global: cuda*; };\n")
-        for name in ("libcuda.so.1", "libcudart.so.13"):
+        version.write_text(f"{cudart} {{ global: cuda*; }};\n")
+        for name in ("libcuda.so.1", cudart):
             options = ["gcc", f"-Wl,-soname,{name}", f"-Wl,--version-script={version}", str(source), "-ldl"]
             _compile(options, folder / name)
     return folder
@@ -139,16 +139,17 @@ def version() -> str:
     return hashlib.sha256((HERE / "emulator.h").read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
 
 
-def fatbin_of(module: Path) -> bytes:
-    """The machine code in the bytes of a module for the runtime, which end with it."""
+def code_of(module: Path) -> bytes:
+    """The machine code in the bytes of a module for the runtime, which begin with its kind and end with it."""
     data = module.read_bytes()
-    return data[data.rindex(b"\x50\xed\x55\xba") :]
+    begin = {b"fatbin": b"\x50\xed\x55\xba", b"cubin": b"\x7fELF"}[data[8 : 8 + data[0]]]
+    return data[data.rindex(begin) :]
 
 
 def emulate(cache: Path, folder: Path) -> None:
     """Fills a folder for MPQ_EMULATED: emulated kernels for all that a compilation has left in its cache."""
     for module in sorted(cache.glob(f"kernels/*{machine_code.DEVICE}")):
-        code = fatbin_of(module)
+        code = code_of(module)
         source = module.with_suffix(machine_code.SOURCE).read_text()
         (folder / f"{_fnv1a(code):016x}.so").write_bytes(compiled(source))
 
@@ -161,9 +162,10 @@ def _fnv1a(data: bytes) -> int:
     return found
 
 
-def environment(**variables: str) -> dict[str, str]:
-    """Of a process in which TVM's CUDA runtime finds the driver."""
-    return {**os.environ, "LD_LIBRARY_PATH": str(driver()), **variables}
+def environment(release: int = 13, **variables: str) -> dict[str, str]:
+    """Of a process in which TVM's CUDA runtime finds the driver, with a runtime of that release of CUDA alone."""
+    emulated = {"LD_LIBRARY_PATH": str(driver(release)), "MPQ_EMULATED_DRIVER": {12: "12060", 13: "13000"}[release]}
+    return {**os.environ, **emulated, **variables}
 
 
 def needs() -> None:

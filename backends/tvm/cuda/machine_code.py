@@ -2,7 +2,8 @@
 
 TVM leaves CUDA source in the module that it makes, to be compiled where it is loaded. Here NVIDIA's compiler makes a
 fatbin of it, with code for every architecture of the target, and that takes the place of the source in the bytes of the
-module. TVM's runtime hands it to the driver as it is.
+module. TVM's runtime hands it to the driver as it is. For drivers of CUDA 12 it is code for one architecture, by the
+compiler of that release (`nvrtc`).
 
 What a library holds beside its own code, TVM keeps in one string, `__tvm_ffi__library_bin`: how modules import one
 another, and the bytes of each. `Imports` reads and writes it (tvm-ffi, src/ffi/extra/library_module.cc).
@@ -11,7 +12,6 @@ another, and the bytes of each. `Imports` reads and writes it (tvm-ffi, src/ffi/
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 import os
 import shutil
@@ -23,14 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpq_compiler import gpu
+from mpq_compiler.backends.tvm.cuda import nvrtc
 from mpq_compiler.errors import UserError
 from mpq_compiler.targets import Target
 
 SYMBOL = "__tvm_ffi__library_bin"
 DEVICE, SOURCE = ".device", ".cu"
 """End the names of files beside a kernel's object: the kernel's module for the runtime, and what it was made of."""
-OPTIONS = ("-O3", "-std=c++17", "--fmad=false", "-diag-suppress=177,550")
-"""No multiply-add that the source does not ask for, and no other arithmetic than IEEE's: no --use_fast_math."""
+OPTIONS = ("-O3", *nvrtc.OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class DeviceModule:
     source: str
 
     def packed(self, code: bytes, kind: str = "fatbin") -> bytes:
-        """The bytes that the runtime reads, with machine code in the place of the source."""
+        """The bytes that the runtime reads, with machine code (`code_for`) in the place of the source."""
         return b"".join([_text(kind.encode()), self.functions, _text(code)])
 
 
@@ -128,6 +129,24 @@ def split(module: Any) -> DeviceModule:
     return DeviceModule(functions, source)
 
 
+def code_for(source: str, target: Target) -> tuple[bytes, str]:
+    """Machine code for a target, and its kind: "fatbin" or "cubin". UserError: there is no compiler."""
+    if target.is_cuda12:
+        (level,) = target.levels
+        return nvrtc.cubin(source, level), "cubin"
+    return fatbin(source, target.levels), "fatbin"
+
+
+def require_compiler(target: Target) -> None:
+    """UserError: there is no compiler of kernels for the target."""
+    nvrtc.library() if target.is_cuda12 else compiler()
+
+
+def compiler_version(target: Target) -> str:
+    """Of the compiler for the target, for keys of the cache."""
+    return nvrtc.version() if target.is_cuda12 else version()
+
+
 def fatbin(source: str, levels: Sequence[int]) -> bytes:
     """Machine code for some compute capabilities (80, ...). UserError: there is no compiler, or it refuses."""
     with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
@@ -153,14 +172,9 @@ def compiler() -> Path:
 
 def tool(name: str) -> Path:
     """A program of the CUDA toolkit, found as `compiler` is."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = [Path(place, "cu13", "bin") for place in (spec and spec.submodule_search_locations) or ()]
-    if home := os.environ.get("CUDA_HOME"):
-        folders.insert(0, Path(home, "bin"))
-    for folder in folders:
-        if (path := folder / name).is_file():
-            return path
-    if found := shutil.which(name):
+    if (home := os.environ.get("CUDA_HOME")) and (path := Path(home, "bin", name)).is_file():
+        return path
+    if found := gpu.from_wheels(f"cu13/bin/{name}") or shutil.which(name):
         return Path(found)
     raise UserError(
         f"{name} is not installed, which compiles kernels for CUDA: pip install 'mpq-compiler[cuda]', "
@@ -170,7 +184,7 @@ def tool(name: str) -> Path:
 
 @functools.cache
 def version() -> str:
-    """Of the compiler, for keys of the cache."""
+    """Of nvcc."""
     return subprocess.run([str(compiler()), "--version"], capture_output=True, text=True).stdout
 
 

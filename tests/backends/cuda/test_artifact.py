@@ -42,7 +42,8 @@ from mpq_compiler import runtime
 artifact = runtime.load(sys.argv[1])
 assert artifact.to("cuda") is artifact
 pickle.dump([artifact.run(inputs) for inputs in pickle.load(sys.stdin.buffer)], sys.stdout.buffer)
-driver = ctypes.CDLL("libcudart.so.13")  # whose launches TVM's runtime takes, the emulator's libcuda has the same
+driver = ctypes.CDLL("libcudart.so.13")  # whose launches TVM's runtime takes, the emulator's libcuda has the same;
+# with CUDA 12 that is the artifact's cudart.so, and what it needs
 print(driver.cuEmulatedLaunches(), driver.cuEmulatedGraphs(), file=sys.stderr)
 """
 
@@ -55,14 +56,14 @@ def emulated(tmp_path_factory):
 
 
 def execute(
-    path: Path, calls: Sequence[dict[str, np.ndarray]], **environment: str
+    path: Path, calls: Sequence[dict[str, np.ndarray]], release: int = 13, **environment: str
 ) -> tuple[list[np.ndarray], tuple[int, int]]:
     """What calls of an artifact yield on the emulated GPU; how many kernels were launched by themselves, and graphs."""
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(path)],
         input=pickle.dumps(calls),
         capture_output=True,
-        env=emulator.environment(**environment),
+        env=emulator.environment(release, **environment),
     )
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     launches, graphs = done.stderr.split()[-2:]
@@ -110,7 +111,7 @@ def test_layers_in_bfloat16(tmp_path):
     assert {"pack", "float_gemm", "pack_codes", "weight_only"} <= templates and "dequantize" not in templates
     for module in products:
         code = tmp_path / "kernel.fatbin"
-        code.write_bytes(emulator.fatbin_of(module))
+        code.write_bytes(emulator.code_of(module))
         assert_no_spills(code)
         assert cuobjdump("-sass", code).count("HMMA.16816.F32.BF16") >= 4 * 4
     emulator.needs()
@@ -147,7 +148,7 @@ def test_machine_code_for_all_architectures(for_all, tmp_path):
             continue
         products += 1
         code = tmp_path / "kernel.fatbin"
-        code.write_bytes(emulator.fatbin_of(module))
+        code.write_bytes(emulator.code_of(module))
         assert_no_spills(code)
         if products == 1:
             assert cuobjdump("-sass", code).count("IMMA.16832.U8.S8") >= 4 * 4
@@ -212,7 +213,7 @@ def test_its_time_is_that_of_the_wall(emulated_unet):
     [
         ({"MPQ_EMULATED_DEVICES": "0"}, r"it lacks an NVIDIA GPU that runs sm_80"),
         ({"MPQ_EMULATED_SM": "75"}, r"an NVIDIA GPU that runs sm_80 or sm_87 or sm_89 or sm_90 \(it has sm_75\)"),
-        ({"MPQ_EMULATED_DRIVER": "12060"}, r"driver is of CUDA 12\.6, and artifacts need 13\.0 or later"),
+        ({"MPQ_EMULATED_DRIVER": "12060"}, r"driver is of CUDA 12\.6, and .* needs 13\.0 or later: .* cuda12"),
         ({"MPQ_EMULATED_MEGABYTES": "2"}, r"MB of the GPU's memory, and emulated has 2 MB"),
     ],
 )
@@ -248,13 +249,13 @@ def test_what_a_gpu_cannot_be_given(options, says, tmp_path):
         PIPELINE,
         *options,
     )
-    hidden = {} if options else {"PATH": "/usr/bin:/bin", "PYTHONPATH": _without_wheels(tmp_path)}
+    hidden = {} if options else {"PATH": "/usr/bin:/bin", "PYTHONPATH": without_wheels(tmp_path)}
     done = mpqc(*command, **hidden)
     assert done.returncode == 1 and re.search(says, done.stderr), done.stderr
     assert not (tmp_path / "x.mpq").exists()
 
 
-def _without_wheels(folder: Path) -> str:
+def without_wheels(folder: Path) -> str:
     """A folder for PYTHONPATH in which NVIDIA's wheels are none."""
     (folder / "nvidia").mkdir()
     (folder / "nvidia" / "__init__.py").write_text("")
