@@ -132,8 +132,8 @@ def split(module: Any) -> DeviceModule:
 def code_for(source: str, target: Target) -> tuple[bytes, str]:
     """Machine code for a target, and its kind: "fatbin" or "cubin". UserError: there is no compiler."""
     if target.is_cuda12:
-        (level,) = target.levels
-        return nvrtc.cubin(source, level), "cubin"
+        (name,) = _architectures(target.levels)
+        return nvrtc.cubin(source, name), "cubin"
     return fatbin(source, target.levels), "fatbin"
 
 
@@ -152,16 +152,21 @@ def fatbin(source: str, levels: Sequence[int]) -> bytes:
     with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
         kernel, output = Path(folder, "kernels.cu"), Path(folder, "kernels.fatbin")
         kernel.write_text(source)
-        # One pass over the source for all: it uses nothing that the first of them has not. Hopper alone has more.
-        names = ["90a" if [*levels] == [90] else str(level) for level in levels]
-        wanted = ",".join(f"sm_{name}" for name in names)
-        target = f"-gencode=arch=compute_{names[0]},code=[{wanted}]"
+        # One pass over the source for all: it uses nothing that the first of them has not.
+        first, *others = _architectures(levels)
+        wanted = ",".join(f"sm_{name}" for name in (first, *others))
+        target = f"-gencode=arch=compute_{first},code=[{wanted}]"
         command = [str(compiler()), "-fatbin", *OPTIONS, target, "-o", str(output), str(kernel)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
             raise RuntimeError(f"nvcc refuses a kernel: {(lines or ['it says nothing'])[0].strip()}")
         return output.read_bytes()
+
+
+def _architectures(levels: Sequence[int]) -> list[str]:
+    """As compilers call them; code for Hopper alone may have its own instructions (`wgmma`)."""
+    return ["90a"] if [*levels] == [90] else [str(level) for level in levels]
 
 
 @functools.cache

@@ -62,15 +62,15 @@ def version() -> str:
     return " ".join(map(importlib.metadata.version, ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12")))
 
 
-def cubin(source: str, level: int) -> bytes:
-    """Machine code for a compute capability (87, ...). UserError: there is no compiler; RuntimeError: it refuses."""
+def cubin(source: str, architecture: str) -> bytes:
+    """Machine code for "87", .... UserError: there is no compiler; RuntimeError: it refuses."""
     nvrtc, header = library(), gpu.from_wheels(_HALF)
     assert header
     program = ctypes.c_void_p()
     names, texts = _strings(_HEADERS), _strings(_HEADERS.values())
     _require(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernels.cu", len(names), texts, names))
     try:
-        options = _strings([*OPTIONS, f"-arch=sm_{level}", f"-I{header.parent}"])
+        options = _strings([*OPTIONS, f"-arch=sm_{architecture}", f"-I{header.parent}"])
         if nvrtc.nvrtcCompileProgram(program, len(options), options):
             log = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode(errors="replace")
             lines = [line for line in log.splitlines() if "error" in line.lower()] or ["it says nothing"]

@@ -85,7 +85,7 @@ def test_what_goes_to_the_jetson(jetson):
 def test_the_same_bytes_again(server, tmp_path):
     """Of machine code and of the library that stands for CUDA 13's, wherever they are made."""
     module = min(modules(server[1]), key=lambda path: path.stat().st_size)
-    assert nvrtc.cubin(module.with_suffix(machine_code.SOURCE).read_text(), 80) == emulator.code_of(module)
+    assert nvrtc.cubin(module.with_suffix(machine_code.SOURCE).read_text(), "80") == emulator.code_of(module)
     compile_cudart(targets.resolve("cuda12-sm80"), tmp_path / "other.so")
     assert (tmp_path / "other.so").read_bytes() == (server[0] / CUDART).read_bytes()
 
