@@ -80,8 +80,8 @@ def compiled(problem: QuantMatmul | FastAttention) -> list[bytes]:
     for name, build in builds.items():
         target = TARGETS[name]
         if function := build(problem, "kernel"):
-            source = machine_code.split(machine_code.compiled({"kernel": function}, target)).source
-            found.append(machine_code.fatbin(source, target.levels))
+            _, device = machine_code.compiled({"kernel": function}, target)
+            found.append(machine_code.fatbin(device.source, target.levels))
     return found
 
 

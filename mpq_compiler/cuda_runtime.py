@@ -27,7 +27,7 @@ _CUDARTS = {
 
 
 @functools.cache
-def _load(cudart: Path | None) -> ModuleType:
+def load(cudart: Path | None = None) -> ModuleType:
     """tvm_ffi with TVM's runtime for CUDA, beside its other one. UserError: something that it needs is missing.
 
     cudart: with a driver of CUDA 12, what TVM's runtime is to take for the runtime of CUDA 13 that its wheel was built
@@ -98,7 +98,7 @@ class CudaMachine(tvm_runtime.VirtualMachine):
         super().__init__(artifact, threads, reuse_bytes)
 
     def _load(self) -> ModuleType:
-        return _load(self._cudart)
+        return load(self._cudart)
 
     def _place(self, prepared: Any) -> None:
         """Where they were made."""

@@ -1,4 +1,4 @@
-"""The option --accept, and the time of every suite (one test file) after a run, slowest first."""
+"""The options --accept and --gpu, and the time of every suite (one test file) after a run, slowest first."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 from collections import defaultdict
 
 import pytest
+
+from tests.cuda import silicon
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,6 +20,12 @@ def cache_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="write the golden texts of tests/golden anew")
+    parser.addoption("--gpu", action="store_true", help="CUDA kernels run on the GPU here, not on an emulator")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("gpu"):
+        silicon.ask()
 
 
 _seconds: defaultdict[str, float] = defaultdict(float)

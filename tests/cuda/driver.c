@@ -29,7 +29,15 @@ static int attribute_of(int attribute) {
     return attribute == 75 ? level / 10 : attribute == 76 ? level % 10 : attribute == 10 ? 32 : 1024;
 }
 
-int cuInit(unsigned flags) { return setting("MPQ_EMULATED_DEVICES", 1) ? 0 : 100; }
+// A process that was forked from one that has called the driver cannot call it.
+enum { NOT_INITIALIZED = 3 };
+static pid_t caller;
+static int forked(void) {
+    if (!caller) caller = getpid();
+    return caller != getpid();
+}
+
+int cuInit(unsigned flags) { return forked() ? NOT_INITIALIZED : setting("MPQ_EMULATED_DEVICES", 1) ? 0 : 100; }
 int cuDeviceGetCount(int *count) { *count = setting("MPQ_EMULATED_DEVICES", 1); return 0; }
 int cuDriverGetVersion(int *version) { *version = setting("MPQ_EMULATED_DRIVER", 13000); return 0; }
 int cuDeviceTotalMem_v2(size_t *bytes, int device) {
@@ -46,6 +54,7 @@ int cuTensorMapEncodeTiled(void) { return 801; }
 int cuModuleUnload(void *module) { return dlclose(module) ? 999 : 0; }
 
 int cuModuleLoadData(void **module, const void *image) {
+    if (forked()) return NOT_INITIALIZED;
     char path[4096];
     uint64_t length;
     const Elf64_Ehdr *elf = image;
@@ -146,11 +155,16 @@ int cudaGraphExecDestroy(Graph *graph) { return cudaGraphDestroy(graph); }
 
 #define NOTHING(name) int name(void) { return 0; }
 NOTHING(cudaEventCreate) NOTHING(cudaEventDestroy) NOTHING(cudaEventElapsedTime) NOTHING(cudaEventRecord)
-NOTHING(cudaEventSynchronize) NOTHING(cudaGetLastError) NOTHING(cudaPeekAtLastError) NOTHING(cudaSetDevice)
+NOTHING(cudaEventSynchronize) NOTHING(cudaGetLastError) NOTHING(cudaPeekAtLastError)
 NOTHING(cudaStreamCreateWithFlags) NOTHING(cudaStreamSynchronize) NOTHING(cudaStreamWaitEvent)
 NOTHING(cudaMemGetInfo)
+int cudaSetDevice(int device) { return forked() ? NOT_INITIALIZED : 0; }
 int cudaGetDevice(int *device) { *device = 0; return 0; }
-int cudaGetDeviceCount(int *count) { *count = setting("MPQ_EMULATED_DEVICES", 1); return *count ? 0 : 100; }
+int cudaGetDeviceCount(int *count) {
+    if (forked()) return NOT_INITIALIZED;
+    *count = setting("MPQ_EMULATED_DEVICES", 1);
+    return *count ? 0 : 100;
+}
 int cudaDeviceGetAttribute(int *value, int attribute, int device) { *value = attribute_of(attribute); return 0; }
 int cudaGetDeviceProperties(void *properties, int device) { memset(properties, 0, 512); return 0; }
 int cudaGetDeviceProperties_v2(unsigned *properties, int device) {  // of CUDA 12: every four bytes are their number
@@ -161,6 +175,7 @@ int cudaGetDeviceProperties_v2(unsigned *properties, int device) {  // of CUDA 1
 typedef struct { void *base; size_t size; } Block;
 static Block *block_of(void *place) { return (Block *)((uintptr_t)place / 4096 * 4096) - 1; }
 int cudaMalloc(void **place, size_t size) {
+    if (forked()) return NOT_INITIALIZED;
     if (capture) return 900;  // cudaErrorStreamCaptureUnsupported
     size_t kept = (size + 255) / 256 * 256 + !size * 256, pages = (kept + 4095) / 4096 * 4096;
     char *base = mmap(0, pages + 3 * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

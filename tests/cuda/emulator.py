@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from mpq_compiler.backends.tvm.cuda import machine_code
+from tests.cuda import silicon
 
 HERE = Path(__file__).parent
 CACHE = Path(tempfile.gettempdir(), f"mpq-emulator-{os.getuid()}")
@@ -169,6 +170,8 @@ def environment(release: int = 13, **variables: str) -> dict[str, str]:
 
 
 def needs() -> None:
-    """Skips the test where nothing can be emulated."""
+    """Skips a test of what only the emulator knows, where nothing can be emulated or a GPU is asked for."""
+    if silicon.asked():
+        pytest.skip("for the emulator alone, and --gpu asks for a GPU")
     if reason := missing():
         pytest.skip(reason)

@@ -1,36 +1,41 @@
-"""Builds CUDA kernels for the emulator, and runs them there."""
+"""Builds CUDA kernels, and runs them: on the emulator, or with `pytest --gpu` on the GPU of this machine."""
 
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tvm
 
 from mpq_compiler.backends.tvm.cuda import machine_code
 from mpq_compiler.backends.tvm.kernels.template import BATCH, Argument
-from tests.cuda import emulator
+from mpq_compiler.targets import TARGETS
+from tests.cuda import emulator, silicon
 
-TARGET = {"kind": "cuda", "arch": "sm_80"}
+TARGET = TARGETS["cuda-sm80"]
 Call = tuple[str, Sequence[np.ndarray]]
 
-_RUN = """
-import ctypes, os, pickle, sys
-from pathlib import Path
+SECONDS = 120
+"""Of a call, which else counts as crashed."""
+
+_RUN = f"""
+import os, pickle, signal, sys
 import tvm
-ctypes.CDLL(str(Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"), mode=ctypes.RTLD_GLOBAL)
+from mpq_compiler import cuda_runtime
+cuda_runtime.load()
 library = tvm.runtime.load_module(sys.argv[1])
 device = tvm.cuda(0)
 for name, arrays in pickle.load(sys.stdin.buffer):
     reading, writing = os.pipe()
-    if not (child := os.fork()):  # so that one that crashes ends nothing else
+    if not (child := os.fork()):  # so that one that crashes ends nothing else; nothing has called the driver before
+        signal.alarm({SECONDS})
         tensors = [tvm.runtime.tensor(array, device) for array in arrays]
         library[name](*tensors)
         with os.fdopen(writing, "wb") as stream:
@@ -44,33 +49,47 @@ for name, arrays in pickle.load(sys.stdin.buffer):
 """
 
 
+def needs() -> None:
+    """Skips the test where kernels run on neither."""
+    if not silicon.asked():
+        emulator.needs()
+
+
+def environment(release: int = 13, **variables: str) -> dict[str, str]:
+    """Of a process in which TVM's CUDA runtime finds a driver; release, variables: of CUDA, and for the emulator's."""
+    return dict(os.environ) if silicon.asked() else emulator.environment(release, **variables)
+
+
+def write(functions: Mapping[str, Any], path: Path, code: Callable[[str], bytes]) -> None:
+    """The library of some kernels. code: what makes machine code of their source."""
+    launching, device = machine_code.compiled(functions, TARGET)
+    imports = machine_code.Imports([b"_lib"], [b""], [[]])
+    imports.add(b"cuda", device.packed(code(device.source)))
+    with tempfile.TemporaryDirectory(prefix="mpq-cuda-") as folder:
+        host, packed = Path(folder, "host.o"), Path(folder, "imports.o")
+        launching.write_to_file(str(host))
+        imports.write_object(packed, "gcc")
+        subprocess.run(["gcc", "-shared", "-o", str(path), str(host), str(packed)], check=True)
+
+
 class Library:
     """Kernels in one library."""
 
     def __init__(self, functions: Mapping[str, Any]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="mpq-cuda-")
         self.path = Path(self._folder.name, "kernels.so")
-        target = tvm.target.Target(TARGET, host={"kind": "llvm"})
-        compiled = tvm.compile(tvm.IRModule(dict(functions)), target=target, tir_pipeline="tirx").mod
-        device = machine_code.split(compiled)
-        imports = machine_code.Imports([b"_lib"], [b""], [[]])
-        imports.add(b"cuda", device.packed(emulator.compiled(device.source)))
-        host, packed = Path(self._folder.name, "host.o"), Path(self._folder.name, "imports.o")
-        compiled.write_to_file(str(host))
-        imports.write_object(packed, "gcc")
-        subprocess.run(["gcc", "-shared", "-o", str(self.path), str(host), str(packed)], check=True)
+        write(functions, self.path, silicon.compiled if silicon.asked() else emulator.compiled)
 
     def tried(self, calls: Sequence[Call], early: bool = False) -> list[list[np.ndarray] | None]:
-        """What the arrays of each call hold after it; None where the emulator found something wrong, or crashed.
+        """What the arrays of each call hold after it; None where the emulator found something wrong, or it crashed.
 
-        early: copies happen when they are asked for
+        early: copies happen when they are asked for; a GPU copies when it likes, and does it all once more
         """
         done = subprocess.run(
             [sys.executable, "-c", _RUN, str(self.path)],
             input=pickle.dumps([(name, [np.ascontiguousarray(a) for a in arrays]) for name, arrays in calls]),
             capture_output=True,
-            env=emulator.environment(**({"MPQ_EMULATED_EARLY": "1"} if early else {})),
-            timeout=300,
+            env=environment(**({"MPQ_EMULATED_EARLY": "1"} if early else {})),
         )
         assert done.returncode == 0, done.stderr.decode()[-2000:]
         stream = io.BytesIO(done.stdout)

@@ -18,7 +18,8 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,27 +107,37 @@ class Imports:
             subprocess.run(command, input=source.encode(), check=True, capture_output=True)
 
 
-def compiled(functions: Mapping[str, Any], target: Target) -> Any:
-    """A TVM module of kernels by name: what launches them, compiled for the target's CPU, and CUDA in an import."""
+def compiled(functions: Mapping[str, Any], target: Target) -> tuple[Any, DeviceModule]:
+    """(what launches some kernels, the kernels)."""
     import tvm
 
     options = tvm.target.Target({**target.tvm, "host": dict(target.host)})
-    with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
-        return tvm.compile(tvm.IRModule(dict(functions)), target=options, tir_pipeline="tirx").mod
-
-
-def split(module: Any) -> DeviceModule:
-    """Takes the kernels out of a compiled module, which keeps what launches them."""
+    with _source_stays():
+        module = tvm.compile(tvm.IRModule(dict(functions)), target=options, tir_pipeline="tirx").mod
     (device,) = module.imports
     imports = Imports.of(module)
     content = imports.contents[imports.kinds.index(b"cuda")]
     source = device.inspect_source("cuda")
     module.clear_imports()
-    kind, begin = _string(content, 0)
-    functions = content[begin : len(content) - 8 - len(source.encode())]
-    if kind != b"cuda" or content[begin + len(functions) :] != _text(source.encode()):
+    begin = _string(content, 0)[1]
+    functions_ = content[begin : len(content) - 8 - len(source.encode())]
+    if content[begin + len(functions_) :] != _text(source.encode()):
         raise RuntimeError("this release of TVM packs CUDA modules in another way")
-    return DeviceModule(functions, source)
+    return module, DeviceModule(functions_, source)
+
+
+@contextmanager
+def _source_stays() -> Iterator[None]:
+    """Where TVM finds a GPU, it would compile the source for that one: it is given the source for machine code."""
+    import tvm_ffi
+
+    name = "tvm_callback_cuda_compile"
+    own = tvm_ffi.get_global_func(name)
+    tvm_ffi.register_global_func(name, str.encode, override=True)
+    try:
+        yield
+    finally:
+        tvm_ffi.register_global_func(name, own, override=True)
 
 
 def code_for(source: str, target: Target) -> tuple[bytes, str]:

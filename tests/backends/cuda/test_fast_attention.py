@@ -10,7 +10,6 @@ import pytest
 import torch
 
 pytest.importorskip("tvm")
-
 from mpq_compiler import numerics
 from mpq_compiler.backends.tvm.cuda import fast_attention, machine_code
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
@@ -18,7 +17,7 @@ from mpq_compiler.backends.tvm.kernels.fast_attention import FastAttention, argu
 from mpq_compiler.errors import UserError
 from mpq_compiler.numerics import BF16, INT8
 from mpq_compiler.targets import TARGETS
-from tests.cuda import emulator
+from tests.cuda import kernels
 from tests.cuda.kernels import Library, cuobjdump, empty
 from tests.fast_attention import BATCH, inputs_of, meaning, ready
 from tests.float_kernels import error, quantized, quantizer_inputs, same_bits
@@ -74,7 +73,7 @@ def run(problems: dict[str, FastAttention], inputs: dict[str, list[np.ndarray]])
 @pytest.fixture(scope="module")
 def results() -> dict[str, list[np.ndarray]]:
     """Of each problem, and of one with NaN in its inputs (`spoil`)."""
-    emulator.needs()
+    kernels.needs()
     problems, inputs = dict(PROBLEMS), {name: inputs_of(problem) for name, problem in PROBLEMS.items()}
     for which in range(3):
         problems[f"NaN {which}"], inputs[f"NaN {which}"] = PROBLEMS[SPOILED], spoil(which)
@@ -129,9 +128,9 @@ def test_machine_code_for_all_architectures(tmp_path):
     target = TARGETS["cuda"]
     problems = {f"d{dim}": FastAttention(4096, 4096, 8, dim) for dim in (40, 64, 80, 128)}
     functions = {name: fast_attention.build(problem, name) for name, problem in problems.items()}
-    source = machine_code.split(machine_code.compiled(functions, target)).source
+    _, device = machine_code.compiled(functions, target)
     code = tmp_path / "kernels.fatbin"
-    code.write_bytes(machine_code.fatbin(source, target.levels))
+    code.write_bytes(machine_code.fatbin(device.source, target.levels))
     used = cuobjdump("-res-usage", code)
     assert len(re.findall(r"REG:", used)) == len(problems) * len(target.levels)
     assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}, used

@@ -15,7 +15,7 @@ from mpq_compiler import targets
 from mpq_compiler.backends.tvm.cuda import gemm, machine_code, weights, wgmma
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
-from tests.cuda import emulator
+from tests.cuda import kernels, silicon
 from tests.cuda.kernels import Library, cuobjdump, empty
 from tests.shapes import CONVOLUTIONS, Case, make_case, quantize, random_problem, reference, seed, with_widths
 
@@ -55,11 +55,13 @@ RANDOM: Problems = [random_problem(np.random.default_rng(i)) for i in range(8)]
 
 @pytest.fixture(autouse=True)
 def _emulated():
-    emulator.needs()
+    kernels.needs()
 
 
 def run(problems: Problems, build: Build = gemm.build) -> list[tuple[Case, list[np.ndarray]]]:
     """The cases of some problems with what their kernels write, whenever copies happen."""
+    if build is wgmma.build and silicon.asked() and silicon.level() != wgmma.LEVEL:
+        pytest.skip("the GPU is none of those that have wgmma")
     functions = {f"kernel{i}": build(p, f"kernel{i}") for i, (_, p) in enumerate(problems)}
     functions |= {f"prepare{i}": weights.build(p, f"prepare{i}") for i, (_, p) in enumerate(problems)}
     library = Library(functions)
@@ -99,8 +101,8 @@ def test_machine_code_of_hopper(tmp_path):
     problems = {f"k{bits}": linear((256,), 640, 640, bits=bits, has_offset=True) for bits in (8, 3)}
     functions = {name: wgmma.build(problem, name) for name, problem in problems.items()}
     target, code = targets.resolve("cuda-sm90"), tmp_path / "kernels.fatbin"
-    source = machine_code.split(machine_code.compiled(functions, target)).source
-    code.write_bytes(machine_code.fatbin(source, target.levels))
+    _, device = machine_code.compiled(functions, target)
+    code.write_bytes(machine_code.fatbin(device.source, target.levels))
     used, listed = cuobjdump("-res-usage", code), cuobjdump("-sass", code)
     assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}, used
     assert listed.count("IGMMA.64x128x32.S8.U8") >= 8 and " IMMA." not in listed

@@ -32,7 +32,7 @@ from mpq_compiler.backends.tvm.kernels.quantize import DynamicQuantize, Quantize
 from mpq_compiler.backends.tvm.kernels.template import Argument
 from mpq_compiler.numerics import BF16
 from mpq_compiler.targets import TARGETS
-from tests.cuda import emulator
+from tests.cuda import kernels
 from tests.cuda.kernels import Library, empty
 from tests.float_kernels import error, quantized
 
@@ -126,7 +126,7 @@ def _value(draw: np.random.Generator, case: Case, name: str, array: np.ndarray) 
 @pytest.fixture(scope="module")
 def results() -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
     """Of each case what the CPU's kernel and the GPU's leave in the buffers."""
-    emulator.needs()
+    kernels.needs()
     target, isa = TARGETS["x86-64-avx2"], templates.HOST
     names = [f"case{i}" for i in range(len(CASES))]
     host = {n: templates.TEMPLATES[c.template].build(c.problem, isa, n) for n, c in zip(names, CASES, strict=True)}
@@ -201,7 +201,7 @@ def _meaning(problem: Linear | Conv2d, given: dict[str, np.ndarray]) -> np.ndarr
 @pytest.fixture(scope="module")
 def rounded() -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each problem in bfloat16 its meaning, and what the kernels compute from weights that the GPU has packed."""
-    emulator.needs()
+    kernels.needs()
     pack, product = cuda.TEMPLATES["pack"], cuda.TEMPLATES["float_gemm"]
     problems = dict(enumerate(BFLOAT16))
     functions = {f"pack{i}": pack.build(p, f"pack{i}") for i, p in problems.items()}
@@ -259,7 +259,7 @@ WEIGHT_ONLY = [
 
 
 def test_no_bit_depends_on_where_a_weight_is_decoded():
-    emulator.needs()
+    kernels.needs()
     functions, draw, first, datas = {}, np.random.default_rng(0), [], []
     for i, problem in enumerate(WEIGHT_ONLY):
         templates_ = {"dequantize": problem.table, "pack": problem.product, "float_gemm": problem.product}
