@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
 typedef struct {
@@ -154,10 +155,14 @@ int cudaGraphDestroy(Graph *graph) {
 int cudaGraphExecDestroy(Graph *graph) { return cudaGraphDestroy(graph); }
 
 #define NOTHING(name) int name(void) { return 0; }
-NOTHING(cudaEventCreate) NOTHING(cudaEventDestroy) NOTHING(cudaEventElapsedTime) NOTHING(cudaEventRecord)
-NOTHING(cudaEventSynchronize) NOTHING(cudaGetLastError) NOTHING(cudaPeekAtLastError)
+NOTHING(cudaEventDestroy) NOTHING(cudaEventSynchronize) NOTHING(cudaDeviceSynchronize) NOTHING(cudaGetLastError) NOTHING(cudaPeekAtLastError)
 NOTHING(cudaStreamCreateWithFlags) NOTHING(cudaStreamSynchronize) NOTHING(cudaStreamWaitEvent)
-NOTHING(cudaMemGetInfo)
+int cudaEventCreate(struct timespec **event) { *event = calloc(1, sizeof **event); return 0; }
+int cudaEventRecord(struct timespec *event, void *stream) { return clock_gettime(CLOCK_MONOTONIC, event); }
+int cudaEventElapsedTime(float *milliseconds, const struct timespec *begin, const struct timespec *end) {
+    *milliseconds = (end->tv_sec - begin->tv_sec) * 1e3f + (end->tv_nsec - begin->tv_nsec) * 1e-6f;
+    return 0;
+}
 int cudaSetDevice(int device) { return forked() ? NOT_INITIALIZED : 0; }
 int cudaGetDevice(int *device) { *device = 0; return 0; }
 int cudaGetDeviceCount(int *count) {
@@ -169,6 +174,12 @@ int cudaDeviceGetAttribute(int *value, int attribute, int device) { *value = att
 int cudaGetDeviceProperties(void *properties, int device) { memset(properties, 0, 512); return 0; }
 int cudaGetDeviceProperties_v2(unsigned *properties, int device) {  // of CUDA 12: every four bytes are their number
     for (unsigned i = 0; i < 1032 / 4; ++i) properties[i] = i;
+    return 0;
+}
+static size_t held;
+int cudaMemGetInfo(size_t *free, size_t *total) {
+    cuDeviceTotalMem_v2(total, 0);
+    *free = *total - held;
     return 0;
 }
 // Blocks end before a page that nobody may touch, as closely as their alignment allows.
@@ -183,12 +194,15 @@ int cudaMalloc(void **place, size_t size) {
     mprotect(base + 2 * 4096 + pages, 4096, PROT_NONE);
     *place = base + 2 * 4096 + pages - kept;
     *block_of(*place) = (Block){base, pages + 3 * 4096};
+    held += pages;
     memset(*place, 0xa5, kept);  // as any memory that was used before
     return 0;
 }
 int cudaMallocHost(void **place, size_t size) { return cudaMalloc(place, size); }
 int cudaFree(void *place) {
-    if (place) munmap(block_of(place)->base, block_of(place)->size);
+    if (!place) return 0;
+    held -= block_of(place)->size - 3 * 4096;
+    munmap(block_of(place)->base, block_of(place)->size);
     return 0;
 }
 int cudaFreeHost(void *place) { return cudaFree(place); }
