@@ -23,6 +23,7 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from mpq_compiler import entry_points
 from mpq_compiler.errors import UserError, nearest
 from mpq_compiler.numerics import NUMERICS
 
@@ -145,7 +146,7 @@ def find(name: str) -> type[Pass]:
     """
     from mpq_compiler.passes import PASSES
 
-    external = [e for e in _external() if e.name == name]
+    external = [e for e in entry_points.of(ENTRY_POINTS) if e.name == name]
     if len(external) + (name in PASSES) > 1:
         owners = ", ".join(_owner(e) for e in external)
         raise UserError(f"pass '{name}' is defined more than once ({owners}); uninstall one of the packages")
@@ -160,10 +161,6 @@ def find(name: str) -> type[Pass]:
         if isinstance(c, type) and issubclass(c, Pass) and c.__module__ == module.__name__
     ]
     return cls
-
-
-def _external() -> list[importlib.metadata.EntryPoint]:
-    return sorted(importlib.metadata.entry_points(group=ENTRY_POINTS), key=lambda e: (e.name, e.value))
 
 
 def _owner(entry: importlib.metadata.EntryPoint) -> str:
@@ -193,7 +190,7 @@ def all_names() -> list[str]:
     """The names of all passes, in pipeline order, third-party ones last, those among them that cannot be used too."""
     from mpq_compiler.passes import PASSES
 
-    return [*PASSES, *sorted({e.name for e in _external()} - set(PASSES))]
+    return [*PASSES, *sorted({e.name for e in entry_points.of(ENTRY_POINTS)} - set(PASSES))]
 
 
 def usable() -> tuple[dict[str, type[Pass]], dict[str, str]]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import re
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
+from mpq_compiler import entry_points
 from mpq_compiler.errors import UserError, nearest
 from mpq_compiler.formats.base import Fit, Format, QuantizedWeight, stored_type
 from mpq_compiler.formats.codebook import CodebookFormat
@@ -70,23 +70,12 @@ def get(name: str) -> Format:
 
     UserError: no such name (with the nearest), one that is defined twice, a package that fails to import.
     """
-    return _find(name, _external())
+    return _find(name, entry_points.of(ENTRY_POINTS))
 
 
 def names(extra: Iterable[str] = ()) -> list[str]:
     """The built-in names, then third-party ones, then ``extra``, each once."""
-    return list(dict.fromkeys([*FORMATS, *sorted({e.name for e in _external()}), *extra]))
-
-
-def _external() -> tuple[importlib.metadata.EntryPoint, ...]:
-    return _scan(importlib.metadata.entry_points, tuple(sys.path))  # a scan takes milliseconds, and formats are many
-
-
-@functools.cache
-def _scan(
-    entry_points: Callable[..., Iterable[importlib.metadata.EntryPoint]], path: tuple[str, ...]
-) -> tuple[importlib.metadata.EntryPoint, ...]:
-    return tuple(entry_points(group=ENTRY_POINTS))
+    return list(dict.fromkeys([*FORMATS, *sorted({e.name for e in entry_points.of(ENTRY_POINTS)}), *extra]))
 
 
 @functools.cache
