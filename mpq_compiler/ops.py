@@ -139,13 +139,13 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     order, in f32: the signs; for h = 1, 2, 4 ... below ``block`` every pair (y[i], y[i + h]), where i lacks the bit h,
     becomes its sum and its difference; all times f32(1/sqrt(block)).
     """
-    y = x.reshape(-1, block) * rotation_signs(block).to(x)
+    y = (x.reshape(-1, block) * rotation_signs(block).to(x)).T  # channels outermost: sums of long runs, not of pairs
     step = 1
     while step < block:
-        a, b = y.reshape(-1, 2, step).unbind(1)
+        a, b = y.reshape(block // (2 * step), 2, -1).unbind(1)
         y = torch.stack([a + b, a - b], 1)
         step *= 2
-    return (y * block**-0.5).reshape(x.shape)
+    return (y * block**-0.5).reshape(block, -1).T.reshape(x.shape)
 
 
 def rotation_signs(block: int) -> Tensor:
