@@ -18,6 +18,10 @@ SHRINK = tuple(1 - 0.06 * i for i in range(12))
 """Fractions of the observed range that the search tries, first for both ends, then for each."""
 
 
+AT_ONCE = 1 << 16
+"""Values that errors of the search are computed of at once: what the cache holds."""
+
+
 def parameters(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale f16 and zero point u8 of the ranges [low, high] (any shape), widened to contain zero.
 
@@ -95,18 +99,20 @@ def fit(values: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, T
 
     Returns scale f16 [...], zero point u8 [...] and the error [...].
     """
-    ends = low.clone(), high.clone()
-    scale, zero = parameters(*ends, bits)
+    scale, zero = parameters(low, high, bits)
     least = error(values, scale, zero, bits)
-    for shrink_low, shrink_high in ((True, True), (True, False), (False, True)):
-        start = ends[0].clone(), ends[1].clone()
-        for shrink in SHRINK[1:]:
-            lo = start[0] * shrink if shrink_low else start[0]
-            hi = start[1] * shrink if shrink_high else start[1]
-            s, z = parameters(lo, hi, bits)
-            e = error(values, s, z, bits)
-            better = e < least
-            least = torch.where(better, e, least)
-            scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
-            ends = torch.where(better, lo, ends[0]), torch.where(better, hi, ends[1])
+    shrunken = torch.tensor(SHRINK[1:]).reshape(-1, *[1] * low.dim())
+    whole = torch.ones_like(shrunken)
+    together = max(1, AT_ONCE // values.numel())
+    for shrink_low, shrink_high in ((shrunken, shrunken), (shrunken, whole), (whole, shrunken)):
+        lows, highs = low * shrink_low, high * shrink_high
+        scales, zeros = parameters(lows, highs, bits)
+        pieces = zip(scales.split(together), zeros.split(together), strict=True)
+        errors = torch.cat([error(values, s, z, bits) for s, z in pieces])
+        first = errors.argmin(0, keepdim=True)
+        e, s, z, lo, hi = (table.gather(0, first)[0] for table in (errors, scales, zeros, lows, highs))
+        better = e < least
+        least = torch.where(better, e, least)
+        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+        low, high = torch.where(better, lo, low), torch.where(better, hi, high)
     return scale, zero, least

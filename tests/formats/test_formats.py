@@ -209,6 +209,27 @@ def test_the_fit_is_never_worse_than_the_whole_range(bits):
     assert bits > 4 or float(least) < float(whole)  # with heavy tails and few levels a clipped range is better
 
 
+@pytest.mark.parametrize("shape", [(600,), (3, 200)])
+def test_the_search_of_ranges_takes_one_after_the_other(shape, monkeypatch):
+    """Both ends, then each; the first of the least errors, however many candidates are computed at once."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(3)).exp() - 0.5
+    low, high = ends = values.amin(-1), values.amax(-1)
+    scale, zero = activation.parameters(low, high, 4)
+    least = activation.error(values, scale, zero, 4)
+    for both in ((True, True), (True, False), (False, True)):
+        start = ends
+        for shrink in activation.SHRINK[1:]:
+            lo, hi = (end * shrink if shrunken else end for end, shrunken in zip(start, both, strict=True))
+            s, z = activation.parameters(lo, hi, 4)
+            better = (e := activation.error(values, s, z, 4)) < least
+            new, old = (s, z, e, lo, hi), (scale, zero, least, *ends)
+            scale, zero, least, *ends = (torch.where(better, n, o) for n, o in zip(new, old, strict=True))
+    for at_once in (1, 1 << 16):
+        monkeypatch.setattr(activation, "AT_ONCE", at_once)
+        found = activation.fit(values, low, high, 4)
+        assert all(torch.equal(f, e) for f, e in zip(found, (scale, zero, least), strict=True))
+
+
 def test_the_error_is_that_of_the_quantizer():
     values = torch.randn(1, 300, generator=torch.Generator().manual_seed(0))
     scale, zero = activation.parameters(values.min(), values.max() / 2, 6)
