@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -46,7 +47,12 @@ def moments(program: Program, call: fx.Node) -> Tensor | None:
     gram = calibration.grams.get(call.name)
     if gram is None or bias_of(call) is None:
         return gram
-    mean = calibration.means[call.name]
+    return _about(gram, calibration.means[call.name])
+
+
+@functools.lru_cache(maxsize=1)  # the same tensor for all formats of a layer: `gptq` keeps what it makes of it
+def _about(gram: Tensor, mean: Tensor) -> Tensor:
+    """Second moments about the mean."""
     return gram - (mean.square() if gram.dim() == 1 else torch.outer(mean, mean))
 
 

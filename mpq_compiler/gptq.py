@@ -8,6 +8,7 @@ authors' code), is the order of the updates alone: codes stay where they are.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ def gptq(
     order:   columns by descending second moment, else as they stand
     damping: of the gram's diagonal, in parts of its mean
     """
-    permutation = torch.argsort(gram.diagonal(), descending=True, stable=True) if order else torch.arange(len(gram))
-    upper = _inverse_factor(gram[permutation][:, permutation], damping)
+    permutation, upper = _updates(gram, order, damping)
+    places, pivots = permutation.tolist(), upper.diagonal().unbind()
     quantizer = _Columns(nearest)
     left = rows[:, permutation].clone()
     codes = torch.empty_like(nearest.codes)
@@ -38,15 +39,22 @@ def gptq(
         end = min(start + BLOCK, len(gram))
         part, errors = left[:, start:end], torch.empty(len(rows), end - start)
         for i in range(end - start):
-            column = int(permutation[start + i])
+            column = places[start + i]
             code, level = quantizer(part[:, i], column)
             codes[:, column] = code
-            errors[:, i] = (part[:, i] - level) / upper[start + i, start + i]
+            errors[:, i] = (part[:, i] - level) / pivots[start + i]
             part[:, i + 1 :] -= errors[:, i : i + 1] * upper[start + i, start + i + 1 : end]
         left[:, end:] -= errors @ upper[start:end, end:]
     found = dataclasses.replace(nearest, codes=codes)
     before, after = (output_error(q.dequantize() - rows, gram) for q in (nearest, found))
     return dataclasses.replace(nearest, codes=torch.where((after < before)[:, None], codes, nearest.codes))
+
+
+@functools.lru_cache(maxsize=1)  # one layer is rounded to many formats, one after the other
+def _updates(gram: Tensor, order: bool, damping: float) -> tuple[Tensor, Tensor]:
+    """The order of the columns, and what the error of each does to those behind it."""
+    permutation = torch.argsort(gram.diagonal(), descending=True, stable=True) if order else torch.arange(len(gram))
+    return permutation, _inverse_factor(gram[permutation][:, permutation], damping)
 
 
 def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
