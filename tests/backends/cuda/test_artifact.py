@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import re
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 pytest.importorskip("tvm")
-from mpq_compiler import targets
+from mpq_compiler import artifact, cli, targets
 from mpq_compiler.backends.tvm.build import build
 from mpq_compiler.backends.tvm.cuda import machine_code
 from mpq_compiler.backends.tvm.emit import lower
@@ -133,30 +134,33 @@ def known_to_the_driver(cache: Path, folder: Path, level: str) -> dict[str, str]
     return {"MPQ_EMULATED": str(folder), "MPQ_EMULATED_SM": level}
 
 
-def test_a_jetson_is_launched_by_its_own_processor(home, tmp_path):
-    emulator.needs()
-    path = tmp_path / "orin.mpq"
-    options = ("--target", "cuda-sm87", "--pipeline", PIPELINE, "--cache", tmp_path)
-    done = mpqc("compile", "fashion-unet", "-o", path, *options, **home)
-    assert done.returncode == 0, done.stderr
-    header = (path / "kernels.so").read_bytes()[:20]
+def test_a_jetson_is_launched_by_its_own_processor(tmp_path):
+    """A few layers are enough: every kernel is launched, and every library linked, in the same way."""
+    program, _ = programs.bfloat16_layers()
+    header = build(program, targets.resolve("cuda-sm87"), (2,), cache=tmp_path).files[artifact.KERNELS][:20]
     assert header[:4] == b"\x7fELF" and header[18] == 183  # AArch64
 
 
-@pytest.fixture(scope="module", params=("fashion-unet", "fashion-dit", "fashion-text"))
-def for_all(request, tmp_path_factory):
-    """(artifact, cache) of a bundled denoiser, compiled by NVIDIA's compiler for all architectures."""
-    folder = tmp_path_factory.mktemp(request.param)
-    options = ("--target", "cuda", "--pipeline", PIPELINE, "--cache", folder, "--jobs", 2)
-    done = mpqc("compile", request.param, "-o", folder / "model.mpq", *options)
-    assert done.returncode == 0, done.stderr
-    return folder / "model.mpq", folder
+@pytest.fixture(scope="module")
+def for_all(tmp_path_factory):
+    """By name, (artifact, cache) of a bundled denoiser, compiled by NVIDIA's compiler for all architectures."""
+
+    @functools.cache
+    def compiled(name: str) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp(name)
+        options = ("--target", "cuda", "--pipeline", PIPELINE, "--cache", folder, "--jobs", 2)
+        done = mpqc("compile", name, "-o", folder / "model.mpq", *options)
+        assert done.returncode == 0, done.stderr
+        return folder / "model.mpq", folder
+
+    return compiled
 
 
-def test_machine_code_for_all_architectures(for_all, tmp_path):
+@pytest.mark.parametrize("name", ["fashion-unet", "fashion-dit", "fashion-text"])
+def test_machine_code_for_all_architectures(for_all, name, tmp_path):
     """Products are on integer tensor cores, four instructions of them at least, and no kernel of them spills."""
     products = 0
-    for module in sorted(for_all[1].glob(f"kernels/*{machine_code.DEVICE}")):
+    for module in sorted(for_all(name)[1].glob(f"kernels/*{machine_code.DEVICE}")):
         if "mma_int_sync" not in _source(module):
             continue
         products += 1
@@ -182,10 +186,8 @@ def _source(module: Path) -> str:
 
 @pytest.fixture(scope="module")
 def unet(for_all, tmp_path_factory):
-    """(artifact, what the driver has to know to run it)"""
-    path, cache = for_all
-    if "unet" not in str(cache):
-        pytest.skip("one denoiser is enough: kernels run in other tests")
+    """(artifact, what the driver has to know to run it); of one denoiser, for kernels run in other tests."""
+    path, cache = for_all("fashion-unet")
     return path, known_to_the_driver(cache, tmp_path_factory.mktemp("emulated"), "90")
 
 
@@ -229,11 +231,10 @@ def test_its_time_is_that_of_the_wall(unet):
         ({"MPQ_EMULATED_MEGABYTES": "2"}, r"MB of the GPU's memory, and emulated has 2 MB"),
     ],
 )
-def test_a_gpu_that_does_not_run_it(for_all, variables, says):
-    emulator.needs()
+def test_a_gpu_that_does_not_run_it(emulated_unet, variables, says):
     code = "import sys; from mpq_compiler import runtime; runtime.load(sys.argv[1])"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(for_all[0])],
+        [sys.executable, "-c", code, str(emulated_unet[0])],
         capture_output=True,
         text=True,
         env=emulator.environment(**variables),
@@ -246,25 +247,23 @@ def test_a_gpu_that_does_not_run_it(for_all, variables, says):
     [
         (("--tune",), "leave it out"),
         (("--emit", "c"), "kernels for CPUs"),
-        ((), r"nvcc is not installed.*mpq-compiler\[cuda\]"),
     ],
 )
-def test_what_a_gpu_cannot_be_given(options, says, tmp_path):
-    command = (
-        "compile",
-        "fashion-unet",
-        "-o",
-        tmp_path / "x.mpq",
-        "--target",
-        "cuda",
-        "--pipeline",
-        PIPELINE,
-        *options,
-    )
-    hidden = {} if options else {"PATH": "/usr/bin:/bin", "PYTHONPATH": without_wheels(tmp_path)}
-    done = mpqc(*command, **hidden)
-    assert done.returncode == 1 and re.search(says, done.stderr), done.stderr
+def test_what_a_gpu_cannot_be_given(options, says, tmp_path, capsys):
+    assert cli.main([*map(str, compiling(tmp_path)), *options]) == 1
+    assert re.search(says, capsys.readouterr().err)
     assert not (tmp_path / "x.mpq").exists()
+
+
+def test_without_a_compiler(tmp_path):
+    done = mpqc(*compiling(tmp_path), PATH="/usr/bin:/bin", PYTHONPATH=without_wheels(tmp_path))
+    assert done.returncode == 1 and re.search(r"nvcc is not installed.*mpq-compiler\[cuda\]", done.stderr), done.stderr
+    assert not (tmp_path / "x.mpq").exists()
+
+
+def compiling(folder: Path) -> tuple[object, ...]:
+    """A command for a GPU."""
+    return "compile", "fashion-unet", "-o", folder / "x.mpq", "--target", "cuda", "--pipeline", PIPELINE
 
 
 def without_wheels(folder: Path) -> str:
