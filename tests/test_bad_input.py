@@ -46,6 +46,16 @@ def native(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """The default recipe with less than half of its formats to measure, where it matters only that it measures."""
+    recipe = tmp_path_factory.mktemp("recipe") / "few.toml"
+    recipe.write_text(
+        'schema = 1\nextends = "default"\n[options.sensitivity]\nformats = ["int2", "int4", "int8"]\n'
+    )
+    return "--recipe", str(recipe), "--samples", "2", "--steps", "2"
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     """The one sentence with which the command refuses."""
     capsys.readouterr()
@@ -211,9 +221,9 @@ def test_unknown_flags_exit_with_2() -> None:
 
 
 def test_a_budget_that_cannot_be_met_names_the_least(
-    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], model: Path, few: tuple[str, ...], tmp_path: Path
 ) -> None:
-    arguments = ("--weights", "1.5", "--samples", "2", "--steps", "2", "--cache", tmp_path / "cache")
+    arguments = ("--weights", "1.5", *few, "--cache", tmp_path / "cache")
     sentence = refused(capsys, "compile", model, "-o", tmp_path / "x.mpq", *arguments)
     least = float(sentence.split("(")[-1].split(" bits")[0])
     assert "the least" in sentence
@@ -466,11 +476,11 @@ def test_a_place_that_cannot_be_written(capsys: pytest.CaptureFixture[str], mode
     refused(capsys, "compile", model, "-o", "/proc/x.mpq", "--target", "reference", *QUICK)
 
 
-def test_ctrl_c_leaves_nothing_but_the_cache(model: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing_but_the_cache(model: Path, few: tuple[str, ...], tmp_path: Path) -> None:
     """Interrupted in the sensitivity measurement: exit code 130, no output, and the cache serves the next run."""
     cache, output = tmp_path / "cache", tmp_path / "x.mpq"
     arguments = ["compile", str(model), "-o", str(output), "--target", "reference", "--cache", str(cache)]
-    arguments += ["--samples", "2", "--steps", "2", "--weights", "5", "--jobs", "1"]
+    arguments += [*few, "--weights", "5", "--jobs", "1"]
     process = subprocess.Popen([sys.executable, "-m", "mpq_compiler", *arguments], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -491,12 +501,12 @@ def test_ctrl_c_leaves_nothing_but_the_cache(model: Path, tmp_path: Path) -> Non
     assert len(names) == len(set(names)) > before
 
 
-def test_two_compiles_on_one_cache_give_the_same_bytes(model: Path, tmp_path: Path) -> None:
+def test_two_compiles_on_one_cache_give_the_same_bytes(model: Path, few: tuple[str, ...], tmp_path: Path) -> None:
     """At the same time, in two processes and folders, with one job and with two."""
     processes = []
     for jobs in ("1", "2"):
         arguments = ["compile", str(model), "-o", str(tmp_path / jobs / "x.mpq"), "--cache", str(tmp_path / "cache")]
-        arguments += ["--samples", "2", "--steps", "2", "--weights", "5", "--jobs", jobs]
+        arguments += [*few, "--weights", "5", "--jobs", jobs]
         (tmp_path / jobs).mkdir()
         command = [sys.executable, "-m", "mpq_compiler", *arguments]
         processes.append(subprocess.Popen(command, cwd=tmp_path / jobs, env=dict(os.environ)))
