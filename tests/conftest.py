@@ -9,6 +9,8 @@ import pytest
 
 from tests.cuda import silicon
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: there is a worker for each core
+
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> None:
