@@ -18,7 +18,7 @@ import torch
 import tvm
 
 from mpq_compiler import numerics, ops
-from mpq_compiler.backends.tvm.cuda import fast_attention, gemm, machine_code, weight_only, weights
+from mpq_compiler.backends.tvm.cuda import fast_attention, gemm, machine_code, weight_only, weights, wgmma
 from mpq_compiler.backends.tvm.kernels import fast_attention as cpu_fast_attention
 from mpq_compiler.backends.tvm.kernels.dequantize import DequantizeTable, WeightOnly
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Step
@@ -145,8 +145,16 @@ CASES: Sequence[Case] = (
 # --- libraries ----------------------------------------------------------------------------------------------
 
 
-def functions(case: Case) -> dict[str, Any]:
-    """The kernels by name; each `prepare` makes the weights of its neighbour."""
+def products(level: int) -> dict[str, tuple[int, Callable[[QuantMatmul, str], Any]]]:
+    """Bits and builders of the quantized products by name; on Hopper `mma.sync` stands beside `wgmma`."""
+    if level != wgmma.LEVEL:
+        return {name: (bits, gemm.build) for name, bits in BITS.items()}
+    both = {f"{name}_mma": (BITS[name], gemm.build) for name in ("W8A8", "W4A8")}
+    return {name: (bits, wgmma.build) for name, bits in BITS.items()} | both
+
+
+def functions(case: Case, level: int) -> dict[str, Any]:
+    """The kernels by name, for a compute capability; each `prepare` makes the weights of its neighbour."""
     if isinstance(case, Attention):
         made = ready(case.problem)
         return {
@@ -154,8 +162,8 @@ def functions(case: Case) -> dict[str, Any]:
             "attention": fast_attention.build(case.problem, "attention"),
         }
     found = {}
-    for name, bits in BITS.items():
-        found[name] = gemm.build(case.problem(bits), name)
+    for name, (bits, build) in products(level).items():
+        found[name] = build(case.problem(bits), name)
         found[f"{name}_prepare"] = weights.build(case.problem(bits), f"{name}_prepare")
     found[WEIGHT_ONLY] = weight_only.build(case.weight_only(), WEIGHT_ONLY)
     found[f"{WEIGHT_ONLY}_prepare"] = weight_only.build_pack(case.weight_only(), f"{WEIGHT_ONLY}_prepare")
@@ -169,7 +177,7 @@ def library(case: Case, level: int, folder: Path) -> Path:
     path = folder / f"{hashlib.sha256(repr(case).encode() + sources).hexdigest()[:24]}-sm{level}.so"
     if not path.is_file():
         partial = path.with_suffix(".partial")
-        kernels.write(functions(case), partial, lambda source: machine_code.fatbin(source, [level]))
+        kernels.write(functions(case, level), partial, lambda source: machine_code.fatbin(source, [level]))
         partial.replace(path)
     return path
 
@@ -187,17 +195,17 @@ class Ours:
     """What is wrong with a result."""
 
 
-def names(case: Case) -> tuple[str, ...]:
-    """Of our contestants."""
-    return (ATTENTION,) if isinstance(case, Attention) else (*BITS, WEIGHT_ONLY)
+def names(case: Case, level: int) -> tuple[str, ...]:
+    """Of our contestants on a compute capability."""
+    return (ATTENTION,) if isinstance(case, Attention) else (*products(level), WEIGHT_ONLY)
 
 
-def ours(case: Case, batch: int, path: Path) -> dict[str, Ours]:
-    """Our kernels for a case."""
+def ours(case: Case, batch: int, path: Path, level: int) -> dict[str, Ours]:
+    """Our kernels for a case, of the library for a compute capability."""
     compiled = tvm.runtime.load_module(str(path))
     if isinstance(case, Attention):
         return {ATTENTION: _attention(case, batch, compiled)}
-    found = {name: _product(name, case.problem(bits), batch, compiled) for name, bits in BITS.items()}
+    found = {name: _product(name, case.problem(bits), batch, compiled) for name, (bits, _) in products(level).items()}
     return found | {WEIGHT_ONLY: _weight_only(case, batch, compiled)}
 
 

@@ -48,7 +48,7 @@ def test_kernels_take_turns(tmp_path):
     assert written["gpu"]["level"] == 90 and "TileLang int8" in written["missing"]
     (linear,) = written["tasks"]
     assert not linear["failed"] and not linear["wrong"]
-    assert [row["name"] for row in linear["rows"]] == [*cuda_cases.BITS, cuda_cases.WEIGHT_ONLY, "control"]
+    assert [row["name"] for row in linear["rows"]] == [*cuda_cases.products(90), cuda_cases.WEIGHT_ONLY, "control"]
     assert all(row["ungraphed"] is None and row["us"] > 0 for row in linear["rows"])
     (goal,) = written["goals"]
     assert goal["goal"] == "W4A8 as fast as W8A8" and goal["met"] == (goal["value"] >= 1)
