@@ -102,10 +102,21 @@ static unsigned launches, graphs;
 unsigned cuEmulatedLaunches(void) { return launches; }  // one by one
 unsigned cuEmulatedGraphs(void) { return graphs; }  // launched
 
+// Blocks end before a page that nobody may touch, as closely as their alignment allows; what lies between stays as it is.
+typedef struct Block { void *base; size_t size; const unsigned char *end, *page; struct Block *next; } Block;
+static Block *blocks;
+static Block *block_of(void *place) { return (Block *)((uintptr_t)place / 4096 * 4096) - 1; }
+
 static void run(const Node *node) {
     void *arguments[MOST_ARGUMENTS];
     for (unsigned i = 0; i < node->kernel->arguments; ++i) arguments[i] = (void *)&node->values[i];
     node->kernel->run(node->grid, node->threads, arguments);
+    for (const Block *block = blocks; block; block = block->next)
+        for (const unsigned char *at = block->end; at < block->page; ++at)
+            if (*at != 0xa5) {
+                fprintf(stderr, "emulator: a kernel has written behind the end of a block\n");
+                abort();
+            }
 }
 
 int cuLaunchKernelEx(const Launch *launch, void *function, void **arguments, void **extra) {
@@ -155,8 +166,9 @@ int cudaGraphDestroy(Graph *graph) {
 int cudaGraphExecDestroy(Graph *graph) { return cudaGraphDestroy(graph); }
 
 #define NOTHING(name) int name(void) { return 0; }
-NOTHING(cudaEventDestroy) NOTHING(cudaEventSynchronize) NOTHING(cudaDeviceSynchronize) NOTHING(cudaGetLastError) NOTHING(cudaPeekAtLastError)
-NOTHING(cudaStreamCreateWithFlags) NOTHING(cudaStreamSynchronize) NOTHING(cudaStreamWaitEvent)
+NOTHING(cudaDeviceSynchronize) NOTHING(cudaEventDestroy) NOTHING(cudaEventSynchronize) NOTHING(cudaGetLastError)
+NOTHING(cudaPeekAtLastError) NOTHING(cudaStreamCreateWithFlags) NOTHING(cudaStreamSynchronize)
+NOTHING(cudaStreamWaitEvent)
 int cudaEventCreate(struct timespec **event) { *event = calloc(1, sizeof **event); return 0; }
 int cudaEventRecord(struct timespec *event, void *stream) { return clock_gettime(CLOCK_MONOTONIC, event); }
 int cudaEventElapsedTime(float *milliseconds, const struct timespec *begin, const struct timespec *end) {
@@ -182,9 +194,6 @@ int cudaMemGetInfo(size_t *free, size_t *total) {
     *free = *total - held;
     return 0;
 }
-// Blocks end before a page that nobody may touch, as closely as their alignment allows.
-typedef struct { void *base; size_t size; } Block;
-static Block *block_of(void *place) { return (Block *)((uintptr_t)place / 4096 * 4096) - 1; }
 int cudaMalloc(void **place, size_t size) {
     if (forked()) return NOT_INITIALIZED;
     if (capture) return 900;  // cudaErrorStreamCaptureUnsupported
@@ -193,7 +202,10 @@ int cudaMalloc(void **place, size_t size) {
     if (base == MAP_FAILED) return 2;
     mprotect(base + 2 * 4096 + pages, 4096, PROT_NONE);
     *place = base + 2 * 4096 + pages - kept;
-    *block_of(*place) = (Block){base, pages + 3 * 4096};
+    unsigned char *first = *place;
+    Block *own = block_of(first);
+    *own = (Block){base, pages + 3 * 4096, first + size, first + kept, blocks};
+    blocks = own;
     held += pages;
     memset(*place, 0xa5, kept);  // as any memory that was used before
     return 0;
@@ -201,8 +213,11 @@ int cudaMalloc(void **place, size_t size) {
 int cudaMallocHost(void **place, size_t size) { return cudaMalloc(place, size); }
 int cudaFree(void *place) {
     if (!place) return 0;
-    held -= block_of(place)->size - 3 * 4096;
-    munmap(block_of(place)->base, block_of(place)->size);
+    Block *own = block_of(place), **link = &blocks;
+    while (*link != own) link = &(*link)->next;
+    *link = own->next;
+    held -= own->size - 3 * 4096;
+    munmap(own->base, own->size);
     return 0;
 }
 int cudaFreeHost(void *place) { return cudaFree(place); }

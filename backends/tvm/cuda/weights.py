@@ -175,9 +175,6 @@ class _Prepare:
                     own = T.cast(self.b["start"][j, 0, i], "float32")
                     store(total, vmath.fma(own, self.b["weight_scale"][j, i], total[0]), 0)
                 store(self.b["sums"], total[0], i)
-            with each(w.outputs * len(p.segments), 32) as number:
-                i, j = unravel(number, len(p.segments))
-                store(self.b["start"], tirx.IntImm("int32", 0), j, 0, i)
         with each(w.outputs // CHANNELS * (w.steps * 32), 128) as number:
             fragment, step, lane = unravel(number, w.steps, 32)
             self._fragment(fragment, step, lane)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,37 +16,20 @@ from mpq_compiler.backends.tvm.cuda import gemm, machine_code, weights, wgmma
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
 from tests.cuda import kernels, silicon
+from tests.cuda.cases import FORMATS, IMAGE, SEGMENTS, Problems
 from tests.cuda.kernels import Library, cuobjdump, empty
-from tests.shapes import CONVOLUTIONS, Case, make_case, quantize, random_problem, reference, seed, with_widths
+from tests.shapes import CONVOLUTIONS, Case, make_case, quantize, random_problem, reference, seed
 
 linear = QuantMatmul.linear
-Problems = Sequence[tuple[int, QuantMatmul]]
 Build = Callable[[QuantMatmul, str], Any]
 
-FORMATS: Problems = [
-    (2, linear((10,), 64, 64)),
-    (1, linear((200,), 128, 128, bits=4, classes=2, groups=2)),
-    (1, linear((70,), 100, 70, bits=3)),
-    (1, linear((9,), 48, 64, bits=4, has_offset=True)),
-    (1, linear((70,), 200, 70, bits=2)),
-    (1, linear((300,), 64, 128, bits=4, has_offset=True)),
-    (1, with_widths(linear((9,), 60, 40), 2, 3, 4)),
-    (1, with_widths(linear((9,), 60, 40), 4, 5)),
-]
-SEGMENTS: Problems = [
-    (2, linear((10,), 96, 64, segments=(32,) * 3, bits=4, has_offset=True)),
-    (2, linear((10,), 96, 64, segments=(40, 56), bits=4, groups=3, has_offset=True)),
-    (2, linear((5,), 128, 64, dynamic=True)),
-    (2, linear((5,), 128, 64, dynamic=True, segments=(32,) * 4, bits=4)),
-    (2, linear((5,), 128, 64, dynamic=True, segments=(64, 64), bits=4, has_offset=True)),
-    (1, QuantMatmul(7, 6, 44, 46, (1, 2), (2, 2), (0, 0, 1, 1), bits=2, segments=(12, 32), has_offset=True)),
-]
 SPLIT: Problems = [
     (2, linear((10,), 1100, 64, bits=4, groups=2, has_offset=True)),
     (3, linear((1,), 2048, 70, dynamic=True)),
     (1, QuantMatmul(5, 6, 100, 64, (3, 3), padding=(1, 1, 1, 1), bits=2, has_offset=True)),
 ]
 IMAGES: Problems = [
+    IMAGE,
     *(CONVOLUTIONS[n] for n in ("3x3", "3x3-stride-2", "3x3-one-channel", "5x3-of-3x2", "patches", "1x1-strided")),
     (2, QuantMatmul(12, 12, 64, 128, (3, 3), padding=(1, 1, 1, 1), groups=2)),
 ]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,9 +30,8 @@ from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
 from mpq_compiler.numerics import BF16
 from tests.cuda import emulator
 from tests.cuda.kernels import Library, empty
+from tests.cuda.mutants import Mutants, mutated
 from tests.shapes import make_case, seed
-
-Mutants = Mapping[str, tuple[str, str]]
 
 GEMM: Mutants = {
     "no barrier before a step": ("            barrier()\n            if w.steps", "            if w.steps"),
@@ -322,16 +319,6 @@ SUBJECTS = {
 }
 
 
-def _mutated(module: Any, before: str, after: str) -> Any:
-    """The module with another text in one place."""
-    source = Path(module.__file__).read_text()
-    assert before in source, f"a mutant's place is gone: {before!r}"
-    changed = types.ModuleType(module.__name__)
-    changed.__dict__["__file__"] = module.__file__
-    exec(compile(source.replace(before, after, 1), module.__file__, "exec"), changed.__dict__)
-    return changed
-
-
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_mistakes_are_noticed(name):
     emulator.needs()
@@ -339,7 +326,7 @@ def test_mistakes_are_noticed(name):
     numbered = {f"mutant{i}": what for i, what in enumerate(subject.mutants)}
     functions = {"right": subject.build(subject.module, "right")}
     for key, what in numbered.items():
-        functions[key] = subject.build(_mutated(subject.module, *subject.mutants[what]), key)
+        functions[key] = subject.build(mutated(subject.module, *subject.mutants[what]), key)
     library, arrays = Library(functions), subject.arrays()
     calls = [(key, arrays) for key in functions]
     noticed = set()
