@@ -145,7 +145,7 @@ def hadamard(x: Tensor, block: int) -> Tensor:
         a, b = y.reshape(block // (2 * step), 2, -1).unbind(1)
         y = torch.stack([a + b, a - b], 1)
         step *= 2
-    return (y * block**-0.5).reshape(block, -1).T.reshape(x.shape)
+    return (y * block**-0.5).reshape(block, -1).T.contiguous().reshape(x.shape)
 
 
 def rotation_signs(block: int) -> Tensor:

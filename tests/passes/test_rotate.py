@@ -54,6 +54,7 @@ def test_it_is_the_matrix_and_the_matrix_is_orthogonal(block):
     torch.testing.assert_close(r @ r.T, torch.eye(block, dtype=torch.float64), rtol=0, atol=1e-14)
     x = random(3, 5, 2 * block)
     y = ops.hadamard(x, block)
+    assert y.is_contiguous()  # what is done with it next is summed up in the order of its memory
     assert y.dtype == torch.float32 and y.shape == x.shape
     exact = (x.double().unflatten(-1, (2, block)) @ matrix(block).T).flatten(-2)
     assert float((y - exact).abs().max()) <= 1e-6 * float(exact.abs().max())
