@@ -22,7 +22,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 def test_the_same_tests_run_on_a_gpu(tmp_path):
     """Machine code is its compiler's, here that of the emulator; what only the emulator knows is left out."""
     home = nvcc.install(tmp_path)
-    tests = ("test_gemm.py::test_the_bits_of_the_definition[split]", "test_mutants.py::test_mistakes_are_noticed")
+    tests = ("test_gemm.py::test_the_bits_of_the_definition[wgmma-split]", "test_mutants.py::test_mistakes_are_noticed")
     done = run(*(f"tests/backends/cuda/{test}" for test in tests), CUDA_HOME=str(home), MPQ_EMULATED_SM="90")
     assert "1 passed" in done.stdout, done.stdout[-3000:]
     assert "for the emulator alone, and --gpu asks for a GPU" in done.stdout
