@@ -1,7 +1,7 @@
 """Our CUDA kernels and denoisers beside torch's on one GPU, in turns.
 
     python -m benchmarks.cuda                       # everything, into benchmarks/results/cuda.json
-    python -m benchmarks.cuda --only sdxl --size 0.5 --folder /tmp/built
+    python -m benchmarks.cuda --only sdxl --size 0.5 --folder built
     python -m benchmarks.cuda --plan --level 90 --folder built    # without a GPU: compiles all that a run would time
 
 Layers and attentions (batch 1 and 2): what is timed is a CUDA graph of launches by events, on tensors that are on the
