@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import tvm
 
-from mpq_compiler import numerics, ops
+from mpq_compiler import gpu, numerics, ops
 from mpq_compiler.backends.tvm.cuda import fast_attention, gemm, machine_code, weight_only, weights, wgmma
 from mpq_compiler.backends.tvm.kernels import fast_attention as cpu_fast_attention
 from mpq_compiler.backends.tvm.kernels.dequantize import DequantizeTable, WeightOnly
@@ -147,7 +147,7 @@ CASES: Sequence[Case] = (
 
 def products(level: int) -> dict[str, tuple[int, Callable[[QuantMatmul, str], Any]]]:
     """Bits and builders of the quantized products by name; on Hopper `mma.sync` stands beside `wgmma`."""
-    if level != wgmma.LEVEL:
+    if level != gpu.HOPPER:
         return {name: (bits, gemm.build) for name, bits in BITS.items()}
     both = {f"{name}_mma": (BITS[name], gemm.build) for name in ("W8A8", "W4A8")}
     return {name: (bits, wgmma.build) for name, bits in BITS.items()} | both
@@ -242,7 +242,7 @@ def _product(name: str, problem: QuantMatmul, batch: int, compiled: Any) -> Ours
     case = make_case(problem, batch, 0)
     data = case.stored()
     _prepared(compiled[f"{name}_prepare"], data, *weights.arguments(problem))
-    arguments = [*gemm.arguments(problem), *gemm.workspaces(problem)]
+    arguments = gemm.parameters(problem)
     return _ours(compiled[name], data, arguments, "out", batch, functools.partial(_wrong_product, case))
 
 

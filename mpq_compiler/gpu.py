@@ -12,6 +12,8 @@ from typing import Any
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _PREFIX = "sm_"
+HOPPER = 90
+"""The compute capability whose tensor cores have `wgmma`; later ones have another instruction."""
 CUDA_13 = 13000
 """The release, as drivers count, that TVM's wheel is built with and nvcc makes code for: for its driver or a later."""
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from tvm.tirx import PrimFunc
 
+from mpq_compiler import gpu
 from mpq_compiler.backends.tvm.cuda import templates as cuda
-from mpq_compiler.backends.tvm.cuda import wgmma
 from mpq_compiler.backends.tvm.kernels import (
     attention,
     dequantize,
@@ -124,7 +124,7 @@ def build(kernel: Kernel, target: Target) -> PrimFunc:
     problem = resolve(kernel.problem)
     if target.is_cuda:
         own = _cuda(kernel)
-        hopper = own.hopper(problem, kernel.name) if target.levels == [wgmma.LEVEL] else None
+        hopper = own.hopper(problem, kernel.name) if target.levels == [gpu.HOPPER] else None
         return hopper or own.build(problem, kernel.name)
     return TEMPLATES[kernel.template].build(problem, isa(target.name), kernel.name)
 

@@ -73,7 +73,7 @@ def _helper(match: re.Match[str]) -> str:
         body = "emulator::wgmma_commit();"
     elif "wgmma_wait" in name:
         body = f"emulator::wgmma_wait({name.rsplit('_', 1)[1]});"
-    elif "fence_proxy_async" in name or "fence_proxy_proxy_async" in name:
+    elif "fence_proxy_proxy_async" in name:
         body = "emulator::fence_async();"
     elif "mma" in name and "m16n8k32" in name and "u8_s8" in name:
         body = f"emulator::mma_u8_s8({arguments});"

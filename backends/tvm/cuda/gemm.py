@@ -126,13 +126,18 @@ def workspaces(problem: QuantMatmul) -> list[Argument]:
     return [parts, *([Argument("row_parts", (BATCH, most * problem.rows), "int32")] if problem.has_offset else [])]
 
 
+def parameters(problem: QuantMatmul) -> list[Argument]:
+    """All that the kernel is called with."""
+    return [*arguments(problem), *workspaces(problem)]
+
+
 def build(problem: QuantMatmul, name: str) -> PrimFunc:
-    """The kernel ``name(*arguments(problem), *workspaces(problem))``; the batch is the only symbolic size."""
+    """The kernel ``name(*parameters(problem))``; the batch is the only symbolic size."""
 
     def body(batch: Any, buffers: Buffers) -> None:
         Kernel(problem, tile(problem), buffers, most_splits(problem)).emit(batch)
 
-    return primfunc(name, [*arguments(problem), *workspaces(problem)], body)
+    return primfunc(name, parameters(problem), body)
 
 
 def byte_perm(low: Any, high: Any, selector: Any) -> Expr:

@@ -177,7 +177,7 @@ def fatbin(source: str, levels: Sequence[int]) -> bytes:
 
 def _architectures(levels: Sequence[int]) -> list[str]:
     """As compilers call them; code for Hopper alone may have its own instructions (`wgmma`)."""
-    return ["90a"] if [*levels] == [90] else [str(level) for level in levels]
+    return ["90a"] if [*levels] == [gpu.HOPPER] else [str(level) for level in levels]
 
 
 @functools.cache

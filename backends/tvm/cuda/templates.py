@@ -32,7 +32,7 @@ class Template:
 
     arguments: of a problem, where they are others than on the CPU
     workspaces: memory for what one grid hands to the next, behind the arguments
-    hopper: instead of `build`, of artifacts for `wgmma.LEVEL` alone; None where there is nothing better
+    hopper: instead of `build`, of artifacts for `gpu.HOPPER` alone; None where there is nothing better
     """
 
     build: Callable[[Any, str], PrimFunc]

@@ -24,8 +24,6 @@ from mpq_compiler.backends.tvm.cuda.weights import CHANNELS, CHUNK, STEP, UNIT
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
 from mpq_compiler.backends.tvm.kernels.template import Buffers, store
 
-LEVEL = 90
-"""The compute capability that has it; later ones have another instruction."""
 PERIOD = 8 * STEP
 """Bytes of shared memory after which the pattern of swapped chunks begins anew: 8 rows."""
 LAYOUT = PERIOD >> 4 | 2 << 30
@@ -42,7 +40,7 @@ def build(problem: QuantMatmul, name: str) -> PrimFunc | None:
     def body(batch: Any, buffers: Buffers) -> None:
         Kernel(problem, tile(problem), buffers, gemm.most_splits(problem)).emit(batch)
 
-    return primfunc(name, [*gemm.arguments(problem), *gemm.workspaces(problem)], body)
+    return primfunc(name, gemm.parameters(problem), body)
 
 
 def tile(problem: QuantMatmul) -> Tile:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tvm")
-from mpq_compiler import targets
+from mpq_compiler import gpu, targets
 from mpq_compiler.backends.tvm.cuda import gemm, machine_code, weights, wgmma
 from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
@@ -43,7 +43,7 @@ def _emulated():
 
 def run(problems: Problems, build: Build = gemm.build) -> list[tuple[Case, list[np.ndarray]]]:
     """The cases of some problems with what their kernels write, whenever copies happen."""
-    if build is wgmma.build and silicon.asked() and silicon.level() != wgmma.LEVEL:
+    if build is wgmma.build and silicon.asked() and silicon.level() != gpu.HOPPER:
         pytest.skip("the GPU is none of those that have wgmma")
     functions = {f"kernel{i}": build(p, f"kernel{i}") for i, (_, p) in enumerate(problems)}
     functions |= {f"prepare{i}": weights.build(p, f"prepare{i}") for i, (_, p) in enumerate(problems)}
@@ -56,7 +56,7 @@ def run(problems: Problems, build: Build = gemm.build) -> list[tuple[Case, list[
     for i, (case, data, results) in enumerate(zip(cases, datas, library.run(first), strict=True)):
         inputs, made = weights.arguments(case.problem)
         data |= {a.name: value for a, value in zip(made, results[len(inputs) :], strict=True)}
-        arguments = [*gemm.arguments(case.problem), *gemm.workspaces(case.problem)]
+        arguments = gemm.parameters(case.problem)
         second.append((f"kernel{i}", [data[a.name] if a.name in data else empty(a, case.batch) for a in arguments]))
     late, early = library.run(second), library.run(second, early=True)
     for case, results, others in zip(cases, late, early, strict=True):

@@ -273,7 +273,7 @@ def _product(problem: QuantMatmul) -> list[np.ndarray]:
     prepared = [*(data[a.name] for a in inputs), *(empty(a, 2) for a in made)]
     (results,) = Library({"prepare": weights.build(problem, "prepare")}).run([("prepare", prepared)])
     data |= {a.name: value for a, value in zip(made, results[len(inputs) :], strict=True)}
-    arguments = [*gemm.arguments(problem), *gemm.workspaces(problem)]
+    arguments = gemm.parameters(problem)
     return [data[a.name] if a.name in data else empty(a, 2) for a in arguments]
 
 

@@ -603,7 +603,7 @@ def test_mistakes_in_prepared_weights_are_noticed():
             continue
         case, data, stored, made = given[i]
         found = data | {a.name: array for a, array in zip(made, arrays[len(stored) :], strict=True)}
-        arguments = [*gemm.arguments(case.problem), *gemm.workspaces(case.problem)]
+        arguments = gemm.parameters(case.problem)
         calls.append((f"product{i}", [found[a.name] if a.name in found else empty(a, case.batch) for a in arguments]))
         multiplied.append((what, case, [a.name for a in arguments].index("out")))
     for (what, case, out), arrays in zip(multiplied, library.tried(calls), strict=True):
