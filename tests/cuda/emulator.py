@@ -1,6 +1,7 @@
 """CUDA kernels on the CPU: their source as TVM writes it, compiled for the emulator of emulator.h.
 
-TVM's own CUDA runtime launches them, in a process of its own, on a driver that is none (driver.c).
+TVM's own CUDA runtime launches them, in a process of its own, on a driver that is none (driver.c). What kernels call is
+compiled once (emulator.cpp).
 """
 
 from __future__ import annotations
@@ -97,25 +98,31 @@ def _helper(match: re.Match[str]) -> str:
     return f"static inline void {name}({parameters}) {{ {body} }}\n"
 
 
+FLAGS = ("-fPIC", "-w", "-std=c++20", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{HERE}")
+
+
 def compiled(source: str) -> bytes:
     """The emulated kernels of a CUDA source, as a library."""
     text = translated(source)
-    header = (HERE / "emulator.h").read_bytes()
-    path = CACHE / f"{hashlib.sha256(text.encode() + header).hexdigest()[:32]}.so"
+    path = CACHE / f"{version()}-{_digest(text.encode())}.so"
     if not path.is_file():
-        _compile(
-            ["g++", "-std=c++20", "-w", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{HERE}", "-x", "c++", "-"],
-            path,
-            text,
-        )
+        operations = CACHE / f"{version()}.o"
+        if not operations.is_file():
+            _make(operations, "g++", *FLAGS, "-O2", "-c", HERE / "emulator.cpp")
+        # not optimized: kernels run a few times at most, and take as long to compile
+        _make(path, "g++", *FLAGS, "-shared", "-x", "c++", "-", "-x", "none", operations, text=text)
     return path.read_bytes()
 
 
-def _compile(command: list[str], path: Path, text: str = "") -> None:
-    CACHE.mkdir(exist_ok=True)
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _make(path: Path, *command: str | Path, text: str | None = None) -> None:
+    """Runs a compiler whose result is there as a whole or not at all. text: what it reads."""
+    path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
-    options = ["-O1", "-shared", "-fPIC", "-o", str(partial)]
-    done = subprocess.run([command[0], *options, *command[1:]], input=text, capture_output=True, text=True)
+    done = subprocess.run([*command, "-o", partial], input=text, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     os.replace(partial, path)
 
@@ -124,20 +131,21 @@ def _compile(command: list[str], path: Path, text: str = "") -> None:
 def driver(release: int = 13) -> Path:
     """The folder of libcuda and libcudart, of a release of CUDA."""
     source, cudart = HERE / "driver.c", f"libcudart.so.{release}"
-    folder = CACHE / f"driver-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}-{release}"
+    folder = CACHE / f"driver-{_digest(source.read_bytes())}-{release}"
     if not (folder / cudart).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         version = folder / "version"
         version.write_text(f"{cudart} {{ global: cuda*; }};\n")
         for name in ("libcuda.so.1", cudart):
-            options = ["gcc", f"-Wl,-soname,{name}", f"-Wl,--version-script={version}", str(source), "-ldl"]
-            _compile(options, folder / name)
+            link = (f"-Wl,-soname,{name}", f"-Wl,--version-script={version}")
+            _make(folder / name, "gcc", "-O1", "-shared", "-fPIC", *link, source, "-ldl")
     return folder
 
 
+@functools.cache
 def version() -> str:
     """Changes with the emulator."""
-    return hashlib.sha256((HERE / "emulator.h").read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
+    return _digest(b"".join(Path(HERE, f"emulator.{kind}").read_bytes() for kind in ("h", "cpp", "py")))
 
 
 def code_of(module: Path) -> bytes:

@@ -237,6 +237,112 @@ NORMS: Mutants = {
         'channels, x, threads = problem.channels - 1, buffers["x"], power(problem.channels)',
     ),
 }
+PACK_FLOATS: Mutants = {
+    "a word too few": ("(w.steps * 32 * w.words)) as number", "(w.steps * 32 * w.words) - 1) as number"),
+    "a word too many": ("(w.steps * 32 * w.words)) as number", "(w.steps * 32 * w.words) + 1) as number"),
+    "channels of a lane apart": ("(8 * h + lane // 4))\n            chunk", "(8 * h + lane % 8))\n            chunk"),
+    "halves of a fragment turned": ("(8 * h + lane // 4))\n            c", "(8 * (1 - h) + lane // 4))\n            c"),
+    "chunks of a unit turned": ("* 2 + kk)\n            tap", "* 2 + 1 - kk)\n            tap"),
+    "the first unit of a step twice": ("T.bind((step * 2 + ks) * 2", "T.bind((step * 2) * 2"),
+    "the first tap": ("(output * w.taps + tap) * depth", "output * w.taps * depth"),
+    "the first channel": ("(output * w.taps + tap) * depth", "tap * depth"),
+    "a chunk of a tap": ("(chunk - tap * w.chunks[0]) * VALUES", "chunk * VALUES"),
+    "values of a lane apart": ("lane % 4 * BYTES)", "lane % 4)"),
+    "a value twice": ("value(first + 1))", "value(first))"),
+    "values turned": ("pair(value(first), value(first + 1))", "pair(value(first + 1), value(first))"),
+    "channels that are not there": ("output < w.problem.outputs, tap <", "tap <"),
+    "taps that are not there": (
+        "tap < w.taps, channel < depth)\n                at",
+        "channel < depth)\n                at",
+    ),
+    "values that are not there": ("channel < depth)\n                at", "channel <= depth)\n                at"),
+    "zeros are ones": ("weight[at], vmath.f32(0.0, 1))", "weight[at], vmath.f32(1.0, 1))"),
+}
+PACK_CODES: Mutants = {
+    "a lane too few": ("* w.steps * LANES) as number", "* w.steps * LANES - 1) as number"),
+    "a lane too many": ("* w.steps * LANES) as number", "* w.steps * LANES + 1) as number"),
+    "codes over one another": ("packed[word] | moved", "moved"),
+    "words not empty": ("store(packed, T.uint32(0), word)", "store(packed, T.uint32(1), word)"),
+    "channels of a lane apart": (
+        "(8 * h + lane // 4))\n                for",
+        "(8 * h + lane % 8))\n                for",
+    ),
+    "halves of a fragment turned": (
+        "(8 * h + lane // 4))\n                for",
+        "(8 * (1 - h) + lane // 4))\n                for",
+    ),
+    "chunks of a unit turned": ("* 2 + kk)\n                    tap", "* 2 + 1 - kk)\n                    tap"),
+    "the first unit of a step twice": ("T.bind((step * 2 + ks) * 2", "T.bind((step * 2) * 2"),
+    "a chunk of a tap": ("T.bind((chunk - tap * w.chunks[0]) * float", "T.bind(chunk * float"),
+    "values of a lane apart": ("+ lane % 4 * 2 + e)", "+ lane % 4 + 4 * e)"),
+    "the first tap": ("table.columns + tap * channels + c", "table.columns + c"),
+    "the first channel": ("output * table.columns + tap", "tap"),
+    "channels that are not there": ("output < table.rows, tap < w.taps", "tap < w.taps"),
+    "taps that are not there": ("tap < w.taps, c < channels", "c < channels"),
+    "values that are not there": ("c < channels)", "c <= channels)"),
+    "codes of one row": ("table.bits, table.rows * table.columns)", "table.bits, table.columns)"),
+    "a bit too few": ("T.uint32(2**table.bits - 1)", "T.uint32(2**table.bits // 2 - 1)"),
+    "chunks of a lane over one another": ("_place(table.bits, h, 2 * kk + e)", "_place(table.bits, h, e)"),
+    "codes of a lane turned": ("_place(table.bits, h, 2 * kk + e)", "_place(table.bits, h, 2 * kk + 1 - e)"),
+}
+PACK_2_BITS: Mutants = {
+    "halves over one another": ("4 * i + 2 * h if bits == 2", "4 * i if bits == 2"),
+    "halves turned": ("4 * i + 2 * h if bits == 2", "4 * i + 2 - 2 * h if bits == 2"),
+}
+PACK_8_BITS: Mutants = {
+    "halves in one word": ("return h, 8 * i", "return 0, 8 * i"),
+    "bytes turned": ("return h, 8 * i", "return h, 24 - 8 * i"),
+    "codes with their sign": ("& T.uint32(2**table.bits - 1)", "& T.uint32(2**32 - 1)"),
+    "the first word of a lane": ("number * count + word)\n", "number * count)\n"),
+    "words of a lane apart": ("number * count + word)\n", "number + word)\n"),
+}
+READY: Mutants = {
+    "a key for another": ("T.min(key, p.keys - 1), head", "T.max(key - 1, 0), head"),
+    "keys that are not there": ("tirx.all(key < p.keys, d < p.dim)", "d < p.dim"),
+    "dimensions that are not there": ("tirx.all(key < p.keys, d < p.dim)", "key < p.keys"),
+    "behind the last key": ("tirx.all(key < p.keys,", "tirx.all(key < p.keys - 1,"),
+    "behind the last dimension": ("d < p.dim), found", "d < p.dim - 1), found"),
+    "the first head": ("head * p.dim + T.min", "T.min"),
+    "keys of another sample": ('value("k", sample, key', 'value("k", 0, key'),
+    "values of another sample": ('value("v", sample, w', 'value("v", 0, w'),
+    "keys for values": ('value("v", sample', 'value("k", sample'),
+    "a dimension of two": ("head, w * packed + e) for", "head, w * packed) for"),
+    "a key of two": ("w * packed + e, head, d)", "w * packed, head, d)"),
+    "keys side by side": ("w * packed + e, head, d)", "w + words * e, head, d)"),
+    "words turned": ("bfloat16.pair(low, high))", "bfloat16.pair(high, low))"),
+    "a word of the keys too few": ("(p.heads * p.keys * words)) as", "(p.heads * p.keys * words) - 1) as"),
+    "a word of the keys too many": ("(p.heads * p.keys * words)) as", "(p.heads * p.keys * words) + 1) as"),
+    "a word of the values too few": ("(p.heads * words * p.dim)) as", "(p.heads * words * p.dim) - 1) as"),
+    "a word of the values too many": ("(p.heads * words * p.dim)) as", "(p.heads * words * p.dim) + 1) as"),
+}
+RMS_NORM: Mutants = {
+    "no gamma": ('return mul(found, buffers["gamma"][c]) if problem.scale else found', "return found"),
+    "gamma of the next": ('mul(found, buffers["gamma"][c])', 'mul(found, buffers["gamma"][(c + 1) % channels])'),
+    "not divided": ("found = mul(centred(c), rstd)", "found = centred(c)"),
+    "a mean": ("if isinstance(problem, LayerNorm):\n            total", "if True:\n            total"),
+    "no epsilon": (
+        "mul(squares, inverse) + f32(problem.eps, 1)))\n\n        def value",
+        "mul(squares, inverse)))\n\n        def value",
+    ),
+    "epsilon of the sum": (
+        "mul(squares, inverse) + f32(problem.eps, 1)))\n\n        def value",
+        "mul(squares + f32(problem.eps, 1), inverse)))\n\n        def value",
+    ),
+    "squares by half": (
+        "return fma(own, own, total)\n\n        squares = _sum(thread, threads, channels",
+        "return fma(own, f32(0.5, 1), total)\n\n        squares = _sum(thread, threads, channels",
+    ),
+    "squares of a channel too few": (
+        "_sum(thread, threads, channels, square)",
+        "_sum(thread, threads, channels - 1, square)",
+    ),
+    "squares of one thread": ("return combined([total[0]], thread, threads)[0]", "return total[0]"),
+    "sums not from zero": ("store(total, f32(0.0, 1), 0)", "store(total, f32(1.0, 1), 0)"),
+    "the first row": ("return x[sample, row, c] if mean", "return x[sample, 0, c] if mean"),
+    "the first sample": ("return x[sample, row, c] if mean", "return x[0, row, c] if mean"),
+    "another width": ("inverse = f32(1.0 / channels, 1)", "inverse = f32(1.0 / (channels + 1), 1)"),
+    "written in the first row": ("rows.write(value, sample, row, channels", "rows.write(value, sample, 0, channels"),
+}
 
 
 @dataclass(frozen=True)
@@ -263,7 +369,19 @@ HEADS = cpu_attention.Attention(36, 75, 2, 20)  # whose result ends where nothin
 FAST = cpu_fast_attention.FastAttention(133, 75, 2, 36, scale=0.3, mask=("B", 1, 133, 75))
 FLOATS = float_gemm.Conv2d(9, 8, 12, 70, stride=(2, 1))
 BFLOAT16 = replace(FLOATS, packed=True, numerics=BF16)
+FEW = replace(BFLOAT16, channels=10, outputs=20)
+SMALL = cpu_fast_attention.Ready(7, 2, 5, BF16)
+SQUARES = cpu_norms.RmsNorm(7, 100, eps=1e-2)
 CODES = WeightOnly(replace(BFLOAT16, channels=24), DequantizeTable(70, 9 * 24, (8, 8, 8), 4, 2, "float16"))
+
+
+def _stored(bits: int) -> WeightOnly:
+    return WeightOnly(FEW, DequantizeTable(FEW.outputs, 9 * FEW.channels, (FEW.channels,), bits))
+
+
+def _bytes(problem: WeightOnly) -> list[np.ndarray]:
+    codes, panel = (empty(a, 1) for a in weight_only.pack_arguments(problem))
+    return [np.random.default_rng(0).integers(0, 256, codes.shape).astype(codes.dtype), panel]
 
 
 def _product(problem: QuantMatmul) -> list[np.ndarray]:
@@ -301,6 +419,11 @@ def _codes() -> list[np.ndarray]:
     return list(arrays.values())
 
 
+def _keys_and_values() -> list[np.ndarray]:
+    draw, arrays = np.random.default_rng(0), [empty(a, 2) for a in cpu_fast_attention.arguments(SMALL)]
+    return [*(draw.standard_normal(a.shape).astype(a.dtype) for a in arrays[:2]), *arrays[2:]]
+
+
 SUBJECTS = {
     "gemm": Subject(gemm, GEMM, lambda m, n: m.build(CONV, n), lambda: _product(CONV)),
     "wgmma": Subject(wgmma, WGMMA, lambda m, n: m.build(WIDE, n), lambda: _product(WIDE)),
@@ -315,6 +438,25 @@ SUBJECTS = {
     ),
     "float products": Subject(float_products, FLOAT_PRODUCTS, lambda m, n: m.build(BFLOAT16, n), _bfloat16),
     "weight only": Subject(weight_only, WEIGHT_ONLY, lambda m, n: m.build(CODES, n), _codes),
+    "pack floats": Subject(
+        float_products,
+        PACK_FLOATS,
+        lambda m, n: m.build_pack(FEW, n),
+        lambda: _draw(float_products.pack_arguments(FEW), 1),
+    ),
+    **{
+        f"pack codes of {bits} bits": Subject(
+            weight_only,
+            mutants,
+            lambda m, n, bits=bits: m.build_pack(_stored(bits), n),
+            lambda bits=bits: _bytes(_stored(bits)),
+        )
+        for bits, mutants in {2: PACK_2_BITS, 3: PACK_CODES, 8: PACK_8_BITS}.items()
+    },
+    "ready": Subject(fast_attention, READY, lambda m, n: m.build(SMALL, n), _keys_and_values),
+    "rms norm": Subject(
+        norms, RMS_NORM, lambda m, n: m.build(SQUARES, n), lambda: _draw(cpu_norms.arguments(SQUARES), 2)
+    ),
     "norms": Subject(norms, NORMS, lambda m, n: m.build(ROWS, n), lambda: _draw(cpu_norms.arguments(ROWS), 2)),
 }
 

@@ -1,0 +1,275 @@
+// The emulator's own state and operations: see emulator.h.
+#include "emulator.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <vector>
+
+namespace emulator {
+enum { THREADS = 1024, STACK = 1 << 19, LANES = 32 };
+enum Wait { RUNS, WARP, BLOCK, ENDED };
+struct Copy { char *target; const char *source; unsigned size, count; };
+struct Exchange { Word words[6]; };
+
+Index block;
+int current;
+static int threads;
+static Wait waiting[THREADS];
+static void *contexts[THREADS], *scheduler;
+static char *stacks;
+static Exchange exchanged[2][THREADS];
+static unsigned char parity[THREADS];
+static std::deque<std::vector<Copy>> copies[THREADS];
+// What four warps multiply together: 16 rows of a warp, A, by a matrix in shared memory, at which its operand points.
+struct Product { std::vector<Word *> sums; Word a[2][8]; const char *b; unsigned period; bool adds; };
+static std::deque<std::vector<Product>> products[THREADS];
+static bool ordered[THREADS];   // registers, before the products that are asked for next
+static bool unseen[THREADS];    // what its copies have written to shared memory, by tensor cores that read there
+Word asked_address;
+static const bool early = getenv("MPQ_EMULATED_EARLY");
+static void (*body)(void **);
+static void **arguments;
+alignas(1024) char anchor;
+
+extern "C" void emulator_switch(void **save, void *load);
+asm(R"(
+.text
+emulator_switch:
+    pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
+    ret
+)");
+
+static void pause(Wait reason) {
+    waiting[current] = reason;
+    emulator_switch(&contexts[current], scheduler);
+}
+
+static void main_of_thread() {
+    body(arguments);
+    for (auto &group : copies[current]) for (auto &copy : group)
+        if (copy.target) { fprintf(stderr, "emulator: a thread ends with copies that nothing waited for\n"); break; }
+    for (auto &group : products[current])
+        if (!group.empty()) { fprintf(stderr, "emulator: a thread ends with products that nothing waited for\n"); break; }
+    pause(ENDED);
+    abort();
+}
+
+static void resume(int thread) {
+    current = thread;
+    waiting[thread] = RUNS;
+    emulator_switch(&scheduler, contexts[thread]);
+}
+
+[[noreturn]] static void diverged() {
+    fprintf(stderr, "emulator: threads of a warp wait for different things\n");
+    abort();
+}
+
+// A warp up to the next barrier of the block, or to its end.
+static void run_warp(int first, int end) {
+    for (;;) {
+        for (int i = first; i < end; ++i) if (waiting[i] != ENDED) resume(i);
+        Wait reason = ENDED;
+        for (int i = first; i < end; ++i) if (waiting[i] != ENDED) reason = waiting[i];
+        for (int i = first; i < end; ++i) if (waiting[i] != reason && !(waiting[i] == ENDED && reason == BLOCK)) diverged();
+        if (reason != WARP) return;
+    }
+}
+
+static void run_block(int count) {
+    if (!stacks) stacks = (char *)malloc((size_t)THREADS * STACK);
+    threads = count;
+    for (int i = 0; i < count; ++i) {
+        void **top = (void **)(stacks + (size_t)(i + 1) * STACK - 64);
+        *--top = nullptr;  // where the body's caller would return to
+        *--top = (void *)main_of_thread;
+        top -= 6;
+        contexts[i] = top;
+        waiting[i] = RUNS;
+        parity[i] = 0;
+        copies[i].assign(1, {});
+        products[i].assign(1, {});
+        ordered[i] = unseen[i] = false;
+    }
+    int warps = (count + LANES - 1) / LANES;
+    for (bool forward = !early, any = true; any; forward = !forward) {
+        any = false;
+        for (int i = 0; i < warps; ++i) {
+            int first = (forward ? i : warps - 1 - i) * LANES, end = first + LANES < count ? first + LANES : count;
+            bool ended = true;
+            for (int k = first; k < end; ++k) ended = ended && waiting[k] == ENDED;
+            if (!ended) run_warp(first, end);
+            for (int k = first; k < end; ++k) any = any || waiting[k] != ENDED;
+        }
+    }
+}
+
+static char *shared(Word address) { return &anchor + (int32_t)address; }
+
+// What the lanes of a warp show each other; every lane may read it until its next exchange but one.
+static const Exchange *exchange(const Exchange &own) {
+    int now = parity[current] ^= 1;
+    exchanged[now][current] = own;
+    pause(WARP);
+    return exchanged[now] + current / LANES * LANES;
+}
+
+void barrier() { pause(BLOCK); }
+
+static void copy(const Copy &c) {
+    char line[16] = {0};
+    memcpy(line, c.source, c.count);
+    memcpy(c.target, line, c.size);
+}
+
+void copy_async(unsigned size, Word target, const void *source, unsigned count) {
+    Copy asked = {shared(target), (const char *)source, size, count};
+    if ((uintptr_t)asked.target % size || (count && (uintptr_t)source % size)) {
+        fprintf(stderr, "emulator: a copy of %u bytes is not aligned\n", size);
+        abort();
+    }
+    if (early) copy(asked);
+    else copies[current].back().push_back(asked);
+}
+
+void commit() { copies[current].emplace_back(); }
+
+void wait_group(size_t left) {
+    auto &groups = copies[current];
+    while (groups.size() - 1 > left) {
+        for (auto &c : groups.front()) copy(c), unseen[current] = true;
+        groups.pop_front();
+    }
+}
+
+void ldmatrix_x4(Word &r0, Word &r1, Word &r2, Word &r3, Word row) {
+    int lane = current % LANES;
+    const Exchange *warp = exchange({{row}});
+    Word *registers[] = {&r0, &r1, &r2, &r3};
+    for (int k = 0; k < 4; ++k) memcpy(registers[k], shared(warp[k * 8 + lane / 4].words[0]) + lane % 4 * 4, 4);
+}
+
+struct Bfloat16 {
+    uint16_t bits;
+    operator float() const {
+        Word word = (Word)bits << 16;
+        float value;
+        memcpy(&value, &word, 4);
+        return value;
+    }
+};
+
+// To the nearest, ties to even; of all NaN that one which the instruction makes.
+static Word rounded(float value) {
+    Word bits;
+    memcpy(&bits, &value, 4);
+    return value != value ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+void cvt_bf16x2(Word &d, float high, float low) { d = rounded(high) << 16 | rounded(low); }
+
+// m16n8k32 of bytes (PTX ISA): register 2 (k >= 16) + (row >= 8) of A in lane 4 (row % 8) + k % 16 / 4, byte k % 4;
+// register k >= 16 of B in lane 4 column + k % 16 / 4; sums of row lane / 4 (+ 8), column 2 (lane % 4) (+ 1). m16n8k16
+// of values of two bytes is the same with half as many of them in the same words.
+template <class Sum, class A, class B, class D>
+static void mma(D *(&&d)[4], const Word (&own)[6], const D (&c)[4]) {
+    int lane = current % LANES;
+    Exchange shown;
+    memcpy(shown.words, own, sizeof own);
+    const Exchange *warp = exchange(shown);
+    for (int e = 0; e < 4; ++e) {
+        int row = lane / 4, column = lane % 4 * 2 + e % 2;
+        Sum sum = (Sum)c[e];
+        for (int half = 0; half < 2; ++half)
+            for (int quad = 0; quad < 4; ++quad) {
+                const A *a = (const A *)&warp[row * 4 + quad].words[2 * half + e / 2];
+                const B *b = (const B *)&warp[column * 4 + quad].words[4 + half];
+                for (size_t k = 0; k < 4 / sizeof(A); ++k) sum += (Sum)a[k] * (Sum)b[k];
+            }
+        *d[e] = (D)sum;
+    }
+}
+
+void mma_u8_s8(Word &d0, Word &d1, Word &d2, Word &d3, Word a0, Word a1, Word a2,
+                      Word a3, Word b0, Word b1, Word c0, Word c1, Word c2, Word c3) {
+    mma<int32_t, uint8_t, int8_t, Word>({&d0, &d1, &d2, &d3}, {a0, a1, a2, a3, b0, b1}, {c0, c1, c2, c3});
+}
+
+// The order in which the instruction adds is not specified: here that of k.
+void mma_bf16(float &d0, float &d1, float &d2, float &d3, Word a0, Word a1, Word a2, Word a3,
+                     Word b0, Word b1, float c0, float c1, float c2, float c3) {
+    mma<float, Bfloat16, Bfloat16, float>({&d0, &d1, &d2, &d3}, {a0, a1, a2, a3, b0, b1}, {c0, c1, c2, c3});
+}
+
+// wgmma m64nNk32 of bytes (PTX ISA 9.7.17.5): the registers of A and of sums are those of m16n8k32 above, of the warp's
+// 16 rows and of 8 columns after the other. Where the operand says so, the 16-byte parts of column n, 64 bytes wide,
+// lie swapped by n / 2 % 4, 8 columns in a period.
+static void add(const Product &p) {
+    int lane = current % LANES;
+    for (size_t i = 0; i < p.sums.size(); ++i) {
+        size_t column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        int32_t sum = p.adds ? (int32_t)*p.sums[i] : 0;
+        for (int k = 0; k < 32; ++k) {
+            uintptr_t place = (uintptr_t)p.b + column / 8 * p.period + column % 8 * 64 + k;
+            uintptr_t within = place - (uintptr_t)&anchor;
+            place = (uintptr_t)&anchor + (within ^ (within >> 7 & 3) << 4);
+            sum += (int32_t)((const int8_t *)p.a[i / 2 % 2])[k] * *(const uint8_t *)place;
+        }
+        *p.sums[i] = (Word)sum;
+    }
+}
+
+void wgmma_fence() { ordered[current] = true; }
+void fence_async() { unseen[current] = false; }
+
+void wgmma_s8_u8(std::initializer_list<Word *> sums, Word a0, Word a1, Word a2, Word a3,
+                        uint64_t operand, bool adds) {
+    bool seen = ordered[current];
+    for (int i = 0; i < threads; ++i) seen = seen && !unseen[i];
+    if (!seen) { fprintf(stderr, "emulator: no fence before a product\n"); abort(); }
+    if (operand >> 62 != 2 || operand >> 49 & 7) { fprintf(stderr, "emulator: an operand of another kind\n"); abort(); }
+    int32_t behind = (int32_t)(asked_address - (Word)(operand << 4)) << 14 >> 14;  // of 18 bits
+    Product p = {sums, {}, shared(asked_address - (Word)behind), (unsigned)(operand >> 32 & 0x3fff) << 4, adds};
+    const Exchange *warp = exchange({{a0, a1, a2, a3}});
+    for (int half = 0; half < 2; ++half)
+        for (int k = 0; k < 8; ++k) p.a[half][k] = warp[current % LANES / 4 * 4 + k % 4].words[half + k / 4 * 2];
+    if (early) add(p);
+    else products[current].back().push_back(p);
+}
+
+void wgmma_commit() {
+    products[current].emplace_back();
+    ordered[current] = false;
+}
+
+void wgmma_wait(size_t left) {
+    auto &groups = products[current];
+    while (groups.size() - 1 > left) {
+        for (auto &p : groups.front()) add(p);
+        groups.pop_front();
+    }
+}
+
+float shuffle_xor(float value, int distance) {
+    Exchange shown;
+    memcpy(shown.words, &value, 4);
+    const Exchange *warp = exchange(shown);
+    memcpy(&value, warp[(current % LANES) ^ distance].words, 4);
+    return value;
+}
+
+void launch(void (*kernel)(void **), const unsigned *grid, unsigned count, void **given, bool fibers) {
+    body = kernel;
+    arguments = given;
+    for (unsigned y = 0; y < grid[1]; ++y)
+        for (unsigned x = 0; x < grid[0]; ++x) {
+            block = {(int)x, (int)y, 0};
+            if (fibers) run_block((int)count);
+            else for (current = 0; current < (int)count; ++current) body(arguments);
+        }
+}
+}  // namespace emulator
