@@ -128,6 +128,33 @@ def budget_of(model: str, setting: str) -> int:
     return int(known[name])
 
 
+def _images(painter: evaluation.Painter, conditions: Any, count: int) -> np.ndarray:
+    """What a denoiser draws, decoded, from the noise that all have."""
+    with terminal.progress(f"drawing with {painter.name}", count) as advance:
+        drawn = painter.draw(conditions, count, STEPS, SEED, progress=lambda done, total: advance(0))
+    return painter.decode(drawn)
+
+
+def float_accuracy(model: str, draw: bool = False) -> float | None:
+    """Share of the float model's images of a claim that a classifier takes for their class; None: it is not known.
+
+    draw: them, where it is not
+    """
+    file = RESULTS / "float.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    if model not in known and draw:
+        loaded = denoiser.load(model)
+        painter = evaluation.from_denoiser(loaded)
+        count = CLAIM["images"]
+        conditions = painter.conditioning.varied(count)
+        images = _images(painter, conditions, count)
+        features = metrics.features_for(loaded.features, images.shape[1:])
+        accuracy = metrics.compare_images(images, images, *features, conditions.labels)["class_accuracy"]
+        known[model] = accuracy and accuracy["value"]
+        write(file, known)
+    return known.get(model)
+
+
 def compute(cell: Cell, jobs: int, counts: Sequence[int] = ()) -> list[dict[str, Any]]:
     """The row of a cell: compiled, drawn and judged against the float model.
 
@@ -152,9 +179,7 @@ def compute(cell: Cell, jobs: int, counts: Sequence[int] = ()) -> list[dict[str,
             return painter.call(**inputs)
 
         for each in (reference, replace(painter, call=watched)):
-            with terminal.progress(f"drawing with {each.name}", max(counts)) as advance:
-                drawn = each.draw(conditions, max(counts), STEPS, SEED, progress=lambda done, total: advance(0))
-            pictures.append(each.decode(drawn))
+            pictures.append(_images(each, conditions, max(counts)))
         times = interleaved({"step": lambda: painter.call(**one)}, rounds=15, warm=True)["step"]
     known = {
         "true_bits": report.weights["average_bits"],
@@ -256,7 +281,7 @@ def claims(cells: Sequence[Cell]) -> list[list[Cell]]:
 
 CLAIM_HEADERS = (
     "model", "setting", "best other", "default, dB", "other, dB", "image SQNR, dB", "of each seed",
-    "default, Fréchet", "other, Fréchet", "Fréchet",
+    "default, Fréchet", "other, Fréchet", "Fréchet", "class accuracy", "of float's",
 )  # fmt: skip
 
 
@@ -277,9 +302,18 @@ def claimed(cells: Sequence[Cell]) -> list[list[str]]:
             distances = [*(f"{mean:.4f}" for mean in means), "{:+.4f} ({:+.4f} .. {:+.4f})".format(*distance)]
         lines.append(
             [default[0].model, default[0].setting, other[0].recipe, *(f"{db:.2f}" for db in decibels),
-             "{:+.2f} ({:+.2f} .. {:+.2f})".format(*paired(ours, theirs)), by_seed, *distances]
+             "{:+.2f} ({:+.2f} .. {:+.2f})".format(*paired(ours, theirs)), by_seed, *distances, *_accuracies(ours)]
         )  # fmt: skip
     return lines
+
+
+def _accuracies(rows: Rows) -> tuple[str, str]:
+    """Class accuracy, mean of the seeds, and its share of the float model's."""
+    own, full = [row["class_accuracy"] for row in rows], float_accuracy(rows[0]["cell"]["model"])
+    if None in own:
+        return "", ""
+    mean = statistics.mean(own)
+    return f"{mean:.3f}", f"{mean / full:.3f}" if full else ""
 
 
 def show(cells: list[Cell]) -> None:
@@ -383,6 +417,8 @@ def main() -> None:
     print(f"{sum(c.file.exists() for c in of_claims)} of {len(of_claims)} cells of claims are there", flush=True)
     if options.all and options.claims:
         compute_missing(of_claims, options.jobs)
+        for model in options.model:
+            float_accuracy(model, draw=True)
     show(cells)
     lines = claimed(cells)
     images = "default and the best other recipe, {seeds} seeds, {images} images".format(**CLAIM)
