@@ -19,12 +19,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import documents, quality
-from benchmarks.quality import write
+from benchmarks import documents, quality, quality_cells
+from benchmarks.quality_cells import write
+from benchmarks.quality_tables import paired
 from mpq_compiler import recipes, terminal
 from mpq_compiler.recipes import Recipe
 
-RESULTS = quality.RESULTS.parent / "ablation"
+RESULTS = quality_cells.RESULTS.parent / "ablation"
 RECIPE = "default"
 SETTINGS = ("W2A8", "W4A4")
 Change = Callable[[Recipe], Recipe]
@@ -73,7 +74,7 @@ PARTS: dict[str, Change] = {
 
 
 @dataclass(frozen=True)
-class Row(quality.Cell):
+class Row(quality_cells.Cell):
     """The default recipe with one part changed."""
 
     part: str = ""
@@ -96,7 +97,7 @@ class Row(quality.Cell):
     @property
     def file(self) -> Path:
         if not self.part:
-            return quality.Cell(self.model, self.setting, self.recipe, self.minutes, self.seed, self.images).file
+            return quality_cells.Cell(self.model, self.setting, self.recipe, self.minutes, self.seed, self.images).file
         recipe = self.recipe_changed
         text = f"{sorted(asdict(self).items())} {json.dumps([recipe.pipeline, recipe.options], sort_keys=True)}"
         name = self.part.strip("+ ").replace(" ", "-").lower()
@@ -117,7 +118,7 @@ def compared(rows: list[Row]) -> list[list[str]]:
         whole, found = replace(row, part="").result(), row.result()
         if not whole or not found:
             continue
-        worth = "" if not row.part else "{:+.2f} ({:+.2f} .. {:+.2f})".format(*quality.paired([found], [whole]))
+        worth = "" if not row.part else "{:+.2f} ({:+.2f} .. {:+.2f})".format(*paired([found], [whole]))
         numbers = [f"{found[name]:.{digits}f}" for name, digits in (("sqnr_db", 1), ("image_sqnr_db", 1))]
         lines.append([row.model, row.setting, row.title, *numbers, worth])
     return lines
@@ -128,12 +129,12 @@ HEADERS = ("model", "setting", "recipe", "SQNR, dB", "images: SQNR, dB", "to the
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=quality.MODELS, default=list(quality.MODELS[:1]))
-    parser.add_argument("--setting", nargs="+", choices=quality.SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--model", nargs="+", choices=quality_cells.MODELS, default=list(quality_cells.MODELS[:1]))
+    parser.add_argument("--setting", nargs="+", choices=quality_cells.SETTINGS, default=list(SETTINGS))
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--all", action="store_true", help="compute the rows that are missing")
-    parser.add_argument("--minutes", type=float, default=4.0, help="of training in each row (4)")
-    parser.add_argument("--images", type=int, default=250, help="to judge by (250)")
+    parser.add_argument("--minutes", type=float, default=quality_cells.MINUTES)
+    parser.add_argument("--images", type=int, default=quality_cells.IMAGES)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--docs", type=Path, help="write the results into this file, between the marks")
     options = parser.parse_args()

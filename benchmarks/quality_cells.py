@@ -1,0 +1,136 @@
+"""Cells of `benchmarks.quality`: a recipe at a setting on a model, what it costs at most, and where its result lies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mpq_compiler import compiler, costs, denoiser, recipes
+
+RESULTS = Path(__file__).parent / "results" / "quality"
+TIMES = RESULTS / "step_times.json"
+"""Of `benchmarks.step_times`."""
+SETTINGS = {"W8A8": (8, 8), "W4A8": (4, 8), "W3A8": (3, 8), "W2A8": (2, 8), "W4A4": (4, 4), "W3A6": (3, 6)}
+"""Bits of the uniform weights whose bytes are the budget, and of activations."""
+SHORT = ("W4A8", "W2A8", "W4A4")
+"""The settings of models other than the first."""
+MODELS = ("fashion-unet", "fashion-dit", "fashion-text")
+CLAIM = {"seeds": 3, "images": 1000}
+"""What a cell of a claim is judged by, beside its recipe; at settings other than `CLAIMED` by one seed."""
+CLAIMED = ("W2A8", "W3A8", "W4A4")
+BEST = ("W2A8", "W3A6")
+"""Settings at which `--effort best` is shown."""
+SHOWN = "W2A8"
+"""The setting of the first model of which images stand side by side."""
+UNIFORM = (
+    "trace,layout,calibrate,time-groups,bit-allocation{{uniform=int{w},activations={a}}},numerics,insert-fake-quant,"
+    "residual-branch,round-weights{{method={method}}},fold-fake-quant,fuse-epilogues"
+)
+BASELINES = {"nearest": "nearest", "gptq": "gptq"}
+"""Uniform bits with nothing else, by the rounding: what a recipe is to be better than."""
+COMPARED = (*BASELINES, *(name for name in recipes.names() if name != "w8a8"))
+MINUTES, IMAGES = 4.0, 250
+"""Of training in each cell, and to judge it by."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is compiled and judged."""
+
+    model: str
+    setting: str
+    recipe: str
+    minutes: float = MINUTES
+    seed: int = 0
+    images: int = IMAGES
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.setting} {self.recipe} seed {self.seed}"
+
+    @property
+    def key(self) -> str:
+        """Of the file of its result: changes with all that the result depends on but the code."""
+        text = ""
+        if self.recipe not in BASELINES:
+            recipe = recipes.load(self.recipe)
+            text = json.dumps([recipe.pipeline, recipe.options], sort_keys=True)
+        digest = hashlib.sha256(f"2 {sorted(asdict(self).items())} {text}".encode()).hexdigest()
+        return f"{self.model}-{self.setting}-{self.recipe}-{self.seed}-{digest[:8]}"
+
+    @property
+    def file(self) -> Path:
+        return RESULTS / f"{self.key}.json"
+
+    @property
+    def strip(self) -> Path | None:
+        """Of the first images side by side, where they are shown."""
+        usual = Cell(MODELS[0], SHOWN, self.recipe)
+        return self.file.with_suffix(".png") if self == usual else None
+
+    @property
+    def is_there(self) -> bool:
+        return self.file.exists() and (self.strip is None or self.strip.exists() or self.result() is None)
+
+    def result(self) -> dict[str, Any] | None:
+        """The row, where there is one: nothing was computed, or the recipe cannot keep the budget."""
+        row = json.loads(self.file.read_text()) if self.file.exists() else {}
+        return row if "errors" in row else None
+
+    def options(self, budget: int) -> dict[str, Any]:
+        """Of `compiler.compile`, with that budget of bytes."""
+        weights, activations = SETTINGS[self.setting]
+        if self.recipe in BASELINES:
+            pipeline = UNIFORM.format(w=weights, a=activations, method=BASELINES[self.recipe])
+            return {"pipeline": pipeline, "seed": self.seed}
+        recipe = recipes.load(self.recipe)
+        trains = {"minutes": self.minutes} if "distill" in recipe.pipeline else {}
+        return {"recipe": self.recipe, "weights": f"{budget}B", "activations": activations, "seed": self.seed, **trains}
+
+
+def cells_of(
+    models: Sequence[str] = MODELS,
+    settings: Sequence[str] | None = None,
+    chosen: Sequence[str] | None = None,
+    minutes: float = MINUTES,
+    images: int = IMAGES,
+) -> list[Cell]:
+    """Of every recipe, where none is chosen, at every setting of a model."""
+    return [
+        Cell(model, setting, recipe, minutes, images=images)
+        for model in models
+        for setting in settings or (SETTINGS if model == MODELS[0] else SHORT)
+        for recipe in chosen or COMPARED
+    ]
+
+
+def budget_of(model: str, setting: str) -> int:
+    """Stored bytes of uniform weights in all layers, and one in forty more."""
+    file = RESULTS / "budgets.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    name = f"{model} {setting}"
+    if name not in known:
+        pipeline = UNIFORM.format(w=SETTINGS[setting][0], a=8, method="nearest")
+        lowered = compiler.lower(denoiser.load(model), compiler.Options(pipeline=pipeline, samples=1))
+        assert lowered.planned is not None
+        known[name] = costs.stored_bytes(lowered.planned) * 41 // 40
+        write(file, known)
+    return int(known[name])
+
+
+def float_strip(model: str) -> Path:
+    """`Cell.strip` of the float model."""
+    return RESULTS / f"{model}-float.png"
+
+
+def write(file: Path, value: Any) -> None:
+    """As JSON, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(".part")
+    beside.write_text(json.dumps(value) + "\n")
+    os.replace(beside, file)

@@ -1,0 +1,245 @@
+"""What `benchmarks.quality` shows of its cells: tables, the plot, images side by side; intervals of differences."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks import documents
+from benchmarks.quality_cells import BEST, CLAIM, CLAIMED, MODELS, RESULTS, SETTINGS, TIMES, Cell, float_strip
+from mpq_compiler import compiler, metrics, pictures, svg, terminal
+
+COLUMNS = {
+    "image_sqnr_db": 2,
+    "psnr_db": 2,
+    "ssim": 4,
+    "frechet_to_float": 4,
+    "frechet_to_data": 3,
+    "class_accuracy": 3,
+}
+"""Of a row that are shown, with their decimals."""
+RESAMPLES = 2000
+FRECHET_RESAMPLES = 200
+
+
+def resamples(images: int, count: int) -> np.ndarray:
+    """Indices [count, images], drawn with replacement: the same for all recipes, whose differences are paired so."""
+    return np.random.Generator(np.random.PCG64(0)).integers(0, images, (count, images))
+
+
+def resampled_frechet(reference: np.ndarray, images: np.ndarray, features: metrics.Features) -> list[float]:
+    """`metrics.frechet_to_float` of each of `resamples`."""
+    found = [features(pictures)[0] for pictures in (reference, images)]
+    return [
+        metrics.frechet(*(part for values in found for part in metrics.gaussian(values[index])))
+        for index in resamples(len(images), FRECHET_RESAMPLES)
+    ]
+
+
+Rows = Sequence[Mapping[str, Any]]
+"""Of one recipe, a seed each."""
+
+
+def paired(one: Rows, other: Rows) -> tuple[float, float, float]:
+    """Image SQNR of ``one`` less that of ``other`` in dB, of all seeds, with its 95 % interval over the images."""
+    errors = [np.array([row["errors"] for row in rows]).sum(0) for rows in (one, other)]
+    index = resamples(len(errors[0]), RESAMPLES)
+    # the power of the reference is the same for both
+    gains = 10 * np.log10(errors[1][index].sum(1) / errors[0][index].sum(1))
+    return float(10 * np.log10(errors[1].sum() / errors[0].sum())), *_interval(gains)
+
+
+def paired_frechet(one: Rows, other: Rows) -> tuple[float, float, float] | None:
+    """Fréchet distance to float of ``one`` less that of ``other``, mean of the seeds, with its 95 % interval.
+
+    Images that are drawn twice make any distance larger: how resamples spread about their own mean is what counts.
+    """
+    if any(not row["frechet_resamples"] for row in (*one, *other)):
+        return None
+    values = [np.array([row["frechet_resamples"] for row in rows]).mean(0) for rows in (one, other)]
+    means = [statistics.mean(row["frechet_to_float"] for row in rows) for rows in (one, other)]
+    found, resampled = means[0] - means[1], values[0] - values[1]
+    return found, *_interval(found + resampled - resampled.mean())
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def best_other(model: str, setting: str, cells: Sequence[Cell]) -> str | None:
+    """The recipe of the best images beside `default`, of the cells that are there."""
+    found = {c.recipe: row for c in cells if (c.model, c.setting) == (model, setting) and (row := c.result())}
+    found.pop("default", None)
+    return max(found, key=lambda name: found[name]["image_sqnr_db"], default=None)
+
+
+def claims(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """For each setting of a model the cells of `default` and of the best other recipe, a list each."""
+    found = []
+    for model, setting in dict.fromkeys((c.model, c.setting) for c in cells):
+        if other := best_other(model, setting, cells):
+            first = replace(cells[0], model=model, setting=setting, images=CLAIM["images"])
+            for recipe in ("default", other):
+                seeds = range(CLAIM["seeds"] if setting in CLAIMED else 1)
+                found.append([replace(first, recipe=recipe, seed=seed) for seed in seeds])
+    return found
+
+
+CLAIM_HEADERS = (
+    "model", "setting", "best other", "default, dB", "other, dB", "image SQNR, dB", "of each seed",
+    "default, Fréchet", "other, Fréchet", "Fréchet", "class accuracy", "of float's",
+)  # fmt: skip
+
+
+def claimed(cells: Sequence[Cell]) -> list[list[str]]:
+    """A line for each claim whose cells are there: `default` less the best other recipe, with 95 % intervals."""
+    lines = []
+    both = iter(claims(cells))
+    for default, other in zip(both, both, strict=True):
+        ours, theirs = ([row for cell in side if (row := cell.result())] for side in (default, other))
+        if len(ours) < len(default) or len(theirs) < len(other):
+            continue
+        decibels = (statistics.mean(row["image_sqnr_db"] for row in rows) for rows in (ours, theirs))
+        by_seed = ", ".join(f"{paired([a], [b])[0]:+.2f}" for a, b in zip(ours, theirs, strict=True))
+        distance = paired_frechet(ours, theirs)
+        distances = [""] * 3
+        if distance:
+            means = (statistics.mean(row["frechet_to_float"] for row in rows) for rows in (ours, theirs))
+            distances = [*(f"{mean:.4f}" for mean in means), "{:+.4f} ({:+.4f} .. {:+.4f})".format(*distance)]
+        lines.append(
+            [default[0].model, default[0].setting, other[0].recipe, *(f"{db:.2f}" for db in decibels),
+             "{:+.2f} ({:+.2f} .. {:+.2f})".format(*paired(ours, theirs)), by_seed, *distances, *_accuracies(ours)]
+        )  # fmt: skip
+    return lines
+
+
+def of_best(cells: Sequence[Cell]) -> list[Cell]:
+    """`default` with the minutes of the cells and with those of `--effort best`, by turns."""
+    minutes = (cells[0].minutes, compiler.EFFORTS["best"]["minutes"])
+    models = dict.fromkeys(c.model for c in cells)
+    return [Cell(m, s, "default", t, images=CLAIM["images"]) for m in models for s in BEST for t in minutes]
+
+
+BEST_HEADERS = (
+    "model", "setting", "minutes", "true bits", "SQNR, dB", "images: SQNR, dB", "PSNR, dB", "Fréchet to float",
+    "class accuracy", "of float's", "gained, dB",
+)  # fmt: skip
+
+
+def trained(cells: Sequence[Cell]) -> list[list[str]]:
+    """A line for each of those cells that is there; what minutes gain has a 95 % interval."""
+    lines = []
+    both = iter(of_best(cells))
+    for usual, best in zip(both, both, strict=True):
+        rows = [cell.result() for cell in (usual, best)]
+        for cell, row in zip((usual, best), rows, strict=True):
+            if not row:
+                continue
+            parts = [cell.model, cell.setting, f"{cell.minutes:g}", f"{row['true_bits']:.2f}"]
+            parts += [f"{row[n]:.1f}" for n in ("sqnr_db", "image_sqnr_db", "psnr_db")]
+            parts += [_number(row["frechet_to_float"], 3), *_accuracies([row])]
+            gained = cell is best and all(rows)
+            lines.append([*parts, "{:+.2f} ({:+.2f} .. {:+.2f})".format(*paired([row], rows[:1])) if gained else ""])
+    return lines
+
+
+def float_accuracies() -> dict[str, float | None]:
+    """Of the models where it is known: share of the float model's images that a classifier takes for their class."""
+    file = RESULTS / "float.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _accuracies(rows: Rows) -> tuple[str, str]:
+    """Class accuracy, mean of the seeds, and its share of the float model's."""
+    own, full = [row["class_accuracy"] for row in rows], float_accuracies().get(rows[0]["cell"]["model"])
+    if None in own:
+        return "", ""
+    mean = statistics.mean(own)
+    return f"{mean:.3f}", f"{mean / full:.3f}" if full else ""
+
+
+def show(cells: list[Cell]) -> None:
+    """Tables of the results that are there, a setting of a model at a time; which recipe is best, and by how much."""
+    for model, setting in dict.fromkeys((c.model, c.setting) for c in cells):
+        rows = {c.recipe: row for c in cells if (c.model, c.setting) == (model, setting) and (row := c.result())}
+        if not rows:
+            continue
+        best = best_other(model, setting, cells)
+        lines = []
+        for name, row in rows.items():
+            gain = ""
+            if name == "default" and best:
+                gain = "{:+.2f} dB ({:+.2f} .. {:+.2f}) to {}".format(*paired([row], [rows[best]]), best)
+            values = [_number(row[column], digits) for column, digits in COLUMNS.items()]
+            times = [f"{row['seconds'] / 60:.1f}", _step_ms(model, setting, name)]
+            lines.append([name, f"{row['true_bits']:.3f}", f"{row['sqnr_db']:.2f}", *values, *times, gain])
+        headers = ["recipe", "true bits", "sqnr_db", *COLUMNS, "minutes", "ms a step", "image SQNR, paired"]
+        terminal.table(f"{model}, {setting}", headers, lines, numeric=range(1, len(headers) - 1))
+
+
+def markdown(cells: list[Cell]) -> str:
+    """The results that are there, as a table for people."""
+    headers = (
+        "model", "setting", "recipe", "true bits", "SQNR, dB", "images: SQNR, dB", "PSNR, dB", "Fréchet to float", "ms",
+    )  # fmt: skip
+    lines = []
+    for cell in cells:
+        if row := cell.result():
+            parts = [f"{row['true_bits']:.2f}", *(f"{row[n]:.1f}" for n in ("sqnr_db", "image_sqnr_db", "psnr_db"))]
+            parts += [_number(row["frechet_to_float"], 2), _step_ms(cell.model, cell.setting, cell.recipe)]
+            lines.append([cell.model, cell.setting, f"`{cell.recipe}`", *parts])
+    return documents.table(headers, lines)
+
+
+def plot(cells: list[Cell], model: str) -> str:
+    """Image SQNR over true bits at 8-bit activations, a line a recipe, as SVG."""
+    points: dict[str, list[svg.Point]] = {}
+    for cell in cells:
+        if cell.model == model and SETTINGS[cell.setting][1] == 8 and (row := cell.result()):
+            label = f"{cell.recipe}: {row['image_sqnr_db']:.2f} dB at {row['true_bits']:.2f} bits"
+            points.setdefault(cell.recipe, []).append(svg.Point(row["true_bits"], row["image_sqnr_db"], label))
+    lines = [sorted(row, key=lambda point: point.x) for row in points.values()]
+    ticks = [f"{bits} bits" if bits else "" for bits in range(9)]
+    return svg.lines(lines, f"{model}: image SQNR at equal bytes", "dB", list(points), ticks, height=400)
+
+
+def side_by_side(cells: Sequence[Cell], path: Path) -> None:
+    """The first images of the float model and of every recipe at one setting, the worst recipe first."""
+    rows = [(c.strip, row) for c in cells if c.strip and c.strip.exists() and (row := c.result())]
+    rows.sort(key=lambda found: found[1]["image_sqnr_db"])
+    titles = [f"{row['cell']['recipe']}, {row['image_sqnr_db']:.1f} dB" for _, row in rows]
+    strips = [float_strip(MODELS[0]), *(strip for strip, _ in rows)]
+    if strips[0].exists():
+        pictures.grid([_images(strip) for strip in strips], path, columns=2, scale=3, titles=["float32", *titles])
+
+
+def save_strip(images: np.ndarray, path: Path) -> None:
+    """Writes images [N, 1 or 3, height, width] in [-1, 1] in one row, as PNG."""
+    levels = np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)
+    row = np.concatenate(list(levels.transpose(0, 2, 3, 1)), axis=1)
+    Image.fromarray(row[..., 0] if row.shape[2] == 1 else row).save(path)
+
+
+def _images(strip: Path) -> np.ndarray:
+    """Those of a strip, which are square."""
+    row = np.asarray(Image.open(strip), np.float32)
+    levels = np.stack(np.split(row.reshape(*row.shape[:2], -1), row.shape[1] // row.shape[0], axis=1))
+    return levels.transpose(0, 3, 1, 2) / 127.5 - 1
+
+
+def _step_ms(model: str, setting: str, recipe: str) -> str:
+    known = json.loads(TIMES.read_text()) if TIMES.exists() else {}
+    row = known.get(model, {}).get(f"{setting} {recipe}")
+    return _number(row and row["ms"], 2)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

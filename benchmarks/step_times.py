@@ -1,0 +1,103 @@
+"""Step times of the cells of `benchmarks.quality`, side by side in one run.
+
+    python -m benchmarks.step_times --artifacts build/cells    # compiles those that are not there yet, and times all
+
+Training changes what is stored, not which kernels run: artifacts are compiled without it. One thread and one sample;
+in a round the artifacts of a model have their turns, each once more before it is timed, so that what the others have
+left in the caches does not count. Medians over the rounds, by CPU time and by wall time. The control is the first
+artifact of a model beside itself, loaded twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import quality, quality_cells
+from benchmarks.machine import provenance
+from benchmarks.timing import interleaved
+from mpq_compiler import compiler, evaluation, terminal
+
+ROUNDS = 40
+CONTROL = "control"
+
+
+def compiled(cells: Sequence[quality_cells.Cell], folder: Path, jobs: int) -> dict[str, Path]:
+    """Artifacts by setting and recipe, of the cells that have a result."""
+    found = {}
+    for number, cell in enumerate(cells, 1):
+        path = folder / f"{cell.model}-{cell.setting}-{cell.recipe}.mpq"
+        if not path.exists():
+            print(f"{cell.name} ({number} of {len(cells)}) ...", flush=True)
+            budget = quality_cells.budget_of(cell.model, cell.setting)
+            compiler.compile(
+                cell.model, path, terminal.progress, jobs=jobs, **replace(cell, minutes=0.0).options(budget)
+            )
+        found[f"{cell.setting} {cell.recipe}"] = path
+    return found
+
+
+def step(path: Path) -> Callable[[], object]:
+    """A call of an artifact with one sample, as its sampler calls it last."""
+    painter = evaluation.from_artifact(path, threads=1)
+    last: dict[str, np.ndarray] = {}
+
+    def watched(**inputs: np.ndarray) -> np.ndarray:
+        last.update(inputs)
+        return painter.call(**inputs)
+
+    conditions = painter.conditioning.varied(1)
+    replace(painter, call=watched).draw(conditions, 1, quality.STEPS, quality.SEED)
+    return lambda: painter.call(**last)
+
+
+def _wall(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def timed(artifacts: Mapping[str, Path]) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step of each, and of the control."""
+    calls = {name: step(path) for name, path in artifacts.items()}
+    calls[CONTROL] = step(next(iter(artifacts.values())))
+    clocks: dict[str, dict[str, Any]] = {"ms": {}, "wall_ms": {"seconds": _wall}}
+    times = {clock: interleaved(calls, rounds=ROUNDS, warm=True, **given) for clock, given in clocks.items()}
+    return {name: {c: round(statistics.median(of[name]) * 1e3, 4) for c, of in times.items()} for name in calls}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=quality_cells.MODELS, default=quality_cells.MODELS)
+    parser.add_argument("--artifacts", type=Path, help="a folder where they stay (default: they do not)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.artifacts or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        cells = [cell for cell in quality_cells.cells_of(options.model) if cell.result()]
+        artifacts = {
+            model: compiled([cell for cell in cells if cell.model == model], folder, options.jobs)
+            for model in options.model
+        }
+        times = {model: timed(paths) for model, paths in artifacts.items()}
+    quality_cells.write(quality_cells.TIMES, {**times, **provenance()})
+    for model, of in times.items():
+        first, control = (of[name] for name in (next(iter(of)), CONTROL))
+        lines = [[name, f"{row['ms']:.3f}", f"{row['wall_ms']:.3f}"] for name, row in of.items() if name != CONTROL]
+        said = f"{model}: a step, one thread (control {control['ms'] / first['ms']:.3f})"
+        terminal.table(said, ["cell", "ms", "ms, wall"], lines, numeric=(1, 2))
+
+
+if __name__ == "__main__":
+    main()
