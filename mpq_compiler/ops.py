@@ -139,13 +139,45 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     order, in f32: the signs; for h = 1, 2, 4 ... below ``block`` every pair (y[i], y[i + h]), where i lacks the bit h,
     becomes its sum and its difference; all times f32(1/sqrt(block)).
     """
-    y = (x.reshape(-1, block) * rotation_signs(block).to(x)).T  # channels outermost: sums of long runs, not of pairs
-    step = 1
-    while step < block:
-        a, b = y.reshape(block // (2 * step), 2, -1).unbind(1)
-        y = torch.stack([a + b, a - b], 1)
-        step *= 2
-    return (y * block**-0.5).reshape(block, -1).T.contiguous().reshape(x.shape)
+    rotated: Tensor = _Hadamard.apply(x, block)
+    return rotated
+
+
+class _Hadamard(torch.autograd.Function):
+    """`hadamard`, whose transpose takes the same steps from the last to the first, and the signs behind them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: int) -> Tensor:
+        ctx.block = block
+        return _butterflies(x, block)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _butterflies(gradient, ctx.block, transposed=True), None
+
+
+CACHED = 1 << 17
+"""Values that two buffers of a core's second cache hold."""
+
+
+def _butterflies(x: Tensor, block: int, transposed: bool = False) -> Tensor:
+    """Some rows at a time, so that each step finds them in the cache; channels outermost: sums of long runs."""
+    signs, scale = rotation_signs(block).to(x)[:, None], block**-0.5
+    first, last = (scale, signs) if transposed else (signs, scale)
+    rows, together = x.reshape(-1, block), max(1, CACHED // block)
+    result, buffers = torch.empty_like(rows), torch.empty(2, together * block, dtype=x.dtype)
+    for part, out in zip(rows.split(together), result.split(together), strict=True):
+        y, z = buffers[:, : part.numel()].reshape(2, block, len(part))
+        torch.mul(part.T, first, out=y)
+        steps = [1 << i for i in range(block.bit_length() - 1)]
+        for step in reversed(steps) if transposed else steps:
+            a, b = y.reshape(block // (2 * step), 2, -1).unbind(1)
+            total, difference = z.reshape(block // (2 * step), 2, -1).unbind(1)
+            torch.add(a, b, out=total)
+            torch.sub(a, b, out=difference)
+            y, z = z, y
+        torch.mul(y, last, out=out.T)
+    return result.reshape(x.shape)
 
 
 def rotation_signs(block: int) -> Tensor:
