@@ -123,7 +123,7 @@ def claimed(cells: Sequence[Cell]) -> list[list[str]]:
 
 def of_best(cells: Sequence[Cell]) -> list[Cell]:
     """`default` with the minutes of the cells and with those of `--effort best`, by turns."""
-    minutes = (cells[0].minutes, compiler.EFFORTS["best"]["minutes"])
+    minutes = (cells[0].minutes, compiler.EFFORTS["best"]["distill"]["minutes"])
     models = dict.fromkeys(c.model for c in cells)
     return [Cell(m, s, "default", t, images=CLAIM["images"]) for m in models for s in BEST for t in minutes]
 

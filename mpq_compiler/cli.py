@@ -265,8 +265,8 @@ def _lowering_options(parser: argparse.ArgumentParser, table: bool = True) -> No
         made.add_argument(
             "--effort",
             choices=("none", "fast", "balanced", "best"),
-            help="training against the float model: fast tunes scales at frozen codes (2 minutes), balanced trains "
-            "weights first (8), best goes on for 30 (default: the recipe's)",
+            help="training against the float model: fast tunes scales at frozen codes (half a minute), balanced trains "
+            "weights first (8 minutes), best goes on for 30 (default: the recipe's)",
         )
         made.add_argument("--minutes", type=float, metavar="N", help="of training, in place of the effort's")
     made.add_argument(

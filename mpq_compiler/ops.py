@@ -10,6 +10,7 @@ multiply-add of IEEE 754.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -180,6 +181,7 @@ def _butterflies(x: Tensor, block: int, transposed: bool = False) -> Tensor:
     return result.reshape(x.shape)
 
 
+@functools.cache
 def rotation_signs(block: int) -> Tensor:
     """`numerics.rotation_sign` [block].
 
