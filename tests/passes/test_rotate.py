@@ -61,6 +61,20 @@ def test_it_is_the_matrix_and_the_matrix_is_orthogonal(block):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
+def test_bits_and_gradients_are_those_of_its_steps(block):
+    """More rows than are rotated together; gradients too have the bits of the steps, taken backwards."""
+    x, g = random(ops.CACHED // block + 3, block).requires_grad_(), random(ops.CACHED // block + 3, block)
+    y = x * ops.rotation_signs(block)
+    for step in (1 << i for i in range(block.bit_length() - 1)):
+        a, b = y.unflatten(1, (-1, 2, step)).unbind(2)
+        y = torch.stack([a + b, a - b], 2).flatten(1)
+    y = y * block**-0.5
+    assert torch.equal(ops.hadamard(x, block), y)
+    expected, found = (torch.autograd.grad(of, x, g)[0] for of in (y, ops.hadamard(x, block)))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
 def test_an_outlier_and_a_common_mean_are_spread_evenly(block):
     """Without the signs a mean of 1 in all channels would be sqrt(block) in one of them."""
     one = torch.eye(block, dtype=torch.float64)
