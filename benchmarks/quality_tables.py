@@ -179,7 +179,7 @@ def show(cells: list[Cell]) -> None:
             if name == "default" and best:
                 gain = "{:+.2f} dB ({:+.2f} .. {:+.2f}) to {}".format(*paired([row], [rows[best]]), best)
             values = [_number(row[column], digits) for column, digits in COLUMNS.items()]
-            times = [f"{row['seconds'] / 60:.1f}", _step_ms(model, setting, name)]
+            times = [f"{row['seconds'] / 60:.1f}", _step_ms(row)]
             lines.append([name, f"{row['true_bits']:.3f}", f"{row['sqnr_db']:.2f}", *values, *times, gain])
         headers = ["recipe", "true bits", "sqnr_db", *COLUMNS, "minutes", "ms a step", "image SQNR, paired"]
         terminal.table(f"{model}, {setting}", headers, lines, numeric=range(1, len(headers) - 1))
@@ -194,7 +194,7 @@ def markdown(cells: list[Cell]) -> str:
     for cell in cells:
         if row := cell.result():
             parts = [f"{row['true_bits']:.2f}", *(f"{row[n]:.1f}" for n in ("sqnr_db", "image_sqnr_db", "psnr_db"))]
-            parts += [_number(row["frechet_to_float"], 2), _step_ms(cell.model, cell.setting, cell.recipe)]
+            parts += [_number(row["frechet_to_float"], 2), _step_ms(row)]
             lines.append([cell.model, cell.setting, f"`{cell.recipe}`", *parts])
     return documents.table(headers, lines)
 
@@ -235,10 +235,12 @@ def _images(strip: Path) -> np.ndarray:
     return levels.transpose(0, 3, 1, 2) / 127.5 - 1
 
 
-def _step_ms(model: str, setting: str, recipe: str) -> str:
+def _step_ms(row: Mapping[str, Any]) -> str:
+    """Of all artifacts in one run where they were timed so, else of the machine that computed the row."""
     known = json.loads(TIMES.read_text()) if TIMES.exists() else {}
-    row = known.get(model, {}).get(f"{setting} {recipe}")
-    return _number(row and row["ms"], 2)
+    cell = row["cell"]
+    timed = known.get(cell["model"], {}).get(f"{cell['setting']} {cell['recipe']}")
+    return _number(timed["ms"] if timed else row.get("step_ms"), 2)
 
 
 def _number(value: float | None, digits: int) -> str:
