@@ -36,7 +36,7 @@ def test_lists(command: Command, name: str) -> None:
 
 @pytest.mark.parametrize("model", sorted(checkpoint.bundled()))
 def test_every_command(command: Command, model: str) -> None:
-    recipe = 'schema = 1\nextends = "default"\n[options.sensitivity]\nformats = ["int3", "int4", "int8"]\n'
+    recipe = 'schema = 1\nextends = "default"\n[options.sensitivity]\nformats = ["int3", "int4", "int8"]\ninputs = 4\n'
     Path("few.toml").write_text(recipe)
     few = ("--recipe", "few.toml", "--samples", "8", "--steps", "8")
     table = command("sensitivity", "sensitivity", model, "-o", "table.json", *few)
