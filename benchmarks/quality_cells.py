@@ -25,6 +25,8 @@ CLAIM = {"seeds": 3, "images": 1000}
 CLAIMED = ("W2A8", "W3A8", "W4A4")
 BEST = ("W2A8", "W3A6")
 """Settings at which `--effort best` is shown."""
+BEST_MINUTES = compiler.EFFORTS["best"]["distill"]["minutes"]
+"""Of training, which stand for that effort."""
 SHOWN = "W2A8"
 """The setting of the first model of which images stand side by side."""
 UNIFORM = (
@@ -89,8 +91,11 @@ class Cell:
             pipeline = UNIFORM.format(w=weights, a=activations, method=BASELINES[self.recipe])
             return {"pipeline": pipeline, "seed": self.seed}
         recipe = recipes.load(self.recipe)
-        trains = {"minutes": self.minutes} if "distill" in recipe.pipeline else {}
-        return {"recipe": self.recipe, "weights": f"{budget}B", "activations": activations, "seed": self.seed, **trains}
+        given = {"recipe": self.recipe, "weights": f"{budget}B", "activations": activations, "seed": self.seed}
+        if "distill" not in recipe.pipeline:
+            return given
+        best = self.minutes == BEST_MINUTES
+        return given | ({"effort": "best"} if best else {"minutes": self.minutes})
 
 
 def cells_of(

@@ -13,8 +13,20 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import documents
-from benchmarks.quality_cells import BEST, CLAIM, CLAIMED, MODELS, RESULTS, SETTINGS, TIMES, Cell, float_strip
-from mpq_compiler import compiler, metrics, pictures, svg, terminal
+from benchmarks.quality_cells import (
+    BEST,
+    BEST_MINUTES,
+    CLAIM,
+    CLAIMED,
+    MINUTES,
+    MODELS,
+    RESULTS,
+    SETTINGS,
+    TIMES,
+    Cell,
+    float_strip,
+)
+from mpq_compiler import metrics, pictures, svg, terminal
 
 COLUMNS = {
     "image_sqnr_db": 2,
@@ -123,7 +135,7 @@ def claimed(cells: Sequence[Cell]) -> list[list[str]]:
 
 def of_best(cells: Sequence[Cell]) -> list[Cell]:
     """`default` with the minutes of the cells and with those of `--effort best`, by turns."""
-    minutes = (cells[0].minutes, compiler.EFFORTS["best"]["distill"]["minutes"])
+    minutes = (MINUTES, BEST_MINUTES)
     models = dict.fromkeys(c.model for c in cells)
     return [Cell(m, s, "default", t, images=CLAIM["images"]) for m in models for s in BEST for t in minutes]
 

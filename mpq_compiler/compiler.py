@@ -61,8 +61,8 @@ DEFAULT_BATCHES = (1, 2)
 EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
     "none": {"distill": {"minutes": 0.0}},
     "fast": {"distill": {"minutes": 0.4, "latent": 0.0, "samples": 16}, "sensitivity": {"inputs": 16}},
-    "balanced": {"distill": {"minutes": 8.0, "latent": 0.7}},
-    "best": {"distill": {"minutes": 30.0, "latent": 0.7}},
+    "balanced": {"distill": {"minutes": 8.0, "latent": 0.7, "epochs": 12}},
+    "best": {"distill": {"minutes": 30.0, "latent": 0.7, "epochs": 12}},
 }
 """Options of passes by the name of an effort; all of `fast` takes two minutes more than rounding to nearest."""
 MEASURING = ("sensitivity", "predict-scores", "orthogonality")

@@ -149,6 +149,11 @@ def affordable(program: Program, minutes: float) -> int:
     return int(minutes * 60 * MACS / (3 * BATCH * max(macs, 1)))
 
 
+def trajectories(updates: int, epochs: int, steps: int) -> int:
+    """How many of so many steps give the updates calls that come back so often at most."""
+    return -(-updates * BATCH // (epochs * steps))
+
+
 @dataclass(frozen=True)
 class Stage:
     """What is trained, and for how many steps."""

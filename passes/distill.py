@@ -60,7 +60,10 @@ class Distill(Pass):
     rate: float = 1.0
     """Of learning, in parts of the usual."""
     samples: int = 64
-    """Trajectories to train on, where no calls are given."""
+    """Trajectories to train on at least, where no calls are given."""
+    epochs: int = 32
+    """How often a call is seen at most: there are more trajectories where the updates are many. Of calls that came back
+    a hundred times weights learned what does not hold for others."""
     steps: int = 20
     """Steps of each."""
     images: int = 32
@@ -70,7 +73,7 @@ class Distill(Pass):
         for option in ("minutes", "rate", "relation"):
             self.require(option, 0)
         self.require("latent", 0, 1)
-        for option in ("samples", "steps"):
+        for option in ("samples", "steps", "epochs"):
             self.require(option, 1)
         for option in ("updates", "images", "window", "adapters"):
             self.require(option, 0)
@@ -84,7 +87,8 @@ class Distill(Pass):
             return program
         for note in self._without_effect(program, updates):
             program.note(f"distill: {note}")
-        data, held_out = distillation.calls(session, self.samples, self.steps)
+        samples = max(self.samples, distillation.trajectories(updates, self.epochs, self.steps))
+        data, held_out = distillation.calls(session, samples, self.steps)
         gallery = Gallery.drawn(session, self.images)
         images = gallery.noise(program) if gallery else None
         if gallery:
