@@ -398,7 +398,7 @@ def write(options: argparse.Namespace, rows: Sequence[Mapping[str, Any]], missin
     found = {
         **provenance(),
         "gpu": {"name": device.name, "level": device.level, "bytes": device.memory, "driver": gpu.driver_version()},
-        "nvcc": (machine_code.version().strip().splitlines() or [""])[-1],
+        "nvcc": (machine_code.version(machine_code.compiler()).strip().splitlines() or [""])[-1],
         "torch_cuda": torch.version.cuda,
         "size": options.size,
         "missing": missing,

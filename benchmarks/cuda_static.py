@@ -186,7 +186,7 @@ def main() -> None:
     print(f"more than {BUDGET} instructions for each: {', '.join(over) or 'none'}")
     print(f"spills: {', '.join(r['kernel'] for r in rows if r['local'] or r['stack']) or 'none'}")
     if options.json:
-        found = {**provenance(), "nvcc": machine_code.version().splitlines()[-1], "rows": rows}
+        found = {**provenance(), "nvcc": machine_code.version(machine_code.compiler()).splitlines()[-1], "rows": rows}
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
     if options.docs:
         documents.insert(options.docs, "cuda", documents.table(headers, lines))

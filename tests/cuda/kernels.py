@@ -8,7 +8,6 @@ import pickle
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,17 +110,9 @@ class Library:
 
 
 def cuobjdump(option: str, code: Path) -> str:
-    """What it says of the machine code in a file.
-
-    It once ended with 255 on a good file, and with nothing in thousands of tries since: it may try twice, and says so.
-    """
-    command = [machine_code.tool("cuobjdump"), option, code]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        said = f"cuobjdump {option} of {code.stat().st_size} bytes: {done.returncode}, {done.stderr[-1000:]!r}"
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, said
-        warnings.warn(f"{said}; then it went", stacklevel=2)
+    """What it says of the machine code in a file."""
+    done = subprocess.run([machine_code.tool("cuobjdump"), option, code], capture_output=True, text=True)
+    assert done.returncode == 0, f"{option} of {code.stat().st_size} bytes: {done.returncode}, {done.stderr[-1000:]}"
     return done.stdout
 
 

@@ -155,7 +155,7 @@ def require_compiler(target: Target) -> None:
 
 def compiler_version(target: Target) -> str:
     """Of the compiler for the target, for keys of the cache."""
-    return nvrtc.version() if target.is_cuda12 else version()
+    return nvrtc.version() if target.is_cuda12 else version(compiler())
 
 
 def fatbin(source: str, levels: Sequence[int]) -> bytes:
@@ -180,7 +180,6 @@ def _architectures(levels: Sequence[int]) -> list[str]:
     return ["90a"] if [*levels] == [gpu.HOPPER] else [str(level) for level in levels]
 
 
-@functools.cache
 def compiler() -> Path:
     """NVIDIA's compiler: that of $CUDA_HOME, else of the wheels of the extra `cuda`, else of PATH. UserError: none."""
     return tool("nvcc")
@@ -199,9 +198,9 @@ def tool(name: str) -> Path:
 
 
 @functools.cache
-def version() -> str:
-    """Of nvcc."""
-    return subprocess.run([str(compiler()), "--version"], capture_output=True, text=True).stdout
+def version(nvcc: Path) -> str:
+    """Of a compiler."""
+    return subprocess.run([str(nvcc), "--version"], capture_output=True, text=True).stdout
 
 
 def _text(content: bytes) -> bytes:

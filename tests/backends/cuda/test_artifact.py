@@ -83,8 +83,6 @@ def mpqc(*arguments: object, **environment: str) -> subprocess.CompletedProcess[
 def test_artifact_is_as_good_as_the_packed_program(name, weights, target, home, monkeypatch, tmp_path):
     for variable, value in home.items():
         monkeypatch.setenv(variable, value)
-    machine_code.compiler.cache_clear()
-    machine_code.version.cache_clear()
     case = packed.program(name, weights)
     target = silicon.target() if silicon.asked() else targets.resolve(target)
     built = build(case.program, target, (1, 4), jobs=2, cache=tmp_path)
