@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import documents, quality, quality_cells
 from benchmarks.quality_cells import write
-from benchmarks.quality_tables import paired
+from benchmarks.quality_tables import difference
 from mpq_compiler import recipes, terminal
 from mpq_compiler.recipes import Recipe
 
@@ -118,7 +118,7 @@ def compared(rows: list[Row]) -> list[list[str]]:
         whole, found = replace(row, part="").result(), row.result()
         if not whole or not found:
             continue
-        worth = "" if not row.part else "{:+.2f} ({:+.2f} .. {:+.2f})".format(*paired([found], [whole]))
+        worth = "" if not row.part else difference([found], [whole])
         numbers = [f"{found[name]:.{digits}f}" for name, digits in (("sqnr_db", 1), ("image_sqnr_db", 1))]
         lines.append([row.model, row.setting, row.title, *numbers, worth])
     return lines

@@ -9,7 +9,7 @@ included, one in forty more, which the tables of twenty time groups take in some
 recipe does with these bytes is its affair. All draw the same noise in the same
 steps. `image_sqnr_db` has a paired bootstrap interval of its difference to the best other recipe: the same images are
 drawn with replacement for both. Training has as many minutes in every cell (`mpqc compile --minutes`). A claim is
-about `default` and the best other recipe of a setting, each of three seeds of calibration and training, on 1000 images;
+about `default` and the best other recipe of a setting on 1000 images, at W2A8, W3A8 and W4A4 of three seeds each;
 `--effort best` is shown beside the minutes of the cells. A cell is known by its recipe and options; results and the
 errors of every image lie in benchmarks/results/quality/, and `--all` goes on where it was.
 """
@@ -55,8 +55,7 @@ SEED = 1000
 """Of the images: noise that neither calibration nor training has seen."""
 STRIP = 10
 """Images that are shown."""
-DOCS = Path(__file__).parents[1] / "docs"
-DOCUMENT = "recipes.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "recipes.md"
 
 
 def _images(painter: evaluation.Painter, conditions: Any, count: int) -> np.ndarray:
@@ -166,7 +165,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"of training in each cell ({MINUTES:g})")
     parser.add_argument("--images", type=int, default=IMAGES, help=f"to judge by ({IMAGES})")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--write", action="store_true", help=f"tables and pictures, of docs/{DOCUMENT}")
+    parser.add_argument("--write", action="store_true", help=f"tables and pictures, of docs/{DOCUMENT.name}")
     options = parser.parse_args()
     whole = not (options.model or options.setting or options.recipe)
     models = options.model or MODELS
@@ -183,11 +182,11 @@ def main() -> None:
     terminal.table("default and the best other recipe", quality_tables.CLAIM_HEADERS, claimed)
     terminal.table("default by minutes of training", quality_tables.BEST_HEADERS, trained)
     if options.write or (whole and options.all):
-        documents.insert(DOCS / DOCUMENT, "quality", quality_tables.markdown(cells))
-        documents.insert(DOCS / DOCUMENT, "claims", documents.table(quality_tables.CLAIM_HEADERS, claimed))
-        documents.insert(DOCS / DOCUMENT, "best", documents.table(quality_tables.BEST_HEADERS, trained))
-        (DOCS / "pareto.svg").write_text(quality_tables.plot(cells, models[0]))
-        quality_tables.side_by_side(cells, DOCS / "recipes.png")
+        documents.insert(DOCUMENT, "quality", quality_tables.markdown(cells))
+        documents.insert(DOCUMENT, "claims", documents.table(quality_tables.CLAIM_HEADERS, claimed))
+        documents.insert(DOCUMENT, "best", documents.table(quality_tables.BEST_HEADERS, trained))
+        DOCUMENT.with_name("pareto.svg").write_text(quality_tables.plot(cells, models[0]))
+        quality_tables.side_by_side(cells, DOCUMENT.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -68,6 +69,11 @@ def paired(one: Rows, other: Rows) -> tuple[float, float, float]:
     return float(10 * np.log10(errors[1].sum() / errors[0].sum())), *_interval(gains)
 
 
+def difference(one: Rows, other: Rows) -> str:
+    """`paired`, for people."""
+    return "{:+.2f} ({:+.2f} .. {:+.2f})".format(*paired(one, other))
+
+
 def paired_frechet(one: Rows, other: Rows) -> tuple[float, float, float] | None:
     """Fréchet distance to float of ``one`` less that of ``other``, mean of the seeds, with its 95 % interval.
 
@@ -128,13 +134,13 @@ def claimed(cells: Sequence[Cell]) -> list[list[str]]:
             distances = [*(f"{mean:.4f}" for mean in means), "{:+.4f} ({:+.4f} .. {:+.4f})".format(*distance)]
         lines.append(
             [default[0].model, default[0].setting, other[0].recipe, *(f"{db:.2f}" for db in decibels),
-             "{:+.2f} ({:+.2f} .. {:+.2f})".format(*paired(ours, theirs)), by_seed, *distances, *_accuracies(ours)]
+             difference(ours, theirs), by_seed, *distances, *_accuracies(ours)]
         )  # fmt: skip
     return lines
 
 
 def of_best(cells: Sequence[Cell]) -> list[Cell]:
-    """`default` with the minutes of the cells and with those of `--effort best`, by turns."""
+    """`default` with the usual minutes and with those of `--effort best`, by turns, of the models of the cells."""
     minutes = (MINUTES, BEST_MINUTES)
     models = dict.fromkeys(c.model for c in cells)
     return [Cell(m, s, "default", t, images=CLAIM["images"]) for m in models for s in BEST for t in minutes]
@@ -159,7 +165,7 @@ def trained(cells: Sequence[Cell]) -> list[list[str]]:
             parts += [f"{row[n]:.1f}" for n in ("sqnr_db", "image_sqnr_db", "psnr_db")]
             parts += [_number(row["frechet_to_float"], 3), *_accuracies([row])]
             gained = cell is best and all(rows)
-            lines.append([*parts, "{:+.2f} ({:+.2f} .. {:+.2f})".format(*paired([row], rows[:1])) if gained else ""])
+            lines.append([*parts, difference([row], rows[:1]) if gained else ""])
     return lines
 
 
@@ -235,8 +241,7 @@ def side_by_side(cells: Sequence[Cell], path: Path) -> None:
 
 def save_strip(images: np.ndarray, path: Path) -> None:
     """Writes images [N, 1 or 3, height, width] in [-1, 1] in one row, as PNG."""
-    levels = np.clip(np.rint((images + 1) * 127.5), 0, 255).astype(np.uint8)
-    row = np.concatenate(list(levels.transpose(0, 2, 3, 1)), axis=1)
+    row = np.concatenate(list(pictures.levels(images).transpose(0, 2, 3, 1)), axis=1)
     Image.fromarray(row[..., 0] if row.shape[2] == 1 else row).save(path)
 
 
@@ -247,11 +252,16 @@ def _images(strip: Path) -> np.ndarray:
     return levels.transpose(0, 3, 1, 2) / 127.5 - 1
 
 
+@functools.cache
+def _step_times() -> dict[str, Any]:
+    known: dict[str, Any] = json.loads(TIMES.read_text()) if TIMES.exists() else {}
+    return known
+
+
 def _step_ms(row: Mapping[str, Any]) -> str:
     """Of all artifacts in one run where they were timed so, else of the machine that computed the row."""
-    known = json.loads(TIMES.read_text()) if TIMES.exists() else {}
     cell = row["cell"]
-    timed = known.get(cell["model"], {}).get(f"{cell['setting']} {cell['recipe']}")
+    timed = _step_times().get(cell["model"], {}).get(f"{cell['setting']} {cell['recipe']}")
     return _number(timed["ms"] if timed else row.get("step_ms"), 2)
 
 

@@ -14,7 +14,6 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 
 from benchmarks import quality, quality_cells
 from benchmarks.machine import provenance
-from benchmarks.timing import interleaved
+from benchmarks.timing import interleaved, wall
 from mpq_compiler import compiler, evaluation, terminal
 
 ROUNDS = 40
@@ -60,18 +59,11 @@ def step(path: Path) -> Callable[[], object]:
     return lambda: painter.call(**last)
 
 
-def _wall(call: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
-
-
 def timed(artifacts: Mapping[str, Path]) -> dict[str, dict[str, float]]:
     """Milliseconds of a step of each, and of the control."""
     calls = {name: step(path) for name, path in artifacts.items()}
     calls[CONTROL] = step(next(iter(artifacts.values())))
-    clocks: dict[str, dict[str, Any]] = {"ms": {}, "wall_ms": {"seconds": _wall}}
+    clocks: dict[str, dict[str, Any]] = {"ms": {}, "wall_ms": {"seconds": wall}}
     times = {clock: interleaved(calls, rounds=ROUNDS, warm=True, **given) for clock, given in clocks.items()}
     return {name: {c: round(statistics.median(of[name]) * 1e3, 4) for c, of in times.items()} for name in calls}
 

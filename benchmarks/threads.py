@@ -33,6 +33,7 @@ import tvm_ffi
 
 from benchmarks.kernels import kernel, problems
 from benchmarks.machine import provenance
+from benchmarks.timing import wall
 from mpq_compiler import runtime, targets
 from mpq_compiler.backends.tvm import peak, templates
 from mpq_compiler.backends.tvm.kernels.attention import Attention
@@ -145,33 +146,26 @@ def whole(path: Path) -> tuple[Call, Call]:
     return partial(on, 1), partial(on, 2)
 
 
-def seconds(call: Call, repeats: int = 1) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats
-
-
 def warm(call: Call, repeats: int) -> float:
     """As in a loop over steps: threads are awake, and each has its share of the weights in its cache."""
     call()
-    return seconds(call, repeats)
+    return wall(call, repeats)
 
 
 def row(name: str, one: Call, two: Call, control: tuple[Call, Call], budget: float) -> dict[str, Any]:
     """The windows of one subject."""
     for call in (one, two, one):
         call()
-    repeats = max(1, int(WINDOW / min(seconds(one) for _ in range(3))))
+    repeats = max(1, int(WINDOW / min(wall(one) for _ in range(3))))
     windows: list[tuple[float, float, float]] = []
     tried, end = 0, time.monotonic() + budget
     while len(windows) < MOST and time.monotonic() < end:
         tried += 1
-        before = seconds(control[0]) / seconds(control[1])
+        before = wall(control[0]) / wall(control[1])
         if before < VALID:
             continue
         took = warm(one, repeats), warm(two, repeats)
-        after = seconds(control[0]) / seconds(control[1])
+        after = wall(control[0]) / wall(control[1])
         if after >= VALID:
             windows.append((*took, (before + after) / 2))
     found: dict[str, Any] = {"name": name, "tried": tried, "windows": len(windows)}

@@ -36,6 +36,11 @@ def interleaved(
     return found
 
 
+def wall(call: Callable[[], object], repeats: int = 1) -> float:
+    """Seconds of one call by the wall, over several: a clock of `interleaved`."""
+    return _seconds(time.perf_counter_ns, call, repeats)
+
+
 def _seconds(clock: Callable[[], int], call: Callable[[], object], repeats: int) -> float:
     """Of one call, over several."""
     start = clock()

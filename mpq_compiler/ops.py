@@ -166,11 +166,11 @@ def _butterflies(x: Tensor, block: int, transposed: bool = False) -> Tensor:
     signs, scale = rotation_signs(block).to(x)[:, None], block**-0.5
     first, last = (scale, signs) if transposed else (signs, scale)
     rows, together = x.reshape(-1, block), max(1, CACHED // block)
-    result, buffers = torch.empty_like(rows), torch.empty(2, together * block, dtype=x.dtype)
+    result, buffers = torch.empty_like(rows), x.new_empty(2, together * block)
+    steps = [1 << i for i in range(block.bit_length() - 1)]
     for part, out in zip(rows.split(together), result.split(together), strict=True):
         y, z = buffers[:, : part.numel()].reshape(2, block, len(part))
         torch.mul(part.T, first, out=y)
-        steps = [1 << i for i in range(block.bit_length() - 1)]
         for step in reversed(steps) if transposed else steps:
             a, b = y.reshape(block // (2 * step), 2, -1).unbind(1)
             total, difference = z.reshape(block // (2 * step), 2, -1).unbind(1)

@@ -60,12 +60,17 @@ def grid(
     return _save(canvas, Path(path))
 
 
+def levels(images: np.ndarray) -> np.ndarray:
+    """uint8 [N, channels, height, width] of values in [-1, 1]; what is beyond is cut off, and NaN is gray."""
+    return np.clip(np.rint((np.nan_to_num(images.astype(np.float64)) + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
 def _panel(images: np.ndarray, columns: int, scale: int) -> np.ndarray:
     """uint8 [rows * height * scale, columns * width * scale, 3]; cells without an image are of the
     background."""
     count, channels, height, width = images.shape
-    levels = np.clip(np.rint((np.nan_to_num(images.astype(np.float64)) + 1) * 127.5), 0, 255).astype(np.uint8)
-    colors = levels[:, :3] if channels >= 3 else np.repeat(levels[:, :1], 3, axis=1)
+    shades = levels(images)
+    colors = shades[:, :3] if channels >= 3 else np.repeat(shades[:, :1], 3, axis=1)
     columns = min(columns, count)
     rows = -(-count // columns)
     cells = np.empty((rows * columns, height, width, 3), np.uint8)

@@ -355,10 +355,11 @@ class Subject:
     arrays: Callable[[], list[np.ndarray]]
 
 
-def _draw(arguments: Any, batch: int) -> list[np.ndarray]:
+def _draw(arguments: Any, batch: int, made: int = 1) -> list[np.ndarray]:
+    """made: how many of the last are results."""
     draw = np.random.default_rng(0)
     arrays = [empty(a, batch) for a in arguments]
-    return [*(draw.standard_normal(a.shape).astype(a.dtype) for a in arrays[:-1]), arrays[-1]]
+    return [*(draw.standard_normal(a.shape).astype(a.dtype) for a in arrays[:-made]), *arrays[-made:]]
 
 
 CONV = QuantMatmul(9, 11, 20, 60, (3, 3), padding=(1, 1, 1, 1), bits=4, groups=3)
@@ -419,11 +420,6 @@ def _codes() -> list[np.ndarray]:
     return list(arrays.values())
 
 
-def _keys_and_values() -> list[np.ndarray]:
-    draw, arrays = np.random.default_rng(0), [empty(a, 2) for a in cpu_fast_attention.arguments(SMALL)]
-    return [*(draw.standard_normal(a.shape).astype(a.dtype) for a in arrays[:2]), *arrays[2:]]
-
-
 SUBJECTS = {
     "gemm": Subject(gemm, GEMM, lambda m, n: m.build(CONV, n), lambda: _product(CONV)),
     "wgmma": Subject(wgmma, WGMMA, lambda m, n: m.build(WIDE, n), lambda: _product(WIDE)),
@@ -453,7 +449,9 @@ SUBJECTS = {
         )
         for bits, mutants in {2: PACK_2_BITS, 3: PACK_CODES, 8: PACK_8_BITS}.items()
     },
-    "ready": Subject(fast_attention, READY, lambda m, n: m.build(SMALL, n), _keys_and_values),
+    "ready": Subject(
+        fast_attention, READY, lambda m, n: m.build(SMALL, n), lambda: _draw(cpu_fast_attention.arguments(SMALL), 2, 2)
+    ),
     "rms norm": Subject(
         norms, RMS_NORM, lambda m, n: m.build(SQUARES, n), lambda: _draw(cpu_norms.arguments(SQUARES), 2)
     ),
