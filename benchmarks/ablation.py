@@ -106,7 +106,7 @@ class Row(quality_cells.Cell):
     def options(self, budget: int) -> dict[str, Any]:
         given = super().options(budget)
         if "distill" not in self.recipe_changed.pipeline:
-            del given["minutes"]
+            given = {key: value for key, value in given.items() if key not in ("minutes", "effort")}
         del given["recipe"]
         return {**given, "pipeline": ",".join(p.text() for p in self.recipe_changed.passes())}
 

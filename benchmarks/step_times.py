@@ -11,6 +11,7 @@ artifact of a model beside itself, loaded twice.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
@@ -83,7 +84,8 @@ def main() -> None:
             for model in options.model
         }
         times = {model: timed(paths) for model, paths in artifacts.items()}
-    quality_cells.write(quality_cells.TIMES, {**times, **provenance()})
+    known = json.loads(quality_cells.TIMES.read_text()) if quality_cells.TIMES.exists() else {}
+    quality_cells.write(quality_cells.TIMES, known | {model: {**of, **provenance()} for model, of in times.items()})
     for model, of in times.items():
         first, control = (of[name] for name in (next(iter(of)), CONTROL))
         lines = [[name, f"{row['ms']:.3f}", f"{row['wall_ms']:.3f}"] for name, row in of.items() if name != CONTROL]

@@ -70,9 +70,19 @@ def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
 
 
 def _looks_like_artifact(path: Path) -> bool:
-    if path.is_dir():
-        return (path / MANIFEST).is_file() or not any(path.iterdir())
-    return zipfile.is_zipfile(path)
+    """Whether it may be replaced: its manifest says what it is, or it is an empty folder."""
+    try:
+        if path.is_dir():
+            if not any(path.iterdir()):
+                return True
+            text = (path / MANIFEST).read_bytes()
+        else:
+            with zipfile.ZipFile(path) as archive:
+                text = archive.read(MANIFEST)
+        manifest = json.loads(text)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
 def write(

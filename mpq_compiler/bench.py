@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import itertools
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -79,7 +80,11 @@ def bench(
     against. UserError: fewer than one round, thread or sample, an unknown
     peer, an artifact that this machine cannot run, or that is of another model.
     """
-    _check(against, threads, batch, rounds)
+    peers.chosen(against)
+    check(threads, batch, rounds)
+    if against and batch > math.prod(peers.JUDGED):
+        most = math.prod(peers.JUDGED)
+        raise UserError(f"--batch {batch} must be {most} or less with --against: quality is judged on {most} inputs")
     loaded = [runtime.load(path, threads, reuse_bytes=0) for path in paths]
     subject = loaded[0]
     times_of = None if latency_table is None else _latency_table(latency_table, subject, threads, batch)
@@ -87,7 +92,7 @@ def bench(
     for path, other in zip(paths, loaded, strict=True):
         if other.input_names != subject.input_names:
             raise UserError(f"'{path}' takes {', '.join(other.input_names)}, and the first artifact something else")
-    names = [OURS, *(f"{OURS} {Path(path).stem}" for path in paths[1:])]
+    names = names_of(paths)
     entries = [
         contestants.of_artifact(path, compiled, inputs, name)
         for path, compiled, name in zip(paths, loaded, names, strict=True)
@@ -153,8 +158,22 @@ def _quality(model: peers.Model, judged: Sequence[tuple[str, Callable[[Arrays], 
     return {name: sqnr_db(expected, np.concatenate([call(row) for row in rows])) for name, call in judged}
 
 
-def _check(against: Sequence[str], threads: int, batch: int, rounds: int) -> None:
-    peers.chosen(against)
+def names_of(paths: Sequence[str | Path]) -> list[str]:
+    """What rows are called: the first artifact OURS, others by their file, or by the whole path where that is not one's
+    own. UserError: a path is given twice.
+    """
+    stems, found = [Path(path).stem for path in paths[1:]], [OURS]
+    for path, stem in zip(paths[1:], stems, strict=True):
+        alone = stems.count(stem) == 1 and f"{OURS} {stem}" not in (CONTROL, REUSING)
+        name = f"{OURS} {stem if alone else path}"
+        if name in found:
+            raise UserError(f"'{path}' is given twice; '{CONTROL}' is the first artifact once more")
+        found.append(name)
+    return found
+
+
+def check(threads: int, batch: int, rounds: int) -> None:
+    """UserError: one of them is less than 1."""
     for option, value in (("threads", threads), ("batch", batch), ("rounds", rounds)):
         if value < 1:
             raise UserError(f"--{option} {value} must be 1 or more")

@@ -26,8 +26,8 @@ def folder(path: Path | None = None) -> Path:
     """The cache folder: ``path``, or $MPQ_CACHE, or mpq-compiler in the XDG cache folder."""
     if path is not None:
         return path
-    if "MPQ_CACHE" in os.environ:
-        return Path(os.environ["MPQ_CACHE"])
+    if given := os.environ.get("MPQ_CACHE"):
+        return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpq-compiler"
 
 

@@ -187,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     sensitivity.add_argument("model", metavar="MODEL", help="folder, hub id, or bundled name (mpqc models)")
     sensitivity.add_argument("-o", "--output", required=True, metavar="TABLE.json", help="for `mpqc allocate`")
     sensitivity.add_argument("--overwrite", action="store_true", help="replace a table that exists")
-    sensitivity.add_argument("--activations", type=float, metavar="BITS", help="below 8: measure 4, 6 and 8 bits")
+    sensitivity.add_argument("--activations", type=float, metavar="BITS", help="average that the table is for (8)")
     _latency_table_option(sensitivity, "adds the times of layers, for `mpqc allocate --latency`")
     _lowering_options(sensitivity, table=False)
 
@@ -406,6 +406,7 @@ def _generate(args: argparse.Namespace) -> Any:
     if picture.suffix.lower() != ".png":
         raise UserError(f"-o {picture}: the picture is written as PNG; name it {picture.stem}.png")
     _require_new(picture, args.overwrite)
+    evaluation.check(args.images, args.steps, args.seed)
     painter = evaluation.with_conditions(evaluation.from_artifact(args.artifact, args.threads), args.conditions)
     conditions = painter.conditioning.chosen(args.images, args.label, args.prompt)
     painter.conditioning.arguments(conditions, args.images, args.guidance)  # refuses before the work begins
@@ -480,10 +481,10 @@ def _verify(args: argparse.Namespace) -> Any:
     from mpq_compiler import artifact, targets
 
     read = artifact.read(args.artifact)
-    target = targets.TARGETS.get(read.manifest["target"]["name"])
-    missing = [] if target is None else sorted(targets.missing_features(target))
+    target = read.manifest["target"]
+    missing = sorted(targets.missing(target["arch"], target["features"]))
     terminal.say(
-        f"{args.artifact} is intact: {len(read.manifest['files'])} files for {read.manifest['target']['name']}, "
+        f"{args.artifact} is intact: {len(read.manifest['files'])} files for {target['name']}, "
         f"sha256 {read.manifest['artifact_sha256'][:16]}"
         + (f"; this machine cannot run it: it lacks {', '.join(missing)}" if missing else "")
     )
@@ -730,6 +731,8 @@ def _require_new(path: str | Path, overwrite: bool) -> None:
     from mpq_compiler.artifact import check_place
 
     check_place(Path(path))
+    if Path(path).is_dir():
+        raise UserError(f"'{path}' is a folder; name a file")
     if Path(path).exists() and not overwrite:
         raise UserError(f"'{path}' exists; choose another name or add --overwrite")
 

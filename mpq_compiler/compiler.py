@@ -40,7 +40,7 @@ from mpq_compiler.conditioning import require_guidance
 from mpq_compiler.denoiser import Denoiser
 from mpq_compiler.errors import UserError, nearest
 from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
-from mpq_compiler.latency import LOWERED, Latency, runnable
+from mpq_compiler.latency import LOWERED, Latency, require_kernels, runnable
 from mpq_compiler.latency_profile import measured
 from mpq_compiler.machine import cpu
 from mpq_compiler.metrics import sqnr_db
@@ -58,6 +58,7 @@ AGREEMENT_DB = 0.1
 """How far the artifact's SQNR may be from the reference's: contract (c)."""
 JUDGED_TOGETHER = 8
 DEFAULT_BATCHES = (1, 2)
+MOST_SEED = 2**31 - 1
 EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
     "none": {"distill": {"minutes": 0.0}},
     "fast": {"distill": {"minutes": 0.4, "latent": 0.0, "samples": 16}, "sensitivity": {"inputs": 16}},
@@ -174,6 +175,8 @@ def resolve(options: Options) -> list[Pass]:
     by_hand = options.pipeline
     recipe = recipes.load(options.recipe) if by_hand is None else recipes.from_pipeline(by_hand)
     require_guidance(options.guidance)
+    if not 0 <= options.seed <= MOST_SEED:
+        raise UserError(f"--seed {options.seed} must be 0 to {MOST_SEED}")
     if options.sensitivity is not None:
         recipe.require("sensitivity", "sensitivity")
         if (uniform := recipe.options.get("bit-allocation", {}).get("uniform")) not in (None, "none"):
@@ -342,6 +345,8 @@ def _times(
 
 def _latency_table(options: Options, target: targets.Target) -> latency_table.Table | None:
     """The table that was given. UserError: it is that of another target, of another CPU, of other threads."""
+    if options.latency is not None:
+        require_kernels(target)
     if options.latency_table is None:
         return None
     table = latency_table.load(options.latency_table)
@@ -451,6 +456,8 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
     artifact.check_output(output, chosen.overwrite)
     if chosen.dumps is not None and not chosen.overwrite and chosen.dumps.exists() and any(chosen.dumps.iterdir()):
         raise UserError(f"the dumps folder '{chosen.dumps}' is not empty; name another one or add --overwrite")
+    if chosen.dumps is not None and chosen.dumps.resolve().is_relative_to(Path(output).resolve()):
+        raise UserError(f"the dumps folder '{chosen.dumps}' lies within the output '{output}'; name another one")
     resolve(chosen)  # a wrong option is refused before the model is read, and so is a wrong table
     _latency_table(chosen, target)
     denoiser = load_denoiser(model, chosen)
@@ -837,6 +844,7 @@ def candidate_plans(
     chosen = Options(**options)
     passes = resolve(chosen)
     target = targets.resolve(chosen.target)
+    require_kernels(target)
     if batch < 1:
         raise UserError(f"--batch {batch} must be 1 or more")
     if emit is None and (missing := targets.missing_features(target)):

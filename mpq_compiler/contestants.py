@@ -68,7 +68,8 @@ def peak_memory(entries: Sequence[Contestant], batch: int, threads: int) -> dict
         code = "import sys; from mpq_compiler import contestants; contestants.child(sys.argv[1])"
         asked = {"loader": entry.loader, "reference": entries[0].loader[1], "batch": batch, "threads": threads}
         request = json.dumps(asked)
-        done = subprocess.run([sys.executable, "-c", code, request], env=environment, capture_output=True, text=True)
+        command = [sys.executable, "-P", "-c", code, request]  # -P: no modules of the folder that the user is in
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         found[entry.name] = int(done.stdout.split()[-1]) if done.returncode == 0 else None
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no word"])[-1]

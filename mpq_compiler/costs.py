@@ -37,10 +37,11 @@ def stored_dtype(name: str, tensor: Tensor) -> torch.dtype:
 
 
 def leftovers(program: Program) -> dict[str, Tensor]:
-    """Tensors the graph reads that no weight plan covers, by store name."""
-    planned = {str(weight_of(n)) for n in program.quantizable if weight_path(n) in program.weights}
-    names = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
-    return {name: program.tensors[name] for name in sorted(names - planned)}
+    """Tensors the graph reads that no weight plan covers, or that something else than layers reads, by store name."""
+    layers = {n for n in program.quantizable if weight_path(n) in program.weights}
+    weights = {operand(n, 1) for n in layers}
+    read = (n for n in program.graph.nodes if n.op == "get_attr" and not (n in weights and layers.issuperset(n.users)))
+    return {name: program.tensors[name] for name in sorted({str(n.target) for n in read})}
 
 
 def fixed_bytes(program: Program, group_bytes: int, groups: int) -> int:

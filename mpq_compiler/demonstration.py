@@ -30,6 +30,7 @@ def demo(
     model: str = MODEL,
 ) -> dict[str, Any]:
     """Compiles a bundled model, draws the same noise with both, writes ``samples.png`` and prints the table."""
+    evaluation.check(images, steps)
     if model not in checkpoint.bundled():
         raise UserError(f"there is no bundled model '{model}'; {nearest(model, checkpoint.bundled())}")
     picture, output = folder / "samples.png", folder / f"{model}.mpq"

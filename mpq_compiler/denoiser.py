@@ -108,7 +108,9 @@ class Denoiser:
         tokens = self.input_specs[TEXT].shape[0] if TEXT in self.input_specs else None
         specs, _ = specs_of(self.module.model, self.config, (height, width), tokens)
         specs["timestep"] = self.input_specs["timestep"]
-        return replace(self, module=TensorModule(self.module.model, specs).eval(), input_specs=specs)
+        module = TensorModule(self.module.model, specs).eval()
+        scheduler = _of_size(self.scheduler, self.module.model, self.config, specs)
+        return replace(self, module=module, input_specs=specs, scheduler=scheduler)
 
     @property
     def parameters(self) -> int:
@@ -119,8 +121,10 @@ class Denoiser:
         """The model's output for arrays or tensors by name, without gradients: what `sample` calls."""
         with torch.no_grad():
             tensors = {name: _tensor(value) for name, value in inputs.items()}
-            # Schedulers differ in the type of their timesteps; the values are the same.
-            tensors["timestep"] = tensors["timestep"].to(self.input_specs["timestep"].dtype)
+            # Schedulers differ in the type of their timesteps; another's than the model's own may have fractions.
+            timestep = tensors["timestep"]
+            own = timestep.to(self.input_specs["timestep"].dtype)
+            tensors["timestep"] = own if torch.equal(own.to(timestep.dtype), timestep) else timestep.float()
             return self.module(**tensors)
 
     def random_inputs(self, batch: int, generator: torch.Generator | int = 0) -> dict[str, torch.Tensor]:
@@ -276,13 +280,7 @@ def wrap(
     specs, notes = specs_of(model, config, size, tokens)
     chosen, note = _scheduler(scheduler, prediction_type, specs)
     notes += [note] if note else []
-    if isinstance(chosen, FlowMatchEuler):
-        packed = convention_of(model).patch
-        token = packed * (config.get("patch_size") or 1)
-        _, height, width = next(iter(specs.values())).shape
-        chosen = replace(
-            chosen, image_seq_len=(height // token) * (width // token), even_sigmas=packed > 1
-        )
+    chosen = _of_size(chosen, model, config, specs)
     if chosen.fractional:
         specs["timestep"] = replace(specs["timestep"], dtype=torch.float32)
     module = TensorModule(model.float().eval().requires_grad_(False), specs)
@@ -304,6 +302,16 @@ def wrap(
         features=features,
         notes=tuple(notes),
     )
+
+
+def _of_size(scheduler: Scheduler, model: Any, config: Mapping[str, Any], specs: Mapping[str, InputSpec]) -> Scheduler:
+    """The scheduler for latents of that size: flow matching shifts its times by how many tokens they are."""
+    if not isinstance(scheduler, FlowMatchEuler):
+        return scheduler
+    packed = convention_of(model).patch
+    token = packed * (config.get("patch_size") or 1)
+    _, height, width = next(iter(specs.values())).shape
+    return replace(scheduler, image_seq_len=(height // token) * (width // token), even_sigmas=packed > 1)
 
 
 def _scheduler(

@@ -133,6 +133,8 @@ def calls(session: Session, samples: int, steps: int) -> tuple[Data, Data]:
         if given is not None:
             outputs = np.concatenate([teacher(**batch) for batch in batches(given)])
             both, index = Data(given, torch.from_numpy(outputs)), torch.arange(total)
+            if total < HELD_OUT:
+                return both, both
             chosen = index % HELD_OUT == HELD_OUT // 2
             return both.select(index[~chosen]), both.select(index[chosen])
         seed = session.seed + SEED
@@ -507,7 +509,8 @@ def _key(program: Program, trained: Mapping[str, Variable], stage: Stage, data: 
     text = "\n".join(f"{n.name} {n.target} {n.args} {n.kwargs}" for n in program.graph.nodes)
     latents = {name: v.start for name, v in trained.items() if v.kind == Kind.LATENT}
     capability = torch.backends.cpu.get_cpu_capability()
-    versions = f"2 {seed} {stage} {torch.__version__} {platform.machine()} {capability}"
+    times = program.facts["time-groups"] if stage.relation else ""  # by which it keeps what other steps had
+    versions = f"2 {seed} {stage}{times} {torch.__version__} {platform.machine()} {capability}"
     tensors = {name: program.tensors[name].contiguous() for name in sorted(read)}
     return cache.digest(
         versions,

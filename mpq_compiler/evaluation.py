@@ -51,8 +51,7 @@ class Painter:
         progress: Callable[[int, int], None] | None = None,
     ) -> Array:
         """Latents f32 [images, C, H, W] from the noise of ``seed``: the same noise for every painter."""
-        if images < 1 or steps < 1:
-            raise UserError(f"cannot draw {images} images in {steps} steps; give 1 or more of both")
+        check(images, steps, seed)
         return sampler.sample(
             self.call,
             self.scheduler,
@@ -197,6 +196,14 @@ def _require_no_effect(path: str, options: Mapping[str, Any]) -> None:
         )
 
 
+def check(images: int, steps: int, seed: int = 0) -> None:
+    """UserError for what cannot be drawn; long work should ask before it starts."""
+    if images < 1 or steps < 1:
+        raise UserError(f"cannot draw {images} images in {steps} steps; give 1 or more of both")
+    if seed < 0:
+        raise UserError(f"cannot draw noise of seed {seed}; give 0 or more")
+
+
 def evaluate_path(
     path: str,
     against: str | None,
@@ -211,6 +218,7 @@ def evaluate_path(
 
     from mpq_compiler import artifact, checkpoint
 
+    check(images, steps, seed)
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(path)
         if not (target / artifact.MANIFEST).exists() and target.suffix != ".zip":

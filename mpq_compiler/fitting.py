@@ -22,6 +22,9 @@ from mpq_compiler.program import Program, operand, part_of
 KEPT_ELEMENTS = 1 << 20
 """Larger weights are fitted again where they are asked for again, rather than held in every format."""
 
+CONSTANT = 1e-5
+"""Share of the second moments up to which those about the mean are taken for rounding."""
+
 REST = "rest"
 """The part of a weight that is left to the base of a low-rank format: the weight less its branch."""
 
@@ -52,7 +55,13 @@ def moments(program: Program, call: fx.Node) -> Tensor | None:
 
 @functools.lru_cache(maxsize=1)  # the same tensor for all formats of a layer: `gptq` keeps what it makes of it
 def _about(gram: Tensor, mean: Tensor) -> Tensor:
-    """Second moments about the mean."""
+    """Second moments about the mean; the gram itself where nothing but rounding would be left of it.
+
+    So it is with a layer that always reads the same, as the time embedding of a model of one step does.
+    """
+    squares = gram if gram.dim() == 1 else gram.diagonal()
+    if float((squares - mean.square()).sum()) <= CONSTANT * float(squares.sum()):
+        return gram
     return gram - (mean.square() if gram.dim() == 1 else torch.outer(mean, mean))
 
 

@@ -81,6 +81,8 @@ class Part:
         """Keeps nothing."""
         self._kept: OrderedDict[Key, int] = OrderedDict()
         """Inputs of a sample -> its place, the latest last."""
+        self._free = list(range(self.rows))[::-1]
+        """Places of no result; the next is the last."""
         self._latest: dict[int, list[Key]] = {}
         """Inputs of the batch that lies ready, by its size."""
 
@@ -94,6 +96,7 @@ class Part:
             self._batches[batch] = [stage((batch, *shape[1:]), dtype, self._tensor) for shape, dtype in self._types]
         batched = self._batches[batch]
         if self._latest.get(batch) != keys:
+            self._latest.pop(batch, None)  # until all of it is there: a call may be interrupted
             for i, key in enumerate(keys):
                 for (target, _), (source, _) in zip(batched, self._row(key, taken, i), strict=True):
                     target[i] = source[0]
@@ -110,15 +113,16 @@ class Part:
         if (known := self._kept.get(key)) is not None:
             self._kept.move_to_end(key)
             return self._places[known]
-        number = len(self._kept) if len(self._kept) < self.rows else self._kept.popitem(last=False)[1]
-        place = self._place(number)
+        if not self._free:
+            self._free.append(self._kept.popitem(last=False)[1])
+        place = self._place(self._free[-1])
         for (buffer, _), array in zip(self._arguments, taken, strict=True):
             np.copyto(buffer, array[sample : sample + 1])
         made = self._call(*(tensor for _, tensor in self._arguments))
         self.computed += 1
         for (target, _), source in zip(place, made, strict=True):
             np.copyto(target, np.from_dlpack(source))
-        self._kept[key] = number
+        self._kept[key] = self._free.pop()
         return place
 
     def _place(self, number: int) -> list[Staged]:
@@ -158,10 +162,11 @@ class Contents:
             if known and _libc().memcmp(address, self._memory.ctypes.data + slot * size, size) == 0:
                 self._slots.insert(0, self._slots.pop(i))
                 return self._numbers[slot]
-        slot = self._slots.pop()
-        self._slots.insert(0, slot)
+        slot = self._slots[-1]
+        self._numbers[slot] = -1  # until its bytes are those of the number: a call may be interrupted
         ctypes.memmove(self._memory.ctypes.data + slot * size, address, size)
         self._numbers[slot], self._next = self._next, self._next + 1
+        self._slots.insert(0, self._slots.pop())
         return self._numbers[slot]
 
 

@@ -60,6 +60,14 @@ class Row:
     kernel: str
 
 
+def require_kernels(target: Target) -> None:
+    """UserError where the target has no kernels whose times are known."""
+    if target.backend != "tvm" or target.is_cuda:
+        raise UserError(
+            f"times are those of kernels for CPUs, and '{target.name}' has none of ours: leave --latency out"
+        )
+
+
 @dataclass
 class Latency:
     """Times of candidate plans on one target.
@@ -81,10 +89,7 @@ class Latency:
     _known: dict[Any, Costs] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.target.backend != "tvm":
-            raise UserError(
-                f"times are those of kernels for CPUs, and '{self.target.name}' has none of ours: leave --latency out"
-            )
+        require_kernels(self.target)
 
     def costs(self, program: Program, names: Sequence[str], dynamic: bool = False) -> Costs:
         """Of each layer in each of the formats; ``program`` is calibrated and has its time groups.

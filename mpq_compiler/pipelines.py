@@ -91,7 +91,7 @@ def _denoiser(pipeline: Any, part: str, calibration: str | Path | None) -> Denoi
         sizes["size"] = tuple(latents[2:]) if latents and len(latents) == 4 else None
         sizes["tokens"] = header[TEXT]["shape"][1] if TEXT in header else None
     name = Path(getattr(pipeline, "name_or_path", "") or type(pipeline).__name__).name
-    scheduler, note = schedulers.from_config(pipeline.scheduler.config)
+    scheduler, note = schedulers.from_config(schedulers.config_of(pipeline.scheduler))
     made = denoisers.wrap(model, name=name, scheduler=scheduler, **sizes)
     # What stands in for the pipeline's scheduler matters only where it is used.
     return replace(made, notes=(*made.notes, note)) if note and calibration is None else made

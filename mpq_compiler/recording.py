@@ -241,5 +241,5 @@ def _sampled_by(pipeline: Any) -> dict[str, str]:
     if guidance is not None:
         found["guidance"] = f"{float(guidance):g}"
     if scheduler is not None:
-        found["scheduler"] = json.dumps({**scheduler.config, "_class_name": type(scheduler).__name__}, default=str)
+        found["scheduler"] = json.dumps(schedulers.config_of(scheduler), default=str)
     return found

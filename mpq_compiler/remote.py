@@ -18,6 +18,7 @@ from typing import Any
 
 from mpq_compiler import artifact, latency_profile
 from mpq_compiler.artifact import Artifact
+from mpq_compiler.bench import CONTROL, check, names_of
 from mpq_compiler.errors import UserError
 from mpq_compiler.latency_table import Table
 
@@ -127,9 +128,11 @@ def bench(
 
     UserError: an artifact without a C program, or without a function for the batch; what the device says.
     """
+    check(threads, batch, rounds)
     opened = [artifact.read(path) for path in paths]
     functions = [_function(each, batch) for each in opened]
-    turns = [("mpq", 0), ("mpq control", 0), *((f"mpq {Path(p).stem}", n) for n, p in enumerate(paths[1:], 1))]
+    ours, *others = names_of(paths)
+    turns = [(ours, 0), (CONTROL, 0), *((name, n) for n, name in enumerate(others, 1))]
     names = [name for name, _ in turns]
     times: dict[str, list[Mapping[str, float]]] = {name: [] for name in names}
     with Device(address) as device:

@@ -82,7 +82,8 @@ class Scaling:
             if weight_of(node) is not None and node not in self._shared:
                 found = self._stored(node, (1, 2), factor)
         elif node.target in AFFINE:
-            found = self._stored(node, AFFINE[node.target], factor)
+            if node.target is not aten.layer_norm.default or len(args[1]) == 1:
+                found = self._stored(node, AFFINE[node.target], factor)
         elif node.target in CARRIERS:
             found = self._absorb(operand(node, 0), factor, only)
         elif node.target is ops.attention and args[2] not in args[:2]:
@@ -90,9 +91,10 @@ class Scaling:
         elif node.target is ops.prepend:
             found = _both(self._absorb(operand(node, 0), factor, only), self._stored(node, (1,), factor))
         elif node.target is aten.add.Tensor and self._alike(node):
-            left, right = (self._absorb(operand(node, i), factor, only) for i in (0, 1))
-            found = _both(left, right)
-        elif node.target is aten.mul.Tensor and self._alike(node):
+            found = self._absorb(operand(node, 0), factor, only)
+            if args[0] is not args[1]:
+                found = _both(found, self._absorb(operand(node, 1), factor, only))
+        elif node.target is aten.mul.Tensor and self._alike(node) and args[0] is not args[1]:
             found = self._absorb(operand(node, 0), factor, only) or self._absorb(operand(node, 1), factor, only)
         elif node.target is aten.slice.Tensor:
             found = self._absorb_in_source(node, factor)

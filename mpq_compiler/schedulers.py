@@ -386,6 +386,11 @@ _LEFT_OUT: dict[str, Any] = {
 }
 
 
+def config_of(scheduler: Any) -> dict[str, Any]:
+    """What the scheduler_config.json of a scheduler of diffusers says: one that no file was read for lacks its name."""
+    return {**scheduler.config, "_class_name": type(scheduler).__name__}
+
+
 def from_config(config: Mapping[str, Any]) -> tuple[Scheduler, str | None]:
     """What a scheduler_config.json of diffusers describes, and one sentence on what was put in its place, if need be.
 

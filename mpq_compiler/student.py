@@ -281,9 +281,8 @@ class _Rounded(torch.autograd.Function):
         (gradient,) = gradients
         inside, slope, s = ctx.saved_tensors
         to_x = gradient * inside.to(torch.float32)
-        dims = [d for d in range(gradient.dim()) if s.shape[d] == 1 and gradient.shape[d] > 1]
-        to_s = (gradient * slope).sum(dims, keepdim=True)
-        to_z = (to_x - gradient).sum(dims, keepdim=True) * s
+        to_s = (gradient * slope).sum_to_size(s.shape)
+        to_z = (to_x - gradient).sum_to_size(s.shape) * s
         return to_x, to_s, to_z, None
 
 

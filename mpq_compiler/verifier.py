@@ -803,14 +803,13 @@ def _operand_tables(view: View) -> Findings:
 @rule("simulated-operands", SIMULATED)
 def _simulated_operands(view: View) -> Findings:
     """Quantized weights meet quantized activations, but in listed layers; an attention has three such operands."""
-    simulated = (ops.fake_quantize, ops.dynamic_fake_quantize, ops.fake_quantize_float)
     for call in view.calls:
         if call.target is ops.fake_quantize_attention:
             for x in call.args[:3]:
                 if x.target is not ops.fake_quantize:
                     yield call.name, f"its probabilities are quantized and its operand %{x.name} is not"
     for layer in view.layers:
-        quantized = isinstance(layer.x, fx.Node) and layer.x.target in simulated
+        quantized = isinstance(layer.x, fx.Node) and layer.x.target in calls.FAKE_QUANTIZERS
         listed = layer.call.name in view.program.fallbacks
         if layer.levels is not None and layer.levels.integer and not quantized and not listed:
             yield layer.call.name, f"its weight is quantized and its operand %{getattr(layer.x, 'name', '?')} is not"

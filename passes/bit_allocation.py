@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import fx
 
 from mpq_compiler import costs, decisions, formats, pricing, sensitivity_table
-from mpq_compiler.allocation import InfeasibleError, Problem, Solution, solve
+from mpq_compiler.allocation import TIME_LIMIT, InfeasibleError, Problem, Solution, solve
 from mpq_compiler.calibration import (
     ATTENTION,
     DYNAMIC,
@@ -129,6 +129,11 @@ class BitAllocation(Pass):
                 raise UserError(f"bit-allocation{{uniform}} solves no program, which '{option}' is an option of")
         if self.protected and self.protected_as == "float" and self.latency is not None:
             raise UserError("bit-allocation{protected}: layers of float activations have no times: protected_as=widest")
+        if self._unquantized and self.latency is not None:
+            raise UserError(
+                f"bit-allocation{{activations={self.activations:g}}}: layers of float activations have no times, which "
+                "a budget of them needs: 8 bits at most"
+            )
         if self.scored:
             here = f"bit-allocation{{objective={self.objective}}}"
             for option in ("bops", "latency", "ratios", "activation_ratios", "protected", "attention", "uniform"):
@@ -162,6 +167,11 @@ class BitAllocation(Pass):
     def _width(self) -> int:
         """Bits of the activations where all have one width; 0 leaves them float."""
         return 0 if self.activations >= UNQUANTIZED else int(min(self.activations, 8))
+
+    @property
+    def _unquantized(self) -> bool:
+        """Whether a program leaves all activations float."""
+        return not self.mixed and self.uniform is None and not self.scored and not self._width
 
     @property
     def floating(self) -> bool:
@@ -237,7 +247,7 @@ class BitAllocation(Pass):
         """Weight format and activation bits of each layer; the attentions that are quantized."""
         measured = self._measured(program)
         table = measured | costs.describe(program, self.dynamic, _formats(measured), self.floating)
-        if not self.mixed:
+        if not self.mixed and not self._unquantized:
             table |= {"activations": self._of_one_width(table["activations"])}
         table = self._with_latencies(table, program, session)
         table |= {"attention": self._attention_losses(program, table.get("attention", {}))}
@@ -255,12 +265,11 @@ class BitAllocation(Pass):
             )
         limit = sensitivity_table.byte_limit(table, self.weights, self.bytes)
         spared = {e.name for n in program.attentions for e in attention_edges(n)} if self.attention is not None else ()
-        protected = sensitivity_table.most_sensitive(table, self.protected, spared)
+        share = 1.0 if self._unquantized else self.protected
+        protected = sensitivity_table.most_sensitive(table, share, spared)
         widest = max(int(bits) for losses in table["activations"].values() for bits in losses)
-        terms = Terms(
-            self.objective == "paper-db",
-            protected=dict.fromkeys(protected, widest if self.protected_as == "widest" else None),
-        )
+        kept = widest if self.protected_as == "widest" and not self._unquantized else None
+        terms = Terms(self.objective == "paper-db", protected=dict.fromkeys(protected, kept))
 
         def posed(terms: Terms) -> dict[str, Any]:
             return sensitivity_table.problem(table, limit, self.activations, self.bops, self.latency, terms)
@@ -273,6 +282,11 @@ class BitAllocation(Pass):
 
         finalists = Finalists(program, session, self.images, planned)
         best = self._best(program, table, terms, solved, finalists)
+        if not best.solution.optimal:
+            program.note(
+                f"the program was not solved to the end within {TIME_LIMIT:g} s: losses are within "
+                f"{best.solution.gap:.1%} of the least, and another run may find another plan"
+            )
         program.facts["allocation"] = {
             **best.solution.to_json(),
             "objective": _noise(posed(replace(best.terms, decibels=False)), best.solution),
@@ -324,7 +338,7 @@ class BitAllocation(Pass):
                 f"bit-allocation{{objective={self.objective}}} needs 'scores': put predict-scores before it"
             )
         units = program.facts["scores"]["units"]
-        table = costs.describe(program, self.dynamic, floating=self.floating)
+        table = costs.describe(program, self.dynamic, _scored(program), self.floating)
         limit = sensitivity_table.byte_limit(table, self.weights, self.bytes)
         document = sensitivity_table.unit_problem(table, units, limit)
         problem = Problem.from_json(document)
@@ -382,8 +396,10 @@ class BitAllocation(Pass):
     def _times(self, program: Program, latency: Latency) -> Costs:
         """Of the formats that there are to choose from."""
         if self.uniform is not None:
-            return latency.costs(program, [formats.get(self.uniform).name], self.dynamic)
-        return latency.costs(program, _formats(self._measured(program)), self.dynamic)
+            names = [formats.get(self.uniform).name]
+        else:
+            names = _scored(program) if self.scored else _formats(self._measured(program))
+        return latency.costs(program, names, self.dynamic)
 
     def _solved(self, problem: dict[str, Any], table: dict[str, Any]) -> Solution:
         """The solution. UserError: none is within the budgets; says how fast the model can be within the others."""
@@ -455,6 +471,12 @@ class BitAllocation(Pass):
 def _formats(table: dict[str, Any]) -> list[str]:
     """Those that a table has losses of."""
     return list(dict.fromkeys(name for losses in table["weights"].values() for name in losses))
+
+
+def _scored(program: Program) -> list[str]:
+    """The formats that have scores."""
+    variants = (variant for unit in program.facts["scores"]["units"] for variant in unit["variants"])
+    return sorted({name for variant in variants for name in variant.split(" ")})
 
 
 def _noise(problem: dict[str, Any], solution: Solution) -> float:

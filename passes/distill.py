@@ -8,6 +8,7 @@ from functools import partial
 from typing import ClassVar
 
 from mpq_compiler import blocks, decisions, distillation
+from mpq_compiler.blocks import Block
 from mpq_compiler.distillation import Gallery, Stage
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Program
@@ -85,7 +86,7 @@ class Distill(Pass):
             if self.minutes and self.updates is None:
                 program.note(f"distill: {self.minutes:g} minutes are not enough for one update of a model of this size")
             return program
-        for note in self._without_effect(program, updates):
+        for note in self._without_effect(program, session, updates):
             program.note(f"distill: {note}")
         samples = max(self.samples, distillation.trajectories(updates, self.epochs, self.steps))
         data, held_out = distillation.calls(session, samples, self.steps)
@@ -118,10 +119,20 @@ class Distill(Pass):
         decisions.note(program, decisions.PROGRAM, self.name(), phases=told)
         return program
 
-    def _without_effect(self, program: Program, updates: int) -> Iterator[str]:
+    def _related(self, program: Program, session: Session) -> Block | None:
+        """The block whose features the term of relations compares: the last of those of a kind, where there are any."""
+        assert session.denoiser is not None
+        found = [b for b in blocks.blocks(session.denoiser.module.model, program) if b.repeated]
+        return found[-1] if found else None
+
+    def _without_effect(self, program: Program, session: Session, updates: int) -> Iterator[str]:
         """What options have nothing to work on, in sentences."""
         if self.adapters and not round(updates * self.latent):
             yield "adapters had no effect: no update is of the weights themselves (latent)"
+        if self.relation and self._related(program, session) is None:
+            yield "relation had no effect: no block is one of several of a kind, whose last one's features it compares"
+        elif self.relation and self.blocks and updates == round(updates * self.latent):
+            yield "relation had no effect: blocks learn their own outputs, and nothing is trained after them (latent)"
         if self.range_network and all(plan.scale is None for plan in program.activations.values()):
             yield "range_network had no effect: no activation has a stored scale"
         elif self.range_network and not len(program.facts["time-groups"]):
@@ -133,9 +144,8 @@ class Distill(Pass):
         rates = {kind: rate * self.rate for kind, rate in distillation.RATES.items()}
         latent = round(updates * self.latent)
         found = blocks.blocks(session.denoiser.module.model, program)
-        term = None
-        if self.relation:
-            term = Term([b for b in found if b.repeated][-1].output, self.relation, self.window)
+        related = self._related(program, session) if self.relation else None
+        term = None if related is None else Term(related.output, self.relation, self.window)
         network = self.range_network and len(program.facts["time-groups"]) > 0
         stage = partial(Stage, rates=rates, adapters=self.adapters, range_network=network)
         if latent and self.blocks:

@@ -80,7 +80,8 @@ class Equalize(Trial):
         """The best factor for what the layers read, or None where none gains on the rows kept back."""
         weights = [program.tensors.read(str(weight_of(n))) for n in group.readers]
         joined = group.rows()
-        shown, kept = ({geometry: rows[start::2] for geometry, rows in joined.items()} for start in (0, 1))
+        shown = {geometry: rows[::2] for geometry, rows in joined.items()}
+        kept = {geometry: rows[min(1, len(rows) - 1) :: 2] for geometry, rows in joined.items()}
         whole = torch.ones(len(group.largest))
         if self.rule != "search":
             rule = {"dilation": "dilation", "smoothquant": "alpha 0.5"}[self.rule]

@@ -66,14 +66,21 @@ class InsertFakeQuant(Pass):
             if (kind := program.facts.get("numerics", {}).get(call.name)) is not None:
                 call.target = ops.NUMERICAL.get(function_of(call), call.target)
                 call.kwargs = {**call.kwargs, "numerics": kind}
-        self._store_leftovers(program, set(rounded))
+        self._store_leftovers(program, rounded)
         return program
 
-    def _store_leftovers(self, program: Program, weights: set[str]) -> None:
-        for node in program.graph.nodes:
+    def _store_leftovers(self, program: Program, quantized: dict[str, fx.Node]) -> None:
+        for node in [n for n in program.graph.nodes if n.op == "get_attr"]:
             name = str(node.target)
-            if node.op != "get_attr" or name in weights:
-                continue
+            if name in quantized:
+                others = [user for user in node.users if user is not quantized[name]]
+                if not others:
+                    continue
+                with program.graph.inserting_after(node):
+                    own = program.graph.get_attr(name)
+                for user in others:
+                    user.replace_input_with(node, own)
+                node = own
             tensor = program.tensors[name]
             kind = stored_dtype(name, tensor)
             if kind != tensor.dtype:

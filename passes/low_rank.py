@@ -10,6 +10,7 @@ from torch import fx
 from mpq_compiler import formats, ops
 from mpq_compiler.aten import aten
 from mpq_compiler.calibration import GRAM
+from mpq_compiler.calls import FAKE_QUANTIZERS
 from mpq_compiler.fitting import REST, Open, attributes, fit_unsettled
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.program import Program, function_of, operand, prune
@@ -19,9 +20,9 @@ from mpq_compiler.program import Program, function_of, operand, prune
 class LowRank(Pass):
     """Gives the layers whose plan says so a float branch of low rank: y = layer(x) + (x V) U (arXiv 2411.05007).
 
-    The branch reads the activation before its quantizer, and what it leaves of the weight is quantized as the base of
-    the format. Its two layers stay float, are listed, and their factors count as stored bytes of the weight. In a
-    convolution V is a convolution of the same window, and U a linear layer over channels.
+    The branch reads the activation before its quantizer, where it has one, and what it leaves of the weight is
+    quantized as the base of the format. Its two layers stay float, are listed, and their factors count as stored bytes
+    of the weight. In a convolution V is a convolution of the same window, and U a linear layer over channels.
 
         %conv_in_w    = mpq::fake_quantize_weight(.weight:{ohwi,range.scale,range.offset,range.lut})
         %conv_in      = mpq::conv2d(%permute_default_q, %conv_in_w, .bias:f16, ...)
@@ -59,7 +60,9 @@ class LowRank(Pass):
         weight.quantizer.args = (*parts, *([list(base.segments)] if base.segments else []))
 
     def _insert(self, program: Program, weight: Open, call: fx.Node, fit: formats.LowRankWeight) -> None:
-        graph, x = program.graph, operand(operand(call, 0), 0)
+        graph, x = program.graph, operand(call, 0)
+        if x.target in FAKE_QUANTIZERS:
+            x = operand(x, 0)
         shape = program.tensors[weight.weight].shape
         with graph.inserting_after(call):
             total = graph.call_function(aten.add.Tensor)

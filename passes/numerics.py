@@ -16,7 +16,7 @@ from mpq_compiler.errors import UserError
 from mpq_compiler.numerics import BF16, F32, INT8, NUMERICS
 from mpq_compiler.pass_manager import Contract, Pass, Session
 from mpq_compiler.passes.insert_fake_quant import InsertFakeQuant
-from mpq_compiler.passes.sensitivity import Sensitivity
+from mpq_compiler.passes.sensitivity import Sensitivity, counts, mean_power
 from mpq_compiler.program import Program, function_of, operand, run, shapes, softmax
 
 TIME = {F32: 1.0, BF16: 0.57, INT8: 0.42}
@@ -94,12 +94,12 @@ class Numerics(Pass):
         chosen = {name: kind for name, kind in choices.items() if kind != F32}
         program.facts["numerics"] = chosen
         decisions.note(program, decisions.PROGRAM, self.name(), most=most, losses=losses, chosen=chosen)
-        counts = _counts(attentions, choices, kinds)
-        program.note(f"numerics=fast: {counts}; other targets than this one give other bits")
+        said = _summary(attentions, choices, kinds)
+        program.note(f"numerics=fast: {said}; other targets than this one give other bits")
         return program
 
 
-def _counts(attentions: list[fx.Node], choices: dict[str, str], kinds: list[str]) -> str:
+def _summary(attentions: list[fx.Node], choices: dict[str, str], kinds: list[str]) -> str:
     """How many attentions and layers are in which numerics."""
     calls = {node.name for node in attentions}
     layers = [kind for name, kind in choices.items() if name not in calls]
@@ -125,14 +125,15 @@ def _times(node: fx.Node) -> dict[str, float]:
 
 
 class _Measured:
-    """Noise powers of a program, which the cache keeps: relative, means over ``inputs``."""
+    """Noise powers of a program, which the cache keeps: relative, means over ``inputs`` as those of `sensitivity`."""
 
     def __init__(self, options: Numerics, program: Program, inputs: dict[str, Tensor], session: Session) -> None:
         self.program, self.session = program, session
         self.parts = list(batches(inputs, 1))
+        self.sizes = [float(counts(program, part).sum()) for part in self.parts]
         plan = str((sorted(program.weights.items()), sorted(program.activations.items())))
         tables = {n: program.tensors[n] for a in program.activations.values() for n in (a.scale, a.zero_point) if n}
-        key = cache.digest("numerics 1", Sensitivity(inputs=options.inputs).key(program, inputs), plan, tables)
+        key = cache.digest("numerics 2", Sensitivity(inputs=options.inputs).key(program, inputs), plan, tables)
         self.results = cache.Results("sensitivity", key, session.cache)
 
     def of_plan(self) -> float:
@@ -143,7 +144,7 @@ class _Measured:
         if PLAN not in self.results:
             quantized = InsertFakeQuant().run(self.program, self.session)
             powers = [noise_power(run(quantized, batch), run(self.program, batch)) for batch in self.parts]
-            self.results[PLAN] = sum(powers) / len(powers)
+            self.results[PLAN] = mean_power(powers, self.sizes)
         return float(self.results[PLAN])
 
     def of_calls(self, tasks: list[tuple[fx.Node, str]]) -> dict[str, dict[str, float]]:
@@ -157,7 +158,7 @@ class _Measured:
         found: dict[str, dict[str, float]] = {}
         for node, kind in tasks:
             powers = [self.results[_key(node, kind, part)] for part in range(len(self.parts))]
-            found.setdefault(node.name, {})[kind] = float(f"{sum(powers) / len(powers):.{DIGITS - 1}e}")
+            found.setdefault(node.name, {})[kind] = mean_power(powers, self.sizes)
         return found
 
     def _measure(self, part: int, tasks: list[tuple[fx.Node, str]], advance: Any) -> None:

@@ -216,5 +216,6 @@ class PredictScores(Pass):
     def key(self, program: Program, graph: Graph, inputs: dict[str, Tensor], session: Session) -> str:
         """Everything a label or a score depends on but its own number and the predictors' options."""
         rounding = Rounding.asked(session.statistics).quick
-        options = f"scores 1 {self.formats} {session.seed} {rounding} {graph}"
+        versions = "".join(map(formats.version, self.formats))
+        options = f"scores 1 {self.formats}{versions} {session.seed} {rounding} {graph}"
         return fingerprint(program, inputs, options)

@@ -113,9 +113,9 @@ class Sensitivity(Pass):
                     self._measure_part(program, batch, part, left, results, session, advance)
         table: dict[str, Any] = {"weights": {}, "activations": {}, "inputs": self.inputs}
         table |= {"attention": {}, "dynamic": DYNAMIC in session.statistics, "floating": FLOATING in session.statistics}
-        sizes = [float(_counts(program, part).sum()) for part in parts]
+        sizes = [float(counts(program, part).sum()) for part in parts]
         for task in tasks:
-            loss = _mean([results[_key(task.name, part)] for part in range(len(parts))], sizes)
+            loss = mean_power([results[_key(task.name, part)] for part in range(len(parts))], sizes)
             if task.kind == WEIGHT:
                 table["weights"].setdefault(weight_path(task.node), {})[task.choice] = loss
             else:
@@ -157,9 +157,10 @@ class Sensitivity(Pass):
         found: dict[str, Task] = {}
 
         rounding = Rounding.asked(asked).quick
+        versions = {name: formats.version(name) for name in self.formats}
 
         def add(kind: str, node: fx.Node, what: str, choice: str | int) -> None:
-            name = f"{kind} {what} {choice}" + (f" {rounding}" if kind == WEIGHT else "")
+            name = f"{kind} {what} {choice}" + (f" {rounding}{versions[str(choice)]}" if kind == WEIGHT else "")
             found.setdefault(name, Task(kind, node, choice, name, rounding))
 
         dynamic = dynamic_edges(program, ATTENTION in asked) if DYNAMIC in asked else frozenset()
@@ -185,7 +186,7 @@ class Sensitivity(Pass):
         node, choice = task.node, task.choice
 
         def noise(output: Tensor) -> float:
-            return noise_power(output, ablation.reference, _counts(program, inputs))
+            return noise_power(output, ablation.reference, counts(program, inputs))
 
         if isinstance(choice, str):
             weight = operand(node, 1)
@@ -229,18 +230,18 @@ def noise_together(program: Program, changed: Program, inputs: int, session: Ses
     parts = list(batches(program.facts["calibration"].select(inputs), _inputs_held(program)))
 
     def power(part: dict[str, Tensor]) -> float:
-        return noise_power(run(changed, part), run(program, part), _counts(program, part))
+        return noise_power(run(changed, part), run(program, part), counts(program, part))
 
-    return _mean(session.map(power, parts), [float(_counts(program, part).sum()) for part in parts])
+    return mean_power(session.map(power, parts), [float(counts(program, part).sum()) for part in parts])
 
 
-def _mean(powers: Sequence[float], sizes: Sequence[float]) -> float:
+def mean_power(powers: Sequence[float], sizes: Sequence[float]) -> float:
     """Of the noise powers of parts, as it is kept."""
     mean = sum(power * size for power, size in zip(powers, sizes, strict=True)) / sum(sizes)
     return float(f"{mean:.{DIGITS - 1}e}")
 
 
-def _counts(program: Program, inputs: dict[str, Tensor]) -> Tensor:
+def counts(program: Program, inputs: dict[str, Tensor]) -> Tensor:
     """How much each input [N] counts: by what errors at its time do to images, where that is known."""
     timesteps = inputs["timestep"]
     if "time-gains" not in program.facts:

@@ -11,7 +11,7 @@ from torch import fx
 from mpq_compiler import decisions, ops
 from mpq_compiler.aten import aten, is_movement, is_pointwise
 from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, arguments, function_of, operand, prune, shapes, weight_of
+from mpq_compiler.program import Program, arguments, function_of, merge_equal, operand, prune, shapes, weight_of
 
 CONCATENATIONS = (aten.cat.default, aten.concat.default)
 NORMS = (ops.group_norm, aten.layer_norm.default, ops.rms_norm)
@@ -62,6 +62,7 @@ class SplitShortcut(Pass):
                     if x not in parts:
                         parts[x] = _parts(program.graph, x, widths, sizes[x.name].dim() - 1)
                     _split(program, node, names, parts[x])
+        merge_equal(program.graph)  # a shared weight is one node, by which `sensitivity` replaces it
         prune(program.graph)
         return program
 

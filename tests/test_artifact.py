@@ -180,7 +180,11 @@ def test_only_artifacts_are_overwritten(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
     (tmp_path / "notes.zip").write_text("not a zip")
-    for name in ("home", "notes.zip"):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "manifest.json").write_text('{"name": "a web page"}')
+    with zipfile.ZipFile(tmp_path / "checkpoint.pt", "w") as archive:
+        archive.writestr("data.pkl", b"weights")
+    for name in ("home", "notes.zip", "site", "checkpoint.pt"):
         with pytest.raises(UserError, match="is no artifact, so it is not overwritten"):
             write(tmp_path / name, overwrite=True)
     assert (tmp_path / "home" / "thesis.tex").read_text() == "years of work"

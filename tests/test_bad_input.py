@@ -203,6 +203,12 @@ def test_another_kind_of_model_is_told_so(capsys: pytest.CaptureFixture[str], mo
         (("--guidance", "nan"), "--guidance nan must be 0 or more"),
         (("--guidance", "-2"), "--guidance -2 must be 0 or more"),
         (("--json", "{folder}/absent/x.json"), "there is no folder"),
+        (("--json", "{folder}"), "is a folder; name a file"),
+        (("--seed", "-1"), "--seed -1 must be 0 to 2147483647"),
+        (("--seed", "5000000000"), "--seed 5000000000 must be 0 to 2147483647"),
+        (("--dumps", "{folder}/x.mpq/dumps"), "lies within the output"),
+        (("--target", "cuda-sm80", "--latency", "5ms"), "times are those of kernels for CPUs"),
+        (("--pipeline", "trace,layout,equalize{rule=dilation},equalize"), "'equalize' stands twice in the pipeline"),
     ],
 )
 def test_unknown_and_wrong_options(
@@ -438,6 +444,36 @@ def test_options_of_a_compilation_with_what_is_compiled(capsys: pytest.CaptureFi
     assert "is compiled already, and --weights, --steps would change nothing" in sentence
 
 
+def test_what_cannot_be_drawn_is_refused_first(
+    capsys: pytest.CaptureFixture[str], compiled: Path, tmp_path: Path
+) -> None:
+    picture = tmp_path / "x.png"
+    assert "noise of seed -1" in refused(capsys, "generate", compiled, "-o", picture, "--seed", "-1")
+    assert "cannot draw -1 images" in refused(capsys, "generate", compiled, "-o", picture, "--images", "-1")
+    assert "noise of seed -2" in refused(capsys, "eval", "fashion-unet", "--eval-seed", "-2")
+    assert "cannot draw 0 images" in refused(capsys, "eval", "fashion-unet", "--images", "0")
+    assert "cannot draw 0 images" in refused(capsys, "demo", "--images", "0", "-o", tmp_path / "demo")
+    assert nothing_in(tmp_path)
+
+
+def test_a_recipe_is_not_looked_for_in_the_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w8a8").mkdir()
+    assert recipes.load("w8a8").name == "w8a8"
+
+
+def test_an_empty_cache_variable_names_no_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPQ_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "mine").write_text("mine")
+    assert cli.main(["cache", "clear"]) == 0
+    assert (tmp_path / "training" / "mine").read_text() == "mine"
+
+
 def test_a_demo_of_what_is_not_bundled(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
     for name, hint in (("fashion-txt", "did you mean 'fashion-text'"), (str(model), "no bundled model")):
         assert hint in refused(capsys, "demo", "--model", name, "-o", tmp_path / "demo")
@@ -541,6 +577,20 @@ def test_a_target_that_this_machine_cannot_run(
     output = tmp_path / "foreign.mpq"
     assert cli.main(["compile", str(model), "-o", str(output), "--target", foreign, *QUICK]) == 0
     assert foreign in refused(capsys, "generate", output, "-o", tmp_path / "grid.png")
+
+
+def test_features_are_those_that_the_artifact_states(native: Path, tmp_path: Path) -> None:
+    """Fast numerics may want more of the CPU than the target of that name does."""
+    from mpq_compiler import artifact
+
+    path = tmp_path / "demanding.mpq"
+    shutil.copytree(native, path)
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    manifest["target"]["features"].append("telepathy")
+    manifest["artifact_sha256"] = artifact.digest(manifest)
+    (path / "manifest.json").write_bytes(artifact.canonical(manifest))
+    assert cli.main(["verify", str(path), "--json", str(tmp_path / "said.json")]) == 0
+    assert json.loads((tmp_path / "said.json").read_text())["missing_features"] == ["telepathy"]
 
 
 def test_run_refuses_wrong_inputs(native: Path) -> None:

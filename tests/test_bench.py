@@ -79,6 +79,14 @@ def test_several_artifacts_of_one_model(plain, tmp_path):
     assert [row["name"] for row in found["rows"]] == ["mpq", "mpq control", "mpq other"]
 
 
+def test_rows_have_names_of_their_own():
+    assert bench.names_of(["a.mpq", "b.mpq"]) == ["mpq", "mpq b"]
+    assert bench.names_of(["a.mpq", "4/m.mpq", "8/m.mpq"]) == ["mpq", "mpq 4/m.mpq", "mpq 8/m.mpq"]
+    assert bench.names_of(["a.mpq", "control.mpq", "a.mpq"]) == ["mpq", "mpq control.mpq", "mpq a"]
+    with pytest.raises(UserError, match=r"'b\.mpq' is given twice; 'mpq control' is the first artifact once more"):
+        bench.names_of(["a.mpq", "b.mpq", "b.mpq"])
+
+
 def test_memory_is_that_of_a_process_of_its_own(plain):
     found = checked(bench.bench([plain], rounds=1))
     ours, control = found["rows"]
@@ -113,6 +121,7 @@ def test_against_torch_and_onnxruntime(interpreted, model):
         ({"rounds": 0}, "--rounds 0 must be 1 or more"),
         ({"threads": 0}, "--threads 0 must be 1 or more"),
         ({"batch": -1}, "--batch -1 must be 1 or more"),
+        ({"against": ["torch"], "batch": 17}, "--batch 17 must be 16 or less with --against"),
         ({"against": ["torch"]}, "'tiny' is no bundled model: name the float model with --model"),
         ({"against": ["torch"], "model": "fashion-unet"}, "'fashion-unet' takes sample[4, 14, 14], timestep, class_la"),
         ({"kernels": True}, "has no kernels that could be timed"),

@@ -81,6 +81,23 @@ def test_size_and_tokens_can_be_chosen():
     assert "77 tokens" in " ".join(wrap(tiny.model("sd15")).notes)
 
 
+def test_times_of_another_scheduler_keep_their_fractions():
+    """Those of Euler's method lie between the steps that the model was trained on."""
+    unet = tiny.model("unet2d")
+    model = wrap(unet)
+    x = model.random_inputs(1)["sample"]
+    exact = {t: unet(x, torch.tensor([t])).sample for t in (52, 52.58)}
+    assert torch.equal(model(sample=x, timestep=np.array([52.58], np.float32)), exact[52.58])
+    assert torch.equal(model(sample=x, timestep=np.array([52.0], np.float32)), exact[52])
+    assert not torch.equal(exact[52], exact[52.58])
+
+
+def test_flow_matching_shifts_by_the_size_it_is_given():
+    given = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
+    small, large = (wrap(tiny.model("flux"), scheduler=given, tokens=tiny.TOKENS, size=(s, s)) for s in (8, 32))
+    assert small.resized(32, 32).scheduler == large.scheduler != small.scheduler
+
+
 def test_random_inputs_are_seeded_and_differ_within_a_batch(bundled):
     first, again, other = (
         bundled.random_inputs(8, 3),

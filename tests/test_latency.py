@@ -9,7 +9,18 @@ import json
 
 import pytest
 
-from mpq_compiler import bench, costs, decisions, formats, pass_manager, schemas, sensitivity_table, targets, why
+from mpq_compiler import (
+    bench,
+    compiler,
+    costs,
+    decisions,
+    formats,
+    pass_manager,
+    schemas,
+    sensitivity_table,
+    targets,
+    why,
+)
 from mpq_compiler import latency_profile as profile
 from mpq_compiler import latency_table as tables
 from mpq_compiler.backends.tvm.emit import lower
@@ -278,6 +289,9 @@ def test_a_format_that_the_table_lacks_is_named():
 
 
 def test_time_needs_a_target_with_kernels_and_a_table():
+    for name in ("onnx", "cuda-sm80"):
+        with pytest.raises(UserError, match=f"'{name}' has none of ours"):
+            compiler.measure_latency(packed.BUNDLED, target=name)
     with pytest.raises(UserError, match="'onnx' has none of ours"):
         Latency(targets.TARGETS["onnx"], programs.denoiser(MODEL), ())
     with pytest.raises(UserError, match="a budget of time needs"):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import mpq_compiler
 from mpq_compiler import denoiser as denoisers
-from mpq_compiler import metrics
+from mpq_compiler import metrics, pipelines
 from mpq_compiler.errors import UserError
 from mpq_compiler.inputs import convention_of
 from mpq_compiler.runtime import CompiledDenoiser
@@ -68,6 +68,14 @@ def test_an_unconditional_pipeline_is_sampled_alone(tmp_path: Path) -> None:
     assert pipeline.unet.report.calibration["samples"] == 16
     assert pipeline.unet.manifest["name"] == "DDIMPipeline"
     assert metrics.psnr_db(expected, draw(pipeline)) > 30
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "DDIMScheduler"])
+def test_a_scheduler_that_was_never_saved_is_known(name: str) -> None:
+    """The configuration of one that no file was read for does not say what it is of."""
+    unet = gentle("unet2d")
+    pipeline = diffusers.DDPMPipeline(unet=unet, scheduler=getattr(diffusers, name)())
+    assert pipelines._denoiser(pipeline, "unet", None).scheduler.solver == name
 
 
 def test_a_pipeline_calibrates_by_drawing(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq_compiler import cache as caches
-from mpq_compiler import storage, tensorfile
+from mpq_compiler import numerics, storage, tensorfile
 from mpq_compiler.artifact import CUDART, KERNELS, WEIGHTS
 from mpq_compiler.backends import Built, Progress
 from mpq_compiler.backends.tvm import tune as tune_
@@ -357,5 +357,6 @@ def _key(kernel: Kernel, target: Target) -> str:
 def _sources() -> str:
     folder = Path(__file__).parent
     rooms = [path for room in ("kernels", "cuda") for path in sorted((folder / room).glob("*.py"))]
-    files = [*rooms, folder / "templates.py", folder / "worker.py"]
+    beside = [folder / f"{name}.py" for name in ("templates", "worker", "workspaces")]
+    files = [*rooms, *beside, Path(numerics.__file__)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

@@ -78,6 +78,12 @@ def names(extra: Iterable[str] = ()) -> list[str]:
     return list(dict.fromkeys([*FORMATS, *sorted({e.name for e in entry_points.of(ENTRY_POINTS)}), *extra]))
 
 
+def version(name: str) -> str:
+    """What a format of another package is, for keys of caches; empty for ours, whose changes the keys know."""
+    found = [e for e in entry_points.of(ENTRY_POINTS) if e.name == name]
+    return f"{get(name)} {entry_points.version(found[0])}" if found else ""
+
+
 @functools.cache
 def _find(name: str, external: tuple[importlib.metadata.EntryPoint, ...]) -> Format:
     found = [e for e in external if e.name == name]
@@ -125,4 +131,5 @@ __all__ = [
     "get",
     "names",
     "stored_type",
+    "version",
 ]

@@ -59,7 +59,7 @@ class CodebookFormat(Format):
 
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
         rows = weight.flatten(1)
-        importance = torch.ones(rows.shape[1]) if gram is None else diagonal(gram)
+        importance = torch.ones(rows.shape[1]) if gram is None else diagonal(gram).clamp_min(0)
         best: QuantizedWeight | None = None
         least = torch.full((self.classes(len(rows)),), torch.inf)
         if self.classes(len(rows)) > 1:  # from the best table for all rows, which is kept where it is better

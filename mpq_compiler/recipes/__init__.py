@@ -66,7 +66,7 @@ def load(name: str | Path, extending: tuple[str, ...] = ()) -> Recipe:
     """
     path = Path(name)
     by = f"{extending[-1]}: 'extends': " if extending else ""
-    if path.suffix == ".toml" or path.exists():
+    if path.suffix == ".toml" or path.parent != Path():
         if not path.is_file():
             raise UserError(f"{by}there is no recipe file '{path}'")
         try:
@@ -80,9 +80,12 @@ def load(name: str | Path, extending: tuple[str, ...] = ()) -> Recipe:
 
 
 def from_pipeline(text: str) -> Recipe:
-    """The recipe of a pipeline written by hand."""
+    """The recipe of a pipeline written by hand. UserError: a pass is wrong, or stands twice with different options."""
     passes = pass_manager.parse(text)
-    options = {p.name(): p.options() for p in passes}
+    options: dict[str, dict[str, Any]] = {}
+    for p in passes:
+        if options.setdefault(p.name(), p.options()) != p.options():
+            raise UserError(f"pass '{p.name()}' stands twice in the pipeline with different options; it has one set")
     return Recipe("custom", "a pipeline given by hand", tuple(p.name() for p in passes), options)
 
 

@@ -100,6 +100,15 @@ def test_a_format_of_another_package(install):
         formats.get("pow33")
 
 
+def test_caches_know_the_code_of_a_format_of_another_package(install, tmp_path):
+    install("pow3 = acme_formats:POWERS")
+    assert formats.version("int4") == formats.version("int4g32") == ""
+    first = formats.version("pow3")
+    assert first == formats.version("pow3") != ""
+    (tmp_path / "acme_formats.py").write_text(SOURCE + "# fits otherwise")
+    assert formats.version("pow3") != first
+
+
 def test_a_package_that_fails_to_import_is_named_and_others_go_on(install):
     install("pow3 = acme_formats:POWERS", "import no_such_module\n")
     with pytest.raises(UserError, match=r"'pow3' \(acme_formats:POWERS\) fails to import: No module named"):

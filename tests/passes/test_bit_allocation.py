@@ -16,7 +16,7 @@ from mpq_compiler.calibration import input_edge
 from mpq_compiler.errors import UserError
 from mpq_compiler.exact import run_exact
 from mpq_compiler.pass_manager import Session
-from mpq_compiler.passes import sensitivity
+from mpq_compiler.passes import bit_allocation, sensitivity
 from mpq_compiler.passes.bit_allocation import ADDITIVE_DB, BitAllocation
 from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run
 from tests import programs
@@ -338,3 +338,24 @@ def test_protected_activations_of_the_widest_width_count_in_the_average():
 def test_options_of_the_paper_that_do_not_fit(options, message):
     with pytest.raises(UserError, match=message):
         BitAllocation(**options)
+
+
+def test_activations_of_one_width_are_float_from_16_bits_on():
+    program = planned(weights=6.0, activations=16.0, mixed=False)
+    assert not program.activations
+    layers = {n.name for n in program.quantizable}
+    assert {program.fallbacks[name] for name in layers} == {
+        "activations of 16 bits and more are not quantized: it stays float, and the layer computes in float"
+    }
+    bits = costs.average_bits(costs.stored_bytes(program), program.facts["parameters"])
+    assert 5.8 < bits <= 6.0
+    with pytest.raises(UserError, match="layers of float activations have no times"):
+        BitAllocation(activations=16.0, mixed=False, latency=1.0)
+
+
+def test_a_program_that_was_not_solved_to_the_end_says_so(monkeypatch):
+    whole = bit_allocation.solve
+    early = lambda problem: dataclasses.replace(whole(problem), gap=0.02, optimal=False)  # noqa: E731
+    monkeypatch.setattr(bit_allocation, "solve", early)
+    notes = planned(weights=6.0).facts["notes"]
+    assert any("not solved to the end within 60 s: losses are within 2.0% of the least" in note for note in notes)

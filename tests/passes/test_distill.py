@@ -204,8 +204,9 @@ def test_options_without_an_effect_are_said(tmp_path):
     dynamic = start().fork()
     for edge, plan in dynamic.activations.items():
         dynamic.activations[edge] = replace(plan, dynamic=True, scale=None, zero_point=None)
-    assert ["no activation has a stored scale" in note for note in network._without_effect(dynamic, 1)] == [True]
-    assert not [*network._without_effect(start(), 1)]
+    (note,) = network._without_effect(dynamic, session(tmp_path), 1)
+    assert "no activation has a stored scale" in note
+    assert not [*network._without_effect(start(), session(tmp_path), 1)]
     with pytest.raises(UserError, match="adapters"):
         pass_manager.make("distill", {"adapters": -1})
 
@@ -348,3 +349,24 @@ def test_calls_count_by_what_their_errors_do_to_images(data, tmp_path):
     assert float(ends[0] / ends[1]) == pytest.approx(ratio, rel=0.5)
     once = calls.select(torch.tensor([0]))
     assert float(once.squared(once.targets)) == pytest.approx(float(ends[0] * once.targets.square().sum()), rel=1e-5)
+
+
+def test_a_few_given_calls_serve_to_train_on_and_to_judge_by(tmp_path):
+    given = {name: value[:3] for name, value in programs.calibration(MODEL).items()}
+    chosen = replace(session(tmp_path), calibration=given)
+    data, held_out = distillation.calls(chosen, 2, 2)
+    assert len(data) == len(held_out) == 3
+    assert len(distillation.calls(session(tmp_path), 2, 2)[1]) == 1  # of 12
+
+
+def test_relations_without_repeated_blocks_say_that_they_do_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "repeated", lambda model: set())
+    options = "updates=2,relation=0.1,images=0,samples=1,steps=2"
+    for more, said in (("", "no block is one of several of a kind"), ("blocks=true,latent=1", "no block is one of")):
+        (distill,) = pass_manager.parse(f"distill{{{options}{',' + more if more else ''}}}")
+        notes = distill.run(start(), session(tmp_path)).facts["notes"]
+        assert any(f"distill: relation had no effect: {said}" in note for note in notes)
+    monkeypatch.undo()
+    (distill,) = pass_manager.parse(f"distill{{{options},blocks=true,latent=1}}")
+    notes = distill.run(start(), session(tmp_path)).facts["notes"]
+    assert any("relation had no effect: blocks learn their own outputs" in note for note in notes)

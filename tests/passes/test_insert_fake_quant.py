@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from mpq_compiler import calls, ops
-from mpq_compiler.costs import stored_dtype
+from mpq_compiler.aten import aten
+from mpq_compiler.costs import leftovers, stored_bytes, stored_dtype
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.passes.insert_fake_quant import InsertFakeQuant
-from mpq_compiler.program import TensorStore
+from mpq_compiler.program import Program, TensorStore, run
 from mpq_compiler.verifier import check
 from tests import programs
 
@@ -42,3 +43,29 @@ def test_values_beyond_f16_stay_f32_and_are_listed():
     assert after.fallbacks == {name: "values beyond the range of f16, stored as f32"}
     assert name in {str(n.target) for n in after.graph.nodes} and torch.equal(after.tensors[name], huge)
     assert check(after) == []
+
+
+def with_another_reader(program: Program) -> tuple[Program, str]:
+    """The program with the sum of a layer's weight added to its output: (it, the weight)."""
+    program = program.fork()
+    last = program.graph.find_nodes(op="output")[0].args[0]  # to channels first
+    weight = program.quantizable[-1].args[1]
+    with program.graph.inserting_before(last):
+        total = program.graph.call_function(aten.sum.default, (weight,))
+        last.update_arg(0, program.graph.call_function(aten.add.Tensor, (last.args[0], total)))
+    return program, str(weight.target)
+
+
+def test_a_weight_that_another_operator_reads_is_stored_twice():
+    """In codes for its layers, in f16 for the other; both count."""
+    plain = programs.after("unet2d", "bit-allocation")
+    before, name = with_another_reader(plain)
+    assert name in leftovers(before) and name not in leftovers(plain)
+    assert stored_bytes(before) - stored_bytes(plain) == 2 * before.tensors[name].numel()
+    after = InsertFakeQuant().run(before, Session())
+    assert check(after) == []
+    readers = {str(n.target): {u.target for u in n.users} for n in after.graph.nodes if n.op == "get_attr"}
+    assert readers[f"{name}:f16"] == {aten.sum.default} and readers[name] == {ops.fake_quantize_weight}
+    x = programs.inputs("unet2d", 2)
+    y = run(InsertFakeQuant().run(plain, Session()), x) + before.tensors[name].half().float().sum()
+    assert torch.allclose(run(after, x), y, atol=1e-5 * float(y.abs().max()))

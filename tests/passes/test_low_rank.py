@@ -154,3 +154,16 @@ def test_a_branch_that_is_lost_or_wider_than_its_type_is_seen():
     other.weights[path] = type(other.weights[path])("int3", other.weights[path].sites)
     assert {v.rule for v in check(other, ["low-rank"])} == {"low-rank"}
     assert isinstance(formats.get("int3+r4"), formats.LowRankFormat)
+
+
+def test_the_branch_of_a_layer_that_reads_floats():
+    """The base computes in float too, and the sum is the layer with the fitted weight."""
+    pipeline = programs.LOW_RANK.replace("uniform=int3+r4", "uniform=int3+r4,activations=16")
+    for total in sums(programs.after(MODEL, "low-rank", pipeline)).values():
+        base, up = total.args
+        assert up.args[0].args[0] is base.args[0]
+    x = programs.inputs(MODEL, 4)
+    y = run(programs.after(MODEL, "bit-allocation", pipeline), x)
+    fine = pipeline.replace("int3+r4", "int8+r4")
+    errors = [float((run(programs.after(MODEL, "round-weights", p), x) - y).square().mean()) for p in (pipeline, fine)]
+    assert errors[1] < 0.01 * errors[0]

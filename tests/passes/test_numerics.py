@@ -67,6 +67,21 @@ def test_losses_are_measured_as_noise_at_the_output() -> None:
     assert said == pytest.approx(sum(noise) / 3, rel=1e-4)
 
 
+def test_inputs_count_by_their_gains() -> None:
+    """As in the noise of the plan, a share of which is allowed."""
+    planned = programs.step(MODEL, "numerics", programs.FAST).before
+    node, inputs = planned.attentions[0], planned.facts["calibration"].select(3)
+    said, alone = [], []
+    for gains in ([(0, 1.0), (999, 1.0)], [(0, 1e6), (999, 1e-6)]):
+        program = planned.fork()
+        program.facts["time-gains"] = gains
+        measured = numerics._Measured(Numerics(inputs=3), program, inputs, Session())
+        said.append(measured.of_calls([(program.node(node.name), INT8)])[node.name][INT8])
+        alone = [measured.results[numerics._key(node, INT8, part)] for part in range(3)]
+    first = alone[int(inputs["timestep"].argmin())]
+    assert said == [pytest.approx(sum(alone) / 3, rel=1e-4), pytest.approx(first, rel=0.01)]
+
+
 def test_a_target_without_kernels_says_so() -> None:
     chosen, _, notes = _after(Numerics(mode="fast"), ())
     assert not chosen and "the target has no kernels in bfloat16 or 8 bits" in notes[-1]

@@ -134,7 +134,7 @@ def test_a_shared_weight_is_split_where_all_its_calls_agree(same):
     after = split(program_of(build, 20, 16, **CONV))
     read = [str(n.target) for n in after.graph.nodes if n.op == "get_attr" and "weight" in str(n.target)]
     parts = {"w_part0.weight:ohwi", "w_part1.weight:ohwi"}
-    assert set(read) == (parts if same else {"w.weight:ohwi"})
+    assert set(read) == (parts if same else {"w.weight:ohwi"}) and len(read) == len(set(read))
 
 
 @pytest.mark.invariant("qdiffusion-1")

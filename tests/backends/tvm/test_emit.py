@@ -354,6 +354,14 @@ def test_a_kernel_that_cannot_be_generated_is_one_sentence(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_worker_reads_no_modules_of_the_users_folder(tmp_path, monkeypatch):
+    """A folder with a model may hold anything."""
+    (tmp_path / "pickle.py").write_text("raise SystemExit('a stranger')")
+    monkeypatch.chdir(tmp_path)
+    with Worker() as worker, pytest.raises(Failure, match="KeyError"):
+        worker("nothing")
+
+
 def test_worker_outlives_an_error():
     with Worker() as worker:
         with pytest.raises(Failure, match="5 bits"):
