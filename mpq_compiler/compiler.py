@@ -26,6 +26,7 @@ from mpq_compiler import (
     recipes,
     recording,
     remote,
+    runtime,
     schedule,
     sensitivity_table,
     specialize,
@@ -510,8 +511,9 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
         manifest["quality"] = {"reference_sqnr_db": judge.reference_sqnr_db, "inputs": judge.compared}
         complete = artifact.write(output, manifest, files, built.tensors, chosen.overwrite)
         assert complete["weights"]["payload_bytes"] == stored, "payload and plan differ"
-        quality = judge.quality(output, target)
-        disagreements = [*_disagreements(output, target, denoiser, others)]
+        compiled, refusal = _loaded(output, target)
+        quality = judge.quality(compiled)
+        disagreements = [*refusal, *_disagreements(compiled, target, denoiser, others)]
     asked = (chosen.steps, chosen.guidance, chosen.scheduler or chosen.prediction_type)
     differences = [] if chosen.calibration is None else recording.notes(denoiser, chosen.calibration, *asked)
     notes = [*denoiser.notes, *differences, *program.facts.get("notes", ()), *built.facts.get("notes", ())]
@@ -596,15 +598,25 @@ def _other_sizes(lowering: Lowering, options: Options) -> list[specialize.Specia
     ]
 
 
+def _loaded(path: str | Path, target: targets.Target) -> tuple[runtime.CompiledDenoiser | None, list[str]]:
+    """The artifact, where this machine has what the target needs, and a note where it cannot be loaded all the same."""
+    if target.backend == "reference" or targets.missing_features(target):
+        return None, []
+    try:
+        return runtime.load(path), []
+    except UserError as error:
+        return None, [f"the artifact was not executed here: {error}"]
+
+
 def _disagreements(
-    path: str | Path, target: targets.Target, denoiser: Denoiser, others: Sequence[specialize.Specialization]
+    compiled: runtime.CompiledDenoiser | None,
+    target: targets.Target,
+    denoiser: Denoiser,
+    others: Sequence[specialize.Specialization],
 ) -> Iterator[str]:
     """Notes on the sizes at which the artifact is not as good as the packed program, on a few random inputs."""
-    if not others or target.backend == "reference" or targets.missing_features(target):
+    if compiled is None:
         return
-    from mpq_compiler import runtime
-
-    compiled = runtime.load(path)
     for other in others:
         resized = denoiser.resized(*specialize.size_of(other.program))
         inputs = resized.random_inputs(REFERENCE_LEAST)
@@ -671,13 +683,13 @@ class _Judge:
             self.packed = outputs(lambda batch: run(program, batch), {n: value[index] for n, value in inputs.items()})
         self.reference_sqnr_db = round(sqnr_db(self.expected[self.rows], self.packed), 6)
 
-    def quality(self, path: str | Path, target: targets.Target) -> dict[str, Any]:
-        """`sqnr_db` executed by the artifact where this machine can run it, else by the reference.
+    def quality(self, compiled: runtime.CompiledDenoiser | None) -> dict[str, Any]:
+        """`sqnr_db` executed by the artifact where there is one that runs here, else by the reference.
 
         `agreement_db` is what executing the artifact adds to the reference's SQNR on the `reference_inputs`.
         """
         reference = {"reference_sqnr_db": self.reference_sqnr_db, "reference_inputs": self.compared}
-        if target.backend == "reference" or targets.missing_features(target):
+        if compiled is None:
             return {
                 "sqnr_db": self.reference_sqnr_db,
                 "executed_by": "reference",
@@ -685,9 +697,6 @@ class _Judge:
                 **reference,
                 "agreement_db": None,
             }
-        from mpq_compiler import runtime
-
-        compiled = runtime.load(path)
         output = compiled.run({name: value.numpy() for name, value in self.inputs.items()})
         return {
             "sqnr_db": sqnr_db(self.expected, output),

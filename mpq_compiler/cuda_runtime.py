@@ -69,17 +69,26 @@ def _require_driver(artifact: Artifact) -> None:
         )
 
 
-def _require_memory(artifact: Artifact) -> None:
-    """UserError: the GPU cannot hold stored and prepared weights and one call's activations at once."""
+def _require_memory(artifact: Artifact, free: int | None = None) -> None:
+    """UserError: the GPU, or what is free of it, cannot hold stored and prepared weights and one call's activations."""
     memory = artifact.manifest.get("memory", {})
     needed = memory.get("prepared_bytes", 0) + max(memory.get("activation_bytes", {}).values(), default=0)
     needed += artifact.manifest.get("weights", {}).get("payload_bytes", 0)
     device = gpu.gpus()[0]
+    takes = f"{artifact.path} takes {needed / 1e6:.0f} MB of the GPU's memory, and"
     if needed > device.memory:
         raise UserError(
-            f"{artifact.path} takes {needed / 1e6:.0f} MB of the GPU's memory, and {device.name} has "
-            f"{device.memory / 1e6:.0f} MB: compile it with fewer bits or a smaller batch"
+            f"{takes} {device.name} has {device.memory / 1e6:.0f} MB: compile it with fewer bits or a smaller batch"
         )
+    if free is not None and needed > free:
+        raise UserError(f"{takes} {free / 1e6:.0f} MB of {device.name} are free: end what else is in it")
+
+
+def _free_memory() -> int | None:
+    """Bytes, of the GPU that is used; None where CUDA's runtime does not tell."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    failed = ctypes.CDLL(None).cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
+    return None if failed else free.value
 
 
 class CudaMachine(tvm_runtime.VirtualMachine):
@@ -94,11 +103,14 @@ class CudaMachine(tvm_runtime.VirtualMachine):
         """As of a CPU; one thread launches. UserError: the driver is too old, or the GPU's memory too small."""
         _require_driver(artifact)
         _require_memory(artifact)
-        self._cudart = artifact.file(CUDART) if gpu.driver_version() < gpu.CUDA_13 else None
+        self._artifact, old = artifact, gpu.driver_version() < gpu.CUDA_13
+        self._cudart = artifact.file(CUDART) if old else None
         super().__init__(artifact, threads, reuse_bytes)
 
     def _load(self) -> ModuleType:
-        return load(self._cudart)
+        loaded = load(self._cudart)
+        _require_memory(self._artifact, _free_memory())
+        return loaded
 
     def _place(self, prepared: Any) -> None:
         """Where they were made."""

@@ -12,6 +12,9 @@ from typing import Any
 
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _PREFIX = "sm_"
+ORIN = 87
+"""Of Jetson Orin: machine code is its own or a desktop's, never both's (CUDA C++ Programming Guide, binary
+compatibility)."""
 HOPPER = 90
 """The compute capability whose tensor cores have `wgmma`; later ones have another instruction."""
 CUDA_13 = 13000
@@ -99,4 +102,4 @@ def is_for(manifest: Mapping[str, Any]) -> bool:
 
 def runs(code: Iterable[int], level: int) -> bool:
     """Whether a GPU runs machine code for one of these: of its own generation, and no later than itself."""
-    return any(own // 10 == level // 10 and own <= level for own in code)
+    return any(own == level or (own // 10 == level // 10 and own < level and ORIN not in (own, level)) for own in code)

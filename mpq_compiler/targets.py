@@ -210,8 +210,11 @@ def _common_flags(cpuinfo: str) -> frozenset[str]:
 
 
 def missing_features(target: Target) -> list[str]:
-    """What this machine lacks to run `target`: CPU flags in the table's order, or another architecture."""
-    return missing(target.arch, target.features)
+    """What this machine lacks to run `target`: CPU flags in the table's order, another architecture, or a driver."""
+    lacking = missing(target.arch, target.features)
+    if target.is_cuda and not lacking and (version := gpu.driver_version()) < target.cuda:
+        return [f"an NVIDIA driver of CUDA {gpu.spelled(target.cuda)} (it has {gpu.spelled(version)})"]
+    return lacking
 
 
 def missing(arch: str, features: Iterable[str]) -> list[str]:
@@ -219,8 +222,11 @@ def missing(arch: str, features: Iterable[str]) -> list[str]:
     if arch not in ("any", platform.machine()):
         return [f"an {arch} CPU"]
     features = tuple(features)
-    if (code := gpu.stated(features)) and not any(gpu.runs(code, level) for level in gpu.levels()):
-        own = " and ".join(map(gpu.feature, gpu.levels()))
+    levels = gpu.levels()
+    if (code := gpu.stated(features)) and not any(gpu.runs(code, level) for level in levels[:1]):
+        own = " and ".join(map(gpu.feature, levels))
+        if any(gpu.runs(code, level) for level in levels):
+            own += ", and the first is used: choose by CUDA_VISIBLE_DEVICES"
         return [f"an NVIDIA GPU that runs {' or '.join(map(gpu.feature, code))}" + (f" (it has {own})" if own else "")]
     return [flag for flag in features if not gpu.stated([flag]) and flag not in host_features()]
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mpq_compiler import cli, recipes, runtime, tensorfile
+from mpq_compiler import cli, compiler, recipes, runtime, tensorfile
 from mpq_compiler.denoiser import wrap
 from mpq_compiler.errors import UserError
 from tests import tiny
@@ -577,6 +577,21 @@ def test_a_target_that_this_machine_cannot_run(
     output = tmp_path / "foreign.mpq"
     assert cli.main(["compile", str(model), "-o", str(output), "--target", foreign, *QUICK]) == 0
     assert foreign in refused(capsys, "generate", output, "-o", tmp_path / "grid.png")
+
+
+def test_what_cannot_be_loaded_here_is_judged_by_the_reference(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a GPU whose driver is too old, or whose memory is full: the compilation is not lost."""
+
+    def refuse(path: Path) -> None:
+        raise UserError("the GPU is full")
+
+    monkeypatch.setattr(runtime, "load", refuse)
+    report = compiler.compile(model, tmp_path / "x.mpq", recipe="w8a8", samples=2, steps=2)
+    assert report.quality["executed_by"] == "reference" and report.quality["agreement_db"] is None
+    assert "the artifact was not executed here: the GPU is full" in report.notes
+    assert (tmp_path / "x.mpq").is_dir()
 
 
 def test_features_are_those_that_the_artifact_states(native: Path, tmp_path: Path) -> None:

@@ -41,8 +41,11 @@ def test_what_never_ran_on_silicon_says_so():
 
 @pytest.mark.parametrize(
     ("code", "level", "runs"),
-    [([80], 80, True), ([80], 86, True), ([80, 89], 89, True), ([87], 86, False), ([80], 90, False), ([90], 89, False)],
-)
+    [
+        ([80], 80, True), ([80], 86, True), ([80, 89], 89, True), ([87], 86, False), ([80], 90, False),
+        ([90], 89, False), ([80, 87], 87, True), ([80], 87, False), ([87], 89, False),
+    ],
+)  # fmt: skip
 def test_machine_code_runs_within_its_generation(code, level, runs):
     assert gpu.runs(code, level) == runs
 
@@ -50,11 +53,16 @@ def test_machine_code_runs_within_its_generation(code, level, runs):
 def test_a_gpu_is_asked_for_by_what_there_is_code_for(monkeypatch):
     target = targets.TARGETS["cuda"]
     monkeypatch.setattr(platform, "machine", lambda: target.arch)
-    for levels, lacking in (((), "or sm_90"), ((75,), r"or sm_90 (it has sm_75)"), ((75, 86), None)):
+    second = "(it has sm_75 and sm_86, and the first is used: choose by CUDA_VISIBLE_DEVICES)"
+    monkeypatch.setattr(gpu, "driver_version", lambda: 13010)
+    for levels, lacking in (((), "or sm_90"), ((75,), "or sm_90 (it has sm_75)"), ((86, 75), None), ((75, 86), second)):
         monkeypatch.setattr(gpu, "levels", lambda levels=levels: levels)
         found = targets.missing_features(target)
         assert bool(found) == (lacking is not None)
         assert not found or found[0].endswith(lacking)
+    monkeypatch.setattr(gpu, "levels", lambda: (86,))
+    monkeypatch.setattr(gpu, "driver_version", lambda: 12060)
+    assert targets.missing_features(target) == ["an NVIDIA driver of CUDA 13.0 (it has 12.6)"]
 
 
 @pytest.mark.parametrize(

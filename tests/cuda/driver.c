@@ -191,7 +191,7 @@ int cudaGetDeviceProperties_v2(unsigned *properties, int device) {  // of CUDA 1
 static size_t held;
 int cudaMemGetInfo(size_t *free, size_t *total) {
     cuDeviceTotalMem_v2(total, 0);
-    *free = *total - held;
+    *free = *total - held - ((size_t)setting("MPQ_EMULATED_HELD_MEGABYTES", 0) << 20);
     return 0;
 }
 int cudaMalloc(void **place, size_t size) {

@@ -18,7 +18,7 @@ typedef unsigned int uint;
 typedef unsigned char uchar;
 typedef unsigned short ushort;
 #define CUDART_INF_F __builtin_inff()
-#define CUDART_NAN_F __builtin_nanf("")
+#define CUDART_NAN_F __builtin_bit_cast(float, 0x7fffffff)  // what every float operation of a GPU gives for NaN
 typedef _Float16 half;
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
@@ -64,10 +64,11 @@ float shuffle_xor(float value, int distance);
 #define threadIdx (emulator::Index{emulator::current, 0, 0})
 #define blockIdx emulator::block
 
-static inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-static inline float __fmul_rn(float a, float b) { return a * b; }
-static inline float __fdiv_rn(float a, float b) { return a / b; }
-static inline float __fsqrt_rn(float a) { return __builtin_sqrtf(a); }
+static inline float of_gpu(float x) { return x == x ? x : CUDART_NAN_F; }
+static inline float __fmaf_rn(float a, float b, float c) { return of_gpu(__builtin_fmaf(a, b, c)); }
+static inline float __fmul_rn(float a, float b) { return of_gpu(a * b); }
+static inline float __fdiv_rn(float a, float b) { return of_gpu(a / b); }
+static inline float __fsqrt_rn(float a) { return of_gpu(__builtin_sqrtf(a)); }
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline int max(int a, int b) { return a > b ? a : b; }

@@ -16,7 +16,8 @@ from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue
 from mpq_compiler.backends.tvm.kernels.hadamard import check_block
 from mpq_compiler.backends.tvm.kernels.template import Buffers, Finish, store
 
-Put = Callable[[Expr, Any], None]
+TOGETHER = 8192
+"""Channels that are rotated at once: 32 KiB of shared memory, of 48."""
 
 
 class Rows:
@@ -54,22 +55,35 @@ class Rows:
                 self.put(vmath.keep(value(c)), sample, row, c)
             return
         check_block(channels, self.block)
-        waiting, block = shared(channels), self.block
-        with strided(thread, channels, threads) as c:
-            before = vmath.keep(self.before(vmath.keep(value(c)), sample, (row,), c, None))
+        together = min(channels, max(1, TOGETHER // self.block) * self.block)
+        waiting = shared(together)
+        for start in range(0, channels, together):
+            if start:
+                barrier()
+            count = min(together, channels - start)
+            self._rotated(value, sample, row, start, count, waiting, thread, threads)
+
+    def _rotated(
+        self, value: Callable[[Any], Expr], sample: Any, row: Any, start: int, count: int, waiting: Any, thread: Any,
+        threads: int,
+    ) -> None:  # fmt: skip
+        """``count`` channels behind ``start``, by way of shared memory."""
+        block = self.block
+        with strided(thread, count, threads) as c:
+            before = vmath.keep(self.before(vmath.keep(value(start + c)), sample, (row,), start + c, None))
             store(waiting, tirx.Select(_is_negative(c % block), vmath.neg(before), before), c)
         barrier()
         step = 1
         while step < block:
-            with strided(thread, channels // 2, threads) as pair:
+            with strided(thread, count // 2, threads) as pair:
                 low = T.bind(tirx.truncdiv(pair, step) * (2 * step) + tirx.truncmod(pair, step))
                 a, b = vmath.keep(waiting[low]), vmath.keep(waiting[low + step])
                 store(waiting, a + b, low)
                 store(waiting, a - b, low + step)
             barrier()
             step *= 2
-        with strided(thread, channels, threads) as c:
-            self.put(vmath.keep(vmath.mul(waiting[c], vmath.f32(block**-0.5, 1))), sample, row, c)
+        with strided(thread, count, threads) as c:
+            self.put(vmath.keep(vmath.mul(waiting[c], vmath.f32(block**-0.5, 1))), sample, row, start + c)
 
 
 def _is_negative(index: Any) -> Expr:

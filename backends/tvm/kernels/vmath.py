@@ -144,6 +144,7 @@ def as_float(x: Expr) -> Expr:
 class Dialect:
     """How a code generator is told of operations that round once, each by itself.
 
+    code: the bits of `MAGIC` plus a whole number as they are; of NaN, something whose low byte is 0
     local: options of `alloc_buffer` for memory of one thread, in registers where there are enough
     """
 
@@ -151,6 +152,7 @@ class Dialect:
     mul: Callable[[Expr, Expr], Expr]
     div: Callable[[Expr, Expr], Expr]
     sqrt: Callable[[Expr], Expr]
+    code: Callable[[Expr], Expr]
     local: dict[str, Any]
 
 
@@ -173,10 +175,16 @@ LLVM = Dialect(
     mul=lambda a, b: _fence(a * b),
     div=lambda a, b: _fence(a / b),
     sqrt=lambda x: _llvm("llvm.sqrt", x),
+    code=lambda bits: bits,  # 0x7fc00000, or what a NaN of a CPU was, which ends in zeros too
     local={"annotations": {"disable_lower_builtin": 1}},
 )
 CUDA = Dialect(
-    _cuda("__fmaf_rn"), _cuda("__fmul_rn"), _cuda("__fdiv_rn"), _cuda("__fsqrt_rn"), local={"scope": "local"}
+    fma=_cuda("__fmaf_rn"),
+    mul=_cuda("__fmul_rn"),
+    div=_cuda("__fdiv_rn"),
+    sqrt=_cuda("__fsqrt_rn"),
+    code=lambda bits: tirx.Select(bits > i32(0x7F800000, 1), i32(0, 1), bits),  # NaN is 0x7fffffff
+    local={"scope": "local"},
 )
 _dialect: ContextVar[Dialect] = ContextVar("dialect", default=LLVM)
 
@@ -524,7 +532,8 @@ def quantize(x: Expr, inverse_scale: Expr, zero_point: Expr, bits: int) -> Expr:
     zf = let(cast(z, "float32"), "zf")
     y = let(mul(x, splat(inverse_scale, count)), "y")
     y = clamp(y, f32(0.0, count) - zf, f32(float(2**bits - 1), count) - zf)
-    code = as_int(y + f32(MAGIC, count)) + z  # the low byte of the bits of MAGIC, and of NaN, is 0
+    bits_of = let(as_int(y + f32(MAGIC, count)), "bits")
+    code = _dialect.get().code(bits_of) + z  # the low byte of the bits of MAGIC, and of NaN, is 0
     return let.close(cast(code, "uint8"))
 
 

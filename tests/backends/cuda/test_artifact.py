@@ -227,6 +227,7 @@ def test_its_time_is_that_of_the_wall(unet):
         ({"MPQ_EMULATED_SM": "75"}, r"an NVIDIA GPU that runs sm_80 or sm_87 or sm_89 or sm_90 \(it has sm_75\)"),
         ({"MPQ_EMULATED_DRIVER": "12060"}, r"driver is of CUDA 12\.6, and .* needs 13\.0 or later: .* cuda12"),
         ({"MPQ_EMULATED_MEGABYTES": "2"}, r"MB of the GPU's memory, and emulated has 2 MB"),
+        ({"MPQ_EMULATED_HELD_MEGABYTES": "8190"}, r"MB of the GPU's memory, and 2 MB of emulated are free: end what"),
     ],
 )
 def test_a_gpu_that_does_not_run_it(unet, variables, says):
