@@ -112,6 +112,12 @@ class Denoiser:
         scheduler = _of_size(self.scheduler, self.module.model, self.config, specs)
         return replace(self, module=module, input_specs=specs, scheduler=scheduler)
 
+    def with_fractional_times(self) -> Denoiser:
+        """The same model with timesteps that need not be whole: those of a scheduler that another stands in for."""
+        specs = dict(self.input_specs)
+        specs["timestep"] = replace(specs["timestep"], dtype=torch.float32)
+        return replace(self, module=TensorModule(self.module.model, specs).eval(), input_specs=specs)
+
     @property
     def parameters(self) -> int:
         """The number of parameters, of which true average bits are reckoned."""

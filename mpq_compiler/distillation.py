@@ -26,6 +26,7 @@ from mpq_compiler.denoiser import Denoiser, record_teacher
 from mpq_compiler.formats.base import nearest_codes
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.program import Program, part_of, run
+from mpq_compiler.recording import latent_numbers
 from mpq_compiler.relation import Memory, Relations, Term
 from mpq_compiler.relation import Step as RelationStep
 from mpq_compiler.student import Kind, Student, Variable, settled, values, variables
@@ -132,10 +133,11 @@ def calls(session: Session, samples: int, steps: int) -> tuple[Data, Data]:
 
         if given is not None:
             outputs = np.concatenate([teacher(**batch) for batch in batches(given)])
-            both, index = Data(given, torch.from_numpy(outputs)), torch.arange(total)
-            if total < HELD_OUT:
+            both, latent = Data(given, torch.from_numpy(outputs)), latent_numbers(given)
+            chosen = latent % HELD_OUT == HELD_OUT // 2
+            if not bool(chosen.any()):
                 return both, both
-            chosen = index % HELD_OUT == HELD_OUT // 2
+            index = torch.arange(total)
             return both.select(index[~chosen]), both.select(index[chosen])
         seed = session.seed + SEED
         stride = samples * denoiser.calls_per_step

@@ -54,6 +54,8 @@ _TIME_IDS = 6
 """SDXL and Hunyuan-DiT: original height and width, crop top and left, target height and width, in either order."""
 _CONTINUOUS_TIME = {"guidance", "image_rotary_emb", "pooled_projections"}
 """Models that take one of these count time in fractions: flow matching (SD3, Flux, Sana), and Hunyuan-DiT."""
+_POSITIONS = "FluxTransformer2DModel"
+"""The model whose positions of tokens, `img_ids` and `txt_ids`, are made here."""
 _TEXT_TOKENS = {"img_ids": 512, "pooled_projections": 333, "guidance": 300, "hidden_states": 120, "sample": 77}
 """How long texts are in diffusers' pipelines: the first parameter that the model takes decides."""
 _VAE_SCALE = 8
@@ -114,7 +116,9 @@ def convention_of(model: torch.nn.Module) -> Convention:
     baked = tuple(name for name in ("img_ids", "txt_ids", "image_rotary_emb") if name in taken)
     if "img_ids" in taken:
         return Convention(patch=2, timestep_unit=1000.0, baked=baked)
-    return Convention(baked=baked)
+    # A model that multiplies its time by 1000 is given fractions of it, as AuraFlow is.
+    scales = {getattr(module, "scale", 1) for module in model.modules() if type(module).__name__ == "Timesteps"}
+    return Convention(timestep_unit=1000.0 if 1000 in scales else 1.0, baked=baked)
 
 
 def _constants(model: torch.nn.Module, specs: Mapping[str, InputSpec]) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -171,6 +175,8 @@ def specs_of(
     if strange := [name for name in taken if name not in _OPTIONAL | _KNOWN]:
         raise UserError(f"{kind} takes the input '{strange[0]}', which is not supported")
 
+    if "img_ids" in taken and not any(base.__name__ == _POSITIONS for base in type(model).__mro__):
+        raise UserError(f"{kind} takes 'img_ids', and how its pipeline numbers tokens is not known; that of Flux is")
     patch = convention_of(model).patch
     channels, sides = config.get("in_channels"), size or config.get("sample_size")
     if not isinstance(channels, int) or sides is None:
@@ -178,7 +184,7 @@ def specs_of(
     height, width = (sides, sides) if isinstance(sides, int) else sides
     if height % patch or width % patch:
         raise UserError(f"{kind} takes latents of {patch}x{patch} pixels a token, and {height}x{width} is no multiple")
-    continuous = not _CONTINUOUS_TIME.isdisjoint(taken)
+    continuous = not _CONTINUOUS_TIME.isdisjoint(taken) or convention_of(model).timestep_unit != 1
     specs = {
         latent: InputSpec((channels // patch**2, height, width), torch.float32),
         "timestep": InputSpec((), torch.float32 if continuous else torch.int64),

@@ -51,6 +51,8 @@ from mpq_compiler.program import Program, Stage, weight_of
 
 VALUES, OUTPUT_VALUES = 64, 4096
 OUTPUT = "output"
+LOST_DB = -200.0
+"""What stands for an output of which nothing is left, as NaN leaves it."""
 DEPARTING = 16
 """Nodes named at most of those from which a rewrite departs."""
 _FILE = re.compile(r"(\d{3})-([a-z0-9-]+)\.(txt|safetensors)")
@@ -91,8 +93,8 @@ class Dump:
 
     @property
     def sqnr_db(self) -> float | None:
-        """`output_sqnr`, None where it is infinite."""
-        return self.output_sqnr if math.isfinite(self.output_sqnr) else None
+        """`output_sqnr`, at least `LOST_DB`; None where the output is the same."""
+        return None if self.output_sqnr == math.inf else max(self.output_sqnr, LOST_DB)
 
 
 def sample(name: str, value: Tensor, count: int = VALUES) -> np.ndarray:

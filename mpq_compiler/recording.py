@@ -90,6 +90,12 @@ def load(denoiser: Denoiser, path: str | Path) -> dict[str, Tensor]:
     return {name: value[order] for name, value in values.items()}
 
 
+def has_fractions(path: str | Path) -> bool:
+    """Whether timesteps of a calibration file are no whole numbers."""
+    timesteps = np.asarray(tensorfile.load(path).get("timestep", 0), np.float64)
+    return bool((timesteps != np.rint(timesteps)).any()) and bool(np.isfinite(timesteps).all())
+
+
 def _resizable(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Whether latents [N, C, h, w] are of the right kind and another size."""
     return len(shape) == 4 and shape[1] == wanted[0] and 0 not in shape and shape[1:] != wanted
@@ -179,13 +185,23 @@ def _converted(name: str, value: Tensor, dtype: torch.dtype, path: str | Path) -
 
 
 def split(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(rows to calibrate on, rows to judge by); the same rows where there are fewer than `LEAST_TO_SPLIT`."""
-    count = len(next(iter(inputs.values())))
-    rows = torch.arange(count)
-    held = rows % HELD_OUT_EVERY == HELD_OUT_EVERY // 2
-    if count < LEAST_TO_SPLIT:
+    """(rows to calibrate on, rows to judge by); the same rows where there are fewer latents than `LEAST_TO_SPLIT`.
+
+    Rows of the same latent at the same time, as classifier-free guidance makes them, stay together.
+    """
+    latent = latent_numbers(inputs)
+    held = latent % HELD_OUT_EVERY == HELD_OUT_EVERY // 2
+    if int(latent.max()) + 1 < LEAST_TO_SPLIT:
         return dict(inputs), dict(inputs)
-    return {n: v[rows[~held]] for n, v in inputs.items()}, {n: v[rows[held]] for n, v in inputs.items()}
+    return {n: v[~held] for n, v in inputs.items()}, {n: v[held] for n, v in inputs.items()}
+
+
+def latent_numbers(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Of each row [N] the number of its latent and time among those that differ, as they come."""
+    latents = inputs["sample" if "sample" in inputs else "hidden_states"]
+    seen: dict[tuple[float, bytes], int] = {}
+    keys = ((float(t), x.numpy().tobytes()) for t, x in zip(inputs["timestep"], latents, strict=True))
+    return torch.tensor([seen.setdefault(key, len(seen)) for key in keys])
 
 
 @contextmanager

@@ -413,6 +413,11 @@ def from_config(config: Mapping[str, Any]) -> tuple[Scheduler, str | None]:
         what = name + (f" with {', '.join(odd)}" if odd else "")
         place = "Euler's method" if flow else "DDIM"
         note = f"the model's {what} is replaced by {place} with the same noise schedule"
+        if not flow and name not in _SOLVERS and not {"beta_start", "trained_betas"} & values.keys():
+            note = (
+                f"the model's {what} has a noise schedule of its own, for which {place} with another stands in: "
+                "calibrate on inputs of its pipeline (--calibration), and draw with its pipeline alone"
+            )
     if kind is DDIM:
         values.setdefault("clip_sample", name in _CLIPPING)
     types = typing.get_type_hints(kind)

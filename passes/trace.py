@@ -52,7 +52,7 @@ class Trace(Pass):
         wrapper = _Positional(denoiser.module, [s.name for s in specs])
         graph, attributes = _export(wrapper, denoiser)
         prefix = next(n for n, m in wrapper.named_modules() if m is denoiser.module.model) + "."
-        _require_deterministic(graph, denoiser, prefix)
+        _require_function(graph, denoiser, prefix)
         tensors = TensorStore()
         names = {p.data_ptr(): name for name, p in denoiser.module.model.named_parameters()}  # one for tied parameters
         for node in graph.nodes:
@@ -109,11 +109,15 @@ def _export(wrapper: nn.Module, denoiser: Any) -> tuple[fx.Graph, Any]:
                 dynamic_shapes={"tensors": dynamic},
                 strict=False,
             )
+            if in_place := any(_mutates(node) for node in exported.graph.nodes):
+                exported = exported.run_decompositions({})  # to operators that return a new tensor
         module = exported.module(check_guards=False)
     except Exception as error:
         raise UserError(f"{denoiser.name} cannot be traced: {_reason(error, denoiser.module.model)}") from error
     graph = copy_graph(module.graph)  # without the module, whose parameters live in the store
     for node in graph.nodes:
+        if in_place and node.target is aten.view.default:  # was a reshape, and has the strides that it was traced with
+            node.target = aten.reshape.default
         if node.op == "output" and isinstance(node.args[0], tuple | list) and len(node.args[0]) == 1:
             node.args = (node.args[0][0],)
 
@@ -148,9 +152,16 @@ def _reason(error: BaseException, model: nn.Module) -> str:
     return f"{where}: {text}"
 
 
-def _require_deterministic(graph: fx.Graph, denoiser: Any, prefix: str) -> None:
-    """UserError: a call draws random numbers."""
+def _mutates(node: fx.Node) -> bool:
+    """Whether the call writes to one of its operands."""
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+
+
+def _require_function(graph: fx.Graph, denoiser: Any, prefix: str) -> None:
+    """UserError: a call draws random numbers, or changes a tensor in place, which nothing here expects."""
     for node in graph.nodes:
+        if _mutates(node):
+            raise _refusal(node, denoiser, prefix, f"{_operator(node)} changes a tensor in place")
         seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if node.target is aten.scaled_dot_product_attention.default:
             seeded = bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p"))

@@ -7,6 +7,7 @@ import shutil
 import struct
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -357,3 +358,21 @@ def test_pixart_samples_although_it_also_predicts_a_variance(tmp_path):
     given = tiny.inputs("pixart")
     text = {name: given[name] for name in model.conditions}
     assert record_calibration(model, 2, 2, conditions=text)["hidden_states"].shape == (4, 4, 16, 16)
+
+
+def test_models_that_are_called_in_another_way():
+    """Positions of tokens that are not Flux's are refused; a model that multiplies its time by 1000 gets fractions."""
+    ovis = getattr(diffusers, "OvisImageTransformer2DModel", None)
+    if ovis is not None:
+        with pytest.raises(UserError, match="how its pipeline numbers tokens is not known; that of Flux is"):
+            wrap(ovis(num_layers=1, num_single_layers=1, num_attention_heads=2, axes_dims_rope=(16, 56, 56)))
+    small = {"num_mmdit_layers": 1, "num_single_dit_layers": 1, "attention_head_dim": 8, "num_attention_heads": 4}
+    model = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8, joint_attention_dim=16, caption_projection_dim=32, pos_embed_max_size=16, **small
+    )
+    wrapped = wrap(model, tokens=5)
+    assert wrapped.module.convention.timestep_unit == 1000 and wrapped.input_specs["timestep"].dtype == torch.float32
+    assert wrapped.scheduler.solver == "FlowMatchEulerDiscreteScheduler"
+    x = wrapped.random_inputs(2)
+    exact = model(x["hidden_states"], x["encoder_hidden_states"], x["timestep"] / 1000).sample
+    assert torch.equal(wrapped(**x), exact)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mpq_compiler import cli, denoiser, recording, tensorfile
+from mpq_compiler import cli, compiler, denoiser, recording, tensorfile
 from mpq_compiler.errors import UserError
 from tests import tiny
 
@@ -213,8 +213,43 @@ def test_labels_that_there_are_not(label: int, tmp_path: Path) -> None:
 
 
 def test_what_judges_has_not_been_seen() -> None:
-    kept, held = recording.split({"timestep": torch.arange(16)})
+    kept, held = recording.split({"timestep": torch.arange(16), "sample": torch.randn(16, 2)})
     assert held["timestep"].tolist() == [2, 6, 10, 14]
     assert sorted([*kept["timestep"].tolist(), *held["timestep"].tolist()]) == list(range(16))
-    few = {"timestep": torch.arange(7)}
-    assert recording.split(few) == (few, few)
+    few = {"timestep": torch.arange(7), "sample": torch.randn(7, 2)}
+    assert all(part.keys() == few.keys() and len(part["sample"]) == 7 for part in recording.split(few))
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_both_sides_of_guidance_are_judged(images: int) -> None:
+    """A guided call holds its latents twice, for the empty prompt and for the prompt; neither is split off."""
+    generator, rows = torch.Generator().manual_seed(0), []
+    for step in range(10):
+        for _ in range(4):
+            latents = torch.randn(images, 3, generator=generator)
+            rows += [(step, x, guided) for guided in (0, 1) for x in latents]
+    names = ("timestep", "sample", "guided")
+    inputs = {name: torch.stack([torch.as_tensor(row[i]) for row in rows]) for i, name in enumerate(names)}
+    kept, held = recording.split(inputs)
+    for part in (kept, held):
+        assert float(part["guided"].double().mean()) == 0.5 and part["timestep"].unique().tolist() == list(range(10))
+    seen = {x.numpy().tobytes() for x in kept["sample"]}
+    assert len(held["sample"]) == len(rows) // 4 and not any(x.numpy().tobytes() in seen for x in held["sample"])
+
+
+def test_timesteps_of_a_scheduler_that_another_stands_in_for(tmp_path: Path) -> None:
+    """Heun's have fractions; the network takes them, and DDIM with whole ones draws with the artifact."""
+    from mpq_compiler import evaluation, runtime
+
+    made = tiny.inputs("unet2d", batch=8)
+    made["timestep"] = torch.linspace(999, 0.5, 8)
+    loaded = denoiser.wrap(tiny.model("unet2d"), name="unet2d")
+    options = {"recipe": "w8a8", "target": "reference", "calibration": written(made, tmp_path)}
+    compiler.compile(loaded, tmp_path / "out.mpq", **options)
+    artifact = runtime.load(tmp_path / "out.mpq")
+    (spec,) = (s for s in artifact.manifest["functions"][0]["inputs"] if s["name"] == "timestep")
+    assert spec["dtype"] == "float32"
+    x = {name: value.numpy() for name, value in made.items()}
+    assert not (artifact.run(x) == artifact.run(x | {"timestep": x["timestep"].round()})).all()
+    painter = evaluation.from_artifact(tmp_path / "out.mpq")
+    assert painter.draw(painter.conditioning.varied(1), 1, 2, seed=3).shape == (1, *loaded.latent_shape)
