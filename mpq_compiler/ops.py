@@ -252,7 +252,7 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: T
         query, key, value = (x.bfloat16().float() for x in (q * factor, k, v))
         logits = query @ key.transpose(-1, -2)
         if bias is not None:
-            logits = logits + bias * LOG2_E
+            logits = (logits + bias * LOG2_E).clamp_min(LOWEST)
         weights = torch.exp2(logits - logits.amax(-1, keepdim=True))
         return weights.bfloat16().float() @ value / weights.sum(-1, keepdim=True)
     if kind != "int8":
@@ -271,7 +271,7 @@ def fast_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: T
         logits = (q_codes @ k_codes.transpose(-1, -2)) * (q_scale * k_scale)  # the product is exact in f32
         if bias is not None:
             part = bias if bias.shape[-1] == 1 else bias[..., keys]
-            logits = fma(part.expand_as(logits), torch.tensor(LOG2_E, dtype=torch.float32), logits)
+            logits = fma(part.expand_as(logits), torch.tensor(LOG2_E, dtype=torch.float32), logits).clamp_min(LOWEST)
         highest = logits.amax(-1, keepdim=True).clamp_min(LOWEST)
         weights = torch.round(_exp2_coarse(logits - (highest - shift)))
         blocks.append((highest, (weights @ v_codes[..., keys, :]).double(), weights.sum(-1, keepdim=True).double()))

@@ -26,6 +26,8 @@ def group_norm(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Val
     x, gamma, beta = e.value(source), e.optional(weight), e.optional(bias)
     if (gamma is None) != (beta is None):
         raise e.refusal("it has a weight without a bias, or a bias without a weight")
+    if e.folds(node):
+        raise e.refusal("a sample has several rows, each with statistics of its own")
     channels = x.inner[-1]
     problem = record(
         "norms.GroupNorm", positions=x.size // channels, channels=channels, groups=groups, eps=eps,
@@ -68,6 +70,8 @@ def attention(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Valu
     query, key, additive = e.value(q), e.value(k), e.optional(mask)
     if len(query.inner) != 2 or len(key.inner) != 2:
         raise e.refusal("its operands are not [B, tokens, channels]")
+    if query.inner[1] != e.value(v).inner[-1]:
+        raise e.refusal("its values have other heads than its queries and keys")
     shape = None
     if additive is not None:
         own = additive.inner

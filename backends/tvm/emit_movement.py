@@ -60,7 +60,7 @@ def rearranged(e: Emitter, node: fx.Node) -> Value:
 
 
 def concatenate(e: Emitter, node: fx.Node) -> Value:
-    nodes = list(arguments(node)[0])
+    nodes = [n for n in arguments(node)[0] if e.two[n.name].numel()]
     dim = int(arguments(node)[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))  # type: ignore[arg-type]
     values, axis = [e.value(n) for n in nodes], e.axis(nodes[0], dim)
     return _rotated(e, node, values, axis) or _joined(e, node, [e.view(v) for v in values], axis)
@@ -87,6 +87,8 @@ def _rotated(e: Emitter, node: fx.Node, parts: Sequence[Value], axis: int) -> Va
 def prepend(e: Emitter, node: fx.Node) -> Value:
     """A stored token before the tokens of every sample."""
     x, token = (e.value(n) for n in arguments(node))
+    if e.folds(node):
+        raise e.refusal("a sample has several rows, each with a token of its own")
     first = View(token, (BATCH, 1, token.size), (0, 0, 1))
     return _joined(e, node, [first, e.view(x)], 1)
 
@@ -136,14 +138,16 @@ def _sliced(e: Emitter, source: Any, axis: int, start: int, stop: int, step: int
 
 def slice_(e: Emitter, node: fx.Node) -> Value:
     x, dim, start, stop, step = filled(node, None, 0, None, None, 1)
-    if e.two[x.name].shape[dim] != e.three[x.name].shape[dim] and not start and step == 1:
-        return alias(e, node)  # the whole batch
+    if all(sizes[x.name].shape == sizes[node.name].shape for sizes in (e.two, e.three)):
+        return alias(e, node)  # all of it, as of a batch
     return _sliced(e, x, e.axis(x, dim), start or 0, 1 << 62 if stop is None else stop, step, node.name)
 
 
 def select(e: Emitter, node: fx.Node) -> Value:
     x, dim, index = arguments(node)
     axis = e.axis(x, dim)
+    if e.shape(x)[axis] == BATCH:
+        raise e.refusal("it takes a part of the batch")
     start = index % int(e.shape(x)[axis])
     part = _sliced(e, x, axis, start, start + 1, 1, node.name)
     return Value(part.name, e.shape(node), part.dtype)
@@ -197,6 +201,8 @@ def pad(e: Emitter, node: fx.Node) -> Value:
 
 def upsample(e: Emitter, node: fx.Node) -> Value:
     x, factors = e.value(node.args[0]), arguments(node)[1]
+    if e.folds(node):
+        raise e.refusal("a sample has several images")
     problem = record("movement.upsample", shape=x.shape, factors=factors, dtype=x.dtype)
     return _moved(e, node, problem, [x], e.shape(node))
 

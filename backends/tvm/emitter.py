@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -303,6 +303,10 @@ class Emitter:
             "group": self.value(group),
         }
 
+    def folds(self, node: fx.Node) -> bool:
+        """Whether rows of a sample stand in the batch, so that a tensor [m*B, ...] is a value [B, m, ...]."""
+        return len(self.shape(node)) != self.two[node.name].dim()
+
     # ------------------------------------------------------------------------------------------- calls
 
     def call(self, kernel: Kernel, operands: dict[str, Value], results: dict[str, Value]) -> list[Value]:
@@ -315,7 +319,7 @@ class Emitter:
             self.calls.append(Call(kernel, names, made, self.task.node.name))
             self.made[kernel, names] = list(results.values())
             self.results |= {value.name: value for value in results.values()}
-        return self.made[kernel, names]
+        return _as_asked(self.made[kernel, names], results)
 
     def _prepare(self, kernel: Kernel, names: tuple[tuple[str, str], ...], results: dict[str, Value]) -> list[Value]:
         prepared = self.preparation
@@ -330,13 +334,18 @@ class Emitter:
             prepared.calls.append(Call(kernel, names, made, self.task.node.name))
             prepared.static |= {value.name for value in renamed.values()}
             prepared.made[kernel, names] = list(renamed.values())
-        return prepared.made[kernel, names]
+        return _as_asked(prepared.made[kernel, names], results)
 
     def constant(self, shape: tuple[int, ...], dtype: str, value: float) -> Value:
         """A tensor full of one value, made at load and stored nowhere."""
         fill = record("movement.Movement", inputs=(), shape=shape, copies=(), dtype=dtype, fill=value)
         name = f"|{value:g}x{'x'.join(map(str, shape))}|{dtype}"
         return self.call(Kernel("movement", fill), {}, {"y": Value(name, shape, dtype)})[0]
+
+
+def _as_asked(made: Sequence[Value], results: dict[str, Value]) -> list[Value]:
+    """Results of an equal call in the shapes of this one: kernels know how many elements there are, not their shape."""
+    return [replace(value, shape=asked.shape) for value, asked in zip(made, results.values(), strict=True)]
 
 
 def as_ints(shape: Shape) -> list[int]:

@@ -81,7 +81,8 @@ def _body(problem: Attention, batch: Any, buffers: Buffers) -> None:
                     added = mask_at(
                         p, buffers, sample, head, T.min(first + a, p.queries - 1), T.min(begin + b, p.keys - 1)
                     )
-                    store(score, fma(added, f32(vmath.LOG2_E, 1), score[0]), 0)
+                    masked = fma(added, f32(vmath.LOG2_E, 1), score[0])
+                    store(score, vmath.at_least(masked, f32(LOWEST, 1)), 0)
                 store(scores, score[0], a * (keys + 1) + b)  # behind the last key it is the last one's
             barrier()
             new = local(1)

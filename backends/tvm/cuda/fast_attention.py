@@ -275,7 +275,8 @@ class _Kernel:
         for row, at, key in self._each_score(step):
             query, inside = T.min(self._row(row), p.queries - 1), T.min(key, p.keys - 1)
             added = mask_at(p, self.buffers, self.sample, self.head, query, inside)
-            store(self.scores, fma(added, f32(vmath.LOG2_E, 1), self.scores[at]), at)
+            masked = fma(added, f32(vmath.LOG2_E, 1), self.scores[at])
+            store(self.scores, vmath.at_least(masked, f32(LOWEST, 1)), at)
 
     def _weigh(self, step: Any) -> None:
         """Scores to 2^(score - maximum), coarse as on the CPU; their sum; the outputs so far to the new maximum."""

@@ -43,7 +43,7 @@ from mpq_compiler.backends.tvm.kernels.template import (
 from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, keep, mul, splat
 from mpq_compiler.numerics import KEY_BLOCK as KEYS
 
-LOWEST = -1e30  # the running maximum before the first key; finite, so that fully masked keys do not make NaN
+LOWEST = -1e30  # of scores, and the maximum before the first key: a row of which all keys are masked gives their mean
 # (vectors of queries, keys of a score tile, dimensions of an output tile): accumulators fill the registers
 TILES = {"wide": (4, 6, 6), "narrow": (1, 6, 6)}
 
@@ -250,7 +250,7 @@ class Body:
                     if self._full_mask
                     else splat(self._mask(b, h, 0, key + start + i), LANES)
                 )
-                value = fma(mask, f32(vmath.LOG2_E, LANES), value)
+                value = vmath.at_least(fma(mask, f32(vmath.LOG2_E, LANES), value), f32(LOWEST, LANES))
             value = keep(value)
             store(self.score, value, self._at(start + i, j))
             at = self._at(0, j)

@@ -157,7 +157,9 @@ class _Tables:
 
     def build(self, functions: Sequence[str]) -> list[str]:
         """What every program begins with (mpq_build)."""
-        features = ", ".join([*(f'"{name}"' for name in self.target.features), "NULL"])
+        asked = (feature for kernel in self.lowered.kernels() for feature in kernel.features)
+        needed = dict.fromkeys([*self.target.features, *asked])
+        features = ", ".join([*(f'"{name}"' for name in needed), "NULL"])
         return [
             f"static const char *const features[] = {{{features}}};",
             _table("mpq_function", "functions", functions),

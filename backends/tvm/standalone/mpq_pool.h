@@ -101,6 +101,10 @@ static int use_threads(int threads) {
     if (wanted <= pool.threads) return 0;
     int code = 0;
     pthread_mutex_lock(&pool.busy);
+    if (wanted <= pool.threads) { /* another has started as many while this waited */
+        pthread_mutex_unlock(&pool.busy);
+        return 0;
+    }
     if (pool.threads == 1) {
         atomic_store(&pool.turn, 0);
         atomic_store(&pool.stop, false);

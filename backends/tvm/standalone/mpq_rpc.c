@@ -27,6 +27,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { WORDS = 64, LONGEST = 4096, PIECE = 1 << 16 };
@@ -38,10 +39,12 @@ static void stop(int number) {
     stopped = 1;
 }
 
+static time_t deadline; /* of what a client must say first; 0 of what follows */
+
 static bool take(int client, void *data, size_t bytes) {
     for (char *at = data; bytes;) {
         ssize_t got = recv(client, at, bytes, 0);
-        if (got <= 0) return false;
+        if (got <= 0 || (deadline && time(NULL) > deadline)) return false;
         at += got;
         bytes -= (size_t)got;
     }
@@ -198,12 +201,13 @@ static void clear(void) {
 static void serve(int client, const char *token) {
     char greeting[4], kind;
     struct timeval patience = {.tv_sec = 10};
+    deadline = time(NULL) + patience.tv_sec;
     setsockopt(client, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
     char *given = take(client, greeting, 4) && !memcmp(greeting, "MPQ1", 4) ? text(client) : NULL;
     bool good = given && knows(given, token);
     if (given) good = answer(client, good ? NULL : "the token is wrong") && good;
     free(given);
-    patience.tv_sec = 0;
+    deadline = patience.tv_sec = 0;
     setsockopt(client, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
     while (good && take(client, &kind, 1)) good = kind == 'P' ? put(client) : kind == 'R' ? run(client) : kind == 'G' && get(client);
     close(client);
@@ -258,6 +262,14 @@ int main(int count, char **words) {
     fflush(stdout);
     for (int client; !stopped && (client = accept4(server, NULL, NULL, SOCK_CLOEXEC)) >= 0;) {
         setsockopt(client, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+        /* One that vanishes without a word makes room for the next. */
+        struct timeval longest = {.tv_sec = 60};
+        int idle = 30, between = 10, times = 3;
+        setsockopt(client, SOL_SOCKET, SO_SNDTIMEO, &longest, sizeof longest);
+        setsockopt(client, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+        setsockopt(client, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof idle);
+        setsockopt(client, IPPROTO_TCP, TCP_KEEPINTVL, &between, sizeof between);
+        setsockopt(client, IPPROTO_TCP, TCP_KEEPCNT, &times, sizeof times);
         serve(client, token);
     }
     rmdir(folder);

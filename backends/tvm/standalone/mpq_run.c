@@ -48,8 +48,12 @@ static const char *find(const char *data, size_t bytes, const mpq_tensor *tensor
     snprintf(type, sizeof type, "\"%s\"", tensor->dtype);
     const char *end = data + 8 + header, *at = data + 8;
     size_t length = strlen(key);
-    for (; (at = memchr(at, '"', (size_t)(end - at))); at++)
-        if ((size_t)(end - at) > length && !memcmp(at, key, length) && at[length] == ':') break;
+    for (; (at = memchr(at, '"', (size_t)(end - at))); at++) { /* metadata may have the name too, with no {...} */
+        const char *next = at + length;
+        if ((size_t)(end - at) <= length || memcmp(at, key, length) || *next != ':') continue;
+        while (++next < end && *next == ' ') continue;
+        if (next < end && *next == '{') break;
+    }
     if (!at) return NULL;
     const char *close = memchr(at, '}', (size_t)(end - at));
     char entry[1024];

@@ -26,6 +26,8 @@ PROBLEMS = {
     "shared mask": Attention(5, 66, 2, 7, mask=(1, 2, 5, 66)),
 }
 BATCH = 2
+NO_KEY = (-1e30, float(np.finfo(np.float32).min), -np.inf)
+"""What masks hold for a key that is not there."""
 
 
 def _case(problem: Attention, inputs: list[np.ndarray]) -> Case:
@@ -74,10 +76,18 @@ def _spoiled(which: int) -> list[np.ndarray]:
     return inputs
 
 
+def _without_a_key(lowest: float) -> list[np.ndarray]:
+    """The first sample sees no key."""
+    inputs = _inputs("key mask")
+    inputs[3][0] = lowest
+    return inputs
+
+
 SUITE = Suite(
     {name: _case(problem, _inputs(name)) for name, problem in PROBLEMS.items()}
     | {"quantized": _case(*_quantizing())}
     | {"extreme": _case(PROBLEMS["49 tokens, D 24"], _inputs("49 tokens, D 24", 1000.0))}
+    | {f"no key, {x:g}": _case(PROBLEMS["key mask"], _without_a_key(x)) for x in NO_KEY}
     | {f"nan {w}": _case(PROBLEMS["49 tokens, D 24"], _spoiled(w)) for w in (0, 1)}
 )
 
@@ -116,3 +126,10 @@ def test_nan_key_spoils_its_head_only() -> None:
 def test_a_mask_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="does not broadcast"):
         Attention(5, 6, 2, 8, mask=("B", 3, 5, 6))
+
+
+@pytest.mark.parametrize("lowest", NO_KEY)
+def test_a_row_without_any_key_is_their_mean(lowest: float) -> None:
+    y, v = SUITE.first[f"no key, {lowest:g}"], _inputs("key mask")[2]
+    assert error(y[0], np.broadcast_to(v[0].mean(0), y[0].shape)) <= 2e-6
+    assert same_bits(y[1], SUITE.first["key mask"][1])

@@ -573,3 +573,51 @@ def test_products_that_are_none_are_refused():
     for equation in ("bkm,bkm->b", "bkm,bnm->bk", "akm,bkm->abk"):
         with pytest.raises(UserError, match=r"aten\.einsum.*(no product|batch outermost)"):
             lower(built(equation), (1,))
+
+
+def test_equal_calls_on_other_shapes_keep_their_own(tmp_path):
+    """A norm of two reshapes of one tensor is one kernel call, and two values."""
+
+    def build_graph(graph, store, x, group):
+        call = graph.call_function
+        both = call(aten.cat.default, ([x, call(aten.add.Tensor, (x, 1.0))], 1))
+
+        def turned(rows, columns):
+            y = call(aten.reshape.default, (both, [-1, rows, columns, 7]))
+            y = call(aten.layer_norm.default, (y, [7], None, None, 1e-5, False))
+            return call(aten.reshape.default, (call(aten.permute.default, (y, [0, 2, 1, 3])), [-1, 70]))
+
+        return call(aten.add.Tensor, (turned(2, 5), turned(5, 2)))
+
+    check_by_hand(by_hand(build_graph), tmp_path, exact=False)
+
+
+def test_an_empty_part_of_a_concatenation_is_left_out(tmp_path):
+    def build_graph(graph, store, x, group):
+        none = graph.call_function(aten.slice.Tensor, (x, 2, 3, 3))
+        return graph.call_function(aten.cat.default, ([none, x, x], 2))
+
+    check_by_hand(by_hand(build_graph), tmp_path, exact=True)
+
+
+@pytest.mark.parametrize(
+    ("build_graph", "reason"),
+    [
+        (lambda call, x: call(aten.select.int, (x, 0, 0)), "it takes a part of the batch"),
+        (lambda call, x: call(aten.slice.Tensor, (x, 0, 0, 1)), "it takes a part of the batch"),
+        (
+            lambda call, x: call(ops.group_norm, (call(aten.reshape.default, (x, [-1, 1, 7])), 7, None, None, 1e-5)),
+            "a sample has several rows, each with statistics of its own",
+        ),
+        (
+            lambda call, x: call(ops.attention, (x, x, call(aten.slice.Tensor, (x, 2, 0, 1)), 1)),
+            "its values have other heads than its queries and keys",
+        ),
+    ],
+)
+def test_what_no_kernel_computes_is_refused(build_graph, reason):
+    def built(graph, store, x, group):
+        return build_graph(graph.call_function, x)
+
+    with pytest.raises(UserError, match=f"cannot be compiled for a CPU: {reason}"):
+        lower(by_hand(built), (1,))

@@ -171,3 +171,13 @@ def test_an_artifact(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(targets, "host_features", lambda: frozenset(target.features))
     with pytest.raises(UserError, match="cannot run 'x86-64-avx512vnni': it lacks avx512_bf16"):
         runtime.load(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_without_any_key_is_their_mean(kind: str) -> None:
+    inputs = inputs_of(PROBLEMS["mask"])
+    for lowest in (-1e30, float(np.finfo(np.float32).min)):
+        inputs[3][0] = lowest
+        y, mean = _of("mask", kind, inputs), inputs[2][0].mean(0)
+        assert error(y[0], np.broadcast_to(mean, y[0].shape)) <= 3e-2
+        assert error(y, meaning(PROBLEMS["mask"], inputs, kind)) <= numerics.BOUNDS[kind]

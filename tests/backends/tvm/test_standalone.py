@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from mpq_compiler import artifact, compiler, denoiser, evaluation, runtime, targ
 from mpq_compiler.backends.tvm import standalone
 from mpq_compiler.backends.tvm.build import build
 from mpq_compiler.errors import UserError
-from tests import packed, qemu
+from tests import packed, programs, qemu
 from tests.backends.tvm.test_emit import TARGETS, executed
 
 HOST = TARGETS[1]
@@ -255,3 +256,14 @@ def test_the_example_of_cmake_builds(emit, tmp_path):
         subprocess.run(command, check=True, capture_output=True)
     done = subprocess.run([made / "mpq_run", "--weights", folder / artifact.WEIGHTS], capture_output=True, text=True)
     assert done.returncode == 0 and "calls: median" in done.stdout
+
+
+def test_a_program_refuses_a_cpu_without_the_features_of_its_kernels(tmp_path):
+    """Attentions and layers in bfloat16 want more than the target of that name."""
+    case, _ = programs.bfloat16_layers()
+    row = targets.TARGETS["x86-64-avx512vnni"]
+    built = build(case, row, (1,), cache=tmp_path, emit="c")
+    model = built.files["mpq_model.c"]
+    text = (model if isinstance(model, bytes) else Path(model).read_bytes()).decode()
+    (listed,) = re.findall(r"features\[\] = \{(.*?)\}", text)
+    assert built.features and all(f'"{name}"' in listed for name in (*row.features, *built.features))
