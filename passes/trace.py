@@ -109,9 +109,10 @@ def _export(wrapper: nn.Module, denoiser: Any) -> tuple[fx.Graph, Any]:
                 dynamic_shapes={"tensors": dynamic},
                 strict=False,
             )
-            if in_place := any(_mutates(node) for node in exported.graph.nodes):
+            module = exported.module(check_guards=False)
+            if in_place := bool(_in_place(module.graph)):
                 exported = exported.run_decompositions({})  # to operators that return a new tensor
-        module = exported.module(check_guards=False)
+                module = exported.module(check_guards=False)
     except Exception as error:
         raise UserError(f"{denoiser.name} cannot be traced: {_reason(error, denoiser.module.model)}") from error
     graph = copy_graph(module.graph)  # without the module, whose parameters live in the store
@@ -152,16 +153,21 @@ def _reason(error: BaseException, model: nn.Module) -> str:
     return f"{where}: {text}"
 
 
-def _mutates(node: fx.Node) -> bool:
-    """Whether the call writes to one of its operands."""
-    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
+def _in_place(graph: fx.Graph) -> list[fx.Node]:
+    """The calls that write to one of their operands, where an input decides on what; others make constants."""
+    decided: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or not decided.isdisjoint(node.all_input_nodes):
+            decided.add(node)
+    mutable = (n for n in graph.nodes if getattr(getattr(n.target, "_schema", None), "is_mutable", False))
+    return [node for node in mutable if node in decided]
 
 
 def _require_function(graph: fx.Graph, denoiser: Any, prefix: str) -> None:
     """UserError: a call draws random numbers, or changes a tensor in place, which nothing here expects."""
+    for node in _in_place(graph):
+        raise _refusal(node, denoiser, prefix, f"{_operator(node)} changes a tensor in place")
     for node in graph.nodes:
-        if _mutates(node):
-            raise _refusal(node, denoiser, prefix, f"{_operator(node)} changes a tensor in place")
         seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if node.target is aten.scaled_dot_product_attention.default:
             seeded = bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p"))

@@ -57,9 +57,7 @@ class Rows:
         check_block(channels, self.block)
         together = min(channels, max(1, TOGETHER // self.block) * self.block)
         waiting = shared(together)
-        for start in range(0, channels, together):
-            if start:
-                barrier()
+        for start in range(0, channels, together):  # a thread writes where it alone has read: no barrier between them
             count = min(together, channels - start)
             self._rotated(value, sample, row, start, count, waiting, thread, threads)
 

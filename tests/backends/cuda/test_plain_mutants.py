@@ -193,10 +193,13 @@ ROWS: Mutants = {
     "differences turned": ("store(waiting, a - b, low + step)", "store(waiting, b - a, low + step)"),
     "sums where differences go": ("store(waiting, a - b, low + step)", "store(waiting, a + b, low + step)"),
     "unscaled": ("vmath.f32(block**-0.5, 1)", "vmath.f32(1.0, 1)"),
-    "the scale of all channels": ("vmath.f32(block**-0.5, 1)", "vmath.f32(channels**-0.5, 1)"),
+    "the scale of all channels": ("vmath.f32(block**-0.5, 1)", "vmath.f32(count**-0.5, 1)"),
     "a step too few": ("while step < block:", "while step < block // 2:"),
     "a step too many": ("while step < block:", "while step < 2 * block:"),
-    "a pair too few": ("strided(thread, channels // 2, threads)", "strided(thread, channels // 2 - 1, threads)"),
+    "a pair too few": ("strided(thread, count // 2, threads)", "strided(thread, count // 2 - 1, threads)"),
+    "the first run again": ("value(start + c)", "value(c)"),
+    "the first run's place": ("sample, row, start + c)", "sample, row, c)"),
+    "runs as long as the first": ("count = min(together, channels - start)", "count = together"),
     "the quantizer of the first sample": ("self.finish.quantizer(sample)", "self.finish.quantizer(0)"),
     "operands of the first row": (
         "self.finish(value, sample, (row,), channel",
@@ -512,6 +515,7 @@ BUILDERS = {name: template.build for name, template in templates.TEMPLATES.items
 PROGRAMS = _cases("pointwise")[len(vmath.UNARY) - 1 :]
 ROWS_OF_CHANNELS = [
     *_cases("hadamard")[:1],
+    *_cases("hadamard")[-1:],
     *_cases("norms", of=lambda p: isinstance(p, GroupNorm) and p.block),
     *_cases("norms", of=_is(LayerNorm)),
 ]
