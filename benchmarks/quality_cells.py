@@ -81,7 +81,7 @@ class Cell:
 
     def result(self) -> dict[str, Any] | None:
         """The row, where there is one: nothing was computed, or the recipe cannot keep the budget."""
-        row = json.loads(self.file.read_text()) if self.file.exists() else {}
+        row = read(self.file)
         return row if "errors" in row else None
 
     def options(self, budget: int) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def cells_of(
 def budget_of(model: str, setting: str) -> int:
     """Stored bytes of uniform weights in all layers, and one in forty more."""
     file = RESULTS / "budgets.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
+    known = read(file)
     name = f"{model} {setting}"
     if name not in known:
         pipeline = UNIFORM.format(w=SETTINGS[setting][0], a=8, method="nearest")
@@ -131,6 +131,12 @@ def budget_of(model: str, setting: str) -> int:
 def float_strip(model: str) -> Path:
     """`Cell.strip` of the float model."""
     return RESULTS / f"{model}-float.png"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result; nothing where there is none."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
 
 
 def write(file: Path, value: Any) -> None:

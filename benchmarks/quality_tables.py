@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from benchmarks.quality_cells import (
     TIMES,
     Cell,
     float_strip,
+    read,
 )
 from mpq_compiler import metrics, pictures, svg, terminal
 
@@ -172,7 +172,7 @@ def trained(cells: Sequence[Cell]) -> list[list[str]]:
 def float_accuracies() -> dict[str, float | None]:
     """Of the models where it is known: share of the float model's images that a classifier takes for their class."""
     file = RESULTS / "float.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    return read(file)
 
 
 def _accuracies(rows: Rows) -> tuple[str, str]:
@@ -254,8 +254,7 @@ def _images(strip: Path) -> np.ndarray:
 
 @functools.cache
 def _step_times() -> dict[str, Any]:
-    known: dict[str, Any] = json.loads(TIMES.read_text()) if TIMES.exists() else {}
-    return known
+    return read(TIMES)
 
 
 def _step_ms(row: Mapping[str, Any]) -> str:

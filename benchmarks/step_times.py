@@ -11,7 +11,6 @@ artifact of a model beside itself, loaded twice.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -84,7 +83,7 @@ def main() -> None:
             for model in options.model
         }
         times = {model: timed(paths) for model, paths in artifacts.items()}
-    known = json.loads(quality_cells.TIMES.read_text()) if quality_cells.TIMES.exists() else {}
+    known = quality_cells.read(quality_cells.TIMES)
     quality_cells.write(quality_cells.TIMES, known | {model: {**of, **provenance()} for model, of in times.items()})
     for model, of in times.items():
         first, control = (of[name] for name in (next(iter(of)), CONTROL))

@@ -82,8 +82,7 @@ def bench(
     """
     peers.chosen(against)
     check(threads, batch, rounds)
-    if against and batch > math.prod(peers.JUDGED):
-        most = math.prod(peers.JUDGED)
+    if against and batch > (most := math.prod(peers.JUDGED)):
         raise UserError(f"--batch {batch} must be {most} or less with --against: quality is judged on {most} inputs")
     loaded = [runtime.load(path, threads, reuse_bytes=0) for path in paths]
     subject = loaded[0]

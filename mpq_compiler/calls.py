@@ -29,8 +29,9 @@ FLOAT_LAYERS = (aten.linear.default, ops.linear, ops.conv2d)
 QUANTIZERS = (ops.fake_quantize, ops.quantize)
 DYNAMIC_QUANTIZERS = (ops.dynamic_fake_quantize, ops.dynamic_quantize)
 FLOAT_QUANTIZERS = (ops.fake_quantize_float,)
-FAKE_QUANTIZERS = (ops.fake_quantize, ops.dynamic_fake_quantize, ops.fake_quantize_float)
 """Simulated in every stage: layers read the rounded floats."""
+FAKE_QUANTIZERS = (ops.fake_quantize, ops.dynamic_fake_quantize, *FLOAT_QUANTIZERS)
+"""All that give rounded floats."""
 ATTENTIONS = (ops.fake_quantize_attention, ops.quant_attention)
 """Attention on quantized operands, simulated and packed."""
 

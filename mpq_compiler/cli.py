@@ -482,7 +482,7 @@ def _verify(args: argparse.Namespace) -> Any:
 
     read = artifact.read(args.artifact)
     target = read.manifest["target"]
-    missing = sorted(targets.missing(target["arch"], target["features"]))
+    missing = sorted(targets.missing(target["arch"], target["features"], target.get("cuda", 0)))
     terminal.say(
         f"{args.artifact} is intact: {len(read.manifest['files'])} files for {target['name']}, "
         f"sha256 {read.manifest['artifact_sha256'][:16]}"

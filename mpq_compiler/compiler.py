@@ -348,8 +348,6 @@ def _times(
 
 def _latency_table(options: Options, target: targets.Target) -> latency_table.Table | None:
     """The table that was given. UserError: it is that of another target, of another CPU, of other threads."""
-    if options.latency is not None:
-        require_kernels(target)
     if options.latency_table is None:
         return None
     table = latency_table.load(options.latency_table)
@@ -462,6 +460,8 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
     if chosen.dumps is not None and chosen.dumps.resolve().is_relative_to(Path(output).resolve()):
         raise UserError(f"the dumps folder '{chosen.dumps}' lies within the output '{output}'; name another one")
     resolve(chosen)  # a wrong option is refused before the model is read, and so is a wrong table
+    if chosen.latency is not None:
+        require_kernels(target)
     _latency_table(chosen, target)
     denoiser = load_denoiser(model, chosen)
     with _standby(backend, chosen.jobs) as ready:

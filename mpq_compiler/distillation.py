@@ -137,8 +137,7 @@ def calls(session: Session, samples: int, steps: int) -> tuple[Data, Data]:
             chosen = latent % HELD_OUT == HELD_OUT // 2
             if not bool(chosen.any()):
                 return both, both
-            index = torch.arange(total)
-            return both.select(index[~chosen]), both.select(index[chosen])
+            return both.select(~chosen), both.select(chosen)
         seed = session.seed + SEED
         stride = samples * denoiser.calls_per_step
         return (

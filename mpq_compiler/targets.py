@@ -211,14 +211,11 @@ def _common_flags(cpuinfo: str) -> frozenset[str]:
 
 def missing_features(target: Target) -> list[str]:
     """What this machine lacks to run `target`: CPU flags in the table's order, another architecture, or a driver."""
-    lacking = missing(target.arch, target.features)
-    if target.is_cuda and not lacking and (version := gpu.driver_version()) < target.cuda:
-        return [f"an NVIDIA driver of CUDA {gpu.spelled(target.cuda)} (it has {gpu.spelled(version)})"]
-    return lacking
+    return missing(target.arch, target.features, target.cuda)
 
 
-def missing(arch: str, features: Iterable[str]) -> list[str]:
-    """`missing_features` of an artifact, which states its architecture and features itself."""
+def missing(arch: str, features: Iterable[str], cuda: int = 0) -> list[str]:
+    """`missing_features` of an artifact, which states its architecture, features and release of CUDA itself."""
     if arch not in ("any", platform.machine()):
         return [f"an {arch} CPU"]
     features = tuple(features)
@@ -228,6 +225,8 @@ def missing(arch: str, features: Iterable[str]) -> list[str]:
         if any(gpu.runs(code, level) for level in levels):
             own += ", and the first is used: choose by CUDA_VISIBLE_DEVICES"
         return [f"an NVIDIA GPU that runs {' or '.join(map(gpu.feature, code))}" + (f" (it has {own})" if own else "")]
+    if code and (version := gpu.driver_version()) < cuda:
+        return [f"an NVIDIA driver of CUDA {gpu.spelled(cuda)} (it has {gpu.spelled(version)})"]
     return [flag for flag in features if not gpu.stated([flag]) and flag not in host_features()]
 
 

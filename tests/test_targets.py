@@ -63,6 +63,7 @@ def test_a_gpu_is_asked_for_by_what_there_is_code_for(monkeypatch):
     monkeypatch.setattr(gpu, "levels", lambda: (86,))
     monkeypatch.setattr(gpu, "driver_version", lambda: 12060)
     assert targets.missing_features(target) == ["an NVIDIA driver of CUDA 13.0 (it has 12.6)"]
+    assert targets.missing(target.arch, target.features, cuda=12060) == []
 
 
 @pytest.mark.parametrize(

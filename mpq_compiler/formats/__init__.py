@@ -80,8 +80,10 @@ def names(extra: Iterable[str] = ()) -> list[str]:
 
 def version(name: str) -> str:
     """What a format of another package is, for keys of caches; empty for ours, whose changes the keys know."""
+    if isinstance(chosen := get(name), LowRankFormat):
+        return version(chosen.base.name)
     found = [e for e in entry_points.of(ENTRY_POINTS) if e.name == name]
-    return f"{get(name)} {entry_points.version(found[0])}" if found else ""
+    return f"{chosen} {entry_points.version(found[0])}" if found else ""
 
 
 @functools.cache
