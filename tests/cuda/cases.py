@@ -85,6 +85,7 @@ CASES = [
     Case("norms", RmsNorm(7, 100, epilogue=CODES), exact=False),
     Case("attention", Attention(40, 37, 2, 24), exact=False),
     Case("attention", Attention(5, 70, 2, 160, mask=("B", 1, 5, 70), epilogue=CODES), exact=False),
+    Case("attention", Attention(3, 5, 1, 2500), exact=False),
     Case("float_gemm", Linear(70, 33, 65, epilogue=ADDED)),
     Case("float_gemm", Linear(70, 33, 65, packed=True)),
     Case("float_gemm", Linear(3, 40, 20), exact=False),

@@ -19,9 +19,9 @@ from mpq_compiler.backends.tvm.kernels import vmath
 from mpq_compiler.backends.tvm.kernels.attention import LOWEST, Attention, arguments
 from mpq_compiler.backends.tvm.kernels.template import BATCH, Buffers, Finish, store, unravel
 from mpq_compiler.backends.tvm.kernels.vmath import f32, fma, keep, mul
+from mpq_compiler.errors import UserError
 
 THREADS = 128
-QUERIES = 32
 ROOM = 40 * 1024
 """Bytes of shared memory for queries, keys and values."""
 
@@ -31,14 +31,22 @@ def build(problem: Attention, name: str) -> PrimFunc:
     return primfunc(name, arguments(problem), lambda batch, buffers: _body(problem, batch, buffers))
 
 
+def _tile(dim: int) -> tuple[int, int]:
+    """Queries and keys that a block has in shared memory at once, powers of two."""
+    queries = keys = 32
+    while (queries + 2 * keys) * (dim + 1) * 4 > ROOM:
+        if queries == keys == 1:
+            raise UserError(f"no CUDA kernel computes attention in float32 of heads with {dim} dimensions")
+        if keys > 4 or (queries <= 4 and keys > 1):
+            keys //= 2
+        else:
+            queries //= 2
+    return queries, keys
+
+
 def _body(problem: Attention, batch: Any, buffers: Buffers) -> None:
     p, finish = problem, Finish(problem.epilogue, buffers)
-    keys = 32
-    while (QUERIES + 2 * keys) * (p.dim + 1) * 4 > ROOM and keys > 4:
-        keys //= 2
-    queries = QUERIES
-    while (queries + 2 * keys) * (p.dim + 1) * 4 > ROOM and queries > 4:
-        queries //= 2
+    queries, keys = _tile(p.dim)
     row_threads = THREADS // queries  # of a query
     own = -(-p.dim // row_threads)  # dimensions of a thread
     blocks, wide = -(-p.queries // queries), p.dim + 1  # rows apart by an odd number of banks, mostly

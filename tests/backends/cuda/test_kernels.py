@@ -18,9 +18,11 @@ from mpq_compiler import ops
 from mpq_compiler.backends.tvm import templates
 from mpq_compiler.backends.tvm.cuda import templates as cuda
 from mpq_compiler.backends.tvm.kernels import float_gemm
+from mpq_compiler.backends.tvm.kernels.attention import Attention
 from mpq_compiler.backends.tvm.kernels.dequantize import DequantizeTable, WeightOnly
 from mpq_compiler.backends.tvm.kernels.float_gemm import Conv2d, Linear
 from mpq_compiler.backends.tvm.kernels.template import Argument
+from mpq_compiler.errors import UserError
 from mpq_compiler.numerics import BF16
 from mpq_compiler.targets import TARGETS
 from tests.cuda import kernels
@@ -52,6 +54,11 @@ def results() -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{c.template}-{i}" for i, c in enumerate(CASES)])
 def test_as_on_the_cpu(results, number):
     check(CASES[number], *results[number])
+
+
+def test_heads_too_wide_for_shared_memory_are_refused():
+    with pytest.raises(UserError, match="no CUDA kernel computes attention in float32 of heads with 4000 dimensions"):
+        cuda.TEMPLATES["attention"].build(Attention(9, 9, 1, 4000), "attention")
 
 
 # ---------------------------------------------------------------------------------------------------- bfloat16
