@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 
+import hypothesis
 import pytest
 
 from tests.cuda import silicon
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: there is a worker for each core
 
+hypothesis.settings.register_profile("mpq", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("mpq")
+
 
 @pytest.fixture(scope="session", autouse=True)
-def cache_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> None:
+def cache_of_the_run(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> None:
     """One cache for the whole run, and never the user's: compiled kernels are shared by all suites and workers."""
     base = tmp_path_factory.getbasetemp()
-    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    root = base.parent if hasattr(pytestconfig, "workerinput") else base  # of the workers, not of a run that one starts
     os.environ["MPQ_CACHE"] = str(root / "mpq-cache")
 
 

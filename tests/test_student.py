@@ -143,9 +143,11 @@ def test_time_groups_that_a_batch_lacks_get_no_gradient():
     group = int(ops.time_group(x["timestep"], program.facts["time-groups"])[0])
     y = Student(program, student.values(program, trained, leaves)).run(x)
     tables = [n for n, v in trained.items() if v.kind == Kind.RANGE]
-    for gradient in torch.autograd.grad(y.square().sum(), [leaves[n] for n in tables]):
+    found = torch.autograd.grad(y.square().sum(), [leaves[n] for n in tables])
+    for gradient in found:
         others = [g for g in range(len(gradient)) if g != group]
         assert (gradient[others] == 0).all() and len(others) == len(program.facts["time-groups"])
+    assert all(gradient[group] != 0 for gradient in found)
 
 
 @pytest.mark.parametrize("offset", [None, torch.tensor([0.1, -0.2])])
@@ -306,7 +308,7 @@ def test_times_of_groups_lie_in_them():
     assert (late.diff() > 0).all() and late.isfinite().all()
 
 
-@pytest.mark.parametrize("theta", [-3.0, 0.0, 0.7, 40.0])
+@pytest.mark.parametrize("theta", [-40.0, -3.0, 0.0, 0.7, 40.0])
 @pytest.mark.invariant("lsq-2")
 def test_values_are_what_is_stored(theta):
     """Whatever theta: scales are positive halves, zero points whole codes."""

@@ -210,6 +210,12 @@ def _(program):
     return with_tensor(program, name, program.tensors[name].repeat(2))
 
 
+@mutant("group-tables", "bit-allocation")
+def _(program):
+    name = _edge(program)[1].scale
+    return with_tensor(program, name, program.tensors[name][:, None].repeat(1, 4))  # one a channel
+
+
 @mutant("small-floats", "bit-allocation", programs.SMALL_FLOATS)
 def _(program):
     del program.fallbacks[LINEAR]

@@ -12,7 +12,7 @@ from torch import fx
 from mpq_compiler import calls, costs, ops, pass_manager, printer, sensitivity_table, storage
 from mpq_compiler.ablation import noise_power
 from mpq_compiler.aten import aten
-from mpq_compiler.calibration import ATTENTION, RANGE, VALUES, attention_edges, collect
+from mpq_compiler.calibration import ATTENTION, RANGE, VALUES, attention_edges, collect, input_edge
 from mpq_compiler.errors import UserError
 from mpq_compiler.exact import run_exact
 from mpq_compiler.pass_manager import Session
@@ -176,6 +176,14 @@ def test_sensitivities_are_those_of_what_is_used():
     node = program.attentions[0]
     edges = (*(e.name for e in attention_edges(node)), softmax(node.name))
     assert alone(*edges) == pytest.approx(table["attention"][node.name]["8"], rel=0.02)
+    edge = next(e for e, p in plan.activations.items() if p.dynamic)
+    single = plan.fork()
+    made = single.node(edge)
+    with single.graph.inserting_after(made):
+        rounded = single.graph.call_function(ops.dynamic_fake_quantize, (made, 8))
+    for reader in (n for n in single.quantizable if input_edge(n) is made):
+        reader.replace_input_with(made, rounded)
+    assert noise_power(run(single, inputs), reference) == pytest.approx(table["activations"][edge]["8"], rel=0.02)
 
 
 def _only(simulated: Program, single: Program, edges: tuple[str, ...]) -> fx.Graph:

@@ -46,10 +46,11 @@ def test_the_budget_is_met_and_used():
 
 
 @pytest.mark.parametrize("model", programs.MODELS)
-@pytest.mark.invariant("allocator-5", "compiler-7")
+@pytest.mark.invariant("allocator-5", "compiler-7", "fz-rmq-6")
 def test_stored_bytes_are_those_of_the_artifact(model):
     """To the byte: what the plan says is what the packed program stores."""
     plan = programs.after(model, "bit-allocation")
+    assert any(layer.format.endswith("+b") for layer in plan.weights.values())
     for name in ("fold-fake-quant", "fuse-epilogues"):
         stored = storage.stored(programs.after(model, name))
         assert costs.stored_bytes(plan) == sum(s.array.nbytes for s in stored.values())

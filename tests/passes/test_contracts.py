@@ -149,7 +149,9 @@ def test_contracts_behind_the_rewrites(model, pipeline):
 def test_methods_that_are_off_leave_uniform_rounding():
     """The passes of methods, each told to change nothing: the bits, and the bytes, of a pipeline without them."""
     passes = f"{programs.FRONT},bit-allocation{{uniform=int4}},insert-fake-quant,round-weights,fold-fake-quant"
-    methods = passes.replace("layout,", "layout,bos-split,split-shortcut{channels=4096},")
+    search = "gain=100,rows=64,samples=1,steps=2"
+    front = f"layout,bos-split,split-shortcut{{channels=4096}},equalize{{{search}}},rotate{{{search}}},"
+    methods = passes.replace("layout,", front)
     methods = methods.replace("insert", "numerics{mode=portable},insert")
     methods = methods.replace("round-weights", "residual-branch,low-rank,round-weights,distill{updates=0}")
     plain, off = (programs.after("unet2d", "fold-fake-quant", pipeline) for pipeline in (passes, methods))

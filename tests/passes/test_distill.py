@@ -110,11 +110,14 @@ def test_frozen_codes_stay(data, tmp_path):
 @pytest.mark.invariant("efficientdm-6")
 def test_zero_points_are_codes(data, tmp_path):
     rates = {**distillation.RATES, Kind.ZERO: 3.0}
-    trained, _ = train(start(), Stage("x", False, 8, rates), *data, session(tmp_path), 0)
+    program = start(programs.RESIDUAL.replace("int2+b", "int2+b,activations=4"))
+    trained, _ = train(program, Stage("x", False, 8, rates), *data, session(tmp_path), 0)
     calls = [n for n in trained.graph.nodes if n.target is fake_quantize]
+    moved = 0
     for call in calls:
         zero = trained.tensors[str(call.args[2].target)]
-        assert zero.dtype == torch.uint8 and int(zero.max()) < 2 ** call.args[4]
+        assert call.args[4] == 4 and zero.dtype == torch.uint8 and int(zero.max()) < 2**4
+        moved += int((zero != program.tensors[str(call.args[2].target)]).sum())
         assert trained.activations[call.args[0].name].zero_point == str(call.args[2].target)
 
 

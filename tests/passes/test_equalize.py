@@ -307,6 +307,8 @@ def test_nothing_changes_where_nothing_gains():
     before = programs.after("unet2d", "layout")
     after = step.run(before, Session(programs.denoiser("unet2d"), programs.calibration("unet2d")))
     assert [n.name for n in after.graph.nodes] == [n.name for n in before.graph.nodes]
+    read = {str(n.target) for n in before.graph.nodes if n.op == "get_attr"}
+    assert all(torch.equal(after.tensors[name], before.tensors[name]) for name in read)
 
 
 def test_the_bundled_model_is_the_same_to_the_bit():

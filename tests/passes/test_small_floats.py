@@ -33,7 +33,7 @@ BRANCHED = programs.SMALL_FLOATS.replace("uniform=fp4", "uniform=int2+b")
 # --- the operator ---------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200)
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=9), st.sampled_from([(2, 4), (2, 8), (4, 8)]))
 @pytest.mark.invariant("fpq-4", "fpq-5")
 def test_values_scales_and_powers_of_two(values, kind):
@@ -53,7 +53,7 @@ def test_samples_have_the_scales_of_their_groups_and_gradients_pass_within_the_r
     x = torch.tensor([[1.3, -20.0], [1.3, -20.0]], requires_grad=True)
     scale = torch.tensor([1.0, 4.0], requires_grad=True)
     y = ops.fake_quantize_float(x, scale, torch.tensor([0, 1]), 2, 4)
-    assert y.tolist() == [[1.5, -6.0], [2.0, -24.0]] or y.tolist() == [[1.5, -6.0], [2.0, -16.0]]
+    assert y.tolist() == [[1.5, -6.0], [2.0, -16.0]]  # -20 is a tie: to the even code
     y.sum().backward()
     assert x.grad.tolist() == [[1.0, 0.0], [1.0, 1.0]]
     assert scale.grad[0] == pytest.approx(1.5 - 1.3 - 6.0, abs=1e-5)  # rounding error, and the end of the range

@@ -9,8 +9,9 @@ import tvm
 
 from mpq_compiler import ops
 from mpq_compiler.backends.tvm.kernels import dequantize
+from mpq_compiler.backends.tvm.kernels.isa import ISAS
 from mpq_compiler.formats.packing import pack_codes
-from tests.integer_kernels import X86, assert_same_bits, needs
+from tests.integer_kernels import assert_same_bits, here
 
 FORMS = (
     (2, 1, (23,), 1, None),
@@ -38,8 +39,8 @@ def test_the_bits_of_torch_on_every_target(form):
     parts = [t.numpy() for t in (scale, offsets, lut, row_class) if t is not None]
     operands = [pack_codes(codes.numpy(), bits), *parts]
     problem = dequantize.DequantizeTable(rows, columns, segments, bits, classes, offset)
-    for name in X86:
-        isa = needs(name)
+    for name in here():
+        isa = ISAS[name]
         library = tvm.compile(tvm.IRModule({"kernel": dequantize.build(problem, name, "kernel")}), target=isa.target())
         y = tvm.runtime.tensor(np.zeros((rows, columns), np.float32))
         library["kernel"](*map(tvm.runtime.tensor, operands), y)

@@ -61,6 +61,12 @@ def runnable(name: str) -> targets.Target:
     return target
 
 
+def here() -> list[str]:
+    """The targets that this machine runs."""
+    found = [name for name in TARGETS if not targets.missing_features(targets.resolve(name))]
+    return found or pytest.skip("this machine runs no x86 target")
+
+
 @functools.cache
 def compiled(name: str, weights: str, target: str) -> tuple[artifact.Artifact, Lowered]:
     """The artifact of a packed program and the plan it was built from."""
@@ -219,14 +225,14 @@ def test_rotated_channels(tmp_path):
     made = [steps_of(k) for k in kernels if k.template == "hadamard" or dict(k.problem.fields).get("block")]
     assert len(made) > 20 and all(steps[-1] == "quantize" for steps in made)
     outputs = []
-    for target in TARGETS:
+    for target in here():
         folder = tmp_path / target
         folder.mkdir()
         machine = artifact_of(case.program, folder, target)
         outputs.append(torch.from_numpy(machine.run({key: value.numpy() for key, value in inputs.items()})))
         agreement = packed.sqnr_db(outputs[-1], expected) - packed.sqnr_db(run(case.program, inputs), expected)
         assert abs(agreement) <= 0.1
-    assert torch.equal(*outputs)
+    assert all(torch.equal(outputs[0], other) for other in outputs)
 
 
 @pytest.mark.parametrize(("name", "weights"), MODELS)
@@ -462,7 +468,7 @@ def check_by_hand(program: Program, folder: Path, exact: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = {"x": torch.randn(6, 5, 7, generator=generator), "timestep": torch.tensor([0, 999, 300, 299, 700, 512])}
     expected = run(program, inputs).numpy()
-    for target in TARGETS:
+    for target in here():
         (folder / target).mkdir()
         result = artifact_of(program, folder / target, target).run({k: v.numpy() for k, v in inputs.items()})
         if exact:

@@ -9,7 +9,8 @@ import tvm
 
 from mpq_compiler import ops
 from mpq_compiler.backends.tvm.kernels import float8
-from tests.integer_kernels import X86, assert_same_bits, needs
+from mpq_compiler.backends.tvm.kernels.isa import ISAS
+from tests.integer_kernels import assert_same_bits, here
 
 FINITE = {4: [c for c in range(256) if c & 0x7F != 0x7F], 5: [c for c in range(256) if c & 0x7F < 0x7C]}
 """Codes that are numbers in OCP's FP8 too."""
@@ -21,8 +22,8 @@ def test_every_code_on_every_target(exponent):
     scale = np.array([1, 2**-24, 6.1e-5, 0.02, 3.7, 1000, 65504], np.float16)
     expected = ops.dequantize_float8(torch.from_numpy(codes), torch.from_numpy(scale), codes.shape, exponent).numpy()
     problem = float8.DequantizeFloat8(*codes.shape, exponent)
-    for name in X86:
-        isa = needs(name)
+    for name in here():
+        isa = ISAS[name]
         library = tvm.compile(tvm.IRModule({"kernel": float8.build(problem, name, "kernel")}), target=isa.target())
         y = tvm.runtime.tensor(np.zeros(codes.shape, np.float32))
         library["kernel"](tvm.runtime.tensor(codes), tvm.runtime.tensor(scale), y)

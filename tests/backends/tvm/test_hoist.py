@@ -113,10 +113,10 @@ def test_functions_of_other_sizes_share_the_parts(case, others):
     time, text = first.parts
     assert [value.name for value in time.inputs] == ["timestep"]
     assert {value.name for value in text.inputs} == {"encoder_hidden_states", "g"}
-    projections = {call.node for call in time.calls if "time_emb_proj" in call.node}
-    keys = {call.node for call in text.calls if "attn2_to_k" in call.node or "attn2_to_v" in call.node}
-    assert projections and keys
-    assert not {call.node for call in first.own} & (projections | keys)
+    of_time, of_text = ("time_emb_proj",), ("attn2_to_k", "attn2_to_v")
+    for part, names in ((time, of_time), (text, of_text)):
+        assert all(any(name in call.node for call in part.calls) for name in names)
+    assert not [c.node for f in (first, second) for c in f.own if any(name in c.node for name in of_time + of_text)]
 
 
 def test_contents_have_numbers():

@@ -136,7 +136,7 @@ def test_time_group(name):
 _COMPILED: dict[int, tvm.runtime.Module] = {}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     x=st.lists(st.floats(allow_nan=False, width=32), min_size=5, max_size=5),
     scale=st.floats(2**-20, 2**20, width=32),
