@@ -69,9 +69,7 @@ def columns(row: dict[str, Any]) -> list[str]:
 
 
 def written(rows: Iterator[dict[str, Any]], path: Path, **about: Any) -> Sequence[dict[str, Any]]:
-    """The rows; after each of them all so far are in the file, with what is said about them and the machine."""
-    found: list[dict[str, Any]] = []
-    for row in rows:
-        found.append(row)
-        path.write_text(json.dumps({**provenance(), **about, "rows": found}, indent=1) + "\n")
+    """The rows, with what is said about them and the machine; what the file held stays until all are there."""
+    found = [*rows]
+    path.write_text(json.dumps({**provenance(), **about, "rows": found}, indent=1) + "\n")
     return found

@@ -48,7 +48,7 @@ from benchmarks.quality_cells import (
     write,
 )
 from mpq_compiler import checkpoint, compiler, denoiser, evaluation, metrics, terminal
-from mpq_compiler.errors import UserError
+from mpq_compiler.errors import BudgetError
 
 STEPS = 10
 SEED = 1000
@@ -147,7 +147,7 @@ def complete(name: str, cells: Sequence[Cell], computes: bool, jobs: int) -> Non
         print(f"{cell.name}, {cell.images} images ({number} of {len(missing)}) ...", flush=True)
         try:
             rows = compute(cell, jobs, sorted({cell.images, CLAIM["images"]}))
-        except UserError as error:  # a recipe of 4 and 8 bits at 2: kept, or each run would try again
+        except BudgetError as error:  # a recipe of 4 and 8 bits at 2: kept, or each run would try again
             write(cell.file, {"cell": asdict(cell), "refused": str(error)})
             print(f"{cell.name}: {error}", flush=True)
             continue

@@ -30,7 +30,7 @@ BEST_MINUTES = compiler.EFFORTS["best"]["distill"]["minutes"]
 SHOWN = "W2A8"
 """The setting of the first model of which images stand side by side."""
 UNIFORM = (
-    "trace,layout,calibrate,time-groups,bit-allocation{{uniform=int{w},activations={a}}},numerics,insert-fake-quant,"
+    "trace,layout,calibrate,time-groups{{bits={a}}},bit-allocation{{uniform=int{w},activations={a}}},numerics,insert-fake-quant,"
     "residual-branch,round-weights{{method={method}}},fold-fake-quant,fuse-epilogues"
 )
 BASELINES = {"nearest": "nearest", "gptq": "gptq"}
@@ -94,7 +94,7 @@ class Cell:
         given = {"recipe": self.recipe, "weights": f"{budget}B", "activations": activations, "seed": self.seed}
         if "distill" not in recipe.pipeline:
             return given
-        best = self.minutes == BEST_MINUTES
+        best = self.recipe == "default" and self.minutes == BEST_MINUTES
         return given | ({"effort": "best"} if best else {"minutes": self.minutes})
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from mpq_compiler import schemas
-from mpq_compiler.errors import UserError, nearest
+from mpq_compiler.errors import BudgetError, UserError, nearest
 
 GAP = 1e-6
 TIME_LIMIT = 60.0
@@ -163,7 +163,7 @@ class Solution:
         }
 
 
-class InfeasibleError(UserError):
+class InfeasibleError(BudgetError):
     """No allocation meets all budgets. `least` has, by budget, the least it can be with the others kept
     (None where the others alone cannot be met)."""
 

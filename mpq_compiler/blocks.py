@@ -7,6 +7,7 @@ so that any model has them.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from mpq_compiler.program import Program, copy_graph, prune
 
 _NO_VALUE = (
     ops.fake_quantize,
+    ops.fake_quantize_float,
     ops.dynamic_fake_quantize,
     ops.time_group,
     ops.dequantize_weight,
@@ -25,6 +27,8 @@ _NO_VALUE = (
     ops.binary_branch,
 )
 """Calls of the simulated program that the float program does not have."""
+_PART = re.compile(r"_part\d+(?=\.[^.]+$)")
+"""In the path of what `split-shortcut` makes of a parameter."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,11 @@ def blocks(model: torch.nn.Module, program: Program) -> list[Block]:
     owners: dict[fx.Node, str] = {}
     read: dict[str, set[str]] = {}
     for node in order:
-        paths = {path for path in _read(node) if path in known}
-        for path in paths:
-            owners[node] = block_of(path, lists)
-            read.setdefault(owners[node], set()).add(path)
+        for path in _read(node):
+            source = path if path in known else _PART.sub("", path)
+            if source in known:
+                owners[node] = block_of(source, lists)
+                read.setdefault(owners[node], set()).add(path)
     last = {owner: node for node, owner in owners.items()}
     found = []
     for name, node in sorted(last.items(), key=lambda item: place[item[1]]):

@@ -51,6 +51,8 @@ from mpq_compiler.program import Program, Stage, TensorStore, run
 
 HELD_OUT = 64
 """Teacher-forced inputs on which a compiled denoiser is judged, none of them seen in calibration."""
+HELD_OUT_STEPS = 8
+"""Of the trajectories that they are of, at most."""
 REFERENCE_MACS = 64e9
 """What the reference interpreter is asked to compute for that, in multiply-accumulates: some minutes at most."""
 REFERENCE_LEAST = 4
@@ -192,6 +194,11 @@ def resolve(options: Options) -> list[Pass]:
         latency=latency_table.parse_latency(options.latency),
     )
     recipe = recipe.override("calibrate", samples=options.samples, steps=options.steps)
+    if options.steps is not None:  # what else is sampled has no other times than those of so few steps
+        for name, option in (("equalize", "steps"), ("rotate", "steps"), ("distill", "steps")):
+            if name in recipe.pipeline:
+                usual = getattr(pass_manager.make(name, recipe.options.get(name, {})), option)
+                recipe = recipe.override(name, **{option: min(usual, options.steps)})
     if options.numerics != "portable" or "numerics" in recipe.pipeline:
         recipe = recipe.override("numerics", mode=options.numerics)
     if options.activations is not None and options.activations < 8:
@@ -201,7 +208,8 @@ def resolve(options: Options) -> list[Pass]:
             raise UserError(f"--effort '{options.effort}' is not known: {nearest(options.effort, EFFORTS)}")
         for name, given in EFFORTS[options.effort].items():
             if name == "distill" or name in recipe.pipeline:
-                recipe = recipe.override(name, **given)
+                stated = recipe.options.get(name, {}).keys() - {"minutes"}  # what a recipe is, it stays
+                recipe = recipe.override(name, **{o: value for o, value in given.items() if o not in stated})
     recipe = recipe.override("distill", minutes=options.minutes)
     passes = recipe.passes()
     pass_manager.check(passes)
@@ -306,6 +314,7 @@ def lower(denoiser: Denoiser, options: Options, progress: Any = None, passes: li
         sensitivity=table,
         latency=latency,
         numerics=targets.numerics_of(options.target) if any(p.name() == "numerics" for p in passes) else (),
+        steps=options.steps,
         seed=options.seed,
         jobs=options.jobs,
         cache=options.cache,
@@ -401,8 +410,8 @@ def held_out(denoiser: Denoiser, options: Options) -> dict[str, Tensor]:
     if options.calibration is not None:
         inputs = recording.split(recording.load(denoiser, options.calibration))[1]
         return _spread(inputs, HELD_OUT)
-    trajectories = 8
-    return denoisers.record_calibration(denoiser, trajectories, -(-HELD_OUT // trajectories), options.seed + 1)
+    steps = min(HELD_OUT_STEPS, options.steps or HELD_OUT_STEPS)
+    return denoisers.record_calibration(denoiser, -(-HELD_OUT // steps), steps, options.seed + 1)
 
 
 def _spread(inputs: dict[str, Tensor], count: int) -> dict[str, Tensor]:

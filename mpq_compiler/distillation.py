@@ -26,7 +26,7 @@ from mpq_compiler.denoiser import Denoiser, record_teacher
 from mpq_compiler.formats.base import nearest_codes
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.program import Program, part_of, run
-from mpq_compiler.recording import latent_numbers
+from mpq_compiler.recording import held_out_rows
 from mpq_compiler.relation import Memory, Relations, Term
 from mpq_compiler.relation import Step as RelationStep
 from mpq_compiler.student import Kind, Student, Variable, settled, values, variables
@@ -133,8 +133,7 @@ def calls(session: Session, samples: int, steps: int) -> tuple[Data, Data]:
 
         if given is not None:
             outputs = np.concatenate([teacher(**batch) for batch in batches(given)])
-            both, latent = Data(given, torch.from_numpy(outputs)), latent_numbers(given)
-            chosen = latent % HELD_OUT == HELD_OUT // 2
+            both, chosen = Data(given, torch.from_numpy(outputs)), held_out_rows(given, HELD_OUT)
             if not bool(chosen.any()):
                 return both, both
             return both.select(~chosen), both.select(chosen)
@@ -150,6 +149,22 @@ def affordable(program: Program, minutes: float) -> int:
     """Steps of training in the minutes given, reckoned from the size of the model alone."""
     macs = sum(costs.macs(program.facts["planned"]).values())
     return int(minutes * 60 * MACS / (3 * BATCH * max(macs, 1)))
+
+
+def block_updates(program: Program, found: Sequence[Block], updates: int) -> int:
+    """Steps of training of each block in the time of so many of the whole program.
+
+    A step of a block runs what leads up to it forward, in the float program too, and the block itself backward.
+    """
+    planned: Program = program.facts["planned"]
+    macs = costs.macs(planned)
+    own = {n.name: str(costs.weight_path(n)) for n in planned.quantizable}
+    spent = 0
+    for block in found:
+        reached = {n.name for n in cut(planned, block.output).graph.nodes} & macs.keys()
+        inside = sum(macs[name] for name in reached if own[name] in block.parameters)
+        spent += 2 * sum(macs[name] for name in reached) + 2 * inside
+    return updates * 3 * sum(macs.values()) // max(spent, 1)
 
 
 def trajectories(updates: int, epochs: int, steps: int) -> int:
@@ -427,6 +442,11 @@ class Gallery:
     outputs: list[np.ndarray]
     """Of the float model, call by call, while the reference was drawn."""
 
+    @property
+    def steps(self) -> int:
+        """Of sampling: `IMAGE_STEPS`, or as few as the model is compiled for."""
+        return min(IMAGE_STEPS, self.session.steps or IMAGE_STEPS)
+
     @classmethod
     def drawn(cls, session: Session, count: int) -> Gallery | None:
         """None where none are wanted, or the model cannot be sampled: its conditions are not known."""
@@ -456,8 +476,8 @@ class Gallery:
         at random later steps clean up, and what it errs alike everywhere they do not.
         """
         found: dict[float, float] = {}
-        with self.session.track("gains of times", IMAGE_STEPS) as advance:
-            for step in range(IMAGE_STEPS):
+        with self.session.track("gains of times", self.steps) as advance:
+            for step in range(self.steps):
                 found |= self._gain(program, step)
                 advance(1)
         return sorted(found.items())
@@ -494,7 +514,7 @@ class Gallery:
             model,
             self.denoiser.scheduler,
             sampler.gaussian(self.count, self.denoiser.latent_shape, self.seed),
-            steps=IMAGE_STEPS,
+            steps=self.steps,
             **self.denoiser.conditioning.arguments(self.conditions, self.count, self.denoiser.guidance),
             latent=self.denoiser.latent,
             seed=self.seed,
@@ -507,11 +527,13 @@ def _key(program: Program, trained: Mapping[str, Variable], stage: Stage, data: 
     import platform
 
     read = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
-    text = "\n".join(f"{n.name} {n.target} {n.args} {n.kwargs}" for n in program.graph.nodes)
+    text = "\n".join(f"{n.name} {ops.name_of(n.target)} {n.args} {n.kwargs}" for n in program.graph.nodes)
     latents = {name: v.start for name, v in trained.items() if v.kind == Kind.LATENT}
     capability = torch.backends.cpu.get_cpu_capability()
     times = program.facts["time-groups"] if stage.relation else ""  # by which it keeps what other steps had
     versions = f"2 {seed} {stage}{times} {torch.__version__} {platform.machine()} {capability}"
+    if stage.block is not None or stage.relation is not None:  # whose teacher is the float program
+        read |= {str(n.target) for n in program.facts["planned"].graph.nodes if n.op == "get_attr"}
     tensors = {name: program.tensors[name].contiguous() for name in sorted(read)}
     return cache.digest(
         versions,

@@ -10,6 +10,10 @@ class UserError(Exception):
     """Bad input or a condition of the machine; the command line prints its one sentence and exits with 1."""
 
 
+class BudgetError(UserError):
+    """A budget is less than the least that can be."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown `name`: ``did you mean 'x'?``, or the list of what there is."""
     names = sorted(known)

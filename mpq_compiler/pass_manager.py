@@ -66,6 +66,8 @@ class Session:
     """Times of layers in each format on the target, where they are asked for."""
     numerics: tuple[str, ...] = NUMERICS
     """Those of attentions that the target has kernels for."""
+    steps: int | None = None
+    """Of sampling, where they are said."""
     seed: int = 0
     jobs: int = 1
     cache: Path | None = None

@@ -27,6 +27,8 @@ from mpq_compiler.schedulers import FlowMatchEuler
 
 HELD_OUT_EVERY = 4
 """One row in so many is kept from calibration, and judges what was compiled."""
+FEWEST_TRAJECTORIES = 4
+"""Of which some are held out whole."""
 LEAST_TO_SPLIT = 8
 """Rows below which calibration and judgement share them all."""
 
@@ -189,11 +191,27 @@ def split(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
 
     Rows of the same latent at the same time, as classifier-free guidance makes them, stay together.
     """
-    latent = latent_numbers(inputs)
-    held = latent % HELD_OUT_EVERY == HELD_OUT_EVERY // 2
-    if int(latent.max()) + 1 < LEAST_TO_SPLIT:
+    if int(latent_numbers(inputs).max()) + 1 < LEAST_TO_SPLIT:
         return dict(inputs), dict(inputs)
+    held = held_out_rows(inputs, HELD_OUT_EVERY)
     return {n: v[~held] for n, v in inputs.items()}, {n: v[held] for n, v in inputs.items()}
+
+
+def held_out_rows(inputs: Mapping[str, Tensor], every: int) -> Tensor:
+    """bool [N]: the rows of one latent in ``every``.
+
+    Whole trajectories where there are some, known by as many latents at each time: of a trajectory that is trained on,
+    the step beside is known by heart.
+    """
+    number = latent_numbers(inputs)
+    first = torch.tensor([number.tolist().index(i) for i in range(int(number.max()) + 1)])
+    _, time, counts = inputs["timestep"][first].unique(return_inverse=True, return_counts=True)
+    if len(counts) > 1 and counts[0] >= FEWEST_TRAJECTORIES and bool((counts == counts[0]).all()):
+        order = time.argsort(stable=True)
+        within = torch.empty_like(order)
+        within[order] = torch.arange(int(counts[0])).repeat(len(counts))
+        number, every = within[number], min(every, int(counts[0]))
+    return number % every == every // 2
 
 
 def latent_numbers(inputs: Mapping[str, Tensor]) -> Tensor:

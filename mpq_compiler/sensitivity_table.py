@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpq_compiler.errors import UserError
+from mpq_compiler.errors import BudgetError, UserError
 
 VERSION = 1
 FLOAT = "float"
@@ -304,7 +304,7 @@ def most_sensitive(table: dict[str, Any], share: float, spared: Collection[str] 
 
 
 def require_bytes(table: dict[str, Any], limit_bytes: int, formats: Mapping[str, Sequence[str]]) -> None:
-    """UserError where even the smallest of each layer's ``formats`` exceed the budget; names the least that they need.
+    """BudgetError where even the smallest of each layer's ``formats`` exceed the budget; names the least they need.
 
     The costs of the table suffice: nothing has to be measured for it.
     """
@@ -312,7 +312,7 @@ def require_bytes(table: dict[str, Any], limit_bytes: int, formats: Mapping[str,
     least = table["fixed_bytes"] + sum(min(sizes[n][f]["bytes"] for f in names) for n, names in formats.items())
     if limit_bytes < least:
         per_bit = table["parameters"] / 8
-        raise UserError(
+        raise BudgetError(
             f"a budget of {limit_bytes} bytes ({limit_bytes / per_bit:.2f} true average bits) cannot be met: "
             f"the least that the formats allow is {least} bytes ({least / per_bit:.3f} bits)"
         )
@@ -330,7 +330,7 @@ def with_latencies(table: dict[str, Any], fixed: float, layers: Mapping[str, Map
 
 
 def require_latency(table: dict[str, Any], latency: float, formats: Mapping[str, Sequence[str]]) -> None:
-    """UserError where even the fastest of each layer's ``formats`` take longer than so many milliseconds."""
+    """BudgetError where even the fastest of each layer's ``formats`` take longer than so many milliseconds."""
     if "fixed_microseconds" not in table:
         raise UserError(
             "the sensitivity table holds no times, which --latency needs: measure it with `mpqc sensitivity MODEL "
@@ -340,7 +340,7 @@ def require_latency(table: dict[str, Any], latency: float, formats: Mapping[str,
     fixed = table["fixed_microseconds"] / 1e3
     least = fixed + sum(min(times[n][f]["microseconds"] for f in names) for n, names in formats.items()) / 1e3
     if latency < least:
-        raise UserError(
+        raise BudgetError(
             f"a latency of {latency:g} ms cannot be met: the smallest that the formats allow is {up(least)} ms, "
             f"{fixed:.4g} ms of it whatever they are"
         )

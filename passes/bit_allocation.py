@@ -124,7 +124,7 @@ class BitAllocation(Pass):
             if getattr(self, option):
                 self.require(option, 0 if option == "protected" else 1 / most, most)
         self.require("images", 1)
-        for option in ("ratios", "activation_ratios", "protected"):
+        for option in ("bops", "ratios", "activation_ratios", "protected"):
             if self.uniform is not None and getattr(self, option):
                 raise UserError(f"bit-allocation{{uniform}} solves no program, which '{option}' is an option of")
         if self.protected and self.protected_as == "float" and self.latency is not None:
@@ -146,6 +146,12 @@ class BitAllocation(Pass):
             )
         self.require("attention", 2, 8)
         self.require("activations", 2)
+        alike = self.uniform is not None or self.scored or not self.mixed
+        if alike and self.activations < UNQUANTIZED and self.activations % 1:
+            raise UserError(
+                f"bit-allocation{{activations={self.activations:g}}}: all activations have one width here; give "
+                "a whole number of bits"
+            )
         for option in ("weights", "bytes", "bops", "latency"):
             self.require(option, 0)
         if self.activation_format == "int":
@@ -402,7 +408,7 @@ class BitAllocation(Pass):
         return latency.costs(program, names, self.dynamic)
 
     def _solved(self, problem: dict[str, Any], table: dict[str, Any]) -> Solution:
-        """The solution. UserError: none is within the budgets; says how fast the model can be within the others."""
+        """The solution. InfeasibleError: none is within the budgets; how fast the model can be within the rest."""
         try:
             return solve(Problem.from_json(problem))
         except InfeasibleError as error:
@@ -410,9 +416,10 @@ class BitAllocation(Pass):
             if least is None:
                 raise
             whole = sensitivity_table.up((least + table["fixed_microseconds"]) / 1e3)
-            raise UserError(
+            raise InfeasibleError(
                 f"a latency of {self.latency:g} ms cannot be met together with the other budgets: with them kept the "
-                f"smallest is {whole} ms"
+                f"smallest is {whole} ms",
+                error.least,
             ) from error
 
     def _note_latencies(self, program: Program, session: Session) -> None:

@@ -129,6 +129,10 @@ class Distill(Pass):
         """What options have nothing to work on, in sentences."""
         if self.adapters and not round(updates * self.latent):
             yield "adapters had no effect: no update is of the weights themselves (latent)"
+        if self.blocks and not round(updates * self.latent):
+            yield "blocks had no effect: no update is of the weights themselves (latent)"
+        if self.window and not self.relation:
+            yield "window had no effect: no relation is learned, of whose features it is the mean (relation)"
         if self.relation and self._related(program, session) is None:
             yield "relation had no effect: no block is one of several of a kind, whose last one's features it compares"
         elif self.relation and self.blocks and updates == round(updates * self.latent):
@@ -149,8 +153,12 @@ class Distill(Pass):
         network = self.range_network and len(program.facts["time-groups"]) > 0
         stage = partial(Stage, rates=rates, adapters=self.adapters, range_network=network)
         if latent and self.blocks:
-            share = max(1, latent // len(found))
-            yield "blocks", [stage(block.name, True, share, block=block) for block in found]
+            if self.updates is None:  # the minutes are to be those of the whole program
+                share, more = distillation.block_updates(program, found, latent), 0
+            else:
+                share, more = divmod(latent, len(found))
+            steps = [max(1, share + (i < more)) for i in range(len(found))]
+            yield "blocks", [stage(b.name, True, n, block=b) for b, n in zip(found, steps, strict=True)]
         elif latent:
             yield "weights", [stage("weights", True, latent, relation=term)]
         if updates > latent:

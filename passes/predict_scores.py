@@ -167,14 +167,16 @@ class PredictScores(Pass):
             place = {name: 1 + i for i, name in enumerate(self.formats)}
             choices = learner.encoded([{path: place[f] for path, f in c.items()} for c in drawn])
             predictors = learner.predictors()
+            lock = threading.Lock()
             with session.track("training predictors", len(missing) * self.epochs) as advance:
 
-                def learn(fold: int) -> Scored:
+                def learn(fold: int) -> None:
                     learner.fit(predictors[fold], fold, choices, labels, advance)
-                    return learner.scored(predictors[fold], fold, choices, labels)
+                    scored = learner.scored(predictors[fold], fold, choices, labels)
+                    with lock:
+                        results[name(fold)] = scored.to_json()
 
-                for fold, scored in zip(missing, session.map(learn, missing), strict=True):
-                    results[name(fold)] = scored.to_json()
+                session.map(learn, missing)
         return [Scored.from_json(results[name(fold)]) for fold in range(self.folds)]
 
     def _note(

@@ -52,7 +52,7 @@ class TimeGains(Pass):
             program.note("time-gains: nothing can be drawn here, and errors at all times count alike")
             return program
         plan = {"uniform": self.weights, "activations": float(self.activations)}
-        planned = pass_manager.make("bit-allocation", plan).run(program, replace(session, progress=None))
+        planned = pass_manager.make("bit-allocation", plan).run(program, replace(session, progress=None, latency=None))
         measured = gallery.gains(made(planned, session))
         largest = max(gain for _, gain in measured)
         found = [(time, float(f"{gain / largest:.5e}")) for time, gain in measured]

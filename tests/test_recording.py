@@ -220,6 +220,22 @@ def test_what_judges_has_not_been_seen() -> None:
     assert all(part.keys() == few.keys() and len(part["sample"]) == 7 for part in recording.split(few))
 
 
+@pytest.mark.parametrize("trajectories", [4, 6, 10])
+def test_whole_trajectories_are_held_out(trajectories: int) -> None:
+    """What judges is no step beside one that was trained on; latest times come first, as a file is read."""
+    generator = torch.Generator().manual_seed(0)
+    times = torch.arange(20).flip(0).repeat_interleave(trajectories)
+    owner = torch.arange(trajectories).repeat(20)
+    inputs = {"timestep": times, "sample": torch.randn(len(times), 3, generator=generator), "owner": owner}
+    parts = recording.split(inputs)
+    kept, held = ({*part["owner"].tolist()} for part in parts)
+    assert kept and held and not kept & held and kept | held == {*range(trajectories)}
+    for part, owners in zip(parts, (kept, held), strict=True):
+        assert len(part["owner"]) == 20 * len(owners)
+    chosen = recording.held_out_rows(inputs, 8)
+    assert len({*owner[chosen].tolist()} & {*owner[~chosen].tolist()}) == 0 < int(chosen.sum())
+
+
 @pytest.mark.parametrize("images", [1, 2])
 def test_both_sides_of_guidance_are_judged(images: int) -> None:
     """A guided call holds its latents twice, for the empty prompt and for the prompt; neither is split off."""

@@ -331,6 +331,9 @@ def test_protected_activations_of_the_widest_width_count_in_the_average():
     "options, message",
     [
         ({"uniform": "int4", "ratios": RATIOS}, "solves no program, which 'ratios'"),
+        ({"uniform": "int4", "bops": 1e9}, "solves no program, which 'bops'"),
+        ({"uniform": "int4", "activations": 5.5}, "one width here; give a whole number"),
+        ({"mixed": False, "activations": 6.9}, "one width here; give a whole number"),
         ({"protected": 1.5}, "'protected' .* must be 0 to 1"),
         ({"ratios": (0.0,)}, "'ratios' .* must be 0.0625 to 16"),
         ({"protected": 0.01, "latency": 1.0}, "protected_as=widest"),

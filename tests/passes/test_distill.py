@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from mpq_compiler import blocks, distillation, pass_manager
+from mpq_compiler import blocks, costs, distillation, pass_manager
 from mpq_compiler import denoiser as denoisers
 from mpq_compiler.distillation import Data, Stage, noise, train
 from mpq_compiler.errors import UserError
@@ -21,6 +26,7 @@ from mpq_compiler.verifier import verify
 from tests import programs
 
 MODEL = "unet2d"
+ROOT = Path(__file__).parents[2]
 BOTH = Stage("x", True, 8, adapters=4, range_network=True)
 
 
@@ -157,6 +163,35 @@ def test_goes_on_after_a_kill(data, tmp_path, monkeypatch, stage):
     assert len(updates) == 5 + 8 - 4 and same(whole, third)  # what is finished is not trained again
 
 
+def related():
+    """A stage whose features relate."""
+    found = blocks.blocks(programs.denoiser(MODEL).module.model, start())
+    return Stage("x", True, 8, relation=Term(next(b.output for b in found if b.repeated), 0.1))
+
+
+def test_goes_on_after_a_kill_in_another_process(data, tmp_path, monkeypatch):
+    """Keys know nothing of the process: no address, no order of sets."""
+    code = f"""
+    import os
+    from tests.passes import test_distill as t
+    from mpq_compiler import distillation
+    update = distillation._adam
+    def dies(state, *arguments):
+        if state.step == 5:
+            os._exit(9)
+        update(state, *arguments)
+    distillation._adam = dies
+    calls = [t.Data(*t.denoisers.record_teacher(t.programs.denoiser(t.MODEL), 2, 5, seed)) for seed in (1, 2)]
+    t.train(t.start(), t.related(), *calls, t.session(t.Path({str(tmp_path)!r})), 0)
+    """
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, env=environment)
+    assert done.returncode == 9
+    updates = killed_at(0, monkeypatch)
+    train(start(), related(), *data, session(tmp_path), 0)
+    assert updates == [5, 6, 7, 8]
+
+
 def test_a_torn_state_is_trained_anew(data, tmp_path):
     stage = Stage("x", False, 2)
     whole, _ = train(start(), stage, *data, session(tmp_path), 0)
@@ -281,6 +316,31 @@ def test_every_layer_is_in_one_block(model):
     planned = {n.name for n in program.facts["planned"].graph.nodes}
     assert {block.output for block in found} <= planned
     assert 1 < sum(len(block.parameters) > 4 for block in found) < len(found)
+
+
+PARTS = f"{programs.FRONT},bit-allocation{{uniform=int4}},{programs.BACK}".replace("layout,", "layout,split-shortcut,")
+
+
+@pytest.mark.parametrize("pipeline", [PARTS, programs.SMALL_FLOATS])
+def test_blocks_of_rewritten_programs(pipeline):
+    """Parts of layers belong to their layer's block; what is rounded to small floats is none of the float program's."""
+    program = programs.after(MODEL, "round-weights", pipeline)
+    found = blocks.blocks(programs.denoiser(MODEL).module.model, program)
+    assert {w.path for w in settled(program)} <= {path for block in found for path in block.parameters}
+    assert {block.output for block in found} <= {n.name for n in program.facts["planned"].graph.nodes}
+
+
+def test_blocks_have_the_minutes_of_the_whole():
+    """Updates of all blocks take what so many of the whole program take, as multiplications go."""
+    program, updates = start(), 1000
+    found = blocks.blocks(programs.denoiser(MODEL).module.model, program)
+    each = distillation.block_updates(program, found, updates)
+    planned = program.facts["planned"]
+    whole = sum(costs.macs(planned).values())
+    forward = [sum(costs.macs(blocks.cut(planned, b.output)).values()) for b in found]
+    assert forward[-1] == whole  # the last block sees everything
+    assert updates / len(found) < each < updates
+    assert 3 * updates * whole == pytest.approx(each * (2 * sum(forward) + 2 * whole), rel=0.01)  # each layer is in one
 
 
 def test_the_pass_goes_through_the_blocks(tmp_path):

@@ -37,6 +37,22 @@ def plain(grouped):
     return program
 
 
+def test_times_of_kernels_are_not_asked_for(tmp_path, grouped):
+    """Of the plan while gains are measured: a budget of time is that of the formats to choose from."""
+
+    class Times:
+        def costs(self, *asked):
+            raise AssertionError(asked)
+
+    found = TimeGains(images=1).run(grouped, session(tmp_path, latency=Times()))
+    assert len(found.facts["time-gains"]) == IMAGE_STEPS
+
+
+def test_a_model_of_few_steps_draws_in_as_many(tmp_path, plain):
+    gallery = Gallery.drawn(session(tmp_path, steps=4), IMAGES)
+    assert len(gallery.gains(plain)) == 4 == len(gallery.outputs)
+
+
 def test_a_gain_is_the_error_of_the_images_by_that_of_one_step(tmp_path, plain):
     gallery = Gallery.drawn(session(tmp_path), IMAGES)
     found = gallery.gains(plain)
