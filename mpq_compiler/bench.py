@@ -264,13 +264,13 @@ def _rows(
                 "bytes": entry.bytes,
                 "peak_bytes": peaks.get(entry.name),
                 "speedup": {name: statistics.median(values) for name, values in ratios.items()},
-                "spread": {name: _middle(values) for name, values in ratios.items()},
+                "spread": {name: middle(values) for name, values in ratios.items()},
             }
         )
     return rows
 
 
-def _middle(values: Sequence[float]) -> list[float]:
+def middle(values: Sequence[float]) -> list[float]:
     """The range of the middle eight tenths."""
     return [float(np.quantile(values, q)) for q in (0.1, 0.9)]
 

@@ -249,8 +249,13 @@ def _budget_options(made: argparse.ArgumentParser) -> None:
     budgets = made.add_argument_group("budgets")
     budgets.add_argument("--weights", metavar="BUDGET", help="true average bits (3.7), or bytes (40MB)")
     budgets.add_argument("--activations", type=float, metavar="BITS", help="average bits of the activations")
-    budgets.add_argument("--bops", type=float, metavar="N", help="bit operations per sample and step")
+    budgets.add_argument("--bops", metavar="N", help="bit operations per sample and step: 2.5e12, 2.5T")
     budgets.add_argument("--latency", metavar="TIME", help="of a call: 12ms, 800us (docs/latency.md)")
+    made.add_argument(
+        "--objective",
+        choices=("noise", "paper-db"),
+        help="what is to be least: the summed noise power (default), or that of each layer in dB, summed (as in MixDQ)",
+    )
 
 
 def _latency_table_option(made: argparse.ArgumentParser, described: str) -> None:
@@ -298,7 +303,7 @@ def _options(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     names = (
         *("recipe", "pipeline", "weights", "activations", "bops", "shapes", "calibration", "samples", "steps"),
         *("scheduler", "prediction_type", "guidance", "conditions", "sensitivity", "numerics", "seed"),
-        *("latency", "latency_table", "effort", "minutes", "threads", "jobs", "cache"),
+        *("latency", "latency_table", "objective", "effort", "minutes", "threads", "jobs", "cache"),
     )
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if given.get("jobs", 1) < 1:
@@ -552,10 +557,11 @@ def _allocate(args: argparse.Namespace) -> Any:
         table = sensitivity_table.load(args.problem)
         limit = sensitivity_table.byte_limit(table, *sensitivity_table.parse_budget(args.weights))
         latency = latency_table.parse_latency(args.latency)
-        problem = Problem.from_json(sensitivity_table.problem(table, limit, args.activations, args.bops, latency))
+        bops, terms = sensitivity_table.parse_bops(args.bops), sensitivity_table.Terms(args.objective == "paper-db")
+        problem = Problem.from_json(sensitivity_table.problem(table, limit, args.activations, bops, latency, terms))
     else:
-        if args.weights or args.activations or args.bops or args.latency:
-            raise UserError("budgets on the command line go with a sensitivity table; a problem has its own")
+        if args.weights or args.activations or args.bops or args.latency or args.objective:
+            raise UserError("budgets and objectives go with a sensitivity table; a problem has its own")
         problem = Problem.load(args.problem)
     solution = solve(problem, gap=args.gap, time_limit=args.time_limit).to_json()
     counts: dict[str, int] = {}

@@ -87,9 +87,12 @@ class Options:
     weights: str | float | None = None
     """Budget: true average bits, or bytes as "40MB"."""
     activations: float | None = None
-    bops: float | None = None
+    bops: str | float | None = None
+    """Budget: bit operations a sample, 2.5e12 or "2.5T"."""
     latency: str | float | None = None
     """Budget: milliseconds of a call, or as "800us"; of the table's samples and threads."""
+    objective: str | None = None
+    """"noise", or "paper-db": the sum of the layers' SQNR in dB (MixDQ). By default as the recipe says."""
     latency_table: str | Path | None = None
     """What `mpqc latency` measured (docs/latency.md); without one a budget has one measured here."""
     shapes: str | None = None
@@ -190,8 +193,9 @@ def resolve(options: Options) -> list[Pass]:
     recipe = recipe.override(
         "bit-allocation",
         activations=options.activations,
-        bops=options.bops,
+        bops=sensitivity_table.parse_bops(options.bops),
         latency=latency_table.parse_latency(options.latency),
+        objective=options.objective,
     )
     recipe = recipe.override("calibrate", samples=options.samples, steps=options.steps)
     if options.steps is not None:  # what else is sampled has no other times than those of so few steps

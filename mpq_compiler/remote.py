@@ -18,7 +18,7 @@ from typing import Any
 
 from mpq_compiler import artifact, latency_profile
 from mpq_compiler.artifact import Artifact
-from mpq_compiler.bench import CONTROL, check, names_of
+from mpq_compiler.bench import CONTROL, check, middle, names_of
 from mpq_compiler.errors import UserError
 from mpq_compiler.latency_table import Table
 
@@ -162,7 +162,7 @@ def bench(
                 "peak_bytes": None,
                 "sqnr_db": None,
                 "speedup": {other: statistics.median(values) for other, values in ratios.items()},
-                "spread": {other: [min(values), max(values)] for other, values in ratios.items()},
+                "spread": {other: middle(values) for other, values in ratios.items()},
             }
         )
     return {

@@ -409,6 +409,17 @@ def byte_limit(table: dict[str, Any], bits: float | None, size: int | None) -> i
     return min(limits, default=None)
 
 
+def parse_bops(text: str | float | None) -> float | None:
+    """Bit operations of ``2.5e12``, ``"2.5T"`` or ``"800G"``. UserError: none of these, or none at all."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*([-+]?[0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)\s*([kMGT])?\s*", str(text))
+    value = 0.0 if match is None else float(match[1]) * 1000.0 ** " kMGT".index(match[2] or " ")
+    if value <= 0:
+        raise UserError(f"--bops '{text}' is no number of bit operations: write 2.5e12 or 2.5T")
+    return value
+
+
 def parse_budget(text: str | float | None) -> tuple[float | None, int | None]:
     """(true average bits, bytes) of ``3.7`` or ``"40MB"``, ``"800kB"``, ``"2MiB"``; one of them is None."""
     if text is None:

@@ -177,7 +177,7 @@ def resolve(name: str) -> Target:
         if not missing_features(TARGETS[candidate]):
             return TARGETS[candidate]
     raise UserError(
-        f"no target fits this {platform.machine()} CPU (x86-64 needs AVX2, AArch64 needs dot products): "
+        f"no target fits this {platform.machine()} CPU (x86-64 needs AVX2): "
         "name one with --target, or use --target reference, which runs anywhere on torch"
     )
 

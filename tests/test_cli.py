@@ -246,6 +246,10 @@ def test_measure_once_allocate_often(folder: Path, model: Path, capsys: pytest.C
     assert {row["name"]: f"{row['weight']} u8" for row in report["layers"]} == chosen["choices"]
     fewer = command(folder, "allocate", table, "--weights", "3.2")
     assert fewer["objective"] > chosen["objective"]
+    decibels = command(folder, "allocate", table, "--weights", "4", "--objective", "paper-db")
+    assert decibels["objective"] < 0 and decibels["choices"] != chosen["choices"]
+    less = command(folder, "allocate", table, "--weights", "4", "--bops", f"{0.9 * chosen['costs']['bops']:.0f}")
+    assert less["costs"]["bops"] <= 0.9 * chosen["costs"]["bops"] and less["objective"] >= chosen["objective"]
 
 
 def test_a_problem_anybody_can_write(folder: Path) -> None:

@@ -80,6 +80,12 @@ def test_minutes_change_nothing_else_of_a_published_recipe():
     assert (distill.minutes, distill.latent, distill.window) == (30.0, 1.0, 2)
 
 
+def test_the_objective_of_the_paper_is_an_option():
+    (plan,) = (p for p in compiler.resolve(compiler.Options(recipe="mixdq", objective="paper-db", bops="2T"))
+               if p.name() == "bit-allocation")  # fmt: skip
+    assert plan.objective == "paper-db" and plan.bops == 2e12
+
+
 def test_few_steps_are_those_of_all_that_samples():
     found = {p.name(): p for p in compiler.resolve(compiler.Options(steps=4))}
     assert [found[n].steps for n in ("calibrate", "equalize", "rotate", "distill")] == [4, 4, 4, 4]

@@ -7,6 +7,7 @@ import pytest
 
 from mpq_compiler import sensitivity_table
 from mpq_compiler.allocation import Problem, solve
+from mpq_compiler.errors import UserError
 from mpq_compiler.sensitivity_table import CONTENT, QUALITY, Terms, group_budgets, monotone
 
 BITS = (2, 4, 8)
@@ -153,3 +154,16 @@ def test_the_most_sensitive_activations_at_their_narrowest_width():
     assert sensitivity_table.most_sensitive(posed, 0.25, spared=["xb"]) == ["xc"]
     posed["layers"][0]["edges"] = ["xa", "xb"]  # a shared weight
     assert sensitivity_table.most_sensitive(posed, 0.01) == ["xa", "xb"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("2.5T", 2.5e12), ("2.5e12", 2.5e12), (1e9, 1e9), ("800 G", 8e11), ("3k", 3000.0), (None, None)]
+)
+def test_bit_operations_are_written_with_units(text, value):
+    assert sensitivity_table.parse_bops(text) == value
+
+
+@pytest.mark.parametrize("text", ["2.5 TB", "many", "-1G", "0", "nan", "inf", ""])
+def test_what_is_no_number_of_bit_operations(text):
+    with pytest.raises(UserError, match=r"write 2\.5e12 or 2\.5T"):
+        sensitivity_table.parse_bops(text)
