@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
@@ -54,6 +54,22 @@ def check_place(path: Path) -> None:
         raise UserError(f"cannot write {path}: there is no folder {path.parent}; create it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {path}: {path.parent} cannot be written to; choose another place")
+
+
+def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Writes beside, then renames: nothing half-written is ever seen. A link stays one; a pipe is written to."""
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        with path.open("wb") as stream:
+            fill(stream)
+        return
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as stream:
+            fill(stream)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:

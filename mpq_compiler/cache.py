@@ -122,7 +122,7 @@ def entries(path: Path | None = None) -> Iterable[tuple[str, Path, int]]:
 
 def clear(path: Path | None = None) -> int:
     """Empties the cache; returns the bytes that were freed. Whatever else the folder holds stays."""
-    freed = sum(size for _, _, size in entries(path))
+    before = sum(size for _, _, size in entries(path))
     for kind in KINDS:
-        shutil.rmtree(folder(path) / kind, ignore_errors=True)
-    return freed
+        shutil.rmtree((folder(path) / kind).resolve(), ignore_errors=True)
+    return before - sum(size for _, _, size in entries(path))

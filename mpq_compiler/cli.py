@@ -112,7 +112,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--compare", metavar="MODEL", help="draw the same noise with the float model beside it")
     generate.add_argument("--images", type=int, metavar="N", default=20, help="images in the picture (20)")
     generate.add_argument("--steps", type=int, metavar="N", default=10, help="sampling steps (10)")
-    generate.add_argument("--seed", type=int, metavar="N", default=1, help="of the noise (1; calibration has 0)")
+    generate.add_argument("--seed", type=int, metavar="N", help="of the noise (default: calibration's and 1)")
     generate.add_argument("--class", dest="label", type=int, metavar="K", help="only images of class K")
     generate.add_argument("--prompt", metavar="TEXT", help="only images of this prompt, such as 'dark plain boot'")
     _condition_options(generate)
@@ -124,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--against", metavar="MODEL", help="the float model (default: the bundled one of its name)")
     evaluate.add_argument("--images", type=int, metavar="N", default=200, help="images to draw with both (200)")
     evaluate.add_argument("--eval-steps", type=int, metavar="N", default=10, help="sampling steps (10)")
-    evaluate.add_argument("--eval-seed", type=int, metavar="N", default=1, help="of the noise (1; calibration has 0)")
+    evaluate.add_argument("--eval-seed", type=int, metavar="N", help="of the noise (default: calibration's and 1)")
     _threads_option(evaluate, PER_CALL)
     _budget_options(evaluate)
     _latency_table_option(evaluate, "times of kernels, by `mpqc latency` (default with --latency: measured here)")
@@ -411,7 +411,8 @@ def _generate(args: argparse.Namespace) -> Any:
     if picture.suffix.lower() != ".png":
         raise UserError(f"-o {picture}: the picture is written as PNG; name it {picture.stem}.png")
     _require_new(picture, args.overwrite)
-    evaluation.check(args.images, args.steps, args.seed)
+    evaluation.check(args.images, args.steps, args.seed or 0)
+    seed = evaluation.unseen(args.artifact) if args.seed is None else args.seed
     painter = evaluation.with_conditions(evaluation.from_artifact(args.artifact, args.threads), args.conditions)
     conditions = painter.conditioning.chosen(args.images, args.label, args.prompt)
     painter.conditioning.arguments(conditions, args.images, args.guidance)  # refuses before the work begins
@@ -423,7 +424,7 @@ def _generate(args: argparse.Namespace) -> Any:
     for p, kind in zip(reversed(painters), ("artifact", "float model"), strict=False):
         with terminal.progress(f"drawing with the {kind}", args.steps * -(-args.images // evaluation.BATCH)) as advance:
             step = functools.partial(_advance, advance)
-            latents = p.draw(conditions, args.images, args.steps, args.seed, args.guidance, progress=step)
+            latents = p.draw(conditions, args.images, args.steps, seed, args.guidance, progress=step)
         drawn.insert(0, p.decode(latents))
     titles = ["float", "compiled"] if args.compare else None
     pictures.grid(drawn if args.compare else drawn[0], args.output, titles=titles)
@@ -434,7 +435,7 @@ def _generate(args: argparse.Namespace) -> Any:
         "output": str(args.output),
         "images": args.images,
         "steps": args.steps,
-        "seed": args.seed,
+        "seed": seed,
         "guidance": guidance,
         **{name: value for name, value in asked.items() if value is not None},
     }
@@ -604,6 +605,10 @@ def _latency(args: argparse.Namespace) -> Any:
     threads, names = args.threads or 1, [name.strip() for name in (args.formats or "").split(",") if name.strip()]
     sources = [Path(source) for source in args.sources]
     tables = [latency_table.load(source) for source in sources if source.suffix == ".json"]
+    if tables:
+        latency_table.merged(tables)  # of one machine
+    if tables and not args.rpc and len(tables) < len(sources):
+        latency_table.require_here(tables[0], threads, args.batch)
     artifacts = [path for path in sources if path.suffix == ".zip" or (path / artifact.MANIFEST).is_file()]
     if artifacts and args.rpc:
         opened = [artifact.read(path) for path in artifacts]
@@ -722,24 +727,22 @@ def _write_json(document: Any, path: Path) -> None:
 
 
 def _write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Writes beside, then renames: nothing half-written is ever seen."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as stream:
-            fill(stream)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    from mpq_compiler.artifact import write_whole
+
+    write_whole(path, fill)
 
 
 def _require_new(path: str | Path, overwrite: bool) -> None:
     """UserError where an output cannot be written, or exists and may not be replaced."""
-    from mpq_compiler.artifact import check_place
+    from mpq_compiler.artifact import MANIFEST, check_place
 
-    check_place(Path(path))
-    if Path(path).is_dir():
+    path = Path(path)
+    check_place(path)
+    if (path.parent / MANIFEST).is_file():
+        raise UserError(f"'{path.parent}' is an artifact, which another file would damage; name another place")
+    if path.is_dir():
         raise UserError(f"'{path}' is a folder; name a file")
-    if Path(path).exists() and not overwrite:
+    if path.exists() and not overwrite:
         raise UserError(f"'{path}' exists; choose another name or add --overwrite")
 
 

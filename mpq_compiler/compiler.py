@@ -132,6 +132,13 @@ class Options:
     """Folder for the program after every pass."""
     overwrite: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("wheels", "cache", "dumps"):
+            if (path := getattr(self, name)) is not None:
+                setattr(self, name, Path(path))
+        if self.jobs < 1:
+            raise UserError(f"--jobs {self.jobs} must be 1 or more")
+
 
 @dataclass
 class Report:

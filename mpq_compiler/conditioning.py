@@ -64,6 +64,8 @@ class Conditioning:
     text: TextEncoder | None = None
     given: Conditions | None = None
     """Conditions from a file, in place of varied classes or prompts."""
+    whole: bool = True
+    """All channels of the latents are drawn; else some come from elsewhere, such as those of an image to be changed."""
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -83,7 +85,9 @@ class Conditioning:
     @property
     def possible(self) -> bool:
         """Whether conditions can be made here; else they must come from a file."""
-        return self.given is not None or not self.needed or self.by_class or self.encoder is not None
+        return self.whole and (
+            self.given is not None or not self.needed or self.by_class or self.encoder is not None
+        )
 
     def of(self, wanted: Sequence[int] | Sequence[str] | Array) -> Conditions:
         """The conditions for class labels (the null class among them) or for prompts.

@@ -101,7 +101,14 @@ class Denoiser:
             self.null_class,
             self.text,
             self.given,
+            self.whole,
         )
+
+    @property
+    def whole(self) -> bool:
+        """Whether it gives all channels of the latents that it takes, and so can draw alone."""
+        taken, given = (self.config.get(name) for name in ("in_channels", "out_channels"))
+        return not (isinstance(taken, int) and isinstance(given, int)) or given >= taken
 
     def resized(self, height: int, width: int) -> Denoiser:
         """The same model on latents of another size. UserError: it takes none of that size."""
@@ -277,7 +284,10 @@ def wrap(
     text: TextEncoder | None = None,
     features: Path | None = None,
 ) -> Denoiser:
-    """A `Denoiser` around a diffusers module in memory; the arguments are those of `load`."""
+    """A `Denoiser` around a diffusers module in memory; the arguments are those of `load`.
+
+    The module itself is taken: it is in float32 and frozen from then on. Give a copy of one that is still trained.
+    """
     if codec not in sampler.CODECS:
         raise UserError(
             f"the codec {codec!r} of '{name}' is not known; {nearest(str(codec), sampler.CODECS)}"

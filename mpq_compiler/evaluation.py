@@ -204,31 +204,46 @@ def check(images: int, steps: int, seed: int = 0) -> None:
         raise UserError(f"cannot draw noise of seed {seed}; give 0 or more")
 
 
+def unseen(path: str | Path) -> int:
+    """A seed of noise that the artifact was not calibrated on."""
+    from mpq_compiler import artifact
+
+    return int(artifact.read(path).manifest["calibration"]["seed"]) + 1
+
+
 def evaluate_path(
     path: str,
     against: str | None,
     images: int,
     steps: int,
-    seed: int,
+    seed: int | None,
     progress: Any,
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """`evaluate` of an artifact, or of a model that is compiled for this machine first, against its float model."""
+    """`evaluate` of an artifact, or of a model that is compiled for this machine first, against its float model.
+
+    seed: of the noise; None: one that calibration did not draw from (`unseen`).
+    """
     import tempfile
 
     from mpq_compiler import artifact, checkpoint
 
-    check(images, steps, seed)
+    check(images, steps, seed or 0)
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(path)
         if not (target / artifact.MANIFEST).exists() and target.suffix != ".zip":
-            from mpq_compiler.compiler import compile
+            from mpq_compiler.compiler import Options, compile, load_denoiser
 
             against = against or path
             target = Path(scratch) / "compiled.mpq"
+            model = load_denoiser(path, Options(**options))  # what it cannot draw is said before it is compiled
+            model.scheduler.timesteps(steps)
+            conditioning = model.conditioning
+            conditioning.arguments(conditioning.varied(1), 1, options.get("guidance"))
             compile(path, target, progress, **options)
         else:
             _require_no_effect(path, options)
+        seed = unseen(target) if seed is None else seed
         painter = with_conditions(from_artifact(target, options.get("threads")), options.get("conditions"))
         if against is None and painter.name not in checkpoint.bundled():
             raise UserError(f"'{painter.name}' is no bundled model: name the float model with --against")

@@ -31,6 +31,8 @@ def inspect(
             asked = "--pass" if pass_name else "--diff" if diff else "--bisect"
             raise UserError(f"'{path}' is an artifact; {asked} needs the folder of a compilation's --dumps")
         return _artifact(path, layers)
+    if layers and (pass_name or diff or bisect):
+        raise UserError("--layers goes with none of --pass, --diff and --bisect: ask one after the other")
     if layers:
         return _layers(path)
     return _bisect(path) if bisect else _dumps(path, pass_name, diff)

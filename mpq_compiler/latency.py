@@ -27,7 +27,7 @@ from mpq_compiler.errors import UserError
 from mpq_compiler.fitting import REST, Rounding
 from mpq_compiler.latency_profile import measured, versions
 from mpq_compiler.latency_table import CALL, Table, timed_as
-from mpq_compiler.machine import cpu
+from mpq_compiler.machine import cpu, identity
 from mpq_compiler.numerics import F32
 from mpq_compiler.pass_manager import Pass, Session
 from mpq_compiler.program import Program, TensorStore, weight_of
@@ -206,7 +206,7 @@ class Latency:
                 "give a table that was measured on such a machine (`mpqc latency --rpc`, --latency-table FILE)"
             )
         build = importlib.import_module("mpq_compiler.backends.tvm.build")
-        about = f"1 {self.target.name} {cpu()} {self.threads} {self.batch} {version('apache-tvm')}"
+        about = f"1 {self.target.name} {identity()} {self.threads} {self.batch} {version('apache-tvm')}"
         results = cache.Results("latency", cache.digest(about, build._sources()), self.cache)
         others = (self._rows(program, next(iter(rows)), kind, dynamic) for kind in self.kinds[:-1])
         wanted = {timed_as(row.kernel) for calls in (*rows.values(), *others) for row in calls}

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpq_compiler import schemas
+from mpq_compiler import machine, schemas
 from mpq_compiler.errors import UserError
 
 VERSION = 1
@@ -105,6 +105,17 @@ def load(path: str | Path) -> Table:
         raise UserError(f"the latency table '{path}' is not JSON: {error}") from error
     except UserError as error:
         raise UserError(f"'{path}': {error}") from error
+
+
+def require_here(table: Table, threads: int, batch: int) -> None:
+    """UserError where what is measured on this machine could not be `merged` with a table."""
+    ours = {"cpu": machine.cpu(), "threads": threads, "batch": batch}
+    for key, value in ours.items():
+        if getattr(table, key) != value:
+            raise UserError(
+                f"a latency table that is given has the {key} '{getattr(table, key)}', and what is measured here would "
+                f"have '{value}'; measure them alike"
+            )
 
 
 def merged(tables: Sequence[Table]) -> Table:

@@ -212,6 +212,18 @@ def interval(values: Any, level: float = 0.95) -> tuple[float, float]:
     return mean - half, mean + half
 
 
+def share_interval(hits: Any, level: float = 0.95) -> tuple[float, float]:
+    """The confidence interval of a share, of `hits` [N] of 0 and 1, by its score (Wilson 1927): within 0 and 1, and of
+    some width where all are alike."""
+    from statistics import NormalDist
+
+    values = np.asarray(hits, dtype=np.float64)
+    z2, count, share = NormalDist().inv_cdf(0.5 + level / 2) ** 2, len(values), float(values.mean())
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def bootstrap(
     statistic: Callable[..., float], *arrays: Array, rounds: int = 200, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
@@ -274,7 +286,7 @@ def compare_images(
             )
         if labels is not None:
             hits = (scores.argmax(axis=1) == np.asarray(labels)).astype(np.float64)
-            low, high = interval(hits)
+            low, high = share_interval(hits)
             result["class_accuracy"] = {
                 "value": float(hits.mean()),
                 "low": max(low, 0.0),

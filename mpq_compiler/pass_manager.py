@@ -131,13 +131,13 @@ class Pass(ABC):
             given = "empty" if value == () else _print_value(value)
             raise UserError(f"option '{option}' of pass '{self.name()}' must be {wanted}, not {given}")
 
+    def changed(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        return {f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default}
+
     def text(self) -> str:
         """``name{option=value,...}`` with the options that differ from their defaults."""
-        changed = [
-            f"{f.name}={_print_value(getattr(self, f.name))}"
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != f.default
-        ]
+        changed = [f"{name}={_print_value(value)}" for name, value in self.changed().items()]
         return self.name() + ("{" + ",".join(changed) + "}" if changed else "")
 
 

@@ -49,10 +49,11 @@ def compile_pipeline(
         options: of `Options`. `steps`, `guidance` and `seed` apply to `calls` too, where those do not say otherwise.
 
     The `Report` is the artifact's, `pipeline.unet.report` or `pipeline.transformer.report`; its notes are warnings.
-    UserError: whatever `compile` refuses; a target that this machine cannot run; a call that the pipeline does not
-    take.
+    UserError: whatever `compile` refuses; a target that this machine cannot run; a pipeline on a GPU; a
+    call that the pipeline does not take.
     """
-    from mpq_compiler.compiler import compile
+    from mpq_compiler.artifact import check_output
+    from mpq_compiler.compiler import Options, compile, resolve
 
     part = part_of(pipeline)
     assert part is not None
@@ -62,6 +63,12 @@ def compile_pipeline(
             f"the pipeline could not run here with an artifact for '{target.name}', which needs {', '.join(missing)}: "
             "compile its denoiser alone"
         )
+    device = next(getattr(pipeline, part).parameters()).device
+    if device.type != "cpu":
+        raise UserError(f"the pipeline is on {device}, and is compiled on the CPU: pipeline.to('cpu')")
+    chosen = Options(**options)  # what is wrong is said before anything is drawn
+    check_output(output, chosen.overwrite)
+    resolve(chosen)
     with tempfile.TemporaryDirectory() as scratch:
         if calls:
             if options.get("calibration") is not None:

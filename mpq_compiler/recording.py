@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpq_compiler import schedulers, tensorfile
+from mpq_compiler import artifact, schedulers, tensorfile
 from mpq_compiler.denoiser import Denoiser
 from mpq_compiler.errors import UserError, nearest
 from mpq_compiler.inputs import convention_of
@@ -41,6 +41,12 @@ def require(denoiser: Denoiser, path: str | Path | None) -> None:
         conditioning.arguments(conditioning.varied(1), 1, denoiser.guidance)  # refuses a guidance that cannot be
         return
     inputs = ", ".join(f"{name} {str(spec).replace('[B', '[N')}" for name, spec in denoiser.input_specs.items())
+    if not denoiser.whole:
+        raise UserError(
+            f"'{denoiser.name}' gives fewer channels than its latents have, so that it cannot be sampled alone: give "
+            f"recorded inputs with --calibration FILE, a safetensors of {inputs}; "
+            "mpq_compiler.record_inputs(pipeline, FILE) records one (docs/calibration.md)"
+        )
     needed = ", ".join(conditioning.needed)
     raise UserError(
         f"'{denoiser.name}' is conditioned on {needed}, which cannot be sampled without its encoders: give recorded "
@@ -229,6 +235,8 @@ def record_inputs(pipeline: Any, path: str | Path, every: int = 1) -> Iterator[N
     pipeline: a pipeline, or the denoiser itself. every: keeps one call in so many (each has all rows of its batch).
     Nothing is written when the block raises. UserError: no call was made; the file cannot be written.
     """
+    path = Path(path)
+    artifact.check_place(path)
     model = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None) or pipeline
     parameters = inspect.signature(model.forward)
     convention = convention_of(model)
@@ -245,7 +253,15 @@ def record_inputs(pipeline: Any, path: str | Path, every: int = 1) -> Iterator[N
         row = {n: torch.as_tensor(v).detach().cpu() for n, v in named.items() if not isinstance(v, dict | list | tuple)}
         batch = max(len(v) for v in row.values() if v.ndim)
         row["timestep"] = row["timestep"].reshape(-1).expand(batch)
-        kept.append({n: (v.float() if v.is_floating_point() else v).numpy() for n, v in row.items()})
+        made = {n: (v.float() if v.is_floating_point() else v).numpy() for n, v in row.items()}
+        shapes = [{n: v.shape[1:] for n, v in call.items()} for call in (made, *kept[:1])]
+        if different := [n for n in shapes[0].keys() | shapes[-1].keys() if shapes[0].get(n) != shapes[-1].get(n)]:
+            name = min(different)
+            first, now = (list(shape.get(name, ())) if name in shape else "none" for shape in reversed(shapes))
+            raise UserError(
+                f"a call gives '{name}' of {now}, the first one of {first}: record calls of one size and kind in a file"
+            )
+        kept.append(made)
         for name, text in _sampled_by(pipeline).items():
             stated.setdefault(name, set()).add(text)
 
@@ -260,8 +276,7 @@ def record_inputs(pipeline: Any, path: str | Path, every: int = 1) -> Iterator[N
     # What changed between the calls describes none of them.
     metadata = {name: next(iter(texts)) for name, texts in stated.items() if len(texts) == 1}
     try:
-        with Path(path).open("wb") as stream:
-            tensorfile.save(stream, tensors, metadata)
+        artifact.write_whole(path, lambda stream: tensorfile.save(stream, tensors, metadata))
     except OSError as error:
         raise UserError(f"cannot write '{path}': {error.strerror}") from error
 

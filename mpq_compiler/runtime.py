@@ -201,16 +201,18 @@ class CompiledDenoiser:
         Arguments by position or by name, as arrays or torch tensors on the CPU; those that are None count
         as absent. A number, or an array of one, stands for one value a sample where the input has one (the
         timestep). An artifact for a GPU takes tensors on the GPU too, by way of the CPU, and returns the result where
-        the first of them is. Returns a `DenoiserOutput`, or a tuple of one where `return_dict` is false. UserError: as
-        `run`.
+        the first of them is. Tensors in half precision, as of a pipeline in it, are computed with as float32, and the
+        result has the type of the first. Returns a `DenoiserOutput`, or a tuple of one where `return_dict` is false.
+        UserError: as `run`.
         """
         named = self._named(args, kwargs)
         given = next((value for value in named.values() if _is_torch(value)), None)
+        named = {name: value.float() if _is_half(value) else value for name, value in named.items()}
         result: Any = self._convention.pack(self.run(named))
         if given is not None:
             torch = _torch()
             assert torch
-            result = torch.from_numpy(result).to(given.device)
+            result = torch.from_numpy(result).to(given.device, given.dtype if _is_half(given) else None)
         return DenoiserOutput(result) if return_dict else (result,)
 
     def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -398,6 +400,11 @@ def _torch() -> Any:
 def _is_torch(value: Any) -> bool:
     torch = _torch()
     return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _is_half(value: Any) -> bool:
+    """Whether it is a tensor of bfloat16 or float16."""
+    return _is_torch(value) and str(value.dtype) in ("torch.bfloat16", "torch.float16")
 
 
 def _array(name: str, value: Any, expected: Mapping[str, Any], devices: Collection[str]) -> np.ndarray:

@@ -111,6 +111,11 @@ def sample(
         done += 1
         if progress:
             progress(done, total)
+        if output.shape[1] < x.shape[1]:
+            raise UserError(
+                f"the model gives {output.shape[1]} channels for {x.shape[1]} that it takes: the others come from "
+                "elsewhere, such as an image to be changed, and it cannot draw alone"
+            )
         return output[:, : x.shape[1]]
 
     drawn = np.empty(noise.shape, np.float32)  # observers keep the inputs of every call, so no array is reused

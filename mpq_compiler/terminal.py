@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -77,7 +78,7 @@ def table(title: str, headers: Sequence[str], rows: Iterable[Sequence[object]], 
     for index, header in enumerate(headers):
         made.add_column(header, justify="right" if index in numeric else "left", overflow="fold")
     for row in rows:
-        made.add_row(*("" if cell is None else str(cell) for cell in row))
+        made.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
     output.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
     output.print(made)
 

@@ -27,10 +27,10 @@ def load(path: Path) -> Document:
 
     UserError: there are none, as in what an older version wrote.
     """
+    opened = None  # an unpacked zip lasts as long as what was read of it
     if (path / artifact.MANIFEST).is_file() or path.suffix == ".zip":
-        file = artifact.read(path).file(artifact.DECISIONS)
-    else:
-        file = path / artifact.DECISIONS
+        opened = artifact.read(path)
+    file = opened.file(artifact.DECISIONS) if opened else path / artifact.DECISIONS
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -124,6 +124,8 @@ class BitAllocation(Pass):
             if getattr(self, option):
                 self.require(option, 0 if option == "protected" else 1 / most, most)
         self.require("images", 1)
+        if self.uniform is not None and self.objective == "paper-db":
+            raise UserError("bit-allocation{uniform} solves no program, which 'objective' is an option of")
         for option in ("bops", "ratios", "activation_ratios", "protected"):
             if self.uniform is not None and getattr(self, option):
                 raise UserError(f"bit-allocation{{uniform}} solves no program, which '{option}' is an option of")

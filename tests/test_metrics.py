@@ -169,6 +169,12 @@ def test_intervals_hold_what_they_promise():
     inside = [low <= 1 <= high for low, high in (metrics.interval(rng.normal(1, 2, 50)) for _ in range(400))]
     assert 0.90 < np.mean(inside) < 0.98
     assert metrics.interval([3.0]) == (3.0, 3.0)
+    for share in (0.5, 0.99):
+        hits = rng.random((400, 200)) < share
+        inside = [low <= share <= high for low, high in map(metrics.share_interval, hits)]
+        assert 0.92 < np.mean(inside) < 0.985
+    low, high = metrics.share_interval(np.ones(200))
+    assert 0.97 < low < 0.99 and high == 1
     x = rng.normal(0, 1, (300, 8))
     y = x + rng.normal(0, 0.1, (300, 8))
     low, high = metrics.bootstrap(metrics.sqnr_db, x, y)

@@ -133,12 +133,36 @@ def test_calls_and_targets_that_cannot_be(tmp_path: Path) -> None:
         mpq_compiler.compile(pipeline, output, calls=[{"batch_size": "many"}])
     with pytest.raises(UserError, match="give one of them"):
         mpq_compiler.compile(pipeline, output, calls=[{}], calibration="x.safetensors")
+    drawn: list[Any] = []
+    pipeline.unet.register_forward_pre_hook(lambda *given: drawn.append(given))
+    for wrong, says in (({"recipe": "nothing"}, "unknown recipe"), ({"weights": "many"}, "neither bits")):
+        with pytest.raises(UserError, match=says):
+            mpq_compiler.compile(pipeline, output, calls=[{"num_inference_steps": 2}], **wrong)
+    output.touch()
+    with pytest.raises(UserError, match="exists"):
+        mpq_compiler.compile(pipeline, output, calls=[{"num_inference_steps": 2}])
+    output.unlink()
+    assert not drawn  # what is wrong is said before anything is drawn
     with pytest.raises(UserError, match="could not run here"):
         mpq_compiler.compile(pipeline, output, target="aarch64-dotprod")
     with pytest.raises(UserError, match="cannot compile a DDIMScheduler"):
         mpq_compiler.compile(pipeline.scheduler, output)
     assert isinstance(pipeline.unet, torch.nn.Module)
     assert not output.exists()
+
+
+def test_a_pipeline_in_half_precision(tmp_path: Path) -> None:
+    """Its denoiser is compiled from float32 and answers in the type that it is asked in."""
+    pipeline = ddim().to(torch.bfloat16)
+    unet = pipeline.unet
+    mpq_compiler.compile(pipeline, tmp_path / "x.mpq", **W8A8, samples=4, steps=2)
+    assert next(unet.parameters()).dtype == torch.bfloat16
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    times = torch.tensor([500, 20])
+    ours = pipeline.unet(x, times).sample
+    whole = pipeline.unet.run({"sample": x.float(), "timestep": times})
+    assert torch.equal(ours, torch.from_numpy(whole).bfloat16())
+    assert metrics.sqnr_db(unet.float()(x.float(), times).sample.detach().numpy(), whole) > 10
 
 
 def clip(folder: Path, width: int) -> dict[str, Any]:

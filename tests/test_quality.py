@@ -86,6 +86,13 @@ def test_the_objective_of_the_paper_is_an_option():
     assert plan.objective == "paper-db" and plan.bops == 2e12
 
 
+def test_an_effort_is_that_of_a_pipeline_by_hand_too():
+    text = ",".join(p.text() for p in compiler.resolve(compiler.Options()))
+    for effort in compiler.EFFORTS:
+        named, by_hand = (compiler.resolve(compiler.Options(effort=effort, **o)) for o in ({}, {"pipeline": text}))
+        assert [p.text() for p in named] == [p.text() for p in by_hand]
+
+
 def test_few_steps_are_those_of_all_that_samples():
     found = {p.name(): p for p in compiler.resolve(compiler.Options(steps=4))}
     assert [found[n].steps for n in ("calibrate", "equalize", "rotate", "distill")] == [4, 4, 4, 4]

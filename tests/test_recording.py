@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mpq_compiler import cli, compiler, denoiser, recording, tensorfile
+from mpq_compiler import cli, compiler, denoiser, evaluation, recording, tensorfile
 from mpq_compiler.errors import UserError
 from tests import tiny
 
@@ -66,6 +66,38 @@ def test_nothing_is_written_without_a_call_or_after_an_error(tmp_path: Path) -> 
     with pytest.raises(ZeroDivisionError), recording.record_inputs(unet, path):
         raise ZeroDivisionError
     assert not path.exists()
+
+
+def test_what_cannot_be_recorded_is_said_at_once(tmp_path: Path) -> None:
+    unet, path = tiny.model("unet2d"), tmp_path / "recorded.safetensors"
+    with pytest.raises(UserError, match="create it first"), recording.record_inputs(unet, tmp_path / "no" / "x"):
+        raise AssertionError("nothing is drawn")
+    x = torch.randn(1, *tiny.inputs("unet2d", batch=1)["sample"].shape[1:])
+    with recording.record_inputs(unet, path):
+        unet(x, 5)
+    whole = path.read_bytes()
+    with pytest.raises(UserError, match="record calls of one size"), recording.record_inputs(unet, path):
+        unet(x, 5)
+        unet(torch.cat([x, x], -1), 5)
+    assert path.read_bytes() == whole
+
+
+def test_a_model_of_fewer_channels_than_its_latents(tmp_path: Path) -> None:
+    """Super-resolution: half of the channels are the small image's; it cannot be sampled alone, and is compiled."""
+    model = tiny.model("unet2d", in_channels=6)
+    loaded = denoiser.wrap(model, name="larger")
+    assert not loaded.whole and not loaded.conditioning.possible
+    with pytest.raises(UserError, match="cannot be sampled alone: give recorded inputs with --calibration"):
+        compiler.compile(loaded, tmp_path / "out.mpq", target="reference")
+    given = loaded.random_inputs(16)
+    given["timestep"] = torch.arange(999, 0, -63)[:16]
+    report = compiler.compile(
+        loaded, tmp_path / "out.mpq", target="reference", calibration=written(given, tmp_path), weights=6
+    )
+    assert any("nothing can be drawn here" in note for note in report.notes)
+    painter = evaluation.from_artifact(tmp_path / "out.mpq")
+    with pytest.raises(UserError, match="3 channels for 6 that it takes"):
+        painter.draw(painter.conditioning.varied(1), 1, 2, 0)
 
 
 def test_without_a_file_the_command_says_what_to_give(

@@ -206,11 +206,24 @@ def test_bad_input_is_one_sentence(denoiser, change, says):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("half", ["bfloat16", "float16"])
+def test_a_call_in_half_precision_is_answered_in_it(denoiser, half):
+    """As a pipeline in half precision calls its denoiser; only the latents need be in it."""
+    torch = pytest.importorskip("torch")
+    given = {name: torch.from_numpy(value) for name, value in inputs(1).items()}
+    given["sample"] = given["sample"].to(getattr(torch, half))
+    found = denoiser(**given).sample
+    expected = denoiser.run({**given, "sample": given["sample"].float()})
+    assert found.dtype == getattr(torch, half) and torch.equal(found, torch.from_numpy(expected).to(found.dtype))
+
+
 def test_bad_torch_input(denoiser):
     torch = pytest.importorskip("torch")
     given = {name: torch.from_numpy(value) for name, value in inputs(1).items()}
     with pytest.raises(UserError, match="'sample' is bfloat16"):
-        denoiser(**{**given, "sample": given["sample"].bfloat16()})
+        denoiser.run({**given, "sample": given["sample"].bfloat16()})
+    with pytest.raises(UserError, match="'sample' is float64"):
+        denoiser(**{**given, "sample": given["sample"].double()})
     with pytest.raises(UserError, match=r"'sample' is on meta; this artifact takes it on the CPU: \.cpu\(\)"):
         denoiser(**{**given, "sample": given["sample"].to("meta")})
 

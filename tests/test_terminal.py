@@ -15,6 +15,12 @@ def test_long_work_is_heard_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert capsys.readouterr().err.splitlines() == ["counting (3) ...", "counting: 1 of 3", "counting: 2 of 3"]
 
 
+def test_cells_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.table("runs[best]", ("what",), [("runs[best]/x",), ("runs[/x]/y",)])
+    out = capsys.readouterr().out
+    assert "runs[best]/x" in out and "runs[/x]/y" in out
+
+
 def test_results_and_notes_go_their_own_ways(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
 
-from mpq_compiler import costs, decisions, page, pass_manager, probes, schemas, sensitivity_table, svg, why
+from mpq_compiler import artifact, costs, decisions, page, pass_manager, probes, schemas, sensitivity_table, svg, why
 from mpq_compiler.ablation import noise_power
 from mpq_compiler.allocation import Problem, solve
 from mpq_compiler.calibration import Calibration
@@ -239,6 +240,23 @@ def test_charts_keep_their_marks_inside_the_frame():
         width, height = map(int, re.search(r'viewBox="0 0 (\d+) (\d+)"', chart).groups())
         for name, value in re.findall(r' (x|y|cx|cy|x1|x2|y1|y2)="(-?[\d.]+)"', chart):
             assert 0 <= float(value) <= (width if "x" in name else height), (name, value)
+
+
+def test_decisions_are_read_of_a_zip(tmp_path):
+    """Whose files last as long as they are read."""
+    folder = packed_like(tmp_path / "a.mpq")
+    shutil.make_archive(str(tmp_path / "a"), "zip", folder)
+    assert why.load(tmp_path / "a.zip") == why.load(folder) == document()
+
+
+def packed_like(path: Path) -> Path:
+    """An artifact with decisions and not much else."""
+    from tests import test_artifact
+
+    encoded = decisions.encode(decisions.document(programs.steps("pixart", programs.MIXED)[-1].after))
+    files = {**test_artifact.FILES, artifact.DECISIONS: encoded}
+    test_artifact.write(path, files=files)
+    return path
 
 
 def test_an_artifact_of_before_has_no_decisions(tmp_path):

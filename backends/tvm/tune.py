@@ -61,7 +61,7 @@ def tuned(
             "compile without --tune, or on such a CPU"
         )
     version = importlib.metadata.version("apache-tvm")
-    key = caches.digest(sources, Path(__file__).read_bytes(), target.name, machine.cpu(), version)
+    key = caches.digest(sources, Path(__file__).read_bytes(), target.name, machine.identity(), version)
     known = caches.Results(KIND, key, cache)
     kernels = [kernel for kernel in lowered.kernels() if kernel.template == "gemm"]
     times: dict[Kernel, Times] = {}

@@ -84,7 +84,7 @@ def from_pipeline(text: str) -> Recipe:
     passes = pass_manager.parse(text)
     options: dict[str, dict[str, Any]] = {}
     for p in passes:
-        if options.setdefault(p.name(), p.options()) != p.options():
+        if options.setdefault(p.name(), p.changed()) != p.changed():
             raise UserError(f"pass '{p.name()}' stands twice in the pipeline with different options; it has one set")
     return Recipe("custom", "a pipeline given by hand", tuple(p.name() for p in passes), options)
 
