@@ -131,6 +131,23 @@ def test_a_dropped_connection_leaves_nothing_running(tmp_path):
             assert alive.read_text() == last
 
 
+def test_a_program_may_close_its_output(tmp_path):
+    """It is waited for, and ended where the client goes."""
+    (tmp_path / "device").mkdir()
+    with listening(tmp_path / "device") as address:
+        with Device(address, TOKEN) as device:
+            device.put(script(tmp_path, "echo said; exec >/dev/null 2>&1; sleep 0.3; exit 5"))
+            assert device.run("script") == (5, "said\n")
+        device = Device(address, TOKEN)
+        device.put(script(tmp_path, "exec >/dev/null 2>&1; sleep 60"))
+        device._send(b"R" + (1).to_bytes(4, "little") + remote._text("script"))
+        time.sleep(0.5)
+        device.socket.close()
+        begun = time.monotonic()
+        with Device(address, TOKEN):
+            assert time.monotonic() - begun < 30
+
+
 def test_bench_on_a_device(tmp_path, monkeypatch):
     """Two artifacts in turns, through a server on this machine."""
     monkeypatch.setenv(remote.TOKEN, TOKEN)

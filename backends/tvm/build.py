@@ -75,7 +75,12 @@ def build(
     if tune:
         with ExitStack() as stack:
             worker = workers[0] if workers else stack.enter_context(Worker())
-            lowered, tiles = tune_.tuned(lowered, target, worker, _sources(), cache, progress)
+            try:
+                lowered, tiles = tune_.tuned(lowered, target, worker, _sources(), cache, progress)
+            except (Crash, Failure) as error:
+                raise UserError(
+                    f"kernels for '{target.name}' cannot be tuned: {error}; compile without --tune, and report it"
+                ) from error
     stored = storage.stored(program, *(other.program for other in others))
     tensors = {name: tensor.array for name, tensor in stored.items()}
     beside: dict[str, bytes] = {}
@@ -357,6 +362,7 @@ def _key(kernel: Kernel, target: Target) -> str:
 def _sources() -> str:
     folder = Path(__file__).parent
     rooms = [path for room in ("kernels", "cuda") for path in sorted((folder / room).glob("*.py"))]
-    beside = [folder / f"{name}.py" for name in ("templates", "worker", "workspaces")]
-    files = [*rooms, *beside, Path(numerics.__file__)]
+    beside = [folder / f"{name}.py" for name in ("templates", "worker", "workspaces", "lowered")]
+    package = Path(numerics.__file__).parent
+    files = [*rooms, *beside, *(package / f"{name}.py" for name in ("numerics", "targets", "gpu"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

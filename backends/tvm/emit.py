@@ -10,8 +10,9 @@ is the `emitter`.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -131,6 +132,7 @@ def _function(
             output = e.values[operand(node, 0)]
         elif node.op != "get_attr":
             _emit(e, node)
+    _require_countable(e.values.values(), max(batches))
     assert output is not None
     shape = e.shape(operand(program.graph.output_node(), 0))
     if not output.batched or output.dtype != "float32" or shape[:1] != (BATCH,):
@@ -144,6 +146,17 @@ def _function(
     result = Value(output.name, shape, output.dtype)
     sizes = tuple(sorted({*batches}))
     return Function(inputs, calls, result, sizes, suffix, parts, step, tuple(mixed), tuple(copied.items()))
+
+
+def _require_countable(values: Iterable[Value], batch: int) -> None:
+    """UserError where a tensor has more elements than the indices of kernels count."""
+    for value in values:
+        elements = math.prod(batch if extent == BATCH else int(extent) for extent in value.shape)
+        if elements >= 2**31:
+            raise UserError(
+                f"'{value.name}' has {elements} elements at a batch of {batch}, and kernels count to {2**31 - 1}: "
+                "compile for smaller batches or images (--shapes)"
+            )
 
 
 def _emit(e: Emitter, node: fx.Node) -> None:

@@ -314,6 +314,8 @@ def _rotated_by_norm(known: _Calls) -> list[Call]:
         norm = next((made for kind in NORMS if (made := known.made_by(source, kind))), None)
         if norm is None or not known.only_reader(source, call) or problem.get("epilogue").get("operands"):
             continue
+        if any(step.get("op") != "quantize" for step in problem.get("epilogue").get("steps")):
+            continue  # a norm computes the steps of its own epilogue before it rotates
         j, own, block = known.place[source], norm.kernel.problem, problem.get("block")
         sizes = (own.get("channels"), *(dict(own.fields).get("parts") or ()))
         if any(size % block for size in sizes) or not known.known_at(j, [*operands.values()]):

@@ -49,9 +49,10 @@ def stored_code(codes: Buffer, index: Any, bits: int, count: int) -> Expr:
     """The code at `index` of a stored stream of `count` (`formats.packing`), int32: unsigned below 8 bits."""
     if bits == 8:
         return T.cast(tirx.reinterpret("int8", codes[index]), "int32")
-    if bits != 3:
+    if bits not in (3, 5):
         return _field(codes, index * bits, bits)
-    return _field(codes, index * 2, 2) | _field(codes, 2 * count + index, 1) << 2
+    low = bits - 1  # in a plane of their own; the highest bits follow in another
+    return _field(codes, index * low, low) | _field(codes, low * count + index, 1) << low
 
 
 def _field(codes: Buffer, bit: Any, width: int) -> Expr:

@@ -524,7 +524,7 @@ def quantize(x: Expr, inverse_scale: Expr, zero_point: Expr, bits: int) -> Expr:
     inverse_scale:  float32 scalar or lanes of x: ``f32(1) / scale``, computed in float32 (see `reciprocal`)
     zero_point:     int32 scalar or lanes of x, 0 <= z < 2^bits
 
-    NaN becomes z (the code of 0), on every target.
+    NaN becomes z (the code of 0), on every target: those that arithmetic makes, of which the low byte is 0.
     """
     let = Lets()
     count = lanes(x)

@@ -8,10 +8,19 @@ static const mpq_plan *const plan = &mpq_the_plan;
 /* Working memory of a thread: taken and given back in reverse order, so that a mark is all there is to know. */
 static _Thread_local char *workspace;
 static _Thread_local uint64_t used;
+static pthread_key_t ends; /* frees that of a thread that ends, whoever started it */
+static pthread_once_t ends_made = PTHREAD_ONCE_INIT;
+static bool has_ends;
+
+static void make_ends(void) { has_ends = !pthread_key_create(&ends, free); }
 
 static void *take(int type, int id, uint64_t bytes, int code, int bits) {
     (void)type, (void)id, (void)code, (void)bits;
-    if (!workspace && !(workspace = aligned_alloc(ALIGNMENT, plan->workspace_bytes))) return NULL;
+    if (!workspace) {
+        pthread_once(&ends_made, make_ends);
+        if (!(workspace = aligned_alloc(ALIGNMENT, plan->workspace_bytes))) return NULL;
+        if (has_ends) pthread_setspecific(ends, workspace);
+    }
     uint64_t size = ALIGNMENT + (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     if (used + size > plan->workspace_bytes) return NULL;
     char *block = workspace + used;
@@ -26,6 +35,7 @@ static int give_back(int type, int id, void *block) {
 }
 
 static void free_workspace(void) {
+    if (workspace && has_ends) pthread_setspecific(ends, NULL);
     free(workspace);
     workspace = NULL;
 }
@@ -91,7 +101,7 @@ static void *room(uint64_t bytes) {
     return block;
 }
 
-mpq_model *mpq_open(const char *weights, int threads) {
+static mpq_model *opened(const char *weights, int threads) {
     if (!fits_cpu()) return NULL;
     mpq_model *model = calloc(1, sizeof *model);
     if (!model) return fail("there is no memory");
@@ -137,7 +147,7 @@ mpq_model *mpq_open(const char *weights, int threads) {
     return model;
 }
 
-int mpq_run(mpq_model *model, int function, const void *const *inputs, void *output) {
+static int called(mpq_model *model, int function, const void *const *inputs, void *output) {
     if (!is_function(function)) return -1;
     const mpq_function *own = &build->functions[function];
     const mpq_steps *steps = &plan->steps[function];
@@ -149,6 +159,20 @@ int mpq_run(mpq_model *model, int function, const void *const *inputs, void *out
     if (run_calls(model, steps->first, steps->count)) return -1;
     memcpy(output, model->call + steps->output, own->output.bytes);
     return 0;
+}
+
+mpq_model *mpq_open(const char *weights, int threads) {
+    uint64_t before = plain_floats();
+    mpq_model *model = opened(weights, threads);
+    restore_floats(before);
+    return model;
+}
+
+int mpq_run(mpq_model *model, int function, const void *const *inputs, void *output) {
+    uint64_t before = plain_floats();
+    int code = called(model, function, inputs, output);
+    restore_floats(before);
+    return code;
 }
 
 void mpq_forget(mpq_model *model) { memset(model->known, 0, plan->stage_count * sizeof *model->known); }

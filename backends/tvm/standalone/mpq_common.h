@@ -14,6 +14,8 @@
 #include <unistd.h>
 #ifdef __aarch64__
 #include <sys/auxv.h>
+#else
+#include <xmmintrin.h>
 #endif
 
 #define ALIGNMENT 64
@@ -40,6 +42,29 @@ static bool is_function(int number) {
     bool known = number >= 0 && number < build->function_count;
     if (!known) fail("there is no function %d: there are %d", number, build->function_count);
     return known;
+}
+
+/* Rounding, denormals and exceptions as a C program begins with them, whatever the caller has set (-ffast-math): results
+ * have the same bits everywhere. Threads take over what the one that starts them has. What was is returned. */
+static uint64_t plain_floats(void) {
+#ifdef __aarch64__
+    uint64_t before;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)0));
+    return before;
+#else
+    unsigned before = _mm_getcsr();
+    _mm_setcsr(0x1f80);
+    return before;
+#endif
+}
+
+static void restore_floats(uint64_t before) {
+#ifdef __aarch64__
+    __asm__ volatile("msr fpcr, %0" : : "r"(before));
+#else
+    _mm_setcsr((unsigned)before);
+#endif
 }
 
 /* 0: one for each CPU. */

@@ -75,11 +75,12 @@ static int launch(lambda work, void *data, int tasks) {
     (void)tasks;
     group env = {NULL, wanted};
     if (wanted == 1 || pthread_mutex_trylock(&pool.busy)) return work(0, &(group){NULL, 1}, data);
+    if (env.count > pool.threads) env.count = pool.threads; /* others were stopped by who closed a model */
     pool.work = work;
     pool.data = data;
     atomic_store(&pool.failed, false);
-    atomic_store(&pool.left, wanted - 1);
-    next_turn(wanted);
+    atomic_store(&pool.left, env.count - 1);
+    next_turn(env.count);
     if (work(0, &env, data)) atomic_store(&pool.failed, true);
     for (int spin = 0; atomic_load(&pool.left); spin += spin < SPINS) spin < SPINS ? relax() : (void)sched_yield();
     bool failed = atomic_load(&pool.failed);
@@ -121,9 +122,11 @@ static int use_threads(int threads) {
 
 static void stop_threads(void) {
     if (pool.owner != getpid()) return;
+    pthread_mutex_lock(&pool.busy); /* the loop of another caller ends first */
     atomic_store(&pool.stop, true);
     if (pool.threads > 1) next_turn(0);
     for (; pool.threads > 1; pool.threads--) pthread_join(pool.others[pool.threads - 2], NULL);
     free(pool.others);
     pool.others = NULL;
+    pthread_mutex_unlock(&pool.busy);
 }

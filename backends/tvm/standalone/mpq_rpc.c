@@ -129,22 +129,22 @@ static bool watch(int client, pid_t program, int output) {
     static char printed[1 << 20];
     size_t used = 0;
     struct pollfd both[] = {{.fd = output, .events = POLLIN}, {.fd = client, .events = POLLRDHUP}};
-    for (;;) {
-        bool waited = poll(both, 2, -1) >= 0;
+    int status = 0;
+    while (both[0].fd >= 0 || !waitpid(program, &status, WNOHANG)) { /* it may close its output and go on */
+        bool waited = poll(both, 2, both[0].fd >= 0 ? -1 : 20) >= 0;
         if (!waited && !stopped) continue;
         if (!waited || both[1].revents) {
             kill(-program, SIGKILL);
             waitpid(program, NULL, 0);
             return false;
         }
+        if (both[0].fd < 0) continue;
         char spill[PIECE];
         bool room = used < sizeof printed;
         ssize_t got = read(output, room ? printed + used : spill, room ? sizeof printed - used : sizeof spill);
-        if (got <= 0) break;
-        if (room) used += (size_t)got;
+        if (got <= 0) both[0].fd = -1;
+        else if (room) used += (size_t)got;
     }
-    int status = 0;
-    waitpid(program, &status, 0);
     kill(-program, SIGKILL);
     uint32_t code = WIFEXITED(status) ? (uint32_t)WEXITSTATUS(status) : 256u + (uint32_t)WTERMSIG(status);
     return answer(client, NULL) && give(client, &code, 4) && give_text(client, printed, (uint32_t)used);

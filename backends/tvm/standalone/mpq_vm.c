@@ -192,7 +192,7 @@ static bool ready(mpq_model *model, const char *name, const mpq_tensor *like, in
     return member(model->machine, name, function);
 }
 
-mpq_model *mpq_open(const char *weights, int threads) {
+static mpq_model *opened(const char *weights, int threads) {
     if (!fits_cpu()) return NULL;
     mpq_model *model = calloc(1, sizeof *model);
     if (!model) return fail("there is no memory");
@@ -246,7 +246,7 @@ static bool run_part(part *own, const mpq_part *about, entry *all, const mpq_ent
     return true;
 }
 
-int mpq_run(mpq_model *model, int function, const void *const *inputs, void *output) {
+static int called(mpq_model *model, int function, const void *const *inputs, void *output) {
     if (!is_function(function)) return -1;
     const mpq_function *about = &build->functions[function];
     const mpq_entry *known = &machine->entries[function];
@@ -269,6 +269,20 @@ int mpq_run(mpq_model *model, int function, const void *const *inputs, void *out
     release(&made);
     own->ready = true;
     return 0;
+}
+
+mpq_model *mpq_open(const char *weights, int threads) {
+    uint64_t before = plain_floats();
+    mpq_model *model = opened(weights, threads);
+    restore_floats(before);
+    return model;
+}
+
+int mpq_run(mpq_model *model, int function, const void *const *inputs, void *output) {
+    uint64_t before = plain_floats();
+    int code = called(model, function, inputs, output);
+    restore_floats(before);
+    return code;
 }
 
 void mpq_forget(mpq_model *model) {

@@ -421,6 +421,11 @@ def test_quantized_attention_is_refused_by_name():
         lower(program, (1,))
 
 
+def test_more_elements_than_indices_count_are_refused():
+    with pytest.raises(UserError, match=r"'.*' has \d+ elements at a batch of \d+, and kernels count to 2147483647"):
+        lower(packed.program("pixart", "int4").program, (1, 2**26))
+
+
 @pytest.mark.parametrize("batches", [(), (0,), (1, -1)])
 def test_batches_are_positive(batches):
     with pytest.raises(UserError, match="cannot be compiled"):

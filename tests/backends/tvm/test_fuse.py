@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mpq_compiler import runtime, targets
+from mpq_compiler import ops, runtime, targets
+from mpq_compiler.aten import aten
 from mpq_compiler.backends.tvm import fuse
 from mpq_compiler.backends.tvm.build import build
 from mpq_compiler.backends.tvm.emit import lower
@@ -135,6 +136,15 @@ def test_norms_rotate_what_they_make(name, unfused):
         return Counter(p.type for p in problems if p.type == "hadamard.Hadamard" or dict(p.fields).get("block"))
 
     found = rotations()
+    whole, program = program, program.fork()
+    for graph in (program.graph, *program.regions.values()):
+        for node in [n for n in graph.nodes if n.target is ops.hadamard]:
+            with graph.inserting_after(node):
+                new = graph.call_function(aten.silu.default, (node,))
+            node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+    between = rotations()
+    assert between.keys() == {"hadamard.Hadamard"} and between.total() == found.total()  # its steps follow a rotation
+    program = whole
     unfused()
     alone = rotations()
     assert alone.keys() == {"hadamard.Hadamard"} and found.total() == alone.total()
