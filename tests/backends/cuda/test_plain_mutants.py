@@ -352,8 +352,8 @@ DEQUANTIZE_ROW: Mutants = {
     "a segment too short": ("T.serial(0, size)", "T.serial(0, size - 1)"),
 }
 STORED_ROWS: Mutants = {
-    "the upper bit of 3 from the start": ("2 * count + index, 1) << 2", "2 * count, 1) << 2"),
-    "no upper bit of 3": (" | _field(codes, 2 * count + index, 1) << 2", ""),
+    "the upper bit from the start": ("low * count + index, 1) << low", "low * count, 1) << low"),
+    "no upper bit": (" | _field(codes, low * count + index, 1) << low", ""),
     "codes within a byte turned": (">> (bit % 8)", ">> (7 - bit % 8)"),
     "codes without a sign": (
         'T.cast(tirx.reinterpret("int8", codes[index]), "int32")',
