@@ -70,6 +70,10 @@ def columns(row: dict[str, Any]) -> list[str]:
 
 def written(rows: Iterator[dict[str, Any]], path: Path, **about: Any) -> Sequence[dict[str, Any]]:
     """The rows, with what is said about them and the machine; what the file held stays until all are there."""
-    found = [*rows]
-    path.write_text(json.dumps({**provenance(), **about, "rows": found}, indent=1) + "\n")
+    found: list[dict[str, Any]] = []
+    beside = path.with_suffix(".part")  # with the rows so far
+    for row in rows:
+        found.append(row)
+        beside.write_text(json.dumps({**provenance(), **about, "rows": found}, indent=1) + "\n")
+    beside.replace(path)
     return found

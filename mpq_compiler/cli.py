@@ -412,8 +412,8 @@ def _generate(args: argparse.Namespace) -> Any:
         raise UserError(f"-o {picture}: the picture is written as PNG; name it {picture.stem}.png")
     _require_new(picture, args.overwrite)
     evaluation.check(args.images, args.steps, args.seed or 0)
-    seed = evaluation.unseen(args.artifact) if args.seed is None else args.seed
     painter = evaluation.with_conditions(evaluation.from_artifact(args.artifact, args.threads), args.conditions)
+    seed = painter.unseen if args.seed is None else args.seed
     conditions = painter.conditioning.chosen(args.images, args.label, args.prompt)
     painter.conditioning.arguments(conditions, args.images, args.guidance)  # refuses before the work begins
     painters = [painter]
@@ -598,7 +598,7 @@ def _sensitivity(args: argparse.Namespace) -> Any:
 
 
 def _latency(args: argparse.Namespace) -> Any:
-    from mpq_compiler import artifact, latency_profile, latency_table, remote, runtime
+    from mpq_compiler import artifact, latency_profile, latency_table, machine, remote, runtime
 
     output = Path(args.output)
     _require_new(output, args.overwrite)
@@ -606,9 +606,9 @@ def _latency(args: argparse.Namespace) -> Any:
     sources = [Path(source) for source in args.sources]
     tables = [latency_table.load(source) for source in sources if source.suffix == ".json"]
     if tables:
-        latency_table.merged(tables)  # of one machine
-    if tables and not args.rpc and len(tables) < len(sources):
-        latency_table.require_here(tables[0], threads, args.batch)
+        given = latency_table.merged(tables)
+        if not args.rpc and len(tables) < len(sources):  # before the others are measured
+            latency_table.require_alike(given, cpu=machine.cpu(), threads=threads, batch=args.batch)
     artifacts = [path for path in sources if path.suffix == ".zip" or (path / artifact.MANIFEST).is_file()]
     if artifacts and args.rpc:
         opened = [artifact.read(path) for path in artifacts]

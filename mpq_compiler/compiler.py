@@ -206,10 +206,10 @@ def resolve(options: Options) -> list[Pass]:
     )
     recipe = recipe.override("calibrate", samples=options.samples, steps=options.steps)
     if options.steps is not None:  # what else is sampled has no other times than those of so few steps
-        for name, option in (("equalize", "steps"), ("rotate", "steps"), ("distill", "steps")):
+        for name in ("equalize", "rotate", "distill"):
             if name in recipe.pipeline:
-                usual = getattr(pass_manager.make(name, recipe.options.get(name, {})), option)
-                recipe = recipe.override(name, **{option: min(usual, options.steps)})
+                usual = pass_manager.make(name, recipe.options.get(name, {})).options()["steps"]
+                recipe = recipe.override(name, steps=min(usual, options.steps))
     if options.numerics != "portable" or "numerics" in recipe.pipeline:
         recipe = recipe.override("numerics", mode=options.numerics)
     if options.activations is not None and options.activations < 8:

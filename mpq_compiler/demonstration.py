@@ -17,8 +17,6 @@ from mpq_compiler.errors import UserError, nearest
 MODEL = "fashion-unet"
 ROUNDS = 7
 TIMED_BATCH = 2
-SEED = 1
-"""Of the noise: from that of 0 the inputs were drawn that the artifact is calibrated on."""
 
 
 def demo(
@@ -46,12 +44,13 @@ def demo(
     loaded = denoisers.load(model)
     report = compile(loaded, output, terminal.progress, weights=weights, jobs=jobs, cache=cache, overwrite=overwrite)
     painters = [evaluation.from_denoiser(loaded), evaluation.from_artifact(output, threads=1)]
+    seed = painters[1].unseen
     with single_threaded():
         drawn = []
         for title, painter in zip(("drawing with the float model", "drawing with the artifact"), painters, strict=True):
             with terminal.progress(title, steps) as advance:
                 varied = painter.conditioning.varied(images)
-                drawn.append(painter.decode(painter.draw(varied, images, steps, SEED, progress=_stepwise(advance))))
+                drawn.append(painter.decode(painter.draw(varied, images, steps, seed, progress=_stepwise(advance))))
         times = _milliseconds([p.call for p in painters], painters[0])
     pictures.grid(drawn, picture, columns=5, scale=3, titles=[f"float32 ({model})", f"compiled, {weights} bits"])
     result = {

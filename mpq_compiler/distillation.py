@@ -26,7 +26,7 @@ from mpq_compiler.denoiser import Denoiser, record_teacher
 from mpq_compiler.formats.base import nearest_codes
 from mpq_compiler.pass_manager import Session
 from mpq_compiler.program import Program, part_of, run
-from mpq_compiler.recording import held_out_rows
+from mpq_compiler.recording import held_out_rows, latent_numbers
 from mpq_compiler.relation import Memory, Relations, Term
 from mpq_compiler.relation import Step as RelationStep
 from mpq_compiler.student import Kind, Student, Variable, settled, values, variables
@@ -133,7 +133,8 @@ def calls(session: Session, samples: int, steps: int) -> tuple[Data, Data]:
 
         if given is not None:
             outputs = np.concatenate([teacher(**batch) for batch in batches(given)])
-            both, chosen = Data(given, torch.from_numpy(outputs)), held_out_rows(given, HELD_OUT)
+            both = Data(given, torch.from_numpy(outputs))
+            chosen = held_out_rows(latent_numbers(given), given["timestep"], HELD_OUT)
             if not bool(chosen.any()):
                 return both, both
             return both.select(~chosen), both.select(chosen)
@@ -163,7 +164,7 @@ def block_updates(program: Program, found: Sequence[Block], updates: int) -> int
     for block in found:
         reached = {n.name for n in cut(planned, block.output).graph.nodes} & macs.keys()
         inside = sum(macs[name] for name in reached if own[name] in block.parameters)
-        spent += 2 * sum(macs[name] for name in reached) + 2 * inside
+        spent += 2 * (sum(macs[name] for name in reached) + inside)
     return updates * 3 * sum(macs.values()) // max(spent, 1)
 
 

@@ -35,6 +35,8 @@ class Painter:
     shape: tuple[int, int, int]
     codec: str
     conditioning: Conditioning
+    unseen: int = 1
+    """A seed of noise that it was not calibrated on."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -97,6 +99,7 @@ def from_artifact(path: str | Path, threads: int | None = None) -> Painter:
             about["null_class"],
             TextEncoder.load(about["text"], compiled.artifact.file(prompts.FILE)) if about.get("text") else None,
         ),
+        unseen=manifest["calibration"]["seed"] + 1,
     )
 
 
@@ -204,11 +207,13 @@ def check(images: int, steps: int, seed: int = 0) -> None:
         raise UserError(f"cannot draw noise of seed {seed}; give 0 or more")
 
 
-def unseen(path: str | Path) -> int:
-    """A seed of noise that the artifact was not calibrated on."""
-    from mpq_compiler import artifact
+def _require_drawing(model: str, steps: int, options: dict[str, Any]) -> None:
+    """UserError where the model cannot draw in so many steps; it is not held while its artifact is made."""
+    from mpq_compiler.compiler import Options, load_denoiser
 
-    return int(artifact.read(path).manifest["calibration"]["seed"]) + 1
+    loaded = load_denoiser(model, Options(**options))
+    loaded.scheduler.timesteps(steps)
+    loaded.conditioning.arguments(loaded.conditioning.varied(1), 1, options.get("guidance"))
 
 
 def evaluate_path(
@@ -222,7 +227,7 @@ def evaluate_path(
 ) -> dict[str, Any]:
     """`evaluate` of an artifact, or of a model that is compiled for this machine first, against its float model.
 
-    seed: of the noise; None: one that calibration did not draw from (`unseen`).
+    seed: of the noise; None: one that calibration did not draw from (`Painter.unseen`).
     """
     import tempfile
 
@@ -232,18 +237,14 @@ def evaluate_path(
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(path)
         if not (target / artifact.MANIFEST).exists() and target.suffix != ".zip":
-            from mpq_compiler.compiler import Options, compile, load_denoiser
+            from mpq_compiler.compiler import compile
 
             against = against or path
             target = Path(scratch) / "compiled.mpq"
-            model = load_denoiser(path, Options(**options))  # what it cannot draw is said before it is compiled
-            model.scheduler.timesteps(steps)
-            conditioning = model.conditioning
-            conditioning.arguments(conditioning.varied(1), 1, options.get("guidance"))
+            _require_drawing(path, steps, options)  # before it is compiled
             compile(path, target, progress, **options)
         else:
             _require_no_effect(path, options)
-        seed = unseen(target) if seed is None else seed
         painter = with_conditions(from_artifact(target, options.get("threads")), options.get("conditions"))
         if against is None and painter.name not in checkpoint.bundled():
             raise UserError(f"'{painter.name}' is no bundled model: name the float model with --against")
@@ -251,6 +252,7 @@ def evaluate_path(
         reference = with_conditions(sampled_like(from_denoiser(loaded), painter), options.get("conditions"))
         guidance = options.get("guidance")
         guided = "null_conditions" in painter.conditioning.arguments(painter.conditioning.varied(1), 1, guidance)
+        seed = painter.unseen if seed is None else seed
         with progress("evaluating", -(-images // BATCH) * steps * (1 + guided)) as advance:
             return evaluate(
                 *(painter, reference, images, steps, seed, loaded.features, guidance), lambda done, total: advance(1)

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpq_compiler import machine, schemas
+from mpq_compiler import schemas
 from mpq_compiler.errors import UserError
 
 VERSION = 1
@@ -107,14 +107,14 @@ def load(path: str | Path) -> Table:
         raise UserError(f"'{path}': {error}") from error
 
 
-def require_here(table: Table, threads: int, batch: int) -> None:
-    """UserError where what is measured on this machine could not be `merged` with a table."""
-    ours = {"cpu": machine.cpu(), "threads": threads, "batch": batch}
-    for key, value in ours.items():
-        if getattr(table, key) != value:
+def require_alike(table: Table, **other: str | int) -> None:
+    """UserError where what has these attributes could not be `merged` with the table."""
+    for key, theirs in other.items():
+        ours = getattr(table, key)
+        if ours != theirs:
             raise UserError(
-                f"a latency table that is given has the {key} '{getattr(table, key)}', and what is measured here would "
-                f"have '{value}'; measure them alike"
+                f"latency tables of different machines cannot be one: the {key} of the first is '{ours}', and "
+                f"that of another '{theirs}'; measure them alike"
             )
 
 
@@ -122,13 +122,7 @@ def merged(tables: Sequence[Table]) -> Table:
     """One table of several of one machine; what more than one holds is their mean. UserError: of different ones."""
     first, *others = tables
     for other in others:
-        for key in ("target", "cpu", "threads", "batch"):
-            ours, theirs = getattr(first, key), getattr(other, key)
-            if ours != theirs:
-                raise UserError(
-                    f"latency tables of different machines cannot be one: the {key} of the first is '{ours}', and "
-                    f"that of another '{theirs}'; measure them alike"
-                )
+        require_alike(first, **{key: getattr(other, key) for key in ("target", "cpu", "threads", "batch")})
     times: dict[str, list[float]] = {}
     for table in tables:
         for kernel, time in table.kernels.items():

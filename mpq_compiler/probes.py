@@ -29,13 +29,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,10 +158,11 @@ class Writer:
             _add_sqnr(found, earlier)
             stem = f"{index:03d}-{step.name()}"
             metadata = {"mpq": json.dumps(about, separators=(",", ":"), sort_keys=True)}
-            _write(folder / f"{stem}.txt", lambda file: file.write(printer.text(program, step.name()).encode()))
-            _write(folder / f"{stem}.safetensors", lambda file: tensorfile.save(file, found, metadata))
+            text = printer.text(program, step.name()).encode()
+            artifact.write_whole(folder / f"{stem}.txt", lambda file: file.write(text))
+            artifact.write_whole(folder / f"{stem}.safetensors", lambda file: tensorfile.save(file, found, metadata))
             said = decisions.encode(decisions.document(program))
-            _write(folder / artifact.DECISIONS, lambda file: file.write(said))
+            artifact.write_whole(folder / artifact.DECISIONS, lambda file: file.write(said))
         except OSError as error:
             raise UserError(
                 f"the dumps cannot be written to {folder} ({error.strerror}); name another folder with --dumps"
@@ -431,13 +431,6 @@ def _add_sqnr(found: dict[str, np.ndarray], earlier: list[Dump]) -> None:
                 break
     reference = earlier[0].output if earlier else found["output"]
     found["output:sqnr"] = np.array([sqnr_db(reference, found["output"])], np.float32)
-
-
-def _write(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    beside = path.with_name(path.name + ".partial")
-    with beside.open("wb") as file:
-        write(file)
-    os.replace(beside, path)
 
 
 def read_dumps(folder: str | Path) -> list[Dump]:

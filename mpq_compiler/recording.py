@@ -41,17 +41,17 @@ def require(denoiser: Denoiser, path: str | Path | None) -> None:
         conditioning.arguments(conditioning.varied(1), 1, denoiser.guidance)  # refuses a guidance that cannot be
         return
     inputs = ", ".join(f"{name} {str(spec).replace('[B', '[N')}" for name, spec in denoiser.input_specs.items())
+    give = f"give recorded inputs with --calibration FILE, a safetensors of {inputs}"
+    how = "mpq_compiler.record_inputs(pipeline, FILE) records one (docs/calibration.md)"
     if not denoiser.whole:
         raise UserError(
-            f"'{denoiser.name}' gives fewer channels than its latents have, so that it cannot be sampled alone: give "
-            f"recorded inputs with --calibration FILE, a safetensors of {inputs}; "
-            "mpq_compiler.record_inputs(pipeline, FILE) records one (docs/calibration.md)"
+            f"'{denoiser.name}' gives fewer channels than its latents have, so that it cannot be sampled alone: "
+            f"{give}; {how}"
         )
     needed = ", ".join(conditioning.needed)
     raise UserError(
-        f"'{denoiser.name}' is conditioned on {needed}, which cannot be sampled without its encoders: give recorded "
-        f"inputs with --calibration FILE, a safetensors of {inputs}, or the conditions alone with --conditions FILE; "
-        "mpq_compiler.record_inputs(pipeline, FILE) records one (docs/calibration.md)"
+        f"'{denoiser.name}' is conditioned on {needed}, which cannot be sampled without its encoders: {give}, or "
+        f"the conditions alone with --conditions FILE; {how}"
     )
 
 
@@ -197,21 +197,21 @@ def split(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
 
     Rows of the same latent at the same time, as classifier-free guidance makes them, stay together.
     """
-    if int(latent_numbers(inputs).max()) + 1 < LEAST_TO_SPLIT:
+    number = latent_numbers(inputs)
+    if int(number.max()) + 1 < LEAST_TO_SPLIT:
         return dict(inputs), dict(inputs)
-    held = held_out_rows(inputs, HELD_OUT_EVERY)
+    held = held_out_rows(number, inputs["timestep"], HELD_OUT_EVERY)
     return {n: v[~held] for n, v in inputs.items()}, {n: v[held] for n, v in inputs.items()}
 
 
-def held_out_rows(inputs: Mapping[str, Tensor], every: int) -> Tensor:
-    """bool [N]: the rows of one latent in ``every``.
+def held_out_rows(number: Tensor, timesteps: Tensor, every: int) -> Tensor:
+    """bool [N]: the rows of one latent in ``every``, of `latent_numbers` [N].
 
     Whole trajectories where there are some, known by as many latents at each time: of a trajectory that is trained on,
     the step beside is known by heart.
     """
-    number = latent_numbers(inputs)
-    first = torch.tensor([number.tolist().index(i) for i in range(int(number.max()) + 1)])
-    _, time, counts = inputs["timestep"][first].unique(return_inverse=True, return_counts=True)
+    first = torch.from_numpy(np.unique(number.numpy(), return_index=True)[1])
+    _, time, counts = timesteps[first].unique(return_inverse=True, return_counts=True)
     if len(counts) > 1 and counts[0] >= FEWEST_TRAJECTORIES and bool((counts == counts[0]).all()):
         order = time.argsort(stable=True)
         within = torch.empty_like(order)

@@ -124,10 +124,9 @@ class BitAllocation(Pass):
             if getattr(self, option):
                 self.require(option, 0 if option == "protected" else 1 / most, most)
         self.require("images", 1)
-        if self.uniform is not None and self.objective == "paper-db":
-            raise UserError("bit-allocation{uniform} solves no program, which 'objective' is an option of")
-        for option in ("bops", "ratios", "activation_ratios", "protected"):
-            if self.uniform is not None and getattr(self, option):
+        given = {o: getattr(self, o) for o in ("bops", "ratios", "activation_ratios", "protected")}
+        for option, asked in (given | {"objective": self.objective == "paper-db"}).items():
+            if self.uniform is not None and asked:
                 raise UserError(f"bit-allocation{{uniform}} solves no program, which '{option}' is an option of")
         if self.protected and self.protected_as == "float" and self.latency is not None:
             raise UserError("bit-allocation{protected}: layers of float activations have no times: protected_as=widest")

@@ -127,10 +127,9 @@ class Distill(Pass):
 
     def _without_effect(self, program: Program, session: Session, updates: int) -> Iterator[str]:
         """What options have nothing to work on, in sentences."""
-        if self.adapters and not round(updates * self.latent):
-            yield "adapters had no effect: no update is of the weights themselves (latent)"
-        if self.blocks and not round(updates * self.latent):
-            yield "blocks had no effect: no update is of the weights themselves (latent)"
+        for option in ("adapters", "blocks"):
+            if getattr(self, option) and not round(updates * self.latent):
+                yield f"{option} had no effect: no update is of the weights themselves (latent)"
         if self.window and not self.relation:
             yield "window had no effect: no relation is learned, of whose features it is the mean (relation)"
         if self.relation and self._related(program, session) is None:

@@ -264,7 +264,7 @@ def test_whole_trajectories_are_held_out(trajectories: int) -> None:
     assert kept and held and not kept & held and kept | held == {*range(trajectories)}
     for part, owners in zip(parts, (kept, held), strict=True):
         assert len(part["owner"]) == 20 * len(owners)
-    chosen = recording.held_out_rows(inputs, 8)
+    chosen = recording.held_out_rows(recording.latent_numbers(inputs), times, 8)
     assert len({*owner[chosen].tolist()} & {*owner[~chosen].tolist()}) == 0 < int(chosen.sum())
 
 

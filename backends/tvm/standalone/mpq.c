@@ -161,20 +161,6 @@ static int called(mpq_model *model, int function, const void *const *inputs, voi
     return 0;
 }
 
-mpq_model *mpq_open(const char *weights, int threads) {
-    uint64_t before = plain_floats();
-    mpq_model *model = opened(weights, threads);
-    restore_floats(before);
-    return model;
-}
-
-int mpq_run(mpq_model *model, int function, const void *const *inputs, void *output) {
-    uint64_t before = plain_floats();
-    int code = called(model, function, inputs, output);
-    restore_floats(before);
-    return code;
-}
-
 void mpq_forget(mpq_model *model) { memset(model->known, 0, plan->stage_count * sizeof *model->known); }
 
 int mpq_watch(mpq_model *model, void (*watcher)(void *data, const char *kernel), void *data) {

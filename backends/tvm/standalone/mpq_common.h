@@ -67,6 +67,24 @@ static void restore_floats(uint64_t before) {
 #endif
 }
 
+/* Of mpq.c and mpq_vm.c: what they do under those floats. */
+static mpq_model *opened(const char *weights, int threads);
+static int called(mpq_model *model, int function, const void *const *inputs, void *output);
+
+mpq_model *mpq_open(const char *weights, int threads) {
+    uint64_t before = plain_floats();
+    mpq_model *model = opened(weights, threads);
+    restore_floats(before);
+    return model;
+}
+
+int mpq_run(mpq_model *model, int function, const void *const *inputs, void *output) {
+    uint64_t before = plain_floats();
+    int code = called(model, function, inputs, output);
+    restore_floats(before);
+    return code;
+}
+
 /* 0: one for each CPU. */
 static int thread_count(int threads) { return threads > 0 ? threads : (int)sysconf(_SC_NPROCESSORS_ONLN); }
 

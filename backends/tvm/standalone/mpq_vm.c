@@ -271,20 +271,6 @@ static int called(mpq_model *model, int function, const void *const *inputs, voi
     return 0;
 }
 
-mpq_model *mpq_open(const char *weights, int threads) {
-    uint64_t before = plain_floats();
-    mpq_model *model = opened(weights, threads);
-    restore_floats(before);
-    return model;
-}
-
-int mpq_run(mpq_model *model, int function, const void *const *inputs, void *output) {
-    uint64_t before = plain_floats();
-    int code = called(model, function, inputs, output);
-    restore_floats(before);
-    return code;
-}
-
 void mpq_forget(mpq_model *model) {
     for (int i = 0; i < build->function_count; i++) model->entries[i].ready = false;
 }
