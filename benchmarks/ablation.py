@@ -112,11 +112,14 @@ class Row(quality_cells.Cell):
 
 
 def compared(rows: list[Row]) -> list[list[str]]:
-    """A line for each row that is there: names, image SQNR, what the part is worth, with its interval."""
-    lines = []
+    """A line for each row that is there: names, image SQNR, what the part is worth, with its interval.
+
+    The whole recipe has one where a part of it is there.
+    """
+    lines, known = [], {(row.model, row.setting) for row in rows if row.part and row.file.exists()}
     for row in rows:
         whole, found = replace(row, part="").result(), row.result()
-        if not whole or not found:
+        if not whole or not found or (row.model, row.setting) not in known:
             continue
         worth = "" if not row.part else difference([found], [whole])
         numbers = [f"{found[name]:.{digits}f}" for name, digits in (("sqnr_db", 1), ("image_sqnr_db", 1))]

@@ -432,6 +432,38 @@ def _spread(inputs: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     return {name: value[index] for name, value in inputs.items()}
 
 
+def check(options: Options, output: str | Path) -> None:
+    """UserError where a compilation would be refused whatever the model is: said before one is read or drawn from."""
+    if options.threads is not None and options.threads < 1:
+        raise UserError(f"threads is {options.threads}; it must be at least 1")
+    target = targets.resolve(options.target)
+    backend = _backend(target)
+    if options.tune and (target.is_cuda or "tune" not in inspect.signature(backend.build).parameters):
+        raise UserError(f"--tune measures kernels of CPU targets; '{target.name}' has none to choose: leave it out")
+    if options.emit not in (None, "c"):
+        raise UserError(f"--emit '{options.emit}' is not known: it is 'c' or left out")
+    option = "--standalone" if options.standalone else "--emit c" if options.emit else None
+    if option and (target.is_cuda or "emit" not in inspect.signature(backend.build).parameters):
+        raise UserError(f"{option} makes a program of kernels for CPUs; '{target.name}' has none: leave it out")
+    if target.is_cuda:
+        backend.require_compiler(target)
+    if options.emit and options.standalone:
+        raise UserError("--standalone and --emit c both make the program mpq_run: leave one of them out")
+    if options.wheels is not None and not options.standalone:
+        raise UserError("--wheels holds TVM's runtime for --standalone: add that, or leave it out")
+    if options.standalone:
+        tvm_wheels.files(target, options.wheels)
+    artifact.check_output(output, options.overwrite)
+    if options.dumps is not None and not options.overwrite and options.dumps.exists() and any(options.dumps.iterdir()):
+        raise UserError(f"the dumps folder '{options.dumps}' is not empty; name another one or add --overwrite")
+    if options.dumps is not None and options.dumps.resolve().is_relative_to(Path(output).resolve()):
+        raise UserError(f"the dumps folder '{options.dumps}' lies within the output '{output}'; name another one")
+    resolve(options)
+    if options.latency is not None:
+        require_kernels(target)
+    _latency_table(options, target)
+
+
 @overload
 def compile(model: str | Path | Denoiser, output: str | Path, progress: Any = None, **options: Any) -> Report: ...
 
@@ -456,33 +488,10 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
             "or a denoiser in memory as mpq_compiler.denoiser.wrap(module)"
         )
     chosen = Options(**options)
-    if chosen.threads is not None and chosen.threads < 1:
-        raise UserError(f"threads is {chosen.threads}; it must be at least 1")
+    check(chosen, output)
     target = targets.resolve(chosen.target)
     backend = _backend(target)
-    if chosen.tune and (target.is_cuda or "tune" not in inspect.signature(backend.build).parameters):
-        raise UserError(f"--tune measures kernels of CPU targets; '{target.name}' has none to choose: leave it out")
-    if chosen.emit not in (None, "c"):
-        raise UserError(f"--emit '{chosen.emit}' is not known: it is 'c' or left out")
-    option = "--standalone" if chosen.standalone else "--emit c" if chosen.emit else None
-    if option and (target.is_cuda or "emit" not in inspect.signature(backend.build).parameters):
-        raise UserError(f"{option} makes a program of kernels for CPUs; '{target.name}' has none: leave it out")
-    if target.is_cuda:
-        backend.require_compiler(target)
-    if chosen.emit and chosen.standalone:
-        raise UserError("--standalone and --emit c both make the program mpq_run: leave one of them out")
-    if chosen.wheels is not None and not chosen.standalone:
-        raise UserError("--wheels holds TVM's runtime for --standalone: add that, or leave it out")
     beside = tvm_wheels.files(target, chosen.wheels) if chosen.standalone else {}
-    artifact.check_output(output, chosen.overwrite)
-    if chosen.dumps is not None and not chosen.overwrite and chosen.dumps.exists() and any(chosen.dumps.iterdir()):
-        raise UserError(f"the dumps folder '{chosen.dumps}' is not empty; name another one or add --overwrite")
-    if chosen.dumps is not None and chosen.dumps.resolve().is_relative_to(Path(output).resolve()):
-        raise UserError(f"the dumps folder '{chosen.dumps}' lies within the output '{output}'; name another one")
-    resolve(chosen)  # a wrong option is refused before the model is read, and so is a wrong table
-    if chosen.latency is not None:
-        require_kernels(target)
-    _latency_table(chosen, target)
     denoiser = load_denoiser(model, chosen)
     with _standby(backend, chosen.jobs) as ready:
         lowering = lower(denoiser, chosen, progress)
@@ -493,8 +502,10 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
             batches, *_ = parse_shapes(chosen.shapes).values()
             others = _other_sizes(lowering, chosen)
             ready |= {"jobs": chosen.jobs, "progress": progress, "cache": chosen.cache}
-            ready |= {"tune": True} if chosen.tune else {}
-            ready |= {"emit": "machine" if chosen.standalone else "c"} if option else {}
+            if chosen.tune:
+                ready["tune"] = True
+            if chosen.standalone or chosen.emit:
+                ready["emit"] = "machine" if chosen.standalone else "c"
             built = backend.build(program, target, batches, others=others, **ready)
     with single_threaded():
         target = targets.with_features(target, built.features)

@@ -52,8 +52,7 @@ def compile_pipeline(
     UserError: whatever `compile` refuses; a target that this machine cannot run; a pipeline on a GPU; a
     call that the pipeline does not take.
     """
-    from mpq_compiler.artifact import check_output
-    from mpq_compiler.compiler import Options, compile, resolve
+    from mpq_compiler.compiler import Options, check, compile
 
     part = part_of(pipeline)
     assert part is not None
@@ -66,9 +65,7 @@ def compile_pipeline(
     device = next(getattr(pipeline, part).parameters()).device
     if device.type != "cpu":
         raise UserError(f"the pipeline is on {device}, and is compiled on the CPU: pipeline.to('cpu')")
-    chosen = Options(**options)  # what is wrong is said before anything is drawn
-    check_output(output, chosen.overwrite)
-    resolve(chosen)
+    check(Options(**options), output)
     with tempfile.TemporaryDirectory() as scratch:
         if calls:
             if options.get("calibration") is not None:
