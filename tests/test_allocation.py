@@ -150,7 +150,7 @@ def network(layers: int, seed: int = 0) -> Problem:
 def test_800_layers_are_solved_to_optimality_in_seconds(seed):
     problem = network(800, seed)
     begun = time.process_time()  # others on the machine take none of it
-    solution = solve(problem, time_limit=60)
+    solution = solve(problem)
     assert time.process_time() - begun < 5
     assert solution.optimal and 0 <= solution.gap <= 1e-6
     assert solution.costs["bits"] <= problem.budgets[0].max
@@ -322,13 +322,14 @@ def test_nothing_to_allocate():
 
 
 def test_the_time_limit_is_kept():
-    begun = time.process_time()
-    try:
-        solution = solve(hard_problem(), gap=0.0, time_limit=0.05)  # which takes minutes
-        assert solution.gap > 0 and not solution.optimal
-    except UserError as error:
-        assert "time limit" in str(error)
-    assert time.process_time() - begun < 5
+    for problem in (network(800), hard_problem()):  # the second takes minutes
+        begun = time.process_time()
+        try:
+            solution = solve(problem, gap=0.0, time_limit=0.05)
+            assert solution.gap > 0 and not solution.optimal
+        except UserError as error:
+            assert "time limit" in str(error)
+        assert time.process_time() - begun < 2
 
 
 def hard_problem() -> Problem:
@@ -345,7 +346,7 @@ def hard_problem() -> Problem:
 
 
 def test_when_the_time_ends_the_best_so_far_is_returned_with_its_gap():
-    solution = solve(hard_problem(), gap=0.0, time_limit=3.0)
+    solution = solve(hard_problem(), gap=0.0, time_limit=1.0)
     assert not solution.optimal and 0 < solution.gap < 0.1
     assert all(solution.costs[budget.cost] <= budget.max for budget in hard_problem().budgets)
 
