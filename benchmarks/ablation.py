@@ -22,8 +22,9 @@ from typing import Any
 from benchmarks import documents, quality, quality_cells
 from benchmarks.quality_cells import write
 from benchmarks.quality_tables import difference
-from mpq_compiler import recipes, terminal
-from mpq_compiler.recipes import Recipe
+from mpq_compiler.pipeline import recipes
+from mpq_compiler.pipeline.recipes import Recipe
+from mpq_compiler.support import terminal
 
 RESULTS = quality_cells.RESULTS.parent / "ablation"
 RECIPE = "default"

@@ -39,12 +39,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import documents
 from benchmarks.kernels import FORMATS
 from benchmarks.machine import provenance
-from mpq_compiler import terminal
 from mpq_compiler.backends.tvm import standalone, templates
-from mpq_compiler.backends.tvm.link import linker
-from mpq_compiler.backends.tvm.lowered import Call, Function, Kernel, Lowered, Record, Value, record
-from mpq_compiler.backends.tvm.worker import _compile
-from mpq_compiler.targets import TARGETS, Target
+from mpq_compiler.backends.tvm.compile.link import linker
+from mpq_compiler.backends.tvm.compile.worker import _compile
+from mpq_compiler.backends.tvm.plan.calls import Call, Function, Kernel, Lowered, Record, Value, record
+from mpq_compiler.support import terminal
+from mpq_compiler.targets.table import TARGETS, Target
 
 RESULTS = Path(__file__).parent / "results" / "arm_static.json"
 IN_ORDER, REORDERING = (

@@ -37,9 +37,13 @@ import tvm
 
 from benchmarks.machine import provenance
 from benchmarks.timing import interleaved
-from mpq_compiler import contestants, numerics, runtime, targets, terminal
-from mpq_compiler.backends.tvm.kernels import attention, fast_attention
-from tests.float_kernels import shape_of, tvm_target
+from mpq_compiler.backends.tvm.kernels.cpu import attention, fast_attention
+from mpq_compiler.latency import timing
+from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.support import terminal
+from mpq_compiler.targets import numerics
+from mpq_compiler.targets import table as targets
+from tests.harness.float_kernels import shape_of, tvm_target
 
 RESULTS = Path(__file__).parent / "results" / "attention.json"
 # (heads, dim, queries, keys): self-attention, then on a text of 77 tokens
@@ -197,8 +201,8 @@ def _over(values: Sequence[float], digits: int) -> dict[str, Any]:
 
 def whole_models(paths: Sequence[str], rounds: int) -> dict[str, Any]:
     """Milliseconds of a step of artifacts, and those of the first over those of the last."""
-    loaded = [runtime.load(path, threads=1) for path in paths]
-    inputs = contestants.random_inputs(loaded[0].manifest, 1)
+    loaded = [compiled_denoiser.load(path, threads=1) for path in paths]
+    inputs = timing.random_inputs(loaded[0].manifest, 1)
     names = [f"{m.manifest['name']} {m.manifest['target']['numerics']}" for m in loaded]
     calls = {name: functools.partial(m.run, inputs) for name, m in zip(names, loaded, strict=True)}
     middle = {name: statistics.median(found) / 1e3 for name, found in microseconds(calls, 5 * rounds).items()}

@@ -42,10 +42,13 @@ from benchmarks import cuda_cases, cuda_models, cuda_peers
 from benchmarks.cuda_device import Call, Device
 from benchmarks.machine import provenance
 from benchmarks.timing import interleaved
-from mpq_compiler import denoiser, gpu, runtime, terminal
-from mpq_compiler.backends.tvm.cuda import machine_code
-from mpq_compiler.errors import UserError
-from mpq_compiler.metrics import sqnr_db
+from mpq_compiler.backends.tvm.toolchain import machine_code
+from mpq_compiler.evaluation.metrics import sqnr_db
+from mpq_compiler.frontend import denoiser
+from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.support import terminal
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets import nvidia
 
 RESULTS = Path(__file__).parent / "results" / "cuda.json"
 CONTROL = "control"
@@ -119,7 +122,7 @@ def _kernels(task: Task, device: Device, rounds: int) -> dict[str, Any]:
     launches: dict[str, Call] = {}
     ungraphed: dict[str, str | None] = {}
     sets: dict[str, int] = {}
-    entries = cuda_cases.ours(task.case, task.batch, task.paths["library"], gpu.levels()[0])
+    entries = cuda_cases.ours(task.case, task.batch, task.paths["library"], nvidia.levels()[0])
     first = next(iter(entries))
     for name, entry in [*entries.items(), (CONTROL, entries[first])]:
 
@@ -183,9 +186,9 @@ def _denoiser(task: Task, device: Device, rounds: int) -> dict[str, Any]:
         path = task.paths[first if name == CONTROL else name]
 
         def loaded(path: Path = path) -> Callable[[], Any]:
-            return functools.partial(runtime.load(path, reuse_bytes=0).run, arrays)
+            return functools.partial(compiled_denoiser.load(path, reuse_bytes=0).run, arrays)
 
-        added(name, loaded, runtime.artifacts.read(path).manifest["weights"]["payload_bytes"])
+        added(name, loaded, compiled_denoiser.artifacts.read(path).manifest["weights"]["payload_bytes"])
     for name in task.peers:
         if cuda_peers.missing(name) is None:
             make = functools.partial(cuda_peers.denoiser, name, model.module, tensors)
@@ -363,11 +366,11 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Compiles and, without --plan, measures. UserError: there is no GPU."""
-    if not gpu.gpus() and not options.plan:
+    if not nvidia.gpus() and not options.plan:
         raise UserError("the NVIDIA driver finds no GPU on this machine; --plan --level 90 does all that needs none")
     if options.plan and options.level is None:
         raise UserError("--plan compiles for no GPU that is here: name its compute capability with --level, such as 90")
-    level = options.level if options.plan else gpu.levels()[0]
+    level = options.level if options.plan else nvidia.levels()[0]
     names = {*cuda_peers.LINEAR, *cuda_peers.CONV, *cuda_peers.ATTENTION, *cuda_peers.DENOISER}
     missing = {name: reason for name in sorted(names) if (reason := cuda_peers.missing(name))}
     for name, reason in missing.items():
@@ -394,10 +397,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def write(options: argparse.Namespace, rows: Sequence[Mapping[str, Any]], missing: Mapping[str, str]) -> None:
-    device = gpu.gpus()[0]
+    device = nvidia.gpus()[0]
     found = {
         **provenance(),
-        "gpu": {"name": device.name, "level": device.level, "bytes": device.memory, "driver": gpu.driver_version()},
+        "gpu": {"name": device.name, "level": device.level, "bytes": device.memory, "driver": nvidia.driver_version()},
         "nvcc": (machine_code.version(machine_code.compiler()).strip().splitlines() or [""])[-1],
         "torch_cuda": torch.version.cuda,
         "size": options.size,

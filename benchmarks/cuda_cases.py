@@ -17,22 +17,26 @@ import numpy as np
 import torch
 import tvm
 
-from mpq_compiler import gpu, numerics, ops
-from mpq_compiler.backends.tvm.cuda import fast_attention, gemm, machine_code, weight_only, weights, wgmma
-from mpq_compiler.backends.tvm.kernels import fast_attention as cpu_fast_attention
-from mpq_compiler.backends.tvm.kernels.dequantize import DequantizeTable, WeightOnly
-from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Step
-from mpq_compiler.backends.tvm.kernels.fast_attention import FastAttention
-from mpq_compiler.backends.tvm.kernels.float_gemm import Conv2d, Linear
-from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
-from mpq_compiler.backends.tvm.kernels.template import Argument
+from mpq_compiler.backends.tvm.kernels.common.template import Argument
+from mpq_compiler.backends.tvm.kernels.cpu import attention
+from mpq_compiler.backends.tvm.kernels.cpu import fast_attention as cpu_fast_attention
+from mpq_compiler.backends.tvm.kernels.cpu.dequantize import DequantizeTable, WeightOnly
+from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Step
+from mpq_compiler.backends.tvm.kernels.cpu.fast_attention import FastAttention
+from mpq_compiler.backends.tvm.kernels.cpu.float_gemm import Conv2d, Linear
+from mpq_compiler.backends.tvm.kernels.cuda import fast_attention, gemm, weights, wgmma
+from mpq_compiler.backends.tvm.kernels.cuda import weight_only as cuda_weight_only
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.formats.packing import unpack_codes
-from mpq_compiler.numerics import BF16
-from tests.cuda import kernels
-from tests.fast_attention import meaning, ready
-from tests.float_kernels import error, random_inputs
-from tests.shapes import Case as Product
-from tests.shapes import concrete, make_case, quantize, reference
+from mpq_compiler.ir import ops
+from mpq_compiler.targets import numerics, nvidia
+from mpq_compiler.targets.numerics import BF16
+from tests.harness.cuda import kernels
+from tests.harness.fast_attention import meaning, ready
+from tests.harness.float_kernels import error, random_inputs
+from tests.harness.shapes import Case as Product
+from tests.harness.shapes import concrete, make_case, quantize, reference
 
 Call = Callable[[], object]
 BITS = {"W8A8": 8, "W4A8": 4, "W3A8": 3, "W2A8": 2}
@@ -147,7 +151,7 @@ CASES: Sequence[Case] = (
 
 def products(level: int) -> dict[str, tuple[int, Callable[[QuantMatmul, str], Any]]]:
     """Bits and builders of the quantized products by name; on Hopper `mma.sync` stands beside `wgmma`."""
-    if level != gpu.HOPPER:
+    if level != nvidia.HOPPER:
         return {name: (bits, gemm.build) for name, bits in BITS.items()}
     both = {f"{name}_mma": (BITS[name], gemm.build) for name in ("W8A8", "W4A8")}
     return {name: (bits, wgmma.build) for name, bits in BITS.items()} | both
@@ -165,8 +169,8 @@ def functions(case: Case, level: int) -> dict[str, Any]:
     for name, (bits, build) in products(level).items():
         found[name] = build(case.problem(bits), name)
         found[f"{name}_prepare"] = weights.build(case.problem(bits), f"{name}_prepare")
-    found[WEIGHT_ONLY] = weight_only.build(case.weight_only(), WEIGHT_ONLY)
-    found[f"{WEIGHT_ONLY}_prepare"] = weight_only.build_pack(case.weight_only(), f"{WEIGHT_ONLY}_prepare")
+    found[WEIGHT_ONLY] = cuda_weight_only.build(case.weight_only(), WEIGHT_ONLY)
+    found[f"{WEIGHT_ONLY}_prepare"] = cuda_weight_only.build_pack(case.weight_only(), f"{WEIGHT_ONLY}_prepare")
     return found
 
 
@@ -269,8 +273,8 @@ def _wrong_product(case: Product, found: np.ndarray) -> str | None:
 def _weight_only(layer: Layer, batch: int, compiled: Any) -> Ours:
     problem, draw = layer.weight_only(), np.random.default_rng(0)
     data: dict[str, np.ndarray] = {}
-    inputs, panel = weight_only.pack_arguments(problem)
-    *arguments, y = weight_only.arguments(problem)
+    inputs, panel = cuda_weight_only.pack_arguments(problem)
+    *arguments, y = cuda_weight_only.arguments(problem)
     for a in (inputs, *(a for a in arguments if a.name != "weight")):
         shape = concrete(a.shape, batch)
         if a.dtype.startswith("float"):
@@ -298,7 +302,7 @@ def _weight_only(layer: Layer, batch: int, compiled: Any) -> Ours:
 
 def _attention(case: Attention, batch: int, compiled: Any) -> Ours:
     problem = case.problem
-    inputs = random_inputs(cpu_fast_attention.of_floats(problem), batch, 0)
+    inputs = random_inputs(attention.of_floats(problem), batch, 0)
     made = [kernels.empty(a, batch) for a in cpu_fast_attention.outputs(problem)]
     output = kernels.empty(cpu_fast_attention.arguments(problem)[-1], batch)
 

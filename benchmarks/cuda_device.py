@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mpq_compiler import cuda_runtime
+from mpq_compiler.runtime import cuda
 
 Call = Callable[[], object]
 _L2_CACHE_SIZE = 38  # cudaDevAttrL2CacheSize
@@ -18,7 +18,7 @@ class Device:
     """The first GPU. Everything runs on the default stream, in order."""
 
     def __init__(self) -> None:
-        self._ffi = cuda_runtime.load()
+        self._ffi = cuda.load()
         self._runtime = ctypes.CDLL("libcudart.so.13")  # loaded by now, whoever brought it
         self._do("cudaSetDevice", 0)
         self._begin, self._end = ctypes.c_void_p(), ctypes.c_void_p()

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from mpq_compiler import compiler, denoiser
-from tests import families
+from mpq_compiler.api import compile
+from mpq_compiler.frontend import denoiser
+from tests.harness import families
 
 PIPELINE = (
     "trace,layout,calibrate{{samples=8,steps=4}},time-groups,bit-allocation{{uniform={}}},numerics{{mode=fast}},"
@@ -102,5 +103,5 @@ def compiled(source: str, name: str, level: int, folder: Path, jobs: int) -> tup
             model.resized(height // 4, width // 4), path.with_suffix(".safetensors"), ROWS
         )
     start = time.perf_counter()
-    compiler.compile(model, path, **chosen)
+    compile.compile(model, path, **chosen)
     return path, time.perf_counter() - start

@@ -4,7 +4,7 @@
     python -m benchmarks.end_to_end --model unet-70m --runs 1
 
 The peers run the same model in f32, in bfloat16 and in 8 bits, quantized as their users would
-(`mpq_compiler/peers.py`); we run it with 8-bit weights, with 4-bit weights, and with `--numerics fast`. Everybody is
+(`bench/baselines.py`); we run it with 8-bit weights, with 4-bit weights, and with `--numerics fast`. Everybody is
 calibrated on 32 inputs. The large models have random weights: their SQNR ranks arithmetic and says nothing of images.
 In each run all take turns; a ratio is the median over the runs of the median ratio within rounds, by CPU time, which
 leaves out what others do.
@@ -29,7 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.machine import provenance
-from mpq_compiler import bench, compiler, denoiser, terminal
+from mpq_compiler.api import compile
+from mpq_compiler.bench import run as bench_run
+from mpq_compiler.bench import show
+from mpq_compiler.frontend import denoiser
+from mpq_compiler.support import terminal
 
 RESULTS = Path(__file__).parent / "results" / "end_to_end.json"
 PIPELINE = (
@@ -103,7 +107,7 @@ def compiled(source: str, name: str, folder: Path, jobs: int) -> tuple[Path, flo
             inputs["timestep"] = torch.linspace(999, 1, 44).round().to(inputs["timestep"].dtype)
             save_file({n: t.contiguous() for n, t in inputs.items()}, chosen["calibration"])
     start = time.perf_counter()
-    compiler.compile(model, path, **chosen)
+    compile.compile(model, path, **chosen)
     return path, time.perf_counter() - start
 
 
@@ -116,8 +120,8 @@ def measure(name: str, folder: Path, runs: int, rounds: int, against: list[str],
         paths.append(path)
     found = []
     for _ in range(runs):
-        found.append(bench.bench(paths, against, source, rounds=rounds, progress=terminal.progress))
-        bench.show(found[-1], kernels=False)
+        found.append(bench_run.bench(paths, against, source, rounds=rounds, progress=terminal.progress))
+        show.show(found[-1], kernels=False)
         against = [row["name"] for row in found[-1]["rows"] if not row["name"].startswith("mpq")]
     return {"model": name, "compile_s": seconds, "runs": found, **summary(found)}
 

@@ -24,12 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.machine import provenance
-from mpq_compiler import compiler, pass_manager
-from mpq_compiler.denoiser import Denoiser
-from mpq_compiler.errors import UserError
-from mpq_compiler.pass_manager import Session
-from mpq_compiler.program import Program, Stage, TensorStore, run
-from tests import families, tiny
+from mpq_compiler.api import compile
+from mpq_compiler.frontend.denoiser import Denoiser
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import Program, Stage, TensorStore
+from mpq_compiler.pipeline import manager
+from mpq_compiler.pipeline import parser as pipeline_parser
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.support.errors import UserError
+from tests.harness import families, tiny
 
 ROWS = 256
 """Of the calibration file; every fourth is kept to judge by."""
@@ -64,7 +67,7 @@ def row(family: str, target: str, jobs: int) -> str:
         }
         begin = time.perf_counter()
         try:
-            report = compiler.compile(model, Path(folder, "model.mpq"), **chosen)
+            report = compile.compile(model, Path(folder, "model.mpq"), **chosen)
         except UserError as error:
             return "| " + " | ".join([*cells, str(error), "", "", ""]) + " |"
     cells.append(f"{time.perf_counter() - begin:.0f} s")
@@ -80,7 +83,7 @@ def traced(model: Denoiser) -> str:
     """Whether the traced program gives the model's own bits, at a batch it was not traced with."""
     start = Program(torch.fx.Graph(), TensorStore(), (), Stage.FLOAT)
     try:
-        program, _ = pass_manager.run_pipeline(pass_manager.parse("trace"), start, Session(model))
+        program, _ = manager.run_pipeline(pipeline_parser.parse("trace"), start, Session(model))
     except UserError as error:
         return str(error)
     inputs = model.random_inputs(5, 1)

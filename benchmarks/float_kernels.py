@@ -38,17 +38,18 @@ from benchmarks import graphs, operators
 from benchmarks.kernels import Group, figures, row, write
 from benchmarks.machine import provenance
 from benchmarks.timing import interleaved
-from mpq_compiler import targets, terminal
-from mpq_compiler.backends.tvm import peak
-from mpq_compiler.backends.tvm.kernels import attention, float_gemm, matmul, movement, norms, pointwise
-from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.isa import isa
-from mpq_compiler.backends.tvm.kernels.matmul import Access, Matmul
-from mpq_compiler.backends.tvm.kernels.pointwise import Input, PointwiseProgram, PointwiseStep, Result
-from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
-from mpq_compiler.numerics import BF16, F32, FEATURES
-from mpq_compiler.tensorfile import aligned
-from tests.float_kernels import shape_of
+from mpq_compiler.backends.tvm.compile import peak
+from mpq_compiler.backends.tvm.kernels.cpu import attention, float_gemm, matmul, movement, norms, pointwise
+from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.cpu.isa import isa
+from mpq_compiler.backends.tvm.kernels.cpu.matmul import Access, Matmul
+from mpq_compiler.backends.tvm.kernels.cpu.pointwise import Input, PointwiseProgram, PointwiseStep, Result
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.support import terminal
+from mpq_compiler.support.tensorfile import aligned
+from mpq_compiler.targets import table as targets
+from mpq_compiler.targets.numerics import BF16, F32, FEATURES
+from tests.harness.float_kernels import shape_of
 
 QUANTIZE = Step("quantize", value=8)
 SILU, SILU_Q = Epilogue((Step("silu"),)), Epilogue((Step("silu"), QUANTIZE))

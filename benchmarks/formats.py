@@ -22,11 +22,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import documents
 from benchmarks.machine import provenance
-from mpq_compiler import compiler, costs, denoiser, formats, pass_manager
-from mpq_compiler.calibration import batches
-from mpq_compiler.metrics import sqnr_db
-from mpq_compiler.pass_manager import Session
-from mpq_compiler.program import Program, Stage, TensorStore, run, weight_of
+from mpq_compiler import formats
+from mpq_compiler.driver import judge
+from mpq_compiler.driver import options as driver_options
+from mpq_compiler.evaluation.metrics import sqnr_db
+from mpq_compiler.frontend import denoiser
+from mpq_compiler.ir import costs, interpreter
+from mpq_compiler.ir.graph import weight_of
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import Program, Stage, TensorStore
+from mpq_compiler.pipeline import manager
+from mpq_compiler.pipeline import parser as pipeline_parser
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.support.execution import batches
 
 MODEL = "fashion-unet"
 FRONT = "trace,layout,calibrate,time-groups"
@@ -42,25 +50,25 @@ def measure(names: list[str], done: Callable[[dict[str, Any]], None]) -> None:
     from torch import fx
 
     model = denoiser.load(MODEL)
-    held_out = compiler.held_out(model, compiler.Options())
+    held_out = judge.held_out(model, driver_options.Options())
     expected = model(**held_out).numpy()
     session = Session(model, statistics=frozenset({"range", "values", "gram"}))
-    with compiler.single_threaded():
+    with interpreter.single_threaded():
         start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
-        front, _ = pass_manager.run_pipeline(pass_manager.parse(FRONT), start, session)
-        present = {p for each in pass_manager.parse(FRONT) for p in each.provides}
+        front, _ = manager.run_pipeline(pipeline_parser.parse(FRONT), start, session)
+        present = {p for each in pipeline_parser.parse(FRONT) for p in each.provides}
         largest = max((front.tensors[str(weight_of(n))] for n in front.quantizable), key=lambda t: t.numel())
         for name in names:
             row: dict[str, Any] = {"format": name, "layer_bits": 8 * formats.get(name).stored_bytes(*largest.shape)}
             row["layer_bits"] /= largest.numel()
             for method in METHODS:
                 begin = time.perf_counter()
-                passes = pass_manager.parse(BACK.format(name, method))
-                program, _ = pass_manager.run_pipeline(passes, front, session, present=present)
+                passes = pipeline_parser.parse(BACK.format(name, method))
+                program, _ = manager.run_pipeline(passes, front, session, present=present)
                 row[f"{method}_seconds"] = time.perf_counter() - begin
                 y = np.concatenate([run(program, part).numpy() for part in batches(held_out)])
                 row[f"{method}_db"] = sqnr_db(expected, y)
-            planned, _ = pass_manager.run_pipeline(passes[:1], front, session, present=present)
+            planned, _ = manager.run_pipeline(passes[:1], front, session, present=present)
             row["bytes"] = costs.stored_bytes(planned)
             row["bits"] = costs.average_bits(row["bytes"], planned.facts["parameters"])
             kept = f"{row['bits']:.2f} bits  nearest {row['nearest_db']:.1f} dB  gptq {row['gptq_db']:.1f} dB"

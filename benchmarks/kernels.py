@@ -40,13 +40,13 @@ import tvm
 from benchmarks import documents, operators
 from benchmarks.machine import provenance
 from benchmarks.timing import interleaved
-from mpq_compiler import terminal
-from mpq_compiler.backends.tvm import peak
-from mpq_compiler.backends.tvm.kernels import gemm, prepare, quantize
-from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Step
-from mpq_compiler.backends.tvm.kernels.isa import ISAS, Isa, isa
-from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
-from tests.shapes import concrete, make_case
+from mpq_compiler.backends.tvm.compile import peak
+from mpq_compiler.backends.tvm.kernels.cpu import gemm, prepare, quantize
+from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Step
+from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS, Isa, isa
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.support import terminal
+from tests.harness.shapes import concrete, make_case
 
 Call = Callable[[], object]
 RESULTS = Path(__file__).parent / "results"

@@ -29,9 +29,15 @@ import torch
 
 from benchmarks.end_to_end import save
 from benchmarks.machine import provenance
-from mpq_compiler import bench, compiler, contestants, latency_profile, latency_table, runtime, terminal
-from mpq_compiler.latency import runnable
-from mpq_compiler.runtime import CompiledDenoiser
+from mpq_compiler.api import compile as driver_compile
+from mpq_compiler.driver.measure import candidate_plans
+from mpq_compiler.latency import measure as latency_measure
+from mpq_compiler.latency import table as latency_table
+from mpq_compiler.latency import timing
+from mpq_compiler.latency.candidates import runnable
+from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
+from mpq_compiler.support import terminal
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"
 PIPELINE = (
@@ -53,7 +59,7 @@ def compiled(source: str, name: str, folder: Path, table: Path, jobs: int) -> di
 
     def compile(plan: str, options: str, measured: bool = True) -> float:
         passes = PIPELINE.format(SENSITIVITY.format("/".join(FORMATS[name])) if measured else "", options)
-        report = compiler.compile(
+        report = driver_compile.compile(
             source, folder / f"{plan}.mpq", terminal.progress, pipeline=passes, latency_table=table, jobs=jobs,
             overwrite=True,
         )  # fmt: skip
@@ -68,19 +74,19 @@ def compiled(source: str, name: str, folder: Path, table: Path, jobs: int) -> di
 
 def run(plans: dict[str, CompiledDenoiser], candidates: Sequence[CompiledDenoiser], seconds: float) -> dict[str, Any]:
     """Predicted and measured milliseconds of each plan, and the one over the other less 1."""
-    table = latency_profile.measured(candidates, seconds=seconds)
+    table = latency_measure.measured(candidates, seconds=seconds)
     calls = {
-        name: functools.partial(plan.run, contestants.random_inputs(plan.manifest, 1)) for name, plan in plans.items()
+        name: functools.partial(plan.run, timing.random_inputs(plan.manifest, 1)) for name, plan in plans.items()
     }
-    repeats = {name: max(bench._repeats(call) for _ in range(3)) for name, call in calls.items()}
-    times = {name: bench.Times() for name in calls}
+    repeats = {name: max(timing.repeats(call) for _ in range(3)) for name, call in calls.items()}
+    times = {name: timing.Times() for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
             call()
-            bench._turn(call, repeats[name], times[name])
+            timing.turn(call, repeats[name], times[name])
     found = {}
     for name, plan in plans.items():
-        said = latency_table.predict(table, latency_profile.problems(bench._schedule(plan), plan))
+        said = latency_table.predict(table, latency_measure.problems(timing.kernel_calls(plan), plan))
         took = 1e3 * statistics.median(times[name].cpu)
         found[name] = {
             "predicted_ms": said.ms,
@@ -97,12 +103,13 @@ def measure(name: str, folder: Path, runs: int, seconds: float, jobs: int) -> di
     folder = folder / f"{name}-latency"
     folder.mkdir(exist_ok=True)
     everywhere = PIPELINE.format("", f"uniform={FORMATS[name][0]}")
-    with compiler.candidate_plans(source, terminal.progress, FORMATS[name], pipeline=everywhere, jobs=jobs) as made:
+    plans = candidate_plans(source, terminal.progress, FORMATS[name], pipeline=everywhere, jobs=jobs)
+    with plans as made:
         loaded = runnable(made)
         path = folder / "table.json"
-        path.write_text(json.dumps(latency_profile.measured(loaded, seconds=seconds).to_json()))
+        path.write_text(json.dumps(latency_measure.measured(loaded, seconds=seconds).to_json()))
         plans = compiled(source, name, folder, path, jobs)
-        artifacts = {plan: runtime.load(folder / f"{plan}.mpq", 1, reuse_bytes=0) for plan in plans}
+        artifacts = {plan: compiled_denoiser.load(folder / f"{plan}.mpq", 1, reuse_bytes=0) for plan in plans}
         found = [run(artifacts, loaded, seconds) for _ in range(runs)]
     for plan, about in plans.items():
         errors = [each[plan]["error"] for each in found]

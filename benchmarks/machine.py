@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mpq_compiler.machine import cpu, cpus
+from mpq_compiler.support.host import cpu, cpus
 
 
 def provenance() -> dict[str, Any]:

@@ -22,10 +22,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import documents, plans
-from mpq_compiler import compiler, costs
-from mpq_compiler.calibration import input_edge
-from mpq_compiler.fitting import activation_parameters
-from mpq_compiler.program import ActivationPlan, Program
+from mpq_compiler.ir import costs, interpreter
+from mpq_compiler.ir.edges import input_edge
+from mpq_compiler.ir.program import ActivationPlan, Program
+from mpq_compiler.quantization.fitting import activation_parameters
 
 MODEL, TEXT = "fashion-text", "encoder_hidden_states"
 FRONT = "trace,layout,{}calibrate,time-groups"
@@ -107,7 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     cells = [(name, bits) for bits in BITS for name in PLANS]
     cells += [(name, bits) for bits in TRUE_BITS for name in OBJECTIVES]
-    with compiler.single_threaded():
+    with interpreter.single_threaded():
         bench = Bench(options.images)
         rows = plans.written((bench.row(*cell) for cell in cells), options.json, model=MODEL, images=options.images)
     if options.docs:

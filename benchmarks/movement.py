@@ -3,7 +3,7 @@
     python -m benchmarks.movement [--model fashion-text] [--model unet-70m] [--runs 3] [--rounds 9] [--folder DIR]
 
 One thread, CPU time, everything interleaved; medians over the rounds, then over the runs, with least and most. Of each
-model (8-bit weights) two artifacts run: as compiled, and without the rules of `backends/tvm/fuse.py`, where
+model (8-bit weights) two artifacts run: as compiled, and without the rules of `backends/tvm/plan/fuse.py`, where
 concatenations are copies and quantizers kernels of their own. *Reusing* is the artifact when the timestep and the texts
 are known from an earlier call (docs/artifact.md), against a call that computes everything. Below, what a concatenation
 of two tensors costs, against a copy of the same bytes (the goal: never more) in the two ways of an artifact: a group
@@ -39,19 +39,23 @@ import tvm
 from benchmarks import end_to_end
 from benchmarks.machine import provenance
 from benchmarks.timing import interleaved
-from mpq_compiler import bench, compiler, contestants, runtime, targets, terminal
-from mpq_compiler.backends.tvm import fuse
-from mpq_compiler.backends.tvm.kernels import movement, norms
-from mpq_compiler.backends.tvm.kernels.template import BATCH, Argument
-from mpq_compiler.backends.tvm.lowered import Call
-from mpq_compiler.tensorfile import aligned_empty
+from mpq_compiler.api import compile
+from mpq_compiler.backends.tvm.kernels.common.template import BATCH, Argument
+from mpq_compiler.backends.tvm.kernels.cpu import movement, norms
+from mpq_compiler.backends.tvm.plan import fuse
+from mpq_compiler.backends.tvm.plan.calls import Call
+from mpq_compiler.latency import timing
+from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.support import terminal
+from mpq_compiler.support.tensorfile import aligned_empty
+from mpq_compiler.targets import table as targets
 
 RESULTS = Path(__file__).parent / "results" / "movement.json"
 SHAPES = ((4096, 320), (1024, 640), (256, 1280), (1024, 128), (256, 256), (64, 512))
 """Positions and channels of each of the two tensors: the skip connections of U-Nets."""
 MOVING = ("movement", "quantize", "norms")
 WAYS = ("read_in_parts_us", "written_in_place_us")
-"""How artifacts concatenate (`backends/tvm/fuse.py`)."""
+"""How artifacts concatenate (`backends/tvm/plan/fuse.py`)."""
 
 
 def artifact(source: str, folder: Path, fused: bool) -> Path:
@@ -61,10 +65,10 @@ def artifact(source: str, folder: Path, fused: bool) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         chosen: dict[str, Any] = {"recipe": "w8a8", "samples": 4, "steps": 4}
         if fused:
-            compiler.compile(source, path, **chosen)
+            compile.compile(source, path, **chosen)
         else:
             with mock.patch.object(fuse, "fuse", unchanged), mock.patch.object(fuse, "in_place", unchanged):
-                compiler.compile(source, path, **chosen)
+                compile.compile(source, path, **chosen)
     return path
 
 
@@ -80,9 +84,9 @@ def artifacts(name: str, folder: Path) -> dict[str, Path]:
 
 def of_model(name: str, paths: Mapping[str, Path], rounds: int) -> dict[str, Any]:
     """Milliseconds of a step by kernel family with the rules and without; of a whole call, reusing or not."""
-    cold = {kind: runtime.load(path, 1, reuse_bytes=0) for kind, path in paths.items()}
-    reusing = runtime.load(paths["fused"], 1)
-    inputs = contestants.random_inputs(reusing.manifest, 1)
+    cold = {kind: compiled_denoiser.load(path, 1, reuse_bytes=0) for kind, path in paths.items()}
+    reusing = compiled_denoiser.load(paths["fused"], 1)
+    inputs = timing.random_inputs(reusing.manifest, 1)
     loaded = {**cold, "fused, reusing": reusing}
     calls = {kind: functools.partial(compiled.run, inputs) for kind, compiled in loaded.items()}
     times: dict[str, list[float]] = defaultdict(list)
@@ -94,7 +98,8 @@ def of_model(name: str, paths: Mapping[str, Path], rounds: int) -> dict[str, Any
         for kind, compiled in cold.items():
             sums: dict[str, float] = defaultdict(float)
             by_part: dict[str, float] = defaultdict(float)
-            for row, (_, used, _, _) in zip(bench._schedule(compiled), bench.profile(compiled, inputs), strict=True):
+            profile = timing.profile(compiled, inputs)
+            for row, (_, used, _, _) in zip(timing.kernel_calls(compiled), profile, strict=True):
                 sums[row["template"]] += used
                 by_part[row["part"]] += used
             for family, used in sums.items():
@@ -112,7 +117,7 @@ def of_model(name: str, paths: Mapping[str, Path], rounds: int) -> dict[str, Any
         "reusing_speedup": ratio(times["fused"], times["fused, reusing"]),
         "fusing_speedup": ratio(times["single"], times["fused"]),
         "kernels_ms": {kind: {f: median(v) for f, v in sums.items()} for kind, sums in families.items()},
-        "calls": {kind: len(bench._schedule(compiled)) for kind, compiled in cold.items()},
+        "calls": {kind: len(timing.kernel_calls(compiled)) for kind, compiled in cold.items()},
         "parts_ms": {part: median(values) for part, values in parts.items()},
         "kept": kept,
     }

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 
 Call = Callable[[], object]
 MICROSOFT = "com.microsoft"

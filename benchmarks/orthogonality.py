@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import documents, plans
-from mpq_compiler import compiler
+from mpq_compiler.ir import interpreter
 
 MODEL = "fashion-unet"
 STATISTICS = frozenset({"range", "values", "moments", "gram", "gptq"})
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="write the table into this file")
     parser.add_argument("--images", type=int, default=64, help="from each seed (64)")
     options = parser.parse_args()
-    with compiler.single_threaded():
+    with interpreter.single_threaded():
         found = plans.written(rows(options.images), options.json, model=MODEL, images=options.images)
     if options.docs:
         columns = ("bits of activations", "plan", "true bits", "output, dB", "images, dB (least .. most)")

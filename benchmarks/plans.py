@@ -13,11 +13,15 @@ from typing import Any
 from torch import fx
 
 from benchmarks.machine import provenance
-from mpq_compiler import compiler, costs, denoiser, pass_manager
-from mpq_compiler.ablation import noise_power
-from mpq_compiler.distillation import Gallery
-from mpq_compiler.pass_manager import Session
-from mpq_compiler.program import Program, Stage, TensorStore, run
+from mpq_compiler.analysis.noise_power import noise_power
+from mpq_compiler.analysis.trajectory_error import TrajectoryError
+from mpq_compiler.driver import judge, options
+from mpq_compiler.frontend import denoiser
+from mpq_compiler.ir import costs
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import Program, Stage, TensorStore
+from mpq_compiler.pipeline import manager, parser
+from mpq_compiler.pipeline.session import Session
 
 SEEDS = (101, 102, 103)
 """Of the images: noise by which no plan was chosen."""
@@ -32,19 +36,19 @@ class Judge:
     def __init__(self, model: str, statistics: frozenset[str], front: str, images: int, progress: Any = None) -> None:
         self.model = denoiser.load(model)
         self.session = Session(self.model, progress=progress, statistics=statistics)
-        self.held_out = compiler.held_out(self.model, compiler.Options())
+        self.held_out = judge.held_out(self.model, options.Options())
         self.present: set[str] = set()
         self.floats = self.passed(front)
         self.reference = run(self.floats, self.held_out)
-        galleries = (Gallery.drawn(replace(self.session, seed=seed), images) for seed in SEEDS)
+        galleries = (TrajectoryError.drawn(replace(self.session, seed=seed), images) for seed in SEEDS)
         self.galleries = [gallery for gallery in galleries if gallery is not None]
 
     def passed(self, pipeline: str, program: Program | None = None) -> Program:
         """The program after the passes; from nothing, that of the model."""
-        passes = pass_manager.parse(pipeline)
+        passes = parser.parse(pipeline)
         self.present |= {p for each in passes for p in each.provides}
         start = program or Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
-        return pass_manager.run_pipeline(passes, start, self.session, present=self.present)[0]
+        return manager.run_pipeline(passes, start, self.session, present=self.present)[0]
 
     def judged(self, plan: Program, program: Program) -> dict[str, Any]:
         """True bits of a plan, and in dB the noise of its program: of the output, and of the images of each seed."""

@@ -21,8 +21,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import documents, plans
-from mpq_compiler import compiler, decisions, recipes, terminal
-from mpq_compiler.program import Program
+from mpq_compiler.ir import interpreter, provenance
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline import recipes
+from mpq_compiler.support import terminal
 
 MODEL = "fashion-unet"
 RECIPE = recipes.load("qua2sedimo")
@@ -91,9 +93,9 @@ def main() -> None:
     options = parser.parse_args()
     cells: list[tuple[str, float | None]] = [(name, None) for name in UNIFORM]
     cells += [(name, bits) for bits in BITS for name in PLANS]
-    with compiler.single_threaded():
+    with interpreter.single_threaded():
         bench = Bench(options.images)
-        said = bench.known("operation").facts[decisions.KEY][decisions.PROGRAM]["predict-scores"]
+        said = bench.known("operation").facts[provenance.KEY][provenance.PROGRAM]["predict-scores"]
         learned = {key: said[key] for key in ("correlations", "hops", "sqnr_db")}
         about = {"model": MODEL, "images": options.images, **learned}
         rows = plans.written((bench.row(*cell) for cell in cells), options.json, **about)

@@ -47,8 +47,14 @@ from benchmarks.quality_cells import (
     float_strip,
     write,
 )
-from mpq_compiler import checkpoint, compiler, denoiser, evaluation, metrics, terminal
-from mpq_compiler.errors import BudgetError
+from mpq_compiler.api import compile
+from mpq_compiler.evaluation import features as evaluation_features
+from mpq_compiler.evaluation import metrics
+from mpq_compiler.evaluation import painter as evaluation_painter
+from mpq_compiler.evaluation.features import Features
+from mpq_compiler.frontend import checkpoint, denoiser
+from mpq_compiler.support import terminal
+from mpq_compiler.support.errors import BudgetError
 
 STEPS = 10
 SEED = 1000
@@ -58,7 +64,7 @@ STRIP = 10
 DOCUMENT = Path(__file__).parents[1] / "docs" / "recipes.md"
 
 
-def _images(painter: evaluation.Painter, conditions: Any, count: int) -> np.ndarray:
+def _images(painter: evaluation_painter.Painter, conditions: Any, count: int) -> np.ndarray:
     """What a denoiser draws, decoded, from the noise that all have."""
     with terminal.progress(f"drawing with {painter.name}", count) as advance:
         drawn = painter.draw(conditions, count, STEPS, SEED, progress=lambda done, total: advance(0))
@@ -71,10 +77,10 @@ def float_accuracy(model: str) -> None:
     if model in known:
         return
     loaded = denoiser.load(model)
-    painter = evaluation.from_denoiser(loaded)
+    painter = evaluation_painter.from_denoiser(loaded)
     conditions = painter.conditioning.varied(CLAIM["images"])
     images = _images(painter, conditions, CLAIM["images"])
-    features = metrics.features_for(loaded.features, images.shape[1:])
+    features = evaluation_features.features_for(loaded.features, images.shape[1:])
     accuracy = metrics.compare_images(images, images, *features, conditions.labels)["class_accuracy"]
     write(RESULTS / "float.json", known | {model: accuracy and accuracy["value"]})
 
@@ -89,11 +95,11 @@ def compute(cell: Cell, jobs: int, counts: Sequence[int] = ()) -> list[dict[str,
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "cell.mpq"
         budget = budget_of(cell.model, cell.setting)
-        report = compiler.compile(cell.model, path, terminal.progress, jobs=jobs, **cell.options(budget))
+        report = compile.compile(cell.model, path, terminal.progress, jobs=jobs, **cell.options(budget))
         seconds = time.perf_counter() - begin
-        painter = evaluation.from_artifact(path, threads=1)
-        loaded = evaluation.float_model(cell.model, painter)
-        reference = evaluation.sampled_like(evaluation.from_denoiser(loaded), painter)
+        painter = evaluation_painter.from_artifact(path, threads=1)
+        loaded = evaluation_painter.float_model(cell.model, painter)
+        reference = evaluation_painter.sampled_like(evaluation_painter.from_denoiser(loaded), painter)
         conditions = reference.conditioning.varied(max(counts))
         pictures = [_images(each, conditions, max(counts)) for each in (reference, painter)]
     if cell.strip:
@@ -109,7 +115,7 @@ def compute(cell: Cell, jobs: int, counts: Sequence[int] = ()) -> list[dict[str,
         "notes": report.notes,
         **provenance(),
     }
-    features = metrics.features_for(loaded.features, pictures[0].shape[1:])
+    features = evaluation_features.features_for(loaded.features, pictures[0].shape[1:])
     rows = []
     for count in counts:
         first = [images[:count] for images in pictures]
@@ -119,7 +125,7 @@ def compute(cell: Cell, jobs: int, counts: Sequence[int] = ()) -> list[dict[str,
 
 
 def _judged(
-    pictures: Sequence[np.ndarray], features: tuple[metrics.Features | None, str | None], labels: np.ndarray | None
+    pictures: Sequence[np.ndarray], features: tuple[Features | None, str | None], labels: np.ndarray | None
 ) -> dict[str, Any]:
     """Distances of images to the float model's, which come first."""
     judged = metrics.compare_images(*pictures, *features, labels)

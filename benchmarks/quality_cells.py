@@ -10,7 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mpq_compiler import compiler, costs, denoiser, recipes
+from mpq_compiler.driver import lower
+from mpq_compiler.driver import options as driver_options
+from mpq_compiler.frontend import denoiser
+from mpq_compiler.ir import costs
+from mpq_compiler.pipeline import recipes
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 TIMES = RESULTS / "step_times.json"
@@ -25,7 +29,7 @@ CLAIM = {"seeds": 3, "images": 1000}
 CLAIMED = ("W2A8", "W3A8", "W4A4")
 BEST = ("W2A8", "W3A6")
 """Settings at which `--effort best` is shown."""
-BEST_MINUTES = compiler.EFFORTS["best"]["distill"]["minutes"]
+BEST_MINUTES = driver_options.EFFORTS["best"]["distill"]["minutes"]
 """Of training, which stand for that effort."""
 SHOWN = "W2A8"
 """The setting of the first model of which images stand side by side."""
@@ -85,7 +89,7 @@ class Cell:
         return row if "errors" in row else None
 
     def options(self, budget: int) -> dict[str, Any]:
-        """Of `compiler.compile`, with that budget of bytes."""
+        """Of `compile.compile`, with that budget of bytes."""
         weights, activations = SETTINGS[self.setting]
         if self.recipe in BASELINES:
             pipeline = UNIFORM.format(w=weights, a=activations, method=BASELINES[self.recipe])
@@ -121,7 +125,7 @@ def budget_of(model: str, setting: str) -> int:
     name = f"{model} {setting}"
     if name not in known:
         pipeline = UNIFORM.format(w=SETTINGS[setting][0], a=8, method="nearest")
-        lowered = compiler.lower(denoiser.load(model), compiler.Options(pipeline=pipeline, samples=1))
+        lowered = lower.lower(denoiser.load(model), driver_options.Options(pipeline=pipeline, samples=1))
         assert lowered.planned is not None
         known[name] = costs.stored_bytes(lowered.planned) * 41 // 40
         write(file, known)

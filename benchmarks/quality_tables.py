@@ -27,7 +27,9 @@ from benchmarks.quality_cells import (
     float_strip,
     read,
 )
-from mpq_compiler import metrics, pictures, svg, terminal
+from mpq_compiler.evaluation import features as evaluation_features
+from mpq_compiler.evaluation import image_grid, metrics
+from mpq_compiler.support import svg, terminal
 
 COLUMNS = {
     "image_sqnr_db": 2,
@@ -47,7 +49,7 @@ def resamples(images: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(0)).integers(0, images, (count, images))
 
 
-def resampled_frechet(reference: np.ndarray, images: np.ndarray, features: metrics.Features) -> list[float]:
+def resampled_frechet(reference: np.ndarray, images: np.ndarray, features: evaluation_features.Features) -> list[float]:
     """`metrics.frechet_to_float` of each of `resamples`."""
     found = [features(pictures)[0] for pictures in (reference, images)]
     return [
@@ -252,12 +254,12 @@ def side_by_side(cells: Sequence[Cell], path: Path) -> None:
     titles = [f"{row['cell']['recipe']}, {row['image_sqnr_db']:.1f} dB" for _, row in rows]
     strips = [float_strip(MODELS[0]), *(strip for strip, _ in rows)]
     if strips[0].exists():
-        pictures.grid([_images(strip) for strip in strips], path, columns=2, scale=3, titles=["float32", *titles])
+        image_grid.grid([_images(strip) for strip in strips], path, columns=2, scale=3, titles=["float32", *titles])
 
 
 def save_strip(images: np.ndarray, path: Path) -> None:
     """Writes images [N, 1 or 3, height, width] in [-1, 1] in one row, as PNG."""
-    row = np.concatenate(list(pictures.levels(images).transpose(0, 2, 3, 1)), axis=1)
+    row = np.concatenate(list(image_grid.levels(images).transpose(0, 2, 3, 1)), axis=1)
     Image.fromarray(row[..., 0] if row.shape[2] == 1 else row).save(path)
 
 

@@ -21,12 +21,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import documents
 from benchmarks.machine import provenance
-from mpq_compiler import compiler, costs, denoiser, ops, pass_manager
-from mpq_compiler.calibration import batches
+from mpq_compiler.driver import judge
+from mpq_compiler.driver import options as driver_options
+from mpq_compiler.evaluation.metrics import sqnr_db
 from mpq_compiler.formats import activation
-from mpq_compiler.metrics import sqnr_db
-from mpq_compiler.pass_manager import Session
-from mpq_compiler.program import Program, Stage, TensorStore, run
+from mpq_compiler.frontend import denoiser
+from mpq_compiler.ir import costs, interpreter, ops
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import Program, Stage, TensorStore
+from mpq_compiler.pipeline import manager
+from mpq_compiler.pipeline import parser as pipeline_parser
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.support.execution import batches
 
 MODEL = "fashion-unet"
 FRONT = "trace,layout,calibrate,time-groups"
@@ -56,12 +62,12 @@ class Bench:
         from torch import fx
 
         self.model = denoiser.load(MODEL)
-        self.held_out = compiler.held_out(self.model, compiler.Options())
+        self.held_out = judge.held_out(self.model, driver_options.Options())
         self.expected = self.model(**self.held_out).numpy()
         self.session = Session(self.model, statistics=frozenset({"range", "values", "gram"}))
-        front = pass_manager.parse(FRONT)
+        front = pipeline_parser.parse(FRONT)
         start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
-        self.front, _ = pass_manager.run_pipeline(front, start, self.session)
+        self.front, _ = manager.run_pipeline(front, start, self.session)
         self.present = {p for each in front for p in each.provides}
 
     def row(self, weights: str, options: str, method: str = "nearest") -> dict[str, Any]:
@@ -69,12 +75,12 @@ class Bench:
 
         exponents = (lambda bits: (4,)) if options.endswith(E4M3) else activation.exponents
         begin = time.process_time()
-        passes = pass_manager.parse(BACK.format(weights, options.removesuffix(f",{E4M3}"), method))
+        passes = pipeline_parser.parse(BACK.format(weights, options.removesuffix(f",{E4M3}"), method))
         with mock.patch.object(activation, "exponents", exponents):
-            program, _ = pass_manager.run_pipeline(passes, self.front, self.session, present=self.present)
+            program, _ = manager.run_pipeline(passes, self.front, self.session, present=self.present)
         seconds = time.process_time() - begin
         y = np.concatenate([run(program, part).numpy() for part in batches(self.held_out)])
-        planned, _ = pass_manager.run_pipeline(passes[:1], self.front, self.session, present=self.present)
+        planned, _ = manager.run_pipeline(passes[:1], self.front, self.session, present=self.present)
         kinds = Counter(plan.kind for plan in program.activations.values())
         encodings = Counter(f"e{n.args[3]}" for n in program.graph.nodes if n.target is ops.dequantize_float8)
         found = {"weights": weights, "options": options, "method": method, "db": sqnr_db(self.expected, y)}
@@ -104,7 +110,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="write the tables into this file")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    with compiler.single_threaded():
+    with interpreter.single_threaded():
         bench = Bench()
         wanted = [(weights, how, "nearest") for weights, how, *_ in EIGHT]
         wanted += [(weights, "activations=8", method) for method in METHODS for weights in FOUR]

@@ -24,7 +24,9 @@ import numpy as np
 from benchmarks import quality, quality_cells
 from benchmarks.machine import provenance
 from benchmarks.timing import interleaved, wall
-from mpq_compiler import compiler, evaluation, terminal
+from mpq_compiler.api import compile
+from mpq_compiler.evaluation import painter as evaluation_painter
+from mpq_compiler.support import terminal
 
 ROUNDS = 40
 CONTROL = "control"
@@ -38,7 +40,7 @@ def compiled(cells: Sequence[quality_cells.Cell], folder: Path, jobs: int) -> di
         if not path.exists():
             print(f"{cell.name} ({number} of {len(cells)}) ...", flush=True)
             budget = quality_cells.budget_of(cell.model, cell.setting)
-            compiler.compile(
+            compile.compile(
                 cell.model, path, terminal.progress, jobs=jobs, **replace(cell, minutes=0.0).options(budget)
             )
         found[f"{cell.setting} {cell.recipe}"] = path
@@ -47,7 +49,7 @@ def compiled(cells: Sequence[quality_cells.Cell], folder: Path, jobs: int) -> di
 
 def step(path: Path) -> Callable[[], object]:
     """A call of an artifact with one sample, as its sampler calls it last."""
-    painter = evaluation.from_artifact(path, threads=1)
+    painter = evaluation_painter.from_artifact(path, threads=1)
     last: dict[str, np.ndarray] = {}
 
     def watched(**inputs: np.ndarray) -> np.ndarray:

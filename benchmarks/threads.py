@@ -34,14 +34,16 @@ import tvm_ffi
 from benchmarks.kernels import kernel, problems
 from benchmarks.machine import provenance
 from benchmarks.timing import wall
-from mpq_compiler import runtime, targets
-from mpq_compiler.backends.tvm import peak, templates
-from mpq_compiler.backends.tvm.kernels.attention import Attention
-from mpq_compiler.backends.tvm.kernels.isa import ISAS, isa
-from mpq_compiler.backends.tvm.kernels.norms import GroupNorm, LayerNorm
-from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
-from mpq_compiler.backends.tvm.link import compile_pool
-from mpq_compiler.tvm_runtime import VirtualMachine
+from mpq_compiler.backends.tvm import templates
+from mpq_compiler.backends.tvm.compile import peak
+from mpq_compiler.backends.tvm.compile.link import compile_pool
+from mpq_compiler.backends.tvm.kernels.cpu.attention import Attention
+from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS, isa
+from mpq_compiler.backends.tvm.kernels.cpu.norms import GroupNorm, LayerNorm
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.runtime.tvm import VirtualMachine
+from mpq_compiler.targets import table as targets
 
 VALID = 1.9
 """Scaling of the control from which on a window counts."""
@@ -127,7 +129,7 @@ def on(threads: int, call: Call) -> Call:
 
 def whole(path: Path) -> tuple[Call, Call]:
     """A step of an artifact at batch 1, with everything computed, on one thread and on two: of the same memory."""
-    loaded, rng = runtime.load(path, 2, reuse_bytes=0), np.random.default_rng(0)
+    loaded, rng = compiled_denoiser.load(path, 2, reuse_bytes=0), np.random.default_rng(0)
     machine = loaded._executor
     assert isinstance(machine, VirtualMachine)
     described = loaded.manifest["functions"][0]["inputs"]

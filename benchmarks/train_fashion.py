@@ -35,8 +35,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn import functional as F
 
-from mpq_compiler.prompts import BOS, EOS, PAD, TextEncoder
-from mpq_compiler.schedulers import DDIM
+from mpq_compiler.sampling.schedulers import DDIM
+from mpq_compiler.sampling.text_encoder import BOS, EOS, PAD, TextEncoder
 
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 NULL_CLASS = len(CLASSES)

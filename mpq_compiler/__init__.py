@@ -10,38 +10,67 @@ Names are imported when first used, so that running an artifact never imports to
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mpq_compiler._checkout import require_links
+from mpq_compiler.support import plugins
+from mpq_compiler.support.checkout import require_links
 
 require_links()
 
+if TYPE_CHECKING:
+    from mpq_compiler.allocation.problem import Problem
+    from mpq_compiler.allocation.solver import solve as allocate
+    from mpq_compiler.api.compile import compile
+    from mpq_compiler.artifact.bundle import read as verify
+    from mpq_compiler.cli.demo import demo
+    from mpq_compiler.cli.inspect import inspect
+    from mpq_compiler.driver.measure import measure_latency, measure_sensitivity
+    from mpq_compiler.driver.report import Report
+    from mpq_compiler.evaluation.evaluate import evaluate
+    from mpq_compiler.frontend.denoiser import load as load_denoiser
+    from mpq_compiler.frontend.record import record_inputs
+    from mpq_compiler.runtime.compiled_denoiser import load
+    from mpq_compiler.support.errors import UserError
+
 _API = {
-    "Problem": "allocation:Problem",
-    "Report": "compiler:Report",
-    "UserError": "errors:UserError",
-    "allocate": "allocation:solve",
-    "compile": "compiler:compile",
-    "demo": "demonstration:demo",
-    "evaluate": "evaluation:evaluate",
-    "inspect": "inspection:inspect",
-    "load": "runtime:load",
-    "load_denoiser": "denoiser:load",
-    "measure_latency": "compiler:measure_latency",
-    "measure_sensitivity": "compiler:measure_sensitivity",
-    "record_inputs": "recording:record_inputs",
-    "verify": "artifact:read",
+    "Problem": "allocation.problem:Problem",
+    "Report": "driver.report:Report",
+    "UserError": "support.errors:UserError",
+    "allocate": "allocation.solver:solve",
+    "compile": "api.compile:compile",
+    "demo": "cli.demo:demo",
+    "evaluate": "evaluation.evaluate:evaluate",
+    "inspect": "cli.inspect:inspect",
+    "load": "runtime.compiled_denoiser:load",
+    "load_denoiser": "frontend.denoiser:load",
+    "measure_latency": "driver.measure:measure_latency",
+    "measure_sensitivity": "driver.measure:measure_sensitivity",
+    "record_inputs": "frontend.record:record_inputs",
+    "verify": "artifact.bundle:read",
 }
 
-__all__ = sorted(_API)
+__all__ = [
+    "Problem",
+    "Report",
+    "UserError",
+    "allocate",
+    "compile",
+    "demo",
+    "evaluate",
+    "inspect",
+    "load",
+    "load_denoiser",
+    "measure_latency",
+    "measure_sensitivity",
+    "record_inputs",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _API:
         raise AttributeError(f"module 'mpq_compiler' has no attribute '{name}'")
-    module, _, attribute = _API[name].partition(":")
-    return getattr(importlib.import_module(f"mpq_compiler.{module}"), attribute)
+    return plugins.attribute(f"mpq_compiler.{_API[name]}")
 
 
 def __dir__() -> list[str]:

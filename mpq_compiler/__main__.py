@@ -2,6 +2,6 @@
 
 import sys
 
-from mpq_compiler.cli import main
+from mpq_compiler.cli.mpqc import main
 
 sys.exit(main())

@@ -9,39 +9,28 @@ from typing import Any, ClassVar, Literal
 
 from torch import fx
 
-from mpq_compiler import costs, decisions, formats, pricing, sensitivity_table
-from mpq_compiler.allocation import TIME_LIMIT, InfeasibleError, Problem, Solution, solve
-from mpq_compiler.calibration import (
-    ATTENTION,
-    DYNAMIC,
-    FLOATING,
-    GRAM,
-    MOMENTS,
-    RANGE,
-    VALUES,
-    attention_edges,
-    dynamic_edges,
-    input_edge,
-)
-from mpq_compiler.costs import weight_path
-from mpq_compiler.errors import UserError
-from mpq_compiler.finalists import Finalists, Solved, made
-from mpq_compiler.fitting import activation_parameters, float_parameters
+from mpq_compiler import formats
+from mpq_compiler.allocation import costs, lagrangian, pose, sensitivity_table
+from mpq_compiler.allocation.pose import Terms
+from mpq_compiler.allocation.problem import InfeasibleError, Problem, Solution
+from mpq_compiler.allocation.rerank import Reranker, Solved
+from mpq_compiler.allocation.sensitivity_table import CONTENT, QUALITY
+from mpq_compiler.allocation.solver import TIME_LIMIT, solve
+from mpq_compiler.formats import contract as formats_contract
 from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
-from mpq_compiler.latency import Costs, Latency
-from mpq_compiler.pass_manager import Contract, Pass, Session
+from mpq_compiler.ir import costs as ir_costs
+from mpq_compiler.ir import provenance
+from mpq_compiler.ir.costs import weight_path
+from mpq_compiler.ir.edges import attention_edges, dynamic_edges, input_edge
+from mpq_compiler.ir.graph import CONTRACTIONS, softmax, weight_of
+from mpq_compiler.ir.program import ActivationPlan, Program, Stage, TensorStore, WeightPlan
 from mpq_compiler.passes.sensitivity import noise_together
-from mpq_compiler.program import (
-    CONTRACTIONS,
-    ActivationPlan,
-    Program,
-    Stage,
-    TensorStore,
-    WeightPlan,
-    softmax,
-    weight_of,
-)
-from mpq_compiler.sensitivity_table import CONTENT, QUALITY, Terms
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.realize import realize
+from mpq_compiler.pipeline.session import LayerTimes, Session, Times
+from mpq_compiler.quantization.fitting import activation_parameters, float_parameters
+from mpq_compiler.quantization.statistics import ATTENTION, DYNAMIC, FLOATING, GRAM, MOMENTS, RANGE, VALUES
+from mpq_compiler.support.errors import UserError
 
 ORTHOGONALITY = "orthogonality"
 """The objective, and the pass that it needs."""
@@ -61,7 +50,7 @@ class BitAllocation(Pass):
     that a layer becomes in each format (docs/latency.md). An attention is a choice between float, at 32 bits an
     activation, and q, k, v and probabilities of one width; an edge that a layer reads too has the layer's width.
 
-    With ``ratios`` metrics are decoupled as in the paper: content layers (`layer_groups`) have a budget of their own,
+    With ``ratios`` metrics are decoupled as in the paper: content layers (`mixdq_groups`) have a budget of their own,
     so many times the bits of the others. Of the programs that the ratios give, and of the one with a common budget,
     that is taken whose images are nearest to the float model's; then the same for ``activation_ratios``.
 
@@ -270,16 +259,16 @@ class BitAllocation(Pass):
                 f"the sensitivities are those of activations in {kinds[0]}, and bit-allocation plans {kinds[1]}: "
                 f"measure them again with bit-allocation{{activation_format={self.activation_format}}} in the pipeline"
             )
-        limit = sensitivity_table.byte_limit(table, self.weights, self.bytes)
+        limit = pose.byte_limit(table, self.weights, self.bytes)
         spared = {e.name for n in program.attentions for e in attention_edges(n)} if self.attention is not None else ()
         share = 1.0 if self._unquantized else self.protected
-        protected = sensitivity_table.most_sensitive(table, share, spared)
+        protected = pose.most_sensitive(table, share, spared)
         widest = max(int(bits) for losses in table["activations"].values() for bits in losses)
         kept = widest if self.protected_as == "widest" and not self._unquantized else None
         terms = Terms(self.objective == "paper-db", protected=dict.fromkeys(protected, kept))
 
         def posed(terms: Terms) -> dict[str, Any]:
-            return sensitivity_table.problem(table, limit, self.activations, self.bops, self.latency, terms)
+            return pose.problem(table, limit, self.activations, self.bops, self.latency, terms)
 
         def solved(terms: Terms) -> Solved:
             return Solved(terms, problem := posed(terms), self._solved(problem, table))
@@ -287,7 +276,7 @@ class BitAllocation(Pass):
         def planned(solution: Solution) -> Program:
             return self._planned(program, *_choices_of(solution, table))
 
-        finalists = Finalists(program, session, self.images, planned)
+        finalists = Reranker(program, session, self.images, planned)
         best = self._best(program, table, terms, solved, finalists)
         if not best.solution.optimal:
             program.note(
@@ -321,7 +310,7 @@ class BitAllocation(Pass):
             return
         inputs = min(most, len(program.facts["calibration"].timesteps))
         program.facts.setdefault("fits", {})  # which copies share, so that weights are fitted once
-        changed = made(program.fork(tensors=TensorStore(program.tensors)), session)
+        changed = realize(program.fork(tensors=TensorStore(program.tensors)), session)
         expected, measured = allocation["objective"], noise_together(program, changed, inputs, session)
         difference = 10 * math.log10(measured / expected) if min(measured, expected) > 0 else None
         program.facts["allocation"] = allocation | {
@@ -346,10 +335,10 @@ class BitAllocation(Pass):
             )
         units = program.facts["scores"]["units"]
         table = costs.describe(program, self.dynamic, _scored(program), self.floating)
-        limit = sensitivity_table.byte_limit(table, self.weights, self.bytes)
-        document = sensitivity_table.unit_problem(table, units, limit)
+        limit = pose.byte_limit(table, self.weights, self.bytes)
+        document = pose.unit_problem(table, units, limit)
         problem = Problem.from_json(document)
-        found = solve(problem) if self.objective == "scores-program" or limit is None else pricing.solve(problem)
+        found = solve(problem) if self.objective == "scores-program" or limit is None else lagrangian.solve(problem)
         chosen = found.choices.items()
         names = {
             path: name for unit, all_ in chosen for path, name in zip(unit.split(" "), all_.split(" "), strict=True)
@@ -365,7 +354,7 @@ class BitAllocation(Pass):
         table: dict[str, Any],
         terms: Terms,
         solved: Callable[[Terms], Solved],
-        finalists: Finalists,
+        finalists: Reranker,
     ) -> Solved:
         """The program of the best ratio of the weights' bits and then, with that, of the activations'."""
         scans: dict[str, tuple[float, ...]] = {"ratio": self.ratios, "activation_ratio": self.activation_ratios}
@@ -400,7 +389,7 @@ class BitAllocation(Pass):
         times = self._times(program, session.latency)
         return sensitivity_table.with_latencies(table, times.fixed, times.layers)
 
-    def _times(self, program: Program, latency: Latency) -> Costs:
+    def _times(self, program: Program, latency: LayerTimes) -> Times:
         """Of the formats that there are to choose from."""
         if self.uniform is not None:
             names = [formats.get(self.uniform).name]
@@ -416,7 +405,7 @@ class BitAllocation(Pass):
             least = next((value for budget, value in error.least.items() if budget.cost == "latency"), None)
             if least is None:
                 raise
-            whole = sensitivity_table.up((least + table["fixed_microseconds"]) / 1e3)
+            whole = pose.up((least + table["fixed_microseconds"]) / 1e3)
             raise InfeasibleError(
                 f"a latency of {self.latency:g} ms cannot be met together with the other budgets: with them kept the "
                 f"smallest is {whole} ms",
@@ -437,9 +426,9 @@ class BitAllocation(Pass):
                 "default recipe, which mixes formats"
             )
         program.facts["latency"] = {"ms": total, "fixed_ms": times.fixed / 1e3, "budget_ms": self.latency}
-        decisions.note(program, decisions.PROGRAM, self.name(), latency=program.facts["latency"])
+        provenance.note(program, provenance.PROGRAM, self.name(), latency=program.facts["latency"])
         for path in program.weights:
-            decisions.note(program, path, self.name(), microseconds=times.layers[path])
+            provenance.note(program, path, self.name(), microseconds=times.layers[path])
 
     def _of_one_width(self, measured: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
         """Of the measured losses of activations those at the budget's width."""
@@ -466,10 +455,10 @@ class BitAllocation(Pass):
 
     def _check_uniform(self, program: Program) -> None:
         """A uniform plan that exceeds a budget is refused rather than written."""
-        limit = sensitivity_table.byte_limit(program.facts, self.weights, self.bytes)
-        stored = costs.stored_bytes(program)
+        limit = pose.byte_limit(program.facts, self.weights, self.bytes)
+        stored = ir_costs.stored_bytes(program)
         if limit is not None and stored > limit:
-            bits = costs.average_bits(stored, program.facts["parameters"])
+            bits = ir_costs.average_bits(stored, program.facts["parameters"])
             raise UserError(
                 f"uniform {self.uniform} takes {stored} bytes ({bits:.3f} true average bits), more than the budget of "
                 f"{limit} bytes; use the default recipe, which mixes formats"
@@ -496,8 +485,8 @@ def _noise(problem: dict[str, Any], solution: Solution) -> float:
 def _choices_of(solution: Solution, table: dict[str, Any]) -> tuple[dict[str, tuple[str, int]], set[str]]:
     """Format and width, 0 for float, of each layer; the attentions that are quantized."""
     split = {path: choice.split(" ") for path, choice in solution.choices.items() if path in table["weights"]}
-    quantized = {name for name in table["attention"] if solution.choices[name] != sensitivity_table.FLOAT}
-    float_width = sensitivity_table.FLOAT
+    quantized = {name for name in table["attention"] if solution.choices[name] != formats_contract.FLOAT}
+    float_width = formats_contract.FLOAT
     widths = {path: (name, 0 if width == float_width else int(width[1:])) for path, (name, width) in split.items()}
     return widths, quantized
 

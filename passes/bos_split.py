@@ -9,11 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import decisions, ops
-from mpq_compiler.aten import aten, is_pointwise
-from mpq_compiler.costs import weight_path
-from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Interpreter, Program, arguments, function_of, operand, prune, shapes
+from mpq_compiler.ir import ops, provenance
+from mpq_compiler.ir.aten import aten, is_pointwise
+from mpq_compiler.ir.costs import weight_path
+from mpq_compiler.ir.graph import arguments, function_of, operand, prune
+from mpq_compiler.ir.interpreter import Interpreter, shapes
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.session import Session
 
 TEXT = "encoder_hidden_states"
 """What the names of text inputs [B, tokens, channels] begin with."""
@@ -112,7 +115,7 @@ def _split(program: Program, name: str, text: Tensor) -> bool:
         rest[node].name = f"{node.name}_rest"
     for node in reversed(order):
         if (path := weight_path(node)) is not None:
-            decisions.note(program, path, "bos-split", reads=f"all tokens of '{name}' but the first")
+            provenance.note(program, path, "bos-split", reads=f"all tokens of '{name}' but the first")
         if node in computed:
             _join(program, node, rest[node], values[node][0, 0])
     token = {"input": name, "token": 0, "values": text[0, 0].tolist()}

@@ -8,10 +8,11 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from mpq_compiler.calibration import GRAM, RANGE, VALUES, Calibration, Collector, collect
-from mpq_compiler.errors import UserError
-from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.statistics import GRAM, RANGE, VALUES, Calibration, Collector, collect
+from mpq_compiler.support.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Calibrate(Pass):
 
     def _sampled(self, program: Program, session: Session, wanted: frozenset[str]) -> Calibration:
         """Measured while the program itself is what the sampler draws with: the float model runs once."""
-        from mpq_compiler.denoiser import record_calibration
+        from mpq_compiler.frontend.trajectories import record_calibration
 
         denoiser = session.denoiser
         assert denoiser is not None

@@ -7,12 +7,17 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import ClassVar
 
-from mpq_compiler import blocks, decisions, distillation
-from mpq_compiler.blocks import Block
-from mpq_compiler.distillation import Gallery, Stage
-from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program
-from mpq_compiler.relation import Term
+from mpq_compiler.analysis.trajectory_error import TrajectoryError
+from mpq_compiler.ir import blocks as ir_blocks
+from mpq_compiler.ir import provenance
+from mpq_compiler.ir.blocks import Block
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.training import data as training_data
+from mpq_compiler.training import trainer
+from mpq_compiler.training.relation_loss import Term
+from mpq_compiler.training.state import RATES, Stage
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Distill(Pass):
             self.require(option, 0)
 
     def run(self, program: Program, session: Session) -> Program:
-        updates = distillation.affordable(program, self.minutes) if self.updates is None else self.updates
+        updates = training_data.affordable(program, self.minutes) if self.updates is None else self.updates
         program = program.fork()
         if not updates:
             if self.minutes and self.updates is None:
@@ -88,9 +93,9 @@ class Distill(Pass):
             return program
         for note in self._without_effect(program, session, updates):
             program.note(f"distill: {note}")
-        samples = max(self.samples, distillation.trajectories(updates, self.epochs, self.steps))
-        data, held_out = distillation.calls(session, samples, self.steps)
-        gallery = Gallery.drawn(session, self.images)
+        samples = max(self.samples, training_data.trajectories(updates, self.epochs, self.steps))
+        data, held_out = training_data.calls(session, samples, self.steps)
+        gallery = TrajectoryError.drawn(session, self.images)
         images = gallery.noise(program) if gallery else None
         if gallery:
             gains = gallery.gains(program)
@@ -99,7 +104,7 @@ class Distill(Pass):
         for title, stages in self._phases(program, session, updates):
             trained, outcomes = program, []
             for number, stage in enumerate(stages):
-                trained, outcome = distillation.train(trained, stage, data, held_out, session, session.seed + number)
+                trained, outcome = trainer.train(trained, stage, data, held_out, session, session.seed + number)
                 outcomes.append(asdict(outcome))
                 if outcome.diverged is not None:
                     trained.note(
@@ -116,13 +121,13 @@ class Distill(Pass):
             else:
                 program.note(f"distill: training {title} made the held-out images worse and was undone")
         program.facts["training"] = told
-        decisions.note(program, decisions.PROGRAM, self.name(), phases=told)
+        provenance.note(program, provenance.PROGRAM, self.name(), phases=told)
         return program
 
     def _related(self, program: Program, session: Session) -> Block | None:
         """The block whose features the term of relations compares: the last of those of a kind, where there are any."""
         assert session.denoiser is not None
-        found = [b for b in blocks.blocks(session.denoiser.module.model, program) if b.repeated]
+        found = [b for b in ir_blocks.blocks(session.denoiser.module.model, program) if b.repeated]
         return found[-1] if found else None
 
     def _without_effect(self, program: Program, session: Session, updates: int) -> Iterator[str]:
@@ -144,16 +149,16 @@ class Distill(Pass):
     def _phases(self, program: Program, session: Session, updates: int) -> Iterator[tuple[str, list[Stage]]]:
         """What is trained one after the other; a phase is kept or undone as one."""
         assert session.denoiser is not None
-        rates = {kind: rate * self.rate for kind, rate in distillation.RATES.items()}
+        rates = {kind: rate * self.rate for kind, rate in RATES.items()}
         latent = round(updates * self.latent)
-        found = blocks.blocks(session.denoiser.module.model, program)
+        found = ir_blocks.blocks(session.denoiser.module.model, program)
         related = self._related(program, session) if self.relation else None
         term = None if related is None else Term(related.output, self.relation, self.window)
         network = self.range_network and len(program.facts["time-groups"]) > 0
         stage = partial(Stage, rates=rates, adapters=self.adapters, range_network=network)
         if latent and self.blocks:
             if self.updates is None:  # the minutes are to be those of the whole program
-                share, more = distillation.block_updates(program, found, latent), 0
+                share, more = training_data.block_updates(program, found, latent), 0
             else:
                 share, more = divmod(latent, len(found))
             steps = [max(1, share + (i < more)) for i in range(len(found))]

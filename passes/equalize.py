@@ -9,12 +9,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mpq_compiler import decisions, trials
-from mpq_compiler.costs import weight_path
-from mpq_compiler.pass_manager import Session
-from mpq_compiler.program import Program, weight_of
-from mpq_compiler.scaling import Scaling
-from mpq_compiler.trials import Layers, Rows, Trial
+from mpq_compiler.ir import provenance
+from mpq_compiler.ir.costs import weight_path
+from mpq_compiler.ir.graph import weight_of
+from mpq_compiler.ir.program import Program
+from mpq_compiler.passes._search import RewriteSearch
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization import rewrite_gain
+from mpq_compiler.quantization.channel_scaling import Scaling
+from mpq_compiler.quantization.rewrite_gain import Layers, Rows
 
 POWERS = tuple(i / 10 for i in range(1, 10))
 """SmoothQuant's alpha: how much of the spread of a channel's values moves into the weights."""
@@ -31,7 +34,7 @@ class Found(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Equalize(Trial):
+class Equalize(RewriteSearch):
     """Divides the channels of a tensor by factors, and multiplies the columns of the layers that read it with them.
 
     The quantized product is what should come out best: of many ways to share out the spread of channels between
@@ -72,7 +75,7 @@ class Equalize(Trial):
                 folded = scaling.scale(group.edge, found.factor, group.readers)
                 said = {"rule": found.rule, "gain_db": found.gain, "into": "producer" if folded else "multiplication"}
                 for reader in group.readers:
-                    decisions.note(program, str(weight_path(reader)), self.name(), **said)
+                    provenance.note(program, str(weight_path(reader)), self.name(), **said)
         scaling.apply()
         return program
 
@@ -99,7 +102,7 @@ class Equalize(Trial):
                 if error < least:
                     rule, best, least = name, factor, error
         before, after = (self._error(group, kept, weights, f) for f in (whole, best))
-        gain = trials.gain_db(before, after)
+        gain = rewrite_gain.gain_db(before, after)
         return Found(best, rule, gain) if rule and (gain >= self.gain or self.rule != "search") else None
 
     def candidates(self, largest: Tensor, weights: list[Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -8,10 +8,13 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from mpq_compiler import calls, ops
-from mpq_compiler.aten import aten
-from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import CONTRACTIONS, Program, Stage, arguments, operand, prune
+from mpq_compiler.formats import contract as formats_contract
+from mpq_compiler.ir import ops, views
+from mpq_compiler.ir.aten import aten
+from mpq_compiler.ir.graph import CONTRACTIONS, arguments, operand, prune
+from mpq_compiler.ir.program import Program, Stage
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.session import Session
 
 _SIMULATED = (ops.fake_quantize, ops.dynamic_fake_quantize)
 
@@ -109,7 +112,7 @@ def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
 def _is_layer(node: fx.Node) -> bool:
     if node.op != "call_function" or node.target not in (ops.conv2d, aten.linear.default):
         return False
-    x, weight = calls.made_by(node.args[0]), node.args[1]
+    x, weight = views.made_by(node.args[0]), node.args[1]
     quantized = isinstance(x, fx.Node) and x.target in (*_SIMULATED, ops.quantize, ops.dynamic_quantize)
     rounded = (ops.dequantize_weight, aten.add.Tensor)
     return quantized and isinstance(weight, fx.Node) and weight.op == "call_function" and weight.target in rounded
@@ -153,7 +156,7 @@ def _table(program: Program, weight: fx.Node) -> tuple[Any, ...]:
     signs, _, alpha, _ = arguments(operand(weight, 1))
     stored = [program.tensors[str(n.target)] for n in (codes, lut, signs, alpha)]
     path = str(codes.target).split(":")[0]
-    merged = ops.merge_branch(*stored)
+    merged = formats_contract.merge_branch(*stored)
     names = [program.tensors.add(f"{path}:{n}", t) for n, t in zip(("codes", "lut"), merged, strict=True)]
     new_codes, new_lut = (program.graph.get_attr(n) for n in names)
     return new_codes, scale, offset, new_lut, *rest

@@ -8,10 +8,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
-from mpq_compiler import ops
-from mpq_compiler.aten import aten, is_pointwise
-from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, operand, shapes
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.aten import aten, is_pointwise
+from mpq_compiler.ir.graph import operand
+from mpq_compiler.ir.interpreter import shapes
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.session import Session
 
 ANCHORS: dict[Callable[..., Any], str] = {
     ops.quant_linear: "quant_linear",

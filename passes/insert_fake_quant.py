@@ -8,13 +8,17 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from mpq_compiler import formats, ops
-from mpq_compiler.calibration import attention_arguments, attention_edges, input_edge
-from mpq_compiler.costs import stored_dtype, weight_path
-from mpq_compiler.fitting import attributes
-from mpq_compiler.pass_manager import Contract, Pass, Session
+from mpq_compiler import formats
+from mpq_compiler.formats import base, floating
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.costs import stored_dtype, weight_path
+from mpq_compiler.ir.edges import attention_arguments, attention_edges, input_edge
+from mpq_compiler.ir.graph import function_of, operand, softmax, weight_of
+from mpq_compiler.ir.program import ActivationPlan, Program, Stage
 from mpq_compiler.passes.time_groups import BOUNDARIES
-from mpq_compiler.program import ActivationPlan, Program, Stage, function_of, operand, softmax, weight_of
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.settle import attributes
 
 
 @dataclass(frozen=True)
@@ -100,16 +104,16 @@ def _insert_time_group(program: Program) -> fx.Node:
     return group
 
 
-def _insert_levels(program: Program, call: fx.Node, planned: formats.Format) -> fx.Node:
+def _insert_levels(program: Program, call: fx.Node, planned: base.Format) -> fx.Node:
     """The call's weight at the levels from which its format starts."""
     graph, weight, prefix = program.graph, operand(call, 1), f"{weight_path(call)}:range."
     start = planned.start(program.tensors.read(str(weight.target)))
     with graph.inserting_before(call):
-        if isinstance(start, formats.Float8Weight):
+        if isinstance(start, floating.Float8Weight):
             scale = attributes(program, prefix, scale=start.scale)
             new = graph.call_function(ops.fake_quantize_float8, (weight, *scale, start.exponent))
         else:
-            assert isinstance(start, formats.QuantizedWeight)
+            assert isinstance(start, base.QuantizedWeight)
             parts = attributes(
                 program, prefix, scale=start.scale, offset=start.offset, lut=start.lut, row_class=start.row_class
             )

@@ -9,13 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from mpq_compiler import ops
-from mpq_compiler.aten import MOVEMENT, POINTWISE, aten, interior_permutes, is_movement, is_permute
-from mpq_compiler.editing import Editor, bound, respell
-from mpq_compiler.errors import UserError
-from mpq_compiler.movement import ONE, Chain, Step, follow
-from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, Stage, arguments, copy_graph, merge_equal, operand, prune, weight_of
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.aten import MOVEMENT, POINTWISE, aten, interior_permutes, is_movement, is_permute
+from mpq_compiler.ir.canonicalize import respell
+from mpq_compiler.ir.editor import Editor, bound
+from mpq_compiler.ir.graph import arguments, copy_graph, merge_equal, operand, prune, weight_of
+from mpq_compiler.ir.layout_algebra import ONE, Chain, Step, follow
+from mpq_compiler.ir.program import Program, Stage
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.support.errors import UserError
 
 TO_CHANNELS_LAST = {3: (0, 2, 1), 4: (0, 2, 3, 1)}
 TO_CHANNELS_FIRST = {3: (0, 2, 1), 4: (0, 3, 1, 2)}

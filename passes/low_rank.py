@@ -7,13 +7,17 @@ from typing import ClassVar
 
 from torch import fx
 
-from mpq_compiler import formats, ops
-from mpq_compiler.aten import aten
-from mpq_compiler.calibration import GRAM
-from mpq_compiler.calls import FAKE_QUANTIZERS
-from mpq_compiler.fitting import REST, Open, attributes, fit_unsettled
-from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, function_of, operand, prune
+from mpq_compiler.formats import low_rank
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.aten import aten
+from mpq_compiler.ir.graph import function_of, operand, prune
+from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.views import FAKE_QUANTIZERS
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fitting import REST, Rounding
+from mpq_compiler.quantization.settle import Open, attributes, fit_unsettled
+from mpq_compiler.quantization.statistics import GRAM
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,16 @@ class LowRank(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
-        for weight, fit in fit_unsettled(program, session, "fitting low-rank branches", formats.LowRankFormat):
+        rounding = Rounding.asked(session.statistics)
+        branches = fit_unsettled(program, session, rounding, "fitting low-rank branches", low_rank.LowRankFormat)
+        for weight, fit in branches:
             self._leave_rest(program, weight, fit)
             for call in list(weight.quantizer.users):
                 self._insert(program, weight, call, fit)
         prune(program.graph)
         return program
 
-    def _leave_rest(self, program: Program, weight: Open, fit: formats.LowRankWeight) -> None:
+    def _leave_rest(self, program: Program, weight: Open, fit: low_rank.LowRankWeight) -> None:
         """The quantizer goes on with the weight less the branch, at the levels that were fitted with the branch."""
         tensor, base = program.tensors.read(weight.weight), fit.base
         rest = tensor - fit.branch.reshape(tensor.shape)
@@ -59,7 +65,7 @@ class LowRank(Pass):
             )  # fmt: skip
         weight.quantizer.args = (*parts, *([list(base.segments)] if base.segments else []))
 
-    def _insert(self, program: Program, weight: Open, call: fx.Node, fit: formats.LowRankWeight) -> None:
+    def _insert(self, program: Program, weight: Open, call: fx.Node, fit: low_rank.LowRankWeight) -> None:
         graph, x = program.graph, operand(call, 0)
         if x.target in FAKE_QUANTIZERS:
             x = operand(x, 0)

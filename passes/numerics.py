@@ -8,16 +8,25 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, fx
 
-from mpq_compiler import cache, costs, decisions, formats, ops
-from mpq_compiler.ablation import Ablation, noise_power
-from mpq_compiler.allocation import Problem, solve
-from mpq_compiler.calibration import Calibration, attention_arguments, batches, input_edge
-from mpq_compiler.errors import UserError
-from mpq_compiler.numerics import BF16, F32, INT8, NUMERICS
-from mpq_compiler.pass_manager import Contract, Pass, Session
+from mpq_compiler import formats
+from mpq_compiler.allocation.problem import Problem
+from mpq_compiler.allocation.solver import solve
+from mpq_compiler.analysis.noise_power import noise_power
+from mpq_compiler.analysis.perturbation import Ablation
+from mpq_compiler.ir import costs, ops, provenance
+from mpq_compiler.ir.edges import attention_arguments, input_edge
+from mpq_compiler.ir.graph import function_of, operand, softmax
+from mpq_compiler.ir.interpreter import run, shapes
+from mpq_compiler.ir.program import Program
 from mpq_compiler.passes.insert_fake_quant import InsertFakeQuant
 from mpq_compiler.passes.sensitivity import Sensitivity, counts, mean_power
-from mpq_compiler.program import Program, function_of, operand, run, shapes, softmax
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.statistics import Calibration
+from mpq_compiler.support import cache
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.execution import batches
+from mpq_compiler.targets.numerics import BF16, F32, INT8, NUMERICS
 
 TIME = {F32: 1.0, BF16: 0.57, INT8: 0.42}
 """Of an attention relative to float32: the medians over the shapes of benchmarks/results/attention.json, a Zen 5."""
@@ -93,7 +102,7 @@ class Numerics(Pass):
             choices = _fastest(program, calls, losses, most)
         chosen = {name: kind for name, kind in choices.items() if kind != F32}
         program.facts["numerics"] = chosen
-        decisions.note(program, decisions.PROGRAM, self.name(), most=most, losses=losses, chosen=chosen)
+        provenance.note(program, provenance.PROGRAM, self.name(), most=most, losses=losses, chosen=chosen)
         said = _summary(attentions, choices, kinds)
         program.note(f"numerics=fast: {said}; other targets than this one give other bits")
         return program

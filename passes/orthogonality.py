@@ -8,12 +8,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import decisions, formats
-from mpq_compiler.calibration import DYNAMIC, FLOATING, Calibration, input_edge
-from mpq_compiler.costs import weight_path
-from mpq_compiler.errors import UserError
-from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, run
+from mpq_compiler import formats as mpq_compiler_formats
+from mpq_compiler.ir import provenance
+from mpq_compiler.ir.costs import weight_path
+from mpq_compiler.ir.edges import input_edge
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.statistics import DYNAMIC, FLOATING, Calibration
+from mpq_compiler.support.errors import UserError
 
 DIGITS = 6
 """Significant digits kept of a loss, so that the last bits of a sum never decide an allocation."""
@@ -59,7 +63,7 @@ class Orthogonality(Pass):
         if not self.formats:
             raise UserError("option 'formats' of pass 'orthogonality' must name a format to choose, and is empty")
         for name in self.formats:
-            formats.get(name)
+            mpq_compiler_formats.get(name)
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
@@ -85,7 +89,7 @@ class Orthogonality(Pass):
             "floating": FLOATING in session.statistics,
         }
         for path in mean:
-            decisions.note(program, path, self.name(), gamma=mean[path], importance=importance[path])
+            provenance.note(program, path, self.name(), gamma=mean[path], importance=importance[path])
         return program
 
     def _parts(self, calibration: Calibration) -> list[dict[str, Tensor]]:
@@ -95,7 +99,7 @@ class Orthogonality(Pass):
         return [{n: v[start : start + self.inputs] for n, v in calibration.inputs.items()} for start in starts]
 
     def _losses(self, calls: list[fx.Node], importance: dict[str, float]) -> dict[str, Any]:
-        bits = {name: formats.get(name).bits for name in self.formats}
+        bits = {name: mpq_compiler_formats.get(name).bits for name in self.formats}
 
         def losses(own: float, widths: dict[str, int]) -> dict[str, float]:
             most = max(widths.values())

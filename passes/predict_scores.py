@@ -10,16 +10,24 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mpq_compiler import cache, configurations, decisions, dependency_graph, formats, scores
-from mpq_compiler.calibration import GRAM, RANGE, VALUES, Calibration, fingerprint
-from mpq_compiler.configurations import Configuration, Fits
-from mpq_compiler.costs import weight_bytes
-from mpq_compiler.dependency_graph import Graph
-from mpq_compiler.errors import UserError
-from mpq_compiler.fitting import Rounding
-from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.predictor import Features, Learner, Scored, Training, variants_of
-from mpq_compiler.program import Program, run, weight_of
+from mpq_compiler import formats as mpq_compiler_formats
+from mpq_compiler.allocation.qua2sedimo import graph as qua2sedimo_graph
+from mpq_compiler.allocation.qua2sedimo import random_plans
+from mpq_compiler.allocation.qua2sedimo.graph import Graph
+from mpq_compiler.allocation.qua2sedimo.predictor import Features, Learner, Scored, Training, variants_of
+from mpq_compiler.allocation.qua2sedimo.random_plans import Configuration, Fits
+from mpq_compiler.inspection import score_report
+from mpq_compiler.ir import provenance
+from mpq_compiler.ir.costs import weight_bytes
+from mpq_compiler.ir.graph import weight_of
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fitting import Rounding
+from mpq_compiler.quantization.statistics import GRAM, RANGE, VALUES, Calibration, fingerprint
+from mpq_compiler.support import cache
+from mpq_compiler.support.errors import UserError
 
 DIGITS = 6
 TRUSTED = 0.8
@@ -36,7 +44,7 @@ class PredictScores(Pass):
     calibration inputs. Predictors of several folds learn to rank them; the norm of what one node is embedded as, after
     as many hops as its unit is deep, standardized and weighted by how well such norms rank configurations that were
     held out, is the score of the unit's formats (Qua2SeDiMo, arXiv 2412.14628, section 3). A unit is an attention, a
-    feed-forward network, the layers of a residual block: `mpq_compiler/dependency_graph.py` finds them. Labels and
+    feed-forward network, the layers of a residual block: `allocation/qua2sedimo/graph.py` finds them. Labels and
     scores go to the cache as they are made.
 
         (no change; facts["scores"] holds units: their layers, and a score for each variant of their formats)
@@ -70,19 +78,19 @@ class PredictScores(Pass):
         if len({*self.formats}) < 2:
             raise UserError("option 'formats' of pass 'predict-scores' must name two formats or more to choose from")
         for name in self.formats:
-            formats.get(name)
+            mpq_compiler_formats.get(name)
 
     def run(self, program: Program, session: Session) -> Program:
         assert session.denoiser is not None
         program = program.fork()
-        graph = dependency_graph.of(program, session.denoiser.module.model)
+        graph = qua2sedimo_graph.of(program, session.denoiser.module.model)
         calibration: Calibration = program.facts["calibration"]
         inputs = calibration.select(self.inputs)
         results = cache.Results("sensitivity", self.key(program, graph, inputs, session), session.cache)
         fits = Fits(program, self.formats, session)
-        drawn = configurations.drawn(list(fits.calls), self.formats, self.configurations, session.seed)
+        drawn = random_plans.drawn(list(fits.calls), self.formats, self.configurations, session.seed)
         labels = self._labels(program, fits, drawn, inputs, results, session)
-        units, alone = dependency_graph.units(graph), dependency_graph.alone(graph)
+        units, alone = qua2sedimo_graph.units(graph), qua2sedimo_graph.alone(graph)
         training = Training(self.folds, self.epochs)
         learner = Learner(graph, self._features(program, fits), [*units, *alone], training, session.seed)
         folds = self._folds(learner, drawn, labels, results, session)
@@ -135,8 +143,8 @@ class PredictScores(Pass):
         return (-10 * powers.clamp_min(1e-30).log10()).float()
 
     def _features(self, program: Program, fits: Fits) -> Features:
-        kinds = list(dict.fromkeys(map(configurations.method, self.formats)))
-        widths = sorted({formats.get(name).bits for name in self.formats})
+        kinds = list(dict.fromkeys(map(random_plans.method, self.formats)))
+        widths = sorted({mpq_compiler_formats.get(name).bits for name in self.formats})
         values = {}
         for path, (call, *_) in fits.calls.items():
             weight = str(weight_of(call))
@@ -151,8 +159,8 @@ class PredictScores(Pass):
             values[path] = torch.tensor(rows)
         return Features(
             self.formats,
-            tuple(1 + kinds.index(configurations.method(name)) for name in self.formats),
-            tuple(1 + widths.index(formats.get(name).bits) for name in self.formats),
+            tuple(1 + kinds.index(random_plans.method(name)) for name in self.formats),
+            tuple(1 + widths.index(mpq_compiler_formats.get(name).bits) for name in self.formats),
             values,
         )
 
@@ -191,33 +199,33 @@ class PredictScores(Pass):
     ) -> None:
         """Leaves what explains the scores: of each layer, and of all of a kind."""
         alone = {entry["layers"][0]: entry["variants"] for entry in found[units:]}
-        groups: dict[str, dict[str, list[float]]] = {kind: {} for kind in scores.KINDS}
+        groups: dict[str, dict[str, list[float]]] = {kind: {} for kind in score_report.KINDS}
         for entry in found[:units]:
-            groups[scores.UNIT].setdefault(entry["kind"], []).extend(entry["variants"].values())
+            groups[score_report.UNIT].setdefault(entry["kind"], []).extend(entry["variants"].values())
             for path in entry["layers"]:
-                decisions.note(program, path, self.name(), unit=entry["kind"])
+                provenance.note(program, path, self.name(), unit=entry["kind"])
                 if self.level == "block":
-                    decisions.note(program, path, self.name(), unit_layers=entry["layers"])
+                    provenance.note(program, path, self.name(), unit_layers=entry["layers"])
         for place in graph.layers:
             node = graph.nodes[place]
             if (path := str(node.path)) in alone:
-                said = {scores.OPERATION: node.operation, scores.BLOCK: f"{node.index} {node.block}"}
-                decisions.note(program, path, self.name(), scores=alone[path], **said)
+                said = {score_report.OPERATION: node.operation, score_report.BLOCK: f"{node.index} {node.block}"}
+                provenance.note(program, path, self.name(), scores=alone[path], **said)
                 for kind, name in said.items():
                     groups[kind].setdefault(name, []).extend(alone[path].values())
-        decisions.note(
+        provenance.note(
             program,
-            decisions.PROGRAM,
+            provenance.PROGRAM,
             self.name(),
             correlations=[fold.prediction for fold in folds],
             hops=[list(fold.hops) for fold in folds],
             sqnr_db=[float(labels.min()), float(labels.max())],
-            boxes={kind: {name: scores.box(v) for name, v in group.items()} for kind, group in groups.items()},
+            boxes={kind: {name: score_report.box(v) for name, v in group.items()} for kind, group in groups.items()},
         )
 
     def key(self, program: Program, graph: Graph, inputs: dict[str, Tensor], session: Session) -> str:
         """Everything a label or a score depends on but its own number and the predictors' options."""
         rounding = Rounding.asked(session.statistics).quick
-        versions = "".join(map(formats.version, self.formats))
+        versions = "".join(map(mpq_compiler_formats.version, self.formats))
         options = f"scores 1 {self.formats}{versions} {session.seed} {rounding} {graph}"
         return fingerprint(program, inputs, options)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mpq_compiler import formats, ops
-from mpq_compiler.aten import aten
-from mpq_compiler.fitting import Open, attributes, fit_unsettled, settle
+from mpq_compiler.formats import base as formats_base
 from mpq_compiler.formats.residual import ResidualFormat
-from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, prune
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.aten import aten
+from mpq_compiler.ir.graph import prune
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fitting import Rounding
+from mpq_compiler.quantization.settle import Open, attributes, fit_unsettled, settle
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,13 @@ class ResidualBranch(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
-        for weight, fit in fit_unsettled(program, session, "fitting residual branches", ResidualFormat):
+        rounding = Rounding.asked(session.statistics)
+        for weight, fit in fit_unsettled(program, session, rounding, "fitting residual branches", ResidualFormat):
             self._insert(program, weight, fit)
         prune(program.graph)
         return program
 
-    def _insert(self, program: Program, weight: Open, fit: formats.QuantizedWeight) -> None:
+    def _insert(self, program: Program, weight: Open, fit: formats_base.QuantizedWeight) -> None:
         graph, shape = program.graph, list(program.tensors[weight.weight].shape)
         with graph.inserting_before(weight.quantizer):
             scale, offset = attributes(program, f"{weight.path}:", scale=fit.scale, offset=fit.offset)

@@ -8,17 +8,20 @@ from typing import Literal
 
 import torch
 
-from mpq_compiler import decisions, ops, trials
-from mpq_compiler.costs import weight_path
-from mpq_compiler.errors import UserError
-from mpq_compiler.pass_manager import Session
-from mpq_compiler.program import Program, prune, weight_of
-from mpq_compiler.scaling import sharing
-from mpq_compiler.trials import Layers, Trial
+from mpq_compiler.ir import ops, provenance
+from mpq_compiler.ir.costs import weight_path
+from mpq_compiler.ir.graph import prune, weight_of
+from mpq_compiler.ir.program import Program
+from mpq_compiler.passes._search import RewriteSearch
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization import rewrite_gain
+from mpq_compiler.quantization.channel_scaling import sharing
+from mpq_compiler.quantization.rewrite_gain import Layers
+from mpq_compiler.support.errors import UserError
 
 
 @dataclass(frozen=True)
-class Rotate(Trial):
+class Rotate(RewriteSearch):
     """Rotates the channels of a tensor by a Hadamard matrix, and the columns of the layers that read it alike.
 
     ``W x = (W R)(R^T x)``: a rotated channel is a sum, with signs, of a whole block of them, so that none is much
@@ -77,7 +80,7 @@ class Rotate(Trial):
         weights = [program.tensors.read(str(weight_of(n))) for n in group.readers]
         rows, turn = group.rows(), functools.partial(ops.hadamard, block=self._size(group))
         before, after = (self.error(group, rows, weights, change, change) for change in (lambda x: x, turn))
-        return trials.gain_db(before, after)
+        return rewrite_gain.gain_db(before, after)
 
     def _apply(self, program: Program, group: Layers, gain: float) -> None:
         graph, block = program.graph, self._size(group)
@@ -92,4 +95,4 @@ class Rotate(Trial):
                 new = graph.get_attr(program.tensors.add(f"{path}:{part + '.' if part else ''}rotated", weight))
             reader.update_arg(0, rotated)
             reader.update_arg(1, new)
-            decisions.note(program, str(weight_path(reader)), self.name(), block=block, gain_db=gain)
+            provenance.note(program, str(weight_path(reader)), self.name(), block=block, gain_db=gain)

@@ -5,12 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from mpq_compiler import formats, ops
-from mpq_compiler.calibration import GPTQ, GRAM, IN_ORDER, LEARNED, MOMENTS
-from mpq_compiler.errors import UserError
-from mpq_compiler.fitting import Open, attributes, fit_unsettled, settle, unsettled
-from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, prune
+from mpq_compiler import formats
+from mpq_compiler.formats import base, floating, low_rank
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.graph import prune
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fitting import Rounding
+from mpq_compiler.quantization.settle import Open, attributes, fit_unsettled, settle, unsettled
+from mpq_compiler.quantization.statistics import GPTQ, GRAM, IN_ORDER, LEARNED, MOMENTS
+from mpq_compiler.support.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -52,23 +57,23 @@ class RoundWeights(Pass):
         program = program.fork()
         session = replace(session, statistics=session.statistics | self.asks())
         for weight in unsettled(program):
-            if isinstance(formats.get(weight.format), formats.LowRankFormat):
+            if isinstance(formats.get(weight.format), low_rank.LowRankFormat):
                 raise UserError(
                     f"'{weight.path}' is planned as {weight.format}: put pass 'low-rank' before 'round-weights'"
                 )
-        for weight, fit in fit_unsettled(program, session, "rounding weights"):
+        for weight, fit in fit_unsettled(program, session, Rounding.asked(session.statistics), "rounding weights"):
             self._settle(program, weight, fit)
         prune(program.graph)
         return program
 
-    def _settle(self, program: Program, weight: Open, fit: formats.Fit) -> None:
+    def _settle(self, program: Program, weight: Open, fit: base.Fit) -> None:
         graph, prefix, shape = program.graph, f"{weight.path}:", list(program.tensors[weight.weight].shape)
         with graph.inserting_before(weight.quantizer):
-            if isinstance(fit, formats.Float8Weight):
+            if isinstance(fit, floating.Float8Weight):
                 parts = attributes(program, prefix, codes=fit.codes, scale=fit.scale)
                 value = graph.call_function(ops.dequantize_float8, (*parts, shape, fit.exponent))
             else:
-                assert isinstance(fit, formats.QuantizedWeight)
+                assert isinstance(fit, base.QuantizedWeight)
                 fit = fit.merged()  # a residual format whose branch no pass has inserted is one table from here on
                 parts = attributes(
                     program, prefix, codes=fit.codes, scale=fit.scale, offset=fit.offset, lut=fit.lut,

@@ -10,9 +10,28 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import cache, formats, ops
-from mpq_compiler.ablation import Ablation, by_gains, noise_power
-from mpq_compiler.calibration import (
+from mpq_compiler import formats as mpq_compiler_formats
+from mpq_compiler.allocation.sensitivity_table import require_of
+from mpq_compiler.analysis.noise_power import noise_power
+from mpq_compiler.analysis.perturbation import Ablation
+from mpq_compiler.analysis.time_weights import by_gains
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.costs import weight_path
+from mpq_compiler.ir.edges import attention_arguments, dynamic_edges, input_edge
+from mpq_compiler.ir.graph import operand, softmax
+from mpq_compiler.ir.interpreter import run, shapes
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fitting import (
+    Rounding,
+    activation_parameters,
+    bias_of,
+    corrected_bias,
+    fitted,
+    float_parameters,
+)
+from mpq_compiler.quantization.statistics import (
     ATTENTION,
     DYNAMIC,
     FLOATING,
@@ -20,18 +39,11 @@ from mpq_compiler.calibration import (
     RANGE,
     VALUES,
     Calibration,
-    attention_arguments,
-    batches,
-    dynamic_edges,
     fingerprint,
-    input_edge,
 )
-from mpq_compiler.costs import weight_path
-from mpq_compiler.errors import UserError
-from mpq_compiler.fitting import Rounding, activation_parameters, bias_of, corrected_bias, fitted, float_parameters
-from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, operand, run, shapes, softmax
-from mpq_compiler.sensitivity_table import require_of
+from mpq_compiler.support import cache
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.execution import batches
 
 HELD_BYTES = 4 << 30
 """Memory for the values of the unchanged program, from which each measurement starts."""
@@ -89,7 +101,7 @@ class Sensitivity(Pass):
         if not self.formats:
             raise UserError("option 'formats' of pass 'sensitivity' must name a format to measure, and is empty")
         for name in self.formats:
-            formats.get(name)
+            mpq_compiler_formats.get(name)
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
@@ -157,7 +169,7 @@ class Sensitivity(Pass):
         found: dict[str, Task] = {}
 
         rounding = Rounding.asked(asked).quick
-        versions = {name: formats.version(name) for name in self.formats}
+        versions = {name: mpq_compiler_formats.version(name) for name in self.formats}
 
         def add(kind: str, node: fx.Node, what: str, choice: str | int) -> None:
             name = f"{kind} {what} {choice}" + (f" {rounding}{versions[str(choice)]}" if kind == WEIGHT else "")

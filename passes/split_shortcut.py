@@ -8,10 +8,13 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from mpq_compiler import decisions, ops
-from mpq_compiler.aten import aten, is_movement, is_pointwise
-from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program, arguments, function_of, merge_equal, operand, prune, shapes, weight_of
+from mpq_compiler.ir import ops, provenance
+from mpq_compiler.ir.aten import aten, is_movement, is_pointwise
+from mpq_compiler.ir.graph import arguments, function_of, merge_equal, operand, prune, weight_of
+from mpq_compiler.ir.interpreter import shapes
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.session import Session
 
 CONCATENATIONS = (aten.cat.default, aten.concat.default)
 NORMS = (ops.group_norm, aten.layer_norm.default, ops.rms_norm)
@@ -56,7 +59,7 @@ class SplitShortcut(Pass):
                 names = _split_weight(program, weight, widths)
                 for name, end in zip(names, itertools.accumulate(widths), strict=True):
                     whole, part = (n.split(":")[0] for n in (weight, name))
-                    decisions.note(program, part, self.name(), part_of=whole, channels_until=end)
+                    provenance.note(program, part, self.name(), part_of=whole, channels_until=end)
                 for node, _ in found:
                     x = operand(node, 0)
                     if x not in parts:

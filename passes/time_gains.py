@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from mpq_compiler import decisions, formats, pass_manager
-from mpq_compiler.calibration import MOMENTS, RANGE, VALUES
-from mpq_compiler.distillation import Gallery
-from mpq_compiler.finalists import made
-from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program
+from mpq_compiler import formats
+from mpq_compiler.analysis.trajectory_error import TrajectoryError
+from mpq_compiler.ir import provenance
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline import options
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.realize import realize
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.statistics import MOMENTS, RANGE, VALUES
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,15 @@ class TimeGains(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
-        gallery = None if session.denoiser is None else Gallery.drawn(session, self.images)
+        gallery = None if session.denoiser is None else TrajectoryError.drawn(session, self.images)
         if gallery is None:
             program.note("time-gains: nothing can be drawn here, and errors at all times count alike")
             return program
         plan = {"uniform": self.weights, "activations": float(self.activations)}
-        planned = pass_manager.make("bit-allocation", plan).run(program, replace(session, progress=None, latency=None))
-        measured = gallery.gains(made(planned, session))
+        planned = options.make("bit-allocation", plan).run(program, replace(session, progress=None, latency=None))
+        measured = gallery.gains(realize(planned, session))
         largest = max(gain for _, gain in measured)
         found = [(time, float(f"{gain / largest:.5e}")) for time, gain in measured]
         program.facts["time-gains"] = found
-        decisions.note(program, decisions.PROGRAM, self.name(), gains=found)
+        provenance.note(program, provenance.PROGRAM, self.name(), gains=found)
         return program

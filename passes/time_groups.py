@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mpq_compiler import decisions
-from mpq_compiler.calibration import RANGE, VALUES, Calibration
 from mpq_compiler.formats import activation
-from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import Program
+from mpq_compiler.ir import provenance
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.statistics import RANGE, VALUES, Calibration
 
 BOUNDARIES = "time_groups.boundaries"
 VALUES_PER_STEP = 160
@@ -63,7 +64,7 @@ class TimeGroups(Pass):
         program.facts["time-groups"] = torch.tensor(boundaries, dtype=torch.float32)
         program.tensors.add(BOUNDARIES, program.facts["time-groups"])
         errors = [_total(costs, best_cut(costs, count)) / len(calibration.edges) for count in range(1, len(starts) + 1)]
-        decisions.note(program, decisions.PROGRAM, self.name(), decided=boundaries, error_by_groups=errors)
+        provenance.note(program, provenance.PROGRAM, self.name(), decided=boundaries, error_by_groups=errors)
         return program
 
     def _interval_costs(self, calibration: Calibration, name: str, ends: list[Tensor]) -> Tensor:

@@ -12,10 +12,12 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from mpq_compiler.aten import aten
-from mpq_compiler.errors import UserError
-from mpq_compiler.pass_manager import Contract, Pass, Session
-from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, copy_graph, merge_equal, operand, prune
+from mpq_compiler.ir.aten import aten
+from mpq_compiler.ir.graph import copy_graph, merge_equal, operand, prune
+from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.support.errors import UserError
 
 NO_OPS = (aten.dropout.default, aten.detach.default, aten.alias.default)
 ASSERTIONS = (

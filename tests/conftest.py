@@ -8,7 +8,7 @@ from collections import defaultdict
 import hypothesis
 import pytest
 
-from tests.cuda import silicon
+from tests.harness.cuda import silicon
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: there is a worker for each core
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tree import ROOT
+from tests.harness.tree import ROOT
 
 SOURCE = Path(__file__).with_suffix(".toml")
 DOCUMENT = ROOT / "docs" / "invariants.md"

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import tree
-from tests.tree import ROOT
+from tests.harness import tree
+from tests.harness.tree import ROOT
 
 LINKS = ("passes", "backends")
 PACKAGED = ("mpq_compiler/models/", "mpq_compiler/recipes/", "mpq_compiler/schemas/")

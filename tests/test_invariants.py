@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from tests.harness.tree import ROOT
 from tests.invariants import DOCUMENT, Method, faults, methods, page
-from tests.tree import ROOT
 
 
 def test_the_page_is_what_is_written_of_the_tests(tmp_path):

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mpq_compiler import targets
-from mpq_compiler.artifact import WEIGHTS, Artifact
-from mpq_compiler.errors import UserError
+from mpq_compiler.artifact.bundle import WEIGHTS, Artifact
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets import table as targets
 
 FUNCTION = "denoise"
 PRECISION = "session.x64quantprecision"
@@ -26,7 +26,7 @@ def model_file(function: str) -> str:
 
 
 def load(artifact: Artifact, threads: int) -> Executor:
-    """What executes the artifact (`mpq_compiler.runtime`). UserError: onnxruntime refuses the first model."""
+    """The executor of the artifact (`runtime.compiled_denoiser`). UserError: onnxruntime refuses the first model."""
     return Executor(artifact, threads)
 
 

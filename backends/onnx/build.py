@@ -8,38 +8,30 @@ from typing import TYPE_CHECKING, Any
 
 import onnxruntime  # noqa: F401  (what was compiled is judged with it; better missed now than then)
 
-from mpq_compiler import storage, tensorfile
-from mpq_compiler.artifact import WEIGHTS
-from mpq_compiler.backends import Built, Progress
+from mpq_compiler.artifact.bundle import WEIGHTS
 from mpq_compiler.backends.onnx import FUNCTION, model_file
 from mpq_compiler.backends.onnx.emit import emit
-from mpq_compiler.errors import UserError
-from mpq_compiler.program import Program, operand, shapes
-from mpq_compiler.storage import Stored
-from mpq_compiler.targets import Target
+from mpq_compiler.ir import stored_tensors
+from mpq_compiler.ir.graph import operand
+from mpq_compiler.ir.interpreter import shapes
+from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.stored_tensors import Stored
+from mpq_compiler.pipeline.backend import Built
+from mpq_compiler.support import tensorfile
+from mpq_compiler.support.errors import UserError
 
 if TYPE_CHECKING:
-    from mpq_compiler.specialize import Specialization
+    from mpq_compiler.ir.specialization import Specialization
 
 
-def build(
-    program: Program,
-    target: Target,
-    batches: Sequence[int] = (),
-    jobs: int = 1,
-    progress: Progress | None = None,
-    cache: Any = None,
-    others: Sequence[Specialization] = (),
-) -> Built:
+def build(program: Program, others: Sequence[Specialization] = ()) -> Built:
     """The packed program as a model of any batch size, beside the stored tensors.
 
-    others: the program at other image sizes, each a model of its own over the same tensors. What stands between is of
-    no concern here. What runs otherwise than planned is added to ``program.fallbacks``. UserError: a node that ONNX
-    cannot say.
+    others: the program at other image sizes, each a model of its own over the same tensors.
+    What runs otherwise than planned is added to ``program.fallbacks``. UserError: a node that ONNX cannot say.
     """
-    del target, batches, jobs, progress, cache
     programs = {FUNCTION: program} | {f"{FUNCTION}_{other.size}": other.program for other in others}
-    stored = storage.stored(program, *(other.program for other in others))
+    stored = stored_tensors.stored(program, *(other.program for other in others))
     models = {name: emit(each, stored, WEIGHTS) for name, each in programs.items()}
     return Built(
         files={model_file(name): model.SerializeToString(deterministic=True) for name, model in models.items()},

@@ -20,12 +20,15 @@ import onnx
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import ops, tensorfile
 from mpq_compiler.backends.onnx.graph import ELEMENT, Graph
 from mpq_compiler.backends.onnx.weights import Weights
-from mpq_compiler.errors import UserError
-from mpq_compiler.program import Program, _MetaInterpreter, arguments, operand
-from mpq_compiler.storage import Stored
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.graph import arguments, operand
+from mpq_compiler.ir.interpreter import ShapeInterpreter
+from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.stored_tensors import Stored
+from mpq_compiler.support import tensorfile
+from mpq_compiler.support.errors import UserError
 
 Shape = tuple[int, ...]
 """Sizes; a negative one, -m, is m times the batch."""
@@ -63,12 +66,12 @@ def emit(program: Program, stored: Mapping[str, Stored], location: str) -> onnx.
 
     What runs otherwise than the plan says is added to ``program.fallbacks``. UserError: a node that ONNX cannot say.
     """
-    from mpq_compiler.backends.onnx import floats, integers  # noqa: F401  (they fill EMITTERS)
+    from mpq_compiler.backends.onnx import integer_ops  # noqa: F401  (they fill EMITTERS)
 
     return Emitter(program, stored, location).model()
 
 
-class _Shapes(_MetaInterpreter):
+class _Shapes(ShapeInterpreter):
     """Meta tensors of all nodes at a batch size, those inside regions too."""
 
     def __init__(self, program: Program, batch: int) -> None:

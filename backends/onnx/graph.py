@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from mpq_compiler.program import InputSpec
+from mpq_compiler.ir.program import InputSpec
 
 OPSET = 21
 """The first whose quantization operators know 4 bits; onnxruntime loads it since 1.18 (May 2024)."""

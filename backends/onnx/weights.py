@@ -12,10 +12,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mpq_compiler import ops
 from mpq_compiler.backends.onnx.graph import ELEMENT, Graph
+from mpq_compiler.formats import contract
 from mpq_compiler.formats.packing import unpack_codes
-from mpq_compiler.storage import CLASS_BITS, Stored
+from mpq_compiler.ir.stored_tensors import CLASS_BITS, Stored
 
 
 class Weights:
@@ -41,7 +41,7 @@ class Weights:
         return self.graph.op("Cast", raw, to=ELEMENT["float32"]) if self.stored[name].array.dtype == np.float16 else raw
 
     def levels(self, codes: str, lut: str | None, row_class: str | None) -> tuple[str, int]:
-        """(i8 [O, K], zero): what `ops.entries` gives is the difference, exactly.
+        """(i8 [O, K], zero): what `contract.entries` gives is the difference, exactly.
 
         Consecutive entries need no table: their codes count from the first.
         """
@@ -79,7 +79,7 @@ class Weights:
             first = g.op("Mul", self._codes(row_class, "int32"), g.constant(entries, "int32"))
             return g.op("Reshape", first, g.ints(-1, 1))
         first = g.op("Mul", g.op("Cast", self.raw(row_class), to=ELEMENT["int32"]), g.constant(entries, "int32"))
-        tiles = g.op("Expand", g.op("Reshape", first, g.ints(-1, 1)), g.ints(1, ops.TILE_ROWS))
+        tiles = g.op("Expand", g.op("Reshape", first, g.ints(-1, 1)), g.ints(1, contract.TILE_ROWS))
         return g.op("Slice", g.op("Reshape", tiles, g.ints(-1, 1)), g.ints(0), g.ints(rows), g.ints(0))
 
     def _shape(self, codes: str) -> tuple[int, ...]:

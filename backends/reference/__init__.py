@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import fx
 
-from mpq_compiler import ops, storage
-from mpq_compiler.artifact import Artifact
-from mpq_compiler.errors import UserError
-from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run
+from mpq_compiler.artifact.bundle import Artifact
+from mpq_compiler.ir import ops, stored_tensors
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
+from mpq_compiler.support.errors import UserError
 
 GRAPH = "graph.json"
 _VERSION = 2
@@ -26,9 +27,9 @@ _MPQ = {entry.name: function for function, entry in ops.OPS.items()}
 
 
 def load(artifact: Artifact, threads: int) -> Interpreter:
-    """What executes the artifact (`mpq_compiler.runtime`). UserError: its graph is not sound."""
+    """What executes the artifact (`mpq_compiler.runtime.compiled_denoiser`). UserError: its graph is not sound."""
     arrays = artifact.tensors()
-    tensors = {entry["name"]: storage.restored(entry, arrays) for entry in artifact.manifest["tensors"]}
+    tensors = {entry["name"]: stored_tensors.restored(entry, arrays) for entry in artifact.manifest["tensors"]}
     return Interpreter(loads(artifact.file(GRAPH).read_text(encoding="utf-8"), tensors), threads)
 
 

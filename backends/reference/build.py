@@ -5,33 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mpq_compiler import storage
-from mpq_compiler.backends import Built, Progress
 from mpq_compiler.backends.reference import GRAPH, dumps, type_name
-from mpq_compiler.program import Program, operand, shapes
-from mpq_compiler.specialize import Specialization
-from mpq_compiler.targets import Target
+from mpq_compiler.ir import stored_tensors
+from mpq_compiler.ir.graph import operand
+from mpq_compiler.ir.interpreter import shapes
+from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.specialization import Specialization
+from mpq_compiler.pipeline.backend import Built
 
 FUNCTION = "denoise"
 OUTPUT = "sample"
 
 
-def build(
-    program: Program,
-    target: Target,
-    batches: Sequence[int] = (),
-    jobs: int = 1,
-    progress: Progress | None = None,
-    cache: Any = None,
-    others: Sequence[Specialization] = (),
-) -> Built:
+def build(program: Program, others: Sequence[Specialization] = ()) -> Built:
     """The packed program as an artifact for the interpreter: one function for any batch size, at every image size.
 
-    others: the program at other image sizes. What stands between is of no concern here.
+    others: the program at other image sizes.
     """
-    del target, batches, jobs, progress, cache
     named = {FUNCTION: program} | {f"{FUNCTION}_{other.size}": other.program for other in others}
-    stored = storage.stored(program, *(other.program for other in others))
+    stored = stored_tensors.stored(program, *(other.program for other in others))
     return Built(
         files={GRAPH: dumps(named).encode()},
         tensors={name: tensor.array for name, tensor in stored.items()},

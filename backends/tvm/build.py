@@ -16,20 +16,22 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from mpq_compiler import cache as caches
-from mpq_compiler import numerics, storage, tensorfile
-from mpq_compiler.artifact import CUDART, KERNELS, WEIGHTS
-from mpq_compiler.backends import Built, Progress
-from mpq_compiler.backends.tvm import tune as tune_
-from mpq_compiler.backends.tvm import weight_only
-from mpq_compiler.backends.tvm.cuda import machine_code
-from mpq_compiler.backends.tvm.emit import OUTPUT, lower
-from mpq_compiler.backends.tvm.lowered import BATCH, Call, Function, Kernel, Lowered, Made, Part, Value
-from mpq_compiler.backends.tvm.worker import Crash, Failure, Worker
-from mpq_compiler.errors import UserError
-from mpq_compiler.program import Program
-from mpq_compiler.specialize import Specialization
-from mpq_compiler.targets import Target
+from mpq_compiler.artifact.bundle import CUDART, KERNELS, WEIGHTS
+from mpq_compiler.backends.tvm.compile import tune as tune_
+from mpq_compiler.backends.tvm.compile.worker import Crash, Failure, Worker
+from mpq_compiler.backends.tvm.emit.walk import OUTPUT, lower
+from mpq_compiler.backends.tvm.plan import weight_only
+from mpq_compiler.backends.tvm.plan.calls import BATCH, Call, Function, Kernel, Lowered, Made, Part, Value
+from mpq_compiler.backends.tvm.toolchain import machine_code
+from mpq_compiler.ir import stored_tensors
+from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.specialization import Specialization
+from mpq_compiler.pipeline.backend import Built, Progress
+from mpq_compiler.support import cache as caches
+from mpq_compiler.support import tensorfile
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets import numerics
+from mpq_compiler.targets.table import Target
 
 PREPARE = "prepare"
 WORKSPACE = ".workspace"
@@ -76,12 +78,12 @@ def build(
         with ExitStack() as stack:
             worker = workers[0] if workers else stack.enter_context(Worker())
             try:
-                lowered, tiles = tune_.tuned(lowered, target, worker, _sources(), cache, progress)
+                lowered, tiles = tune_.tuned(lowered, target, worker, sources(), cache, progress)
             except (Crash, Failure) as error:
                 raise UserError(
                     f"kernels for '{target.name}' cannot be tuned: {error}; compile without --tune, and report it"
                 ) from error
-    stored = storage.stored(program, *(other.program for other in others))
+    stored = stored_tensors.stored(program, *(other.program for other in others))
     tensors = {name: tensor.array for name, tensor in stored.items()}
     beside: dict[str, bytes] = {}
 
@@ -355,14 +357,14 @@ def _key(kernel: Kernel, target: Target) -> str:
     compilers = [importlib.metadata.version("apache-tvm")]
     if target.is_cuda:
         compilers.append(machine_code.compiler_version(target))
-    return caches.digest(_sources(), str(kernel), target.name, options, *compilers)
+    return caches.digest(sources(), str(kernel), target.name, options, *compilers)
 
 
 @functools.cache
-def _sources() -> str:
-    folder = Path(__file__).parent
-    rooms = [path for room in ("kernels", "cuda") for path in sorted((folder / room).glob("*.py"))]
-    beside = [folder / f"{name}.py" for name in ("templates", "worker", "workspaces", "lowered")]
-    package = Path(numerics.__file__).parent
-    files = [*rooms, *beside, *(package / f"{name}.py" for name in ("numerics", "targets", "gpu"))]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+def sources() -> str:
+    """SHA-256 of what kernels are made from."""
+    here = Path(__file__).parent
+    rooms = [path for room in ("kernels", "toolchain") for path in sorted((here / room).rglob("*.py"))]
+    beside = [here / name for name in ("templates.py", "compile/worker.py", "compile/workspaces.py", "plan/calls.py")]
+    shared = [Path(numerics.__file__).with_name(name) for name in ("numerics.py", "table.py", "nvidia.py")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in (*rooms, *beside, *shared))).hexdigest()

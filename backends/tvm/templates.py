@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Any
 
 from tvm.tirx import PrimFunc
 
-from mpq_compiler import gpu
-from mpq_compiler.backends.tvm.cuda import templates as cuda
-from mpq_compiler.backends.tvm.kernels import (
+from mpq_compiler.backends.tvm.kernels.common.template import Argument
+from mpq_compiler.backends.tvm.kernels.cpu import (
     attention,
     dequantize,
+    epilogue,
     fast_attention,
     float8,
     float_gemm,
@@ -26,13 +26,14 @@ from mpq_compiler.backends.tvm.kernels import (
     prepare,
     quantize,
 )
-from mpq_compiler.backends.tvm.kernels.isa import ISAS, Isa, isa
-from mpq_compiler.backends.tvm.kernels.template import Argument
-from mpq_compiler.backends.tvm.lowered import Kernel, Record
-from mpq_compiler.errors import UserError
-from mpq_compiler.targets import Target
+from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS, Isa, isa
+from mpq_compiler.backends.tvm.kernels.cuda import templates as cuda
+from mpq_compiler.backends.tvm.kernels.problems import quant_matmul
+from mpq_compiler.backends.tvm.plan.calls import Kernel, Record
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets import nvidia
+from mpq_compiler.targets.table import Target
 
-_KERNELS = "mpq_compiler.backends.tvm.kernels"
 HOST = ISAS["x86-64-avx2"]
 """Stands where arguments are asked for that no instruction set changes."""
 
@@ -96,6 +97,24 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
+PROBLEMS: dict[str, ModuleType] = {
+    "attention": attention,
+    "dequantize": dequantize,
+    "epilogue": epilogue,
+    "fast_attention": fast_attention,
+    "float8": float8,
+    "float_gemm": float_gemm,
+    "hadamard": hadamard,
+    "matmul": matmul,
+    "movement": movement,
+    "norms": norms,
+    "pointwise": pointwise,
+    "problem": quant_matmul,
+    "quantize": quantize,
+}
+"""The modules that records name, such as ``norms.GroupNorm``."""
+
+
 def resolve(value: Any) -> Any:
     """A record as the object that it describes; tuples of records likewise."""
     if isinstance(value, tuple):
@@ -103,7 +122,7 @@ def resolve(value: Any) -> Any:
     if not isinstance(value, Record):
         return value
     module, name = value.type.split(".")
-    factory = getattr(importlib.import_module(f"{_KERNELS}.{module}"), name)
+    factory = getattr(PROBLEMS[module], name)
     return factory(**{key: resolve(field) for key, field in value.fields})
 
 
@@ -124,7 +143,7 @@ def build(kernel: Kernel, target: Target) -> PrimFunc:
     problem = resolve(kernel.problem)
     if target.is_cuda:
         own = _cuda(kernel)
-        hopper = own.hopper(problem, kernel.name) if target.levels == [gpu.HOPPER] else None
+        hopper = own.hopper(problem, kernel.name) if target.levels == [nvidia.HOPPER] else None
         return hopper or own.build(problem, kernel.name)
     return TEMPLATES[kernel.template].build(problem, isa(target.name), kernel.name)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpq_compiler import ops
+from mpq_compiler.formats import contract
 from mpq_compiler.formats.base import stored_scale
 from mpq_compiler.formats.floating import EXPONENTS, FACTORS
 
@@ -60,7 +60,7 @@ def exponents(bits: int) -> tuple[int, ...]:
 def float_error(values: Tensor, scale: Tensor, exponent: int, bits: int) -> Tensor:
     """Sum of squared errors over the last dimension of values [..., S] under scale [...]."""
     s = scale.to(torch.float32)[..., None]
-    return (ops.round_float(values / s, exponent, bits) * s - values).square().sum(-1)
+    return (contract.round_float(values / s, exponent, bits) * s - values).square().sum(-1)
 
 
 def fit_floats(values: Sequence[Tensor], peaks: Tensor, bits: int) -> tuple[int, Tensor]:
@@ -72,7 +72,7 @@ def fit_floats(values: Sequence[Tensor], peaks: Tensor, bits: int) -> tuple[int,
     sampled = [_ranked(v) for v in values]
     found: list[tuple[float, int, Tensor]] = []
     for exponent in exponents(bits):
-        scales = [stored_scale(peaks * (f / ops.float_largest(exponent, bits))) for f in FACTORS]
+        scales = [stored_scale(peaks * (f / contract.float_largest(exponent, bits))) for f in FACTORS]
         errors = [[_weighed(v, s[g], exponent, bits) for g, v in enumerate(sampled)] for s in scales]
         least = torch.tensor(errors).min(0)
         chosen = torch.stack([scales[i][g] for g, i in enumerate(least.indices.tolist())])

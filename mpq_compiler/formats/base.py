@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mpq_compiler import ops
+from mpq_compiler.formats import contract
 
 F16_TINY = 2.0**-24
 """Smallest positive half; the scale of a row that is constant."""
@@ -41,7 +40,7 @@ class Fit(Protocol):
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """The stored form of one weight [O, K]; see `ops.dequantize_weight`.
+    """The stored form of one weight [O, K]; see `contract.dequantize_weight`.
 
     A residual format also keeps its branch apart: ``signs`` u8 [O, K] and ``alpha`` int8 [1], with ``codes`` and
     ``lut`` those of the base.
@@ -60,13 +59,13 @@ class QuantizedWeight:
     def dequantize(self) -> Tensor:
         """f32 [O, K]."""
         q = self.merged()
-        return ops.dequantize_weight(q.codes, q.scale, q.offset, q.lut, q.row_class, q.codes.shape, q.segments)
+        return contract.dequantize_weight(q.codes, q.scale, q.offset, q.lut, q.row_class, q.codes.shape, q.segments)
 
     def merged(self) -> QuantizedWeight:
         """Base and branch as one table; itself where there is no branch."""
         if self.signs is None or self.lut is None or self.alpha is None:
             return self
-        codes, lut = ops.merge_branch(self.codes, self.lut, self.signs, self.alpha)
+        codes, lut = contract.merge_branch(self.codes, self.lut, self.signs, self.alpha)
         return QuantizedWeight(codes, self.scale, self.offset, lut, None, None, self.row_class, self.segments)
 
 
@@ -141,61 +140,7 @@ class Format(ABC):
 
 def row_tiles(rows: int) -> int:
     """Tiles of 16 rows, each with a row class."""
-    return -(-rows // ops.TILE_ROWS)
-
-
-MANY, FEW_MIDDLES = 8192, 15
-"""Values and middles of levels where counting, a middle at a time, is two to six times as fast as searching."""
-
-
-def nearest_codes(
-    weight: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    lut: Tensor | None,
-    row_class: Tensor | None,
-    segments: Sequence[int] | None = None,
-) -> Tensor:
-    """Codes of the levels nearest to weight [O, K]; ties go to the lower level (8 bits: to the even code).
-
-    u8 indices where there is a table, int8 values where there is none.
-    """
-    shifted = weight if offset is None else weight - offset.to(torch.float32)[:, None]
-    t = shifted / ops.column_scale(scale, segments, weight.shape[1])
-    if lut is None:
-        return torch.round(t).clamp(-ops.LUT_MAX, ops.LUT_MAX).to(torch.int8)
-    levels, order = rising(lut)
-    middles = (levels[:, 1:] + levels[:, :-1]) / 2
-    if lut.shape[0] == 1:
-        return _codes_of(t, middles[0], order[0])
-    assert row_class is not None
-    classes = ops.row_classes(row_class, len(weight))
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    for c in classes.unique().tolist():
-        rows = classes == c
-        codes[rows] = _codes_of(t[rows], middles[c], order[c])
-    return codes
-
-
-def _codes_of(t: Tensor, middles: Tensor, order: Tensor) -> Tensor:
-    """Codes of the levels nearest to values, u8: those whose rank is the number of middles that lie below."""
-    if t.numel() < MANY or len(middles) > FEW_MIDDLES:
-        return order[torch.bucketize(t, middles)].to(torch.uint8)
-    ranks = torch.zeros(t.shape, dtype=torch.uint8)
-    for middle in middles.tolist():
-        ranks += t > middle
-    rising_codes = torch.equal(order, torch.arange(len(order)))
-    return ranks if rising_codes else order.to(torch.uint8)[ranks.long()]
-
-
-def rising(lut: Tensor) -> tuple[Tensor, Tensor]:
-    """The levels of tables [classes, entries] in rising order, f32, and their codes, i64.
-
-    What fills a table up stands behind its levels and is infinite: no value is nearest to it.
-    """
-    levels = torch.where(lut == ops.NO_LEVEL, torch.inf, lut.to(torch.float32))
-    order = torch.argsort(levels, dim=1, stable=True)
-    return levels.gather(1, order), order
+    return -(-rows // contract.TILE_ROWS)
 
 
 def output_error(error: Tensor, gram: Tensor | None) -> Tensor:

@@ -12,17 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mpq_compiler import ops
-from mpq_compiler.formats.base import (
-    Format,
-    QuantizedWeight,
-    diagonal,
-    nearest_codes,
-    output_error,
-    row_tiles,
-    stored_scale,
-    weighted,
-)
+from mpq_compiler.formats import contract
+from mpq_compiler.formats.base import Format, QuantizedWeight, diagonal, output_error, row_tiles, stored_scale, weighted
+from mpq_compiler.formats.contract import nearest_codes
 
 BINS = 512
 """Of the histogram that K-means starts from."""
@@ -86,8 +78,8 @@ class CodebookFormat(Format):
         values, weights = rows / scale, scale.square() * importance
         centres = _kmeans(self._by_class(values), self._by_class(weights), 2**self.bits)
         peak = centres.abs().amax(1, keepdim=True).clamp_min(1e-30)
-        lut = torch.round(centres * (ops.LUT_MAX / peak)).to(torch.int8)
-        unit = (peak / ops.LUT_MAX)[self._class_of(len(rows))]
+        lut = torch.round(centres * (contract.LUT_MAX / peak)).to(torch.int8)
+        unit = (peak / contract.LUT_MAX)[self._class_of(len(rows))]
         return self._quantize(rows, stored_scale(scale * unit), lut)
 
     def _search(self, rows: Tensor, found: QuantizedWeight, gram: Tensor | None) -> tuple[QuantizedWeight, Tensor]:
@@ -124,12 +116,12 @@ class CodebookFormat(Format):
 
     def _class_of(self, rows: int) -> Tensor:
         """The class of each row, i64 [O]."""
-        return ops.row_classes(self._row_class(rows), rows)
+        return contract.row_classes(self._row_class(rows), rows)
 
     def _by_class(self, values: Tensor) -> Tensor:
         """Rows [O, K] as [classes, all values of the class], the last class filled up with zeros."""
         classes = self.classes(len(values))
-        rows = self.tiles_of_class(len(values)) * ops.TILE_ROWS if classes > 1 else len(values)
+        rows = self.tiles_of_class(len(values)) * contract.TILE_ROWS if classes > 1 else len(values)
         padded = torch.nn.functional.pad(values, (0, 0, 0, classes * rows - len(values)))
         return padded.reshape(classes, -1)
 
@@ -161,3 +153,10 @@ def _kmeans(values: Tensor, weights: Tensor, count: int) -> Tensor:
         total, first = (v.gather(1, cut).diff(dim=1) for v in (mass, moment))
         centres = torch.where(total > 0, first / total.clamp_min(1e-300), centres)  # an empty cluster stays
     return centres.float()
+
+
+KM2 = CodebookFormat("km2", bits=2)
+KM3 = CodebookFormat("km3", bits=3)
+KM3T = CodebookFormat("km3t", bits=3, tiled=True)
+KM4 = CodebookFormat("km4", bits=4)
+KM4T = CodebookFormat("km4t", bits=4, tiled=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpq_compiler import ops
+from mpq_compiler.formats import contract
 from mpq_compiler.formats.base import Format, diagonal, output_error, stored_scale
 
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
@@ -22,7 +22,7 @@ _QLORA = (
     -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
     0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0,
 )  # fmt: skip
-NF4 = tuple(round(ops.LUT_MAX * level) for level in _QLORA)
+NF4 = tuple(round(contract.LUT_MAX * level) for level in _QLORA)
 """Quantiles of the normal distribution over the largest magnitude of a row, zero among them."""
 
 EXPONENTS = (2, 3, 4, 5)
@@ -33,7 +33,7 @@ FACTORS = tuple(0.1 + 0.01 * i for i in range(111))
 
 @dataclass(frozen=True)
 class Float8Weight:
-    """FP8 codes u8 [O, K] and scales f16 [O]; see `ops.dequantize_float8`."""
+    """FP8 codes u8 [O, K] and scales f16 [O]; see `contract.dequantize_float8`."""
 
     codes: Tensor
     scale: Tensor
@@ -41,7 +41,7 @@ class Float8Weight:
 
     def dequantize(self) -> Tensor:
         """f32 [O, K]."""
-        return ops.dequantize_float8(self.codes, self.scale, self.codes.shape, self.exponent)
+        return contract.dequantize_float8(self.codes, self.scale, self.codes.shape, self.exponent)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Float8Format(Format):
 
 def _scales(peak: Tensor, exponent: int, factor: float) -> Tensor:
     """Scales f16 under which ``factor`` of the peaks [O] is the largest value."""
-    return stored_scale(peak * (factor / ops.float_largest(exponent, 8)))
+    return stored_scale(peak * (factor / contract.float_largest(exponent, 8)))
 
 
 def _searched(rows: Tensor, gram: Tensor | None, exponent: int) -> Float8Weight:
@@ -92,7 +92,7 @@ def _searched(rows: Tensor, gram: Tensor | None, exponent: int) -> Float8Weight:
     for factor in FACTORS:
         scale = _scales(peak, exponent, factor)
         s = scale.float()[:, None]
-        error = output_error(ops.round_float(rows / s, exponent, 8) * s - rows, importance)
+        error = output_error(contract.round_float(rows / s, exponent, 8) * s - rows, importance)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     found, whole = (output_error(float8(rows, s, exponent).dequantize() - rows, gram) for s in (best, widest))
     return float8(rows, torch.where(found < whole, best, widest), exponent)
@@ -107,10 +107,14 @@ def _least(found: list[Float8Weight], rows: Tensor, gram: Tensor | None) -> Floa
 
 def float8(rows: Tensor, scale: Tensor, exponent: int) -> Float8Weight:
     """Nearest codes of rows [O, K] at scales [O]: ties to even, the largest value beyond the range."""
-    value = ops.round_float(rows / scale.to(torch.float32)[:, None], exponent, 8)
-    mantissa, smallest = 7 - exponent, 2.0 ** (1 - ops.float_bias(exponent))
+    value = contract.round_float(rows / scale.to(torch.float32)[:, None], exponent, 8)
+    mantissa, smallest = 7 - exponent, 2.0 ** (1 - contract.float_bias(exponent))
     magnitude = value.abs()
     # exponent and mantissa stand side by side in f32 too, with another bias and more digits behind
-    normal = (magnitude.view(torch.int32) >> (23 - mantissa)) - ((127 - ops.float_bias(exponent)) << mantissa)
+    normal = (magnitude.view(torch.int32) >> (23 - mantissa)) - ((127 - contract.float_bias(exponent)) << mantissa)
     code = torch.where(magnitude < smallest, (magnitude * (2.0**mantissa / smallest)).to(torch.int32), normal)
     return Float8Weight((code | (value < 0).to(torch.int32) << 7).to(torch.uint8), scale, exponent)
+
+
+FP8 = Float8Format("fp8", bits=8)
+FP8E2, FP8E3, FP8E4, FP8E5 = (Float8Format(f"fp8e{exponent}", bits=8, exponent=exponent) for exponent in EXPONENTS)

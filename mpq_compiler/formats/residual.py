@@ -18,11 +18,11 @@ from mpq_compiler.formats.base import (
     Format,
     QuantizedWeight,
     diagonal,
-    nearest_codes,
     output_error,
     stored_scale,
     stored_type,
 )
+from mpq_compiler.formats.contract import nearest_codes
 from mpq_compiler.formats.uniform import UniformFormat
 
 RATIOS = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
@@ -105,3 +105,7 @@ def _least_squares(level: Tensor, weight: Tensor, importance: Tensor) -> tuple[T
     slope = ((level - mean_level) * (weight - mean_weight) * h).sum(1, keepdim=True) / spread.clamp_min(1e-12)
     scale = torch.where(spread > 0, slope, torch.zeros_like(slope)).clamp_min(F16_TINY)
     return scale, mean_weight - scale * mean_level
+
+
+INT2_B = ResidualFormat("int2+b", bits=3, base_bits=2)
+INT3_B = ResidualFormat("int3+b", bits=4, base_bits=3)

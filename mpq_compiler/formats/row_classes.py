@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpq_compiler import ops
+from mpq_compiler.formats import contract
 from mpq_compiler.formats.base import Format, QuantizedWeight, output_error, stored_type
 from mpq_compiler.formats.uniform import UniformFormat
 
@@ -72,7 +72,7 @@ class RowClassFormat(Format):
         codes = torch.stack([f.codes for f in fits])[chosen, rows]
         scale = torch.stack([f.scale for f in fits])[chosen, rows]
         offset = torch.stack([f.offset.float() for f in fits if f.offset is not None])[chosen, rows]
-        lut = torch.full((len(fits), 2**self.index_bits), ops.NO_LEVEL, dtype=torch.int8)
+        lut = torch.full((len(fits), 2**self.index_bits), contract.NO_LEVEL, dtype=torch.int8)
         for table, fit in zip(lut, fits, strict=True):
             assert fit.lut is not None
             table[: fit.lut.shape[1]] = fit.lut[0]
@@ -84,3 +84,8 @@ def kurtosis(rows: Tensor) -> Tensor:
     centred = rows.double() - rows.double().mean(1, keepdim=True)
     variance = centred.square().sum(1) / max(1, rows.shape[1] - 1)
     return centred.pow(4).mean(1) / variance.square().clamp_min(1e-300)
+
+
+INT2M = RowClassFormat("int2m", bits=2)
+INT3M = RowClassFormat("int3m", bits=3)
+INT4M = RowClassFormat("int4m", bits=4)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpq_compiler import ops
-from mpq_compiler.formats.base import Format, QuantizedWeight, nearest_codes, output_error, stored_scale, stored_type
+from mpq_compiler.formats import contract
+from mpq_compiler.formats.base import Format, QuantizedWeight, output_error, stored_scale, stored_type
+from mpq_compiler.formats.contract import nearest_codes
 
 SHRINK = tuple(1 - 0.05 * i for i in range(14))
 """Fractions of the min-max range that the scale search tries."""
@@ -81,7 +82,7 @@ class UniformFormat(Format):
     def range_parameters(self, weight: Tensor, shrink: float = 1.0) -> tuple[Tensor, Tensor | None]:
         """Scale f16 [O, 1] and offset f16 [O] whose levels span ``shrink`` of each row's range."""
         if self.bits == 8:
-            return stored_scale(weight.abs().amax(1, keepdim=True) * (shrink / ops.LUT_MAX)), None
+            return stored_scale(weight.abs().amax(1, keepdim=True) * (shrink / contract.LUT_MAX)), None
         low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
         middle, half = (low + high) / 2, (high - low) * (shrink / 2)
         return self._centred(middle, stored_scale(2 * half / (2**self.bits - 1)))
@@ -90,3 +91,9 @@ class UniformFormat(Format):
     def _centred(middle: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """The levels -2^(b-1) .. 2^(b-1)-1 are centred on -1/2."""
         return scale, stored_type((middle + scale.to(torch.float32) / 2)[:, 0])
+
+
+INT2 = UniformFormat("int2", bits=2)
+INT3 = UniformFormat("int3", bits=3)
+INT4 = UniformFormat("int4", bits=4)
+INT8 = UniformFormat("int8", bits=8)

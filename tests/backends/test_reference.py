@@ -7,12 +7,14 @@ import json
 import pytest
 import torch
 
-from mpq_compiler import costs, runtime, targets
 from mpq_compiler.backends import reference
 from mpq_compiler.backends.reference.build import build
-from mpq_compiler.errors import UserError
-from mpq_compiler.program import run
-from tests import packed
+from mpq_compiler.ir import costs
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets import table as targets
+from tests.harness import packed
 
 CASES = [("unet2d", "int8"), ("unet2d-class", "int3"), ("sd15", "int2+b"), ("pixart", "int4,dynamic=true,attention=8")]
 
@@ -23,7 +25,7 @@ def test_same_bits_as_the_program(name, weights, tmp_path):
     target = targets.resolve("reference")
     built = build(case.program, target)
     assert built.payload_bytes == costs.stored_bytes(case.planned)
-    compiled = runtime.load(packed.write(tmp_path / "a.mpq", case.program, target, built), threads=1)
+    compiled = compiled_denoiser.load(packed.write(tmp_path / "a.mpq", case.program, target, built), threads=1)
     inputs = packed.take(case.inputs, slice(5))
     result = compiled.run({key: value.numpy() for key, value in inputs.items()})
     assert torch.equal(torch.from_numpy(result), run(case.program, inputs))

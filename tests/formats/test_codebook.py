@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpq_compiler import fitting, formats, ops
+from mpq_compiler import formats
+from mpq_compiler.formats import contract
 from mpq_compiler.formats.base import output_error
 from mpq_compiler.formats.codebook import MOST_CLASSES, CodebookFormat, _kmeans
+from mpq_compiler.quantization import fitting
 
 CODEBOOKS = ("km3", "km4", "km3t", "km4t")
 
@@ -121,7 +123,7 @@ def test_rows_of_zeros_and_one_single_value(name):
     fit = formats.get(name).fit(w)
     assert torch.isfinite(fit.dequantize()).all() and (fit.scale > 0).all()
     assert float(fit.dequantize()[3].abs().max()) < 1e-4
-    assert int(fit.lut.to(torch.int16).abs().max()) <= ops.LUT_MAX
+    assert int(fit.lut.to(torch.int16).abs().max()) <= contract.LUT_MAX
 
 
 @pytest.mark.parametrize("name", ["km2", "km4", "km4t", "int2", "int4", "fp4", "fp8", "int2+b"])

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpq_compiler import costs, formats, pass_manager, storage
-from mpq_compiler.exact import run_exact
-from mpq_compiler.pass_manager import Session, parse
-from mpq_compiler.program import run
-from tests import programs
-from tests.tree import ROOT
+from mpq_compiler import formats
+from mpq_compiler.ir import costs, stored_tensors
+from mpq_compiler.ir.exact_interpreter import run_exact
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.pipeline import manager
+from mpq_compiler.pipeline.parser import parse
+from mpq_compiler.pipeline.session import Session
+from tests.harness import programs
+from tests.harness.tree import ROOT
 
 TEXT = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
 
@@ -46,16 +49,16 @@ def test_add_a_format(installed):
     command = block("sh", "uniform=pow3").replace("\\\n", "")
     pipeline = re.search(r'--pipeline "(.*?)"', command)[1].replace("calibrate", "calibrate{samples=3,steps=5}", 1)
     stages = {}
-    pass_manager.run_pipeline(
+    manager.run_pipeline(
         parse(pipeline),
         programs.empty(),
         Session(programs.denoiser(model), programs.calibration(model)),
-        lambda index, step, before, program: stages.__setitem__(step.name(), program),
+        [lambda index, step, before, program: stages.__setitem__(step.name(), program)],
     )
     packed = stages["fuse-epilogues"]
     x = programs.inputs(model, 2)
     assert torch.equal(run_exact(stages["round-weights"], x), run(packed, x))
-    payload = sum(tensor.array.nbytes for tensor in storage.stored(packed).values())
+    payload = sum(tensor.array.nbytes for tensor in stored_tensors.stored(packed).values())
     assert payload == costs.stored_bytes(stages["bit-allocation"])
     w = torch.randn(8, 30, generator=torch.Generator().manual_seed(0))
     found = formats.get("pow3")

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpq_compiler import formats, ops
+from mpq_compiler import formats
+from mpq_compiler.formats import contract
 from mpq_compiler.formats.base import output_error
 from mpq_compiler.formats.floating import E2M1, EXPONENTS, FACTORS, NF4, float8
+from mpq_compiler.ir import ops
 
 FLOAT8 = ("fp8", "fp8e2", "fp8e3", "fp8e4", "fp8e5")
 KINDS = {4: torch.float8_e4m3fn, 5: torch.float8_e5m2}
@@ -84,11 +86,11 @@ def values(power: int = 3) -> Tensor:
 @pytest.mark.invariant("fpq-3")
 def test_small_floats_are_the_nearest_of_all_codes(bits, exponent):
     levels, x = grid(bits, exponent), values()
-    y = ops.round_float(x, exponent, bits)
+    y = contract.round_float(x, exponent, bits)
     assert torch.isin(y, levels).all()
     distance = (x.clamp(levels[0], levels[-1])[:, None] - levels).abs()
     assert torch.equal((y - x.clamp(levels[0], levels[-1])).abs(), distance.amin(1))
-    assert ops.float_largest(exponent, bits) == levels[-1]
+    assert contract.float_largest(exponent, bits) == levels[-1]
     if bits == 4:
         assert levels[levels >= 0].tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 
@@ -97,9 +99,9 @@ def test_small_floats_are_the_nearest_of_all_codes(bits, exponent):
 @pytest.mark.invariant("fpq-1", "fpq-2", "fpq-5")
 def test_small_floats_round_alike_once_and_twice_on_both_sides_and_in_order(bits, exponent):
     x = values().sort().values
-    y = ops.round_float(x, exponent, bits)
-    assert torch.equal(ops.round_float(y, exponent, bits), y)
-    assert torch.equal(ops.round_float(-x, exponent, bits), -y)
+    y = contract.round_float(x, exponent, bits)
+    assert torch.equal(contract.round_float(y, exponent, bits), y)
+    assert torch.equal(contract.round_float(-x, exponent, bits), -y)
     assert (y.diff() >= 0).all()
 
 
@@ -107,7 +109,7 @@ def test_small_floats_round_alike_once_and_twice_on_both_sides_and_in_order(bits
 def test_ties_of_small_floats_go_to_the_even_code(bits, exponent):
     levels = grid(bits, exponent)
     levels = levels[levels >= 0]
-    y = ops.round_float((levels[1:] + levels[:-1]) / 2, exponent, bits)
+    y = contract.round_float((levels[1:] + levels[:-1]) / 2, exponent, bits)
     even = [levels[i + i % 2] for i in range(len(levels) - 1)]
     assert torch.equal(y, torch.stack(even))
 
@@ -116,20 +118,20 @@ def test_ties_of_small_floats_go_to_the_even_code(bits, exponent):
 @pytest.mark.invariant("fpq-6")
 def test_fp8_is_that_of_torch_up_to_the_codes_that_stand_for_no_number(exponent):
     x = values(power=5)
-    expected, y = x.to(KINDS[exponent]).to(torch.float32), ops.round_float(x, exponent, 8)
+    expected, y = x.to(KINDS[exponent]).to(torch.float32), contract.round_float(x, exponent, 8)
     most = torch.finfo(KINDS[exponent]).max
     shared = x.abs() <= most
     assert shared.sum() > 5000 and torch.equal(y[shared], expected[shared])
-    assert ops.float_largest(exponent, 8) == {4: 480, 5: 114688}[exponent] > most
+    assert contract.float_largest(exponent, 8) == {4: 480, 5: 114688}[exponent] > most
 
 
 @pytest.mark.parametrize("exponent", EXPONENTS)
 @pytest.mark.invariant("fpq-3")
 def test_fp8_codes_are_those_of_the_nearest_values(exponent):
     w = weight(power=5)
-    scale = (w.abs().amax(1) / ops.float_largest(exponent, 8) * 0.9).half()
+    scale = (w.abs().amax(1) / contract.float_largest(exponent, 8) * 0.9).half()
     fit = float8(w, scale, exponent)
-    expected = ops.round_float(w / scale.float()[:, None], exponent, 8) * scale.float()[:, None]
+    expected = contract.round_float(w / scale.float()[:, None], exponent, 8) * scale.float()[:, None]
     assert torch.equal(fit.dequantize(), expected)
     every = torch.arange(256, dtype=torch.uint8)[None]
     value = ops.dequantize_float8(every, torch.ones(1), (1, 256), exponent)

@@ -8,19 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from mpq_compiler import formats, ops
-from mpq_compiler.errors import UserError
-from mpq_compiler.formats import activation
-from mpq_compiler.formats.base import (
-    F16_MAX,
-    F16_TINY,
-    QuantizedWeight,
-    nearest_codes,
-    output_error,
-    stored_scale,
-    stored_type,
-)
+from mpq_compiler import formats
+from mpq_compiler.formats import activation, contract
+from mpq_compiler.formats.base import F16_MAX, F16_TINY, QuantizedWeight, output_error, stored_scale, stored_type
+from mpq_compiler.formats.contract import nearest_codes
 from mpq_compiler.formats.packing import pack_codes, pack_rows, unpack_codes, unpack_rows
+from mpq_compiler.ir import ops
+from mpq_compiler.support.errors import UserError
 
 NAMES = [name for name, found in formats.FORMATS.items() if found.integer]
 """Those of the weight contract; FP8 is tested in test_floating.py."""
@@ -60,10 +54,10 @@ def test_stored_types(name, start):
     if fit.offset is not None:
         assert fit.offset.dtype == torch.float16 and fit.offset.shape == (35,)
     if bits == 8:
-        assert fit.lut is None and fit.codes.dtype == torch.int8 and int(fit.codes.min()) >= -ops.LUT_MAX
+        assert fit.lut is None and fit.codes.dtype == torch.int8 and int(fit.codes.min()) >= -contract.LUT_MAX
     else:
         assert fit.lut.dtype == torch.int8 and fit.lut.shape == (found.classes(35), 2**bits)
-        assert int(fit.lut[fit.lut != ops.NO_LEVEL].min()) >= -ops.LUT_MAX
+        assert int(fit.lut[fit.lut != contract.NO_LEVEL].min()) >= -contract.LUT_MAX
         assert (fit.row_class is not None) == (len(fit.lut) > 1)
         assert fit.codes.dtype == torch.uint8 and int(fit.codes.max()) < 2**bits
 
@@ -73,9 +67,9 @@ def test_codes_are_those_of_the_nearest_levels(name):
     w = weight()
     fit = table_of(name, w)
     table = torch.arange(-127, 128).float()[None] if fit.lut is None else fit.lut.float()
-    table = table.masked_fill(table == ops.NO_LEVEL, torch.inf)
+    table = table.masked_fill(table == contract.NO_LEVEL, torch.inf)
     if fit.row_class is not None:
-        table = table[ops.row_classes(fit.row_class, len(w))]
+        table = table[contract.row_classes(fit.row_class, len(w))]
     columns = [j for j, size in enumerate(fit.segments or w.shape[1:]) for _ in range(size)]
     offset = 0 if fit.offset is None else fit.offset.float()[:, None, None]
     levels = fit.scale.float()[:, columns, None] * table[:, None, :] + offset
@@ -116,7 +110,7 @@ def test_row_classes_choose_the_table():
     classes = torch.tensor([1, 0, 1], dtype=torch.uint8)
     w = weight(35, 7) * 4
     codes = nearest_codes(w, torch.ones(35, 1), None, tables, classes)
-    value = ops.entries(codes, tables, classes)
+    value = contract.entries(codes, tables, classes)
     for row in range(35):
         table = tables[classes[row // 16].long()].float()
         assert torch.allclose((w[row] - value[row]).abs(), (w[row, :, None] - table).abs().amin(-1))

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mpq_compiler import formats
-from mpq_compiler.errors import UserError
-from mpq_compiler.pass_manager import parse
+from mpq_compiler.formats import low_rank
+from mpq_compiler.pipeline.parser import parse
+from mpq_compiler.support.errors import UserError
 
 
 @pytest.mark.parametrize("name", formats.FORMATS)
@@ -34,7 +35,7 @@ def test_a_named_format_with_groups_is_what_its_name_spells_out():
 @pytest.mark.parametrize("base", ["int4", "int2+b", "km3t", "nf4g64", "int8"])
 def test_a_name_spells_out_a_low_rank_branch(base):
     found = formats.get(f"{base}+r16")
-    assert isinstance(found, formats.LowRankFormat)
+    assert isinstance(found, low_rank.LowRankFormat)
     assert (found.base, found.rank, found.bits) == (formats.get(base), 16, formats.get(base).bits)
 
 
@@ -68,7 +69,7 @@ def test_options_of_passes_name_formats_before_anything_runs():
 
 SOURCE = '''
 from dataclasses import dataclass
-from mpq_compiler.formats.table import TableFormat
+from mpq_compiler.formats.fixed_table import TableFormat
 
 POWERS = TableFormat("pow3", bits=3, table=(-8, -4, -2, -1, 1, 2, 4, 8))
 OTHER = 3

@@ -11,16 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpq_compiler import calls, costs, distillation, formats, ops, storage, student, verifier
-from mpq_compiler.exact import run_exact
-from mpq_compiler.formats.base import QuantizedWeight, nearest_codes, output_error
+from mpq_compiler import formats
+from mpq_compiler.formats import contract
+from mpq_compiler.formats.base import QuantizedWeight, output_error
+from mpq_compiler.formats.contract import nearest_codes
 from mpq_compiler.formats.packing import pack_codes, pack_rows, packed_bytes, unpack_rows
 from mpq_compiler.formats.row_classes import LOST, kurtosis
 from mpq_compiler.formats.uniform import UniformFormat
-from mpq_compiler.gptq import gptq
-from mpq_compiler.learned_rounding import learned
-from mpq_compiler.program import TensorStore, run
-from tests import programs
+from mpq_compiler.ir import costs, stored_tensors, verifier, views
+from mpq_compiler.ir import program as ir_program
+from mpq_compiler.ir.exact_interpreter import run_exact
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import TensorStore
+from mpq_compiler.quantization.adaround import adaround
+from mpq_compiler.quantization.gptq import gptq
+from mpq_compiler.training import student, trainer, variables
+from tests.harness import programs
 
 NAMES = ("int2m", "int3m", "int4m")
 HEAVY = torch.tensor([0, 1, 2, 9, 17, 18, 40, 41, 42, 43, 44, 63, 70, 99])
@@ -45,7 +51,7 @@ def gram(columns: int = 48, samples: int = 200) -> Tensor:
 def widths(found: QuantizedWeight) -> Tensor:
     """The bits of each row."""
     assert found.lut is not None
-    return torch.tensor(ops.class_bits(found.lut))[ops.row_classes(found.row_class, len(found.codes))]
+    return torch.tensor(contract.class_bits(found.lut))[contract.row_classes(found.row_class, len(found.codes))]
 
 
 def error(found: QuantizedWeight, w: Tensor, moments: Tensor | None) -> float:
@@ -68,7 +74,7 @@ def test_outliers_get_a_bit_that_others_pay_for(name):
     """As many rows have a bit more as have one less, and the mean is exact."""
     w, n = weight(), formats.get(name).bits
     found = formats.get(name).fit(w)
-    assert ops.class_bits(found.lut) == (n - 1, n, n + 1) and found.row_class is not None
+    assert contract.class_bits(found.lut) == (n - 1, n, n + 1) and found.row_class is not None
     counts = [int(found.row_class.eq(c).sum()) for c in range(3)]
     assert counts[0] == counts[2] > 5 and widths(found).sum() == n * len(w)
     heavy = torch.zeros(len(w), dtype=torch.bool)
@@ -132,7 +138,7 @@ def test_rows_have_the_codes_of_their_own_width(name, rounding):
     found = formats.get(name).fit(w, moments)
     if rounding != "nearest":
         start = found
-        found = gptq(w, start, moments) if rounding == "gptq" else learned(w, start, moments, steps=60)
+        found = gptq(w, start, moments) if rounding == "gptq" else adaround(w, start, moments, steps=60)
         assert (output_error(found.dequantize() - w, moments) <= output_error(start.dequantize() - w, moments)).all()
         assert (found.codes != start.codes).any()
     assert (found.codes.amax(1) < 2 ** widths(found)).all()
@@ -145,7 +151,7 @@ def test_rows_have_the_codes_of_their_own_width(name, rounding):
 def test_training_ends_where_the_levels_of_a_row_end(name):
     w = weight()
     found = formats.get(name).fit(w)
-    low, high = student._ends(found.lut, found.row_class, len(w))
+    low, high = variables.ends(found.lut, found.row_class, len(w))
     half = 2.0 ** (widths(found) - 1)
     assert torch.equal(low[:, 0], -half - 0.5) and torch.equal(high[:, 0], half - 0.5)
     assert student._mean_step(found.lut) == 1
@@ -205,7 +211,7 @@ def steps(request) -> tuple[programs.Step, ...]:
     return programs.steps(MODEL, f"{programs.FRONT},bit-allocation{{uniform={request.param}}},{programs.BACK}")
 
 
-def after(steps: tuple[programs.Step, ...], name: str) -> programs.Program:
+def after(steps: tuple[programs.Step, ...], name: str) -> ir_program.Program:
     return next(s.after for s in steps if s.step.name() == name)
 
 
@@ -214,14 +220,14 @@ def test_simulated_and_packed_programs_agree_and_every_byte_is_counted(steps):
     simulated, packed = after(steps, "round-weights"), after(steps, "fuse-epilogues")
     x = programs.inputs(MODEL, 2)
     assert torch.equal(run_exact(simulated, x), run(packed, x))
-    stored = storage.stored(packed)
+    stored = stored_tensors.stored(packed)
     assert sum(each.array.nbytes for each in stored.values()) == costs.stored_bytes(after(steps, "bit-allocation"))
     mixed = {name: each for name, each in stored.items() if each.row_class is not None}
     classes = [packed.tensors[each.row_class] for each in mixed.values()]
     assert len(mixed) == len(packed.weights) and sum(len(c.unique()) == 3 for c in classes) > 5
     arrays = {name: each.array for name, each in stored.items()}
     for name, each in stored.items():
-        again = storage.restored(each.entry(name), arrays)
+        again = stored_tensors.restored(each.entry(name), arrays)
         assert torch.equal(again.to(packed.tensors[name].dtype), packed.tensors[name])
 
 
@@ -234,14 +240,14 @@ def test_training_keeps_codes_within_their_width(steps):
     x = programs.inputs(MODEL, 2)
     with torch.no_grad():
         assert torch.equal(student.Student(program, student.values(program, trained, thetas)).run(x), run(program, x))
-    for weight in student.settled(program):
+    for weight in variables.settled(program):
         thetas[weight.codes] = torch.full_like(thetas[weight.codes], 100.0)
-    moved = distillation.applied(program, trained, thetas)
+    moved = trainer.applied(program, trained, thetas)
     verifier.verify(moved)
-    for weight in student.settled(moved):
+    for weight in variables.settled(moved):
         codes = moved.tensors[weight.codes]
-        bits = torch.tensor(ops.class_bits(moved.tensors[weight.lut]))
-        bits = bits[ops.row_classes(moved.tensors[weight.row_class], len(codes))]
+        bits = torch.tensor(contract.class_bits(moved.tensors[weight.lut]))
+        bits = bits[contract.row_classes(moved.tensors[weight.row_class], len(codes))]
         assert (codes == 2 ** bits[:, None] - 1).all()
 
 
@@ -257,16 +263,16 @@ def test_training_keeps_codes_within_their_width(steps):
 )
 def test_what_no_level_stands_for_is_rejected(steps, part, rule):
     packed = after(steps, "fuse-epilogues")
-    found = calls.levels_of(calls.flatten(packed))
+    found = views.levels_of(views.flatten(packed))
     wide = next(levels for levels in found if packed.tensors[levels.row_class].eq(0).any())
     codes, lut = packed.tensors[wide.codes].clone(), packed.tensors[wide.lut].clone()
     row = int(packed.tensors[wide.row_class].eq(0).nonzero()[0])
     if part == "codes":
-        codes[row, 0] = 2 ** ops.class_bits(lut)[0]
+        codes[row, 0] = 2 ** contract.class_bits(lut)[0]
     elif part == "hole":
-        lut[1, 1], lut[1, -1] = ops.NO_LEVEL, 3
+        lut[1, 1], lut[1, -1] = contract.NO_LEVEL, 3
     elif part == "three":
-        lut[1, 3:] = ops.NO_LEVEL
+        lut[1, 3:] = contract.NO_LEVEL
     elif part == "gap":
         lut[2, -1] = 100
     else:

@@ -9,18 +9,24 @@ import pytest
 import torch
 from torch import fx
 
-from mpq_compiler import calls, costs, ops, pass_manager, printer, sensitivity_table, storage
-from mpq_compiler.ablation import noise_power
-from mpq_compiler.aten import aten
-from mpq_compiler.calibration import ATTENTION, RANGE, VALUES, attention_edges, collect, input_edge
-from mpq_compiler.errors import UserError
-from mpq_compiler.exact import run_exact
-from mpq_compiler.pass_manager import Session
+from mpq_compiler.allocation import costs as allocation_costs
+from mpq_compiler.allocation import pose
+from mpq_compiler.analysis.noise_power import noise_power
+from mpq_compiler.ir import costs, ops, printer, stored_tensors, views
+from mpq_compiler.ir.aten import aten
+from mpq_compiler.ir.edges import attention_edges, input_edge
+from mpq_compiler.ir.exact_interpreter import run_exact
+from mpq_compiler.ir.graph import softmax
+from mpq_compiler.ir.interpreter import run, shapes
+from mpq_compiler.ir.program import ActivationPlan, InputSpec, Program, Stage, TensorStore
+from mpq_compiler.ir.verifier import check
 from mpq_compiler.passes.bit_allocation import BitAllocation
 from mpq_compiler.passes.insert_fake_quant import InsertFakeQuant
-from mpq_compiler.program import ActivationPlan, InputSpec, Program, Stage, TensorStore, run, shapes, softmax
-from mpq_compiler.verifier import check
-from tests import programs
+from mpq_compiler.pipeline import manager, parser
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.statistics import ATTENTION, RANGE, VALUES, collect
+from mpq_compiler.support.errors import UserError
+from tests.harness import programs
 from tests.passes import test_contracts as contracts
 
 MODEL = "pixart"
@@ -79,7 +85,7 @@ def test_stored_bytes_are_those_of_the_artifact(model):
     plan = after("bit-allocation", model)
     for name in ("fold-fake-quant", "fuse-epilogues"):
         program = after(name, model)
-        total = sum(s.array.nbytes for s in storage.stored(program).values())
+        total = sum(s.array.nbytes for s in stored_tensors.stored(program).values())
         assert costs.stored_bytes(plan) == printer.stored_bytes(program) == total
     static = BitAllocation(attention=8, uniform="int8").run(after("time-groups", model), Session())
     dynamic = sum(p.dynamic for p in plan.activations.values())
@@ -97,8 +103,8 @@ def test_a_program_without_static_activations_has_no_time_groups():
     inputs = {"sample": torch.randn(8, 4), "timestep": torch.arange(8) * 100}
     passes = f"calibrate,time-groups,bit-allocation{{uniform=int8,dynamic=true}},{programs.BACK}"
     steps = []
-    pass_manager.run_pipeline(
-        pass_manager.parse(passes),
+    manager.run_pipeline(
+        parser.parse(passes),
         start,
         Session(programs.denoiser(MODEL), inputs),
         lambda i, p, before, after: steps.append((p.name(), before, after)),
@@ -109,7 +115,7 @@ def test_a_program_without_static_activations_has_no_time_groups():
     (before,) = (b for name, b, _ in steps if name == "fold-fake-quant")
     assert torch.equal(run_exact(before, inputs), run(packed, inputs))
     planned = next(p for name, _, p in steps if name == "bit-allocation")
-    assert costs.stored_bytes(planned) == sum(s.array.nbytes for s in storage.stored(packed).values())
+    assert costs.stored_bytes(planned) == sum(s.array.nbytes for s in stored_tensors.stored(packed).values())
 
 
 # --- q, k and v share a plan --------------------------------------------------------------------------------
@@ -123,10 +129,10 @@ def test_layers_of_one_edge_share_a_plan_and_a_quantizer(passes):
     edges = {plan.node(f"{name}_to_{part}").args[0].name for part in "qkv"}
     assert len(edges) == 1
     (edge,) = edges
-    flat = calls.flatten(packed)
+    flat = views.flatten(packed)
     readers = [c for c in flat if c.name in {f"{name}_to_{part}" for part in "qkv"}]
     assert len(readers) == 3 and len({c.args[0] for c in readers}) == 1
-    assert [q.edge for q in calls.quantizers_of(flat)].count(edge) == 1
+    assert [q.edge for q in views.quantizers_of(flat)].count(edge) == 1
     assert len({tuple(c.args[7]) + tuple(c.args[8]) for c in readers}) == 1
 
 
@@ -221,8 +227,8 @@ def test_sensitivities_of_another_kind_are_refused():
 
 
 def test_a_table_holds_attentions_and_is_allocated_without_the_model():
-    table = after("sensitivity").facts["sensitivity"] | costs.describe(after("sensitivity"), dynamic=True)
-    problem = sensitivity_table.problem(table, None, 8.0)
+    table = after("sensitivity").facts["sensitivity"] | allocation_costs.describe(after("sensitivity"), dynamic=True)
+    problem = pose.problem(table, None, 8.0)
     names = {layer["name"]: [c["name"] for c in layer["choices"]] for layer in problem["layers"]}
     for name in table["attention"]:
         assert names[name] == ["float", "u8"]
@@ -264,7 +270,7 @@ def mutant(rule: str, name: str):
 
 
 def attention(program: Program) -> fx.Node:
-    return next(n for n in program.graph.nodes if n.target in (*calls.ATTENTIONS, ops.attention))
+    return next(n for n in program.graph.nodes if n.target in (*views.ATTENTIONS, ops.attention))
 
 
 @mutant("activation-plans", "bit-allocation")

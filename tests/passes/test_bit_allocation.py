@@ -9,17 +9,22 @@ import pytest
 import torch
 from torch import fx
 
-from mpq_compiler import calls, costs, formats, pass_manager, storage
-from mpq_compiler.ablation import by_gains
-from mpq_compiler.aten import aten
-from mpq_compiler.calibration import input_edge
-from mpq_compiler.errors import UserError
-from mpq_compiler.exact import run_exact
-from mpq_compiler.pass_manager import Session
+from mpq_compiler import formats
+from mpq_compiler.allocation import solver
+from mpq_compiler.analysis.time_weights import by_gains
+from mpq_compiler.ir import costs, stored_tensors, views
+from mpq_compiler.ir.aten import aten
+from mpq_compiler.ir.edges import input_edge
+from mpq_compiler.ir.exact_interpreter import run_exact
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
 from mpq_compiler.passes import bit_allocation, sensitivity
 from mpq_compiler.passes.bit_allocation import ADDITIVE_DB, BitAllocation
-from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run
-from tests import programs
+from mpq_compiler.pipeline import manager, parser
+from mpq_compiler.pipeline import options as pipeline_options
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.support.errors import UserError
+from tests.harness import programs
 
 MODEL = "unet2d"
 
@@ -52,7 +57,7 @@ def test_stored_bytes_are_those_of_the_artifact(model):
     plan = programs.after(model, "bit-allocation")
     assert any(layer.format.endswith("+b") for layer in plan.weights.values())
     for name in ("fold-fake-quant", "fuse-epilogues"):
-        stored = storage.stored(programs.after(model, name))
+        stored = stored_tensors.stored(programs.after(model, name))
         assert costs.stored_bytes(plan) == sum(s.array.nbytes for s in stored.values())
 
 
@@ -160,8 +165,8 @@ def test_layers_without_a_quantized_kernel_are_listed_and_stay_float():
     inputs = {"sample": torch.randn(8, 4, 6, 6, generator=generator), "timestep": torch.arange(8) * 100}
     steps = []
     pipeline = programs.RESIDUAL.removeprefix("trace,").replace("int2+b", "int3")
-    pass_manager.run_pipeline(
-        pass_manager.parse(pipeline),
+    manager.run_pipeline(
+        parser.parse(pipeline),
         program,
         Session(programs.denoiser("pixart"), inputs),
         lambda i, p, before, after: steps.append((p.name(), before, after)),
@@ -172,7 +177,7 @@ def test_layers_without_a_quantized_kernel_are_listed_and_stay_float():
     assert "no quantized kernel" in after["bit-allocation"].fallbacks["grouped"]
     (before,) = (b for name, b, _ in steps if name == "fold-fake-quant")
     assert torch.equal(run_exact(before, inputs), run(after["fuse-epilogues"], inputs))
-    stored = storage.stored(after["fuse-epilogues"])
+    stored = stored_tensors.stored(after["fuse-epilogues"])
     assert sum(s.array.nbytes for s in stored.values()) == costs.stored_bytes(after["bit-allocation"])
 
 
@@ -238,8 +243,8 @@ def test_noise_of_the_plan_is_that_of_the_program_that_is_made_of_it(gains):
         program.facts["time-gains"] = gains
     planned = together(program)
     said = planned.facts["allocation"]["additivity"]
-    changed = pass_manager.make("round-weights", {}).run(
-        pass_manager.make("insert-fake-quant", {}).run(planned, Session()), Session()
+    changed = pipeline_options.make("round-weights", {}).run(
+        pipeline_options.make("insert-fake-quant", {}).run(planned, Session()), Session()
     )
     inputs = program.facts["calibration"].select(program.facts["sensitivity"]["inputs"])
     outputs = [run(p, inputs).double() for p in (changed, program)]
@@ -309,9 +314,9 @@ def test_protected_activations_get_no_quantizer(share):
     assert min(losses[e] for e in protected) >= max(losses[e] for e in edges - protected)
     listed = {node.name for node in plan.quantizable if input_edge(node).name in protected}
     assert listed <= plan.fallbacks.keys() and all("protected" in plan.fallbacks[name] for name in listed)
-    quantized = {q.edge for q in calls.quantizers_of(calls.flatten(packed))}
+    quantized = {q.edge for q in views.quantizers_of(views.flatten(packed))}
     assert not quantized & protected
-    stored = storage.stored(packed)
+    stored = stored_tensors.stored(packed)
     assert costs.stored_bytes(plan) == sum(s.array.nbytes for s in stored.values())
     inputs = programs.inputs(MODEL, 4)
     before = programs.step(MODEL, "fold-fake-quant", pipeline).before
@@ -358,7 +363,7 @@ def test_activations_of_one_width_are_float_from_16_bits_on():
 
 
 def test_a_program_that_was_not_solved_to_the_end_says_so(monkeypatch):
-    whole = bit_allocation.solve
+    whole = solver.solve
     early = lambda problem: dataclasses.replace(whole(problem), gap=0.02, optimal=False)  # noqa: E731
     monkeypatch.setattr(bit_allocation, "solve", early)
     notes = planned(weights=6.0).facts["notes"]

@@ -8,17 +8,24 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import compiler, ops, pass_manager, runtime, tensorfile
-from mpq_compiler import denoiser as denoisers
-from mpq_compiler.ablation import Ablation, noise_power
-from mpq_compiler.aten import aten
-from mpq_compiler.calibration import input_edge
-from mpq_compiler.errors import UserError
-from mpq_compiler.fitting import activation_parameters
-from mpq_compiler.pass_manager import Session
+from mpq_compiler.analysis.noise_power import noise_power
+from mpq_compiler.analysis.perturbation import Ablation
+from mpq_compiler.api import compile
+from mpq_compiler.frontend import denoiser as denoisers
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.aten import aten
+from mpq_compiler.ir.edges import input_edge
+from mpq_compiler.ir.graph import weight_of
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import Program
 from mpq_compiler.passes.bos_split import BosSplit
-from mpq_compiler.program import Program, run, weight_of
-from tests import programs, tiny
+from mpq_compiler.pipeline import manager, parser
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fitting import activation_parameters
+from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.support import tensorfile
+from mpq_compiler.support.errors import UserError
+from tests.harness import programs, tiny
 
 TEXT = "encoder_hidden_states"
 PLANNED = "calibrate,time-groups,bit-allocation{uniform=int8},insert-fake-quant"
@@ -44,10 +51,10 @@ def traced() -> Program:
 
 
 def continued(program: Program, pipeline: str, loudness: float = 1.0) -> Program:
-    passes = pass_manager.parse(pipeline)
+    passes = parser.parse(pipeline)
     have = {p for step in programs.steps("unet2d") for p in step.step.provides}
     session = Session(text_model(), prompts(32, loudness))
-    return pass_manager.run_pipeline(passes, program, session, present=have)[0]
+    return manager.run_pipeline(passes, program, session, present=have)[0]
 
 
 @functools.cache
@@ -201,7 +208,7 @@ def artifact(tmp_path_factory) -> Path:
     rows[TEXT][:, 0] = torch.linspace(-8, 8, 32)
     with (folder / "rows.safetensors").open("wb") as stream:
         tensorfile.save(stream, {name: value.numpy() for name, value in rows.items()})
-    report = compiler.compile(
+    report = compile.compile(
         denoiser,
         folder / "sd15.mpq",
         target="reference",
@@ -214,7 +221,7 @@ def artifact(tmp_path_factory) -> Path:
 
 
 def test_an_artifact_knows_its_first_token(artifact):
-    compiled = runtime.load(artifact)
+    compiled = compiled_denoiser.load(artifact)
     assert [a["input"] for a in compiled.manifest["assumptions"]] == [TEXT]
     first = np.linspace(-8, 8, 32, dtype=np.float32)
     x = {name: value.numpy() for name, value in programs.denoiser("sd15").random_inputs(3, 4).items()}

@@ -5,14 +5,18 @@ from collections import defaultdict
 import pytest
 import torch
 
-from mpq_compiler import denoiser as denoisers
-from mpq_compiler import ops, pass_manager
-from mpq_compiler.calibration import GRAM, MOMENTS, PART, RANGE, VALUES, batches, collect, input_rows, row_geometry
-from mpq_compiler.errors import UserError
-from mpq_compiler.pass_manager import Session
+from mpq_compiler.frontend import denoiser as denoisers
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.edges import row_geometry
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import TensorStore
 from mpq_compiler.passes.calibrate import Calibrate
-from mpq_compiler.program import TensorStore, run
-from tests import programs, tiny
+from mpq_compiler.pipeline import manager, parser
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.statistics import GRAM, MOMENTS, PART, RANGE, VALUES, collect, input_rows
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.execution import batches
+from tests.harness import programs, tiny
 
 
 def test_statistics_are_those_of_the_values():
@@ -63,7 +67,7 @@ def test_only_what_is_asked_for_is_collected():
 
 
 def test_the_pipeline_asks_once():
-    passes = pass_manager.parse(programs.MIXED)
+    passes = parser.parse(programs.MIXED)
     assert frozenset().union(*(p.asks() for p in passes)) == {RANGE, VALUES, MOMENTS, GRAM}
 
 
@@ -93,7 +97,7 @@ def test_a_layer_that_never_runs_is_not_in_the_graph():
     model.never = torch.nn.Linear(8, 8)
     denoiser = denoisers.wrap(model, name="unused")
     session = Session(denoiser, programs.calibration("pixart"))
-    program, _ = pass_manager.run_pipeline(pass_manager.parse(programs.RESIDUAL), programs.empty(), session)
+    program, _ = manager.run_pipeline(parser.parse(programs.RESIDUAL), programs.empty(), session)
     assert not [name for name in program.weights if name.startswith("never")]
     assert program.facts["parameters"] == programs.denoiser("pixart").parameters + 72
 

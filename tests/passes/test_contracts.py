@@ -8,15 +8,17 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import ops, pass_manager, storage
-from mpq_compiler.ablation import noise_power
-from mpq_compiler.costs import stored_dtype
-from mpq_compiler.exact import run_exact
-from mpq_compiler.pass_manager import Contract, Pass
-from mpq_compiler.passes import PASSES
-from mpq_compiler.program import Interpreter, Program, run
-from tests import programs
-from tests.programs import Step
+from mpq_compiler.analysis.noise_power import noise_power
+from mpq_compiler.ir import ops, stored_tensors
+from mpq_compiler.ir.costs import stored_dtype
+from mpq_compiler.ir.exact_interpreter import run_exact
+from mpq_compiler.ir.interpreter import Interpreter, run
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline import registry
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.registry import BUILT_IN as PASSES
+from tests.harness import programs
+from tests.harness.programs import Step
 
 OPEN = (ops.fake_quantize, ops.dynamic_fake_quantize, ops.fake_quantize_float, ops.fake_quantize_weight)
 """Quantizers of float values."""
@@ -157,7 +159,7 @@ def test_methods_that_are_off_leave_uniform_rounding():
     plain, off = (programs.after("unet2d", "fold-fake-quant", pipeline) for pipeline in (passes, methods))
     x = programs.inputs("unet2d", 3)
     assert torch.equal(run(plain, x), run(off, x))
-    stored = [{name: s.array.tobytes() for name, s in storage.stored(p).items()} for p in (plain, off)]
+    stored = [{name: s.array.tobytes() for name, s in stored_tensors.stored(p).items()} for p in (plain, off)]
     assert stored[0] == stored[1]
 
 
@@ -185,7 +187,7 @@ def test_traces_bit_for_bit_at_any_batch(model, batch):
 
 def test_every_pass_declares_a_contract():
     for name in PASSES:
-        assert pass_manager.find(name).contract in CHECKS
+        assert registry.find(name).contract in CHECKS
 
 
 def test_a_pass_without_a_contract_fails():

@@ -13,17 +13,25 @@ import numpy as np
 import pytest
 import torch
 
-from mpq_compiler import blocks, costs, distillation, pass_manager
-from mpq_compiler import denoiser as denoisers
-from mpq_compiler.distillation import Data, Stage, noise, train
-from mpq_compiler.errors import UserError
-from mpq_compiler.ops import fake_quantize
-from mpq_compiler.pass_manager import Session
-from mpq_compiler.program import run
-from mpq_compiler.relation import Term
-from mpq_compiler.student import Kind, settled
-from mpq_compiler.verifier import verify
-from tests import programs
+from mpq_compiler.analysis import trajectory_error
+from mpq_compiler.frontend import trajectories
+from mpq_compiler.ir import blocks, costs
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.ops import fake_quantize
+from mpq_compiler.ir.verifier import verify
+from mpq_compiler.pipeline import options as pipeline_options
+from mpq_compiler.pipeline import parser
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.sampling.loop import gaussian
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.training import data as training_data
+from mpq_compiler.training import trainer
+from mpq_compiler.training.data import Data
+from mpq_compiler.training.relation_loss import Term
+from mpq_compiler.training.state import RATES, Stage
+from mpq_compiler.training.trainer import noise, train
+from mpq_compiler.training.variables import Kind, settled
+from tests.harness import programs
 
 MODEL = "unet2d"
 ROOT = Path(__file__).parents[2]
@@ -35,7 +43,7 @@ def data():
     denoiser = programs.denoiser(MODEL)
 
     def calls(seed):
-        return Data(*denoisers.record_teacher(denoiser, 2, 5, seed))
+        return Data(*trajectories.record_teacher(denoiser, 2, 5, seed))
 
     return calls(1), calls(2)
 
@@ -115,7 +123,7 @@ def test_frozen_codes_stay(data, tmp_path):
 
 @pytest.mark.invariant("efficientdm-6")
 def test_zero_points_are_codes(data, tmp_path):
-    rates = {**distillation.RATES, Kind.ZERO: 3.0}
+    rates = {**RATES, Kind.ZERO: 3.0}
     program = start(programs.RESIDUAL.replace("int2+b", "int2+b,activations=4"))
     trained, _ = train(program, Stage("x", False, 8, rates), *data, session(tmp_path), 0)
     calls = [n for n in trained.graph.nodes if n.target is fake_quantize]
@@ -137,7 +145,7 @@ def test_no_number_of_jobs_changes_a_bit(data, tmp_path):
 
 def killed_at(step, monkeypatch):
     """Ends the training in that update, once; returns what grows by one with every update."""
-    update, updates = distillation._adam, []
+    update, updates = trainer._adam, []
 
     def dies(*arguments):
         updates.append(arguments[0].step)
@@ -145,7 +153,7 @@ def killed_at(step, monkeypatch):
             raise KeyboardInterrupt
         update(*arguments)
 
-    monkeypatch.setattr(distillation, "_adam", dies)
+    monkeypatch.setattr(trainer, "_adam", dies)
     return updates
 
 
@@ -212,15 +220,15 @@ def test_divergence_keeps_the_best(data, tmp_path):
 
 @pytest.mark.invariant("quest-5", "compiler-9")
 def test_the_pass_says_what_it_did(tmp_path):
-    made = pass_manager.make("distill", {"updates": 8, "samples": 2, "steps": 4, "images": 4})
+    made = pipeline_options.make("distill", {"updates": 8, "samples": 2, "steps": 4, "images": 4})
     program = made.run(start(), session(tmp_path))
     phases = program.facts["decisions"][""]["distill"]["phases"]
     stages = [stage for phase in phases for stage in phase["stages"]]
     assert [p["phase"] for p in phases] == ["weights", "scales"] and [s["steps"] for s in stages] == [6, 2]
     assert all(s["after"] <= s["before"] for s in stages)
-    nothing = pass_manager.make("distill", {"updates": 0}).run(start(), session(tmp_path))
+    nothing = pipeline_options.make("distill", {"updates": 0}).run(start(), session(tmp_path))
     assert same(nothing, start()) and "notes" not in nothing.facts
-    short = pass_manager.make("distill", {"minutes": 1e-9}).run(start(), session(tmp_path))
+    short = pipeline_options.make("distill", {"minutes": 1e-9}).run(start(), session(tmp_path))
     assert "not enough for one update" in short.facts["notes"][-1]
 
 
@@ -234,11 +242,11 @@ def test_options_without_an_effect_are_said(tmp_path):
     ]
     for pipeline, more, said in given:
         plain, other = (
-            pass_manager.make("distill", options | extra).run(start(pipeline), session(tmp_path))
+            pipeline_options.make("distill", options | extra).run(start(pipeline), session(tmp_path))
             for extra in ({}, more)
         )
         assert said in other.facts["notes"][-1] and same(plain, other)
-    network = pass_manager.make("distill", {"range_network": True})
+    network = pipeline_options.make("distill", {"range_network": True})
     dynamic = start().fork()
     for edge, plan in dynamic.activations.items():
         dynamic.activations[edge] = replace(plan, dynamic=True, scale=None, zero_point=None)
@@ -246,13 +254,13 @@ def test_options_without_an_effect_are_said(tmp_path):
     assert "no activation has a stored scale" in note
     assert not [*network._without_effect(start(), session(tmp_path), 1)]
     with pytest.raises(UserError, match="adapters"):
-        pass_manager.make("distill", {"adapters": -1})
+        pipeline_options.make("distill", {"adapters": -1})
 
 
 def test_images_that_get_worse_undo_a_stage(tmp_path, monkeypatch):
     errors = iter([0.1, 0.2, 0.05])
-    monkeypatch.setattr(distillation.Gallery, "noise", lambda self, program: next(errors))
-    made = pass_manager.make("distill", {"updates": 4, "latent": 0.5, "samples": 2, "steps": 4, "images": 4})
+    monkeypatch.setattr(trajectory_error.TrajectoryError, "noise", lambda self, program: next(errors))
+    made = pipeline_options.make("distill", {"updates": 4, "latent": 0.5, "samples": 2, "steps": 4, "images": 4})
     program = made.run(start(), session(tmp_path))
     first, second = program.facts["decisions"][""]["distill"]["phases"]
     assert not first["kept"] and second["kept"] and "undone" in program.facts["notes"][-1]
@@ -264,20 +272,20 @@ def test_images_that_get_worse_undo_a_stage(tmp_path, monkeypatch):
 def test_given_calls_are_what_it_trains_on(tmp_path):
     denoiser = programs.denoiser(MODEL)
     given = session(tmp_path)
-    data, judged = distillation.calls(given, 99, 99)
+    data, judged = training_data.calls(given, 99, 99)
     assert len(data) + len(judged) == len(given.calibration["timestep"])
     assert torch.equal(data.targets, denoiser(**data.inputs))
     assert set(data.inputs["timestep"].tolist()) >= set(judged.inputs["timestep"].tolist())
-    recorded = distillation.calls(replace(given, calibration=None), 2, 3)
-    assert [len(d) for d in recorded] == [6, 3 * distillation.HELD_OUT]
+    recorded = training_data.calls(replace(given, calibration=None), 2, 3)
+    assert [len(d) for d in recorded] == [6, 3 * training_data.HELD_OUT]
 
 
 @pytest.mark.invariant("efficientdm-5")
 def test_calls_are_the_float_models_own_trajectory():
     """Each from the noise by the float model's outputs alone: no quantized program has a part in it."""
     denoiser = programs.denoiser(MODEL)
-    inputs, targets = denoisers.record_teacher(denoiser, 2, 5, 1)
-    x = denoisers.gaussian(2, denoiser.latent_shape, 1)
+    inputs, targets = trajectories.record_teacher(denoiser, 2, 5, 1)
+    x = gaussian(2, denoiser.latent_shape, 1)
     for step, time in enumerate(denoiser.scheduler.timesteps(5)):
         rows = inputs["timestep"] == time
         output = denoiser(sample=x, timestep=np.full(2, time))
@@ -334,7 +342,7 @@ def test_blocks_have_the_minutes_of_the_whole():
     """Updates of all blocks take what so many of the whole program take, as multiplications go."""
     program, updates = start(), 1000
     found = blocks.blocks(programs.denoiser(MODEL).module.model, program)
-    each = distillation.block_updates(program, found, updates)
+    each = training_data.block_updates(program, found, updates)
     planned = program.facts["planned"]
     whole = sum(costs.macs(planned).values())
     forward = [sum(costs.macs(blocks.cut(planned, b.output)).values()) for b in found]
@@ -345,11 +353,11 @@ def test_blocks_have_the_minutes_of_the_whole():
 
 def test_the_pass_goes_through_the_blocks(tmp_path):
     options = {"updates": 20, "latent": 0.9, "blocks": True, "samples": 2, "steps": 3, "images": 0}
-    program = pass_manager.make("distill", options).run(start(), session(tmp_path))
+    program = pipeline_options.make("distill", options).run(start(), session(tmp_path))
     first, second = program.facts["decisions"][""]["distill"]["phases"]
     assert first["phase"] == "blocks" and len(first["stages"]) > 10 and second["phase"] == "scales"
     assert second["stages"][-1]["after"] < noise(
-        start(), {}, {}, distillation.calls(session(tmp_path), 2, 3)[1], session(tmp_path)
+        start(), {}, {}, training_data.calls(session(tmp_path), 2, 3)[1], session(tmp_path)
     )
 
 
@@ -372,7 +380,7 @@ def test_relations_are_learned_and_survive_a_kill(data, tmp_path, monkeypatch):
 
 def test_calls_before_are_those_of_the_trajectory(tmp_path):
     """A step earlier, the same image; a model with guidance has calls of both kinds in a step."""
-    calls, _ = distillation.calls(Session(programs.denoiser(MODEL), None, cache=tmp_path), 3, 4)
+    calls, _ = training_data.calls(Session(programs.denoiser(MODEL), None, cache=tmp_path), 3, 4)
     index = torch.arange(len(calls))
     one, two = calls.before(index, 2)
     assert calls.stride == 3 and len(calls) == 12
@@ -399,9 +407,9 @@ def test_relations_of_a_window_are_learned_and_survive_a_kill(data, tmp_path, mo
 
 def test_calls_count_by_what_their_errors_do_to_images(data, tmp_path):
     """Weights are 1 on average, go by time, and scale the errors that are trained and judged."""
-    gallery = distillation.Gallery.drawn(session(tmp_path), 4)
+    gallery = trajectory_error.TrajectoryError.drawn(session(tmp_path), 4)
     gains = gallery.gains(start())
-    assert len(gains) == distillation.IMAGE_STEPS
+    assert len(gains) == trajectory_error.IMAGE_STEPS
     calls = data[0].weighted(gains)
     assert float(calls.weights.mean()) == pytest.approx(1, rel=1e-5)
     for time in calls.inputs["timestep"].unique().tolist():
@@ -417,19 +425,19 @@ def test_calls_count_by_what_their_errors_do_to_images(data, tmp_path):
 def test_a_few_given_calls_serve_to_train_on_and_to_judge_by(tmp_path):
     given = {name: value[:3] for name, value in programs.calibration(MODEL).items()}
     chosen = replace(session(tmp_path), calibration=given)
-    data, held_out = distillation.calls(chosen, 2, 2)
+    data, held_out = training_data.calls(chosen, 2, 2)
     assert len(data) == len(held_out) == 3
-    assert len(distillation.calls(session(tmp_path), 2, 2)[1]) == 1  # of 12
+    assert len(training_data.calls(session(tmp_path), 2, 2)[1]) == 1  # of 12
 
 
 def test_relations_without_repeated_blocks_say_that_they_do_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(blocks, "repeated", lambda model: set())
     options = "updates=2,relation=0.1,images=0,samples=1,steps=2"
     for more, said in (("", "no block is one of several of a kind"), ("blocks=true,latent=1", "no block is one of")):
-        (distill,) = pass_manager.parse(f"distill{{{options}{',' + more if more else ''}}}")
+        (distill,) = parser.parse(f"distill{{{options}{',' + more if more else ''}}}")
         notes = distill.run(start(), session(tmp_path)).facts["notes"]
         assert any(f"distill: relation had no effect: {said}" in note for note in notes)
     monkeypatch.undo()
-    (distill,) = pass_manager.parse(f"distill{{{options},blocks=true,latent=1}}")
+    (distill,) = parser.parse(f"distill{{{options},blocks=true,latent=1}}")
     notes = distill.run(start(), session(tmp_path)).facts["notes"]
     assert any("relation had no effect: blocks learn their own outputs" in note for note in notes)

@@ -6,17 +6,19 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import denoiser as denoisers
-from mpq_compiler import ops, pass_manager
-from mpq_compiler.ablation import noise_power
-from mpq_compiler.aten import aten
-from mpq_compiler.pass_manager import Session
+from mpq_compiler.analysis.noise_power import noise_power
+from mpq_compiler.frontend import denoiser as denoisers
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.aten import aten
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
+from mpq_compiler.ir.verifier import verify
 from mpq_compiler.passes import equalize
 from mpq_compiler.passes.equalize import WIDEST, Equalize, dilation
-from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run
-from mpq_compiler.scaling import Scaling
-from mpq_compiler.verifier import verify
-from tests import programs, tiny
+from mpq_compiler.pipeline import manager, options, parser
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.channel_scaling import Scaling
+from tests.harness import programs, tiny
 
 C = 16
 
@@ -255,7 +257,7 @@ def outliers(factor: float) -> denoisers.Denoiser:
 
 def prepared(denoiser: denoisers.Denoiser, pipeline: str) -> Program:
     session = Session(denoiser, programs.calibration("unet2d"))
-    return pass_manager.run_pipeline(pass_manager.parse(pipeline), programs.empty(), session)[0]
+    return manager.run_pipeline(parser.parse(pipeline), programs.empty(), session)[0]
 
 
 def test_loud_channels_are_found_and_undone():
@@ -340,7 +342,7 @@ def test_dilation_as_published_never_enlarges_a_row():
 def test_rules_as_published_are_applied_everywhere():
     """To what the search leaves alone, too: a loss is not looked at."""
     found = [
-        pass_manager.make("equalize", {"rule": rule, "samples": 2, "steps": 3, "rows": 64, "gain": 30.0})
+        options.make("equalize", {"rule": rule, "samples": 2, "steps": 3, "rows": 64, "gain": 30.0})
         for rule in ("search", "dilation", "smoothquant")
     ]
     counts = []
@@ -363,6 +365,6 @@ def test_one_input_is_enough_to_search_on():
     """Layers of the time embedding have one row then, to choose by and to judge by."""
     denoiser = programs.denoiser("unet2d")
     x = {name: value[:1] for name, value in programs.calibration("unet2d").items()}
-    passes = pass_manager.parse("trace,layout,equalize{rows=16}")
-    program, _ = pass_manager.run_pipeline(passes, programs.empty(), Session(denoiser, x))
+    passes = parser.parse("trace,layout,equalize{rows=16}")
+    program, _ = manager.run_pipeline(passes, programs.empty(), Session(denoiser, x))
     verify(program)

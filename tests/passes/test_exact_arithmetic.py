@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from mpq_compiler import exact, ops
-from mpq_compiler.program import Interpreter
-from tests import programs
+from mpq_compiler.ir import exact_interpreter, ops
+from mpq_compiler.ir.interpreter import Interpreter
+from tests.harness import programs
 
 
 def weight_f64(codes: Tensor, scale: Tensor, offset: Tensor | None, table: Tensor | None) -> Tensor:
@@ -80,7 +80,7 @@ def test_an_open_weight_runs_exactly_too():
     program = programs.after("pixart", "insert-fake-quant")
     x = programs.inputs("pixart", 2)
     found = {}
-    exact.run_exact(program, x, lambda node, value: found.__setitem__(node.name, value))
+    exact_interpreter.run_exact(program, x, lambda node, value: found.__setitem__(node.name, value))
     layers = [n for n in program.graph.nodes if n.target is torch.ops.aten.linear.default]
     assert len(layers) > 10
     for node in layers:

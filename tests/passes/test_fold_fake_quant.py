@@ -3,38 +3,39 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpq_compiler import calls, ops
-from mpq_compiler.exact import run_exact
-from mpq_compiler.pass_manager import Session
+from mpq_compiler.formats import contract
+from mpq_compiler.ir import ops, views
+from mpq_compiler.ir.exact_interpreter import run_exact
+from mpq_compiler.ir.interpreter import run
 from mpq_compiler.passes.fold_fake_quant import FoldFakeQuant
-from mpq_compiler.program import run
-from tests import programs
+from mpq_compiler.pipeline.session import Session
+from tests.harness import programs
 
 
 @pytest.mark.invariant("compiler-11")
 def test_base_and_branch_become_one_table():
     step = programs.step("pixart", "fold-fake-quant", programs.RESIDUAL)
-    before = {x.path: x for x in calls.levels_of(calls.flatten(step.before))}
+    before = {x.path: x for x in views.levels_of(views.flatten(step.before))}
     signs = {
         str(n.args[0].target).split(":")[0]: (str(n.args[0].target), str(n.args[2].target))
         for n in step.before.graph.nodes
         if n.target is ops.binary_branch
     }
-    folded = calls.levels_of(calls.flatten(step.after))
+    folded = views.levels_of(views.flatten(step.after))
     assert {x.path for x in folded} == {*signs}
     tensors = step.after.tensors
     for x in folded:
         base = before[x.path]
         sign, alpha = (tensors[name] for name in signs[x.path])
-        entry = ops.entries(tensors[base.codes], tensors[base.lut], None) + (2.0 * sign - 1) * alpha
-        assert torch.equal(ops.entries(tensors[x.codes], tensors[x.lut], None), entry)
+        entry = contract.entries(tensors[base.codes], tensors[base.lut], None) + (2.0 * sign - 1) * alpha
+        assert torch.equal(contract.entries(tensors[x.codes], tensors[x.lut], None), entry)
         assert (x.scale, x.offset) == (base.scale, base.offset)
 
 
 @pytest.mark.parametrize("model", programs.MODELS)
 def test_no_float_layer_is_left(model):
-    flat = calls.flatten(programs.after(model, "fold-fake-quant"))
-    assert not [c for c in flat if c.target in calls.FLOAT_LAYERS or c.target is ops.fake_quantize]
+    flat = views.flatten(programs.after(model, "fold-fake-quant"))
+    assert not [c for c in flat if c.target in views.FLOAT_LAYERS or c.target is ops.fake_quantize]
 
 
 @pytest.mark.parametrize("model", programs.MODELS)

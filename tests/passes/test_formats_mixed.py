@@ -5,13 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpq_compiler import calibration, costs, formats, ops, printer, sensitivity_table, storage
-from mpq_compiler.exact import run_exact
-from mpq_compiler.fitting import Rounding, moments, rows_of, unsettled
+from mpq_compiler import formats
+from mpq_compiler.allocation import costs as allocation_costs
+from mpq_compiler.allocation import pose
 from mpq_compiler.formats.base import output_error
-from mpq_compiler.pass_manager import Session, parse, run_pipeline
-from mpq_compiler.program import run
-from tests import programs
+from mpq_compiler.ir import costs, ops, printer, stored_tensors
+from mpq_compiler.ir import program as ir_program
+from mpq_compiler.ir.exact_interpreter import run_exact
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.pipeline.manager import run_pipeline
+from mpq_compiler.pipeline.parser import parse
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization import statistics
+from mpq_compiler.quantization.fitting import Rounding, moments, rows_of
+from mpq_compiler.quantization.settle import unsettled
+from tests.harness import programs
 
 MODEL = "pixart"
 FAMILIES = ("int2+b", "km3t", "int4g12", "nf4", "int2+r2", "fp8")
@@ -21,7 +29,7 @@ MIXED = (
 )
 
 
-def after(name: str) -> programs.Program:
+def after(name: str) -> ir_program.Program:
     return programs.after(MODEL, name, MIXED)
 
 
@@ -37,7 +45,7 @@ def test_several_families_are_chosen_and_counted_to_the_byte():
     planned, packed = after("bit-allocation"), after("fuse-epilogues")
     chosen = {plan.format for plan in planned.weights.values()}
     assert len(chosen) > 2
-    payload = sum(tensor.array.nbytes for tensor in storage.stored(packed).values())
+    payload = sum(tensor.array.nbytes for tensor in stored_tensors.stored(packed).values())
     assert payload == costs.stored_bytes(planned) == printer.stored_bytes(after("round-weights"))
     assert payload == printer.stored_bytes(packed)
 
@@ -56,7 +64,7 @@ def test_one_family_alone_is_exact_and_counted_to_the_byte(name):
     x = programs.inputs(MODEL, 2)
     simulated, packed = (programs.after(MODEL, step, pipeline) for step in ("round-weights", "fuse-epilogues"))
     assert torch.equal(run_exact(simulated, x), run(packed, x))
-    payload = sum(tensor.array.nbytes for tensor in storage.stored(packed).values())
+    payload = sum(tensor.array.nbytes for tensor in stored_tensors.stored(packed).values())
     assert payload == costs.stored_bytes(programs.after(MODEL, "bit-allocation", pipeline))
     values: dict[str, torch.Tensor] = {}
     run(simulated, x, lambda node, value: values.__setitem__(node.name, value))
@@ -104,7 +112,7 @@ def test_chosen_codes_are_better_for_every_layer_and_the_output(name, method):
 
 @pytest.mark.parametrize("method", ["gptq", "learned"])
 def test_codes_stay_nearest_where_moments_are_too_large_to_keep_and_a_note_says_so(monkeypatch, method):
-    monkeypatch.setattr(calibration, "GRAM_COLUMNS", 40)
+    monkeypatch.setattr(statistics, "GRAM_COLUMNS", 40)
     back = f"bit-allocation{{uniform=int3}},insert-fake-quant,round-weights{{method={method}}}"
     session = Session(programs.denoiser(MODEL), programs.calibration(MODEL))
     program, _ = run_pipeline(parse(f"{programs.FRONT},{back}"), programs.empty(), session)
@@ -142,7 +150,7 @@ TABLE = {
 
 
 def test_floats_and_branches_are_choices_with_costs_of_their_own():
-    problem = sensitivity_table.problem(TABLE, 1000, activations=8)
+    problem = pose.problem(TABLE, 1000, activations=8)
     a, _ = problem["layers"]
     choices = {choice["name"]: choice for choice in a["choices"]}
     assert {*choices} == {"int4 u8", "fp8 float", "int4+r2 u8"}
@@ -153,20 +161,21 @@ def test_floats_and_branches_are_choices_with_costs_of_their_own():
 
 
 def test_readers_of_one_tensor_are_all_float_or_all_quantized():
-    from mpq_compiler.allocation import Problem, solve
+    from mpq_compiler.allocation.problem import Problem
+    from mpq_compiler.allocation.solver import solve
 
-    whole = solve(Problem.from_json(sensitivity_table.problem(TABLE, 410, activations=8)))
+    whole = solve(Problem.from_json(pose.problem(TABLE, 410, activations=8)))
     assert whole.choices == {"a": "fp8 float", "b": "fp8 float"}
-    less = solve(Problem.from_json(sensitivity_table.problem(TABLE, 400, activations=8)))
+    less = solve(Problem.from_json(pose.problem(TABLE, 400, activations=8)))
     assert less.choices == {"a": "int4+r2 u8", "b": "int4 u8"}
 
 
 def test_costs_of_a_format_are_those_of_its_parts():
-    found = costs.format_costs((24, 3, 3, 8), "int4g4+r2", operations=24 * 72 * 100)
+    found = allocation_costs.format_costs((24, 3, 3, 8), "int4g4+r2", operations=24 * 72 * 100)
     assert found == {
         "bits": 4,
         "bytes": formats.get("int4g4").stored_bytes(24, 3, 3, 8) + 2 * 2 * (24 + 72),
         "float_macs": 100 * 2 * (24 + 72),
     }
-    assert costs.format_costs((24, 8), "fp8", 5)["float"] is True
-    assert {*costs.format_costs((24, 8), "km4t", 5)} == {"bits", "bytes"}
+    assert allocation_costs.format_costs((24, 8), "fp8", 5)["float"] is True
+    assert {*allocation_costs.format_costs((24, 8), "km4t", 5)} == {"bits", "bytes"}

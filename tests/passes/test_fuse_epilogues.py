@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpq_compiler import calls, ops
-from mpq_compiler.aten import aten, is_pointwise
+from mpq_compiler.ir import ops, views
+from mpq_compiler.ir.aten import aten, is_pointwise
+from mpq_compiler.ir.interpreter import run
 from mpq_compiler.passes.fuse_epilogues import ANCHORS
-from mpq_compiler.program import run
-from tests import programs
+from tests.harness import programs
 
 
 @pytest.mark.parametrize("model", programs.MODELS)
@@ -21,7 +21,7 @@ def test_regions_run_bit_for_bit(model, batch):
 @pytest.mark.parametrize("model", programs.MODELS)
 def test_no_call_is_lost_or_doubled(model):
     step = programs.step(model, "fuse-epilogues")
-    before, after = (sorted((c.name, str(c.target)) for c in calls.flatten(p)) for p in (step.before, step.after))
+    before, after = (sorted((c.name, str(c.target)) for c in views.flatten(p)) for p in (step.before, step.after))
     assert before == after
 
 

@@ -3,21 +3,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpq_compiler import calls, ops
-from mpq_compiler.aten import aten
-from mpq_compiler.costs import leftovers, stored_bytes, stored_dtype
-from mpq_compiler.pass_manager import Session
+from mpq_compiler.ir import ops, views
+from mpq_compiler.ir.aten import aten
+from mpq_compiler.ir.costs import leftovers, stored_bytes, stored_dtype
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import Program, TensorStore
+from mpq_compiler.ir.verifier import check
 from mpq_compiler.passes.insert_fake_quant import InsertFakeQuant
-from mpq_compiler.program import Program, TensorStore, run
-from mpq_compiler.verifier import check
-from tests import programs
+from mpq_compiler.pipeline.session import Session
+from tests.harness import programs
 
 
 @pytest.mark.parametrize("model", programs.MODELS)
 def test_one_quantizer_an_edge_and_a_weight(model):
     step = programs.step(model, "insert-fake-quant")
-    flat = calls.flatten(step.after)
-    edges = [q.edge for q in calls.quantizers_of(flat)]
+    flat = views.flatten(step.after)
+    edges = [q.edge for q in views.quantizers_of(flat)]
     assert sorted(edges) == sorted(step.before.activations)
     assert len([c for c in flat if c.target is ops.fake_quantize_weight]) == len(step.before.weights)
     assert len([n for n in step.after.graph.nodes if n.target is ops.time_group]) == 1
@@ -26,7 +27,7 @@ def test_one_quantizer_an_edge_and_a_weight(model):
 @pytest.mark.parametrize("model", programs.MODELS)
 def test_leftovers_are_read_as_they_are_stored(model):
     program = programs.after(model, "insert-fake-quant")
-    weights = {x.weight for x in calls.levels_of(calls.flatten(program))}
+    weights = {x.weight for x in views.levels_of(views.flatten(program))}
     for node in program.graph.nodes:
         if node.op == "get_attr" and str(node.target) not in weights:
             tensor = program.tensors[str(node.target)]

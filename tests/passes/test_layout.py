@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import fx
 
-from mpq_compiler import ops
-from mpq_compiler.aten import aten, interior_permutes, is_movement
-from mpq_compiler.editing import Editor
-from mpq_compiler.errors import UserError
-from mpq_compiler.pass_manager import Session
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.aten import aten, interior_permutes, is_movement
+from mpq_compiler.ir.editor import Editor
+from mpq_compiler.ir.interpreter import run, shapes
+from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
 from mpq_compiler.passes.layout import Layout, simplify_movement
-from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run, shapes
-from tests import programs
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.support.errors import UserError
+from tests.harness import programs
 
 
 def program_of(build, shape=(3, 4, 6), tensors=None) -> Program:

@@ -4,16 +4,24 @@ import pytest
 import torch
 from torch import fx
 
-from mpq_compiler import calls, denoiser, formats, ops, student
-from mpq_compiler.aten import aten
-from mpq_compiler.errors import UserError
-from mpq_compiler.exact import run_exact
-from mpq_compiler.fitting import unsettled
-from mpq_compiler.pass_manager import Session, parse, run_pipeline
+from mpq_compiler import formats
+from mpq_compiler.formats import low_rank
+from mpq_compiler.frontend import denoiser
+from mpq_compiler.ir import ops, views
+from mpq_compiler.ir.aten import aten
+from mpq_compiler.ir.exact_interpreter import run_exact
+from mpq_compiler.ir.graph import prune
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.verifier import check
 from mpq_compiler.passes.low_rank import LowRank
-from mpq_compiler.program import Program, prune, run
-from mpq_compiler.verifier import check
-from tests import programs, tiny
+from mpq_compiler.pipeline.manager import run_pipeline
+from mpq_compiler.pipeline.parser import parse
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.settle import unsettled
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.training import student
+from tests.harness import programs, tiny
 
 MODEL = "pixart"
 
@@ -82,7 +90,7 @@ def test_factors_learn_from_the_first_update():
     trained = student.variables(program, latent=False)
     leaves = {name: torch.zeros_like(v.start).requires_grad_() for name, v in trained.items()}
     y = student.Student(program, student.values(program, trained, leaves)).run(programs.inputs(MODEL, 3))
-    factors = [leaves[name] for name in leaves if calls.factor(name)]
+    factors = [leaves[name] for name in leaves if views.factor(name)]
     assert len(factors) == 2 * len(program.weights)
     assert all(float(g.abs().sum()) > 0 for g in torch.autograd.grad(y.square().sum(), factors))
 
@@ -136,7 +144,7 @@ def test_ranks_tried_one_after_another_share_a_store():
         passes = parse(f"bit-allocation{{uniform=int3+r{rank}}},insert-fake-quant,low-rank,round-weights")
         program, _ = run_pipeline(passes, front, Session(), present=present)
         names = [str(n.target) for n in program.graph.nodes if n.op == "get_attr"]
-        ranks.append({program.tensors[name].shape[1] for name in names if calls.factor(name) == "up"})
+        ranks.append({program.tensors[name].shape[1] for name in names if views.factor(name) == "up"})
     assert ranks == [{2}, {4}]
 
 
@@ -153,7 +161,7 @@ def test_a_branch_that_is_lost_or_wider_than_its_type_is_seen():
     path = next(iter(other.weights))
     other.weights[path] = type(other.weights[path])("int3", other.weights[path].sites)
     assert {v.rule for v in check(other, ["low-rank"])} == {"low-rank"}
-    assert isinstance(formats.get("int3+r4"), formats.LowRankFormat)
+    assert isinstance(formats.get("int3+r4"), low_rank.LowRankFormat)
 
 
 def test_the_branch_of_a_layer_that_reads_floats():

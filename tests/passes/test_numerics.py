@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpq_compiler import compiler, ops, pass_manager, printer, targets
-from mpq_compiler.errors import UserError
-from mpq_compiler.exact import run_exact
-from mpq_compiler.numerics import BF16, INT8
-from mpq_compiler.pass_manager import Session
+from mpq_compiler.driver import options as driver_options
+from mpq_compiler.driver import resolve
+from mpq_compiler.ir import ops, printer
+from mpq_compiler.ir.exact_interpreter import run_exact
+from mpq_compiler.ir.interpreter import run
 from mpq_compiler.passes import numerics
 from mpq_compiler.passes.numerics import Numerics
-from mpq_compiler.program import run
-from tests import programs
+from mpq_compiler.pipeline import parser
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets import table as targets
+from mpq_compiler.targets.numerics import BF16, INT8
+from tests.harness import programs
 
 MODEL = "unet2d"
 
@@ -132,16 +136,16 @@ def test_options() -> None:
     with pytest.raises(UserError, match="'kinds' of pass 'numerics' must be of f32, bf16, int8, not 'fp4'"):
         Numerics(kinds=("fp4",))
     with pytest.raises(UserError, match="'mode' of pass 'numerics' is 'faster'"):
-        pass_manager.parse("numerics{mode=faster}")
-    assert _mode(compiler.Options(recipe="w8a8", numerics="fast")) == "fast"
-    assert _mode(compiler.Options(recipe="w8a8")) == "portable"
+        parser.parse("numerics{mode=faster}")
+    assert _mode(driver_options.Options(recipe="w8a8", numerics="fast")) == "fast"
+    assert _mode(driver_options.Options(recipe="w8a8")) == "portable"
     with pytest.raises(UserError, match="has no pass 'numerics'"):
-        compiler.resolve(compiler.Options(pipeline="trace,layout", numerics="fast"))
-    compiler.resolve(compiler.Options(pipeline="trace,layout", numerics="portable"))
+        resolve.resolve(driver_options.Options(pipeline="trace,layout", numerics="fast"))
+    resolve.resolve(driver_options.Options(pipeline="trace,layout", numerics="portable"))
 
 
-def _mode(options: compiler.Options) -> str:
-    (found,) = (p for p in compiler.resolve(options) if isinstance(p, Numerics))
+def _mode(options: driver_options.Options) -> str:
+    (found,) = (p for p in resolve.resolve(options) if isinstance(p, Numerics))
     return found.mode
 
 

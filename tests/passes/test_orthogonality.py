@@ -7,14 +7,21 @@ import json
 import pytest
 import torch
 
-from mpq_compiler import compiler, costs, decisions, pass_manager, schemas, why
-from mpq_compiler.calibration import input_edge
-from mpq_compiler.errors import UserError
-from mpq_compiler.pass_manager import Session
+from mpq_compiler import schemas
+from mpq_compiler.driver import options as driver_options
+from mpq_compiler.driver import resolve
+from mpq_compiler.driver.instruments import observe
+from mpq_compiler.inspection import explain
+from mpq_compiler.ir import costs, provenance
+from mpq_compiler.ir.edges import input_edge
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import Program
 from mpq_compiler.passes.bit_allocation import BitAllocation
 from mpq_compiler.passes.orthogonality import Orthogonality, orm
-from mpq_compiler.program import Program, run
-from tests import programs
+from mpq_compiler.pipeline import manager
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.support.errors import UserError
+from tests.harness import programs
 
 MODEL = "unet2d"
 FORMATS = ("int2", "int3", "int2+b", "int4", "int8")
@@ -81,7 +88,7 @@ def test_importance_falls_with_what_layers_have_in_common():
     run(program, program.facts["calibration"].inputs, lambda node, value: values.update({node.name: value}))
     calls = program.quantizable
     gamma = metric([values[call.name].reshape(12, -1).double() for call in calls]).mean(1)
-    said = {path: passes["orthogonality"] for path, passes in program.facts[decisions.KEY].items() if path}
+    said = {path: passes["orthogonality"] for path, passes in program.facts[provenance.KEY].items() if path}
     table, least = program.facts["orthogonality"], float(gamma.min())
     edges: dict[str, float] = {}
     for call, own in zip(calls, gamma.tolist(), strict=True):
@@ -138,12 +145,12 @@ def test_a_small_calibration_has_fewer_times():
 def test_a_layer_is_explained_by_its_importance():
     passes = [Orthogonality(formats=FORMATS, times=3), BitAllocation(objective="orthogonality", weights=4.5)]
     start = programs.after(MODEL, "time-groups")
-    after, _ = pass_manager.run_pipeline(passes, start, Session(), present={"calibration", "time-groups"})
-    document = json.loads(decisions.encode(decisions.document(after)))
+    after, _ = manager.run_pipeline(passes, start, Session(), [observe], present={"calibration", "time-groups"})
+    document = json.loads(provenance.encode(provenance.document(after)))
     assert schemas.check(document, "decisions") is None
     path = next(iter(after.weights))
-    found = why.why(document, path)
-    text = " ".join(why.sentences(found))
+    found = explain.why(document, path)
+    text = " ".join(explain.sentences(found))
     assert "in common with those of all layers on average (network orthogonality)" in text
     assert f"bit-allocation took {after.weights[path].format}: a loss of" in text
     assert {row["format"] for row in found["choices"]} == {*FORMATS}
@@ -164,5 +171,5 @@ def test_what_cannot_be_is_said():
 
 def test_a_budget_of_activations_gives_the_widths_to_choose_from():
     pipeline = f"{programs.FRONT},orthogonality,bit-allocation{{objective=orthogonality}},{programs.BACK}"
-    passes = compiler.resolve(compiler.Options(pipeline=pipeline, activations=4.0, weights="4"))
+    passes = resolve.resolve(driver_options.Options(pipeline=pipeline, activations=4.0, weights="4"))
     assert next(p for p in passes if p.name() == "orthogonality").options()["activations"] == tuple(range(2, 9))

@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from mpq_compiler import costs, decisions, formats, page, pass_manager, recipes, schemas, scores, storage, why
-from mpq_compiler.errors import UserError
-from mpq_compiler.pass_manager import Session
+from mpq_compiler import formats, schemas
+from mpq_compiler.allocation import costs as allocation_costs
+from mpq_compiler.inspection import explain, html_report, score_report
+from mpq_compiler.ir import costs, provenance, stored_tensors
+from mpq_compiler.ir.program import Program
 from mpq_compiler.passes.bit_allocation import BitAllocation
 from mpq_compiler.passes.predict_scores import PredictScores
-from mpq_compiler.program import Program
-from tests import programs
-from tests.tree import ROOT
+from mpq_compiler.pipeline import manager, recipes
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.support.errors import UserError
+from tests.harness import programs
+from tests.harness.tree import ROOT
 
 MODEL = "unet2d"
 PASS = PredictScores(formats=("int3", "int4", "km3", "km4"), configurations=30, inputs=3, folds=2, epochs=20)
@@ -52,7 +56,7 @@ def test_every_variant_of_every_unit_has_a_score(program):
 def test_operations_are_units_without_hops(program):
     alone = scored(level="operation").facts["scores"]["units"]
     assert all(len(unit["layers"]) == 1 for unit in alone)
-    said = program.facts[decisions.KEY]
+    said = program.facts[provenance.KEY]
     assert {path: said[path]["predict-scores"]["scores"].keys() for path in program.weights} == {
         unit["layers"][0]: unit["variants"].keys() for unit in alone if unit["layers"][0] in program.weights
     }
@@ -64,8 +68,8 @@ def test_jobs_change_nothing(program, tmp_path):
 
 def test_what_took_time_is_kept(tmp_path, monkeypatch):
     """A second run measures and trains nothing; one with more configurations measures those alone, and trains."""
-    from mpq_compiler.configurations import Fits
-    from mpq_compiler.predictor import Learner
+    from mpq_compiler.allocation.qua2sedimo.predictor import Learner
+    from mpq_compiler.allocation.qua2sedimo.random_plans import Fits
 
     counted = {"measured": 0, "trained": 0}
     noise, fit = Fits.noise, Learner.fit
@@ -94,7 +98,7 @@ def test_what_took_time_is_kept(tmp_path, monkeypatch):
 def test_budgets_are_met_and_bits_rise_with_them(program, objective):
     """Invariant: bytes of the produced configuration are within the budget, and never fall where it grows."""
     stored = []
-    table = costs.describe(program)
+    table = allocation_costs.describe(program)
     least = table["fixed_bytes"] + sum(
         min(layer["formats"][name]["bytes"] for name in PASS.formats) for layer in table["layers"]
     )
@@ -131,8 +135,8 @@ def test_sizes_are_those_of_what_is_stored():
     """Invariant: the summed sizes of a configuration are the bytes of what is packed."""
     steps = programs.steps(MODEL, programs.SCORED)
     planned, packed = (next(s.after for s in steps if s.step.name() == n) for n in ("bit-allocation", "fuse-epilogues"))
-    assert costs.stored_bytes(planned) == sum(s.array.nbytes for s in storage.stored(packed).values())
-    table = costs.describe(programs.after(MODEL, "predict-scores"))
+    assert costs.stored_bytes(planned) == sum(s.array.nbytes for s in stored_tensors.stored(packed).values())
+    table = allocation_costs.describe(programs.after(MODEL, "predict-scores"))
     sizes = {layer["name"]: layer["formats"] for layer in table["layers"]}
     chosen = planned.facts["allocation"]["choices"]
     assert planned.facts["allocation"]["costs"]["bytes"] == sum(sizes[p][f]["bytes"] for p, f in chosen.items())
@@ -154,45 +158,45 @@ def test_what_cannot_be_is_said():
 
 @pytest.fixture(scope="module")
 def document() -> dict:
-    found = json.loads(decisions.encode(decisions.document(programs.steps(MODEL, programs.SCORED)[-1].after)))
+    found = json.loads(provenance.encode(provenance.document(programs.steps(MODEL, programs.SCORED)[-1].after)))
     assert schemas.check(found, "decisions") is None
     return found
 
 
 def test_scores_are_explained_by_operation_unit_and_block(document, capsys):
-    found = scores.explain(document)
+    found = score_report.explain(document)
     assert schemas.check(found, "inspect") is None
     planned = programs.after(MODEL, "bit-allocation", programs.SCORED)
-    for kind in scores.KINDS:
+    for kind in score_report.KINDS:
         rows = found["scores"][kind]
         assert sum(sum(row["formats"].values()) for row in rows) == len(planned.weights)
         assert all(row["box"] == sorted(row["box"]) for row in rows)
     operations = {row["name"]: row["formats"] for row in found["scores"]["operation"]}
     queries = [plan.format for path, plan in planned.weights.items() if path.endswith("to_q.weight")]
     assert operations["to_q"] == {name: queries.count(name) for name in {*queries}}
-    scores.show(found)
+    score_report.show(found)
     printed = capsys.readouterr().out
-    assert all(f"scores by {title}" in printed for title in scores.KINDS.values()) and "to_out.0" in printed
+    assert all(f"scores by {title}" in printed for title in score_report.KINDS.values()) and "to_out.0" in printed
 
 
 def test_box_is_made_of_quartiles():
-    assert scores.box([3.0, 1.0, 2.0, 5.0, 4.0]) == [1, 2, 3, 4, 5]
-    assert scores.box([7.0]) == [7] * 5
+    assert score_report.box([3.0, 1.0, 2.0, 5.0, 4.0]) == [1, 2, 3, 4, 5]
+    assert score_report.box([7.0]) == [7] * 5
 
 
 def test_nothing_scored_is_said():
-    plain = decisions.document(programs.after(MODEL, "bit-allocation"))
+    plain = provenance.document(programs.after(MODEL, "bit-allocation"))
     with pytest.raises(UserError, match="nothing was scored here: compile with `mpqc compile --recipe qua2sedimo`"):
-        scores.explain(plain)
+        score_report.explain(plain)
 
 
 def test_layers_and_the_page_tell_of_scores(document):
     name = next(path for path in document["layers"] if path.endswith("to_q.weight"))
-    told = " ".join(why.sentences(why.why(document, name)))
+    told = " ".join(explain.sentences(explain.why(document, name)))
     assert "the predictor scores it as 'to_q' of block" in told and "chosen together with those of its unit" in told
-    text = page.page(document, "scores")
-    assert text.count("<svg") == 1 + len(scores.KINDS)
-    assert all(f"Scores and formats by {title}" in text for title in scores.KINDS.values())
+    text = html_report.page(document, "scores")
+    assert text.count("<svg") == 1 + len(score_report.KINDS)
+    assert all(f"Scores and formats by {title}" in text for title in score_report.KINDS.values())
 
 
 def test_the_recipe_is_the_papers_search_space():
@@ -202,4 +206,4 @@ def test_the_recipe_is_the_papers_search_space():
     assert made["bit-allocation"]["objective"] == "scores"
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert "## `qua2sedimo`" in text and "arXiv 2412.14628" in text
-    pass_manager.check(recipes.load("qua2sedimo").passes())
+    manager.check(recipes.load("qua2sedimo").passes())

@@ -5,12 +5,15 @@ import itertools
 import pytest
 import torch
 
-from mpq_compiler import formats, ops
-from mpq_compiler.formats.base import QuantizedWeight, nearest_codes, output_error
+from mpq_compiler import formats
+from mpq_compiler.formats import contract
+from mpq_compiler.formats.base import QuantizedWeight, output_error
+from mpq_compiler.formats.contract import nearest_codes
 from mpq_compiler.formats.residual import RATIOS, ResidualFormat, _least_squares
 from mpq_compiler.formats.uniform import UniformFormat
-from mpq_compiler.program import run
-from tests import programs
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.interpreter import run
+from tests.harness import programs
 
 RESIDUALS = [f for f in formats.FORMATS.values() if isinstance(f, ResidualFormat)]
 
@@ -42,7 +45,7 @@ def test_never_worse_than_its_base(residual, moments):
 def test_a_quarter_gives_the_even_levels_of_one_more_bit(residual):
     table, alpha = residual.tables(0.25)
     nothing = torch.zeros(1, 1, dtype=torch.uint8)
-    _, joint = ops.merge_branch(nothing, table, nothing, alpha)
+    _, joint = contract.merge_branch(nothing, table, nothing, alpha)
     steps = joint[0].to(torch.int16).diff().unique()
     assert joint.shape == (1, 2**residual.bits) and len(steps) == 1
     # Uniform levels at half the step: the same values up to the offset.
@@ -55,7 +58,7 @@ def test_a_quarter_gives_the_even_levels_of_one_more_bit(residual):
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_tables_stay_within_int8_and_on_the_grid(residual, ratio):
     table, alpha = residual.tables(ratio)
-    assert int(table.to(torch.int16).abs().max()) + int(alpha.abs()) <= ops.LUT_MAX
+    assert int(table.to(torch.int16).abs().max()) + int(alpha.abs()) <= contract.LUT_MAX
     unit = int(table[0].to(torch.int16).diff()[0])
     assert alpha.dtype == torch.int8 and abs(int(alpha) - ratio * unit) == 0
 
@@ -66,7 +69,7 @@ def test_merging_is_exact():
     codes = torch.randint(0, 8, (33, 20), generator=generator, dtype=torch.uint8)
     signs = torch.randint(0, 2, (33, 20), generator=generator, dtype=torch.uint8)
     table, alpha = ResidualFormat("r", 4, base_bits=3).tables(0.375)
-    merged, joint = ops.merge_branch(codes, table, signs, alpha)
+    merged, joint = contract.merge_branch(codes, table, signs, alpha)
     base = table[0].to(torch.int16)[codes.long()]
     assert torch.equal(joint[0].to(torch.int16)[merged.long()], base + (2 * signs.to(torch.int16) - 1) * alpha)
     assert merged.dtype == torch.uint8 and int(merged.max()) < 16
@@ -99,7 +102,7 @@ def test_levels_and_scales_in_turn_never_raise_the_error(ratio):
     """Without the rounding of what is stored."""
     lut, alpha = ResidualFormat("r", 3, base_bits=2).tables(ratio)
     nothing = torch.zeros(1, 1, dtype=torch.uint8)
-    _, table = ops.merge_branch(nothing, lut, nothing, alpha)
+    _, table = contract.merge_branch(nothing, lut, nothing, alpha)
     w, importance = weight(), gram().diagonal()
     scale, offset = w.abs().amax(1, keepdim=True) / 20, w.mean(1, keepdim=True)
     errors = []

@@ -7,15 +7,19 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import denoiser as denoisers
-from mpq_compiler import ops, pass_manager
-from mpq_compiler.aten import aten
-from mpq_compiler.errors import UserError
-from mpq_compiler.pass_manager import Session
+from mpq_compiler.frontend import denoiser as denoisers
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.aten import aten
+from mpq_compiler.ir.graph import arguments, operand, weight_of
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
+from mpq_compiler.ir.verifier import verify
 from mpq_compiler.passes.rotate import Rotate
-from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, arguments, operand, run, weight_of
-from mpq_compiler.verifier import verify
-from tests import programs, tiny
+from mpq_compiler.pipeline import manager, parser
+from mpq_compiler.pipeline import options as pipeline_options
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.support.errors import UserError
+from tests.harness import programs, tiny
 
 BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MODELS = ("unet2d", "sd15", "sd3")
@@ -138,11 +142,11 @@ def test_what_else_reads_the_tensor_reads_it_as_it_was():
 
 def test_a_cap_on_the_blocks():
     before = programs.after("unet2d", "layout")
-    rotate = pass_manager.make("rotate", {"rule": "everywhere", "block": 8, "rows": 8})
+    rotate = pipeline_options.make("rotate", {"rule": "everywhere", "block": 8, "rows": 8})
     after = rotate.run(before, Session(programs.denoiser("unet2d"), programs.calibration("unet2d")))
     assert {arguments(n)[1] for n in rotations(after)} == {8}
     with pytest.raises(UserError, match="option 'block' of pass 'rotate' must be a power of two from 2 on, not 48"):
-        pass_manager.make("rotate", {"block": 48})
+        pipeline_options.make("rotate", {"block": 48})
 
 
 # --- the choice ---------------------------------------------------------------------------------------------
@@ -163,8 +167,8 @@ def loud(factor: float, channel: int = 11) -> denoisers.Denoiser:
 def chosen(denoiser: denoisers.Denoiser, **options) -> Program:
     start = programs.empty()
     session = Session(denoiser, programs.calibration("unet2d"))
-    passes = [*pass_manager.parse("trace,layout"), Rotate(rows=128, **options)]
-    return pass_manager.run_pipeline(passes, start, session)[0]
+    passes = [*parser.parse("trace,layout"), Rotate(rows=128, **options)]
+    return manager.run_pipeline(passes, start, session)[0]
 
 
 def test_loud_channels_are_rotated_and_nothing_else():

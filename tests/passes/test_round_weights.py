@@ -3,11 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpq_compiler import formats, ops
-from mpq_compiler.fitting import rows_of, unsettled
+from mpq_compiler import formats
+from mpq_compiler.formats import contract
 from mpq_compiler.formats.base import F16_TINY, output_error
 from mpq_compiler.formats.uniform import UniformFormat
-from tests import programs
+from mpq_compiler.ir import ops
+from mpq_compiler.quantization.fitting import rows_of
+from mpq_compiler.quantization.settle import unsettled
+from tests.harness import programs
 from tests.passes.test_residual_branch import gram, weight
 
 UNIFORM = [f for f in formats.FORMATS.values() if isinstance(f, UniformFormat)]
@@ -59,7 +62,7 @@ def test_constant_rows(name, value):
     assert torch.isfinite(y).all() and (fit.scale >= F16_TINY).all()
     # An offset is the constant; else it falls between two levels, 1/16 apart in the largest octave of floats. Where a
     # learned table has no zero, its least entry stays at the smallest scale.
-    least = F16_TINY * ops.LUT_MAX
+    least = F16_TINY * contract.LUT_MAX
     tolerance = 2**-9 * abs(value) + 1e-6 if formats.get(name).has_offset else abs(value) / 16 + least
     assert (y[3] - value).abs().max() <= tolerance
 

@@ -14,17 +14,23 @@ import pytest
 import scipy.stats
 import torch
 
-from mpq_compiler import cache, costs, ops
-from mpq_compiler.ablation import Ablation, noise_power
-from mpq_compiler.calibration import input_edge
-from mpq_compiler.errors import UserError
-from mpq_compiler.fitting import activation_parameters, bias_of, corrected_bias, fitted
-from mpq_compiler.pass_manager import Session
+from mpq_compiler.allocation import costs
+from mpq_compiler.analysis.noise_power import noise_power
+from mpq_compiler.analysis.perturbation import Ablation
+from mpq_compiler.ir import costs as ir_costs
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.edges import input_edge
+from mpq_compiler.ir.graph import weight_of
+from mpq_compiler.ir.interpreter import Interpreter, run
+from mpq_compiler.ir.program import Program, TensorStore
 from mpq_compiler.passes import sensitivity
 from mpq_compiler.passes.sensitivity import Sensitivity
-from mpq_compiler.program import Interpreter, Program, TensorStore, run, weight_of
-from tests import programs
-from tests.tree import ROOT
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fitting import activation_parameters, bias_of, corrected_bias, fitted
+from mpq_compiler.support import cache
+from mpq_compiler.support.errors import UserError
+from tests.harness import programs
+from tests.harness.tree import ROOT
 
 MODEL = "pixart"
 PASS = Sensitivity(inputs=3, formats=("int2", "int8"), activations=(4, 8))
@@ -194,7 +200,7 @@ def test_noise_powers_of_single_changes_add_up_to_that_of_a_plan():
             tensors[weight] = fit.dequantize().reshape(program.tensors[weight].shape)
             if (bias := bias_of(node)) is not None:
                 tensors[str(bias.target)] = corrected_bias(program, node, weight, fit)
-            total += table["weights"][costs.weight_path(node)][chosen]
+            total += table["weights"][ir_costs.weight_path(node)][chosen]
             if edge not in widths:
                 widths[edge] = 4 if draw.random() < coarse / 4 else 8
                 total += table["activations"][edge][str(widths[edge])]
@@ -239,16 +245,17 @@ def test_inputs_that_do_not_fit_in_memory_together_are_measured_in_parts(tmp_pat
 
 def test_layers_with_many_inputs_keep_the_diagonal_of_their_moments(monkeypatch):
     """Fits on the diagonal are no worse than fits on weight error, measured by the whole moments."""
-    from mpq_compiler import calibration, formats
-    from mpq_compiler.fitting import rows_of
+    from mpq_compiler import formats
     from mpq_compiler.formats.base import output_error
-    from mpq_compiler.program import weight_of
+    from mpq_compiler.ir.graph import weight_of
+    from mpq_compiler.quantization import statistics
+    from mpq_compiler.quantization.fitting import rows_of
 
     program = programs.after(MODEL, "time-groups")
     whole = program.facts["calibration"]
-    monkeypatch.setattr(calibration, "GRAM_COLUMNS", 8)
-    wanted = frozenset({calibration.RANGE, calibration.GRAM})
-    thin = calibration.collect(program, whole.inputs, wanted, Session())
+    monkeypatch.setattr(statistics, "GRAM_COLUMNS", 8)
+    wanted = frozenset({statistics.RANGE, statistics.GRAM})
+    thin = statistics.collect(program, whole.inputs, wanted, Session())
     for node in program.quantizable:
         rows, gram = rows_of(program, str(weight_of(node))), whole.grams[node.name]
         assert thin.grams[node.name].shape == (rows.shape[1],)

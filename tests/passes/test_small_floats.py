@@ -9,18 +9,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpq_compiler import costs, ops, printer, recipes, storage
-from mpq_compiler.compiler import layer_rows
-from mpq_compiler.errors import UserError
-from mpq_compiler.exact import run_exact
-from mpq_compiler.fitting import Rounding
-from mpq_compiler.formats import activation
-from mpq_compiler.noise import table_noise
-from mpq_compiler.pass_manager import Session, parse
+from mpq_compiler.analysis.expected_noise import table_noise
+from mpq_compiler.driver.manifest import layer_rows
+from mpq_compiler.formats import activation, contract
+from mpq_compiler.ir import costs, ops, printer, stored_tensors
+from mpq_compiler.ir.exact_interpreter import run_exact
+from mpq_compiler.ir.interpreter import run
 from mpq_compiler.passes.bit_allocation import BitAllocation
-from mpq_compiler.program import run
-from tests import programs
-from tests.tree import ROOT
+from mpq_compiler.pipeline import recipes
+from mpq_compiler.pipeline.parser import parse
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fitting import Rounding
+from mpq_compiler.support.errors import UserError
+from tests.harness import programs
+from tests.harness.tree import ROOT
 
 MODEL = "unet2d"
 MEASURED = programs.MIXED.replace("bit-allocation{", "bit-allocation{activation_format=float,").replace(
@@ -42,10 +44,10 @@ def test_values_scales_and_powers_of_two(values, kind):
     s = torch.tensor([0.37]).half()
     y = ops.fake_quantize_float(x, s, group, *kind)
     assert torch.equal(ops.fake_quantize_float(8 * x, 8 * s, group, *kind), 8 * y)
-    largest = ops.float_largest(*kind) * s.float()
+    largest = contract.float_largest(*kind) * s.float()
     inside = x.abs() <= largest
     mantissa = kind[1] - 1 - kind[0]
-    step = torch.maximum(x.abs(), s.float() * 2.0 ** (1 - ops.float_bias(kind[0]))) * 2.0**-mantissa
+    step = torch.maximum(x.abs(), s.float() * 2.0 ** (1 - contract.float_bias(kind[0]))) * 2.0**-mantissa
     assert bool(((y - x).abs() <= step / 2 * (1 + 1e-5))[inside].all()) and bool((y.abs() <= largest).all())
 
 
@@ -79,7 +81,7 @@ def test_the_search_is_never_worse_than_the_whole_range_of_any_encoding(bits):
         return sum(float(activation.float_error(v, s[g], e, bits)) for g, v in enumerate(values))
 
     for other in activation.exponents(bits):
-        assert total(scale, exponent) <= total((peaks / ops.float_largest(other, bits)).half(), other)
+        assert total(scale, exponent) <= total((peaks / contract.float_largest(other, bits)).half(), other)
 
 
 def test_heavy_tails_take_more_bits_of_exponent():
@@ -117,7 +119,7 @@ def test_the_packed_program_is_what_was_simulated_and_its_bytes_are_counted(pipe
     x = dict(programs.inputs(MODEL, 3))
     simulated, packed = (programs.after(MODEL, name, pipeline) for name in ("round-weights", "fuse-epilogues"))
     assert torch.equal(run_exact(simulated, x), run(packed, x))
-    stored = sum(s.array.nbytes for s in storage.stored(packed).values())
+    stored = sum(s.array.nbytes for s in stored_tensors.stored(packed).values())
     assert stored == costs.stored_bytes(programs.after(MODEL, "bit-allocation", pipeline))
 
 

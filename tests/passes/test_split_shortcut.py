@@ -4,16 +4,19 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import ops
-from mpq_compiler.ablation import Ablation, noise_power
-from mpq_compiler.aten import aten
-from mpq_compiler.calibration import input_edge
-from mpq_compiler.fitting import activation_parameters
-from mpq_compiler.pass_manager import Session
+from mpq_compiler.analysis.noise_power import noise_power
+from mpq_compiler.analysis.perturbation import Ablation
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.aten import aten
+from mpq_compiler.ir.edges import input_edge
+from mpq_compiler.ir.graph import weight_of
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
+from mpq_compiler.ir.verifier import verify
 from mpq_compiler.passes.split_shortcut import SplitShortcut
-from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run, weight_of
-from mpq_compiler.verifier import verify
-from tests import programs
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fitting import activation_parameters
+from tests.harness import programs
 
 
 def program_of(build, *widths: int, **tensors: Tensor) -> Program:

@@ -6,15 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from mpq_compiler import pass_manager, sampler
-from mpq_compiler.ablation import Ablation, by_gains, noise_power
-from mpq_compiler.distillation import IMAGE_STEPS, Gallery
-from mpq_compiler.errors import UserError
-from mpq_compiler.pass_manager import Session
+from mpq_compiler.analysis.noise_power import noise_power
+from mpq_compiler.analysis.perturbation import Ablation
+from mpq_compiler.analysis.time_weights import by_gains
+from mpq_compiler.analysis.trajectory_error import IMAGE_STEPS, TrajectoryError
+from mpq_compiler.ir.interpreter import run
 from mpq_compiler.passes.sensitivity import Sensitivity
 from mpq_compiler.passes.time_gains import TimeGains
-from mpq_compiler.program import run
-from tests import programs
+from mpq_compiler.pipeline import options as pipeline_options
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.sampling import loop as sampling
+from mpq_compiler.support.errors import UserError
+from tests.harness import programs
 
 MODEL = "unet2d"
 IMAGES = 3
@@ -33,7 +36,7 @@ def grouped():
 def plain(grouped):
     program = grouped
     for name, options in (("bit-allocation", {"uniform": "int2"}), ("insert-fake-quant", {}), ("round-weights", {})):
-        program = pass_manager.make(name, options).run(program, Session())
+        program = pipeline_options.make(name, options).run(program, Session())
     return program
 
 
@@ -49,12 +52,12 @@ def test_times_of_kernels_are_not_asked_for(tmp_path, grouped):
 
 
 def test_a_model_of_few_steps_draws_in_as_many(tmp_path, plain):
-    gallery = Gallery.drawn(session(tmp_path, steps=4), IMAGES)
+    gallery = TrajectoryError.drawn(session(tmp_path, steps=4), IMAGES)
     assert len(gallery.gains(plain)) == 4 == len(gallery.outputs)
 
 
 def test_a_gain_is_the_error_of_the_images_by_that_of_one_step(tmp_path, plain):
-    gallery = Gallery.drawn(session(tmp_path), IMAGES)
+    gallery = TrajectoryError.drawn(session(tmp_path), IMAGES)
     found = gallery.gains(plain)
     assert len(found) == IMAGE_STEPS and found == sorted(found) and all(gain > 0 for _, gain in found)
     denoiser = gallery.denoiser
@@ -70,8 +73,8 @@ def test_a_gain_is_the_error_of_the_images_by_that_of_one_step(tmp_path, plain):
             errors.append((float(inputs["timestep"][0]), np.square(wrong - exact).sum()))
             return wrong
 
-        noise = sampler.gaussian(IMAGES, denoiser.latent_shape, gallery.seed)
-        drawn = sampler.sample(model, denoiser.scheduler, noise, {}, IMAGE_STEPS, seed=gallery.seed, batch=IMAGES)
+        noise = sampling.gaussian(IMAGES, denoiser.latent_shape, gallery.seed)
+        drawn = sampling.sample(model, denoiser.scheduler, noise, {}, IMAGE_STEPS, seed=gallery.seed, batch=IMAGES)
         ((when, error),) = errors
         assert when == time
         assert gain == pytest.approx(np.square(drawn - gallery.reference).sum() / error, rel=1e-4)

@@ -5,12 +5,13 @@ import itertools
 import pytest
 import torch
 
-from mpq_compiler import ops
-from mpq_compiler.errors import UserError
-from mpq_compiler.pass_manager import Session
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import Program, TensorStore
 from mpq_compiler.passes.time_groups import TimeGroups, best_cut
-from mpq_compiler.program import Program, TensorStore, run
-from tests import programs
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.support.errors import UserError
+from tests.harness import programs
 
 
 def brute_force(costs: torch.Tensor, groups: int) -> float:

@@ -3,19 +3,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpq_compiler import denoiser as denoisers
-from mpq_compiler import pass_manager
-from mpq_compiler.ablation import Ablation
-from mpq_compiler.errors import UserError
-from mpq_compiler.pass_manager import Session
-from mpq_compiler.program import run
-from tests import programs, tiny
+from mpq_compiler.analysis.perturbation import Ablation
+from mpq_compiler.frontend import denoiser as denoisers
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.pipeline import manager, parser
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.support.errors import UserError
+from tests.harness import programs, tiny
 
 
 @pytest.mark.parametrize("name", ["unet2d-class", "unet2d-17x23", "sdxl"])
 def test_further_configurations_trace_bit_for_bit(name):
     denoiser = denoisers.wrap(tiny.model(name), name=name)
-    program, _ = pass_manager.run_pipeline(pass_manager.parse("trace"), programs.empty(), Session(denoiser))
+    program, _ = manager.run_pipeline(parser.parse("trace"), programs.empty(), Session(denoiser))
     for batch in (1, 2, 5):
         x = denoiser.random_inputs(batch, 7)
         assert torch.equal(run(program, x), denoiser(**x))
@@ -57,7 +57,7 @@ def test_a_model_that_cannot_be_traced_is_named():
 
 
 def trace(denoiser):
-    return pass_manager.run_pipeline(pass_manager.parse("trace"), programs.empty(), Session(denoiser))[0]
+    return manager.run_pipeline(parser.parse("trace"), programs.empty(), Session(denoiser))[0]
 
 
 def test_the_module_that_cannot_be_traced_is_named(capsys):
@@ -162,7 +162,7 @@ def test_what_changes_in_place_becomes_a_function(change):
     model = tiny.model("unet2d")
     model.conv_in = Behind(model.conv_in)
     denoiser = denoisers.wrap(model, name="in place")
-    traced, _ = pass_manager.run_pipeline(pass_manager.parse("trace,layout"), programs.empty(), Session(denoiser))
+    traced, _ = manager.run_pipeline(parser.parse("trace,layout"), programs.empty(), Session(denoiser))
     x = denoiser.random_inputs(3, 7)
     y = denoiser(**x)
     assert torch.allclose(run(traced, x), y, atol=1e-5 * float(y.abs().max()))

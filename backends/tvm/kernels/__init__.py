@@ -1,0 +1,1 @@
+"""Generated kernels: the problems they solve, and their code for CPUs and GPUs."""

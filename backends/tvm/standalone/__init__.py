@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mpq_compiler.artifact import PROGRAM, SERVER
+from mpq_compiler.artifact.bundle import PROGRAM, SERVER
 from mpq_compiler.backends.tvm import templates
-from mpq_compiler.backends.tvm.kernels.template import Argument
-from mpq_compiler.backends.tvm.link import linker, sized
-from mpq_compiler.backends.tvm.lowered import Call, Function, Kernel, Lowered, Value
-from mpq_compiler.targets import Target
-from mpq_compiler.tensorfile import ALIGNMENT
+from mpq_compiler.backends.tvm.compile.link import linker, sized
+from mpq_compiler.backends.tvm.kernels.common.template import Argument
+from mpq_compiler.backends.tvm.plan.calls import Call, Function, Kernel, Lowered, Value
+from mpq_compiler.support.tensorfile import ALIGNMENT
+from mpq_compiler.targets.table import Target
 
 COMMON = ("mpq.h", "mpq_plan.h", "mpq_common.h", "mpq_run.c", "CMakeLists.txt")
 SOURCES = (*COMMON, "mpq.c", "mpq_pool.h", "mpq_rpc.c")

@@ -111,7 +111,7 @@ static void watch(void *data, const char *kernel) {
     own->last = time;
 }
 
-/* What the device is called: by its CPU, else its board, else its architecture (as mpq_compiler/machine.py has it). */
+/* What the device is called: by its CPU, else its board, else its architecture (as mpq_compiler/support/host.py has it). */
 static const char *device(void) {
     static char line[4096], name[256];
     static struct utsname system;

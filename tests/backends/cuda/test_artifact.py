@@ -16,17 +16,19 @@ import pytest
 import torch
 
 pytest.importorskip("tvm")
-from mpq_compiler import artifact, cli, targets
+from mpq_compiler.artifact import bundle
 from mpq_compiler.backends.tvm.build import build
-from mpq_compiler.backends.tvm.cuda import machine_code
-from mpq_compiler.backends.tvm.emit import lower
-from mpq_compiler.backends.tvm.weight_only import keep_codes
-from mpq_compiler.numerics import BF16, BOUNDS
-from mpq_compiler.program import run
-from tests import packed, programs
-from tests.cuda import emulator, kernels, nvcc, silicon
-from tests.cuda.kernels import cuobjdump
-from tests.float_kernels import error
+from mpq_compiler.backends.tvm.emit.walk import lower
+from mpq_compiler.backends.tvm.plan.weight_only import keep_codes
+from mpq_compiler.backends.tvm.toolchain import machine_code
+from mpq_compiler.cli import mpqc as cli_mpqc
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.targets import table as targets
+from mpq_compiler.targets.numerics import BF16, BOUNDS
+from tests.harness import packed, programs
+from tests.harness.cuda import emulator, kernels, nvcc, silicon
+from tests.harness.cuda.kernels import cuobjdump
+from tests.harness.float_kernels import error
 
 MODELS = (
     (packed.BUNDLED, "int4", "cuda-sm90"),
@@ -75,7 +77,7 @@ def execute(
 
 
 def mpqc(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mpq_compiler.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "mpq_compiler.cli.mpqc", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
@@ -135,7 +137,7 @@ def known_to_the_driver(cache: Path, folder: Path, level: str) -> dict[str, str]
 def test_a_jetson_is_launched_by_its_own_processor(tmp_path):
     """A few layers are enough: every kernel is launched, and every library linked, in the same way."""
     program, _ = programs.bfloat16_layers()
-    header = build(program, targets.resolve("cuda-sm87"), (2,), cache=tmp_path).files[artifact.KERNELS][:20]
+    header = build(program, targets.resolve("cuda-sm87"), (2,), cache=tmp_path).files[bundle.KERNELS][:20]
     assert header[:4] == b"\x7fELF" and header[18] == 183  # AArch64
 
 
@@ -208,7 +210,7 @@ def test_an_artifact_of_fatbins_runs(unet):
 def test_its_time_is_that_of_the_wall(unet):
     path, options = unet
     code = (
-        "import sys; from mpq_compiler.bench import bench\n"
+        "import sys; from mpq_compiler.bench.run import bench\n"
         "for more in ({}, {'kernels': True}, {'against': ['onnxruntime-int8']}):\n"
         "    try: print(bench([sys.argv[1]], rounds=1, memory=False, **more)['clock'])\n"
         "    except Exception as error: print(error)\n"
@@ -250,7 +252,7 @@ def test_a_gpu_that_does_not_run_it(unet, variables, says):
     ],
 )
 def test_what_a_gpu_cannot_be_given(options, says, tmp_path, capsys):
-    assert cli.main([*map(str, compiling(tmp_path)), *options]) == 1
+    assert cli_mpqc.main([*map(str, compiling(tmp_path)), *options]) == 1
     assert re.search(says, capsys.readouterr().err)
     assert not (tmp_path / "x.mpq").exists()
 

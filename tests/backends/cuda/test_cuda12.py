@@ -17,17 +17,18 @@ import pytest
 pytest.importorskip("tvm")
 import tvm
 
-from mpq_compiler import gpu, targets
-from mpq_compiler.artifact import CUDART, KERNELS
-from mpq_compiler.backends.tvm.cuda import machine_code, nvrtc
-from mpq_compiler.backends.tvm.link import compile_cudart
-from tests import packed
+from mpq_compiler.artifact.bundle import CUDART, KERNELS
+from mpq_compiler.backends.tvm.compile.link import compile_cudart
+from mpq_compiler.backends.tvm.toolchain import machine_code, nvrtc
+from mpq_compiler.targets import nvidia
+from mpq_compiler.targets import table as targets
 from tests.backends.cuda.test_artifact import PIPELINE, execute, mpqc, without_wheels
-from tests.cuda import emulator
-from tests.cuda.kernels import cuobjdump
+from tests.harness import packed
+from tests.harness.cuda import emulator
+from tests.harness.cuda.kernels import cuobjdump
 
 pytestmark = pytest.mark.skipif(
-    gpu.from_wheels("cuda_nvrtc/lib/libnvrtc.so.12") is None, reason="NVRTC of CUDA 12.6 is not installed"
+    nvidia.from_wheels("cuda_nvrtc/lib/libnvrtc.so.12") is None, reason="NVRTC of CUDA 12.6 is not installed"
 )
 AARCH64 = 183
 CLASSES = {"char": ctypes.c_char, "cudaUUID_t": ctypes.c_char * 16, "size_t": ctypes.c_size_t, "int": ctypes.c_int}
@@ -175,7 +176,7 @@ def test_functions_are_declared_alike_in_both_releases():
 
 
 def _nvidia(place: str) -> Path:
-    path = gpu.from_wheels(place)
+    path = nvidia.from_wheels(place)
     assert path
     return path
 

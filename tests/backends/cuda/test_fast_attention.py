@@ -10,17 +10,18 @@ import pytest
 import torch
 
 pytest.importorskip("tvm")
-from mpq_compiler import numerics
-from mpq_compiler.backends.tvm.cuda import fast_attention, machine_code
-from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.fast_attention import FastAttention, arguments, outputs
-from mpq_compiler.errors import UserError
-from mpq_compiler.numerics import BF16, INT8
-from mpq_compiler.targets import TARGETS
-from tests.cuda import kernels
-from tests.cuda.kernels import Library, cuobjdump, empty
-from tests.fast_attention import BATCH, inputs_of, meaning, ready
-from tests.float_kernels import error, quantized, quantizer_inputs, same_bits
+from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.cpu.fast_attention import FastAttention, arguments, outputs
+from mpq_compiler.backends.tvm.kernels.cuda import fast_attention
+from mpq_compiler.backends.tvm.toolchain import machine_code
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets import numerics
+from mpq_compiler.targets.numerics import BF16, INT8
+from mpq_compiler.targets.table import TARGETS
+from tests.harness.cuda import kernels
+from tests.harness.cuda.kernels import Library, cuobjdump, empty
+from tests.harness.fast_attention import BATCH, inputs_of, meaning, ready
+from tests.harness.float_kernels import error, quantized, quantizer_inputs, same_bits
 
 RESIDUAL = Epilogue((Step("add", operand=0),), (Operand("full"),))
 CODES = replace(RESIDUAL, steps=(*RESIDUAL.steps, Step("quantize", value=6)))

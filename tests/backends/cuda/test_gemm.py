@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tvm")
-from mpq_compiler import gpu, targets
-from mpq_compiler.backends.tvm.cuda import gemm, machine_code, weights, wgmma
-from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
-from tests.cuda import kernels, silicon
-from tests.cuda.cases import FORMATS, IMAGE, SEGMENTS, Problems
-from tests.cuda.kernels import Library, cuobjdump, empty
-from tests.shapes import CONVOLUTIONS, Case, make_case, quantize, random_problem, reference, seed
+from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.cuda import gemm, weights, wgmma
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.backends.tvm.toolchain import machine_code
+from mpq_compiler.targets import nvidia
+from mpq_compiler.targets import table as targets
+from tests.harness.cuda import kernels, silicon
+from tests.harness.cuda.cases import FORMATS, IMAGE, SEGMENTS, Problems
+from tests.harness.cuda.kernels import Library, cuobjdump, empty
+from tests.harness.shapes import CONVOLUTIONS, Case, make_case, quantize, random_problem, reference, seed
 
 linear = QuantMatmul.linear
 Build = Callable[[QuantMatmul, str], Any]
@@ -43,7 +45,7 @@ def _emulated():
 
 def run(problems: Problems, build: Build = gemm.build) -> list[tuple[Case, list[np.ndarray]]]:
     """The cases of some problems with what their kernels write, whenever copies happen."""
-    if build is wgmma.build and silicon.asked() and silicon.level() != gpu.HOPPER:
+    if build is wgmma.build and silicon.asked() and silicon.level() != nvidia.HOPPER:
         pytest.skip("the GPU is none of those that have wgmma")
     functions = {f"kernel{i}": build(p, f"kernel{i}") for i, (_, p) in enumerate(problems)}
     functions |= {f"prepare{i}": weights.build(p, f"prepare{i}") for i, (_, p) in enumerate(problems)}

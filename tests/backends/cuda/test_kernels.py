@@ -14,21 +14,21 @@ import torch.nn.functional as F
 pytest.importorskip("tvm")
 import tvm
 
-from mpq_compiler import ops
 from mpq_compiler.backends.tvm import templates
-from mpq_compiler.backends.tvm.cuda import templates as cuda
-from mpq_compiler.backends.tvm.kernels import float_gemm
-from mpq_compiler.backends.tvm.kernels.attention import Attention
-from mpq_compiler.backends.tvm.kernels.dequantize import DequantizeTable, WeightOnly
-from mpq_compiler.backends.tvm.kernels.float_gemm import Conv2d, Linear
-from mpq_compiler.backends.tvm.kernels.template import Argument
-from mpq_compiler.errors import UserError
-from mpq_compiler.numerics import BF16
-from mpq_compiler.targets import TARGETS
-from tests.cuda import kernels
-from tests.cuda.cases import ADDED, BATCH, CASES, CODES, Case, check, inputs, value, workspaces
-from tests.cuda.kernels import Library, empty
-from tests.float_kernels import error, quantized
+from mpq_compiler.backends.tvm.kernels.common.template import Argument
+from mpq_compiler.backends.tvm.kernels.cpu import float_gemm
+from mpq_compiler.backends.tvm.kernels.cpu.attention import Attention
+from mpq_compiler.backends.tvm.kernels.cpu.dequantize import DequantizeTable, WeightOnly
+from mpq_compiler.backends.tvm.kernels.cpu.float_gemm import Conv2d, Linear
+from mpq_compiler.backends.tvm.kernels.cuda import templates as cuda
+from mpq_compiler.ir import ops
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets.numerics import BF16
+from mpq_compiler.targets.table import TARGETS
+from tests.harness.cuda import kernels
+from tests.harness.cuda.cases import ADDED, BATCH, CASES, CODES, Case, check, inputs, value, workspaces
+from tests.harness.cuda.kernels import Library, empty
+from tests.harness.float_kernels import error, quantized
 
 
 @pytest.fixture(scope="module")

@@ -10,28 +10,27 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tvm")
-from mpq_compiler.backends.tvm.cuda import (
-    attention,
+from mpq_compiler.backends.tvm.kernels.cpu import attention, float_gemm
+from mpq_compiler.backends.tvm.kernels.cpu import fast_attention as cpu_fast_attention
+from mpq_compiler.backends.tvm.kernels.cpu import norms as cpu_norms
+from mpq_compiler.backends.tvm.kernels.cpu.dequantize import DequantizeTable, WeightOnly
+from mpq_compiler.backends.tvm.kernels.cuda import attention as cuda_attention
+from mpq_compiler.backends.tvm.kernels.cuda import (
     fast_attention,
     float_products,
+    float_units,
     gemm,
     norms,
-    products,
     weight_only,
     weights,
     wgmma,
 )
-from mpq_compiler.backends.tvm.kernels import attention as cpu_attention
-from mpq_compiler.backends.tvm.kernels import fast_attention as cpu_fast_attention
-from mpq_compiler.backends.tvm.kernels import float_gemm
-from mpq_compiler.backends.tvm.kernels import norms as cpu_norms
-from mpq_compiler.backends.tvm.kernels.dequantize import DequantizeTable, WeightOnly
-from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
-from mpq_compiler.numerics import BF16
-from tests.cuda import emulator
-from tests.cuda.kernels import Library, empty
-from tests.cuda.mutants import Mutants, mutated
-from tests.shapes import make_case, seed
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.targets.numerics import BF16
+from tests.harness.cuda import emulator
+from tests.harness.cuda.kernels import Library, empty
+from tests.harness.cuda.mutants import Mutants, mutated
+from tests.harness.shapes import make_case, seed
 
 GEMM: Mutants = {
     "no barrier before a step": ("            barrier()\n            if w.steps", "            if w.steps"),
@@ -366,7 +365,7 @@ CONV = QuantMatmul(9, 11, 20, 60, (3, 3), padding=(1, 1, 1, 1), bits=4, groups=3
 WIDE = QuantMatmul.linear((130,), 250, 120, bits=4, groups=3, has_offset=True)  # the last step is in the first stage
 LONG = QuantMatmul.linear((5,), 1100, 60, bits=4, groups=3, has_offset=True)
 ROWS = cpu_norms.LayerNorm(7, 100, eps=1e-2)
-HEADS = cpu_attention.Attention(36, 75, 2, 20)  # whose result ends where nothing may be written
+HEADS = attention.Attention(36, 75, 2, 20)  # whose result ends where nothing may be written
 FAST = cpu_fast_attention.FastAttention(133, 75, 2, 36, scale=0.3, mask=("B", 1, 133, 75))
 FLOATS = float_gemm.Conv2d(9, 8, 12, 70, stride=(2, 1))
 BFLOAT16 = replace(FLOATS, packed=True, numerics=BF16)
@@ -398,7 +397,7 @@ def _product(problem: QuantMatmul) -> list[np.ndarray]:
 
 def _fast_attention() -> list[np.ndarray]:
     ready = cpu_fast_attention.Ready(FAST.keys, FAST.heads, FAST.dim, FAST.numerics)
-    q, k, v, *rest = _draw(cpu_fast_attention.of_floats(FAST), 2)
+    q, k, v, *rest = _draw(attention.of_floats(FAST), 2)
     made = [empty(a, 2) for a in cpu_fast_attention.outputs(ready)]
     (results,) = Library({"ready": fast_attention.build(ready, "ready")}).run([("ready", [k, v, *made])])
     return [q, *results[2:], *rest]
@@ -426,11 +425,11 @@ SUBJECTS = {
     "split wgmma": Subject(wgmma, SPLIT_WGMMA, lambda m, n: m.build(LONG, n), lambda: _product(LONG)),
     "split gemm": Subject(gemm, SPLIT, lambda m, n: m.build(LONG, n), lambda: _product(LONG)),
     "attention": Subject(
-        attention, ATTENTION, lambda m, n: m.build(HEADS, n), lambda: _draw(cpu_attention.arguments(HEADS), 2)
+        cuda_attention, ATTENTION, lambda m, n: m.build(HEADS, n), lambda: _draw(attention.arguments(HEADS), 2)
     ),
     "fast_attention": Subject(fast_attention, FAST_ATTENTION, lambda m, n: m.build(FAST, n), _fast_attention),
     "products": Subject(
-        products, PRODUCTS, lambda m, n: m.build(FLOATS, n), lambda: _draw(float_gemm.arguments(FLOATS), 2)
+        float_units, PRODUCTS, lambda m, n: m.build(FLOATS, n), lambda: _draw(float_gemm.arguments(FLOATS), 2)
     ),
     "float products": Subject(float_products, FLOAT_PRODUCTS, lambda m, n: m.build(BFLOAT16, n), _bfloat16),
     "weight only": Subject(weight_only, WEIGHT_ONLY, lambda m, n: m.build(CODES, n), _codes),

@@ -12,28 +12,29 @@ import pytest
 pytest.importorskip("tvm")
 from tvm_ffi import structural_equal
 
-from mpq_compiler.backends.tvm.cuda import (
+from mpq_compiler.backends.tvm.kernels.common import vmath
+from mpq_compiler.backends.tvm.kernels.cpu import dequantize, prepare
+from mpq_compiler.backends.tvm.kernels.cpu.movement import Gather, Movement
+from mpq_compiler.backends.tvm.kernels.cpu.norms import GroupNorm, LayerNorm
+from mpq_compiler.backends.tvm.kernels.cpu.quantize import DynamicQuantize, Quantize, TimeGroup
+from mpq_compiler.backends.tvm.kernels.cuda import (
+    float_units,
     gemm,
     movement,
     norms,
     pointwise,
-    products,
     quantize,
     rows,
     templates,
     threads,
     weights,
 )
-from mpq_compiler.backends.tvm.kernels import dequantize, prepare, vmath
-from mpq_compiler.backends.tvm.kernels.movement import Gather, Movement
-from mpq_compiler.backends.tvm.kernels.norms import GroupNorm, LayerNorm
-from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
-from mpq_compiler.backends.tvm.kernels.quantize import DynamicQuantize, Quantize, TimeGroup
-from tests.cuda import emulator
-from tests.cuda.cases import CASES, FORMATS, IMAGE, SEGMENTS, Case, check, inputs, workspaces
-from tests.cuda.kernels import Library, empty
-from tests.cuda.mutants import Mutants, mutated, with_mutated
-from tests.shapes import make_case, reference, seed
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from tests.harness.cuda import emulator
+from tests.harness.cuda.cases import CASES, FORMATS, IMAGE, SEGMENTS, Case, check, inputs, workspaces
+from tests.harness.cuda.kernels import Library, empty
+from tests.harness.cuda.mutants import Mutants, mutated, with_mutated
+from tests.harness.shapes import make_case, reference, seed
 
 QUANTIZE: Mutants = {
     "the quantizer of the first sample": (
@@ -536,7 +537,7 @@ SUBJECTS = {
     "rows": Subject(rows, ROWS, ROWS_OF_CHANNELS, (norms,)),
     "threads": Subject(threads, THREADS, [*PROGRAMS[2:3], *SHARED], (rows, norms, quantize, pointwise)),
     "group norm": Subject(norms, GROUP_NORM, _cases("norms", of=_is(GroupNorm))[1:]),
-    "matmul": Subject(products, MATMUL, _cases("matmul")),
+    "matmul": Subject(float_units, MATMUL, _cases("matmul")),
     "pack": Subject(weights, PACK, _cases("pack")),
     "dequantize": Subject(weights, DEQUANTIZE, _cases("dequantize")),
     "dequantize row": Subject(dequantize, DEQUANTIZE_ROW, _cases("dequantize"), (weights,)),

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 pytest.importorskip("tvm")
-from tests.cuda import emulator, nvcc
-from tests.tree import ROOT
+from tests.harness.cuda import emulator, nvcc
+from tests.harness.tree import ROOT
 
 
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -18,15 +18,22 @@ import pytest
 import torch
 
 import mpq_compiler
-from mpq_compiler import artifact, calls, costs, evaluation, metrics, ops, pass_manager, runtime, specialize, targets
-from mpq_compiler.aten import aten
+from mpq_compiler.artifact import bundle
 from mpq_compiler.backends import onnx as backend
 from mpq_compiler.backends.onnx.build import build, export_float
 from mpq_compiler.backends.onnx.graph import IR_VERSION, OPSET
-from mpq_compiler.conditioning import Conditions
-from mpq_compiler.errors import UserError
-from mpq_compiler.program import run
-from tests import onnx_models, packed, programs
+from mpq_compiler.driver import specialize
+from mpq_compiler.evaluation import metrics
+from mpq_compiler.evaluation import painter as evaluation_painter
+from mpq_compiler.ir import costs, ops, specialization, views
+from mpq_compiler.ir.aten import aten
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.pipeline import parser
+from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.sampling.conditioning import Conditions
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets import table as targets
+from tests.harness import onnx_models, packed, programs
 
 TARGET = targets.TARGETS["onnx"]
 MODELS = (
@@ -47,7 +54,7 @@ MODELS = (
 def compiled(name: str, weights: str) -> Path:
     case = packed.program(name, weights)
     program = case.program.fork()
-    return packed.write(packed.kernel_cache() / f"{name}-{weights}.onnx.mpq", program, TARGET, build(program, TARGET))
+    return packed.write(packed.kernel_cache() / f"{name}-{weights}.onnx.mpq", program, TARGET, build(program))
 
 
 def arrays(inputs):
@@ -61,7 +68,7 @@ def arrays(inputs):
 def test_as_good_as_the_reference(name, weights):
     """64 inputs of mixed timesteps in one batch."""
     case = packed.program(name, weights)
-    result = torch.from_numpy(runtime.load(compiled(name, weights), threads=1).run(arrays(case.inputs)))
+    result = torch.from_numpy(compiled_denoiser.load(compiled(name, weights), threads=1).run(arrays(case.inputs)))
     expected = case.denoiser(**case.inputs)
     difference = packed.sqnr_db(result, expected) - packed.sqnr_db(run(case.program, case.inputs), expected)
     assert abs(difference) <= 0.1
@@ -80,13 +87,13 @@ def test_other_activations(option, tmp_path):
 def test_several_image_sizes_share_the_weights(name, tmp_path):
     case = packed.program(name, "int3" if name == "unet2d" else "int4")
     size = (24, 8)
-    front = pass_manager.parse("trace,layout")
+    front = parser.parse("trace,layout")
     there = specialize.laid_out(case.laid_out, case.denoiser, size, front)
     made = specialize.transplant(case.program, case.laid_out, there)
-    others = [specialize.Specialization(made, (1,))]
-    built = build(case.program.fork(), TARGET, others=others)
+    others = [specialization.Specialization(made, (1,))]
+    built = build(case.program.fork(), others)
     assert built.payload_bytes == costs.stored_bytes(case.planned) + specialize.added_bytes(case.program, others)
-    loaded = runtime.load(packed.write(tmp_path / "a.mpq", case.program, TARGET, built), threads=1)
+    loaded = compiled_denoiser.load(packed.write(tmp_path / "a.mpq", case.program, TARGET, built), threads=1)
     for program, denoiser in ((case.program, case.denoiser), (made, case.denoiser.resized(*size))):
         inputs = denoiser.random_inputs(8, 1)
         result, expected = torch.from_numpy(loaded.run(arrays(inputs))), denoiser(**inputs)
@@ -94,7 +101,7 @@ def test_several_image_sizes_share_the_weights(name, tmp_path):
 
 
 def draw(path: Path, images: int, steps: int) -> np.ndarray:
-    painter = evaluation.from_artifact(path, threads=1)
+    painter = evaluation_painter.from_artifact(path, threads=1)
     return painter.decode(painter.draw(Conditions({"class_labels": np.arange(images) % 10}), images, steps, seed=0))
 
 
@@ -106,7 +113,7 @@ def test_the_bundled_model_draws_the_same_images(recipe, tmp_path):
         packed.BUNDLED, tmp_path / "a.mpq", target="onnx", recipe=recipe, cache=packed.kernel_cache()
     )
     assert report.quality["executed_by"] == "artifact" and abs(report.quality["agreement_db"]) <= 0.1
-    manifest = artifact.read(tmp_path / "a.mpq").manifest
+    manifest = bundle.read(tmp_path / "a.mpq").manifest
     assert manifest["weights"]["payload_bytes"] == manifest["plan"]["stored_bytes"] == report.weights["bytes"]
     decoded = [key for key in report.fallbacks if key.endswith("-bit weights")]
     assert bool(decoded) == (recipe == "default"), "what onnxruntime holds wider than the file is said"
@@ -130,7 +137,7 @@ def test_the_model_is_what_it_says():
     names = {n.name for n in model.graph.node}
     assert names >= {"g", "conv_in", "mid_block_attentions_0_to_q", "conv_norm_out", "conv_out"}
     places = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
-    assert places == {artifact.WEIGHTS}
+    assert places == {bundle.WEIGHTS}
 
 
 @pytest.mark.parametrize(("name", "weights"), [("unet2d", "int3"), ("pixart", "int4")])
@@ -140,7 +147,7 @@ def test_what_onnxruntime_makes_of_it(name, weights, tmp_path):
     path = onnx_models.write(program.fork(), tmp_path)
     onnx_models.session(path, tmp_path / "optimized.onnx")
     made = Counter(n.op_type for n in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node)
-    ours = Counter(call.target for call in calls.flatten(program))
+    ours = Counter(call.target for call in views.flatten(program))
     layers = ours[ops.quant_linear] + ours[ops.quant_conv2d]
     assert layers <= made["MatMulIntegerToFloat"] <= 2 * layers
     assert not {"DequantizeLinear", "Conv", "ConvInteger", "Gemm", "BitwiseOr"} & made.keys()
@@ -150,7 +157,7 @@ def test_what_onnxruntime_makes_of_it(name, weights, tmp_path):
 
 def test_equal_programs_give_equal_bytes():
     program = packed.program("unet2d", "int3").program
-    first, second = (build(program.fork(), TARGET) for _ in range(2))
+    first, second = (build(program.fork()) for _ in range(2))
     assert first.files == second.files and first.functions == second.functions
     assert first.payload_bytes == costs.stored_bytes(packed.program("unet2d", "int3").planned)
 
@@ -163,7 +170,7 @@ def test_any_program_with_onnxruntime_runs_it():
     (result,) = session.run(None, inputs)
     assert result.shape == inputs["sample"].shape
     if not backend.saturates():
-        np.testing.assert_allclose(result, runtime.load(path, threads=1).run(inputs), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(result, compiled_denoiser.load(path, threads=1).run(inputs), rtol=0, atol=1e-4)
 
 
 def test_neither_torch_nor_the_compiler_is_loaded(tmp_path):
@@ -257,7 +264,7 @@ def test_without_onnxruntime(monkeypatch):
     path = compiled("unet2d", "int3")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"needs onnxruntime: pip install 'mpq-compiler\[onnx\]'"):
-        runtime.load(path)
+        compiled_denoiser.load(path)
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
@@ -272,28 +279,28 @@ def test_compiling_without_the_packages(package, monkeypatch, tmp_path):
 
 def test_a_model_that_onnxruntime_refuses(tmp_path):
     program = packed.program("pixart", "int4").program
-    built = build(program.fork(), TARGET)
+    built = build(program.fork())
     built.files["model.onnx"] = built.files["model.onnx"][:1000]
     with pytest.raises(UserError, match=r"onnxruntime [\d.]+ cannot load .*model\.onnx"):
-        runtime.load(packed.write(tmp_path / "a.mpq", program, TARGET, built))
+        compiled_denoiser.load(packed.write(tmp_path / "a.mpq", program, TARGET, built))
 
 
 def test_damaged_files(tmp_path):
     folder = tmp_path / "a.mpq"
     shutil.copytree(compiled("pixart", "int4"), folder)
-    for name in ("model.onnx", artifact.WEIGHTS):
+    for name in ("model.onnx", bundle.WEIGHTS):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[:-1])
         with pytest.raises(UserError, match=f"{name} is truncated"):
-            runtime.load(folder)
+            compiled_denoiser.load(folder)
         (folder / name).unlink()
         with pytest.raises(UserError, match=f"{name} is missing"):
-            runtime.load(folder)
+            compiled_denoiser.load(folder)
         (folder / name).write_bytes(content)
 
 
 def test_wrong_sizes_and_batches():
-    loaded = runtime.load(compiled("unet2d", "int3"), threads=1)
+    loaded = compiled_denoiser.load(compiled("unet2d", "int3"), threads=1)
     given = arrays(packed.take(packed.program("unet2d", "int3").inputs, slice(2)))
     with pytest.raises(UserError, match=r"has shape \[2, 3, 8, 16\]; this artifact takes \[B, 3, 16, 16\]"):
         loaded.run({**given, "sample": given["sample"][:, :, :8]})
@@ -308,4 +315,4 @@ def test_an_operator_without_a_form_is_named():
         odd = program.graph.call_function(aten.cumsum.default, (last.args[0], 1))
     last.args = (odd,)
     with pytest.raises(UserError, match=rf"node '{odd.name}' \(aten.cumsum\) cannot be exported to ONNX: .*reference"):
-        build(program, TARGET)
+        build(program)

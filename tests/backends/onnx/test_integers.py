@@ -10,11 +10,12 @@ import onnx
 import pytest
 import torch
 
-from mpq_compiler import formats, ops, storage
-from mpq_compiler.aten import aten
+from mpq_compiler import formats
 from mpq_compiler.formats.packing import pack_codes
-from mpq_compiler.program import run
-from tests import onnx_models, packed
+from mpq_compiler.ir import ops, stored_tensors
+from mpq_compiler.ir.aten import aten
+from mpq_compiler.ir.interpreter import run
+from tests.harness import onnx_models, packed
 
 G = 4
 TIMESTEPS = torch.tensor([900, 10, 500, 10, 300])
@@ -124,7 +125,7 @@ def test_rows_of_several_widths(name, tmp_path):
     made = check(program, inputs, tmp_path)
     assert made["MatMulIntegerToFloat"] == 2
     assert not {"BitwiseOr", "Concat"} & made.keys(), "weights are decoded at load"
-    assert storage.stored(program)["w:codes"].array.nbytes == -(-37 * 27 * formats.get(name).bits // 8)
+    assert stored_tensors.stored(program)["w:codes"].array.nbytes == -(-37 * 27 * formats.get(name).bits // 8)
 
 
 @pytest.mark.parametrize("groups", [1, G])
@@ -308,7 +309,7 @@ def test_the_file_holds_the_packed_codes(tmp_path):
     assert data == pack_codes(tensors["w:codes"].numpy(), 3).tobytes()
     inside = sum(len(t.raw_data) for t in model.graph.initializer)
     assert inside < 4000, "constants within the model are shapes and tables of bits"
-    assert storage.stored(program)["w:codes"].array.nbytes == len(data) == -(-37 * 27 * 3 // 8)
+    assert stored_tensors.stored(program)["w:codes"].array.nbytes == len(data) == -(-37 * 27 * 3 // 8)
 
 
 def test_codes_of_four_bits_are_of_a_type_of_onnx(tmp_path):

@@ -7,13 +7,16 @@ import operator
 import pytest
 import torch
 
-from mpq_compiler import ops
-from mpq_compiler.aten import aten
-from mpq_compiler.backends.onnx import floats, integers  # noqa: F401  (they fill EMITTERS)
+from mpq_compiler.backends.onnx import (
+    float_ops,  # noqa: F401  (they fill EMITTERS)
+    integer_ops,  # noqa: F401  (they fill EMITTERS)
+)
 from mpq_compiler.backends.onnx.emit import EMITTERS
-from mpq_compiler.errors import UserError
-from mpq_compiler.program import run
-from tests import onnx_models
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.aten import aten
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.support.errors import UserError
+from tests.harness import onnx_models
 
 B = 3
 

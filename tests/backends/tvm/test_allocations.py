@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mpq_compiler import targets
 from mpq_compiler.backends.tvm.build import build
-from tests import packed
+from mpq_compiler.targets import table as targets
+from tests.harness import packed
 
 ROOT = Path(__file__).parents[3]
 CALLS = """

@@ -9,10 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mpq_compiler.backends.tvm.kernels import attention
-from mpq_compiler.backends.tvm.kernels.attention import Attention
-from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
-from tests.float_kernels import TARGETS, Case, Suite, error, quantized, quantizer_inputs, random_inputs, same_bits
+from mpq_compiler.backends.tvm.kernels.cpu import attention
+from mpq_compiler.backends.tvm.kernels.cpu.attention import Attention
+from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
+from tests.harness.float_kernels import (
+    TARGETS,
+    Case,
+    Suite,
+    error,
+    quantized,
+    quantizer_inputs,
+    random_inputs,
+    same_bits,
+)
 
 RESIDUAL = Epilogue((Step("add", operand=0), Step("silu")), (Operand("full"),))
 PROBLEMS = {

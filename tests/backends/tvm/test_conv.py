@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
-from tests.integer_kernels import AARCH64, X86, Kernels, assert_same_bits, needs
-from tests.shapes import CONVOLUTIONS, FORMATS, Case, make_case, reference, seed
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from tests.harness.integer_kernels import AARCH64, X86, Kernels, assert_same_bits, needs
+from tests.harness.shapes import CONVOLUTIONS, FORMATS, Case, make_case, reference, seed
 
 
 def two_segments(problem: QuantMatmul) -> QuantMatmul:

@@ -7,11 +7,11 @@ import pytest
 import torch
 import tvm
 
-from mpq_compiler import ops
-from mpq_compiler.backends.tvm.kernels import dequantize
-from mpq_compiler.backends.tvm.kernels.isa import ISAS
+from mpq_compiler.backends.tvm.kernels.cpu import dequantize
+from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS
 from mpq_compiler.formats.packing import pack_codes
-from tests.integer_kernels import assert_same_bits, here
+from mpq_compiler.ir import ops
+from tests.harness.integer_kernels import assert_same_bits, here
 
 FORMS = (
     (2, 1, (23,), 1, None),

@@ -18,18 +18,23 @@ import pytest
 import torch
 from torch import fx
 
-from mpq_compiler import artifact, costs, ops, pass_manager, runtime, targets, tvm_runtime
-from mpq_compiler.aten import aten
+from mpq_compiler.artifact import bundle
 from mpq_compiler.backends.tvm import templates
 from mpq_compiler.backends.tvm.build import build, compile_library
-from mpq_compiler.backends.tvm.emit import lower
-from mpq_compiler.backends.tvm.lowered import Call, Function, Kernel, Lowered, Value, record
-from mpq_compiler.backends.tvm.worker import Crash, Failure, Worker
-from mpq_compiler.errors import UserError
+from mpq_compiler.backends.tvm.compile.worker import Crash, Failure, Worker
+from mpq_compiler.backends.tvm.emit.walk import lower
+from mpq_compiler.backends.tvm.plan.calls import Call, Function, Kernel, Lowered, Value, record
+from mpq_compiler.ir import costs, ops
+from mpq_compiler.ir.aten import aten
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
 from mpq_compiler.passes.fuse_epilogues import FuseEpilogues
-from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run
-from mpq_compiler.tensorfile import aligned, aligned_empty
-from tests import packed
+from mpq_compiler.pipeline import manager, parser, session
+from mpq_compiler.runtime import compiled_denoiser, tvm
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.tensorfile import aligned, aligned_empty
+from mpq_compiler.targets import table as targets
+from tests.harness import packed
 
 TARGETS = ("x86-64-avx512vnni", "x86-64-avx2")
 MODELS = (
@@ -68,21 +73,21 @@ def here() -> list[str]:
 
 
 @functools.cache
-def compiled(name: str, weights: str, target: str) -> tuple[artifact.Artifact, Lowered]:
+def compiled(name: str, weights: str, target: str) -> tuple[bundle.Artifact, Lowered]:
     """The artifact of a packed program and the plan it was built from."""
     case, folder = packed.program(name, weights), packed.kernel_cache()
     row = runnable(target)
     built = build(case.program, row, BATCHES, jobs=2, cache=folder)
     assert built.payload_bytes == costs.stored_bytes(case.planned)
     path = packed.write(folder / f"{name}-{weights}-{target}.mpq", case.program, row, built)
-    return artifact.read(path), lower(case.program, BATCHES)
+    return bundle.read(path), lower(case.program, BATCHES)
 
 
 @functools.cache
 def executed(name: str, weights: str, target: str) -> torch.Tensor:
     """The artifact's outputs for the 64 inputs."""
     inputs = {key: value.numpy() for key, value in packed.program(name, weights).inputs.items()}
-    return torch.from_numpy(runtime.load(compiled(name, weights, target)[0].path, threads=1).run(inputs))
+    return torch.from_numpy(compiled_denoiser.load(compiled(name, weights, target)[0].path, threads=1).run(inputs))
 
 
 # ------------------------------------------------------------------------------------- (a) node by node
@@ -91,11 +96,11 @@ def executed(name: str, weights: str, target: str) -> torch.Tensor:
 class Kernels:
     """Calls single kernels of an artifact."""
 
-    def __init__(self, made: artifact.Artifact, lowered: Lowered, target: str) -> None:
-        machine = tvm_runtime.VirtualMachine(made, threads=1)
+    def __init__(self, made: bundle.Artifact, lowered: Lowered, target: str) -> None:
+        machine = tvm.VirtualMachine(made, threads=1)
         self.prepared = dict(zip(lowered.prepared, (np.from_dlpack(t) for t in machine._prepared), strict=True))
-        self.ffi = tvm_runtime.load()
-        self.library = self.ffi.load_module(str(made.file(artifact.KERNELS)))  # the machine; kernels lie beneath
+        self.ffi = tvm.load()
+        self.library = self.ffi.load_module(str(made.file(bundle.KERNELS)))  # the machine; kernels lie beneath
         self.target = targets.resolve(target)
 
     def __call__(self, kernel: Kernel, operands: dict[str, np.ndarray], batch: int) -> dict[str, np.ndarray]:
@@ -248,7 +253,7 @@ def test_a_batch_of_mixed_timesteps_equals_its_samples(name):
     weights = dict(MODELS)[name]
     case = packed.program(name, weights)
     assert case.inputs["timestep"].unique().numel() > 8
-    machine = runtime.load(compiled(name, weights, TARGETS[1])[0].path, threads=1)
+    machine = compiled_denoiser.load(compiled(name, weights, TARGETS[1])[0].path, threads=1)
     rows = [machine.run({k: v[i : i + 1].numpy() for k, v in case.inputs.items()}) for i in range(8)]
     assert np.array_equal(np.concatenate(rows), executed(name, weights, TARGETS[1])[:8].numpy())
 
@@ -271,8 +276,8 @@ def test_other_time_groups_change_nothing(tmp_path):
         changed[key] = array
     drop = ("format", "format_version", "files", "weights", "artifact_sha256")
     manifest = {key: value for key, value in made.manifest.items() if key not in drop}
-    artifact.write(tmp_path / "b.mpq", manifest, {artifact.KERNELS: made.file(artifact.KERNELS)}, changed)
-    machine = runtime.load(tmp_path / "b.mpq", threads=1)
+    bundle.write(tmp_path / "b.mpq", manifest, {bundle.KERNELS: made.file(bundle.KERNELS)}, changed)
+    machine = compiled_denoiser.load(tmp_path / "b.mpq", threads=1)
     all_rows = machine.run({key: value.numpy() for key, value in case.inputs.items()})
     expected = executed(name, weights, TARGETS[1]).numpy()
     assert np.array_equal(all_rows[rows], expected[rows])
@@ -297,7 +302,7 @@ def test_equal_bytes_whatever_jobs_and_folders(tmp_path):
 
 
 def tvm_linker_missing(name: str) -> bool:
-    from mpq_compiler.backends.tvm.link import linker
+    from mpq_compiler.backends.tvm.compile.link import linker
 
     try:
         linker(targets.resolve(name))
@@ -322,7 +327,7 @@ def test_functions_of_the_manifest():
 def test_threads_change_no_bit():
     made, _ = compiled("unet2d", "int3", TARGETS[1])
     inputs = {key: value.numpy() for key, value in packed.program("unet2d", "int3").inputs.items()}
-    two = [runtime.load(made.path, threads=2) for _ in range(2)]
+    two = [compiled_denoiser.load(made.path, threads=2) for _ in range(2)]
     expected = executed("unet2d", "int3", TARGETS[1]).numpy()
     assert np.array_equal(two[0].run(inputs), expected)
     with ThreadPoolExecutor(2) as callers:  # at once: a loop that finds the pool at work is run by its caller alone
@@ -435,21 +440,21 @@ def test_batches_are_positive(batches):
 # ----------------------------------------------------------------------- programs that no recipe makes yet
 
 
-def artifact_of(program, folder: Path, target: str) -> runtime.CompiledDenoiser:
+def artifact_of(program, folder: Path, target: str) -> compiled_denoiser.CompiledDenoiser:
     row = runnable(target)
     program.facts.setdefault("parameters", 1)
     built = build(program, row, (1, 3), cache=packed.kernel_cache())
-    return runtime.load(packed.write(folder / "a.mpq", program, row, built), threads=1)
+    return compiled_denoiser.load(packed.write(folder / "a.mpq", program, row, built), threads=1)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_program_in_float_runs_whole(target, tmp_path):
     """Float layers, alone and with epilogues: what a plan leaves unquantized."""
     case = packed.program(packed.BUNDLED)
-    passes = pass_manager.parse("trace,layout")
+    passes = parser.parse("trace,layout")
     start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
-    program, _ = pass_manager.run_pipeline(passes, start, pass_manager.Session(case.denoiser))
-    program = FuseEpilogues().run(program, pass_manager.Session())
+    program, _ = manager.run_pipeline(passes, start, session.Session(case.denoiser))
+    program = FuseEpilogues().run(program, session.Session())
     machine = artifact_of(program, tmp_path, target)
     inputs = packed.take(case.inputs, slice(4))
     result = machine.run({key: value.numpy() for key, value in inputs.items()})

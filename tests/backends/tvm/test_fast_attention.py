@@ -11,17 +11,21 @@ import torch
 import tvm
 from torch import fx
 
-from mpq_compiler import numerics, ops, runtime, targets
 from mpq_compiler.backends.tvm.build import build
-from mpq_compiler.backends.tvm.kernels import fast_attention
-from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.fast_attention import FastAttention
-from mpq_compiler.errors import UserError
-from mpq_compiler.numerics import BF16, INT8
-from mpq_compiler.program import InputSpec, Program, Stage, TensorStore, run
-from tests import packed
-from tests.fast_attention import BATCH, inputs_of, meaning, ready
-from tests.float_kernels import error, quantized, quantizer_inputs, same_bits, shape_of
+from mpq_compiler.backends.tvm.kernels.cpu import attention, fast_attention
+from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.cpu.fast_attention import FastAttention
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
+from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets import numerics
+from mpq_compiler.targets import table as targets
+from mpq_compiler.targets.numerics import BF16, INT8
+from tests.harness import packed
+from tests.harness.fast_attention import BATCH, inputs_of, meaning, ready
+from tests.harness.float_kernels import error, quantized, quantizer_inputs, same_bits, shape_of
 
 RESIDUAL = Epilogue((Step("add", operand=0),), (Operand("full"),))
 PROBLEMS = {
@@ -57,7 +61,7 @@ def _run(index: int, problem: FastAttention, inputs: list[np.ndarray], kind: str
     problem = replace(problem, numerics=kind)
     *arguments, result = fast_attention.arguments(problem)
     tensors = {a.name: tvm.runtime.tensor(np.full(shape_of(a, BATCH), 77, a.dtype)) for a in (*arguments, result)}
-    given = dict(zip((a.name for a in fast_attention.of_floats(problem)), inputs, strict=False))
+    given = dict(zip((a.name for a in attention.of_floats(problem)), inputs, strict=False))
     tensors |= {name: tvm.runtime.tensor(value) for name, value in given.items()}
     _library()[f"ready_{index}_{kind}"](*(tensors[a.name] for a in fast_attention.arguments(ready(problem))))
     _library()[f"attention_{index}_{kind}"](*(tensors[a.name] for a in (*arguments, result)))
@@ -166,11 +170,11 @@ def test_an_artifact(tmp_path, monkeypatch) -> None:
     path = packed.write(tmp_path / "a.mpq", program, targets.with_features(target, built.features), built)
     given = {name: torch.randn(2, rows, 48, generator=torch.Generator().manual_seed(rows)) for name, rows in
              (("x", 70), ("text", 9))}  # fmt: skip
-    y = runtime.load(path, threads=1).run({name: value.numpy() for name, value in given.items()})
+    y = compiled_denoiser.load(path, threads=1).run({name: value.numpy() for name, value in given.items()})
     assert error(y, run(program, given).numpy()) <= numerics.BOUNDS[BF16]
     monkeypatch.setattr(targets, "host_features", lambda: frozenset(target.features))
     with pytest.raises(UserError, match="cannot run 'x86-64-avx512vnni': it lacks avx512_bf16"):
-        runtime.load(path)
+        compiled_denoiser.load(path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,10 +7,10 @@ import pytest
 import torch
 import tvm
 
-from mpq_compiler import ops
-from mpq_compiler.backends.tvm.kernels import float8
-from mpq_compiler.backends.tvm.kernels.isa import ISAS
-from tests.integer_kernels import assert_same_bits, here
+from mpq_compiler.backends.tvm.kernels.cpu import float8
+from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS
+from mpq_compiler.ir import ops
+from tests.harness.integer_kernels import assert_same_bits, here
 
 FINITE = {4: [c for c in range(256) if c & 0x7F != 0x7F], 5: [c for c in range(256) if c & 0x7F < 0x7C]}
 """Codes that are numbers in OCP's FP8 too."""

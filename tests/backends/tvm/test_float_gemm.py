@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 import tvm
 
-from mpq_compiler import ops, runtime, targets
 from mpq_compiler.backends.tvm.build import build
-from mpq_compiler.backends.tvm.kernels import float_gemm
-from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.float_gemm import Conv2d, Linear
-from mpq_compiler.numerics import BF16, BOUNDS, FEATURES
-from mpq_compiler.program import run
-from tests import packed, programs
-from tests.float_kernels import (
+from mpq_compiler.backends.tvm.kernels.cpu import float_gemm
+from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.cpu.float_gemm import Conv2d, Linear
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.targets import table as targets
+from mpq_compiler.targets.numerics import BF16, BOUNDS, FEATURES
+from tests.harness import packed, programs
+from tests.harness.float_kernels import (
     TARGETS,
     Case,
     Suite,
@@ -190,7 +192,7 @@ def test_an_artifact(tmp_path: Path) -> None:
     built = build(program, targets.TARGETS["x86-64-avx512vnni"], (2,), cache=packed.kernel_cache())
     assert built.features == FEATURES[BF16]
     path = packed.write(tmp_path / "a.mpq", program, AVX512_BF16, built)
-    y = runtime.load(path, threads=1).run({"x": given.numpy()})
+    y = compiled_denoiser.load(path, threads=1).run({"x": given.numpy()})
     assert error(y, run(program, {"x": given}).numpy()) <= BOUNDS[BF16]
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpq_compiler import ops
-from mpq_compiler.backends.tvm.emit import lower
-from mpq_compiler.program import run
-from tests import packed
+from mpq_compiler.backends.tvm.emit.walk import lower
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.interpreter import run
 from tests.backends.tvm import test_emit as emitted
+from tests.harness import packed
 
 TARGET = "x86-64-avx2"
 INTEGER = (("pixart", "nf4g16+r4"), ("unet2d-class", "km3t"), ("pixart", "int2g12"))

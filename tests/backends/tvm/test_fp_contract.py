@@ -16,14 +16,15 @@ import tvm
 from tvm import tirx
 from tvm_ffi.structural import structural_walk
 
-from mpq_compiler import targets
-from mpq_compiler.backends.tvm.kernels import attention, float_gemm, gemm, hadamard, matmul, norms, pointwise, vmath
-from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.isa import ISAS
-from mpq_compiler.backends.tvm.kernels.pointwise import Input, PointwiseProgram, PointwiseStep, Result
-from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
-from mpq_compiler.backends.tvm.kernels.template import Argument, primfunc, span, store
-from tests.float_kernels import TARGETS, Case, Suite, tvm_target
+from mpq_compiler.backends.tvm.kernels.common import vmath
+from mpq_compiler.backends.tvm.kernels.common.template import Argument, primfunc, span, store
+from mpq_compiler.backends.tvm.kernels.cpu import attention, float_gemm, gemm, hadamard, matmul, norms, pointwise
+from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS
+from mpq_compiler.backends.tvm.kernels.cpu.pointwise import Input, PointwiseProgram, PointwiseStep, Result
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.targets import table as targets
+from tests.harness.float_kernels import TARGETS, Case, Suite, tvm_target
 
 FUSED = re.compile(r"\b(vfn?m(add|sub)\w*|fml[as]|fn?m(add|sub))\b")
 A, B, C = Input(0), Input(1), Input(2)

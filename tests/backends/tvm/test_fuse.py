@@ -8,13 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mpq_compiler import ops, runtime, targets
-from mpq_compiler.aten import aten
-from mpq_compiler.backends.tvm import fuse
 from mpq_compiler.backends.tvm.build import build
-from mpq_compiler.backends.tvm.emit import lower
-from mpq_compiler.backends.tvm.lowered import Call, Kernel, Value, record
-from tests import packed
+from mpq_compiler.backends.tvm.emit.walk import lower
+from mpq_compiler.backends.tvm.plan import fuse
+from mpq_compiler.backends.tvm.plan.calls import Call, Kernel, Value, record
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.aten import aten
+from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.targets import table as targets
+from tests.harness import packed
 
 TARGET = "x86-64-avx2"
 
@@ -43,7 +45,7 @@ def test_joined_calls_give_the_bits_of_single_ones(name, unfused, tmp_path):
         built = build(case.program, target, (1, 4), jobs=2, cache=packed.kernel_cache())
         path = packed.write(tmp_path / f"{kind}.mpq", case.program, target, built)
         inputs = {key: value[:5].numpy() for key, value in case.inputs.items()}
-        results.append(runtime.load(path, threads=1).run(inputs))
+        results.append(compiled_denoiser.load(path, threads=1).run(inputs))
         calls.append(built.facts["calls"])
         unfused()
     assert calls[0] < calls[1]

@@ -1,6 +1,6 @@
 """Integer GEMM kernels, bit for bit against the definition, on every CPU target.
 
-The list of shapes (`tests/shapes.py`) is rows x outputs x reductions x formats, and each kernel runs on every number
+The list of shapes (`harness/shapes.py`) is rows x outputs x reductions x formats, and each kernel runs on every number
 of rows. On the two main x86 targets every stored width (8, 4, 3 and 2 bits) meets every pair of outputs and reduction.
 Each width has two variants (bias, offset, row classes, time groups), which take turns as in a Latin square; the two
 targets take them the other way round. The other targets take a part of one square.
@@ -16,12 +16,12 @@ import pytest
 import tvm
 from tvm import relax
 
-from mpq_compiler.backends.tvm.kernels import gemm, prepare
-from mpq_compiler.backends.tvm.kernels import problem as problems
-from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
-from tests.integer_kernels import AARCH64, X86, Kernels, assert_same_bits, needs
-from tests.shapes import (
+from mpq_compiler.backends.tvm.kernels.cpu import gemm, prepare
+from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.problems import quant_matmul
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from tests.harness.integer_kernels import AARCH64, X86, Kernels, assert_same_bits, needs
+from tests.harness.shapes import (
     FORMATS,
     OUTPUTS,
     REDUCTIONS,
@@ -295,7 +295,7 @@ FEW_OUTPUTS = [
 @pytest.mark.parametrize("name", X86)
 def test_few_outputs(name):
     isa = needs(name)
-    widths = {problems.WeightLayout(p, isa).isa.split for p in FEW_OUTPUTS}
+    widths = {quant_matmul.WeightLayout(p, isa).isa.split for p in FEW_OUTPUTS}
     assert widths == ({2, 4} if isa.lanes == 16 else {1, 2})
     kernels = Kernels(isa, FEW_OUTPUTS)
     cases = [make_case(problem, 2, seed("few", i)) for i, problem in enumerate(FEW_OUTPUTS)]

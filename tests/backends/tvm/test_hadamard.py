@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from mpq_compiler import ops
-from mpq_compiler.backends.tvm.kernels import hadamard
-from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.hadamard import Hadamard
-from tests.float_kernels import TARGETS, Case, Suite, quantized, quantizer_inputs, random_inputs, same_bits
+from mpq_compiler.backends.tvm.kernels.cpu import hadamard
+from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.cpu.hadamard import Hadamard
+from mpq_compiler.ir import ops
+from tests.harness.float_kernels import TARGETS, Case, Suite, quantized, quantizer_inputs, random_inputs, same_bits
 
 PROBLEMS = {
     f"{positions}x{channels} by {block}": Hadamard(positions, channels, block)

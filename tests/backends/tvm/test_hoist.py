@@ -5,13 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpq_compiler import artifact, hoisting, pass_manager, runtime, specialize, targets
-from mpq_compiler.backends.tvm import hoist
+from mpq_compiler.artifact import bundle
 from mpq_compiler.backends.tvm.build import _notes, build
-from mpq_compiler.backends.tvm.emit import lower
-from mpq_compiler.backends.tvm.lowered import Call, Kernel, Value, record
-from mpq_compiler.errors import UserError
-from tests import packed
+from mpq_compiler.backends.tvm.emit.walk import lower
+from mpq_compiler.backends.tvm.plan import hoist
+from mpq_compiler.backends.tvm.plan.calls import Call, Kernel, Value, record
+from mpq_compiler.driver import specialize
+from mpq_compiler.ir import specialization
+from mpq_compiler.pipeline import parser
+from mpq_compiler.runtime import compiled_denoiser, memo
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets import table as targets
+from tests.harness import packed
 
 TARGET = "x86-64-avx2"
 OTHER = (8, 8)
@@ -25,10 +30,10 @@ def case():
 
 @pytest.fixture(scope="module")
 def others(case):
-    layout = pass_manager.parse("trace,layout")
+    layout = parser.parse("trace,layout")
     there = specialize.laid_out(case.laid_out, case.denoiser, OTHER, layout)
     made = specialize.transplant(case.program, case.laid_out, there)
-    return [specialize.Specialization(made, (1,))]
+    return [specialization.Specialization(made, (1,))]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +50,7 @@ def paths(case, others, tmp_path_factory):
             built = build(case.program, target, (1, 3), jobs=2, cache=packed.kernel_cache(), others=others)
         path = tmp_path_factory.mktemp("hoist") / f"{whole}.mpq"
         found.append(packed.write(path, case.program, target, built))
-    assert "parts" in artifact.read(found[0]).manifest and "parts" not in artifact.read(found[1]).manifest
+    assert "parts" in bundle.read(found[0]).manifest and "parts" not in bundle.read(found[1]).manifest
     return found
 
 
@@ -62,18 +67,18 @@ def calls(case) -> list[dict[str, np.ndarray]]:
 @pytest.mark.invariant("bitsfusion-1")
 def test_bits_do_not_depend_on_what_is_kept(case, paths):
     split, whole = paths
-    expected = [runtime.load(whole, threads=1).run(inputs) for inputs in calls(case)]
-    row = max(part.row_bytes for part in runtime.load(split)._executor.parts.values())
-    for reuse_bytes in (hoisting.REUSE_BYTES, 0, 1, 6 * row):
-        denoiser = runtime.load(split, threads=1, reuse_bytes=reuse_bytes)
+    expected = [compiled_denoiser.load(whole, threads=1).run(inputs) for inputs in calls(case)]
+    row = max(part.row_bytes for part in compiled_denoiser.load(split)._executor.parts.values())
+    for reuse_bytes in (memo.REUSE_BYTES, 0, 1, 6 * row):
+        denoiser = compiled_denoiser.load(split, threads=1, reuse_bytes=reuse_bytes)
         for inputs, result in zip(calls(case), expected, strict=True):
             assert np.array_equal(denoiser.run(inputs), result)
         assert all(len(part._kept) <= part.rows for part in denoiser._executor.parts.values())
-    assert {part.rows for part in runtime.load(split, reuse_bytes=1)._executor.parts.values()} == {2}
+    assert {part.rows for part in compiled_denoiser.load(split, reuse_bytes=1)._executor.parts.values()} == {2}
 
 
 def test_what_is_known_is_not_computed_again(case, paths):
-    denoiser = runtime.load(paths[0], threads=1)
+    denoiser = compiled_denoiser.load(paths[0], threads=1)
     parts = denoiser._executor.parts
     text, timestep = (case.inputs[name].numpy() for name in ("encoder_hidden_states", "timestep"))
     boundaries = denoiser.artifact.tensors()["time_groups.boundaries"]
@@ -95,13 +100,13 @@ def test_what_is_known_is_not_computed_again(case, paths):
 
 
 def test_memory_is_bounded_and_taken_once(paths):
-    denoiser = runtime.load(paths[0], reuse_bytes=1 << 20)
+    denoiser = compiled_denoiser.load(paths[0], reuse_bytes=1 << 20)
     for part in denoiser._executor.parts.values():
         inputs = sum(array.nbytes for array, _ in part._arguments)
         most = max(1 << 19, 2 * (part.row_bytes + inputs))
         assert part.rows * part.row_bytes <= part.reserved_bytes <= most
     with pytest.raises(UserError, match="reuse_bytes is -1"):
-        runtime.load(paths[0], reuse_bytes=-1)
+        compiled_denoiser.load(paths[0], reuse_bytes=-1)
 
 
 @pytest.mark.invariant("bitsfusion-2")
@@ -120,7 +125,7 @@ def test_functions_of_other_sizes_share_the_parts(case, others):
 
 
 def test_contents_have_numbers():
-    contents, draw = hoisting.Contents(4096, 3), np.random.default_rng(0)
+    contents, draw = memo.Contents(4096, 3), np.random.default_rng(0)
     arrays = [draw.integers(0, 256, 4096).astype(np.uint8) for _ in range(4)]
     arrays[1][:-1] = arrays[0][:-1]  # they differ in the last byte
     assert [contents.number(arrays[i].copy()) for i in (0, 1, 0, 2, 1)] == [0, 1, 0, 2, 1]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpq_compiler.backends.tvm.kernels import matmul
-from mpq_compiler.backends.tvm.kernels.matmul import Access, Matmul
-from tests.float_kernels import TARGETS, Case, Suite, error, random_inputs
+from mpq_compiler.backends.tvm.kernels.cpu import matmul
+from mpq_compiler.backends.tvm.kernels.cpu.matmul import Access, Matmul
+from tests.harness.float_kernels import TARGETS, Case, Suite, error, random_inputs
 
 H, T, D = 3, 37, 11
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpq_compiler.backends.tvm.kernels import movement
-from mpq_compiler.backends.tvm.kernels.movement import Gather, Movement
-from tests.float_kernels import TARGETS, Case, Suite, shape_of
+from mpq_compiler.backends.tvm.kernels.cpu import movement
+from mpq_compiler.backends.tvm.kernels.cpu.movement import Gather, Movement
+from tests.harness.float_kernels import TARGETS, Case, Suite, shape_of
 
 BATCH = 2
 IMAGE = ("B", 7, 5, 33)

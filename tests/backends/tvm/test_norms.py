@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 import tvm
 
-from mpq_compiler import ops
-from mpq_compiler.backends.tvm.kernels import norms
-from mpq_compiler.backends.tvm.kernels.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.norms import GroupNorm, LayerNorm, Norm, RmsNorm
-from tests.float_kernels import (
+from mpq_compiler.backends.tvm.kernels.cpu import norms
+from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.cpu.norms import GroupNorm, LayerNorm, Norm, RmsNorm
+from mpq_compiler.ir import ops
+from tests.harness.float_kernels import (
     TARGETS,
     Case,
     Suite,

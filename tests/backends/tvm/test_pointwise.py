@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mpq_compiler.backends.tvm.kernels import pointwise
-from mpq_compiler.backends.tvm.kernels.pointwise import (
+from mpq_compiler.backends.tvm.kernels.cpu import pointwise
+from mpq_compiler.backends.tvm.kernels.cpu.pointwise import (
     Input,
     PointwiseProgram,
     PointwiseStep,
@@ -18,7 +18,7 @@ from mpq_compiler.backends.tvm.kernels.pointwise import (
     Window,
     merge_dimensions,
 )
-from tests.float_kernels import TARGETS, Case, Suite, error, quantized, quantizer_inputs, shape_of
+from tests.harness.float_kernels import TARGETS, Case, Suite, error, quantized, quantizer_inputs, shape_of
 
 BATCH = 3
 

@@ -11,8 +11,7 @@ import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpq_compiler import ops
-from mpq_compiler.backends.tvm.kernels.quantize import (
+from mpq_compiler.backends.tvm.kernels.cpu.quantize import (
     DynamicQuantize,
     Problem,
     Quantize,
@@ -21,9 +20,10 @@ from mpq_compiler.backends.tvm.kernels.quantize import (
     build,
     outputs,
 )
-from tests import qemu
-from tests.integer_kernels import AARCH64, X86, assert_same_bits, needs
-from tests.shapes import concrete, dynamic_quantize, quantize, seed
+from mpq_compiler.ir import ops
+from tests.harness import qemu
+from tests.harness.integer_kernels import AARCH64, X86, assert_same_bits, needs
+from tests.harness.shapes import concrete, dynamic_quantize, quantize, seed
 
 SHAPES = ((1,), (3,), (16,), (63,), (64,), (65,), (7, 7, 48), (5, 333))
 PROBLEMS = [Quantize(shape, bits, groups) for shape in SHAPES for bits, groups in ((8, 1), (6, 3), (4, 2))]

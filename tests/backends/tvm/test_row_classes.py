@@ -7,14 +7,16 @@ import pytest
 import torch
 import tvm
 
-from mpq_compiler import costs, formats, ops, storage
-from mpq_compiler.backends.tvm.kernels import dequantize
-from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
+from mpq_compiler import formats
+from mpq_compiler.backends.tvm.kernels.cpu import dequantize
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.formats import contract
 from mpq_compiler.formats.packing import pack_codes, pack_rows
-from tests import packed
+from mpq_compiler.ir import costs, stored_tensors
 from tests.backends.tvm import test_emit as emitted
-from tests.integer_kernels import AARCH64, X86, Kernels, assert_same_bits, needs
-from tests.shapes import make_case, reference, with_widths
+from tests.harness import packed
+from tests.harness.integer_kernels import AARCH64, X86, Kernels, assert_same_bits, needs
+from tests.harness.shapes import make_case, reference, with_widths
 
 PROBLEMS = (
     with_widths(QuantMatmul.linear((5,), 20, 53, has_offset=True), 1, 2, 3),
@@ -40,7 +42,7 @@ def test_what_float_layers_read_has_the_bits_of_torch(name):
     w[16:32] = w[16:32] ** 5
     fit = formats.get(name).fit(w)
     assert fit.lut is not None and fit.row_class is not None and len(fit.row_class.unique()) == 3
-    widths, classes = ops.class_bits(fit.lut), fit.row_class.numpy()
+    widths, classes = contract.class_bits(fit.lut), fit.row_class.numpy()
     codes = pack_rows(fit.codes.numpy(), classes, widths[0])
     assert codes.nbytes == formats.get(name).bits * 70 * 36 // 8
     problem = dequantize.DequantizeTable(70, 36, (4,), max(widths), 3, "float16", widths, codes.nbytes)
@@ -63,5 +65,5 @@ def test_artifact_is_as_good_as_the_packed_program():
     case = packed.program("unet2d", "int3m")
     classes = [t for name, t in case.program.tensors.items() if name.endswith(":row_class")]
     assert sum(len(each.unique()) == 3 for each in classes) > 5
-    stored = storage.stored(case.program).values()
+    stored = stored_tensors.stored(case.program).values()
     assert sum(tensor.array.nbytes for tensor in stored) == costs.stored_bytes(case.planned)

@@ -18,12 +18,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from mpq_compiler import artifact, compiler, denoiser, evaluation, runtime, targets, tvm_wheels
+from mpq_compiler.api import compile
+from mpq_compiler.artifact import bundle, tvm_wheels
 from mpq_compiler.backends.tvm import standalone
 from mpq_compiler.backends.tvm.build import build
-from mpq_compiler.errors import UserError
-from tests import packed, programs, qemu
+from mpq_compiler.driver import lower as driver_lower
+from mpq_compiler.driver import options as driver_options
+from mpq_compiler.evaluation import painter as evaluation_painter
+from mpq_compiler.frontend import denoiser
+from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.support import tensorfile
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets import table as targets
 from tests.backends.tvm.test_emit import TARGETS, executed
+from tests.harness import packed, programs, qemu
 
 HOST = TARGETS[1]
 QEMU = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
@@ -58,7 +66,7 @@ def program(name: str, weights: str, target: str, emit: str) -> Path:
 
 
 def run(folder: Path, target: str, *options: str, cpu: str = "") -> subprocess.CompletedProcess[str]:
-    command = [str(folder / artifact.PROGRAM), "--weights", str(folder / artifact.WEIGHTS), *options]
+    command = [str(folder / bundle.PROGRAM), "--weights", str(folder / bundle.WEIGHTS), *options]
     if target in CPUS and platform.machine() != "aarch64":
         command = [*QEMU, "-cpu", cpu or CPUS[target], *command]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env={"PATH": os.environ["PATH"]})
@@ -101,13 +109,13 @@ def test_images_have_the_bits_of_the_machine(name, target, tmp_path):
     if platform.machine() != "aarch64" and (absent := qemu.missing()):
         pytest.skip(absent)
     model = denoiser.load(name)
-    lowered = compiler.lower(model, compiler.Options(recipe="w8a8", samples=2, steps=4)).program
+    lowered = driver_lower.lower(model, driver_options.Options(recipe="w8a8", samples=2, steps=4)).program
     folders = {}
     for each in (HOST, target):
         row = targets.resolve(each)
         built = build(lowered, row, (2, 4), jobs=2, cache=packed.kernel_cache(), emit="c")
         folders[each] = packed.write(tmp_path / f"{each}.mpq", lowered, row, built)
-    machine = runtime.load(folders[HOST], threads=1)
+    machine = compiled_denoiser.load(folders[HOST], threads=1)
 
     def remote(**inputs: np.ndarray) -> np.ndarray:
         save_file({key: np.ascontiguousarray(value) for key, value in inputs.items()}, tmp_path / "in")
@@ -117,7 +125,7 @@ def test_images_have_the_bits_of_the_machine(name, target, tmp_path):
         assert done.returncode == 0, done.stderr
         return load_file(tmp_path / "out")["sample"]
 
-    painter = evaluation.from_denoiser(model)
+    painter = evaluation_painter.from_denoiser(model)
     drawn = [
         replace(painter, call=call).draw(painter.conditioning.varied(2), 2, 10, seed=3)
         for call in (lambda **inputs: machine.run(inputs), remote)
@@ -130,7 +138,7 @@ def test_tensors_that_are_needed_at_once_do_not_overlap(rows):
     sizes = {str(i): size for i, (size, _, _) in enumerate(rows)}
     alive = {str(i): (min(a, b), max(a, b)) for i, (_, a, b) in enumerate(rows)}
     places, total = standalone.offsets(sizes, alive)
-    assert all(at % standalone.ALIGNMENT == 0 and at + sizes[name] <= total for name, at in places.items())
+    assert all(at % tensorfile.ALIGNMENT == 0 and at + sizes[name] <= total for name, at in places.items())
     for a in sizes:
         for b in sizes:
             together = alive[a][0] <= alive[b][1] and alive[b][0] <= alive[a][1]
@@ -145,9 +153,9 @@ def test_what_it_refuses(tmp_path):
     name, weights, target = CASES[1]
     folder, output = program(name, weights, target, "c"), tmp_path / "out.safetensors"
     copy = shutil.copytree(folder, tmp_path / "copy")
-    data = bytearray((folder / artifact.WEIGHTS).read_bytes())
+    data = bytearray((folder / bundle.WEIGHTS).read_bytes())
     data[-1] ^= 1
-    (copy / artifact.WEIGHTS).write_bytes(data)
+    (copy / bundle.WEIGHTS).write_bytes(data)
 
     def refused(*options: str, where: Path = folder, cpu: str = "") -> str:
         done = run(where, target, "--output", str(output), *options, cpu=cpu)
@@ -157,12 +165,12 @@ def test_what_it_refuses(tmp_path):
     sentence = refused(cpu="cortex-a53")
     assert "asimddp" in sentence and "which the kernels for 'aarch64-dotprod' need" in sentence
     assert "holds other weights than those of this build" in refused(where=copy)
-    (copy / artifact.WEIGHTS).write_bytes(data[:-8])
+    (copy / bundle.WEIGHTS).write_bytes(data[:-8])
     assert f"has {len(data) - 8} bytes, and the weights of this build {len(data)}" in refused(where=copy)
-    (copy / artifact.WEIGHTS).unlink()
+    (copy / bundle.WEIGHTS).unlink()
     assert "No such file" in refused(where=copy)
     assert "there is no function 'denoise_b3'; there are denoise_b1 denoise_b4" in refused("--function", "denoise_b3")
-    assert "must hold 'sample' as F32 of shape [1, 4, 14, 14]" in refused("--inputs", str(folder / artifact.WEIGHTS))
+    assert "must hold 'sample' as F32 of shape [1, 4, 14, 14]" in refused("--inputs", str(folder / bundle.WEIGHTS))
     assert "cannot read" in refused("--inputs", str(tmp_path / "none"))
     assert "not known" in refused("--colour", "red")
 
@@ -173,7 +181,7 @@ def test_equal_bytes(tmp_path):
     case, row = packed.program(name, weights), targets.resolve(target)
     builds = [build(case.program, row, (1, BATCH), jobs=jobs, cache=tmp_path / f"{jobs}", emit="c") for jobs in (1, 2)]
     assert builds[0].files == builds[1].files
-    program_ = builds[0].files[artifact.PROGRAM]
+    program_ = builds[0].files[bundle.PROGRAM]
     assert str(tmp_path).encode() not in program_ and str(Path.cwd()).encode() not in program_
 
 
@@ -186,21 +194,21 @@ def test_what_a_program_on_tvms_runtime_refuses(tmp_path):
     (copy / "libtvm_runtime.so").unlink()
     done = run(copy, target)
     assert done.returncode == 1 and "cannot load TVM's runtime" in done.stderr
-    data = bytearray((copy / artifact.KERNELS).read_bytes())
+    data = bytearray((copy / bundle.KERNELS).read_bytes())
     data[len(data) // 2] ^= 1
-    (copy / artifact.KERNELS).write_bytes(data)
+    (copy / bundle.KERNELS).write_bytes(data)
     done = run(copy, target)
     assert done.returncode == 1 and "holds other kernels than those of this build" in done.stderr
     with pytest.raises(
         UserError, match=r"there is no apache_tvm-.*aarch64\.whl in .*: get TVM's runtime .* `pip download"
     ):
-        compiler.compile(packed.BUNDLED, tmp_path / "out.mpq", target="aarch64-neon", standalone=True, wheels=tmp_path)
+        compile.compile(packed.BUNDLED, tmp_path / "out.mpq", target="aarch64-neon", standalone=True, wheels=tmp_path)
     with pytest.raises(UserError, match="--standalone makes a program of kernels for CPUs; 'onnx' has none"):
-        compiler.compile(packed.BUNDLED, tmp_path / "out.mpq", target="onnx", standalone=True)
+        compile.compile(packed.BUNDLED, tmp_path / "out.mpq", target="onnx", standalone=True)
     with pytest.raises(UserError, match="--wheels holds TVM's runtime for --standalone: add that"):
-        compiler.compile(packed.BUNDLED, tmp_path / "out.mpq", wheels=tmp_path)
+        compile.compile(packed.BUNDLED, tmp_path / "out.mpq", wheels=tmp_path)
     with pytest.raises(UserError, match="leave one of them out"):
-        compiler.compile(packed.BUNDLED, tmp_path / "out.mpq", emit="c", standalone=True)
+        compile.compile(packed.BUNDLED, tmp_path / "out.mpq", emit="c", standalone=True)
 
 
 EMBEDDED = """
@@ -257,9 +265,9 @@ def test_a_program_computes_what_is_new(emit, inputs, tmp_path):
     sources = [standalone.MODEL, *(("mpq.c", standalone.KERNELS) if emit == "c" else ("mpq_vm.c",))]
     command = ["gcc", *standalone.LINKED, "-shared", "-fPIC", *(str(folder / source) for source in sources)]
     subprocess.run([*command, "-ldl", "-lpthread", "-lm", "-o", tmp_path / "libmpq.so"], check=True)
-    function = artifact.read(folder).manifest["functions"][1]
+    function = bundle.read(folder).manifest["functions"][1]
     names = ",".join(value["name"] for value in function["inputs"])
-    given = (str(folder / artifact.WEIGHTS), str(inputs(name, weights)), names, emit)
+    given = (str(folder / bundle.WEIGHTS), str(inputs(name, weights)), names, emit)
     code = EMBEDDED.replace("{upwards}", "0x400000" if platform.machine() == "aarch64" else "0x800")
     subprocess.run([sys.executable, "-c", code, *given], check=True, cwd=tmp_path, timeout=300)
 
@@ -272,7 +280,7 @@ def test_the_example_of_cmake_builds(emit, tmp_path):
     folder, made = program(name, weights, target, emit), tmp_path / "build"
     for command in (("cmake", "-S", str(folder), "-B", str(made)), ("cmake", "--build", str(made))):
         subprocess.run(command, check=True, capture_output=True)
-    done = subprocess.run([made / "mpq_run", "--weights", folder / artifact.WEIGHTS], capture_output=True, text=True)
+    done = subprocess.run([made / "mpq_run", "--weights", folder / bundle.WEIGHTS], capture_output=True, text=True)
     assert done.returncode == 0 and "calls: median" in done.stdout
 
 

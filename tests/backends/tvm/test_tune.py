@@ -5,18 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpq_compiler import artifact, runtime, targets
+from mpq_compiler.artifact import bundle
 from mpq_compiler.backends.tvm import build as building
-from mpq_compiler.backends.tvm import templates, tune
-from mpq_compiler.backends.tvm.emit import lower
-from mpq_compiler.backends.tvm.kernels import problem as problems
-from mpq_compiler.backends.tvm.kernels.isa import ISAS
-from mpq_compiler.backends.tvm.kernels.problem import QuantMatmul
-from mpq_compiler.backends.tvm.lowered import Kernel, record
-from mpq_compiler.errors import UserError
-from tests import packed
-from tests.integer_kernels import Kernels, assert_same_bits, needs
-from tests.shapes import make_case, reference
+from mpq_compiler.backends.tvm import templates
+from mpq_compiler.backends.tvm.compile import tune
+from mpq_compiler.backends.tvm.emit.walk import lower
+from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS
+from mpq_compiler.backends.tvm.kernels.problems import quant_matmul as problems
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.backends.tvm.plan.calls import Kernel, record
+from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets import table as targets
+from tests.harness import packed
+from tests.harness.integer_kernels import Kernels, assert_same_bits, needs
+from tests.harness.shapes import make_case, reference
 
 PROGRAM = ("dit", "int8")
 TARGET = "x86-64-avx2"
@@ -86,9 +89,9 @@ def test_an_artifact_with_other_tiles_gives_the_same_bits(tmp_path):
         built = building.build(case.program, target, (1,), cache=packed.kernel_cache(), tune=chosen)
         assert built.facts["tiles"] == (tiles if chosen else None)
         path = packed.write(tmp_path / f"{i}.mpq", case.program, target, built)
-        libraries.append(built.files[artifact.KERNELS])
+        libraries.append(built.files[bundle.KERNELS])
         inputs = {name: value[:1].numpy() for name, value in case.inputs.items()}
-        outputs.append(runtime.load(path, threads=1).run(inputs))
+        outputs.append(compiled_denoiser.load(path, threads=1).run(inputs))
     assert len(asked) == len({kernel for _, kernel in asked}), "a kernel is measured once"
     np.testing.assert_array_equal(outputs[0], outputs[1])
     assert libraries[0] != libraries[1] and libraries[1] == libraries[2]

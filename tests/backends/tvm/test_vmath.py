@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from mpq_compiler.backends.tvm.kernels import pointwise, vmath
-from mpq_compiler.backends.tvm.kernels.pointwise import Input, PointwiseProgram, PointwiseStep
-from tests.float_kernels import TARGETS, Case, Suite, quantized
+from mpq_compiler.backends.tvm.kernels.common import vmath
+from mpq_compiler.backends.tvm.kernels.cpu import pointwise
+from mpq_compiler.backends.tvm.kernels.cpu.pointwise import Input, PointwiseProgram, PointwiseStep
+from tests.harness.float_kernels import TARGETS, Case, Suite, quantized
 
 F64 = torch.float64
 

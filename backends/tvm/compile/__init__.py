@@ -1,0 +1,1 @@
+"""From the plan to machine code: worker processes, linking, tuning, memory."""

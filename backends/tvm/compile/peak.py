@@ -1,0 +1,117 @@
+"""What one core of this machine can do at most: dot products of 8-bit integers, f32 multiply-adds, on registers only.
+
+What kernels reach is told as a share of it (`mpqc bench`, benchmarks/kernels.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+
+from mpq_compiler.backends.tvm.kernels.common import vmath
+from mpq_compiler.backends.tvm.kernels.common.template import Argument, primfunc, scratch, shares, span, store
+from mpq_compiler.backends.tvm.kernels.cpu import bfloat16 as pairs
+from mpq_compiler.backends.tvm.kernels.cpu.isa import Isa
+from mpq_compiler.targets.numerics import BF16, FEATURES
+from mpq_compiler.targets.table import TARGETS, with_features
+
+ROUNDS = 20000
+"""Of the loop in a call: some milliseconds."""
+
+Loop = tuple[Callable[[], object], int]
+"""A call, and the multiply-accumulates that it makes."""
+
+
+def integer(target: Isa, parts: int = 1) -> Loop:
+    """Dot products as the integer kernels make them, int32 sums in registers; as often for each of some parts.
+
+    Parts are shared among threads: what two threads make of two of them is what no kernel can do better.
+    """
+    weights = f"{target.weight}x{target.vector}"
+
+    def step(total: Expr, word: Expr) -> Expr:
+        # The sum itself as the weights: a constant operand would let vpmaddwd move out of the loop.
+        each = word if target.word_lanes == 1 else tirx.Broadcast(word, target.word_lanes)
+        return target.dot(total, target.spread([each] * target.unit), tirx.reinterpret(weights, total))
+
+    lanes = target.words * target.unit
+    return _loop("peak_integer", target, "int32", step, target.vector * target.unit, parts, lanes=lanes)
+
+
+def floating(target: Isa) -> Loop:
+    """Fused multiply-adds of f32 vectors."""
+
+    def step(total: Expr, word: Expr) -> Expr:
+        return vmath.fma(total, tirx.Broadcast(word, target.lanes), total)
+
+    return _loop("peak_floating", target, "float32", step, target.lanes)
+
+
+def reading(target: Isa, bytes_: int) -> Loop:
+    """Loads of whole registers from a buffer of about so many bytes, from its begin to its end; those bytes."""
+    lanes, cells = target.lanes, target.tiles[0].rows
+    steps = bytes_ // (4 * lanes * cells)
+    size = steps * lanes * cells
+
+    def body(_: Any, buffers: dict[str, Any]) -> None:
+        total = scratch(cells * lanes, "int32")
+        for i in range(cells):
+            store(total, vmath.i32(0, lanes), span(i * lanes, lanes))
+        with T.serial(0, steps) as step:
+            for i in range(cells):
+                at = span(i * lanes, lanes)
+                store(total, total[at] + buffers["x"][span((step * cells + i) * lanes, lanes)], at)
+        for i in range(cells):
+            store(buffers["y"], total[span(i * lanes, lanes)], span(i * lanes, lanes))
+
+    loop = primfunc("reading", [Argument("x", (size,), "int32"), Argument("y", (cells * lanes,), "int32")], body)
+    function = tvm.compile(tvm.IRModule({"reading": loop}), target=target.target())["reading"]
+    x, y = (tvm.runtime.tensor(np.ones(n, np.int32)) for n in (size, cells * lanes))
+    return lambda: function(x, y), 4 * size
+
+
+def bfloat16(target: Isa) -> Loop:
+    """Products of pairs of bfloat16 with f32 sums, for CPUs with AVX512_BF16 and targets of their vectors."""
+
+    def step(total: Expr, word: Expr) -> Expr:
+        return pairs.dot(total, tirx.Broadcast(vmath.as_int(word), target.lanes), vmath.as_int(total))
+
+    return _loop("peak_bfloat16", target, "float32", step, 2 * target.lanes, features=FEATURES[BF16])
+
+
+def _loop(
+    name: str, target: Isa, dtype: str, step: Callable[[Expr, Expr], Expr], work: int, parts: int = 1,
+    features: tuple[str, ...] = (), lanes: int = 0,
+) -> Loop:  # fmt: skip
+    """``step(sum, word)`` again and again on as many sums as the widest tile of the target has.
+
+    lanes: of a sum, where those are not the target's.
+    """
+    tile, lanes = target.tiles[0], lanes or target.lanes
+    cells = tile.rows * tile.vectors * target.lanes // lanes
+
+    def body(_: Any, buffers: dict[str, Any]) -> None:
+        with shares(1, parts, float("inf") if parts > 1 else 0) as (_, begin, end), T.serial(begin, end) as part:
+            total = scratch(cells * lanes, dtype)
+            for i in range(cells):
+                store(total, tirx.Broadcast(buffers["y"][part, i], lanes), span(i * lanes, lanes))
+            word = T.bind(buffers["y"][part, 0])
+            with pairs.instructions() if features else nullcontext(), T.serial(0, ROUNDS):
+                for i in range(cells):
+                    at = span(i * lanes, lanes)
+                    store(total, step(total[at], word), at)
+            for i in range(cells):
+                store(buffers["y"], total[i * lanes], part, i)
+
+    loop = primfunc(name, [Argument("y", (parts, cells), dtype)], body)
+    row = with_features(TARGETS[target.name], features)
+    function = tvm.compile(tvm.IRModule({name: loop}), target=tvm.target.Target(dict(row.tvm)))[name]
+    y = tvm.runtime.tensor(np.zeros((parts, cells), dtype))
+    return lambda: function(y), ROUNDS * cells * work * parts

@@ -1,0 +1,193 @@
+"""A process that compiles kernels and links libraries: ``python -m mpq_compiler.backends.tvm.compile.worker``.
+
+TVM lives in workers only. LLVM ends its process where it cannot select an instruction; what ends here is a
+worker, and its parent (`Worker`, below) turns that into one sentence. Requests and answers are pickles, each
+behind its length, over standard input and output.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import mpq_compiler
+from mpq_compiler.support.errors import UserError
+
+
+class Crash(Exception):
+    """The worker ended without an answer; the message says how."""
+
+
+class Failure(Exception):
+    """The worker could not do it; the message says why."""
+
+
+def _send(stream: IO[bytes], message: Any) -> None:
+    data = pickle.dumps(message)
+    stream.write(len(data).to_bytes(8, "little") + data)
+    stream.flush()
+
+
+def _receive(stream: IO[bytes]) -> Any:
+    """The next message. EOFError: there is none."""
+    size = stream.read(8)
+    data = stream.read(int.from_bytes(size, "little")) if len(size) == 8 else b""
+    if len(size) < 8 or len(data) < int.from_bytes(size, "little"):
+        raise EOFError
+    return pickle.loads(data)
+
+
+class Worker:
+    """The parent's side of a worker. Context manager; starts at once, ends with the block."""
+
+    def __init__(self) -> None:
+        root = str(Path(mpq_compiler.__file__).parents[1])
+        paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TVM_NUM_THREADS": "1"}
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", __name__],  # -P: modules of the folder that the user is in are none of ours
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=environment,
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the worker, whatever it does."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            if stream is not None:
+                stream.close()
+
+    def __call__(self, function: str, *arguments: Any) -> Any:
+        """The result of a function of `REQUESTS`. UserError, Failure: it raised; Crash: the worker died."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            _send(self._process.stdin, (function, arguments))
+            kind, result = _receive(self._process.stdout)
+        except (EOFError, BrokenPipeError):
+            raise Crash(self._last_words()) from None
+        if kind == "done":
+            return result
+        raise UserError(result) if kind == "user-error" else Failure(result)
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").splitlines()
+        telling = [line.strip() for line in lines if "LLVM ERROR" in line or "error:" in line.lower()]
+        ended = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return f"{telling[0]} ({ended})" if telling else ended
+
+
+def _compile(kernel: Any, target: Any, path: str) -> int:
+    """The kernel as an object file; bytes of the workspaces that a thread takes for it, at most."""
+    import tvm
+
+    from mpq_compiler.backends.tvm import templates
+    from mpq_compiler.backends.tvm.compile.workspaces import Workspaces
+    from mpq_compiler.targets.table import with_features
+
+    if target.is_cuda:
+        _compile_cuda(kernel, target, Path(path))
+        return 0
+    module = tvm.IRModule({kernel.name: templates.build(kernel, target)})
+    row, workspaces = with_features(target, kernel.features), Workspaces()
+    # Without its checks of every argument, half of the code of a small kernel: the plan is what calls them, and the
+    # runtime checks what the plan gets.
+    with tvm.transform.PassContext(instruments=[workspaces], config={"tirx.disable_assert": True}):
+        compiled = tvm.compile(module, target=tvm.target.Target(dict(row.tvm)))
+    compiled.mod.write_to_file(path)
+    return workspaces.size
+
+
+def _compile_cuda(kernel: Any, target: Any, path: Path) -> None:
+    """What launches a kernel as an object file, and beside it the kernel as a module for the runtime."""
+    import tvm
+
+    from mpq_compiler.backends.tvm import templates
+    from mpq_compiler.backends.tvm.toolchain import machine_code
+
+    functions = {kernel.name: templates.build(kernel, target)}
+    with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
+        launching, device = machine_code.compiled(functions, target)
+    launching.write_to_file(str(path))
+    path.with_suffix(machine_code.SOURCE).write_text(device.source)
+    path.with_suffix(machine_code.DEVICE).write_bytes(device.packed(*machine_code.code_for(device.source, target)))
+
+
+def _cudart(target: Any, output: str) -> None:
+    from mpq_compiler.backends.tvm.compile.link import compile_cudart
+
+    compile_cudart(target, Path(output))
+
+
+def _link(lowered: Any, target: Any, objects: list[str], output: str) -> dict[str, int]:
+    from mpq_compiler.backends.tvm.compile.link import link
+
+    tempfile.tempdir = str(Path(output).parent)  # what TVM leaves there goes with the parent's folder
+    return link(lowered, target, [Path(p) for p in objects], Path(output))
+
+
+def _standalone(
+    folder: Path, lowered: Any, target: Any, made: Any, weights: Path, places: Any, machine: bool
+) -> list[str]:
+    from mpq_compiler.backends.tvm import standalone
+
+    described = standalone.Weights(standalone.describe(weights), places)
+    if machine:
+        return standalone.write_machine(folder, lowered, target, made.library, described, made.held_bytes)
+    return standalone.write(folder, lowered, target, made.objects, described, made.workspace_bytes)
+
+
+def _tune(kernel: Any, target: Any) -> list[tuple[int, int, float]]:
+    from mpq_compiler.backends.tvm.compile.tune import measure
+
+    return measure(kernel, target)
+
+
+REQUESTS: dict[str, Callable[..., Any]] = {
+    "compile": _compile, "cudart": _cudart, "link": _link, "standalone": _standalone, "tune": _tune,
+}  # fmt: skip
+
+
+def main() -> None:
+    """Answers requests until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
+    sys.modules["torch"] = None  # type: ignore[assignment]  # TVM imports torch where it can: seconds, and 200 MB
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what anything prints must not end up among the answers
+    with suppress(ImportError):  # a request says so
+        import tvm  # noqa: F401  (half a second, spent before the first request)
+    while True:
+        try:
+            function, arguments = _receive(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            answer: tuple[str, Any] = ("done", REQUESTS[function](*arguments))
+        except UserError as error:
+            answer = ("user-error", str(error))
+        except Exception as error:
+            answer = ("failure", f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}")
+        _send(answers, answer)
+
+
+if __name__ == "__main__":
+    main()

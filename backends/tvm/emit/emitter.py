@@ -1,0 +1,372 @@
+"""What the emission of every operator shares: values, shapes, kernel calls, refusals.
+
+Values are contiguous, the batch outermost: a tensor of m*B rows is [B, m, ...] here. Shapes are free: a call
+may see an operand in any shape of as many elements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler.backends.tvm.plan.calls import BATCH, Call, Kernel, Record, Shape, Value, record
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.graph import arguments
+from mpq_compiler.ir.interpreter import ShapeInterpreter
+from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.stored_tensors import Stored
+from mpq_compiler.support.errors import UserError
+
+
+class _Shapes(ShapeInterpreter):
+    """Meta tensors of all nodes, those inside regions too."""
+
+    def __init__(self, program: Program, batch: int) -> None:
+        super().__init__(program)
+        self.found: dict[str, Any] = {}
+        inputs = {s.name: torch.empty(s.sized(batch), dtype=s.dtype, device="meta") for s in program.inputs}
+        with torch.no_grad():
+            self.run(inputs, watch=self._watch)
+
+    def _watch(self, node: fx.Node, value: Any) -> None:
+        self.found[node.name] = value
+
+    def evaluate(self, node: fx.Node, env: Any) -> Any:
+        if node.op == "call_module":
+            arguments = fx.map_arg(node.args, env.__getitem__)
+            return self.execute(self.program.regions[str(node.target)], list(arguments), self._watch)
+        return super().evaluate(node, env)
+
+
+@dataclass
+class Task:
+    """A node or region being emitted: its calls in order, and what they read from outside."""
+
+    node: fx.Node
+    members: list[fx.Node]
+    outer: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """Placeholder of the region -> node of the program."""
+
+    @property
+    def anchor(self) -> fx.Node:
+        return self.members[0]
+
+
+@dataclass
+class Epilogue:
+    """The steps that fit behind an anchor, and how many of the members they cover."""
+
+    steps: list[Record] = field(default_factory=list)
+    operands: list[tuple[str, Value]] = field(default_factory=list)
+    quantizer: fx.Node | None = None
+    covered: int = 1
+
+    @property
+    def record(self) -> Record:
+        kinds = [record("epilogue.Operand", kind=kind) for kind, _ in self.operands]
+        return record("epilogue.Epilogue", steps=self.steps, operands=kinds)
+
+    def reference(self, kind: str, value: Value) -> int:
+        if (kind, value) not in self.operands:
+            self.operands.append((kind, value))
+        return self.operands.index((kind, value))
+
+
+@dataclass
+class Formula:
+    """What a pointwise kernel computes: its inputs, as they broadcast to ``shape``, and its steps."""
+
+    shape: Shape
+    inputs: list[Value] = field(default_factory=list)
+    steps: list[Record] = field(default_factory=list)
+
+    def read(self, value: Value) -> Record:
+        if value not in self.inputs:
+            self.inputs.append(value)
+        return record("pointwise.Input", index=self.inputs.index(value))
+
+    def step(self, op: str, *args: Record | float, value: int | None = None) -> Record:
+        self.steps.append(record("pointwise.PointwiseStep", op=op, args=args, value=value))
+        return record("pointwise.Result", index=len(self.steps) - 1)
+
+    def include(self, other: Formula) -> Record:
+        """The result of another formula of the same shape, computed here."""
+        renamed = {("pointwise.Input", i): self.read(value) for i, value in enumerate(other.inputs)}
+        for i, step in enumerate(other.steps):
+            args = [renamed[a.type, a.get("index")] if isinstance(a, Record) else a for a in step.get("args")]
+            renamed["pointwise.Result", i] = self.step(step.get("op"), *args)
+        return renamed["pointwise.Result", len(other.steps) - 1]
+
+
+@dataclass(frozen=True)
+class View:
+    """Where the elements of a tensor lie in a value: what slices, permutes and repetitions are made of.
+
+    shape:    of the tensor
+    strides:  of its dimensions, in elements of a sample of the source; 0 for the batch
+    offset:   of its first element within a sample
+    """
+
+    source: Value
+    shape: Shape
+    strides: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """The shape of a sample, with 1 for the batch."""
+        return tuple(1 if extent == BATCH else int(extent) for extent in self.shape)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the source in another shape."""
+        batched = self.shape[:1] == (BATCH,)
+        if self.offset or batched != self.source.batched or math.prod(self.extents) != self.source.size:
+            return False
+        contiguous = whole(Value("", self.shape, "")).strides
+        return all(n == 1 or a == b for n, a, b in zip(self.extents, self.strides, contiguous, strict=True))
+
+    def reshaped(self, shape: Shape) -> View | None:
+        """The same elements in another shape; None where no strides say it."""
+        dims = [(n, s) for n, s in zip(self.extents, self.strides, strict=True) if n != 1]
+        strides: list[int] = []
+        for extent in reversed([1 if d == BATCH else int(d) for d in shape]):
+            if extent == 1:
+                strides.append(0)
+                continue
+            while len(dims) > 1 and dims[-1][0] % extent:  # merge with the dimension before
+                (outer, step), (inner, stride) = dims[-2:]
+                if step != inner * stride:
+                    return None
+                dims[-2:] = [(outer * inner, stride)]
+            if not dims or dims[-1][0] % extent:
+                return None
+            size, stride = dims.pop()
+            strides.append(stride)
+            if size != extent:
+                dims.append((size // extent, stride * extent))
+        return None if dims else View(self.source, shape, tuple(reversed(strides)), self.offset)
+
+
+def whole(value: Value) -> View:
+    """All of a value."""
+    strides, step = [], 1
+    for extent in reversed(value.shape):
+        one = extent == BATCH or extent == 1
+        strides.append(0 if one else step)
+        step *= 1 if one else int(extent)
+    return View(value, value.shape, tuple(reversed(strides)))
+
+
+class Preparation:
+    """The calls of `prepare`, shared by all functions: what is computed from stored tensors alone."""
+
+    def __init__(self, stored: dict[str, Stored]) -> None:
+        self.stored = stored
+        self.static = set(stored)
+        """Names of the values that are known at load."""
+        self.calls: list[Call] = []
+        self.made: dict[tuple[Any, ...], list[Value]] = {}
+
+
+class Emitter:
+    """The values and calls of one function while its program is walked (`emit.Walk`)."""
+
+    def __init__(self, program: Program, preparation: Preparation) -> None:
+        self.program = program
+        self.preparation = preparation
+        self.two, self.three = (_Shapes(program, batch).found for batch in (2, 3))
+        self.values: dict[fx.Node, Value] = {}
+        self.parts: dict[fx.Node, list[Value]] = {}
+        self.views: dict[str, View] = {}
+        """What copies were made of, by the copy's name: kernels that can read strides read the source."""
+        self.formulas: dict[str, Formula] = {}
+        """What pointwise kernels compute, by their result: their only readers may compute it themselves."""
+        self.calls: list[Call] = []
+        self.results: dict[str, Value] = {}
+        """What the calls make, by name."""
+        self.made: dict[tuple[Any, ...], list[Value]] = {}
+        self.task = Task(next(iter(program.graph.nodes)), [])
+
+    # ------------------------------------------------------------------------------------------ shapes
+
+    def shape(self, node: fx.Node) -> Shape:
+        return self.shape_of(self.two[node.name], self.three[node.name])
+
+    def shape_of(self, two: Tensor, three: Tensor) -> Shape:
+        """The shape with the batch outermost, from those at batch sizes 2 and 3."""
+        differing = [d for d in range(two.dim()) if two.shape[d] != three.shape[d]]
+        if not differing:
+            return tuple(two.shape)
+        rows = int(two.shape[0]) // 2
+        if differing != [0] or 2 * rows != two.shape[0] or 3 * rows != three.shape[0]:
+            raise self.refusal(f"its shape {text(two.shape)} does not have the batch outermost")
+        return (BATCH, *([rows] if rows != 1 else []), *(int(d) for d in two.shape[1:]))
+
+    def axis(self, node: fx.Node, dim: int) -> int:
+        """Dimension `dim` of the node's tensor as a dimension of its value."""
+        rank = self.two[node.name].dim()
+        dim %= rank
+        shifted = len(self.shape(node)) - rank
+        if shifted and dim == 0:
+            raise self.refusal("it works along a dimension that holds the batch")
+        return dim + shifted
+
+    def dtype(self, node: fx.Node) -> str:
+        """Element type of the node's tensor."""
+        return type_name(self.two[node.name].dtype)
+
+    def refusal(self, reason: str) -> UserError:
+        anchor = self.task.members[0] if self.task.members else self.task.node
+        return UserError(
+            f"node '{self.task.node.name}' ({ops.name_of(anchor.target)}) cannot be compiled for a CPU: {reason}; "
+            "use --target reference, or report the model"
+        )
+
+    # ------------------------------------------------------------------------------------------ values
+
+    def value(self, node: Any) -> Value:
+        """The value of a node of the program (or of a placeholder of the region), stored floats as f32."""
+        node = self.task.outer.get(node, node)
+        if node.op == "get_attr":
+            value = self.stored(node)
+            return self.converted(value, "float32") if value.dtype == "float16" else value
+        if node not in self.values:
+            raise self.refusal(f"it reads '{node.name}', which is no tensor")
+        return self.values[node]
+
+    def optional(self, node: Any) -> Value | None:
+        return None if node is None else self.value(node)
+
+    def stored(self, node: Any) -> Value:
+        """A tensor in its stored form."""
+        node = self.task.outer.get(node, node)
+        if node.op != "get_attr":
+            raise self.refusal(f"'{node.name}' is computed where a stored tensor is expected")
+        array = self.preparation.stored[str(node.target)].array
+        return Value(str(node.target), array.shape, str(array.dtype))
+
+    def is_static(self, value: Value) -> bool:
+        """Whether the value is known at load."""
+        return value.name in self.preparation.static
+
+    def converted(self, value: Value, dtype: str) -> Value:
+        problem = record(
+            "pointwise.PointwiseProgram",
+            inputs=[((value.size,), value.dtype)],
+            steps=[record("pointwise.PointwiseStep", op="cast", args=[record("pointwise.Input", index=0)])],
+            shape=(value.size,),
+            dtype=dtype,
+        )
+        made = Value(f"{value.name}|{dtype}", value.shape, dtype)
+        return self.call(Kernel("pointwise", problem), {"x0": value}, {"y": made})[0]
+
+    def view(self, value: Value) -> View:
+        """Where the elements of a value lie: in another, which it is a copied part of, or in itself."""
+        found = self.views.get(value.name)
+        return (found and found.reshaped(value.shape)) or whole(value)
+
+    def copied(self, view: View, name: str) -> Value:
+        """The view as a value: no call where it is its whole source, else a copy (that none may come to read)."""
+        if view.is_whole:
+            return Value(view.source.name, view.shape, view.source.dtype)
+        extents = view.extents
+        strides = whole(Value("", extents, "")).strides
+        copy = record(
+            "movement.Copy", source=0, extents=extents, source_strides=view.strides, target_strides=strides,
+            source_offset=view.offset,
+        )  # fmt: skip
+        problem = record(
+            "movement.Movement", inputs=[view.source.shape], shape=view.shape, copies=[copy], dtype=view.source.dtype
+        )
+        out = Value(name, view.shape, view.source.dtype)
+        made = self.call(Kernel("movement", problem), {"x0": view.source}, {"y": out})[0]
+        self.views[made.name] = view
+        return made
+
+    def broadcast(self, value: Value, shape: Shape) -> Shape:
+        """The value's shape as it broadcasts to `shape`: [B, m, ...] and [m*B, ...] may meet, and 1 may stand for B."""
+        own = value.shape
+        if value.batched and len(own) < len(shape):
+            own = (BATCH, *[1] * (len(shape) - len(own)), *own[1:])
+        return own
+
+    def quantizer(self, node: fx.Node) -> dict[str, Value]:
+        """The tables of a quantizer by the names of a kernel's arguments."""
+        _, scale, zero, group, _ = arguments(node)
+        return {
+            "qscale": self.converted(self.stored(scale), "float32"),
+            "qzero": self.converted(self.stored(zero), "int32"),
+            "group": self.value(group),
+        }
+
+    def folds(self, node: fx.Node) -> bool:
+        """Whether rows of a sample stand in the batch, so that a tensor [m*B, ...] is a value [B, m, ...]."""
+        return len(self.shape(node)) != self.two[node.name].dim()
+
+    # ------------------------------------------------------------------------------------------- calls
+
+    def call(self, kernel: Kernel, operands: dict[str, Value], results: dict[str, Value]) -> list[Value]:
+        """Emits a call, once for equal ones; into `prepare` where everything it reads is known at load."""
+        names = tuple((argument, value.name) for argument, value in operands.items())
+        if all(map(self.is_static, operands.values())) and not any(v.batched for v in results.values()):
+            return self._prepare(kernel, names, results)
+        if (kernel, names) not in self.made:
+            made = tuple((argument, value.name) for argument, value in results.items())
+            self.calls.append(Call(kernel, names, made, self.task.node.name))
+            self.made[kernel, names] = list(results.values())
+            self.results |= {value.name: value for value in results.values()}
+        return _as_asked(self.made[kernel, names], results)
+
+    def _prepare(self, kernel: Kernel, names: tuple[tuple[str, str], ...], results: dict[str, Value]) -> list[Value]:
+        prepared = self.preparation
+        if (kernel, names) not in prepared.made:
+            renamed = {}
+            for argument, value in results.items():
+                name, count = value.name, 1
+                while name in prepared.static:  # the same node at another image size
+                    name, count = f"{value.name}#{count}", count + 1
+                renamed[argument] = Value(name, value.shape, value.dtype)
+            made = tuple((argument, value.name) for argument, value in renamed.items())
+            prepared.calls.append(Call(kernel, names, made, self.task.node.name))
+            prepared.static |= {value.name for value in renamed.values()}
+            prepared.made[kernel, names] = list(renamed.values())
+        return _as_asked(prepared.made[kernel, names], results)
+
+    def constant(self, shape: tuple[int, ...], dtype: str, value: float) -> Value:
+        """A tensor full of one value, made at load and stored nowhere."""
+        fill = record("movement.Movement", inputs=(), shape=shape, copies=(), dtype=dtype, fill=value)
+        name = f"|{value:g}x{'x'.join(map(str, shape))}|{dtype}"
+        return self.call(Kernel("movement", fill), {}, {"y": Value(name, shape, dtype)})[0]
+
+
+def _as_asked(made: Sequence[Value], results: dict[str, Value]) -> list[Value]:
+    """Results of an equal call in the shapes of this one: kernels know how many elements there are, not their shape."""
+    return [replace(value, shape=asked.shape) for value, asked in zip(made, results.values(), strict=True)]
+
+
+def as_ints(shape: Shape) -> list[int]:
+    """Extents, 2 for the batch."""
+    return [2 if d == BATCH else int(d) for d in shape]
+
+
+def elements(shape: Shape) -> int:
+    return math.prod(as_ints(shape))
+
+
+def filled(node: fx.Node, *defaults: Any) -> list[Any]:
+    """The positional arguments, filled up with `defaults` (the graph's own operators take no keywords)."""
+    return [*arguments(node)[: len(defaults)], *defaults[len(node.args) :]]
+
+
+def type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def text(shape: Sequence[Any]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"

@@ -1,0 +1,1 @@
+"""Building blocks of kernels for CPUs and GPUs alike."""

@@ -1,0 +1,518 @@
+"""Attention with products in bfloat16 or in 8 bits, for AVX-512: `ops.attention` with those numerics.
+
+Everything but the products is as in `attention`. Keys and values are made ready by a kernel of their own (`Ready`),
+so that those of a text are made once: in words of 32 bits that a dot product takes, two values of bfloat16 or four of
+8 bits, of neighbouring dimensions for keys and of neighbouring keys for values.
+
+8 bits (after SageAttention, arXiv 2410.02367): from the keys their mean is taken off, which changes no softmax; codes
+of queries are s8 with a scale for each query, of keys u8 = s8 + 128 with a scale for each block of keys, of weights u8
+with a scale for each query and block, of values s8 with a scale for each dimension. The sums of the codes of a query
+times -128 are what the accumulators start with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import log2
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from mpq_compiler.backends.tvm.kernels.common import vmath
+from mpq_compiler.backends.tvm.kernels.common.template import (
+    BATCH,
+    LANES,
+    Argument,
+    Buffers,
+    Registers,
+    each_vector,
+    fold,
+    primfunc,
+    scratch,
+    shares,
+    span,
+    store,
+)
+from mpq_compiler.backends.tvm.kernels.common.vmath import (
+    MAGIC,
+    as_float,
+    as_int,
+    f32,
+    fma,
+    i32,
+    keep,
+    lanes,
+    mul,
+    splat,
+)
+from mpq_compiler.backends.tvm.kernels.cpu import bfloat16
+from mpq_compiler.backends.tvm.kernels.cpu.attention import LOWEST, Attention, Body, tiled
+from mpq_compiler.backends.tvm.kernels.cpu.attention import arguments as of_floats
+from mpq_compiler.targets import numerics as targets_numerics
+from mpq_compiler.targets.numerics import BF16, KEY_BLOCK, PACKED
+
+Pack = Callable[[Any, int], Any]
+
+
+@dataclass(frozen=True)
+class FastAttention(Attention):
+    """`Attention` with q [B, queries, heads*dim] and, for k and v, what `Ready` makes of them."""
+
+    numerics: str = BF16
+
+
+@dataclass(frozen=True)
+class Ready:
+    """k and v [B, keys, heads*dim] as `FastAttention` reads them.
+
+    Outputs: packed_k [B, heads, keys, words of a key], packed_v [B, heads, words of a column, dim], and in 8 bits
+    k_scale [B, heads, blocks] and v_scale [B, heads, dim].
+    """
+
+    keys: int
+    heads: int
+    dim: int
+    numerics: str
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.dim
+
+
+def outputs(problem: FastAttention | Ready) -> list[Argument]:
+    """Of `Ready`."""
+    made = targets_numerics.ready_shapes(problem.numerics, problem.keys, problem.heads, problem.dim)
+    return [Argument(name, (BATCH, *shape), kind) for name, (shape, kind) in made.items()]
+
+
+def results(problem: FastAttention | Ready) -> int:
+    """How many of the arguments are outputs."""
+    return len(outputs(problem)) if isinstance(problem, Ready) else 1
+
+
+def arguments(problem: FastAttention | Ready) -> list[Argument]:
+    """The kernel's buffers in calling order, outputs last."""
+    if isinstance(problem, Ready):
+        rows = (BATCH, problem.keys, problem.channels)
+        return [Argument("k", rows), Argument("v", rows), *outputs(problem)]
+    query, _, _, *rest = of_floats(problem)
+    return [query, *outputs(problem), *rest]
+
+
+def build(problem: FastAttention | Ready, isa: str = "avx512vnni", name: str = "fast_attention") -> PrimFunc:
+    """The kernel, for targets with AVX-512."""
+    if isinstance(problem, Ready):
+        make = _Bfloat16Ready if problem.numerics == BF16 else _CodesReady
+        return primfunc(name, arguments(problem), lambda batch, buffers: make(problem, buffers).emit(batch))
+    return tiled(problem, arguments(problem), _Bfloat16 if problem.numerics == BF16 else _Codes, isa, name)
+
+
+# ------------------------------------------------------------------------------------------------- expressions
+
+def _dot_codes(total: Any, unsigned: Any, signed: Any) -> Any:
+    """total + the products of the four u8 and s8 in each int32, 16 lanes."""
+    bytes_ = tirx.reinterpret("uint8x64", unsigned), tirx.reinterpret("int8x64", signed)
+    return tirx.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", total, *bytes_)
+
+
+def _four(codes: list[Any]) -> Any:
+    """The low bytes of up to four int32 as one."""
+    count = lanes(codes[0])
+    word = tirx.bitwise_and(codes[0], i32(255, count))
+    for place, code in enumerate(codes[1:], 1):
+        word = tirx.bitwise_or(word, tirx.shift_left(tirx.bitwise_and(code, i32(255, count)), i32(8 * place, count)))
+    return word
+
+
+_MAGIC_BITS = 0x4B400000
+
+
+def _int32(value: int) -> int:
+    """The value modulo 2^32, as signed."""
+    return (value + 2**31) % 2**32 - 2**31
+
+
+def _magnitude(x: Any) -> Any:
+    """|x| as an integer that is ordered as the floats are, NaN above all."""
+    return tirx.bitwise_and(as_int(x), i32(0x7FFFFFFF, lanes(x)))
+
+
+def _larger(a: Any, b: Any) -> Any:
+    return tirx.Select(a > b, a, b)
+
+
+def _least(count: int) -> Any:
+    """With what the search for a largest magnitude starts."""
+    return as_int(f32(targets_numerics.SMALLEST, count))
+
+
+def _code(x: Any, inverse: Any) -> Any:
+    """rint(x * inverse) in the low bits."""
+    return as_int(mul(x, splat(inverse, lanes(x))) + f32(MAGIC, lanes(x)))
+
+
+def _power(x: Any) -> Any:
+    """2^x for x <= 126, coarse: next to nothing below -126. NaN gives NaN where its lowest bits are 0."""
+    x = keep(vmath.at_least(x, f32(-126.0, lanes(x))))
+    return vmath.exp2_unchecked(x, coefficients=targets_numerics.EXP2_COARSE)
+
+
+# ------------------------------------------------------------------------------------------- keys and values
+
+
+class _Ready:
+    """Makes keys and values of each sample and head ready."""
+
+    def __init__(self, problem: Ready, buffers: Buffers):
+        self.problem, self.buffers = problem, buffers
+
+    def emit(self, batch: Any) -> None:
+        p = self.problem
+        with shares(batch, p.heads, p.keys * p.channels / 4) as (b, first, end), T.serial(first, end) as h:
+            self._emit_keys(b, h)
+            self._emit_values(b, h)
+
+    def _emit_keys(self, b: Any, h: Any) -> None:
+        raise NotImplementedError
+
+    def _emit_values(self, b: Any, h: Any) -> None:
+        raise NotImplementedError
+
+    def _row(self, name: str, b: Any, h: Any, key: Any, d: Any, count: int) -> Any:
+        """`count` values of a key from dimension `d` on."""
+        return self.buffers[name][b, key, span(h * self.problem.dim + d, count)]
+
+    def _words(self, b: Any, h: Any, key: Any, pack: Pack, tail: Pack) -> None:
+        """Words of a key: ``pack(d, words)`` of those whose values are all there, ``tail(d, values)`` of the last."""
+        packed = PACKED[self.problem.numerics]
+        whole, rest = divmod(self.problem.dim, packed)
+        target = self.buffers["packed_k"]
+        if whole:
+            each_vector(whole, lambda w, n: store(target, pack(w * packed, n), b, h, key, span(w, n)))
+        if rest:
+            store(target, tail(whole * packed, rest), b, h, key, whole)
+
+    def _columns(self, b: Any, h: Any, value: Callable[[Any, Any, int], Any], join: Callable[[list[Any]], Any]) -> None:
+        """Words of values: ``join`` of ``value(key, d, lanes)`` for the keys of a word."""
+        p, packed = self.problem, PACKED[self.problem.numerics]
+        whole, rest = divmod(p.keys, packed)
+
+        def words(word: Any, keys: int) -> None:
+            def column(d: Any, count: int) -> None:
+                joined = join([value(word * packed + i, d, count) for i in range(keys)])
+                store(self.buffers["packed_v"], joined, b, h, word, span(d, count))
+
+            each_vector(p.dim, column)
+
+        if whole:
+            with T.serial(0, whole) as word:
+                words(word, packed)
+        if rest:
+            words(whole, rest)
+
+
+class _Bfloat16Ready(_Ready):
+    def emit(self, batch: Any) -> None:
+        with bfloat16.instructions():
+            super().emit(batch)
+
+    def _emit_keys(self, b: Any, h: Any) -> None:
+        with T.serial(0, self.problem.keys) as key:
+
+            def pack(d: Any, count: int) -> Any:
+                return bfloat16.words(self.buffers["k"], (b, key), h * self.problem.dim + d, count)
+
+            self._words(b, h, key, pack, lambda d, _: self._join([bfloat16.rounded(self._row("k", b, h, key, d, 1))]))
+
+    def _emit_values(self, b: Any, h: Any) -> None:
+        self._columns(b, h, lambda key, d, count: bfloat16.rounded(self._row("v", b, h, key, d, count)), self._join)
+
+    @staticmethod
+    def _join(values: list[Any]) -> Any:
+        return bfloat16.pair(values[0], values[1] if len(values) > 1 else i32(0, lanes(values[0])))
+
+
+class _CodesReady(_Ready):
+    def _emit_keys(self, b: Any, h: Any) -> None:
+        p = self.problem
+        center = scratch(p.dim)
+
+        def mean(d: Any, count: int) -> None:
+            total = scratch(count)
+            store(total, f32(0.0, count), span(0, count))
+            with T.serial(0, p.keys) as key:
+                store(total, total[span(0, count)] + self._row("k", b, h, key, d, count), span(0, count))
+            store(center, mul(total[span(0, count)], f32(1.0 / p.keys, count)), span(d, count))
+
+        each_vector(p.dim, mean)
+
+        def smoothed(key: Any, d: Any, count: int) -> Any:
+            return self._row("k", b, h, key, d, count) - center[span(d, count)]
+
+        def block(start: Any, keys: int, index: Any) -> None:
+            width = min(LANES, 1 << (p.dim.bit_length() - 1))
+            most = scratch(width, "int32")
+            store(most, _least(width), span(0, width))
+            with T.serial(0, keys) as i:
+                each_vector(
+                    p.dim,
+                    lambda d, n: store(
+                        most, _larger(most[span(0, n)], _magnitude(smoothed(start + i, d, n))), span(0, n)
+                    ),
+                )
+            largest = keep(as_float(fold(most[span(0, width)], _larger)))
+            store(self.buffers["k_scale"], mul(largest, f32(1 / 127, 1)), b, h, index)
+            inverse = keep(vmath.div(f32(127.0, 1), largest))
+            with T.serial(0, keys) as i:
+                key = start + i
+
+                def code(d: Any, n: int) -> Any:
+                    return _code(smoothed(key, d, n), inverse) + i32(128, n)
+
+                def pack(d: Any, count: int) -> Any:
+                    codes = vmath.cast(code(d, 4 * count), "uint8")
+                    return tirx.reinterpret("int32" if count == 1 else f"int32x{count}", codes)
+
+                self._words(b, h, key, pack, lambda d, n: _four([code(d + j, 1) for j in range(n)]))
+
+        whole, rest = divmod(p.keys, KEY_BLOCK)
+        if whole:
+            with T.serial(0, whole) as index:
+                block(index * KEY_BLOCK, KEY_BLOCK, index)
+        if rest:
+            block(whole * KEY_BLOCK, rest, whole)
+
+    def _emit_values(self, b: Any, h: Any) -> None:
+        p = self.problem
+        inverse = scratch(p.dim)
+
+        def scale(d: Any, count: int) -> None:
+            most, whole = scratch(count, "int32"), span(0, count)
+            store(most, _least(count), whole)
+            with T.serial(0, p.keys) as key:
+                store(most, _larger(most[whole], _magnitude(self._row("v", b, h, key, d, count))), whole)
+            largest = keep(as_float(most[whole]))
+            store(self.buffers["v_scale"], mul(largest, f32(1 / 127, count)), b, h, span(d, count))
+            store(inverse, vmath.div(f32(127.0, count), largest), span(d, count))
+
+        each_vector(p.dim, scale)
+        self._columns(
+            b, h, lambda key, d, n: _code(self._row("v", b, h, key, d, n), inverse[span(d, n)]), _four
+        )
+
+
+# ------------------------------------------------------------------------------------------------- attention
+
+
+class _Fast(Body):
+    """Queries in words (`factors`), products of words."""
+
+    problem: FastAttention
+
+    @property
+    def _packed(self) -> int:
+        return PACKED[self.problem.numerics]
+
+    @property
+    def _steps(self) -> int:
+        return -(-self.problem.dim // self._packed)
+
+    @property
+    def _granule(self) -> int:
+        return self._packed
+
+    def _key(self, b: Any, h: Any, key: Any, step: Any) -> Any:
+        return self.buffers["packed_k"][b, h, key, step]
+
+    def _query_words(self, value: Callable[[Any, int], Any], join: Callable[[list[Any]], Any]) -> None:
+        """`factors` from ``value(d, j)``, vector j of the queries' dimension d."""
+        self.factors = scratch(self._steps * self.width, "int32")
+        whole, rest = divmod(self.problem.dim, self._packed)
+
+        def words(word: Any, values: int) -> None:
+            for j in range(self.vectors):
+                joined = join([value(word * self._packed + i, j) for i in range(values)])
+                store(self.factors, joined, self._at(word, j))
+
+        if whole:
+            with T.serial(0, whole) as word:
+                words(word, self._packed)
+        if rest:
+            words(whole, rest)
+
+    def _weight_words(self, size: Any, weight: Callable[[Any], Any], join: Callable[[list[Any]], Any]) -> None:
+        """`words` from ``weight(key)``, the weights of all queries for a key of the block."""
+        self.words = scratch(KEY_BLOCK // self._packed * self.width, "int32")
+        whole, rest = divmod(size, self._packed) if isinstance(size, int) else (T.floordiv(size, self._packed), 0)
+
+        def words(word: Any, keys: int) -> None:
+            joined = join([weight(word * self._packed + i) for i in range(keys)])
+            store(self.words, joined, span(word * self.width, self.width))
+
+        if not isinstance(whole, int) or whole:
+            with T.serial(0, whole) as word:
+                words(word, self._packed)
+        if rest:
+            words(whole, rest)
+
+    def _products(
+        self, b: Any, h: Any, key: Any, size: Any, d: Any, dims: int, start: Callable[[Any, int], Any], kind: str
+    ) -> Any:
+        """Sums over the block's keys of weight times value for `dims` dimensions, and their places."""
+        pairs = [(i, j) for i in range(dims) for j in range(self.vectors)]
+        sums = Registers(len(pairs), LANES, kind)
+        for n, (i, j) in enumerate(pairs):
+            sums[n] = start(i, j)
+        with T.serial(0, T.floordiv(size + self._packed - 1, self._packed)) as word:
+            for n, (i, j) in enumerate(pairs):
+                value = splat(self.buffers["packed_v"][b, h, key // self._packed + word, d + i], LANES)
+                sums[n] = self._weigh(sums[n], self.words[self._at(word, j)], value)
+        return sums, pairs
+
+    def _weigh(self, total: Any, weights: Any, values: Any) -> Any:
+        raise NotImplementedError
+
+
+class _Bfloat16(_Fast):
+    def emit(self, batch: Any) -> None:
+        with bfloat16.instructions():
+            super().emit(batch)
+
+    def _load_queries(self, b: Any, h: Any, first: Any) -> None:
+        super()._load_queries(b, h, first)
+        self._query_words(lambda d, j: bfloat16.rounded(self.query[self._at(d, j)]), _Bfloat16Ready._join)
+
+    def _dot(self, key: Any, query: Any, total: Any) -> Any:
+        return bfloat16.dot(total, key, query)
+
+    def _weights(self, size: Any, new: Any) -> None:
+        self._rescale(new)
+        wide = span(0, self.width)
+        store(self.total, mul(self.total[wide], self.rescale[wide]), wide)
+
+        def weight(key: Any) -> Any:
+            score = self.score[span(key * self.width, self.width)]
+            value = keep(_power(score - new[wide]))
+            store(self.total, self.total[wide] + value, wide)
+            return as_int(value) + i32(0x8000, self.width)  # to nearest: of ties, which are rare, all go up
+
+        def join(values: list[Any]) -> Any:
+            low = tirx.shift_right(values[0], i32(16, self.width))  # weights are positive
+            high = [tirx.bitwise_and(value, i32(-0x10000, self.width)) for value in values[1:]]
+            return tirx.bitwise_or(low, high[0]) if high else low
+
+        self._weight_words(size, weight, join)
+
+    def _weigh(self, total: Any, weights: Any, values: Any) -> Any:
+        return bfloat16.dot(total, weights, values)
+
+    def _values(self, b: Any, h: Any, key: Any, size: Any, d: Any, dims: int) -> None:
+        def start(i: Any, j: int) -> Any:
+            return mul(self.out[self._at(d + i, j)], self.rescale[self._at(0, j)])
+
+        sums, pairs = self._products(b, h, key, size, d, dims, start, "float32")
+        for n, (i, j) in enumerate(pairs):
+            store(self.out, sums[n], self._at(d + i, j))
+
+
+class _Codes(_Fast):
+    sums = "int32"
+
+    def _load_queries(self, b: Any, h: Any, first: Any) -> None:
+        super()._load_queries(b, h, first)
+        self.query_scale, self.offset, inverse = scratch(self.width), scratch(self.width, "int32"), scratch(self.width)
+        most = scratch(self.width, "int32")
+        for j in range(self.vectors):
+            at = self._at(0, j)
+            store(most, _least(LANES), at)
+            store(self.offset, i32(0, LANES), at)
+        with T.serial(0, self.problem.dim) as d:
+            for j in range(self.vectors):
+                at = self._at(0, j)
+                store(most, _larger(most[at], _magnitude(self.query[self._at(d, j)])), at)
+        for j in range(self.vectors):
+            at = self._at(0, j)
+            largest = keep(as_float(most[at]))
+            store(self.query_scale, mul(largest, f32(1 / 127, LANES)), at)
+            store(inverse, vmath.div(f32(127.0, LANES), largest), at)
+
+        def value(d: Any, j: int) -> Any:
+            at = self._at(0, j)
+            code = keep(_code(self.query[self._at(d, j)], inverse[at]))
+            store(self.offset, self.offset[at] + code - i32(_MAGIC_BITS, LANES), at)
+            return code
+
+        self._query_words(value, _four)
+        for j in range(self.vectors):
+            at = self._at(0, j)
+            store(self.offset, self.offset[at] * i32(-128, LANES), at)
+
+    def _key_block(self, b: Any, h: Any, first: Any, key: Any, size: Any) -> None:
+        self.scale, self.merge = scratch(self.width), scratch(self.width)
+        for j in range(self.vectors):
+            at = self._at(0, j)
+            block = splat(self.buffers["k_scale"][b, h, key // KEY_BLOCK], LANES)
+            store(self.scale, mul(self.query_scale[at], block), at)
+        super()._key_block(b, h, first, key, size)
+
+    def _first_maximum(self, j: int) -> Any:
+        return f32(LOWEST, LANES)  # the block's own: its weights use all codes
+
+    def _start(self, j: int) -> Any:
+        return self.offset[self._at(0, j)]
+
+    def _dot(self, key: Any, query: Any, total: Any) -> Any:
+        return _dot_codes(total, key, query)
+
+    def _logit(self, total: Any, j: int) -> Any:
+        return mul(vmath.cast(total, "float32"), self.scale[self._at(0, j)])
+
+    def _rescale(self, new: Any) -> None:
+        for j in range(self.vectors):
+            at = self._at(0, j)
+            highest = keep(_larger(self.highest[at], new[at]))
+            store(self.rescale, vmath.exp2_nonpositive(self.highest[at] - highest), at)
+            store(self.merge, vmath.exp2_nonpositive(new[at] - highest), at)
+            store(self.highest, highest, at)
+
+    def _weights(self, size: Any, new: Any) -> None:
+        self._rescale(new)
+        wide = span(0, self.width)
+        shifted, part = scratch(self.width), scratch(self.width, "int32")
+        store(shifted, new[wide] - f32(log2(255), self.width), wide)
+        store(part, i32(0, self.width), wide)
+
+        def weight(key: Any) -> Any:
+            score = self.score[span(key * self.width, self.width)]
+            return as_int(_power(score - shifted[wide]) + f32(MAGIC, self.width))
+
+        def join(codes: list[Any]) -> Any:
+            """The codes, 0 to 255 above the bits of MAGIC, shifted into place and added: none carries."""
+            places = range(len(codes))
+            total = sum((tirx.shift_left(codes[i], i32(8 * i, self.width)) for i in places[1:]), codes[0])
+            return total - i32(_int32(sum(_MAGIC_BITS << 8 * i for i in places)), self.width)
+
+        self._weight_words(size, weight, join)
+        with T.serial(0, T.floordiv(size + self._packed - 1, self._packed)) as word:
+            for j in range(self.vectors):
+                ones = i32(0x01010101, LANES)
+                total = _dot_codes(part[self._at(0, j)], self.words[self._at(word, j)], ones)
+                store(part, total, self._at(0, j))
+        summed = vmath.cast(part[wide], "float32")
+        store(self.total, fma(summed, self.merge[wide], mul(self.total[wide], self.rescale[wide])), wide)
+
+    def _weigh(self, total: Any, weights: Any, values: Any) -> Any:
+        return _dot_codes(total, weights, values)
+
+    def _values(self, b: Any, h: Any, key: Any, size: Any, d: Any, dims: int) -> None:
+        sums, pairs = self._products(b, h, key, size, d, dims, lambda i, j: i32(0, LANES), "int32")
+        for n, (i, j) in enumerate(pairs):
+            at, common = self._at(d + i, j), self._at(0, j)
+            part = mul(vmath.cast(sums[n], "float32"), self.merge[common])
+            store(self.out, fma(self.out[at], self.rescale[common], part), at)
+
+    def _result(self, value: Any, b: Any, h: Any, d: Any) -> Any:
+        return mul(value, self.buffers["v_scale"][b, h, span(d, lanes(value))])

@@ -1,0 +1,355 @@
+"""Kernels that move elements without changing them: any element type, bit for bit.
+
+One template serves upsampling, concatenation, permutation, slicing, expansion and padding: a list of strided
+copies into one output (`Movement`; the functions below make them). Rows of a table are gathered by `Gather`.
+The batch stays where it is: dimension 0 of every operand that has one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from mpq_compiler.backends.tvm.kernels.common import vmath
+from mpq_compiler.backends.tvm.kernels.common.template import (
+    BATCH,
+    LANES,
+    Argument,
+    Buffers,
+    Shape,
+    each_vector,
+    head,
+    partial,
+    primfunc,
+    shares,
+    some_vectors,
+    span,
+    store,
+    transpose,
+    vectors,
+    width,
+)
+from mpq_compiler.backends.tvm.kernels.common.vmath import keep
+from mpq_compiler.backends.tvm.kernels.cpu.pointwise import merge_dimensions, sample_view
+
+BYTES = {"float32": 4, "int32": 4, "int64": 8, "float16": 2, "int8": 1, "uint8": 1, "bool": 1, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A loop nest that copies from input `source` to the output; offsets and strides within one sample."""
+
+    source: int
+    extents: tuple[int, ...]
+    source_strides: tuple[int, ...]
+    target_strides: tuple[int, ...]
+    source_offset: int = 0
+    target_offset: int = 0
+
+
+@dataclass(frozen=True)
+class Movement:
+    """y = copies of the inputs; where `fill` is given, it is everywhere else.
+
+    Arguments: x0, x1, ..., y.
+    """
+
+    inputs: tuple[Shape, ...]
+    shape: Shape
+    copies: tuple[Copy, ...]
+    dtype: str = "float32"
+    fill: float | None = None
+
+
+@dataclass(frozen=True)
+class Gather:
+    """y [B, *positions, width] = table [rows, width] at index i64 [B, *positions] (indices are clamped).
+
+    Arguments: index, table, y.
+    """
+
+    rows: int
+    width: int
+    positions: tuple[int, ...] = ()
+    dtype: str = "float32"
+    index_dtype: str = "int64"
+
+
+def arguments(problem: Movement | Gather) -> list[Argument]:
+    """The kernel's buffers in calling order, output last."""
+    if isinstance(problem, Gather):
+        index: Shape = (BATCH, *problem.positions)
+        return [
+            Argument("index", index, problem.index_dtype),
+            Argument("table", (problem.rows, problem.width), problem.dtype),
+            Argument("y", (*index, problem.width), problem.dtype),
+        ]
+    return [
+        *(Argument(f"x{i}", shape, problem.dtype) for i, shape in enumerate(problem.inputs)),
+        Argument("y", problem.shape, problem.dtype),
+    ]
+
+
+def build(problem: Movement | Gather, isa: str = "avx512vnni", name: str = "movement") -> PrimFunc:
+    """The kernel. All targets share one form; `isa` is accepted for uniformity."""
+    del isa
+
+    def body(batch: Any, buffers: Buffers) -> None:
+        if isinstance(problem, Gather):
+            _gather(problem, batch, buffers)
+        else:
+            _move(problem, batch, buffers)
+
+    return primfunc(name, arguments(problem), body)
+
+
+# --------------------------------------------------------------------------------------------- constructors
+
+
+def _inner(shape: Shape) -> list[int]:
+    """Extents with the batch as 1, so that strides are those within a sample."""
+    if BATCH in shape[1:]:
+        raise ValueError(f"the batch must be the first dimension of {shape}")
+    return [1 if extent == BATCH else int(extent) for extent in shape]
+
+
+def _contiguous(extents: Sequence[int]) -> list[int]:
+    strides = [1] * len(extents)
+    for d in reversed(range(len(extents) - 1)):
+        strides[d] = strides[d + 1] * extents[d + 1]
+    return strides
+
+
+def upsample(shape: Shape, factors: tuple[int, int], dtype: str = "float32") -> Movement:
+    """Nearest neighbours: x [B, H, W, C] to [B, H*fh, W*fw, C]."""
+    (fh, fw), (_, h, w, c) = factors, _inner(shape)
+    target = (shape[0], h * fh, w * fw, c)
+    copy = Copy(
+        0,
+        (h, w, fh, fw, c),
+        (w * c, c, 0, 0, 1),
+        (fh * w * fw * c, fw * c, w * fw * c, c, 1),
+    )
+    return Movement((shape,), target, (copy,), dtype)
+
+
+def concat(shapes: Sequence[Shape], dim: int, dtype: str = "float32") -> Movement:
+    """The inputs one after another along `dim`, which is not the batch."""
+    rank = len(shapes[0])
+    dim %= rank
+    if shapes[0][dim] == BATCH:
+        raise ValueError("samples of the batch cannot be concatenated")
+    total = sum(int(shape[dim]) for shape in shapes)
+    target = (*shapes[0][:dim], total, *shapes[0][dim + 1 :])
+    strides, offset, copies = _contiguous(_inner(target)), 0, []
+    for i, shape in enumerate(shapes):
+        extents = _inner(shape)
+        copies.append(Copy(i, tuple(extents), tuple(_contiguous(extents)), tuple(strides), 0, offset * strides[dim]))
+        offset += int(shape[dim])
+    return Movement(tuple(shapes), target, tuple(copies), dtype)
+
+
+def permute(shape: Shape, order: Sequence[int], dtype: str = "float32") -> Movement:
+    """y[i0, i1, ...] with dimension d of y being dimension order[d] of x; the batch stays first."""
+    if BATCH in shape and order[0] != 0:
+        raise ValueError("the batch must stay the first dimension")
+    extents, strides = _inner(shape), _contiguous(_inner(shape))
+    target = tuple(shape[d] for d in order)
+    extents = [extents[d] for d in order]
+    copy = Copy(0, tuple(extents), tuple(strides[d] for d in order), tuple(_contiguous(extents)))
+    return Movement((shape,), target, (copy,), dtype)
+
+
+def slice_(
+    shape: Shape, starts: Sequence[int], stops: Sequence[int], steps: Sequence[int] | None = None,
+    dtype: str = "float32",
+) -> Movement:  # fmt: skip
+    """x[start:stop:step] in every dimension; the entries of the batch are ignored."""
+    steps = steps or [1] * len(shape)
+    strides = _contiguous(_inner(shape))
+    counts, offset = [], 0
+    for d, extent in enumerate(shape):
+        if extent == BATCH:
+            counts.append(1)
+            continue
+        counts.append(len(range(starts[d], stops[d], steps[d])))
+        offset += starts[d] * strides[d]
+    target = tuple(BATCH if e == BATCH else n for e, n in zip(shape, counts, strict=True))
+    moved = tuple(stride * step for stride, step in zip(strides, steps, strict=True))
+    copy = Copy(0, tuple(counts), moved, tuple(_contiguous(counts)), offset)
+    return Movement((shape,), target, (copy,), dtype)
+
+
+def expand(shape: Shape, target: Shape, dtype: str = "float32") -> Movement:
+    """x broadcast to `target` from the right; an input without batch may gain one."""
+    padded = (1,) * (len(target) - len(shape)) + tuple(shape)
+    if any(s not in (1, t) for s, t in zip(padded, target, strict=True)):
+        raise ValueError(f"{shape} does not broadcast to {target}")
+    extents, source = _inner(target), _inner(padded)
+    strides = [s if e != 1 else 0 for s, e in zip(_contiguous(source), source, strict=True)]
+    copy = Copy(0, tuple(extents), tuple(strides), tuple(_contiguous(extents)))
+    return Movement((shape,), target, (copy,), dtype)
+
+
+def pad(shape: Shape, before: Sequence[int], after: Sequence[int], fill: float = 0.0,
+        dtype: str = "float32") -> Movement:  # fmt: skip
+    """x with `before` and `after` more elements in each dimension, of value `fill`; none along the batch."""
+    target = tuple(
+        BATCH if extent == BATCH else int(extent) + b + a for extent, b, a in zip(shape, before, after, strict=True)
+    )
+    extents, strides = _inner(shape), _contiguous(_inner(target))
+    offset = sum(b * s for b, s, e in zip(before, strides, shape, strict=True) if e != BATCH)
+    copy = Copy(0, tuple(extents), tuple(_contiguous(extents)), tuple(strides), 0, offset)
+    return Movement((shape,), target, (copy,), dtype, fill)
+
+
+# --------------------------------------------------------------------------------------------------- bodies
+
+
+def constant(value: float, dtype: str, lanes: int) -> Any:
+    """`value` of that type in `lanes` lanes."""
+    number = tirx.FloatImm(dtype, value) if dtype.startswith("float") else tirx.IntImm(dtype, int(value))
+    return vmath.splat(number, lanes)
+
+
+def _move(problem: Movement, batch: Any, buffers: Buffers) -> None:
+    most = 128 // BYTES[problem.dtype]
+
+    samples = batch if problem.shape[:1] == (BATCH,) else 1
+    if problem.fill is not None:
+        size, fill = math.prod(_inner(problem.shape)), problem.fill
+        with shares(samples, vectors(size, most), size / most) as (b, first, end):
+            y, start = sample_view(buffers["y"], problem.shape, b)
+
+            def put(i: Any, lanes: int) -> None:
+                store(y, constant(fill, problem.dtype, lanes), span(start + i, lanes))
+
+            some_vectors(size, first, end, put, most)
+    for together in _side_by_side(problem.copies):
+        (extents, strides), *_ = merged = [
+            merge_dimensions(copy.extents, [copy.source_strides, copy.target_strides]) for copy in together
+        ]
+        in_vectors = strides[1][-1] == 1 and strides[0][-1] in (0, 1)
+        turned = len(together) == 1 and problem.dtype == "float32" and _turned(extents, strides)
+        outer = vectors(extents[0], most) if len(extents) == 1 and in_vectors else extents[0]
+        if turned and 0 in turned:
+            outer = -(-extents[0] // LANES)
+        nanoseconds = sum(math.prod(own) for own, _ in merged) / (most if in_vectors else 4)
+        with shares(samples, outer, nanoseconds) as (b, first, end):
+            y, start = sample_view(buffers["y"], problem.shape, b)
+            places = []
+            for copy in together:
+                x, origin = sample_view(buffers[f"x{copy.source}"], problem.inputs[copy.source], b)
+                places.append((x, origin + copy.source_offset, start + copy.target_offset))
+            if len(together) == 1:
+                ((x, at, to),) = places
+                if turned:
+                    _turn(x, y, extents, strides, at, to, turned, (first, end))
+                    continue
+                _nest(x, y, extents, strides, at, to, most, (first, end))
+                continue
+            with T.serial(first, end) as i:
+                for (x, at, to), (own, (source, target)) in zip(places, merged, strict=True):
+                    rest = [source[1:], target[1:]]
+                    _nest(x, y, own[1:], rest, at + i * source[0], to + i * target[0], most)
+
+
+def _turned(extents: list[int], strides: list[list[int]]) -> tuple[int, int] | None:
+    """The dimensions of which each has neighbours on one side: of the source, of the target; None where one has both.
+
+    Rows of fewer than 16 neighbours in the target are written whole, where a vector can be as short.
+    """
+    source, target = strides
+    own = next((d for d, n in enumerate(extents) if n > 1 and source[d] == 1), None)
+    last = len(extents) - 1
+    short = extents[last] < LANES and width(extents[last]) != extents[last]
+    if own is None or own == last or target[last] != 1 or source[last] == 0 or extents[last] == 1 or short:
+        return None
+    return own, last
+
+
+def _turn(
+    x: Any, y: Any, extents: list[int], strides: list[list[int]], at: Any, to: Any, turned: tuple[int, int],
+    part: tuple[Any, Any],
+) -> None:  # fmt: skip
+    """A copy in blocks of 16 x 16, which are transposed in registers; `part` of the steps of the outermost loop."""
+    (source, target), (own, last) = strides, turned
+    rows, lanes = min(extents[last], LANES), min(extents[own], LANES)
+
+    def block(at: Any, to: Any) -> None:
+        def row(j: int) -> Any:
+            start = at + j * source[last]
+            return x[span(start, LANES)] if lanes == LANES else partial(x, (), start, lanes)[0]
+
+        found = [keep(row(j)) for j in range(rows)] + [vmath.f32(0.0, LANES)] * (LANES - rows)
+        for i, value in enumerate(transpose(found)[:lanes]):
+            store(y, value if rows == LANES else head(value, rows), span(to + i * target[own], rows))
+
+    def loop(d: int, at: Any, to: Any) -> None:
+        if d == len(extents):
+            block(at, to)
+            return
+        size = LANES if d in turned else 1
+        with T.serial(*((0, -(-extents[d] // size)) if d else part)) as i:
+            first = T.max(T.min(i * size, extents[d] - size), 0) if d in turned else i
+            loop(d + 1, at + first * source[d], to + first * target[d])
+
+    loop(0, at, to)
+
+
+def _side_by_side(copies: Sequence[Copy]) -> list[list[Copy]]:
+    """Copies by the loop that they have in common: those whose parts of a row lie in one, which is written whole."""
+    found: dict[Any, list[Copy]] = {}
+    for copy in copies:
+        extents, (_, target) = merge_dimensions(copy.extents, [copy.source_strides, copy.target_strides])
+        rows = (extents[0], target[0]) if len(extents) > 1 else copy
+        found.setdefault(rows, []).append(copy)
+    return list(found.values())
+
+
+def _nest(
+    x: Any, y: Any, extents: list[int], strides: list[list[int]], at: Any, to: Any, most: int,
+    part: tuple[Any, Any] | None = None,
+) -> None:  # fmt: skip
+    """A copy; where there is a `part`, those of the steps (vectors) of its outermost loop."""
+    (step, *inner_steps), (stride, *inner_strides) = strides
+    if len(extents) > 1:
+        with T.serial(*(part or (0, extents[0]))) as i:
+            _nest(x, y, extents[1:], [inner_steps, inner_strides], at + i * step, to + i * stride, most)
+    elif stride == 1 and step in (0, 1):
+
+        def vector(i: Any, lanes: int) -> None:
+            value = x[span(at + i, lanes)] if step else vmath.splat(x[at], lanes)
+            store(y, value, span(to + i, lanes))
+
+        if part:
+            some_vectors(extents[0], *part, vector, most)
+        else:
+            each_vector(extents[0], vector, most)
+    else:
+        with T.serial(*(part or (0, extents[0]))) as i:
+            store(y, x[at + i * step], to + i * stride)
+
+
+def _gather(problem: Gather, batch: Any, buffers: Buffers) -> None:
+    count = math.prod(problem.positions)
+    index_shape: Shape = (BATCH, *problem.positions)
+    table = buffers["table"]
+    with shares(batch, count, count * problem.width / 8) as (b, begin, end):
+        index, first = sample_view(buffers["index"], index_shape, b)
+        y, start = sample_view(buffers["y"], (*index_shape, problem.width), b)
+        with T.serial(begin, end) as i:
+            row = T.cast(index[first + i], "int32")
+            row = T.bind(T.max(T.min(row, problem.rows - 1), 0))
+            to = start + i * problem.width
+            each_vector(
+                problem.width,
+                lambda c, lanes: store(y, table[row, span(c, lanes)], span(to + c, lanes)),
+                64 // BYTES[problem.dtype],
+            )

@@ -1,0 +1,356 @@
+"""Attention in bfloat16 on tensor cores: `ops.attention` with those numerics.
+
+In one pass over the keys (Dao, "FlashAttention-2", arXiv 2307.08691). A warp has 16 or 32 queries of one head, a block
+of threads four warps; keys and values come by blocks to shared memory, one block ahead (`cp.async`). Scores, weights
+and outputs stay in registers: as the tensor core leaves the scores of 16 keys, it takes their weights as a factor of
+the second product.
+
+Keys and values come from a kernel of their own (`Ready`), in words that are a tensor core's as they lie. Their rows in
+shared memory are so far apart that no bank is met twice.
+
+Where registers or shared memory do not suffice for all dimensions of the output, several blocks of threads share them,
+and each computes the scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from mpq_compiler.backends.tvm.kernels.common import vmath
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, Finish, store, unravel
+from mpq_compiler.backends.tvm.kernels.common.vmath import f32, fma, keep, mul
+from mpq_compiler.backends.tvm.kernels.cpu.attention import LOWEST
+from mpq_compiler.backends.tvm.kernels.cpu.fast_attention import FastAttention, Ready, arguments
+from mpq_compiler.backends.tvm.kernels.cuda import bfloat16
+from mpq_compiler.backends.tvm.kernels.cuda.attention import mask_at
+from mpq_compiler.backends.tvm.kernels.cuda.gemm import LDMATRIX
+from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, flat, grid, local, primfunc, shared, strided
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets.numerics import BF16, EXP2_COARSE, PACKED
+
+WARPS, STAGES = 4, 2
+THREADS = 32 * WARPS
+ROOM = 48 * 1024
+"""Bytes of shared memory that a kernel has without asking for more."""
+REGISTERS = 216
+"""Of a thread, for what `Tile.registers` counts; the others are for addresses and what is computed."""
+ALL_LANES = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Tile:
+    """fragments: of 16 queries, of a warp. keys: of a step. columns: of the output's dimensions, of a block."""
+
+    dim: int
+    fragments: int
+    keys: int
+    columns: int
+
+    @property
+    def steps(self) -> int:
+        """Of 16 dimensions, of a score's sum."""
+        return -(-self.dim // 16)
+
+    @property
+    def queries(self) -> int:
+        """Of a block of threads."""
+        return WARPS * 16 * self.fragments
+
+    @property
+    def key_pitch(self) -> int:
+        """Words from key to key: 8 rows of 4 words meet all banks."""
+        return 8 * self.steps + 4
+
+    @property
+    def value_pitch(self) -> int:
+        """Words from pair of keys to pair of keys: 4 rows of 8 words meet all banks."""
+        return -(-(self.columns - 8) // 16) * 16 + 8
+
+    @property
+    def words(self) -> int:
+        """Of shared memory."""
+        return STAGES * (self.keys * self.key_pitch + self.keys // 2 * self.value_pitch)
+
+    @property
+    def registers(self) -> int:
+        """Of a thread, for queries, outputs and scores, and for what there is of each row."""
+        return self.fragments * (4 * self.steps + -(-self.columns // 8) * 4 + self.keys // 2 + 16)
+
+
+def tile(problem: FastAttention) -> Tile:
+    """The first that fits: all columns before some; two fragments, where queries fill several blocks, before one.
+
+    UserError: heads have too many dimensions
+    """
+    dim = problem.dim
+    for parts in range(1, dim + 1):
+        columns = dim if parts == 1 else -(-dim // parts // 16) * 16
+        for fragments, keys in ((2, 32), (1, 64), (1, 32), (1, 16)):  # two fragments spill with 64 keys
+            found = Tile(dim, fragments, keys, columns)
+            fits = found.words * 4 <= ROOM and found.registers <= REGISTERS
+            if fits and (fragments == 1 or problem.queries > found.queries):
+                return found
+    raise UserError(f"no CUDA kernel computes attention in bfloat16 of heads with {dim} dimensions")
+
+
+def build(problem: FastAttention | Ready, name: str) -> PrimFunc:
+    """The kernel ``name(*kernels.fast_attention.arguments(problem))``.
+
+    UserError: numerics or dimensions that no GPU's kernel has
+    """
+    if problem.numerics != BF16:
+        raise UserError(f"no CUDA kernel computes attention in {problem.numerics}")
+    if isinstance(problem, Ready):
+        return primfunc(name, arguments(problem), lambda batch, buffers: _ready(problem, batch, buffers))
+    own = tile(problem)
+    return primfunc(name, arguments(problem), lambda batch, buffers: _Kernel(problem, own, buffers).emit(batch))
+
+
+def _ready(problem: Ready, batch: Any, buffers: Buffers) -> None:
+    """A thread for each word of the keys, then for each of the values."""
+    p, packed = problem, PACKED[BF16]
+
+    def value(name: str, sample: Any, key: Any, head: Any, d: Any) -> Expr:
+        """Zero behind the last key and the last dimension."""
+        found = buffers[name][sample, T.min(key, p.keys - 1), head * p.dim + T.min(d, p.dim - 1)]
+        return keep(T.if_then_else(tirx.all(key < p.keys, d < p.dim), found, f32(0.0, 1)))
+
+    def word(low: Expr, high: Expr) -> Expr:
+        return tirx.reinterpret("int32", bfloat16.pair(low, high))
+
+    packed_k, packed_v = buffers["packed_k"], buffers["packed_v"]
+    words = -(-p.dim // packed)
+    with each(batch * (p.heads * p.keys * words)) as i:
+        sample, head, key, w = unravel(i, p.heads, p.keys, words)
+        values = [value("k", sample, key, head, w * packed + e) for e in range(packed)]
+        store(packed_k, word(*values), sample, head, key, w)
+    words = -(-p.keys // packed)
+    with each(batch * (p.heads * words * p.dim)) as i:
+        sample, head, w, d = unravel(i, p.heads, words, p.dim)
+        values = [value("v", sample, w * packed + e, head, d) for e in range(packed)]
+        store(packed_v, word(*values), sample, head, w, d)
+
+
+class _Kernel:
+    def __init__(self, problem: FastAttention, tile: Tile, buffers: Buffers) -> None:
+        self.p, self.t, self.buffers = problem, tile, buffers
+        self.b = {name: flat(buffer) for name, buffer in buffers.items()}
+        self.column_tiles = -(-tile.columns // 8)
+        self.key_tiles = tile.keys // 8
+
+    def emit(self, batch: Any) -> None:
+        p, t = self.p, self.t
+        parts, blocks = -(-p.dim // t.columns), -(-p.queries // t.queries)
+        with grid(batch * (p.heads * parts * blocks), THREADS) as (number, self.thread):
+            self.sample, self.head, part, block = unravel(number, p.heads, parts, blocks)
+            self.first_column = T.bind(part * t.columns) if parts > 1 else 0
+            self.lane = T.bind(self.thread % 32)
+            self.group, self.place = T.bind(self.lane // 4), T.bind(self.lane % 4)
+            self.first_row = T.bind(block * t.queries + self.thread // 32 * (16 * t.fragments) + self.group)
+            self.keys = shared(STAGES * t.keys * t.key_pitch, "uint32")
+            self.values = shared(STAGES * (t.keys // 2) * t.value_pitch, "uint32")
+            self.query = local(t.fragments * t.steps * 4, "uint32")
+            self.scores = local(t.fragments * self.key_tiles * 4)
+            self.out = local(t.fragments * self.column_tiles * 4)
+            self.highest, self.total = local(2 * t.fragments), local(2 * t.fragments)
+            self._queries()
+            self._clear()
+            self._products()
+            self._store()
+
+    def _row(self, i: int) -> Any:
+        """Number i of the rows that a thread has a part of: two of each fragment."""
+        return self.first_row + i * 8
+
+    # ---------------------------------------------------------------------------------------------------- loading
+
+    def _queries(self) -> None:
+        p, t = self.p, self.t
+        scale = p.scale if p.scale is not None else 1.0 / math.sqrt(p.dim)
+        factor = f32(scale * vmath.LOG2_E, 1)
+        for i in range(2 * t.fragments):
+            row = (self.sample * p.queries + T.min(self._row(i), p.queries - 1)) * p.channels
+            start = T.bind(row + self.head * p.dim)
+
+            def value(d: Any, whole: bool, start: Any = start) -> Expr:
+                if whole:
+                    return keep(mul(self.b["q"][start + d], factor))
+                found = mul(self.b["q"][start + T.min(d, p.dim - 1)], factor)
+                return keep(T.if_then_else(d < p.dim, found, f32(0.0, 1)))
+
+            for step in range(t.steps):
+                for half in range(2):
+                    d = T.bind(16 * step + 8 * half + 2 * self.place)
+                    whole = 16 * step + 8 * half + 8 <= p.dim
+                    word = bfloat16.pair(value(d, whole), value(d + 1, whole))
+                    store(self.query, word, (i // 2 * t.steps + step) * 4 + 2 * half + i % 2)
+
+    def _clear(self) -> None:
+        for buffer, value in ((self.out, 0.0), (self.highest, LOWEST), (self.total, 0.0)):
+            for i in range(int(buffer.shape[0])):
+                store(buffer, f32(value, 1), i)
+
+    def _load(self, step: Any, stage: Any) -> None:
+        """Behind the last key stands that again, but no value; behind the last dimension of keys, zero."""
+        p, t = self.p, self.t
+        head = T.bind(self.sample * p.heads + self.head)
+        words, pairs = -(-p.dim // PACKED[BF16]), -(-p.keys // PACKED[BF16])
+        size, stored = math.gcd(words, 4), 8 * t.steps
+        with strided(self.thread, t.keys * (stored // size), THREADS) as i:
+            row, chunk = unravel(i, stored // size)
+            key = T.bind(T.min(step * t.keys + row, p.keys - 1))
+            word = T.bind(chunk * size)
+            source = (head * p.keys + key) * words + T.min(word, words - size)
+            target = (stage * t.keys + row) * t.key_pitch + word
+            _copy(self.keys, target, self.b["packed_k"], source, size, word < words)
+        size = math.gcd(p.dim, 4)
+        chunks = -(-t.columns // size)
+        with strided(self.thread, t.keys // 2 * chunks, THREADS) as i:
+            row, chunk = unravel(i, chunks)
+            pair, column = T.bind(step * (t.keys // 2) + row), T.bind(self.first_column + chunk * size)
+            there = tirx.all(pair < pairs, column < p.dim)
+            source = (head * pairs + T.min(pair, pairs - 1)) * p.dim + T.min(column, p.dim - size)
+            target = (stage * (t.keys // 2) + row) * t.value_pitch + chunk * size
+            _copy(self.values, target, self.b["packed_v"], source, size, there)
+
+    # --------------------------------------------------------------------------------------------------- products
+
+    def _products(self) -> None:
+        p, t = self.p, self.t
+        steps = -(-p.keys // t.keys)
+        self._load(0, 0)
+        T.evaluate(T.ptx.cp.async_.commit_group())
+        with T.serial(0, steps) as step:
+            T.evaluate(T.ptx.cp.async_.wait_group(0))
+            barrier()
+            if steps > 1:
+                with T.If(step + 1 < steps), T.Then():
+                    self._load(step + 1, T.bind((step + 1) % STAGES))
+                T.evaluate(T.ptx.cp.async_.commit_group())
+            stage = T.bind(step % STAGES)
+            self._score(stage)
+            if p.mask is not None:
+                self._add_mask(step)
+            self._weigh(step)
+            self._sum_values(stage)
+
+    def _at(self, row: int, key_tile: int, e: int) -> int:
+        """Register of the score of a row (`_row`) and key 8 key_tile + 2 place + e."""
+        return (row // 2 * self.key_tiles + key_tile) * 4 + row % 2 * 2 + e
+
+    def _score(self, stage: Any) -> None:
+        t, lane = self.t, self.lane
+        for i in range(int(self.scores.shape[0])):
+            store(self.scores, f32(0.0, 1), i)
+        words = local(self.key_tiles * 2, "uint32")
+        start = T.bind((stage * t.keys + lane // 16 * 8 + lane % 8) * t.key_pitch + lane // 8 % 2 * 4)
+        for step in range(t.steps):
+            for tile in range(0, self.key_tiles, 2):  # two at a time: terms 0 to 7 and 8 to 15 of each
+                registers = [words[2 * tile + r] for r in range(4)]
+                at = start + (8 * tile * t.key_pitch + 8 * step)
+                T.evaluate(T.ptx[LDMATRIX](*registers, self.keys.ptr_to([at])))
+            for tile in range(self.key_tiles):
+                for i in range(t.fragments):
+                    query = [self.query[(i * t.steps + step) * 4 + r] for r in range(4)]
+                    pair = [words[2 * tile + r] for r in range(2)]
+                    bfloat16.multiply(self.scores, self._at(2 * i, tile, 0), query, pair)
+
+    def _each_score(self, step: Any) -> Iterator[tuple[int, int, Any]]:
+        """(row, register, key) of each of a thread's."""
+        for row in range(2 * self.t.fragments):
+            for tile in range(self.key_tiles):
+                for e in range(2):
+                    yield row, self._at(row, tile, e), step * self.t.keys + (8 * tile + e) + 2 * self.place
+
+    def _add_mask(self, step: Any) -> None:
+        p = self.p
+        for row, at, key in self._each_score(step):
+            query, inside = T.min(self._row(row), p.queries - 1), T.min(key, p.keys - 1)
+            added = mask_at(p, self.buffers, self.sample, self.head, query, inside)
+            masked = fma(added, f32(vmath.LOG2_E, 1), self.scores[at])
+            store(self.scores, vmath.at_least(masked, f32(LOWEST, 1)), at)
+
+    def _weigh(self, step: Any) -> None:
+        """Scores to 2^(score - maximum), coarse as on the CPU; their sum; the outputs so far to the new maximum."""
+        p, t = self.p, self.t
+        new = local(2 * t.fragments)
+        for row in range(2 * t.fragments):
+            store(new, self.highest[row], row)
+        for row, at, _ in self._each_score(step):
+            store(new, T.max(new[row], self.scores[at]), row)  # passes over NaN, whose weight is NaN all the same
+        for row in range(2 * t.fragments):
+            for distance in (1, 2):
+                store(new, T.max(new[row], _of_lane(new[row], distance)), row)
+            rescale = keep(vmath.exp2_nonpositive(self.highest[row] - new[row]))
+            store(self.highest, new[row], row)
+            store(self.total, mul(self.total[row], rescale), row)
+            for tile in range(self.column_tiles):
+                for e in range(2):
+                    at = (row // 2 * self.column_tiles + tile) * 4 + row % 2 * 2 + e
+                    store(self.out, mul(self.out[at], rescale), at)
+        for row, at, _ in self._each_score(step):
+            store(self.scores, vmath.exp2_nonpositive(self.scores[at] - new[row], EXP2_COARSE), at)
+        if p.keys % t.keys:
+            with T.If(tirx.EQ(step, p.keys // t.keys)), T.Then():
+                for _, at, key in self._each_score(step):
+                    store(self.scores, tirx.Select(key < p.keys, self.scores[at], f32(0.0, 1)), at)
+        for row, at, _ in self._each_score(step):
+            store(self.total, self.total[row] + self.scores[at], row)
+
+    def _sum_values(self, stage: Any) -> None:
+        t = self.t
+        weights, words = local(t.fragments * 4, "uint32"), local(2, "uint32")
+        start = T.bind((stage * (t.keys // 2) + self.place) * t.value_pitch + self.group)
+        for tile in range(0, self.key_tiles, 2):
+            for row in range(2 * t.fragments):
+                for half in range(2):
+                    low, high = (self.scores[self._at(row, tile + half, e)] for e in range(2))
+                    store(weights, bfloat16.pair(low, high), row // 2 * 4 + 2 * half + row % 2)
+            for column in range(self.column_tiles):
+                for half in range(2):
+                    store(words, self.values[start + 4 * (tile + half) * t.value_pitch + 8 * column], half)
+                for i in range(t.fragments):
+                    own = [weights[i * 4 + r] for r in range(4)]
+                    bfloat16.multiply(self.out, (i * self.column_tiles + column) * 4, own, [words[0], words[1]])
+
+    # ------------------------------------------------------------------------------------------------- conclusion
+
+    def _store(self) -> None:
+        p, t, finish = self.p, self.t, Finish(self.p.epilogue, self.buffers)
+        quant = finish.quantizer(self.sample)
+        for row in range(2 * t.fragments):
+            for distance in (1, 2):
+                store(self.total, self.total[row] + _of_lane(self.total[row], distance), row)
+            query = T.bind(self._row(row))
+            with T.If(query < p.queries), T.Then():
+                inverse = keep(vmath.reciprocal(self.total[row]))
+                for tile in range(self.column_tiles):
+                    for e in range(2):
+                        at = (row // 2 * self.column_tiles + tile) * 4 + row % 2 * 2 + e
+                        d = T.bind(self.first_column + 2 * self.place + (8 * tile + e))
+                        with T.If(d < p.dim), T.Then():
+                            value = keep(mul(self.out[at], inverse))
+                            channel = T.bind(self.head * p.dim + d)
+                            done = finish(value, self.sample, (query,), channel, quant)
+                            store(self.b["y"], done, (self.sample * p.queries + query) * p.channels + channel)
+
+
+def _copy(target: Buffer, at: Any, source: Buffer, index: Any, size: int, there: Any) -> None:
+    """`size` words to shared memory; zeros where they are not there."""
+    operation = "cp.async.cg.shared.global" if size == 4 else "cp.async.ca.shared.global"
+    given = T.if_then_else(there, T.uint32(4 * size), T.uint32(0))
+    T.evaluate(T.ptx[operation](target.ptr_to([at]), source.ptr_to([index]), 4 * size, given))
+
+
+def _of_lane(value: Expr, distance: int) -> Expr:
+    """What the lane holds whose number differs in that bit."""
+    shuffle = getattr(T.cuda, "__shfl_xor_sync")
+    return keep(shuffle(T.uint32(ALL_LANES), value, distance, 32))

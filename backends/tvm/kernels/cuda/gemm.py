@@ -1,0 +1,716 @@
+"""Quantized linear layers and convolutions on integer tensor cores; arithmetic as of `kernels.gemm`.
+
+A block of threads makes a tile of rows x output channels, in steps of 64 values of k. Activations are copied to shared
+memory in chunks of 16 values, several steps ahead (`cp.async`); a row of 64 bytes has its 4 chunks swapped by its
+number, so that `ldmatrix` meets no bank twice. Weights are copied as they lie (`weights.Fragments`) and read by the
+lanes that need them; below 8 bits they are looked up in registers (`__byte_perm`).
+
+A convolution is the same product with other addresses: what depends on the row alone (the pixel under the first tap) is
+computed once; a chunk's tap and channel are shared by all rows of a thread. Pixels of the border are copied from where
+zero points stand; rows and taps that do not exist are zero.
+
+Sums of activations, which weights with an offset ask for, are one more product, with ones.
+
+Where tiles are too few for a GPU, several blocks share the k axis of one: their sums of integers go to memory, and a
+second grid adds them up and finishes, to the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from mpq_compiler.backends.tvm.kernels.common import vmath
+from mpq_compiler.backends.tvm.kernels.common.template import BATCH, Argument, Buffers, quantizer, store, unravel
+from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, apply
+from mpq_compiler.backends.tvm.kernels.cpu.gemm import calling
+from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, flat, grid, local, primfunc, shared, strided
+from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+
+MMA = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
+LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
+ONES = 0x01010101
+COPY_EITHER = """
+__forceinline__ __device__ void {name}(void* target, const void* own, const void* other, int inside, unsigned count) {{
+  unsigned address = (unsigned)__cvta_generic_to_shared(target);
+  asm volatile("cp.async.{cache}.shared.global [%0], [%1], {size}, %2;"
+               : : "r"(address), "l"(inside ? own : other), "r"(count) : "memory");
+}}
+"""
+"""A copy from one of two places, without a branch: TVM's expressions choose between numbers, not between pointers."""
+NOWHERE = -(1 << 24)
+"""A line outside of every image."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows, columns: of a block of threads. down, across: its warps. stages: steps in shared memory at once."""
+
+    rows: int
+    columns: int
+    down: int = 2
+    across: int = 2
+    stages: int = 3
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.down * self.across
+
+    @property
+    def row_fragments(self) -> int:
+        """Of 16 rows, of a warp."""
+        return self.rows // self.down // 16
+
+    @property
+    def column_fragments(self) -> int:
+        """Of 16 columns, of a warp."""
+        return self.columns // self.across // CHANNELS
+
+
+TILES = Tile(128, 128), Tile(128, 64), Tile(64, 64)
+
+
+def tile(problem: QuantMatmul, tiles: Sequence[Tile] = TILES) -> Tile:
+    """The largest that columns divide into and rows fill; the largest of all only for one segment.
+
+    Several have a second set of sums, of floats.
+    """
+    for found in tiles[:-1] if len(problem.segments) == 1 else tiles[1:-1]:
+        if Fragments(problem).outputs % found.columns == 0 and problem.rows >= found.rows:
+            return found
+    return tiles[-1]
+
+
+BLOCKS = 128
+"""Of threads that a GPU is to have; Orin has 16 processors, an A100 108."""
+LEAST_STEPS = 8
+"""Of a block of threads, so that filling its stages is worth it."""
+
+
+def most_splits(problem: QuantMatmul) -> int:
+    """How many blocks share the k axis of a tile, for one sample; several segments have an order of their sums."""
+    if len(problem.segments) > 1:
+        return 1
+    w, own = Fragments(problem), tile(problem)
+    tiles = -(-problem.rows // own.rows) * (w.outputs // own.columns)
+    return max(1, min(BLOCKS // tiles, w.steps // LEAST_STEPS))
+
+
+def arguments(problem: QuantMatmul) -> list[Argument]:
+    """As of `kernels.gemm`, with the weights of `weights.Fragments`."""
+    return calling(problem, Fragments(problem).buffers())
+
+
+def workspaces(problem: QuantMatmul) -> list[Argument]:
+    """Sums of blocks that share the k axis: parts [B, most splits x rows x outputs]; row_parts, of rows' codes."""
+    if (most := most_splits(problem)) == 1:
+        return []
+    parts = Argument("parts", (BATCH, most * problem.rows * problem.outputs), "int32")
+    return [parts, *([Argument("row_parts", (BATCH, most * problem.rows), "int32")] if problem.has_offset else [])]
+
+
+def parameters(problem: QuantMatmul) -> list[Argument]:
+    """All that the kernel is called with."""
+    return [*arguments(problem), *workspaces(problem)]
+
+
+def build(problem: QuantMatmul, name: str) -> PrimFunc:
+    """The kernel ``name(*parameters(problem))``; the batch is the only symbolic size."""
+
+    def body(batch: Any, buffers: Buffers) -> None:
+        Kernel(problem, tile(problem), buffers, most_splits(problem)).emit(batch)
+
+    return primfunc(name, parameters(problem), body)
+
+
+def byte_perm(low: Any, high: Any, selector: Any) -> Expr:
+    return T.call_pure_extern("uint32", "__byte_perm", low, high, selector)
+
+
+class Kernel:
+    """A product in a tile. The one in bfloat16 (`float_products`) has others where it says so.
+
+    instruction: of the tensor cores; sum_type: of its results' registers; x_align: bytes, of activations where it reads
+    most_splits: `most_splits` of a product of integers; sums of floats have an order
+    """
+
+    instruction, sum_type, x_align = MMA, "uint32", 64
+
+    def __init__(self, problem: QuantMatmul, tile: Tile, buffers: Buffers, most_splits: int = 1) -> None:
+        self.p, self.t, self.w = problem, tile, Fragments(problem)
+        self.epilogue = problem.epilogue or Epilogue()
+        self.b = {name: flat(buffer) for name, buffer in buffers.items()}
+        self.buffers = buffers
+        sizes = [problem.channels, *problem.segments, *self.w.first_channels]
+        self.copied = math.gcd(CHUNK, *sizes)
+        """Bytes that are copied at once: addresses are multiples of this."""
+        self.several = len(problem.segments) > 1
+        self.most_splits = most_splits
+
+    def emit(self, batch: Any) -> None:
+        t, p = self.t, self.p
+        self.total = T.bind(batch * p.rows)
+        down = (self.total + (t.rows - 1)) // t.rows
+        across = self.w.outputs // t.columns
+        self.splits: Any = 1
+        if self.most_splits > 1:
+            self.splits = T.bind(T.max(1, T.min(BLOCKS // (down * across), self.most_splits)))
+        with grid(down * across * self.splits, t.threads) as (number, thread):
+            self.thread = thread
+            self.split: Any = T.bind(number // (down * across)) if self.most_splits > 1 else 0
+            block = T.bind(number - self.split * (down * across))
+            self.first_row = T.bind(block // across * t.rows)
+            self.first_column = T.bind(block % across * t.columns)
+            self.lane, warp = T.bind(thread % 32), T.bind(thread // 32)
+            self.warp_row = T.bind(warp // t.across * (t.row_fragments * 16))
+            self.warp_column = T.bind(warp % t.across * (t.column_fragments * CHANNELS))
+            self._allocate()
+            self._rows()
+            self._clear()
+            self._products()
+            if self.most_splits > 1:
+                self._store_parts()
+            else:
+                self._store()
+        if self.most_splits > 1:
+            self._add_parts()
+
+    def _allocate(self) -> None:
+        t = self.t
+        self.x = shared(t.stages * t.rows * STEP, "uint8", self.x_align)
+        self.x_words = T.decl_buffer((t.stages * t.rows * STEP // 4,), "uint32", data=self.x.data, scope="shared")
+        self.fragment = 32 * self.w.words  # words
+        self.weights = shared(t.stages * (t.columns // CHANNELS) * self.fragment, "uint32")
+        tiles = 2 * t.row_fragments * t.column_fragments
+        self.sums = local(tiles * 4, self.sum_type)
+        self.row_sums: Any = local(t.row_fragments * 4, "uint32") if self.p.has_offset else None
+        self.own_rows = t.row_fragments * 2
+        self.activations: Any = local(self.own_rows * len(self.p.segments), "int32") if self.p.has_offset else None
+        """Sums of the activations of a segment, of each row of a thread: offsets count behind all segments."""
+        self.y: Any = local(tiles * 4) if self.several else None
+        self.a = local(t.row_fragments * 4, "uint32")
+        self.decoded = local(t.column_fragments * 4, "uint32")
+        if self.p.bits < 8:
+            words = 2**self.p.bits // 4
+            self.table = local(t.column_fragments * words, "uint32")
+            for j in range(t.column_fragments):
+                fragment = self.first_column // CHANNELS + self._fragment(j)
+                for word in range(words):
+                    store(self.table, self.b["lut"][fragment * words + word], j * words + word)
+
+    def _fragment(self, j: int) -> Any:
+        """Number j of the fragments of weights that a warp reads, of those of the tile."""
+        return self.warp_column // CHANNELS + j
+
+    # --------------------------------------------------------------------------------------------- activations
+
+    def _rows(self) -> None:
+        """What a thread copies of every step: the same chunk of some rows."""
+        p, t = self.p, self.t
+        self.copies = t.rows * (STEP // CHUNK) // t.threads
+        self.chunk = T.bind(self.thread % (STEP // CHUNK))
+        if not p.pointwise:
+            self.top, self.left, self.pixel = (local(self.copies, "int32") for _ in range(3))
+        if not p.pointwise and self._has_border:
+            self.row_group = local(self.copies, "int32")
+            start = self.buffers["start"]
+            size = 4 * math.prod(int(extent) for extent in start.shape)
+            self.start_bytes = T.decl_buffer((size,), "uint8", data=start.data)
+        for i in range(self.copies) if not p.pointwise else ():
+            row = T.bind(self._copied_row(i))
+            sample = T.bind(tirx.truncdiv(T.min(row, self.total - 1), p.rows))
+            own = T.bind(T.min(row, self.total - 1) - sample * p.rows)
+            top = T.bind(own // p.out_width * p.stride[0] - p.padding[0])
+            left = T.bind(own % p.out_width * p.stride[1] - p.padding[2])
+            store(self.top, T.Select(row < self.total, top, NOWHERE), i)
+            store(self.left, left, i)
+            store(self.pixel, ((sample * p.height + top) * p.width + left) * p.channels, i)
+            if self._has_border:
+                group = T.cast(self.b["group"][sample], "int32") if p.groups > 1 else tirx.IntImm("int32", 0)
+                store(self.row_group, group, i)
+
+    @property
+    def _has_border(self) -> bool:
+        return any(self.p.padding)
+
+    def _copied_row(self, i: int) -> Any:
+        return self.first_row + self.thread // (STEP // CHUNK) + i * (self.t.threads // (STEP // CHUNK))
+
+    def _target(self, row: Any, stage: Any) -> Any:
+        """Where in shared memory the chunk of a row lies."""
+        local_row = T.bind(row - self.first_row)
+        swapped = T.bitwise_xor(self.chunk, local_row // 2 % 4)
+        return T.bind(stage * (self.t.rows * STEP) + local_row * STEP + swapped * CHUNK)
+
+    def _load_activations(self, step: Any, stage: Any) -> None:
+        p, w = self.p, self.w
+        unit = T.bind(step * (STEP // UNIT) + self.chunk // 2)
+        number = T.bind(step * (STEP // CHUNK) + self.chunk)  # of the chunk
+        if w.even:
+            segment: Any = 0 if len(p.segments) == 1 else T.bind(tirx.truncdiv(unit, w.units[0]))
+            own = number - segment * (2 * w.units[0])
+            tap, channel = self._split(own, w.chunks[0])
+            size, before = p.segments[0], segment * p.segments[0]
+        else:
+            segment = T.bind(w.of_unit(unit, range(len(p.segments))))
+            places = [self._split(number - 2 * w.first_units[j], w.chunks[j]) for j in range(len(p.segments))]
+            tap = T.bind(w.of_unit(unit, [tap for tap, _ in places]))
+            channel = T.bind(w.of_unit(unit, [channel for _, channel in places]))
+            size = T.bind(w.of_unit(unit, p.segments))
+            before = T.bind(w.of_unit(unit, w.first_channels))
+        here = tirx.all(tap < w.taps, unit < sum(w.units))
+        # Where chunks are whole, one behind the last of a segment has a tap that is none, or a channel.
+        whole = w.taps > 1 and all(channels % CHUNK == 0 for channels in p.segments)
+        count = T.bind(T.Select(here, CHUNK if whole else T.max(T.min(size - channel, CHUNK), 0), 0))
+        if not p.pointwise:
+            dy, dx = (vmath.keep(part) for part in (tirx.truncdiv(tap, p.kernel[1]), tirx.truncmod(tap, p.kernel[1])))
+            moved = vmath.keep((dy * p.width + dx) * p.channels + before + channel)
+        count = vmath.keep(count)
+        for i in range(self.copies):
+            row = T.bind(self._copied_row(i))
+            target = self._target(row, stage)
+            if p.pointwise:
+                there = T.bind(T.Select(row < self.total, count, 0))
+                self._copy(target, self.b["x"], T.Select(there > 0, row * p.channels + before + channel, 0), there)
+                continue
+            # Before the first line and behind the last is far from the first, as a number without sign.
+            y, x = (T.cast(place, "uint32") for place in (self.top[i] + dy, self.left[i] + dx))
+            within = (T.cast(place, "int32") for place in (y < T.uint32(p.height), x < T.uint32(p.width)))
+            inside = vmath.keep(T.bitwise_and(*within))
+            source = T.Select(T.bitwise_and(inside, T.cast(count > 0, "int32")) > 0, self.pixel[i] + moved, 0)
+            if not self._has_border:
+                self._copy(target, self.b["x"], source, T.Select(inside > 0, count, 0))
+                continue
+            border = ((segment * p.groups + self.row_group[i]) * w.start_row + w.outputs) * 4
+            self._copy(target, self.b["x"], source, count, (inside, border))
+
+    def _split(self, number: Any, chunks: int) -> tuple[Any, Any]:
+        """(tap, first channel) of a chunk of a segment."""
+        if self.w.taps == 1:
+            return tirx.IntImm("int32", 0), T.bind(number * CHUNK)
+        tap = T.bind(tirx.truncdiv(number, chunks))
+        return tap, T.bind((number - tap * chunks) * CHUNK)
+
+    def _copy(self, target: Any, x: Any, source: Any, count: Any, border: tuple[Any, Any] | None = None) -> None:
+        """`count` of 16 values to shared memory, then zeros.
+
+        border: (1 where they come from there, where zero points stand that are taken otherwise)
+        """
+        size = self.copied
+        source, count = vmath.keep(source), vmath.keep(count)
+
+        if size >= 4:
+            cache = "cg" if size == CHUNK else "ca"
+            for first in range(0, CHUNK, size):
+                at = source + first if first == 0 else T.Select(count > first, source + first, 0)
+                given = T.cast(T.max(T.min(count - first, size), 0), "uint32")
+                places = self.x.ptr_to([target + first]), x.ptr_to([at])
+                if border is None:
+                    T.evaluate(T.ptx[f"cp.async.{cache}.shared.global"](*places, size, given))
+                    continue
+                inside, other = border
+                arguments = (*places, self.start_bytes.ptr_to([other]), inside, given)
+                name = f"mpq_copy_either_{size}"
+                text = COPY_EITHER.format(name=name, cache=cache, size=size)
+                T.evaluate(T.cuda.func_call(name, *arguments, source_code=text, return_type="void"))
+            return
+        for k in range(CHUNK // 4):
+            word: Any = T.uint32(0)
+            for e in range(4):
+                value = self._value(x, source + 4 * k + e, border)
+                value = T.if_then_else(count > 4 * k + e, value, T.uint32(0))
+                word = word | value << T.uint32(8 * e)
+            store(self.x_words, word, target // 4 + k)
+
+    def _value(self, x: Any, at: Any, border: tuple[Any, Any] | None) -> Expr:
+        """One value, as `_copy` takes it."""
+        value = T.cast(x[at], "uint32")
+        if border is None:
+            return value
+        return T.if_then_else(border[0] > 0, value, T.cast(self.start_bytes[border[1]], "uint32"))
+
+    def _load_weights(self, step: Any, stage: Any) -> None:
+        """The fragments of a step: 128 bits a word of code."""
+        t, w = self.t, self.w
+        per_fragment = self.fragment // 4  # copies of 4 words
+        total = t.columns // CHANNELS * per_fragment
+        for first in range(0, total, t.threads):
+            i = T.bind(first + self.thread)
+            fragment = tirx.truncdiv(i, per_fragment)
+            source = ((self.first_column // CHANNELS + fragment) * w.steps + step) * per_fragment
+            source = T.bind((source + tirx.truncmod(i, per_fragment)) * 4)
+            target = stage * (total * 4) + i * 4
+
+            def copy(source: Any = source, target: Any = target) -> None:
+                pointers = self.weights.ptr_to([target]), self.b["tiles"].ptr_to([source])
+                T.evaluate(T.ptx["cp.async.cg.shared.global"](*pointers, 16))
+
+            if total - first >= t.threads:
+                copy()
+            else:
+                with T.If(i < total), T.Then():
+                    copy()
+
+    # ------------------------------------------------------------------------------------------------ products
+
+    def _clear(self) -> None:
+        self._clear_sums()
+        if self.y is not None:
+            self._each_output(lambda at, row, column: store(self.y, self._first(column), at))
+
+    def _clear_sums(self) -> None:
+        for buffer in (self.sums, self.row_sums):
+            if buffer is not None:
+                for i in range(int(buffer.shape[0])):
+                    store(buffer, tirx.const(0, buffer.dtype), i)
+
+    def _first(self, column: Any) -> Expr:
+        """With what the float sum of an output starts."""
+        late = self.p.late_zeros
+        return self.b["bias"][column] if self.p.has_bias and not late else vmath.f32(0.0, 1)
+
+    def _products(self) -> None:
+        w, t = self.w, self.t
+
+        def load(step: Any, stage: Any) -> None:
+            self._load_activations(step, stage)
+            self._load_weights(step, stage)
+
+        begin, steps = self._steps()
+        for step in range(t.stages - 1):
+            if step < w.steps // self.most_splits:
+                load(begin + step, step)
+            T.evaluate(T.ptx.cp.async_.commit_group())
+        with T.serial(0, steps) as step:
+            self._land(t.stages - 2)
+            barrier()
+            if w.steps >= t.stages:
+                ahead = T.bind(step + (t.stages - 1))
+                with T.If(ahead < steps), T.Then():
+                    load(begin + ahead, T.bind(ahead % t.stages))
+            T.evaluate(T.ptx.cp.async_.commit_group())
+            stage = T.bind(step % t.stages)
+            for ks in range(STEP // UNIT):
+                self._unit(stage, ks)
+                self._end_of_segment(T.bind(step * (STEP // UNIT) + ks), ks)
+
+    def _land(self, stages: int) -> None:
+        """The thread's copies are there, but for those of the last stages asked for."""
+        T.evaluate(T.ptx.cp.async_.wait_group(stages))
+
+    def _steps(self) -> tuple[Any, Any]:
+        """(first, number) of those of the block."""
+        if self.most_splits == 1:
+            return 0, self.w.steps
+        begin = T.bind(self.split * self.w.steps // self.splits)
+        return begin, T.bind((self.split + 1) * self.w.steps // self.splits - begin)
+
+    def _unit(self, stage: Any, ks: int) -> None:
+        """32 values of k."""
+        t, lane = self.t, self.lane
+        for i in range(t.row_fragments):
+            row = T.bind(self.warp_row + i * 16 + lane % 16)
+            chunk = T.bitwise_xor(ks * 2 + lane // 16, row // 2 % 4)
+            at = stage * (t.rows * STEP) + row * STEP + chunk * CHUNK
+            registers = [self.a[i * 4 + r] for r in range(4)]
+            T.evaluate(T.ptx[LDMATRIX](*registers, self.x.ptr_to([at])))
+        for j in range(t.column_fragments):
+            self._decode(stage, ks, j)
+            for i in range(t.row_fragments):
+                for h in range(2):
+                    self._multiply(self.sums, ((i * t.column_fragments + j) * 2 + h) * 4, i, [
+                        self.decoded[j * 4 + 2 * h], self.decoded[j * 4 + 2 * h + 1],
+                    ])  # fmt: skip
+        if self.row_sums is not None:
+            for i in range(t.row_fragments):
+                self._multiply(self.row_sums, i * 4, i, [T.uint32(ONES)] * 2)
+
+    def _multiply(self, sums: Any, at: int, i: int, weights: list[Any]) -> None:
+        results = [sums[at + e] for e in range(4)]
+        T.evaluate(T.ptx[self.instruction](*results, *(self.a[i * 4 + r] for r in range(4)), *weights, *results))
+
+    def _decode(self, stage: Any, ks: int, j: int, first: int = 0) -> None:
+        """The weights of 16 channels for 32 values of k into 4 registers, (h, kk), from the first + 4 j on."""
+        w, bits, lane = self.w, self.p.bits, self.lane
+        fragment = T.bind(stage * (self.t.columns // CHANNELS) + self._fragment(j))
+
+        def word(number: int) -> Any:
+            return self.weights[fragment * self.fragment + w.place(number, lane)]
+
+        for h in range(2):
+            for kk in range(2):
+                at = first + j * 4 + 2 * h + kk
+                if bits == 8:
+                    store(self.decoded, word(4 * ks + 2 * h + kk), at)
+                    continue
+                words = 2**bits // 4
+                table = [self.table[j * words + i] for i in range(words)]
+                store(self.decoded, looked_up(table, _selector(bits, word, ks, h, kk)), at)
+
+    # ---------------------------------------------------------------------------------------------- conclusions
+
+    def _each_output(self, body: Callable[[int, Any, Any], None], fragment: int | None = None) -> None:
+        """``body(register, row, column)`` for what a thread holds, rows and columns of the whole product.
+
+        fragment: of rows, that alone
+        """
+        t, lane = self.t, self.lane
+        for i in range(t.row_fragments) if fragment is None else (fragment,):
+            for half in range(2):
+                row = T.bind(self._own_row(2 * i + half))
+                for j in range(t.column_fragments):
+                    for h in range(2):
+                        for e in range(2):
+                            first = self.first_column + self.warp_column + j * CHANNELS + h * 8
+                            column = T.bind(first + lane % 4 * 2 + e)
+                            body(((i * t.column_fragments + j) * 2 + h) * 4 + half * 2 + e, row, column)
+
+    def _own_row(self, i: int) -> Any:
+        """Number i of the rows that a thread holds sums of."""
+        return self.first_row + self.warp_row + i * 8 + self.lane // 4
+
+    def _end_of_segment(self, unit: Any, ks: int) -> None:
+        """Behind the last unit of a segment its sums go to the float ones; of a single one at the end of it all."""
+        w = self.w
+        if not self.several:
+            return
+        if w.even:
+            if w.units[0] % 2 == 0 and ks == 0:
+                return  # no segment ends here
+            ends = tirx.all(tirx.EQ(tirx.truncmod(unit + 1, w.units[0]), 0), unit < sum(w.units))
+            segment = tirx.truncdiv(unit, w.units[0])
+        else:
+            last = [first + units - 1 for first, units in zip(w.first_units, w.units, strict=True)]
+            ends = tirx.any(*(tirx.EQ(unit, end) for end in last))
+            segment = w.of_unit(unit, range(len(w.units)))
+        with T.If(ends), T.Then():
+            own = T.bind(segment)
+            self._each_output(
+                lambda at, row, column: store(self.y, self._added(self.y[at], self._sum(at), row, column, own), at)
+            )
+            self._sum_activations(own)
+            self._clear_sums()
+
+    def _sum(self, at: int) -> Expr:
+        return tirx.reinterpret("int32", self.sums[at])
+
+    def _added(self, y: Expr, total: Expr, row: Any, column: Any, segment: Any) -> Expr:
+        """y with what a segment adds to it, whose products come to `total`."""
+        p, b, n = self.p, self.b, self.w.outputs
+        scale = b["weight_scale"][segment * n + column]
+        inside = T.min(row, self.total - 1)
+        if self.p.late_zeros:
+            return vmath.fma(T.cast(total, "float32"), scale, y)
+        if p.dynamic:
+            total = total - self._zero(inside, segment) * b["start"][segment * self.w.start_row + column]
+        else:
+            total = total + b["start"][(segment * p.groups + self._group(inside)) * self.w.start_row + column]
+        return vmath.fma(T.cast(total, "float32"), vmath.mul(self._scale(inside, segment), scale), y)
+
+    def _scale(self, row: Any, segment: Any) -> Expr:
+        """Of the activations of a row."""
+        return self.b["act_scale"][row if self.p.dynamic else segment * self.p.groups + self._group(row)]
+
+    def _zero(self, row: Any, segment: Any) -> Expr:
+        """The zero point of the activations of a row, int32."""
+        at = row if self.p.dynamic else segment * self.p.groups + self._group(row)
+        return T.cast(self.b["act_zero"][at], "int32")
+
+    def _sum_activations(self, segment: Any) -> None:
+        """Keeps the sum of q - z of every row of the thread, for offsets."""
+        if self.row_sums is None:
+            return
+        for i in range(self.own_rows):
+            value = self._above_zero(self._row_sum(i), T.min(self._own_row(i), self.total - 1), segment)
+            store(self.activations, value, segment * self.own_rows + i)
+
+    def _row_sum(self, i: int) -> Expr:
+        """Of the codes of number i of the rows that a thread holds sums of."""
+        return tirx.reinterpret("int32", self.row_sums[i // 2 * 4 + i % 2 * 2])
+
+    def _above_zero(self, codes: Expr, row: Any, segment: Any) -> Expr:
+        """The sum of q - z of a row, given that of its codes."""
+        return codes - self._zero(row, segment) * self._values(segment)
+
+    def _with_offsets(self, y: Expr, activations: Callable[[Any], Expr], row: Any, column: Any) -> Expr:
+        """y with what the offset of its channel makes of the activations, sums by segment."""
+        if not self.p.has_offset:
+            return y
+        total = local(1)
+        store(total, y, 0)
+        with T.serial(0, len(self.p.segments)) as j:
+            factor = vmath.mul(self._scale(row, j), self.b["offset"][column])
+            store(total, vmath.fma(T.cast(activations(j), "float32"), factor, total[0]), 0)
+        return total[0]
+
+    def _values(self, segment: Any) -> Any:
+        """How many values of k a segment has."""
+        p = self.p
+        if self.w.even:
+            return p.segments[0] * self.w.taps
+        return self.w.of_segment(segment, [channels * self.w.taps for channels in p.segments])
+
+    def _group(self, row: Any) -> Any:
+        if self.p.groups == 1:
+            return 0
+        return T.cast(self.b["group"][tirx.truncdiv(row, self.p.rows)], "int32")
+
+    def _store(self) -> None:
+        """Results go to shared memory as the lanes hold them, 16 rows of each warp at once, and from there by rows.
+
+        So neighbouring threads read and write what lies side by side, and the code of the epilogue stands there once.
+        """
+        t, p = self.t, self.p
+        if not self.several:
+            self._sum_activations(0)
+        rows = 16 * t.down
+        staged = T.decl_buffer((rows * t.columns,), "float32", data=self.x.data, scope="shared")
+        assert rows * t.columns * 4 <= t.stages * t.rows * STEP
+
+        for fragment in range(t.row_fragments):
+
+            def keep(at: int, row: Any, column: Any, fragment: int = fragment) -> None:
+                own = row - self.first_row - fragment * 16
+                own = own - self.warp_row + self.warp_row // t.row_fragments
+                inside = T.bind(T.min(row, self.total - 1))
+                channel = column if self.w.outputs == p.outputs else T.bind(T.min(column, p.outputs - 1))
+                store(staged, self._result(at, inside, channel), self._staged(T.bind(own), column - self.first_column))
+
+            barrier()
+            self._each_output(keep, fragment)
+            barrier()
+            with strided(self.thread, rows * t.columns, t.threads) as number:
+                own, across = unravel(number, t.columns)
+                down = own // 16 * (t.row_fragments * 16) + fragment * 16 + own % 16
+                row, column = T.bind(self.first_row + down), T.bind(self.first_column + across)
+                with T.If(tirx.all(row < self.total, column < p.outputs)), T.Then():
+                    self._finish(vmath.keep(staged[self._staged(own, across)]), row, column)
+
+    def _staged(self, row: Any, column: Any) -> Any:
+        """Where a result waits, such that neither the lanes of a fragment nor those of a row meet a bank twice."""
+        return row * self.t.columns + T.bitwise_xor(column, row % 4 * 8 + row // 4 % 2)
+
+    def _result(self, at: int, row: Any, column: Any) -> Expr:
+        """What stands in a register at the end, before the epilogue."""
+        p = self.p
+        if self.y is None:
+            y = self._added(self._first(column), self._sum(at), row, column, 0)
+        elif p.late_zeros:
+            zero = vmath.neg(T.cast(self.b["act_zero"][row], "float32"))
+            start = self.b["bias"][column] if p.has_bias else vmath.f32(0.0, 1)
+            own = vmath.fma(zero, self.b["sums"][column], self.y[at])
+            y = vmath.fma(self.b["act_scale"][row], own, start)
+        else:
+            y = self.y[at]
+        return self._with_offsets(y, lambda j: self._activations(at, j), row, column)
+
+    def _activations(self, at: int, segment: Any) -> Expr:
+        """Those of the row of a register, summed up (`_sum_activations`)."""
+        i = at // (self.t.column_fragments * 8) * 2 + at % 4 // 2  # of the thread's own rows
+        return self.activations[segment * self.own_rows + i]
+
+    def _store_parts(self) -> None:
+        """What a block has summed up goes to memory."""
+        outputs = self.p.outputs
+
+        def keep(at: int, row: Any, column: Any) -> None:
+            with T.If(tirx.all(row < self.total, column < outputs)), T.Then():
+                store(self.b["parts"], self._sum(at), (self.split * self.total + row) * outputs + column)
+
+        self._each_output(keep)
+        if self.row_sums is None:
+            return
+        for i in range(self.own_rows):
+            row = T.bind(self._own_row(i))
+            # all columns have the same
+            with T.If(tirx.all(row < self.total, tirx.EQ(self.first_column, 0), self._first_of_row())), T.Then():
+                store(self.b["row_parts"], self._row_sum(i), self.split * self.total + row)
+
+    def _first_of_row(self) -> Any:
+        """Whether the thread is the first of those that know the sums of its rows' codes."""
+        return tirx.EQ(self.warp_column + self.lane % 4, 0)
+
+    def _add_parts(self) -> None:
+        """A thread for each output."""
+        with each(self.total * self.p.outputs) as number:
+            row, column = unravel(number, self.p.outputs)
+
+            def summed(parts: Any, step: Any, at: Any) -> Expr:
+                total = local(1, "int32")
+                store(total, parts[at], 0)
+                with T.serial(1, self.splits) as split:
+                    store(total, total[0] + parts[split * step + at], 0)
+                return total[0]
+
+            total = summed(self.b["parts"], self.total * self.p.outputs, number)
+            y = self._added(self._first(column), total, row, column, 0)
+            if self.p.has_offset:
+                activations = vmath.keep(self._above_zero(summed(self.b["row_parts"], self.total, row), row, 0))
+                y = self._with_offsets(y, lambda _: activations, row, column)
+            self._finish(vmath.keep(y), row, column)
+
+    def _finish(self, y: Expr, row: Any, column: Any) -> None:
+        """The epilogue, and where its result goes."""
+        p, epilogue = self.p, self.epilogue
+        sample = T.bind(tirx.truncdiv(row, p.rows))
+
+        def load(i: int) -> Expr:
+            operand = self.b[f"operand{i}"]
+            match epilogue.operands[i].kind:
+                case "scalar":
+                    return operand[0]
+                case "channel":
+                    return operand[column]
+                case "sample":
+                    return operand[sample * p.outputs + column]
+            return operand[row * p.outputs + column]
+
+        quant = quantizer(self.buffers, sample) if epilogue.bits is not None else None
+        at: Any = row * p.outputs + column
+        if p.into is not None:
+            size, offset, step = p.into
+            at = sample * size + offset + (row - sample * p.rows) * step + column
+        if epilogue.keeps:
+            steps = Epilogue(epilogue.steps[:-1], epilogue.operands)
+            full = vmath.keep(apply(steps, y, load))
+            store(self.b["full"], full, row * p.outputs + column)
+            store(self.b["out"], apply(Epilogue(epilogue.steps[-1:]), full, load, quant), at)
+        else:
+            store(self.b["out"], apply(epilogue, y, load, quant), at)
+
+
+def _selector(bits: int, word: Callable[[int], Any], ks: int, h: int, kk: int) -> Any:
+    """The codes of 4 weights as nibbles (`weights`)."""
+    if bits == 4:
+        found = word(2 * ks + h)
+        return found >> T.uint32(16) if kk else found
+    shift = 16 * h + 2 * kk
+    found = word(ks)
+    low = (found >> T.uint32(shift) if shift else found) & T.uint32(0x3333)
+    if bits == 2:
+        return low
+    plane = word(2) >> T.uint32(16) if ks else word(2)
+    place = 2 * h + kk
+    moved = plane << T.uint32(2 - place) if place < 2 else plane >> T.uint32(place - 2)
+    return low | moved & T.uint32(0x4444)
+
+
+def looked_up(table: list[Any], selector: Any) -> Any:
+    """The bytes of a table of 4, 8 or 16 entries that 4 nibbles select."""
+    if len(table) == 1:
+        return byte_perm(table[0], T.uint32(0), selector)
+    if len(table) == 2:
+        return byte_perm(table[0], table[1], selector)
+    chosen = vmath.keep(selector)
+    within = vmath.keep(chosen & T.uint32(0x7777))
+    low, high = byte_perm(table[0], table[1], within), byte_perm(table[2], table[3], within)
+    half = chosen >> T.uint32(1) & T.uint32(0x4444)  # of each byte, as what selects it from the one or the other
+    return byte_perm(low, high, half | T.uint32(0x3210))

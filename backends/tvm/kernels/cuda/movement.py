@@ -1,0 +1,49 @@
+"""Elements moved as they are: a thread for each of a copy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from mpq_compiler.backends.tvm.kernels.common.template import BATCH, Buffers, Shape, store, unravel
+from mpq_compiler.backends.tvm.kernels.cpu.movement import Gather, Movement, arguments, constant
+from mpq_compiler.backends.tvm.kernels.cpu.pointwise import merge_dimensions, sample_view
+from mpq_compiler.backends.tvm.kernels.cuda.threads import each, primfunc
+
+
+def build(problem: Movement | Gather, name: str) -> PrimFunc:
+    """The kernel ``name(*kernels.movement.arguments(problem))``."""
+    body = _gather if isinstance(problem, Gather) else _move
+    return primfunc(name, arguments(problem), lambda batch, buffers: body(problem, batch, buffers))
+
+
+def _move(problem: Any, batch: Any, buffers: Buffers) -> None:
+    samples = batch if problem.shape[:1] == (BATCH,) else 1
+    if problem.fill is not None:
+        size = math.prod(1 if extent == BATCH else int(extent) for extent in problem.shape)
+        with each(samples * size) as i:
+            y, _ = sample_view(buffers["y"], problem.shape, 0)
+            store(y, constant(problem.fill, problem.dtype, 1), i)
+    for copy in problem.copies:
+        extents, (source, target) = merge_dimensions(copy.extents, [copy.source_strides, copy.target_strides])
+        with each(samples * math.prod(extents)) as i:
+            sample, *place = unravel(i, *extents)
+            x, origin = sample_view(buffers[f"x{copy.source}"], problem.inputs[copy.source], sample)
+            y, start = sample_view(buffers["y"], problem.shape, sample)
+            at = origin + copy.source_offset + sum(p * step for p, step in zip(place, source, strict=True))
+            to = start + copy.target_offset + sum(p * step for p, step in zip(place, target, strict=True))
+            store(y, x[at], to)
+
+
+def _gather(problem: Any, batch: Any, buffers: Buffers) -> None:
+    count, shape = math.prod(problem.positions), (BATCH, *problem.positions)
+    with each(batch * (count * problem.width)) as i:
+        position, column = unravel(i, problem.width)
+        index, _ = sample_view(buffers["index"], shape, 0)
+        target: Shape = (*shape, problem.width)
+        y, _ = sample_view(buffers["y"], target, 0)
+        row = T.cast(index[position], "int32")
+        store(y, buffers["table"][T.max(T.min(row, problem.rows - 1), 0), column], i)

@@ -1,0 +1,114 @@
+"""What CUDA templates share: grids of threads, their memory, sums over a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from mpq_compiler.backends.tvm.kernels.common import template, vmath
+from mpq_compiler.backends.tvm.kernels.common.template import Argument, Buffer, Buffers, store
+
+THREADS = 256
+"""Of a block, where they do not share anything."""
+
+
+def primfunc(name: str, arguments: Sequence[Argument], body: Callable[[Any, Buffers], None]) -> PrimFunc:
+    """As `template.primfunc`; `body` launches grids, one after the other."""
+    with vmath.dialect(vmath.CUDA):
+        return template.primfunc(name, arguments, body, s_tir=False)
+
+
+@contextmanager
+def grid(blocks: Any, threads: int = THREADS) -> Iterator[tuple[Any, Any]]:
+    """Launches a kernel: (number of the block, number of the thread in it)."""
+    with (
+        T.launch_thread(T.env_thread("blockIdx.x"), blocks) as block,
+        T.launch_thread(T.env_thread("threadIdx.x"), threads) as thread,
+    ):
+        yield block, thread
+
+
+@contextmanager
+def each(count: Any, threads: int = THREADS) -> Iterator[Any]:
+    """Launches a kernel with a thread for each of ``range(count)``."""
+    with grid((count + (threads - 1)) // threads, threads) as (block, thread):
+        i = T.bind(block * threads + thread)
+        with T.If(i < count), T.Then():
+            yield i
+
+
+@contextmanager
+def strided(begin: Any, count: int, threads: int) -> Iterator[Any]:
+    """The steps of ``range(count)`` that fall to a thread: neighbours to neighbours."""
+    with T.serial(0, -(-count // threads)) as step:
+        i = T.bind(step * threads + begin)
+        if count % threads:
+            with T.If(i < count), T.Then():
+                yield i
+        else:
+            yield i
+
+
+def shared(size: int, dtype: str = "float32", align: int = 64) -> Buffer:
+    """Uninitialised memory of a block; align: bytes."""
+    return T.alloc_buffer((size,), dtype, align=align, scope="shared")
+
+
+def local(size: int, dtype: str = "float32") -> Buffer:
+    """Uninitialised memory of a thread: registers, where every index is a constant once loops are unrolled."""
+    return T.alloc_buffer((size,), dtype, align=64, scope="local")
+
+
+def workspace(size: Any, dtype: str = "float32") -> Buffer:
+    """Uninitialised memory of the device, for what one grid hands to the next, of a kernel that runs once.
+
+    TVM frees it as soon as another asks for more, and a CUDA graph goes on with its address: what runs in every call
+    has arguments for it. Outside of grids.
+    """
+    return T.alloc_buffer((size,), dtype, align=64, scope="global")
+
+
+def barrier() -> None:
+    """No thread of the block goes on before all have come here, and all see what each has written."""
+    T.evaluate(T.cuda.cta_sync())
+
+
+def flat(buffer: Buffer) -> Buffer:
+    """The buffer with one dimension."""
+    size = buffer.shape[0]
+    for extent in buffer.shape[1:]:
+        size = size * extent
+    return T.decl_buffer((size,), buffer.dtype, data=buffer.data, scope=buffer.scope())
+
+
+def combined(
+    values: Sequence[Expr], thread: Any, threads: int, combine: Callable[[Expr, Expr], Expr] = lambda a, b: a + b
+) -> list[Expr]:
+    """What all threads of a block hold, combined in pairs, in an order that does not change; every thread gets it."""
+    places = [shared(threads) for _ in values]
+    for place, value in zip(places, values, strict=True):
+        store(place, value, thread)
+    barrier()
+    step = threads // 2
+    while step:
+        with T.If(thread < step), T.Then():
+            for place in places:
+                store(place, combine(place[thread], place[thread + step]), thread)
+        barrier()
+        step //= 2
+    found = [vmath.keep(place[0]) for place in places]
+    barrier()
+    return found
+
+
+def power(extent: int, least: int = 32, most: int = THREADS) -> int:
+    """Threads of a block that shares a row of so many elements: a power of two."""
+    threads = least
+    while threads < extent and threads < most:
+        threads *= 2
+    return threads

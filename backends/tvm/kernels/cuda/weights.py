@@ -1,0 +1,322 @@
+"""How the weights of an integer product lie in the memory of a GPU, and the kernels that put them there.
+
+Tensor cores take 16 x 8 outputs of 32 products (`mma.m16n8k32`). The weights of 16 output channels and 64 values of k
+are 8 registers of 4 bytes in each of 32 lanes; they lie as the lanes read them, so that a kernel copies whole blocks
+and no lane moves data of another:
+
+    register r = 4 ks + 2 h + kk of lane l, byte e:   channel 8 h + l // 4,   k = 32 ks + 16 kk + 4 (l % 4) + e
+
+8 bits are the registers themselves. Below, codes lie so that four of them become the nibbles of a selector of
+`__byte_perm` by a shift and a mask, which looks them up in a table of bytes:
+
+    4 bits: word 2 ks + h, bit 16 kk + 4 e            2 bits: word ks, bit 16 h + 2 kk + 4 e
+    3 bits: the lower two as 2 bits; the upper one in word 2, bit 16 ks + (2 h + kk) + 4 e
+
+The k axis is, for each segment, [tap][channel], channels padded to chunks of 16 and segments to units of 32.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from mpq_compiler.backends.tvm.kernels.common import vmath
+from mpq_compiler.backends.tvm.kernels.common.template import Argument, Buffers, store, unravel
+from mpq_compiler.backends.tvm.kernels.cpu import dequantize, float8, float_gemm, prepare
+from mpq_compiler.backends.tvm.kernels.cpu.prepare import StoredRows
+from mpq_compiler.backends.tvm.kernels.cuda.threads import each, flat, local, primfunc, workspace
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul, vectors
+
+CHUNK, UNIT, STEP = 16, 32, 64
+"""Values of k: of a copy, of an instruction, of a step between barriers."""
+CHANNELS = 16
+"""Output channels of a fragment: those that share a table."""
+BLOCK = 64
+"""Output channels are padded to multiples of this."""
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """The layout of one problem."""
+
+    problem: QuantMatmul
+
+    @property
+    def taps(self) -> int:
+        return self.problem.kernel[0] * self.problem.kernel[1]
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Of a tap, for each segment."""
+        return tuple(-(-c // CHUNK) for c in self.problem.segments)
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """Of each segment."""
+        return tuple(-(-self.taps * chunks * CHUNK // UNIT) for chunks in self.chunks)
+
+    @property
+    def first_units(self) -> tuple[int, ...]:
+        """Where the segments begin."""
+        return tuple(itertools.accumulate((0, *self.units[:-1])))
+
+    @property
+    def first_channels(self) -> tuple[int, ...]:
+        """Of the segments in the input."""
+        return tuple(itertools.accumulate((0, *self.problem.segments[:-1])))
+
+    @property
+    def even(self) -> bool:
+        """Whether all segments are alike."""
+        return len(set(self.problem.segments)) == 1
+
+    @property
+    def steps(self) -> int:
+        return -(-sum(self.units) * UNIT // STEP)
+
+    @property
+    def outputs(self) -> int:
+        """Output channels, padded."""
+        return -(-self.problem.outputs // BLOCK) * BLOCK
+
+    @property
+    def words(self) -> int:
+        """Of a lane in a fragment."""
+        return self.problem.bits
+
+    def buffers(self) -> list[Argument]:
+        """What `build` makes and the product reads; all but the first two as of `kernels.problem.WeightLayout`.
+
+        tiles   the codes [fragments of channels, steps, words of lanes]: word w of lane l at place(w, l)
+        lut     tables [fragments of channels, words of 4 entries]
+        start   where groups of time have zero points, 16 bytes of it stand behind each row: pixels of the border
+        """
+        p, n = self.problem, self.outputs
+        named = [Argument("tiles", (n // CHANNELS, self.steps, 32 * self.words), "uint32")]
+        if p.bits < 8:
+            named.append(Argument("lut", (n // CHANNELS, 2**p.bits // 4), "uint32"))
+        return [*named, *vectors(p, n, self.start_row - n)]
+
+    @property
+    def start_row(self) -> int:
+        """Numbers in a row of start values."""
+        return self.outputs + (0 if self.problem.dynamic else CHUNK // 4)
+
+    def place(self, word: Any, lane: Any) -> Any:
+        """Of a word of a lane in a fragment: lanes read up to four neighbours at once."""
+        together = min(4, self.words)
+        if self.words <= 4:
+            return lane * together + word
+        return word // 4 * 128 + lane * 4 + word % 4
+
+    def of_unit(self, unit: Any, values: Sequence[Any]) -> Any:
+        """``values[j]`` of the segment j to which a unit belongs."""
+        return _chosen(values, lambda j: unit < self.first_units[j + 1])
+
+    def of_segment(self, segment: Any, values: Sequence[Any]) -> Any:
+        """``values[segment]``, numbers or expressions."""
+        return _chosen(values, lambda j: tirx.EQ(segment, j))
+
+
+def _chosen(values: Sequence[Any], is_it: Callable[[int], Any]) -> Any:
+    """The first value of which it is said that it is, else the last."""
+    found, *before = (tirx.IntImm("int32", value) if isinstance(value, int) else value for value in reversed(values))
+    for j, value in zip(reversed(range(len(before))), before, strict=True):
+        found = tirx.Select(is_it(j), value, found)
+    return found
+
+
+def arguments(problem: QuantMatmul) -> tuple[list[Argument], list[Argument]]:
+    """(inputs, outputs) of the kernel that prepares weights."""
+    return prepare.inputs(problem), Fragments(problem).buffers()
+
+
+def build(problem: QuantMatmul, name: str) -> PrimFunc:
+    """The kernel ``name(*kernels.prepare.inputs(problem), *Fragments(problem).buffers())``."""
+    inputs, outputs = arguments(problem)
+    return primfunc(name, [*inputs, *outputs], lambda _, buffers: _Prepare(problem, buffers).emit())
+
+
+class _Prepare:
+    def __init__(self, problem: QuantMatmul, buffers: Buffers) -> None:
+        self.p, self.b, self.w = problem, buffers, Fragments(problem)
+
+    def emit(self) -> None:
+        p, w = self.p, self.w
+        self.kept = workspace(p.outputs * p.reduction, "uint8")
+        """What stands for each weight in memory: its code, or its value."""
+        values = workspace(p.outputs * p.reduction, "int8")
+        with each(p.outputs, 32) as i:
+            rows = StoredRows(self.b, (p.outputs, p.reduction), p.bits, p.widths, i)
+            with rows.row(i) as codes, T.serial(0, p.reduction) as k:
+                code = T.bind(codes(k))
+                value = T.bind(self._value(rows, i, code))
+                store(values, T.cast(value, "int8"), i * p.reduction + k)
+                kept = value if p.bits == 8 else code
+                if p.widths and p.bits < 8:
+                    kept = value - T.cast(self.b["tables"][len(p.widths) - 1, 0], "int32")
+                store(self.kept, T.cast(kept, "uint8"), i * p.reduction + k)
+        if p.bits < 8:
+            self._tables()
+        with each(w.outputs * len(p.segments), 32) as number:
+            i, j = unravel(number, len(p.segments))
+            self._vectors(i, j, values)
+        if p.late_zeros:
+            with each(w.outputs, 32) as i:
+                total = local(1)
+                store(total, vmath.f32(0.0, 1), 0)
+                with T.serial(0, len(p.segments)) as j:
+                    own = T.cast(self.b["start"][j, 0, i], "float32")
+                    store(total, vmath.fma(own, self.b["weight_scale"][j, i], total[0]), 0)
+                store(self.b["sums"], total[0], i)
+        with each(w.outputs // CHANNELS * (w.steps * 32), 128) as number:
+            fragment, step, lane = unravel(number, w.steps, 32)
+            self._fragment(fragment, step, lane)
+
+    def _value(self, rows: StoredRows, i: Any, code: Any) -> Expr:
+        p = self.p
+        if not p.has_tables:
+            return code
+        table = rows.class_of(i) if p.widths else T.cast(self.b["row_class"][i // CHANNELS], "int32")
+        return T.cast(self.b["tables"][table, code], "int32")
+
+    def _tables(self) -> None:
+        p, words = self.p, 2**self.p.bits // 4
+        with each(self.w.outputs // CHANNELS * words) as number:
+            block, word = unravel(number, words)
+            table: Any = len(p.widths) - 1
+            if not p.widths:
+                table = T.bind(T.cast(self.b["row_class"][T.min(block, p.row_classes - 1)], "int32"))
+            packed: Any = T.uint32(0)
+            for byte in range(4):
+                entry = T.cast(tirx.reinterpret("uint8", self.b["tables"][table, word * 4 + byte]), "uint32")
+                packed = packed | entry << T.uint32(8 * byte)
+            store(self.b["lut"], packed, block, word)
+
+    def _vectors(self, i: Any, j: Any, values: Any) -> None:
+        """Scale and start values of channel i and segment j; offset and bias of the channel. Zero behind the last."""
+        p, b = self.p, self.b
+        inside, behind = T.min(i, p.outputs - 1), i >= p.outputs
+
+        def or_zero(value: Expr) -> Expr:
+            return tirx.Select(behind, vmath.f32(0.0, 1), T.cast(value, "float32"))
+
+        store(b["weight_scale"], or_zero(b["scale"][inside, j]), j, i)
+        total, size = local(1, "int32"), p.segments[0]
+        store(total, tirx.IntImm("int32", 0), 0)
+        first: Any = j * size
+        if not self.w.even:
+            size, first = (T.bind(self.w.of_segment(j, each)) for each in (p.segments, self.w.first_channels))
+        with T.If(i < p.outputs), T.Then(), T.serial(0, self.w.taps) as tap, T.serial(0, size) as k:
+            weight = values[i * p.reduction + tap * p.channels + first + k]
+            store(total, total[0] + T.cast(weight, "int32"), 0)
+        if p.dynamic:
+            store(b["start"], total[0], j, 0, i)
+        else:
+            with T.serial(0, p.groups) as g:
+                zero = T.cast(b["act_zero"][j, g], "int32")
+                store(b["start"], (0 - zero) * total[0], j, g, i)
+                with T.If(i < CHUNK // 4), T.Then():
+                    bytes_ = tirx.reinterpret("int32", T.cast(zero, "uint32") * T.uint32(0x01010101))
+                    store(b["start"], bytes_, j, g, self.w.outputs + i)
+        with T.If(tirx.EQ(j, 0)), T.Then():
+            T.evaluate(T.int32(0))
+            if p.has_offset:
+                store(b["offset"], or_zero(b["stored_offset"][inside]), i)
+            if p.has_bias:
+                store(b["bias"], or_zero(b["stored_bias"][inside]), i)
+
+    def _fragment(self, fragment: Any, step: Any, lane: Any) -> None:
+        """The words of one lane."""
+        p, w = self.p, self.w
+        words = local(w.words, "uint32")
+        for word in range(w.words):
+            store(words, T.uint32(0), word)
+        for ks in range(2):
+            unit = T.bind(step * 2 + ks)
+            first, chunks, channels, before = (
+                T.bind(w.of_unit(unit, of) if not w.even else of[0])
+                for of in (w.first_units, w.chunks, p.segments, w.first_channels)
+            )
+            own = unit
+            if w.even:
+                segment = T.bind(tirx.truncdiv(unit, w.units[0]))
+                own, before = unit - segment * w.units[0], segment * p.segments[0]
+            for h in range(2):
+                row = T.bind(fragment * CHANNELS + (8 * h + lane // 4))
+                for kk in range(2):
+                    chunk = T.bind((own - (0 if w.even else first)) * 2 + kk)
+                    tap = T.bind(tirx.truncdiv(chunk, chunks))
+                    for e in range(4):
+                        c = T.bind((chunk - tap * chunks) * CHUNK + (lane % 4 * 4 + e))
+                        there = tirx.all(row < p.outputs, tap < w.taps, c < channels, unit < sum(w.units))
+                        at = row * p.reduction + tap * p.channels + before + c
+                        kept = T.if_then_else(there, T.cast(self.kept[at], "uint32"), self._nothing())
+                        self._merge(words, T.bind(kept), ks, h, kk, e)
+        for word in range(w.words):
+            store(self.b["tiles"], words[word], fragment, step, w.place(word, lane))
+
+    def _nothing(self) -> Any:
+        """What stands where there is no weight: activations are zero there, or the channel is none."""
+        return T.uint32(0)
+
+    def _merge(self, words: Any, code: Any, ks: int, h: int, kk: int, e: int) -> None:
+        def put(word: int, bits: Any, shift: int) -> None:
+            store(words, words[word] | bits << T.uint32(shift), word)
+
+        match self.p.bits:
+            case 8:
+                put(4 * ks + 2 * h + kk, code, 8 * e)
+            case 4:
+                put(2 * ks + h, code, 16 * kk + 4 * e)
+            case 2:
+                put(ks, code, 16 * h + 2 * kk + 4 * e)
+            case 3:
+                put(ks, code & T.uint32(3), 16 * h + 2 * kk + 4 * e)
+                put(2, code >> T.uint32(2), 16 * ks + (2 * h + kk) + 4 * e)
+
+
+# ------------------------------------------------------------------------------------- weights of float layers
+
+
+def build_dequantize(problem: dequantize.DequantizeTable, name: str) -> PrimFunc:
+    """The kernel ``name(*kernels.dequantize.arguments(problem))``, a thread for each row."""
+
+    def body(_: Any, buffers: Buffers) -> None:
+        with each(problem.rows, 32) as i:
+            dequantize.dequantize_row(problem, buffers, dequantize.stored_rows(problem, buffers, i), i)
+
+    return primfunc(name, dequantize.arguments(problem), body)
+
+
+def build_float8(problem: float8.DequantizeFloat8, name: str) -> PrimFunc:
+    """The kernel ``name(*kernels.float8.arguments(problem))``."""
+
+    def body(_: Any, buffers: Buffers) -> None:
+        with each(problem.rows * problem.columns) as number:
+            i, k = unravel(number, problem.columns)
+            code = T.cast(buffers["codes"][i, k], "int32")
+            factor = T.cast(buffers["scale"][i], "float32")
+            store(buffers["y"], vmath.mul(float8.decode(code, problem.exponent, 1), factor), i, k)
+
+    return primfunc(name, float8.arguments(problem), body)
+
+
+def build_pack(problem: float_gemm.Linear | float_gemm.Conv2d, name: str) -> PrimFunc:
+    """The kernel ``name(*kernels.float_gemm.pack_arguments(problem))``."""
+    vectors, terms, lanes = float_gemm.panel_shape(problem)
+
+    def body(_: Any, buffers: Buffers) -> None:
+        weight, panel = flat(buffers["weight"]), flat(buffers["panel"])
+        with each(vectors * terms * lanes) as number:
+            vector, term, lane = unravel(number, terms, lanes)
+            store(panel, weight[(float_gemm.first_output(problem, vector) + lane) * terms + term], number)
+
+    return primfunc(name, float_gemm.pack_arguments(problem), body)

@@ -1,0 +1,138 @@
+"""Quantized linear layers and convolutions on Hopper's tensor cores, which four warps drive together (`wgmma`).
+
+The same tiles, copies, weights and results as of `gemm`; the roles are swapped. A product has 64 output channels down,
+whose weights come from registers, decoded as ever: 16 channels to each warp. The rows of the tile are across and come
+from shared memory, where they lie as an operand may: 64 bytes a row, chunks swapped by its number. So no activation
+passes through registers, and half of the weights are looked up while the tensor cores multiply by the other half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, store
+from mpq_compiler.backends.tvm.kernels.cuda import gemm
+from mpq_compiler.backends.tvm.kernels.cuda.gemm import ONES, Tile
+from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, primfunc
+from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+
+PERIOD = 8 * STEP
+"""Bytes of shared memory after which the pattern of swapped chunks begins anew: 8 rows."""
+LAYOUT = PERIOD >> 4 | 2 << 30
+"""The upper half of an operand in shared memory (PTX ISA, 9.7.17.5.1.2.2): chunks are swapped in rows of 64 bytes."""
+ADDRESS = (1 << 18) - 1
+"""Its bits that an operand has, in units of 16 bytes."""
+
+
+def build(problem: QuantMatmul, name: str) -> PrimFunc | None:
+    """As `gemm.build`. None: K-groups stay with its instruction, as their sums become floats every few steps."""
+    if len(problem.segments) > 1:
+        return None
+
+    def body(batch: Any, buffers: Buffers) -> None:
+        Kernel(problem, tile(problem), buffers, gemm.most_splits(problem)).emit(batch)
+
+    return primfunc(name, gemm.parameters(problem), body)
+
+
+def tile(problem: QuantMatmul) -> Tile:
+    """That of `gemm.tile`, where each of four warps has all rows and a quarter of the channels."""
+    return replace(gemm.tile(problem), down=1, across=4)
+
+
+class Kernel(gemm.Kernel):
+    x_align = PERIOD
+
+    def _allocate(self) -> None:
+        super()._allocate()
+        t = self.t
+        self.instruction = f"wgmma.mma_async.sync.aligned.m64n{t.rows}k32.s32.s8.u8"
+        self.decoded = local(STEP // UNIT * t.column_fragments * 4, "uint32")
+        self.own_rows = 1
+        if self.p.has_offset:
+            self.row_sums = local(1, "uint32")
+            # Behind the last step nobody reads weights any more.
+            self.activations = T.decl_buffer((t.rows,), "int32", data=self.weights.data, scope="shared")
+        address = T.cast(T.cuda.cvta_generic_to_shared(self.x.ptr_to([0])), "uint64")
+        self.operand = T.bind((address & T.uint64(ADDRESS)) >> T.uint64(4) | T.uint64(LAYOUT) << T.uint64(32))
+
+    def _fragment(self, j: int) -> Any:
+        return self.thread // 32 + 4 * j
+
+    def _land(self, stages: int) -> None:
+        super()._land(stages)
+        T.evaluate(T.ptx["fence.proxy.async.shared::cta"]())  # the tensor cores read what these copies have written
+
+    def _unit(self, stage: Any, ks: int) -> None:
+        t = self.t
+        first = ks * t.column_fragments * 4
+        for j in range(t.column_fragments):
+            self._decode(stage, ks, j, first)
+        at = T.bind(self.operand + T.cast(stage * (t.rows * STEP // 16) + ks * (UNIT // 16), "uint64"))
+        T.evaluate(T.ptx.wgmma.fence.sync.aligned())
+        for j in range(t.column_fragments):
+            sums = [self.sums[j * (t.rows // 2) + r] for r in range(t.rows // 2)]
+            # As the instruction wants them: channels of 8, then values of k of 16.
+            own = [self.decoded[first + j * 4 + 2 * h + kk] for kk in range(2) for h in range(2)]
+            T.evaluate(T.ptx[self.instruction](*sums, *own, at, True))
+        T.evaluate(T.ptx.wgmma.commit_group.sync.aligned())
+        if self.row_sums is not None:
+            self._add_codes(stage, ks)
+        if ks == STEP // UNIT - 1:
+            T.evaluate(T.ptx.wgmma.wait_group.sync.aligned(0))
+
+    def _add_codes(self, stage: Any, ks: int) -> None:
+        """Of the row of the thread: where a tile has half as many as threads, two have the same.
+
+        All chunks of a step count, in whatever order: in this one no bank is met twice.
+        """
+        row = self._row_of_thread()
+        for k in range(UNIT // CHUNK):
+            chunk = T.bitwise_xor(ks * (UNIT // CHUNK) + k, row // 2 % 4)
+            word = T.bind((stage * (self.t.rows * STEP) + row * STEP + chunk * CHUNK) // 4)
+            for e in range(CHUNK // 4):
+                added = T.call_pure_extern("uint32", "__dp4a", self.x_words[word + e], T.uint32(ONES), self.row_sums[0])
+                store(self.row_sums, added, 0)
+
+    def _row_of_thread(self) -> Any:
+        return self.thread % self.t.rows
+
+    def _own_row(self, i: int) -> Any:
+        return self.first_row + self._row_of_thread()
+
+    def _row_sum(self, i: int) -> Expr:
+        return tirx.reinterpret("int32", self.row_sums[0])
+
+    def _first_of_row(self) -> Any:
+        return self.thread < self.t.rows
+
+    def _sum_activations(self, segment: Any) -> None:
+        if self.row_sums is None:
+            return
+        value = self._above_zero(self._row_sum(0), T.min(self._own_row(0), self.total - 1), segment)
+        barrier()
+        store(self.activations, value, self._row_of_thread())  # another barrier comes before results are stored
+
+    def _activations(self, at: int, segment: Any) -> Expr:
+        return self.activations[at % (self.t.rows // 2) // 4 * 8 + self.lane % 4 * 2 + at % 2]
+
+    def _each_output(self, body: Callable[[int, Any, Any], None], fragment: int | None = None) -> None:
+        t, lane = self.t, self.lane
+        for j in range(t.column_fragments):
+            for i in range(t.rows // 8) if fragment is None else (2 * fragment, 2 * fragment + 1):
+                for e in range(2):
+                    row = T.bind(self.first_row + i * 8 + lane % 4 * 2 + e)
+                    for h in range(2):
+                        column = T.bind(self.first_column + self._fragment(j) * CHANNELS + h * 8 + lane // 4)
+                        body(j * (t.rows // 2) + i * 4 + 2 * h + e, row, column)
+
+    def _staged(self, row: Any, column: Any) -> Any:
+        return row * self.t.columns + T.bitwise_xor(column, row // 2 % 4 * 8)

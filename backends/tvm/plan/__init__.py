@@ -1,0 +1,1 @@
+"""The plan of kernel calls, and its rewrites."""

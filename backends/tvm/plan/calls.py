@@ -1,0 +1,207 @@
+"""A denoiser as a list of kernel calls: plain data between the emitter (torch) and its workers (TVM)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpq_compiler.targets.numerics import F32, FEATURES
+
+BATCH = "B"
+Shape = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A call of a class or function of `kernels/`, such as ``norms.GroupNorm``, with its arguments by name.
+
+    The problem of a kernel as data: made without importing TVM, compared, hashed and sent to a worker.
+    """
+
+    type: str
+    fields: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        inner = ", ".join(f"{name}={_text(value)}" for name, value in self.fields)
+        return f"{self.type.rsplit('.', 1)[-1]}({inner})"
+
+    def get(self, name: str) -> Any:
+        return dict(self.fields)[name]
+
+    def replace(self, **changes: Any) -> Record:
+        return record(self.type, **{**dict(self.fields), **changes})
+
+
+def record(type: str, **fields: Any) -> Record:
+    """The record with hashable fields in a fixed order."""
+    return Record(type, tuple(sorted((name, _frozen(value)) for name, value in fields.items())))
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_text(v) for v in value) + "]"
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel: its template (a key of `templates.TEMPLATES`) and its problem. Equal kernels are compiled once."""
+
+    template: str
+    problem: Record
+
+    @property
+    def name(self) -> str:
+        """Of its function, the same wherever it is compiled."""
+        return f"{self.template}_{hashlib.sha256(str(self).encode()).hexdigest()[:16]}"
+
+    @property
+    def numerics(self) -> str:
+        return str(dict(self.problem.fields).get("numerics", F32))
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """What it asks of a CPU, perhaps beyond the target, as /proc/cpuinfo spells it."""
+        return FEATURES[self.numerics]
+
+    def __str__(self) -> str:
+        return f"{self.template} {self.problem}"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor: name (of the node that makes it, or of the store), shape with "B" for the batch, element type."""
+
+    name: str
+    shape: Shape
+    dtype: str
+
+    @property
+    def batched(self) -> bool:
+        return self.shape[:1] == (BATCH,)
+
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """The shape of a sample."""
+        return tuple(int(d) for d in self.shape[self.batched :])
+
+    @property
+    def size(self) -> int:
+        """Elements of a sample."""
+        return math.prod(self.inner)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kernel applied: names of values by the names of the kernel's arguments. `node` is for messages.
+
+    into: the value of which this call writes a part, its one result; other calls write the other parts
+    """
+
+    kernel: Kernel
+    operands: tuple[tuple[str, str], ...]
+    results: tuple[tuple[str, str], ...]
+    node: str
+    into: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What does not depend on the latents (`hoist`): ``name(inputs..., prepared...) -> outputs``, for one sample.
+
+    inputs: of the denoiser, or outputs of the parts before it
+    """
+
+    name: str
+    inputs: tuple[Value, ...]
+    calls: tuple[Call, ...]
+    outputs: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Function:
+    """The denoiser at one image size: ``denoise(inputs..., outputs of the parts..., prepared...)`` for each batch size.
+
+    calls:  of the parts and of the function itself, in order
+    suffix: what the names of its specializations end in, "" for the size that was calibrated
+    parts:  what has been taken out of it
+    step:   the calls that are left; all where nothing was taken out
+    mixed:  nodes of those of them that read no latents (`hoist`)
+    copied: concatenations that are copied -> of what (`fuse.copies`)
+    """
+
+    inputs: tuple[Value, ...]
+    calls: tuple[Call, ...]
+    output: Value
+    batches: tuple[int, ...] = (1,)
+    suffix: str = ""
+    parts: tuple[Part, ...] = ()
+    step: tuple[Call, ...] = ()
+    mixed: tuple[str, ...] = ()
+    copied: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def own(self) -> tuple[Call, ...]:
+        """The calls of the function itself."""
+        return self.step if self.parts else self.calls
+
+    @property
+    def arguments(self) -> tuple[Value, ...]:
+        """What the function takes before what is prepared."""
+        return (*self.inputs, *(value for part in self.parts for value in part.outputs))
+
+    def name(self, batch: int) -> str:
+        """Of the specialization for a batch size."""
+        return f"denoise_b{batch}{self.suffix}"
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """``prepare(stored...) -> prepared`` and the functions, all of which take everything that is prepared.
+
+    prepared: names of the values that a function reads and `prepare` makes or hands on
+    """
+
+    stored: tuple[Value, ...]
+    preparation: tuple[Call, ...]
+    prepared: tuple[str, ...]
+    functions: tuple[Function, ...]
+
+    def kernels(self) -> dict[Kernel, str]:
+        """The kernels, each with the node that asks for it first."""
+        found: dict[Kernel, str] = {}
+        for call in self.calls():
+            found.setdefault(call.kernel, call.node)
+        return found
+
+    def parts(self) -> dict[str, Part]:
+        """The parts of all functions by name; functions share those that are equal."""
+        return {part.name: part for function in self.functions for part in function.parts}
+
+    def calls(self) -> Iterator[Call]:
+        """All calls: those of `prepare`, then those of the functions."""
+        yield from self.preparation
+        for function in self.functions:
+            yield from function.calls
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a plan was compiled to: the kernels' objects, the library of them and of the plan.
+
+    workspace_bytes: that a kernel takes in a thread, at most. held_bytes: that TVM's runtime takes, for prepared
+    weights and the largest function
+    """
+
+    objects: Sequence[Path]
+    library: Path
+    workspace_bytes: int
+    held_bytes: int

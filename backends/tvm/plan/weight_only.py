@@ -1,0 +1,59 @@
+"""Weights that stay in codes on a GPU: those that `prepare` would decode for products in bfloat16 alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mpq_compiler.backends.tvm.plan import hoist
+from mpq_compiler.backends.tvm.plan.calls import Call, Kernel, Lowered, record
+from mpq_compiler.targets.numerics import BF16
+
+CHUNK = 8
+"""Channels that have a scale in common (`cuda.float_products.VALUES`)."""
+
+
+def keep_codes(lowered: Lowered) -> Lowered:
+    """The plan with such weights in codes; their products decode them (`kernels.dequantize.WeightOnly`)."""
+    makers = {name: call for call in lowered.preparation for _, name in call.results}
+    sources: dict[str, Call] = {}
+    """What decodes a weight, by the name of its panel."""
+
+    def packed(call: Call) -> Call:
+        source = makers.get(dict(call.operands).get("weight", ""))
+        if source is None or not _is_decodable(call.kernel, source.kernel):
+            return call
+        sources.update({name: source for _, name in call.results})
+        codes = tuple((argument, name) for argument, name in source.operands if argument == "codes")
+        return replace(call, kernel=_weight_only("pack_codes", call, source), operands=codes)
+
+    def product(call: Call) -> Call:
+        source = sources.get(dict(call.operands).get("weight", ""))
+        if source is None:
+            return call
+        stored = tuple((argument, name) for argument, name in source.operands if argument != "codes")
+        return replace(call, kernel=_weight_only("weight_only", call, source), operands=(*call.operands, *stored))
+
+    preparation = [packed(call) for call in lowered.preparation]
+    functions = tuple(
+        replace(f, calls=tuple(map(product, f.calls)), step=tuple(map(product, f.step))) for f in lowered.functions
+    )
+    static = {value.name for value in lowered.stored} | set(makers)
+    read = dict.fromkeys(name for function in functions for call in function.calls for _, name in call.operands)
+    prepared = tuple(name for name in read if name in static)
+    return replace(
+        lowered, preparation=hoist.needed(preparation, prepared), prepared=prepared, functions=functions
+    )  # fmt: skip
+
+
+def _weight_only(template: str, call: Call, source: Call) -> Kernel:
+    problem = record("dequantize.WeightOnly", product=call.kernel.problem, table=source.kernel.problem)
+    return Kernel(template, problem)
+
+
+def _is_decodable(pack: Kernel, decode: Kernel) -> bool:
+    """Whether a product can decode what it multiplies: all codes of a width, scales of equal groups of whole chunks."""
+    if pack.template != "pack" or decode.template != "dequantize" or pack.numerics != BF16:
+        return False
+    first, *rest = decode.problem.get("segments")
+    equal = all(size == first for size in rest[:-1]) and (not rest or (rest[-1] <= first and first % CHUNK == 0))
+    return equal and not dict(decode.problem.fields).get("widths")

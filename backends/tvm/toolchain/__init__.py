@@ -1,0 +1,1 @@
+"""NVIDIA's compilers, and the machine code they make."""

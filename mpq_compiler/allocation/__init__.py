@@ -1,0 +1,1 @@
+"""Which layer gets which bits: tables of losses, budgets, the integer program."""

@@ -1,0 +1,72 @@
+"""What layers cost in each format: the part of a sensitivity table that needs no measuring."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mpq_compiler import formats
+from mpq_compiler.allocation import mixdq_groups
+from mpq_compiler.ir.costs import (
+    ACTIVATION_GROUP_BYTES,
+    FLOAT_GROUP_BYTES,
+    activation_elements,
+    attention_costs,
+    fixed_bytes,
+    macs,
+    weight_path,
+)
+from mpq_compiler.ir.edges import dynamic_edges, input_edge
+from mpq_compiler.ir.graph import weight_of
+from mpq_compiler.ir.program import Program, WeightPlan
+
+
+def format_costs(shape: Sequence[int], name: str, operations: int, floating: bool = False) -> dict[str, Any]:
+    """What a weight of that shape costs in a format, in a layer of so many multiply-accumulates.
+
+    With ``floating`` activations are small floats, and such a layer reads what any other does.
+    """
+    chosen = formats.get(name)
+    found: dict[str, Any] = {"bits": chosen.bits, "bytes": chosen.stored_bytes(*shape)}
+    rows, columns = shape[0], math.prod(shape[1:])
+    if branch := chosen.branch_elements(rows, columns):
+        found["float_macs"] = operations // (rows * columns) * branch
+    return found if chosen.integer or floating else found | {"float": True}
+
+
+def describe(
+    program: Program, dynamic: bool = False, names: Iterable[str] = (), floating: bool = False
+) -> dict[str, Any]:
+    """What a sensitivity table holds besides losses; ``program`` is calibrated and in float.
+
+    With ``dynamic`` the edges that linear layers alone read store no tables; with ``floating`` tables have no zero
+    points, and layers of all formats read what is quantized. Formats are the built-in ones, those that
+    were measured, and ``names``.
+    """
+    measured = (name for losses in program.facts.get("sensitivity", {}).get("weights", {}).values() for name in losses)
+    candidates = list(dict.fromkeys([*formats.FORMATS, *names, *measured]))
+    everything, group_of = program.fork(), mixdq_groups.groups(program)
+    layers: dict[str, dict[str, Any]] = {}
+    operations = macs(program)
+    for node in program.quantizable:
+        path, weight = str(weight_path(node)), str(weight_of(node))
+        everything.weights[path] = WeightPlan("int8")
+        sizes = {f: format_costs(program.tensors[weight].shape, f, operations[node.name], floating) for f in candidates}
+        known = {"name": path, "group": group_of[path], "weights": program.tensors[weight].numel()}
+        layer = layers.setdefault(path, {**known, "edges": [], "macs": 0, "formats": sizes})
+        layer["macs"] += operations[node.name]
+        if (edge := input_edge(node).name) not in layer["edges"]:
+            layer["edges"].append(edge)
+    elements = activation_elements(program)
+    static = len(elements) - (len(dynamic_edges(program, bool(program.attentions))) if dynamic else 0)
+    groups, each = len(program.facts["time-groups"]) + 1, FLOAT_GROUP_BYTES if floating else ACTIVATION_GROUP_BYTES
+    return {
+        "version": 1,
+        "model": program.model,
+        "parameters": program.facts["parameters"],
+        "fixed_bytes": fixed_bytes(everything, each * static, groups),
+        "layers": list(layers.values()),
+        "elements": elements,
+        "attention_costs": attention_costs(program),
+    }

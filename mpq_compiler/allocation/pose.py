@@ -1,0 +1,292 @@
+"""The allocation problem that a sensitivity table poses under budgets."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpq_compiler.allocation.sensitivity_table import BRANCH_BITS, CEILING_DB, CONTENT, QUALITY
+from mpq_compiler.formats.contract import FLOAT, FLOAT_BITS
+from mpq_compiler.support.errors import BudgetError, UserError
+
+
+def problem(
+    table: dict[str, Any],
+    limit_bytes: int | None = None,
+    activations: float | None = None,
+    bops: float | None = None,
+    latency: float | None = None,
+    terms: Terms | None = None,
+) -> dict[str, Any]:
+    """The allocation problem of a table, in the form of interfaces.md, under the budgets that are given.
+
+    A choice is a weight format with an activation width ("int4 u8"). An edge that several layers read is measured and
+    stored once: its loss and its size are shared out among them, and they are linked to one width. A format whose
+    layers compute in float ("fp8 float") leaves the edge unquantized: no loss, and no part of the average width.
+    Losses are those of `monotone`.
+
+    latency: milliseconds of a call; what no format changes is subtracted, and the cost is in microseconds.
+    terms: what else the problem is to be; budgets of bytes and activations are then those of groups, where it says so.
+
+    Raises UserError for a budget of bytes or of time that cannot be met, naming the least that can.
+    """
+    terms = terms or Terms()
+    table = terms.losses(monotone(table))
+    attentions = table.get("attention", {})
+    elements = [*table["elements"].values(), *(table["attention_costs"][name]["elements"] for name in attentions)]
+    readers: dict[str, list[str]] = {}
+    for layer in table["layers"]:
+        for edge in layer["edges"]:
+            readers.setdefault(edge, []).append(layer["name"])
+    average = FLOAT_BITS if activations is None else activations
+    layers = [
+        {
+            "name": layer["name"],
+            "group": layer.get("group", ""),
+            "choices": _choices(table, layer, readers, average, terms.protected, terms.unquantized),
+        }
+        for layer in table["layers"]
+    ]
+    layers += [
+        {"name": name, "group": QUALITY, "choices": _attention_choices(table, name, terms.unquantized)}
+        for name in attentions
+    ]
+    budgets: list[dict[str, Any]] = []
+    if activations is not None:
+        parts = {QUALITY: float(sum(table["attention_costs"][name]["elements"] for name in attentions))}
+        for layer in table["layers"] if terms.activation_ratio is not None else ():
+            size = sum(table["elements"][edge] / len(readers[edge]) for edge in layer["edges"])
+            parts[layer["group"]] = parts.get(layer["group"], 0) + size
+        budgets += _budgets("activation_bits", activations * sum(elements), parts, terms.activation_ratio)
+    if limit_bytes is not None:
+        require_bytes(table, limit_bytes, {name: list(losses) for name, losses in table["weights"].items()})
+        parts = {}
+        for layer in table["layers"] if terms.ratio is not None else ():
+            parts[layer["group"]] = parts.get(layer["group"], 0) + layer["weights"]
+        budgets += _budgets("bytes", limit_bytes - table["fixed_bytes"], parts, terms.ratio)
+    if bops is not None:
+        budgets.append({"cost": "bops", "max": bops})
+    if latency is not None:
+        require_latency(table, latency, {name: list(losses) for name, losses in table["weights"].items()})
+        budgets.append({"cost": "latency", "max": 1e3 * latency - table["fixed_microseconds"]})
+    links = [{"layers": names, "attribute": "activation"} for _, names in sorted(readers.items()) if len(names) > 1]
+    return {"version": 1, "layers": layers, "budgets": budgets, "links": links}
+
+
+def unit_problem(
+    table: dict[str, Any], units: Sequence[Mapping[str, Any]], limit_bytes: int | None = None
+) -> dict[str, Any]:
+    """The allocation problem whose layers are ``units`` of layers, and whose losses are their scores, negated.
+
+    units: each has its ``layers``, and ``variants`` with the score of the formats of these, in order and joined by
+    blanks; the unit is named in the same way. table: for the bytes (`costs.describe`). UserError: a budget that cannot
+    be met, naming the least that can.
+    """
+    sizes = {layer["name"]: layer["formats"] for layer in table["layers"]}
+
+    def choice(layers: Sequence[str], name: str, score: float) -> dict[str, Any]:
+        size = sum(sizes[layer][format]["bytes"] for layer, format in zip(layers, name.split(" "), strict=True))
+        return {"name": name, "loss": -score, "costs": {"bytes": size}}
+
+    if limit_bytes is not None:
+        formats = {
+            layer: sorted({name.split(" ")[i] for name in unit["variants"]})
+            for unit in units
+            for i, layer in enumerate(unit["layers"])
+        }
+        require_bytes(table, limit_bytes, formats)
+    return {
+        "version": 1,
+        "layers": [
+            {
+                "name": " ".join(unit["layers"]),
+                "choices": [choice(unit["layers"], name, score) for name, score in unit["variants"].items()],
+            }
+            for unit in units
+        ],
+        "budgets": [] if limit_bytes is None else [{"cost": "bytes", "max": limit_bytes - table["fixed_bytes"]}],
+    }
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a problem may be besides least summed noise power under common budgets (MixDQ, arXiv 2405.17873)."""
+
+    decibels: bool = False
+    """The summed SQNR in dB is to be as large as can be, as in the paper: losses are noise powers in dB. A sum of them
+    is not the noise of anything; where no budget is of both, it falls into a program of the weights and one of the
+    activations."""
+    ratio: float | None = None
+    """Content and quality layers have budgets of bytes of their own: so many times the bits a weight in content."""
+    activation_ratio: float | None = None
+    """The same of the activations' bits."""
+    protected: Mapping[str, int | None] = field(default_factory=dict)
+    """Edges whose width is given: bits, or None for float."""
+
+    @property
+    def unquantized(self) -> float:
+        """The loss of what stays in float."""
+        return -CEILING_DB if self.decibels else 0.0
+
+    def losses(self, table: dict[str, Any]) -> dict[str, Any]:
+        """The table with its losses as the objective sums them."""
+        if not self.decibels:
+            return table
+        return table | {
+            kind: {name: {c: max(10 * math.log10(max(x, 1e-300)), -CEILING_DB) for c, x in losses.items()}
+                   for name, losses in table.get(kind, {}).items()}
+            for kind in ("weights", "activations", "attention")
+        }  # fmt: skip
+
+
+def group_budgets(total: float, sizes: Mapping[str, float], ratio: float) -> dict[str, float]:
+    """What each group may spend of ``total``, so that content has ``ratio`` times the bits an element of quality.
+
+    With the sizes W, budget B_q = B (W_c + W_q) / (k W_c + W_q) and B_c = k B_q (MixDQ's released search): whatever
+    the ratio k, W_c B_c + W_q B_q = (W_c + W_q) B.
+    """
+    weights = {group: size * (ratio if group == CONTENT else 1.0) for group, size in sizes.items()}
+    return {group: total * weight / sum(weights.values()) for group, weight in weights.items()}
+
+
+def _budgets(cost: str, total: float, sizes: Mapping[str, float], ratio: float | None) -> list[dict[str, Any]]:
+    if ratio is None:
+        return [{"cost": cost, "max": total}]
+    shares = group_budgets(total, sizes, ratio)
+    return [{"cost": cost, "max": most, "group": group} for group, most in sorted(shares.items()) if sizes[group]]
+
+
+def monotone(table: dict[str, Any]) -> dict[str, Any]:
+    """The table with losses that never rise with the bits: of each, the least at as many bits or fewer.
+
+    Formats are compared with those of their kind: "int4" with "int2", "int3+b" with "int2+b". What is measured on a
+    few inputs is out of order here and there.
+    """
+
+    def cleaned(losses: Mapping[str, float]) -> dict[str, float]:
+        def kind_and_bits(choice: str) -> tuple[str, int]:
+            number = re.search(r"\d+", choice)
+            return (choice[: number.start()] + choice[number.end() :], int(number[0])) if number else (choice, 0)
+
+        found: dict[str, float] = {}
+        least: dict[str, float] = {}
+        for choice in sorted(losses, key=kind_and_bits):
+            kind = kind_and_bits(choice)[0]
+            least[kind] = found[choice] = min(losses[choice], least.get(kind, math.inf))
+        return {choice: found[choice] for choice in losses}
+
+    return table | {
+        kind: {name: cleaned(losses) for name, losses in table.get(kind, {}).items()}
+        for kind in ("weights", "activations", "attention")
+    }
+
+
+def most_sensitive(table: dict[str, Any], share: float, spared: Collection[str] = ()) -> list[str]:
+    """The share of the edges that lose most at their narrowest width, at least one; none of those ``spared``.
+
+    What else a layer reads that reads one of them, at several calls of its weight, comes along.
+    """
+    losses = {edge: x[min(x, key=int)] for edge, x in table["activations"].items() if edge in table["elements"]}
+    count = max(1, round(share * len(losses))) if share > 0 else 0
+    found = set(sorted(losses.keys() - {*spared}, key=lambda edge: (-losses[edge], edge))[:count])
+    while more := {e for layer in table["layers"] if found & {*layer["edges"]} for e in layer["edges"]} - found:
+        found |= more
+    return sorted(found)
+
+
+def require_bytes(table: dict[str, Any], limit_bytes: int, formats: Mapping[str, Sequence[str]]) -> None:
+    """BudgetError where even the smallest of each layer's ``formats`` exceed the budget; names the least they need.
+
+    The costs of the table suffice: nothing has to be measured for it.
+    """
+    sizes = {layer["name"]: layer["formats"] for layer in table["layers"]}
+    least = table["fixed_bytes"] + sum(min(sizes[n][f]["bytes"] for f in names) for n, names in formats.items())
+    if limit_bytes < least:
+        per_bit = table["parameters"] / 8
+        raise BudgetError(
+            f"a budget of {limit_bytes} bytes ({limit_bytes / per_bit:.2f} true average bits) cannot be met: "
+            f"the least that the formats allow is {least} bytes ({least / per_bit:.3f} bits)"
+        )
+
+
+def require_latency(table: dict[str, Any], latency: float, formats: Mapping[str, Sequence[str]]) -> None:
+    """BudgetError where even the fastest of each layer's ``formats`` take longer than so many milliseconds."""
+    if "fixed_microseconds" not in table:
+        raise UserError(
+            "the sensitivity table holds no times, which --latency needs: measure it with `mpqc sensitivity MODEL "
+            "--latency-table FILE`"
+        )
+    times = {layer["name"]: layer["formats"] for layer in table["layers"]}
+    fixed = table["fixed_microseconds"] / 1e3
+    least = fixed + sum(min(times[n][f]["microseconds"] for f in names) for n, names in formats.items()) / 1e3
+    if latency < least:
+        raise BudgetError(
+            f"a latency of {latency:g} ms cannot be met: the smallest that the formats allow is {up(least)} ms, "
+            f"{fixed:.4g} ms of it whatever they are"
+        )
+
+
+def up(value: float) -> str:
+    """Four digits, rounded up: what is named as the least that can be met can be met."""
+    text = f"{value:.4g}"
+    return text if float(text) >= value else f"{value * (1 + 1e-3):.4g}"
+
+
+def _choices(
+    table: dict[str, Any],
+    layer: dict[str, Any],
+    readers: dict[str, list[str]],
+    average: float,
+    protected: Mapping[str, int | None],
+    unquantized: float,
+) -> list[dict[str, Any]]:
+    """Every format with every width, or the one of a protected edge; ``average`` is what one in float counts."""
+    edges = layer["edges"]
+    given = [protected[e] for e in edges if e in protected]
+    widths: Sequence[int | None] = given[:1] or sorted({int(b) for e in edges for b in table["activations"][e]})
+    shared = {e: 1 / len(readers[e]) for e in edges}
+    elements, kind = sum(table["elements"][e] * shared[e] for e in edges), "f" if table.get("floating") else "u"
+
+    def choice(name: str, loss: float, bits: int | None) -> dict[str, Any]:
+        costs, width = layer["formats"][name], FLOAT if bits is None else f"{kind}{bits}"
+        noise = sum((unquantized if bits is None else table["activations"][e][str(bits)]) * shared[e] for e in edges)
+        branch = costs.get("float_macs", 0) * BRANCH_BITS * FLOAT_BITS
+        spent = {
+            "bytes": costs["bytes"],
+            "activation_bits": (average if bits is None else bits) * elements,
+            "bops": layer["macs"] * costs["bits"] * (FLOAT_BITS if bits is None else bits) + branch,
+        }
+        if "microseconds" in costs:
+            spent["latency"] = costs["microseconds"]
+        return {"name": f"{name} {width}", "loss": loss + noise, "costs": spent, "attributes": {"activation": width}}
+
+    return [
+        choice(name, loss, bits)
+        for name, loss in table["weights"][layer["name"]].items()
+        for bits in ([None] if layer["formats"][name].get("float") else widths)
+    ]
+
+
+def _attention_choices(table: dict[str, Any], name: str, unquantized: float) -> list[dict[str, Any]]:
+    """Float, which costs no bytes and 32 bits an activation, and the measured widths."""
+    costs = table["attention_costs"][name]
+
+    def choice(label: str, loss: float, bits: int, size: float) -> dict[str, Any]:
+        spent = {"bytes": size, "activation_bits": bits * costs["elements"], "bops": costs["macs"] * bits * bits}
+        if "fixed_microseconds" in table:
+            spent["latency"] = 0.0  # it is among the fixed ones: no target with times has kernels for the others
+        return {"name": label, "loss": loss, "costs": spent}
+
+    measured = [choice(f"u{bits}", loss, int(bits), costs["bytes"]) for bits, loss in table["attention"][name].items()]
+    return [choice(FLOAT, unquantized, FLOAT_BITS, 0), *measured]
+
+
+def byte_limit(table: dict[str, Any], bits: float | None, size: int | None) -> int | None:
+    """Payload bytes that both budgets allow: true average bits, and bytes."""
+    limits = [] if size is None else [size]
+    if bits is not None:
+        limits.append(int(bits * table["parameters"] / 8))
+    return min(limits, default=None)

@@ -1,0 +1,114 @@
+"""Random configurations of a denoiser, a format for every weight, and how much noise each makes at the output."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler import formats
+from mpq_compiler.analysis.noise_power import noise_power
+from mpq_compiler.formats import base
+from mpq_compiler.formats.base import output_error
+from mpq_compiler.ir.costs import weight_path
+from mpq_compiler.ir.graph import weight_of
+from mpq_compiler.ir.interpreter import Interpreter
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fitting import Rounding, bias_of, corrected_bias, fitted, moments, rows_of
+from mpq_compiler.support.execution import batches
+
+Configuration = Mapping[str, str]
+"""The format of each weight, by its path."""
+
+
+def drawn(paths: Sequence[str], names: Sequence[str], count: int, seed: int) -> list[Configuration]:
+    """Configurations whose average bits are spread evenly (Qua2SeDiMo, arXiv 2412.14628, section 3.1).
+
+    Of each the shares of the widths are drawn uniformly, of each weight the width by these shares, and its format
+    uniformly among those of the width.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    of_width: dict[int, list[str]] = {}
+    for name in names:
+        of_width.setdefault(formats.get(name).bits, []).append(name)
+    widths = list(of_width)
+    found: list[Configuration] = []
+    for _ in range(count):
+        shares = -torch.rand(len(widths), generator=generator, dtype=torch.float64).clamp_min(1e-12).log()
+        chosen = torch.multinomial(shares, len(paths), replacement=True, generator=generator).tolist()
+        which = torch.rand(len(paths), generator=generator, dtype=torch.float64).tolist()
+        kinds = [of_width[widths[width]] for width in chosen]
+        found.append({p: k[int(r * len(k))] for p, k, r in zip(paths, kinds, which, strict=True)})
+    return found
+
+
+def method(name: str) -> str:
+    """A format's name without its width: "km" of "km4", "kmt" of "km4t"."""
+    return re.sub(r"\d+", "", name, count=1)
+
+
+class Fits:
+    """The weights of a program in several formats, by path and format."""
+
+    def __init__(self, program: Program, names: Sequence[str], session: Session) -> None:
+        self.program = program
+        self.calls: dict[str, list[fx.Node]] = {}
+        for node in program.quantizable:
+            self.calls.setdefault(str(weight_path(node)), []).append(node)
+        rounding = Rounding.asked(session.statistics).quick
+        wanted = [(path, name) for path in self.calls for name in names]
+        with session.track("fitting formats", len(wanted)) as advance:
+
+            def fit(one: tuple[str, str]) -> base.Fit:
+                call = self.calls[one[0]][0]
+                found = fitted(program, call, str(weight_of(call)), one[1], rounding)
+                advance(1)
+                return found
+
+            self.fits = dict(zip(wanted, session.map(fit, wanted), strict=True))
+
+    def values(self, path: str, name: str) -> dict[str, Tensor]:
+        """What the graph reads in place of the weight and of the biases of its calls, by store name."""
+        fit = self.fits[path, name]
+        found: dict[str, Tensor] = {}
+        for call in self.calls[path]:
+            weight, bias = str(weight_of(call)), bias_of(call)
+            found[weight] = fit.dequantize().reshape(self.program.tensors[weight].shape)
+            corrected = corrected_bias(self.program, call, weight, fit)
+            if bias is not None and corrected is not None:
+                found[str(bias.target)] = corrected
+        return found
+
+    def error(self, path: str, name: str) -> float:
+        """Of the output of the weight's first call, relative to its power, over the calibration's rows."""
+        call = self.calls[path][0]
+        rows, gram = rows_of(self.program, str(weight_of(call))), moments(self.program, call)
+        error, power = (output_error(x, gram).sum() for x in (self.fits[path, name].dequantize() - rows, rows))
+        return float(error.clamp_min(0) / power.clamp_min(1e-30))
+
+    def noise(self, configuration: Configuration, inputs: dict[str, Tensor], reference: Tensor) -> float:
+        """The relative noise power of the program's output with all weights as the configuration has them."""
+        values: dict[str, Tensor] = {}
+        for path, name in configuration.items():
+            values |= self.values(path, name)
+        return noise_power(run_with(self.program, values, inputs), reference)
+
+
+class _With(Interpreter):
+    def __init__(self, program: Program, values: Mapping[str, Tensor]) -> None:
+        super().__init__(program)
+        self.values = values
+
+    def attribute(self, name: str) -> Any:
+        return self.values[name] if name in self.values else super().attribute(name)
+
+
+@torch.no_grad()
+def run_with(program: Program, values: Mapping[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
+    """The output of the program for the inputs, with other tensors in place of some of the store's."""
+    interpreter = _With(program, values)
+    return torch.cat([interpreter.run(batch) for batch in batches(inputs)])

@@ -1,0 +1,82 @@
+"""The choice among allocations by what their programs draw: sums of losses cannot tell which budget was split best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpq_compiler.allocation.pose import Terms
+from mpq_compiler.allocation.problem import Solution
+from mpq_compiler.analysis.noise_power import noise_power
+from mpq_compiler.analysis.trajectory_error import TrajectoryError
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.realize import realize
+from mpq_compiler.pipeline.session import Session
+
+INPUTS = 32
+"""Calibration inputs by which to judge where nothing can be drawn."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    """An allocation problem and its solution."""
+
+    terms: Terms
+    problem: dict[str, Any]
+    solution: Solution
+
+
+@dataclass
+class Reranker:
+    """Judges allocations by the images of their programs, from the float model's noise in the float model's steps.
+
+    The error is the squared one over the squared latents (MixDQ, arXiv 2405.17873, draws one image of each candidate
+    and compares pixels). Of a model whose conditions are not known the output on calibration inputs is compared.
+    """
+
+    program: Program
+    session: Session
+    images: int
+    planned: Callable[[Solution], Program]
+    """The program with the plans of a solution."""
+    judged: list[dict[str, Any]] = field(default_factory=list)
+    """``ratio``, ``activation_ratio`` and ``noise`` of every one so far."""
+
+    def __post_init__(self) -> None:
+        self._judge: Callable[[Program], float] | None = None
+        self._known: dict[tuple[tuple[str, str], ...], float] = {}
+
+    def best(self, found: Sequence[Solved]) -> Solved:
+        """The one of least error; of equal ones the first."""
+        if len(found) == 1:
+            return found[0]
+        with self.session.track("drawing candidates", len(found)) as advance:
+
+            def noise(one: Solved) -> float:
+                power = self.noise(one.solution)
+                terms = {"ratio": one.terms.ratio, "activation_ratio": one.terms.activation_ratio}
+                self.judged.append({**terms, "noise": power})
+                advance(1)
+                return power
+
+            return min(found, key=noise)
+
+    def noise(self, solution: Solution) -> float:
+        """Relative noise power of what the program of the solution draws."""
+        key = tuple(sorted(solution.choices.items()))
+        if key not in self._known:
+            self._judge = self._judge or self._made()
+            program = realize(self.planned(solution), self.session)
+            self._known[key] = float(f"{self._judge(program):.5e}")
+        return self._known[key]
+
+    def _made(self) -> Callable[[Program], float]:
+        gallery = None if self.session.denoiser is None else TrajectoryError.drawn(self.session, self.images)
+        if gallery is not None:
+            return gallery.noise
+        self.program.note("candidates are judged by the output on calibration inputs: nothing can be drawn here")
+        inputs = self.program.facts["calibration"].select(INPUTS)
+        reference = run(self.program, inputs)
+        return lambda program: noise_power(run(program, inputs), reference)

@@ -1,0 +1,127 @@
+"""The sensitivity table: what `mpqc sensitivity` writes, and the allocation problem that it poses.
+
+A table is plain data: measured losses beside everything that costs are reckoned from, so that allocating needs
+neither the model nor torch.
+
+    {"version": 1, "model", "parameters", "fixed_bytes", "inputs",
+     "weights": {layer: {format: loss}}, "activations": {edge: {bits: loss}}, "attention": {call: {bits: loss}},
+     "layers": [{"name", "group"?, "weights"?, "edges", "macs",
+                 "formats": {format: {"bits", "bytes", "float_macs"?, "float"?}}}],
+     "elements": {edge: count},
+     "attention_costs": {call: {"macs", "elements", "bytes"}}, "dynamic", "floating", "fixed_microseconds"?}
+
+``dynamic`` says that edges of linear layers were measured with scales of their rows, ``floating`` that activations are
+small floats, which layers of every format read ("fp8 f8"). Where a latency table was given,
+formats have their ``microseconds``, and ``fixed_microseconds`` is the time that none of them changes. An attention is
+a layer of its own whose choices are "float" and the widths of its operands and probabilities.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpq_compiler.support.errors import UserError
+
+VERSION = 1
+
+BRANCH_BITS = 16
+"""Of the factors of a low-rank branch."""
+CEILING_DB = 120.0
+"""SQNR of what is not quantized at all, in the sums of `Terms.decibels`."""
+CONTENT, QUALITY = "content", "quality"
+"""The groups of layers (`mixdq_groups`)."""
+
+
+def is_table(path: str | Path) -> bool:
+    """Whether the file is a sensitivity table rather than an allocation problem."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # whoever reads it as a problem says what is wrong
+    return isinstance(document, dict) and "weights" in document and "layers" in document
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The table in a file. UserError: unreadable, no table, or one whose parts do not fit together; names the key."""
+    from mpq_compiler import schemas
+
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"the sensitivity table '{path}' cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"the sensitivity table '{path}' is not JSON: {error}") from error
+    if wrong := schemas.check(table, "sensitivity"):
+        raise UserError(f"'{path}' is no sensitivity table as `mpqc sensitivity` writes it: {wrong}")
+    if wrong := next(_faults(table), None):
+        raise UserError(f"the sensitivity table '{path}' does not fit together: {wrong}; measure it again")
+    return table
+
+
+def _faults(table: dict[str, Any]) -> Iterator[str]:
+    """What the schema cannot say: losses that are finite, and the same layers, formats and edges everywhere."""
+    for kind in ("weights", "activations", "attention"):
+        for name, losses in table.get(kind, {}).items():
+            if not losses:
+                yield f"'{kind}.{name}' holds no loss"
+            for choice, loss in losses.items():
+                if not -math.inf < loss < math.inf:
+                    yield f"'{kind}.{name}.{choice}' must be a finite number, not {loss}"
+                if kind != "weights" and not re.fullmatch("[1-9][0-9]?", choice):
+                    yield f"'{kind}.{name}' must be by number of bits, not by '{choice}'"
+    names = [layer["name"] for layer in table["layers"]]
+    for name in names:
+        if name not in table["weights"]:
+            yield f"'weights' lacks the layer '{name}' of 'layers'"
+        if names.count(name) > 1:
+            yield f"'layers' has '{name}' twice"
+    for name in table["weights"].keys() - set(names):
+        yield f"'weights.{name}' is no layer of 'layers'"
+    for i, layer in enumerate(table["layers"]):
+        if unknown := table["weights"][layer["name"]].keys() - layer["formats"].keys():
+            yield f"'layers[{i}].formats' of '{layer['name']}' lacks '{min(unknown)}', which 'weights' holds a loss of"
+        for edge in layer["edges"]:
+            for kind in ("activations", "elements"):
+                if edge not in table[kind]:
+                    yield f"'{kind}' lacks '{edge}', which 'layers[{i}]' reads"
+            if table["activations"][edge].keys() != table["activations"][layer["edges"][0]].keys():
+                yield f"'activations' of the edges of 'layers[{i}]' must be of the same bits"
+    for name in table.get("attention", {}).keys() - table.get("attention_costs", {}).keys():
+        yield f"'attention_costs' lacks '{name}' of 'attention'"
+
+
+def require_of(
+    table: dict[str, Any], model: str, parameters: int, edges: Mapping[str, Sequence[str]] | None = None
+) -> None:
+    """UserError unless the table can be that of the model, whatever it is called.
+
+    edges: those that each layer reads, where they are known already.
+    """
+    name = table.get("model", "another model")
+    of, ask = f"the sensitivity table (--sensitivity) is that of '{name}'", "measure this one with `mpqc sensitivity`"
+    here = f"of '{model}' in this pipeline: {ask}, in the same pipeline"
+    if table["parameters"] != parameters:
+        raise UserError(f"{of} with {table['parameters']} parameters, and '{model}' has {parameters}: {ask}")
+    if edges is None:
+        return
+    for wanted, known in ((edges.keys(), table["weights"]), (set().union(*edges.values()), table["activations"])):
+        if missing := sorted(wanted - known.keys()):
+            raise UserError(f"{of}, and lacks '{missing[0]}' {here}")
+    if extra := sorted(table["weights"].keys() - edges.keys()):
+        raise UserError(f"{of}, and its '{extra[0]}' is no layer {here}")
+
+
+def with_latencies(table: dict[str, Any], fixed: float, layers: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """The table with the microseconds of its layers by format, and those that no format changes."""
+
+    def timed(layer: dict[str, Any]) -> dict[str, Any]:
+        times = layers[layer["name"]]
+        known = {name: {"microseconds": times[name]} if name in times else {} for name in layer["formats"]}
+        return {**layer, "formats": {name: cost | known[name] for name, cost in layer["formats"].items()}}
+
+    return {**table, "fixed_microseconds": fixed, "layers": [timed(layer) for layer in table["layers"]]}

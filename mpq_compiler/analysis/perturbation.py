@@ -1,0 +1,62 @@
+"""The program's output under changes to single values, re-executing only what depends on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler.ir.interpreter import Interpreter
+from mpq_compiler.ir.program import Program
+
+
+class Ablation:
+    """Holds every value of one run over ``inputs``; `output` answers what-if questions from them.
+
+    Thread-safe: a question reads the held values and keeps its own.
+    """
+
+    @torch.no_grad()
+    def __init__(self, program: Program, inputs: Mapping[str, Tensor]) -> None:
+        self._interpreter = Interpreter(program)
+        self._values: dict[fx.Node, Any] = {}
+        self.reference = self._interpreter.run(inputs, watch=self._values.__setitem__)
+
+    def value(self, node: fx.Node) -> Any:
+        return self._values[node]
+
+    @torch.no_grad()
+    def output(
+        self, values: Mapping[fx.Node, Tensor] | None = None, operands: Mapping[fx.Node, Tensor] | None = None
+    ) -> Tensor:
+        """The output with some nodes' ``values`` replaced, and with some calls reading another first operand."""
+        values, operands = values or {}, operands or {}
+        changed: dict[fx.Node, Any] = dict(values)
+        env = _Overlay(self._values, changed)
+        for node in self._interpreter.program.graph.nodes:
+            if node.op == "output":
+                return fx.map_arg(node.args[0], env.__getitem__)
+            if node in values or node.op in ("placeholder", "get_attr"):
+                continue
+            if node in operands:
+                rest = fx.map_arg(node.args[1:], env.__getitem__)
+                changed[node] = self._interpreter.call(node, (operands[node], *rest), dict(node.kwargs))
+            elif any(source in changed for source in node.all_input_nodes):
+                changed[node] = self._interpreter.evaluate(node, env)
+        raise AssertionError("a graph without an output")
+
+
+class _Overlay(Mapping[fx.Node, Any]):
+    def __init__(self, base: Mapping[fx.Node, Any], top: Mapping[fx.Node, Any]) -> None:
+        self._base, self._top = base, top
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        return self._top[node] if node in self._top else self._base[node]
+
+    def __iter__(self) -> Any:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)

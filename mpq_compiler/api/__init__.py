@@ -1,0 +1,1 @@
+"""``compile()`` for models, folders and diffusers pipelines."""

@@ -1,0 +1,130 @@
+"""Whole diffusers pipelines: their denoiser is compiled, and the artifact takes its place.
+
+>>> pipeline = mpq_compiler.compile(pipeline, "out.mpq", calls=["a red fox in the snow", "a harbour"], weights=4)
+>>> pipeline("a lighthouse").images
+>>> pipeline.unet.report.quality
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpq_compiler.frontend import denoiser as denoisers
+from mpq_compiler.frontend import record
+from mpq_compiler.frontend.denoiser import Denoiser
+from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.sampling import schedulers
+from mpq_compiler.sampling.conditioning import TEXT
+from mpq_compiler.support import tensorfile
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets import table as targets
+
+PARTS = ("unet", "transformer")
+
+
+def part_of(pipeline: Any) -> str | None:
+    """The name of the component that denoises; None where it is no pipeline of one."""
+    return next((part for part in PARTS if isinstance(getattr(pipeline, part, None), torch.nn.Module)), None)
+
+
+def compile_pipeline(
+    pipeline: Any,
+    output: str | Path,
+    progress: Any = None,
+    *,
+    calls: Sequence[str | Mapping[str, Any]] = (),
+    **options: Any,
+) -> Any:
+    """Compiles the denoiser of a diffusers pipeline, and gives the pipeline back with the artifact in its place.
+
+    Args:
+        output: where the artifact goes.
+        calls: what the pipeline draws for calibration, as prompts or as keyword arguments of its call. Without them the
+            options must name recorded inputs, or the denoiser is sampled alone where it takes no text.
+        options: of `Options`. `steps`, `guidance` and `seed` apply to `calls` too, where those do not say otherwise.
+
+    The `Report` is the artifact's, `pipeline.unet.report` or `pipeline.transformer.report`; its notes are warnings.
+    UserError: whatever `compile` refuses; a target that this machine cannot run; a pipeline on a GPU; a
+    call that the pipeline does not take.
+    """
+    from mpq_compiler.driver.check import check
+    from mpq_compiler.driver.compile import compile_denoiser
+    from mpq_compiler.driver.options import Options
+
+    part = part_of(pipeline)
+    assert part is not None
+    target = targets.resolve(options.get("target", "native"))
+    if missing := sorted(targets.missing_features(target)):
+        raise UserError(
+            f"the pipeline could not run here with an artifact for '{target.name}', which needs {', '.join(missing)}: "
+            "compile its denoiser alone"
+        )
+    device = next(getattr(pipeline, part).parameters()).device
+    if device.type != "cpu":
+        raise UserError(f"the pipeline is on {device}, and is compiled on the CPU: pipeline.to('cpu')")
+    check(Options(**options), output)
+    with tempfile.TemporaryDirectory() as scratch:
+        if calls:
+            if options.get("calibration") is not None:
+                raise UserError("the calibration comes from a file or from calls of the pipeline: give one of them")
+            options["calibration"] = Path(scratch) / "calls.safetensors"
+            with record.record_inputs(pipeline, options["calibration"]):
+                for index, call in enumerate(calls):
+                    _draw(pipeline, call, index, options)
+        report = compile_denoiser(_denoiser(pipeline, part, options.get("calibration")), output, progress, **options)
+    for note in report.notes:
+        warnings.warn(note, stacklevel=3)
+    compiled = compiled_denoiser.load(output)
+    compiled.report = report
+    setattr(pipeline, part, compiled)
+    return pipeline
+
+
+def _denoiser(pipeline: Any, part: str, calibration: str | Path | None) -> Denoiser:
+    """The pipeline's denoiser, of the size and with as many tokens as in the calibration file."""
+    model = getattr(pipeline, part)
+    if next(model.parameters()).dtype != torch.float32:
+        model = copy.deepcopy(model)  # it is compiled from float32; the pipeline keeps its own until then
+    sizes: dict[str, Any] = {}
+    if calibration is not None:
+        header, _ = tensorfile.read_header(calibration)
+        latents = next((header[name]["shape"] for name in ("sample", "hidden_states") if name in header), None)
+        sizes["size"] = tuple(latents[2:]) if latents and len(latents) == 4 else None
+        sizes["tokens"] = header[TEXT]["shape"][1] if TEXT in header else None
+    name = Path(getattr(pipeline, "name_or_path", "") or type(pipeline).__name__).name
+    scheduler, note = schedulers.from_config(schedulers.config_of(pipeline.scheduler))
+    made = denoisers.wrap(model, name=name, scheduler=scheduler, **sizes)
+    # What stands in for the pipeline's scheduler matters only where it is used.
+    return replace(made, notes=(*made.notes, note)) if note and calibration is None else made
+
+
+def _draw(pipeline: Any, call: str | Mapping[str, Any], index: int, options: Mapping[str, Any]) -> None:
+    """One call of the pipeline, up to its latents where it can leave them."""
+    taken = inspect.signature(pipeline.__call__).parameters
+    named = {"prompt": call} if isinstance(call, str) else dict(call)
+    if unknown := [name for name in named if name not in taken]:
+        raise UserError(f"{type(pipeline).__name__} does not take '{unknown[0]}', which a call for calibration gives")
+    usual = {
+        "num_inference_steps": options.get("steps"),
+        "guidance_scale": options.get("guidance"),
+        "generator": torch.Generator().manual_seed(options.get("seed", 0) + index),
+        "output_type": "latent",
+    }
+    given = {name: value for name, value in usual.items() if name in taken and value is not None} | named
+    try:
+        pipeline(**given)
+    except Exception as error:  # a pipeline may raise anything
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(
+            f"call {index + 1} for calibration, {named}, failed in {type(pipeline).__name__} ({what}); "
+            "the pipeline must draw before its denoiser can be compiled"
+        ) from error

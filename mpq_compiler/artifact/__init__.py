@@ -1,0 +1,1 @@
+"""The bundle on disk: written whole, verified when read."""

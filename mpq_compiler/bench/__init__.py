@@ -1,0 +1,1 @@
+"""Artifacts timed against baselines, side by side in one run."""

@@ -1,0 +1,149 @@
+"""Benchmark results as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mpq_compiler.latency import table as latency_table
+from mpq_compiler.support import terminal
+
+OURS, CONTROL, REUSING = "mpq", "mpq control", "mpq reusing"
+
+GAIN = 0.02
+"""Share of a layer's time from which on another format counts as faster: less is noise."""
+SHOWN = 20
+"""Layers that are told of, of those that would be faster otherwise."""
+
+
+def faster(row: Mapping[str, Any], others: Mapping[str, Mapping[str, float]]) -> dict[str, Any] | None:
+    """A layer beside its fastest format in the table; None where none gains anything, or nothing is known."""
+    times = others.get(latency_table.in_any_format(row["problem"]) or "", {})
+    own = latency_table.format_of(row["problem"]) or ""
+    if own not in times:
+        return None
+    best = min(times, key=times.__getitem__)
+    if times[best] > times[own] * (1 - GAIN):
+        return None
+    layer = row["layer"] or row["node"]
+    return {"layer": layer, "weights": own, "ms": times[own] / 1e3, "best": best, "best_ms": times[best] / 1e3}
+
+
+# --- for reading --------------------------------------------------------------------------------------------
+
+
+def show(found: Mapping[str, Any], kernels: bool) -> None:
+    """Prints the result."""
+    ours = found["rows"][0]
+    clock = "CPU" if found["clock"] == "cpu" else "wall"
+    terminal.table(
+        f"{found['cpu']}: batch {found['batch']}, {found['threads']} thread(s), {found['rounds']} rounds, {clock} time",
+        ("", "ms", "least", "most", "stored", "peak memory", "SQNR", f"against {ours['name']}", "80 % within"),
+        [
+            (
+                row["name"],
+                *(f"{row[key]:.3f}" for key in ("ms", "ms_min", "ms_max")),
+                "" if row["bytes"] is None else terminal.size(row["bytes"]),
+                "" if row["peak_bytes"] is None else terminal.size(row["peak_bytes"]),
+                "" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB",
+                "" if row is ours else f"{ours['speedup'][row['name']]:.2f} x",
+                "" if row is ours else "{:.2f} .. {:.2f}".format(*ours["spread"][row["name"]]),
+            )
+            for row in found["rows"]
+        ],
+        numeric=range(1, 8),
+    )
+    if any(row["name"] == REUSING for row in found["rows"]):
+        terminal.say(
+            f"'{OURS}' computes everything in every call; '{REUSING}' knows what depends on timesteps and texts alone, "
+            "as a sampler does from its second image on (of texts: from the second step on)"
+        )
+    for name, reason in found["skipped"].items():
+        terminal.say(f"skipped {name}: {reason}")
+    peak = found["peak"]
+    if peak["gmacs"]:
+        reached = f"; the model runs at {peak['model_gmacs']:.0f}, {100 * peak['reached']:.0f} % of it"
+        terminal.say(
+            f"one core does {peak['gmacs']:.0f} GMAC/s of 8-bit integers and {peak['float_gmacs']:.0f} of f32 at most, "
+            f"and copies {peak['gbytes']:.1f} GB/s{reached if peak['reached'] else ''}"
+        )
+    elif peak["reason"]:
+        terminal.note(f"no peak: {peak['reason']}")
+    if found["latency"] is not None:
+        _show_latency(found["latency"])
+    if kernels:
+        _show_kernels(found["kernels"])
+
+
+def _show_latency(found: Mapping[str, Any]) -> None:
+    beyond = f"; the table lacks {found['missing']} of the kernel calls" if found["missing"] else ""
+    terminal.say(
+        f"predicted {found['predicted_ms']:.4g} ms, measured {found['measured_ms']:.4g} ms: "
+        f"{100 * found['error']:+.1f} %{beyond}"
+    )
+    if found["layers"] is None:
+        return
+    saved = sum(row["ms"] - row["best_ms"] for row in found["layers"])
+    terminal.table(
+        f"layers that would be faster with other weights, by {saved:.4f} ms in all",
+        ("layer", "weights", "ms", "faster with", "ms", "saves"),
+        [
+            (
+                row["layer"].removesuffix(".weight"),
+                row["weights"],
+                f"{row['ms']:.4f}",
+                row["best"],
+                f"{row['best_ms']:.4f}",
+                f"{100 * (1 - row['best_ms'] / row['ms']):.1f} %",
+            )
+            for row in found["layers"][:SHOWN]
+        ],
+        numeric=(2, 4, 5),
+    )
+
+
+def _show_kernels(rows: Sequence[Mapping[str, Any]]) -> None:
+    families: dict[str, list[float]] = {}
+    for row in rows:
+        families.setdefault(row["template"], []).append(row["ms"])
+    parts: dict[str, list[float]] = {}
+    for row in rows:
+        parts.setdefault(row["part"], []).append(row["ms"])
+    total = sum(row["ms"] for row in rows)
+    terminal.table(
+        "kernels",
+        ("layer or node", "kernel", "weights", "ms", "share", "operands", "GMAC/s", "of the peak"),
+        [
+            (
+                (row["layer"] or row["node"]).removesuffix(".weight"),
+                row["template"],
+                row["weights"] or "",
+                f"{row['ms']:.4f}",
+                f"{100 * row['share']:.1f} %",
+                terminal.size(row["bytes"]),
+                "" if row["gmacs"] is None else f"{row['gmacs']:.1f}",
+                "" if row["reached"] is None else f"{100 * row['reached']:.0f} %",
+            )
+            for row in rows
+        ],
+        numeric=range(3, 8),
+    )
+    terminal.table(
+        f"families, {total:.3f} ms in all",
+        ("kernel", "calls", "ms", "share"),
+        [
+            (name, len(times), f"{sum(times):.4f}", f"{100 * sum(times) / total:.1f} %")
+            for name, times in sorted(families.items(), key=lambda item: -sum(item[1]))
+        ],
+        numeric=(1, 2, 3),
+    )
+    if len(parts) > 1:
+        terminal.table(
+            "what is computed in every step, and what once for each timestep or text",
+            ("part", "calls", "ms", "share"),
+            [
+                (name, len(times), f"{sum(times):.4f}", f"{100 * sum(times) / total:.1f} %")
+                for name, times in parts.items()
+            ],
+            numeric=(1, 2, 3),
+        )

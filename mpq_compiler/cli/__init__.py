@@ -1,0 +1,1 @@
+"""``mpqc``: one file a command; `mpqc` has the parser and the exits."""

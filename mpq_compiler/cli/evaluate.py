@@ -1,0 +1,89 @@
+"""``mpqc eval``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpq_compiler.evaluation.evaluate import evaluate
+from mpq_compiler.evaluation.painter import (
+    BATCH,
+    check,
+    float_model,
+    from_artifact,
+    from_denoiser,
+    sampled_like,
+    with_conditions,
+)
+from mpq_compiler.support.errors import UserError
+
+
+def _require_no_effect(path: str, options: Mapping[str, Any]) -> None:
+    """UserError where a compiled model is to be evaluated with options of a compilation."""
+    from mpq_compiler.driver.options import Options
+
+    used = {"guidance", "conditions", "threads", "jobs", "cache"}
+    idle = [
+        f"--{name.replace('_', '-')}"
+        for name, value in options.items()
+        if name not in used and value != getattr(Options, name)
+    ]
+    if idle:
+        raise UserError(
+            f"'{path}' is compiled already, and {', '.join(idle)} would change nothing: leave it out, or name the model"
+        )
+
+
+def _require_drawing(model: str, steps: int, options: dict[str, Any]) -> None:
+    """UserError where the model cannot draw in so many steps; it is not held while its artifact is made."""
+    from mpq_compiler.driver.lower import load_denoiser
+    from mpq_compiler.driver.options import Options
+
+    loaded = load_denoiser(model, Options(**options))
+    loaded.scheduler.timesteps(steps)
+    loaded.conditioning.arguments(loaded.conditioning.varied(1), 1, options.get("guidance"))
+
+
+def evaluate_path(
+    path: str,
+    against: str | None,
+    images: int,
+    steps: int,
+    seed: int | None,
+    progress: Any,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """`evaluate` of an artifact, or of a model that is compiled for this machine first, against its float model.
+
+    seed: of the noise; None: one that calibration did not draw from (`Painter.unseen`).
+    """
+    import tempfile
+
+    from mpq_compiler.artifact import bundle
+    from mpq_compiler.frontend import checkpoint
+
+    check(images, steps, seed or 0)
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(path)
+        if not (target / bundle.MANIFEST).exists() and target.suffix != ".zip":
+            from mpq_compiler.api.compile import compile
+
+            against = against or path
+            target = Path(scratch) / "compiled.mpq"
+            _require_drawing(path, steps, options)  # before it is compiled
+            compile(path, target, progress, **options)
+        else:
+            _require_no_effect(path, options)
+        painter = with_conditions(from_artifact(target, options.get("threads")), options.get("conditions"))
+        if against is None and painter.name not in checkpoint.bundled():
+            raise UserError(f"'{painter.name}' is no bundled model: name the float model with --against")
+        loaded = float_model(against or painter.name, painter)
+        reference = with_conditions(sampled_like(from_denoiser(loaded), painter), options.get("conditions"))
+        guidance = options.get("guidance")
+        guided = "null_conditions" in painter.conditioning.arguments(painter.conditioning.varied(1), 1, guidance)
+        seed = painter.unseen if seed is None else seed
+        with progress("evaluating", -(-images // BATCH) * steps * (1 + guided)) as advance:
+            return evaluate(
+                *(painter, reference, images, steps, seed, loaded.features, guidance), lambda done, total: advance(1)
+            )

@@ -1,0 +1,217 @@
+"""`mpqc inspect`: the dumps of a compilation, pass by pass, or the plan in an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mpq_compiler.artifact import bundle
+from mpq_compiler.support import terminal
+from mpq_compiler.support.errors import UserError, nearest
+
+
+def inspect(
+    path: Path,
+    pass_name: str | None = None,
+    diff: list[str] | None = None,
+    layers: bool = False,
+    bisect: bool = False,
+    why: str | None = None,
+    scores: bool = False,
+) -> Any:
+    """Prints what is asked for and returns it as plain data.
+
+    Raises UserError for a path that is neither, an unknown pass or layer, and options that do not fit.
+    """
+    if why is not None:
+        return _why(path, why)
+    if scores:
+        return _scores(path)
+    if _is_artifact(path):
+        if pass_name or diff or bisect:
+            asked = "--pass" if pass_name else "--diff" if diff else "--bisect"
+            raise UserError(f"'{path}' is an artifact; {asked} needs the folder of a compilation's --dumps")
+        return _artifact(path, layers)
+    if layers and (pass_name or diff or bisect):
+        raise UserError("--layers goes with none of --pass, --diff and --bisect: ask one after the other")
+    if layers:
+        return _layers(path)
+    return _bisect(path) if bisect else _dumps(path, pass_name, diff)
+
+
+def write_page(path: Path) -> str:
+    """The HTML page of dumps or an artifact (`html_report.page`)."""
+    from mpq_compiler.inspection import explain, html_report
+
+    return html_report.page(explain.load(path), str(path), _read_dumps(path))
+
+
+def _is_artifact(path: Path) -> bool:
+    return (path / bundle.MANIFEST).is_file() or path.suffix == ".zip"
+
+
+def _read_dumps(path: Path) -> list[Any]:
+    if _is_artifact(path):
+        return []
+    from mpq_compiler.inspection import dumps as inspection_dumps
+
+    return inspection_dumps.read_dumps(path)
+
+
+def _why(path: Path, layer: str) -> dict[str, Any]:
+    from mpq_compiler.inspection import explain
+
+    dumps = _read_dumps(path)  # first, for it says best what is wrong with a path
+    found = explain.why(explain.load(path), layer, dumps)
+    explain.show(found)
+    return found
+
+
+def _scores(path: Path) -> dict[str, Any]:
+    from mpq_compiler.inspection import explain, score_report
+
+    found = score_report.explain(explain.load(path))
+    score_report.show(found)
+    return found
+
+
+def _bisect(path: Path) -> dict[str, Any]:
+    from mpq_compiler.inspection import bisect as inspection_bisect
+
+    found = inspection_bisect.bisect(_read_dumps(path))
+    terminal.table(
+        str(path),
+        ("pass", "contract", "nodes compared", "broken by", "SQNR of the output"),
+        [
+            (
+                row["pass"],
+                row["contract"],
+                row["nodes"],
+                ", ".join(f["layers"][0] for f in row["findings"]) or "",
+                "" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB",
+            )
+            for row in found["passes"]
+        ],
+        numeric=(2, 4),
+    )
+    for finding in [f for row in found["passes"] for f in row["findings"]] or [found]:
+        terminal.say(finding["sentence"])
+    return found
+
+
+def _artifact(path: Path, layers: bool) -> dict[str, Any]:
+    manifest = bundle.read(path).manifest
+    plan, weights = manifest.get("plan", {}), manifest["weights"]
+    rows = plan.get("layers", [])
+    if layers:
+        _table(path, rows, weights["payload_bytes"])
+    counts: dict[str, list[int]] = {}
+    for row in rows:
+        counts.setdefault(row["weight"], []).append(row["bytes"])
+    formats = [(name, len(sizes), terminal.size(sum(sizes))) for name, sizes in sorted(counts.items())]
+    terminal.table(
+        f"{manifest['name']} for {manifest['target']['name']}: {weights['payload_bytes']} bytes, "
+        f"{weights['average_bits']:.3f} true average bits",
+        ("format", "layers", "bytes"),
+        formats,
+        numeric=(1, 2),
+    )
+    if memory := manifest.get("memory"):
+        kinds = ("activation_bytes", "workspace_bytes")
+        terminal.table(
+            f"memory: {terminal.memory(memory)}",
+            ("function", "activations", "workspaces of a thread"),
+            [(name, *(terminal.size(memory[kind][name]) for kind in kinds)) for name in memory["activation_bytes"]],
+            numeric=(1, 2),
+        )
+    for name, reason in plan.get("fallbacks", {}).items():
+        terminal.say(f"fallback: {name}: {reason}")
+    return {
+        "name": manifest["name"],
+        "target": manifest["target"]["name"],
+        "weights": weights,
+        "memory": memory,
+        "layers": rows,
+    }
+
+
+def _table(path: Path, rows: list[dict[str, Any]], total: int) -> None:
+    """The layers, with their share of all stored bytes."""
+    terminal.table(
+        f"{path}: layers",
+        ("layer", "weight", "activation", "bytes", "share", "loss"),
+        [
+            (
+                row["name"].removesuffix(".weight"),
+                row["weight"],
+                row["activation"],
+                row["bytes"],
+                f"{100 * row['bytes'] / total:.1f} %",
+                "" if row["loss"] is None else f"{row['loss']:.1e}",
+            )
+            for row in rows
+        ],
+        numeric=(3, 4, 5),
+    )
+
+
+def _layers(path: Path) -> dict[str, Any]:
+    """What the compilation that left these dumps has decided of each layer."""
+    from mpq_compiler.inspection import explain
+
+    document = explain.load(path)
+    rows, total = [], 0.0
+    for layer in document["layers"]:
+        found = explain.why(document, layer, moved=((), None))
+        plan = explain.plan(found)
+        if plan:
+            total = plan["bytes"] / plan["share"]
+        rows.append(
+            {
+                "name": found["parameter"],
+                "weight": plan.get("format", "float"),
+                "activation": explain.activation(plan),
+                "bytes": plan.get("bytes", 0),
+                "loss": plan.get("loss"),
+                "fallback": found["fallback"],
+            }
+        )
+    if not rows:
+        raise UserError(f"the compilation of '{path}' ended before anything was decided of its layers")
+    _table(path, rows, round(total) or 1)
+    return {"layers": rows}
+
+
+def _dumps(path: Path, pass_name: str | None, diff: list[str] | None) -> Any:
+    from mpq_compiler.inspection import dumps as inspection_dumps
+    from mpq_compiler.ir import diff as ir_diff
+
+    dumps = inspection_dumps.read_dumps(path)
+    names = [d.name for d in dumps]
+
+    def index(name: str) -> int:
+        if name not in names:
+            raise UserError(f"the dumps in '{path}' have no pass '{name}': {nearest(name, names)}")
+        return names.index(name)
+
+    if pass_name is not None:
+        dump = dumps[index(pass_name)]
+        terminal.say(dump.text)
+        return {"pass": dump.name, "text": dump.text}
+    if diff is not None:
+        if len(diff) > 2:
+            raise UserError("--diff takes one pass (compared with the one before it) or two")
+        last = index(diff[-1])
+        first = index(diff[0]) if len(diff) == 2 else last - 1
+        before = dumps[first].text if first >= 0 else ""
+        text = ir_diff.diff(before, dumps[last].text)
+        terminal.say(text or "no difference")
+        return {"from": dumps[first].name if first >= 0 else None, "to": dumps[last].name, "diff": text}
+    described = [{"pass": d.name, "nodes": d.nodes, "sqnr_db": d.sqnr_db} for d in dumps]
+    terminal.table(
+        str(path),
+        ("pass", "nodes", "SQNR of the output"),
+        [(d["pass"], d["nodes"], "" if d["sqnr_db"] is None else f"{d['sqnr_db']:.1f} dB") for d in described],
+        numeric=(1, 2),
+    )
+    return described

@@ -1,0 +1,1 @@
+"""The composition root: from options to passes, backend, artifact and report."""

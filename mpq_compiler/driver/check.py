@@ -1,0 +1,46 @@
+"""What can be refused whatever the model is, said before one is read or drawn from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpq_compiler.artifact import bundle, tvm_wheels
+from mpq_compiler.driver.lower import latency_table_of
+from mpq_compiler.driver.options import Options
+from mpq_compiler.driver.resolve import resolve
+from mpq_compiler.latency.candidates import require_kernels
+from mpq_compiler.pipeline.backend import backend_of
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets import table as targets
+
+
+def check(options: Options, output: str | Path) -> None:
+    """UserError where a compilation would be refused whatever the model is."""
+    if options.threads is not None and options.threads < 1:
+        raise UserError(f"threads is {options.threads}; it must be at least 1")
+    target = targets.resolve(options.target)
+    backend = backend_of(target)
+    able = backend.capabilities(target)
+    if options.tune and not able.tune:
+        raise UserError(f"--tune measures kernels of CPU targets; '{target.name}' has none to choose: leave it out")
+    if options.emit not in (None, "c"):
+        raise UserError(f"--emit '{options.emit}' is not known: it is 'c' or left out")
+    option = "--standalone" if options.standalone else "--emit c" if options.emit else None
+    if option and not able.emit:
+        raise UserError(f"{option} makes a program of kernels for CPUs; '{target.name}' has none: leave it out")
+    backend.require(target)
+    if options.emit and options.standalone:
+        raise UserError("--standalone and --emit c both make the program mpq_run: leave one of them out")
+    if options.wheels is not None and not options.standalone:
+        raise UserError("--wheels holds TVM's runtime for --standalone: add that, or leave it out")
+    if options.standalone:
+        tvm_wheels.files(target, options.wheels)
+    bundle.check_output(output, options.overwrite)
+    if options.dumps is not None and not options.overwrite and options.dumps.exists() and any(options.dumps.iterdir()):
+        raise UserError(f"the dumps folder '{options.dumps}' is not empty; name another one or add --overwrite")
+    if options.dumps is not None and options.dumps.resolve().is_relative_to(Path(output).resolve()):
+        raise UserError(f"the dumps folder '{options.dumps}' lies within the output '{output}'; name another one")
+    resolve(options)
+    if options.latency is not None:
+        require_kernels(target)
+    latency_table_of(options, target)

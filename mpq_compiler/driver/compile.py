@@ -1,0 +1,79 @@
+"""From a denoiser to an artifact: the steps of a compilation, in order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mpq_compiler.artifact import bundle
+from mpq_compiler.driver import manifest, report
+from mpq_compiler.driver.check import check
+from mpq_compiler.driver.judge import Judge
+from mpq_compiler.driver.lower import Lowering, load_denoiser, lower
+from mpq_compiler.driver.options import Options, parse_shapes
+from mpq_compiler.driver.report import Report
+from mpq_compiler.driver.specialize import added_bytes, other_sizes
+from mpq_compiler.frontend.denoiser import Denoiser
+from mpq_compiler.ir import costs
+from mpq_compiler.ir.interpreter import single_threaded
+from mpq_compiler.ir.specialization import Specialization
+from mpq_compiler.pipeline.backend import Backend, BuildRequest, Built, backend_of
+from mpq_compiler.support.execution import RunContext
+from mpq_compiler.targets import table as targets
+from mpq_compiler.targets.table import Target
+
+
+def compile_denoiser(
+    model: str | Path | Denoiser, output: str | Path, progress: Any = None, **options: Any
+) -> Report:
+    """Compiles ``model`` to an artifact at ``output``.
+
+    Args:
+        model: a folder, a hub id, a bundled name, or a denoiser in memory (`frontend.denoiser`).
+        output: a folder, or a file ending in ``.zip``.
+        progress: as `RunContext.progress`.
+        options: those of `Options`.
+
+    Raises:
+        UserError: every input that cannot be compiled; nothing is left at ``output`` then.
+    """
+    chosen = Options(**options)
+    check(chosen, output)
+    target = targets.resolve(chosen.target)
+    backend = backend_of(target)
+    denoiser = load_denoiser(model, chosen)
+    with backend.standby(chosen.jobs) as workers:
+        lowering = lower(denoiser, chosen, progress).packed()
+        with single_threaded():
+            others = other_sizes(lowering.program, lowering.laid_out, chosen)
+            built = _built(backend, lowering, target, chosen, others, workers, progress)
+    with single_threaded():
+        target = targets.with_features(target, built.features)
+        stored = costs.stored_bytes(lowering.planned) + added_bytes(lowering.program, others)
+        predicted = report.predicted_latency(lowering.latency, lowering.program, built.facts)
+        document = manifest.describe(denoiser, lowering, built, chosen, target, predicted)
+        files = manifest.files(denoiser, lowering, built, chosen, target)
+        if chosen.dumps is not None:
+            (chosen.dumps / bundle.DECISIONS).write_bytes(files[bundle.DECISIONS])
+        judge = Judge(denoiser, lowering, chosen, RunContext(jobs=chosen.jobs, progress=progress))
+        document["quality"] = judge.reference_quality()
+        complete = bundle.write(output, document, files, built.tensors, chosen.overwrite)
+        assert complete["weights"]["payload_bytes"] == stored, "payload and plan differ"
+        judged = judge.judged(output, target, others)
+    return report.report(denoiser, lowering, built, chosen, target, complete, judged, predicted)
+
+
+def _built(
+    backend: Backend,
+    lowering: Lowering,
+    target: Target,
+    options: Options,
+    others: list[Specialization],
+    workers: Any,
+    progress: Any,
+) -> Built:
+    """The packed program as the backend makes it."""
+    batches, *_ = parse_shapes(options.shapes).values()
+    emit = "machine" if options.standalone else "c" if options.emit else None
+    request = BuildRequest(batches, others, options.jobs, workers, options.cache, progress, options.tune, emit)
+    return backend.build(lowering.program, target, request)

@@ -1,0 +1,145 @@
+"""The quality of an artifact against the float model, and its agreement with the packed program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpq_compiler.driver.held_out import held_out
+from mpq_compiler.driver.lower import Packed
+from mpq_compiler.driver.options import Options
+from mpq_compiler.evaluation.metrics import sqnr_db
+from mpq_compiler.frontend.denoiser import Denoiser
+from mpq_compiler.ir import costs
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.specialization import Specialization, size_of
+from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.execution import RunContext
+from mpq_compiler.support.execution import batches as in_batches
+from mpq_compiler.targets import table as targets
+
+REFERENCE_MACS = 64e9
+"""What the reference interpreter is asked to compute for that, in multiply-accumulates: some minutes at most."""
+REFERENCE_LEAST = 4
+"""Inputs on which artifact and reference are compared in any case."""
+AGREEMENT_DB = 0.1
+"""How far the artifact's SQNR may be from the reference's: contract (c)."""
+JUDGED_TOGETHER = 8
+
+
+def load_runnable(path: str | Path, target: targets.Target) -> tuple[CompiledDenoiser | None, list[str]]:
+    """The artifact, where this machine has what the target needs, and a note where it cannot be loaded all the same."""
+    if target.backend == "reference" or targets.missing_features(target):
+        return None, []
+    try:
+        return compiled_denoiser.load(path), []
+    except UserError as error:
+        return None, [f"the artifact was not executed here: {error}"]
+
+
+def disagreements(
+    compiled: CompiledDenoiser | None,
+    target: targets.Target,
+    denoiser: Denoiser,
+    others: Sequence[Specialization],
+) -> Iterator[str]:
+    """Notes on the sizes at which the artifact is not as good as the packed program, on a few random inputs."""
+    if compiled is None:
+        return
+    for other in others:
+        resized = denoiser.resized(*size_of(other.program))
+        inputs = resized.random_inputs(REFERENCE_LEAST)
+        expected = resized(**inputs).numpy()
+        output = compiled.run({name: value.numpy() for name, value in inputs.items()})
+        difference = sqnr_db(expected, output) - sqnr_db(expected, run(other.program, inputs).numpy())
+        if abs(difference) > AGREEMENT_DB:
+            yield (
+                f"at {other.size} the artifact's SQNR is {difference:+.2f} dB from the packed program's: its kernels "
+                f"for '{target.name}' compute something else, report it with the model"
+            )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The manifest's figures of quality, and notes on where artifact and packed program differ."""
+
+    quality: dict[str, Any]
+    notes: list[str]
+
+
+class Judge:
+    """Teacher-forced quality against the float model, and the agreement of artifact and packed program.
+
+    The reference computes exactly, which takes hundreds of times as long as the artifact: for large models it is asked
+    for some of the inputs only, spread over time, and the two are compared on those.
+    """
+
+    def __init__(self, denoiser: Denoiser, lowering: Packed, options: Options, context: RunContext) -> None:
+        self.denoiser, program = denoiser, lowering.program
+        macs = sum(costs.macs(lowering.planned).values())
+        self.inputs = inputs = held_out(denoiser, options)
+        self.count = len(next(iter(inputs.values())))
+        self.compared = min(self.count, max(REFERENCE_LEAST, int(REFERENCE_MACS / macs)))
+        index = torch.linspace(0, self.count - 1, self.compared).round().long()
+        self.rows = index.numpy()
+        with context.track("judging", self.count + self.compared) as advance:
+
+            def outputs(of: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor]) -> np.ndarray:
+                def output(batch: dict[str, Tensor]) -> np.ndarray:
+                    found = of(batch).numpy()
+                    advance(len(found))
+                    return found
+
+                return np.concatenate(context.map(output, in_batches(inputs, JUDGED_TOGETHER)))
+
+            self.expected = outputs(lambda batch: denoiser(**batch), inputs)
+            self.packed = outputs(lambda batch: run(program, batch), {n: value[index] for n, value in inputs.items()})
+        self.reference_sqnr_db = round(sqnr_db(self.expected[self.rows], self.packed), 6)
+
+    def reference_quality(self) -> dict[str, Any]:
+        """What the manifest says of the packed program, which it was judged on."""
+        return {"reference_sqnr_db": self.reference_sqnr_db, "inputs": self.compared}
+
+    def judged(self, path: str | Path, target: targets.Target, others: Sequence[Specialization]) -> Judged:
+        """The artifact at ``path``, executed where this machine can run it."""
+        compiled, refusal = load_runnable(path, target)
+        quality = self.quality(compiled)
+        notes = [*refusal, *disagreements(compiled, target, self.denoiser, others)]
+        if abs(quality["agreement_db"] or 0) > AGREEMENT_DB:
+            notes.insert(
+                0,
+                f"the artifact's SQNR is {quality['agreement_db']:+.2f} dB from the packed program's: its kernels for "
+                f"'{target.name}' compute something else, report it with the model",
+            )
+        return Judged(quality, notes)
+
+    def quality(self, compiled: CompiledDenoiser | None) -> dict[str, Any]:
+        """`sqnr_db` executed by the artifact where there is one that runs here, else by the reference.
+
+        `agreement_db` is what executing the artifact adds to the reference's SQNR on the `reference_inputs`.
+        """
+        reference = {"reference_sqnr_db": self.reference_sqnr_db, "reference_inputs": self.compared}
+        if compiled is None:
+            return {
+                "sqnr_db": self.reference_sqnr_db,
+                "executed_by": "reference",
+                "inputs": self.compared,
+                **reference,
+                "agreement_db": None,
+            }
+        output = compiled.run({name: value.numpy() for name, value in self.inputs.items()})
+        return {
+            "sqnr_db": sqnr_db(self.expected, output),
+            "executed_by": "artifact",
+            "inputs": self.count,
+            **reference,
+            "agreement_db": sqnr_db(self.expected[self.rows], output[self.rows]) - self.reference_sqnr_db,
+        }

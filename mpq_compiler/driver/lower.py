@@ -1,0 +1,192 @@
+"""The passes, run on a denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import fx
+
+from mpq_compiler.allocation import costs, pose, sensitivity_table
+from mpq_compiler.driver import specialize
+from mpq_compiler.driver.dump_writer import Writer
+from mpq_compiler.driver.held_out import held_out, spread
+from mpq_compiler.driver.instruments import observe
+from mpq_compiler.driver.options import Options, parse_shapes
+from mpq_compiler.driver.resolve import MEASURING, resolve
+from mpq_compiler.frontend import calibration_file
+from mpq_compiler.frontend import denoiser as denoisers
+from mpq_compiler.frontend.denoiser import Denoiser
+from mpq_compiler.ir.interpreter import single_threaded
+from mpq_compiler.ir.program import Program, Stage, TensorStore
+from mpq_compiler.latency import table as latency_table
+from mpq_compiler.latency.candidates import Latency
+from mpq_compiler.pipeline import manager
+from mpq_compiler.pipeline.manager import Instrument, Record
+from mpq_compiler.pipeline.passes import Pass
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.host import cpu
+from mpq_compiler.targets import table as targets
+from mpq_compiler.targets.numerics import F32
+
+
+def load_denoiser(model: str | Path | Denoiser, options: Options) -> Denoiser:
+    """The model at the first size of ``--shapes``."""
+    latents = [latent for latent in parse_shapes(options.shapes) if latent is not None]
+    size = latents[0][1:] if latents else None
+    if isinstance(model, Denoiser):
+        if options.scheduler is not None or options.prediction_type is not None:
+            raise UserError("a denoiser in memory has its scheduler: leave scheduler and prediction_type out")
+        denoiser = model.sampled(options.guidance, options.conditions)
+        if size is not None and size != denoiser.latent_shape[1:]:
+            denoiser = denoiser.resized(*size)
+    else:
+        denoiser = denoisers.load(
+            model,
+            size=size,
+            prediction_type=options.prediction_type,
+            scheduler=options.scheduler,
+            guidance=options.guidance,
+            conditions=options.conditions,
+        )
+    if options.calibration is not None and calibration_file.has_fractions(options.calibration):
+        denoiser = denoiser.with_fractional_times()
+    for latent in latents:
+        if latent[0] != denoiser.latent_shape[0]:
+            wanted = f"--shapes asks for {latent[0]} channels"
+            raise UserError(f"{wanted}, and '{denoiser.name}' has {denoiser.latent_shape[0]}")
+    return denoiser
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What the passes made of a denoiser: the last program, the planned one if there is one, and the laid-out ones."""
+
+    program: Program
+    planned: Program | None
+    laid_out: list[Program]
+    """At every size of ``--shapes``."""
+    records: list[Record]
+    passes: list[Pass]
+    latency: Latency | None = None
+    """Times of formats on the target, where they are asked for."""
+
+    def packed(self) -> Packed:
+        """The same, with a packed program. UserError: the pipeline ends before it packs."""
+        if self.program.stage != Stage.PACKED or self.planned is None:
+            raise UserError("the pipeline ends before 'fold-fake-quant': nothing was packed that a backend could run")
+        return Packed(self.program, self.planned, self.laid_out, self.records, self.passes, self.latency)
+
+
+@dataclass(frozen=True)
+class Packed(Lowering):
+    """A lowering whose program a backend can build."""
+
+    planned: Program
+
+
+def lower(denoiser: Denoiser, options: Options, progress: Any = None, passes: list[Pass] | None = None) -> Lowering:
+    """Runs the passes. Nothing is written but dumps."""
+    passes = resolve(options) if passes is None else passes
+    calibration_file.require(denoiser, options.calibration)
+    table = None if options.sensitivity is None else sensitivity_table.load(options.sensitivity)
+    if table is not None:
+        sensitivity_table.require_of(table, denoiser.name, denoiser.parameters)
+    everything = resolve(options)  # though some may not run
+    budgets = next((p.options() for p in everything if p.name() == "bit-allocation"), {})
+    timed = options.latency_table is not None or budgets.get("latency") is not None
+    latency = layer_times(denoiser, options, everything, progress) if timed else None
+    session = Session(
+        denoiser=denoiser,
+        calibration=None
+        if options.calibration is None
+        else calibration_file.split(calibration_file.load(denoiser, options.calibration))[0],
+        sensitivity=table,
+        latency=latency,
+        numerics=targets.numerics_of(options.target) if any(p.name() == "numerics" for p in passes) else (),
+        steps=options.steps,
+        seed=options.seed,
+        jobs=options.jobs,
+        cache=options.cache,
+        progress=progress,
+        statistics=frozenset().union(*(p.asks() for p in everything)),
+    )
+    planned: list[Program] = []
+    laid_out: list[Program] = []
+    observers = [observe, *_observers(denoiser, options, planned)]
+
+    def keep_sizes(index: int, step: Pass, before: Program, program: Program) -> None:
+        if specialize.is_laid_out(step):
+            sizes = [latent[1:] for latent in parse_shapes(options.shapes) if latent is not None][1:]
+            laid_out[:] = [program, *(specialize.laid_out(program, denoiser, size, passes) for size in sizes)]
+        if step.provides >= {"time-groups"} and session.sensitivity is None:
+            _check_budget(program, passes, latency)
+
+    start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
+    with single_threaded():
+        program, records = manager.run_pipeline(passes, start, session, [*observers, keep_sizes])
+    return Lowering(program, planned[-1] if planned else None, laid_out, records, passes, latency)
+
+
+def layer_times(
+    denoiser: Denoiser, options: Options, passes: Sequence[Pass], progress: Any = None, batch: int | None = None
+) -> Latency:
+    """What answers for times on the target. UserError: the table that was given is not that of the target."""
+    target = targets.resolve(options.target)
+    batches, *_ = parse_shapes(options.shapes).values()
+    kinds: tuple[str, ...] = (F32,)
+    fast = next((p.options() for p in passes if p.name() == "numerics" and p.options()["mode"] == "fast"), None)
+    if fast is not None:
+        kinds += tuple(kind for kind in fast["kinds"] if kind in targets.numerics_of(options.target))
+    return Latency(
+        target, denoiser, passes, latency_table_of(options, target), batch or min(batches), options.threads or 1, kinds,
+        options.jobs, options.cache, progress,
+    )  # fmt: skip
+
+
+def latency_table_of(options: Options, target: targets.Target) -> latency_table.Table | None:
+    """The table that was given. UserError: it is that of another target, of another CPU, of other threads."""
+    if options.latency_table is None:
+        return None
+    table = latency_table.load(options.latency_table)
+    here = None if targets.missing_features(target) else cpu()
+    latency_table.require_of(table, target.name, here, options.threads)
+    return table
+
+
+def _check_budget(program: Program, passes: Sequence[Pass], latency: Latency | None = None) -> None:
+    """UserError for a budget of bytes or time that no allocation meets, before the long measurement that one needs."""
+    options = {p.name(): p for p in passes}
+    allocation = options.get("bit-allocation")
+    measuring = next((options[name] for name in MEASURING if name in options), None)
+    if allocation is None or measuring is None:
+        return
+    measured: Sequence[str] = getattr(measuring, "formats", ())
+    floating = getattr(allocation, "activation_format", "int") == "float"
+    table = costs.describe(program, names=measured, floating=floating)
+    bits, size = getattr(allocation, "weights", None), getattr(allocation, "bytes", None)
+    limit = pose.byte_limit(table, bits, size)
+    choices = {layer["name"]: measured for layer in table["layers"]}
+    if limit is not None:
+        pose.require_bytes(table, limit, choices)
+    most = getattr(allocation, "latency", None)
+    if latency is not None and most is not None:
+        times = latency.costs(program, measured, getattr(allocation, "dynamic", False))
+        table = sensitivity_table.with_latencies(table, times.fixed, times.layers)
+        pose.require_latency(table, most, choices)
+
+
+def _observers(denoiser: Denoiser, options: Options, planned: list[Program]) -> list[Instrument]:
+    """What keeps the planned programs and, where they are asked for, writes the dumps."""
+
+    def keep_planned(index: int, step: Pass, before: Program, program: Program) -> None:
+        if program.stage == Stage.PLANNED:
+            planned.append(program)
+
+    if options.dumps is None:
+        return [keep_planned]
+    writer = Writer(options.dumps, spread(held_out(denoiser, options), 2), denoiser)
+    return [keep_planned, writer.write]

@@ -1,0 +1,170 @@
+"""What the manifest says of a compilation."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mpq_compiler import formats
+from mpq_compiler.artifact import bundle, tvm_wheels
+from mpq_compiler.driver.lower import Packed
+from mpq_compiler.driver.options import Options
+from mpq_compiler.frontend import calibration_file
+from mpq_compiler.frontend.denoiser import Denoiser
+from mpq_compiler.ir import costs, printer, provenance
+from mpq_compiler.ir.edges import input_edge
+from mpq_compiler.ir.program import Program
+from mpq_compiler.latency import kernel_schedule
+from mpq_compiler.pipeline import parser
+from mpq_compiler.pipeline.backend import Built
+from mpq_compiler.pipeline.passes import Pass
+from mpq_compiler.sampling import text_encoder
+from mpq_compiler.targets import table as targets
+
+
+def numerics_choices(planned: Program) -> dict[str, dict[str, str]]:
+    """The numerics that were chosen, of attentions and of float layers."""
+    chosen, calls = planned.facts.get("numerics", {}), {node.name for node in planned.attentions}
+    attentions = {name: kind for name, kind in chosen.items() if name in calls}
+    return {"attentions": attentions, "layers": {n: kind for n, kind in chosen.items() if n not in calls}}
+
+
+def numerics_of(program: Program) -> str:
+    """What the program needs, whatever was allowed."""
+    return "fast" if program.facts.get("numerics") else "portable"
+
+
+def describe(
+    denoiser: Denoiser,
+    lowering: Packed,
+    built: Built,
+    options: Options,
+    target: targets.Target,
+    predicted: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The manifest but for what writing adds, the hashes, and ``quality``.
+
+    target: with the features that the kernels ask for. predicted: milliseconds by the latency table, if there is one.
+    """
+    program, planned = lowering.program, lowering.planned
+    document = {
+        **_origin(denoiser, program, planned, options, lowering.passes),
+        "target": describe_target(target) | {"numerics": numerics_of(program)},
+        "functions": built.functions,
+        "tensors": built.entries,
+    }
+    optional = {"prepare": built.prepare, "parts": built.parts or None, "memory": built.memory}
+    document |= {key: value for key, value in optional.items() if value is not None}
+    if options.threads is not None:
+        document["threads"] = options.threads
+    if options.tune:
+        document["tiles"] = {node: list(tile) for node, tile in sorted(built.facts["tiles"].items())}
+    if predicted is not None:
+        document["plan"]["latency"] = predicted
+    return document
+
+
+def files(
+    denoiser: Denoiser, lowering: Packed, built: Built, options: Options, target: targets.Target
+) -> dict[str, Any]:
+    """The files of the artifact but for the stored tensors, by name."""
+    program = lowering.program
+    kernels = kernel_schedule.describe(program, built.facts.get("schedule", ()))
+    decided = provenance.encode(provenance.document(program, kernel_schedule.by_layer(kernels)))
+    runtime = tvm_wheels.files(target, options.wheels) if options.standalone else {}
+    found: dict[str, Any] = {**built.files, **runtime}
+    found |= {bundle.IR: printer.text(program).encode(), bundle.DECISIONS: decided}
+    if kernels:
+        found[bundle.SCHEDULE] = kernel_schedule.encode(kernels)
+    if denoiser.text is not None:
+        found[text_encoder.FILE] = denoiser.text.save
+    return found
+
+
+def _origin(
+    denoiser: Denoiser, program: Program, planned: Program, options: Options, passes: Sequence[Pass]
+) -> dict[str, Any]:
+    """What was compiled, by which passes, to which plan, calibrated on what."""
+    allocation = program.facts.get("allocation", {})
+    return {
+        "name": denoiser.name,
+        "model": {
+            "class": str(denoiser.config.get("_class_name", type(denoiser.module.model).__name__)),
+            "config": {k: v for k, v in denoiser.config.items() if not k.startswith("_")},
+            "parameters": program.facts["parameters"],
+            "signature": list(inspect.signature(denoiser.module.model.forward).parameters),
+            "call": asdict(denoiser.module.convention),
+            "below": {name: s.below for name, s in denoiser.input_specs.items() if s.below is not None},
+        },
+        "recipe": {"name": str(Path(options.recipe).stem) if options.pipeline is None else "custom"},
+        "pipeline": parser.to_text(passes),
+        "plan": {
+            "layers": layer_rows(planned),
+            "boundaries": program.facts["time-groups"].tolist(),
+            "stored_bytes": costs.stored_bytes(planned),
+            "fallbacks": dict(sorted(program.fallbacks.items())),
+            **({"loss": allocation["objective"]} if allocation else {}),
+            **({"numerics": program.facts["numerics"]} if program.facts.get("numerics") else {}),
+        },
+        "sampling": denoiser.sampling(),
+        "assumptions": list(program.facts.get("assumptions", ())),
+        "calibration": _calibration(denoiser, planned, options, passes),
+        "versions": {name: version(name) for name in ("mpq-compiler", "torch", "diffusers", "apache-tvm", "numpy")},
+    }
+
+
+def _calibration(denoiser: Denoiser, planned: Program, options: Options, passes: Sequence[Pass]) -> dict[str, Any]:
+    """Where the calibration inputs came from."""
+    found: dict[str, Any] = {"seed": options.seed, "inputs": len(planned.facts["calibration"].timesteps)}
+    if options.calibration is not None:
+        return found | calibration_file.stated(options.calibration)
+    calibrate = next(step.options() for step in passes if step.name() == "calibrate")
+    guidance = denoiser.conditioning.usual_guidance() if denoiser.guidance is None else denoiser.guidance
+    sampled = {"scheduler": denoiser.scheduler.solver, "guidance": guidance}
+    conditions = {} if options.conditions is None else {"conditions": calibration_file.sha256(options.conditions)}
+    return found | calibrate | sampled | conditions
+
+
+def describe_target(target: targets.Target) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "name": target.name,
+        "arch": target.arch,
+        "backend": target.backend,
+        "features": list(target.features),
+    }
+    if target.backend == "tvm":
+        described |= {"isa": target.isa, "tvm": dict(target.tvm)}
+    if target.is_cuda:
+        described["cuda"] = target.cuda
+    return described
+
+
+def layer_rows(planned: Program) -> list[dict[str, Any]]:
+    """Name, weight format, activation, bytes, loss and fallback of every layer of a planned program."""
+    groups = len(planned.facts["time-groups"]) + 1
+    table = planned.facts.get("sensitivity", {"weights": {}})
+    rows: list[dict[str, Any]] = []
+    layers = {str(costs.weight_path(n)): n for n in reversed(planned.quantizable)}  # shared weights are stored once
+    for path, node in reversed(layers.items()):
+        plan = planned.weights[path]
+        weight = str(node.args[1].target)  # type: ignore[union-attr]
+        quantized = formats.get(plan.format).integer or planned.reads_floats(node)
+        read = planned.activations.get(input_edge(node).name) if quantized else None
+        activation = "float" if read is None else read.label(groups)
+        rows.append(
+            {
+                "name": path,
+                "weight": plan.format,
+                "activation": activation,
+                "bytes": costs.weight_bytes(planned, weight, plan.format),
+                "loss": table["weights"].get(path, {}).get(plan.format),
+                "fallback": planned.fallbacks.get(node.name),
+            }
+        )
+    others = {n: reason for n, reason in planned.fallbacks.items() if n not in {q.name for q in planned.quantizable}}
+    left = {"weight": "float", "activation": "float", "bytes": 0, "loss": 0.0}
+    return rows + [{"name": name, **left, "fallback": reason} for name, reason in others.items()]

@@ -1,0 +1,133 @@
+"""What a compilation gave: the JSON of ``mpqc compile``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mpq_compiler.driver.judge import Judged
+from mpq_compiler.driver.lower import Packed
+from mpq_compiler.driver.manifest import layer_rows, numerics_choices, numerics_of
+from mpq_compiler.driver.options import Options
+from mpq_compiler.frontend import calibration_file
+from mpq_compiler.frontend.denoiser import Denoiser
+from mpq_compiler.ir import costs
+from mpq_compiler.ir.program import Program
+from mpq_compiler.latency import table as latency_table
+from mpq_compiler.latency.candidates import Latency
+from mpq_compiler.pipeline import parser
+from mpq_compiler.pipeline.backend import Built
+from mpq_compiler.targets.table import Target
+
+ENOUGH_ROWS = 64
+"""Calibration inputs below which ranges and moments are poor: there is a note."""
+
+
+@dataclass
+class Report:
+    """What a compilation gave; `to_json` is the JSON of ``mpqc compile``."""
+
+    weights: dict[str, Any]
+    activations: dict[str, Any]
+    quality: dict[str, Any]
+    passes: list[dict[str, Any]]
+    layers: list[dict[str, Any]]
+    artifact: dict[str, Any]
+    calibration: dict[str, Any]
+    memory: dict[str, Any] | None
+    """The manifest's entry (docs/artifact.md), for the targets that have one."""
+    target: str
+    recipe: str
+    pipeline: str
+    latency: dict[str, Any] | None
+    """What the plan takes by the latency table (`predicted_latency`); None where there is none."""
+    training: list[dict[str, Any]]
+    """What `distill` did, phase by phase (`trainer.Outcome`); nothing where nothing was trained."""
+    additivity: dict[str, Any] | None
+    """Noise of the whole plan, weights and activations together: ``measured``, ``expected`` from the sum of losses by
+    which it was chosen, ``difference_db`` of the two, on so many ``inputs``. None where no such sum chose it."""
+    numerics: dict[str, Any]
+    """``mode`` that the artifact has, and ``attentions`` and float ``layers``: those that are not in float32."""
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def report(
+    denoiser: Denoiser,
+    lowering: Packed,
+    built: Built,
+    options: Options,
+    target: Target,
+    complete: dict[str, Any],
+    judged: Judged,
+    predicted: dict[str, Any] | None,
+) -> Report:
+    """The report of an artifact whose manifest is ``complete``."""
+    program, planned = lowering.program, lowering.planned
+    parameters, stored = program.facts["parameters"], complete["weights"]["payload_bytes"]
+    return Report(
+        weights={
+            "average_bits": costs.average_bits(stored, parameters),
+            "bytes": stored,
+            "float_bytes": 4 * parameters,
+        },
+        activations={"average_bits": costs.activation_bits(planned)},
+        quality=judged.quality,
+        passes=[{"name": r.name, "seconds": r.seconds, "peak_bytes": r.peak_bytes} for r in lowering.records],
+        layers=layer_rows(planned),
+        artifact={
+            "bytes": sum(f["bytes"] for f in complete["files"].values()),
+            "sha256": complete["artifact_sha256"],
+        },
+        calibration=complete["calibration"],
+        memory=built.memory,
+        target=target.name,
+        recipe=str(options.recipe) if options.pipeline is None else "custom",
+        latency=predicted,
+        pipeline=parser.to_text(lowering.passes),
+        training=list(program.facts.get("training", ())),
+        additivity=program.facts.get("allocation", {}).get("additivity"),
+        numerics={"mode": numerics_of(program), **numerics_choices(planned)},
+        fallbacks=dict(program.fallbacks),
+        notes=[*_notes(denoiser, lowering, built, options), *judged.notes],
+    )
+
+
+def _notes(denoiser: Denoiser, lowering: Packed, built: Built, options: Options) -> list[str]:
+    """What a user should know of the model, the calibration and the kernels."""
+    asked = (options.steps, options.guidance, options.scheduler or options.prediction_type)
+    differences = [] if options.calibration is None else calibration_file.notes(denoiser, options.calibration, *asked)
+    notes = [*denoiser.notes, *differences, *lowering.program.facts.get("notes", ()), *built.facts.get("notes", ())]
+    rows = len(lowering.planned.facts["calibration"].timesteps)
+    if rows < ENOUGH_ROWS:
+        notes.append(
+            f"calibrated on {rows} inputs only, which can cost several dB: raise --samples or --steps, or give a "
+            f"calibration file of {ENOUGH_ROWS} rows or more"
+        )
+    return notes
+
+
+def predicted_latency(latency: Latency | None, program: Program, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """Milliseconds of a call by the latency table; None where there is none.
+
+    ``predicted_ms`` is of the kernels that were compiled or, where the table lacks some (``missing`` of them), of the
+    plan; ``fixed_ms`` of it no weight format changes.
+    """
+    planned = program.facts.get("latency")
+    if latency is None or latency.table is None or planned is None:
+        return None
+    table = latency.table
+    found = latency_table.predict(table, [row["problem"] for row in facts["schedule"]])
+    return {
+        "predicted_ms": planned["ms"] if found.missing else found.ms,
+        "missing": len(found.missing),
+        "fixed_ms": planned["fixed_ms"],
+        "budget_ms": planned["budget_ms"],
+        "batch": table.batch,
+        "threads": table.threads,
+        "cpu": table.cpu,
+        "table_sha256": table.sha256,
+    }

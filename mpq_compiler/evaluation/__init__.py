@@ -1,0 +1,1 @@
+"""Quality of images: metrics, and what is drawn to compute them."""

@@ -1,0 +1,80 @@
+"""The bundled classifier's features of images, for Fréchet distances and class accuracy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpq_compiler.support.errors import UserError
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Features:
+    """The shipped feature extractor: the 64 penultimate activations of a small classifier of the images.
+
+    Features are divided by `scale`, which makes their mean square over the real test images 1.
+    """
+
+    weights: dict[str, Array]
+    scale: float
+    mean: Array
+    """Of the features of the real test images, scaled: [64]."""
+    covariance: Array
+    """[64, 64]"""
+    shape: tuple[int, int, int] = (1, 28, 28)
+    """Of the images it was trained on."""
+
+    @classmethod
+    def load(cls, path: str | Path) -> Features:
+        """Reads the classifier's weights and the real images' statistics from a safetensors file."""
+        from mpq_compiler.support import tensorfile
+
+        weights = {name: np.array(value) for name, value in tensorfile.load(path).items()}
+        mean = weights.pop("stats.mu").astype(np.float64)
+        covariance = weights.pop("stats.cov").astype(np.float64)
+        scale = math.sqrt(float((np.diag(covariance) + mean**2).mean()))
+        return cls(weights, scale, mean / scale, covariance / scale**2)
+
+    def __call__(self, images: Any) -> tuple[Array, Array]:
+        """Scaled features [N, 64] and class scores [N, classes] of images [N, 1, 28, 28] in [-1, 1]."""
+        import torch
+        from torch.nn import functional as F
+
+        images = np.ascontiguousarray(images, dtype=np.float32)
+        if images.shape[1:] != self.shape:
+            raise UserError(
+                f"the feature extractor takes images {list(self.shape)}, not {list(images.shape[1:])}"
+            )
+        w = {name: torch.from_numpy(value) for name, value in self.weights.items()}
+        features, scores = [], []
+        with torch.no_grad():
+            for x in torch.from_numpy(images).split(250):
+                for conv, norm, stride in ((0, 1, 2), (3, 4, 2), (6, 7, 1)):
+                    x = F.conv2d(x, w[f"body.{conv}.weight"], w[f"body.{conv}.bias"], stride, 1)
+                    x = F.batch_norm(
+                        x,
+                        w[f"body.{norm}.running_mean"],
+                        w[f"body.{norm}.running_var"],
+                        w[f"body.{norm}.weight"],
+                        w[f"body.{norm}.bias"],
+                    ).relu()
+                x = F.linear(x.flatten(1), w["body.10.weight"], w["body.10.bias"]).relu()
+                features.append(x.double().numpy() / self.scale)
+                scores.append(F.linear(x, w["head.weight"], w["head.bias"]).numpy())
+        return np.concatenate(features), np.concatenate(scores)
+
+
+def features_for(path: Path | None, image_shape: tuple[int, ...]) -> tuple[Features | None, str | None]:
+    """The extractor of a model, or None and the reason why there is none for its images."""
+    if path is None:
+        return None, "no feature extractor ships for this model"
+    features = Features.load(path)
+    if tuple(image_shape) != features.shape:
+        return None, f"the feature extractor takes images {list(features.shape)}, not {list(image_shape)}"
+    return features, None

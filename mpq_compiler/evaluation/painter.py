@@ -1,0 +1,152 @@
+"""What draws images for comparison: an artifact, or a float model, from the same noise and conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpq_compiler.sampling import loop as sampling
+from mpq_compiler.sampling import text_encoder
+from mpq_compiler.sampling.conditioning import TEXT, Conditioning, Conditions
+from mpq_compiler.sampling.loop import Call
+from mpq_compiler.sampling.schedulers import Scheduler
+from mpq_compiler.sampling.text_encoder import TextEncoder
+from mpq_compiler.support.errors import UserError
+
+Array = np.ndarray
+BATCH = 50
+"""Images drawn together; an artifact splits the batch into its specializations."""
+
+
+@dataclass
+class Painter:
+    """A denoiser that can draw: what `loop.sample` needs of a model or an artifact."""
+
+    name: str
+    call: Callable[..., Any]
+    scheduler: Scheduler
+    latent: str
+    shape: tuple[int, int, int]
+    codec: str
+    conditioning: Conditioning
+    unseen: int = 1
+    """A seed of noise that it was not calibrated on."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.latent, "timestep", *self.conditioning.inputs)
+
+    def draw(
+        self,
+        conditions: Conditions,
+        images: int,
+        steps: int,
+        seed: int,
+        guidance: float | None = None,
+        observe: Callable[[Call], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Array:
+        """Latents f32 [images, C, H, W] from the noise of ``seed``: the same noise for every painter."""
+        check(images, steps, seed)
+        return sampling.sample(
+            self.call,
+            self.scheduler,
+            sampling.gaussian(images, self.shape, seed),
+            steps=steps,
+            **self.conditioning.arguments(conditions, images, guidance),
+            latent=self.latent,
+            seed=seed,
+            batch=BATCH,
+            observe=observe,
+            progress=progress,
+        )
+
+    def decode(self, latents: Array) -> Array:
+        return sampling.decode(self.codec, latents)
+
+
+def from_artifact(path: str | Path, threads: int | None = None) -> Painter:
+    """The painter of a compiled denoiser."""
+    from mpq_compiler.runtime import compiled_denoiser
+
+    compiled = compiled_denoiser.load(path, threads)
+    manifest: Mapping[str, Any] = compiled.manifest
+    about = manifest.get("sampling")
+    if about is None:
+        raise UserError(f"the artifact '{path}' does not say how it is sampled; run it with `mpqc run`")
+    return Painter(
+        name=manifest["name"],
+        call=lambda **inputs: compiled.run(inputs),
+        scheduler=Scheduler.from_config(about["scheduler"]),
+        latent=about["latent"],
+        shape=tuple(about["shape"]),
+        codec=about["codec"],
+        conditioning=Conditioning(
+            manifest["name"],
+            {
+                value["name"]: (tuple(value["shape"][1:]), value["dtype"])
+                for value in manifest["functions"][0]["inputs"]
+                if value["name"] not in (about["latent"], "timestep")
+            },
+            about.get("fixed", {}),
+            about["classes"],
+            about["null_class"],
+            TextEncoder.load(about["text"], compiled.artifact.file(text_encoder.FILE)) if about.get("text") else None,
+        ),
+        unseen=manifest["calibration"]["seed"] + 1,
+    )
+
+
+def float_model(model: str | Path, painter: Painter) -> Any:
+    """The float model (a `Denoiser`) of an artifact's painter, loaded for the sizes that the artifact takes."""
+    from mpq_compiler.frontend import denoiser
+
+    text = painter.conditioning.inputs.get(TEXT)
+    return denoiser.load(model, size=painter.shape[1:], tokens=text[0][0] if text else None)
+
+
+def with_conditions(painter: Painter, path: str | Path | None) -> Painter:
+    """The painter that draws the conditions of a file in turn, if there is one."""
+    if path is None:
+        return painter
+    given = painter.conditioning.load(path)
+    return replace(painter, conditioning=replace(painter.conditioning, given=given))
+
+
+def from_denoiser(loaded: Any) -> Painter:
+    return Painter(
+        name=loaded.name,
+        call=lambda **inputs: loaded(**inputs).numpy(),
+        scheduler=loaded.scheduler,
+        latent=loaded.latent,
+        shape=loaded.latent_shape,
+        codec=loaded.codec,
+        conditioning=loaded.conditioning,
+    )
+
+
+def sampled_like(reference: Painter, painter: Painter) -> Painter:
+    """The reference with the artifact's sampler: the same steps from the same noise. UserError: as below."""
+    require_same_task(painter, reference)
+    return replace(reference, scheduler=painter.scheduler)
+
+
+def require_same_task(painter: Painter, reference: Painter) -> None:
+    """UserError where two painters do not take the same latents and conditions."""
+    for what in ("shape", "latent", "inputs", "codec"):
+        ours, theirs = getattr(painter, what), getattr(reference, what)
+        if ours != theirs:
+            both = f"'{painter.name}' and '{reference.name}'"
+            raise UserError(f"{both} cannot be compared: {what} {ours} against {theirs}")
+
+
+def check(images: int, steps: int, seed: int = 0) -> None:
+    """UserError for what cannot be drawn; long work should ask before it starts."""
+    if images < 1 or steps < 1:
+        raise UserError(f"cannot draw {images} images in {steps} steps; give 1 or more of both")
+    if seed < 0:
+        raise UserError(f"cannot draw noise of seed {seed}; give 0 or more")

@@ -1,0 +1,189 @@
+"""The weight contract: its limits, and the arithmetic that formats and operators share.
+
+``W[i,k] = scale[i, kgroup(k)] * LUT[class(i)][code[i,k]] + offset[i]``, with at most `LUT_MAX` entries of int8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MANY, FEW_MIDDLES = 8192, 15
+"""Values and middles of levels where counting, a middle at a time, is two to six times as fast as searching."""
+
+
+def nearest_codes(
+    weight: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    lut: Tensor | None,
+    row_class: Tensor | None,
+    segments: Sequence[int] | None = None,
+) -> Tensor:
+    """Codes of the levels nearest to weight [O, K]; ties go to the lower level (8 bits: to the even code).
+
+    u8 indices where there is a table, int8 values where there is none.
+    """
+    shifted = weight if offset is None else weight - offset.to(torch.float32)[:, None]
+    t = shifted / column_scale(scale, segments, weight.shape[1])
+    if lut is None:
+        return torch.round(t).clamp(-LUT_MAX, LUT_MAX).to(torch.int8)
+    levels, order = rising(lut)
+    middles = (levels[:, 1:] + levels[:, :-1]) / 2
+    if lut.shape[0] == 1:
+        return _codes_of(t, middles[0], order[0])
+    assert row_class is not None
+    classes = row_classes(row_class, len(weight))
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for c in classes.unique().tolist():
+        rows = classes == c
+        codes[rows] = _codes_of(t[rows], middles[c], order[c])
+    return codes
+
+
+def _codes_of(t: Tensor, middles: Tensor, order: Tensor) -> Tensor:
+    """Codes of the levels nearest to values, u8: those whose rank is the number of middles that lie below."""
+    if t.numel() < MANY or len(middles) > FEW_MIDDLES:
+        return order[torch.bucketize(t, middles)].to(torch.uint8)
+    ranks = torch.zeros(t.shape, dtype=torch.uint8)
+    for middle in middles.tolist():
+        ranks += t > middle
+    rising_codes = torch.equal(order, torch.arange(len(order)))
+    return ranks if rising_codes else order.to(torch.uint8)[ranks.long()]
+
+
+def rising(lut: Tensor) -> tuple[Tensor, Tensor]:
+    """The levels of tables [classes, entries] in rising order, f32, and their codes, i64.
+
+    What fills a table up stands behind its levels and is infinite: no value is nearest to it.
+    """
+    levels = torch.where(lut == NO_LEVEL, torch.inf, lut.to(torch.float32))
+    order = torch.argsort(levels, dim=1, stable=True)
+    return levels.gather(1, order), order
+
+
+LUT_MAX = 127
+"""Largest magnitude of a table entry and of an int8 code, the same on every target."""
+
+NO_LEVEL = -128
+"""Fills a table behind its levels, where another table of the weight has more of them; no code stands for it."""
+
+TILE_ROWS = 16
+"""Rows (output channels) that share a row class, and with it a table."""
+
+
+def float_bias(exponent: int) -> int:
+    """What is subtracted from the ``exponent`` bits of a small float."""
+    return 2 ** (exponent - 1) - 1
+
+
+def float_largest(exponent: int, bits: int) -> float:
+    """The largest of the small floats of so many bits, a sign and ``exponent`` bits of exponent among them."""
+    return (2 - 2.0 ** (1 + exponent - bits)) * 2.0 ** (2**exponent - 1 - float_bias(exponent))
+
+
+def round_float(x: Tensor, exponent: int, bits: int) -> Tensor:
+    """x f32 moved to the nearest small float, ties to even; to the largest where it is beyond.
+
+    Values are those of `dequantize_float8`, with M = bits - 1 - exponent bits of mantissa. In f32, where p is the
+    largest power of two that is at most |x|, and at least the smallest normal float: ``(x + c) - c`` with
+    ``c = p * (1.5 * 2^(23 - M))``, next to which f32 has the steps of the small float (Dekker's constant).
+    """
+    largest = float_largest(exponent, bits)
+    x = x.clamp(-largest, largest)
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+    c = power.clamp_min(2.0 ** (1 - float_bias(exponent))) * (1.5 * 2.0 ** (24 + exponent - bits))
+    return (x + c) - c
+
+
+# --- weights ------------------------------------------------------------------------------------------------
+
+
+def entries(codes: Tensor, lut: Tensor | None, row_class: Tensor | None) -> Tensor:
+    """The int8 values that codes [O, K] stand for, as f32: ``lut[class(i), code]``, or the code itself."""
+    if lut is None:
+        return codes.to(torch.float32)
+    table = lut.to(torch.float32)
+    if lut.shape[0] == 1:
+        return table[0][codes.long()]
+    assert row_class is not None
+    return table[row_classes(row_class, codes.shape[0])[:, None], codes.long()]
+
+
+def row_classes(row_class: Tensor | None, rows: int) -> Tensor:
+    """The class of each of ``rows`` rows, i64, from theirs or those of their tiles of 16; without any there is one."""
+    if row_class is None:
+        return torch.zeros(rows, dtype=torch.long)
+    if len(row_class) == rows:
+        return row_class.long()
+    return row_class.long().repeat_interleave(TILE_ROWS)[:rows]
+
+
+def class_bits(lut: Tensor) -> tuple[int, ...]:
+    """The bits of a code of each table of lut [classes, entries]: as many as number its levels."""
+    return tuple((int(levels) - 1).bit_length() for levels in (lut != NO_LEVEL).sum(1))
+
+
+def column_segments(segments: Sequence[int], columns: int) -> Tensor:
+    """The K-segment of each of ``columns`` values of a row, i64: channels are split alike at every tap."""
+    of_channel = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(list(segments)))
+    return of_channel.repeat(columns // len(of_channel))
+
+
+def column_scale(scale: Tensor, segments: Sequence[int] | None, columns: int) -> Tensor:
+    """scale [O, J] as f32 that broadcasts over a weight [O, K]: the scale of the segment that a column lies in."""
+    values = scale.to(torch.float32)
+    if segments is None or len(segments) == 1:
+        return values[:, :1]
+    return values[:, column_segments(segments, columns).to(values.device)]
+
+
+def merge_branch(codes: Tensor, lut: Tensor, signs: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Base codes and a binary branch as one table: code' = 2*code + sign, LUT'[c, 2k+s] = LUT[c, k] +- alpha."""
+    step = alpha.to(torch.int16)
+    table = torch.stack([lut.to(torch.int16) - step, lut.to(torch.int16) + step], dim=-1).flatten(1)
+    return codes * 2 + signs, table.to(torch.int8)
+
+
+FLOAT = "float"
+"""The choice of an attention, and the width of an activation, that is not quantized."""
+FLOAT_BITS = 32
+
+
+def dequantize_weight(
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    lut: Tensor | None,
+    row_class: Tensor | None,
+    shape: Sequence[int],
+    segments: Sequence[int] | None = None,
+) -> Tensor:
+    """``scale[i, j(k)] * LUT[class(i)][code[i, k]] + offset[i]`` as f32 of ``shape`` (codes [O, K]).
+
+    ``segments`` are the channel counts that have a scale of their own, scale [O, J]; None is one segment.
+    """
+    w = entries(codes, lut, row_class) * column_scale(scale, segments, codes.shape[1])
+    if offset is not None:
+        w = w + offset.to(torch.float32)[:, None]
+    return w.reshape(list(shape))
+
+
+def dequantize_float8(codes: Tensor, scale: Tensor, shape: Sequence[int], exponent: int = 4) -> Tensor:
+    """``scale[i] * float8(code[i, k])`` as f32 of ``shape``: codes u8 [O, K], scale [O].
+
+    A code is a sign, ``exponent`` bits e and M = 7 - exponent bits m, with the bias b = 2^(exponent-1) - 1:
+    ``(-1)^sign * 2^(max(e, 1) - b - M) * (m + (2^M if e > 0 else 0))``. All codes are finite (Kuzmin 2022, "FP8
+    quantization: the power of the exponent", section 2): E4M3 and E5M2 are those of OCP (arXiv 2209.05433) with numbers
+    where they have infinities and NaNs.
+    """
+    mantissa = 7 - exponent
+    bits = codes.to(torch.int32)
+    e, m = (bits >> mantissa) & (2**exponent - 1), bits & (2**mantissa - 1)
+    significand = m + torch.where(e > 0, 2**mantissa, 0)
+    power = e.clamp_min(1) - float_bias(exponent) - mantissa
+    value = torch.ldexp(significand.to(torch.float32), power)
+    value = torch.where(bits >= 128, -value, value) * scale.to(torch.float32)[:, None]
+    return value.reshape(list(shape))

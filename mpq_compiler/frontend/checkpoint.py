@@ -1,0 +1,169 @@
+"""Finds and reads what diffusers saved: a denoiser's configuration, weights and scheduler.
+
+Only safetensors are read. Pickled checkpoints (.bin, .pt, .ckpt) can run code when they are opened, and are
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from mpq_compiler.support import tensorfile
+from mpq_compiler.support.errors import UserError, nearest
+
+if TYPE_CHECKING:  # finding models needs no torch; only their weights do
+    import torch
+
+MODELS = Path(__file__).parents[1] / "models"
+_STEM = "diffusion_pytorch_model"
+_PARTS = ("unet", "transformer")
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model's parts lie on disk."""
+
+    name: str
+    denoiser: Path
+    """The folder with config.json and the weights."""
+    scheduler: Path | None
+    """scheduler_config.json"""
+    harness: Path | None
+    """harness.json, ours: codec, number of text tokens, null class, class names."""
+
+
+def bundled() -> dict[str, Path]:
+    """The models that ship with the package, by name."""
+    return {path.parent.name: path.parent for path in sorted(MODELS.glob("*/harness.json"))}
+
+
+def locate(model: str | Path) -> Location:
+    """Finds `model`: a bundled name, a denoiser's or a pipeline's folder, or a hub id.
+
+    Raises:
+        UserError: there is no such model, or the folder has no denoiser.
+    """
+    path = Path(model)
+    if isinstance(model, str) and model in bundled():
+        path = bundled()[model]
+    elif not path.exists():
+        path = _from_hub(str(model))
+    if path.is_file():
+        raise UserError(f"'{path}' is a file; name the folder that holds config.json and the safetensors")
+    if (path / "config.json").is_file():
+        return _location(path.name, path, path if (path / "harness.json").exists() else path.parent)
+    parts = [path / part for part in _PARTS if (path / part / "config.json").is_file()]
+    if not parts:
+        raise UserError(
+            f"'{path}' has no config.json, nor unet/config.json or transformer/config.json; name the folder "
+            "of a diffusers denoiser or pipeline"
+        )
+    return _location(path.name, parts[0], path)
+
+
+def _location(name: str, denoiser: Path, root: Path) -> Location:
+    scheduler, harness = root / "scheduler" / "scheduler_config.json", root / "harness.json"
+    return Location(
+        name, denoiser, scheduler if scheduler.is_file() else None, harness if harness.is_file() else None
+    )
+
+
+def _from_hub(model: str) -> Path:
+    """The local copy of the hub's repository `owner/name`, from the cache or else downloaded."""
+    missing = UserError(f"there is no folder and no bundled model '{model}'; {nearest(model, bundled())}")
+    owner, _, name = model.partition("/")
+    if not owner or not name or "/" in name or owner.startswith((".", "~")):
+        raise missing
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+    except ImportError:
+        raise missing from None
+    wanted = ["config.json", f"{_STEM}*.safetensors*", "scheduler/*.json", "harness.json"]
+    wanted += [f"{part}/{file}" for part in _PARTS for file in ("*.json", "*.safetensors")]
+    try:
+        try:
+            return Path(snapshot_download(model, allow_patterns=wanted, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return Path(snapshot_download(model, allow_patterns=wanted))
+    except RepositoryNotFoundError:
+        raise UserError(f"there is no folder '{model}', and the hub has no such public model") from None
+    except Exception as error:  # the client's network stack raises errors of many libraries
+        raise UserError(
+            f"there is no folder '{model}', and the hub could not be asked for a model of that name "
+            f"({type(error).__name__}); check the name and the network, or download it yourself"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; UserError where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"'{path}' is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"'{path}' must hold a JSON object, and holds a {type(value).__name__}")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a denoiser's folder: single or sharded, full precision before a variant such as
+    fp16."""
+    for index in sorted(folder.glob(f"{_STEM}*.safetensors.index*.json"), key=lambda path: len(path.name)):
+        if (folder / f"{_STEM}.safetensors").is_file():
+            break
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise UserError(f"'{index}' has no weight_map from tensors to files")
+        names = sorted(set(shards.values()))
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise UserError(f"'{index}' names the file '{name}', which is not in that folder")
+        return [folder / name for name in names]
+    single = [folder / f"{_STEM}.safetensors", *sorted(folder.glob(f"{_STEM}.*.safetensors"))]
+    found = [path for path in single if path.is_file()] or sorted(folder.glob("*.safetensors"))
+    if found:
+        return found[:1]
+    if pickles := sorted(
+        path.name for pattern in ("*.bin", "*.pt", "*.ckpt") for path in folder.glob(pattern)
+    ):
+        raise UserError(
+            f"'{folder}' has its weights in {pickles[0]}, which could run code when opened; "
+            "convert it to safetensors"
+        )
+    raise UserError(f"'{folder}' has a config.json but no weights; it needs {_STEM}.safetensors")
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a denoiser's folder, floating ones as float32, every one finite."""
+    weights: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder):
+        tensorfile.read_header(path)  # refuses what is truncated or unsound before anything is allocated
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                    if name in weights:
+                        raise UserError(f"the tensor '{name}' is in two files of '{folder}'")
+                    weights[name] = _finite(file.get_tensor(name), name, path)
+        except SafetensorError as error:
+            raise UserError(f"'{path}' is not a valid safetensors file: {error}") from error
+    return weights
+
+
+def _finite(tensor: torch.Tensor, name: str, path: Path) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    tensor = tensor.float()
+    if not tensor.isfinite().all():
+        kind = "NaN" if tensor.isnan().any() else "infinity"
+        raise UserError(
+            f"the tensor '{name}' in '{path}' holds {kind}; the checkpoint is damaged or diverged"
+        )
+    return tensor

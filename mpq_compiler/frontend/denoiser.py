@@ -1,0 +1,445 @@
+"""Loads denoisers (diffusers' UNets and transformers) behind one interface of named tensors.
+
+A `Denoiser` is found by structure, never by a list of model names: the class that config.json names, the
+parameters of its `forward` and its configuration say which tensors it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpq_compiler.frontend import checkpoint
+from mpq_compiler.frontend.input_specs import (
+    InputSpec,
+    TensorModule,
+    convention_of,
+    fixed_values,
+    latent_of,
+    random_values,
+    specs_of,
+)
+from mpq_compiler.sampling import loop as sampling
+from mpq_compiler.sampling import schedulers
+from mpq_compiler.sampling.conditioning import LABELS, TEXT, Conditioning, Conditions
+from mpq_compiler.sampling.schedulers import DDIM, FlowMatchEuler, Scheduler
+from mpq_compiler.sampling.text_encoder import TextEncoder
+from mpq_compiler.support.errors import UserError, nearest
+
+
+@dataclass
+class Denoiser:
+    """A loaded denoiser: the module, what it takes, how its latents become images and how it is sampled."""
+
+    name: str
+    module: TensorModule = field(repr=False)
+    input_specs: dict[str, InputSpec]
+    """The inputs in order; every one has the batch as its first dimension."""
+    scheduler: Scheduler
+    codec: str = "identity"
+    config: dict[str, Any] = field(default_factory=dict, repr=False)
+    """config.json of the model."""
+    null_class: int | None = None
+    """The label that stands for "no class", where the model was trained with one."""
+    class_names: tuple[str, ...] = ()
+    text: TextEncoder | None = None
+    """The encoder of its prompts, where one ships with it."""
+    features: Path | None = None
+    """The file of the feature extractor for its images (metrics.Features), where one ships."""
+    guidance: float | None = None
+    """Classifier-free guidance of what is sampled for calibration; None: without, or the model's usual one."""
+    given: Conditions | None = None
+    """Conditions from a file, in place of varied classes or prompts."""
+    notes: tuple[str, ...] = ()
+    """What was assumed while loading, one sentence each, for the user to read."""
+
+    @property
+    def latent(self) -> str:
+        """The name of the input that holds the noisy latents: `sample` or `hidden_states`."""
+        return next(iter(self.input_specs))
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents."""
+        channels, height, width = self.input_specs[self.latent].shape
+        return channels, height, width
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The names of the inputs besides the latents and the timestep."""
+        return tuple(name for name in self.input_specs if name not in (self.latent, "timestep"))
+
+    @property
+    def labels(self) -> int | None:
+        """How many labels its table of classes has, the null class among them; None without class labels."""
+        return self.input_specs[LABELS].below if LABELS in self.input_specs else None
+
+    @property
+    def classes(self) -> int | None:
+        """How many real classes there are (without the null class); None for a model without class
+        labels."""
+        return self.labels - (self.null_class is not None) if self.labels else None
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """How it is told what to draw."""
+        return Conditioning(
+            self.name,
+            {n: (self.input_specs[n].shape, _type_name(self.input_specs[n].dtype)) for n in self.conditions},
+            fixed_values(self.input_specs),
+            self.classes,
+            self.null_class,
+            self.text,
+            self.given,
+            self.whole,
+        )
+
+    @property
+    def whole(self) -> bool:
+        """Whether it gives all channels of the latents that it takes, and so can draw alone."""
+        taken, given = (self.config.get(name) for name in ("in_channels", "out_channels"))
+        return not (isinstance(taken, int) and isinstance(given, int)) or given >= taken
+
+    def resized(self, height: int, width: int) -> Denoiser:
+        """The same model on latents of another size. UserError: it takes none of that size."""
+        tokens = self.input_specs[TEXT].shape[0] if TEXT in self.input_specs else None
+        specs, _ = specs_of(self.module.model, self.config, (height, width), tokens)
+        specs["timestep"] = self.input_specs["timestep"]
+        module = TensorModule(self.module.model, specs).eval()
+        scheduler = _of_size(self.scheduler, self.module.model, self.config, specs)
+        return replace(self, module=module, input_specs=specs, scheduler=scheduler)
+
+    def with_fractional_times(self) -> Denoiser:
+        """The same model with timesteps that need not be whole: those of a scheduler that another stands in for."""
+        specs = dict(self.input_specs)
+        specs["timestep"] = replace(specs["timestep"], dtype=torch.float32)
+        return replace(self, module=TensorModule(self.module.model, specs).eval(), input_specs=specs)
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters, of which true average bits are reckoned."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    def __call__(self, **inputs: Any) -> torch.Tensor:
+        """The model's output for arrays or tensors by name, without gradients: what `sample` calls."""
+        with torch.no_grad():
+            tensors = {name: _tensor(value) for name, value in inputs.items()}
+            # Schedulers differ in the type of their timesteps; another's than the model's own may have fractions.
+            timestep = tensors["timestep"]
+            own = timestep.to(self.input_specs["timestep"].dtype)
+            tensors["timestep"] = own if torch.equal(own.to(timestep.dtype), timestep) else timestep.float()
+            return self.module(**tensors)
+
+    def random_inputs(self, batch: int, generator: torch.Generator | int = 0) -> dict[str, torch.Tensor]:
+        """Random inputs by name for a batch: normal values, timesteps and labels that differ within it.
+
+        `generator` is one or a seed.
+        """
+        if isinstance(generator, int):
+            generator = torch.Generator().manual_seed(generator)
+        return random_values(self.input_specs, batch, self.scheduler.num_train_timesteps, generator)
+
+    def example_inputs(self, batch: int = 2) -> dict[str, torch.Tensor]:
+        """The inputs that the model is traced with."""
+        return self.random_inputs(batch)
+
+    def conditions_for(self, wanted: Any) -> dict[str, np.ndarray]:
+        """The conditions for class labels (integers [N]) or prompts (strings): arrays [N, ...] by input name.
+
+        UserError: a class or a word that the model does not know; it is conditioned in another way.
+        """
+        return dict(self.conditioning.of(wanted).values)
+
+    def default_conditions(self, count: int) -> dict[str, np.ndarray]:
+        """Conditions for `count` samples that differ: the real classes in turn, or varied prompts."""
+        return dict(self.conditioning.varied(count).values)
+
+    def null_conditions(self, count: int) -> dict[str, np.ndarray] | None:
+        """The conditions that ask for nothing, for guidance; None where the model does not know that."""
+        null = self.conditioning.varied(count).null
+        return None if null is None else dict(null)
+
+    @property
+    def calls_per_step(self) -> int:
+        """How often `record_calibration` runs the model in a step: twice with guidance."""
+        arguments = self.conditioning.arguments(self.conditioning.mixed(1, 0), 1, self.guidance)
+        return 2 if "null_conditions" in arguments else 1
+
+    def sampled(self, guidance: float | None = None, conditions: str | Path | None = None) -> Denoiser:
+        """Itself, sampled with a guidance and with the conditions of a file, where they are given."""
+        given = self.given if conditions is None else self.conditioning.load(conditions)
+        return replace(self, guidance=self.guidance if guidance is None else guidance, given=given)
+
+    def sampling(self) -> dict[str, Any]:
+        """How it is sampled, as JSON: what an artifact needs to draw by itself."""
+        return {
+            "latent": self.latent,
+            "shape": list(self.latent_shape),
+            "codec": self.codec,
+            "scheduler": self.scheduler.to_config(),
+            "null_class": self.null_class,
+            "classes": self.classes,
+            "class_names": list(self.class_names),
+            "fixed": fixed_values(self.input_specs),
+            "text": None if self.text is None else self.text.to_json(),
+        }
+
+    def decode(self, latents: Any) -> np.ndarray:
+        """Images in [-1, 1], float32 [N, channels, height, width]."""
+        return sampling.decode(self.codec, np.asarray(latents))
+
+
+def load(
+    model: str | Path,
+    *,
+    size: int | tuple[int, int] | None = None,
+    tokens: int | None = None,
+    prediction_type: str | None = None,
+    scheduler: str | Path | None = None,
+    guidance: float | None = None,
+    conditions: str | Path | None = None,
+) -> Denoiser:
+    """Loads a denoiser in float32, for evaluation.
+
+    Args:
+        model: a bundled name, a folder with config.json and safetensors, a pipeline's folder, or a hub id.
+        size: height and width of the latents, where they are not to be the configuration's sample_size.
+        tokens: length of the text condition (by default harness.json's, else 77, for transformers 120).
+        prediction_type: overrides the scheduler's.
+        scheduler: a scheduler_config.json to use instead of the model's own.
+        guidance: classifier-free guidance of what is sampled (`Denoiser.guidance`).
+        conditions: a safetensors file with conditions to sample with (`Conditioning.load`).
+
+    Raises:
+        UserError: the model is missing, damaged, or of a structure that is not supported.
+    """
+    place = checkpoint.locate(model)
+    config = checkpoint.read_json(place.denoiser / "config.json")
+    module = _build(config, place.denoiser)
+    _fill(module, checkpoint.read_weights(place.denoiser), place.denoiser)
+    harness = checkpoint.read_json(place.harness) if place.harness else {}
+    chosen = Path(scheduler) if scheduler else place.scheduler
+    made = wrap(
+        module,
+        name=place.name,
+        size=size,
+        tokens=tokens or harness.get("tokens"),
+        codec=harness.get("codec", "identity"),
+        scheduler=_read_scheduler(chosen, prediction_type) if chosen else None,
+        prediction_type=prediction_type,
+        null_class=harness.get("null_class"),
+        class_names=tuple(harness.get("class_names", ())),
+        text=_text_encoder(harness, place.harness),
+        features=place.harness.parent / harness["features"]
+        if place.harness and "features" in harness
+        else None,
+    )
+    return made.sampled(guidance, conditions)
+
+
+def _read_scheduler(path: Path, prediction_type: str | None) -> dict[str, Any]:
+    """A scheduler_config.json. UserError: it is none, or no schedule can be made of it; names the file and the key."""
+    config = checkpoint.read_json(path)
+    if "_class_name" not in config:
+        raise UserError(f"'{path}' is no scheduler configuration: it lacks the key '_class_name'")
+    try:
+        schedulers.from_config({**config, "prediction_type": prediction_type} if prediction_type else config)
+    except UserError as error:
+        raise UserError(f"'{path}': {error}") from error
+    return config
+
+
+def _text_encoder(harness: Mapping[str, Any], path: Path | None) -> TextEncoder | None:
+    """The text encoder that a harness.json describes, its tables beside it."""
+    if path is None or "text" not in harness:
+        return None
+    about = harness["text"]
+    tables = about.get("tables") if isinstance(about, dict) else None
+    if not isinstance(tables, str) or ".." in Path(tables).parts or Path(tables).is_absolute():
+        raise UserError(f"'text.tables' in '{path}' must name a file below its folder")
+    return TextEncoder.load(about, path.parent / tables)
+
+
+def wrap(
+    model: torch.nn.Module,
+    *,
+    name: str = "denoiser",
+    size: int | tuple[int, int] | None = None,
+    tokens: int | None = None,
+    codec: str = "identity",
+    scheduler: Mapping[str, Any] | Scheduler | None = None,
+    prediction_type: str | None = None,
+    null_class: int | None = None,
+    class_names: tuple[str, ...] = (),
+    text: TextEncoder | None = None,
+    features: Path | None = None,
+) -> Denoiser:
+    """A `Denoiser` around a diffusers module in memory; the arguments are those of `load`.
+
+    The module itself is taken: it is in float32 and frozen from then on. Give a copy of one that is still trained.
+    """
+    if codec not in sampling.CODECS:
+        raise UserError(
+            f"the codec {codec!r} of '{name}' is not known; {nearest(str(codec), sampling.CODECS)}"
+        )
+    config = dict(getattr(model, "config", {}))
+    specs, notes = specs_of(model, config, size, tokens)
+    chosen, note = _scheduler(scheduler, prediction_type, specs)
+    notes += [note] if note else []
+    chosen = _of_size(chosen, model, config, specs)
+    if chosen.fractional:
+        specs["timestep"] = replace(specs["timestep"], dtype=torch.float32)
+    module = TensorModule(model.float().eval().requires_grad_(False), specs)
+    if null_class is None and LABELS in specs and not config.get("num_class_embeds"):
+        null_class = (specs[LABELS].below or 1) - 1  # DiT's table has a row more than classes
+    if text is not None and specs[TEXT].shape != text.positions.shape:
+        made = list(text.positions.shape)
+        raise UserError(f"the text encoder of '{name}' makes {made} of a prompt, where it takes {specs[TEXT]}")
+    return Denoiser(
+        name=name,
+        module=module.eval(),
+        input_specs=specs,
+        scheduler=chosen,
+        codec=codec,
+        config=config,
+        null_class=null_class,
+        class_names=class_names,
+        text=text,
+        features=features,
+        notes=tuple(notes),
+    )
+
+
+def _of_size(scheduler: Scheduler, model: Any, config: Mapping[str, Any], specs: Mapping[str, InputSpec]) -> Scheduler:
+    """The scheduler for latents of that size: flow matching shifts its times by how many tokens they are."""
+    if not isinstance(scheduler, FlowMatchEuler):
+        return scheduler
+    packed = convention_of(model).patch
+    token = packed * (config.get("patch_size") or 1)
+    _, height, width = next(iter(specs.values())).shape
+    return replace(scheduler, image_seq_len=(height // token) * (width // token), even_sigmas=packed > 1)
+
+
+def _scheduler(
+    given: Mapping[str, Any] | Scheduler | None, prediction_type: str | None, specs: Mapping[str, InputSpec]
+) -> tuple[Scheduler, str | None]:
+    """The scheduler to sample with, and what there is to say about it."""
+    if isinstance(given, Scheduler):
+        return given, None
+    if given is not None:
+        scheduler, note = schedulers.from_config(
+            {**given, "prediction_type": prediction_type} if prediction_type else given
+        )
+        if prediction_type and isinstance(scheduler, FlowMatchEuler):
+            raise UserError(f"flow matching has no prediction type: leave '{prediction_type}' out")
+        return scheduler, note
+    if prediction_type is None and specs["timestep"].dtype.is_floating_point and "image_meta_size" not in specs:
+        # Of the models that count time in fractions, only Hunyuan-DiT is none of flow matching.
+        return FlowMatchEuler(shift=3.0), "no scheduler with the model: flow matching with a shift of 3 is assumed"
+    ddim = _default_ddim(TEXT in specs, prediction_type or "epsilon")
+    what = f"DDIM with {ddim.beta_schedule} betas and {ddim.prediction_type} prediction"
+    return ddim, f"no scheduler with the model: {what} is assumed"
+
+
+def _default_ddim(latent: bool, prediction_type: str) -> DDIM:
+    """Stable Diffusion's schedule for text models, else diffusers' defaults."""
+    spacing = "trailing" if prediction_type == "v_prediction" else "leading"
+    if not latent:
+        return DDIM(prediction_type=prediction_type, timestep_spacing=spacing)
+    return DDIM(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+        timestep_spacing=spacing,
+    )
+
+
+def _build(config: Mapping[str, Any], folder: Path) -> torch.nn.Module:
+    """The diffusers module that `config` describes, its weights still to be filled in."""
+    import diffusers
+
+    where = f"'{folder / 'config.json'}'"
+    name = config.get("_class_name")
+    if not isinstance(name, str):
+        raise UserError(f"{where} has no _class_name; name a denoiser that diffusers saved")
+    cls = getattr(diffusers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+        known = [
+            key for key in dir(diffusers) if key.endswith("Model") and ("UNet" in key or "Transformer" in key)
+        ]
+        raise UserError(
+            f"{where} names the class '{name}', which diffusers does not have; {_did_you_mean(name, known)}"
+        )
+    try:
+        latent_of(name, cls.forward)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    try:
+        with torch.random.fork_rng(devices=[]):
+            module: torch.nn.Module = cls.from_config({**config})  # type: ignore[attr-defined]
+            return module
+    except Exception as error:  # a constructor given arbitrary values can raise anything
+        raise UserError(f"{where} does not describe a {name}: {_one_line(error)}") from error
+
+
+def _fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Puts `weights` into `module`; they must be its tensors, all of them and no others, in the same
+    shapes."""
+    # diffusers' own renaming of the attention layers of old checkpoints
+    if callable(rename := getattr(module, "_fix_state_dict_keys_on_load", None)):
+        rename(weights)
+    expected = module.state_dict()
+    for names, fault in (
+        (sorted(expected.keys() - weights.keys()), "lack"),
+        (sorted(weights.keys() - expected.keys()), "have, beyond what the model takes,"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(
+                f"the weights in '{folder}' {fault} the tensor '{names[0]}'{more}; config.json and "
+                "the weights are not of one model"
+            )
+    for name, tensor in expected.items():
+        if tensor.shape != weights[name].shape:
+            raise UserError(
+                f"the tensor '{name}' in '{folder}' is {_shape(weights[name])} and config.json asks for "
+                f"{_shape(tensor)}; they are not of one model"
+            )
+        if tensor.dtype != weights[name].dtype:
+            kind, wanted = (str(t.dtype).removeprefix("torch.") for t in (weights[name], tensor))
+            raise UserError(
+                f"the tensor '{name}' in '{folder}' is {kind}, and the model has {wanted} there; "
+                "weights are compiled from floats: give the checkpoint that was not quantized"
+            )
+    module.load_state_dict(weights, assign=True)
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    # torch shares memory with arrays, except for those with negative strides, which it refuses
+    return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    hint = nearest(name, known)
+    return hint if hint.startswith("did you mean") else "name a UNet or transformer of diffusers"
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "[" + ", ".join(map(str, tensor.shape)) + "]"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,94 @@
+"""Inputs recorded while a denoiser samples: for calibration, and as the targets of training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpq_compiler.frontend.denoiser import Denoiser
+from mpq_compiler.sampling.loop import Call, Model, Progress, gaussian, sample
+from mpq_compiler.support.errors import UserError
+
+
+def record_calibration(
+    denoiser: Denoiser,
+    samples: int,
+    steps: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+    *,
+    conditions: Mapping[str, Any] | None = None,
+    guidance: float | None = None,
+    batch: int = 32,
+    model: Model | None = None,
+) -> dict[str, torch.Tensor]:
+    """Records the denoiser's inputs along `samples` sampling trajectories of `steps` steps each.
+
+    Returns the inputs by name, [samples * steps, ...], ordered by time (all samples of the first, noisiest
+    step first), then by sample. With guidance (by default `denoiser.guidance`) the null-conditioned calls are
+    recorded as well: [2 * samples * steps, ...] with both calls of a step next to each other. Without `conditions`
+    (arrays [samples, ...] by input name) the model gets `denoiser.given`, or its classes or prompts in turn, the null
+    class or the empty prompt among them, in an order drawn from the seed. `model` is called in the denoiser's place.
+
+    Raises:
+        UserError: conditions that cannot be made, or a model whose output is not finite.
+    """
+    calls = _recorded(denoiser, samples, steps, seed, progress, conditions, guidance, batch, model)
+    return _inputs_of(denoiser, calls)
+
+
+def record_teacher(
+    denoiser: Denoiser, samples: int, steps: int, seed: int, model: Model | None = None, batch: int = 32
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The inputs of `record_calibration`, and the model's outputs for them [N, C, H, W]."""
+    calls = _recorded(denoiser, samples, steps, seed, None, None, None, batch, model)
+    return _inputs_of(denoiser, calls), torch.from_numpy(np.concatenate([call.output for call in calls]))
+
+
+def _recorded(
+    denoiser: Denoiser,
+    samples: int,
+    steps: int,
+    seed: int,
+    progress: Progress | None,
+    conditions: Mapping[str, Any] | None,
+    guidance: float | None,
+    batch: int,
+    model: Model | None,
+) -> list[Call]:
+    """The calls of `record_calibration`, in its order."""
+    if samples < 1:
+        raise UserError(f"cannot calibrate on {samples} samples; give 1 or more")
+    conditioning = denoiser.conditioning
+    if conditions is None:
+        chosen = conditioning.mixed(samples, seed)
+    else:
+        null = conditioning.varied(samples).null if conditioning.possible else None
+        chosen = replace(conditioning.from_arrays(conditions, "the conditions given"), null=null)
+
+    calls: list[Call] = []
+    sample(
+        model or denoiser,
+        denoiser.scheduler,
+        gaussian(samples, denoiser.latent_shape, seed),
+        steps=steps,
+        **conditioning.arguments(chosen, samples, denoiser.guidance if guidance is None else guidance),
+        latent=denoiser.latent,
+        seed=seed,
+        batch=batch,
+        observe=calls.append,
+        progress=progress,
+    )
+    calls.sort(key=lambda call: (call.step, call.guided, call.rows.start))
+    return calls
+
+
+def _inputs_of(denoiser: Denoiser, calls: list[Call]) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.from_numpy(np.concatenate([call.inputs[name] for call in calls])).to(spec.dtype)
+        for name, spec in denoiser.input_specs.items()
+    }

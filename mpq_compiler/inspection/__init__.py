@@ -1,0 +1,1 @@
+"""Reads what a compilation left behind: dumps, decisions, scores."""

@@ -1,0 +1,1 @@
+"""The program and its meaning: graph, operators, interpreters, rules, text, bytes."""

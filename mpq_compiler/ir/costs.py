@@ -1,0 +1,126 @@
+"""What a plan costs: stored bytes, true average bits, operations. One function for allocator, packer and report."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler import formats
+from mpq_compiler.formats.base import F16_MAX
+from mpq_compiler.formats.contract import FLOAT_BITS
+from mpq_compiler.ir.edges import attention_edges, input_edge
+from mpq_compiler.ir.graph import operand, softmax, weight_of
+from mpq_compiler.ir.interpreter import shapes
+from mpq_compiler.ir.program import Program
+
+ACTIVATION_GROUP_BYTES = 3
+"""An f16 scale and a u8 zero point."""
+FLOAT_GROUP_BYTES = 2
+"""Of small floats: the scale alone."""
+
+
+def weight_path(node: fx.Node) -> str | None:
+    """The parameter's name in the model, whatever layout the graph reads it in."""
+    name = weight_of(node)
+    return None if name is None else name.split(":")[0]
+
+
+def stored_dtype(name: str, tensor: Tensor) -> torch.dtype:
+    """The type in which a float leftover is stored: f16, and f32 for computed constants and beyond the range of f16."""
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    if name.startswith(("constant.", "time_groups.")) or float(tensor.abs().max() if tensor.numel() else 0) > F16_MAX:
+        return torch.float32
+    return torch.float16
+
+
+def leftovers(program: Program) -> dict[str, Tensor]:
+    """Tensors the graph reads that no weight plan covers, or that something else than layers reads, by store name."""
+    layers = {n for n in program.quantizable if weight_path(n) in program.weights}
+    weights = {operand(n, 1) for n in layers}
+    read = (n for n in program.graph.nodes if n.op == "get_attr" and not (n in weights and layers.issuperset(n.users)))
+    return {name: program.tensors[name] for name in sorted({str(n.target) for n in read})}
+
+
+def fixed_bytes(program: Program, group_bytes: int, groups: int) -> int:
+    """Bytes that do not depend on the allocation: float leftovers, tables of activations, time-group boundaries.
+
+    ``program`` is in the planned stage, with weight plans for what will be quantized; all tables have ``group_bytes``
+    for each of ``groups`` time groups.
+    """
+    floats = sum(t.numel() * stored_dtype(n, t).itemsize for n, t in leftovers(program).items())
+    return floats + group_bytes * groups + (4 * (groups - 1) if group_bytes else 0)
+
+
+def weight_bytes(program: Program, name: str, format_name: str) -> int:
+    """Stored bytes of the weight (store name) in that format."""
+    return formats.get(format_name).stored_bytes(*program.tensors[name].shape)
+
+
+def stored_bytes(program: Program) -> int:
+    """Payload bytes of the artifact of a planned program: exactly what will lie in weights.safetensors."""
+    names = {str(weight_of(n)): program.weights[str(weight_path(n))].format for n in program.quantizable}
+    weights = sum(weight_bytes(program, name, fmt) for name, fmt in names.items())
+    groups = len(program.facts["time-groups"]) + 1
+    return weights + fixed_bytes(program, sum(p.group_bytes for p in program.activations.values()), groups)
+
+
+def average_bits(stored: int, parameters: int) -> float:
+    """True average bits: all stored bits over the number of the model's parameters."""
+    return 8 * stored / parameters
+
+
+def macs(program: Program, batch: int = 1) -> dict[str, int]:
+    """Multiply-accumulates per sample of each quantizable call."""
+    sizes = shapes(program, batch)
+    found = {}
+    for node in program.quantizable:
+        weight = sizes[operand(node, 1).name].shape
+        found[node.name] = sizes[node.name].numel() // batch * math.prod(weight[1:])
+    return found
+
+
+def activation_elements(program: Program) -> dict[str, int]:
+    """Elements per sample of each tensor edge that a quantizable call reads."""
+    sizes = shapes(program, 1)
+    return {e.name: sizes[e.name].numel() for e in (input_edge(n) for n in program.quantizable)}
+
+
+def attention_costs(program: Program) -> dict[str, dict[str, float]]:
+    """What each attention call adds where it is quantized: ``macs``, ``elements`` and ``bytes`` of its tables.
+
+    Its elements are the probabilities, and those of q, k and v that no layer reads, shared out among the attentions
+    that read them.
+    """
+    sizes, layers = shapes(program, 1), {input_edge(n) for n in program.quantizable}
+    groups = len(program.facts["time-groups"]) + 1
+    readers: dict[fx.Node, int] = {}
+    for node in program.attentions:
+        for edge in attention_edges(node):
+            readers[edge] = readers.get(edge, 0) + 1
+    found = {}
+    for node in program.attentions:
+        own = [e for e in attention_edges(node) if e not in layers]
+        (_, queries, width), keys = sizes[operand(node, 0).name].shape, sizes[operand(node, 1).name].shape[1]
+        found[node.name] = {
+            "macs": 2 * queries * keys * width,
+            "elements": node.args[3] * queries * keys + sum(sizes[e.name].numel() / readers[e] for e in own),
+            "bytes": (len(own) + 1) * groups * ACTIVATION_GROUP_BYTES,
+        }
+    return found
+
+
+def activation_bits(program: Program) -> float:
+    """Average bits of the activations of a planned program; an attention listed as a float leftover counts 32."""
+    elements: dict[str, float] = dict(activation_elements(program))
+    bits = {edge: plan.bits for edge, plan in program.activations.items()}
+    for name, cost in attention_costs(program).items():
+        if softmax(name) in bits or name in program.fallbacks:
+            elements[softmax(name)] = cost["elements"]
+            bits.setdefault(softmax(name), FLOAT_BITS)
+    planned = {edge: count for edge, count in elements.items() if edge in bits}
+    if not planned:
+        return FLOAT_BITS
+    return sum(bits[edge] * count for edge, count in planned.items()) / sum(planned.values())

@@ -1,0 +1,46 @@
+"""The tensor edges that layers and attentions read, and how rows lie in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.graph import arguments, operand
+from mpq_compiler.ir.program import Program
+
+
+def input_edge(node: fx.Node) -> fx.Node:
+    """The node whose value a quantizable call reads."""
+    return operand(node, 0)
+
+
+def attention_edges(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values an attention reads as q, k and v; one that stands for several counts once."""
+    return list(dict.fromkeys(operand(node, i) for i in range(3)))
+
+
+def dynamic_edges(program: Program, attention: bool) -> frozenset[str]:
+    """The tensor edges that linear layers alone read, whose rows may have scales of their own.
+
+    A convolution adds up products of several rows, and so does an attention, where ``attention`` is quantized.
+    """
+    static = {input_edge(n).name for n in program.quantizable if n.target is ops.conv2d}
+    if attention:
+        static |= {e.name for n in program.attentions for e in attention_edges(n)}
+    return frozenset(input_edge(n).name for n in program.quantizable) - static
+
+
+def attention_arguments(args: Sequence[Any]) -> tuple[int, float | None, Any]:
+    """heads, scale and mask of an `ops.attention` call."""
+    heads, scale, mask = (*args[3:], *(None, None))[:3]
+    return int(heads), scale, mask
+
+
+def row_geometry(node: fx.Node) -> tuple[Any, ...]:
+    """What besides its operand decides the rows of `input_rows`: nothing for a linear layer, the window of a conv."""
+    if node.target is not ops.conv2d:
+        return ()
+    return (tuple(operand(node, 1).meta["shape"][1:3]), *(tuple(a) for a in arguments(node)[3:5]))

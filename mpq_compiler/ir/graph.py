@@ -1,0 +1,88 @@
+"""Questions about fx graphs, and their copies: operands, weights behind views, dead and equal nodes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from mpq_compiler.ir import ops
+
+
+def part_of(name: str) -> str:
+    """What a stored tensor is of its parameter ("scale" of "conv.weight:scale.2"), without the store's number."""
+    return re.sub(r"\.\d+$", "", name.partition(":")[2])
+
+
+def softmax(attention: str) -> str:
+    """Under which the probabilities within an attention call have their plan."""
+    return f"{attention}:softmax"
+
+
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """The positional arguments of a call, for a reader who knows their types from the operator.
+
+    torch.fx types each as the union of everything an argument can be.
+    """
+    return node.args
+
+
+def operand(node: fx.Node, index: int) -> fx.Node:
+    """The positional argument at ``index``, which the operator requires to be a tensor of the graph."""
+    value = node.args[index]
+    assert isinstance(value, fx.Node), f"argument {index} of {node.name} is {value!r}, not a node"
+    return value
+
+
+def function_of(node: fx.Node) -> Callable[..., Any]:
+    """The operator that a call_function node calls."""
+    assert callable(node.target), f"{node.name} calls no function"
+    return node.target
+
+
+CONTRACTIONS: tuple[Callable[..., Any], ...] = (torch.ops.aten.linear.default, ops.conv2d)
+"""Calls (x, weight, bias, ...) that have a quantized form."""
+
+
+def weight_of(node: fx.Node) -> str | None:
+    """Store name of the weight of a quantizable call, or None."""
+    if node.op != "call_function" or node.target not in CONTRACTIONS:
+        return None
+    weight = node.args[1]
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return None
+    if node.target is ops.conv2d and len(node.args) > 5 and node.args[5] != 1:
+        return None  # grouped convolutions stay float
+    return str(weight.target)
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of the graph with the same node names."""
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        env[node] = new.node_copy(node, lambda n: env[n])
+        env[node].name = node.name
+    return new
+
+
+def prune(graph: fx.Graph) -> None:
+    """Removes what the output does not need; inputs stay, and random operators count as any other."""
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+
+
+def merge_equal(graph: fx.Graph) -> None:
+    """One node for all calls of the same operator on the same operands (there is no randomness and no mutation)."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        key = (node.op, str(node.target), repr(node.args), repr(node.kwargs))
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
+            graph.erase_node(node)
+        else:
+            seen[key] = node

@@ -1,0 +1,159 @@
+"""Programs run node by node: on tensors, or on shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler.ir import op_shapes
+from mpq_compiler.ir.graph import function_of
+from mpq_compiler.ir.program import Program
+from mpq_compiler.support.errors import UserError
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Torch on one thread: the same bits whatever --jobs, and whatever machine shares the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Interpreter:
+    """Runs a graph node by node. Subclasses override `call` for other meanings of the same graph."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def run(
+        self,
+        inputs: Mapping[str, Tensor],
+        *,
+        watch: Callable[[fx.Node, Any], None] | None = None,
+    ) -> Tensor:
+        """The output for the inputs by name; ``watch(node, value)`` sees every value as it is made."""
+        return self.execute(self.program.graph, [self._input(inputs, s.name) for s in self.program.inputs], watch)
+
+    def execute(
+        self, graph: fx.Graph, arguments: list[Any], watch: Callable[[fx.Node, Any], None] | None = None
+    ) -> Any:
+        env: dict[fx.Node, Any] = {}
+        feed = iter(arguments)
+        last_use = _last_uses(graph)
+        for node in graph.nodes:
+            if node.op == "output":
+                return self.result(fx.map_arg(node.args[0], env.__getitem__))
+            env[node] = next(feed) if node.op == "placeholder" else self.evaluate(node, env)
+            if watch is not None:
+                watch(node, env[node])
+            for dead in last_use.get(node, ()):
+                del env[dead]
+        raise AssertionError("a graph without an output")
+
+    def evaluate(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+        if node.op == "get_attr":
+            return self.attribute(str(node.target))
+        args = fx.map_arg(node.args, env.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, env.__getitem__)
+        if node.op == "call_module":
+            return self.execute(self.program.regions[str(node.target)], list(args))
+        return self.call(node, args, kwargs)
+
+    def attribute(self, name: str) -> Any:
+        return self.program.tensors.read(name)
+
+    def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        return function_of(node)(*args, **kwargs)
+
+    def result(self, value: Any) -> Any:
+        return value
+
+    @staticmethod
+    def _input(inputs: Mapping[str, Tensor], name: str) -> Tensor:
+        if name not in inputs:
+            raise UserError(f"input '{name}' is missing; the denoiser takes it by that name")
+        return inputs[name]
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    seen: set[fx.Node] = set()
+    uses: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(graph.nodes):
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                uses.setdefault(node, []).append(source)
+    return uses
+
+
+@torch.no_grad()
+def run(
+    program: Program,
+    inputs: Mapping[str, Tensor],
+    watch: Callable[[fx.Node, Any], None] | None = None,
+) -> Tensor:
+    """Runs the program without gradients; ``watch`` sees every node's value."""
+    return Interpreter(program).run(inputs, watch=watch)
+
+
+KNOWN_SHAPES = 50_000
+"""Kept at most, by the process."""
+
+
+class ShapeInterpreter(Interpreter):
+    """Shapes and dtypes only: every tensor lives on the meta device.
+
+    What an operator gives for operands of some shapes is kept between programs: a pipeline asks for the shapes of
+    nearly the same graph after every pass, and meta kernels are slow (a group norm takes two milliseconds).
+    """
+
+    known: ClassVar[dict[Any, Any]] = {}
+
+    def attribute(self, name: str) -> Any:
+        return torch.empty_like(super().attribute(name), device="meta")
+
+    def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        key = (node.target, _shape_key(args), _shape_key(kwargs))
+        if key not in self.known:
+            if len(self.known) >= KNOWN_SHAPES:
+                self.known.clear()
+            self.known[key] = self._shape(node, args, kwargs)
+        return self.known[key]
+
+    def _shape(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": "meta"}
+        if node.target in op_shapes.SHAPES:
+            return op_shapes.SHAPES[node.target](*args, **kwargs)
+        return super().call(node, args, kwargs)
+
+
+def _shape_key(value: Any) -> Any:
+    """What the shape of an operator's result can depend on; 1, 1.0 and True differ."""
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(value.shape), value.stride()
+    if isinstance(value, tuple | list):
+        return tuple(_shape_key(v) for v in value)
+    if isinstance(value, Mapping):
+        return tuple((name, _shape_key(v)) for name, v in value.items())
+    return type(value), value
+
+
+@torch.no_grad()
+def shapes(program: Program, batch: int) -> dict[str, Any]:
+    """Node name -> a meta tensor (or a plain value) as it is at that batch size."""
+    found: dict[str, Any] = {}
+
+    def watch(node: fx.Node, value: Any) -> None:
+        found[node.name] = value
+
+    inputs = {s.name: torch.empty(s.sized(batch), dtype=s.dtype, device="meta") for s in program.inputs}
+    ShapeInterpreter(program).run(inputs, watch=watch)
+    return found

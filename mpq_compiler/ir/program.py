@@ -1,0 +1,172 @@
+"""`Program`: the graph, the tensors and the plans that the passes work on, and the interpreter that runs it.
+
+The graph is a bare `torch.fx.Graph`; its ``get_attr`` nodes name tensors of the store. Every stage of the
+compiler runs in torch through `run`, so every pass is checked the same way: run before, run after, compare.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.graph import copy_graph, operand, weight_of
+
+
+class Stage(StrEnum):
+    """The dialects, in the order in which a program passes through them."""
+
+    FLOAT = "float"
+    REWRITTEN = "rewritten"
+    PLANNED = "planned"
+    FAKE_QUANTIZED = "fake-quantized"
+    PACKED = "packed"
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of the denoiser: ``shape`` begins with the symbolic batch "B"."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+
+    def sized(self, batch: int) -> tuple[int, ...]:
+        return tuple(batch if d == "B" else int(d) for d in self.shape)
+
+
+class TensorStore(Mapping[str, Tensor]):
+    """Immutable tensors by name, shared by all stages: passes add, never change or copy."""
+
+    def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
+        self._tensors: dict[str, Tensor] = dict(tensors or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def add(self, name: str, tensor: Tensor) -> str:
+        """Adds ``tensor`` under ``name``, or ``name.1``, ``name.2`` ... where another has it; returns the name."""
+        unique, n = name, 0
+        while unique in self._tensors:
+            held = self._tensors[unique]
+            if held is tensor or (held.dtype == tensor.dtype and torch.equal(held, tensor)):
+                return unique
+            n += 1
+            unique = f"{name}.{n}"
+        self._tensors[unique] = tensor.detach()
+        return unique
+
+    def read(self, name: str) -> Tensor:
+        """The value the graph sees: half-precision floats are stored, and read as f32."""
+        tensor = self._tensors[name]
+        return tensor.to(torch.float32) if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """How a weight is stored; `format` names an entry of `mpq_compiler.formats`."""
+
+    format: str
+    sites: tuple[str, ...] = ()
+    """Names of the call nodes that use the weight."""
+
+
+@dataclass(frozen=True)
+class ActivationPlan:
+    """How a tensor edge (named by its producing node) is quantized, or the probabilities of an attention (`softmax`).
+
+    A dynamic plan has no tables: scale and zero point of each row are measured when the tensor is made. A plan with an
+    ``exponent`` rounds to small floats, which have no zero points; the layers that read them compute in float.
+    """
+
+    bits: int
+    scale: str | None
+    """Store name of the f16 scales, one a time group."""
+    zero_point: str | None
+    """Store name of the u8 zero points, one a time group."""
+    dynamic: bool = False
+    exponent: int | None = None
+    """Bits of exponent of a small float of ``bits`` bits, a sign among them; None for integers."""
+
+    @property
+    def kind(self) -> str:
+        """``u8`` for integers; ``e4m3`` for small floats, by the bits of exponent and mantissa."""
+        return f"u{self.bits}" if self.exponent is None else f"e{self.exponent}m{self.bits - 1 - self.exponent}"
+
+    @property
+    def group_bytes(self) -> int:
+        """Stored bytes of a time group: an f16 scale, and a u8 zero point where there is one."""
+        return 2 * (self.scale is not None) + (self.zero_point is not None)
+
+    def label(self, groups: int) -> str:
+        """``u8/t4``: the kind and the number of time groups; ``u8/token`` where every row has a range of its own."""
+        return f"{self.kind}/token" if self.dynamic else f"{self.kind}/t{groups}"
+
+
+@dataclass
+class Program:
+    """What a pass takes and returns."""
+
+    graph: fx.Graph
+    tensors: TensorStore
+    inputs: tuple[InputSpec, ...]
+    stage: Stage
+    model: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    regions: dict[str, fx.Graph] = field(default_factory=dict)
+    weights: dict[str, WeightPlan] = field(default_factory=dict)
+    activations: dict[str, ActivationPlan] = field(default_factory=dict)
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    """Float leftovers of the plan: node or weight name -> the reason, in words."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What passes found out for later ones, by the names of their `provides`."""
+
+    def fork(self, **changes: Any) -> Program:
+        """A copy with its own graph, regions and tables; the tensors are shared."""
+        own: dict[str, Any] = {
+            "graph": copy_graph(self.graph),
+            "regions": {name: copy_graph(g) for name, g in self.regions.items()},
+            "weights": dict(self.weights),
+            "activations": dict(self.activations),
+            "fallbacks": dict(self.fallbacks),
+            "facts": dict(self.facts),
+        }
+        return dataclasses.replace(self, **(own | changes))
+
+    def note(self, sentence: str) -> None:
+        """Tells the user something: report and dumps repeat it."""
+        self.facts["notes"] = (*self.facts.get("notes", ()), sentence)
+
+    def node(self, name: str) -> fx.Node:
+        for n in self.graph.nodes:
+            if n.name == name:
+                return n
+        raise KeyError(name)
+
+    def reads_floats(self, call: fx.Node) -> bool:
+        """Whether the tensor that a quantizable call reads is planned as small floats."""
+        plan = self.activations.get(operand(call, 0).name)
+        return plan is not None and plan.exponent is not None
+
+    @property
+    def attentions(self) -> list[fx.Node]:
+        """Attention calls on computed tensors, in graph order: those that have a quantized form."""
+        calls = [n for n in self.graph.nodes if n.target is ops.attention]
+        return [n for n in calls if all(operand(n, i).op != "get_attr" for i in range(3))]
+
+    @property
+    def quantizable(self) -> list[fx.Node]:
+        """Linear and conv2d calls whose weight is a stored parameter, in graph order."""
+        return [n for n in self.graph.nodes if weight_of(n) is not None]

@@ -1,0 +1,1 @@
+"""What kernels take: tables of times, and how they are measured."""

@@ -1,0 +1,268 @@
+"""What a weight format costs a layer in time on this target, and the tables that say so (`latency.table`).
+
+A candidate plan has one format for every layer. It is packed at once, with weights of the right form and any value, and
+lowered to kernels as a compilation lowers it, but not compiled: its kernels are looked up. A table is measured by
+compiling the candidate plans and running them whole, in turns, kernel by kernel (`mpqc bench --kernels` does the same):
+a kernel that runs alone finds its operands in caches where a model does not have them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+from mpq_compiler import formats
+from mpq_compiler.artifact import bundle
+from mpq_compiler.artifact.bundle import Artifact
+from mpq_compiler.formats import base, low_rank
+from mpq_compiler.frontend.denoiser import Denoiser
+from mpq_compiler.ir.costs import weight_path
+from mpq_compiler.ir.edges import input_edge
+from mpq_compiler.ir.graph import weight_of
+from mpq_compiler.ir.program import Program, TensorStore
+from mpq_compiler.latency import kernel_schedule
+from mpq_compiler.latency.measure import measured, versions
+from mpq_compiler.latency.table import CALL, Table, timed_as
+from mpq_compiler.pipeline import options
+from mpq_compiler.pipeline.backend import BuildRequest, TimedBackend, backend_of
+from mpq_compiler.pipeline.passes import Pass
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fitting import REST, Rounding
+from mpq_compiler.quantization.statistics import Calibration
+from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
+from mpq_compiler.support import cache as support_cache
+from mpq_compiler.support import tensorfile
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.host import cpu, identity
+from mpq_compiler.targets import table as targets
+from mpq_compiler.targets.numerics import F32
+from mpq_compiler.targets.table import Target
+
+LOWERED = frozenset({"insert-fake-quant", "low-rank", "round-weights", "fold-fake-quant", "fuse-epilogues"})
+"""The passes after `bit-allocation` that decide on kernels; others decide on values."""
+QUANTIZED = "_q"
+"""What the name of an edge ends in where a node yields its codes."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Microseconds of a call, by what decides on them."""
+
+    fixed: float
+    """Of everything that no weight format changes."""
+    layers: Mapping[str, Mapping[str, float]]
+    """By layer (the parameter's path) and format. Where another format leaves the activation float, what that changes
+    in the kernels that make it is shared out among the layers that read it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel call of a lowered plan."""
+
+    node: str
+    layer: str | None
+    kernel: str
+
+
+def require_kernels(target: Target) -> None:
+    """UserError where the target has no kernels whose times are known."""
+    if not backend_of(target).capabilities(target).times:
+        raise UserError(
+            f"times are those of kernels for CPUs, and '{target.name}' has none of ours: leave --latency out"
+        )
+
+
+@dataclass
+class Latency:
+    """Times of candidate plans on one target.
+
+    table: None measures one here, once for the same kernels on the same machine, kept in the cache
+    passes: of the compilation; kinds: the numerics that attentions may have, the quickest last
+    """
+
+    target: Target
+    denoiser: Denoiser
+    passes: Sequence[Pass]
+    table: Table | None = None
+    batch: int = 1
+    threads: int = 1
+    kinds: tuple[str, ...] = (F32,)
+    jobs: int = 1
+    cache: Path | None = None
+    progress: Any = None
+    _known: dict[Any, Costs] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_kernels(self.target)
+        self.backend = cast(TimedBackend, backend_of(self.target))
+
+    def costs(self, program: Program, names: Sequence[str], dynamic: bool = False) -> Costs:
+        """Of each layer in each of the formats; ``program`` is calibrated and has its time groups.
+
+        UserError: the table lacks a kernel; names the format.
+        """
+        key = tuple(names), dynamic, len(program.graph.nodes)
+        if key not in self._known:
+            rows = {name: list(self._rows(program, name, self.kinds[-1], dynamic)) for name in names}
+            if self.table is None:
+                self.table = self._measured(program, rows, dynamic)
+            self._known[key] = self._costs(program, rows, self.table)
+        return self._known[key]
+
+    def _costs(self, program: Program, rows: Mapping[str, Sequence[Row]], table: Table) -> Costs:
+        readers: dict[str, list[str]] = {}
+        for node in program.quantizable:
+            readers.setdefault(input_edge(node).name, []).append(str(weight_path(node)))
+        fixed: dict[str, float] = {}
+        edges: dict[str, dict[str, float]] = {}
+        layers: dict[str, dict[str, float]] = {path: {} for paths in readers.values() for path in paths}
+        for name, calls in rows.items():
+            own = edges.setdefault(name, dict.fromkeys(readers, 0.0))
+            fixed[name] = 0.0
+            for row in calls:
+                spent = self._time(table, row, name)
+                edge = row.node.removesuffix(QUANTIZED)
+                if row.layer in layers:
+                    layers[row.layer][name] = layers[row.layer].get(name, 0.0) + spent
+                elif edge in own:
+                    own[edge] += spent
+                else:
+                    fixed[name] += spent
+        usual = next((name for name in rows if formats.get(name).integer), next(iter(rows)))
+        for name, own in edges.items():
+            for edge, paths in readers.items():
+                for path in paths:
+                    layers[path].setdefault(name, 0.0)
+                    layers[path][name] += (own[edge] - edges[usual][edge]) / len(paths)
+        return Costs(fixed[usual] + sum(edges[usual].values()), layers)
+
+    def _time(self, table: Table, row: Row, name: str) -> float:
+        found = table.microseconds(row.kernel)
+        if found is None:
+            raise UserError(
+                f"the latency table lacks weights in '{name}': it has no time for the {row.kernel.partition(' ')[0]} "
+                f"kernel of '{row.layer or row.node}'; measure it with `mpqc latency MODEL --formats {name}`, of the "
+                "model and with the recipe that are compiled"
+            )
+        return found
+
+    # ------------------------------------------------------------------------------------------ candidate plans
+
+    def _packed(self, program: Program, name: str, kind: str, dynamic: bool) -> Program:
+        """The program with all weights in a format and all attentions in a kind of numerics, as it is lowered."""
+        calibration: Calibration = program.facts["calibration"]
+        start = program.fork(tensors=TensorStore(program.tensors))
+        start.facts |= {
+            "calibration": replace(calibration, grams={}, means={}),
+            "fits": _forms(program, formats.get(name)),
+            "activation-fits": program.facts.setdefault("activation-fits", {}),
+        }
+        index = next(i for i, step in enumerate(self.passes) if step.name() == "bit-allocation")
+        plan = options.make("bit-allocation", {"uniform": name, "dynamic": dynamic})
+        steps = [plan, *(step for step in self.passes[index:] if step.name() in LOWERED)]
+        session = Session(self.denoiser)
+        for step in steps:
+            start = step.run(start, session)
+            if step is plan and kind != F32:
+                start.facts["numerics"] = {node.name: kind for node in start.attentions}
+        return start
+
+    def _rows(self, program: Program, name: str, kind: str, dynamic: bool) -> Iterator[Row]:
+        packed = self._packed(program, name, kind, dynamic)
+        for row in kernel_schedule.describe(packed, self.backend.kernel_calls(packed, self.batch)):
+            layer = row["layer"] and str(row["layer"]).split(":")[0]  # the factors of a low-rank branch too
+            yield Row(row["node"], layer, row["kernel"])
+
+    # ------------------------------------------------------------------------------------------ measuring
+
+    def measure(self, program: Program, names: Sequence[str], dynamic: bool = False) -> Table:
+        """The table of a model."""
+        with self.plans(program, names, dynamic) as plans:
+            return measured(runnable(plans, self.threads), self.batch, self.threads, self.progress)
+
+    @contextmanager
+    def plans(
+        self, program: Program, names: Sequence[str], dynamic: bool = False, emit: str | None = None
+    ) -> Iterator[list[Artifact]]:
+        """Candidate plans with weights in each format, and attentions in each of ``kinds``, compiled.
+
+        emit: "c", with programs for a device
+        """
+        plans = [(name, self.kinds[-1]) for name in names] + [(names[0], kind) for kind in self.kinds[:-1]]
+        with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
+            made = []
+            track = self.progress("candidate plans", len(plans)) if self.progress else nullcontext(lambda n: None)
+            with track as advance:
+                for index, (name, kind) in enumerate(plans):
+                    folder = Path(scratch, str(index))
+                    folder.mkdir()
+                    made.append(self._compiled(self._packed(program, name, kind, dynamic), folder, emit))
+                    advance(1)
+            yield made
+
+    def _measured(self, program: Program, rows: Mapping[str, Sequence[Row]], dynamic: bool) -> Table:
+        """A table of the kernels in ``rows`` at least, from the cache where all of them are known there."""
+        if missing := targets.missing_features(self.target):
+            raise UserError(
+                f"times for '{self.target.name}' cannot be measured here, for this machine lacks {', '.join(missing)}: "
+                "give a table that was measured on such a machine (`mpqc latency --rpc`, --latency-table FILE)"
+            )
+        about = f"1 {self.target.name} {identity()} {self.threads} {self.batch} {version('apache-tvm')}"
+        results = support_cache.Results("latency", support_cache.digest(about, self.backend.digest()), self.cache)
+        others = (self._rows(program, next(iter(rows)), kind, dynamic) for kind in self.kinds[:-1])
+        wanted = {timed_as(row.kernel) for calls in (*rows.values(), *others) for row in calls}
+        if CALL not in results or any(kernel not in results for kernel in wanted):
+            table = self.measure(program, list(rows), dynamic)
+            for kernel, spent in {CALL: table.call_us, **table.kernels}.items():
+                if kernel not in results:
+                    results[kernel] = spent
+        kernels = {kernel: results[kernel] for kernel in sorted(wanted)}
+        machine = (self.target.name, cpu(), self.threads, self.batch)
+        return Table(*machine, results[CALL], kernels, (self.denoiser.name,), versions())
+
+    def _compiled(self, packed: Program, folder: Path, emit: str | None) -> Artifact:
+        """The packed program as an artifact of which nothing is promised but that it runs."""
+        request = BuildRequest((self.batch,), jobs=self.jobs, cache=self.cache, emit=emit)
+        built = self.backend.build(packed, self.target, request)
+        rows = kernel_schedule.encode(kernel_schedule.describe(packed, built.facts["schedule"]))
+        files = {**built.files, bundle.SCHEDULE: rows}
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        with (folder / bundle.WEIGHTS).open("wb") as stream:
+            tensorfile.save(stream, built.tensors)
+        manifest: dict[str, Any] = {
+            "name": self.denoiser.name,
+            "target": {"backend": "tvm", "name": self.target.name, "arch": self.target.arch, "features": []},
+            "model": {"config": {}},
+            "functions": built.functions,
+            "parts": built.parts,
+            "prepare": built.prepare,
+            "versions": versions(),
+            "files": {n: {"sha256": hashlib.sha256(content).hexdigest()} for n, content in files.items()},
+        }
+        manifest["files"][bundle.WEIGHTS] = {}
+        return Artifact(folder, folder, manifest)
+
+
+def runnable(plans: Sequence[Artifact], threads: int = 1) -> list[CompiledDenoiser]:
+    """Candidate plans on this machine, for timing: nothing is kept between calls."""
+    return [CompiledDenoiser(plan, threads, reuse_bytes=0) for plan in plans]
+
+
+def _forms(program: Program, planned: base.Format) -> dict[Any, base.Fit]:
+    """Fits of all weights, by the key of `fitting.fitted`, at once."""
+    found: dict[Any, base.Fit] = {}
+    for node in program.quantizable:
+        name = str(weight_of(node))
+        form = planned.form(program.tensors.read(name))
+        found |= dict.fromkeys([(name, planned.name, rounding) for rounding in Rounding], form)
+        if isinstance(form, low_rank.LowRankWeight) and isinstance(planned, low_rank.LowRankFormat):
+            rest = f"{weight_path(node)}:{REST}"
+            found |= dict.fromkeys([(rest, planned.base.name, rounding) for rounding in Rounding], form.base)
+    return found

@@ -1,0 +1,67 @@
+"""The manager that runs passes: checks what each requires, verifies the program after it, keeps the time."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.verifier import verify
+from mpq_compiler.pipeline.passes import Pass
+from mpq_compiler.pipeline.registry import usable
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.support.errors import UserError
+
+
+def check(passes: Sequence[Pass], present: Iterable[str] = ()) -> None:
+    """UserError if a pass misses something that no earlier pass provides."""
+    have = set(present)
+    for p in passes:
+        missing = sorted(p.requires - have)
+        if missing:
+            makers = [name for name, maker in usable()[0].items() if missing[0] in maker.provides]
+            hint = f"put {' or '.join(makers)} before it" if makers else "no pass provides it"
+            raise UserError(f"pass '{p.name()}' needs '{missing[0]}': {hint}")
+        have |= p.provides
+
+
+Instrument = Callable[[int, Pass, Program, Program], None]
+"""``instrument(index, pass, before, program)`` looks at a verified step; it may note facts on the program."""
+
+
+@dataclass
+class Record:
+    """What one pass did: for the report, never for dumps or artifacts."""
+
+    name: str
+    seconds: float
+    peak_bytes: int
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def run_pipeline(
+    passes: Sequence[Pass],
+    program: Program,
+    session: Session,
+    instruments: Sequence[Instrument] = (),
+    present: Iterable[str] = (),
+) -> tuple[Program, list[Record]]:
+    """Runs the passes in order, verifying after each; then each of the instruments looks at the step."""
+    check(passes, present)
+    session = dataclasses.replace(
+        session, statistics=frozenset().union(*(p.asks() for p in passes)) | session.statistics
+    )
+    records = []
+    for index, p in enumerate(passes):
+        start = time.perf_counter()
+        before, program = program, p.run(program, session)
+        verify(program, after=p.name())
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        records.append(Record(p.name(), time.perf_counter() - start, peak))
+        for instrument in instruments:
+            instrument(index, p, before, program)
+    return program, records

@@ -1,0 +1,43 @@
+"""Pipelines as text: ``"trace,layout,calibrate{samples=64}"``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mpq_compiler.pipeline.options import make
+from mpq_compiler.pipeline.passes import Pass
+from mpq_compiler.support.errors import UserError
+
+
+def parse(text: str) -> list[Pass]:
+    """The passes of ``"a,b{x=1,y=2},c"``; tuples are written ``x=1/2``."""
+    passes: list[Pass] = []
+    rest = text.strip()
+    while rest:
+        end = min((i for i in (rest.find(","), rest.find("{")) if i >= 0), default=len(rest))
+        name, options = rest[:end].strip(), {}
+        if end < len(rest) and rest[end] == "{":
+            close = rest.find("}", end)
+            if close < 0:
+                raise UserError(f"pipeline '{text}': '{{' after '{name}' is never closed")
+            for item in filter(None, (i.strip() for i in rest[end + 1 : close].split(","))):
+                key, equals, value = item.partition("=")
+                if not equals:
+                    raise UserError(f"pipeline '{text}': '{item}' of '{name}' must be written option=value")
+                options[key.strip()] = value.strip()
+            end = close + 1
+        following = rest[end:].strip()
+        if following and not following.startswith(","):
+            raise UserError(f"pipeline '{text}': a comma is missing before '{following}'")
+        if not name:
+            raise UserError(f"pipeline '{text}': a pass name is missing before '{rest[end:]}'")
+        passes.append(make(name, options))
+        rest = following[1:].strip() if following else ""
+    if not passes:
+        raise UserError("the pipeline is empty; name at least the pass 'trace'")
+    return passes
+
+
+def to_text(passes: Iterable[Pass]) -> str:
+    """The pipeline as `parse` reads it."""
+    return ",".join(p.text() for p in passes)

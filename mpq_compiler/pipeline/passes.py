@@ -1,0 +1,83 @@
+"""What a pass is: a frozen dataclass with a contract, what it requires and provides, and typed options."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.support.errors import UserError
+
+if TYPE_CHECKING:
+    from mpq_compiler.ir.program import Program
+
+
+class Contract(StrEnum):
+    """What a pass promises about its output, run against the program before it (docs/ir.md)."""
+
+    IDENTICAL = "identical"
+    """The same bits."""
+    REWRITE = "rewrite"
+    """Equal to 1e-5 of the largest magnitude of the output, in f32."""
+    SIMULATION = "simulation"
+    """A quantization error is introduced; it is measured and printed."""
+    EXACT = "exact"
+    """The program before, executed in exact mode, gives the same bits."""
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """One step of the compiler. The docstring of a pass states its purpose, its source and a before/after excerpt."""
+
+    contract: ClassVar[Contract]
+    requires: ClassVar[frozenset[str]] = frozenset()
+    """Properties that an earlier pass must provide."""
+    provides: ClassVar[frozenset[str]] = frozenset()
+    statistics: ClassVar[frozenset[str]] = frozenset()
+    """Calibration statistics the pass reads; `calibrate` collects what the whole pipeline asks for, once."""
+
+    @classmethod
+    def name(cls) -> str:
+        return cls.__module__.rsplit(".", 1)[-1].replace("_", "-")
+
+    @abstractmethod
+    def run(self, program: Program, session: Session) -> Program:
+        """The program after the pass; the one given is left as it is."""
+
+    def asks(self) -> frozenset[str]:
+        """The statistics that the pass, with its options, asks for."""
+        return self.statistics
+
+    def options(self) -> dict[str, Any]:
+        """Option name -> value, in the order of declaration."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def require(self, option: str, least: float, most: float = math.inf) -> None:
+        """UserError unless the option, or each of its values, is a number of that range; none passes."""
+        value = getattr(self, option)
+        items = value if isinstance(value, tuple) else () if value is None else (value,)
+        wanted = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
+        if value == () or not all(least <= item <= most and item != math.inf for item in items):
+            given = "empty" if value == () else _print_value(value)
+            raise UserError(f"option '{option}' of pass '{self.name()}' must be {wanted}, not {given}")
+
+    def changed(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        return {f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default}
+
+    def text(self) -> str:
+        """``name{option=value,...}`` with the options that differ from their defaults."""
+        changed = [f"{name}={_print_value(value)}" for name, value in self.changed().items()]
+        return self.name() + ("{" + ",".join(changed) + "}" if changed else "")
+
+
+def _print_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "/".join(_print_value(v) for v in value)  # "+" stands in names of formats
+    return "none" if value is None else str(value)

@@ -1,0 +1,68 @@
+"""Passes by name: the built-in ones and those of installed packages."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.support import plugins
+from mpq_compiler.support.errors import UserError, nearest
+
+ENTRY_POINTS = "mpq_compiler.passes"
+BUILT_IN = tuple(entry.name for entry in plugins.built_in(ENTRY_POINTS))
+"""The names of the built-in passes, in the order in which the default recipe runs them."""
+
+
+def find(name: str) -> type[Pass]:
+    """The pass class of that name: one of `mpq_compiler.passes`, or of a package with an entry point.
+
+    Raises UserError for an unknown name, a name defined twice, and a package whose pass cannot be used, with why.
+    """
+    external = [e for e in plugins.of(ENTRY_POINTS) if e.name == name]
+    found = [*(e for e in plugins.built_in(ENTRY_POINTS) if e.name == name), *external]
+    if len(found) > 1:
+        owners = ", ".join(_owner(e) for e in external)
+        raise UserError(f"pass '{name}' is defined more than once ({owners}); uninstall one of the packages")
+    if not found:
+        raise UserError(f"unknown pass '{name}': {nearest(name, all_names())}")
+    return _load(found[0])
+
+
+def _owner(entry: EntryPoint) -> str:
+    """Where an entry point comes from: its object, and its distribution."""
+    return f"{entry.value} of {entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
+
+
+def _load(entry: EntryPoint) -> type[Pass]:
+    """The pass behind an entry point. UserError: whatever keeps it from being one."""
+    where = f"pass '{entry.name}' ({_owner(entry)})"
+    try:
+        loaded = entry.load()
+    except (Exception, SystemExit) as error:  # importing a package runs what its author wrote
+        raise UserError(f"{where} fails to import: {type(error).__name__}: {error}") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Pass)):
+        raise UserError(f"{where} is no subclass of mpq_compiler.pipeline.passes.Pass")
+    if loaded.name() != entry.name:
+        raise UserError(f"{where} calls itself '{loaded.name()}': name its module after it, or override name()")
+    if not isinstance(getattr(loaded, "contract", None), Contract):
+        raise UserError(f"{where} declares no contract: set it to {', '.join(f'Contract.{c.name}' for c in Contract)}")
+    if missing := sorted(getattr(loaded, "__abstractmethods__", ())):
+        raise UserError(f"{where} does not define {', '.join(missing)}")
+    return loaded
+
+
+def all_names() -> list[str]:
+    """The names of all passes, in pipeline order, third-party ones last, those among them that cannot be used too."""
+    return [*BUILT_IN, *sorted({e.name for e in plugins.of(ENTRY_POINTS)} - {*BUILT_IN})]
+
+
+def usable() -> tuple[dict[str, type[Pass]], dict[str, str]]:
+    """(the passes that can be used by name, the reason for each name that cannot)."""
+    found: dict[str, type[Pass]] = {}
+    broken: dict[str, str] = {}
+    for name in all_names():
+        try:
+            found[name] = find(name)
+        except UserError as error:
+            broken[name] = str(error)
+    return found, broken

@@ -1,0 +1,57 @@
+"""What a run of passes shares that is no part of the program."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mpq_compiler.support.execution import RunContext
+from mpq_compiler.targets.numerics import NUMERICS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mpq_compiler.frontend.denoiser import Denoiser
+    from mpq_compiler.ir.program import Program
+
+
+class Times(Protocol):
+    """Microseconds of a call, by what decides on them."""
+
+    @property
+    def fixed(self) -> float:
+        """Of everything that no weight format changes."""
+
+    @property
+    def layers(self) -> Mapping[str, Mapping[str, float]]:
+        """By layer (the parameter's path) and format."""
+
+
+class LayerTimes(Protocol):
+    """Whoever knows what a layer takes on the target in each format (`latency.candidates`)."""
+
+    def costs(self, program: Program, names: Sequence[str], dynamic: bool = False) -> Times:
+        """Of each layer in each of the formats; ``program`` is calibrated and has its time groups."""
+
+
+@dataclass
+class Session(RunContext):
+    """What a run of passes shares that is no part of the program."""
+
+    denoiser: Denoiser | None = None
+    calibration: dict[str, Tensor] | None = None
+    """Recorded inputs by name; None: recorded by sampling."""
+    sensitivity: dict[str, Any] | None = None
+    """A measured table; None: measured here."""
+    latency: LayerTimes | None = None
+    """Times of layers in each format on the target, where they are asked for."""
+    numerics: tuple[str, ...] = NUMERICS
+    """Those of attentions that the target has kernels for."""
+    steps: int | None = None
+    """Of sampling, where they are said."""
+    statistics: frozenset[str] = frozenset()
+    """The statistics that the passes of the pipeline ask `calibrate` for."""
+    trajectories: dict[tuple[int, int], dict[str, Tensor]] = dataclasses.field(default_factory=dict)
+    """Inputs that rewrites were tried on, by the number of trajectories and of steps: the next rewrite's too."""

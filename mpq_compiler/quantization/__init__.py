@@ -1,0 +1,1 @@
+"""How one tensor is quantized: statistics, fitting, rounding, scaling."""

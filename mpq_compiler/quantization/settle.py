@@ -1,0 +1,115 @@
+"""Quantizers whose weights are still open: fitted to their final values, then stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler import formats
+from mpq_compiler.formats import base, low_rank
+from mpq_compiler.ir import views
+from mpq_compiler.ir.costs import stored_dtype
+from mpq_compiler.ir.graph import operand, part_of
+from mpq_compiler.ir.program import Program
+from mpq_compiler.quantization.fitting import REST, Rounding, bias_of, corrected_bias, fitted
+from mpq_compiler.quantization.statistics import GRAM_COLUMNS
+from mpq_compiler.support.execution import RunContext
+
+
+@dataclass(frozen=True)
+class Open:
+    """A weight whose codes are still open: its quantizer, the first call that reads it, the format it is to have."""
+
+    quantizer: fx.Node
+    call: fx.Node
+    format: str
+
+    @property
+    def weight(self) -> str:
+        """Store name of the float weight."""
+        return str(operand(self.quantizer, 0).target)
+
+    @property
+    def path(self) -> str:
+        """The parameter's name in the model."""
+        return self.weight.split(":")[0]
+
+
+def unsettled(program: Program) -> list[Open]:
+    """The fake-quantized weights, in graph order. Of a low-rank format whose branch is there, the base is left."""
+    found = []
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target in views.OPEN_LEVELS:
+            name = str(operand(node, 0).target)
+            planned = formats.get(program.weights[name.split(":")[0]].format)
+            if part_of(name) == REST and isinstance(planned, low_rank.LowRankFormat):
+                planned = planned.base
+            found.append(Open(node, next(iter(node.users)), planned.name))
+    return found
+
+
+def fit_unsettled(
+    program: Program, context: RunContext, rounding: Rounding, title: str, kind: type[base.Format] = base.Format
+) -> list[tuple[Open, Any]]:
+    """The open weights whose planned format is of ``kind``, with their fits, in graph order; fitted by all jobs.
+
+    Codes are rounded by ``rounding``; where that needs more than is known, there is a note.
+    """
+    chosen = [u for u in unsettled(program) if isinstance(formats.get(u.format), kind)]
+    if rounding != Rounding.NEAREST:
+        _note_nearest(program, chosen, rounding)
+    with context.track(title, len(chosen)) as advance:
+
+        def fit(weight: Open) -> tuple[Open, Any]:
+            found = fitted(program, weight.call, weight.weight, weight.format, rounding)
+            advance(1)
+            return weight, found
+
+        return context.map(fit, chosen)
+
+
+def _note_nearest(program: Program, chosen: list[Open], rounding: Rounding) -> None:
+    grams = program.facts["calibration"].grams
+    left = [weight.path for weight in chosen if weight.call.name not in grams or grams[weight.call.name].dim() == 1]
+    if left:
+        method = "learned rounding" if rounding == Rounding.LEARNED else "GPTQ"
+        program.note(
+            f"{method} needs the second moments of all pairs of inputs, which are kept up to {GRAM_COLUMNS} inputs: "
+            f"codes are those of the nearest levels in {', '.join(left)}"
+        )
+
+
+def attributes(program: Program, prefix: str, **tensors: Tensor | None) -> list[fx.Node | None]:
+    """Reads of new stored tensors ``prefix + name``, at the place of insertion; None where there is none."""
+    add, read = program.tensors.add, program.graph.get_attr
+    return [None if tensor is None else read(add(prefix + name, tensor)) for name, tensor in tensors.items()]
+
+
+def settle(program: Program, weight: Open, value: fx.Node, quantized: base.Fit) -> None:
+    """Replaces an open weight by ``value``, whose levels are ``quantized``, and corrects the bias of its calls.
+
+    Calls that share weight and bias share the corrected bias: the mean of what each would have. facts["latents"] keeps
+    the store name of the float weight by that of the value's node, for training.
+    """
+    quantizer = weight.quantizer
+    readers: dict[fx.Node, list[fx.Node]] = {}
+    for call in quantizer.users:
+        if (bias := bias_of(call)) is not None:
+            readers.setdefault(bias, []).append(call)
+    for bias, sites in readers.items():
+        found = [corrected_bias(program, call, weight.weight, quantized) for call in sites]
+        corrections = [c for c in found if c is not None]
+        if corrections and set(bias.users) == set(sites):  # else other layers read it as it is
+            corrected = torch.stack(corrections).mean(0)
+            name = str(bias.target).split(":")[0] + ":corrected"
+            with program.graph.inserting_before(bias):
+                new = program.graph.get_attr(program.tensors.add(name, corrected.to(stored_dtype(name, corrected))))
+            bias.replace_all_uses_with(new)
+    name = quantizer.name
+    program.facts["latents"] = {**program.facts.get("latents", {}), name: weight.weight}
+    quantizer.replace_all_uses_with(value)
+    program.graph.erase_node(quantizer)
+    value.name = name

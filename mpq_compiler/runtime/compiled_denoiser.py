@@ -1,0 +1,441 @@
+"""Runs an artifact, without torch and without a compiler; also in the place of a diffusers denoiser."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from mpq_compiler.artifact import bundle as artifacts
+from mpq_compiler.artifact.bundle import Artifact
+from mpq_compiler.runtime.cuda import CudaMachine
+from mpq_compiler.runtime.memo import REUSE_BYTES
+from mpq_compiler.runtime.tvm import VirtualMachine, usable_cores
+from mpq_compiler.sampling.convention import Convention
+from mpq_compiler.support import plugins
+from mpq_compiler.support.errors import UserError, nearest
+from mpq_compiler.targets import nvidia
+from mpq_compiler.targets import table as targets
+
+ASSUMED_TO = 0.02
+"""How far a token that was compiled in may be off, in parts of its mean magnitude."""
+
+EXECUTORS = "mpq_compiler.executors"
+"""Entry points that load an artifact of a backend: ``(artifact, threads) -> Executor``."""
+EXTRAS = {"reference": "mpq-compiler[compile]", "onnx": "mpq-compiler[onnx]"}
+"""What has to be installed for artifacts that no TVM kernels run."""
+
+
+class Executor(Protocol):
+    """What executes the functions of an artifact. Calls come one at a time."""
+
+    def run(self, function: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
+        """The output of `function` for `inputs` in its order, of its shapes and types, with any strides."""
+
+
+class DenoiserOutput(NamedTuple):
+    """What diffusers expects back: `.sample`, or the first item."""
+
+    sample: Any
+
+
+class Config(dict[str, Any]):
+    """The model's configuration, by key or by attribute, read-only by convention."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the model's configuration has no '{name}'") from None
+
+
+def load(
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    check_finite: bool = True,
+    reuse_bytes: int = REUSE_BYTES,
+) -> CompiledDenoiser:
+    """Verifies and loads the artifact at `path`, a folder or a zip.
+
+    threads: how many a call uses (default: what the artifact was compiled with, else every core this process may
+    use; never more); it changes no bit of a result. check_finite:
+    whether NaN or infinity in an output is an error. reuse_bytes: memory for what was computed of timesteps and
+    texts alone and will be asked for again; 0 computes it in every call (docs/artifact.md). UserError: the artifact
+    is not sound, or this machine cannot run it.
+    """
+    if reuse_bytes < 0:
+        raise UserError(f"reuse_bytes is {reuse_bytes}; it must be 0 or more")
+    if threads is not None and threads < 1:
+        raise UserError(f"threads is {threads}; it must be at least 1")
+    artifact = artifacts.read(path)
+    chosen = threads or artifact.manifest.get("threads") or usable_cores()
+    return CompiledDenoiser(artifact, chosen, check_finite, reuse_bytes)
+
+
+def _executor(artifact: Artifact, threads: int, reuse_bytes: int) -> Executor:
+    target = artifact.manifest["target"]
+    targets.require_host(target["name"], target["arch"], target["features"])
+    if target["backend"] == "tvm":
+        machine = CudaMachine if nvidia.is_for(artifact.manifest) else VirtualMachine
+        return machine(artifact, threads, reuse_bytes)
+    if (entry := plugins.find(EXECUTORS, target["backend"])) is not None:
+        try:
+            load: Callable[[Artifact, int], Executor] = entry.load()
+            return load(artifact, threads)
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"an artifact for '{target['name']}' needs {error.name}: pip install "
+                f"'{EXTRAS.get(target['backend'], entry.value)}', "
+                "or compile it for this machine with --target native"
+            ) from error
+    raise UserError(
+        f"artifacts for '{target['name']}' are not run here; load it with the {target['backend']} runtime"
+    )
+
+
+class CompiledDenoiser:
+    """A compiled denoiser: call it as the model it was compiled from, or `run` it on NumPy arrays.
+
+    It stands in for `pipeline.unet` or `pipeline.transformer` of diffusers: it has `config`, `dtype` and
+    `device`, and returns torch tensors when it is given some. Calls from several threads take turns.
+    """
+
+    def __init__(
+        self, artifact: Artifact, threads: int, check_finite: bool = True, reuse_bytes: int = REUSE_BYTES
+    ) -> None:
+        self.artifact = artifact
+        self.manifest = artifact.manifest
+        self.config = Config(self.manifest["model"]["config"])
+        self.check_finite = check_finite
+        self._functions: list[dict[str, Any]] = self.manifest["functions"]
+        self._inputs: dict[str, dict[str, Any]] = {v["name"]: v for v in self._functions[0]["inputs"]}
+        self._signature: list[str] = self.manifest["model"].get("signature", list(self._inputs))
+        call = self.manifest["model"].get("call", {})
+        self._convention = Convention(**{**call, "baked": tuple(call.get("baked", ()))})
+        self.report: Any = None
+        """How it was compiled, where that was done in this process (`compile` of a pipeline)."""
+        self._devices = ("cpu", "cuda") if nvidia.is_for(self.manifest) else ("cpu",)
+        """Where torch tensors may be."""
+        self._executor = _executor(artifact, threads, reuse_bytes)
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        target, weights = self.manifest["target"]["name"], self.manifest["weights"]
+        return (
+            f"CompiledDenoiser({self.manifest['name']}, {self.manifest['model']['class']} for {target}, "
+            f"{weights['average_bits']:.2f} bits, {weights['payload_bytes']} bytes)"
+        )
+
+    def forget(self) -> None:
+        """Lets go of what earlier calls computed of timesteps and texts: the next call computes everything."""
+        if isinstance(self._executor, VirtualMachine):
+            with self._lock:
+                self._executor.forget()
+
+    @property
+    def input_names(self) -> list[str]:
+        """The inputs, in the order of the compiled functions."""
+        return list(self._inputs)
+
+    @property
+    def dtype(self) -> Any:
+        """float32: torch's where torch is loaded, else NumPy's."""
+        torch = _torch()
+        return torch.float32 if torch else np.dtype(np.float32)
+
+    @property
+    def device(self) -> Any:
+        """The CPU, or the GPU of an artifact for one: a torch device where torch is loaded, else a string.
+
+        A torch that was built without CUDA has tensors on the CPU only.
+        """
+        torch = _torch()
+        name = self._devices[-1] if not torch or torch.cuda.is_available() else "cpu"
+        return torch.device(name) if torch else name
+
+    def to(self, *args: Any, **kwargs: Any) -> CompiledDenoiser:
+        """Itself, for float32 and the CPU, or the GPU of an artifact for one. UserError: any other device or type."""
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, str | np.dtype) or type(argument).__module__ == "torch":
+                name = str(argument).removeprefix("torch.")
+                if name.split(":")[0] not in (*self._devices, "float32", "contiguous_format", "preserve_format"):
+                    known = " or ".join(self._devices)
+                    raise UserError(f"a compiled denoiser cannot move to {name}: this one takes float32 on {known}")
+        return self
+
+    def eval(self) -> CompiledDenoiser:
+        """Itself: there is no other mode."""
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> CompiledDenoiser:
+        """Itself, without gradients. UserError: they are asked for."""
+        if requires_grad:
+            raise UserError("a compiled denoiser has no gradients; train the model it was compiled from")
+        return self
+
+    @property
+    def add_embedding(self) -> Any:
+        """What SDXL's pipeline asks for the width of its added conditions."""
+        width = SimpleNamespace(in_features=self.config.projection_class_embeddings_input_dim)
+        return SimpleNamespace(linear_1=width)
+
+    @property
+    def inner_dim(self) -> int:
+        """The width of a transformer, which Hunyuan-DiT's pipeline divides by `num_heads`."""
+        return int(self.config.num_attention_heads * self.config.attention_head_dim)
+
+    @property
+    def num_heads(self) -> int:
+        return int(self.config.num_attention_heads)
+
+    def cache_context(self, name: str) -> Any:
+        """Nothing: some pipelines name their calls for caches of attention, which there are none of."""
+        return nullcontext()
+
+    def __call__(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """Predicts as the compiled model's `forward` does.
+
+        Arguments by position or by name, as arrays or torch tensors on the CPU; those that are None count
+        as absent. A number, or an array of one, stands for one value a sample where the input has one (the
+        timestep). An artifact for a GPU takes tensors on the GPU too, by way of the CPU, and returns the result where
+        the first of them is. Tensors in half precision, as of a pipeline in it, are computed with as float32, and the
+        result has the type of the first. Returns a `DenoiserOutput`, or a tuple of one where `return_dict` is false.
+        UserError: as `run`.
+        """
+        named = self._named(args, kwargs)
+        given = next((value for value in named.values() if _is_torch(value)), None)
+        named = {name: value.float() if _is_half(value) else value for name, value in named.items()}
+        result: Any = self._convention.pack(self.run(named))
+        if given is not None:
+            torch = _torch()
+            assert torch
+            result = torch.from_numpy(result).to(given.device, given.dtype if _is_half(given) else None)
+        return DenoiserOutput(result) if return_dict else (result,)
+
+    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        if len(args) > len(self._signature):
+            raise UserError(
+                f"{len(args)} positional inputs are too many: there are {', '.join(self._signature)}"
+            )
+        named = dict(zip(self._signature, args, strict=False))
+        for name, value in kwargs.items():
+            if name in named:
+                raise UserError(f"input '{name}' is given twice, by position and by name")
+            named[name] = value
+        if "img_ids" in self._convention.baked and named.get("img_ids") is None:
+            raise UserError("input 'img_ids' is missing; an artifact is called as its model is, or `run` on images")
+        arguments = self._convention.inputs(named)
+        return {n: v for n, v in arguments.items() if not (isinstance(v, Mapping) and not v)}
+
+    def run(self, inputs: Mapping[str, Any], out: np.ndarray | None = None) -> np.ndarray:
+        """The output for `inputs` by name: float32, the batch first; written to `out` where it is given.
+
+        A batch without a specialization of its own is run in parts, the largest first, and what remains is
+        filled up with copies of its last sample; samples do not influence one another, so the parts do not
+        show.
+
+        UserError: an input or `out` is missing, unknown, or of the wrong type, shape or device; the batch is empty;
+        an input or the output is not finite; a label is none.
+        """
+        arrays = self._checked(inputs)
+        batch, fitting = self._specializations(arrays)
+        if self.check_finite:
+            _require_finite_inputs(arrays)
+        for name, below in self.manifest["model"].get("below", {}).items():
+            _require_range(name, arrays[name], below)
+        for assumed in self.manifest.get("assumptions", ()):
+            _require_token(assumed, arrays[assumed["input"]])
+        if out is not None:
+            _require_room(out, (batch, *fitting[0]["output"]["shape"][1:]))
+        schedule = _schedule(batch, fitting)
+        if out is None and len(schedule) > 1:
+            out = np.empty((batch, *fitting[0]["output"]["shape"][1:]), np.float32)
+        with self._lock:
+            for function, begin, end in schedule:
+                result = self._part(function, arrays, begin, end)
+                if out is not None:
+                    np.copyto(out[begin:end], result)
+        result = result if out is None else out
+        if self.check_finite:
+            self._require_finite(result)
+        return result
+
+    def _part(
+        self, function: dict[str, Any], arrays: Mapping[str, np.ndarray], begin: int, end: int
+    ) -> np.ndarray:
+        rows: slice | np.ndarray = slice(begin, end)
+        size = function["batch"] or end - begin
+        if size > end - begin:
+            rows = np.minimum(np.arange(begin, begin + size), end - 1)
+        inputs = [arrays[value["name"]][rows] for value in function["inputs"]]
+        return self._executor.run(function["name"], inputs)[: end - begin]
+
+    def _checked(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        for name in inputs:
+            if name not in self._inputs:
+                raise UserError(f"this artifact has no input '{name}': {nearest(name, self._inputs)}")
+        for name in self._inputs:
+            if name not in inputs:
+                raise UserError(f"input '{name}' is missing; this artifact takes {', '.join(self._inputs)}")
+        arrays = {name: _array(name, inputs[name], value, self._devices) for name, value in self._inputs.items()}
+        batch = max((len(array) for array in arrays.values() if array.ndim), default=1)
+        for name, value in self._inputs.items():
+            array = arrays[name]
+            if len(value["shape"]) == 1 and array.size == 1:
+                arrays[name] = array = np.broadcast_to(array.reshape(1), (batch,))
+            if array.ndim != len(value["shape"]):
+                shape = _shape_text(value["shape"])
+                raise UserError(f"input '{name}' has shape {list(array.shape)}; this artifact takes {shape}")
+        return arrays
+
+    def _specializations(self, arrays: Mapping[str, np.ndarray]) -> tuple[int, list[dict[str, Any]]]:
+        """(the batch size, the functions for these shapes)."""
+        first = next(iter(arrays))
+        batch = len(arrays[first])
+        for name, array in arrays.items():
+            if array.size == 0:
+                raise UserError(
+                    f"input '{name}' is empty, of shape {list(array.shape)}; a batch needs a sample"
+                )
+            if len(array) != batch:
+                raise UserError(f"input '{name}' has a batch of {len(array)}, and '{first}' one of {batch}")
+        fitting = self._functions
+        for name, array in arrays.items():
+            shapes = {f["name"]: _shape(f, name) for f in fitting}
+            fitting = [f for f in fitting if shapes[f["name"]][1:] == array.shape[1:]]
+            if not fitting:
+                known = " or ".join(sorted({_shape_text(shape) for shape in shapes.values()}))
+                raise UserError(f"input '{name}' has shape {list(array.shape)}; this artifact takes {known}")
+        return batch, fitting
+
+    def _require_finite(self, result: np.ndarray) -> None:
+        if _is_finite(result):
+            return
+        bad = ~np.isfinite(result)
+        name = self._functions[0]["output"]["name"]
+        sample = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1)))
+        raise UserError(
+            f"output '{name}' holds NaN or infinity in {int(bad.sum())} of {bad.size} values, first in "
+            f"sample {sample}; inputs far outside the calibrated range do that, and so may too few bits"
+        )
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    # A sum is finite only if every term is; it may overflow where all are, hence the second look. It allocates nothing.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(array.sum())) or bool(np.isfinite(array).all())
+
+
+def _require_room(out: Any, shape: tuple[int, ...]) -> None:
+    """UserError where a result of that shape cannot be written to ``out``."""
+    if not isinstance(out, np.ndarray) or (out.shape, out.dtype) != (shape, np.float32) or not out.flags.writeable:
+        kind = f"{out.dtype}{list(out.shape)}" if isinstance(out, np.ndarray) else type(out).__name__
+        raise UserError(f"the result does not fit into `out`, {kind}: give a writeable array float32{list(shape)}")
+
+
+def _require_finite_inputs(arrays: Mapping[str, np.ndarray]) -> None:
+    # A quantizer turns NaN into a code: what goes in must be looked at, for nothing shows in what comes out.
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not _is_finite(array):
+            raise UserError(f"input '{name}' holds NaN or infinity; check what made it")
+
+
+def _require_range(name: str, array: np.ndarray, below: int) -> None:
+    # A table that is read beyond its end gives something, and nothing shows in what comes out.
+    bad = (array < 0) | (array >= below)
+    if bad.any():
+        at = int(bad.argmax())
+        raise UserError(f"input '{name}' is {array.flat[at]} in sample {at}; it goes from 0 to {below - 1}")
+
+
+def _require_token(assumed: Mapping[str, Any], array: np.ndarray) -> None:
+    """UserError where samples begin otherwise than what pass bos-split made a constant of.
+
+    Text encoders of another precision or machine give the same token to some thousandths: 2 % of the mean magnitude are
+    allowed. Another token, or the zeros that some pipelines guide with, are far beyond.
+    """
+    expected = np.asarray(assumed["values"], np.float32)
+    difference = np.abs(array[:, assumed["token"]] - expected).mean(axis=1)
+    if (difference > ASSUMED_TO * np.abs(expected).mean()).any():
+        raise UserError(
+            f"token {assumed['token']} of '{assumed['input']}' in sample {int(difference.argmax())} is not the one "
+            "with which every prompt began when this artifact was compiled; its keys and values are constants since: "
+            "encode texts as they were for calibration, or compile without the pass 'bos-split'"
+        )
+
+
+def _schedule(batch: int, functions: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int, int]]:
+    """(function, first sample, end) of each part of a batch: the largest that fit, the last filled up."""
+    for function in functions:
+        if function["batch"] is None:
+            return [(function, 0, batch)]
+    by_size = sorted(functions, key=lambda function: -function["batch"])
+    schedule = []
+    begin = 0
+    while begin < batch:
+        rest = batch - begin
+        function = next((f for f in by_size if f["batch"] <= rest), by_size[-1])
+        end = min(begin + function["batch"], batch)
+        schedule.append((function, begin, end))
+        begin = end
+    return schedule
+
+
+def _shape(function: dict[str, Any], name: str) -> tuple[int | None, ...]:
+    return next(tuple(value["shape"]) for value in function["inputs"] if value["name"] == name)
+
+
+def _shape_text(shape: Sequence[int | None]) -> str:
+    return "[" + ", ".join(["B", *map(str, shape[1:])]) + "]"
+
+
+def _torch() -> Any:
+    """The torch module if the process has loaded it; this package does not."""
+    return sys.modules.get("torch")
+
+
+def _is_torch(value: Any) -> bool:
+    torch = _torch()
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _is_half(value: Any) -> bool:
+    """Whether it is a tensor of bfloat16 or float16."""
+    return _is_torch(value) and str(value.dtype) in ("torch.bfloat16", "torch.float16")
+
+
+def _array(name: str, value: Any, expected: Mapping[str, Any], devices: Collection[str]) -> np.ndarray:
+    """`value` as an array of the expected type. UserError: it is something else, or on no device of these."""
+    dtype, scalar = np.dtype(expected["dtype"]), len(expected["shape"]) == 1
+    if _is_torch(value):
+        if value.device.type not in devices:
+            raise UserError(f"input '{name}' is on {value.device}; this artifact takes it on the CPU: .cpu()")
+        stated = str(value.dtype).removeprefix("torch.")
+        if stated in ("bfloat16", "complex32") or stated.startswith("float8"):
+            raise UserError(f"input '{name}' is {stated}; this artifact takes {dtype}")
+        value = value.detach().cpu().numpy()
+    elif scalar and isinstance(value, int | float):
+        value = np.asarray(value)
+    elif not isinstance(value, np.ndarray | np.generic):
+        kind = type(value).__name__
+        raise UserError(f"input '{name}' is a {kind}; this artifact takes arrays or torch tensors of {dtype}")
+    array = np.asarray(value)
+    if array.dtype == dtype:
+        return array
+    # One number a sample may come in any type that holds it exactly: schedulers differ in the type of
+    # timesteps.
+    if scalar and array.dtype.kind in "iuf":
+        with np.errstate(invalid="ignore", over="ignore"):
+            converted = array.astype(dtype)
+            if (converted == array).all():
+                return converted
+        raise UserError(f"input '{name}' holds a value that {dtype} cannot; this artifact takes {dtype}")
+    if array.dtype.kind in "iub" and dtype.kind == "f" and array.ndim <= 2:  # masks of tokens, as tokenizers make them
+        return array.astype(dtype)
+    raise UserError(f"input '{name}' is {array.dtype}; this artifact takes {dtype}")

@@ -1,0 +1,289 @@
+"""TVM's runtime library without TVM's compiler and without torch: its place, its threads, its machine.
+
+Of the apache-tvm wheel one file is loaded, `libtvm_runtime.so` (3.4 MB), through apache-tvm-ffi.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import importlib.util
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from mpq_compiler.artifact.bundle import KERNELS, Artifact
+from mpq_compiler.runtime.memo import REUSE_BYTES, Part, Staged, stage
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.tensorfile import ALIGNMENT, aligned
+
+ENVIRONMENT = "MPQ_TVM_RUNTIME"
+_LIBRARY = "libtvm_runtime.so"
+_CPU, _POOLED = 1, 2  # kDLCPU; the memory allocator that keeps its buffers for the next call
+_LARGE_PAGE, _MADV_COLLAPSE = 1 << 21, 25
+_GO_ON, _SKIP = 0, 1  # VMInstrumentReturnKind: what the machine does with the call
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def library_path() -> Path:
+    """Where the runtime library is: MPQ_TVM_RUNTIME, else in the installed apache-tvm, which is not imported.
+
+    A process that has imported tvm already uses its library. UserError: there is none.
+    """
+    stated = os.environ.get(ENVIRONMENT)
+    if stated and "tvm" not in sys.modules:
+        if not Path(stated).is_file():
+            raise UserError(f"{ENVIRONMENT} names {stated}, which is not a file; name a copy of {_LIBRARY}")
+        return Path(stated)
+    spec = importlib.util.find_spec("tvm")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        if (path := Path(folder, "lib", _LIBRARY)).is_file():
+            return path
+    raise UserError(
+        "the TVM runtime is not installed: pip install 'mpq-compiler[runtime]', "
+        f"or name a copy of {_LIBRARY} in {ENVIRONMENT}"
+    )
+
+
+def _import_tvm_ffi() -> ModuleType:
+    """apache-tvm-ffi, which imports torch whenever it can: half a second and 200 MB that nobody asked for.
+
+    For the time of this one import torch looks absent, unless it is loaded already; `import torch` works
+    afterwards.
+    """
+    hidden = "tvm_ffi" not in sys.modules and "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        import tvm_ffi
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return tvm_ffi
+
+
+@functools.cache
+def load() -> ModuleType:
+    """tvm_ffi, with the runtime library, loaded once."""
+    path = library_path()
+    tvm_ffi = _import_tvm_ffi()
+    try:
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise UserError(f"the TVM runtime {path} cannot be loaded ({error}); install it again") from error
+    return tvm_ffi
+
+
+@functools.cache
+def _libm() -> ctypes.CDLL:
+    return ctypes.CDLL("libm.so.6")
+
+
+@contextmanager
+def _default_float_environment() -> Iterator[None]:
+    """Rounds to nearest and keeps denormals, whatever the process (torch.set_flush_denormal) has set.
+
+    Artifacts promise the same bits everywhere.
+    """
+    saved = (ctypes.c_char * 64)()  # fenv_t: 32 bytes on x86-64, 8 on AArch64
+    libm = _libm()
+    libm.fegetenv(saved)
+    libm.fesetenv(ctypes.c_void_p(-1))  # FE_DFL_ENV
+    try:
+        yield
+    finally:
+        libm.fesetenv(saved)
+
+
+def _require_version(artifact: Artifact) -> None:
+    """Kernels call the runtime of the release that compiled them. UserError: another one is installed."""
+    needed = artifact.manifest["versions"].get("apache-tvm")
+    if needed is None or ENVIRONMENT in os.environ:
+        return
+    try:
+        installed = importlib.metadata.version("apache-tvm")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if installed.split(".")[:2] != needed.split(".")[:2]:
+        raise UserError(
+            f"{artifact.path} was compiled with TVM {needed}, and {installed} is installed: "
+            f"pip install apache-tvm=={needed}, or compile it again"
+        )
+
+
+class VirtualMachine:
+    """The functions of an artifact's `kernels.so`, with its prepared weights; one call at a time."""
+
+    def __init__(self, artifact: Artifact, threads: int, reuse_bytes: int = REUSE_BYTES) -> None:
+        """Loads the kernels and prepares the weights, on `threads` threads.
+
+        reuse_bytes: memory for results that do not depend on the latents; 0 computes them in every call.
+        """
+        kernels = artifact.file(KERNELS)
+        _require_version(artifact)
+        self._ffi = self._load()
+        self.threads = min(threads, usable_cores())
+        self._library = self._load_kernels(kernels, artifact.manifest["files"][KERNELS]["sha256"])
+        self._machine = self._library["vm_load_executable"]()
+        self._machine["vm_initialization"](*(part for kind in self.devices for part in (kind, 0, _POOLED)))
+        self._functions = {f["name"]: self._machine[f["name"]] for f in artifact.manifest["functions"]}
+        self._staged: dict[str, list[Staged]] = {
+            function["name"]: [
+                stage(tuple(value["shape"]), np.dtype(value["dtype"]), self._tensor) for value in function["inputs"]
+            ]
+            for function in artifact.manifest["functions"]
+        }
+        self._prepared: Any = self._ffi.convert([])
+        if prepare := artifact.manifest.get("prepare"):
+            stored = artifact.tensors()
+            arguments = [self._tensor(aligned(stored[name])) for name in prepare["tensors"]]
+            with self._calling():
+                self._prepared = self._machine[prepare["name"]](*arguments)
+            self._place(self._prepared)
+        entries = artifact.manifest.get("parts", [])
+        self._reuses = reuse_bytes > 0
+        self.parts = {
+            entry["name"]: Part(entry, self._tensor, self._part(entry["name"]), reuse_bytes // len(entries))
+            for entry in entries
+        }
+        """What functions of the artifact share between calls, by name."""
+        self._described = {function["name"]: function for function in artifact.manifest["functions"]}
+
+    devices: tuple[int, ...] = (_CPU,)
+    """Kinds of devices that the machine is given, the one of its tensors first."""
+
+    def _load(self) -> ModuleType:
+        """tvm_ffi with the runtime of the devices."""
+        return load()
+
+    @functools.cached_property
+    def _use_threads(self) -> Any:
+        return self._library.get_function("mpq_use_threads", query_imports=True)
+
+    def _place(self, prepared: Any) -> None:
+        """Has prepared weights where reading them is fastest."""
+        _use_large_pages(prepared)
+
+    def _part(self, name: str) -> Callable[..., Sequence[Any]]:
+        function = self._machine[name]
+        return lambda *tensors: function(*tensors, self._prepared)
+
+    def forget(self) -> None:
+        """Keeps nothing that parts have computed."""
+        for part in self.parts.values():
+            part.forget()
+
+    def _load_kernels(self, path: Path, sha256: str) -> Any:
+        # The dynamic loader knows libraries by path and keeps them: under its own path an artifact that was
+        # overwritten would run the old kernels. A link whose name is the hash of the content is loaded anew
+        # exactly when it should.
+        with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
+            link = Path(folder, f"{sha256}.so")
+            link.symlink_to(path.resolve())
+            return self._ffi.load_module(str(link), keep_module_alive=False)
+
+    @contextmanager
+    def _calling(self) -> Iterator[None]:
+        """Kernels share their loops among threads of the library, which have the same float environment."""
+        with _default_float_environment():
+            if code := self._use_threads(self.threads):
+                raise UserError(f"{self.threads} threads cannot be started ({os.strerror(code)}); load it with fewer")
+            yield
+
+    def _tensor(self, array: np.ndarray) -> Any:
+        """A tensor of the device with what an aligned array holds."""
+        return self._ffi.from_dlpack(array, require_alignment=ALIGNMENT)
+
+    def run(self, function: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
+        """Calls `function` on arrays of exactly its shapes and types, with any strides and alignment."""
+        staged = self._staged[function]
+        for (buffer, tensor), array in zip(staged, inputs, strict=True):
+            np.copyto(buffer, array)
+            self._send(buffer, tensor)
+        with self._calling():
+            shared = self._shared(function, staged)
+            result = self._functions[function](*(tensor for _, tensor in staged), *shared, self._prepared)
+        return self._received(result)
+
+    def _send(self, buffer: np.ndarray, tensor: Any) -> None:
+        """Brings what lies in a buffer to its tensor: the same memory, on a CPU."""
+
+    def _received(self, tensor: Any) -> np.ndarray:
+        """What a tensor of the device holds."""
+        return np.from_dlpack(tensor)
+
+    def _shared(self, function: str, staged: Sequence[Staged]) -> list[Any]:
+        """What the parts of `function` yield for its inputs, computed where it is not known."""
+        described = self._described[function]
+        if not (names := described.get("parts")):
+            return []
+        if not self._reuses:
+            self.forget()
+        arrays = {value["name"]: array for value, (array, _) in zip(described["inputs"], staged, strict=True)}
+        found = []
+        for part in map(self.parts.__getitem__, names):
+            results = part.results(arrays, described["batch"])
+            arrays |= {name: array for name, (array, _) in zip(part.outputs, results, strict=True)}
+            found += [tensor for _, tensor in results]
+        return found
+
+    def profile(
+        self, function: str, inputs: Sequence[np.ndarray], kernels: Collection[str]
+    ) -> list[tuple[str, float, float, int]]:
+        """(kernel, CPU seconds of this thread, seconds, bytes of its operands) of each call of ``kernels`` in a run.
+
+        The machine hands every call to a function of ours, which makes the call itself and has it skipped.
+        """
+        found: list[tuple[str, float, float, int]] = []
+
+        def timed(called: Any, name: str, before: bool, result: Any, *operands: Any) -> int:
+            if not before or name not in kernels:
+                return _GO_ON
+            size = sum(math.prod(t.shape) * _bytes(t.dtype) for t in operands)
+            wall, used = time.perf_counter(), time.thread_time()
+            called(*operands)
+            used, wall = time.thread_time() - used, time.perf_counter() - wall
+            found.append((name, used, wall, size))
+            return _SKIP
+
+        set_instrument = self._machine["set_instrument"]
+        set_instrument(self._ffi.convert(timed))
+        try:
+            self.run(function, inputs)
+        finally:
+            set_instrument(None)
+        return found
+
+
+def _use_large_pages(tensors: Iterable[Any]) -> None:
+    """Moves `tensors` into pages of 2 MiB where the system can (Linux 6.1): weights are read whole in every call.
+
+    Worth 1 to 3 % of a step of a UNet of 70 M parameters. A wish: where it is refused, small pages do as well.
+    """
+    if sys.platform != "linux":
+        return
+    madvise = ctypes.CDLL(None).madvise
+    for tensor in tensors:
+        begin = tensor.data_ptr() // _LARGE_PAGE * _LARGE_PAGE
+        end = tensor.data_ptr() + math.prod(tensor.shape) * _bytes(tensor.dtype)
+        madvise(ctypes.c_void_p(begin), ctypes.c_size_t(-(-(end - begin) // _LARGE_PAGE) * _LARGE_PAGE), _MADV_COLLAPSE)
+
+
+def _bytes(dtype: Any) -> int:
+    """Of an element of a tensor whose type tvm_ffi spells "float32", "uint8", "bool"."""
+    bits = "".join(c for c in str(dtype) if c.isdigit())
+    return -(-int(bits) // 8) if bits else 1

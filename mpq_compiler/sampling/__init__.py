@@ -1,0 +1,1 @@
+"""From noise to image in NumPy: schedulers, the loop, conditions and text."""

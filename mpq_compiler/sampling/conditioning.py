@@ -1,0 +1,263 @@
+"""What a denoiser is asked to draw: nothing in particular, classes, prompts, or conditions from a file.
+
+The float model and every artifact of it share this, so both are asked for the same. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpq_compiler.sampling.text_encoder import TextEncoder
+from mpq_compiler.support import tensorfile
+from mpq_compiler.support.errors import UserError, nearest
+
+Array = np.ndarray
+Spec = tuple[tuple[int, ...], str]
+"""The shape of an input without the batch, and the name of its type."""
+
+LABELS, TEXT = "class_labels", "encoder_hidden_states"
+EMBEDDED = {"guidance": 3.5, "timestep_cond": 8.5}
+"""Inputs by which models that were distilled for it take the guidance in place of a second call (Flux, and latent
+consistency models), and what diffusers' pipelines of them use by default."""
+NULL = "null."
+"""What the names of unconditional inputs begin with in a file."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The inputs besides latents and timestep, N rows each."""
+
+    values: Mapping[str, Array]
+    null: Mapping[str, Array] | None = None
+    """The same inputs for nothing in particular; None where the model does not know that."""
+    labels: Array | None = None
+    """The classes that are asked for, int64 [N], where the images can be judged by them."""
+
+    def take(self, rows: Array) -> Conditions:
+        return Conditions(
+            {name: value[rows] for name, value in self.values.items()},
+            None if self.null is None else {name: value[rows] for name, value in self.null.items()},
+            None if self.labels is None else self.labels[rows],
+        )
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """How a denoiser is told what to draw."""
+
+    name: str
+    """Of the model, for error messages."""
+    inputs: Mapping[str, Spec]
+    """Every input besides latents and timestep."""
+    fixed: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """The values of inputs that need not be given, such as the size of the image."""
+    classes: int | None = None
+    """How many classes can be asked for, the null class not among them."""
+    null_class: int | None = None
+    text: TextEncoder | None = None
+    given: Conditions | None = None
+    """Conditions from a file, in place of varied classes or prompts."""
+    whole: bool = True
+    """All channels of the latents are drawn; else some come from elsewhere, such as those of an image to be changed."""
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The inputs that have no fixed value."""
+        return tuple(name for name in self.inputs if name not in self.fixed.keys() | EMBEDDED.keys())
+
+    @property
+    def encoder(self) -> TextEncoder | None:
+        """What prompts are encoded with, where they are all that it takes."""
+        return self.text if self.needed == (TEXT,) else None
+
+    @property
+    def by_class(self) -> bool:
+        """Whether classes are all that it takes."""
+        return self.needed == (LABELS,) and bool(self.classes)
+
+    @property
+    def possible(self) -> bool:
+        """Whether conditions can be made here; else they must come from a file."""
+        return self.whole and (
+            self.given is not None or not self.needed or self.by_class or self.encoder is not None
+        )
+
+    def of(self, wanted: Sequence[int] | Sequence[str] | Array) -> Conditions:
+        """The conditions for class labels (the null class among them) or for prompts.
+
+        UserError: a label or a word that the model does not know; a model of another kind.
+        """
+        text = isinstance(wanted, Sequence) and any(isinstance(item, str) for item in wanted)
+        if text and (encoder := self.encoder):
+            prompts = [str(item) for item in wanted]
+            values, null = (
+                self._complete({TEXT: encoder.encode(p)}, len(prompts)) for p in (prompts, [""] * len(prompts))
+            )
+            return Conditions(values, null, encoder.labels(prompts))
+        if not text and self.by_class:
+            labels = self._known_labels(np.asarray(wanted, np.int64))
+            values = self._complete({LABELS: labels}, len(labels))
+            if self.null_class is None:
+                return Conditions(values, None, labels)
+            empty = np.full_like(labels, self.null_class)
+            return Conditions(values, self._complete({LABELS: empty}, len(labels)), labels)
+        raise self._refusal(text)
+
+    def _known_labels(self, labels: Array) -> Array:
+        last = max(self.classes or 0, (self.null_class or 0) + 1) - 1
+        for label in labels:
+            if not 0 <= label <= last:
+                raise UserError(f"'{self.name}' has the classes 0 to {last}, and {label} is none of them")
+        return labels
+
+    def _refusal(self, text: bool) -> UserError:
+        """How this model is conditioned, for it is not as it was asked."""
+        if not self.needed:
+            return UserError(f"'{self.name}' has no {'prompts' if text else 'classes'}: it is unconditional")
+        if self.by_class:
+            return UserError(f"'{self.name}' has no prompts, but the classes 0 to {(self.classes or 0) - 1}")
+        if self.encoder:
+            return UserError(f"'{self.name}' has no classes, but prompts such as '{self.encoder.example}'")
+        return UserError(
+            f"'{self.name}' is conditioned on {', '.join(self.needed)}, which cannot be made without its encoders: "
+            "give recorded ones in a file with --conditions, or put the artifact into its diffusers pipeline"
+        )
+
+    def varied(self, count: int) -> Conditions:
+        """Conditions for ``count`` images that differ: the classes, the prompts or the rows of the file in turn."""
+        if self.given is not None:
+            return self.given.take(np.arange(count) % len(next(iter(self.given.values.values()))))
+        if not self.needed:
+            return Conditions(self._complete({}, count))
+        if self.encoder:
+            return self.of([*itertools.islice(itertools.cycle(self.encoder.all_prompts), count)])
+        return self.of(np.arange(count) % (self.classes or 1))
+
+    def mixed(self, count: int, seed: int) -> Conditions:
+        """As `varied`, in an order drawn from the seed, and the null class or the empty prompt among them."""
+        order = np.random.Generator(np.random.PCG64(seed))
+        if self.given is not None:
+            rows = len(next(iter(self.given.values.values())))
+            return self.given.take(order.permutation(max(count, rows))[:count] % rows)
+        if self.encoder:
+            # As often as classes have their null class: one in each turn of the last slot.
+            turn = len(list(self.encoder.slots.values())[-1]) + 1
+            prompts = itertools.cycle(self.encoder.all_prompts)
+            mixed = ["" if i % turn == turn - 1 else next(prompts) for i in range(count)]
+            return self.of([mixed[i] for i in order.permutation(count)])
+        if self.by_class:
+            known = [*range(self.classes or 0), *([] if self.null_class is None else [self.null_class])]
+            return self.of(order.permutation(np.resize(known, count)))
+        return self.varied(count)
+
+    def chosen(self, count: int, label: int | None, prompt: str | None) -> Conditions:
+        """What the command line asks for: one class, one prompt, or `varied`. UserError: the model has none."""
+        if label is not None and prompt is not None:
+            raise UserError("give --class or --prompt, not both")
+        if label is not None:
+            return self.of([label] * count)
+        return self.varied(count) if prompt is None else self.of([prompt] * count)
+
+    def usual_guidance(self) -> float:
+        """What is drawn with where no guidance is asked for."""
+        return next((value for name, value in EMBEDDED.items() if name in self.inputs), 1.0)
+
+    def arguments(self, conditions: Conditions, count: int, guidance: float | None) -> dict[str, Any]:
+        """The `conditions`, `null_conditions` and `guidance` of `loop.sample`; by default without guidance.
+
+        UserError: guidance is asked for, and the model does not know the unconditional case.
+        """
+        require_guidance(guidance)
+        guidance = self.usual_guidance() if guidance is None else guidance
+        embedded = {
+            name: np.array([self._embedded(name, guidance)] * count, np.float32)
+            for name in self.inputs
+            if name in EMBEDDED
+        }
+        if embedded:
+            return {"conditions": {**conditions.values, **embedded}}
+        if guidance == 1.0:
+            return {"conditions": conditions.values}
+        if conditions.null is None:
+            raise UserError(
+                f"guidance leads away from what a model draws without conditions, and '{self.name}' "
+                + (
+                    "is unconditional: leave --guidance out"
+                    if not self.needed
+                    else f"has no inputs for that: leave --guidance out, or add '{NULL}{self.needed[0]}' to the file"
+                )
+            )
+        return {"conditions": conditions.values, "null_conditions": conditions.null, "guidance": guidance}
+
+    def _complete(self, values: Mapping[str, Array], count: int) -> dict[str, Array]:
+        """The values and the fixed ones, in the order of the inputs."""
+        fixed = {
+            name: np.array([value] * count, self.inputs[name][1]).reshape(count, *self.inputs[name][0])
+            for name, value in self.fixed.items()
+        }
+        return {name: {**fixed, **values}[name] for name in self.inputs if name not in EMBEDDED}
+
+    def _embedded(self, name: str, guidance: float) -> Any:
+        """The guidance as the model takes it: a number, or sines and cosines of it (arXiv 2310.04378, diffusers')."""
+        if not (shape := self.inputs[name][0]):
+            return guidance
+        (width,) = shape
+        angles = 1000.0 * (guidance - 1) * np.exp(-np.log(10000.0) / (width // 2 - 1) * np.arange(width // 2))
+        return np.concatenate([np.sin(angles), np.cos(angles), np.zeros(width % 2)])
+
+    def load(self, path: str | Path) -> Conditions:
+        """The conditions in a safetensors file, as `from_arrays`."""
+        return self.from_arrays(tensorfile.load(path), f"the file of conditions '{path}'")
+
+    def from_arrays(self, found: Mapping[str, Any], where: str) -> Conditions:
+        """Conditions given as arrays: every needed input by name, N rows each.
+
+        For guidance there are unconditional inputs too, as `null.<name>`, of 1 or N rows. UserError: an input is
+        missing, unknown, or of another shape or type.
+        """
+        arrays = {name: np.asarray(value) for name, value in found.items()}
+        count = max((len(v) for n, v in arrays.items() if v.ndim and not n.startswith(NULL)), default=0)
+        if missing := [name for name in self.needed if name not in arrays]:
+            raise UserError(f"{where} must hold '{missing[0]}', a condition of '{self.name}'")
+        values: dict[str, Array] = {}
+        null: dict[str, Array] = {}
+        for name, value in arrays.items():
+            plain = name.removeprefix(NULL)
+            if plain not in self.inputs or plain in EMBEDDED:
+                raise UserError(f"{where} must not hold '{plain}', no condition of '{self.name}': {self._known(plain)}")
+            rows = (1, count) if plain != name else (count,)
+            shape = self.inputs[plain][0]
+            if not count or value.shape[1:] != shape or len(value) not in rows:
+                wanted = [str(n) for n in (count or "N", *shape)]
+                raise UserError(f"'{name}' of {where} is {list(value.shape)}, and must be [{', '.join(wanted)}]")
+            converted = _converted(value, self.inputs[plain][1], f"'{name}' of {where}")
+            (null if plain != name else values)[plain] = np.broadcast_to(converted, (count, *shape)).copy()
+        for labels in (part[LABELS] for part in (values, null) if LABELS in part):
+            self._known_labels(labels)
+        complete = self._complete(values, count)
+        return Conditions(complete, {**complete, **null} if null else None, values.get(LABELS))
+
+    def _known(self, name: str) -> str:
+        return nearest(name, self.inputs.keys() - EMBEDDED.keys()) if self.inputs else "there is none"
+
+
+def require_guidance(guidance: float | None) -> None:
+    """UserError unless the guidance, where one is given, is a finite number that is not negative."""
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise UserError(f"--guidance {guidance:g} must be 0 or more, and finite: 1 is without, 7.5 is usual")
+
+
+def _converted(value: Array, kind: str, where: str) -> Array:
+    converted = value.astype(kind)
+    if np.dtype(kind).kind in "iu" and not np.array_equal(converted, value):
+        raise UserError(f"{where} must hold whole numbers")
+    if not np.isfinite(converted).all():
+        raise UserError(f"{where} holds NaN or infinity")
+    return converted

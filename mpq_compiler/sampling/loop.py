@@ -1,0 +1,152 @@
+"""The sampling loop, in NumPy; the float model and every artifact share it.
+
+No torch here, so an artifact samples where only the runtime is installed. Equal model outputs give equal images on
+every machine: noise comes from a seed, and updates are exact (`schedulers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from mpq_compiler.sampling.schedulers import Scheduler
+from mpq_compiler.support.errors import UserError, nearest
+
+Array = np.ndarray
+Progress = Callable[[int, int], None]
+"""Called with (done, total) after every model call."""
+
+CODECS = ("identity", "pixel_unshuffle2")
+
+
+class Model(Protocol):
+    """What the loop draws with: the inputs by name, arrays with the batch first; the output as an array."""
+
+    def __call__(self, **inputs: Array) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the model within `sample`, handed to its `observe`."""
+
+    step: int
+    """Index of the step, 0 first."""
+    timestep: float
+    rows: slice
+    """Which samples the batch holds."""
+    guided: bool
+    """True for the unconditional call that guidance adds."""
+    inputs: dict[str, Array]
+    output: Array
+
+
+def gaussian(count: int, shape: tuple[int, ...], seed: int | Sequence[int]) -> Array:
+    """Initial noise, float32 [count, *shape]: the first n of a larger count with the same seed are the
+    same."""
+    return np.random.Generator(np.random.PCG64(seed)).standard_normal((count, *shape), dtype=np.float32)
+
+
+def sample(
+    model: Model,
+    scheduler: Scheduler,
+    noise: Array,
+    conditions: Mapping[str, Array],
+    steps: int,
+    *,
+    latent: str = "sample",
+    seed: int = 0,
+    guidance: float = 1.0,
+    null_conditions: Mapping[str, Array] | None = None,
+    batch: int | None = None,
+    observe: Callable[[Call], None] | None = None,
+    progress: Progress | None = None,
+) -> Array:
+    """Draws latents from `noise` in `steps` steps: float32, the shape of `noise`.
+
+    Args:
+        model: called with `latent`=x, timestep [B] (the scheduler's values and type) and the conditions; further output
+            channels than x has (a predicted variance) are dropped.
+        noise: [N, C, H, W], standard normal.
+        conditions: by input name, arrays [N, ...].
+        seed: of the noise that stochastic schedulers add, which is the same however samples are batched.
+        guidance: classifier-free guidance, u + guidance * (c - u); other than 1 needs `null_conditions` [N, ...].
+        batch: how many samples a model call holds at most (all of them by default).
+        observe: sees every model call.
+
+    Raises:
+        UserError: the model's output is not finite, or an argument does not fit.
+    """
+    count, guided = len(noise), guidance != 1.0
+    if guided and null_conditions is None:
+        raise UserError(
+            "guidance needs the inputs of the unconditional model; leave guidance at 1 for this model"
+        )
+    for name, value in conditions.items():
+        if len(value) != count:
+            raise UserError(f"the condition '{name}' has {len(value)} rows for {count} samples")
+    timesteps = scheduler.timesteps(steps)
+    batch = min(batch or count, count) or 1
+    total = -(-count // batch) * steps * (2 if guided else 1)
+    done = 0
+
+    def call(x: Array, step: int, rows: slice, extra: Mapping[str, Array], unconditional: bool) -> Array:
+        nonlocal done
+        timestep = np.full(len(x), timesteps[step])
+        inputs = {
+            latent: x,
+            "timestep": timestep,
+            **{key: np.asarray(value)[rows] for key, value in extra.items()},
+        }
+        output = np.asarray(model(**inputs), dtype=np.float32)
+        if not np.isfinite(output).all():
+            raise UserError(
+                f"the model's output at timestep {timesteps[step]:g} is not finite; its weights, or the scales "
+                "of the artifact, do not suit these inputs"
+            )
+        if observe:
+            observe(Call(step, float(timesteps[step]), rows, unconditional, inputs, output))
+        done += 1
+        if progress:
+            progress(done, total)
+        if output.shape[1] < x.shape[1]:
+            raise UserError(
+                f"the model gives {output.shape[1]} channels for {x.shape[1]} that it takes: the others come from "
+                "elsewhere, such as an image to be changed, and it cannot draw alone"
+            )
+        return output[:, : x.shape[1]]
+
+    drawn = np.empty(noise.shape, np.float32)  # observers keep the inputs of every call, so no array is reused
+    for start in range(0, count, batch):
+        rows = slice(start, min(start + batch, count))
+        x = scheduler.start(np.asarray(noise[rows], dtype=np.float32), steps)
+        for step in range(steps):
+            given = scheduler.scaled(x, step, steps)
+            output = call(given, step, rows, conditions, False)
+            if guided:
+                assert null_conditions is not None
+                base = call(given, step, rows, null_conditions, True)
+                output = base + np.float32(guidance) * (output - base)
+            fresh = gaussian(count, noise.shape[1:], (seed, step + 1))[rows] if scheduler.stochastic else None
+            x = scheduler.step(output, step, steps, x, fresh)
+        drawn[rows] = x
+    return drawn
+
+
+def decode(codec: str, latents: Array) -> Array:
+    """Images in [-1, 1], float32 [N, channels, height, width], from latents [N, C, h, w].
+
+    `pixel_unshuffle2` stores a pixel's 2x2 neighbours as channels: [N, 4c, h, w] -> [N, c, 2h, 2w],
+    lossless. `identity` is for denoisers of pixels; for those of a VAE's latents it shows the latents
+    themselves.
+    """
+    latents = np.asarray(latents, dtype=np.float32)
+    if codec == "pixel_unshuffle2":
+        n, channels, height, width = latents.shape
+        blocks = latents.reshape(n, channels // 4, 2, 2, height, width)
+        latents = blocks.transpose(0, 1, 4, 2, 5, 3).reshape(n, channels // 4, 2 * height, 2 * width)
+    elif codec != "identity":
+        raise UserError(f"the codec {codec!r} is not known; {nearest(codec, CODECS)}")
+    return np.clip(latents, -1, 1)

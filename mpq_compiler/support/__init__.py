@@ -1,0 +1,1 @@
+"""No domain, no torch: errors, files, caches, plugins, the terminal."""

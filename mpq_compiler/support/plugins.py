@@ -1,0 +1,67 @@
+"""The one door for code that is found by name: built-in passes, formats and backends, and those of installed packages.
+
+Both are entry points of a group: the built-in ones stand in `plugins.toml`, the others in the metadata of their
+packages. Nothing else imports by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+import tomllib
+from collections.abc import Callable, Iterable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+_BUILT_IN = Path(__file__).parents[1] / "plugins.toml"
+
+
+@functools.cache
+def built_in(group: str) -> tuple[EntryPoint, ...]:
+    """The entry points of the group that the compiler brings along, in the order of `plugins.toml`."""
+    declared = tomllib.loads(_BUILT_IN.read_text(encoding="utf-8"))
+    return tuple(EntryPoint(name, value, group) for name, value in declared[group].items())
+
+
+def of(group: str) -> tuple[EntryPoint, ...]:
+    """The entry points of that group in all packages on the path, in the order of their names."""
+    return _scan(importlib.metadata.entry_points, tuple(sys.path), group)
+
+
+def find(group: str, name: str) -> EntryPoint | None:
+    """The entry point of that name: a built-in one, else that of a package; None where there is none."""
+    return next((entry for entry in (*built_in(group), *of(group)) if entry.name == name), None)
+
+
+def attribute(path: str) -> Any:
+    """The object at ``"package.module:name"``."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def module(name: str) -> Any:
+    """The module of that dotted name."""
+    return importlib.import_module(name)
+
+
+def version(entry: EntryPoint) -> str:
+    """A digest of the package behind an entry point: its release, and its modules as they are on disk."""
+    spec = importlib.util.find_spec(entry.module.split(".")[0])
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
+    files = [f for folder in folders for f in sorted(folder.rglob("*.py"))]
+    if spec and not folders and spec.origin:
+        files = [Path(spec.origin)]
+    digest = hashlib.sha256(f"{entry.value} {entry.dist.version if entry.dist else ''}".encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache  # a scan takes ten milliseconds, and a compilation asks for passes and formats hundreds of times
+def _scan(scan: Callable[..., Iterable[EntryPoint]], path: tuple[str, ...], group: str) -> tuple[EntryPoint, ...]:
+    return tuple(sorted(scan(group=group), key=lambda e: (e.name, e.value)))

@@ -1,0 +1,219 @@
+"""safetensors files whose large tensors can be mapped instead of copied; a reader that trusts nothing.
+
+Compiled kernels read their tensors with aligned vector loads, while the safetensors library packs tensors
+without gaps and knows no holes. So large tensors are put first, in an order that needs least padding, and
+what padding remains is named: `__pad<i>` tensors of type U8, which any other reader of the format sees as
+small tensors and this one leaves out. Small tensors stand last, unaligned: copying them costs less.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mpq_compiler.support.errors import UserError
+
+ALIGNMENT = 64
+_MAPPED = 4096  # bytes (one page) from which on a tensor is aligned and mapped
+_MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+_PAD = "__pad"
+
+_DTYPES = {
+    name: np.dtype(name)
+    for name in (
+        *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
+        *("float16", "float32", "float64"),
+    )
+}
+_CODES = {
+    **{dtype: f"{dtype.kind.upper()}{8 * dtype.itemsize}" for dtype in _DTYPES.values()},
+    np.dtype("bool"): "BOOL",
+}
+_NUMPY = {code: dtype for dtype, code in _CODES.items()}
+_BITS = {
+    **{code: 8 * dtype.itemsize for code, dtype in _NUMPY.items()},
+    **{"BF16": 16, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+}
+
+
+def payload_bytes(tensors: Mapping[str, np.ndarray]) -> int:
+    """Bytes of the tensors alone: neither padding nor header."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def save(
+    stream: BinaryIO, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes `tensors` to `stream`. The bytes depend on names and tensors, not on the mapping's order."""
+    text, chunks = _plan(tensors, metadata)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for chunk in chunks:
+        stream.write(chunk.reshape(-1).view(np.uint8).data)
+
+
+def places(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int, int]]:
+    """(first byte, end) of each tensor in the file that `save` writes of them."""
+    text, _ = _plan(tensors, None)
+    start = 8 + len(text)
+    spans = {name: entry["data_offsets"] for name, entry in json.loads(text).items()}
+    return {name: (start + spans[name][0], start + spans[name][1]) for name in tensors}
+
+
+def _plan(
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None
+) -> tuple[bytes, list[np.ndarray]]:
+    """The header and what follows it, in order."""
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    chunks: list[np.ndarray] = []
+    offset = pads = 0
+
+    def append(name: str, tensor: np.ndarray) -> None:
+        nonlocal offset
+        end = offset + tensor.nbytes
+        code = _CODES[tensor.dtype.newbyteorder("=")]
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        chunks.append(tensor)
+        offset = end
+
+    for name in _order(tensors):
+        tensor = tensors[name]
+        append(name, tensor.astype(tensor.dtype.newbyteorder("<"), order="C", copy=False))
+        if tensor.nbytes >= _MAPPED and offset % ALIGNMENT:
+            append(f"{_PAD}{pads}", np.zeros(-offset % ALIGNMENT, np.uint8))
+            pads += 1
+
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-(8 + len(text)) % ALIGNMENT), chunks
+
+
+def _order(tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """Large tensors of whole 64-byte blocks, other large ones, then small ones by falling element size."""
+    for name, tensor in tensors.items():
+        if name.startswith(_PAD) or name == "__metadata__":
+            raise ValueError(f"the tensor name '{name}' is reserved")
+        if tensor.dtype.newbyteorder("=") not in _CODES:
+            raise ValueError(f"tensor '{name}' has type {tensor.dtype}, which safetensors files cannot hold")
+
+    def rank(name: str) -> tuple[int, int, str]:
+        size = tensors[name].nbytes
+        if size < _MAPPED:
+            return 2, -tensors[name].dtype.itemsize, name
+        return int(size % ALIGNMENT != 0), 0, name
+
+    return sorted(tensors, key=rank)
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
+    """(entries by tensor name: dtype, shape, data_offsets; where the data begin) of a safetensors file.
+
+    Everything is checked before anything of the claimed size is allocated, so a hostile file costs nothing.
+    UserError: not a safetensors file, truncated, or a header that contradicts itself or the file.
+    """
+    path = Path(path)
+
+    def refuse(what: str) -> UserError:
+        return UserError(f"{path} is not a sound safetensors file: {what}; get the file again")
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8:
+                raise refuse(f"it has only {size} bytes")
+            if length > min(size - 8, _MAX_HEADER):
+                raise refuse(f"its header claims {length} bytes, the file has {size}")
+            text = stream.read(length)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        header = json.loads(text, object_pairs_hook=_unique)
+        if not isinstance(header, dict):
+            raise ValueError("its header is not an object")
+        header.pop("__metadata__", None)
+        spans = sorted(_span(name, entry) for name, entry in header.items())
+    except (ValueError, RecursionError) as error:
+        reason = "its header is not JSON" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise refuse(reason) from error
+    end = 0
+    for begin, stop, name in spans:
+        if begin != end:
+            raise refuse(f"tensor '{name}' begins at byte {begin} where {end} is expected")
+        end = stop
+    if 8 + length + end != size:
+        raise refuse(f"its tensors end at byte {8 + length + end}, the file has {size}")
+    return header, 8 + length
+
+
+def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The strings that a safetensors file says of itself. UserError: as `read_header`."""
+    read_header(path)
+    with Path(path).open("rb") as stream:
+        found = json.loads(stream.read(int.from_bytes(stream.read(8), "little"))).get("__metadata__")
+    return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("its header names a tensor twice")
+    return result
+
+
+def _span(name: str, entry: Any) -> tuple[int, int, str]:
+    """(begin, end, name) of one header entry, after all its parts agree. ValueError otherwise."""
+    try:
+        bits, shape, (begin, end) = _BITS[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"the entry of tensor '{name}' is incomplete or has an unknown type") from None
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in [*shape, begin, end]):
+        raise ValueError(f"the entry of tensor '{name}' holds something that is not a size")
+    if 8 * (end - begin) != bits * math.prod(shape):
+        raise ValueError(f"tensor '{name}' of shape {shape} does not fill its {end - begin} bytes")
+    return begin, end, name
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file by name, mapped copy-on-write: pages are read when they are touched.
+
+    bfloat16, which NumPy lacks, is read as float32. UserError: as `read_header`; a tensor of another type that NumPy
+    lacks (float8).
+    """
+    header, start = read_header(path)
+    data = np.memmap(path, np.uint8, mode="c")
+    tensors = {}
+    for name, entry in header.items():
+        if name.startswith(_PAD):
+            continue
+        begin, end = (start + offset for offset in entry["data_offsets"])
+        stored = np.asarray(data[begin:end])
+        if entry["dtype"] == "BF16":  # the upper half of a float32
+            stored = (stored.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        elif entry["dtype"] in _NUMPY:
+            stored = stored.view(_NUMPY[entry["dtype"]])
+        else:
+            raise UserError(f"tensor '{name}' of {path} has type {entry['dtype']}, which cannot be read here")
+        tensors[name] = stored.reshape(entry["shape"])
+    return tensors
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """An uninitialised C-ordered array that begins on a 64-byte boundary, as compiled kernels need it."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """`array` itself where it is C-ordered, writable and aligned, else a copy that is."""
+    if array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % ALIGNMENT == 0:
+        return array
+    copy = aligned_empty(array.shape, array.dtype)
+    copy[...] = array
+    return copy

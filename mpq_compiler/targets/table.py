@@ -1,0 +1,245 @@
+"""The targets: what each can do, what it needs of a CPU, and what this machine has.
+
+Nothing here imports torch or TVM: the runtime reads the table on devices that have neither.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mpq_compiler.support.errors import UserError, nearest
+from mpq_compiler.targets import nvidia
+from mpq_compiler.targets.numerics import BF16, FEATURES, INT8
+
+# Flags as /proc/cpuinfo spells them. LLVM may use every instruction of the level named by `mcpu`, not only
+# those our kernels ask for, so a target needs the whole level (x86-64 psABI).
+_X86_64_V3 = (
+    *("cx16", "lahf_lm", "popcnt", "pni", "ssse3", "sse4_1", "sse4_2"),
+    *("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"),
+)
+_X86_64_V4 = (*_X86_64_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_ARMV8 = ("fp", "asimd")
+# What LLVM assumes of cortex-a55 beyond the base level: half-precision arithmetic, dot products, v8.1 atomics
+# and rounding multiplies, CRC, weakly ordered loads (the cryptography extension is switched off below).
+_ARMV8_2 = (*_ARMV8, "asimdhp", "fphp", "asimddp", "atomics", "asimdrdm", "crc32", "lrcpc")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row of the table.
+
+    arch: machine of the host that runs it, as `platform.machine()` says ("x86_64", "aarch64", "any").
+    features: the /proc/cpuinfo flags without which its kernels would end in an illegal instruction; of a GPU what it
+        has code for, of which one will do (`gpu`).
+    cuda: the release of CUDA that the driver of a GPU must be of, or of a later one, as drivers count: 12060 of 12.6.
+    tvm: the dictionary for `tvm.target.Target`; empty where TVM takes no part.
+    isa: instruction family that kernel templates choose their inner loop by.
+    backend: "tvm", "reference" or "onnx".
+    status: where its kernels have run, if not on silicon.
+    numerics: those besides float32 that its attentions can have under ``--numerics fast`` (`targets.numerics`).
+    """
+
+    name: str
+    arch: str
+    isa: str
+    backend: str
+    features: tuple[str, ...] = ()
+    tvm: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    status: str = ""
+    numerics: tuple[str, ...] = ()
+    cuda: int = 0
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.isa == "cuda"
+
+    @property
+    def is_cuda12(self) -> bool:
+        """Whether drivers of CUDA 12 run it: code of its compiler, and TVM's runtime by way of `bundle.CUDART`."""
+        return self.is_cuda and self.cuda < nvidia.CUDA_13
+
+    @property
+    def levels(self) -> list[int]:
+        """Compute capabilities that it has code for, 10 times the number; none on a CPU."""
+        return nvidia.stated(self.features)
+
+    @property
+    def host(self) -> Mapping[str, Any]:
+        """The dictionary for `tvm.target.Target` of what runs on the CPU."""
+        return _HOSTS[self.arch] if self.is_cuda else self.tvm
+
+
+_ATTRIBUTES = {"avx512_bf16": "+avx512bf16", "avx512_vnni": "+avx512vnni"}
+"""What LLVM calls the features that kernels may ask for beyond those of their target."""
+
+
+def with_features(target: Target, features: Iterable[str]) -> Target:
+    """The target on CPUs that have these `numerics.FEATURES` as well."""
+    added = tuple(f for f in features if f not in target.features)
+    if not added:
+        return target
+    attributes = [*target.tvm.get("mattr", ()), *(_ATTRIBUTES[f] for f in added)]
+    return replace(target, features=(*target.features, *added), tvm={**target.tvm, "mattr": attributes})
+
+
+# Kernels are written in vectors. LLVM 22's own loop vectoriser adds nothing to them, and turns a load at
+# c * 16 + v % 16 in a loop over v into a contiguous one, with wrong values and reads out of bounds.
+_LLVM: dict[str, Any] = {"kind": "llvm", "cl-opt": ["-vectorize-loops=false"]}
+
+
+def _x86(
+    name: str, isa: str, mcpu: str, mattr: list[str], features: tuple[str, ...], numerics: tuple[str, ...] = ()
+) -> Target:
+    options: dict[str, Any] = {**_LLVM, "mtriple": "x86_64-linux-gnu", "mcpu": mcpu}
+    if mattr:
+        options["mattr"] = mattr
+    return Target(name, "x86_64", isa, "tvm", features, options, numerics=numerics)
+
+
+def _arm(name: str, isa: str, mcpu: str, mattr: list[str], features: tuple[str, ...]) -> Target:
+    """Instructions are ordered for a core that runs them in order; those that reorder do not mind.
+
+    Loads are not paired: the in-order cores take as long for a pair as for six, the others for two.
+    """
+    options: dict[str, Any] = {**_LLVM, "mtriple": "aarch64-linux-gnu", "mattr": [*mattr, "+disable-ldp"]}
+    if mcpu:
+        options |= {"mcpu": mcpu, "mattr": [*options["mattr"], "-aes", "-sha2"]}
+    return Target(name, "aarch64", isa, "tvm", features, options, "run under qemu, never on silicon")
+
+
+_HOSTS: dict[str, dict[str, Any]] = {
+    "x86_64": {**_LLVM, "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64"},
+    "aarch64": {**_LLVM, "mtriple": "aarch64-linux-gnu"},
+}
+"""What launches kernels on a GPU runs on any CPU of the architecture."""
+
+
+def _cuda(name: str, arch: str, *levels: int, release: int = nvidia.CUDA_13) -> Target:
+    """The same source for all levels and releases of CUDA: tensor cores multiply integers alike, but Hopper's alone."""
+    options = {"kind": "cuda", "arch": f"sm_{levels[0]}"}
+    features = tuple(map(nvidia.feature, levels))
+    status = "run on an emulator, never on silicon"
+    return Target(name, arch, "cuda", "tvm", features, options, status, (BF16,), release)
+
+
+def _single(name: str, release: int = nvidia.CUDA_13) -> Iterator[Target]:
+    """A target for each level; of these a Jetson alone has an AArch64 CPU."""
+    for level in (80, 87, 89, 90):
+        yield _cuda(f"{name}-sm{level}", "aarch64" if level == 87 else "x86_64", level, release=release)
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        _x86("x86-64-avx2", "avx2", "x86-64-v3", [], _X86_64_V3),
+        _x86("x86-64-avxvnni", "avxvnni", "x86-64-v3", ["+avxvnni"], (*_X86_64_V3, "avx_vnni")),
+        _x86("x86-64-avx512", "avx512", "x86-64-v4", [], _X86_64_V4, numerics=(BF16,)),
+        # x86-64-v4 has no VNNI of its own: without the attribute LLVM cannot select vpdpbusd and aborts.
+        _x86(
+            *("x86-64-avx512vnni", "avx512vnni", "x86-64-v4", ["+avx512vnni"]),
+            (*_X86_64_V4, "avx512_vnni"),
+            numerics=(BF16, INT8),
+        ),
+        _arm("aarch64-neon", "neon", "cortex-a53", ["+neon", "-crc"], _ARMV8),
+        _arm("aarch64-dotprod", "dotprod", "cortex-a55", ["+neon", "+dotprod"], _ARMV8_2),
+        _arm("aarch64-i8mm", "i8mm", "", ["+neon", "+dotprod", "+i8mm"], (*_ARMV8, "asimddp", "i8mm")),
+        *_single("cuda"),
+        _cuda("cuda", "x86_64", 80, 87, 89, 90),
+        _cuda("cuda-aarch64", "aarch64", 80, 87, 89, 90),
+        *_single("cuda12", release=12060),
+        Target("onnx", "any", "onnx", "onnx"),
+        Target("reference", "any", "reference", "reference"),
+    )
+}
+
+# What `native` means, best first.
+_NATIVE = (
+    *("x86-64-avx512vnni", "x86-64-avxvnni", "x86-64-avx512", "x86-64-avx2"),
+    *("aarch64-i8mm", "aarch64-dotprod", "aarch64-neon"),
+)
+
+
+def resolve(name: str) -> Target:
+    """The target called `name`; `native` is the best one whose features this CPU has.
+
+    UserError: an unknown name; `native` on a CPU that no target covers.
+    """
+    if name != "native":
+        if name not in TARGETS:
+            raise UserError(f"there is no target '{name}': {nearest(name, ['native', *TARGETS])}")
+        return TARGETS[name]
+    for candidate in _NATIVE:
+        if not missing_features(TARGETS[candidate]):
+            return TARGETS[candidate]
+    raise UserError(
+        f"no target fits this {platform.machine()} CPU (x86-64 needs AVX2): "
+        "name one with --target, or use --target reference, which runs anywhere on torch"
+    )
+
+
+def numerics_of(name: str) -> tuple[str, ...]:
+    """The `Target.numerics` of a target; of `native` those that this CPU has the features for."""
+    target = resolve(name)
+    native = name == "native"
+    return tuple(kind for kind in target.numerics if not (native and missing(target.arch, FEATURES[kind])))
+
+
+@functools.cache
+def host_features() -> frozenset[str]:
+    """The flags that every core of this machine has, as /proc/cpuinfo spells them; empty if unreadable."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return frozenset()
+    return _common_flags(text)
+
+
+def _common_flags(cpuinfo: str) -> frozenset[str]:
+    """Flags that all processors listed have (cores of one chip can differ on AArch64)."""
+    cores = [
+        frozenset(value.split())
+        for key, _, value in (line.partition(":") for line in cpuinfo.splitlines())
+        if key.strip() in ("flags", "Features")
+    ]
+    return frozenset.intersection(*cores) if cores else frozenset()
+
+
+def missing_features(target: Target) -> list[str]:
+    """What this machine lacks to run `target`: CPU flags in the table's order, another architecture, or a driver."""
+    return missing(target.arch, target.features, target.cuda)
+
+
+def missing(arch: str, features: Iterable[str], cuda: int = 0) -> list[str]:
+    """`missing_features` of an artifact, which states its architecture, features and release of CUDA itself."""
+    if arch not in ("any", platform.machine()):
+        return [f"an {arch} CPU"]
+    features = tuple(features)
+    levels = nvidia.levels()
+    if (code := nvidia.stated(features)) and not any(nvidia.runs(code, level) for level in levels[:1]):
+        own = " and ".join(map(nvidia.feature, levels))
+        if any(nvidia.runs(code, level) for level in levels):
+            own += ", and the first is used: choose by CUDA_VISIBLE_DEVICES"
+        wanted = " or ".join(map(nvidia.feature, code))
+        return [f"an NVIDIA GPU that runs {wanted}" + (f" (it has {own})" if own else "")]
+    if code and (version := nvidia.driver_version()) < cuda:
+        return [f"an NVIDIA driver of CUDA {nvidia.spelled(cuda)} (it has {nvidia.spelled(version)})"]
+    return [flag for flag in features if not nvidia.stated([flag]) and flag not in host_features()]
+
+
+def require_runnable(target: Target) -> None:
+    """UserError naming what this machine lacks; running on would end in an illegal instruction."""
+    require_host(target.name, target.arch, target.features)
+
+
+def require_host(name: str, arch: str, features: Iterable[str]) -> None:
+    """`require_runnable` of an artifact compiled for target `name`, by what its manifest says it needs."""
+    if lacking := missing(arch, features):
+        raise UserError(
+            f"this machine ({platform.machine()}) cannot run '{name}': it lacks {', '.join(lacking)}; "
+            "run it on a machine that has all it needs, or compile with --target native"
+        )

@@ -1,0 +1,1 @@
+"""Training of what is stored against the float model."""

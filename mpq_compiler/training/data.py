@@ -1,0 +1,146 @@
+"""Inputs and targets to train on: the float model's trajectories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpq_compiler.analysis.time_weights import by_gains
+from mpq_compiler.analysis.trajectory_error import PART, SEED
+from mpq_compiler.frontend.calibration_file import held_out_rows, latent_numbers
+from mpq_compiler.frontend.trajectories import record_teacher
+from mpq_compiler.ir import costs
+from mpq_compiler.ir.blocks import Block, cut
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.support.execution import batches
+
+BATCH = 32
+
+MACS = 2.4e10
+"""Multiply-accumulates of layers that two cores get through in a second of training, the gradients' included."""
+
+HELD_OUT = 8
+"""Trajectories to judge by, beside those that are trained on; of given calls one in so many."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The float model's calls: inputs [N, ...] by name, and its outputs for them [N, C, H, W]."""
+
+    inputs: dict[str, Tensor]
+    targets: Tensor
+    teacher: Program | None = None
+    """What makes other targets than those, where they are too many to keep."""
+    weights: Tensor | None = None
+    """f32 [N]: how much the error of a call counts; None: all alike."""
+    stride: int | None = None
+    """Calls from one step of a trajectory to the next; None where the order is not known."""
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def select(self, index: Tensor) -> Data:
+        weights = None if self.weights is None else self.weights[index]
+        inputs = {name: x[index] for name, x in self.inputs.items()}
+        return replace(self, inputs=inputs, targets=self.targets[index], weights=weights, stride=None)
+
+    def before(self, index: Tensor, steps: int) -> list[dict[str, Tensor]]:
+        """Inputs of so many calls before those of ``index`` in their trajectories; nothing where these are not known.
+
+        Before the first call stands that call itself.
+        """
+        found: list[dict[str, Tensor]] = []
+        while self.stride is not None and len(found) < steps:
+            index = torch.where(index < self.stride, index, index - self.stride)
+            found.append({name: x[index] for name, x in self.inputs.items()})
+        return found
+
+    def weighted(self, gains: Sequence[tuple[float, float]]) -> Data:
+        """The calls, whose errors count by gains at ascending timesteps (`time_weights.by_gains`), 1 on average."""
+        weights = by_gains(self.inputs["timestep"], gains)
+        return replace(self, weights=(weights / weights.mean()).float())
+
+    def parts_of_key(self) -> tuple[dict[str, Tensor], ...]:
+        """All that a training on the calls depends on."""
+        return self.inputs, {"targets": self.targets}, {} if self.weights is None else {"weights": self.weights}
+
+    def squared(self, values: Tensor) -> Tensor:
+        """The squares of values [N, ...] of the calls, a sum over each call that counts by its weight, f32 [N]."""
+        sums = values.square().flatten(1).sum(1)
+        return sums if self.weights is None else sums * self.weights
+
+    def judged_by(self, teacher: Program, session: Session | None = None) -> Data:
+        """The calls with a float program's outputs as targets: now, or as they are asked for."""
+        if session is None:
+            return replace(self, teacher=teacher)
+        outputs = session.map(lambda piece: run(teacher, piece.inputs), self.parts())
+        return replace(self, targets=torch.cat(outputs))
+
+    def wanted(self) -> Tensor:
+        return self.targets if self.teacher is None else run(self.teacher, self.inputs)
+
+    def parts(self) -> Iterator[Data]:
+        for start in range(0, len(self), PART):
+            yield self.select(torch.arange(start, min(start + PART, len(self))))
+
+
+def calls(session: Session, samples: int, steps: int) -> tuple[Data, Data]:
+    """Calls of the float model to train on, and others to judge by: of its sampling, or of the inputs given."""
+    denoiser = session.denoiser
+    assert denoiser is not None
+    given = session.calibration
+    total = len(given["timestep"]) if given else (samples + HELD_OUT) * steps * denoiser.calls_per_step
+    with session.track("teaching", total) as advance:
+
+        def teacher(**inputs: Any) -> np.ndarray:
+            output = denoiser(**inputs).numpy()
+            advance(len(output))
+            return output
+
+        if given is not None:
+            outputs = np.concatenate([teacher(**batch) for batch in batches(given)])
+            both = Data(given, torch.from_numpy(outputs))
+            chosen = held_out_rows(latent_numbers(given), given["timestep"], HELD_OUT)
+            if not bool(chosen.any()):
+                return both, both
+            return both.select(~chosen), both.select(chosen)
+        seed = session.seed + SEED
+        stride = samples * denoiser.calls_per_step
+        return (
+            Data(*record_teacher(denoiser, samples, steps, seed, teacher), stride=stride),
+            Data(*record_teacher(denoiser, HELD_OUT, steps, seed + 1, teacher)),
+        )
+
+
+def affordable(program: Program, minutes: float) -> int:
+    """Steps of training in the minutes given, reckoned from the size of the model alone."""
+    macs = sum(costs.macs(program.facts["planned"]).values())
+    return int(minutes * 60 * MACS / (3 * BATCH * max(macs, 1)))
+
+
+def block_updates(program: Program, found: Sequence[Block], updates: int) -> int:
+    """Steps of training of each block in the time of so many of the whole program.
+
+    A step of a block runs what leads up to it forward, in the float program too, and the block itself backward.
+    """
+    planned: Program = program.facts["planned"]
+    macs = costs.macs(planned)
+    own = {n.name: str(costs.weight_path(n)) for n in planned.quantizable}
+    spent = 0
+    for block in found:
+        reached = {n.name for n in cut(planned, block.output).graph.nodes} & macs.keys()
+        inside = sum(macs[name] for name in reached if own[name] in block.parameters)
+        spent += 2 * (sum(macs[name] for name in reached) + inside)
+    return updates * 3 * sum(macs.values()) // max(spent, 1)
+
+
+def trajectories(updates: int, epochs: int, steps: int) -> int:
+    """How many of so many steps give the updates calls that come back so often at most."""
+    return -(-updates * BATCH // (epochs * steps))

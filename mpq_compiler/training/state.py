@@ -1,0 +1,129 @@
+"""The state of a training run, kept on disk so that another process can go on with it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.blocks import Block
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.support import cache
+from mpq_compiler.training.data import Data
+from mpq_compiler.training.relation_loss import Term
+from mpq_compiler.training.variables import Kind, Variable
+
+RATES: Mapping[Kind, float] = {
+    Kind.LATENT: 1.5e-3,
+    Kind.SCALE: 7.5e-4,
+    Kind.OFFSET: 7.5e-4,
+    Kind.RANGE: 7.5e-4,
+    Kind.ZERO: 1.5e-3,
+    Kind.FLOAT: 7.5e-4,
+}
+"""Learning rates at the start, in units of theta (`student`); they fall to zero along a cosine."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is trained, and for how many steps."""
+
+    name: str
+    latent: bool
+    """Latent weights too, and with them the codes; else those are frozen."""
+    steps: int
+    rates: Mapping[Kind, float] = field(default_factory=lambda: dict(RATES))
+    """Of learning, by kind of variable."""
+    block: Block | None = None
+    """The one block that is trained, against its own output in the float program; else all of the program."""
+    relation: Term | None = None
+    """A loss of features beside that of the output (`relation`)."""
+    adapters: int = 0
+    """The rank of what moves latent weights (`variables.Adapted`); 0: each moves by itself."""
+    range_network: bool = False
+    """Networks make the scales of activations (`variables.Timed`); else each moves by itself."""
+
+
+@dataclass
+class State:
+    """Where training is: thetas, the moments of Adam, and the best thetas so far."""
+
+    thetas: dict[str, Tensor]
+    first: dict[str, Tensor]
+    second: dict[str, Tensor]
+    best: dict[str, Tensor]
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """The parts of a `relation_loss.Memory`, where there is one."""
+    step: int = 0
+    usual: float = 0.0
+    """A running mean of the gradient's norm."""
+    before: float = math.inf
+    least: float = math.inf
+    best_step: int = 0
+    diverged: int | None = None
+
+    @classmethod
+    def start(cls, trained: Mapping[str, Variable]) -> State:
+        zeros = {name: variable.zeros() for name, variable in trained.items()}
+        return cls(dict(zeros), dict(zeros), dict(zeros), zeros)
+
+
+def key(program: Program, trained: Mapping[str, Variable], stage: Stage, data: Data, held_out: Data, seed: int) -> str:
+    """Everything that the outcome of a stage depends on."""
+    import platform
+
+    read = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
+    text = "\n".join(f"{n.name} {ops.name_of(n.target)} {n.args} {n.kwargs}" for n in program.graph.nodes)
+    latents = {name: v.start for name, v in trained.items() if v.kind == Kind.LATENT}
+    capability = torch.backends.cpu.get_cpu_capability()
+    times = program.facts["time-groups"] if stage.relation else ""  # by which it keeps what other steps had
+    versions = f"2 {seed} {stage}{times} {torch.__version__} {platform.machine()} {capability}"
+    if stage.block is not None or stage.relation is not None:  # whose teacher is the float program
+        read |= {str(n.target) for n in program.facts["planned"].graph.nodes if n.op == "get_attr"}
+    tensors = {name: program.tensors[name].contiguous() for name in sorted(read)}
+    return cache.digest(
+        versions,
+        text,
+        tensors,
+        latents,
+        *(d.inputs | {"": d.targets} | ({} if d.weights is None else {" ": d.weights}) for d in (data, held_out)),
+    )
+
+
+class Kept:
+    """The state of one stage in the cache."""
+
+    PARTS = ("thetas", "first", "second", "best", "memory")
+    FACTS = ("step", "usual", "before", "least", "best_step", "diverged")
+
+    def __init__(self, key: str, session: Session) -> None:
+        self.path = cache.folder(session.cache) / "training" / f"{key}.safetensors"
+
+    def load(self) -> State | None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path, "pt") as file:
+                facts = json.loads(file.metadata()["state"])
+                found: dict[str, dict[str, Tensor]] = {part: {} for part in self.PARTS}
+                for name in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                    part, _, of = name.partition("/")
+                    found[part][of] = file.get_tensor(name)
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return None
+        parts = (found["thetas"], found["first"], found["second"], found["best"], found["memory"])
+        return State(*parts, **facts)
+
+    def save(self, state: State) -> None:
+        from safetensors.torch import save
+
+        tensors = {f"{part}/{name}": t for part in self.PARTS for name, t in getattr(state, part).items()}
+        copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}  # none is there twice
+        facts = json.dumps({name: getattr(state, name) for name in self.FACTS})
+        cache.write(self.path, save(copies, {"state": facts}))

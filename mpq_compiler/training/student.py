@@ -1,0 +1,280 @@
+"""The fake-quantized program with variables in the place of stored tensors: what training changes.
+
+Every variable is a function of a tensor ``theta``, zero at the start and without a unit, so that one learning rate
+serves all variables of a kind whatever their size: scales are multiplied by ``exp(theta)``, floats move by ``theta``
+times their root mean square, latent weights by ``theta`` steps of their table. What the program reads is projected to
+the stored type in every step, with straight-through gradients: the program that is trained is the one that is stored.
+Adapters of low rank may move latent weights, and networks make the scales of time groups; neither is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler.formats import contract
+from mpq_compiler.formats.contract import nearest_codes, rising
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.graph import arguments, operand
+from mpq_compiler.ir.interpreter import Interpreter
+from mpq_compiler.ir.program import Program
+from mpq_compiler.training.variables import EDGE, WIDTHS, Adapted, Kind, Settled, Timed, Variable, ends, gaps, settled
+
+
+class _Levels(torch.autograd.Function):
+    """Rows [O, K] moved to their nearest levels.
+
+    Gradients (Esser 2020, arXiv 1902.08153, eq. 2-3, for any table), with t = (w - offset) / scale: a weight's passes
+    straight through up to half a step beyond the table's ends; a scale's is ``entry - t`` between them and ``entry``
+    beyond; an offset's is what does not reach the weights.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        scale: Tensor,
+        offset: Tensor | None,
+        lut: Tensor | None,
+        row_class: Tensor | None,
+        segments: tuple[int, ...] | None,
+    ) -> Tensor:
+        codes = nearest_codes(rows, scale, offset, lut, row_class, segments)
+        entry = contract.entries(codes, lut, row_class)
+        wide = contract.column_scale(scale, segments, rows.shape[1])
+        shifted = rows if offset is None else rows - offset[:, None]
+        t = shifted / wide
+        low, high = ends(lut, row_class, len(rows))
+        inside = (t >= low) & (t <= high)
+        ctx.save_for_backward(inside, torch.where(inside, entry - t, entry))
+        ctx.shape, ctx.segments, ctx.shifts = scale.shape, segments, offset is not None
+        level = entry * wide
+        return level if offset is None else level + offset[:, None]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        inside, slope = ctx.saved_tensors
+        to_rows = gradient * inside
+        product = gradient * slope
+        if ctx.segments is None or len(ctx.segments) == 1:
+            to_scale = product.sum(1, keepdim=True).expand(ctx.shape)
+        else:
+            index = contract.column_segments(ctx.segments, product.shape[1])
+            to_scale = torch.zeros(ctx.shape).index_add(1, index, product)
+        to_offset = (gradient - to_rows).sum(1) if ctx.shifts else None
+        return to_rows, to_scale, to_offset, None, None, None
+
+
+class _Rounded(torch.autograd.Function):
+    """``s * round(clamp(x / s, -z, most - z))`` with the gradients of `ops.fake_quantize`, in one step.
+
+    s and z broadcast over x; gradients to x, s and z (Esser 2020, eq. 2-3; a zero point moves what is clamped).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, s: Tensor, z: Tensor, most: int) -> Tensor:
+        t = x * (torch.ones((), dtype=torch.float32) / s)
+        code = torch.maximum(torch.minimum(t, most - z), -z)
+        inside = torch.eq(t, code, out=torch.empty_like(t))  # 0 and 1: with booleans torch takes twice as long
+        code.round_()
+        ctx.save_for_backward(inside.to(torch.uint8), torch.sub(code, t.mul_(inside), out=t), s)
+        return code.mul_(s)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        inside, slope, s = ctx.saved_tensors
+        to_x = gradient * inside.to(torch.float32)
+        to_s = (gradient * slope).sum_to_size(s.shape)
+        to_z = (to_x - gradient).sum_to_size(s.shape) * s
+        return to_x, to_s, to_z, None
+
+
+class Student(Interpreter):
+    """Runs the program with other values of what is stored; differentiable in them."""
+
+    def __init__(self, program: Program, values: Mapping[str, Tensor]) -> None:
+        """values: those of `values`."""
+        super().__init__(program)
+        self.values = values
+        totals = [w.node for w in settled(program) if w.signs is not None and w.node.name in values]
+        self.unread = frozenset(operand(total, part) for total in totals for part in (0, 1))
+
+    def attribute(self, name: str) -> Any:
+        return self.values[name] if name in self.values else super().attribute(name)
+
+    def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.name in self.values:
+            return self.values[node.name]
+        if node in self.unread:
+            return None
+        if node.target is ops.fake_quantize:
+            x, scale, zero, group, bits = args
+            return _Rounded.apply(
+                x, *(ops.per_sample(t.to(torch.float32), group, x) for t in (scale, zero)), 2**bits - 1
+            )
+        return super().call(node, args, kwargs)
+
+
+def values(program: Program, variables: Mapping[str, Variable], thetas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """f32 values of the variables by the names of the stored tensors, and of the weights they make by that of the node.
+
+    variables: by the name of the stored tensor; a latent weight by that of its codes.
+    """
+    found = {name: v(thetas[name]) for name, v in variables.items() if v.kind != Kind.LATENT}
+    for weight in settled(program):
+        if weight.scale not in found:
+            continue
+        scale, offset = found[weight.scale], None if weight.offset is None else found[weight.offset]
+        row_class = None if weight.row_class is None else program.tensors[weight.row_class]
+        table, segments = weight.table(program), weight.segments
+        if weight.codes in variables:
+            rows = variables[weight.codes](thetas[weight.codes])
+            level = _Levels.apply(rows, scale, offset, table, row_class, segments)
+        else:
+            codes = weight.merged_codes(program)
+            level = ops.dequantize_weight(codes, scale, offset, table, row_class, codes.shape, segments)
+        found[weight.node.name] = level.reshape(weight.shape)
+    return found
+
+
+def variables(
+    program: Program, latent: bool, adapters: int = 0, times: Tensor | None = None, seed: int = 0
+) -> dict[str, Variable]:
+    """All that can be trained, in graph order: latent weights too, or else the codes stay what they are.
+
+    adapters: the rank of what moves latent weights; 0: each weight moves by itself. times: those of the time groups
+    [G], from 0 to 1 over the range of times, for networks that make the scales of activations; None: each scale moves
+    by itself. seed: of what adapters and networks start with.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, Variable] = {}
+    tensors, originals = program.tensors, program.facts["latents"]
+    for weight in settled(program):
+        found[weight.scale] = _scale(Kind.SCALE, tensors[weight.scale])
+        if weight.offset is not None:
+            found[weight.offset] = _float(Kind.OFFSET, tensors[weight.offset])
+        if latent:
+            rows = tensors.read(originals[weight.node.name]).flatten(1)
+            table = weight.table(program)
+            step = 1.0 if table is None else float(_mean_step(table))
+            unit = contract.column_scale(tensors.read(weight.scale), weight.segments, rows.shape[1]) * step
+            if adapters:
+                found[weight.codes] = _adapted(_dequantized(program, weight), unit, adapters, generator)
+            else:
+                found[weight.codes] = Variable(Kind.LATENT, _within(program, weight, rows), unit, torch.float32)
+    for node in program.graph.nodes:
+        if node.target in _SCALED:
+            scale = str(operand(node, 1).target)
+            found[scale] = _scale(_SCALED[node.target], tensors[scale])
+        for scale, zero, bits in _tables(node):
+            found[scale] = _scale(Kind.RANGE, tensors[scale])
+            start = tensors.read(zero).to(torch.float32)
+            found[zero] = Variable(Kind.ZERO, start, torch.ones(()), tensors[zero].dtype, 2**bits - 1)
+    if times is not None:
+        embedding = _embedding(times)
+        for name, variable in found.items():
+            if variable.kind == Kind.RANGE:
+                found[name] = _timed(variable, embedding, generator)
+    for node in program.graph.nodes:
+        name = str(node.target)
+        if node.op == "get_attr" and name not in found and _is_parameter(tensors[name], name):
+            found[name] = _float(Kind.FLOAT, tensors[name])
+    return found
+
+
+_SCALED = {ops.fake_quantize_float: Kind.RANGE, ops.dequantize_float8: Kind.SCALE}
+"""Calls of small floats, whose second operand is their scale."""
+
+
+def _within(program: Program, weight: Settled, rows: Tensor) -> Tensor:
+    """The float weights [O, K], moved just into the cells of the codes that were chosen for them.
+
+    What GPTQ or learned rounding has chosen is where training starts, and the float weight says to which side a code
+    may change first.
+    """
+    tensors, codes, table = program.tensors, weight.merged_codes(program), weight.table(program)
+    scale = contract.column_scale(tensors[weight.scale], weight.segments, rows.shape[1])
+    offset = 0 if weight.offset is None else tensors.read(weight.offset)[:, None]
+    if table is None:
+        low, high = codes - 0.5, codes + 0.5
+        margin: Any = EDGE
+    else:
+        levels, order = rising(table)
+        middles = (levels[:, 1:] + levels[:, :-1]) / 2
+        ends = torch.full_like(levels[:, :1], torch.inf)
+        classes = contract.row_classes(None if weight.row_class is None else tensors[weight.row_class], len(rows))
+        rank = order.argsort(1)[classes].gather(1, codes.long())
+        low, high = (torch.cat(parts, 1)[classes].gather(1, rank) for parts in ((-ends, middles), (middles, ends)))
+        margin = EDGE * float(_mean_step(table))
+    t = (rows - offset) / scale
+    return torch.minimum(torch.maximum(t, low + margin), high - margin) * scale + offset
+
+
+def _dequantized(program: Program, weight: Settled) -> Tensor:
+    """The levels [O, K] of the codes that were chosen."""
+    tensors, codes = program.tensors, weight.merged_codes(program)
+    offset, row_class = (None if n is None else tensors[n] for n in (weight.offset, weight.row_class))
+    table, scale = weight.table(program), tensors[weight.scale]
+    return ops.dequantize_weight(codes, scale, offset, table, row_class, codes.shape, weight.segments)
+
+
+def _tables(node: fx.Node) -> list[tuple[str, str, int]]:
+    """Store names of scale and zero point, and the bits, of the quantizers in a call."""
+    if node.target is ops.fake_quantize:
+        _, scale, zero, _, bits = arguments(node)
+        return [(str(scale.target), str(zero.target), bits)]
+    if node.target is ops.fake_quantize_attention:
+        _, _, _, _, scale, zero, *_, bits = arguments(node)
+        return [(str(scale.target), str(zero.target), bits)]
+    return []
+
+
+def _is_parameter(tensor: Tensor, name: str) -> bool:
+    return tensor.is_floating_point() and not name.startswith(("constant.", "time_groups."))
+
+
+def _adapted(start: Tensor, unit: Tensor, rank: int, generator: torch.Generator) -> Adapted:
+    """A latent weight with adapters: B zero, A Kaiming-uniform, whose size is in the unit."""
+    down = torch.empty(start.shape[1], rank).uniform_(-math.sqrt(3), math.sqrt(3), generator=generator)
+    return Adapted(Kind.LATENT, start, unit.mean(1, keepdim=True), torch.float32, down=down)
+
+
+def _timed(table: Variable, embedding: Tensor, generator: torch.Generator) -> Timed:
+    """A table of scales that a network makes: what it starts with."""
+    network: list[Tensor] = []
+    unit: list[Tensor] = []
+    for inputs, outputs in pairwise(WIDTHS):
+        network += [torch.randn(outputs * inputs, generator=generator) * math.sqrt(2 / inputs), torch.zeros(outputs)]
+        unit += [torch.full((outputs * inputs,), 1 / inputs), torch.ones(outputs)]
+    network[-2:] = torch.zeros(WIDTHS[-2]), torch.full((1,), math.log(math.e - 1))  # softplus makes 1 of it
+    return Timed(table.kind, table.start, torch.cat(unit), table.dtype, embedding=embedding, network=torch.cat(network))
+
+
+def _embedding(times: Tensor) -> Tensor:
+    """[G, WIDTHS[0]]: sines of times [G] from 0 to 1, as diffusion models make them of 1000 timesteps."""
+    count = WIDTHS[0] // 2
+    phase = 1000 * times[:, None] * torch.exp(torch.arange(count) * (-math.log(10000) / count))
+    return torch.cat([phase.cos(), phase.sin()], 1)
+
+
+def _scale(kind: Kind, stored: Tensor) -> Variable:
+    return Variable(kind, stored.to(torch.float32), torch.ones(()), stored.dtype)
+
+
+def _float(kind: Kind, stored: Tensor) -> Variable:
+    start = stored.to(torch.float32)
+    size = start.square().mean().sqrt()
+    return Variable(kind, start, size if size > 0 else torch.ones(()), stored.dtype)
+
+
+def _mean_step(table: Tensor) -> Tensor:
+    """The mean distance of neighbouring entries, of all classes."""
+    steps = gaps(table)
+    return steps.sum() / steps.gt(0).sum().clamp_min(1)

@@ -1,0 +1,249 @@
+"""Training of a quantized program against the float model: stages of variables, the best state kept.
+
+A step takes a batch of the float model's calls, of mixed times, and moves the variables of the stage against the
+relative squared error of the output. Steps are counted, never timed, and gradients are summed part by part in a fixed
+order, so that the same seed gives the same bits whatever else the machine does, and however many jobs there are. The
+state is kept in the cache as training goes on: one that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mpq_compiler.analysis.trajectory_error import PART
+from mpq_compiler.formats.contract import nearest_codes
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.blocks import Block, cut, weight_path_of
+from mpq_compiler.ir.graph import part_of
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.training.data import BATCH, Data
+from mpq_compiler.training.relation_loss import Memory, Relations
+from mpq_compiler.training.relation_loss import Step as RelationStep
+from mpq_compiler.training.state import Kept, Stage, State, key
+from mpq_compiler.training.student import Student, values, variables
+from mpq_compiler.training.variables import Kind, Variable, settled
+
+BETAS, EPSILON = (0.9, 0.99), 1e-12
+CLIP = 4.0
+"""How many times its usual norm the gradient of a step may have."""
+CHECKS = 16
+"""How often in a stage the held-out error is measured, and the state kept."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Held-out noise power relative to the output's, before a stage and of the state that was kept."""
+
+    stage: str
+    steps: int
+    before: float
+    after: float
+    best_step: int
+    diverged: int | None
+    """The step in which training gave up, where it did."""
+
+
+def train(
+    program: Program, stage: Stage, data: Data, held_out: Data, session: Session, seed: int
+) -> tuple[Program, Outcome]:
+    """The program with the values of the variables that erred least on ``held_out``, those of the start among them."""
+    times = group_times(program, data.inputs["timestep"]) if stage.range_network else None
+    whole, trained = program, variables(program, stage.latent, stage.adapters, times, seed)
+    digest = key(program, trained, stage, data, held_out, seed)
+    if stage.block is not None:
+        program, teacher = (cut(p, stage.block.output) for p in (program, program.facts["planned"]))
+        own = _variables_of(program, stage.block)
+        trained = {name: variable for name, variable in trained.items() if name in own}
+        data, held_out = data.judged_by(teacher), held_out.judged_by(teacher, session)
+    kept = Kept(digest, session)
+    state = kept.load() or State.start(trained)
+    checks = {round(stage.steps * (i + 1) / CHECKS) for i in range(CHECKS)}
+    power = float(held_out.squared(held_out.targets).double().mean())
+    relations = None
+    if stage.relation is not None:
+        relations = Relations.start(stage.relation, program, data.inputs)
+        relations.memory = Memory(**state.memory) if state.memory else relations.memory
+        state.memory = vars(relations.memory)
+    if not state.step:
+        state.before = state.least = noise(program, trained, state.thetas, held_out, session)
+    with session.track(f"training {stage.name}", stage.steps) as advance:
+        advance(state.step)
+        while state.step < stage.steps and state.diverged is None:
+            state.step += 1
+            index = _batch(state.step, len(data), seed)
+            batch, drawn = data.select(index), None
+            if relations is not None:
+                before = data.before(index, relations.term.window - 1)
+                drawn = relations.step(len(batch), torch.Generator().manual_seed((seed << 32) + state.step), before)
+            loss, gradients = _gradients(program, trained, state.thetas, batch, power, session, drawn)
+            norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+            if not math.isfinite(loss + norm):
+                state.diverged = state.step
+                break
+            state.usual = norm if state.step == 1 else 0.9 * state.usual + 0.1 * min(norm, CLIP * state.usual)
+            shrink = min(1.0, CLIP * state.usual / max(norm, 1e-30))
+            decay = 0.5 * (1 + math.cos(math.pi * (state.step - 1) / stage.steps))
+            rates = {name: stage.rates[variable.kind] * decay for name, variable in trained.items()}
+            _adam(state, {name: g * shrink for name, g in gradients.items()}, rates)
+            if state.step in checks:
+                error = noise(program, trained, state.thetas, held_out, session)
+                if error < state.least:
+                    state.least, state.best, state.best_step = error, dict(state.thetas), state.step
+                kept.save(state)
+            advance(1, f"(loss {loss:.2g}, best {-10 * math.log10(max(state.least, 1e-30)):.1f} dB)")
+    outcome = Outcome(stage.name, stage.steps, state.before, state.least, state.best_step, state.diverged)
+    return applied(whole, trained, state.best), outcome
+
+
+def group_times(program: Program, timesteps: Tensor) -> Tensor:
+    """f32 [G]: the middles of the time groups, from 0 to 1 over the range of the timesteps."""
+    boundaries = program.facts["time-groups"]
+    low, high = torch.cat([timesteps.to(torch.float32), boundaries]).aminmax()
+    ends = torch.cat([low[None], boundaries, high[None]])
+    return ((ends[1:] + ends[:-1]) / 2 - low) / (high - low)
+
+
+def _variables_of(program: Program, block: Block) -> set[str]:
+    """Store names of what belongs to a block: its parameters, and the tables of what its layers read.
+
+    program: cut at the output of the block.
+    """
+    names: set[str] = set()
+    tables: dict[str, set[str]] = {}
+    for node in program.graph.nodes:
+        read = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
+        names |= {name for name in read if name.split(":")[0] in block.parameters}
+        if node.target in (ops.fake_quantize, ops.fake_quantize_attention):
+            tables[node.name] = {name for name in read if name.split(":")[0] not in program.weights}
+    for node in program.graph.nodes:
+        layer = weight_path_of(node)
+        for source in node.all_input_nodes if layer in block.parameters else ():
+            names |= tables.get(source.name, set())
+    return names
+
+
+def _batch(step: int, count: int, seed: int) -> Tensor:
+    """The calls of a step: every call once in an epoch, in an order of its own."""
+    size = min(BATCH, count)
+    epoch, place = divmod(step - 1, count // size)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + (epoch << 32)))
+    return order[place * size : (place + 1) * size]
+
+
+def _gradients(
+    program: Program,
+    trained: Mapping[str, Variable],
+    thetas: Mapping[str, Tensor],
+    batch: Data,
+    power: float,
+    session: Session,
+    relation: RelationStep | None = None,
+) -> tuple[float, dict[str, Tensor]]:
+    """The relative squared error of a batch, and its gradients by every theta; weights are made once for all parts.
+
+    relation: a loss that is added.
+    """
+    leaves = {name: theta.detach().requires_grad_() for name, theta in thetas.items()}
+    made = values(program, trained, leaves)
+
+    def part(numbered: tuple[int, Data]) -> tuple[float, tuple[Tensor | None, ...], Tensor | None]:
+        number, piece = numbered
+        inner = {name: value.detach().requires_grad_() for name, value in made.items()}
+        wanted = relation and relation.relations.term.node
+
+        def outputs(inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
+            """The features that relate, where any do, and the output."""
+            seen: list[Tensor] = []
+            output = Student(program, inner).run(
+                inputs, watch=lambda node, value: seen.append(value) if node.name == wanted else None
+            )
+            return seen, output
+
+        seen, output = outputs(piece.inputs)
+        share, pixels = len(piece) / len(batch), None
+        loss = piece.squared(output - piece.wanted()).sum() / (len(batch) * power)
+        if relation is not None:
+            rows = slice(number * PART, number * PART + len(piece))
+            more, pixels = relation.loss(seen[0], piece.inputs, rows, lambda inputs: outputs(inputs)[0][0])
+            loss = loss + more * share
+        return float(loss.detach()), torch.autograd.grad(loss, list(inner.values()), allow_unused=True), pixels
+
+    pieces = session.map(part, enumerate(batch.parts()))
+    if relation is not None:
+        group = ops.time_group(batch.inputs["timestep"], program.facts["time-groups"])
+        relation.push(torch.cat([pixels for *_, pixels in pieces if pixels is not None]), group)
+    reached: dict[str, Tensor] = {}
+    for name, *parts in zip(made, *(found for _, found, _ in pieces), strict=True):
+        sums = [g for g in parts if g is not None]
+        if sums:
+            reached[name] = torch.stack(sums).sum(0)
+    gradients = torch.autograd.grad(
+        [made[name] for name in reached], list(leaves.values()), list(reached.values()),
+        allow_unused=True, materialize_grads=True,
+    )  # fmt: skip
+    return sum(loss for loss, *_ in pieces), dict(zip(thetas, gradients, strict=True))
+
+
+def _adam(state: State, gradients: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
+    """A step of Adam (Kingma 2015, arXiv 1412.6980, algorithm 1)."""
+    for name, g in gradients.items():
+        state.first[name] = state.first[name].lerp(g, 1 - BETAS[0])
+        state.second[name] = state.second[name].lerp(g.square(), 1 - BETAS[1])
+        mean = state.first[name] / (1 - BETAS[0] ** state.step)
+        spread = state.second[name] / (1 - BETAS[1] ** state.step)
+        state.thetas[name] = state.thetas[name] - rates[name] * mean / (spread.sqrt() + EPSILON)
+
+
+@torch.no_grad()
+def noise(
+    program: Program, trained: Mapping[str, Variable], thetas: Mapping[str, Tensor], data: Data, session: Session
+) -> float:
+    """Squared error of the outputs over the teacher's squared outputs, calls by their weights: an inverse SQNR."""
+
+    made = values(program, trained, thetas)
+
+    def part(piece: Data) -> float:
+        output = Student(program, made).run(piece.inputs)
+        return float(piece.squared(output - piece.targets).double().sum())
+
+    return sum(session.map(part, data.parts())) / float(data.squared(data.targets).double().sum())
+
+
+@torch.no_grad()
+def applied(program: Program, trained: Mapping[str, Variable], thetas: Mapping[str, Tensor]) -> Program:
+    """The program with the variables' values stored, and the codes of latent weights."""
+    program = program.fork()
+    renamed: dict[str, str] = {}
+
+    def store(name: str, tensor: Tensor) -> None:
+        renamed[name] = program.tensors.add(f"{name.split(':')[0]}:{part_of(name) or 'trained'}", tensor)
+
+    for name, variable in trained.items():
+        if variable.kind != Kind.LATENT:
+            store(name, variable.stored(thetas[name]))
+    for weight in settled(program):
+        if weight.codes not in trained:
+            continue
+        rows = trained[weight.codes].stored(thetas[weight.codes])
+        scale = program.tensors[renamed[weight.scale]]
+        offset = None if weight.offset is None else program.tensors[renamed[weight.offset]]
+        row_class = None if weight.row_class is None else program.tensors[weight.row_class]
+        codes = nearest_codes(rows, scale, offset, weight.table(program), row_class, weight.segments)
+        if weight.signs is None:
+            store(weight.codes, codes)
+        else:
+            store(weight.codes, codes >> 1)
+            store(weight.signs, codes & 1)
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and node.target in renamed:
+            node.target = renamed[str(node.target)]
+    for edge, plan in program.activations.items():
+        scale_name, zero = (None if n is None else renamed.get(n, n) for n in (plan.scale, plan.zero_point))
+        program.activations[edge] = replace(plan, scale=scale_name, zero_point=zero)
+    return program

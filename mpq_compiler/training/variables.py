@@ -1,0 +1,217 @@
+"""What is trained: scales, tables, biases and adapters, each projected to its stored type."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from mpq_compiler.formats import contract
+from mpq_compiler.formats.base import F16_MAX, F16_TINY
+from mpq_compiler.formats.contract import rising
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.aten import aten
+from mpq_compiler.ir.graph import arguments, operand
+from mpq_compiler.ir.program import Program
+
+EDGE = 0.02
+"""Of a step of the table: how far within its cell a latent weight starts at least."""
+UP, DOWN = 8.0, 80.0
+"""What theta = 1 is to adapters: so many steps of the table in B, and so many times its own size in A."""
+WIDTHS = (64, 64, 64, 64, 1)
+"""Of the network that makes scales of times: its input, and the outputs of its four layers."""
+
+
+class Kind(StrEnum):
+    """What a variable is to the program; learning rates go by it."""
+
+    LATENT = "latent"
+    """A float weight, of which the program sees the nearest level."""
+    SCALE = "scale"
+    OFFSET = "offset"
+    RANGE = "range"
+    """Scales of activations, one a time group."""
+    ZERO = "zero"
+    """Zero points of activations."""
+    FLOAT = "float"
+    """Biases, norms, embeddings, factors of low-rank branches."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A stored tensor, or a latent weight, as a function of theta."""
+
+    kind: Kind
+    start: Tensor
+    """f32, at theta = 0."""
+    unit: Tensor
+    """f32 that broadcasts over ``start``: what theta = 1 adds (SCALE and RANGE: not used)."""
+    dtype: torch.dtype
+    """Of the stored tensor."""
+    most: int = 0
+    """ZERO: the largest code."""
+
+    def zeros(self) -> Tensor:
+        """The theta of the start."""
+        return torch.zeros_like(self.start)
+
+    def moved(self, theta: Tensor) -> Tensor:
+        """f32, before it is projected to the stored type."""
+        if self.kind in (Kind.SCALE, Kind.RANGE):
+            return self.start * theta.exp()
+        return self.start + self.unit * theta
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        """f32, as the program reads it."""
+        value = self.moved(theta)
+        if self.kind == Kind.LATENT:
+            return value
+        if self.kind in (Kind.SCALE, Kind.RANGE):
+            value = value.clamp(F16_TINY, F16_MAX)
+        elif self.kind == Kind.ZERO:
+            value = value.clamp(0, self.most)
+            return value + (value.round() - value).detach()
+        return value + (value.to(self.dtype).to(torch.float32) - value).detach()
+
+    @torch.no_grad()
+    def stored(self, theta: Tensor) -> Tensor:
+        """The tensor of the store; a latent weight as f32."""
+        value = self(theta)
+        return value.round().to(self.dtype) if self.kind == Kind.ZERO else value.to(self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapted(Variable):
+    """A latent weight [O, K] that adapters of rank R move (QALoRA of EfficientDM, arXiv 2310.03270).
+
+    ``start + unit * B A / sqrt(R)``: the sum is what is quantized, and a convolution's A of k x k and B of 1 x 1 are
+    one product of rows. Theta [O + K, R] is B over the transpose of what A has moved, in parts of `UP` and `DOWN`.
+    Rates are scale-aware as in the paper, by the unit: B learns in steps of its row and A, of unit variance, in none,
+    so that twice the weight is moved twice as far by the same theta. (The paper's rates have the step in both factors,
+    and that property only while A hardly moves.) ``start`` is the dequantized weight, as published: adapters cannot
+    choose which weights they move, and float weights near a border would change codes by chance.
+    """
+
+    down: Tensor
+    """f32 [K, R]: the transpose of A at the start."""
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(len(self.start) + len(self.down), self.down.shape[1])
+
+    def moved(self, theta: Tensor) -> Tensor:
+        up, down = theta.split([len(self.start), len(self.down)])
+        product = (UP * up) @ (self.down + DOWN * down).T / math.sqrt(self.down.shape[1])
+        return self.start + self.unit * product
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed(Variable):
+    """Scales of activations [G] that a network makes of the times of their groups (TDQ, arXiv 2306.02316).
+
+    ``start * softplus(network(embedding))``, 1 at the start, so that the network learns in units of the scales that
+    were calibrated. Theta [P] is what its parameters have moved, those of a layer in units of one by its inputs.
+    """
+
+    embedding: Tensor
+    """f32 [G, WIDTHS[0]]: of the groups' times."""
+    network: Tensor
+    """f32 [P]: its parameters at the start, layer by layer, weights before biases."""
+
+    def zeros(self) -> Tensor:
+        return torch.zeros_like(self.network)
+
+    def moved(self, theta: Tensor) -> Tensor:
+        parameters, x = self.network + self.unit * theta, self.embedding
+        sizes = [size for inputs, outputs in pairwise(WIDTHS) for size in (inputs * outputs, outputs)]
+        weights = parameters.split(sizes)
+        for number, (weight, bias) in enumerate(zip(weights[::2], weights[1::2], strict=True)):
+            x = F.linear(F.relu(x) if number else x, weight.reshape(len(bias), -1), bias)
+        return self.start * F.softplus(x[:, 0])
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A weight whose codes are chosen: the node of its value, and the store names of what it is made of."""
+
+    node: fx.Node
+    codes: str
+    scale: str
+    offset: str | None
+    lut: str | None
+    row_class: str | None
+    shape: tuple[int, ...]
+    segments: tuple[int, ...] | None
+    signs: str | None = None
+    alpha: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The parameter's name in the model."""
+        return self.codes.split(":")[0]
+
+    def table(self, program: Program) -> Tensor | None:
+        """LUT int8 [classes, entries], the branch merged in; None where the code is the value."""
+        if self.lut is None:
+            return None
+        lut = program.tensors[self.lut]
+        if self.signs is None:
+            return lut
+        codes = torch.zeros(1, dtype=torch.uint8)
+        return contract.merge_branch(codes, lut, codes, program.tensors[str(self.alpha)])[1]
+
+    def merged_codes(self, program: Program) -> Tensor:
+        """Codes [O, K] of `table`."""
+        codes = program.tensors[self.codes]
+        return codes if self.signs is None else codes * 2 + program.tensors[self.signs]
+
+
+def settled(program: Program) -> list[Settled]:
+    """The weights with codes, in graph order; base and branch are one."""
+    found = []
+    branched = {
+        operand(n, 0): n for n in program.graph.nodes
+        if n.target is aten.add.Tensor and isinstance(n.args[1], fx.Node) and n.args[1].target is ops.binary_branch
+    }  # fmt: skip
+    for node in program.graph.nodes:
+        if node.target is not ops.dequantize_weight:
+            continue
+        *parts, shape = arguments(node)[:6]
+        names = [None if part is None else str(part.target) for part in parts]
+        segments = tuple(arguments(node)[6]) if len(node.args) > 6 and node.args[6] else None
+        total, signs, alpha = node, None, None
+        if node in branched:
+            total = branched[node]
+            signs_of, _, alpha_of, _ = arguments(operand(total, 1))
+            signs, alpha = str(signs_of.target), str(alpha_of.target)
+        codes, scale, offset, lut, row_class = names
+        found.append(
+            Settled(total, str(codes), str(scale), offset, lut, row_class, tuple(shape), segments, signs, alpha)
+        )
+    return found
+
+
+def ends(lut: Tensor | None, row_class: Tensor | None, rows: int) -> tuple[Any, Any]:
+    """Where the table of each row ends, half a step beyond its extreme entries."""
+    if lut is None:
+        return -contract.LUT_MAX - 0.5, contract.LUT_MAX + 0.5
+    steps, levels = gaps(lut), rising(lut)[0][:, :1]
+    span = steps.sum(1, keepdim=True)
+    step = span / steps.gt(0).sum(1, keepdim=True).clamp_min(1)
+    low, high = levels - step / 2, levels + span + step / 2
+    if lut.shape[0] == 1:
+        return low[0], high[0]
+    assert row_class is not None
+    classes = contract.row_classes(row_class, rows)
+    return low[classes], high[classes]
+
+
+def gaps(lut: Tensor) -> Tensor:
+    """The distances of neighbouring levels [classes, entries - 1], zero behind the last."""
+    levels, _ = rising(lut)
+    return torch.where(levels[:, 1:].isfinite(), levels[:, 1:] - levels[:, :-1], 0)

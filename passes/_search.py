@@ -1,0 +1,115 @@
+"""The base of passes that try a rewrite on sampled rows and keep it where the output gains."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler import formats
+from mpq_compiler.ir.edges import input_edge, row_geometry
+from mpq_compiler.ir.graph import operand, weight_of
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fitting import bias_of
+from mpq_compiler.quantization.rewrite_gain import HELD_BYTES, Change, Layers, Rows, quantized
+from mpq_compiler.quantization.statistics import input_rows
+from mpq_compiler.support.execution import batches
+
+
+@dataclass(frozen=True)
+class RewriteSearch(Pass):
+    """A pass that rewrites the layers which gain by it, both sides quantized."""
+
+    contract: ClassVar[Contract] = Contract.REWRITE
+    requires: ClassVar[frozenset[str]] = frozenset({"channels-last"})
+
+    weights: str = "int4"
+    """Weight format for which the error is reckoned."""
+    activations: int = 8
+    """Activation width for which the error is reckoned."""
+    gain: float = 0.2
+    """Least gain in dB for which layers are changed."""
+    samples: int = 8
+    """Trajectories on which channels are measured, where no inputs are given."""
+    steps: int = 10
+    """Steps of each."""
+    rows: int = 512
+    """Rows of each layer's input on which errors are measured; fewer in models where that exceeds a gigabyte."""
+
+    def __post_init__(self) -> None:
+        formats.get(self.weights)
+        self.require("activations", 2, 8)
+        self.require("gain", 0)
+        for option in ("samples", "steps", "rows"):
+            self.require(option, 1)
+
+    def layers(self, program: Program, session: Session) -> list[Layers]:
+        """The layers by the edges that they read, in graph order, with `rows` rows each, about.
+
+        They are those of the session's calibration inputs, or else of the trajectories that the options name.
+        """
+        inputs = self._recorded(session) if session.calibration is None else session.calibration
+        groups: dict[fx.Node, Layers] = {}
+        columns = 0
+        for node in program.quantizable:
+            operand(node, 1).meta["shape"] = tuple(program.tensors[str(weight_of(node))].shape)
+            group = groups.setdefault(input_edge(node), Layers(input_edge(node), [], torch.zeros(())))
+            group.readers.append(node)
+            if row_geometry(node) not in group.parts:
+                group.parts[row_geometry(node)] = []
+                columns += math.prod(operand(node, 1).meta["shape"][1:])
+        count = len(next(iter(inputs.values())))
+        rows = max(1, min(self.rows, HELD_BYTES // (4 * max(1, columns))))
+        generator = torch.Generator().manual_seed(session.seed)
+
+        def watch(node: fx.Node, value: Any) -> None:
+            if (group := groups.get(node)) is None:
+                return
+            group.largest = torch.maximum(group.largest, value.abs().flatten(0, -2).amax(0))
+            readers = {row_geometry(n): n for n in group.readers}
+            for geometry, reader in readers.items():
+                group.parts[geometry].append(input_rows(reader, value, -(-rows * size // count), generator))
+
+        for batch in batches(inputs):
+            size = len(next(iter(batch.values())))
+            run(program, batch, watch)
+        return list(groups.values())
+
+    def _recorded(self, session: Session) -> dict[str, Tensor]:
+        """The inputs of the trajectories, which another rewrite of the session may have recorded."""
+        from mpq_compiler.frontend.trajectories import record_calibration
+
+        known, asked = session.trajectories, (self.samples, self.steps)
+        if asked not in known:
+            assert session.denoiser is not None
+            with session.track("recording inputs to rewrite by", self.steps) as step:
+                known[asked] = record_calibration(session.denoiser, *asked, session.seed, lambda done, total: step(1))
+        return known[asked]
+
+    def error(self, group: Layers, rows: Rows, weights: list[Tensor], change: Change, undo: Change) -> float:
+        """Relative squared errors of the outputs of the layers, summed over them.
+
+        weights: of the layers [O, ..., C]. change: of what they read. undo: of their weights. Both sides are quantized
+        then, as the options have it.
+        """
+        planned = formats.get(self.weights)
+        quantized = {
+            geometry: quantized(change(x.unflatten(1, (-1, group.channels))).flatten(1), self.activations)
+            for geometry, x in rows.items()
+        }
+        total = 0.0
+        for w, reader in zip(weights, group.readers, strict=True):
+            geometry = row_geometry(reader)
+            rounded = planned.start(undo(w)).dequantize().reshape(len(w), -1)
+            y = rows[geometry] @ w.flatten(1).T
+            wrong = quantized[geometry] @ rounded.T - y
+            if bias_of(reader) is not None:  # which will take up the mean
+                wrong = wrong - wrong.mean(0)
+            total += float(wrong.square().sum() / y.square().sum().clamp_min(1e-30))
+        return total

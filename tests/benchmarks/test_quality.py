@@ -1,0 +1,101 @@
+"""The benchmark of recipes: intervals, the best other recipe, refusals."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from benchmarks import quality, quality_cells, quality_tables
+from benchmarks.quality_cells import CLAIM, Cell
+from mpq_compiler.driver import options, resolve
+from mpq_compiler.support.errors import BudgetError, UserError
+
+
+def row(scale: float, seed: int, images: int = 200) -> dict[str, object]:
+    draw = np.random.default_rng(seed)
+    return {"errors": (scale * draw.lognormal(0, 0.1, images)).tolist()}
+
+
+def test_intervals_are_over_images_and_seeds():
+    """Seeds that differ widen an interval, the same ones do not; a difference of nothing is one of zero."""
+    alike = [row(1.0, 0)] * 3
+    apart = [row(scale, 0) for scale in (0.7, 1.0, 1.4)]
+    other = [row(2.0, seed) for seed in (1, 2, 3)]
+    (_, *narrow), (_, *wide) = (quality_tables.paired(rows, other) for rows in (alike, apart))
+    assert wide[1] - wide[0] > 3 * (narrow[1] - narrow[0])
+    assert wide[0] < 10 * np.log10(2 / 1.4) + 0.3 and wide[1] > 10 * np.log10(2 / 0.7) - 0.3
+    assert quality_tables.paired(other, other) == (0, 0, 0)
+    one = quality_tables.paired(alike[:1], other[:1])
+    assert one[1] < one[0] == pytest.approx(10 * np.log10(2), abs=0.2) and one[0] < one[2]
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    monkeypatch.setattr(quality_cells, "RESULTS", tmp_path)
+
+    def put(cell: Cell, **more: object) -> None:
+        quality_cells.write(cell.file, {"cell": asdict(cell), **more})
+
+    return put
+
+
+def test_the_best_other_recipe_is_that_of_as_many_images_as_a_claim_has(results):
+    few = {name: Cell("fashion-unet", "W2A8", name) for name in ("default", "mpq-dm", "fpq", "gptq")}
+    many = {name: Cell("fashion-unet", "W2A8", name, images=CLAIM["images"]) for name in few}
+    for name, db in {"default": 30, "mpq-dm": 20, "fpq": 25, "gptq": 21}.items():
+        results(few[name], image_sqnr_db=db, errors=[])
+    cells = [*few.values()]
+    assert quality_tables.best_other("fashion-unet", "W2A8", cells) == "fpq"
+    results(many["fpq"], image_sqnr_db=19, errors=[])
+    results(many["mpq-dm"], image_sqnr_db=22, errors=[])
+    assert quality_tables.best_other("fashion-unet", "W2A8", cells) == "mpq-dm"
+
+
+def test_only_budgets_that_cannot_be_met_are_kept_as_refusals(results, monkeypatch, capsys):
+    cell = Cell("fashion-unet", "W2A8", "fpq")
+
+    def fails(error: UserError):
+        def compute(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(quality, "compute", compute)
+
+    fails(UserError("the cache cannot be written: no space left"))
+    with pytest.raises(UserError, match="no space"):
+        quality.complete("cells", [cell], True, 1)
+    assert not cell.is_there
+    fails(BudgetError("a budget of 3 bytes cannot be met"))
+    quality.complete("cells", [cell], True, 1)
+    assert cell.is_there and cell.result() is None and "3 bytes" in capsys.readouterr().out
+
+
+def test_minutes_change_nothing_else_of_a_published_recipe():
+    short, long = (Cell("fashion-unet", "W2A8", "mpq-dm", minutes).options(500_000) for minutes in (4.0, 30.0))
+    assert short | {"minutes": 30.0} == long
+    best = Cell("fashion-unet", "W2A8", "default", 30.0).options(500_000)
+    assert best["effort"] == "best" and "minutes" not in best
+    distill = resolve.resolve(options.Options(recipe="mpq-dm", effort="best"))[-3]
+    assert (distill.minutes, distill.latent, distill.window) == (30.0, 1.0, 2)
+
+
+def test_the_objective_of_the_paper_is_an_option():
+    (plan,) = (p for p in resolve.resolve(options.Options(recipe="mixdq", objective="paper-db", bops="2T"))
+               if p.name() == "bit-allocation")  # fmt: skip
+    assert plan.objective == "paper-db" and plan.bops == 2e12
+
+
+def test_an_effort_is_that_of_a_pipeline_by_hand_too():
+    text = ",".join(p.text() for p in resolve.resolve(options.Options()))
+    for effort in options.EFFORTS:
+        named, by_hand = (resolve.resolve(options.Options(effort=effort, **o)) for o in ({}, {"pipeline": text}))
+        assert [p.text() for p in named] == [p.text() for p in by_hand]
+
+
+def test_few_steps_are_those_of_all_that_samples():
+    found = {p.name(): p for p in resolve.resolve(options.Options(steps=4))}
+    assert [found[n].steps for n in ("calibrate", "equalize", "rotate", "distill")] == [4, 4, 4, 4]
+    usual = {p.name(): p for p in resolve.resolve(options.Options())}
+    more = {p.name(): p for p in resolve.resolve(options.Options(steps=50))}
+    assert [more[n].steps == usual[n].steps for n in ("equalize", "rotate", "distill")] == [True] * 3

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import dataclasses
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets import nvidia
+from mpq_compiler.targets import table as targets
+
+ARM = ("aarch64-neon", "aarch64-dotprod", "aarch64-i8mm")
+NAMES = [
+    *("x86-64-avx2", "x86-64-avxvnni", "x86-64-avx512", "x86-64-avx512vnni"),
+    *ARM,
+    *("cuda-sm80", "cuda-sm87", "cuda-sm89", "cuda-sm90", "cuda", "cuda-aarch64"),
+    *("cuda12-sm80", "cuda12-sm87", "cuda12-sm89", "cuda12-sm90", "onnx", "reference"),
+]
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """Pretends to be a machine of the given architecture whose CPU has the given flags."""
+
+    def pretend(machine: str, flags: tuple[str, ...]) -> None:
+        monkeypatch.setattr(platform, "machine", lambda: machine)
+        monkeypatch.setattr(targets, "host_features", lambda: frozenset(flags))
+
+    return pretend
+
+
+def test_the_table_holds_every_documented_name():
+    assert list(targets.TARGETS) == NAMES
+
+
+def test_what_never_ran_on_silicon_says_so():
+    said = {name for name, target in targets.TARGETS.items() if "never on silicon" in target.status}
+    assert said == {name for name in NAMES if name.startswith(("aarch64", "cuda"))}
+
+
+@pytest.mark.parametrize(
+    ("code", "level", "runs"),
+    [
+        ([80], 80, True), ([80], 86, True), ([80, 89], 89, True), ([87], 86, False), ([80], 90, False),
+        ([90], 89, False), ([80, 87], 87, True), ([80], 87, False), ([87], 89, False),
+    ],
+)  # fmt: skip
+def test_machine_code_runs_within_its_generation(code, level, runs):
+    assert nvidia.runs(code, level) == runs
+
+
+def test_a_gpu_is_asked_for_by_what_there_is_code_for(monkeypatch):
+    target = targets.TARGETS["cuda"]
+    monkeypatch.setattr(platform, "machine", lambda: target.arch)
+    second = "(it has sm_75 and sm_86, and the first is used: choose by CUDA_VISIBLE_DEVICES)"
+    monkeypatch.setattr(nvidia, "driver_version", lambda: 13010)
+    for levels, lacking in (((), "or sm_90"), ((75,), "or sm_90 (it has sm_75)"), ((86, 75), None), ((75, 86), second)):
+        monkeypatch.setattr(nvidia, "levels", lambda levels=levels: levels)
+        found = targets.missing_features(target)
+        assert bool(found) == (lacking is not None)
+        assert not found or found[0].endswith(lacking)
+    monkeypatch.setattr(nvidia, "levels", lambda: (86,))
+    monkeypatch.setattr(nvidia, "driver_version", lambda: 12060)
+    assert targets.missing_features(target) == ["an NVIDIA driver of CUDA 13.0 (it has 12.6)"]
+    assert targets.missing(target.arch, target.features, cuda=12060) == []
+
+
+@pytest.mark.parametrize(
+    ("machine", "best"),
+    [
+        ("x86_64", "x86-64-avx2"),
+        ("x86_64", "x86-64-avxvnni"),
+        ("x86_64", "x86-64-avx512vnni"),
+        *(("aarch64", name) for name in ARM),
+    ],
+)
+def test_native_is_the_best_this_cpu_has(host, machine, best):
+    host(machine, targets.TARGETS[best].features)
+    assert targets.resolve("native").name == best
+
+
+def test_native_on_an_older_cpu_names_the_way_out(host):
+    host("x86_64", ("sse4_2",))
+    with pytest.raises(UserError, match=r"AVX2.*--target reference"):
+        targets.resolve("native")
+
+
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(UserError, match=r"no target 'x86-64-avx521': did you mean 'x86-64-avx512'\?"):
+        targets.resolve("x86-64-avx521")
+    with pytest.raises(UserError, match="did you mean 'native'"):
+        targets.resolve("natve")
+
+
+def test_missing_features_are_named(host):
+    v3 = targets.TARGETS["x86-64-avx2"].features
+    host("x86_64", v3)
+    targets.require_runnable(targets.TARGETS["x86-64-avx2"])
+    targets.require_runnable(targets.TARGETS["reference"])
+    with pytest.raises(UserError, match=r"lacks avx512f, avx512bw, .*avx512_vnni"):
+        targets.require_runnable(targets.TARGETS["x86-64-avx512vnni"])
+    assert targets.missing_features(targets.TARGETS["aarch64-dotprod"]) == ["an aarch64 CPU"]
+
+
+def test_flags_are_those_of_every_core():
+    little_big = "processor : 0\nFeatures : fp asimd\n\nprocessor : 1\nFeatures : fp asimd asimddp\n"
+    assert targets._common_flags(little_big) == {"fp", "asimd"}
+    assert targets._common_flags("flags\t\t: fpu avx2\n") == {"fpu", "avx2"}
+    assert targets._common_flags("") == frozenset()
+
+
+def test_targets_are_values():
+    target = targets.TARGETS["x86-64-avx2"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        target.name = "other"
+    assert len({*targets.TARGETS.values()}) == len(NAMES)
+
+
+def test_no_torch_and_no_tvm():
+    code = "import sys, mpq_compiler.targets.table; print({'torch', 'tvm', 'tvm_ffi'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_tvm_and_llvm_know_every_dictionary():
+    """In a process of its own: LLVM aborts on what it does not know."""
+    pytest.importorskip("tvm")
+    code = (
+        "from tvm.target import Target; from mpq_compiler.targets.table import TARGETS\n"
+        "for t in TARGETS.values():\n"
+        "    if t.tvm: print(Target(dict(t.tvm)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "not a recognized" not in done.stderr
