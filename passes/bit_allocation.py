@@ -16,6 +16,7 @@ from mpq_compiler.allocation.problem import InfeasibleError, Problem, Solution
 from mpq_compiler.allocation.rerank import Reranker, Solved
 from mpq_compiler.allocation.sensitivity_table import CONTENT, QUALITY
 from mpq_compiler.allocation.solver import TIME_LIMIT, solve
+from mpq_compiler.analysis.noise_power import noise_of_program
 from mpq_compiler.formats import contract as formats_contract
 from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
 from mpq_compiler.ir import costs as ir_costs
@@ -24,7 +25,6 @@ from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.edges import attention_edges, dynamic_edges, input_edge
 from mpq_compiler.ir.graph import CONTRACTIONS, softmax, weight_of
 from mpq_compiler.ir.program import ActivationPlan, Program, Stage, TensorStore, WeightPlan
-from mpq_compiler.passes.sensitivity import noise_together
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.realize import realize
 from mpq_compiler.pipeline.session import LayerTimes, Session, Times
@@ -311,7 +311,7 @@ class BitAllocation(Pass):
         inputs = min(most, len(program.facts["calibration"].timesteps))
         program.facts.setdefault("fits", {})  # which copies share, so that weights are fitted once
         changed = realize(program.fork(tensors=TensorStore(program.tensors)), session)
-        expected, measured = allocation["objective"], noise_together(program, changed, inputs, session)
+        expected, measured = allocation["objective"], noise_of_program(program, changed, inputs, session)
         difference = 10 * math.log10(measured / expected) if min(measured, expected) > 0 else None
         program.facts["allocation"] = allocation | {
             "additivity": {"expected": expected, "measured": measured, "difference_db": difference, "inputs": inputs}

@@ -14,8 +14,7 @@ from mpq_compiler.ir import ops
 from mpq_compiler.ir.costs import stored_dtype, weight_path
 from mpq_compiler.ir.edges import attention_arguments, attention_edges, input_edge
 from mpq_compiler.ir.graph import function_of, operand, softmax, weight_of
-from mpq_compiler.ir.program import ActivationPlan, Program, Stage
-from mpq_compiler.passes.time_groups import BOUNDARIES
+from mpq_compiler.ir.program import BOUNDARIES, ActivationPlan, Program, Stage
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.settle import attributes

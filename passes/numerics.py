@@ -11,15 +11,14 @@ from torch import Tensor, fx
 from mpq_compiler import formats
 from mpq_compiler.allocation.problem import Problem
 from mpq_compiler.allocation.solver import solve
-from mpq_compiler.analysis.noise_power import noise_power
+from mpq_compiler.analysis.noise_power import input_weights, mean_power, measurement_key, noise_power, rounded
 from mpq_compiler.analysis.perturbation import Ablation
 from mpq_compiler.ir import costs, ops, provenance
 from mpq_compiler.ir.edges import attention_arguments, input_edge
 from mpq_compiler.ir.graph import function_of, operand, softmax
 from mpq_compiler.ir.interpreter import run, shapes
 from mpq_compiler.ir.program import Program
-from mpq_compiler.passes.insert_fake_quant import InsertFakeQuant
-from mpq_compiler.passes.sensitivity import Sensitivity, counts, mean_power
+from mpq_compiler.pipeline.options import make
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.statistics import Calibration
@@ -32,8 +31,6 @@ TIME = {F32: 1.0, BF16: 0.57, INT8: 0.42}
 """Of an attention relative to float32: the medians over the shapes of benchmarks/results/attention.json, a Zen 5."""
 LAYER_TIME = {F32: 1.0, BF16: 0.52}
 """Of a linear layer or convolution: the same of benchmarks/results/float_kernels.json."""
-DIGITS = 6
-"""Significant digits kept of a noise power, so that the last bits of a sum never decide."""
 PLAN = "plan"
 """Name of the noise of the plan itself among the results in the cache."""
 
@@ -139,10 +136,10 @@ class _Measured:
     def __init__(self, options: Numerics, program: Program, inputs: dict[str, Tensor], session: Session) -> None:
         self.program, self.session = program, session
         self.parts = list(batches(inputs, 1))
-        self.sizes = [float(counts(program, part).sum()) for part in self.parts]
+        self.sizes = [float(input_weights(program, part).sum()) for part in self.parts]
         plan = str((sorted(program.weights.items()), sorted(program.activations.items())))
         tables = {n: program.tensors[n] for a in program.activations.values() for n in (a.scale, a.zero_point) if n}
-        key = cache.digest("numerics 2", Sensitivity(inputs=options.inputs).key(program, inputs), plan, tables)
+        key = cache.digest("numerics 2", measurement_key(program, inputs, options.inputs), plan, tables)
         self.results = cache.Results("sensitivity", key, session.cache)
 
     def of_plan(self) -> float:
@@ -151,7 +148,7 @@ class _Measured:
         if known is not None:
             return float(known["expected"])
         if PLAN not in self.results:
-            quantized = InsertFakeQuant().run(self.program, self.session)
+            quantized = make("insert-fake-quant", {}).run(self.program, self.session)
             powers = [noise_power(run(quantized, batch), run(self.program, batch)) for batch in self.parts]
             self.results[PLAN] = mean_power(powers, self.sizes)
         return float(self.results[PLAN])
@@ -184,7 +181,7 @@ class _Measured:
                 y = ops.NUMERICAL.get(function, function)(*args, numerics=kind)
             power = noise_power(ablation.output(values={node: y}), ablation.reference)
             with lock:
-                self.results[_key(node, kind, part)] = float(f"{power:.{DIGITS - 1}e}")
+                self.results[_key(node, kind, part)] = rounded(power)
                 advance(1)
 
         self.session.map(measure, tasks)

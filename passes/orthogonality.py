@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from mpq_compiler import formats as mpq_compiler_formats
+from mpq_compiler.analysis.noise_power import rounded
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.edges import input_edge
@@ -18,9 +19,6 @@ from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.statistics import DYNAMIC, FLOATING, Calibration
 from mpq_compiler.support.errors import UserError
-
-DIGITS = 6
-"""Significant digits kept of a loss, so that the last bits of a sum never decide an allocation."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class Orthogonality(Pass):
 
         def losses(own: float, widths: dict[str, int]) -> dict[str, float]:
             most = max(widths.values())
-            return {name: float(f"{own * (most - width):.{DIGITS - 1}e}") for name, width in widths.items()}
+            return {name: rounded(own * (most - width)) for name, width in widths.items()}
 
         readers: dict[str, set[str]] = {}
         for call in calls:

@@ -16,6 +16,7 @@ from mpq_compiler.allocation.qua2sedimo import random_plans
 from mpq_compiler.allocation.qua2sedimo.graph import Graph
 from mpq_compiler.allocation.qua2sedimo.predictor import Features, Learner, Scored, Training, variants_of
 from mpq_compiler.allocation.qua2sedimo.random_plans import Configuration, Fits
+from mpq_compiler.analysis.noise_power import rounded
 from mpq_compiler.inspection import score_report
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.costs import weight_bytes
@@ -29,7 +30,6 @@ from mpq_compiler.quantization.statistics import GRAM, RANGE, VALUES, Calibratio
 from mpq_compiler.support import cache
 from mpq_compiler.support.errors import UserError
 
-DIGITS = 6
 TRUSTED = 0.8
 """Spearman correlation of prediction and label below which there is a note."""
 LEAST = 20
@@ -135,7 +135,7 @@ class PredictScores(Pass):
                 def measure(i: int) -> None:
                     power = fits.noise(drawn[i], inputs, reference)
                     with lock:
-                        results[f"configuration {i}"] = float(f"{power:.{DIGITS - 1}e}")
+                        results[f"configuration {i}"] = rounded(power)
                         advance(1)
 
                 session.map(measure, missing)

@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 
+from mpq_compiler.analysis.rewrite_search import RewriteSearch
 from mpq_compiler.ir import ops, provenance
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.graph import prune, weight_of
 from mpq_compiler.ir.program import Program
-from mpq_compiler.passes._search import RewriteSearch
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization import rewrite_gain
 from mpq_compiler.quantization.channel_scaling import sharing

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx
 
 from mpq_compiler import formats as mpq_compiler_formats
 from mpq_compiler.allocation.sensitivity_table import require_of
-from mpq_compiler.analysis.noise_power import noise_power
+from mpq_compiler.analysis.noise_power import (
+    input_weights,
+    inputs_held,
+    mean_power,
+    measurement_key,
+    noise_power,
+    rounded,
+)
 from mpq_compiler.analysis.perturbation import Ablation
-from mpq_compiler.analysis.time_weights import by_gains
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.edges import attention_arguments, dynamic_edges, input_edge
 from mpq_compiler.ir.graph import operand, softmax
-from mpq_compiler.ir.interpreter import run, shapes
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
@@ -39,16 +43,11 @@ from mpq_compiler.quantization.statistics import (
     RANGE,
     VALUES,
     Calibration,
-    fingerprint,
 )
 from mpq_compiler.support import cache
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.execution import batches
 
-HELD_BYTES = 4 << 30
-"""Memory for the values of the unchanged program, from which each measurement starts."""
-DIGITS = 6
-"""Significant digits kept of a sensitivity, so that the last bits of a sum never decide an allocation."""
 WEIGHT, STATIC, PER_TOKEN, SMALL_FLOAT, PROBABILITIES = "w", "a", "d", "f", "p"
 """What a task quantizes: a weight; an edge, by time group, by row or to small floats; an attention's operands and
 probabilities."""
@@ -116,7 +115,7 @@ class Sensitivity(Pass):
         inputs = calibration.select(self.inputs)
         results = cache.Results("sensitivity", self.key(program, inputs), session.cache)
         tasks = self.tasks(program, session.statistics)
-        parts = list(batches(inputs, _inputs_held(program)))
+        parts = list(batches(inputs, inputs_held(program)))
         missing = sum(_key(task.name, part) not in results for task in tasks for part in range(len(parts)))
         if missing:
             with session.track("sensitivity", missing) as advance:
@@ -125,7 +124,7 @@ class Sensitivity(Pass):
                     self._measure_part(program, batch, part, left, results, session, advance)
         table: dict[str, Any] = {"weights": {}, "activations": {}, "inputs": self.inputs}
         table |= {"attention": {}, "dynamic": DYNAMIC in session.statistics, "floating": FLOATING in session.statistics}
-        sizes = [float(counts(program, part).sum()) for part in parts]
+        sizes = [float(input_weights(program, part).sum()) for part in parts]
         for task in tasks:
             loss = mean_power([results[_key(task.name, part)] for part in range(len(parts))], sizes)
             if task.kind == WEIGHT:
@@ -155,7 +154,7 @@ class Sensitivity(Pass):
         def measure(task: Task) -> None:
             power = self.measure(program, ablation, inputs, task)
             with lock:
-                results[_key(task.name, part)] = float(f"{power:.{DIGITS - 1}e}")
+                results[_key(task.name, part)] = rounded(power)
                 advance(1)
 
         session.map(measure, tasks)
@@ -190,15 +189,14 @@ class Sensitivity(Pass):
 
     def key(self, program: Program, inputs: dict[str, Tensor]) -> str:
         """Everything a result depends on but its own task."""
-        gains = program.facts.get("time-gains", "")
-        return fingerprint(program, inputs, f"2 {min(self.inputs, _inputs_held(program))}{gains}")
+        return measurement_key(program, inputs, self.inputs)
 
     def measure(self, program: Program, ablation: Ablation, inputs: dict[str, Tensor], task: Task) -> float:
         """The relative noise power of one task over ``inputs``."""
         node, choice = task.node, task.choice
 
         def noise(output: Tensor) -> float:
-            return noise_power(output, ablation.reference, counts(program, inputs))
+            return noise_power(output, ablation.reference, input_weights(program, inputs))
 
         if isinstance(choice, str):
             weight = operand(node, 1)
@@ -234,39 +232,6 @@ class Sensitivity(Pass):
         return noise(ablation.output(operands=dict.fromkeys(readers, changed)))
 
 
-def noise_together(program: Program, changed: Program, inputs: int, session: Session) -> float:
-    """The relative noise power of a ``changed`` program, measured as those of single changes to ``program`` are.
-
-    On the same of its calibration inputs, so many of them, each of which counts as much.
-    """
-    parts = list(batches(program.facts["calibration"].select(inputs), _inputs_held(program)))
-
-    def power(part: dict[str, Tensor]) -> float:
-        return noise_power(run(changed, part), run(program, part), counts(program, part))
-
-    return mean_power(session.map(power, parts), [float(counts(program, part).sum()) for part in parts])
-
-
-def mean_power(powers: Sequence[float], sizes: Sequence[float]) -> float:
-    """Of the noise powers of parts, as it is kept."""
-    mean = sum(power * size for power, size in zip(powers, sizes, strict=True)) / sum(sizes)
-    return float(f"{mean:.{DIGITS - 1}e}")
-
-
-def counts(program: Program, inputs: dict[str, Tensor]) -> Tensor:
-    """How much each input [N] counts: by what errors at its time do to images, where that is known."""
-    timesteps = inputs["timestep"]
-    if "time-gains" not in program.facts:
-        return torch.ones(len(timesteps), dtype=torch.float64)
-    return by_gains(timesteps, program.facts["time-gains"])
-
-
 def _key(name: str, part: int) -> str:
     """Under which a result is kept: by its task alone where one part holds all inputs, as it mostly does."""
     return f"{name} part {part}" if part else name
-
-
-def _inputs_held(program: Program) -> int:
-    """How many inputs' values fit in memory at once; the measurement is split where that is not all of them."""
-    values = [v for v in shapes(program, 1).values() if isinstance(v, Tensor)]
-    return max(1, HELD_BYTES // sum(v.numel() * v.element_size() for v in values))

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from mpq_compiler.formats import activation
 from mpq_compiler.ir import provenance
-from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.program import BOUNDARIES, Program
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.statistics import RANGE, VALUES, Calibration
 
-BOUNDARIES = "time_groups.boundaries"
 VALUES_PER_STEP = 160
 
 

@@ -1,7 +1,7 @@
-"""`Program`: the graph, the tensors and the plans that the passes work on, and the interpreter that runs it.
+"""`Program`: the graph, the tensors and the plans that the passes work on.
 
 The graph is a bare `torch.fx.Graph`; its ``get_attr`` nodes name tensors of the store. Every stage of the
-compiler runs in torch through `run`, so every pass is checked the same way: run before, run after, compare.
+compiler runs in torch through `interpreter.run`, so every pass is checked the same way: run before, run after, compare.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from torch import Tensor, fx
 
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.graph import copy_graph, operand, weight_of
+
+BOUNDARIES = "time_groups.boundaries"
+"""The stored tensor f32 [groups - 1] that separates the time groups, ascending."""
 
 
 class Stage(StrEnum):

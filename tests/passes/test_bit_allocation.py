@@ -11,6 +11,7 @@ from torch import fx
 
 from mpq_compiler import formats
 from mpq_compiler.allocation import solver
+from mpq_compiler.analysis import noise_power as noise_powers
 from mpq_compiler.analysis.time_weights import by_gains
 from mpq_compiler.ir import costs, stored_tensors, views
 from mpq_compiler.ir.aten import aten
@@ -18,7 +19,7 @@ from mpq_compiler.ir.edges import input_edge
 from mpq_compiler.ir.exact_interpreter import run_exact
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
-from mpq_compiler.passes import bit_allocation, sensitivity
+from mpq_compiler.passes import bit_allocation
 from mpq_compiler.passes.bit_allocation import ADDITIVE_DB, BitAllocation
 from mpq_compiler.pipeline import manager, parser
 from mpq_compiler.pipeline import options as pipeline_options
@@ -259,7 +260,7 @@ def test_noise_of_the_plan_is_that_of_the_program_that_is_made_of_it(gains):
 @pytest.mark.invariant("compiler-12")
 def test_noise_of_the_plan_depends_on_no_jobs_and_leaves_no_tensors(monkeypatch):
     """Measured input by input, as where memory is short."""
-    monkeypatch.setattr(sensitivity, "HELD_BYTES", 1)
+    monkeypatch.setattr(noise_powers, "HELD_BYTES", 1)
     program = programs.after(MODEL, "sensitivity")
     program = program.fork(tensors=TensorStore(program.tensors))
     before = {*program.tensors}

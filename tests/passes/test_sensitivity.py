@@ -15,6 +15,7 @@ import scipy.stats
 import torch
 
 from mpq_compiler.allocation import costs
+from mpq_compiler.analysis import noise_power as noise_powers
 from mpq_compiler.analysis.noise_power import noise_power
 from mpq_compiler.analysis.perturbation import Ablation
 from mpq_compiler.ir import costs as ir_costs
@@ -23,7 +24,6 @@ from mpq_compiler.ir.edges import input_edge
 from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.interpreter import Interpreter, run
 from mpq_compiler.ir.program import Program, TensorStore
-from mpq_compiler.passes import sensitivity
 from mpq_compiler.passes.sensitivity import Sensitivity
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import activation_parameters, bias_of, corrected_bias, fitted
@@ -216,7 +216,7 @@ def test_noise_powers_of_single_changes_add_up_to_that_of_a_plan():
 def test_losses_are_rounded():
     table = programs.after(MODEL, "sensitivity").facts["sensitivity"]
     for losses in table["weights"].values():
-        assert all(loss == float(f"{loss:.{sensitivity.DIGITS - 1}e}") for loss in losses.values())
+        assert all(loss == float(f"{loss:.{noise_powers.DIGITS - 1}e}") for loss in losses.values())
 
 
 def test_the_key_knows_machine_and_versions(monkeypatch):
@@ -233,7 +233,7 @@ def test_inputs_that_do_not_fit_in_memory_together_are_measured_in_parts(tmp_pat
     """The mean over the parts: close to the whole, and resumable part by part."""
     program = programs.after(MODEL, "time-groups")
     whole, count = measured(program, tmp_path), evaluations[0]
-    monkeypatch.setattr(sensitivity, "HELD_BYTES", 1)
+    monkeypatch.setattr(noise_powers, "HELD_BYTES", 1)
     parts = measured(program, tmp_path)
     assert evaluations[0] == count + PASS.inputs * count
     assert measured(program, tmp_path) == parts

@@ -18,7 +18,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-import mpq_compiler
 from mpq_compiler.support.errors import UserError
 
 
@@ -49,7 +48,7 @@ class Worker:
     """The parent's side of a worker. Context manager; starts at once, ends with the block."""
 
     def __init__(self) -> None:
-        root = str(Path(mpq_compiler.__file__).parents[1])
+        root = str(Path(__file__).parents[4])
         paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TVM_NUM_THREADS": "1"}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
