@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mpq_compiler import _moved
 from mpq_compiler.support import plugins
 from mpq_compiler.support.checkout import require_links
 
 require_links()
+_moved.install()
 
 if TYPE_CHECKING:
     from mpq_compiler.allocation.problem import Problem

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mpq_compiler import _moved
 from mpq_compiler.formats import contract
 
 F16_TINY = 2.0**-24
@@ -158,3 +159,6 @@ def weighted(rows: Tensor, gram: Tensor | None) -> Tensor:
 def diagonal(gram: Tensor) -> Tensor:
     """The diagonal [K] of a gram that is kept whole or as its diagonal."""
     return gram if gram.dim() == 1 else gram.diagonal()
+
+
+__getattr__ = _moved.forward(__name__)  # names that went to `contract`

@@ -1,1 +1,5 @@
 """What a machine can do: CPUs and GPUs by name, their features and numerics, and what a backend is."""
+
+from mpq_compiler import _moved
+
+__getattr__ = _moved.forward(__name__)  # the names of the module that this room was
