@@ -35,7 +35,8 @@ def forward(package: str) -> Callable[[str], Any]:
 
     def attribute(name: str) -> Any:
         now = table().get(f"{old}.{name}") or (old in table() and f"{table()[old]}.{name}")
-        if not now or name.startswith("__"):
+        # The import system asks for submodules here too, before it looks for their files.
+        if not now or name.startswith("__") or _is_module(f"{old}.{name}"):
             raise AttributeError(f"module '{package}' has no attribute '{name}'")
         module, _, there = now.rpartition(".")
         try:
@@ -52,6 +53,12 @@ def forward(package: str) -> Callable[[str], Any]:
     return attribute
 
 
+def _is_module(name: str) -> bool:
+    """Whether there is a module of this dotted name today."""
+    there = Path(__file__).parent.joinpath(*name.split("."))
+    return (there / "__init__.py").exists() or there.with_suffix(".py").exists()
+
+
 class _Moved(MetaPathFinder, Loader):
     """Finds modules of the table that no longer exist, as modules that forward every name."""
 
@@ -59,9 +66,7 @@ class _Moved(MetaPathFinder, Loader):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         name = fullname.removeprefix(_ROOT)
-        there = Path(__file__).parent.joinpath(*name.split("."))
-        real = (there / "__init__.py").exists() or there.with_suffix(".py").exists()
-        if name == fullname or name not in table() or real:
+        if name == fullname or name not in table() or _is_module(name):
             return None
         return ModuleSpec(fullname, self)
 
