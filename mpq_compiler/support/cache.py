@@ -1,4 +1,4 @@
-"""Results that took time, kept between runs: one JSON-lines file a key, appended to as results come.
+"""A cache of expensive results across runs: one JSON-lines file per key, appended to as results arrive.
 
 A file survives the death of its writer: every line is one whole result, and a torn last line is ignored.
 """
@@ -19,7 +19,7 @@ import numpy as np
 from mpq_compiler.support.errors import UserError
 
 KINDS = ("kernels", "latency", "sensitivity", "tiles", "training")
-"""The folders of a cache."""
+"""The kinds of results; each has a folder of its own in the cache."""
 
 
 def folder(path: Path | None = None) -> Path:
@@ -32,7 +32,7 @@ def folder(path: Path | None = None) -> Path:
 
 
 def digest(*parts: str | bytes | Mapping[str, Any]) -> str:
-    """sha256 over the parts; mappings of arrays or tensors count by name, dtype, shape and bytes."""
+    """The sha256 of the parts; a mapping of arrays or tensors enters by name, dtype, shape and bytes."""
     state = hashlib.sha256()
     for part in parts:
         if isinstance(part, str):

@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 class BudgetError(UserError):
-    """A budget is less than the least that can be."""
+    """A budget is below the smallest value that any allocation reaches."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""How work is run: in batches, by as many threads as there are jobs, with a bar for what takes its time."""
+"""How work is run: in batches, on as many threads as there are jobs, with a progress bar for what takes long."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
 BATCH = 32
+"""Samples that the model sees at a time, unless a caller says otherwise."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -27,7 +28,7 @@ _Rows = TypeVar("_Rows", bound=Rows)
 
 
 def batches(inputs: Mapping[str, _Rows], size: int = BATCH) -> Iterator[dict[str, _Rows]]:
-    """The inputs, so many samples at a time."""
+    """Splits the inputs into batches of at most ``size`` samples, in order."""
     count = len(next(iter(inputs.values())))
     for start in range(0, count, size):
         yield {name: value[start : start + size] for name, value in inputs.items()}
@@ -35,23 +36,27 @@ def batches(inputs: Mapping[str, _Rows], size: int = BATCH) -> Iterator[dict[str
 
 @dataclass(kw_only=True)
 class RunContext:
-    """What decides how work is run, and nothing of what it gives but by the seed."""
+    """Settings of a run: they decide how work is done; of these the seed alone changes the results."""
 
     seed: int = 0
     jobs: int = 1
     cache: Path | None = None
     progress: Callable[[str, int], AbstractContextManager[Callable[..., None]]] | None = None
-    """``with progress("sensitivity", total) as advance: advance(1)``: a bar for work of more than two seconds.
+    """Opens a progress bar for work of more than two seconds; None shows no bars.
 
-    ``advance(1, "12.3 dB")`` says how it goes besides.
+    Used as ``with progress("sensitivity", total) as advance: advance(1)``. ``advance(1, "12.3 dB")`` shows the text
+    beside the bar.
     """
 
     def track(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
-        """The bar of a piece of work, or none where nobody watches."""
+        """Opens the progress bar of a piece of work; without `progress` the updates go nowhere."""
         return self.progress(title, total) if self.progress else nullcontext(lambda n, said="": None)
 
     def map(self, work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
-        """``work`` of every item, by as many threads as there are jobs, in order; an error or Ctrl-C drops the rest."""
+        """Applies ``work`` to every item on `jobs` threads and returns the results in the order of the items.
+
+        An error or Ctrl-C cancels the items that have not begun.
+        """
         with ThreadPoolExecutor(self.jobs) as pool:
             futures = [pool.submit(work, item) for item in items]
             try:

@@ -15,7 +15,7 @@ from mpq_compiler.support.errors import UserError
 
 
 def check_place(path: Path) -> None:
-    """UserError when there is no folder, or none that can be written to, for a file or folder `path`."""
+    """Raises a UserError where the parent folder of `path` does not exist or cannot be written to."""
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}; create it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -23,7 +23,10 @@ def check_place(path: Path) -> None:
 
 
 def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Writes beside, then renames: nothing half-written is ever seen. A link stays one; a pipe is written to."""
+    """Writes a file atomically: `fill` writes a temporary file beside `path`, which is then renamed.
+
+    A symbolic link stays one: its target is replaced. A pipe or device is written to directly.
+    """
     path = path.resolve() if path.is_symlink() else path
     if path.exists() and not path.is_file():
         with path.open("wb") as stream:
@@ -40,7 +43,11 @@ def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A scratch folder next to `path`, on the same file system; gone at the end, whatever happens."""
+    """A scratch folder next to `path`, on the same file system, which is removed at the end.
+
+    Raises:
+        UserError: the file system refuses to write, there or within the block.
+    """
     scratch = None
     try:
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
@@ -54,11 +61,13 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 def sync(stream: IO[bytes]) -> None:
+    """Flushes a file to the disk itself, so that a rename after it never exposes an empty file."""
     stream.flush()
     os.fsync(stream.fileno())
 
 
 def umask() -> int:
+    """The process's mask of file permissions; it is set and restored, for no call only reads it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

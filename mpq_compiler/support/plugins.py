@@ -1,7 +1,7 @@
-"""The one door for code that is found by name: built-in passes, formats and backends, and those of installed packages.
+"""The registry of plugins: passes, formats and backends, built in or from installed packages, are found by name here.
 
-Both are entry points of a group: the built-in ones stand in `plugins.toml`, the others in the metadata of their
-packages. Nothing else imports by name.
+Both kinds are entry points of a group. The built-in ones are listed in `plugins.toml`, the others in the metadata of
+their packages. Nothing else in the package imports by name.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ _BUILT_IN = Path(__file__).parents[1] / "plugins.toml"
 
 @functools.cache
 def built_in(group: str) -> tuple[EntryPoint, ...]:
-    """The entry points of the group that the compiler brings along, in the order of `plugins.toml`."""
+    """The built-in entry points of a group, in the order of `plugins.toml`."""
     declared = tomllib.loads(_BUILT_IN.read_text(encoding="utf-8"))
     return tuple(EntryPoint(name, value, group) for name, value in declared[group].items())
 
 
 def of(group: str) -> tuple[EntryPoint, ...]:
-    """The entry points of that group in all packages on the path, in the order of their names."""
+    """The entry points of a group in all packages on `sys.path`, sorted by name."""
     return _scan(importlib.metadata.entry_points, tuple(sys.path), group)
 
 
 def find(group: str, name: str) -> EntryPoint | None:
-    """The entry point of that name: a built-in one, else that of a package; None where there is none."""
+    """The entry point called `name`: a built-in one first, else a package's; None where there is none."""
     return next((entry for entry in (*built_in(group), *of(group)) if entry.name == name), None)
 
 
@@ -45,7 +45,7 @@ def attribute(path: str) -> Any:
 
 
 def module(name: str) -> Any:
-    """The module of that dotted name."""
+    """The module with this dotted name, imported."""
     return importlib.import_module(name)
 
 

@@ -1,6 +1,6 @@
-"""Small charts as SVG text: bars, lines, and points on two logarithmic axes. No scripts, no fonts, nothing to load.
+"""Small charts as SVG text: bars, lines, boxes, and points on two logarithmic axes.
 
-Colors are those of the page where the chart stands in one: ``currentColor`` for text and axes.
+They need no scripts and no fonts. Text and axes take ``currentColor``, so a chart follows the colors of its page.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 26, 44
 
 @dataclass(frozen=True)
 class Point:
-    """A mark with what its tooltip says; ``series`` picks the color."""
+    """A mark of a chart; ``label`` is its tooltip, ``series`` picks its color."""
 
     x: float
     y: float
@@ -36,13 +36,16 @@ class Frame:
     log: bool = False
 
     def across(self, value: float) -> float:
+        """The x coordinate of a value, in pixels from the left."""
         return _LEFT + _share(value, self.x, self.log) * (self.width - _LEFT - _RIGHT)
 
     def up(self, value: float) -> float:
+        """The y coordinate of a value, in pixels from the top."""
         return self.height - _BOTTOM - _share(value, self.y, self.log) * (self.height - _TOP - _BOTTOM)
 
 
 def _share(value: float, ends: tuple[float, float], log: bool) -> float:
+    """Where a value lies between the ends of an axis, 0 to 1."""
     low, high = ends
     if log:
         value, low, high = (math.log10(max(v, 1e-300)) for v in (value, low, high))
@@ -52,7 +55,7 @@ def _share(value: float, ends: tuple[float, float], log: bool) -> float:
 def bars(
     values: Sequence[Point], title: str, unit: str, legend: Sequence[str] = (), width: int = 900, height: int = 220
 ) -> str:
-    """A bar for each value; its x is the place in the row, its height from zero (or from the least below zero)."""
+    """A bar chart: one bar a value, in order; ``y`` is its height above or below zero, ``x`` is not used."""
     least, largest = min([0.0, *(v.y for v in values)]), max([0.0, *(v.y for v in values)])
     frame = Frame(width, height, (0, max(1, len(values))), (least, largest or 1.0))
     thick = (frame.across(1) - frame.across(0)) * 0.8
@@ -71,7 +74,7 @@ def lines(
     series: Sequence[Sequence[Point]], title: str, unit: str, names: Sequence[str], ticks: Sequence[str] = (),
     width: int = 900, height: int = 220,
 ) -> str:  # fmt: skip
-    """A polyline with dots for each series; ``ticks`` name the whole numbers of the x axis."""
+    """A line chart: a polyline with dots for each series; ``ticks`` label x = 0, 1, 2, ..."""
     points = [p for s in series for p in s]
     span = _padded([p.y for p in points])
     frame = Frame(width, height, (-0.5, max(1.0, max((p.x for p in points), default=1.0)) + 0.5), span)
@@ -87,17 +90,17 @@ def lines(
 
 @dataclass(frozen=True)
 class Row:
-    """A named distribution, and how its members are divided."""
+    """A named distribution, and how its members are divided among the parts of the legend."""
 
     name: str
     box: Sequence[float]
     """Least, first quartile, median, third quartile, largest."""
     parts: Sequence[int]
-    """How many members are of each part of the legend."""
+    """How many members belong to each part of the legend."""
 
 
 def boxes(rows: Sequence[Row], title: str, unit: str, legend: Sequence[str] = (), width: int = 900) -> str:
-    """A box for each row on one axis, and beside it a bar with the shares of its parts."""
+    """A box plot: one box a row on a common axis, and beside it a bar with the shares of its parts."""
     names, bar, thick = 260, 150, 18
     frame = Frame(width, _TOP + _BOTTOM + thick * len(rows), (0, 1), (0, 1))
     low, high = min((row.box[0] for row in rows), default=0.0), max((row.box[-1] for row in rows), default=1.0)
@@ -130,7 +133,7 @@ def log_log(
     points: Sequence[Point], roofs: Mapping[str, Sequence[tuple[float, float]]], title: str, axes: tuple[str, str],
     legend: Sequence[str] = (), width: int = 900, height: int = 480,
 ) -> str:  # fmt: skip
-    """Points under roofs (polylines, named at their ends), both axes logarithmic."""
+    """A scatter plot on two logarithmic axes, with roofs: polylines that are named at their ends."""
     xs = [p.x for p in points] + [x for roof in roofs.values() for x, _ in roof]
     ys = [p.y for p in points] + [y for roof in roofs.values() for _, y in roof]
     frame = Frame(width, height, _decades(xs), _decades(ys), log=True)

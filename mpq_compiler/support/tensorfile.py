@@ -1,9 +1,9 @@
-"""safetensors files whose large tensors can be mapped instead of copied; a reader that trusts nothing.
+"""Safetensors files whose large tensors can be mapped instead of copied, and a reader that checks every claim.
 
-Compiled kernels read their tensors with aligned vector loads, while the safetensors library packs tensors
-without gaps and knows no holes. So large tensors are put first, in an order that needs least padding, and
-what padding remains is named: `__pad<i>` tensors of type U8, which any other reader of the format sees as
-small tensors and this one leaves out. Small tensors stand last, unaligned: copying them costs less.
+Compiled kernels read their tensors with aligned vector loads, while the format packs tensors without gaps. So large
+tensors come first, in an order that needs least padding, and the padding itself is stored as U8 tensors named
+`__pad<i>`. This reader leaves them out; any other reader of the format sees small tensors. Small tensors come last and
+unaligned, since copying them costs less than padding.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def save(
 
 
 def places(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int, int]]:
-    """(first byte, end) of each tensor in the file that `save` writes of them."""
+    """The byte range (first, end) of each tensor in the file that `save` writes."""
     text, _ = _plan(tensors, None)
     start = 8 + len(text)
     spans = {name: entry["data_offsets"] for name, entry in json.loads(text).items()}
@@ -68,7 +68,7 @@ def places(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int, int]]:
 def _plan(
     tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None
 ) -> tuple[bytes, list[np.ndarray]]:
-    """The header and what follows it, in order."""
+    """Lays the file out: the header's text, padded to `ALIGNMENT`, and the tensors in the order of their bytes."""
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     chunks: list[np.ndarray] = []
     offset = pads = 0
@@ -93,7 +93,7 @@ def _plan(
 
 
 def _order(tensors: Mapping[str, np.ndarray]) -> list[str]:
-    """Large tensors of whole 64-byte blocks, other large ones, then small ones by falling element size."""
+    """Sorts the names: large tensors of whole 64-byte blocks, other large ones, small ones by falling element size."""
     for name, tensor in tensors.items():
         if name.startswith(_PAD) or name == "__metadata__":
             raise ValueError(f"the tensor name '{name}' is reserved")
@@ -110,10 +110,15 @@ def _order(tensors: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
-    """(entries by tensor name: dtype, shape, data_offsets; where the data begin) of a safetensors file.
+    """Reads and checks the header of a safetensors file.
 
-    Everything is checked before anything of the claimed size is allocated, so a hostile file costs nothing.
-    UserError: not a safetensors file, truncated, or a header that contradicts itself or the file.
+    Nothing of a claimed size is allocated before it is checked, so a hostile file costs nothing.
+
+    Returns:
+        The entry of each tensor by name (dtype, shape, data_offsets), and the byte where the data begin.
+
+    Raises:
+        UserError: not a safetensors file, truncated, or a header that contradicts itself or the file.
     """
     path = Path(path)
 
@@ -151,7 +156,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
 
 
 def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The strings that a safetensors file says of itself. UserError: as `read_header`."""
+    """The metadata of a safetensors file: text by key. UserError: as `read_header`."""
     read_header(path)
     with Path(path).open("rb") as stream:
         found = json.loads(stream.read(int.from_bytes(stream.read(8), "little"))).get("__metadata__")
@@ -166,7 +171,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _span(name: str, entry: Any) -> tuple[int, int, str]:
-    """(begin, end, name) of one header entry, after all its parts agree. ValueError otherwise."""
+    """The byte range (begin, end) and name of a header's entry. ValueError: its parts contradict each other."""
     try:
         bits, shape, (begin, end) = _BITS[entry["dtype"]], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
@@ -179,10 +184,12 @@ def _span(name: str, entry: Any) -> tuple[int, int, str]:
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file by name, mapped copy-on-write: pages are read when they are touched.
+    """Maps the tensors of a safetensors file copy-on-write: pages are read when they are touched.
 
-    bfloat16, which NumPy lacks, is read as float32. UserError: as `read_header`; a tensor of another type that NumPy
-    lacks (float8).
+    A bfloat16 tensor is converted to float32, since NumPy has no such type.
+
+    Raises:
+        UserError: as `read_header`; a tensor of another type that NumPy lacks (float8).
     """
     header, start = read_header(path)
     data = np.memmap(path, np.uint8, mode="c")

@@ -1,6 +1,6 @@
 """What commands print: results on standard output, progress and notes on standard error.
 
-On a terminal that is Rich tables and progress bars; elsewhere plain lines that are not broken for a screen's width.
+A terminal gets Rich tables and progress bars; a file or a pipe gets plain lines that are never wrapped.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 console = Console(stderr=True)
-"""Progress and notes."""
+"""The stream of progress and notes: standard error."""
 output = Console()
-"""Results. ``output.stderr = True`` leaves standard output to ``--json -``."""
+"""The stream of results: standard output, unless ``output.stderr = True`` leaves that to ``--json -``."""
 if not output.is_terminal and "COLUMNS" not in os.environ:
     output.width = 200  # names must not be folded on their way to grep or a file
 SILENCE = 30.0
-"""Seconds after which a log, where no bar is drawn, gets a line."""
+"""Seconds between two lines of progress where no bar is drawn."""
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
-    """A progress bar; yields ``advance(n, said="")``, which shows ``said`` too: a loss.
+    """Shows a progress bar; yields ``advance(n, said="")``, which also shows ``said``, such as a loss.
 
-    Without a terminal: a line when the work begins, and twice a minute.
+    Without a terminal it prints a line when the work begins, and one every `SILENCE` seconds.
     """
     if not console.is_terminal:
         print(f"{title} ({total}) ...", file=sys.stderr, flush=True)
@@ -68,7 +68,7 @@ def say(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Tells what is no result: what was assumed, or did not go as asked."""
+    """Prints a note, which is no result: what was assumed, or did not go as asked."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -93,7 +93,7 @@ def size(count: float) -> str:
 
 
 def memory(entry: Mapping[str, Any]) -> str:
-    """What running an artifact takes, of the manifest's entry on memory."""
+    """The memory that running an artifact takes, in words, from the manifest's entry `memory`."""
     most = {kind: size(max(entry[kind].values())) for kind in ("activation_bytes", "workspace_bytes")}
     return (
         f"{size(entry['prepared_bytes'])} of prepared weights, {most['activation_bytes']} of activations, "
@@ -102,6 +102,6 @@ def memory(entry: Mapping[str, Any]) -> str:
 
 
 def additivity(entry: Mapping[str, Any]) -> str:
-    """How far the losses of single changes add up to the noise of a plan, of the report's entry on it."""
+    """How well the losses of single changes add up to the plan's noise, in words, from the report's entry."""
     apart = "" if entry["difference_db"] is None else f" ({entry['difference_db']:+.2f} dB)"
     return f"noise {entry['measured']:.2e} measured together, {entry['expected']:.2e} by the sum of its losses{apart}"
