@@ -1,25 +1,35 @@
-"""The numerics of attentions, and what their meaning (`ops`) and their kernels share. Imports neither torch nor TVM."""
+"""The numerics of attentions: constants that their reference meaning (`ir.ops`) and their kernels share.
+
+Nothing here imports torch or TVM.
+"""
 
 from __future__ import annotations
 
 F32, BF16, INT8 = "f32", "bf16", "int8"
 NUMERICS = (F32, BF16, INT8)
-"""Of an attention: in float32; products in bfloat16; products of 8-bit codes."""
+"""How an attention computes: all in float32, its products in bfloat16, or its products on 8-bit codes."""
 
 BOUNDS = {F32: 1e-5, BF16: 1e-2, INT8: 1e-6}
-"""Largest allowed ``max|y - y'| / max|y'|`` of a kernel against the meaning of the same numerics."""
+"""Largest allowed error ``max|y - y'| / max|y'|`` of a kernel against the reference meaning in the same numerics."""
 
 FEATURES: dict[str, tuple[str, ...]] = {F32: (), BF16: ("avx512_bf16",), INT8: ("avx512_vnni",)}
-"""What the kernels ask of a CPU, as /proc/cpuinfo spells it."""
+"""CPU features that the kernels of each numerics need, as /proc/cpuinfo spells them."""
 
 PACKED = {BF16: 2, INT8: 4}
-"""Values in a word of 32 bits."""
+"""How many values fill a word of 32 bits."""
 
 KEY_BLOCK = 96
-"""Keys that share a scale of K, and a scale of P for each query."""
+"""Number of keys in a block: a block shares one scale of K, and for each query one scale of P."""
 
 def ready_shapes(kind: str, keys: int, heads: int, dim: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Keys and values of a sample as the kernels read them: shape and type by name (`kernels.fast_attention`)."""
+    """Shape and type, by name, of the packed keys and values of one sample, as the kernels read them.
+
+    Args:
+        kind: the numerics, `BF16` or `INT8`; with `INT8` the scales of keys and values are among them.
+        keys: number of keys.
+        heads: number of heads.
+        dim: channels of a head.
+    """
     packed = PACKED[kind]
     made: dict[str, tuple[tuple[int, ...], str]] = {
         "packed_k": ((heads, keys, -(-dim // packed)), "int32"),
@@ -31,12 +41,15 @@ def ready_shapes(kind: str, keys: int, heads: int, dim: int) -> dict[str, tuple[
 
 
 SMALLEST = 1e-20
-"""Of the largest magnitudes that codes are scaled by."""
+"""Lower bound of a block's largest magnitude, by which its codes are scaled: a block of zeros divides by this."""
 
 def rotation_sign(i: int) -> float:
-    """-1 to the number of pairs of neighbouring ones in binary i: the sequence of Golay, Rudin and Shapiro."""
+    """Element i of the Golay-Rudin-Shapiro sequence: -1 to the number of adjacent pairs of ones in binary i."""
     return -1.0 if (i & i >> 1).bit_count() % 2 else 1.0
 
 
 EXP2_COARSE = (0.05517162371997846, 0.24261111871702196, 0.6932609938289391, 0.9999280739673682)
-"""2^r on [-1/2, 1/2] within 7.5e-5, far below a step of 8 bits; highest power first."""
+"""Coefficients of a polynomial for 2^r on [-1/2, 1/2], highest power first.
+
+Its error is at most 7.5e-5, far below a step of 8 bits.
+"""

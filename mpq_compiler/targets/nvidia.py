@@ -1,4 +1,4 @@
-"""The NVIDIA GPUs of this machine, by the driver's own library. Neither torch nor a CUDA toolkit is needed."""
+"""The NVIDIA GPUs of this machine, queried through the driver's library; no torch and no CUDA toolkit is needed."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ from typing import Any
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _PREFIX = "sm_"
 ORIN = 87
-"""Of Jetson Orin: machine code is its own or a desktop's, never both's (CUDA C++ Programming Guide, binary
-compatibility)."""
+"""The compute capability of Jetson Orin; its machine code and a desktop GPU's never run on each other.
+
+Source: CUDA C++ Programming Guide, binary compatibility.
+"""
 HOPPER = 90
 """The compute capability whose tensor cores have `wgmma`; later ones have another instruction."""
 CUDA_13 = 13000
-"""The release, as drivers count, that TVM's wheel is built with and nvcc makes code for: for its driver or a later."""
+"""The release of CUDA that TVM's wheel is built with, as drivers count; its code needs a driver of this or later."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """level: the compute capability, 10 times the number (87 of a Jetson Orin). memory: bytes, in all"""
+    """A GPU of this machine, as the driver describes it."""
 
     name: str
     level: int
+    """The compute capability times 10: 87 for a Jetson Orin."""
     memory: int
+    """Bytes of memory in all, free or not."""
 
 
 @functools.cache
 def _driver() -> ctypes.CDLL | None:
-    """The driver's library, ready; None where there is none, or no GPU."""
+    """The driver's library, initialized; None without a driver or a GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -41,7 +45,7 @@ def _driver() -> ctypes.CDLL | None:
 
 
 def driver_version() -> int:
-    """The release of CUDA that the driver is of: 13000 of 13.0; 0 without a driver."""
+    """The release of CUDA that the driver supports: 13000 for 13.0; 0 without a driver."""
     version = ctypes.c_int()
     if (driver := _driver()) is None or driver.cuDriverGetVersion(ctypes.byref(version)):
         return 0
@@ -50,7 +54,7 @@ def driver_version() -> int:
 
 @functools.cache
 def gpus() -> tuple[Gpu, ...]:
-    """Those of this machine, in the driver's order."""
+    """The GPUs of this machine, in the driver's order."""
     if (driver := _driver()) is None:
         return ()
     count, value, device = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
@@ -69,12 +73,12 @@ def gpus() -> tuple[Gpu, ...]:
 
 
 def spelled(release: int) -> str:
-    """A release of CUDA as people write it: 12.6 of 12060."""
+    """Formats a release of CUDA as people write it: 12060 becomes 12.6."""
     return f"{release // 1000}.{release % 1000 // 10}"
 
 
 def from_wheels(place: str) -> Path | None:
-    """A file of NVIDIA's wheels, by its place in the package `nvidia`; None where it is not installed."""
+    """The path of a file in NVIDIA's wheels, given its place in the package `nvidia`; None if not installed."""
     spec = importlib.util.find_spec("nvidia")
     paths = [Path(folder, place) for folder in (spec and spec.submodule_search_locations) or ()]
     return next((path for path in paths if path.is_file()), None)
@@ -86,20 +90,20 @@ def levels() -> tuple[int, ...]:
 
 
 def feature(level: int) -> str:
-    """How a target states that it has code for a compute capability."""
+    """The feature by which a target states that it has code for a compute capability: `sm_87`."""
     return f"{_PREFIX}{level}"
 
 
 def stated(features: Iterable[str]) -> list[int]:
-    """The compute capabilities that features state."""
+    """The compute capabilities among a target's features; the inverse of `feature`."""
     return [int(name.removeprefix(_PREFIX)) for name in features if name.startswith(_PREFIX)]
 
 
 def is_for(manifest: Mapping[str, Any]) -> bool:
-    """Whether an artifact is for a GPU."""
+    """Whether an artifact, given its manifest, runs on a GPU."""
     return bool(stated(manifest["target"]["features"]))
 
 
 def runs(code: Iterable[int], level: int) -> bool:
-    """Whether a GPU runs machine code for one of these: of its own generation, and no later than itself."""
+    """Whether a GPU of this level runs machine code for one of `code`: of its generation, and no later than itself."""
     return any(own == level or (own // 10 == level // 10 and own < level and ORIN not in (own, level)) for own in code)

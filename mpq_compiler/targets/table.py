@@ -1,4 +1,4 @@
-"""The targets: what each can do, what it needs of a CPU, and what this machine has.
+"""The table of targets: what each can do, which CPU features it needs, and which of them this machine has.
 
 Nothing here imports torch or TVM: the runtime reads the table on devices that have neither.
 """
@@ -33,15 +33,16 @@ _ARMV8_2 = (*_ARMV8, "asimdhp", "fphp", "asimddp", "atomics", "asimdrdm", "crc32
 class Target:
     """One row of the table.
 
-    arch: machine of the host that runs it, as `platform.machine()` says ("x86_64", "aarch64", "any").
-    features: the /proc/cpuinfo flags without which its kernels would end in an illegal instruction; of a GPU what it
-        has code for, of which one will do (`gpu`).
-    cuda: the release of CUDA that the driver of a GPU must be of, or of a later one, as drivers count: 12060 of 12.6.
-    tvm: the dictionary for `tvm.target.Target`; empty where TVM takes no part.
-    isa: instruction family that kernel templates choose their inner loop by.
-    backend: "tvm", "reference" or "onnx".
-    status: where its kernels have run, if not on silicon.
-    numerics: those besides float32 that its attentions can have under ``--numerics fast`` (`targets.numerics`).
+    Attributes:
+        arch: the host's machine, as `platform.machine()` spells it ("x86_64", "aarch64"), or "any".
+        isa: the instruction family by which kernel templates choose their inner loop.
+        backend: "tvm", "reference" or "onnx".
+        features: the /proc/cpuinfo flags without which its kernels would end in an illegal instruction. A GPU target
+            lists the compute capabilities that it has code for; a GPU needs one of them (`nvidia`).
+        tvm: the dictionary for `tvm.target.Target`; empty where TVM takes no part.
+        status: where its kernels have run, if not on silicon.
+        numerics: numerics besides float32 that its attentions can have under ``--numerics fast`` (`targets.numerics`).
+        cuda: the oldest release of CUDA that the GPU's driver may support, as drivers count: 12060 for 12.6.
     """
 
     name: str
@@ -56,30 +57,31 @@ class Target:
 
     @property
     def is_cuda(self) -> bool:
+        """Whether its kernels run on an NVIDIA GPU."""
         return self.isa == "cuda"
 
     @property
     def is_cuda12(self) -> bool:
-        """Whether drivers of CUDA 12 run it: code of its compiler, and TVM's runtime by way of `bundle.CUDART`."""
+        """Whether drivers of CUDA 12 run it: code of that compiler, and TVM's runtime through `bundle.CUDART`."""
         return self.is_cuda and self.cuda < nvidia.CUDA_13
 
     @property
     def levels(self) -> list[int]:
-        """Compute capabilities that it has code for, 10 times the number; none on a CPU."""
+        """The compute capabilities that it has code for, times 10; none on a CPU."""
         return nvidia.stated(self.features)
 
     @property
     def host(self) -> Mapping[str, Any]:
-        """The dictionary for `tvm.target.Target` of what runs on the CPU."""
+        """The dictionary for `tvm.target.Target` of its code on the CPU: all of it, or what launches the kernels."""
         return _HOSTS[self.arch] if self.is_cuda else self.tvm
 
 
 _ATTRIBUTES = {"avx512_bf16": "+avx512bf16", "avx512_vnni": "+avx512vnni"}
-"""What LLVM calls the features that kernels may ask for beyond those of their target."""
+"""LLVM's names of the features that kernels may need beyond their target's, by their names in /proc/cpuinfo."""
 
 
 def with_features(target: Target, features: Iterable[str]) -> Target:
-    """The target on CPUs that have these `numerics.FEATURES` as well."""
+    """The target restricted to CPUs that also have these features (`numerics.FEATURES`)."""
     added = tuple(f for f in features if f not in target.features)
     if not added:
         return target
@@ -102,9 +104,9 @@ def _x86(
 
 
 def _arm(name: str, isa: str, mcpu: str, mattr: list[str], features: tuple[str, ...]) -> Target:
-    """Instructions are ordered for a core that runs them in order; those that reorder do not mind.
+    """A target of AArch64, whose code is scheduled for in-order cores, since the others reorder it themselves.
 
-    Loads are not paired: the in-order cores take as long for a pair as for six, the others for two.
+    Loads are not paired: a pair takes an in-order core as long as six single loads, the others as long as two.
     """
     options: dict[str, Any] = {**_LLVM, "mtriple": "aarch64-linux-gnu", "mattr": [*mattr, "+disable-ldp"]}
     if mcpu:
@@ -116,11 +118,15 @@ _HOSTS: dict[str, dict[str, Any]] = {
     "x86_64": {**_LLVM, "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64"},
     "aarch64": {**_LLVM, "mtriple": "aarch64-linux-gnu"},
 }
-"""What launches kernels on a GPU runs on any CPU of the architecture."""
+"""TVM's targets of the host's code, which launches kernels on a GPU: any CPU of the architecture runs it."""
 
 
 def _cuda(name: str, arch: str, *levels: int, release: int = nvidia.CUDA_13) -> Target:
-    """The same source for all levels and releases of CUDA: tensor cores multiply integers alike, but Hopper's alone."""
+    """A target for GPUs of these levels.
+
+    The source of the kernels is the same for all levels and releases of CUDA, since tensor cores multiply integers
+    alike; Hopper's alone differ.
+    """
     options = {"kind": "cuda", "arch": f"sm_{levels[0]}"}
     features = tuple(map(nvidia.feature, levels))
     status = "run on an emulator, never on silicon"
@@ -128,7 +134,7 @@ def _cuda(name: str, arch: str, *levels: int, release: int = nvidia.CUDA_13) -> 
 
 
 def _single(name: str, release: int = nvidia.CUDA_13) -> Iterator[Target]:
-    """A target for each level; of these a Jetson alone has an AArch64 CPU."""
+    """One target for each level; a Jetson (87) is the only one with an AArch64 CPU."""
     for level in (80, 87, 89, 90):
         yield _cuda(f"{name}-sm{level}", "aarch64" if level == 87 else "x86_64", level, release=release)
 
@@ -183,7 +189,7 @@ def resolve(name: str) -> Target:
 
 
 def numerics_of(name: str) -> tuple[str, ...]:
-    """The `Target.numerics` of a target; of `native` those that this CPU has the features for."""
+    """The `Target.numerics` of a target; for `native` only those whose features this CPU has."""
     target = resolve(name)
     native = name == "native"
     return tuple(kind for kind in target.numerics if not (native and missing(target.arch, FEATURES[kind])))
@@ -200,7 +206,7 @@ def host_features() -> frozenset[str]:
 
 
 def _common_flags(cpuinfo: str) -> frozenset[str]:
-    """Flags that all processors listed have (cores of one chip can differ on AArch64)."""
+    """The flags that all listed processors share (cores of one chip can differ on AArch64)."""
     cores = [
         frozenset(value.split())
         for key, _, value in (line.partition(":") for line in cpuinfo.splitlines())
@@ -215,7 +221,13 @@ def missing_features(target: Target) -> list[str]:
 
 
 def missing(arch: str, features: Iterable[str], cuda: int = 0) -> list[str]:
-    """`missing_features` of an artifact, which states its architecture, features and release of CUDA itself."""
+    """What this machine lacks to run code for an architecture, its features and a release of CUDA.
+
+    Args:
+        arch: "x86_64", "aarch64" or "any".
+        features: CPU flags, or compute capabilities as `nvidia.feature` spells them, of which one is enough.
+        cuda: the oldest release that the GPU's driver may support, as drivers count; 0 for any.
+    """
     if arch not in ("any", platform.machine()):
         return [f"an {arch} CPU"]
     features = tuple(features)
@@ -232,12 +244,12 @@ def missing(arch: str, features: Iterable[str], cuda: int = 0) -> list[str]:
 
 
 def require_runnable(target: Target) -> None:
-    """UserError naming what this machine lacks; running on would end in an illegal instruction."""
+    """Raises a UserError that names what this machine lacks; running on would end in an illegal instruction."""
     require_host(target.name, target.arch, target.features)
 
 
 def require_host(name: str, arch: str, features: Iterable[str]) -> None:
-    """`require_runnable` of an artifact compiled for target `name`, by what its manifest says it needs."""
+    """`require_runnable` for an artifact compiled for the target `name`, by what its manifest says it needs."""
     if lacking := missing(arch, features):
         raise UserError(
             f"this machine ({platform.machine()}) cannot run '{name}': it lacks {', '.join(lacking)}; "
