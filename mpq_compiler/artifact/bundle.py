@@ -1,6 +1,6 @@
-"""The bundle that a compilation leaves behind: written whole or not at all, read only if every byte is right.
+"""The artifact on disk: written whole or not at all, and read only if every byte is right.
 
-A folder, or a zip of the same files: `manifest.json`, `weights.safetensors`, `ir.txt` and what the target's
+It is a folder, or a zip of the same files: `manifest.json`, `weights.safetensors`, `ir.txt` and what the target's
 backend adds (`kernels.so`, `graph.json`). docs/artifact.md describes it, schemas/manifest.json the manifest.
 """
 
@@ -33,23 +33,23 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 KERNELS = "kernels.so"
 CUDART = "cudart.so"
-"""For drivers of CUDA 12: what stands before their runtime library where TVM's runtime asks for that of CUDA 13."""
+"""A shim for drivers of CUDA 12: it offers TVM's runtime the functions of CUDA 13's runtime library."""
 IR = "ir.txt"
 DECISIONS = "decisions.json"
 SCHEDULE = "schedule.json"
 PROGRAM, SERVER = "mpq_run", "mpq_rpc"
-"""Files that may be executed (`mpqc compile --emit c`; the first of `--standalone`, too)."""
+"""The executable files of an artifact: `--emit c` writes both, `--standalone` the first."""
 
 _MAX_MANIFEST = 64 << 20  # bytes
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can state
 
 FileSource = bytes | Path | Callable[[Path], object]
-"""Where a file's content comes from: bytes, a file to copy, or a function that writes the given path."""
+"""Source of a file's content: bytes, a file to copy, or a function that writes to the path it is called with."""
 
 
 def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
-    """UserError when an artifact could not be written to `path`; long work should ask before it starts."""
+    """Raises a UserError where an artifact could not be written to `path`; call it before long work starts."""
     path = Path(path)
     check_place(path)
     if os.path.lexists(path):
@@ -62,7 +62,7 @@ def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
 
 
 def _looks_like_artifact(path: Path) -> bool:
-    """Whether it may be replaced: its manifest says what it is, or it is an empty folder."""
+    """Whether `path` may be replaced: its manifest identifies an artifact, or it is an empty folder."""
     try:
         if path.is_dir():
             if not any(path.iterdir()):
@@ -84,14 +84,21 @@ def write(
     tensors: Mapping[str, np.ndarray],
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Writes an artifact, as a zip where `path` ends in .zip, and returns its complete manifest.
+    """Writes an artifact and returns its complete manifest; equal content gives equal bytes.
 
-    `manifest` obeys the schema but for what is filled in here: format, format_version, weights, files,
-    artifact_sha256, and in `tensors` the dtype and shape of each entry. Equal content gives equal bytes.
+    Everything is written beside `path` and renamed. So an error, a full disk or Ctrl-C leaves nothing behind, and an
+    artifact that was to be overwritten stays as it was.
 
-    Everything is written beside `path` and renamed, so that an error, a full disk or Ctrl-C leaves nothing
-    behind, and an artifact that was to be overwritten as it was. UserError: what `check_output` says, and
-    whatever the file system refuses.
+    Args:
+        path: a folder, or a zip where it ends in .zip.
+        manifest: obeys the schema but for what is filled in here: format, format_version, weights, files,
+            artifact_sha256, and in `tensors` the dtype and shape of each entry.
+        files: content of each file besides the manifest and the weights, by name.
+        tensors: the stored tensors, by the names in `manifest["tensors"]`.
+        overwrite: whether an artifact at `path` may be replaced.
+
+    Raises:
+        UserError: what `check_output` refuses, and whatever the file system refuses.
     """
     path = Path(path)
     check_output(path, overwrite)
@@ -141,12 +148,12 @@ def _complete(
 
 
 def canonical(manifest: Mapping[str, Any]) -> bytes:
-    """The one way to write a manifest: JSON with sorted keys, two spaces, a newline at the end."""
+    """Encodes a manifest in its one form: JSON with sorted keys, two spaces, a newline at the end."""
     return (json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of the canonical manifest without `artifact_sha256`; the hashes in it cover the files."""
+    """The SHA-256 of the canonical manifest without `artifact_sha256`; the hashes in it cover the files."""
     rest = {key: value for key, value in manifest.items() if key != "artifact_sha256"}
     return hashlib.sha256(canonical(rest)).hexdigest()
 
@@ -170,7 +177,7 @@ def _fill(path: Path, source: FileSource) -> None:
 
 
 def _replace(new: Path, path: Path, previous: Path) -> None:
-    """Renames `new` to `path`; what was there goes to `previous`, and comes back when that fails."""
+    """Renames `new` to `path`; what was there moves to `previous`, and back again if that fails."""
     if not os.path.lexists(path):
         os.rename(new, path)
     elif new.is_file() and path.is_file():
@@ -185,7 +192,7 @@ def _replace(new: Path, path: Path, previous: Path) -> None:
 
 
 def _zip(folder: Path) -> Path:
-    """An uncompressed zip of `folder` in which nothing depends on the time or the machine."""
+    """Packs `folder` into an uncompressed zip, in which nothing depends on the time or the machine."""
     target = folder.with_name(folder.name + ".archive")
     with target.open("wb") as stream:
         with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
@@ -201,7 +208,7 @@ def _zip(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A verified artifact. `folder` holds its files; that of a zip is temporary and goes with this object."""
+    """A verified artifact; `folder` holds its files. A zip's is temporary and is removed with this object."""
 
     path: Path
     folder: Path
@@ -209,7 +216,7 @@ class Artifact:
     _keep: list[object] = field(default_factory=list, repr=False, compare=False)
 
     def file(self, name: str) -> Path:
-        """The path of one of its files. UserError: it has none of that name."""
+        """The path of one of its files. UserError: it has no file of this name."""
         if name not in self.manifest["files"]:
             raise UserError(f"{self.path} has no {name}: an artifact of this kind needs it; compile it again")
         return self.folder / name
@@ -222,8 +229,9 @@ class Artifact:
 def read(path: str | os.PathLike[str]) -> Artifact:
     """Opens and verifies an artifact: the version, the manifest, the set of files, and the hash of each.
 
-    UserError, one sentence: no such path, not an artifact, made by a newer version, truncated, altered, a
-    file missing or too many.
+    Raises:
+        UserError: no such path, not an artifact, made by another version, truncated, altered, a file missing or too
+            many.
     """
     path = Path(path)
     try:
@@ -244,7 +252,7 @@ def read(path: str | os.PathLike[str]) -> Artifact:
 
 
 class _Scratch:
-    """Removes a temporary folder when it is garbage, or at the end of the process."""
+    """Owns a temporary folder, which is removed when this object is collected or the process ends."""
 
     def __init__(self, folder: Path) -> None:
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
@@ -310,7 +318,7 @@ def _verified(artifact: Artifact) -> Artifact:
 
 
 def _unzip(path: Path, folder: Path) -> None:
-    """Unpacks the files of a zip, or of the one folder in it, and no byte more than the manifest states."""
+    """Unpacks the files of a zip, or of the one folder in it, and no more bytes than the manifest states."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = [info for info in archive.infolist() if not info.is_dir()]

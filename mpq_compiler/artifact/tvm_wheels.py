@@ -1,4 +1,4 @@
-"""TVM's small runtime for an architecture: its two libraries, licences and notices, as they lie in its wheels."""
+"""TVM's small runtime for an architecture: its two libraries, licences and notices, taken from its wheels."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ WANTED = {
     "apache-tvm": ("tvm/lib/libtvm_runtime.so", "tvm/NOTICE", "*/licenses/LICENSE", "*/LICENSE.builtin_fp16.txt"),
     "apache-tvm-ffi": ("tvm_ffi/lib/libtvm_ffi.so", "*/licenses/LICENSE", "*/licenses/NOTICE"),
 }
-"""What is taken of each, by patterns."""
+"""The files taken from each wheel, as patterns of their paths."""
 
 
 def files(target: Target, folder: Path | None = None) -> dict[str, bytes]:
-    """The files by the names that they have in an artifact: about 5 MB.
+    """The runtime's files, about 5 MB, by their names in an artifact.
 
-    folder: of wheels; without one they are those that are installed. UserError: they are not those of this version of
-    TVM and the target's architecture.
+    Args:
+        target: its architecture decides the wheels.
+        folder: holds the wheels; None takes the installed packages.
+
+    Raises:
+        UserError: there are no wheels of this version of TVM for the architecture.
     """
     found: dict[str, bytes] = {}
     for package, patterns in WANTED.items():
@@ -38,7 +42,7 @@ def files(target: Target, folder: Path | None = None) -> dict[str, bytes]:
 
 
 def _wheel(package: str, target: Target, folder: Path | None) -> tuple[list[str], Callable[[str], bytes]]:
-    """The names of a wheel's files, and what reads one."""
+    """The names of a wheel's files, and a function that reads one of them."""
     version = importlib.metadata.version(package)
     if folder is None and platform.machine() == target.arch:
         installed = importlib.metadata.distribution(package)
