@@ -1,6 +1,6 @@
-"""What a denoiser is asked to draw: nothing in particular, classes, prompts, or conditions from a file.
+"""Conditions of a denoiser: what it is asked to draw, by class, by prompt, from a file, or unconditionally.
 
-The float model and every artifact of it share this, so both are asked for the same. Nothing here imports torch.
+The float model and every artifact of it share this module, so both get the same conditions. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -24,23 +24,26 @@ Spec = tuple[tuple[int, ...], str]
 
 LABELS, TEXT = "class_labels", "encoder_hidden_states"
 EMBEDDED = {"guidance": 3.5, "timestep_cond": 8.5}
-"""Inputs by which models that were distilled for it take the guidance in place of a second call (Flux, and latent
-consistency models), and what diffusers' pipelines of them use by default."""
+"""Inputs that carry the guidance of guidance-distilled models, and the default that diffusers' pipelines use.
+
+Such models (Flux, latent consistency models) take the guidance as an input in place of a second, unconditional call.
+"""
 NULL = "null."
-"""What the names of unconditional inputs begin with in a file."""
+"""Prefix of the names of unconditional inputs in a file."""
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """The inputs besides latents and timestep, N rows each."""
+    """The inputs besides latents and timestep, by name, N rows each."""
 
     values: Mapping[str, Array]
     null: Mapping[str, Array] | None = None
-    """The same inputs for nothing in particular; None where the model does not know that."""
+    """The unconditional values of these inputs; None where the model has no unconditional case."""
     labels: Array | None = None
-    """The classes that are asked for, int64 [N], where the images can be judged by them."""
+    """The classes that are asked for, int64 [N], where images can be judged by them; else None."""
 
     def take(self, rows: Array) -> Conditions:
+        """The conditions of these rows, by index."""
         return Conditions(
             {name: value[rows] for name, value in self.values.items()},
             None if self.null is None else {name: value[rows] for name, value in self.null.items()},
@@ -50,22 +53,22 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """How a denoiser is told what to draw."""
+    """How a denoiser is conditioned: its inputs, and what this package can make for them."""
 
     name: str
-    """Of the model, for error messages."""
+    """The model's name, for error messages."""
     inputs: Mapping[str, Spec]
     """Every input besides latents and timestep."""
     fixed: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """The values of inputs that need not be given, such as the size of the image."""
+    """Values of inputs that need not be given, such as the size of the image."""
     classes: int | None = None
-    """How many classes can be asked for, the null class not among them."""
+    """The number of classes, without the null class; None where there are no classes."""
     null_class: int | None = None
     text: TextEncoder | None = None
     given: Conditions | None = None
     """Conditions from a file, in place of varied classes or prompts."""
     whole: bool = True
-    """All channels of the latents are drawn; else some come from elsewhere, such as those of an image to be changed."""
+    """Whether all channels of the latents are drawn; else some come from elsewhere, such as an image to be changed."""
 
     @property
     def needed(self) -> tuple[str, ...]:
@@ -74,25 +77,26 @@ class Conditioning:
 
     @property
     def encoder(self) -> TextEncoder | None:
-        """What prompts are encoded with, where they are all that it takes."""
+        """The text encoder, where a prompt is all that the model needs; else None."""
         return self.text if self.needed == (TEXT,) else None
 
     @property
     def by_class(self) -> bool:
-        """Whether classes are all that it takes."""
+        """Whether a class is all that the model needs."""
         return self.needed == (LABELS,) and bool(self.classes)
 
     @property
     def possible(self) -> bool:
-        """Whether conditions can be made here; else they must come from a file."""
+        """Whether conditions are at hand or can be made here; else they must come from a file."""
         return self.whole and (
             self.given is not None or not self.needed or self.by_class or self.encoder is not None
         )
 
     def of(self, wanted: Sequence[int] | Sequence[str] | Array) -> Conditions:
-        """The conditions for class labels (the null class among them) or for prompts.
+        """The conditions for class labels (the null class is one) or for prompts.
 
-        UserError: a label or a word that the model does not know; a model of another kind.
+        Raises:
+            UserError: a label or a word that the model does not know, or a model that takes neither.
         """
         text = isinstance(wanted, Sequence) and any(isinstance(item, str) for item in wanted)
         if text and (encoder := self.encoder):
@@ -118,7 +122,7 @@ class Conditioning:
         return labels
 
     def _refusal(self, text: bool) -> UserError:
-        """How this model is conditioned, for it is not as it was asked."""
+        """The error that says how this model is conditioned instead."""
         if not self.needed:
             return UserError(f"'{self.name}' has no {'prompts' if text else 'classes'}: it is unconditional")
         if self.by_class:
@@ -131,7 +135,7 @@ class Conditioning:
         )
 
     def varied(self, count: int) -> Conditions:
-        """Conditions for ``count`` images that differ: the classes, the prompts or the rows of the file in turn."""
+        """Conditions for ``count`` varied images: the classes, the prompts or the rows of the file in turn."""
         if self.given is not None:
             return self.given.take(np.arange(count) % len(next(iter(self.given.values.values()))))
         if not self.needed:
@@ -141,7 +145,7 @@ class Conditioning:
         return self.of(np.arange(count) % (self.classes or 1))
 
     def mixed(self, count: int, seed: int) -> Conditions:
-        """As `varied`, in an order drawn from the seed, and the null class or the empty prompt among them."""
+        """`varied` conditions in random order, with the null class or the empty prompt among them."""
         order = np.random.Generator(np.random.PCG64(seed))
         if self.given is not None:
             rows = len(next(iter(self.given.values.values())))
@@ -158,7 +162,11 @@ class Conditioning:
         return self.varied(count)
 
     def chosen(self, count: int, label: int | None, prompt: str | None) -> Conditions:
-        """What the command line asks for: one class, one prompt, or `varied`. UserError: the model has none."""
+        """The conditions that a command asks for: one class, one prompt, or `varied`.
+
+        Raises:
+            UserError: both are given, or the model does not take what is given.
+        """
         if label is not None and prompt is not None:
             raise UserError("give --class or --prompt, not both")
         if label is not None:
@@ -166,13 +174,19 @@ class Conditioning:
         return self.varied(count) if prompt is None else self.of([prompt] * count)
 
     def usual_guidance(self) -> float:
-        """What is drawn with where no guidance is asked for."""
+        """The guidance where none is asked for: the pipelines' default of a guidance-distilled model, else 1."""
         return next((value for name, value in EMBEDDED.items() if name in self.inputs), 1.0)
 
     def arguments(self, conditions: Conditions, count: int, guidance: float | None) -> dict[str, Any]:
-        """The `conditions`, `null_conditions` and `guidance` of `loop.sample`; by default without guidance.
+        """The keyword arguments of `loop.sample` that depend on conditions and guidance.
 
-        UserError: guidance is asked for, and the model does not know the unconditional case.
+        Args:
+            conditions: N rows of every input.
+            count: N.
+            guidance: the scale of classifier-free guidance; None takes `usual_guidance`.
+
+        Raises:
+            UserError: guidance is asked for, and the model has no unconditional case.
         """
         require_guidance(guidance)
         guidance = self.usual_guidance() if guidance is None else guidance
@@ -197,7 +211,7 @@ class Conditioning:
         return {"conditions": conditions.values, "null_conditions": conditions.null, "guidance": guidance}
 
     def _complete(self, values: Mapping[str, Array], count: int) -> dict[str, Array]:
-        """The values and the fixed ones, in the order of the inputs."""
+        """Adds the fixed inputs to the values, ``count`` rows each, in the order of the inputs."""
         fixed = {
             name: np.array([value] * count, self.inputs[name][1]).reshape(count, *self.inputs[name][0])
             for name, value in self.fixed.items()
@@ -205,7 +219,7 @@ class Conditioning:
         return {name: {**fixed, **values}[name] for name in self.inputs if name not in EMBEDDED}
 
     def _embedded(self, name: str, guidance: float) -> Any:
-        """The guidance as the model takes it: a number, or sines and cosines of it (arXiv 2310.04378, diffusers')."""
+        """Encodes the guidance as the model takes it: a number, or sines and cosines (arXiv 2310.04378, diffusers')."""
         if not (shape := self.inputs[name][0]):
             return guidance
         (width,) = shape
@@ -213,14 +227,19 @@ class Conditioning:
         return np.concatenate([np.sin(angles), np.cos(angles), np.zeros(width % 2)])
 
     def load(self, path: str | Path) -> Conditions:
-        """The conditions in a safetensors file, as `from_arrays`."""
+        """Reads conditions from a safetensors file; names, shapes and errors are those of `from_arrays`."""
         return self.from_arrays(tensorfile.load(path), f"the file of conditions '{path}'")
 
     def from_arrays(self, found: Mapping[str, Any], where: str) -> Conditions:
-        """Conditions given as arrays: every needed input by name, N rows each.
+        """Checks arrays and makes conditions of them.
 
-        For guidance there are unconditional inputs too, as `null.<name>`, of 1 or N rows. UserError: an input is
-        missing, unknown, or of another shape or type.
+        Args:
+            found: every needed input by name, N rows each; for guidance also the unconditional ones as `null.<name>`,
+                1 or N rows each.
+            where: what holds the arrays, as an error calls it.
+
+        Raises:
+            UserError: an input is missing, unknown, or of another shape or type.
         """
         arrays = {name: np.asarray(value) for name, value in found.items()}
         count = max((len(v) for n, v in arrays.items() if v.ndim and not n.startswith(NULL)), default=0)
@@ -249,7 +268,7 @@ class Conditioning:
 
 
 def require_guidance(guidance: float | None) -> None:
-    """UserError unless the guidance, where one is given, is a finite number that is not negative."""
+    """Raises a UserError unless the guidance is None or a finite number of 0 or more."""
     if guidance is not None and not 0 <= guidance < math.inf:
         raise UserError(f"--guidance {guidance:g} must be 0 or more, and finite: 1 is without, 7.5 is usual")
 

@@ -1,4 +1,4 @@
-"""How diffusers calls a denoiser where that differs from the compiler's inputs; without torch, as the runtime is."""
+"""How diffusers calls a denoiser, where its call differs from the compiler's inputs. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ Array = TypeVar("Array", bound=Any)
 
 @dataclass(frozen=True)
 class Convention:
-    """What lies between a call of the model and the inputs and output of the compiled denoiser.
+    """The conversion between a call of the model and the inputs and output of the compiled denoiser.
 
     The compiler's latents are images [B, C, H, W], and its timestep is on the scale that the model embeds (0 to 1000
-    for all families). Both are as in the call for most models, which leaves the defaults.
+    for all families). The defaults are for most models, whose call has both in this form.
     """
 
     patch: int = 1
-    """The model is called with latents packed into tokens of so many pixels a side: [B, H*W / patch^2, C * patch^2]."""
+    """Pixels along a side of a token: the model is called with latents as tokens [B, H*W / patch^2, C * patch^2]."""
     timestep_unit: float = 1.0
-    """The model is called with the compiler's timestep divided by this."""
+    """Divisor of the timestep: the model is called with the compiler's timestep divided by this."""
     baked: tuple[str, ...] = ()
-    """Arguments that hold no more than the size and the number of tokens: constants of the compiled denoiser."""
+    """Arguments that follow from the size and the number of tokens, and are constants of the compiled denoiser."""
 
     def pack(self, image: Array) -> Array:
-        """What the model is called with for latents [B, C, H, W]."""
+        """Packs latents [B, C, H, W] into what the model is called with."""
         if self.patch == 1:
             return image
         batch, channels, height, width = image.shape
@@ -35,7 +35,7 @@ class Convention:
         return parts.swapaxes(1, 2).swapaxes(2, 4).swapaxes(3, 4).reshape(batch, h * w, channels * p * p)
 
     def unpack(self, tokens: Array, height: int, width: int) -> Array:
-        """The image [B, C, H, W] of what the model takes or gives: the inverse of `pack`."""
+        """Unpacks what the model takes or returns into an image [B, C, H, W]; the inverse of `pack`."""
         if self.patch == 1:
             return tokens
         p, h, w = self.patch, height // self.patch, width // self.patch
@@ -44,7 +44,10 @@ class Convention:
         return parts.swapaxes(3, 4).swapaxes(2, 4).swapaxes(1, 2).reshape(batch, channels, height, width)
 
     def inputs(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """The compiler's inputs for the keyword arguments of a call of the model; None and what is baked in go."""
+        """Converts the keyword arguments of a call of the model to the compiler's inputs.
+
+        Arguments that are None, and those that are baked in, are dropped.
+        """
         found = {k: v for k, v in arguments.items() if k not in (*self.baked, "added_cond_kwargs", "return_dict")}
         found |= arguments.get("added_cond_kwargs") or {}
         found = {name: value for name, value in found.items() if value is not None}

@@ -1,7 +1,7 @@
 """The sampling loop, in NumPy; the float model and every artifact share it.
 
-No torch here, so an artifact samples where only the runtime is installed. Equal model outputs give equal images on
-every machine: noise comes from a seed, and updates are exact (`schedulers`).
+Nothing here imports torch, so an artifact samples where only the runtime is installed. Equal model outputs give equal
+images on every machine: noise comes from a seed, and updates are exact (`schedulers`).
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from mpq_compiler.support.errors import UserError, nearest
 
 Array = np.ndarray
 Progress = Callable[[int, int], None]
-"""Called with (done, total) after every model call."""
+"""A callback for (calls done, calls in all), after every model call."""
 
 CODECS = ("identity", "pixel_unshuffle2")
+"""The names of the ways from latents to an image; `decode` explains them."""
 
 
 class Model(Protocol):
-    """What the loop draws with: the inputs by name, arrays with the batch first; the output as an array."""
+    """A denoiser as the loop calls it: inputs by name, arrays with the batch first; the output is an array."""
 
     def __call__(self, **inputs: Array) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the model within `sample`, handed to its `observe`."""
+    """One call of the model within `sample`, as its `observe` sees it."""
 
     step: int
-    """Index of the step, 0 first."""
+    """The index of the step, from 0."""
     timestep: float
     rows: slice
-    """Which samples the batch holds."""
+    """The samples that the batch holds."""
     guided: bool
-    """True for the unconditional call that guidance adds."""
+    """Whether this is the unconditional call that guidance adds."""
     inputs: dict[str, Array]
     output: Array
 
 
 def gaussian(count: int, shape: tuple[int, ...], seed: int | Sequence[int]) -> Array:
-    """Initial noise, float32 [count, *shape]: the first n of a larger count with the same seed are the
-    same."""
+    """Initial noise, float32 [count, *shape]; a larger count with the same seed begins with the same samples."""
     return np.random.Generator(np.random.PCG64(seed)).standard_normal((count, *shape), dtype=np.float32)
 
 
@@ -71,10 +71,12 @@ def sample(
             channels than x has (a predicted variance) are dropped.
         noise: [N, C, H, W], standard normal.
         conditions: by input name, arrays [N, ...].
-        seed: of the noise that stochastic schedulers add, which is the same however samples are batched.
+        latent: name of the input for latents.
+        seed: seeds the noise that stochastic schedulers add; this noise does not depend on `batch`.
         guidance: classifier-free guidance, u + guidance * (c - u); other than 1 needs `null_conditions` [N, ...].
         batch: how many samples a model call holds at most (all of them by default).
-        observe: sees every model call.
+        observe: is called after every model call.
+        progress: is called after every model call with the calls done and their number in all.
 
     Raises:
         UserError: the model's output is not finite, or an argument does not fit.
@@ -136,11 +138,10 @@ def sample(
 
 
 def decode(codec: str, latents: Array) -> Array:
-    """Images in [-1, 1], float32 [N, channels, height, width], from latents [N, C, h, w].
+    """Decodes latents [N, C, h, w] to images in [-1, 1], float32 [N, channels, height, width].
 
-    `pixel_unshuffle2` stores a pixel's 2x2 neighbours as channels: [N, 4c, h, w] -> [N, c, 2h, 2w],
-    lossless. `identity` is for denoisers of pixels; for those of a VAE's latents it shows the latents
-    themselves.
+    `pixel_unshuffle2` undoes the storing of a pixel's 2x2 neighbours as channels: [N, 4c, h, w] -> [N, c, 2h, 2w],
+    without loss. `identity` is for denoisers of pixels; for those of a VAE's latents it shows the latents themselves.
     """
     latents = np.asarray(latents, dtype=np.float32)
     if codec == "pixel_unshuffle2":

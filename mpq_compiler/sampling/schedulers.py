@@ -1,8 +1,8 @@
-"""How noise becomes an image in steps: the noise schedules and updates of diffusers' schedulers, in NumPy.
+"""The noise schedules and updates of diffusers' schedulers, in NumPy.
 
 All arithmetic on images is one float32 operation at a time (no fused multiply-add), so equal model outputs give equal
-images on every machine; what depends on the schedule alone is float64, rounded once. Fields, their defaults and the
-names in configurations are diffusers'. No torch here.
+images on every machine. What depends on the schedule alone is computed in float64 and rounded once. Fields, their
+defaults and the names in configurations are diffusers'. Nothing here imports torch.
 
 Sources: DDIM, Song, Meng and Ermon (arXiv 2010.02502), eq. 12 with eta = 0; Euler's method in sigma, and its ancestral
 variant, Karras et al. (arXiv 2206.00364) and k-diffusion; latent consistency, Luo et al. (arXiv 2310.04378); flow
@@ -31,6 +31,7 @@ SPACINGS = ("leading", "linspace", "trailing")
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SHIFTS = ("exponential", "linear")
 MOST_TIMESTEPS = 1_000_000
+"""The most training timesteps that a configuration may state."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Scheduler(ABC):
     num_train_timesteps: int = 1000
 
     solver: ClassVar[str]
-    """diffusers' class."""
+    """The name of diffusers' class."""
     stochastic: ClassVar[bool] = False
-    """Whether its steps add noise."""
+    """Whether its steps add fresh noise."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_train_timesteps <= MOST_TIMESTEPS:
@@ -52,16 +53,16 @@ class Scheduler(ABC):
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> Scheduler:
-        """What a scheduler_config.json of diffusers describes, or the nearest to it, as `from_config`."""
+        """The scheduler that a diffusers scheduler_config.json describes, or the nearest one."""
         return from_config(config)[0]
 
     def to_config(self) -> dict[str, Any]:
-        """The same as a scheduler_config.json that diffusers and `from_config` read."""
+        """The scheduler_config.json of this scheduler, which diffusers and `from_config` read."""
         return {"_class_name": self.solver, **dataclasses.asdict(self)}
 
     @property
     def fractional(self) -> bool:
-        """Whether its timesteps are no whole numbers."""
+        """Whether its timesteps may be fractions, not whole numbers."""
         return False
 
     @abstractmethod
@@ -73,13 +74,20 @@ class Scheduler(ABC):
         return noise
 
     def scaled(self, x: Array, index: int, steps: int) -> Array:
-        """What the model is given for the latents `x` at step `index`."""
+        """Scales the latents `x` to what the model takes at step `index`."""
         return x
 
     @abstractmethod
     def step(self, output: Array, index: int, steps: int, x: Array, fresh: Array | None = None) -> Array:
-        """The latents one step on, float32, from the model's `output` at step `index`; `fresh` is standard normal noise
-        where the scheduler is `stochastic`."""
+        """Takes one step: the next latents, float32, from the latents `x` and the model's `output` for them.
+
+        Args:
+            output: the model's prediction, float32, the shape of `x`.
+            index: the step, from 0.
+            steps: steps of the whole trajectory.
+            x: the latents before the step, unscaled.
+            fresh: standard normal noise of the shape of `x`, where the scheduler is `stochastic`.
+        """
 
     def _require_steps(self, steps: int, most: int) -> None:
         if not 1 <= steps <= most:
@@ -120,7 +128,7 @@ class NoiseSchedule(Scheduler):
 
     @cached_property
     def alphas_cumprod(self) -> Array:
-        """Share of signal power left at every training step: float64 [num_train_timesteps]."""
+        """The share of signal power left at every training step, float64 [num_train_timesteps]."""
         count = self.num_train_timesteps
         if self.trained_betas is not None:
             betas = np.array(self.trained_betas, np.float64)
@@ -152,7 +160,7 @@ class NoiseSchedule(Scheduler):
         return np.clip(values, 0, count - 1).astype(np.int64)
 
     def _prediction(self, output: Array, a: float, x: Array) -> tuple[Array, Array]:
-        """(the predicted image, the predicted noise) where a share `a` of the power is signal."""
+        """The predicted image and the predicted noise, where a share `a` of the power is signal."""
         signal, noise = np.float32(math.sqrt(a)), np.float32(math.sqrt(1 - a))
         if self.prediction_type == "epsilon":
             return (x - noise * output) / signal, output
@@ -163,7 +171,7 @@ class NoiseSchedule(Scheduler):
 
 @dataclass(frozen=True)
 class DDIM(NoiseSchedule):
-    """Deterministic; also what a model is sampled with whose own solver is not known here."""
+    """Deterministic DDIM; it also replaces solvers that are not known here."""
 
     solver: ClassVar[str] = "DDIMScheduler"
 
@@ -197,7 +205,7 @@ class DDIM(NoiseSchedule):
 
 @dataclass(frozen=True)
 class LCM(DDIM):
-    """Latent consistency models: every step predicts the image, and noise is added to it again."""
+    """The sampler of latent consistency models: every step predicts the image and adds noise to it again."""
 
     solver: ClassVar[str] = "LCMScheduler"
     stochastic: ClassVar[bool] = True
@@ -207,7 +215,7 @@ class LCM(DDIM):
     beta_schedule: str = "scaled_linear"
     clip_sample: bool = False
     original_inference_steps: int = 50
-    """Steps of the schedule that the model was distilled on: its trajectories are some of them."""
+    """Steps of the schedule that the model was distilled on; a trajectory takes a subset of them."""
     timestep_scaling: float = 10.0
 
     def __post_init__(self) -> None:
@@ -256,7 +264,7 @@ class Euler(NoiseSchedule):
         return np.linspace(0, self.num_train_timesteps - 1, steps, dtype=np.float32)[::-1]
 
     def sigmas(self, steps: int) -> Array:
-        """float32 [steps + 1], the last is 0."""
+        """The sigma before every step and after the last, float32 [steps + 1], descending to 0."""
         bar = self.alphas_cumprod.copy()
         if self.rescale_betas_zero_snr:
             bar[-1] = 2.0**-24  # as diffusers has it: a first sigma that is not infinite
@@ -288,7 +296,7 @@ class Euler(NoiseSchedule):
 
 @dataclass(frozen=True)
 class EulerAncestral(Euler):
-    """Euler's method to a smaller sigma, and noise up to the sigma of the step: what SDXL-Turbo is sampled with."""
+    """Ancestral Euler, SDXL-Turbo's sampler: a step overshoots to a smaller sigma, then adds noise up to its own."""
 
     solver: ClassVar[str] = "EulerAncestralDiscreteScheduler"
     stochastic: ClassVar[bool] = True
@@ -303,7 +311,7 @@ class EulerAncestral(Euler):
 
 @dataclass(frozen=True)
 class FlowMatchEuler(Scheduler):
-    """Flow matching: the model predicts noise minus image, sigma goes from 1 to 0, and the timestep is 1000 sigma."""
+    """Flow matching: the model predicts noise minus image, sigma falls from 1 to 0, and the timestep is 1000 sigma."""
 
     solver: ClassVar[str] = "FlowMatchEulerDiscreteScheduler"
 
@@ -316,10 +324,10 @@ class FlowMatchEuler(Scheduler):
     shift_terminal: float | None = None
     time_shift_type: str = "exponential"
     image_seq_len: int = 4096
-    """Tokens of an image, on which dynamic shifting depends. Not in diffusers' configuration: the pipeline knows it."""
+    """Tokens of an image, on which dynamic shifting depends; the pipeline states them, diffusers' configuration not."""
     even_sigmas: bool = False
-    """Before they are shifted, sigmas go evenly from 1 to 1/steps, as Flux's pipeline asks for, and not down to the
-    smallest of training."""
+    """Whether unshifted sigmas go evenly from 1 to 1/steps, as in Flux's pipeline, and not to the smallest of training.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -347,7 +355,7 @@ class FlowMatchEuler(Scheduler):
         return weight / (weight + (1 / sigmas - 1))
 
     def sigmas(self, steps: int) -> Array:
-        """float32 [steps + 1], the last is 0."""
+        """The sigma before every step and after the last, float32 [steps + 1], descending to 0."""
         self._require_steps(steps, self.num_train_timesteps)
         if self.even_sigmas:
             values = np.linspace(1.0, 1 / steps, steps)
@@ -372,7 +380,7 @@ class FlowMatchEuler(Scheduler):
 _SOLVERS: dict[str, type[Scheduler]] = {cls.solver: cls for cls in (DDIM, LCM, Euler, EulerAncestral, FlowMatchEuler)}
 # Schedulers whose own default is to clip the predicted image to [-1, 1]; the others never do.
 _CLIPPING = ("DDIMScheduler", "DDPMScheduler", "DDIMParallelScheduler", "DDPMParallelScheduler")
-# Options that change what a solver does and are not known here, where they have another value than this.
+# Options that are not implemented here, and the value at which they change nothing.
 _LEFT_OUT: dict[str, Any] = {
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,
@@ -387,16 +395,21 @@ _LEFT_OUT: dict[str, Any] = {
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:
-    """What the scheduler_config.json of a scheduler of diffusers says: one that no file was read for lacks its name."""
+    """The configuration of a diffusers scheduler, with the class's name, which one built in code leaves out."""
     return {**scheduler.config, "_class_name": type(scheduler).__name__}
 
 
 def from_config(config: Mapping[str, Any]) -> tuple[Scheduler, str | None]:
-    """What a scheduler_config.json of diffusers describes, and one sentence on what was put in its place, if need be.
+    """Builds the scheduler that a diffusers scheduler_config.json describes, or the nearest one.
 
     A solver that is not known here is replaced by DDIM with the same noise schedule, prediction type and spacing, or by
-    Euler's method for flow matching. UserError: dynamic thresholding and inverted sigmas, which nothing here can stand
-    in for; a configuration that is malformed.
+    Euler's method for flow matching.
+
+    Returns:
+        The scheduler, and a sentence on what was replaced, or None.
+
+    Raises:
+        UserError: dynamic thresholding or inverted sigmas, which nothing here can replace; a malformed configuration.
     """
     name = str(config.get("_class_name", DDIM.solver))
     for key in ("thresholding", "invert_sigmas"):
@@ -425,11 +438,11 @@ def from_config(config: Mapping[str, Any]) -> tuple[Scheduler, str | None]:
     return kind(**{key: _typed(key, value, known[key]) for key, value in values.items() if key in known}), note
 
 
-_HUGE = 1e30
+_HUGE = 1e30  # the largest magnitude that a number of a configuration may have
 
 
 def _typed(key: str, value: Any, wanted: Any) -> Any:
-    """The value of a field as its type. UserError: it is of another, or not finite."""
+    """Converts the value of a field to its type. UserError: it has another type, or is not finite."""
     kinds = [kind for kind in typing.get_args(wanted) if kind is not type(None)] or [wanted]
     kind = typing.get_origin(kinds[0]) or kinds[0]
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool) and bool(-_HUGE < value < _HUGE)
@@ -444,7 +457,7 @@ def _typed(key: str, value: Any, wanted: Any) -> Any:
 
 
 def _require_between(key: str, *betas: float) -> None:
-    """UserError unless the shares of noise that a step adds lie between 0 and 1."""
+    """Raises a UserError unless the betas, the shares of noise that steps add, lie between 0 and 1."""
     for beta in betas:
         if not 0 < beta < 1:
             raise UserError(f"the scheduler's {key} is {beta:g}; it must be more than 0 and less than 1")

@@ -1,8 +1,8 @@
-"""The frozen text encoder of models that are conditioned on short prompts: a table of words and one of positions.
+"""A frozen text encoder for models that take short prompts: a table of words plus a table of positions.
 
-A prompt has one word of every slot, in the order of the slots ("dark plain boot": tone, texture, class); the empty
-prompt asks for nothing in particular, which is what classifier-free guidance leads away from. It is in NumPy and small
-enough to travel with an artifact, which so draws from prompts by itself. Nothing here imports torch.
+A prompt has one word of every slot, in the order of the slots ("dark plain boot": tone, texture, class). The empty
+prompt is the unconditional case, which classifier-free guidance leads away from. The encoder is small enough to travel
+with an artifact, which thus draws from prompts by itself. It is in NumPy; nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mpq_compiler.support.errors import UserError, nearest
 Array = np.ndarray
 
 FILE = "text.safetensors"
-"""The tables within an artifact."""
+"""The file of the tables in an artifact."""
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 CLASS = "class"
 """The slot whose words are the classes, in the order of their labels."""
@@ -30,22 +30,27 @@ CLASS = "class"
 
 @dataclass(frozen=True, eq=False)
 class TextEncoder:
-    """Token i at position p becomes `words[i] + positions[p]`: embeddings float32 [N, L, D]."""
+    """The encoder: token i at position p becomes `words[i] + positions[p]`, float32 [D]."""
 
     vocabulary: tuple[str, ...]
     """The rows of `words`: `<bos>`, `<eos>`, `<pad>` and the words of the slots."""
     slots: Mapping[str, tuple[str, ...]]
-    """What a prompt consists of: the name of each slot, and its words."""
+    """The slots of a prompt in their order: the words of each, by its name."""
     words: Array = field(repr=False)
-    """float32 [V, D]"""
+    """The embedding of every word of the vocabulary, float32 [V, D]."""
     positions: Array = field(repr=False)
-    """float32 [L, D]"""
+    """The embedding of every position, float32 [L, D]."""
 
     @classmethod
     def load(cls, about: Mapping[str, Any], path: str | Path) -> TextEncoder:
-        """From what harness.json or a manifest says (`vocabulary`, `prompt`), and the file of the tables.
+        """Loads an encoder from its description and the file of its tables.
 
-        Raises UserError where they do not fit together; the sentence names the key.
+        Args:
+            about: a harness.json or a manifest, of which `vocabulary` and `prompt` are read.
+            path: a safetensors file with the tables `words` and `positions`.
+
+        Raises:
+            UserError: description and tables contradict each other; the sentence names the key.
         """
         tables = tensorfile.load(path)
         for name in ("words", "positions"):
@@ -65,12 +70,13 @@ class TextEncoder:
         return cls(tuple(vocabulary), {slot["name"]: tuple(slot["words"]) for slot in slots}, words, positions)
 
     def to_json(self) -> dict[str, Any]:
-        """What `load` needs besides the tables."""
+        """The description that `load` reads, without the tables."""
         # A list, for manifests sort the keys of objects.
         slots = [{"name": name, "words": list(words)} for name, words in self.slots.items()]
         return {"vocabulary": list(self.vocabulary), "prompt": slots}
 
     def save(self, path: Path) -> None:
+        """Writes the tables to a safetensors file."""
         with path.open("wb") as stream:
             tensorfile.save(stream, {"words": self.words, "positions": self.positions})
 
@@ -80,15 +86,20 @@ class TextEncoder:
 
     @property
     def form(self) -> str:
-        """What a prompt looks like: `<tone> <texture> <class>`."""
+        """The pattern of a prompt: `<tone> <texture> <class>`."""
         return " ".join(f"<{name}>" for name in self.slots)
 
     @property
     def example(self) -> str:
+        """A prompt: the first word of every slot."""
         return " ".join(slot[0] for slot in self.slots.values())
 
     def split(self, prompt: str) -> tuple[str, ...]:
-        """The words of a prompt, one of each slot; () for the empty prompt. UserError: it is none."""
+        """Splits a prompt into its words, one of each slot; () for the empty prompt.
+
+        Raises:
+            UserError: a word is unknown, or the words do not fill the slots in their order.
+        """
         given = tuple(prompt.split())
         for word in given:
             if not any(word in slot for slot in self.slots.values()):
@@ -102,7 +113,7 @@ class TextEncoder:
         return given
 
     def tokens(self, prompts: Sequence[str]) -> Array:
-        """int64 [N, L]: `<bos>`, the words, `<eos>` and padding."""
+        """Tokenizes prompts, int64 [N, L]: `<bos>`, the words, `<eos>` and padding."""
         rows = np.full((len(prompts), len(self.positions)), self._rows[PAD], np.int64)
         for row, prompt in zip(rows, prompts, strict=True):
             text = [BOS, *self.split(prompt), EOS]
@@ -110,11 +121,11 @@ class TextEncoder:
         return rows
 
     def encode(self, prompts: Sequence[str]) -> Array:
-        """Embeddings float32 [N, L, D]."""
+        """Encodes prompts: their embeddings, float32 [N, L, D]."""
         return self.words[self.tokens(prompts)] + self.positions
 
     def labels(self, prompts: Sequence[str]) -> Array | None:
-        """The classes that the prompts ask for, int64 [N]; None where one asks for none."""
+        """The classes that the prompts ask for, int64 [N]; None where a prompt is empty or there is no such slot."""
         if CLASS not in self.slots or not all(prompt.strip() for prompt in prompts):
             return None
         place, classes = list(self.slots).index(CLASS), self.slots[CLASS]
@@ -122,7 +133,7 @@ class TextEncoder:
 
     @cached_property
     def all_prompts(self) -> tuple[str, ...]:
-        """Every prompt once: the last slot turns fastest, and the words before it change with it."""
+        """Every prompt once; the last slot changes fastest, and the words before it change at every prompt too."""
         *before, last = self.slots.values()
         beginnings = list(itertools.product(*before))
         return tuple(
