@@ -1,4 +1,4 @@
-"""Runs an artifact, without torch and without a compiler; also in the place of a diffusers denoiser."""
+"""The compiled denoiser: runs an artifact without torch or a compiler, and stands in for a diffusers denoiser."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from mpq_compiler.targets import nvidia
 from mpq_compiler.targets import table as targets
 
 ASSUMED_TO = 0.02
-"""How far a token that was compiled in may be off, in parts of its mean magnitude."""
+"""Largest allowed mean deviation of a token that was compiled in as a constant, relative to its mean magnitude."""
 
 EXECUTORS = "mpq_compiler.executors"
-"""Entry points that load an artifact of a backend: ``(artifact, threads) -> Executor``."""
+"""The group of entry points that load an artifact of a backend: ``(artifact, threads) -> Executor``."""
 EXTRAS = {"reference": "mpq-compiler[compile]", "onnx": "mpq-compiler[onnx]"}
-"""What has to be installed for artifacts that no TVM kernels run."""
+"""The package to install for artifacts of each backend other than TVM."""
 
 
 class Executor(Protocol):
-    """What executes the functions of an artifact. Calls come one at a time."""
+    """Executes the functions of an artifact, one call at a time."""
 
     def run(self, function: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
-        """The output of `function` for `inputs` in its order, of its shapes and types, with any strides."""
+        """Calls `function` on inputs in its order, of its shapes and types, with any strides; returns its output."""
 
 
 class DenoiserOutput(NamedTuple):
-    """What diffusers expects back: `.sample`, or the first item."""
+    """The output as diffusers expects it: `.sample`, or the first item."""
 
     sample: Any
 
@@ -63,11 +63,16 @@ def load(
 ) -> CompiledDenoiser:
     """Verifies and loads the artifact at `path`, a folder or a zip.
 
-    threads: how many a call uses (default: what the artifact was compiled with, else every core this process may
-    use; never more); it changes no bit of a result. check_finite:
-    whether NaN or infinity in an output is an error. reuse_bytes: memory for what was computed of timesteps and
-    texts alone and will be asked for again; 0 computes it in every call (docs/artifact.md). UserError: the artifact
-    is not sound, or this machine cannot run it.
+    Args:
+        path: the artifact.
+        threads: threads of a call, by default what the artifact was compiled with, else every core that this process
+            may use, and never more than these. The number changes no bit of a result.
+        check_finite: whether NaN or infinity, in an input or the output, is an error.
+        reuse_bytes: memory for results that depend on timesteps and texts alone, which are kept between calls; 0
+            computes them in every call (docs/artifact.md).
+
+    Raises:
+        UserError: the artifact is not sound, this machine cannot run it, or an argument is out of range.
     """
     if reuse_bytes < 0:
         raise UserError(f"reuse_bytes is {reuse_bytes}; it must be 0 or more")
@@ -119,9 +124,9 @@ class CompiledDenoiser:
         call = self.manifest["model"].get("call", {})
         self._convention = Convention(**{**call, "baked": tuple(call.get("baked", ()))})
         self.report: Any = None
-        """How it was compiled, where that was done in this process (`compile` of a pipeline)."""
+        """The report of the compilation, where this process compiled it (`compile` of a pipeline); else None."""
         self._devices = ("cpu", "cuda") if nvidia.is_for(self.manifest) else ("cpu",)
-        """Where torch tensors may be."""
+        """The types of torch devices that inputs may be on."""
         self._executor = _executor(artifact, threads, reuse_bytes)
         self._lock = threading.Lock()
 
@@ -133,34 +138,34 @@ class CompiledDenoiser:
         )
 
     def forget(self) -> None:
-        """Lets go of what earlier calls computed of timesteps and texts: the next call computes everything."""
+        """Evicts all results kept between calls, so that the next call computes everything."""
         if isinstance(self._executor, VirtualMachine):
             with self._lock:
                 self._executor.forget()
 
     @property
     def input_names(self) -> list[str]:
-        """The inputs, in the order of the compiled functions."""
+        """The names of the inputs, in the order of the compiled functions."""
         return list(self._inputs)
 
     @property
     def dtype(self) -> Any:
-        """float32: torch's where torch is loaded, else NumPy's."""
+        """The type it computes in: float32, torch's where torch is loaded, else NumPy's."""
         torch = _torch()
         return torch.float32 if torch else np.dtype(np.float32)
 
     @property
     def device(self) -> Any:
-        """The CPU, or the GPU of an artifact for one: a torch device where torch is loaded, else a string.
+        """The device it runs on, the CPU or a GPU: a torch device where torch is loaded, else a string.
 
-        A torch that was built without CUDA has tensors on the CPU only.
+        Where torch was built without CUDA this is the CPU, for its tensors cannot be anywhere else.
         """
         torch = _torch()
         name = self._devices[-1] if not torch or torch.cuda.is_available() else "cpu"
         return torch.device(name) if torch else name
 
     def to(self, *args: Any, **kwargs: Any) -> CompiledDenoiser:
-        """Itself, for float32 and the CPU, or the GPU of an artifact for one. UserError: any other device or type."""
+        """Returns itself for float32 and a device that it runs on. UserError: any other device or type."""
         for argument in (*args, *kwargs.values()):
             if isinstance(argument, str | np.dtype) or type(argument).__module__ == "torch":
                 name = str(argument).removeprefix("torch.")
@@ -170,18 +175,18 @@ class CompiledDenoiser:
         return self
 
     def eval(self) -> CompiledDenoiser:
-        """Itself: there is no other mode."""
+        """Returns itself: there is no other mode."""
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> CompiledDenoiser:
-        """Itself, without gradients. UserError: they are asked for."""
+        """Returns itself, for it has no gradients. UserError: they are asked for."""
         if requires_grad:
             raise UserError("a compiled denoiser has no gradients; train the model it was compiled from")
         return self
 
     @property
     def add_embedding(self) -> Any:
-        """What SDXL's pipeline asks for the width of its added conditions."""
+        """The layer whose width SDXL's pipeline reads for its added conditions."""
         width = SimpleNamespace(in_features=self.config.projection_class_embeddings_input_dim)
         return SimpleNamespace(linear_1=width)
 
@@ -192,21 +197,29 @@ class CompiledDenoiser:
 
     @property
     def num_heads(self) -> int:
+        """The number of attention heads of a transformer."""
         return int(self.config.num_attention_heads)
 
     def cache_context(self, name: str) -> Any:
-        """Nothing: some pipelines name their calls for caches of attention, which there are none of."""
+        """A context that does nothing: some pipelines name their calls for caches of attention; there are none here."""
         return nullcontext()
 
     def __call__(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """Predicts as the compiled model's `forward` does.
 
-        Arguments by position or by name, as arrays or torch tensors on the CPU; those that are None count
-        as absent. A number, or an array of one, stands for one value a sample where the input has one (the
-        timestep). An artifact for a GPU takes tensors on the GPU too, by way of the CPU, and returns the result where
-        the first of them is. Tensors in half precision, as of a pipeline in it, are computed with as float32, and the
-        result has the type of the first. Returns a `DenoiserOutput`, or a tuple of one where `return_dict` is false.
-        UserError: as `run`.
+        Args:
+            args: the inputs in the order of the model's signature, arrays or torch tensors. A number, or an array of
+                one, is broadcast over the batch where the input has one value a sample (the timestep).
+            return_dict: whether the result is a `DenoiserOutput`, else a tuple of one.
+            kwargs: the inputs by name; those that are None count as absent.
+
+        Returns:
+            The prediction: a torch tensor where an input is one, on the device of the first of these, else an array.
+            Tensors in half precision are computed in float32, and the result has the first one's type. An artifact
+            for a GPU also takes tensors on the GPU, and copies them by way of the CPU.
+
+        Raises:
+            UserError: as `run`; an input is given twice, or there are too many.
         """
         named = self._named(args, kwargs)
         given = next((value for value in named.values() if _is_torch(value)), None)
@@ -234,14 +247,21 @@ class CompiledDenoiser:
         return {n: v for n, v in arguments.items() if not (isinstance(v, Mapping) and not v)}
 
     def run(self, inputs: Mapping[str, Any], out: np.ndarray | None = None) -> np.ndarray:
-        """The output for `inputs` by name: float32, the batch first; written to `out` where it is given.
+        """Runs the denoiser on arrays.
 
-        A batch without a specialization of its own is run in parts, the largest first, and what remains is
-        filled up with copies of its last sample; samples do not influence one another, so the parts do not
-        show.
+        A batch without a specialization of its own is run in parts, the largest first, and the last part is padded
+        with copies of the last sample. Samples do not influence one another, so the parts do not show.
 
-        UserError: an input or `out` is missing, unknown, or of the wrong type, shape or device; the batch is empty;
-        an input or the output is not finite; a label is none.
+        Args:
+            inputs: by name, the batch first.
+            out: receives the output where it is given, float32 of its shape.
+
+        Returns:
+            The output, float32 with the batch first; `out` where that is given.
+
+        Raises:
+            UserError: an input or `out` is missing, unknown, or of the wrong type, shape or device; the batch is empty;
+                an input or the output is not finite; a label is out of range.
         """
         arrays = self._checked(inputs)
         batch, fitting = self._specializations(arrays)
@@ -295,7 +315,7 @@ class CompiledDenoiser:
         return arrays
 
     def _specializations(self, arrays: Mapping[str, np.ndarray]) -> tuple[int, list[dict[str, Any]]]:
-        """(the batch size, the functions for these shapes)."""
+        """The batch size, and the functions compiled for the inputs' other dimensions."""
         first = next(iter(arrays))
         batch = len(arrays[first])
         for name, array in arrays.items():
@@ -333,7 +353,7 @@ def _is_finite(array: np.ndarray) -> bool:
 
 
 def _require_room(out: Any, shape: tuple[int, ...]) -> None:
-    """UserError where a result of that shape cannot be written to ``out``."""
+    """Raises a UserError where a result of this shape cannot be written to ``out``."""
     if not isinstance(out, np.ndarray) or (out.shape, out.dtype) != (shape, np.float32) or not out.flags.writeable:
         kind = f"{out.dtype}{list(out.shape)}" if isinstance(out, np.ndarray) else type(out).__name__
         raise UserError(f"the result does not fit into `out`, {kind}: give a writeable array float32{list(shape)}")
@@ -355,10 +375,10 @@ def _require_range(name: str, array: np.ndarray, below: int) -> None:
 
 
 def _require_token(assumed: Mapping[str, Any], array: np.ndarray) -> None:
-    """UserError where samples begin otherwise than what pass bos-split made a constant of.
+    """Raises a UserError where a sample's first token is not the constant that pass bos-split folded.
 
-    Text encoders of another precision or machine give the same token to some thousandths: 2 % of the mean magnitude are
-    allowed. Another token, or the zeros that some pipelines guide with, are far beyond.
+    Text encoders of another precision or on another machine give the same token within some thousandths, for which
+    `ASSUMED_TO` leaves room. Another token, or the zeros that some pipelines guide with, are far beyond.
     """
     expected = np.asarray(assumed["values"], np.float32)
     difference = np.abs(array[:, assumed["token"]] - expected).mean(axis=1)
@@ -371,7 +391,7 @@ def _require_token(assumed: Mapping[str, Any], array: np.ndarray) -> None:
 
 
 def _schedule(batch: int, functions: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int, int]]:
-    """(function, first sample, end) of each part of a batch: the largest that fit, the last filled up."""
+    """Splits a batch among functions, the largest that fit first: (function, first sample, end) of each part."""
     for function in functions:
         if function["batch"] is None:
             return [(function, 0, batch)]
@@ -396,7 +416,7 @@ def _shape_text(shape: Sequence[int | None]) -> str:
 
 
 def _torch() -> Any:
-    """The torch module if the process has loaded it; this package does not."""
+    """The torch module if the process has loaded it; the runtime itself never does."""
     return sys.modules.get("torch")
 
 
@@ -406,12 +426,12 @@ def _is_torch(value: Any) -> bool:
 
 
 def _is_half(value: Any) -> bool:
-    """Whether it is a tensor of bfloat16 or float16."""
+    """Whether a value is a torch tensor of bfloat16 or float16."""
     return _is_torch(value) and str(value.dtype) in ("torch.bfloat16", "torch.float16")
 
 
 def _array(name: str, value: Any, expected: Mapping[str, Any], devices: Collection[str]) -> np.ndarray:
-    """`value` as an array of the expected type. UserError: it is something else, or on no device of these."""
+    """Converts `value` to an array of the expected type. UserError: it is something else, or on another device."""
     dtype, scalar = np.dtype(expected["dtype"]), len(expected["shape"]) == 1
     if _is_torch(value):
         if value.device.type not in devices:

@@ -1,4 +1,4 @@
-"""Runs an artifact on an NVIDIA GPU: its kernels are machine code already, and the driver loads them as they are."""
+"""Runs an artifact on an NVIDIA GPU: the driver loads its kernels as they are, for they are machine code already."""
 
 from __future__ import annotations
 
@@ -24,15 +24,19 @@ _CUDARTS = {
     12: ("cuda_runtime/lib", "nvidia-cuda-runtime-cu12==12.*"),
     13: ("cu13/lib", "nvidia-cuda-runtime==13.*"),
 }
-"""CUDA's runtime by its release: where it is in its wheel, and the wheel."""
+"""Where each release of CUDA's runtime library is in its wheel, and the wheel to install."""
 
 
 @functools.cache
 def load(cudart: Path | None = None) -> ModuleType:
-    """tvm_ffi with TVM's runtime for CUDA, beside its other one. UserError: something that it needs is missing.
+    """Loads TVM's runtime for CUDA beside its runtime for CPUs, once; returns tvm_ffi.
 
-    cudart: with a driver of CUDA 12, what TVM's runtime is to take for the runtime of CUDA 13 that its wheel was built
-    with. The loader does where it is loaded before: it goes by the name that a library gives itself.
+    Args:
+        cudart: with a driver of CUDA 12, a shim for the runtime of CUDA 13 that TVM's wheel was built with. The dynamic
+            loader goes by the name that a library gives itself, so it takes the shim if that is loaded before.
+
+    Raises:
+        UserError: a library that it needs is missing or does not load.
     """
     tvm_ffi = tvm.load()
     library = tvm.library_path().with_name(_LIBRARY)
@@ -51,7 +55,7 @@ def load(cudart: Path | None = None) -> ModuleType:
 
 
 def _cudart(release: int) -> str:
-    """CUDA's runtime that the loader finds, else that of its wheel."""
+    """The path of CUDA's runtime library: the one that the loader finds, else the one in its wheel."""
     name = f"libcudart.so.{release}"
     with suppress(OSError):
         ctypes.CDLL(name)
@@ -60,7 +64,7 @@ def _cudart(release: int) -> str:
 
 
 def _require_driver(artifact: Artifact) -> None:
-    """UserError: the driver is of an earlier release of CUDA than what the artifact was compiled for."""
+    """Raises a UserError where the driver supports only earlier releases of CUDA than the artifact needs."""
     version, needed = nvidia.driver_version(), artifact.manifest["target"].get("cuda", nvidia.CUDA_13)
     if version < needed:
         other = ", or compile for CUDA 12.6 (--target cuda12-sm87 and others)" if needed >= nvidia.CUDA_13 else ""
@@ -72,7 +76,10 @@ def _require_driver(artifact: Artifact) -> None:
 
 
 def _require_memory(artifact: Artifact, free: int | None = None) -> None:
-    """UserError: the GPU, or what is free of it, cannot hold stored and prepared weights and one call's activations."""
+    """Raises a UserError where the GPU's memory cannot hold the weights, stored and prepared, and a call's activations.
+
+    free: bytes that are free; None checks the whole memory alone.
+    """
     memory = artifact.manifest.get("memory", {})
     needed = memory.get("prepared_bytes", 0) + max(memory.get("activation_bytes", {}).values(), default=0)
     needed += artifact.manifest.get("weights", {}).get("payload_bytes", 0)
@@ -87,22 +94,22 @@ def _require_memory(artifact: Artifact, free: int | None = None) -> None:
 
 
 def _free_memory() -> int | None:
-    """Bytes, of the GPU that is used; None where CUDA's runtime does not tell."""
+    """Free bytes of the GPU that is used; None where CUDA's runtime does not tell."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
     failed = ctypes.CDLL(None).cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
     return None if failed else free.value
 
 
 class CudaMachine(tvm.VirtualMachine):
-    """As of a CPU, with tensors in the memory of the first GPU.
+    """A virtual machine whose tensors are in the memory of the first GPU.
 
-    The first call of a function captures its launches in a CUDA graph, later ones launch the graph.
+    The first call of a function captures its launches in a CUDA graph; later calls launch the graph.
     """
 
     devices = (_CUDA, *tvm.VirtualMachine.devices)
 
     def __init__(self, artifact: Artifact, threads: int, reuse_bytes: int = REUSE_BYTES) -> None:
-        """As of a CPU; one thread launches. UserError: the driver is too old, or the GPU's memory too small."""
+        """Loads kernels and weights onto the GPU. UserError: the driver is too old, or the GPU's memory too small."""
         _require_driver(artifact)
         _require_memory(artifact)
         self._artifact, old = artifact, nvidia.driver_version() < nvidia.CUDA_13
@@ -115,7 +122,7 @@ class CudaMachine(tvm.VirtualMachine):
         return loaded
 
     def _place(self, prepared: Any) -> None:
-        """Where they were made."""
+        """Leaves prepared weights where the GPU has written them."""
 
     @contextmanager
     def _calling(self) -> Iterator[None]:

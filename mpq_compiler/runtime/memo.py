@@ -1,7 +1,8 @@
-"""Results that do not depend on the latents, kept between calls: the parts of an artifact (docs/artifact.md).
+"""A cache of results that do not depend on the latents: the parts of an artifact (docs/artifact.md).
 
-A part computes one sample. Its result is known by the bytes of its inputs alone, so what is kept is what would be
-computed, bit for bit; samples of a batch with the same inputs share it. Memory is bounded and allocated once.
+A part computes one sample. Its results are looked up by the bytes of its inputs, so a cached result is what would be
+computed, bit for bit, and samples of a batch with the same inputs share one. The least recently used result is evicted
+first. Memory is bounded and allocated once.
 """
 
 from __future__ import annotations
@@ -18,31 +19,29 @@ import numpy as np
 from mpq_compiler.support.tensorfile import ALIGNMENT, aligned_empty
 
 REUSE_BYTES = 64 << 20
-"""What all parts together may keep by default. Pages are only used as results come."""
+"""Bytes that all parts together may keep by default; pages are only used as results come."""
 MOST_ROWS = 256
-"""Results that a part keeps at most: the steps of a long schedule."""
+"""The most results that a part keeps: the steps of a long schedule."""
 LEAST_ROWS = 2
-"""Results that a part keeps in any case: those of a prompt and of no prompt."""
+"""The fewest results that a part keeps: one of a prompt and one of the empty prompt."""
 SMALL = 1024
-"""Bytes of an input up to which it is part of a key itself; the contents of larger ones are numbered."""
+"""The most bytes of an input that enters a key itself; larger inputs enter by a number (`Contents`)."""
 
 Key = tuple[bytes | int, ...]
+"""The inputs of a sample, each by its bytes or by the number of its contents."""
 
 Staged = tuple[np.ndarray, Any]
-"""A buffer, and the runtime's tensor of the same memory."""
+"""A buffer, and the runtime's tensor on the same memory."""
 
 
 def stage(shape: tuple[int, ...], dtype: np.dtype[Any], tensor: Callable[[np.ndarray], Any]) -> Staged:
-    """A new buffer with its tensor, which ``tensor`` makes of it."""
+    """Allocates a buffer and makes its tensor with ``tensor``."""
     array = aligned_empty(shape, dtype)
     return array, tensor(array)
 
 
 class Part:
-    """A function for one sample and its latest results.
-
-    tensor: the runtime's tensor of an aligned array. call: the function on such tensors. room: bytes for results.
-    """
+    """A function for one sample, and a cache of its latest results."""
 
     def __init__(
         self,
@@ -51,6 +50,14 @@ class Part:
         call: Callable[..., Sequence[Any]],
         room: int,
     ) -> None:
+        """Allocates the cache.
+
+        Args:
+            entry: the part as the manifest describes it: name, inputs and outputs.
+            tensor: makes the runtime's tensor of an aligned array.
+            call: the function, on such tensors.
+            room: bytes for results and keys; `LEAST_ROWS` results are kept even if they need more.
+        """
         self.name: str = entry["name"]
         self.inputs: list[str] = [value["name"] for value in entry["inputs"]]
         self.outputs: list[str] = [value["name"] for value in entry["outputs"]]
@@ -58,10 +65,10 @@ class Part:
         self._arguments = [stage(tuple(v["shape"]), np.dtype(v["dtype"]), tensor) for v in entry["inputs"]]
         self._types = [(tuple(v["shape"]), np.dtype(v["dtype"])) for v in entry["outputs"]]
         self.row_bytes = sum(_rounded(math.prod(shape) * dtype.itemsize) for shape, dtype in self._types)
-        """Of one result."""
+        """Bytes of one result, all outputs aligned."""
         key = sum(array.nbytes for array, _ in self._arguments)
         self.rows = min(MOST_ROWS, max(LEAST_ROWS, room // (self.row_bytes + key)))
-        """Results that are kept."""
+        """The number of results that are kept."""
         self._contents = [
             Contents(array.nbytes, self.rows) if array.nbytes > SMALL else None for array, _ in self._arguments
         ]
@@ -69,25 +76,30 @@ class Part:
         self._places: dict[int, list[Staged]] = {}
         self._batches: dict[int, list[Staged]] = {}
         self.computed = 0
-        """How often the function has run."""
+        """The number of calls of the function so far."""
         self.forget()
 
     @property
     def reserved_bytes(self) -> int:
-        """The memory that results and what they were made of may take, without batches that are put together."""
+        """Bytes reserved for results and keys, without the buffers in which batches are assembled."""
         return self._memory.nbytes + sum(c.nbytes for c in self._contents if c is not None)
 
     def forget(self) -> None:
-        """Keeps nothing."""
+        """Evicts all results."""
         self._kept: OrderedDict[Key, int] = OrderedDict()
-        """Inputs of a sample -> its place, the latest last."""
+        """The place of each result by its key, the latest used last."""
         self._free = list(range(self.rows))[::-1]
-        """Places of no result; the next is the last."""
+        """The places without a result; the last is taken next."""
         self._latest: dict[int, list[Key]] = {}
-        """Inputs of the batch that lies ready, by its size."""
+        """The keys of the batch that is assembled, by its size."""
 
     def results(self, arrays: Mapping[str, np.ndarray], batch: int) -> list[Staged]:
-        """The outputs for a batch, by its inputs [batch, ...]; valid until the next call."""
+        """The outputs for a batch, computed where they are not cached; valid until the next call.
+
+        Args:
+            arrays: the inputs [batch, ...] by name; those that the part does not read are ignored.
+            batch: the number of samples.
+        """
         taken = [arrays[name] for name in self.inputs]
         keys = [self._key(taken, i) for i in range(batch)]
         if batch == 1:
@@ -138,24 +150,26 @@ class Part:
 
 
 class Contents:
-    """Numbers for arrays of ``size`` bytes: equal bytes, and only they, have the same, while they are remembered.
+    """Numbers for arrays of ``size`` bytes: arrays have the same number if and only if their bytes are equal.
 
-    The latest ``count`` are. It compares and copies in place: looking up what is known allocates nothing.
+    The ``count`` arrays used last are remembered. Arrays are compared and copied in place, so a look-up allocates
+    nothing.
     """
 
     def __init__(self, size: int, count: int) -> None:
         self._memory = aligned_empty((count, size), np.dtype(np.uint8))
         self._slots = list(range(count))
-        """The latest first."""
+        """The slots of `_memory`, the latest used first."""
         self._numbers = [-1] * count
         self._next = 0
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the remembered arrays."""
         return self._memory.nbytes
 
     def number(self, array: np.ndarray) -> int:
-        """Of a contiguous array."""
+        """The number of a contiguous array: a new one where its bytes are not remembered."""
         address, size = array.ctypes.data, self._memory.shape[1]
         for i, slot in enumerate(self._slots):
             known = self._numbers[slot] >= 0

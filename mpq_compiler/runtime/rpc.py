@@ -1,4 +1,4 @@
-"""A device over the network: sends an artifact's C program to `mpq_rpc`, runs it there, and takes times.
+"""A client of `mpq_rpc` on a device: sends an artifact's C program, runs it there, and reads its times.
 
 The protocol stands at the head of `backends/tvm/standalone/mpq_rpc.c`. Nothing here imports torch or TVM.
 """
@@ -18,22 +18,35 @@ from mpq_compiler.artifact.bundle import Artifact
 from mpq_compiler.support.errors import UserError
 
 TOKEN = "MPQ_TOKEN"
-"""The environment variable with the secret of client and server."""
-PIECE = 1 << 20
+"""The environment variable with the secret that client and server share."""
+PIECE = 1 << 20  # bytes that are sent or received at a time
 TIMES = re.compile(r"calls: median ([\d.]+) ms, least ([\d.]+) ms, most ([\d.]+) ms")
 CPU = re.compile(r"^kernels on (.*), (?:CPU|wall) time$", re.MULTILINE)
 KERNEL = re.compile(r"^ *([\d.]+) us  (\w+)$", re.MULTILINE)
-"""What the program prints (`mpq_run.c`)."""
+"""The lines that the program prints (`mpq_run.c`): `TIMES`, `CPU` and `KERNEL` find their parts."""
 ROUNDS = 7
-"""In which artifacts take turns for a latency table, at the least; each turn is the median of `REPEAT` calls."""
+"""The fewest rounds of a latency table on a device; every artifact takes one turn a round."""
 REPEAT = 5
+"""Calls in a turn, whose median counts."""
 
 
 class Device:
-    """A connection, as a context. UserError: it cannot be made, or is lost; the device refuses what it is asked for."""
+    """A connection to a device, as a context manager.
+
+    Every method raises a UserError where the connection is lost or the device refuses a request.
+    """
 
     def __init__(self, address: str, token: str | None = None, timeout: float = 600.0) -> None:
-        """address: HOST:PORT; token: by default that of the environment; timeout: seconds without an answer."""
+        """Connects to a device.
+
+        Args:
+            address: HOST:PORT.
+            token: the secret, by default the one in the environment variable `TOKEN`.
+            timeout: seconds to wait for an answer.
+
+        Raises:
+            UserError: the device cannot be reached, or refuses the secret.
+        """
         self.address = address
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit():
@@ -58,11 +71,17 @@ class Device:
         self.close()
 
     def close(self) -> None:
-        """Ends the connection, what still runs there, and what was sent."""
+        """Closes the connection; the device ends what still runs and removes what was sent."""
         self.socket.close()
 
     def put(self, path: Path, name: str = "", progress: Callable[[int], None] | None = None) -> None:
-        """Sends a file; it may be executed there."""
+        """Sends a file, which becomes executable there.
+
+        Args:
+            path: the file.
+            name: its name on the device, by default its own.
+            progress: is called with the bytes of each piece that was sent.
+        """
         self._send(b"P" + _text(name or path.name) + path.stat().st_size.to_bytes(8, "little"))
         with path.open("rb") as file:
             while piece := file.read(PIECE):
@@ -72,12 +91,12 @@ class Device:
         self._ask(b"")
 
     def get(self, name: str) -> bytes:
-        """A file's content."""
+        """Fetches the content of a file on the device."""
         self._ask(b"G" + _text(name))
         return self._take(int.from_bytes(self._take(8), "little"))
 
     def run(self, program: str, *options: str) -> tuple[int, str]:
-        """(exit code, 256 and above that of a signal; what was printed) of a program that was sent."""
+        """Runs a program that was sent; returns its exit code (256 and more for a signal) and what it printed."""
         words = (program, *options)
         self._ask(b"R" + len(words).to_bytes(4, "little") + b"".join(map(_text, words)))
         code, size = (int.from_bytes(self._take(4), "little") for _ in range(2))
@@ -117,7 +136,7 @@ def _text(text: str) -> bytes:
 
 
 def function_for(found: Artifact, batch: int) -> str:
-    """The function for the batch. UserError: there is none, or no C program."""
+    """The name of the function for a batch. UserError: there is none, or the artifact has no C program."""
     if bundle.SERVER not in found.manifest["files"]:  # that of --standalone needs more than its weights
         raise UserError(f"{found.path} has no program that runs on a device: compile it with --emit c")
     functions = {f["batch"]: f["name"] for f in reversed(found.manifest["functions"])}
@@ -128,7 +147,7 @@ def function_for(found: Artifact, batch: int) -> str:
 
 
 def send_plans(device: Device, opened: Sequence[Artifact], progress: Any) -> None:
-    """Programs and weights, each with its number before its name."""
+    """Sends the program and weights of each artifact, its index before their names."""
     size = sum(each.file(name).stat().st_size for each in opened for name in (bundle.PROGRAM, bundle.WEIGHTS))
     with progress(f"sending to {device.address}", size) if progress else nullcontext(lambda n: None) as advance:
         for number, each in enumerate(opened):
@@ -137,7 +156,19 @@ def send_plans(device: Device, opened: Sequence[Artifact], progress: Any) -> Non
 
 
 def run_program(device: Device, number: int, opened: Artifact, function: str, threads: int, *options: str) -> str:
-    """What the program of a number printed of a few calls. UserError: what it says, or that it cannot be run."""
+    """Runs `REPEAT` calls of an artifact's program on the device and returns what it printed.
+
+    Args:
+        device: the connection.
+        number: the artifact's index in `send_plans`.
+        opened: the artifact.
+        function: the function to call.
+        threads: threads of a call.
+        options: further options of the program.
+
+    Raises:
+        UserError: the program fails, with its own sentence, or cannot be run there.
+    """
     weights = f"{number}-{bundle.WEIGHTS}"
     few = ("--weights", weights, "--function", function, "--threads", str(threads), "--repeat", str(REPEAT), *options)
     code, printed = device.run(f"{number}-{bundle.PROGRAM}", *few)

@@ -1,6 +1,6 @@
-"""TVM's runtime library without TVM's compiler and without torch: its place, its threads, its machine.
+"""TVM's runtime library without TVM's compiler and without torch: where it is, its threads, and its virtual machine.
 
-Of the apache-tvm wheel one file is loaded, `libtvm_runtime.so` (3.4 MB), through apache-tvm-ffi.
+One file of the apache-tvm wheel is loaded, `libtvm_runtime.so` (3.4 MB), through apache-tvm-ffi.
 """
 
 from __future__ import annotations
@@ -35,14 +35,17 @@ _GO_ON, _SKIP = 0, 1  # VMInstrumentReturnKind: what the machine does with the c
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def library_path() -> Path:
-    """Where the runtime library is: MPQ_TVM_RUNTIME, else in the installed apache-tvm, which is not imported.
+    """The path of the runtime library: MPQ_TVM_RUNTIME, else in the installed apache-tvm, which is not imported.
 
-    A process that has imported tvm already uses its library. UserError: there is none.
+    Where the process has imported tvm already, it is that package's library.
+
+    Raises:
+        UserError: there is no library.
     """
     stated = os.environ.get(ENVIRONMENT)
     if stated and "tvm" not in sys.modules:
@@ -60,10 +63,9 @@ def library_path() -> Path:
 
 
 def _import_tvm_ffi() -> ModuleType:
-    """apache-tvm-ffi, which imports torch whenever it can: half a second and 200 MB that nobody asked for.
+    """Imports apache-tvm-ffi without torch, which it would load where it can: half a second and 200 MB for nothing.
 
-    For the time of this one import torch looks absent, unless it is loaded already; `import torch` works
-    afterwards.
+    Torch looks absent for the time of this import, unless it is loaded already. `import torch` works afterwards.
     """
     hidden = "tvm_ffi" not in sys.modules and "torch" not in sys.modules
     if hidden:
@@ -78,7 +80,7 @@ def _import_tvm_ffi() -> ModuleType:
 
 @functools.cache
 def load() -> ModuleType:
-    """tvm_ffi, with the runtime library, loaded once."""
+    """Loads the runtime library, once; returns tvm_ffi."""
     path = library_path()
     tvm_ffi = _import_tvm_ffi()
     try:
@@ -95,7 +97,7 @@ def _libm() -> ctypes.CDLL:
 
 @contextmanager
 def _default_float_environment() -> Iterator[None]:
-    """Rounds to nearest and keeps denormals, whatever the process (torch.set_flush_denormal) has set.
+    """Sets rounding to nearest and keeps denormals, whatever the process has set (torch.set_flush_denormal).
 
     Artifacts promise the same bits everywhere.
     """
@@ -110,7 +112,10 @@ def _default_float_environment() -> Iterator[None]:
 
 
 def _require_version(artifact: Artifact) -> None:
-    """Kernels call the runtime of the release that compiled them. UserError: another one is installed."""
+    """Raises a UserError where the installed TVM is not of the release that compiled the artifact.
+
+    Kernels call the runtime, whose interface changes between releases.
+    """
     needed = artifact.manifest["versions"].get("apache-tvm")
     if needed is None or ENVIRONMENT in os.environ:
         return
@@ -126,12 +131,18 @@ def _require_version(artifact: Artifact) -> None:
 
 
 class VirtualMachine:
-    """The functions of an artifact's `kernels.so`, with its prepared weights; one call at a time."""
+    """Executes the functions of an artifact's `kernels.so` with its prepared weights, one call at a time."""
 
     def __init__(self, artifact: Artifact, threads: int, reuse_bytes: int = REUSE_BYTES) -> None:
-        """Loads the kernels and prepares the weights, on `threads` threads.
+        """Loads the kernels and prepares the weights.
 
-        reuse_bytes: memory for results that do not depend on the latents; 0 computes them in every call.
+        Args:
+            artifact: a verified artifact of the TVM backend.
+            threads: threads of every call, at most the cores that this process may use.
+            reuse_bytes: memory for results that do not depend on the latents; 0 computes them in every call.
+
+        Raises:
+            UserError: TVM's runtime is missing or of another release, or the threads cannot be started.
         """
         kernels = artifact.file(KERNELS)
         _require_version(artifact)
@@ -160,14 +171,14 @@ class VirtualMachine:
             entry["name"]: Part(entry, self._tensor, self._part(entry["name"]), reuse_bytes // len(entries))
             for entry in entries
         }
-        """What functions of the artifact share between calls, by name."""
+        """The parts, by name: what the functions share and keep between calls."""
         self._described = {function["name"]: function for function in artifact.manifest["functions"]}
 
     devices: tuple[int, ...] = (_CPU,)
-    """Kinds of devices that the machine is given, the one of its tensors first."""
+    """DLPack's kinds of the devices that the machine uses; its tensors are on the first."""
 
     def _load(self) -> ModuleType:
-        """tvm_ffi with the runtime of the devices."""
+        """Loads the runtime for its devices; returns tvm_ffi."""
         return load()
 
     @functools.cached_property
@@ -175,7 +186,7 @@ class VirtualMachine:
         return self._library.get_function("mpq_use_threads", query_imports=True)
 
     def _place(self, prepared: Any) -> None:
-        """Has prepared weights where reading them is fastest."""
+        """Moves prepared weights to where reading them is fastest."""
         _use_large_pages(prepared)
 
     def _part(self, name: str) -> Callable[..., Sequence[Any]]:
@@ -183,7 +194,7 @@ class VirtualMachine:
         return lambda *tensors: function(*tensors, self._prepared)
 
     def forget(self) -> None:
-        """Keeps nothing that parts have computed."""
+        """Evicts all results of the parts."""
         for part in self.parts.values():
             part.forget()
 
@@ -198,18 +209,18 @@ class VirtualMachine:
 
     @contextmanager
     def _calling(self) -> Iterator[None]:
-        """Kernels share their loops among threads of the library, which have the same float environment."""
+        """Sets the float environment and the number of threads among which kernels split their loops."""
         with _default_float_environment():
             if code := self._use_threads(self.threads):
                 raise UserError(f"{self.threads} threads cannot be started ({os.strerror(code)}); load it with fewer")
             yield
 
     def _tensor(self, array: np.ndarray) -> Any:
-        """A tensor of the device with what an aligned array holds."""
+        """Makes a tensor on the device with the content of an aligned array."""
         return self._ffi.from_dlpack(array, require_alignment=ALIGNMENT)
 
     def run(self, function: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
-        """Calls `function` on arrays of exactly its shapes and types, with any strides and alignment."""
+        """Calls `function` on arrays of its shapes and types, with any strides and alignment; returns its output."""
         staged = self._staged[function]
         for (buffer, tensor), array in zip(staged, inputs, strict=True):
             np.copyto(buffer, array)
@@ -220,14 +231,14 @@ class VirtualMachine:
         return self._received(result)
 
     def _send(self, buffer: np.ndarray, tensor: Any) -> None:
-        """Brings what lies in a buffer to its tensor: the same memory, on a CPU."""
+        """Copies a staging buffer to its tensor; on a CPU both are the same memory."""
 
     def _received(self, tensor: Any) -> np.ndarray:
-        """What a tensor of the device holds."""
+        """Copies a tensor of the device to an array; on a CPU the array shares its memory."""
         return np.from_dlpack(tensor)
 
     def _shared(self, function: str, staged: Sequence[Staged]) -> list[Any]:
-        """What the parts of `function` yield for its inputs, computed where it is not known."""
+        """The results of the parts of `function` for its inputs, computed where they are not cached."""
         described = self._described[function]
         if not (names := described.get("parts")):
             return []
@@ -244,9 +255,12 @@ class VirtualMachine:
     def profile(
         self, function: str, inputs: Sequence[np.ndarray], kernels: Collection[str]
     ) -> list[tuple[str, float, float, int]]:
-        """(kernel, CPU seconds of this thread, seconds, bytes of its operands) of each call of ``kernels`` in a run.
+        """Times every call of ``kernels`` in one run of `function`.
 
-        The machine hands every call to a function of ours, which makes the call itself and has it skipped.
+        The machine hands every call to an instrument, which makes the call itself and has the machine skip it.
+
+        Returns:
+            For each call the kernel, CPU seconds of this thread, elapsed seconds, and bytes of its operands.
         """
         found: list[tuple[str, float, float, int]] = []
 
@@ -270,9 +284,9 @@ class VirtualMachine:
 
 
 def _use_large_pages(tensors: Iterable[Any]) -> None:
-    """Moves `tensors` into pages of 2 MiB where the system can (Linux 6.1): weights are read whole in every call.
+    """Moves `tensors` into pages of 2 MiB where the system can (Linux 6.1), since every call reads all weights.
 
-    Worth 1 to 3 % of a step of a UNet of 70 M parameters. A wish: where it is refused, small pages do as well.
+    This saves 1 to 3 % of a step of a UNet of 70 M parameters. Where the system refuses, small pages do as well.
     """
     if sys.platform != "linux":
         return
@@ -284,6 +298,6 @@ def _use_large_pages(tensors: Iterable[Any]) -> None:
 
 
 def _bytes(dtype: Any) -> int:
-    """Of an element of a tensor whose type tvm_ffi spells "float32", "uint8", "bool"."""
+    """Bytes of an element, by its type as tvm_ffi spells it: "float32", "uint8", "bool"."""
     bits = "".join(c for c in str(dtype) if c.isdigit())
     return -(-int(bits) // 8) if bits else 1
