@@ -22,13 +22,15 @@ from mpq_compiler.support.errors import UserError, nearest
 ENTRY_POINTS = "mpq_compiler.formats"
 
 FORMATS: dict[str, Format] = {entry.name: entry.load() for entry in plugins.built_in(ENTRY_POINTS)}
-"""The formats with a name of their own."""
+"""The built-in formats by name."""
 
 
 def get(name: str) -> Format:
-    """The format of that name.
+    """The format called `name`.
 
-    UserError: no such name (with the nearest), one that is defined twice, a package that fails to import.
+    Raises:
+        UserError: there is no such name (the sentence has the nearest), it is defined twice, or its package fails to
+            import.
     """
     return _find(name, plugins.of(ENTRY_POINTS))
 
@@ -39,7 +41,7 @@ def names(extra: Iterable[str] = ()) -> list[str]:
 
 
 def version(name: str) -> str:
-    """What a format of another package is, for keys of caches; empty for ours, whose changes the keys know."""
+    """The version of a third-party format, for the keys of caches; empty for a built-in one, which the keys cover."""
     if isinstance(chosen := get(name), LowRankFormat):
         return version(chosen.base.name)
     found = [e for e in plugins.of(ENTRY_POINTS) if e.name == name]
@@ -67,7 +69,7 @@ def _find(name: str, external: tuple[EntryPoint, ...]) -> Format:
 
 
 def _spelled(name: str) -> Format | None:
-    """A built-in format, or what the name spells out."""
+    """The built-in format called `name`, or the one that the name spells out; None where there is neither."""
     if name in FORMATS:
         return FORMATS[name]
     if match := re.fullmatch(r"(.+)\+r([1-9]\d*)", name):

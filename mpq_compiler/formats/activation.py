@@ -1,6 +1,6 @@
 """Static activation quantizers: an f16 scale and a u8 zero point for each time group of a tensor edge.
 
-Those of small floats have no zero point, and one encoding for all groups (arXiv 2408.06995).
+Quantizers to small floats have no zero point, and one encoding for all groups (arXiv 2408.06995).
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from mpq_compiler.formats.base import stored_scale
 from mpq_compiler.formats.floating import EXPONENTS, FACTORS
 
 SHRINK = tuple(1 - 0.06 * i for i in range(12))
-"""Fractions of the observed range that the search tries, first for both ends, then for each."""
+"""Fractions of the observed range that the search tries, first for both ends together, then for each alone."""
 
 
 AT_ONCE = 1 << 16
-"""Values that errors of the search are computed of at once: what the cache holds."""
+"""Values whose errors the search computes at once: as many as the CPU's cache holds."""
 
 
 def parameters(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale f16 and zero point u8 of the ranges [low, high] (any shape), widened to contain zero.
+    """Computes scale f16 and zero point u8 of ranges [low, high] (any shape), widened to contain zero.
 
-    Real zero is a code, so padding and the tails of SiLU are exact.
+    Zero is a code, so padding and the tails of SiLU are exact.
     """
     low, high = low.clamp_max(0.0), high.clamp_min(0.0)
     scale = stored_scale((high - low) / (2**bits - 1))
@@ -41,19 +41,22 @@ def error(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 
 def least_error(values: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """A quick bound [...]: the least error on values [..., S] when both ends of the ranges [low, high] [...] shrink."""
+    """Estimates the error [...] of `fit` quickly: the least on values [..., S] when both ends of the ranges shrink."""
     return torch.stack([error(values, *parameters(low * s, high * s, bits), bits) for s in SHRINK[::2]]).amin(0)
 
 
 BULK, TAIL = 1 << 13, 1 << 11
-"""Magnitudes of a time group on which small floats are searched, 444 pairs of encoding and scale: so many, evenly
-spaced by rank, and all of the largest, which the range hangs on."""
+"""Sizes of the sample of a time group's magnitudes on which small floats are searched.
+
+The sample has `BULK` magnitudes evenly spaced by rank, and all of the `TAIL` largest, which decide the range. A search
+tries 444 pairs of encoding and scale.
+"""
 LEAST_FLOAT_BITS = 4
-"""A sign, two bits of exponent and one of mantissa; with one bit of exponent floats are integers."""
+"""The fewest bits of a small float: a sign, two of exponent, one of mantissa (one of exponent would be an integer)."""
 
 
 def exponents(bits: int) -> tuple[int, ...]:
-    """The bits of exponent that small floats of ``bits`` may have: those that leave a mantissa."""
+    """The possible bits of exponent of small floats of ``bits``: those that leave a mantissa."""
     return tuple(e for e in EXPONENTS if e < bits - 1)
 
 
@@ -64,10 +67,18 @@ def float_error(values: Tensor, scale: Tensor, exponent: int, bits: int) -> Tens
 
 
 def fit_floats(values: Sequence[Tensor], peaks: Tensor, bits: int) -> tuple[int, Tensor]:
-    """The encoding with the least squared error over all time groups, each with its best scale.
+    """Chooses the small-float encoding of least squared error over all time groups, each with its best scale.
 
-    values [S] and peaks f32 [G], the largest magnitudes, are those of the groups. Returns the bits of exponent and the
-    scales f16 [G]: of 111 fractions of the peak, the largest value of least error (Kuzmin 2022, section 4).
+    Every scale maps the largest float to one of 111 fractions of the group's peak (Kuzmin 2022, arXiv 2208.09225,
+    section 4).
+
+    Args:
+        values: sampled values [S] of each of the G groups.
+        peaks: the largest magnitude of each group, f32 [G].
+        bits: of a float, the sign among them.
+
+    Returns:
+        The bits of exponent, and the scales f16 [G].
     """
     sampled = [_ranked(v) for v in values]
     found: list[tuple[float, int, Tensor]] = []
@@ -82,7 +93,7 @@ def fit_floats(values: Sequence[Tensor], peaks: Tensor, bits: int) -> tuple[int,
 
 
 def _ranked(values: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Magnitudes of values [S] that stand for all of them, those of the tail, and how many each of the first is."""
+    """Samples magnitudes of values [S]: the bulk evenly by rank, the whole tail, and the weight of a bulk sample."""
     magnitudes = values.abs().sort().values
     bulk, tail = magnitudes[:-TAIL], magnitudes[-TAIL:]
     every = max(1, -(-len(bulk) // BULK))
@@ -90,14 +101,22 @@ def _ranked(values: Tensor) -> tuple[Tensor, Tensor, float]:
 
 
 def _weighed(ranked: tuple[Tensor, Tensor, float], scale: Tensor, exponent: int, bits: int) -> float:
+    """The squared error on all values, estimated on the sample of `_ranked`."""
     bulk, tail, every = ranked
     return every * float(float_error(bulk, scale, exponent, bits)) + float(float_error(tail, scale, exponent, bits))
 
 
 def fit(values: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The quantizer of least squared error on ``values`` [..., S] among shrunken ranges.
+    """Searches shrunken ranges for the quantizer of least squared error on ``values`` [..., S].
 
-    Returns scale f16 [...], zero point u8 [...] and the error [...].
+    Args:
+        values: samples of each of [...] edges and groups.
+        low: the observed minimum [...].
+        high: the observed maximum [...].
+        bits: of a code.
+
+    Returns:
+        Scale f16 [...], zero point u8 [...] and squared error [...].
     """
     scale, zero = parameters(low, high, bits)
     least = error(values, scale, zero, bits)

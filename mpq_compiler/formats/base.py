@@ -1,4 +1,4 @@
-"""What every weight format shares: the quantized form, nearest codes, stored types and bytes."""
+"""The base of weight formats: the quantized form, stored types, bytes, and the error that a fit minimizes."""
 
 from __future__ import annotations
 
@@ -14,56 +14,64 @@ from mpq_compiler import _moved
 from mpq_compiler.formats import contract
 
 F16_TINY = 2.0**-24
-"""Smallest positive half; the scale of a row that is constant."""
+"""The smallest positive half, which is the scale of a constant row."""
 F16_MAX = 65504.0
+"""The largest finite half."""
 
 
 def stored_type(value: Tensor) -> Tensor:
-    """A float tensor as it is stored (f16), or f32 where a value does not fit the range of f16."""
+    """Converts a float tensor to the type it is stored in: f16, or f32 where a value exceeds the range of f16."""
     half = value.to(torch.float16)
     return half if bool(torch.isfinite(half).all()) else value.to(torch.float32)
 
 
 def stored_scale(scale: Tensor) -> Tensor:
-    """Positive scales on the f16 grid: zero (a constant row) and underflow become the smallest positive half."""
+    """Rounds positive scales to f16; zero (a constant row) and underflow become the smallest positive half."""
     return scale.clamp(F16_TINY, F16_MAX).to(torch.float16)
 
 
 class Fit(Protocol):
-    """A weight in a format: what `Format.fit` yields."""
+    """A weight in a format: what `Format.fit` returns."""
 
     @property
-    def codes(self) -> Tensor: ...
+    def codes(self) -> Tensor:
+        """The codes [O, K]."""
 
     def dequantize(self) -> Tensor:
-        """f32 [O, K]."""
+        """The values that the codes stand for, f32 [O, K]."""
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
     """The stored form of one weight [O, K]; see `contract.dequantize_weight`.
 
-    A residual format also keeps its branch apart: ``signs`` u8 [O, K] and ``alpha`` int8 [1], with ``codes`` and
-    ``lut`` those of the base.
+    A residual format keeps its branch apart, in ``signs`` and ``alpha``; ``codes`` and ``lut`` are then the base's.
     """
 
     codes: Tensor
+    """u8 [O, K], indices into ``lut``; int8 [O, K], the values themselves, where there is no table."""
     scale: Tensor
+    """f16 [O, J], one column for each K-segment."""
     offset: Tensor | None
+    """f16 [O], or f32 where f16 overflows; None without offsets."""
     lut: Tensor | None
+    """int8 [classes, entries]; None where the codes are the values."""
     signs: Tensor | None = None
+    """u8 [O, K], 0 or 1: the binary branch of a residual format."""
     alpha: Tensor | None = None
+    """int8 [1]: the magnitude of the branch, on the grid of ``lut``."""
     row_class: Tensor | None = None
+    """The table of each row [O], or of each tile of 16 rows; None with one table."""
     segments: tuple[int, ...] | None = None
     """The channel counts of the J columns of ``scale``; None where there is one."""
 
     def dequantize(self) -> Tensor:
-        """f32 [O, K]."""
+        """The values that codes and branch stand for, f32 [O, K]."""
         q = self.merged()
         return contract.dequantize_weight(q.codes, q.scale, q.offset, q.lut, q.row_class, q.codes.shape, q.segments)
 
     def merged(self) -> QuantizedWeight:
-        """Base and branch as one table; itself where there is no branch."""
+        """Merges base and branch into one table; returns itself where there is no branch."""
         if self.signs is None or self.lut is None or self.alpha is None:
             return self
         codes, lut = contract.merge_branch(self.codes, self.lut, self.signs, self.alpha)
@@ -72,65 +80,69 @@ class QuantizedWeight:
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """A weight format: its name in plans and recipes, and the bits of a stored code, on average.
+    """A weight format.
 
-    A subclass of the weight contract says how to `fit` and whether it `has_offset`; with K-groups also its `segments`,
-    with several tables its `classes`. docs/formats.md adds one from beginning to end.
+    A subclass of the weight contract implements `fit` and `has_offset`; with K-groups also `segments`, with several
+    tables also `classes`. docs/formats.md adds a format from beginning to end.
     """
 
     name: str
+    """Its name in plans and recipes."""
     bits: int
+    """The bits of a stored code, on average."""
 
     @abstractmethod
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> Fit:
-        """The quantized form of weight f32 [O, ..., C], as rows [O, K], with the least output error.
+        """Quantizes a weight with the least output error.
 
-        ``gram`` [K, K] is the mean of x x^T over calibration rows; the error of a row e is then e^T gram e, the
-        mean squared error of the layer's output. [K] is its diagonal, where it is too large to keep, and None stands
-        for the identity (weight error).
+        Args:
+            weight: f32 [O, ..., C], quantized as rows [O, K].
+            gram: the mean of x x^T over calibration rows, [K, K]: the error of a row e is e^T gram e, the mean squared
+                error of the layer's output. [K] is its diagonal, for inputs whose whole gram is too large to keep. None
+                stands for the identity, under which the error is the weight's own.
         """
 
     def start(self, weight: Tensor) -> Fit:
-        """Levels that span the range of weight [O, ..., C], at once: what is simulated until a pass calls `fit`."""
+        """Quantizes weight [O, ..., C] without a search, by its range: what is simulated until a pass calls `fit`."""
         return self.fit(weight)
 
     def form(self, weight: Tensor) -> Fit:
-        """What `fit` yields, at once and however far from the weight: all that kernels are chosen and timed by."""
+        """A quantized weight of the form that `fit` gives, fast and however inaccurate, to choose and time kernels."""
         return self.start(weight)
 
     @property
     def has_offset(self) -> bool:
-        """Whether rows have an offset, stored as f16."""
+        """Whether every row has an offset, stored as f16."""
         return False
 
     @property
     def integer(self) -> bool:
-        """Whether layers multiply the codes with quantized activations; else they compute in float."""
+        """Whether layers multiply its codes by quantized activations; else they compute in float."""
         return True
 
     def segments(self, channels: int) -> tuple[int, ...]:
-        """The channel counts that have a scale of their own."""
+        """The channel counts of the K-segments, each of which has a scale of its own."""
         return (channels,)
 
     def classes(self, rows: int) -> int:
-        """The number of tables of a weight with so many rows."""
+        """The number of tables of a weight with ``rows`` rows."""
         return 1
 
     def class_bytes(self, rows: int) -> int:
-        """Bytes of the row classes, where there are several tables: one for each tile of 16 rows."""
+        """Bytes of the row classes, where there are several tables: one byte for each tile of 16 rows."""
         return row_tiles(rows)
 
     @property
     def index_bits(self) -> int:
-        """The bits that number the entries of its tables: those of the longest code, where codes differ in length."""
+        """The bits of the longest code, which number the entries of a table."""
         return self.bits
 
     def branch_elements(self, rows: int, columns: int) -> int:
-        """Elements of a float branch beside the table, stored as f16: each also costs a multiplication a row."""
+        """The number of f16 elements of a float branch; each costs a multiplication for every input row, too."""
         return 0
 
     def stored_bytes(self, *shape: int) -> int:
-        """Bytes in the artifact of a weight [O, ..., C]: codes, scales, offsets, tables and row classes."""
+        """Bytes of a weight [O, ..., C] in the artifact: codes, scales, offsets, tables and row classes."""
         rows, channels, count = shape[0], shape[-1], math.prod(shape)
         codes = math.ceil(self.bits * count / 8)
         floats = rows * (len(self.segments(channels)) + self.has_offset)
@@ -140,17 +152,17 @@ class Format(ABC):
 
 
 def row_tiles(rows: int) -> int:
-    """Tiles of 16 rows, each with a row class."""
+    """The number of tiles of 16 rows, each of which has a row class."""
     return -(-rows // contract.TILE_ROWS)
 
 
 def output_error(error: Tensor, gram: Tensor | None) -> Tensor:
-    """e^T gram e per row of error [..., O, K] -> [..., O], for a gram [K, K], a diagonal [K] or the identity (None)."""
+    """The output error e^T gram e of each row of error [..., O, K]; gram as in `Format.fit`."""
     return (error * weighted(error, gram)).sum(-1)
 
 
 def weighted(rows: Tensor, gram: Tensor | None) -> Tensor:
-    """``rows @ gram`` for a gram [K, K], a diagonal [K] or the identity (None)."""
+    """Multiplies rows [..., K] by a gram [K, K], a diagonal [K] or the identity (None)."""
     if gram is None:
         return rows
     return rows * gram if gram.dim() == 1 else rows @ gram

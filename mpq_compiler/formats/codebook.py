@@ -17,15 +17,15 @@ from mpq_compiler.formats.base import Format, QuantizedWeight, diagonal, output_
 from mpq_compiler.formats.contract import nearest_codes
 
 BINS = 512
-"""Of the histogram that K-means starts from."""
+"""The number of bins of the histogram that K-means starts from."""
 LLOYD = 25
-"""Steps of Lloyd's algorithm; in one dimension and with so many values it has settled by then."""
+"""The number of steps of Lloyd's algorithm; in one dimension with many values it has converged by then."""
 FACTORS = tuple(1 + 0.04 * i for i in range(-4, 5))
 """Fractions of the least-squares scale of a row that the scale search tries."""
 ROUNDS = 3
-"""Turns of tables after scales and scales after tables from each start; the best is kept."""
+"""Rounds from each start: a round fits the tables to the scales, then the scales to the tables; the best is kept."""
 MOST_CLASSES = 256
-"""A row class is stored as u8."""
+"""The most tables of a weight, since a row class is stored as u8."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class CodebookFormat(Format):
     tiled: bool = False
 
     def tiles_of_class(self, rows: int) -> int:
-        """Neighbouring tiles that share a table: one, and more where there are more tiles than classes."""
+        """The number of neighbouring tiles that share a table: 1, unless there are more tiles than classes."""
         tiles = row_tiles(rows)
         return -(-tiles // MOST_CLASSES) if self.tiled else tiles
 
@@ -43,7 +43,7 @@ class CodebookFormat(Format):
         return -(-row_tiles(rows) // self.tiles_of_class(rows))
 
     def start(self, weight: Tensor) -> QuantizedWeight:
-        """Evenly spaced entries over the range of each row."""
+        """Quantizes with evenly spaced entries over the range of each row."""
         rows = weight.flatten(1)
         half = 2 ** (self.bits - 1)
         lut = (torch.arange(-half, half) * 2 + 1).to(torch.int8).repeat(self.classes(len(rows)), 1)
@@ -73,7 +73,7 @@ class CodebookFormat(Format):
         return best
 
     def _learn(self, rows: Tensor, scale: Tensor, importance: Tensor) -> QuantizedWeight:
-        """Tables for given row scales [O, 1], on the int8 grid, and nearest codes."""
+        """Learns tables on the int8 grid for given row scales [O, 1], and takes the nearest codes."""
         scale = scale.clamp_min(1e-30)
         values, weights = rows / scale, scale.square() * importance
         centres = _kmeans(self._by_class(values), self._by_class(weights), 2**self.bits)
@@ -83,7 +83,7 @@ class CodebookFormat(Format):
         return self._quantize(rows, stored_scale(scale * unit), lut)
 
     def _search(self, rows: Tensor, found: QuantizedWeight, gram: Tensor | None) -> tuple[QuantizedWeight, Tensor]:
-        """The row scales with the least output error under the same tables, and that error [O]."""
+        """Searches the row scales of least output error under the same tables; returns that error [O], too."""
         assert found.lut is not None
         level = found.dequantize()
         served = weighted(level, gram)
@@ -103,7 +103,7 @@ class CodebookFormat(Format):
         return QuantizedWeight(codes, scale, None, lut, row_class=row_class)
 
     def _choose(self, rows: Tensor, better: Tensor, new: QuantizedWeight, old: QuantizedWeight) -> QuantizedWeight:
-        """``new`` in the classes where it is better."""
+        """Takes ``new`` in the classes where it is better, ``old`` elsewhere."""
         assert new.lut is not None and old.lut is not None
         row = better[self._class_of(len(rows))]
         scale = torch.where(row[:, None], new.scale, old.scale)
@@ -119,22 +119,22 @@ class CodebookFormat(Format):
         return contract.row_classes(self._row_class(rows), rows)
 
     def _by_class(self, values: Tensor) -> Tensor:
-        """Rows [O, K] as [classes, all values of the class], the last class filled up with zeros."""
+        """Reshapes rows [O, K] to [classes, all values of a class]; zeros pad the last class."""
         classes = self.classes(len(values))
         rows = self.tiles_of_class(len(values)) * contract.TILE_ROWS if classes > 1 else len(values)
         padded = torch.nn.functional.pad(values, (0, 0, 0, classes * rows - len(values)))
         return padded.reshape(classes, -1)
 
     def _per_class(self, error: Tensor) -> Tensor:
-        """Errors [O] summed over the rows of each class."""
+        """Sums errors [O] over the rows of each class."""
         return torch.zeros(self.classes(len(error))).index_add(0, self._class_of(len(error)), error)
 
 
 def _kmeans(values: Tensor, weights: Tensor, count: int) -> Tensor:
-    """Weighted 1-D K-means of each row of values [C, N] -> ascending centres [C, count]; no randomness.
+    """Weighted 1-D K-means of each row of values [C, N]; deterministic. Returns ascending centres [C, count].
 
-    Lloyd's algorithm on sorted values: sums of a cluster are differences of running sums, in f64. The start follows
-    the cube root of the weighted density, that of the entries of a fine table (Panter and Dite 1951).
+    Lloyd's algorithm on sorted values: the sums of a cluster are differences of running sums, in f64. It starts from
+    centres spaced by the cube root of the weighted density, as an optimal fine table has them (Panter and Dite 1951).
     """
     order = values.argsort(1)
     x, w = values.gather(1, order).double(), weights.gather(1, order).double()

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 MANY, FEW_MIDDLES = 8192, 15
-"""Values and middles of levels where counting, a middle at a time, is two to six times as fast as searching."""
+"""Where counting replaces searching: for at least `MANY` values and at most `FEW_MIDDLES` middles between levels.
+
+Counting, one middle at a time, is two to six times as fast there.
+"""
 
 
 def nearest_codes(
@@ -22,9 +25,18 @@ def nearest_codes(
     row_class: Tensor | None,
     segments: Sequence[int] | None = None,
 ) -> Tensor:
-    """Codes of the levels nearest to weight [O, K]; ties go to the lower level (8 bits: to the even code).
+    """Quantizes a weight to the codes of the nearest levels; ties go to the lower level (8 bits: to the even code).
 
-    u8 indices where there is a table, int8 values where there is none.
+    Args:
+        weight: f32 [O, K].
+        scale: [O, J], one column for each K-segment.
+        offset: [O], or None.
+        lut: int8 [classes, entries]; None where the codes are the values.
+        row_class: the table of each row or of each tile of 16 rows; None with one table.
+        segments: the channel counts of the K-segments; None is one.
+
+    Returns:
+        Codes [O, K]: u8 indices with a table, int8 values without.
     """
     shifted = weight if offset is None else weight - offset.to(torch.float32)[:, None]
     t = shifted / column_scale(scale, segments, weight.shape[1])
@@ -44,7 +56,7 @@ def nearest_codes(
 
 
 def _codes_of(t: Tensor, middles: Tensor, order: Tensor) -> Tensor:
-    """Codes of the levels nearest to values, u8: those whose rank is the number of middles that lie below."""
+    """The codes of the levels nearest to values, u8: a level's rank is the number of middles below the value."""
     if t.numel() < MANY or len(middles) > FEW_MIDDLES:
         return order[torch.bucketize(t, middles)].to(torch.uint8)
     ranks = torch.zeros(t.shape, dtype=torch.uint8)
@@ -55,9 +67,9 @@ def _codes_of(t: Tensor, middles: Tensor, order: Tensor) -> Tensor:
 
 
 def rising(lut: Tensor) -> tuple[Tensor, Tensor]:
-    """The levels of tables [classes, entries] in rising order, f32, and their codes, i64.
+    """Sorts the levels of tables [classes, entries]: returns them in rising order, f32, and their codes, i64.
 
-    What fills a table up stands behind its levels and is infinite: no value is nearest to it.
+    The entries that pad a table come last and are infinite, so no value is nearest to them.
     """
     levels = torch.where(lut == NO_LEVEL, torch.inf, lut.to(torch.float32))
     order = torch.argsort(levels, dim=1, stable=True)
@@ -65,31 +77,31 @@ def rising(lut: Tensor) -> tuple[Tensor, Tensor]:
 
 
 LUT_MAX = 127
-"""Largest magnitude of a table entry and of an int8 code, the same on every target."""
+"""The largest magnitude of a table entry and of an int8 code, the same on every target."""
 
 NO_LEVEL = -128
-"""Fills a table behind its levels, where another table of the weight has more of them; no code stands for it."""
+"""The entry that pads a table with fewer levels than another one of the weight; no code refers to it."""
 
 TILE_ROWS = 16
-"""Rows (output channels) that share a row class, and with it a table."""
+"""The number of rows (output channels) that share a row class, and with it a table."""
 
 
 def float_bias(exponent: int) -> int:
-    """What is subtracted from the ``exponent`` bits of a small float."""
+    """The bias of a small float: it is subtracted from the value of its ``exponent`` bits."""
     return 2 ** (exponent - 1) - 1
 
 
 def float_largest(exponent: int, bits: int) -> float:
-    """The largest of the small floats of so many bits, a sign and ``exponent`` bits of exponent among them."""
+    """The largest small float of ``bits`` bits, of which one is the sign and ``exponent`` are the exponent."""
     return (2 - 2.0 ** (1 + exponent - bits)) * 2.0 ** (2**exponent - 1 - float_bias(exponent))
 
 
 def round_float(x: Tensor, exponent: int, bits: int) -> Tensor:
-    """x f32 moved to the nearest small float, ties to even; to the largest where it is beyond.
+    """Rounds x f32 to the nearest small float, ties to even; larger magnitudes become the largest float.
 
-    Values are those of `dequantize_float8`, with M = bits - 1 - exponent bits of mantissa. In f32, where p is the
-    largest power of two that is at most |x|, and at least the smallest normal float: ``(x + c) - c`` with
-    ``c = p * (1.5 * 2^(23 - M))``, next to which f32 has the steps of the small float (Dekker's constant).
+    The floats are those of `dequantize_float8`, with M = bits - 1 - exponent bits of mantissa. Let p be the largest
+    power of two that is at most |x|, but at least the smallest normal float. The result is ``(x + c) - c`` in f32 with
+    ``c = p * (1.5 * 2^(23 - M))``, around which f32 has the spacing of the small float (Dekker's constant).
     """
     largest = float_largest(exponent, bits)
     x = x.clamp(-largest, largest)
@@ -102,7 +114,7 @@ def round_float(x: Tensor, exponent: int, bits: int) -> Tensor:
 
 
 def entries(codes: Tensor, lut: Tensor | None, row_class: Tensor | None) -> Tensor:
-    """The int8 values that codes [O, K] stand for, as f32: ``lut[class(i), code]``, or the code itself."""
+    """Looks codes [O, K] up: ``lut[class(i), code]`` as f32, or the codes themselves without a table."""
     if lut is None:
         return codes.to(torch.float32)
     table = lut.to(torch.float32)
@@ -113,7 +125,7 @@ def entries(codes: Tensor, lut: Tensor | None, row_class: Tensor | None) -> Tens
 
 
 def row_classes(row_class: Tensor | None, rows: int) -> Tensor:
-    """The class of each of ``rows`` rows, i64, from theirs or those of their tiles of 16; without any there is one."""
+    """The class of each of ``rows`` rows, i64, given the classes of rows or of tiles of 16; all 0 for None."""
     if row_class is None:
         return torch.zeros(rows, dtype=torch.long)
     if len(row_class) == rows:
@@ -122,18 +134,18 @@ def row_classes(row_class: Tensor | None, rows: int) -> Tensor:
 
 
 def class_bits(lut: Tensor) -> tuple[int, ...]:
-    """The bits of a code of each table of lut [classes, entries]: as many as number its levels."""
+    """The bits of a code of each table of lut [classes, entries]: just enough to number its levels."""
     return tuple((int(levels) - 1).bit_length() for levels in (lut != NO_LEVEL).sum(1))
 
 
 def column_segments(segments: Sequence[int], columns: int) -> Tensor:
-    """The K-segment of each of ``columns`` values of a row, i64: channels are split alike at every tap."""
+    """The K-segment of each of the ``columns`` of a row, i64; channels are split alike at every tap of a kernel."""
     of_channel = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(list(segments)))
     return of_channel.repeat(columns // len(of_channel))
 
 
 def column_scale(scale: Tensor, segments: Sequence[int] | None, columns: int) -> Tensor:
-    """scale [O, J] as f32 that broadcasts over a weight [O, K]: the scale of the segment that a column lies in."""
+    """Expands scale [O, J] to f32 that broadcasts over a weight [O, K]: each column has its segment's scale."""
     values = scale.to(torch.float32)
     if segments is None or len(segments) == 1:
         return values[:, :1]
@@ -141,15 +153,16 @@ def column_scale(scale: Tensor, segments: Sequence[int] | None, columns: int) ->
 
 
 def merge_branch(codes: Tensor, lut: Tensor, signs: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Base codes and a binary branch as one table: code' = 2*code + sign, LUT'[c, 2k+s] = LUT[c, k] +- alpha."""
+    """Merges base and binary branch into one table: code' = 2*code + sign, LUT'[c, 2k+s] = LUT[c, k] +- alpha."""
     step = alpha.to(torch.int16)
     table = torch.stack([lut.to(torch.int16) - step, lut.to(torch.int16) + step], dim=-1).flatten(1)
     return codes * 2 + signs, table.to(torch.int8)
 
 
 FLOAT = "float"
-"""The choice of an attention, and the width of an activation, that is not quantized."""
+"""The name of the choice not to quantize: an attention's format, or an activation's width."""
 FLOAT_BITS = 32
+"""The bits of a value that is not quantized."""
 
 
 def dequantize_weight(
@@ -161,9 +174,19 @@ def dequantize_weight(
     shape: Sequence[int],
     segments: Sequence[int] | None = None,
 ) -> Tensor:
-    """``scale[i, j(k)] * LUT[class(i)][code[i, k]] + offset[i]`` as f32 of ``shape`` (codes [O, K]).
+    """Dequantizes a weight: ``scale[i, j(k)] * LUT[class(i)][code[i, k]] + offset[i]``.
 
-    ``segments`` are the channel counts that have a scale of their own, scale [O, J]; None is one segment.
+    Args:
+        codes: [O, K], indices into the table or int8 values.
+        scale: [O, J], one column for each K-segment.
+        offset: [O], or None.
+        lut: int8 [classes, entries]; None where the codes are the values.
+        row_class: the table of each row or of each tile of 16 rows; None with one table.
+        shape: of the result, with O*K elements.
+        segments: the channel counts of the K-segments; None is one.
+
+    Returns:
+        The weight, f32 of ``shape``.
     """
     w = entries(codes, lut, row_class) * column_scale(scale, segments, codes.shape[1])
     if offset is not None:
@@ -172,12 +195,21 @@ def dequantize_weight(
 
 
 def dequantize_float8(codes: Tensor, scale: Tensor, shape: Sequence[int], exponent: int = 4) -> Tensor:
-    """``scale[i] * float8(code[i, k])`` as f32 of ``shape``: codes u8 [O, K], scale [O].
+    """Dequantizes FP8 codes: ``scale[i] * float8(code[i, k])``.
 
-    A code is a sign, ``exponent`` bits e and M = 7 - exponent bits m, with the bias b = 2^(exponent-1) - 1:
+    A code is a sign, ``exponent`` bits e and M = 7 - exponent bits m. With the bias b = 2^(exponent-1) - 1 its value is
     ``(-1)^sign * 2^(max(e, 1) - b - M) * (m + (2^M if e > 0 else 0))``. All codes are finite (Kuzmin 2022, "FP8
-    quantization: the power of the exponent", section 2): E4M3 and E5M2 are those of OCP (arXiv 2209.05433) with numbers
-    where they have infinities and NaNs.
+    quantization: the power of the exponent", section 2): E4M3 and E5M2 are OCP's (arXiv 2209.05433) with numbers in
+    place of infinities and NaNs.
+
+    Args:
+        codes: u8 [O, K].
+        scale: [O].
+        shape: of the result, with O*K elements.
+        exponent: bits of exponent.
+
+    Returns:
+        The weight, f32 of ``shape``.
     """
     mantissa = 7 - exponent
     bits = codes.to(torch.int32)

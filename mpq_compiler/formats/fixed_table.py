@@ -1,4 +1,4 @@
-"""Formats of one fixed table without offsets: ``scale[i, j] * LUT[code]``, the scales of rows or of K-groups."""
+"""Formats of one fixed table without offsets: ``scale[i, j] * LUT[code]``, with a scale for each row or K-group."""
 
 from __future__ import annotations
 
@@ -14,22 +14,26 @@ from mpq_compiler.formats.contract import nearest_codes
 SHRINK = tuple(1 - 0.05 * i for i in range(14))
 """Fractions of the largest magnitude that the scale search tries."""
 SWEEPS = 2
-"""Passes over the K-groups, each group searched with the error that the others leave."""
+"""Passes of the search over the K-groups; each group is searched given the error that the others leave."""
 
 
 @dataclass(frozen=True)
 class TableFormat(Format):
-    """The levels of ``table``, scaled by the row, or by each group of ``size`` input channels of the row.
+    """The levels of ``table`` with a scale for each row, or for each group of ``size`` input channels of a row.
 
-    A group is the same channels at every tap of a convolution, and the last one of a layer may be shorter: a packed
-    layer accumulates each by itself, as it does the parts of a concatenated input.
+    A group has the same channels at every tap of a convolution, and the last one of a layer may be shorter. A packed
+    layer accumulates each group by itself, like the parts of a concatenated input.
     """
 
     table: tuple[int, ...] | None = None
-    """int8 entries in the order of the codes; None: 8-bit codes are the values."""
+    """The int8 entries in the order of the codes; None: 8-bit codes are the values."""
     size: int | None = None
+    """Input channels of a K-group; None has one scale a row."""
     shared: bool = False
-    """Whether all rows have one scale, the largest magnitude of the tensor the largest level. It is stored for each."""
+    """Whether all rows share one scale, which maps the tensor's largest magnitude to the largest level.
+
+    It is stored for every row nevertheless.
+    """
 
     def segments(self, channels: int) -> tuple[int, ...]:
         size = min(self.size or channels, channels)
@@ -38,12 +42,12 @@ class TableFormat(Format):
 
     @property
     def lut(self) -> Tensor | None:
-        """int8 [1, 2^bits], or None."""
+        """The table as int8 [1, 2^bits], or None."""
         return None if self.table is None else torch.tensor([self.table], dtype=torch.int8)
 
     @property
     def top(self) -> int:
-        """The largest magnitude of a level that there is with both signs."""
+        """The largest magnitude that is a level with both signs."""
         return contract.LUT_MAX if self.table is None else min(max(self.table), -min(self.table))
 
     def start(self, weight: Tensor) -> QuantizedWeight:
@@ -51,7 +55,7 @@ class TableFormat(Format):
         return self.quantize(weight.flatten(1), self._peaks(weight.flatten(1), segments), segments)
 
     def _peaks(self, rows: Tensor, segments: tuple[int, ...]) -> Tensor:
-        """Scales f16 [O, J] under which the largest magnitude of each group is the largest level."""
+        """The scales f16 [O, J] that map the largest magnitude of each group to the largest level."""
         group = contract.column_segments(segments, rows.shape[1]).expand(len(rows), -1)
         peak = torch.zeros(len(rows), len(segments)).scatter_reduce(1, group, rows.abs(), "amax")
         if self.shared:
@@ -59,13 +63,13 @@ class TableFormat(Format):
         return stored_scale(peak / self.top)
 
     def quantize(self, rows: Tensor, scale: Tensor, segments: tuple[int, ...]) -> QuantizedWeight:
-        """Nearest codes of rows [O, K] at given scales [O, J]."""
+        """Quantizes rows [O, K] to the nearest codes at given scales [O, J]."""
         several = segments if len(segments) > 1 else None
         codes = nearest_codes(rows, scale, None, self.lut, None, several)
         return QuantizedWeight(codes, scale, None, self.lut, segments=several)
 
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
-        """Of a grid of shrunken ranges each group takes the one with the least output error of the whole row."""
+        """Quantizes; each group searches a grid of shrunken ranges for the least output error of its whole row."""
         rows, segments = weight.flatten(1), self.segments(weight.shape[-1])
         widest = self._peaks(rows, segments)
         scale = widest.clone()
@@ -87,19 +91,19 @@ class TableFormat(Format):
         return self.quantize(rows, scale, segments)
 
     def _together(self, errors: Tensor) -> Tensor:
-        """Errors [O] by which rows choose their scales: where they share one, the sum."""
+        """The errors [O] by which rows choose their scales: their sum where all rows share a scale."""
         return errors.sum().expand_as(errors) if self.shared else errors
 
 
 def _block(gram: Tensor | None, columns: Tensor) -> Tensor | None:
-    """The gram of some columns alone."""
+    """The part of a gram that belongs to some columns; None stays None."""
     if gram is None or gram.dim() == 1:
         return None if gram is None else gram[columns]
     return gram[columns][:, columns]
 
 
 def _cross(error: Tensor, gram: Tensor | None, columns: Tensor) -> Tensor:
-    """``sum_k e_k G[k, columns]`` over the other columns k: what they add to half the gradient of the error."""
+    """The other columns' share of half the error's gradient: ``sum_k e_k G[k, columns]`` over the columns k besides."""
     if gram is None or gram.dim() == 1 or len(columns) == len(gram):
         return torch.zeros(len(error), len(columns))
     return error @ gram[:, columns] - weighted(error[:, columns], _block(gram, columns))
@@ -112,7 +116,10 @@ TABLES: dict[str, tuple[int, ...]] = {
     "fp4": floating.E2M1,
     "nf4": floating.NF4,
 }
-"""The tables that K-groups may have. Without an offset two bits are better spent on both signs than on a zero: 1 dB."""
+"""The tables that K-groups may have, by the name of their format.
+
+Without an offset, two bits are better spent on both signs than on a zero: it gains 1 dB.
+"""
 
 INT2G64 = TableFormat("int2g64", bits=2, table=TABLES["int2"], size=64)
 INT3G64 = TableFormat("int3g64", bits=3, table=TABLES["int3"], size=64)

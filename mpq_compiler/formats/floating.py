@@ -1,8 +1,8 @@
-"""Small floats. FP4 and NF4 are tables of the weight contract; FP8 is not, and its layers compute in float.
+"""Small floats: FP4 and NF4 are tables of the weight contract; FP8 is not, and its layers compute in float.
 
 E2M1 (OCP Microscaling, 2023; LLM-FP4, arXiv 2310.16836) doubled is a table of integers: {0, 1, 2, 3, 4, 6, 8, 12} and
 their negatives. NF4 (QLoRA, arXiv 2305.14314, appendix E) is rounded to 127ths. FP8 is E2M5, E3M4, E4M3 or E5M2 without
-infinities and NaNs (Kuzmin 2022, arXiv 2208.09225), the encoding and the largest value searched (arXiv 2408.06995).
+infinities and NaNs (Kuzmin 2022, arXiv 2208.09225); encoding and largest value are searched (arXiv 2408.06995).
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from mpq_compiler.formats import contract
 from mpq_compiler.formats.base import Format, diagonal, output_error, stored_scale
 
 E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
-"""Twice the values of the 16 codes of FP4: sign, two bits of exponent, one of mantissa. Zero is there twice."""
+"""Twice the values of the 16 codes of FP4: a sign, two bits of exponent, one of mantissa; zero is there twice."""
 
 _QLORA = (
     -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
     0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0,
 )  # fmt: skip
 NF4 = tuple(round(contract.LUT_MAX * level) for level in _QLORA)
-"""Quantiles of the normal distribution over the largest magnitude of a row, zero among them."""
+"""The levels of NF4 in 127ths of a row's largest magnitude: quantiles of the normal distribution, with zero."""
 
 EXPONENTS = (2, 3, 4, 5)
-"""The bits of exponent that a small float may have: fewer make an evenly spaced grid, more have no mantissa left."""
+"""The bits of exponent that a small float may have; fewer make an even grid, more leave no mantissa."""
 FACTORS = tuple(0.1 + 0.01 * i for i in range(111))
-"""Fractions of the largest magnitude that the search takes for the largest value (Kuzmin 2022, section 4)."""
+"""Fractions of the largest magnitude to which the search maps the largest float (Kuzmin 2022, section 4)."""
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,20 @@ class Float8Weight:
     exponent: int
 
     def dequantize(self) -> Tensor:
-        """f32 [O, K]."""
+        """The values that the codes stand for, f32 [O, K]."""
         return contract.dequantize_float8(self.codes, self.scale, self.codes.shape, self.exponent)
 
 
 @dataclass(frozen=True)
 class Float8Format(Format):
-    """Eight bits with ``exponent`` bits of exponent and a scale a row: eight bits for rows with outliers.
+    """FP8 with ``exponent`` bits of exponent and one scale a row, for rows with outliers.
 
-    Without ``exponent`` the weight has the one of least output error; few bits of exponent make a nearly even grid,
-    many one of even relative steps. There is no int8 table of either: the layer computes in float, and its weight is
-    dequantized when the artifact is loaded, so it saves bytes of the artifact and not time.
+    Few bits of exponent make a nearly even grid, many make even relative steps. Neither is an int8 table. So the layer
+    computes in float, and its weight is dequantized when the artifact is loaded: that saves bytes, not time.
     """
 
     exponent: int | None = None
+    """Bits of exponent; None chooses those of least output error for each weight."""
 
     @property
     def integer(self) -> bool:
@@ -61,7 +61,7 @@ class Float8Format(Format):
 
     @property
     def exponents(self) -> tuple[int, ...]:
-        """Those to choose from."""
+        """The bits of exponent to choose from."""
         return EXPONENTS if self.exponent is None else (self.exponent,)
 
     def start(self, weight: Tensor) -> Float8Weight:
@@ -74,18 +74,18 @@ class Float8Format(Format):
         return float8(rows, _scales(rows.abs().amax(1), exponent, 1.0), exponent)
 
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> Float8Weight:
-        """Scales are searched under the diagonal of the gram, and kept where they are better under the whole of it."""
+        """Quantizes; scales are searched under the gram's diagonal, and kept where the whole gram confirms them."""
         rows = weight.flatten(1)
         return _least([_searched(rows, gram, e) for e in self.exponents], rows, gram)
 
 
 def _scales(peak: Tensor, exponent: int, factor: float) -> Tensor:
-    """Scales f16 under which ``factor`` of the peaks [O] is the largest value."""
+    """The scales f16 that map ``factor`` times the peaks [O] to the largest float."""
     return stored_scale(peak * (factor / contract.float_largest(exponent, 8)))
 
 
 def _searched(rows: Tensor, gram: Tensor | None, exponent: int) -> Float8Weight:
-    """The scales of least error of rows [O, K] among `FACTORS`."""
+    """Quantizes rows [O, K] at the scales of least error among `FACTORS`."""
     peak, importance = rows.abs().amax(1), None if gram is None else diagonal(gram)
     best = widest = _scales(peak, exponent, 1.0)
     least = torch.full((len(rows),), torch.inf)
@@ -99,14 +99,14 @@ def _searched(rows: Tensor, gram: Tensor | None, exponent: int) -> Float8Weight:
 
 
 def _least(found: list[Float8Weight], rows: Tensor, gram: Tensor | None) -> Float8Weight:
-    """The first of those with the least output error of the whole weight."""
+    """The fit with the least output error of the whole weight; the first of equal ones."""
     if len(found) == 1:
         return found[0]
     return min(found, key=lambda fit: float(output_error(fit.dequantize() - rows, gram).sum()))
 
 
 def float8(rows: Tensor, scale: Tensor, exponent: int) -> Float8Weight:
-    """Nearest codes of rows [O, K] at scales [O]: ties to even, the largest value beyond the range."""
+    """Quantizes rows [O, K] to FP8 at given scales [O]: ties to even, saturating at the largest float."""
     value = contract.round_float(rows / scale.to(torch.float32)[:, None], exponent, 8)
     mantissa, smallest = 7 - exponent, 2.0 ** (1 - contract.float_bias(exponent))
     magnitude = value.abs()

@@ -1,8 +1,9 @@
 """A low-rank branch beside any other format: ``W ~ base + U V`` with U [O, r] and V [r, K] in half precision.
 
-SVDQuant (arXiv 2411.05007) fits branch and base in turn by truncated SVDs of the weight. Here the SVD is that of the
-layer's *output*: with the second moments G of its input, U holds the leading eigenvectors of ``R G R^T`` and
-``V = U^T R`` is the best branch of rank r for the rest R (LoRC, arXiv 2303.08302, with G = 1). Nothing is inverted.
+SVDQuant (arXiv 2411.05007) fits branch and base in turn by truncated SVDs of the weight. Here the SVD is the one of the
+layer's *output*. Let R be the rest that the base leaves, and G the second moments of the layer's input: U holds the
+leading eigenvectors of ``R G R^T``, and ``V = U^T R`` is then the best branch of rank r (LoRC, arXiv 2303.08302, with
+G = 1). Nothing is inverted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from mpq_compiler.formats.base import F16_MAX, Fit, Format, QuantizedWeight, output_error, weighted
 
 ROUNDS = 4
-"""Turns of branch and base; the pair with the least output error is kept."""
+"""Rounds of the fit: each fits the branch, then the base; the pair of least output error is kept."""
 
 
 @dataclass(frozen=True)
@@ -28,24 +29,25 @@ class LowRankWeight:
 
     @property
     def codes(self) -> Tensor:
+        """The codes of the base [O, K]."""
         return self.base.codes
 
     @property
     def branch(self) -> Tensor:
-        """``up @ down`` in f32 [O, K]."""
+        """The branch ``up @ down``, f32 [O, K]."""
         return self.up.float() @ self.down.float()
 
     def dequantize(self) -> Tensor:
-        """f32 [O, K]."""
+        """The values of base plus branch, f32 [O, K]."""
         return self.base.dequantize() + self.branch
 
 
 @dataclass(frozen=True)
 class LowRankFormat(Format):
-    """``base`` and a float branch of ``rank``, at most as many as the weight has rows and columns.
+    """A format ``base`` plus a float branch of ``rank``, which rows and columns of the weight bound.
 
-    The branch reads the unquantized activation, which is what makes it worth its bytes: it takes the directions of
-    the weight that the table serves worst.
+    The branch takes the directions of the weight that the base quantizes worst. It is worth its bytes because it reads
+    the unquantized activation.
     """
 
     base: Format
@@ -75,7 +77,7 @@ class LowRankFormat(Format):
         return self.base.stored_bytes(*shape) + 2 * self.branch_elements(shape[0], columns)
 
     def start(self, weight: Tensor) -> Fit:
-        """The base alone."""
+        """Quantizes with the base alone."""
         return self.base.start(weight)
 
     def form(self, weight: Tensor) -> LowRankWeight:
@@ -104,7 +106,7 @@ class LowRankFormat(Format):
 
 
 def truncated(rest: Tensor, gram: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
-    """up f16 [O, r] and down f16 [r, K] with the least output error of rest [O, K] - up @ down; no randomness."""
+    """The branch up f16 [O, r], down f16 [r, K] of least output error of rest [O, K] - up @ down; deterministic."""
     wide = rest.double()
     moments = None if gram is None else gram.double()
     _, vectors = torch.linalg.eigh(weighted(wide, moments) @ wide.T)

@@ -1,4 +1,4 @@
-"""The stored form of weight codes: one little-endian bit stream, without padding. Needs numpy only.
+"""The stored form of weight codes: one little-endian bit stream, without padding. It needs NumPy only.
 
 Over the n = O*K codes of a weight in row-major order:
 
@@ -9,9 +9,9 @@ Over the n = O*K codes of a weight in row-major order:
   packed as above in 2n (4n) bits, then the top bit of every code in n bits, in all
   ceil(bits * n / 8) bytes.
 
-Where rows have several widths, those of class c have c bits more than those of class 0: first stand the lowest bits of
-all rows, as many as class 0 has, packed as above; behind them, in the same bit stream, one more bit of each code in the
-rows of class 1 and above, then one more in those of class 2 and above.
+Where rows have several widths, those of class c have c bits more than those of class 0. The lowest bits of all rows, as
+many as class 0 has, come first, packed as above. Behind them, in the same bit stream, comes one more bit of each code
+in the rows of class 1 and above, then one more in those of class 2 and above.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 
 BITS = (1, 2, 3, 4, 5, 8)
+"""The widths of codes that can be packed."""
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -29,14 +30,18 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 def _planes(bits: int) -> tuple[int, ...]:
-    """Width of each bit plane, lowest bits first."""
+    """The width of each bit plane, lowest bits first."""
     if bits not in BITS:
         raise ValueError(f"codes of {bits} bits cannot be packed; there are {', '.join(map(str, BITS))}")
     return (bits - 1, 1) if bits in (3, 5) else (bits,)
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """u8[ceil(bits * n / 8)] of `codes` (any shape, n values): int8 for 8 bits, else uint8 below 2^bits."""
+    """Packs `codes` (any shape, n values; int8 for 8 bits, else uint8 below 2^bits) to u8 [ceil(bits * n / 8)].
+
+    Raises:
+        ValueError: a width, type or code that does not fit.
+    """
     planes = _planes(bits)
     if bits == 8:
         if codes.dtype != np.int8:
@@ -51,7 +56,7 @@ def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _stream(codes: np.ndarray, planes: Sequence[int]) -> list[np.ndarray]:
-    """The bits of codes [n], plane by plane."""
+    """Splits codes [n] into single bits, plane by plane."""
     shifts = [sum(planes[:i]) for i in range(len(planes))]
     fields = (((codes >> shift) & ((1 << width) - 1), width) for shift, width in zip(shifts, planes, strict=True))
     return [
@@ -61,7 +66,7 @@ def _stream(codes: np.ndarray, planes: Sequence[int]) -> list[np.ndarray]:
 
 
 def unpack_codes(packed: np.ndarray, shape: tuple[int, ...], bits: int) -> np.ndarray:
-    """The codes of `pack_codes`: int8 for 8 bits, else uint8; ValueError when the sizes do not agree."""
+    """Unpacks what `pack_codes` packed: int8 for 8 bits, else uint8. ValueError: the sizes do not agree."""
     planes, count = _planes(bits), int(np.prod(shape))
     if packed.dtype != np.uint8 or packed.size != packed_bytes(count, bits):
         raise ValueError(
@@ -75,7 +80,7 @@ def unpack_codes(packed: np.ndarray, shape: tuple[int, ...], bits: int) -> np.nd
 
 
 def _codes(stream: np.ndarray, count: int, planes: Sequence[int]) -> np.ndarray:
-    """u8 [count]: the codes at the beginning of a stream of bits."""
+    """Joins the planes at the beginning of a stream of bits to codes u8 [count]."""
     codes, start, shift = np.zeros(count, np.uint8), 0, 0
     for width in planes:
         plane = stream[start : start + width * count].reshape(count, width)
@@ -85,7 +90,11 @@ def _codes(stream: np.ndarray, count: int, planes: Sequence[int]) -> np.ndarray:
 
 
 def pack_rows(codes: np.ndarray, classes: np.ndarray, bits: int) -> np.ndarray:
-    """The stream of codes u8 [O, K] of rows of classes u8 [O]: ``bits`` in class 0, one more in each further class."""
+    """Packs codes u8 [O, K] whose rows have classes u8 [O]: ``bits`` bits in class 0, one more in each further class.
+
+    Raises:
+        ValueError: a code does not fit its row's bits.
+    """
     most = codes.max(1, initial=0) >> (bits + classes)
     if most.any():
         row = int(most.argmax())
@@ -97,7 +106,7 @@ def pack_rows(codes: np.ndarray, classes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack_rows(packed: np.ndarray, shape: tuple[int, int], classes: np.ndarray, bits: int) -> np.ndarray:
-    """The codes of `pack_rows`; ValueError when the sizes do not agree."""
+    """Unpacks what `pack_rows` packed. ValueError: the sizes do not agree."""
     (rows, columns), widths = shape, bits + classes.astype(int)
     total = int(widths.sum()) * columns
     if packed.dtype != np.uint8 or packed.size != -(-total // 8):

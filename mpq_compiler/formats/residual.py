@@ -1,9 +1,9 @@
-"""Base + binary residual: ``scale[i] * (LUT[code] +- alpha) + offset[i]``, one ratio alpha a layer.
+"""Base + binary residual: ``scale[i] * (LUT[code] +- alpha) + offset[i]``, with one alpha a layer.
 
-MPQ-DMv2's residual quantizer (arXiv 2507.04290) in the form in which it folds into one int8 table: the ratio of
-branch to base is a fraction p/2^m shared by the layer. Base and branch are fitted together, as the nearest of
-their 2^(b+1) joint levels with alternating least squares from several starts; fitting the branch greedily to
-what the base left is worse than one more uniform bit.
+MPQ-DMv2's residual quantizer (arXiv 2507.04290) in a form that folds into one int8 table: the ratio of branch to base
+is a fraction p/2^m shared by the layer. Base and branch are fitted together, as the nearest of their 2^(b+1) joint
+levels, with alternating least squares from several starts. A branch fitted greedily to what the base left would be
+worse than one more uniform bit.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from mpq_compiler.formats.contract import nearest_codes
 from mpq_compiler.formats.uniform import UniformFormat
 
 RATIOS = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
-"""alpha/scale: 1/4 gives the evenly spaced levels of one more bit, above 1/2 the branch widens the range."""
+"""The ratios of alpha to a step of the base: 1/4 gives the even levels of one more bit, above 1/2 the range widens."""
 STARTS = (0.6, 0.8, 1.0)
+"""Fractions of a row's range that the levels span where a fit starts."""
 ROUNDS = 6
+"""Rounds of alternating least squares from each start."""
 
 
 @dataclass(frozen=True)
 class ResidualFormat(Format):
-    """A uniform base of ``base_bits`` and one binary branch, ``bits`` = base_bits + 1 in all."""
+    """A uniform base of ``base_bits`` plus one binary branch: ``bits`` = base_bits + 1 in all."""
 
     base_bits: int = 2
 
@@ -49,11 +51,11 @@ class ResidualFormat(Format):
         return base.to(torch.int8)[None], torch.tensor([round(ratio * unit)], dtype=torch.int8)
 
     def start(self, weight: Tensor) -> QuantizedWeight:
-        """The base alone: one more bit of levels comes with the branch."""
+        """Quantizes with the base alone; the branch adds its bit later."""
         return UniformFormat("base", self.base_bits).start(weight)
 
     def form(self, weight: Tensor) -> QuantizedWeight:
-        """One table of base and branch, as packed programs have it."""
+        """Quantizes with one table for base and branch, as packed programs have it."""
         return UniformFormat("merged", self.bits).start(weight)
 
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
@@ -98,7 +100,7 @@ def _where(better: Tensor, new: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor
 
 
 def _least_squares(level: Tensor, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """scale and offset [O, 1] that minimize ``sum_k h_k (scale * level + offset - w)^2`` for given levels."""
+    """The scale and offset [O, 1] that minimize ``sum_k h_k (scale * level + offset - w)^2`` for given levels."""
     h = importance / importance.sum()
     mean_level, mean_weight = (level * h).sum(1, keepdim=True), (weight * h).sum(1, keepdim=True)
     spread = ((level - mean_level).square() * h).sum(1, keepdim=True)

@@ -1,9 +1,10 @@
-"""Rows of several widths in one weight: a bit more where outliers are, one less elsewhere.
+"""Rows of several widths in one weight: one bit more where outliers are, one less elsewhere.
 
-Outlier-driven mixed quantization of MPQ-DM (arXiv 2412.11549, section 3.2): of N bits, the rows of largest kurtosis get
-N + 1, as many of the smallest N - 1, how many by the error of the layer's output. Kurtosis says little of that error:
-the order by what a bit is worth to each row is tried as well. Levels are evenly spaced in all rows, and those of fewer
-bits are among those of more: rows stay in their order, and a kernel looks all of them up in one table.
+This is the outlier-driven mixed quantization of MPQ-DM (arXiv 2412.11549, section 3.2). In place of N bits, the rows of
+largest kurtosis get N + 1 and as many rows of smallest kurtosis get N - 1; the error of the layer's output decides how
+many. Kurtosis says little of that error, so rows are also ordered by what a bit gains in each; the better order counts.
+Levels are evenly spaced in all rows, and the levels of fewer bits are among those of more. So rows stay in their order,
+and a kernel looks all of them up in one table.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from mpq_compiler.formats.base import Format, QuantizedWeight, output_error, sto
 from mpq_compiler.formats.uniform import UniformFormat
 
 LOST = 2.0
-"""What the error counts that a row has more for a bit less: GPTQ takes less of it in fewer bits."""
+"""The weight of the error that a row with a bit less adds, since GPTQ removes less error at fewer bits."""
 
 
 @dataclass(frozen=True)
 class RowClassFormat(Format):
-    """Evenly spaced levels of bits - 1, bits or bits + 1 by row, ``bits`` on average; a scale and an offset a row."""
+    """Evenly spaced levels of bits - 1, bits or bits + 1 by row, ``bits`` on average, with a scale and offset a row."""
 
     @property
     def has_offset(self) -> bool:
@@ -43,15 +44,15 @@ class RowClassFormat(Format):
         return len(self.widths)
 
     def class_bytes(self, rows: int) -> int:
-        """Two bits a row."""
+        """Bytes of the row classes: two bits a row."""
         return -(-2 * rows // 8)
 
     def start(self, weight: Tensor) -> QuantizedWeight:
-        """All rows in ``bits``."""
+        """Quantizes all rows to ``bits`` bits."""
         return self._of([width.start(weight) for width in self.widths], torch.ones(len(weight), dtype=torch.uint8))
 
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
-        """No row has another width where that is no gain: then all codes are those of the plain format."""
+        """Quantizes; where no trade of bits between rows gains, all rows have the codes of the uniform format."""
         rows = weight.flatten(1)
         fits = [width.fit(rows, gram) for width in self.widths]
         less, same, more = (output_error(fit.dequantize() - rows, gram).double() for fit in fits)
@@ -67,7 +68,7 @@ class RowClassFormat(Format):
         return self._of(fits, best)
 
     def _of(self, fits: Sequence[QuantizedWeight], row_class: Tensor) -> QuantizedWeight:
-        """The rows of the fits that their classes [O] choose."""
+        """Assembles a weight from one fit for each width: a row's class [O] chooses the fit that it comes from."""
         chosen, rows = row_class.long(), torch.arange(len(row_class))
         codes = torch.stack([f.codes for f in fits])[chosen, rows]
         scale = torch.stack([f.scale for f in fits])[chosen, rows]
@@ -80,7 +81,7 @@ class RowClassFormat(Format):
 
 
 def kurtosis(rows: Tensor) -> Tensor:
-    """Pearson's kurtosis of each row of [O, K], f64: 3 for a Gaussian, 0 for a row of zeros."""
+    """Pearson's kurtosis of each row of [O, K], f64 [O]: 3 for a Gaussian, 0 for a row of zeros."""
     centred = rows.double() - rows.double().mean(1, keepdim=True)
     variance = centred.square().sum(1) / max(1, rows.shape[1] - 1)
     return centred.pow(4).mean(1) / variance.square().clamp_min(1e-300)

@@ -1,4 +1,4 @@
-"""INT2, INT3, INT4 and INT8: evenly spaced levels with one scale (and below 8 bits one offset) a row."""
+"""INT2, INT3, INT4 and INT8: evenly spaced levels with one scale a row, and below 8 bits one offset."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mpq_compiler.formats.contract import nearest_codes
 SHRINK = tuple(1 - 0.05 * i for i in range(14))
 """Fractions of the min-max range that the scale search tries."""
 BINARY = tuple(0.7 + 0.05 * i for i in range(13))
-"""Of one bit: fractions of the closed form."""
+"""Fractions of the closed form's scale that the search of one-bit levels tries."""
 
 
 @dataclass(frozen=True)
 class UniformFormat(Format):
-    """``scale[i] * (code - 2^(bits-1)) + offset[i]``, of 1 to 5 bits.
+    """Evenly spaced levels ``scale[i] * (code - 2^(bits-1)) + offset[i]`` of 1 to 5 bits, or INT8.
 
-    INT8 is symmetric, its code is the value (-127..127).
+    INT8 is symmetric and has no table: a code is its value (-127..127).
     """
 
     @property
@@ -31,7 +31,7 @@ class UniformFormat(Format):
 
     @property
     def table(self) -> Tensor | None:
-        """int8 [1, 2^bits], or None for INT8."""
+        """The table int8 [1, 2^bits]; None for INT8."""
         if self.bits == 8:
             return None
         half = 2 ** (self.bits - 1)
@@ -61,14 +61,14 @@ class UniformFormat(Format):
         return self.quantize(weight, *self.range_parameters(weight))
 
     def quantize(self, weight: Tensor, scale: Tensor, offset: Tensor | None) -> QuantizedWeight:
-        """Nearest codes at given stored parameters."""
+        """Quantizes weight [O, K] to the nearest codes at given stored parameters."""
         return QuantizedWeight(nearest_codes(weight, scale, offset, self.table, None), scale, offset, self.table)
 
     def _tried(self, weight: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Scales and offsets to choose from.
+        """The scales and offsets to choose from: those of shrunken ranges, and for one bit those around the mean.
 
-        The two levels of one bit lie on both sides of the mean, by the mean distance from it (XNOR-Net, arXiv
-        1603.05279, eq. 6): the range says nothing about them.
+        The two levels of one bit lie on both sides of the mean at the mean distance from it (XNOR-Net, arXiv
+        1603.05279, eq. 6), for the range says nothing about them.
         """
         if self.bits > 1:
             for shrink in SHRINK if self.bits < 8 else SHRINK[:5]:
@@ -80,7 +80,7 @@ class UniformFormat(Format):
             yield self._centred(mean, stored_scale(2 * factor * distance))
 
     def range_parameters(self, weight: Tensor, shrink: float = 1.0) -> tuple[Tensor, Tensor | None]:
-        """Scale f16 [O, 1] and offset f16 [O] whose levels span ``shrink`` of each row's range."""
+        """The scale f16 [O, 1] and offset f16 [O] whose levels span ``shrink`` of each row's range."""
         if self.bits == 8:
             return stored_scale(weight.abs().amax(1, keepdim=True) * (shrink / contract.LUT_MAX)), None
         low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
@@ -89,7 +89,7 @@ class UniformFormat(Format):
 
     @staticmethod
     def _centred(middle: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The levels -2^(b-1) .. 2^(b-1)-1 are centred on -1/2."""
+        """The scale, and the offset that centres levels on ``middle``: codes -2^(b-1) .. 2^(b-1)-1 centre on -1/2."""
         return scale, stored_type((middle + scale.to(torch.float32) / 2)[:, 0])
 
 
