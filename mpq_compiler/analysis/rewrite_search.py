@@ -99,7 +99,7 @@ class RewriteSearch(Pass):
         then, as the options have it.
         """
         planned = formats.get(self.weights)
-        quantized = {
+        read = {
             geometry: quantized(change(x.unflatten(1, (-1, group.channels))).flatten(1), self.activations)
             for geometry, x in rows.items()
         }
@@ -108,7 +108,7 @@ class RewriteSearch(Pass):
             geometry = row_geometry(reader)
             rounded = planned.start(undo(w)).dequantize().reshape(len(w), -1)
             y = rows[geometry] @ w.flatten(1).T
-            wrong = quantized[geometry] @ rounded.T - y
+            wrong = read[geometry] @ rounded.T - y
             if bias_of(reader) is not None:  # which will take up the mean
                 wrong = wrong - wrong.mean(0)
             total += float(wrong.square().sum() / y.square().sum().clamp_min(1e-30))
