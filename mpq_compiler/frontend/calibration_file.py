@@ -1,8 +1,8 @@
-"""Recorded inputs: the files that ``--calibration`` reads, and how to make one from a diffusers pipeline.
+"""Calibration files: recorded inputs that ``--calibration`` reads, checked, described, and split for judgement.
 
-A file is a safetensors with every input of the denoiser by name, all of N rows: the calls of sampling trajectories,
-as many time steps as possible among them. Its metadata say how they were sampled, as far as that is known: `steps`,
-`guidance` and `scheduler` (its configuration as JSON). docs/calibration.md has an example.
+A file is a safetensors with every input of the denoiser by name, N rows each: calls of sampling trajectories, with as
+many time steps as possible. Its metadata say how they were sampled, as far as that is known: `steps`, `guidance` and
+`scheduler` (its configuration as JSON). docs/calibration.md has an example.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError, nearest
 
 HELD_OUT_EVERY = 4
-"""One row in so many is kept from calibration, and judges what was compiled."""
+"""One latent in so many is held out from calibration, to judge the compiled program by."""
 FEWEST_TRAJECTORIES = 4
-"""Of which some are held out whole."""
+"""The fewest trajectories of a recording of which some are held out whole."""
 LEAST_TO_SPLIT = 8
-"""Rows below which calibration and judgement share them all."""
+"""The fewest latents that are split; fewer serve calibration and judgement both."""
 
 
 def require(denoiser: Denoiser, path: str | Path | None) -> None:
-    """UserError where the inputs cannot be sampled and no file gives them; says what the file must hold."""
+    """Raises a UserError where inputs can neither be sampled nor come from a file; it says what the file must hold."""
     if path is not None:
         return
     if (conditioning := denoiser.conditioning).possible:
@@ -54,11 +54,14 @@ def require(denoiser: Denoiser, path: str | Path | None) -> None:
 
 
 def load(denoiser: Denoiser, path: str | Path) -> dict[str, Tensor]:
-    """The inputs [N, ...] of a calibration file by name, latest time first.
+    """Reads the inputs [N, ...] of a calibration file by name, largest timestep first.
 
-    Latents of another height or width are cut, or repeated, to the denoiser's: each keeps its values, and what they
-    are distributed like. `notes` says so. UserError: not a safetensors file; an input is missing, unknown, of another
-    shape or type, not finite, or no label that there is.
+    Latents of another height or width are cropped, or tiled, to the denoiser's, which keeps the distribution of their
+    values; `notes` says so.
+
+    Raises:
+        UserError: not a safetensors file; an input is missing, unknown, of another shape or type, not finite, or a
+            label out of range.
     """
     found = {name: torch.from_numpy(np.array(value)) for name, value in tensorfile.load(path).items()}
     specs = denoiser.input_specs
@@ -97,13 +100,13 @@ def load(denoiser: Denoiser, path: str | Path) -> dict[str, Tensor]:
 
 
 def has_fractions(path: str | Path) -> bool:
-    """Whether timesteps of a calibration file are no whole numbers."""
+    """Whether a calibration file has timesteps that are not whole numbers."""
     timesteps = np.asarray(tensorfile.load(path).get("timestep", 0), np.float64)
     return bool((timesteps != np.rint(timesteps)).any()) and bool(np.isfinite(timesteps).all())
 
 
 def _resizable(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether latents [N, C, h, w] are of the right kind and another size."""
+    """Whether latents [N, C, h, w] have the wanted channels and another height or width."""
     return len(shape) == 4 and shape[1] == wanted[0] and 0 not in shape and shape[1:] != wanted
 
 
@@ -119,10 +122,17 @@ def notes(
     guidance: float | None = None,
     scheduler: str | Path | None = None,
 ) -> list[str]:
-    """What in a calibration file may not fit: a sentence for each doubtful input, and for each difference to what is
-    asked for.
+    """Lists what in a calibration file may not fit, a sentence for each.
 
-    steps, guidance, scheduler (a file): what is asked for; None where nothing is.
+    Args:
+        denoiser: what is compiled.
+        path: the file.
+        steps: steps of sampling that are asked for; None where nothing is.
+        guidance: guidance that is asked for; None where nothing is.
+        scheduler: file of the scheduler that is asked for; None where nothing is.
+
+    Returns:
+        A sentence for each doubtful input, and for each difference between the file and what is asked for.
     """
     stated = tensorfile.metadata(path)
     recorded, wanted = tensorfile.read_header(path)[0][denoiser.latent]["shape"], denoiser.latent_shape
@@ -152,7 +162,7 @@ def notes(
 
 
 def _doubts(denoiser: Denoiser, inputs: Mapping[str, Tensor]) -> Iterator[str]:
-    """What no sampling gives: times that the scheduler does not have, and latents without noise."""
+    """Clauses on inputs that no sampling gives: timesteps that the scheduler does not have, latents without noise."""
     times, scheduler = inputs["timestep"], denoiser.scheduler
     last = scheduler.num_train_timesteps - (not isinstance(scheduler, FlowMatchEuler))
     if beyond := times[(times < 0) | (times > last)].tolist():
@@ -162,12 +172,13 @@ def _doubts(denoiser: Denoiser, inputs: Mapping[str, Tensor]) -> Iterator[str]:
 
 
 def stated(path: str | Path) -> dict[str, Any]:
-    """What a manifest keeps of a calibration file: its hash, and how it was sampled, as far as it says."""
+    """The manifest's entry on a calibration file: its hash, and how it was sampled, as far as it says."""
     metadata = tensorfile.metadata(path)
     return {"file": sha256(path)} | {key: metadata[key] for key in ("steps", "guidance") if key in metadata}
 
 
 def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -191,9 +202,9 @@ def _converted(name: str, value: Tensor, dtype: torch.dtype, path: str | Path) -
 
 
 def split(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(rows to calibrate on, rows to judge by); the same rows where there are fewer latents than `LEAST_TO_SPLIT`.
+    """Splits inputs into rows to calibrate on and rows to judge by; both are all rows below `LEAST_TO_SPLIT` latents.
 
-    Rows of the same latent at the same time, as classifier-free guidance makes them, stay together.
+    Rows of one latent at one time, as classifier-free guidance makes them, stay together.
     """
     number = latent_numbers(inputs)
     if int(number.max()) + 1 < LEAST_TO_SPLIT:
@@ -203,10 +214,15 @@ def split(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Te
 
 
 def held_out_rows(number: Tensor, timesteps: Tensor, every: int) -> Tensor:
-    """bool [N]: the rows of one latent in ``every``, of `latent_numbers` [N].
+    """Chooses the rows to hold out, one latent in ``every``: bool [N].
 
-    Whole trajectories where there are some, known by as many latents at each time: of a trajectory that is trained on,
-    the step beside is known by heart.
+    Whole trajectories are held out where there are some, for a student knows a step by heart whose neighbours it was
+    trained on. They are recognized by equally many latents at each time.
+
+    Args:
+        number: the latent of each row [N], from `latent_numbers`.
+        timesteps: of each row [N].
+        every: one in so many is held out.
     """
     first = torch.from_numpy(np.unique(number.numpy(), return_index=True)[1])
     _, time, counts = timesteps[first].unique(return_inverse=True, return_counts=True)
@@ -219,7 +235,7 @@ def held_out_rows(number: Tensor, timesteps: Tensor, every: int) -> Tensor:
 
 
 def latent_numbers(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Of each row [N] the number of its latent and time among those that differ, as they come."""
+    """Numbers the distinct pairs of latent and timestep from 0, in order of appearance: i64 [N], one for each row."""
     latents = inputs["sample" if "sample" in inputs else "hidden_states"]
     seen: dict[tuple[float, bytes], int] = {}
     keys = ((float(t), hashlib.sha256(x.numpy()).digest()) for t, x in zip(inputs["timestep"], latents, strict=True))

@@ -1,7 +1,6 @@
-"""Finds and reads what diffusers saved: a denoiser's configuration, weights and scheduler.
+"""Diffusers checkpoints: finds and reads a denoiser's configuration, weights and scheduler.
 
-Only safetensors are read. Pickled checkpoints (.bin, .pt, .ckpt) can run code when they are opened, and are
-refused.
+Only safetensors are read. Pickled checkpoints (.bin, .pt, .ckpt) can run code when they are opened, and are refused.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ class Location:
     denoiser: Path
     """The folder with config.json and the weights."""
     scheduler: Path | None
-    """scheduler_config.json"""
+    """The file scheduler_config.json."""
     harness: Path | None
-    """harness.json, ours: codec, number of text tokens, null class, class names."""
+    """The file harness.json of this package: codec, number of text tokens, null class, class names."""
 
 
 def bundled() -> dict[str, Path]:
@@ -43,7 +42,7 @@ def bundled() -> dict[str, Path]:
 
 
 def locate(model: str | Path) -> Location:
-    """Finds `model`: a bundled name, a denoiser's or a pipeline's folder, or a hub id.
+    """Finds a model on disk: a bundled name, a denoiser's or a pipeline's folder, or a hub id.
 
     Raises:
         UserError: there is no such model, or the folder has no denoiser.
@@ -74,7 +73,7 @@ def _location(name: str, denoiser: Path, root: Path) -> Location:
 
 
 def _from_hub(model: str) -> Path:
-    """The local copy of the hub's repository `owner/name`, from the cache or else downloaded."""
+    """The local copy of the hub's repository `owner/name`, downloaded unless it is cached."""
     missing = UserError(f"there is no folder and no bundled model '{model}'; {nearest(model, bundled())}")
     owner, _, name = model.partition("/")
     if not owner or not name or "/" in name or owner.startswith((".", "~")):
@@ -101,7 +100,7 @@ def _from_hub(model: str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; UserError where there is none."""
+    """Reads the JSON object in `path`. UserError: there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -114,8 +113,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a denoiser's folder: single or sharded, full precision before a variant such as
-    fp16."""
+    """The safetensors files of a denoiser's folder, one or its shards; full precision goes before a variant (fp16)."""
     for index in sorted(folder.glob(f"{_STEM}*.safetensors.index*.json"), key=lambda path: len(path.name)):
         if (folder / f"{_STEM}.safetensors").is_file():
             break
@@ -142,7 +140,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a denoiser's folder, floating ones as float32, every one finite."""
+    """Reads all tensors of a denoiser's folder; floating ones become float32.
+
+    Raises:
+        UserError: a file is damaged, a tensor is in two files, or a value is not finite.
+    """
     weights: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):
         tensorfile.read_header(path)  # refuses what is truncated or unsound before anything is allocated

@@ -1,7 +1,7 @@
-"""Loads denoisers (diffusers' UNets and transformers) behind one interface of named tensors.
+"""Denoisers (diffusers' UNets and transformers) behind one interface of named tensors.
 
-A `Denoiser` is found by structure, never by a list of model names: the class that config.json names, the
-parameters of its `forward` and its configuration say which tensors it takes.
+A model is understood by its structure, never by a list of names: the class that config.json names, the parameters of
+its `forward` and its configuration say which tensors it takes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mpq_compiler.support.errors import UserError, nearest
 
 @dataclass
 class Denoiser:
-    """A loaded denoiser: the module, what it takes, how its latents become images and how it is sampled."""
+    """A loaded denoiser: its module, its inputs, how it is sampled, and how its latents become images."""
 
     name: str
     module: TensorModule = field(repr=False)
@@ -43,7 +43,7 @@ class Denoiser:
     scheduler: Scheduler
     codec: str = "identity"
     config: dict[str, Any] = field(default_factory=dict, repr=False)
-    """config.json of the model."""
+    """The model's config.json."""
     null_class: int | None = None
     """The label that stands for "no class", where the model was trained with one."""
     class_names: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ class Denoiser:
     features: Path | None = None
     """The file of the feature extractor for its images (metrics.Features), where one ships."""
     guidance: float | None = None
-    """Classifier-free guidance of what is sampled for calibration; None: without, or the model's usual one."""
+    """Classifier-free guidance of calibration's sampling; None: the model's usual one, for most models none."""
     given: Conditions | None = None
     """Conditions from a file, in place of varied classes or prompts."""
     notes: tuple[str, ...] = ()
@@ -76,18 +76,17 @@ class Denoiser:
 
     @property
     def labels(self) -> int | None:
-        """How many labels its table of classes has, the null class among them; None without class labels."""
+        """The number of class labels, the null class included; None without class labels."""
         return self.input_specs[LABELS].below if LABELS in self.input_specs else None
 
     @property
     def classes(self) -> int | None:
-        """How many real classes there are (without the null class); None for a model without class
-        labels."""
+        """The number of real classes, without the null class; None without class labels."""
         return self.labels - (self.null_class is not None) if self.labels else None
 
     @property
     def conditioning(self) -> Conditioning:
-        """How it is told what to draw."""
+        """How it is conditioned, and which conditions can be made for it."""
         return Conditioning(
             self.name,
             {n: (self.input_specs[n].shape, _type_name(self.input_specs[n].dtype)) for n in self.conditions},
@@ -101,12 +100,12 @@ class Denoiser:
 
     @property
     def whole(self) -> bool:
-        """Whether it gives all channels of the latents that it takes, and so can draw alone."""
+        """Whether it predicts all channels of the latents that it takes, and thus can draw alone."""
         taken, given = (self.config.get(name) for name in ("in_channels", "out_channels"))
         return not (isinstance(taken, int) and isinstance(given, int)) or given >= taken
 
     def resized(self, height: int, width: int) -> Denoiser:
-        """The same model on latents of another size. UserError: it takes none of that size."""
+        """The model on latents of another height and width. UserError: it takes none of that size."""
         tokens = self.input_specs[TEXT].shape[0] if TEXT in self.input_specs else None
         specs, _ = specs_of(self.module.model, self.config, (height, width), tokens)
         specs["timestep"] = self.input_specs["timestep"]
@@ -115,18 +114,18 @@ class Denoiser:
         return replace(self, module=module, input_specs=specs, scheduler=scheduler)
 
     def with_fractional_times(self) -> Denoiser:
-        """The same model with timesteps that need not be whole: those of a scheduler that another stands in for."""
+        """The model with float timesteps, for schedulers whose timesteps may be fractions."""
         specs = dict(self.input_specs)
         specs["timestep"] = replace(specs["timestep"], dtype=torch.float32)
         return replace(self, module=TensorModule(self.module.model, specs).eval(), input_specs=specs)
 
     @property
     def parameters(self) -> int:
-        """The number of parameters, of which true average bits are reckoned."""
+        """The number of parameters, over which true bits are averaged."""
         return sum(parameter.numel() for parameter in self.module.parameters())
 
     def __call__(self, **inputs: Any) -> torch.Tensor:
-        """The model's output for arrays or tensors by name, without gradients: what `sample` calls."""
+        """Runs the model without gradients on arrays or tensors by name; the sampling loop calls this."""
         with torch.no_grad():
             tensors = {name: _tensor(value) for name, value in inputs.items()}
             # Schedulers differ in the type of their timesteps; another's than the model's own may have fractions.
@@ -136,9 +135,11 @@ class Denoiser:
             return self.module(**tensors)
 
     def random_inputs(self, batch: int, generator: torch.Generator | int = 0) -> dict[str, torch.Tensor]:
-        """Random inputs by name for a batch: normal values, timesteps and labels that differ within it.
+        """Draws random inputs by name: normal values; timesteps and labels that differ within the batch.
 
-        `generator` is one or a seed.
+        Args:
+            batch: the number of samples.
+            generator: a generator, or the seed of one.
         """
         if isinstance(generator, int):
             generator = torch.Generator().manual_seed(generator)
@@ -151,32 +152,33 @@ class Denoiser:
     def conditions_for(self, wanted: Any) -> dict[str, np.ndarray]:
         """The conditions for class labels (integers [N]) or prompts (strings): arrays [N, ...] by input name.
 
-        UserError: a class or a word that the model does not know; it is conditioned in another way.
+        Raises:
+            UserError: a class or a word that the model does not know, or a model that takes neither.
         """
         return dict(self.conditioning.of(wanted).values)
 
     def default_conditions(self, count: int) -> dict[str, np.ndarray]:
-        """Conditions for `count` samples that differ: the real classes in turn, or varied prompts."""
+        """Conditions for `count` varied samples: the real classes in turn, or varied prompts."""
         return dict(self.conditioning.varied(count).values)
 
     def null_conditions(self, count: int) -> dict[str, np.ndarray] | None:
-        """The conditions that ask for nothing, for guidance; None where the model does not know that."""
+        """The unconditional conditions, for guidance; None where the model has no unconditional case."""
         null = self.conditioning.varied(count).null
         return None if null is None else dict(null)
 
     @property
     def calls_per_step(self) -> int:
-        """How often `record_calibration` runs the model in a step: twice with guidance."""
+        """Calls of the model in a step of `record_calibration`: 2 with guidance, else 1."""
         arguments = self.conditioning.arguments(self.conditioning.mixed(1, 0), 1, self.guidance)
         return 2 if "null_conditions" in arguments else 1
 
     def sampled(self, guidance: float | None = None, conditions: str | Path | None = None) -> Denoiser:
-        """Itself, sampled with a guidance and with the conditions of a file, where they are given."""
+        """The denoiser with another guidance, and with the conditions of a file, where they are given."""
         given = self.given if conditions is None else self.conditioning.load(conditions)
         return replace(self, guidance=self.guidance if guidance is None else guidance, given=given)
 
     def sampling(self) -> dict[str, Any]:
-        """How it is sampled, as JSON: what an artifact needs to draw by itself."""
+        """How it is sampled, as JSON: all that an artifact needs to draw by itself."""
         return {
             "latent": self.latent,
             "shape": list(self.latent_shape),
@@ -190,7 +192,7 @@ class Denoiser:
         }
 
     def decode(self, latents: Any) -> np.ndarray:
-        """Images in [-1, 1], float32 [N, channels, height, width]."""
+        """Decodes latents [N, C, h, w] to images in [-1, 1], float32 [N, channels, height, width]."""
         return sampling.decode(self.codec, np.asarray(latents))
 
 
@@ -208,7 +210,7 @@ def load(
 
     Args:
         model: a bundled name, a folder with config.json and safetensors, a pipeline's folder, or a hub id.
-        size: height and width of the latents, where they are not to be the configuration's sample_size.
+        size: height and width of the latents, by default the configuration's sample_size.
         tokens: length of the text condition (by default harness.json's, else 77, for transformers 120).
         prediction_type: overrides the scheduler's.
         scheduler: a scheduler_config.json to use instead of the model's own.
@@ -243,7 +245,7 @@ def load(
 
 
 def _read_scheduler(path: Path, prediction_type: str | None) -> dict[str, Any]:
-    """A scheduler_config.json. UserError: it is none, or no schedule can be made of it; names the file and the key."""
+    """Reads a scheduler_config.json. UserError: it is none, or is malformed; the sentence names file and key."""
     config = checkpoint.read_json(path)
     if "_class_name" not in config:
         raise UserError(f"'{path}' is no scheduler configuration: it lacks the key '_class_name'")
@@ -255,7 +257,7 @@ def _read_scheduler(path: Path, prediction_type: str | None) -> dict[str, Any]:
 
 
 def _text_encoder(harness: Mapping[str, Any], path: Path | None) -> TextEncoder | None:
-    """The text encoder that a harness.json describes, its tables beside it."""
+    """Loads the text encoder that a harness.json describes; None where it describes none."""
     if path is None or "text" not in harness:
         return None
     about = harness["text"]
@@ -279,9 +281,25 @@ def wrap(
     text: TextEncoder | None = None,
     features: Path | None = None,
 ) -> Denoiser:
-    """A `Denoiser` around a diffusers module in memory; the arguments are those of `load`.
+    """Wraps a diffusers module in memory as a `Denoiser`.
 
-    The module itself is taken: it is in float32 and frozen from then on. Give a copy of one that is still trained.
+    The module itself is taken: it is in float32 and frozen from then on. Pass a copy of one that is still trained.
+
+    Args:
+        model: a diffusers UNet or transformer.
+        name: its name in messages and reports.
+        size: height and width of the latents, by default the configuration's sample_size.
+        tokens: length of the text condition.
+        codec: how latents become images (`sampling.loop.decode`).
+        scheduler: a scheduler, or its configuration; by default one is assumed, and `Denoiser.notes` says which.
+        prediction_type: overrides the scheduler's.
+        null_class: the label for "no class".
+        class_names: names of the classes, by label.
+        text: an encoder of its prompts.
+        features: the file of the feature extractor for its images.
+
+    Raises:
+        UserError: a structure that is not supported, or arguments that do not fit the model.
     """
     if codec not in sampling.CODECS:
         raise UserError(
@@ -316,7 +334,7 @@ def wrap(
 
 
 def _of_size(scheduler: Scheduler, model: Any, config: Mapping[str, Any], specs: Mapping[str, InputSpec]) -> Scheduler:
-    """The scheduler for latents of that size: flow matching shifts its times by how many tokens they are."""
+    """Fits the scheduler to the size of the latents: flow matching shifts its times by their number of tokens."""
     if not isinstance(scheduler, FlowMatchEuler):
         return scheduler
     packed = convention_of(model).patch
@@ -328,7 +346,7 @@ def _of_size(scheduler: Scheduler, model: Any, config: Mapping[str, Any], specs:
 def _scheduler(
     given: Mapping[str, Any] | Scheduler | None, prediction_type: str | None, specs: Mapping[str, InputSpec]
 ) -> tuple[Scheduler, str | None]:
-    """The scheduler to sample with, and what there is to say about it."""
+    """The scheduler to sample with, and a sentence on what was assumed or replaced, or None."""
     if isinstance(given, Scheduler):
         return given, None
     if given is not None:
@@ -347,7 +365,7 @@ def _scheduler(
 
 
 def _default_ddim(latent: bool, prediction_type: str) -> DDIM:
-    """Stable Diffusion's schedule for text models, else diffusers' defaults."""
+    """The DDIM scheduler of a model without one: Stable Diffusion's for text models, else diffusers' defaults."""
     spacing = "trailing" if prediction_type == "v_prediction" else "leading"
     if not latent:
         return DDIM(prediction_type=prediction_type, timestep_spacing=spacing)
@@ -364,7 +382,7 @@ def _default_ddim(latent: bool, prediction_type: str) -> DDIM:
 
 
 def _build(config: Mapping[str, Any], folder: Path) -> torch.nn.Module:
-    """The diffusers module that `config` describes, its weights still to be filled in."""
+    """Builds the diffusers module that `config` describes, with weights still to be filled in."""
     import diffusers
 
     where = f"'{folder / 'config.json'}'"
@@ -392,8 +410,7 @@ def _build(config: Mapping[str, Any], folder: Path) -> torch.nn.Module:
 
 
 def _fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Puts `weights` into `module`; they must be its tensors, all of them and no others, in the same
-    shapes."""
+    """Puts `weights` into `module`; they must be exactly its tensors, of the same shapes and types."""
     # diffusers' own renaming of the attention layers of old checkpoints
     if callable(rename := getattr(module, "_fix_state_dict_keys_on_load", None)):
         rename(weights)

@@ -1,4 +1,4 @@
-"""The tensors that a denoiser takes, found by its structure: the parameters of its forward, and its configuration."""
+"""The inputs of a denoiser, derived from its structure: the parameters of its forward, and its configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from mpq_compiler.sampling.convention import Convention
 from mpq_compiler.support.errors import UserError
 
-# Parameters of diffusers' forward methods that may be left out without changing which function is computed.
+# Parameters of diffusers' forward methods that may be left out without changing the function that is computed.
 _OPTIONAL = {
     "attention_kwargs",
     "attention_mask",
@@ -28,7 +28,7 @@ _OPTIONAL = {
     "return_dict",
     "skip_layers",
 }
-# Inputs by these names, and what is made of them, are known below.
+# Parameters that the code below understands.
 _KNOWN = {
     "added_cond_kwargs",
     "class_labels",
@@ -51,15 +51,15 @@ _KNOWN = {
 }
 _ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
 _TIME_IDS = 6
-"""SDXL and Hunyuan-DiT: original height and width, crop top and left, target height and width, in either order."""
+"""The number of size conditions of SDXL and Hunyuan-DiT: original size, crop's top and left, target size."""
 _CONTINUOUS_TIME = {"guidance", "image_rotary_emb", "pooled_projections"}
-"""Models that take one of these count time in fractions: flow matching (SD3, Flux, Sana), and Hunyuan-DiT."""
+"""Parameters of models with continuous time: flow matching (SD3, Flux, Sana), and Hunyuan-DiT."""
 _POSITIONS = "FluxTransformer2DModel"
-"""The model whose positions of tokens, `img_ids` and `txt_ids`, are made here."""
+"""The model whose token positions, `img_ids` and `txt_ids`, are made here."""
 _TEXT_TOKENS = {"img_ids": 512, "pooled_projections": 333, "guidance": 300, "hidden_states": 120, "sample": 77}
-"""How long texts are in diffusers' pipelines: the first parameter that the model takes decides."""
+"""The text lengths of diffusers' pipelines, in tokens; the first of these parameters that a model takes decides."""
 _VAE_SCALE = 8
-"""Pixels to a latent, a side, in the pipelines that condition on sizes in pixels."""
+"""Pixels along a side of a latent, in the pipelines that condition on sizes in pixels."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class InputSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
     below: int | None = None
-    """Values are whole numbers below this, where it is given."""
+    """The upper bound, exclusive, of an input of whole numbers; None for other inputs."""
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.").replace("float", "f").replace("int", "i")
@@ -77,11 +77,11 @@ class InputSpec:
 
 
 class TensorModule(torch.nn.Module):
-    """A diffusers denoiser as a function of named tensors to one image; its parameters are below `model.`.
+    """A diffusers denoiser as a function from named tensors to one image; its parameters are below `model.`.
 
-    It takes exactly the inputs of ``specs``: latents [B, C, H, W], the timestep on the scale that the model embeds,
-    conditions. What the model wants besides is a function of their sizes and is kept here (position indices, tables
-    of rotary embeddings).
+    It takes exactly the inputs of ``specs``: latents [B, C, H, W], the timestep on the scale that the model embeds, and
+    conditions. Other arguments of the model depend on their sizes alone (position indices, tables of rotary
+    embeddings), and are kept here as buffers.
     """
 
     def __init__(self, model: torch.nn.Module, specs: Mapping[str, InputSpec]) -> None:
@@ -96,7 +96,7 @@ class TensorModule(torch.nn.Module):
                 self.register_buffer(buffer, tensor, persistent=False)
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        """The predicted noise, image or velocity [B, C, H, W]."""
+        """Predicts the noise, image or velocity [B, C, H, W]."""
         given: dict[str, Any] = {name: value for name, value in inputs.items() if name not in _ADDED}
         if added := {name: inputs[name] for name in _ADDED if name in inputs}:
             given["added_cond_kwargs"] = added
@@ -111,7 +111,7 @@ class TensorModule(torch.nn.Module):
 
 
 def convention_of(model: torch.nn.Module) -> Convention:
-    """How diffusers' pipelines call the model."""
+    """The convention by which diffusers' pipelines call the model."""
     taken = inspect.signature(model.forward).parameters
     baked = tuple(name for name in ("img_ids", "txt_ids", "image_rotary_emb") if name in taken)
     if "img_ids" in taken:
@@ -137,9 +137,9 @@ def _constants(model: torch.nn.Module, specs: Mapping[str, InputSpec]) -> dict[s
 
 
 def _rotary_tables(config: Mapping[str, Any], height: int, width: int) -> tuple[torch.Tensor, ...]:
-    """Hunyuan-DiT's rotary embeddings: positions of an image of 512 pixels, stretched over the grid at hand.
+    """Hunyuan-DiT's rotary embeddings, cos and sin [tokens, head_dim], after diffusers' HunyuanDiTPipeline.
 
-    After diffusers' HunyuanDiTPipeline; cos and sin [tokens, head_dim].
+    The positions are those of an image of 512 pixels, stretched over the grid of this size.
     """
     from diffusers.models.embeddings import get_2d_rotary_pos_embed
 
@@ -153,7 +153,7 @@ def _rotary_tables(config: Mapping[str, Any], height: int, width: int) -> tuple[
 
 
 def latent_of(kind: str, forward: Callable[..., Any]) -> str:
-    """The name of the input that holds the noisy latents, by a class's ``forward``. UserError: it is no denoiser's."""
+    """The name of the input with the noisy latents, by a class's ``forward``. UserError: the class is no denoiser."""
     taken = inspect.signature(forward).parameters
     latent = next((name for name in ("sample", "hidden_states") if name in taken), None)
     if latent is None or "timestep" not in taken:
@@ -167,8 +167,20 @@ def latent_of(kind: str, forward: Callable[..., Any]) -> str:
 def specs_of(
     model: torch.nn.Module, config: Mapping[str, Any], size: int | tuple[int, int] | None, tokens: int | None
 ) -> tuple[dict[str, InputSpec], list[str]]:
-    """The inputs of `model`, by the parameters of its forward and its configuration, and what was
-    assumed."""
+    """Derives the inputs of a model from the parameters of its forward and its configuration.
+
+    Args:
+        model: a diffusers UNet or transformer.
+        config: its configuration.
+        size: height and width of the latents; None takes the configuration's sample_size.
+        tokens: length of the text condition; None takes the configuration's, else diffusers' usual one.
+
+    Returns:
+        The inputs by name, latents and timestep first, and a sentence for each assumption.
+
+    Raises:
+        UserError: a structure that is not supported, or a size that the model does not take.
+    """
     kind, notes = type(model).__name__, []
     taken = list(inspect.signature(model.forward).parameters)
     latent = latent_of(kind, model.forward)
@@ -216,7 +228,7 @@ def specs_of(
 
 
 def _text_features(kind: str, config: Mapping[str, Any]) -> int:
-    """Width of the text condition."""
+    """The width of the text condition, in features. UserError: the configuration does not say one width."""
     keys = ("encoder_hid_dim", "caption_channels", "joint_attention_dim", "cross_attention_dim")
     features = next((config[key] for key in keys if config.get(key)), None)
     if config.get("encoder_hid_dim_type") not in (None, "text_proj"):
@@ -231,7 +243,7 @@ def _text_features(kind: str, config: Mapping[str, Any]) -> int:
 
 
 def _text_specs(taken: list[str], config: Mapping[str, Any], tokens: int, features: int) -> dict[str, InputSpec]:
-    """The text condition and what comes with it; masks are 1 for a token and 0 for padding."""
+    """The inputs of the text condition: embeddings, masks (1 for a token, 0 for padding) and what goes with them."""
     floats = torch.float32
     specs = {"encoder_hidden_states": InputSpec((tokens, features), floats)}
     # UNets have the parameter as well, and no pipeline that uses it
@@ -253,7 +265,7 @@ def _text_specs(taken: list[str], config: Mapping[str, Any], tokens: int, featur
 
 
 def label_count(model: torch.nn.Module, config: Mapping[str, Any]) -> int | None:
-    """How many class labels the model knows, "no class" among them; None where it takes none."""
+    """The number of class labels that the model takes, "no class" included; None where it takes none."""
     kind = type(model).__name__
     if "class_labels" in inspect.signature(model.forward).parameters and config.get("norm_type") == "ada_norm_zero":
         return int(config["num_embeds_ada_norm"]) + 1  # LabelEmbedding adds a row for dropped labels
@@ -265,7 +277,7 @@ def label_count(model: torch.nn.Module, config: Mapping[str, Any]) -> int | None
 
 
 def fixed_values(specs: Mapping[str, InputSpec]) -> dict[str, list[float]]:
-    """The inputs that need not be chosen: sizes that condition SDXL, PixArt and Hunyuan-DiT are those of the image."""
+    """Values of the inputs that need not be chosen: sizes of the image for SDXL, PixArt and Hunyuan-DiT."""
     _, height, width = next(iter(specs.values())).shape
     pixels = [float(_VAE_SCALE * side) for side in (height, width)]
     fixed = {
@@ -281,9 +293,13 @@ def fixed_values(specs: Mapping[str, InputSpec]) -> dict[str, list[float]]:
 def random_values(
     specs: Mapping[str, InputSpec], batch: int, steps: int, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """Random inputs by name: normal values; timesteps, labels and lengths of texts that differ within the batch.
+    """Draws random inputs by name: normal values; timesteps, labels and text lengths that differ within the batch.
 
-    ``steps``: how many timesteps there are.
+    Args:
+        specs: the inputs.
+        batch: the number of samples.
+        steps: the number of training timesteps.
+        generator: source of the randomness.
     """
     fixed = fixed_values(specs)
     values = {}

@@ -1,4 +1,4 @@
-"""Inputs recorded while a user's own diffusers pipeline draws."""
+"""Records the inputs of a denoiser while a user's own diffusers pipeline draws."""
 
 from __future__ import annotations
 
@@ -20,10 +20,17 @@ from mpq_compiler.support.errors import UserError
 
 @contextmanager
 def record_inputs(pipeline: Any, path: str | Path, every: int = 1) -> Iterator[None]:
-    """Records the calls of a diffusers pipeline's denoiser within the block, and writes them to ``path``.
+    """Records the calls of a diffusers pipeline's denoiser within the block, and writes them to a calibration file.
 
-    pipeline: a pipeline, or the denoiser itself. every: keeps one call in so many (each has all rows of its batch).
-    Nothing is written when the block raises. UserError: no call was made; the file cannot be written.
+    Nothing is written when the block raises.
+
+    Args:
+        pipeline: a pipeline, or the denoiser itself.
+        path: the file to write.
+        every: keeps one call in so many, with all rows of its batch.
+
+    Raises:
+        UserError: no call was made, calls differ in their inputs' shapes, or the file cannot be written.
     """
     path = Path(path)
     files.check_place(path)
@@ -72,7 +79,7 @@ def record_inputs(pipeline: Any, path: str | Path, every: int = 1) -> Iterator[N
 
 
 def _sampled_by(pipeline: Any) -> dict[str, str]:
-    """How a pipeline samples at present, as the metadata of a file; what it does not say is left out."""
+    """How a pipeline samples at present, as a calibration file's metadata; what it does not tell is left out."""
     scheduler = getattr(pipeline, "scheduler", None)
     steps = getattr(scheduler, "num_inference_steps", None)
     guidance = getattr(pipeline, "_guidance_scale", None)

@@ -1,4 +1,4 @@
-"""Inputs recorded while a denoiser samples: for calibration, and as the targets of training."""
+"""Records a denoiser's calls along sampling trajectories, for calibration and for training."""
 
 from __future__ import annotations
 
@@ -26,13 +26,24 @@ def record_calibration(
     batch: int = 32,
     model: Model | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Records the denoiser's inputs along `samples` sampling trajectories of `steps` steps each.
+    """Records the denoiser's inputs along sampling trajectories.
 
-    Returns the inputs by name, [samples * steps, ...], ordered by time (all samples of the first, noisiest
-    step first), then by sample. With guidance (by default `denoiser.guidance`) the null-conditioned calls are
-    recorded as well: [2 * samples * steps, ...] with both calls of a step next to each other. Without `conditions`
-    (arrays [samples, ...] by input name) the model gets `denoiser.given`, or its classes or prompts in turn, the null
-    class or the empty prompt among them, in an order drawn from the seed. `model` is called in the denoiser's place.
+    Args:
+        denoiser: what is sampled.
+        samples: the number of trajectories.
+        steps: steps of each.
+        seed: seeds the initial noise, the scheduler's noise and the order of the conditions.
+        progress: is called after every model call with the calls done and their number in all.
+        conditions: arrays [samples, ...] by input name. Without them the model gets `denoiser.given`, or its classes
+            or prompts in random order, the null class or the empty prompt among them.
+        guidance: classifier-free guidance, by default `denoiser.guidance`.
+        batch: how many samples a model call holds at most.
+        model: is called in the denoiser's place.
+
+    Returns:
+        The inputs by name, [samples * steps, ...], ordered by time (all samples of the first, noisiest step first),
+        then by sample. With guidance the unconditional calls are recorded as well, [2 * samples * steps, ...], with
+        the conditional calls of a step before its unconditional ones.
 
     Raises:
         UserError: conditions that cannot be made, or a model whose output is not finite.
@@ -44,7 +55,7 @@ def record_calibration(
 def record_teacher(
     denoiser: Denoiser, samples: int, steps: int, seed: int, model: Model | None = None, batch: int = 32
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The inputs of `record_calibration`, and the model's outputs for them [N, C, H, W]."""
+    """Records inputs as `record_calibration` does, and the model's outputs for them [N, C, H, W]."""
     calls = _recorded(denoiser, samples, steps, seed, None, None, None, batch, model)
     return _inputs_of(denoiser, calls), torch.from_numpy(np.concatenate([call.output for call in calls]))
 
