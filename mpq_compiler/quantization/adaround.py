@@ -1,10 +1,9 @@
-"""Learned rounding: each code is the level below or above its weight, whichever serves the layer's output.
+"""AdaRound, learned rounding: each code is the level below or above its weight, whichever serves the layer's output.
 
-AdaRound (Nagel 2020, arXiv 2004.10568, section 3) on any table of the weight contract, as low-bit floating point needs
-it (arXiv 2408.06995): levels need not be evenly spaced, the two neighbours of a weight are those of its own binade. The
-loss is that of the layer's output in closed form, from the second moments of its input, so that no data is replayed.
-What gradients decide ends in a descent by single weights: inputs are so much alike that Adam alone stays far from any
-optimum.
+AdaRound (Nagel 2020, arXiv 2004.10568, section 3) runs here on any table of the weight contract, as low-bit floating
+point needs it (arXiv 2408.06995): levels need not be evenly spaced, since a weight's two neighbours are those of its
+own binade. The loss is the error of the layer's output in closed form, from the second moments of its input, so no data
+is replayed. A coordinate descent follows Adam, because correlated inputs leave Adam alone far from any optimum.
 """
 
 from __future__ import annotations
@@ -21,33 +20,41 @@ from mpq_compiler.formats.base import QuantizedWeight, output_error
 from mpq_compiler.formats.contract import rising
 
 STEPS = 600
-"""Of Adam, which has settled by then."""
+"""The number of Adam's steps, by which it has converged."""
 RATE = 1e-2
+"""Adam's learning rate."""
 BETAS = (0.9, 0.999)
+"""Adam's decay rates of the first and second moments."""
 STRENGTH = 0.01
-"""Of the regularizer, for each weight."""
+"""The regularizer's factor in the loss, for each weight."""
 UNIT = 1e-3
-"""What the output error of the nearest codes counts in the loss, for each weight: rows differ by magnitudes."""
+"""The loss of the nearest codes, for each weight: it puts rows, whose errors differ by magnitudes, on one scale."""
 SHARPNESS = 20.0, 2.0
-"""Exponents of the regularizer at first and in the end: first it pulls those that are nearly decided."""
+"""The regularizer's exponent at first and in the end; a large one pulls only weights that are nearly decided."""
 WARM = 0.2
-"""Share of the steps without it."""
+"""The share of the steps, in the beginning, without the regularizer."""
 STRETCH = 0.1
-"""How far the sigmoid reaches beyond 0 and 1, where it is cut (Louizos 2018, arXiv 1712.01312)."""
+"""How far the stretched sigmoid exceeds 0 and 1, where it is clipped (Louizos 2018, arXiv 1712.01312)."""
 SWEEPS = 6
-"""Turns of the descent at most, each over all weights of a row."""
+"""The most sweeps of the coordinate descent over all weights of a row."""
 
 
 def adaround(rows: Tensor, nearest: QuantizedWeight, gram: Tensor, steps: int = STEPS) -> QuantizedWeight:
-    """``nearest`` with the codes that are learned, in the rows where their output error is the lesser.
+    """Learns the codes of a weight; rows keep the nearest codes where learned ones have no smaller output error.
 
-    With ``h = clip(1.2 sigmoid(V) - 0.1, 0, 1)`` weights are ``low + h (high - low)``, for each row minimizing
-    ``0.001 K e G e^T / E + 0.01 sum_k (1 - |2 h_k - 1|^beta)``, E the error of the nearest codes; V by Adam, from the
-    weights themselves. Then h is 0 or 1, and changes for single weights as long as that is better (`_descended`). There
-    is no randomness.
+    Weights are ``low + h (high - low)`` with ``h = clip(1.2 sigmoid(V) - 0.1, 0, 1)``. Adam starts from the weights
+    themselves and minimizes ``0.001 K e G e^T / E + 0.01 sum_k (1 - |2 h_k - 1|^beta)`` over V for each row, where E is
+    the error of the nearest codes. Then h is rounded to 0 or 1, and a coordinate descent follows (`_descended`).
+    Nothing is random.
 
-    rows: f32 [O, K]
-    gram: the second moments [K, K] of the layer's input, whole
+    Args:
+        rows: the weight, f32 [O, K].
+        nearest: its fit with the nearest codes.
+        gram: the whole second moments [K, K] of the layer's input.
+        steps: steps of Adam.
+
+    Returns:
+        The fit with other codes; scales, offsets and tables stay.
     """
     pairs = _Neighbours.of(rows, nearest)
     before = output_error(nearest.dequantize() - rows, gram)
@@ -73,14 +80,14 @@ def adaround(rows: Tensor, nearest: QuantizedWeight, gram: Tensor, steps: int = 
 
 
 def _pull(h: Tensor, progress: float) -> Tensor:
-    """The slope of ``1 - |2h - 1|^beta``."""
+    """The slope of the regularizer ``1 - |2h - 1|^beta`` at a progress from 0 to 1, which decides beta."""
     beta = SHARPNESS[1] + (SHARPNESS[0] - SHARPNESS[1]) * (1 + math.cos(math.pi * progress)) / 2
     centred = 2 * h - 1
     return centred.abs().pow_(beta - 1).mul_(centred.sign()).mul_(-2 * beta)
 
 
 def _descended(pairs: _Neighbours, up: Tensor, gram: Tensor) -> Tensor:
-    """``up`` [O, K] after each weight in turn has gone to its other level where its row errs less by that.
+    """Coordinate descent: flips ``up`` [O, K] of each weight in turn where that lowers its row's output error.
 
     Moving weight k by d changes the error ``e G e^T`` by ``d (2 (e G)_k + d G_kk)``.
     """
@@ -102,17 +109,21 @@ def _descended(pairs: _Neighbours, up: Tensor, gram: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Neighbours:
-    """The levels around each weight [O, K]: the lower less the weight, their distance, where the weight lies between.
+    """The two levels around each weight [O, K].
 
-    Beyond the ends of the table both are the last level: there is nothing to learn.
+    Beyond the ends of the table both are its last level, so there is nothing to learn.
     """
 
     error: Tensor
+    """The lower level minus the weight."""
     gap: Tensor
+    """The distance between the two levels."""
     fraction: Tensor
+    """Where the weight lies between the levels, 0 to 1."""
     index: Tensor
+    """The rank of the lower level among the levels."""
     order: Tensor | None
-    """Codes by rising level [O, levels]; None where codes are the levels."""
+    """The codes in the order of rising levels [O, levels]; None where codes are the levels."""
 
     @classmethod
     def of(cls, rows: Tensor, weight: QuantizedWeight) -> _Neighbours:
@@ -135,6 +146,6 @@ class _Neighbours:
         return cls(low * scale + offset - rows, gap * scale, fraction, index.long(), order)
 
     def codes(self, up: Tensor) -> Tensor:
-        """The codes of the lower levels, and of the upper where ``up``."""
+        """The codes of the upper levels where ``up`` [O, K] is true, else of the lower ones."""
         chosen = self.index + up.long()
         return chosen.to(torch.int8) if self.order is None else self.order.gather(1, chosen).to(torch.uint8)

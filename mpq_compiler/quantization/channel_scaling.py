@@ -1,7 +1,7 @@
-"""Multiplying tensors of a program channel by channel, by changing the stored tensors that they are made with.
+"""Exact scaling of a program's tensors channel by channel, folded into the stored tensors that produce them.
 
-Scaling a tensor by r and the columns of the layers that read it by 1/r changes nothing: what SmoothQuant (arXiv
-2211.10438), weight dilation (DilateQuant, arXiv 2409.14307) and SVDQuant's smoothing have in common.
+Scaling a tensor by r, and the columns of the layers that read it by 1/r, does not change the function. SmoothQuant
+(arXiv 2211.10438), weight dilation (DilateQuant, arXiv 2409.14307) and SVDQuant's smoothing have this in common.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from mpq_compiler.ir.interpreter import shapes
 from mpq_compiler.ir.program import Program
 
 AFFINE = {ops.group_norm: (2, 3), aten.layer_norm.default: (2, 3), ops.rms_norm: (1,)}
-"""Norms, and where their weight and bias are among the arguments."""
+"""The norms, and the positions of weight and bias among their arguments."""
 CARRIERS = (aten.relu.default, ops.upsample_nearest2d)
-"""Calls of one tensor that commute with a positive factor per channel.
+"""Unary operators that commute with a positive factor per channel.
 
-Reshapes do too, but names of what changes with the image size must stay as they are (`specialize`).
+Reshapes commute too, but what changes with the image size must keep its name (`driver.specialize`).
 """
 
 
 class Edit(NamedTuple):
-    """A stored tensor that a call reads, to be multiplied along its first dimension."""
+    """A stored tensor that a call reads, and the factors along its first dimension."""
 
     call: fx.Node
     argument: int
@@ -36,11 +36,11 @@ class Edit(NamedTuple):
 
 
 Made = tuple[list[Edit], list[fx.Node]]
-"""What to multiply so that a node comes out scaled, and the nodes whose values change with it."""
+"""The edits that scale a node's value, and the nodes whose values change with them."""
 
 
 class Scaling:
-    """Collects factors, and applies them at the end: each stored tensor is written anew once, however many meet."""
+    """Collects factors and applies them together, so that a stored tensor with several factors is rewritten once."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -52,9 +52,15 @@ class Scaling:
         self._shared = sharing(program)
 
     def scale(self, edge: fx.Node, factor: Tensor, readers: Iterable[fx.Node]) -> bool:
-        """The layers ``readers`` are to read ``edge`` times ``factor`` [C], and to multiply with weights that undo it.
+        """Scales an edge and undoes that in the weights of the layers that read it.
 
-        True where the factor goes into what makes the edge, False where it becomes a multiplication behind it.
+        Args:
+            edge: the node of the tensor [..., C].
+            factor: positive factors [C].
+            readers: the layers that read the edge scaled.
+
+        Returns:
+            True where the factor is folded into what produces the edge, False where a multiplication is inserted.
         """
         readers = list(readers)
         made = self._absorb(edge, factor, {*readers})
@@ -68,13 +74,14 @@ class Scaling:
         return made is not None
 
     def possible(self, readers: Iterable[fx.Node]) -> bool:
-        """Whether the weights of the layers are theirs alone."""
+        """Whether no other layer reads the weights of these layers."""
         return not self._shared & {*readers}
 
     def _absorb(self, node: fx.Node, factor: Tensor, readers: set[fx.Node]) -> Made | None:
-        """How ``node`` comes out times ``factor``.
+        """Folds ``factor`` into what produces ``node``.
 
-        None where something else than ``readers`` reads the node, or its operator does not commute with the factor.
+        None where something besides ``readers`` reads the node, or an operator on the way does not commute with the
+        factor.
         """
         if {*node.users} - readers or node.op != "call_function":
             return None
@@ -105,7 +112,7 @@ class Scaling:
         return found
 
     def _absorb_in_source(self, node: fx.Node, factor: Tensor) -> Made | None:
-        """A slice of channels, such as half of what a GEGLU's layer yields: factors for those channels alone."""
+        """Folds factors through a slice of channels, such as half of a GEGLU layer's output, into these channels."""
         source, dim, start, end, *step = arguments(node)
         rank = self._sizes[source.name].dim()
         parts = [u for u in source.users if u.target is aten.slice.Tensor and len(u.args) == 4]
@@ -119,7 +126,7 @@ class Scaling:
         return self._absorb(source, whole, {*parts})
 
     def _stored(self, node: fx.Node, places: tuple[int, ...], factor: Tensor) -> Made | None:
-        """Edits of a call's stored arguments; None where the first of them is missing or one of them is computed."""
+        """The edits of a call's stored arguments; None where the first is missing or one of them is computed."""
         given = [(i, arguments(node)[i]) for i in places if i < len(node.args) and node.args[i] is not None]
         if node.kwargs or not given or given[0][0] != places[0] or any(n.op != "get_attr" for _, n in given):
             return None
@@ -135,7 +142,7 @@ class Scaling:
         return int(self._sizes[node.name].shape[-1])
 
     def apply(self) -> None:
-        """Rewrites the program: values that change get names that end in ``_scaled``."""
+        """Rewrites the program; nodes whose values change get names that end in ``_scaled``."""
         program, graph = self.program, self.program.graph
         for edge, factor, readers in self._multiplied:
             place = edge.next
@@ -168,7 +175,7 @@ class Scaling:
 
 
 def sharing(program: Program) -> set[fx.Node]:
-    """The layers whose weights others read too, so that they cannot change for one of them."""
+    """The layers that share their weight with another layer, for which it must not change."""
     reads: dict[str, list[fx.Node]] = {}
     for node in program.quantizable:
         reads.setdefault(str(weight_of(node)), []).append(node)

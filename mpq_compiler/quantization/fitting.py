@@ -1,4 +1,4 @@
-"""Quantized weights and activation parameters fitted on calibration statistics, kept once computed."""
+"""Fits weights and activation quantizers on calibration statistics; a fit is cached once computed."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from mpq_compiler.quantization.gptq import gptq
 from mpq_compiler.quantization.statistics import GPTQ, IN_ORDER, LEARNED, Calibration
 
 KEPT_ELEMENTS = 1 << 20
-"""Larger weights are fitted again where they are asked for again, rather than held in every format."""
+"""The most elements of a weight whose fits are cached; larger weights are fitted again on every request."""
 
 CONSTANT = 1e-5
-"""Share of the second moments up to which those about the mean are taken for rounding."""
+"""Share of the second moments below which the moments about the mean count as rounding errors."""
 
 REST = "rest"
-"""The part of a weight that is left to the base of a low-rank format: the weight less its branch."""
+"""The part of a weight that the base of a low-rank format quantizes: the weight minus its branch."""
 
 
 def rows_of(program: Program, weight: str) -> Tensor:
-    """A stored weight as f32 [O, K]."""
+    """Reads a stored weight as f32 [O, K]."""
     tensor = program.tensors.read(weight)
     return tensor.reshape(len(tensor), -1).contiguous()
 
 
 def bias_of(call: fx.Node) -> fx.Node | None:
-    """The node of a call's bias, where it is a stored tensor."""
+    """The node of a call's bias where it is a stored tensor, else None."""
     bias = call.args[2] if len(call.args) > 2 else call.kwargs.get("bias")
     return bias if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
 
 
 def moments(program: Program, call: fx.Node) -> Tensor | None:
-    """The gram that a call's weight is fitted under; None where calibration has none.
+    """The gram under which a call's weight is fitted; None where calibration has none.
 
-    Where the layer has a bias, the mean error is left to `corrected_bias`: moments are then taken about the mean.
+    Where the layer has a bias, the gram is taken about the mean, because `corrected_bias` removes the mean error.
     """
     calibration: Calibration = program.facts["calibration"]
     gram = calibration.grams.get(call.name)
@@ -54,9 +54,9 @@ def moments(program: Program, call: fx.Node) -> Tensor | None:
 
 @functools.lru_cache(maxsize=1)  # the same tensor for all formats of a layer: `gptq` keeps what it makes of it
 def _about(gram: Tensor, mean: Tensor) -> Tensor:
-    """Second moments about the mean; the gram itself where nothing but rounding would be left of it.
+    """The second moments about the mean; the gram itself where only rounding errors would be left.
 
-    So it is with a layer that always reads the same, as the time embedding of a model of one step does.
+    This happens for a layer whose input never changes, such as the time embedding of a one-step model.
     """
     squares = gram if gram.dim() == 1 else gram.diagonal()
     if float((squares - mean.square()).sum()) <= CONSTANT * float(squares.sum()):
@@ -65,7 +65,7 @@ def _about(gram: Tensor, mean: Tensor) -> Tensor:
 
 
 class Rounding(StrEnum):
-    """How codes are chosen at the levels of a fit (`passes/round_weights.py`)."""
+    """How codes are chosen among the levels of a fit (`passes/round_weights.py`)."""
 
     NEAREST = "nearest"
     GPTQ = "gptq"
@@ -74,12 +74,12 @@ class Rounding(StrEnum):
 
     @property
     def quick(self) -> Rounding:
-        """What stands for it where many roundings are compared: GPTQ comes close to learning, in a fraction of time."""
+        """The rounding that replaces it where many are compared: GPTQ comes close to learning in a fraction of time."""
         return Rounding.GPTQ if self == Rounding.LEARNED else self
 
     @classmethod
     def asked(cls, statistics: frozenset[str]) -> Rounding:
-        """What the pipeline's `round-weights` asks for."""
+        """The rounding that the pipeline's `round-weights` asks for."""
         if LEARNED in statistics:
             return cls.LEARNED
         if GPTQ not in statistics:
@@ -87,7 +87,7 @@ class Rounding(StrEnum):
         return cls.GPTQ_IN_ORDER if IN_ORDER in statistics else cls.GPTQ
 
     def __call__(self, fit: formats_base.Fit, rows: Tensor, gram: Tensor | None) -> formats_base.Fit:
-        """The fit of rows [O, K] with other codes; those of FP8, and where the gram is not whole, stay the nearest."""
+        """Chooses the codes of a fit of rows [O, K]; FP8, and fits without a whole gram, keep the nearest codes."""
         if self == Rounding.NEAREST or gram is None or gram.dim() == 1:
             return fit
         if isinstance(fit, low_rank.LowRankWeight):
@@ -106,7 +106,15 @@ class Rounding(StrEnum):
 def fitted(
     program: Program, call: fx.Node, weight: str, format_name: str, rounding: Rounding = Rounding.NEAREST
 ) -> formats_base.Fit:
-    """The weight of a call in a format, with the least error of the layer's output over the calibration's rows."""
+    """Fits a call's weight in a format, with the least error of the layer's output over the calibration's rows.
+
+    Args:
+        program: has the calibration; its caches keep the fit.
+        call: the layer.
+        weight: the store name of its weight.
+        format_name: the format.
+        rounding: how codes are chosen.
+    """
     kept, key = program.facts.setdefault("fits", {}), (weight, format_name, rounding)
     if key in kept:
         return kept[key]
@@ -119,7 +127,10 @@ def fitted(
 
 
 def corrected_bias(program: Program, call: fx.Node, weight: str, quantized: formats_base.Fit) -> Tensor | None:
-    """The bias that takes up the mean of the output error, ``b + (W - W_q) E[x]`` (Nagel 2019, section 4.2)."""
+    """The bias that removes the mean output error, ``b + (W - W_q) E[x]`` (Nagel 2019, arXiv 1906.04721, section 4.2).
+
+    None where the layer has no stored bias or no statistics.
+    """
     bias, mean = bias_of(call), program.facts["calibration"].means.get(call.name)
     if bias is None or mean is None:
         return None
@@ -128,7 +139,7 @@ def corrected_bias(program: Program, call: fx.Node, weight: str, quantized: form
 
 
 def float_parameters(program: Program, edge: str, bits: int) -> tuple[int, Tensor]:
-    """Bits of exponent and scales f16 [G] of an edge in small floats, by least squared error on its values."""
+    """Fits small floats to an edge by least squared error: bits of exponent, and scales f16 [G] by time group."""
     kept = program.facts.setdefault("activation-fits", {})
     if (edge, bits, "floating") not in kept:
         calibration: Calibration = program.facts["calibration"]
@@ -143,7 +154,7 @@ def float_parameters(program: Program, edge: str, bits: int) -> tuple[int, Tenso
 
 
 def activation_parameters(program: Program, edge: str, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale f16 [G] and zero point u8 [G] of an edge, by least squared error on its values of each time group."""
+    """Fits an integer quantizer to an edge by least squared error: scale f16 [G], zero point u8 [G] by time group."""
     kept = program.facts.setdefault("activation-fits", {})
     if (edge, bits) not in kept:
         calibration: Calibration = program.facts["calibration"]

@@ -1,8 +1,8 @@
-"""GPTQ: codes chosen one column after the other, what a column errs carried over to those behind it.
+"""GPTQ: chooses codes one column after another, and compensates each column's error in the columns behind it.
 
 Frantar 2022, "GPTQ: accurate post-training quantization for generative pre-trained transformers" (arXiv 2210.17323),
-on any table of the weight contract. Activation order, largest second moment first (the option ``act_order`` of the
-authors' code), is the order of the updates alone: codes stay where they are.
+on any table of the weight contract. Activation order, largest second moment first (``act_order`` in the authors' code),
+orders the updates alone: codes stay in the columns where they are.
 """
 
 from __future__ import annotations
@@ -18,18 +18,23 @@ from mpq_compiler.formats.base import QuantizedWeight, output_error
 from mpq_compiler.formats.contract import rising
 
 BLOCK = 128
-"""Columns whose updates to all later ones are applied together."""
+"""The number of columns whose updates to the columns behind the block are applied together."""
 
 
 def gptq(
     rows: Tensor, nearest: QuantizedWeight, gram: Tensor, order: bool = True, damping: float = 0.01
 ) -> QuantizedWeight:
-    """``nearest`` with the codes that GPTQ chooses, in the rows where their output error is the lesser.
+    """Chooses codes by GPTQ; rows keep the nearest codes where GPTQ's have no smaller output error.
 
-    rows:    f32 [O, K]
-    gram:    the second moments [K, K] of the layer's input, whole
-    order:   columns by descending second moment, else as they stand
-    damping: of the gram's diagonal, in parts of its mean
+    Args:
+        rows: the weight, f32 [O, K].
+        nearest: its fit with the nearest codes.
+        gram: the whole second moments [K, K] of the layer's input.
+        order: whether columns go by descending second moment, else as they stand.
+        damping: what is added to the gram's diagonal, relative to its mean.
+
+    Returns:
+        The fit with other codes; scales, offsets and tables stay.
     """
     permutation, upper = _updates(gram, order, damping)
     places, pivots = permutation.tolist(), upper.diagonal().unbind()
@@ -53,15 +58,15 @@ def gptq(
 
 @functools.lru_cache(maxsize=1)  # one layer is rounded to many formats, one after the other
 def _updates(gram: Tensor, order: bool, damping: float) -> tuple[Tensor, Tensor]:
-    """The order of the columns, and what the error of each does to those behind it."""
+    """The order of the columns, and the matrix [K, K] that carries a column's error to the columns behind it."""
     permutation = torch.argsort(gram.diagonal(), descending=True, stable=True) if order else torch.arange(len(gram))
     return permutation, _inverse_factor(gram[permutation][:, permutation], damping)
 
 
 def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped gram, f32.
+    """The upper Cholesky factor of the inverse of the damped gram, f32 [K, K].
 
-    Where inputs hardly vary, what rounding left of the gram may need more than that damping to be positive definite.
+    Where inputs hardly vary, rounding errors may make the gram indefinite; the damping then grows until it is definite.
     """
     wide = gram.double()
     step = (damping * wide.diagonal().mean()).clamp_min(1e-30)
@@ -73,7 +78,7 @@ def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
 
 
 class _Columns:
-    """The nearest levels of one column at a time, as `formats.base.nearest_codes` finds those of all."""
+    """Quantizes one column at a time to the nearest levels, as `formats.contract.nearest_codes` does for all."""
 
     def __init__(self, weight: QuantizedWeight) -> None:
         rows, columns = weight.codes.shape
@@ -86,7 +91,7 @@ class _Columns:
             self.middles = ((self.levels[:, 1:] + self.levels[:, :-1]) / 2).contiguous()
 
     def __call__(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
-        """Codes and levels [O] of the values [O] of a column."""
+        """The codes [O] nearest to values [O] of a column, and their levels [O]."""
         scale = self.scale[:, column]
         t = (values - self.offset) / scale
         if self.levels is None:

@@ -1,7 +1,7 @@
-"""What exact rewrites of layers would gain: the error of their outputs with both sides quantized, before and after.
+"""The gain of exact rewrites: the output error of layers with weights and inputs quantized, before and after.
 
-A rewrite changes the tensor that some layers read, and undoes that in their weights. It is tried on rows of what the
-layers read, one quantizer for each interval of time, as time groups will have.
+A rewrite changes the tensor that some layers read, and undoes that in their weights. It is tried on sampled rows of the
+layers' input, with one quantizer for each interval of time, as time groups will have.
 """
 
 from __future__ import annotations
@@ -17,44 +17,46 @@ from torch import Tensor, fx
 from mpq_compiler.formats import activation
 
 INTERVALS = 4
-"""Of time, each with a quantizer of its own."""
+"""The number of intervals of time, each of which has a quantizer of its own."""
 FITTED = 4096
-"""Values on which a quantizer is fitted."""
+"""The number of values on which a quantizer is fitted, at most."""
 HELD_BYTES = 1 << 30
-"""Memory for the sampled rows."""
+"""Bytes of memory for sampled rows."""
 
 Rows = dict[tuple[Any, ...], Tensor]
-"""By window (`row_geometry`): [R, K], in the order of time."""
+"""Sampled rows [R, K] in the order of time, by the layers' window (`ir.edges.row_geometry`)."""
 Change = Callable[[Tensor], Tensor]
-"""Of the channels of a tensor [..., C]."""
+"""A rewrite of the channels of a tensor [..., C]."""
 
 
 @dataclass
 class Layers:
-    """The layers that read one tensor edge, and rows of what they read."""
+    """The layers that read one tensor edge, and sampled rows of their input."""
 
     edge: fx.Node
     readers: list[fx.Node]
     largest: Tensor
-    """Of each channel's magnitudes, f32 [C]."""
+    """The largest magnitude of each channel, f32 [C]."""
     parts: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict)
-    """The rows as they were found, by window."""
+    """The sampled rows of each batch in order, by window."""
 
     @property
     def channels(self) -> int:
+        """The number of channels of the edge."""
         return len(self.largest)
 
     def rows(self) -> Rows:
+        """The sampled rows of all batches."""
         return {geometry: torch.cat(parts) for geometry, parts in self.parts.items()}
 
 
 def gain_db(before: float, after: float) -> float:
-    """Of errors."""
+    """The ratio of two squared errors, before to after, in dB; positive where the error falls."""
     return 10 * math.log10(max(before, 1e-30) / max(after, 1e-30))
 
 
 def quantized(x: Tensor, bits: int) -> Tensor:
-    """Rows in the order of time, by one quantizer an interval."""
+    """Quantizes and dequantizes rows [R, K], given in the order of time, with one quantizer for each interval."""
     found = []
     for interval in x.chunk(INTERVALS):
         values = interval.flatten()

@@ -1,4 +1,4 @@
-"""Quantizers whose weights are still open: fitted to their final values, then stored."""
+"""Settles open weights: fits their quantizers to the final values, and stores codes in place of the float weights."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ from mpq_compiler.support.execution import RunContext
 
 @dataclass(frozen=True)
 class Open:
-    """A weight whose codes are still open: its quantizer, the first call that reads it, the format it is to have."""
+    """A fake-quantized weight whose codes are still open."""
 
     quantizer: fx.Node
+    """The node that quantizes it."""
     call: fx.Node
+    """The first call that reads it."""
     format: str
+    """The format that it is to have."""
 
     @property
     def weight(self) -> str:
-        """Store name of the float weight."""
+        """The store name of the float weight."""
         return str(operand(self.quantizer, 0).target)
 
     @property
@@ -39,7 +42,10 @@ class Open:
 
 
 def unsettled(program: Program) -> list[Open]:
-    """The fake-quantized weights, in graph order. Of a low-rank format whose branch is there, the base is left."""
+    """The fake-quantized weights with open codes, in graph order.
+
+    A weight of a low-rank format that has its branch already is open in the format's base.
+    """
     found = []
     for node in program.graph.nodes:
         if node.op == "call_function" and node.target in views.OPEN_LEVELS:
@@ -54,9 +60,16 @@ def unsettled(program: Program) -> list[Open]:
 def fit_unsettled(
     program: Program, context: RunContext, rounding: Rounding, title: str, kind: type[base.Format] = base.Format
 ) -> list[tuple[Open, Any]]:
-    """The open weights whose planned format is of ``kind``, with their fits, in graph order; fitted by all jobs.
+    """Fits the open weights on all jobs; returns each with its fit, in graph order.
 
-    Codes are rounded by ``rounding``; where that needs more than is known, there is a note.
+    The program gets a note where weights are rounded to nearest because they lack the second moments.
+
+    Args:
+        program: has the open weights and the calibration.
+        context: runs the fits and shows their progress.
+        rounding: how codes are chosen.
+        title: of the progress bar.
+        kind: the class of formats to fit; weights of other formats are left out.
     """
     chosen = [u for u in unsettled(program) if isinstance(formats.get(u.format), kind)]
     if rounding != Rounding.NEAREST:
@@ -83,16 +96,22 @@ def _note_nearest(program: Program, chosen: list[Open], rounding: Rounding) -> N
 
 
 def attributes(program: Program, prefix: str, **tensors: Tensor | None) -> list[fx.Node | None]:
-    """Reads of new stored tensors ``prefix + name``, at the place of insertion; None where there is none."""
+    """Stores tensors as ``prefix + name`` and inserts their reads; the node is None where the tensor is."""
     add, read = program.tensors.add, program.graph.get_attr
     return [None if tensor is None else read(add(prefix + name, tensor)) for name, tensor in tensors.items()]
 
 
 def settle(program: Program, weight: Open, value: fx.Node, quantized: base.Fit) -> None:
-    """Replaces an open weight by ``value``, whose levels are ``quantized``, and corrects the bias of its calls.
+    """Replaces an open weight by its settled value, and corrects the bias of its calls.
 
-    Calls that share weight and bias share the corrected bias: the mean of what each would have. facts["latents"] keeps
-    the store name of the float weight by that of the value's node, for training.
+    Calls that share weight and bias share the corrected bias, the mean of their own. The program's fact "latents" keeps
+    the store name of the float weight by the name of the value's node, for training.
+
+    Args:
+        program: is changed in place.
+        weight: the open weight.
+        value: the node of the settled weight.
+        quantized: its levels.
     """
     quantizer = weight.quantizer
     readers: dict[fx.Node, list[fx.Node]] = {}

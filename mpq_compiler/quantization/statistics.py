@@ -1,4 +1,4 @@
-"""What calibration knows: recorded inputs, and statistics of the tensors that may be quantized.
+"""Calibration's statistics: recorded inputs, and measurements of the tensors that may be quantized.
 
 Passes ask for statistics by name; `calibrate` collects what the whole pipeline asks for in one run over the inputs.
 """
@@ -25,74 +25,87 @@ if TYPE_CHECKING:
     from mpq_compiler.support.execution import RunContext
 
 RANGE, VALUES, MOMENTS, GRAM = "range", "values", "moments", "gram"
-"""The statistics there are: extremes per input; a sample of values per input; the mean squares of layer inputs; their
-whole second moments, which take as long as running the model does."""
+"""The statistics: extremes per input, sampled values per input, mean squares of layer inputs, their second moments.
+
+The whole second moments take as long to collect as the model takes to run.
+"""
 ATTENTION, DYNAMIC, FLOATING = "attention", "dynamic", "floating"
-"""Asked for like statistics: the edges of attentions and their probabilities; what dynamic quantizers cost; what
-activations in small floats do."""
+"""Requests: edges and probabilities of attentions; the cost of dynamic quantizers; activations in small floats."""
 GPTQ, IN_ORDER, LEARNED = "gptq", "in-order", "learned"
-"""Asked for like statistics: that codes are chosen by GPTQ, and column after column as they stand; or are learned."""
+"""Requests on rounding: codes are chosen by GPTQ; by GPTQ with columns in their stored order; by learning."""
 
 VALUES_PER_INPUT = 256
+"""The fewest values of an edge that are sampled from every input."""
 VALUES_PER_EDGE = 1 << 18
-"""Sampled at least from every input, and from all inputs together: of few inputs, more values each."""
+"""The fewest values of an edge that are sampled from all inputs together; fewer inputs give more values each."""
 PROBABILITIES = 1024
-"""Sampled from an attention per input, about: whole rows, because few of a row's values are large."""
+"""The approximate number of probabilities sampled per attention and input: whole rows, as few values of one are large.
+"""
 GRAM_ROWS = 8192
+"""The approximate number of rows over which second moments are averaged."""
 GRAM_COLUMNS = 4096
-"""Layers with more inputs than this keep the diagonal of their second moments only: memory and time grow as K^2."""
+"""The most inputs of a layer whose second moments are kept whole; of more, only the diagonal: memory grows as K^2."""
 
 PART = 8
-"""Inputs that a thread takes at a time."""
+"""The number of inputs that a thread takes at a time."""
 
 
 @dataclass
 class EdgeStatistics:
-    """Of one tensor edge over the N recorded inputs."""
+    """Statistics of one tensor edge over the N recorded inputs."""
 
     low: Tensor
-    """f32 [N]"""
+    """The minimum of each input, f32 [N]."""
     high: Tensor
-    """f32 [N]"""
+    """The maximum of each input, f32 [N]."""
     values: Tensor
-    """f32 [N, S], a fixed sample of positions."""
+    """The values at S sampled positions of each input, f32 [N, S]."""
     elements: int
-    """Elements of the edge per input."""
+    """The number of elements of the edge per input."""
 
     @staticmethod
     def joined(parts: Sequence[EdgeStatistics]) -> EdgeStatistics:
-        """The statistics of all inputs; the parts may have drawn other positions, but as many."""
+        """Joins the statistics of parts of the inputs; their positions may differ, their number S may not."""
         low, high, values = (torch.cat([getattr(p, name) for p in parts]) for name in ("low", "high", "values"))
         return EdgeStatistics(low, high, values, parts[0].elements)
 
 
 @dataclass
 class Calibration:
-    """Recorded inputs [N, ...] by name, ordered by time, and what was measured on them."""
+    """Recorded inputs and the statistics measured on them."""
 
     inputs: dict[str, Tensor]
+    """The recorded inputs [N, ...] by name, ordered by time."""
     edges: dict[str, EdgeStatistics] = field(default_factory=dict)
+    """Statistics of each tensor edge, by its node's name."""
     grams: dict[str, Tensor] = field(default_factory=dict)
-    """Call node -> mean of x x^T [K, K], or its diagonal [K], over rows of its input (patches for a convolution).
+    """The mean of x x^T [K, K], or its diagonal [K], over rows of a call's input, by the call's name.
 
-    Calls that multiply the same rows, such as those of q, k and v, share one tensor.
+    Rows of a convolution are patches. Calls that multiply the same rows, such as q, k and v, share one tensor.
     """
     means: dict[str, Tensor] = field(default_factory=dict)
-    """Call node -> mean of x [K]."""
+    """The mean of x [K] over the same rows, by the call's name."""
 
     @property
     def timesteps(self) -> Tensor:
+        """The timesteps of the recorded inputs, f32 [N]."""
         return self.inputs["timestep"].to(torch.float32)
 
     def select(self, count: int) -> dict[str, Tensor]:
-        """``count`` inputs spread evenly over the recording, so over time."""
+        """Selects ``count`` inputs, spread evenly over the recording and thus over time."""
         n = len(next(iter(self.inputs.values())))
         index = torch.linspace(0, n - 1, min(count, n)).round().long()
         return {name: value[index] for name, value in self.inputs.items()}
 
 
 def fingerprint(program: Program, inputs: Mapping[str, Tensor], options: str) -> str:
-    """Of the cache: everything that a measurement of the calibrated program on ``inputs`` depends on."""
+    """The cache key of a measurement: a digest of all that it depends on.
+
+    Args:
+        program: calibrated.
+        inputs: the inputs of the measurement, by name.
+        options: options of the measurement, in any one form.
+    """
     names = sorted({str(n.target) for n in program.graph.nodes if n.op == "get_attr"})
     tensors = {name: program.tensors[name].contiguous() for name in names}
     text = "\n".join(f"{n.name} {ops.name_of(n.target)} {n.args} {n.kwargs}" for n in program.graph.nodes)
@@ -103,7 +116,14 @@ def fingerprint(program: Program, inputs: Mapping[str, Tensor], options: str) ->
 
 
 def input_rows(node: fx.Node, x: Tensor, rows: int, generator: torch.Generator) -> Tensor:
-    """About ``rows`` rows [R, K] that the call multiplies with its weight, K in the order of the stored weight."""
+    """Samples about ``rows`` rows [R, K] that a call multiplies with its weight, K in the stored weight's order.
+
+    Args:
+        node: a linear layer or a convolution, whose rows are patches.
+        x: its input.
+        rows: how many rows are wanted, at most.
+        generator: source of the randomness.
+    """
     if node.target is not ops.conv2d:
         flat = x.reshape(-1, x.shape[-1])
         return flat[_choice(len(flat), rows, generator)]
@@ -118,7 +138,7 @@ def input_rows(node: fx.Node, x: Tensor, rows: int, generator: torch.Generator) 
 
 
 def _choice(count: int, wanted: int, generator: torch.Generator) -> Tensor:
-    """At most ``wanted`` of 0..count-1, ascending: one at random out of each of as many equal stretches."""
+    """Draws at most ``wanted`` of 0..count-1, ascending: one at random from each of ``wanted`` equal intervals."""
     if count <= wanted:
         return torch.arange(count)
     starts = torch.arange(wanted + 1) * count // wanted
@@ -127,7 +147,7 @@ def _choice(count: int, wanted: int, generator: torch.Generator) -> Tensor:
 
 
 class _Observer(Interpreter):
-    """Measures the probabilities within attention calls, by name, while the program runs."""
+    """Measures the probabilities within attention calls while the program runs."""
 
     def __init__(self, program: Program, attentions: frozenset[str], generator: torch.Generator) -> None:
         super().__init__(program)
@@ -159,12 +179,12 @@ class _Observer(Interpreter):
 
 
 Rows = tuple[str, tuple[Any, ...]]
-"""What decides the rows that a layer multiplies: the edge it reads, and `row_geometry`."""
+"""The identity of the rows that a layer multiplies: the edge that it reads, and `ir.edges.row_geometry`."""
 
 
 @dataclass
 class _Piece:
-    """What is measured on a part of a batch."""
+    """The measurements of a part of a batch."""
 
     output: Tensor
     edges: dict[str, EdgeStatistics]
@@ -174,12 +194,19 @@ class _Piece:
 class Collector:
     """Measures every edge and layer that may be quantized while the program runs on inputs, batch by batch.
 
-    A batch is measured in parts of `PART` inputs, by as many threads as `RunContext.map` has; what is found does not
-    depend on their number.
+    A batch is measured in parts of `PART` inputs on the threads of `RunContext.map`; their number does not change the
+    statistics.
     """
 
     def __init__(self, program: Program, wanted: frozenset[str], total: int, context: RunContext) -> None:
-        """wanted: the statistics. total: how many inputs there will be, among which samples are shared out."""
+        """Prepares the measurement.
+
+        Args:
+            program: the program to run.
+            wanted: the statistics and requests.
+            total: the number of inputs there will be, among which samples are divided.
+            context: runs the parts; its seed decides the samples.
+        """
         self.program, self.wanted, self.total, self.context = program, wanted, total, context
         self.layers = program.quantizable
         self.attentions = program.attentions if ATTENTION in wanted else []
@@ -196,7 +223,7 @@ class Collector:
         self.measured = 0
 
     def measure(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The program's output for a batch of inputs, whose statistics are added."""
+        """Runs the program on a batch, adds its statistics, and returns the program's output."""
         pieces = self.context.map(self._piece, enumerate(batches(inputs, PART), self.measured))
         self.measured += len(pieces)
         for piece in pieces:
@@ -238,7 +265,7 @@ class Collector:
         return _Piece(output, edges, sampled)
 
     def calibration(self, inputs: dict[str, Tensor]) -> Calibration:
-        """What was measured; ``inputs``: all of them, in order."""
+        """The calibration: all statistics measured so far, with all ``inputs`` in order."""
         found = Calibration(inputs)
         found.edges |= {name: EdgeStatistics.joined(parts) for name, parts in self.parts.items()}
         for key, (gram, mean, count) in self.sums.items():
@@ -251,7 +278,14 @@ class Collector:
 def collect(
     program: Program, inputs: dict[str, Tensor], wanted: frozenset[str], context: RunContext
 ) -> Calibration:
-    """Runs the program over the inputs once and measures every edge and layer that may be quantized."""
+    """Runs the program over the inputs once and measures every edge and layer that may be quantized.
+
+    Args:
+        program: the program to run.
+        inputs: the recorded inputs [N, ...] by name.
+        wanted: the statistics and requests of the pipeline.
+        context: runs the work and shows its progress.
+    """
     total = len(next(iter(inputs.values())))
     collector = Collector(program, wanted, total, context)
     with context.track("calibrating", total) as advance:
