@@ -1,8 +1,8 @@
-"""The noise that a plan stands for, and the noise there is: in weights, in quantized tensors, at the output of a call.
+"""Expected and measured quantization noise: of weights, of quantized tensors, and at the output of a call.
 
-What is expected is always *plain rounding* at the planned width, done here and not taken from the pass that is judged:
-a weight on the levels that span its rows (`Format.start`), an activation between the extremes of calibration. Passes
-look for something better; what is worse by half a bit (twice the power) has lost what the plan paid for.
+The expected noise is always that of *plain rounding* at the planned width, computed here and not by the pass that is
+judged: a weight on the levels that span its rows (`Format.start`), an activation between the extremes of calibration.
+Passes search for something better. Noise of twice that power, half a bit, has lost what the plan paid for.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from mpq_compiler.quantization.fitting import moments
 from mpq_compiler.quantization.statistics import Calibration
 
 HALF_ROUNDING = 2.0**-11
-"""Unit roundoff of f16: scales and offsets are known no better."""
+"""The unit roundoff of f16, the precision of stored scales and offsets."""
 SUSPECTS = 8
-"""Rows of a weight that are compared with all other rows."""
+"""The number of noisiest rows of a weight that are compared with all other rows."""
 
 
 def rows(value: Tensor) -> Tensor:
-    """A weight [O, ...] as f32 [O, K]."""
+    """Reshapes a weight [O, ...] to f32 [O, K]."""
     return value.reshape(len(value), -1).to(torch.float32)
 
 
 def constant(program: Program, node: fx.Node) -> Tensor:
-    """The value of a node that depends on stored tensors alone."""
+    """Evaluates a node that depends on stored tensors alone."""
     interpreter = Interpreter(program)
     env: dict[fx.Node, Any] = {}
 
@@ -57,33 +57,37 @@ def constant(program: Program, node: fx.Node) -> Tensor:
 
 @dataclass(frozen=True)
 class Errors:
-    """Squared errors of a weight [O, K], in the weight itself and in the layer's output over calibration."""
+    """Squared errors of a weight [O, K] in two measures: in the weight, in the layer's output over calibration."""
 
     rows: Tensor
-    """[O, 2]"""
+    """The errors of each row, [O, 2]."""
     groups: Tensor
-    """[J, 2], what each K-group makes by itself."""
+    """The errors that each K-group makes by itself, [J, 2]."""
 
 
 def errors(difference: Tensor, gram: Tensor | None, segments: tuple[int, ...]) -> Errors:
-    """Those of ``difference`` [O, K]."""
+    """The squared errors of a weight that is off by ``difference`` [O, K]; gram as in `Format.fit`."""
     found = _powers(difference, gram)
     return Errors(found, found.sum(0)[None] if len(segments) == 1 else _by_group(difference, gram, segments))
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Plain rounding of a weight: the levels of `Format.start`."""
+    """The errors of a weight under plain rounding, on the levels of `Format.start`."""
 
     error: Errors
     signal: Errors
-    """Of the weight against nothing."""
+    """The power of the weight itself, in the same two measures."""
     segments: tuple[int, ...]
+    """The channel counts of its K-groups."""
     missing: int
-    """Bits that are still to come: the start of a residual format is its base alone."""
+    """Bits that the start lacks: a residual format starts with its base alone."""
 
     def expected(self, settled: bool) -> Errors:
-        """The errors to expect: 6 dB less for each bit that came with a branch, no less than f16 parameters make."""
+        """The expected errors: 6 dB less for each bit that a branch adds, but at least those of f16 parameters.
+
+        settled: whether the codes are final and the branch is there.
+        """
         gain = 4.0 ** (-self.missing if settled else 0)
 
         def of(error: Tensor, signal: Tensor) -> Tensor:
@@ -95,7 +99,7 @@ class Plain:
 
 
 def plain_rounding(weight: Tensor, format_name: str, gram: Tensor | None) -> Plain:
-    """Of weight [O, ..., C] in a format."""
+    """The errors of plain rounding of weight [O, ..., C] in a format; gram as in `Format.fit`."""
     chosen = formats.get(format_name)
     start, segments, own = chosen.start(weight), chosen.segments(weight.shape[-1]), rows(weight)
     lut = getattr(start, "lut", None)
@@ -106,27 +110,30 @@ def plain_rounding(weight: Tensor, format_name: str, gram: Tensor | None) -> Pla
 
 @dataclass(frozen=True)
 class WeightNoise:
-    """What a quantized weight has of it, and what it should have."""
+    """Measured and expected noise of a quantized weight."""
 
     measured: Errors
     expected: Errors
     signal: Errors
+    """The power of the weight itself."""
     suspects: tuple[tuple[int, float, int, float], ...]
-    """(row, times the expected noise, the other row it is nearest to, its distance from that over that from its own) of
-    the noisiest rows."""
+    """The noisiest rows: (row, measured over expected noise, nearest other row, its distance over the own row's).
+
+    A quantized row that is nearer to another row of the weight than to its own has probably been swapped.
+    """
 
     @property
     def ratio(self) -> float:
-        """How many times the expected noise there is, in the measure that is kinder: a fit may trade one for other."""
+        """Measured over expected noise, in the measure where it is smaller, since a fit may trade one for the other."""
         return float((self.measured.rows.sum(0) / self.expected.rows.sum(0)).min())
 
     @property
     def groups(self) -> Tensor:
-        """The same of each K-group, [J]."""
+        """The `ratio` of each K-group, [J]."""
         return (self.measured.groups / self.expected.groups).amin(1)
 
     def relative(self, measure: int) -> tuple[float, float]:
-        """Noise over signal, measured and expected: in the weight (0), in the layer's output (1)."""
+        """Measured and expected noise over signal, in one measure: in the weight (0), in the layer's output (1)."""
         power = float(self.signal.rows[:, measure].sum().clamp_min(1e-30))
         measured, expected = (float(e.rows[:, measure].sum()) / power for e in (self.measured, self.expected))
         return measured, expected
@@ -135,7 +142,15 @@ class WeightNoise:
 def weight_noise(
     weight: Tensor, quantized: Tensor, gram: Tensor | None, plain: Plain, settled: bool
 ) -> WeightNoise:
-    """Of ``quantized`` against ``weight`` [O, ..., C]; ``settled``: its codes are final, and its branch is there."""
+    """Compares a quantized weight with its float weight [O, ..., C] and with plain rounding.
+
+    Args:
+        weight: in float.
+        quantized: dequantized, of the same shape.
+        gram: as in `Format.fit`.
+        plain: the errors of plain rounding.
+        settled: whether the codes are final and the branch is there.
+    """
     own, other = rows(weight), rows(quantized)
     measured, expected = errors(other - own, gram, plain.segments), plain.expected(settled)
     ratios = (measured.rows / expected.rows).amin(1)
@@ -174,17 +189,17 @@ def _powers(difference: Tensor, gram: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class TableNoise:
-    """Of the static quantizer of an edge, by time group [G]: relative to the power of its calibration values."""
+    """Noise of an edge's static quantizer by time group [G], relative to the power of its calibration values."""
 
     scale: Tensor
     zero_point: Tensor
     measured: Tensor
     expected: Tensor
-    """Of the range between the extremes, shrunken where that is better."""
+    """The noise under the range between the extremes, or under a shrunken one where that is better."""
 
 
 def table_noise(program: Program, edge: str, plan: ActivationPlan) -> TableNoise | None:
-    """The noise of an edge's tables on the values that calibration kept; None where it kept none."""
+    """The noise of an edge's scales on the values that calibration sampled; None where there are none."""
     calibration: Calibration | None = program.facts.get("calibration")
     if calibration is None or edge not in calibration.edges or plan.scale is None:
         return None
@@ -215,7 +230,7 @@ def table_noise(program: Program, edge: str, plan: ActivationPlan) -> TableNoise
 
 
 def quantized_by_plan(program: Program, plan: ActivationPlan, value: Tensor, timestep: Tensor) -> Tensor:
-    """``value`` as its plan says, in f32."""
+    """Quantizes and dequantizes ``value`` [B, ...] by its plan, given the timesteps [B]."""
     if plan.scale is None:
         return ops.dynamic_fake_quantize(value, plan.bits)
     group, scale = ops.time_group(timestep, program.facts["time-groups"]), program.tensors[plan.scale]
@@ -230,10 +245,16 @@ def quantized_by_plan(program: Program, plan: ActivationPlan, value: Tensor, tim
 def expected_of_call(
     planned: Program, node: fx.Node, values: Mapping[str, Any], timestep: Tensor
 ) -> float | None:
-    """Relative noise power at the output of a float call when what it reads is quantized as planned.
+    """The relative noise power at the output of a float call whose operands are quantized as planned.
 
-    ``planned`` has the plans, ``values`` are those of its run. None where nothing that the call reads has a plan, and
-    it is no attention that computes coarsely.
+    Args:
+        planned: the program with the plans.
+        node: the call.
+        values: the value of every node in a run of it.
+        timestep: of that run, [B].
+
+    Returns:
+        The power; None where no operand has a plan and no reduced-precision numerics are planned for the call.
     """
     weight = weight_of(node)
     path = None if weight is None else weight.split(":")[0]
@@ -273,5 +294,5 @@ def expected_of_call(
 
 
 def gram_of(program: Program, call: fx.Node) -> Tensor | None:
-    """The second moments under which the errors of a call's weight count (`fitting.moments`)."""
+    """The gram under which the errors of a call's weight count (`fitting.moments`); None without calibration."""
     return moments(program, call) if "calibration" in program.facts else None

@@ -1,4 +1,4 @@
-"""The power of an error beside that of the signal: of one output, of a part of the inputs, of a whole program."""
+"""Relative noise power, error over signal: of one output, of a part of the inputs, of a whole program."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from mpq_compiler.quantization.statistics import fingerprint
 from mpq_compiler.support.execution import RunContext, batches
 
 HELD_BYTES = 4 << 30
-"""Memory for the values of the unchanged program, from which each measurement starts."""
+"""Bytes of memory for the values of the unchanged program, from which each measurement starts."""
 DIGITS = 6
-"""Significant digits kept of a loss, so that the last bits of a sum never decide an allocation."""
+"""The significant digits of a loss, so few that the last bits of a sum never decide an allocation."""
 
 
 def rounded(value: float) -> float:
-    """The value in `DIGITS` significant digits, as losses are kept and compared."""
+    """Rounds a value to `DIGITS` significant digits, in which losses are kept and compared."""
     return float(f"{value:.{DIGITS - 1}e}")
 
 
 def noise_power(output: Tensor, reference: Tensor, weights: Tensor | None = None) -> float:
-    """Squared error summed over everything, relative to the squared reference: the inverse of the SQNR.
+    """The summed squared error over the summed squared reference: the inverse of the SQNR.
 
-    ``weights`` [N] say how much each of the N outputs counts, in both.
+    Args:
+        output: [N, ...].
+        reference: [N, ...].
+        weights: [N], how much each of the N outputs counts, in error and reference both; None counts all alike.
     """
     squares = [(output.double() - reference.double()).square(), reference.double().square()]
     error, power = (x.sum() if weights is None else x.flatten(1).sum(1) @ weights.double() for x in squares)
@@ -35,12 +38,12 @@ def noise_power(output: Tensor, reference: Tensor, weights: Tensor | None = None
 
 
 def mean_power(powers: Sequence[float], sizes: Sequence[float]) -> float:
-    """The mean of noise powers of parts of the inputs, weighted by the sizes of the parts, rounded."""
+    """Averages the noise powers of parts of the inputs, weighted by the parts' sizes; the result is `rounded`."""
     return rounded(sum(power * size for power, size in zip(powers, sizes, strict=True)) / sum(sizes))
 
 
 def input_weights(program: Program, inputs: dict[str, Tensor]) -> Tensor:
-    """How much each input counts, f64 [N]: by what errors at its time do to images, where that is known, else 1."""
+    """The weight of each input, f64 [N]: how much an error at its time costs images, where that is known, else 1."""
     timesteps = inputs["timestep"]
     if "time-gains" not in program.facts:
         return torch.ones(len(timesteps), dtype=torch.float64)
@@ -48,21 +51,25 @@ def input_weights(program: Program, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def inputs_held(program: Program) -> int:
-    """How many inputs' values fit in `HELD_BYTES` at once; a measurement is split where that is not all of them."""
+    """The number of inputs all of whose values fit in `HELD_BYTES`; a measurement on more inputs is split."""
     values = [v for v in shapes(program, 1).values() if isinstance(v, Tensor)]
     return max(1, HELD_BYTES // sum(v.numel() * v.element_size() for v in values))
 
 
 def measurement_key(program: Program, inputs: dict[str, Tensor], count: int) -> str:
-    """The key of measured noise powers on ``count`` inputs: everything that they depend on but the change itself."""
+    """The cache key of noise powers on ``count`` inputs: a digest of all that they depend on but the change itself."""
     gains = program.facts.get("time-gains", "")
     return fingerprint(program, inputs, f"2 {min(count, inputs_held(program))}{gains}")
 
 
 def noise_of_program(program: Program, changed: Program, inputs: int, context: RunContext) -> float:
-    """The relative noise power of a ``changed`` program, measured as those of single changes to ``program`` are.
+    """The relative noise power of a changed program, measured like the losses of single changes.
 
-    inputs: so many of its calibration inputs are run.
+    Args:
+        program: the unchanged program, with calibration.
+        changed: the changed program.
+        inputs: the number of calibration inputs to run.
+        context: runs the parts on its jobs.
     """
     parts = list(batches(program.facts["calibration"].select(inputs), inputs_held(program)))
 

@@ -1,4 +1,4 @@
-"""The program's output under changes to single values, re-executing only what depends on them."""
+"""Perturbs single values of a program, and re-executes only what depends on them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from mpq_compiler.ir.program import Program
 
 
 class Ablation:
-    """Holds every value of one run over ``inputs``; `output` answers what-if questions from them.
+    """Keeps every value of one run, and computes the output under changes to some of them.
 
-    Thread-safe: a question reads the held values and keeps its own.
+    Thread-safe: a call of `output` reads the kept values and holds its changed ones apart.
     """
 
     @torch.no_grad()
@@ -25,13 +25,19 @@ class Ablation:
         self.reference = self._interpreter.run(inputs, watch=self._values.__setitem__)
 
     def value(self, node: fx.Node) -> Any:
+        """The value of a node in the unchanged run."""
         return self._values[node]
 
     @torch.no_grad()
     def output(
         self, values: Mapping[fx.Node, Tensor] | None = None, operands: Mapping[fx.Node, Tensor] | None = None
     ) -> Tensor:
-        """The output with some nodes' ``values`` replaced, and with some calls reading another first operand."""
+        """Computes the program's output under changes.
+
+        Args:
+            values: replaces the values of these nodes.
+            operands: replaces the first operand of these calls, for them alone.
+        """
         values, operands = values or {}, operands or {}
         changed: dict[fx.Node, Any] = dict(values)
         env = _Overlay(self._values, changed)

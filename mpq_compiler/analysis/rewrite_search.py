@@ -50,9 +50,9 @@ class RewriteSearch(Pass):
             self.require(option, 1)
 
     def layers(self, program: Program, session: Session) -> list[Layers]:
-        """The layers by the edges that they read, in graph order, with `rows` rows each, about.
+        """Groups the layers by the edge that they read, in graph order, each with about `rows` sampled rows of input.
 
-        They are those of the session's calibration inputs, or else of the trajectories that the options name.
+        Rows come from the session's calibration inputs, or else from the trajectories that the options name.
         """
         inputs = self._recorded(session) if session.calibration is None else session.calibration
         groups: dict[fx.Node, Layers] = {}
@@ -82,7 +82,7 @@ class RewriteSearch(Pass):
         return list(groups.values())
 
     def _recorded(self, session: Session) -> dict[str, Tensor]:
-        """The inputs of the trajectories, which another rewrite of the session may have recorded."""
+        """The inputs along the trajectories, recorded once in a session for all rewrites."""
         from mpq_compiler.frontend.trajectories import record_calibration
 
         known, asked = session.trajectories, (self.samples, self.steps)
@@ -93,10 +93,14 @@ class RewriteSearch(Pass):
         return known[asked]
 
     def error(self, group: Layers, rows: Rows, weights: list[Tensor], change: Change, undo: Change) -> float:
-        """Relative squared errors of the outputs of the layers, summed over them.
+        """The relative squared error of the layers' outputs, summed over the layers, with both sides quantized.
 
-        weights: of the layers [O, ..., C]. change: of what they read. undo: of their weights. Both sides are quantized
-        then, as the options have it.
+        Args:
+            group: the layers that read one edge.
+            rows: sampled rows of their input.
+            weights: the weight of each layer, [O, ..., C].
+            change: the rewrite of the input.
+            undo: the rewrite of the weights that undoes it.
         """
         planned = formats.get(self.weights)
         read = {

@@ -1,7 +1,7 @@
-"""A program run with the inputs of every node forced to known values: what each node does wrong by itself.
+"""Teacher forcing: runs a program with every node's inputs forced to known values, to see the errors of each alone.
 
-Errors that a node inherits are not seen, because what it reads is right. Values of one node before and after a pass
-are compared by the node's name; what has no counterpart is computed from what it reads.
+A node inherits no error, because the values that it reads are right. The values of a node before and after a pass are
+compared by the node's name. A node without a counterpart is computed from what it reads.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from mpq_compiler.ir.interpreter import Interpreter
 from mpq_compiler.ir.program import Program
 
 CHANNELS = 4
-"""Channels that are named of those in which a value departs."""
+"""The number of departing channels of a value that are named."""
 ROUNDING = 1e-5
-"""Of the largest magnitude: what f32 rounding may change (docs/ir.md, contract of a rewrite)."""
+"""The change that f32 rounding may cause, relative to the largest magnitude (docs/ir.md, contract of a rewrite)."""
 
 
 @dataclass(frozen=True)
 class Departure:
-    """How a value departs from the known one; all zero where no bit does."""
+    """How a value departs from the known one; all fields are zero where every bit agrees."""
 
     largest: float = 0.0
-    """``max|y - y'| / max|y'|`` of floats, ``max|y - y'|`` of integers; infinite where y is not finite and y' is."""
+    """The largest error: ``max|y - y'| / max|y'|`` of floats, ``max|y - y'|`` of integers; infinite if not finite."""
     noise: float = 0.0
-    """``sum (y - y')^2 / sum y'^2``"""
+    """The relative noise power ``sum (y - y')^2 / sum y'^2``."""
     share: float = 0.0
-    """Of the elements that differ."""
+    """The share of elements that differ."""
     channels: tuple[int, ...] = ()
-    """The first channels (last dimension) in which floats depart by more than `ROUNDING`, integers at all."""
+    """The first channels (last dimension) in which floats depart by more than `ROUNDING`, or integers at all."""
     departing: int = 0
-    """How many channels do."""
+    """The number of such channels."""
 
 
 def departure(known: Tensor, value: Tensor) -> Departure:
-    """How ``value`` departs from ``known``, a tensor of the same shape."""
+    """Compares ``value`` with ``known``, a tensor of the same shape."""
     if torch.equal(known, value):
         return Departure()
     exact = not (value.is_floating_point() and known.is_floating_point())
@@ -64,17 +64,16 @@ def departure(known: Tensor, value: Tensor) -> Departure:
 
 
 Force = Callable[[fx.Node, Departure], bool]
+"""Decides whether a node's value, given its departure, is replaced by the known one."""
 
 
 def always(node: fx.Node, found: Departure) -> bool:
+    """Forces every value."""
     return True
 
 
 class Forced(Interpreter):
-    """Runs ``program``; each value that has a counterpart in ``known`` is compared, and replaced where ``force`` says.
-
-    channels_first: whether ``known`` is from before `layout`, and the program is not.
-    """
+    """Runs a program, compares every value that has a counterpart among known ones, and replaces it where asked."""
 
     def __init__(
         self,
@@ -83,14 +82,22 @@ class Forced(Interpreter):
         force: Force = always,
         channels_first: bool = False,
     ) -> None:
+        """Prepares a run.
+
+        Args:
+            program: the program to run.
+            known: the known values by node name.
+            force: decides which values are replaced.
+            channels_first: whether ``known`` is from before `layout`, and the program is not.
+        """
         super().__init__(program)
         self.known, self.force, self.channels_first = known, force, channels_first
         self.departures: dict[str, Departure] = {}
-        """By node, in the order in which they are made."""
+        """The departure of each node with a counterpart, in the order of execution."""
         self.values: dict[str, Any] = {}
-        """As computed or forced."""
+        """The value of each node, computed or forced."""
         self.contaminated: dict[str, bool] = {}
-        """Whether a value that was not forced though it departed has gone into it."""
+        """Whether a node's value depends on one that departed and was not forced."""
 
     def evaluate(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
         value = super().evaluate(node, env)
@@ -112,10 +119,13 @@ class Forced(Interpreter):
 
 
 def counterpart(known: Any, value: Any, channels_first: bool = False) -> Tensor | None:
-    """``known`` in the form of ``value``: codes as codes, channels last; None where they are not the same thing.
+    """Converts ``known`` to the form of ``value``: codes as codes, channels last; None where none fits.
 
-    channels_first: whether ``known`` is from before `layout`. Of a tensor with equal sides several forms may fit: it is
-    the one that agrees.
+    Args:
+        known: the known value.
+        value: the computed value.
+        channels_first: whether ``known`` is from before `layout`. Several layouts may fit a tensor with equal sides;
+            the one whose values agree is taken.
     """
     if isinstance(known, Codes) and isinstance(value, Tensor):
         known = known.codes
@@ -130,7 +140,7 @@ def counterpart(known: Any, value: Any, channels_first: bool = False) -> Tensor 
 
 
 def _layouts(known: Tensor) -> Iterator[Tensor]:
-    """What `layout` may make of a tensor, the likeliest first."""
+    """The layouts that `layout` may give a tensor, the likeliest first."""
     if known.dim() == 4:
         yield known.permute(0, 2, 3, 1)
         major = known.permute(0, 2, 1, 3)  # heads of an attention, [B, H, T, D] as [B, T, H*D]
@@ -141,7 +151,7 @@ def _layouts(known: Tensor) -> Iterator[Tensor]:
 
 
 def roots(program: Program, contaminated: Mapping[str, bool]) -> list[str]:
-    """The nodes where the contamination that reaches the output begins, in graph order; empty where it all healed."""
+    """The nodes where contamination that reaches the output begins, in graph order; none where the output has none."""
     result = program.graph.output_node().args[0]
     pending = [n for n in (result if isinstance(result, tuple | list) else [result]) if isinstance(n, fx.Node)]
     found: set[str] = set()

@@ -1,4 +1,4 @@
-"""Weights of calibration inputs by what an error at their time costs the images."""
+"""Weights of calibration inputs: how much an error at their time costs the images."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import Tensor
 
 
 def by_gains(timesteps: Tensor, gains: Sequence[tuple[float, float]]) -> Tensor:
-    """The gains at timesteps [N] as f64 [N], of (timestep, gain) by ascending timestep; logarithms are interpolated."""
+    """Interpolates gains at timesteps [N], in the logarithm: f64 [N].
+
+    gains: (timestep, gain) by ascending timestep.
+    """
     known = np.array(gains)
     return torch.from_numpy(np.exp(np.interp(timesteps.double().numpy(), known[:, 0], np.log(known[:, 1]))))

@@ -1,4 +1,4 @@
-"""The error of what a program draws, from the float model's noise in the float model's steps."""
+"""The error of a program's images: it draws from the float model's noise, with the float model's sampler."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from mpq_compiler.sampling import loop as sampling
 from mpq_compiler.support.execution import batches
 
 PART = 16
-"""Inputs of which a thread takes the gradient; the parts of a batch are summed in order."""
+"""The number of inputs that a thread runs at a time; parts are summed in their order."""
 
 SEED = 1 << 20
-"""Added to the seed, so that training sees noise that neither calibration nor evaluation draws."""
+"""An offset of the seed, for noise that neither calibration nor evaluation draws."""
 
 IMAGE_STEPS = 10
+"""The number of sampling steps of a held-out image, at most."""
 
 
 @dataclass
 class TrajectoryError:
-    """Held-out images of the float model: noise, conditions, and what it draws of them."""
+    """Held-out images of the float model, by which programs are judged."""
 
     denoiser: Denoiser
     conditions: Any
@@ -36,16 +37,16 @@ class TrajectoryError:
     session: Session
     reference: np.ndarray
     outputs: list[np.ndarray]
-    """Of the float model, call by call, while the reference was drawn."""
+    """The float model's outputs, call by call, while the reference was drawn."""
 
     @property
     def steps(self) -> int:
-        """Of sampling: `IMAGE_STEPS`, or as few as the model is compiled for."""
+        """The number of sampling steps: `IMAGE_STEPS`, or as few as the model is compiled for."""
         return min(IMAGE_STEPS, self.session.steps or IMAGE_STEPS)
 
     @classmethod
     def drawn(cls, session: Session, count: int) -> TrajectoryError | None:
-        """None where none are wanted, or the model cannot be sampled: its conditions are not known."""
+        """Draws the float model's images; None where ``count`` is 0, or the model's conditions cannot be made."""
         denoiser = session.denoiser
         assert denoiser is not None
         if not count or not denoiser.conditioning.possible:
@@ -61,15 +62,16 @@ class TrajectoryError:
         return made
 
     def noise(self, program: Program) -> float:
-        """Squared error of what the program draws over the float model's squared latents."""
+        """The squared error of the program's latents over the float model's squared latents."""
         error = self._error(self._draw(lambda **inputs: self._run(program, inputs)))
         return float(error / np.square(self.reference.astype(np.float64)).sum())
 
     def gains(self, program: Program) -> list[tuple[float, float]]:
-        """(timestep, squared error of the images by squared error of the output there), by ascending timesteps.
+        """Measures how much an error at each timestep costs images: (timestep, gain), by ascending timestep.
 
-        Measured with the program's own error in one step at a time, and the float model in all others: what a step errs
-        at random later steps clean up, and what it errs alike everywhere they do not.
+        The gain is the squared error of the images over the squared error of the output at that timestep. The program
+        runs one step at a time and the float model all others, because random errors of a step are cleaned up by later
+        steps, and systematic ones are not.
         """
         found: dict[float, float] = {}
         with self.session.track("gains of times", self.steps) as advance:
@@ -79,7 +81,7 @@ class TrajectoryError:
         return sorted(found.items())
 
     def _gain(self, program: Program, hit: int) -> dict[float, float]:
-        """The gain at the timestep of one step; nothing where the program makes no error there."""
+        """The gain at the timestep of one step; empty where the program makes no error there."""
         seen: dict[float, float] = {}
         known = iter(self.outputs)
 
