@@ -1,4 +1,4 @@
-"""What layers cost in each format: the part of a sensitivity table that needs no measuring."""
+"""Costs of layers in each format: the part of a sensitivity table that needs no measuring."""
 
 from __future__ import annotations
 
@@ -23,9 +23,13 @@ from mpq_compiler.ir.program import Program, WeightPlan
 
 
 def format_costs(shape: Sequence[int], name: str, operations: int, floating: bool = False) -> dict[str, Any]:
-    """What a weight of that shape costs in a format, in a layer of so many multiply-accumulates.
+    """The costs of a weight in a format: bits, bytes, and those of a float branch or a float layer.
 
-    With ``floating`` activations are small floats, and such a layer reads what any other does.
+    Args:
+        shape: of the weight.
+        name: of the format.
+        operations: multiply-accumulates of its layer.
+        floating: whether activations are small floats, which float layers read like any other.
     """
     chosen = formats.get(name)
     found: dict[str, Any] = {"bits": chosen.bits, "bytes": chosen.stored_bytes(*shape)}
@@ -38,11 +42,13 @@ def format_costs(shape: Sequence[int], name: str, operations: int, floating: boo
 def describe(
     program: Program, dynamic: bool = False, names: Iterable[str] = (), floating: bool = False
 ) -> dict[str, Any]:
-    """What a sensitivity table holds besides losses; ``program`` is calibrated and in float.
+    """Fills in a sensitivity table, all but the losses.
 
-    With ``dynamic`` the edges that linear layers alone read store no tables; with ``floating`` tables have no zero
-    points, and layers of all formats read what is quantized. Formats are the built-in ones, those that
-    were measured, and ``names``.
+    Args:
+        program: calibrated and in float.
+        dynamic: whether edges that only linear layers read have dynamic quantizers, which store no scales.
+        names: formats besides the built-in and the measured ones.
+        floating: whether activations are small floats: they have no zero points, and float layers read them, too.
     """
     measured = (name for losses in program.facts.get("sensitivity", {}).get("weights", {}).values() for name in losses)
     candidates = list(dict.fromkeys([*formats.FORMATS, *names, *measured]))

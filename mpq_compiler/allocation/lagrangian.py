@@ -1,4 +1,4 @@
-"""Allocation by a price: every layer takes what is best for itself, and the price of the budget makes it fit."""
+"""Lagrangian allocation: every layer minimizes loss plus price times cost, and bisection finds the budget's price."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import math
 from mpq_compiler.allocation.problem import GAP, Choice, Problem, Solution
 
 STEPS = 60
-"""Of the bisection: the price is as exact as a float."""
+"""The number of bisections, after which the price is as exact as a float."""
 
 
 def priced(problem: Problem, price: float) -> dict[str, Choice]:
-    """Of each layer the choice of least loss plus ``price`` times its cost; of equal ones that of least cost.
+    """The choice of each layer at a price: the least loss plus ``price`` times cost; of equal ones the cheapest.
 
-    Higher prices never give a higher total cost. The problem has one budget.
+    A higher price never gives a higher total cost. The problem must have one budget.
     """
     (cost,) = {budget.cost for budget in problem.budgets}
 
@@ -24,10 +24,11 @@ def priced(problem: Problem, price: float) -> dict[str, Choice]:
 
 
 def solve(problem: Problem) -> Solution:
-    """The choices at the least price at which the one budget is met (Qua2SeDiMo, arXiv 2412.14628, sweeps it).
+    """Solves a problem at the least price that meets its one budget (Qua2SeDiMo, arXiv 2412.14628, sweeps the price).
 
-    No integer program: what the budget leaves between two prices is not spent. Layers are independent: there are no
-    ties, links or fixed choices. The budget must be one that the smallest choices meet.
+    This is no integer program: what the budget leaves between two prices is not spent, and `Solution.gap` bounds the
+    loss of that. Layers must be independent, without ties, links or fixed choices, and the smallest choices must meet
+    the budget.
     """
     assert not (problem.ties or problem.links or problem.fixed) and len(problem.budgets) == 1
     (budget,) = problem.budgets

@@ -1,4 +1,4 @@
-"""Content and quality: the groups of layers that MixDQ gives budgets of their own, found by structure."""
+"""The groups of layers to which MixDQ gives budgets of their own, content and quality, found by structure."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ _PARTS = (aten.slice.Tensor, aten.split.Tensor, aten.chunk.default, aten.cat.def
 
 
 def groups(program: Program) -> dict[str, str]:
-    """Of each weight, by its path, the group: "content" or "quality" (MixDQ, arXiv 2405.17873, section 4.2).
+    """Assigns each weight, by its path, to "content" or "quality" (MixDQ, arXiv 2405.17873, section 4.2).
 
-    Content are the feed-forward layers of transformer blocks, and the layers of cross-attentions, which decide what is
-    in the image; quality are all others. A feed-forward layer computes tokens [B, T, C] of the latent that another such
-    layer reads through a nonlinearity and nothing but pointwise calls and movements, or is that other. A
-    cross-attention has keys and values that do not depend on the latent, and queries that do; its layers are those that
-    make them, and those that read what it gives. A weight is content where any call of it is. Reads nothing of names.
+    Content are the feed-forward layers of transformer blocks and the layers of cross-attentions, which decide what is
+    in the image. Quality are all others. Both kinds are recognized by structure, never by names:
+
+    - A feed-forward layer computes tokens [B, T, C] of the latent that another feed-forward layer reads through a
+      nonlinearity, with nothing but pointwise calls and movements between; or it is that other layer.
+    - A cross-attention has queries that depend on the latent, and keys and values that do not. Its layers are those
+      that compute these, and those that read its output.
+
+    A weight is content where any call of it is.
     """
     found = {_path(node): QUALITY for node in program.quantizable}
     for node in content(program):
@@ -54,7 +58,7 @@ def content(program: Program) -> list[fx.Node]:
 
 
 def _of_the_latent(program: Program) -> set[fx.Node]:
-    """What depends on the latent, which is the denoiser's first input."""
+    """The nodes that depend on the latent, which is the denoiser's first input."""
     found = {n for n in program.graph.nodes if n.op == "placeholder" and n.target == program.inputs[0].name}
     for node in program.graph.nodes:
         if any(source in found for source in node.all_input_nodes):
@@ -72,7 +76,7 @@ def _by_tokens(node: fx.Node, sizes: dict[str, Any]) -> bool:
 
 
 def _layers_before(x: fx.Node, passes: Callable[[fx.Node], bool]) -> dict[fx.Node, bool]:
-    """The layers from which ``x`` is made by calls that ``passes`` alone; whether through a nonlinearity."""
+    """The layers from which ``x`` follows by calls that satisfy ``passes``; true for those behind a nonlinearity."""
     found: dict[fx.Node, bool] = {}
     pending, seen = [(x, False)], set()
     while pending:
@@ -88,7 +92,7 @@ def _layers_before(x: fx.Node, passes: Callable[[fx.Node], bool]) -> dict[fx.Nod
 
 
 def _through(x: fx.Node) -> Iterator[fx.Node]:
-    """The call itself, and those whose elements it holds in another order."""
+    """The call itself, and the calls before it whose elements it holds in another order."""
     yield x
     while is_movement(x):
         x = operand(x, 0)
@@ -96,7 +100,7 @@ def _through(x: fx.Node) -> Iterator[fx.Node]:
 
 
 def _computes(node: fx.Node) -> bool:
-    """Queries and keys may be normalized and turned by their positions on the way to an attention."""
+    """Whether a node computes: queries and keys may be normalized and rotated on the way to an attention."""
     return node.op == "call_function"
 
 

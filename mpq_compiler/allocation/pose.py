@@ -21,17 +21,24 @@ def problem(
     latency: float | None = None,
     terms: Terms | None = None,
 ) -> dict[str, Any]:
-    """The allocation problem of a table, in the form of interfaces.md, under the budgets that are given.
+    """Poses the allocation problem of a sensitivity table, as a JSON document (schemas/allocation-problem.json).
 
     A choice is a weight format with an activation width ("int4 u8"). An edge that several layers read is measured and
-    stored once: its loss and its size are shared out among them, and they are linked to one width. A format whose
-    layers compute in float ("fp8 float") leaves the edge unquantized: no loss, and no part of the average width.
-    Losses are those of `monotone`.
+    stored once: its loss and its size are divided among them, and a link keeps them at one width. A format whose layers
+    compute in float ("fp8 float") leaves the edge unquantized, without loss and outside the average width. Losses are
+    those of `monotone`.
 
-    latency: milliseconds of a call; what no format changes is subtracted, and the cost is in microseconds.
-    terms: what else the problem is to be; budgets of bytes and activations are then those of groups, where it says so.
+    Args:
+        table: the sensitivity table.
+        limit_bytes: budget of payload bytes.
+        activations: budget of the average activation width, in bits.
+        bops: budget of bit operations of a call.
+        latency: budget of a call's latency, in ms; the time that no format changes is subtracted, and the problem's
+            cost is in microseconds.
+        terms: variations of objective and budgets.
 
-    Raises UserError for a budget of bytes or of time that cannot be met, naming the least that can.
+    Raises:
+        BudgetError: a budget of bytes or of time cannot be met; the sentence has the least that can.
     """
     terms = terms or Terms()
     table = terms.losses(monotone(table))
@@ -79,11 +86,16 @@ def problem(
 def unit_problem(
     table: dict[str, Any], units: Sequence[Mapping[str, Any]], limit_bytes: int | None = None
 ) -> dict[str, Any]:
-    """The allocation problem whose layers are ``units`` of layers, and whose losses are their scores, negated.
+    """Poses the allocation problem whose layers are ``units`` of layers and whose losses are their negated scores.
 
-    units: each has its ``layers``, and ``variants`` with the score of the formats of these, in order and joined by
-    blanks; the unit is named in the same way. table: for the bytes (`costs.describe`). UserError: a budget that cannot
-    be met, naming the least that can.
+    Args:
+        table: the costs (`costs.describe`).
+        units: each has its ``layers``, and ``variants``: a score by the formats of the layers, in order and joined by
+            blanks. The problem's layer is named by the unit's layers in the same way.
+        limit_bytes: budget of payload bytes.
+
+    Raises:
+        BudgetError: the budget cannot be met; the sentence has the least that can.
     """
     sizes = {layer["name"]: layer["formats"] for layer in table["layers"]}
 
@@ -113,26 +125,28 @@ def unit_problem(
 
 @dataclass(frozen=True)
 class Terms:
-    """What a problem may be besides least summed noise power under common budgets (MixDQ, arXiv 2405.17873)."""
+    """Variations on the problem of least summed noise power under common budgets (MixDQ, arXiv 2405.17873)."""
 
     decibels: bool = False
-    """The summed SQNR in dB is to be as large as can be, as in the paper: losses are noise powers in dB. A sum of them
-    is not the noise of anything; where no budget is of both, it falls into a program of the weights and one of the
-    activations."""
+    """Whether the objective is the summed SQNR in dB, as in the paper: losses are then noise powers in dB.
+
+    Such a sum is not the noise of anything. Where no budget is on both, the problem falls into one of the weights and
+    one of the activations.
+    """
     ratio: float | None = None
-    """Content and quality layers have budgets of bytes of their own: so many times the bits a weight in content."""
+    """Bits per weight of content over those of quality, whose budgets of bytes are apart; None has one budget."""
     activation_ratio: float | None = None
-    """The same of the activations' bits."""
+    """Bits per activation of content over those of quality; None has one budget."""
     protected: Mapping[str, int | None] = field(default_factory=dict)
-    """Edges whose width is given: bits, or None for float."""
+    """The edges with a given width: bits, or None for float."""
 
     @property
     def unquantized(self) -> float:
-        """The loss of what stays in float."""
+        """The loss of a tensor that stays in float."""
         return -CEILING_DB if self.decibels else 0.0
 
     def losses(self, table: dict[str, Any]) -> dict[str, Any]:
-        """The table with its losses as the objective sums them."""
+        """Converts a table's losses to those that the objective sums."""
         if not self.decibels:
             return table
         return table | {
@@ -143,10 +157,15 @@ class Terms:
 
 
 def group_budgets(total: float, sizes: Mapping[str, float], ratio: float) -> dict[str, float]:
-    """What each group may spend of ``total``, so that content has ``ratio`` times the bits an element of quality.
+    """Divides a budget between the groups, so that content has ``ratio`` times the bits per element of quality.
 
-    With the sizes W, budget B_q = B (W_c + W_q) / (k W_c + W_q) and B_c = k B_q (MixDQ's released search): whatever
-    the ratio k, W_c B_c + W_q B_q = (W_c + W_q) B.
+    With sizes W and bits per element B, B_q = B (W_c + W_q) / (k W_c + W_q) and B_c = k B_q (MixDQ's released search).
+    Whatever the ratio k, W_c B_c + W_q B_q = (W_c + W_q) B.
+
+    Args:
+        total: the budget of all groups.
+        sizes: elements of each group.
+        ratio: k.
     """
     weights = {group: size * (ratio if group == CONTENT else 1.0) for group, size in sizes.items()}
     return {group: total * weight / sum(weights.values()) for group, weight in weights.items()}
@@ -160,10 +179,10 @@ def _budgets(cost: str, total: float, sizes: Mapping[str, float], ratio: float |
 
 
 def monotone(table: dict[str, Any]) -> dict[str, Any]:
-    """The table with losses that never rise with the bits: of each, the least at as many bits or fewer.
+    """Makes a table's losses monotone in the bits: each becomes the least loss at as many bits or fewer.
 
-    Formats are compared with those of their kind: "int4" with "int2", "int3+b" with "int2+b". What is measured on a
-    few inputs is out of order here and there.
+    Losses measured on a few inputs are out of order here and there. Formats are compared with those of their kind:
+    "int4" with "int2", "int3+b" with "int2+b".
     """
 
     def cleaned(losses: Mapping[str, float]) -> dict[str, float]:
@@ -185,9 +204,15 @@ def monotone(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def most_sensitive(table: dict[str, Any], share: float, spared: Collection[str] = ()) -> list[str]:
-    """The share of the edges that lose most at their narrowest width, at least one; none of those ``spared``.
+    """The edges of largest loss at their narrowest width, sorted by name.
 
-    What else a layer reads that reads one of them, at several calls of its weight, comes along.
+    Args:
+        table: the sensitivity table.
+        share: the share of all edges to take, at least one edge unless it is 0.
+        spared: edges that are not taken by their loss.
+
+    Returns:
+        Those edges, and all other edges of layers that read one of them (at several calls of a weight).
     """
     losses = {edge: x[min(x, key=int)] for edge, x in table["activations"].items() if edge in table["elements"]}
     count = max(1, round(share * len(losses))) if share > 0 else 0
@@ -198,9 +223,9 @@ def most_sensitive(table: dict[str, Any], share: float, spared: Collection[str] 
 
 
 def require_bytes(table: dict[str, Any], limit_bytes: int, formats: Mapping[str, Sequence[str]]) -> None:
-    """BudgetError where even the smallest of each layer's ``formats`` exceed the budget; names the least they need.
+    """Raises a BudgetError where even the smallest of each layer's ``formats`` exceed the budget.
 
-    The costs of the table suffice: nothing has to be measured for it.
+    The sentence has the least bytes that they need. Only the table's costs are read, so nothing has to be measured.
     """
     sizes = {layer["name"]: layer["formats"] for layer in table["layers"]}
     least = table["fixed_bytes"] + sum(min(sizes[n][f]["bytes"] for f in names) for n, names in formats.items())
@@ -213,7 +238,10 @@ def require_bytes(table: dict[str, Any], limit_bytes: int, formats: Mapping[str,
 
 
 def require_latency(table: dict[str, Any], latency: float, formats: Mapping[str, Sequence[str]]) -> None:
-    """BudgetError where even the fastest of each layer's ``formats`` take longer than so many milliseconds."""
+    """Raises a BudgetError where even the fastest of each layer's ``formats`` take longer than ``latency`` ms.
+
+    A table without times raises a UserError.
+    """
     if "fixed_microseconds" not in table:
         raise UserError(
             "the sensitivity table holds no times, which --latency needs: measure it with `mpqc sensitivity MODEL "
@@ -230,7 +258,7 @@ def require_latency(table: dict[str, Any], latency: float, formats: Mapping[str,
 
 
 def up(value: float) -> str:
-    """Four digits, rounded up: what is named as the least that can be met can be met."""
+    """Formats a value in four digits, rounded up, so that the least budget that an error names can be met."""
     text = f"{value:.4g}"
     return text if float(text) >= value else f"{value * (1 + 1e-3):.4g}"
 
@@ -243,7 +271,10 @@ def _choices(
     protected: Mapping[str, int | None],
     unquantized: float,
 ) -> list[dict[str, Any]]:
-    """Every format with every width, or the one of a protected edge; ``average`` is what one in float counts."""
+    """The choices of a layer: every format with every width, or with the width of a protected edge.
+
+    ``average`` is the width by which an edge in float enters the average.
+    """
     edges = layer["edges"]
     given = [protected[e] for e in edges if e in protected]
     widths: Sequence[int | None] = given[:1] or sorted({int(b) for e in edges for b in table["activations"][e]})
@@ -271,7 +302,7 @@ def _choices(
 
 
 def _attention_choices(table: dict[str, Any], name: str, unquantized: float) -> list[dict[str, Any]]:
-    """Float, which costs no bytes and 32 bits an activation, and the measured widths."""
+    """The choices of an attention: float, at no bytes and 32 bits an activation, and the measured widths."""
     costs = table["attention_costs"][name]
 
     def choice(label: str, loss: float, bits: int, size: float) -> dict[str, Any]:
@@ -285,7 +316,7 @@ def _attention_choices(table: dict[str, Any], name: str, unquantized: float) -> 
 
 
 def byte_limit(table: dict[str, Any], bits: float | None, size: int | None) -> int | None:
-    """Payload bytes that both budgets allow: true average bits, and bytes."""
+    """The payload bytes that both budgets allow, true average ``bits`` and bytes; None without either."""
     limits = [] if size is None else [size]
     if bits is not None:
         limits.append(int(bits * table["parameters"] / 8))

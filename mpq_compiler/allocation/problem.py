@@ -1,4 +1,4 @@
-"""The allocation problem: layers, their choices, budgets, ties; read from JSON and checked. Imports no torch."""
+"""The allocation problem: layers, choices, budgets, ties, links; read from JSON and checked, without torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from mpq_compiler import schemas
 from mpq_compiler.support.errors import BudgetError, UserError, nearest
 
 GAP = 1e-6
+"""The relative gap at which a solution counts as optimal."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to treat a layer."""
+    """One way to treat a layer: its loss, its costs by name, and attributes that links compare."""
 
     name: str
     loss: float
@@ -27,7 +28,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer and its choices; `group` is what a budget's `group` refers to."""
+    """A layer and its choices; a budget may be on the layers of one `group`."""
 
     name: str
     choices: tuple[Choice, ...]
@@ -36,7 +37,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Budget:
-    """The sum of `cost` over all layers, or over those of `group`, is at most `max`."""
+    """A constraint: the sum of `cost` over all layers, or over those of `group`, is at most `max`."""
 
     cost: str
     max: float
@@ -48,7 +49,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Link:
-    """The chosen choices of `layers` have one and the same value of `attribute`."""
+    """A constraint: the choices of all `layers` have the same value of `attribute`."""
 
     layers: tuple[str, ...]
     attribute: str
@@ -56,7 +57,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Problem:
-    """A checked allocation problem; making one with names that do not fit together raises UserError."""
+    """A checked allocation problem; names that do not fit together raise a UserError."""
 
     layers: tuple[Layer, ...]
     budgets: tuple[Budget, ...] = ()
@@ -69,12 +70,12 @@ class Problem:
 
     @classmethod
     def from_json(cls, value: Any) -> Problem:
-        """The problem that a decoded JSON document describes. UserError names the key that is wrong."""
+        """The problem that a decoded JSON document describes. UserError: a key is wrong; the sentence names it."""
         return _parse(value)
 
     @classmethod
     def load(cls, path: str | Path) -> Problem:
-        """The problem in a JSON file."""
+        """Reads the problem in a JSON file. UserError: it cannot be read, or a key is wrong."""
         try:
             value = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -87,7 +88,7 @@ class Problem:
             raise UserError(f"in '{path}': {error}") from error
 
     def to_json(self) -> dict[str, Any]:
-        """The document that `from_json` reads back to an equal problem."""
+        """The JSON document from which `from_json` makes an equal problem."""
         return {
             "version": 1,
             "layers": [
@@ -125,13 +126,15 @@ class Solution:
     costs: dict[str, float]
     """The sum of every cost over all layers."""
     gap: float
-    """How far above the optimum the objective can be, relative to its distance from the sum of every
-    layer's least loss: unlike a gap relative to the objective itself it means the same when a constant is
-        added to all losses."""
+    """How far the objective may be above the optimum, relative to its distance from the sum of all least losses.
+
+    Unlike a gap relative to the objective itself, it does not change when a constant is added to all losses.
+    """
     optimal: bool
     """Whether `gap` is as small as was asked for; False when the time ran out first."""
 
     def to_json(self) -> dict[str, Any]:
+        """The solution as a JSON document (schemas/allocation-solution.json)."""
         return {
             "optimal": self.optimal,
             "objective": self.objective,
@@ -142,8 +145,10 @@ class Solution:
 
 
 class InfeasibleError(BudgetError):
-    """No allocation meets all budgets. `least` has, by budget, the least it can be with the others kept
-    (None where the others alone cannot be met)."""
+    """No allocation meets all budgets.
+
+    `least` has the least feasible value of each budget given the others; None where the others alone are infeasible.
+    """
 
     def __init__(self, message: str, least: Mapping[Budget, float | None]) -> None:
         super().__init__(message)

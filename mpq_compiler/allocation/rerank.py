@@ -1,4 +1,4 @@
-"""The choice among allocations by what their programs draw: sums of losses cannot tell which budget was split best."""
+"""Re-ranks candidate allocations by their images, since sums of losses cannot tell which split of a budget is best."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpq_compiler.pipeline.realize import realize
 from mpq_compiler.pipeline.session import Session
 
 INPUTS = 32
-"""Calibration inputs by which to judge where nothing can be drawn."""
+"""The number of calibration inputs to judge by where no image can be drawn."""
 
 
 @dataclass(frozen=True)
@@ -30,26 +30,26 @@ class Solved:
 
 @dataclass
 class Reranker:
-    """Judges allocations by the images of their programs, from the float model's noise in the float model's steps.
+    """Judges allocations by the images of their programs (`TrajectoryError`).
 
-    The error is the squared one over the squared latents (MixDQ, arXiv 2405.17873, draws one image of each candidate
-    and compares pixels). Of a model whose conditions are not known the output on calibration inputs is compared.
+    The error is the squared error over the squared latents; MixDQ (arXiv 2405.17873) draws one image of each candidate
+    and compares pixels. Where a model's conditions cannot be made, outputs on calibration inputs are compared.
     """
 
     program: Program
     session: Session
     images: int
     planned: Callable[[Solution], Program]
-    """The program with the plans of a solution."""
+    """Makes the program with a solution's plans."""
     judged: list[dict[str, Any]] = field(default_factory=list)
-    """``ratio``, ``activation_ratio`` and ``noise`` of every one so far."""
+    """The ``ratio``, ``activation_ratio`` and ``noise`` of every candidate so far."""
 
     def __post_init__(self) -> None:
         self._judge: Callable[[Program], float] | None = None
         self._known: dict[tuple[tuple[str, str], ...], float] = {}
 
     def best(self, found: Sequence[Solved]) -> Solved:
-        """The one of least error; of equal ones the first."""
+        """The candidate of least error; the first of equal ones, and a single one unjudged."""
         if len(found) == 1:
             return found[0]
         with self.session.track("drawing candidates", len(found)) as advance:
@@ -64,7 +64,7 @@ class Reranker:
             return min(found, key=noise)
 
     def noise(self, solution: Solution) -> float:
-        """Relative noise power of what the program of the solution draws."""
+        """The relative noise power of the images that a solution's program draws; cached by its choices."""
         key = tuple(sorted(solution.choices.items()))
         if key not in self._known:
             self._judge = self._judge or self._made()
@@ -73,9 +73,9 @@ class Reranker:
         return self._known[key]
 
     def _made(self) -> Callable[[Program], float]:
-        gallery = None if self.session.denoiser is None else TrajectoryError.drawn(self.session, self.images)
-        if gallery is not None:
-            return gallery.noise
+        held_out = None if self.session.denoiser is None else TrajectoryError.drawn(self.session, self.images)
+        if held_out is not None:
+            return held_out.noise
         self.program.note("candidates are judged by the output on calibration inputs: nothing can be drawn here")
         inputs = self.program.facts["calibration"].select(INPUTS)
         reference = run(self.program, inputs)

@@ -1,7 +1,7 @@
-"""The sensitivity table: what `mpqc sensitivity` writes, and the allocation problem that it poses.
+"""The sensitivity table that `mpqc sensitivity` writes: its file, its checks, and the times that are added to it.
 
-A table is plain data: measured losses beside everything that costs are reckoned from, so that allocating needs
-neither the model nor torch.
+A table is plain data. It holds the measured losses, and everything that costs are computed from, so that an allocation
+needs neither the model nor torch.
 
     {"version": 1, "model", "parameters", "fixed_bytes", "inputs",
      "weights": {layer: {format: loss}}, "activations": {edge: {bits: loss}}, "attention": {call: {bits: loss}},
@@ -10,10 +10,10 @@ neither the model nor torch.
      "elements": {edge: count},
      "attention_costs": {call: {"macs", "elements", "bytes"}}, "dynamic", "floating", "fixed_microseconds"?}
 
-``dynamic`` says that edges of linear layers were measured with scales of their rows, ``floating`` that activations are
-small floats, which layers of every format read ("fp8 f8"). Where a latency table was given,
-formats have their ``microseconds``, and ``fixed_microseconds`` is the time that none of them changes. An attention is
-a layer of its own whose choices are "float" and the widths of its operands and probabilities.
+``dynamic`` says that edges of linear layers were measured with one scale a row, ``floating`` that activations are small
+floats, which layers of every format read ("fp8 f8"). With a latency table, formats have their ``microseconds``, and
+``fixed_microseconds`` is the time that no format changes. An attention is a layer of its own, whose choices are "float"
+and the widths of its operands and probabilities.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from typing import Any
 from mpq_compiler.support.errors import UserError
 
 VERSION = 1
+"""The version of the table's format."""
 
 BRANCH_BITS = 16
-"""Of the factors of a low-rank branch."""
+"""The bits of the factors of a low-rank branch."""
 CEILING_DB = 120.0
-"""SQNR of what is not quantized at all, in the sums of `Terms.decibels`."""
+"""The SQNR in dB of a tensor that is not quantized, where losses are summed in dB (`pose.Terms.decibels`)."""
 CONTENT, QUALITY = "content", "quality"
-"""The groups of layers (`mixdq_groups`)."""
+"""The names of the groups of layers (`mixdq_groups`)."""
 
 
 def is_table(path: str | Path) -> bool:
@@ -47,7 +48,11 @@ def is_table(path: str | Path) -> bool:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """The table in a file. UserError: unreadable, no table, or one whose parts do not fit together; names the key."""
+    """Reads a table from a file.
+
+    Raises:
+        UserError: it is unreadable, no table, or its parts contradict each other; the sentence names the key.
+    """
     from mpq_compiler import schemas
 
     try:
@@ -64,7 +69,7 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def _faults(table: dict[str, Any]) -> Iterator[str]:
-    """What the schema cannot say: losses that are finite, and the same layers, formats and edges everywhere."""
+    """Faults that the schema cannot express: losses that are not finite, layers, formats or edges that are missing."""
     for kind in ("weights", "activations", "attention"):
         for name, losses in table.get(kind, {}).items():
             if not losses:
@@ -98,9 +103,13 @@ def _faults(table: dict[str, Any]) -> Iterator[str]:
 def require_of(
     table: dict[str, Any], model: str, parameters: int, edges: Mapping[str, Sequence[str]] | None = None
 ) -> None:
-    """UserError unless the table can be that of the model, whatever it is called.
+    """Raises a UserError unless the table can be the model's, whatever the model is called.
 
-    edges: those that each layer reads, where they are known already.
+    Args:
+        table: the sensitivity table.
+        model: the model's name, for the sentence.
+        parameters: the model's number of parameters.
+        edges: the edges that each layer reads, where they are known already.
     """
     name = table.get("model", "another model")
     of, ask = f"the sensitivity table (--sensitivity) is that of '{name}'", "measure this one with `mpqc sensitivity`"
@@ -117,7 +126,13 @@ def require_of(
 
 
 def with_latencies(table: dict[str, Any], fixed: float, layers: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """The table with the microseconds of its layers by format, and those that no format changes."""
+    """Adds times to a table.
+
+    Args:
+        table: the sensitivity table.
+        fixed: microseconds that no format changes.
+        layers: microseconds of each layer by format.
+    """
 
     def timed(layer: dict[str, Any]) -> dict[str, Any]:
         times = layers[layer["name"]]

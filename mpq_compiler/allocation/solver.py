@@ -1,4 +1,4 @@
-"""The solver of allocation problems: a multiple-choice knapsack, to optimality, by HiGHS."""
+"""Solves allocation problems, multiple-choice knapsacks, to optimality with HiGHS."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from mpq_compiler.allocation.problem import GAP, Budget, Choice, InfeasibleError
 from mpq_compiler.support.errors import UserError
 
 TIME_LIMIT = 60.0
+"""Seconds after which a search ends by default."""
 
-_REPAIRS = 10
+_REPAIRS = 10  # times that a solution which exceeds a budget by the solver's tolerance is repaired
 _ROUNDING = 1e-12
-"""Relative: how far a sum of costs may exceed its budget, for sums such as 0.1 + 0.2 <= 0.3."""
+"""The relative excess of a sum over its budget that counts as rounding, for sums such as 0.1 + 0.2 <= 0.3."""
 
 
 def solve(problem: Problem, gap: float = GAP, time_limit: float = TIME_LIMIT) -> Solution:
-    """The allocation of least summed loss under all budgets, ties, links and fixed choices.
+    """Finds the allocation of least summed loss under all budgets, ties, links and fixed choices.
 
-    Deterministic: one thread, and the order in which layers and choices are written does not matter; of
-    choices that are equal in loss, costs and linked attributes the first by name is taken. Losses and costs
-    may be negative.
+    The result is deterministic: one thread searches, and the order of layers and choices does not matter. Of choices
+    that are equal in loss, costs and linked attributes the first by name is taken. Losses and costs may be negative.
 
     Args:
-        gap: stop when the loss is proven to be within this relative distance of the optimum.
+        problem: the allocation problem.
+        gap: the search stops when the loss is proven to be within this relative distance of the optimum.
         time_limit: seconds, after which the best allocation found so far is returned.
 
     Raises:
@@ -61,19 +62,20 @@ def solve(problem: Problem, gap: float = GAP, time_limit: float = TIME_LIMIT) ->
 
 @dataclass(frozen=True)
 class _Option:
-    """A choice of a unit: of one layer, or of several that are tied."""
+    """A choice of a unit, which is one layer or several that are tied."""
 
     members: dict[str, Choice]
+    """The choice of each layer by its name."""
     loss: float
     costs: tuple[float, ...]
-    """By budget."""
+    """The unit's part of each budget's cost, in the order of the budgets."""
     links: dict[int, str]
-    """The attribute's value by the number of the link."""
+    """The value of the linked attribute, by the index of the link."""
 
 
 @dataclass(frozen=True)
 class _Row:
-    """The sum of `cost` over the chosen options is at most `most`."""
+    """A constraint: the sum of `cost` over the chosen options is at most `most`."""
 
     most: float
     cost: Callable[[_Option], float]
@@ -92,7 +94,7 @@ def _cost_of(budget: int) -> Callable[[_Option], float]:
 def _units(problem: Problem) -> list[list[_Option]]:
     """The options of every unit that ties and fixed choices leave, without dominated ones.
 
-    Sorted by name, so that the order in which a problem is written has no influence.
+    They are sorted by name, so that the order in which a problem is written has no influence.
     """
     parent = {layer.name: layer.name for layer in problem.layers}
 
@@ -145,7 +147,7 @@ def _option(problem: Problem, layers: Sequence[Layer], chosen: dict[str, Choice]
 
 
 def _undominated(options: list[_Option]) -> list[_Option]:
-    """Without the options that are no better than another in any respect; of equal ones the first stays."""
+    """Drops the options that are no better than another in any respect; the first of equal ones stays."""
 
     def dominates(a: int, b: int) -> bool:
         p, q = options[a], options[b]
@@ -164,12 +166,18 @@ def _minimize(
     gap: float,
     deadline: float,
 ) -> _Found | None:
-    """One option per unit, the least summed objective under `rows` and all links; None where there is none.
+    """Finds one option per unit with the least summed objective under `rows` and all links; None if infeasible.
 
-    The solver's tolerances are absolute, and losses span many magnitudes. So every unit's least objective
-    and least cost are taken off, every row is scaled by the slack that is left, and the objective is
-    rescaled until its best value has the magnitude of 1000; options dearer than the best value or than a
-    slack are left out on the way.
+    The solver's tolerances are absolute, and losses span many magnitudes. So every unit's least objective and least
+    cost are subtracted, every row is scaled by the slack that is left, and the objective is rescaled until its best
+    value has the magnitude of 1000. Options dearer than the best value or than a slack are dropped on the way.
+
+    Args:
+        units: the options of each unit.
+        objective: the summand of an option.
+        rows: the budgets.
+        gap: the relative gap to stop at.
+        deadline: the `time.monotonic()` at which the search ends.
     """
     if not units:
         return _Found([], 0.0)
@@ -219,7 +227,7 @@ def _minimize(
 
 
 class _Model:
-    """The scaled binary program: x[u, o] = 1 where unit u takes option o, for the options that are kept."""
+    """The scaled binary program: x[u, o] = 1 where unit u takes option o, over the kept options."""
 
     def __init__(
         self,
@@ -240,8 +248,7 @@ class _Model:
     def _links(
         self, units: list[list[_Option]], columns: list[list[int]]
     ) -> Iterable[tuple[list[int], list[float], float]]:
-        """By link and value: as many choices with that value in every linked unit as in the first of
-        them."""
+        """Equations of the links: every linked unit chooses each value as often as the first linked unit does."""
         numbers = sorted({link for options in units for option in options for link in option.links})
         for link in numbers:
             with_value: list[dict[str, list[int]]] = []
@@ -259,11 +266,15 @@ class _Model:
                     yield [*plus, *minus], [1.0] * len(plus) + [-1.0] * len(minus), 0.0
 
     def run(self, gap: float, deadline: float, start: list[int] | None) -> tuple[list[int], float] | None:
-        """The option of every unit and a lower bound of the objective; None where nothing is feasible.
+        """Solves the program: the option of every unit, and a lower bound of the objective; None if infeasible.
 
-        `start` is an answer to begin with, which is also what is left when the time runs out.
+        Args:
+            gap: the relative gap to stop at.
+            deadline: the `time.monotonic()` at which the search ends.
+            start: an answer to begin with, which is returned if the time runs out before a better one is found.
 
-        UserError: the time ran out before anything was found.
+        Raises:
+            UserError: the time ran out before any answer was found.
         """
         limits = np.ones(len(self.loads))
         lower = None
@@ -337,7 +348,7 @@ class _Model:
 
 
 def _infeasible(problem: Problem, units: list[list[_Option]], rows: list[_Row], time_limit: float) -> InfeasibleError:
-    """The error that says what every budget would have to be."""
+    """The error that says what value every budget would need."""
     least: dict[Budget, float | None] = {}
     clauses = []
 
@@ -358,6 +369,6 @@ def _infeasible(problem: Problem, units: list[list[_Option]], rows: list[_Row], 
 
 
 def _up(value: float) -> str:
-    """Ten digits, unless that would name a smaller number, which would not suffice as a budget."""
+    """Formats a value in ten digits, or in all where ten name a smaller number, which would not suffice as a budget."""
     text = f"{value:.10g}"
     return text if float(text) >= value else repr(value)

@@ -1,8 +1,8 @@
-"""Which layer reads what which other gives: a denoiser contracted to its layers, and the units that score together.
+"""The dependency graph of a denoiser's layers, and the units of layers that are scored together.
 
-A node is a call of a layer, or a call that *combines* what comes from different places: an addition, a concatenation,
-an attention. Everything else (norms, activations, rearrangements, constants) is contracted: its readers read what it
-reads (Qua2SeDiMo, arXiv 2412.14628, section 3.1). Found by structure, so that any model has one.
+A node is a call of a layer, or a call that *combines* values of different origin: an addition, a concatenation, an
+attention. Everything else (norms, activations, rearrangements, constants) is contracted: its readers read what it reads
+(Qua2SeDiMo, arXiv 2412.14628, section 3.1). The graph follows from structure alone, so every model has one.
 """
 
 from __future__ import annotations
@@ -21,67 +21,68 @@ from mpq_compiler.ir.printer import operator_name
 from mpq_compiler.ir.program import Program
 
 HOPS = 3
-"""How far a unit reaches back from its root, and so how many layers of attention its score goes through."""
+"""How many steps a unit reaches back from its root, and thus how many attention layers of the predictor it needs."""
 UNIT_LAYERS = 4
-"""Layers of a unit at most: with 6 formats that is 1296 variants, those of an attention."""
+"""The most layers of a unit, those of an attention; with 6 formats they have 1296 variants."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A layer or a combination."""
+    """A layer's call, or a combination."""
 
     name: str
-    """Of the call."""
+    """The name of the call."""
     path: str | None
-    """Of the layer's weight; None of a combination."""
+    """The path of the layer's weight; None for a combination."""
     operation: str
-    """What the call does in its block: the path of its module there ("attn1.to_q"), or the operator that combines."""
+    """The call's role in its block: the path of its module there ("attn1.to_q"), or the operator that combines."""
     block: str
-    """Path of the block."""
+    """The path of the block."""
     block_type: str
-    """Class of the block's module where several of a kind follow each other; the path of a layer that stands alone."""
+    """The class of a repeated block's module; the path of a layer that stands alone."""
     index: int
-    """Place of the block in the order in which blocks run."""
+    """The place of the block in the order of execution."""
     sources: tuple[int, ...]
-    """Places of the nodes that it reads."""
+    """The places of the nodes that it reads."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A rooted subgraph: layers whose formats are chosen together, by the embedding of the last of them."""
+    """A rooted subgraph: layers whose formats are chosen together, scored by the embedding of the root."""
 
     layers: tuple[int, ...]
-    """Places in the graph, in the order in which they run; the last is the root."""
+    """The places of its layers in the graph, in the order of execution; the last is the root."""
     nodes: tuple[int, ...]
-    """The layers, and the combinations between them."""
+    """The places of the layers and of the combinations between them."""
     hops: int
-    """From the root to the layer that is farthest."""
+    """The number of steps from the root to the farthest layer."""
 
     @property
     def root(self) -> int:
+        """The place of its last layer."""
         return self.layers[-1]
 
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes in the order in which they run."""
+    """The dependency graph: nodes in the order of execution; a place is an index into them."""
 
     nodes: tuple[Node, ...]
 
     @property
     def layers(self) -> list[int]:
-        """Places of the layers."""
+        """The places of the layers."""
         return [place for place, node in enumerate(self.nodes) if node.path is not None]
 
     def kind(self, unit: Unit) -> str:
-        """What kind of unit it is: the type of its block, and what its layers' modules have in common there."""
+        """The kind of a unit: the type of its block, and the common prefix of its layers' operations."""
         root = self.nodes[unit.root]
         parts = zip(*(self.nodes[place].operation.split(".") for place in unit.layers), strict=False)
         common = [part for part, *_ in takewhile(lambda p: len({*p}) == 1, parts)]
         return " ".join(dict.fromkeys([root.block_type, ".".join(common)])).strip()
 
     def within(self, root: int, hops: int) -> set[int]:
-        """Places of the nodes from which the root is reached in so many steps: what its embedding can depend on."""
+        """The places of the nodes from which ``hops`` steps reach the root: its embedding depends on them alone."""
         found = {root}
         for _ in range(hops):
             found |= {source for place in found for source in self.nodes[place].sources}
@@ -89,7 +90,7 @@ class Graph:
 
 
 def of(program: Program, model: torch.nn.Module) -> Graph:
-    """The graph of a program in float, whose blocks are those of the model."""
+    """Builds the dependency graph of a program in float; the model's modules tell the blocks."""
     repeated = blocks.repeated(model)
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
     sources: dict[fx.Node, tuple[int, ...]] = {}
@@ -116,12 +117,17 @@ def of(program: Program, model: torch.nn.Module) -> Graph:
 
 
 def units(graph: Graph, hops: int = HOPS, most: int = UNIT_LAYERS) -> list[Unit]:
-    """A partition of the layers into units, by the order of their roots.
+    """Partitions the layers into units, in the order of their roots.
 
-    A unit goes back from the last layer of a block that is in none yet, through combinations, to other layers of the
+    A unit starts at the last layer that is in none yet, and goes back through combinations to other layers of its
     block: the queries, keys, values and output of an attention, the layers of a feed-forward network, the convolutions
-    and the time of a residual block. It ends where a combination takes along what its other side was made from, as
-    residual additions and skip concatenations do. A weight that several calls read is in the unit of its last call.
+    and the time embedding of a residual block. It ends at combinations one operand of which depends on another, such as
+    residual additions and skip concatenations. A weight that several calls read is in the unit of its last call.
+
+    Args:
+        graph: the dependency graph.
+        hops: the most steps back from the root.
+        most: the most layers of a unit.
     """
     above = _ancestors(graph)
     taken: set[str] = set()
@@ -158,19 +164,19 @@ def units(graph: Graph, hops: int = HOPS, most: int = UNIT_LAYERS) -> list[Unit]
 
 
 def alone(graph: Graph) -> list[Unit]:
-    """Every weight as a unit of its own, without hops: scores of operations rather than of blocks."""
+    """Makes every weight a unit of its own, without hops, to score operations rather than blocks."""
     last = {str(graph.nodes[place].path): place for place in graph.layers}
     return [Unit((place,), (place,), 0) for place in sorted(last.values())]
 
 
 def neighbours(graph: Graph, nodes: Sequence[int]) -> list[list[int]]:
-    """Of each of the ``nodes`` the positions among them of itself and of what it reads: a subgraph, cut out."""
+    """The adjacency lists of a subgraph: for each of ``nodes`` its own position and those of the nodes it reads."""
     position = {place: i for i, place in enumerate(nodes)}
     return [[i, *(position[s] for s in graph.nodes[p].sources if s in position)] for i, p in enumerate(nodes)]
 
 
 def by_path(graph: Graph, choices: Mapping[str, int], nodes: Iterable[int]) -> list[int]:
-    """The choice of each node: that of its weight, 0 of a combination."""
+    """The choice of each node: its weight's, or 0 for a combination."""
     return [choices[path] if (path := graph.nodes[place].path) is not None else 0 for place in nodes]
 
 
@@ -182,5 +188,5 @@ def _ancestors(graph: Graph) -> list[set[int]]:
 
 
 def _closes(node: Node, above: Sequence[set[int]]) -> bool:
-    """Whether one thing that is combined has gone into another."""
+    """Whether one operand of a combination depends on another operand of it."""
     return any(a in above[b] for a in node.sources for b in node.sources)

@@ -1,9 +1,9 @@
-"""A graph neural network that learns from measured configurations what a format does in a place (Qua2SeDiMo).
+"""The score predictor of Qua2SeDiMo: a graph neural network that learns from measured configurations.
 
-The network reads a configuration (a format for every layer) on the dependency graph and predicts how good the output
-is; it is trained so that, besides, the norms of its embeddings rank the configurations, hop by hop. The norm of one
-node's embedding after m layers then scores the unit of layers that it reaches in m steps, alone (arXiv 2412.14628,
-section 3.2; its released code for features, sizes and losses). Torch is all that it needs.
+The network reads a configuration (a format for every layer) on the dependency graph and predicts the quality of the
+output. Its training also makes the norms of its embeddings rank the configurations, hop by hop. The norm of one node's
+embedding after m layers then scores the unit of layers that reaches the node in m steps, by itself (arXiv 2412.14628,
+section 3.2; features, sizes and losses are those of its released code). It needs nothing but torch.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ from torch import Tensor, nn
 from mpq_compiler.allocation.qua2sedimo.graph import Graph, Unit, by_path, neighbours, units
 
 EMBEDDING, WIDE, NODE = 5, 10, 16
-"""Sizes of the embeddings of a node's format, of its place, and of the whole node before any attention."""
+"""The widths of the embeddings of a node's format, of its place, and of the whole node before any attention."""
 HIDDEN = 32
+"""The width of the embeddings after an attention."""
 SLOPE = 0.2
-"""Of the leaky ReLU within the attention."""
+"""The negative slope of the leaky ReLU in the attention."""
 TEMPERATURE = 0.3
-"""Of the sigmoids that count ranks, in standard deviations."""
+"""The temperature of the sigmoids that count ranks, in standard deviations."""
 DIGITS = 6
+"""The significant digits of a score in JSON."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """How the network is trained: AdamW on a cosine, on four fifths of the configurations for each of five folds."""
+    """Hyperparameters of the training: AdamW with a cosine schedule, one predictor for each fold of the data."""
 
     folds: int = 5
     epochs: int = 60
@@ -39,23 +41,23 @@ class Training:
     decay: float = 1e-4
     clip: float = 5.0
     ranks: float = 1.0
-    """Weight of the rank loss beside the squared error of the prediction."""
+    """The weight of the rank loss, relative to the squared error of the prediction."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What is known of the formats a layer can have, beside its place in the graph."""
+    """Features of the formats that a layer can have."""
 
     formats: tuple[str, ...]
     kinds: tuple[int, ...]
-    """The method of each format, from 1 on."""
+    """The method of each format, numbered from 1."""
     bits: tuple[int, ...]
-    """The width of each format, as a place among those there are, from 1 on."""
+    """The width of each format, numbered from 1 in the order of the widths."""
     values: Mapping[str, Tensor]
-    """Of each weight, by its path, f32 [formats, 2]: how many times smaller it gets, and the logarithm of its error."""
+    """The compression ratio and the logarithm of the error in each format, f32 [formats, 2], by a weight's path."""
 
     def table(self, graph: Graph) -> Tensor:
-        """f32 [nodes, 1 + formats, 2], standardized over the layers; zeros where there is no format."""
+        """The features of all nodes, f32 [nodes, 1 + formats, 2], standardized over layers; zeros without a format."""
         known = torch.stack([*self.values.values()]).flatten(0, 1)
         mean, spread = known.mean(0), known.std(0).clamp_min(1e-6)
         found = torch.zeros(len(graph.nodes), 1 + len(self.formats), 2)
@@ -65,7 +67,7 @@ class Features:
 
 
 class GraphAttention(nn.Module):
-    """GATv2 (Brody et al., arXiv 2105.14491): of one head, over a node and what it reads.
+    """GATv2 (Brody et al., arXiv 2105.14491) with one head, over a node and the nodes that it reads.
 
     ``y_i = sum_j softmax_j(a . leaky_relu(L x_j + R x_i)) L x_j + b``
     """
@@ -77,14 +79,20 @@ class GraphAttention(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor, index: Tensor, mask: Tensor) -> Tensor:
-        """x [B, N, C]; index and mask [N, D]: the places that each node reads, itself among them, and which count."""
+        """Attends from every node to the nodes that it reads: x [B, N, C] to [B, N, outputs].
+
+        Args:
+            x: the embeddings.
+            index: i64 [N, D], the nodes that each node reads, itself among them.
+            mask: bool [N, D], false for padding.
+        """
         left = self.left(x).index_select(1, index.flatten()).unflatten(1, index.shape)
         score = nn.functional.leaky_relu(left + self.right(x)[:, :, None], SLOPE) @ self.score
         return (torch.softmax(score.masked_fill(~mask, -torch.inf), -1)[..., None] * left).sum(2) + self.bias
 
 
 class _Norm(nn.BatchNorm1d):
-    """Over batch and nodes of [B, N, C]."""
+    """Batch norm over batch and nodes of [B, N, C]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(0, 1)).view_as(x)
@@ -119,10 +127,13 @@ class Predictor(nn.Module):
         self.head = nn.Sequential(nn.Linear(sizes[-1], HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1))
 
     def forward(self, choices: Tensor, nodes: Tensor, index: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The prediction [B], and the L1 norms of the nodes' embeddings [B, N] after 0, 1, ... hops.
+        """Predicts the quality [B], and returns the L1 norms of the embeddings [B, N] after 0, 1, ... hops, too.
 
-        choices: i64 [B, N], the format of each node from 1 on, 0 where it has none. nodes: i64 [N], their places in the
-        graph. index, mask: [N, D], as `GraphAttention` takes them.
+        Args:
+            choices: i64 [B, N], the format of each node, from 1 on; 0 where it has none.
+            nodes: i64 [N], the places of the nodes in the graph.
+            index: [N, D], as `GraphAttention` takes it.
+            mask: [N, D], as `GraphAttention` takes it.
         """
         method, bits = self.codes[choices].unbind(-1)
         reduction, error = self.values[nodes, choices].split(1, -1)
@@ -141,40 +152,43 @@ class Predictor(nn.Module):
 
 
 def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Lists of different lengths as an index i64 [N, D] and a mask [N, D]."""
+    """Pads N lists to a common length D: an index i64 [N, D] and a mask bool [N, D]."""
     most = max(map(len, rows))
     index = torch.tensor([[*row, *(most - len(row)) * [0]] for row in rows])
     return index, torch.arange(most) < torch.tensor([len(row) for row in rows])[:, None]
 
 
 def soft_ranks(values: Tensor) -> Tensor:
-    """How many of the values [B] are smaller than each, counted by sigmoids of their standardized differences."""
+    """Differentiable ranks of values [B]: sigmoids of standardized differences count the smaller values."""
     standard = (values - values.mean()) / values.std().clamp_min(1e-6)
     return torch.sigmoid((standard[:, None] - standard) / TEMPERATURE).sum(1)
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's correlation of a and b [N]."""
     a, b = a - a.mean(), b - b.mean()
     return (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-8)
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
-    """The rank correlation of values that all differ."""
+    """Spearman's rank correlation of a and b [N], without care for ties."""
     return float(correlation(*(x.argsort().argsort().double() for x in (a, b))))
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What one fold's predictor says."""
+    """The scores by one fold's predictor."""
 
     prediction: float
-    """Spearman correlation of prediction and truth on the configurations that it was not trained on."""
+    """Spearman's correlation of prediction and truth on the configurations held out from its training."""
     hops: tuple[float, ...]
-    """The same of the pooled norms of each hop: how much the scores of units of so many hops count."""
+    """Spearman's correlation of each hop's pooled norms with the truth; it weights scores of units of that reach."""
     variants: tuple[tuple[float, ...], ...]
-    """Of each unit, the score of each of its variants, in the order of `variants_of`."""
+    """The score of each variant of each unit, in the order of `variants_of`."""
 
     def to_json(self) -> list[Any]:
+        """The scores as plain lists, in `DIGITS` digits."""
+
         def plain(values: Sequence[float]) -> list[float]:
             return [float(f"{value:.{DIGITS}g}") for value in values]
 
@@ -182,6 +196,7 @@ class Scored:
 
     @staticmethod
     def from_json(value: Sequence[Any]) -> Scored:
+        """The scores that `to_json` wrote."""
         return Scored(value[0], tuple(value[1]), tuple(map(tuple, value[2])))
 
 
@@ -189,14 +204,13 @@ class Scored:
 class Learner:
     """Trains predictors on labelled configurations, and scores units with them.
 
-    Configurations are given as the formats of the weights by their paths, from 1 on; labels are larger where the output
-    is better.
+    A configuration maps the path of each weight to its format, numbered from 1. A larger label is a better output.
     """
 
     graph: Graph
     features: Features
     units: list[Unit]
-    """Those that are scored."""
+    """The units to score."""
     training: Training = field(default_factory=Training)
     seed: int = 0
 
@@ -210,17 +224,17 @@ class Learner:
         self.edges = padded(neighbours(self.graph, range(len(self.graph.nodes))))
 
     def encoded(self, configurations: Sequence[Mapping[str, int]]) -> Tensor:
-        """i64 [configurations, nodes]"""
+        """Encodes configurations as the choice of every node, i64 [configurations, nodes]."""
         return torch.tensor([by_path(self.graph, c, range(len(self.graph.nodes))) for c in configurations])
 
     def predictors(self) -> list[Predictor]:
-        """One for each fold, with initial weights that depend on the seed alone."""
+        """Makes an untrained predictor for each fold; its weights depend on the seed alone."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             return [Predictor(self.graph, self.features, self.hops) for _ in range(self.training.folds)]
 
     def split(self, fold: int, count: int) -> tuple[Tensor, Tensor]:
-        """The configurations of a fold: those to train on, and those to judge by."""
+        """Splits configurations for a fold: the indices to train on, and those to judge by."""
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
         held = torch.arange(count) % self.training.folds == fold
         return order[~held], order[held]
@@ -228,7 +242,15 @@ class Learner:
     def fit(
         self, predictor: Predictor, fold: int, choices: Tensor, labels: Tensor, advance: Callable[..., None]
     ) -> None:
-        """Trains on the part of a fold; ``advance(1)`` after every epoch."""
+        """Trains a predictor on a fold's training part.
+
+        Args:
+            predictor: is trained in place.
+            fold: the index of the fold.
+            choices: all configurations (`encoded`).
+            labels: of all configurations, [configurations].
+            advance: is called with 1 after every epoch.
+        """
         how, (rows, _) = self.training, self.split(fold, len(labels))
         generator = torch.Generator().manual_seed(self.seed + 1 + fold)
         wanted = (labels - labels[rows].mean()) / labels[rows].std().clamp_min(1e-6)
@@ -254,7 +276,14 @@ class Learner:
 
     @torch.no_grad()
     def scored(self, predictor: Predictor, fold: int, choices: Tensor, labels: Tensor) -> Scored:
-        """The scores of all variants of the units, standardized over the norms in the training's configurations."""
+        """Scores all variants of the units, standardized by the norms over the training's configurations.
+
+        Args:
+            predictor: trained on the fold.
+            fold: the index of the fold.
+            choices: all configurations (`encoded`).
+            labels: of all configurations, [configurations].
+        """
         seen, held = self.split(fold, len(labels))
         prediction, judged = predictor(choices[held], self.everything, *self.edges)
         moments = self.moments(predictor, choices[seen])
@@ -271,14 +300,14 @@ class Learner:
 
     @torch.no_grad()
     def moments(self, predictor: Predictor, choices: Tensor) -> dict[int, tuple[float, float]]:
-        """Mean and standard deviation of the norms that are pooled, by hop, over configurations."""
+        """The mean and standard deviation of the pooled norms over configurations, by hop."""
         norms = predictor(choices, self.everything, *self.edges)[1]
         pooled = {hop: norms[hop][:, pool] for hop, pool in self.pools.items()}
         return {hop: (float(v.mean()), max(float(v.std()), 1e-6)) for hop, v in pooled.items()}
 
     @torch.no_grad()
     def norms(self, predictor: Predictor, unit: Unit) -> Tensor:
-        """The norm of the root's embedding after the unit's hops, of each variant [V]; the unit is cut out."""
+        """The norm of the root's embedding after the unit's hops for each variant [V], on the unit's subgraph alone."""
         index, mask = padded(neighbours(self.graph, unit.nodes))
         paths = self.paths(unit)
         variants = torch.tensor(
@@ -291,10 +320,10 @@ class Learner:
         return norms[unit.hops][:, unit.nodes.index(unit.root)]
 
     def paths(self, unit: Unit) -> list[str]:
-        """The weights of a unit, in the order of its variants."""
+        """The paths of a unit's weights, in the order of its variants."""
         return [str(self.graph.nodes[place].path) for place in unit.layers]
 
 
 def variants_of(formats: int, layers: int) -> list[tuple[int, ...]]:
-    """All ways to give formats to the layers of a unit, in order."""
+    """All assignments of formats to the layers of a unit, in lexicographic order."""
     return list(product(range(formats), repeat=layers))

@@ -1,4 +1,4 @@
-"""Random configurations of a denoiser, a format for every weight, and how much noise each makes at the output."""
+"""Random configurations of a denoiser (a format for every weight), and the noise of each at the output."""
 
 from __future__ import annotations
 
@@ -26,10 +26,16 @@ Configuration = Mapping[str, str]
 
 
 def drawn(paths: Sequence[str], names: Sequence[str], count: int, seed: int) -> list[Configuration]:
-    """Configurations whose average bits are spread evenly (Qua2SeDiMo, arXiv 2412.14628, section 3.1).
+    """Draws configurations whose average bits spread evenly (Qua2SeDiMo, arXiv 2412.14628, section 3.1).
 
-    Of each the shares of the widths are drawn uniformly, of each weight the width by these shares, and its format
-    uniformly among those of the width.
+    A configuration draws the shares of the widths uniformly from the simplex. Each weight then draws its width by these
+    shares, and its format uniformly among those of the width.
+
+    Args:
+        paths: the weights.
+        names: the formats.
+        count: the number of configurations.
+        seed: decides them.
     """
     generator = torch.Generator().manual_seed(seed)
     of_width: dict[int, list[str]] = {}
@@ -47,7 +53,7 @@ def drawn(paths: Sequence[str], names: Sequence[str], count: int, seed: int) -> 
 
 
 def method(name: str) -> str:
-    """A format's name without its width: "km" of "km4", "kmt" of "km4t"."""
+    """A format's name without its width: "km4" becomes "km", "km4t" becomes "kmt"."""
     return re.sub(r"\d+", "", name, count=1)
 
 
@@ -72,7 +78,7 @@ class Fits:
             self.fits = dict(zip(wanted, session.map(fit, wanted), strict=True))
 
     def values(self, path: str, name: str) -> dict[str, Tensor]:
-        """What the graph reads in place of the weight and of the biases of its calls, by store name."""
+        """The quantized weight and the corrected biases of its calls, by the store names that they replace."""
         fit = self.fits[path, name]
         found: dict[str, Tensor] = {}
         for call in self.calls[path]:
@@ -84,14 +90,14 @@ class Fits:
         return found
 
     def error(self, path: str, name: str) -> float:
-        """Of the output of the weight's first call, relative to its power, over the calibration's rows."""
+        """The output error of the weight's first call over the calibration's rows, relative to the output's power."""
         call = self.calls[path][0]
         rows, gram = rows_of(self.program, str(weight_of(call))), moments(self.program, call)
         error, power = (output_error(x, gram).sum() for x in (self.fits[path, name].dequantize() - rows, rows))
         return float(error.clamp_min(0) / power.clamp_min(1e-30))
 
     def noise(self, configuration: Configuration, inputs: dict[str, Tensor], reference: Tensor) -> float:
-        """The relative noise power of the program's output with all weights as the configuration has them."""
+        """The relative noise power of the program's output with all weights in the configuration's formats."""
         values: dict[str, Tensor] = {}
         for path, name in configuration.items():
             values |= self.values(path, name)
@@ -109,6 +115,6 @@ class _With(Interpreter):
 
 @torch.no_grad()
 def run_with(program: Program, values: Mapping[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
-    """The output of the program for the inputs, with other tensors in place of some of the store's."""
+    """Runs the program on the inputs with some stored tensors replaced by ``values``; returns its output."""
     interpreter = _With(program, values)
     return torch.cat([interpreter.run(batch) for batch in batches(inputs)])
