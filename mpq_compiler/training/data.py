@@ -1,4 +1,4 @@
-"""Inputs and targets to train on: the float model's trajectories."""
+"""Training data: inputs and outputs of the float model along its sampling trajectories."""
 
 from __future__ import annotations
 
@@ -22,39 +22,44 @@ from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support.execution import batches
 
 BATCH = 32
+"""The number of calls in a step of training."""
 
 MACS = 2.4e10
-"""Multiply-accumulates of layers that two cores get through in a second of training, the gradients' included."""
+"""Multiply-accumulates of layers per second of training on two cores, those of the gradients included."""
 
 HELD_OUT = 8
-"""Trajectories to judge by, beside those that are trained on; of given calls one in so many."""
+"""The number of held-out trajectories; of given calls one in so many is held out."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """The float model's calls: inputs [N, ...] by name, and its outputs for them [N, C, H, W]."""
+    """Calls of the float model, to train on or to judge by."""
 
     inputs: dict[str, Tensor]
+    """The inputs [N, ...] by name."""
     targets: Tensor
+    """The float model's outputs [N, C, H, W]."""
     teacher: Program | None = None
-    """What makes other targets than those, where they are too many to keep."""
+    """The program that computes other targets as they are needed, where they are too many to keep."""
     weights: Tensor | None = None
-    """f32 [N]: how much the error of a call counts; None: all alike."""
+    """How much the error of each call counts, f32 [N]; None counts all alike."""
     stride: int | None = None
-    """Calls from one step of a trajectory to the next; None where the order is not known."""
+    """The distance in calls from one step of a trajectory to the next; None where the order is not known."""
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def select(self, index: Tensor) -> Data:
+        """The calls at these indices."""
         weights = None if self.weights is None else self.weights[index]
         inputs = {name: x[index] for name, x in self.inputs.items()}
         return replace(self, inputs=inputs, targets=self.targets[index], weights=weights, stride=None)
 
     def before(self, index: Tensor, steps: int) -> list[dict[str, Tensor]]:
-        """Inputs of so many calls before those of ``index`` in their trajectories; nothing where these are not known.
+        """The inputs of the ``steps`` calls before those of ``index`` in their trajectories, the nearest first.
 
-        Before the first call stands that call itself.
+        The first call of a trajectory stands in for the calls before it. The list is empty where the order of the calls
+        is not known.
         """
         found: list[dict[str, Tensor]] = []
         while self.stride is not None and len(found) < steps:
@@ -63,36 +68,44 @@ class Data:
         return found
 
     def weighted(self, gains: Sequence[tuple[float, float]]) -> Data:
-        """The calls, whose errors count by gains at ascending timesteps (`time_weights.by_gains`), 1 on average."""
+        """Weights the calls' errors by gains at ascending timesteps (`time_weights.by_gains`), 1 on average."""
         weights = by_gains(self.inputs["timestep"], gains)
         return replace(self, weights=(weights / weights.mean()).float())
 
     def parts_of_key(self) -> tuple[dict[str, Tensor], ...]:
-        """All that a training on the calls depends on."""
+        """The parts of the calls that the outcome of training depends on, for a cache key."""
         return self.inputs, {"targets": self.targets}, {} if self.weights is None else {"weights": self.weights}
 
     def squared(self, values: Tensor) -> Tensor:
-        """The squares of values [N, ...] of the calls, a sum over each call that counts by its weight, f32 [N]."""
+        """Sums the squares of values [N, ...] over each call and applies its weight, f32 [N]."""
         sums = values.square().flatten(1).sum(1)
         return sums if self.weights is None else sums * self.weights
 
     def judged_by(self, teacher: Program, session: Session | None = None) -> Data:
-        """The calls with a float program's outputs as targets: now, or as they are asked for."""
+        """Takes a float program's outputs as targets, computed at once with a session, else as they are needed."""
         if session is None:
             return replace(self, teacher=teacher)
         outputs = session.map(lambda piece: run(teacher, piece.inputs), self.parts())
         return replace(self, targets=torch.cat(outputs))
 
     def wanted(self) -> Tensor:
+        """The targets, computed by the teacher where there is one."""
         return self.targets if self.teacher is None else run(self.teacher, self.inputs)
 
     def parts(self) -> Iterator[Data]:
+        """Splits the calls into parts of `PART`, in order."""
         for start in range(0, len(self), PART):
             yield self.select(torch.arange(start, min(start + PART, len(self))))
 
 
 def calls(session: Session, samples: int, steps: int) -> tuple[Data, Data]:
-    """Calls of the float model to train on, and others to judge by: of its sampling, or of the inputs given."""
+    """Records calls of the float model to train on, and others to judge by.
+
+    Args:
+        session: has the denoiser; with recorded inputs, their calls are split instead of sampling any.
+        samples: the number of trajectories to train on.
+        steps: of a trajectory.
+    """
     denoiser = session.denoiser
     assert denoiser is not None
     given = session.calibration
@@ -120,15 +133,15 @@ def calls(session: Session, samples: int, steps: int) -> tuple[Data, Data]:
 
 
 def affordable(program: Program, minutes: float) -> int:
-    """Steps of training in the minutes given, reckoned from the size of the model alone."""
+    """The number of training steps that fit in ``minutes``, estimated from the size of the model alone."""
     macs = sum(costs.macs(program.facts["planned"]).values())
     return int(minutes * 60 * MACS / (3 * BATCH * max(macs, 1)))
 
 
 def block_updates(program: Program, found: Sequence[Block], updates: int) -> int:
-    """Steps of training of each block in the time of so many of the whole program.
+    """The number of training steps of each block that take as long as ``updates`` steps of the whole program.
 
-    A step of a block runs what leads up to it forward, in the float program too, and the block itself backward.
+    A step of a block runs everything before it forward, in the float program too, and the block itself backward.
     """
     planned: Program = program.facts["planned"]
     macs = costs.macs(planned)
@@ -142,5 +155,5 @@ def block_updates(program: Program, found: Sequence[Block], updates: int) -> int
 
 
 def trajectories(updates: int, epochs: int, steps: int) -> int:
-    """How many of so many steps give the updates calls that come back so often at most."""
+    """The number of trajectories of ``steps`` steps with which ``updates`` see each call ``epochs`` times at most."""
     return -(-updates * BATCH // (epochs * steps))

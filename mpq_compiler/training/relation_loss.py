@@ -1,11 +1,12 @@
-"""Relations between pixels of features, across time: what quantization should keep beside the features themselves.
+"""The temporal relation loss: similarities between pixels of features, which quantization should preserve.
 
-Memory-based temporal relation distillation (MPQ-DMv2, arXiv 2507.04290, after CIRKD, arXiv 2204.06986, section 3.3): a
-queue holds the teacher's pixels of earlier steps, by time group; a pixel's similarities to them, as a distribution,
-should be the same for teacher and student. Its predecessor (MPQ-DM, arXiv 2412.11549, section 3.3) compares a pixel to
-those of its own image, features being a mean over a window of steps. MPQ-DM's own code detaches the student, which
-leaves no gradient, and its temperature of 1 makes the distributions nearly uniform: here the student is live (of a
-window in the last step) and the temperature 0.1.
+In memory-based temporal relation distillation (MPQ-DMv2, arXiv 2507.04290, after CIRKD, arXiv 2204.06986, section 3.3)
+a queue holds the teacher's pixels of earlier steps, by time group. A pixel's similarities to them, as a distribution,
+should be the same for teacher and student. The predecessor (MPQ-DM, arXiv 2412.11549, section 3.3) compares a pixel to
+the pixels of its own image, in features averaged over a window of steps.
+
+MPQ-DM's own code detaches the student, which leaves no gradient, and its temperature of 1 makes the distributions
+nearly uniform. Here gradients reach the student (of a window, in the last step), and the temperature is 0.1.
 """
 
 from __future__ import annotations
@@ -22,44 +23,46 @@ from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import Program
 
 ENTRIES = 20_000
-"""Pixels in the queue, of all time groups together."""
+"""The number of pixels in the queue, over all time groups."""
 CONTRASTED = 4096
-"""Of them drawn for a step, of every group alike."""
+"""The number of pixels drawn from the queue for a step, equally many from every group."""
 ANCHORS = 1024
-"""Pixels of a batch whose relations are compared."""
+"""The number of pixels of a batch whose relations are compared."""
 PUSHED = 16
-"""Pixels of an image that enter the queue."""
+"""The number of pixels of an image that enter the queue."""
 TEMPERATURE = 0.1
+"""The temperature of the softmax over similarities."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """The loss beside the output's: ``weight`` times that of the features at ``node``."""
+    """A term of the training loss: ``weight`` times the relation loss of the features at ``node``."""
 
     node: str
     weight: float
     window: int = 0
-    """Steps whose mean features relate to themselves; 0: features of a step relate to the queue."""
+    """The number of steps whose mean features are compared within an image; 0 compares features to the queue."""
 
 
 @dataclass
 class Memory:
-    """Rings of unit vectors by time group; mutable, and deterministic."""
+    """The queue: a ring of unit vectors for each time group. Mutable, and deterministic."""
 
     entries: Tensor
-    """f32 [G, M, C]"""
+    """The rings, f32 [G, M, C]."""
     filled: Tensor
-    """i64 [G]: how many of the M are there."""
+    """The number of entries in each ring, i64 [G]."""
     place: Tensor
-    """i64 [G]: where the next goes."""
+    """The place of the next entry in each ring, i64 [G]."""
 
     @classmethod
     def empty(cls, groups: int, channels: int) -> Memory:
+        """An empty queue for G groups of pixels of C channels."""
         rings = torch.zeros(groups, max(1, ENTRIES // groups), channels)
         return cls(rings, torch.zeros(groups, dtype=torch.long), torch.zeros(groups, dtype=torch.long))
 
     def push(self, pixels: Tensor, group: int) -> None:
-        """Adds pixels [N, C] of a time group, the oldest going first."""
+        """Adds pixels [N, C] of a time group; the oldest are evicted first."""
         size = self.entries.shape[1]
         kept = F.normalize(pixels.detach(), dim=1)[-size:]
         at = (self.place[group] + torch.arange(len(kept))) % size
@@ -68,7 +71,7 @@ class Memory:
         self.filled[group] = min(size, int(self.filled[group]) + len(kept))
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """Entries [K, C], as many of every group that has any; none where the queue is empty."""
+        """Draws entries [K, C], equally many from every group that has any; K is 0 where the queue is empty."""
         there = [g for g in range(len(self.filled)) if self.filled[g]]
         share = CONTRASTED // max(1, len(there))
         drawn = [
@@ -80,18 +83,24 @@ class Memory:
 
 @dataclass
 class Relations:
-    """The loss of one training: what it compares in a step, and the queue that it keeps."""
+    """The relation loss of one training run, with its queue."""
 
     term: Term
     teacher: Program
-    """The float program, its output the features."""
+    """The float program, cut so that its output is the features."""
     memory: Memory
     places: int
-    """Pixels of an image."""
+    """The number of pixels of an image."""
 
     @classmethod
     def start(cls, term: Term, program: Program, inputs: Mapping[str, Tensor]) -> Relations:
-        """program: fake-quantized. inputs: of any call."""
+        """Starts with an empty queue.
+
+        Args:
+            term: the term of the loss.
+            program: the fake-quantized program.
+            inputs: of any call, to learn the features' shape.
+        """
         teacher = cut(program.facts["planned"], term.node)
         features = run(teacher, {name: value[:1] for name, value in inputs.items()})
         groups = len(program.facts["time-groups"]) + 1
@@ -99,7 +108,13 @@ class Relations:
         return cls(term, teacher, memory, features[0].numel() // features.shape[-1])
 
     def step(self, images: int, generator: torch.Generator, before: Sequence[Mapping[str, Tensor]] = ()) -> Step:
-        """What a step with so many images compares; ``before``: inputs of the steps before, of a window."""
+        """Draws what one step compares.
+
+        Args:
+            images: the number of images in the batch.
+            generator: source of the randomness.
+            before: the inputs of the steps before, for a window.
+        """
         count = min(self.places, max(1, ANCHORS // images))
         at = torch.stack([torch.randperm(self.places, generator=generator)[:count] for _ in range(images)])
         return Step(self, self.memory.draw(generator), at, before)
@@ -107,13 +122,15 @@ class Relations:
 
 @dataclass
 class Step:
-    """Entries of the queue [K, C], and positions of pixels [B, N]: drawn once for all parts of a batch."""
+    """The comparisons of one step, drawn once for all parts of a batch."""
 
     relations: Relations
     contrasted: Tensor
+    """Entries of the queue, [K, C]."""
     at: Tensor
+    """The positions of N pixels of each image, [B, N]."""
     before: Sequence[Mapping[str, Tensor]] = ()
-    """Of a window: the inputs of the steps before."""
+    """The inputs of the steps before, for a window."""
 
     def loss(
         self,
@@ -122,9 +139,16 @@ class Step:
         rows: slice,
         student: Callable[[dict[str, Tensor]], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """(the weighted loss of the images in ``rows`` of the batch, teacher's pixels of theirs for the queue).
+        """Computes the weighted loss of a part of the batch.
 
-        student: its features for other inputs, of which a window holds the mean; gradients reach ``features`` alone.
+        Args:
+            features: the student's, [B, ..., C]; gradients reach them alone.
+            inputs: of the part.
+            rows: the part's images in the batch.
+            student: computes its features for other inputs, over which a window averages.
+
+        Returns:
+            The loss, and the teacher's pixels of these images for the queue.
         """
         at = self.at[rows]
         whole = run(self.relations.teacher, inputs)
@@ -139,15 +163,18 @@ class Step:
         return self.relations.term.weight * found, theirs[:, :PUSHED]
 
     def push(self, pixels: Tensor, groups: Tensor) -> None:
-        """Adds pixels [B, N, C] of calls of these time groups [B] to the queue."""
+        """Adds pixels [B, N, C] of calls in these time groups [B] to the queue."""
         for image, group in zip(pixels, groups.tolist(), strict=True):
             self.relations.memory.push(image, group)
 
 
 def loss(student: Tensor, teacher: Tensor, contrasted: Tensor) -> Tensor:
-    """KL divergence of the student's similarities to ``contrasted`` [K, C] from the teacher's, a mean over pixels.
+    """The KL divergence of the student's similarities from the teacher's, a mean over pixels; zero where K is 0.
 
-    student, teacher: features [N, C] of the same pixels; their norms do not matter. Zero where K is 0.
+    Args:
+        student: features of N pixels [N, C]; their norms do not matter.
+        teacher: features of the same pixels [N, C].
+        contrasted: the unit vectors to which similarities are taken, [K, C].
     """
     if not len(contrasted):
         return student.sum() * 0
@@ -155,9 +182,12 @@ def loss(student: Tensor, teacher: Tensor, contrasted: Tensor) -> Tensor:
 
 
 def own_loss(student: Tensor, teacher: Tensor, at: Tensor) -> Tensor:
-    """The same of the similarities of the pixels at positions [B, N] to all pixels of their own image.
+    """The KL divergence between similarities of pixels to all pixels of their own image, a mean over pixels.
 
-    student, teacher: features [B, ..., C]
+    Args:
+        student: features [B, ..., C].
+        teacher: features [B, ..., C].
+        at: the positions of the pixels [B, N].
     """
     found = []
     for features in (student, teacher):
@@ -167,12 +197,12 @@ def own_loss(student: Tensor, teacher: Tensor, at: Tensor) -> Tensor:
 
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL divergence between softmaxes of similarities [N, K], a mean over rows."""
+    """The KL divergence between softmaxes of similarities [N, K], a mean over rows."""
     ours, theirs = (F.log_softmax(x / TEMPERATURE, 1) for x in (student, teacher))
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def pick(features: Tensor, at: Tensor) -> Tensor:
-    """The pixels [B, N, C] of features [B, ..., C] at positions [B, N]."""
+    """Picks the pixels [B, N, C] of features [B, ..., C] at positions [B, N]."""
     flat = features.reshape(len(features), -1, features.shape[-1])
     return flat.gather(1, at[..., None].expand(-1, -1, flat.shape[-1]))

@@ -1,4 +1,4 @@
-"""The state of a training run, kept on disk so that another process can go on with it."""
+"""The state of a training run, saved to disk so that another process can resume it."""
 
 from __future__ import annotations
 
@@ -27,55 +27,71 @@ RATES: Mapping[Kind, float] = {
     Kind.ZERO: 1.5e-3,
     Kind.FLOAT: 7.5e-4,
 }
-"""Learning rates at the start, in units of theta (`student`); they fall to zero along a cosine."""
+"""The initial learning rates, in units of theta (`student`); they fall to zero along a cosine."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What is trained, and for how many steps."""
+    """A stage of training: which variables are trained, how, and for how many steps."""
 
     name: str
     latent: bool
-    """Latent weights too, and with them the codes; else those are frozen."""
+    """Whether latent weights are trained, and with them the codes; else the codes are frozen."""
     steps: int
     rates: Mapping[Kind, float] = field(default_factory=lambda: dict(RATES))
-    """Of learning, by kind of variable."""
+    """The learning rate of each kind of variable."""
     block: Block | None = None
-    """The one block that is trained, against its own output in the float program; else all of the program."""
+    """The one block that is trained, against its output in the float program; None trains the whole program."""
     relation: Term | None = None
-    """A loss of features beside that of the output (`relation`)."""
+    """A term of the loss on features, beside the loss on the output (`relation_loss`)."""
     adapters: int = 0
-    """The rank of what moves latent weights (`variables.Adapted`); 0: each moves by itself."""
+    """The rank of the adapters that move latent weights (`variables.Adapted`); 0 moves each weight by itself."""
     range_network: bool = False
-    """Networks make the scales of activations (`variables.Timed`); else each moves by itself."""
+    """Whether networks produce the scales of activations (`variables.Timed`); else each moves by itself."""
 
 
 @dataclass
 class State:
-    """Where training is: thetas, the moments of Adam, and the best thetas so far."""
+    """The state of a stage: thetas, the moments of Adam, and the best thetas so far."""
 
     thetas: dict[str, Tensor]
     first: dict[str, Tensor]
+    """Adam's first moments."""
     second: dict[str, Tensor]
+    """Adam's second moments."""
     best: dict[str, Tensor]
+    """The thetas of least held-out error so far."""
     memory: dict[str, Tensor] = field(default_factory=dict)
     """The parts of a `relation_loss.Memory`, where there is one."""
     step: int = 0
     usual: float = 0.0
     """A running mean of the gradient's norm."""
     before: float = math.inf
+    """The held-out error at the start."""
     least: float = math.inf
+    """The held-out error of `best`."""
     best_step: int = 0
     diverged: int | None = None
+    """The step at which training gave up; None where it did not."""
 
     @classmethod
     def start(cls, trained: Mapping[str, Variable]) -> State:
+        """The state before the first step."""
         zeros = {name: variable.zeros() for name, variable in trained.items()}
         return cls(dict(zeros), dict(zeros), dict(zeros), zeros)
 
 
 def key(program: Program, trained: Mapping[str, Variable], stage: Stage, data: Data, held_out: Data, seed: int) -> str:
-    """Everything that the outcome of a stage depends on."""
+    """The cache key of a stage: a digest of everything that its outcome depends on.
+
+    Args:
+        program: the program to train.
+        trained: its variables by store name.
+        stage: the stage.
+        data: the calls to train on.
+        held_out: the calls to judge by.
+        seed: of the run.
+    """
     import platform
 
     read = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
@@ -97,7 +113,7 @@ def key(program: Program, trained: Mapping[str, Variable], stage: Stage, data: D
 
 
 class Kept:
-    """The state of one stage in the cache."""
+    """The saved state of one stage, a file of the cache."""
 
     PARTS = ("thetas", "first", "second", "best", "memory")
     FACTS = ("step", "usual", "before", "least", "best_step", "diverged")
@@ -106,6 +122,7 @@ class Kept:
         self.path = cache.folder(session.cache) / "training" / f"{key}.safetensors"
 
     def load(self) -> State | None:
+        """The saved state; None where there is none that can be read."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -121,6 +138,7 @@ class Kept:
         return State(*parts, **facts)
 
     def save(self, state: State) -> None:
+        """Writes the state, whole or not at all."""
         from safetensors.torch import save
 
         tensors = {f"{part}/{name}": t for part in self.PARTS for name, t in getattr(state, part).items()}

@@ -1,10 +1,10 @@
-"""The fake-quantized program with variables in the place of stored tensors: what training changes.
+"""The student: the fake-quantized program with trainable variables in place of stored tensors.
 
-Every variable is a function of a tensor ``theta``, zero at the start and without a unit, so that one learning rate
-serves all variables of a kind whatever their size: scales are multiplied by ``exp(theta)``, floats move by ``theta``
-times their root mean square, latent weights by ``theta`` steps of their table. What the program reads is projected to
-the stored type in every step, with straight-through gradients: the program that is trained is the one that is stored.
-Adapters of low rank may move latent weights, and networks make the scales of time groups; neither is stored.
+Every variable is a function of a tensor ``theta`` that is zero at the start and has no unit, so that one learning rate
+serves all variables of a kind whatever their size. Scales are multiplied by ``exp(theta)``, floats move by ``theta``
+times their root mean square, latent weights by ``theta`` steps of their table. Every step projects the variables to
+their stored type, with straight-through gradients, so that the trained program is the stored one. Low-rank adapters may
+move latent weights, and networks may produce the scales of time groups; neither is stored.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from mpq_compiler.training.variables import EDGE, WIDTHS, Adapted, Kind, Settled
 
 
 class _Levels(torch.autograd.Function):
-    """Rows [O, K] moved to their nearest levels.
+    """Quantizes rows [O, K] to their nearest levels, with straight-through gradients.
 
-    Gradients (Esser 2020, arXiv 1902.08153, eq. 2-3, for any table), with t = (w - offset) / scale: a weight's passes
-    straight through up to half a step beyond the table's ends; a scale's is ``entry - t`` between them and ``entry``
-    beyond; an offset's is what does not reach the weights.
+    The gradients are those of Esser 2020 (arXiv 1902.08153, eq. 2-3), for any table. With t = (w - offset) / scale, a
+    weight's gradient passes straight through up to half a step beyond the table's ends. A scale's is ``entry - t``
+    within these limits and ``entry`` beyond. An offset receives the gradient that does not reach the weights.
     """
 
     @staticmethod
@@ -72,9 +72,9 @@ class _Levels(torch.autograd.Function):
 
 
 class _Rounded(torch.autograd.Function):
-    """``s * round(clamp(x / s, -z, most - z))`` with the gradients of `ops.fake_quantize`, in one step.
+    """Fake-quantizes x in one step, ``s * round(clamp(x / s, -z, most - z))``, with gradients as `ops.fake_quantize`.
 
-    s and z broadcast over x; gradients to x, s and z (Esser 2020, eq. 2-3; a zero point moves what is clamped).
+    s and z broadcast over x; all three get gradients (Esser 2020, eq. 2-3; a zero point moves what is clamped).
     """
 
     @staticmethod
@@ -97,10 +97,10 @@ class _Rounded(torch.autograd.Function):
 
 
 class Student(Interpreter):
-    """Runs the program with other values of what is stored; differentiable in them."""
+    """Runs the program with other values in place of stored tensors; differentiable in these values."""
 
     def __init__(self, program: Program, values: Mapping[str, Tensor]) -> None:
-        """values: those of `values`."""
+        """Prepares a run with values as the function `values` makes them."""
         super().__init__(program)
         self.values = values
         totals = [w.node for w in settled(program) if w.signs is not None and w.node.name in values]
@@ -123,9 +123,15 @@ class Student(Interpreter):
 
 
 def values(program: Program, variables: Mapping[str, Variable], thetas: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """f32 values of the variables by the names of the stored tensors, and of the weights they make by that of the node.
+    """Computes the values of the variables, f32 and differentiable in the thetas.
 
-    variables: by the name of the stored tensor; a latent weight by that of its codes.
+    Args:
+        program: the fake-quantized program.
+        variables: by the name of the stored tensor, a latent weight by the name of its codes.
+        thetas: by the same names.
+
+    Returns:
+        The values by the names of the stored tensors, and the weights that they make by the names of their nodes.
     """
     found = {name: v(thetas[name]) for name, v in variables.items() if v.kind != Kind.LATENT}
     for weight in settled(program):
@@ -147,11 +153,15 @@ def values(program: Program, variables: Mapping[str, Variable], thetas: Mapping[
 def variables(
     program: Program, latent: bool, adapters: int = 0, times: Tensor | None = None, seed: int = 0
 ) -> dict[str, Variable]:
-    """All that can be trained, in graph order: latent weights too, or else the codes stay what they are.
+    """Collects the variables of a program, in graph order, by the names of their stored tensors.
 
-    adapters: the rank of what moves latent weights; 0: each weight moves by itself. times: those of the time groups
-    [G], from 0 to 1 over the range of times, for networks that make the scales of activations; None: each scale moves
-    by itself. seed: of what adapters and networks start with.
+    Args:
+        program: fake-quantized, with settled weights.
+        latent: whether latent weights are among them, by the names of their codes; else the codes are frozen.
+        adapters: the rank of the adapters that move latent weights; 0 moves each weight by itself.
+        times: the times of the time groups [G], 0 to 1, for networks that produce the scales of activations; None moves
+            each scale by itself.
+        seed: decides the initial adapters and networks.
     """
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Variable] = {}
@@ -190,14 +200,14 @@ def variables(
 
 
 _SCALED = {ops.fake_quantize_float: Kind.RANGE, ops.dequantize_float8: Kind.SCALE}
-"""Calls of small floats, whose second operand is their scale."""
+"""The operators on small floats, whose second operand is a scale, and the kind of that scale."""
 
 
 def _within(program: Program, weight: Settled, rows: Tensor) -> Tensor:
-    """The float weights [O, K], moved just into the cells of the codes that were chosen for them.
+    """Moves float weights [O, K] just into the cells of the codes that were chosen for them.
 
-    What GPTQ or learned rounding has chosen is where training starts, and the float weight says to which side a code
-    may change first.
+    Training thus starts from the codes that GPTQ or learned rounding chose, and the float weight decides to which side
+    a code may change first.
     """
     tensors, codes, table = program.tensors, weight.merged_codes(program), weight.table(program)
     scale = contract.column_scale(tensors[weight.scale], weight.segments, rows.shape[1])
@@ -218,7 +228,7 @@ def _within(program: Program, weight: Settled, rows: Tensor) -> Tensor:
 
 
 def _dequantized(program: Program, weight: Settled) -> Tensor:
-    """The levels [O, K] of the codes that were chosen."""
+    """The levels [O, K] of the chosen codes."""
     tensors, codes = program.tensors, weight.merged_codes(program)
     offset, row_class = (None if n is None else tensors[n] for n in (weight.offset, weight.row_class))
     table, scale = weight.table(program), tensors[weight.scale]
@@ -226,7 +236,7 @@ def _dequantized(program: Program, weight: Settled) -> Tensor:
 
 
 def _tables(node: fx.Node) -> list[tuple[str, str, int]]:
-    """Store names of scale and zero point, and the bits, of the quantizers in a call."""
+    """The store names of scale and zero point, and the bits, of each quantizer in a call."""
     if node.target is ops.fake_quantize:
         _, scale, zero, _, bits = arguments(node)
         return [(str(scale.target), str(zero.target), bits)]
@@ -241,13 +251,13 @@ def _is_parameter(tensor: Tensor, name: str) -> bool:
 
 
 def _adapted(start: Tensor, unit: Tensor, rank: int, generator: torch.Generator) -> Adapted:
-    """A latent weight with adapters: B zero, A Kaiming-uniform, whose size is in the unit."""
+    """A latent weight with adapters: B starts at zero, A Kaiming-uniform, whose size is in the unit."""
     down = torch.empty(start.shape[1], rank).uniform_(-math.sqrt(3), math.sqrt(3), generator=generator)
     return Adapted(Kind.LATENT, start, unit.mean(1, keepdim=True), torch.float32, down=down)
 
 
 def _timed(table: Variable, embedding: Tensor, generator: torch.Generator) -> Timed:
-    """A table of scales that a network makes: what it starts with."""
+    """A table of scales with the initial network that produces it."""
     network: list[Tensor] = []
     unit: list[Tensor] = []
     for inputs, outputs in pairwise(WIDTHS):
@@ -258,7 +268,7 @@ def _timed(table: Variable, embedding: Tensor, generator: torch.Generator) -> Ti
 
 
 def _embedding(times: Tensor) -> Tensor:
-    """[G, WIDTHS[0]]: sines of times [G] from 0 to 1, as diffusion models make them of 1000 timesteps."""
+    """Sinusoidal embeddings [G, WIDTHS[0]] of times [G] from 0 to 1, as diffusion models embed 1000 timesteps."""
     count = WIDTHS[0] // 2
     phase = 1000 * times[:, None] * torch.exp(torch.arange(count) * (-math.log(10000) / count))
     return torch.cat([phase.cos(), phase.sin()], 1)
@@ -275,6 +285,6 @@ def _float(kind: Kind, stored: Tensor) -> Variable:
 
 
 def _mean_step(table: Tensor) -> Tensor:
-    """The mean distance of neighbouring entries, of all classes."""
+    """The mean distance of neighbouring entries, over all classes."""
     steps = gaps(table)
     return steps.sum() / steps.gt(0).sum().clamp_min(1)

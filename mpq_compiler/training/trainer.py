@@ -1,9 +1,9 @@
-"""Training of a quantized program against the float model: stages of variables, the best state kept.
+"""Trains a quantized program against the float model in stages, and keeps the best state.
 
-A step takes a batch of the float model's calls, of mixed times, and moves the variables of the stage against the
-relative squared error of the output. Steps are counted, never timed, and gradients are summed part by part in a fixed
-order, so that the same seed gives the same bits whatever else the machine does, and however many jobs there are. The
-state is kept in the cache as training goes on: one that was killed goes on where it was.
+A step takes a batch of the float model's calls, of mixed times, and moves the stage's variables against the relative
+squared error of the output. Steps are counted, never timed, and gradients are summed part by part in a fixed order. So
+a seed gives the same bits whatever else the machine does, and for any number of jobs. The state is saved in the cache
+as training proceeds, so that a killed run resumes where it was.
 """
 
 from __future__ import annotations
@@ -30,29 +30,44 @@ from mpq_compiler.training.student import Student, values, variables
 from mpq_compiler.training.variables import Kind, Variable, settled
 
 BETAS, EPSILON = (0.9, 0.99), 1e-12
+"""Adam's decay rates, and the constant in its denominator."""
 CLIP = 4.0
-"""How many times its usual norm the gradient of a step may have."""
+"""The largest norm of a step's gradient, relative to its running mean; larger gradients are scaled down."""
 CHECKS = 16
-"""How often in a stage the held-out error is measured, and the state kept."""
+"""How often in a stage the held-out error is measured and the state saved."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Held-out noise power relative to the output's, before a stage and of the state that was kept."""
+    """The outcome of a stage."""
 
     stage: str
     steps: int
     before: float
+    """The held-out relative noise power before the stage."""
     after: float
+    """The held-out relative noise power of the best state."""
     best_step: int
     diverged: int | None
-    """The step in which training gave up, where it did."""
+    """The step at which training gave up; None where it did not."""
 
 
 def train(
     program: Program, stage: Stage, data: Data, held_out: Data, session: Session, seed: int
 ) -> tuple[Program, Outcome]:
-    """The program with the values of the variables that erred least on ``held_out``, those of the start among them."""
+    """Trains one stage; the result has the values of least held-out error, the initial ones among the candidates.
+
+    Args:
+        program: fake-quantized, with settled weights.
+        stage: what is trained and for how many steps.
+        data: the calls to train on.
+        held_out: the calls to judge by.
+        session: runs the parts of a step, shows progress, and has the cache.
+        seed: decides the order of the calls, and all that is drawn.
+
+    Returns:
+        The trained program, and the outcome.
+    """
     times = group_times(program, data.inputs["timestep"]) if stage.range_network else None
     whole, trained = program, variables(program, stage.latent, stage.adapters, times, seed)
     digest = key(program, trained, stage, data, held_out, seed)
@@ -102,7 +117,7 @@ def train(
 
 
 def group_times(program: Program, timesteps: Tensor) -> Tensor:
-    """f32 [G]: the middles of the time groups, from 0 to 1 over the range of the timesteps."""
+    """The middles of the time groups, f32 [G], from 0 to 1 over the range of the timesteps."""
     boundaries = program.facts["time-groups"]
     low, high = torch.cat([timesteps.to(torch.float32), boundaries]).aminmax()
     ends = torch.cat([low[None], boundaries, high[None]])
@@ -110,7 +125,7 @@ def group_times(program: Program, timesteps: Tensor) -> Tensor:
 
 
 def _variables_of(program: Program, block: Block) -> set[str]:
-    """Store names of what belongs to a block: its parameters, and the tables of what its layers read.
+    """The store names of a block's variables: its parameters, and the quantizers of the tensors that its layers read.
 
     program: cut at the output of the block.
     """
@@ -129,7 +144,7 @@ def _variables_of(program: Program, block: Block) -> set[str]:
 
 
 def _batch(step: int, count: int, seed: int) -> Tensor:
-    """The calls of a step: every call once in an epoch, in an order of its own."""
+    """The indices of a step's calls; an epoch has every call once, in an order of its own."""
     size = min(BATCH, count)
     epoch, place = divmod(step - 1, count // size)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + (epoch << 32)))
@@ -145,9 +160,9 @@ def _gradients(
     session: Session,
     relation: RelationStep | None = None,
 ) -> tuple[float, dict[str, Tensor]]:
-    """The relative squared error of a batch, and its gradients by every theta; weights are made once for all parts.
+    """The loss of a batch, its relative squared error, and the gradient by every theta.
 
-    relation: a loss that is added.
+    Weights are computed once for all parts of the batch. A ``relation`` adds its term to the loss.
     """
     leaves = {name: theta.detach().requires_grad_() for name, theta in thetas.items()}
     made = values(program, trained, leaves)
@@ -158,7 +173,7 @@ def _gradients(
         wanted = relation and relation.relations.term.node
 
         def outputs(inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
-            """The features that relate, where any do, and the output."""
+            """The features that the relation compares, where there is one, and the output."""
             seen: list[Tensor] = []
             output = Student(program, inner).run(
                 inputs, watch=lambda node, value: seen.append(value) if node.name == wanted else None
@@ -191,7 +206,7 @@ def _gradients(
 
 
 def _adam(state: State, gradients: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
-    """A step of Adam (Kingma 2015, arXiv 1412.6980, algorithm 1)."""
+    """Takes a step of Adam (Kingma 2015, arXiv 1412.6980, algorithm 1)."""
     for name, g in gradients.items():
         state.first[name] = state.first[name].lerp(g, 1 - BETAS[0])
         state.second[name] = state.second[name].lerp(g.square(), 1 - BETAS[1])
@@ -204,7 +219,15 @@ def _adam(state: State, gradients: Mapping[str, Tensor], rates: Mapping[str, flo
 def noise(
     program: Program, trained: Mapping[str, Variable], thetas: Mapping[str, Tensor], data: Data, session: Session
 ) -> float:
-    """Squared error of the outputs over the teacher's squared outputs, calls by their weights: an inverse SQNR."""
+    """The weighted squared error of the outputs over the teacher's squared outputs: the inverse of the SQNR.
+
+    Args:
+        program: fake-quantized.
+        trained: its variables.
+        thetas: their values.
+        data: the calls.
+        session: runs the parts.
+    """
 
     made = values(program, trained, thetas)
 
@@ -217,7 +240,7 @@ def noise(
 
 @torch.no_grad()
 def applied(program: Program, trained: Mapping[str, Variable], thetas: Mapping[str, Tensor]) -> Program:
-    """The program with the variables' values stored, and the codes of latent weights."""
+    """Stores the variables' values, and the codes of latent weights, in a copy of the program."""
     program = program.fork()
     renamed: dict[str, str] = {}
 

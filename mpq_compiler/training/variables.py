@@ -1,4 +1,4 @@
-"""What is trained: scales, tables, biases and adapters, each projected to its stored type."""
+"""Trainable variables: latent weights, scales, offsets, biases and adapters, each projected to its stored type."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ from mpq_compiler.ir.graph import arguments, operand
 from mpq_compiler.ir.program import Program
 
 EDGE = 0.02
-"""Of a step of the table: how far within its cell a latent weight starts at least."""
+"""The least distance of an initial latent weight from the border of its cell, in steps of the table."""
 UP, DOWN = 8.0, 80.0
-"""What theta = 1 is to adapters: so many steps of the table in B, and so many times its own size in A."""
+"""The units of theta for adapters: theta = 1 is 8 steps of the table in B, and 80 times A's own initial size in A."""
 WIDTHS = (64, 64, 64, 64, 1)
-"""Of the network that makes scales of times: its input, and the outputs of its four layers."""
+"""The widths of the network that produces scales from times: its input, and the outputs of its four layers."""
 
 
 class Kind(StrEnum):
-    """What a variable is to the program; learning rates go by it."""
+    """The kind of a variable, which decides its learning rate."""
 
     LATENT = "latent"
-    """A float weight, of which the program sees the nearest level."""
+    """A float weight whose nearest level the program sees."""
     SCALE = "scale"
+    """The scales of a weight."""
     OFFSET = "offset"
+    """The offsets of a weight."""
     RANGE = "range"
-    """Scales of activations, one a time group."""
+    """The scales of an activation, one for each time group."""
     ZERO = "zero"
-    """Zero points of activations."""
+    """The zero points of an activation."""
     FLOAT = "float"
-    """Biases, norms, embeddings, factors of low-rank branches."""
+    """A bias, norm or embedding, or a factor of a low-rank branch."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +51,26 @@ class Variable:
 
     kind: Kind
     start: Tensor
-    """f32, at theta = 0."""
+    """The value at theta = 0, f32."""
     unit: Tensor
-    """f32 that broadcasts over ``start``: what theta = 1 adds (SCALE and RANGE: not used)."""
+    """The change that theta = 1 makes, f32 and broadcast over ``start``; not used for SCALE and RANGE."""
     dtype: torch.dtype
-    """Of the stored tensor."""
+    """The type of the stored tensor."""
     most: int = 0
-    """ZERO: the largest code."""
+    """The largest code, for ZERO."""
 
     def zeros(self) -> Tensor:
-        """The theta of the start."""
+        """The initial theta."""
         return torch.zeros_like(self.start)
 
     def moved(self, theta: Tensor) -> Tensor:
-        """f32, before it is projected to the stored type."""
+        """The value at theta, f32, before it is projected to the stored type."""
         if self.kind in (Kind.SCALE, Kind.RANGE):
             return self.start * theta.exp()
         return self.start + self.unit * theta
 
     def __call__(self, theta: Tensor) -> Tensor:
-        """f32, as the program reads it."""
+        """The value at theta as the program reads it, f32, projected to the stored type but for latent weights."""
         value = self.moved(theta)
         if self.kind == Kind.LATENT:
             return value
@@ -81,7 +83,7 @@ class Variable:
 
     @torch.no_grad()
     def stored(self, theta: Tensor) -> Tensor:
-        """The tensor of the store; a latent weight as f32."""
+        """The value at theta in the stored type; a latent weight in f32."""
         value = self(theta)
         return value.round().to(self.dtype) if self.kind == Kind.ZERO else value.to(self.dtype)
 
@@ -90,16 +92,17 @@ class Variable:
 class Adapted(Variable):
     """A latent weight [O, K] that adapters of rank R move (QALoRA of EfficientDM, arXiv 2310.03270).
 
-    ``start + unit * B A / sqrt(R)``: the sum is what is quantized, and a convolution's A of k x k and B of 1 x 1 are
-    one product of rows. Theta [O + K, R] is B over the transpose of what A has moved, in parts of `UP` and `DOWN`.
-    Rates are scale-aware as in the paper, by the unit: B learns in steps of its row and A, of unit variance, in none,
-    so that twice the weight is moved twice as far by the same theta. (The paper's rates have the step in both factors,
-    and that property only while A hardly moves.) ``start`` is the dequantized weight, as published: adapters cannot
+    The sum ``start + unit * B A / sqrt(R)`` is quantized. A convolution's A of k x k and B of 1 x 1 are one product of
+    rows. Theta [O + K, R] stacks B and the transpose of A's change, in units of `UP` and `DOWN`.
+
+    Rates are scale-aware as in the paper, through the unit: B learns in steps of its row, and A has unit variance and
+    learns in none. So theta moves twice the weight twice as far. (The paper's rates have the step in both factors, and
+    this property only while A hardly moves.) ``start`` is the dequantized weight, as published, because adapters cannot
     choose which weights they move, and float weights near a border would change codes by chance.
     """
 
     down: Tensor
-    """f32 [K, R]: the transpose of A at the start."""
+    """The transpose of the initial A, f32 [K, R]."""
 
     def zeros(self) -> Tensor:
         return torch.zeros(len(self.start) + len(self.down), self.down.shape[1])
@@ -112,16 +115,17 @@ class Adapted(Variable):
 
 @dataclass(frozen=True, kw_only=True)
 class Timed(Variable):
-    """Scales of activations [G] that a network makes of the times of their groups (TDQ, arXiv 2306.02316).
+    """Scales of activations [G] that a network produces from the times of their groups (TDQ, arXiv 2306.02316).
 
-    ``start * softplus(network(embedding))``, 1 at the start, so that the network learns in units of the scales that
-    were calibrated. Theta [P] is what its parameters have moved, those of a layer in units of one by its inputs.
+    The scales are ``start * softplus(network(embedding))``. The softplus is 1 at the start, so that the network learns
+    in units of the calibrated scales. Theta [P] is the change of its parameters; a layer's weights are in units of one
+    over the number of its inputs.
     """
 
     embedding: Tensor
-    """f32 [G, WIDTHS[0]]: of the groups' times."""
+    """The embeddings of the groups' times, f32 [G, WIDTHS[0]]."""
     network: Tensor
-    """f32 [P]: its parameters at the start, layer by layer, weights before biases."""
+    """The initial parameters of the network, f32 [P], layer by layer, weights before biases."""
 
     def zeros(self) -> Tensor:
         return torch.zeros_like(self.network)
@@ -137,7 +141,7 @@ class Timed(Variable):
 
 @dataclass(frozen=True)
 class Settled:
-    """A weight whose codes are chosen: the node of its value, and the store names of what it is made of."""
+    """A weight whose codes are chosen: the node of its value, and the store names of its parts."""
 
     node: fx.Node
     codes: str
@@ -156,7 +160,7 @@ class Settled:
         return self.codes.split(":")[0]
 
     def table(self, program: Program) -> Tensor | None:
-        """LUT int8 [classes, entries], the branch merged in; None where the code is the value."""
+        """The table int8 [classes, entries] with the branch merged in; None where the code is the value."""
         if self.lut is None:
             return None
         lut = program.tensors[self.lut]
@@ -166,13 +170,13 @@ class Settled:
         return contract.merge_branch(codes, lut, codes, program.tensors[str(self.alpha)])[1]
 
     def merged_codes(self, program: Program) -> Tensor:
-        """Codes [O, K] of `table`."""
+        """The codes [O, K] in `table`, the branch merged in."""
         codes = program.tensors[self.codes]
         return codes if self.signs is None else codes * 2 + program.tensors[self.signs]
 
 
 def settled(program: Program) -> list[Settled]:
-    """The weights with codes, in graph order; base and branch are one."""
+    """The settled weights of a program, in graph order; base and branch of a residual format are one."""
     found = []
     branched = {
         operand(n, 0): n for n in program.graph.nodes
@@ -197,7 +201,7 @@ def settled(program: Program) -> list[Settled]:
 
 
 def ends(lut: Tensor | None, row_class: Tensor | None, rows: int) -> tuple[Any, Any]:
-    """Where the table of each row ends, half a step beyond its extreme entries."""
+    """The lower and upper ends of each row's table, half a step beyond its extreme entries."""
     if lut is None:
         return -contract.LUT_MAX - 0.5, contract.LUT_MAX + 0.5
     steps, levels = gaps(lut), rising(lut)[0][:, :1]
@@ -212,6 +216,6 @@ def ends(lut: Tensor | None, row_class: Tensor | None, rows: int) -> tuple[Any, 
 
 
 def gaps(lut: Tensor) -> Tensor:
-    """The distances of neighbouring levels [classes, entries - 1], zero behind the last."""
+    """The distances of neighbouring levels, [classes, entries - 1]; zero behind the last level of a table."""
     levels, _ = rising(lut)
     return torch.where(levels[:, 1:].isfinite(), levels[:, 1:] - levels[:, :-1], 0)
