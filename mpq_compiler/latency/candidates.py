@@ -1,9 +1,9 @@
-"""What a weight format costs a layer in time on this target, and the tables that say so (`latency.table`).
+"""The time that a weight format costs a layer on a target, by candidate plans and latency tables (`latency.table`).
 
-A candidate plan has one format for every layer. It is packed at once, with weights of the right form and any value, and
-lowered to kernels as a compilation lowers it, but not compiled: its kernels are looked up. A table is measured by
-compiling the candidate plans and running them whole, in turns, kernel by kernel (`mpqc bench --kernels` does the same):
-a kernel that runs alone finds its operands in caches where a model does not have them.
+A candidate plan has one format for every layer. It is packed with weights of the right form and any value, and lowered
+to kernels as a compilation lowers it. It is not compiled: its kernels are looked up in a table. A table is measured by
+compiling the candidate plans and running them whole, in turns, with every kernel timed in place (`mpqc bench --kernels`
+does the same). A kernel that ran alone would find its operands in caches where a model does not have them.
 """
 
 from __future__ import annotations
@@ -45,20 +45,23 @@ from mpq_compiler.targets.numerics import F32
 from mpq_compiler.targets.table import Target
 
 LOWERED = frozenset({"insert-fake-quant", "low-rank", "round-weights", "fold-fake-quant", "fuse-epilogues"})
-"""The passes after `bit-allocation` that decide on kernels; others decide on values."""
+"""The passes after `bit-allocation` that decide which kernels run; other passes decide values."""
 QUANTIZED = "_q"
-"""What the name of an edge ends in where a node yields its codes."""
+"""The suffix of a node that yields the codes of an edge."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Microseconds of a call, by what decides on them."""
+    """The time of a call of the model in microseconds, split into a fixed part and one for each layer and format."""
 
     fixed: float
-    """Of everything that no weight format changes."""
+    """The time of everything that no weight format changes."""
     layers: Mapping[str, Mapping[str, float]]
-    """By layer (the parameter's path) and format. Where another format leaves the activation float, what that changes
-    in the kernels that make it is shared out among the layers that read it."""
+    """The time of each layer (the parameter's path) in each format.
+
+    A format that leaves the activation in float changes the kernels that produce it; that difference is divided among
+    the layers that read it.
+    """
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Row:
 
 
 def require_kernels(target: Target) -> None:
-    """UserError where the target has no kernels whose times are known."""
+    """Raises a UserError where the target's kernels cannot be timed."""
     if not backend_of(target).capabilities(target).times:
         raise UserError(
             f"times are those of kernels for CPUs, and '{target.name}' has none of ours: leave --latency out"
@@ -80,19 +83,18 @@ def require_kernels(target: Target) -> None:
 
 @dataclass
 class Latency:
-    """Times of candidate plans on one target.
-
-    table: None measures one here, once for the same kernels on the same machine, kept in the cache
-    passes: of the compilation; kinds: the numerics that attentions may have, the quickest last
-    """
+    """The times of candidate plans on one target."""
 
     target: Target
     denoiser: Denoiser
     passes: Sequence[Pass]
+    """The passes of the compilation."""
     table: Table | None = None
+    """The latency table; None measures one here, which the cache keeps for this machine and these kernels."""
     batch: int = 1
     threads: int = 1
     kinds: tuple[str, ...] = (F32,)
+    """The numerics that attentions may have, the fastest last."""
     jobs: int = 1
     cache: Path | None = None
     progress: Any = None
@@ -103,9 +105,15 @@ class Latency:
         self.backend = cast(TimedBackend, backend_of(self.target))
 
     def costs(self, program: Program, names: Sequence[str], dynamic: bool = False) -> Costs:
-        """Of each layer in each of the formats; ``program`` is calibrated and has its time groups.
+        """The times of each layer in each format.
 
-        UserError: the table lacks a kernel; names the format.
+        Args:
+            program: calibrated, with its time groups.
+            names: the formats.
+            dynamic: whether edges that only linear layers read have dynamic quantizers.
+
+        Raises:
+            UserError: the table lacks a kernel; the sentence names the format.
         """
         key = tuple(names), dynamic, len(program.graph.nodes)
         if key not in self._known:
@@ -155,7 +163,7 @@ class Latency:
     # ------------------------------------------------------------------------------------------ candidate plans
 
     def _packed(self, program: Program, name: str, kind: str, dynamic: bool) -> Program:
-        """The program with all weights in a format and all attentions in a kind of numerics, as it is lowered."""
+        """Packs the program with all weights in one format and all attentions in one kind of numerics."""
         calibration: Calibration = program.facts["calibration"]
         start = program.fork(tensors=TensorStore(program.tensors))
         start.facts |= {
@@ -182,7 +190,7 @@ class Latency:
     # ------------------------------------------------------------------------------------------ measuring
 
     def measure(self, program: Program, names: Sequence[str], dynamic: bool = False) -> Table:
-        """The table of a model."""
+        """Measures the latency table of a model on this machine, by its plans with weights in each of these formats."""
         with self.plans(program, names, dynamic) as plans:
             return measured(runnable(plans, self.threads), self.batch, self.threads, self.progress)
 
@@ -190,9 +198,15 @@ class Latency:
     def plans(
         self, program: Program, names: Sequence[str], dynamic: bool = False, emit: str | None = None
     ) -> Iterator[list[Artifact]]:
-        """Candidate plans with weights in each format, and attentions in each of ``kinds``, compiled.
+        """Compiles candidate plans, with weights in each format and attentions in each of ``kinds``, as artifacts.
 
-        emit: "c", with programs for a device
+        The artifacts are removed when the context ends.
+
+        Args:
+            program: calibrated, with its time groups.
+            names: the formats.
+            dynamic: whether edges that only linear layers read have dynamic quantizers.
+            emit: "c" adds the C program for a device.
         """
         plans = [(name, self.kinds[-1]) for name in names] + [(names[0], kind) for kind in self.kinds[:-1]]
         with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
@@ -207,7 +221,7 @@ class Latency:
             yield made
 
     def _measured(self, program: Program, rows: Mapping[str, Sequence[Row]], dynamic: bool) -> Table:
-        """A table of the kernels in ``rows`` at least, from the cache where all of them are known there."""
+        """The table of at least the kernels in ``rows``, from the cache where it has all of them."""
         if missing := targets.missing_features(self.target):
             raise UserError(
                 f"times for '{self.target.name}' cannot be measured here, for this machine lacks {', '.join(missing)}: "
@@ -227,7 +241,7 @@ class Latency:
         return Table(*machine, results[CALL], kernels, (self.denoiser.name,), versions())
 
     def _compiled(self, packed: Program, folder: Path, emit: str | None) -> Artifact:
-        """The packed program as an artifact of which nothing is promised but that it runs."""
+        """Builds an artifact of a packed program that is good for running only: most of its manifest is missing."""
         request = BuildRequest((self.batch,), jobs=self.jobs, cache=self.cache, emit=emit)
         built = self.backend.build(packed, self.target, request)
         rows = kernel_schedule.encode(kernel_schedule.describe(packed, built.facts["schedule"]))
@@ -251,12 +265,12 @@ class Latency:
 
 
 def runnable(plans: Sequence[Artifact], threads: int = 1) -> list[CompiledDenoiser]:
-    """Candidate plans on this machine, for timing: nothing is kept between calls."""
+    """Loads candidate plans on this machine for timing, without results kept between calls."""
     return [CompiledDenoiser(plan, threads, reuse_bytes=0) for plan in plans]
 
 
 def _forms(program: Program, planned: base.Format) -> dict[Any, base.Fit]:
-    """Fits of all weights, by the key of `fitting.fitted`, at once."""
+    """Makes fits of all weights, of the right form and any value, by the cache keys of `fitting.fitted`."""
     found: dict[Any, base.Fit] = {}
     for node in program.quantizable:
         name = str(weight_of(node))

@@ -1,4 +1,4 @@
-"""Which kernel computes what: the calls of a compiled program in the order in which they run, for `mpqc bench`."""
+"""The kernel schedule of an artifact: its kernel calls in the order of execution, with the layer that each computes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ from mpq_compiler.ir.program import Program
 
 
 def describe(program: Program, made: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """A row for each kernel call: what ``made`` says of it, layer (a parameter, or None), macs per sample.
+    """Describes the kernel calls of a program, a row each.
 
-    ``made`` holds the node of each, its kernel and what else the backend says. Where several calls stand for one node,
-    the multiplications are those of the first.
+    Args:
+        program: packed.
+        made: the backend's description of each call: its node, its kernel, and more.
+
+    Returns:
+        The descriptions, with ``layer`` (a parameter, or None) and ``macs``, the multiply-accumulates per sample. Where
+        several calls stand for one node, the first has its multiplications.
     """
     layers, work = _layers(program), _macs(program)
     rows = []
@@ -30,7 +35,7 @@ def describe(program: Program, made: Iterable[Mapping[str, str]]) -> list[dict[s
 
 
 def by_layer(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What the backend says of each layer: the kernel calls that stand for it."""
+    """The kernel calls of each layer: their templates, kernels and multiply-accumulates."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row["layer"] is not None:
@@ -41,6 +46,7 @@ def by_layer(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def encode(rows: list[dict[str, Any]]) -> bytes:
+    """Encodes the rows as the file schedule.json."""
     return (json.dumps(rows, indent=1) + "\n").encode()
 
 
@@ -51,7 +57,7 @@ def _inside(program: Program, node: fx.Node) -> list[views.Call]:
 
 
 def _layers(program: Program) -> dict[str, str]:
-    """Node or region -> the parameter of the layer in it."""
+    """The parameter of the layer in each node or region that has one."""
     levels = {made.call.name: made for made in views.levels_of(views.flatten(program))}
     found = {}
     for node in program.graph.nodes:
@@ -63,7 +69,7 @@ def _layers(program: Program) -> dict[str, str]:
 
 
 def _macs(program: Program) -> dict[str, int]:
-    """Multiply-accumulates per sample of each node or region that contracts anything."""
+    """The multiply-accumulates per sample of each node or region that contracts anything."""
     sizes = shapes(program, 1)
 
     def shape(operand: Any) -> tuple[int, ...]:

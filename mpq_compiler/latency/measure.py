@@ -1,6 +1,6 @@
-"""A latency table from artifacts: they run whole, in turns, and each kernel call is timed where it stands. No torch.
+"""Measures latency tables: artifacts run whole, in turns, and each kernel call is timed in place.
 
-`measured` does so on this machine, `remote.measured` on a device.
+`measured` does so on this machine, `remote.measured` on a device. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -23,25 +23,28 @@ from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.host import cpu
 
 ROUNDS = 25
-"""In which the artifacts take turns, at the least."""
+"""The fewest rounds of a measurement; every artifact takes one turn a round."""
 SECONDS = 6.0
-"""For which they do at the least: what else a machine does comes and goes within seconds."""
+"""The least duration of a measurement in seconds, since disturbances of a machine come and go within seconds."""
 QUANTILE = 0.25
-"""Of the times of all rounds, which is the one that counts: what others do only ever adds to it."""
+"""The quantile of the times of all rounds that counts; it is low because disturbances only ever add time."""
 
 
 @dataclass
 class Runs:
-    """Of an artifact: what its kernel calls compute and, by round, microseconds of each of them and of the whole."""
+    """The measurements of one artifact."""
 
     manifest: Mapping[str, Any]
     kernels: Sequence[str]
+    """What each kernel call of a run computes, in order."""
     calls: list[Sequence[float]] = field(default_factory=list)
+    """Microseconds of each kernel call, by round."""
     whole: list[float] = field(default_factory=list)
+    """Microseconds of the whole run, by round."""
 
 
 def table(runs: Sequence[Runs], cpu: str, threads: int, batch: int) -> Table:
-    """The table of artifacts that took turns."""
+    """Makes the latency table of artifacts that took turns on a CPU, with ``threads`` and samples a call."""
     times: dict[str, list[float]] = {}
     beyond = []
     for own in runs:
@@ -62,14 +65,14 @@ def table(runs: Sequence[Runs], cpu: str, threads: int, batch: int) -> Table:
 
 
 def require_one_target(manifests: Iterable[Mapping[str, Any]]) -> None:
-    """UserError: artifacts of different targets."""
+    """Raises a UserError where artifacts are of different targets."""
     target, *others = dict.fromkeys(manifest["target"]["name"] for manifest in manifests)
     if others:
         raise UserError(f"one table holds for one target, and the artifacts are for {target} and {others[0]}")
 
 
 def versions() -> dict[str, str]:
-    """Of those packages that are installed: a device may have TVM's runtime library alone."""
+    """The versions of this package and TVM, where they are installed: a device may have TVM's runtime library alone."""
     found = {}
     for name in ("mpq-compiler", "apache-tvm"):
         with suppress(PackageNotFoundError):
@@ -84,10 +87,19 @@ def measured(
     progress: Any = None,
     seconds: float | None = None,
 ) -> Table:
-    """The table of artifacts of one target that were loaded with ``threads`` and ``reuse_bytes=0``.
+    """Measures the latency table of artifacts on this machine.
 
-    seconds: to go on for, after `ROUNDS` rounds. One thread is measured by its CPU time, which leaves out what others
-    do; more by the wall clock. UserError: no kernels to time, none for the batch size, artifacts of different targets.
+    One thread is measured by its CPU time, which excludes other processes; several are measured by the wall clock.
+
+    Args:
+        loaded: artifacts of one target, loaded with ``threads`` and ``reuse_bytes=0``.
+        batch: samples of a call.
+        threads: threads of a call.
+        progress: opens a progress bar, or None.
+        seconds: the least duration, by default `SECONDS`; there are at least `ROUNDS` rounds.
+
+    Raises:
+        UserError: no kernels to time, no function for the batch, or artifacts of different targets.
     """
     require_one_target(compiled.manifest for compiled in loaded)
     runs = [Runs(compiled.manifest, _kernels(compiled, batch)) for compiled in loaded]
@@ -110,18 +122,18 @@ def measured(
 
 
 def _seconds(compiled: CompiledDenoiser, inputs: timing.Arrays) -> list[tuple[float, float]]:
-    """By CPU time and by the wall, of each kernel call of a run."""
+    """The CPU seconds and elapsed seconds of each kernel call of a run."""
     return [(used, wall) for _, used, wall, _ in timing.profile(compiled, inputs)]
 
 
 def _kernels(compiled: CompiledDenoiser, batch: int) -> list[str]:
-    """What the calls of a run compute, in order."""
+    """What each kernel call of a run computes, in order. UserError: there is nothing to time."""
     timing.require_timed_kernels(compiled, batch)
     return problems(timing.kernel_calls(compiled), compiled)
 
 
 def problems(rows: Sequence[Mapping[str, Any]], compiled: CompiledDenoiser) -> list[str]:
-    """What the kernels of a schedule compute. UserError: an artifact of before, which does not say so."""
+    """What the kernel calls of a schedule compute. UserError: an older artifact, which does not say so."""
     if any("problem" not in row for row in rows):
         raise UserError(f"{compiled.artifact.path} does not say what its kernels compute: compile it again")
     return [row["problem"] for row in rows]

@@ -1,4 +1,4 @@
-"""Times of kernels measured on a device."""
+"""Measures latency tables on a device."""
 
 from __future__ import annotations
 
@@ -23,10 +23,18 @@ def measured(
     progress: Any = None,
     seconds: float | None = None,
 ) -> Table:
-    """The latency table of artifacts of one target with C programs, measured on a device.
+    """Measures the latency table of artifacts on a device.
 
-    seconds: to go on for, after `ROUNDS` rounds; by default as `measure.measured` does on this machine.
-    UserError: no C program, or no function for the batch; artifacts of different targets; what the device says.
+    Args:
+        plans: artifacts of one target with C programs.
+        address: HOST:PORT of `mpq_rpc` on the device.
+        batch: samples of a call.
+        threads: threads of a call.
+        progress: opens a progress bar, or None.
+        seconds: the least duration, by default `measure.SECONDS`; there are at least `ROUNDS` rounds.
+
+    Raises:
+        UserError: no C program, no function for the batch, artifacts of different targets, or a refusal of the device.
     """
     measure.require_one_target(plan.manifest for plan in plans)
     functions = [function_for(plan, batch) for plan in plans]
@@ -51,6 +59,6 @@ def measured(
 
 
 def _problems(plan: Artifact) -> dict[str, str]:
-    """What the kernels compute, by their names."""
+    """What each kernel of an artifact computes, by the kernel's name."""
     rows = json.loads(plan.file(bundle.SCHEDULE).read_text(encoding="utf-8"))
     return {row["kernel"]: row["problem"] for row in rows}

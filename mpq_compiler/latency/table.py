@@ -1,13 +1,13 @@
-"""Latency tables: how long each kernel takes on one machine, and what follows from that. Imports no torch.
+"""Latency tables: the time of each kernel on one machine, and the predictions that follow.
 
     {"version": 1, "target", "cpu", "threads", "batch", "call_us", "kernels": {kernel: microseconds},
      "models", "versions"}
 
-A kernel is known by what the compiler asks for (its template and its problem, as `schedule.json` spells them). Its time
-is the mean over the calls that were seen of the lower quartile over rounds, for what others do only adds to it.
-``call_us`` is what a run takes beyond its kernels, by the call: the virtual machine, the copies of inputs; what timing
-adds to a kernel is subtracted in it, so that it may be negative. Times are those of a run with nothing known from
-earlier ones (docs/latency.md).
+A kernel is identified by its template and its problem, as `schedule.json` spells them. Its time is the lower quartile
+over rounds (disturbances only add time), averaged over the calls that were seen. ``call_us`` is the time of a run
+beyond its kernels, per call: the virtual machine, the copies of inputs. The overhead of timing a kernel is subtracted
+there, so it may be negative. Times are those of a run without results of earlier runs (docs/latency.md). Nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from mpq_compiler import schemas
 from mpq_compiler.support.errors import UserError
 
 VERSION = 1
+"""The version of the table's format."""
 CALL = ""
-"""Under which `call_us` is kept beside kernels in the cache."""
+"""The name of `call_us` among the kernels in the cache."""
 
 _QUANTIZER = (
     (re.compile(r"op=quantize, value=\d+"), "op=quantize, value=8"),
@@ -37,13 +38,14 @@ _QUANTIZER = (
 _GROUPS = (re.compile(r"\bgroups=\d+"), "groups=1")
 _BITS = (re.compile(r"\bbits=\d+"), "bits=8")
 _FORMAT = re.compile(r"\b(bits|classes|has_offset|segments)=(\[[^\]]*\]|\w+)(, )?")
-"""What of a layer's kernel its weight format decides."""
+"""The parts of a layer's kernel that its weight format decides."""
 
 
 def timed_as(kernel: str) -> str:
-    """The kernel as tables know it: widths of activations and numbers of time groups change no time.
+    """Canonicalizes a kernel to the form that tables have, in which kernels of equal time are one.
 
-    They are constants, and lengths of tables that a call reads once.
+    Widths of activations and numbers of time groups are replaced: they change constants, and the lengths of tables that
+    a call reads once, and thus no time.
     """
     template = kernel.partition(" ")[0]
     rules = [*_QUANTIZER]
@@ -58,7 +60,7 @@ def timed_as(kernel: str) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """Times on one machine, with so many threads and samples a call."""
+    """Times of kernels on one machine, with ``threads`` threads and ``batch`` samples a call."""
 
     target: str
     cpu: str
@@ -66,13 +68,13 @@ class Table:
     batch: int
     call_us: float
     kernels: Mapping[str, float]
-    """Microseconds by kernel, as `timed_as` spells it."""
+    """Microseconds of each kernel, as `timed_as` spells it."""
     models: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Table:
-        """UserError: not what `to_json` writes; names the key."""
+        """The table that `to_json` wrote. UserError: the document is none; the sentence names the key."""
         if wrong := schemas.check(document, "latency"):
             raise UserError(f"it is no latency table as `mpqc latency` writes it: {wrong}")
         for name, value in {"call_us": document["call_us"], **document["kernels"]}.items():
@@ -82,21 +84,22 @@ class Table:
         return cls(**{**rest, "models": tuple(rest.get("models", ()))})
 
     def to_json(self) -> dict[str, Any]:
+        """The table as a JSON document (schemas/latency.json)."""
         return {"version": VERSION, **asdict(self), "models": list(self.models), "kernels": dict(self.kernels)}
 
     @property
     def sha256(self) -> str:
-        """Of the figures and of what they hold for."""
+        """The SHA-256 of the whole table, times and conditions."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def microseconds(self, kernel: str) -> float | None:
-        """What a call of the kernel adds to a run; None where the table lacks it."""
+        """The time that a call of the kernel adds to a run, in microseconds; None where the table lacks it."""
         found = self.kernels.get(timed_as(kernel))
         return None if found is None else found + self.call_us
 
 
 def load(path: str | Path) -> Table:
-    """The table in a file. UserError: unreadable, or no latency table."""
+    """Reads a table from a file. UserError: it is unreadable, or no latency table."""
     try:
         return Table.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
@@ -108,7 +111,7 @@ def load(path: str | Path) -> Table:
 
 
 def require_alike(table: Table, **other: str | int) -> None:
-    """UserError where what has these attributes could not be `merged` with the table."""
+    """Raises a UserError where a table with these attributes could not be `merged` with this one."""
     for key, theirs in other.items():
         ours = getattr(table, key)
         if ours != theirs:
@@ -119,7 +122,7 @@ def require_alike(table: Table, **other: str | int) -> None:
 
 
 def merged(tables: Sequence[Table]) -> Table:
-    """One table of several of one machine; what more than one holds is their mean. UserError: of different ones."""
+    """Merges tables of one machine; times of a kernel in several are averaged. UserError: machines differ."""
     first, *others = tables
     for other in others:
         require_alike(first, **{key: getattr(other, key) for key in ("target", "cpu", "threads", "batch")})
@@ -136,7 +139,7 @@ def merged(tables: Sequence[Table]) -> Table:
 
 
 def require_of(table: Table, target: str, cpu: str | None, threads: int | None = None) -> None:
-    """UserError where the table holds for another target, another CPU or other threads; None: it does not matter."""
+    """Raises a UserError where the table holds for another target, CPU or number of threads; None matches any."""
     for key, wanted in (("target", target), ("cpu", cpu), ("threads", threads)):
         own = getattr(table, key)
         if wanted is not None and own != wanted:
@@ -148,14 +151,16 @@ def require_of(table: Table, target: str, cpu: str | None, threads: int | None =
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of a run: milliseconds of the kernels that the table holds, and those that it lacks."""
+    """The predicted time of a run."""
 
     ms: float
+    """Milliseconds of the kernels that the table has."""
     missing: tuple[str, ...]
+    """The kernels that the table lacks."""
 
 
 def predict(table: Table, kernels: Iterable[str]) -> Prediction:
-    """The time of a run that calls these kernels."""
+    """Predicts the time of a run that calls these kernels."""
     total, missing = 0.0, []
     for kernel in kernels:
         time = table.microseconds(kernel)
@@ -170,12 +175,12 @@ def predict(table: Table, kernels: Iterable[str]) -> Prediction:
 
 
 def in_any_format(kernel: str) -> str | None:
-    """What the kernels of a layer in different weight formats have in common; None for what is no such kernel."""
+    """The common part of a layer's kernels in different weight formats; None for a kernel of another kind."""
     return _FORMAT.sub("", timed_as(kernel)) if kernel.startswith("gemm ") else None
 
 
 def format_of(kernel: str) -> str | None:
-    """The stored form of a layer's weight in words: "4 bits, offsets"; None for what is no layer on codes."""
+    """The stored form of a layer's weight in words ("4 bits, offsets"); None for a kernel of another kind."""
     if not kernel.startswith("gemm "):
         return None
     found = {match[1]: match[2] for match in _FORMAT.finditer(kernel)}
@@ -190,7 +195,7 @@ def format_of(kernel: str) -> str | None:
 
 
 def others_of(table: Table) -> dict[str, dict[str, float]]:
-    """By what `in_any_format` says: microseconds by stored form (`format_of`)."""
+    """Microseconds by stored form (`format_of`), for each layer kernel without its format (`in_any_format`)."""
     found: dict[str, dict[str, float]] = {}
     for kernel, time in table.kernels.items():
         common, form = in_any_format(kernel), format_of(kernel)

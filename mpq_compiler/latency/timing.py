@@ -1,4 +1,4 @@
-"""Calls of an artifact timed in turns, kernel by kernel where it is asked."""
+"""Times calls of an artifact, whole or kernel by kernel."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import nvidia
 
 WINDOW = 8e-3
-"""Seconds that a turn takes at the least: shorter calls are repeated."""
+"""The least duration of a turn in seconds; shorter calls are repeated."""
 
 
 @dataclass
 class Times:
-    """Seconds a call in each round, by both clocks."""
+    """Seconds of a call in each round, by two clocks."""
 
     cpu: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
 
     def of(self, clock: str) -> list[float]:
+        """The times by a clock, "cpu" or "wall"."""
         return self.cpu if clock == "cpu" else self.wall
 
 
@@ -36,6 +37,7 @@ class Times:
 
 
 def repeats(call: Callable[[], object]) -> int:
+    """The number of calls that fill `WINDOW`, by the time of one call."""
     call()
     start = time.perf_counter()
     call()
@@ -43,6 +45,7 @@ def repeats(call: Callable[[], object]) -> int:
 
 
 def turn(call: Callable[[], object], repeats: int, times: Times) -> None:
+    """Takes a turn of ``repeats`` calls and appends the mean time of a call to ``times``."""
     wall, used = time.perf_counter(), time.process_time()
     for _ in range(repeats):
         call()
@@ -54,12 +57,14 @@ def turn(call: Callable[[], object], repeats: int, times: Times) -> None:
 
 
 def kernel_calls(compiled: compiled_denoiser.CompiledDenoiser) -> list[dict[str, Any]]:
+    """The rows of an artifact's schedule.json; none where it has no such file."""
     if artifacts.SCHEDULE not in compiled.manifest["files"]:
         return []
     return json.loads(compiled.artifact.file(artifacts.SCHEDULE).read_text(encoding="utf-8"))
 
 
 def require_timed_kernels(compiled: compiled_denoiser.CompiledDenoiser, batch: int) -> None:
+    """Raises a UserError where an artifact's kernels cannot be timed one by one, or none is for the batch."""
     if compiled.manifest["target"]["backend"] != "tvm" or not kernel_calls(compiled):
         raise UserError(f"{compiled.artifact.path} has no kernels that could be timed; leave --kernels and --plot out")
     if nvidia.is_for(compiled.manifest):
@@ -74,9 +79,12 @@ def require_timed_kernels(compiled: compiled_denoiser.CompiledDenoiser, batch: i
 
 
 def profile(compiled: compiled_denoiser.CompiledDenoiser, inputs: Arrays) -> list[tuple[str, float, float, int]]:
-    """(kernel, CPU seconds, seconds, bytes of its operands) of each kernel call of a run that knows nothing, in order.
+    """Times each kernel call of one run, with no results kept from earlier runs.
 
     A part that runs for several samples counts as one call of each of its kernels.
+
+    Returns:
+        For each call, in order, the kernel, CPU seconds, elapsed seconds, and bytes of its operands.
     """
     batch = len(next(iter(inputs.values())))
     function = next(f for f in compiled.manifest["functions"] if f["batch"] == batch)
@@ -98,10 +106,11 @@ def profile(compiled: compiled_denoiser.CompiledDenoiser, inputs: Arrays) -> lis
 
 
 Arrays = Mapping[str, np.ndarray]
+"""Inputs of an artifact by name."""
 
 
 def random_inputs(manifest: Mapping[str, Any], batch: int) -> dict[str, np.ndarray]:
-    """Inputs of an artifact, always the same: normal floats, a timestep of 500, class 0, tokens as were compiled in."""
+    """Inputs of an artifact, the same at every call: normal floats, timestep 500, class 0, tokens as compiled in."""
     generator = np.random.default_rng(0)
     found = {}
     for value in manifest["functions"][0]["inputs"]:
