@@ -1,6 +1,6 @@
-"""Drawing images with a float model or an artifact, and judging one by the other.
+"""Evaluates one painter by another, such as an artifact by its float model, on images from the same noise.
 
-An artifact draws from its manifest alone: nothing here imports torch unless a float model is loaded.
+An artifact draws from its manifest alone, so nothing here imports torch unless a float model is loaded.
 """
 
 from __future__ import annotations
@@ -27,9 +27,22 @@ def evaluate(
     guidance: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """All metrics of ``painter`` against ``reference`` on the same noise (docs/metrics.md).
+    """Computes all metrics of a painter against a reference on the same noise (docs/metrics.md).
 
-    `sqnr_db` is teacher-forced: the painter is asked for every call of the reference's trajectories.
+    `sqnr_db` is teacher-forced: the painter predicts at every call of the reference's trajectories.
+
+    Args:
+        painter: what is judged.
+        reference: what it is judged by.
+        images: the number of images.
+        steps: sampling steps.
+        seed: of the noise.
+        features: the file of the feature extractor for Fréchet distances and class accuracy, or None.
+        guidance: classifier-free guidance; None takes the model's usual one.
+        progress: is called with (done, total) after every call of the reference.
+
+    Returns:
+        The metrics as JSON, with their intervals, and the settings.
     """
     require_same_task(painter, reference)
     expected: list[Array] = []

@@ -1,4 +1,4 @@
-"""The bundled classifier's features of images, for Fréchet distances and class accuracy."""
+"""The feature extractor of the bundled models, for Fréchet distances and class accuracy."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Features:
-    """The shipped feature extractor: the 64 penultimate activations of a small classifier of the images.
-
-    Features are divided by `scale`, which makes their mean square over the real test images 1.
-    """
+    """The feature extractor: the 64 penultimate activations of a small image classifier."""
 
     weights: dict[str, Array]
     scale: float
+    """Divides the features, so that their mean square over the real test images is 1."""
     mean: Array
-    """Of the features of the real test images, scaled: [64]."""
+    """The mean of the real test images' features, scaled, [64]."""
     covariance: Array
-    """[64, 64]"""
+    """The covariance of the real test images' features, scaled, [64, 64]."""
     shape: tuple[int, int, int] = (1, 28, 28)
-    """Of the images it was trained on."""
+    """The shape of the images that it was trained on."""
 
     @classmethod
     def load(cls, path: str | Path) -> Features:
@@ -42,7 +40,7 @@ class Features:
         return cls(weights, scale, mean / scale, covariance / scale**2)
 
     def __call__(self, images: Any) -> tuple[Array, Array]:
-        """Scaled features [N, 64] and class scores [N, classes] of images [N, 1, 28, 28] in [-1, 1]."""
+        """Computes scaled features [N, 64] and class scores [N, classes] of images [N, 1, 28, 28] in [-1, 1]."""
         import torch
         from torch.nn import functional as F
 
@@ -71,7 +69,7 @@ class Features:
 
 
 def features_for(path: Path | None, image_shape: tuple[int, ...]) -> tuple[Features | None, str | None]:
-    """The extractor of a model, or None and the reason why there is none for its images."""
+    """The feature extractor for images of a shape, or None and the reason why there is none."""
     if path is None:
         return None, "no feature extractor ships for this model"
     features = Features.load(path)

@@ -1,4 +1,4 @@
-"""Grids of images in one PNG, side by side with captions: what `demo` and `generate` show."""
+"""Writes grids of images as one PNG, side by side with captions, for `demo` and `generate`."""
 
 from __future__ import annotations
 
@@ -26,15 +26,18 @@ def grid(
 ) -> Path:
     """Writes a PNG of one grid of images, or of several of equal shape side by side, and returns its path.
 
-    Args:
-        images: [N, channels, height, width] in [-1, 1], or a sequence of such arrays, the float model's
-            first. 1
-            channel is gray, of 3 or more the first 3 are red, green and blue.
-        columns: images in a row of each grid.
-        scale: the side of a pixel; images are enlarged without smoothing, so that every pixel is seen as it
-        is. titles: a caption for every grid.
+    The file appears whole or not at all.
 
-    The file appears whole or not at all. Raises UserError where it cannot be written.
+    Args:
+        images: [N, channels, height, width] in [-1, 1], or a sequence of such arrays, the float model's first. One
+            channel is gray; of three or more the first three are red, green and blue.
+        path: the file to write.
+        columns: images in a row of each grid.
+        scale: pixels of the PNG along a side of an image's pixel; images are enlarged without smoothing.
+        titles: a caption for every grid.
+
+    Raises:
+        UserError: images of different shapes, an argument out of range, or a file that cannot be written.
     """
     panels = [np.asarray(images)] if not isinstance(images, list | tuple) else [np.asarray(i) for i in images]
     if not panels or any(p.ndim != 4 or not p.size or p.shape != panels[0].shape for p in panels):
@@ -61,13 +64,12 @@ def grid(
 
 
 def levels(images: np.ndarray) -> np.ndarray:
-    """uint8 [N, channels, height, width] of values in [-1, 1]; what is beyond is cut off, and NaN is gray."""
+    """Converts values in [-1, 1] to uint8 [N, channels, height, width]; values beyond are clipped, NaN is gray."""
     return np.clip(np.rint((np.nan_to_num(images.astype(np.float64)) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def _panel(images: np.ndarray, columns: int, scale: int) -> np.ndarray:
-    """uint8 [rows * height * scale, columns * width * scale, 3]; cells without an image are of the
-    background."""
+    """One grid as uint8 [rows * height * scale, columns * width * scale, 3]; cells without an image are background."""
     count, channels, height, width = images.shape
     shades = levels(images)
     colors = shades[:, :3] if channels >= 3 else np.repeat(shades[:, :1], 3, axis=1)
@@ -81,7 +83,7 @@ def _panel(images: np.ndarray, columns: int, scale: int) -> np.ndarray:
 
 
 def _fitted(title: str, width: int, font: Any) -> str:
-    """`title`, or its beginning where it is wider than its grid."""
+    """Shortens a title that is wider than its grid."""
     if font.getlength(title) <= width:
         return title
     while title and font.getlength(title + "...") > width:

@@ -1,7 +1,6 @@
-"""Exact definitions of every quality figure that the commands print; docs/metrics.md is their description.
+"""Exact definitions of every quality metric that the commands print; docs/metrics.md describes them.
 
-All sums are float64. Images are arrays [N, channels, height, width] in [-1, 1], latents and outputs [N,
-...].
+All sums are float64. Images are arrays [N, channels, height, width] in [-1, 1], latents and outputs [N, ...].
 """
 
 from __future__ import annotations
@@ -16,10 +15,11 @@ from mpq_compiler.evaluation.features import Array, Features
 from mpq_compiler.support.errors import UserError
 
 SQNR_LIMIT_DB = 200.0
-"""Reported where two tensors are equal, in place of infinity, which JSON does not have."""
+"""The SQNR of equal tensors, in place of infinity, which JSON does not have."""
 PSNR_LIMIT_DB = 100.0
-"""The most that one image counts, so that an equal pair does not make the mean of all infinite."""
+"""The largest PSNR of an image, so that an equal pair does not make the mean of all infinite."""
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
+"""Side and standard deviation of SSIM's Gaussian window, in pixels."""
 
 
 def _pair(reference: Any, value: Any) -> tuple[Array, Array]:
@@ -34,7 +34,7 @@ def _pair(reference: Any, value: Any) -> tuple[Array, Array]:
 
 
 def sqnr_db(reference: Any, value: Any) -> float:
-    """10 log10(sum y^2 / sum (y - yq)^2), over all elements together; within +-200 dB."""
+    """The SQNR in dB, 10 log10(sum y^2 / sum (y - yq)^2), over all elements together; within +-200 dB."""
     y, yq = _pair(reference, value)
     signal, noise = float(np.sum(y * y)), float(np.sum((y - yq) ** 2))
     if noise == 0 or signal == 0:
@@ -43,34 +43,33 @@ def sqnr_db(reference: Any, value: Any) -> float:
 
 
 def trajectory_sqnr_db(reference: Any, value: Any) -> float:
-    """`sqnr_db` of the final latents of two sampling runs from the same noise."""
+    """The SQNR in dB of the final latents of two sampling runs from the same noise."""
     return sqnr_db(reference, value)
 
 
 def image_sqnr_db(reference: Any, value: Any) -> float:
-    """`sqnr_db` of decoded images; the signal is the image in [-1, 1]."""
+    """The SQNR in dB of decoded images; the signal is the image in [-1, 1]."""
     return sqnr_db(reference, value)
 
 
 def psnr_per_image(reference: Any, value: Any) -> Array:
-    """10 log10(4 / mean squared error) of every image (the peak-to-peak range is 2), at most 100 dB:
-    [N]."""
+    """The PSNR of every image in dB, [N]: 10 log10(4 / mean squared error), since the range is 2; at most 100."""
     x, y = _pair(reference, value)
     error = ((x - y) ** 2).reshape(len(x), -1).mean(axis=1)
     return np.minimum(10 * np.log10(4 / np.maximum(error, 1e-300)), PSNR_LIMIT_DB)
 
 
 def psnr_db(reference: Any, value: Any) -> float:
-    """Mean of `psnr_per_image`."""
+    """The mean PSNR of the images, in dB."""
     return float(psnr_per_image(reference, value).mean())
 
 
 def ssim_per_image(reference: Any, value: Any) -> Array:
-    """Structural similarity of every image, the mean over channels and over all whole windows: [N].
+    """The structural similarity of every image, [N]: the mean over channels and over all whole windows.
 
-    Wang, Bovik, Sheikh and Simoncelli (IEEE TIP 2004): Gaussian window 11x11 with sigma 1.5, K = (0.01,
-    0.03), on images mapped to [0, 1] (SSIM is not invariant to a shift). scikit-image computes the same
-    with gaussian_weights=True, use_sample_covariance=False and data_range=1.
+    Wang, Bovik, Sheikh and Simoncelli (IEEE TIP 2004): a Gaussian window of 11x11 with sigma 1.5, K = (0.01, 0.03), on
+    images mapped to [0, 1] (SSIM is not invariant to a shift). scikit-image agrees with gaussian_weights=True,
+    use_sample_covariance=False and data_range=1.
     """
     x, y = _pair(reference, value)
     if x.ndim != 4 or min(x.shape[2:]) < SSIM_WINDOW:
@@ -95,13 +94,12 @@ def ssim_per_image(reference: Any, value: Any) -> Array:
 
 
 def ssim(reference: Any, value: Any) -> float:
-    """Mean of `ssim_per_image`."""
+    """The mean structural similarity of the images."""
     return float(ssim_per_image(reference, value).mean())
 
 
 def frechet(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:
-    """The squared Fréchet distance of two Gaussians: |ma - mb|^2 + tr(Ca + Cb - 2 (Ca^1/2 Cb
-    Ca^1/2)^1/2)."""
+    """The squared Fréchet distance of two Gaussians: |ma - mb|^2 + tr(Ca + Cb - 2 (Ca^1/2 Cb Ca^1/2)^1/2)."""
     values, vectors = np.linalg.eigh(cov_a)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
@@ -110,6 +108,7 @@ def frechet(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:
 
 
 def gaussian(features: Array) -> tuple[Array, Array]:
+    """The mean [D] and covariance [D, D] of features [N, D]. UserError: N is less than 2."""
     if len(features) < 2:
         raise UserError("the Fréchet distance needs 2 images or more")
     return features.mean(axis=0), np.cov(features, rowvar=False)
@@ -126,13 +125,12 @@ def frechet_to_data(images: Any, features: Features) -> float:
 
 
 def class_accuracy(images: Any, labels: Any, features: Features) -> float:
-    """The share of images that the extractor's classifier takes for what was asked for."""
+    """The share of images that the extractor's classifier assigns to the class that was asked for."""
     return float((features(images)[1].argmax(axis=1) == np.asarray(labels)).mean())
 
 
 def interval(values: Any, level: float = 0.95) -> tuple[float, float]:
-    """The normal confidence interval of the mean of independent `values` [N]; (mean, mean) for one
-    value."""
+    """The normal confidence interval of the mean of independent `values` [N]; (mean, mean) for one value."""
     from statistics import NormalDist
 
     values = np.asarray(values, dtype=np.float64)
@@ -144,8 +142,10 @@ def interval(values: Any, level: float = 0.95) -> tuple[float, float]:
 
 
 def share_interval(hits: Any, level: float = 0.95) -> tuple[float, float]:
-    """The confidence interval of a share, of `hits` [N] of 0 and 1, by its score (Wilson 1927): within 0 and 1, and of
-    some width where all are alike."""
+    """The score interval (Wilson 1927) of a share, given `hits` [N] of 0 and 1.
+
+    It lies within 0 and 1, and has some width even where all hits are alike.
+    """
     from statistics import NormalDist
 
     values = np.asarray(hits, dtype=np.float64)
@@ -158,8 +158,15 @@ def share_interval(hits: Any, level: float = 0.95) -> tuple[float, float]:
 def bootstrap(
     statistic: Callable[..., float], *arrays: Array, rounds: int = 200, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of `statistic(*arrays)`: rows are drawn together from all
-    arrays."""
+    """The percentile bootstrap interval of `statistic(*arrays)`.
+
+    Args:
+        statistic: computes a figure from the arrays.
+        arrays: rows of them are drawn together.
+        rounds: the number of resamples.
+        level: of confidence.
+        seed: of the resamples.
+    """
     rng = np.random.Generator(np.random.PCG64(seed))
     count = len(arrays[0])
     values = [
@@ -177,10 +184,17 @@ def compare_images(
     reason: str | None = None,
     labels: Any = None,
 ) -> dict[str, Any]:
-    """Every image metric with its 95 % interval, as JSON: {metric: {"value", "low", "high"} or null, ...}.
+    """Computes every image metric with its 95 % interval, as JSON: {metric: {"value", "low", "high"} or null, ...}.
 
-    A metric that does not apply is null, and "reasons" has why. Resampling for the Fréchet distances would
-    be biased (repeated images shrink the covariance), so they come without an interval.
+    A metric that does not apply is null, and "reasons" says why. Fréchet distances come without an interval, because
+    resampling would be biased (repeated images shrink the covariance).
+
+    Args:
+        reference: images to compare with.
+        images: images from the same noise.
+        features: the feature extractor, or None.
+        reason: why there is no extractor.
+        labels: the classes that were asked for [N], or None.
     """
     reference, images = np.asarray(reference), np.asarray(images)
     result: dict[str, Any] = {"images": len(images)}

@@ -1,4 +1,4 @@
-"""What draws images for comparison: an artifact, or a float model, from the same noise and conditions."""
+"""Painters draw images for comparison: artifacts and float models, from the same noise and conditions."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mpq_compiler.support.errors import UserError
 
 Array = np.ndarray
 BATCH = 50
-"""Images drawn together; an artifact splits the batch into its specializations."""
+"""The number of images drawn together; an artifact splits the batch into its specializations."""
 
 
 @dataclass
 class Painter:
-    """A denoiser that can draw: what `loop.sample` needs of a model or an artifact."""
+    """A denoiser that can draw: everything that `loop.sample` needs of a model or an artifact."""
 
     name: str
     call: Callable[..., Any]
@@ -34,10 +34,11 @@ class Painter:
     codec: str
     conditioning: Conditioning
     unseen: int = 1
-    """A seed of noise that it was not calibrated on."""
+    """A seed of noise on which it was not calibrated."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
+        """The names of its inputs, latents and timestep first."""
         return (self.latent, "timestep", *self.conditioning.inputs)
 
     def draw(
@@ -50,7 +51,20 @@ class Painter:
         observe: Callable[[Call], None] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Array:
-        """Latents f32 [images, C, H, W] from the noise of ``seed``: the same noise for every painter."""
+        """Draws latents f32 [images, C, H, W]; a seed gives every painter of a shape the same noise.
+
+        Args:
+            conditions: one row for each image.
+            images: the number of images.
+            steps: sampling steps.
+            seed: of the noise.
+            guidance: classifier-free guidance; None takes the model's usual one.
+            observe: is called after every model call.
+            progress: is called with (done, total) after every model call.
+
+        Raises:
+            UserError: a number out of range, guidance that the model does not know, or an output that is not finite.
+        """
         check(images, steps, seed)
         return sampling.sample(
             self.call,
@@ -66,11 +80,12 @@ class Painter:
         )
 
     def decode(self, latents: Array) -> Array:
+        """Decodes latents to images in [-1, 1], f32 [N, channels, height, width]."""
         return sampling.decode(self.codec, latents)
 
 
 def from_artifact(path: str | Path, threads: int | None = None) -> Painter:
-    """The painter of a compiled denoiser."""
+    """Loads an artifact as a painter. UserError: it is not sound, or its manifest does not say how it is sampled."""
     from mpq_compiler.runtime import compiled_denoiser
 
     compiled = compiled_denoiser.load(path, threads)
@@ -102,7 +117,7 @@ def from_artifact(path: str | Path, threads: int | None = None) -> Painter:
 
 
 def float_model(model: str | Path, painter: Painter) -> Any:
-    """The float model (a `Denoiser`) of an artifact's painter, loaded for the sizes that the artifact takes."""
+    """Loads the float model (a `Denoiser`) of an artifact's painter, for the sizes that the artifact takes."""
     from mpq_compiler.frontend import denoiser
 
     text = painter.conditioning.inputs.get(TEXT)
@@ -110,7 +125,7 @@ def float_model(model: str | Path, painter: Painter) -> Any:
 
 
 def with_conditions(painter: Painter, path: str | Path | None) -> Painter:
-    """The painter that draws the conditions of a file in turn, if there is one."""
+    """Gives a painter the conditions of a file to draw in turn; without a file it stays as it is."""
     if path is None:
         return painter
     given = painter.conditioning.load(path)
@@ -118,6 +133,7 @@ def with_conditions(painter: Painter, path: str | Path | None) -> Painter:
 
 
 def from_denoiser(loaded: Any) -> Painter:
+    """The painter of a float model."""
     return Painter(
         name=loaded.name,
         call=lambda **inputs: loaded(**inputs).numpy(),
@@ -130,13 +146,13 @@ def from_denoiser(loaded: Any) -> Painter:
 
 
 def sampled_like(reference: Painter, painter: Painter) -> Painter:
-    """The reference with the artifact's sampler: the same steps from the same noise. UserError: as below."""
+    """Gives the reference the artifact's scheduler. UserError: their latents or conditions differ."""
     require_same_task(painter, reference)
     return replace(reference, scheduler=painter.scheduler)
 
 
 def require_same_task(painter: Painter, reference: Painter) -> None:
-    """UserError where two painters do not take the same latents and conditions."""
+    """Raises a UserError where two painters do not take the same latents and conditions."""
     for what in ("shape", "latent", "inputs", "codec"):
         ours, theirs = getattr(painter, what), getattr(reference, what)
         if ours != theirs:
@@ -145,7 +161,7 @@ def require_same_task(painter: Painter, reference: Painter) -> None:
 
 
 def check(images: int, steps: int, seed: int = 0) -> None:
-    """UserError for what cannot be drawn; long work should ask before it starts."""
+    """Raises a UserError where a number is out of range; call it before long work starts."""
     if images < 1 or steps < 1:
         raise UserError(f"cannot draw {images} images in {steps} steps; give 1 or more of both")
     if seed < 0:
