@@ -1,7 +1,7 @@
-"""`mpqc inspect --bisect`: the pass and the layer where a program went wrong, from its dumps alone.
+"""Finds the pass and the layer where a program went wrong, from its dumps alone (`mpqc inspect --bisect`).
 
-Each pass is held to the contract that it declares, node by node and with forced inputs, so that no node answers for
-what another did. docs/inspecting.md has the rules, and where their bounds come from.
+Each pass is held to the contract that it declares, node by node and with forced inputs, so that no node answers for the
+errors of another. docs/inspecting.md has the rules and the sources of their bounds.
 """
 
 from __future__ import annotations
@@ -19,22 +19,24 @@ from mpq_compiler.pipeline.passes import Contract
 from mpq_compiler.support.errors import UserError
 
 HALF_BIT, ONE_BIT, TWO_BITS = 2.0, 4.0, 16.0
-"""Noise powers that cost so much of a width: 6 dB are a bit. Half a bit more than planned, and the effective width
-rounds to a smaller one."""
+"""Ratios of noise power that cost half a bit, one bit and two bits of width; a bit is 6 dB.
+
+With noise of half a bit above the plan, the effective width rounds to a smaller one.
+"""
 STORED = 2.0**-20
-"""Relative noise of a node that only reads leftovers in their stored type: twice the unit roundoff of f16, squared."""
+"""The relative noise that stored types may cause in a node on leftovers: twice the unit roundoff of f16, squared."""
 NEARER = 0.5
-"""A row is another's when it is so much nearer to that, in squared distance."""
+"""The ratio of squared distances below which a row counts as another row's."""
 
 
 KINDS = ("groups", "table", "rows", "weight", "finite", "call", "leftover", "value")
-"""What can be wrong, causes before what they cause: of one layer only the first kind is told."""
+"""The kinds of faults, causes before their effects; for a layer only the first kind is reported."""
 LASTING = frozenset({"groups", "rows", "weight", "call", "leftover"})
-"""Kinds that later passes show again."""
+"""The kinds that show again after later passes."""
 
 
 TRAINING = ("distill",)
-"""Passes that move weights and leftovers away from the float model's on purpose: held-out calls judge them."""
+"""Passes that move weights and leftovers away from the float model on purpose; held-out calls judge these."""
 
 
 @dataclass(frozen=True)
@@ -42,37 +44,42 @@ class Finding:
     """One thing that breaks the contract of a pass."""
 
     after: str
-    """The pass."""
+    """The pass that breaks it."""
     kind: str
     """One of `KINDS`."""
     node: str
     layers: tuple[str, ...]
-    """Parameters without ``.weight``, all that the fault goes into; the node where no layer has part in it."""
+    """The layers that the fault affects, as parameters without ``.weight``; the node where there are none."""
     measured: float | None
-    """None where it is infinite."""
+    """The measured figure; None where it is infinite."""
     allowed: float
     sentence: str
 
     @property
     def layer(self) -> str:
+        """The first layer that the fault affects."""
         return self.layers[0]
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A pass: how many of its nodes were held against the program before, and what broke its contract."""
+    """The judgement of a pass."""
 
     name: str
     contract: str
     nodes: int
+    """The number of nodes that were compared with the program before."""
     findings: tuple[Finding, ...]
     sqnr_db: float | None
 
 
 def judge(dumps: Sequence[Dump]) -> list[Judged]:
-    """Every pass with its findings, in the order of their kinds and of the graph; a fault is told where it began.
+    """Judges every pass; findings are in the order of their kinds and of the graph.
 
-    UserError: dumps of which some are missing.
+    A fault is reported at the pass where it began, and not again after later ones.
+
+    Raises:
+        UserError: some dumps are missing.
     """
     gap = next((d.name for i, d in enumerate(dumps) if d.index != i), None)
     if gap is not None:
@@ -93,7 +100,7 @@ def judge(dumps: Sequence[Dump]) -> list[Judged]:
 
 
 def bisect(dumps: Sequence[Dump]) -> dict[str, Any]:
-    """The verdict as plain data: ``clean``, and the first fault's ``pass``, ``layer`` and ``sentence`` (else None)."""
+    """The verdict on all dumps as JSON: ``clean``, and the first fault's ``pass``, ``layer`` and ``sentence``."""
     judged = judge(dumps)
     first = next((f for j in judged for f in j.findings), None)
     return {
@@ -132,7 +139,7 @@ def _findings(dump: Dump, earlier: Sequence[Dump]) -> Iterator[Finding]:
 
 
 def _groups(dump: Dump, before: Dump | None) -> Iterator[Finding]:
-    """Time groups stay what `time-groups` has decided."""
+    """Rule: time groups stay as `time-groups` decided."""
     now, decided = dump.about["boundaries"], dump.about.get("decided")
     then = decided if decided is not None else before.about["boundaries"] if before is not None else []
     if then and not _same(now, then):
@@ -154,7 +161,7 @@ def _same(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def _tables(dump: Dump, before: Dump | None) -> Iterator[Finding]:
-    """Scales and zero points: unchanged where bits must stay, and nowhere half a bit noisier than they should be."""
+    """Rule: scales and zero points are unchanged where bits must stay, and nowhere half a bit noisier than planned."""
     promised = dump.about["contract"]
     for edge, table in dump.edges.items():
         old = before.edges.get(edge) if before is not None else None
@@ -180,7 +187,10 @@ def _tables(dump: Dump, before: Dump | None) -> Iterator[Finding]:
 
 
 def _weights(dump: Dump) -> Iterator[Finding]:
-    """No weight half a bit noisier than plain rounding, no K-group one, no row two, and none nearer to another's."""
+    """Rule: noise above plain rounding is below half a bit for a weight, one bit for a K-group, two for a row.
+
+    No row is nearer to another row of the float weight than to its own.
+    """
     for path, weight in dump.weights.items():
         layer = (path.removesuffix(".weight"),)
         node = dump.about["layers"].get(path, [layer[0]])[0]
@@ -213,7 +223,7 @@ def _weights(dump: Dump) -> Iterator[Finding]:
 
 
 def _calls(dump: Dump) -> Iterator[Finding]:
-    """Calls on quantized operands keep within a bit of the plan; other nodes change by their leftovers' rounding."""
+    """Rule: calls on quantized operands stay within a bit of the plan; others change by leftovers' rounding alone."""
     consumers = set(dump.about["consumers"])
     for node, d in dump.local.items():
         layer = (_layer(dump, node),)
@@ -235,7 +245,7 @@ def _calls(dump: Dump) -> Iterator[Finding]:
 
 
 def _values(dump: Dump) -> Iterator[Finding]:
-    """The same bits; of a rewrite, f32 rounding, with what departs in between returning before the output."""
+    """Rule: bits are equal; after a rewrite, equal to f32 rounding where departures do not return before the output."""
     promised = dump.about["contract"]
     rewrite = promised == Contract.REWRITE
     nodes = dump.about["departing"] if dump.about["agreeing"] else [n for n, d in dump.local.items() if d.share]
@@ -250,7 +260,7 @@ def _values(dump: Dump) -> Iterator[Finding]:
 
 
 def _finite(dump: Dump, before: Dump | None) -> Iterator[Finding]:
-    """NaN or infinity where there was none: masks may begin with one."""
+    """Rule: no NaN or infinity where there was none before; masks may begin with one."""
     for node, values in dump.values.items():
         if values.dtype.kind != "f" or np.isfinite(values).all():
             continue
@@ -297,7 +307,7 @@ def _changed(old: np.ndarray, new: np.ndarray) -> str:
 
 
 def _layer(dump: Dump, node: str) -> str:
-    """The layer a node belongs to, or itself."""
+    """The layer that a node belongs to, or the node itself."""
     for path, nodes in dump.about["layers"].items():
         if node in nodes:
             return path.removesuffix(".weight")
@@ -311,7 +321,7 @@ def _named(dump: Dump, node: str) -> str:
 
 
 def _readers(dump: Dump, edge: str) -> tuple[str, ...]:
-    """The layers that read an edge; the attention within which it lies; itself where nothing else is known."""
+    """The layers that read an edge; else the attention in which it lies, or the edge itself."""
     paths = dump.about["readers"].get(edge, [])
     return tuple(p.removesuffix(".weight") for p in paths) or (edge.split(":")[0],)
 

@@ -1,28 +1,26 @@
-"""Dumps: after each pass the program as text, and what its nodes compute.
+"""Dumps: the program as text after each pass, with samples of the values that its nodes compute.
 
-``NNN-pass.txt`` is `printer.text`, ``decisions.json`` `provenance.document` as far as it goes. ``NNN-pass.safetensors``
-is the probe: of runs on a fixed batch of inputs
+``NNN-pass.txt`` is `printer.text`. ``decisions.json`` is `provenance.document` so far. ``NNN-pass.safetensors`` has
+measurements of runs on a fixed batch of inputs:
 
-- ``value:<node>``: at most 64 of its values, at positions drawn from the node's name and shape;
+- ``value:<node>``: at most 64 values of a node, at positions drawn from the node's name and shape;
 - ``shape:<node>``: its shape, channels last;
-- ``sqnr:<node>``: f32 dB of those values against the first dump that has a float node of that name and shape;
-- ``output`` and ``output:sqnr``: the same of the output, at up to 4096 positions, against the first dump;
-- ``local:<node>``: f64 [6], what the node does wrong by itself, its inputs forced to what they were before the pass
-  (`Departure`: largest, noise, share of the elements, departing channels, and the first two of them). Before an
-  exact pass that is exact mode, before a simulation the last float program;
-- ``expected:<node>``: f64 [1], the noise that the plan stands for at the output of a call on quantized operands;
-- ``weight:<parameter>``: f64 [5], noise of the quantized weight: how many times plain rounding's, then relative to the
+- ``sqnr:<node>``: the SQNR of these values, f32 dB, against the first dump with a float node of this name and shape;
+- ``output`` and ``output:sqnr``: values and SQNR of the output, at up to 4096 positions, against the first dump;
+- ``local:<node>``: f64 [6], the node's own departure, with its inputs forced to their values before the pass
+  (`Departure`: largest, noise, share of the elements, departing channels, and the first two of them). An exact pass is
+  compared with exact mode, a simulation with the last float program;
+- ``expected:<node>``: f64 [1], the noise that the plan implies at the output of a call on quantized operands;
+- ``weight:<parameter>``: f64 [5], noise of the quantized weight: over that of plain rounding, then relative to the
   layer's output measured and expected, then relative to the weight measured and expected;
 - ``rows:<parameter>``: f64 [S, 4], its noisiest rows (`expected_noise.WeightNoise.suspects`);
-- ``groups:<parameter>``: f64 [J], how many times plain rounding's noise each K-group has, where there are several;
-- ``edge:<edge>``: f64 [4, G], scale and zero point of its time groups, their noise on calibration values and that of
-  plain rounding;
+- ``groups:<parameter>``: f64 [J], noise of each K-group over that of plain rounding, where there are several;
+- ``edge:<edge>``: f64 [4, G], scale and zero point by time group, their noise on calibration values, and the noise of
+  plain rounding.
 
-and, as the file's metadata, the pass, its contract and the stage, time-group boundaries, the calls of each layer, the
-readers of each edge, the calls on quantized operands, and the nodes from which on a rewrite departs and does not
-return. `bisect` reads all that.
-
-Equal programs give equal bytes.
+The file's metadata are the pass, its contract and the stage, the time-group boundaries, the calls of each layer, the
+readers of each edge, the calls on quantized operands, and the nodes from which a rewrite departs without returning.
+`bisect` reads all of this. Equal programs give equal bytes.
 """
 
 from __future__ import annotations
@@ -48,45 +46,46 @@ from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
 
 VALUES, OUTPUT_VALUES = 64, 4096
+"""The most sampled values of a node, and of the output."""
 OUTPUT = "output"
 LOST_DB = -200.0
-"""What stands for an output of which nothing is left, as NaN leaves it."""
+"""The SQNR of an output of which nothing is left, such as NaN."""
 DEPARTING = 16
-"""Nodes named at most of those from which a rewrite departs."""
+"""The most nodes that are named as those from which a rewrite departs."""
 FILE = re.compile(r"(\d{3})-([a-z0-9-]+)\.(txt|safetensors)")
 FLOAT_STAGES = (Stage.FLOAT, Stage.REWRITTEN, Stage.PLANNED)
 
 
 @dataclass(frozen=True)
 class Dump:
-    """What one pass left behind."""
+    """The dump of one pass."""
 
     index: int
     name: str
     """The pass."""
     text: str
     values: dict[str, np.ndarray]
-    """Node -> sampled values, in the order in which the program makes them."""
+    """The sampled values of each node, in the order of execution."""
     sqnr: dict[str, float]
-    """Node -> dB against the first dump that has it in floats; infinite where nothing changed."""
+    """The SQNR of each node in dB against the first dump that has it in floats; infinite where nothing changed."""
     shapes: dict[str, tuple[int, ...]]
     output: np.ndarray
     output_sqnr: float
-    """dB against the first dump, infinite where nothing changed."""
+    """The SQNR of the output in dB against the first dump; infinite where nothing changed."""
     local: dict[str, Departure] = field(default_factory=dict)
-    """Node -> what it does wrong by itself, in the order in which the program makes them."""
+    """The departure of each node by itself, in the order of execution."""
     expected: dict[str, float] = field(default_factory=dict)
-    """Call on quantized operands -> the relative noise that the plan stands for."""
+    """The relative noise that the plan implies, for each call on quantized operands."""
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     rows: dict[str, np.ndarray] = field(default_factory=dict)
     groups: dict[str, np.ndarray] = field(default_factory=dict)
     edges: dict[str, np.ndarray] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
-    """pass, contract, stage, boundaries, order, layers, readers, consumers, departing."""
+    """The metadata: pass, contract, stage, boundaries, order, layers, readers, consumers, departing."""
 
     @property
     def nodes(self) -> int:
-        """Calls in the graph and its regions."""
+        """The number of calls in the graph and its regions."""
         return len(self.values)
 
     @property
@@ -96,7 +95,7 @@ class Dump:
 
 
 def sample(name: str, value: Tensor, count: int = VALUES) -> np.ndarray:
-    """``count`` values of a tensor, or all where it has fewer, at positions that its name and shape decide."""
+    """Samples ``count`` values of a tensor, or all where it has fewer; its name and shape decide the positions."""
     flat = value.detach().reshape(-1)
     if flat.dtype in (torch.bfloat16, torch.float16):
         flat = flat.to(torch.float32)
@@ -108,7 +107,7 @@ def sample(name: str, value: Tensor, count: int = VALUES) -> np.ndarray:
 
 
 def sqnr_db(reference: np.ndarray, value: np.ndarray) -> float:
-    """10 log10 of the signal's power over that of the difference; infinite where there is none."""
+    """The SQNR in dB, 10 log10 of the signal's power over the difference's; infinite where they are equal."""
     signal = float(np.square(reference.astype(np.float64)).sum())
     error = float(np.square(value.astype(np.float64) - reference.astype(np.float64)).sum())
     if error == 0:
@@ -117,7 +116,7 @@ def sqnr_db(reference: np.ndarray, value: np.ndarray) -> float:
 
 
 def layers(program: Program, planned: Program | None = None) -> dict[str, list[str]]:
-    """Parameter -> the calls that multiply with it, in any stage, and those for which they stand."""
+    """The calls that multiply by each parameter, in any stage, and the calls of ``planned`` that they replace."""
     found: dict[str, list[str]] = {}
     for flat in [views.flatten(p) for p in (program, planned) if p is not None]:
         levels = {made.call.name: made for made in views.levels_of(flat)}
@@ -131,7 +130,7 @@ def layers(program: Program, planned: Program | None = None) -> dict[str, list[s
 
 
 def readers(planned: Program) -> dict[str, list[str]]:
-    """Edge -> the parameters of the layers that read it."""
+    """The parameters of the layers that read each edge."""
     found: dict[str, list[str]] = {}
     for node in planned.quantizable:
         path = str(weight_of(node)).split(":")[0]
@@ -143,9 +142,10 @@ def readers(planned: Program) -> dict[str, list[str]]:
 
 
 def read_dumps(folder: str | Path) -> list[Dump]:
-    """The dumps of a folder in the order of the passes.
+    """Reads the dumps of a folder, in the order of the passes.
 
-    Raises UserError where the folder holds none, or holds one file of a pass without the other.
+    Raises:
+        UserError: there is no dump, or one file of a pass is missing or damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""`mpqc inspect --why LAYER`: the chain of decisions that made a layer what it is, with the numbers behind them."""
+"""Explains a layer: the decisions that gave it its format, with their numbers (`mpqc inspect --why LAYER`)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ if TYPE_CHECKING:
     from mpq_compiler.inspection.dumps import Dump
 
 STEP = 0.05
-"""By how much of itself a budget is moved to see what would change."""
+"""The fraction of itself by which a budget is moved, to see what would change."""
 Document = Mapping[str, Any]
+"""The record of decisions, as `provenance.document` makes it."""
 
 
 def load(path: Path) -> Document:
-    """The decisions (`provenance.document`) in a dumps folder or an artifact.
+    """Reads the decisions (`provenance.document`) of a dumps folder or an artifact.
 
-    UserError: there are none, as in what an older version wrote.
+    Raises:
+        UserError: there are none, or none that can be read.
     """
     opened = None  # an unpacked zip lasts as long as what was read of it
     if (path / bundle.MANIFEST).is_file() or path.suffix == ".zip":
@@ -43,7 +45,11 @@ def load(path: Path) -> Document:
 
 
 def find(document: Document, name: str) -> str:
-    """The layer of that name: its parameter, with or without ``.weight``, or its call. UserError: the nearest one."""
+    """The parameter of the layer called `name`: its path, with or without ``.weight``, or its call.
+
+    Raises:
+        UserError: there is no such layer; the sentence has the nearest one.
+    """
     known: dict[str, str] = {}
     for path, passes in document["layers"].items():
         known[path] = known[path.removesuffix(".weight")] = path
@@ -58,33 +64,33 @@ def find(document: Document, name: str) -> str:
 
 @dataclass(frozen=True)
 class Moved:
-    """A budget, and the allocations of least loss with 5 % less and 5 % more of it: None where that cannot be met."""
+    """A budget with the best allocations at 5 % less and 5 % more of it, None where that is infeasible."""
 
     cost: str
     max: float
     used: float
     objective: float
-    """The least loss with the budget as it is."""
+    """The loss with the budget as it is."""
     less: Solution | None
     more: Solution | None
     layers: Collection[str] | None = None
-    """Those that share the budget, where it is that of a group."""
+    """The layers that share the budget; None where all do."""
     group: str | None = None
 
     @property
     def binding(self) -> bool:
-        """Whether more of it would help: by a thousandth of the loss, at the least."""
+        """Whether more of it would lower the loss by at least a thousandth."""
         return self.more is not None and self.more.objective < self.objective - 1e-3 * abs(self.objective)
 
     @property
     def price(self) -> float:
-        """The loss that a unit of the cost is worth."""
+        """The loss that one unit of the cost is worth."""
         high, low = (self.objective if s is None else s.objective for s in (self.less, self.more))
         steps = (self.less is not None) + (self.more is not None)
         return max(0.0, high - low) / (STEP * self.max * steps) if steps else 0.0
 
     def of(self, layer: str) -> dict[str, Any]:
-        """As plain data, with what the layer would be."""
+        """The budget as JSON, with the choice of a layer at less and at more of it."""
 
         def otherwise(solution: Solution | None) -> dict[str, Any] | None:
             if solution is None:
@@ -103,7 +109,7 @@ class Moved:
 
 
 def moved_budgets(document: Document) -> tuple[list[Moved], str | None]:
-    """Every budget of the allocation, moved; ([], why not) where no program was solved, or none can be here."""
+    """Moves every budget of the allocation; returns ([], a reason) where no program was solved, or none can be here."""
     allocation = _said(document["program"], "problem")
     if not allocation:
         return [], "no program was solved: the plan was given"
@@ -152,11 +158,21 @@ def why(
     dumps: Sequence[Dump] = (),
     moved: tuple[Sequence[Moved], str | None] | None = None,
 ) -> dict[str, Any]:
-    """Everything that is known of a layer, as plain data.
+    """Explains a layer, as JSON.
 
-    ``layer``; ``passes``, what each noted of it; ``choices``, the candidates with what they cost and lose; ``budgets``,
-    with what 5 % more or less would change (``moved`` where that was solved before); ``price``, the loss that a byte is
-    worth; ``noise`` after every pass, from dumps alone; ``fallback``, the reason where it stays float.
+    Args:
+        document: the decisions.
+        name: the layer (`find`).
+        dumps: the dumps, for the noise after each pass.
+        moved: the budgets moved, where they were solved before.
+
+    Returns:
+        ``layer``; ``passes``, the notes of each pass on it; ``choices``, the candidates with their costs and losses;
+        ``budgets``, with the effect of 5 % more or less; ``price``, the loss that a byte is worth; ``noise`` after each
+        pass; ``fallback``, the reason where it stays float.
+
+    Raises:
+        UserError: there is no such layer.
     """
     path = find(document, name)
     passes = document["layers"].get(path, {})
@@ -178,22 +194,23 @@ def why(
 
 
 def plan(layer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the allocation has decided of a layer that `why` describes; empty where it has not come so far."""
+    """The allocation's decision on a layer that `why` explains; empty where there is none yet."""
     return _said(layer["passes"], "format")
 
 
 def _said(passes: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """What the pass noted that noted ``key``."""
+    """The notes of the first pass that noted ``key``; empty where none did."""
     return next((said for said in passes.values() if key in said), {})
 
 
 def _choices(
     weights: Mapping[str, Any], chosen: Mapping[str, Any], price: float | None, times: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """The candidates from the smallest on; ``ms`` is the time of the layer, None without a latency table.
+    """The candidate formats, the smallest first.
 
-    ``saves`` is the loss that a byte saves between the candidate and what was chosen, ``priced`` the loss with the
-    bytes at their price: the least of these is what an allocation of one budget chooses.
+    ``ms`` is the time of the layer, None without a latency table. ``saves`` is the loss that a byte saves between the
+    candidate and the chosen format. ``priced`` is the loss plus the bytes at their price; an allocation with one budget
+    chooses the least of these.
     """
     own = weights.get(chosen.get("format", ""))
     rows = []
@@ -209,7 +226,7 @@ def _choices(
 
 
 def _noise(path: str, passes: Mapping[str, Any], dumps: Sequence[Dump]) -> list[dict[str, Any]]:
-    """After every pass: the call's own noise and the planned one, that of its weight, and all that has gathered."""
+    """The noise after each pass: the call's own and planned, its weight's own and planned, and the accumulated SQNR."""
     call = _said(passes, "call").get("call", "")
     rows = []
     for dump in dumps:
@@ -238,7 +255,7 @@ def _decibels(power: float) -> float | None:
 
 
 def show(found: Mapping[str, Any]) -> None:
-    """Prints `why` as sentences and tables."""
+    """Prints the result of `why` as sentences and tables."""
     terminal.say(f"{found['layer']}: {headline(found)}")
     for sentence in sentences(found):
         terminal.say(f"  {sentence}")
@@ -301,7 +318,7 @@ def _otherwise(solved: Mapping[str, Any] | None) -> str:
 
 
 def headline(found: Mapping[str, Any]) -> str:
-    """What became of the layer, in a line."""
+    """The decision on the layer, in one line."""
     decided = plan(found)
     if not decided:
         return f"stays float: {found['fallback']}"
@@ -310,7 +327,7 @@ def headline(found: Mapping[str, Any]) -> str:
 
 
 def activation(decided: Mapping[str, Any]) -> str:
-    """Width and kind of the activations that a planned layer reads."""
+    """The width and kind of the activation that a planned layer reads, in words."""
     if "activation_bits" not in decided:
         return "float"
     if decided["dynamic"]:
@@ -320,7 +337,7 @@ def activation(decided: Mapping[str, Any]) -> str:
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
-    """The chain of decisions, one sentence for each step that had a say."""
+    """The chain of decisions, one sentence for each step that took part."""
     passes = found["passes"]
     told = [
         *_statistics(_said(passes, "edge")),

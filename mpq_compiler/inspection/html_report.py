@@ -1,4 +1,7 @@
-"""`mpqc inspect --html FILE`: one page that loads nothing: charts, every layer with its why, what each pass changed."""
+"""The HTML report of `mpqc inspect --html`: charts, every layer's explanation, and what each pass changed.
+
+The page is one file that loads nothing.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +32,17 @@ pre { overflow-x: auto; font-size: 12px; line-height: 1.35; }
 .quiet { opacity: .65; }
 """
 DIFF_LINES = 400
-"""Of a pass; the rest is in the dumps."""
+"""The most lines of a pass's difference; the rest is in the dumps."""
 
 
 def page(document: Mapping[str, Any], source: str, dumps: Sequence[Dump] = ()) -> str:
-    """The page of the decisions in a dumps folder or an artifact, with noise and differences where there are dumps."""
+    """Renders the page of the decisions in a dumps folder or an artifact.
+
+    Args:
+        document: the decisions.
+        source: where they come from, for the title.
+        dumps: the dumps, for noise and differences.
+    """
     moved = explain.moved_budgets(document)
     layers = [explain.why(document, path, dumps, moved) for path in document["layers"]]
     title = f"{document['model']}: {source}"
@@ -71,7 +80,7 @@ def _summary(document: Mapping[str, Any]) -> str:
 
 
 def _bits(layers: Sequence[Mapping[str, Any]]) -> str:
-    """A bar for each layer: stored bits a weight, overheads included, colored by format."""
+    """A bar chart of the stored bits per weight of each layer, overheads included, colored by format."""
     names = sorted({explain.plan(layer).get("format", "float") for layer in layers})
     points = []
     for layer in layers:

@@ -1,6 +1,6 @@
-"""What scores say of operations, kinds of units and blocks, and which formats those were given: tables and charts.
+"""Reports predicted scores by operation, kind of unit and block, with the formats that these got: tables and charts.
 
-`predict-scores` leaves the distributions, `bit-allocation` the formats; both are read from `decisions.json`.
+`predict-scores` leaves the distributions and `bit-allocation` the formats; both are read from `decisions.json`.
 """
 
 from __future__ import annotations
@@ -15,25 +15,28 @@ from mpq_compiler.support.errors import UserError
 
 OPERATION, UNIT, BLOCK = "operation", "unit", "block"
 KINDS = {OPERATION: "operation", UNIT: "kind of unit", BLOCK: "block"}
-"""What layers are grouped by, and how that is called."""
+"""The ways to group layers, and their titles."""
 
 
 def box(values: Sequence[float]) -> list[float]:
-    """Least, first quartile, median, third quartile and largest of some scores."""
+    """The five-number summary of scores: least, first quartile, median, third quartile, largest."""
     ordered = sorted(values)
     quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else 3 * ordered
     return [ordered[0], *quartiles, ordered[-1]]
 
 
 def known(document: Mapping[str, Any]) -> Mapping[str, Mapping[str, Sequence[float]]]:
-    """The boxes of scores that `predict-scores` left, by kind and name of the group; none where nothing was scored."""
+    """The summaries of scores that `predict-scores` left, by kind and name of the group; empty without scores."""
     return next((said["boxes"] for said in document["program"].values() if "boxes" in said), {})
 
 
 def explain(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Of each group of layers the ``box`` of its scores and how many of its layers have each of the ``formats``.
+    """Collects, for each group of layers, the ``box`` of its scores and the number of its layers in each format.
 
-    document: `provenance.document`. UserError: nothing was scored.
+    document: the decisions (`provenance.document`).
+
+    Raises:
+        UserError: nothing was scored.
     """
     boxes = known(document)
     if not boxes:
@@ -59,7 +62,7 @@ def explain(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def show(found: Mapping[str, Any]) -> None:
-    """Prints `explain` as a table for each kind of group."""
+    """Prints the result of `explain`, a table for each kind of group."""
     for kind, title in KINDS.items():
         rows = found["scores"][kind]
         formats = _formats(rows)
@@ -75,7 +78,7 @@ def show(found: Mapping[str, Any]) -> None:
 
 
 def charts(found: Mapping[str, Any]) -> dict[str, str]:
-    """By the kind of group, the boxes of its scores and the shares of its formats, as SVG."""
+    """Box plots of the scores with the shares of the formats, as SVG, by the kind of group."""
     made = {}
     for kind, title in KINDS.items():
         groups = found["scores"][kind]
