@@ -2,21 +2,18 @@
 
     python -m tests.invariants                 # writes it
 
-A marker names the invariants that a test holds: ``@pytest.mark.invariant("mixdq-1", ...)``. Tests and markers are found
-by pytest's own collection.
+A marker names the invariants that a test holds: ``@pytest.mark.invariant("mixdq-1", ...)``. The tests are read, not
+imported.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
+import ast
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-
-import pytest
 
 from tests.harness.tree import ROOT
 
@@ -42,23 +39,6 @@ class Method:
     """Sentences, by id."""
 
 
-@dataclass
-class Collector:
-    """A plugin of pytest."""
-
-    tests: dict[str, list[str]] = field(default_factory=dict)
-    """``file::function``, by the ids that markers name, in the order of collection."""
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        for item in session.items:
-            assert isinstance(item, pytest.Function)
-            test = f"{item.path.relative_to(ROOT).as_posix()}::{item.originalname}"
-            for marker in item.iter_markers("invariant"):
-                for name in marker.args:
-                    found = self.tests.setdefault(name, [])
-                    found += [] if test in found else [test]
-
-
 def methods() -> list[Method]:
     """Those of the file, in its order."""
     found = []
@@ -68,15 +48,28 @@ def methods() -> list[Method]:
     return found
 
 
-def collected() -> dict[str, list[str]]:
-    """The tests of all files with a marker, by id; in a process of its own, since it imports them."""
-    files = [str(path) for path in sorted(SOURCE.parent.rglob("test_*.py")) if "mark.invariant(" in path.read_text()]
-    collector, said = Collector(), io.StringIO()
-    with contextlib.redirect_stdout(said):
-        status = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *files], plugins=[collector])
-    if status != pytest.ExitCode.OK:
-        raise SystemExit(f"the tests cannot be collected:\n{said.getvalue()}")
-    return collector.tests
+def marked() -> dict[str, list[str]]:
+    """``file::function`` of the tests with a marker, by the ids that it names, in the order of files and lines.
+
+    Files are read and not imported: markers stand as decorators, with their ids as literals.
+    """
+    found: dict[str, list[str]] = {}
+    for path in sorted(SOURCE.parent.rglob("test_*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "mark.invariant(" not in text:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                for name in _names(node):
+                    found.setdefault(name, []).append(f"{path.relative_to(ROOT).as_posix()}::{node.name}")
+    return found
+
+
+def _names(test: ast.FunctionDef) -> Iterator[str]:
+    """The ids of a test's markers."""
+    for decorator in test.decorator_list:
+        if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.invariant":
+            yield from map(ast.literal_eval, decorator.args)
 
 
 def faults(known: Sequence[Method], tests: Mapping[str, Sequence[str]]) -> Iterator[str]:
@@ -101,7 +94,7 @@ def _cell(tests: Sequence[str]) -> str:
 
 
 def main(destination: Path = DOCUMENT) -> None:
-    known, tests = methods(), collected()
+    known, tests = methods(), marked()
     if wrong := sorted(faults(known, tests)):
         raise SystemExit("\n".join(wrong))
     destination.write_text(page(known, tests), encoding="utf-8")

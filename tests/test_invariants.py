@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
-from tests.harness.tree import ROOT
-from tests.invariants import DOCUMENT, Method, faults, methods, page
+from tests.invariants import DOCUMENT, Method, faults, main, methods, page
 
 
 def test_the_page_is_what_is_written_of_the_tests(tmp_path):
-    """In a process of its own: pytest collects, whatever part of the tests is running here."""
-    command = [sys.executable, "-m", "tests.invariants", str(tmp_path / "invariants.md")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    main(tmp_path / "invariants.md")
     same = (tmp_path / "invariants.md").read_text() == DOCUMENT.read_text()
     assert same, "docs/invariants.md is not that of the tests: write it with `python -m tests.invariants`"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from mpq_compiler.ir.program import Program, Stage, TensorStore
 from mpq_compiler.pipeline import manager, parser
 from mpq_compiler.pipeline import session as pipeline_session
 from mpq_compiler.pipeline.backend import Built
+from mpq_compiler.support import cache
 from mpq_compiler.targets.table import Target
 from tests.harness import tiny
 
@@ -105,15 +105,9 @@ def write(path: Path, program: Program, target: Target, built: Built) -> Path:
     return path
 
 
-@functools.cache
 def kernel_cache() -> Path:
-    """A folder of compiled kernels shared by the tests of a session."""
-    import atexit
-    import shutil
-
-    folder = tempfile.mkdtemp(prefix="mpq-kernels-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+    """The run's folder of compiled kernels and measurements, shared by all suites and workers."""
+    return cache.folder()
 
 
 def take(inputs: dict[str, Tensor], rows: Sequence[int] | slice) -> dict[str, Tensor]:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import functools
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, fx
@@ -25,6 +23,7 @@ from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
 from mpq_compiler.pipeline import manager, parser, registry
 from mpq_compiler.pipeline.passes import Pass
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.support import cache
 from mpq_compiler.targets.numerics import BF16
 from tests.harness import tiny
 
@@ -139,7 +138,7 @@ def steps(name: str, pipeline: str = MIXED) -> tuple[Step, ...]:
 @functools.cache
 def _steps(name: str, pipeline: str) -> tuple[Step, ...]:
     found: list[Step] = []
-    session = Session(denoiser(name), calibration(name), cache=Path(_CACHE.name))
+    session = Session(denoiser(name), calibration(name), cache=cache.folder())
 
     def add(index: int, step: Pass, before: Program, after: Program) -> None:
         last = after if after.stage == Stage.PLANNED else found[-1].planned if found else None
@@ -147,9 +146,6 @@ def _steps(name: str, pipeline: str) -> tuple[Step, ...]:
 
     manager.run_pipeline(parser.parse(pipeline), empty(), session, [observe, add])
     return tuple(found)
-
-
-_CACHE = tempfile.TemporaryDirectory()
 
 
 def having(pass_name: str) -> str:
