@@ -1,4 +1,4 @@
-"""The integer program that gives every layer its format."""
+"""Bit allocation: an integer program gives every layer its format."""
 
 from __future__ import annotations
 
@@ -33,11 +33,14 @@ from mpq_compiler.quantization.statistics import ATTENTION, DYNAMIC, FLOATING, G
 from mpq_compiler.support.errors import UserError
 
 ORTHOGONALITY = "orthogonality"
-"""The objective, and the pass that it needs."""
+"""The name of the objective, and of the pass that it needs."""
 ADDITIVE_DB = 3.0
-"""How far a plan's noise may be from the sum of its losses without a note: what destroyed networks are off by."""
+"""The difference in dB between a plan's noise and the sum of its losses from which on there is a note.
+
+Destroyed networks are off by as much.
+"""
 UNQUANTIZED = 16
-"""Bits of activations from which on they stay float, where all have one width."""
+"""The fewest bits of activations that leave them float, where all have one width."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ class BitAllocation(Pass):
 
     @property
     def _width(self) -> int:
-        """Bits of the activations where all have one width; 0 leaves them float."""
+        """The bits of the activations where all have one width; 0 leaves them float."""
         return 0 if self.activations >= UNQUANTIZED else int(min(self.activations, 8))
 
     @property
@@ -197,7 +200,10 @@ class BitAllocation(Pass):
         return program
 
     def _planned(self, program: Program, choices: dict[str, tuple[str, int]], quantized: set[str]) -> Program:
-        """The program with the plans that the choices give: formats and widths of layers, attentions to quantize."""
+        """Writes the plans of choices into a copy of the program.
+
+        choices: format and activation bits (0 for float) of each layer. quantized: the attentions to quantize.
+        """
         program = program.fork()
         sites: dict[str, list[fx.Node]] = {}
         for node in program.quantizable:
@@ -240,7 +246,7 @@ class BitAllocation(Pass):
                 _plan_activation(program, name, bits)
 
     def _solve(self, program: Program, session: Session) -> tuple[dict[str, tuple[str, int]], set[str]]:
-        """Weight format and activation bits of each layer; the attentions that are quantized."""
+        """Solves the program: weight format and activation bits of each layer, and the attentions to quantize."""
         measured = self._measured(program)
         table = measured | costs.describe(program, self.dynamic, _formats(measured), self.floating)
         if not self.mixed and not self._unquantized:
@@ -276,8 +282,8 @@ class BitAllocation(Pass):
         def planned(solution: Solution) -> Program:
             return self._planned(program, *_choices_of(solution, table))
 
-        finalists = Reranker(program, session, self.images, planned)
-        best = self._best(program, table, terms, solved, finalists)
+        reranker = Reranker(program, session, self.images, planned)
+        best = self._best(program, table, terms, solved, reranker)
         if not best.solution.optimal:
             program.note(
                 f"the program was not solved to the end within {TIME_LIMIT:g} s: losses are within "
@@ -287,12 +293,12 @@ class BitAllocation(Pass):
             **best.solution.to_json(),
             "objective": _noise(posed(replace(best.terms, decibels=False)), best.solution),
             "problem": best.problem,
-            **({"candidates": finalists.judged} if finalists.judged else {}),
+            **({"candidates": reranker.judged} if reranker.judged else {}),
         }
         return _choices_of(best.solution, table)
 
     def _measured(self, program: Program) -> dict[str, Any]:
-        """The losses that are summed. UserError: no pass has measured them."""
+        """The table of the losses to sum. UserError: no pass has measured them."""
         name = ORTHOGONALITY if self.objective == ORTHOGONALITY else "sensitivity"
         if name not in program.facts:
             raise UserError(f"pass 'bit-allocation' needs '{name}': put {name} before it, or set uniform=int8")
@@ -300,7 +306,7 @@ class BitAllocation(Pass):
         return found
 
     def _measure_together(self, program: Program, session: Session) -> None:
-        """Leaves the noise of the whole plan beside the sum of its losses, and a note where they are far apart."""
+        """Measures the noise of the whole plan beside the sum of its losses, and notes where they are far apart."""
         allocation, most = program.facts["allocation"], program.facts["sensitivity"].get("inputs")
         if most is None:
             program.note(
@@ -328,7 +334,7 @@ class BitAllocation(Pass):
             )
 
     def _by_scores(self, program: Program) -> dict[str, tuple[str, int]]:
-        """Weight format and activation bits of each layer, by what `predict-scores` found."""
+        """Chooses weight format and activation bits of each layer by the scores of `predict-scores`."""
         if "scores" not in program.facts:
             raise UserError(
                 f"bit-allocation{{objective={self.objective}}} needs 'scores': put predict-scores before it"
@@ -354,9 +360,9 @@ class BitAllocation(Pass):
         table: dict[str, Any],
         terms: Terms,
         solved: Callable[[Terms], Solved],
-        finalists: Reranker,
+        reranker: Reranker,
     ) -> Solved:
-        """The program of the best ratio of the weights' bits and then, with that, of the activations'."""
+        """Finds the best ratio of the weights' bits and then, with that one, of the activations' bits."""
         scans: dict[str, tuple[float, ...]] = {"ratio": self.ratios, "activation_ratio": self.activation_ratios}
         if any(scans.values()) and {layer["group"] for layer in table["layers"]} != {CONTENT, QUALITY}:
             program.note(
@@ -374,11 +380,11 @@ class BitAllocation(Pass):
                     found.append(solved(replace(best.terms, **{option: ratio})))  # type: ignore[arg-type]
                 except InfeasibleError:
                     continue  # the ratio leaves a group less than its least
-            best = finalists.best(found)
+            best = reranker.best(found)
         return best
 
     def _with_latencies(self, table: dict[str, Any], program: Program, session: Session) -> dict[str, Any]:
-        """The table with the times of its formats, where there are any. UserError: a budget without times."""
+        """Adds the times of the formats to a table, where there are any. UserError: a budget without times."""
         if session.latency is None or self.floating:
             if self.latency is not None:
                 raise UserError(
@@ -390,7 +396,7 @@ class BitAllocation(Pass):
         return sensitivity_table.with_latencies(table, times.fixed, times.layers)
 
     def _times(self, program: Program, latency: LayerTimes) -> Times:
-        """Of the formats that there are to choose from."""
+        """The times of the formats to choose from."""
         if self.uniform is not None:
             names = [formats.get(self.uniform).name]
         else:
@@ -398,7 +404,7 @@ class BitAllocation(Pass):
         return latency.costs(program, names, self.dynamic)
 
     def _solved(self, problem: dict[str, Any], table: dict[str, Any]) -> Solution:
-        """The solution. InfeasibleError: none is within the budgets; how fast the model can be within the rest."""
+        """Solves a problem. InfeasibleError: none; the sentence has the least latency within the other budgets."""
         try:
             return solve(Problem.from_json(problem))
         except InfeasibleError as error:
@@ -413,7 +419,7 @@ class BitAllocation(Pass):
             ) from error
 
     def _note_latencies(self, program: Program, session: Session) -> None:
-        """Leaves what the plan takes, whole and by layer. UserError: a uniform plan beyond the budget."""
+        """Notes the time of the plan, whole and by layer. UserError: a uniform plan exceeds the budget."""
         if session.latency is None or self.floating:
             if self.latency is not None:
                 self._with_latencies({}, program, session)
@@ -431,7 +437,7 @@ class BitAllocation(Pass):
             provenance.note(program, path, self.name(), microseconds=times.layers[path])
 
     def _of_one_width(self, measured: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-        """Of the measured losses of activations those at the budget's width."""
+        """Keeps the measured losses of activations at the budget's width only."""
         width = f"{min(self.activations, 8):g}"
         if any(width not in losses for losses in measured.values()):
             raise UserError(
@@ -441,7 +447,7 @@ class BitAllocation(Pass):
         return {edge: {width: losses[width]} for edge, losses in measured.items()}
 
     def _attention_losses(self, program: Program, measured: dict[str, dict[str, float]]) -> dict[str, Any]:
-        """Of the measured losses those at the width that is asked for, by attention."""
+        """Keeps the measured losses of attentions at the width that is asked for only."""
         if self.attention is None:
             return {}
         width = str(self.attention)
@@ -454,7 +460,7 @@ class BitAllocation(Pass):
         return {n.name: {width: measured[n.name][width]} for n in program.attentions}
 
     def _check_uniform(self, program: Program) -> None:
-        """A uniform plan that exceeds a budget is refused rather than written."""
+        """Raises a UserError where a uniform plan exceeds a budget of bytes."""
         limit = pose.byte_limit(program.facts, self.weights, self.bytes)
         stored = ir_costs.stored_bytes(program)
         if limit is not None and stored > limit:
@@ -466,7 +472,7 @@ class BitAllocation(Pass):
 
 
 def _formats(table: dict[str, Any]) -> list[str]:
-    """Those that a table has losses of."""
+    """The formats of which a table has losses."""
     return list(dict.fromkeys(name for losses in table["weights"].values() for name in losses))
 
 
@@ -477,13 +483,13 @@ def _scored(program: Program) -> list[str]:
 
 
 def _noise(problem: dict[str, Any], solution: Solution) -> float:
-    """The summed loss of the choices in a problem that sums something else than theirs."""
+    """The summed loss of a solution's choices in another problem than its own."""
     losses = {(layer["name"], c["name"]): c["loss"] for layer in problem["layers"] for c in layer["choices"]}
     return math.fsum(losses[choice] for choice in solution.choices.items())
 
 
 def _choices_of(solution: Solution, table: dict[str, Any]) -> tuple[dict[str, tuple[str, int]], set[str]]:
-    """Format and width, 0 for float, of each layer; the attentions that are quantized."""
+    """Splits a solution into format and width (0 for float) of each layer, and the attentions to quantize."""
     split = {path: choice.split(" ") for path, choice in solution.choices.items() if path in table["weights"]}
     quantized = {name for name in table["attention"] if solution.choices[name] != formats_contract.FLOAT}
     float_width = formats_contract.FLOAT

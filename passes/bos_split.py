@@ -1,4 +1,4 @@
-"""The first token of a text, which is the same in every prompt, taken out of what is quantized."""
+"""Takes the first token of a text, which is the same in every prompt, out of quantization."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
 
 TEXT = "encoder_hidden_states"
-"""What the names of text inputs [B, tokens, channels] begin with."""
+"""The prefix of the names of text inputs [B, tokens, channels]."""
 PROMPTS = 16
-"""How many of the denoiser's own prompts are compared."""
+"""The number of the denoiser's own prompts that are compared."""
 ASSUMPTIONS = "assumptions"
-"""The fact that the artifact's manifest repeats, and that `runtime` checks at every call."""
+"""The fact with the tokens that are assumed; the artifact's manifest repeats it, and `runtime` checks every call."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class BosSplit(Pass):
 
 
 def _prompts(session: Session, name: str) -> Tensor | None:
-    """Texts [N, T, C] that the denoiser is asked for, the empty one among them; None where none are known."""
+    """Texts [N, T, C] that the denoiser may be asked for, the empty prompt among them; None where none are known."""
     if session.calibration is not None:
         return session.calibration.get(name)
     if session.denoiser is None or not session.denoiser.conditioning.possible:
@@ -73,7 +73,7 @@ def _prompts(session: Session, name: str) -> Tensor | None:
 
 
 def _why_not(rows: Tensor | None) -> str | None:
-    """Why the first token of these texts is no constant, in words, or None where it is one."""
+    """The reason, in words, why the first token of these texts is not a constant; None where it is one."""
     if rows is None:
         return "there are no prompts to compare; give --calibration or --conditions"
     if rows.shape[1] < 2:
@@ -91,7 +91,7 @@ def _split(program: Program, name: str, text: Tensor) -> bool:
     source = next(n for n in graph.nodes if n.op == "placeholder" and n.target == name)
     values: dict[fx.Node, Any] = {source: text}
     computed: set[fx.Node] = set()
-    """Those behind a linear layer: what is before one is cheap, and stays for its other readers."""
+    """The calls behind a linear layer; calls before one are cheap, and stay for their other readers."""
     interpreter = Interpreter(program)
     for node in graph.nodes:
         if node.op == "get_attr":
@@ -124,7 +124,7 @@ def _split(program: Program, name: str, text: Tensor) -> bool:
 
 
 def _by_tokens(node: fx.Node, values: dict[fx.Node, Any], sizes: dict[str, Any], tokens: int) -> bool:
-    """Whether the call computes each token [B, T, ...] from the same token of calls that do, and from constants."""
+    """Whether the call computes each token [B, T, ...] from the same token of calls that do, too, and constants."""
     if node.op != "call_function" or any(n not in values for n in node.all_input_nodes):
         return False
     constants = [n for n in node.all_input_nodes if n.op == "get_attr"]
@@ -138,7 +138,7 @@ def _by_tokens(node: fx.Node, values: dict[fx.Node, Any], sizes: dict[str, Any],
 
 
 def _join(program: Program, node: fx.Node, rest: fx.Node, token: Tensor) -> None:
-    """The readers of ``node`` that are not by tokens read the constant and the rest, under its name."""
+    """Gives the other readers of ``node`` the constant and the rest of the tokens, joined, under its name."""
     graph = program.graph
     if node.users:
         with graph.inserting_before(node):

@@ -1,4 +1,4 @@
-"""Calibration inputs and statistics."""
+"""Calibration: records inputs and collects statistics."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Calibrate(Pass):
         return program
 
     def _sampled(self, program: Program, session: Session, wanted: frozenset[str]) -> Calibration:
-        """Measured while the program itself is what the sampler draws with: the float model runs once."""
+        """Samples with the program itself and measures it meanwhile, so that the float model runs only once."""
         from mpq_compiler.frontend.trajectories import record_calibration
 
         denoiser = session.denoiser

@@ -95,10 +95,10 @@ class Distill(Pass):
             program.note(f"distill: {note}")
         samples = max(self.samples, training_data.trajectories(updates, self.epochs, self.steps))
         data, held_out = training_data.calls(session, samples, self.steps)
-        gallery = TrajectoryError.drawn(session, self.images)
-        images = gallery.noise(program) if gallery else None
-        if gallery:
-            gains = gallery.gains(program)
+        image_error = TrajectoryError.drawn(session, self.images)
+        images = image_error.noise(program) if image_error else None
+        if image_error:
+            gains = image_error.gains(program)
             data, held_out = data.weighted(gains), held_out.weighted(gains)
         told = []
         for title, stages in self._phases(program, session, updates):
@@ -111,7 +111,7 @@ class Distill(Pass):
                         f"distill: training {stage.name} diverged in step {outcome.diverged} of {stage.steps}; the "
                         f"best state until then, that of step {outcome.best_step}, is kept"
                     )
-            found = gallery.noise(trained) if gallery else None
+            found = image_error.noise(trained) if image_error else None
             kept = images is None or found is None or found <= images
             told.append(
                 {"phase": title, "stages": outcomes, "images_before": images, "images_after": found, "kept": kept}
@@ -125,13 +125,13 @@ class Distill(Pass):
         return program
 
     def _related(self, program: Program, session: Session) -> Block | None:
-        """The block whose features the term of relations compares: the last of those of a kind, where there are any."""
+        """The block whose features the relation loss compares: the last repeated one; None where no block repeats."""
         assert session.denoiser is not None
         found = [b for b in ir_blocks.blocks(session.denoiser.module.model, program) if b.repeated]
         return found[-1] if found else None
 
     def _without_effect(self, program: Program, session: Session, updates: int) -> Iterator[str]:
-        """What options have nothing to work on, in sentences."""
+        """Sentences on options that have no effect."""
         for option in ("adapters", "blocks"):
             if getattr(self, option) and not round(updates * self.latent):
                 yield f"{option} had no effect: no update is of the weights themselves (latent)"
@@ -147,7 +147,7 @@ class Distill(Pass):
             yield "range_network had no effect: of one time group each network would make one number"
 
     def _phases(self, program: Program, session: Session, updates: int) -> Iterator[tuple[str, list[Stage]]]:
-        """What is trained one after the other; a phase is kept or undone as one."""
+        """The phases of training in order, each with its stages; a phase is kept or undone as a whole."""
         assert session.denoiser is not None
         rates = {kind: rate * self.rate for kind, rate in RATES.items()}
         latent = round(updates * self.latent)

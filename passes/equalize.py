@@ -1,4 +1,4 @@
-"""Channels of activations made alike, at the cost of the weights that read them."""
+"""Equalization: scales the channels of activations alike, and undoes that in the weights that read them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ from mpq_compiler.quantization.channel_scaling import Scaling
 from mpq_compiler.quantization.rewrite_gain import Layers, Rows
 
 POWERS = tuple(i / 10 for i in range(1, 10))
-"""SmoothQuant's alpha: how much of the spread of a channel's values moves into the weights."""
+"""The values of SmoothQuant's alpha: how much of the spread of a channel's values moves into the weights."""
 WIDEST = 64.0
-"""Largest and smallest factor, relative to their geometric mean."""
+"""The largest factor, and the inverse of the smallest, relative to their geometric mean."""
 
 
 class Found(NamedTuple):
-    """What a search has chosen: the factor [C] of the tensor, the rule that gave it, its gain in dB."""
+    """The result of a search."""
 
     factor: Tensor
+    """The factors [C] of the tensor's channels."""
     rule: str
+    """The rule that gave them."""
     gain: float
+    """Their gain in dB."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Equalize(RewriteSearch):
         return program
 
     def search(self, program: Program, group: Layers) -> Found | None:
-        """The best factor for what the layers read, or None where none gains on the rows kept back."""
+        """The best factor for the tensor that the layers read; None where none gains on held-out rows."""
         weights = [program.tensors.read(str(weight_of(n))) for n in group.readers]
         joined = group.rows()
         shown = {geometry: rows[::2] for geometry, rows in joined.items()}
@@ -106,7 +109,10 @@ class Equalize(RewriteSearch):
         return Found(best, rule, gain) if rule and (gain >= self.gain or self.rule != "search") else None
 
     def candidates(self, largest: Tensor, weights: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Rules, and the factors [C] that they give for channels of those largest magnitudes."""
+        """The rules, each with its factors [C].
+
+        largest: the largest magnitude of each channel [C]. weights: of the layers, [O, ..., C].
+        """
         columns = torch.stack([w.abs().flatten(0, -2).amax(0) for w in weights]).amax(0)
         for power in POWERS:
             yield f"alpha {power}", self._on_grid(columns ** (1 - power) / largest**power)
@@ -115,12 +121,15 @@ class Equalize(RewriteSearch):
         yield "dilation", self._on_grid(1 / dilation(weights))
 
     def _dilating(self, weights: list[Tensor]) -> Tensor:
-        """The factors [C] of `dilation`, at least 1/`WIDEST`, as f16 that let no row leave its range."""
+        """The inverse factors [C] of `dilation`, at least 1/`WIDEST`, in f16 so that no row leaves its range."""
         factor = 1 / dilation(weights).clamp_max(WIDEST)
         return (factor * (1 + 2.0**-10)).to(torch.float16).to(torch.float32).clamp_max(1.0)
 
     def _on_grid(self, factor: Tensor) -> Tensor:
-        """Of geometric mean 1, within `WIDEST`, as it will be stored; channels that are always zero stay."""
+        """Normalizes factors to a geometric mean of 1, within `WIDEST`, and rounds them as they are stored.
+
+        Channels that are always zero get 1.
+        """
         log = factor.log2()
         known = torch.isfinite(log)
         if not bool(known.any()):
@@ -131,7 +140,7 @@ class Equalize(RewriteSearch):
         return torch.exp2(log.round()) if self.exact else torch.exp2(log).to(torch.float16).to(torch.float32)
 
     def _error(self, group: Layers, rows: Rows, weights: list[Tensor], factor: Tensor) -> float:
-        """Of the outputs of the layers where what they read is multiplied by ``factor`` [C]."""
+        """The relative squared error of the layers' outputs where their input is multiplied by ``factor`` [C]."""
         return self.error(group, rows, weights, lambda x: x * factor, lambda w: w / factor)
 
 

@@ -1,4 +1,4 @@
-"""From simulated to integer arithmetic."""
+"""Folds fake quantizers into layers: from simulated to integer arithmetic."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class FoldFakeQuant(Pass):
 
 @dataclass(frozen=True)
 class Codes:
-    """A quantized tensor of the packed graph; without a group, scale and zero point are those of its rows."""
+    """A quantized tensor of the packed graph; without a group, scale and zero point are per row."""
 
     codes: fx.Node
     scale: fx.Node
@@ -83,7 +83,7 @@ class Codes:
 
 
 def _quantize(graph: fx.Graph, x: fx.Node) -> Codes:
-    """Every layer that reads the fake-quantized tensor reads its codes instead; other readers keep the tensor."""
+    """Quantizes a fake-quantized tensor to codes for the layers that read it; other readers keep the tensor."""
     with graph.inserting_before(x):
         if x.target is ops.fake_quantize:
             made = graph.call_function(ops.quantize, x.args)
@@ -102,7 +102,7 @@ def _quantize(graph: fx.Graph, x: fx.Node) -> Codes:
 
 
 def _replace(graph: fx.Graph, old: fx.Node, new: fx.Node) -> None:
-    """``new`` takes the place and the name of ``old``."""
+    """Replaces ``old`` by ``new``, which takes its name."""
     old.replace_all_uses_with(new)
     name = old.name
     graph.erase_node(old)
@@ -119,7 +119,7 @@ def _is_layer(node: fx.Node) -> bool:
 
 
 def _is_branched(node: fx.Node) -> bool:
-    """Whether the node is a weight of base and branch that float layers read."""
+    """Whether the node is a weight with base and branch that float layers read."""
     return (
         node.target is aten.add.Tensor
         and isinstance(node.args[1], fx.Node)
@@ -129,7 +129,7 @@ def _is_branched(node: fx.Node) -> bool:
 
 
 def _merge(program: Program, weight: fx.Node) -> None:
-    """Base and branch as one table."""
+    """Merges base and branch of a weight into one table."""
     with program.graph.inserting_before(weight):
         new = program.graph.call_function(ops.dequantize_weight, _table(program, weight))
     _replace(program.graph, weight, new)
@@ -149,7 +149,7 @@ def _fold_attention(graph: fx.Graph, call: fx.Node, operands: list[Codes]) -> No
 
 
 def _table(program: Program, weight: fx.Node) -> tuple[Any, ...]:
-    """codes, scale, offset, lut, row_class, shape and segments of a settled weight, its branch merged."""
+    """The codes, scale, offset, lut, row_class, shape and segments of a settled weight, with its branch merged."""
     if weight.target is ops.dequantize_weight:
         return arguments(weight)
     codes, scale, offset, lut, *rest = arguments(operand(weight, 0))

@@ -1,4 +1,4 @@
-"""Pointwise work joins the kernel that makes its operand."""
+"""Fuses pointwise calls into the kernel that produces their operand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ANCHORS: dict[Callable[..., Any], str] = {
     ops.hadamard: "hadamard",
     ops.attention: "attention",
 }
-"""Operators whose kernels take an epilogue, and the first part of their regions' names."""
+"""The operators whose kernels take an epilogue, and the first part of their regions' names."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _chain(anchor: fx.Node, sizes: dict[str, Any]) -> list[fx.Node]:
 
 
 def _keeps_rows(node: fx.Node, sizes: dict[str, Any]) -> bool:
-    """A reshape that leaves the last dimension alone: the same rows under another name."""
+    """Whether the node is a reshape that leaves the last dimension alone, and thus the rows."""
     if node.target is not aten.reshape.default:
         return False
     source: Tensor = sizes[operand(node, 0).name]

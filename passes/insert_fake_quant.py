@@ -1,4 +1,4 @@
-"""Explicit quantizers in the float graph."""
+"""Inserts explicit quantizers into the float graph."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _insert_time_group(program: Program) -> fx.Node:
 
 
 def _insert_levels(program: Program, call: fx.Node, planned: base.Format) -> fx.Node:
-    """The call's weight at the levels from which its format starts."""
+    """Inserts the quantizer of a call's weight, at the levels from which its format starts."""
     graph, weight, prefix = program.graph, operand(call, 1), f"{weight_path(call)}:range."
     start = planned.start(program.tensors.read(str(weight.target)))
     with graph.inserting_before(call):
@@ -144,7 +144,7 @@ def _insert_quantizer(program: Program, edge: fx.Node, group: fx.Node | None) ->
 
 
 def _tables(program: Program, plan: ActivationPlan, place: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Scale and zero point of a static plan, read behind ``place``."""
+    """Inserts the reads of a static plan's scale and zero point behind ``place``."""
     with program.graph.inserting_after(place):
         zero = program.graph.get_attr(str(plan.zero_point))
     with program.graph.inserting_after(place):
@@ -155,7 +155,7 @@ def _tables(program: Program, plan: ActivationPlan, place: fx.Node) -> tuple[fx.
 def _quantize_attention(
     program: Program, call: fx.Node, quantized: dict[fx.Node, fx.Node], group: fx.Node | None
 ) -> None:
-    """The call on quantized operands, its probabilities quantized too."""
+    """Replaces an attention by one on quantized operands, with quantized probabilities."""
     plan = program.activations[softmax(call.name)]
     q, k, v = (quantized[operand(call, i)] for i in range(3))
     scale, zero = _tables(program, plan, call.prev)

@@ -1,4 +1,4 @@
-"""Channels-last activations, token-major attention."""
+"""Rewrites the graph to channels-last activations and token-major attention."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mpq_compiler.support.errors import UserError
 TO_CHANNELS_LAST = {3: (0, 2, 1), 4: (0, 2, 3, 1)}
 TO_CHANNELS_FIRST = {3: (0, 2, 1), 4: (0, 3, 1, 2)}
 LOWEST = -1e30
-"""What a boolean mask adds where it is false: finite, so that a row without any key is no NaN."""
+"""The value that a boolean mask adds where it is false; it is finite, so that a row without any key is no NaN."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ PADS = (aten.pad.default, aten.constant_pad_nd.default)
 
 
 def _padding(node: fx.Node) -> tuple[list[int], float] | None:
-    """What a padding with one value adds, innermost dimension first, and the value."""
+    """The amounts of a constant padding, innermost dimension first, and its value; None for other calls."""
     if node.target not in PADS:
         return None
     pad, *rest = arguments(node)[1:]
@@ -156,7 +156,7 @@ REPEATS = {aten.repeat_interleave.self_int, aten.expand.default}
 
 
 def _additive(edit: Editor, mask: fx.Node) -> fx.Node | None:
-    """The mask as an additive tensor of four dimensions that is not repeated over heads or queries."""
+    """Converts a mask to an additive tensor of rank 4, not repeated over heads or queries; None where it cannot."""
     calls = [mask]
     while calls[-1].target in MOVEMENT | REPEATS:
         calls.append(operand(calls[-1], 0))
@@ -184,7 +184,7 @@ CHANNELS_LAST: dict[Any, Callable[[Editor, fx.Node], None]] = {
 
 
 def sink_permutes(edit: Editor) -> bool:
-    """``f(permute(x)) -> permute(f(x))`` for every f that has a rule; True if a permute moved."""
+    """Rewrites ``f(permute(x))`` to ``permute(f(x))`` for every f that has a rule; True if a permute moved."""
     changed = False
     for node in list(edit.graph.nodes):
         rule = SINKS.get(node.target) if node.op == "call_function" else None
@@ -199,7 +199,7 @@ def sink_permutes(edit: Editor) -> bool:
 
 
 Sunk = tuple[fx.Node, Sequence[int]] | None
-"""The call on operands that are not permuted, and the order in which its result is to be permuted."""
+"""A call on unpermuted operands, and the order that permutes its result; None where a permute stays."""
 
 
 def _order(node: fx.Node) -> list[int]:
@@ -223,7 +223,10 @@ def _concatenation(edit: Editor, node: fx.Node) -> Sunk:
 def _together(
     edit: Editor, node: fx.Node, operands: Sequence[fx.Node], make: Callable[[dict[Any, fx.Node], list[int]], fx.Node]
 ) -> Sunk:
-    """Several operands without the permute that one of them is; None where that costs another a permute."""
+    """Removes a permute that one of several operands is; None where another one would then need a permute.
+
+    ``make`` makes the call of the unpermuted operands and the permute's order.
+    """
     rank = edit.rank(node)
     source = next(a for a in operands if is_permute(a))
     lead = rank - edit.rank(source)
@@ -235,7 +238,7 @@ def _together(
 
 
 def _free(edit: Editor, x: fx.Node, order: list[int], inverse: list[int]) -> bool:
-    """Undoing the permute of another operand on this one costs nothing when it runs."""
+    """Whether undoing another operand's permute on this one costs nothing at run time."""
     if edit.rank(x) == 0 or (is_permute(x) and _order(x) == order):
         return True
     size = (ONE,) * (len(order) - edit.rank(x)) + edit.size(x)
@@ -278,7 +281,7 @@ def _mean(edit: Editor, node: fx.Node) -> Sunk:
 
 
 def _of_last_dimension(edit: Editor, node: fx.Node) -> Sunk:
-    """Operators that treat each row by itself."""
+    """Sinks a permute below an operator that treats each row by itself."""
     source = node.args[0]
     if not is_permute(source) or (order := _order(source))[-1] != len(order) - 1:  # type: ignore[arg-type]
         return None
@@ -300,7 +303,7 @@ def _pad(edit: Editor, node: fx.Node) -> Sunk:
 
 
 def _matmul(edit: Editor, node: fx.Node) -> Sunk:
-    """A matrix product of permuted operands is an einsum of what they were made of.
+    """Rewrites a matrix product of permuted operands to an einsum of the unpermuted ones.
 
     The result keeps the order in which the operands have its dimensions, which leaves tokens in front of heads.
     """
@@ -321,7 +324,7 @@ def _matmul(edit: Editor, node: fx.Node) -> Sunk:
 
 
 def _merged(words: Sequence[str], otherwise: str) -> str:
-    """The letters in an order that agrees with every word; where several do, and where none does, as in `otherwise`."""
+    """Orders the letters consistently with every word; `otherwise` breaks ties, and is the order where none agrees."""
     left, found = otherwise, ""
     while left:
         first = next((c for c in left if all(not set(w[: w.index(c)]) & set(left) for w in words if c in w)), None)
@@ -349,7 +352,7 @@ SINKS: dict[Any, Callable[[Editor, fx.Node], Sunk]] = {
 
 
 def simplify_movement(edit: Editor) -> bool:
-    """Each chain of data movement becomes what it amounts to; True if the graph changed."""
+    """Reduces each chain of data movement to the steps that it amounts to; True if the graph changed."""
     changed = False
     for node in list(edit.graph.nodes):
         if not is_movement(node) or all(is_movement(u) for u in node.users):
@@ -378,7 +381,7 @@ def _made(edit: Editor, source: fx.Node, steps: Sequence[Step]) -> fx.Node:
 
 
 def fold_constants(edit: Editor) -> None:
-    """Movement of stored tensors is done now."""
+    """Folds the movement of stored tensors into the store."""
     for node in list(edit.graph.nodes):
         source = node.args[0] if is_movement(node) else None
         if isinstance(source, fx.Node) and source.op == "get_attr":
@@ -390,7 +393,7 @@ def fold_constants(edit: Editor) -> None:
 
 
 def require_rows_of_samples(edit: Editor) -> None:
-    """UserError where a layer reads rows that do not stand sample by sample: time groups are chosen by sample."""
+    """Raises a UserError where a layer reads rows that are not sample by sample, since time groups are per sample."""
     for node in edit.program.quantizable:
         x = operand(node, 0)
         while is_movement(x):
@@ -407,7 +410,7 @@ def require_rows_of_samples(edit: Editor) -> None:
 
 
 def keep_names(program: Program) -> None:
-    """A rewritten call keeps the name of the call it stands for."""
+    """Gives every rewritten call the name of the call that it replaces."""
     taken = {n.name for n in program.graph.nodes}
     for node in program.graph.nodes:
         origin = node.meta.pop("origin", None)

@@ -1,4 +1,4 @@
-"""Low-rank branches."""
+"""Inserts low-rank branches beside layers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class LowRank(Pass):
         return program
 
     def _leave_rest(self, program: Program, weight: Open, fit: low_rank.LowRankWeight) -> None:
-        """The quantizer goes on with the weight less the branch, at the levels that were fitted with the branch."""
+        """Leaves the quantizer the weight minus the branch, at the levels that were fitted with the branch."""
         tensor, base = program.tensors.read(weight.weight), fit.base
         rest = tensor - fit.branch.reshape(tensor.shape)
         with program.graph.inserting_before(weight.quantizer):
@@ -87,7 +87,7 @@ class LowRank(Pass):
 
 
 def _rename_site(program: Program, path: str, old: str, new: str) -> None:
-    """The sum has the name of the layer that it stands for; plan and statistics are those of the layer."""
+    """Renames the layer in plan and statistics, since the sum of layer and branch has taken its name."""
     plan, calibration = program.weights[path], program.facts["calibration"]
     program.weights[path] = replace(plan, sites=tuple(new if site == old else site for site in plan.sites))
     if old in program.fallbacks:

@@ -1,4 +1,4 @@
-"""Attentions in bfloat16 or in 8 bits, and float layers in bfloat16, where the plan is not made worse by it."""
+"""Chooses bfloat16 or 8 bits for attentions, and bfloat16 for float layers, where the plan stays as good."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from mpq_compiler.support.execution import batches
 from mpq_compiler.targets.numerics import BF16, F32, INT8, NUMERICS
 
 TIME = {F32: 1.0, BF16: 0.57, INT8: 0.42}
-"""Of an attention relative to float32: the medians over the shapes of benchmarks/results/attention.json, a Zen 5."""
+"""The time of an attention relative to float32: medians over the shapes of benchmarks/results/attention.json, Zen 5."""
 LAYER_TIME = {F32: 1.0, BF16: 0.52}
-"""Of a linear layer or convolution: the same of benchmarks/results/float_kernels.json."""
+"""The time of a layer relative to float32: medians over the shapes of benchmarks/results/float_kernels.json, Zen 5."""
 PLAN = "plan"
-"""Name of the noise of the plan itself among the results in the cache."""
+"""The name of the plan's own noise among the results in the cache."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Numerics(Pass):
 
 
 def _summary(attentions: list[fx.Node], choices: dict[str, str], kinds: list[str]) -> str:
-    """How many attentions and layers are in which numerics."""
+    """The numbers of attentions and layers in each numerics, in words."""
     calls = {node.name for node in attentions}
     layers = [kind for name, kind in choices.items() if name not in calls]
     found = []
@@ -117,7 +117,7 @@ def _summary(attentions: list[fx.Node], choices: dict[str, str], kinds: list[str
 
 
 def _float_layers(program: Program) -> list[fx.Node]:
-    """Linear layers and convolutions whose stored weight or activation has no integer format, in graph order."""
+    """The linear layers and convolutions whose weight or activation has no integer format, in graph order."""
     plans, found = program.weights, []
     for n in program.quantizable:
         plan, activation = plans.get(str(costs.weight_path(n))), program.activations.get(input_edge(n).name)
@@ -131,7 +131,7 @@ def _times(node: fx.Node) -> dict[str, float]:
 
 
 class _Measured:
-    """Noise powers of a program, which the cache keeps: relative, means over ``inputs`` as those of `sensitivity`."""
+    """Measures relative noise powers of a program, means over ``inputs`` as `sensitivity` has them, and caches them."""
 
     def __init__(self, options: Numerics, program: Program, inputs: dict[str, Tensor], session: Session) -> None:
         self.program, self.session = program, session
@@ -143,7 +143,7 @@ class _Measured:
         self.results = cache.Results("sensitivity", key, session.cache)
 
     def of_plan(self) -> float:
-        """Of the plan, with all rounding to nearest."""
+        """The noise power of the plan itself, with all rounding to nearest."""
         known = self.program.facts.get("allocation", {}).get("additivity")
         if known is not None:
             return float(known["expected"])
@@ -154,7 +154,7 @@ class _Measured:
         return float(self.results[PLAN])
 
     def of_calls(self, tasks: list[tuple[fx.Node, str]]) -> dict[str, dict[str, float]]:
-        """With one call at a time in other numerics: by call and numerics."""
+        """The noise powers with one call at a time in other numerics, by call and numerics."""
         left = [[task for task in tasks if _key(*task, part) not in self.results] for part in range(len(self.parts))]
         if any(left):
             with self.session.track("numerics", sum(map(len, left))) as advance:
@@ -194,7 +194,7 @@ def _key(node: fx.Node, kind: str, part: int) -> str:
 def _fastest(
     program: Program, calls: list[fx.Node], losses: dict[str, dict[str, float]], most: float
 ) -> dict[str, str]:
-    """The numerics of each call: least time with at most that much noise in all."""
+    """Chooses the numerics of each call: the least time with at most ``most`` noise in all."""
     sizes = shapes(program, 1)
     layers = []
     for node in calls:

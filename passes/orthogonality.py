@@ -1,4 +1,4 @@
-"""What layers are worth by how little they have in common with others: no layer is quantized for it."""
+"""The importance of layers by how little they have in common with others; no layer is quantized to learn it."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Orthogonality(Pass):
         return program
 
     def _parts(self, calibration: Calibration) -> list[dict[str, Tensor]]:
-        """Inputs of so many times; of a small calibration fewer."""
+        """The inputs at each of `times` times; a small calibration gives fewer."""
         count = len(calibration.timesteps)
         starts = torch.linspace(0, max(0, count - self.inputs), self.times).round().long().unique().tolist()
         return [{n: v[start : start + self.inputs] for n, v in calibration.inputs.items()} for start in starts]
@@ -118,8 +118,9 @@ class Orthogonality(Pass):
 def orm(grams: Tensor) -> Tensor:
     """The orthogonality metric [L, L] of the outputs f of L layers, from their ``f f^T`` [L, N, N].
 
-    ``|f_j^T f_i|^2`` is the inner product of two of these. 0 of outputs that are orthogonal, 1 of those that are equal
-    but for a rotation and a factor; outputs that are all 0 have 1 with all, for they hold nothing of their own.
+    ``|f_j^T f_i|^2`` is the inner product of two of these. The metric is 0 for orthogonal outputs, and 1 for outputs
+    that are equal up to a rotation and a factor. Outputs that are all 0 have 1 with all, for they hold nothing of their
+    own.
     """
     flat = grams.flatten(1)
     norms = flat.norm(dim=1)
@@ -131,7 +132,7 @@ def orm(grams: Tensor) -> Tensor:
 
 
 def _grams(program: Program, calls: list[fx.Node], inputs: dict[str, Tensor]) -> Tensor:
-    """f f^T of the output of each call, f64 [calls, N, N]."""
+    """The products f f^T of the output f of each call, f64 [calls, N, N]."""
     place = {call.name: index for index, call in enumerate(calls)}
     count = len(inputs["timestep"])
     found = torch.zeros(len(calls), count, count, dtype=torch.float64)

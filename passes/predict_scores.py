@@ -1,4 +1,4 @@
-"""What layers, and groups of layers, are worth in each format: learned from random configurations."""
+"""Scores the formats of layers, and of groups of layers, by predictors that learn from random configurations."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from mpq_compiler.support import cache
 from mpq_compiler.support.errors import UserError
 
 TRUSTED = 0.8
-"""Spearman correlation of prediction and label below which there is a note."""
+"""The Spearman correlation of prediction and label below which there is a note."""
 LEAST = 20
-"""Configurations without which a fold has nothing to be judged by."""
+"""The fewest configurations that leave each fold some to be judged by."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class PredictScores(Pass):
         results: cache.Results,
         session: Session,
     ) -> Tensor:
-        """SQNR in dB of each configuration, f32 [configurations]."""
+        """The SQNR in dB of each configuration, f32 [configurations], measured where it is not cached."""
         missing = [i for i in range(len(drawn)) if f"configuration {i}" not in results]
         if missing:
             reference, lock = run(program, inputs), threading.Lock()
@@ -197,7 +197,7 @@ class PredictScores(Pass):
         folds: Sequence[Scored],
         labels: Tensor,
     ) -> None:
-        """Leaves what explains the scores: of each layer, and of all of a kind."""
+        """Notes what explains the scores, for each layer and for each group of layers."""
         alone = {entry["layers"][0]: entry["variants"] for entry in found[units:]}
         groups: dict[str, dict[str, list[float]]] = {kind: {} for kind in score_report.KINDS}
         for entry in found[:units]:
@@ -224,7 +224,7 @@ class PredictScores(Pass):
         )
 
     def key(self, program: Program, graph: Graph, inputs: dict[str, Tensor], session: Session) -> str:
-        """Everything a label or a score depends on but its own number and the predictors' options."""
+        """The cache key: a digest of all that results depend on but their number and the predictors' options."""
         rounding = Rounding.asked(session.statistics).quick
         versions = "".join(map(mpq_compiler_formats.version, self.formats))
         options = f"scores 1 {self.formats}{versions} {session.seed} {rounding} {graph}"

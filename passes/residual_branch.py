@@ -1,4 +1,4 @@
-"""Binary residual branches."""
+"""Inserts binary residual branches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outliers among the channels of activations spread over many, by a rotation that the weights undo."""
+"""Rotates channels of activations to spread outliers over many channels; the weights undo the rotation."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ class Rotate(RewriteSearch):
         return program
 
     def _size(self, group: Layers) -> int:
-        """Channels of a block."""
+        """The number of channels of a block."""
         return min(self.block, group.channels & -group.channels)
 
     def _gain(self, program: Program, group: Layers) -> float:
-        """In dB, of the layers' outputs."""
+        """The gain of rotating, in dB of the error of the layers' outputs."""
         weights = [program.tensors.read(str(weight_of(n))) for n in group.readers]
         rows, turn = group.rows(), functools.partial(ops.hadamard, block=self._size(group))
         before, after = (self.error(group, rows, weights, change, change) for change in (lambda x: x, turn))

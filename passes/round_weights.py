@@ -1,4 +1,4 @@
-"""Final codes of the weights."""
+"""Rounds the weights to their final codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each layer costs in output quality at each format, measured one at a time."""
+"""Measures the loss of output quality of each layer in each format, one at a time."""
 
 from __future__ import annotations
 
@@ -49,19 +49,21 @@ from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.execution import batches
 
 WEIGHT, STATIC, PER_TOKEN, SMALL_FLOAT, PROBABILITIES = "w", "a", "d", "f", "p"
-"""What a task quantizes: a weight; an edge, by time group, by row or to small floats; an attention's operands and
-probabilities."""
+"""What a task quantizes: a weight; an edge by time group, by row, or to small floats; an attention with probabilities.
+"""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One measurement: ``node`` (a call, an edge or an attention) in a format, or with that many bits."""
+    """One measurement."""
 
     kind: str
     node: fx.Node
+    """The call, edge or attention that is quantized."""
     choice: str | int
+    """The format of a weight, or the bits of an activation."""
     name: str
-    """Under which the result is kept."""
+    """The name of its result in the cache."""
     rounding: Rounding = Rounding.NEAREST
     """How a weight's codes are chosen."""
 
@@ -145,7 +147,10 @@ class Sensitivity(Pass):
         session: Session,
         advance: Callable[[int], None],
     ) -> None:
-        """Measures the ``tasks`` on some of the inputs and adds what they give to ``results``."""
+        """Measures tasks on some of the inputs and adds their losses to ``results``.
+
+        part: the number of these inputs' part, for the names of the results.
+        """
         if not tasks:
             return
         ablation = Ablation(program, inputs)
@@ -160,10 +165,10 @@ class Sensitivity(Pass):
         session.map(measure, tasks)
 
     def tasks(self, program: Program, asked: frozenset[str] = frozenset()) -> list[Task]:
-        """What is to be measured, in graph order; a shared weight or edge counts once.
+        """Lists the measurements in graph order; a shared weight or edge has one.
 
-        Of ``asked``, DYNAMIC makes the edges of linear layers dynamic, FLOATING all edges small floats, and ATTENTION
-        adds the attentions; weights are rounded as `round-weights` will.
+        asked: DYNAMIC makes the edges of linear layers dynamic, FLOATING all edges small floats, and ATTENTION adds the
+        attentions. Weights are rounded as `round-weights` will.
         """
         found: dict[str, Task] = {}
 
@@ -188,7 +193,7 @@ class Sensitivity(Pass):
         return list(found.values())
 
     def key(self, program: Program, inputs: dict[str, Tensor]) -> str:
-        """Everything a result depends on but its own task."""
+        """The cache key: a digest of all that a result depends on but its own task."""
         return measurement_key(program, inputs, self.inputs)
 
     def measure(self, program: Program, ablation: Ablation, inputs: dict[str, Tensor], task: Task) -> float:
@@ -233,5 +238,5 @@ class Sensitivity(Pass):
 
 
 def _key(name: str, part: int) -> str:
-    """Under which a result is kept: by its task alone where one part holds all inputs, as it mostly does."""
+    """The name of a result in the cache; it has no part where one part holds all inputs, as it mostly does."""
     return f"{name} part {part}" if part else name

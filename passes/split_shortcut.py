@@ -1,4 +1,4 @@
-"""Layers that read a concatenation along channels, as sums of layers that read its parts."""
+"""Splits layers that read a concatenation along channels into sums of layers that read its parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mpq_compiler.pipeline.session import Session
 
 CONCATENATIONS = (aten.cat.default, aten.concat.default)
 NORMS = (ops.group_norm, aten.layer_norm.default, ops.rms_norm)
-"""Operators whose channels stay where they are; the norm itself is over the whole concatenation."""
+"""The norms, which leave channels in their places; a norm itself is over the whole concatenation."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class SplitShortcut(Pass):
         return program
 
     def _widths(self, node: fx.Node, sizes: dict[str, Any]) -> tuple[int, ...]:
-        """Channels of the parts that the call reads side by side; empty where it stays whole."""
+        """The channel counts of the parts that a call reads side by side; empty where it stays whole."""
         joined = concatenation(operand(node, 0), sizes)
         if joined is None:
             return ()
@@ -82,7 +82,7 @@ class SplitShortcut(Pass):
 
 
 def concatenation(x: fx.Node, sizes: dict[str, Any]) -> fx.Node | None:
-    """The concatenation whose operands lie side by side in the channels of ``x``, if there is one."""
+    """The concatenation whose operands lie side by side in the channels of ``x``; None where there is none."""
     node: fx.Node | None = x
     while node is not None:
         if node.target in CONCATENATIONS:
@@ -116,7 +116,7 @@ def _source(node: fx.Node, sizes: dict[str, Any]) -> fx.Node:
 
 
 def _split_weight(program: Program, weight: str, widths: tuple[int, ...]) -> list[str]:
-    """Store names of the weight's parts: the same parameter of modules named ``..._part0``, ``..._part1``."""
+    """Stores the parts of a weight as parameters of modules named ``..._part0``, ``..._part1``; returns their names."""
     path, colon, layout = weight.partition(":")
     module, _, leaf = path.rpartition(".")
     names = []
@@ -128,7 +128,7 @@ def _split_weight(program: Program, weight: str, widths: tuple[int, ...]) -> lis
 
 
 def _split(program: Program, node: fx.Node, weights: list[str], parts: list[fx.Node]) -> None:
-    """Puts the sum of the parts in the place of the call; its name goes to the sum, which has its value."""
+    """Replaces a call by the sum of calls on the parts; the sum has its value and takes its name."""
     graph = program.graph
     total: fx.Node | None = None
     with graph.inserting_before(node):
@@ -149,7 +149,7 @@ def _split(program: Program, node: fx.Node, weights: list[str], parts: list[fx.N
 
 
 def _parts(graph: fx.Graph, x: fx.Node, widths: tuple[int, ...], dim: int) -> list[fx.Node]:
-    """The tensors side by side along ``dim`` of ``x``: those that were joined, or slices."""
+    """The tensors side by side along ``dim`` of ``x``: the operands of a concatenation, else slices."""
     if x.target in CONCATENATIONS:
         return list(arguments(x)[0])
     found = []

@@ -1,4 +1,4 @@
-"""What an error of the output does to the images, by the time at which it is made."""
+"""Measures how much an error of the output costs images, by the time at which it is made."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ class TimeGains(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
-        gallery = None if session.denoiser is None else TrajectoryError.drawn(session, self.images)
-        if gallery is None:
+        image_error = None if session.denoiser is None else TrajectoryError.drawn(session, self.images)
+        if image_error is None:
             program.note("time-gains: nothing can be drawn here, and errors at all times count alike")
             return program
         plan = {"uniform": self.weights, "activations": float(self.activations)}
         planned = options.make("bit-allocation", plan).run(program, replace(session, progress=None, latency=None))
-        measured = gallery.gains(realize(planned, session))
+        measured = image_error.gains(realize(planned, session))
         largest = max(gain for _, gain in measured)
         found = [(time, float(f"{gain / largest:.5e}")) for time, gain in measured]
         program.facts["time-gains"] = found

@@ -1,4 +1,4 @@
-"""Intervals of the timestep that share activation quantizers."""
+"""Cuts timesteps into intervals that share activation quantizers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.statistics import RANGE, VALUES, Calibration
 
 VALUES_PER_STEP = 160
+"""The most values of an edge per timestep on which the cost of a quantizer is computed."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class TimeGroups(Pass):
         return program
 
     def _interval_costs(self, calibration: Calibration, name: str, ends: list[Tensor]) -> Tensor:
-        """[T, T]: at [a, b] the relative error of one quantizer for the places a..b; infinite below the diagonal.
+        """The costs of intervals for one edge, f64 [T, T]: the relative error of one quantizer for the places a..b.
 
-        ends: the last timestep of each place, ascending.
+        The costs are infinite below the diagonal. ends: the last timestep of each place, ascending.
         """
         edge, times = calibration.edges[name], calibration.timesteps
         places = torch.searchsorted(torch.stack(ends), times)
@@ -94,7 +95,7 @@ def _total(costs: Tensor, starts: list[int]) -> float:
 
 
 def best_cut(costs: Tensor, groups: int) -> list[int]:
-    """First indices of the intervals of the cheapest cut of 0..T-1 into at most ``groups`` intervals; costs [T, T]."""
+    """The first indices of the intervals of the cheapest cut of 0..T-1 into at most ``groups``; costs [T, T]."""
     count = len(costs)
     table = costs.tolist()
     best = [[float("inf")] * (count + 1) for _ in range(groups + 1)]

@@ -1,4 +1,4 @@
-"""The denoiser as a torch.fx graph."""
+"""Traces the denoiser to a torch.fx graph."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ASSERTIONS = (
     aten.sym_constrain_range_for_size.default,
 )
 LARGEST_BATCH = 60
-"""diffusers' upsampling makes tensors of 64 samples and more contiguous: below it one graph serves every batch."""
+"""The largest batch that is traced: from 64 samples on, diffusers' upsampling takes another path than below."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Trace(Pass):
 
 
 class _Positional(nn.Module):
-    """torch.export binds dynamic shapes to positional tensors only."""
+    """A denoiser with positional inputs, since torch.export binds dynamic shapes to positional tensors only."""
 
     def __init__(self, inner: nn.Module, names: list[str]) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def _export(wrapper: nn.Module, denoiser: Any) -> tuple[fx.Graph, Any]:
 
 
 def _reason(error: BaseException, model: nn.Module) -> str:
-    """Which module could not be traced, and why, in one line."""
+    """The module that could not be traced and the reason, in one line."""
     paths = {id(module): name for name, module in model.named_modules()}
     at: Any = model
     trace = error.__traceback__
@@ -156,7 +156,7 @@ def _reason(error: BaseException, model: nn.Module) -> str:
 
 
 def _in_place(graph: fx.Graph) -> list[fx.Node]:
-    """The calls that write to one of their operands, where an input decides on what; others make constants."""
+    """The calls that write to an operand and depend on an input; others only make constants."""
     decided: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" or not decided.isdisjoint(node.all_input_nodes):
@@ -166,7 +166,7 @@ def _in_place(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _require_function(graph: fx.Graph, denoiser: Any, prefix: str) -> None:
-    """UserError: a call draws random numbers, or changes a tensor in place, which nothing here expects."""
+    """Raises a UserError where a call draws random numbers, or changes a tensor in place."""
     for node in _in_place(graph):
         raise _refusal(node, denoiser, prefix, f"{_operator(node)} changes a tensor in place")
     for node in graph.nodes:
@@ -179,7 +179,7 @@ def _require_function(graph: fx.Graph, denoiser: Any, prefix: str) -> None:
 
 
 def _require_real(graph: fx.Graph, denoiser: Any, prefix: str) -> None:
-    """UserError: a call gives complex numbers, or a tensor whose size depends on values."""
+    """Raises a UserError where a call returns complex numbers, or a tensor whose size depends on values."""
     for node in graph.nodes:
         made = node.meta.get("val") if node.op == "call_function" else None
         if free_unbacked_symbols(made):
@@ -236,9 +236,9 @@ def _strip(graph: fx.Graph) -> None:
 
 
 def _fold_constants(graph: fx.Graph, tensors: TensorStore) -> None:
-    """Calls without a path from an input are computed now; parameters themselves stay as they are.
+    """Folds calls that depend on no input into stored constants; parameters themselves stay as they are.
 
-    What turns out to be a parameter again (a part of several joined) is read as that parameter.
+    A result that equals a parameter (a part of several joined) is read as that parameter.
     """
     values: dict[fx.Node, Any] = {}
     parameters: dict[fx.Node, set[str]] = {}
@@ -270,7 +270,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _rename(graph: fx.Graph, prefix: str) -> None:
-    """Calls are named by their weight's path, else by the module they stand in."""
+    """Names calls by their weight's path, else by the module that makes them."""
     taken: dict[str, int] = {}
     for node in graph.nodes:
         if node.op == "placeholder":

@@ -73,9 +73,9 @@ class Reranker:
         return self._known[key]
 
     def _made(self) -> Callable[[Program], float]:
-        held_out = None if self.session.denoiser is None else TrajectoryError.drawn(self.session, self.images)
-        if held_out is not None:
-            return held_out.noise
+        image_error = None if self.session.denoiser is None else TrajectoryError.drawn(self.session, self.images)
+        if image_error is not None:
+            return image_error.noise
         self.program.note("candidates are judged by the output on calibration inputs: nothing can be drawn here")
         inputs = self.program.facts["calibration"].select(INPUTS)
         reference = run(self.program, inputs)

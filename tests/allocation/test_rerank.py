@@ -17,7 +17,7 @@ def solved(name: str, ratio: float | None = None) -> Solved:
     return Solved(Terms(ratio=ratio), {}, Solution({"all": name}, 0.0, {}, 0.0, True))
 
 
-def finalists(images: int = 2) -> Reranker:
+def reranker(images: int = 2) -> Reranker:
     program = programs.after(MODEL, "time-groups")
 
     def planned(solution: Solution) -> Program:
@@ -27,7 +27,7 @@ def finalists(images: int = 2) -> Reranker:
 
 
 def test_the_images_nearest_to_the_float_models_win():
-    judge = finalists()
+    judge = reranker()
     coarse, fine = solved("int2", 0.5), solved("int8", 1.5)
     assert judge.best([coarse, fine]) is fine
     assert [row["ratio"] for row in judge.judged] == [0.5, 1.5]
@@ -35,7 +35,7 @@ def test_the_images_nearest_to_the_float_models_win():
 
 
 def test_of_equal_ones_the_first_and_each_is_drawn_once(monkeypatch):
-    judge, drawn = finalists(), []
+    judge, drawn = reranker(), []
     made = judge.planned
     judge.planned = lambda solution: drawn.append(solution) or made(solution)
     same = [solved("int8", 0.5), solved("int8", 0.9)]
@@ -44,11 +44,11 @@ def test_of_equal_ones_the_first_and_each_is_drawn_once(monkeypatch):
 
 
 def test_the_same_images_again():
-    first, second = (finalists().noise(solved("int4").solution) for _ in range(2))
+    first, second = (reranker().noise(solved("int4").solution) for _ in range(2))
     assert first == second
 
 
 def test_learned_rounding_is_not_learned_for_a_candidate():
-    judge = finalists()
+    judge = reranker()
     judge.session = replace(judge.session, statistics=frozenset({"learned"}))
     assert judge.noise(solved("int8").solution) > 0

@@ -407,8 +407,8 @@ def test_relations_of_a_window_are_learned_and_survive_a_kill(data, tmp_path, mo
 
 def test_calls_count_by_what_their_errors_do_to_images(data, tmp_path):
     """Weights are 1 on average, go by time, and scale the errors that are trained and judged."""
-    gallery = trajectory_error.TrajectoryError.drawn(session(tmp_path), 4)
-    gains = gallery.gains(start())
+    image_error = trajectory_error.TrajectoryError.drawn(session(tmp_path), 4)
+    gains = image_error.gains(start())
     assert len(gains) == trajectory_error.IMAGE_STEPS
     calls = data[0].weighted(gains)
     assert float(calls.weights.mean()) == pytest.approx(1, rel=1e-5)

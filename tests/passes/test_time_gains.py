@@ -52,15 +52,15 @@ def test_times_of_kernels_are_not_asked_for(tmp_path, grouped):
 
 
 def test_a_model_of_few_steps_draws_in_as_many(tmp_path, plain):
-    gallery = TrajectoryError.drawn(session(tmp_path, steps=4), IMAGES)
-    assert len(gallery.gains(plain)) == 4 == len(gallery.outputs)
+    image_error = TrajectoryError.drawn(session(tmp_path, steps=4), IMAGES)
+    assert len(image_error.gains(plain)) == 4 == len(image_error.outputs)
 
 
 def test_a_gain_is_the_error_of_the_images_by_that_of_one_step(tmp_path, plain):
-    gallery = TrajectoryError.drawn(session(tmp_path), IMAGES)
-    found = gallery.gains(plain)
+    image_error = TrajectoryError.drawn(session(tmp_path), IMAGES)
+    found = image_error.gains(plain)
     assert len(found) == IMAGE_STEPS and found == sorted(found) and all(gain > 0 for _, gain in found)
-    denoiser = gallery.denoiser
+    denoiser = image_error.denoiser
     for hit, (time, gain) in itertools.islice(enumerate(reversed(found)), 0, None, 3):
         errors, steps = [], itertools.count()
 
@@ -73,11 +73,11 @@ def test_a_gain_is_the_error_of_the_images_by_that_of_one_step(tmp_path, plain):
             errors.append((float(inputs["timestep"][0]), np.square(wrong - exact).sum()))
             return wrong
 
-        noise = sampling.gaussian(IMAGES, denoiser.latent_shape, gallery.seed)
-        drawn = sampling.sample(model, denoiser.scheduler, noise, {}, IMAGE_STEPS, seed=gallery.seed, batch=IMAGES)
+        noise = sampling.gaussian(IMAGES, denoiser.latent_shape, image_error.seed)
+        drawn = sampling.sample(model, denoiser.scheduler, noise, {}, IMAGE_STEPS, seed=image_error.seed, batch=IMAGES)
         ((when, error),) = errors
         assert when == time
-        assert gain == pytest.approx(np.square(drawn - gallery.reference).sum() / error, rel=1e-4)
+        assert gain == pytest.approx(np.square(drawn - image_error.reference).sum() / error, rel=1e-4)
 
 
 def test_the_pass_measures_the_same_for_any_jobs(tmp_path, grouped):
