@@ -34,6 +34,8 @@ from mpq_compiler.ir.program import Program, Stage, TensorStore
 from mpq_compiler.pipeline import manager
 from mpq_compiler.pipeline import parser as pipeline_parser
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.requests import Requests
+from mpq_compiler.quantization.statistics import GRAM, RANGE, VALUES
 from mpq_compiler.support.execution import batches
 
 MODEL = "fashion-unet"
@@ -52,7 +54,7 @@ def measure(names: list[str], done: Callable[[dict[str, Any]], None]) -> None:
     model = denoiser.load(MODEL)
     held_out = judge.held_out(model, driver_options.Options())
     expected = model(**held_out).numpy()
-    session = Session(model, statistics=frozenset({"range", "values", "gram"}))
+    session = Session(model, requests=Requests(frozenset({RANGE, VALUES, GRAM})))
     with interpreter.single_threaded():
         start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
         front, _ = manager.run_pipeline(pipeline_parser.parse(FRONT), start, session)

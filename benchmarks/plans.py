@@ -22,6 +22,8 @@ from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import Program, Stage, TensorStore
 from mpq_compiler.pipeline import manager, parser
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.requests import Requests
+from mpq_compiler.quantization.statistics import Statistic
 
 SEEDS = (101, 102, 103)
 """Of the images: noise by which no plan was chosen."""
@@ -33,9 +35,9 @@ class Judge:
     front: the passes of the float program, which others start from; it is `floats`
     """
 
-    def __init__(self, model: str, statistics: frozenset[str], front: str, images: int, progress: Any = None) -> None:
+    def __init__(self, model: str, wanted: frozenset[Statistic], front: str, images: int, progress: Any = None) -> None:
         self.model = denoiser.load(model)
-        self.session = Session(self.model, progress=progress, statistics=statistics)
+        self.session = Session(self.model, progress=progress, requests=Requests(wanted))
         self.held_out = judge.held_out(self.model, options.Options())
         self.present: set[str] = set()
         self.floats = self.passed(front)

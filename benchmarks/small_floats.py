@@ -32,6 +32,8 @@ from mpq_compiler.ir.program import Program, Stage, TensorStore
 from mpq_compiler.pipeline import manager
 from mpq_compiler.pipeline import parser as pipeline_parser
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.requests import Requests
+from mpq_compiler.quantization.statistics import GRAM, RANGE, VALUES
 from mpq_compiler.support.execution import batches
 
 MODEL = "fashion-unet"
@@ -64,7 +66,7 @@ class Bench:
         self.model = denoiser.load(MODEL)
         self.held_out = judge.held_out(self.model, driver_options.Options())
         self.expected = self.model(**self.held_out).numpy()
-        self.session = Session(self.model, statistics=frozenset({"range", "values", "gram"}))
+        self.session = Session(self.model, requests=Requests(frozenset({RANGE, VALUES, GRAM})))
         front = pipeline_parser.parse(FRONT)
         start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
         self.front, _ = manager.run_pipeline(front, start, self.session)

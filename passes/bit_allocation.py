@@ -29,7 +29,8 @@ from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.realize import realize
 from mpq_compiler.pipeline.session import LayerTimes, Session, Times
 from mpq_compiler.quantization.fitting import activation_parameters, float_parameters
-from mpq_compiler.quantization.statistics import ATTENTION, DYNAMIC, FLOATING, GRAM, MOMENTS, RANGE, VALUES
+from mpq_compiler.quantization.requests import Activations, Requests
+from mpq_compiler.quantization.statistics import GRAM, MOMENTS, RANGE, VALUES, Statistic
 from mpq_compiler.support.errors import UserError
 
 ORTHOGONALITY = "orthogonality"
@@ -65,7 +66,7 @@ class BitAllocation(Pass):
     contract: ClassVar[Contract] = Contract.IDENTICAL
     requires: ClassVar[frozenset[str]] = frozenset({"time-groups"})
     provides: ClassVar[frozenset[str]] = frozenset({"plan"})
-    statistics: ClassVar[frozenset[str]] = frozenset({RANGE, VALUES, MOMENTS})
+    statistics: ClassVar[frozenset[Statistic]] = frozenset({RANGE, VALUES, MOMENTS})
 
     weights: float | None = None
     """Budget in true average bits: all stored bytes over the number of parameters."""
@@ -177,10 +178,11 @@ class BitAllocation(Pass):
         """Whether activations are small floats."""
         return self.activation_format == "float"
 
-    def asks(self) -> frozenset[str]:
+    def requests(self) -> Requests:
         fine = self.uniform is not None and formats.get(self.uniform).bits >= 8  # whole moments gain nothing
-        asked = {ATTENTION: self.attention is not None, DYNAMIC: self.dynamic, GRAM: not fine, FLOATING: self.floating}
-        return self.statistics | {name for name, wanted in asked.items() if wanted}
+        kind = Activations.FLOATING if self.floating else Activations.DYNAMIC if self.dynamic else Activations.STATIC
+        statistics = self.statistics if fine else self.statistics | {GRAM}
+        return Requests(statistics, activations=kind, attention=self.attention is not None)
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork(stage=Stage.PLANNED)

@@ -11,7 +11,7 @@ import torch
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.statistics import GRAM, RANGE, VALUES, Calibration, Collector, collect
+from mpq_compiler.quantization.statistics import GRAM, RANGE, VALUES, Calibration, Collector, Statistic, collect
 from mpq_compiler.support.errors import UserError
 
 
@@ -45,25 +45,25 @@ class Calibrate(Pass):
         program = program.fork()
         if not program.quantizable:
             raise UserError(f"{program.model} has no linear or conv2d layer that could be quantized")
-        wanted = session.statistics or frozenset({RANGE, VALUES, GRAM})
+        wanted = session.requests.statistics or frozenset({RANGE, VALUES, GRAM})
         if session.calibration is None:
             calibration = self._sampled(program, session, wanted)
         else:
-            calibration = collect(program, session.calibration, wanted, session)
+            calibration = collect(program, session.calibration, wanted, session, session.requests.attention)
         for name, edge in calibration.edges.items():
             if not bool(torch.isfinite(edge.low).all() and torch.isfinite(edge.high).all()):
                 raise UserError(f"{program.model} gives values that are not finite at '{name}' during calibration")
         program.facts["calibration"] = calibration
         return program
 
-    def _sampled(self, program: Program, session: Session, wanted: frozenset[str]) -> Calibration:
-        """Samples with the program itself and measures it meanwhile, so that the float model runs only once."""
+    def _sampled(self, program: Program, session: Session, wanted: frozenset[Statistic]) -> Calibration:
+        """Measured while the program itself is what the sampler draws with: the float model runs once."""
         from mpq_compiler.frontend.trajectories import record_calibration
 
         denoiser = session.denoiser
         assert denoiser is not None
         total = self.samples * self.steps * denoiser.calls_per_step
-        collector = Collector(program, wanted, total, session)
+        collector = Collector(program, wanted, total, session, session.requests.attention)
 
         def model(**inputs: np.ndarray) -> np.ndarray:
             arrays = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in inputs.items()}

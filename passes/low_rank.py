@@ -15,9 +15,9 @@ from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.views import FAKE_QUANTIZERS
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.fitting import REST, Rounding
+from mpq_compiler.quantization.fitting import REST
 from mpq_compiler.quantization.settle import Open, attributes, fit_unsettled
-from mpq_compiler.quantization.statistics import GRAM
+from mpq_compiler.quantization.statistics import GRAM, Statistic
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class LowRank(Pass):
     contract: ClassVar[Contract] = Contract.SIMULATION
     requires: ClassVar[frozenset[str]] = frozenset({"fake-quant"})
     provides: ClassVar[frozenset[str]] = frozenset({"low-rank"})
-    statistics: ClassVar[frozenset[str]] = frozenset({GRAM})
+    statistics: ClassVar[frozenset[Statistic]] = frozenset({GRAM})
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
-        rounding = Rounding.asked(session.statistics)
+        rounding = session.requests.rounding
         branches = fit_unsettled(program, session, rounding, "fitting low-rank branches", low_rank.LowRankFormat)
         for weight, fit in branches:
             self._leave_rest(program, weight, fit)

@@ -17,7 +17,8 @@ from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.statistics import DYNAMIC, FLOATING, Calibration
+from mpq_compiler.quantization.requests import Activations
+from mpq_compiler.quantization.statistics import Calibration
 from mpq_compiler.support.errors import UserError
 
 
@@ -83,8 +84,8 @@ class Orthogonality(Pass):
         importance = dict(zip(mean, (-self.beta * (weight - weight.min())).exp().tolist(), strict=True))
         program.facts["orthogonality"] = self._losses(calls, importance) | {
             "inputs": sum(len(part["timestep"]) for part in parts),
-            "dynamic": DYNAMIC in session.statistics,
-            "floating": FLOATING in session.statistics,
+            "dynamic": session.requests.activations == Activations.DYNAMIC,
+            "floating": session.requests.activations == Activations.FLOATING,
         }
         for path in mean:
             provenance.note(program, path, self.name(), gamma=mean[path], importance=importance[path])

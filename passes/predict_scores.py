@@ -25,8 +25,7 @@ from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.fitting import Rounding
-from mpq_compiler.quantization.statistics import GRAM, RANGE, VALUES, Calibration, fingerprint
+from mpq_compiler.quantization.statistics import GRAM, RANGE, VALUES, Calibration, Statistic, fingerprint
 from mpq_compiler.support import cache
 from mpq_compiler.support.errors import UserError
 
@@ -55,7 +54,7 @@ class PredictScores(Pass):
     contract: ClassVar[Contract] = Contract.IDENTICAL
     requires: ClassVar[frozenset[str]] = frozenset({"calibration", "time-groups"})
     provides: ClassVar[frozenset[str]] = frozenset({"scores"})
-    statistics: ClassVar[frozenset[str]] = frozenset({RANGE, VALUES, GRAM})
+    statistics: ClassVar[frozenset[Statistic]] = frozenset({RANGE, VALUES, GRAM})
 
     formats: tuple[str, ...] = ("int4", "km4", "km4t", "int3", "km3", "km3t")
     """Weight formats to draw from: the width first, then one of its formats."""
@@ -224,8 +223,8 @@ class PredictScores(Pass):
         )
 
     def key(self, program: Program, graph: Graph, inputs: dict[str, Tensor], session: Session) -> str:
-        """The cache key: a digest of all that results depend on but their number and the predictors' options."""
-        rounding = Rounding.asked(session.statistics).quick
+        """Everything a label or a score depends on but its own number and the predictors' options."""
+        rounding = session.requests.rounding.quick
         versions = "".join(map(mpq_compiler_formats.version, self.formats))
         options = f"scores 1 {self.formats}{versions} {session.seed} {rounding} {graph}"
         return fingerprint(program, inputs, options)

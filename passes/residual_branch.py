@@ -13,7 +13,6 @@ from mpq_compiler.ir.graph import prune
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.fitting import Rounding
 from mpq_compiler.quantization.settle import Open, attributes, fit_unsettled, settle
 
 
@@ -36,7 +35,7 @@ class ResidualBranch(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
-        rounding = Rounding.asked(session.statistics)
+        rounding = session.requests.rounding
         for weight, fit in fit_unsettled(program, session, rounding, "fitting residual branches", ResidualFormat):
             self._insert(program, weight, fit)
         prune(program.graph)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from mpq_compiler import formats
@@ -13,8 +13,9 @@ from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import Rounding
+from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.quantization.settle import Open, attributes, fit_unsettled, settle, unsettled
-from mpq_compiler.quantization.statistics import GPTQ, GRAM, IN_ORDER, LEARNED, MOMENTS
+from mpq_compiler.quantization.statistics import GRAM, MOMENTS, Statistic
 from mpq_compiler.support.errors import UserError
 
 
@@ -38,7 +39,7 @@ class RoundWeights(Pass):
     contract: ClassVar[Contract] = Contract.SIMULATION
     requires: ClassVar[frozenset[str]] = frozenset({"fake-quant"})
     provides: ClassVar[frozenset[str]] = frozenset({"codes"})
-    statistics: ClassVar[frozenset[str]] = frozenset({MOMENTS})
+    statistics: ClassVar[frozenset[Statistic]] = frozenset({MOMENTS})
 
     method: Literal["nearest", "gptq", "learned"] = "nearest"
     """How codes are chosen; residual branches follow it, and what `sensitivity` measures, where GPTQ stands for learned
@@ -46,22 +47,26 @@ class RoundWeights(Pass):
     order: bool = True
     """GPTQ takes inputs of large second moment first, else as they stand."""
 
-    def asks(self) -> frozenset[str]:
-        if self.method == "nearest":
-            return self.statistics
-        if self.method == "learned":
-            return self.statistics | {GRAM, LEARNED}
-        return self.statistics | ({GRAM, GPTQ} if self.order else {GRAM, GPTQ, IN_ORDER})
+    @property
+    def rounding(self) -> Rounding:
+        """The method, and its order."""
+        if self.method == "gptq":
+            return Rounding.GPTQ if self.order else Rounding.GPTQ_IN_ORDER
+        return Rounding(self.method)
+
+    def requests(self) -> Requests:
+        statistics = self.statistics if self.method == "nearest" else self.statistics | {GRAM}
+        return Requests(statistics, self.rounding)
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
-        session = replace(session, statistics=session.statistics | self.asks())
+        rounding = (session.requests | self.requests()).rounding
         for weight in unsettled(program):
             if isinstance(formats.get(weight.format), low_rank.LowRankFormat):
                 raise UserError(
                     f"'{weight.path}' is planned as {weight.format}: put pass 'low-rank' before 'round-weights'"
                 )
-        for weight, fit in fit_unsettled(program, session, Rounding.asked(session.statistics), "rounding weights"):
+        for weight, fit in fit_unsettled(program, session, rounding, "rounding weights"):
             self._settle(program, weight, fit)
         prune(program.graph)
         return program

@@ -35,14 +35,13 @@ from mpq_compiler.quantization.fitting import (
     fitted,
     float_parameters,
 )
+from mpq_compiler.quantization.requests import NONE, Activations, Requests
 from mpq_compiler.quantization.statistics import (
-    ATTENTION,
-    DYNAMIC,
-    FLOATING,
     GRAM,
     RANGE,
     VALUES,
     Calibration,
+    Statistic,
 )
 from mpq_compiler.support import cache
 from mpq_compiler.support.errors import UserError
@@ -87,7 +86,7 @@ class Sensitivity(Pass):
     contract: ClassVar[Contract] = Contract.IDENTICAL
     requires: ClassVar[frozenset[str]] = frozenset({"calibration", "time-groups"})
     provides: ClassVar[frozenset[str]] = frozenset({"sensitivity"})
-    statistics: ClassVar[frozenset[str]] = frozenset({RANGE, VALUES, GRAM})
+    statistics: ClassVar[frozenset[Statistic]] = frozenset({RANGE, VALUES, GRAM})
 
     inputs: int = 32
     """Calibration inputs on which the output is compared."""
@@ -116,7 +115,8 @@ class Sensitivity(Pass):
         calibration: Calibration = program.facts["calibration"]
         inputs = calibration.select(self.inputs)
         results = cache.Results("sensitivity", self.key(program, inputs), session.cache)
-        tasks = self.tasks(program, session.statistics)
+        requests = session.requests
+        tasks = self.tasks(program, requests)
         parts = list(batches(inputs, inputs_held(program)))
         missing = sum(_key(task.name, part) not in results for task in tasks for part in range(len(parts)))
         if missing:
@@ -125,7 +125,11 @@ class Sensitivity(Pass):
                     left = [task for task in tasks if _key(task.name, part) not in results]
                     self._measure_part(program, batch, part, left, results, session, advance)
         table: dict[str, Any] = {"weights": {}, "activations": {}, "inputs": self.inputs}
-        table |= {"attention": {}, "dynamic": DYNAMIC in session.statistics, "floating": FLOATING in session.statistics}
+        table |= {
+            "attention": {},
+            "dynamic": requests.activations == Activations.DYNAMIC,
+            "floating": requests.activations == Activations.FLOATING,
+        }
         sizes = [float(input_weights(program, part).sum()) for part in parts]
         for task in tasks:
             loss = mean_power([results[_key(task.name, part)] for part in range(len(parts))], sizes)
@@ -164,30 +168,32 @@ class Sensitivity(Pass):
 
         session.map(measure, tasks)
 
-    def tasks(self, program: Program, asked: frozenset[str] = frozenset()) -> list[Task]:
-        """Lists the measurements in graph order; a shared weight or edge has one.
+    def tasks(self, program: Program, requests: Requests = NONE) -> list[Task]:
+        """The measurements, in graph order; a shared weight or edge counts once.
 
-        asked: DYNAMIC makes the edges of linear layers dynamic, FLOATING all edges small floats, and ATTENTION adds the
-        attentions. Weights are rounded as `round-weights` will.
+        Dynamic activations are those of edges that linear layers alone read; attentions are measured where they are
+        asked for; weights are rounded as the pipeline asks.
         """
         found: dict[str, Task] = {}
 
-        rounding = Rounding.asked(asked).quick
+        rounding = requests.rounding.quick
         versions = {name: mpq_compiler_formats.version(name) for name in self.formats}
 
         def add(kind: str, node: fx.Node, what: str, choice: str | int) -> None:
             name = f"{kind} {what} {choice}" + (f" {rounding}{versions[str(choice)]}" if kind == WEIGHT else "")
             found.setdefault(name, Task(kind, node, choice, name, rounding))
 
-        dynamic = dynamic_edges(program, ATTENTION in asked) if DYNAMIC in asked else frozenset()
+        floating = requests.activations == Activations.FLOATING
+        by_row = requests.activations == Activations.DYNAMIC
+        dynamic = dynamic_edges(program, requests.attention) if by_row else frozenset()
         for node in program.quantizable:
             for f in self.formats:
                 add(WEIGHT, node, str(weight_path(node)), f)
             edge = input_edge(node)
             for bits in self.activations:
-                kind = SMALL_FLOAT if FLOATING in asked else PER_TOKEN if edge.name in dynamic else STATIC
+                kind = SMALL_FLOAT if floating else PER_TOKEN if edge.name in dynamic else STATIC
                 add(kind, edge, edge.name, bits)
-        for node in program.attentions if ATTENTION in asked else ():
+        for node in program.attentions if requests.attention else ():
             for bits in self.activations:
                 add(PROBABILITIES, node, node.name, bits)
         return list(found.values())

@@ -13,7 +13,7 @@ from mpq_compiler.pipeline import options
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.realize import realize
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.statistics import MOMENTS, RANGE, VALUES
+from mpq_compiler.quantization.statistics import MOMENTS, RANGE, VALUES, Statistic
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TimeGains(Pass):
     contract: ClassVar[Contract] = Contract.IDENTICAL
     requires: ClassVar[frozenset[str]] = frozenset({"time-groups"})
     provides: ClassVar[frozenset[str]] = frozenset({"time-gains"})
-    statistics: ClassVar[frozenset[str]] = frozenset({RANGE, VALUES, MOMENTS})
+    statistics: ClassVar[frozenset[Statistic]] = frozenset({RANGE, VALUES, MOMENTS})
 
     weights: str = "int4"
     """Format of all weights while gains are measured."""

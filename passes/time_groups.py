@@ -13,7 +13,7 @@ from mpq_compiler.ir import provenance
 from mpq_compiler.ir.program import BOUNDARIES, Program
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.statistics import RANGE, VALUES, Calibration
+from mpq_compiler.quantization.statistics import RANGE, VALUES, Calibration, Statistic
 
 VALUES_PER_STEP = 160
 """The most values of an edge per timestep on which the cost of a quantizer is computed."""
@@ -35,7 +35,7 @@ class TimeGroups(Pass):
     contract: ClassVar[Contract] = Contract.IDENTICAL
     requires: ClassVar[frozenset[str]] = frozenset({"calibration"})
     provides: ClassVar[frozenset[str]] = frozenset({"time-groups"})
-    statistics: ClassVar[frozenset[str]] = frozenset({RANGE, VALUES})
+    statistics: ClassVar[frozenset[Statistic]] = frozenset({RANGE, VALUES})
 
     groups: int = 4
     """Groups at most; fewer where the calibration has fewer timesteps."""

@@ -27,6 +27,7 @@ from mpq_compiler.pipeline import manager
 from mpq_compiler.pipeline.manager import Instrument, Record
 from mpq_compiler.pipeline.passes import Pass
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.host import cpu
 from mpq_compiler.targets import table as targets
@@ -112,7 +113,7 @@ def lower(denoiser: Denoiser, options: Options, progress: Any = None, passes: li
         jobs=options.jobs,
         cache=options.cache,
         progress=progress,
-        statistics=frozenset().union(*(p.asks() for p in everything)),
+        requests=Requests.all(p.requests() for p in everything),
     )
     planned: list[Program] = []
     laid_out: list[Program] = []

@@ -24,6 +24,7 @@ from mpq_compiler.latency.candidates import LOWERED, require_kernels, runnable
 from mpq_compiler.latency.measure import measured
 from mpq_compiler.pipeline import manager
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.quantization.statistics import RANGE, VALUES
 from mpq_compiler.runtime import rpc as runtime_rpc
 from mpq_compiler.support.errors import UserError
@@ -116,7 +117,7 @@ def candidate_plans(
         if chosen.calibration is None
         else calibration_file.split(calibration_file.load(denoiser, chosen.calibration))[0],
         cache=chosen.cache,
-        statistics=frozenset({RANGE, VALUES}),
+        requests=Requests(frozenset({RANGE, VALUES})),
     )
     with single_threaded():
         start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)

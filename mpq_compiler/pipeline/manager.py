@@ -14,6 +14,7 @@ from mpq_compiler.ir.verifier import verify
 from mpq_compiler.pipeline.passes import Pass
 from mpq_compiler.pipeline.registry import usable
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.support.errors import UserError
 
 
@@ -52,9 +53,7 @@ def run_pipeline(
 ) -> tuple[Program, list[Record]]:
     """Runs the passes in order, verifying after each; then each of the instruments looks at the step."""
     check(passes, present)
-    session = dataclasses.replace(
-        session, statistics=frozenset().union(*(p.asks() for p in passes)) | session.statistics
-    )
+    session = dataclasses.replace(session, requests=Requests.all(p.requests() for p in passes) | session.requests)
     records = []
     for index, p in enumerate(passes):
         start = time.perf_counter()

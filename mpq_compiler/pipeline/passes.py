@@ -10,6 +10,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.requests import Requests
+from mpq_compiler.quantization.statistics import Statistic
 from mpq_compiler.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,8 +39,8 @@ class Pass(ABC):
     requires: ClassVar[frozenset[str]] = frozenset()
     """Properties that an earlier pass must provide."""
     provides: ClassVar[frozenset[str]] = frozenset()
-    statistics: ClassVar[frozenset[str]] = frozenset()
-    """Calibration statistics the pass reads; `calibrate` collects what the whole pipeline asks for, once."""
+    statistics: ClassVar[frozenset[Statistic]] = frozenset()
+    """Calibration statistics the pass reads; what the whole pipeline asks for is collected once."""
 
     @classmethod
     def name(cls) -> str:
@@ -48,9 +50,9 @@ class Pass(ABC):
     def run(self, program: Program, session: Session) -> Program:
         """The program after the pass; the one given is left as it is."""
 
-    def asks(self) -> frozenset[str]:
-        """The statistics that the pass, with its options, asks for."""
-        return self.statistics
+    def requests(self) -> Requests:
+        """What the pass, with its options, asks of the others."""
+        return Requests(self.statistics)
 
     def options(self) -> dict[str, Any]:
         """Option name -> value, in the order of declaration."""

@@ -7,7 +7,6 @@ from dataclasses import replace
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline import options
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.statistics import GPTQ, LEARNED
 
 STEPS = ("insert-fake-quant", "low-rank", "round-weights")
 """What makes a plan's values, quickly: branches are part of the tables, and learned rounding is GPTQ."""
@@ -15,9 +14,8 @@ STEPS = ("insert-fake-quant", "low-rank", "round-weights")
 
 def realize(program: Program, session: Session) -> Program:
     """The program of a plan, quickly: for learned rounding GPTQ stands."""
-    asked = session.statistics
-    statistics = asked - {LEARNED} | ({GPTQ} if LEARNED in asked else set())
-    quick = replace(session, progress=None, statistics=statistics)
+    requests = replace(session.requests, rounding=session.requests.rounding.quick)
+    quick = replace(session, progress=None, requests=requests)
     for name in STEPS:
         program = options.make(name, {}).run(program, quick)
     return program

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mpq_compiler.quantization.requests import NONE, Requests
 from mpq_compiler.support.execution import RunContext
 from mpq_compiler.targets.numerics import NUMERICS
 
@@ -51,7 +52,7 @@ class Session(RunContext):
     """Those of attentions that the target has kernels for."""
     steps: int | None = None
     """Of sampling, where they are said."""
-    statistics: frozenset[str] = frozenset()
-    """The statistics that the passes of the pipeline ask `calibrate` for."""
+    requests: Requests = NONE
+    """What the passes of the pipeline ask of each other."""
     trajectories: dict[tuple[int, int], dict[str, Tensor]] = dataclasses.field(default_factory=dict)
     """Inputs that rewrites were tried on, by the number of trajectories and of steps: the next rewrite's too."""

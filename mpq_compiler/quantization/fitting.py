@@ -16,7 +16,7 @@ from mpq_compiler.ir import ops
 from mpq_compiler.ir.program import Program
 from mpq_compiler.quantization.adaround import adaround
 from mpq_compiler.quantization.gptq import gptq
-from mpq_compiler.quantization.statistics import GPTQ, IN_ORDER, LEARNED, Calibration
+from mpq_compiler.quantization.statistics import Calibration
 
 KEPT_ELEMENTS = 1 << 20
 """The most elements of a weight whose fits are cached; larger weights are fitted again on every request."""
@@ -76,15 +76,6 @@ class Rounding(StrEnum):
     def quick(self) -> Rounding:
         """The rounding that replaces it where many are compared: GPTQ comes close to learning in a fraction of time."""
         return Rounding.GPTQ if self == Rounding.LEARNED else self
-
-    @classmethod
-    def asked(cls, statistics: frozenset[str]) -> Rounding:
-        """The rounding that the pipeline's `round-weights` asks for."""
-        if LEARNED in statistics:
-            return cls.LEARNED
-        if GPTQ not in statistics:
-            return cls.NEAREST
-        return cls.GPTQ_IN_ORDER if IN_ORDER in statistics else cls.GPTQ
 
     def __call__(self, fit: formats_base.Fit, rows: Tensor, gram: Tensor | None) -> formats_base.Fit:
         """Chooses the codes of a fit of rows [O, K]; FP8, and fits without a whole gram, keep the nearest codes."""

@@ -6,8 +6,9 @@ Passes ask for statistics by name; `calibrate` collects what the whole pipeline 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,15 +25,21 @@ from mpq_compiler.support.execution import batches
 if TYPE_CHECKING:
     from mpq_compiler.support.execution import RunContext
 
-RANGE, VALUES, MOMENTS, GRAM = "range", "values", "moments", "gram"
-"""The statistics: extremes per input, sampled values per input, mean squares of layer inputs, their second moments.
 
-The whole second moments take as long to collect as the model takes to run.
-"""
-ATTENTION, DYNAMIC, FLOATING = "attention", "dynamic", "floating"
-"""Requests: edges and probabilities of attentions; the cost of dynamic quantizers; activations in small floats."""
-GPTQ, IN_ORDER, LEARNED = "gptq", "in-order", "learned"
-"""Requests on rounding: codes are chosen by GPTQ; by GPTQ with columns in their stored order; by learning."""
+class Statistic(StrEnum):
+    """What calibration can collect of the tensors that may be quantized."""
+
+    RANGE = "range"
+    """The extremes of an edge, per input."""
+    VALUES = "values"
+    """A sample of the values of an edge, per input."""
+    MOMENTS = "moments"
+    """The mean squares of a layer's inputs."""
+    GRAM = "gram"
+    """The whole second moments of a layer's inputs, which take as long as running the model does."""
+
+
+RANGE, VALUES, MOMENTS, GRAM = Statistic
 
 VALUES_PER_INPUT = 256
 """The fewest values of an edge that are sampled from every input."""
@@ -198,18 +205,21 @@ class Collector:
     statistics.
     """
 
-    def __init__(self, program: Program, wanted: frozenset[str], total: int, context: RunContext) -> None:
-        """Prepares the measurement.
+    def __init__(
+        self, program: Program, wanted: Set[Statistic], total: int, context: RunContext, attention: bool = False
+    ) -> None:
+        """Starts with nothing measured.
 
         Args:
-            program: the program to run.
-            wanted: the statistics and requests.
-            total: the number of inputs there will be, among which samples are divided.
-            context: runs the parts; its seed decides the samples.
+            program: whose tensor edges are watched.
+            wanted: the statistics to collect.
+            total: how many inputs there will be, among which samples are shared out.
+            context: by how many threads, and the seed of what is sampled.
+            attention: whether the edges of attentions and their probabilities are watched too.
         """
         self.program, self.wanted, self.total, self.context = program, wanted, total, context
         self.layers = program.quantizable
-        self.attentions = program.attentions if ATTENTION in wanted else []
+        self.attentions = program.attentions if attention else []
         self.readers: dict[str, dict[Rows, list[fx.Node]]] = {}
         for n in self.layers:
             operand(n, 1).meta["shape"] = tuple(program.tensors[str(weight_of(n))].shape)
@@ -276,7 +286,11 @@ class Collector:
 
 
 def collect(
-    program: Program, inputs: dict[str, Tensor], wanted: frozenset[str], context: RunContext
+    program: Program,
+    inputs: dict[str, Tensor],
+    wanted: Set[Statistic],
+    context: RunContext,
+    attention: bool = False,
 ) -> Calibration:
     """Runs the program over the inputs once and measures every edge and layer that may be quantized.
 
@@ -287,7 +301,7 @@ def collect(
         context: runs the work and shows its progress.
     """
     total = len(next(iter(inputs.values())))
-    collector = Collector(program, wanted, total, context)
+    collector = Collector(program, wanted, total, context, attention)
     with context.track("calibrating", total) as advance:
         for batch in batches(inputs):
             advance(len(collector.measure(batch)))

@@ -8,6 +8,8 @@ from mpq_compiler.allocation.rerank import Reranker, Solved
 from mpq_compiler.ir.program import Program
 from mpq_compiler.passes.bit_allocation import BitAllocation
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fitting import Rounding
+from mpq_compiler.quantization.requests import Requests
 from tests.harness import programs
 
 MODEL = "unet2d"
@@ -49,6 +51,6 @@ def test_the_same_images_again():
 
 
 def test_learned_rounding_is_not_learned_for_a_candidate():
-    judge = reranker()
-    judge.session = replace(judge.session, statistics=frozenset({"learned"}))
+    judge = finalists()
+    judge.session = replace(judge.session, requests=Requests(rounding=Rounding.LEARNED))
     assert judge.noise(solved("int8").solution) > 0

@@ -24,7 +24,7 @@ from mpq_compiler.passes.bit_allocation import BitAllocation
 from mpq_compiler.passes.insert_fake_quant import InsertFakeQuant
 from mpq_compiler.pipeline import manager, parser
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.statistics import ATTENTION, RANGE, VALUES, collect
+from mpq_compiler.quantization.statistics import RANGE, VALUES, collect
 from mpq_compiler.support.errors import UserError
 from tests.harness import programs
 from tests.passes import test_contracts as contracts
@@ -159,7 +159,7 @@ def test_statistics_of_an_attention_are_those_of_its_probabilities():
 def test_attentions_are_observed_where_they_are_asked_for():
     program, x = after("layout"), programs.inputs(MODEL, 2)
     plain = collect(program, x, frozenset({RANGE, VALUES}), Session())
-    asked = collect(program, x, frozenset({RANGE, VALUES, ATTENTION}), Session())
+    asked = collect(program, x, frozenset({RANGE, VALUES}), Session(), attention=True)
     own = {softmax(n.name) for n in program.attentions}
     own |= {e.name for n in program.attentions for e in attention_edges(n)}
     assert {*asked.edges} - {*plain.edges} == own - {*plain.edges} and own

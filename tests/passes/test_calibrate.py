@@ -13,6 +13,7 @@ from mpq_compiler.ir.program import TensorStore
 from mpq_compiler.passes.calibrate import Calibrate
 from mpq_compiler.pipeline import manager, parser
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.quantization.statistics import GRAM, MOMENTS, PART, RANGE, VALUES, collect, input_rows
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.execution import batches
@@ -68,7 +69,7 @@ def test_only_what_is_asked_for_is_collected():
 
 def test_the_pipeline_asks_once():
     passes = parser.parse(programs.MIXED)
-    assert frozenset().union(*(p.asks() for p in passes)) == {RANGE, VALUES, MOMENTS, GRAM}
+    assert Requests.all(p.requests() for p in passes).statistics == {RANGE, VALUES, MOMENTS, GRAM}
 
 
 def test_a_model_without_layers_is_a_sentence():

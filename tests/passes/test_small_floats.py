@@ -170,9 +170,9 @@ def test_what_small_floats_are_not_for_is_refused_by_name(options, message):
 
 def test_sensitivities_stand_in_gptq_for_learned_rounding():
     learned = parse("sensitivity,round-weights{method=learned}")
-    tasks = learned[0].tasks(programs.after(MODEL, "time-groups"), learned[1].asks())
+    tasks = learned[0].tasks(programs.after(MODEL, "time-groups"), learned[1].requests())
     assert {task.rounding for task in tasks} == {Rounding.GPTQ}
-    assert Rounding.asked(learned[1].asks()) == Rounding.LEARNED
+    assert learned[1].requests().rounding == Rounding.LEARNED
 
 
 def test_the_recipe_lists_what_the_method_is():

@@ -18,7 +18,7 @@ from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.interpreter import Interpreter
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.fitting import Rounding, bias_of, corrected_bias, fitted, moments, rows_of
+from mpq_compiler.quantization.fitting import bias_of, corrected_bias, fitted, moments, rows_of
 from mpq_compiler.support.execution import batches
 
 Configuration = Mapping[str, str]
@@ -65,7 +65,7 @@ class Fits:
         self.calls: dict[str, list[fx.Node]] = {}
         for node in program.quantizable:
             self.calls.setdefault(str(weight_path(node)), []).append(node)
-        rounding = Rounding.asked(session.statistics).quick
+        rounding = session.requests.rounding.quick
         wanted = [(path, name) for path in self.calls for name in names]
         with session.track("fitting formats", len(wanted)) as advance:
 
