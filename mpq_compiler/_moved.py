@@ -34,9 +34,6 @@ def forward(package: str) -> Callable[[str], Any]:
     old = package.removeprefix(_ROOT)
 
     def attribute(name: str) -> Any:
-        submodule = Path(__file__).parent.joinpath(*old.split("."), name)
-        if submodule.is_dir() or submodule.with_suffix(".py").exists():
-            raise AttributeError(f"'{name}' is a module of '{package}' that is not imported yet")
         now = table().get(f"{old}.{name}") or (old in table() and f"{table()[old]}.{name}")
         # The import system asks for submodules here too, before it looks for their files.
         if not now or name.startswith("__") or _is_module(f"{old}.{name}"):

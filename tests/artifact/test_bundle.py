@@ -69,7 +69,7 @@ def python(code: str, *arguments: object, prelude: str = "") -> subprocess.Compl
         from pathlib import Path
         spec = importlib.util.spec_from_file_location("test_artifact", {str(Path(__file__))!r})
         test = importlib.util.module_from_spec(spec); spec.loader.exec_module(test)
-        from mpq_compiler import artifact
+        from mpq_compiler.artifact import bundle as artifact
         from mpq_compiler.support.errors import UserError
         path = Path(sys.argv[1])
     """

@@ -230,7 +230,7 @@ def test_measure_once_allocate_often(folder: Path, model: Path, capsys: pytest.C
     assert measured == json.loads(table.read_text())
     solution = folder / "solution.json"
     script = (
-        "import sys; from mpq_compiler import cli;"
+        "import sys; from mpq_compiler.cli import mpqc as cli;"
         f"code = cli.main(['allocate', {str(table)!r}, '--weights', '4', '-o', {str(solution)!r}]);"
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )
@@ -315,7 +315,7 @@ def test_a_missing_package_is_named_with_what_brings_it(arguments: list[str], pa
     """As in an installation without the extra: a None in sys.modules is how Python marks what cannot be imported."""
     script = (
         "import sys; sys.modules.update(torch=None, PIL=None);"
-        f"from mpq_compiler import cli; sys.exit(cli.main({arguments!r}))"
+        f"from mpq_compiler.cli import mpqc as cli; sys.exit(cli.main({arguments!r}))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1

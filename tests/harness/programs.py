@@ -1,6 +1,6 @@
 """Programs for tests, after every pass, made once a session.
 
->>> from tests import programs
+>>> from tests.harness import programs
 >>> programs.after("unet2d", "bit-allocation")     # the Program after that pass, default test pipeline
 >>> programs.steps("unet2d", pipeline)             # every (pass, program before, program after)
 """

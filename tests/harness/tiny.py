@@ -1,6 +1,6 @@
 """Random-weight denoisers, small enough for every test: seeded, diffusers' own classes and folder layout.
 
->>> from tests import tiny
+>>> from tests.harness import tiny
 >>> folder = tiny.save("unet2d", tmp_path)         # config.json, safetensors, scheduler/, harness.json
 >>> model = tiny.model("unet2d")                   # the diffusers module itself, float32, eval
 >>> inputs = tiny.inputs("unet2d", batch=2)        # keyword tensors by the names of Denoiser.input_specs

@@ -182,14 +182,14 @@ def test_goes_on_after_a_kill_in_another_process(data, tmp_path, monkeypatch):
     code = f"""
     import os
     from tests.passes import test_distill as t
-    from mpq_compiler import distillation
+    from mpq_compiler.training import trainer as distillation
     update = distillation._adam
     def dies(state, *arguments):
         if state.step == 5:
             os._exit(9)
         update(state, *arguments)
     distillation._adam = dies
-    calls = [t.Data(*t.denoisers.record_teacher(t.programs.denoiser(t.MODEL), 2, 5, seed)) for seed in (1, 2)]
+    calls = [t.Data(*t.trajectories.record_teacher(t.programs.denoiser(t.MODEL), 2, 5, seed)) for seed in (1, 2)]
     t.train(t.start(), t.related(), *calls, t.session(t.Path({str(tmp_path)!r})), 0)
     """
     environment = {**os.environ, "PYTHONHASHSEED": "7"}

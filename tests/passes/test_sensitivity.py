@@ -100,7 +100,7 @@ RUN = """
 import sys, time
 from pathlib import Path
 import torch
-from tests import programs
+from tests.harness import programs
 from tests.passes.test_sensitivity import MODEL, PASS, measured
 from mpq_compiler.passes.sensitivity import Sensitivity
 measure = Sensitivity.measure

@@ -349,7 +349,7 @@ def test_in_a_diffusers_pipeline(path):
 RUN = """
     import sys
     import numpy as np
-    from mpq_compiler import runtime
+    from mpq_compiler.runtime import compiled_denoiser as runtime
     {before}
     denoiser = runtime.load(sys.argv[1], threads=2)
     y = denoiser(np.ones((3, 3, 16), np.float32), timestep=1, class_labels=np.array([1, 2, 3])).sample
@@ -382,7 +382,7 @@ def test_the_caller_is_not_bound_to_a_core_and_one_thread_stays_one(path):
     code = """
     import os, sys
     import numpy as np
-    from mpq_compiler import runtime
+    from mpq_compiler.runtime import compiled_denoiser as runtime
     cores = os.sched_getaffinity(0)
     denoiser = runtime.load(sys.argv[1], threads=1)
     before = len(os.listdir("/proc/self/task"))
@@ -400,7 +400,7 @@ def test_threads_of_a_library(path):
     code = """
     import gc, os, sys, time
     import numpy as np
-    from mpq_compiler import runtime
+    from mpq_compiler.runtime import compiled_denoiser as runtime
     def are(expected):  # a thread that has been joined is listed for a moment still
         for _ in range(500):
             if (found := len(os.listdir("/proc/self/task"))) == expected:
@@ -436,7 +436,7 @@ def test_weights_move_to_large_pages():
     code = """
     import mmap
     import numpy as np
-    from mpq_compiler import tvm_runtime
+    from mpq_compiler.runtime import tvm as tvm_runtime
     tvm_ffi = tvm_runtime.load()
     def large():
         with open("/proc/self/smaps_rollup") as lines:

@@ -41,7 +41,7 @@ PIPELINE = (
 )
 RUN = """
 import ctypes, pickle, sys
-from mpq_compiler import runtime
+from mpq_compiler.runtime import compiled_denoiser as runtime
 artifact = runtime.load(sys.argv[1])
 assert artifact.to("cuda") is artifact
 pickle.dump([artifact.run(inputs) for inputs in pickle.load(sys.stdin.buffer)], sys.stdout.buffer)
@@ -234,7 +234,7 @@ def test_its_time_is_that_of_the_wall(unet):
 )
 def test_a_gpu_that_does_not_run_it(unet, variables, says):
     emulator.needs()
-    code = "import sys; from mpq_compiler import runtime; runtime.load(sys.argv[1])"
+    code = "import sys; from mpq_compiler.runtime import compiled_denoiser as runtime; runtime.load(sys.argv[1])"
     done = subprocess.run(
         [sys.executable, "-c", code, str(unet[0])],
         capture_output=True,

@@ -118,7 +118,7 @@ def test_what_the_device_lacks(release, variables, says, server, tmp_path):
     emulator.needs()
     path = os.pathsep.join([without_wheels(tmp_path), os.environ.get("PYTHONPATH", "")])
     environment = emulator.environment(release, MPQ_EMULATED_SM="80", PYTHONPATH=path, **variables)
-    code = "import sys; from mpq_compiler import runtime; runtime.load(sys.argv[1])"
+    code = "import sys; from mpq_compiler.runtime import compiled_denoiser as runtime; runtime.load(sys.argv[1])"
     command = [sys.executable, "-c", code, str(server[0])]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert re.search(f"UserError: .*{says}", done.stderr), done.stderr

@@ -179,7 +179,7 @@ def test_neither_torch_nor_the_compiler_is_loaded(tmp_path):
     code = """
     import sys
     import numpy as np
-    from mpq_compiler import runtime
+    from mpq_compiler.runtime import compiled_denoiser as runtime
     denoiser = runtime.load(sys.argv[1], threads=1)
     assert denoiser.run(dict(np.load(sys.argv[2]))).shape[0] == 2
     assert not {"torch", "tvm", "onnx"} & sys.modules.keys()

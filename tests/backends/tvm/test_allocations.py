@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[3]
 CALLS = """
 import ctypes, sys
 import numpy as np
-from mpq_compiler import runtime
+from mpq_compiler.runtime import compiled_denoiser as runtime
 
 counter = ctypes.CDLL(sys.argv[2])
 for threads in (1, 2):

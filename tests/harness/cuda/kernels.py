@@ -27,7 +27,7 @@ SECONDS = 120
 
 _RUN = f"""
 import ctypes, os, pickle, signal, sys
-from mpq_compiler import cuda_runtime
+from mpq_compiler.runtime import cuda as cuda_runtime
 ffi = cuda_runtime.load()  # without TVM's compiler and torch, which take seconds to load
 library = ffi.load_module(sys.argv[1])
 allocate = ffi.get_global_func("runtime.TVMTensorAllocWithScope")
