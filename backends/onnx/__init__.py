@@ -1,6 +1,6 @@
-"""The target `onnx`: models in integer arithmetic for onnxruntime, beside the weights of every other target.
+"""The target `onnx`: models in integer arithmetic for onnxruntime, over the same weight file as every other target.
 
-This module runs them, which takes neither torch nor the package onnx.
+This module runs them, and needs neither torch nor the package onnx.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from mpq_compiler.targets import table as targets
 
 FUNCTION = "denoise"
 PRECISION = "session.x64quantprecision"
-"""The option of onnxruntime's sessions that asks for exact products of 8-bit integers (`saturates`)."""
+"""The option of onnxruntime's sessions for exact products of 8-bit integers (`saturates`)."""
 
 
 def model_file(function: str) -> str:
-    """The file with the model of a function: model.onnx, model_24x32.onnx."""
+    """The name of the file with a function's model: model.onnx, model_24x32.onnx."""
     return function.replace(FUNCTION, "model", 1) + ".onnx"
 
 
 def load(artifact: Artifact, threads: int) -> Executor:
-    """The executor of the artifact (`runtime.compiled_denoiser`). UserError: onnxruntime refuses the first model."""
+    """Loads the executor of an artifact (`runtime.compiled_denoiser`). UserError: onnxruntime refuses it."""
     return Executor(artifact, threads)
 
 
 class Executor:
-    """An onnxruntime session for each function that is called, on a number of threads."""
+    """Executes functions by onnxruntime, with one session for each function that is called."""
 
     def __init__(self, artifact: Artifact, threads: int) -> None:
         self._artifact, self._threads = artifact, threads
@@ -40,7 +40,7 @@ class Executor:
         self._session(artifact.manifest["functions"][0]["name"])
 
     def run(self, function: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
-        """The output for the inputs in the manifest's order."""
+        """Runs a function on inputs in the manifest's order; returns its output."""
         feed = dict(zip(self._inputs, map(np.ascontiguousarray, inputs), strict=True))
         try:
             return np.asarray(self._session(function).run(None, feed)[0])
@@ -70,10 +70,10 @@ def _session(artifact: Artifact, function: str, threads: int) -> Any:
 
 
 def saturates() -> bool:
-    """Whether onnxruntime's products of u8 and i8 lose bits on this CPU: x86 without VNNI adds pairs in 16 bits.
+    """Whether onnxruntime's products of u8 and i8 lose bits on this CPU, as on x86 without VNNI.
 
-    With `PRECISION` it turns such weights to u8, whose products are exact on every CPU. Where there is VNNI all are
-    exact, and those of u8 take twice the time.
+    There pairs are added in 16 bits. `PRECISION` makes onnxruntime convert such weights to u8, whose products are exact
+    on every CPU. With VNNI all products are exact, and those of u8 take twice the time.
     """
     return platform.machine() in ("x86_64", "AMD64") and not {"avx512_vnni", "avx_vnni"} & targets.host_features()
 

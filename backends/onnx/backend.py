@@ -11,23 +11,23 @@ from mpq_compiler.targets.table import Target
 
 
 class OnnxBackend:
-    """Writes graphs of any batch size, one an image size."""
+    """Builds ONNX models of any batch size, one for each image size."""
 
     name = "onnx"
 
     def capabilities(self, target: Target) -> Capabilities:
-        """None besides building."""
+        """What it can do besides building: the target's numerics."""
         return Capabilities(numerics=target.numerics)
 
     def require(self, target: Target) -> None:
-        """Nothing is needed that importing it does not ask for."""
+        """Accepts every target: importing the backend already needs all that it needs."""
 
     def standby(self, jobs: int) -> AbstractContextManager[None]:
-        """Nothing takes its time to start."""
+        """A context that starts nothing."""
         return nullcontext()
 
     def build(self, program: Program, target: Target, request: BuildRequest) -> Built:
-        """The graphs, beside the stored tensors."""
+        """Builds the models, beside the stored tensors."""
         return build.build(program, request.others)
 
 

@@ -1,4 +1,4 @@
-"""A packed program as ONNX models, which read the weight file of every other target in place."""
+"""Builds ONNX models of a packed program; they read the common weight file in place."""
 
 from __future__ import annotations
 
@@ -25,10 +25,16 @@ if TYPE_CHECKING:
 
 
 def build(program: Program, others: Sequence[Specialization] = ()) -> Built:
-    """The packed program as a model of any batch size, beside the stored tensors.
+    """Builds a model of any batch size, beside the stored tensors.
 
-    others: the program at other image sizes, each a model of its own over the same tensors.
-    What runs otherwise than planned is added to ``program.fallbacks``. UserError: a node that ONNX cannot say.
+    Nodes that do not run as planned are added to ``program.fallbacks``.
+
+    Args:
+        program: the packed program.
+        others: the program at other image sizes, each of which gets a model over the same tensors.
+
+    Raises:
+        UserError: a node that ONNX cannot express.
     """
     programs = {FUNCTION: program} | {f"{FUNCTION}_{other.size}": other.program for other in others}
     stored = stored_tensors.stored(program, *(other.program for other in others))
@@ -44,7 +50,7 @@ def build(program: Program, others: Sequence[Specialization] = ()) -> Built:
 
 
 def _describe(name: str, program: Program, output: str) -> dict[str, Any]:
-    """The manifest's entry of a function."""
+    """The manifest's entry for a function."""
     sample = shapes(program, 2)[operand(program.graph.output_node(), 0).name].shape[1:]
     inputs = []
     for spec in program.inputs:
@@ -55,10 +61,12 @@ def _describe(name: str, program: Program, output: str) -> dict[str, Any]:
 
 
 def export_float(program: Program, path: str | Path) -> None:
-    """Writes a program before quantization (stage float, rewritten or planned) as an f32 model at ``path``.
+    """Writes a program before quantization (stage float, rewritten or planned) as an f32 model.
 
-    Its weights lie beside it, in a file of the same name that ends in .safetensors. UserError: a node that ONNX cannot
-    say; a path that does not end in .onnx.
+    Its weights lie beside it, in a file of the same name that ends in .safetensors.
+
+    Raises:
+        UserError: a node that ONNX cannot express, or a path that does not end in .onnx.
     """
     path = Path(path)
     if path.suffix != ".onnx":

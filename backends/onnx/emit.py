@@ -1,11 +1,11 @@
-"""From a program to an ONNX graph.
+"""Emits a program as an ONNX graph.
 
-The emitter walks the graph once, regions included; `EMITTERS` has a function for each operator (floats.py,
-integers.py). A value is called as its node.
+The emitter walks the graph once, regions included. `EMITTERS` has a function for each operator (`float_ops`,
+`integer_ops`). A value has the name of its node.
 
-Programs are channels-last. Convolutions and group norms of ONNX are channels-first, integer matrix products are not: a
-value lies as the node that makes it prefers, pointwise operators take their operands as they lie, and a reader that
-needs the other order transposes.
+Programs are channels-last. Convolutions and group norms of ONNX are channels-first, integer matrix products are not. A
+value has the order that the node that makes it prefers. Pointwise operators take their operands in either order, and a
+reader that needs the other order transposes.
 """
 
 from __future__ import annotations
@@ -31,24 +31,28 @@ from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
 
 Shape = tuple[int, ...]
-"""Sizes; a negative one, -m, is m times the batch."""
+"""The sizes of a tensor; a negative one, -m, is m times the batch."""
 
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of the ONNX graph. ``first``: it is [B, C, ...] of the program's [B, ..., C]."""
+    """A tensor of the ONNX graph."""
 
     name: str
     first: bool = False
+    """Whether it is channels-first, [B, C, ...] for the program's [B, ..., C]."""
 
 
 Made = str | Value | list[Value]
+"""The result of emitting a call; a plain name is a value in the program's order."""
 Emit = Callable[["Emitter", fx.Node, dict[str, Any]], Made]
 EMITTERS: dict[Any, Emit] = {}
-"""What writes a call, given its arguments by name, by operator. A plain name is a value that lies as the program's."""
+"""The function that emits calls of each operator, given their arguments by name."""
 
 
 def emits(*targets: Any) -> Callable[[Emit], Emit]:
+    """Registers the decorated function as the emitter of these operators."""
+
     def register(function: Emit) -> Emit:
         EMITTERS.update(dict.fromkeys(targets, function))
         return function
@@ -57,14 +61,20 @@ def emits(*targets: Any) -> Callable[[Emit], Emit]:
 
 
 def output_name(program: Program) -> str:
-    """The output's name: "sample", but for the latent of UNets, since inputs and outputs share one space of names."""
+    """The output's name: "sample", or "out_sample" where an input has that name, since both share one namespace."""
     return "out_sample" if "sample" in {s.name for s in program.inputs} else "sample"
 
 
 def emit(program: Program, stored: Mapping[str, Stored], location: str) -> onnx.ModelProto:
-    """The program as an ONNX model that reads ``stored`` from the file ``location`` beside it.
+    """Emits a program as an ONNX model; nodes that do not run as planned are added to ``program.fallbacks``.
 
-    What runs otherwise than the plan says is added to ``program.fallbacks``. UserError: a node that ONNX cannot say.
+    Args:
+        program: packed, or before quantization.
+        stored: its stored tensors by name.
+        location: the name of the file beside the model that holds them.
+
+    Raises:
+        UserError: a node that ONNX cannot express.
     """
     from mpq_compiler.backends.onnx import integer_ops  # noqa: F401  (they fill EMITTERS)
 
@@ -72,7 +82,7 @@ def emit(program: Program, stored: Mapping[str, Stored], location: str) -> onnx.
 
 
 class _Shapes(ShapeInterpreter):
-    """Meta tensors of all nodes at a batch size, those inside regions too."""
+    """Computes meta tensors of all nodes at a batch size, inside regions, too."""
 
     def __init__(self, program: Program, batch: int) -> None:
         super().__init__(program)
@@ -92,7 +102,7 @@ class _Shapes(ShapeInterpreter):
 
 
 class Emitter:
-    """What the functions of `EMITTERS` write with."""
+    """Writes the graph of one program; the functions of `EMITTERS` use it."""
 
     def __init__(self, program: Program, stored: Mapping[str, Stored], location: str) -> None:
         self.program = program
@@ -104,6 +114,7 @@ class Emitter:
         self._outer: dict[fx.Node, fx.Node] = {}
 
     def model(self) -> onnx.ModelProto:
+        """Emits the whole program as a model."""
         program, output = self.program, output_name(self.program)
         for name in (*(s.name for s in program.inputs), output):
             self.graph.reserve(name)
@@ -138,6 +149,7 @@ class Emitter:
         self._made[node] = Value(made) if isinstance(made, str) else made
 
     def refusal(self, node: fx.Node, reason: str) -> UserError:
+        """The error for a node that cannot be exported."""
         return UserError(
             f"node '{node.name}' ({ops.name_of(node.target)}) cannot be exported to ONNX: {reason}; "
             "use --target reference, or report the model"
@@ -154,12 +166,15 @@ class Emitter:
         return self._two[self.resolve(node).name]
 
     def dtype(self, node: fx.Node) -> str:
+        """The element type of a node's tensor."""
         return str(self.example(node).dtype).removeprefix("torch.")
 
     def rank(self, node: fx.Node) -> int:
+        """The number of dimensions of a node's tensor."""
         return self.example(node).dim()
 
     def axis(self, node: fx.Node, dim: int) -> int:
+        """A dimension of a node's tensor, counted from the front."""
         return dim % max(1, self.rank(node))
 
     def shape(self, node: fx.Node) -> Shape:
@@ -168,7 +183,7 @@ class Emitter:
         return self._sizes(node, self._two[name], self._three[name])
 
     def shapes(self, node: fx.Node) -> list[Shape]:
-        """Those of the tensors that a node gives."""
+        """The sizes of the tensors of a node with several, at any batch."""
         return [self._sizes(node, *pair) for pair in zip(self._two[node.name], self._three[node.name], strict=True)]
 
     def _sizes(self, node: fx.Node, two: Tensor, three: Tensor) -> Shape:
@@ -178,37 +193,38 @@ class Emitter:
         return tuple(-step if step else int(a) for a, step in zip(two.shape, steps, strict=True))
 
     def stored(self, node: Any) -> str:
-        """The store name of an operand that must be a stored tensor."""
+        """The store name of an operand. UserError: it is computed."""
         found = self.resolve(node)
         if found.op != "get_attr":
             raise self.refusal(found, "it is computed where a stored tensor is expected")
         return str(found.target)
 
     def array(self, node: Any) -> np.ndarray:
-        """A stored tensor in its stored form."""
+        """An operand's stored tensor in its stored form."""
         return self.weights.stored[self.stored(node)].array
 
     # ------------------------------------------------------------------------------------------------ values
 
     def value(self, node: fx.Node) -> Value:
+        """The value of a node in whichever order it has."""
         node = self.resolve(node)
         found = Value(self.weights.read(str(node.target))) if node.op == "get_attr" else self._made[node]
         assert isinstance(found, Value), f"'{node.name}' gives several tensors"
         return found
 
     def item(self, node: fx.Node, index: int) -> Value:
-        """One of the tensors that a node gives."""
+        """One of the values of a node with several."""
         found = self._made[node]
         assert isinstance(found, list), f"'{node.name}' gives one tensor"
         return found[index]
 
     def last(self, node: fx.Node) -> str:
-        """The value of a node as the program has it."""
+        """The value of a node in the program's order, channels last."""
         value, rank = self.value(node), self.rank(node)
         return self.graph.op("Transpose", value.name, perm=[0, *range(2, rank), 1]) if value.first else value.name
 
     def first(self, node: fx.Node) -> str:
-        """The value of a node with the channels second."""
+        """The value of a node with channels second."""
         value, rank = self.value(node), self.rank(node)
         if value.first or rank < 3:
             return value.name
@@ -219,23 +235,24 @@ class Emitter:
         return self.graph.constant(value, dtype)
 
     def cast(self, name: str, dtype: str, to: str, result: str | None = None) -> str:
+        """Converts a value from type ``dtype`` to type ``to``, where they differ."""
         return name if dtype == to else self.graph.op("Cast", name, to=ELEMENT[to], name=result)
 
     def batch(self, factor: int = 1) -> str:
-        """i64[1]: ``factor`` times the batch."""
+        """The batch size times ``factor``, i64 [1]."""
         g = self.graph
         size = g.op("Shape", self.program.inputs[0].name, start=0, end=1, name="batch")
         return size if factor == 1 else g.op("Mul", size, g.ints(factor))
 
     def reshaped(self, name: str, shape: Shape, result: str | None = None) -> str:
-        """``name`` as another shape of as many elements."""
+        """Reshapes a value."""
         g = self.graph
         if sum(d < 0 for d in shape) > 1:
             return g.op("Reshape", name, self.sizes(shape), name=result)
         return g.op("Reshape", name, g.ints(*(-1 if d < 0 else d for d in shape)), name=result)
 
     def sizes(self, shape: Shape) -> str:
-        """i64[n]: the shape at the batch at hand."""
+        """A shape at the batch size of the call, i64 [n]."""
         if all(d >= 0 for d in shape):
             return self.graph.ints(*shape)
         return self.graph.op("Concat", *(self.batch(-d) if d < 0 else self.graph.ints(d) for d in shape), axis=0)
@@ -243,9 +260,13 @@ class Emitter:
     def pointwise(
         self, node: fx.Node, operands: list[Any], write: Callable[..., str], dtype: str | None = None
     ) -> Value:
-        """What ``write`` makes of operands (nodes and numbers) that broadcast against one another.
+        """Emits a pointwise call; its result is channels-first where all full-size operands are.
 
-        dtype: that in which they meet; by default the result's. The result lies as all of its full-size operands do.
+        Args:
+            node: the call.
+            operands: nodes and numbers, which broadcast against one another.
+            write: emits the operator on their values.
+            dtype: the type that operands are converted to, by default the result's.
         """
         dtype, rank = dtype or self.dtype(node), self.rank(node)
         nodes = [o for o in operands if isinstance(o, fx.Node)]
@@ -268,7 +289,7 @@ class Emitter:
 
 
 def _bind(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a call by name, defaults filled in."""
+    """The arguments of a call by name, with defaults."""
     if isinstance(node.target, torch._ops.OpOverload):
         parameters = node.target._schema.arguments
         given = dict(zip((p.name for p in parameters), node.args, strict=False)) | dict(node.kwargs)

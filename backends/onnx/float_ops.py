@@ -1,4 +1,4 @@
-"""Operators that no quantizer touches: pointwise, norms, attention, float layers, and what only moves data."""
+"""Emits operators on floats: pointwise, norms, attention, float layers, and data movement."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def _group_norm_of_images(e: Emitter, node: fx.Node, a: Arguments) -> Made:
 
 
 def _normalized_groups(e: Emitter, node: fx.Node, a: Arguments, x: str, groups: int, shape: Shape) -> str:
-    """Group norm of x [B, C, ...]: onnxruntime runs InstanceNormalization twice as fast as GroupNormalization."""
+    """Emits a group norm of x [B, C, ...] as InstanceNormalization, which runs twice as fast as GroupNormalization."""
     g = e.graph
     ones, zeros = (g.constant(np.full(groups, v), "float32", f"{v}x{groups}") for v in (1, 0))
     rows = g.op("Reshape", x, g.ints(0, groups, -1))
@@ -204,7 +204,7 @@ def _layer_norm(e: Emitter, node: fx.Node, a: Arguments) -> Made:
 
 @emits(ops.rms_norm)
 def _rms_norm(e: Emitter, node: fx.Node, a: Arguments) -> Made:
-    """In the spelling that onnxruntime fuses into SimplifiedLayerNormalization."""
+    """Emits an RMS norm in the form that onnxruntime fuses to SimplifiedLayerNormalization."""
     g, x = e.graph, e.last(a["x"])
     square = g.op("ReduceMean", g.op("Pow", x, e.number(2.0)), g.ints(-1), keepdims=1)
     y = g.op("Div", x, g.op("Sqrt", g.op("Add", square, e.number(a["eps"]))))
@@ -287,18 +287,19 @@ def _attention(e: Emitter, node: fx.Node, a: Arguments) -> Made:
 
 
 def split_heads(e: Emitter, x: str, channels: int, heads: int, transposed: bool = False) -> str:
-    """[B, T, H*D] as [B, H, T, D], or as [B, H, D, T]."""
+    """Reshapes [B, T, H*D] to [B, H, T, D], or ``transposed`` to [B, H, D, T]."""
     rows = e.graph.op("Reshape", x, e.graph.ints(0, 0, heads, channels // heads))
     return e.graph.op("Transpose", rows, perm=[0, 2, 3, 1] if transposed else [0, 2, 1, 3])
 
 
 def join_heads(e: Emitter, node: fx.Node, y: str) -> str:
+    """Reshapes [B, H, T, D] to the node's [B, T, H*D]."""
     tokens = e.graph.op("Transpose", y, perm=[0, 2, 1, 3])
     return e.graph.op("Reshape", tokens, e.graph.ints(0, 0, e.shape(node)[-1]), name=node.name)
 
 
 def attend(e: Emitter, q: str, k: str, v: str, mask: fx.Node | None) -> str:
-    """softmax(q k + mask) v: q [B, H, Tq, D], k [B, H, D, Tk], v [B, H, Tk, D]."""
+    """Emits softmax(q k + mask) v for q [B, H, Tq, D], k [B, H, D, Tk], v [B, H, Tk, D]."""
     logits = e.graph.op("MatMul", q, k)
     if mask is not None:
         logits = e.graph.op("Add", logits, e.last(mask))
@@ -323,7 +324,7 @@ def _attention_of_heads(e: Emitter, node: fx.Node, a: Arguments) -> Made:
 
 @emits(*MOVEMENT)
 def _reshape(e: Emitter, node: fx.Node, a: Arguments) -> Made:
-    """The same elements in the same order under another shape."""
+    """Emits a reshape, or nothing where the shape stays."""
     source, x = e.shape(a["self"]), e.value(a["self"])
     shape = e.shape(node)
     if source == shape:
@@ -335,7 +336,7 @@ def _reshape(e: Emitter, node: fx.Node, a: Arguments) -> Made:
 
 @emits(aten.permute.default, aten.transpose.int, aten.swapaxes.default, aten.t.default)
 def _permute(e: Emitter, node: fx.Node, a: Arguments) -> Made:
-    """Nothing where the tensor already lies as the result or as its channels-first form."""
+    """Emits a permute, or nothing where the value already has the result's order or its channels-first form."""
     x, rank = e.value(a["self"]), e.rank(node)
     order = list(range(rank))
     if node.target is aten.permute.default:
@@ -353,7 +354,7 @@ def _permute(e: Emitter, node: fx.Node, a: Arguments) -> Made:
 
 
 def _lying(e: Emitter, source: fx.Node, dim: int) -> tuple[Value, int]:
-    """A value, and its axis that is dimension ``dim`` of the program's tensor."""
+    """The value of a node, and its axis that is dimension ``dim`` of the program's tensor."""
     value, dim, rank = e.value(source), e.axis(source, dim), e.rank(source)
     if value.first and dim:
         dim = 1 if dim == rank - 1 else dim + 1
@@ -490,7 +491,7 @@ def _upsample_of_images(e: Emitter, node: fx.Node, a: Arguments) -> Made:
 
 
 def _resized(e: Emitter, node: fx.Node, x: str, factors: tuple[float, float]) -> str:
-    """Nearest pixels of x [B, C, H, W]."""
+    """Emits nearest-neighbour resizing of x [B, C, H, W]."""
     scales = e.graph.constant((1, 1, *factors), "float32")
     how = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     return e.graph.op("Resize", x, "", scales, mode="nearest", **how, name=node.name)

@@ -13,9 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 from mpq_compiler.ir.program import InputSpec
 
 OPSET = 21
-"""The first whose quantization operators know 4 bits; onnxruntime loads it since 1.18 (May 2024)."""
+"""The opset: the first whose quantization operators know 4 bits; onnxruntime loads it since 1.18 (May 2024)."""
 IR_VERSION = 10
-"""That of the ONNX release which brought the opset."""
+"""The IR version of the ONNX release that introduced the opset."""
 BATCH = "batch"
 
 ELEMENT: dict[str, int] = {
@@ -29,38 +29,36 @@ ELEMENT: dict[str, int] = {
     "uint4": TensorProto.UINT4,
     "bool": TensorProto.BOOL,
 }
-"""ONNX element types by NumPy's and torch's names."""
+"""ONNX's element types, by NumPy's and torch's names."""
 _SHORT = {"float32": "f32", "int64": "i64", "int32": "i32", "int8": "i8", "uint8": "u8"}
 _LISTED = 8
-"""Constants of at most so many values are named by them."""
+"""The most values of a constant whose name lists them."""
 
 
 class Graph:
-    """Nodes in the order in which they are made; an equal call gives the value that is there already.
-
-    location: the file of the stored tensors, beside the model. scope: the node of the program that is being written;
-    values are named after it.
-    """
+    """A graph that grows node by node; an equal node is emitted once."""
 
     def __init__(self, location: str) -> None:
         self.location = location
+        """The name of the file beside the model that holds the stored tensors."""
         self.scope = ""
+        """The node of the program that is being emitted, after which values are named."""
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: list[onnx.TensorProto] = []
         self._names: set[str] = set()
         self._made: dict[tuple[Any, ...], list[str]] = {}
 
     def reserve(self, name: str) -> str:
-        """A name that no value takes: those of inputs and output."""
+        """Reserves a name that no value may take, for inputs and output."""
         self._names.add(name)
         return name
 
     def op(self, kind: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
-        """The only result of a node, called ``name`` or after scope and operator; an absent operand is ""."""
+        """Emits a node with one result, named ``name`` or after scope and operator; an absent operand is ""."""
         return self.ops(kind, 1, *inputs, name=name, **attributes)[0]
 
     def ops(self, kind: str, results: int, *inputs: str, name: str | None = None, **attributes: Any) -> list[str]:
-        """The results of a node."""
+        """Emits a node with several results; an absent operand is ""."""
         key = (kind, results, inputs, repr(sorted(attributes.items())))
         if key not in self._made:
             base = self._unique(name or f"{self.scope}/{kind}")
@@ -70,7 +68,7 @@ class Graph:
         return self._made[key]
 
     def constant(self, value: Any, dtype: str, name: str = "") -> str:
-        """A constant within the model, named by its values, or ``name`` where they are many."""
+        """Adds a constant to the model, named by its values, or ``name`` where they are many."""
         array = np.asarray(value, np.dtype(dtype))
         key = ("constant", dtype, array.shape, array.tobytes())
         if key not in self._made:
@@ -83,11 +81,11 @@ class Graph:
         return self._made[key][0]
 
     def ints(self, *values: int) -> str:
-        """A constant i64[n]: a shape, axes, positions."""
+        """Adds a constant i64 [n]: a shape, axes, positions."""
         return self.constant(values, "int64")
 
     def external(self, name: str, dtype: str, shape: Sequence[int], begin: int, end: int) -> str:
-        """The tensor in bytes begin .. end of the file beside the model."""
+        """Adds the tensor in bytes begin .. end of the file beside the model."""
         key = ("external", name)
         if key not in self._made:
             tensor = TensorProto(name=self._unique(name), data_type=ELEMENT[dtype], dims=shape)
@@ -101,7 +99,15 @@ class Graph:
     def model(
         self, name: str, inputs: Sequence[InputSpec], output: str, shape: Sequence[int], source: str
     ) -> onnx.ModelProto:
-        """The model with the f32 ``output`` [batch, *shape], which is the value ``source``."""
+        """Completes the model.
+
+        Args:
+            name: of the graph.
+            inputs: the program's inputs.
+            output: the name of the output, f32 [batch, *shape].
+            shape: of a sample.
+            source: the value that becomes the output.
+        """
         self._nodes.append(helper.make_node("Identity", [source], [output], name=output))
 
         def value(spec: InputSpec) -> onnx.ValueInfoProto:

@@ -1,14 +1,14 @@
-"""Quantizers and the layers on codes.
+"""Emits quantizers, and layers on codes.
 
-A layer is DequantizeLinear of codes and of int8 weights, and a MatMul: onnxruntime makes one integer kernel of that
-(MatMulIntegerToFloat). A convolution is the same product over gathered taps: the integer convolution of ONNX whose
-results need no quantizer, ConvInteger, takes 15 times as long, and Conv on dequantized operands computes in floats.
+A layer is DequantizeLinear of codes and of int8 weights, and a MatMul, which onnxruntime fuses to one integer kernel
+(MatMulIntegerToFloat). A convolution is the same product over gathered taps. ONNX's integer convolution without a
+quantizer behind it, ConvInteger, takes 15 times as long, and Conv on dequantized operands computes in floats.
 
-With one time group, scale and zero point are constants. With several they differ from sample to sample, where the
-kernel takes one number: onnxruntime 1.31 fuses DequantizeLinear along axis 0 all the same, and fails at batch 2. So the
-codes are dequantized by scale 1 and a zero point m in the middle of all groups', and what
-``y = sum_k s[b] (q - z[b]) w`` needs besides follows the product: times s[b], plus the row of a table [G, O], of
-``bias - s (z - m) sum_k w``, that onnxruntime computes when it loads the model.
+With one time group, scale and zero point are constants. With several they differ from sample to sample, but the kernel
+takes one number: onnxruntime 1.31 fuses DequantizeLinear along axis 0 all the same, and fails at batch 2. So the codes
+are dequantized with scale 1 and a zero point m in the middle of all groups'. The rest of
+``y = sum_k s[b] (q - z[b]) w`` follows the product: a factor s[b], and the row of a table [G, O] of
+``bias - s (z - m) sum_k w``, which onnxruntime computes when it loads the model.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ def _single(e: Emitter, table: fx.Node) -> bool:
 
 
 def _middle(e: Emitter, zero: fx.Node) -> int:
-    """A zero point near all of a table's, so that products of codes stay small."""
+    """A zero point in the middle of a table's, which keeps products of codes small."""
     return round(float(e.array(zero).mean())) if e.resolve(zero).op == "get_attr" else 128
 
 
 def _scalar(e: Emitter, table: fx.Node) -> str:
-    """The only entry of a table [1]."""
+    """The only entry of a table [1], as a scalar."""
     return e.graph.op("Reshape", e.last(table), e.graph.constant([], "int64", "scalar"))
 
 
 def _chosen(e: Emitter, table: str, group: fx.Node, shape: Shape) -> str:
-    """[R, ...]: the entry of a table [G, ...] for each row of a tensor of ``shape`` [R, ...]."""
+    """Gathers the entry of a table [G, ...] for each row of a tensor of ``shape`` [R, ...]: a tensor [R, ...]."""
     g, rows, index = e.graph, -shape[0], e.last(group)
     if rows > 1:
         index = g.op("Reshape", g.op("Expand", g.op("Reshape", index, g.ints(-1, 1)), g.ints(1, rows)), g.ints(-1))
@@ -72,7 +72,10 @@ def _chosen(e: Emitter, table: str, group: fx.Node, shape: Shape) -> str:
 
 
 def _spread(e: Emitter, table: fx.Node, group: fx.Node | None, shape: Shape) -> str:
-    """The entry for each row of a tensor of ``shape``, to broadcast over it; without a group the table has one each."""
+    """Gathers a table's entries for the rows of a tensor of ``shape``, so that they broadcast over it.
+
+    Without a group the table already has an entry for each row.
+    """
     if group is None:
         return e.reshaped(e.last(table), (*shape[:-1], 1))
     return _chosen(e, e.reshaped(e.last(table), (-1, *[1] * (len(shape) - 1))), group, shape)
@@ -84,7 +87,18 @@ def _spread(e: Emitter, table: fx.Node, group: fx.Node | None, shape: Shape) -> 
 def quantized(
     e: Emitter, x: str, shape: Shape, scale: fx.Node, zero: fx.Node, group: fx.Node, bits: int, name: str | None = None
 ) -> str:
-    """Codes of x of ``shape``, whose rows are the samples' however its channels lie."""
+    """Quantizes x, of ``shape`` in the program, to codes; its channels may be in either order.
+
+    Args:
+        e: the emitter.
+        x: the value.
+        shape: of the program's tensor.
+        scale: the scales [G].
+        zero: the zero points [G].
+        group: the time group of each sample.
+        bits: of a code.
+        name: of the result.
+    """
     if _single(e, scale):
         tables, axis = [_scalar(e, scale), _scalar(e, zero)], {}
     else:
@@ -93,7 +107,7 @@ def quantized(
 
 
 def _limited(e: Emitter, bits: int, *operands: str, name: str | None, **axis: int) -> str:
-    """Codes below 2^bits."""
+    """Quantizes to codes below 2^bits."""
     if bits == 8:
         return e.graph.op("QuantizeLinear", *operands, name=name, **axis)
     codes = e.graph.op("QuantizeLinear", *operands, name=None, **axis)
@@ -108,7 +122,7 @@ def _quantize(e: Emitter, node: fx.Node, a: Arguments) -> Made:
 
 @emits(ops.dynamic_quantize)
 def _dynamic_quantize(e: Emitter, node: fx.Node, a: Arguments) -> Made:
-    """Scale and zero point of `ops.row_ranges`."""
+    """Emits a dynamic quantizer, with scale and zero point of each row as `ops.row_ranges` defines them."""
     g, zero, largest = e.graph, e.number(0.0), e.number(2.0 ** a["bits"] - 1)
     codes = e.shapes(node)[0]
     rows = g.op("Reshape", e.last(a["x"]), g.ints(-1, codes[-1]))
@@ -123,7 +137,7 @@ def _dynamic_quantize(e: Emitter, node: fx.Node, a: Arguments) -> Made:
 
 @emits(ops.fake_quantize_float)
 def _fake_quantize_float(e: Emitter, node: fx.Node, a: Arguments) -> Made:
-    """`contract.round_float`, the power of two by logarithm, and corrected where that is next to a whole number."""
+    """Emits `contract.round_float`, with the power of two by a logarithm that is corrected near whole numbers."""
     g, x, shape = e.graph, e.value(a["x"]), e.shape(node)
     exponent, bits = a["exponent"], a["bits"]
     largest, smallest = contract.float_largest(exponent, bits), 2.0 ** (1 - contract.float_bias(exponent))
@@ -166,7 +180,7 @@ def _dequantize_float8(e: Emitter, node: fx.Node, a: Arguments) -> Made:
 
 
 def _levels(e: Emitter, a: Arguments) -> tuple[str, int]:
-    """The integers of a weight (`Weights.levels`)."""
+    """The integer levels of a weight (`Weights.levels`)."""
     codes, lut, row_class = (None if a[k] is None else e.stored(a[k]) for k in ("codes", "lut", "row_class"))
     assert codes is not None
     return e.weights.levels(codes, lut, row_class)
@@ -183,11 +197,12 @@ class _Weight:
     outputs: int
 
     def dequantized(self, e: Emitter) -> str:
+        """Dequantizes the segment, f32 [K, O]."""
         zeros = [e.graph.constant(np.full(self.outputs, self.zero), "int8", f"i8:{self.zero}x{self.outputs}")]
         return e.graph.op("DequantizeLinear", self.levels, self.scale, *(zeros if self.zero else []), axis=1)
 
     def sums(self, e: Emitter) -> str:
-        """f32 [O]: the sum over K."""
+        """Sums the dequantized segment over K, f32 [O]."""
         g = e.graph
         total = g.op("ReduceSum", g.op("Cast", self.levels, to=ELEMENT["float32"]), g.ints(0), keepdims=0)
         if self.zero:
@@ -196,7 +211,7 @@ class _Weight:
 
 
 def _segments(e: Emitter, a: Arguments, taps: int) -> list[_Weight]:
-    """The parts of a weight; channels are split alike at every tap."""
+    """Splits a weight into its segments; channels are split alike at every tap."""
     g, (outputs, columns) = e.graph, e.example(a["codes"]).shape
     levels, zero = _levels(e, a)
     found, begin = [], 0
@@ -222,7 +237,7 @@ def _quant_linear(e: Emitter, node: fx.Node, a: Arguments) -> Made:
 
 
 def _channels(e: Emitter, x: str, segments: list[int]) -> list[str]:
-    """x [..., K] by segments of the channels."""
+    """Splits x [..., K] by the segments of its channels."""
     if len(segments) == 1:
         return [x]
     return e.graph.ops("Split", len(segments), x, e.graph.ints(*segments), axis=-1)
@@ -230,7 +245,10 @@ def _channels(e: Emitter, x: str, segments: list[int]) -> list[str]:
 
 @emits(ops.quant_conv2d)
 def _quant_conv2d(e: Emitter, node: fx.Node, a: Arguments) -> Made:
-    """Rows of taps by a Gather from the pixels, behind which stands one that holds the zero point, for padding."""
+    """Emits a convolution: a Gather collects the taps of each row from the pixels.
+
+    A further pixel behind them holds the zero point, for padding.
+    """
     g, shape = e.graph, e.shape(node)
     batch, height, width, _ = e.shape(a["x"])
     geometry = (a["kernel"], a["stride"], a["padding"])
@@ -250,7 +268,7 @@ def _quant_conv2d(e: Emitter, node: fx.Node, a: Arguments) -> Made:
 
 
 def _taps(height: int, width: int, kernel: Any, stride: Any, padding: Any) -> tuple[np.ndarray, bool]:
-    """(the pixel [OH, OW, taps] under each tap, whether some are padding, which is called height*width)."""
+    """The pixel under each tap, [OH, OW, taps], and whether some are padding, which has the number height*width."""
     top, bottom, left, right = padding
     pixels = np.full((top + height + bottom, left + width + right), height * width)
     pixels[top : top + height, left : left + width] = np.arange(height * width).reshape(height, width)
@@ -262,7 +280,16 @@ def _taps(height: int, width: int, kernel: Any, stride: Any, padding: Any) -> tu
 def _contraction(
     e: Emitter, a: Arguments, parts: list[str], weights: list[_Weight], shape: Shape, name: str | None = None
 ) -> str:
-    """y of ``shape`` [..., O] from the codes [..., K_j] and weights of the segments."""
+    """Emits the product of codes and weight, y of ``shape`` [..., O].
+
+    Args:
+        e: the emitter.
+        a: the arguments of the layer.
+        parts: the codes [..., K_j] of each segment.
+        weights: the weight of each segment.
+        shape: of y.
+        name: of y.
+    """
     g, constant = e.graph, all(_single(e, table) for table in a["act_scale"])
     offset = None if a["offset"] is None else e.last(a["offset"])
     bias = None if a["bias"] is None else e.last(a["bias"])
@@ -287,12 +314,12 @@ def _contraction(
 
 
 def _sum(e: Emitter, terms: list[str], name: str | None = None) -> str:
-    """Not by Add, with which onnxruntime makes a MatMul of two dimensions a Gemm, and no integer kernel of that."""
+    """Sums terms by Sum: behind Add onnxruntime makes a two-dimensional MatMul a Gemm, which no integer kernel runs."""
     return terms[0] if len(terms) == 1 else e.graph.op("Sum", *terms, name=name)
 
 
 def _ones(e: Emitter, columns: int) -> str:
-    """f32 [K, 1] in the form of a weight: sums of codes are integer products too."""
+    """A column of ones in the form of a weight, f32 [K, 1], so that sums of codes are integer products, too."""
     ones = e.graph.op("ConstantOfShape", e.graph.ints(columns, 1), value=_tensor(1, "int8"))
     return e.graph.op("DequantizeLinear", ones, e.graph.constant([1.0], "float32"), axis=1)
 
@@ -305,7 +332,7 @@ def _rest(
     bias: str | None,
     shape: Shape,
 ) -> str:
-    """What y holds besides the products of codes: ``bias - sum_j s_j (z_j - m_j) sum_k w_jk``, to broadcast over it."""
+    """The rest of y besides products of codes, ``bias - sum_j s_j (z_j - m_j) sum_k w_jk``, to broadcast over it."""
     g, terms = e.graph, []
     for (scale, zero), members in tables.items():
         sums = [weight.sums(e) for _, weight in members]
@@ -326,7 +353,10 @@ def _rest(
 
 @emits(ops.quant_attention)
 def _quant_attention(e: Emitter, node: fx.Node, a: Arguments) -> Made:
-    """On codes as floats: onnxruntime's integer products of two activations know one zero point for all samples."""
+    """Emits a quantized attention on codes converted to floats.
+
+    onnxruntime's integer products of two activations take one zero point for all samples.
+    """
     g, heads, group = e.graph, a["heads"], a["group"]
     e.program.fallbacks.setdefault(node.name, "its products of codes are computed in float32 by onnxruntime")
     centred, scales = {}, {}

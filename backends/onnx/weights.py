@@ -1,8 +1,8 @@
-"""Stored tensors in the graph: the bytes of the artifact's weight file, and how the values are made from them.
+"""Emits stored tensors: reads of the artifact's weight file, and the nodes that decode their values.
 
-ONNX has no 2-, 3- or 5-bit integers and no tables. Nodes that read nothing but stored tensors make the int8 values of
-such weights; onnxruntime folds them when it loads a model, so that a file of any width is as small as the plan says and
-the integer kernels read int8 (`Weights.decoded` says which).
+ONNX has no 2-, 3- or 5-bit integers and no tables. Nodes that read nothing but stored tensors decode such weights to
+int8, and onnxruntime folds them when it loads a model. So the file is as small as the plan says for every width, and
+the integer kernels read int8 (`Weights.decoded` lists these weights).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from mpq_compiler.ir.stored_tensors import CLASS_BITS, Stored
 
 
 class Weights:
-    """Reads of ``stored`` by name; ``places`` says where in the weight file each tensor lies."""
+    """Emits reads of stored tensors by name; ``places`` has each one's byte range in the weight file."""
 
     def __init__(self, graph: Graph, stored: Mapping[str, Stored], places: Mapping[str, tuple[int, int]]) -> None:
         self.graph, self.stored, self.places = graph, stored, places
         self._decoded: set[str] = set()
 
     def raw(self, name: str) -> str:
-        """The tensor as it is stored; codes of 4 and 8 bits in their shape, other widths as bytes."""
+        """Reads a tensor as it is stored: codes of 4 and 8 bits in their shape, other widths as bytes."""
         tensor = self.stored[name]
         dtype, shape = str(tensor.array.dtype), tensor.array.shape
         if tensor.shape is not None and tensor.bits in (4, 8):
@@ -36,14 +36,14 @@ class Weights:
         return self.graph.external(name, dtype, shape, *self.places[name])
 
     def read(self, name: str) -> str:
-        """The value that the program sees: half-precision floats as f32."""
+        """Reads a tensor as the program sees it, with half-precision floats converted to f32."""
         raw = self.raw(name)
         return self.graph.op("Cast", raw, to=ELEMENT["float32"]) if self.stored[name].array.dtype == np.float16 else raw
 
     def levels(self, codes: str, lut: str | None, row_class: str | None) -> tuple[str, int]:
-        """(i8 [O, K], zero): what `contract.entries` gives is the difference, exactly.
+        """Decodes a weight: i8 [O, K] and a zero, whose difference is exactly what `contract.entries` returns.
 
-        Consecutive entries need no table: their codes count from the first.
+        Consecutive entries need no table, since their codes count from the first entry.
         """
         if lut is None:
             return self.raw(codes), 0
@@ -58,7 +58,7 @@ class Weights:
         return self.graph.op("Gather", self.graph.op("Reshape", self.raw(lut), self.graph.ints(-1)), index), 0
 
     def decoded(self) -> dict[str, str]:
-        """What there is to say of weights that take more memory than file, by width."""
+        """Sentences, by width, on weights that take more bytes in memory than in the file."""
         said = {}
         labels = {name: f"{self.stored[name].bits}-bit" for name in sorted(self._decoded)}
         labels |= {name: "mixed-width" for name in labels if self.stored[name].row_class}
@@ -73,7 +73,7 @@ class Weights:
         return said
 
     def _first_entries(self, row_class: str, entries: int, rows: int) -> str:
-        """i32 [O, 1]: where the table of each row begins in all tables one behind the other."""
+        """The place in the concatenated tables where each row's table begins, i32 [O, 1]."""
         g = self.graph
         if self.stored[row_class].bits is not None:  # every row has a class of its own
             first = g.op("Mul", self._codes(row_class, "int32"), g.constant(entries, "int32"))
@@ -88,7 +88,7 @@ class Weights:
         return shape
 
     def _codes(self, name: str, dtype: str) -> str:
-        """Codes [O, K] below 32 as int8 or int32."""
+        """Decodes codes [O, K] below 32 to int8 or int32."""
         g, bits, shape = self.graph, self.stored[name].bits, self._shape(name)
         if bits == 4:
             return g.op("Cast", self.raw(name), to=ELEMENT[dtype])
@@ -103,7 +103,7 @@ class Weights:
         return g.op("Cast", codes, to=ELEMENT[dtype])
 
     def _extended(self, name: str, codes: str, bits: int) -> str:
-        """u8 codes [O, K] of rows of several widths: the bits that all rows have, and those of some rows behind."""
+        """Completes codes u8 [O, K] of rows of several widths: adds the bits that only some rows have."""
         g, (rows, columns) = self.graph, self._shape(name)
         classes = unpack_codes(self.stored[str(self.stored[name].row_class)].array, (rows,), CLASS_BITS)
         begin = bits * rows * columns
@@ -118,9 +118,9 @@ class Weights:
         return codes
 
     def _plane(self, name: str, count: int, first: int, width: int, begin: int) -> str:
-        """u8 [count]: bits first .. first + width of codes that are stored in planes (formats/packing.py).
+        """Decodes a plane of codes (formats/packing.py): bits first .. first + width of ``count`` codes, u8 [count].
 
-        They stand from bit ``begin`` of the stream on. A table says for each byte which bits of codes it holds.
+        The plane begins at bit ``begin`` of the stream. A table maps each byte to the bits of codes in it.
         """
         g = self.graph
         stream, last = self.raw(name), -(-(begin + count * width) // 8)

@@ -1,6 +1,6 @@
-"""The target `reference`: the packed program itself, interpreted by torch. Runs anywhere, and defines what is right.
+"""The target `reference`: torch interprets the packed program itself, anywhere, and thereby defines what is right.
 
-The artifact holds the graph as JSON (`graph.json`) and the same stored tensors as any other target's.
+The artifact holds the graph as JSON (`graph.json`) and the stored tensors of every other target.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _MPQ = {entry.name: function for function, entry in ops.OPS.items()}
 
 
 def load(artifact: Artifact, threads: int) -> Interpreter:
-    """What executes the artifact (`mpq_compiler.runtime.compiled_denoiser`). UserError: its graph is not sound."""
+    """Loads the executor of an artifact (`runtime.compiled_denoiser`). UserError: its graph is not sound."""
     arrays = artifact.tensors()
     tensors = {entry["name"]: stored_tensors.restored(entry, arrays) for entry in artifact.manifest["tensors"]}
     return Interpreter(loads(artifact.file(GRAPH).read_text(encoding="utf-8"), tensors), threads)
 
 
 class Interpreter:
-    """Executes the programs by the names of their functions, on a number of threads."""
+    """Executes programs, by the names of their functions, with ``threads`` threads of torch."""
 
     def __init__(self, programs: Mapping[str, Program], threads: int) -> None:
         self.programs, self.threads = programs, threads
 
     def run(self, function: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
-        """The output for the inputs in the program's order."""
+        """Runs a function on inputs in the program's order; returns its output."""
         program = self.programs[function]
         named = zip((spec.name for spec in program.inputs), inputs, strict=True)
         tensors = {name: torch.from_numpy(np.array(array)) for name, array in named}
@@ -56,7 +56,7 @@ class Interpreter:
 
 
 def dumps(programs: Mapping[str, Program]) -> str:
-    """The packed graphs by the names of their functions, with regions and inputs, as JSON; tensors by name.
+    """Encodes packed programs, by the names of their functions, as JSON: inputs, graphs and regions; tensors by name.
 
     Equal programs give equal text.
     """
@@ -73,7 +73,7 @@ def _document(program: Program) -> dict[str, Any]:
 
 
 def loads(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Program]:
-    """The programs of `dumps` over the given tensors. UserError: the text holds no such graphs."""
+    """Decodes the programs that `dumps` encoded, over the given tensors. UserError: the text holds no such graphs."""
     try:
         document = json.loads(text)
         if document["version"] != _VERSION:
@@ -130,7 +130,7 @@ def _target_name(target: Any) -> str:
 
 
 def _target(name: str) -> Any:
-    """The operator of that name: ours, `getitem`, or one of aten; nothing else can be named."""
+    """The operator of a name: one of mpq, `getitem`, or one of aten; nothing else can be named."""
     if name in _MPQ:
         return _MPQ[name]
     if name == "getitem":
@@ -145,7 +145,7 @@ def _target(name: str) -> Any:
 
 
 def _encode(value: Any) -> Any:
-    """Arguments as JSON: what JSON has no form for is an object of one key."""
+    """Encodes an argument as JSON; a value that JSON has no form for becomes an object with one key."""
     if isinstance(value, fx.Node):
         return {"node": value.name}
     if isinstance(value, tuple):
@@ -190,6 +190,7 @@ def _decode(value: Any, known: dict[str, fx.Node]) -> Any:
 
 
 def type_name(dtype: torch.dtype) -> str:
+    """The name of a type without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -1,4 +1,4 @@
-"""A packed program as an artifact for the interpreter."""
+"""Builds the artifact of a packed program for the interpreter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OUTPUT = "sample"
 
 
 def build(program: Program, others: Sequence[Specialization] = ()) -> Built:
-    """The packed program as an artifact for the interpreter: one function for any batch size, at every image size.
+    """Builds the artifact of a packed program: one function of any batch size for each image size.
 
     others: the program at other image sizes.
     """
@@ -35,7 +35,7 @@ def build(program: Program, others: Sequence[Specialization] = ()) -> Built:
 
 
 def _describe(name: str, program: Program) -> dict[str, Any]:
-    """The manifest's entry of a function."""
+    """The manifest's entry for a function."""
     sample = shapes(program, 2)[operand(program.graph.output_node(), 0).name].shape[1:]
     inputs = [
         {"name": s.name, "shape": [None if d == "B" else d for d in s.shape], "dtype": type_name(s.dtype)}

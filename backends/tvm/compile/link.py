@@ -1,7 +1,7 @@
-"""From the plan to a shared library: Relax functions that call the kernels, and the kernels' objects.
+"""Links a plan to a shared library: Relax functions that call the kernels, and the kernels' objects.
 
-The pipeline is our own, and short: every call is a kernel already, so nothing is legalized or fused. The Relax
-module holds no code of kernels, only their signatures; the machine finds them in its library by name.
+The pipeline of Relax passes is short: every call is a kernel already, so nothing is legalized or fused. The Relax
+module holds no code of kernels, only their signatures. The virtual machine finds them in its library by name.
 """
 
 from __future__ import annotations
@@ -31,15 +31,26 @@ from mpq_compiler.targets.table import Target
 
 PREPARE = "prepare"
 PAGE = 4096
-"""Bytes of a page of the machine's pool."""
+"""Bytes of a page in the virtual machine's memory pool."""
 _LINK = ("-Wl,--strip-all", "-Wl,--build-id=none", "-Wl,-z,noexecstack")
 
 
 def link(lowered: Lowered, target: Target, objects: Sequence[Path], output: Path) -> dict[str, int]:
-    """Writes the library of the plan's functions and the kernels' objects; bytes of memory by function (`held_bytes`).
+    """Writes the library of a plan.
 
-    The bytes depend on the plan, the objects and the versions of TVM and the linker, not on any path.
-    UserError: there is no linker for the target.
+    Its bytes depend on the plan, the objects and the versions of TVM and the linker, not on any path.
+
+    Args:
+        lowered: the plan.
+        target: decides the linker.
+        objects: the object file of each kernel.
+        output: the library to write.
+
+    Returns:
+        The memory that each function holds, in bytes (`held_bytes`).
+
+    Raises:
+        UserError: there is no linker for the target.
     """
     planned = planning()(_Builder(lowered, target).module())
     plain = lowering()(planned)  # says what functions hold, which graphs share
@@ -59,14 +70,14 @@ def link(lowered: Lowered, target: Target, objects: Sequence[Path], output: Path
 
 
 def held_bytes(function: relax.Function) -> int:
-    """Memory that calls of a function keep for what they compute, the output included: blocks in whole pages."""
+    """The memory in bytes that a function allocates for its results, the output included, in whole pages."""
     values = (binding.value for block in function.body.blocks for binding in block.bindings)
     blocks = (value for value in values if getattr(getattr(value, "op", None), "name", "") == "relax.vm.alloc_storage")
     return sum(-(-int(block.args[0].values[0]) // PAGE) * PAGE for block in blocks)
 
 
 def export(compiled: Any, target: Target, output: Path, objects: Sequence[Path] = ()) -> None:
-    """Writes the library of a compiled module and more objects, with threads of its own (mpq_pool.c)."""
+    """Writes the library of a compiled module and further objects, with a thread pool of its own (mpq_pool.c)."""
     compiler, options = linker(target), list(_LINK)
     with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
         pool = compile_pool(target, Path(folder, "pool.o"), "-c")
@@ -75,7 +86,15 @@ def export(compiled: Any, target: Target, output: Path, objects: Sequence[Path] 
 
 
 def export_cuda(compiled: Any, target: Target, output: Path, objects: Sequence[Path], modules: Sequence[bytes]) -> None:
-    """Writes the library of a compiled module, of objects that launch kernels, and of the kernels' modules."""
+    """Writes the library of a compiled module for a GPU.
+
+    Args:
+        compiled: the module.
+        target: decides the linker.
+        output: the library to write.
+        objects: the objects that launch kernels.
+        modules: the kernels' modules, as the runtime reads them.
+    """
     imports = Imports.of(compiled)
     for module in modules:
         imports.add(b"cuda", module)
@@ -98,7 +117,7 @@ def compile_pool(target: Target, output: Path, kind: str) -> Path:
 
 
 def compile_cudart(target: Target, output: Path) -> None:
-    """Writes cudart.c as the library that TVM's runtime takes for that of CUDA 13. UserError: there is no linker."""
+    """Compiles cudart.c, the shim that TVM's runtime takes for CUDA 13's runtime. UserError: there is no linker."""
     source = Path(__file__).parents[1] / "toolchain" / "cudart.c"
     with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
         stub, symbols = Path(folder, "stub.so"), Path(folder, "symbols")
@@ -113,7 +132,7 @@ def compile_cudart(target: Target, output: Path) -> None:
 
 
 def linker(target: Target) -> str:
-    """The compiler driver that links for the target. UserError: it is not installed."""
+    """The name of the compiler driver that links for the target. UserError: it is not installed."""
     own = platform.machine() == target.arch
     names = ("gcc", "cc", "clang") if own else (f"{target.arch.replace('_', '-')}-linux-gnu-gcc",)
     for name in names:
@@ -124,7 +143,7 @@ def linker(target: Target) -> str:
 
 
 def planning() -> tvm.transform.Pass:
-    """Kernel calls as calls of functions on buffers, planned once for each function, freed at its end."""
+    """The passes that turn kernel calls into calls on buffers, and plan the memory of each function."""
     return tvm.transform.Sequential(
         [
             transform.RewriteDataflowReshape(),
@@ -137,10 +156,10 @@ def planning() -> tvm.transform.Pass:
 
 
 def lowering() -> tvm.transform.Pass:
-    """Planned functions as instructions of the machine.
+    """The passes that lower planned functions to instructions of the virtual machine.
 
-    All shapes are static, so there are none to compute (VMShapeLower), and no check of each of hundreds of
-    prepared tensors in every call: the runtime stages inputs in their exact shapes, and kernels check their own.
+    All shapes are static, so VMShapeLower is left out. It would also check each of hundreds of prepared tensors in
+    every call, though the runtime stages inputs in their exact shapes.
     """
     return tvm.transform.Sequential(
         [
@@ -153,7 +172,7 @@ def lowering() -> tvm.transform.Pass:
 
 
 def _graphs(module: tvm.IRModule) -> tvm.IRModule:
-    """The module on a GPU: every function that is called again and again captures its launches in a CUDA graph."""
+    """Rewrites a module for a GPU so that all functions but `prepare` capture their launches in a CUDA graph."""
     again = tvm.IRModule({name: f for name, f in module.functions.items() if name.name_hint != PREPARE})
     with tvm.transform.PassContext(config={"relax.backend.use_cuda_graph": True}):
         rewritten = transform.RewriteCUDAGraph()(again)
@@ -170,6 +189,7 @@ class _Builder:
         self.signatures: dict[Kernel, tuple[Any, list[Argument], list[Argument]]] = {}
 
     def module(self) -> tvm.IRModule:
+        """The module with signatures of the kernels, `prepare`, the parts and the functions."""
         for kernel in self.lowered.kernels():
             inputs, outputs = templates.arguments(kernel, self.target)
             signature = primfunc(kernel.name, [*inputs, *outputs], lambda batch, buffers: T.evaluate(0))
@@ -183,7 +203,7 @@ class _Builder:
         return self.builder.get()
 
     def _prepare(self) -> list[relax.Type]:
-        """``prepare(stored...)``; returns the types of the prepared tensors."""
+        """Builds ``prepare(stored...)``; returns the types of the prepared tensors."""
         parameters = [_variable(f"s{i}", value, 0) for i, value in enumerate(self.lowered.stored)]
         env = {value.name: p for value, p in zip(self.lowered.stored, parameters, strict=True)}
         with self.builder.function(PREPARE, parameters):
@@ -204,9 +224,10 @@ class _Builder:
         batch: int,
         types: Sequence[Any],
     ) -> None:
-        """``name(arguments..., prepared)``: one result, or a tuple of several.
+        """Builds ``name(arguments..., prepared)``, which returns one result or a tuple.
 
-        The prepared tensors are one argument, a tuple: the machine allocates room for all arguments in every call.
+        The prepared tensors are one argument, a tuple, because the virtual machine allocates room for all arguments in
+        every call.
         """
         inputs = [_variable(f"x{i}", value, batch) for i, value in enumerate(arguments)]
         weights = relax.Var("prepared", relax.TupleType(types))
@@ -254,7 +275,7 @@ class _Builder:
         return self.builder.emit(relax.op.builtin.alloc_tensor(shape, argument.dtype, 0))
 
     def _shaped(self, value: Any, shape: tuple[int, ...]) -> Any:
-        """The value in the shape that a kernel reads it in."""
+        """Reshapes a value to the shape in which a kernel reads it."""
         own = tuple(int(extent) for extent in value.ty.shape)
         if own == shape:
             return value
@@ -264,7 +285,7 @@ class _Builder:
 
 
 def sized(shape: Sequence[int | str], batch: int) -> tuple[int, ...]:
-    """A shape with the batch's size in its place."""
+    """A shape at a batch size."""
     return tuple(batch if extent == BATCH else int(extent) for extent in shape)
 
 

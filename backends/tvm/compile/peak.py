@@ -1,6 +1,6 @@
-"""What one core of this machine can do at most: dot products of 8-bit integers, f32 multiply-adds, on registers only.
+"""The peak performance of one core of this machine: 8-bit dot products and f32 multiply-adds on registers.
 
-What kernels reach is told as a share of it (`mpqc bench`, benchmarks/kernels.py).
+`mpqc bench` and benchmarks/kernels.py state the performance of kernels as a share of it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from mpq_compiler.targets.numerics import BF16, FEATURES
 from mpq_compiler.targets.table import TARGETS, with_features
 
 ROUNDS = 20000
-"""Of the loop in a call: some milliseconds."""
+"""The iterations of the loop in a call, which take some milliseconds."""
 
 Loop = tuple[Callable[[], object], int]
-"""A call, and the multiply-accumulates that it makes."""
+"""A call, and the number of its multiply-accumulates."""
 
 
 def integer(target: Isa, parts: int = 1) -> Loop:
-    """Dot products as the integer kernels make them, int32 sums in registers; as often for each of some parts.
+    """A loop of dot products as the integer kernels compute them, with int32 sums in registers.
 
-    Parts are shared among threads: what two threads make of two of them is what no kernel can do better.
+    parts: repeats the loop, and divides the repetitions among threads. The performance of two threads on two parts is
+    the peak for kernels on two threads.
     """
     weights = f"{target.weight}x{target.vector}"
 
@@ -46,7 +47,7 @@ def integer(target: Isa, parts: int = 1) -> Loop:
 
 
 def floating(target: Isa) -> Loop:
-    """Fused multiply-adds of f32 vectors."""
+    """A loop of fused multiply-adds of f32 vectors."""
 
     def step(total: Expr, word: Expr) -> Expr:
         return vmath.fma(total, tirx.Broadcast(word, target.lanes), total)
@@ -55,7 +56,7 @@ def floating(target: Isa) -> Loop:
 
 
 def reading(target: Isa, bytes_: int) -> Loop:
-    """Loads of whole registers from a buffer of about so many bytes, from its begin to its end; those bytes."""
+    """A loop of loads of whole registers over a buffer of about ``bytes_`` bytes; its second item is these bytes."""
     lanes, cells = target.lanes, target.tiles[0].rows
     steps = bytes_ // (4 * lanes * cells)
     size = steps * lanes * cells
@@ -78,7 +79,7 @@ def reading(target: Isa, bytes_: int) -> Loop:
 
 
 def bfloat16(target: Isa) -> Loop:
-    """Products of pairs of bfloat16 with f32 sums, for CPUs with AVX512_BF16 and targets of their vectors."""
+    """A loop of products of bfloat16 pairs with f32 sums, for CPUs with AVX512_BF16 and targets of their vectors."""
 
     def step(total: Expr, word: Expr) -> Expr:
         return pairs.dot(total, tirx.Broadcast(vmath.as_int(word), target.lanes), vmath.as_int(total))
@@ -90,9 +91,9 @@ def _loop(
     name: str, target: Isa, dtype: str, step: Callable[[Expr, Expr], Expr], work: int, parts: int = 1,
     features: tuple[str, ...] = (), lanes: int = 0,
 ) -> Loop:  # fmt: skip
-    """``step(sum, word)`` again and again on as many sums as the widest tile of the target has.
+    """Compiles a loop that repeats ``step(sum, word)`` on as many sums as the widest tile of the target has.
 
-    lanes: of a sum, where those are not the target's.
+    work: multiply-accumulates of a step. lanes: of a sum, where they differ from the target's.
     """
     tile, lanes = target.tiles[0], lanes or target.lanes
     cells = tile.rows * tile.vectors * target.lanes // lanes

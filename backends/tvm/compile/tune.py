@@ -1,9 +1,10 @@
-"""A search over the tiles of the integer kernels (``mpqc compile --tune``): measured on this machine, kept by content.
+"""Tunes the tiles of the integer kernels by times on this machine (``mpqc compile --tune``).
 
-Tiles change how long a kernel takes and where weights lie in memory, and no bit of a result. Each kernel is timed with
-every tile of `kernels.problem.tiles`, in turns with a loop of dot products on registers, on one thread by its CPU time,
-its weights coming from memory as they do in a model. A tile is taken where it is faster than the default by more than
-`GAIN`. What was measured stays in the cache: with the same cache a compilation makes the same choices.
+Tiles change the time of a kernel and the order of weights in memory, but no bit of a result. Each kernel is timed with
+every tile of `problems.quant_matmul.tiles`, in turns with a control: a loop of dot products on registers. It runs on
+one thread, measured by CPU time, and its weights come from memory as they do in a model. A tile is chosen where it is
+faster than the default by more than `GAIN`. The cache keeps the times, so that with the same cache a compilation makes
+the same choices.
 """
 
 from __future__ import annotations
@@ -28,18 +29,19 @@ from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets.table import Target, missing_features
 
 KIND = "tiles"
-"""Folder of the cache."""
+"""The folder in the cache."""
 GAIN = 0.04
-"""Of the time: less is not told from noise."""
+"""The least gain, as a share of the time; smaller gains cannot be told from noise."""
 ROUNDS, WINDOW = 15, 1e-3
-"""In which all tiles take turns, and seconds of a tile in each."""
+"""The number of rounds in which all tiles take turns, and the seconds of a turn."""
 WEIGHTS = 64 << 20
-"""Bytes that calls take turns to take their weights from: more than most caches hold."""
-ALIGNED = 64
+"""Bytes of the memory from which calls take their weights in turn: more than most caches hold."""
+ALIGNED = 64  # bytes
 
 Tile = tuple[int, int]
+"""Registers and rows of a tile."""
 Times = Mapping[Tile, float]
-"""Times by tile, as multiples of the control's; the default's first."""
+"""The time of each tile as a multiple of the control's; the default tile comes first."""
 
 
 def tuned(
@@ -50,10 +52,21 @@ def tuned(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Lowered, dict[str, Tile]]:
-    """(the plan with the fastest tiles, those that are not the default by node).
+    """Chooses the fastest tiles of a plan's integer kernels.
 
-    worker: calls `measure` where TVM is; sources: digest of what kernels are made from.
-    UserError: this CPU cannot run the target's kernels.
+    Args:
+        lowered: the plan.
+        target: what it is compiled for; this CPU must run it.
+        worker: calls `measure` in a process with TVM.
+        sources: a digest of the kernels' sources.
+        cache: the cache folder; None takes the default.
+        progress: opens a progress bar, or None.
+
+    Returns:
+        The plan with these tiles, and the tiles that differ from the default, by node.
+
+    Raises:
+        UserError: this CPU cannot run the target's kernels.
     """
     if lacking := missing_features(target):
         raise UserError(
@@ -75,7 +88,7 @@ def tuned(
 
 
 def choose(times: list[Times]) -> list[Tile]:
-    """The tile of each of some kernels that read the same weights, and so have to agree on registers."""
+    """Chooses the tile of each of some kernels that read the same weights, and thus must agree on registers."""
     default = [next(iter(each)) for each in times]
 
     def best(registers: int) -> list[Tile]:
@@ -130,7 +143,7 @@ def _with_tiles(lowered: Lowered, times: Mapping[Kernel, Times]) -> tuple[Lowere
 
 
 def measure(kernel: Kernel, target: Target) -> list[tuple[int, int, float]]:
-    """(registers, rows, time over the control's) of each tile of a kernel at batch 1."""
+    """Times each tile of a kernel at batch 1: (registers, rows, time over the control's)."""
     from mpq_compiler.backends.tvm import templates
     from mpq_compiler.backends.tvm.compile import peak
     from mpq_compiler.backends.tvm.kernels.cpu.isa import isa
@@ -152,18 +165,18 @@ def measure(kernel: Kernel, target: Target) -> list[tuple[int, int, float]]:
 
 @functools.cache
 def _memory() -> np.ndarray:
-    """The same for all tiles: where weights lie makes as much of a difference."""
+    """The memory of the weights, shared by all tiles, since its address changes times as much as a tile does."""
     return _drawn(WEIGHTS)
 
 
 def _drawn(size: int) -> np.ndarray:
-    """Random bytes from an aligned address on, that many and some more."""
+    """At least ``size`` random bytes from an aligned address."""
     drawn = np.random.default_rng(0).integers(0, 128, size + 2 * ALIGNED, np.uint8)
     return drawn[-drawn.ctypes.data % ALIGNED :]
 
 
 def _call(kernel: Kernel, target: Target) -> Callable[[], None]:
-    """A call of the kernel, on other weights each time."""
+    """Compiles a kernel to a call that reads other weights each time."""
     import tvm
 
     from mpq_compiler.backends.tvm import templates

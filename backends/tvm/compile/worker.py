@@ -1,8 +1,8 @@
-"""A process that compiles kernels and links libraries: ``python -m mpq_compiler.backends.tvm.compile.worker``.
+"""A worker process that compiles kernels and links libraries, and the parent's side of it (`Worker`).
 
-TVM lives in workers only. LLVM ends its process where it cannot select an instruction; what ends here is a
-worker, and its parent (`Worker`, below) turns that into one sentence. Requests and answers are pickles, each
-behind its length, over standard input and output.
+It is ``python -m mpq_compiler.backends.tvm.compile.worker``. TVM lives in workers only: where LLVM cannot select an
+instruction it ends its process, which is then a worker, and `Worker` turns that into one sentence. Requests and answers
+are pickles, each behind its length, over standard input and output.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from mpq_compiler.support.errors import UserError
 
 
 class Crash(Exception):
-    """The worker ended without an answer; the message says how."""
+    """A worker ended without an answer; the message says how."""
 
 
 class Failure(Exception):
-    """The worker could not do it; the message says why."""
+    """A worker's request raised an error; the message says which."""
 
 
 def _send(stream: IO[bytes], message: Any) -> None:
@@ -36,7 +36,7 @@ def _send(stream: IO[bytes], message: Any) -> None:
 
 
 def _receive(stream: IO[bytes]) -> Any:
-    """The next message. EOFError: there is none."""
+    """Reads the next message. EOFError: there is none."""
     size = stream.read(8)
     data = stream.read(int.from_bytes(size, "little")) if len(size) == 8 else b""
     if len(size) < 8 or len(data) < int.from_bytes(size, "little"):
@@ -45,7 +45,7 @@ def _receive(stream: IO[bytes]) -> Any:
 
 
 class Worker:
-    """The parent's side of a worker. Context manager; starts at once, ends with the block."""
+    """The parent's side of a worker: a context manager that starts it at once and ends it with the block."""
 
     def __init__(self) -> None:
         root = str(Path(__file__).parents[4])
@@ -67,7 +67,7 @@ class Worker:
         self.close()
 
     def close(self) -> None:
-        """Ends the worker, whatever it does."""
+        """Kills the worker."""
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
@@ -75,7 +75,13 @@ class Worker:
                 stream.close()
 
     def __call__(self, function: str, *arguments: Any) -> Any:
-        """The result of a function of `REQUESTS`. UserError, Failure: it raised; Crash: the worker died."""
+        """Calls a function of `REQUESTS` in the worker and returns its result.
+
+        Raises:
+            UserError: the function raised one.
+            Failure: the function raised another error.
+            Crash: the worker died.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             _send(self._process.stdin, (function, arguments))
@@ -96,7 +102,7 @@ class Worker:
 
 
 def _compile(kernel: Any, target: Any, path: str) -> int:
-    """The kernel as an object file; bytes of the workspaces that a thread takes for it, at most."""
+    """Compiles a kernel to an object file; returns the bytes of workspaces that a thread takes for it, at most."""
     import tvm
 
     from mpq_compiler.backends.tvm import templates
@@ -117,7 +123,7 @@ def _compile(kernel: Any, target: Any, path: str) -> int:
 
 
 def _compile_cuda(kernel: Any, target: Any, path: Path) -> None:
-    """What launches a kernel as an object file, and beside it the kernel as a module for the runtime."""
+    """Compiles the launcher of a GPU kernel to an object file, and the kernel beside it to a module for the runtime."""
     import tvm
 
     from mpq_compiler.backends.tvm import templates

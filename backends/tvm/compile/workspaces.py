@@ -1,4 +1,4 @@
-"""How much memory a kernel takes from the pool of a thread while it runs."""
+"""Measures the memory that a kernel takes from its thread's pool while it runs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from tvm.ir import Call
 from tvm.ir.instrument import pass_instrument
 
 PAGE = 4096
-"""Bytes of a page of the pool."""
+"""Bytes of a page in the pool."""
 
 
 @pass_instrument
 class Workspaces:
-    """Counts while a kernel is compiled: `size` bytes, as if all of its workspaces were in use at once."""
+    """Counts the bytes of a kernel's workspaces while it is compiled, as if all were in use at once."""
 
     def __init__(self) -> None:
         self.size = 0
 
     def run_after_pass(self, module: IRModule, info: Any) -> None:
-        """Reads them off what TVM makes calls of its runtime of."""
+        """Counts the allocations in the module that TVM has lowered to calls of its runtime."""
         if info.name == "tirx.LowerTVMBuiltin":
             self.size = 0
             for function in module.functions.values():

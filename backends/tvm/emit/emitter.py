@@ -1,7 +1,7 @@
-"""What the emission of every operator shares: values, shapes, kernel calls, refusals.
+"""The emitter, which the emission of every operator shares: values, shapes, kernel calls, refusals.
 
-Values are contiguous, the batch outermost: a tensor of m*B rows is [B, m, ...] here. Shapes are free: a call
-may see an operand in any shape of as many elements.
+Values are contiguous, with the batch outermost: a tensor of m*B rows is [B, m, ...] here. Shapes are free: a call may
+see an operand in any shape of equally many elements.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mpq_compiler.support.errors import UserError
 
 
 class _Shapes(ShapeInterpreter):
-    """Meta tensors of all nodes, those inside regions too."""
+    """Computes meta tensors of all nodes, inside regions, too."""
 
     def __init__(self, program: Program, batch: int) -> None:
         super().__init__(program)
@@ -45,33 +45,40 @@ class _Shapes(ShapeInterpreter):
 
 @dataclass
 class Task:
-    """A node or region being emitted: its calls in order, and what they read from outside."""
+    """The node or region that is being emitted."""
 
     node: fx.Node
     members: list[fx.Node]
+    """Its calls, in order."""
     outer: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    """Placeholder of the region -> node of the program."""
+    """The node of the program behind each placeholder of the region."""
 
     @property
     def anchor(self) -> fx.Node:
+        """The first call, whose kernel computes the region."""
         return self.members[0]
 
 
 @dataclass
 class Epilogue:
-    """The steps that fit behind an anchor, and how many of the members they cover."""
+    """The steps of a region that fit behind its anchor."""
 
     steps: list[Record] = field(default_factory=list)
     operands: list[tuple[str, Value]] = field(default_factory=list)
+    """The values that the steps read, each with how it broadcasts."""
     quantizer: fx.Node | None = None
+    """The quantizer at the end, where there is one."""
     covered: int = 1
+    """The number of the region's members that anchor and steps cover."""
 
     @property
     def record(self) -> Record:
+        """The epilogue as a part of a kernel's problem."""
         kinds = [record("epilogue.Operand", kind=kind) for kind, _ in self.operands]
         return record("epilogue.Epilogue", steps=self.steps, operands=kinds)
 
     def reference(self, kind: str, value: Value) -> int:
+        """The index of an operand, which is added where it is new."""
         if (kind, value) not in self.operands:
             self.operands.append((kind, value))
         return self.operands.index((kind, value))
@@ -79,23 +86,25 @@ class Epilogue:
 
 @dataclass
 class Formula:
-    """What a pointwise kernel computes: its inputs, as they broadcast to ``shape``, and its steps."""
+    """The computation of a pointwise kernel: its inputs, which broadcast to ``shape``, and its steps."""
 
     shape: Shape
     inputs: list[Value] = field(default_factory=list)
     steps: list[Record] = field(default_factory=list)
 
     def read(self, value: Value) -> Record:
+        """A reference to an input, which is added where it is new."""
         if value not in self.inputs:
             self.inputs.append(value)
         return record("pointwise.Input", index=self.inputs.index(value))
 
     def step(self, op: str, *args: Record | float, value: int | None = None) -> Record:
+        """Adds a step and returns a reference to its result."""
         self.steps.append(record("pointwise.PointwiseStep", op=op, args=args, value=value))
         return record("pointwise.Result", index=len(self.steps) - 1)
 
     def include(self, other: Formula) -> Record:
-        """The result of another formula of the same shape, computed here."""
+        """Adds the steps of another formula of this shape and returns a reference to its result."""
         renamed = {("pointwise.Input", i): self.read(value) for i, value in enumerate(other.inputs)}
         for i, step in enumerate(other.steps):
             args = [renamed[a.type, a.get("index")] if isinstance(a, Record) else a for a in step.get("args")]
@@ -105,17 +114,15 @@ class Formula:
 
 @dataclass(frozen=True)
 class View:
-    """Where the elements of a tensor lie in a value: what slices, permutes and repetitions are made of.
-
-    shape:    of the tensor
-    strides:  of its dimensions, in elements of a sample of the source; 0 for the batch
-    offset:   of its first element within a sample
-    """
+    """The places of a tensor's elements in a value: slices, permutes and repetitions are views."""
 
     source: Value
     shape: Shape
+    """The shape of the tensor."""
     strides: tuple[int, ...]
+    """The stride of each dimension, in elements of a sample of the source; 0 for the batch."""
     offset: int = 0
+    """The place of the first element within a sample."""
 
     @property
     def extents(self) -> tuple[int, ...]:
@@ -132,7 +139,7 @@ class View:
         return all(n == 1 or a == b for n, a, b in zip(self.extents, self.strides, contiguous, strict=True))
 
     def reshaped(self, shape: Shape) -> View | None:
-        """The same elements in another shape; None where no strides say it."""
+        """The view in another shape; None where no strides express it."""
         dims = [(n, s) for n, s in zip(self.extents, self.strides, strict=True) if n != 1]
         strides: list[int] = []
         for extent in reversed([1 if d == BATCH else int(d) for d in shape]):
@@ -154,7 +161,7 @@ class View:
 
 
 def whole(value: Value) -> View:
-    """All of a value."""
+    """The view of a whole value."""
     strides, step = [], 1
     for extent in reversed(value.shape):
         one = extent == BATCH or extent == 1
@@ -164,18 +171,18 @@ def whole(value: Value) -> View:
 
 
 class Preparation:
-    """The calls of `prepare`, shared by all functions: what is computed from stored tensors alone."""
+    """The calls of `prepare`, which all functions share: they compute from stored tensors alone."""
 
     def __init__(self, stored: dict[str, Stored]) -> None:
         self.stored = stored
         self.static = set(stored)
-        """Names of the values that are known at load."""
+        """The names of the values that are known at load."""
         self.calls: list[Call] = []
         self.made: dict[tuple[Any, ...], list[Value]] = {}
 
 
 class Emitter:
-    """The values and calls of one function while its program is walked (`emit.Walk`)."""
+    """The values and calls of one function while its program is walked (`emit.walk`)."""
 
     def __init__(self, program: Program, preparation: Preparation) -> None:
         self.program = program
@@ -184,22 +191,27 @@ class Emitter:
         self.values: dict[fx.Node, Value] = {}
         self.parts: dict[fx.Node, list[Value]] = {}
         self.views: dict[str, View] = {}
-        """What copies were made of, by the copy's name: kernels that can read strides read the source."""
+        """The view behind each copy, by the copy's name: kernels that can read strides read the view's source."""
         self.formulas: dict[str, Formula] = {}
-        """What pointwise kernels compute, by their result: their only readers may compute it themselves."""
+        """The formula of each pointwise kernel, by its result's name: an only reader may compute it itself."""
         self.calls: list[Call] = []
         self.results: dict[str, Value] = {}
-        """What the calls make, by name."""
+        """The results of the calls, by name."""
         self.made: dict[tuple[Any, ...], list[Value]] = {}
         self.task = Task(next(iter(program.graph.nodes)), [])
 
     # ------------------------------------------------------------------------------------------ shapes
 
     def shape(self, node: fx.Node) -> Shape:
+        """The shape of a node's value."""
         return self.shape_of(self.two[node.name], self.three[node.name])
 
     def shape_of(self, two: Tensor, three: Tensor) -> Shape:
-        """The shape with the batch outermost, from those at batch sizes 2 and 3."""
+        """Derives a shape with the batch outermost from the tensors at batch sizes 2 and 3.
+
+        Raises:
+            UserError: the shape does not have the batch outermost.
+        """
         differing = [d for d in range(two.dim()) if two.shape[d] != three.shape[d]]
         if not differing:
             return tuple(two.shape)
@@ -209,7 +221,7 @@ class Emitter:
         return (BATCH, *([rows] if rows != 1 else []), *(int(d) for d in two.shape[1:]))
 
     def axis(self, node: fx.Node, dim: int) -> int:
-        """Dimension `dim` of the node's tensor as a dimension of its value."""
+        """The dimension of a node's value that is dimension `dim` of its tensor."""
         rank = self.two[node.name].dim()
         dim %= rank
         shifted = len(self.shape(node)) - rank
@@ -218,10 +230,11 @@ class Emitter:
         return dim + shifted
 
     def dtype(self, node: fx.Node) -> str:
-        """Element type of the node's tensor."""
+        """The element type of a node's tensor."""
         return type_name(self.two[node.name].dtype)
 
     def refusal(self, reason: str) -> UserError:
+        """The error for a node that no kernel computes."""
         anchor = self.task.members[0] if self.task.members else self.task.node
         return UserError(
             f"node '{self.task.node.name}' ({ops.name_of(anchor.target)}) cannot be compiled for a CPU: {reason}; "
@@ -231,7 +244,7 @@ class Emitter:
     # ------------------------------------------------------------------------------------------ values
 
     def value(self, node: Any) -> Value:
-        """The value of a node of the program (or of a placeholder of the region), stored floats as f32."""
+        """The value of a node of the program, or of a placeholder of the region; stored floats are converted to f32."""
         node = self.task.outer.get(node, node)
         if node.op == "get_attr":
             value = self.stored(node)
@@ -241,10 +254,11 @@ class Emitter:
         return self.values[node]
 
     def optional(self, node: Any) -> Value | None:
+        """The value of a node; None stays None."""
         return None if node is None else self.value(node)
 
     def stored(self, node: Any) -> Value:
-        """A tensor in its stored form."""
+        """The value of a stored tensor in its stored type. UserError: the node is computed."""
         node = self.task.outer.get(node, node)
         if node.op != "get_attr":
             raise self.refusal(f"'{node.name}' is computed where a stored tensor is expected")
@@ -256,6 +270,7 @@ class Emitter:
         return value.name in self.preparation.static
 
     def converted(self, value: Value, dtype: str) -> Value:
+        """Converts a value to another type."""
         problem = record(
             "pointwise.PointwiseProgram",
             inputs=[((value.size,), value.dtype)],
@@ -267,12 +282,12 @@ class Emitter:
         return self.call(Kernel("pointwise", problem), {"x0": value}, {"y": made})[0]
 
     def view(self, value: Value) -> View:
-        """Where the elements of a value lie: in another, which it is a copied part of, or in itself."""
+        """The view of a value: into the value that it was copied from, or into itself."""
         found = self.views.get(value.name)
         return (found and found.reshaped(value.shape)) or whole(value)
 
     def copied(self, view: View, name: str) -> Value:
-        """The view as a value: no call where it is its whole source, else a copy (that none may come to read)."""
+        """Makes a view a value: without a call where it is its whole source, else by a copy, which may go unread."""
         if view.is_whole:
             return Value(view.source.name, view.shape, view.source.dtype)
         extents = view.extents
@@ -290,14 +305,17 @@ class Emitter:
         return made
 
     def broadcast(self, value: Value, shape: Shape) -> Shape:
-        """The value's shape as it broadcasts to `shape`: [B, m, ...] and [m*B, ...] may meet, and 1 may stand for B."""
+        """Pads a value's shape so that it broadcasts to `shape`.
+
+        [B, m, ...] and [m*B, ...] may meet, and 1 may stand for B.
+        """
         own = value.shape
         if value.batched and len(own) < len(shape):
             own = (BATCH, *[1] * (len(shape) - len(own)), *own[1:])
         return own
 
     def quantizer(self, node: fx.Node) -> dict[str, Value]:
-        """The tables of a quantizer by the names of a kernel's arguments."""
+        """The operands of a quantizer, by the names of a kernel's arguments."""
         _, scale, zero, group, _ = arguments(node)
         return {
             "qscale": self.converted(self.stored(scale), "float32"),
@@ -306,13 +324,22 @@ class Emitter:
         }
 
     def folds(self, node: fx.Node) -> bool:
-        """Whether rows of a sample stand in the batch, so that a tensor [m*B, ...] is a value [B, m, ...]."""
+        """Whether the batch has several rows of each sample, so that a tensor [m*B, ...] is a value [B, m, ...]."""
         return len(self.shape(node)) != self.two[node.name].dim()
 
     # ------------------------------------------------------------------------------------------- calls
 
     def call(self, kernel: Kernel, operands: dict[str, Value], results: dict[str, Value]) -> list[Value]:
-        """Emits a call, once for equal ones; into `prepare` where everything it reads is known at load."""
+        """Emits a call, into `prepare` where all operands are known at load; equal calls are emitted once.
+
+        Args:
+            kernel: what computes it.
+            operands: the values that it reads, by argument.
+            results: the values that it makes, by argument.
+
+        Returns:
+            The results, of this call or of an equal earlier one.
+        """
         names = tuple((argument, value.name) for argument, value in operands.items())
         if all(map(self.is_static, operands.values())) and not any(v.batched for v in results.values()):
             return self._prepare(kernel, names, results)
@@ -339,34 +366,37 @@ class Emitter:
         return _as_asked(prepared.made[kernel, names], results)
 
     def constant(self, shape: tuple[int, ...], dtype: str, value: float) -> Value:
-        """A tensor full of one value, made at load and stored nowhere."""
+        """A tensor filled with one value, which is made at load and not stored."""
         fill = record("movement.Movement", inputs=(), shape=shape, copies=(), dtype=dtype, fill=value)
         name = f"|{value:g}x{'x'.join(map(str, shape))}|{dtype}"
         return self.call(Kernel("movement", fill), {}, {"y": Value(name, shape, dtype)})[0]
 
 
 def _as_asked(made: Sequence[Value], results: dict[str, Value]) -> list[Value]:
-    """Results of an equal call in the shapes of this one: kernels know how many elements there are, not their shape."""
+    """Gives results of an equal call the shapes of this one, since kernels know sizes and no shapes."""
     return [replace(value, shape=asked.shape) for value, asked in zip(made, results.values(), strict=True)]
 
 
 def as_ints(shape: Shape) -> list[int]:
-    """Extents, 2 for the batch."""
+    """The extents of a shape, with 2 for the batch."""
     return [2 if d == BATCH else int(d) for d in shape]
 
 
 def elements(shape: Shape) -> int:
+    """The number of elements of a shape, with 2 for the batch."""
     return math.prod(as_ints(shape))
 
 
 def filled(node: fx.Node, *defaults: Any) -> list[Any]:
-    """The positional arguments, filled up with `defaults` (the graph's own operators take no keywords)."""
+    """The positional arguments of a call, completed by `defaults`; the graph's own operators take no keywords."""
     return [*arguments(node)[: len(defaults)], *defaults[len(node.args) :]]
 
 
 def type_name(dtype: torch.dtype) -> str:
+    """The name of a type without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def text(shape: Sequence[Any]) -> str:
+    """Formats a shape for an error."""
     return "[" + ", ".join(map(str, shape)) + "]"

@@ -1,4 +1,4 @@
-"""Operators in float32: norms, rotations, attention, products of activations, and what a plan leaves unquantized."""
+"""Emits operators in float32: norms, rotations, attention, products of activations, and unquantized layers."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def _anchor(
 
 
 def group_norm(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:
+    """Emits a group norm of [B, ..., C] with its epilogue."""
     source, groups, weight, bias, eps = arguments(node)
     x, gamma, beta = e.value(source), e.optional(weight), e.optional(bias)
     if (gamma is None) != (beta is None):
@@ -37,6 +38,7 @@ def group_norm(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Val
 
 
 def layer_norm(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:
+    """Emits a layer norm over the last dimension with its epilogue."""
     source, shape, weight, bias, eps = filled(node, None, None, None, None, 1e-5)
     x, gamma, beta = e.value(source), e.optional(weight), e.optional(bias)
     if len(shape) != 1:
@@ -50,6 +52,7 @@ def layer_norm(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Val
 
 
 def rms_norm(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:
+    """Emits an RMS norm over the last dimension with its epilogue."""
     source, weight, eps = arguments(node)
     x, gamma = e.value(source), e.optional(weight)
     channels = x.inner[-1]
@@ -58,6 +61,7 @@ def rms_norm(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value
 
 
 def hadamard(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:
+    """Emits a block-wise Hadamard rotation of channels with its epilogue."""
     source, block = arguments(node)
     x = e.value(source)
     channels = x.inner[-1]
@@ -66,6 +70,7 @@ def hadamard(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value
 
 
 def attention(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:
+    """Emits an attention in its numerics with its epilogue; in reduced precision, keys and values are packed first."""
     q, k, v, heads, scale, mask = filled(node, None, None, None, None, None, None)
     query, key, additive = e.value(q), e.value(k), e.optional(mask)
     if len(query.inner) != 2 or len(key.inner) != 2:
@@ -97,6 +102,7 @@ def attention(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Valu
 
 
 def linear(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:
+    """Emits a linear layer on floats with its epilogue."""
     source, weight, bias = filled(node, None, None, None)
     x, w, b = e.value(source), e.value(weight), e.optional(bias)
     if w.batched:
@@ -109,6 +115,7 @@ def linear(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:
 
 
 def conv2d(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:
+    """Emits a convolution of images [B, H, W, C] on floats with its epilogue."""
     source, weight, bias, stride, padding, groups = filled(node, None, None, None, (1, 1), (0, 0, 0, 0), 1)
     x, w, b = e.value(source), e.value(weight), e.optional(bias)
     if w.batched or len(x.inner) != 3:
@@ -125,7 +132,7 @@ def conv2d(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:
 def _float_contraction(
     e: Emitter, node: fx.Node, problem: Record, operands: list[Any], epilogue: Epilogue, out: Value
 ) -> Value:
-    """x, weight and bias. Weights that the kernel reads in panels, or in words of bfloat16, are packed at load."""
+    """Emits a float layer on (x, weight, bias); the weight is packed at load where the kernel reads it so."""
     x, weight, bias = operands
     kind = str(node.kwargs.get("numerics", F32))
     if kind == F32:
@@ -143,11 +150,11 @@ def _float_contraction(
 
 
 FEW_ROWS, FEW_OUTPUTS, LANES = 8, 8, 16
-"""Those of `float_gemm`."""
+"""The limits of the kernels in `float_gemm`, whose modules import TVM."""
 
 
 def _reads_rows(problem: Record) -> bool:
-    """Whether the kernel in float32 is fastest with weights as they are: few rows or few outputs."""
+    """Whether the kernel in float32 is fastest with unpacked weights: for few rows or few outputs."""
     few = problem.get("outputs") <= FEW_OUTPUTS
     if problem.type == "float_gemm.Linear":
         return few or problem.get("positions") < FEW_ROWS
@@ -156,7 +163,7 @@ def _reads_rows(problem: Record) -> bool:
 
 
 def _without_size(problem: Record) -> Record:
-    """The problem with the smallest image there is: weights are packed alike for all sizes of many rows, or of few."""
+    """Reduces a problem to the smallest image, since weights are packed alike for all sizes of many rows, or of few."""
     if problem.type == "float_gemm.Linear":
         return problem.replace(positions=1 if problem.get("positions") < FEW_ROWS else FEW_ROWS)
     height, width = problem.get("kernel")
@@ -167,7 +174,7 @@ def _without_size(problem: Record) -> Record:
 
 
 def einsum(e: Emitter, node: fx.Node) -> Value:
-    """A permute, or the product of two operands over one index."""
+    """Emits an einsum: a permute of one operand, or the product of two operands over one index."""
     equation, operands = str(node.args[0]).replace(" ", ""), arguments(node)[1]
     if len(operands) == 1:
         return movement.rearranged(e, node)
@@ -179,7 +186,7 @@ def einsum(e: Emitter, node: fx.Node) -> Value:
 
 
 def matmul(e: Emitter, node: fx.Node) -> Value:
-    """[..., M, K] x [..., K, N] with as many dimensions on both sides."""
+    """Emits a matrix product [..., M, K] x [..., K, N] of operands with equally many dimensions."""
     left, right = (e.value(n) for n in arguments(node))
     shape = e.shape(node)
     if not len(left.shape) == len(right.shape) == len(shape) or len(shape) > 8:
@@ -189,7 +196,7 @@ def matmul(e: Emitter, node: fx.Node) -> Value:
 
 
 def mean(e: Emitter, node: fx.Node) -> Value:
-    """Over one dimension but the batch: the product with a row of 1/n."""
+    """Emits a mean over one dimension other than the batch, by the product with a row of 1/n."""
     x, dims = e.value(node.args[0]), list(filled(node, None, None)[1] or ())
     if len(dims) != 1 or (axis := e.axis(operand(node, 0), int(dims[0]))) == 0:
         raise e.refusal("only the mean over one dimension, not the batch, has a kernel")
@@ -202,10 +209,11 @@ def mean(e: Emitter, node: fx.Node) -> Value:
 
 
 def _product(e: Emitter, node: fx.Node, values: list[Value], letters: list[str], target: str) -> Value:
-    """``einsum("letters[0],letters[1]->target")`` over one letter; the batch comes first where there is one.
+    """Emits ``einsum("letters[0],letters[1]->target")`` over one letter; the batch comes first where there is one.
 
-    The last letter of the result numbers the columns: the operand that alone has it stands on the right. A letter of
-    the left operand alone numbers the rows; the others are heads, over which an operand that lacks them repeats.
+    The last letter of the result numbers the columns; if one operand alone has it, that operand becomes the right one.
+    A letter of the left operand alone numbers the rows. The other letters are heads, over which an operand without them
+    repeats.
     """
     equation = f"{','.join(letters)}->{target}"
     views = [e.view(value) for value in values]

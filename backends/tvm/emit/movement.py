@@ -1,4 +1,4 @@
-"""Calls that move data: as a copy, or as no call at all where only the shape changes."""
+"""Emits calls that move data: as copies, or as no call at all where only the shape changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpq_compiler.ir.graph import arguments, operand
 
 
 def alias(e: Emitter, node: fx.Node) -> Value:
-    """The same elements in another shape."""
+    """Emits a reshape: no call, the same elements in another shape."""
     x = e.value(node.args[0])
     return Value(x.name, e.shape(node), x.dtype)
 
@@ -29,6 +29,7 @@ def _moved(e: Emitter, node: fx.Node, problem: Record, inputs: Sequence[Value], 
 
 
 def permute(e: Emitter, node: fx.Node) -> Value:
+    """Emits a permute or transpose as a copy, which readers of strides may bypass."""
     rank = e.two[node.name].dim()
     return _permuted(e, node, node.args[0], [d % rank for d in _order(node, rank)])
 
@@ -52,7 +53,7 @@ def _order(node: fx.Node, rank: int) -> list[int]:
 
 
 def rearranged(e: Emitter, node: fx.Node) -> Value:
-    """An einsum of one operand whose indices are all kept: a permute."""
+    """Emits an einsum of one operand that keeps all indices: a permute."""
     source, _, target = str(node.args[0]).replace(" ", "").partition("->")
     if sorted(source) != sorted(target) or len({*source}) != len(source):
         raise e.refusal(f"einsum '{node.args[0]}' is no permutation")
@@ -60,6 +61,7 @@ def rearranged(e: Emitter, node: fx.Node) -> Value:
 
 
 def concatenate(e: Emitter, node: fx.Node) -> Value:
+    """Emits a concatenation, or the rotation of pairs that it is a part of."""
     nodes = [n for n in arguments(node)[0] if e.two[n.name].numel()]
     dim = int(arguments(node)[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))  # type: ignore[arg-type]
     values, axis = [e.value(n) for n in nodes], e.axis(nodes[0], dim)
@@ -67,7 +69,10 @@ def concatenate(e: Emitter, node: fx.Node) -> Value:
 
 
 def _rotated(e: Emitter, node: fx.Node, parts: Sequence[Value], axis: int) -> Value | None:
-    """``stack([-x[..., 1::2], x[..., 0::2]], -1)``, the turned pairs of rotary embeddings, as one operation on x."""
+    """Emits ``stack([-x[..., 1::2], x[..., 0::2]], -1)``, the pairs of rotary embeddings, as one operation on x.
+
+    None where the concatenation is something else.
+    """
     formula = e.formulas.get(parts[0].name)
     if len(parts) != 2 or formula is None or [step.get("op") for step in formula.steps] != ["neg"]:
         return None
@@ -85,7 +90,7 @@ def _rotated(e: Emitter, node: fx.Node, parts: Sequence[Value], axis: int) -> Va
 
 
 def prepend(e: Emitter, node: fx.Node) -> Value:
-    """A stored token before the tokens of every sample."""
+    """Emits a stored token before the tokens of every sample."""
     x, token = (e.value(n) for n in arguments(node))
     if e.folds(node):
         raise e.refusal("a sample has several rows, each with a token of its own")
@@ -117,7 +122,7 @@ def _joined(e: Emitter, node: fx.Node, parts: Sequence[View], axis: int) -> Valu
 
 
 def _stays(copy: Record) -> bool:
-    """Whether the elements are copied to where they lie."""
+    """Whether a copy leaves the elements in their places."""
     fields = dict(copy.fields)
     return (fields["source_offset"], fields["source_strides"]) == (fields["target_offset"], fields["target_strides"])
 
@@ -137,6 +142,7 @@ def _sliced(e: Emitter, source: Any, axis: int, start: int, stop: int, step: int
 
 
 def slice_(e: Emitter, node: fx.Node) -> Value:
+    """Emits a slice along a dimension other than the batch."""
     x, dim, start, stop, step = filled(node, None, 0, None, None, 1)
     if all(sizes[x.name].shape == sizes[node.name].shape for sizes in (e.two, e.three)):
         return alias(e, node)  # all of it, as of a batch
@@ -144,6 +150,7 @@ def slice_(e: Emitter, node: fx.Node) -> Value:
 
 
 def select(e: Emitter, node: fx.Node) -> Value:
+    """Emits the selection of one index along a dimension other than the batch."""
     x, dim, index = arguments(node)
     axis = e.axis(x, dim)
     if e.shape(x)[axis] == BATCH:
@@ -154,7 +161,7 @@ def select(e: Emitter, node: fx.Node) -> Value:
 
 
 def parts(e: Emitter, node: fx.Node) -> list[Value]:
-    """chunk, split and unbind: each part that is read becomes a slice."""
+    """Emits chunk, split or unbind: each part that is read becomes a slice."""
     x, single = operand(node, 0), node.target is aten.unbind.int
     dim = int(filled(node, None, 0)[1] if single else filled(node, None, None, 0)[2])
     axis, used = e.axis(x, dim), {arguments(u)[1]: u for u in node.users if u.target is operator.getitem}
@@ -172,10 +179,12 @@ def parts(e: Emitter, node: fx.Node) -> list[Value]:
 
 
 def item(e: Emitter, node: fx.Node) -> Value:
+    """The value of one of several results; no call is emitted."""
     return e.parts[operand(node, 0)][arguments(node)[1]]
 
 
 def expand(e: Emitter, node: fx.Node) -> Value:
+    """Emits a broadcast as a copy, which readers of strides may bypass."""
     x, shape = e.value(node.args[0]), e.shape(node)
     if elements(x.shape) == elements(shape):
         return alias(e, node)
@@ -185,6 +194,7 @@ def expand(e: Emitter, node: fx.Node) -> Value:
 
 
 def pad(e: Emitter, node: fx.Node) -> Value:
+    """Emits a padding by a constant."""
     x, pads, *rest = arguments(node)
     value = e.value(x)
     mode = next((r for r in rest if isinstance(r, str)), node.kwargs.get("mode", "constant"))
@@ -200,6 +210,7 @@ def pad(e: Emitter, node: fx.Node) -> Value:
 
 
 def upsample(e: Emitter, node: fx.Node) -> Value:
+    """Emits nearest-neighbour upsampling of images [B, H, W, C] by whole factors."""
     x, factors = e.value(node.args[0]), arguments(node)[1]
     if e.folds(node):
         raise e.refusal("a sample has several images")
@@ -208,6 +219,7 @@ def upsample(e: Emitter, node: fx.Node) -> Value:
 
 
 def embedding(e: Emitter, node: fx.Node) -> Value:
+    """Emits the look-up of an input's indices in a stored table."""
     table, index = e.value(node.args[0]), e.value(node.args[1])
     if table.batched or not index.batched:
         raise e.refusal("its table must be a stored tensor and its indices an input")

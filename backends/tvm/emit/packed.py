@@ -1,4 +1,4 @@
-"""Quantizers and the layers on codes."""
+"""Emits quantizers, and layers on codes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mpq_compiler.ir.graph import arguments
 
 
 def time_group(e: Emitter, node: fx.Node) -> Value:
+    """Emits the time group of every sample, i64 [B]."""
     timestep, boundaries = e.value(node.args[0]), e.stored(node.args[1])
     out = Value(node.name, (BATCH,), "int64")
     if not boundaries.size:
@@ -28,6 +29,7 @@ def time_group(e: Emitter, node: fx.Node) -> Value:
 
 
 def quantize(e: Emitter, node: fx.Node) -> Value:
+    """Emits a static quantizer to u8 codes."""
     x, quantizer, bits = e.value(node.args[0]), e.quantizer(node), arguments(node)[4]
     if not x.batched or x.dtype != "float32":
         raise e.refusal("it quantizes what has no batch or is no float32")
@@ -41,6 +43,7 @@ def quantize(e: Emitter, node: fx.Node) -> Value:
 
 
 def dynamic_quantize(e: Emitter, node: fx.Node) -> list[Value]:
+    """Emits a dynamic quantizer: codes, and scale and zero point of every row."""
     x, bits = e.value(node.args[0]), arguments(node)[1]
     if not x.batched or x.dtype != "float32":
         raise e.refusal("it quantizes what has no batch or is no float32")
@@ -56,7 +59,7 @@ def dynamic_quantize(e: Emitter, node: fx.Node) -> list[Value]:
 
 
 def fake_quantize_float(e: Emitter, node: fx.Node) -> Value:
-    """`contract.round_float` between a division and a product, each step the one of torch."""
+    """Emits a quantizer to small floats: `contract.round_float` between a division and a product, step by step."""
     x_node, table, group, exponent, bits = arguments(node)
     x, scale = e.value(x_node), e.converted(e.stored(table), "float32")
     if not x.batched or x.dtype != "float32":
@@ -79,7 +82,7 @@ def fake_quantize_float(e: Emitter, node: fx.Node) -> Value:
 
 
 def dequantize_weight(e: Emitter, node: fx.Node) -> Value:
-    """The weight of a float layer on simulated activations: stored, so the call goes to `prepare`."""
+    """Emits the dequantization of a weight of a float layer; the weight is stored, so the call goes to `prepare`."""
     codes, scale, offset, lut, row_class, shape, *segments = arguments(node)
     parts = {"codes": codes, "scale": scale, "offset": offset, "tables": lut, "row_class": row_class}
     stored = {name: e.stored(part) for name, part in parts.items() if part is not None}
@@ -96,7 +99,7 @@ def dequantize_weight(e: Emitter, node: fx.Node) -> Value:
 
 
 def _widths(e: Emitter, stored: dict[str, Value]) -> dict[str, Any]:
-    """What a kernel must know of stored codes whose bits differ by row; nothing where they do not."""
+    """The parts of a problem that describe stored codes whose bits differ by row; empty where they do not."""
     lut = stored["tables"].name if "tables" in stored else None
     if not stored_tensors.several_widths(e.program, lut):
         return {}
@@ -104,7 +107,7 @@ def _widths(e: Emitter, stored: dict[str, Value]) -> dict[str, Any]:
 
 
 def dequantize_float8(e: Emitter, node: fx.Node) -> Value:
-    """The weight of a float layer: codes and scales are stored, so the call goes to `prepare`."""
+    """Emits the dequantization of an FP8 weight; codes and scales are stored, so the call goes to `prepare`."""
     codes, scale = (e.stored(a) for a in arguments(node)[:2])
     _, _, shape, exponent = arguments(node)
     rows, columns = codes.inner
@@ -114,6 +117,7 @@ def dequantize_float8(e: Emitter, node: fx.Node) -> Value:
 
 
 def quant_attention(e: Emitter, node: fx.Node) -> Value:
+    """Raises a UserError: there is no kernel for quantized attention."""
     raise e.refusal(
         "quantized attention has no CPU kernel yet, the targets reference and onnx run it; leave attentions in float "
         "with bit-allocation{attention=none}"
@@ -121,7 +125,7 @@ def quant_attention(e: Emitter, node: fx.Node) -> Value:
 
 
 def _stacked(e: Emitter, nodes: Sequence[Any], convert: str | None) -> Value:
-    """Stored tables [G], one a segment, as one [J, G]."""
+    """Stacks stored tables [G], one for each segment, to one [J, G]."""
     values = [e.stored(n) for n in nodes]
     if convert:
         values = [e.converted(v, convert) for v in values]
@@ -139,6 +143,7 @@ def _stacked(e: Emitter, nodes: Sequence[Any], convert: str | None) -> Value:
 
 
 def contraction(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:
+    """Emits a linear layer or convolution on codes with its epilogue; its weight is packed in `prepare`."""
     x, group, codes, scale, offset, lut, row_class, act_scale, act_zero, bias, segments, *spatial = arguments(node)
     source = e.value(x)
     parts = {"codes": codes, "scale": scale, "stored_offset": offset, "tables": lut, "row_class": row_class}

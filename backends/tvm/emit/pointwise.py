@@ -1,4 +1,4 @@
-"""Pointwise calls: as kernels of their own, and as epilogues behind the kernel that makes their operand."""
+"""Emits pointwise calls: as kernels of their own, and as epilogues of the kernel that computes their operand."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ BINARY: dict[Any, str] = {
 WHERE = (aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
 
 ALONE = (*WHERE, *(target for target, name in BINARY.items() if name in ("eq", "ne", "lt", "le", "gt", "ge")))
-"""Calls that make or read truth values, which kernels hold as float32 1 and 0: never part of a region."""
+"""Calls that make or read truth values, which kernels hold as float32 1 and 0; they are never part of a region."""
 
 SWAPPED = {"sub": "rsub", "rsub": "sub", "div": "rdiv", "rdiv": "div"}
 
@@ -66,11 +66,11 @@ class _Earlier:
 
 
 Operation = tuple[str, tuple[Any, ...]]
-"""A name of `vmath` and its operands: nodes, numbers and results of earlier operations."""
+"""The name of a function of `vmath`, and its operands: nodes, numbers and results of earlier operations."""
 
 
 def operations(e: Emitter, node: fx.Node) -> list[Operation]:
-    """A pointwise call as operations of `vmath`."""
+    """Translates a pointwise call to operations of `vmath`. UserError: no operations express it."""
     target, args, kwargs = node.target, arguments(node), dict(node.kwargs)
     if target in UNARY:
         return [(UNARY[target], (args[0],))]
@@ -118,7 +118,7 @@ def _power(e: Emitter, x: Any, exponent: float) -> list[Operation]:
 
 
 def kernel(e: Emitter, members: list[fx.Node]) -> Value:
-    """Pointwise calls that read one another as one kernel (as several where the shape changes between them)."""
+    """Emits pointwise calls that read one another as one kernel, or as several where the shape changes between them."""
     cut = next((i for i, m in enumerate(members) if m.target in MOVEMENT), None)
     if cut is not None:
         before = kernel(e, members[:cut]) if cut else e.value(members[0].args[0])
@@ -152,7 +152,7 @@ def kernel(e: Emitter, members: list[fx.Node]) -> Value:
 
 
 def _only_read_here(e: Emitter, node: fx.Node, shape: Shape) -> Formula | None:
-    """What makes the node's value, where it is a pointwise kernel of this shape that has no other reader."""
+    """The formula of a node's value, where a pointwise kernel of this shape computes it for this reader alone."""
     value = e.value(node)
     formula = e.formulas.get(value.name)
     node = e.task.outer.get(node, node)
@@ -163,12 +163,19 @@ def _only_read_here(e: Emitter, node: fx.Node, shape: Shape) -> Formula | None:
 
 
 def alone(e: Emitter, node: fx.Node) -> Value:
-    """A single call."""
+    """Emits a single pointwise call as a kernel."""
     return kernel(e, [node])
 
 
 def run(e: Emitter, formula: Formula, quantizer: dict[str, Value], name: str) -> Value:
-    """A pointwise kernel; what is a part of another value is read where it lies."""
+    """Emits a formula as a pointwise kernel; inputs that are views are read in place.
+
+    Args:
+        e: the emitter.
+        formula: what is computed.
+        quantizer: the operands of the quantizer at the end; empty without one.
+        name: of the result.
+    """
     shapes = [e.broadcast(value, formula.shape) for value in formula.inputs]
     views = [e.view(Value(v.name, s, v.dtype)) for v, s in zip(formula.inputs, shapes, strict=True)]
     windows = [
@@ -196,7 +203,7 @@ def run(e: Emitter, formula: Formula, quantizer: dict[str, Value], name: str) ->
 
 
 def epilogue(e: Emitter, members: list[fx.Node]) -> Epilogue:
-    """As many members behind the first as can be epilogue steps."""
+    """Collects as many members behind the first as fit an epilogue."""
     found = Epilogue()
     running = members[0]
     for index, member in enumerate(members[1:], 1):
@@ -219,7 +226,7 @@ def epilogue(e: Emitter, members: list[fx.Node]) -> Epilogue:
 
 
 def _steps(e: Emitter, member: fx.Node, running: fx.Node, found: Epilogue) -> list[Record] | None:
-    """A pointwise call on the running value as steps, or None where they cannot say it."""
+    """Translates a pointwise call on the running value to steps; None where steps cannot express it."""
     made = operations(e, member)
     if len(made) != 1:
         return None
@@ -245,7 +252,7 @@ def _steps(e: Emitter, member: fx.Node, running: fx.Node, found: Epilogue) -> li
 
 
 def _kind(value: Value, shape: Shape) -> str | None:
-    """How an operand broadcasts to rows of `shape` in an epilogue (`epilogue.OPERAND_KINDS`), or None."""
+    """How an operand broadcasts to rows of `shape` (`epilogue.OPERAND_KINDS`); None where it does not fit."""
     channels = shape[-1]
     if not value.batched and value.size == 1:
         return "scalar"
@@ -257,11 +264,11 @@ def _kind(value: Value, shape: Shape) -> str | None:
 
 
 def finish(e: Emitter, found: Epilogue) -> dict[str, Value]:
-    """The operands of an epilogue by the names of the kernel's arguments."""
+    """The operands of an epilogue, by the names of the kernel's arguments."""
     operands = {f"operand{i}": value for i, (_, value) in enumerate(found.operands)}
     return operands if found.quantizer is None else operands | e.quantizer(found.quantizer)
 
 
 def groups(e: Emitter, found: Epilogue) -> int:
-    """Time groups of the quantizer at the end, 1 without."""
+    """The number of time groups of the quantizer at the end; 1 without a quantizer."""
     return 1 if found.quantizer is None else e.stored(found.quantizer.args[1]).size

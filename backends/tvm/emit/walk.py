@@ -1,11 +1,10 @@
-"""From the packed graph to kernel calls.
+"""Lowers the packed graph to kernel calls, in one walk.
 
-The walk goes over the graph once. A node becomes a call of one kernel, or no call at all where only its shape
-changes; a region becomes one call of its anchor's kernel with the pointwise calls behind it as epilogue. What
-an epilogue cannot hold becomes a pointwise kernel behind it, and is recorded in `Program.fallbacks`.
+A node becomes a call of one kernel, or no call at all where only its shape changes. A region becomes one call of its
+anchor's kernel, with the pointwise calls behind it as epilogue. Calls that do not fit the epilogue become a pointwise
+kernel behind it, and are recorded in `Program.fallbacks`.
 
-The operators are in `emit_packed` (codes), `emit_float`, `emit_pointwise` and `emit_movement`; what they share
-is the `emitter`.
+The operators are in `packed` (codes), `floats`, `pointwise` and `movement`, which share the `emitter`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from mpq_compiler.ir.specialization import Specialization
 from mpq_compiler.support.errors import UserError
 
 OUTPUT = "sample"
-"""Name of the output in the manifest."""
+"""The name of the output in the manifest."""
 
 Anchor = Callable[[Emitter, fx.Node, Epilogue, Value], Value]
 Plain = Callable[[Emitter, fx.Node], Value | list[Value]]
@@ -47,7 +46,7 @@ ANCHORS: dict[Any, Anchor] = {
     ops.linear: floats.linear,
     ops.conv2d: floats.conv2d,
 }
-"""Operators whose kernels take an epilogue."""
+"""The emission of operators whose kernels take an epilogue."""
 
 PLAIN: dict[Any, Plain] = {
     ops.time_group: packed.time_group,
@@ -82,16 +81,22 @@ PLAIN: dict[Any, Plain] = {
     aten.transpose.int: movement.permute,
     aten.t.default: movement.permute,
 }
-"""Operators that stand alone."""
+"""The emission of operators that take no epilogue."""
 
 
 def lower(
     program: Program, batches: Sequence[int], others: Sequence[Specialization] = (), hoisted: bool = True
 ) -> Lowered:
-    """The packed program as kernel calls, specialized for `batches`, and at `others` of its image sizes for theirs.
+    """Lowers a packed program to kernel calls; slow forms are added to ``program.fallbacks``.
 
-    hoisted: what does not depend on the latents becomes functions of its own (`hoist`).
-    Slow forms are added to ``program.fallbacks``. UserError: a node that no kernel computes; a batch size below 1.
+    Args:
+        program: the packed program.
+        batches: the batch sizes to specialize for.
+        others: the program at other image sizes, each with its batch sizes.
+        hoisted: whether calls that do not depend on the latents become functions of their own (`hoist`).
+
+    Raises:
+        UserError: a node that no kernel computes, or a batch size below 1.
     """
     tensors = stored_tensors.stored(program, *(other.program for other in others))
     preparation = Preparation(tensors)
@@ -110,7 +115,7 @@ def lower(
 
 
 def _sharing(function: Function, others: Sequence[Function]) -> Function:
-    """The function with the parts of others where they are the same: time and texts know no image size."""
+    """Replaces parts of a function by equal parts of others, since time and texts do not depend on the image size."""
     known = [part for other in others for part in other.parts]
     shared = (next((k for k in known if replace(part, name=k.name) == k), part) for part in function.parts)
     return replace(function, parts=tuple(shared))
@@ -151,7 +156,7 @@ def _function(
 
 
 def _require_countable(values: Iterable[Value], batch: int) -> None:
-    """UserError where a tensor has more elements than the indices of kernels count."""
+    """Raises a UserError where a tensor has more elements than the indices of kernels can count."""
     for value in values:
         elements = math.prod(batch if extent == BATCH else int(extent) for extent in value.shape)
         if elements >= 2**31:
@@ -185,7 +190,7 @@ def _emit(e: Emitter, node: fx.Node) -> None:
 
 
 def _anchored(e: Emitter, emit: Anchor) -> Value:
-    """An anchor with as much of its region as its epilogue holds, and a pointwise kernel for what it does not."""
+    """Emits an anchor with as much of its region as its epilogue holds, and a pointwise kernel for the rest."""
     members = e.task.members
     epilogue = pointwise.epilogue(e, members)
     last = members[epilogue.covered - 1]

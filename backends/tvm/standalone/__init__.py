@@ -1,9 +1,9 @@
-"""A plan as a C program, with mpq.h for others, and mpq_run.c around it; what is generated is data (mpq_model.c).
+"""Writes a plan as a C program: mpq.h is its interface, mpq_run.c a command around it, and mpq_model.c generated data.
 
-`write`, for `--emit c`: tables, a static memory plan, and the kernels' objects, which mpq.c runs; no runtime of TVM.
-`write_machine`, for `--standalone`: mpq_vm.c runs the functions of kernels.so by TVM's small runtime (`tvm_wheels`).
+`write` is for `--emit c`: mpq.c runs tables, a static memory plan and the kernels' objects, without TVM's runtime.
+`write_machine` is for `--standalone`: mpq_vm.c runs the functions of kernels.so on TVM's small runtime (`tvm_wheels`).
 
-What does not depend on the latents is computed where it is not that of the call before.
+A part that does not depend on the latents is computed again only where its inputs differ from the previous call's.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ MODEL, KERNELS = "mpq_model.c", "libkernels.a"
 LINKED = ("-std=c11", "-O2", "-Wl,--strip-all", "-Wl,--build-id=none", "-Wl,-z,noexecstack")
 OPTIONS = (*LINKED, "-static")
 TYPE_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
-"""As DLPack numbers them."""
+"""DLPack's type codes, by NumPy's kinds."""
 
 
 @dataclass(frozen=True)
 class File:
-    """Its size and its sum (`mpq_common.h`, sum_of)."""
+    """The size and the checksum of a file (`mpq_common.h`, sum_of)."""
 
     bytes: int
     sum: int
@@ -48,13 +48,14 @@ class File:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights file, and (first byte, end) of each tensor."""
+    """The weights file, and the byte range (first, end) of each tensor in it."""
 
     file: File
     places: Mapping[str, tuple[int, int]]
 
 
 def describe(path: Path) -> File:
+    """Computes the size and checksum of a file."""
     words = 1 << 20
     total, first = path.stat().st_size, 0
     with path.open("rb") as file, np.errstate(over="ignore"):
@@ -70,10 +71,22 @@ def describe(path: Path) -> File:
 def write(
     folder: Path, lowered: Lowered, target: Target, objects: Sequence[Path], weights: Weights, workspace_bytes: int
 ) -> list[str]:
-    """The sources, the archive of the kernels, and two static executables: `PROGRAM`, which is all of it, and `SERVER`,
-    which takes programs on a device (`mpq_rpc.c`). The names of the files.
+    """Writes the C program with its own executor, and compiles it.
 
-    UserError: there is no compiler for the target.
+    Args:
+        folder: receives the files.
+        lowered: the plan.
+        target: decides the compiler.
+        objects: the object file of each kernel.
+        weights: the weights file.
+        workspace_bytes: the workspaces of a thread, at most.
+
+    Returns:
+        The names of the files: the sources, the archive of the kernels, and two static executables, `PROGRAM` with the
+        whole model and `SERVER`, which receives programs on a device (`mpq_rpc.c`).
+
+    Raises:
+        UserError: there is no compiler for the target.
     """
     _sources(folder, SOURCES, _Model(lowered, target, weights, workspace_bytes).text())
     compiler = linker(target)
@@ -87,9 +100,21 @@ def write(
 def write_machine(
     folder: Path, lowered: Lowered, target: Target, library: Path, weights: Weights, held_bytes: int
 ) -> list[str]:
-    """The sources, and `PROGRAM`, which runs kernels.so by TVM's runtime. The names of the files.
+    """Writes the C program that runs kernels.so on TVM's runtime, and compiles it.
 
-    held_bytes: that the runtime takes. UserError: there is no compiler for the target.
+    Args:
+        folder: receives the files.
+        lowered: the plan.
+        target: decides the compiler.
+        library: kernels.so.
+        weights: the weights file.
+        held_bytes: the memory that the runtime takes.
+
+    Returns:
+        The names of the files: the sources and `PROGRAM`.
+
+    Raises:
+        UserError: there is no compiler for the target.
     """
     _sources(folder, MACHINE, _Machine(lowered, target, weights).text(describe(library), held_bytes))
     _run(folder, linker(target), *LINKED, "mpq_vm.c", "mpq_run.c", MODEL, "-ldl", "-o", PROGRAM)
@@ -110,10 +135,17 @@ def _run(folder: Path, *command: str) -> None:
 
 
 def offsets(sizes: Mapping[str, int], alive: Mapping[str, tuple[int, int]]) -> tuple[dict[str, int], int]:
-    """Where each tensor lies in one block of memory, and the size of that: those alive at once do not overlap.
+    """Allocates tensors in one block of memory, so that tensors alive at once do not overlap.
 
-    sizes: bytes; alive: first and last call that a tensor is needed in. Larger ones are placed first, each at the
-    lowest place that is free (greedy by size, Pisarchyk and Lee 2020, arXiv 2001.03288).
+    Larger tensors are placed first, each at the lowest free place (greedy by size, Pisarchyk and Lee 2020, arXiv
+    2001.03288).
+
+    Args:
+        sizes: bytes of each tensor.
+        alive: the first and last call that need each tensor.
+
+    Returns:
+        The offset of each tensor, and the size of the block.
     """
     placed: dict[str, int] = {}
     for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
@@ -135,14 +167,14 @@ def _aligned(size: int) -> int:
 
 @dataclass(frozen=True)
 class _Steps:
-    """Calls in the table, and the memory of what they make on the way.
-
-    first: of the table, for each of the lists of calls and behind the last
-    """
+    """Lists of calls in the table, and the memory of their intermediate results."""
 
     first: list[int]
+    """The place of each list's first call in the table, and the place behind the last list."""
     bytes: int
+    """The size of the block of intermediate results."""
     places: dict[str, int]
+    """The offset of each intermediate result in the block."""
 
 
 @dataclass
@@ -156,7 +188,7 @@ class _Tables:
     first_of: dict[tuple[int, ...], int] = field(default_factory=dict, init=False)
 
     def build(self, functions: Sequence[str]) -> list[str]:
-        """What every program begins with (mpq_build)."""
+        """The lines of `mpq_build`, which every program has."""
         asked = (feature for kernel in self.lowered.kernels() for feature in kernel.features)
         needed = dict.fromkeys([*self.target.features, *asked])
         features = ", ".join([*(f'"{name}"' for name in needed), "NULL"])
@@ -168,7 +200,7 @@ class _Tables:
         ]
 
     def _shape(self, shape: tuple[int, ...]) -> int:
-        """Index of the first extent."""
+        """The index of a shape's first extent in the table of shapes, where it is added if it is new."""
         if shape not in self.first_of:
             self.first_of[shape] = len(self.shapes)
             self.shapes += shape
@@ -184,7 +216,7 @@ class _Tables:
 
 
 class _Machine(_Tables):
-    """Those that mpq_vm.c reads."""
+    """The tables that mpq_vm.c reads."""
 
     def text(self, library: File, held_bytes: int) -> str:
         lowered, parts = self.lowered, self.lowered.parts()
@@ -226,7 +258,7 @@ class _Machine(_Tables):
 
 @dataclass
 class _Model(_Tables):
-    """Those that mpq.c reads."""
+    """The tables that mpq.c reads."""
 
     workspace_bytes: int
     operands: list[str] = field(default_factory=list)
@@ -292,7 +324,7 @@ class _Model(_Tables):
         )
 
     def _held(self) -> tuple[dict[str, int], int, list[str]]:
-        """(offsets of what `prepare` makes and of small stored tensors; their bytes; the copies of the latter)."""
+        """Allocates prepared tensors, and copies of small stored ones: offsets, bytes in all, and the copies."""
         lowered, held, copies, at = self.lowered, {}, [], 0
         for value in lowered.stored:
             first, end = self.weights.places[value.name]
@@ -308,20 +340,20 @@ class _Model(_Tables):
         return held, max(at, ALIGNMENT), copies
 
     def _keep(self, size: int) -> int:
-        """Room for so many bytes that stay between calls."""
+        """Allocates bytes that stay between calls; returns their offset."""
         at = self.kept_bytes
         self.kept_bytes += _aligned(size)
         return at
 
     def _kept(self, function: Function, batch: int) -> dict[str, tuple[str, int]]:
-        """Where what the parts make lies."""
+        """Allocates the results of a function's parts, which stay between calls."""
         made = (value for part in function.parts for value in part.outputs)
         return {v.name: ("MPQ_KEPT", self._keep(_bytes(sized(v.shape, batch), v.dtype))) for v in made}
 
     def _stages(
         self, function: Function, batch: int, steps: _Steps, kept: Mapping[str, tuple[str, int]]
     ) -> int:
-        """Adds the parts to the table; the number of the first."""
+        """Adds a function's parts to the table of stages; returns the number of the first."""
         first_stage = len(self.stages)
         for part, first, end in zip(function.parts, steps.first, steps.first[1:], strict=False):
             begin = len(self.reads)
@@ -333,7 +365,7 @@ class _Model(_Tables):
         return first_stage
 
     def _results(self, calls: Iterable[Call], batch: int) -> dict[str, int]:
-        """Bytes of what calls make."""
+        """The bytes of each result of some calls."""
         found: dict[str, int] = {}
         for call in calls:
             names = dict(call.results)
@@ -348,9 +380,13 @@ class _Model(_Tables):
         batch: int,
         ends: Sequence[Value],
     ) -> _Steps:
-        """Adds lists of calls, which run one after the other, to the tables.
+        """Adds lists of calls, which run one after another, to the tables.
 
-        kept: space and offset of tensors that stay; ends: inputs and, last, the output, which is needed to the end.
+        Args:
+            lists: the calls.
+            kept: the space and offset of tensors that stay between calls.
+            batch: the batch size.
+            ends: the inputs and, last, the output, which is needed to the end.
         """
         calls = [call for each in lists for call in each]
         sizes = {name: size for name, size in self._results(calls, batch).items() if name not in kept}

@@ -1,1 +1,1 @@
-"""NVIDIA's compilers, and the machine code they make."""
+"""NVIDIA's compilers, and the machine code that they generate."""

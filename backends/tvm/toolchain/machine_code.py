@@ -1,12 +1,12 @@
-"""From CUDA C++ to machine code, and into the library, all where the artifact is compiled: no device compiles anything.
+"""Compiles CUDA C++ to machine code and puts it into the library, so that no device compiles anything.
 
-TVM leaves CUDA source in the module that it makes, to be compiled where it is loaded. Here NVIDIA's compiler makes a
-fatbin of it, with code for every architecture of the target, and that takes the place of the source in the bytes of the
-module. TVM's runtime hands it to the driver as it is. For drivers of CUDA 12 it is code for one architecture, by the
-compiler of that release (`nvrtc`).
+TVM leaves CUDA source in its modules, to be compiled where they are loaded. Here NVIDIA's compiler makes a fatbin of
+it, with code for every architecture of the target, which replaces the source in the bytes of the module. TVM's runtime
+hands it to the driver as it is. For drivers of CUDA 12 it is code for one architecture, by the compiler of that release
+(`nvrtc`).
 
-What a library holds beside its own code, TVM keeps in one string, `__tvm_ffi__library_bin`: how modules import one
-another, and the bytes of each. `Imports` reads and writes it (tvm-ffi, src/ffi/extra/library_module.cc).
+TVM keeps everything that a library holds beside its own code in one string, `__tvm_ffi__library_bin`: how modules
+import one another, and the bytes of each. `Imports` reads and writes it (tvm-ffi, src/ffi/extra/library_module.cc).
 """
 
 from __future__ import annotations
@@ -31,36 +31,41 @@ from mpq_compiler.targets.table import Target
 
 SYMBOL = "__tvm_ffi__library_bin"
 DEVICE, SOURCE = ".device", ".cu"
-"""End the names of files beside a kernel's object: the kernel's module for the runtime, and what it was made of."""
+"""The suffixes of files beside a kernel's object: the kernel's module for the runtime, and its source."""
 OPTIONS = ("-O3", *nvrtc.OPTIONS)
 
 
 @dataclass(frozen=True)
 class DeviceModule:
-    """A module of kernels: what TVM's runtime must know of each (`functions`, in its own bytes), and their code."""
+    """A module of GPU kernels."""
 
     functions: bytes
+    """The description of each kernel, as TVM's runtime encodes it."""
     source: str
+    """The CUDA source of all kernels."""
 
     def packed(self, code: bytes, kind: str = "fatbin") -> bytes:
-        """The bytes that the runtime reads, with machine code (`code_for`) in the place of the source."""
+        """The bytes that the runtime reads, with machine code (`code_for`) in place of the source."""
         return b"".join([_text(kind.encode()), self.functions, _text(code)])
 
 
 @dataclass
 class Imports:
-    """kinds and contents of the modules of a library, the root first; children: the modules that each imports.
+    """The modules that a library imports, the root first.
 
     The library itself is the module "_lib", which has no bytes here.
     """
 
     kinds: list[bytes]
+    """The kind of each module."""
     contents: list[bytes]
+    """The bytes of each module."""
     children: list[list[int]]
+    """The modules that each module imports."""
 
     @classmethod
     def of(cls, module: Any) -> Imports:
-        """Those of a compiled module."""
+        """Reads the imports of a compiled module."""
         import numpy as np
         import tvm_ffi
 
@@ -79,14 +84,14 @@ class Imports:
         return cls(kinds, contents, [targets[a:b] for a, b in ranges])
 
     def add(self, kind: bytes, content: bytes) -> None:
-        """Another module, which the library imports."""
+        """Adds a module, which the library imports."""
         self.children[self.kinds.index(b"_lib")].append(len(self.kinds))
         self.kinds.append(kind)
         self.contents.append(content)
         self.children.append([])
 
     def packed(self) -> bytes:
-        """The string of the library."""
+        """Encodes the imports as the library's string."""
         begins = [0]
         for own in self.children:
             begins.append(begins[-1] + len(own))
@@ -97,7 +102,7 @@ class Imports:
         return struct.pack("<Q", len(body)) + body
 
     def write_object(self, path: Path, compiler: str) -> None:
-        """An object file with the string, for the linker."""
+        """Writes the string to an object file, for the linker."""
         with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
             data = Path(folder, "imports.bin")
             data.write_bytes(self.packed())
@@ -108,7 +113,7 @@ class Imports:
 
 
 def compiled(functions: Mapping[str, Any], target: Target) -> tuple[Any, DeviceModule]:
-    """(what launches some kernels, the kernels)."""
+    """Compiles GPU kernels: the module that launches them, and the module of the kernels, still as source."""
     import tvm
 
     options = tvm.target.Target({**target.tvm, "host": dict(target.host)})
@@ -128,7 +133,7 @@ def compiled(functions: Mapping[str, Any], target: Target) -> tuple[Any, DeviceM
 
 @contextmanager
 def _source_stays() -> Iterator[None]:
-    """Where TVM finds a GPU, it would compile the source for that one: it is given the source for machine code."""
+    """Keeps TVM from compiling the source for a GPU that it finds: the source stands in for its machine code."""
     import tvm_ffi
 
     name = "tvm_callback_cuda_compile"
@@ -141,7 +146,7 @@ def _source_stays() -> Iterator[None]:
 
 
 def code_for(source: str, target: Target) -> tuple[bytes, str]:
-    """Machine code for a target, and its kind: "fatbin" or "cubin". UserError: there is no compiler."""
+    """Compiles CUDA source to machine code for a target, of kind "fatbin" or "cubin". UserError: no compiler."""
     if target.is_cuda12:
         (name,) = _architectures(target.levels)
         return nvrtc.cubin(source, name), "cubin"
@@ -149,17 +154,22 @@ def code_for(source: str, target: Target) -> tuple[bytes, str]:
 
 
 def require_compiler(target: Target) -> None:
-    """UserError: there is no compiler of kernels for the target."""
+    """Raises a UserError where the compiler of the target's kernels is not installed."""
     nvrtc.library() if target.is_cuda12 else compiler()
 
 
 def compiler_version(target: Target) -> str:
-    """Of the compiler for the target, for keys of the cache."""
+    """The version of the compiler for the target, for the keys of the cache."""
     return nvrtc.version() if target.is_cuda12 else version(compiler())
 
 
 def fatbin(source: str, levels: Sequence[int]) -> bytes:
-    """Machine code for some compute capabilities (80, ...). UserError: there is no compiler, or it refuses."""
+    """Compiles CUDA source to a fatbin for some compute capabilities (80, ...) by nvcc.
+
+    Raises:
+        UserError: nvcc is not installed.
+        RuntimeError: it refuses the source.
+    """
     with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
         kernel, output = Path(folder, "kernels.cu"), Path(folder, "kernels.fatbin")
         kernel.write_text(source)
@@ -176,17 +186,17 @@ def fatbin(source: str, levels: Sequence[int]) -> bytes:
 
 
 def _architectures(levels: Sequence[int]) -> list[str]:
-    """As compilers call them; code for Hopper alone may have its own instructions (`wgmma`)."""
+    """The compilers' names of compute capabilities; code for Hopper alone may use its own instructions (`wgmma`)."""
     return ["90a"] if [*levels] == [nvidia.HOPPER] else [str(level) for level in levels]
 
 
 def compiler() -> Path:
-    """NVIDIA's compiler: that of $CUDA_HOME, else of the wheels of the extra `cuda`, else of PATH. UserError: none."""
+    """The path of nvcc: in $CUDA_HOME, else in the wheels of the extra `cuda`, else in PATH. UserError: none."""
     return tool("nvcc")
 
 
 def tool(name: str) -> Path:
-    """A program of the CUDA toolkit, found as `compiler` is."""
+    """The path of a program of the CUDA toolkit, searched for like `compiler`."""
     if (home := os.environ.get("CUDA_HOME")) and (path := Path(home, "bin", name)).is_file():
         return path
     if found := nvidia.from_wheels(f"cu13/bin/{name}") or shutil.which(name):
@@ -199,7 +209,7 @@ def tool(name: str) -> Path:
 
 @functools.cache
 def version(nvcc: Path) -> str:
-    """Of a compiler."""
+    """The version that a compiler prints."""
     return subprocess.run([str(nvcc), "--version"], capture_output=True, text=True).stdout
 
 

@@ -1,6 +1,6 @@
-"""From CUDA C++ to machine code that drivers of CUDA 12 load, by NVIDIA's compiler of that release (NVRTC, a library).
+"""Compiles CUDA C++ to machine code for drivers of CUDA 12, by NVRTC, NVIDIA's compiler library of that release.
 
-nvcc of the wheels is of CUDA 13, and a driver of CUDA 12 need not know what a compiler of a later major release makes.
+The wheels' nvcc is of CUDA 13, and a driver of CUDA 12 need not load the code of a later major release.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import nvidia
 
 OPTIONS = ("-std=c++17", "--fmad=false", "-diag-suppress=177,550")
-"""No multiply-add that the source does not ask for, and no other arithmetic than IEEE's: no --use_fast_math."""
+"""The compiler's options: IEEE arithmetic (no --use_fast_math), and only the multiply-adds that the source asks for."""
 
 _HALF = "cuda_runtime/include/cuda_fp16.h"
-"""All that kernels include of CUDA's headers, in NVIDIA's wheels."""
+"""The only header of CUDA that kernels include, by its place in NVIDIA's wheels."""
 
 # What TVM's source asks of CCCL, another wheel: types by their names. No kernel uses those that are declared only, and
 # one that did would not compile.
@@ -47,7 +47,7 @@ template <bool b, class T, class U> struct conditional;
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """NVRTC. UserError: it is not installed, or CUDA's headers are not."""
+    """Loads NVRTC, once. UserError: it is not installed, or CUDA's headers are not."""
     found, header = nvidia.from_wheels("cuda_nvrtc/lib/libnvrtc.so.12"), nvidia.from_wheels(_HALF)
     if not found or not header:
         raise UserError(
@@ -58,12 +58,17 @@ def library() -> ctypes.CDLL:
 
 
 def version() -> str:
-    """Of NVRTC and of CUDA's headers, for keys of the cache."""
+    """The versions of NVRTC and of CUDA's headers, for the keys of the cache."""
     return " ".join(map(importlib.metadata.version, ("nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12")))
 
 
 def cubin(source: str, architecture: str) -> bytes:
-    """Machine code for "87", .... UserError: there is no compiler; RuntimeError: it refuses."""
+    """Compiles CUDA source to machine code for one architecture, such as "87".
+
+    Raises:
+        UserError: NVRTC is not installed.
+        RuntimeError: it refuses the source.
+    """
     nvrtc, header = library(), nvidia.from_wheels(_HALF)
     assert header
     program = ctypes.c_void_p()
