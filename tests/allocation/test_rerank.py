@@ -51,6 +51,6 @@ def test_the_same_images_again():
 
 
 def test_learned_rounding_is_not_learned_for_a_candidate():
-    judge = finalists()
+    judge = reranker()
     judge.session = replace(judge.session, requests=Requests(rounding=Rounding.LEARNED))
     assert judge.noise(solved("int8").solution) > 0
