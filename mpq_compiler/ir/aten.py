@@ -1,4 +1,4 @@
-"""Which aten operators are pointwise and which only move data: the vocabulary that passes and backends share."""
+"""The aten operators by kind, pointwise or data movement: the vocabulary that passes and backends share."""
 
 from __future__ import annotations
 
@@ -72,19 +72,22 @@ MOVEMENT: frozenset[Any] = frozenset(
 
 
 def is_pointwise(node: fx.Node) -> bool:
+    """Whether the node is a pointwise call."""
     return node.op == "call_function" and node.target in POINTWISE
 
 
 def is_movement(node: fx.Node) -> bool:
+    """Whether the node only moves data."""
     return node.op == "call_function" and node.target in MOVEMENT
 
 
 def is_permute(node: Any) -> bool:
+    """Whether an operand is a permute."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is aten.permute.default
 
 
 def interior_permutes(graph: fx.Graph) -> list[fx.Node]:
-    """Permutes that neither read an input nor feed the output (reshapes beside them do not count)."""
+    """The permutes that neither read an input nor feed the output; movement beside them does not count."""
 
     def reaches(node: fx.Node, forward: bool) -> bool:
         nexts = list(node.users) if forward else node.all_input_nodes

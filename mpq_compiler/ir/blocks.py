@@ -1,8 +1,8 @@
-"""The blocks of a denoiser, in the order in which it runs: what block-wise training goes through one by one.
+"""The blocks of a denoiser in the order of execution, which block-wise training takes one by one.
 
-A block is one of several modules of a kind that follow each other (an element of a ``ModuleList`` of one class, the
-innermost: residual blocks, transformer blocks, samplers); every other layer is a block of its own. Found by structure,
-so that any model has them.
+A block is one of several modules of a kind that follow each other: an element of a ``ModuleList`` of one class, the
+innermost (residual blocks, transformer blocks, samplers). Every other layer is a block of its own. Blocks follow from
+structure alone, so every model has them.
 """
 
 from __future__ import annotations
@@ -27,29 +27,30 @@ _NO_VALUE = (
     ops.dequantize_float8,
     ops.binary_branch,
 )
-"""Calls of the simulated program that the float program does not have."""
+"""The operators of the simulated program that the float program does not have."""
 _PART = re.compile(r"_part\d+(?=\.[^.]+$)")
-"""In the path of what `split-shortcut` makes of a parameter."""
+"""The mark in the path of a parameter's part, from `split-shortcut`."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Parameters that are trained together, and the node where what they do is to be seen."""
+    """Parameters that are trained together, and the node that is the output of their layers."""
 
     name: str
-    """Path of the module."""
+    """The path of the module."""
     parameters: tuple[str, ...]
-    """Paths of its parameters that the program reads, sorted."""
+    """The paths of its parameters that the program reads, sorted."""
     output: str
+    """The node whose value is the block's output."""
     repeated: bool
-    """It stands among others of its kind; else it is a layer alone."""
+    """Whether it is one of several of a kind; else it is a single layer."""
 
 
 def blocks(model: torch.nn.Module, program: Program) -> list[Block]:
-    """The blocks of a fake-quantized program, by the order of their last layers.
+    """Finds the blocks of a fake-quantized program, in the order of their last layers.
 
-    The output of a block is what its last layer becomes before another block's layer has its turn: residual additions
-    and changes of size are still its own.
+    The output of a block is the last value that follows from its last layer before another block's layer runs. Residual
+    additions and changes of size thus still belong to it.
     """
     lists = repeated(model)
     known = {name for name, _ in model.named_parameters()}
@@ -78,7 +79,7 @@ def blocks(model: torch.nn.Module, program: Program) -> list[Block]:
 
 
 def cut(program: Program, node: str) -> Program:
-    """The program whose output is the value of a node."""
+    """Cuts a program so that its output is the value of a node."""
     graph = copy_graph(program.graph)
     short = program.fork(graph=graph)
     graph.output_node().args = (short.node(node),)
@@ -87,7 +88,7 @@ def cut(program: Program, node: str) -> Program:
 
 
 def repeated(model: torch.nn.Module) -> set[str]:
-    """Paths of modules that stand in a list of modules of one class."""
+    """The paths of modules in a ``ModuleList`` of one class."""
     found = set()
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len({type(child) for child in module}) == 1:
@@ -96,7 +97,7 @@ def repeated(model: torch.nn.Module) -> set[str]:
 
 
 def block_of(parameter: str, repeated: set[str]) -> str:
-    """Path of the block that a parameter is in: the innermost of those ``repeated``, or its own module."""
+    """The path of the block that a parameter belongs to: the innermost of ``repeated``, or its own module."""
     module, _, _ = parameter.rpartition(".")
     parts = module.split(".")
     prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
@@ -104,14 +105,14 @@ def block_of(parameter: str, repeated: set[str]) -> str:
 
 
 def _is_weight(node: fx.Node) -> bool:
-    """Does the call make a weight, rather than something of the inputs?"""
+    """Whether the call computes a weight from stored tensors."""
     if node.target is aten.add.Tensor:
         return any(isinstance(a, fx.Node) and a.target is ops.binary_branch for a in node.args)
     return node.target in (ops.dequantize_weight, ops.dequantize_float8, ops.binary_branch)
 
 
 def weight_path_of(node: fx.Node) -> str | None:
-    """The parameter that a layer on a settled weight multiplies with; None of any other call."""
+    """The parameter by which a layer on a settled weight multiplies; None for any other call."""
     made = next((n for n in node.all_input_nodes if _is_weight(n)), None)
     if made is None or _is_weight(node):
         return None
@@ -122,7 +123,7 @@ def weight_path_of(node: fx.Node) -> str | None:
 
 
 def _read(node: fx.Node) -> list[str]:
-    """Paths of what a call reads from the store, its weight's among them."""
+    """The paths of the parameters that a call reads from the store, its weight's among them."""
     paths = [str(n.target).split(":")[0] for n in node.all_input_nodes if n.op == "get_attr"]
     weight = weight_path_of(node)
     return paths if weight is None else [*paths, weight]

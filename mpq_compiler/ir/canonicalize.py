@@ -1,4 +1,4 @@
-"""One spelling for what torch has several of, so that passes and backends know a few."""
+"""Canonicalizes calls that torch spells in several ways, so that passes and backends know one form of each."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mpq_compiler.ir.graph import arguments, operand, prune
 
 
 def respell(edit: Editor) -> None:
-    """One spelling for what torch has several of, bit for bit but for norms (an f32 rounding or two).
+    """Canonicalizes the calls of a graph, bit for bit but for norms (an f32 rounding or two).
 
-    Parts of a tensor become slices and selections, stacks become concatenations, an einsum of one operand becomes a
-    permute, and root mean square norms, written out or not, become `ops.rms_norm`.
+    Parts of a tensor become slices and selections, stacks become concatenations, and an einsum of one operand becomes a
+    permute. Root mean square norms, written out or not, become `ops.rms_norm`.
     """
     for node in list(edit.graph.nodes):
         if node.op != "call_function" or node not in edit:
@@ -61,7 +61,7 @@ def _part(edit: Editor, node: fx.Node) -> None:
 
 
 def _slice(edit: Editor, node: fx.Node) -> None:
-    """Begin and end within the dimension; a slice of all of it is its source."""
+    """Canonicalizes a slice: begin and end within the dimension; a slice of all of it is its source."""
     x, dim, start, end, step = bound(node, None, 0, None, None, 1)
     dim %= edit.rank(x)
     extent = int(edit.value(x).shape[dim])
@@ -98,7 +98,7 @@ def _rms_norm(edit: Editor, node: fx.Node) -> None:
 
 
 def _written_out_norm(edit: Editor, node: fx.Node) -> None:
-    """``x * rsqrt(mean(x^2, -1) + eps)``, and the multiplication with a weight behind it."""
+    """Replaces ``x * rsqrt(mean(x^2, -1) + eps)``, and a multiplication by a weight behind it, by one norm."""
     for x, factor in (node.args[:2], node.args[1::-1]):
         if not isinstance(x, fx.Node) or (eps := _root_of_mean_square(edit, factor, x)) is None:
             continue
@@ -116,7 +116,7 @@ def _written_out_norm(edit: Editor, node: fx.Node) -> None:
 
 
 def _root_of_mean_square(edit: Editor, node: Any, x: fx.Node) -> float | None:
-    """eps, where ``node`` is rsqrt(mean(x^2 over the last dimension) + eps)."""
+    """The eps of ``node`` where that is rsqrt(mean(x^2 over the last dimension) + eps); None elsewhere."""
 
     def call_of(value: Any, *targets: Any) -> bool:
         return isinstance(value, fx.Node) and value.op == "call_function" and value.target in targets

@@ -1,4 +1,4 @@
-"""What a plan costs: stored bytes, true average bits, operations. One function for allocator, packer and report."""
+"""The costs of a plan: stored bytes, true average bits, operations; allocator, packer and report share them."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from mpq_compiler.ir.interpreter import shapes
 from mpq_compiler.ir.program import Program
 
 ACTIVATION_GROUP_BYTES = 3
-"""An f16 scale and a u8 zero point."""
+"""The stored bytes of a time group of an integer quantizer: an f16 scale and a u8 zero point."""
 FLOAT_GROUP_BYTES = 2
-"""Of small floats: the scale alone."""
+"""The stored bytes of a time group of a small-float quantizer: the f16 scale alone."""
 
 
 def weight_path(node: fx.Node) -> str | None:
-    """The parameter's name in the model, whatever layout the graph reads it in."""
+    """The name in the model of a quantizable call's weight, in whichever layout the graph reads it; None elsewhere."""
     name = weight_of(node)
     return None if name is None else name.split(":")[0]
 
 
 def stored_dtype(name: str, tensor: Tensor) -> torch.dtype:
-    """The type in which a float leftover is stored: f16, and f32 for computed constants and beyond the range of f16."""
+    """The type in which a float leftover is stored: f16, or f32 for computed constants and values that overflow f16."""
     if not tensor.is_floating_point():
         return tensor.dtype
     if name.startswith(("constant.", "time_groups.")) or float(tensor.abs().max() if tensor.numel() else 0) > F16_MAX:
@@ -37,7 +37,7 @@ def stored_dtype(name: str, tensor: Tensor) -> torch.dtype:
 
 
 def leftovers(program: Program) -> dict[str, Tensor]:
-    """Tensors the graph reads that no weight plan covers, or that something else than layers reads, by store name."""
+    """The tensors, by store name, that no weight plan covers or that calls other than layers read."""
     layers = {n for n in program.quantizable if weight_path(n) in program.weights}
     weights = {operand(n, 1) for n in layers}
     read = (n for n in program.graph.nodes if n.op == "get_attr" and not (n in weights and layers.issuperset(n.users)))
@@ -45,22 +45,24 @@ def leftovers(program: Program) -> dict[str, Tensor]:
 
 
 def fixed_bytes(program: Program, group_bytes: int, groups: int) -> int:
-    """Bytes that do not depend on the allocation: float leftovers, tables of activations, time-group boundaries.
+    """The bytes that do not depend on the allocation: float leftovers, activation scales, time-group boundaries.
 
-    ``program`` is in the planned stage, with weight plans for what will be quantized; all tables have ``group_bytes``
-    for each of ``groups`` time groups.
+    Args:
+        program: in the planned stage, with weight plans for all weights that will be quantized.
+        group_bytes: stored bytes of one time group of all activations together.
+        groups: the number of time groups.
     """
     floats = sum(t.numel() * stored_dtype(n, t).itemsize for n, t in leftovers(program).items())
     return floats + group_bytes * groups + (4 * (groups - 1) if group_bytes else 0)
 
 
 def weight_bytes(program: Program, name: str, format_name: str) -> int:
-    """Stored bytes of the weight (store name) in that format."""
+    """The stored bytes of a weight (by store name) in a format."""
     return formats.get(format_name).stored_bytes(*program.tensors[name].shape)
 
 
 def stored_bytes(program: Program) -> int:
-    """Payload bytes of the artifact of a planned program: exactly what will lie in weights.safetensors."""
+    """The payload bytes of a planned program's artifact: exactly the tensors in weights.safetensors."""
     names = {str(weight_of(n)): program.weights[str(weight_path(n))].format for n in program.quantizable}
     weights = sum(weight_bytes(program, name, fmt) for name, fmt in names.items())
     groups = len(program.facts["time-groups"]) + 1
@@ -68,12 +70,12 @@ def stored_bytes(program: Program) -> int:
 
 
 def average_bits(stored: int, parameters: int) -> float:
-    """True average bits: all stored bits over the number of the model's parameters."""
+    """The true average bits: all stored bits over the number of the model's parameters."""
     return 8 * stored / parameters
 
 
 def macs(program: Program, batch: int = 1) -> dict[str, int]:
-    """Multiply-accumulates per sample of each quantizable call."""
+    """The multiply-accumulates per sample of each quantizable call."""
     sizes = shapes(program, batch)
     found = {}
     for node in program.quantizable:
@@ -83,16 +85,16 @@ def macs(program: Program, batch: int = 1) -> dict[str, int]:
 
 
 def activation_elements(program: Program) -> dict[str, int]:
-    """Elements per sample of each tensor edge that a quantizable call reads."""
+    """The number of elements per sample of each tensor edge that a quantizable call reads."""
     sizes = shapes(program, 1)
     return {e.name: sizes[e.name].numel() for e in (input_edge(n) for n in program.quantizable)}
 
 
 def attention_costs(program: Program) -> dict[str, dict[str, float]]:
-    """What each attention call adds where it is quantized: ``macs``, ``elements`` and ``bytes`` of its tables.
+    """The costs that each attention call adds if it is quantized: ``macs``, ``elements``, and ``bytes`` of its scales.
 
-    Its elements are the probabilities, and those of q, k and v that no layer reads, shared out among the attentions
-    that read them.
+    Its elements are the probabilities, and those of q, k and v that no layer reads, divided among the attentions that
+    read them.
     """
     sizes, layers = shapes(program, 1), {input_edge(n) for n in program.quantizable}
     groups = len(program.facts["time-groups"]) + 1
@@ -113,7 +115,7 @@ def attention_costs(program: Program) -> dict[str, dict[str, float]]:
 
 
 def activation_bits(program: Program) -> float:
-    """Average bits of the activations of a planned program; an attention listed as a float leftover counts 32."""
+    """The average bits of a planned program's activations; an attention listed as a float leftover counts 32."""
     elements: dict[str, float] = dict(activation_elements(program))
     bits = {edge: plan.bits for edge, plan in program.activations.items()}
     for name, cost in attention_costs(program).items():

@@ -1,4 +1,4 @@
-"""The difference of two programs as text."""
+"""Compares two programs as text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import re
 
 
 def diff(before: str, after: str, context: int = 2) -> str:
-    """What changed between two texts, by lines; columns that only moved are no change. Empty where nothing did."""
+    """The changed lines between two texts, with ``context`` lines around; empty where nothing changed.
+
+    Columns that only moved do not count as changes.
+    """
 
     def plain(line: str) -> str:
         return re.sub(r"\s+", " ", line)

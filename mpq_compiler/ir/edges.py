@@ -1,4 +1,4 @@
-"""The tensor edges that layers and attentions read, and how rows lie in them."""
+"""The tensor edges that layers and attentions read, and the geometry of their rows."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ def input_edge(node: fx.Node) -> fx.Node:
 
 
 def attention_edges(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values an attention reads as q, k and v; one that stands for several counts once."""
+    """The nodes whose values an attention reads as q, k and v; a node that is several of them counts once."""
     return list(dict.fromkeys(operand(node, i) for i in range(3)))
 
 
 def dynamic_edges(program: Program, attention: bool) -> frozenset[str]:
-    """The tensor edges that linear layers alone read, whose rows may have scales of their own.
+    """The tensor edges that only linear layers read, and whose rows may thus have scales of their own.
 
-    A convolution adds up products of several rows, and so does an attention, where ``attention`` is quantized.
+    A convolution sums products of several rows, and so does an attention; ``attention`` says whether these are
+    quantized.
     """
     static = {input_edge(n).name for n in program.quantizable if n.target is ops.conv2d}
     if attention:
@@ -34,13 +35,16 @@ def dynamic_edges(program: Program, attention: bool) -> frozenset[str]:
 
 
 def attention_arguments(args: Sequence[Any]) -> tuple[int, float | None, Any]:
-    """heads, scale and mask of an `ops.attention` call."""
+    """The heads, scale and mask of an `ops.attention` call."""
     heads, scale, mask = (*args[3:], *(None, None))[:3]
     return int(heads), scale, mask
 
 
 def row_geometry(node: fx.Node) -> tuple[Any, ...]:
-    """What besides its operand decides the rows of `input_rows`: nothing for a linear layer, the window of a conv."""
+    """The window of a convolution (kernel, stride, padding), which with its operand decides its rows; () for a linear.
+
+    Layers with the same operand and geometry multiply the same rows.
+    """
     if node.target is not ops.conv2d:
         return ()
     return (tuple(operand(node, 1).meta["shape"][1:3]), *(tuple(a) for a in arguments(node)[3:5]))

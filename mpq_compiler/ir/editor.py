@@ -1,4 +1,4 @@
-"""A graph under rewriting, with the shapes of its values, and the few spellings that passes and backends know."""
+"""The editor of a graph, which knows the shape of every value while passes rewrite it."""
 
 from __future__ import annotations
 
@@ -32,19 +32,22 @@ class Editor:
         return self._values[node][0]
 
     def size(self, node: fx.Node) -> tuple[Size, ...]:
+        """The sizes of a value, each at batch 2 and 3."""
         two, three = self._values[node]
         return tuple(zip(two.shape, three.shape, strict=True))
 
     def rank(self, node: fx.Node) -> int:
+        """The number of dimensions of a value."""
         return len(self._values[node][0].shape)
 
     @contextmanager
     def before(self, node: fx.Node) -> Iterator[None]:
+        """Inserts the calls within the block before a node."""
         with self.graph.inserting_before(node):
             yield
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A new call at the place of insertion."""
+        """Inserts a call."""
         node = self.graph.call_function(target, args, kwargs)
         values = []
         for batch in (0, 1):
@@ -54,28 +57,33 @@ class Editor:
         return node
 
     def permuted(self, x: fx.Node, order: Sequence[int]) -> fx.Node:
+        """Inserts a permute, or returns ``x`` where the order is its own."""
         return x if list(order) == sorted(order) else self.call(aten.permute.default, x, list(order))
 
     def stored(self, name: str, tensor: Tensor) -> fx.Node:
-        """A new read of ``tensor``, which the store gets under ``name``."""
+        """Stores a tensor and inserts its read."""
         node = self.graph.get_attr(self.program.tensors.add(name, tensor))
         meta = self.program.tensors.read(str(node.target)).to("meta")
         self._values[node] = (meta, meta)
         return node
 
     def replace(self, node: fx.Node, new: fx.Node, back: fx.Node | None = None) -> None:
-        """``new`` computes what ``node`` did and takes its name; readers read ``back``, by default ``new`` itself."""
+        """Replaces ``node`` by ``new``, which takes its name.
+
+        back: what readers read, a permute of ``new``; None has them read ``new`` itself.
+        """
         node.replace_all_uses_with(back or new)
         new.meta["origin"] = node.meta.get("origin", node.name)
         self.erase(node)
 
     def erase(self, node: fx.Node) -> None:
+        """Erases a node without readers."""
         self.graph.erase_node(node)
         del self._values[node]
 
 
 def bound(node: fx.Node, *defaults: Any) -> list[Any]:
-    """The first ``len(defaults)`` arguments by their position in the schema, keyword or not; ``defaults`` fill up."""
+    """Binds the first ``len(defaults)`` arguments in the order of the schema, positional or keyword, with defaults."""
     assert isinstance(node.target, torch._ops.OpOverload)
     values = [*node.args[: len(defaults)], *defaults[len(node.args) :]]
     names = [a.name for a in node.target._schema.arguments]

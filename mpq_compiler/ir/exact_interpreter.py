@@ -1,4 +1,4 @@
-"""Exact mode: a fake-quantized program executed on codes, as the packed program that it folds into will be."""
+"""Exact mode: executes a fake-quantized program on codes, as the packed program that it folds to will run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mpq_compiler.ir.program import Program
 
 @dataclass(frozen=True)
 class Codes:
-    """What a quantizer yields; without a group, scale and zero point are those of the rows."""
+    """The result of a quantizer; without a group, scale and zero point are per row."""
 
     codes: Tensor
     scale: Tensor
@@ -28,6 +28,7 @@ class Codes:
     group: Tensor | None
 
     def value(self) -> Tensor:
+        """The values that the codes stand for, f32."""
         scale = ops.per_sample(self.scale.to(torch.float32), self.group, self.codes)
         zero = ops.per_sample(self.zero_point.to(torch.float32), self.group, self.codes)
         return (self.codes.to(torch.float32) - zero) * scale
@@ -35,7 +36,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class WeightCodes:
-    """What a quantized weight yields; ``shape`` is that of the float weight."""
+    """The result of quantizing a weight; ``shape`` is the float weight's."""
 
     codes: Tensor
     scale: Tensor
@@ -52,6 +53,8 @@ class WeightCodes:
 
 @dataclass(frozen=True)
 class BranchCodes:
+    """The binary branch of a residual weight, in parts."""
+
     signs: Tensor
     scale: Tensor
     alpha: Tensor
@@ -62,7 +65,7 @@ class BranchCodes:
 
 
 class ExactInterpreter(Interpreter):
-    """Integer accumulation and the exact epilogue wherever a layer reads quantized operands."""
+    """Accumulates integers, and applies the exact epilogue, wherever a layer reads quantized operands."""
 
     def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         target = node.target
@@ -129,5 +132,5 @@ def _attend(q: Codes, k: Codes, v: Codes, group: Tensor, p_scale: Tensor, p_zero
 def run_exact(
     program: Program, inputs: Mapping[str, Tensor], watch: Callable[[fx.Node, Any], None] | None = None
 ) -> Tensor:
-    """The program's output in exact mode."""
+    """Runs a program in exact mode."""
     return ExactInterpreter(program).run(inputs, watch=watch)

@@ -1,4 +1,4 @@
-"""Questions about fx graphs, and their copies: operands, weights behind views, dead and equal nodes."""
+"""Helpers on fx graphs: operands, weights, names, copies, dead and equal nodes."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from mpq_compiler.ir import ops
 
 
 def part_of(name: str) -> str:
-    """What a stored tensor is of its parameter ("scale" of "conv.weight:scale.2"), without the store's number."""
+    """The part of a parameter that a stored tensor is: "conv.weight:scale.2" is a "scale"."""
     return re.sub(r"\.\d+$", "", name.partition(":")[2])
 
 
 def softmax(attention: str) -> str:
-    """Under which the probabilities within an attention call have their plan."""
+    """The name of the edge of an attention's probabilities, under which their plan is."""
     return f"{attention}:softmax"
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
-    """The positional arguments of a call, for a reader who knows their types from the operator.
+    """The positional arguments of a call, untyped: the operator tells the reader their types.
 
-    torch.fx types each as the union of everything an argument can be.
+    torch.fx types each as the union of everything that an argument can be.
     """
     return node.args
 
 
 def operand(node: fx.Node, index: int) -> fx.Node:
-    """The positional argument at ``index``, which the operator requires to be a tensor of the graph."""
+    """The positional argument at ``index``, which must be a node."""
     value = node.args[index]
     assert isinstance(value, fx.Node), f"argument {index} of {node.name} is {value!r}, not a node"
     return value
@@ -44,11 +44,11 @@ def function_of(node: fx.Node) -> Callable[..., Any]:
 
 
 CONTRACTIONS: tuple[Callable[..., Any], ...] = (torch.ops.aten.linear.default, ops.conv2d)
-"""Calls (x, weight, bias, ...) that have a quantized form."""
+"""The operators (x, weight, bias, ...) that have a quantized form."""
 
 
 def weight_of(node: fx.Node) -> str | None:
-    """Store name of the weight of a quantizable call, or None."""
+    """The store name of a quantizable call's weight; None for other calls."""
     if node.op != "call_function" or node.target not in CONTRACTIONS:
         return None
     weight = node.args[1]
@@ -60,7 +60,7 @@ def weight_of(node: fx.Node) -> str | None:
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """A copy of the graph with the same node names."""
+    """Copies a graph; nodes keep their names."""
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -70,12 +70,12 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def prune(graph: fx.Graph) -> None:
-    """Removes what the output does not need; inputs stay, and random operators count as any other."""
+    """Removes dead nodes; inputs stay, and random operators count like any other."""
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
 
 
 def merge_equal(graph: fx.Graph) -> None:
-    """One node for all calls of the same operator on the same operands (there is no randomness and no mutation)."""
+    """Merges calls of one operator on the same operands; no operator is random or changes a tensor in place."""
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op not in ("call_function", "get_attr"):

@@ -1,4 +1,4 @@
-"""Programs run node by node: on tensors, or on shapes alone."""
+"""Interpreters run programs node by node: on tensors, or on shapes alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpq_compiler.support.errors import UserError
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """Torch on one thread: the same bits whatever --jobs, and whatever machine shares the cores."""
+    """Runs torch on one thread within the block, for equal bits with any --jobs and any number of cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -27,7 +27,7 @@ def single_threaded() -> Iterator[None]:
 
 
 class Interpreter:
-    """Runs a graph node by node. Subclasses override `call` for other meanings of the same graph."""
+    """Runs a graph node by node; subclasses override its methods for other meanings of the graph."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -38,12 +38,13 @@ class Interpreter:
         *,
         watch: Callable[[fx.Node, Any], None] | None = None,
     ) -> Tensor:
-        """The output for the inputs by name; ``watch(node, value)`` sees every value as it is made."""
+        """Runs the program on inputs by name; ``watch(node, value)`` sees every value as it is computed."""
         return self.execute(self.program.graph, [self._input(inputs, s.name) for s in self.program.inputs], watch)
 
     def execute(
         self, graph: fx.Graph, arguments: list[Any], watch: Callable[[fx.Node, Any], None] | None = None
     ) -> Any:
+        """Runs a graph, the program's or a region's, on arguments in the order of its placeholders."""
         env: dict[fx.Node, Any] = {}
         feed = iter(arguments)
         last_use = _last_uses(graph)
@@ -58,6 +59,7 @@ class Interpreter:
         raise AssertionError("a graph without an output")
 
     def evaluate(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+        """Computes a node's value from the values of its operands."""
         if node.op == "get_attr":
             return self.attribute(str(node.target))
         args = fx.map_arg(node.args, env.__getitem__)
@@ -67,12 +69,15 @@ class Interpreter:
         return self.call(node, args, kwargs)
 
     def attribute(self, name: str) -> Any:
+        """Reads a stored tensor."""
         return self.program.tensors.read(name)
 
     def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """Calls a node's operator on values."""
         return function_of(node)(*args, **kwargs)
 
     def result(self, value: Any) -> Any:
+        """Converts the value of a graph's output."""
         return value
 
     @staticmethod
@@ -104,13 +109,13 @@ def run(
 
 
 KNOWN_SHAPES = 50_000
-"""Kept at most, by the process."""
+"""The most results of operators on shapes that a process caches."""
 
 
 class ShapeInterpreter(Interpreter):
-    """Shapes and dtypes only: every tensor lives on the meta device.
+    """Computes shapes and types only: every tensor is on the meta device.
 
-    What an operator gives for operands of some shapes is kept between programs: a pipeline asks for the shapes of
+    The process caches the result of an operator for operands of given shapes, since a pipeline asks for the shapes of
     nearly the same graph after every pass, and meta kernels are slow (a group norm takes two milliseconds).
     """
 
@@ -136,7 +141,7 @@ class ShapeInterpreter(Interpreter):
 
 
 def _shape_key(value: Any) -> Any:
-    """What the shape of an operator's result can depend on; 1, 1.0 and True differ."""
+    """All that the shape of an operator's result can depend on; 1, 1.0 and True differ."""
     if isinstance(value, Tensor):
         return value.dtype, tuple(value.shape), value.stride()
     if isinstance(value, tuple | list):
@@ -148,7 +153,7 @@ def _shape_key(value: Any) -> Any:
 
 @torch.no_grad()
 def shapes(program: Program, batch: int) -> dict[str, Any]:
-    """Node name -> a meta tensor (or a plain value) as it is at that batch size."""
+    """The meta tensor (or plain value) of every node at a batch size, by the node's name."""
     found: dict[str, Any] = {}
 
     def watch(node: fx.Node, value: Any) -> None:

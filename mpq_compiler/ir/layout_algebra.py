@@ -1,7 +1,7 @@
-"""What a chain of data movement amounts to: at most a reshape, a permute and a reshape.
+"""The algebra of data movement, which reduces a chain to at most a reshape, a permute and a reshape.
 
 The elements of a tensor are addressed by *atoms*, factors of its dimensions. Permutes reorder them, reshapes regroup
-and split them, repeats add some that address nothing. What counts in the end is the order of the atoms.
+and split them, repeats add atoms that address nothing. Only the order of the atoms counts in the end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _is_size(size: Size) -> bool:
 
 
 def _over(a: Size, b: Size) -> Size | None:
-    """a / b, where that is a size."""
+    """The quotient a / b where that is a size, else None."""
     if a[0] % b[0] or a[1] % b[1]:
         return None
     quotient = a[0] // b[0], a[1] // b[1]
@@ -40,15 +40,16 @@ def _written(size: Size) -> int:
 
 @dataclass
 class Chain:
-    """The dimensions of a tensor as atoms of the source it was moved from."""
+    """A chain of data movement: the dimensions of its result, as atoms of its source."""
 
     source: tuple[Size, ...]
     sizes: dict[int, Size] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)
-    """Atoms of the source, outermost first."""
+    """The atoms of the source, outermost first."""
     dims: list[list[int]] = field(default_factory=list)
+    """The atoms of each dimension of the result."""
     repeated: set[int] = field(default_factory=set)
-    """Atoms that address nothing: the same elements over and over."""
+    """The atoms that address nothing: they repeat the same elements."""
 
     def __post_init__(self) -> None:
         for size in self.source:
@@ -60,6 +61,7 @@ class Chain:
         return len(self.sizes) - 1
 
     def shape(self) -> tuple[Size, ...]:
+        """The shape of the result."""
         return tuple(self._product(dim) for dim in self.dims)
 
     def _product(self, atoms: Sequence[int]) -> Size:
@@ -69,16 +71,17 @@ class Chain:
         return total
 
     def permute(self, order: Sequence[int]) -> None:
+        """Permutes the dimensions."""
         self.dims = [self.dims[d] for d in order]
 
     def repeat(self, dim: int, size: Size, inner: bool) -> None:
-        """Dimension ``dim`` grows by the factor ``size``: each element repeated (inner), or all of them in turn."""
+        """Repeats dimension ``dim`` by the factor ``size``: each element (inner), or all elements in turn."""
         atom = self._new(size)
         self.repeated.add(atom)
         self.dims[dim] = [*self.dims[dim], atom] if inner else [atom, *self.dims[dim]]
 
     def reshape(self, shape: Sequence[Size]) -> bool:
-        """Regroups the atoms; False where the new dimensions are no products of them."""
+        """Reshapes by regrouping the atoms; False where the new dimensions are no products of them."""
         queue = [atom for dim in self.dims for atom in dim]
         dims: list[list[int]] = []
         for wanted in shape:
@@ -110,19 +113,19 @@ class Chain:
         return new
 
     def without_repeats(self) -> bool:
-        """Dimensions that only repeat become 1; False where a dimension does both."""
+        """Reduces dimensions that only repeat to 1; False where a dimension repeats and holds elements, too."""
         if any(0 < len(self.repeated & set(dim)) < len(dim) for dim in self.dims):
             return False
         self.dims = [[] if self.repeated & set(dim) else dim for dim in self.dims]
         return True
 
     def leads_with_batch(self) -> bool:
-        """The size that grows with the batch is the outermost of the first dimension."""
+        """Whether the size that grows with the batch is the outermost."""
         grows = [self.sizes[a][0] != self.sizes[a][1] for dim in self.dims for a in dim]
         return grows[:1] == [True]
 
     def steps(self) -> list[Step]:
-        """The calls that make the tensor of its source: the permute stands last where that is possible."""
+        """The calls that compute the result from the source; the permute comes last where that is possible."""
         place = {atom: i for i, atom in enumerate(self.order)}
         flat = [atom for dim in self.dims for atom in dim]
         if flat == self.order:
@@ -161,9 +164,12 @@ def _runs(atoms: Sequence[int], place: dict[int, int]) -> list[list[int]]:
 
 
 def follow(chain: Chain, node: fx.Node, shape: tuple[Size, ...]) -> bool:
-    """Applies a call of `aten.MOVEMENT` or a repetition to the chain; ``shape`` is that of its result.
+    """Applies a call of `aten.MOVEMENT`, or a repetition, to the chain.
 
-    False where the result is no such rearrangement; the chain is of no use then.
+    shape: of the call's result.
+
+    Returns:
+        False where the call is no such rearrangement; the chain is invalid then.
     """
     target, rank = node.target, len(chain.dims)
     if target is aten.permute.default:

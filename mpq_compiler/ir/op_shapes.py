@@ -1,6 +1,6 @@
-"""Shapes of the quantized operators without their arithmetic: what `interpreter.shapes` runs in their place.
+"""Shape inference of the quantized operators, which `interpreter.shapes` runs in place of their arithmetic.
 
-The exact epilogue takes dozens of elementwise steps whose shapes are known beforehand.
+The exact epilogue alone takes dozens of elementwise steps, whose shapes are known beforehand.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The textual IR: one node a line, stable and diffable; docs/ir.md says how to read it.
+"""Prints the textual IR: one node a line, stable and diffable; docs/ir.md says how to read it.
 
-It holds no times, addresses or memory: the same program gives the same text on every machine.
+It has no times, addresses or memory, so a program gives the same text on every machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mpq_compiler.ir.interpreter import shapes
 from mpq_compiler.ir.program import Program, Stage
 
 NAME_WIDTH, CALL_WIDTH, TYPE_WIDTH = 48, 88, 18
-"""Widest columns that are aligned; longer entries push what follows."""
+"""The widths up to which columns are aligned; longer entries push the columns behind them."""
 DTYPES = {
     torch.float32: "f32",
     torch.float16: "f16",
@@ -39,13 +39,13 @@ DTYPES = {
 
 
 def number(value: float) -> str:
-    """Two significant digits; short decimals as they are."""
+    """Formats a number in two significant digits; short decimals stay as they are."""
     exact = repr(value)
     return exact if len(exact) <= 5 else f"{value:.1e}" if not 0.01 <= abs(value) < 100 else f"{value:.2g}"
 
 
 def _dims(two: tuple[int, ...], three: tuple[int, ...]) -> str:
-    """Sizes at batch 2 and 3 as one shape in terms of the batch B."""
+    """Formats sizes at batch 2 and 3 as one shape in terms of the batch B."""
     dims = []
     for a, b in zip(two, three, strict=True):
         dims.append(str(a) if a == b else "B" if a == 2 else f"{a // 2}B")
@@ -64,7 +64,7 @@ def _type(two: Any, three: Any) -> str:
 
 
 def _value(value: Any) -> str:
-    """An operand: %node, a stored tensor by name, or a literal."""
+    """Formats an operand: %node, a stored tensor by name, or a literal."""
     if value == sys.maxsize:
         return "end"
     if isinstance(value, fx.Node):
@@ -81,7 +81,7 @@ def _value(value: Any) -> str:
 
 
 def operator_name(target: Any) -> str:
-    """``mpq::quantize``, ``aten.add`` (without the overload, which the operands show)."""
+    """The printed name of an operator: ``mpq::quantize``, ``aten.add`` without the overload, which operands show."""
     if target in ops.OPS:
         return ops.OPS[target].name
     if views.is_aten(target):
@@ -90,7 +90,7 @@ def operator_name(target: Any) -> str:
 
 
 def _operands(call: views.Call) -> list[str]:
-    """Operands in order; of the compiler's own operators literals carry their name and absent operands are left out."""
+    """The operands in order; for the compiler's own operators literals have names, and absent operands are left out."""
     if call.target not in ops.OPS:
         named = [f"{k}={_value(v)}" for k, v in call.kwargs.items()]
         return [*_joined([_value(a) for a in call.args]), *named]
@@ -109,7 +109,7 @@ def _operands(call: views.Call) -> list[str]:
 
 
 def _joined(operands: list[str]) -> list[str]:
-    """Neighbours that are parts of one parameter, ``w:codes, w:scale``, as ``w:{codes,scale}``."""
+    """Joins neighbours that are parts of one parameter: ``w:codes, w:scale`` becomes ``w:{codes,scale}``."""
     found: list[tuple[str, list[str]]] = []
     for operand in operands:
         base, colon, part = operand.partition(":")
@@ -121,9 +121,9 @@ def _joined(operands: list[str]) -> list[str]:
 
 
 def expression(call: views.Call) -> str:
-    """The right-hand side of a line.
+    """The right-hand side of a call's line.
 
-    ``.weight`` is a parameter of the module that the call is named after, ``:{scale,zero_point}`` are the tables of the
+    ``.weight`` is a parameter of the module that the call is named after, and ``:{scale,zero_point}`` are parts of the
     tensor that a quantizer reads.
     """
     operands = [_own(o, call.name) for o in _operands(call)]
@@ -133,7 +133,7 @@ def expression(call: views.Call) -> str:
 
 
 def _own(operand: str, name: str) -> str:
-    """``conv_in.weight:ohwi`` as ``.weight:ohwi`` in a line of %conv_in or %conv_in_w."""
+    """Shortens ``conv_in.weight:ohwi`` to ``.weight:ohwi`` in a line of %conv_in or %conv_in_w."""
     path = operand.partition(":")[0].rpartition(".")[0]
     flat = path.replace(".", "_")
     own = path and operand[0] not in "%[" and (name == flat or name.startswith(flat + "_w"))
@@ -145,26 +145,26 @@ def _own(operand: str, name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LayerRow:
-    """What the plan says of one linear or conv2d call."""
+    """The plan of one linear or conv2d call."""
 
     name: str
     """The call."""
     parameter: str
     weight: str
-    """Format name, or "float"."""
+    """The name of the format, or "float"."""
     activation: str
-    """``u8/t4``: width and number of time groups, ``u8/token``, or "float"."""
+    """The width and number of time groups, ``u8/t4``; ``u8/token``; or "float"."""
     bytes: int
     share: float
-    """Of all stored bytes."""
+    """The share of all stored bytes."""
     loss: float | None
-    """Measured relative noise power of the weight in that format."""
+    """The measured relative noise power of the weight in this format."""
     fallback: str | None
-    """Why the layer stays float."""
+    """The reason why the layer stays float."""
 
 
 def stored_bytes(program: Program) -> int | None:
-    """Payload bytes of the program: planned, simulated or packed; None before there is a plan."""
+    """The payload bytes of a program, planned, simulated or packed; None before there is a plan."""
     if not program.weights:
         return None
     if program.stage == Stage.PLANNED:
@@ -195,7 +195,7 @@ def _weight_bytes(program: Program, path: str) -> int:
 
 
 def table_of_layers(program: Program) -> list[LayerRow]:
-    """A row for each linear and conv2d call, in graph order, from the planned stage on."""
+    """A row for each linear and conv2d call of a program with a plan, in graph order."""
     flat = views.flatten(program)
     levels = {found.call.name: found for found in views.levels_of(flat)}
     quantizers = {q.call.name: q for q in views.quantizers_of(flat) if q.call.target not in views.ATTENTIONS}
@@ -228,7 +228,7 @@ def table_of_layers(program: Program) -> list[LayerRow]:
 
 
 def header(program: Program, pass_name: str = "") -> str:
-    """The first line of a dump: what the program is, and what it takes."""
+    """The first line of a dump: stage, size and bytes of the program."""
     parts = [f"{program.stage} stage, {_count(program)}"]
     total = stored_bytes(program)
     if total is not None:
@@ -260,7 +260,7 @@ def _count(program: Program) -> str:
 
 
 def text(program: Program, pass_name: str = "") -> str:
-    """The program as text, with the plan at its layers and the reasons of float leftovers at the end."""
+    """Prints a program, with the plan at its layers and the reasons of float leftovers at the end."""
     two, three = shapes(program, 2), shapes(program, 3)
     types = {name: _type(two[name], three[name]) for name in two}
     notes = {row.name: _note(row) for row in table_of_layers(program)} if program.weights else {}
@@ -296,7 +296,7 @@ def _note(row: LayerRow) -> str:
 
 
 def _attention_notes(program: Program) -> dict[str, str]:
-    """``p u8/t4 a u8/t4``: the widths of an attention's probabilities and of its operands."""
+    """The widths of attentions' probabilities and operands, ``p u8/t4 a u8/t4``, by call."""
     flat = views.flatten(program)
     quantizers = {q.call.name: q.edge for q in views.quantizers_of(flat)}
     groups = len(program.facts["time-groups"]) + 1
@@ -318,7 +318,7 @@ def _attention_notes(program: Program) -> dict[str, str]:
 def _lines(
     program: Program, types: dict[str, str], notes: dict[str, str]
 ) -> Iterator[tuple[str, str, str, str, str]]:
-    """(indent, name, call, type, note) of each line of the body."""
+    """The lines of the body: indent, name, call, type and note of each."""
     flat = {call.name: call for call in views.flatten(program) if call.region is None}
     for node in program.graph.nodes:
         if node.op == "call_function":

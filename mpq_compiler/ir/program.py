@@ -1,7 +1,7 @@
-"""`Program`: the graph, the tensors and the plans that the passes work on.
+"""The program: the graph, the tensors and the plans that passes work on.
 
-The graph is a bare `torch.fx.Graph`; its ``get_attr`` nodes name tensors of the store. Every stage of the
-compiler runs in torch through `interpreter.run`, so every pass is checked the same way: run before, run after, compare.
+The graph is a bare `torch.fx.Graph`; its ``get_attr`` nodes name tensors of the store. Every stage of the compiler runs
+in torch through `interpreter.run`, so every pass is checked in one way: run before, run after, compare.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BOUNDARIES = "time_groups.boundaries"
 
 
 class Stage(StrEnum):
-    """The dialects, in the order in which a program passes through them."""
+    """The stages (dialects) of a program, in their order."""
 
     FLOAT = "float"
     REWRITTEN = "rewritten"
@@ -41,11 +41,12 @@ class InputSpec:
     dtype: torch.dtype
 
     def sized(self, batch: int) -> tuple[int, ...]:
+        """The shape at a batch size."""
         return tuple(batch if d == "B" else int(d) for d in self.shape)
 
 
 class TensorStore(Mapping[str, Tensor]):
-    """Immutable tensors by name, shared by all stages: passes add, never change or copy."""
+    """The store of immutable tensors by name, shared by all stages: passes add tensors, and never change one."""
 
     def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
         self._tensors: dict[str, Tensor] = dict(tensors or {})
@@ -72,55 +73,55 @@ class TensorStore(Mapping[str, Tensor]):
         return unique
 
     def read(self, name: str) -> Tensor:
-        """The value the graph sees: half-precision floats are stored, and read as f32."""
+        """Reads a tensor as the graph sees it: half-precision floats are converted to f32."""
         tensor = self._tensors[name]
         return tensor.to(torch.float32) if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """How a weight is stored; `format` names an entry of `mpq_compiler.formats`."""
+    """The plan of a weight; `format` names an entry of `mpq_compiler.formats`."""
 
     format: str
     sites: tuple[str, ...] = ()
-    """Names of the call nodes that use the weight."""
+    """The names of the calls that read the weight."""
 
 
 @dataclass(frozen=True)
 class ActivationPlan:
-    """How a tensor edge (named by its producing node) is quantized, or the probabilities of an attention (`softmax`).
+    """The plan of a tensor edge (named by its producing node), or of an attention's probabilities (`graph.softmax`).
 
-    A dynamic plan has no tables: scale and zero point of each row are measured when the tensor is made. A plan with an
-    ``exponent`` rounds to small floats, which have no zero points; the layers that read them compute in float.
+    A dynamic plan stores nothing: scale and zero point of each row are computed with the tensor. A plan with an
+    ``exponent`` rounds to small floats, which have no zero points; layers that read them compute in float.
     """
 
     bits: int
     scale: str | None
-    """Store name of the f16 scales, one a time group."""
+    """The store name of the f16 scales, one for each time group."""
     zero_point: str | None
-    """Store name of the u8 zero points, one a time group."""
+    """The store name of the u8 zero points, one for each time group."""
     dynamic: bool = False
     exponent: int | None = None
-    """Bits of exponent of a small float of ``bits`` bits, a sign among them; None for integers."""
+    """The bits of exponent of a small float of ``bits`` bits, a sign among them; None for integers."""
 
     @property
     def kind(self) -> str:
-        """``u8`` for integers; ``e4m3`` for small floats, by the bits of exponent and mantissa."""
+        """The kind of the codes: ``u8`` for integers, ``e4m3`` (bits of exponent and mantissa) for small floats."""
         return f"u{self.bits}" if self.exponent is None else f"e{self.exponent}m{self.bits - 1 - self.exponent}"
 
     @property
     def group_bytes(self) -> int:
-        """Stored bytes of a time group: an f16 scale, and a u8 zero point where there is one."""
+        """The stored bytes of a time group: an f16 scale, and a u8 zero point where there is one."""
         return 2 * (self.scale is not None) + (self.zero_point is not None)
 
     def label(self, groups: int) -> str:
-        """``u8/t4``: the kind and the number of time groups; ``u8/token`` where every row has a range of its own."""
+        """The kind and the number of time groups, ``u8/t4``; ``u8/token`` where every row has its own scale."""
         return f"{self.kind}/token" if self.dynamic else f"{self.kind}/t{groups}"
 
 
 @dataclass
 class Program:
-    """What a pass takes and returns."""
+    """A program in any stage, which passes take and return."""
 
     graph: fx.Graph
     tensors: TensorStore
@@ -132,12 +133,12 @@ class Program:
     weights: dict[str, WeightPlan] = field(default_factory=dict)
     activations: dict[str, ActivationPlan] = field(default_factory=dict)
     fallbacks: dict[str, str] = field(default_factory=dict)
-    """Float leftovers of the plan: node or weight name -> the reason, in words."""
+    """The float leftovers of the plan: the reason, in words, by the name of the node or weight."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What passes found out for later ones, by the names of their `provides`."""
+    """The facts that passes leave for later ones, by name."""
 
     def fork(self, **changes: Any) -> Program:
-        """A copy with its own graph, regions and tables; the tensors are shared."""
+        """Copies the program: graph, regions, plans and facts are its own, the tensors are shared."""
         own: dict[str, Any] = {
             "graph": copy_graph(self.graph),
             "regions": {name: copy_graph(g) for name, g in self.regions.items()},
@@ -149,10 +150,11 @@ class Program:
         return dataclasses.replace(self, **(own | changes))
 
     def note(self, sentence: str) -> None:
-        """Tells the user something: report and dumps repeat it."""
+        """Notes a sentence for the user, which report and dumps repeat."""
         self.facts["notes"] = (*self.facts.get("notes", ()), sentence)
 
     def node(self, name: str) -> fx.Node:
+        """The node called ``name``. KeyError: there is none."""
         for n in self.graph.nodes:
             if n.name == name:
                 return n
@@ -165,11 +167,11 @@ class Program:
 
     @property
     def attentions(self) -> list[fx.Node]:
-        """Attention calls on computed tensors, in graph order: those that have a quantized form."""
+        """The attention calls on computed tensors, which have a quantized form, in graph order."""
         calls = [n for n in self.graph.nodes if n.target is ops.attention]
         return [n for n in calls if all(operand(n, i).op != "get_attr" for i in range(3))]
 
     @property
     def quantizable(self) -> list[fx.Node]:
-        """Linear and conv2d calls whose weight is a stored parameter, in graph order."""
+        """The linear and conv2d calls whose weight is a stored parameter, in graph order."""
         return [n for n in self.graph.nodes if weight_of(n) is not None]

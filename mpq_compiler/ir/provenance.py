@@ -1,8 +1,7 @@
-"""Why each layer is as it is: what passes found out and chose, written with dumps and artifacts.
+"""The provenance of each layer's plan: the record of what passes measured and decided, in dumps and artifacts.
 
-A pass leaves what it decided with `note`, by layer (the parameter's path) or, with the layer `PROGRAM`, for all of
-them. What every pass of its kind decides is noted here, by `observe`, after the pass. Numbers have six significant
-digits; times have no place here. `mpqc inspect --why` reads it back.
+A pass records its decisions with `note`, for a layer (the parameter's path) or, with the layer `PROGRAM`, for all
+layers. Numbers have six significant digits, and times are never recorded. `mpqc inspect --why` reads the record.
 """
 
 from __future__ import annotations
@@ -16,16 +15,22 @@ from torch import Tensor
 from mpq_compiler.ir.program import Program
 
 VERSION = 1
+"""The version of the record's format."""
 PROGRAM = ""
-"""The layer that stands for all."""
+"""The layer that stands for the whole program."""
 KEY = "decisions"
+"""The program's fact that holds the record."""
 _DIGITS = 6
 
 
 def note(program: Program, layer: str, step: str, **what: Any) -> None:
-    """Adds what the pass ``step`` decided of a layer; equal keys are replaced.
+    """Records decisions of a pass on a layer; equal keys are replaced.
 
-    Values are numbers, strings, booleans, None, or lists and dicts of them.
+    Args:
+        program: keeps the record.
+        layer: the parameter's path, or `PROGRAM`.
+        step: the name of the pass.
+        what: numbers, strings, booleans, None, tensors, or lists and dicts of them.
     """
     known: Mapping[str, Any] = program.facts.get(KEY, {})
     own = known.get(layer, {})
@@ -34,7 +39,7 @@ def note(program: Program, layer: str, step: str, **what: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON holds it."""
+    """Converts a value to JSON's types, floats to six significant digits."""
     if isinstance(value, Tensor):
         value = value.tolist()
     if isinstance(value, bool) or value is None or isinstance(value, str | int):
@@ -47,13 +52,13 @@ def plain(value: Any) -> Any:
 
 
 def boundaries(program: Program) -> list[float] | None:
-    """The time-group boundaries that were decided on, whatever became of them; None before there are any."""
+    """The time-group boundaries that were decided, whatever became of them later; None before there are any."""
     passes = program.facts.get(KEY, {}).get(PROGRAM, {}).values()
     return next((said["decided"] for said in passes if "decided" in said), None)
 
 
 def document(program: Program, kernels: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Everything that was decided, as it is written; ``kernels`` by layer is what the backend says."""
+    """The whole record as a JSON document; ``kernels`` adds the backend's description of each layer."""
     known = program.facts.get(KEY, {})
     found = {layer: dict(passes) for layer, passes in known.items()}
     for layer, said in (kernels or {}).items():
@@ -69,4 +74,5 @@ def document(program: Program, kernels: Mapping[str, Any] | None = None) -> dict
 
 
 def encode(found: Mapping[str, Any]) -> bytes:
+    """Encodes the document as the file decisions.json."""
     return (json.dumps(found, separators=(",", ":"), allow_nan=False) + "\n").encode()

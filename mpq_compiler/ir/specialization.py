@@ -1,4 +1,4 @@
-"""A packed program at one size of latents, with its batch sizes."""
+"""Specializations: a packed program at one size of latents, with its batch sizes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ class Specialization:
 
     @property
     def size(self) -> str:
-        """Height and width of the latents, as "24x32"."""
+        """The height and width of the latents, as "24x32"."""
         return size_text(self.program)
 
 
 def size_of(program: Program) -> tuple[int, int]:
-    """Height and width of the latents."""
+    """The height and width of a program's latents."""
     height, width = program.inputs[0].shape[-2:]
     return int(height), int(width)
 
 
 def size_text(program: Program) -> str:
+    """The height and width of a program's latents, as "24x32"."""
     return "x".join(map(str, size_of(program)))

@@ -1,4 +1,4 @@
-"""The stored tensors of a packed program: what lies in `weights.safetensors`, to the byte of `costs.stored_bytes`."""
+"""The stored tensors of a packed program: the content of `weights.safetensors`, exactly `costs.stored_bytes` bytes."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from mpq_compiler.ir.program import Program
 from mpq_compiler.support.errors import UserError
 
 CLASS_BITS = 2
-"""Of the class of a row, where rows have several widths."""
+"""The stored bits of a row's class, where rows have several widths."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of the artifact. `bits` and `shape` (that of the codes) are set where codes are packed.
-
-    Of rows of several widths `bits` are those of class 0, and `row_class` is the store name of their classes.
-    """
+    """A tensor of the artifact."""
 
     array: np.ndarray
     parameter: str
+    """The name in the model of the parameter that it belongs to."""
     bits: int | None = None
+    """The bits of packed codes, of class 0 where rows have several widths; None for other tensors."""
     shape: tuple[int, ...] | None = None
+    """The shape of the codes before packing; None for other tensors."""
     row_class: str | None = None
+    """The store name of the rows' classes, where rows have several widths."""
 
     def entry(self, name: str) -> dict[str, Any]:
-        """What the manifest says of it."""
+        """The manifest's entry for the tensor."""
         entry: dict[str, Any] = {"name": name, "parameter": self.parameter}
         if self.bits is not None and self.shape is not None:
             entry |= {"bits": self.bits, "original_shape": list(self.shape)}
@@ -43,25 +44,30 @@ class Stored:
 
 
 def code_bits(program: Program, lut: str | None) -> int:
-    """Bits of codes: as many as number the entries of their table (a store name), 8 without one."""
+    """The bits of codes, just enough to number the entries of their table (a store name); 8 without a table."""
     return 8 if lut is None else (int(program.tensors[lut].shape[1]) - 1).bit_length()
 
 
 def class_bits(program: Program, lut: str | None) -> tuple[int, ...]:
-    """Bits of the codes of each table (a store name), ascending; nothing without one."""
+    """The bits of the codes of each table (a store name), ascending; () without a table."""
     return () if lut is None else contract.class_bits(program.tensors[lut])
 
 
 def several_widths(program: Program, lut: str | None) -> bool:
-    """Whether tables (a store name) differ in size, and so rows in the bits of their codes."""
+    """Whether tables (a store name) differ in size, and thus rows in the bits of their codes."""
     return len({*class_bits(program, lut)}) > 1
 
 
 def stored(program: Program, *others: Program) -> dict[str, Stored]:
-    """The tensors that the packed graph, or that of another over the same store, reads: by store name, as stored.
+    """Packs the tensors that a program reads, by store name.
 
-    UserError: a value that its stored type does not hold exactly (passes project what they set, so this is one
-    that no pass has seen).
+    Args:
+        program: the packed program.
+        others: further packed programs over the same store.
+
+    Raises:
+        UserError: a value that its stored type cannot hold exactly. Passes project what they set, so no pass has seen
+            this value.
     """
     weights = [found for found in views.levels_of(views.flatten(program)) if found.codes and found.integer]
     bits = {found.codes: min(class_bits(program, found.lut), default=8) for found in weights}
@@ -88,7 +94,7 @@ def stored(program: Program, *others: Program) -> dict[str, Stored]:
 
 
 def restored(entry: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> torch.Tensor:
-    """A tensor as the graph's store holds it, from its entry of the manifest and the stored forms by name."""
+    """Unpacks a tensor to the form of the program's store, given its manifest entry and the stored arrays by name."""
     array = arrays[entry["name"]]
     if "row_class" in entry:
         rows, columns = entry["original_shape"]

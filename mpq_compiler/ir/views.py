@@ -1,7 +1,7 @@
-"""A flat reading of a program: every operator call, inside regions too, and what the quantized ones are made of.
+"""Flat, typed views of a program: every operator call, inside regions, too, and the parts of the quantized ones.
 
-The verifier, the printer and the counts read programs through this module, so that a rule or a column is written
-once for all stages.
+The verifier, the printer and the costs read programs through this module, so that a rule or a column is written once
+for all stages.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from mpq_compiler.ir.graph import part_of, softmax
 from mpq_compiler.ir.program import Program
 
 OPEN_LEVELS = (ops.fake_quantize_weight, ops.fake_quantize_float8)
-"""Calls that move a float weight to its nearest levels."""
+"""The operators that round a float weight to its nearest levels."""
 FLOAT8 = (ops.fake_quantize_float8, ops.dequantize_float8)
-"""Calls that make a weight for a layer that computes in float."""
+"""The operators that compute a weight for a layer in float."""
 FACTORS = ("up", "down")
 """The parts of a parameter that are the factors of its low-rank branch."""
 PACKED_LAYERS = (ops.quant_linear, ops.quant_conv2d)
@@ -30,16 +30,16 @@ FLOAT_LAYERS = (aten.linear.default, ops.linear, ops.conv2d)
 QUANTIZERS = (ops.fake_quantize, ops.quantize)
 DYNAMIC_QUANTIZERS = (ops.dynamic_fake_quantize, ops.dynamic_quantize)
 FLOAT_QUANTIZERS = (ops.fake_quantize_float,)
-"""Simulated in every stage: layers read the rounded floats."""
+"""The quantizers that are simulated in every stage: layers read the rounded floats."""
 FAKE_QUANTIZERS = (ops.fake_quantize, ops.dynamic_fake_quantize, *FLOAT_QUANTIZERS)
-"""All that give rounded floats."""
+"""The quantizers that return rounded floats."""
 ATTENTIONS = (ops.fake_quantize_attention, ops.quant_attention)
-"""Attention on quantized operands, simulated and packed."""
+"""The attentions on quantized operands, simulated and packed."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """An operator call. What a call inside a region reads from outside is what the region was called with."""
+    """An operator call; a call inside a region has the region's operands in place of placeholders."""
 
     name: str
     target: Any
@@ -50,7 +50,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Levels:
-    """Store names of the parts of one quantized weight; ``weight`` while its codes are open, else ``codes``."""
+    """The store names of a quantized weight's parts; it has ``weight`` while its codes are open, then ``codes``."""
 
     call: Call
     weight: str | None
@@ -62,12 +62,12 @@ class Levels:
 
     @property
     def integer(self) -> bool:
-        """Whether the layer multiplies codes."""
+        """Whether layers multiply its codes."""
         return self.call.target not in FLOAT8
 
     @property
     def segments(self) -> int:
-        """The number of K-segments with scales of their own."""
+        """The number of K-segments, each with scales of its own."""
         at = {ops.fake_quantize_weight: 5, ops.dequantize_weight: 6}.get(self.call.target, 10)
         found = self.call.args[at] if len(self.call.args) > at else None
         return len(found) if found else 1
@@ -80,9 +80,10 @@ class Levels:
 
 @dataclass(frozen=True)
 class Quantizer:
-    """A call that quantizes the tensor edge made by the node named ``edge``; scale and zero_point are store names.
+    """A call that quantizes the value of the node ``edge``; scale and zero_point are store names.
 
-    An attention quantizes its probabilities, the edge `graph.softmax`; a dynamic quantizer has no tables or group.
+    An attention quantizes its probabilities, the edge `graph.softmax`. A dynamic quantizer has neither stored scales
+    nor a group.
     """
 
     call: Call
@@ -92,10 +93,11 @@ class Quantizer:
     group: Any
     bits: int
     exponent: int | None = None
-    """Of small floats, which have no zero point."""
+    """The bits of exponent of small floats, which have no zero point; None for integers."""
 
     @property
     def dynamic(self) -> bool:
+        """Whether scale and zero point are computed for each row."""
         return self.call.target in DYNAMIC_QUANTIZERS
 
 
@@ -113,12 +115,12 @@ class Layer:
 
 
 def stored(operand: Any) -> str | None:
-    """Store name of an operand that is read from the store."""
+    """The store name of an operand that is read from the store; None for other operands."""
     return str(operand.target) if isinstance(operand, fx.Node) and operand.op == "get_attr" else None
 
 
 def flatten(program: Program) -> list[Call]:
-    """All operator calls in the order in which they run."""
+    """All operator calls of a program, in the order of execution."""
     found: list[Call] = []
     for node in program.graph.nodes:
         if node.op == "call_function":
@@ -129,7 +131,7 @@ def flatten(program: Program) -> list[Call]:
 
 
 def inside(program: Program, node: fx.Node) -> Iterator[Call]:
-    """The calls of a region with the operands of its call."""
+    """The calls of a region, with the operands of the region's call."""
     region = program.regions[str(node.target)]
     outer = dict(zip((n for n in region.nodes if n.op == "placeholder"), node.args, strict=False))
 
@@ -143,7 +145,7 @@ def inside(program: Program, node: fx.Node) -> Iterator[Call]:
 
 
 def levels_of(calls: Iterable[Call]) -> list[Levels]:
-    """The quantized weights, one for each call that makes or reads one."""
+    """The quantized weights, one for each call that computes or reads one."""
     found = []
     for call in calls:
         if call.target is ops.fake_quantize_weight:
@@ -162,6 +164,7 @@ def levels_of(calls: Iterable[Call]) -> list[Levels]:
 
 
 def quantizers_of(calls: Iterable[Call]) -> list[Quantizer]:
+    """The quantizers of activations among calls, simulated and packed."""
     found = []
     for call in calls:
         if call.target in QUANTIZERS:
@@ -180,12 +183,12 @@ def quantizers_of(calls: Iterable[Call]) -> list[Quantizer]:
 
 
 def made_by(codes: Any) -> Any:
-    """The quantizer call behind an operand: of a dynamic one the operand is the first of several results."""
+    """The quantizer call behind an operand; a dynamic quantizer has several results, and the codes are the first."""
     return codes.args[0] if isinstance(codes, fx.Node) and codes.target is operator.getitem else codes
 
 
 def layers_of(calls: Iterable[Call]) -> list[Layer]:
-    """Layers on quantized operands. A simulated layer has one segment and the tables of the quantizer it reads."""
+    """The layers on quantized operands; a simulated layer has no segments or scales, which its quantizer has."""
     calls = list(calls)
     weights = {levels.call.name: levels for levels in levels_of(calls)}
     found = []
@@ -201,16 +204,16 @@ def layers_of(calls: Iterable[Call]) -> list[Layer]:
 
 
 def _made_by(weight: Any, levels: dict[str, Levels]) -> Levels | None:
-    """The levels of a weight operand: of its base where a branch is added to it."""
+    """The levels of a weight operand, or of its base where a branch is added to it."""
     if isinstance(weight, fx.Node) and weight.target is aten.add.Tensor:
         weight = weight.args[0]
     return levels.get(weight.name) if isinstance(weight, fx.Node) else None
 
 
 def weight_path(call: Call, levels: dict[str, Levels]) -> str | None:
-    """The parameter that a layer multiplies with, in any stage; None where its weight is computed.
+    """The parameter by which a layer multiplies, in any stage; None where its weight is computed.
 
-    ``levels`` are those of `levels_of` by call name. A factor of a low-rank branch goes by its own name.
+    A factor of a low-rank branch has its own store name. levels: from `levels_of`, by call name.
     """
     if call.target in PACKED_LAYERS:
         return levels[call.name].path
@@ -224,10 +227,11 @@ def weight_path(call: Call, levels: dict[str, Levels]) -> str | None:
 
 
 def factor(name: str) -> str | None:
-    """Which of `FACTORS` a store name is; None for any other tensor."""
+    """The one of `FACTORS` that a store name is; None for any other tensor."""
     part = part_of(name)
     return part if part in FACTORS else None
 
 
 def is_aten(target: Any) -> bool:
+    """Whether a target is an aten operator."""
     return isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
