@@ -1,4 +1,4 @@
-"""`mpq_compiler.compile`: a model, a folder or a diffusers pipeline in, an artifact out."""
+"""The entry point `mpq_compiler.compile`, which compiles a model, a folder or a diffusers pipeline to an artifact."""
 
 from __future__ import annotations
 
@@ -21,10 +21,19 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
 
 
 def compile(model: Any, output: str | Path, progress: Any = None, **options: Any) -> Any:
-    """Compiles ``model`` to an artifact at ``output``; options as in `driver.options.Options`.
+    """Compiles a model to an artifact.
 
-    A diffusers pipeline is given back with its denoiser replaced (`diffusers.compile_pipeline`). Raises UserError for
-    every input that cannot be compiled; nothing is left at ``output`` then.
+    Args:
+        model: a folder, a hub id, a bundled name, a `Denoiser`, or a diffusers pipeline.
+        output: the artifact, a folder or a .zip.
+        progress: opens progress bars, or None.
+        options: fields of `driver.options.Options`.
+
+    Returns:
+        The `Report`; for a pipeline the pipeline itself, with its denoiser replaced (`diffusers.compile_pipeline`).
+
+    Raises:
+        UserError: an input that cannot be compiled; nothing is left at ``output`` then.
     """
     if diffusers.part_of(model) is not None:
         return diffusers.compile_pipeline(model, output, progress, **options)

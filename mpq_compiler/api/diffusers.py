@@ -1,4 +1,4 @@
-"""Whole diffusers pipelines: their denoiser is compiled, and the artifact takes its place.
+"""Compiles the denoiser of a diffusers pipeline, and puts the artifact in its place.
 
 >>> pipeline = mpq_compiler.compile(pipeline, "out.mpq", calls=["a red fox in the snow", "a harbour"], weights=4)
 >>> pipeline("a lighthouse").images
@@ -32,7 +32,7 @@ PARTS = ("unet", "transformer")
 
 
 def part_of(pipeline: Any) -> str | None:
-    """The name of the component that denoises; None where it is no pipeline of one."""
+    """The name of a pipeline's denoiser; None for anything that is no pipeline with one."""
     return next((part for part in PARTS if isinstance(getattr(pipeline, part, None), torch.nn.Module)), None)
 
 
@@ -44,17 +44,24 @@ def compile_pipeline(
     calls: Sequence[str | Mapping[str, Any]] = (),
     **options: Any,
 ) -> Any:
-    """Compiles the denoiser of a diffusers pipeline, and gives the pipeline back with the artifact in its place.
+    """Compiles the denoiser of a diffusers pipeline, and returns the pipeline with the artifact in its place.
+
+    Notes of the compilation become warnings.
 
     Args:
-        output: where the artifact goes.
+        pipeline: on the CPU; it is changed in place.
+        output: the artifact.
+        progress: opens progress bars, or None.
         calls: what the pipeline draws for calibration, as prompts or as keyword arguments of its call. Without them the
             options must name recorded inputs, or the denoiser is sampled alone where it takes no text.
-        options: of `Options`. `steps`, `guidance` and `seed` apply to `calls` too, where those do not say otherwise.
+        options: fields of `Options`. `steps`, `guidance` and `seed` apply to `calls`, too, unless these say otherwise.
 
-    The `Report` is the artifact's, `pipeline.unet.report` or `pipeline.transformer.report`; its notes are warnings.
-    UserError: whatever `compile` refuses; a target that this machine cannot run; a pipeline on a GPU; a
-    call that the pipeline does not take.
+    Returns:
+        The pipeline; `pipeline.unet.report` or `pipeline.transformer.report` is the `Report`.
+
+    Raises:
+        UserError: whatever `compile` refuses; a target that this machine cannot run; a pipeline on a GPU; a call that
+            the pipeline does not take.
     """
     from mpq_compiler.driver.check import check
     from mpq_compiler.driver.compile import compile_denoiser
@@ -90,7 +97,7 @@ def compile_pipeline(
 
 
 def _denoiser(pipeline: Any, part: str, calibration: str | Path | None) -> Denoiser:
-    """The pipeline's denoiser, of the size and with as many tokens as in the calibration file."""
+    """Wraps the pipeline's denoiser, with the latents' size and the number of tokens of the calibration file."""
     model = getattr(pipeline, part)
     if next(model.parameters()).dtype != torch.float32:
         model = copy.deepcopy(model)  # it is compiled from float32; the pipeline keeps its own until then
@@ -108,7 +115,7 @@ def _denoiser(pipeline: Any, part: str, calibration: str | Path | None) -> Denoi
 
 
 def _draw(pipeline: Any, call: str | Mapping[str, Any], index: int, options: Mapping[str, Any]) -> None:
-    """One call of the pipeline, up to its latents where it can leave them."""
+    """Calls the pipeline once, up to the latents where it can stop there. UserError: the call fails."""
     taken = inspect.signature(pipeline.__call__).parameters
     named = {"prompt": call} if isinstance(call, str) else dict(call)
     if unknown := [name for name in named if name not in taken]:
