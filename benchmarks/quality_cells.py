@@ -14,6 +14,7 @@ from mpq_compiler.driver import lower
 from mpq_compiler.driver import options as driver_options
 from mpq_compiler.frontend import denoiser
 from mpq_compiler.ir import costs
+from mpq_compiler.passes.distill import Distill
 from mpq_compiler.pipeline import recipes
 
 RESULTS = Path(__file__).parent / "results" / "quality"
@@ -29,7 +30,7 @@ CLAIM = {"seeds": 3, "images": 1000}
 CLAIMED = ("W2A8", "W3A8", "W4A4")
 BEST = ("W2A8", "W3A6")
 """Settings at which `--effort best` is shown."""
-BEST_MINUTES = driver_options.EFFORTS["best"]["distill"]["minutes"]
+BEST_MINUTES = Distill.efforts["best"]["minutes"]
 """Of training, which stand for that effort."""
 SHOWN = "W2A8"
 """The setting of the first model of which images stand side by side."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -25,7 +25,7 @@ from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.edges import attention_edges, dynamic_edges, input_edge
 from mpq_compiler.ir.graph import CONTRACTIONS, softmax, weight_of
 from mpq_compiler.ir.program import ActivationPlan, Program, Stage, TensorStore, WeightPlan
-from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.realize import realize
 from mpq_compiler.pipeline.session import LayerTimes, Session, Times
 from mpq_compiler.quantization.fitting import activation_parameters, float_parameters
@@ -64,6 +64,15 @@ class BitAllocation(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.IDENTICAL
+    role: ClassVar[Role | None] = Role.ALLOCATES
+    settings: ClassVar[Mapping[str, str]] = {
+        "weights": "weights",
+        "bytes": "bytes",
+        "activations": "activations",
+        "bops": "bops",
+        "latency": "latency",
+        "objective": "objective",
+    }
     requires: ClassVar[frozenset[str]] = frozenset({"time-groups"})
     provides: ClassVar[frozenset[str]] = frozenset({"plan"})
     statistics: ClassVar[frozenset[Statistic]] = frozenset({RANGE, VALUES, MOMENTS})

@@ -15,7 +15,7 @@ from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.graph import arguments, function_of, operand, prune
 from mpq_compiler.ir.interpreter import Interpreter, shapes
 from mpq_compiler.ir.program import Program
-from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 
 TEXT = "encoder_hidden_states"
@@ -44,6 +44,7 @@ class BosSplit(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.REWRITE
+    role: ClassVar[Role | None] = Role.REWRITES
     requires: ClassVar[frozenset[str]] = frozenset({"channels-last"})
 
     def run(self, program: Program, session: Session) -> Program:

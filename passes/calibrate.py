@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from mpq_compiler.ir.program import Program
-from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.statistics import GRAM, RANGE, VALUES, Calibration, Collector, Statistic, collect
 from mpq_compiler.support.errors import UserError
@@ -28,6 +29,8 @@ class Calibrate(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.IDENTICAL
+    role: ClassVar[Role | None] = Role.CALIBRATES
+    settings: ClassVar[Mapping[str, str]] = {"samples": "samples", "steps": "steps"}
     requires: ClassVar[frozenset[str]] = frozenset({"channels-last"})
     provides: ClassVar[frozenset[str]] = frozenset({"calibration"})
 

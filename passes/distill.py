@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mpq_compiler.analysis.trajectory_error import TrajectoryError
 from mpq_compiler.ir import blocks as ir_blocks
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.blocks import Block
 from mpq_compiler.ir.program import Program
-from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.training import data as training_data
 from mpq_compiler.training import trainer
@@ -39,6 +39,15 @@ class Distill(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.SIMULATION
+    role: ClassVar[Role | None] = Role.TRAINS
+    settings: ClassVar[Mapping[str, str]] = {"minutes": "minutes"}
+    capped: ClassVar[frozenset[str]] = frozenset({"steps"})
+    efforts: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "none": {"minutes": 0.0},
+        "fast": {"minutes": 0.4, "latent": 0.0, "samples": 16},
+        "balanced": {"minutes": 8.0, "latent": 0.7, "epochs": 12},
+        "best": {"minutes": 30.0, "latent": 0.7, "epochs": 12},
+    }
     requires: ClassVar[frozenset[str]] = frozenset({"codes"})
     provides: ClassVar[frozenset[str]] = frozenset({"trained"})
 

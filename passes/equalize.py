@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from mpq_compiler.ir import provenance
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.passes import Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization import rewrite_gain
 from mpq_compiler.quantization.channel_scaling import Scaling
@@ -52,6 +53,10 @@ class Equalize(RewriteSearch):
         %time_proj_cat_1_scaled  = aten.mul(%time_proj_cat_1, time_proj_cat_1:equalized)
         %time_embedding_linear_1 = aten.linear(%time_proj_cat_1_scaled, .weight:equalized, .bias)
     """
+
+    role: ClassVar[Role | None] = Role.REWRITES
+    capped: ClassVar[frozenset[str]] = frozenset({"steps"})
+    width: ClassVar[str | None] = "activations"
 
     rule: Literal["search", "dilation", "smoothquant"] = "search"
     """Which factors are tried. ``dilation`` and ``smoothquant`` have those of DilateQuant, and of SmoothQuant with

@@ -13,7 +13,7 @@ from mpq_compiler.ir import ops, views
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.graph import CONTRACTIONS, arguments, operand, prune
 from mpq_compiler.ir.program import Program, Stage
-from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 
 _SIMULATED = (ops.fake_quantize, ops.dynamic_fake_quantize)
@@ -36,6 +36,8 @@ class FoldFakeQuant(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.EXACT
+    role: ClassVar[Role | None] = Role.PACKS
+    decides_kernels: ClassVar[bool] = True
     requires: ClassVar[frozenset[str]] = frozenset({"codes"})
     provides: ClassVar[frozenset[str]] = frozenset({"packed"})
 

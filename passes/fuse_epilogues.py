@@ -13,7 +13,7 @@ from mpq_compiler.ir.aten import aten, is_pointwise
 from mpq_compiler.ir.graph import operand
 from mpq_compiler.ir.interpreter import shapes
 from mpq_compiler.ir.program import Program
-from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 
 ANCHORS: dict[Callable[..., Any], str] = {
@@ -51,6 +51,8 @@ class FuseEpilogues(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.EXACT
+    role: ClassVar[Role | None] = Role.PACKS
+    decides_kernels: ClassVar[bool] = True
     requires: ClassVar[frozenset[str]] = frozenset({"packed"})
     provides: ClassVar[frozenset[str]] = frozenset({"regions"})
 

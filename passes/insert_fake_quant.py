@@ -15,7 +15,7 @@ from mpq_compiler.ir.costs import stored_dtype, weight_path
 from mpq_compiler.ir.edges import attention_arguments, attention_edges, input_edge
 from mpq_compiler.ir.graph import function_of, operand, softmax, weight_of
 from mpq_compiler.ir.program import BOUNDARIES, ActivationPlan, Program, Stage
-from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.settle import attributes
 
@@ -38,6 +38,8 @@ class InsertFakeQuant(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.SIMULATION
+    role: ClassVar[Role | None] = Role.SIMULATES
+    decides_kernels: ClassVar[bool] = True
     requires: ClassVar[frozenset[str]] = frozenset({"plan"})
     provides: ClassVar[frozenset[str]] = frozenset({"fake-quant"})
 

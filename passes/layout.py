@@ -16,7 +16,7 @@ from mpq_compiler.ir.editor import Editor, bound
 from mpq_compiler.ir.graph import arguments, copy_graph, merge_equal, operand, prune, weight_of
 from mpq_compiler.ir.layout_algebra import ONE, Chain, Step, follow
 from mpq_compiler.ir.program import Program, Stage
-from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support.errors import UserError
 
@@ -43,6 +43,7 @@ class Layout(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.REWRITE
+    role: ClassVar[Role | None] = Role.REWRITES
     requires: ClassVar[frozenset[str]] = frozenset({"graph"})
     provides: ClassVar[frozenset[str]] = frozenset({"channels-last"})
 

@@ -13,7 +13,7 @@ from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.graph import function_of, operand, prune
 from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.views import FAKE_QUANTIZERS
-from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import REST
 from mpq_compiler.quantization.settle import Open, attributes, fit_unsettled
@@ -39,6 +39,8 @@ class LowRank(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.SIMULATION
+    role: ClassVar[Role | None] = Role.SIMULATES
+    decides_kernels: ClassVar[bool] = True
     requires: ClassVar[frozenset[str]] = frozenset({"fake-quant"})
     provides: ClassVar[frozenset[str]] = frozenset({"low-rank"})
     statistics: ClassVar[frozenset[Statistic]] = frozenset({GRAM})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +20,7 @@ from mpq_compiler.ir.graph import function_of, operand, softmax
 from mpq_compiler.ir.interpreter import run, shapes
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.options import make
-from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.statistics import Calibration
 from mpq_compiler.support import cache
@@ -53,6 +54,8 @@ class Numerics(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.IDENTICAL
+    role: ClassVar[Role | None] = Role.CHOOSES_NUMERICS
+    settings: ClassVar[Mapping[str, str]] = {"numerics": "mode"}
     requires: ClassVar[frozenset[str]] = frozenset({"plan"})
     provides: ClassVar[frozenset[str]] = frozenset({"numerics"})
 

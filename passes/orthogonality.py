@@ -15,7 +15,7 @@ from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.edges import input_edge
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import Program
-from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.requests import Activations
 from mpq_compiler.quantization.statistics import Calibration
@@ -39,6 +39,8 @@ class Orthogonality(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.IDENTICAL
+    role: ClassVar[Role | None] = Role.MEASURES
+    width: ClassVar[str | None] = "activations"
     requires: ClassVar[frozenset[str]] = frozenset({"calibration"})
     provides: ClassVar[frozenset[str]] = frozenset({"orthogonality"})
 

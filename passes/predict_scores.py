@@ -23,7 +23,7 @@ from mpq_compiler.ir.costs import weight_bytes
 from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import Program
-from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.statistics import GRAM, RANGE, VALUES, Calibration, Statistic, fingerprint
 from mpq_compiler.support import cache
@@ -52,6 +52,7 @@ class PredictScores(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.IDENTICAL
+    role: ClassVar[Role | None] = Role.MEASURES
     requires: ClassVar[frozenset[str]] = frozenset({"calibration", "time-groups"})
     provides: ClassVar[frozenset[str]] = frozenset({"scores"})
     statistics: ClassVar[frozenset[Statistic]] = frozenset({RANGE, VALUES, GRAM})

@@ -11,7 +11,7 @@ from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.graph import prune
 from mpq_compiler.ir.program import Program
-from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.settle import Open, attributes, fit_unsettled, settle
 
@@ -30,6 +30,7 @@ class ResidualBranch(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.SIMULATION
+    role: ClassVar[Role | None] = Role.SIMULATES
     requires: ClassVar[frozenset[str]] = frozenset({"fake-quant"})
     provides: ClassVar[frozenset[str]] = frozenset({"residuals"})
 

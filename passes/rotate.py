@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -13,6 +13,7 @@ from mpq_compiler.ir import ops, provenance
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.graph import prune, weight_of
 from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.passes import Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization import rewrite_gain
 from mpq_compiler.quantization.channel_scaling import sharing
@@ -36,6 +37,10 @@ class Rotate(RewriteSearch):
         %mid_block_attentions_0_group_norm_rotated = mpq::hadamard(%mid_block_attentions_0_group_norm, block=64)
         %mid_block_attentions_0_to_q               = aten.linear(%mid_block_attentions_0_group_norm_rotated, ...)
     """
+
+    role: ClassVar[Role | None] = Role.REWRITES
+    capped: ClassVar[frozenset[str]] = frozenset({"steps"})
+    width: ClassVar[str | None] = "activations"
 
     rule: Literal["search", "everywhere"] = "search"
     """``everywhere`` rotates what all layers read, whether they gain or not."""

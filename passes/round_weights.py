@@ -10,7 +10,7 @@ from mpq_compiler.formats import base, floating, low_rank
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.graph import prune
 from mpq_compiler.ir.program import Program
-from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import Rounding
 from mpq_compiler.quantization.requests import Requests
@@ -37,6 +37,8 @@ class RoundWeights(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.SIMULATION
+    role: ClassVar[Role | None] = Role.ROUNDS
+    decides_kernels: ClassVar[bool] = True
     requires: ClassVar[frozenset[str]] = frozenset({"fake-quant"})
     provides: ClassVar[frozenset[str]] = frozenset({"codes"})
     statistics: ClassVar[frozenset[Statistic]] = frozenset({MOMENTS})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,7 +25,7 @@ from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.edges import attention_arguments, dynamic_edges, input_edge
 from mpq_compiler.ir.graph import operand, softmax
 from mpq_compiler.ir.program import Program
-from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import (
     Rounding,
@@ -84,6 +84,10 @@ class Sensitivity(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.IDENTICAL
+    role: ClassVar[Role | None] = Role.MEASURES
+    width: ClassVar[str | None] = "activations"
+    settings: ClassVar[Mapping[str, str]] = {"sensitivity": "sensitivity"}
+    efforts: ClassVar[Mapping[str, Mapping[str, Any]]] = {"fast": {"inputs": 16}}
     requires: ClassVar[frozenset[str]] = frozenset({"calibration", "time-groups"})
     provides: ClassVar[frozenset[str]] = frozenset({"sensitivity"})
     statistics: ClassVar[frozenset[Statistic]] = frozenset({RANGE, VALUES, GRAM})

@@ -13,7 +13,7 @@ from mpq_compiler.ir.aten import aten, is_movement, is_pointwise
 from mpq_compiler.ir.graph import arguments, function_of, merge_equal, operand, prune, weight_of
 from mpq_compiler.ir.interpreter import shapes
 from mpq_compiler.ir.program import Program
-from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 
 CONCATENATIONS = (aten.cat.default, aten.concat.default)
@@ -38,6 +38,7 @@ class SplitShortcut(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.REWRITE
+    role: ClassVar[Role | None] = Role.REWRITES
     requires: ClassVar[frozenset[str]] = frozenset({"channels-last"})
 
     channels: int = 16

@@ -9,9 +9,8 @@ from mpq_compiler import formats
 from mpq_compiler.analysis.trajectory_error import TrajectoryError
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.program import Program
-from mpq_compiler.pipeline import options
-from mpq_compiler.pipeline.passes import Contract, Pass
-from mpq_compiler.pipeline.realize import realize
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
+from mpq_compiler.pipeline.realize import realize, uniform
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.statistics import MOMENTS, RANGE, VALUES, Statistic
 
@@ -32,6 +31,8 @@ class TimeGains(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.IDENTICAL
+    role: ClassVar[Role | None] = Role.GROUPS_TIME
+    width: ClassVar[str | None] = "activations"
     requires: ClassVar[frozenset[str]] = frozenset({"time-groups"})
     provides: ClassVar[frozenset[str]] = frozenset({"time-gains"})
     statistics: ClassVar[frozenset[Statistic]] = frozenset({RANGE, VALUES, MOMENTS})
@@ -54,8 +55,8 @@ class TimeGains(Pass):
         if image_error is None:
             program.note("time-gains: nothing can be drawn here, and errors at all times count alike")
             return program
-        plan = {"uniform": self.weights, "activations": float(self.activations)}
-        planned = options.make("bit-allocation", plan).run(program, replace(session, progress=None, latency=None))
+        plan = uniform(self.weights, activations=float(self.activations))
+        planned = plan.run(program, replace(session, progress=None, latency=None))
         measured = image_error.gains(realize(planned, session))
         largest = max(gain for _, gain in measured)
         found = [(time, float(f"{gain / largest:.5e}")) for time, gain in measured]

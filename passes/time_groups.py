@@ -11,7 +11,7 @@ from torch import Tensor
 from mpq_compiler.formats import activation
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.program import BOUNDARIES, Program
-from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.statistics import RANGE, VALUES, Calibration, Statistic
 
@@ -33,6 +33,8 @@ class TimeGroups(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.IDENTICAL
+    role: ClassVar[Role | None] = Role.GROUPS_TIME
+    width: ClassVar[str | None] = "bits"
     requires: ClassVar[frozenset[str]] = frozenset({"calibration"})
     provides: ClassVar[frozenset[str]] = frozenset({"time-groups"})
     statistics: ClassVar[frozenset[Statistic]] = frozenset({RANGE, VALUES})

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.graph import copy_graph, merge_equal, operand, prune
 from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
-from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support.errors import UserError
 
@@ -45,6 +45,7 @@ class Trace(Pass):
     """
 
     contract: ClassVar[Contract] = Contract.IDENTICAL
+    role: ClassVar[Role | None] = Role.REWRITES
     provides: ClassVar[frozenset[str]] = frozenset({"graph"})
 
     def run(self, program: Program, session: Session) -> Program:

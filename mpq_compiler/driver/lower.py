@@ -15,7 +15,7 @@ from mpq_compiler.driver.dump_writer import Writer
 from mpq_compiler.driver.held_out import held_out, spread
 from mpq_compiler.driver.instruments import observe
 from mpq_compiler.driver.options import Options, parse_shapes
-from mpq_compiler.driver.resolve import MEASURING, resolve
+from mpq_compiler.driver.resolve import resolve, with_role
 from mpq_compiler.frontend import calibration_file
 from mpq_compiler.frontend import denoiser as denoisers
 from mpq_compiler.frontend.denoiser import Denoiser
@@ -25,7 +25,7 @@ from mpq_compiler.latency import table as latency_table
 from mpq_compiler.latency.candidates import Latency
 from mpq_compiler.pipeline import manager
 from mpq_compiler.pipeline.manager import Instrument, Record
-from mpq_compiler.pipeline.passes import Pass
+from mpq_compiler.pipeline.passes import Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.support.errors import UserError
@@ -97,8 +97,8 @@ def lower(denoiser: Denoiser, options: Options, progress: Any = None, passes: li
     if table is not None:
         sensitivity_table.require_of(table, denoiser.name, denoiser.parameters)
     everything = resolve(options)  # though some may not run
-    budgets = next((p.options() for p in everything if p.name() == "bit-allocation"), {})
-    timed = options.latency_table is not None or budgets.get("latency") is not None
+    allocator = with_role(everything, Role.ALLOCATES)
+    timed = options.latency_table is not None or getattr(allocator, "latency", None) is not None
     latency = layer_times(denoiser, options, everything, progress) if timed else None
     session = Session(
         denoiser=denoiser,
@@ -107,7 +107,7 @@ def lower(denoiser: Denoiser, options: Options, progress: Any = None, passes: li
         else calibration_file.split(calibration_file.load(denoiser, options.calibration))[0],
         sensitivity=table,
         latency=latency,
-        numerics=targets.numerics_of(options.target) if any(p.name() == "numerics" for p in passes) else (),
+        numerics=targets.numerics_of(options.target) if with_role(passes, Role.CHOOSES_NUMERICS) else (),
         steps=options.steps,
         seed=options.seed,
         jobs=options.jobs,
@@ -139,9 +139,10 @@ def layer_times(
     target = targets.resolve(options.target)
     batches, *_ = parse_shapes(options.shapes).values()
     kinds: tuple[str, ...] = (F32,)
-    fast = next((p.options() for p in passes if p.name() == "numerics" and p.options()["mode"] == "fast"), None)
-    if fast is not None:
-        kinds += tuple(kind for kind in fast["kinds"] if kind in targets.numerics_of(options.target))
+    chooser = with_role(passes, Role.CHOOSES_NUMERICS)
+    chosen = {} if chooser is None else chooser.options()
+    if chosen.get("mode") == "fast":
+        kinds += tuple(kind for kind in chosen["kinds"] if kind in targets.numerics_of(options.target))
     return Latency(
         target, denoiser, passes, latency_table_of(options, target), batch or min(batches), options.threads or 1, kinds,
         options.jobs, options.cache, progress,
@@ -160,9 +161,7 @@ def latency_table_of(options: Options, target: targets.Target) -> latency_table.
 
 def _check_budget(program: Program, passes: Sequence[Pass], latency: Latency | None = None) -> None:
     """UserError for a budget of bytes or time that no allocation meets, before the long measurement that one needs."""
-    options = {p.name(): p for p in passes}
-    allocation = options.get("bit-allocation")
-    measuring = next((options[name] for name in MEASURING if name in options), None)
+    allocation, measuring = with_role(passes, Role.ALLOCATES), with_role(passes, Role.MEASURES)
     if allocation is None or measuring is None:
         return
     measured: Sequence[str] = getattr(measuring, "formats", ())

@@ -21,7 +21,7 @@ from mpq_compiler.ir.program import Program
 from mpq_compiler.latency import kernel_schedule
 from mpq_compiler.pipeline import parser
 from mpq_compiler.pipeline.backend import Built
-from mpq_compiler.pipeline.passes import Pass
+from mpq_compiler.pipeline.passes import Pass, Role
 from mpq_compiler.sampling import text_encoder
 from mpq_compiler.targets import table as targets
 
@@ -122,7 +122,7 @@ def _calibration(denoiser: Denoiser, planned: Program, options: Options, passes:
     found: dict[str, Any] = {"seed": options.seed, "inputs": len(planned.facts["calibration"].timesteps)}
     if options.calibration is not None:
         return found | calibration_file.stated(options.calibration)
-    calibrate = next(step.options() for step in passes if step.name() == "calibrate")
+    calibrate = next(step.options() for step in passes if step.role is Role.CALIBRATES)
     guidance = denoiser.conditioning.usual_guidance() if denoiser.guidance is None else denoiser.guidance
     sampled = {"scheduler": denoiser.scheduler.solver, "guidance": guidance}
     conditions = {} if options.conditions is None else {"conditions": calibration_file.sha256(options.conditions)}

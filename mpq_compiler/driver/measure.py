@@ -13,16 +13,17 @@ from mpq_compiler.allocation import costs, sensitivity_table
 from mpq_compiler.artifact.bundle import Artifact
 from mpq_compiler.driver.lower import layer_times, load_denoiser, lower
 from mpq_compiler.driver.options import Options
-from mpq_compiler.driver.resolve import MEASURING, resolve
+from mpq_compiler.driver.resolve import resolve, with_role
 from mpq_compiler.frontend import calibration_file
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir.interpreter import single_threaded
 from mpq_compiler.ir.program import Program, Stage, TensorStore
 from mpq_compiler.latency import remote
 from mpq_compiler.latency import table as latency_table
-from mpq_compiler.latency.candidates import LOWERED, require_kernels, runnable
+from mpq_compiler.latency.candidates import require_kernels, runnable
 from mpq_compiler.latency.measure import measured
 from mpq_compiler.pipeline import manager
+from mpq_compiler.pipeline.passes import Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.quantization.statistics import RANGE, VALUES
@@ -38,11 +39,12 @@ def measure_sensitivity(model: str | Path | Denoiser, progress: Any = None, **op
     """The sensitivity table of a model: runs the recipe's passes up to `sensitivity` (docs: `sensitivity_table`)."""
     chosen = Options(**options)
     passes = resolve(chosen)
-    names = [p.name() for p in passes]
-    if "sensitivity" not in names:
-        raise UserError(f"the recipe has no pass 'sensitivity' to measure with: {', '.join(names)}")
+    end = next((i for i, p in enumerate(passes, 1) if "sensitivity" in p.settings), None)
+    if end is None:
+        names = ", ".join(p.name() for p in passes)
+        raise UserError(f"the recipe has no pass 'sensitivity' to measure with: {names}")
     denoiser = load_denoiser(model, chosen)
-    lowering = lower(denoiser, chosen, progress, passes[: names.index("sensitivity") + 1])
+    lowering = lower(denoiser, chosen, progress, passes[:end])
     program, measured = lowering.program, lowering.program.facts["sensitivity"]
     dynamic = measured.get("dynamic", False)
     table = costs.describe(program, dynamic, floating=measured.get("floating", False))
@@ -103,14 +105,13 @@ def candidate_plans(
             f"{', '.join(missing)}: add --rpc HOST:PORT of one (docs/latency.md)"
         )
     denoiser = load_denoiser(model, chosen)
-    measuring = next((p for p in passes if p.name() in MEASURING), None)
-    allocation = next((p for p in passes if p.name() == "bit-allocation"), None)
-    if allocation is None or not {p.name() for p in passes} >= LOWERED - {"low-rank", "fuse-epilogues"}:
+    measuring, allocation = with_role(passes, Role.MEASURES), with_role(passes, Role.ALLOCATES)
+    if allocation is None or not {p.role for p in passes} >= {Role.SIMULATES, Role.ROUNDS, Role.PACKS}:
         raise UserError("the pipeline packs nothing that has times: it needs 'bit-allocation' to 'fold-fake-quant'")
     uniform = allocation.options().get("uniform")
     names = list(formats or ([uniform] if uniform else measuring.options()["formats"] if measuring else ["int8"]))
     times = layer_times(denoiser, chosen, passes, progress, batch)
-    front = [p for p in passes[: passes.index(allocation)] if p.name() not in MEASURING]
+    front = [p for p in passes[: passes.index(allocation)] if p.role is not Role.MEASURES]
     session = Session(
         denoiser,
         denoiser.random_inputs(ENOUGH_TO_RUN)

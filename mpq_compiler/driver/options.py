@@ -5,19 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mpq_compiler.support.errors import UserError
 
 DEFAULT_BATCHES = (1, 2)
 MOST_SEED = 2**31 - 1
-EFFORTS: dict[str, dict[str, dict[str, Any]]] = {
-    "none": {"distill": {"minutes": 0.0}},
-    "fast": {"distill": {"minutes": 0.4, "latent": 0.0, "samples": 16}, "sensitivity": {"inputs": 16}},
-    "balanced": {"distill": {"minutes": 8.0, "latent": 0.7, "epochs": 12}},
-    "best": {"distill": {"minutes": 30.0, "latent": 0.7, "epochs": 12}},
-}
-"""Options of passes by the name of an effort; all of `fast` takes two minutes more than rounding to nearest."""
+EFFORTS = ("none", "fast", "balanced", "best")
+"""How much is trained; passes say what each means for them (`Pass.efforts`)."""
 
 
 @dataclass

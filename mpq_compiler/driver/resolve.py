@@ -1,79 +1,133 @@
-"""The passes of a recipe, with the command line's options over it."""
+"""The passes of a recipe, with the command line's settings over it.
+
+Passes say themselves which settings reach which of their options (`Pass.settings`, `capped`, `width`, `efforts`).
+"""
 
 from __future__ import annotations
+
+import typing
+from collections.abc import Sequence
+from typing import Any
 
 from mpq_compiler.driver import budgets
 from mpq_compiler.driver.options import EFFORTS, MOST_SEED, Options
 from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
-from mpq_compiler.pipeline import manager, recipes
-from mpq_compiler.pipeline import options as pipeline_options
-from mpq_compiler.pipeline.passes import Pass
+from mpq_compiler.pipeline import manager, registry
+from mpq_compiler.pipeline import recipes as recipe_files
+from mpq_compiler.pipeline.options import make
+from mpq_compiler.pipeline.passes import Pass, Role
+from mpq_compiler.pipeline.recipes import Recipe
 from mpq_compiler.sampling.conditioning import require_guidance
 from mpq_compiler.support.errors import UserError, nearest
 
-MEASURING = ("sensitivity", "predict-scores", "orthogonality")
-"""Passes that say between which formats is chosen."""
-
 
 def resolve(options: Options) -> list[Pass]:
-    """The passes of the recipe, with the command line's options over it."""
+    """The passes of the recipe, with the settings of the options over it.
+
+    UserError: a setting that no pass of the recipe takes, or a value that is out of range.
+    """
     by_hand = options.pipeline
-    recipe = recipes.load(options.recipe) if by_hand is None else recipes.from_pipeline(by_hand)
+    recipe = recipe_files.load(options.recipe) if by_hand is None else recipe_files.from_pipeline(by_hand)
     require_guidance(options.guidance)
     if not 0 <= options.seed <= MOST_SEED:
         raise UserError(f"--seed {options.seed} must be 0 to {MOST_SEED}")
     if options.sensitivity is not None:
-        recipe.require("sensitivity", "sensitivity")
-        if (uniform := recipe.options.get("bit-allocation", {}).get("uniform")) not in (None, "none"):
-            raise UserError(f"--sensitivity changes nothing where every layer has the format {uniform}: leave it out")
-    bits, size = budgets.parse_budget(options.weights)
-    if bits is not None or size is not None:
-        recipe = recipe.override("bit-allocation", weights=bits if bits is not None else "none", bytes=size)
-    recipe = recipe.override(
-        "bit-allocation",
-        activations=options.activations,
-        bops=budgets.parse_bops(options.bops),
-        latency=budgets.parse_latency(options.latency),
-        objective=options.objective,
-    )
-    recipe = recipe.override("calibrate", samples=options.samples, steps=options.steps)
-    if options.steps is not None:  # what else is sampled has no other times than those of so few steps
-        for name in ("equalize", "rotate", "distill"):
-            if name in recipe.pipeline:
-                usual = pipeline_options.make(name, recipe.options.get(name, {})).options()["steps"]
-                recipe = recipe.override(name, steps=min(usual, options.steps))
-    if options.numerics != "portable" or "numerics" in recipe.pipeline:
-        recipe = recipe.override("numerics", mode=options.numerics)
+        recipe = _require_choice(recipe)
+    recipe = _with_budgets(recipe, options)
+    recipe = _with_settings(recipe, samples=options.samples, steps=options.steps)
+    if options.steps is not None:
+        recipe = _with_fewer_steps(recipe, options.steps)
+    if options.numerics != "portable" or _taker(recipe, "numerics").name() in recipe.pipeline:
+        recipe = _with_settings(recipe, numerics=options.numerics)
     if options.activations is not None and options.activations < 8:
         recipe = _with_width(recipe, options.activations)
     if options.effort is not None:
-        if options.effort not in EFFORTS:
-            raise UserError(f"--effort '{options.effort}' is not known: {nearest(options.effort, EFFORTS)}")
-        for name, given in EFFORTS[options.effort].items():
-            if name == "distill" or name in recipe.pipeline:
-                stated = recipe.options.get(name, {}).keys() - {"minutes"}  # what a recipe is, it stays
-                recipe = recipe.override(name, **{o: value for o, value in given.items() if o not in stated})
-    recipe = recipe.override("distill", minutes=options.minutes)
+        recipe = _with_effort(recipe, options.effort)
+    recipe = _with_settings(recipe, minutes=options.minutes)
     passes = recipe.passes()
     manager.check(passes)
     return passes
 
 
-def _with_width(recipe: recipes.Recipe, activations: float) -> recipes.Recipe:
+def _passes_of(recipe: Recipe) -> list[type[Pass]]:
+    return [registry.find(name) for name in recipe.pipeline]
+
+
+def _taker(recipe: Recipe, setting: str) -> type[Pass]:
+    """The pass that takes a setting: one of the recipe or, where it has none, the built-in one that is missed."""
+    return next(step for step in (*_passes_of(recipe), *registry.built_in()) if setting in step.settings)
+
+
+def _with_settings(recipe: Recipe, **settings: Any) -> Recipe:
+    """The recipe with every setting that is not None; those of one pass are set together."""
+    by_pass: dict[str, dict[str, Any]] = {}
+    for setting, value in settings.items():
+        taker = _taker(recipe, setting)
+        by_pass.setdefault(taker.name(), {})[taker.settings[setting]] = value
+    for name, values in by_pass.items():
+        recipe = recipe.override(name, **values)
+    return recipe
+
+
+def _require_choice(recipe: Recipe) -> Recipe:
+    """The recipe, if it has a pass for a measured table and a choice to make by it. UserError: it has not."""
+    taker = _taker(recipe, "sensitivity")
+    recipe.require(taker.name(), taker.settings["sensitivity"])
+    allocator = _taker(recipe, "weights").name()
+    if (uniform := recipe.options.get(allocator, {}).get("uniform")) not in (None, "none"):
+        raise UserError(f"--sensitivity changes nothing where every layer has the format {uniform}: leave it out")
+    return recipe
+
+
+def _with_budgets(recipe: Recipe, options: Options) -> Recipe:
+    """The recipe with the budgets of the options in place of its own."""
+    bits, size = budgets.parse_budget(options.weights)
+    if bits is not None or size is not None:
+        recipe = _with_settings(recipe, weights=bits if bits is not None else "none", bytes=size)
+    return _with_settings(
+        recipe,
+        activations=options.activations,
+        bops=budgets.parse_bops(options.bops),
+        latency=budgets.parse_latency(options.latency),
+        objective=options.objective,
+    )
+
+
+def _with_fewer_steps(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe in which no pass samples in more steps: calibration has no other times than those of so few."""
+    for step in _passes_of(recipe):
+        if "steps" in step.capped:
+            usual = make(step.name(), recipe.options.get(step.name(), {})).options()["steps"]
+            recipe = recipe.override(step.name(), steps=min(usual, steps))
+    return recipe
+
+
+def _with_effort(recipe: Recipe, effort: str) -> Recipe:
+    """The recipe with what its passes do for an effort; what the recipe says itself stays, but for the minutes."""
+    if effort not in EFFORTS:
+        raise UserError(f"--effort '{effort}' is not known: {nearest(effort, EFFORTS)}")
+    trainer = _taker(recipe, "minutes")
+    for step in dict.fromkeys([trainer, *_passes_of(recipe)]):
+        stated = recipe.options.get(step.name(), {}).keys() - {"minutes"}
+        given = {option: value for option, value in step.efforts.get(effort, {}).items() if option not in stated}
+        recipe = recipe.override(step.name(), **given)
+    return recipe
+
+
+def _with_width(recipe: Recipe, activations: float) -> Recipe:
     """The recipe for a budget of so many average bits of activations; what it says itself of widths stays."""
-    plan, width = recipe.options.get("bit-allocation", {}), max(2, min(8, round(activations)))
+    plan, width = recipe.options.get(_taker(recipe, "activations").name(), {}), max(2, min(8, round(activations)))
     least = LEAST_FLOAT_BITS if plan.get("activation_format") == "float" else 2
     measured = (width,) if plan.get("mixed") is False else tuple(range(least, 9))
-    for name, option, value in (
-        ("equalize", "activations", width),
-        ("rotate", "activations", width),
-        ("time-groups", "bits", width),
-        ("time-gains", "activations", width),
-        ("sensitivity", "activations", measured),
-        ("orthogonality", "activations", measured),
-    ):
-        if name in recipe.pipeline:
-            usual = getattr(pipeline_options.make(name, {}), option)
-            if recipe.options.get(name, {}).get(option, usual) == usual:
-                recipe = recipe.override(name, **{option: value})
+    for step in _passes_of(recipe):
+        if step.width is not None:
+            several = typing.get_origin(typing.get_type_hints(step)[step.width]) is tuple
+            usual = getattr(make(step.name(), {}), step.width)
+            if recipe.options.get(step.name(), {}).get(step.width, usual) == usual:
+                recipe = recipe.override(step.name(), **{step.width: measured if several else width})
     return recipe
+
+
+def with_role(passes: Sequence[Pass], role: Role) -> Pass | None:
+    """The first of the passes that has the role; None where none has."""
+    return next((step for step in passes if step.role is role), None)

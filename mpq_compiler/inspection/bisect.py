@@ -15,7 +15,8 @@ import numpy as np
 
 from mpq_compiler.analysis.teacher_forcing import ROUNDING
 from mpq_compiler.inspection.dumps import OUTPUT, Dump
-from mpq_compiler.pipeline.passes import Contract
+from mpq_compiler.pipeline import registry
+from mpq_compiler.pipeline.passes import Contract, Role
 from mpq_compiler.support.errors import UserError
 
 HALF_BIT, ONE_BIT, TWO_BITS = 2.0, 4.0, 16.0
@@ -34,9 +35,6 @@ KINDS = ("groups", "table", "rows", "weight", "finite", "call", "leftover", "val
 LASTING = frozenset({"groups", "rows", "weight", "call", "leftover"})
 """The kinds that show again after later passes."""
 
-
-TRAINING = ("distill",)
-"""Passes that move weights and leftovers away from the float model on purpose; held-out calls judge these."""
 
 
 @dataclass(frozen=True)
@@ -129,13 +127,19 @@ def _findings(dump: Dump, earlier: Sequence[Dump]) -> Iterator[Finding]:
     yield from _groups(dump, before)
     yield from _tables(dump, before)
     yield from _finite(dump, before)
-    if dump.name in TRAINING:
+    if _trains(dump.name):
         return
     if dump.about["contract"] == Contract.SIMULATION:
         yield from _weights(dump)
         yield from _calls(dump)
     else:
         yield from _values(dump)
+
+
+def _trains(name: str) -> bool:
+    """Whether the pass moves weights and leftovers away from the float model on purpose; held-out calls judge these."""
+    known, _ = registry.usable()
+    return name in known and known[name].role is Role.TRAINS
 
 
 def _groups(dump: Dump, before: Dump | None) -> Iterator[Finding]:

@@ -29,9 +29,9 @@ from mpq_compiler.ir.program import Program, TensorStore
 from mpq_compiler.latency import kernel_schedule
 from mpq_compiler.latency.measure import measured, versions
 from mpq_compiler.latency.table import CALL, Table, timed_as
-from mpq_compiler.pipeline import options
+from mpq_compiler.pipeline import realize
 from mpq_compiler.pipeline.backend import BuildRequest, TimedBackend, backend_of
-from mpq_compiler.pipeline.passes import Pass
+from mpq_compiler.pipeline.passes import Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import REST, Rounding
 from mpq_compiler.quantization.statistics import Calibration
@@ -44,8 +44,6 @@ from mpq_compiler.targets import table as targets
 from mpq_compiler.targets.numerics import F32
 from mpq_compiler.targets.table import Target
 
-LOWERED = frozenset({"insert-fake-quant", "low-rank", "round-weights", "fold-fake-quant", "fuse-epilogues"})
-"""The passes after `bit-allocation` that decide which kernels run; other passes decide values."""
 QUANTIZED = "_q"
 """The suffix of a node that yields the codes of an edge."""
 
@@ -171,9 +169,9 @@ class Latency:
             "fits": _forms(program, formats.get(name)),
             "activation-fits": program.facts.setdefault("activation-fits", {}),
         }
-        index = next(i for i, step in enumerate(self.passes) if step.name() == "bit-allocation")
-        plan = options.make("bit-allocation", {"uniform": name, "dynamic": dynamic})
-        steps = [plan, *(step for step in self.passes[index:] if step.name() in LOWERED)]
+        index = next(i for i, step in enumerate(self.passes) if step.role is Role.ALLOCATES)
+        plan = realize.uniform(name, type(self.passes[index]), dynamic=dynamic)
+        steps = [plan, *(step for step in self.passes[index:] if step.decides_kernels)]
         session = Session(self.denoiser)
         for step in steps:
             start = step.run(start, session)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -31,6 +32,31 @@ class Contract(StrEnum):
     """The program before, executed in exact mode, gives the same bits."""
 
 
+class Role(StrEnum):
+    """What a pass does for the pipeline. Whoever runs pipelines asks for roles, never for names."""
+
+    REWRITES = "rewrites"
+    """Changes how the float program is written."""
+    CALIBRATES = "calibrates"
+    """Records inputs, and the statistics that the pipeline requests."""
+    GROUPS_TIME = "groups time"
+    """Decides on the time groups, or on how much times count."""
+    MEASURES = "measures"
+    """Says what each format costs; its option ``formats`` names those to choose from."""
+    ALLOCATES = "allocates"
+    """Chooses a format for every layer and edge, under budgets; ``uniform`` and ``dynamic`` are among its options."""
+    CHOOSES_NUMERICS = "chooses numerics"
+    """Chooses the arithmetic of attentions and float layers; its options are ``mode`` and ``kinds``."""
+    SIMULATES = "simulates"
+    """Inserts quantizers and branches."""
+    ROUNDS = "rounds"
+    """Chooses the codes of weights."""
+    TRAINS = "trains"
+    """Moves stored values away from the float model's, on purpose; held-out inputs judge it."""
+    PACKS = "packs"
+    """Writes the program on codes."""
+
+
 @dataclass(frozen=True)
 class Pass(ABC):
     """One step of the compiler. The docstring of a pass states its purpose, its source and a before/after excerpt."""
@@ -41,6 +67,20 @@ class Pass(ABC):
     provides: ClassVar[frozenset[str]] = frozenset()
     statistics: ClassVar[frozenset[Statistic]] = frozenset()
     """Calibration statistics the pass reads; what the whole pipeline asks for is collected once."""
+    role: ClassVar[Role | None] = None
+    """What it does for the pipeline; None where nobody needs to know."""
+    decides_kernels: ClassVar[bool] = False
+    """Whether it decides on which kernels are called, not only on their values; latency tables are measured with it."""
+    settings: ClassVar[Mapping[str, str]] = {}
+    """Options by the setting of a compilation that sets them: ``{"numerics": "mode"}``. A recipe without the pass
+    refuses the setting. One that is no option reaches the pass by the session."""
+    capped: ClassVar[frozenset[str]] = frozenset()
+    """Options that a compilation's setting of the same name lowers and never raises."""
+    width: ClassVar[str | None] = None
+    """The option with the width of activations to decide for, or a tuple of widths; a budget of activations sets it
+    where the recipe leaves the default."""
+    efforts: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Options by the name of an effort, where the recipe states none."""
 
     @classmethod
     def name(cls) -> str:

@@ -51,6 +51,11 @@ def _load(entry: EntryPoint) -> type[Pass]:
     return loaded
 
 
+def built_in() -> list[type[Pass]]:
+    """The built-in passes, in the order in which the default recipe runs them."""
+    return [find(name) for name in BUILT_IN]
+
+
 def all_names() -> list[str]:
     """The names of all passes, in pipeline order, third-party ones last, those among them that cannot be used too."""
     return [*BUILT_IN, *sorted({e.name for e in plugins.of(ENTRY_POINTS)} - {*BUILT_IN})]
