@@ -355,7 +355,7 @@ def test_when_the_time_ends_the_best_so_far_is_returned_with_its_gap():
 def test_ctrl_c_ends_the_search():
     script = (
         "import signal, threading, time; from tests.allocation.test_solver import hard_problem; "
-        "from mpq_compiler.allocation.problem import solve; begun = time.monotonic(); "
+        "from mpq_compiler.allocation.solver import solve; begun = time.monotonic(); "
         "threading.Timer(1, signal.raise_signal, [signal.SIGINT]).start()\n"
         "try: solve(hard_problem(), gap=0.0)\n"
         "except KeyboardInterrupt: print('interrupted', time.monotonic() - begun < 20)"
@@ -466,7 +466,7 @@ def test_files(tmp_path):
 
 def test_allocates_without_torch():
     code = (
-        "import sys; from mpq_compiler.allocation.problem import *; "
+        "import sys; from mpq_compiler.allocation.problem import *; from mpq_compiler.allocation.solver import *; "
         "solve(Problem((Layer('a', (Choice('b', 0.0, {'c': 1.0}),)),), (Budget('c', 1.0),))); "
         "assert 'torch' not in sys.modules"
     )

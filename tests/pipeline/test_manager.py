@@ -138,7 +138,7 @@ def distribution(folder: Path, entry: str, source: str = "") -> None:
 SOURCE = '''
 from dataclasses import dataclass
 from typing import ClassVar
-from mpq_compiler.pipeline.manager import Contract, Pass
+from mpq_compiler.pipeline.passes import Contract, Pass
 
 @dataclass(frozen=True)
 class Polish(Pass):
