@@ -94,7 +94,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if ring == "all":
         return
     chosen = first if ring == "1" else {*range(len(items))} - first
-    said = [f"ring {ring}: {len(chosen)} of {len(items)} tests, --sample-seed {seed}"]
+    cost = durations.total(cases[i] for i in chosen)
+    said = [f"ring {ring}: {len(chosen)} of {len(items)} tests, {cost:.0f} CPU seconds, --sample-seed {seed}"]
     if commit is not None:
         workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
         capacity = time_left(config) * workers * rings.LOAD

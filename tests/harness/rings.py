@@ -61,13 +61,16 @@ class Rules:
 
     whole: float
     share: Mapping[str, float]
+    """CPU seconds of suites that are sampled."""
     always: frozenset[str]
     never: Mapping[str, str]
+    """Reasons, by the names of functions."""
 
     @classmethod
     def read(cls, path: Path = FOLDER / "rings.toml") -> Rules:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
-        return cls(found["whole"], found["share"], frozenset(found["always"]), found["never"])
+        share = {suite: weight * found["share"] for suite, weight in found["sampled"].items()}
+        return cls(found["whole"], share, frozenset(found["always"]), found["never"])
 
 
 @dataclass

@@ -546,42 +546,40 @@ SUBJECTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def noticed() -> dict[str, set[str]]:
-    """Of each subject the mutants with which some case comes out otherwise, or at which the emulator stops."""
-    emulator.needs()
-    given = {case: inputs(case) for subject in SUBJECTS.values() for case in subject.cases}
+def noticed(subject: Subject) -> set[str]:
+    """The subject's mutants with which some case comes out otherwise, or at which the emulator stops."""
+    given = {case: inputs(case) for case in subject.cases}
     right = {case: BUILDERS[case.template](case.problem, f"right{i}") for i, case in enumerate(given)}
     functions = {f"right{i}": kernel for i, kernel in enumerate(right.values())}
-    asked: list[tuple[str, str, Case]] = []
-    for name, subject in SUBJECTS.items():
-        for what, texts in subject.mutants.items():
-            modules = with_mutated(subject.module, *texts, subject.users)
-            for case in subject.cases:
-                build, key = BUILDERS[case.template], f"mutant{len(asked)}"
-                kernel = getattr(modules[build.__module__], build.__name__)(case.problem, key)
-                if not structural_equal(kernel.body, right[case].body, map_free_vars=True):
-                    functions[key] = kernel
-                    asked.append((name, what, case))
-    cases = [*given, *(case for *_, case in asked)]
+    asked: list[tuple[str, Case]] = []
+    for what, texts in subject.mutants.items():
+        modules = with_mutated(subject.module, *texts, subject.users)
+        for case in subject.cases:
+            build, key = BUILDERS[case.template], f"mutant{len(asked)}"
+            kernel = getattr(modules[build.__module__], build.__name__)(case.problem, key)
+            if not structural_equal(kernel.body, right[case].body, map_free_vars=True):
+                functions[key] = kernel
+                asked.append((what, case))
+    cases = [*given, *(case for _, case in asked)]
     calls = [(key, [*given[case][0], *workspaces(case)]) for key, case in zip(functions, cases, strict=True)]
     found = Library(functions).tried(calls)
     expected = dict(zip(given, found, strict=False))
-    noticed: dict[str, set[str]] = {name: set() for name in SUBJECTS}
-    for (name, what, case), result in zip(asked, found[len(given) :], strict=True):
+    noticed: set[str] = set()
+    for (what, case), result in zip(asked, found[len(given) :], strict=True):
         arrays, first = given[case]
         results = slice(first, len(arrays))
         try:
             assert result is not None
             check(case, expected[case][results], result[results])
         except AssertionError:
-            noticed[name].add(what)
+            noticed.add(what)
     return noticed
 
 
 @pytest.mark.parametrize("name", SUBJECTS)
-def test_mistakes_are_noticed(noticed, name):
-    assert noticed[name] == set(SUBJECTS[name].mutants)
+def test_mistakes_are_noticed(name):
+    emulator.needs()
+    assert noticed(SUBJECTS[name]) == set(SUBJECTS[name].mutants)
 
 
 def test_mistakes_in_prepared_weights_are_noticed():
