@@ -302,7 +302,7 @@ def _weight_only(layer: Layer, batch: int, compiled: Any) -> Ours:
 
 def _attention(case: Attention, batch: int, compiled: Any) -> Ours:
     problem = case.problem
-    inputs = random_inputs(attention.of_floats(problem), batch, 0)
+    inputs = random_inputs(attention.arguments(problem), batch, 0)
     made = [kernels.empty(a, batch) for a in cpu_fast_attention.outputs(problem)]
     output = kernels.empty(cpu_fast_attention.arguments(problem)[-1], batch)
 

@@ -15,7 +15,7 @@ BATCH = 2
 
 def inputs_of(problem: FastAttention) -> list[np.ndarray]:
     """q, k, v and what else it reads; keys have a mean, as those of models do."""
-    shapes = attention.of_floats(problem)
+    shapes = attention.arguments(problem)
     inputs = random_inputs(shapes, BATCH, problem.queries)
     inputs[1] += 3 * np.random.default_rng(1).standard_normal(inputs[1].shape[-1]).astype(np.float32)
     if problem.mask is not None:

@@ -397,7 +397,7 @@ def _product(problem: QuantMatmul) -> list[np.ndarray]:
 
 def _fast_attention() -> list[np.ndarray]:
     ready = cpu_fast_attention.Ready(FAST.keys, FAST.heads, FAST.dim, FAST.numerics)
-    q, k, v, *rest = _draw(attention.of_floats(FAST), 2)
+    q, k, v, *rest = _draw(attention.arguments(FAST), 2)
     made = [empty(a, 2) for a in cpu_fast_attention.outputs(ready)]
     (results,) = Library({"ready": fast_attention.build(ready, "ready")}).run([("ready", [k, v, *made])])
     return [q, *results[2:], *rest]

@@ -61,7 +61,7 @@ def _run(index: int, problem: FastAttention, inputs: list[np.ndarray], kind: str
     problem = replace(problem, numerics=kind)
     *arguments, result = fast_attention.arguments(problem)
     tensors = {a.name: tvm.runtime.tensor(np.full(shape_of(a, BATCH), 77, a.dtype)) for a in (*arguments, result)}
-    given = dict(zip((a.name for a in attention.of_floats(problem)), inputs, strict=False))
+    given = dict(zip((a.name for a in attention.arguments(problem)), inputs, strict=False))
     tensors |= {name: tvm.runtime.tensor(value) for name, value in given.items()}
     _library()[f"ready_{index}_{kind}"](*(tensors[a.name] for a in fast_attention.arguments(ready(problem))))
     _library()[f"attention_{index}_{kind}"](*(tensors[a.name] for a in (*arguments, result)))

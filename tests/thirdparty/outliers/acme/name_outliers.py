@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mpq_compiler.quantization.statistics import RANGE, Calibration
+from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.ir.program import Program
+from mpq_compiler.quantization.statistics import RANGE, Calibration
 
 
 @dataclass(frozen=True)
