@@ -1,4 +1,4 @@
-"""Budgets as users write them: 3.7 bits, 40MB, 2.5T, 12ms."""
+"""Parses budgets as users write them: 3.7 bits, 40MB, 2.5T, 12ms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mpq_compiler.support.errors import UserError
 
 
 def parse_latency(text: str | float | None) -> float | None:
-    """Milliseconds of ``12``, ``"12ms"``, ``"800us"`` or ``"0.5s"``. UserError: none of these, or no time at all."""
+    """Parses a latency, ``12``, ``"12ms"``, ``"800us"`` or ``"0.5s"``, to ms. UserError: malformed, or not above 0."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*(-?[0-9]*\.?[0-9]+)\s*(us|ms|s)?\s*", str(text))
@@ -21,7 +21,7 @@ def parse_latency(text: str | float | None) -> float | None:
 
 
 def parse_bops(text: str | float | None) -> float | None:
-    """Bit operations of ``2.5e12``, ``"2.5T"`` or ``"800G"``. UserError: none of these, or none at all."""
+    """Parses a number of bit operations, ``2.5e12``, ``"2.5T"`` or ``"800G"``. UserError: malformed, or not above 0."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*([-+]?[0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)\s*([kMGT])?\s*", str(text))
@@ -32,7 +32,14 @@ def parse_bops(text: str | float | None) -> float | None:
 
 
 def parse_budget(text: str | float | None) -> tuple[float | None, int | None]:
-    """(true average bits, bytes) of ``3.7`` or ``"40MB"``, ``"800kB"``, ``"2MiB"``; one of them is None."""
+    """Parses a budget of weights, ``3.7`` bits or ``"40MB"``, ``"800kB"``, ``"2MiB"``.
+
+    Returns:
+        True average bits, and bytes; one of them is None.
+
+    Raises:
+        UserError: it is malformed, or not above 0.
+    """
     if text is None:
         return None, None
     match = re.fullmatch(r"\s*(-?[0-9]*\.?[0-9]+)\s*([kMG]i?)?(B)?\s*", str(text))

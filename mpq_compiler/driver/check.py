@@ -1,4 +1,4 @@
-"""What can be refused whatever the model is, said before one is read or drawn from."""
+"""Checks that need no model, and run before one is read or sampled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpq_compiler.targets import table as targets
 
 
 def check(options: Options, output: str | Path) -> None:
-    """UserError where a compilation would be refused whatever the model is."""
+    """Raises a UserError where a compilation would be refused for every model."""
     if options.threads is not None and options.threads < 1:
         raise UserError(f"threads is {options.threads}; it must be at least 1")
     target = targets.resolve(options.target)

@@ -1,4 +1,4 @@
-"""From a denoiser to an artifact: the steps of a compilation, in order."""
+"""Compiles a denoiser to an artifact: the steps of a compilation, in order."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from mpq_compiler.targets.table import Target
 def compile_denoiser(
     model: str | Path | Denoiser, output: str | Path, progress: Any = None, **options: Any
 ) -> Report:
-    """Compiles ``model`` to an artifact at ``output``.
+    """Compiles a model to an artifact.
 
     Args:
         model: a folder, a hub id, a bundled name, or a denoiser in memory (`frontend.denoiser`).
         output: a folder, or a file ending in ``.zip``.
-        progress: as `RunContext.progress`.
-        options: those of `Options`.
+        progress: opens progress bars (`RunContext.progress`), or None.
+        options: fields of `Options`.
 
     Raises:
         UserError: every input that cannot be compiled; nothing is left at ``output`` then.
@@ -72,7 +72,7 @@ def _built(
     workers: Any,
     progress: Any,
 ) -> Built:
-    """The packed program as the backend makes it."""
+    """Builds the packed program by the backend."""
     batches, *_ = parse_shapes(options.shapes).values()
     emit = "machine" if options.standalone else "c" if options.emit else None
     request = BuildRequest(batches, others, options.jobs, workers, options.cache, progress, options.tune, emit)

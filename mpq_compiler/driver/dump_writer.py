@@ -1,4 +1,4 @@
-"""The program after every pass, written as dumps: text, and sampled values of every node."""
+"""Writes the program after every pass as a dump: text, and sampled values of every node."""
 
 from __future__ import annotations
 
@@ -39,30 +39,39 @@ from mpq_compiler.support.errors import UserError
 
 
 class Writer:
-    """Writes the dumps of one compilation, pass after pass; between them it keeps what the next is compared with.
-
-    denoiser: the model that is traced, against whose layers the first dump is held. None: it is held against nothing.
-    """
+    """Writes the dumps of one compilation, pass after pass, and keeps the values to compare the next pass with."""
 
     def __init__(self, folder: str | Path, inputs: Mapping[str, Tensor], denoiser: Any = None) -> None:
+        """Prepares the dumps.
+
+        Args:
+            folder: where they go.
+            inputs: the inputs on which every program runs.
+            denoiser: the model that is traced, with whose layers the first dump is compared; None compares it with
+                nothing.
+        """
         self.folder, self.inputs, self.denoiser = Path(folder), dict(inputs), denoiser
         self._last: dict[str, Any] = {}
-        """Every value of the program before, and its output."""
+        """The values of the program before, and its output."""
         self._planned: Program | None = None
-        """The last program in floats, with the plans if there are any, and its values."""
+        """The last program in floats, with its plans where it has any."""
         self._float: dict[str, Any] = {}
+        """The values of that program."""
         self._calls: dict[str, float] = {}
+        """The expected noise of each call on quantized operands."""
         self._weights: dict[str, tuple[Any, expected_noise.WeightNoise]] = {}
+        """The noise of each weight, with the key of the parts that it is of."""
         self._plain: dict[tuple[str, str], expected_noise.Plain] = {}
-        """By the store name of what is rounded, and the format."""
+        """The errors of plain rounding, by the float tensor's store name and the format."""
         self._sources: dict[str, str] = {}
-        """Weight -> store name of what it is rounded from."""
+        """The store name of the float tensor that each weight rounds."""
         self._tables: dict[str, tuple[Any, expected_noise.TableNoise | None]] = {}
 
     def write(self, index: int, step: Pass, before: Program, program: Program) -> None:
-        """Writes both files of a pass. Dumps of the same and of later passes that an earlier run left go first.
+        """Writes both files of a pass, after removing an earlier run's dumps of this pass and later ones.
 
-        Raises UserError where the folder cannot be written.
+        Raises:
+            UserError: the folder cannot be written.
         """
         folder = self.folder
         found, about = self.probe(step, program, before)
@@ -88,7 +97,7 @@ class Writer:
 
     @torch.no_grad()
     def probe(self, step: Pass, program: Program, before: Program) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """The tensors of a pass's probe file (without SQNRs) and its metadata."""
+        """Measures the program after a pass: the tensors of its dump (without SQNRs), and the metadata."""
         forced = self._forced(step, program, before)
         output, departing = _run_forced(program, forced, self.inputs)
         simulation = step.contract == Contract.SIMULATION
@@ -123,7 +132,7 @@ class Writer:
         }
 
     def _forced(self, step: Pass, program: Program, before: Program) -> Forced:
-        """How the program is run and what its nodes are held against."""
+        """The forced run of the program, with the known values that the pass's contract compares it with."""
         if step.contract == Contract.EXACT:
             return Forced(program, self._exact(before))
         if step.contract == Contract.SIMULATION:
@@ -138,7 +147,7 @@ class Writer:
         return Forced(program, known)
 
     def _exact(self, before: Program) -> dict[str, Any]:
-        """The values of the program before, executed in exact mode; a packed one knows no other."""
+        """The values of the program before in exact mode, which is the only mode of a packed program."""
         if before.stage == Stage.PACKED:
             return self._last or self._run(before)
         values: dict[str, Any] = {}
@@ -163,7 +172,7 @@ class Writer:
     # ----------------------------------------------------------------------------------------- expected
 
     def _expected(self, consumers: Sequence[str]) -> dict[str, float]:
-        """The noise that the plan stands for at calls on quantized operands, on the float program's values."""
+        """The noise that the plan implies at calls on quantized operands, on the float program's values."""
         planned = self._planned
         if planned is None:
             return {}
@@ -227,7 +236,10 @@ class Writer:
 
 
 def _run_forced(program: Program, forced: Forced, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[str]]:
-    """The output, and the nodes from which on values depart and do not return, each with those before it forced."""
+    """Runs a program forced; returns the output, and the nodes from which values depart and do not return.
+
+    Each of these nodes is found with the ones before it forced.
+    """
     agrees, departing = forced.force, set[str]()
     first: dict[str, Departure] = {}
     forced.force = lambda node, found: node.name in departing or agrees(node, found)
@@ -257,7 +269,7 @@ def _sampled(program: Program, values: Mapping[str, Any], output: Tensor) -> dic
 
 
 def _outputs_of_modules(denoiser: Any, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the model's layers yield, by the names that `trace` gives them, and the model itself."""
+    """The outputs of the model's layers, by the names that `trace` gives them, and of the model itself."""
     found: dict[str, Any] = {}
     twice: set[str] = set()
 
@@ -286,7 +298,7 @@ def _quantizes(node: fx.Node) -> bool:
 
 
 def _consumers(program: Program, forced: Forced) -> list[str]:
-    """The calls with a counterpart that read what a quantizer has made, or compute coarsely, in graph order."""
+    """The calls with a counterpart that read quantized values or compute in reduced precision, in graph order."""
     noisy: set[fx.Node] = set()
     found = []
     for node in program.graph.nodes:
@@ -302,7 +314,7 @@ def _consumers(program: Program, forced: Forced) -> list[str]:
 
 
 def _parts(node: fx.Node) -> tuple[str, ...]:
-    """Store names of everything that a weight is made of."""
+    """The store names of all parts of a weight."""
     if node.op == "get_attr":
         return (str(node.target),)
     return tuple(name for source in node.all_input_nodes for name in _parts(source))

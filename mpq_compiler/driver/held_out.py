@@ -1,4 +1,4 @@
-"""Inputs that calibration has not seen: what a compilation is judged on, and what dumps sample."""
+"""Held-out inputs, which calibration has not seen: a compilation is judged on them, and dumps run on some."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from mpq_compiler.frontend import calibration_file, trajectories
 from mpq_compiler.frontend.denoiser import Denoiser
 
 HELD_OUT = 64
-"""Teacher-forced inputs on which a compiled denoiser is judged, none of them seen in calibration."""
+"""The number of teacher-forced inputs on which a compiled denoiser is judged."""
 HELD_OUT_STEPS = 8
-"""Of the trajectories that they are of, at most."""
+"""The most steps of the trajectories that these inputs come from."""
 
 
 def held_out(denoiser: Denoiser, options: Options) -> dict[str, Tensor]:
-    """Inputs over all time steps that calibration has not seen: `HELD_OUT`, or what the calibration file holds."""
+    """Collects held-out inputs over all time steps: `HELD_OUT` of them, or fewer where a calibration file has fewer."""
     if options.calibration is not None:
         inputs = calibration_file.split(calibration_file.load(denoiser, options.calibration))[1]
         return spread(inputs, HELD_OUT)
@@ -25,7 +25,7 @@ def held_out(denoiser: Denoiser, options: Options) -> dict[str, Tensor]:
 
 
 def spread(inputs: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """At most ``count`` rows, evenly spread."""
+    """Selects at most ``count`` rows, evenly spread."""
     rows = len(next(iter(inputs.values())))
     index = torch.linspace(0, rows - 1, min(count, rows)).round().long()
     return {name: value[index] for name, value in inputs.items()}

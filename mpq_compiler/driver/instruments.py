@@ -1,4 +1,4 @@
-"""What passes decided of each layer, recorded after each of them for `ir.provenance`."""
+"""Records the decisions of every pass on each layer (`ir.provenance`), after the pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mpq_compiler.quantization.statistics import Calibration, EdgeStatistics
 
 
 def observe(index: int, done: Pass, before: Program, program: Program) -> None:
-    """Notes the options of a pass, and what it has added to the program that any pass of its kind adds."""
+    """Notes the options of a pass, and the decisions that any pass of its kind adds to the program."""
 
     def new(fact: str) -> bool:
         return fact in program.facts and fact not in before.facts
@@ -68,7 +68,7 @@ def _calibrated(step: str, program: Program) -> None:
 
 
 def _range(edge: EdgeStatistics, timesteps: Tensor) -> dict[str, Any]:
-    """Range, outliers and variation over time of an edge."""
+    """The range, outliers and variation over time of an edge."""
     rms = float(edge.values.square().mean().sqrt())
     largest = float(torch.maximum(edge.low.abs(), edge.high.abs()).max())
     widths = [float(edge.high[timesteps == t].max() - edge.low[timesteps == t].min()) for t in timesteps.unique()]
@@ -143,7 +143,7 @@ def _planned(step: str, program: Program) -> None:
 
 
 def _settled(step: str, before: Program, program: Program) -> None:
-    """The weights that have got their codes in this pass."""
+    """Notes the weights that got their codes in this pass."""
     was = {levels.path: levels for levels in views.levels_of(views.flatten(before))}
     for levels in views.levels_of(views.flatten(program)):
         old = was.get(levels.path)
@@ -165,7 +165,7 @@ def _settled(step: str, before: Program, program: Program) -> None:
 
 
 def _packed(step: str, before: Program, program: Program) -> None:
-    """How the layers stand in the packed program, and what their kernels take along."""
+    """Notes the form of layers in the packed program, and their epilogues."""
     old = {} if before.stage != Stage.PACKED else _forms(before)
     for path, form in _forms(program).items():
         if old.get(path) != form:

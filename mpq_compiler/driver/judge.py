@@ -1,4 +1,4 @@
-"""The quality of an artifact against the float model, and its agreement with the packed program."""
+"""Judges an artifact: its quality against the float model, and its agreement with the packed program."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ from mpq_compiler.support.execution import batches as in_batches
 from mpq_compiler.targets import table as targets
 
 REFERENCE_MACS = 64e9
-"""What the reference interpreter is asked to compute for that, in multiply-accumulates: some minutes at most."""
+"""The most multiply-accumulates that the reference interpreter computes for that: some minutes."""
 REFERENCE_LEAST = 4
-"""Inputs on which artifact and reference are compared in any case."""
+"""The fewest inputs on which artifact and reference are compared."""
 AGREEMENT_DB = 0.1
-"""How far the artifact's SQNR may be from the reference's: contract (c)."""
+"""The largest difference in dB between the SQNRs of artifact and reference: contract (c)."""
 JUDGED_TOGETHER = 8
+"""The number of inputs that run together."""
 
 
 def load_runnable(path: str | Path, target: targets.Target) -> tuple[CompiledDenoiser | None, list[str]]:
-    """The artifact, where this machine has what the target needs, and a note where it cannot be loaded all the same."""
+    """Loads the artifact where this machine has what the target needs; a note says why it cannot, all the same."""
     if target.backend == "reference" or targets.missing_features(target):
         return None, []
     try:
@@ -51,7 +52,14 @@ def disagreements(
     denoiser: Denoiser,
     others: Sequence[Specialization],
 ) -> Iterator[str]:
-    """Notes on the sizes at which the artifact is not as good as the packed program, on a few random inputs."""
+    """Notes the sizes at which artifact and packed program differ in quality, on a few random inputs.
+
+    Args:
+        compiled: the loaded artifact; None gives no notes.
+        target: for the sentences.
+        denoiser: the float model.
+        others: the packed program at its other sizes.
+    """
     if compiled is None:
         return
     for other in others:
@@ -69,17 +77,17 @@ def disagreements(
 
 @dataclass(frozen=True)
 class Judged:
-    """The manifest's figures of quality, and notes on where artifact and packed program differ."""
+    """The judgement: the manifest's figures of quality, and notes where artifact and packed program differ."""
 
     quality: dict[str, Any]
     notes: list[str]
 
 
 class Judge:
-    """Teacher-forced quality against the float model, and the agreement of artifact and packed program.
+    """Measures teacher-forced quality against the float model, and the agreement of artifact and packed program.
 
-    The reference computes exactly, which takes hundreds of times as long as the artifact: for large models it is asked
-    for some of the inputs only, spread over time, and the two are compared on those.
+    The reference computes exactly, which takes hundreds of times as long as the artifact. For large models it runs only
+    some of the inputs, spread over time, and the two are compared on these.
     """
 
     def __init__(self, denoiser: Denoiser, lowering: Packed, options: Options, context: RunContext) -> None:
@@ -105,11 +113,11 @@ class Judge:
         self.reference_sqnr_db = round(sqnr_db(self.expected[self.rows], self.packed), 6)
 
     def reference_quality(self) -> dict[str, Any]:
-        """What the manifest says of the packed program, which it was judged on."""
+        """The manifest's figures of quality of the packed program."""
         return {"reference_sqnr_db": self.reference_sqnr_db, "inputs": self.compared}
 
     def judged(self, path: str | Path, target: targets.Target, others: Sequence[Specialization]) -> Judged:
-        """The artifact at ``path``, executed where this machine can run it."""
+        """Judges the artifact at ``path``, which is executed where this machine can run it."""
         compiled, refusal = load_runnable(path, target)
         quality = self.quality(compiled)
         notes = [*refusal, *disagreements(compiled, target, self.denoiser, others)]
@@ -122,9 +130,9 @@ class Judge:
         return Judged(quality, notes)
 
     def quality(self, compiled: CompiledDenoiser | None) -> dict[str, Any]:
-        """`sqnr_db` executed by the artifact where there is one that runs here, else by the reference.
+        """The figures of quality: `sqnr_db` of the artifact where it runs here, else of the reference.
 
-        `agreement_db` is what executing the artifact adds to the reference's SQNR on the `reference_inputs`.
+        `agreement_db` is the artifact's SQNR minus the reference's, on the `reference_inputs`.
         """
         reference = {"reference_sqnr_db": self.reference_sqnr_db, "reference_inputs": self.compared}
         if compiled is None:

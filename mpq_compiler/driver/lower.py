@@ -1,4 +1,4 @@
-"""The passes, run on a denoiser."""
+"""Lowers a denoiser: loads it and runs the passes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from mpq_compiler.targets.numerics import F32
 
 
 def load_denoiser(model: str | Path | Denoiser, options: Options) -> Denoiser:
-    """The model at the first size of ``--shapes``."""
+    """Loads the model at the first size of ``--shapes``."""
     latents = [latent for latent in parse_shapes(options.shapes) if latent is not None]
     size = latents[0][1:] if latents else None
     if isinstance(model, Denoiser):
@@ -64,19 +64,21 @@ def load_denoiser(model: str | Path | Denoiser, options: Options) -> Denoiser:
 
 @dataclass(frozen=True)
 class Lowering:
-    """What the passes made of a denoiser: the last program, the planned one if there is one, and the laid-out ones."""
+    """The results of the passes on a denoiser."""
 
     program: Program
+    """The last program."""
     planned: Program | None
+    """The last program in the planned stage; None where no pass planned."""
     laid_out: list[Program]
-    """At every size of ``--shapes``."""
+    """The laid-out program at every size of ``--shapes``."""
     records: list[Record]
     passes: list[Pass]
     latency: Latency | None = None
-    """Times of formats on the target, where they are asked for."""
+    """The times of formats on the target, where they are asked for."""
 
     def packed(self) -> Packed:
-        """The same, with a packed program. UserError: the pipeline ends before it packs."""
+        """Requires a packed program. UserError: the pipeline ends before it packs."""
         if self.program.stage != Stage.PACKED or self.planned is None:
             raise UserError("the pipeline ends before 'fold-fake-quant': nothing was packed that a backend could run")
         return Packed(self.program, self.planned, self.laid_out, self.records, self.passes, self.latency)
@@ -90,7 +92,14 @@ class Packed(Lowering):
 
 
 def lower(denoiser: Denoiser, options: Options, progress: Any = None, passes: list[Pass] | None = None) -> Lowering:
-    """Runs the passes. Nothing is written but dumps."""
+    """Runs the passes on a denoiser; nothing is written but dumps.
+
+    Args:
+        denoiser: the model.
+        options: decide the passes, calibration and dumps.
+        progress: opens progress bars, or None.
+        passes: the passes to run; None takes those of the options.
+    """
     passes = resolve(options) if passes is None else passes
     calibration_file.require(denoiser, options.calibration)
     table = None if options.sensitivity is None else sensitivity_table.load(options.sensitivity)
@@ -135,7 +144,18 @@ def lower(denoiser: Denoiser, options: Options, progress: Any = None, passes: li
 def layer_times(
     denoiser: Denoiser, options: Options, passes: Sequence[Pass], progress: Any = None, batch: int | None = None
 ) -> Latency:
-    """What answers for times on the target. UserError: the table that was given is not that of the target."""
+    """The times of candidate plans on the target.
+
+    Args:
+        denoiser: the model.
+        options: have the target, the table and the threads.
+        passes: of the compilation.
+        progress: opens progress bars, or None.
+        batch: samples of a call; None takes the smallest of ``--shapes``.
+
+    Raises:
+        UserError: the given table is another target's.
+    """
     target = targets.resolve(options.target)
     batches, *_ = parse_shapes(options.shapes).values()
     kinds: tuple[str, ...] = (F32,)
@@ -150,7 +170,7 @@ def layer_times(
 
 
 def latency_table_of(options: Options, target: targets.Target) -> latency_table.Table | None:
-    """The table that was given. UserError: it is that of another target, of another CPU, of other threads."""
+    """Loads the given latency table; None without one. UserError: it is for another target, CPU or thread count."""
     if options.latency_table is None:
         return None
     table = latency_table.load(options.latency_table)
@@ -160,7 +180,7 @@ def latency_table_of(options: Options, target: targets.Target) -> latency_table.
 
 
 def _check_budget(program: Program, passes: Sequence[Pass], latency: Latency | None = None) -> None:
-    """UserError for a budget of bytes or time that no allocation meets, before the long measurement that one needs."""
+    """Raises a UserError for a budget of bytes or time that no allocation meets, before the long measurement."""
     allocation, measuring = with_role(passes, Role.ALLOCATES), with_role(passes, Role.MEASURES)
     if allocation is None or measuring is None:
         return
@@ -180,7 +200,7 @@ def _check_budget(program: Program, passes: Sequence[Pass], latency: Latency | N
 
 
 def _observers(denoiser: Denoiser, options: Options, planned: list[Program]) -> list[Instrument]:
-    """What keeps the planned programs and, where they are asked for, writes the dumps."""
+    """The instruments that keep the planned programs and, where they are asked for, write dumps."""
 
     def keep_planned(index: int, step: Pass, before: Program, program: Program) -> None:
         if program.stage == Stage.PLANNED:

@@ -1,4 +1,4 @@
-"""What the manifest says of a compilation."""
+"""Describes a compilation for the manifest, and collects the artifact's files."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from mpq_compiler.targets import table as targets
 
 
 def numerics_choices(planned: Program) -> dict[str, dict[str, str]]:
-    """The numerics that were chosen, of attentions and of float layers."""
+    """The chosen numerics of attentions and of float layers, by call."""
     chosen, calls = planned.facts.get("numerics", {}), {node.name for node in planned.attentions}
     attentions = {name: kind for name, kind in chosen.items() if name in calls}
     return {"attentions": attentions, "layers": {n: kind for n, kind in chosen.items() if n not in calls}}
 
 
 def numerics_of(program: Program) -> str:
-    """What the program needs, whatever was allowed."""
+    """The numerics mode that the program needs, "fast" or "portable", whatever was allowed."""
     return "fast" if program.facts.get("numerics") else "portable"
 
 
@@ -46,9 +46,15 @@ def describe(
     target: targets.Target,
     predicted: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The manifest but for what writing adds, the hashes, and ``quality``.
+    """Describes a compilation: the manifest, but for ``quality`` and the hashes that writing adds.
 
-    target: with the features that the kernels ask for. predicted: milliseconds by the latency table, if there is one.
+    Args:
+        denoiser: the model.
+        lowering: the results of the passes.
+        built: the results of the backend.
+        options: of the compilation.
+        target: with the features that the kernels need.
+        predicted: the predicted latency (`report.predicted_latency`), or None.
     """
     program, planned = lowering.program, lowering.planned
     document = {
@@ -71,7 +77,7 @@ def describe(
 def files(
     denoiser: Denoiser, lowering: Packed, built: Built, options: Options, target: targets.Target
 ) -> dict[str, Any]:
-    """The files of the artifact but for the stored tensors, by name."""
+    """The artifact's files by name, but for the manifest and the stored tensors."""
     program = lowering.program
     kernels = kernel_schedule.describe(program, built.facts.get("schedule", ()))
     decided = provenance.encode(provenance.document(program, kernel_schedule.by_layer(kernels)))
@@ -88,7 +94,7 @@ def files(
 def _origin(
     denoiser: Denoiser, program: Program, planned: Program, options: Options, passes: Sequence[Pass]
 ) -> dict[str, Any]:
-    """What was compiled, by which passes, to which plan, calibrated on what."""
+    """The manifest's entries on the model, the passes, the plan and the calibration."""
     allocation = program.facts.get("allocation", {})
     return {
         "name": denoiser.name,
@@ -118,7 +124,7 @@ def _origin(
 
 
 def _calibration(denoiser: Denoiser, planned: Program, options: Options, passes: Sequence[Pass]) -> dict[str, Any]:
-    """Where the calibration inputs came from."""
+    """The manifest's entry on the source of the calibration inputs."""
     found: dict[str, Any] = {"seed": options.seed, "inputs": len(planned.facts["calibration"].timesteps)}
     if options.calibration is not None:
         return found | calibration_file.stated(options.calibration)
@@ -130,6 +136,7 @@ def _calibration(denoiser: Denoiser, planned: Program, options: Options, passes:
 
 
 def describe_target(target: targets.Target) -> dict[str, Any]:
+    """The manifest's entry on the target."""
     described: dict[str, Any] = {
         "name": target.name,
         "arch": target.arch,
@@ -144,7 +151,7 @@ def describe_target(target: targets.Target) -> dict[str, Any]:
 
 
 def layer_rows(planned: Program) -> list[dict[str, Any]]:
-    """Name, weight format, activation, bytes, loss and fallback of every layer of a planned program."""
+    """The name, weight format, activation, bytes, loss and fallback of every layer of a planned program."""
     groups = len(planned.facts["time-groups"]) + 1
     table = planned.facts.get("sensitivity", {"weights": {}})
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Everything a compilation depends on besides the model."""
+"""The options of a compilation: everything that it depends on besides the model."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ from mpq_compiler.support.errors import UserError
 
 DEFAULT_BATCHES = (1, 2)
 MOST_SEED = 2**31 - 1
+"""The largest seed."""
 EFFORTS = ("none", "fast", "balanced", "best")
-"""How much is trained; passes say what each means for them (`Pass.efforts`)."""
+"""The efforts of training; each pass declares their meaning for it (`Pass.efforts`)."""
 
 
 @dataclass
 class Options:
-    """Everything a compilation depends on besides the model; what `mpqc compile` takes."""
+    """The options of a compilation, which are those of `mpqc compile`."""
 
     target: str = "native"
     recipe: str | Path = "default"
     pipeline: str | None = None
     weights: str | float | None = None
-    """Budget: true average bits, or bytes as "40MB"."""
+    """The budget of weights: true average bits, or bytes as "40MB"."""
     activations: float | None = None
+    """The budget of activations: their average bits."""
     bops: str | float | None = None
-    """Budget: bit operations a sample, 2.5e12 or "2.5T"."""
+    """The budget of bit operations per sample: 2.5e12 or "2.5T"."""
     latency: str | float | None = None
-    """Budget: milliseconds of a call, or as "800us"; of the table's samples and threads."""
+    """The budget of latency: milliseconds of a call, or "800us"; for the table's samples and threads."""
     objective: str | None = None
-    """"noise", or "paper-db": the sum of the layers' SQNR in dB (MixDQ). By default as the recipe says."""
+    """The objective: "noise", or "paper-db", the summed SQNR of layers in dB (MixDQ). None takes the recipe's."""
     latency_table: str | Path | None = None
-    """What `mpqc latency` measured (docs/latency.md); without one a budget has one measured here."""
+    """The file that `mpqc latency` wrote (docs/latency.md); without one a budget measures a table here."""
     shapes: str | None = None
-    """"1x4x64x64,2x4x64x64"; by default batches 1 and 2 at the configuration's size."""
+    """The shapes of latents, "1x4x64x64,2x4x64x64"; by default batches 1 and 2 at the configuration's size."""
     calibration: str | Path | None = None
     samples: int | None = None
     steps: int | None = None
@@ -42,31 +44,36 @@ class Options:
     guidance: float | None = None
     """Classifier-free guidance of the calibration's sampling."""
     conditions: str | Path | None = None
-    """Safetensors with the conditions to sample with, for models whose encoders are elsewhere."""
+    """A safetensors file with the conditions to sample with, for models whose encoders are elsewhere."""
     sensitivity: str | Path | None = None
+    """A sensitivity table of the model, in place of measuring one."""
     numerics: str | None = None
-    """"portable": the same bits on every CPU target; "fast": also bfloat16 and 8 bits in attentions. By default the
-    recipe's, which is portable."""
+    """The numerics mode: "portable" has equal bits on every CPU target, "fast" adds bfloat16 and 8-bit attentions.
+
+    None takes the recipe's, which is portable.
+    """
     effort: str | None = None
-    """How much is trained: "none", "fast" (frozen codes), "balanced" (weights, then frozen codes; some 8 minutes) or
-    "best" (30). By default as the recipe says."""
+    """The effort of training: "none", "fast" (frozen codes), "balanced" (weights first, some 8 minutes), "best" (30).
+
+    None takes the recipe's.
+    """
     minutes: float | None = None
-    """Of training, in place of the effort's."""
+    """The minutes of training, in place of the effort's."""
     seed: int = 0
     threads: int | None = None
-    """Of a call of the artifact, where whoever loads it says nothing else; by default every core it finds then."""
+    """The default threads of a call of the artifact; None takes every core where it is loaded."""
     emit: str | None = None
-    """"c": also a C program that runs the artifact without TVM's runtime (docs/standalone.md)."""
+    """The value "c" adds a C program that runs the artifact without TVM's runtime (docs/standalone.md)."""
     standalone: bool = False
-    """Also a program that runs it, with TVM's runtime."""
+    """Whether to add a program that runs the artifact on TVM's runtime."""
     wheels: Path | None = None
-    """Folder with the wheels of that runtime for the target; by default the installed one."""
+    """The folder with the wheels of that runtime for the target; by default the installed packages."""
     tune: bool = False
-    """Search for the fastest tiles of the integer kernels, measured here; no result depends on them."""
+    """Whether to search for the fastest tiles of the integer kernels, measured here; no result depends on them."""
     jobs: int = 1
     cache: Path | None = None
     dumps: Path | None = None
-    """Folder for the program after every pass."""
+    """The folder for dumps of the program after every pass."""
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -78,9 +85,9 @@ class Options:
 
 
 def parse_shapes(text: str | None) -> dict[tuple[int, int, int] | None, tuple[int, ...]]:
-    """Latent shapes [C, H, W] of "1x4x64x64,2x4x64x64,1x4x96x64", in order, with the batch sizes for each.
+    """Parses shapes such as "1x4x64x64,2x4x64x64,1x4x96x64": latents [C, H, W] in order, with the batch sizes of each.
 
-    The first is the one that is calibrated. None stands for the configuration's.
+    The first shape is calibrated. None stands for the configuration's.
     """
     if text is None:
         return {None: DEFAULT_BATCHES}

@@ -1,4 +1,4 @@
-"""What a compilation gave: the JSON of ``mpqc compile``."""
+"""The report of a compilation, which is the JSON of ``mpqc compile``."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from mpq_compiler.pipeline.backend import Built
 from mpq_compiler.targets.table import Target
 
 ENOUGH_ROWS = 64
-"""Calibration inputs below which ranges and moments are poor: there is a note."""
+"""The number of calibration inputs below which ranges and moments are poor, and there is a note."""
 
 
 @dataclass
 class Report:
-    """What a compilation gave; `to_json` is the JSON of ``mpqc compile``."""
+    """The report of a compilation; `to_json` is the JSON of ``mpqc compile``."""
 
     weights: dict[str, Any]
     activations: dict[str, Any]
@@ -35,23 +35,26 @@ class Report:
     artifact: dict[str, Any]
     calibration: dict[str, Any]
     memory: dict[str, Any] | None
-    """The manifest's entry (docs/artifact.md), for the targets that have one."""
+    """The manifest's entry on memory (docs/artifact.md), for targets that have one."""
     target: str
     recipe: str
     pipeline: str
     latency: dict[str, Any] | None
-    """What the plan takes by the latency table (`predicted_latency`); None where there is none."""
+    """The plan's latency by the latency table (`predicted_latency`); None without one."""
     training: list[dict[str, Any]]
-    """What `distill` did, phase by phase (`trainer.Outcome`); nothing where nothing was trained."""
+    """The outcomes of `distill`, phase by phase (`trainer.Outcome`); empty without training."""
     additivity: dict[str, Any] | None
-    """Noise of the whole plan, weights and activations together: ``measured``, ``expected`` from the sum of losses by
-    which it was chosen, ``difference_db`` of the two, on so many ``inputs``. None where no such sum chose it."""
+    """The noise of the whole plan, beside the sum of losses by which it was chosen; None where no such sum chose it.
+
+    It has ``measured``, ``expected`` (the sum), ``difference_db`` of the two, and the number of ``inputs``.
+    """
     numerics: dict[str, Any]
-    """``mode`` that the artifact has, and ``attentions`` and float ``layers``: those that are not in float32."""
+    """The artifact's ``mode``, and the ``attentions`` and float ``layers`` that are not in float32."""
     fallbacks: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
+        """The report as a JSON document (schemas/compile.json)."""
         return asdict(self)
 
 
@@ -65,7 +68,18 @@ def report(
     judged: Judged,
     predicted: dict[str, Any] | None,
 ) -> Report:
-    """The report of an artifact whose manifest is ``complete``."""
+    """Makes the report of a compilation.
+
+    Args:
+        denoiser: the model.
+        lowering: the results of the passes.
+        built: the results of the backend.
+        options: of the compilation.
+        target: of the artifact.
+        complete: the artifact's manifest.
+        judged: the judgement of the artifact.
+        predicted: the predicted latency, or None.
+    """
     program, planned = lowering.program, lowering.planned
     parameters, stored = program.facts["parameters"], complete["weights"]["payload_bytes"]
     return Report(
@@ -97,7 +111,7 @@ def report(
 
 
 def _notes(denoiser: Denoiser, lowering: Packed, built: Built, options: Options) -> list[str]:
-    """What a user should know of the model, the calibration and the kernels."""
+    """The notes for the user on the model, the calibration and the kernels."""
     asked = (options.steps, options.guidance, options.scheduler or options.prediction_type)
     differences = [] if options.calibration is None else calibration_file.notes(denoiser, options.calibration, *asked)
     notes = [*denoiser.notes, *differences, *lowering.program.facts.get("notes", ()), *built.facts.get("notes", ())]
@@ -111,10 +125,10 @@ def _notes(denoiser: Denoiser, lowering: Packed, built: Built, options: Options)
 
 
 def predicted_latency(latency: Latency | None, program: Program, facts: dict[str, Any]) -> dict[str, Any] | None:
-    """Milliseconds of a call by the latency table; None where there is none.
+    """Predicts the latency of a call in ms by the latency table; None without one.
 
-    ``predicted_ms`` is of the kernels that were compiled or, where the table lacks some (``missing`` of them), of the
-    plan; ``fixed_ms`` of it no weight format changes.
+    ``predicted_ms`` is the time of the compiled kernels or, where the table lacks some (``missing`` of them), of the
+    plan. ``fixed_ms`` is the part of it that no weight format changes.
     """
     planned = program.facts.get("latency")
     if latency is None or latency.table is None or planned is None:

@@ -1,6 +1,6 @@
-"""The passes of a recipe, with the command line's settings over it.
+"""Resolves a recipe and the settings of the command line to passes.
 
-Passes say themselves which settings reach which of their options (`Pass.settings`, `capped`, `width`, `efforts`).
+Passes declare which settings reach which of their options (`Pass.settings`, `capped`, `width`, `efforts`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from mpq_compiler.support.errors import UserError, nearest
 
 
 def resolve(options: Options) -> list[Pass]:
-    """The passes of the recipe, with the settings of the options over it.
+    """Resolves the options to passes: the recipe's, with the options' settings applied.
 
-    UserError: a setting that no pass of the recipe takes, or a value that is out of range.
+    Raises:
+        UserError: a setting that no pass of the recipe takes, or a value out of range.
     """
     by_hand = options.pipeline
     recipe = recipe_files.load(options.recipe) if by_hand is None else recipe_files.from_pipeline(by_hand)
@@ -54,12 +55,12 @@ def _passes_of(recipe: Recipe) -> list[type[Pass]]:
 
 
 def _taker(recipe: Recipe, setting: str) -> type[Pass]:
-    """The pass that takes a setting: one of the recipe or, where it has none, the built-in one that is missed."""
+    """The pass that takes a setting: one of the recipe or, where none does, the built-in one that is missing."""
     return next(step for step in (*_passes_of(recipe), *registry.built_in()) if setting in step.settings)
 
 
 def _with_settings(recipe: Recipe, **settings: Any) -> Recipe:
-    """The recipe with every setting that is not None; those of one pass are set together."""
+    """Applies every setting that is not None; the settings of one pass are applied together."""
     by_pass: dict[str, dict[str, Any]] = {}
     for setting, value in settings.items():
         taker = _taker(recipe, setting)
@@ -70,7 +71,7 @@ def _with_settings(recipe: Recipe, **settings: Any) -> Recipe:
 
 
 def _require_choice(recipe: Recipe) -> Recipe:
-    """The recipe, if it has a pass for a measured table and a choice to make by it. UserError: it has not."""
+    """Requires that the recipe uses a given sensitivity table. UserError: no pass takes it, or one format is set."""
     taker = _taker(recipe, "sensitivity")
     recipe.require(taker.name(), taker.settings["sensitivity"])
     allocator = _taker(recipe, "weights").name()
@@ -80,7 +81,7 @@ def _require_choice(recipe: Recipe) -> Recipe:
 
 
 def _with_budgets(recipe: Recipe, options: Options) -> Recipe:
-    """The recipe with the budgets of the options in place of its own."""
+    """Replaces the recipe's budgets by those of the options."""
     bits, size = budgets.parse_budget(options.weights)
     if bits is not None or size is not None:
         recipe = _with_settings(recipe, weights=bits if bits is not None else "none", bytes=size)
@@ -94,7 +95,7 @@ def _with_budgets(recipe: Recipe, options: Options) -> Recipe:
 
 
 def _with_fewer_steps(recipe: Recipe, steps: int) -> Recipe:
-    """The recipe in which no pass samples in more steps: calibration has no other times than those of so few."""
+    """Lowers the sampling steps of all passes to ``steps``, since calibration has no other times then."""
     for step in _passes_of(recipe):
         if "steps" in step.capped:
             usual = make(step.name(), recipe.options.get(step.name(), {})).options()["steps"]
@@ -103,7 +104,7 @@ def _with_fewer_steps(recipe: Recipe, steps: int) -> Recipe:
 
 
 def _with_effort(recipe: Recipe, effort: str) -> Recipe:
-    """The recipe with what its passes do for an effort; what the recipe says itself stays, but for the minutes."""
+    """Applies an effort of training; options that the recipe states itself stay, but for the minutes."""
     if effort not in EFFORTS:
         raise UserError(f"--effort '{effort}' is not known: {nearest(effort, EFFORTS)}")
     trainer = _taker(recipe, "minutes")
@@ -115,7 +116,7 @@ def _with_effort(recipe: Recipe, effort: str) -> Recipe:
 
 
 def _with_width(recipe: Recipe, activations: float) -> Recipe:
-    """The recipe for a budget of so many average bits of activations; what it says itself of widths stays."""
+    """Applies a budget of average activation bits; widths that the recipe states itself stay."""
     plan, width = recipe.options.get(_taker(recipe, "activations").name(), {}), max(2, min(8, round(activations)))
     least = LEAST_FLOAT_BITS if plan.get("activation_format") == "float" else 2
     measured = (width,) if plan.get("mixed") is False else tuple(range(least, 9))
@@ -129,5 +130,5 @@ def _with_width(recipe: Recipe, activations: float) -> Recipe:
 
 
 def with_role(passes: Sequence[Pass], role: Role) -> Pass | None:
-    """The first of the passes that has the role; None where none has."""
+    """The first pass that has the role; None where none has."""
     return next((step for step in passes if step.role is role), None)

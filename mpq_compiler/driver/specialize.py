@@ -1,15 +1,15 @@
-"""One packed program at several image sizes, all of which share its weights.
+"""Specializes a packed program to further image sizes, which share its weights.
 
-A program is traced, calibrated, planned and packed at one size. What of it depends on the size are numbers among the
-arguments of calls (shapes, bounds of slices) and constants that the trace computed (position embeddings). So the model
-is traced and laid out once more at the other size, the two laid-out graphs are laid side by side, and the packed graph
-gets what the other has wherever they differ:
+A program is traced, calibrated, planned and packed at one size. Only numbers among the arguments of calls (shapes,
+bounds of slices) and constants that the trace computed (position embeddings) depend on the size. So the model is traced
+and laid out again at the other size, the two laid-out graphs are compared, and wherever they differ the packed graph
+gets the other's values:
 
     here    %reshape_1 = aten.reshape(%pos_embed_proj, [-1,64,32])     %pos_embed = aten.add(%reshape_1, .pos_embed)
     there   %reshape_1 = aten.reshape(%pos_embed_proj, [-1,192,32])    %pos_embed = aten.add(%reshape_1, constant.to)
 
-Codes, scales and every decision remain those of the first size. A model whose graph is another one at the other size
-cannot be specialized, nor one in which a pass has rewritten a call that depends on it.
+Codes, scales and every decision remain those of the first size. A model cannot be specialized if its graph differs at
+the other size, or if a pass rewrote a call that depends on the size.
 """
 
 from __future__ import annotations
@@ -35,18 +35,25 @@ from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support.errors import UserError
 
 LAID_OUT = "channels-last"
-"""What the last of the passes provides that are run again at every size; later ones see channels, not images."""
+"""The property that the last pass to run at every size provides; later passes see channels, not images."""
 
 
 def is_laid_out(step: Pass) -> bool:
-    """Whether the program after this pass is the one to lay side by side."""
+    """Whether the program after this pass is the laid-out one, which is compared between sizes."""
     return LAID_OUT in step.provides
 
 
 def laid_out(here: Program, denoiser: Denoiser, size: tuple[int, int], passes: Sequence[Pass]) -> Program:
-    """The program at another size of latents, as ``here`` is at the first: after the pass of ``passes`` that lays out.
+    """Traces and lays out the program at another size of latents, before anything is measured.
 
-    UserError: the model does not take the size, or its graph is another one; known before anything is measured.
+    Args:
+        here: the laid-out program at the first size.
+        denoiser: the model.
+        size: height and width of the latents.
+        passes: of the compilation; they run up to the one that lays out.
+
+    Raises:
+        UserError: the model does not take the size, or its graph differs.
     """
     end = next(i for i, step in enumerate(passes) if is_laid_out(step)) + 1
     empty = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
@@ -56,7 +63,7 @@ def laid_out(here: Program, denoiser: Denoiser, size: tuple[int, int], passes: S
 
 
 def added_bytes(program: Program, others: Sequence[Specialization]) -> int:
-    """Stored bytes of what the other sizes read and the first does not."""
+    """The stored bytes of tensors that only the other sizes read."""
     known = _reads(program)
     names = sorted(set().union(*(_reads(other.program) for other in others)) - known)
     return sum(program.tensors[name].nbytes for name in names)
@@ -67,9 +74,15 @@ def _reads(program: Program) -> set[str]:
 
 
 def transplant(packed: Program, here: Program, there: Program) -> Program:
-    """``packed``, made from ``here``, as it is made from ``there``, the laid-out program at another size.
+    """Specializes a packed program to another size; constants are added to the common store of tensors.
 
-    It adds constants to the common store of tensors. UserError: a pass rewrote what depends on the size.
+    Args:
+        packed: the packed program at the first size.
+        here: the laid-out program at the first size.
+        there: the laid-out program at the other size.
+
+    Raises:
+        UserError: a pass rewrote a call that depends on the size.
     """
     sizes = size_text(here), size_text(there)
     made = packed.fork(inputs=there.inputs)
@@ -100,7 +113,7 @@ def _refusal(sizes: tuple[str, str], reason: str) -> UserError:
 
 
 def _calls(program: Program) -> Iterator[tuple[fx.Node, fx.Node | None]]:
-    """(operator call, the call of the region that it stands in), in regions too."""
+    """All operator calls, each with the call of its region, or None."""
     for node in program.graph.nodes:
         if node.op == "call_function":
             yield node, None
@@ -112,7 +125,7 @@ def _calls(program: Program) -> Iterator[tuple[fx.Node, fx.Node | None]]:
 def _differences(
     here: Program, there: Program, sizes: tuple[str, str]
 ) -> Iterator[tuple[str, tuple[fx.Node, fx.Node]]]:
-    """(name, (call here, call there)) of the calls whose numbers or constants differ. UserError: other graphs."""
+    """The calls whose numbers or constants differ: (name, (call here, call there)). UserError: the graphs differ."""
     left, right = ([n for n in p.graph.nodes if n.op != "get_attr"] for p in (here, there))
     other: dict[fx.Node, fx.Node] = {}
     for a, b in zip(left, right, strict=False):
@@ -132,7 +145,7 @@ def _differences(
 
 
 def _equal(a: Any, b: Any, here: Program, there: Program, other: dict[fx.Node, fx.Node]) -> bool | None:
-    """Whether two arguments are the same; None where their structure differs."""
+    """Whether two arguments are equal; None where their structure differs."""
     if isinstance(a, fx.Node) or isinstance(b, fx.Node):
         if not (isinstance(a, fx.Node) and isinstance(b, fx.Node) and a.op == b.op):
             return None
@@ -161,13 +174,16 @@ class _Site:
     made: Program
     call: fx.Node
     region: fx.Node | None
-    """The call of the region that it stands in."""
+    """The call of its region, or None."""
     here: Program
     there: Program
     sizes: tuple[str, str]
 
     def changed(self, packed: Any, before: Any, after: Any) -> Any:
-        """The argument ``packed``, which was made from ``before``, as it is made from ``after``."""
+        """The argument of the packed call at the other size.
+
+        packed: at the first size. before, after: the laid-out call's at the first and at the other size.
+        """
         if isinstance(before, fx.Node):
             constant = before.op == "get_attr"
             same = not constant or _same_tensor(str(before.target), str(after.target), self.here, self.there)
@@ -181,7 +197,7 @@ class _Site:
         return packed if before == after else after
 
     def _constant(self, packed: fx.Node, before: str, after: str) -> fx.Node:
-        """A node that reads the other size's tensor, where ``packed`` reads this size's."""
+        """Inserts a read of the other size's tensor, where ``packed`` reads the first size's."""
         outer, index = packed, 0
         if self.region is not None:
             inputs = [n for n in packed.graph.nodes if n.op == "placeholder"]
@@ -205,7 +221,10 @@ class _Site:
 
 
 def other_sizes(packed: Program, laid_out: Sequence[Program], options: Options) -> list[Specialization]:
-    """The packed program at the sizes of ``--shapes`` behind the first; ``laid_out`` has one for each size."""
+    """Specializes the packed program to the sizes of ``--shapes`` behind the first.
+
+    laid_out: the laid-out program at each size, the first included.
+    """
     here, *there = laid_out
     return [
         Specialization(transplant(packed, here, other), batches)
