@@ -1,6 +1,6 @@
-"""What a backend is: it turns a packed program into something that runs, for the targets that name it.
+"""The protocol of backends, which build executable artifacts of packed programs for the targets that name them.
 
-The built-in ones stand in `plugins.toml`, others come as entry points of the group `mpq_compiler.backends`.
+The built-in backends are listed in `plugins.toml`; others are entry points of the group `mpq_compiler.backends`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from mpq_compiler.targets.table import Target
 
 ENTRY_POINTS = "mpq_compiler.backends"
 EXTRAS = {"tvm": "compile", "reference": "compile", "onnx": "onnx"}
-"""What to install for the built-in backends."""
+"""The extra of this package that each built-in backend needs."""
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
-"""``with progress("compiling kernels", total) as advance: advance(1)``: a bar for work that takes its time."""
+"""Opens a progress bar: ``with progress("compiling kernels", total) as advance: advance(1)``."""
 
 
 @dataclass(frozen=True)
 class Capabilities:
     """What a backend can do for a target besides building.
 
-    numerics: those besides float32 that attentions and float layers can have under ``--numerics fast``
-    tune:     it has a choice of kernels, and measures them (``--tune``)
-    emit:     it writes programs that run without this package (``--emit c``, ``--standalone``)
-    standby:  it has workers that take their time to start, and are started while the passes run
-    times:    it says which kernels a program needs, so that a latency table can be measured (`TimedBackend`)
+    Attributes:
+        numerics: numerics besides float32 that attentions and float layers can have under ``--numerics fast``.
+        tune: whether it can choose kernels by measuring them (``--tune``).
+        emit: whether it writes programs that run without this package (``--emit c``, ``--standalone``).
+        standby: whether it has workers that are slow to start, and are started while the passes run.
+        times: whether it lists the kernels of a program, so that a latency table can be measured (`TimedBackend`).
     """
 
     numerics: tuple[str, ...] = ()
@@ -47,14 +48,17 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """How a program is to be built. Nothing but ``batches``, ``others``, ``tune`` and ``emit`` changes a byte.
+    """How a program is built; only ``batches``, ``others``, ``tune`` and ``emit`` change bytes of the artifact.
 
-    batches:  batch sizes with a specialization each
-    others:   the program at other image sizes, with the batch sizes for each; they share the stored tensors
-    jobs:     worker processes; ``workers`` are those of `Backend.standby`, in their place
-    cache:    folder of what was built before; None: the user's
-    tune:     search for the fastest kernels
-    emit:     "c" or "machine": a program as well, without a runtime or with TVM's
+    Attributes:
+        batches: the batch sizes, each of which gets a specialization.
+        others: the program at other image sizes, each with its batch sizes; they share the stored tensors.
+        jobs: the number of worker processes.
+        workers: the workers of `Backend.standby`, in place of new ones.
+        cache: the cache folder; None takes the user's.
+        progress: opens a progress bar, or None.
+        tune: whether to search for the fastest kernels.
+        emit: "c" or "machine" adds a C program, without a runtime or with TVM's; None adds none.
     """
 
     batches: Sequence[int] = (1, 2)
@@ -69,17 +73,18 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class Built:
-    """What a backend adds to an artifact (`artifact.bundle.write`).
+    """The results of a backend, for an artifact (`artifact.bundle.write`).
 
-    files:      content by file name
-    tensors:    the stored tensors by name, in their stored form
-    entries:    what the manifest says of each tensor
-    functions:  the manifest's list of specializations
-    prepare:    the manifest's entry on preparing tensors at load, where that is needed
-    facts:      counts for the report: kernels, how many of them came from the cache, ...
-    features:   what its kernels ask of a CPU beyond the target
-    parts:      the manifest's list of what functions share between calls (docs/artifact.md), where there is any
-    memory:     the manifest's entry on memory, where the backend knows
+    Attributes:
+        files: the content of each file, by name.
+        tensors: the stored tensors by name, in their stored form.
+        entries: the manifest's entry for each tensor.
+        functions: the manifest's list of specializations.
+        prepare: the manifest's entry on preparing tensors at load, where that is needed.
+        facts: counts for the report, such as kernels and how many of them came from the cache.
+        features: the CPU features that its kernels need beyond the target's.
+        parts: the manifest's list of parts that functions share between calls (docs/artifact.md).
+        memory: the manifest's entry on memory, where the backend knows it.
     """
 
     files: dict[str, bytes]
@@ -94,7 +99,7 @@ class Built:
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of the stored tensors alone."""
+        """The bytes of the stored tensors alone."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
@@ -103,33 +108,33 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """As targets and manifests have it."""
+        """Its name in targets and manifests."""
 
     def capabilities(self, target: Target) -> Capabilities:
         """What it can do for the target."""
 
     def require(self, target: Target) -> None:
-        """UserError: something that building for the target needs is missing on this machine."""
+        """Raises a UserError where this machine lacks something that building for the target needs."""
 
     def standby(self, jobs: int) -> AbstractContextManager[Any]:
-        """What takes its time to start, as `BuildRequest.workers`; None where there is nothing."""
+        """Starts workers that are slow to start, for `BuildRequest.workers`; the context yields None without any."""
 
     def build(self, program: Program, target: Target, request: BuildRequest) -> Built:
-        """The packed program, compiled. UserError: a node that the backend cannot compile, by name."""
+        """Builds a packed program. UserError: a node that the backend cannot compile; the sentence names it."""
 
 
 class TimedBackend(Backend, Protocol):
-    """A backend whose kernels have times of their own (`Capabilities.times`)."""
+    """A backend whose kernels can be timed one by one (`Capabilities.times`)."""
 
     def kernel_calls(self, program: Program, batch: int) -> list[Mapping[str, Any]]:
-        """The calls of a packed program in order: ``node``, and ``kernel``, the text of the problem it solves."""
+        """The kernel calls of a packed program in order: ``node``, and ``kernel``, the text of its problem."""
 
     def digest(self) -> str:
-        """SHA-256 of what kernels are made from: times are those of kernels with the same one."""
+        """The SHA-256 of the kernels' sources; times hold for kernels with this digest."""
 
 
 def backend_of(target: Target) -> Backend:
-    """The backend that builds for the target. UserError: there is none, or it needs what is not installed."""
+    """Loads the backend that builds for a target. UserError: there is none, or it needs a missing package."""
     entry = plugins.find(ENTRY_POINTS, target.backend)
     if entry is None:
         raise UserError(f"target '{target.name}' names the backend '{target.backend}', which no package provides")

@@ -1,4 +1,4 @@
-"""What a pass is for, from its docstring and its options: ``mpqc passes NAME``."""
+"""Describes passes from their docstrings and options, for ``mpqc passes NAME``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mpq_compiler.pipeline.passes import Pass
 
 
 def describe_pass(cls: type[Pass]) -> dict[str, Any]:
-    """Name, purpose, excerpt, options (type, default, meaning), contract, requires and provides, from the source."""
+    """Describes a pass: name, purpose, excerpt, options (type, default, meaning), contract, requires and provides."""
     doc = inspect.getdoc(cls) or ""
     summary = " ".join(doc.split("\n\n")[0].split())
     before, after = excerpt(cls)
@@ -48,7 +48,7 @@ def describe_pass(cls: type[Pass]) -> dict[str, Any]:
 
 
 def excerpt(cls: type[Pass]) -> tuple[str, str]:
-    """The before and after of the docstring, the indented block that a line ``=>`` divides; empty without one."""
+    """The excerpts before and after the pass: the docstring's indented block, divided by a line ``=>``."""
     block = re.search(r"\n\n((?: {4}.*\n)+) {2}=>\n((?: {4}.*(?:\n|$))+)", (inspect.getdoc(cls) or "") + "\n")
     if block is None:
         return "", ""
@@ -56,7 +56,7 @@ def excerpt(cls: type[Pass]) -> tuple[str, str]:
 
 
 def pass_text(described: dict[str, Any], width: int = 110) -> str:
-    """The description of a pass for reading, its sentences broken at `width`."""
+    """Formats the description of a pass for reading, with lines broken at `width`."""
 
     def filled(text: str, indent: str) -> str:
         paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
@@ -91,7 +91,7 @@ def _type_name(hint: Any) -> str:
 
 
 def _field_docs(cls: type[Pass]) -> dict[str, str]:
-    """The string that stands below each field in the source of the class, or of one that it extends."""
+    """The note below each field in the source of the class, or of a base class."""
     found: dict[str, str] = {}
     for each in reversed(cls.__mro__):
         if issubclass(each, Pass):

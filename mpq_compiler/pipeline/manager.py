@@ -1,4 +1,4 @@
-"""The manager that runs passes: checks what each requires, verifies the program after it, keeps the time."""
+"""The pass manager: checks what each pass requires, runs it, verifies the program after it, and takes the time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mpq_compiler.support.errors import UserError
 
 
 def check(passes: Sequence[Pass], present: Iterable[str] = ()) -> None:
-    """UserError if a pass misses something that no earlier pass provides."""
+    """Raises a UserError where a pass requires something that no earlier pass provides."""
     have = set(present)
     for p in passes:
         missing = sorted(p.requires - have)
@@ -31,12 +31,12 @@ def check(passes: Sequence[Pass], present: Iterable[str] = ()) -> None:
 
 
 Instrument = Callable[[int, Pass, Program, Program], None]
-"""``instrument(index, pass, before, program)`` looks at a verified step; it may note facts on the program."""
+"""An observer ``instrument(index, pass, before, program)`` of verified steps; it may note facts on the program."""
 
 
 @dataclass
 class Record:
-    """What one pass did: for the report, never for dumps or artifacts."""
+    """The record of one pass's run, for the report and never for dumps or artifacts."""
 
     name: str
     seconds: float
@@ -51,7 +51,21 @@ def run_pipeline(
     instruments: Sequence[Instrument] = (),
     present: Iterable[str] = (),
 ) -> tuple[Program, list[Record]]:
-    """Runs the passes in order, verifying after each; then each of the instruments looks at the step."""
+    """Runs passes in order; after each the program is verified, and every instrument observes the step.
+
+    Args:
+        passes: the passes.
+        program: the program to start from.
+        session: what the passes share; it gets the requests of all of them.
+        instruments: observers of every step.
+        present: the properties that the program has at the start.
+
+    Returns:
+        The last program, and the record of each pass.
+
+    Raises:
+        UserError: a pass requires something that is not provided, or refuses the program.
+    """
     check(passes, present)
     session = dataclasses.replace(session, requests=Requests.all(p.requests() for p in passes) | session.requests)
     records = []

@@ -1,4 +1,4 @@
-"""Options of a pass, checked against their declared types."""
+"""Makes passes of options, which are checked against their declared types."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpq_compiler.support.errors import UserError, nearest
 
 
 def make(name: str, options: dict[str, Any]) -> Pass:
-    """The pass with the options checked against their declared types; UserError names the option."""
+    """Makes the pass called ``name`` with options. UserError: an unknown pass or option, or a value of another type."""
     cls = find(name)
     hints = typing.get_type_hints(cls)
     known = {f.name: hints[f.name] for f in dataclasses.fields(cls)}

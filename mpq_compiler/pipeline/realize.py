@@ -1,4 +1,4 @@
-"""A plan made into values quickly: what it would draw, without the passes that refine it."""
+"""Realizes plans quickly: simulates a planned program without the passes that refine its values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpq_compiler.pipeline.session import Session
 
 
 def realize(program: Program, session: Session) -> Program:
-    """The program of a plan, quickly: for learned rounding GPTQ stands."""
+    """Simulates a planned program by `STEPS`."""
     requests = replace(session.requests, rounding=session.requests.rounding.quick)
     quick = replace(session, progress=None, requests=requests)
     for step in registry.built_in():

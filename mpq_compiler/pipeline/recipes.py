@@ -22,13 +22,13 @@ from mpq_compiler.support.errors import UserError, nearest
 
 SCHEMA = 1
 BUILT_IN = Path(__file__).parents[1] / "recipes"
-"""Folder of the recipes that ship with the package."""
+"""The folder of the built-in recipes."""
 _KEYS = {"schema", "description", "extends", "pipeline", "options"}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A pipeline before it is made: pass names in order, and options by pass name."""
+    """A recipe: the names of passes in order, and options by pass name."""
 
     name: str
     description: str
@@ -36,7 +36,7 @@ class Recipe:
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def override(self, pass_name: str, **options: Any) -> Recipe:
-        """The recipe with options that are not None set; UserError where the pipeline lacks the pass."""
+        """Overrides the options of a pass that are not None. UserError: the pipeline lacks the pass."""
         given = {k: v for k, v in options.items() if v is not None}
         if not given:
             return self
@@ -45,7 +45,7 @@ class Recipe:
         return Recipe(self.name, self.description, self.pipeline, merged)
 
     def require(self, pass_name: str, option: str) -> None:
-        """UserError where the pipeline lacks the pass that an option of the command line belongs to."""
+        """Raises a UserError where the pipeline lacks the pass that an option of the command line belongs to."""
         if pass_name not in self.pipeline:
             raise UserError(
                 f"recipe '{self.name}' has no pass '{pass_name}', which option '{option}' belongs to; "
@@ -53,19 +53,24 @@ class Recipe:
             )
 
     def passes(self) -> list[pipeline_passes.Pass]:
-        """The passes, their options checked."""
+        """Makes the passes. UserError: an unknown pass or option."""
         return [pipeline_options.make(name, self.options.get(name, {})) for name in self.pipeline]
 
 
 def names() -> list[str]:
-    """The recipes that ship with the package."""
+    """The names of the built-in recipes."""
     return sorted(file.stem for file in BUILT_IN.glob("*.toml"))
 
 
 def load(name: str | Path, extending: tuple[str, ...] = ()) -> Recipe:
-    """A recipe by its name or file. Raises UserError naming the file and the key that is wrong.
+    """Loads a recipe by its name or file.
 
-    extending: the recipes on the way here, each of which extends the next.
+    Args:
+        name: a built-in recipe, or a .toml file.
+        extending: the chain of recipes that led here, each of which extends the next.
+
+    Raises:
+        UserError: there is no such recipe, or it is malformed; the sentence names the file and the key.
     """
     path = Path(name)
     by = f"{extending[-1]}: 'extends': " if extending else ""
@@ -83,7 +88,7 @@ def load(name: str | Path, extending: tuple[str, ...] = ()) -> Recipe:
 
 
 def from_pipeline(text: str) -> Recipe:
-    """The recipe of a pipeline written by hand. UserError: a pass is wrong, or stands twice with different options."""
+    """Makes a recipe of a pipeline's text. UserError: a pass is wrong, or occurs twice with different options."""
     passes = parser.parse(text)
     options: dict[str, dict[str, Any]] = {}
     for p in passes:

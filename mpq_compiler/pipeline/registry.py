@@ -1,4 +1,4 @@
-"""Passes by name: the built-in ones and those of installed packages."""
+"""The registry of passes: the built-in ones, and those of installed packages."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ BUILT_IN = tuple(entry.name for entry in plugins.built_in(ENTRY_POINTS))
 
 
 def find(name: str) -> type[Pass]:
-    """The pass class of that name: one of `mpq_compiler.passes`, or of a package with an entry point.
+    """The class of the pass called ``name``, built in or from a package's entry point.
 
-    Raises UserError for an unknown name, a name defined twice, and a package whose pass cannot be used, with why.
+    Raises:
+        UserError: an unknown name, a name that is defined twice, or a package whose pass cannot be used.
     """
     external = [e for e in plugins.of(ENTRY_POINTS) if e.name == name]
     found = [*(e for e in plugins.built_in(ENTRY_POINTS) if e.name == name), *external]
@@ -29,12 +30,12 @@ def find(name: str) -> type[Pass]:
 
 
 def _owner(entry: EntryPoint) -> str:
-    """Where an entry point comes from: its object, and its distribution."""
+    """The origin of an entry point: its object, and its distribution."""
     return f"{entry.value} of {entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
 
 
 def _load(entry: EntryPoint) -> type[Pass]:
-    """The pass behind an entry point. UserError: whatever keeps it from being one."""
+    """Loads the pass behind an entry point. UserError: it fails to import, or is no pass."""
     where = f"pass '{entry.name}' ({_owner(entry)})"
     try:
         loaded = entry.load()
@@ -57,12 +58,12 @@ def built_in() -> list[type[Pass]]:
 
 
 def all_names() -> list[str]:
-    """The names of all passes, in pipeline order, third-party ones last, those among them that cannot be used too."""
+    """The names of all passes in pipeline order, third-party ones last; some of these may be unusable."""
     return [*BUILT_IN, *sorted({e.name for e in plugins.of(ENTRY_POINTS)} - {*BUILT_IN})]
 
 
 def usable() -> tuple[dict[str, type[Pass]], dict[str, str]]:
-    """(the passes that can be used by name, the reason for each name that cannot)."""
+    """The usable passes by name, and the reason for each name that is not usable."""
     found: dict[str, type[Pass]] = {}
     broken: dict[str, str] = {}
     for name in all_names():
