@@ -1,4 +1,4 @@
-"""What a pass is: a frozen dataclass with a contract, what it requires and provides, and typed options."""
+"""The base of passes: frozen dataclasses with a contract, required and provided properties, and typed options."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 
 class Contract(StrEnum):
-    """What a pass promises about its output, run against the program before it (docs/ir.md)."""
+    """The contract of a pass: what holds for its output against the program before it (docs/ir.md)."""
 
     IDENTICAL = "identical"
-    """The same bits."""
+    """All bits are equal."""
     REWRITE = "rewrite"
-    """Equal to 1e-5 of the largest magnitude of the output, in f32."""
+    """Values are equal to 1e-5 of the output's largest magnitude, in f32."""
     SIMULATION = "simulation"
-    """A quantization error is introduced; it is measured and printed."""
+    """A quantization error is introduced, which is measured and printed."""
     EXACT = "exact"
-    """The program before, executed in exact mode, gives the same bits."""
+    """All bits are equal to those of the program before in exact mode."""
 
 
 class Role(StrEnum):
-    """What a pass does for the pipeline. Whoever runs pipelines asks for roles, never for names."""
+    """The role of a pass in a pipeline; the driver asks for roles, never for names."""
 
     REWRITES = "rewrites"
     """Changes how the float program is written."""
@@ -59,16 +59,17 @@ class Role(StrEnum):
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """One step of the compiler. The docstring of a pass states its purpose, its source and a before/after excerpt."""
+    """A step of the compiler; its docstring states its purpose, its source and a before/after excerpt."""
 
     contract: ClassVar[Contract]
     requires: ClassVar[frozenset[str]] = frozenset()
-    """Properties that an earlier pass must provide."""
+    """The properties that an earlier pass must provide."""
     provides: ClassVar[frozenset[str]] = frozenset()
+    """The properties that later passes may rely on."""
     statistics: ClassVar[frozenset[Statistic]] = frozenset()
-    """Calibration statistics the pass reads; what the whole pipeline asks for is collected once."""
+    """The calibration statistics that it reads; the requests of the whole pipeline are collected in one run."""
     role: ClassVar[Role | None] = None
-    """What it does for the pipeline; None where nobody needs to know."""
+    """Its role in the pipeline; None where nobody asks for it."""
     decides_kernels: ClassVar[bool] = False
     """Whether it decides on which kernels are called, not only on their values; latency tables are measured with it."""
     settings: ClassVar[Mapping[str, str]] = {}
@@ -84,22 +85,23 @@ class Pass(ABC):
 
     @classmethod
     def name(cls) -> str:
+        """Its name in pipelines and recipes: the name of its module, with dashes."""
         return cls.__module__.rsplit(".", 1)[-1].replace("_", "-")
 
     @abstractmethod
     def run(self, program: Program, session: Session) -> Program:
-        """The program after the pass; the one given is left as it is."""
+        """Runs the pass and returns the new program; the given one is left as it is."""
 
     def requests(self) -> Requests:
-        """What the pass, with its options, asks of the others."""
+        """The requests of the pass, with its options, to other passes."""
         return Requests(self.statistics)
 
     def options(self) -> dict[str, Any]:
-        """Option name -> value, in the order of declaration."""
+        """The values of its options by name, in the order of declaration."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     def require(self, option: str, least: float, most: float = math.inf) -> None:
-        """UserError unless the option, or each of its values, is a number of that range; none passes."""
+        """Raises a UserError unless an option, or each of its values, lies in a range; None passes."""
         value = getattr(self, option)
         items = value if isinstance(value, tuple) else () if value is None else (value,)
         wanted = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
@@ -112,7 +114,7 @@ class Pass(ABC):
         return {f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default}
 
     def text(self) -> str:
-        """``name{option=value,...}`` with the options that differ from their defaults."""
+        """The pass as pipelines spell it: ``name{option=value,...}``, with the options that differ from defaults."""
         changed = [f"{name}={_print_value(value)}" for name, value in self.changed().items()]
         return self.name() + ("{" + ",".join(changed) + "}" if changed else "")
 

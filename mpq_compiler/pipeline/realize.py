@@ -12,7 +12,7 @@ from mpq_compiler.pipeline.session import Session
 
 
 def realize(program: Program, session: Session) -> Program:
-    """Simulates a planned program by `STEPS`."""
+    """Simulates a planned program by the built-in passes that decide kernels; GPTQ replaces learned rounding."""
     requests = replace(session.requests, rounding=session.requests.rounding.quick)
     quick = replace(session, progress=None, requests=requests)
     for step in registry.built_in():
