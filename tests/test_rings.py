@@ -68,7 +68,13 @@ def cases(suite: str, function: str, *counts: int, refuses: bool = False) -> lis
     ]
 
 
-RULES = Rules(whole=20, share={"large": 30}, always=frozenset({"large::kept"}), never={"large::slow": "it is slow"})
+RULES = Rules(
+    whole=20,
+    unmeasured=5,
+    share={"large": 30, "unknown": 10},
+    always=frozenset({"large::kept"}),
+    never={"large::slow": "it is slow"},
+)
 SECONDS = Durations(
     {
         "small": {FIXTURES: 4, "f": 1},
@@ -94,6 +100,10 @@ def test_small_and_unmeasured_suites_are_whole():
     assert chosen(SMALL) == SMALL
     new = cases("new", "f", 30)
     assert chosen(new) == new
+
+
+def test_sampled_suites_are_small_until_they_are_measured():
+    assert len(chosen([*cases("unknown", "f", 30), *cases("unknown", "g", 30)])) == 2
 
 
 def test_large_suites_that_are_not_listed_are_in_the_second_ring():

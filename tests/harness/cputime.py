@@ -72,13 +72,13 @@ def durations(reports: Sequence[pytest.TestReport]) -> Durations:
     fixtures: defaultdict[str, float] = defaultdict(float)
     for report in reports:
         suite, _, name = report.location
-        phases = [value for key, value in report.user_properties if key == PROPERTY]
-        if report.when == "teardown" and report.outcome == "passed":
-            fixtures[suite] += sum(seconds for phase, seconds in phases if phase != "call")
-            calls[suite][name.partition("[")[0]] += [seconds for phase, seconds in phases if phase == "call"]
+        phases = dict(value for key, value in report.user_properties if key == PROPERTY)
+        if report.when == "teardown" and "call" in phases:  # not of what was skipped
+            calls[suite][name.partition("[")[0]].append(phases["call"])
+            fixtures[suite] += phases["setup"] + phases["teardown"]
     return Durations(
         {
-            suite: {FIXTURES: fixtures[suite]} | {name: sum(own) / len(own) for name, own in functions.items() if own}
+            suite: {FIXTURES: fixtures[suite]} | {name: sum(own) / len(own) for name, own in functions.items()}
             for suite, functions in calls.items()
         }
     )

@@ -27,8 +27,6 @@ from mpq_compiler.support import cache
 from mpq_compiler.targets.numerics import BF16
 from tests.harness import tiny
 
-torch.set_num_threads(1)  # so that seconds and bits do not depend on the machine's cores
-
 BUNDLED = "fashion-unet"
 MODELS = (BUNDLED, *tiny.FAMILIES)
 

@@ -16,7 +16,7 @@ import json
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +60,8 @@ class Rules:
     """The contents of rings.toml."""
 
     whole: float
+    unmeasured: float
+    """CPU seconds that a case of a sampled suite is taken for where nobody has measured it."""
     share: Mapping[str, float]
     """CPU seconds of suites that are sampled."""
     always: frozenset[str]
@@ -70,7 +72,7 @@ class Rules:
     def read(cls, path: Path = FOLDER / "rings.toml") -> Rules:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
         share = {suite: weight * found["share"] for suite, weight in found["sampled"].items()}
-        return cls(found["whole"], share, frozenset(found["always"]), found["never"])
+        return cls(found["whole"], found["unmeasured"], share, frozenset(found["always"]), found["never"])
 
 
 @dataclass
@@ -78,6 +80,7 @@ class Durations:
     """CPU seconds, child processes included: of one case of each function, and of a suite's fixtures as a whole."""
 
     suites: dict[str, dict[str, float]] = field(default_factory=dict)
+    unmeasured: float = 0.0
 
     @classmethod
     def read(cls, path: Path = FOLDER / "durations.json") -> Durations:
@@ -90,15 +93,12 @@ class Durations:
         }
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    def knows(self, suite: str) -> bool:
-        return suite in self.suites
-
     def fixtures(self, suite: str) -> float:
         return self.suites.get(suite, {}).get(FIXTURES, 0.0)
 
     def of(self, case: Case) -> float:
-        """Seconds of a case without those of fixtures; zero where nobody has measured it."""
-        return self.suites.get(case.suite, {}).get(case.function, 0.0)
+        """Seconds of a case without those of fixtures."""
+        return self.suites.get(case.suite, {}).get(case.function, self.unmeasured)
 
     def total(self, cases: Iterable[Case]) -> float:
         """Seconds of all these cases on one core, with the fixtures of their suites."""
@@ -121,6 +121,7 @@ def _of_suite(
     if suite not in rules.share:
         small = seconds.total(cases[i] for i in own) <= rules.whole
         return {*possible} if small else set()
+    seconds = replace(seconds, unmeasured=rules.unmeasured)
     always = {i for i in possible if cases[i].refuses or rules.always & {suite, f"{suite}::{cases[i].function}"}}
     return _sample({i: cases[i] for i in possible}, always, rules.share[suite], seconds, seed)
 
