@@ -684,7 +684,12 @@ def _targets(args: argparse.Namespace) -> Any:
     except UserError as error:
         terminal.note(str(error))
     described: list[dict[str, Any]] = []
-    for target in targets.TARGETS.values():
+    for name in targets.names():
+        try:
+            target = targets.resolve(name)
+        except UserError as error:  # one of another package; the others go on
+            terminal.note(str(error))
+            continue
         missing = sorted(targets.missing_features(target))
         described.append(
             {

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mpq_compiler.support import plugins
 from mpq_compiler.support.errors import UserError, nearest
 from mpq_compiler.targets import nvidia
 from mpq_compiler.targets.numerics import BF16, FEATURES, INT8
@@ -36,7 +37,7 @@ class Target:
     Attributes:
         arch: the host's machine, as `platform.machine()` spells it ("x86_64", "aarch64"), or "any".
         isa: the instruction family by which kernel templates choose their inner loop.
-        backend: "tvm", "reference" or "onnx".
+        backend: the backend that builds for it: "tvm", "reference", "onnx", or that of an installed package.
         features: the /proc/cpuinfo flags without which its kernels would end in an illegal instruction. A GPU target
             lists the compute capabilities that it has code for; a GPU needs one of them (`nvidia`).
         tvm: the dictionary for `tvm.target.Target`; empty where TVM takes no part.
@@ -170,15 +171,23 @@ _NATIVE = (
 )
 
 
+ENTRY_POINTS = "mpq_compiler.targets"
+"""Targets of installed packages; the built-in ones are rows of `TARGETS`, which need no import."""
+
+
+def names() -> list[str]:
+    """The built-in names, then those of installed packages, each once."""
+    return list(dict.fromkeys([*TARGETS, *(entry.name for entry in plugins.of(ENTRY_POINTS))]))
+
+
 def resolve(name: str) -> Target:
     """The target called `name`; `native` is the best one whose features this CPU has.
 
-    UserError: an unknown name; `native` on a CPU that no target covers.
+    UserError: an unknown name, one that is defined twice, a package that fails to import; `native` on a CPU that no
+    target covers.
     """
     if name != "native":
-        if name not in TARGETS:
-            raise UserError(f"there is no target '{name}': {nearest(name, ['native', *TARGETS])}")
-        return TARGETS[name]
+        return _find(name)
     for candidate in _NATIVE:
         if not missing_features(TARGETS[candidate]):
             return TARGETS[candidate]
@@ -186,6 +195,25 @@ def resolve(name: str) -> Target:
         f"no target fits this {platform.machine()} CPU (x86-64 needs AVX2): "
         "name one with --target, or use --target reference, which runs anywhere on torch"
     )
+
+
+def _find(name: str) -> Target:
+    """The target of that name: a built-in one, or that of an installed package."""
+    entries = [entry for entry in plugins.of(ENTRY_POINTS) if entry.name == name]
+    if len(entries) + (name in TARGETS) > 1:
+        owners = ", ".join(entry.value for entry in entries)
+        raise UserError(f"target '{name}' is defined more than once ({owners}); uninstall one of the packages")
+    if name in TARGETS:
+        return TARGETS[name]
+    if not entries:
+        raise UserError(f"there is no target '{name}': {nearest(name, ['native', *names()])}")
+    try:
+        target = entries[0].load()
+    except Exception as error:
+        raise UserError(f"target '{name}' ({entries[0].value}) fails to import: {error}") from error
+    if not isinstance(target, Target) or target.name != name:
+        raise UserError(f"target '{name}' ({entries[0].value}) is no instance of Target with that name")
+    return target
 
 
 def numerics_of(name: str) -> tuple[str, ...]:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import subprocess
 import sys
 
 import pytest
 
+from mpq_compiler.cli import mpqc
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import nvidia
 from mpq_compiler.targets import table as targets
@@ -135,3 +137,45 @@ def test_tvm_and_llvm_know_every_dictionary():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "not a recognized" not in done.stderr
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Puts a package on the path, as pip leaves it, with that text and these targets as entry points."""
+
+    def install(name: str, text: str, **entries: str) -> None:
+        (tmp_path / f"{name}.py").write_text(text)
+        info = tmp_path / f"{name}-0.1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.1\n")
+        lines = "".join(f"{target} = {name}:{attribute}\n" for target, attribute in entries.items())
+        (info / "entry_points.txt").write_text(f"[{targets.ENTRY_POINTS}]\n{lines}")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield install
+    sys.modules.pop("acme_board", None)
+
+
+def test_a_package_brings_a_target(package):
+    text = "from mpq_compiler.targets.table import Target\nBOARD = Target('board', 'any', 'acme', 'acme')\n"
+    package("acme_board", text, board="BOARD", wrong="BOARD", absent="NONE", reference="BOARD")
+    assert targets.names() == [*NAMES, "absent", "board", "wrong"]
+    assert targets.resolve("board").backend == "acme"
+    for name, said in (
+        ("bord", "there is no target 'bord': did you mean 'board'"),
+        ("wrong", "target 'wrong' (acme_board:BOARD) is no instance of Target with that name"),
+        ("absent", "target 'absent' (acme_board:NONE) fails to import"),
+        ("reference", "target 'reference' is defined more than once (acme_board:BOARD)"),
+    ):
+        with pytest.raises(UserError) as caught:
+            targets.resolve(name)
+        assert said in str(caught.value)
+
+
+def test_targets_of_packages_are_listed_and_a_broken_one_stops_no_other(package, capsys):
+    text = "from mpq_compiler.targets.table import Target\nBOARD = Target('board', 'any', 'acme', 'acme')\n"
+    package("acme_board", text, board="BOARD", absent="NONE")
+    assert mpqc.main(["targets", "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    assert [row["name"] for row in json.loads(captured.out)] == [*NAMES, "board"]
+    assert "fails to import" in captured.err
