@@ -109,7 +109,7 @@ def test_a_module_of_a_room_is_no_old_name():
 
 
 def test_a_pass_written_against_old_names_runs():
-    """As packages have it that were written before the rooms: the pass of tests/thirdparty/outliers does so too."""
+    """As packages have it that were written before the rooms."""
     with pytest.warns(DeprecationWarning):
         old = importlib.import_module("mpq_compiler.pass_manager")
         base, contract, session = old.Pass, old.Contract, old.Session

@@ -32,7 +32,7 @@ def follow(section: str, folder: Path, environment: dict[str, str], install: lis
                 outputs.append(command(shlex.split(line), folder, environment, install))
             continue
         first, _, text = block.partition("\n")
-        place = re.fullmatch(r"# ([\w./]+)(?:, behind (\".*\"))?", first)
+        place = re.fullmatch(r"# ([\w./]+)(?:, behind (\S+))?", first)
         assert place, f"a block begins with the name of its file, not {first!r}"
         path = folder / place[1]
         if place[2] is None:
@@ -41,7 +41,7 @@ def follow(section: str, folder: Path, environment: dict[str, str], install: lis
             path.write_text(text, encoding="utf-8")
         else:
             before = path.read_text(encoding="utf-8")
-            (line,) = re.findall(rf"^ *{re.escape(place[2])},\n", before, re.MULTILINE)
+            (line,) = re.findall(rf"^{re.escape(place[2])} = .*\n", before, re.MULTILINE)
             path.write_text(before.replace(line, line + text), encoding="utf-8")
     return outputs
 
