@@ -1,1 +1,1 @@
-"""What a pass is, and how pipelines of passes are written, found, checked and run."""
+"""What a pass and a backend are, and how pipelines of passes are written, found, checked and run."""

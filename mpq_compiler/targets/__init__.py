@@ -1,4 +1,4 @@
-"""What a machine can do: CPUs and GPUs by name, their features and numerics, and what a backend is."""
+"""What a machine can do: CPUs and GPUs by name, their features and their numerics."""
 
 from mpq_compiler import _moved
 
