@@ -3,13 +3,14 @@
     python -m benchmarks.movement [--model fashion-text] [--model unet-70m] [--runs 3] [--rounds 9] [--folder DIR]
 
 One thread, CPU time, everything interleaved; medians over the rounds, then over the runs, with least and most. Of each
-model (8-bit weights) two artifacts run: as compiled, and without the rules of `backends/tvm/plan/fuse.py`, where
-concatenations are copies and quantizers kernels of their own. *Reusing* is the artifact when the timestep and the texts
-are known from an earlier call (docs/artifact.md), against a call that computes everything. Below, what a concatenation
-of two tensors costs, against a copy of the same bytes (the goal: never more) in the two ways of an artifact: a group
-norm that reads two tensors in place of one; a layer norm that writes to a part of a buffer in place of a tensor. They
-are differences of two measurements and may be negative. Beside them a kernel that copies, which is what is left where
-neither is possible (a note of `mpqc compile`), and its speed as a share of that of a copy.
+model (8-bit weights) two artifacts run: as compiled, and without the stages that join calls
+(`backends/tvm/plan/stages.py`), where concatenations are copies and quantizers kernels of their own. *Reusing* is the
+artifact when the timestep and the texts are known from an earlier call (docs/artifact.md), against a call that computes
+everything. Below, what a concatenation of two tensors costs, against a copy of the same bytes (the goal: never more) in
+the two ways of an artifact: a group norm that reads two tensors in place of one; a layer norm that writes to a part of
+a buffer in place of a tensor. They are differences of two measurements and may be negative. Beside them a kernel that
+copies, which is what is left where neither is possible (a note of `mpqc compile`), and its speed as a share of that of
+a copy.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,8 +44,8 @@ from benchmarks.timing import interleaved
 from mpq_compiler.api import compile
 from mpq_compiler.backends.tvm.kernels.common.template import BATCH, Argument
 from mpq_compiler.backends.tvm.kernels.cpu import movement, norms
-from mpq_compiler.backends.tvm.plan import fuse
-from mpq_compiler.backends.tvm.plan.calls import Call
+from mpq_compiler.backends.tvm.plan import stages
+from mpq_compiler.backends.tvm.plan.calls import Function
 from mpq_compiler.latency import timing
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.support import terminal
@@ -55,7 +57,7 @@ SHAPES = ((4096, 320), (1024, 640), (256, 1280), (1024, 128), (256, 256), (64, 5
 """Positions and channels of each of the two tensors: the skip connections of U-Nets."""
 MOVING = ("movement", "quantize", "norms")
 WAYS = ("read_in_parts_us", "written_in_place_us")
-"""How artifacts concatenate (`backends/tvm/plan/fuse.py`)."""
+"""How artifacts concatenate (`backends/tvm/plan/stages.py`)."""
 
 
 def artifact(source: str, folder: Path, fused: bool) -> Path:
@@ -67,14 +69,16 @@ def artifact(source: str, folder: Path, fused: bool) -> Path:
         if fused:
             compile.compile(source, path, **chosen)
         else:
-            with mock.patch.object(fuse, "fuse", unchanged), mock.patch.object(fuse, "in_place", unchanged):
+            with ExitStack() as stack:
+                for stage in (*stages.JOINING[:-1], stages.ConcatenateInPlace):
+                    stack.enter_context(mock.patch.object(stage, "changed", unchanged))
                 compile.compile(source, path, **chosen)
     return path
 
 
-def unchanged(calls: Sequence[Call], values: object, output: str) -> tuple[Call, ...]:
-    """In place of a rule."""
-    return tuple(calls)
+def unchanged(stage: object, function: Function) -> Function:
+    """In place of what a stage does."""
+    return function
 
 
 def artifacts(name: str, folder: Path) -> dict[str, Path]:

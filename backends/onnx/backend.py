@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
-from mpq_compiler.backends.onnx import build
+from mpq_compiler.backends.onnx import build, lowering
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.backend import Backend, BuildRequest, Built, Capabilities
 from mpq_compiler.targets.table import Target
@@ -17,7 +17,7 @@ class OnnxBackend:
 
     def capabilities(self, target: Target) -> Capabilities:
         """What it can do besides building: the target's numerics."""
-        return Capabilities(numerics=target.numerics)
+        return Capabilities(numerics=target.numerics, stages=lowering.names())
 
     def require(self, target: Target) -> None:
         """Accepts every target: importing the backend already needs all that it needs."""
@@ -28,7 +28,7 @@ class OnnxBackend:
 
     def build(self, program: Program, target: Target, request: BuildRequest) -> Built:
         """Builds the models, beside the stored tensors."""
-        return build.build(program, request.others)
+        return build.build(program, request.others, request.instruments)
 
 
 BACKEND: Backend = OnnxBackend()

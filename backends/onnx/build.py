@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnxruntime  # noqa: F401  (what was compiled is judged with it; better missed now than then)
 
-from mpq_compiler.artifact.bundle import WEIGHTS
-from mpq_compiler.backends.onnx import FUNCTION, model_file
+from mpq_compiler.backends.onnx import FUNCTION, inspect, lowering, model_file
 from mpq_compiler.backends.onnx.emit import emit
 from mpq_compiler.ir import stored_tensors
 from mpq_compiler.ir.graph import operand
@@ -17,6 +16,7 @@ from mpq_compiler.ir.interpreter import shapes
 from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.stored_tensors import Stored
 from mpq_compiler.pipeline.backend import Built
+from mpq_compiler.pipeline.stages import StageInstrument, run_stages
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
 
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from mpq_compiler.ir.specialization import Specialization
 
 
-def build(program: Program, others: Sequence[Specialization] = ()) -> Built:
+def build(
+    program: Program, others: Sequence[Specialization] = (), instruments: Sequence[StageInstrument] = ()
+) -> Built:
     """Builds a model of any batch size, beside the stored tensors.
 
     Nodes that do not run as planned are added to ``program.fallbacks``.
@@ -32,20 +34,30 @@ def build(program: Program, others: Sequence[Specialization] = ()) -> Built:
     Args:
         program: the packed program.
         others: the program at other image sizes, each of which gets a model over the same tensors.
+        instruments: look at every stage of the lowering.
 
     Raises:
         UserError: a node that ONNX cannot express.
     """
     programs = {FUNCTION: program} | {f"{FUNCTION}_{other.size}": other.program for other in others}
     stored = stored_tensors.stored(program, *(other.program for other in others))
-    models = {name: emit(each, stored, WEIGHTS) for name, each in programs.items()}
+    tensors = {name: tensor.array for name, tensor in stored.items()}
+
+    def observe(index: int, stage: lowering.Stage, plan: lowering.Models) -> None:
+        for instrument in instruments:
+            instrument(index, stage, inspect.InspectableModels(plan, program, tensors))
+
+    stages = [lowering.SelectOperators(program, stored, others), *(each() for each in lowering.BEHIND_SELECTION)]
+    lowered = run_stages(stages, lowering.Models(), lowering.verify, observe)
+    models = {name: selected.model for name, selected in lowered.models.items()}
     return Built(
         files={model_file(name): model.SerializeToString(deterministic=True) for name, model in models.items()},
-        tensors={name: tensor.array for name, tensor in stored.items()},
+        tensors=tensors,
         entries=[tensor.entry(name) for name, tensor in stored.items()],
         functions=[_describe(name, each, models[name].graph.output[0].name) for name, each in programs.items()],
         prepare=None,
         facts={},
+        stages=lowering.names(),
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from mpq_compiler.backends.onnx.emit import Emitter, Made, Shape, Value, emits
+from mpq_compiler.backends.onnx.emitter import Emitter, Made, Shape, Value, emits
 from mpq_compiler.backends.onnx.graph import ELEMENT
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import MOVEMENT, aten

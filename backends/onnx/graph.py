@@ -115,9 +115,7 @@ class Graph:
             return helper.make_tensor_value_info(spec.name, ELEMENT[str(spec.dtype).removeprefix("torch.")], dims)
 
         result = helper.make_tensor_value_info(output, TensorProto.FLOAT, [BATCH, *shape])
-        read = {name for node in self._nodes for name in node.input}
-        kept = [tensor for tensor in self._initializers if tensor.name in read]
-        graph = helper.make_graph(self._nodes, name, [value(s) for s in inputs], [result], kept)
+        graph = helper.make_graph(self._nodes, name, [value(s) for s in inputs], [result], self._initializers)
         return helper.make_model(
             graph,
             ir_version=IR_VERSION,

@@ -22,7 +22,7 @@ import torch
 from onnx import numpy_helper
 from torch import fx
 
-from mpq_compiler.backends.onnx.emit import Emitter, Made, Shape, Value, emits
+from mpq_compiler.backends.onnx.emitter import Emitter, Made, Shape, Value, emits
 from mpq_compiler.backends.onnx.float_ops import join_heads, split_heads
 from mpq_compiler.backends.onnx.graph import ELEMENT
 from mpq_compiler.formats import contract

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from mpq_compiler.backends.tvm import build
+from mpq_compiler.backends.tvm import build, lowering
 from mpq_compiler.backends.tvm.compile.worker import Worker
-from mpq_compiler.backends.tvm.emit import walk
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.backend import BuildRequest, Built, Capabilities, TimedBackend
 from mpq_compiler.targets.table import Target
@@ -22,7 +21,8 @@ class TvmBackend:
     def capabilities(self, target: Target) -> Capabilities:
         """CPUs have them all; kernels of GPUs are launched as one graph, and their tiles are fixed."""
         cpu = not target.is_cuda
-        return Capabilities(numerics=target.numerics, tune=cpu, emit=cpu, standby=True, times=cpu)
+        stages = lowering.names(target)
+        return Capabilities(target.numerics, tune=cpu, emit=cpu, standby=True, times=cpu, stages=stages)
 
     def require(self, target: Target) -> None:
         """UserError: there is no compiler of kernels for that GPU."""
@@ -46,11 +46,12 @@ class TvmBackend:
             workers=request.workers,
             tune=request.tune,
             emit=request.emit,
+            instruments=request.instruments,
         )
 
     def kernel_calls(self, program: Program, batch: int) -> list[Mapping[str, Any]]:
         """The kernel calls of the program at one batch size."""
-        (function,) = walk.lower(program, (batch,)).functions
+        (function,) = lowering.lower(program, (batch,)).functions
         return [{"node": call.node, "kernel": str(call.kernel)} for call in function.calls]
 
     def digest(self) -> str:

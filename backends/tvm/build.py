@@ -11,22 +11,23 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from mpq_compiler.artifact.bundle import CUDART, KERNELS, WEIGHTS
+from mpq_compiler.backends.tvm import inspect, lowering
 from mpq_compiler.backends.tvm.compile import tune as tune_
 from mpq_compiler.backends.tvm.compile.worker import Crash, Failure, Worker
-from mpq_compiler.backends.tvm.emit.walk import OUTPUT, lower
-from mpq_compiler.backends.tvm.plan import weight_only
+from mpq_compiler.backends.tvm.emit.walk import OUTPUT
 from mpq_compiler.backends.tvm.plan.calls import BATCH, Call, Function, Kernel, Lowered, Made, Part, Value
 from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.ir import stored_tensors
 from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.specialization import Specialization
 from mpq_compiler.pipeline.backend import Built, Progress
+from mpq_compiler.pipeline.stages import StageInstrument
 from mpq_compiler.support import cache as caches
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
@@ -57,22 +58,23 @@ def build(
     workers: Sequence[Worker] | None = None,
     tune: bool = False,
     emit: str | None = None,
+    instruments: Sequence[StageInstrument] = (),
 ) -> Built:
     """Compiles a packed program for a CPU or for CUDA, with a specialization for each batch size.
 
     others: the program at other image sizes, with the batch sizes for each; they share the stored tensors.
     jobs: worker processes; workers: those of `standby`, in their place. cache: folder of compiled kernels (default:
     `cache.folder()`). None of them changes a byte. tune: search for the fastest tiles (`tune`). emit: "c" or
-    "machine", a program as well, without a runtime or with TVM's (`standalone`).
+    "machine", a program as well, without a runtime or with TVM's (`standalone`). instruments: look at every stage.
     Slow forms are added to ``program.fallbacks``.
 
     UserError: a node that no kernel computes; a kernel that cannot be compiled; no linker; no room in the cache.
     """
     if target.is_cuda:
         require_compiler(target)
-    lowered = lower(program, batches, others, hoisted=not target.is_cuda)
-    if target.is_cuda:
-        lowered = weight_only.keep_codes(lowered)
+    stored = stored_tensors.stored(program, *(other.program for other in others))
+    tensors = {name: tensor.array for name, tensor in stored.items()}
+    lowered, looked_at = _lowered(program, target, batches, others, tensors, jobs, cache, instruments)
     tiles: dict[str, tune_.Tile] | None = None
     if tune:
         with ExitStack() as stack:
@@ -83,8 +85,6 @@ def build(
                 raise UserError(
                     f"kernels for '{target.name}' cannot be tuned: {error}; compile without --tune, and report it"
                 ) from error
-    stored = stored_tensors.stored(program, *(other.program for other in others))
-    tensors = {name: tensor.array for name, tensor in stored.items()}
     beside: dict[str, bytes] = {}
 
     def further(worker: Worker, made: Made) -> None:
@@ -102,11 +102,12 @@ def build(
         functions=[_describe(function, batch) for function in lowered.functions for batch in function.batches],
         memory=memory,
         parts=[_describe_part(part) for part in lowered.parts().values()],
+        stages=lowering.names(target),
         prepare={"name": PREPARE, "tensors": [value.name for value in lowered.stored]},
         features=() if target.is_cuda else _features(lowered),
         facts={
             "kernels": len(lowered.kernels()),
-            "from_cache": reused,
+            "from_cache": reused - len(looked_at & lowered.kernels().keys()),
             "calls": len(lowered.functions[0].calls),
             "notes": _notes(lowered.functions[0]),
             "tiles": tiles,
@@ -123,6 +124,37 @@ def build(
             ],
         },
     )
+
+
+def _lowered(
+    program: Program,
+    target: Target,
+    batches: Sequence[int],
+    others: Sequence[Specialization],
+    tensors: Mapping[str, Any],
+    jobs: int,
+    cache: Path | None,
+    instruments: Sequence[StageInstrument],
+) -> tuple[Lowered, set[Kernel]]:
+    """(the plan after all stages, the kernels that were compiled for the instruments to look at it)."""
+    stages = [lowering.SelectKernels(program, batches, others), *lowering.of_target(target)]
+    if not instruments:
+        return lowering.run(stages), set()
+    fresh: set[Kernel] = set()
+
+    def compiled(kernels: Mapping[Kernel, str], workers: Sequence[Worker]) -> list[Path]:
+        fresh.update(missing_kernels(kernels, target, cache))
+        return [*compile_objects(kernels, target, workers, cache=cache).values()]
+
+    with inspect.runner(target, tensors, compiled, jobs) as runner:
+
+        def observe(index: int, stage: lowering.Stage, plan: Lowered) -> None:
+            looked_at = inspect.InspectablePlan(plan, runner)
+            looked_at.verify(stage.name())
+            for instrument in instruments:
+                instrument(index, stage, looked_at)
+
+        return lowering.run(stages, observe), fresh
 
 
 def require_compiler(target: Target) -> None:
@@ -200,28 +232,11 @@ def compile_library(
     further: what else is to be made of it all, by a worker.
     """
     kernels = lowered.kernels()
-    folder = caches.folder(cache) / KIND
-    objects = {kernel: folder / f"{_key(kernel, target)}.o" for kernel in kernels}
-    beside = (WORKSPACE, machine_code.DEVICE, machine_code.SOURCE) if target.is_cuda else (WORKSPACE,)
-    missing = [
-        kernel
-        for kernel, path in objects.items()
-        if not all(path.with_suffix(suffix).is_file() for suffix in (path.suffix, *beside))
-    ]
     with ExitStack() as stack:
+        missing = missing_kernels(kernels, target, cache)
         if workers is None:
             workers = stack.enter_context(standby(max(1, min(jobs, len(missing)))))
-        track = progress("compiling kernels", len(kernels)) if progress else nullcontext(lambda n: None)
-        with track as advance:
-            advance(len(kernels) - len(missing))
-            with _writable(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                _sweep(folder)
-                pending = {kernel: kernels[kernel] for kernel in sorted(missing, key=_cost)}
-                for kernel, path in _compiled(pending, target, workers, folder):
-                    for suffix in (*beside, path.suffix):
-                        os.replace(path.with_suffix(suffix), objects[kernel].with_suffix(suffix))
-                    advance(1)
+        objects = compile_objects(kernels, target, workers, progress, cache)
         with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
             output = Path(scratch, KERNELS)
             files = [str(objects[kernel]) for kernel in sorted(kernels, key=lambda k: k.name)]
@@ -239,6 +254,51 @@ def compile_library(
                 held_bytes = memory["prepared_bytes"] + activations + workspace
                 further(workers[0], Made([Path(file) for file in files], output, workspace, held_bytes))
             return output.read_bytes(), len(kernels) - len(missing), memory
+
+
+def _objects(kernels: Iterable[Kernel], target: Target, cache: Path | None) -> dict[Kernel, Path]:
+    """Where in the cache the objects of kernels are, or will be."""
+    folder = caches.folder(cache) / KIND
+    return {kernel: folder / f"{_key(kernel, target)}.o" for kernel in kernels}
+
+
+def _beside(target: Target) -> tuple[str, ...]:
+    """What is kept beside the object of a kernel."""
+    return (WORKSPACE, machine_code.DEVICE, machine_code.SOURCE) if target.is_cuda else (WORKSPACE,)
+
+
+def missing_kernels(kernels: Iterable[Kernel], target: Target, cache: Path | None = None) -> list[Kernel]:
+    """The kernels that the cache does not hold."""
+    suffixes = (".o", *_beside(target))
+    return [
+        kernel
+        for kernel, path in _objects(kernels, target, cache).items()
+        if not all(path.with_suffix(suffix).is_file() for suffix in suffixes)
+    ]
+
+
+def compile_objects(
+    kernels: Mapping[Kernel, str],
+    target: Target,
+    workers: Sequence[Worker],
+    progress: Progress | None = None,
+    cache: Path | None = None,
+) -> dict[Kernel, Path]:
+    """The kernels' objects in the cache; those that it lacks are compiled. ``kernels``: with who asks for them."""
+    folder, objects = caches.folder(cache) / KIND, _objects(kernels, target, cache)
+    missing = missing_kernels(kernels, target, cache)
+    track = progress("compiling kernels", len(kernels)) if progress else nullcontext(lambda n: None)
+    with track as advance:
+        advance(len(kernels) - len(missing))
+        with _writable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _sweep(folder)
+            pending = {kernel: kernels[kernel] for kernel in sorted(missing, key=_cost)}
+            for kernel, path in _compiled(pending, target, workers, folder):
+                for suffix in (*_beside(target), path.suffix):
+                    os.replace(path.with_suffix(suffix), objects[kernel].with_suffix(suffix))
+                advance(1)
+    return objects
 
 
 def _standalone(

@@ -18,6 +18,7 @@ from mpq_compiler.ir import costs
 from mpq_compiler.ir.interpreter import single_threaded
 from mpq_compiler.ir.specialization import Specialization
 from mpq_compiler.pipeline.backend import Backend, BuildRequest, Built, backend_of
+from mpq_compiler.pipeline.stages import StageInstrument
 from mpq_compiler.support.execution import RunContext
 from mpq_compiler.targets import table as targets
 from mpq_compiler.targets.table import Target
@@ -75,5 +76,11 @@ def _built(
     """Builds the packed program by the backend."""
     batches, *_ = parse_shapes(options.shapes).values()
     emit = "machine" if options.standalone else "c" if options.emit else None
-    request = BuildRequest(batches, others, options.jobs, workers, options.cache, progress, options.tune, emit)
+    instruments: list[StageInstrument] = []
+    if (dumps := lowering.dumps) is not None:
+        behind = len(lowering.passes)
+        instruments.append(lambda index, stage, plan: dumps.write_stage(behind + index, stage, plan))
+    request = BuildRequest(
+        batches, others, options.jobs, workers, options.cache, progress, options.tune, emit, instruments
+    )
     return backend.build(lowering.program, target, request)

@@ -1,9 +1,10 @@
-"""Writes the program after every pass as a dump: text, and sampled values of every node."""
+"""Writes the program after every pass and lowering stage as a dump: text, and sampled values of every node."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from mpq_compiler.ir.exact_interpreter import ExactInterpreter
 from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.program import Program, Stage
 from mpq_compiler.pipeline.passes import Contract, Pass
+from mpq_compiler.pipeline.stages import Inspectable, LoweringStage
 from mpq_compiler.support import files, tensorfile
 from mpq_compiler.support.errors import UserError
 
@@ -66,6 +68,8 @@ class Writer:
         self._sources: dict[str, str] = {}
         """The store name of the float tensor that each weight rounds."""
         self._tables: dict[str, tuple[Any, expected_noise.TableNoise | None]] = {}
+        self._about: dict[str, Any] = {}
+        """The metadata of the dump before."""
 
     def write(self, index: int, step: Pass, before: Program, program: Program) -> None:
         """Writes both files of a pass, after removing an earlier run's dumps of this pass and later ones.
@@ -73,9 +77,33 @@ class Writer:
         Raises:
             UserError: the folder cannot be written.
         """
-        folder = self.folder
         found, about = self.probe(step, program, before)
+        self._write(index, step.name(), printer.text(program, step.name()), found, about)
+        said = provenance.encode(provenance.document(program))
+        with self._writable():
+            files.write_whole(self.folder / bundle.DECISIONS, lambda file: file.write(said))
+
+    def write_stage(self, index: int, stage: LoweringStage[Any], plan: Inspectable) -> None:
+        """Writes both files of a stage of a lowering; ``index`` counts on behind the passes.
+
+        Where this machine cannot run the plan, the text says why, and there are no values.
+        """
+        text = plan.text(stage.name())
         try:
+            found, about = self.probe_stage(stage, plan)
+        except UserError as reason:
+            found, about = {OUTPUT: np.zeros(0, np.float32)}, {"order": [], "allowed": {}}
+            text += f"// no values: {reason}\n"
+        shared = {key: self._about.get(key) for key in ("layers", "readers", "boundaries", "decided")}
+        about |= {"pass": stage.name(), "contract": str(stage.contract), "stage": "lowered"}
+        about |= {"agreeing": False, "departing": [], "consumers": []}
+        self._write(index, stage.name(), text, found, shared | about)
+
+    def _write(self, index: int, name: str, text: str, found: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+        """The text and the probe. Dumps of the same index and of later ones that an earlier run left go first."""
+        folder, stem = self.folder, f"{index:03d}-{name}"
+        self._about = about
+        with self._writable():
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.iterdir():
                 match = FILE.fullmatch(path.name)
@@ -83,17 +111,43 @@ class Writer:
                     path.unlink()
             earlier = [d for d in read_dumps(folder) if d.index < index] if index else []
             _add_sqnr(found, earlier)
-            stem = f"{index:03d}-{step.name()}"
             metadata = {"mpq": json.dumps(about, separators=(",", ":"), sort_keys=True)}
-            text = printer.text(program, step.name()).encode()
-            files.write_whole(folder / f"{stem}.txt", lambda file: file.write(text))
+            files.write_whole(folder / f"{stem}.txt", lambda file: file.write(text.encode()))
             files.write_whole(folder / f"{stem}.safetensors", lambda file: tensorfile.save(file, found, metadata))
-            said = provenance.encode(provenance.document(program))
-            files.write_whole(folder / bundle.DECISIONS, lambda file: file.write(said))
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(
-                f"the dumps cannot be written to {folder} ({error.strerror}); name another folder with --dumps"
+                f"the dumps cannot be written to {self.folder} ({error.strerror}); name another folder with --dumps"
             ) from error
+
+    def probe_stage(self, stage: LoweringStage[Any], plan: Inspectable) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The tensors of a stage's probe file and its metadata, but for what it shares with the pass before.
+
+        A selection of kernels is held against the packed program on that program's values, which every call reads. What
+        rewrites the plan must leave all values as they are; where one differs, the plan is run once more on the values
+        before, so that no call answers for another.
+        """
+        inputs = {name: value.numpy() for name, value in self.inputs.items()}
+        known = {name: _as_array(value) for name, value in self._last.items() if isinstance(value, Tensor)}
+        values = plan.run(inputs)
+        departures = _departures(known, values)
+        whole = departure(*_alike(known[OUTPUT], values[plan.output()])) if OUTPUT in known else Departure()
+        if stage.contract == Contract.LOWERED or any(d.share for d in departures.values()):
+            departures = _departures(known, plan.run(inputs, known))
+        if stage.contract != Contract.LOWERED:
+            departures[OUTPUT] = whole
+        found = {f"value:{name}": sample(name, torch.from_numpy(value)) for name, value in values.items()}
+        found |= {f"shape:{name}": np.array(value.shape, np.int64) for name, value in values.items()}
+        found[OUTPUT] = sample(OUTPUT, torch.from_numpy(values[plan.output()]), OUTPUT_VALUES)
+        found |= {f"local:{name}": _row(d) for name, d in departures.items()}
+        self._last = {name: torch.from_numpy(value) for name, value in values.items()}
+        self._last[OUTPUT] = self._last[plan.output()]
+        allowed = {name: plan.tolerance(name) for name in departures if name != OUTPUT}
+        return found, {"order": [*values, OUTPUT], "allowed": allowed}
 
     @torch.no_grad()
     def probe(self, step: Pass, program: Program, before: Program) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -110,9 +164,7 @@ class Writer:
         self._remember(program, values, output)
         found = _sampled(program, values, output)
         consumers = _consumers(program, forced) if simulation else []
-        for name, d in forced.departures.items():
-            first, second = (*d.channels, -1, -1)[:2]
-            found[f"local:{name}"] = np.array([d.largest, d.noise, d.share, d.departing, first, second])
+        found |= {f"local:{name}": _row(d) for name, d in forced.departures.items()}
         if simulation:
             found |= {f"expected:{n}": np.array([v]) for n, v in self._expected(consumers).items()}
             found |= self._weight_arrays(program)
@@ -235,6 +287,28 @@ class Writer:
         return found
 
 
+def _row(d: Departure) -> np.ndarray:
+    """A departure as it stands in a probe file."""
+    first, second = (*d.channels, -1, -1)[:2]
+    return np.array([d.largest, d.noise, d.share, d.departing, first, second])
+
+
+def _as_array(value: Tensor) -> np.ndarray:
+    """A value as kernels hold it: truth values as 1 and 0."""
+    return (value.float() if value.dtype == torch.bool else value).numpy()
+
+
+def _alike(known: np.ndarray, value: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Both in the shape of ``value``: the batch is outermost in a plan."""
+    return torch.from_numpy(np.ascontiguousarray(known).reshape(value.shape)), torch.from_numpy(value)
+
+
+def _departures(known: Mapping[str, np.ndarray], values: Mapping[str, np.ndarray]) -> dict[str, Departure]:
+    """How the values depart from the known ones of the same name, size and type."""
+    both = [n for n, v in values.items() if n in known and known[n].size == v.size and known[n].dtype == v.dtype]
+    return {name: departure(*_alike(known[name], values[name])) for name in both}
+
+
 def _run_forced(program: Program, forced: Forced, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[str]]:
     """Runs a program forced; returns the output, and the nodes from which values depart and do not return.
 
@@ -333,5 +407,6 @@ def _add_sqnr(found: dict[str, np.ndarray], earlier: list[Dump]) -> None:
                 if found[key].dtype == np.float32:
                     found[f"sqnr:{node}"] = np.array([sqnr_db(reference, found[key])], np.float32)
                 break
-    reference = earlier[0].output if earlier else found["output"]
-    found["output:sqnr"] = np.array([sqnr_db(reference, found["output"])], np.float32)
+    reference = earlier[0].output if earlier else found[OUTPUT]
+    alike = reference.shape == found[OUTPUT].shape
+    found["output:sqnr"] = np.array([sqnr_db(reference, found[OUTPUT]) if alike else np.inf], np.float32)

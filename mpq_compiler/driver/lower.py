@@ -76,12 +76,14 @@ class Lowering:
     passes: list[Pass]
     latency: Latency | None = None
     """The times of formats on the target, where they are asked for."""
+    dumps: Writer | None = None
+    """The writer of the dumps, where they are asked for."""
 
     def packed(self) -> Packed:
         """Requires a packed program. UserError: the pipeline ends before it packs."""
         if self.program.stage != Stage.PACKED or self.planned is None:
             raise UserError("the pipeline ends before 'fold-fake-quant': nothing was packed that a backend could run")
-        return Packed(self.program, self.planned, self.laid_out, self.records, self.passes, self.latency)
+        return Packed(**vars(self))
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,11 @@ def lower(denoiser: Denoiser, options: Options, progress: Any = None, passes: li
     )
     planned: list[Program] = []
     laid_out: list[Program] = []
-    observers = [observe, *_observers(denoiser, options, planned)]
+    dumps = None if options.dumps is None else Writer(options.dumps, spread(held_out(denoiser, options), 2), denoiser)
+
+    def keep_planned(index: int, step: Pass, before: Program, program: Program) -> None:
+        if program.stage == Stage.PLANNED:
+            planned.append(program)
 
     def keep_sizes(index: int, step: Pass, before: Program, program: Program) -> None:
         if specialize.is_laid_out(step):
@@ -135,10 +141,11 @@ def lower(denoiser: Denoiser, options: Options, progress: Any = None, passes: li
         if step.provides >= {"time-groups"} and session.sensitivity is None:
             _check_budget(program, passes, latency)
 
+    instruments: list[Instrument] = [observe, keep_planned, *([dumps.write] if dumps else []), keep_sizes]
     start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
     with single_threaded():
-        program, records = manager.run_pipeline(passes, start, session, [*observers, keep_sizes])
-    return Lowering(program, planned[-1] if planned else None, laid_out, records, passes, latency)
+        program, records = manager.run_pipeline(passes, start, session, instruments)
+    return Lowering(program, planned[-1] if planned else None, laid_out, records, passes, latency, dumps)
 
 
 def layer_times(
@@ -197,16 +204,3 @@ def _check_budget(program: Program, passes: Sequence[Pass], latency: Latency | N
         times = latency.costs(program, measured, getattr(allocation, "dynamic", False))
         table = sensitivity_table.with_latencies(table, times.fixed, times.layers)
         pose.require_latency(table, most, choices)
-
-
-def _observers(denoiser: Denoiser, options: Options, planned: list[Program]) -> list[Instrument]:
-    """The instruments that keep the planned programs and, where they are asked for, write dumps."""
-
-    def keep_planned(index: int, step: Pass, before: Program, program: Program) -> None:
-        if program.stage == Stage.PLANNED:
-            planned.append(program)
-
-    if options.dumps is None:
-        return [keep_planned]
-    writer = Writer(options.dumps, spread(held_out(denoiser, options), 2), denoiser)
-    return [keep_planned, writer.write]

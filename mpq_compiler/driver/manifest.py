@@ -58,7 +58,7 @@ def describe(
     """
     program, planned = lowering.program, lowering.planned
     document = {
-        **_origin(denoiser, program, planned, options, lowering.passes),
+        **_origin(denoiser, program, planned, built, options, lowering.passes),
         "target": describe_target(target) | {"numerics": numerics_of(program)},
         "functions": built.functions,
         "tensors": built.entries,
@@ -92,7 +92,7 @@ def files(
 
 
 def _origin(
-    denoiser: Denoiser, program: Program, planned: Program, options: Options, passes: Sequence[Pass]
+    denoiser: Denoiser, program: Program, planned: Program, built: Built, options: Options, passes: Sequence[Pass]
 ) -> dict[str, Any]:
     """The manifest's entries on the model, the passes, the plan and the calibration."""
     allocation = program.facts.get("allocation", {})
@@ -107,7 +107,7 @@ def _origin(
             "below": {name: s.below for name, s in denoiser.input_specs.items() if s.below is not None},
         },
         "recipe": {"name": str(Path(options.recipe).stem) if options.pipeline is None else "custom"},
-        "pipeline": parser.to_text(passes),
+        "pipeline": parser.to_text(passes, built.stages),
         "plan": {
             "layers": layer_rows(planned),
             "boundaries": program.facts["time-groups"].tolist(),

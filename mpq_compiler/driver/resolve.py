@@ -12,13 +12,15 @@ from typing import Any
 from mpq_compiler.driver import budgets
 from mpq_compiler.driver.options import EFFORTS, MOST_SEED, Options
 from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
-from mpq_compiler.pipeline import manager, registry
+from mpq_compiler.pipeline import manager, parser, registry
 from mpq_compiler.pipeline import recipes as recipe_files
+from mpq_compiler.pipeline.backend import backend_of
 from mpq_compiler.pipeline.options import make
 from mpq_compiler.pipeline.passes import Pass, Role
 from mpq_compiler.pipeline.recipes import Recipe
 from mpq_compiler.sampling.conditioning import require_guidance
 from mpq_compiler.support.errors import UserError, nearest
+from mpq_compiler.targets import table as targets
 
 
 def resolve(options: Options) -> list[Pass]:
@@ -29,6 +31,8 @@ def resolve(options: Options) -> list[Pass]:
     """
     by_hand = options.pipeline
     recipe = recipe_files.load(options.recipe) if by_hand is None else recipe_files.from_pipeline(by_hand)
+    if by_hand is not None:
+        _require_stages(parser.stages(by_hand), options.target)
     require_guidance(options.guidance)
     if not 0 <= options.seed <= MOST_SEED:
         raise UserError(f"--seed {options.seed} must be 0 to {MOST_SEED}")
@@ -48,6 +52,20 @@ def resolve(options: Options) -> list[Pass]:
     passes = recipe.passes()
     manager.check(passes)
     return passes
+
+
+def _require_stages(named: tuple[str, ...], target: str) -> None:
+    """UserError: a pipeline names other lowering stages than those of the target."""
+    if not named:
+        return
+    row = targets.resolve(target)
+    stages = backend_of(row).capabilities(row).stages
+    if named != stages:
+        there = f"are {', '.join(stages)}" if stages else "do not exist"
+        raise UserError(
+            f"the pipeline names the lowering stages {', '.join(named)}, and those of '{row.name}' {there}: "
+            f"leave out what follows '{parser.ARROW}'"
+        )
 
 
 def _passes_of(recipe: Recipe) -> list[type[Pass]]:

@@ -26,6 +26,8 @@ With noise of half a bit above the plan, the effective width rounds to a smaller
 """
 STORED = 2.0**-20
 """The relative noise that stored types may cause in a node on leftovers: twice the unit roundoff of f16, squared."""
+TIES = 2 * ROUNDING * 255
+"""Share of codes that differ by one where the floats behind them differ by rounding: 2 * error / step of 8 bits."""
 NEARER = 0.5
 """The ratio of squared distances below which a row counts as another row's."""
 
@@ -132,6 +134,8 @@ def _findings(dump: Dump, earlier: Sequence[Dump]) -> Iterator[Finding]:
     if dump.about["contract"] == Contract.SIMULATION:
         yield from _weights(dump)
         yield from _calls(dump)
+    elif dump.about["contract"] == Contract.LOWERED:
+        yield from _lowered(dump)
     else:
         yield from _values(dump)
 
@@ -263,6 +267,20 @@ def _values(dump: Dump) -> Iterator[Finding]:
         yield Finding(dump.name, "value", node, (_layer(dump, node),), _finite_or_none(d.largest), allowed, sentence)
 
 
+def _lowered(dump: Dump) -> Iterator[Finding]:
+    """What a kernel computes of the packed program's values: the same integers, floats within rounding."""
+    for node, d in dump.local.items():
+        allowed = float(dump.about["allowed"][node])
+        codes = node in dump.values and dump.values[node].dtype.kind != "f"
+        elements = math.prod(dump.shapes.get(node, ()))
+        ties = max(TIES, 2 / max(elements, 1))
+        if d.largest > allowed or (codes and allowed and d.share > ties):
+            many = f" ({allowed:.0f} in {100 * ties:.2g} % allowed)" if codes and allowed else ""
+            sentence = f"{dump.name} promises {_PROMISES[Contract.LOWERED]}, and {_described(dump, node, d)}{many}"
+            measured, layer = _finite_or_none(d.largest), _layer(dump, node)
+            yield Finding(dump.name, "value", node, (layer,), measured, allowed, sentence)
+
+
 def _finite(dump: Dump, before: Dump | None) -> Iterator[Finding]:
     """Rule: no NaN or infinity where there was none before; masks may begin with one."""
     for node, values in dump.values.items():
@@ -282,6 +300,7 @@ def _finite(dump: Dump, before: Dump | None) -> Iterator[Finding]:
 _PROMISES = {
     Contract.IDENTICAL: "the same bits",
     Contract.EXACT: "the bits of exact mode",
+    Contract.LOWERED: "what the packed program computes of the same values",
     Contract.REWRITE: f"values within {ROUNDING:g} of the largest",
 }
 

@@ -230,6 +230,8 @@ def _noise(path: str, passes: Mapping[str, Any], dumps: Sequence[Dump]) -> list[
     call = _said(passes, "call").get("call", "")
     rows = []
     for dump in dumps:
+        if dump.about["stage"] == "lowered":  # no stage of a lowering decides anything of a layer
+            continue
         own, weight = dump.local.get(call), dump.weights.get(path)
         gathered = dump.sqnr.get(call)
         if own is None and weight is None and gathered is None:

@@ -265,6 +265,8 @@ def text(program: Program, pass_name: str = "") -> str:
     types = {name: _type(two[name], three[name]) for name in two}
     notes = {row.name: _note(row) for row in table_of_layers(program)} if program.weights else {}
     notes |= _attention_notes(program) if program.activations else {}
+    if not program.weights:  # with a plan, its own losses stand at the layers
+        notes |= _measured_notes(program)
     if program.stage == Stage.PLANNED:  # later the calls say so themselves
         for name, kind in program.facts.get("numerics", {}).items():
             notes[name] = "  ".join(filter(None, (f"numerics {kind}", notes.get(name))))
@@ -282,6 +284,7 @@ def text(program: Program, pass_name: str = "") -> str:
     lines.append("}")
     for name, reason in sorted(program.fallbacks.items()):
         lines.append(f"// float: {name}: {reason}")
+    lines += [f"// {notes[s.name].removeprefix('// ')} of %{s.name}" for s in program.inputs if s.name in notes]
     lines += [f"// note: {sentence}" for sentence in program.facts.get("notes", ())]
     return "\n".join(lines) + "\n"
 
@@ -313,6 +316,32 @@ def _attention_notes(program: Program) -> dict[str, str]:
         note = f"p {plan.label(groups):7} a {operands:6}"
         notes[call.name] = note if loss is None else f"{note} // loss {loss:.1e}"
     return notes
+
+
+def _measured_notes(program: Program) -> dict[str, str]:
+    """``// loss w int2 6.6e-06, int4 4.4e-07; a 8 1.2e-08; p 8 3.1e-07``: what `sensitivity` has measured, by node.
+
+    w: of a layer's weight in each format. a: of the value as an activation of so many bits. p: of an attention whose
+    operands and probabilities have so many.
+    """
+    table = program.facts.get("sensitivity")
+    if table is None:
+        return {}
+    flat = views.flatten(program)
+    levels = {found.call.name: found for found in views.levels_of(flat)}
+    paths = {call.name: views.weight_path(call, levels) for call in flat}
+    measured = [
+        ("w", {name: table["weights"].get(path, {}) for name, path in paths.items()}),
+        ("a", table["activations"]),
+        ("p", table.get("attention", {})),
+    ]
+    notes: dict[str, list[str]] = {}
+    for kind, losses in measured:
+        for name, choices in losses.items():
+            if choices:
+                listed = ", ".join(f"{choice} {loss:.1e}" for choice, loss in choices.items())
+                notes.setdefault(name, []).append(f"{kind} {listed}")
+    return {name: f"// loss {'; '.join(parts)}" for name, parts in notes.items()}
 
 
 def _lines(

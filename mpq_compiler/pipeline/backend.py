@@ -15,6 +15,7 @@ import numpy as np
 
 from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.specialization import Specialization
+from mpq_compiler.pipeline.stages import StageInstrument
 from mpq_compiler.support import plugins
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets.table import Target
@@ -37,6 +38,7 @@ class Capabilities:
         emit: whether it writes programs that run without this package (``--emit c``, ``--standalone``).
         standby: whether it has workers that are slow to start, and are started while the passes run.
         times: whether it lists the kernels of a program, so that a latency table can be measured (`TimedBackend`).
+        stages: the names of the stages of its lowering, in order (`pipeline.stages`).
     """
 
     numerics: tuple[str, ...] = ()
@@ -44,6 +46,7 @@ class Capabilities:
     emit: bool = False
     standby: bool = False
     times: bool = False
+    stages: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class BuildRequest:
         progress: opens a progress bar, or None.
         tune: whether to search for the fastest kernels.
         emit: "c" or "machine" adds a C program, without a runtime or with TVM's; None adds none.
+        instruments: look at every stage of the lowering.
     """
 
     batches: Sequence[int] = (1, 2)
@@ -69,6 +73,7 @@ class BuildRequest:
     progress: Progress | None = None
     tune: bool = False
     emit: str | None = None
+    instruments: Sequence[StageInstrument] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class Built:
         features: the CPU features that its kernels need beyond the target's.
         parts: the manifest's list of parts that functions share between calls (docs/artifact.md).
         memory: the manifest's entry on memory, where the backend knows it.
+        stages: the names of the lowering's stages, in order.
     """
 
     files: dict[str, bytes]
@@ -96,6 +102,7 @@ class Built:
     features: tuple[str, ...] = ()
     parts: list[dict[str, Any]] = field(default_factory=list)
     memory: dict[str, Any] | None = None
+    stages: tuple[str, ...] = ()
 
     @property
     def payload_bytes(self) -> int:

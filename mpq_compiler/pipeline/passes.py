@@ -30,6 +30,11 @@ class Contract(StrEnum):
     """A quantization error is introduced, which is measured and printed."""
     EXACT = "exact"
     """All bits are equal to those of the program before in exact mode."""
+    LOWERED = "lowered"
+    """Each node gives the same integers on the inputs of the program before, and floats to 1e-5 of the largest.
+
+    Codes of such floats may differ by one at ties. It is the contract of the kernels that a backend selects.
+    """
 
 
 class Role(StrEnum):

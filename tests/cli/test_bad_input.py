@@ -188,6 +188,7 @@ def test_another_kind_of_model_is_told_so(capsys: pytest.CaptureFixture[str], mo
         (("--pipeline", "trace,layuot"), "layout"),
         (("--pipeline", "trace,layout,calibrate{sampels=3}"), "samples"),
         (("--pipeline", "trace,calibrate"), "layout"),
+        (("--pipeline", "trace,layout -> fuse-everything"), "leave out what follows '->'"),
         (("--pipeline", "trace,layout,calibrate{samples=many}"), "int"),
         (("--weights", "4bit"), "40MB"),
         (("--shapes", "1x3x16"), "1x4x64x64"),

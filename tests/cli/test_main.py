@@ -15,9 +15,11 @@ from PIL import Image
 
 import mpq_compiler
 from mpq_compiler import schemas
+from mpq_compiler.backends.tvm import lowering
 from mpq_compiler.cli import mpqc
 from mpq_compiler.pipeline import parser
 from mpq_compiler.sampling.text_encoder import TextEncoder
+from mpq_compiler.targets import table as targets
 from tests.harness import tiny
 
 QUICK = ("--samples", "2", "--steps", "2")
@@ -140,7 +142,13 @@ def test_prompts_from_compiling_to_drawing(folder: Path, capsys: pytest.CaptureF
 def test_inspect_dumps_and_artifact(folder: Path, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dumps = folder / "dumps"
     rows = command(folder, "inspect", dumps)
-    assert (rows[0]["pass"], rows[-1]["pass"]) == ("trace", "fuse-epilogues")
+    names = [row["pass"] for row in rows]
+    passes, stages = names[: names.index("fuse-epilogues") + 1], names[names.index("fuse-epilogues") + 1 :]
+    assert passes[0] == "trace" and stages == [*lowering.names(targets.resolve("native"))]
+    fused = command(folder, "inspect", dumps, "--diff", "fuse-quantizers")
+    assert fused["from"] == "fuse-sibling-quantizers"
+    assert any(line.startswith("-") and "= quantize(" in line for line in fused["diff"].splitlines())
+    assert rows[-1]["sqnr_db"] == rows[-2]["sqnr_db"] and rows[-1]["nodes"] > 20
     assert rows[0]["sqnr_db"] is None or rows[0]["sqnr_db"] > 100
     assert rows[-1]["sqnr_db"] < 60
     capsys.readouterr()

@@ -13,7 +13,7 @@ import pytest
 from mpq_compiler import formats, schemas
 from mpq_compiler.allocation import costs, pose, sensitivity_table
 from mpq_compiler.allocation.problem import InfeasibleError
-from mpq_compiler.backends.tvm.emit.walk import lower
+from mpq_compiler.backends.tvm.lowering import lower
 from mpq_compiler.bench import show
 from mpq_compiler.driver import budgets, instruments, measure
 from mpq_compiler.formats import base

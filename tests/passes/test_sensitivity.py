@@ -19,7 +19,7 @@ from mpq_compiler.analysis import noise_power as noise_powers
 from mpq_compiler.analysis.noise_power import noise_power
 from mpq_compiler.analysis.perturbation import Ablation
 from mpq_compiler.ir import costs as ir_costs
-from mpq_compiler.ir import ops
+from mpq_compiler.ir import diff, ops, printer
 from mpq_compiler.ir.edges import input_edge
 from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.interpreter import Interpreter, run
@@ -54,6 +54,23 @@ def evaluations(monkeypatch):
 
     monkeypatch.setattr(Sensitivity, "measure", counting)
     return count
+
+
+def test_its_dump_has_the_losses(tmp_path):
+    """The text says at each layer and edge what was measured, until a plan stands there."""
+    before = programs.after(MODEL, "time-groups")
+    after = PASS.run(before, Session(cache=tmp_path))
+    table, text = after.facts["sensitivity"], printer.text(after)
+    changed = diff.diff(printer.text(before), text)
+    lines = {line.split(" = ")[0].strip(): line for line in text.splitlines() if " = " in line}
+    node = after.quantizable[-1]
+    losses = table["weights"][ir_costs.weight_path(node)]
+    assert f"// loss w int2 {losses['int2']:.1e}, int8 {losses['int8']:.1e}" in lines[f"%{node.name}"]
+    edge = input_edge(node).name
+    said = ", ".join(f"{bits} {loss:.1e}" for bits, loss in table["activations"][edge].items())
+    assert f"a {said}" in lines[f"%{edge}"]
+    assert sum(line.startswith("+") for line in changed.splitlines()) >= len(table["weights"])
+    assert "loss" not in printer.text(before)
 
 
 def test_fewer_bits_cost_more(tmp_path):

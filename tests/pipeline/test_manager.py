@@ -10,7 +10,7 @@ import torch
 
 from mpq_compiler.pipeline import manager, options, registry
 from mpq_compiler.pipeline.options import _convert
-from mpq_compiler.pipeline.parser import parse, to_text
+from mpq_compiler.pipeline.parser import parse, stages, to_text
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.registry import BUILT_IN as PASSES
 from mpq_compiler.pipeline.session import Session
@@ -33,6 +33,14 @@ def test_round_trip(text):
     passes = parse(text)
     assert to_text(passes) == text
     assert parse(to_text(passes)) == passes
+
+
+def test_lowering_stages_follow_an_arrow():
+    passes = parse("trace,layout{}")
+    text = to_text(passes, ("select-kernels", "fuse-quantizers"))
+    assert text == "trace,layout -> select-kernels,fuse-quantizers"
+    assert parse(text) == passes and stages(text) == ("select-kernels", "fuse-quantizers")
+    assert to_text(passes, ()) == "trace,layout" and stages("trace,layout") == ()
 
 
 def test_spaces_and_dashes_are_free():

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from mpq_compiler.backends.tvm.plan.calls import Call, Function, Kernel, Lowered, Part
+from mpq_compiler.backends.tvm.plan.calls import Call, Kernel, Lowered
 from mpq_compiler.pipeline.backend import Progress
 from mpq_compiler.support import cache as caches
 from mpq_compiler.support import host
@@ -128,15 +128,9 @@ def _with_tiles(lowered: Lowered, times: Mapping[Kernel, Times]) -> tuple[Lowere
         tiles[call.node] = tile
         return replace(call, kernel=replace(call.kernel, problem=call.kernel.problem.replace(tile=tile)))
 
-    def of_part(part: Part) -> Part:
-        return replace(part, calls=tuple(map(of, part.calls)))
-
-    def of_function(function: Function) -> Function:
-        calls, step = tuple(map(of, function.calls)), tuple(map(of, function.step))
-        return replace(function, calls=calls, step=step, parts=tuple(map(of_part, function.parts)))
-
     preparation = tuple(map(of, lowered.preparation))
-    return replace(lowered, preparation=preparation, functions=tuple(map(of_function, lowered.functions))), tiles
+    functions = tuple(function.mapped(of) for function in lowered.functions)
+    return replace(lowered, preparation=preparation, functions=functions), tiles
 
 
 # --- in a worker --------------------------------------------------------------------------------------------

@@ -167,8 +167,21 @@ def _tune(kernel: Any, target: Any) -> list[tuple[int, int, float]]:
     return measure(kernel, target)
 
 
+def _signatures(lowered: Any, target: Any) -> list[tuple[str, str]]:
+    from mpq_compiler.backends.tvm.compile.signatures import check
+
+    return check(lowered, target)
+
+
+def _execute(lowered: Any, target: Any, objects: list[str], tensors: Any, inputs: Any, known: Any) -> dict[str, Any]:
+    from mpq_compiler.backends.tvm.compile.execute import execute
+
+    return execute(lowered, target, objects, tensors, inputs, known)
+
+
 REQUESTS: dict[str, Callable[..., Any]] = {
-    "compile": _compile, "cudart": _cudart, "link": _link, "standalone": _standalone, "tune": _tune,
+    "compile": _compile, "cudart": _cudart, "execute": _execute, "link": _link, "signatures": _signatures,
+    "standalone": _standalone, "tune": _tune,
 }  # fmt: skip
 
 

@@ -7,8 +7,9 @@ from typing import Any
 from torch import fx
 
 from mpq_compiler.backends.tvm.emit import movement, pointwise
-from mpq_compiler.backends.tvm.emit.emitter import Emitter, Epilogue, filled, whole
+from mpq_compiler.backends.tvm.emit.emitter import Emitter, Epilogue, filled
 from mpq_compiler.backends.tvm.plan.calls import BATCH, Kernel, Record, Value, record
+from mpq_compiler.backends.tvm.plan.views import whole
 from mpq_compiler.ir.graph import arguments, operand
 from mpq_compiler.targets.numerics import F32, ready_shapes
 

@@ -10,8 +10,9 @@ from typing import Any
 from torch import fx
 
 from mpq_compiler.backends.tvm.emit import pointwise
-from mpq_compiler.backends.tvm.emit.emitter import Emitter, Formula, View, elements, filled, whole
+from mpq_compiler.backends.tvm.emit.emitter import Emitter, Formula, elements, filled
 from mpq_compiler.backends.tvm.plan.calls import BATCH, Kernel, Record, Shape, Value, record
+from mpq_compiler.backends.tvm.plan.views import View, whole
 from mpq_compiler.ir.aten import aten, is_permute
 from mpq_compiler.ir.graph import arguments, operand
 

@@ -1,4 +1,4 @@
-"""Lowers the packed graph to kernel calls, in one walk.
+"""Lowers the packed graph to kernel calls, in one walk: the first stage of the lowering.
 
 A node becomes a call of one kernel, or no call at all where only its shape changes. A region becomes one call of its
 anchor's kernel, with the pointwise calls behind it as epilogue. Calls that do not fit the epilogue become a pointwise
@@ -12,20 +12,21 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import fx
 
 from mpq_compiler.backends.tvm.emit import floats, movement, packed, pointwise
 from mpq_compiler.backends.tvm.emit.emitter import Emitter, Epilogue, Preparation, Task, text, type_name
-from mpq_compiler.backends.tvm.plan import fuse, hoist
-from mpq_compiler.backends.tvm.plan.calls import BATCH, Function, Lowered, Value
+from mpq_compiler.backends.tvm.plan.calls import BATCH, Function, Lowered, Value, needed
 from mpq_compiler.ir import ops, stored_tensors
 from mpq_compiler.ir.aten import MOVEMENT, aten, is_pointwise
 from mpq_compiler.ir.graph import operand
 from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.specialization import Specialization
+from mpq_compiler.pipeline.passes import Contract
+from mpq_compiler.pipeline.stages import LoweringStage
 from mpq_compiler.support.errors import UserError
 
 OUTPUT = "sample"
@@ -84,46 +85,30 @@ PLAIN: dict[Any, Plain] = {
 """The emission of operators that take no epilogue."""
 
 
-def lower(
-    program: Program, batches: Sequence[int], others: Sequence[Specialization] = (), hoisted: bool = True
-) -> Lowered:
-    """Lowers a packed program to kernel calls; slow forms are added to ``program.fallbacks``.
+@dataclass(frozen=True, eq=False)
+class SelectKernels(LoweringStage[Lowered]):
+    """Each node or region becomes the call of a kernel; what hangs on stored tensors alone is left to `prepare`.
 
-    Args:
-        program: the packed program.
-        batches: the batch sizes to specialize for.
-        others: the program at other image sizes, each with its batch sizes.
-        hoisted: whether calls that do not depend on the latents become functions of their own (`hoist`).
-
-    Raises:
-        UserError: a node that no kernel computes, or a batch size below 1.
+    The program is specialized for ``batches``, and at ``others`` of its image sizes for theirs. Slow forms are added to
+    ``program.fallbacks``. UserError: a node that no kernel computes; a batch size below 1.
     """
-    tensors = stored_tensors.stored(program, *(other.program for other in others))
-    preparation = Preparation(tensors)
-    functions = [_function(program, batches, preparation, hoisted)]
-    for other in others:
-        function = _function(other.program, other.batches, preparation, hoisted, f"_{other.size}")
-        functions.append(_sharing(function, functions))
-    read = dict.fromkeys(name for function in functions for call in function.calls for _, name in call.operands)
-    prepared = tuple(name for name in read if name in preparation.static)
-    return Lowered(
-        stored=tuple(Value(name, t.array.shape, str(t.array.dtype)) for name, t in tensors.items()),
-        preparation=hoist.needed(preparation.calls, prepared),
-        prepared=prepared,
-        functions=tuple(functions),
-    )
+
+    program: Program
+    batches: Sequence[int]
+    others: Sequence[Specialization] = ()
+
+    contract: ClassVar[Contract] = Contract.LOWERED
+
+    def run(self, plan: Lowered) -> Lowered:
+        tensors = stored_tensors.stored(self.program, *(other.program for other in self.others))
+        preparation = Preparation(tensors)
+        functions = [_function(self.program, self.batches, preparation)]
+        functions += [_function(o.program, o.batches, preparation, f"_{o.size}") for o in self.others]
+        stored = tuple(Value(name, t.array.shape, str(t.array.dtype)) for name, t in tensors.items())
+        return Lowered(stored, tuple(preparation.calls), (), tuple(functions)).linked()
 
 
-def _sharing(function: Function, others: Sequence[Function]) -> Function:
-    """Replaces parts of a function by equal parts of others, since time and texts do not depend on the image size."""
-    known = [part for other in others for part in other.parts]
-    shared = (next((k for k in known if replace(part, name=k.name) == k), part) for part in function.parts)
-    return replace(function, parts=tuple(shared))
-
-
-def _function(
-    program: Program, batches: Sequence[int], preparation: Preparation, hoisted: bool, suffix: str = ""
-) -> Function:
+def _function(program: Program, batches: Sequence[int], preparation: Preparation, suffix: str = "") -> Function:
     if not batches or min(batches) < 1:
         raise UserError(f"batch sizes {list(batches)} cannot be compiled: name at least one, all of them positive")
     e = Emitter(program, preparation)
@@ -145,14 +130,9 @@ def _function(
     if not output.batched or output.dtype != "float32" or shape[:1] != (BATCH,):
         kind = f"{output.dtype} {text(shape)}"
         raise UserError(f"the output '{output.name}' is {kind}, where a denoiser yields float32 [B, ...]")
-    calls = hoist.needed(fuse.fuse(hoist.needed(e.calls, [output.name]), e.results, output.name), [output.name])
-    parts, step = hoist.split(inputs, calls, output.name, e.results, suffix) if hoisted else ((), calls)
-    step = fuse.in_place(step, e.results, output.name)
-    mixed, copied = hoist.mixed(inputs, calls, e.results) if hoisted else [], fuse.copies(step)
-    calls = (*(call for part in parts for call in part.calls), *step)
-    result = Value(output.name, shape, output.dtype)
-    sizes = tuple(sorted({*batches}))
-    return Function(inputs, calls, result, sizes, suffix, parts, step, tuple(mixed), tuple(copied.items()))
+    calls = needed(e.calls, [output.name])  # copies whose readers read the source
+    result, made = Value(output.name, shape, output.dtype), tuple(e.results.values())
+    return Function(inputs, calls, result, tuple(sorted({*batches})), suffix, made=made)
 
 
 def _require_countable(values: Iterable[Value], batch: int) -> None:
@@ -208,4 +188,4 @@ def _anchored(e: Emitter, emit: Anchor) -> Value:
     return pointwise.kernel(e, rest)
 
 
-__all__ = ["OUTPUT", "lower"]
+__all__ = ["OUTPUT", "SelectKernels"]

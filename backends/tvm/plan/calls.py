@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,28 +130,33 @@ class Part:
 class Function:
     """The denoiser at one image size: ``denoise(inputs..., outputs of the parts..., prepared...)`` for each batch size.
 
-    calls:  of the parts and of the function itself, in order
+    own:    its calls in order, without those of the parts
     suffix: what the names of its specializations end in, "" for the size that was calibrated
     parts:  what has been taken out of it
-    step:   the calls that are left; all where nothing was taken out
-    mixed:  nodes of those of them that read no latents (`hoist`)
+    made:   what its calls and those of the parts yield
+    mixed:  nodes of its calls that read no latents (`hoist`)
     copied: concatenations that are copied -> of what (`fuse.copies`)
     """
 
     inputs: tuple[Value, ...]
-    calls: tuple[Call, ...]
+    own: tuple[Call, ...]
     output: Value
     batches: tuple[int, ...] = (1,)
     suffix: str = ""
     parts: tuple[Part, ...] = ()
-    step: tuple[Call, ...] = ()
+    made: tuple[Value, ...] = ()
     mixed: tuple[str, ...] = ()
     copied: tuple[tuple[str, str], ...] = ()
 
     @property
-    def own(self) -> tuple[Call, ...]:
-        """The calls of the function itself."""
-        return self.step if self.parts else self.calls
+    def calls(self) -> tuple[Call, ...]:
+        """Those of the parts, and its own."""
+        return (*(call for part in self.parts for call in part.calls), *self.own)
+
+    @property
+    def values(self) -> dict[str, Value]:
+        """What the calls yield, by name."""
+        return {value.name: value for value in self.made}
 
     @property
     def arguments(self) -> tuple[Value, ...]:
@@ -162,6 +167,11 @@ class Function:
         """Of the specialization for a batch size."""
         return f"denoise_b{batch}{self.suffix}"
 
+    def mapped(self, change: Callable[[Call], Call]) -> Function:
+        """The function with every call changed, those of the parts too."""
+        parts = tuple(replace(part, calls=tuple(map(change, part.calls))) for part in self.parts)
+        return replace(self, own=tuple(map(change, self.own)), parts=parts)
+
 
 @dataclass(frozen=True)
 class Lowered:
@@ -170,10 +180,10 @@ class Lowered:
     prepared: names of the values that a function reads and `prepare` makes or hands on
     """
 
-    stored: tuple[Value, ...]
-    preparation: tuple[Call, ...]
-    prepared: tuple[str, ...]
-    functions: tuple[Function, ...]
+    stored: tuple[Value, ...] = ()
+    preparation: tuple[Call, ...] = ()
+    prepared: tuple[str, ...] = ()
+    functions: tuple[Function, ...] = ()
 
     def kernels(self) -> dict[Kernel, str]:
         """The kernels, each with the node that asks for it first."""
@@ -191,6 +201,23 @@ class Lowered:
         yield from self.preparation
         for function in self.functions:
             yield from function.calls
+
+    def linked(self) -> Lowered:
+        """The plan whose `prepare` makes what the functions read, in the order in which they do, and nothing else."""
+        known = {value.name for value in self.stored} | {name for call in self.preparation for _, name in call.results}
+        read = dict.fromkeys(name for f in self.functions for call in f.calls for _, name in call.operands)
+        prepared = tuple(name for name in read if name in known)
+        return replace(self, preparation=needed(self.preparation, prepared), prepared=prepared)
+
+
+def needed(calls: Sequence[Call], results: Iterable[str]) -> tuple[Call, ...]:
+    """The calls without those that nothing reads."""
+    read, kept = {*results}, []
+    for call in reversed(calls):
+        if any(name in read for _, name in call.results):
+            kept.append(call)
+            read |= {name for _, name in call.operands}
+    return tuple(reversed(kept))
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,7 @@
-"""Fewer passes over memory: calls that join once all of a function are known.
+"""Rules that join kernel calls once all of a function are known, and so save passes over memory.
 
 The emitter sees one node at a time; what a value's *other* readers do is known only at the end. Each rule below turns
-calls into fewer or cheaper ones with the same results under the same names, bit for bit:
-
-- a concatenation of channels is not made where its readers read the parts where they lie (`_read_parts`);
-- what is upsampled and then quantized is quantized first, a quarter of the bytes of which a quarter is moved
-  (`_quantize_first`);
-- codes are written by the kernel that has the value in registers: group norm, which reads it (`_codes_beside_norm`),
-  or the product that makes it, with or without the value itself (`_codes_behind`);
-- channels are rotated by the norm that makes them (`_rotated_by_norm`);
-- of other concatenations the kernels that make the parts write them where they belong (`in_place`).
+calls into fewer or cheaper ones with the same results under the same names, bit for bit; each is a stage of `stages`.
 
 Skip connections are read, not written, in parts: a part is read by others long before the concatenation is, and would
 hold memory for the whole of it all the while. What is left of concatenations are copies; `copies` lists them.
@@ -21,18 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mpq_compiler.backends.tvm.emit.emitter import View, whole
 from mpq_compiler.backends.tvm.plan.calls import BATCH, Call, Kernel, Record, Shape, Value, record
+from mpq_compiler.backends.tvm.plan.views import View, whole
 
 QUANTIZER = ("qscale", "qzero", "group")
-
-
-def fuse(calls: Sequence[Call], values: dict[str, Value], output: str) -> list[Call]:
-    """The calls with every rule applied. ``values`` are the results by name; new ones are added."""
-    found = list(calls)
-    for rule in (_read_parts, _quantize_first, _codes_beside_norm, _codes_behind, _rotated_by_norm):
-        found = rule(_Calls(found, values, output))
-    return found
 
 
 def copies(calls: Sequence[Call]) -> dict[str, str]:
@@ -47,8 +31,8 @@ def copies(calls: Sequence[Call]) -> dict[str, str]:
     return found
 
 
-class _Calls:
-    """Calls, and who makes and who reads what."""
+class Known:
+    """The calls of a function, and who makes and who reads what. Rules add the values that they introduce."""
 
     def __init__(self, calls: Sequence[Call], values: dict[str, Value], output: str) -> None:
         self.calls, self.values, self.output = list(calls), values, output
@@ -138,7 +122,7 @@ def _is_join(call: Call) -> bool:
 
 def in_place(calls: Sequence[Call], values: dict[str, Value], output: str) -> tuple[Call, ...]:
     """The calls with parts of concatenations written by the kernels that make them, where nothing else reads them."""
-    known = _Calls(calls, values, output)
+    known = Known(calls, values, output)
     changes: dict[int, list[Call]] = {}
     for i, call in enumerate(known.calls):
         joined = dict(call.results).get("y")
@@ -196,7 +180,8 @@ def _rest(call: Call, moves: Sequence[Record], joined: str) -> Call:
     return replace(rest, into=joined)
 
 
-def _read_parts(known: _Calls) -> list[Call]:
+def read_parts(known: Known) -> list[Call]:
+    """A reader of channels side by side that can take them apart reads the parts where they lie."""
     changes: dict[int, list[Call]] = {}
     for i, call in enumerate(known.calls):
         joined = known.maker.get(_operands(call).get("x", ""))
@@ -219,7 +204,7 @@ def _read_parts(known: _Calls) -> list[Call]:
 # ------------------------------------------------------------------------------------------------ quantizers
 
 
-def _quantize_first(known: _Calls) -> list[Call]:
+def quantize_first(known: Known) -> list[Call]:
     """quantize(upsample(x)) = upsample(quantize(x)): a code depends on its value alone."""
     changes: dict[int, list[Call]] = {}
     for i, call in known.of("quantize.Quantize"):
@@ -242,7 +227,7 @@ def _quantize_first(known: _Calls) -> list[Call]:
     return known.replaced(changes)
 
 
-def _codes_beside_norm(known: _Calls) -> list[Call]:
+def codes_beside_norms(known: Known) -> list[Call]:
     """A quantizer of what a group norm reads: the norm writes its codes as well."""
     changes: dict[int, list[Call]] = {}
     for i, call in known.of("quantize.Quantize"):
@@ -270,7 +255,7 @@ def _codes_beside_norm(known: _Calls) -> list[Call]:
     return known.replaced(changes)
 
 
-def _codes_behind(known: _Calls) -> list[Call]:
+def codes_behind_products(known: Known) -> list[Call]:
     """A quantizer of what a product of codes makes: it writes the codes, and the value where others read it."""
     changes: dict[int, list[Call]] = {}
     for i, call in known.of("quantize.Quantize"):
@@ -305,7 +290,7 @@ def _codes_behind(known: _Calls) -> list[Call]:
 NORMS = ("norms.GroupNorm", "norms.LayerNorm", "norms.RmsNorm")
 
 
-def _rotated_by_norm(known: _Calls) -> list[Call]:
+def rotated_by_norms(known: Known) -> list[Call]:
     """A rotation of what a norm makes, and of nothing else's: the norm has a row at hand, and rotates it."""
     changes: dict[int, list[Call]] = {}
     for i, call in known.of("hadamard.Hadamard"):

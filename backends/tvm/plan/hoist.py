@@ -16,22 +16,13 @@ beyond that (joint attention, texts pooled into the time embedding) changes with
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
-from mpq_compiler.backends.tvm.plan.calls import Call, Part, Value
+from mpq_compiler.backends.tvm.plan.calls import Call, Part, Value, needed
 
 TIME, TEXT = "time", "text"
 _STEP, _MIXED = "step", "mixed"
-
-
-def needed(calls: Sequence[Call], results: Iterable[str]) -> tuple[Call, ...]:
-    """The calls without those that nothing reads: copies whose readers read the source."""
-    read, kept = {*results}, []
-    for call in reversed(calls):
-        if any(name in read for _, name in call.results):
-            kept.append(call)
-            read |= {name for _, name in call.operands}
-    return tuple(reversed(kept))
 
 
 def split(
@@ -62,6 +53,11 @@ def split(
     return tuple(parts), _in_order(calls, of[_STEP], of[""], [output])
 
 
+def shared(parts: Sequence[Part], known: Sequence[Part]) -> tuple[Part, ...]:
+    """The parts, with known ones in place of those that are the same: time and texts know no image size."""
+    return tuple(next((k for k in known if replace(part, name=k.name) == k), part) for part in parts)
+
+
 def mixed(inputs: Sequence[Value], calls: Sequence[Call], values: dict[str, Value]) -> list[str]:
     """Nodes of the calls that read no latents and stay in the step all the same."""
     kinds = _kinds(inputs, calls, values)
@@ -78,9 +74,14 @@ def _kinds(inputs: Sequence[Value], calls: Sequence[Call], values: dict[str, Val
     return found
 
 
+def changes_with_steps(index: int, value: Value) -> bool:
+    """Whether an input changes with every step: latents come first, and images change as they do."""
+    return index == 0 or len(value.shape) > 3
+
+
 def _kind(index: int, value: Value) -> str:
-    """The part that an input belongs to: latents come first, and images change with every step as they do."""
-    if index == 0 or len(value.shape) > 3:
+    """The part that an input belongs to."""
+    if changes_with_steps(index, value):
         return _STEP
     return TEXT if len(value.shape) == 3 or "mask" in value.name else TIME
 

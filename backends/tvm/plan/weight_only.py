@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mpq_compiler.backends.tvm.plan import hoist
 from mpq_compiler.backends.tvm.plan.calls import Call, Kernel, Lowered, record
 from mpq_compiler.targets.numerics import BF16
 
@@ -33,16 +32,9 @@ def keep_codes(lowered: Lowered) -> Lowered:
         stored = tuple((argument, name) for argument, name in source.operands if argument != "codes")
         return replace(call, kernel=_weight_only("weight_only", call, source), operands=(*call.operands, *stored))
 
-    preparation = [packed(call) for call in lowered.preparation]
-    functions = tuple(
-        replace(f, calls=tuple(map(product, f.calls)), step=tuple(map(product, f.step))) for f in lowered.functions
-    )
-    static = {value.name for value in lowered.stored} | set(makers)
-    read = dict.fromkeys(name for function in functions for call in function.calls for _, name in call.operands)
-    prepared = tuple(name for name in read if name in static)
-    return replace(
-        lowered, preparation=hoist.needed(preparation, prepared), prepared=prepared, functions=functions
-    )  # fmt: skip
+    preparation = tuple(map(packed, lowered.preparation))
+    functions = tuple(function.mapped(product) for function in lowered.functions)
+    return replace(lowered, preparation=preparation, functions=functions).linked()
 
 
 def _weight_only(template: str, call: Call, source: Call) -> Kernel:

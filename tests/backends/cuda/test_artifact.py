@@ -18,7 +18,7 @@ import torch
 pytest.importorskip("tvm")
 from mpq_compiler.artifact import bundle
 from mpq_compiler.backends.tvm.build import build
-from mpq_compiler.backends.tvm.emit.walk import lower
+from mpq_compiler.backends.tvm.lowering import lower
 from mpq_compiler.backends.tvm.plan.weight_only import keep_codes
 from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.cli import mpqc as cli_mpqc

@@ -22,7 +22,7 @@ from mpq_compiler.artifact import bundle
 from mpq_compiler.backends.tvm import templates
 from mpq_compiler.backends.tvm.build import build, compile_library
 from mpq_compiler.backends.tvm.compile.worker import Crash, Failure, Worker
-from mpq_compiler.backends.tvm.emit.walk import lower
+from mpq_compiler.backends.tvm.lowering import lower
 from mpq_compiler.backends.tvm.plan.calls import Call, Function, Kernel, Lowered, Value, record
 from mpq_compiler.ir import costs, ops
 from mpq_compiler.ir.aten import aten

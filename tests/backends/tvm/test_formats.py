@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpq_compiler.backends.tvm.emit.walk import lower
+from mpq_compiler.backends.tvm.lowering import lower
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.interpreter import run
 from tests.backends.tvm import test_emit as emitted

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mpq_compiler.backends.tvm.build import build
-from mpq_compiler.backends.tvm.emit.walk import lower
-from mpq_compiler.backends.tvm.plan import fuse
-from mpq_compiler.backends.tvm.plan.calls import Call, Kernel, Value, record
+from mpq_compiler.backends.tvm.lowering import lower
+from mpq_compiler.backends.tvm.plan import fuse, stages
+from mpq_compiler.backends.tvm.plan.calls import Call, Function, Kernel, Value, record
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.runtime import compiled_denoiser
@@ -21,6 +21,10 @@ from tests.harness import packed
 TARGET = "x86-64-avx2"
 
 
+def with_copies(function: Function) -> Function:
+    return replace(function, copied=tuple(fuse.copies(function.own).items()))
+
+
 def step(name: str, weights: str = "int8") -> tuple[Call, ...]:
     return lower(packed.program(name, weights).program, (1,)).functions[0].own
 
@@ -28,8 +32,9 @@ def step(name: str, weights: str = "int8") -> tuple[Call, ...]:
 @pytest.fixture
 def unfused(monkeypatch):
     def apply() -> None:
-        for rule in ("fuse", "in_place"):
-            monkeypatch.setattr(fuse, rule, lambda calls, values, output: tuple(calls))
+        """Every stage that joins calls leaves the plan as it is."""
+        for stage in (*stages.JOINING[:-1], stages.ConcatenateInPlace):
+            monkeypatch.setattr(stage, "changed", lambda self, function: with_copies(function))
 
     return apply
 

@@ -7,8 +7,8 @@ import pytest
 
 from mpq_compiler.artifact import bundle
 from mpq_compiler.backends.tvm.build import _notes, build
-from mpq_compiler.backends.tvm.emit.walk import lower
-from mpq_compiler.backends.tvm.plan import hoist
+from mpq_compiler.backends.tvm.lowering import lower
+from mpq_compiler.backends.tvm.plan import hoist, stages
 from mpq_compiler.backends.tvm.plan.calls import Call, Kernel, Value, record
 from mpq_compiler.driver import specialize
 from mpq_compiler.ir import specialization
@@ -46,7 +46,7 @@ def paths(case, others, tmp_path_factory):
     for whole in (False, True):
         with pytest.MonkeyPatch.context() as patch:
             if whole:
-                patch.setattr(hoist, "split", lambda inputs, calls, output, values, suffix: ((), tuple(calls)))
+                patch.setattr(stages.HoistInvariants, "run", lambda self, plan: plan)
             built = build(case.program, target, (1, 3), jobs=2, cache=packed.kernel_cache(), others=others)
         path = tmp_path_factory.mktemp("hoist") / f"{whole}.mpq"
         found.append(packed.write(path, case.program, target, built))

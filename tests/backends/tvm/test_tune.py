@@ -9,10 +9,10 @@ from mpq_compiler.artifact import bundle
 from mpq_compiler.backends.tvm import build as building
 from mpq_compiler.backends.tvm import templates
 from mpq_compiler.backends.tvm.compile import tune
-from mpq_compiler.backends.tvm.emit.walk import lower
 from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS
 from mpq_compiler.backends.tvm.kernels.problems import quant_matmul as problems
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.backends.tvm.lowering import lower
 from mpq_compiler.backends.tvm.plan.calls import Kernel, record
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.support.errors import UserError

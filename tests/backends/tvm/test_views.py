@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from mpq_compiler.backends.tvm.emit.emitter import View, whole
 from mpq_compiler.backends.tvm.plan.calls import Value
+from mpq_compiler.backends.tvm.plan.views import View, whole
 
 SHAPE = (4, 6, 5, 2)
 SOURCE = np.arange(math.prod(SHAPE), dtype=np.int32)
