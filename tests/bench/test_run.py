@@ -18,7 +18,7 @@ from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import table as targets
-from tests.harness import relax_artifact, tiny
+from tests.harness import once, relax_artifact, tiny
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +37,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def interpreted(model: Path) -> Path:
     """An artifact of a tiny transformer for the interpreter."""
-    path = model.parent / "pixart.mpq"
     calibration = model.parent / "inputs.safetensors"
     with calibration.open("wb") as stream:
         tensorfile.save(stream, {name: value.numpy() for name, value in tiny.inputs("pixart", batch=8).items()})
     options = {"recipe": "w8a8", "target": "reference", "calibration": calibration}
-    compile.compile(model, path, **options)
-    return path
+    return once.made("pixart-reference.mpq", lambda path: compile.compile(model, path, **options))
 
 
 def checked(found: dict) -> dict:

@@ -24,7 +24,7 @@ from mpq_compiler.pipeline import recipes
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
-from tests.harness import tiny
+from tests.harness import once, tiny
 
 QUICK = ("--recipe", "w8a8", "--samples", "2", "--steps", "2")
 
@@ -34,20 +34,25 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save("unet2d", tmp_path_factory.mktemp("model"))
 
 
+def made(model: Path, name: str, *options: str) -> Path:
+    """An artifact of the model."""
+
+    def make(path: Path) -> None:
+        assert mpqc.main(["compile", str(model), "-o", str(path), *options, *QUICK]) == 0
+
+    return once.made(name, make)
+
+
 @pytest.fixture(scope="module")
-def compiled(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiled(model: Path) -> Path:
     """A tiny artifact for the `reference` target."""
-    output = tmp_path_factory.mktemp("artifact") / "tiny.mpq"
-    assert mpqc.main(["compile", str(model), "-o", str(output), "--target", "reference", *QUICK]) == 0
-    return output
+    return made(model, "unet2d-reference.mpq", "--target", "reference")
 
 
 @pytest.fixture(scope="module")
-def native(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def native(model: Path) -> Path:
     """A tiny artifact for this machine."""
-    output = tmp_path_factory.mktemp("native") / "tiny.mpq"
-    assert mpqc.main(["compile", str(model), "-o", str(output), *QUICK]) == 0
-    return output
+    return made(model, "unet2d-native.mpq")
 
 
 @pytest.fixture(scope="module")
