@@ -22,11 +22,11 @@ from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
 
 ROUNDING = 1e-5
-"""Of the largest value: what float kernels may differ by (docs/ir.md)."""
+"""How far the results of float kernels may differ, relative to the largest one (docs/ir.md)."""
 TIES = 1e-2
-"""What a tie within a quantized attention may change of its result, relative to the largest."""
+"""How far a tie within a quantized attention may move its result, relative to the largest one."""
 SMALL_FLOAT_STEP = 0.5
-"""Of the largest value, at most: what a tie of a small float is worth."""
+"""How far a tie of a small float may move a value at most, relative to the largest one."""
 Arrays = Mapping[str, np.ndarray]
 
 

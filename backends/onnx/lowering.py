@@ -61,7 +61,7 @@ def names() -> tuple[str, ...]:
 
 
 def check(plan: Models) -> Iterator[Violation]:
-    """What is wrong with the models."""
+    """The rules that the models break."""
     for name, selected in plan.models.items():
         graph = selected.model.graph
         given = [value.name for value in graph.input] + [tensor.name for tensor in graph.initializer]

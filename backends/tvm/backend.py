@@ -55,7 +55,7 @@ class TvmBackend:
         return [{"node": call.node, "kernel": str(call.kernel)} for call in function.calls]
 
     def digest(self) -> str:
-        """Of the templates, and what they stand on."""
+        """A digest of the sources of the templates, and of what they stand on."""
         return build.sources()
 
 

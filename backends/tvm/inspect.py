@@ -25,17 +25,18 @@ EXACT_STEPS = frozenset(
 )
 """Operations that IEEE 754 defines to the last bit, and the quantizer."""
 SMALL_FLOAT_STEP = 0.5
-"""Of the largest value, at most: what a tie of a small float is worth."""
+"""How far a tie of a small float may move a value at most, relative to the largest one."""
 
 Compile = Callable[[Mapping[Kernel, str], Sequence[Worker]], list[Path]]
 
 
 @dataclass
 class Runner:
-    """What plans of one compilation are run with: the stored tensors, and workers of its own, started when needed.
+    """Runs plans of one compilation on the stored tensors, with workers of its own, started when needed.
 
-    compiled: compiles kernels, each with the node that asks for it, and returns the objects. Should a worker be lost,
-    the compilation itself has all of its own still.
+    compiled: compiles kernels, each with the node that asks for it, and returns the objects
+
+    The compilation has other workers, and keeps them where one of these is lost.
     """
 
     target: Target

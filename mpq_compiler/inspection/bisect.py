@@ -268,7 +268,7 @@ def _values(dump: Dump) -> Iterator[Finding]:
 
 
 def _lowered(dump: Dump) -> Iterator[Finding]:
-    """What a kernel computes of the packed program's values: the same integers, floats within rounding."""
+    """Kernels whose results are not those of the packed program: equal integers, floats within rounding."""
     for node, d in dump.local.items():
         allowed = float(dump.about["allowed"][node])
         codes = node in dump.values and dump.values[node].dtype.kind != "f"

@@ -23,18 +23,18 @@ class Times(Protocol):
 
     @property
     def fixed(self) -> float:
-        """Of everything that no weight format changes."""
+        """The part of the time that no weight format changes."""
 
     @property
     def layers(self) -> Mapping[str, Mapping[str, float]]:
-        """By layer (the parameter's path) and format."""
+        """The times of layers, by the path of the parameter and by format."""
 
 
 class LayerTimes(Protocol):
-    """Whoever knows what a layer takes on the target in each format (`latency.candidates`)."""
+    """A source of the times of layers on the target in each format (`latency.candidates`)."""
 
     def costs(self, program: Program, names: Sequence[str], dynamic: bool = False) -> Times:
-        """Of each layer in each of the formats; ``program`` is calibrated and has its time groups."""
+        """The times of each layer in each of the formats; ``program`` is calibrated and has its time groups."""
 
 
 @dataclass
@@ -49,10 +49,10 @@ class Session(RunContext):
     latency: LayerTimes | None = None
     """Times of layers in each format on the target, where they are asked for."""
     numerics: tuple[str, ...] = NUMERICS
-    """Those of attentions that the target has kernels for."""
+    """Numerics of attentions that the target has kernels for."""
     steps: int | None = None
-    """Of sampling, where they are said."""
+    """Steps of the sampler, where the caller sets them."""
     requests: Requests = NONE
-    """What the passes of the pipeline ask of each other."""
+    """Requests that the passes of the pipeline make of each other."""
     trajectories: dict[tuple[int, int], dict[str, Tensor]] = dataclasses.field(default_factory=dict)
     """Inputs that rewrites were tried on, by the number of trajectories and of steps: the next rewrite's too."""

@@ -21,7 +21,7 @@ class LoweringStage(ABC, Generic[_Plan]):
     """One step of a backend's lowering. The first line of its docstring says what it changes."""
 
     contract: ClassVar[Contract] = Contract.IDENTICAL
-    """What it promises of every value that the plan has before and after it."""
+    """The promise for every value that the plan has before and after it."""
 
     @classmethod
     def name(cls) -> str:
@@ -40,7 +40,7 @@ class Inspectable(Protocol):
         """The plan, one call a line, stable and diffable; ``stage`` names what made it."""
 
     def tolerance(self, value: str) -> float:
-        """By how much a value may depart from the packed program's: of floats relative to the largest, else absolute.
+        """How far a value may be from the packed program's: floats relative to the largest one, integers absolute.
 
         0 where every step is an integer's, or one that IEEE 754 defines to the bit.
         """

@@ -60,7 +60,7 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """Of its function, the same wherever it is compiled."""
+        """The name of its function, which depends on the kernel alone: equal kernels have one name everywhere."""
         return f"{self.template}_{hashlib.sha256(str(self).encode()).hexdigest()[:16]}"
 
     @property
@@ -69,7 +69,7 @@ class Kernel:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """What it asks of a CPU, perhaps beyond the target, as /proc/cpuinfo spells it."""
+        """The instructions that it asks of a CPU, perhaps beyond the target's, as /proc/cpuinfo spells them."""
         return FEATURES[self.numerics]
 
     def __str__(self) -> str:
@@ -115,7 +115,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Part:
-    """What does not depend on the latents (`hoist`): ``name(inputs..., prepared...) -> outputs``, for one sample.
+    """Calls that do not depend on the latents (`hoist`): ``name(inputs..., prepared...) -> outputs``, for one sample.
 
     inputs: of the denoiser, or outputs of the parts before it
     """
@@ -130,10 +130,10 @@ class Part:
 class Function:
     """The denoiser at one image size: ``denoise(inputs..., outputs of the parts..., prepared...)`` for each batch size.
 
-    own:    its calls in order, without those of the parts
-    suffix: what the names of its specializations end in, "" for the size that was calibrated
-    parts:  what has been taken out of it
-    made:   what its calls and those of the parts yield
+    own:    calls of a step in order, without those of the parts
+    suffix: end of the names of its specializations, "" for the size that was calibrated
+    parts:  functions that have been taken out of it
+    made:   values that its calls and those of the parts yield
     mixed:  nodes of its calls that read no latents (`hoist`)
     copied: concatenations that are copied -> of what (`fuse.copies`)
     """
@@ -150,21 +150,21 @@ class Function:
 
     @property
     def calls(self) -> tuple[Call, ...]:
-        """Those of the parts, and its own."""
+        """All calls: first those of the parts, then those of a step."""
         return (*(call for part in self.parts for call in part.calls), *self.own)
 
     @property
     def values(self) -> dict[str, Value]:
-        """What the calls yield, by name."""
+        """The values that the calls yield, by name."""
         return {value.name: value for value in self.made}
 
     @property
     def arguments(self) -> tuple[Value, ...]:
-        """What the function takes before what is prepared."""
+        """The arguments of the function, without the prepared tensors that follow them."""
         return (*self.inputs, *(value for part in self.parts for value in part.outputs))
 
     def name(self, batch: int) -> str:
-        """Of the specialization for a batch size."""
+        """The name of the specialization for a batch size."""
         return f"denoise_b{batch}{self.suffix}"
 
     def mapped(self, change: Callable[[Call], Call]) -> Function:
@@ -222,10 +222,10 @@ def needed(calls: Sequence[Call], results: Iterable[str]) -> tuple[Call, ...]:
 
 @dataclass(frozen=True)
 class Made:
-    """What a plan was compiled to: the kernels' objects, the library of them and of the plan.
+    """The outcome of compiling a plan: the objects of the kernels, and the library of them and of the plan.
 
-    workspace_bytes: that a kernel takes in a thread, at most. held_bytes: that TVM's runtime takes, for prepared
-    weights and the largest function
+    workspace_bytes: memory that a kernel takes in a thread, at most
+    held_bytes:      memory that TVM's runtime takes, for prepared weights and the largest function
     """
 
     objects: Sequence[Path]

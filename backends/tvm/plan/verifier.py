@@ -28,7 +28,7 @@ class Scope:
 
     calls: Sequence[Call]
     given: frozenset[str]
-    """What is known before the first of them."""
+    """Names of values that are known before the first call."""
 
 
 def _scopes(plan: Lowered) -> Iterator[Scope]:
@@ -42,7 +42,7 @@ def _scopes(plan: Lowered) -> Iterator[Scope]:
 
 RULES: dict[str, Callable[[Lowered], Findings]] = {}
 STRUCTURAL = ("order", "single-assignment", "values")
-"""Those that the others build on."""
+"""Rules that the others build on: those are checked where these find nothing."""
 
 
 def _rule(name: str) -> Callable[[Callable[[Lowered], Findings]], Callable[[Lowered], Findings]]:

@@ -12,10 +12,10 @@ CHUNK = 8
 
 
 def keep_codes(lowered: Lowered) -> Lowered:
-    """The plan with such weights in codes; their products decode them (`kernels.dequantize.WeightOnly`)."""
+    """Keep weights in codes where products can decode them (`kernels.dequantize.WeightOnly`)."""
     makers = {name: call for call in lowered.preparation for _, name in call.results}
     sources: dict[str, Call] = {}
-    """What decodes a weight, by the name of its panel."""
+    """The calls that decode weights, by the names of the panels."""
 
     def packed(call: Call) -> Call:
         source = makers.get(dict(call.operands).get("weight", ""))
