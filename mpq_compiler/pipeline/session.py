@@ -53,6 +53,6 @@ class Session(RunContext):
     steps: int | None = None
     """Steps of the sampler, where the caller sets them."""
     requests: Requests = NONE
-    """Requests that the passes of the pipeline make of each other."""
+    """What the passes of the pipeline ask of each other."""
     trajectories: dict[tuple[int, int], dict[str, Tensor]] = dataclasses.field(default_factory=dict)
     """Inputs that rewrites were tried on, by the number of trajectories and of steps: the next rewrite's too."""
