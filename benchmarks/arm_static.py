@@ -40,9 +40,9 @@ from benchmarks import documents
 from benchmarks.kernels import FORMATS
 from benchmarks.machine import provenance
 from mpq_compiler.backends.tvm import standalone, templates
-from mpq_compiler.backends.tvm.compile.link import linker
 from mpq_compiler.backends.tvm.compile.worker import _compile
 from mpq_compiler.backends.tvm.plan.calls import Call, Function, Kernel, Lowered, Record, Value, record
+from mpq_compiler.backends.tvm.toolchain.linker import linker
 from mpq_compiler.support import terminal
 from mpq_compiler.targets.table import TARGETS, Target
 

@@ -38,6 +38,9 @@ import tvm
 from benchmarks.machine import provenance
 from benchmarks.timing import interleaved
 from mpq_compiler.backends.tvm.kernels.cpu import attention, fast_attention
+from mpq_compiler.backends.tvm.kernels.problems import fast_attention as problems
+from mpq_compiler.backends.tvm.kernels.problems.attention import Attention
+from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready
 from mpq_compiler.latency import timing
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.support import terminal
@@ -64,19 +67,19 @@ def ours(kind: str, heads: int, operands: Tensors, target: targets.Target) -> tu
     output = tvm.runtime.tensor(np.zeros(q.shape, np.float32))
     query, *read = (tvm.runtime.tensor(x) for x in operands)
     if kind == "f32":
-        kernel = attention.build(attention.Attention(queries=q.shape[1], **shape), target.isa, "attention")
+        kernel = attention.build(Attention(queries=q.shape[1], **shape), target.isa, "attention")
         library = tvm.compile(tvm.IRModule({"attention": kernel}), target=tvm_target(target.name))
         return functools.partial(library["attention"], query, *read, output), output
-    ready = fast_attention.Ready(numerics=kind, **shape)
+    ready = Ready(numerics=kind, **shape)
     functions = {
         "ready": fast_attention.build(ready, target.isa, "ready"),
         "attention": fast_attention.build(
-            fast_attention.FastAttention(queries=q.shape[1], numerics=kind, **shape), target.isa, "attention"
+            FastAttention(queries=q.shape[1], numerics=kind, **shape), target.isa, "attention"
         ),
     }
     options = targets.with_features(target, numerics.FEATURES[kind]).tvm
     library = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(dict(options)))
-    made = [tvm.runtime.tensor(np.zeros(shape_of(a, 1), a.dtype)) for a in fast_attention.outputs(ready)]
+    made = [tvm.runtime.tensor(np.zeros(shape_of(a, 1), a.dtype)) for a in problems.outputs(ready)]
     first, second = library["ready"], library["attention"]
 
     def call() -> None:

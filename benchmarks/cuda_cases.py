@@ -17,15 +17,16 @@ import numpy as np
 import torch
 import tvm
 
-from mpq_compiler.backends.tvm.kernels.common.template import Argument
-from mpq_compiler.backends.tvm.kernels.cpu import attention
+from mpq_compiler.backends.tvm.kernels.problems import attention
 from mpq_compiler.backends.tvm.kernels.cpu import fast_attention as cpu_fast_attention
-from mpq_compiler.backends.tvm.kernels.cpu.dequantize import DequantizeTable, WeightOnly
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Step
-from mpq_compiler.backends.tvm.kernels.cpu.fast_attention import FastAttention
-from mpq_compiler.backends.tvm.kernels.cpu.float_gemm import Conv2d, Linear
 from mpq_compiler.backends.tvm.kernels.cuda import fast_attention, gemm, weights, wgmma
 from mpq_compiler.backends.tvm.kernels.cuda import weight_only as cuda_weight_only
+from mpq_compiler.backends.tvm.kernels.problems import fast_attention as problems
+from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
+from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable, WeightOnly
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Step
+from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention
+from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.formats.packing import unpack_codes
@@ -303,8 +304,8 @@ def _weight_only(layer: Layer, batch: int, compiled: Any) -> Ours:
 def _attention(case: Attention, batch: int, compiled: Any) -> Ours:
     problem = case.problem
     inputs = random_inputs(attention.arguments(problem), batch, 0)
-    made = [kernels.empty(a, batch) for a in cpu_fast_attention.outputs(problem)]
-    output = kernels.empty(cpu_fast_attention.arguments(problem)[-1], batch)
+    made = [kernels.empty(a, batch) for a in problems.outputs(problem)]
+    output = kernels.empty(problems.arguments(problem)[-1], batch)
 
     def make() -> tuple[Call, Any]:
         query, keys, values = _tensors(inputs)

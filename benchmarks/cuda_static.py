@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import documents
 from benchmarks.machine import provenance
-from mpq_compiler.backends.tvm.kernels.cpu.fast_attention import FastAttention
 from mpq_compiler.backends.tvm.kernels.cuda import fast_attention, gemm, wgmma
+from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.support import terminal

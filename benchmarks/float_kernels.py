@@ -40,10 +40,14 @@ from benchmarks.machine import provenance
 from benchmarks.timing import interleaved
 from mpq_compiler.backends.tvm.compile import peak
 from mpq_compiler.backends.tvm.kernels.cpu import attention, float_gemm, matmul, movement, norms, pointwise
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.cpu.isa import isa
-from mpq_compiler.backends.tvm.kernels.cpu.matmul import Access, Matmul
-from mpq_compiler.backends.tvm.kernels.cpu.pointwise import Input, PointwiseProgram, PointwiseStep, Result
+from mpq_compiler.backends.tvm.kernels.problems import movement as problems
+from mpq_compiler.backends.tvm.kernels.problems.attention import Attention
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.problems.float_gemm import FEW_OUTPUTS, FEW_ROWS, Conv2d, Linear
+from mpq_compiler.backends.tvm.kernels.problems.matmul import Access, Matmul
+from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm, RmsNorm
+from mpq_compiler.backends.tvm.kernels.problems.pointwise import Input, PointwiseProgram, PointwiseStep, Result
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.support import terminal
 from mpq_compiler.support.tensorfile import aligned
@@ -96,7 +100,7 @@ def _identity(x: torch.Tensor) -> torch.Tensor:
 def _group_norms() -> Iterator[Contest]:
     for side, channels in IMAGES:
         for ending, epilogue, last in (("", SILU, _identity), (" q", SILU_Q, _quantize)):
-            problem = norms.GroupNorm(side * side, channels, 16 if channels == 48 else 32, epilogue=epilogue)
+            problem = GroupNorm(side * side, channels, 16 if channels == 48 else 32, epilogue=epilogue)
 
             def rivals(t, p=problem, side=side, last=last):
                 first = t[0].reshape(1, side, side, p.channels).permute(0, 3, 1, 2)
@@ -112,7 +116,7 @@ def _group_norms() -> Iterator[Contest]:
 def _layer_norms() -> Iterator[Contest]:
     for rows, channels in ((4096, 320), (1024, 640), (256, 1280), (256, 512), (49, 192)):
         for ending, steps, last in (("", MODULATE, _identity), (" q", (*MODULATE, QUANTIZE), _quantize)):
-            problem = norms.LayerNorm(rows, channels, scale=False, shift=False, epilogue=Epilogue(steps, SAMPLE2))
+            problem = LayerNorm(rows, channels, scale=False, shift=False, epilogue=Epilogue(steps, SAMPLE2))
 
             def rivals(t, p=problem, last=last):
                 return [
@@ -129,7 +133,7 @@ def _attention() -> Iterator[Contest]:
     for queries, keys, heads, dim in (
         (49, 49, 8, 24), (196, 196, 4, 24), (256, 256, 8, 64), (1024, 1024, 8, 40), (1024, 77, 8, 80), (64, 77, 8, 64)
     ):  # fmt: skip
-        problem = attention.Attention(queries, keys, heads, dim)
+        problem = Attention(queries, keys, heads, dim)
 
         def rivals(t, p=problem):
             q, k, v = (x.reshape(1, -1, p.heads, p.dim).transpose(1, 2) for x in t[:3])
@@ -164,10 +168,10 @@ def _movement() -> Iterator[Contest]:
             forms = (t[0].permute(0, 3, 1, 2), t[0].permute(0, 3, 1, 2).contiguous())
             return [lambda x=x: F.interpolate(x, scale_factor=2.0, mode="nearest") for x in forms]
 
-        yield Contest(f"upsample {side}x{side}x{channels}", movement, movement.upsample(shape, (2, 2)), upsample)
+        yield Contest(f"upsample {side}x{side}x{channels}", movement, problems.upsample(shape, (2, 2)), upsample)
     for side, channels in ((64, 320), (32, 640), (16, 1280), (32, 128), (16, 256), (8, 512), (14, 96), (7, 192)):
         shape = ("B", side, side, channels)
-        both, half = movement.concat([shape, shape], -1), np.ones((1, side, side, channels), np.float32)
+        both, half = problems.concat([shape, shape], -1), np.ones((1, side, side, channels), np.float32)
         nodes = [("Concat", ("a", "b"), "y", {"axis": -1})]
         yield Contest(
             f"concat {side}x{side}x{channels}", movement, both,
@@ -178,7 +182,7 @@ def _movement() -> Iterator[Contest]:
         (("B", 64, 64, 4), (0, 3, 1, 2)), (("B", 4, 64, 64), (0, 2, 3, 1)), (("B", 64, 64, 320), (0, 3, 1, 2)),
         (("B", 1024, 24, 64), (0, 2, 1, 3)),
     ):  # fmt: skip
-        turned = movement.permute(shape, order)
+        turned = problems.permute(shape, order)
         name = f"permute {'x'.join(map(str, shape[1:]))} to {','.join(map(str, order[1:]))}"
         yield Contest(name, movement, turned, lambda t, order=order: [lambda: t[0].permute(order).contiguous()])
 
@@ -200,16 +204,16 @@ def _float_gemm() -> Iterator[Contest]:
             return {name: call for name, call in made.items() if name.endswith(of_kind)}
 
         for rows, inputs, outputs in LINEAR:
-            few = rows < float_gemm.FEW_ROWS and kind == F32
-            problem = float_gemm.Linear(rows, inputs, outputs, packed=not few, numerics=kind)
+            few = rows < FEW_ROWS and kind == F32
+            problem = Linear(rows, inputs, outputs, packed=not few, numerics=kind)
             yield Contest(
                 f"linear {kind} {rows}x{inputs}x{outputs}", float_gemm, problem,
                 peers=lambda size=(rows, inputs, outputs), chosen=chosen: chosen(operators.linear(*size)),
                 goals={PEAK: PRODUCT} if rows >= 64 else {}, macs=rows * inputs * outputs,
             )  # fmt: skip
         for side, inputs, outputs in CONV:
-            few = outputs <= float_gemm.FEW_OUTPUTS and kind == F32
-            problem = float_gemm.Conv2d(side, side, inputs, outputs, packed=not few, numerics=kind)
+            few = outputs <= FEW_OUTPUTS and kind == F32
+            problem = Conv2d(side, side, inputs, outputs, packed=not few, numerics=kind)
             same = QuantMatmul(side, side, inputs, outputs, kernel=(3, 3), padding=(1, 1, 1, 1), bits=8)
             yield Contest(
                 f"conv3x3 {kind} {side}x{side}x{inputs}->{outputs}", float_gemm, problem,
@@ -221,7 +225,7 @@ def _float_gemm() -> Iterator[Contest]:
 def _transformers() -> Iterator[Contest]:
     """What SD3, Flux and Sana add: norms of heads, rotary embeddings, linear attention, depthwise convolutions."""
     for rows, channels in ((1024 * 24, 64), (1024 * 24, 128), (1024, 1152), (256, 2240)):
-        problem = norms.RmsNorm(rows, channels)
+        problem = RmsNorm(rows, channels)
 
         def rms(t, p=problem):
             return [lambda: F.rms_norm(t[0], (p.channels,), t[1], p.eps)]
@@ -266,7 +270,7 @@ def _transformers() -> Iterator[Contest]:
 
         yield Contest(f"queries {tokens}x{heads}x{dim}", matmul, problem, read)
     for side, channels in ((16, 1120), (32, 2240)):
-        problem = float_gemm.Conv2d(side, side, channels, channels, groups=channels)
+        problem = Conv2d(side, side, channels, channels, groups=channels)
 
         def depthwise(t, channels=channels):
             x, w = t[0].permute(0, 3, 1, 2), t[1].permute(0, 3, 1, 2)

@@ -42,9 +42,11 @@ from benchmarks.machine import provenance
 from benchmarks.timing import interleaved
 from mpq_compiler.backends.tvm.compile import peak
 from mpq_compiler.backends.tvm.kernels.cpu import gemm, prepare, quantize
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Step
 from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS, Isa, isa
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.backends.tvm.kernels.problems import quantize as quantize_problems
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Step
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul, stored_arguments
+from mpq_compiler.backends.tvm.kernels.problems.quantize import DynamicQuantize
 from mpq_compiler.support import terminal
 from tests.harness.shapes import concrete, make_case
 
@@ -147,7 +149,7 @@ def prepared(problem: QuantMatmul, target: Isa) -> dict[str, Any]:
     for a in (*prepare.outputs(problem, target), gemm.arguments(problem, target)[-1]):
         buffers[a.name] = np.zeros(concrete(a.shape, 1), a.dtype)
     tensors = {name: tvm.runtime.tensor(np.ascontiguousarray(value)) for name, value in buffers.items()}
-    made = [*prepare.inputs(problem), *prepare.outputs(problem, target)]
+    made = [*stored_arguments(problem), *prepare.outputs(problem, target)]
     compiled(problem, target)[1](*[tensors[a.name] for a in made])
     return {a.name: tensors[a.name] for a in gemm.arguments(problem, target)}
 
@@ -207,11 +209,11 @@ def groups_of_channels(target: Isa, only: str, wanted: Callable[[str], bool]) ->
             continue
         p = QuantMatmul.linear((rows,), size, size, bits=4, segments=(block,) * (size // block), dynamic=True)
         arguments = prepared(p, target)
-        from_floats = quantize.DynamicQuantize(rows, size, 8)
+        from_floats = DynamicQuantize(rows, size, 8)
         made = {"x": np.random.default_rng(0).standard_normal((1, rows * size)).astype(np.float32)}
         tables = {"out": arguments["x"], "scale": arguments["act_scale"], "zero": arguments["act_zero"]}
         order = [tables.get(a.name) or tvm.runtime.tensor(made[a.name].reshape(concrete(a.shape, 1)))
-                 for a in quantize.arguments(from_floats)]  # fmt: skip
+                 for a in quantize_problems.arguments(from_floats)]  # fmt: skip
         ours, theirs = compiled(p, target)[0], _quantizer(from_floats, target)
         calls: dict[str, Call] = {
             name: functools.partial(ours, *arguments.values()),
@@ -228,7 +230,7 @@ def groups_of_channels(target: Isa, only: str, wanted: Callable[[str], bool]) ->
 
 
 @functools.cache
-def _quantizer(problem: quantize.DynamicQuantize, target: Isa) -> Call:
+def _quantizer(problem: DynamicQuantize, target: Isa) -> Call:
     functions = {"quantize": quantize.build(problem, "quantize")}
     return tvm.compile(tvm.IRModule(functions), target=target.target())["quantize"]
 

@@ -42,8 +42,10 @@ from benchmarks import end_to_end
 from benchmarks.machine import provenance
 from benchmarks.timing import interleaved
 from mpq_compiler.api import compile
-from mpq_compiler.backends.tvm.kernels.common.template import BATCH, Argument
 from mpq_compiler.backends.tvm.kernels.cpu import movement, norms
+from mpq_compiler.backends.tvm.kernels.problems import movement as movement_problems
+from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument
+from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm
 from mpq_compiler.backends.tvm.plan import stages
 from mpq_compiler.backends.tvm.plan.calls import Function
 from mpq_compiler.latency import timing
@@ -148,10 +150,10 @@ def kernels(positions: int, channels: int) -> Mapping[str, Callable[[], object]]
     """The kernels whose times make up the costs of a concatenation of two tensors of these channels."""
     target = targets.resolve("native")
     both, rows = 2 * channels, (BATCH, positions)
-    whole = norms.GroupNorm(positions, both, 32)
-    row = norms.LayerNorm(positions, channels)
+    whole = GroupNorm(positions, both, 32)
+    row = LayerNorm(positions, channels)
     problems: dict[str, Any] = {
-        "concat": movement.concat([(*rows, channels)] * 2, 2),
+        "concat": movement_problems.concat([(*rows, channels)] * 2, 2),
         "norm": whole,
         "norm of parts": replace(whole, parts=(channels, channels)),
         "row norm": row,

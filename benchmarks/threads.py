@@ -37,9 +37,9 @@ from benchmarks.timing import wall
 from mpq_compiler.backends.tvm import templates
 from mpq_compiler.backends.tvm.compile import peak
 from mpq_compiler.backends.tvm.compile.link import compile_pool
-from mpq_compiler.backends.tvm.kernels.cpu.attention import Attention
 from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS, isa
-from mpq_compiler.backends.tvm.kernels.cpu.norms import GroupNorm, LayerNorm
+from mpq_compiler.backends.tvm.kernels.problems.attention import Attention
+from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.runtime.tvm import VirtualMachine

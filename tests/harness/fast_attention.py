@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mpq_compiler.backends.tvm.kernels.cpu import attention
-from mpq_compiler.backends.tvm.kernels.cpu.fast_attention import FastAttention, Ready
+from mpq_compiler.backends.tvm.kernels.problems import attention
+from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready
 from mpq_compiler.ir import ops
 from tests.harness.float_kernels import random_inputs
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tvm
 
-from mpq_compiler.backends.tvm.kernels.common.template import BATCH, Argument
+from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument
 from mpq_compiler.targets import table as targets
 from tests.harness import qemu
 

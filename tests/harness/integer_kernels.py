@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tvm
 
-from mpq_compiler.backends.tvm.kernels.common.template import Argument
 from mpq_compiler.backends.tvm.kernels.cpu import gemm, prepare
 from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS, Isa
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul, stored_arguments
 from mpq_compiler.targets.table import TARGETS, missing_features
 from tests.harness import qemu
 from tests.harness.shapes import Case, concrete
@@ -81,7 +81,7 @@ class Kernels:
         tensors = {name: tvm.runtime.tensor(np.ascontiguousarray(value)) for name, value in data.items()}
         made = {a.name: Guarded(a, case.batch) for a in prepare.outputs(problem, self.isa)}
         tensors |= {name: buffer.tensor for name, buffer in made.items()}
-        order = [*prepare.inputs(problem), *prepare.outputs(problem, self.isa)]
+        order = [*stored_arguments(problem), *prepare.outputs(problem, self.isa)]
         self._library[f"prepare{index}"](*[tensors[a.name] for a in order])
         for buffer in made.values():
             buffer.result()
@@ -97,7 +97,7 @@ class Kernels:
         for (index, case), data in zip(calls, datas, strict=True):
             outputs = prepare.outputs(self.problems[index], self.isa)
             data |= {a.name: np.zeros(concrete(a.shape, case.batch), a.dtype) for a in outputs}
-            order = [*prepare.inputs(self.problems[index]), *outputs]
+            order = [*stored_arguments(self.problems[index]), *outputs]
             first.append((f"prepare{index}", [data[a.name] for a in order]))
         second = []
         for (index, case), data, made in zip(calls, datas, self._library.run(first), strict=True):

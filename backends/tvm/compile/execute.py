@@ -16,8 +16,9 @@ import numpy as np
 import tvm
 
 from mpq_compiler.backends.tvm import templates
-from mpq_compiler.backends.tvm.compile.link import linker, sized
+from mpq_compiler.backends.tvm.kernels.problems.argument import sized
 from mpq_compiler.backends.tvm.plan.calls import Call, Lowered, Value
+from mpq_compiler.backends.tvm.toolchain.linker import linker
 from mpq_compiler.targets.table import Target
 
 Arrays = Mapping[str, np.ndarray]

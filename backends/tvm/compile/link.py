@@ -7,8 +7,6 @@ module holds no code of kernels, only their signatures. The virtual machine find
 from __future__ import annotations
 
 import math
-import platform
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -23,10 +21,11 @@ from tvm.script.ir_builder import tirx as T
 from tvm.support import cc
 
 from mpq_compiler.backends.tvm import templates
-from mpq_compiler.backends.tvm.kernels.common.template import BATCH, Argument, primfunc
+from mpq_compiler.backends.tvm.kernels.common.template import primfunc
+from mpq_compiler.backends.tvm.kernels.problems.argument import Argument, sized
 from mpq_compiler.backends.tvm.plan.calls import Call, Kernel, Lowered, Value
+from mpq_compiler.backends.tvm.toolchain.linker import linker
 from mpq_compiler.backends.tvm.toolchain.machine_code import DEVICE, Imports
-from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets.table import Target
 
 PREPARE = "prepare"
@@ -129,17 +128,6 @@ def compile_cudart(target: Target, output: Path) -> None:
             command = [linker(target), "-std=gnu11", "-O2", "-fPIC", "-shared", str(source), *more, "-o", str(written)]
             command += [f"-Wl,-soname,{name}", f"-Wl,--version-script,{symbols}"]
             subprocess.run(command, check=True, capture_output=True)
-
-
-def linker(target: Target) -> str:
-    """The name of the compiler driver that links for the target. UserError: it is not installed."""
-    own = platform.machine() == target.arch
-    names = ("gcc", "cc", "clang") if own else (f"{target.arch.replace('_', '-')}-linux-gnu-gcc",)
-    for name in names:
-        if shutil.which(name):
-            return name
-    package = "gcc" if own else f"gcc-{target.arch.replace('_', '-')}-linux-gnu"
-    raise UserError(f"cannot link for '{target.name}': {names[0]} is not installed; install it (apt install {package})")
 
 
 def planning() -> tvm.transform.Pass:
@@ -282,11 +270,6 @@ class _Builder:
         if math.prod(own) != math.prod(shape):
             raise AssertionError(f"{value} of shape {own} is read as {shape}")
         return self.builder.emit(relax.op.reshape(value, shape))
-
-
-def sized(shape: Sequence[int | str], batch: int) -> tuple[int, ...]:
-    """A shape at a batch size."""
-    return tuple(batch if extent == BATCH else int(extent) for extent in shape)
 
 
 def _variable(name: str, value: Value, batch: int) -> relax.Var:

@@ -16,9 +16,10 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.template import Argument, primfunc, scratch, shares, span, store
+from mpq_compiler.backends.tvm.kernels.common.template import primfunc, scratch, shares, span, store
 from mpq_compiler.backends.tvm.kernels.cpu import bfloat16 as pairs
 from mpq_compiler.backends.tvm.kernels.cpu.isa import Isa
+from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.targets.numerics import BF16, FEATURES
 from mpq_compiler.targets.table import TARGETS, with_features
 

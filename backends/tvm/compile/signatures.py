@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from mpq_compiler.backends.tvm import templates
-from mpq_compiler.backends.tvm.kernels.common.template import Argument
+from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.plan.calls import BATCH, Call, Kernel, Lowered
 from mpq_compiler.targets.table import Target
 

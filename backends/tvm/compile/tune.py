@@ -1,7 +1,7 @@
 """Tunes the tiles of the integer kernels by times on this machine (``mpqc compile --tune``).
 
 Tiles change the time of a kernel and the order of weights in memory, but no bit of a result. Each kernel is timed with
-every tile of `problems.quant_matmul.tiles`, in turns with a control: a loop of dot products on registers. It runs on
+every tile of `weight_layout.tiles`, in turns with a control: a loop of dot products on registers. It runs on
 one thread, measured by CPU time, and its weights come from memory as they do in a model. A tile is chosen where it is
 faster than the default by more than `GAIN`. The cache keeps the times, so that with the same cache a compilation makes
 the same choices.
@@ -140,10 +140,10 @@ def measure(kernel: Kernel, target: Target) -> list[tuple[int, int, float]]:
     """Times each tile of a kernel at batch 1: (registers, rows, time over the control's)."""
     from mpq_compiler.backends.tvm import templates
     from mpq_compiler.backends.tvm.compile import peak
+    from mpq_compiler.backends.tvm.kernels.cpu import weight_layout
     from mpq_compiler.backends.tvm.kernels.cpu.isa import isa
-    from mpq_compiler.backends.tvm.kernels.problems import quant_matmul as problems
 
-    found = problems.tiles(templates.resolve(kernel.problem), isa(target.name))
+    found = weight_layout.tiles(templates.resolve(kernel.problem), isa(target.name))
     if len(found) == 1:
         return [(*found[0], 1.0)]
     calls = [_call(replace(kernel, problem=kernel.problem.replace(tile=tile)), target) for tile in found]

@@ -53,7 +53,7 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel: its template (a key of `templates.TEMPLATES`) and its problem. Equal kernels are compiled once."""
+    """A kernel: its template (a key of `TEMPLATES` of the device) and its problem. Equal kernels are compiled once."""
 
     template: str
     problem: Record

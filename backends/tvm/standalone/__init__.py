@@ -19,9 +19,9 @@ import numpy as np
 
 from mpq_compiler.artifact.bundle import PROGRAM, SERVER
 from mpq_compiler.backends.tvm import templates
-from mpq_compiler.backends.tvm.compile.link import linker, sized
-from mpq_compiler.backends.tvm.kernels.common.template import Argument
+from mpq_compiler.backends.tvm.kernels.problems.argument import Argument, sized
 from mpq_compiler.backends.tvm.plan.calls import Call, Function, Kernel, Lowered, Value
+from mpq_compiler.backends.tvm.toolchain.linker import linker
 from mpq_compiler.support.tensorfile import ALIGNMENT
 from mpq_compiler.targets.table import Target
 

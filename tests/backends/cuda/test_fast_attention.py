@@ -10,9 +10,9 @@ import pytest
 import torch
 
 pytest.importorskip("tvm")
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.cpu.fast_attention import FastAttention, arguments, outputs
 from mpq_compiler.backends.tvm.kernels.cuda import fast_attention
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, arguments, outputs
 from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import numerics

@@ -14,13 +14,14 @@ import torch.nn.functional as F
 pytest.importorskip("tvm")
 import tvm
 
-from mpq_compiler.backends.tvm import templates
-from mpq_compiler.backends.tvm.kernels.common.template import Argument
-from mpq_compiler.backends.tvm.kernels.cpu import float_gemm
-from mpq_compiler.backends.tvm.kernels.cpu.attention import Attention
-from mpq_compiler.backends.tvm.kernels.cpu.dequantize import DequantizeTable, WeightOnly
-from mpq_compiler.backends.tvm.kernels.cpu.float_gemm import Conv2d, Linear
+from mpq_compiler.backends.tvm.kernels.cpu import templates as cpu
+from mpq_compiler.backends.tvm.kernels.cpu.isa import isa
 from mpq_compiler.backends.tvm.kernels.cuda import templates as cuda
+from mpq_compiler.backends.tvm.kernels.problems import float_gemm
+from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
+from mpq_compiler.backends.tvm.kernels.problems.attention import Attention
+from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable, WeightOnly
+from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
 from mpq_compiler.ir import ops
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets.numerics import BF16
@@ -35,9 +36,9 @@ from tests.harness.float_kernels import error, quantized
 def results() -> list[tuple[list[np.ndarray], list[np.ndarray]]]:
     """Of each case what the CPU's kernel and the GPU's leave in the buffers."""
     kernels.needs()
-    target, isa = TARGETS["x86-64-avx2"], templates.HOST
+    target, lanes = TARGETS["x86-64-avx2"], isa("x86-64-avx2")
     names = [f"case{i}" for i in range(len(CASES))]
-    host = {n: templates.TEMPLATES[c.template].build(c.problem, isa, n) for n, c in zip(names, CASES, strict=True)}
+    host = {n: cpu.TEMPLATES[c.template].build(c.problem, lanes, n) for n, c in zip(names, CASES, strict=True)}
     device = {n: cuda.TEMPLATES[c.template].build(c.problem, n) for n, c in zip(names, CASES, strict=True)}
     library = tvm.compile(tvm.IRModule(host), target=tvm.target.Target(dict(target.tvm)))
     calls, expected = [], []
@@ -195,5 +196,4 @@ def test_no_bit_depends_on_where_a_weight_is_decoded():
 
 def _arguments(template: str, problem: Any) -> list[Argument]:
     """Of a CUDA kernel."""
-    own = cuda.TEMPLATES[template].arguments
-    return own(problem) if own else templates.TEMPLATES[template].arguments(problem, templates.HOST)
+    return cuda.TEMPLATES[template].arguments(problem)

@@ -10,10 +10,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tvm")
-from mpq_compiler.backends.tvm.kernels.cpu import attention, float_gemm
-from mpq_compiler.backends.tvm.kernels.cpu import fast_attention as cpu_fast_attention
-from mpq_compiler.backends.tvm.kernels.cpu import norms as cpu_norms
-from mpq_compiler.backends.tvm.kernels.cpu.dequantize import DequantizeTable, WeightOnly
+from mpq_compiler.backends.tvm.kernels.problems import attention
 from mpq_compiler.backends.tvm.kernels.cuda import attention as cuda_attention
 from mpq_compiler.backends.tvm.kernels.cuda import (
     fast_attention,
@@ -25,6 +22,11 @@ from mpq_compiler.backends.tvm.kernels.cuda import (
     weights,
     wgmma,
 )
+from mpq_compiler.backends.tvm.kernels.problems import fast_attention as fast_attention_problems
+from mpq_compiler.backends.tvm.kernels.problems import float_gemm
+from mpq_compiler.backends.tvm.kernels.problems import norms as norms_problems
+from mpq_compiler.backends.tvm.kernels.problems.attention import Attention
+from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable, WeightOnly
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.targets.numerics import BF16
 from tests.harness.cuda import emulator
@@ -364,14 +366,14 @@ def _draw(arguments: Any, batch: int, made: int = 1) -> list[np.ndarray]:
 CONV = QuantMatmul(9, 11, 20, 60, (3, 3), padding=(1, 1, 1, 1), bits=4, groups=3)
 WIDE = QuantMatmul.linear((130,), 250, 120, bits=4, groups=3, has_offset=True)  # the last step is in the first stage
 LONG = QuantMatmul.linear((5,), 1100, 60, bits=4, groups=3, has_offset=True)
-ROWS = cpu_norms.LayerNorm(7, 100, eps=1e-2)
-HEADS = attention.Attention(36, 75, 2, 20)  # whose result ends where nothing may be written
-FAST = cpu_fast_attention.FastAttention(133, 75, 2, 36, scale=0.3, mask=("B", 1, 133, 75))
+ROWS = norms_problems.LayerNorm(7, 100, eps=1e-2)
+HEADS = Attention(36, 75, 2, 20)  # whose result ends where nothing may be written
+FAST = fast_attention_problems.FastAttention(133, 75, 2, 36, scale=0.3, mask=("B", 1, 133, 75))
 FLOATS = float_gemm.Conv2d(9, 8, 12, 70, stride=(2, 1))
 BFLOAT16 = replace(FLOATS, packed=True, numerics=BF16)
 FEW = replace(BFLOAT16, channels=10, outputs=20)
-SMALL = cpu_fast_attention.Ready(7, 2, 5, BF16)
-SQUARES = cpu_norms.RmsNorm(7, 100, eps=1e-2)
+SMALL = fast_attention_problems.Ready(7, 2, 5, BF16)
+SQUARES = norms_problems.RmsNorm(7, 100, eps=1e-2)
 CODES = WeightOnly(replace(BFLOAT16, channels=24), DequantizeTable(70, 9 * 24, (8, 8, 8), 4, 2, "float16"))
 
 
@@ -396,9 +398,9 @@ def _product(problem: QuantMatmul) -> list[np.ndarray]:
 
 
 def _fast_attention() -> list[np.ndarray]:
-    ready = cpu_fast_attention.Ready(FAST.keys, FAST.heads, FAST.dim, FAST.numerics)
+    ready = fast_attention_problems.Ready(FAST.keys, FAST.heads, FAST.dim, FAST.numerics)
     q, k, v, *rest = _draw(attention.arguments(FAST), 2)
-    made = [empty(a, 2) for a in cpu_fast_attention.outputs(ready)]
+    made = [empty(a, 2) for a in fast_attention_problems.outputs(ready)]
     (results,) = Library({"ready": fast_attention.build(ready, "ready")}).run([("ready", [k, v, *made])])
     return [q, *results[2:], *rest]
 
@@ -449,12 +451,15 @@ SUBJECTS = {
         for bits, mutants in {2: PACK_2_BITS, 3: PACK_CODES, 8: PACK_8_BITS}.items()
     },
     "ready": Subject(
-        fast_attention, READY, lambda m, n: m.build(SMALL, n), lambda: _draw(cpu_fast_attention.arguments(SMALL), 2, 2)
+        fast_attention,
+        READY,
+        lambda m, n: m.build(SMALL, n),
+        lambda: _draw(fast_attention_problems.arguments(SMALL), 2, 2),
     ),
     "rms norm": Subject(
-        norms, RMS_NORM, lambda m, n: m.build(SQUARES, n), lambda: _draw(cpu_norms.arguments(SQUARES), 2)
+        norms, RMS_NORM, lambda m, n: m.build(SQUARES, n), lambda: _draw(norms_problems.arguments(SQUARES), 2)
     ),
-    "norms": Subject(norms, NORMS, lambda m, n: m.build(ROWS, n), lambda: _draw(cpu_norms.arguments(ROWS), 2)),
+    "norms": Subject(norms, NORMS, lambda m, n: m.build(ROWS, n), lambda: _draw(norms_problems.arguments(ROWS), 2)),
 }
 
 

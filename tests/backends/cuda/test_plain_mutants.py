@@ -12,11 +12,7 @@ import pytest
 pytest.importorskip("tvm")
 from tvm_ffi import structural_equal
 
-from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.cpu import dequantize, prepare
-from mpq_compiler.backends.tvm.kernels.cpu.movement import Gather, Movement
-from mpq_compiler.backends.tvm.kernels.cpu.norms import GroupNorm, LayerNorm
-from mpq_compiler.backends.tvm.kernels.cpu.quantize import DynamicQuantize, Quantize, TimeGroup
+from mpq_compiler.backends.tvm.kernels.common import dequantize, stored, vmath
 from mpq_compiler.backends.tvm.kernels.cuda import (
     float_units,
     gemm,
@@ -29,7 +25,10 @@ from mpq_compiler.backends.tvm.kernels.cuda import (
     threads,
     weights,
 )
+from mpq_compiler.backends.tvm.kernels.problems.movement import Gather, Movement
+from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.backends.tvm.kernels.problems.quantize import DynamicQuantize, Quantize, TimeGroup
 from tests.harness.cuda import emulator
 from tests.harness.cuda.cases import CASES, FORMATS, IMAGE, SEGMENTS, Case, check, inputs, workspaces
 from tests.harness.cuda.kernels import Library, empty
@@ -319,7 +318,7 @@ PACK: Mutants = {
         "vector, lane, term = unravel(number, lanes, terms)",
     ),
     "rows as long as a vector": ("+ lane) * terms + term]", "+ lane) * lanes + term]"),
-    "vectors side by side": ("(float_gemm.first_output(problem, vector) + lane)", "(vector * lanes + lane)"),
+    "vectors side by side": ("(first_output(problem, vector) + lane)", "(vector * lanes + lane)"),
     "the first vector": ("first_output(problem, vector)", "first_output(problem, 0)"),
     "the first lane": ("vector) + lane) * terms", "vector)) * terms"),
     "lanes turned": ("vector) + lane) * terms", "vector) + (lanes - 1 - lane)) * terms"),
@@ -331,12 +330,12 @@ DEQUANTIZE: Mutants = {
     "a row too few": ("each(problem.rows, 32)", "each(problem.rows - 1, 32)"),
     "a row too many": ("each(problem.rows, 32)", "each(problem.rows + 1, 32)"),
     "the stream from its start": (
-        "dequantize.stored_rows(problem, buffers, i), i)",
-        "dequantize.stored_rows(problem, buffers, 0), i)",
+        "stored_rows(problem, buffers, i), i)",
+        "stored_rows(problem, buffers, 0), i)",
     ),
     "the stream of the row before": (
-        "dequantize.stored_rows(problem, buffers, i), i)",
-        "dequantize.stored_rows(problem, buffers, T.max(i - 1, 0)), i)",
+        "stored_rows(problem, buffers, i), i)",
+        "stored_rows(problem, buffers, T.max(i - 1, 0)), i)",
     ),
 }
 # What the CPU's kernel of it is made of, too, and is held against the definition there: here that the cases tell.
@@ -541,7 +540,7 @@ SUBJECTS = {
     "pack": Subject(weights, PACK, _cases("pack")),
     "dequantize": Subject(weights, DEQUANTIZE, _cases("dequantize")),
     "dequantize row": Subject(dequantize, DEQUANTIZE_ROW, _cases("dequantize"), (weights,)),
-    "stored rows": Subject(prepare, STORED_ROWS, _cases("dequantize"), (dequantize, weights)),
+    "stored rows": Subject(stored, STORED_ROWS, _cases("dequantize"), (dequantize, weights)),
     "float8": Subject(weights, FLOAT8, _cases("float8")),
 }
 

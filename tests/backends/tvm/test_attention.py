@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from mpq_compiler.backends.tvm.kernels.cpu import attention
-from mpq_compiler.backends.tvm.kernels.cpu.attention import Attention
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.problems import attention as problems
+from mpq_compiler.backends.tvm.kernels.problems.attention import Attention
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
 from tests.harness.float_kernels import (
     TARGETS,
     Case,
@@ -40,11 +41,11 @@ NO_KEY = (-1e30, float(np.finfo(np.float32).min), -np.inf)
 
 
 def _case(problem: Attention, inputs: list[np.ndarray]) -> Case:
-    return Case(lambda isa, n: attention.build(problem, isa, n), attention.arguments(problem), inputs, BATCH)
+    return Case(lambda isa, n: attention.build(problem, isa, n), problems.arguments(problem), inputs, BATCH)
 
 
 def _inputs(name: str, sharpness: float = 2.0) -> list[np.ndarray]:
-    inputs = random_inputs(attention.arguments(PROBLEMS[name]), BATCH, len(name))
+    inputs = random_inputs(problems.arguments(PROBLEMS[name]), BATCH, len(name))
     inputs[0] *= sharpness
     if PROBLEMS[name].mask is not None:
         inputs[3] = np.where(np.random.default_rng(1).random(inputs[3].shape) < 0.3, -np.inf, inputs[3]).astype(

@@ -9,6 +9,7 @@ import tvm
 
 from mpq_compiler.backends.tvm.kernels.cpu import dequantize
 from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS
+from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable
 from mpq_compiler.formats.packing import pack_codes
 from mpq_compiler.ir import ops
 from tests.harness.integer_kernels import assert_same_bits, here
@@ -39,7 +40,7 @@ def test_the_bits_of_torch_on_every_target(form):
     expected = ops.dequantize_weight(codes, scale, offsets, lut, row_class, codes.shape, segments).numpy()
     parts = [t.numpy() for t in (scale, offsets, lut, row_class) if t is not None]
     operands = [pack_codes(codes.numpy(), bits), *parts]
-    problem = dequantize.DequantizeTable(rows, columns, segments, bits, classes, offset)
+    problem = DequantizeTable(rows, columns, segments, bits, classes, offset)
     for name in here():
         isa = ISAS[name]
         library = tvm.compile(tvm.IRModule({"kernel": dequantize.build(problem, name, "kernel")}), target=isa.target())

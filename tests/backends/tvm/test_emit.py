@@ -302,7 +302,7 @@ def test_equal_bytes_whatever_jobs_and_folders(tmp_path):
 
 
 def tvm_linker_missing(name: str) -> bool:
-    from mpq_compiler.backends.tvm.compile.link import linker
+    from mpq_compiler.backends.tvm.toolchain.linker import linker
 
     try:
         linker(targets.resolve(name))

@@ -12,9 +12,11 @@ import tvm
 from torch import fx
 
 from mpq_compiler.backends.tvm.build import build
-from mpq_compiler.backends.tvm.kernels.cpu import attention, fast_attention
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.cpu.fast_attention import FastAttention
+from mpq_compiler.backends.tvm.kernels.cpu import fast_attention
+from mpq_compiler.backends.tvm.kernels.problems import attention
+from mpq_compiler.backends.tvm.kernels.problems import fast_attention as problems
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
@@ -59,11 +61,11 @@ def _library() -> tvm.runtime.Module:
 
 def _run(index: int, problem: FastAttention, inputs: list[np.ndarray], kind: str) -> np.ndarray:
     problem = replace(problem, numerics=kind)
-    *arguments, result = fast_attention.arguments(problem)
+    *arguments, result = problems.arguments(problem)
     tensors = {a.name: tvm.runtime.tensor(np.full(shape_of(a, BATCH), 77, a.dtype)) for a in (*arguments, result)}
     given = dict(zip((a.name for a in attention.arguments(problem)), inputs, strict=False))
     tensors |= {name: tvm.runtime.tensor(value) for name, value in given.items()}
-    _library()[f"ready_{index}_{kind}"](*(tensors[a.name] for a in fast_attention.arguments(ready(problem))))
+    _library()[f"ready_{index}_{kind}"](*(tensors[a.name] for a in problems.arguments(ready(problem))))
     _library()[f"attention_{index}_{kind}"](*(tensors[a.name] for a in (*arguments, result)))
     return tensors[result.name].numpy()
 

@@ -9,6 +9,7 @@ import tvm
 
 from mpq_compiler.backends.tvm.kernels.cpu import float8
 from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS
+from mpq_compiler.backends.tvm.kernels.problems.float8 import DequantizeFloat8
 from mpq_compiler.ir import ops
 from tests.harness.integer_kernels import assert_same_bits, here
 
@@ -21,7 +22,7 @@ def test_every_code_on_every_target(exponent):
     codes = np.resize(np.arange(256, dtype=np.uint8), (7, 269))
     scale = np.array([1, 2**-24, 6.1e-5, 0.02, 3.7, 1000, 65504], np.float16)
     expected = ops.dequantize_float8(torch.from_numpy(codes), torch.from_numpy(scale), codes.shape, exponent).numpy()
-    problem = float8.DequantizeFloat8(*codes.shape, exponent)
+    problem = DequantizeFloat8(*codes.shape, exponent)
     for name in here():
         isa = ISAS[name]
         library = tvm.compile(tvm.IRModule({"kernel": float8.build(problem, name, "kernel")}), target=isa.target())
@@ -39,4 +40,4 @@ def test_codes_are_the_numbers_that_torch_reads(exponent, kind):
 
 def test_other_widths_of_the_exponent_are_refused():
     with pytest.raises(ValueError, match="2 to 5 bits of exponent"):
-        float8.DequantizeFloat8(1, 1, 6)
+        DequantizeFloat8(1, 1, 6)

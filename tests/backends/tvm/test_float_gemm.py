@@ -13,8 +13,9 @@ import tvm
 
 from mpq_compiler.backends.tvm.build import build
 from mpq_compiler.backends.tvm.kernels.cpu import float_gemm
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.cpu.float_gemm import Conv2d, Linear
+from mpq_compiler.backends.tvm.kernels.problems import float_gemm as problems
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.runtime import compiled_denoiser
@@ -57,16 +58,16 @@ BATCH = 5
 
 
 def _inputs(name: str) -> list[np.ndarray]:
-    return random_inputs(float_gemm.arguments(PROBLEMS[name]), BATCH, len(name))
+    return random_inputs(problems.arguments(PROBLEMS[name]), BATCH, len(name))
 
 
 def _case(problem: Linear | Conv2d, inputs: list[np.ndarray]) -> Case:
-    return Case(lambda isa, n: float_gemm.build(problem, isa, n), float_gemm.arguments(problem), inputs, BATCH)
+    return Case(lambda isa, n: float_gemm.build(problem, isa, n), problems.arguments(problem), inputs, BATCH)
 
 
 def _exact(name: str) -> np.ndarray:
     problem = PROBLEMS[name]
-    named = dict(zip((a.name for a in float_gemm.arguments(problem)), _inputs(name), strict=False))
+    named = dict(zip((a.name for a in problems.arguments(problem)), _inputs(name), strict=False))
     t = {key: torch.from_numpy(value).double() for key, value in named.items()}
     if isinstance(problem, Linear):
         y = F.linear(t["x"], t["weight"], t.get("bias"))
@@ -80,7 +81,7 @@ def _exact(name: str) -> np.ndarray:
 
 def _packed(name: str) -> tuple[Linear | Conv2d, list[np.ndarray]]:
     problem, (x, weight, *rest) = replace(PROBLEMS[name], packed=True), _inputs(name)
-    return problem, [x, float_gemm.pack_weight(problem, weight), *rest]
+    return problem, [x, problems.pack_weight(problem, weight), *rest]
 
 
 def _quantizing(name: str) -> tuple[Linear | Conv2d, list[np.ndarray]]:
@@ -118,7 +119,7 @@ def test_pack_kernel_equals_numpy(name: str) -> None:
     kernel = float_gemm.build_pack(problem, "pack")
     # a kernel without a batch: any target of this machine will do
     module = tvm.compile(tvm.IRModule({"pack": kernel}), target="llvm")
-    panel = tvm.runtime.tensor(np.empty(float_gemm.panel_shape(problem), np.float32))
+    panel = tvm.runtime.tensor(np.empty(problems.panel_shape(problem), np.float32))
     module["pack"](tvm.runtime.tensor(_inputs(name)[1]), panel)
     np.testing.assert_array_equal(panel.numpy(), inputs[1])
 
@@ -152,10 +153,10 @@ def _bfloat16(names: tuple[str, ...]) -> dict[str, np.ndarray]:
     found = {}
     for i, (name, problem) in enumerate(problems.items()):
         x, weight, *rest = _inputs(name)
-        panel = tvm.runtime.tensor(np.full(float_gemm.panel_shape(problem), 77, np.int32))
+        panel = tvm.runtime.tensor(np.full(problems.panel_shape(problem), 77, np.int32))
         library[f"pack{i}"](tvm.runtime.tensor(weight), panel)
-        np.testing.assert_array_equal(panel.numpy(), float_gemm.pack_weight(problem, weight))
-        y = tvm.runtime.tensor(np.full(shape_of(float_gemm.arguments(problem)[-1], BATCH), np.nan, np.float32))
+        np.testing.assert_array_equal(panel.numpy(), problems.pack_weight(problem, weight))
+        y = tvm.runtime.tensor(np.full(shape_of(problems.arguments(problem)[-1], BATCH), np.nan, np.float32))
         library[f"run{i}"](tvm.runtime.tensor(x), panel, *map(tvm.runtime.tensor, rest), y)
         found[name] = y.numpy()
     return found
@@ -163,7 +164,7 @@ def _bfloat16(names: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 def _rounded(name: str) -> np.ndarray:
     """`ops.linear` and `ops.conv2d` in bfloat16."""
-    problem, names = PROBLEMS[name], [a.name for a in float_gemm.arguments(PROBLEMS[name])]
+    problem, names = PROBLEMS[name], [a.name for a in problems.arguments(PROBLEMS[name])]
     t = {key: torch.from_numpy(value) for key, value in zip(names, _inputs(name), strict=False)}
     operands = (t["x"], t["weight"], t.get("bias"))
     if isinstance(problem, Linear):
@@ -201,7 +202,7 @@ def test_nan_reaches_what_sees_it(name: str) -> None:
     inputs = _inputs(name)
     inputs[0][1, 0, 0, 0] = np.nan
     suite = Suite({name: _case(PROBLEMS[name], inputs)})
-    seen = np.zeros(shape_of(float_gemm.arguments(PROBLEMS[name])[-1], BATCH), bool)
+    seen = np.zeros(shape_of(problems.arguments(PROBLEMS[name])[-1], BATCH), bool)
     seen[1, :2, :2] = True
     assert (np.isnan(suite.first[name]) == seen).all()
 

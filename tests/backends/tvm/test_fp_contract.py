@@ -17,11 +17,18 @@ from tvm import tirx
 from tvm_ffi.structural import structural_walk
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.template import Argument, primfunc, span, store
+from mpq_compiler.backends.tvm.kernels.common.template import primfunc, span, store
 from mpq_compiler.backends.tvm.kernels.cpu import attention, float_gemm, gemm, hadamard, matmul, norms, pointwise
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS
-from mpq_compiler.backends.tvm.kernels.cpu.pointwise import Input, PointwiseProgram, PointwiseStep, Result
+from mpq_compiler.backends.tvm.kernels.problems import pointwise as problems
+from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
+from mpq_compiler.backends.tvm.kernels.problems.attention import Attention
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
+from mpq_compiler.backends.tvm.kernels.problems.hadamard import Hadamard
+from mpq_compiler.backends.tvm.kernels.problems.matmul import Access, Matmul
+from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm, RmsNorm
+from mpq_compiler.backends.tvm.kernels.problems.pointwise import Input, PointwiseProgram, PointwiseStep, Result
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.targets import table as targets
 from tests.harness.float_kernels import TARGETS, Case, Suite, tvm_target
@@ -85,7 +92,7 @@ def _case(name: str) -> Case:
     inputs = _adversarial(name, program.shape[1])
     return Case(
         lambda isa, n: pointwise.build(program, isa, n),
-        pointwise.arguments(program),
+        problems.arguments(program),
         inputs,
         inputs[0].shape[0],
     )
@@ -171,21 +178,21 @@ EVERY = Epilogue(
     tuple(Operand(kind) for kind in ("full", "sample", "channel", "scalar")),
 )
 KERNELS = {
-    "group_norm": lambda: norms.build(norms.GroupNorm(40, 33, 11, epilogue=EVERY)),
-    "layer_norm": lambda: norms.build(norms.LayerNorm(5, 83, epilogue=EVERY)),
-    "rms_norm": lambda: norms.build(norms.RmsNorm(5, 83, epilogue=EVERY)),
-    "hadamard": lambda: hadamard.build(hadamard.Hadamard(5, 96, 32, epilogue=EVERY)),
+    "group_norm": lambda: norms.build(GroupNorm(40, 33, 11, epilogue=EVERY)),
+    "layer_norm": lambda: norms.build(LayerNorm(5, 83, epilogue=EVERY)),
+    "rms_norm": lambda: norms.build(RmsNorm(5, 83, epilogue=EVERY)),
+    "hadamard": lambda: hadamard.build(Hadamard(5, 96, 32, epilogue=EVERY)),
     "matmul": lambda: matmul.build(
-        matmul.Matmul(
-            (3,), 9, 600, 33, matmul.Access((600, 3, 9), (9, 1, 27)), matmul.Access((600, 3, 33), (33, 99, 1)),
-            matmul.Access((3, 9, 33), (297, 33, 1)),
+        Matmul(
+            (3,), 9, 600, 33, Access((600, 3, 9), (9, 1, 27)), Access((600, 3, 33), (33, 99, 1)),
+            Access((3, 9, 33), (297, 33, 1)),
         )
     ),
-    "attention": lambda: attention.build(attention.Attention(49, 70, 2, 11, epilogue=EVERY)),
-    "attention-mask": lambda: attention.build(attention.Attention(9, 7, 2, 8, mask=("B", 1, 9, 7))),
-    "linear-dot": lambda: float_gemm.build(float_gemm.Linear(1, 83, 33, epilogue=EVERY)),
-    "conv2d-panel": lambda: float_gemm.build(float_gemm.Conv2d(9, 9, 33, 33, epilogue=EVERY)),
-    "conv2d-depthwise": lambda: float_gemm.build(float_gemm.Conv2d(9, 9, 33, 33, groups=33, epilogue=EVERY)),
+    "attention": lambda: attention.build(Attention(49, 70, 2, 11, epilogue=EVERY)),
+    "attention-mask": lambda: attention.build(Attention(9, 7, 2, 8, mask=("B", 1, 9, 7))),
+    "linear-dot": lambda: float_gemm.build(Linear(1, 83, 33, epilogue=EVERY)),
+    "conv2d-panel": lambda: float_gemm.build(Conv2d(9, 9, 33, 33, epilogue=EVERY)),
+    "conv2d-depthwise": lambda: float_gemm.build(Conv2d(9, 9, 33, 33, groups=33, epilogue=EVERY)),
     **{
         f"quant_conv2d {isa}": lambda isa=isa: gemm.build(
             QuantMatmul(9, 9, 33, 33, (3, 3), padding=(1, 1, 1, 1), has_offset=True, epilogue=EVERY),

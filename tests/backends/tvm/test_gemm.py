@@ -17,9 +17,9 @@ import tvm
 from tvm import relax
 
 from mpq_compiler.backends.tvm.kernels.cpu import gemm, prepare
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.problems import quant_matmul
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.backends.tvm.kernels.cpu import weight_layout as quant_matmul
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul, stored_arguments
 from tests.harness.integer_kernels import AARCH64, X86, Kernels, assert_same_bits, needs
 from tests.harness.shapes import (
     FORMATS,
@@ -252,13 +252,13 @@ def test_called_from_relax():
     def of(argument):
         return relax.TensorType(concrete(argument.shape, batch), argument.dtype)
 
-    inputs = {a.name: a for a in [*kernel[:-1], *prepare.inputs(problem)] if a not in made}
+    inputs = {a.name: a for a in [*kernel[:-1], *stored_arguments(problem)] if a not in made}
     values = {name: relax.Var(name, of(a)) for name, a in inputs.items()}
     builder = relax.BlockBuilder()
     with builder.function("main", list(values.values())):
         first = builder.add_func(prepare.build(problem, isa, "prepare"), "prepare")
         second = builder.add_func(gemm.build(problem, isa, "kernel"), "kernel")
-        stored = [values[a.name] for a in prepare.inputs(problem)]
+        stored = [values[a.name] for a in stored_arguments(problem)]
         ready = builder.emit(relax.call_tir(first, stored, [of(a) for a in made]))
         values |= {a.name: builder.emit(relax.TupleGetItem(ready, i)) for i, a in enumerate(made)}
         arguments = [values[a.name] for a in kernel[:-1]]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from mpq_compiler.backends.tvm.kernels.cpu import hadamard
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.cpu.hadamard import Hadamard
+from mpq_compiler.backends.tvm.kernels.problems import hadamard as problems
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.problems.hadamard import Hadamard
 from mpq_compiler.ir import ops
 from tests.harness.float_kernels import TARGETS, Case, Suite, quantized, quantizer_inputs, random_inputs, same_bits
 
@@ -27,13 +28,13 @@ BATCH, GROUPS = 3, 2
 
 
 def _inputs(name: str) -> list[np.ndarray]:
-    (x,) = random_inputs(hadamard.arguments(PROBLEMS[name]), BATCH, len(name))
+    (x,) = random_inputs(problems.arguments(PROBLEMS[name]), BATCH, len(name))
     x *= np.exp(3 * np.random.default_rng(1).standard_normal(x.shape[-1])).astype(np.float32)  # channels unlike others
     return [x]
 
 
 def _case(problem: Hadamard, inputs: list[np.ndarray]) -> Case:
-    return Case(lambda isa, n: hadamard.build(problem, isa, n), hadamard.arguments(problem), inputs, BATCH)
+    return Case(lambda isa, n: hadamard.build(problem, isa, n), problems.arguments(problem), inputs, BATCH)
 
 
 def _expected(name: str) -> np.ndarray:
@@ -57,7 +58,7 @@ SUITE = Suite(
     {name: _case(problem, _inputs(name)) for name, problem in PROBLEMS.items()}
     | {f"{name} quantized": _case(*_quantizing(name)) for name in QUANTIZED}
     | {"special": _case(PROBLEMS["7x12 by 4"], [_special()])}
-    | {"steps": _case(WITH_STEPS, random_inputs(hadamard.arguments(WITH_STEPS), BATCH, 2))}
+    | {"steps": _case(WITH_STEPS, random_inputs(problems.arguments(WITH_STEPS), BATCH, 2))}
 )
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mpq_compiler.backends.tvm.kernels.cpu import matmul
-from mpq_compiler.backends.tvm.kernels.cpu.matmul import Access, Matmul
+from mpq_compiler.backends.tvm.kernels.problems import matmul as problems
+from mpq_compiler.backends.tvm.kernels.problems.matmul import Access, Matmul
 from tests.harness.float_kernels import TARGETS, Case, Suite, error, random_inputs
 
 H, T, D = 3, 37, 11
@@ -48,8 +49,8 @@ BATCH = 2
 
 
 def _case(problem: Matmul) -> Case:
-    inputs = random_inputs(matmul.arguments(problem), BATCH, problem.terms)
-    return Case(lambda isa, n: matmul.build(problem, isa, n), matmul.arguments(problem), inputs, BATCH)
+    inputs = random_inputs(problems.arguments(problem), BATCH, problem.terms)
+    return Case(lambda isa, n: matmul.build(problem, isa, n), problems.arguments(problem), inputs, BATCH)
 
 
 def _shared() -> Matmul:

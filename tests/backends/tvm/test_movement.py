@@ -8,47 +8,48 @@ import numpy as np
 import pytest
 
 from mpq_compiler.backends.tvm.kernels.cpu import movement
-from mpq_compiler.backends.tvm.kernels.cpu.movement import Gather, Movement
+from mpq_compiler.backends.tvm.kernels.problems import movement as problems
+from mpq_compiler.backends.tvm.kernels.problems.movement import Gather, Movement
 from tests.harness.float_kernels import TARGETS, Case, Suite, shape_of
 
 BATCH = 2
 IMAGE = ("B", 7, 5, 33)
 # name: problem, its meaning in NumPy
 PROBLEMS: dict[str, tuple[Movement, Any]] = {
-    "upsample 2": (movement.upsample(IMAGE, (2, 2)), lambda x: x.repeat(2, 1).repeat(2, 2)),
-    "upsample 2x3 u8": (movement.upsample(IMAGE, (2, 3), "uint8"), lambda x: x.repeat(2, 1).repeat(3, 2)),
+    "upsample 2": (problems.upsample(IMAGE, (2, 2)), lambda x: x.repeat(2, 1).repeat(2, 2)),
+    "upsample 2x3 u8": (problems.upsample(IMAGE, (2, 3), "uint8"), lambda x: x.repeat(2, 1).repeat(3, 2)),
     "concat channels": (
-        movement.concat([IMAGE, ("B", 7, 5, 20), ("B", 7, 5, 1)], -1), lambda *x: np.concatenate(x, -1)
+        problems.concat([IMAGE, ("B", 7, 5, 20), ("B", 7, 5, 1)], -1), lambda *x: np.concatenate(x, -1)
     ),
-    "concat tokens u8": (movement.concat([("B", 4, 9), ("B", 1, 9)], 1, "uint8"), lambda *x: np.concatenate(x, 1)),
-    "to channels first": (movement.permute(IMAGE, (0, 3, 1, 2)), lambda x: x.transpose(0, 3, 1, 2)),
-    "to channels last": (movement.permute(("B", 3, 7, 5), (0, 2, 3, 1)), lambda x: x.transpose(0, 2, 3, 1)),
+    "concat tokens u8": (problems.concat([("B", 4, 9), ("B", 1, 9)], 1, "uint8"), lambda *x: np.concatenate(x, 1)),
+    "to channels first": (problems.permute(IMAGE, (0, 3, 1, 2)), lambda x: x.transpose(0, 3, 1, 2)),
+    "to channels last": (problems.permute(("B", 3, 7, 5), (0, 2, 3, 1)), lambda x: x.transpose(0, 2, 3, 1)),
     "unpatchify": (
-        movement.permute(("B", 3, 4, 2, 2, 5), (0, 1, 3, 2, 4, 5)), lambda x: x.transpose(0, 1, 3, 2, 4, 5)
+        problems.permute(("B", 3, 4, 2, 2, 5), (0, 1, 3, 2, 4, 5)), lambda x: x.transpose(0, 1, 3, 2, 4, 5)
     ),
     "slice": (
-        movement.slice_(IMAGE, (0, 1, 0, 3), (0, 6, 5, 33), (1, 2, 1, 1)), lambda x: x[:, 1:6:2, :, 3:]
+        problems.slice_(IMAGE, (0, 1, 0, 3), (0, 6, 5, 33), (1, 2, 1, 1)), lambda x: x[:, 1:6:2, :, 3:]
     ),
-    "half of the channels": (movement.slice_(IMAGE, (0, 0, 0, 0), (0, 7, 5, 16)), lambda x: x[..., :16]),
+    "half of the channels": (problems.slice_(IMAGE, (0, 0, 0, 0), (0, 7, 5, 16)), lambda x: x[..., :16]),
     "expand with batch": (
-        movement.expand((1, 5, 1), IMAGE), lambda x: np.broadcast_to(x, (BATCH, 7, 5, 33))
+        problems.expand((1, 5, 1), IMAGE), lambda x: np.broadcast_to(x, (BATCH, 7, 5, 33))
     ),
     "expand pixels": (
-        movement.expand(("B", 1, 1, 33), IMAGE), lambda x: np.broadcast_to(x, (BATCH, 7, 5, 33))
+        problems.expand(("B", 1, 1, 33), IMAGE), lambda x: np.broadcast_to(x, (BATCH, 7, 5, 33))
     ),
     "pad": (
-        movement.pad(IMAGE, (0, 1, 0, 0), (0, 0, 2, 0), 3.5),
+        problems.pad(IMAGE, (0, 1, 0, 0), (0, 0, 2, 0), 3.5),
         lambda x: np.pad(x, ((0, 0), (1, 0), (0, 2), (0, 0)), constant_values=3.5),
     ),
     "pad i64": (
-        movement.pad(("B", 3), (0, 1), (0, 1), 7, "int64"),
+        problems.pad(("B", 3), (0, 1), (0, 1), 7, "int64"),
         lambda x: np.pad(x, ((0, 0), (1, 1)), constant_values=7),
     ),
-    "no batch": (movement.permute((5, 37), (1, 0)), lambda x: x.T),
-    "turned": (movement.permute(("B", 3, 18, 37), (0, 3, 1, 2)), lambda x: x.transpose(0, 3, 1, 2)),
-    "turned, rows within": (movement.permute(("B", 17, 3, 20), (0, 3, 2, 1)), lambda x: x.transpose(0, 3, 2, 1)),
-    "four channels to last": (movement.permute(("B", 4, 7, 5), (0, 2, 3, 1)), lambda x: x.transpose(0, 2, 3, 1)),
-    "four channels to first": (movement.permute(("B", 7, 5, 4), (0, 3, 1, 2)), lambda x: x.transpose(0, 3, 1, 2)),
+    "no batch": (problems.permute((5, 37), (1, 0)), lambda x: x.T),
+    "turned": (problems.permute(("B", 3, 18, 37), (0, 3, 1, 2)), lambda x: x.transpose(0, 3, 1, 2)),
+    "turned, rows within": (problems.permute(("B", 17, 3, 20), (0, 3, 2, 1)), lambda x: x.transpose(0, 3, 2, 1)),
+    "four channels to last": (problems.permute(("B", 4, 7, 5), (0, 2, 3, 1)), lambda x: x.transpose(0, 2, 3, 1)),
+    "four channels to first": (problems.permute(("B", 7, 5, 4), (0, 3, 1, 2)), lambda x: x.transpose(0, 3, 1, 2)),
 }  # fmt: skip
 GATHERS = {
     "class embedding": Gather(10, 24),
@@ -59,13 +60,13 @@ GATHERS = {
 
 def _inputs(name: str) -> list[np.ndarray]:
     rng = np.random.default_rng(len(name))
-    arguments = movement.arguments(PROBLEMS[name][0])[:-1]
+    arguments = problems.arguments(PROBLEMS[name][0])[:-1]
     return [rng.integers(0, 200, shape_of(a, BATCH)).astype(a.dtype) for a in arguments]
 
 
 def _gather_inputs(problem: Gather) -> list[np.ndarray]:
     rng = np.random.default_rng(5)
-    index, table, _ = movement.arguments(problem)
+    index, table, _ = problems.arguments(problem)
     return [
         rng.integers(0, problem.rows, shape_of(index, BATCH)),
         rng.standard_normal(shape_of(table, BATCH)).astype(problem.dtype),
@@ -73,7 +74,7 @@ def _gather_inputs(problem: Gather) -> list[np.ndarray]:
 
 
 def _case(problem: Movement | Gather, inputs: list[np.ndarray]) -> Case:
-    return Case(lambda isa, n: movement.build(problem, isa, n), movement.arguments(problem), inputs, BATCH)
+    return Case(lambda isa, n: movement.build(problem, isa, n), problems.arguments(problem), inputs, BATCH)
 
 
 SUITE = Suite(
@@ -108,9 +109,9 @@ def test_an_index_out_of_range_reads_the_nearest_row() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: movement.permute(IMAGE, (1, 0, 2, 3)), "batch must stay"),
-        (lambda: movement.concat([IMAGE, IMAGE], 0), "cannot be concatenated"),
-        (lambda: movement.expand((3,), IMAGE), "does not broadcast"),
+        (lambda: problems.permute(IMAGE, (1, 0, 2, 3)), "batch must stay"),
+        (lambda: problems.concat([IMAGE, IMAGE], 0), "cannot be concatenated"),
+        (lambda: problems.expand((3,), IMAGE), "does not broadcast"),
     ],
 )
 def test_movements_that_make_no_sense(make: Any, message: str) -> None:

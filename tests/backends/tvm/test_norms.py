@@ -11,8 +11,9 @@ import torch.nn.functional as F
 import tvm
 
 from mpq_compiler.backends.tvm.kernels.cpu import norms
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.cpu.norms import GroupNorm, LayerNorm, Norm, RmsNorm
+from mpq_compiler.backends.tvm.kernels.problems import norms as problems
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm, Norm, RmsNorm
 from mpq_compiler.ir import ops
 from tests.harness.float_kernels import (
     TARGETS,
@@ -60,18 +61,18 @@ GROUPS = 3
 
 
 def _case(problem: Norm, inputs: list[np.ndarray], batch: int = BATCH) -> Case:
-    return Case(lambda isa, n: norms.build(problem, isa, n), norms.arguments(problem), inputs, batch)
+    return Case(lambda isa, n: norms.build(problem, isa, n), problems.arguments(problem), inputs, batch)
 
 
 def _inputs(name: str) -> list[np.ndarray]:
-    inputs = random_inputs(norms.arguments(PROBLEMS[name]), BATCH, len(name))
+    inputs = random_inputs(problems.arguments(PROBLEMS[name]), BATCH, len(name))
     inputs[0] = inputs[0] * 3 + 5
     return inputs
 
 
 def _hard_inputs(problem: Norm) -> list[np.ndarray]:
     """Large means, an outlier in the first row, a constant channel, tiny and huge scales; batch 5."""
-    inputs = random_inputs(norms.arguments(problem), 5, 9)
+    inputs = random_inputs(problems.arguments(problem), 5, 9)
     x = inputs[0]
     x[0] += 1e4
     x[1, 0] += 1e5
@@ -83,7 +84,7 @@ def _hard_inputs(problem: Norm) -> list[np.ndarray]:
 
 def _exact(problem: Norm, inputs: list[np.ndarray], dtype: torch.dtype = torch.float64) -> np.ndarray:
     """The region in torch, operation by operation."""
-    named = dict(zip((a.name for a in norms.arguments(problem)), inputs, strict=False))
+    named = dict(zip((a.name for a in problems.arguments(problem)), inputs, strict=False))
     tensors = {name: torch.from_numpy(value).to(dtype) for name, value in named.items()}
     gamma, beta = tensors.get("gamma"), tensors.get("beta")
     if isinstance(problem, GroupNorm):
@@ -190,7 +191,7 @@ def test_quantizes_its_own_result(name: str) -> None:
 def test_samples_are_independent_and_nan_stays_in_its_own(name: str) -> None:
     problem, inputs = PROBLEMS[name], _inputs(name)
     batched = ("x", "operand0", "operand2")
-    names = [a.name for a in norms.arguments(problem)]
+    names = [a.name for a in problems.arguments(problem)]
     alone = [v[1:] if n in batched else v for n, v in zip(names, inputs, strict=False)]
     spoiled = [v.copy() for v in inputs]
     spoiled[0][0, -1, -1] = np.nan
@@ -215,7 +216,7 @@ def test_codes_of_what_is_normalized(quantizes: bool) -> None:
     group = others[-1] if quantizes else group
     problem = replace(plain, parts=(16, 80), raw=6, raw_groups=GROUPS)
     module = tvm.compile(tvm.IRModule({"f": norms.build(problem, TARGETS[0], "f")}), target=tvm_target(TARGETS[0]))
-    made = [np.empty(shape_of(a, BATCH), a.dtype) for a in norms.arguments(problem)[-2:]]
+    made = [np.empty(shape_of(a, BATCH), a.dtype) for a in problems.arguments(problem)[-2:]]
     given = [x[..., :16].copy(), x[..., 16:].copy(), *others, scale, zero, *([] if quantizes else [group]), *made]
     tensors = [tvm.runtime.tensor(array) for array in given]
     module["f"](*tensors)

@@ -10,14 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from mpq_compiler.backends.tvm.kernels.cpu import pointwise
-from mpq_compiler.backends.tvm.kernels.cpu.pointwise import (
-    Input,
-    PointwiseProgram,
-    PointwiseStep,
-    Result,
-    Window,
-    merge_dimensions,
-)
+from mpq_compiler.backends.tvm.kernels.problems import pointwise as problems
+from mpq_compiler.backends.tvm.kernels.problems.pointwise import Input, PointwiseProgram, PointwiseStep, Result, Window
+from mpq_compiler.backends.tvm.kernels.problems.strides import merge_dimensions
 from tests.harness.float_kernels import TARGETS, Case, Suite, error, quantized, quantizer_inputs, shape_of
 
 BATCH = 3
@@ -157,7 +152,7 @@ QUANTIZED = ("residual", "modulate")
 def _inputs(name: str) -> list[np.ndarray]:
     rng = np.random.default_rng(len(name))
     inputs = []
-    for argument in pointwise.arguments(PROGRAMS[name][0])[:-1]:
+    for argument in problems.arguments(PROGRAMS[name][0])[:-1]:
         shape = shape_of(argument, BATCH)
         highest = {"int64": 1000, "bool": 2}.get(argument.dtype)
         value = rng.integers(0, highest, shape) if highest else rng.standard_normal(shape)
@@ -166,7 +161,7 @@ def _inputs(name: str) -> list[np.ndarray]:
 
 
 def _case(program: PointwiseProgram, inputs: list[np.ndarray]) -> Case:
-    return Case(lambda isa, n: pointwise.build(program, isa, n), pointwise.arguments(program), inputs, BATCH)
+    return Case(lambda isa, n: pointwise.build(program, isa, n), problems.arguments(program), inputs, BATCH)
 
 
 def _exact(name: str) -> np.ndarray:

@@ -11,13 +11,13 @@ import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpq_compiler.backends.tvm.kernels.cpu.quantize import (
+from mpq_compiler.backends.tvm.kernels.cpu.quantize import build
+from mpq_compiler.backends.tvm.kernels.problems.quantize import (
     DynamicQuantize,
     Problem,
     Quantize,
     TimeGroup,
     arguments,
-    build,
     outputs,
 )
 from mpq_compiler.ir import ops

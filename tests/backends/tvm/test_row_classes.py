@@ -9,6 +9,7 @@ import tvm
 
 from mpq_compiler import formats
 from mpq_compiler.backends.tvm.kernels.cpu import dequantize
+from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.formats import contract
 from mpq_compiler.formats.packing import pack_codes, pack_rows
@@ -45,7 +46,7 @@ def test_what_float_layers_read_has_the_bits_of_torch(name):
     widths, classes = contract.class_bits(fit.lut), fit.row_class.numpy()
     codes = pack_rows(fit.codes.numpy(), classes, widths[0])
     assert codes.nbytes == formats.get(name).bits * 70 * 36 // 8
-    problem = dequantize.DequantizeTable(70, 36, (4,), max(widths), 3, "float16", widths, codes.nbytes)
+    problem = DequantizeTable(70, 36, (4,), max(widths), 3, "float16", widths, codes.nbytes)
     target = "x86-64-avx2"
     built = dequantize.build(problem, target, "kernel")
     library = tvm.compile(tvm.IRModule({"kernel": built}), target=needs(target).target())

@@ -9,8 +9,8 @@ from mpq_compiler.artifact import bundle
 from mpq_compiler.backends.tvm import build as building
 from mpq_compiler.backends.tvm import templates
 from mpq_compiler.backends.tvm.compile import tune
+from mpq_compiler.backends.tvm.kernels.cpu import weight_layout
 from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS
-from mpq_compiler.backends.tvm.kernels.problems import quant_matmul as problems
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.backends.tvm.lowering import lower
 from mpq_compiler.backends.tvm.plan.calls import Kernel, record
@@ -33,7 +33,7 @@ def test_every_tile_gives_the_same_bits(name):
         QuantMatmul(5, 6, 16, 63, (3, 3), padding=(1, 1, 1, 1), bits=4),
         QuantMatmul.linear((9,), 64, 48, bits=4, segments=(16,) * 4, dynamic=True),
     ):
-        found += [QuantMatmul(**(vars(p) | {"tile": tile})) for tile in problems.tiles(p, isa)]
+        found += [QuantMatmul(**(vars(p) | {"tile": tile})) for tile in weight_layout.tiles(p, isa)]
     assert len({p.tile for p in found}) > 2
     cases = [make_case(p, 2, 0) for p in found]
     for case, got in zip(cases, Kernels(isa, found).run(list(enumerate(cases))), strict=True):
@@ -44,8 +44,8 @@ def test_the_default_comes_first_and_few_others_behind_it():
     for isa in ISAS.values():
         for rows, outputs in ((1, 512), (16, 512), (64, 256), (1024, 128), (1024, 4)):
             p = QuantMatmul.linear((rows,), 64, outputs)
-            tiles = problems.tiles(p, isa)
-            layout = problems.WeightLayout(p, isa)
+            tiles = weight_layout.tiles(p, isa)
+            layout = weight_layout.WeightLayout(p, isa)
             default = layout.isa.fitted(layout.tile, rows)
             assert tiles[0] == (default.vectors, default.rows)
             assert len(tiles) == len(set(tiles)) <= 12
@@ -64,7 +64,7 @@ def test_measuring():
     kernel = Kernel("gemm", record("problem.QuantMatmul", height=10, width=4, channels=64, outputs=64, groups=2))
     needs(TARGET)
     found = tune.measure(kernel, targets.resolve(TARGET))
-    tiles = problems.tiles(templates.resolve(kernel.problem), ISAS[TARGET])
+    tiles = weight_layout.tiles(templates.resolve(kernel.problem), ISAS[TARGET])
     assert [(registers, rows) for registers, rows, _ in found] == tiles and len(tiles) > 1
     assert all(ratio > 0 for *_, ratio in found)
 
@@ -78,7 +78,7 @@ def test_an_artifact_with_other_tiles_gives_the_same_bits(tmp_path):
 
     def last_is_fastest(request, kernel, _):
         asked.append((request, kernel))
-        tiles = problems.tiles(templates.resolve(kernel.problem), ISAS[TARGET])
+        tiles = weight_layout.tiles(templates.resolve(kernel.problem), ISAS[TARGET])
         return [(*tile, 1.0 - i / 100 * 9) for i, tile in enumerate(tiles)]
 
     tuned, tiles = tune.tuned(lowered, target, last_is_fastest, building._sources(), packed.kernel_cache())

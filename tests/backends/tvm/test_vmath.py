@@ -11,7 +11,8 @@ import torch
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.cpu import pointwise
-from mpq_compiler.backends.tvm.kernels.cpu.pointwise import Input, PointwiseProgram, PointwiseStep
+from mpq_compiler.backends.tvm.kernels.problems import pointwise as problems
+from mpq_compiler.backends.tvm.kernels.problems.pointwise import Input, PointwiseProgram, PointwiseStep
 from tests.harness.float_kernels import TARGETS, Case, Suite, quantized
 
 F64 = torch.float64
@@ -67,7 +68,7 @@ def _case(name: str, x: np.ndarray) -> Case:
     program = PointwiseProgram(
         ((("B", x.shape[1]), "float32"),), (PointwiseStep(name, (Input(0),)),), ("B", x.shape[1])
     )
-    return Case(lambda isa, n: pointwise.build(program, isa, n), pointwise.arguments(program), [x], x.shape[0])
+    return Case(lambda isa, n: pointwise.build(program, isa, n), problems.arguments(program), [x], x.shape[0])
 
 
 SPECIAL = np.float32([np.nan, np.inf, -np.inf, 0, -0.0, 1e-40, -1e-40, 88.7, -103, 3e38, -3e38, *[1] * 5])
@@ -138,7 +139,7 @@ def test_quantize_ties_limits_and_nan(bits: int) -> None:
         ("B", x.shape[1]),
         time_groups=2,
     )
-    arguments = pointwise.arguments(program)
+    arguments = problems.arguments(program)
     suite = Suite({
         "q": Case(lambda isa, n: pointwise.build(program, isa, n), arguments, [x, scale, zero, group], 4)
     })  # fmt: skip

@@ -9,22 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from mpq_compiler.backends.tvm import templates
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.cpu import float_gemm
-from mpq_compiler.backends.tvm.kernels.cpu.attention import Attention
-from mpq_compiler.backends.tvm.kernels.cpu.dequantize import DequantizeTable
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.cpu.float8 import DequantizeFloat8
-from mpq_compiler.backends.tvm.kernels.cpu.float_gemm import Conv2d, Linear
-from mpq_compiler.backends.tvm.kernels.cpu.hadamard import Hadamard
-from mpq_compiler.backends.tvm.kernels.cpu.matmul import Access, Matmul
-from mpq_compiler.backends.tvm.kernels.cpu.movement import Gather, concat, pad, permute, slice_, upsample
-from mpq_compiler.backends.tvm.kernels.cpu.norms import GroupNorm, LayerNorm, RmsNorm
-from mpq_compiler.backends.tvm.kernels.cpu.pointwise import Input, PointwiseProgram, PointwiseStep, Result, Window
-from mpq_compiler.backends.tvm.kernels.cpu.quantize import DynamicQuantize, Quantize, TimeGroup
 from mpq_compiler.backends.tvm.kernels.cuda import templates as cuda
+from mpq_compiler.backends.tvm.kernels.problems import float_gemm
+from mpq_compiler.backends.tvm.kernels.problems.attention import Attention
+from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.problems.float8 import DequantizeFloat8
+from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
+from mpq_compiler.backends.tvm.kernels.problems.hadamard import Hadamard
+from mpq_compiler.backends.tvm.kernels.problems.matmul import Access, Matmul
+from mpq_compiler.backends.tvm.kernels.problems.movement import Gather, concat, pad, permute, slice_, upsample
+from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm, RmsNorm
+from mpq_compiler.backends.tvm.kernels.problems.pointwise import Input, PointwiseProgram, PointwiseStep, Result, Window
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.backends.tvm.kernels.problems.quantize import DynamicQuantize, Quantize, TimeGroup
+from mpq_compiler.backends.tvm.kernels.problems.signatures import SIGNATURES
 from tests.harness.cuda.kernels import empty
 from tests.harness.float_kernels import same_bits
 from tests.harness.shapes import with_widths
@@ -156,9 +156,9 @@ def _rows(draw: np.random.Generator, array: np.ndarray) -> np.ndarray:
 
 def inputs(case: Case) -> tuple[list[np.ndarray], int]:
     """Arrays for the arguments of a case; how many of them, the first, are inputs: the rest are results."""
-    template = templates.TEMPLATES[case.template]
-    arguments = template.arguments(case.problem, templates.HOST)
-    count = len(arguments) - template.outputs(case.problem, templates.HOST)
+    signature = SIGNATURES[case.template]
+    arguments = signature.arguments(case.problem)
+    count = len(arguments) - signature.outputs(case.problem)
     draw, arrays = np.random.default_rng(0), [empty(a, BATCH) for a in arguments]
     scales = [x for a, x in zip(arguments, arrays, strict=True) if a.name in ("qscale", "raw_scale")]
     groups = max(map(len, scales), default=1)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mpq_compiler.backends.tvm.kernels.common.template import BATCH, Argument
+from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument
 from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.targets.table import TARGETS
 from tests.harness.cuda import emulator, silicon

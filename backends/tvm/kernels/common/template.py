@@ -1,8 +1,9 @@
-"""What the float kernel templates share: arguments, vector loops, the epilogue's operands.
+"""What kernel templates share: functions, buffers, loops over vectors and over the shares of threads.
 
-A template is plain Python that drives TVM's IR builder. A *problem* (a frozen dataclass of the module) holds
-all static facts; ``arguments(problem)`` lists the buffers in calling order, output last; and ``build(problem,
-isa, name)`` makes the PrimFunc. The batch ``B`` is the only symbolic size.
+A template is plain Python that drives TVM's IR builder. A *problem* (a frozen dataclass of `kernels.problems`) holds
+all static facts; ``arguments(problem)`` beside it lists the buffers in calling order, outputs last; and
+``build(problem, isa, name)`` of `kernels.cpu` or ``build(problem, name)`` of `kernels.cuda` makes the PrimFunc. The
+batch ``B`` is the only symbolic size.
 
 Vectors are 16 lanes everywhere; LLVM splits them on narrower machines. `isa` (``Target.isa``, or the name of
 a target) chooses tile sizes only: no result depends on it.
@@ -10,9 +11,9 @@ a target) chooses tile sizes only: no result depends on it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import DataType, tirx
@@ -22,28 +23,16 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, apply
+from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument, Shape
+from mpq_compiler.backends.tvm.kernels.problems.lanes import LANES, width
 
-LANES = 16
-BATCH = "B"
 CPU = 1  # kDLCPU
 SHARES = 16
 """Parts of a sample's work: divisible by most numbers of cores."""
 WORTH_SHARING = 8000
 """Nanoseconds of work on a sample: to wake another thread and to wait for it takes three thousand."""
-
-Shape = tuple[int | str, ...]
 Buffer = Any
 Buffers = dict[str, Buffer]
-
-
-@dataclass(frozen=True)
-class Argument:
-    """A buffer of a kernel: its name, its shape (``"B"`` is the batch) and its element type."""
-
-    name: str
-    shape: Shape
-    dtype: str = "float32"
 
 
 def primfunc(
@@ -190,11 +179,6 @@ def store(buffer: Buffer, value: Expr, *indices: Any) -> None:
     T.buffer_store(buffer, value, list(indices))
 
 
-def width(extent: int, most: int = LANES) -> int:
-    """Lanes for a loop over `extent` elements: the largest power of two within both."""
-    return min(most, 1 << (extent.bit_length() - 1))
-
-
 def each_vector(extent: int, body: Callable[[Any, int], None], most: int = LANES) -> None:
     """Calls ``body(start, lanes)`` for vectors that cover ``range(extent)``, any extent >= 1.
 
@@ -277,63 +261,18 @@ def _lanes_of(vector: Expr, first: int, lanes: int) -> Expr:
     return tirx.Shuffle([vector], [tirx.IntImm("int32", first + i) for i in range(lanes)])
 
 
-# ------------------------------------------------------------------------------------------------- epilogues
+# --------------------------------------------------------------------------------------------------- bodies
 
 
-def epilogue_arguments(epilogue: Epilogue, rows: Shape, channels: int, time_groups: int) -> list[Argument]:
-    """Operands, then the quantizer's tables. The output is [*rows, channels], rows[0] being the batch."""
-    shapes: dict[str, Shape] = {
-        "full": (*rows, channels),
-        "sample": (BATCH, channels),
-        "channel": (channels,),
-        "scalar": (1,),
-    }
-    result = [Argument(f"operand{i}", shapes[o.kind]) for i, o in enumerate(epilogue.operands)]
-    return result + quantizer_arguments(epilogue.bits, time_groups)
+def constant(value: float, dtype: str, lanes: int) -> Any:
+    """`value` of that type in `lanes` lanes."""
+    number = tirx.FloatImm(dtype, value) if dtype.startswith("float") else tirx.IntImm(dtype, int(value))
+    return vmath.splat(number, lanes)
 
 
-def quantizer_arguments(bits: int | None, time_groups: int) -> list[Argument]:
-    """``qscale``, ``qzero`` and ``group`` where something quantizes."""
-    if bits is None:
-        return []
-    return [
-        Argument("qscale", (time_groups,)),
-        Argument("qzero", (time_groups,), "int32"),
-        Argument("group", (BATCH,), "int64"),
-    ]
-
-
-@dataclass(frozen=True)
-class Finish:
-    """An epilogue bound to the buffers of a kernel."""
-
-    epilogue: Epilogue
-    buffers: Buffers
-
-    def quantizer(self, sample: Any) -> tuple[Expr, Expr] | None:
-        """Scale and zero point of a sample, bound to variables; None where nothing quantizes."""
-        return quantizer(self.buffers, sample) if self.epilogue.bits is not None else None
-
-    def __call__(
-        self, value: Expr, sample: Any, row: Sequence[Any], channel: Any, quant: tuple[Expr, Expr] | None
-    ) -> Expr:
-        """What to store for `value`, the lanes from `channel` on of output row [sample, *row]."""
-        lanes = vmath.lanes(value)
-
-        def load(i: int) -> Expr:
-            kind, buffer = self.epilogue.operands[i].kind, self.buffers[f"operand{i}"]
-            if kind == "scalar":
-                return buffer[0]
-            if kind == "channel":
-                return buffer[span(channel, lanes)]
-            if kind == "sample":
-                return buffer[sample, span(channel, lanes)]
-            return buffer[(sample, *row, span(channel, lanes))]
-
-        return apply(self.epilogue, value, load, quant)
-
-
-def quantizer(buffers: Buffers, sample: Any) -> tuple[Expr, Expr]:
-    """Scale and zero point of a sample's time group, bound to variables."""
-    group = T.bind(T.cast(buffers["group"][sample], "int32"))
-    return T.bind(buffers["qscale"][group]), T.bind(buffers["qzero"][group])
+def sample_view(buffer: Any, shape: Shape, sample: Any) -> tuple[Any, Any]:
+    """A buffer as a flat one, and the index at which `sample` starts in it."""
+    inner = math.prod(int(extent) for extent in shape if extent != BATCH)
+    batched = shape[:1] == (BATCH,)
+    flat = T.decl_buffer((buffer.shape[0] * inner if batched else inner,), buffer.dtype, data=buffer.data)
+    return flat, (sample * inner if batched else 0)

@@ -41,6 +41,8 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as builder
 
+from mpq_compiler.backends.tvm.kernels.problems import operations
+
 MAGIC = 12582912.0
 """1.5 * 2^23. For |x| <= 2^22, ``x + MAGIC`` rounds x to the nearest integer, ties to even, and leaves that
 integer in two's complement in the low bits of the sum."""
@@ -569,3 +571,5 @@ BINARY = {
 
 TERNARY = {"where": where}
 """Functions of three operands by name."""
+
+assert (UNARY.keys(), BINARY.keys(), TERNARY.keys()) == (operations.UNARY, operations.BINARY, operations.TERNARY)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from tvm import tirx
@@ -18,17 +17,12 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
+from mpq_compiler.backends.tvm.kernels.common.epilogue import Finish
 from mpq_compiler.backends.tvm.kernels.common.template import (
-    BATCH,
-    LANES,
-    Argument,
     Buffer,
     Buffers,
-    Finish,
     Registers,
-    Shape,
     each_vector,
-    epilogue_arguments,
     partial,
     primfunc,
     register_file,
@@ -40,56 +34,13 @@ from mpq_compiler.backends.tvm.kernels.common.template import (
     unravel,
 )
 from mpq_compiler.backends.tvm.kernels.common.vmath import f32, fma, keep, mul, splat
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue
+from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument
+from mpq_compiler.backends.tvm.kernels.problems.attention import LOWEST, Attention, arguments
+from mpq_compiler.backends.tvm.kernels.problems.lanes import LANES
 from mpq_compiler.targets.numerics import KEY_BLOCK as KEYS
 
-LOWEST = -1e30  # of scores, and the maximum before the first key: a row of which all keys are masked gives their mean
 # (vectors of queries, keys of a score tile, dimensions of an output tile): accumulators fill the registers
 TILES = {"wide": (4, 6, 6), "narrow": (1, 6, 6)}
-
-
-@dataclass(frozen=True)
-class Attention:
-    """y = epilogue(softmax(q k^T * scale + mask) v) per head.
-
-    queries, keys: tokens. dim: of a head. scale: 1/sqrt(dim) where None. mask: shape of the additive mask,
-    (B or 1, heads or 1, queries or 1, keys), or None.
-
-    Arguments: q [B, queries, heads*dim], k and v [B, keys, heads*dim], mask, the epilogue's, y like q.
-    """
-
-    queries: int
-    keys: int
-    heads: int
-    dim: int
-    scale: float | None = None
-    mask: Shape | None = None
-    epilogue: Epilogue = field(default_factory=Epilogue)
-    time_groups: int = 1
-
-    def __post_init__(self) -> None:
-        if self.mask is not None:
-            whole = (BATCH, self.heads, self.queries, self.keys)
-            fits = len(self.mask) == 4 and self.mask[3] == self.keys
-            if not fits or any(m not in (1, w) for m, w in zip(self.mask, whole, strict=True)):
-                raise ValueError(f"mask {self.mask} does not broadcast to {whole}, or not over the keys")
-
-    @property
-    def channels(self) -> int:
-        return self.heads * self.dim
-
-
-def arguments(problem: Attention) -> list[Argument]:
-    """The kernel's buffers in calling order, output last."""
-    channels, rows = problem.channels, (BATCH, problem.queries)
-    return [
-        Argument("q", (*rows, channels)),
-        Argument("k", (BATCH, problem.keys, channels)),
-        Argument("v", (BATCH, problem.keys, channels)),
-        *([Argument("mask", problem.mask)] if problem.mask is not None else []),
-        *epilogue_arguments(problem.epilogue, rows, channels, problem.time_groups),
-        Argument("y", (*rows, channels), problem.epilogue.out_dtype),
-    ]
 
 
 def build(problem: Attention, isa: str = "avx512vnni", name: str = "attention") -> PrimFunc:

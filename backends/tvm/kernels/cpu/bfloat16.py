@@ -12,8 +12,9 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from mpq_compiler.backends.tvm.kernels.common.template import LANES, span
+from mpq_compiler.backends.tvm.kernels.common.template import span
 from mpq_compiler.backends.tvm.kernels.common.vmath import as_int, i32, keep, lanes
+from mpq_compiler.backends.tvm.kernels.problems.lanes import LANES
 
 _LLVM = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)

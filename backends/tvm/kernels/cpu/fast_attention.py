@@ -13,7 +13,6 @@ times -128 are what the accumulators start with.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import log2
 from typing import Any
 
@@ -23,9 +22,6 @@ from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.template import (
-    BATCH,
-    LANES,
-    Argument,
     Buffers,
     Registers,
     each_vector,
@@ -49,57 +45,14 @@ from mpq_compiler.backends.tvm.kernels.common.vmath import (
     splat,
 )
 from mpq_compiler.backends.tvm.kernels.cpu import bfloat16
-from mpq_compiler.backends.tvm.kernels.cpu.attention import LOWEST, Attention, Body, tiled
-from mpq_compiler.backends.tvm.kernels.cpu.attention import arguments as of_floats
+from mpq_compiler.backends.tvm.kernels.cpu.attention import Body, tiled
+from mpq_compiler.backends.tvm.kernels.problems.attention import LOWEST
+from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready, arguments
+from mpq_compiler.backends.tvm.kernels.problems.lanes import LANES
 from mpq_compiler.targets import numerics as targets_numerics
 from mpq_compiler.targets.numerics import BF16, KEY_BLOCK, PACKED
 
 Pack = Callable[[Any, int], Any]
-
-
-@dataclass(frozen=True)
-class FastAttention(Attention):
-    """`Attention` with q [B, queries, heads*dim] and, for k and v, what `Ready` makes of them."""
-
-    numerics: str = BF16
-
-
-@dataclass(frozen=True)
-class Ready:
-    """k and v [B, keys, heads*dim] as `FastAttention` reads them.
-
-    Outputs: packed_k [B, heads, keys, words of a key], packed_v [B, heads, words of a column, dim], and in 8 bits
-    k_scale [B, heads, blocks] and v_scale [B, heads, dim].
-    """
-
-    keys: int
-    heads: int
-    dim: int
-    numerics: str
-
-    @property
-    def channels(self) -> int:
-        return self.heads * self.dim
-
-
-def outputs(problem: FastAttention | Ready) -> list[Argument]:
-    """Of `Ready`."""
-    made = targets_numerics.ready_shapes(problem.numerics, problem.keys, problem.heads, problem.dim)
-    return [Argument(name, (BATCH, *shape), kind) for name, (shape, kind) in made.items()]
-
-
-def results(problem: FastAttention | Ready) -> int:
-    """How many of the arguments are outputs."""
-    return len(outputs(problem)) if isinstance(problem, Ready) else 1
-
-
-def arguments(problem: FastAttention | Ready) -> list[Argument]:
-    """The kernel's buffers in calling order, outputs last."""
-    if isinstance(problem, Ready):
-        rows = (BATCH, problem.keys, problem.channels)
-        return [Argument("k", rows), Argument("v", rows), *outputs(problem)]
-    query, _, _, *rest = of_floats(problem)
-    return [query, *outputs(problem), *rest]
 
 
 def build(problem: FastAttention | Ready, isa: str = "avx512vnni", name: str = "fast_attention") -> PrimFunc:

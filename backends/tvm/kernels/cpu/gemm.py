@@ -42,7 +42,7 @@ of a tile at most keeps none: weights are unpacked in registers, for all rows of
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -53,15 +53,13 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
+from mpq_compiler.backends.tvm.kernels.common.epilogue import apply
 from mpq_compiler.backends.tvm.kernels.common.template import (
-    BATCH,
-    Argument,
     Buffer,
     Buffers,
     Registers,
     Shared,
     each_vector,
-    epilogue_arguments,
     fold,
     folds,
     primfunc,
@@ -71,11 +69,11 @@ from mpq_compiler.backends.tvm.kernels.common.template import (
     span,
     store,
 )
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, apply
 from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS, Isa, Tile
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import FEW_SEGMENTS, QuantMatmul, Segment, WeightLayout
-
-__all__ = ["QuantMatmul", "arguments", "build"]
+from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment, WeightLayout
+from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import FEW_SEGMENTS, QuantMatmul, calling
 
 PANEL_BYTES = 256 * 1024
 """Gathered activations of a chunk, about: a quarter to a half of the L2 cache of a core."""
@@ -117,29 +115,6 @@ class Weights:
 def arguments(problem: QuantMatmul, isa: Isa) -> list[Argument]:
     """The buffers of the kernel in calling order (`calling`)."""
     return calling(problem, WeightLayout(problem, isa).buffers())
-
-
-def calling(problem: QuantMatmul, weights: Sequence[Argument]) -> list[Argument]:
-    """The buffers of a kernel in calling order, the output last. weights: what `prepare` makes
-
-    ``x`` and ``group``; ``act_scale``, ``act_zero``; the weights; the epilogue's operands, ``qscale`` and ``qzero``
-    where it quantizes; ``out``, and ``full``, what the quantizer reads, where the epilogue keeps it. Dynamic
-    activations have no ``group``, but their epilogue may.
-    """
-    tables = (BATCH, problem.rows) if problem.dynamic else (len(problem.segments), problem.groups)
-    own = [
-        Argument("x", problem.input_shape(), "uint8"),
-        *([] if problem.dynamic else [Argument("group", (BATCH,), "int64")]),
-        Argument("act_scale", tables, "float32"),
-        Argument("act_zero", tables, "uint8"),
-        *weights,
-    ]
-    epilogue, shape = problem.epilogue or Epilogue(), problem.output_shape()
-    theirs = epilogue_arguments(epilogue, shape[:-1], problem.outputs, problem.groups)
-    own += [argument for argument in theirs if problem.dynamic or argument.name != "group"]
-    kept = [Argument("full", shape)] if epilogue.keeps else []
-    written = shape if problem.into is None else (BATCH, problem.into[0])
-    return [*own, Argument("out", written, epilogue.out_dtype), *kept]
 
 
 def build(problem: QuantMatmul, isa: Isa, name: str) -> PrimFunc:

@@ -7,7 +7,6 @@ fused multiply-add by 1 or -1, which rounds as an addition does; vectors meet by
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from tvm import tirx
@@ -15,54 +14,12 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
-from mpq_compiler.backends.tvm.kernels.common.template import (
-    BATCH,
-    LANES,
-    Argument,
-    Buffers,
-    Finish,
-    epilogue_arguments,
-    primfunc,
-    shares,
-    span,
-    store,
-)
+from mpq_compiler.backends.tvm.kernels.common.epilogue import Finish
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, primfunc, shares, span, store
 from mpq_compiler.backends.tvm.kernels.common.vmath import f32, fma, keep, lanes, mul
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue
+from mpq_compiler.backends.tvm.kernels.problems.hadamard import Hadamard, arguments
+from mpq_compiler.backends.tvm.kernels.problems.lanes import LANES
 from mpq_compiler.targets.numerics import rotation_sign
-
-
-@dataclass(frozen=True)
-class Hadamard:
-    """y = epilogue(hadamard(x [B, positions, channels], block)), as `ops.hadamard` to the bit.
-
-    Arguments: x, the epilogue's, y.
-    """
-
-    positions: int
-    channels: int
-    block: int
-    epilogue: Epilogue = field(default_factory=Epilogue)
-    time_groups: int = 1
-
-    def __post_init__(self) -> None:
-        check_block(self.channels, self.block)
-
-
-def check_block(channels: int, block: int) -> None:
-    """ValueError: so many channels cannot be rotated by blocks of that size."""
-    if block < 2 or block & (block - 1) or channels % block:
-        raise ValueError(f"{channels} channels do not divide into blocks of {block}, a power of two")
-
-
-def arguments(problem: Hadamard) -> list[Argument]:
-    """The kernel's buffers in calling order, output last."""
-    rows, channels = (BATCH, problem.positions), problem.channels
-    return [
-        Argument("x", (*rows, channels)),
-        *epilogue_arguments(problem.epilogue, rows, channels, problem.time_groups),
-        Argument("y", (*rows, channels), problem.epilogue.out_dtype),
-    ]
 
 
 def build(problem: Hadamard, isa: str = "avx512vnni", name: str = "hadamard") -> PrimFunc:

@@ -7,16 +7,13 @@ sum of an output runs over blocks of 256 terms, in order, one fused multiply-add
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common.template import (
-    BATCH,
     SHARES,
-    Argument,
     Buffer,
     Buffers,
     Registers,
@@ -28,65 +25,16 @@ from mpq_compiler.backends.tvm.kernels.common.template import (
     span,
     store,
     unravel,
-    width,
 )
 from mpq_compiler.backends.tvm.kernels.common.vmath import f32, fma, splat
 from mpq_compiler.backends.tvm.kernels.cpu.float_gemm import PANEL_TILES
+from mpq_compiler.backends.tvm.kernels.problems.lanes import width
+from mpq_compiler.backends.tvm.kernels.problems.matmul import TERMS, Access, Matmul, arguments
 
-TERMS = 256
-"""Of a block of the sum: part of the arithmetic, the same for every target."""
 MOST_ROWS = 12
 """Of a tile."""
 STACK = 4096
 """Elements of a packed operand that still lie on the stack."""
-
-
-@dataclass(frozen=True)
-class Access:
-    """How an operand lies in its buffer.
-
-    shape:    of a sample in the buffer; the batch comes before it where `batched`
-    strides:  of the heads, then of the two dimensions of the matrix, in elements
-    offset:   of the first element of the matrix
-    """
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int = 0
-    batched: bool = True
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Matmul:
-    """y[b, h, m, n] = sum_k left[b, h, m, k] * right[b, h, k, n] for every sample b and all `heads` h.
-
-    heads:  extents of the dimensions that both operands and the result have
-    left:   strides of (heads, rows, terms); right: (heads, terms, columns); result: (heads, rows, columns), the last 1
-
-    Arguments: left, right, y.
-    """
-
-    heads: tuple[int, ...]
-    rows: int
-    terms: int
-    columns: int
-    left: Access
-    right: Access
-    result: Access
-
-    def __post_init__(self) -> None:
-        if self.result.strides[-1] != 1 and self.columns > 1:
-            raise ValueError(f"columns of the result must be neighbours, not {self.result.strides[-1]} elements apart")
-
-
-def arguments(problem: Matmul) -> list[Argument]:
-    """The kernel's buffers in calling order, output last."""
-    operands = {"left": problem.left, "right": problem.right, "y": problem.result}
-    return [Argument(name, (*([BATCH] if a.batched else []), *a.shape)) for name, a in operands.items()]
 
 
 def build(problem: Matmul, isa: str = "avx512vnni", name: str = "matmul") -> PrimFunc:
@@ -196,4 +144,3 @@ class _Body:
             store(y, total[n], span(c + (row + i) * p.result.strides[-2] + columns[j], lanes))
 
 
-__all__ = ["Access", "Matmul", "arguments", "build"]

@@ -9,91 +9,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.template import (
-    BATCH,
-    LANES,
-    Argument,
     Buffers,
-    Shape,
+    constant,
     each_vector,
     head,
     partial,
     primfunc,
+    sample_view,
     shares,
     some_vectors,
     span,
     store,
     transpose,
     vectors,
-    width,
 )
 from mpq_compiler.backends.tvm.kernels.common.vmath import keep
-from mpq_compiler.backends.tvm.kernels.cpu.pointwise import merge_dimensions, sample_view
+from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Shape
+from mpq_compiler.backends.tvm.kernels.problems.lanes import LANES, width
+from mpq_compiler.backends.tvm.kernels.problems.movement import Copy, Gather, Movement, arguments
+from mpq_compiler.backends.tvm.kernels.problems.strides import merge_dimensions, sample_extents
 
 BYTES = {"float32": 4, "int32": 4, "int64": 8, "float16": 2, "int8": 1, "uint8": 1, "bool": 1, "float64": 8}
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A loop nest that copies from input `source` to the output; offsets and strides within one sample."""
-
-    source: int
-    extents: tuple[int, ...]
-    source_strides: tuple[int, ...]
-    target_strides: tuple[int, ...]
-    source_offset: int = 0
-    target_offset: int = 0
-
-
-@dataclass(frozen=True)
-class Movement:
-    """y = copies of the inputs; where `fill` is given, it is everywhere else.
-
-    Arguments: x0, x1, ..., y.
-    """
-
-    inputs: tuple[Shape, ...]
-    shape: Shape
-    copies: tuple[Copy, ...]
-    dtype: str = "float32"
-    fill: float | None = None
-
-
-@dataclass(frozen=True)
-class Gather:
-    """y [B, *positions, width] = table [rows, width] at index i64 [B, *positions] (indices are clamped).
-
-    Arguments: index, table, y.
-    """
-
-    rows: int
-    width: int
-    positions: tuple[int, ...] = ()
-    dtype: str = "float32"
-    index_dtype: str = "int64"
-
-
-def arguments(problem: Movement | Gather) -> list[Argument]:
-    """The kernel's buffers in calling order, output last."""
-    if isinstance(problem, Gather):
-        index: Shape = (BATCH, *problem.positions)
-        return [
-            Argument("index", index, problem.index_dtype),
-            Argument("table", (problem.rows, problem.width), problem.dtype),
-            Argument("y", (*index, problem.width), problem.dtype),
-        ]
-    return [
-        *(Argument(f"x{i}", shape, problem.dtype) for i, shape in enumerate(problem.inputs)),
-        Argument("y", problem.shape, problem.dtype),
-    ]
 
 
 def build(problem: Movement | Gather, isa: str = "avx512vnni", name: str = "movement") -> PrimFunc:
@@ -109,121 +52,12 @@ def build(problem: Movement | Gather, isa: str = "avx512vnni", name: str = "move
     return primfunc(name, arguments(problem), body)
 
 
-# --------------------------------------------------------------------------------------------- constructors
-
-
-def _inner(shape: Shape) -> list[int]:
-    """Extents with the batch as 1, so that strides are those within a sample."""
-    if BATCH in shape[1:]:
-        raise ValueError(f"the batch must be the first dimension of {shape}")
-    return [1 if extent == BATCH else int(extent) for extent in shape]
-
-
-def _contiguous(extents: Sequence[int]) -> list[int]:
-    strides = [1] * len(extents)
-    for d in reversed(range(len(extents) - 1)):
-        strides[d] = strides[d + 1] * extents[d + 1]
-    return strides
-
-
-def upsample(shape: Shape, factors: tuple[int, int], dtype: str = "float32") -> Movement:
-    """Nearest neighbours: x [B, H, W, C] to [B, H*fh, W*fw, C]."""
-    (fh, fw), (_, h, w, c) = factors, _inner(shape)
-    target = (shape[0], h * fh, w * fw, c)
-    copy = Copy(
-        0,
-        (h, w, fh, fw, c),
-        (w * c, c, 0, 0, 1),
-        (fh * w * fw * c, fw * c, w * fw * c, c, 1),
-    )
-    return Movement((shape,), target, (copy,), dtype)
-
-
-def concat(shapes: Sequence[Shape], dim: int, dtype: str = "float32") -> Movement:
-    """The inputs one after another along `dim`, which is not the batch."""
-    rank = len(shapes[0])
-    dim %= rank
-    if shapes[0][dim] == BATCH:
-        raise ValueError("samples of the batch cannot be concatenated")
-    total = sum(int(shape[dim]) for shape in shapes)
-    target = (*shapes[0][:dim], total, *shapes[0][dim + 1 :])
-    strides, offset, copies = _contiguous(_inner(target)), 0, []
-    for i, shape in enumerate(shapes):
-        extents = _inner(shape)
-        copies.append(Copy(i, tuple(extents), tuple(_contiguous(extents)), tuple(strides), 0, offset * strides[dim]))
-        offset += int(shape[dim])
-    return Movement(tuple(shapes), target, tuple(copies), dtype)
-
-
-def permute(shape: Shape, order: Sequence[int], dtype: str = "float32") -> Movement:
-    """y[i0, i1, ...] with dimension d of y being dimension order[d] of x; the batch stays first."""
-    if BATCH in shape and order[0] != 0:
-        raise ValueError("the batch must stay the first dimension")
-    extents, strides = _inner(shape), _contiguous(_inner(shape))
-    target = tuple(shape[d] for d in order)
-    extents = [extents[d] for d in order]
-    copy = Copy(0, tuple(extents), tuple(strides[d] for d in order), tuple(_contiguous(extents)))
-    return Movement((shape,), target, (copy,), dtype)
-
-
-def slice_(
-    shape: Shape, starts: Sequence[int], stops: Sequence[int], steps: Sequence[int] | None = None,
-    dtype: str = "float32",
-) -> Movement:  # fmt: skip
-    """x[start:stop:step] in every dimension; the entries of the batch are ignored."""
-    steps = steps or [1] * len(shape)
-    strides = _contiguous(_inner(shape))
-    counts, offset = [], 0
-    for d, extent in enumerate(shape):
-        if extent == BATCH:
-            counts.append(1)
-            continue
-        counts.append(len(range(starts[d], stops[d], steps[d])))
-        offset += starts[d] * strides[d]
-    target = tuple(BATCH if e == BATCH else n for e, n in zip(shape, counts, strict=True))
-    moved = tuple(stride * step for stride, step in zip(strides, steps, strict=True))
-    copy = Copy(0, tuple(counts), moved, tuple(_contiguous(counts)), offset)
-    return Movement((shape,), target, (copy,), dtype)
-
-
-def expand(shape: Shape, target: Shape, dtype: str = "float32") -> Movement:
-    """x broadcast to `target` from the right; an input without batch may gain one."""
-    padded = (1,) * (len(target) - len(shape)) + tuple(shape)
-    if any(s not in (1, t) for s, t in zip(padded, target, strict=True)):
-        raise ValueError(f"{shape} does not broadcast to {target}")
-    extents, source = _inner(target), _inner(padded)
-    strides = [s if e != 1 else 0 for s, e in zip(_contiguous(source), source, strict=True)]
-    copy = Copy(0, tuple(extents), tuple(strides), tuple(_contiguous(extents)))
-    return Movement((shape,), target, (copy,), dtype)
-
-
-def pad(shape: Shape, before: Sequence[int], after: Sequence[int], fill: float = 0.0,
-        dtype: str = "float32") -> Movement:  # fmt: skip
-    """x with `before` and `after` more elements in each dimension, of value `fill`; none along the batch."""
-    target = tuple(
-        BATCH if extent == BATCH else int(extent) + b + a for extent, b, a in zip(shape, before, after, strict=True)
-    )
-    extents, strides = _inner(shape), _contiguous(_inner(target))
-    offset = sum(b * s for b, s, e in zip(before, strides, shape, strict=True) if e != BATCH)
-    copy = Copy(0, tuple(extents), tuple(_contiguous(extents)), tuple(strides), 0, offset)
-    return Movement((shape,), target, (copy,), dtype, fill)
-
-
-# --------------------------------------------------------------------------------------------------- bodies
-
-
-def constant(value: float, dtype: str, lanes: int) -> Any:
-    """`value` of that type in `lanes` lanes."""
-    number = tirx.FloatImm(dtype, value) if dtype.startswith("float") else tirx.IntImm(dtype, int(value))
-    return vmath.splat(number, lanes)
-
-
 def _move(problem: Movement, batch: Any, buffers: Buffers) -> None:
     most = 128 // BYTES[problem.dtype]
 
     samples = batch if problem.shape[:1] == (BATCH,) else 1
     if problem.fill is not None:
-        size, fill = math.prod(_inner(problem.shape)), problem.fill
+        size, fill = math.prod(sample_extents(problem.shape)), problem.fill
         with shares(samples, vectors(size, most), size / most) as (b, first, end):
             y, start = sample_view(buffers["y"], problem.shape, b)
 

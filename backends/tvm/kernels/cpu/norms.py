@@ -18,7 +18,7 @@ other steps come first, a block at a time, and wait for each other in the neares
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from tvm import tirx
@@ -27,130 +27,29 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
+from mpq_compiler.backends.tvm.kernels.common.epilogue import Finish
 from mpq_compiler.backends.tvm.kernels.common.template import (
-    BATCH,
-    LANES,
-    Argument,
     Buffer,
     Buffers,
-    Finish,
-    Shape,
     each_vector,
-    epilogue_arguments,
     fold,
     partial,
     primfunc,
-    quantizer_arguments,
     scratch,
     shared,
     shares,
     span,
     store,
-    width,
 )
 from mpq_compiler.backends.tvm.kernels.common.vmath import f32, fma, keep, mul, splat
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue
-from mpq_compiler.backends.tvm.kernels.cpu.hadamard import check_block, rotated
+from mpq_compiler.backends.tvm.kernels.cpu.hadamard import rotated
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue
+from mpq_compiler.backends.tvm.kernels.problems.hadamard import check_block
+from mpq_compiler.backends.tvm.kernels.problems.lanes import LANES, width
+from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm, Norm, RmsNorm, arguments, sources_of
 
 ROWS = 32  # rows of a statistics block: part of the arithmetic, the same for every target
 STEP = 4 * LANES  # channels that one pass over a block keeps in registers
-
-
-@dataclass(frozen=True)
-class GroupNorm:
-    """y = epilogue(group_norm(x [B, positions, channels])), groups of neighbouring channels.
-
-    block: channels of a rotation before the epilogue's quantizer, or at its end where it has none; 0: none
-    parts: channels of x0, x1, ... where x is those tensors side by side; it is read where they lie
-    raw:   bits of the codes of x itself, which a quantizer of its own makes as a second result; its tables have
-           ``raw_groups`` entries
-
-    Arguments: x (or x0, x1, ...), gamma [channels] and beta [channels] where `affine`, the epilogue's, raw_scale,
-    raw_zero (and group, where the epilogue has none) where `raw`, y, raw.
-    """
-
-    positions: int
-    channels: int
-    groups: int
-    eps: float = 1e-5
-    affine: bool = True
-    epilogue: Epilogue = field(default_factory=Epilogue)
-    time_groups: int = 1
-    block: int = 0
-    parts: tuple[int, ...] = ()
-    raw: int | None = None
-    raw_groups: int = 1
-
-    def __post_init__(self) -> None:
-        if self.channels % self.groups:
-            raise ValueError(f"{self.channels} channels do not divide into {self.groups} groups")
-        if self.parts and sum(self.parts) != self.channels:
-            raise ValueError(f"tensors of {self.parts} channels are not {self.channels} channels side by side")
-
-
-@dataclass(frozen=True)
-class LayerNorm:
-    """y = epilogue(layer_norm(x [B, positions, channels])) over the channels of each row.
-
-    block: as of `GroupNorm`
-    into:  (elements of a sample, offset of the first row, from one row to the next) of a larger buffer, y then, of
-           which the result is a part
-
-    Arguments: x, gamma [channels] where `scale`, beta [channels] where `shift`, the epilogue's, y.
-    """
-
-    positions: int
-    channels: int
-    eps: float = 1e-5
-    scale: bool = True
-    shift: bool = True
-    epilogue: Epilogue = field(default_factory=Epilogue)
-    time_groups: int = 1
-    block: int = 0
-    into: tuple[int, int, int] | None = None
-
-
-@dataclass(frozen=True)
-class RmsNorm:
-    """y = epilogue(x / sqrt(mean(x^2) + eps) * gamma) over the channels of each row of x [B, positions, channels].
-
-    block: as of `GroupNorm`
-    into:  as of `LayerNorm`
-
-    Arguments: x, gamma [channels] where `scale`, the epilogue's, y.
-    """
-
-    positions: int
-    channels: int
-    eps: float = 1e-6
-    scale: bool = True
-    epilogue: Epilogue = field(default_factory=Epilogue)
-    time_groups: int = 1
-    block: int = 0
-    into: tuple[int, int, int] | None = None
-
-
-Norm = GroupNorm | LayerNorm | RmsNorm
-
-
-def arguments(problem: Norm) -> list[Argument]:
-    """The kernel's buffers in calling order, output last."""
-    rows, channels = (BATCH, problem.positions), problem.channels
-    has_gamma, has_beta = _affine(problem)
-    return [
-        *(Argument(name, (*rows, count)) for name, count in _sources(problem)),
-        *([Argument("gamma", (channels,))] if has_gamma else []),
-        *([Argument("beta", (channels,))] if has_beta else []),
-        *epilogue_arguments(problem.epilogue, rows, channels, problem.time_groups),
-        *_raw_arguments(problem),
-        Argument("y", _written(problem), problem.epilogue.out_dtype),
-        *([Argument("raw", (*rows, channels), "uint8")] if outputs(problem) == 2 else []),
-    ]
-
-
-def _written(problem: Norm) -> Shape:
-    into = None if isinstance(problem, GroupNorm) else problem.into
-    return (BATCH, problem.positions, problem.channels) if into is None else (BATCH, into[0])
 
 
 def _store(problem: Norm, y: Buffer, value: Expr, b: Any, s: Any, c: Any) -> None:
@@ -202,25 +101,6 @@ class _Rows:
                 _store(self.problem, self.y, self.finish(turned, b, (row,), c, self.quant), b, row, c)
 
 
-def outputs(problem: Norm) -> int:
-    """How many of the arguments, the last ones, are results."""
-    return 2 if isinstance(problem, GroupNorm) and problem.raw is not None else 1
-
-
-def _sources(problem: Norm) -> list[tuple[str, int]]:
-    """Name and channels of the tensors that are normalized."""
-    parts = problem.parts if isinstance(problem, GroupNorm) else ()
-    return [(f"x{i}", count) for i, count in enumerate(parts)] or [("x", problem.channels)]
-
-
-def _raw_arguments(problem: Norm) -> list[Argument]:
-    if not isinstance(problem, GroupNorm) or problem.raw is None:
-        return []
-    scale, zero, group = quantizer_arguments(problem.raw, problem.raw_groups)
-    tables = [replace(scale, name="raw_scale"), replace(zero, name="raw_zero")]
-    return tables if problem.epilogue.bits is not None else [*tables, group]
-
-
 def build(problem: Norm, isa: str = "avx512vnni", name: str = "norm") -> PrimFunc:
     """The kernel. All targets share one form; `isa` is accepted for uniformity."""
     del isa
@@ -234,12 +114,6 @@ def build(problem: Norm, isa: str = "avx512vnni", name: str = "norm") -> PrimFun
             _rms_norm(problem, batch, buffers)
 
     return primfunc(name, arguments(problem), body)
-
-
-def _affine(problem: Norm) -> tuple[bool, bool]:
-    if isinstance(problem, GroupNorm):
-        return problem.affine, problem.affine
-    return problem.scale, isinstance(problem, LayerNorm) and problem.shift
 
 
 # ------------------------------------------------------------------------------------------------ group norm
@@ -276,7 +150,7 @@ def _group_norm(problem: GroupNorm, batch: Any, buffers: Buffers) -> None:
 
 def _parts(problem: GroupNorm, buffers: Buffers) -> list[tuple[Buffer, int, int]]:
     """(tensor, its channels, number of the first of them) of what is normalized."""
-    sources = _sources(problem)
+    sources = sources_of(problem)
     return [(buffers[n], count, sum(c for _, c in sources[:i])) for i, (n, count) in enumerate(sources)]
 
 

@@ -5,8 +5,7 @@ Plain loops: this runs once for each layer and is bound by reading the codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
@@ -15,37 +14,12 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.template import (
-    Argument,
-    Buffer,
-    Buffers,
-    primfunc,
-    scratch,
-    shares,
-    store,
-)
+from mpq_compiler.backends.tvm.kernels.common.stored import StoredRows
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, primfunc, scratch, shares, store
 from mpq_compiler.backends.tvm.kernels.cpu.isa import Isa
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul, Segment, WeightLayout
-
-
-def inputs(problem: QuantMatmul) -> list[Argument]:
-    """The stored form of a layer: packed codes (`formats.packing`), scales, tables, zero points, bias."""
-    p, segments = problem, len(problem.segments)
-    stored = [
-        # as formats.packing.packed_bytes, whose package imports torch
-        Argument("codes", (p.code_bytes or -(-p.outputs * p.reduction * p.bits // 8),), "uint8"),
-        Argument("scale", (p.outputs, segments), "float16"),
-    ]
-    if p.has_offset:
-        stored.append(Argument("stored_offset", (p.outputs,), "float16"))
-    if p.has_tables:
-        stored.append(Argument("tables", (len(p.widths) or p.classes, p.entries), "int8"))
-        stored.append(Argument("row_class", (-(-p.outputs // 4) if p.widths else p.row_classes,), "uint8"))
-    if not p.dynamic:
-        stored.append(Argument("act_zero", (segments, p.groups), "uint8"))
-    if p.has_bias:
-        stored.append(Argument("stored_bias", (p.outputs,), "float16"))
-    return stored
+from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment, WeightLayout
+from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul, stored_arguments
 
 
 def outputs(problem: QuantMatmul, isa: Isa) -> list[Argument]:
@@ -53,70 +27,13 @@ def outputs(problem: QuantMatmul, isa: Isa) -> list[Argument]:
     return WeightLayout(problem, isa).buffers()
 
 
-def stored_code(codes: Buffer, index: Any, bits: int, count: int) -> Expr:
-    """The code at `index` of a stored stream of `count` (`formats.packing`), int32: unsigned below 8 bits."""
-    if bits == 8:
-        return T.cast(tirx.reinterpret("int8", codes[index]), "int32")
-    if bits not in (3, 5):
-        return _field(codes, index * bits, bits)
-    low = bits - 1  # in a plane of their own; the highest bits follow in another
-    return _field(codes, index * low, low) | _field(codes, low * count + index, 1) << low
-
-
-def _field(codes: Buffer, bit: Any, width: int) -> Expr:
-    """`width` bits from number `bit` of a stream on, within a byte."""
-    return T.cast(codes[bit // 8], "int32") >> (bit % 8) & ((1 << width) - 1)
-
-
-class StoredRows:
-    """Reads the codes of a stored weight [rows, columns], one row after the other from row `begin` on.
-
-    widths: the bits of a code by class of row (`formats.packing.pack_rows`); nothing where all have `bits`
-    """
-
-    def __init__(self, b: Buffers, shape: tuple[int, int], bits: int, widths: Sequence[int], begin: Any) -> None:
-        self.b, (self.rows, self.columns), self.extra = b, shape, range(1, len(widths))
-        self.bits = widths[0] if widths else bits
-        if not widths:
-            return
-        self.first = scratch(len(widths), "int32")
-        """The bit of the stream where the extra bits of the row begin, by class that has them."""
-        for c in self.extra:
-            store(self.first, tirx.IntImm("int32", self.bits * self.rows * self.columns), c)
-        with T.serial(0, self.rows) as i:
-            own = T.bind(self.class_of(i))
-            for c in self.extra:  # behind those of fewer bits, and of the rows before
-                before = T.min(own, c - 1) + tirx.Select(tirx.all(own >= c, i < begin), 1, 0)
-                store(self.first, self.first[c] + before * self.columns, c)
-
-    def class_of(self, i: Any) -> Expr:
-        """The class of row i, int32, from 2 bits."""
-        return T.cast(self.b["row_class"][i // 4], "int32") >> (i % 4 * 2) & 3
-
-    @contextmanager
-    def row(self, i: Any) -> Iterator[Callable[[Any], Expr]]:
-        """The code of row i by column, int32."""
-        own: Any = T.bind(self.class_of(i)) if self.extra else 0
-
-        def code(column: Any) -> Expr:
-            found = stored_code(self.b["codes"], i * self.columns + column, self.bits, self.rows * self.columns)
-            for c in self.extra:
-                more = _field(self.b["codes"], self.first[c] + column, 1) << (self.bits + c - 1)
-                found = found | T.if_then_else(own >= c, more, 0)
-            return found
-
-        yield code
-        for c in self.extra:
-            store(self.first, self.first[c] + tirx.Select(own >= c, self.columns, 0), c)
-
-
 def build(problem: QuantMatmul, isa: Isa, name: str) -> PrimFunc:
-    """The function ``name(*inputs(problem), *outputs(problem, isa))``."""
+    """The function ``name(*stored_arguments(problem), *outputs(problem, isa))``."""
 
     def body(_: Any, buffers: Buffers) -> None:
         _Prepare(problem, isa, buffers).emit()
 
-    return primfunc(name, [*inputs(problem), *outputs(problem, isa)], body)
+    return primfunc(name, [*stored_arguments(problem), *outputs(problem, isa)], body)
 
 
 class _Prepare:

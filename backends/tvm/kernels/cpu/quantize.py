@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
-from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
+from mpq_compiler.backends.tvm.kernels.common.epilogue import quantizer
+from mpq_compiler.backends.tvm.kernels.common.quantize import dynamic_scale, group_of
 from mpq_compiler.backends.tvm.kernels.common.template import (
-    BATCH,
-    Argument,
     Buffers,
-    Shape,
     each_vector,
     primfunc,
-    quantizer,
-    quantizer_arguments,
     scratch,
     shares,
     some_vectors,
@@ -29,90 +24,10 @@ from mpq_compiler.backends.tvm.kernels.common.template import (
     store,
     vectors,
 )
+from mpq_compiler.backends.tvm.kernels.problems.quantize import DynamicQuantize, Problem, Quantize, TimeGroup, arguments
 
-SMALLEST_SCALE = 2.0**-24
-"""As `ops.SMALLEST_SCALE`, whose module imports torch."""
 LANES = 64
 """Wide expressions, which LLVM splits into independent chains of registers."""
-
-
-@dataclass(frozen=True)
-class Quantize:
-    """``quantize(x [B, *shape]) -> u8``, scale and zero point by the time group of the sample.
-
-    shape:   of one sample
-    bits:    of a code
-    groups:  G, number of time groups
-    parts:   channels (of the last dimension) of x0, x1, ... where x is those tensors side by side
-    """
-
-    shape: tuple[int, ...]
-    bits: int = 8
-    groups: int = 1
-    parts: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class DynamicQuantize:
-    """``dynamic_quantize(x [B, rows, width]) -> u8, scale f32 [B, rows], zero point u8 [B, rows]``.
-
-    rows:   of one sample
-    width:  of a row
-    bits:   of a code
-    """
-
-    rows: int
-    width: int
-    bits: int = 8
-
-
-@dataclass(frozen=True)
-class TimeGroup:
-    """``time_group(timestep [B], boundaries f32 [G-1]) -> i64 [B]``: how many boundaries are <= the timestep.
-
-    groups:  G, at least 2
-    dtype:   of the timestep, int64 or float32; compared as float32, as torch does
-    """
-
-    groups: int
-    dtype: str = "int64"
-
-    def __post_init__(self) -> None:
-        if self.groups < 2:
-            raise ValueError("a single time group needs no kernel")
-
-
-Problem = Quantize | DynamicQuantize | TimeGroup
-
-
-def outputs(problem: Problem) -> int:
-    """How many of the `arguments` are outputs."""
-    return 3 if isinstance(problem, DynamicQuantize) else 1
-
-
-def arguments(problem: Problem) -> list[Argument]:
-    """The buffers in calling order, the outputs last."""
-    if isinstance(problem, TimeGroup):
-        return [
-            Argument("timestep", (BATCH,), problem.dtype),
-            Argument("boundaries", (problem.groups - 1,)),
-            Argument("out", (BATCH,), "int64"),
-        ]
-    if isinstance(problem, DynamicQuantize):
-        rows: Shape = (BATCH, problem.rows)
-        return [
-            Argument("x", (*rows, problem.width)),
-            Argument("out", (*rows, problem.width), "uint8"),
-            Argument("scale", rows),
-            Argument("zero", rows, "uint8"),
-        ]
-    shape: Shape = (BATCH, *problem.shape)
-    parts = [Argument(f"x{i}", (*shape[:-1], count)) for i, count in enumerate(problem.parts)]
-    return [
-        *(parts or [Argument("x", shape)]),
-        *quantizer_arguments(problem.bits, problem.groups),
-        Argument("out", shape, "uint8"),
-    ]
 
 
 def build(problem: Problem, name: str) -> PrimFunc:
@@ -186,15 +101,6 @@ def _dynamic(problem: DynamicQuantize, batch: Any, buffers: Buffers) -> None:
         each_vector(width, vector, LANES)
 
 
-def dynamic_scale(low: Expr, high: Expr, bits: int) -> tuple[Expr, Any]:
-    """Scale and zero point (uint8) of a row whose least and greatest values, or zero, are these."""
-    top, zero = vmath.f32(float(2**bits - 1), 1), vmath.f32(0.0, 1)
-    scale = vmath.keep(vmath.at_least(vmath.div(high - low, top), vmath.f32(SMALLEST_SCALE, 1)))
-    # Rounded and limited by the quantizer itself: the code of -low / scale at the scale 1 and the zero point 0.
-    code = vmath.quantize(vmath.div(zero - low, scale), vmath.f32(1.0, 1), vmath.i32(0, 1), bits)
-    return scale, T.bind(code)
-
-
 def _range(x: Any, first: Any, width: int) -> tuple[Any, Any]:
     """The least and the greatest of zero and ``width`` values; NaN is neither."""
     lanes = min(LANES, 1 << (width.bit_length() - 1))
@@ -224,12 +130,3 @@ def _range(x: Any, first: Any, width: int) -> tuple[Any, Any]:
 def _time_group(problem: TimeGroup, batch: Any, buffers: Buffers) -> None:
     with T.serial(0, batch) as sample:
         store(buffers["out"], group_of(problem, buffers, sample), sample)
-
-
-def group_of(problem: TimeGroup, buffers: Buffers, sample: Any) -> Expr:
-    """The time group of a sample, int64."""
-    t = T.bind(T.cast(buffers["timestep"][sample], "float32"))
-    group: Any = tirx.IntImm("int64", 0)
-    for i in range(problem.groups - 1):
-        group = group + T.cast(buffers["boundaries"][i] <= t, "int64")
-    return group

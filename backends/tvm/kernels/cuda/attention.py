@@ -15,10 +15,12 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.template import BATCH, Buffers, Finish, store, unravel
+from mpq_compiler.backends.tvm.kernels.common.epilogue import Finish
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, store, unravel
 from mpq_compiler.backends.tvm.kernels.common.vmath import f32, fma, keep, mul
-from mpq_compiler.backends.tvm.kernels.cpu.attention import LOWEST, Attention, arguments
 from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, flat, grid, local, primfunc, shared, strided
+from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH
+from mpq_compiler.backends.tvm.kernels.problems.attention import LOWEST, Attention, arguments
 from mpq_compiler.support.errors import UserError
 
 THREADS = 128
@@ -27,7 +29,7 @@ ROOM = 40 * 1024
 
 
 def build(problem: Attention, name: str) -> PrimFunc:
-    """The kernel ``name(*kernels.attention.arguments(problem))``."""
+    """The kernel ``name(*problems.attention.arguments(problem))``."""
     return primfunc(name, arguments(problem), lambda batch, buffers: _body(problem, batch, buffers))
 
 

@@ -25,14 +25,15 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, Finish, store, unravel
+from mpq_compiler.backends.tvm.kernels.common.epilogue import Finish
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, store, unravel
 from mpq_compiler.backends.tvm.kernels.common.vmath import f32, fma, keep, mul
-from mpq_compiler.backends.tvm.kernels.cpu.attention import LOWEST
-from mpq_compiler.backends.tvm.kernels.cpu.fast_attention import FastAttention, Ready, arguments
 from mpq_compiler.backends.tvm.kernels.cuda import bfloat16
 from mpq_compiler.backends.tvm.kernels.cuda.attention import mask_at
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import LDMATRIX
 from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, flat, grid, local, primfunc, shared, strided
+from mpq_compiler.backends.tvm.kernels.problems.attention import LOWEST
+from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready, arguments
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets.numerics import BF16, EXP2_COARSE, PACKED
 
@@ -102,7 +103,7 @@ def tile(problem: FastAttention) -> Tile:
 
 
 def build(problem: FastAttention | Ready, name: str) -> PrimFunc:
-    """The kernel ``name(*kernels.fast_attention.arguments(problem))``.
+    """The kernel ``name(*problems.fast_attention.arguments(problem))``.
 
     UserError: numerics or dimensions that no GPU's kernel has
     """

@@ -17,13 +17,14 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.template import Argument, Buffers, span, store, unravel
-from mpq_compiler.backends.tvm.kernels.cpu import float_gemm
-from mpq_compiler.backends.tvm.kernels.cpu.float_gemm import Conv2d, Linear
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, span, store, unravel
 from mpq_compiler.backends.tvm.kernels.cuda import bfloat16, gemm
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import Tile
 from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, flat, local, primfunc
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
+from mpq_compiler.backends.tvm.kernels.problems import float_gemm
+from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
+from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 
 TILES = Tile(128, 128, 2, 4, stages=2), Tile(128, 64, 4, 2, stages=2), Tile(64, 64, stages=2)
@@ -45,7 +46,7 @@ def in_bytes(problem: Linear | Conv2d) -> QuantMatmul:
 
 
 def arguments(problem: Linear | Conv2d) -> list[Argument]:
-    """As of `kernels.float_gemm`, with the weights of `pack_arguments`."""
+    """As of `problems.float_gemm`, with the weights of `pack_arguments`."""
     panel = pack_arguments(problem)[1]
     return [replace(a, shape=panel.shape) if a.name == "weight" else a for a in float_gemm.arguments(problem)]
 

@@ -17,11 +17,13 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, Finish, store, unravel
+from mpq_compiler.backends.tvm.kernels.common.epilogue import Finish
+from mpq_compiler.backends.tvm.kernels.common.panels import panel_column
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, store, unravel
 from mpq_compiler.backends.tvm.kernels.common.vmath import f32, fma
-from mpq_compiler.backends.tvm.kernels.cpu import float_gemm, matmul
-from mpq_compiler.backends.tvm.kernels.cpu.float_gemm import Conv2d, Linear
 from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, flat, grid, local, primfunc, shared
+from mpq_compiler.backends.tvm.kernels.problems import float_gemm, matmul
+from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
 
 TILE, TERMS, THREADS, OWN = 64, 16, 256, 4
 """Rows and columns of a tile, terms of a step; threads of a block, rows and columns of each."""
@@ -30,12 +32,12 @@ Element = Callable[[Any, Any], Expr]
 
 
 def build(problem: Linear | Conv2d, name: str) -> PrimFunc:
-    """The kernel ``name(*kernels.float_gemm.arguments(problem))``."""
+    """The kernel ``name(*problems.float_gemm.arguments(problem))``."""
     return primfunc(name, float_gemm.arguments(problem), lambda batch, buffers: _body(problem, batch, buffers))
 
 
 def build_matmul(problem: matmul.Matmul, name: str) -> PrimFunc:
-    """The kernel ``name(*kernels.matmul.arguments(problem))``."""
+    """The kernel ``name(*problems.matmul.arguments(problem))``."""
     return primfunc(name, matmul.arguments(problem), lambda batch, buffers: _matmul(problem, batch, buffers))
 
 
@@ -52,7 +54,7 @@ def _body(problem: Linear | Conv2d, batch: Any, buffers: Buffers) -> None:
         if not problem.packed:
             return weight[output * terms + term]
         lanes = float_gemm.panel_shape(problem)[2]
-        vector, lane = float_gemm.panel_column(problem, output)
+        vector, lane = panel_column(problem, output)
         return weight[(vector * terms + term) * lanes + lane]
 
     def of_input(row: Any, term: Any, group: Any = 0) -> Expr:

@@ -1,4 +1,4 @@
-"""Quantized linear layers and convolutions on integer tensor cores; arithmetic as of `kernels.gemm`.
+"""Quantized linear layers and convolutions on integer tensor cores; arithmetic as of `cpu.gemm`.
 
 A block of threads makes a tile of rows x output channels, in steps of 64 values of k. Activations are copied to shared
 memory in chunks of 16 values, several steps ahead (`cp.async`); a row of 64 bytes has its 4 chunks swapped by its
@@ -28,12 +28,13 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.template import BATCH, Argument, Buffers, quantizer, store, unravel
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue, apply
-from mpq_compiler.backends.tvm.kernels.cpu.gemm import calling
+from mpq_compiler.backends.tvm.kernels.common.epilogue import apply, quantizer
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, store, unravel
 from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, flat, grid, local, primfunc, shared, strided
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul, calling
 
 MMA = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
@@ -105,7 +106,7 @@ def most_splits(problem: QuantMatmul) -> int:
 
 
 def arguments(problem: QuantMatmul) -> list[Argument]:
-    """As of `kernels.gemm`, with the weights of `weights.Fragments`."""
+    """As of `cpu.gemm`, with the weights of `weights.Fragments`."""
     return calling(problem, Fragments(problem).buffers())
 
 

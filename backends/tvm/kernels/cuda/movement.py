@@ -8,14 +8,15 @@ from typing import Any
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
-from mpq_compiler.backends.tvm.kernels.common.template import BATCH, Buffers, Shape, store, unravel
-from mpq_compiler.backends.tvm.kernels.cpu.movement import Gather, Movement, arguments, constant
-from mpq_compiler.backends.tvm.kernels.cpu.pointwise import merge_dimensions, sample_view
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, constant, sample_view, store, unravel
 from mpq_compiler.backends.tvm.kernels.cuda.threads import each, primfunc
+from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Shape
+from mpq_compiler.backends.tvm.kernels.problems.movement import Gather, Movement, arguments
+from mpq_compiler.backends.tvm.kernels.problems.strides import merge_dimensions
 
 
 def build(problem: Movement | Gather, name: str) -> PrimFunc:
-    """The kernel ``name(*kernels.movement.arguments(problem))``."""
+    """The kernel ``name(*problems.movement.arguments(problem))``."""
     body = _gather if isinstance(problem, Gather) else _move
     return primfunc(name, arguments(problem), lambda batch, buffers: body(problem, batch, buffers))
 

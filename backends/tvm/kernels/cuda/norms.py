@@ -14,11 +14,8 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.template import BATCH, Argument, Buffers, store, unravel
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, store, unravel
 from mpq_compiler.backends.tvm.kernels.common.vmath import f32, fma, keep, mul
-from mpq_compiler.backends.tvm.kernels.cpu.hadamard import Hadamard
-from mpq_compiler.backends.tvm.kernels.cpu.hadamard import arguments as hadamard_arguments
-from mpq_compiler.backends.tvm.kernels.cpu.norms import GroupNorm, LayerNorm, Norm, RmsNorm, arguments
 from mpq_compiler.backends.tvm.kernels.cuda.rows import Rows
 from mpq_compiler.backends.tvm.kernels.cuda.threads import (
     THREADS,
@@ -31,6 +28,10 @@ from mpq_compiler.backends.tvm.kernels.cuda.threads import (
     primfunc,
     strided,
 )
+from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument
+from mpq_compiler.backends.tvm.kernels.problems.hadamard import Hadamard
+from mpq_compiler.backends.tvm.kernels.problems.hadamard import arguments as hadamard_arguments
+from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm, Norm, RmsNorm, arguments
 
 
 def workspaces(problem: Norm) -> list[Argument]:
@@ -41,7 +42,7 @@ def workspaces(problem: Norm) -> list[Argument]:
 
 
 def build(problem: Norm, name: str) -> PrimFunc:
-    """The kernel ``name(*kernels.norms.arguments(problem), *workspaces(problem))``."""
+    """The kernel ``name(*problems.norms.arguments(problem), *workspaces(problem))``."""
 
     def body(batch: Any, buffers: Buffers) -> None:
         if isinstance(problem, GroupNorm):
@@ -53,7 +54,7 @@ def build(problem: Norm, name: str) -> PrimFunc:
 
 
 def build_hadamard(problem: Hadamard, name: str) -> PrimFunc:
-    """The kernel ``name(*kernels.hadamard.arguments(problem))``."""
+    """The kernel ``name(*problems.hadamard.arguments(problem))``."""
 
     def body(batch: Any, buffers: Buffers) -> None:
         rows, x = Rows(problem.epilogue, buffers, problem.block, None, late=True), buffers["x"]

@@ -11,20 +11,17 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.template import BATCH, Buffers, quantizer, store, unravel
-from mpq_compiler.backends.tvm.kernels.cpu.pointwise import (
-    Input,
-    PointwiseProgram,
-    arguments,
-    evaluate,
-    merge_dimensions,
-    sample_view,
-)
+from mpq_compiler.backends.tvm.kernels.common.epilogue import quantizer
+from mpq_compiler.backends.tvm.kernels.common.pointwise import evaluate
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, sample_view, store, unravel
 from mpq_compiler.backends.tvm.kernels.cuda.threads import each, primfunc
+from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH
+from mpq_compiler.backends.tvm.kernels.problems.pointwise import Input, PointwiseProgram, arguments
+from mpq_compiler.backends.tvm.kernels.problems.strides import merge_dimensions
 
 
 def build(program: PointwiseProgram, name: str) -> PrimFunc:
-    """The kernel ``name(*kernels.pointwise.arguments(program))``."""
+    """The kernel ``name(*problems.pointwise.arguments(program))``."""
     return primfunc(name, arguments(program), lambda batch, buffers: _body(program, batch, buffers))
 
 

@@ -14,21 +14,15 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, quantizer, store, unravel
-from mpq_compiler.backends.tvm.kernels.cpu.quantize import (
-    DynamicQuantize,
-    Problem,
-    Quantize,
-    TimeGroup,
-    arguments,
-    dynamic_scale,
-    group_of,
-)
+from mpq_compiler.backends.tvm.kernels.common.epilogue import quantizer
+from mpq_compiler.backends.tvm.kernels.common.quantize import dynamic_scale, group_of
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, store, unravel
 from mpq_compiler.backends.tvm.kernels.cuda.threads import combined, each, flat, grid, local, power, primfunc, strided
+from mpq_compiler.backends.tvm.kernels.problems.quantize import DynamicQuantize, Problem, Quantize, TimeGroup, arguments
 
 
 def build(problem: Problem, name: str) -> PrimFunc:
-    """The kernel ``name(*kernels.quantize.arguments(problem))``."""
+    """The kernel ``name(*problems.quantize.arguments(problem))``."""
 
     def body(batch: Any, buffers: Buffers) -> None:
         if isinstance(problem, DynamicQuantize):

@@ -11,10 +11,11 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, Finish, store
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue
-from mpq_compiler.backends.tvm.kernels.cpu.hadamard import check_block
+from mpq_compiler.backends.tvm.kernels.common.epilogue import Finish
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, store
 from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, shared, strided
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue
+from mpq_compiler.backends.tvm.kernels.problems.hadamard import check_block
 
 TOGETHER = 8192
 """Channels that are rotated at once: 32 KiB of shared memory, of 48."""
@@ -24,7 +25,7 @@ class Rows:
     """Writes rows [sample, row, channels] of `y`.
 
     block: channels of a rotation, 0 for none. A rotated row is written by a block of threads, others by any thread.
-    into:  as of `kernels.norms.LayerNorm`
+    into:  as of `problems.norms.LayerNorm`
     late:  the rotation comes before all steps of the epilogue, not only before its quantizer
     """
 

@@ -1,4 +1,4 @@
-"""The CUDA templates by the names of `backends.tvm.templates`."""
+"""The kernel templates of GPUs, by the names of those of CPUs and some more."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 
 from tvm.tirx import PrimFunc
 
-from mpq_compiler.backends.tvm.kernels.common import template
-from mpq_compiler.backends.tvm.kernels.cpu import float_gemm
 from mpq_compiler.backends.tvm.kernels.cuda import (
     attention,
     fast_attention,
@@ -24,23 +22,35 @@ from mpq_compiler.backends.tvm.kernels.cuda import (
     weights,
     wgmma,
 )
+from mpq_compiler.backends.tvm.kernels.problems import quant_matmul
+from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
+from mpq_compiler.backends.tvm.kernels.problems.signatures import SIGNATURES
 from mpq_compiler.targets.numerics import BF16
 
 
 @dataclass(frozen=True)
 class Template:
-    """As of the CPU, without an instruction set: (problem, name) makes the kernel.
+    """How to make the kernels of a family.
 
-    arguments: of a problem, where they are others than on the CPU
-    workspaces: memory for what one grid hands to the next, behind the arguments
-    hopper: instead of `build`, of artifacts for `nvidia.HOPPER` alone; None where there is nothing better
+    build:      (problem, name) -> the kernel
+    arguments:  problem -> buffers in calling order, the outputs last
+    outputs:    problem -> how many outputs there are
+    workspaces: problem -> memory for what one grid hands to the next, behind the arguments
+    hopper:     instead of `build`, of artifacts for `nvidia.HOPPER` alone; None where there is nothing better
     """
 
     build: Callable[[Any, str], PrimFunc]
-    arguments: Callable[[Any], list[template.Argument]] | None = None
-    outputs: Callable[[Any], int] | None = None
-    workspaces: Callable[[Any], list[template.Argument]] = lambda problem: []
+    arguments: Callable[[Any], list[Argument]]
+    outputs: Callable[[Any], int] = lambda problem: 1
+    workspaces: Callable[[Any], list[Argument]] = lambda problem: []
     hopper: Callable[[Any, str], PrimFunc | None] = lambda problem, name: None
+
+
+def _portable(
+    name: str, build: Callable[[Any, str], PrimFunc], workspaces: Callable[[Any], list[Argument]] = lambda problem: []
+) -> Template:
+    """A template whose kernels have the signature of every device."""
+    return Template(build, SIGNATURES[name].arguments, SIGNATURES[name].outputs, workspaces)
 
 
 def _by_numerics(f32: Callable[..., Any], bf16: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,7 +59,7 @@ def _by_numerics(f32: Callable[..., Any], bf16: Callable[..., Any]) -> Callable[
 
 
 TEMPLATES: dict[str, Template] = {
-    "gemm": Template(gemm.build, gemm.arguments, workspaces=gemm.workspaces, hopper=wgmma.build),
+    "gemm": Template(gemm.build, gemm.arguments, quant_matmul.outputs, gemm.workspaces, wgmma.build),
     "prepare": Template(
         weights.build,
         lambda problem: [argument for part in weights.arguments(problem) for argument in part],
@@ -57,22 +67,22 @@ TEMPLATES: dict[str, Template] = {
     ),
     "pack": Template(
         _by_numerics(weights.build_pack, float_products.build_pack),
-        _by_numerics(float_gemm.pack_arguments, float_products.pack_arguments),
+        _by_numerics(SIGNATURES["pack"].arguments, float_products.pack_arguments),
     ),
-    "dequantize": Template(weights.build_dequantize),
-    "float8": Template(weights.build_float8),
-    "quantize": Template(quantize.build),
-    "norms": Template(norms.build, workspaces=norms.workspaces),
-    "hadamard": Template(norms.build_hadamard),
-    "attention": Template(attention.build),
-    "fast_attention": Template(fast_attention.build),
-    "pointwise": Template(pointwise.build),
-    "movement": Template(movement.build),
+    "dequantize": _portable("dequantize", weights.build_dequantize),
+    "float8": _portable("float8", weights.build_float8),
+    "quantize": _portable("quantize", quantize.build),
+    "norms": _portable("norms", norms.build, norms.workspaces),
+    "hadamard": _portable("hadamard", norms.build_hadamard),
+    "attention": _portable("attention", attention.build),
+    "fast_attention": _portable("fast_attention", fast_attention.build),
+    "pointwise": _portable("pointwise", pointwise.build),
+    "movement": _portable("movement", movement.build),
     "float_gemm": Template(
         _by_numerics(float_units.build, float_products.build),
-        _by_numerics(float_gemm.arguments, float_products.arguments),
+        _by_numerics(SIGNATURES["float_gemm"].arguments, float_products.arguments),
     ),
-    "matmul": Template(float_units.build_matmul),
-    "pack_codes": Template(weight_only.build_pack, weight_only.pack_arguments, lambda problem: 1),
-    "weight_only": Template(weight_only.build, weight_only.arguments, lambda problem: 1),
+    "matmul": _portable("matmul", float_units.build_matmul),
+    "pack_codes": Template(weight_only.build_pack, weight_only.pack_arguments),
+    "weight_only": Template(weight_only.build, weight_only.arguments),
 }

@@ -11,7 +11,8 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import template, vmath
-from mpq_compiler.backends.tvm.kernels.common.template import Argument, Buffer, Buffers, store
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, store
+from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 
 THREADS = 256
 """Of a block, where they do not share anything."""

@@ -1,7 +1,7 @@
 """Products in bfloat16 whose weights stay in codes of 2 to 8 bits in memory: `float_products` of what these decode to.
 
 Codes are decoded on their way to shared memory, as activations are rounded there: each thread looks up 8 or 16 of them
-(`gemm.looked_up`), makes floats of the bytes (below), and rounds what `kernels.dequantize` would have made. So no bit
+(`gemm.looked_up`), makes floats of the bytes (below), and rounds what `common.dequantize` would have made. So no bit
 of a result depends on where a weight is decoded.
 
 A byte b in the lowest bits of the float 2^23 makes it 2^23 + b. Bytes are signed, and have 128 added by `BIASED`.
@@ -18,14 +18,15 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.template import Argument, Buffers, span, store, unravel
-from mpq_compiler.backends.tvm.kernels.cpu import dequantize
-from mpq_compiler.backends.tvm.kernels.cpu.dequantize import DequantizeTable, WeightOnly
-from mpq_compiler.backends.tvm.kernels.cpu.prepare import stored_code
+from mpq_compiler.backends.tvm.kernels.common.stored import stored_code
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, span, store, unravel
 from mpq_compiler.backends.tvm.kernels.cuda import bfloat16, float_products, gemm
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import byte_perm, looked_up
 from mpq_compiler.backends.tvm.kernels.cuda.threads import each, flat, local, primfunc
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, Fragments
+from mpq_compiler.backends.tvm.kernels.problems import dequantize
+from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
+from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable, WeightOnly
 
 LANES = 64
 """Of a step of a fragment: its 2 units, 32 lanes each, with 8 codes in each."""
@@ -149,7 +150,7 @@ class _Kernel(float_products.Kernel):
             store(self.weights, decoded[span(0, 4)], span(target, 4))
 
     def _weight(self, bytes_: Expr, i: int, scale: Expr, channel: Any) -> Expr:
-        """Of byte i, as `dequantize.dequantize_row` computes it."""
+        """Of byte i, as `common.dequantize.dequantize_row` computes it."""
         value = tirx.reinterpret("float32", byte_perm(bytes_, T.uint32(TWO_23), T.uint32(0x7440 + i)))
         weight = vmath.mul(value - vmath.f32(2.0**23 + 128, 1), scale)
         if self.table.offset is None:

@@ -28,11 +28,18 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.template import Argument, Buffers, store, unravel
-from mpq_compiler.backends.tvm.kernels.cpu import dequantize, float8, float_gemm, prepare
-from mpq_compiler.backends.tvm.kernels.cpu.prepare import StoredRows
+from mpq_compiler.backends.tvm.kernels.common.dequantize import dequantize_row, stored_rows
+from mpq_compiler.backends.tvm.kernels.common.float8 import decode
+from mpq_compiler.backends.tvm.kernels.common.panels import first_output
+from mpq_compiler.backends.tvm.kernels.common.stored import StoredRows
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, store, unravel
 from mpq_compiler.backends.tvm.kernels.cuda.threads import each, flat, local, primfunc, workspace
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul, vectors
+from mpq_compiler.backends.tvm.kernels.problems import dequantize, float8, float_gemm
+from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
+from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable
+from mpq_compiler.backends.tvm.kernels.problems.float8 import DequantizeFloat8
+from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul, stored_arguments, vectors
 
 CHUNK, UNIT, STEP = 16, 32, 64
 """Values of k: of a copy, of an instruction, of a step between barriers."""
@@ -92,7 +99,7 @@ class Fragments:
         return self.problem.bits
 
     def buffers(self) -> list[Argument]:
-        """What `build` makes and the product reads; all but the first two as of `kernels.problem.WeightLayout`.
+        """What `build` makes and the product reads; all but the first two as of `cpu.weight_layout.WeightLayout`.
 
         tiles   the codes [fragments of channels, steps, words of lanes]: word w of lane l at place(w, l)
         lut     tables [fragments of channels, words of 4 entries]
@@ -135,11 +142,11 @@ def _chosen(values: Sequence[Any], is_it: Callable[[int], Any]) -> Any:
 
 def arguments(problem: QuantMatmul) -> tuple[list[Argument], list[Argument]]:
     """(inputs, outputs) of the kernel that prepares weights."""
-    return prepare.inputs(problem), Fragments(problem).buffers()
+    return stored_arguments(problem), Fragments(problem).buffers()
 
 
 def build(problem: QuantMatmul, name: str) -> PrimFunc:
-    """The kernel ``name(*kernels.prepare.inputs(problem), *Fragments(problem).buffers())``."""
+    """The kernel ``name(*stored_arguments(problem), *Fragments(problem).buffers())``."""
     inputs, outputs = arguments(problem)
     return primfunc(name, [*inputs, *outputs], lambda _, buffers: _Prepare(problem, buffers).emit())
 
@@ -286,37 +293,37 @@ class _Prepare:
 # ------------------------------------------------------------------------------------- weights of float layers
 
 
-def build_dequantize(problem: dequantize.DequantizeTable, name: str) -> PrimFunc:
-    """The kernel ``name(*kernels.dequantize.arguments(problem))``, a thread for each row."""
+def build_dequantize(problem: DequantizeTable, name: str) -> PrimFunc:
+    """The kernel ``name(*problems.dequantize.arguments(problem))``, a thread for each row."""
 
     def body(_: Any, buffers: Buffers) -> None:
         with each(problem.rows, 32) as i:
-            dequantize.dequantize_row(problem, buffers, dequantize.stored_rows(problem, buffers, i), i)
+            dequantize_row(problem, buffers, stored_rows(problem, buffers, i), i)
 
     return primfunc(name, dequantize.arguments(problem), body)
 
 
-def build_float8(problem: float8.DequantizeFloat8, name: str) -> PrimFunc:
-    """The kernel ``name(*kernels.float8.arguments(problem))``."""
+def build_float8(problem: DequantizeFloat8, name: str) -> PrimFunc:
+    """The kernel ``name(*problems.float8.arguments(problem))``."""
 
     def body(_: Any, buffers: Buffers) -> None:
         with each(problem.rows * problem.columns) as number:
             i, k = unravel(number, problem.columns)
             code = T.cast(buffers["codes"][i, k], "int32")
             factor = T.cast(buffers["scale"][i], "float32")
-            store(buffers["y"], vmath.mul(float8.decode(code, problem.exponent, 1), factor), i, k)
+            store(buffers["y"], vmath.mul(decode(code, problem.exponent, 1), factor), i, k)
 
     return primfunc(name, float8.arguments(problem), body)
 
 
-def build_pack(problem: float_gemm.Linear | float_gemm.Conv2d, name: str) -> PrimFunc:
-    """The kernel ``name(*kernels.float_gemm.pack_arguments(problem))``."""
+def build_pack(problem: Linear | Conv2d, name: str) -> PrimFunc:
+    """The kernel ``name(*problems.float_gemm.pack_arguments(problem))``."""
     vectors, terms, lanes = float_gemm.panel_shape(problem)
 
     def body(_: Any, buffers: Buffers) -> None:
         weight, panel = flat(buffers["weight"]), flat(buffers["panel"])
         with each(vectors * terms * lanes) as number:
             vector, term, lane = unravel(number, terms, lanes)
-            store(panel, weight[(float_gemm.first_output(problem, vector) + lane) * terms + term], number)
+            store(panel, weight[(first_output(problem, vector) + lane) * terms + term], number)
 
     return primfunc(name, float_gemm.pack_arguments(problem), body)

@@ -1,40 +1,16 @@
-"""The static description of a quantized linear layer or convolution, and the layout of its weights in memory.
-
-`gemm` (the kernel) and `prepare` (which fills the kernel's buffers when an artifact is loaded) share it.
-"""
+"""Quantized linear layers and convolutions, and the buffers of their kernels."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-from mpq_compiler.backends.tvm.kernels.common.template import Argument, Shape
-from mpq_compiler.backends.tvm.kernels.cpu.epilogue import Epilogue
-from mpq_compiler.backends.tvm.kernels.cpu.isa import Isa, Tile
+from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument, Shape
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, epilogue_arguments
 
 FEW_SEGMENTS = 2
 """Up to so many segments code is written out for each; more are K-groups, and loops over equal ones."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A segment of the channels: number ``first + i``, of the size of number ``first``.
-
-    ``i`` is the variable of a loop over a run of equal segments, or 0.
-    """
-
-    first: int
-    i: Any = 0
-
-    @property
-    def index(self) -> Any:
-        return self.first + self.i
-
-    def before(self, sizes: Sequence[int]) -> Any:
-        """The sum of the sizes of all segments before this one."""
-        return sum(sizes[: self.first]) + self.i * sizes[self.first]
 
 
 @dataclass(frozen=True)
@@ -167,109 +143,6 @@ class QuantMatmul:
         return ("B", *(self.out_height, self.out_width)[: self.rank - 2], self.outputs)
 
 
-@dataclass(frozen=True)
-class WeightLayout:
-    """How weights lie in the memory of a kernel.
-
-    Output channels come in blocks of `tile.vectors` registers of `isa.lanes` channels. Within a block
-    the order is [step of k][vector][lane][kpack], so that a step reads whole registers in a row. The K
-    axis is, for each segment, [vertical tap][horizontal tap][channel], channels padded to a multiple of
-    kpack (activations are zero there, so the codes do not matter).
-
-    Below 8 bits, `pack` successive steps of one vector share bytes: byte e of the group holds the code of
-    element e of step d at bit ``bits * d``; 3 bits are a plane of 2 bits (two byte vectors, the first for
-    steps 0 to 3) and, behind it, one of 1 bit.
-
-    isa: as given, or `narrowed`: then lane and kpack are those of several lanes together
-    """
-
-    problem: QuantMatmul
-    isa: Isa
-
-    def __post_init__(self) -> None:
-        p = self.problem
-        if len(p.segments) <= FEW_SEGMENTS:
-            object.__setattr__(self, "isa", self.isa.narrowed(p.outputs, min(p.segments)))
-
-    @property
-    def tile(self) -> Tile:
-        """The micro-kernel, but for its rows."""
-        if self.problem.tile is not None:
-            return Tile(*self.problem.tile)
-        if len(self.problem.segments) > FEW_SEGMENTS:
-            return self.isa.grouped(min(self.problem.segments))
-        return self.isa.tile(self.problem.outputs)
-
-    def fitted(self) -> Tile:
-        """The micro-kernel with rows that fit the problem."""
-        p, tile, unit = self.problem, self.tile, self.isa.unit
-        if unit > 1 and not p.pointwise and p.out_width % tile.rows and tile.rows > 2 * unit:
-            tile = replace(tile, rows=tile.rows - unit)  # rows of several lines take registers for their addresses
-        return self.isa.fitted(tile, p.rows)
-
-    @property
-    def block(self) -> int:
-        """Output channels of a block."""
-        return self.tile.vectors * self.isa.lanes
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.problem.outputs // self.block)
-
-    @property
-    def outputs(self) -> int:
-        """Output channels, padded to whole blocks."""
-        return self.blocks * self.block
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """Channels of each segment, padded to whole steps."""
-        return tuple(-(-c // self.isa.kpack) * self.isa.kpack for c in self.problem.segments)
-
-    @property
-    def segment_steps(self) -> tuple[int, ...]:
-        """Steps of k of each segment."""
-        taps = self.problem.kernel[0] * self.problem.kernel[1]
-        return tuple(taps * c // self.isa.kpack for c in self.channels)
-
-    @property
-    def pack(self) -> int:
-        """Steps that share bytes."""
-        return {8: 1, 4: 2, 2: 4, 3: 8}[self.problem.bits]
-
-    @property
-    def packs(self) -> int:
-        """Groups of `pack` steps."""
-        return -(-sum(self.segment_steps) // self.pack)
-
-    @property
-    def steps(self) -> int:
-        """Steps of k of a block, padded to whole groups."""
-        return self.packs * self.pack
-
-    @property
-    def pack_bytes(self) -> int:
-        """Bytes of one vector over one group of steps."""
-        return self.isa.vector * self.pack * self.problem.bits // 8
-
-    def buffers(self) -> list[Argument]:
-        """What `prepare` makes and `gemm` reads.
-
-        tiles   the codes (int8 for 8 bits, else packed bytes)
-        lut     the table of each register of output channels, repeated over its bytes
-        start   int32 first values of the accumulators: -z_j[g] * sum of the row's weights in segment j;
-                where zero points are dynamic that sum itself, and with late zero points only what activations lack
-                against their codes, [J, 1, n]
-        sums    with late zero points, those sums over all segments, scaled
-        """
-        p, n = self.problem, self.outputs
-        tiles = (self.blocks, self.packs * self.tile.vectors * self.pack_bytes)
-        named = [Argument("tiles", tiles, "int8" if p.bits == 8 else "uint8")]
-        if p.bits < 8:
-            named.append(Argument("lut", (n // self.isa.lanes, self.isa.vector), "int8"))
-        return [*named, *vectors(p, n)]
-
-
 def vectors(problem: QuantMatmul, outputs: int, behind: int = 0) -> list[Argument]:
     """What `prepare` makes beside codes and tables, for so many output channels, padded.
 
@@ -287,27 +160,49 @@ def vectors(problem: QuantMatmul, outputs: int, behind: int = 0) -> list[Argumen
     return named
 
 
-WORTH_TRYING = 1.12
-"""Tiles are tried (`tiles`) whose work, by the weights of `Isa`, is not more than so many times the least."""
+def stored_arguments(problem: QuantMatmul) -> list[Argument]:
+    """The stored form of a layer: packed codes (`formats.packing`), scales, tables, zero points, bias."""
+    p, segments = problem, len(problem.segments)
+    stored = [
+        # as formats.packing.packed_bytes, whose package imports torch
+        Argument("codes", (p.code_bytes or -(-p.outputs * p.reduction * p.bits // 8),), "uint8"),
+        Argument("scale", (p.outputs, segments), "float16"),
+    ]
+    if p.has_offset:
+        stored.append(Argument("stored_offset", (p.outputs,), "float16"))
+    if p.has_tables:
+        stored.append(Argument("tables", (len(p.widths) or p.classes, p.entries), "int8"))
+        stored.append(Argument("row_class", (-(-p.outputs // 4) if p.widths else p.row_classes,), "uint8"))
+    if not p.dynamic:
+        stored.append(Argument("act_zero", (segments, p.groups), "uint8"))
+    if p.has_bias:
+        stored.append(Argument("stored_bias", (p.outputs,), "float16"))
+    return stored
 
 
-def tiles(problem: QuantMatmul, isa: Isa) -> list[tuple[int, int]]:
-    """Micro-kernels (registers, rows) for a problem: the one that is taken without a search, then others."""
-    layout = WeightLayout(replace(problem, tile=None), isa)
-    isa, first = layout.isa, layout.tile
-    chosen = layout.fitted()
-    grouped = len(problem.segments) > FEW_SEGMENTS
+def calling(problem: QuantMatmul, weights: Sequence[Argument]) -> list[Argument]:
+    """The buffers of a kernel in calling order, the output last. weights: what `prepare` makes
 
-    def work(tile: Tile) -> float:
-        block = tile.vectors * isa.lanes
-        rows = -(-problem.rows // tile.rows) * tile.rows if problem.rows > tile.rows else problem.rows
-        return -(-problem.outputs // block) * block * rows * tile.cost
+    ``x`` and ``group``; ``act_scale``, ``act_zero``; the weights; the epilogue's operands, ``qscale`` and ``qzero``
+    where it quantizes; ``out``, and ``full``, what the quantizer reads, where the epilogue keeps it. Dynamic
+    activations have no ``group``, but their epilogue may.
+    """
+    tables = (BATCH, problem.rows) if problem.dynamic else (len(problem.segments), problem.groups)
+    own = [
+        Argument("x", problem.input_shape(), "uint8"),
+        *([] if problem.dynamic else [Argument("group", (BATCH,), "int64")]),
+        Argument("act_scale", tables, "float32"),
+        Argument("act_zero", tables, "uint8"),
+        *weights,
+    ]
+    epilogue, shape = problem.epilogue or Epilogue(), problem.output_shape()
+    theirs = epilogue_arguments(epilogue, shape[:-1], problem.outputs, problem.groups)
+    own += [argument for argument in theirs if problem.dynamic or argument.name != "group"]
+    kept = [Argument("full", shape)] if epilogue.keeps else []
+    written = shape if problem.into is None else (BATCH, problem.into[0])
+    return [*own, Argument("out", written, epilogue.out_dtype), *kept]
 
-    others = []
-    for tile in (first,) if grouped else isa.tiles:
-        least = max(1, tile.rows - 2, -(-8 // (tile.vectors * isa.parts)))
-        heights = range(tile.rows, min(least, tile.rows) - 1, -isa.unit)
-        few = problem.rows < heights[-1]  # then it does not matter
-        others += [replace(tile, rows=rows) for rows in ([isa.fitted(tile, problem.rows).rows] if few else heights)]
-    found = [(t.vectors, t.rows) for t in others if work(t) <= WORTH_TRYING * work(chosen)]
-    return list(dict.fromkeys([(chosen.vectors, chosen.rows), *found]))
+
+def outputs(problem: QuantMatmul) -> int:
+    """How many of the arguments of `calling`, the last ones, are results."""
+    return 2 if problem.epilogue is not None and problem.epilogue.keeps else 1

@@ -1,7 +1,7 @@
-"""What a kernel does with a value before it stores it: pointwise steps, ended or not by quantization.
+"""Epilogues: the pointwise steps between a kernel's value and what it stores, ended or not by quantization.
 
-A fused region has one anchor (a convolution, linear, norm, attention, ...) and the pointwise operations
-behind it. `Epilogue` describes those; `apply` builds the TIR expression for one vector of the result.
+A fused region has one anchor (a convolution, linear, norm, attention, ...) and the pointwise operations behind it.
+`Epilogue` describes those.
 
 Calling convention: a kernel with an epilogue takes, after its own arguments and before its output, one buffer
 for each operand and then, when the epilogue quantizes, ``qscale f32[G]``, ``qzero i32[G]`` and ``group
@@ -13,11 +13,10 @@ then ``add`` is not a fused multiply-add.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.vmath import Expr
+from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument, Shape
+from mpq_compiler.backends.tvm.kernels.problems.operations import BINARY, UNARY
 
 OPERAND_KINDS = ("full", "sample", "channel", "scalar")
 
@@ -26,7 +25,7 @@ OPERAND_KINDS = ("full", "sample", "channel", "scalar")
 class Step:
     """One pointwise operation on the running value.
 
-    op:       a name of `vmath.UNARY`; or of `vmath.BINARY` with `operand` or `value` as its right hand side
+    op:       a name of `operations.UNARY`; or of `operations.BINARY` with `operand` or `value` as its right hand side
               (``sub`` is value - operand, ``rsub`` operand - value); or ``quantize``, last only
     operand:  index into `Epilogue.operands`
     value:    a constant; for ``quantize`` the number of bits
@@ -70,12 +69,12 @@ class Epilogue:
             if step.op == "quantize":
                 if i + 1 != len(self.steps) or step.value not in range(2, 9):
                     raise ValueError("quantize must be the last step, with 2 to 8 bits in `value`")
-            elif step.op in vmath.BINARY:
+            elif step.op in BINARY:
                 if (step.operand is None) == (step.value is None):
                     raise ValueError(f"step '{step.op}' needs either an operand or a value")
                 if step.operand is not None and not 0 <= step.operand < len(self.operands):
                     raise ValueError(f"step '{step.op}' reads operand {step.operand} of {len(self.operands)}")
-            elif step.op not in vmath.UNARY:
+            elif step.op not in UNARY:
                 raise ValueError(f"unknown epilogue step '{step.op}'")
 
     @property
@@ -96,29 +95,24 @@ class Epilogue:
         return "float32" if self.bits is None else "uint8"
 
 
-def apply(
-    epilogue: Epilogue,
-    value: Expr,
-    load: Callable[[int], Expr],
-    quant: tuple[Expr, Expr] | None = None,
-) -> Expr:
-    """The stored value: `value` after all steps.
+def epilogue_arguments(epilogue: Epilogue, rows: Shape, channels: int, time_groups: int) -> list[Argument]:
+    """Operands, then the quantizer's tables. The output is [*rows, channels], rows[0] being the batch."""
+    shapes: dict[str, Shape] = {
+        "full": (*rows, channels),
+        "sample": (BATCH, channels),
+        "channel": (channels,),
+        "scalar": (1,),
+    }
+    result = [Argument(f"operand{i}", shapes[o.kind]) for i, o in enumerate(epilogue.operands)]
+    return result + quantizer_arguments(epilogue.bits, time_groups)
 
-    value:  float32 expression of L lanes (neighbouring output channels)
-    load:   operand index -> float32 expression, of L lanes or scalar (broadcast here)
-    quant:  (scale f32 scalar, zero point i32 scalar) of the sample's time group, where the epilogue
-            quantizes. Either may also have L lanes. Loop-invariant, so LLVM hoists the reciprocal.
-    """
-    count = vmath.lanes(value)
-    for step in epilogue.steps:
-        if step.op == "quantize":
-            if quant is None:
-                raise ValueError("the epilogue quantizes, but no scale and zero point were given")
-            scale, zero_point = quant
-            return vmath.quantize(value, vmath.reciprocal(scale), zero_point, int(step.value or 0))
-        if step.op in vmath.UNARY:
-            value = vmath.UNARY[step.op](value)
-        else:
-            right = vmath.f32(step.value, count) if step.value is not None else load(step.operand or 0)
-            value = vmath.BINARY[step.op](value, vmath.splat(right, count))
-    return value
+
+def quantizer_arguments(bits: int | None, time_groups: int) -> list[Argument]:
+    """``qscale``, ``qzero`` and ``group`` where something quantizes."""
+    if bits is None:
+        return []
+    return [
+        Argument("qscale", (time_groups,)),
+        Argument("qzero", (time_groups,), "int32"),
+        Argument("group", (BATCH,), "int64"),
+    ]

@@ -1,0 +1,78 @@
+"""Epilogues as expressions: `apply` for one vector of a result, `Finish` with the buffers of a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+
+from mpq_compiler.backends.tvm.kernels.common import vmath
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, span
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue
+
+
+def apply(
+    epilogue: Epilogue,
+    value: Expr,
+    load: Callable[[int], Expr],
+    quant: tuple[Expr, Expr] | None = None,
+) -> Expr:
+    """The stored value: `value` after all steps.
+
+    value:  float32 expression of L lanes (neighbouring output channels)
+    load:   operand index -> float32 expression, of L lanes or scalar (broadcast here)
+    quant:  (scale f32 scalar, zero point i32 scalar) of the sample's time group, where the epilogue
+            quantizes. Either may also have L lanes. Loop-invariant, so LLVM hoists the reciprocal.
+    """
+    count = vmath.lanes(value)
+    for step in epilogue.steps:
+        if step.op == "quantize":
+            if quant is None:
+                raise ValueError("the epilogue quantizes, but no scale and zero point were given")
+            scale, zero_point = quant
+            return vmath.quantize(value, vmath.reciprocal(scale), zero_point, int(step.value or 0))
+        if step.op in vmath.UNARY:
+            value = vmath.UNARY[step.op](value)
+        else:
+            right = vmath.f32(step.value, count) if step.value is not None else load(step.operand or 0)
+            value = vmath.BINARY[step.op](value, vmath.splat(right, count))
+    return value
+
+
+@dataclass(frozen=True)
+class Finish:
+    """An epilogue bound to the buffers of a kernel."""
+
+    epilogue: Epilogue
+    buffers: Buffers
+
+    def quantizer(self, sample: Any) -> tuple[Expr, Expr] | None:
+        """Scale and zero point of a sample, bound to variables; None where nothing quantizes."""
+        return quantizer(self.buffers, sample) if self.epilogue.bits is not None else None
+
+    def __call__(
+        self, value: Expr, sample: Any, row: Sequence[Any], channel: Any, quant: tuple[Expr, Expr] | None
+    ) -> Expr:
+        """What to store for `value`, the lanes from `channel` on of output row [sample, *row]."""
+        lanes = vmath.lanes(value)
+
+        def load(i: int) -> Expr:
+            kind, buffer = self.epilogue.operands[i].kind, self.buffers[f"operand{i}"]
+            if kind == "scalar":
+                return buffer[0]
+            if kind == "channel":
+                return buffer[span(channel, lanes)]
+            if kind == "sample":
+                return buffer[sample, span(channel, lanes)]
+            return buffer[(sample, *row, span(channel, lanes))]
+
+        return apply(self.epilogue, value, load, quant)
+
+
+def quantizer(buffers: Buffers, sample: Any) -> tuple[Expr, Expr]:
+    """Scale and zero point of a sample's time group, bound to variables."""
+    group = T.bind(T.cast(buffers["group"][sample], "int32"))
+    return T.bind(buffers["qscale"][group]), T.bind(buffers["qzero"][group])

@@ -1,0 +1,24 @@
+"""Buffers of kernels: what a problem's ``arguments`` lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+BATCH = "B"
+"""The only symbolic size."""
+Shape = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A buffer of a kernel: its name, its shape (``"B"`` is the batch) and its element type."""
+
+    name: str
+    shape: Shape
+    dtype: str = "float32"
+
+
+def sized(shape: Sequence[int | str], batch: int) -> tuple[int, ...]:
+    """A shape at a batch size."""
+    return tuple(batch if extent == BATCH else int(extent) for extent in shape)
