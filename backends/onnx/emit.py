@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import onnx
 
 from mpq_compiler.backends.onnx import float_ops, integer_ops
-from mpq_compiler.backends.onnx.emitter import EMITTERS, Emitter, Value
+from mpq_compiler.backends.onnx.emitter import Emitter, Emitters, Value
 from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.stored_tensors import Stored
 
-FORMS = (float_ops, integer_ops)
-"""The modules that fill `EMITTERS`."""
+EMITTERS = Emitters(float_ops.EMITTERS | integer_ops.EMITTERS)
+"""The function that emits calls of each operator."""
 
 
 def emit(program: Program, stored: Mapping[str, Stored], location: str) -> onnx.ModelProto:
@@ -45,7 +45,7 @@ class Selected:
 
 def select(program: Program, stored: Mapping[str, Stored], location: str) -> Selected:
     """Writes each call of a program as ONNX operators, as `emit` does; equal ones are written once."""
-    emitter = Emitter(program, stored, location)
+    emitter = Emitter(program, stored, location, EMITTERS)
     model = emitter.model()
     values = {node: value for node, value in emitter.made.items() if isinstance(value, Value)}
     dtypes = {node.name: emitter.dtype(node) for node in values}
@@ -61,6 +61,3 @@ def read_constants(model: onnx.ModelProto) -> onnx.ModelProto:
     del changed.graph.initializer[:]
     changed.graph.initializer.extend(kept)
     return changed
-
-
-__all__ = ["EMITTERS", "Selected", "emit", "read_constants", "select"]

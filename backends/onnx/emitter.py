@@ -1,7 +1,6 @@
-"""Emits a program as an ONNX graph.
+"""Walks a program's graph and writes its ONNX graph; a function for each operator does so with it.
 
-The emitter walks the graph once, regions included. `EMITTERS` has a function for each operator (`float_ops`,
-`integer_ops`). A value has the name of its node.
+The emitter walks the graph once, regions included. A value has the name of its node.
 
 Programs are channels-last. Convolutions and group norms of ONNX are channels-first, integer matrix products are not. A
 value has the order that the node that makes it prefers. Pointwise operators take their operands in either order, and a
@@ -46,18 +45,20 @@ class Value:
 Made = str | Value | list[Value]
 """The result of emitting a call; a plain name is a value in the program's order."""
 Emit = Callable[["Emitter", fx.Node, dict[str, Any]], Made]
-EMITTERS: dict[Any, Emit] = {}
-"""The function that emits calls of each operator, given their arguments by name."""
+"""A function that emits calls of an operator, given their arguments by name."""
 
 
-def emits(*targets: Any) -> Callable[[Emit], Emit]:
-    """Registers the decorated function as the emitter of these operators."""
+class Emitters(dict[Any, Emit]):
+    """Functions by the operators whose calls they emit."""
 
-    def register(function: Emit) -> Emit:
-        EMITTERS.update(dict.fromkeys(targets, function))
-        return function
+    def emits(self, *targets: Any) -> Callable[[Emit], Emit]:
+        """Registers the decorated function as the emitter of these operators."""
 
-    return register
+        def register(function: Emit) -> Emit:
+            self.update(dict.fromkeys(targets, function))
+            return function
+
+        return register
 
 
 def output_name(program: Program) -> str:
@@ -86,10 +87,12 @@ class _Shapes(ShapeInterpreter):
 
 
 class Emitter:
-    """Writes the graph of one program; the functions of `EMITTERS` use it."""
+    """Writes the graph of one program; the functions of `emitters` use it."""
 
-    def __init__(self, program: Program, stored: Mapping[str, Stored], location: str) -> None:
-        self.program = program
+    def __init__(
+        self, program: Program, stored: Mapping[str, Stored], location: str, emitters: Mapping[Any, Emit]
+    ) -> None:
+        self.program, self.emitters = program, emitters
         self.graph = Graph(location)
         places = tensorfile.places({name: tensor.array for name, tensor in stored.items()})
         self.weights = Weights(self.graph, stored, places)
@@ -127,9 +130,9 @@ class Emitter:
             self.made[node] = self.value(operand(region.output_node(), 0))
             return
         self.graph.scope = node.name
-        if node.target not in EMITTERS:
+        if node.target not in self.emitters:
             raise self.refusal(node, "it is not known here")
-        made = EMITTERS[node.target](self, node, _bind(node))
+        made = self.emitters[node.target](self, node, _bind(node))
         self.made[node] = Value(made) if isinstance(made, str) else made
 
     def refusal(self, node: fx.Node, reason: str) -> UserError:

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import fx
 
-from mpq_compiler.backends.onnx.emitter import Emitter, Made, Shape, Value, emits
+from mpq_compiler.backends.onnx.emitter import Emitter, Emitters, Made, Shape, Value
 from mpq_compiler.backends.onnx.graph import ELEMENT
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import MOVEMENT, aten
 
 Arguments = dict[str, Any]
+EMITTERS = Emitters()
 
 _UNARY: dict[Any, str] = {
     aten.sigmoid.default: "Sigmoid",
@@ -70,50 +71,50 @@ _REDUCTIONS: dict[Any, str] = {
 # --- pointwise ------------------------------------------------------------------------------------------------
 
 
-@emits(*_UNARY)
+@EMITTERS.emits(*_UNARY)
 def _unary(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.pointwise(node, [a["self"]], lambda x: e.graph.op(_UNARY[node.target], x, name=node.name))
 
 
-@emits(aten.silu.default)
+@EMITTERS.emits(aten.silu.default)
 def _silu(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     g = e.graph
     return e.pointwise(node, [a["self"]], lambda x: g.op("Mul", x, g.op("Sigmoid", x), name=node.name))
 
 
-@emits(aten.gelu.default)
+@EMITTERS.emits(aten.gelu.default)
 def _gelu(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.pointwise(
         node, [a["self"]], lambda x: e.graph.op("Gelu", x, approximate=a["approximate"], name=node.name)
     )
 
 
-@emits(aten.rsqrt.default)
+@EMITTERS.emits(aten.rsqrt.default)
 def _rsqrt(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     g = e.graph
     return e.pointwise(node, [a["self"]], lambda x: g.op("Reciprocal", g.op("Sqrt", x), name=node.name))
 
 
-@emits(aten.square.default)
+@EMITTERS.emits(aten.square.default)
 def _square(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.pointwise(node, [a["self"]], lambda x: e.graph.op("Mul", x, x, name=node.name))
 
 
-@emits(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
+@EMITTERS.emits(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default)
 def _clamp(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     bounds = [a.get(k) for k in ("min", "max")]
     limits = ["" if b is None else e.number(b, e.dtype(node)) for b in bounds]
     return e.pointwise(node, [a["self"]], lambda x: e.graph.op("Clip", x, *limits, name=node.name))
 
 
-@emits(aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default)
+@EMITTERS.emits(aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default)
 def _convert(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     if e.dtype(node) not in ELEMENT:
         raise e.refusal(node, f"it makes {e.dtype(node)}")
     return e.pointwise(node, [a["self"]], lambda x: x)
 
 
-@emits(*_BINARY)
+@EMITTERS.emits(*_BINARY)
 def _binary(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     left, right = list(a.values())[:2]
     kind, alpha = _BINARY[node.target], a.get("alpha", 1)
@@ -128,14 +129,14 @@ def _binary(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.pointwise(node, [left, right], write)
 
 
-@emits(aten.rsub.Scalar, aten.rsub.Tensor)
+@EMITTERS.emits(aten.rsub.Scalar, aten.rsub.Tensor)
 def _reverse_subtract(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     if a["alpha"] != 1:
         raise e.refusal(node, f"it multiplies by {a['alpha']} before it subtracts")
     return e.pointwise(node, [a["other"], a["self"]], lambda x, y: e.graph.op("Sub", x, y, name=node.name))
 
 
-@emits(*_COMPARISONS)
+@EMITTERS.emits(*_COMPARISONS)
 def _compare(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     dtypes = [e.example(o) if isinstance(o, fx.Node) else o for o in (a["self"], a["other"])]
     common = str(torch.result_type(*dtypes)).removeprefix("torch.")
@@ -144,7 +145,7 @@ def _compare(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.pointwise(node, [a["self"], a["other"]], write, common)
 
 
-@emits(aten.where.self)
+@EMITTERS.emits(aten.where.self)
 def _where(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     condition, dtype = e.last(a["condition"]), e.dtype(node)
     chosen = (e.cast(e.last(o), e.dtype(o), dtype) for o in (a["self"], a["other"]))
@@ -154,27 +155,27 @@ def _where(e: Emitter, node: fx.Node, a: Arguments) -> Made:
 # --- reductions and norms -------------------------------------------------------------------------------------
 
 
-@emits(*_REDUCTIONS)
+@EMITTERS.emits(*_REDUCTIONS)
 def _reduce(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     x = e.cast(e.last(a["self"]), e.dtype(a["self"]), e.dtype(node))
     axes = e.graph.ints(*(a["dim"] or range(e.rank(a["self"]))))
     return e.graph.op(_REDUCTIONS[node.target], x, axes, keepdims=int(a["keepdim"]), name=node.name)
 
 
-@emits(aten.softmax.int, aten._softmax.default)
+@EMITTERS.emits(aten.softmax.int, aten._softmax.default)
 def _softmax(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     x = e.cast(e.last(a["self"]), e.dtype(a["self"]), e.dtype(node))
     return e.graph.op("Softmax", x, axis=a["dim"], name=node.name)
 
 
-@emits(ops.group_norm)
+@EMITTERS.emits(ops.group_norm)
 def _group_norm(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     batch, *inner, channels = e.shape(node)
     y = _normalized_groups(e, node, a, e.first(a["x"]), a["groups"], (batch, channels, *inner))
     return Value(y, first=len(inner) > 0)
 
 
-@emits(aten.group_norm.default)
+@EMITTERS.emits(aten.group_norm.default)
 def _group_norm_of_images(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return _normalized_groups(e, node, a, e.last(a["input"]), a["num_groups"], e.shape(node))
 
@@ -193,7 +194,7 @@ def _normalized_groups(e: Emitter, node: fx.Node, a: Arguments, x: str, groups: 
     return y
 
 
-@emits(aten.layer_norm.default)
+@EMITTERS.emits(aten.layer_norm.default)
 def _layer_norm(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     g, shape = e.graph, a["normalized_shape"]
     scale = g.constant(np.ones(shape), "float32", f"ones{list(shape)}") if a["weight"] is None else e.last(a["weight"])
@@ -202,7 +203,7 @@ def _layer_norm(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return g.op("LayerNormalization", x, scale, *bias, axis=-len(shape), epsilon=a["eps"], name=node.name)
 
 
-@emits(ops.rms_norm)
+@EMITTERS.emits(ops.rms_norm)
 def _rms_norm(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     """Emits an RMS norm in the form that onnxruntime fuses to SimplifiedLayerNormalization."""
     g, x = e.graph, e.last(a["x"])
@@ -211,7 +212,7 @@ def _rms_norm(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return y if a["weight"] is None else g.op("Mul", y, e.last(a["weight"]), name=node.name)
 
 
-@emits(ops.hadamard)
+@EMITTERS.emits(ops.hadamard)
 def _hadamard(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     g, x, block, shape = e.graph, e.last(a["x"]), a["block"], e.shape(node)
     matrix = g.constant(ops.hadamard(torch.eye(block), block).numpy(), "float32", f"hadamard[{block}]")
@@ -228,7 +229,7 @@ def _in_float(e: Emitter, node: fx.Node) -> None:
     e.program.fallbacks.setdefault(node.name, "computed in float32: the plan leaves it unquantized")
 
 
-@emits(aten.linear.default)
+@EMITTERS.emits(aten.linear.default)
 def _linear(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     g = e.graph
     _in_float(e, node)
@@ -238,13 +239,13 @@ def _linear(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return y if a["bias"] is None else g.op("Add", y, e.last(a["bias"]), name=node.name)
 
 
-@emits(aten.matmul.default, aten.bmm.default, aten.mm.default)
+@EMITTERS.emits(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def _matmul(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     left, right = list(a.values())[:2]
     return e.graph.op("MatMul", e.last(left), e.last(right), name=node.name)
 
 
-@emits(ops.conv2d)
+@EMITTERS.emits(ops.conv2d)
 def _conv2d(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     _in_float(e, node)
     top, bottom, left, right = a["padding"]
@@ -257,7 +258,7 @@ def _conv2d(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return Value(y, first=True)
 
 
-@emits(aten.conv2d.default)
+@EMITTERS.emits(aten.conv2d.default)
 def _conv2d_of_images(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     bias = [] if a["bias"] is None else [e.last(a["bias"])]
     pads, strides, dilations = (_pair(a[k]) for k in ("padding", "stride", "dilation"))
@@ -271,12 +272,12 @@ def _pair(values: Sequence[int]) -> list[int]:
     return [int(v) for v in values] * (2 // len(values))
 
 
-@emits(aten.einsum.default)
+@EMITTERS.emits(aten.einsum.default)
 def _einsum(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.graph.op("Einsum", *map(e.last, a["tensors"]), equation=a["equation"].replace(" ", ""), name=node.name)
 
 
-@emits(ops.attention)
+@EMITTERS.emits(ops.attention)
 def _attention(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     heads = a["heads"]
     width = e.shape(a["q"])[-1] // heads
@@ -306,7 +307,7 @@ def attend(e: Emitter, q: str, k: str, v: str, mask: fx.Node | None) -> str:
     return e.graph.op("MatMul", e.graph.op("Softmax", logits, axis=-1), v)
 
 
-@emits(aten.scaled_dot_product_attention.default)
+@EMITTERS.emits(aten.scaled_dot_product_attention.default)
 def _attention_of_heads(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     g, rank = e.graph, e.rank(a["query"])
     if a["is_causal"]:
@@ -322,7 +323,7 @@ def _attention_of_heads(e: Emitter, node: fx.Node, a: Arguments) -> Made:
 # --- movement -------------------------------------------------------------------------------------------------
 
 
-@emits(*MOVEMENT)
+@EMITTERS.emits(*MOVEMENT)
 def _reshape(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     """Emits a reshape, or nothing where the shape stays."""
     source, x = e.shape(a["self"]), e.value(a["self"])
@@ -334,7 +335,7 @@ def _reshape(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.reshaped(e.last(a["self"]), shape, node.name)
 
 
-@emits(aten.permute.default, aten.transpose.int, aten.swapaxes.default, aten.t.default)
+@EMITTERS.emits(aten.permute.default, aten.transpose.int, aten.swapaxes.default, aten.t.default)
 def _permute(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     """Emits a permute, or nothing where the value already has the result's order or its channels-first form."""
     x, rank = e.value(a["self"]), e.rank(node)
@@ -361,7 +362,7 @@ def _lying(e: Emitter, source: fx.Node, dim: int) -> tuple[Value, int]:
     return value, dim
 
 
-@emits(aten.cat.default, aten.concat.default)
+@EMITTERS.emits(aten.cat.default, aten.concat.default)
 def _concatenate(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     sources = [s for s in a["tensors"] if e.example(s).numel()]
     if all(e.value(s).first for s in sources):
@@ -371,14 +372,14 @@ def _concatenate(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.graph.op("Concat", *values, axis=e.axis(node, a["dim"]), name=node.name)
 
 
-@emits(aten.stack.default)
+@EMITTERS.emits(aten.stack.default)
 def _stack(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     axis = e.axis(node, a["dim"])
     parts = (e.graph.op("Unsqueeze", e.last(s), e.graph.ints(axis)) for s in a["tensors"])
     return e.graph.op("Concat", *parts, axis=axis, name=node.name)
 
 
-@emits(aten.slice.Tensor)
+@EMITTERS.emits(aten.slice.Tensor)
 def _slice(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     g, dim = e.graph, e.axis(a["self"], a["dim"])
     if e.shape(node) == e.shape(a["self"]) and a["step"] == 1:
@@ -391,7 +392,7 @@ def _slice(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return Value(g.op("Slice", value.name, *bounds, name=node.name), value.first)
 
 
-@emits(aten.select.int)
+@EMITTERS.emits(aten.select.int)
 def _select(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     axis = e.axis(a["self"], a["dim"])
     if e.shape(a["self"])[axis] < 0:
@@ -400,7 +401,7 @@ def _select(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.graph.op("Gather", e.last(a["self"]), index, axis=axis, name=node.name)
 
 
-@emits(aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
+@EMITTERS.emits(aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 def _split(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     dim = e.axis(a["self"], a["dim"])
     sizes = [shape[dim] for shape in e.shapes(node)]
@@ -411,7 +412,7 @@ def _split(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return [Value(part, value.first) for part in parts]
 
 
-@emits(aten.unbind.int)
+@EMITTERS.emits(aten.unbind.int)
 def _unbind(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     axis = e.axis(a["self"], a["dim"])
     if e.shape(a["self"])[axis] < 0:
@@ -420,14 +421,14 @@ def _unbind(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return [Value(e.graph.op("Gather", x, e.graph.constant(i, "int64"), axis=axis)) for i in range(len(e.shapes(node)))]
 
 
-@emits(operator.getitem)
+@EMITTERS.emits(operator.getitem)
 def _item(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     source, index = node.args
     assert isinstance(source, fx.Node) and isinstance(index, int)
     return e.item(source, index)
 
 
-@emits(aten.expand.default, aten.broadcast_to.default)
+@EMITTERS.emits(aten.expand.default, aten.broadcast_to.default)
 def _expand(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     shape, own = e.shape(node), e.shape(a["self"])
     if shape == own:
@@ -437,7 +438,7 @@ def _expand(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.graph.op("Expand", e.last(a["self"]), e.sizes(target), name=node.name)
 
 
-@emits(aten.repeat.default)
+@EMITTERS.emits(aten.repeat.default)
 def _repeat(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     x, shape = e.last(a["self"]), e.shape(node)
     own = (*[1] * (len(shape) - e.rank(a["self"])), *e.shape(a["self"]))
@@ -445,7 +446,7 @@ def _repeat(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.graph.op("Tile", e.reshaped(x, own), e.sizes(times), name=node.name)
 
 
-@emits(aten.pad.default, aten.constant_pad_nd.default)
+@EMITTERS.emits(aten.pad.default, aten.constant_pad_nd.default)
 def _pad(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     rank, amounts = e.rank(node), list(a["pad"])
     before, after = [0] * rank, [0] * rank
@@ -457,23 +458,23 @@ def _pad(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.graph.op("Pad", e.last(a["self"]), e.graph.ints(*before, *after), fill, name=node.name)
 
 
-@emits(ops.prepend)
+@EMITTERS.emits(ops.prepend)
 def _prepend(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     token = e.graph.op("Expand", e.last(a["token"]), e.sizes((-1, 1, e.shape(node)[-1])))
     return e.graph.op("Concat", token, e.last(a["x"]), axis=1, name=node.name)
 
 
-@emits(aten.embedding.default)
+@EMITTERS.emits(aten.embedding.default)
 def _embedding(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.graph.op("Gather", e.last(a["weight"]), e.last(a["indices"]), axis=0, name=node.name)
 
 
-@emits(aten.index_select.default)
+@EMITTERS.emits(aten.index_select.default)
 def _index_select(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.graph.op("Gather", e.last(a["self"]), e.last(a["index"]), axis=e.axis(node, a["dim"]), name=node.name)
 
 
-@emits(ops.upsample_nearest2d)
+@EMITTERS.emits(ops.upsample_nearest2d)
 def _upsample(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     g, x = e.graph, e.value(a["x"])
     (high, wide), (_, height, width, channels) = a["factors"], e.shape(a["x"])
@@ -483,7 +484,7 @@ def _upsample(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.reshaped(g.op("Expand", spread, g.ints(1, 1, high, 1, wide, 1)), e.shape(node), node.name)
 
 
-@emits(aten.upsample_nearest2d.vec)
+@EMITTERS.emits(aten.upsample_nearest2d.vec)
 def _upsample_of_images(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     *_, height, width = e.shape(a["input"])
     *_, high, wide = e.shape(node)

@@ -22,16 +22,17 @@ import torch
 from onnx import numpy_helper
 from torch import fx
 
-from mpq_compiler.backends.onnx.emitter import Emitter, Made, Shape, Value, emits
+from mpq_compiler.backends.onnx.emitter import Emitter, Emitters, Made, Shape, Value
 from mpq_compiler.backends.onnx.float_ops import join_heads, split_heads
 from mpq_compiler.backends.onnx.graph import ELEMENT
 from mpq_compiler.formats import contract
 from mpq_compiler.ir import ops
 
 Arguments = dict[str, Any]
+EMITTERS = Emitters()
 
 
-@emits(ops.time_group)
+@EMITTERS.emits(ops.time_group)
 def _time_group(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     g = e.graph
     if not e.array(a["boundaries"]).size:
@@ -114,13 +115,13 @@ def _limited(e: Emitter, bits: int, *operands: str, name: str | None, **axis: in
     return e.graph.op("Clip", codes, "", e.graph.constant(2**bits - 1, "uint8"), name=name)
 
 
-@emits(ops.quantize)
+@EMITTERS.emits(ops.quantize)
 def _quantize(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     x, tables = e.value(a["x"]), (a["scale"], a["zero_point"], a["group"])
     return Value(quantized(e, x.name, e.shape(node), *tables, a["bits"], node.name), x.first)
 
 
-@emits(ops.dynamic_quantize)
+@EMITTERS.emits(ops.dynamic_quantize)
 def _dynamic_quantize(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     """Emits a dynamic quantizer, with scale and zero point of each row as `ops.row_ranges` defines them."""
     g, zero, largest = e.graph, e.number(0.0), e.number(2.0 ** a["bits"] - 1)
@@ -135,7 +136,7 @@ def _dynamic_quantize(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return [Value(e.reshaped(q, codes, node.name)), Value(s), Value(z)]
 
 
-@emits(ops.fake_quantize_float)
+@EMITTERS.emits(ops.fake_quantize_float)
 def _fake_quantize_float(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     """Emits `contract.round_float`, with the power of two by a logarithm that is corrected near whole numbers."""
     g, x, shape = e.graph, e.value(a["x"]), e.shape(node)
@@ -156,7 +157,7 @@ def _fake_quantize_float(e: Emitter, node: fx.Node, a: Arguments) -> Made:
 # --- weights ----------------------------------------------------------------------------------------------------
 
 
-@emits(ops.dequantize_weight)
+@EMITTERS.emits(ops.dequantize_weight)
 def _dequantize_weight(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     g, columns = e.graph, e.example(a["codes"]).shape[1]
     levels, zero = _levels(e, a)
@@ -169,7 +170,7 @@ def _dequantize_weight(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.reshaped(value, e.shape(node), node.name)
 
 
-@emits(ops.dequantize_float8)
+@EMITTERS.emits(ops.dequantize_float8)
 def _dequantize_float8(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     g, every = e.graph, torch.arange(256, dtype=torch.uint8)
     values = ops.dequantize_float8(every[None], torch.ones(1), (256,), a["exponent"]).numpy()
@@ -230,7 +231,7 @@ def _segments(e: Emitter, a: Arguments, taps: int) -> list[_Weight]:
 # --- layers -----------------------------------------------------------------------------------------------------
 
 
-@emits(ops.quant_linear)
+@EMITTERS.emits(ops.quant_linear)
 def _quant_linear(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     parts = _channels(e, e.last(a["x"]), a["segments"])
     return _contraction(e, a, parts, _segments(e, a, 1), e.shape(node), node.name)
@@ -243,7 +244,7 @@ def _channels(e: Emitter, x: str, segments: list[int]) -> list[str]:
     return e.graph.ops("Split", len(segments), x, e.graph.ints(*segments), axis=-1)
 
 
-@emits(ops.quant_conv2d)
+@EMITTERS.emits(ops.quant_conv2d)
 def _quant_conv2d(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     """Emits a convolution: a Gather collects the taps of each row from the pixels.
 
@@ -351,7 +352,7 @@ def _rest(
 # --- attention --------------------------------------------------------------------------------------------------
 
 
-@emits(ops.quant_attention)
+@EMITTERS.emits(ops.quant_attention)
 def _quant_attention(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     """Emits a quantized attention on codes converted to floats.
 

@@ -7,10 +7,6 @@ import operator
 import pytest
 import torch
 
-from mpq_compiler.backends.onnx import (
-    float_ops,  # noqa: F401  (they fill EMITTERS)
-    integer_ops,  # noqa: F401  (they fill EMITTERS)
-)
 from mpq_compiler.backends.onnx.emit import EMITTERS
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import aten
