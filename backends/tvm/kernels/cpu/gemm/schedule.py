@@ -1,0 +1,119 @@
+"""The schedule of one kernel: chunks of rows, slices of k, and how the input is read. It emits nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mpq_compiler.backends.tvm.kernels.cpu.isa import Isa
+from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment, WeightLayout
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import FEW_SEGMENTS, QuantMatmul
+
+PANEL_BYTES = 256 * 1024
+"""Gathered activations of a chunk, about: a quarter to a half of the L2 cache of a core."""
+MOST_ROWS, LEAST_ROWS = 512, 96
+"""Rows of a chunk, where there are that many: enough to make up for unpacking the weights."""
+SLICE_BYTES = 24 * 1024
+"""Weights of a slice, with room for activations and sums beside them in an L1 cache of 32 KiB or more."""
+SLICED_ROWS = 36
+"""Up to so many rows weights are read slice by slice."""
+PIECES = 16
+"""Pieces of work, at least, where there are so many tiles: then threads get equal parts, nearly."""
+
+
+class Schedule:
+    """All that is decided before code is emitted.
+
+    p, isa, w:   the problem; the ISA as its layout of weights takes it; that layout
+    tile:        the micro-kernel
+    direct:      dot products read the input itself, not a gathered copy
+    unpacks:     weights are unpacked, or made wider, before they are multiplied
+    paired:      units of two rows lie together in memory (`copies` of each pixel, `together` rows in a unit)
+    image_height, image_width: extent of the padded image that the kernel reaches, of a convolution
+    most_rows, least_rows: of a chunk
+    pixels:      of the gathered copy
+    samples, bands, band, band_height: of a convolution: samples of a chunk, or bands of a sample; their rows of outputs
+                 and of inputs
+    parts:       that the tiles of a chunk and block are shared in
+    slices:      how many a run of k is cut into, for each segment; none where all of k is one
+    most_tiles, usual_tiles: of a chunk
+    aligned:     steps that share bytes are always neighbours in a run
+    """
+
+    def __init__(self, problem: QuantMatmul, isa: Isa) -> None:
+        self.p, self.w = problem, WeightLayout(problem, isa)
+        self.isa = isa = self.w.isa
+        self.tile = self.w.tile if self.w.tile.rows and problem.tile else self.w.fitted()
+        # Where channels are whole steps of k and codes are used as they are, the input needs no copy.
+        self.direct = problem.pointwise and isa.reads_codes and self.w.channels == problem.segments
+        self.unpacks = problem.bits < 8 or isa.weight != "int8"
+        # Units of two rows lie together in memory where the second is always the next pixel of a line. Each row is in
+        # one of them, or in two: where the first may be any pixel.
+        self.paired = isa.unit == 2 and problem.rows > 1 and (problem.pointwise or problem.out_width % 2 == 0)
+        self.together = 2 if self.paired else 1
+        self.copies = 2 if self.paired and (not problem.pointwise or problem.rows % 2) else 1
+        if not problem.pointwise:
+            # Extent of the padded image that the kernel reaches.
+            self.image_height = (problem.out_height - 1) * problem.stride[0] + problem.kernel[0]
+            self.image_width = (problem.out_width - 1) * problem.stride[1] + problem.kernel[1]
+        self._size_chunks()
+        self._size_slices()
+
+    def _size_chunks(self) -> None:
+        """Sets most_rows, least_rows, pixels, parts and, for images, samples and bands of a chunk."""
+        p = self.p
+        pixel = sum(self.w.channels) * (2 if self.isa.activation == "int16" else self.copies)
+        if p.pointwise:
+            rows = max(min(PANEL_BYTES // pixel, MOST_ROWS), LEAST_ROWS)
+            self.most_rows = self.pixels = rows // self.tile.rows * self.tile.rows
+            self.least_rows = p.rows  # or more than a tile has
+            chunks = -(-p.rows // self.most_rows)
+        else:
+            image = self.image_height * self.image_width * pixel
+            self.samples = max(1, min(PANEL_BYTES // image, -(-MOST_ROWS // p.rows)))
+            bands = min(-(-image // PANEL_BYTES), max(1, p.rows // LEAST_ROWS), p.out_height)
+            self.band = -(-p.out_height // bands)
+            self.bands = chunks = -(-p.out_height // self.band)
+            self.band_height = (self.band - 1) * p.stride[0] + p.kernel[0]
+            self.most_rows = self.samples * self.band * p.out_width
+            self.least_rows = (p.out_height - (self.bands - 1) * self.band) * p.out_width
+            self.pixels = self.samples * self.band_height * self.image_width
+        rows = min(self.most_rows, p.rows)
+        self.parts = max(1, min(-(-PIECES // (chunks * self.w.blocks)), rows // (2 * self.tile.rows)))
+
+    def _size_slices(self) -> None:
+        """Sets slices, most_tiles, usual_tiles and aligned."""
+        p, w, tile = self.p, self.w, self.tile
+        self.most_tiles, self.usual_tiles = (-(-n // tile.rows) for n in (self.most_rows, min(p.rows, self.most_rows)))
+        runs = [self.runs(Segment(j))[1] // self.isa.kpack for j in range(len(p.segments))]
+        begins = [sum(w.segment_steps[:j]) for j in range(len(p.segments))]
+        self.aligned = not any(n % w.pack for n in (*runs, *begins))
+        self.slices: list[int] = []
+        if len(p.segments) <= FEW_SEGMENTS and self.usual_tiles * tile.rows <= SLICED_ROWS:
+            most = SLICE_BYTES // (tile.vectors * self.isa.vector)
+            for run in runs:
+                fitting = (n for n in range(1, run + 1) if run % n == 0 and run // n <= most)
+                self.slices.append(next(fitting, 1))
+            if sum(self.slices) * p.kernel[0] == 1:
+                self.slices = []
+        if self.slices:
+            self.parts = 1  # or each of them would read all weights
+
+    @property
+    def nanoseconds(self) -> float:
+        """Time of a sample, at the rate of dot products of a core or of reading weights from memory."""
+        p = self.p
+        products = 8 * self.isa.vector / self.isa.parts
+        return max(p.rows * p.reduction * p.outputs / products, p.reduction * p.outputs * p.bits / 160)
+
+    def runs(self, j: Segment) -> tuple[int, int, int]:
+        """Vertical taps, values in a row at each of them, and the distance from one to the next."""
+        c = self.w.channels[j.first]
+        return self.p.kernel[0], self.p.kernel[1] * c, 0 if self.p.pointwise else self.image_width * c
+
+    def plane(self, j: Segment) -> Any:
+        """Where segment j begins in the gathered activations."""
+        return self.pixels * j.before(self.w.channels)
+
+    def entry(self, j: Segment, m: Any, group: Any) -> Any:
+        """Where row m, of a sample of that time group, finds segment j's scale and zero point."""
+        return m if self.p.dynamic else j.index * self.p.groups + group
