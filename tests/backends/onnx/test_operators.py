@@ -212,7 +212,7 @@ def identifier(case):
 @pytest.mark.parametrize("case", CASES, ids=identifier)
 def test_operator(case, first, tmp_path):
     program, inputs = program_of(*case, first)
-    stored = {n: onnx_models.storage.Stored(t.numpy(), n) for n, t in program.tensors.items()}
+    stored = {n: onnx_models.stored_tensors.Stored(t.numpy(), n) for n, t in program.tensors.items()}
     model = onnx_models.session(onnx_models.write(program, tmp_path, stored))
     for batch in (1, B):
         some = {name: value[:batch] for name, value in inputs.items()}
