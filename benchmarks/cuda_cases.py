@@ -17,10 +17,10 @@ import numpy as np
 import torch
 import tvm
 
-from mpq_compiler.backends.tvm.kernels.problems import attention
-from mpq_compiler.backends.tvm.kernels.cpu import fast_attention as cpu_fast_attention
+from mpq_compiler.backends.tvm import kernels as templates
 from mpq_compiler.backends.tvm.kernels.cuda import fast_attention, gemm, weights, wgmma
 from mpq_compiler.backends.tvm.kernels.cuda import weight_only as cuda_weight_only
+from mpq_compiler.backends.tvm.kernels.problems import attention
 from mpq_compiler.backends.tvm.kernels.problems import fast_attention as problems
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable, WeightOnly
@@ -177,8 +177,7 @@ def functions(case: Case, level: int) -> dict[str, Any]:
 
 def library(case: Case, level: int, folder: Path) -> Path:
     """The library of a case, for GPUs of one compute capability; compiled where it is not there."""
-    rooms = [Path(module.__file__ or "").parent for module in (gemm, cpu_fast_attention)]
-    sources = b"".join(path.read_bytes() for room in rooms for path in sorted(room.glob("*.py")))
+    sources = b"".join(path.read_bytes() for path in sorted(Path(templates.__path__[0]).rglob("*.py")))
     path = folder / f"{hashlib.sha256(repr(case).encode() + sources).hexdigest()[:24]}-sm{level}.so"
     if not path.is_file():
         partial = path.with_suffix(".partial")

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import documents
 from benchmarks.machine import provenance
 from mpq_compiler.backends.tvm.kernels.cuda import fast_attention, gemm, wgmma
+from mpq_compiler.backends.tvm.kernels.cuda.gemm import tiles
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.backends.tvm.toolchain import machine_code
@@ -91,7 +92,7 @@ def tile(problem: QuantMatmul | FastAttention) -> str:
     if isinstance(problem, FastAttention):
         own = fast_attention.tile(problem)
         return f"{own.queries} x {own.keys}"
-    found = gemm.tile(problem)
+    found = tiles.tile(problem)
     return f"{found.rows} x {found.columns}"
 
 

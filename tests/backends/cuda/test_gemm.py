@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tvm")
-from mpq_compiler.backends.tvm.kernels.cuda import gemm, weights, wgmma
+from mpq_compiler.backends.tvm.kernels.cuda import weights, wgmma
+from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel as gemm
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.backends.tvm.toolchain import machine_code

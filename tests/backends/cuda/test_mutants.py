@@ -10,20 +10,19 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tvm")
-from mpq_compiler.backends.tvm.kernels.problems import attention
 from mpq_compiler.backends.tvm.kernels.cuda import attention as cuda_attention
 from mpq_compiler.backends.tvm.kernels.cuda import (
     fast_attention,
     float_products,
     float_units,
-    gemm,
     norms,
     weight_only,
     weights,
     wgmma,
 )
+from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel as gemm
+from mpq_compiler.backends.tvm.kernels.problems import attention, float_gemm
 from mpq_compiler.backends.tvm.kernels.problems import fast_attention as fast_attention_problems
-from mpq_compiler.backends.tvm.kernels.problems import float_gemm
 from mpq_compiler.backends.tvm.kernels.problems import norms as norms_problems
 from mpq_compiler.backends.tvm.kernels.problems.attention import Attention
 from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable, WeightOnly

@@ -15,7 +15,6 @@ from tvm_ffi import structural_equal
 from mpq_compiler.backends.tvm.kernels.common import dequantize, stored, vmath
 from mpq_compiler.backends.tvm.kernels.cuda import (
     float_units,
-    gemm,
     movement,
     norms,
     pointwise,
@@ -25,6 +24,7 @@ from mpq_compiler.backends.tvm.kernels.cuda import (
     threads,
     weights,
 )
+from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel as gemm
 from mpq_compiler.backends.tvm.kernels.problems.movement import Gather, Movement
 from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul

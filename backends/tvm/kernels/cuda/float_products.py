@@ -18,8 +18,9 @@ from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.template import Buffers, span, store, unravel
-from mpq_compiler.backends.tvm.kernels.cuda import bfloat16, gemm
-from mpq_compiler.backends.tvm.kernels.cuda.gemm import Tile
+from mpq_compiler.backends.tvm.kernels.cuda import bfloat16
+from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel, tiles
+from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import Tile
 from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, flat, local, primfunc
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
 from mpq_compiler.backends.tvm.kernels.problems import float_gemm
@@ -63,7 +64,7 @@ def build(problem: Linear | Conv2d, name: str) -> PrimFunc:
     def body(batch: Any, buffers: Buffers) -> None:
         own = replace(in_bytes(problem), epilogue=problem.epilogue)
         named = buffers | {"tiles": buffers["weight"], "out": buffers["y"]}
-        Kernel(own, gemm.tile(own, TILES), named).emit(batch)
+        Kernel(own, tiles.tile(own, TILES), named).emit(batch)
 
     return primfunc(name, arguments(problem), body)
 
@@ -93,7 +94,7 @@ def build_pack(problem: Linear | Conv2d, name: str) -> PrimFunc:
     return primfunc(name, pack_arguments(problem), body)
 
 
-class Kernel(gemm.Kernel):
+class Kernel(kernel.Kernel):
     instruction, sum_type = bfloat16.MMA, "float32"
     _has_border = False
     """Pixels of the border are zeros, as `_fetch` gives what is not there."""

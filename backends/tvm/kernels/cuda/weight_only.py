@@ -1,8 +1,8 @@
 """Products in bfloat16 whose weights stay in codes of 2 to 8 bits in memory: `float_products` of what these decode to.
 
 Codes are decoded on their way to shared memory, as activations are rounded there: each thread looks up 8 or 16 of them
-(`gemm.looked_up`), makes floats of the bytes (below), and rounds what `common.dequantize` would have made. So no bit
-of a result depends on where a weight is decoded.
+(`looked_up`), makes floats of the bytes (below), and rounds what `common.dequantize` would have made. So no bit of a
+result depends on where a weight is decoded.
 
 A byte b in the lowest bits of the float 2^23 makes it 2^23 + b. Bytes are signed, and have 128 added by `BIASED`.
 """
@@ -20,8 +20,9 @@ from tvm.tirx import PrimFunc
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.stored import stored_code
 from mpq_compiler.backends.tvm.kernels.common.template import Buffers, span, store, unravel
-from mpq_compiler.backends.tvm.kernels.cuda import bfloat16, float_products, gemm
-from mpq_compiler.backends.tvm.kernels.cuda.gemm import byte_perm, looked_up
+from mpq_compiler.backends.tvm.kernels.cuda import bfloat16, float_products
+from mpq_compiler.backends.tvm.kernels.cuda.gemm import tiles
+from mpq_compiler.backends.tvm.kernels.cuda.gemm.lookup import byte_perm, looked_up
 from mpq_compiler.backends.tvm.kernels.cuda.threads import each, flat, local, primfunc
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, Fragments
 from mpq_compiler.backends.tvm.kernels.problems import dequantize
@@ -102,7 +103,7 @@ def build(problem: WeightOnly, name: str) -> PrimFunc:
 
     def body(batch: Any, buffers: Buffers) -> None:
         own = replace(float_products.in_bytes(problem.product), epilogue=problem.product.epilogue)
-        _Kernel(problem.table, own, gemm.tile(own, float_products.TILES), buffers | {"out": buffers["y"]}).emit(batch)
+        _Kernel(problem.table, own, tiles.tile(own, float_products.TILES), buffers | {"out": buffers["y"]}).emit(batch)
 
     return primfunc(name, arguments(problem), body)
 

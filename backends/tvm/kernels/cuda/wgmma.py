@@ -18,8 +18,9 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common.template import Buffers, store
-from mpq_compiler.backends.tvm.kernels.cuda import gemm
-from mpq_compiler.backends.tvm.kernels.cuda.gemm import ONES, Tile
+from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel, tiles
+from mpq_compiler.backends.tvm.kernels.cuda.gemm.kernel import ONES
+from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import Tile
 from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, primfunc
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
@@ -38,17 +39,17 @@ def build(problem: QuantMatmul, name: str) -> PrimFunc | None:
         return None
 
     def body(batch: Any, buffers: Buffers) -> None:
-        Kernel(problem, tile(problem), buffers, gemm.most_splits(problem)).emit(batch)
+        Kernel(problem, tile(problem), buffers, tiles.most_splits(problem)).emit(batch)
 
-    return primfunc(name, gemm.parameters(problem), body)
+    return primfunc(name, kernel.parameters(problem), body)
 
 
 def tile(problem: QuantMatmul) -> Tile:
     """That of `gemm.tile`, where each of four warps has all rows and a quarter of the channels."""
-    return replace(gemm.tile(problem), down=1, across=4)
+    return replace(tiles.tile(problem), down=1, across=4)
 
 
-class Kernel(gemm.Kernel):
+class Kernel(kernel.Kernel):
     x_align = PERIOD
 
     def _allocate(self) -> None:

@@ -1,25 +1,9 @@
-"""Quantized linear layers and convolutions on integer tensor cores; arithmetic as of `cpu.gemm`.
-
-A block of threads makes a tile of rows x output channels, in steps of 64 values of k. Activations are copied to shared
-memory in chunks of 16 values, several steps ahead (`cp.async`); a row of 64 bytes has its 4 chunks swapped by its
-number, so that `ldmatrix` meets no bank twice. Weights are copied as they lie (`weights.Fragments`) and read by the
-lanes that need them; below 8 bits they are looked up in registers (`__byte_perm`).
-
-A convolution is the same product with other addresses: what depends on the row alone (the pixel under the first tap) is
-computed once; a chunk's tap and channel are shared by all rows of a thread. Pixels of the border are copied from where
-zero points stand; rows and taps that do not exist are zero.
-
-Sums of activations, which weights with an offset ask for, are one more product, with ones.
-
-Where tiles are too few for a GPU, several blocks share the k axis of one: their sums of integers go to memory, and a
-second grid adds them up and finishes, to the same bits.
-"""
+"""The kernel of integer products: what a block of threads copies, multiplies and stores."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
@@ -30,6 +14,8 @@ from tvm.tirx import PrimFunc
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.epilogue import apply, quantizer
 from mpq_compiler.backends.tvm.kernels.common.template import Buffers, store, unravel
+from mpq_compiler.backends.tvm.kernels.cuda.gemm.lookup import looked_up
+from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import BLOCKS, Tile, most_splits, tile
 from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, flat, grid, local, primfunc, shared, strided
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
 from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument
@@ -49,60 +35,6 @@ __forceinline__ __device__ void {name}(void* target, const void* own, const void
 """A copy from one of two places, without a branch: TVM's expressions choose between numbers, not between pointers."""
 NOWHERE = -(1 << 24)
 """A line outside of every image."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """rows, columns: of a block of threads. down, across: its warps. stages: steps in shared memory at once."""
-
-    rows: int
-    columns: int
-    down: int = 2
-    across: int = 2
-    stages: int = 3
-
-    @property
-    def threads(self) -> int:
-        return 32 * self.down * self.across
-
-    @property
-    def row_fragments(self) -> int:
-        """Of 16 rows, of a warp."""
-        return self.rows // self.down // 16
-
-    @property
-    def column_fragments(self) -> int:
-        """Of 16 columns, of a warp."""
-        return self.columns // self.across // CHANNELS
-
-
-TILES = Tile(128, 128), Tile(128, 64), Tile(64, 64)
-
-
-def tile(problem: QuantMatmul, tiles: Sequence[Tile] = TILES) -> Tile:
-    """The largest that columns divide into and rows fill; the largest of all only for one segment.
-
-    Several have a second set of sums, of floats.
-    """
-    for found in tiles[:-1] if len(problem.segments) == 1 else tiles[1:-1]:
-        if Fragments(problem).outputs % found.columns == 0 and problem.rows >= found.rows:
-            return found
-    return tiles[-1]
-
-
-BLOCKS = 128
-"""Of threads that a GPU is to have; Orin has 16 processors, an A100 108."""
-LEAST_STEPS = 8
-"""Of a block of threads, so that filling its stages is worth it."""
-
-
-def most_splits(problem: QuantMatmul) -> int:
-    """How many blocks share the k axis of a tile, for one sample; several segments have an order of their sums."""
-    if len(problem.segments) > 1:
-        return 1
-    w, own = Fragments(problem), tile(problem)
-    tiles = -(-problem.rows // own.rows) * (w.outputs // own.columns)
-    return max(1, min(BLOCKS // tiles, w.steps // LEAST_STEPS))
 
 
 def arguments(problem: QuantMatmul) -> list[Argument]:
@@ -130,10 +62,6 @@ def build(problem: QuantMatmul, name: str) -> PrimFunc:
         Kernel(problem, tile(problem), buffers, most_splits(problem)).emit(batch)
 
     return primfunc(name, parameters(problem), body)
-
-
-def byte_perm(low: Any, high: Any, selector: Any) -> Expr:
-    return T.call_pure_extern("uint32", "__byte_perm", low, high, selector)
 
 
 class Kernel:
@@ -702,16 +630,3 @@ def _selector(bits: int, word: Callable[[int], Any], ks: int, h: int, kk: int) -
     place = 2 * h + kk
     moved = plane << T.uint32(2 - place) if place < 2 else plane >> T.uint32(place - 2)
     return low | moved & T.uint32(0x4444)
-
-
-def looked_up(table: list[Any], selector: Any) -> Any:
-    """The bytes of a table of 4, 8 or 16 entries that 4 nibbles select."""
-    if len(table) == 1:
-        return byte_perm(table[0], T.uint32(0), selector)
-    if len(table) == 2:
-        return byte_perm(table[0], table[1], selector)
-    chosen = vmath.keep(selector)
-    within = vmath.keep(chosen & T.uint32(0x7777))
-    low, high = byte_perm(table[0], table[1], within), byte_perm(table[2], table[3], within)
-    half = chosen >> T.uint32(1) & T.uint32(0x4444)  # of each byte, as what selects it from the one or the other
-    return byte_perm(low, high, half | T.uint32(0x3210))

@@ -1,0 +1,63 @@
+"""Tiles of integer products, and how many blocks of threads share one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, Fragments
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows, columns: of a block of threads. down, across: its warps. stages: steps in shared memory at once."""
+
+    rows: int
+    columns: int
+    down: int = 2
+    across: int = 2
+    stages: int = 3
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.down * self.across
+
+    @property
+    def row_fragments(self) -> int:
+        """Of 16 rows, of a warp."""
+        return self.rows // self.down // 16
+
+    @property
+    def column_fragments(self) -> int:
+        """Of 16 columns, of a warp."""
+        return self.columns // self.across // CHANNELS
+
+
+TILES = Tile(128, 128), Tile(128, 64), Tile(64, 64)
+
+
+def tile(problem: QuantMatmul, tiles: Sequence[Tile] = TILES) -> Tile:
+    """The largest that columns divide into and rows fill; the largest of all only for one segment.
+
+    Several have a second set of sums, of floats.
+    """
+    for found in tiles[:-1] if len(problem.segments) == 1 else tiles[1:-1]:
+        if Fragments(problem).outputs % found.columns == 0 and problem.rows >= found.rows:
+            return found
+    return tiles[-1]
+
+
+BLOCKS = 128
+"""Of threads that a GPU is to have; Orin has 16 processors, an A100 108."""
+LEAST_STEPS = 8
+"""Of a block of threads, so that filling its stages is worth it."""
+
+
+def most_splits(problem: QuantMatmul) -> int:
+    """How many blocks share the k axis of a tile, for one sample; several segments have an order of their sums."""
+    if len(problem.segments) > 1:
+        return 1
+    w, own = Fragments(problem), tile(problem)
+    tiles = -(-problem.rows // own.rows) * (w.outputs // own.columns)
+    return max(1, min(BLOCKS // tiles, w.steps // LEAST_STEPS))
