@@ -81,7 +81,7 @@ def test_an_artifact_with_other_tiles_gives_the_same_bits(tmp_path):
         tiles = weight_layout.tiles(templates.resolve(kernel.problem), ISAS[TARGET])
         return [(*tile, 1.0 - i / 100 * 9) for i, tile in enumerate(tiles)]
 
-    tuned, tiles = tune.tuned(lowered, target, last_is_fastest, building._sources(), packed.kernel_cache())
+    tuned, tiles = tune.tuned(lowered, target, last_is_fastest, building.sources(), packed.kernel_cache())
     assert tiles and {request for request, _ in asked} == {"tune"}
     assert {k for k in tuned.kernels() if k.template == "prepare"} - {*lowered.kernels()}, "weights lie otherwise"
     outputs, libraries = [], []
