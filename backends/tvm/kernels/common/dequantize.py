@@ -13,7 +13,7 @@ from mpq_compiler.backends.tvm.kernels.problems.dequantize import TILE_ROWS, Deq
 
 
 def stored_rows(problem: DequantizeTable, b: Buffers, begin: Any) -> StoredRows:
-    """What reads the codes, from row `begin` on."""
+    """Make the reader of codes, from row `begin` on."""
     return StoredRows(b, (problem.rows, problem.columns), problem.bits, problem.widths, begin)
 
 

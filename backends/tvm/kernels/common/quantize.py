@@ -13,7 +13,7 @@ from mpq_compiler.backends.tvm.kernels.common.template import Buffers
 from mpq_compiler.backends.tvm.kernels.problems.quantize import TimeGroup
 
 SMALLEST_SCALE = 2.0**-24
-"""As `ops.SMALLEST_SCALE`, whose module imports torch."""
+"""The least scale of a dynamic quantizer: a copy of `ops.SMALLEST_SCALE`, whose module imports torch."""
 
 
 def dynamic_scale(low: Expr, high: Expr, bits: int) -> tuple[Expr, Any]:

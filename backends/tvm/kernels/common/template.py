@@ -59,8 +59,10 @@ def primfunc(
 
 
 def register_file(isa: str) -> str:
-    """``wide``: 32 registers of 16 lanes (AVX-512). ``narrow``: 8 vectors of 16 lanes or about that many
-    (AVX2: 16 registers of 8 lanes; NEON: 32 of 4)."""
+    """``wide`` for 32 registers of 16 lanes (AVX-512), ``narrow`` for about 8 vectors of 16 lanes.
+
+    AVX2 has 16 registers of 8 lanes, NEON 32 of 4.
+    """
     return "wide" if "avx512" in isa else "narrow"
 
 
@@ -192,12 +194,12 @@ def each_vector(extent: int, body: Callable[[Any, int], None], most: int = LANES
 
 
 def vectors(extent: int, most: int = LANES) -> int:
-    """How many `each_vector` takes."""
+    """How many vectors `each_vector` takes."""
     return -(-extent // width(extent, most))
 
 
 def some_vectors(extent: int, first: Any, end: Any, body: Callable[[Any, int], None], most: int = LANES) -> None:
-    """Those of `each_vector` from number `first` to `end`."""
+    """The vectors of `each_vector` from number `first` to `end`."""
     lanes = width(extent, most)
     with T.serial(first, end) as i:
         body(i * lanes if extent % lanes == 0 else T.min(i * lanes, extent - lanes), lanes)

@@ -71,7 +71,7 @@ def splat(x: Expr, count: int) -> Expr:
 
 
 def cast(x: Expr, base: str) -> Expr:
-    """x with elements of type `base`; x itself where they are."""
+    """Cast x to elements of type `base`; x itself where they are."""
     target = _vector(base, lanes(x))
     return x if str(x.ty) == target else tirx.Cast(target, x)
 
@@ -207,17 +207,17 @@ def local() -> dict[str, Any]:
 
 
 def fma(a: Expr, b: Expr, c: Expr) -> Expr:
-    """a * b + c, rounded once."""
+    """The sum a * b + c, rounded once."""
     return _dialect.get().fma(a, b, c)
 
 
 def mul(a: Expr, b: Expr) -> Expr:
-    """a * b, rounded, and never contracted with a later addition."""
+    """The product a * b, rounded, and never contracted with a later addition."""
     return _dialect.get().mul(a, b)
 
 
 def div(a: Expr, b: Expr) -> Expr:
-    """a / b (IEEE), and never turned into a product that is contracted with a later addition."""
+    """The quotient a / b (IEEE), never turned into a product that is contracted with a later addition."""
     return _dialect.get().div(a, b)
 
 
@@ -242,7 +242,7 @@ def binade(x: Expr) -> Expr:
 
 
 def square(x: Expr) -> Expr:
-    """x * x."""
+    """The square x * x."""
     let = Lets()
     x = let(x, "x")
     return let.close(mul(x, x))
@@ -263,7 +263,7 @@ def at_most(x: Expr, high: Expr) -> Expr:
 
 
 def clamp(x: Expr, low: Expr, high: Expr) -> Expr:
-    """x limited to [low, high], which are never NaN; NaN in x passes through."""
+    """Limit x to [low, high], which are never NaN; NaN in x passes through."""
     return at_most(at_least(x, low), high)  # each selects to one instruction on x86, which a nest does not
 
 
@@ -292,7 +292,7 @@ def compare(relation: Callable[[Expr, Expr], Expr]) -> Callable[[Expr, Expr], Ex
 
 
 def where(condition: Expr, a: Expr, b: Expr) -> Expr:
-    """a where the condition is not 0, else b."""
+    """Select a where the condition is not 0, else b."""
     return tirx.Select(tirx.NE(condition, f32(0.0, lanes(condition))), a, b)
 
 
@@ -332,8 +332,10 @@ def _exp2_of_product(
 
 
 def exp2_unchecked(x: Expr, factor: float = 1.0, coefficients: Sequence[float] = EXP2) -> Expr:
-    """2^(x*factor) for |x*factor| <= 126, by adding to the exponent field. NaN payloads may be lost: for
-    callers in which NaN reaches the result by another way."""
+    """2^(x*factor) for |x*factor| <= 126, by adding to the exponent field.
+
+    NaN may be lost: callers let it reach the result by another way.
+    """
     let = Lets()
     x = let(x, "x")
     p, t = _exp2_of_product(let, x, factor, coefficients)
@@ -360,7 +362,7 @@ def exp2(x: Expr) -> Expr:
 
 
 def _scale(let: Lets, p: Expr, t: Expr) -> Expr:
-    """p * 2^n, where n is the integer held by t = n + MAGIC, in two factors: 2^n alone may not be a float."""
+    """The product p * 2^n, n the integer held by t = n + MAGIC, in two factors: 2^n alone may not be a float."""
     count = lanes(p)
     n = let(as_int(t) - i32(0x4B400000, count), "n")
     half = let(tirx.shift_right(n, i32(1, count)), "half")
@@ -394,7 +396,7 @@ def sigmoid(x: Expr) -> Expr:
 
 
 def silu(x: Expr) -> Expr:
-    """x * sigmoid(x), within 1.2e-7 * max(1, |x|); -inf gives -1.4e-36."""
+    """The product x * sigmoid(x), within 1.2e-7 * max(1, |x|); -inf gives -1.4e-36."""
     let = Lets()
     count = lanes(x)
     x = let(at_least(x, f32(-87.0, count)), "x")
@@ -424,7 +426,7 @@ TANH_DENOMINATOR = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900
 
 
 def _odd_rational(x: Expr, limit: float, above: Sequence[float], below: Sequence[float]) -> Expr:
-    """x * P(x^2) / Q(x^2) with x limited to [-limit, limit] and the result to [-1, 1]."""
+    """The rational x * P(x^2) / Q(x^2), with x limited to [-limit, limit] and the result to [-1, 1]."""
     let = Lets()
     count = lanes(x)
     x = let(clamp(x, f32(-limit, count), f32(limit, count)), "x")

@@ -209,11 +209,11 @@ class Body:
 
     @property
     def _steps(self) -> int:
-        """Of a score's sum."""
+        """How many terms the sum of a score has."""
         return self.problem.dim
 
     def _first_maximum(self, j: int) -> Any:
-        """With what the maximum of a block's scores starts."""
+        """The value that the maximum of a block's scores starts from."""
         return self.highest[self._at(0, j)]
 
     def _start(self, j: int) -> Any:
@@ -229,7 +229,7 @@ class Body:
         return total
 
     def _rescale(self, new: Buffer) -> None:
-        """What sums up to here are multiplied by, as the maximum moves to `new`."""
+        """The factor that sums so far are multiplied by, as the maximum moves to `new`."""
         for j in range(self.vectors):
             at = self._at(0, j)
             store(self.rescale, vmath.exp2_nonpositive(self.highest[at] - new[at]), at)

@@ -42,7 +42,7 @@ def instructions() -> Iterator[None]:
 
 
 def dot(total: Any, a: Any, b: Any) -> Any:
-    """total + the products of the two bfloat16 in each int32 of a and b, 16 lanes."""
+    """Add the products of the two bfloat16 in each int32 of a and b to `total`, 16 lanes."""
     return T.call_pure_extern("float32x16", "mpq_dpbf16", total, a, b)
 
 

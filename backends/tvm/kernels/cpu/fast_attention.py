@@ -66,7 +66,7 @@ def build(problem: FastAttention | Ready, isa: str = "avx512vnni", name: str = "
 # ------------------------------------------------------------------------------------------------- expressions
 
 def _dot_codes(total: Any, unsigned: Any, signed: Any) -> Any:
-    """total + the products of the four u8 and s8 in each int32, 16 lanes."""
+    """Add the products of the four u8 and s8 in each int32 to `total`, 16 lanes."""
     bytes_ = tirx.reinterpret("uint8x64", unsigned), tirx.reinterpret("int8x64", signed)
     return tirx.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", total, *bytes_)
 
@@ -98,7 +98,7 @@ def _larger(a: Any, b: Any) -> Any:
 
 
 def _least(count: int) -> Any:
-    """With what the search for a largest magnitude starts."""
+    """The value that the search for a largest magnitude starts from."""
     return as_int(f32(targets_numerics.SMALLEST, count))
 
 

@@ -123,8 +123,11 @@ def _pack(plan: Plan, weight: Callable[[Any, Any], Any], panel: Buffer) -> None:
 
 @dataclass(frozen=True)
 class _Block:
-    """Some vectors of outputs, for all rows: sample, image and where it starts, quantizer, rows of a tile, first
-    output and place in the packed weight of each vector."""
+    """Some vectors of outputs, for all rows.
+
+    It holds sample, image and where that starts, quantizer, rows of a tile, and of each vector its first output and
+    place in the packed weight.
+    """
 
     b: Any
     x: Buffer
@@ -163,7 +166,7 @@ class _Body:
             (self._dot if plan.form == "dot" else self._panels)(b, x, start)
 
     def _multiply(self, a: Any, b: Any, total: Any) -> Any:
-        """total + a * b, of two words all products."""
+        """Add a * b to `total`; of two words, all products."""
         return bfloat16.dot(total, a, b) if self.in_words else fma(a, b, total)
 
     # ---------------------------------------------------------------------------------------- the image
@@ -400,7 +403,7 @@ class _Body:
 
     @property
     def _nanoseconds(self) -> float:
-        """Of a sample, at the rate of multiplication or of reading weights from memory."""
+        """How long a sample takes, at the rate of multiplication or of reading weights from memory."""
         return max(self.plan.rows / 16, 1 / 4) * self.plan.outputs * self.plan.terms
 
     def _dot_over_samples(self, batch: Any) -> None:

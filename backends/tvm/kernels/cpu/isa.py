@@ -122,9 +122,10 @@ class Isa:
         return min(self.tiles, key=work)
 
     def narrowed(self, outputs: int, channels: int) -> Isa:
-        """The same registers for few outputs, several lanes for each, where that pads channels little.
+        """The variant for few outputs: several lanes of a register for each, where that pads channels little.
 
-        With smull for any number of them: there a whole register for each takes activations as they lie in memory.
+        smull takes it for any number of outputs: with a whole register for each, it reads activations as they lie in
+        memory.
         """
         if self.instruction == "smull" and -channels % 16 <= channels // 4:
             return replace(self, kpack=16, split=4, parts=4, tiles=(Tile(1, 4),), load_steps=1)
@@ -138,8 +139,11 @@ class Isa:
         return replace(self, lanes=lanes, kpack=kpack, split=self.split * split, tiles=tiles, load_steps=1)
 
     def grouped(self, channels: int) -> Tile:
-        """The micro-kernel for K-groups of so many channels: registers hold the sums of a group, those of all groups so
-        far and, where scaling them is most of the work, what that takes."""
+        """The tile for K-groups of so many channels.
+
+        Registers hold the sums of a group, those of all groups so far, and what scaling takes where that is most of the
+        work.
+        """
         most = self.tiles[0]
         return Tile(-(-most.vectors // 2), most.rows // self.unit - (channels < 64) * self.unit)
 
@@ -158,7 +162,7 @@ class Isa:
         return replace(tile, rows=min(range(top, min(least, top) - 1, -self.unit), key=work))
 
     def dot(self, acc: Expr, activations: Expr, weights: Expr) -> Expr:
-        """acc + the dot products of each 32-bit lane. Operands are vectors of the gathered types.
+        """Add the dot products of each 32-bit lane to `acc`. Operands are vectors of the gathered types.
 
         With usmmla acc are the sums of a unit as `joined` makes them, and the activations are `kpack` of each row.
         """
@@ -181,7 +185,7 @@ class Isa:
         return tirx.call_llvm_pure_intrin(i32, f"llvm.x86.avx512.vpdpbusd.{32 * self.words}", acc, activations, weights)
 
     def sums(self, acc: Expr, values: Expr, weights: Expr) -> Expr:
-        """acc + products of `vector` values and weights, each added to some lane of it."""
+        """Add the products of `vector` values and weights to `acc`, each to some lane of it."""
         if self.instruction != "usmmla":
             return self.dot(acc, values, weights)
         for part in zip(_parts(values, 2), _parts(weights, 2), strict=True):
@@ -316,7 +320,7 @@ ISAS: Mapping[str, Isa] = {
         Isa("aarch64-i8mm", "usmmla", 4, 8, "uint8", "int8", _TBL, _TILES_I8MM, load_steps=2, loss=0.04, unit=2),
     )
 }
-"""By the name of the target."""
+"""Instruction sets, by the name of the target."""
 
 
 def isa(name: str) -> Isa:

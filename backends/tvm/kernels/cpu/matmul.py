@@ -32,7 +32,7 @@ from mpq_compiler.backends.tvm.kernels.problems.lanes import width
 from mpq_compiler.backends.tvm.kernels.problems.matmul import TERMS, Access, Matmul, arguments
 
 MOST_ROWS = 12
-"""Of a tile."""
+"""Rows of the largest tile."""
 STACK = 4096
 """Elements of a packed operand that still lie on the stack."""
 

@@ -44,7 +44,10 @@ class Template:
 
 
 def _portable(name: str, build: Callable[[Any, str, str], PrimFunc]) -> Template:
-    """A template whose kernels have the signature of every device. build: (problem, name of the ISA, name)"""
+    """A template whose kernels have the signature of every device.
+
+    build: (problem, name of the ISA, name) -> the kernel
+    """
     signature = SIGNATURES[name]
     return Template(
         lambda problem, isa: signature.arguments(problem),

@@ -42,13 +42,19 @@ THREADS = 32 * WARPS
 ROOM = 48 * 1024
 """Bytes of shared memory that a kernel has without asking for more."""
 REGISTERS = 216
-"""Of a thread, for what `Tile.registers` counts; the others are for addresses and what is computed."""
+"""Registers of a thread for what `Tile.registers` counts; the others hold addresses and intermediate values."""
 ALL_LANES = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
 class Tile:
-    """fragments: of 16 queries, of a warp. keys: of a step. columns: of the output's dimensions, of a block."""
+    """How a block of threads shares an attention.
+
+    dim:       dimensions of a head
+    fragments: of 16 queries, of a warp
+    keys:      of a step
+    columns:   dimensions of the output that a block computes
+    """
 
     dim: int
     fragments: int
@@ -57,12 +63,12 @@ class Tile:
 
     @property
     def steps(self) -> int:
-        """Of 16 dimensions, of a score's sum."""
+        """Steps, of 16 dimensions each, of the sum of a score."""
         return -(-self.dim // 16)
 
     @property
     def queries(self) -> int:
-        """Of a block of threads."""
+        """Queries of a block of threads."""
         return WARPS * 16 * self.fragments
 
     @property
@@ -77,12 +83,12 @@ class Tile:
 
     @property
     def words(self) -> int:
-        """Of shared memory."""
+        """Words of shared memory, for keys and values of all stages."""
         return STAGES * (self.keys * self.key_pitch + self.keys // 2 * self.value_pitch)
 
     @property
     def registers(self) -> int:
-        """Of a thread, for queries, outputs and scores, and for what there is of each row."""
+        """Registers of a thread for queries, outputs, scores, and what is kept of each row."""
         return self.fragments * (4 * self.steps + -(-self.columns // 8) * 4 + self.keys // 2 + 16)
 
 

@@ -31,7 +31,7 @@ from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 TILES = Tile(128, 128, 2, 4, stages=2), Tile(128, 64, 4, 2, stages=2), Tile(64, 64, stages=2)
 """More warps than `gemm` has for as many outputs: each has the floats of a step in registers besides."""
 BYTES = 2
-"""Of a channel in bfloat16."""
+"""Bytes of a channel in bfloat16."""
 VALUES = CHUNK // BYTES
 """Channels of a chunk."""
 
@@ -47,7 +47,7 @@ def in_bytes(problem: Linear | Conv2d) -> QuantMatmul:
 
 
 def arguments(problem: Linear | Conv2d) -> list[Argument]:
-    """As of `problems.float_gemm`, with the weights of `pack_arguments`."""
+    """The buffers of `problems.float_gemm` in calling order, with the weight as `pack_arguments` lays it out."""
     panel = pack_arguments(problem)[1]
     return [replace(a, shape=panel.shape) if a.name == "weight" else a for a in float_gemm.arguments(problem)]
 
@@ -95,6 +95,8 @@ def build_pack(problem: Linear | Conv2d, name: str) -> PrimFunc:
 
 
 class Kernel(kernel.Kernel):
+    """The product of bfloat16: the tiles and stages of the integer product, with floats rounded as they are fetched."""
+
     instruction, sum_type = bfloat16.MMA, "float32"
     _has_border = False
     """Pixels of the border are zeros, as `_fetch` gives what is not there."""
@@ -145,7 +147,7 @@ class Kernel(kernel.Kernel):
                         store(self.floats, vmath.f32(0.0, together), place)
 
     def _put(self, step: Any, stage: Any) -> None:
-        """What `_fetch` has read, to shared memory."""
+        """Write what `_fetch` has read to shared memory."""
         words = local(CHUNK // 4, "uint32")
         for i in range(self.copies):
             for k in range(CHUNK // 4):

@@ -35,7 +35,7 @@ from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNor
 
 
 def workspaces(problem: Norm) -> list[Argument]:
-    """Of group norm: mean and rstd [B, groups]."""
+    """The memory between the grids of group norm: mean and rstd [B, groups]; none for other norms."""
     if not isinstance(problem, GroupNorm):
         return []
     return [Argument(name, (BATCH, problem.groups)) for name in ("mean", "rstd")]
@@ -113,7 +113,7 @@ def _group_norm(problem: GroupNorm, batch: Any, buffers: Buffers) -> None:
     names = [(f"x{i}", n) for i, n in enumerate(problem.parts)] or [("x", channels)]
 
     def read(sample: Any, row: Any, channel: Any) -> Expr:
-        """Of the tensors side by side."""
+        """The value of a channel of the tensors side by side."""
         parts = {name: (flat(buffers[name]), n) for name, n in names}
         value: Any = None
         before = channels

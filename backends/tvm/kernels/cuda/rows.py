@@ -39,7 +39,7 @@ class Rows:
         self.finish = Finish(replace(epilogue, steps=steps[first:]), buffers)
 
     def put(self, value: Expr, sample: Any, row: Any, channel: Any) -> None:
-        """What the steps behind a rotation make of a value, stored."""
+        """Apply the steps behind a rotation to a value and store it."""
         done = self.finish(value, sample, (row,), channel, self.finish.quantizer(sample))
         if self.into is None:
             store(self.buffers["y"], done, sample, row, channel)

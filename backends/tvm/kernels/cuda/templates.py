@@ -54,7 +54,7 @@ def _portable(
 
 
 def _by_numerics(f32: Callable[..., Any], bf16: Callable[..., Any]) -> Callable[..., Any]:
-    """What is given a problem first, for those in float32 and for those in bfloat16."""
+    """A function of a problem and more: `f32` for problems in float32, `bf16` for those in bfloat16."""
     return lambda problem, *name: (bf16 if problem.numerics == BF16 else f32)(problem, *name)
 
 

@@ -15,11 +15,11 @@ from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, s
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 
 THREADS = 256
-"""Of a block, where they do not share anything."""
+"""Threads of a block in kernels whose threads share nothing."""
 
 
 def primfunc(name: str, arguments: Sequence[Argument], body: Callable[[Any, Buffers], None]) -> PrimFunc:
-    """As `template.primfunc`; `body` launches grids, one after the other."""
+    """A kernel for GPUs, made as `template.primfunc` does; `body` launches grids, one after the other."""
     with vmath.dialect(vmath.CUDA):
         return template.primfunc(name, arguments, body, s_tir=False)
 

@@ -30,10 +30,10 @@ from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable, WeightOnly
 
 LANES = 64
-"""Of a step of a fragment: its 2 units, 32 lanes each, with 8 codes in each."""
+"""Lanes of a step of a fragment: 2 units of 32 lanes, with 8 codes in each lane."""
 BIASED = 0x80808080
 TWO_23 = 0x4B000000
-"""As a float."""
+"""Bits of the float 2^23. A byte put into its lowest bits adds that integer to it, so that codes become floats."""
 
 
 def words(bits: int) -> tuple[int, str]:
@@ -53,7 +53,7 @@ def pack_arguments(problem: WeightOnly) -> list[Argument]:
 
 
 def arguments(problem: WeightOnly) -> list[Argument]:
-    """As of `float_products`, the weight that of `pack_arguments`; what else is stored of it before the result."""
+    """The buffers of `float_products` with the weight of `pack_arguments` and its table; the result comes last."""
     *own, y = float_products.arguments(problem.product)
     own = [replace(pack_arguments(problem)[1], name="weight") if a.name == "weight" else a for a in own]
     return [*own, *(a for a in dequantize.arguments(problem.table)[:-1] if a.name != "codes"), y]
@@ -151,7 +151,7 @@ class _Kernel(float_products.Kernel):
             store(self.weights, decoded[span(0, 4)], span(target, 4))
 
     def _weight(self, bytes_: Expr, i: int, scale: Expr, channel: Any) -> Expr:
-        """Of byte i, as `common.dequantize.dequantize_row` computes it."""
+        """The weight that byte i codes, computed as `common.dequantize.dequantize_row` does."""
         value = tirx.reinterpret("float32", byte_perm(bytes_, T.uint32(TWO_23), T.uint32(0x7440 + i)))
         weight = vmath.mul(value - vmath.f32(2.0**23 + 128, 1), scale)
         if self.table.offset is None:

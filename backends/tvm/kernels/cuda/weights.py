@@ -61,22 +61,22 @@ class Fragments:
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """Of a tap, for each segment."""
+        """Chunks of a tap, for each segment."""
         return tuple(-(-c // CHUNK) for c in self.problem.segments)
 
     @property
     def units(self) -> tuple[int, ...]:
-        """Of each segment."""
+        """Units of each segment."""
         return tuple(-(-self.taps * chunks * CHUNK // UNIT) for chunks in self.chunks)
 
     @property
     def first_units(self) -> tuple[int, ...]:
-        """Where the segments begin."""
+        """The unit at which each segment begins."""
         return tuple(itertools.accumulate((0, *self.units[:-1])))
 
     @property
     def first_channels(self) -> tuple[int, ...]:
-        """Of the segments in the input."""
+        """The channel of the input at which each segment begins."""
         return tuple(itertools.accumulate((0, *self.problem.segments[:-1])))
 
     @property
@@ -95,7 +95,7 @@ class Fragments:
 
     @property
     def words(self) -> int:
-        """Of a lane in a fragment."""
+        """Words of a lane in a fragment."""
         return self.problem.bits
 
     def buffers(self) -> list[Argument]:
@@ -117,7 +117,7 @@ class Fragments:
         return self.outputs + (0 if self.problem.dynamic else CHUNK // 4)
 
     def place(self, word: Any, lane: Any) -> Any:
-        """Of a word of a lane in a fragment: lanes read up to four neighbours at once."""
+        """The index of a word of a lane in a fragment. Lanes read up to four neighbouring words at once."""
         together = min(4, self.words)
         if self.words <= 4:
             return lane * together + word

@@ -30,11 +30,14 @@ PERIOD = 8 * STEP
 LAYOUT = PERIOD >> 4 | 2 << 30
 """The upper half of an operand in shared memory (PTX ISA, 9.7.17.5.1.2.2): chunks are swapped in rows of 64 bytes."""
 ADDRESS = (1 << 18) - 1
-"""Its bits that an operand has, in units of 16 bytes."""
+"""The bits of an address in shared memory that an operand has, in units of 16 bytes."""
 
 
 def build(problem: QuantMatmul, name: str) -> PrimFunc | None:
-    """As `gemm.build`. None: K-groups stay with its instruction, as their sums become floats every few steps."""
+    """Build the kernel of an integer product on wgmma; None for K-groups.
+
+    They stay with the instruction of `gemm.build`, as their sums become floats every few steps.
+    """
     if len(problem.segments) > 1:
         return None
 
@@ -45,11 +48,13 @@ def build(problem: QuantMatmul, name: str) -> PrimFunc | None:
 
 
 def tile(problem: QuantMatmul) -> Tile:
-    """That of `gemm.tile`, where each of four warps has all rows and a quarter of the channels."""
+    """The tile of `gemm.tiles`, whose four warps have all rows and a quarter of the channels each."""
     return replace(tiles.tile(problem), down=1, across=4)
 
 
 class Kernel(kernel.Kernel):
+    """The integer product on wgmma: weights are decoded in registers, activations lie in shared memory."""
+
     x_align = PERIOD
 
     def _allocate(self) -> None:
@@ -91,9 +96,9 @@ class Kernel(kernel.Kernel):
             T.evaluate(T.ptx.wgmma.wait_group.sync.aligned(0))
 
     def _add_codes(self, stage: Any, ks: int) -> None:
-        """Of the row of the thread: where a tile has half as many as threads, two have the same.
+        """Add the codes of the thread's row to its sum; where a tile has half as many rows as threads, two threads do.
 
-        All chunks of a step count, in whatever order: in this one no bank is met twice.
+        The chunks of a step may come in any order: in this one no bank is met twice.
         """
         row = self._row_of_thread()
         for k in range(UNIT // CHUNK):

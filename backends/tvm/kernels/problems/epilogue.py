@@ -86,7 +86,7 @@ class Epilogue:
 
     @property
     def quantize(self) -> int | None:
-        """The same as `bits`: truthy when the epilogue ends in a quantizer."""
+        """Bits of the quantizer that ends the epilogue; None where there is none."""
         return self.bits
 
     @property

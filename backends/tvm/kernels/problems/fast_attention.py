@@ -40,7 +40,7 @@ class Ready:
 
 
 def outputs(problem: FastAttention | Ready) -> list[Argument]:
-    """Of `Ready`."""
+    """The buffers that a kernel of `Ready` writes."""
     made = targets_numerics.ready_shapes(problem.numerics, problem.keys, problem.heads, problem.dim)
     return [Argument(name, (BATCH, *shape), kind) for name, (shape, kind) in made.items()]
 

@@ -129,6 +129,7 @@ class Plan:
 
 
 def plan_of(problem: Linear | Conv2d) -> Plan:
+    """The sum that a product is: its rows, groups, and the terms of an output, in words of its numerics."""
     per_word = PACKED[BF16] if problem.numerics == BF16 else 1
     if isinstance(problem, Linear):
         return Plan(
@@ -228,5 +229,5 @@ def _weight_shape(problem: Linear | Conv2d) -> Shape:
 
 
 def pack_arguments(problem: Linear | Conv2d) -> list[Argument]:
-    """Of the kernel of `build_pack`."""
+    """The buffers of a kernel of `build_pack` in calling order: the weight, and the panel that it writes."""
     return [Argument("weight", _weight_shape(problem)), _panel(problem, "panel")]

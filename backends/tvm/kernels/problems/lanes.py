@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 LANES = 16
-"""Of every vector; LLVM splits them on narrower machines."""
+"""Lanes of every vector; LLVM splits vectors on narrower machines."""
 
 
 def width(extent: int, most: int = LANES) -> int:

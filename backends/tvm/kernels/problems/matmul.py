@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument
 
 TERMS = 256
-"""Of a block of the sum: part of the arithmetic, the same for every target."""
+"""Terms of a block of the sum. It is part of the arithmetic, and therefore equal on every target."""
 
 
 @dataclass(frozen=True)

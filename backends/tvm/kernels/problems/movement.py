@@ -137,7 +137,7 @@ def slice_(
 
 
 def expand(shape: Shape, target: Shape, dtype: str = "float32") -> Movement:
-    """x broadcast to `target` from the right; an input without batch may gain one."""
+    """Broadcast to `target` from the right; an input without batch may gain one."""
     padded = (1,) * (len(target) - len(shape)) + tuple(shape)
     if any(s not in (1, t) for s, t in zip(padded, target, strict=True)):
         raise ValueError(f"{shape} does not broadcast to {target}")
@@ -149,7 +149,7 @@ def expand(shape: Shape, target: Shape, dtype: str = "float32") -> Movement:
 
 def pad(shape: Shape, before: Sequence[int], after: Sequence[int], fill: float = 0.0,
         dtype: str = "float32") -> Movement:  # fmt: skip
-    """x with `before` and `after` more elements in each dimension, of value `fill`; none along the batch."""
+    """Pad with `before` and `after` elements of value `fill` in each dimension; none along the batch."""
     target = tuple(
         BATCH if extent == BATCH else int(extent) + b + a for extent, b, a in zip(shape, before, after, strict=True)
     )

@@ -139,7 +139,7 @@ class QuantMatmul:
         return ("B", *(self.height, self.width)[: self.rank - 2], self.channels)
 
     def output_shape(self) -> Shape:
-        """Of the result; that of the buffer it is written to is [B, into[0]] where `into` is given."""
+        """Shape of the result; the buffer that it is written to has [B, into[0]] where `into` is given."""
         return ("B", *(self.out_height, self.out_width)[: self.rank - 2], self.outputs)
 
 
@@ -181,7 +181,9 @@ def stored_arguments(problem: QuantMatmul) -> list[Argument]:
 
 
 def calling(problem: QuantMatmul, weights: Sequence[Argument]) -> list[Argument]:
-    """The buffers of a kernel in calling order, the output last. weights: what `prepare` makes
+    """The buffers of a kernel in calling order, the output last.
+
+    weights: what `prepare` makes
 
     ``x`` and ``group``; ``act_scale``, ``act_zero``; the weights; the epilogue's operands, ``qscale`` and ``qzero``
     where it quantizes; ``out``, and ``full``, what the quantizer reads, where the epilogue keeps it. Dynamic

@@ -186,7 +186,10 @@ class Accumulation:
                 self._step(here, d + e, (d + e) % self.sets, word, fresh)
 
     def _step(self, k: Any, d: int, number: int, word: Callable[[Any], Expr], fresh: bool) -> None:
-        """Step k + d of the weights, into accumulators of one set. word: row -> its activations in that step"""
+        """Accumulate step k + d of the weights into one set of accumulators.
+
+        word: row -> its activations in that step
+        """
         isa, tile, (first, lines, apart) = self.isa, self.tile, self.prefetched
         for line in range(lines if d % isa.load_steps == 0 else 0):
             at = quotient(k + d, isa.load_steps) * lines + line
@@ -203,7 +206,7 @@ class Accumulation:
             save(isa.dot(load(number, v), isa.spread(words), column), number, v)
 
         def unit(u: Any, load: Load, save: Save) -> None:
-            """Those of a unit and all registers."""
+            """The accumulators of a unit and all registers."""
             with T.unroll(0, tile.vectors) as v:
                 cell(v, u, load, save)
 

@@ -46,7 +46,7 @@ def loop(extent: Any, body: Callable[[Any], None]) -> None:
 
 
 def quotient(a: Any, b: Any) -> Any:
-    """a // b for a >= 0 and b > 0, without the corrections for signs that TVM would add."""
+    """The quotient a // b for a >= 0 and b > 0, without the corrections for signs that TVM would add."""
     return a if isinstance(b, int) and b == 1 else tirx.truncdiv(a, b)
 
 

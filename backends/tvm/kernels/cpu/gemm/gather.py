@@ -201,7 +201,7 @@ class Rows:
             vector(count - lanes)
 
     def _pair_pixels(self, count: Any, apart: int) -> None:
-        """units = each step of a pixel and, behind it, that of the pixel so far `apart`, of the first `count` ones."""
+        """Pair the first `count` pixels into `units`: each step of one, then that of the pixel `apart` behind it."""
         size, every = self.isa.kpack, 2 // self.s.copies
 
         def segment(j: Segment) -> None:
@@ -286,7 +286,7 @@ class Rows:
         sum_each(self.isa.name, self.activations, sums, to, count, least, start, stride, width)
 
     def _zeros(self, _: Any, lanes: int) -> Expr:
-        """What pads channels."""
+        """The value that pads channels."""
         return zeros(self.isa, lanes)
 
     def zeros_of(self, j: Segment, m: Any, group: Any) -> Expr:

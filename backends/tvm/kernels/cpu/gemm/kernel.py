@@ -116,7 +116,7 @@ class Kernel:
         tall = self.s.tile.rows
 
         def first_row(t: Any) -> Any:
-            """Of tile t; the last one may overlap."""
+            """Number of the first row of tile t; the last tile may overlap the one before."""
             return opaque(T.min(t * tall, rows - tall))
 
         def tiles() -> None:
@@ -179,7 +179,7 @@ class Kernel:
                     r, at = first_row(t), product(j, t)
 
                     def initial(i: Any, v: Any, at: Any = at) -> Expr:
-                        """What the slices before have left."""
+                        """The sums that the slices before have left."""
                         return self.products[span(at + (i * tile.vectors + v) * lanes, lanes)]
 
                     weights = self.block.weights(begin, 0, self.s.unpacks and t == first)
@@ -223,7 +223,9 @@ class Kernel:
         loop(tile.rows, lambda i: self.finish.row(tile, products, scaled, i, r + i, T.bind(groups[i])))
 
     def _scale_groups(self, tile: Tile, r: Any, groups: Buffer, scaled: Buffer, t: Any, fresh: Any) -> None:
-        """scaled = bias + the products of all segments with their scales, in order, f32 [tile.rows, vectors, lanes].
+        """Sum the bias and the scaled products of all segments into `scaled`, in order.
+
+        Its shape is [tile.rows, vectors, lanes], in float32.
 
         Of many segments each is scaled as soon as it is summed, so that one product is held at a time. What dynamic
         rows have of their own, and the bias, is left to `Finish.row`.

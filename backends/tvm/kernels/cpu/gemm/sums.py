@@ -64,7 +64,7 @@ def sum_each(
         return fold(totals[0]) if together == 1 else folds([totals[r] for r in range(together)])
 
     def vectors() -> None:
-        """As many sums at once as a register has lanes; the last ones may overlap."""
+        """Sums as many rows at once as a register has lanes; the last ones may overlap."""
         with T.serial(0, quotient(count + (lanes - 1), lanes)) as n:
             i = T.bind(T.min(n * lanes, count - lanes))
             store(sums, rows(i, lanes), span(to + i, lanes))

@@ -20,7 +20,9 @@ FEW_AHEAD = 8 * 1024
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a tile. Register v of step k of them is
+    """The weights of a tile.
+
+    Register v of step k of them is
 
     ``decoded(k - d, d, v)`` from the stored codes, where `fresh` is true, and then `keep` stores it for tiles to come;
     ``ready(k, v)`` where it is not. first: all are to be stored before the first is used.
@@ -90,8 +92,9 @@ class Block:
         return Weights(fresh, first, by_packs, decoded, ready, keep)
 
     def ahead(self, begin: Any, steps: int, t: Any) -> tuple[Any, int, Any]:
-        """Where tile t of rows, in steps [begin, begin + steps), finds weights to prefetch; lines for each
-        `Isa.load_steps` of them; and bytes from one to the next.
+        """(where tile t of rows finds weights to prefetch in steps [begin, begin + steps), lines, bytes between them).
+
+        So many lines are asked for in each `Isa.load_steps` steps.
 
         All tiles together ask for the weights behind those steps, one tile after another; who comes when all are
         asked for stays at one line. Few rows (t is None) have no time for that much, and ask for what they need soon.

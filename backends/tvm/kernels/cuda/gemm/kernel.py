@@ -38,7 +38,7 @@ NOWHERE = -(1 << 24)
 
 
 def arguments(problem: QuantMatmul) -> list[Argument]:
-    """As of `cpu.gemm`, with the weights of `weights.Fragments`."""
+    """The buffers of `cpu.gemm` in calling order, with the weights of `weights.Fragments`."""
     return calling(problem, Fragments(problem).buffers())
 
 
@@ -302,7 +302,7 @@ class Kernel:
                     store(buffer, tirx.const(0, buffer.dtype), i)
 
     def _first(self, column: Any) -> Expr:
-        """With what the float sum of an output starts."""
+        """The value that the float sum of an output starts from."""
         late = self.p.late_zeros
         return self.b["bias"][column] if self.p.has_bias and not late else vmath.f32(0.0, 1)
 
@@ -432,7 +432,7 @@ class Kernel:
         return tirx.reinterpret("int32", self.sums[at])
 
     def _added(self, y: Expr, total: Expr, row: Any, column: Any, segment: Any) -> Expr:
-        """y with what a segment adds to it, whose products come to `total`."""
+        """Add a segment to y, whose products come to `total`: its scales and zero points applied."""
         p, b, n = self.p, self.b, self.w.outputs
         scale = b["weight_scale"][segment * n + column]
         inside = T.min(row, self.total - 1)
@@ -445,7 +445,7 @@ class Kernel:
         return vmath.fma(T.cast(total, "float32"), vmath.mul(self._scale(inside, segment), scale), y)
 
     def _scale(self, row: Any, segment: Any) -> Expr:
-        """Of the activations of a row."""
+        """The scale of the activations of a row."""
         return self.b["act_scale"][row if self.p.dynamic else segment * self.p.groups + self._group(row)]
 
     def _zero(self, row: Any, segment: Any) -> Expr:
@@ -462,7 +462,7 @@ class Kernel:
             store(self.activations, value, segment * self.own_rows + i)
 
     def _row_sum(self, i: int) -> Expr:
-        """Of the codes of number i of the rows that a thread holds sums of."""
+        """The sum of the codes of a row: number i of those that the thread holds sums of."""
         return tirx.reinterpret("int32", self.row_sums[i // 2 * 4 + i % 2 * 2])
 
     def _above_zero(self, codes: Expr, row: Any, segment: Any) -> Expr:
@@ -470,7 +470,7 @@ class Kernel:
         return codes - self._zero(row, segment) * self._values(segment)
 
     def _with_offsets(self, y: Expr, activations: Callable[[Any], Expr], row: Any, column: Any) -> Expr:
-        """y with what the offset of its channel makes of the activations, sums by segment."""
+        """Add to y what the offset of its channel makes of the activations, sums by segment."""
         if not self.p.has_offset:
             return y
         total = local(1)
@@ -547,7 +547,7 @@ class Kernel:
         return self.activations[segment * self.own_rows + i]
 
     def _store_parts(self) -> None:
-        """What a block has summed up goes to memory."""
+        """Store the sums of a block to memory."""
         outputs = self.p.outputs
 
         def keep(at: int, row: Any, column: Any) -> None:

@@ -11,6 +11,7 @@ from mpq_compiler.backends.tvm.kernels.common import vmath
 
 
 def byte_perm(low: Any, high: Any, selector: Any) -> Expr:
+    """The word whose byte i is the one of `high:low` that nibble i of the selector numbers (CUDA's __byte_perm)."""
     return T.call_pure_extern("uint32", "__byte_perm", low, high, selector)
 
 

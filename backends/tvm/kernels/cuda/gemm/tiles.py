@@ -11,7 +11,12 @@ from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 
 @dataclass(frozen=True)
 class Tile:
-    """rows, columns: of a block of threads. down, across: its warps. stages: steps in shared memory at once."""
+    """How a block of threads shares a product.
+
+    rows, columns: of the block
+    down, across:  its warps
+    stages:        steps in shared memory at once
+    """
 
     rows: int
     columns: int
@@ -25,12 +30,12 @@ class Tile:
 
     @property
     def row_fragments(self) -> int:
-        """Of 16 rows, of a warp."""
+        """Fragments of 16 rows of a warp."""
         return self.rows // self.down // 16
 
     @property
     def column_fragments(self) -> int:
-        """Of 16 columns, of a warp."""
+        """Fragments of `CHANNELS` columns of a warp."""
         return self.columns // self.across // CHANNELS
 
 
@@ -38,9 +43,9 @@ TILES = Tile(128, 128), Tile(128, 64), Tile(64, 64)
 
 
 def tile(problem: QuantMatmul, tiles: Sequence[Tile] = TILES) -> Tile:
-    """The largest that columns divide into and rows fill; the largest of all only for one segment.
+    """The largest tile that the columns divide into and the rows fill; the largest of all only for one segment.
 
-    Several have a second set of sums, of floats.
+    Several segments have a second set of sums, of floats.
     """
     for found in tiles[:-1] if len(problem.segments) == 1 else tiles[1:-1]:
         if Fragments(problem).outputs % found.columns == 0 and problem.rows >= found.rows:
@@ -49,9 +54,9 @@ def tile(problem: QuantMatmul, tiles: Sequence[Tile] = TILES) -> Tile:
 
 
 BLOCKS = 128
-"""Of threads that a GPU is to have; Orin has 16 processors, an A100 108."""
+"""Blocks of threads that keep a GPU busy; Orin has 16 processors, an A100 108."""
 LEAST_STEPS = 8
-"""Of a block of threads, so that filling its stages is worth it."""
+"""Steps that a block of threads takes at least, so that filling its stages pays."""
 
 
 def most_splits(problem: QuantMatmul) -> int:
