@@ -56,7 +56,7 @@ class Finish:
     def __call__(
         self, value: Expr, sample: Any, row: Sequence[Any], channel: Any, quant: tuple[Expr, Expr] | None
     ) -> Expr:
-        """What to store for `value`, the lanes from `channel` on of output row [sample, *row]."""
+        """Apply the epilogue to `value`, the lanes from `channel` on of output row [sample, *row]."""
         lanes = vmath.lanes(value)
 
         def load(i: int) -> Expr:

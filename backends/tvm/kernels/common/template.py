@@ -93,7 +93,7 @@ class Registers:
 
 
 class Shared:
-    """What `shared` yields: a loop that threads share, and memory that each of them has of its own."""
+    """A loop that threads share, and memory that each of them has of its own (`shared` yields it)."""
 
     def __init__(self, serial: bool) -> None:
         self.serial = serial

@@ -105,11 +105,11 @@ class Isa:
 
     @property
     def unsigned_excess(self) -> int:
-        """What an activation in the gathered form lacks against its code."""
+        """How much smaller a gathered activation is than its code: 128 where it is signed, else 0."""
         return 128 if self.activation == "int8" else 0
 
     def target(self) -> dict[str, Any]:
-        """What to compile the kernels for, as TVM takes it."""
+        """The target that the kernels are compiled for, as TVM takes it."""
         return dict(TARGETS[self.name].tvm)
 
     def tile(self, outputs: int) -> Tile:

@@ -63,7 +63,7 @@ def _store(problem: Norm, y: Buffer, value: Expr, b: Any, s: Any, c: Any) -> Non
 
 
 class _Rows:
-    """What writes the rows of a thread's share: the epilogue, with the rotation before its quantizer."""
+    """Writes the rows of a thread's share: the epilogue, with the rotation before its quantizer."""
 
     def __init__(self, problem: Norm, buffers: Buffers, sample: Any) -> None:
         self.problem, self.y, self.sample = problem, buffers["y"], sample

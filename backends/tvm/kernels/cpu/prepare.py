@@ -134,7 +134,7 @@ class _Prepare:
         return T.cast(self.b["tables"][table, code], "int32")
 
     def _kept(self, code: Any, value: Any) -> Expr:
-        """What stands for a weight in memory: its code; of rows of several widths its place in the last table."""
+        """The byte that stores a weight: its code; where rows have several widths, its place in the last table."""
         p = self.p
         if p.bits == 8:
             return value

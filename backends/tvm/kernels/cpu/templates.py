@@ -31,7 +31,7 @@ from mpq_compiler.backends.tvm.kernels.problems.signatures import SIGNATURES
 
 @dataclass(frozen=True)
 class Template:
-    """How to make the kernels of a family, for one CPU target.
+    """The functions that make the kernels of a family, for one CPU target.
 
     arguments: (problem, isa) -> buffers in calling order, the outputs last
     build:     (problem, isa, name) -> the kernel

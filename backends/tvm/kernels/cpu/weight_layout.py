@@ -119,7 +119,7 @@ class WeightLayout:
         return self.isa.vector * self.pack * self.problem.bits // 8
 
     def buffers(self) -> list[Argument]:
-        """What `prepare` makes and `gemm` reads.
+        """The buffers that `prepare` makes and `gemm` reads.
 
         tiles   the codes (int8 for 8 bits, else packed bytes)
         lut     the table of each register of output channels, repeated over its bytes

@@ -358,6 +358,6 @@ def _copy(target: Buffer, at: Any, source: Buffer, index: Any, size: int, there:
 
 
 def _of_lane(value: Expr, distance: int) -> Expr:
-    """What the lane holds whose number differs in that bit."""
+    """The value of the lane whose number differs in the bit `distance`."""
     shuffle = getattr(T.cuda, "__shfl_xor_sync")
     return keep(shuffle(T.uint32(ALL_LANES), value, distance, 32))

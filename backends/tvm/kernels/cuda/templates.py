@@ -30,7 +30,7 @@ from mpq_compiler.targets.numerics import BF16
 
 @dataclass(frozen=True)
 class Template:
-    """How to make the kernels of a family.
+    """The functions that make the kernels of a family.
 
     build:      (problem, name) -> the kernel
     arguments:  problem -> buffers in calling order, the outputs last

@@ -90,7 +90,7 @@ def flat(buffer: Buffer) -> Buffer:
 def combined(
     values: Sequence[Expr], thread: Any, threads: int, combine: Callable[[Expr, Expr], Expr] = lambda a, b: a + b
 ) -> list[Expr]:
-    """What all threads of a block hold, combined in pairs, in an order that does not change; every thread gets it."""
+    """Combine values over all threads of a block, in pairs and in a fixed order; every thread gets the results."""
     places = [shared(threads) for _ in values]
     for place, value in zip(places, values, strict=True):
         store(place, value, thread)

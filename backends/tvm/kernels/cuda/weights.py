@@ -99,7 +99,7 @@ class Fragments:
         return self.problem.bits
 
     def buffers(self) -> list[Argument]:
-        """What `build` makes and the product reads; all but the first two as of `cpu.weight_layout.WeightLayout`.
+        """The buffers that `build` makes and the product reads; from the third on, those of `WeightLayout.buffers`.
 
         tiles   the codes [fragments of channels, steps, words of lanes]: word w of lane l at place(w, l)
         lut     tables [fragments of channels, words of 4 entries]
@@ -158,7 +158,7 @@ class _Prepare:
     def emit(self) -> None:
         p, w = self.p, self.w
         self.kept = workspace(p.outputs * p.reduction, "uint8")
-        """What stands for each weight in memory: its code, or its value."""
+        """A byte for each weight: its code, or its value."""
         values = workspace(p.outputs * p.reduction, "int8")
         with each(p.outputs, 32) as i:
             rows = StoredRows(self.b, (p.outputs, p.reduction), p.bits, p.widths, i)
@@ -271,7 +271,7 @@ class _Prepare:
             store(self.b["tiles"], words[word], fragment, step, w.place(word, lane))
 
     def _nothing(self) -> Any:
-        """What stands where there is no weight: activations are zero there, or the channel is none."""
+        """The code where there is no weight: activations are zero there, or the channel is padding."""
         return T.uint32(0)
 
     def _merge(self, words: Any, code: Any, ks: int, h: int, kk: int, e: int) -> None:

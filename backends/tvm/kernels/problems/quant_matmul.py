@@ -144,7 +144,7 @@ class QuantMatmul:
 
 
 def vectors(problem: QuantMatmul, outputs: int, behind: int = 0) -> list[Argument]:
-    """What `prepare` makes beside codes and tables, for so many output channels, padded.
+    """The buffers that `prepare` makes beside codes and tables, for `outputs` channels, padding included.
 
     behind: more numbers in each row of start values
     """

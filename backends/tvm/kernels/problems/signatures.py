@@ -24,7 +24,7 @@ from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 
 @dataclass(frozen=True)
 class Signature:
-    """What a kernel is called with.
+    """The buffers that kernels of a family are called with.
 
     arguments: problem -> buffers in calling order, the outputs last
     outputs:   problem -> how many outputs there are
@@ -48,4 +48,4 @@ SIGNATURES: dict[str, Signature] = {
     "float8": Signature(float8.arguments),
     "dequantize": Signature(dequantize.arguments),
 }
-"""Those of integer products are not among them: how their weights lie in memory is a device's choice."""
+"""Signatures by family, without integer products: how their weights lie in memory is a device's choice."""

@@ -290,7 +290,7 @@ class Rows:
         return zeros(self.isa, lanes)
 
     def zeros_of(self, j: Segment, m: Any, group: Any) -> Expr:
-        """What the activations of segment j would add up to if all of row m were zero points."""
+        """The sum of the activations of segment j if all of row m were zero points."""
         p = self.p
         zero = T.cast(self.b["act_zero"][self.s.entry(j, m, group)], "int32")
         return (zero - self.isa.unsigned_excess) * (p.kernel[0] * p.kernel[1] * p.segments[j.first])

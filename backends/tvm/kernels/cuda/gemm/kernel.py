@@ -142,7 +142,7 @@ class Kernel:
     # --------------------------------------------------------------------------------------------- activations
 
     def _rows(self) -> None:
-        """What a thread copies of every step: the same chunk of some rows."""
+        """Find the rows and the chunk that a thread copies in every step: one chunk of some rows."""
         p, t = self.p, self.t
         self.copies = t.rows * (STEP // CHUNK) // t.threads
         self.chunk = T.bind(self.thread % (STEP // CHUNK))
@@ -528,7 +528,7 @@ class Kernel:
         return row * self.t.columns + T.bitwise_xor(column, row % 4 * 8 + row // 4 % 2)
 
     def _result(self, at: int, row: Any, column: Any) -> Expr:
-        """What stands in a register at the end, before the epilogue."""
+        """The result in register `at` after all steps: scales, zero points and bias applied, before the epilogue."""
         p = self.p
         if self.y is None:
             y = self._added(self._first(column), self._sum(at), row, column, 0)
@@ -542,7 +542,7 @@ class Kernel:
         return self._with_offsets(y, lambda j: self._activations(at, j), row, column)
 
     def _activations(self, at: int, segment: Any) -> Expr:
-        """Those of the row of a register, summed up (`_sum_activations`)."""
+        """The sum of the activations of a register's row in a segment (`_sum_activations`)."""
         i = at // (self.t.column_fragments * 8) * 2 + at % 4 // 2  # of the thread's own rows
         return self.activations[segment * self.own_rows + i]
 
