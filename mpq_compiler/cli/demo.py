@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from mpq_compiler.api.compile import compile
-from mpq_compiler.evaluation import image_grid, metrics
-from mpq_compiler.evaluation import painter as evaluation_painter
-from mpq_compiler.frontend import checkpoint
-from mpq_compiler.frontend import denoiser as denoisers
-from mpq_compiler.ir.interpreter import single_threaded
-from mpq_compiler.sampling import loop as sampling
+from mpq_compiler.cli.options import Commands, add_machine
 from mpq_compiler.support import terminal
 from mpq_compiler.support.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from mpq_compiler.evaluation.painter import Painter
 
 MODEL = "fashion-unet"
 ROUNDS = 7
 TIMED_BATCH = 2
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add("demo", run, "compile the bundled denoiser for this machine and draw images with both")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", default="mpq-demo", help="for picture and artifact (default: mpq-demo)"
+    )
+    parser.add_argument("--model", metavar="NAME", default=MODEL, help=f"bundled model (default: {MODEL})")
+    parser.add_argument("--weights", metavar="BUDGET", default="4", help="true average bits, or bytes as 800kB (4)")
+    parser.add_argument("--images", type=int, metavar="N", default=20, help="images in the picture (20)")
+    parser.add_argument("--steps", type=int, metavar="N", default=10, help="sampling steps (10)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier demo")
+    add_machine(parser)
+
+
+def run(args: argparse.Namespace) -> Any:
+    where, asked = Path(args.output), (args.weights, args.images, args.steps, args.overwrite)
+    return demo(where, *asked, jobs=args.jobs, cache=args.cache, model=args.model)
 
 
 def demo(
@@ -35,27 +49,22 @@ def demo(
     model: str = MODEL,
 ) -> dict[str, Any]:
     """Compiles a bundled model, draws the same noise with both, writes ``samples.png`` and prints the table."""
-    evaluation_painter.check(images, steps)
+    from mpq_compiler.api.compile import compile
+    from mpq_compiler.evaluation import image_grid, metrics
+    from mpq_compiler.evaluation.painter import check, from_artifact, from_denoiser
+    from mpq_compiler.frontend import checkpoint, denoiser
+    from mpq_compiler.ir.interpreter import single_threaded
+
+    check(images, steps)
     if model not in checkpoint.bundled():
         raise UserError(f"there is no bundled model '{model}'; {nearest(model, checkpoint.bundled())}")
     picture, output = folder / "samples.png", folder / f"{model}.mpq"
-    for existing in (picture, output):
-        if existing.exists() and not overwrite:
-            raise UserError(f"'{existing}' exists; add --overwrite, or name another folder with --output")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder '{folder}' cannot be made: {error.strerror}") from error
-    loaded = denoisers.load(model)
+    _require_new(folder, (picture, output), overwrite)
+    loaded = denoiser.load(model)
     report = compile(loaded, output, terminal.progress, weights=weights, jobs=jobs, cache=cache, overwrite=overwrite)
-    painters = [evaluation_painter.from_denoiser(loaded), evaluation_painter.from_artifact(output, threads=1)]
-    seed = painters[1].unseen
+    painters = [from_denoiser(loaded), from_artifact(output, threads=1)]
     with single_threaded():
-        drawn = []
-        for title, painter in zip(("drawing with the float model", "drawing with the artifact"), painters, strict=True):
-            with terminal.progress(title, steps) as advance:
-                varied = painter.conditioning.varied(images)
-                drawn.append(painter.decode(painter.draw(varied, images, steps, seed, progress=_stepwise(advance))))
+        drawn = _draw(painters, images, steps, seed=painters[1].unseen)
         times = _milliseconds([p.call for p in painters], painters[0])
     image_grid.grid(drawn, picture, columns=5, scale=3, titles=[f"float32 ({model})", f"compiled, {weights} bits"])
     result = {
@@ -72,15 +81,40 @@ def demo(
     return result
 
 
+def _require_new(folder: Path, outputs: tuple[Path, ...], overwrite: bool) -> None:
+    """Makes the folder. UserError: it cannot be made, or holds an output that may not be replaced."""
+    for existing in outputs:
+        if existing.exists() and not overwrite:
+            raise UserError(f"'{existing}' exists; add --overwrite, or name another folder with --output")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder '{folder}' cannot be made: {error.strerror}") from error
+
+
+def _draw(painters: list[Painter], images: int, steps: int, seed: int) -> list[Any]:
+    """Images of each painter, the float model's first, from the same noise."""
+    drawn = []
+    for title, painter in zip(("drawing with the float model", "drawing with the artifact"), painters, strict=True):
+        with terminal.progress(title, steps) as advance:
+            varied = painter.conditioning.varied(images)
+            drawn.append(painter.decode(painter.draw(varied, images, steps, seed, progress=_stepwise(advance))))
+    return drawn
+
+
 def _stepwise(advance: Callable[[int], None]) -> Callable[[int, int], None]:
     return lambda done, total: advance(1)
 
 
-def _milliseconds(calls: list[Any], painter: evaluation_painter.Painter) -> list[float]:
+def _milliseconds(calls: list[Any], painter: Painter) -> list[float]:
     """Median milliseconds of one denoiser call of each, in interleaved rounds on one thread."""
+    import numpy as np
+
+    from mpq_compiler.sampling import loop
+
     conditions = painter.conditioning.varied(TIMED_BATCH)
-    inputs: dict[str, np.ndarray] = {
-        painter.latent: sampling.gaussian(TIMED_BATCH, painter.shape, 0),
+    inputs = {
+        painter.latent: loop.gaussian(TIMED_BATCH, painter.shape, 0),
         "timestep": np.full(TIMED_BATCH, 500, np.int64),
         **painter.conditioning.arguments(conditions, TIMED_BATCH, None)["conditions"],
     }

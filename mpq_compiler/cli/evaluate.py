@@ -1,22 +1,53 @@
-"""``mpqc eval``."""
+"""`mpqc eval`: all metrics of an artifact, or of a model compiled first, against the float model."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpq_compiler.evaluation.evaluate import evaluate
-from mpq_compiler.evaluation.painter import (
-    BATCH,
-    check,
-    float_model,
-    from_artifact,
-    from_denoiser,
-    sampled_like,
-    with_conditions,
+from mpq_compiler.cli.options import (
+    Commands,
+    add_budgets,
+    add_latency_table,
+    add_lowering,
+    add_threads,
+    of_compilation,
 )
+from mpq_compiler.support import terminal
 from mpq_compiler.support.errors import UserError
+
+
+def add(commands: Commands) -> None:
+    text = "all metrics of an artifact, or of a model compiled first, against the float model"
+    parser = commands.add("eval", run, text)
+    parser.add_argument("artifact", metavar="ARTIFACT|MODEL")
+    parser.add_argument("--against", metavar="MODEL", help="the float model (default: the bundled one of its name)")
+    parser.add_argument("--images", type=int, metavar="N", default=200, help="images to draw with both (200)")
+    parser.add_argument("--eval-steps", type=int, metavar="N", default=10, help="sampling steps (10)")
+    parser.add_argument("--eval-seed", type=int, metavar="N", help="of the noise (default: calibration's and 1)")
+    add_threads(parser)
+    add_budgets(parser)
+    add_latency_table(parser)
+    add_lowering(parser)
+
+
+def run(args: argparse.Namespace) -> Any:
+    drawn = (args.images, args.eval_steps, args.eval_seed)
+    given = of_compilation(args)
+    result = evaluate_path(args.artifact, args.against, *drawn, terminal.progress, given)
+    rows = []
+    for name, value in result.items():
+        if isinstance(value, dict) and "value" in value:
+            span = f"{value['low']:.4g} .. {value['high']:.4g}" if "low" in value else ""
+            rows.append((name, f"{value['value']:.4g}", span))
+        elif isinstance(value, int | float):
+            rows.append((name, f"{value:.4g}", ""))
+        elif value is None:
+            rows.append((name, "n/a", result.get("reasons", {}).get(name, "")))
+    terminal.table(f"{args.artifact}", ("metric", "value", "95 % interval"), rows, numeric=(1,))
+    return result
 
 
 def _require_no_effect(path: str, options: Mapping[str, Any]) -> None:
@@ -61,6 +92,16 @@ def evaluate_path(
     import tempfile
 
     from mpq_compiler.artifact import bundle
+    from mpq_compiler.evaluation.evaluate import evaluate
+    from mpq_compiler.evaluation.painter import (
+        BATCH,
+        check,
+        float_model,
+        from_artifact,
+        from_denoiser,
+        sampled_like,
+        with_conditions,
+    )
     from mpq_compiler.frontend import checkpoint
 
     check(images, steps, seed or 0)

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
-from mpq_compiler.artifact import bundle
+from mpq_compiler.cli import output
+from mpq_compiler.cli.options import Commands
 from mpq_compiler.support import terminal
 from mpq_compiler.support.errors import UserError, nearest
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add("inspect", run, "look at the dumps of a compilation, or into an artifact")
+    parser.add_argument("path", metavar="DUMPS|ARTIFACT")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--pass", dest="pass_name", metavar="NAME", help="print the program after that pass")
+    what.add_argument("--diff", nargs="+", metavar="PASS", help="what a pass changed, or the difference of two")
+    what.add_argument("--bisect", action="store_true", help="the pass and the layer where the program went wrong")
+    what.add_argument("--why", metavar="LAYER", help="what decided on a layer's formats, with the numbers")
+    what.add_argument("--scores", action="store_true", help="by operation, unit and block (recipe qua2sedimo)")
+    what.add_argument("--html", metavar="FILE", help="everything as one page, charts included")
+    parser.add_argument("--layers", action="store_true", help="layer by layer: bits, bytes, loss")
+    parser.add_argument("--overwrite", action="store_true", help="replace a page that exists")
+
+
+def run(args: argparse.Namespace) -> Any:
+    path = Path(args.path)
+    if not args.html:
+        return inspect(path, args.pass_name, args.diff, args.layers, args.bisect, args.why, args.scores)
+    page = Path(args.html)
+    output.require_new(page, args.overwrite)
+    output.write_text(write_page(path), page)
+    terminal.say(f"wrote {page}")
+    return {"output": str(page)}
 
 
 def inspect(
@@ -47,15 +74,17 @@ def write_page(path: Path) -> str:
 
 
 def _is_artifact(path: Path) -> bool:
+    from mpq_compiler.artifact import bundle
+
     return (path / bundle.MANIFEST).is_file() or path.suffix == ".zip"
 
 
 def _read_dumps(path: Path) -> list[Any]:
     if _is_artifact(path):
         return []
-    from mpq_compiler.inspection import dumps as inspection_dumps
+    from mpq_compiler.inspection.dumps import read_dumps
 
-    return inspection_dumps.read_dumps(path)
+    return read_dumps(path)
 
 
 def _why(path: Path, layer: str) -> dict[str, Any]:
@@ -76,9 +105,9 @@ def _scores(path: Path) -> dict[str, Any]:
 
 
 def _bisect(path: Path) -> dict[str, Any]:
-    from mpq_compiler.inspection import bisect as inspection_bisect
+    from mpq_compiler.inspection.bisect import bisect
 
-    found = inspection_bisect.bisect(_read_dumps(path))
+    found = bisect(_read_dumps(path))
     terminal.table(
         str(path),
         ("pass", "contract", "nodes compared", "broken by", "SQNR of the output"),
@@ -100,6 +129,8 @@ def _bisect(path: Path) -> dict[str, Any]:
 
 
 def _artifact(path: Path, layers: bool) -> dict[str, Any]:
+    from mpq_compiler.artifact import bundle
+
     manifest = bundle.read(path).manifest
     plan, weights = manifest.get("plan", {}), manifest["weights"]
     rows = plan.get("layers", [])
@@ -156,7 +187,7 @@ def _table(path: Path, rows: list[dict[str, Any]], total: int) -> None:
 
 
 def _layers(path: Path) -> dict[str, Any]:
-    """What the compilation that left these dumps has decided of each layer."""
+    """The layers as the compilation that left these dumps decided on them."""
     from mpq_compiler.inspection import explain
 
     document = explain.load(path)
@@ -183,10 +214,10 @@ def _layers(path: Path) -> dict[str, Any]:
 
 
 def _dumps(path: Path, pass_name: str | None, diff: list[str] | None) -> Any:
-    from mpq_compiler.inspection import dumps as inspection_dumps
-    from mpq_compiler.ir import diff as ir_diff
+    from mpq_compiler.inspection.dumps import read_dumps
+    from mpq_compiler.ir.diff import diff as compare
 
-    dumps = inspection_dumps.read_dumps(path)
+    dumps = read_dumps(path)
     names = [d.name for d in dumps]
 
     def index(name: str) -> int:
@@ -204,7 +235,7 @@ def _dumps(path: Path, pass_name: str | None, diff: list[str] | None) -> Any:
         last = index(diff[-1])
         first = index(diff[0]) if len(diff) == 2 else last - 1
         before = dumps[first].text if first >= 0 else ""
-        text = ir_diff.diff(before, dumps[last].text)
+        text = compare(before, dumps[last].text)
         terminal.say(text or "no difference")
         return {"from": dumps[first].name if first >= 0 else None, "to": dumps[last].name, "diff": text}
     described = [{"pass": d.name, "nodes": d.nodes, "sqnr_db": d.sqnr_db} for d in dumps]

@@ -64,7 +64,7 @@ def test_its_dump_has_the_losses(tmp_path):
     changed = diff.diff(printer.text(before), text)
     lines = {line.split(" = ")[0].strip(): line for line in text.splitlines() if " = " in line}
     node = after.quantizable[-1]
-    losses = table["weights"][ir_costs.weight_path(node)]
+    losses = table["weights"][weight_path(node)]
     assert f"// loss w int2 {losses['int2']:.1e}, int8 {losses['int8']:.1e}" in lines[f"%{node.name}"]
     edge = input_edge(node).name
     said = ", ".join(f"{bits} {loss:.1e}" for bits, loss in table["activations"][edge].items())

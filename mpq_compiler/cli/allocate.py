@@ -1,0 +1,59 @@
+"""`mpqc allocate`: an allocation problem solved, or the one that a sensitivity table poses."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpq_compiler.cli import options, output
+from mpq_compiler.support import terminal
+from mpq_compiler.support.errors import UserError
+
+if TYPE_CHECKING:
+    from mpq_compiler.allocation.problem import Problem
+
+
+def add(commands: options.Commands) -> None:
+    parser = commands.add("allocate", run, "solve an allocation problem, or the one that a sensitivity table poses")
+    parser.add_argument("problem", metavar="PROBLEM.json|TABLE.json")
+    parser.add_argument("-o", "--output", metavar="FILE", help="where the solution goes, as JSON")
+    options.add_budgets(parser)
+    parser.add_argument("--gap", type=float, metavar="X", default=1e-6, help="relative gap at which to stop (1e-6)")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", default=60.0, help="when to give up (60)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+
+
+def run(args: argparse.Namespace) -> Any:
+    from mpq_compiler.allocation.solver import solve
+
+    path = Path(args.output) if args.output else None
+    if path is not None:
+        output.require_new(path, args.overwrite)
+    solution = solve(_problem(args), gap=args.gap, time_limit=args.time_limit).to_json()
+    terminal.table(
+        f"loss {solution['objective']:.6g}" + ("" if solution["optimal"] else ", not proven optimal"),
+        ("choice", "layers"),
+        sorted(collections.Counter(solution["choices"].values()).items()),
+        numeric=(1,),
+    )
+    if path is not None:
+        output.write_json(solution, path)
+    return solution
+
+
+def _problem(args: argparse.Namespace) -> Problem:
+    from mpq_compiler.allocation import pose, sensitivity_table
+    from mpq_compiler.allocation.problem import Problem
+    from mpq_compiler.driver.budgets import parse_bops, parse_budget, parse_latency
+
+    if sensitivity_table.is_table(args.problem):
+        table = sensitivity_table.load(args.problem)
+        limit = pose.byte_limit(table, *parse_budget(args.weights))
+        latency, bops = parse_latency(args.latency), parse_bops(args.bops)
+        terms = pose.Terms(args.objective == "paper-db")
+        return Problem.from_json(pose.problem(table, limit, args.activations, bops, latency, terms))
+    if args.weights or args.activations or args.bops or args.latency or args.objective:
+        raise UserError("budgets and objectives go with a sensitivity table; a problem has its own")
+    return Problem.load(args.problem)

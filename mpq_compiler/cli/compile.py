@@ -1,0 +1,120 @@
+"""`mpqc compile`: a denoiser compiled to an artifact, and what the report says of it in one table."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpq_compiler.cli import options
+from mpq_compiler.support import terminal
+
+if TYPE_CHECKING:
+    from mpq_compiler.driver.report import Report
+
+
+def add(commands: options.Commands) -> None:
+    parser = commands.add("compile", run, "compile a denoiser to an artifact")
+    parser.add_argument("model", metavar="MODEL", help="folder, hub id, or bundled name (mpqc models)")
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="artifact: a folder, or a file OUT.zip")
+    parser.add_argument("--target", default="native", help="mpqc targets lists them (default: this machine)")
+    parser.add_argument(
+        "--numerics",
+        choices=("portable", "fast"),
+        help="portable: the same bits on every CPU target (default); fast: attentions in bfloat16 and in 8 bits too, "
+        "float layers in bfloat16",
+    )
+    parser.add_argument(
+        "--tune", action="store_true",
+        help="time the tiles of the integer kernels on this machine and take the fastest; kept in the cache",
+    )  # fmt: skip
+    parser.add_argument(
+        "--emit", metavar="c",
+        help="c: also a C program, built static, that runs the artifact with nothing installed (docs/standalone.md)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--standalone", action="store_true",
+        help="also a C program that runs the artifact with TVM's runtime (docs/standalone.md)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--wheels", type=Path, metavar="DIR",
+        help="with --standalone for another architecture: TVM's wheels for it (default: what is installed)",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace an artifact that exists")
+    parser.add_argument("--dumps", type=Path, metavar="DIR", help="write the program after every pass")
+    options.add_threads(parser, "threads of a call, unless it says otherwise (default: every core it finds)")
+    options.add_budgets(parser)
+    options.add_latency_table(parser)
+    options.add_lowering(parser)
+
+
+ONLY_HERE = ("target", "overwrite", "dumps", "tune", "emit", "standalone", "wheels")
+"""Options of a compilation that no other command has."""
+
+
+def run(args: argparse.Namespace) -> Any:
+    from mpq_compiler.api.compile import compile
+
+    own = {name: getattr(args, name) for name in ONLY_HERE}
+    report = compile(args.model, args.output, terminal.progress, **options.of_compilation(args, **own))
+    for note in report.notes:
+        terminal.note(f"note: {note}")
+    terminal.table(f"{args.output} for {report.target}, recipe {report.recipe}", ("what", "value"), _summary(report))
+    for name, reason in report.fallbacks.items():
+        terminal.say(f"fallback: {name}: {reason}")
+    return report.to_json()
+
+
+def _summary(report: Report) -> list[tuple[str, object]]:
+    weights = report.weights
+    return [
+        ("weights", f"{terminal.size(weights['bytes'])}, {weights['average_bits']:.3f} true average bits"),
+        ("as f32", terminal.size(weights["float_bytes"])),
+        ("activations", f"{report.activations['average_bits']:.2f} average bits"),
+        *([("plan", terminal.additivity(report.additivity))] if report.additivity else []),
+        ("numerics", _numerics(report.numerics)),
+        ("SQNR", f"{report.quality['sqnr_db']:.2f} dB, executed by the {report.quality['executed_by']}"),
+        ("calibrated on", _calibrated(report.calibration)),
+        *([("memory", terminal.memory(report.memory))] if report.memory else []),
+        *([("latency", _predicted(report.latency))] if report.latency else []),
+        *((f"trained: {phase['phase']}", _trained(phase)) for phase in report.training),
+        ("fallbacks", len(report.fallbacks)),
+        ("artifact", f"{terminal.size(report.artifact['bytes'])}, sha256 {report.artifact['sha256'][:16]}"),
+    ]
+
+
+def _predicted(about: dict[str, Any]) -> str:
+    """What the latency table says of the artifact."""
+    budget = "" if about["budget_ms"] is None else f" of {about['budget_ms']:g} ms"
+    several = f"{about['batch']} sample(s), {about['threads']} thread(s)"
+    fixed = f"{about['fixed_ms']:.3g} ms of it in any format"
+    return f"{about['predicted_ms']:.4g} ms{budget} predicted ({several}), {fixed}"
+
+
+def _trained(phase: dict[str, Any]) -> str:
+    """What a phase of training gave."""
+    stages = phase["stages"]
+    updates = sum(stage["steps"] for stage in stages)
+    ends = [f"{-10 * math.log10(noise):.2f}" for noise in (stages[0]["before"], stages[-1]["after"])]
+    said = f"SQNR of held-out calls {' to '.join(ends)} dB" if len(stages) == 1 else f"{len(stages)} blocks"
+    return f"{said} in {updates} updates" + ("" if phase["kept"] else ", undone: held-out images were worse")
+
+
+def _numerics(about: dict[str, Any]) -> str:
+    found = [about["mode"]]
+    for what in ("attentions", "layers"):
+        counts = collections.Counter(about[what].values())
+        found += [f"{count} {what} in {kind}" for kind, count in sorted(counts.items())]
+    return ", ".join(found)
+
+
+def _calibrated(about: dict[str, Any]) -> str:
+    """Where the calibration inputs came from, in few words."""
+    if "file" in about:
+        origin = f"a file, sha256 {about['file'][:16]}"
+    else:
+        origin = f"{about['samples']} trajectories of {about['steps']} steps ({about['scheduler']})"
+    guidance = f", guidance {float(about['guidance']):g}" if float(about.get("guidance", 1)) != 1 else ""
+    return f"{about['inputs']} inputs of {origin}{guidance}, seed {about['seed']}"

@@ -1,0 +1,86 @@
+"""`mpqc generate`: images drawn with an artifact, beside those of the float model from the same noise."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpq_compiler.cli import options, output
+from mpq_compiler.support import terminal
+from mpq_compiler.support.errors import UserError
+
+if TYPE_CHECKING:
+    from mpq_compiler.evaluation.painter import Painter
+
+
+def add(commands: options.Commands) -> None:
+    parser = commands.add("generate", run, "draw images with an artifact")
+    parser.add_argument("artifact", metavar="ARTIFACT")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="PNG file")
+    parser.add_argument("--compare", metavar="MODEL", help="draw the same noise with the float model beside it")
+    parser.add_argument("--images", type=int, metavar="N", default=20, help="images in the picture (20)")
+    parser.add_argument("--steps", type=int, metavar="N", default=10, help="sampling steps (10)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the noise (default: calibration's and 1)")
+    parser.add_argument("--class", dest="label", type=int, metavar="K", help="only images of class K")
+    parser.add_argument("--prompt", metavar="TEXT", help="only images of this prompt, such as 'dark plain boot'")
+    options.add_conditions(parser)
+    options.add_threads(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace a picture that exists")
+
+
+def run(args: argparse.Namespace) -> Any:
+    from mpq_compiler.evaluation import image_grid
+    from mpq_compiler.evaluation.painter import check, from_artifact, with_conditions
+
+    picture = Path(args.output)
+    if picture.suffix.lower() != ".png":
+        raise UserError(f"-o {picture}: the picture is written as PNG; name it {picture.stem}.png")
+    output.require_new(picture, args.overwrite)
+    check(args.images, args.steps, args.seed or 0)
+    painter = with_conditions(from_artifact(args.artifact, args.threads), args.conditions)
+    seed = painter.unseen if args.seed is None else args.seed
+    conditions = painter.conditioning.chosen(args.images, args.label, args.prompt)
+    painter.conditioning.arguments(conditions, args.images, args.guidance)  # refuses before the work begins
+    painters = {"artifact": painter}
+    if args.compare:
+        painters["float model"] = _float_painter(args.compare, painter)
+    drawn = {kind: _drawn(each, kind, conditions, seed, args) for kind, each in painters.items()}
+    if args.compare:
+        image_grid.grid([drawn["float model"], drawn["artifact"]], picture, titles=["float", "compiled"])
+    else:
+        image_grid.grid(drawn["artifact"], picture)
+    terminal.say(f"wrote {args.output}")
+    asked = {"prompt": args.prompt, "class": args.label}
+    result: dict[str, Any] = {
+        "output": str(args.output),
+        "images": args.images,
+        "steps": args.steps,
+        "seed": seed,
+        "guidance": painter.conditioning.usual_guidance() if args.guidance is None else args.guidance,
+        **{name: value for name, value in asked.items() if value is not None},
+    }
+    if args.compare:
+        from mpq_compiler.evaluation.metrics import psnr_db
+
+        result["psnr_db"] = psnr_db(drawn["float model"], drawn["artifact"])
+        terminal.say(f"PSNR {result['psnr_db']:.2f} dB against {args.compare}")
+    return result
+
+
+def _float_painter(model: str, painter: Painter) -> Painter:
+    """The painter of the float model, with the sampler of the artifact's."""
+    from mpq_compiler.evaluation.painter import float_model, from_denoiser, sampled_like
+
+    return sampled_like(from_denoiser(float_model(model, painter)), painter)
+
+
+def _drawn(painter: Painter, kind: str, conditions: Any, seed: int, args: argparse.Namespace) -> Any:
+    """Images [N, channels, height, width], with a bar for their steps."""
+    from mpq_compiler.evaluation.painter import BATCH
+
+    with terminal.progress(f"drawing with the {kind}", args.steps * -(-args.images // BATCH)) as advance:
+        latents = painter.draw(
+            conditions, args.images, args.steps, seed, args.guidance, progress=lambda done, total: advance(1)
+        )
+    return painter.decode(latents)

@@ -1,0 +1,28 @@
+"""`mpqc models`: the models that ship with the package."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from mpq_compiler.cli.options import Commands
+from mpq_compiler.support import terminal
+
+
+def add(commands: Commands) -> None:
+    commands.add("models", run, "the models that ship with the package")
+
+
+def run(args: argparse.Namespace) -> Any:
+    from mpq_compiler.frontend import checkpoint
+
+    described = []
+    for name, folder in checkpoint.bundled().items():
+        config = next(folder.glob("*/config.json"))
+        size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
+        kind = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
+        described.append({"name": name, "class": kind, "bytes": size, "folder": str(folder)})
+    rows = [(d["name"], d["class"], terminal.size(d["bytes"])) for d in described]
+    terminal.table("bundled models", ("model", "class", "weights"), rows, numeric=(2,))
+    return described

@@ -1,0 +1,130 @@
+"""Commands as parsers, and the groups of options that several of them share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpq_compiler.support.errors import UserError
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+PER_CALL = "threads of a call (default: what the artifact was compiled with, else every core)"
+MEASURED_HERE = "times of kernels, by `mpqc latency` (default with --latency: measured here)"
+
+
+class Commands:
+    """The commands of a parser, each with the function that runs it (`argparse`'s default ``run``)."""
+
+    def __init__(self, subparsers: Subparsers, shared: argparse.ArgumentParser) -> None:
+        """``shared``: a parser with the options of every command."""
+        self._subparsers, self._shared = subparsers, shared
+
+    def add(self, name: str, run: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
+        """The parser of a new command. ``run`` returns the command's result as plain data; ``text`` says what it is."""
+        parser = self._subparsers.add_parser(name, parents=[self._shared], help=text, description=text)
+        parser.set_defaults(run=run)
+        return parser
+
+
+def add_machine(group: argparse._ActionsContainer) -> None:
+    cores = os.cpu_count() or 1
+    group.add_argument(
+        "--jobs", type=int, metavar="N", default=cores, help=f"workers; the result is the same (default: {cores})"
+    )
+    group.add_argument("--cache", type=Path, metavar="DIR", help="cache folder (default: the user's)")
+
+
+def add_conditions(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--guidance", type=float, metavar="X", help="classifier-free guidance (default: without)")
+    group.add_argument(
+        "--conditions", metavar="FILE", help="safetensors with conditions to sample with (docs/calibration.md)"
+    )
+
+
+def add_threads(parser: argparse.ArgumentParser, text: str = PER_CALL) -> None:
+    parser.add_argument("--threads", type=int, metavar="N", help=text)
+
+
+def add_budgets(parser: argparse.ArgumentParser) -> None:
+    """What an allocation has to keep to, and what it minimizes."""
+    budgets = parser.add_argument_group("budgets")
+    budgets.add_argument("--weights", metavar="BUDGET", help="true average bits (3.7), or bytes (40MB)")
+    budgets.add_argument("--activations", type=float, metavar="BITS", help="average bits of the activations")
+    budgets.add_argument("--bops", metavar="N", help="bit operations per sample and step: 2.5e12, 2.5T")
+    budgets.add_argument("--latency", metavar="TIME", help="of a call: 12ms, 800us (docs/latency.md)")
+    parser.add_argument(
+        "--objective",
+        choices=("noise", "paper-db"),
+        help="what is to be least: the summed noise power (default), or that of each layer in dB, summed (as in MixDQ)",
+    )
+
+
+def add_latency_table(parser: argparse.ArgumentParser, text: str = MEASURED_HERE) -> None:
+    parser.add_argument("--latency-table", metavar="FILE", help=text)
+
+
+def add_lowering(parser: argparse.ArgumentParser, table: bool = True) -> None:
+    """How a model is compiled and calibrated. ``table``: its plan is made by a sensitivity table, and trained."""
+    how = parser.add_argument_group("how to compile")
+    how.add_argument("--recipe", default="default", help="name or .toml file (mpqc recipes)")
+    how.add_argument("--pipeline", metavar="PASSES", help='passes by hand: "trace,layout,calibrate{samples=64},..."')
+    if table:
+        how.add_argument(
+            "--effort",
+            choices=("none", "fast", "balanced", "best"),
+            help="training against the float model: fast tunes scales at frozen codes (half a minute), balanced trains "
+            "weights first (8 minutes), best goes on for 30 (default: the recipe's)",
+        )
+        how.add_argument("--minutes", type=float, metavar="N", help="of training, in place of the effort's")
+    how.add_argument(
+        "--shapes",
+        help="batch x channels x height x width, comma-separated (default: batch 1 and 2); several image sizes share "
+        "the weights, and the first is calibrated",
+    )
+    if table:
+        how.add_argument("--sensitivity", metavar="TABLE.json", help="use this table instead of measuring")
+    add_machine(how)
+    _add_calibration(parser)
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    calibration = parser.add_argument_group("calibration")
+    calibration.add_argument(
+        "--calibration", metavar="FILE", help="recorded inputs, safetensors (docs/calibration.md); else by sampling"
+    )
+    calibration.add_argument(
+        "--samples", type=int, metavar="N", help="sampling trajectories (default: the recipe's, 32)"
+    )
+    calibration.add_argument(
+        "--steps", type=int, metavar="N", help="steps of each trajectory (default: the recipe's, 20)"
+    )
+    calibration.add_argument("--scheduler", metavar="FILE", help="scheduler_config.json to use instead of the model's")
+    calibration.add_argument(
+        "--prediction-type",
+        choices=("epsilon", "sample", "v_prediction"),
+        metavar="TYPE",
+        help="epsilon, sample or v_prediction (default: the scheduler's)",
+    )
+    add_conditions(calibration)
+    calibration.add_argument("--seed", type=int, metavar="N", default=0, help="of everything drawn at random (0)")
+
+
+OPTIONS = (
+    *("recipe", "pipeline", "weights", "activations", "bops", "shapes", "calibration", "samples", "steps"),
+    *("scheduler", "prediction_type", "guidance", "conditions", "sensitivity", "numerics", "seed"),
+    *("latency", "latency_table", "objective", "effort", "minutes", "threads", "jobs", "cache"),
+)
+"""Fields of `driver.options.Options` that the groups above fill."""
+
+
+def of_compilation(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """Keyword arguments of `driver.options.Options`: what the command line has of `OPTIONS`, and ``more``."""
+    given = {name: getattr(args, name) for name in OPTIONS if hasattr(args, name)}
+    if given.get("jobs", 1) < 1:
+        raise UserError(f"--jobs {given['jobs']} must be 1 or more")
+    return given | more

@@ -1,0 +1,32 @@
+"""Files that commands write: refused before the work begins, and written whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.files import check_place, write_whole
+
+
+def require_new(path: str | Path, overwrite: bool) -> None:
+    """UserError where an output cannot be written, or exists and may not be replaced."""
+    from mpq_compiler.artifact.bundle import MANIFEST
+
+    path = Path(path)
+    check_place(path)
+    if (path.parent / MANIFEST).is_file():
+        raise UserError(f"'{path.parent}' is an artifact, which another file would damage; name another place")
+    if path.is_dir():
+        raise UserError(f"'{path}' is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise UserError(f"'{path}' exists; choose another name or add --overwrite")
+
+
+def write_text(text: str, path: Path) -> None:
+    write_whole(path, lambda stream: stream.write(text.encode()))
+
+
+def write_json(document: Any, path: Path) -> None:
+    write_text(json.dumps(document, indent=1) + "\n", path)

@@ -1,0 +1,29 @@
+"""`mpqc verify`: every byte of an artifact checked, and what this machine lacks to run it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from mpq_compiler.cli.options import Commands
+from mpq_compiler.support import terminal
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add("verify", run, "check every byte of an artifact, and whether this machine can run it")
+    parser.add_argument("artifact", metavar="ARTIFACT")
+
+
+def run(args: argparse.Namespace) -> Any:
+    from mpq_compiler.artifact import bundle
+    from mpq_compiler.targets import table
+
+    manifest = bundle.read(args.artifact).manifest
+    target = manifest["target"]
+    missing = sorted(table.missing(target["arch"], target["features"], target.get("cuda", 0)))
+    terminal.say(
+        f"{args.artifact} is intact: {len(manifest['files'])} files for {target['name']}, "
+        f"sha256 {manifest['artifact_sha256'][:16]}"
+        + (f"; this machine cannot run it: it lacks {', '.join(missing)}" if missing else "")
+    )
+    return {"intact": True, "sha256": manifest["artifact_sha256"], "missing_features": missing}

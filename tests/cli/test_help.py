@@ -1,0 +1,42 @@
+"""The help of every command, quickly: it imports neither torch nor anything else that is heavy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from mpq_compiler.cli import mpqc
+
+HEAVY = ("torch", "diffusers", "numpy", "tvm", "tvm_ffi", "onnx", "onnxruntime", "highspy", "PIL")
+
+HELP = """
+import contextlib, io, sys
+from mpq_compiler.cli import mpqc
+
+for module in mpqc.COMMANDS:
+    name = module.__name__.rpartition(".")[2].replace("evaluate", "eval")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        mpqc.main([name, "--help"])
+    assert printed.getvalue().startswith(f"usage: mpqc {name} "), name
+print(sorted(set(sys.argv[1:]) & sys.modules.keys()))
+"""
+
+
+def test_help_imports_nothing_heavy() -> None:
+    command = [sys.executable, "-W", "error::DeprecationWarning", "-c", HELP, *HEAVY]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
+
+
+def test_the_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        mpqc.main(["--help"])
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith(" " * 4)]
+    modules = [module.__name__.rpartition(".")[2] for module in mpqc.COMMANDS]
+    assert [name for name in listed if name.replace("eval", "evaluate") in modules] == [
+        name.replace("evaluate", "eval") for name in modules
+    ]
