@@ -30,8 +30,8 @@ import torch
 
 from benchmarks.machine import provenance
 from mpq_compiler.api import compile
-from mpq_compiler.bench import run as bench_run
-from mpq_compiler.bench import show
+from mpq_compiler.bench.run import bench
+from mpq_compiler.bench.show import show
 from mpq_compiler.frontend import denoiser
 from mpq_compiler.support import terminal
 
@@ -120,8 +120,8 @@ def measure(name: str, folder: Path, runs: int, rounds: int, against: list[str],
         paths.append(path)
     found = []
     for _ in range(runs):
-        found.append(bench_run.bench(paths, against, source, rounds=rounds, progress=terminal.progress))
-        show.show(found[-1], kernels=False)
+        found.append(bench(paths, against, source, rounds=rounds, progress=terminal.progress))
+        show(found[-1], kernels=False)
         against = [row["name"] for row in found[-1]["rows"] if not row["name"].startswith("mpq")]
     return {"model": name, "compile_s": seconds, "runs": found, **summary(found)}
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mpq_compiler.artifact import bundle
-from mpq_compiler.bench.run import check, middle, names_of
-from mpq_compiler.bench.show import CONTROL
+from mpq_compiler.bench.rows import middle
+from mpq_compiler.bench.run import check
+from mpq_compiler.bench.subject import CONTROL, names_of
 from mpq_compiler.runtime.rpc import TIMES, Device, function_for, run_program, send_plans
 
 

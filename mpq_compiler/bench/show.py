@@ -5,31 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpq_compiler.latency import table as latency_table
+from mpq_compiler.bench.subject import OURS, REUSING
 from mpq_compiler.support import terminal
 
-OURS, CONTROL, REUSING = "mpq", "mpq control", "mpq reusing"
-
-GAIN = 0.02
-"""Share of a layer's time from which on another format counts as faster: less is noise."""
 SHOWN = 20
 """Layers that are told of, of those that would be faster otherwise."""
-
-
-def faster(row: Mapping[str, Any], others: Mapping[str, Mapping[str, float]]) -> dict[str, Any] | None:
-    """A layer beside its fastest format in the table; None where none gains anything, or nothing is known."""
-    times = others.get(latency_table.in_any_format(row["problem"]) or "", {})
-    own = latency_table.format_of(row["problem"]) or ""
-    if own not in times:
-        return None
-    best = min(times, key=times.__getitem__)
-    if times[best] > times[own] * (1 - GAIN):
-        return None
-    layer = row["layer"] or row["node"]
-    return {"layer": layer, "weights": own, "ms": times[own] / 1e3, "best": best, "best_ms": times[best] / 1e3}
-
-
-# --- for reading --------------------------------------------------------------------------------------------
 
 
 def show(found: Mapping[str, Any], kernels: bool) -> None:

@@ -14,7 +14,7 @@ from mpq_compiler import formats, schemas
 from mpq_compiler.allocation import costs, pose, sensitivity_table
 from mpq_compiler.allocation.problem import InfeasibleError
 from mpq_compiler.backends.tvm.lowering import lower
-from mpq_compiler.bench import show
+from mpq_compiler.bench.prediction import faster
 from mpq_compiler.driver import budgets, instruments, measure
 from mpq_compiler.formats import base
 from mpq_compiler.inspection import explain
@@ -173,15 +173,15 @@ def test_a_layer_stands_beside_its_fastest_format():
     }
     others = latency_table.others_of(known)
     row = {"layer": "conv.weight", "node": "conv", "problem": GEMM}
-    assert show.faster(row, others) == {
+    assert faster(row, others) == {
         "layer": "conv.weight",
         "weights": "4 bits, offsets",
         "ms": 0.01,
         "best": "8 bits",
         "best_ms": 0.008,
     }
-    assert show.faster(row | {"problem": eight}, others) is None
-    assert show.faster(row | {"problem": "norms LayerNorm(channels=3)"}, others) is None
+    assert faster(row | {"problem": eight}, others) is None
+    assert faster(row | {"problem": "norms LayerNorm(channels=3)"}, others) is None
 
 
 # --- the cost of a choice -----------------------------------------------------------------------------------
