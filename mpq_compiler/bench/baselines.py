@@ -1,6 +1,6 @@
 """The float model in torch, onnxruntime and OpenVINO, as it is and quantized as their users would.
 
-Each *variant* of a peer is a contestant of its own: f32; bfloat16, where the CPU has instructions for it; and 8 bits.
+Each *variant* of a peer is a subject of its own: f32; bfloat16, where the CPU has instructions for it; and 8 bits.
 onnxruntime's 8 bits are static QDQ with a scale a channel (`quantize_static`, u8 activations, s8 weights) of
 convolutions and products, which is faster than its default of all operators and 5 to 16 dB better; OpenVINO's are
 NNCF's post-training quantization (preset *mixed*). Both are calibrated on the same `CALIBRATION` inputs.
@@ -31,11 +31,11 @@ PEERS: Mapping[str, tuple[str, ...]] = {
     "onnxruntime": ("onnxruntime-fp32", "onnxruntime-int8"),
     "openvino": ("openvino-fp32", "openvino-bf16", "openvino-int8", "openvino-int8-bf16"),
 }
-"""The variants of each."""
+"""The variants of each peer."""
 CALIBRATION = (8, 4)
 """Trajectories and steps on whose inputs the peers' activations are ranged."""
 JUDGED = (4, 4)
-"""Trajectories and steps, of another seed, on whose inputs everybody's output is judged."""
+"""Trajectories and steps, of another seed, on whose inputs the output of every subject is judged."""
 
 
 def chosen(against: Sequence[str]) -> list[str]:
@@ -105,7 +105,7 @@ class Model:
 
     @functools.cached_property
     def onnx_int8(self) -> Path:
-        """Quantized by onnxruntime."""
+        """The float model quantized by onnxruntime, as a file."""
         from onnxruntime import quantization
 
         path = self._folder("onnxruntime-int8") / "model.onnx"
@@ -129,7 +129,7 @@ class Model:
 
     @functools.cached_property
     def openvino_int8(self) -> Path:
-        """Quantized by NNCF."""
+        """The float model quantized by NNCF, as a file."""
         with _quiet():
             import nncf
             import openvino
@@ -300,7 +300,7 @@ def _openvino_call(path: Path, inputs: Arrays, threads: int, bf16: bool) -> Call
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what quantizers tell of their progress: standard output is for our own results."""
+    """Silence the progress of quantizers: standard output is for our own results."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -312,7 +312,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def torch_threads(threads: int, wanted: bool) -> Iterator[None]:
-    """Torch on so many threads."""
+    """Run torch on so many threads within the block."""
     if not wanted or importlib.util.find_spec("torch") is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Peak memory of a contestant, counted by the operating system in a process of its own."""
+"""Peak memory of a subject, counted by the operating system in a process of its own."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def peak_memory(entries: Sequence[Subject], batch: int, threads: int) -> dict[st
 
 
 def child(request: str) -> None:
-    """Loads one contestant, calls it once, and prints its process's peak resident bytes."""
+    """Load one subject, call it once, and print the peak resident bytes of its process."""
     asked = json.loads(request)
     kind, source = asked["loader"]
     threads = asked["threads"]

@@ -49,7 +49,7 @@ def rows(
 
 
 def middle(values: Sequence[float]) -> list[float]:
-    """The range of the middle eight tenths."""
+    """The range of the middle eight tenths of values."""
     return [float(np.quantile(values, q)) for q in (0.1, 0.9)]
 
 

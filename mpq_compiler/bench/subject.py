@@ -28,6 +28,7 @@ class Subject:
 
 
 def of_artifact(path: str | Path, compiled: CompiledDenoiser, inputs: Arrays, name: str) -> Subject:
+    """The subject that calls a loaded artifact on the inputs; its bytes are those of the stored weights."""
     size = compiled.manifest["weights"]["payload_bytes"]
     return Subject(name, functools.partial(compiled.run, inputs), size, ("artifact", str(path)))
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: options.Commands) -> None:
+    """Add the command and its options to the command line."""
     parser = commands.add("allocate", run, "solve an allocation problem, or the one that a sensitivity table poses")
     parser.add_argument("problem", metavar="PROBLEM.json|TABLE.json")
     parser.add_argument("-o", "--output", metavar="FILE", help="where the solution goes, as JSON")
@@ -26,6 +27,7 @@ def add(commands: options.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> Any:
+    """Solve the problem, print how many layers have each choice, and return the solution."""
     from mpq_compiler.allocation.solver import solve
 
     path = Path(args.output) if args.output else None

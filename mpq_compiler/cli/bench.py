@@ -13,6 +13,7 @@ from mpq_compiler.support.errors import UserError
 
 
 def add(commands: Commands) -> None:
+    """Add the command and its options to the command line."""
     parser = commands.add(
         "bench", run, "the speed of artifacts on this machine, whole and kernel by kernel, beside others"
     )
@@ -40,6 +41,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> Any:
+    """Time the artifacts here or on a device, show the table, and return it (schemas/bench.json)."""
     from mpq_compiler.bench.show import show
 
     plot = Path(args.plot) if args.plot else None

@@ -11,12 +11,14 @@ from mpq_compiler.support import terminal
 
 
 def add(commands: Commands) -> None:
+    """Add the command and its options to the command line."""
     parser = commands.add("cache", run, "what the cache holds, or: clear it")
     parser.add_argument("action", nargs="?", choices=("list", "clear"), default="list")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="cache folder (default: the user's)")
 
 
 def run(args: argparse.Namespace) -> Any:
+    """List the entries of the cache by kind, or clear it; return bytes by kind, or the bytes freed."""
     from mpq_compiler.support import cache
 
     where = str(cache.folder(args.cache))

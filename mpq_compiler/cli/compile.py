@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: options.Commands) -> None:
+    """Add the command and its options to the command line."""
     parser = commands.add("compile", run, "compile a denoiser to an artifact")
     parser.add_argument("model", metavar="MODEL", help="folder, hub id, or bundled name (mpqc models)")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="artifact: a folder, or a file OUT.zip")
@@ -55,6 +56,7 @@ ONLY_HERE = ("target", "overwrite", "dumps", "tune", "emit", "standalone", "whee
 
 
 def run(args: argparse.Namespace) -> Any:
+    """Compile the model, print the summary of its report, and return the report."""
     from mpq_compiler.api.compile import compile
 
     own = {name: getattr(args, name) for name in ONLY_HERE}

@@ -21,6 +21,7 @@ TIMED_BATCH = 2
 
 
 def add(commands: Commands) -> None:
+    """Add the command and its options to the command line."""
     parser = commands.add("demo", run, "compile the bundled denoiser for this machine and draw images with both")
     parser.add_argument(
         "-o", "--output", metavar="DIR", default="mpq-demo", help="for picture and artifact (default: mpq-demo)"
@@ -34,6 +35,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> Any:
+    """Run the demo with the options of the command line."""
     where, asked = Path(args.output), (args.weights, args.images, args.steps, args.overwrite)
     return demo(where, *asked, jobs=args.jobs, cache=args.cache, model=args.model)
 

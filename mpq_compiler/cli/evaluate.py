@@ -20,6 +20,7 @@ from mpq_compiler.support.errors import UserError
 
 
 def add(commands: Commands) -> None:
+    """Add the command and its options to the command line."""
     text = "all metrics of an artifact, or of a model compiled first, against the float model"
     parser = commands.add("eval", run, text)
     parser.add_argument("artifact", metavar="ARTIFACT|MODEL")
@@ -34,6 +35,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> Any:
+    """Evaluate the artifact or model, print the metrics with their intervals, and return them."""
     drawn = (args.images, args.eval_steps, args.eval_seed)
     given = of_compilation(args)
     result = evaluate_path(args.artifact, args.against, *drawn, terminal.progress, given)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: options.Commands) -> None:
+    """Add the command and its options to the command line."""
     parser = commands.add("generate", run, "draw images with an artifact")
     parser.add_argument("artifact", metavar="ARTIFACT")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="PNG file")
@@ -30,6 +31,7 @@ def add(commands: options.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> Any:
+    """Draw the images, write the picture, and return what it was drawn with."""
     from mpq_compiler.evaluation import image_grid
     from mpq_compiler.evaluation.painter import check, from_artifact, with_conditions
 

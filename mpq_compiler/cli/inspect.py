@@ -13,6 +13,7 @@ from mpq_compiler.support.errors import UserError, nearest
 
 
 def add(commands: Commands) -> None:
+    """Add the command and its options to the command line."""
     parser = commands.add("inspect", run, "look at the dumps of a compilation, or into an artifact")
     parser.add_argument("path", metavar="DUMPS|ARTIFACT")
     what = parser.add_mutually_exclusive_group()
@@ -27,6 +28,7 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> Any:
+    """Print or write what is asked for, and return it."""
     path = Path(args.path)
     if not args.html:
         return inspect(path, args.pass_name, args.diff, args.layers, args.bisect, args.why, args.scores)

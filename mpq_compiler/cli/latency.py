@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: options.Commands) -> None:
+    """Add the command and its options to the command line."""
     parser = commands.add("latency", run, "measure how long kernels take, here or on a device, for `compile --latency`")
     parser.add_argument(
         "sources", metavar="MODEL|ARTIFACT|TABLE", nargs="+",
@@ -41,6 +42,7 @@ def add(commands: options.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> Any:
+    """Measure or merge the tables, write the result, and return it."""
     from mpq_compiler.artifact import bundle
     from mpq_compiler.latency.table import merged
 

@@ -11,10 +11,12 @@ from mpq_compiler.support import terminal
 
 
 def add(commands: Commands) -> None:
+    """Add the command and its options to the command line."""
     commands.add("models", run, "the models that ship with the package")
 
 
 def run(args: argparse.Namespace) -> Any:
+    """List the bundled models with their classes and bytes."""
     from mpq_compiler.frontend import checkpoint
 
     described = []

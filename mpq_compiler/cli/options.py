@@ -32,6 +32,7 @@ class Commands:
 
 
 def add_machine(group: argparse._ActionsContainer) -> None:
+    """Add the options of the machine that compiles: workers and the folder of the cache."""
     cores = os.cpu_count() or 1
     group.add_argument(
         "--jobs", type=int, metavar="N", default=cores, help=f"workers; the result is the same (default: {cores})"
@@ -40,6 +41,7 @@ def add_machine(group: argparse._ActionsContainer) -> None:
 
 
 def add_conditions(group: argparse._ActionsContainer) -> None:
+    """Add the options of conditional sampling: guidance and the file of conditions."""
     group.add_argument("--guidance", type=float, metavar="X", help="classifier-free guidance (default: without)")
     group.add_argument(
         "--conditions", metavar="FILE", help="safetensors with conditions to sample with (docs/calibration.md)"
@@ -47,11 +49,12 @@ def add_conditions(group: argparse._ActionsContainer) -> None:
 
 
 def add_threads(parser: argparse.ArgumentParser, text: str = PER_CALL) -> None:
+    """Add the number of threads of a call; ``text`` is its help."""
     parser.add_argument("--threads", type=int, metavar="N", help=text)
 
 
 def add_budgets(parser: argparse.ArgumentParser) -> None:
-    """What an allocation has to keep to, and what it minimizes."""
+    """Add the budgets that an allocation has to keep, and the objective that it minimizes."""
     budgets = parser.add_argument_group("budgets")
     budgets.add_argument("--weights", metavar="BUDGET", help="true average bits (3.7), or bytes (40MB)")
     budgets.add_argument("--activations", type=float, metavar="BITS", help="average bits of the activations")
@@ -65,11 +68,12 @@ def add_budgets(parser: argparse.ArgumentParser) -> None:
 
 
 def add_latency_table(parser: argparse.ArgumentParser, text: str = MEASURED_HERE) -> None:
+    """Add the file of a latency table; ``text`` is its help."""
     parser.add_argument("--latency-table", metavar="FILE", help=text)
 
 
 def add_lowering(parser: argparse.ArgumentParser, table: bool = True) -> None:
-    """How a model is compiled and calibrated. ``table``: its plan is made by a sensitivity table, and trained."""
+    """Add how a model is compiled and calibrated. ``table``: a table makes its plan, and it is trained."""
     how = parser.add_argument_group("how to compile")
     how.add_argument("--recipe", default="default", help="name or .toml file (mpqc recipes)")
     how.add_argument("--pipeline", metavar="PASSES", help='passes by hand: "trace,layout,calibrate{samples=64},..."')

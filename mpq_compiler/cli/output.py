@@ -25,8 +25,10 @@ def require_new(path: str | Path, overwrite: bool) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
+    """Write text whole, in UTF-8."""
     write_whole(path, lambda stream: stream.write(text.encode()))
 
 
 def write_json(document: Any, path: Path) -> None:
+    """Write a JSON document whole, indented, with a newline at its end."""
     write_text(json.dumps(document, indent=1) + "\n", path)

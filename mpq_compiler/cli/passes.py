@@ -13,11 +13,13 @@ WIDTH = 110
 
 
 def add(commands: Commands) -> None:
+    """Add the command and its options to the command line."""
     parser = commands.add("passes", run, "the passes, or one of them with its options")
     parser.add_argument("name", nargs="?", metavar="PASS")
 
 
 def run(args: argparse.Namespace) -> Any:
+    """List the passes, or describe one; a pass that cannot be imported is listed with the reason."""
     from mpq_compiler.pipeline import registry
     from mpq_compiler.pipeline.describe import describe_pass, pass_text
 

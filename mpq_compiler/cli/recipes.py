@@ -10,11 +10,13 @@ from mpq_compiler.support import terminal
 
 
 def add(commands: Commands) -> None:
+    """Add the command and its options to the command line."""
     parser = commands.add("recipes", run, "the recipes, or the pipeline of one")
     parser.add_argument("name", nargs="?", metavar="RECIPE")
 
 
 def run(args: argparse.Namespace) -> Any:
+    """List the recipes with their pipelines, or the one that is named."""
     from mpq_compiler.pipeline.parser import to_text
     from mpq_compiler.pipeline.recipes import load, names
 

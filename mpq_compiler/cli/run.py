@@ -13,6 +13,7 @@ from mpq_compiler.support.files import write_whole
 
 
 def add(commands: options.Commands) -> None:
+    """Add the command and its options to the command line."""
     parser = commands.add("run", run, "run an artifact once on tensors from a file")
     parser.add_argument("artifact", metavar="ARTIFACT")
     parser.add_argument("--input", required=True, metavar="FILE", help="safetensors with the inputs by name")
@@ -24,6 +25,7 @@ def add(commands: options.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> Any:
+    """Call the artifact on the tensors of the file, write the output, and return its path and shape."""
     from mpq_compiler.runtime import compiled_denoiser
     from mpq_compiler.support import tensorfile
 

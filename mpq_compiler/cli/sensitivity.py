@@ -15,6 +15,7 @@ SHOWN = 20
 
 
 def add(commands: options.Commands) -> None:
+    """Add the command and its options to the command line."""
     parser = commands.add("sensitivity", run, "measure what each layer costs in quality at each format")
     parser.add_argument("model", metavar="MODEL", help="folder, hub id, or bundled name (mpqc models)")
     parser.add_argument("-o", "--output", required=True, metavar="TABLE.json", help="for `mpqc allocate`")
@@ -25,6 +26,7 @@ def add(commands: options.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> Any:
+    """Measure the table, write it, print the most sensitive layers, and return it."""
     from mpq_compiler.driver.measure import measure_sensitivity
 
     output = Path(args.output)

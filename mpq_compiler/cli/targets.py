@@ -11,10 +11,12 @@ from mpq_compiler.support.errors import UserError
 
 
 def add(commands: Commands) -> None:
+    """Add the command and its options to the command line."""
     commands.add("targets", run, "the targets and the CPU features each needs")
 
 
 def run(args: argparse.Namespace) -> Any:
+    """List the targets, with whether this machine runs them and which of them it is."""
     from mpq_compiler.targets.table import missing_features, names, resolve
 
     native = None

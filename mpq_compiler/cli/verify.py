@@ -10,11 +10,13 @@ from mpq_compiler.support import terminal
 
 
 def add(commands: Commands) -> None:
+    """Add the command and its options to the command line."""
     parser = commands.add("verify", run, "check every byte of an artifact, and whether this machine can run it")
     parser.add_argument("artifact", metavar="ARTIFACT")
 
 
 def run(args: argparse.Namespace) -> Any:
+    """Check the digests of an artifact's files, and return its SHA-256 and the features that are missing here."""
     from mpq_compiler.artifact import bundle
     from mpq_compiler.targets import table
 

@@ -99,7 +99,7 @@ class Fragments:
         return self.problem.bits
 
     def buffers(self) -> list[Argument]:
-        """The buffers that `build` makes and the product reads; from the third on, those of `WeightLayout.buffers`.
+        """The buffers that `build` makes and the product reads; the rest is as in `cpu.weight_layout.WeightLayout`.
 
         tiles   the codes [fragments of channels, steps, words of lanes]: word w of lane l at place(w, l)
         lut     tables [fragments of channels, words of 4 entries]
