@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler.ir import op_shapes
 from mpq_compiler.ir.graph import function_of
+from mpq_compiler.ir.ops.shapes import SHAPES
 from mpq_compiler.ir.program import Program
 from mpq_compiler.support.errors import UserError
 
@@ -135,8 +135,8 @@ class ShapeInterpreter(Interpreter):
     def _shape(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if "device" in kwargs:
             kwargs = {**kwargs, "device": "meta"}
-        if node.target in op_shapes.SHAPES:
-            return op_shapes.SHAPES[node.target](*args, **kwargs)
+        if node.target in SHAPES:
+            return SHAPES[node.target](*args, **kwargs)
         return super().call(node, args, kwargs)
 
 

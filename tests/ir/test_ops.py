@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpq_compiler.ir import op_shapes, ops
+from mpq_compiler.ir import ops
 from mpq_compiler.ir.interpreter import Interpreter
+from mpq_compiler.ir.ops.shapes import SHAPES
 from tests.harness import programs
 
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**60), max_value=2.0**60)
@@ -210,9 +211,9 @@ class Comparing(Interpreter):
 
     def call(self, node, args, kwargs):
         value = super().call(node, args, kwargs)
-        if node.target in op_shapes.SHAPES:
+        if node.target in SHAPES:
             empty = torch.fx.node.map_aggregate(args, lambda a: a.to("meta") if isinstance(a, torch.Tensor) else a)
-            shape = op_shapes.SHAPES[node.target](*empty)
+            shape = SHAPES[node.target](*empty)
             assert (shape.shape, shape.dtype) == (value.shape, value.dtype)
             self.compared.add(node.target)
         return value
@@ -227,7 +228,7 @@ def test_shapes_without_arithmetic():
             comparing = Comparing(programs.after(model, name, pipeline))
             comparing.run(programs.inputs(model, 2))
             compared |= comparing.compared
-    assert compared == {*op_shapes.SHAPES}
+    assert compared == {*SHAPES}
 
 
 def test_every_operator_has_a_name_and_a_bound():

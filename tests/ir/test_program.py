@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import fx
 
-from mpq_compiler.ir import op_shapes, ops, views
+from mpq_compiler.ir import ops, views
 from mpq_compiler.ir.graph import prune, weight_of
 from mpq_compiler.ir.interpreter import run, shapes
+from mpq_compiler.ir.ops.shapes import SHAPES
 from mpq_compiler.ir.program import InputSpec, Program, TensorStore
 from mpq_compiler.support.errors import UserError
 from tests.harness import programs
@@ -101,6 +102,6 @@ def test_flat_reading_sees_through_regions():
 
 
 def test_shapes_name_what_does_not_fit():
-    quantize = op_shapes.SHAPES[ops.quantize]
+    quantize = SHAPES[ops.quantize]
     with pytest.raises(ValueError, match="5 rows do not divide into a batch of 2"):
         quantize(torch.empty(5, 3), torch.empty(1), torch.empty(1), torch.empty(2), 8)

@@ -12,7 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpq_compiler.ir import ops
+from mpq_compiler.ir.ops.activations import fake_quantize, fake_quantize_float, quantize
+from mpq_compiler.ir.ops.attention import attention
+from mpq_compiler.ir.ops.floating import conv2d, hadamard
+from mpq_compiler.ir.ops.packed import quant_conv2d, quant_linear
+from mpq_compiler.ir.ops.quantized_attention import fake_quantize_attention, quant_attention
+from mpq_compiler.ir.ops.weights import (
+    dequantize_float8,
+    dequantize_weight,
+    fake_quantize_float8,
+    fake_quantize_weight,
+)
+from mpq_compiler.targets.numerics import F32
 
 
 def _operands(x: Tensor, codes: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -26,7 +37,7 @@ def _quant_linear(*args: Any) -> Tensor:
 def _quant_conv2d(*args: Any) -> Tensor:
     kernel, stride, padding = args[11:14]
     x, codes, bias = _operands(args[0], args[2], args[9])
-    return ops.conv2d(x, codes.reshape(len(codes), *kernel, -1), bias, stride, padding)
+    return conv2d(x, codes.reshape(len(codes), *kernel, -1), bias, stride, padding)
 
 
 def _quantize(x: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, bits: int) -> Tensor:
@@ -61,15 +72,15 @@ def _hadamard(x: Tensor, block: int) -> Tensor:
     return x.contiguous()
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, numerics: str = "f32") -> Tensor:
-    return ops.attention(q, k, v, *rest)
+def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, numerics: str = F32) -> Tensor:
+    return attention(q, k, v, *rest)
 
 
 def _fake_quantize_attention(q: Tensor, k: Tensor, v: Tensor, group: Tensor, *rest: Any) -> Tensor:
     scale, zero, *arguments, bits = rest
     for x in (q, k, v):
         _quantize(x, scale, zero, group, bits)
-    return ops.attention(q, k, v, *arguments)
+    return attention(q, k, v, *arguments)
 
 
 def _quant_attention(q: Tensor, k: Tensor, v: Tensor, group: Tensor, *rest: Any) -> Tensor:
@@ -77,17 +88,18 @@ def _quant_attention(q: Tensor, k: Tensor, v: Tensor, group: Tensor, *rest: Any)
 
 
 SHAPES: dict[Callable[..., Any], Callable[..., Tensor]] = {
-    ops.quantize: _quantize,
-    ops.fake_quantize: _fake_quantize,
-    ops.fake_quantize_float: _fake_quantize_float,
-    ops.fake_quantize_weight: _fake_quantize_weight,
-    ops.dequantize_weight: _dequantize_weight,
-    ops.fake_quantize_float8: _fake_quantize_weight,
-    ops.dequantize_float8: _dequantize_float8,
-    ops.quant_linear: _quant_linear,
-    ops.quant_conv2d: _quant_conv2d,
-    ops.hadamard: _hadamard,
-    ops.attention: _attention,
-    ops.fake_quantize_attention: _fake_quantize_attention,
-    ops.quant_attention: _quant_attention,
+    quantize: _quantize,
+    fake_quantize: _fake_quantize,
+    fake_quantize_float: _fake_quantize_float,
+    fake_quantize_weight: _fake_quantize_weight,
+    dequantize_weight: _dequantize_weight,
+    fake_quantize_float8: _fake_quantize_weight,
+    dequantize_float8: _dequantize_float8,
+    quant_linear: _quant_linear,
+    quant_conv2d: _quant_conv2d,
+    hadamard: _hadamard,
+    attention: _attention,
+    fake_quantize_attention: _fake_quantize_attention,
+    quant_attention: _quant_attention,
 }
+"""Operator -> its shape function, of the same arguments; the others run on meta tensors as they are."""

@@ -1,0 +1,140 @@
+"""Linear layers and convolutions on codes: integer sums, then an epilogue in f32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mpq_compiler.formats.contract import entries
+from mpq_compiler.ir.ops.activations import per_sample
+from mpq_compiler.ir.ops.floating import conv2d, fma
+from mpq_compiler.ir.ops.registry import op
+
+FEW_SEGMENTS = 2
+"""Most segments whose sums are scaled one by one: with more, dynamic rows apply their own scale once (`_late_rows`)."""
+
+
+def _epilogue(
+    accumulators: list[Tensor],
+    sums: list[Tensor] | None,
+    group: Tensor | None,
+    scale: Tensor,
+    offset: Tensor | None,
+    act_scale: Sequence[Tensor],
+    bias: Tensor | None,
+) -> Tensor:
+    """The f32 epilogue over int accumulators [R, ..., O] (exact in f64), segment by segment, offsets last."""
+    first = accumulators[0]
+    y = torch.zeros((), dtype=torch.float32, device=first.device) if bias is None else bias.to(torch.float32)
+    y = y.expand(first.shape)
+    for j, accumulator in enumerate(accumulators):
+        factor = per_sample(act_scale[j].to(torch.float32), group, first) * scale[:, j].to(torch.float32)
+        y = fma(accumulator.to(torch.float32), factor, y)
+    return _with_offsets(y, sums, group, offset, act_scale)
+
+
+def _with_offsets(
+    y: Tensor, sums: list[Tensor] | None, group: Tensor | None, offset: Tensor | None, act_scale: Sequence[Tensor]
+) -> Tensor:
+    """y [R, ..., O] and, where rows of the weight have offsets, theirs: times the sum of each segment's inputs."""
+    if offset is not None and sums is not None:
+        for j, total in enumerate(sums):
+            factor = per_sample(act_scale[j].to(torch.float32), group, y) * offset.to(torch.float32)
+            y = fma(total.to(torch.float32).expand(y.shape), factor, y)
+    return y
+
+
+def _late_rows(
+    x: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    scale: Tensor,
+    act_scale: Tensor,
+    act_zero: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """``act_scale[m] * (sum_j scale[i, j] * sum_k q * w - z[m] * sum_j scale[i, j] * sum_k w) + bias``, in fused steps.
+
+    The segments' codes x [..., K_j] and weights [O, K_j] are whole f64; a segment then costs one multiply-add.
+    """
+    total = torch.zeros((), device=scale.device)
+    weights = torch.zeros(len(scale), device=scale.device)
+    for j, (part, w) in enumerate(zip(x, weight, strict=True)):
+        own = scale[:, j].to(torch.float32)
+        product = (part @ w.T).to(torch.float32)
+        total = fma(product, own, total.expand(product.shape))
+        weights = fma(w.sum(1).to(torch.float32), own, weights)
+    zero, unit = (per_sample(values.to(torch.float32), None, total) for values in (act_zero, act_scale))
+    y = torch.zeros(len(scale), device=scale.device) if bias is None else bias.to(torch.float32)
+    return fma(unit, fma(-zero, weights, total), y.expand(total.shape))
+
+
+def _centred(x: Tensor, group: Tensor | None, act_zero: Sequence[Tensor], segments: Sequence[int]) -> list[Tensor]:
+    """q - z_j per channel segment, in f64 where every product and sum of the contraction is exact."""
+    parts = torch.split(x.to(torch.float64), list(segments), dim=-1)
+    return [p - per_sample(act_zero[j].to(torch.float64), group, p) for j, p in enumerate(parts)]
+
+
+@op("quant_linear")
+def quant_linear(
+    x: Tensor,
+    group: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    lut: Tensor | None,
+    row_class: Tensor | None,
+    act_scale: Sequence[Tensor],
+    act_zero: Sequence[Tensor],
+    bias: Tensor | None,
+    segments: Sequence[int],
+) -> Tensor:
+    """Linear layer on codes: x u8 [B, ..., K], codes [O, K], scale [O, J] -> f32 [B, ..., O].
+
+    act_scale and act_zero hold a tensor for each of the J segments: [G], of which ``group`` [B] chooses by sample, or,
+    where group is None, one entry for each row of x.
+
+    ``A_j = sum_k (q - z_j) * LUT[code]`` exactly; then `_epilogue`. Segments are the J channel counts, summing to K.
+    Rows with tables of their own and more than `FEW_SEGMENTS` segments apply scale and zero point once (`_late_rows`).
+    """
+    weight = torch.split(entries(codes, lut, row_class).double(), list(segments), dim=1)
+    parts = _centred(x, group, act_zero, segments)
+    sums = [p.sum(-1, keepdim=True) for p in parts] if offset is not None else None
+    if group is None and len(segments) > FEW_SEGMENTS:
+        y = _late_rows(torch.split(x.double(), list(segments), dim=-1), weight, scale, act_scale[0], act_zero[0], bias)
+        return _with_offsets(y, sums, group, offset, act_scale)
+    accumulators = [p @ w.T for p, w in zip(parts, weight, strict=True)]
+    return _epilogue(accumulators, sums, group, scale, offset, act_scale, bias)
+
+
+@op("quant_conv2d")
+def quant_conv2d(
+    x: Tensor,
+    group: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    lut: Tensor | None,
+    row_class: Tensor | None,
+    act_scale: Sequence[Tensor],
+    act_zero: Sequence[Tensor],
+    bias: Tensor | None,
+    segments: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """Convolution on codes: x u8 [B, H, W, C], codes [O, kh*kw*C] in (kh, kw, c) order -> f32 [B, OH, OW, O].
+
+    Padded pixels hold the zero point, so they add nothing to ``A_j``.
+    """
+    rows = entries(codes, lut, row_class).double().reshape(codes.shape[0], kernel[0], kernel[1], -1)
+    weight = torch.split(rows, list(segments), dim=3)
+    parts = _centred(x, group, act_zero, segments)
+    accumulators = [conv2d(p, w, None, stride, padding) for p, w in zip(parts, weight, strict=True)]
+    sums = None
+    if offset is not None:
+        ones = [torch.ones_like(w[:1]) for w in weight]
+        sums = [conv2d(p, w, None, stride, padding) for p, w in zip(parts, ones, strict=True)]
+    return _epilogue(accumulators, sums, group, scale, offset, act_scale, bias)
