@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.graph import copy_graph, merge_equal, operand, prune
-from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
+from mpq_compiler.ir.program import Program, Stage, TensorStore
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support.errors import UserError
@@ -51,7 +51,7 @@ class Trace(Pass):
     def run(self, program: Program, session: Session) -> Program:
         denoiser = session.denoiser
         assert denoiser is not None
-        specs = tuple(InputSpec(n, ("B", *s.shape), s.dtype) for n, s in denoiser.input_specs.items())
+        specs = tuple(denoiser.input_specs.values())
         wrapper = _Positional(denoiser.module, [s.name for s in specs])
         graph, attributes = _export(wrapper, denoiser)
         prefix = next(n for n, m in wrapper.named_modules() if m is denoiser.module.model) + "."

@@ -56,7 +56,7 @@ class Model:
         """``source``: a folder or bundled name. UserError: its inputs are not those of the artifact."""
         self.source, self.inputs, self.scratch = source, inputs, scratch
         self.denoiser = float_model(source, inputs)
-        theirs = {name: tuple(spec.shape) for name, spec in self.denoiser.input_specs.items()}
+        theirs = {name: spec.sample for name, spec in self.denoiser.input_specs.items()}
         ours = {name: value.shape[1:] for name, value in inputs.items()}
         if theirs != ours:
             takes = f"'{source}' takes {_text(theirs)}, the artifact {_text(ours)}"

@@ -76,9 +76,9 @@ def load(denoiser: Denoiser, path: str | Path) -> dict[str, Tensor]:
                 f"the calibration file '{path}' holds '{name}', and {denoiser.name} has no such input: "
                 f"{nearest(name, specs)}"
             )
-        if name == denoiser.latent and _resizable(tuple(value.shape), specs[name].shape):
-            found[name] = value = _resized(value, *specs[name].shape[1:])
-        if value.ndim == 0 or tuple(value.shape[1:]) != specs[name].shape:
+        if name == denoiser.latent and _resizable(tuple(value.shape), specs[name].sample):
+            found[name] = value = _resized(value, *specs[name].sample[1:])
+        if value.ndim == 0 or tuple(value.shape[1:]) != specs[name].sample:
             raise UserError(
                 f"'{name}' in the calibration file '{path}' is {list(value.shape)}, "
                 f"where {denoiser.name} takes {specs[name]}"

@@ -16,7 +16,6 @@ import torch
 
 from mpq_compiler.frontend import checkpoint
 from mpq_compiler.frontend.input_specs import (
-    InputSpec,
     TensorModule,
     convention_of,
     fixed_values,
@@ -24,6 +23,7 @@ from mpq_compiler.frontend.input_specs import (
     random_values,
     specs_of,
 )
+from mpq_compiler.ir.program import InputSpec
 from mpq_compiler.sampling import loop as sampling
 from mpq_compiler.sampling import schedulers
 from mpq_compiler.sampling.conditioning import LABELS, TEXT, Conditioning, Conditions
@@ -66,7 +66,7 @@ class Denoiser:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the latents."""
-        channels, height, width = self.input_specs[self.latent].shape
+        channels, height, width = self.input_specs[self.latent].sample
         return channels, height, width
 
     @property
@@ -89,7 +89,7 @@ class Denoiser:
         """How it is conditioned, and which conditions can be made for it."""
         return Conditioning(
             self.name,
-            {n: (self.input_specs[n].shape, _type_name(self.input_specs[n].dtype)) for n in self.conditions},
+            {n: (self.input_specs[n].sample, _type_name(self.input_specs[n].dtype)) for n in self.conditions},
             fixed_values(self.input_specs),
             self.classes,
             self.null_class,
@@ -106,7 +106,7 @@ class Denoiser:
 
     def resized(self, height: int, width: int) -> Denoiser:
         """The model on latents of another height and width. UserError: it takes none of that size."""
-        tokens = self.input_specs[TEXT].shape[0] if TEXT in self.input_specs else None
+        tokens = self.input_specs[TEXT].sample[0] if TEXT in self.input_specs else None
         specs, _ = specs_of(self.module.model, self.config, (height, width), tokens)
         specs["timestep"] = self.input_specs["timestep"]
         module = TensorModule(self.module.model, specs).eval()
@@ -315,7 +315,7 @@ def wrap(
     module = TensorModule(model.float().eval().requires_grad_(False), specs)
     if null_class is None and LABELS in specs and not config.get("num_class_embeds"):
         null_class = (specs[LABELS].below or 1) - 1  # DiT's table has a row more than classes
-    if text is not None and specs[TEXT].shape != text.positions.shape:
+    if text is not None and specs[TEXT].sample != text.positions.shape:
         made = list(text.positions.shape)
         raise UserError(f"the text encoder of '{name}' makes {made} of a prompt, where it takes {specs[TEXT]}")
     return Denoiser(
@@ -339,7 +339,7 @@ def _of_size(scheduler: Scheduler, model: Any, config: Mapping[str, Any], specs:
         return scheduler
     packed = convention_of(model).patch
     token = packed * (config.get("patch_size") or 1)
-    _, height, width = next(iter(specs.values())).shape
+    _, height, width = next(iter(specs.values())).sample
     return replace(scheduler, image_seq_len=(height // token) * (width // token), even_sigmas=packed > 1)
 
 

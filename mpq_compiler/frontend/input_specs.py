@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from mpq_compiler.ir.program import InputSpec
 from mpq_compiler.sampling.convention import Convention
 from mpq_compiler.support.errors import UserError
 
@@ -62,20 +62,6 @@ _VAE_SCALE = 8
 """Pixels along a side of a latent, in the pipelines that condition on sizes in pixels."""
 
 
-@dataclass(frozen=True)
-class InputSpec:
-    """One input of a denoiser: its shape without the leading batch, and its type."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    below: int | None = None
-    """The upper bound, exclusive, of an input of whole numbers; None for other inputs."""
-
-    def __str__(self) -> str:
-        name = str(self.dtype).removeprefix("torch.").replace("float", "f").replace("int", "i")
-        return f"{name}[{','.join(['B', *map(str, self.shape)])}]"
-
-
 class TensorModule(torch.nn.Module):
     """A diffusers denoiser as a function from named tensors to one image; its parameters are below `model.`.
 
@@ -123,14 +109,14 @@ def convention_of(model: torch.nn.Module) -> Convention:
 
 def _constants(model: torch.nn.Module, specs: Mapping[str, InputSpec]) -> dict[str, tuple[torch.Tensor, ...]]:
     convention = convention_of(model)
-    _, height, width = next(iter(specs.values())).shape
+    _, height, width = next(iter(specs.values())).sample
     found: dict[str, tuple[torch.Tensor, ...]] = {}
     if "img_ids" in convention.baked:
         rows, columns = height // convention.patch, width // convention.patch
         grid = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), -1)
         # axis 0 counts images; text tokens stand at the origin (diffusers' FluxPipeline)
         found["img_ids"] = (torch.nn.functional.pad(grid, (1, 0)).reshape(-1, 3).float(),)
-        found["txt_ids"] = (torch.zeros(specs["encoder_hidden_states"].shape[0], 3),)
+        found["txt_ids"] = (torch.zeros(specs["encoder_hidden_states"].sample[0], 3),)
     if "image_rotary_emb" in convention.baked:
         found["image_rotary_emb"] = _rotary_tables(dict(getattr(model, "config", {})), height, width)
     return found
@@ -197,10 +183,10 @@ def specs_of(
     if height % patch or width % patch:
         raise UserError(f"{kind} takes latents of {patch}x{patch} pixels a token, and {height}x{width} is no multiple")
     continuous = not _CONTINUOUS_TIME.isdisjoint(taken) or convention_of(model).timestep_unit != 1
-    specs = {
-        latent: InputSpec((channels // patch**2, height, width), torch.float32),
-        "timestep": InputSpec((), torch.float32 if continuous else torch.int64),
-    }
+    specs = [
+        _spec(latent, (channels // patch**2, height, width), torch.float32),
+        _spec("timestep", (), torch.float32 if continuous else torch.int64),
+    ]
     if "encoder_hidden_states" in taken and (features := _text_features(kind, config)):
         length = config.get("text_len")
         if tokens and length and tokens != length:
@@ -208,23 +194,28 @@ def specs_of(
         if not (tokens := tokens or length):
             tokens = next(count for name, count in _TEXT_TOKENS.items() if name in taken)
             notes.append(f"the text condition is taken to be {tokens} tokens long")
-        specs |= _text_specs(taken, config, tokens, features)
+        specs += _text_specs(taken, config, tokens, features)
     if classes := label_count(model, config):
-        specs["class_labels"] = InputSpec((), torch.int64, below=classes)
+        specs.append(_spec("class_labels", (), torch.int64, below=classes))
 
     if (added := config.get("addition_embed_type")) == "text_time":
         width_of_all = config["projection_class_embeddings_input_dim"]
         pooled = width_of_all - _TIME_IDS * config["addition_time_embed_dim"]
-        specs["text_embeds"] = InputSpec((pooled,), torch.float32)
-        specs["time_ids"] = InputSpec((_TIME_IDS,), torch.float32)
+        specs.append(_spec("text_embeds", (pooled,), torch.float32))
+        specs.append(_spec("time_ids", (_TIME_IDS,), torch.float32))
     elif added is not None:
         raise UserError(f"the addition_embed_type '{added}' of {kind} is not supported")
     if "timestep_cond" in taken and (width := config.get("time_cond_proj_dim")):
-        specs["timestep_cond"] = InputSpec((width,), torch.float32)  # the guidance of latent consistency models
+        specs.append(_spec("timestep_cond", (width,), torch.float32))  # the guidance of latent consistency models
     if getattr(model, "use_additional_conditions", False):
-        specs["resolution"] = InputSpec((2,), torch.float32)
-        specs["aspect_ratio"] = InputSpec((1,), torch.float32)
-    return specs, notes
+        specs.append(_spec("resolution", (2,), torch.float32))
+        specs.append(_spec("aspect_ratio", (1,), torch.float32))
+    return {spec.name: spec for spec in specs}, notes
+
+
+def _spec(name: str, sample: tuple[int, ...], dtype: torch.dtype, below: int | None = None) -> InputSpec:
+    """The input of batches of samples of the shape ``sample``."""
+    return InputSpec(name, ("B", *sample), dtype, below)
 
 
 def _text_features(kind: str, config: Mapping[str, Any]) -> int:
@@ -242,25 +233,25 @@ def _text_features(kind: str, config: Mapping[str, Any]) -> int:
     return features
 
 
-def _text_specs(taken: list[str], config: Mapping[str, Any], tokens: int, features: int) -> dict[str, InputSpec]:
+def _text_specs(taken: list[str], config: Mapping[str, Any], tokens: int, features: int) -> list[InputSpec]:
     """The inputs of the text condition: embeddings, masks (1 for a token, 0 for padding) and what goes with them."""
     floats = torch.float32
-    specs = {"encoder_hidden_states": InputSpec((tokens, features), floats)}
+    specs = [_spec("encoder_hidden_states", (tokens, features), floats)]
     # UNets have the parameter as well, and no pipeline that uses it
     if "encoder_attention_mask" in taken and "hidden_states" in taken:
-        specs["encoder_attention_mask"] = InputSpec((tokens,), floats)
+        specs.append(_spec("encoder_attention_mask", (tokens,), floats))
     if "encoder_hidden_states_t5" in taken:
         second = config["text_len_t5"]
-        specs["text_embedding_mask"] = InputSpec((tokens,), floats)
-        specs["encoder_hidden_states_t5"] = InputSpec((second, config["cross_attention_dim_t5"]), floats)
-        specs["text_embedding_mask_t5"] = InputSpec((second,), floats)
+        specs.append(_spec("text_embedding_mask", (tokens,), floats))
+        specs.append(_spec("encoder_hidden_states_t5", (second, config["cross_attention_dim_t5"]), floats))
+        specs.append(_spec("text_embedding_mask_t5", (second,), floats))
         if config.get("use_style_cond_and_image_meta_size"):
-            specs["image_meta_size"] = InputSpec((_TIME_IDS,), floats)
-            specs["style"] = InputSpec((), torch.int64, below=1)
+            specs.append(_spec("image_meta_size", (_TIME_IDS,), floats))
+            specs.append(_spec("style", (), torch.int64, below=1))
     if "pooled_projections" in taken:
-        specs["pooled_projections"] = InputSpec((config["pooled_projection_dim"],), floats)
+        specs.append(_spec("pooled_projections", (config["pooled_projection_dim"],), floats))
     if "guidance" in taken and config.get("guidance_embeds"):
-        specs["guidance"] = InputSpec((), floats)
+        specs.append(_spec("guidance", (), floats))
     return specs
 
 
@@ -278,7 +269,7 @@ def label_count(model: torch.nn.Module, config: Mapping[str, Any]) -> int | None
 
 def fixed_values(specs: Mapping[str, InputSpec]) -> dict[str, list[float]]:
     """Values of the inputs that need not be chosen: sizes of the image for SDXL, PixArt and Hunyuan-DiT."""
-    _, height, width = next(iter(specs.values())).shape
+    _, height, width = next(iter(specs.values())).sample
     pixels = [float(_VAE_SCALE * side) for side in (height, width)]
     fixed = {
         "time_ids": [*pixels, 0.0, 0.0, *pixels],
@@ -305,14 +296,14 @@ def random_values(
     values = {}
     for name, spec in specs.items():
         if name in fixed:
-            values[name] = torch.tensor(fixed[name], dtype=spec.dtype).repeat(batch, 1).reshape(batch, *spec.shape)
+            values[name] = torch.tensor(fixed[name], dtype=spec.dtype).repeat(batch, 1).reshape(batch, *spec.sample)
         elif name == "timestep" or spec.below is not None:
             values[name] = torch.randint(0, spec.below or steps, (batch,), generator=generator).to(spec.dtype)
         elif name.endswith("_mask") or "_mask_" in name:
-            lengths = torch.randint(1, spec.shape[0] + 1, (batch, 1), generator=generator)
-            values[name] = (torch.arange(spec.shape[0]) < lengths).to(spec.dtype)
+            lengths = torch.randint(1, spec.sample[0] + 1, (batch, 1), generator=generator)
+            values[name] = (torch.arange(spec.sample[0]) < lengths).to(spec.dtype)
         elif name == "guidance":
             values[name] = 1 + 6 * torch.rand(batch, generator=generator)
         else:
-            values[name] = torch.randn(batch, *spec.shape, generator=generator)
+            values[name] = torch.randn(batch, *spec.sample, generator=generator)
     return values

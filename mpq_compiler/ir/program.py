@@ -34,15 +34,26 @@ class Stage(StrEnum):
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One input of the denoiser: ``shape`` begins with the symbolic batch "B"."""
+    """One input of a denoiser and of its program: ``shape`` begins with the symbolic batch "B"."""
 
     name: str
     shape: tuple[int | str, ...]
     dtype: torch.dtype
+    below: int | None = None
+    """Exclusive upper bound of an input of whole numbers, such as class labels; None where there is no bound."""
+
+    @property
+    def sample(self) -> tuple[int, ...]:
+        """Shape of one sample, without the batch."""
+        return tuple(int(d) for d in self.shape[1:])
 
     def sized(self, batch: int) -> tuple[int, ...]:
         """The shape at a batch size."""
         return tuple(batch if d == "B" else int(d) for d in self.shape)
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.").replace("float", "f").replace("int", "i")
+        return f"{name}[{','.join(map(str, self.shape))}]"
 
 
 class TensorStore(Mapping[str, Tensor]):
