@@ -23,7 +23,7 @@ from mpq_compiler.backends.onnx.graph import ELEMENT, Graph
 from mpq_compiler.backends.onnx.weights import Weights
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.graph import arguments, operand
-from mpq_compiler.ir.interpreter import ShapeInterpreter
+from mpq_compiler.ir.interpreter import shapes
 from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.stored_tensors import Stored
 from mpq_compiler.support import tensorfile
@@ -66,26 +66,6 @@ def output_name(program: Program) -> str:
     return "out_sample" if "sample" in {s.name for s in program.inputs} else "sample"
 
 
-class _Shapes(ShapeInterpreter):
-    """Computes meta tensors of all nodes at a batch size, inside regions, too."""
-
-    def __init__(self, program: Program, batch: int) -> None:
-        super().__init__(program)
-        self.found: dict[str, Any] = {}
-        inputs = {s.name: torch.empty(s.sized(batch), dtype=s.dtype, device="meta") for s in program.inputs}
-        with torch.no_grad():
-            self.run(inputs, watch=self._watch)
-
-    def _watch(self, node: fx.Node, value: Any) -> None:
-        self.found[node.name] = value
-
-    def evaluate(self, node: fx.Node, env: Any) -> Any:
-        if node.op == "call_module":
-            operands = fx.map_arg(node.args, env.__getitem__)
-            return self.execute(self.program.regions[str(node.target)], list(operands), self._watch)
-        return super().evaluate(node, env)
-
-
 class Emitter:
     """Writes the graph of one program; the functions of `emitters` use it."""
 
@@ -96,7 +76,7 @@ class Emitter:
         self.graph = Graph(location)
         places = tensorfile.places({name: tensor.array for name, tensor in stored.items()})
         self.weights = Weights(self.graph, stored, places)
-        self._two, self._three = (_Shapes(program, batch).found for batch in (2, 3))
+        self._two, self._three = (shapes(program, batch, regions=True) for batch in (2, 3))
         self.made: dict[fx.Node, Value | list[Value]] = {}
         self._outer: dict[fx.Node, fx.Node] = {}
 

@@ -121,6 +121,17 @@ class ShapeInterpreter(Interpreter):
 
     known: ClassVar[dict[Any, Any]] = {}
 
+    def __init__(self, program: Program, inside: Callable[[fx.Node, Any], None] | None = None) -> None:
+        """``inside(node, value)`` sees the nodes of regions, which the watch of `run` does not."""
+        super().__init__(program)
+        self.inside = inside
+
+    def evaluate(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+        if node.op == "call_module" and self.inside is not None:
+            operands = fx.map_arg(node.args, env.__getitem__)
+            return self.execute(self.program.regions[str(node.target)], list(operands), self.inside)
+        return super().evaluate(node, env)
+
     def attribute(self, name: str) -> Any:
         return torch.empty_like(super().attribute(name), device="meta")
 
@@ -152,13 +163,13 @@ def _shape_key(value: Any) -> Any:
 
 
 @torch.no_grad()
-def shapes(program: Program, batch: int) -> dict[str, Any]:
-    """The meta tensor (or plain value) of every node at a batch size, by the node's name."""
+def shapes(program: Program, batch: int, *, regions: bool = False) -> dict[str, Any]:
+    """The meta tensor (or plain value) of every node at a batch size, by name; ``regions``: inside them, too."""
     found: dict[str, Any] = {}
 
     def watch(node: fx.Node, value: Any) -> None:
         found[node.name] = value
 
     inputs = {s.name: torch.empty(s.sized(batch), dtype=s.dtype, device="meta") for s in program.inputs}
-    ShapeInterpreter(program).run(inputs, watch=watch)
+    ShapeInterpreter(program, watch if regions else None).run(inputs, watch=watch)
     return found

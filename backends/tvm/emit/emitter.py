@@ -18,30 +18,10 @@ from mpq_compiler.backends.tvm.plan.calls import BATCH, Call, Kernel, Record, Sh
 from mpq_compiler.backends.tvm.plan.views import View, whole
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.graph import arguments
-from mpq_compiler.ir.interpreter import ShapeInterpreter
+from mpq_compiler.ir.interpreter import shapes
 from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.stored_tensors import Stored
 from mpq_compiler.support.errors import UserError
-
-
-class _Shapes(ShapeInterpreter):
-    """Computes meta tensors of all nodes, inside regions, too."""
-
-    def __init__(self, program: Program, batch: int) -> None:
-        super().__init__(program)
-        self.found: dict[str, Any] = {}
-        inputs = {s.name: torch.empty(s.sized(batch), dtype=s.dtype, device="meta") for s in program.inputs}
-        with torch.no_grad():
-            self.run(inputs, watch=self._watch)
-
-    def _watch(self, node: fx.Node, value: Any) -> None:
-        self.found[node.name] = value
-
-    def evaluate(self, node: fx.Node, env: Any) -> Any:
-        if node.op == "call_module":
-            arguments = fx.map_arg(node.args, env.__getitem__)
-            return self.execute(self.program.regions[str(node.target)], list(arguments), self._watch)
-        return super().evaluate(node, env)
 
 
 @dataclass
@@ -130,7 +110,7 @@ class Emitter:
     def __init__(self, program: Program, preparation: Preparation) -> None:
         self.program = program
         self.preparation = preparation
-        self.two, self.three = (_Shapes(program, batch).found for batch in (2, 3))
+        self.two, self.three = (shapes(program, batch, regions=True) for batch in (2, 3))
         self.values: dict[fx.Node, Value] = {}
         self.parts: dict[fx.Node, list[Value]] = {}
         self.views: dict[str, View] = {}
