@@ -60,7 +60,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, group: Tensor, b
 
 @op("fake_quantize_float")
 def fake_quantize_float(x: Tensor, scale: Tensor, group: Tensor, exponent: int, bits: int) -> Tensor:
-    """x moved to the nearest of ``scale[g]`` times the small floats of `round_float`, in f32; scale [G], group i64 [B].
+    """Move x to the nearest of ``scale[g]`` times the floats of `round_float`, in f32; scale [G], group i64 [B].
 
     ``round_float(x / scale) * scale``; straight-through gradients to x within the range, and to the scale.
     """

@@ -57,7 +57,7 @@ def conv2d(
 
 
 def _pad_channels_first(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """x as [B, C, H, W] and the symmetric padding left for the convolution itself."""
+    """Permute x to [B, C, H, W] and pad it; return it and the symmetric padding left for the convolution itself."""
     top, bottom, left, right = padding
     image = x.permute(0, 3, 1, 2)
     if top == bottom and left == right:

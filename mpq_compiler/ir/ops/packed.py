@@ -38,7 +38,7 @@ def _epilogue(
 def _with_offsets(
     y: Tensor, sums: list[Tensor] | None, group: Tensor | None, offset: Tensor | None, act_scale: Sequence[Tensor]
 ) -> Tensor:
-    """y [R, ..., O] and, where rows of the weight have offsets, theirs: times the sum of each segment's inputs."""
+    """Add to y [R, ..., O] the offsets of the weight's rows, times the sum of each segment's inputs."""
     if offset is not None and sums is not None:
         for j, total in enumerate(sums):
             factor = per_sample(act_scale[j].to(torch.float32), group, y) * offset.to(torch.float32)
@@ -71,7 +71,7 @@ def _late_rows(
 
 
 def _centred(x: Tensor, group: Tensor | None, act_zero: Sequence[Tensor], segments: Sequence[int]) -> list[Tensor]:
-    """q - z_j per channel segment, in f64 where every product and sum of the contraction is exact."""
+    """The codes less the zero point, q - z_j, by channel segment, in f64, where the contraction is exact."""
     parts = torch.split(x.to(torch.float64), list(segments), dim=-1)
     return [p - per_sample(act_zero[j].to(torch.float64), group, p) for j, p in enumerate(parts)]
 

@@ -23,7 +23,7 @@ def fake_quantize_weight(
     row_class: Tensor | None,
     segments: Sequence[int] | None = None,
 ) -> Tensor:
-    """weight [O, ...] moved to its nearest level, with a straight-through gradient."""
+    """Move weight [O, ...] to its nearest level, with a straight-through gradient."""
     rows = weight.reshape(weight.shape[0], -1)
     codes = nearest_codes(rows.detach(), scale, offset, lut, row_class, segments)
     level = dequantize_weight(codes, scale, offset, lut, row_class, weight.shape, segments)
@@ -35,7 +35,7 @@ dequantize_float8 = op("dequantize_float8")(contract.dequantize_float8)
 
 @op("fake_quantize_float8")
 def fake_quantize_float8(weight: Tensor, scale: Tensor, exponent: int = 4) -> Tensor:
-    """weight [O, ...] moved to its nearest FP8 level, with a straight-through gradient."""
+    """Move weight [O, ...] to its nearest FP8 level, with a straight-through gradient."""
     s = scale.to(torch.float32).reshape(-1, *[1] * (weight.dim() - 1))
     level = round_float(weight.detach() / s, exponent, 8) * s
     return level + (weight - weight.detach())
