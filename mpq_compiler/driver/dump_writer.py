@@ -125,7 +125,7 @@ class Writer:
             ) from error
 
     def probe_stage(self, stage: LoweringStage[Any], plan: Inspectable) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """The tensors of a stage's probe file and its metadata, but for what it shares with the pass before.
+        """The tensors that the dump of a stage stores and its metadata, but for what it shares with the pass before.
 
         A selection of kernels is held against the packed program on that program's values, which every call reads. What
         rewrites the plan must leave all values as they are; where one differs, the plan is run once more on the values
@@ -184,7 +184,7 @@ class Writer:
         }
 
     def _forced(self, step: Pass, program: Program, before: Program) -> Forced:
-        """The forced run of the program, with the known values that the pass's contract compares it with."""
+        """The teacher-forced run of the program, on the known values that the pass's contract compares it with."""
         if step.contract == Contract.EXACT:
             return Forced(program, self._exact(before))
         if step.contract == Contract.SIMULATION:
@@ -288,7 +288,7 @@ class Writer:
 
 
 def _row(d: Departure) -> np.ndarray:
-    """A departure as it stands in a probe file."""
+    """A departure as a dump stores it: a row of six numbers."""
     first, second = (*d.channels, -1, -1)[:2]
     return np.array([d.largest, d.noise, d.share, d.departing, first, second])
 
