@@ -148,3 +148,11 @@ def test_ids_are_followed_to_where_tests_are_now():
     before = ["tests/test_a.py::f[x-1]", "tests/test_a.py::h", "tests/d/test_e.py::i"]
     now = ["tests/b/test_c.py::g[x-1]", "tests/b/test_c.py::h", "tests/d/test_e.py::new"]
     assert moved.lost(before, now, table) == ["tests/d/test_e.py::i"]
+
+
+def test_a_new_parameter_moves_the_numbers_behind_it():
+    before = ["tests/a.py::f[arguments0-x]", "tests/a.py::f[arguments1-y]"]
+    now = ["tests/a.py::f[arguments0-x]", "tests/a.py::f[arguments1-new]", "tests/a.py::f[arguments2-y]"]
+    table = {"files": {}, "ids": {}}
+    assert moved.lost(before, now, table) == []
+    assert moved.lost(before, now[:2], table) == ["tests/a.py::f[arguments1-y]"]
