@@ -181,7 +181,7 @@ def _describe(function: Function, batch: int) -> dict[str, Any]:
 
 
 def _notes(function: Function) -> list[str]:
-    """What a user may expect of the parts and of concatenations, and does not get."""
+    """Notes for what a user may expect of the parts and of concatenations, and does not get."""
     notes = []
     if function.mixed:
         some = ", ".join(function.mixed[:3]) + (", ..." if len(function.mixed) > 3 else "")

@@ -203,7 +203,7 @@ def _missing(name: str) -> str | None:
 
 
 def _file(model: Model, name: str) -> Path | None:
-    """What the variant loads; None where that is the model itself."""
+    """The file that the variant loads; None where it loads the model itself."""
     if name.startswith("torch"):
         return None
     try:

@@ -88,7 +88,7 @@ def _summary(report: Report) -> list[tuple[str, object]]:
 
 
 def _predicted(about: dict[str, Any]) -> str:
-    """What the latency table says of the artifact."""
+    """The time that the latency table predicts for the artifact, in words."""
     budget = "" if about["budget_ms"] is None else f" of {about['budget_ms']:g} ms"
     several = f"{about['batch']} sample(s), {about['threads']} thread(s)"
     fixed = f"{about['fixed_ms']:.3g} ms of it in any format"
@@ -96,7 +96,7 @@ def _predicted(about: dict[str, Any]) -> str:
 
 
 def _trained(phase: dict[str, Any]) -> str:
-    """What a phase of training gave."""
+    """The SQNR that a phase of training gained, in words."""
     stages = phase["stages"]
     updates = sum(stage["steps"] for stage in stages)
     ends = [f"{-10 * math.log10(noise):.2f}" for noise in (stages[0]["before"], stages[-1]["after"])]

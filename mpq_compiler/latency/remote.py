@@ -59,6 +59,6 @@ def measured(
 
 
 def _problems(plan: Artifact) -> dict[str, str]:
-    """What each kernel of an artifact computes, by the kernel's name."""
+    """The work that each kernel of an artifact computes, by the kernel's name."""
     rows = json.loads(plan.file(bundle.SCHEDULE).read_text(encoding="utf-8"))
     return {row["kernel"]: row["problem"] for row in rows}

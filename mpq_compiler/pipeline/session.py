@@ -1,4 +1,4 @@
-"""What a run of passes shares that is no part of the program."""
+"""The state that the passes of a run share besides the program."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LayerTimes(Protocol):
 
 @dataclass
 class Session(RunContext):
-    """What a run of passes shares that is no part of the program."""
+    """The state that the passes of a run share besides the program."""
 
     denoiser: Denoiser | None = None
     calibration: dict[str, Tensor] | None = None

@@ -52,7 +52,7 @@ class _Kernels:
         self.signatures: dict[Any, Any] = {}
 
     def call(self, call: Call, env: Arrays, batch: int, into: Arrays | None = None) -> dict[str, np.ndarray]:
-        """What a call makes, by the names of its results; with ``into``, the buffer of which it writes a part."""
+        """The results of a call by their names; with ``into``, the buffer of which it writes a part."""
         if call.kernel not in self.signatures:
             self.signatures[call.kernel] = templates.arguments(call.kernel, self.target)
         inputs, outputs = self.signatures[call.kernel]

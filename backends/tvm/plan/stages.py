@@ -112,4 +112,4 @@ JOINING: tuple[type[LoweringStage[Lowered]], ...] = (
     FuseRotations,
     EliminateDeadCalls,
 )
-"""Those of every target, in order."""
+"""Stages of every target, in order."""
