@@ -25,7 +25,7 @@ import numpy as np
 from mpq_compiler import schemas
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
-from mpq_compiler.support.files import beside, check_place, sync, umask
+from mpq_compiler.support.files import beside, check_place, sha256, sync, umask
 
 FORMAT = "mpq-artifact"
 FORMAT_VERSION = 3
@@ -159,9 +159,7 @@ def digest(manifest: Mapping[str, Any]) -> str:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": sha256}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _fill(path: Path, source: FileSource) -> None:
@@ -312,7 +310,7 @@ def _verified(artifact: Artifact) -> Artifact:
         size = file.stat().st_size
         if size < entry["bytes"]:
             raise _altered(artifact.path, f"{name} is truncated ({size} of {entry['bytes']} bytes)")
-        if size > entry["bytes"] or _describe(file)["sha256"] != entry["sha256"]:
+        if size > entry["bytes"] or sha256(file) != entry["sha256"]:
             raise _altered(artifact.path, f"{name} was altered after it was written")
     return artifact
 

@@ -26,7 +26,6 @@ from mpq_compiler.inspection.dumps import (
     read_dumps,
     readers,
     sample,
-    sqnr_db,
 )
 from mpq_compiler.ir import ops, printer, provenance, views
 from mpq_compiler.ir.exact_interpreter import ExactInterpreter
@@ -35,7 +34,9 @@ from mpq_compiler.ir.program import Program, Stage
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.stages import Inspectable, LoweringStage
 from mpq_compiler.support import files, tensorfile
+from mpq_compiler.support.decibels import sqnr
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.files import encode_json
 
 # --- what is measured ---------------------------------------------------------------------------------------
 
@@ -79,7 +80,7 @@ class Writer:
         """
         found, about = self.probe(step, program, before)
         self._write(index, step.name(), printer.text(program, step.name()), found, about)
-        said = provenance.encode(provenance.document(program))
+        said = encode_json(provenance.document(program), indent=None)
         with self._writable():
             files.write_whole(self.folder / bundle.DECISIONS, lambda file: file.write(said))
 
@@ -405,7 +406,7 @@ def _add_sqnr(found: dict[str, np.ndarray], earlier: list[Dump]) -> None:
             reference = dump.values.get(node)
             if reference is not None and dump.shapes[node] == shape and reference.dtype == np.float32:
                 if found[key].dtype == np.float32:
-                    found[f"sqnr:{node}"] = np.array([sqnr_db(reference, found[key])], np.float32)
+                    found[f"sqnr:{node}"] = np.array([sqnr(reference, found[key])], np.float32)
                 break
     reference = earlier[0].output if earlier else found[OUTPUT]
     alike = reference.shape == found[OUTPUT].shape

@@ -23,6 +23,7 @@ from mpq_compiler.pipeline import parser
 from mpq_compiler.pipeline.backend import Built
 from mpq_compiler.pipeline.passes import Pass, Role
 from mpq_compiler.sampling import text_encoder
+from mpq_compiler.support.files import encode_json, sha256
 from mpq_compiler.targets import table as targets
 
 
@@ -80,12 +81,12 @@ def files(
     """The artifact's files by name, but for the manifest and the stored tensors."""
     program = lowering.program
     kernels = kernel_schedule.describe(program, built.facts.get("schedule", ()))
-    decided = provenance.encode(provenance.document(program, kernel_schedule.by_layer(kernels)))
+    decided = encode_json(provenance.document(program, kernel_schedule.by_layer(kernels)), indent=None)
     runtime = tvm_wheels.files(target, options.wheels) if options.standalone else {}
     found: dict[str, Any] = {**built.files, **runtime}
     found |= {bundle.IR: printer.text(program).encode(), bundle.DECISIONS: decided}
     if kernels:
-        found[bundle.SCHEDULE] = kernel_schedule.encode(kernels)
+        found[bundle.SCHEDULE] = encode_json(kernels)
     if denoiser.text is not None:
         found[text_encoder.FILE] = denoiser.text.save
     return found
@@ -131,7 +132,7 @@ def _calibration(denoiser: Denoiser, planned: Program, options: Options, passes:
     calibrate = next(step.options() for step in passes if step.role is Role.CALIBRATES)
     guidance = denoiser.conditioning.usual_guidance() if denoiser.guidance is None else denoiser.guidance
     sampled = {"scheduler": denoiser.scheduler.solver, "guidance": guidance}
-    conditions = {} if options.conditions is None else {"conditions": calibration_file.sha256(options.conditions)}
+    conditions = {} if options.conditions is None else {"conditions": sha256(options.conditions)}
     return found | calibrate | sampled | conditions
 
 

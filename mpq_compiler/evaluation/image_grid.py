@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.files import write_whole
 
 _MARGIN = 8
 _BACKGROUND, _INK = (255, 255, 255), (32, 32, 32)
@@ -92,14 +91,9 @@ def _fitted(title: str, width: int, font: Any) -> str:
 
 
 def _save(canvas: Image.Image, path: Path) -> Path:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        canvas.save(beside, format="PNG")
-        beside.replace(path)
+        write_whole(path, lambda stream: canvas.save(stream, format="PNG"))
     except OSError as error:
         raise UserError(f"cannot write the picture '{path}': {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
     return path

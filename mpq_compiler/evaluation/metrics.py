@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mpq_compiler.evaluation.features import Array, Features
+from mpq_compiler.support.decibels import sqnr
 from mpq_compiler.support.errors import UserError
 
 SQNR_LIMIT_DB = 200.0
@@ -35,11 +36,7 @@ def _pair(reference: Any, value: Any) -> tuple[Array, Array]:
 
 def sqnr_db(reference: Any, value: Any) -> float:
     """The SQNR in dB, 10 log10(sum y^2 / sum (y - yq)^2), over all elements together; within +-200 dB."""
-    y, yq = _pair(reference, value)
-    signal, noise = float(np.sum(y * y)), float(np.sum((y - yq) ** 2))
-    if noise == 0 or signal == 0:
-        return SQNR_LIMIT_DB if noise == 0 else -SQNR_LIMIT_DB
-    return min(max(10 * math.log10(signal / noise), -SQNR_LIMIT_DB), SQNR_LIMIT_DB)
+    return min(max(sqnr(*_pair(reference, value)), -SQNR_LIMIT_DB), SQNR_LIMIT_DB)
 
 
 def trajectory_sqnr_db(reference: Any, value: Any) -> float:

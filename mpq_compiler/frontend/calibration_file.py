@@ -22,6 +22,7 @@ from mpq_compiler.sampling import schedulers
 from mpq_compiler.sampling.schedulers import FlowMatchEuler
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError, nearest
+from mpq_compiler.support.files import sha256
 
 HELD_OUT_EVERY = 4
 """One latent in so many is held out from calibration, to judge the compiled program by."""
@@ -175,12 +176,6 @@ def stated(path: str | Path) -> dict[str, Any]:
     """The manifest's entry on a calibration file: its hash, and how it was sampled, as far as it says."""
     metadata = tensorfile.metadata(path)
     return {"file": sha256(path)} | {key: metadata[key] for key in ("steps", "guidance") if key in metadata}
-
-
-def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _converted(name: str, value: Tensor, dtype: torch.dtype, path: str | Path) -> Tensor:

@@ -17,6 +17,7 @@ from mpq_compiler.analysis.teacher_forcing import ROUNDING
 from mpq_compiler.inspection.dumps import OUTPUT, Dump
 from mpq_compiler.pipeline import registry
 from mpq_compiler.pipeline.passes import Contract, Role
+from mpq_compiler.support.decibels import decibels
 from mpq_compiler.support.errors import UserError
 
 HALF_BIT, ONE_BIT, TWO_BITS = 2.0, 4.0, 16.0
@@ -373,7 +374,8 @@ def _bits(ratio: float) -> str:
 def _decibels(power: float) -> str:
     if not math.isfinite(power):
         return "no finite value"
-    return f"{10 * math.log10(power):.1f} dB" if power > 0 else "none"
+    level = decibels(power)
+    return "none" if level is None else f"{level:.1f} dB"
 
 
 def _finite_or_none(value: float) -> float | None:

@@ -106,15 +106,6 @@ def sample(name: str, value: Tensor, count: int = VALUES) -> np.ndarray:
     return flat.numpy()
 
 
-def sqnr_db(reference: np.ndarray, value: np.ndarray) -> float:
-    """The SQNR in dB, 10 log10 of the signal's power over the difference's; infinite where they are equal."""
-    signal = float(np.square(reference.astype(np.float64)).sum())
-    error = float(np.square(value.astype(np.float64) - reference.astype(np.float64)).sum())
-    if error == 0:
-        return float("inf")
-    return 10 * float(np.log10(signal / error)) if signal > 0 and np.isfinite(error) else -float("inf")
-
-
 def layers(program: Program, planned: Program | None = None) -> dict[str, list[str]]:
     """The calls that multiply by each parameter, in any stage, and the calls of ``planned`` that they replace."""
     found: dict[str, list[str]] = {}

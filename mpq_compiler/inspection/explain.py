@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mpq_compiler import schemas
 from mpq_compiler.artifact import bundle
 from mpq_compiler.support import terminal
+from mpq_compiler.support.decibels import decibels
 from mpq_compiler.support.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -239,18 +240,14 @@ def _noise(path: str, passes: Mapping[str, Any], dumps: Sequence[Dump]) -> list[
         rows.append(
             {
                 "pass": dump.name,
-                "own_db": None if own is None else _decibels(own.noise),
-                "planned_db": _decibels(dump.expected.get(call, 0.0)),
-                "weight_db": None if weight is None else _decibels(float(weight[1])),
-                "weight_planned_db": None if weight is None else _decibels(float(weight[2])),
+                "own_db": None if own is None else decibels(own.noise),
+                "planned_db": decibels(dump.expected.get(call, 0.0)),
+                "weight_db": None if weight is None else decibels(float(weight[1])),
+                "weight_planned_db": None if weight is None else decibels(float(weight[2])),
                 "sqnr_db": gathered if gathered is not None and math.isfinite(gathered) else None,
             }
         )
     return rows
-
-
-def _decibels(power: float) -> float | None:
-    return 10 * math.log10(power) if 0 < power < math.inf else None
 
 
 # --- for reading --------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ layers. Numbers have six significant digits, and times are never recorded. `mpqc
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,8 +70,3 @@ def document(program: Program, kernels: Mapping[str, Any] | None = None) -> dict
         "layers": found,
         "fallbacks": dict(sorted(program.fallbacks.items())),
     }
-
-
-def encode(found: Mapping[str, Any]) -> bytes:
-    """Encodes the document as the file decisions.json."""
-    return (json.dumps(found, separators=(",", ":"), allow_nan=False) + "\n").encode()

@@ -39,6 +39,7 @@ from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
 from mpq_compiler.support import cache as support_cache
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.files import encode_json
 from mpq_compiler.support.host import cpu, identity
 from mpq_compiler.targets import table as targets
 from mpq_compiler.targets.numerics import F32
@@ -242,7 +243,7 @@ class Latency:
         """Builds an artifact of a packed program that is good for running only: most of its manifest is missing."""
         request = BuildRequest((self.batch,), jobs=self.jobs, cache=self.cache, emit=emit)
         built = self.backend.build(packed, self.target, request)
-        rows = kernel_schedule.encode(kernel_schedule.describe(packed, built.facts["schedule"]))
+        rows = encode_json(kernel_schedule.describe(packed, built.facts["schedule"]))
         files = {**built.files, bundle.SCHEDULE: rows}
         for name, content in files.items():
             (folder / name).write_bytes(content)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -43,11 +42,6 @@ def by_layer(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
                 {"template": row["template"], "kernel": row["kernel"], "macs": row["macs"]}
             )
     return found
-
-
-def encode(rows: list[dict[str, Any]]) -> bytes:
-    """Encodes the rows as the file schedule.json."""
-    return (json.dumps(rows, indent=1) + "\n").encode()
 
 
 def _inside(program: Program, node: fx.Node) -> list[views.Call]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.files import write_whole
 
 KINDS = ("kernels", "latency", "sensitivity", "tiles", "training")
 """The kinds of results; each has a folder of its own in the cache."""
@@ -95,13 +96,10 @@ class Results:
 
 def write(path: Path, content: bytes) -> None:
     """Writes a file of the cache whole or not at all. UserError: it cannot be written."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content)
-        os.replace(beside, path)
+        write_whole(path, lambda stream: stream.write(content))
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise _unwritable(path.parent, error) from error
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from mpq_compiler.support.errors import UserError
 
@@ -58,6 +60,21 @@ def beside(path: Path) -> Iterator[Path]:
     finally:
         if scratch:
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def encode_json(document: Any, indent: int | None = 1) -> bytes:
+    """A document as UTF-8 JSON with a newline at the end; with ``indent=None`` in one line without spaces.
+
+    ValueError: it holds NaN or infinity.
+    """
+    separators = (",", ":") if indent is None else None
+    return (json.dumps(document, indent=indent, separators=separators, allow_nan=False) + "\n").encode()
 
 
 def sync(stream: IO[bytes]) -> None:

@@ -29,6 +29,7 @@ from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.statistics import Calibration
 from mpq_compiler.support import svg
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.files import encode_json
 from tests.harness import programs
 from tests.inspection.test_bisect import INT4, clean
 
@@ -36,7 +37,7 @@ LAYER = "transformer_blocks.1.attn1.to_v"
 
 
 def document(model: str = "pixart", pipeline: str = programs.MIXED) -> dict:
-    found = json.loads(provenance.encode(provenance.document(programs.steps(model, pipeline)[-1].after)))
+    found = json.loads(encode_json(provenance.document(programs.steps(model, pipeline)[-1].after)))
     assert schemas.check(found, "decisions") is None
     return found
 
@@ -90,7 +91,7 @@ def test_decisions_are_the_same_bytes_in_every_run():
     for _ in range(2):
         session = Session(programs.denoiser("pixart"), programs.calibration("pixart"))
         program, _ = manager.run_pipeline(parser.parse(INT4), programs.empty(), session, [observe])
-        texts.append(provenance.encode(provenance.document(program)))
+        texts.append(encode_json(provenance.document(program), indent=None))
     assert texts[0] == texts[1]
 
 
@@ -262,7 +263,7 @@ def packed_like(path: Path) -> Path:
     """An artifact with decisions and not much else."""
     from tests.artifact import test_bundle
 
-    encoded = provenance.encode(provenance.document(programs.steps("pixart", programs.MIXED)[-1].after))
+    encoded = encode_json(provenance.document(programs.steps("pixart", programs.MIXED)[-1].after), indent=None)
     files = {**test_bundle.FILES, bundle.DECISIONS: encoded}
     test_bundle.write(path, files=files)
     return path
