@@ -10,9 +10,9 @@ from typing import Any
 
 from mpq_compiler.artifact import bundle
 from mpq_compiler.bench.rows import middle
-from mpq_compiler.bench.run import check
 from mpq_compiler.bench.subject import CONTROL, names_of
 from mpq_compiler.runtime.rpc import TIMES, Device, function_for, run_program, send_plans
+from mpq_compiler.support.execution import require_counts
 
 
 def bench(
@@ -22,7 +22,7 @@ def bench(
 
     UserError: an artifact without a C program, or without a function for the batch; what the device says.
     """
-    check(threads, batch, rounds)
+    require_counts(threads=threads, batch=batch, rounds=rounds)
     opened = [bundle.read(path) for path in paths]
     functions = [function_for(each, batch) for each in opened]
     ours, *others = names_of(paths)

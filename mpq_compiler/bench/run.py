@@ -34,6 +34,7 @@ from mpq_compiler.latency.timing import Arrays, Times
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.execution import require_counts
 from mpq_compiler.support.host import cpu
 from mpq_compiler.targets import nvidia
 
@@ -95,17 +96,10 @@ def bench(
     }
 
 
-def check(threads: int, batch: int, rounds: int) -> None:
-    """UserError: one of them is less than 1."""
-    for option, value in (("threads", threads), ("batch", batch), ("rounds", rounds)):
-        if value < 1:
-            raise UserError(f"--{option} {value} must be 1 or more")
-
-
 def _require_possible(against: Sequence[str], threads: int, batch: int, rounds: int) -> None:
     """UserError for what no artifact could be measured with."""
     baselines.chosen(against)
-    check(threads, batch, rounds)
+    require_counts(threads=threads, batch=batch, rounds=rounds)
     if against and batch > (most := math.prod(baselines.JUDGED)):
         raise UserError(f"--batch {batch} must be {most} or less with --against: quality is judged on {most} inputs")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.execution import require_counts
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -129,6 +129,5 @@ OPTIONS = (
 def of_compilation(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """Keyword arguments of `driver.options.Options`: what the command line has of `OPTIONS`, and ``more``."""
     given = {name: getattr(args, name) for name in OPTIONS if hasattr(args, name)}
-    if given.get("jobs", 1) < 1:
-        raise UserError(f"--jobs {given['jobs']} must be 1 or more")
+    require_counts(jobs=given["jobs"])
     return given | more

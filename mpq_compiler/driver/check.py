@@ -11,13 +11,13 @@ from mpq_compiler.driver.resolve import resolve
 from mpq_compiler.latency.candidates import require_kernels
 from mpq_compiler.pipeline.backend import backend_of
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.execution import require_threads
 from mpq_compiler.targets import table as targets
 
 
 def check(options: Options, output: str | Path) -> None:
     """Raises a UserError where a compilation would be refused for every model."""
-    if options.threads is not None and options.threads < 1:
-        raise UserError(f"threads is {options.threads}; it must be at least 1")
+    require_threads(options.threads)
     target = targets.resolve(options.target)
     backend = backend_of(target)
     able = backend.capabilities(target)

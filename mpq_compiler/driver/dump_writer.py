@@ -410,4 +410,4 @@ def _add_sqnr(found: dict[str, np.ndarray], earlier: list[Dump]) -> None:
                 break
     reference = earlier[0].output if earlier else found[OUTPUT]
     alike = reference.shape == found[OUTPUT].shape
-    found["output:sqnr"] = np.array([sqnr_db(reference, found[OUTPUT]) if alike else np.inf], np.float32)
+    found["output:sqnr"] = np.array([sqnr(reference, found[OUTPUT]) if alike else np.inf], np.float32)

@@ -29,6 +29,7 @@ from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.quantization.statistics import RANGE, VALUES
 from mpq_compiler.runtime import rpc as runtime_rpc
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.execution import require_counts
 from mpq_compiler.targets import table as targets
 
 ENOUGH_TO_RUN = 4
@@ -97,8 +98,7 @@ def candidate_plans(
     passes = resolve(chosen)
     target = targets.resolve(chosen.target)
     require_kernels(target)
-    if batch < 1:
-        raise UserError(f"--batch {batch} must be 1 or more")
+    require_counts(batch=batch)
     if emit is None and (missing := targets.missing_features(target)):
         raise UserError(
             f"times for '{target.name}' are measured on a machine that runs it, and this one lacks "

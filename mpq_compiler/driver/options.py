@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.execution import require_counts
 
 DEFAULT_BATCHES = (1, 2)
 MOST_SEED = 2**31 - 1
@@ -80,8 +81,7 @@ class Options:
         for name in ("wheels", "cache", "dumps"):
             if (path := getattr(self, name)) is not None:
                 setattr(self, name, Path(path))
-        if self.jobs < 1:
-            raise UserError(f"--jobs {self.jobs} must be 1 or more")
+        require_counts(jobs=self.jobs)
 
 
 def parse_shapes(text: str | None) -> dict[tuple[int, int, int] | None, tuple[int, ...]]:

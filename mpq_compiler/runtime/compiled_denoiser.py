@@ -20,6 +20,7 @@ from mpq_compiler.runtime.tvm import VirtualMachine, usable_cores
 from mpq_compiler.sampling.convention import Convention
 from mpq_compiler.support import plugins
 from mpq_compiler.support.errors import UserError, nearest
+from mpq_compiler.support.execution import require_threads
 from mpq_compiler.targets import nvidia
 from mpq_compiler.targets import table as targets
 
@@ -76,8 +77,7 @@ def load(
     """
     if reuse_bytes < 0:
         raise UserError(f"reuse_bytes is {reuse_bytes}; it must be 0 or more")
-    if threads is not None and threads < 1:
-        raise UserError(f"threads is {threads}; it must be at least 1")
+    require_threads(threads)
     artifact = artifacts.read(path)
     chosen = threads or artifact.manifest.get("threads") or usable_cores()
     return CompiledDenoiser(artifact, chosen, check_finite, reuse_bytes)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
+from mpq_compiler.support.errors import UserError
+
 BATCH = 32
 """Samples that the model sees at a time, unless a caller says otherwise."""
 
@@ -32,6 +34,19 @@ def batches(inputs: Mapping[str, _Rows], size: int = BATCH) -> Iterator[dict[str
     count = len(next(iter(inputs.values())))
     for start in range(0, count, size):
         yield {name: value[start : start + size] for name, value in inputs.items()}
+
+
+def require_counts(**counts: int) -> None:
+    """UserError, by the name of the option, where a count is less than 1: jobs, samples of a call, rounds."""
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"--{name} {value} must be 1 or more")
+
+
+def require_threads(threads: int | None) -> None:
+    """UserError where an artifact is to be called with less than 1 thread. None: it decides by itself."""
+    if threads is not None and threads < 1:
+        raise UserError(f"threads is {threads}; it must be at least 1")
 
 
 @dataclass(kw_only=True)
