@@ -17,11 +17,10 @@ from mpq_compiler.allocation.rerank import Reranker, Solved
 from mpq_compiler.allocation.sensitivity_table import CONTENT, QUALITY
 from mpq_compiler.allocation.solver import TIME_LIMIT, solve
 from mpq_compiler.analysis.noise_power import noise_of_program
-from mpq_compiler.formats import contract as formats_contract
 from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
-from mpq_compiler.ir import costs as ir_costs
+from mpq_compiler.formats.contract import FLOAT
 from mpq_compiler.ir import provenance
-from mpq_compiler.ir.costs import weight_path
+from mpq_compiler.ir.costs import average_bits, stored_bytes, weight_path
 from mpq_compiler.ir.edges import attention_edges, dynamic_edges, input_edge
 from mpq_compiler.ir.graph import CONTRACTIONS, softmax, weight_of
 from mpq_compiler.ir.program import ActivationPlan, Program, Stage, TensorStore, WeightPlan
@@ -473,9 +472,9 @@ class BitAllocation(Pass):
     def _check_uniform(self, program: Program) -> None:
         """Raises a UserError where a uniform plan exceeds a budget of bytes."""
         limit = pose.byte_limit(program.facts, self.weights, self.bytes)
-        stored = ir_costs.stored_bytes(program)
+        stored = stored_bytes(program)
         if limit is not None and stored > limit:
-            bits = ir_costs.average_bits(stored, program.facts["parameters"])
+            bits = average_bits(stored, program.facts["parameters"])
             raise UserError(
                 f"uniform {self.uniform} takes {stored} bytes ({bits:.3f} true average bits), more than the budget of "
                 f"{limit} bytes; use the default recipe, which mixes formats"
@@ -502,8 +501,8 @@ def _noise(problem: dict[str, Any], solution: Solution) -> float:
 def _choices_of(solution: Solution, table: dict[str, Any]) -> tuple[dict[str, tuple[str, int]], set[str]]:
     """Splits a solution into format and width (0 for float) of each layer, and the attentions to quantize."""
     split = {path: choice.split(" ") for path, choice in solution.choices.items() if path in table["weights"]}
-    quantized = {name for name in table["attention"] if solution.choices[name] != formats_contract.FLOAT}
-    float_width = formats_contract.FLOAT
+    quantized = {name for name in table["attention"] if solution.choices[name] != FLOAT}
+    float_width = FLOAT
     widths = {path: (name, 0 if width == float_width else int(width[1:])) for path, (name, width) in split.items()}
     return widths, quantized
 

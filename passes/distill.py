@@ -8,14 +8,14 @@ from functools import partial
 from typing import Any, ClassVar
 
 from mpq_compiler.analysis.trajectory_error import TrajectoryError
-from mpq_compiler.ir import blocks as ir_blocks
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.blocks import Block
+from mpq_compiler.ir.blocks import blocks as blocks_of
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.training import data as training_data
 from mpq_compiler.training import trainer
+from mpq_compiler.training.data import affordable, block_updates, calls, trajectories
 from mpq_compiler.training.relation_loss import Term
 from mpq_compiler.training.state import RATES, Stage
 
@@ -94,7 +94,7 @@ class Distill(Pass):
             self.require(option, 0)
 
     def run(self, program: Program, session: Session) -> Program:
-        updates = training_data.affordable(program, self.minutes) if self.updates is None else self.updates
+        updates = affordable(program, self.minutes) if self.updates is None else self.updates
         program = program.fork()
         if not updates:
             if self.minutes and self.updates is None:
@@ -102,8 +102,8 @@ class Distill(Pass):
             return program
         for note in self._without_effect(program, session, updates):
             program.note(f"distill: {note}")
-        samples = max(self.samples, training_data.trajectories(updates, self.epochs, self.steps))
-        data, held_out = training_data.calls(session, samples, self.steps)
+        samples = max(self.samples, trajectories(updates, self.epochs, self.steps))
+        data, held_out = calls(session, samples, self.steps)
         image_error = TrajectoryError.drawn(session, self.images)
         images = image_error.noise(program) if image_error else None
         if image_error:
@@ -136,7 +136,7 @@ class Distill(Pass):
     def _related(self, program: Program, session: Session) -> Block | None:
         """The block whose features the relation loss compares: the last repeated one; None where no block repeats."""
         assert session.denoiser is not None
-        found = [b for b in ir_blocks.blocks(session.denoiser.module.model, program) if b.repeated]
+        found = [b for b in blocks_of(session.denoiser.module.model, program) if b.repeated]
         return found[-1] if found else None
 
     def _without_effect(self, program: Program, session: Session, updates: int) -> Iterator[str]:
@@ -160,14 +160,14 @@ class Distill(Pass):
         assert session.denoiser is not None
         rates = {kind: rate * self.rate for kind, rate in RATES.items()}
         latent = round(updates * self.latent)
-        found = ir_blocks.blocks(session.denoiser.module.model, program)
+        found = blocks_of(session.denoiser.module.model, program)
         related = self._related(program, session) if self.relation else None
         term = None if related is None else Term(related.output, self.relation, self.window)
         network = self.range_network and len(program.facts["time-groups"]) > 0
         stage = partial(Stage, rates=rates, adapters=self.adapters, range_network=network)
         if latent and self.blocks:
             if self.updates is None:  # the minutes are to be those of the whole program
-                share, more = training_data.block_updates(program, found, latent), 0
+                share, more = block_updates(program, found, latent), 0
             else:
                 share, more = divmod(latent, len(found))
             steps = [max(1, share + (i < more)) for i in range(len(found))]

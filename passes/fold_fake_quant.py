@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from mpq_compiler.formats import contract as formats_contract
+from mpq_compiler.formats.contract import merge_branch
 from mpq_compiler.ir import ops, views
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.graph import CONTRACTIONS, arguments, operand, prune
@@ -158,7 +158,7 @@ def _table(program: Program, weight: fx.Node) -> tuple[Any, ...]:
     signs, _, alpha, _ = arguments(operand(weight, 1))
     stored = [program.tensors[str(n.target)] for n in (codes, lut, signs, alpha)]
     path = str(codes.target).split(":")[0]
-    merged = formats_contract.merge_branch(*stored)
+    merged = merge_branch(*stored)
     names = [program.tensors.add(f"{path}:{n}", t) for n, t in zip(("codes", "lut"), merged, strict=True)]
     new_codes, new_lut = (program.graph.get_attr(n) for n in names)
     return new_codes, scale, offset, new_lut, *rest

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import formats as mpq_compiler_formats
 from mpq_compiler.analysis.noise_power import rounded
+from mpq_compiler.formats import get as get_format
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.edges import input_edge
@@ -64,7 +64,7 @@ class Orthogonality(Pass):
         if not self.formats:
             raise UserError("option 'formats' of pass 'orthogonality' must name a format to choose, and is empty")
         for name in self.formats:
-            mpq_compiler_formats.get(name)
+            get_format(name)
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
@@ -100,7 +100,7 @@ class Orthogonality(Pass):
         return [{n: v[start : start + self.inputs] for n, v in calibration.inputs.items()} for start in starts]
 
     def _losses(self, calls: list[fx.Node], importance: dict[str, float]) -> dict[str, Any]:
-        bits = {name: mpq_compiler_formats.get(name).bits for name in self.formats}
+        bits = {name: get_format(name).bits for name in self.formats}
 
         def losses(own: float, widths: dict[str, int]) -> dict[str, float]:
             most = max(widths.values())

@@ -10,13 +10,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mpq_compiler import formats as mpq_compiler_formats
 from mpq_compiler.allocation.qua2sedimo import graph as qua2sedimo_graph
 from mpq_compiler.allocation.qua2sedimo import random_plans
 from mpq_compiler.allocation.qua2sedimo.graph import Graph
 from mpq_compiler.allocation.qua2sedimo.predictor import Features, Learner, Scored, Training, variants_of
 from mpq_compiler.allocation.qua2sedimo.random_plans import Configuration, Fits
 from mpq_compiler.analysis.noise_power import rounded
+from mpq_compiler.formats import get as get_format
+from mpq_compiler.formats import version as formats_version
 from mpq_compiler.inspection import score_report
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.costs import weight_bytes
@@ -78,7 +79,7 @@ class PredictScores(Pass):
         if len({*self.formats}) < 2:
             raise UserError("option 'formats' of pass 'predict-scores' must name two formats or more to choose from")
         for name in self.formats:
-            mpq_compiler_formats.get(name)
+            get_format(name)
 
     def run(self, program: Program, session: Session) -> Program:
         assert session.denoiser is not None
@@ -144,7 +145,7 @@ class PredictScores(Pass):
 
     def _features(self, program: Program, fits: Fits) -> Features:
         kinds = list(dict.fromkeys(map(random_plans.method, self.formats)))
-        widths = sorted({mpq_compiler_formats.get(name).bits for name in self.formats})
+        widths = sorted({get_format(name).bits for name in self.formats})
         values = {}
         for path, (call, *_) in fits.calls.items():
             weight = str(weight_of(call))
@@ -160,7 +161,7 @@ class PredictScores(Pass):
         return Features(
             self.formats,
             tuple(1 + kinds.index(random_plans.method(name)) for name in self.formats),
-            tuple(1 + widths.index(mpq_compiler_formats.get(name).bits) for name in self.formats),
+            tuple(1 + widths.index(get_format(name).bits) for name in self.formats),
             values,
         )
 
@@ -226,6 +227,6 @@ class PredictScores(Pass):
     def key(self, program: Program, graph: Graph, inputs: dict[str, Tensor], session: Session) -> str:
         """Everything a label or a score depends on but its own number and the predictors' options."""
         rounding = session.requests.rounding.quick
-        versions = "".join(map(mpq_compiler_formats.version, self.formats))
+        versions = "".join(map(formats_version, self.formats))
         options = f"scores 1 {self.formats}{versions} {session.seed} {rounding} {graph}"
         return fingerprint(program, inputs, options)

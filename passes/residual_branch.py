@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mpq_compiler.formats import base as formats_base
+from mpq_compiler.formats.base import QuantizedWeight
 from mpq_compiler.formats.residual import ResidualFormat
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import aten
@@ -42,7 +42,7 @@ class ResidualBranch(Pass):
         prune(program.graph)
         return program
 
-    def _insert(self, program: Program, weight: Open, fit: formats_base.QuantizedWeight) -> None:
+    def _insert(self, program: Program, weight: Open, fit: QuantizedWeight) -> None:
         graph, shape = program.graph, list(program.tensors[weight.weight].shape)
         with graph.inserting_before(weight.quantizer):
             scale, offset = attributes(program, f"{weight.path}:", scale=fit.scale, offset=fit.offset)

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx
 
-from mpq_compiler import formats as mpq_compiler_formats
 from mpq_compiler.allocation.sensitivity_table import require_of
 from mpq_compiler.analysis.noise_power import (
     input_weights,
@@ -20,6 +19,8 @@ from mpq_compiler.analysis.noise_power import (
     rounded,
 )
 from mpq_compiler.analysis.perturbation import Ablation
+from mpq_compiler.formats import get as get_format
+from mpq_compiler.formats import version as formats_version
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.edges import attention_arguments, dynamic_edges, input_edge
@@ -105,7 +106,7 @@ class Sensitivity(Pass):
         if not self.formats:
             raise UserError("option 'formats' of pass 'sensitivity' must name a format to measure, and is empty")
         for name in self.formats:
-            mpq_compiler_formats.get(name)
+            get_format(name)
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
@@ -181,7 +182,7 @@ class Sensitivity(Pass):
         found: dict[str, Task] = {}
 
         rounding = requests.rounding.quick
-        versions = {name: mpq_compiler_formats.version(name) for name in self.formats}
+        versions = {name: formats_version(name) for name in self.formats}
 
         def add(kind: str, node: fx.Node, what: str, choice: str | int) -> None:
             name = f"{kind} {what} {choice}" + (f" {rounding}{versions[str(choice)]}" if kind == WEIGHT else "")

@@ -21,7 +21,7 @@ from mpq_compiler.frontend import denoiser as denoisers
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir.interpreter import single_threaded
 from mpq_compiler.ir.program import Program, Stage, TensorStore
-from mpq_compiler.latency import table as latency_table
+from mpq_compiler.latency import table as tables
 from mpq_compiler.latency.candidates import Latency
 from mpq_compiler.pipeline import manager
 from mpq_compiler.pipeline.manager import Instrument, Record
@@ -176,13 +176,13 @@ def layer_times(
     )  # fmt: skip
 
 
-def latency_table_of(options: Options, target: targets.Target) -> latency_table.Table | None:
+def latency_table_of(options: Options, target: targets.Target) -> tables.Table | None:
     """Loads the given latency table; None without one. UserError: it is for another target, CPU or thread count."""
     if options.latency_table is None:
         return None
-    table = latency_table.load(options.latency_table)
+    table = tables.load(options.latency_table)
     here = None if targets.missing_features(target) else cpu()
-    latency_table.require_of(table, target.name, here, options.threads)
+    tables.require_of(table, target.name, here, options.threads)
     return table
 
 

@@ -13,8 +13,8 @@ from mpq_compiler.frontend import calibration_file
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir import costs
 from mpq_compiler.ir.program import Program
-from mpq_compiler.latency import table as latency_table
 from mpq_compiler.latency.candidates import Latency
+from mpq_compiler.latency.table import predict
 from mpq_compiler.pipeline import parser
 from mpq_compiler.pipeline.backend import Built
 from mpq_compiler.targets.table import Target
@@ -134,7 +134,7 @@ def predicted_latency(latency: Latency | None, program: Program, facts: dict[str
     if latency is None or latency.table is None or planned is None:
         return None
     table = latency.table
-    found = latency_table.predict(table, [row["problem"] for row in facts["schedule"]])
+    found = predict(table, [row["problem"] for row in facts["schedule"]])
     return {
         "predicted_ms": planned["ms"] if found.missing else found.ms,
         "missing": len(found.missing),

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mpq_compiler.evaluation import features as evaluation_features
 from mpq_compiler.evaluation import metrics
+from mpq_compiler.evaluation.features import features_for
 from mpq_compiler.evaluation.painter import Array, Painter, require_same_task
 from mpq_compiler.sampling.loop import Call
 
@@ -56,7 +56,7 @@ def evaluate(
     drawn_reference = reference.draw(conditions, images, steps, seed, guidance, teacher_force, progress)
     drawn = painter.draw(conditions, images, steps, seed, guidance)
     pictures_reference, pictures = reference.decode(drawn_reference), painter.decode(drawn)
-    extractor, reason = evaluation_features.features_for(features, pictures.shape[1:])
+    extractor, reason = features_for(features, pictures.shape[1:])
     return {
         "sqnr_db": metrics.sqnr_db(np.concatenate(expected), np.concatenate(got)),
         "trajectory_sqnr_db": metrics.trajectory_sqnr_db(drawn_reference, drawn),

@@ -36,8 +36,8 @@ from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import REST, Rounding
 from mpq_compiler.quantization.statistics import Calibration
 from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
-from mpq_compiler.support import cache as support_cache
 from mpq_compiler.support import tensorfile
+from mpq_compiler.support.cache import Results, digest
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.files import encode_json
 from mpq_compiler.support.host import cpu, identity
@@ -227,7 +227,7 @@ class Latency:
                 "give a table that was measured on such a machine (`mpqc latency --rpc`, --latency-table FILE)"
             )
         about = f"1 {self.target.name} {identity()} {self.threads} {self.batch} {version('apache-tvm')}"
-        results = support_cache.Results("latency", support_cache.digest(about, self.backend.digest()), self.cache)
+        results = Results("latency", digest(about, self.backend.digest()), self.cache)
         others = (self._rows(program, next(iter(rows)), kind, dynamic) for kind in self.kinds[:-1])
         wanted = {timed_as(row.kernel) for calls in (*rows.values(), *others) for row in calls}
         if CALL not in results or any(kernel not in results for kernel in wanted):

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpq_compiler.pipeline import options as pipeline_options
 from mpq_compiler.pipeline import parser
-from mpq_compiler.pipeline import passes as pipeline_passes
+from mpq_compiler.pipeline.options import make as make_pass
+from mpq_compiler.pipeline.passes import Pass
 from mpq_compiler.support.errors import UserError, nearest
 
 SCHEMA = 1
@@ -52,9 +52,9 @@ class Recipe:
                 "choose another recipe or leave the option out"
             )
 
-    def passes(self) -> list[pipeline_passes.Pass]:
+    def passes(self) -> list[Pass]:
         """Makes the passes. UserError: an unknown pass or option."""
-        return [pipeline_options.make(name, self.options.get(name, {})) for name in self.pipeline]
+        return [make_pass(name, self.options.get(name, {})) for name in self.pipeline]
 
 
 def names() -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from mpq_compiler import formats
 from mpq_compiler.formats import activation, low_rank
-from mpq_compiler.formats import base as formats_base
+from mpq_compiler.formats.base import Fit, QuantizedWeight
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.program import Program
 from mpq_compiler.quantization.adaround import adaround
@@ -77,15 +77,15 @@ class Rounding(StrEnum):
         """The rounding that replaces it where many are compared: GPTQ comes close to learning in a fraction of time."""
         return Rounding.GPTQ if self == Rounding.LEARNED else self
 
-    def __call__(self, fit: formats_base.Fit, rows: Tensor, gram: Tensor | None) -> formats_base.Fit:
+    def __call__(self, fit: Fit, rows: Tensor, gram: Tensor | None) -> Fit:
         """Chooses the codes of a fit of rows [O, K]; FP8, and fits without a whole gram, keep the nearest codes."""
         if self == Rounding.NEAREST or gram is None or gram.dim() == 1:
             return fit
         if isinstance(fit, low_rank.LowRankWeight):
             base = self(fit.base, rows - fit.branch, gram)
-            assert isinstance(base, formats_base.QuantizedWeight)
+            assert isinstance(base, QuantizedWeight)
             return replace(fit, base=base)
-        if not isinstance(fit, formats_base.QuantizedWeight):
+        if not isinstance(fit, QuantizedWeight):
             return fit
         if self == Rounding.LEARNED:
             codes = adaround(rows, fit.merged(), gram).codes
@@ -96,7 +96,7 @@ class Rounding(StrEnum):
 
 def fitted(
     program: Program, call: fx.Node, weight: str, format_name: str, rounding: Rounding = Rounding.NEAREST
-) -> formats_base.Fit:
+) -> Fit:
     """Fits a call's weight in a format, with the least error of the layer's output over the calibration's rows.
 
     Args:
@@ -117,7 +117,7 @@ def fitted(
     return fit
 
 
-def corrected_bias(program: Program, call: fx.Node, weight: str, quantized: formats_base.Fit) -> Tensor | None:
+def corrected_bias(program: Program, call: fx.Node, weight: str, quantized: Fit) -> Tensor | None:
     """The bias that removes the mean output error, ``b + (W - W_q) E[x]`` (Nagel 2019, arXiv 1906.04721, section 4.2).
 
     None where the layer has no stored bias or no statistics.
