@@ -29,7 +29,7 @@ from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import Program, Stage, TensorStore
 from mpq_compiler.pipeline import manager
-from mpq_compiler.pipeline import parser as pipeline_parser
+from mpq_compiler.pipeline.parser import parse
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support.errors import UserError
 from tests.harness import families, tiny
@@ -83,7 +83,7 @@ def traced(model: Denoiser) -> str:
     """Whether the traced program gives the model's own bits, at a batch it was not traced with."""
     start = Program(torch.fx.Graph(), TensorStore(), (), Stage.FLOAT)
     try:
-        program, _ = manager.run_pipeline(pipeline_parser.parse("trace"), start, Session(model))
+        program, _ = manager.run_pipeline(parse("trace"), start, Session(model))
     except UserError as error:
         return str(error)
     inputs = model.random_inputs(5, 1)

@@ -24,7 +24,7 @@ from benchmarks import documents
 from benchmarks.machine import provenance
 from mpq_compiler import formats
 from mpq_compiler.driver import judge
-from mpq_compiler.driver import options as driver_options
+from mpq_compiler.driver.options import Options
 from mpq_compiler.evaluation.metrics import sqnr_db
 from mpq_compiler.frontend import denoiser
 from mpq_compiler.ir import costs, interpreter
@@ -32,7 +32,7 @@ from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import Program, Stage, TensorStore
 from mpq_compiler.pipeline import manager
-from mpq_compiler.pipeline import parser as pipeline_parser
+from mpq_compiler.pipeline.parser import parse
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.quantization.statistics import GRAM, RANGE, VALUES
@@ -52,20 +52,20 @@ def measure(names: list[str], done: Callable[[dict[str, Any]], None]) -> None:
     from torch import fx
 
     model = denoiser.load(MODEL)
-    held_out = judge.held_out(model, driver_options.Options())
+    held_out = judge.held_out(model, Options())
     expected = model(**held_out).numpy()
     session = Session(model, requests=Requests(frozenset({RANGE, VALUES, GRAM})))
     with interpreter.single_threaded():
         start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
-        front, _ = manager.run_pipeline(pipeline_parser.parse(FRONT), start, session)
-        present = {p for each in pipeline_parser.parse(FRONT) for p in each.provides}
+        front, _ = manager.run_pipeline(parse(FRONT), start, session)
+        present = {p for each in parse(FRONT) for p in each.provides}
         largest = max((front.tensors[str(weight_of(n))] for n in front.quantizable), key=lambda t: t.numel())
         for name in names:
             row: dict[str, Any] = {"format": name, "layer_bits": 8 * formats.get(name).stored_bytes(*largest.shape)}
             row["layer_bits"] /= largest.numel()
             for method in METHODS:
                 begin = time.perf_counter()
-                passes = pipeline_parser.parse(BACK.format(name, method))
+                passes = parse(BACK.format(name, method))
                 program, _ = manager.run_pipeline(passes, front, session, present=present)
                 row[f"{method}_seconds"] = time.perf_counter() - begin
                 y = np.concatenate([run(program, part).numpy() for part in batches(held_out)])

@@ -32,9 +32,9 @@ from benchmarks.machine import provenance
 from mpq_compiler.api import compile as driver_compile
 from mpq_compiler.driver.measure import candidate_plans
 from mpq_compiler.latency import measure as latency_measure
-from mpq_compiler.latency import table as latency_table
 from mpq_compiler.latency import timing
 from mpq_compiler.latency.candidates import runnable
+from mpq_compiler.latency.table import predict
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
 from mpq_compiler.support import terminal
@@ -86,7 +86,7 @@ def run(plans: dict[str, CompiledDenoiser], candidates: Sequence[CompiledDenoise
             timing.turn(call, repeats[name], times[name])
     found = {}
     for name, plan in plans.items():
-        said = latency_table.predict(table, latency_measure.problems(timing.kernel_calls(plan), plan))
+        said = predict(table, latency_measure.problems(timing.kernel_calls(plan), plan))
         took = 1e3 * statistics.median(times[name].cpu)
         found[name] = {
             "predicted_ms": said.ms,

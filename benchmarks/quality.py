@@ -48,10 +48,9 @@ from benchmarks.quality_cells import (
     write,
 )
 from mpq_compiler.api import compile
-from mpq_compiler.evaluation import features as evaluation_features
 from mpq_compiler.evaluation import metrics
-from mpq_compiler.evaluation import painter as evaluation_painter
-from mpq_compiler.evaluation.features import Features
+from mpq_compiler.evaluation.features import Features, features_for
+from mpq_compiler.evaluation.painter import Painter, float_model, from_artifact, from_denoiser, sampled_like
 from mpq_compiler.frontend import checkpoint, denoiser
 from mpq_compiler.support import terminal
 from mpq_compiler.support.errors import BudgetError
@@ -64,7 +63,7 @@ STRIP = 10
 DOCUMENT = Path(__file__).parents[1] / "docs" / "recipes.md"
 
 
-def _images(painter: evaluation_painter.Painter, conditions: Any, count: int) -> np.ndarray:
+def _images(painter: Painter, conditions: Any, count: int) -> np.ndarray:
     """What a denoiser draws, decoded, from the noise that all have."""
     with terminal.progress(f"drawing with {painter.name}", count) as advance:
         drawn = painter.draw(conditions, count, STEPS, SEED, progress=lambda done, total: advance(0))
@@ -77,10 +76,10 @@ def float_accuracy(model: str) -> None:
     if model in known:
         return
     loaded = denoiser.load(model)
-    painter = evaluation_painter.from_denoiser(loaded)
+    painter = from_denoiser(loaded)
     conditions = painter.conditioning.varied(CLAIM["images"])
     images = _images(painter, conditions, CLAIM["images"])
-    features = evaluation_features.features_for(loaded.features, images.shape[1:])
+    features = features_for(loaded.features, images.shape[1:])
     accuracy = metrics.compare_images(images, images, *features, conditions.labels)["class_accuracy"]
     write(RESULTS / "float.json", known | {model: accuracy and accuracy["value"]})
 
@@ -97,9 +96,9 @@ def compute(cell: Cell, jobs: int, counts: Sequence[int] = ()) -> list[dict[str,
         budget = budget_of(cell.model, cell.setting)
         report = compile.compile(cell.model, path, terminal.progress, jobs=jobs, **cell.options(budget))
         seconds = time.perf_counter() - begin
-        painter = evaluation_painter.from_artifact(path, threads=1)
-        loaded = evaluation_painter.float_model(cell.model, painter)
-        reference = evaluation_painter.sampled_like(evaluation_painter.from_denoiser(loaded), painter)
+        painter = from_artifact(path, threads=1)
+        loaded = float_model(cell.model, painter)
+        reference = sampled_like(from_denoiser(loaded), painter)
         conditions = reference.conditioning.varied(max(counts))
         pictures = [_images(each, conditions, max(counts)) for each in (reference, painter)]
     if cell.strip:
@@ -115,7 +114,7 @@ def compute(cell: Cell, jobs: int, counts: Sequence[int] = ()) -> list[dict[str,
         "notes": report.notes,
         **provenance(),
     }
-    features = evaluation_features.features_for(loaded.features, pictures[0].shape[1:])
+    features = features_for(loaded.features, pictures[0].shape[1:])
     rows = []
     for count in counts:
         first = [images[:count] for images in pictures]

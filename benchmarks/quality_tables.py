@@ -27,8 +27,8 @@ from benchmarks.quality_cells import (
     float_strip,
     read,
 )
-from mpq_compiler.evaluation import features as evaluation_features
 from mpq_compiler.evaluation import image_grid, metrics
+from mpq_compiler.evaluation.features import Features
 from mpq_compiler.support import svg, terminal
 
 COLUMNS = {
@@ -49,7 +49,7 @@ def resamples(images: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(0)).integers(0, images, (count, images))
 
 
-def resampled_frechet(reference: np.ndarray, images: np.ndarray, features: evaluation_features.Features) -> list[float]:
+def resampled_frechet(reference: np.ndarray, images: np.ndarray, features: Features) -> list[float]:
     """`metrics.frechet_to_float` of each of `resamples`."""
     found = [features(pictures)[0] for pictures in (reference, images)]
     return [

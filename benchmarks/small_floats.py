@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import documents
 from benchmarks.machine import provenance
 from mpq_compiler.driver import judge
-from mpq_compiler.driver import options as driver_options
+from mpq_compiler.driver.options import Options
 from mpq_compiler.evaluation.metrics import sqnr_db
 from mpq_compiler.formats import activation
 from mpq_compiler.frontend import denoiser
@@ -30,7 +30,7 @@ from mpq_compiler.ir import costs, interpreter, ops
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import Program, Stage, TensorStore
 from mpq_compiler.pipeline import manager
-from mpq_compiler.pipeline import parser as pipeline_parser
+from mpq_compiler.pipeline.parser import parse
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.quantization.statistics import GRAM, RANGE, VALUES
@@ -64,10 +64,10 @@ class Bench:
         from torch import fx
 
         self.model = denoiser.load(MODEL)
-        self.held_out = judge.held_out(self.model, driver_options.Options())
+        self.held_out = judge.held_out(self.model, Options())
         self.expected = self.model(**self.held_out).numpy()
         self.session = Session(self.model, requests=Requests(frozenset({RANGE, VALUES, GRAM})))
-        front = pipeline_parser.parse(FRONT)
+        front = parse(FRONT)
         start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
         self.front, _ = manager.run_pipeline(front, start, self.session)
         self.present = {p for each in front for p in each.provides}
@@ -77,7 +77,7 @@ class Bench:
 
         exponents = (lambda bits: (4,)) if options.endswith(E4M3) else activation.exponents
         begin = time.process_time()
-        passes = pipeline_parser.parse(BACK.format(weights, options.removesuffix(f",{E4M3}"), method))
+        passes = parse(BACK.format(weights, options.removesuffix(f",{E4M3}"), method))
         with mock.patch.object(activation, "exponents", exponents):
             program, _ = manager.run_pipeline(passes, self.front, self.session, present=self.present)
         seconds = time.process_time() - begin

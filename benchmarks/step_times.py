@@ -25,7 +25,7 @@ from benchmarks import quality, quality_cells
 from benchmarks.machine import provenance
 from benchmarks.timing import interleaved, wall
 from mpq_compiler.api import compile
-from mpq_compiler.evaluation import painter as evaluation_painter
+from mpq_compiler.evaluation.painter import from_artifact
 from mpq_compiler.support import terminal
 
 ROUNDS = 40
@@ -49,7 +49,7 @@ def compiled(cells: Sequence[quality_cells.Cell], folder: Path, jobs: int) -> di
 
 def step(path: Path) -> Callable[[], object]:
     """A call of an artifact with one sample, as its sampler calls it last."""
-    painter = evaluation_painter.from_artifact(path, threads=1)
+    painter = from_artifact(path, threads=1)
     last: dict[str, np.ndarray] = {}
 
     def watched(**inputs: np.ndarray) -> np.ndarray:

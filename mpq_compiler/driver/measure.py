@@ -19,15 +19,15 @@ from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir.interpreter import single_threaded
 from mpq_compiler.ir.program import Program, Stage, TensorStore
 from mpq_compiler.latency import remote
-from mpq_compiler.latency import table as latency_table
 from mpq_compiler.latency.candidates import require_kernels, runnable
 from mpq_compiler.latency.measure import measured
+from mpq_compiler.latency.table import Table
 from mpq_compiler.pipeline import manager
 from mpq_compiler.pipeline.passes import Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.quantization.statistics import RANGE, VALUES
-from mpq_compiler.runtime import rpc as runtime_rpc
+from mpq_compiler.runtime.rpc import Device
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.execution import require_counts
 from mpq_compiler.targets import table as targets
@@ -64,7 +64,7 @@ def measure_latency(
     batch: int = 1,
     rpc: str | None = None,
     **options: Any,
-) -> latency_table.Table:
+) -> Table:
     """The latency table of a model: its kernels with all weights in each of ``formats``, on this machine or a device.
 
     formats: by default those that the recipe chooses from. batch: samples of a call. rpc: HOST:PORT where `mpq_rpc`
@@ -76,7 +76,7 @@ def measure_latency(
             return measured(runnable(plans, threads), batch, threads, progress)
     if options.get("target", "native") == "native":
         raise UserError("--rpc measures on a device, which need not be as this machine: name its target with --target")
-    runtime_rpc.Device(rpc).close()  # refuses before anything is compiled
+    Device(rpc).close()  # refuses before anything is compiled
     with candidate_plans(model, progress, formats, batch, emit="c", **options) as plans:
         return remote.measured(plans, rpc, batch, threads, progress)
 

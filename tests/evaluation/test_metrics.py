@@ -10,8 +10,8 @@ import pytest
 import scipy.linalg
 import scipy.ndimage
 
-from mpq_compiler.evaluation import features as evaluation_features
 from mpq_compiler.evaluation import metrics
+from mpq_compiler.evaluation.features import Features, features_for
 from mpq_compiler.frontend.denoiser import load
 from mpq_compiler.sampling.loop import gaussian, sample
 from mpq_compiler.support.errors import UserError
@@ -26,8 +26,8 @@ def images() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def features() -> evaluation_features.Features:
-    return evaluation_features.Features.load(load("fashion-unet").features)
+def features() -> Features:
+    return Features.load(load("fashion-unet").features)
 
 
 def random_images(count: int = 3, shape: tuple[int, ...] = (2, 16, 20), seed: int = 0) -> np.ndarray:
@@ -155,9 +155,9 @@ def test_images_of_another_kind_have_no_frechet_distance(features):
     with pytest.raises(UserError, match=r"takes images \[1, 28, 28\], not \[3, 32, 32\]"):
         features(np.zeros((2, 3, 32, 32)))
     path = load("fashion-unet").features
-    assert evaluation_features.features_for(path, (1, 28, 28))[1] is None
-    assert "not [3, 32, 32]" in evaluation_features.features_for(path, (3, 32, 32))[1]
-    assert "no feature extractor" in evaluation_features.features_for(None, (1, 28, 28))[1]
+    assert features_for(path, (1, 28, 28))[1] is None
+    assert "not [3, 32, 32]" in features_for(path, (3, 32, 32))[1]
+    assert "no feature extractor" in features_for(None, (1, 28, 28))[1]
 
 
 @pytest.mark.parametrize("bad", [np.zeros((2, 3)), np.full((2, 2), np.nan), np.zeros((0, 2))])

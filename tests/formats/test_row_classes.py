@@ -19,10 +19,9 @@ from mpq_compiler.formats.packing import pack_codes, pack_rows, packed_bytes, un
 from mpq_compiler.formats.row_classes import LOST, kurtosis
 from mpq_compiler.formats.uniform import UniformFormat
 from mpq_compiler.ir import costs, stored_tensors, verifier, views
-from mpq_compiler.ir import program as ir_program
 from mpq_compiler.ir.exact_interpreter import run_exact
 from mpq_compiler.ir.interpreter import run
-from mpq_compiler.ir.program import TensorStore
+from mpq_compiler.ir.program import Program, TensorStore
 from mpq_compiler.quantization.adaround import adaround
 from mpq_compiler.quantization.gptq import gptq
 from mpq_compiler.training import student, trainer, variables
@@ -211,7 +210,7 @@ def steps(request) -> tuple[programs.Step, ...]:
     return programs.steps(MODEL, f"{programs.FRONT},bit-allocation{{uniform={request.param}}},{programs.BACK}")
 
 
-def after(steps: tuple[programs.Step, ...], name: str) -> ir_program.Program:
+def after(steps: tuple[programs.Step, ...], name: str) -> Program:
     return next(s.after for s in steps if s.step.name() == name)
 
 

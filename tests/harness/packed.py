@@ -22,8 +22,8 @@ from mpq_compiler.frontend import denoiser as denoisers
 from mpq_compiler.frontend import trajectories
 from mpq_compiler.ir.program import Program, Stage, TensorStore
 from mpq_compiler.pipeline import manager, parser
-from mpq_compiler.pipeline import session as pipeline_session
 from mpq_compiler.pipeline.backend import Built
+from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support import cache
 from mpq_compiler.targets.table import Target
 from tests.harness import tiny
@@ -55,7 +55,7 @@ def program(name: str, weights: str = "int8", rewrites: str = "") -> Packed:
     bundled = name == BUNDLED
     size = tiny.SIZES.get(name)
     model = denoisers.load(name) if bundled else denoisers.wrap(tiny.model(name), name=name, size=size)
-    session = pipeline_session.Session(model)
+    session = Session(model)
     generator = torch.Generator().manual_seed(0)
     if bundled:
         calls = trajectories.record_calibration(model, 16, 10, seed=1)

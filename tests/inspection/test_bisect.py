@@ -18,7 +18,7 @@ from mpq_compiler import schemas
 from mpq_compiler.driver import dump_writer
 from mpq_compiler.driver.instruments import observe
 from mpq_compiler.inspection import bisect
-from mpq_compiler.inspection import dumps as inspection_dumps
+from mpq_compiler.inspection.dumps import read_dumps
 from mpq_compiler.ir.graph import prune, weight_of
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline import manager
@@ -95,7 +95,7 @@ def verdict(folder: Path, model: str, broken: str, fault: Fault, layers: Any, pi
         [observe, lambda i, step, before, after: writer.write(start + i, step, before, after)],
         frozenset().union(*(s.step.provides for s in steps)),
     )
-    return bisect.bisect(inspection_dumps.read_dumps(folder))
+    return bisect.bisect(read_dumps(folder))
 
 
 def named(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -200,7 +200,7 @@ def test_every_fault_is_named_by_pass_and_layer(tmp_path, model, broken):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_clean_compilation_has_nothing_wrong(model):
-    found = bisect.bisect(inspection_dumps.read_dumps(clean(model, INT4)[0]))
+    found = bisect.bisect(read_dumps(clean(model, INT4)[0]))
     assert found["clean"], found["sentence"]
     assert found["pass"] is None and "nothing is wrong" in found["sentence"]
 
@@ -297,12 +297,12 @@ def test_dumps_with_a_gap(tmp_path, missing, gap):
         if path.name[:3].isdigit() and int(path.name[:3]) != missing:
             shutil.copy(path, tmp_path)
     with pytest.raises(UserError, match=f"before that of '{gap}' is missing; --bisect needs"):
-        bisect.bisect(inspection_dumps.read_dumps(tmp_path))
+        bisect.bisect(read_dumps(tmp_path))
 
 
 @pytest.mark.parametrize("pipeline", [programs.MIXED, programs.RESIDUAL, GROUPED, *programs.PIPELINES[1:]])
 def test_no_pipeline_is_blamed_without_a_fault(pipeline):
-    found = bisect.bisect(inspection_dumps.read_dumps(clean("pixart", pipeline)[0]))
+    found = bisect.bisect(read_dumps(clean("pixart", pipeline)[0]))
     assert found["clean"], found["sentence"]
     assert all(p["nodes"] > 20 for p in found["passes"])
     assert schemas.check(found, "inspect") is None
@@ -311,7 +311,7 @@ def test_no_pipeline_is_blamed_without_a_fault(pipeline):
 @pytest.mark.parametrize("model", ["fashion-unet", "sd15"])
 def test_no_model_is_blamed_without_a_fault(model):
     folder, _ = clean(model, INT4)
-    dumps = inspection_dumps.read_dumps(folder)
+    dumps = read_dumps(folder)
     found = bisect.bisect(dumps)
     assert found["clean"], found["sentence"]
     # Some numbers a node and a layer, and 64 values: probes do not grow with the model's width.

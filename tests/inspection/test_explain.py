@@ -20,8 +20,8 @@ from mpq_compiler.analysis.noise_power import noise_power
 from mpq_compiler.analysis.teacher_forcing import Forced
 from mpq_compiler.artifact import bundle
 from mpq_compiler.driver.instruments import observe
-from mpq_compiler.inspection import dumps as inspection_dumps
 from mpq_compiler.inspection import explain, html_report
+from mpq_compiler.inspection.dumps import Dump, read_dumps
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.pipeline import manager, parser
@@ -43,8 +43,8 @@ def document(model: str = "pixart", pipeline: str = programs.MIXED) -> dict:
 
 
 @pytest.fixture(scope="module")
-def dumps() -> list[inspection_dumps.Dump]:
-    return inspection_dumps.read_dumps(clean("pixart", programs.MIXED)[0])
+def dumps() -> list[Dump]:
+    return read_dumps(clean("pixart", programs.MIXED)[0])
 
 
 @pytest.mark.parametrize("model", ["pixart", "unet2d"])

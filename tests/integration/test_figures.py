@@ -13,7 +13,7 @@ from mpq_compiler import schemas
 from mpq_compiler.api import compile
 from mpq_compiler.artifact import bundle
 from mpq_compiler.cli import mpqc
-from mpq_compiler.driver import report as driver_report
+from mpq_compiler.driver.report import Report
 from mpq_compiler.evaluation import evaluate, painter
 from mpq_compiler.frontend import denoiser
 from mpq_compiler.support import tensorfile
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("figures")
 
 
-def compiled(folder: Path, name: str, **options: Any) -> tuple[Path, driver_report.Report]:
+def compiled(folder: Path, name: str, **options: Any) -> tuple[Path, Report]:
     output = folder / f"{name}.mpq"
     return output, compile.compile("fashion-unet", output, jobs=2, **options)
 

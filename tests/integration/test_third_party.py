@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mpq_compiler import schemas
-from mpq_compiler.cli import mpqc as cli_mpqc
+from mpq_compiler.cli.mpqc import main
 from mpq_compiler.ir import printer
 from mpq_compiler.pipeline import manager, parser
 from mpq_compiler.pipeline.registry import BUILT_IN as PASSES
@@ -56,7 +56,7 @@ def mpqc(monkeypatch, capsys):
 
     def run(site: Path, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.syspath_prepend(site)
-        code = cli_mpqc.main([*arguments])
+        code = main([*arguments])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
 

@@ -13,7 +13,7 @@ import torch
 
 from mpq_compiler.driver import dump_writer
 from mpq_compiler.frontend import denoiser as denoisers
-from mpq_compiler.inspection import dumps as inspection_dumps
+from mpq_compiler.inspection.dumps import OUTPUT, VALUES, read_dumps
 from mpq_compiler.ir import costs, diff, printer, views
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline import describe, manager, parser, registry
@@ -222,7 +222,7 @@ def dump(folder: Path, model: str = "pixart", count: int | None = None) -> None:
 @pytest.mark.invariant("compiler-13")
 def test_dumps_are_read_as_they_were_written(tmp_path):
     dump(tmp_path)
-    dumps = inspection_dumps.read_dumps(tmp_path)
+    dumps = read_dumps(tmp_path)
     steps = programs.steps("pixart")
     again = dump_writer.Writer(tmp_path / "again", programs.inputs("pixart", 2), programs.denoiser("pixart"))
     parts = {"weight": "weights", "rows": "rows", "groups": "groups", "edge": "edges", "value": "values"}
@@ -237,12 +237,12 @@ def test_dumps_are_read_as_they_were_written(tmp_path):
             row = arrays[f"local:{name}"]
             assert [departure.largest, departure.noise, departure.share, departure.departing] == row[:4].tolist()
         assert read.expected == {k[9:]: float(v[0]) for k, v in arrays.items() if k.startswith("expected:")}
-        np.testing.assert_array_equal(read.output, arrays[inspection_dumps.OUTPUT])
+        np.testing.assert_array_equal(read.output, arrays[OUTPUT])
     assert [d.name for d in dumps] == [s.step.name() for s in steps]
     assert dumps[0].output_sqnr == math.inf and dumps[0].sqnr_db is None
     for found, step in zip(dumps, steps, strict=True):
         assert found.text == printer.text(step.after, found.name)
-        assert max(len(v) for v in found.values.values()) <= inspection_dumps.VALUES
+        assert max(len(v) for v in found.values.values()) <= VALUES
         names = {c.name for c in views.flatten(step.after)}
         assert {*found.values} <= names and len(found.values) > 0.8 * len(names)
         assert {*found.sqnr} <= {*found.values}
@@ -266,7 +266,7 @@ def test_an_earlier_runs_dumps_go(tmp_path):
     dump(tmp_path, count=3)
     (tmp_path / "notes.txt").write_text("mine")
     dump(tmp_path, count=1)
-    assert [d.name for d in inspection_dumps.read_dumps(tmp_path)] == ["trace"]
+    assert [d.name for d in read_dumps(tmp_path)] == ["trace"]
     assert (tmp_path / "notes.txt").exists()
 
 
@@ -283,7 +283,7 @@ def test_folders_that_are_no_dumps(tmp_path, spoil):
         else:
             (folder / "000-trace.safetensors").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"dumps?\b|safetensors"):
-        inspection_dumps.read_dumps(folder)
+        read_dumps(folder)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import fx
 
-from mpq_compiler.allocation import costs as allocation_costs
 from mpq_compiler.allocation import pose
+from mpq_compiler.allocation.costs import describe
 from mpq_compiler.analysis.noise_power import noise_power
 from mpq_compiler.ir import costs, ops, printer, stored_tensors, views
 from mpq_compiler.ir.aten import aten
@@ -227,7 +227,7 @@ def test_sensitivities_of_another_kind_are_refused():
 
 
 def test_a_table_holds_attentions_and_is_allocated_without_the_model():
-    table = after("sensitivity").facts["sensitivity"] | allocation_costs.describe(after("sensitivity"), dynamic=True)
+    table = after("sensitivity").facts["sensitivity"] | describe(after("sensitivity"), dynamic=True)
     problem = pose.problem(table, None, 8.0)
     names = {layer["name"]: [c["name"] for c in layer["choices"]] for layer in problem["layers"]}
     for name in table["attention"]:

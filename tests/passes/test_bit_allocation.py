@@ -11,7 +11,7 @@ from torch import fx
 
 from mpq_compiler import formats
 from mpq_compiler.allocation import solver
-from mpq_compiler.analysis import noise_power as noise_powers
+from mpq_compiler.analysis import noise_power
 from mpq_compiler.analysis.time_weights import by_gains
 from mpq_compiler.ir import costs, stored_tensors, views
 from mpq_compiler.ir.aten import aten
@@ -22,7 +22,7 @@ from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
 from mpq_compiler.passes import bit_allocation
 from mpq_compiler.passes.bit_allocation import ADDITIVE_DB, BitAllocation
 from mpq_compiler.pipeline import manager, parser
-from mpq_compiler.pipeline import options as pipeline_options
+from mpq_compiler.pipeline.options import make as make_pass
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support.errors import UserError
 from tests.harness import programs
@@ -244,8 +244,8 @@ def test_noise_of_the_plan_is_that_of_the_program_that_is_made_of_it(gains):
         program.facts["time-gains"] = gains
     planned = together(program)
     said = planned.facts["allocation"]["additivity"]
-    changed = pipeline_options.make("round-weights", {}).run(
-        pipeline_options.make("insert-fake-quant", {}).run(planned, Session()), Session()
+    changed = make_pass("round-weights", {}).run(
+        make_pass("insert-fake-quant", {}).run(planned, Session()), Session()
     )
     inputs = program.facts["calibration"].select(program.facts["sensitivity"]["inputs"])
     outputs = [run(p, inputs).double() for p in (changed, program)]
@@ -260,7 +260,7 @@ def test_noise_of_the_plan_is_that_of_the_program_that_is_made_of_it(gains):
 @pytest.mark.invariant("compiler-12")
 def test_noise_of_the_plan_depends_on_no_jobs_and_leaves_no_tensors(monkeypatch):
     """Measured input by input, as where memory is short."""
-    monkeypatch.setattr(noise_powers, "HELD_BYTES", 1)
+    monkeypatch.setattr(noise_power, "HELD_BYTES", 1)
     program = programs.after(MODEL, "sensitivity")
     program = program.fork(tensors=TensorStore(program.tensors))
     before = {*program.tensors}

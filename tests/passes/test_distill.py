@@ -19,8 +19,8 @@ from mpq_compiler.ir import blocks, costs
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.ops import fake_quantize
 from mpq_compiler.ir.verifier import verify
-from mpq_compiler.pipeline import options as pipeline_options
 from mpq_compiler.pipeline import parser
+from mpq_compiler.pipeline.options import make as make_pass
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.sampling.loop import gaussian
 from mpq_compiler.support.errors import UserError
@@ -220,15 +220,15 @@ def test_divergence_keeps_the_best(data, tmp_path):
 
 @pytest.mark.invariant("quest-5", "compiler-9")
 def test_the_pass_says_what_it_did(tmp_path):
-    made = pipeline_options.make("distill", {"updates": 8, "samples": 2, "steps": 4, "images": 4})
+    made = make_pass("distill", {"updates": 8, "samples": 2, "steps": 4, "images": 4})
     program = made.run(start(), session(tmp_path))
     phases = program.facts["decisions"][""]["distill"]["phases"]
     stages = [stage for phase in phases for stage in phase["stages"]]
     assert [p["phase"] for p in phases] == ["weights", "scales"] and [s["steps"] for s in stages] == [6, 2]
     assert all(s["after"] <= s["before"] for s in stages)
-    nothing = pipeline_options.make("distill", {"updates": 0}).run(start(), session(tmp_path))
+    nothing = make_pass("distill", {"updates": 0}).run(start(), session(tmp_path))
     assert same(nothing, start()) and "notes" not in nothing.facts
-    short = pipeline_options.make("distill", {"minutes": 1e-9}).run(start(), session(tmp_path))
+    short = make_pass("distill", {"minutes": 1e-9}).run(start(), session(tmp_path))
     assert "not enough for one update" in short.facts["notes"][-1]
 
 
@@ -242,11 +242,11 @@ def test_options_without_an_effect_are_said(tmp_path):
     ]
     for pipeline, more, said in given:
         plain, other = (
-            pipeline_options.make("distill", options | extra).run(start(pipeline), session(tmp_path))
+            make_pass("distill", options | extra).run(start(pipeline), session(tmp_path))
             for extra in ({}, more)
         )
         assert said in other.facts["notes"][-1] and same(plain, other)
-    network = pipeline_options.make("distill", {"range_network": True})
+    network = make_pass("distill", {"range_network": True})
     dynamic = start().fork()
     for edge, plan in dynamic.activations.items():
         dynamic.activations[edge] = replace(plan, dynamic=True, scale=None, zero_point=None)
@@ -254,13 +254,13 @@ def test_options_without_an_effect_are_said(tmp_path):
     assert "no activation has a stored scale" in note
     assert not [*network._without_effect(start(), session(tmp_path), 1)]
     with pytest.raises(UserError, match="adapters"):
-        pipeline_options.make("distill", {"adapters": -1})
+        make_pass("distill", {"adapters": -1})
 
 
 def test_images_that_get_worse_undo_a_stage(tmp_path, monkeypatch):
     errors = iter([0.1, 0.2, 0.05])
     monkeypatch.setattr(trajectory_error.TrajectoryError, "noise", lambda self, program: next(errors))
-    made = pipeline_options.make("distill", {"updates": 4, "latent": 0.5, "samples": 2, "steps": 4, "images": 4})
+    made = make_pass("distill", {"updates": 4, "latent": 0.5, "samples": 2, "steps": 4, "images": 4})
     program = made.run(start(), session(tmp_path))
     first, second = program.facts["decisions"][""]["distill"]["phases"]
     assert not first["kept"] and second["kept"] and "undone" in program.facts["notes"][-1]
@@ -353,7 +353,7 @@ def test_blocks_have_the_minutes_of_the_whole():
 
 def test_the_pass_goes_through_the_blocks(tmp_path):
     options = {"updates": 20, "latent": 0.9, "blocks": True, "samples": 2, "steps": 3, "images": 0}
-    program = pipeline_options.make("distill", options).run(start(), session(tmp_path))
+    program = make_pass("distill", options).run(start(), session(tmp_path))
     first, second = program.facts["decisions"][""]["distill"]["phases"]
     assert first["phase"] == "blocks" and len(first["stages"]) > 10 and second["phase"] == "scales"
     assert second["stages"][-1]["after"] < noise(

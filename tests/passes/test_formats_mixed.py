@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from mpq_compiler import formats
-from mpq_compiler.allocation import costs as allocation_costs
 from mpq_compiler.allocation import pose
+from mpq_compiler.allocation.costs import format_costs
 from mpq_compiler.formats.base import output_error
 from mpq_compiler.ir import costs, ops, printer, stored_tensors
-from mpq_compiler.ir import program as ir_program
 from mpq_compiler.ir.exact_interpreter import run_exact
 from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.manager import run_pipeline
 from mpq_compiler.pipeline.parser import parse
 from mpq_compiler.pipeline.session import Session
@@ -29,7 +29,7 @@ MIXED = (
 )
 
 
-def after(name: str) -> ir_program.Program:
+def after(name: str) -> Program:
     return programs.after(MODEL, name, MIXED)
 
 
@@ -171,11 +171,11 @@ def test_readers_of_one_tensor_are_all_float_or_all_quantized():
 
 
 def test_costs_of_a_format_are_those_of_its_parts():
-    found = allocation_costs.format_costs((24, 3, 3, 8), "int4g4+r2", operations=24 * 72 * 100)
+    found = format_costs((24, 3, 3, 8), "int4g4+r2", operations=24 * 72 * 100)
     assert found == {
         "bits": 4,
         "bytes": formats.get("int4g4").stored_bytes(24, 3, 3, 8) + 2 * 2 * (24 + 72),
         "float_macs": 100 * 2 * (24 + 72),
     }
-    assert allocation_costs.format_costs((24, 8), "fp8", 5)["float"] is True
-    assert {*allocation_costs.format_costs((24, 8), "km4t", 5)} == {"bits", "bytes"}
+    assert format_costs((24, 8), "fp8", 5)["float"] is True
+    assert {*format_costs((24, 8), "km4t", 5)} == {"bits", "bytes"}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpq_compiler.driver import options as driver_options
 from mpq_compiler.driver import resolve
+from mpq_compiler.driver.options import Options
 from mpq_compiler.ir import ops, printer
 from mpq_compiler.ir.exact_interpreter import run_exact
 from mpq_compiler.ir.interpreter import run
@@ -137,14 +137,14 @@ def test_options() -> None:
         Numerics(kinds=("fp4",))
     with pytest.raises(UserError, match="'mode' of pass 'numerics' is 'faster'"):
         parser.parse("numerics{mode=faster}")
-    assert _mode(driver_options.Options(recipe="w8a8", numerics="fast")) == "fast"
-    assert _mode(driver_options.Options(recipe="w8a8")) == "portable"
+    assert _mode(Options(recipe="w8a8", numerics="fast")) == "fast"
+    assert _mode(Options(recipe="w8a8")) == "portable"
     with pytest.raises(UserError, match="has no pass 'numerics'"):
-        resolve.resolve(driver_options.Options(pipeline="trace,layout", numerics="fast"))
-    resolve.resolve(driver_options.Options(pipeline="trace,layout", numerics="portable"))
+        resolve.resolve(Options(pipeline="trace,layout", numerics="fast"))
+    resolve.resolve(Options(pipeline="trace,layout", numerics="portable"))
 
 
-def _mode(options: driver_options.Options) -> str:
+def _mode(options: Options) -> str:
     (found,) = (p for p in resolve.resolve(options) if isinstance(p, Numerics))
     return found.mode
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mpq_compiler import schemas
-from mpq_compiler.driver import options as driver_options
 from mpq_compiler.driver import resolve
 from mpq_compiler.driver.instruments import observe
+from mpq_compiler.driver.options import Options
 from mpq_compiler.inspection import explain
 from mpq_compiler.ir import costs, provenance
 from mpq_compiler.ir.edges import input_edge
@@ -171,5 +171,5 @@ def test_what_cannot_be_is_said():
 
 def test_a_budget_of_activations_gives_the_widths_to_choose_from():
     pipeline = f"{programs.FRONT},orthogonality,bit-allocation{{objective=orthogonality}},{programs.BACK}"
-    passes = resolve.resolve(driver_options.Options(pipeline=pipeline, activations=4.0, weights="4"))
+    passes = resolve.resolve(Options(pipeline=pipeline, activations=4.0, weights="4"))
     assert next(p for p in passes if p.name() == "orthogonality").options()["activations"] == tuple(range(2, 9))

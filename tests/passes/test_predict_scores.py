@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mpq_compiler import formats, schemas
-from mpq_compiler.allocation import costs as allocation_costs
+from mpq_compiler.allocation.costs import describe
 from mpq_compiler.inspection import explain, html_report, score_report
 from mpq_compiler.ir import costs, provenance, stored_tensors
 from mpq_compiler.ir.program import Program
@@ -98,7 +98,7 @@ def test_what_took_time_is_kept(tmp_path, monkeypatch):
 def test_budgets_are_met_and_bits_rise_with_them(program, objective):
     """Invariant: bytes of the produced configuration are within the budget, and never fall where it grows."""
     stored = []
-    table = allocation_costs.describe(program)
+    table = describe(program)
     least = table["fixed_bytes"] + sum(
         min(layer["formats"][name]["bytes"] for name in PASS.formats) for layer in table["layers"]
     )
@@ -136,7 +136,7 @@ def test_sizes_are_those_of_what_is_stored():
     steps = programs.steps(MODEL, programs.SCORED)
     planned, packed = (next(s.after for s in steps if s.step.name() == n) for n in ("bit-allocation", "fuse-epilogues"))
     assert costs.stored_bytes(planned) == sum(s.array.nbytes for s in stored_tensors.stored(packed).values())
-    table = allocation_costs.describe(programs.after(MODEL, "predict-scores"))
+    table = describe(programs.after(MODEL, "predict-scores"))
     sizes = {layer["name"]: layer["formats"] for layer in table["layers"]}
     chosen = planned.facts["allocation"]["choices"]
     assert planned.facts["allocation"]["costs"]["bytes"] == sum(sizes[p][f]["bytes"] for p, f in chosen.items())

@@ -16,7 +16,7 @@ from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
 from mpq_compiler.ir.verifier import verify
 from mpq_compiler.passes.rotate import Rotate
 from mpq_compiler.pipeline import manager, parser
-from mpq_compiler.pipeline import options as pipeline_options
+from mpq_compiler.pipeline.options import make as make_pass
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support.errors import UserError
 from tests.harness import programs, tiny
@@ -142,11 +142,11 @@ def test_what_else_reads_the_tensor_reads_it_as_it_was():
 
 def test_a_cap_on_the_blocks():
     before = programs.after("unet2d", "layout")
-    rotate = pipeline_options.make("rotate", {"rule": "everywhere", "block": 8, "rows": 8})
+    rotate = make_pass("rotate", {"rule": "everywhere", "block": 8, "rows": 8})
     after = rotate.run(before, Session(programs.denoiser("unet2d"), programs.calibration("unet2d")))
     assert {arguments(n)[1] for n in rotations(after)} == {8}
     with pytest.raises(UserError, match="option 'block' of pass 'rotate' must be a power of two from 2 on, not 48"):
-        pipeline_options.make("rotate", {"block": 48})
+        make_pass("rotate", {"block": 48})
 
 
 # --- the choice ---------------------------------------------------------------------------------------------

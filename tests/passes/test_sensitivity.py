@@ -18,8 +18,8 @@ from mpq_compiler.allocation import costs
 from mpq_compiler.analysis import noise_power as noise_powers
 from mpq_compiler.analysis.noise_power import noise_power
 from mpq_compiler.analysis.perturbation import Ablation
-from mpq_compiler.ir import costs as ir_costs
 from mpq_compiler.ir import diff, ops, printer
+from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.edges import input_edge
 from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.interpreter import Interpreter, run
@@ -217,7 +217,7 @@ def test_noise_powers_of_single_changes_add_up_to_that_of_a_plan():
             tensors[weight] = fit.dequantize().reshape(program.tensors[weight].shape)
             if (bias := bias_of(node)) is not None:
                 tensors[str(bias.target)] = corrected_bias(program, node, weight, fit)
-            total += table["weights"][ir_costs.weight_path(node)][chosen]
+            total += table["weights"][weight_path(node)][chosen]
             if edge not in widths:
                 widths[edge] = 4 if draw.random() < coarse / 4 else 8
                 total += table["activations"][edge][str(widths[edge])]

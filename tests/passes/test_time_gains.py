@@ -13,7 +13,7 @@ from mpq_compiler.analysis.trajectory_error import IMAGE_STEPS, TrajectoryError
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.passes.sensitivity import Sensitivity
 from mpq_compiler.passes.time_gains import TimeGains
-from mpq_compiler.pipeline import options as pipeline_options
+from mpq_compiler.pipeline.options import make as make_pass
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.sampling import loop as sampling
 from mpq_compiler.support.errors import UserError
@@ -36,7 +36,7 @@ def grouped():
 def plain(grouped):
     program = grouped
     for name, options in (("bit-allocation", {"uniform": "int2"}), ("insert-fake-quant", {}), ("round-weights", {})):
-        program = pipeline_options.make(name, options).run(program, Session())
+        program = make_pass(name, options).run(program, Session())
     return program
 
 

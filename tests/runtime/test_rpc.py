@@ -22,8 +22,8 @@ from mpq_compiler.backends.tvm.build import build
 from mpq_compiler.bench import remote
 from mpq_compiler.driver import measure
 from mpq_compiler.ir.program import Program
-from mpq_compiler.latency import remote as latency_remote
 from mpq_compiler.latency.candidates import Latency
+from mpq_compiler.latency.remote import measured
 from mpq_compiler.pipeline import parser
 from mpq_compiler.runtime import rpc
 from mpq_compiler.runtime.rpc import Device
@@ -194,10 +194,10 @@ def test_a_latency_table_of_a_device_answers_for_every_kernel(tmp_path, monkeypa
         listening(tmp_path / "device", emulated=True, cpu="cortex-a76") as address,
         latency.plans(program, ["int8"], emit="c") as (plan,),
     ):
-        table = latency_remote.measured([plan, plan], address, seconds=0)
+        table = measured([plan, plan], address, seconds=0)
         other = replace(plan, manifest={**plan.manifest, "target": {"name": "aarch64-neon"}})
         with pytest.raises(UserError, match="one table holds for one target"):
-            latency_remote.measured([plan, other], address)
+            measured([plan, other], address)
     assert schemas.check(json.loads(json.dumps(table.to_json())), "latency") is None
     assert (table.target, table.cpu, table.threads, table.batch) == (TARGET, host.cpu(), 1, 1)
     assert all(spent > 0 for spent in table.kernels.values())
@@ -215,12 +215,12 @@ def test_programs_for_another_device_are_refused(tmp_path, monkeypatch):
             listening(tmp_path / "device", emulated=True, cpu="cortex-a53") as address,
             pytest.raises(UserError, match=f"lacks .*asimddp.* which the kernels for '{TARGET}' need"),
         ):
-            latency_remote.measured(plans, address)
+            measured(plans, address)
         with (
             listening(tmp_path / "device") as address,
             pytest.raises(UserError, match=f"it cannot run a program for '{TARGET}'"),
         ):
-            latency_remote.measured(plans, address)
+            measured(plans, address)
 
 
 def test_a_device_of_a_model_is_asked_before_anything_is_compiled(tmp_path):

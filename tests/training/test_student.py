@@ -13,9 +13,9 @@ from mpq_compiler.ir import ops
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import TensorStore
 from mpq_compiler.ir.verifier import verify
-from mpq_compiler.training import state as training_state
 from mpq_compiler.training import student, trainer
 from mpq_compiler.training import variables as training_variables
+from mpq_compiler.training.state import RATES, State
 from mpq_compiler.training.student import Student
 from mpq_compiler.training.variables import Adapted, Kind, Timed, Variable, settled
 from tests.harness import programs
@@ -211,7 +211,7 @@ def test_adam_does_not_raise_the_error_of_a_fixed_weight():
         "scale": Variable(Kind.SCALE, fit.scale.float(), torch.ones(()), torch.float16),
         "offset": Variable(Kind.OFFSET, fit.offset.float(), fit.scale.float().mean(), torch.float16),
     }
-    state, errors = training_state.State.start(trained), []
+    state, errors = State.start(trained), []
     for state.step in range(1, 102):
         leaves = {name: theta.requires_grad_() for name, theta in state.thetas.items()}
         made = {name: variable(leaves[name]) for name, variable in trained.items()}
@@ -220,7 +220,7 @@ def test_adam_does_not_raise_the_error_of_a_fixed_weight():
         errors.append(float(loss.detach()))
         gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         state.thetas = {name: theta.detach() for name, theta in state.thetas.items()}
-        trainer._adam(state, gradients, {n: training_state.RATES[v.kind] for n, v in trained.items()})
+        trainer._adam(state, gradients, {n: RATES[v.kind] for n, v in trained.items()})
     assert all(error <= errors[0] for error in errors) and errors[::20] == sorted(errors[::20], reverse=True)
 
 
@@ -248,7 +248,7 @@ def test_twice_the_weight_is_moved_twice_as_far(adapters):
         generator = torch.Generator().manual_seed(1)
         variable = Variable(Kind.LATENT, start, 2 * scale, torch.float32)
         trained = {"rows": student._adapted(start, 2 * scale, adapters, generator) if adapters else variable}
-        state = training_state.State.start(trained)
+        state = State.start(trained)
         for state.step in range(1, 11):
             theta = state.thetas["rows"].requires_grad_()
             level = student._Levels.apply(trained["rows"](theta), scale, offset, fit.lut, None, None)

@@ -24,7 +24,7 @@ from mpq_compiler.backends.onnx.build import build, export_float
 from mpq_compiler.backends.onnx.graph import IR_VERSION, OPSET
 from mpq_compiler.driver import specialize
 from mpq_compiler.evaluation import metrics
-from mpq_compiler.evaluation import painter as evaluation_painter
+from mpq_compiler.evaluation.painter import from_artifact
 from mpq_compiler.ir import costs, ops, specialization, views
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.interpreter import run
@@ -101,7 +101,7 @@ def test_several_image_sizes_share_the_weights(name, tmp_path):
 
 
 def draw(path: Path, images: int, steps: int) -> np.ndarray:
-    painter = evaluation_painter.from_artifact(path, threads=1)
+    painter = from_artifact(path, threads=1)
     return painter.decode(painter.draw(Conditions({"class_labels": np.arange(images) % 10}), images, steps, seed=0))
 
 
