@@ -115,7 +115,7 @@ def of_model(name: str, paths: Mapping[str, Path], rounds: int) -> dict[str, Any
                     parts[part].append(used)
     kept = {
         key: {"row_bytes": part.row_bytes, "rows": part.rows, "reserved_bytes": part.reserved_bytes}
-        for key, part in reusing._executor.parts.items()  # type: ignore[attr-defined]
+        for key, part in reusing.executor.parts.items()  # type: ignore[attr-defined]
     }
     return {
         "model": name,

@@ -130,7 +130,7 @@ def on(threads: int, call: Call) -> Call:
 def whole(path: Path) -> tuple[Call, Call]:
     """A step of an artifact at batch 1, with everything computed, on one thread and on two: of the same memory."""
     loaded, rng = compiled_denoiser.load(path, 2, reuse_bytes=0), np.random.default_rng(0)
-    machine = loaded._executor
+    machine = loaded.executor
     assert isinstance(machine, VirtualMachine)
     described = loaded.manifest["functions"][0]["inputs"]
     inputs = {

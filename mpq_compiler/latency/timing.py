@@ -89,7 +89,7 @@ def profile(compiled: compiled_denoiser.CompiledDenoiser, inputs: Arrays) -> lis
     batch = len(next(iter(inputs.values())))
     function = next(f for f in compiled.manifest["functions"] if f["batch"] == batch)
     known = frozenset(row["kernel"] for row in kernel_calls(compiled))
-    machine = compiled._executor
+    machine = compiled.executor
     assert isinstance(machine, VirtualMachine), "only TVM's machine knows single kernels"
     machine.forget()
     before = {name: part.computed for name, part in machine.parts.items()}

@@ -127,7 +127,8 @@ class CompiledDenoiser:
         """The report of the compilation, where this process compiled it (`compile` of a pipeline); else None."""
         self._devices = ("cpu", "cuda") if nvidia.is_for(self.manifest) else ("cpu",)
         """The types of torch devices that inputs may be on."""
-        self._executor = _executor(artifact, threads, reuse_bytes)
+        self.executor = _executor(artifact, threads, reuse_bytes)
+        """What runs the functions of the artifact; one call at a time."""
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -139,9 +140,9 @@ class CompiledDenoiser:
 
     def forget(self) -> None:
         """Evicts all results kept between calls, so that the next call computes everything."""
-        if isinstance(self._executor, VirtualMachine):
+        if isinstance(self.executor, VirtualMachine):
             with self._lock:
-                self._executor.forget()
+                self.executor.forget()
 
     @property
     def input_names(self) -> list[str]:
@@ -294,7 +295,7 @@ class CompiledDenoiser:
         if size > end - begin:
             rows = np.minimum(np.arange(begin, begin + size), end - 1)
         inputs = [arrays[value["name"]][rows] for value in function["inputs"]]
-        return self._executor.run(function["name"], inputs)[: end - begin]
+        return self.executor.run(function["name"], inputs)[: end - begin]
 
     def _checked(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         for name in inputs:

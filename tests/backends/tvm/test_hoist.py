@@ -68,18 +68,18 @@ def calls(case) -> list[dict[str, np.ndarray]]:
 def test_bits_do_not_depend_on_what_is_kept(case, paths):
     split, whole = paths
     expected = [compiled_denoiser.load(whole, threads=1).run(inputs) for inputs in calls(case)]
-    row = max(part.row_bytes for part in compiled_denoiser.load(split)._executor.parts.values())
+    row = max(part.row_bytes for part in compiled_denoiser.load(split).executor.parts.values())
     for reuse_bytes in (memo.REUSE_BYTES, 0, 1, 6 * row):
         denoiser = compiled_denoiser.load(split, threads=1, reuse_bytes=reuse_bytes)
         for inputs, result in zip(calls(case), expected, strict=True):
             assert np.array_equal(denoiser.run(inputs), result)
-        assert all(len(part._kept) <= part.rows for part in denoiser._executor.parts.values())
-    assert {part.rows for part in compiled_denoiser.load(split, reuse_bytes=1)._executor.parts.values()} == {2}
+        assert all(len(part._kept) <= part.rows for part in denoiser.executor.parts.values())
+    assert {part.rows for part in compiled_denoiser.load(split, reuse_bytes=1).executor.parts.values()} == {2}
 
 
 def test_what_is_known_is_not_computed_again(case, paths):
     denoiser = compiled_denoiser.load(paths[0], threads=1)
-    parts = denoiser._executor.parts
+    parts = denoiser.executor.parts
     text, timestep = (case.inputs[name].numpy() for name in ("encoder_hidden_states", "timestep"))
     boundaries = denoiser.artifact.tensors()["time_groups.boundaries"]
     order = [0, 1, 0, 1, 2, 2]
@@ -101,7 +101,7 @@ def test_what_is_known_is_not_computed_again(case, paths):
 
 def test_memory_is_bounded_and_taken_once(paths):
     denoiser = compiled_denoiser.load(paths[0], reuse_bytes=1 << 20)
-    for part in denoiser._executor.parts.values():
+    for part in denoiser.executor.parts.values():
         inputs = sum(array.nbytes for array, _ in part._arguments)
         most = max(1 << 19, 2 * (part.row_bytes + inputs))
         assert part.rows * part.row_bytes <= part.reserved_bytes <= most
