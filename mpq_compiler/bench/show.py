@@ -42,10 +42,12 @@ def show(found: Mapping[str, Any], kernels: bool) -> None:
         terminal.say(f"skipped {name}: {reason}")
     peak = found["peak"]
     if peak["gmacs"]:
-        reached = f"; the model runs at {peak['model_gmacs']:.0f}, {100 * peak['reached']:.0f} % of it"
+        reached = ""
+        if peak["reached"]:
+            reached = f"; the model runs at {peak['model_gmacs']:.0f}, {100 * peak['reached']:.0f} % of it"
         terminal.say(
             f"one core does {peak['gmacs']:.0f} GMAC/s of 8-bit integers and {peak['float_gmacs']:.0f} of f32 at most, "
-            f"and copies {peak['gbytes']:.1f} GB/s{reached if peak['reached'] else ''}"
+            f"and copies {peak['gbytes']:.1f} GB/s{reached}"
         )
     elif peak["reason"]:
         terminal.note(f"no peak: {peak['reason']}")
