@@ -21,6 +21,7 @@ from mpq_compiler.passes.orthogonality import Orthogonality, orm
 from mpq_compiler.pipeline import manager
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.files import encode_json
 from tests.harness import programs
 
 MODEL = "unet2d"
@@ -146,7 +147,7 @@ def test_a_layer_is_explained_by_its_importance():
     passes = [Orthogonality(formats=FORMATS, times=3), BitAllocation(objective="orthogonality", weights=4.5)]
     start = programs.after(MODEL, "time-groups")
     after, _ = manager.run_pipeline(passes, start, Session(), [observe], present={"calibration", "time-groups"})
-    document = json.loads(provenance.encode(provenance.document(after)))
+    document = json.loads(encode_json(provenance.document(after)))
     assert schemas.check(document, "decisions") is None
     path = next(iter(after.weights))
     found = explain.why(document, path)

@@ -18,6 +18,7 @@ from mpq_compiler.passes.predict_scores import PredictScores
 from mpq_compiler.pipeline import manager, recipes
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.files import encode_json
 from tests.harness import programs
 from tests.harness.tree import ROOT
 
@@ -158,7 +159,7 @@ def test_what_cannot_be_is_said():
 
 @pytest.fixture(scope="module")
 def document() -> dict:
-    found = json.loads(provenance.encode(provenance.document(programs.steps(MODEL, programs.SCORED)[-1].after)))
+    found = json.loads(encode_json(provenance.document(programs.steps(MODEL, programs.SCORED)[-1].after)))
     assert schemas.check(found, "decisions") is None
     return found
 
