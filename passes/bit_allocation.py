@@ -18,7 +18,6 @@ from mpq_compiler.allocation.sensitivity_table import CONTENT, QUALITY
 from mpq_compiler.allocation.solver import TIME_LIMIT, solve
 from mpq_compiler.analysis.noise_power import noise_of_program
 from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
-from mpq_compiler.formats.contract import FLOAT
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.costs import average_bits, stored_bytes, weight_path
 from mpq_compiler.ir.edges import attention_edges, dynamic_edges, input_edge
@@ -31,6 +30,7 @@ from mpq_compiler.quantization.fitting import activation_parameters, float_param
 from mpq_compiler.quantization.requests import Activations, Requests
 from mpq_compiler.quantization.statistics import GRAM, MOMENTS, RANGE, VALUES, Statistic
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets.numerics import FLOAT
 
 ORTHOGONALITY = "orthogonality"
 """The name of the objective, and of the pass that it needs."""

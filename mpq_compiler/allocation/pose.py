@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpq_compiler.allocation.sensitivity_table import BRANCH_BITS, CEILING_DB, CONTENT, QUALITY
-from mpq_compiler.formats.contract import FLOAT, FLOAT_BITS
 from mpq_compiler.support.errors import BudgetError, UserError
+from mpq_compiler.targets.numerics import FLOAT, FLOAT_BITS
 
 
 def problem(

@@ -159,10 +159,6 @@ def merge_branch(codes: Tensor, lut: Tensor, signs: Tensor, alpha: Tensor) -> tu
     return codes * 2 + signs, table.to(torch.int8)
 
 
-FLOAT = "float"
-"""The name of the choice not to quantize: an attention's format, or an activation's width."""
-FLOAT_BITS = 32
-"""The bits of a value that is not quantized."""
 
 
 def dequantize_weight(

@@ -9,11 +9,11 @@ from torch import Tensor, fx
 
 from mpq_compiler import formats
 from mpq_compiler.formats.base import F16_MAX
-from mpq_compiler.formats.contract import FLOAT_BITS
 from mpq_compiler.ir.edges import attention_edges, input_edge
 from mpq_compiler.ir.graph import operand, softmax, weight_of
 from mpq_compiler.ir.interpreter import shapes
 from mpq_compiler.ir.program import Program
+from mpq_compiler.targets.numerics import FLOAT_BITS
 
 ACTIVATION_GROUP_BYTES = 3
 """The stored bytes of a time group of an integer quantizer: an f16 scale and a u8 zero point."""

@@ -40,8 +40,13 @@ def ready_shapes(kind: str, keys: int, heads: int, dim: int) -> dict[str, tuple[
     return made
 
 
+FLOAT = "float"
+"""The name of the choice not to quantize: an attention's format, or an activation's width."""
+FLOAT_BITS = 32
+"""The bits of a value that is not quantized."""
 SMALLEST = 1e-20
 """Lower bound of a block's largest magnitude, by which its codes are scaled: a block of zeros divides by this."""
+
 
 def rotation_sign(i: int) -> float:
     """Element i of the Golay-Rudin-Shapiro sequence: -1 to the number of adjacent pairs of ones in binary i."""
