@@ -82,5 +82,5 @@ def test_decisions_are_numbered_and_say_why():
 
 def test_the_changelog_and_the_guides_are_linked():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for page in ("docs/architecture.md", "docs/glossary.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+    for page in ("docs/architecture.md", "docs/glossary.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples"):
         assert f"({page})" in readme and (ROOT / page).exists()
