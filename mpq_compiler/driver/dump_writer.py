@@ -135,18 +135,17 @@ class Writer:
         inputs = {name: value.numpy() for name, value in self.inputs.items()}
         known = {name: _as_array(value) for name, value in self._last.items() if isinstance(value, Tensor)}
         values = plan.run(inputs)
-        departures = _departures(known, values)
-        whole = departure(*_alike(known[OUTPUT], values[plan.output()])) if OUTPUT in known else Departure()
+        departures, output = _departures(known, values), plan.output()
         if stage.contract == Contract.LOWERED or any(d.share for d in departures.values()):
             departures = _departures(known, plan.run(inputs, known))
-        if stage.contract != Contract.LOWERED:
-            departures[OUTPUT] = whole
+        elif OUTPUT in known:
+            departures[OUTPUT] = departure(*_alike(known[OUTPUT], values[output]))
         found = {f"value:{name}": sample(name, torch.from_numpy(value)) for name, value in values.items()}
         found |= {f"shape:{name}": np.array(value.shape, np.int64) for name, value in values.items()}
-        found[OUTPUT] = sample(OUTPUT, torch.from_numpy(values[plan.output()]), OUTPUT_VALUES)
+        found[OUTPUT] = sample(OUTPUT, torch.from_numpy(values[output]), OUTPUT_VALUES)
         found |= {f"local:{name}": _row(d) for name, d in departures.items()}
         self._last = {name: torch.from_numpy(value) for name, value in values.items()}
-        self._last[OUTPUT] = self._last[plan.output()]
+        self._last[OUTPUT] = self._last[output]
         allowed = {name: plan.tolerance(name) for name in departures if name != OUTPUT}
         return found, {"order": [*values, OUTPUT], "allowed": allowed}
 
