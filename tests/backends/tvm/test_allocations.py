@@ -52,7 +52,7 @@ def test_no_allocation_above_4_kib_after_the_second_call(tmp_path):
     built = build(case.program, target, (1, 2), jobs=2, cache=packed.kernel_cache())
     artifact = packed.write(tmp_path / "a.mpq", case.program, target, built)
     counter = tmp_path / "allocations.so"
-    source = ROOT / "tests" / "allocations.c"
+    source = ROOT / "tests" / "harness" / "allocations.c"
     command = ["gcc", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", str(source), "-o", str(counter), "-ldl"]
     subprocess.run(command, check=True)
     done = subprocess.run(
