@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
 
-from mpq_compiler.formats.contract import merge_branch
+from mpq_compiler.formats.contract import WeightTables, merge_branch
 from mpq_compiler.ir import ops, views
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.graph import CONTRACTIONS, arguments, operand, prune
@@ -61,10 +61,10 @@ class FoldFakeQuant(Pass):
         graph, weight = program.graph, operand(call, 1)
         bias, *geometry = arguments(call)[2:] or (None,)
         with graph.inserting_before(call):
-            codes, scale, offset, lut, row_class, shape, *segments = _table(program, weight)
-            channels = list(segments[0] if segments else shape[-1:])
+            codes, tables, shape = _tables(program, weight)
+            channels = list(tables.segments or shape[-1:])
             scales, zeros = [x.scale] * len(channels), [x.zero_point] * len(channels)
-            common = (x.codes, x.group, codes, scale, offset, lut, row_class, scales, zeros, bias)
+            common = (x.codes, x.group, codes, *tables.operands, scales, zeros, bias)
             if call.target is ops.conv2d:
                 stride, padding, *_ = geometry
                 window = (list(shape[1:3]), list(stride), list(padding))
@@ -133,7 +133,9 @@ def _is_branched(node: fx.Node) -> bool:
 def _merge(program: Program, weight: fx.Node) -> None:
     """Merges base and branch of a weight into one table."""
     with program.graph.inserting_before(weight):
-        new = program.graph.call_function(ops.dequantize_weight, _table(program, weight))
+        codes, tables, shape = _tables(program, weight)
+        segments = () if tables.segments is None else (tables.segments,)
+        new = program.graph.call_function(ops.dequantize_weight, (codes, *tables.operands, shape, *segments))
     _replace(program.graph, weight, new)
 
 
@@ -150,15 +152,17 @@ def _fold_attention(graph: fx.Graph, call: fx.Node, operands: list[Codes]) -> No
     _replace(graph, call, new)
 
 
-def _table(program: Program, weight: fx.Node) -> tuple[Any, ...]:
-    """The codes, scale, offset, lut, row_class, shape and segments of a settled weight, with its branch merged."""
-    if weight.target is ops.dequantize_weight:
-        return arguments(weight)
-    codes, scale, offset, lut, *rest = arguments(operand(weight, 0))
+def _tables(program: Program, weight: fx.Node) -> tuple[fx.Node, WeightTables[fx.Node], tuple[int, ...]]:
+    """The codes, tables and shape of a settled weight, with its branch merged."""
+    is_plain = weight.target is ops.dequantize_weight
+    codes, scale, offset, lut, row_class, shape, *segments = arguments(weight if is_plain else operand(weight, 0))
+    tables = WeightTables(scale, offset, lut, row_class, *segments)
+    if is_plain:
+        return codes, tables, shape
     signs, _, alpha, _ = arguments(operand(weight, 1))
     stored = [program.tensors[str(n.target)] for n in (codes, lut, signs, alpha)]
     path = str(codes.target).split(":")[0]
     merged = merge_branch(*stored)
     names = [program.tensors.add(f"{path}:{n}", t) for n, t in zip(("codes", "lut"), merged, strict=True)]
     new_codes, new_lut = (program.graph.get_attr(n) for n in names)
-    return new_codes, scale, offset, new_lut, *rest
+    return new_codes, tables._replace(lut=new_lut), shape

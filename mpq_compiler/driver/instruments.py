@@ -150,10 +150,10 @@ def _settled(step: str, before: Program, program: Program) -> None:
         if levels.codes is None or (old is not None and old.codes == levels.codes):
             continue
         found: dict[str, Any] = {"codes": "settled"}
-        if levels.lut is not None:
-            found["table"] = [len(program.tensors[levels.lut]), program.tensors[levels.lut].shape[-1]]
-        if levels.scale is not None and old is not None and old.scale is not None:
-            then, now = (program.tensors[name].to(torch.float64) for name in (old.scale, levels.scale))
+        if levels.tables.lut is not None:
+            found["table"] = [len(program.tensors[levels.tables.lut]), program.tensors[levels.tables.lut].shape[-1]]
+        if levels.tables.scale is not None and old is not None and old.tables.scale is not None:
+            then, now = (program.tensors[name].to(torch.float64) for name in (old.tables.scale, levels.tables.scale))
             if then.shape == now.shape:
                 found["scale_to_range"] = float((now / then).mean())
         note(program, levels.path, step, **found)
@@ -193,8 +193,8 @@ def _forms(program: Program) -> dict[str, dict[str, Any]]:
         if made is not None:
             plan = program.weights.get(path)
             form["code_bits"] = formats.get(plan.format).bits if plan else None
-            form["offsets"] = made.offset is not None
-            form["tables"] = 0 if made.lut is None else len(program.tensors[made.lut])
+            form["offsets"] = made.tables.offset is not None
+            form["tables"] = 0 if made.tables.lut is None else len(program.tensors[made.tables.lut])
             form["segments"] = list(call.args[10]) if call.target in views.PACKED_LAYERS else None
         found.setdefault(path, form)
     return found

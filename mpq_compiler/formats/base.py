@@ -67,8 +67,13 @@ class QuantizedWeight:
 
     def dequantize(self) -> Tensor:
         """The values that codes and branch stand for, f32 [O, K]."""
-        q = self.merged()
-        return contract.dequantize_weight(q.codes, q.scale, q.offset, q.lut, q.row_class, q.codes.shape, q.segments)
+        merged = self.merged()
+        return contract.dequantize(merged.codes, merged.tables)
+
+    @property
+    def tables(self) -> contract.WeightTables[Tensor]:
+        """What the codes refer to; of a residual format, the base's."""
+        return contract.WeightTables(self.scale, self.offset, self.lut, self.row_class, self.segments)
 
     def merged(self) -> QuantizedWeight:
         """Merges base and branch into one table; returns itself where there is no branch."""

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,66 @@ MANY, FEW_MIDDLES = 8192, 15
 
 Counting, one middle at a time, is two to six times as fast there.
 """
+
+_T = TypeVar("_T")
+_U = TypeVar("_U")
+
+
+class WeightTables(NamedTuple, Generic[_T]):
+    """The parts of a quantized weight that its codes refer to, as tensors, store names or nodes.
+
+    The order is that of the operands which follow ``codes`` in the `mpq::` operators.
+    """
+
+    scale: _T
+    """f16 [O, J]."""
+    offset: _T | None = None
+    """f16 [O]."""
+    lut: _T | None = None
+    """int8 [classes, entries]; None where a code is its own value."""
+    row_class: _T | None = None
+    """u8, one for each row or tile of `TILE_ROWS` rows; None where there is one class."""
+    segments: Sequence[int] | None = None
+    """Channel counts of the J columns of ``scale``; None where there is one."""
+
+    @property
+    def operands(self) -> tuple[_T, _T | None, _T | None, _T | None]:
+        """All parts but the segments, which stand elsewhere among the operands."""
+        return self[:4]
+
+    def map(self, read: Callable[[_T], _U]) -> WeightTables[_U]:
+        """The tables with ``read(part)`` in place of each part that there is."""
+        offset, lut, row_class = (None if part is None else read(part) for part in self[1:4])
+        return WeightTables(read(self.scale), offset, lut, row_class, self.segments)
+
+
+def quantize(weight: Tensor, tables: WeightTables[Tensor]) -> Tensor:
+    """Codes of the levels nearest to weight [O, K]; ties go to the lower level (8 bits: to the even code).
+
+    u8 indices where there is a table, int8 values where there is none.
+    """
+    scale, offset, lut, row_class, segments = tables
+    shifted = weight if offset is None else weight - offset.to(torch.float32)[:, None]
+    t = shifted / column_scale(scale, segments, weight.shape[1])
+    if lut is None:
+        return torch.round(t).clamp(-LUT_MAX, LUT_MAX).to(torch.int8)
+    levels, order = rising(lut)
+    middles = (levels[:, 1:] + levels[:, :-1]) / 2
+    if lut.shape[0] == 1:
+        return _codes_of(t, middles[0], order[0])
+    assert row_class is not None
+    classes = row_classes(row_class, len(weight))
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for c in classes.unique().tolist():
+        rows = classes == c
+        codes[rows] = _codes_of(t[rows], middles[c], order[c])
+    return codes
+
+
+def dequantize(codes: Tensor, tables: WeightTables[Tensor]) -> Tensor:
+    """``scale[i, j(k)] * LUT[class(i)][code[i, k]] + offset[i]`` of codes [O, K], f32 [O, K]."""
+    w = entries(codes, tables.lut, tables.row_class) * column_scale(tables.scale, tables.segments, codes.shape[1])
+    return w if tables.offset is None else w + tables.offset.to(torch.float32)[:, None]
 
 
 def nearest_codes(
@@ -38,21 +99,7 @@ def nearest_codes(
     Returns:
         Codes [O, K]: u8 indices with a table, int8 values without.
     """
-    shifted = weight if offset is None else weight - offset.to(torch.float32)[:, None]
-    t = shifted / column_scale(scale, segments, weight.shape[1])
-    if lut is None:
-        return torch.round(t).clamp(-LUT_MAX, LUT_MAX).to(torch.int8)
-    levels, order = rising(lut)
-    middles = (levels[:, 1:] + levels[:, :-1]) / 2
-    if lut.shape[0] == 1:
-        return _codes_of(t, middles[0], order[0])
-    assert row_class is not None
-    classes = row_classes(row_class, len(weight))
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    for c in classes.unique().tolist():
-        rows = classes == c
-        codes[rows] = _codes_of(t[rows], middles[c], order[c])
-    return codes
+    return quantize(weight, WeightTables(scale, offset, lut, row_class, segments))
 
 
 def _codes_of(t: Tensor, middles: Tensor, order: Tensor) -> Tensor:
@@ -184,10 +231,7 @@ def dequantize_weight(
     Returns:
         The weight, f32 of ``shape``.
     """
-    w = entries(codes, lut, row_class) * column_scale(scale, segments, codes.shape[1])
-    if offset is not None:
-        w = w + offset.to(torch.float32)[:, None]
-    return w.reshape(list(shape))
+    return dequantize(codes, WeightTables(scale, offset, lut, row_class, segments)).reshape(list(shape))
 
 
 def dequantize_float8(codes: Tensor, scale: Tensor, shape: Sequence[int], exponent: int = 4) -> Tensor:

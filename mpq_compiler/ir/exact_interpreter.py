@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from mpq_compiler.formats import contract
-from mpq_compiler.formats.contract import nearest_codes
+from mpq_compiler.formats.contract import WeightTables
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.interpreter import Interpreter
@@ -39,16 +39,11 @@ class WeightCodes:
     """The result of quantizing a weight; ``shape`` is the float weight's."""
 
     codes: Tensor
-    scale: Tensor
-    offset: Tensor | None
-    lut: Tensor | None
-    row_class: Tensor | None
+    tables: WeightTables[Tensor]
     shape: tuple[int, ...]
-    segments: tuple[int, ...] | None = None
 
     def value(self) -> Tensor:
-        parts = (self.codes, self.scale, self.offset, self.lut, self.row_class)
-        return ops.dequantize_weight(*parts, self.shape, self.segments)
+        return contract.dequantize(self.codes, self.tables).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -78,18 +73,19 @@ class ExactInterpreter(Interpreter):
             return _attend(*args)
         if target is ops.dequantize_weight:
             codes, scale, offset, lut, row_class, shape, *segments = args
-            return WeightCodes(codes, scale, offset, lut, row_class, tuple(shape), *segments)
+            return WeightCodes(codes, WeightTables(scale, offset, lut, row_class, *segments), tuple(shape))
         if target is ops.fake_quantize_weight:
-            weight, scale, offset, lut, row_class, *segments = args
-            codes = nearest_codes(weight.reshape(len(weight), -1), scale, offset, lut, row_class, *segments)
-            return WeightCodes(codes, scale, offset, lut, row_class, tuple(weight.shape), *segments)
+            weight, *parts = args
+            tables: WeightTables[Tensor] = WeightTables(*parts)
+            codes = contract.quantize(weight.reshape(len(weight), -1), tables)
+            return WeightCodes(codes, tables, tuple(weight.shape))
         if target is ops.binary_branch:
             return BranchCodes(args[0], args[1], args[2], tuple(args[3]))
         if target is aten.add.Tensor and isinstance(args[0], WeightCodes) and isinstance(args[1], BranchCodes):
             base, branch = args
-            assert base.lut is not None
-            codes, lut = contract.merge_branch(base.codes, base.lut, branch.signs, branch.alpha)
-            return dataclasses.replace(base, codes=codes, lut=lut)
+            assert base.tables.lut is not None
+            codes, lut = contract.merge_branch(base.codes, base.tables.lut, branch.signs, branch.alpha)
+            return dataclasses.replace(base, codes=codes, tables=base.tables._replace(lut=lut))
         if len(args) > 1 and isinstance(args[0], Codes) and isinstance(args[1], WeightCodes):
             return _contract(target, *args, **kwargs)
         return super().call(node, fx.node.map_aggregate(args, _plain), fx.node.map_aggregate(kwargs, _plain))
@@ -111,10 +107,9 @@ def _contract(
     padding: Any = (0, 0, 0, 0),
     groups: int = 1,
 ) -> Tensor:
-    channels = list(w.segments or x.codes.shape[-1:])
+    channels = list(w.tables.segments or x.codes.shape[-1:])
     scales, zeros = [x.scale] * len(channels), [x.zero_point] * len(channels)
-    parts = (x.codes, x.group, w.codes, w.scale, w.offset, w.lut, w.row_class)
-    operands: tuple[Any, ...] = (*parts, scales, zeros, bias, channels)
+    operands: tuple[Any, ...] = (x.codes, x.group, w.codes, *w.tables.operands, scales, zeros, bias, channels)
     if target is ops.conv2d:
         assert groups == 1
         operands = (*operands, list(w.shape[1:3]), stride, padding)

@@ -183,7 +183,7 @@ def stored_bytes(program: Program) -> int | None:
 
 
 def _parts(levels: views.Levels) -> Iterator[str]:
-    for name in (levels.weight, levels.codes, levels.scale, levels.offset, levels.lut, levels.row_class):
+    for name in (levels.weight, levels.codes, *levels.tables.operands):
         if name is not None:
             yield name
 

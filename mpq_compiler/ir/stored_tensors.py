@@ -70,8 +70,8 @@ def stored(program: Program, *others: Program) -> dict[str, Stored]:
             this value.
     """
     weights = [found for found in views.levels_of(views.flatten(program)) if found.codes and found.integer]
-    bits = {found.codes: min(class_bits(program, found.lut), default=8) for found in weights}
-    classes = {found.codes: found.row_class for found in weights if several_widths(program, found.lut)}
+    bits = {found.codes: min(class_bits(program, found.tables.lut), default=8) for found in weights}
+    classes = {found.codes: found.tables.row_class for found in weights if several_widths(program, found.tables.lut)}
     bits |= dict.fromkeys(classes.values(), CLASS_BITS)
     result = {}
     read = (n for each in (program, *others) for n in each.graph.nodes if n.op == "get_attr")

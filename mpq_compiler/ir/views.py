@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mpq_compiler.formats.contract import WeightTables
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.graph import part_of, softmax
@@ -55,10 +56,7 @@ class Levels:
     call: Call
     weight: str | None
     codes: str | None
-    scale: str | None
-    offset: str | None
-    lut: str | None
-    row_class: str | None
+    tables: WeightTables[str | None]
 
     @property
     def integer(self) -> bool:
@@ -67,10 +65,8 @@ class Levels:
 
     @property
     def segments(self) -> int:
-        """The number of K-segments, each with scales of its own."""
-        at = {ops.fake_quantize_weight: 5, ops.dequantize_weight: 6}.get(self.call.target, 10)
-        found = self.call.args[at] if len(self.call.args) > at else None
-        return len(found) if found else 1
+        """The number of K-segments, each with scales of their own."""
+        return len(self.tables.segments or (1,))
 
     @property
     def path(self) -> str:
@@ -148,19 +144,22 @@ def levels_of(calls: Iterable[Call]) -> list[Levels]:
     """The quantized weights, one for each call that computes or reads one."""
     found = []
     for call in calls:
-        if call.target is ops.fake_quantize_weight:
-            weight, *parts = (stored(a) for a in call.args[:5])
-            found.append(Levels(call, weight, None, *parts))
-        elif call.target is ops.dequantize_weight:
-            found.append(Levels(call, None, *(stored(a) for a in call.args[:5])))
-        elif call.target in FLOAT8:
-            weight, scale = (stored(a) for a in call.args[:2])
-            is_open = call.target is ops.fake_quantize_float8
-            opened, codes = (weight, None) if is_open else (None, weight)
-            found.append(Levels(call, opened, codes, scale, None, None, None))
+        if call.target in OPEN_LEVELS:
+            found.append(Levels(call, stored(call.args[0]), None, _tables(call, 1)))
+        elif call.target in (ops.dequantize_weight, ops.dequantize_float8):
+            found.append(Levels(call, None, stored(call.args[0]), _tables(call, 1)))
         elif call.target in PACKED_LAYERS:
-            found.append(Levels(call, None, *(stored(a) for a in call.args[2:7])))
+            found.append(Levels(call, None, stored(call.args[2]), _tables(call, 3)))
     return found
+
+
+def _tables(call: Call, first: int) -> WeightTables[str | None]:
+    """Store names of the tables among the operands of a call, of which the ``first`` is the scale."""
+    if call.target in FLOAT8:
+        return WeightTables(stored(call.args[first]))
+    at = {ops.fake_quantize_weight: 5, ops.dequantize_weight: 6}.get(call.target, 10)
+    scale, offset, lut, row_class = (stored(a) for a in call.args[first : first + 4])
+    return WeightTables(scale, offset, lut, row_class, call.args[at] if len(call.args) > at else None)
 
 
 def quantizers_of(calls: Iterable[Call]) -> list[Quantizer]:

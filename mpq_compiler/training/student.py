@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from mpq_compiler.formats import contract
-from mpq_compiler.formats.contract import nearest_codes, rising
+from mpq_compiler.formats.contract import WeightTables, rising
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.graph import arguments, operand
 from mpq_compiler.ir.interpreter import Interpreter
@@ -35,21 +35,15 @@ class _Levels(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        scale: Tensor,
-        offset: Tensor | None,
-        lut: Tensor | None,
-        row_class: Tensor | None,
-        segments: tuple[int, ...] | None,
-    ) -> Tensor:
-        codes = nearest_codes(rows, scale, offset, lut, row_class, segments)
-        entry = contract.entries(codes, lut, row_class)
+    def forward(ctx: Any, rows: Tensor, *parts: Any) -> Tensor:
+        """``parts`` are those of `WeightTables`, one by one: autograd follows tensors that are operands themselves."""
+        tables: WeightTables[Tensor] = WeightTables(*parts)
+        scale, offset, segments = tables.scale, tables.offset, tables.segments
+        entry = contract.entries(contract.quantize(rows, tables), tables.lut, tables.row_class)
         wide = contract.column_scale(scale, segments, rows.shape[1])
         shifted = rows if offset is None else rows - offset[:, None]
         t = shifted / wide
-        low, high = ends(lut, row_class, len(rows))
+        low, high = ends(tables, len(rows))
         inside = (t >= low) & (t <= high)
         ctx.save_for_backward(inside, torch.where(inside, entry - t, entry))
         ctx.shape, ctx.segments, ctx.shifts = scale.shape, segments, offset is not None
@@ -135,17 +129,14 @@ def values(program: Program, variables: Mapping[str, Variable], thetas: Mapping[
     """
     found = {name: v(thetas[name]) for name, v in variables.items() if v.kind != Kind.LATENT}
     for weight in settled(program):
-        if weight.scale not in found:
+        if weight.tables.scale not in found:
             continue
-        scale, offset = found[weight.scale], None if weight.offset is None else found[weight.offset]
-        row_class = None if weight.row_class is None else program.tensors[weight.row_class]
-        table, segments = weight.table(program), weight.segments
+        tables = weight.values(program, lambda name: found[name] if name in found else program.tensors[name])
         if weight.codes in variables:
             rows = variables[weight.codes](thetas[weight.codes])
-            level = _Levels.apply(rows, scale, offset, table, row_class, segments)
+            level = _Levels.apply(rows, *tables)
         else:
-            codes = weight.merged_codes(program)
-            level = ops.dequantize_weight(codes, scale, offset, table, row_class, codes.shape, segments)
+            level = contract.dequantize(weight.merged_codes(program), tables)
         found[weight.node.name] = level.reshape(weight.shape)
     return found
 
@@ -167,14 +158,15 @@ def variables(
     found: dict[str, Variable] = {}
     tensors, originals = program.tensors, program.facts["latents"]
     for weight in settled(program):
-        found[weight.scale] = _scale(Kind.SCALE, tensors[weight.scale])
-        if weight.offset is not None:
-            found[weight.offset] = _float(Kind.OFFSET, tensors[weight.offset])
+        scale, offset = weight.tables.scale, weight.tables.offset
+        found[scale] = _scale(Kind.SCALE, tensors[scale])
+        if offset is not None:
+            found[offset] = _float(Kind.OFFSET, tensors[offset])
         if latent:
             rows = tensors.read(originals[weight.node.name]).flatten(1)
             table = weight.table(program)
             step = 1.0 if table is None else float(_mean_step(table))
-            unit = contract.column_scale(tensors.read(weight.scale), weight.segments, rows.shape[1]) * step
+            unit = contract.column_scale(tensors.read(scale), weight.tables.segments, rows.shape[1]) * step
             if adapters:
                 found[weight.codes] = _adapted(_dequantized(program, weight), unit, adapters, generator)
             else:
@@ -209,30 +201,27 @@ def _within(program: Program, weight: Settled, rows: Tensor) -> Tensor:
     Training thus starts from the codes that GPTQ or learned rounding chose, and the float weight decides to which side
     a code may change first.
     """
-    tensors, codes, table = program.tensors, weight.merged_codes(program), weight.table(program)
-    scale = contract.column_scale(tensors[weight.scale], weight.segments, rows.shape[1])
-    offset = 0 if weight.offset is None else tensors.read(weight.offset)[:, None]
-    if table is None:
+    codes, tables = weight.merged_codes(program), weight.values(program)
+    scale = contract.column_scale(tables.scale, tables.segments, rows.shape[1])
+    offset = 0 if tables.offset is None else tables.offset.to(torch.float32)[:, None]
+    if tables.lut is None:
         low, high = codes - 0.5, codes + 0.5
         margin: Any = EDGE
     else:
-        levels, order = rising(table)
+        levels, order = rising(tables.lut)
         middles = (levels[:, 1:] + levels[:, :-1]) / 2
         ends = torch.full_like(levels[:, :1], torch.inf)
-        classes = contract.row_classes(None if weight.row_class is None else tensors[weight.row_class], len(rows))
+        classes = contract.row_classes(tables.row_class, len(rows))
         rank = order.argsort(1)[classes].gather(1, codes.long())
         low, high = (torch.cat(parts, 1)[classes].gather(1, rank) for parts in ((-ends, middles), (middles, ends)))
-        margin = EDGE * float(_mean_step(table))
+        margin = EDGE * float(_mean_step(tables.lut))
     t = (rows - offset) / scale
     return torch.minimum(torch.maximum(t, low + margin), high - margin) * scale + offset
 
 
 def _dequantized(program: Program, weight: Settled) -> Tensor:
     """The levels [O, K] of the chosen codes."""
-    tensors, codes = program.tensors, weight.merged_codes(program)
-    offset, row_class = (None if n is None else tensors[n] for n in (weight.offset, weight.row_class))
-    table, scale = weight.table(program), tensors[weight.scale]
-    return ops.dequantize_weight(codes, scale, offset, table, row_class, codes.shape, weight.segments)
+    return contract.dequantize(weight.merged_codes(program), weight.values(program))
 
 
 def _tables(node: fx.Node) -> list[tuple[str, str, int]]:

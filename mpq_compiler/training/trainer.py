@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mpq_compiler.analysis.trajectory_error import PART
-from mpq_compiler.formats.contract import nearest_codes
+from mpq_compiler.formats import contract
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.blocks import Block, cut, weight_path_of
 from mpq_compiler.ir.graph import part_of
@@ -254,10 +254,8 @@ def applied(program: Program, trained: Mapping[str, Variable], thetas: Mapping[s
         if weight.codes not in trained:
             continue
         rows = trained[weight.codes].stored(thetas[weight.codes])
-        scale = program.tensors[renamed[weight.scale]]
-        offset = None if weight.offset is None else program.tensors[renamed[weight.offset]]
-        row_class = None if weight.row_class is None else program.tensors[weight.row_class]
-        codes = nearest_codes(rows, scale, offset, weight.table(program), row_class, weight.segments)
+        tables = weight.values(program, lambda name: program.tensors[renamed.get(name, name)])
+        codes = contract.quantize(rows, tables)
         if weight.signs is None:
             store(weight.codes, codes)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
@@ -14,7 +15,7 @@ from torch import Tensor, fx
 
 from mpq_compiler.formats import contract
 from mpq_compiler.formats.base import F16_MAX, F16_TINY
-from mpq_compiler.formats.contract import rising
+from mpq_compiler.formats.contract import WeightTables, rising
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.graph import arguments, operand
@@ -145,12 +146,8 @@ class Settled:
 
     node: fx.Node
     codes: str
-    scale: str
-    offset: str | None
-    lut: str | None
-    row_class: str | None
+    tables: WeightTables[str]
     shape: tuple[int, ...]
-    segments: tuple[int, ...] | None
     signs: str | None = None
     alpha: str | None = None
 
@@ -161,13 +158,17 @@ class Settled:
 
     def table(self, program: Program) -> Tensor | None:
         """The table int8 [classes, entries] with the branch merged in; None where the code is the value."""
-        if self.lut is None:
+        if self.tables.lut is None:
             return None
-        lut = program.tensors[self.lut]
+        lut = program.tensors[self.tables.lut]
         if self.signs is None:
             return lut
         codes = torch.zeros(1, dtype=torch.uint8)
         return contract.merge_branch(codes, lut, codes, program.tensors[str(self.alpha)])[1]
+
+    def values(self, program: Program, read: Callable[[str], Tensor] | None = None) -> WeightTables[Tensor]:
+        """The tables as tensors, the branch merged in; ``read`` gives the tensor of a name, by default the store's."""
+        return self.tables.map(read or program.tensors.__getitem__)._replace(lut=self.table(program))
 
     def merged_codes(self, program: Program) -> Tensor:
         """The codes [O, K] in `table`, the branch merged in."""
@@ -185,23 +186,21 @@ def settled(program: Program) -> list[Settled]:
     for node in program.graph.nodes:
         if node.target is not ops.dequantize_weight:
             continue
-        *parts, shape = arguments(node)[:6]
-        names = [None if part is None else str(part.target) for part in parts]
+        codes, scale, offset, lut, row_class, shape = arguments(node)[:6]
         segments = tuple(arguments(node)[6]) if len(node.args) > 6 and node.args[6] else None
+        tables = WeightTables(scale, offset, lut, row_class, segments).map(lambda part: str(part.target))
         total, signs, alpha = node, None, None
         if node in branched:
             total = branched[node]
             signs_of, _, alpha_of, _ = arguments(operand(total, 1))
             signs, alpha = str(signs_of.target), str(alpha_of.target)
-        codes, scale, offset, lut, row_class = names
-        found.append(
-            Settled(total, str(codes), str(scale), offset, lut, row_class, tuple(shape), segments, signs, alpha)
-        )
+        found.append(Settled(total, str(codes.target), tables, tuple(shape), signs, alpha))
     return found
 
 
-def ends(lut: Tensor | None, row_class: Tensor | None, rows: int) -> tuple[Any, Any]:
+def ends(tables: WeightTables[Tensor], rows: int) -> tuple[Any, Any]:
     """The lower and upper ends of each row's table, half a step beyond its extreme entries."""
+    lut = tables.lut
     if lut is None:
         return -contract.LUT_MAX - 0.5, contract.LUT_MAX + 0.5
     steps, levels = gaps(lut), rising(lut)[0][:, :1]
@@ -210,8 +209,8 @@ def ends(lut: Tensor | None, row_class: Tensor | None, rows: int) -> tuple[Any, 
     low, high = levels - step / 2, levels + span + step / 2
     if lut.shape[0] == 1:
         return low[0], high[0]
-    assert row_class is not None
-    classes = contract.row_classes(row_class, rows)
+    assert tables.row_class is not None
+    classes = contract.row_classes(tables.row_class, rows)
     return low[classes], high[classes]
 
 

@@ -150,7 +150,7 @@ def test_rows_have_the_codes_of_their_own_width(name, rounding):
 def test_training_ends_where_the_levels_of_a_row_end(name):
     w = weight()
     found = formats.get(name).fit(w)
-    low, high = variables.ends(found.lut, found.row_class, len(w))
+    low, high = variables.ends(found.tables, len(w))
     half = 2.0 ** (widths(found) - 1)
     assert torch.equal(low[:, 0], -half - 0.5) and torch.equal(high[:, 0], half - 0.5)
     assert student._mean_step(found.lut) == 1
@@ -245,8 +245,8 @@ def test_training_keeps_codes_within_their_width(steps):
     verifier.verify(moved)
     for weight in variables.settled(moved):
         codes = moved.tensors[weight.codes]
-        bits = torch.tensor(contract.class_bits(moved.tensors[weight.lut]))
-        bits = bits[contract.row_classes(moved.tensors[weight.row_class], len(codes))]
+        bits = torch.tensor(contract.class_bits(moved.tensors[weight.tables.lut]))
+        bits = bits[contract.row_classes(moved.tensors[weight.tables.row_class], len(codes))]
         assert (codes == 2 ** bits[:, None] - 1).all()
 
 
@@ -263,9 +263,9 @@ def test_training_keeps_codes_within_their_width(steps):
 def test_what_no_level_stands_for_is_rejected(steps, part, rule):
     packed = after(steps, "fuse-epilogues")
     found = views.levels_of(views.flatten(packed))
-    wide = next(levels for levels in found if packed.tensors[levels.row_class].eq(0).any())
-    codes, lut = packed.tensors[wide.codes].clone(), packed.tensors[wide.lut].clone()
-    row = int(packed.tensors[wide.row_class].eq(0).nonzero()[0])
+    wide = next(levels for levels in found if packed.tensors[levels.tables.row_class].eq(0).any())
+    codes, lut = packed.tensors[wide.codes].clone(), packed.tensors[wide.tables.lut].clone()
+    row = int(packed.tensors[wide.tables.row_class].eq(0).nonzero()[0])
     if part == "codes":
         codes[row, 0] = 2 ** contract.class_bits(lut)[0]
     elif part == "hole":
@@ -276,6 +276,6 @@ def test_what_no_level_stands_for_is_rejected(steps, part, rule):
         lut[2, -1] = 100
     else:
         lut[0, 0] = -100
-    spoiled = packed.fork(tensors=TensorStore({**packed.tensors, wide.codes: codes, wide.lut: lut}))
+    spoiled = packed.fork(tensors=TensorStore({**packed.tensors, wide.codes: codes, wide.tables.lut: lut}))
     assert not verifier.check(packed)
     assert rule in {violation.rule for violation in verifier.check(spoiled)}

@@ -82,7 +82,7 @@ def test_the_error_falls_and_is_that_of_the_stored_program(data, tmp_path, laten
     assert math.isclose(held_out(trained, data[1]), outcome.after, rel_tol=1e-5)
     for weight in settled(trained):
         codes = trained.tensors[weight.codes]
-        table = trained.tensors[weight.lut]
+        table = trained.tensors[weight.tables.lut]
         assert int(codes.max()) < table.shape[1]
 
 

@@ -27,9 +27,9 @@ def test_base_and_branch_become_one_table():
     for x in folded:
         base = before[x.path]
         sign, alpha = (tensors[name] for name in signs[x.path])
-        entry = contract.entries(tensors[base.codes], tensors[base.lut], None) + (2.0 * sign - 1) * alpha
-        assert torch.equal(contract.entries(tensors[x.codes], tensors[x.lut], None), entry)
-        assert (x.scale, x.offset) == (base.scale, base.offset)
+        entry = contract.entries(tensors[base.codes], tensors[base.tables.lut], None) + (2.0 * sign - 1) * alpha
+        assert torch.equal(contract.entries(tensors[x.codes], tensors[x.tables.lut], None), entry)
+        assert (x.tables.scale, x.tables.offset) == (base.tables.scale, base.tables.offset)
 
 
 @pytest.mark.parametrize("model", programs.MODELS)

@@ -63,9 +63,10 @@ def test_latent_weights_start_where_the_program_is(pipeline):
     moved = 0
     for weight in weights:
         rows = program.tensors.read(program.facts["latents"][weight.node.name]).flatten(1)
-        parts = [None if n is None else program.tensors[n] for n in (weight.scale, weight.offset, weight.row_class)]
+        names = weight.tables
+        parts = [None if n is None else program.tensors[n] for n in (names.scale, names.offset, names.row_class)]
         scale, offset, row_class = parts
-        nearest = nearest_codes(rows, scale, offset, weight.table(program), row_class, weight.segments)
+        nearest = nearest_codes(rows, scale, offset, weight.table(program), row_class, names.segments)
         same = nearest == weight.merged_codes(program)
         change = (trained[weight.codes].start - rows).abs() / trained[weight.codes].unit
         assert float(change[same].max()) <= training_variables.EDGE + 1e-4
@@ -120,9 +121,10 @@ def test_adapters_are_a_branch_that_is_merged_before_the_quantizer():
         beside = F.conv2d(x, start, padding=1) + F.conv2d(F.conv2d(x, a, padding=1), b)
         torch.testing.assert_close(F.conv2d(x, merged, padding=1), beside, rtol=1e-4, atol=1e-4)
         assert not torch.equal(rows, variable.start)
-        parts = [made.get(n, program.tensors.get(n)) for n in (weight.scale, weight.offset, weight.row_class)]
-        codes = nearest_codes(rows, *parts[:2], weight.table(program), parts[2], weight.segments)
-        level = ops.dequantize_weight(codes, *parts[:2], weight.table(program), parts[2], weight.shape, weight.segments)
+        names = weight.tables
+        parts = [made.get(n, program.tensors.get(n)) for n in (names.scale, names.offset, names.row_class)]
+        codes = nearest_codes(rows, *parts[:2], weight.table(program), parts[2], names.segments)
+        level = ops.dequantize_weight(codes, *parts[:2], weight.table(program), parts[2], weight.shape, names.segments)
         torch.testing.assert_close(made[weight.node.name], level)
     assert len(weights) > 5
 
@@ -228,7 +230,7 @@ def test_adam_does_not_raise_the_error_of_a_fixed_weight():
 @pytest.mark.invariant("efficientdm-3")
 def test_weights_learn_in_steps_of_their_table(adapters):
     program = programs.after("unet2d", "round-weights", programs.MIXED)
-    scales = {weight.scale: program.tensors[weight.scale] for weight in settled(program)}
+    scales = {weight.tables.scale: program.tensors[weight.tables.scale] for weight in settled(program)}
     doubled = program.fork(tensors=TensorStore({**program.tensors, **{name: 2 * s for name, s in scales.items()}}))
     once, twice = (student.variables(p, latent=True, adapters=adapters) for p in (program, doubled))
     latent = [name for name, variable in once.items() if variable.kind == Kind.LATENT]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpq_compiler.formats.contract import entries
+from mpq_compiler.formats.contract import WeightTables, entries
 from mpq_compiler.ir.ops.activations import per_sample
 from mpq_compiler.ir.ops.floating import conv2d, fma
 from mpq_compiler.ir.ops.registry import op
@@ -20,8 +20,7 @@ def _epilogue(
     accumulators: list[Tensor],
     sums: list[Tensor] | None,
     group: Tensor | None,
-    scale: Tensor,
-    offset: Tensor | None,
+    tables: WeightTables[Tensor],
     act_scale: Sequence[Tensor],
     bias: Tensor | None,
 ) -> Tensor:
@@ -30,9 +29,9 @@ def _epilogue(
     y = torch.zeros((), dtype=torch.float32, device=first.device) if bias is None else bias.to(torch.float32)
     y = y.expand(first.shape)
     for j, accumulator in enumerate(accumulators):
-        factor = per_sample(act_scale[j].to(torch.float32), group, first) * scale[:, j].to(torch.float32)
+        factor = per_sample(act_scale[j].to(torch.float32), group, first) * tables.scale[:, j].to(torch.float32)
         y = fma(accumulator.to(torch.float32), factor, y)
-    return _with_offsets(y, sums, group, offset, act_scale)
+    return _with_offsets(y, sums, group, tables.offset, act_scale)
 
 
 def _with_offsets(
@@ -98,6 +97,7 @@ def quant_linear(
     ``A_j = sum_k (q - z_j) * LUT[code]`` exactly; then `_epilogue`. Segments are the J channel counts, summing to K.
     Rows with tables of their own and more than `FEW_SEGMENTS` segments apply scale and zero point once (`_late_rows`).
     """
+    tables = WeightTables(scale, offset, lut, row_class, segments)
     weight = torch.split(entries(codes, lut, row_class).double(), list(segments), dim=1)
     parts = _centred(x, group, act_zero, segments)
     sums = [p.sum(-1, keepdim=True) for p in parts] if offset is not None else None
@@ -105,7 +105,7 @@ def quant_linear(
         y = _late_rows(torch.split(x.double(), list(segments), dim=-1), weight, scale, act_scale[0], act_zero[0], bias)
         return _with_offsets(y, sums, group, offset, act_scale)
     accumulators = [p @ w.T for p, w in zip(parts, weight, strict=True)]
-    return _epilogue(accumulators, sums, group, scale, offset, act_scale, bias)
+    return _epilogue(accumulators, sums, group, tables, act_scale, bias)
 
 
 @op("quant_conv2d")
@@ -129,6 +129,7 @@ def quant_conv2d(
 
     Padded pixels hold the zero point, so they add nothing to ``A_j``.
     """
+    tables = WeightTables(scale, offset, lut, row_class, segments)
     rows = entries(codes, lut, row_class).double().reshape(codes.shape[0], kernel[0], kernel[1], -1)
     weight = torch.split(rows, list(segments), dim=3)
     parts = _centred(x, group, act_zero, segments)
@@ -137,4 +138,4 @@ def quant_conv2d(
     if offset is not None:
         ones = [torch.ones_like(w[:1]) for w in weight]
         sums = [conv2d(p, w, None, stride, padding) for p, w in zip(parts, ones, strict=True)]
-    return _epilogue(accumulators, sums, group, scale, offset, act_scale, bias)
+    return _epilogue(accumulators, sums, group, tables, act_scale, bias)

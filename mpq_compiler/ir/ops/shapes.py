@@ -58,8 +58,8 @@ def _fake_quantize_weight(weight: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(weight)
 
 
-def _dequantize_weight(codes: Tensor, scale: Tensor, offset: Any, lut: Any, row_class: Any, *rest: Any) -> Tensor:
-    return codes.to(torch.float32).reshape(list(rest[0]))
+def _dequantize_weight(codes: Tensor, *operands: Any) -> Tensor:
+    return codes.to(torch.float32).reshape(list(operands[4]))  # behind `WeightTables.operands`
 
 
 def _dequantize_float8(codes: Tensor, scale: Tensor, shape: Any, exponent: int = 4) -> Tensor:

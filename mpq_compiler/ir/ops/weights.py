@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mpq_compiler.formats import contract
-from mpq_compiler.formats.contract import nearest_codes, round_float
+from mpq_compiler.formats.contract import WeightTables, round_float
 from mpq_compiler.ir.ops.registry import op
 
 dequantize_weight = op("dequantize_weight")(contract.dequantize_weight)
@@ -24,9 +24,9 @@ def fake_quantize_weight(
     segments: Sequence[int] | None = None,
 ) -> Tensor:
     """Move weight [O, ...] to its nearest level, with a straight-through gradient."""
-    rows = weight.reshape(weight.shape[0], -1)
-    codes = nearest_codes(rows.detach(), scale, offset, lut, row_class, segments)
-    level = dequantize_weight(codes, scale, offset, lut, row_class, weight.shape, segments)
+    tables = WeightTables(scale, offset, lut, row_class, segments)
+    codes = contract.quantize(weight.detach().reshape(weight.shape[0], -1), tables)
+    level = contract.dequantize(codes, tables).reshape(weight.shape)
     return level.detach() + (weight - weight.detach())  # the level itself: weight + (level - weight) would round
 
 

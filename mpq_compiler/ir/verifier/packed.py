@@ -23,7 +23,7 @@ def _segments(view: View) -> Findings:
     for layer in view.layers:
         if layer.call.target not in views.PACKED_LAYERS or layer.levels is None:
             continue
-        codes, scale = view.tensor(str(layer.levels.codes)), view.tensor(str(layer.levels.scale))
+        codes, scale = view.tensor(str(layer.levels.codes)), view.tensor(str(layer.levels.tables.scale))
         taps = 1 if layer.call.target is ops.quant_linear else layer.call.args[11][0] * layer.call.args[11][1]
         channels = codes.shape[1] // taps
         if min(layer.segments, default=0) < 1 or sum(layer.segments) != channels:
@@ -98,8 +98,8 @@ def _accumulators(view: View) -> Findings:
         codes = view.tensor(levels.codes)
         if codes.shape[1] * 255 * contract.LUT_MAX < ACCUMULATOR:
             continue
-        lut = None if levels.lut is None else view.tensor(levels.lut)
-        classes = None if levels.row_class is None else view.tensor(levels.row_class)
+        lut = None if levels.tables.lut is None else view.tensor(levels.tables.lut)
+        classes = None if levels.tables.row_class is None else view.tensor(levels.tables.row_class)
         worst = 255 * int(contract.entries(codes, lut, classes).double().abs().sum(1).max())
         if max(worst, 255 * codes.shape[1]) >= ACCUMULATOR:
             yield levels.call.name, f"accumulators of {codes.shape[1]} terms may reach {worst}, beyond int32"

@@ -144,7 +144,7 @@ _REPLACED = {
     aten.upsample_nearest2d.vec,
     aten.scaled_dot_product_attention.default,
 }
-"""What `layout` rewrites, or lists with the reason why not."""
+"""Channels-first operators: `layout` rewrites them, or lists them with the reason why not."""
 
 
 @RULES.add("dialect")

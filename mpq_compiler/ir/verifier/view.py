@@ -1,4 +1,4 @@
-"""What rules read, a `View` of the program, and how they are written: `Rule` and `Rules`."""
+"""The `View` of a program that all rules read, and their form: `Rule` and `Rules`."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def _codes(view: View) -> Findings:
         codes = view.tensor(levels.codes)
         if not levels.integer:
             sound = codes.dtype == torch.uint8
-        elif levels.lut is None:
+        elif levels.tables.lut is None:
             sound = codes.dtype == torch.int8 and int(codes.min()) >= -contract.LUT_MAX
         else:
             most = _levels_of_rows(view, levels, len(codes))
@@ -37,9 +37,9 @@ def _codes(view: View) -> Findings:
 
 def _levels_of_rows(view: View, levels: Levels, rows: int) -> Tensor:
     """How many levels the table of each row has; where classes are not sound (`row-classes`) the most of any table."""
-    counts = 2 ** torch.tensor(contract.class_bits(view.tensor(str(levels.lut))))
-    if levels.row_class is not None:
-        classes = contract.row_classes(view.tensor(levels.row_class), rows)
+    counts = 2 ** torch.tensor(contract.class_bits(view.tensor(str(levels.tables.lut))))
+    if levels.tables.row_class is not None:
+        classes = contract.row_classes(view.tensor(levels.tables.row_class), rows)
         if len(classes) == rows and int(classes.max()) < len(counts):
             return counts[classes]
     return counts.max()
@@ -49,14 +49,14 @@ def _levels_of_rows(view: View, levels: Levels, rows: int) -> Tensor:
 def _table_range(view: View) -> Findings:
     """int8 entries within +-127; a table may have fewer levels than entries, a power of two in front of the filling."""
     for levels in view.levels:
-        if levels.lut is None:
+        if levels.tables.lut is None:
             continue
-        lut = view.tensor(levels.lut)
+        lut = view.tensor(levels.tables.lut)
         filled = lut == contract.NO_LEVEL
         sizes = [len(table) - int(n) for table, n in zip(lut, filled.sum(1), strict=True)]
         behind = all(bool(f[n:].all()) for f, n in zip(filled, sizes, strict=True))
         if lut.dtype != torch.int8 or not behind or max(sizes) < lut.shape[1] or any(n < 2 or n & n - 1 for n in sizes):
-            yield levels.call.name, f"'{levels.lut}' ({lut.dtype}) has entries outside of -127..127"
+            yield levels.call.name, f"'{levels.tables.lut}' ({lut.dtype}) has entries outside of -127..127"
 
 
 @RULES.add("table-size", QUANTIZED)
@@ -70,30 +70,31 @@ def _table_size(view: View) -> Findings:
         base = planned.base if isinstance(planned, low_rank.LowRankFormat) else planned
         bits = base.index_bits
         # an open weight has the base's table; that of a low-rank format the merged one, once its branch is in the graph
-        beside = levels.codes is None and (base is planned or ":range." in (levels.lut or ""))
+        beside = levels.codes is None and (base is planned or ":range." in (levels.tables.lut or ""))
         if isinstance(base, ResidualFormat) and (beside or levels.call.name in based):
             bits = base.base_bits
-        size = None if levels.lut is None else tuple(view.tensor(levels.lut).shape)
+        size = None if levels.tables.lut is None else tuple(view.tensor(levels.tables.lut).shape)
         if size is None:
             if bits != 8:
                 yield levels.call.name, f"{planned.name} needs a table of {2**bits} entries and there is none"
         elif len(size) != 2 or size[1] != 2**bits or size[1] not in LUT_SIZES:
-            yield levels.call.name, f"'{levels.lut}' has the shape {list(size)}; {planned.name} has {2**bits} levels"
+            what = f"has the shape {list(size)}; {planned.name} has {2**bits} levels"
+            yield levels.call.name, f"'{levels.tables.lut}' {what}"
 
 
 @RULES.add("weight-scales", QUANTIZED)
 def _weight_scales(view: View) -> Findings:
     """Positive f16 scales [O, J], one for each row and K-segment; of FP8 [O]."""
     for levels in view.levels:
-        if levels.scale is None:
+        if levels.tables.scale is None:
             yield levels.call.name, "its scale is not in the store"
             continue
-        scale = view.tensor(levels.scale)
+        scale = view.tensor(levels.tables.scale)
         rows = len(view.tensor(str(levels.codes or levels.weight)))
         shape = (rows, levels.segments) if levels.integer else (rows,)
         if scale.dtype != torch.float16 or tuple(scale.shape) != shape or not bool((scale > 0).all()):
             kind = f"{list(scale.shape)} ({scale.dtype})"
-            yield levels.call.name, f"'{levels.scale}' {kind} does not hold {list(shape)} positive halves"
+            yield levels.call.name, f"'{levels.tables.scale}' {kind} does not hold {list(shape)} positive halves"
 
 
 @RULES.add("offsets", QUANTIZED)
@@ -103,12 +104,12 @@ def _offsets(view: View) -> Findings:
         planned = view.format(levels.path)
         if planned is None:
             continue
-        if (levels.offset is not None) != planned.has_offset:
-            yield levels.call.name, f"{planned.name} has {'no ' if levels.offset else ''}offsets"
-        elif levels.offset is not None:
+        if (levels.tables.offset is not None) != planned.has_offset:
+            yield levels.call.name, f"{planned.name} has {'no ' if levels.tables.offset else ''}offsets"
+        elif levels.tables.offset is not None:
             rows = len(view.tensor(str(levels.codes or levels.weight)))
-            if tuple(view.tensor(levels.offset).shape) != (rows,):
-                yield levels.call.name, f"'{levels.offset}' is not one offset a row"
+            if tuple(view.tensor(levels.tables.offset).shape) != (rows,):
+                yield levels.call.name, f"'{levels.tables.offset}' is not one offset a row"
 
 
 def _nested(lut: Tensor) -> bool:
@@ -126,19 +127,20 @@ def _row_classes(view: View) -> Findings:
     the others: a kernel looks all rows up in that one.
     """
     for levels in view.levels:
-        classes = 1 if levels.lut is None else len(view.tensor(levels.lut))
-        if levels.row_class is None:
+        classes = 1 if levels.tables.lut is None else len(view.tensor(levels.tables.lut))
+        if levels.tables.row_class is None:
             if classes != 1:
                 yield levels.call.name, f"{classes} tables and no row classes"
             continue
-        table, lut = view.tensor(levels.row_class), view.tensor(str(levels.lut))
+        table, lut = view.tensor(levels.tables.row_class), view.tensor(str(levels.tables.lut))
         rows, kind = len(view.tensor(str(levels.codes or levels.weight))), "rows"
         if len({*contract.class_bits(lut)}) == 1:
             rows, kind = -(-rows // contract.TILE_ROWS), "tiles"
         elif not _nested(lut):
-            yield levels.call.name, f"the tables of '{levels.lut}' are not each within the next, of one bit more"
+            yield levels.call.name, f"the tables of '{levels.tables.lut}' are not each within the next, of one bit more"
         if table.dtype != torch.uint8 or tuple(table.shape) != (rows,) or int(table.max()) >= classes:
-            yield levels.call.name, f"'{levels.row_class}' is not one of {classes} classes for each of {rows} {kind}"
+            what = f"is not one of {classes} classes for each of {rows} {kind}"
+            yield levels.call.name, f"'{levels.tables.row_class}' {what}"
 
 
 @RULES.add("branches", SIMULATED)
@@ -146,17 +148,17 @@ def _branches(view: View) -> Findings:
     """Signs 0 or 1, an int8 alpha, the base's scale, and a merged table within +-127."""
     for b in view.branches:
         call, base = b.call, b.base
-        if base is None or base.lut is None or base.codes is None or b.signs is None or b.alpha is None:
+        if base is None or base.tables.lut is None or base.codes is None or b.signs is None or b.alpha is None:
             yield call.name, "it is not added to a base of its own"
             continue
         sign, step = view.tensor(b.signs), view.tensor(b.alpha)
         if sign.dtype != torch.uint8 or int(sign.max()) > 1 or sign.shape != view.tensor(base.codes).shape:
             yield call.name, f"'{b.signs}' is not a sign 0 or 1 for each code of its base"
-        if b.scale != base.scale:
+        if b.scale != base.tables.scale:
             yield call.name, "branch and base have different scales"
         if step.dtype != torch.int8 or step.numel() != 1:
             yield call.name, f"'{b.alpha}' is no int8 step of the table's grid"
-        elif int(view.tensor(base.lut).to(torch.int16).abs().max()) + abs(int(step)) > contract.LUT_MAX:
+        elif int(view.tensor(base.tables.lut).to(torch.int16).abs().max()) + abs(int(step)) > contract.LUT_MAX:
             yield call.name, "base and branch together leave the range of int8"
 
 
@@ -190,7 +192,7 @@ def _shared_weights(view: View) -> Findings:
     """All calls that read a parameter read the same codes and scales."""
     parts: dict[str, set[Any]] = {}
     for levels in view.levels:
-        made_of = (levels.weight, levels.codes, levels.scale, levels.offset, levels.lut, levels.row_class)
+        made_of = (levels.weight, levels.codes, levels.tables.operands)
         parts.setdefault(levels.path, set()).add(made_of)
         if len(parts[levels.path]) > 1:
             yield levels.call.name, f"another call reads other codes of '{levels.path}'"
