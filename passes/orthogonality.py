@@ -128,7 +128,7 @@ def orm(grams: Tensor) -> Tensor:
     flat = grams.flatten(1)
     norms = flat.norm(dim=1)
     unit = flat / norms.clamp_min(1e-300)[:, None]
-    found = (unit @ unit.T).clamp(0, 1)
+    found: Tensor = (unit @ unit.T).clamp(0, 1)
     empty = norms == 0
     found[empty], found[:, empty] = 1, 1
     return found

@@ -96,7 +96,8 @@ class _Positional(nn.Module):
         self.names = names
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        return self.inner(**dict(zip(self.names, tensors, strict=True)))
+        output: Tensor = self.inner(**dict(zip(self.names, tensors, strict=True)))
+        return output
 
 
 def _export(wrapper: nn.Module, denoiser: Any) -> tuple[fx.Graph, Any]:
@@ -134,7 +135,8 @@ def _export(wrapper: nn.Module, denoiser: Any) -> tuple[fx.Graph, Any]:
         value: Any = module
         for part in path.split("."):
             value = getattr(value, part)
-        return value.detach()
+        found: Tensor = value.detach()
+        return found
 
     return graph, attribute
 

@@ -31,6 +31,7 @@ from mpq_compiler.pipeline.stages import StageInstrument
 from mpq_compiler.support import cache as caches
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.execution import tracked
 from mpq_compiler.targets import numerics
 from mpq_compiler.targets.table import Target
 

@@ -56,7 +56,7 @@ def load(path: str | Path) -> dict[str, Any]:
     from mpq_compiler import schemas
 
     try:
-        table = json.loads(Path(path).read_text(encoding="utf-8"))
+        table: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"the sensitivity table '{path}' cannot be read: {error.strerror}") from error
     except ValueError as error:

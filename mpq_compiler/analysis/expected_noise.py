@@ -49,7 +49,8 @@ def constant(program: Program, node: fx.Node) -> Tensor:
             env[n] = interpreter.evaluate(n, env)
         return env[n]
 
-    return value(node)
+    found: Tensor = value(node)
+    return found
 
 
 # --- weights ------------------------------------------------------------------------------------------------

@@ -43,7 +43,8 @@ class Ablation:
         env = _Overlay(self._values, changed)
         for node in self._interpreter.program.graph.nodes:
             if node.op == "output":
-                return fx.map_arg(node.args[0], env.__getitem__)
+                output: Tensor = fx.map_arg(node.args[0], env.__getitem__)
+                return output
             if node in values or node.op in ("placeholder", "get_attr"):
                 continue
             if node in operands:

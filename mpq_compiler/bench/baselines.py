@@ -112,7 +112,7 @@ class Model:
         prepared = self._folder("onnxruntime-prepared") / "model.onnx"
         rows = iter(self.calibration)
 
-        class Reader(quantization.CalibrationDataReader):
+        class Reader:  # what onnxruntime takes for a CalibrationDataReader: it asks for `get_next` alone
             def get_next(self) -> Any:
                 return next(rows, None)
 

@@ -53,7 +53,8 @@ def psnr_per_image(reference: Any, value: Any) -> Array:
     """The PSNR of every image in dB, [N]: 10 log10(4 / mean squared error), since the range is 2; at most 100."""
     x, y = _pair(reference, value)
     error = ((x - y) ** 2).reshape(len(x), -1).mean(axis=1)
-    return np.minimum(10 * np.log10(4 / np.maximum(error, 1e-300)), PSNR_LIMIT_DB)
+    decibels: Array = np.minimum(10 * np.log10(4 / np.maximum(error, 1e-300)), PSNR_LIMIT_DB)
+    return decibels
 
 
 def psnr_db(reference: Any, value: Any) -> float:
@@ -87,7 +88,8 @@ def ssim_per_image(reference: Any, value: Any) -> Array:
     vx, vy, vxy = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
     c1, c2 = 0.01**2, 0.03**2
     values = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
-    return values.reshape(len(x), -1).mean(axis=1)
+    means: Array = values.reshape(len(x), -1).mean(axis=1)
+    return means
 
 
 def ssim(reference: Any, value: Any) -> float:

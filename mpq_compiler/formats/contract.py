@@ -135,12 +135,12 @@ TILE_ROWS = 16
 
 def float_bias(exponent: int) -> int:
     """The bias of a small float: it is subtracted from the value of its ``exponent`` bits."""
-    return 2 ** (exponent - 1) - 1
+    return (1 << (exponent - 1)) - 1
 
 
 def float_largest(exponent: int, bits: int) -> float:
     """The largest small float of ``bits`` bits, of which one is the sign and ``exponent`` are the exponent."""
-    return (2 - 2.0 ** (1 + exponent - bits)) * 2.0 ** (2**exponent - 1 - float_bias(exponent))
+    return (2 - 2.0 ** (1 + exponent - bits)) * 2.0 ** ((1 << exponent) - 1 - float_bias(exponent))
 
 
 def round_float(x: Tensor, exponent: int, bits: int) -> Tensor:

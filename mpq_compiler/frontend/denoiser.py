@@ -132,7 +132,8 @@ class Denoiser:
             timestep = tensors["timestep"]
             own = timestep.to(self.input_specs["timestep"].dtype)
             tensors["timestep"] = own if torch.equal(own.to(timestep.dtype), timestep) else timestep.float()
-            return self.module(**tensors)
+            output: torch.Tensor = self.module(**tensors)
+            return output
 
     def random_inputs(self, batch: int, generator: torch.Generator | int = 0) -> dict[str, torch.Tensor]:
         """Draws random inputs by name: normal values; timesteps and labels that differ within the batch.

@@ -93,7 +93,8 @@ class TensorModule(torch.nn.Module):
         given[self.latent] = self.convention.pack(given[self.latent])
         if self.convention.timestep_unit != 1:
             given["timestep"] = given["timestep"] / self.convention.timestep_unit
-        return self.convention.unpack(self.model(**given, return_dict=False)[0], height, width)
+        output: torch.Tensor = self.convention.unpack(self.model(**given, return_dict=False)[0], height, width)
+        return output
 
 
 def convention_of(model: torch.nn.Module) -> Convention:

@@ -334,7 +334,7 @@ def _layer(dump: Dump, node: str) -> str:
     """The layer that a node belongs to, or the node itself."""
     for path, nodes in dump.about["layers"].items():
         if node in nodes:
-            return path.removesuffix(".weight")
+            return str(path).removesuffix(".weight")
     edge = node.removesuffix("_q")
     return _readers(dump, edge)[0] if edge != node and edge in dump.about["readers"] else node
 

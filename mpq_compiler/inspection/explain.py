@@ -37,7 +37,7 @@ def load(path: Path) -> Document:
         opened = bundle.read(path)
     file = opened.file(bundle.DECISIONS) if opened else path / bundle.DECISIONS
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' holds no readable {bundle.DECISIONS}; compile it again") from error
     if wrong := schemas.check(found, "decisions"):
@@ -331,7 +331,7 @@ def activation(decided: Mapping[str, Any]) -> str:
         return "float"
     if decided["dynamic"]:
         return f"u{decided['activation_bits']} with a scale for each token"
-    groups, kind = len(decided["scale"]), decided.get("activation", f"u{decided['activation_bits']}")
+    groups, kind = len(decided["scale"]), str(decided.get("activation", f"u{decided['activation_bits']}"))
     return kind + (f" in {groups} time groups" if groups > 1 else "")
 
 

@@ -39,7 +39,9 @@ class Interpreter:
         watch: Callable[[fx.Node, Any], None] | None = None,
     ) -> Tensor:
         """Runs the program on inputs by name; ``watch(node, value)`` sees every value as it is computed."""
-        return self.execute(self.program.graph, [self._input(inputs, s.name) for s in self.program.inputs], watch)
+        arguments = [self._input(inputs, s.name) for s in self.program.inputs]
+        output: Tensor = self.execute(self.program.graph, arguments, watch)
+        return output
 
     def execute(
         self, graph: fx.Graph, arguments: list[Any], watch: Callable[[fx.Node, Any], None] | None = None

@@ -85,7 +85,7 @@ def operator_name(target: Any) -> str:
     if target in ops.OPS:
         return ops.OPS[target].name
     if views.is_aten(target):
-        return "aten." + target._schema.name.partition("::")[2]
+        return "aten." + str(target._schema.name).partition("::")[2]
     return str(getattr(target, "__name__", target))
 
 

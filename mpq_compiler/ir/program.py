@@ -166,10 +166,10 @@ class Program:
 
     def node(self, name: str) -> fx.Node:
         """The node called ``name``. KeyError: there is none."""
-        for n in self.graph.nodes:
-            if n.name == name:
-                return n
-        raise KeyError(name)
+        found: fx.Node | None = next((n for n in self.graph.nodes if n.name == name), None)
+        if found is None:
+            raise KeyError(name)
+        return found
 
     def reads_floats(self, call: fx.Node) -> bool:
         """Whether the tensor that a quantizable call reads is planned as small floats."""

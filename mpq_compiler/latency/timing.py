@@ -60,7 +60,8 @@ def kernel_calls(compiled: compiled_denoiser.CompiledDenoiser) -> list[dict[str,
     """The rows of an artifact's schedule.json; none where it has no such file."""
     if artifacts.SCHEDULE not in compiled.manifest["files"]:
         return []
-    return json.loads(compiled.artifact.file(artifacts.SCHEDULE).read_text(encoding="utf-8"))
+    calls: list[dict[str, Any]] = json.loads(compiled.artifact.file(artifacts.SCHEDULE).read_text(encoding="utf-8"))
+    return calls
 
 
 def require_timed_kernels(compiled: compiled_denoiser.CompiledDenoiser, batch: int) -> None:

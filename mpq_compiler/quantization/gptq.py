@@ -74,7 +74,8 @@ def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
     while failed and bool(torch.isfinite(step)):
         step = step * 10
         factor, failed = torch.linalg.cholesky_ex(wide + step * torch.eye(len(wide)))
-    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
+    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    return upper.float()
 
 
 class _Columns:

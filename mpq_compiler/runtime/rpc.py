@@ -139,7 +139,7 @@ def function_for(found: Artifact, batch: int) -> str:
     """The name of the function for a batch. UserError: there is none, or the artifact has no C program."""
     if bundle.SERVER not in found.manifest["files"]:  # that of --standalone needs more than its weights
         raise UserError(f"{found.path} has no program that runs on a device: compile it with --emit c")
-    functions = {f["batch"]: f["name"] for f in reversed(found.manifest["functions"])}
+    functions: dict[int, str] = {f["batch"]: f["name"] for f in reversed(found.manifest["functions"])}
     if batch not in functions:
         known = ", ".join(map(str, sorted(functions)))
         raise UserError(f"{found.path} has no function for a batch of {batch}: take {known}")

@@ -79,3 +79,10 @@ class RunContext:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+
+def tracked(
+    progress: Callable[[str, int], AbstractContextManager[Callable[..., None]]] | None, title: str, total: int
+) -> AbstractContextManager[Callable[..., None]]:
+    """Opens a progress bar for ``total`` units of work; without ``progress`` the updates go nowhere."""
+    return progress(title, total) if progress else nullcontext(lambda n, said="": None)

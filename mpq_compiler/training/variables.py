@@ -110,7 +110,7 @@ class Adapted(Variable):
 
     def moved(self, theta: Tensor) -> Tensor:
         up, down = theta.split([len(self.start), len(self.down)])
-        product = (UP * up) @ (self.down + DOWN * down).T / math.sqrt(self.down.shape[1])
+        product: Tensor = (UP * up) @ (self.down + DOWN * down).T / math.sqrt(self.down.shape[1])
         return self.start + self.unit * product
 
 

@@ -14,7 +14,6 @@ import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from mpq_compiler.pipeline.backend import Progress
 from mpq_compiler.support import cache as caches
 from mpq_compiler.support import host
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.execution import tracked
 from mpq_compiler.targets.table import Target, missing_features
 
 KIND = "tiles"
@@ -78,7 +78,7 @@ def tuned(
     known = caches.Results(KIND, key, cache)
     kernels = [kernel for kernel in lowered.kernels() if kernel.template == "gemm"]
     times: dict[Kernel, Times] = {}
-    with progress("tuning kernels", len(kernels)) if progress else nullcontext(lambda n: None) as advance:
+    with tracked(progress, "tuning kernels", len(kernels)) as advance:
         for kernel in kernels:
             if str(kernel) not in known:
                 known[str(kernel)] = worker("tune", kernel, target)

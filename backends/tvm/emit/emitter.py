@@ -145,7 +145,7 @@ class Emitter:
 
     def axis(self, node: fx.Node, dim: int) -> int:
         """The dimension of a node's value that is dimension `dim` of its tensor."""
-        rank = self.two[node.name].dim()
+        rank = int(self.two[node.name].dim())
         dim %= rank
         shifted = len(self.shape(node)) - rank
         if shifted and dim == 0:
@@ -248,7 +248,7 @@ class Emitter:
 
     def folds(self, node: fx.Node) -> bool:
         """Whether the batch has several rows of each sample, so that a tensor [m*B, ...] is a value [B, m, ...]."""
-        return len(self.shape(node)) != self.two[node.name].dim()
+        return len(self.shape(node)) != int(self.two[node.name].dim())
 
     # ------------------------------------------------------------------------------------------- calls
 

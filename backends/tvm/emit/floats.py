@@ -156,11 +156,11 @@ FEW_ROWS, FEW_OUTPUTS, LANES = 8, 8, 16
 
 def _reads_rows(problem: Record) -> bool:
     """Whether the kernel in float32 is fastest with unpacked weights: for few rows or few outputs."""
-    few = problem.get("outputs") <= FEW_OUTPUTS
+    few = int(problem.get("outputs")) <= FEW_OUTPUTS
     if problem.type == "float_gemm.Linear":
-        return few or problem.get("positions") < FEW_ROWS
-    wide = problem.get("kernel")[1] * problem.get("channels") >= LANES
-    return few and wide and problem.get("groups") == 1
+        return few or int(problem.get("positions")) < FEW_ROWS
+    wide = int(problem.get("kernel")[1] * problem.get("channels")) >= LANES
+    return few and wide and int(problem.get("groups")) == 1
 
 
 def _without_size(problem: Record) -> Record:

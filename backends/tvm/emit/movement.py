@@ -181,7 +181,8 @@ def parts(e: Emitter, node: fx.Node) -> list[Value]:
 
 def item(e: Emitter, node: fx.Node) -> Value:
     """The value of one of several results; no call is emitted."""
-    return e.parts[operand(node, 0)][arguments(node)[1]]
+    number: int = arguments(node)[1]
+    return e.parts[operand(node, 0)][number]
 
 
 def expand(e: Emitter, node: fx.Node) -> Value:

@@ -86,7 +86,7 @@ class GraphAttention(nn.Module):
             index: i64 [N, D], the nodes that each node reads, itself among them.
             mask: bool [N, D], false for padding.
         """
-        left = self.left(x).index_select(1, index.flatten()).unflatten(1, index.shape)
+        left: Tensor = self.left(x).index_select(1, index.flatten()).unflatten(1, index.shape)
         score = nn.functional.leaky_relu(left + self.right(x)[:, :, None], SLOPE) @ self.score
         return (torch.softmax(score.masked_fill(~mask, -torch.inf), -1)[..., None] * left).sum(2) + self.bias
 
@@ -167,7 +167,8 @@ def soft_ranks(values: Tensor) -> Tensor:
 def correlation(a: Tensor, b: Tensor) -> Tensor:
     """Pearson's correlation of a and b [N]."""
     a, b = a - a.mean(), b - b.mean()
-    return (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-8)
+    norms: Tensor = a.norm() * b.norm()
+    return (a * b).sum() / norms.clamp_min(1e-8)
 
 
 def spearman(a: Tensor, b: Tensor) -> float:
@@ -316,7 +317,7 @@ class Learner:
                 for chosen in variants_of(len(self.features.formats), len(paths))
             ]
         )
-        _, norms = predictor(variants, torch.tensor(unit.nodes), index, mask)
+        norms: list[Tensor] = predictor(variants, torch.tensor(unit.nodes), index, mask)[1]
         return norms[unit.hops][:, unit.nodes.index(unit.root)]
 
     def paths(self, unit: Unit) -> list[str]:

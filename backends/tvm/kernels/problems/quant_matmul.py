@@ -76,7 +76,7 @@ class QuantMatmul:
             raise ValueError("the rows that a convolution adds up cannot have scales of their own")
 
     @classmethod
-    def linear(cls, leading: tuple[int, ...], channels: int, outputs: int, **options) -> QuantMatmul:
+    def linear(cls, leading: tuple[int, ...], channels: int, outputs: int, **options: Any) -> QuantMatmul:
         """A linear layer on an input [B, *leading, channels] with at most two leading dimensions."""
         height, width = (*leading, 1, 1)[:2]
         return cls(height, width, channels, outputs, rank=2 + len(leading), **options)
@@ -113,7 +113,7 @@ class QuantMatmul:
     @property
     def entries(self) -> int:
         """Entries of a look-up table."""
-        return 2 ** max(self.widths, default=self.bits)
+        return 1 << max(self.widths, default=self.bits)
 
     @property
     def has_tables(self) -> bool:
