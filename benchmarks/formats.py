@@ -30,7 +30,7 @@ from mpq_compiler.frontend import denoiser
 from mpq_compiler.ir import costs, interpreter
 from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.interpreter import run
-from mpq_compiler.ir.program import Program, Stage, TensorStore
+from mpq_compiler.ir.program import PARAMETERS, Program, Stage, TensorStore
 from mpq_compiler.pipeline import manager
 from mpq_compiler.pipeline.parser import parse
 from mpq_compiler.pipeline.session import Session
@@ -72,7 +72,7 @@ def measure(names: list[str], done: Callable[[dict[str, Any]], None]) -> None:
                 row[f"{method}_db"] = sqnr_db(expected, y)
             planned, _ = manager.run_pipeline(passes[:1], front, session, present=present)
             row["bytes"] = costs.stored_bytes(planned)
-            row["bits"] = costs.average_bits(row["bytes"], planned.facts["parameters"])
+            row["bits"] = costs.average_bits(row["bytes"], planned.facts[PARAMETERS])
             kept = f"{row['bits']:.2f} bits  nearest {row['nearest_db']:.1f} dB  gptq {row['gptq_db']:.1f} dB"
             print(f"{name:10} {kept}", flush=True)
             done(row)

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import documents, plans
 from mpq_compiler.ir import costs, interpreter
 from mpq_compiler.ir.edges import input_edge
+from mpq_compiler.ir.findings import ALLOCATION
 from mpq_compiler.ir.program import ActivationPlan, Program
 from mpq_compiler.quantization.fitting import activation_parameters
 
@@ -83,7 +84,7 @@ class Bench(plans.Judge):
             "bits": bits,
             "activation_bits": costs.activation_bits(plan),
             **self.judged(plan, program),
-            "candidates": plan.facts.get("allocation", {}).get("candidates"),
+            "candidates": plan.facts.get(ALLOCATION, {}).get("candidates"),
         }
         print(f"{name:17} {bits} bits: {plans.decibels(found)}", flush=True)
         return found

@@ -19,7 +19,7 @@ from mpq_compiler.driver import judge, options
 from mpq_compiler.frontend import denoiser
 from mpq_compiler.ir import costs
 from mpq_compiler.ir.interpreter import run
-from mpq_compiler.ir.program import Program, Stage, TensorStore
+from mpq_compiler.ir.program import PARAMETERS, Program, Stage, TensorStore
 from mpq_compiler.pipeline import manager, parser
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.requests import Requests
@@ -55,7 +55,7 @@ class Judge:
     def judged(self, plan: Program, program: Program) -> dict[str, Any]:
         """True bits of a plan, and in dB the noise of its program: of the output, and of the images of each seed."""
         return {
-            "true_bits": costs.average_bits(costs.stored_bytes(plan), plan.facts["parameters"]),
+            "true_bits": costs.average_bits(costs.stored_bytes(plan), plan.facts[PARAMETERS]),
             "output_db": -10 * math.log10(noise_power(run(program, self.held_out), self.reference)),
             "image_db": [-10 * math.log10(gallery.noise(program)) for gallery in self.galleries],
         }

@@ -45,7 +45,6 @@ class Bench(plans.Judge):
     def __init__(self, images: int) -> None:
         front, statistics = "trace,layout,split-shortcut,calibrate,time-groups", {"range", "values", "moments", "gram"}
         super().__init__(MODEL, frozenset(statistics), front, images, terminal.progress)
-        self.floats.facts["fits"] = {}  # which copies share: weights are fitted once
         self.measured: dict[str | None, Program] = {}
 
     def known(self, level: str | None) -> Program:
@@ -95,7 +94,7 @@ def main() -> None:
     cells += [(name, bits) for bits in BITS for name in PLANS]
     with interpreter.single_threaded():
         bench = Bench(options.images)
-        said = bench.known("operation").facts[provenance.KEY][provenance.PROGRAM]["predict-scores"]
+        said = bench.known("operation").facts[provenance.DECISIONS][provenance.PROGRAM]["predict-scores"]
         learned = {key: said[key] for key in ("correlations", "hops", "sqnr_db")}
         about = {"model": MODEL, "images": options.images, **learned}
         rows = plans.written((bench.row(*cell) for cell in cells), options.json, **about)

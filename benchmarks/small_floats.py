@@ -28,7 +28,7 @@ from mpq_compiler.formats import activation
 from mpq_compiler.frontend import denoiser
 from mpq_compiler.ir import costs, interpreter, ops
 from mpq_compiler.ir.interpreter import run
-from mpq_compiler.ir.program import Program, Stage, TensorStore
+from mpq_compiler.ir.program import PARAMETERS, Program, Stage, TensorStore
 from mpq_compiler.pipeline import manager
 from mpq_compiler.pipeline.parser import parse
 from mpq_compiler.pipeline.session import Session
@@ -87,7 +87,7 @@ class Bench:
         encodings = Counter(f"e{n.args[3]}" for n in program.graph.nodes if n.target is ops.dequantize_float8)
         found = {"weights": weights, "options": options, "method": method, "db": sqnr_db(self.expected, y)}
         found |= {"seconds": seconds, "activations": dict(kinds), "encodings": dict(encodings)}
-        found["bits"] = costs.average_bits(costs.stored_bytes(planned), planned.facts["parameters"])
+        found["bits"] = costs.average_bits(costs.stored_bytes(planned), planned.facts[PARAMETERS])
         print(f"{weights:6} {options:36} {method:8} {found['db']:.2f} dB  {seconds:.0f} s", flush=True)
         return found
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from mpq_compiler import formats
 from mpq_compiler.allocation import costs, lagrangian, pose, sensitivity_table
-from mpq_compiler.allocation.pose import Terms
+from mpq_compiler.allocation.pose import SCORES, Terms
 from mpq_compiler.allocation.problem import InfeasibleError, Problem, Solution
 from mpq_compiler.allocation.rerank import Reranker, Solved
 from mpq_compiler.allocation.sensitivity_table import CONTENT, QUALITY
@@ -21,14 +21,15 @@ from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.costs import average_bits, stored_bytes, weight_path
 from mpq_compiler.ir.edges import attention_edges, dynamic_edges, input_edge
+from mpq_compiler.ir.findings import ALLOCATION, LATENCY, SENSITIVITY, Losses, LossTable, SensitivityTable
 from mpq_compiler.ir.graph import CONTRACTIONS, softmax, weight_of
-from mpq_compiler.ir.program import ActivationPlan, Program, Stage, TensorStore, WeightPlan
+from mpq_compiler.ir.program import PARAMETERS, ActivationPlan, Program, Stage, TensorStore, WeightPlan
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.realize import realize
 from mpq_compiler.pipeline.session import LayerTimes, Session, Times
-from mpq_compiler.quantization.fitting import activation_parameters, float_parameters
+from mpq_compiler.quantization.fitting import FitCache
 from mpq_compiler.quantization.requests import Activations, Requests
-from mpq_compiler.quantization.statistics import GRAM, MOMENTS, RANGE, VALUES, Statistic
+from mpq_compiler.quantization.statistics import CALIBRATION, GRAM, MOMENTS, RANGE, VALUES, Statistic
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets.numerics import FLOAT
 
@@ -202,17 +203,20 @@ class BitAllocation(Pass):
             choices, quantized = self._by_scores(program), set()
         else:
             choices, quantized = self._solve(program, session)
-        program = self._planned(program, choices, quantized)
+        program = self._planned(program, choices, quantized, session.fits)
         if self.uniform is None and self.objective in ("noise", "paper-db"):
             self._measure_together(program, session)
         self._check_uniform(program)
         self._note_latencies(program, session)
         return program
 
-    def _planned(self, program: Program, choices: dict[str, tuple[str, int]], quantized: set[str]) -> Program:
+    def _planned(
+        self, program: Program, choices: dict[str, tuple[str, int]], quantized: set[str], fits: FitCache
+    ) -> Program:
         """Writes the plans of choices into a copy of the program.
 
         choices: format and activation bits (0 for float) of each layer. quantized: the attentions to quantize.
+        fits: the fits that are known.
         """
         program = program.fork()
         sites: dict[str, list[fx.Node]] = {}
@@ -230,7 +234,7 @@ class BitAllocation(Pass):
                     program.fallbacks[node.name] = f"{reason}it stays float, and the layer computes in float"
                     continue
                 if self.floating:
-                    _plan_floats(program, edge, bits)
+                    _plan_floats(program, fits, edge, bits)
                     kind = program.activations[edge].kind
                     program.fallbacks[node.name] = (
                         f"{kind} activations are simulated: rounded to {kind} in float, and the layer computes in float"
@@ -239,30 +243,33 @@ class BitAllocation(Pass):
                 if not formats.get(name).integer:
                     program.fallbacks[node.name] = f"{name} weights have no integer kernel: the layer computes in float"
                     continue
-                _plan_activation(program, edge, bits, edge in dynamic)
+                _plan_activation(program, fits, edge, bits, edge in dynamic)
         if self.attention is not None:
-            self._plan_attentions(program, quantized, self.attention)
+            self._plan_attentions(program, fits, quantized, self.attention)
         for node in program.graph.nodes:
             if node.target in CONTRACTIONS and weight_of(node) is None:
                 program.fallbacks[node.name] = "grouped convolutions and computed weights have no quantized kernel"
         return program
 
-    def _plan_attentions(self, program: Program, quantized: set[str], bits: int) -> None:
+    def _plan_attentions(self, program: Program, fits: FitCache, quantized: set[str], bits: int) -> None:
         for node in program.attentions:
             if node.name not in quantized:
                 program.fallbacks[node.name] = "attention in float: the budgets allow it, and it costs nothing"
                 continue
             for name in (*(edge.name for edge in attention_edges(node)), softmax(node.name)):
-                _plan_activation(program, name, bits)
+                _plan_activation(program, fits, name, bits)
 
     def _solve(self, program: Program, session: Session) -> tuple[dict[str, tuple[str, int]], set[str]]:
         """Solves the program: weight format and activation bits of each layer, and the attentions to quantize."""
         measured = self._measured(program)
-        table = measured | costs.describe(program, self.dynamic, _formats(measured), self.floating)
+        table: SensitivityTable = {
+            **measured,
+            **costs.describe(program, self.dynamic, _formats(measured), self.floating),
+        }
         if not self.mixed and not self._unquantized:
-            table |= {"activations": self._of_one_width(table["activations"])}
+            table["activations"] = self._of_one_width(table["activations"])
         table = self._with_latencies(table, program, session)
-        table |= {"attention": self._attention_losses(program, table.get("attention", {}))}
+        table["attention"] = self._attention_losses(program, table.get("attention", {}))
         if self.dynamic != table.get("dynamic", False):
             kinds = ("dynamic", "static") if table.get("dynamic") else ("static", "dynamic")
             raise UserError(
@@ -275,7 +282,7 @@ class BitAllocation(Pass):
                 f"the sensitivities are those of activations in {kinds[0]}, and bit-allocation plans {kinds[1]}: "
                 f"measure them again with bit-allocation{{activation_format={self.activation_format}}} in the pipeline"
             )
-        limit = pose.byte_limit(table, self.weights, self.bytes)
+        limit = pose.byte_limit(table["parameters"], self.weights, self.bytes)
         spared = {e.name for n in program.attentions for e in attention_edges(n)} if self.attention is not None else ()
         share = 1.0 if self._unquantized else self.protected
         protected = pose.most_sensitive(table, share, spared)
@@ -290,7 +297,7 @@ class BitAllocation(Pass):
             return Solved(terms, problem := posed(terms), self._solved(problem, table))
 
         def planned(solution: Solution) -> Program:
-            return self._planned(program, *_choices_of(solution, table))
+            return self._planned(program, *_choices_of(solution, table), session.fits)
 
         reranker = Reranker(program, session, self.images, planned)
         best = self._best(program, table, terms, solved, reranker)
@@ -299,7 +306,7 @@ class BitAllocation(Pass):
                 f"the program was not solved to the end within {TIME_LIMIT:g} s: losses are within "
                 f"{best.solution.gap:.1%} of the least, and another run may find another plan"
             )
-        program.facts["allocation"] = {
+        program.facts[ALLOCATION] = {
             **best.solution.to_json(),
             "objective": _noise(posed(replace(best.terms, decibels=False)), best.solution),
             "problem": best.problem,
@@ -307,29 +314,28 @@ class BitAllocation(Pass):
         }
         return _choices_of(best.solution, table)
 
-    def _measured(self, program: Program) -> dict[str, Any]:
+    def _measured(self, program: Program) -> LossTable:
         """The table of the losses to sum. UserError: no pass has measured them."""
-        name = ORTHOGONALITY if self.objective == ORTHOGONALITY else "sensitivity"
-        if name not in program.facts:
+        fact = sensitivity_table.ORTHOGONALITY if self.objective == ORTHOGONALITY else SENSITIVITY
+        if fact not in program.facts:
+            name = fact.name
             raise UserError(f"pass 'bit-allocation' needs '{name}': put {name} before it, or set uniform=int8")
-        found: dict[str, Any] = program.facts[name]
-        return found
+        return program.facts[fact]
 
     def _measure_together(self, program: Program, session: Session) -> None:
         """Measures the noise of the whole plan beside the sum of its losses, and notes where they are far apart."""
-        allocation, most = program.facts["allocation"], program.facts["sensitivity"].get("inputs")
+        allocation, most = program.facts[ALLOCATION], program.facts[SENSITIVITY].get("inputs")
         if most is None:
             program.note(
                 "whether the losses of the sensitivity table add up to the plan's noise is not checked: the table does "
                 "not say on how many inputs it was measured"
             )
             return
-        inputs = min(most, len(program.facts["calibration"].timesteps))
-        program.facts.setdefault("fits", {})  # which copies share, so that weights are fitted once
+        inputs = min(most, len(program.facts[CALIBRATION].timesteps))
         changed = realize(program.fork(tensors=TensorStore(program.tensors)), session)
         expected, measured = allocation["objective"], noise_of_program(program, changed, inputs, session)
         difference = 10 * math.log10(measured / expected) if min(measured, expected) > 0 else None
-        program.facts["allocation"] = allocation | {
+        program.facts[ALLOCATION] = allocation | {
             "additivity": {"expected": expected, "measured": measured, "difference_db": difference, "inputs": inputs}
         }
         if difference is not None and abs(difference) > ADDITIVE_DB:
@@ -345,13 +351,13 @@ class BitAllocation(Pass):
 
     def _by_scores(self, program: Program) -> dict[str, tuple[str, int]]:
         """Chooses weight format and activation bits of each layer by the scores of `predict-scores`."""
-        if "scores" not in program.facts:
+        if SCORES not in program.facts:
             raise UserError(
                 f"bit-allocation{{objective={self.objective}}} needs 'scores': put predict-scores before it"
             )
-        units = program.facts["scores"]["units"]
+        units = program.facts[SCORES]["units"]
         table = costs.describe(program, self.dynamic, _scored(program), self.floating)
-        limit = pose.byte_limit(table, self.weights, self.bytes)
+        limit = pose.byte_limit(table["parameters"], self.weights, self.bytes)
         document = pose.unit_problem(table, units, limit)
         problem = Problem.from_json(document)
         found = solve(problem) if self.objective == "scores-program" or limit is None else lagrangian.solve(problem)
@@ -359,15 +365,15 @@ class BitAllocation(Pass):
         names = {
             path: name for unit, all_ in chosen for path, name in zip(unit.split(" "), all_.split(" "), strict=True)
         }
-        program.facts["allocation"] = {**found.to_json(), "choices": names}
+        program.facts[ALLOCATION] = {**found.to_json(), "choices": names}
         if all(len(unit["layers"]) == 1 for unit in units):
-            program.facts["allocation"]["problem"] = document
+            program.facts[ALLOCATION]["problem"] = document
         return {path: (name, self._width) for path, name in names.items()}
 
     def _best(
         self,
         program: Program,
-        table: dict[str, Any],
+        table: SensitivityTable,
         terms: Terms,
         solved: Callable[[Terms], Solved],
         reranker: Reranker,
@@ -393,16 +399,22 @@ class BitAllocation(Pass):
             best = reranker.best(found)
         return best
 
-    def _with_latencies(self, table: dict[str, Any], program: Program, session: Session) -> dict[str, Any]:
+    def _layer_times(self, session: Session) -> LayerTimes | None:
+        """Where to ask for the times of layers; None where there are none. UserError: a budget without times."""
+        if session.latency is not None and not self.floating:
+            return session.latency
+        if self.latency is not None:
+            raise UserError(
+                "a budget of time needs a target with kernels of ours and a latency table of it: compile with "
+                "`mpqc compile --latency`"
+            )
+        return None
+
+    def _with_latencies(self, table: SensitivityTable, program: Program, session: Session) -> SensitivityTable:
         """Adds the times of the formats to a table, where there are any. UserError: a budget without times."""
-        if session.latency is None or self.floating:
-            if self.latency is not None:
-                raise UserError(
-                    "a budget of time needs a target with kernels of ours and a latency table of it: compile with "
-                    "`mpqc compile --latency`"
-                )
+        if (known := self._layer_times(session)) is None:
             return table
-        times = self._times(program, session.latency)
+        times = self._times(program, known)
         return sensitivity_table.with_latencies(table, times.fixed, times.layers)
 
     def _times(self, program: Program, latency: LayerTimes) -> Times:
@@ -413,7 +425,7 @@ class BitAllocation(Pass):
             names = _scored(program) if self.scored else _formats(self._measured(program))
         return latency.costs(program, names, self.dynamic)
 
-    def _solved(self, problem: dict[str, Any], table: dict[str, Any]) -> Solution:
+    def _solved(self, problem: dict[str, Any], table: SensitivityTable) -> Solution:
         """Solves a problem. InfeasibleError: none; the sentence has the least latency within the other budgets."""
         try:
             return solve(Problem.from_json(problem))
@@ -430,23 +442,21 @@ class BitAllocation(Pass):
 
     def _note_latencies(self, program: Program, session: Session) -> None:
         """Notes the time of the plan, whole and by layer. UserError: a uniform plan exceeds the budget."""
-        if session.latency is None or self.floating:
-            if self.latency is not None:
-                self._with_latencies({}, program, session)
+        if (known := self._layer_times(session)) is None:
             return
-        times = self._times(program, session.latency)
+        times = self._times(program, known)
         total = (times.fixed + sum(times.layers[path][plan.format] for path, plan in program.weights.items())) / 1e3
         if self.latency is not None and total > self.latency * (1 + 1e-9):
             raise UserError(
                 f"uniform {self.uniform} takes {total:.4g} ms, more than the budget of {self.latency:g} ms; use the "
                 "default recipe, which mixes formats"
             )
-        program.facts["latency"] = {"ms": total, "fixed_ms": times.fixed / 1e3, "budget_ms": self.latency}
-        provenance.note(program, provenance.PROGRAM, self.name(), latency=program.facts["latency"])
+        program.facts[LATENCY] = {"ms": total, "fixed_ms": times.fixed / 1e3, "budget_ms": self.latency}
+        provenance.note(program, provenance.PROGRAM, self.name(), latency=program.facts[LATENCY])
         for path in program.weights:
             provenance.note(program, path, self.name(), microseconds=times.layers[path])
 
-    def _of_one_width(self, measured: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    def _of_one_width(self, measured: dict[str, Losses]) -> dict[str, Losses]:
         """Keeps the measured losses of activations at the budget's width only."""
         width = f"{min(self.activations, 8):g}"
         if any(width not in losses for losses in measured.values()):
@@ -456,7 +466,7 @@ class BitAllocation(Pass):
             )
         return {edge: {width: losses[width]} for edge, losses in measured.items()}
 
-    def _attention_losses(self, program: Program, measured: dict[str, dict[str, float]]) -> dict[str, Any]:
+    def _attention_losses(self, program: Program, measured: dict[str, Losses]) -> dict[str, Losses]:
         """Keeps the measured losses of attentions at the width that is asked for only."""
         if self.attention is None:
             return {}
@@ -474,21 +484,21 @@ class BitAllocation(Pass):
         limit = pose.byte_limit(program.facts, self.weights, self.bytes)
         stored = stored_bytes(program)
         if limit is not None and stored > limit:
-            bits = average_bits(stored, program.facts["parameters"])
+            bits = average_bits(stored, program.facts[PARAMETERS])
             raise UserError(
                 f"uniform {self.uniform} takes {stored} bytes ({bits:.3f} true average bits), more than the budget of "
                 f"{limit} bytes; use the default recipe, which mixes formats"
             )
 
 
-def _formats(table: dict[str, Any]) -> list[str]:
+def _formats(table: LossTable) -> list[str]:
     """The formats of which a table has losses."""
     return list(dict.fromkeys(name for losses in table["weights"].values() for name in losses))
 
 
 def _scored(program: Program) -> list[str]:
     """The formats that have scores."""
-    variants = (variant for unit in program.facts["scores"]["units"] for variant in unit["variants"])
+    variants = (variant for unit in program.facts[SCORES]["units"] for variant in unit["variants"])
     return sorted({name for variant in variants for name in variant.split(" ")})
 
 
@@ -498,7 +508,7 @@ def _noise(problem: dict[str, Any], solution: Solution) -> float:
     return math.fsum(losses[choice] for choice in solution.choices.items())
 
 
-def _choices_of(solution: Solution, table: dict[str, Any]) -> tuple[dict[str, tuple[str, int]], set[str]]:
+def _choices_of(solution: Solution, table: SensitivityTable) -> tuple[dict[str, tuple[str, int]], set[str]]:
     """Splits a solution into format and width (0 for float) of each layer, and the attentions to quantize."""
     split = {path: choice.split(" ") for path, choice in solution.choices.items() if path in table["weights"]}
     quantized = {name for name in table["attention"] if solution.choices[name] != FLOAT}
@@ -507,20 +517,20 @@ def _choices_of(solution: Solution, table: dict[str, Any]) -> tuple[dict[str, tu
     return widths, quantized
 
 
-def _plan_floats(program: Program, edge: str, bits: int) -> None:
+def _plan_floats(program: Program, fits: FitCache, edge: str, bits: int) -> None:
     if edge not in program.activations:
-        exponent, scale = float_parameters(program, edge, bits)
+        exponent, scale = fits.float_parameters(program, edge, bits)
         name = program.tensors.add(f"{edge}:scale", scale)
         program.activations[edge] = ActivationPlan(bits, name, None, exponent=exponent)
 
 
-def _plan_activation(program: Program, edge: str, bits: int, dynamic: bool = False) -> None:
+def _plan_activation(program: Program, fits: FitCache, edge: str, bits: int, dynamic: bool = False) -> None:
     if edge in program.activations:
         return
     if dynamic:
         program.activations[edge] = ActivationPlan(bits, None, None, dynamic=True)
         return
-    scale, zero = activation_parameters(program, edge, bits)
+    scale, zero = fits.activation_parameters(program, edge, bits)
     program.activations[edge] = ActivationPlan(
         bits, program.tensors.add(f"{edge}:scale", scale), program.tensors.add(f"{edge}:zero_point", zero)
     )

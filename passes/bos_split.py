@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from mpq_compiler.ir import ops, provenance
 from mpq_compiler.ir.aten import aten, is_pointwise
 from mpq_compiler.ir.costs import weight_path
+from mpq_compiler.ir.findings import ASSUMPTIONS
 from mpq_compiler.ir.graph import arguments, function_of, operand, prune
 from mpq_compiler.ir.interpreter import Interpreter, shapes
 from mpq_compiler.ir.program import Program
@@ -22,8 +23,6 @@ TEXT = "encoder_hidden_states"
 """The prefix of the names of text inputs [B, tokens, channels]."""
 PROMPTS = 16
 """The number of the denoiser's own prompts that are compared."""
-ASSUMPTIONS = "assumptions"
-"""The fact with the tokens that are assumed; the artifact's manifest repeats it, and `runtime` checks every call."""
 
 
 @dataclass(frozen=True)

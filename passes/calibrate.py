@@ -12,7 +12,16 @@ import torch
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.statistics import GRAM, RANGE, VALUES, Calibration, Collector, Statistic, collect
+from mpq_compiler.quantization.statistics import (
+    CALIBRATION,
+    GRAM,
+    RANGE,
+    VALUES,
+    Calibration,
+    Collector,
+    Statistic,
+    collect,
+)
 from mpq_compiler.support.errors import UserError
 
 
@@ -56,7 +65,7 @@ class Calibrate(Pass):
         for name, edge in calibration.edges.items():
             if not bool(torch.isfinite(edge.low).all() and torch.isfinite(edge.high).all()):
                 raise UserError(f"{program.model} gives values that are not finite at '{name}' during calibration")
-        program.facts["calibration"] = calibration
+        program.facts[CALIBRATION] = calibration
         return program
 
     def _sampled(self, program: Program, session: Session, wanted: frozenset[Statistic]) -> Calibration:

@@ -11,13 +11,14 @@ from mpq_compiler.analysis.trajectory_error import TrajectoryError
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.blocks import Block
 from mpq_compiler.ir.blocks import blocks as blocks_of
-from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.training import trainer
 from mpq_compiler.training.data import affordable, block_updates, calls, trajectories
 from mpq_compiler.training.relation_loss import Term
 from mpq_compiler.training.state import RATES, Stage
+from mpq_compiler.training.trainer import TRAINING
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Distill(Pass):
                 program, images = trained, found
             else:
                 program.note(f"distill: training {title} made the held-out images worse and was undone")
-        program.facts["training"] = told
+        program.facts[TRAINING] = told
         provenance.note(program, provenance.PROGRAM, self.name(), phases=told)
         return program
 
@@ -152,7 +153,7 @@ class Distill(Pass):
             yield "relation had no effect: blocks learn their own outputs, and nothing is trained after them (latent)"
         if self.range_network and all(plan.scale is None for plan in program.activations.values()):
             yield "range_network had no effect: no activation has a stored scale"
-        elif self.range_network and not len(program.facts["time-groups"]):
+        elif self.range_network and not len(program.facts[TIME_GROUPS]):
             yield "range_network had no effect: of one time group each network would make one number"
 
     def _phases(self, program: Program, session: Session, updates: int) -> Iterator[tuple[str, list[Stage]]]:
@@ -163,7 +164,7 @@ class Distill(Pass):
         found = blocks_of(session.denoiser.module.model, program)
         related = self._related(program, session) if self.relation else None
         term = None if related is None else Term(related.output, self.relation, self.window)
-        network = self.range_network and len(program.facts["time-groups"]) > 0
+        network = self.range_network and len(program.facts[TIME_GROUPS]) > 0
         stage = partial(Stage, rates=rates, adapters=self.adapters, range_network=network)
         if latent and self.blocks:
             if self.updates is None:  # the minutes are to be those of the whole program

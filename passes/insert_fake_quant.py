@@ -13,8 +13,9 @@ from mpq_compiler.formats import base, floating
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.costs import stored_dtype, weight_path
 from mpq_compiler.ir.edges import attention_arguments, attention_edges, input_edge
+from mpq_compiler.ir.findings import ATTENTION_NUMERICS
 from mpq_compiler.ir.graph import function_of, operand, softmax, weight_of
-from mpq_compiler.ir.program import BOUNDARIES, ActivationPlan, Program, Stage
+from mpq_compiler.ir.program import BOUNDARIES, PLANNED, ActivationPlan, Program, Stage
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.settle import attributes
@@ -46,7 +47,7 @@ class InsertFakeQuant(Pass):
     def run(self, program: Program, session: Session) -> Program:
         before = program
         program = program.fork(stage=Stage.FAKE_QUANTIZED)
-        program.facts["planned"] = before
+        program.facts[PLANNED] = before
         calls = [n for n in program.quantizable if weight_path(n) in program.weights]
         static = any(not plan.dynamic for plan in program.activations.values())
         group = _insert_time_group(program) if static else None
@@ -68,7 +69,7 @@ class InsertFakeQuant(Pass):
                     quantized[edge] = _insert_quantizer(program, edge, group)
             _quantize_attention(program, call, quantized, group)
         for call in [*program.attentions, *calls]:
-            if (kind := program.facts.get("numerics", {}).get(call.name)) is not None:
+            if (kind := program.facts.get(ATTENTION_NUMERICS, {}).get(call.name)) is not None:
                 call.target = ops.NUMERICAL.get(function_of(call), call.target)
                 call.kwargs = {**call.kwargs, "numerics": kind}
         self._store_leftovers(program, rounded)

@@ -17,7 +17,7 @@ from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import REST
 from mpq_compiler.quantization.settle import Open, attributes, fit_unsettled
-from mpq_compiler.quantization.statistics import GRAM, Statistic
+from mpq_compiler.quantization.statistics import CALIBRATION, GRAM, Statistic
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class LowRank(Pass):
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
         rounding = session.requests.rounding
-        branches = fit_unsettled(program, session, rounding, "fitting low-rank branches", low_rank.LowRankFormat)
+        title, kind = "fitting low-rank branches", low_rank.LowRankFormat
+        branches = fit_unsettled(program, session, session.fits, rounding, title, kind)
         for weight, fit in branches:
             self._leave_rest(program, weight, fit)
             for call in list(weight.quantizer.users):
@@ -90,9 +91,9 @@ class LowRank(Pass):
 
 def _rename_site(program: Program, path: str, old: str, new: str) -> None:
     """Renames the layer in plan and statistics, since the sum of layer and branch has taken its name."""
-    plan, calibration = program.weights[path], program.facts["calibration"]
+    plan, calibration = program.weights[path], program.facts[CALIBRATION]
     program.weights[path] = replace(plan, sites=tuple(new if site == old else site for site in plan.sites))
     if old in program.fallbacks:
         program.fallbacks[new] = program.fallbacks.pop(old)
     grams, means = ({**d, new: d[old]} if old in d else d for d in (calibration.grams, calibration.means))
-    program.facts["calibration"] = replace(calibration, grams=grams, means=means)
+    program.facts[CALIBRATION] = replace(calibration, grams=grams, means=means)

@@ -16,13 +16,14 @@ from mpq_compiler.analysis.noise_power import input_weights, mean_power, measure
 from mpq_compiler.analysis.perturbation import Ablation
 from mpq_compiler.ir import costs, ops, provenance
 from mpq_compiler.ir.edges import attention_arguments, input_edge
+from mpq_compiler.ir.findings import ALLOCATION, ATTENTION_NUMERICS
 from mpq_compiler.ir.graph import function_of, operand, softmax
 from mpq_compiler.ir.interpreter import run, shapes
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.options import make
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.statistics import Calibration
+from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.support import cache
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.execution import batches
@@ -77,7 +78,7 @@ class Numerics(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
-        program.facts["numerics"] = {}
+        program.facts[ATTENTION_NUMERICS] = {}
         if self.mode == "portable":
             return program
         kinds = [kind for kind in self.kinds if kind in session.numerics]
@@ -87,7 +88,7 @@ class Numerics(Pass):
             program.note("numerics=fast changes nothing: the target has no kernels in bfloat16 or 8 bits")
         if not kinds or not calls:
             return program
-        calibration: Calibration = program.facts["calibration"]
+        calibration = program.facts[CALIBRATION]
         measured = _Measured(self, program, calibration.select(self.inputs), session)
         most = self.noise * measured.of_plan()
         of_call = {n.name: [k for k in kinds if k in _times(n)] for n in calls}
@@ -101,7 +102,7 @@ class Numerics(Pass):
                 losses[name] = found | losses[name]
             choices = _fastest(program, calls, losses, most)
         chosen = {name: kind for name, kind in choices.items() if kind != F32}
-        program.facts["numerics"] = chosen
+        program.facts[ATTENTION_NUMERICS] = chosen
         provenance.note(program, provenance.PROGRAM, self.name(), most=most, losses=losses, chosen=chosen)
         said = _summary(attentions, choices, kinds)
         program.note(f"numerics=fast: {said}; other targets than this one give other bits")
@@ -147,7 +148,7 @@ class _Measured:
 
     def of_plan(self) -> float:
         """The noise power of the plan itself, with all rounding to nearest."""
-        known = self.program.facts.get("allocation", {}).get("additivity")
+        known = self.program.facts.get(ALLOCATION, {}).get("additivity")
         if known is not None:
             return float(known["expected"])
         if PLAN not in self.results:

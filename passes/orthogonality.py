@@ -8,17 +8,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from mpq_compiler.allocation.sensitivity_table import ORTHOGONALITY
 from mpq_compiler.analysis.noise_power import rounded
 from mpq_compiler.formats import get as get_format
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.edges import input_edge
+from mpq_compiler.ir.findings import LossTable
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.requests import Activations
-from mpq_compiler.quantization.statistics import Calibration
+from mpq_compiler.quantization.statistics import CALIBRATION, Calibration
 from mpq_compiler.support.errors import UserError
 
 
@@ -69,7 +71,7 @@ class Orthogonality(Pass):
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
         calls = program.quantizable
-        parts = self._parts(program.facts["calibration"])
+        parts = self._parts(program.facts[CALIBRATION])
         with session.track("orthogonality", len(parts)) as advance:
 
             def measure(part: dict[str, Tensor]) -> Tensor:
@@ -84,11 +86,13 @@ class Orthogonality(Pass):
         mean = {path: sum(own) / len(own) for path, own in common.items()}  # of all calls of a shared weight
         weight = torch.tensor([*mean.values()], dtype=torch.float64)
         importance = dict(zip(mean, (-self.beta * (weight - weight.min())).exp().tolist(), strict=True))
-        program.facts["orthogonality"] = self._losses(calls, importance) | {
+        table: LossTable = {
+            **self._losses(calls, importance),
             "inputs": sum(len(part["timestep"]) for part in parts),
             "dynamic": session.requests.activations == Activations.DYNAMIC,
             "floating": session.requests.activations == Activations.FLOATING,
         }
+        program.facts[ORTHOGONALITY] = table
         for path in mean:
             provenance.note(program, path, self.name(), gamma=mean[path], importance=importance[path])
         return program
@@ -99,7 +103,7 @@ class Orthogonality(Pass):
         starts = torch.linspace(0, max(0, count - self.inputs), self.times).round().long().unique().tolist()
         return [{n: v[start : start + self.inputs] for n, v in calibration.inputs.items()} for start in starts]
 
-    def _losses(self, calls: list[fx.Node], importance: dict[str, float]) -> dict[str, Any]:
+    def _losses(self, calls: list[fx.Node], importance: dict[str, float]) -> LossTable:
         bits = {name: get_format(name).bits for name in self.formats}
 
         def losses(own: float, widths: dict[str, int]) -> dict[str, float]:

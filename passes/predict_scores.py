@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from mpq_compiler.allocation.pose import SCORES, ScoredUnit, Scores
 from mpq_compiler.allocation.qua2sedimo import graph as qua2sedimo_graph
 from mpq_compiler.allocation.qua2sedimo import random_plans
 from mpq_compiler.allocation.qua2sedimo.graph import Graph
@@ -26,7 +27,7 @@ from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.statistics import GRAM, RANGE, VALUES, Calibration, Statistic, fingerprint
+from mpq_compiler.quantization.statistics import CALIBRATION, GRAM, RANGE, VALUES, Statistic, fingerprint
 from mpq_compiler.support import cache
 from mpq_compiler.support.errors import UserError
 
@@ -85,7 +86,7 @@ class PredictScores(Pass):
         assert session.denoiser is not None
         program = program.fork()
         graph = qua2sedimo_graph.of(program, session.denoiser.module.model)
-        calibration: Calibration = program.facts["calibration"]
+        calibration = program.facts[CALIBRATION]
         inputs = calibration.select(self.inputs)
         results = cache.Results("sensitivity", self.key(program, graph, inputs, session), session.cache)
         fits = Fits(program, self.formats, session)
@@ -96,7 +97,7 @@ class PredictScores(Pass):
         learner = Learner(graph, self._features(program, fits), [*units, *alone], training, session.seed)
         folds = self._folds(learner, drawn, labels, results, session)
         mean = [torch.tensor([fold.variants[i] for fold in folds]).mean(0) for i in range(len(learner.units))]
-        found = []
+        found: list[ScoredUnit] = []
         for unit, score in zip(learner.units, mean, strict=True):
             names = [
                 " ".join(self.formats[i] for i in chosen) for chosen in variants_of(len(self.formats), len(unit.layers))
@@ -108,7 +109,8 @@ class PredictScores(Pass):
                     "variants": dict(zip(names, score.tolist(), strict=True)),
                 }
             )
-        program.facts["scores"] = {"units": found[: len(units)] if self.level == "block" else found[len(units) :]}
+        scores: Scores = {"units": found[: len(units)] if self.level == "block" else found[len(units) :]}
+        program.facts[SCORES] = scores
         worst = min(fold.prediction for fold in folds)
         if worst < TRUSTED:
             program.note(

@@ -37,7 +37,8 @@ class ResidualBranch(Pass):
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
         rounding = session.requests.rounding
-        for weight, fit in fit_unsettled(program, session, rounding, "fitting residual branches", ResidualFormat):
+        title = "fitting residual branches"
+        for weight, fit in fit_unsettled(program, session, session.fits, rounding, title, ResidualFormat):
             self._insert(program, weight, fit)
         prune(program.graph)
         return program

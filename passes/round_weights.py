@@ -68,7 +68,7 @@ class RoundWeights(Pass):
                 raise UserError(
                     f"'{weight.path}' is planned as {weight.format}: put pass 'low-rank' before 'round-weights'"
                 )
-        for weight, fit in fit_unsettled(program, session, rounding, "rounding weights"):
+        for weight, fit in fit_unsettled(program, session, session.fits, rounding, "rounding weights"):
             self._settle(program, weight, fit)
         prune(program.graph)
         return program

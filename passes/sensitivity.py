@@ -24,24 +24,23 @@ from mpq_compiler.formats import version as formats_version
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.edges import attention_arguments, dynamic_edges, input_edge
+from mpq_compiler.ir.findings import SENSITIVITY, Losses, LossTable
 from mpq_compiler.ir.graph import operand, softmax
-from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.program import PARAMETERS, TIME_GROUPS, Program
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import (
+    FitCache,
     Rounding,
-    activation_parameters,
     bias_of,
     corrected_bias,
-    fitted,
-    float_parameters,
 )
 from mpq_compiler.quantization.requests import NONE, Activations, Requests
 from mpq_compiler.quantization.statistics import (
+    CALIBRATION,
     GRAM,
     RANGE,
     VALUES,
-    Calibration,
     Statistic,
 )
 from mpq_compiler.support import cache
@@ -114,10 +113,10 @@ class Sensitivity(Pass):
             edges: dict[str, list[str]] = {}
             for node in program.quantizable:
                 edges.setdefault(str(weight_path(node)), []).append(input_edge(node).name)
-            require_of(session.sensitivity, program.model, program.facts["parameters"], edges)
-            program.facts["sensitivity"] = session.sensitivity
+            require_of(session.sensitivity, program.model, program.facts[PARAMETERS], edges)
+            program.facts[SENSITIVITY] = session.sensitivity
             return program
-        calibration: Calibration = program.facts["calibration"]
+        calibration = program.facts[CALIBRATION]
         inputs = calibration.select(self.inputs)
         results = cache.Results("sensitivity", self.key(program, inputs), session.cache)
         requests = session.requests
@@ -129,21 +128,26 @@ class Sensitivity(Pass):
                 for part, batch in enumerate(parts):
                     left = [task for task in tasks if _key(task.name, part) not in results]
                     self._measure_part(program, batch, part, left, results, session, advance)
-        table: dict[str, Any] = {"weights": {}, "activations": {}, "inputs": self.inputs}
-        table |= {
-            "attention": {},
-            "dynamic": requests.activations == Activations.DYNAMIC,
-            "floating": requests.activations == Activations.FLOATING,
-        }
+        weights: dict[str, Losses] = {}
+        activations: dict[str, Losses] = {}
+        attention: dict[str, Losses] = {}
         sizes = [float(input_weights(program, part).sum()) for part in parts]
         for task in tasks:
             loss = mean_power([results[_key(task.name, part)] for part in range(len(parts))], sizes)
             if task.kind == WEIGHT:
-                table["weights"].setdefault(weight_path(task.node), {})[task.choice] = loss
+                weights.setdefault(str(weight_path(task.node)), {})[str(task.choice)] = loss
             else:
-                kind = "attention" if task.kind == PROBABILITIES else "activations"
-                table[kind].setdefault(task.node.name, {})[str(task.choice)] = loss
-        program.facts["sensitivity"] = table
+                losses = attention if task.kind == PROBABILITIES else activations
+                losses.setdefault(task.node.name, {})[str(task.choice)] = loss
+        table: LossTable = {
+            "weights": weights,
+            "activations": activations,
+            "inputs": self.inputs,
+            "attention": attention,
+            "dynamic": requests.activations == Activations.DYNAMIC,
+            "floating": requests.activations == Activations.FLOATING,
+        }
+        program.facts[SENSITIVITY] = table
         return program
 
     def _measure_part(
@@ -166,7 +170,7 @@ class Sensitivity(Pass):
         lock = threading.Lock()
 
         def measure(task: Task) -> None:
-            power = self.measure(program, ablation, inputs, task)
+            power = self.measure(program, ablation, inputs, task, session.fits)
             with lock:
                 results[_key(task.name, part)] = rounded(power)
                 advance(1)
@@ -207,9 +211,16 @@ class Sensitivity(Pass):
         """The cache key: a digest of all that a result depends on but its own task."""
         return measurement_key(program, inputs, self.inputs)
 
-    def measure(self, program: Program, ablation: Ablation, inputs: dict[str, Tensor], task: Task) -> float:
-        """The relative noise power of one task over ``inputs``."""
-        node, choice = task.node, task.choice
+    def measure(
+        self,
+        program: Program,
+        ablation: Ablation,
+        inputs: dict[str, Tensor],
+        task: Task,
+        fits: FitCache | None = None,
+    ) -> float:
+        """The relative noise power of one task over ``inputs``; ``fits`` are those that are known."""
+        node, choice, fits = task.node, task.choice, fits or FitCache()
 
         def noise(output: Tensor) -> float:
             return noise_power(output, ablation.reference, input_weights(program, inputs))
@@ -217,28 +228,28 @@ class Sensitivity(Pass):
         if isinstance(choice, str):
             weight = operand(node, 1)
             name = str(weight.target)
-            quantized = fitted(program, node, name, choice, task.rounding)
+            quantized = fits.fitted(program, node, name, choice, task.rounding)
             values = {weight: quantized.dequantize().reshape(program.tensors[name].shape)}
             bias, corrected = bias_of(node), corrected_bias(program, node, name, quantized)
             if bias is not None and corrected is not None:
                 values[bias] = corrected
             return noise(ablation.output(values=values))
-        group = ops.time_group(inputs["timestep"], program.facts["time-groups"])
+        group = ops.time_group(inputs["timestep"], program.facts[TIME_GROUPS])
 
         def quantized_edge(edge: fx.Node) -> Tensor:
             return ops.fake_quantize(
-                ablation.value(edge), *activation_parameters(program, edge.name, choice), group, choice
+                ablation.value(edge), *fits.activation_parameters(program, edge.name, choice), group, choice
             )
 
         if task.kind == PROBABILITIES:
             heads, scale, mask = attention_arguments(node.args)
-            tables = activation_parameters(program, softmax(node.name), choice)
+            tables = fits.activation_parameters(program, softmax(node.name), choice)
             q, k, v = (quantized_edge(operand(node, i)) for i in range(3))
             mask = None if mask is None else ablation.value(mask)
             y = ops.fake_quantize_attention(q, k, v, group, *tables, heads, scale, mask, choice)
             return noise(ablation.output(values={node: y}))
         if task.kind == SMALL_FLOAT:
-            exponent, table = float_parameters(program, node.name, choice)
+            exponent, table = fits.float_parameters(program, node.name, choice)
             changed = ops.fake_quantize_float(ablation.value(node), table, group, exponent, choice)
         elif task.kind == PER_TOKEN:
             changed = ops.dynamic_fake_quantize(ablation.value(node), choice)

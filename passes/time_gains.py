@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from mpq_compiler import formats
+from mpq_compiler.analysis.time_weights import TIME_GAINS
 from mpq_compiler.analysis.trajectory_error import TrajectoryError
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.program import Program
@@ -60,6 +61,6 @@ class TimeGains(Pass):
         measured = image_error.gains(realize(planned, session))
         largest = max(gain for _, gain in measured)
         found = [(time, float(f"{gain / largest:.5e}")) for time, gain in measured]
-        program.facts["time-gains"] = found
+        program.facts[TIME_GAINS] = found
         provenance.note(program, provenance.PROGRAM, self.name(), gains=found)
         return program

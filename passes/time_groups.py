@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mpq_compiler.formats import activation
 from mpq_compiler.ir import provenance
-from mpq_compiler.ir.program import BOUNDARIES, Program
+from mpq_compiler.ir.program import BOUNDARIES, TIME_GROUPS, Program
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.statistics import RANGE, VALUES, Calibration, Statistic
+from mpq_compiler.quantization.statistics import CALIBRATION, RANGE, VALUES, Calibration, Statistic
 
 VALUES_PER_STEP = 160
 """The most values of an edge per timestep on which the cost of a quantizer is computed."""
@@ -53,7 +53,7 @@ class TimeGroups(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
-        calibration: Calibration = program.facts["calibration"]
+        calibration = program.facts[CALIBRATION]
         steps = calibration.timesteps.unique()
         ends = [step[-1] for step in steps.tensor_split(min(self.places, len(steps)))]
         costs = torch.zeros(len(ends), len(ends), dtype=torch.float64)
@@ -63,8 +63,8 @@ class TimeGroups(Pass):
                 advance(1)
         starts = best_cut(costs, min(self.groups, len(ends)))
         boundaries = [(ends[s - 1] + steps[steps > ends[s - 1]][0]) / 2 for s in starts[1:]]
-        program.facts["time-groups"] = torch.tensor(boundaries, dtype=torch.float32)
-        program.tensors.add(BOUNDARIES, program.facts["time-groups"])
+        program.facts[TIME_GROUPS] = torch.tensor(boundaries, dtype=torch.float32)
+        program.tensors.add(BOUNDARIES, program.facts[TIME_GROUPS])
         errors = [_total(costs, best_cut(costs, count)) / len(calibration.edges) for count in range(1, len(starts) + 1)]
         provenance.note(program, provenance.PROGRAM, self.name(), decided=boundaries, error_by_groups=errors)
         return program

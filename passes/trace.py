@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.graph import copy_graph, merge_equal, operand, prune
-from mpq_compiler.ir.program import Program, Stage, TensorStore
+from mpq_compiler.ir.program import PARAMETERS, Program, Stage, TensorStore
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support.errors import UserError
@@ -73,7 +73,7 @@ class Trace(Pass):
             model=denoiser.name,
             config=dict(denoiser.config),
         )
-        program.facts["parameters"] = denoiser.parameters
+        program.facts[PARAMETERS] = denoiser.parameters
         _strip(graph)
         executed = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         for name, _ in denoiser.module.model.named_parameters():

@@ -130,7 +130,8 @@ class Emitter:
 
     def example(self, node: fx.Node) -> Tensor:
         """The meta tensor of a node at batch size 2."""
-        return self._two[self.resolve(node).name]
+        found: Tensor = self._two[self.resolve(node).name]
+        return found
 
     def dtype(self, node: fx.Node) -> str:
         """The element type of a node's tensor."""

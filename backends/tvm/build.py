@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mpq_compiler.artifact.bundle import CUDART, KERNELS, WEIGHTS
 from mpq_compiler.backends.tvm import inspect, lowering
 from mpq_compiler.backends.tvm.compile import tune as tune_
 from mpq_compiler.backends.tvm.compile.worker import Crash, Failure, Worker
-from mpq_compiler.backends.tvm.emit.walk import OUTPUT
+from mpq_compiler.backends.tvm.emit.walk import OUTPUT, SelectKernels
 from mpq_compiler.backends.tvm.plan.calls import BATCH, Call, Function, Kernel, Lowered, Made, Part, Value
 from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.ir import stored_tensors
@@ -138,7 +138,7 @@ def _lowered(
     instruments: Sequence[StageInstrument],
 ) -> tuple[Lowered, set[Kernel]]:
     """(the plan after all stages, the kernels that were compiled for the instruments to look at it)."""
-    stages = [lowering.SelectKernels(program, batches, others), *lowering.of_target(target)]
+    stages = [SelectKernels(program, batches, others), *lowering.of_target(target)]
     if not instruments:
         return lowering.run(stages), set()
     fresh: set[Kernel] = set()
@@ -288,8 +288,7 @@ def compile_objects(
     """The kernels' objects in the cache; those that it lacks are compiled. ``kernels``: with who asks for them."""
     folder, objects = caches.folder(cache) / KIND, _objects(kernels, target, cache)
     missing = missing_kernels(kernels, target, cache)
-    track = progress("compiling kernels", len(kernels)) if progress else nullcontext(lambda n: None)
-    with track as advance:
+    with tracked(progress, "compiling kernels", len(kernels)) as advance:
         advance(len(kernels) - len(missing))
         with _writable(folder):
             folder.mkdir(parents=True, exist_ok=True)

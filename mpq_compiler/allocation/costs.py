@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from mpq_compiler import formats
 from mpq_compiler.allocation import mixdq_groups
@@ -18,11 +17,12 @@ from mpq_compiler.ir.costs import (
     weight_path,
 )
 from mpq_compiler.ir.edges import dynamic_edges, input_edge
+from mpq_compiler.ir.findings import NO_LOSSES, SENSITIVITY, CostTable, FormatCosts, LayerCosts
 from mpq_compiler.ir.graph import weight_of
-from mpq_compiler.ir.program import Program, WeightPlan
+from mpq_compiler.ir.program import PARAMETERS, TIME_GROUPS, Program, WeightPlan
 
 
-def format_costs(shape: Sequence[int], name: str, operations: int, floating: bool = False) -> dict[str, Any]:
+def format_costs(shape: Sequence[int], name: str, operations: int, floating: bool = False) -> FormatCosts:
     """The costs of a weight in a format: bits, bytes, and those of a float branch or a float layer.
 
     Args:
@@ -32,16 +32,16 @@ def format_costs(shape: Sequence[int], name: str, operations: int, floating: boo
         floating: whether activations are small floats, which float layers read like any other.
     """
     chosen = formats.get(name)
-    found: dict[str, Any] = {"bits": chosen.bits, "bytes": chosen.stored_bytes(*shape)}
+    found: FormatCosts = {"bits": chosen.bits, "bytes": chosen.stored_bytes(*shape)}
     rows, columns = shape[0], math.prod(shape[1:])
     if branch := chosen.branch_elements(rows, columns):
         found["float_macs"] = operations // (rows * columns) * branch
-    return found if chosen.integer or floating else found | {"float": True}
+    if not chosen.integer and not floating:
+        found["float"] = True
+    return found
 
 
-def describe(
-    program: Program, dynamic: bool = False, names: Iterable[str] = (), floating: bool = False
-) -> dict[str, Any]:
+def describe(program: Program, dynamic: bool = False, names: Iterable[str] = (), floating: bool = False) -> CostTable:
     """Fills in a sensitivity table, all but the losses.
 
     Args:
@@ -50,27 +50,35 @@ def describe(
         names: formats besides the built-in and the measured ones.
         floating: whether activations are small floats: they have no zero points, and float layers read them, too.
     """
-    measured = (name for losses in program.facts.get("sensitivity", {}).get("weights", {}).values() for name in losses)
+    known = program.facts.get(SENSITIVITY, NO_LOSSES)["weights"]
+    measured = (name for losses in known.values() for name in losses)
     candidates = list(dict.fromkeys([*formats.FORMATS, *names, *measured]))
     everything, group_of = program.fork(), mixdq_groups.groups(program)
-    layers: dict[str, dict[str, Any]] = {}
+    layers: dict[str, LayerCosts] = {}
     operations = macs(program)
     for node in program.quantizable:
         path, weight = str(weight_path(node)), str(weight_of(node))
         everything.weights[path] = WeightPlan("int8")
         sizes = {f: format_costs(program.tensors[weight].shape, f, operations[node.name], floating) for f in candidates}
-        known = {"name": path, "group": group_of[path], "weights": program.tensors[weight].numel()}
-        layer = layers.setdefault(path, {**known, "edges": [], "macs": 0, "formats": sizes})
+        costs: LayerCosts = {
+            "name": path,
+            "group": group_of[path],
+            "weights": program.tensors[weight].numel(),
+            "edges": [],
+            "macs": 0,
+            "formats": sizes,
+        }
+        layer = layers.setdefault(path, costs)
         layer["macs"] += operations[node.name]
         if (edge := input_edge(node).name) not in layer["edges"]:
             layer["edges"].append(edge)
     elements = activation_elements(program)
     static = len(elements) - (len(dynamic_edges(program, bool(program.attentions))) if dynamic else 0)
-    groups, each = len(program.facts["time-groups"]) + 1, FLOAT_GROUP_BYTES if floating else ACTIVATION_GROUP_BYTES
+    groups, each = len(program.facts[TIME_GROUPS]) + 1, FLOAT_GROUP_BYTES if floating else ACTIVATION_GROUP_BYTES
     return {
         "version": 1,
         "model": program.model,
-        "parameters": program.facts["parameters"],
+        "parameters": program.facts[PARAMETERS],
         "fixed_bytes": fixed_bytes(everything, each * static, groups),
         "layers": list(layers.values()),
         "elements": elements,

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from mpq_compiler.allocation.sensitivity_table import BRANCH_BITS, CEILING_DB, CONTENT, QUALITY
+from mpq_compiler.ir.facts import Fact
+from mpq_compiler.ir.findings import CostTable, LayerCosts, Losses, SensitivityTable
 from mpq_compiler.support.errors import BudgetError, UserError
 from mpq_compiler.targets.numerics import FLOAT, FLOAT_BITS
 
 
+class ScoredUnit(TypedDict):
+    """Layers that are chosen for together."""
+
+    kind: str
+    layers: list[str]
+    variants: dict[str, float]
+    """The score by the formats of the layers, in order and joined by blanks."""
+
+
+class Scores(TypedDict):
+    """What `predict-scores` found."""
+
+    units: list[ScoredUnit]
+
+
+SCORES = Fact[Scores]("scores")
+
+
 def problem(
-    table: dict[str, Any],
+    table: SensitivityTable,
     limit_bytes: int | None = None,
     activations: float | None = None,
     bops: float | None = None,
@@ -84,7 +104,7 @@ def problem(
 
 
 def unit_problem(
-    table: dict[str, Any], units: Sequence[Mapping[str, Any]], limit_bytes: int | None = None
+    table: CostTable, units: Sequence[ScoredUnit], limit_bytes: int | None = None
 ) -> dict[str, Any]:
     """Poses the allocation problem whose layers are ``units`` of layers and whose losses are their negated scores.
 
@@ -145,15 +165,15 @@ class Terms:
         """The loss of a tensor that stays in float."""
         return -CEILING_DB if self.decibels else 0.0
 
-    def losses(self, table: dict[str, Any]) -> dict[str, Any]:
+    def losses(self, table: SensitivityTable) -> SensitivityTable:
         """Converts a table's losses to those that the objective sums."""
         if not self.decibels:
             return table
-        return table | {
-            kind: {name: {c: max(10 * math.log10(max(x, 1e-300)), -CEILING_DB) for c, x in losses.items()}
-                   for name, losses in table.get(kind, {}).items()}
-            for kind in ("weights", "activations", "attention")
-        }  # fmt: skip
+
+        def in_decibels(losses: Losses) -> Losses:
+            return {c: max(10 * math.log10(max(x, 1e-300)), -CEILING_DB) for c, x in losses.items()}
+
+        return _with_losses(table, in_decibels)
 
 
 def group_budgets(total: float, sizes: Mapping[str, float], ratio: float) -> dict[str, float]:
@@ -178,14 +198,14 @@ def _budgets(cost: str, total: float, sizes: Mapping[str, float], ratio: float |
     return [{"cost": cost, "max": most, "group": group} for group, most in sorted(shares.items()) if sizes[group]]
 
 
-def monotone(table: dict[str, Any]) -> dict[str, Any]:
+def monotone(table: SensitivityTable) -> SensitivityTable:
     """Makes a table's losses monotone in the bits: each becomes the least loss at as many bits or fewer.
 
     Losses measured on a few inputs are out of order here and there. Formats are compared with those of their kind:
     "int4" with "int2", "int3+b" with "int2+b".
     """
 
-    def cleaned(losses: Mapping[str, float]) -> dict[str, float]:
+    def cleaned(losses: Losses) -> Losses:
         def kind_and_bits(choice: str) -> tuple[str, int]:
             number = re.search(r"\d+", choice)
             return (choice[: number.start()] + choice[number.end() :], int(number[0])) if number else (choice, 0)
@@ -197,13 +217,20 @@ def monotone(table: dict[str, Any]) -> dict[str, Any]:
             least[kind] = found[choice] = min(losses[choice], least.get(kind, math.inf))
         return {choice: found[choice] for choice in losses}
 
-    return table | {
-        kind: {name: cleaned(losses) for name, losses in table.get(kind, {}).items()}
-        for kind in ("weights", "activations", "attention")
+    return _with_losses(table, cleaned)
+
+
+def _with_losses(table: SensitivityTable, change: Callable[[Losses], Losses]) -> SensitivityTable:
+    """The table with all losses changed."""
+    return {
+        **table,
+        "weights": {name: change(losses) for name, losses in table["weights"].items()},
+        "activations": {name: change(losses) for name, losses in table["activations"].items()},
+        "attention": {name: change(losses) for name, losses in table.get("attention", {}).items()},
     }
 
 
-def most_sensitive(table: dict[str, Any], share: float, spared: Collection[str] = ()) -> list[str]:
+def most_sensitive(table: SensitivityTable, share: float, spared: Collection[str] = ()) -> list[str]:
     """The edges of largest loss at their narrowest width, sorted by name.
 
     Args:
@@ -222,7 +249,7 @@ def most_sensitive(table: dict[str, Any], share: float, spared: Collection[str] 
     return sorted(found)
 
 
-def require_bytes(table: dict[str, Any], limit_bytes: int, formats: Mapping[str, Sequence[str]]) -> None:
+def require_bytes(table: CostTable, limit_bytes: int, formats: Mapping[str, Sequence[str]]) -> None:
     """Raises a BudgetError where even the smallest of each layer's ``formats`` exceed the budget.
 
     The sentence has the least bytes that they need. Only the table's costs are read, so nothing has to be measured.
@@ -237,7 +264,7 @@ def require_bytes(table: dict[str, Any], limit_bytes: int, formats: Mapping[str,
         )
 
 
-def require_latency(table: dict[str, Any], latency: float, formats: Mapping[str, Sequence[str]]) -> None:
+def require_latency(table: CostTable, latency: float, formats: Mapping[str, Sequence[str]]) -> None:
     """Raises a BudgetError where even the fastest of each layer's ``formats`` take longer than ``latency`` ms.
 
     A table without times raises a UserError.
@@ -264,8 +291,8 @@ def up(value: float) -> str:
 
 
 def _choices(
-    table: dict[str, Any],
-    layer: dict[str, Any],
+    table: SensitivityTable,
+    layer: LayerCosts,
     readers: dict[str, list[str]],
     average: float,
     protected: Mapping[str, int | None],
@@ -301,7 +328,7 @@ def _choices(
     ]
 
 
-def _attention_choices(table: dict[str, Any], name: str, unquantized: float) -> list[dict[str, Any]]:
+def _attention_choices(table: SensitivityTable, name: str, unquantized: float) -> list[dict[str, Any]]:
     """The choices of an attention: float, at no bytes and 32 bits an activation, and the measured widths."""
     costs = table["attention_costs"][name]
 
@@ -315,9 +342,9 @@ def _attention_choices(table: dict[str, Any], name: str, unquantized: float) -> 
     return [choice(FLOAT, unquantized, FLOAT_BITS, 0), *measured]
 
 
-def byte_limit(table: dict[str, Any], bits: float | None, size: int | None) -> int | None:
+def byte_limit(parameters: int, bits: float | None, size: int | None) -> int | None:
     """The payload bytes that both budgets allow, true average ``bits`` and bytes; None without either."""
     limits = [] if size is None else [size]
     if bits is not None:
-        limits.append(int(bits * table["parameters"] / 8))
+        limits.append(int(bits * parameters / 8))
     return min(limits, default=None)

@@ -14,6 +14,7 @@ from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.realize import realize
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.statistics import CALIBRATION
 
 INPUTS = 32
 """The number of calibration inputs to judge by where no image can be drawn."""
@@ -77,6 +78,6 @@ class Reranker:
         if image_error is not None:
             return image_error.noise
         self.program.note("candidates are judged by the output on calibration inputs: nothing can be drawn here")
-        inputs = self.program.facts["calibration"].select(INPUTS)
+        inputs = self.program.facts[CALIBRATION].select(INPUTS)
         reference = run(self.program, inputs)
         return lambda program: noise_power(run(program, inputs), reference)

@@ -23,8 +23,10 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from mpq_compiler.ir.facts import Fact
+from mpq_compiler.ir.findings import CostTable, FormatCosts, LayerCosts, LossTable, SensitivityTable
 from mpq_compiler.support.errors import UserError
 
 VERSION = 1
@@ -37,6 +39,11 @@ CEILING_DB = 120.0
 CONTENT, QUALITY = "content", "quality"
 """The names of the groups of layers (`mixdq_groups`)."""
 
+ORTHOGONALITY = Fact[LossTable]("orthogonality")
+"""A table of the bits that layers lack by their importance, in the form of the losses."""
+
+Table = TypeVar("Table", bound=CostTable)
+
 
 def is_table(path: str | Path) -> bool:
     """Whether the file is a sensitivity table rather than an allocation problem."""
@@ -47,7 +54,7 @@ def is_table(path: str | Path) -> bool:
     return isinstance(document, dict) and "weights" in document and "layers" in document
 
 
-def load(path: str | Path) -> dict[str, Any]:
+def load(path: str | Path) -> SensitivityTable:
     """Reads a table from a file.
 
     Raises:
@@ -56,7 +63,7 @@ def load(path: str | Path) -> dict[str, Any]:
     from mpq_compiler import schemas
 
     try:
-        table: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        table: SensitivityTable = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"the sensitivity table '{path}' cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -68,10 +75,12 @@ def load(path: str | Path) -> dict[str, Any]:
     return table
 
 
-def _faults(table: dict[str, Any]) -> Iterator[str]:
+def _faults(table: SensitivityTable) -> Iterator[str]:
     """Faults that the schema cannot express: losses that are not finite, layers, formats or edges that are missing."""
-    for kind in ("weights", "activations", "attention"):
-        for name, losses in table.get(kind, {}).items():
+    attention = table.get("attention", {})
+    measured = {"weights": table["weights"], "activations": table["activations"], "attention": attention}
+    for kind, by_name in measured.items():
+        for name, losses in by_name.items():
             if not losses:
                 yield f"'{kind}.{name}' holds no loss"
             for choice, loss in losses.items():
@@ -91,8 +100,8 @@ def _faults(table: dict[str, Any]) -> Iterator[str]:
         if unknown := table["weights"][layer["name"]].keys() - layer["formats"].keys():
             yield f"'layers[{i}].formats' of '{layer['name']}' lacks '{min(unknown)}', which 'weights' holds a loss of"
         for edge in layer["edges"]:
-            for kind in ("activations", "elements"):
-                if edge not in table[kind]:
+            for kind, known in (("activations", table["activations"]), ("elements", table["elements"])):
+                if edge not in known:
                     yield f"'{kind}' lacks '{edge}', which 'layers[{i}]' reads"
             if table["activations"][edge].keys() != table["activations"][layer["edges"][0]].keys():
                 yield f"'activations' of the edges of 'layers[{i}]' must be of the same bits"
@@ -101,7 +110,7 @@ def _faults(table: dict[str, Any]) -> Iterator[str]:
 
 
 def require_of(
-    table: dict[str, Any], model: str, parameters: int, edges: Mapping[str, Sequence[str]] | None = None
+    table: SensitivityTable, model: str, parameters: int, edges: Mapping[str, Sequence[str]] | None = None
 ) -> None:
     """Raises a UserError unless the table can be the model's, whatever the model is called.
 
@@ -125,7 +134,7 @@ def require_of(
         raise UserError(f"{of}, and its '{extra[0]}' is no layer {here}")
 
 
-def with_latencies(table: dict[str, Any], fixed: float, layers: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def with_latencies(table: Table, fixed: float, layers: Mapping[str, Mapping[str, float]]) -> Table:
     """Adds times to a table.
 
     Args:
@@ -134,9 +143,15 @@ def with_latencies(table: dict[str, Any], fixed: float, layers: Mapping[str, Map
         layers: microseconds of each layer by format.
     """
 
-    def timed(layer: dict[str, Any]) -> dict[str, Any]:
+    def timed(layer: LayerCosts) -> LayerCosts:
         times = layers[layer["name"]]
-        known = {name: {"microseconds": times[name]} if name in times else {} for name in layer["formats"]}
-        return {**layer, "formats": {name: cost | known[name] for name, cost in layer["formats"].items()}}
+        costs: dict[str, FormatCosts] = {
+            name: {**cost, "microseconds": times[name]} if name in times else cost
+            for name, cost in layer["formats"].items()
+        }
+        return {**layer, "formats": costs}
 
-    return {**table, "fixed_microseconds": fixed, "layers": [timed(layer) for layer in table["layers"]]}
+    found = table.copy()
+    found["fixed_microseconds"] = fixed
+    found["layers"] = [timed(layer) for layer in table["layers"]]
+    return found

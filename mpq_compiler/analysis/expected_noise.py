@@ -20,11 +20,12 @@ from mpq_compiler.formats import activation, contract
 from mpq_compiler.formats.base import output_error, stored_scale
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.edges import attention_arguments
+from mpq_compiler.ir.findings import ATTENTION_NUMERICS
 from mpq_compiler.ir.graph import function_of, softmax, weight_of
 from mpq_compiler.ir.interpreter import Interpreter
-from mpq_compiler.ir.program import ActivationPlan, Program
+from mpq_compiler.ir.program import TIME_GROUPS, ActivationPlan, Program
 from mpq_compiler.quantization.fitting import moments
-from mpq_compiler.quantization.statistics import Calibration
+from mpq_compiler.quantization.statistics import CALIBRATION
 
 HALF_ROUNDING = 2.0**-11
 """The unit roundoff of f16, the precision of stored scales and offsets."""
@@ -201,12 +202,12 @@ class TableNoise:
 
 def table_noise(program: Program, edge: str, plan: ActivationPlan) -> TableNoise | None:
     """The noise of an edge's scales on the values that calibration sampled; None where there are none."""
-    calibration: Calibration | None = program.facts.get("calibration")
+    calibration = program.facts.get(CALIBRATION)
     if calibration is None or edge not in calibration.edges or plan.scale is None:
         return None
     scale = program.tensors[plan.scale]
     zero = torch.zeros_like(scale) if plan.zero_point is None else program.tensors[plan.zero_point]
-    group = ops.time_group(calibration.inputs["timestep"], program.facts["time-groups"])
+    group = ops.time_group(calibration.inputs["timestep"], program.facts[TIME_GROUPS])
     statistics = calibration.edges[edge]
     measured, expected = [], []
     for g in range(len(scale)):
@@ -234,7 +235,7 @@ def quantized_by_plan(program: Program, plan: ActivationPlan, value: Tensor, tim
     """Quantizes and dequantizes ``value`` [B, ...] by its plan, given the timesteps [B]."""
     if plan.scale is None:
         return ops.dynamic_fake_quantize(value, plan.bits)
-    group, scale = ops.time_group(timestep, program.facts["time-groups"]), program.tensors[plan.scale]
+    group, scale = ops.time_group(timestep, program.facts[TIME_GROUPS]), program.tensors[plan.scale]
     if plan.exponent is not None:
         return ops.fake_quantize_float(value, scale, group, plan.exponent, plan.bits)
     return ops.fake_quantize(value, scale, program.tensors[str(plan.zero_point)], group, plan.bits)
@@ -278,7 +279,7 @@ def expected_of_call(
 
     args: Any = fx.map_arg(node.args, value)
     kwargs = fx.map_arg(node.kwargs, value)
-    if (kind := planned.facts.get("numerics", {}).get(node.name)) is not None:
+    if (kind := planned.facts.get(ATTENTION_NUMERICS, {}).get(node.name)) is not None:
         any_plan, kwargs = True, {**kwargs, "numerics": kind}
     if not any_plan or not isinstance(values.get(node.name), Tensor):
         return None
@@ -296,4 +297,4 @@ def expected_of_call(
 
 def gram_of(program: Program, call: fx.Node) -> Tensor | None:
     """The gram under which the errors of a call's weight count (`fitting.moments`); None without calibration."""
-    return moments(program, call) if "calibration" in program.facts else None
+    return moments(program, call) if CALIBRATION in program.facts else None

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpq_compiler.analysis.time_weights import by_gains
+from mpq_compiler.analysis.time_weights import TIME_GAINS, by_gains
 from mpq_compiler.ir.interpreter import run, shapes
 from mpq_compiler.ir.program import Program
-from mpq_compiler.quantization.statistics import fingerprint
+from mpq_compiler.quantization.statistics import CALIBRATION, fingerprint
 from mpq_compiler.support.execution import RunContext, batches
 
 HELD_BYTES = 4 << 30
@@ -45,9 +45,10 @@ def mean_power(powers: Sequence[float], sizes: Sequence[float]) -> float:
 def input_weights(program: Program, inputs: dict[str, Tensor]) -> Tensor:
     """The weight of each input, f64 [N]: how much an error at its time costs images, where that is known, else 1."""
     timesteps = inputs["timestep"]
-    if "time-gains" not in program.facts:
+    if TIME_GAINS not in program.facts:
         return torch.ones(len(timesteps), dtype=torch.float64)
-    return by_gains(timesteps, program.facts["time-gains"])
+    gains = program.facts[TIME_GAINS]
+    return by_gains(timesteps, gains)
 
 
 def inputs_held(program: Program) -> int:
@@ -58,7 +59,7 @@ def inputs_held(program: Program) -> int:
 
 def measurement_key(program: Program, inputs: dict[str, Tensor], count: int) -> str:
     """The cache key of noise powers on ``count`` inputs: a digest of all that they depend on but the change itself."""
-    gains = program.facts.get("time-gains", "")
+    gains = program.facts.get(TIME_GAINS, "")
     return fingerprint(program, inputs, f"2 {min(count, inputs_held(program))}{gains}")
 
 
@@ -71,7 +72,7 @@ def noise_of_program(program: Program, changed: Program, inputs: int, context: R
         inputs: the number of calibration inputs to run.
         context: runs the parts on its jobs.
     """
-    parts = list(batches(program.facts["calibration"].select(inputs), inputs_held(program)))
+    parts = list(batches(program.facts[CALIBRATION].select(inputs), inputs_held(program)))
 
     def power(part: dict[str, Tensor]) -> float:
         return noise_power(run(changed, part), run(program, part), input_weights(program, part))

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from mpq_compiler import formats
 from mpq_compiler.ir.edges import input_edge, row_geometry
-from mpq_compiler.ir.graph import operand, weight_of
+from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.passes import Contract, Pass
@@ -58,12 +58,13 @@ class RewriteSearch(Pass):
         groups: dict[fx.Node, Layers] = {}
         columns = 0
         for node in program.quantizable:
-            operand(node, 1).meta["shape"] = tuple(program.tensors[str(weight_of(node))].shape)
+            shape = program.tensors[str(weight_of(node))].shape
+            geometry = row_geometry(node, shape)
             group = groups.setdefault(input_edge(node), Layers(input_edge(node), [], torch.zeros(())))
             group.readers.append(node)
-            if row_geometry(node) not in group.parts:
-                group.parts[row_geometry(node)] = []
-                columns += math.prod(operand(node, 1).meta["shape"][1:])
+            if geometry not in group.parts:
+                group.parts[geometry] = []
+                columns += math.prod(shape[1:])
         count = len(next(iter(inputs.values())))
         rows = max(1, min(self.rows, HELD_BYTES // (4 * max(1, columns))))
         generator = torch.Generator().manual_seed(session.seed)
@@ -72,9 +73,8 @@ class RewriteSearch(Pass):
             if (group := groups.get(node)) is None:
                 return
             group.largest = torch.maximum(group.largest, value.abs().flatten(0, -2).amax(0))
-            readers = {row_geometry(n): n for n in group.readers}
-            for geometry, reader in readers.items():
-                group.parts[geometry].append(input_rows(reader, value, -(-rows * size // count), generator))
+            for geometry, parts in group.parts.items():
+                parts.append(input_rows(geometry, value, -(-rows * size // count), generator))
 
         for batch in batches(inputs):
             size = len(next(iter(batch.values())))
@@ -109,7 +109,7 @@ class RewriteSearch(Pass):
         }
         total = 0.0
         for w, reader in zip(weights, group.readers, strict=True):
-            geometry = row_geometry(reader)
+            geometry = row_geometry(reader, w.shape)
             rounded = planned.start(undo(w)).dequantize().reshape(len(w), -1)
             y = rows[geometry] @ w.flatten(1).T
             wrong = read[geometry] @ rounded.T - y

@@ -8,6 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpq_compiler.ir.facts import Fact
+
+TIME_GAINS = Fact[list[tuple[float, float]]]("time-gains")
+"""(timestep, gain) by ascending timestep: what an error at that time does to the images, at most 1."""
+
 
 def by_gains(timesteps: Tensor, gains: Sequence[tuple[float, float]]) -> Tensor:
     """Interpolates gains at timesteps [N], in the logarithm: f64 [N].

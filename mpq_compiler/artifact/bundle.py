@@ -18,11 +18,12 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from mpq_compiler import schemas
+from mpq_compiler.artifact.manifest import File, Manifest
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.files import beside, check_place, sha256, sync, umask
@@ -83,7 +84,7 @@ def write(
     files: Mapping[str, FileSource],
     tensors: Mapping[str, np.ndarray],
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> Manifest:
     """Writes an artifact and returns its complete manifest; equal content gives equal bytes.
 
     Everything is written beside `path` and renamed. So an error, a full disk or Ctrl-C leaves nothing behind, and an
@@ -123,8 +124,8 @@ def write(
 
 
 def _complete(
-    manifest: Mapping[str, Any], tensors: Mapping[str, np.ndarray], files: Mapping[str, Any]
-) -> dict[str, Any]:
+    manifest: Mapping[str, Any], tensors: Mapping[str, np.ndarray], files: Mapping[str, File]
+) -> Manifest:
     entries = {entry["name"]: entry for entry in manifest["tensors"]}
     if entries.keys() != tensors.keys():
         odd = sorted(entries.keys() ^ tensors.keys())[0]
@@ -144,7 +145,7 @@ def _complete(
     complete["artifact_sha256"] = digest(complete)
     if problem := schemas.check(json.loads(canonical(complete)), "manifest"):
         raise ValueError(f"the manifest does not obey its schema: {problem}")
-    return complete
+    return cast(Manifest, complete)
 
 
 def canonical(manifest: Mapping[str, Any]) -> bytes:
@@ -158,7 +159,7 @@ def digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical(rest)).hexdigest()
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _describe(path: Path) -> File:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 

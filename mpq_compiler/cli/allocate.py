@@ -52,7 +52,7 @@ def _problem(args: argparse.Namespace) -> Problem:
 
     if sensitivity_table.is_table(args.problem):
         table = sensitivity_table.load(args.problem)
-        limit = pose.byte_limit(table, *parse_budget(args.weights))
+        limit = pose.byte_limit(table["parameters"], *parse_budget(args.weights))
         latency, bops = parse_latency(args.latency), parse_bops(args.bops)
         terms = pose.Terms(args.objective == "paper-db")
         return Problem.from_json(pose.problem(table, limit, args.activations, bops, latency, terms))

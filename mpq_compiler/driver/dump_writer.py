@@ -30,7 +30,7 @@ from mpq_compiler.inspection.dumps import (
 from mpq_compiler.ir import ops, printer, provenance, views
 from mpq_compiler.ir.exact_interpreter import ExactInterpreter
 from mpq_compiler.ir.graph import weight_of
-from mpq_compiler.ir.program import Program, Stage
+from mpq_compiler.ir.program import TIME_GROUPS, Program, Stage
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.stages import Inspectable, LoweringStage
 from mpq_compiler.support import files, tensorfile
@@ -179,7 +179,7 @@ class Writer:
             "consumers": consumers,
             "layers": layers(program, self._planned),
             "readers": {} if self._planned is None else readers(self._planned),
-            "boundaries": program.facts["time-groups"].tolist() if "time-groups" in program.facts else [],
+            "boundaries": program.facts[TIME_GROUPS].tolist() if TIME_GROUPS in program.facts else [],
             "decided": provenance.boundaries(program),
         }
 
@@ -277,7 +277,7 @@ class Writer:
     def _edge_arrays(self, program: Program) -> dict[str, np.ndarray]:
         found = {}
         for edge, plan in program.activations.items():
-            key = (plan, tuple(program.facts["time-groups"].tolist()))
+            key = (plan, tuple(program.facts[TIME_GROUPS].tolist()))
             if self._tables.get(edge, (None,))[0] != key:
                 self._tables[edge] = key, expected_noise.table_noise(program, edge, plan)
             table = self._tables[edge][1]

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from mpq_compiler import formats
+from mpq_compiler.allocation.sensitivity_table import ORTHOGONALITY
 from mpq_compiler.ir import costs, ops, views
 from mpq_compiler.ir.edges import input_edge
+from mpq_compiler.ir.facts import Fact
+from mpq_compiler.ir.findings import ALLOCATION, NO_LOSSES, SENSITIVITY
 from mpq_compiler.ir.printer import operator_name
-from mpq_compiler.ir.program import Program, Stage
+from mpq_compiler.ir.program import PARAMETERS, TIME_GROUPS, Program, Stage
 from mpq_compiler.ir.provenance import PROGRAM, note
 from mpq_compiler.pipeline.passes import Pass
-from mpq_compiler.quantization.statistics import Calibration, EdgeStatistics
+from mpq_compiler.quantization.statistics import CALIBRATION, EdgeStatistics
 
 # --- what every compilation decides -------------------------------------------------------------------------
 
@@ -23,18 +26,19 @@ from mpq_compiler.quantization.statistics import Calibration, EdgeStatistics
 def observe(index: int, done: Pass, before: Program, program: Program) -> None:
     """Notes the options of a pass, and the decisions that any pass of its kind adds to the program."""
 
-    def new(fact: str) -> bool:
+    def new(fact: Fact[Any]) -> bool:
         return fact in program.facts and fact not in before.facts
 
     step = done.name()
     note(program, PROGRAM, step, options=done.options())
-    if new("calibration"):
+    if new(CALIBRATION):
         _calibrated(step, program)
-    if new("time-groups"):
+    if new(TIME_GROUPS):
         _grouped(step, program)
-    for fact in ("sensitivity", "orthogonality"):
+    for fact in (SENSITIVITY, ORTHOGONALITY):
         if new(fact):
-            _measured(step, program, program.facts[fact])
+            table = program.facts[fact]
+            _measured(step, program, table)
     if program.stage == Stage.PLANNED and before.stage != Stage.PLANNED:
         _planned(step, program)
     if program.stage == Stage.FAKE_QUANTIZED:
@@ -44,7 +48,7 @@ def observe(index: int, done: Pass, before: Program, program: Program) -> None:
 
 
 def _calibrated(step: str, program: Program) -> None:
-    calibration: Calibration = program.facts["calibration"]
+    calibration = program.facts[CALIBRATION]
     operations = costs.macs(program)
     readers: dict[str, list[str]] = {}
     for node in program.quantizable:
@@ -83,8 +87,8 @@ def _range(edge: EdgeStatistics, timesteps: Tensor) -> dict[str, Any]:
 
 
 def _grouped(step: str, program: Program) -> None:
-    calibration: Calibration | None = program.facts.get("calibration")
-    boundaries = program.facts["time-groups"]
+    calibration = program.facts.get(CALIBRATION)
+    boundaries = program.facts[TIME_GROUPS]
     note(program, PROGRAM, step, boundaries=boundaries)
     if calibration is None:
         return
@@ -114,10 +118,10 @@ def _measured(step: str, program: Program, table: Mapping[str, Any]) -> None:
 
 def _planned(step: str, program: Program) -> None:
     stored = costs.stored_bytes(program)
-    parameters = program.facts["parameters"]
-    allocation = program.facts.get("allocation", {})
+    parameters = program.facts[PARAMETERS]
+    allocation = program.facts.get(ALLOCATION, {})
     note(program, PROGRAM, step, bytes=stored, average_bits=costs.average_bits(stored, parameters), **allocation)
-    losses = program.facts.get("sensitivity", {}).get("weights", {})
+    losses = program.facts.get(SENSITIVITY, NO_LOSSES)["weights"]
     for node in program.quantizable:
         path, edge = str(costs.weight_path(node)), input_edge(node).name
         plan, activation = program.weights[path], program.activations.get(edge)

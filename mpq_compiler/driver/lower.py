@@ -27,6 +27,7 @@ from mpq_compiler.pipeline import manager
 from mpq_compiler.pipeline.manager import Instrument, Record
 from mpq_compiler.pipeline.passes import Pass, Role
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fitting import FitCache
 from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.host import cpu
@@ -118,6 +119,7 @@ def lower(denoiser: Denoiser, options: Options, progress: Any = None, passes: li
         else calibration_file.split(calibration_file.load(denoiser, options.calibration))[0],
         sensitivity=table,
         latency=latency,
+        fits=FitCache() if latency is None else latency.fits,
         numerics=targets.numerics_of(options.target) if with_role(passes, Role.CHOOSES_NUMERICS) else (),
         steps=options.steps,
         seed=options.seed,
@@ -195,7 +197,7 @@ def _check_budget(program: Program, passes: Sequence[Pass], latency: Latency | N
     floating = getattr(allocation, "activation_format", "int") == "float"
     table = costs.describe(program, names=measured, floating=floating)
     bits, size = getattr(allocation, "weights", None), getattr(allocation, "bytes", None)
-    limit = pose.byte_limit(table, bits, size)
+    limit = pose.byte_limit(table["parameters"], bits, size)
     choices = {layer["name"]: measured for layer in table["layers"]}
     if limit is not None:
         pose.require_bytes(table, limit, choices)

@@ -17,11 +17,13 @@ from mpq_compiler.frontend import calibration_file
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir import costs, printer, provenance
 from mpq_compiler.ir.edges import input_edge
-from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.findings import ALLOCATION, ASSUMPTIONS, ATTENTION_NUMERICS, NO_LOSSES, SENSITIVITY
+from mpq_compiler.ir.program import PARAMETERS, TIME_GROUPS, Program
 from mpq_compiler.latency import kernel_schedule
 from mpq_compiler.pipeline import parser
 from mpq_compiler.pipeline.backend import Built
 from mpq_compiler.pipeline.passes import Pass, Role
+from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.sampling import text_encoder
 from mpq_compiler.support.files import encode_json, sha256
 from mpq_compiler.targets import table as targets
@@ -29,14 +31,14 @@ from mpq_compiler.targets import table as targets
 
 def numerics_choices(planned: Program) -> dict[str, dict[str, str]]:
     """The chosen numerics of attentions and of float layers, by call."""
-    chosen, calls = planned.facts.get("numerics", {}), {node.name for node in planned.attentions}
+    chosen, calls = planned.facts.get(ATTENTION_NUMERICS, {}), {node.name for node in planned.attentions}
     attentions = {name: kind for name, kind in chosen.items() if name in calls}
     return {"attentions": attentions, "layers": {n: kind for n, kind in chosen.items() if n not in calls}}
 
 
 def numerics_of(program: Program) -> str:
     """The numerics mode that the program needs, "fast" or "portable", whatever was allowed."""
-    return "fast" if program.facts.get("numerics") else "portable"
+    return "fast" if program.facts.get(ATTENTION_NUMERICS) else "portable"
 
 
 def describe(
@@ -96,13 +98,13 @@ def _origin(
     denoiser: Denoiser, program: Program, planned: Program, built: Built, options: Options, passes: Sequence[Pass]
 ) -> dict[str, Any]:
     """The manifest's entries on the model, the passes, the plan and the calibration."""
-    allocation = program.facts.get("allocation", {})
+    allocation, assumptions = program.facts.get(ALLOCATION, {}), program.facts.get(ASSUMPTIONS, ())
     return {
         "name": denoiser.name,
         "model": {
             "class": str(denoiser.config.get("_class_name", type(denoiser.module.model).__name__)),
             "config": {k: v for k, v in denoiser.config.items() if not k.startswith("_")},
-            "parameters": program.facts["parameters"],
+            "parameters": program.facts[PARAMETERS],
             "signature": list(inspect.signature(denoiser.module.model.forward).parameters),
             "call": asdict(denoiser.module.convention),
             "below": {name: s.below for name, s in denoiser.input_specs.items() if s.below is not None},
@@ -111,14 +113,14 @@ def _origin(
         "pipeline": parser.to_text(passes, built.stages),
         "plan": {
             "layers": layer_rows(planned),
-            "boundaries": program.facts["time-groups"].tolist(),
+            "boundaries": program.facts[TIME_GROUPS].tolist(),
             "stored_bytes": costs.stored_bytes(planned),
             "fallbacks": dict(sorted(program.fallbacks.items())),
             **({"loss": allocation["objective"]} if allocation else {}),
-            **({"numerics": program.facts["numerics"]} if program.facts.get("numerics") else {}),
+            **({"numerics": program.facts[ATTENTION_NUMERICS]} if program.facts.get(ATTENTION_NUMERICS) else {}),
         },
         "sampling": denoiser.sampling(),
-        "assumptions": list(program.facts.get("assumptions", ())),
+        "assumptions": list(assumptions),
         "calibration": _calibration(denoiser, planned, options, passes),
         "versions": {name: version(name) for name in ("mpq-compiler", "torch", "diffusers", "apache-tvm", "numpy")},
     }
@@ -126,7 +128,7 @@ def _origin(
 
 def _calibration(denoiser: Denoiser, planned: Program, options: Options, passes: Sequence[Pass]) -> dict[str, Any]:
     """The manifest's entry on the source of the calibration inputs."""
-    found: dict[str, Any] = {"seed": options.seed, "inputs": len(planned.facts["calibration"].timesteps)}
+    found: dict[str, Any] = {"seed": options.seed, "inputs": len(planned.facts[CALIBRATION].timesteps)}
     if options.calibration is not None:
         return found | calibration_file.stated(options.calibration)
     calibrate = next(step.options() for step in passes if step.role is Role.CALIBRATES)
@@ -153,8 +155,8 @@ def describe_target(target: targets.Target) -> dict[str, Any]:
 
 def layer_rows(planned: Program) -> list[dict[str, Any]]:
     """The name, weight format, activation, bytes, loss and fallback of every layer of a planned program."""
-    groups = len(planned.facts["time-groups"]) + 1
-    table = planned.facts.get("sensitivity", {"weights": {}})
+    groups = len(planned.facts[TIME_GROUPS]) + 1
+    table = planned.facts.get(SENSITIVITY, NO_LOSSES)
     rows: list[dict[str, Any]] = []
     layers = {str(costs.weight_path(n)): n for n in reversed(planned.quantizable)}  # shared weights are stored once
     for path, node in reversed(layers.items()):

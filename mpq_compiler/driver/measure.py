@@ -16,6 +16,7 @@ from mpq_compiler.driver.options import Options
 from mpq_compiler.driver.resolve import resolve, with_role
 from mpq_compiler.frontend import calibration_file
 from mpq_compiler.frontend.denoiser import Denoiser
+from mpq_compiler.ir.findings import SENSITIVITY, SensitivityTable
 from mpq_compiler.ir.interpreter import single_threaded
 from mpq_compiler.ir.program import Program, Stage, TensorStore
 from mpq_compiler.latency import remote
@@ -36,7 +37,7 @@ ENOUGH_TO_RUN = 4
 """Random inputs with which quantizers get scales, where their values do not matter."""
 
 
-def measure_sensitivity(model: str | Path | Denoiser, progress: Any = None, **options: Any) -> dict[str, Any]:
+def measure_sensitivity(model: str | Path | Denoiser, progress: Any = None, **options: Any) -> SensitivityTable:
     """The sensitivity table of a model: runs the recipe's passes up to `sensitivity` (docs: `sensitivity_table`)."""
     chosen = Options(**options)
     passes = resolve(chosen)
@@ -46,7 +47,7 @@ def measure_sensitivity(model: str | Path | Denoiser, progress: Any = None, **op
         raise UserError(f"the recipe has no pass 'sensitivity' to measure with: {names}")
     denoiser = load_denoiser(model, chosen)
     lowering = lower(denoiser, chosen, progress, passes[:end])
-    program, measured = lowering.program, lowering.program.facts["sensitivity"]
+    program, measured = lowering.program, lowering.program.facts[SENSITIVITY]
     dynamic = measured.get("dynamic", False)
     table = costs.describe(program, dynamic, floating=measured.get("floating", False))
     if lowering.latency is not None:

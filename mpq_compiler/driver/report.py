@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from mpq_compiler.artifact.manifest import Manifest
 from mpq_compiler.driver.judge import Judged
 from mpq_compiler.driver.lower import Packed
 from mpq_compiler.driver.manifest import layer_rows, numerics_choices, numerics_of
@@ -12,12 +13,15 @@ from mpq_compiler.driver.options import Options
 from mpq_compiler.frontend import calibration_file
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir import costs
-from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.findings import ALLOCATION, LATENCY
+from mpq_compiler.ir.program import NOTES, PARAMETERS, Program
 from mpq_compiler.latency.candidates import Latency
 from mpq_compiler.latency.table import predict
 from mpq_compiler.pipeline import parser
 from mpq_compiler.pipeline.backend import Built
+from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.targets.table import Target
+from mpq_compiler.training.trainer import TRAINING
 
 ENOUGH_ROWS = 64
 """The number of calibration inputs below which ranges and moments are poor, and there is a note."""
@@ -64,7 +68,7 @@ def report(
     built: Built,
     options: Options,
     target: Target,
-    complete: dict[str, Any],
+    complete: Manifest,
     judged: Judged,
     predicted: dict[str, Any] | None,
 ) -> Report:
@@ -81,7 +85,7 @@ def report(
         predicted: the predicted latency, or None.
     """
     program, planned = lowering.program, lowering.planned
-    parameters, stored = program.facts["parameters"], complete["weights"]["payload_bytes"]
+    parameters, stored = program.facts[PARAMETERS], complete["weights"]["payload_bytes"]
     return Report(
         weights={
             "average_bits": costs.average_bits(stored, parameters),
@@ -102,8 +106,8 @@ def report(
         recipe=str(options.recipe) if options.pipeline is None else "custom",
         latency=predicted,
         pipeline=parser.to_text(lowering.passes),
-        training=list(program.facts.get("training", ())),
-        additivity=program.facts.get("allocation", {}).get("additivity"),
+        training=list(program.facts.get(TRAINING, ())),
+        additivity=program.facts.get(ALLOCATION, {}).get("additivity"),
         numerics={"mode": numerics_of(program), **numerics_choices(planned)},
         fallbacks=dict(program.fallbacks),
         notes=[*_notes(denoiser, lowering, built, options), *judged.notes],
@@ -114,8 +118,8 @@ def _notes(denoiser: Denoiser, lowering: Packed, built: Built, options: Options)
     """The notes for the user on the model, the calibration and the kernels."""
     asked = (options.steps, options.guidance, options.scheduler or options.prediction_type)
     differences = [] if options.calibration is None else calibration_file.notes(denoiser, options.calibration, *asked)
-    notes = [*denoiser.notes, *differences, *lowering.program.facts.get("notes", ()), *built.facts.get("notes", ())]
-    rows = len(lowering.planned.facts["calibration"].timesteps)
+    notes = [*denoiser.notes, *differences, *lowering.program.facts.get(NOTES, ()), *built.facts.get("notes", ())]
+    rows = len(lowering.planned.facts[CALIBRATION].timesteps)
     if rows < ENOUGH_ROWS:
         notes.append(
             f"calibrated on {rows} inputs only, which can cost several dB: raise --samples or --steps, or give a "
@@ -130,7 +134,7 @@ def predicted_latency(latency: Latency | None, program: Program, facts: dict[str
     ``predicted_ms`` is the time of the compiled kernels or, where the table lacks some (``missing`` of them), of the
     plan. ``fixed_ms`` is the part of it that no weight format changes.
     """
-    planned = program.facts.get("latency")
+    planned = program.facts.get(LATENCY)
     if latency is None or latency.table is None or planned is None:
         return None
     table = latency.table

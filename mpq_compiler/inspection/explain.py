@@ -19,11 +19,10 @@ from mpq_compiler.support.errors import UserError, nearest
 if TYPE_CHECKING:
     from mpq_compiler.allocation.problem import Solution
     from mpq_compiler.inspection.dumps import Dump
+    from mpq_compiler.ir.provenance import Decisions as Document
 
 STEP = 0.05
 """The fraction of itself by which a budget is moved, to see what would change."""
-Document = Mapping[str, Any]
-"""The record of decisions, as `provenance.document` makes it."""
 
 
 def load(path: Path) -> Document:
@@ -37,7 +36,7 @@ def load(path: Path) -> Document:
         opened = bundle.read(path)
     file = opened.file(bundle.DECISIONS) if opened else path / bundle.DECISIONS
     try:
-        found: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found: Document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' holds no readable {bundle.DECISIONS}; compile it again") from error
     if wrong := schemas.check(found, "decisions"):

@@ -16,6 +16,7 @@ from mpq_compiler.support.svg import Point
 
 if TYPE_CHECKING:
     from mpq_compiler.inspection.dumps import Dump
+    from mpq_compiler.ir.provenance import Decisions
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -35,7 +36,7 @@ DIFF_LINES = 400
 """The most lines of a pass's difference; the rest is in the dumps."""
 
 
-def page(document: Mapping[str, Any], source: str, dumps: Sequence[Dump] = ()) -> str:
+def page(document: Decisions, source: str, dumps: Sequence[Dump] = ()) -> str:
     """Renders the page of the decisions in a dumps folder or an artifact.
 
     Args:

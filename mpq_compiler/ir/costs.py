@@ -12,7 +12,7 @@ from mpq_compiler.formats.base import F16_MAX
 from mpq_compiler.ir.edges import attention_edges, input_edge
 from mpq_compiler.ir.graph import operand, softmax, weight_of
 from mpq_compiler.ir.interpreter import shapes
-from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.targets.numerics import FLOAT_BITS
 
 ACTIVATION_GROUP_BYTES = 3
@@ -65,7 +65,7 @@ def stored_bytes(program: Program) -> int:
     """The payload bytes of a planned program's artifact: exactly the tensors in weights.safetensors."""
     names = {str(weight_of(n)): program.weights[str(weight_path(n))].format for n in program.quantizable}
     weights = sum(weight_bytes(program, name, fmt) for name, fmt in names.items())
-    groups = len(program.facts["time-groups"]) + 1
+    groups = len(program.facts[TIME_GROUPS]) + 1
     return weights + fixed_bytes(program, sum(p.group_bytes for p in program.activations.values()), groups)
 
 
@@ -97,7 +97,7 @@ def attention_costs(program: Program) -> dict[str, dict[str, float]]:
     read them.
     """
     sizes, layers = shapes(program, 1), {input_edge(n) for n in program.quantizable}
-    groups = len(program.facts["time-groups"]) + 1
+    groups = len(program.facts[TIME_GROUPS]) + 1
     readers: dict[fx.Node, int] = {}
     for node in program.attentions:
         for edge in attention_edges(node):

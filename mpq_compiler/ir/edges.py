@@ -40,11 +40,18 @@ def attention_arguments(args: Sequence[Any]) -> tuple[int, float | None, Any]:
     return int(heads), scale, mask
 
 
-def row_geometry(node: fx.Node) -> tuple[Any, ...]:
-    """The window of a convolution (kernel, stride, padding), which with its operand decides its rows; () for a linear.
+RowGeometry = tuple[tuple[int, ...], ...]
+"""The window of a convolution, which with its operand decides its rows; () for a linear layer.
+
+The kernel (kh, kw), the stride (sh, sw), and the padding at the top, bottom, left and right.
+"""
+
+
+def row_geometry(node: fx.Node, weight: Sequence[int]) -> RowGeometry:
+    """The geometry of a layer whose stored weight has the shape ``weight``, [O, kh, kw, C] for a convolution.
 
     Layers with the same operand and geometry multiply the same rows.
     """
     if node.target is not ops.conv2d:
         return ()
-    return (tuple(operand(node, 1).meta["shape"][1:3]), *(tuple(a) for a in arguments(node)[3:5]))
+    return (tuple(weight[1:3]), *(tuple(a) for a in arguments(node)[3:5]))

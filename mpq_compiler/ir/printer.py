@@ -16,9 +16,10 @@ from torch import Tensor, fx
 
 from mpq_compiler import formats
 from mpq_compiler.ir import costs, ops, views
+from mpq_compiler.ir.findings import ALLOCATION, ATTENTION_NUMERICS, NO_LOSSES, SENSITIVITY
 from mpq_compiler.ir.graph import softmax
 from mpq_compiler.ir.interpreter import shapes
-from mpq_compiler.ir.program import Program, Stage
+from mpq_compiler.ir.program import NOTES, PARAMETERS, TIME_GROUPS, Program, Stage
 
 NAME_WIDTH, CALL_WIDTH, TYPE_WIDTH = 48, 88, 18
 """The widths up to which columns are aligned; longer entries push the columns behind them."""
@@ -199,9 +200,9 @@ def table_of_layers(program: Program) -> list[LayerRow]:
     flat = views.flatten(program)
     levels = {found.call.name: found for found in views.levels_of(flat)}
     quantizers = {q.call.name: q for q in views.quantizers_of(flat) if q.call.target not in views.ATTENTIONS}
-    groups = len(program.facts["time-groups"]) + 1 if "time-groups" in program.facts else 1
+    groups = len(program.facts[TIME_GROUPS]) + 1 if TIME_GROUPS in program.facts else 1
     total = stored_bytes(program) or 1
-    losses = program.facts.get("sensitivity", {}).get("weights", {})
+    losses = program.facts.get(SENSITIVITY, NO_LOSSES)["weights"]
     rows = []
     for call in flat:
         path = views.weight_path(call, levels)
@@ -232,7 +233,7 @@ def header(program: Program, pass_name: str = "") -> str:
     parts = [f"{program.stage} stage, {_count(program)}"]
     total = stored_bytes(program)
     if total is not None:
-        parameters = program.facts["parameters"]
+        parameters = program.facts[PARAMETERS]
         bits = costs.average_bits(total, parameters)
         parts.append(f"weights {bits:.2f} bit ({total} of {4 * parameters} bytes)")
         if program.activations:
@@ -240,7 +241,7 @@ def header(program: Program, pass_name: str = "") -> str:
             planned = program.stage == Stage.PLANNED
             mean = costs.activation_bits(program) if planned else sum(widths) / len(widths)
             parts.append(f"activations {number(round(mean, 2))} bit")
-        allocation = program.facts.get("allocation")
+        allocation = program.facts.get(ALLOCATION)
         if allocation:
             parts.append(f"predicted loss {allocation['objective']:.1e}")
             if program.stage == Stage.PLANNED and (together := allocation.get("additivity")):
@@ -268,7 +269,7 @@ def text(program: Program, pass_name: str = "") -> str:
     if not program.weights:  # with a plan, its own losses stand at the layers
         notes |= _measured_notes(program)
     if program.stage == Stage.PLANNED:  # later the calls say so themselves
-        for name, kind in program.facts.get("numerics", {}).items():
+        for name, kind in program.facts.get(ATTENTION_NUMERICS, {}).items():
             notes[name] = "  ".join(filter(None, (f"numerics {kind}", notes.get(name))))
     inputs = ", ".join(f"%{s.name} {DTYPES[s.dtype]}[{','.join(map(str, s.shape))}]" for s in program.inputs)
     output = program.graph.output_node().args[0]
@@ -285,7 +286,7 @@ def text(program: Program, pass_name: str = "") -> str:
     for name, reason in sorted(program.fallbacks.items()):
         lines.append(f"// float: {name}: {reason}")
     lines += [f"// {notes[s.name].removeprefix('// ')} of %{s.name}" for s in program.inputs if s.name in notes]
-    lines += [f"// note: {sentence}" for sentence in program.facts.get("notes", ())]
+    lines += [f"// note: {sentence}" for sentence in program.facts.get(NOTES, ())]
     return "\n".join(lines) + "\n"
 
 
@@ -302,8 +303,8 @@ def _attention_notes(program: Program) -> dict[str, str]:
     """The widths of attentions' probabilities and operands, ``p u8/t4 a u8/t4``, by call."""
     flat = views.flatten(program)
     quantizers = {q.call.name: q.edge for q in views.quantizers_of(flat)}
-    groups = len(program.facts["time-groups"]) + 1
-    losses = program.facts.get("sensitivity", {}).get("attention", {})
+    groups = len(program.facts[TIME_GROUPS]) + 1
+    losses = program.facts.get(SENSITIVITY, NO_LOSSES).get("attention", {})
     notes = {}
     for call in flat:
         plan = program.activations.get(softmax(call.name))
@@ -324,14 +325,14 @@ def _measured_notes(program: Program) -> dict[str, str]:
     w: of a layer's weight in each format. a: of the value as an activation of so many bits. p: of an attention whose
     operands and probabilities have so many.
     """
-    table = program.facts.get("sensitivity")
+    table = program.facts.get(SENSITIVITY)
     if table is None:
         return {}
     flat = views.flatten(program)
     levels = {found.call.name: found for found in views.levels_of(flat)}
     paths = {call.name: views.weight_path(call, levels) for call in flat}
     measured = [
-        ("w", {name: table["weights"].get(path, {}) for name, path in paths.items()}),
+        ("w", {name: table["weights"].get(path, {}) for name, path in paths.items() if path}),
         ("a", table["activations"]),
         ("p", table.get("attention", {})),
     ]

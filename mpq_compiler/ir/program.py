@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from mpq_compiler.ir import ops
+from mpq_compiler.ir.facts import Fact, Facts
 from mpq_compiler.ir.graph import copy_graph, operand, weight_of
 
 BOUNDARIES = "time_groups.boundaries"
@@ -145,8 +146,12 @@ class Program:
     activations: dict[str, ActivationPlan] = field(default_factory=dict)
     fallbacks: dict[str, str] = field(default_factory=dict)
     """The float leftovers of the plan: the reason, in words, by the name of the node or weight."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """The facts that passes leave for later ones, by name."""
+    facts: Facts = field(default_factory=Facts)
+    """The facts that passes leave for later ones."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.facts, Facts):
+            self.facts = Facts(self.facts)
 
     def fork(self, **changes: Any) -> Program:
         """Copies the program: graph, regions, plans and facts are its own, the tensors are shared."""
@@ -156,13 +161,13 @@ class Program:
             "weights": dict(self.weights),
             "activations": dict(self.activations),
             "fallbacks": dict(self.fallbacks),
-            "facts": dict(self.facts),
+            "facts": Facts(self.facts),
         }
         return dataclasses.replace(self, **(own | changes))
 
     def note(self, sentence: str) -> None:
         """Notes a sentence for the user, which report and dumps repeat."""
-        self.facts["notes"] = (*self.facts.get("notes", ()), sentence)
+        self.facts[NOTES] = (*self.facts.get(NOTES, ()), sentence)
 
     def node(self, name: str) -> fx.Node:
         """The node called ``name``. KeyError: there is none."""
@@ -186,3 +191,13 @@ class Program:
     def quantizable(self) -> list[fx.Node]:
         """The linear and conv2d calls whose weight is a stored parameter, in graph order."""
         return [n for n in self.graph.nodes if weight_of(n) is not None]
+
+
+NOTES = Fact[tuple[str, ...]]("notes")
+"""Sentences for the user, by `Program.note`."""
+PARAMETERS = Fact[int]("parameters")
+"""Parameters of the model, those that the program does not read among them."""
+TIME_GROUPS = Fact[Tensor]("time-groups")
+"""f32 [groups - 1]: the boundaries of the time groups, ascending."""
+PLANNED = Fact[Program]("planned")
+"""The program before its quantizers were inserted."""

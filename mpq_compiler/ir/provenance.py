@@ -7,19 +7,35 @@ layers. Numbers have six significant digits, and times are never recorded. `mpqc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
+from mpq_compiler.ir.facts import Fact
 from mpq_compiler.ir.program import Program
 
 VERSION = 1
 """The version of the record's format."""
 PROGRAM = ""
 """The layer that stands for the whole program."""
-KEY = "decisions"
-"""The program's fact that holds the record."""
+Said = dict[str, dict[str, Any]]
+"""The decisions on something, by pass."""
+DECISIONS = Fact[dict[str, Said]]("decisions")
+"""The record, by layer and pass."""
 _DIGITS = 6
+
+
+class Decisions(TypedDict):
+    """The record as a document (schemas/decisions.json)."""
+
+    version: int
+    model: str
+    program: Said
+    """The decisions on the whole program, by pass."""
+    layers: dict[str, Said]
+    """The decisions on each layer, by parameter and pass."""
+    fallbacks: dict[str, str]
+    """The reason of each float leftover, by node or weight."""
 
 
 def note(program: Program, layer: str, step: str, **what: Any) -> None:
@@ -31,10 +47,10 @@ def note(program: Program, layer: str, step: str, **what: Any) -> None:
         step: the name of the pass.
         what: numbers, strings, booleans, None, tensors, or lists and dicts of them.
     """
-    known: Mapping[str, Any] = program.facts.get(KEY, {})
+    known = program.facts.get(DECISIONS, {})
     own = known.get(layer, {})
     entry = {**own.get(step, {}), **{key: plain(value) for key, value in what.items()}}
-    program.facts[KEY] = {**known, layer: {**own, step: entry}}
+    program.facts[DECISIONS] = {**known, layer: {**own, step: entry}}
 
 
 def plain(value: Any) -> Any:
@@ -52,13 +68,13 @@ def plain(value: Any) -> Any:
 
 def boundaries(program: Program) -> list[float] | None:
     """The time-group boundaries that were decided, whatever became of them later; None before there are any."""
-    passes = program.facts.get(KEY, {}).get(PROGRAM, {}).values()
+    passes = program.facts.get(DECISIONS, {}).get(PROGRAM, {}).values()
     return next((said["decided"] for said in passes if "decided" in said), None)
 
 
-def document(program: Program, kernels: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def document(program: Program, kernels: Mapping[str, Any] | None = None) -> Decisions:
     """The whole record as a JSON document; ``kernels`` adds the backend's description of each layer."""
-    known = program.facts.get(KEY, {})
+    known = program.facts.get(DECISIONS, {})
     found = {layer: dict(passes) for layer, passes in known.items()}
     for layer, said in (kernels or {}).items():
         found.setdefault(layer, {})["backend"] = plain(said)

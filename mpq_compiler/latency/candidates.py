@@ -24,6 +24,7 @@ from mpq_compiler.formats import base, low_rank
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.edges import input_edge
+from mpq_compiler.ir.findings import ATTENTION_NUMERICS
 from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.program import Program, TensorStore
 from mpq_compiler.latency import kernel_schedule
@@ -33,8 +34,8 @@ from mpq_compiler.pipeline import realize
 from mpq_compiler.pipeline.backend import BuildRequest, TimedBackend, backend_of
 from mpq_compiler.pipeline.passes import Pass, Role
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.fitting import REST, Rounding
-from mpq_compiler.quantization.statistics import Calibration
+from mpq_compiler.quantization.fitting import REST, FitCache
+from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.cache import Results, digest
@@ -97,6 +98,8 @@ class Latency:
     jobs: int = 1
     cache: Path | None = None
     progress: Any = None
+    fits: FitCache = field(default_factory=FitCache)
+    """Fits of activations, which all plans share."""
     _known: dict[Any, Costs] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -163,21 +166,18 @@ class Latency:
 
     def _packed(self, program: Program, name: str, kind: str, dynamic: bool) -> Program:
         """Packs the program with all weights in one format and all attentions in one kind of numerics."""
-        calibration: Calibration = program.facts["calibration"]
+        calibration = program.facts[CALIBRATION]
         start = program.fork(tensors=TensorStore(program.tensors))
-        start.facts |= {
-            "calibration": replace(calibration, grams={}, means={}),
-            "fits": _forms(program, formats.get(name)),
-            "activation-fits": program.facts.setdefault("activation-fits", {}),
-        }
+        start.facts[CALIBRATION] = replace(calibration, grams={}, means={})
         index = next(i for i, step in enumerate(self.passes) if step.role is Role.ALLOCATES)
         plan = realize.uniform(name, type(self.passes[index]), dynamic=dynamic)
         steps = [plan, *(step for step in self.passes[index:] if step.decides_kernels)]
-        session = Session(self.denoiser)
+        fits = replace(self.fits, forms=_forms(program, formats.get(name)), weights={})
+        session = Session(self.denoiser, fits=fits)
         for step in steps:
             start = step.run(start, session)
             if step is plan and kind != F32:
-                start.facts["numerics"] = {node.name: kind for node in start.attentions}
+                start.facts[ATTENTION_NUMERICS] = {node.name: kind for node in start.attentions}
         return start
 
     def _rows(self, program: Program, name: str, kind: str, dynamic: bool) -> Iterator[Row]:
@@ -268,14 +268,12 @@ def runnable(plans: Sequence[Artifact], threads: int = 1) -> list[CompiledDenois
     return [CompiledDenoiser(plan, threads, reuse_bytes=0) for plan in plans]
 
 
-def _forms(program: Program, planned: base.Format) -> dict[Any, base.Fit]:
-    """Makes fits of all weights, of the right form and any value, by the cache keys of `fitting.fitted`."""
-    found: dict[Any, base.Fit] = {}
+def _forms(program: Program, planned: base.Format) -> dict[tuple[str, str], base.Fit]:
+    """Makes fits of all weights, of the right form and any value, by weight and format."""
+    found: dict[tuple[str, str], base.Fit] = {}
     for node in program.quantizable:
         name = str(weight_of(node))
-        form = planned.form(program.tensors.read(name))
-        found |= dict.fromkeys([(name, planned.name, rounding) for rounding in Rounding], form)
+        form = found[name, planned.name] = planned.form(program.tensors.read(name))
         if isinstance(form, low_rank.LowRankWeight) and isinstance(planned, low_rank.LowRankFormat):
-            rest = f"{weight_path(node)}:{REST}"
-            found |= dict.fromkeys([(rest, planned.base.name, rounding) for rounding in Rounding], form.base)
+            found[f"{weight_path(node)}:{REST}", planned.base.name] = form.base
     return found

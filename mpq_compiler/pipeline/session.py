@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from mpq_compiler.quantization.fitting import FitCache
 from mpq_compiler.quantization.requests import NONE, Requests
 from mpq_compiler.support.execution import RunContext
 from mpq_compiler.targets.numerics import NUMERICS
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mpq_compiler.frontend.denoiser import Denoiser
+    from mpq_compiler.ir.findings import SensitivityTable
     from mpq_compiler.ir.program import Program
 
 
@@ -44,7 +46,7 @@ class Session(RunContext):
     denoiser: Denoiser | None = None
     calibration: dict[str, Tensor] | None = None
     """Recorded inputs by name; None: recorded by sampling."""
-    sensitivity: dict[str, Any] | None = None
+    sensitivity: SensitivityTable | None = None
     """A measured table; None: measured here."""
     latency: LayerTimes | None = None
     """Times of layers in each format on the target, where they are asked for."""
@@ -54,5 +56,7 @@ class Session(RunContext):
     """Steps of the sampler, where the caller sets them."""
     requests: Requests = NONE
     """What the passes of the pipeline ask of each other."""
+    fits: FitCache = dataclasses.field(default_factory=FitCache)
+    """Fits of weights and activations, which programs of the run share."""
     trajectories: dict[tuple[int, int], dict[str, Tensor]] = dataclasses.field(default_factory=dict)
     """Inputs that rewrites were tried on, by the number of trajectories and of steps: the next rewrite's too."""

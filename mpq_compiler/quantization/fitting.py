@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -13,10 +15,10 @@ from mpq_compiler import formats
 from mpq_compiler.formats import activation, low_rank
 from mpq_compiler.formats.base import Fit, QuantizedWeight
 from mpq_compiler.ir import ops
-from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.quantization.adaround import adaround
 from mpq_compiler.quantization.gptq import gptq
-from mpq_compiler.quantization.statistics import Calibration
+from mpq_compiler.quantization.statistics import CALIBRATION, EdgeStatistics
 
 KEPT_ELEMENTS = 1 << 20
 """The most elements of a weight whose fits are cached; larger weights are fitted again on every request."""
@@ -45,7 +47,7 @@ def moments(program: Program, call: fx.Node) -> Tensor | None:
 
     Where the layer has a bias, the gram is taken about the mean, because `corrected_bias` removes the mean error.
     """
-    calibration: Calibration = program.facts["calibration"]
+    calibration = program.facts[CALIBRATION]
     gram = calibration.grams.get(call.name)
     if gram is None or bias_of(call) is None:
         return gram
@@ -100,21 +102,15 @@ def fitted(
     """Fits a call's weight in a format, with the least error of the layer's output over the calibration's rows.
 
     Args:
-        program: has the calibration; its caches keep the fit.
+        program: has the calibration.
         call: the layer.
         weight: the store name of its weight.
         format_name: the format.
         rounding: how codes are chosen.
     """
-    kept, key = program.facts.setdefault("fits", {}), (weight, format_name, rounding)
-    if key in kept:
-        return kept[key]
     gram = moments(program, call)
     fit = formats.get(format_name).fit(program.tensors.read(weight), gram)
-    fit = rounding(fit, rows_of(program, weight), gram)
-    if fit.codes.numel() <= KEPT_ELEMENTS:
-        kept[key] = fit
-    return fit
+    return rounding(fit, rows_of(program, weight), gram)
 
 
 def corrected_bias(program: Program, call: fx.Node, weight: str, quantized: Fit) -> Tensor | None:
@@ -122,7 +118,7 @@ def corrected_bias(program: Program, call: fx.Node, weight: str, quantized: Fit)
 
     None where the layer has no stored bias or no statistics.
     """
-    bias, mean = bias_of(call), program.facts["calibration"].means.get(call.name)
+    bias, mean = bias_of(call), program.facts[CALIBRATION].means.get(call.name)
     if bias is None or mean is None:
         return None
     error = rows_of(program, weight) - quantized.dequantize()
@@ -131,31 +127,103 @@ def corrected_bias(program: Program, call: fx.Node, weight: str, quantized: Fit)
 
 def float_parameters(program: Program, edge: str, bits: int) -> tuple[int, Tensor]:
     """Fits small floats to an edge by least squared error: bits of exponent, and scales f16 [G] by time group."""
-    kept = program.facts.setdefault("activation-fits", {})
-    if (edge, bits, "floating") not in kept:
-        calibration: Calibration = program.facts["calibration"]
-        boundaries = program.facts["time-groups"]
-        group, statistics = ops.time_group(calibration.inputs["timestep"], boundaries), calibration.edges[edge]
-        chosen = [group == g for g in range(len(boundaries) + 1)]
-        magnitude = torch.maximum(-statistics.low, statistics.high)
-        peaks = torch.stack([magnitude[rows].max() for rows in chosen])
-        values = [statistics.values[rows].flatten() for rows in chosen]
-        kept[edge, bits, "floating"] = activation.fit_floats(values, peaks, bits)
-    return kept[edge, bits, "floating"]
+    calibration, boundaries = program.facts[CALIBRATION], program.facts[TIME_GROUPS]
+    group, statistics = ops.time_group(calibration.inputs["timestep"], boundaries), calibration.edges[edge]
+    chosen = [group == g for g in range(len(boundaries) + 1)]
+    magnitude = torch.maximum(-statistics.low, statistics.high)
+    peaks = torch.stack([magnitude[rows].max() for rows in chosen])
+    values = [statistics.values[rows].flatten() for rows in chosen]
+    return activation.fit_floats(values, peaks, bits)
 
 
 def activation_parameters(program: Program, edge: str, bits: int) -> tuple[Tensor, Tensor]:
     """Fits an integer quantizer to an edge by least squared error: scale f16 [G], zero point u8 [G] by time group."""
-    kept = program.facts.setdefault("activation-fits", {})
-    if (edge, bits) not in kept:
-        calibration: Calibration = program.facts["calibration"]
-        boundaries = program.facts["time-groups"]
-        group = ops.time_group(calibration.inputs["timestep"], boundaries)
-        statistics = calibration.edges[edge]
-        found = []
-        for g in range(len(boundaries) + 1):
-            rows = group == g
-            low, high = statistics.low[rows].min(), statistics.high[rows].max()
-            found.append(activation.fit(statistics.values[rows].flatten(), low, high, bits))
-        kept[edge, bits] = torch.stack([f[0] for f in found]), torch.stack([f[1] for f in found])
-    return kept[edge, bits]
+    calibration, boundaries = program.facts[CALIBRATION], program.facts[TIME_GROUPS]
+    group, statistics = ops.time_group(calibration.inputs["timestep"], boundaries), calibration.edges[edge]
+    found = []
+    for g in range(len(boundaries) + 1):
+        rows = group == g
+        low, high = statistics.low[rows].min(), statistics.high[rows].max()
+        found.append(activation.fit(statistics.values[rows].flatten(), low, high, bits))
+    return torch.stack([f[0] for f in found]), torch.stack([f[1] for f in found])
+
+
+@dataclass(frozen=True)
+class KeptFit:
+    """A fit with what it was made from: it holds as long as a program has the same objects."""
+
+    fit: Fit
+    weight: Tensor
+    """The weight as stored."""
+    call: str
+    """The first of the weight's calls, under whose second moments it was fitted."""
+    gram: Tensor | None
+    """Those moments, where there are any."""
+
+    def holds(self, program: Program, weight: str) -> bool:
+        """Whether the program has the same weight under that name, and the same moments of its call."""
+        return self.weight is program.tensors[weight] and self.gram is program.facts[CALIBRATION].grams.get(self.call)
+
+
+_Edge = TypeVar("_Edge")
+_Ranges = tuple[EdgeStatistics, Tensor]
+"""What the quantizer of an edge is fitted to: the edge's statistics and the boundaries of the time groups."""
+
+
+@dataclass
+class FitCache:
+    """Fits of weights and activations, each made once in a run of passes; the session owns them.
+
+    A weight that several calls read is fitted for the first of them.
+    """
+
+    forms: dict[tuple[str, str], Fit] = field(default_factory=dict)
+    """Fits by weight and format that are given, for programs of which only the form counts."""
+    weights: dict[tuple[str, str, Rounding], KeptFit] = field(default_factory=dict)
+    """By store name, format and rounding; those of more than `KEPT_ELEMENTS` elements are not kept."""
+    integers: dict[tuple[str, int], tuple[_Ranges, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    """By edge and bits, what `activation_parameters` gave."""
+    floats: dict[tuple[str, int], tuple[_Ranges, tuple[int, Tensor]]] = field(default_factory=dict)
+    """By edge and bits, what `float_parameters` gave."""
+
+    def fitted(
+        self,
+        program: Program,
+        call: fx.Node,
+        weight: str,
+        format_name: str,
+        rounding: Rounding = Rounding.NEAREST,
+    ) -> Fit:
+        """What the function `fitted` gives."""
+        if (form := self.forms.get((weight, format_name))) is not None:
+            return form
+        kept = self.weights.get((weight, format_name, rounding))
+        if kept is not None and kept.holds(program, weight):
+            return kept.fit
+        fit = fitted(program, call, weight, format_name, rounding)
+        if fit.codes.numel() <= KEPT_ELEMENTS:
+            gram = program.facts[CALIBRATION].grams.get(call.name)
+            self.weights[weight, format_name, rounding] = KeptFit(fit, program.tensors[weight], call.name, gram)
+        return fit
+
+    def activation_parameters(self, program: Program, edge: str, bits: int) -> tuple[Tensor, Tensor]:
+        """What the function `activation_parameters` gives."""
+        return _kept(self.integers, activation_parameters, program, edge, bits)
+
+    def float_parameters(self, program: Program, edge: str, bits: int) -> tuple[int, Tensor]:
+        """What the function `float_parameters` gives."""
+        return _kept(self.floats, float_parameters, program, edge, bits)
+
+
+def _kept(
+    known: dict[tuple[str, int], tuple[_Ranges, _Edge]],
+    fit: Callable[[Program, str, int], _Edge],
+    program: Program,
+    edge: str,
+    bits: int,
+) -> _Edge:
+    statistics, boundaries = program.facts[CALIBRATION].edges[edge], program.facts[TIME_GROUPS]
+    found = known.get((edge, bits))
+    if found is None or found[0][0] is not statistics or found[0][1] is not boundaries:
+        found = known[edge, bits] = (statistics, boundaries), fit(program, edge, bits)
+    return found[1]

@@ -12,11 +12,15 @@ from mpq_compiler import formats
 from mpq_compiler.formats import base, low_rank
 from mpq_compiler.ir import views
 from mpq_compiler.ir.costs import stored_dtype
+from mpq_compiler.ir.facts import Fact
 from mpq_compiler.ir.graph import operand, part_of
 from mpq_compiler.ir.program import Program
-from mpq_compiler.quantization.fitting import REST, Rounding, bias_of, corrected_bias, fitted
-from mpq_compiler.quantization.statistics import GRAM_COLUMNS
+from mpq_compiler.quantization.fitting import REST, FitCache, Rounding, bias_of, corrected_bias
+from mpq_compiler.quantization.statistics import CALIBRATION, GRAM_COLUMNS
 from mpq_compiler.support.execution import RunContext
+
+LATENTS = Fact[dict[str, str]]("latents")
+"""Store names of the float weights that were settled, by the node of their quantized value: for training."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,12 @@ def unsettled(program: Program) -> list[Open]:
 
 
 def fit_unsettled(
-    program: Program, context: RunContext, rounding: Rounding, title: str, kind: type[base.Format] = base.Format
+    program: Program,
+    context: RunContext,
+    fits: FitCache,
+    rounding: Rounding,
+    title: str,
+    kind: type[base.Format] = base.Format,
 ) -> list[tuple[Open, Any]]:
     """Fits the open weights on all jobs; returns each with its fit, in graph order.
 
@@ -67,6 +76,7 @@ def fit_unsettled(
     Args:
         program: has the open weights and the calibration.
         context: runs the fits and shows their progress.
+        fits: the fits that are known, to which these are added.
         rounding: how codes are chosen.
         title: of the progress bar.
         kind: the class of formats to fit; weights of other formats are left out.
@@ -77,7 +87,7 @@ def fit_unsettled(
     with context.track(title, len(chosen)) as advance:
 
         def fit(weight: Open) -> tuple[Open, Any]:
-            found = fitted(program, weight.call, weight.weight, weight.format, rounding)
+            found = fits.fitted(program, weight.call, weight.weight, weight.format, rounding)
             advance(1)
             return weight, found
 
@@ -85,7 +95,7 @@ def fit_unsettled(
 
 
 def _note_nearest(program: Program, chosen: list[Open], rounding: Rounding) -> None:
-    grams = program.facts["calibration"].grams
+    grams = program.facts[CALIBRATION].grams
     left = [weight.path for weight in chosen if weight.call.name not in grams or grams[weight.call.name].dim() == 1]
     if left:
         method = "learned rounding" if rounding == Rounding.LEARNED else "GPTQ"
@@ -128,7 +138,8 @@ def settle(program: Program, weight: Open, value: fx.Node, quantized: base.Fit) 
                 new = program.graph.get_attr(program.tensors.add(name, corrected.to(stored_dtype(name, corrected))))
             bias.replace_all_uses_with(new)
     name = quantizer.name
-    program.facts["latents"] = {**program.facts.get("latents", {}), name: weight.weight}
+    known = program.facts.get(LATENTS, {})
+    program.facts[LATENTS] = known | {name: weight.weight}
     quantizer.replace_all_uses_with(value)
     program.graph.erase_node(quantizer)
     value.name = name

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, fx
 
 from mpq_compiler.ir import ops
-from mpq_compiler.ir.edges import attention_arguments, attention_edges, input_edge, row_geometry
-from mpq_compiler.ir.graph import arguments, operand, softmax, weight_of
+from mpq_compiler.ir.edges import RowGeometry, attention_arguments, attention_edges, input_edge, row_geometry
+from mpq_compiler.ir.facts import Fact
+from mpq_compiler.ir.graph import softmax, weight_of
 from mpq_compiler.ir.interpreter import Interpreter
-from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.support import cache
 from mpq_compiler.support.execution import batches
 
@@ -105,6 +106,9 @@ class Calibration:
         return {name: value[index] for name, value in self.inputs.items()}
 
 
+CALIBRATION = Fact[Calibration]("calibration")
+
+
 def fingerprint(program: Program, inputs: Mapping[str, Tensor], options: str) -> str:
     """The cache key of a measurement: a digest of all that it depends on.
 
@@ -116,28 +120,27 @@ def fingerprint(program: Program, inputs: Mapping[str, Tensor], options: str) ->
     names = sorted({str(n.target) for n in program.graph.nodes if n.op == "get_attr"})
     tensors = {name: program.tensors[name].contiguous() for name in names}
     text = "\n".join(f"{n.name} {ops.name_of(n.target)} {n.args} {n.kwargs}" for n in program.graph.nodes)
-    calibration: Calibration = program.facts["calibration"]
+    calibration = program.facts[CALIBRATION]
     edges = {name: statistics.values for name, statistics in calibration.edges.items()}
     versions = f"{options} {torch.__version__} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return cache.digest(versions, text, str(program.facts["time-groups"]), tensors, inputs, edges, calibration.grams)
+    return cache.digest(versions, text, str(program.facts[TIME_GROUPS]), tensors, inputs, edges, calibration.grams)
 
 
-def input_rows(node: fx.Node, x: Tensor, rows: int, generator: torch.Generator) -> Tensor:
+def input_rows(geometry: RowGeometry, x: Tensor, rows: int, generator: torch.Generator) -> Tensor:
     """Samples about ``rows`` rows [R, K] that a call multiplies with its weight, K in the stored weight's order.
 
     Args:
-        node: a linear layer or a convolution, whose rows are patches.
+        geometry: of a linear layer or a convolution, whose rows are patches.
         x: its input.
         rows: how many rows are wanted, at most.
         generator: source of the randomness.
     """
-    if node.target is not ops.conv2d:
+    if not geometry:
         flat = x.reshape(-1, x.shape[-1])
         return flat[_choice(len(flat), rows, generator)]
-    weight = operand(node, 1).meta["shape"]
-    (sh, sw), (top, bottom, left, right) = arguments(node)[3:5]
+    (kh, kw), (sh, sw), (top, bottom, left, right) = geometry
     padded = torch.nn.functional.pad(x, (0, 0, left, right, top, bottom))
-    windows = padded.unfold(1, weight[1], sh).unfold(2, weight[2], sw)  # [B, OH, OW, C, kh, kw]
+    windows = padded.unfold(1, kh, sh).unfold(2, kw, sw)  # [B, OH, OW, C, kh, kw]
     b, oh, ow = windows.shape[:3]
     index = _choice(b * oh * ow, rows, generator)
     patches = windows[index // (oh * ow), index // ow % oh, index % ow]
@@ -185,7 +188,7 @@ class _Observer(Interpreter):
         return EdgeStatistics(p.min().reshape(1), p.max().reshape(1), values.reshape(1, -1), p.numel())
 
 
-Rows = tuple[str, tuple[Any, ...]]
+Rows = tuple[str, RowGeometry]
 """The identity of the rows that a layer multiplies: the edge that it reads, and `ir.edges.row_geometry`."""
 
 
@@ -222,9 +225,8 @@ class Collector:
         self.attentions = program.attentions if attention else []
         self.readers: dict[str, dict[Rows, list[fx.Node]]] = {}
         for n in self.layers:
-            operand(n, 1).meta["shape"] = tuple(program.tensors[str(weight_of(n))].shape)
-            edge = input_edge(n).name
-            self.readers.setdefault(edge, {}).setdefault((edge, row_geometry(n)), []).append(n)
+            edge, geometry = input_edge(n).name, row_geometry(n, program.tensors[str(weight_of(n))].shape)
+            self.readers.setdefault(edge, {}).setdefault((edge, geometry), []).append(n)
         read = {e.name for n in self.attentions for e in attention_edges(n)}
         self.parts: dict[str, list[EdgeStatistics]] = {
             name: [] for name in (*(self.readers.keys() | read), *(softmax(n.name) for n in self.attentions))
@@ -265,8 +267,8 @@ class Collector:
             low, high = flat.aminmax(dim=1)
             positions = _choice(flat.shape[1], values, generator)
             edges[node.name] = EdgeStatistics(low, high, flat[:, positions], flat.shape[1])
-            for key, calls in self.readers.get(node.name, {}).items() if self.wanted & {GRAM, MOMENTS} else ():
-                sampled[key] = input_rows(calls[0], value, max(1, GRAM_ROWS * size // self.total), generator)
+            for key in self.readers.get(node.name, {}) if self.wanted & {GRAM, MOMENTS} else ():
+                sampled[key] = input_rows(key[1], value, max(1, GRAM_ROWS * size // self.total), generator)
 
         observer = _Observer(self.program, frozenset(n.name for n in self.attentions), generator)
         with torch.no_grad():

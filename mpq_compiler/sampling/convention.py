@@ -32,7 +32,8 @@ class Convention:
         batch, channels, height, width = image.shape
         p, h, w = self.patch, height // self.patch, width // self.patch
         parts = image.reshape(batch, channels, h, p, w, p)  # to [B, h, w, C, p, p]
-        return parts.swapaxes(1, 2).swapaxes(2, 4).swapaxes(3, 4).reshape(batch, h * w, channels * p * p)
+        packed: Array = parts.swapaxes(1, 2).swapaxes(2, 4).swapaxes(3, 4).reshape(batch, h * w, channels * p * p)
+        return packed
 
     def unpack(self, tokens: Array, height: int, width: int) -> Array:
         """Unpacks what the model takes or returns into an image [B, C, H, W]; the inverse of `pack`."""
@@ -41,7 +42,8 @@ class Convention:
         p, h, w = self.patch, height // self.patch, width // self.patch
         batch, channels = tokens.shape[0], tokens.shape[2] // (p * p)
         parts = tokens.reshape(batch, h, w, channels, p, p)
-        return parts.swapaxes(3, 4).swapaxes(2, 4).swapaxes(1, 2).reshape(batch, channels, height, width)
+        image: Array = parts.swapaxes(3, 4).swapaxes(2, 4).swapaxes(1, 2).reshape(batch, channels, height, width)
+        return image
 
     def inputs(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Converts the keyword arguments of a call of the model to the compiler's inputs.

@@ -150,4 +150,5 @@ def decode(codec: str, latents: Array) -> Array:
         latents = blocks.transpose(0, 1, 4, 2, 5, 3).reshape(n, channels // 4, 2 * height, 2 * width)
     elif codec != "identity":
         raise UserError(f"the codec {codec!r} is not known; {nearest(codec, CODECS)}")
-    return np.clip(latents, -1, 1)
+    images: Array = np.clip(latents, -1, 1)
+    return images

@@ -157,7 +157,8 @@ class NoiseSchedule(Scheduler):
         else:
             # The float range can yield one value too many; a trajectory has exactly `steps`.
             values = np.round(np.arange(count, 0, -count / steps))[:steps] - 1
-        return np.clip(values, 0, count - 1).astype(np.int64)
+        times: Array = np.clip(values, 0, count - 1).astype(np.int64)
+        return times
 
     def _prediction(self, output: Array, a: float, x: Array) -> tuple[Array, Array]:
         """The predicted image and the predicted noise, where a share `a` of the power is signal."""
@@ -274,10 +275,12 @@ class Euler(NoiseSchedule):
 
     def start(self, noise: Array, steps: int) -> Array:
         most = self.sigmas(steps)[0]
-        return noise * (np.sqrt(most**2 + 1) if self.timestep_spacing == "leading" else most)
+        first: Array = noise * (np.sqrt(most**2 + 1) if self.timestep_spacing == "leading" else most)
+        return first
 
     def scaled(self, x: Array, index: int, steps: int) -> Array:
-        return x / np.sqrt(self.sigmas(steps)[index] ** 2 + 1)
+        scaled: Array = x / np.sqrt(self.sigmas(steps)[index] ** 2 + 1)
+        return scaled
 
     def _derivative(self, output: Array, sigma: np.float32, x: Array) -> Array:
         if self.prediction_type == "epsilon":
@@ -291,7 +294,8 @@ class Euler(NoiseSchedule):
     def step(self, output: Array, index: int, steps: int, x: Array, fresh: Array | None = None) -> Array:
         # Scalars are float32 as diffusers has them: with a first sigma of 4096 their rounding shows in the image.
         sigma, after = self.sigmas(steps)[index : index + 2]
-        return x + self._derivative(output, sigma, x) * (after - sigma)
+        moved: Array = x + self._derivative(output, sigma, x) * (after - sigma)
+        return moved
 
 
 @dataclass(frozen=True)
@@ -306,7 +310,8 @@ class EulerAncestral(Euler):
         up = np.sqrt(after**2 * (sigma**2 - after**2) / sigma**2)
         down = np.sqrt(after**2 - up**2)
         assert fresh is not None
-        return x + self._derivative(output, sigma, x) * (down - sigma) + fresh * up
+        moved: Array = x + self._derivative(output, sigma, x) * (down - sigma) + fresh * up
+        return moved
 
 
 @dataclass(frozen=True)
@@ -374,7 +379,8 @@ class FlowMatchEuler(Scheduler):
 
     def step(self, output: Array, index: int, steps: int, x: Array, fresh: Array | None = None) -> Array:
         sigma, after = self.sigmas(steps)[index : index + 2]
-        return x + (after - sigma) * output
+        moved: Array = x + (after - sigma) * output
+        return moved
 
 
 _SOLVERS: dict[str, type[Scheduler]] = {cls.solver: cls for cls in (DDIM, LCM, Euler, EulerAncestral, FlowMatchEuler)}

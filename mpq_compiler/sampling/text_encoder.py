@@ -122,7 +122,8 @@ class TextEncoder:
 
     def encode(self, prompts: Sequence[str]) -> Array:
         """Encodes prompts: their embeddings, float32 [N, L, D]."""
-        return self.words[self.tokens(prompts)] + self.positions
+        embeddings: Array = self.words[self.tokens(prompts)] + self.positions
+        return embeddings
 
     def labels(self, prompts: Sequence[str]) -> Array | None:
         """The classes that the prompts ask for, int64 [N]; None where a prompt is empty or there is no such slot."""

@@ -29,7 +29,8 @@ _ANNOTATIONS = {"$schema", "$id", "$defs", "title", "description"}
 @cache
 def schema(name: str) -> dict[str, Any]:
     """The schema `<name>.json` of this folder."""
-    return json.loads((Path(__file__).parent / f"{name}.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads((Path(__file__).parent / f"{name}.json").read_text(encoding="utf-8"))
+    return found
 
 
 def check(document: Any, name: str) -> str | None:

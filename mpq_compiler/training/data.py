@@ -17,7 +17,7 @@ from mpq_compiler.frontend.trajectories import record_teacher
 from mpq_compiler.ir import costs
 from mpq_compiler.ir.blocks import Block, cut
 from mpq_compiler.ir.interpreter import run
-from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.program import PLANNED, Program
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support.execution import batches
 
@@ -134,7 +134,7 @@ def calls(session: Session, samples: int, steps: int) -> tuple[Data, Data]:
 
 def affordable(program: Program, minutes: float) -> int:
     """The number of training steps that fit in ``minutes``, estimated from the size of the model alone."""
-    macs = sum(costs.macs(program.facts["planned"]).values())
+    macs = sum(costs.macs(program.facts[PLANNED]).values())
     return int(minutes * 60 * MACS / (3 * BATCH * max(macs, 1)))
 
 
@@ -143,7 +143,7 @@ def block_updates(program: Program, found: Sequence[Block], updates: int) -> int
 
     A step of a block runs everything before it forward, in the float program too, and the block itself backward.
     """
-    planned: Program = program.facts["planned"]
+    planned = program.facts[PLANNED]
     macs = costs.macs(planned)
     own = {n.name: str(costs.weight_path(n)) for n in planned.quantizable}
     spent = 0

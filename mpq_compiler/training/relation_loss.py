@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mpq_compiler.ir.blocks import cut
 from mpq_compiler.ir.interpreter import run
-from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.program import PLANNED, TIME_GROUPS, Program
 
 ENTRIES = 20_000
 """The number of pixels in the queue, over all time groups."""
@@ -101,9 +101,9 @@ class Relations:
             program: the fake-quantized program.
             inputs: of any call, to learn the features' shape.
         """
-        teacher = cut(program.facts["planned"], term.node)
+        teacher = cut(program.facts[PLANNED], term.node)
         features = run(teacher, {name: value[:1] for name, value in inputs.items()})
-        groups = len(program.facts["time-groups"]) + 1
+        groups = len(program.facts[TIME_GROUPS]) + 1
         memory = Memory.empty(groups, features.shape[-1])
         return cls(term, teacher, memory, features[0].numel() // features.shape[-1])
 

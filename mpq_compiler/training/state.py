@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.blocks import Block
-from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.program import PLANNED, TIME_GROUPS, Program
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support import cache
 from mpq_compiler.training.data import Data
@@ -98,10 +98,10 @@ def key(program: Program, trained: Mapping[str, Variable], stage: Stage, data: D
     text = "\n".join(f"{n.name} {ops.name_of(n.target)} {n.args} {n.kwargs}" for n in program.graph.nodes)
     latents = {name: v.start for name, v in trained.items() if v.kind == Kind.LATENT}
     capability = torch.backends.cpu.get_cpu_capability()
-    times = program.facts["time-groups"] if stage.relation else ""  # by which it keeps what other steps had
+    times = program.facts[TIME_GROUPS] if stage.relation else ""  # by which it keeps what other steps had
     versions = f"2 {seed} {stage}{times} {torch.__version__} {platform.machine()} {capability}"
     if stage.block is not None or stage.relation is not None:  # whose teacher is the float program
-        read |= {str(n.target) for n in program.facts["planned"].graph.nodes if n.op == "get_attr"}
+        read |= {str(n.target) for n in program.facts[PLANNED].graph.nodes if n.op == "get_attr"}
     tensors = {name: program.tensors[name].contiguous() for name in sorted(read)}
     return cache.digest(
         versions,

@@ -10,7 +10,7 @@ move latent weights, and networks may produce the scales of time groups; neither
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +23,7 @@ from mpq_compiler.ir import ops
 from mpq_compiler.ir.graph import arguments, operand
 from mpq_compiler.ir.interpreter import Interpreter
 from mpq_compiler.ir.program import Program
+from mpq_compiler.quantization.settle import LATENTS
 from mpq_compiler.training.variables import EDGE, WIDTHS, Adapted, Kind, Settled, Timed, Variable, ends, gaps, settled
 
 
@@ -110,7 +111,8 @@ class Student(Interpreter):
             return None
         if node.target is ops.fake_quantize:
             x, scale, zero, group, bits = args
-            return _Rounded.apply(
+            rounded: Callable[..., Tensor] = _Rounded.apply
+            return rounded(
                 x, *(ops.per_sample(t.to(torch.float32), group, x) for t in (scale, zero)), 2**bits - 1
             )
         return super().call(node, args, kwargs)
@@ -134,7 +136,8 @@ def values(program: Program, variables: Mapping[str, Variable], thetas: Mapping[
         tables = weight.values(program, lambda name: found[name] if name in found else program.tensors[name])
         if weight.codes in variables:
             rows = variables[weight.codes](thetas[weight.codes])
-            level = _Levels.apply(rows, *tables)
+            levels: Callable[..., Tensor] = _Levels.apply
+            level = levels(rows, *tables)
         else:
             level = contract.dequantize(weight.merged_codes(program), tables)
         found[weight.node.name] = level.reshape(weight.shape)
@@ -156,7 +159,7 @@ def variables(
     """
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Variable] = {}
-    tensors, originals = program.tensors, program.facts["latents"]
+    tensors, originals = program.tensors, program.facts[LATENTS]
     for weight in settled(program):
         scale, offset = weight.tables.scale, weight.tables.offset
         found[scale] = _scale(Kind.SCALE, tensors[scale])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from mpq_compiler.analysis.trajectory_error import PART
 from mpq_compiler.formats import contract
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.blocks import Block, cut, weight_path_of
+from mpq_compiler.ir.facts import Fact
 from mpq_compiler.ir.graph import part_of
-from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.program import PLANNED, TIME_GROUPS, Program
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.training.data import BATCH, Data
 from mpq_compiler.training.relation_loss import Memory, Relations
@@ -52,6 +54,11 @@ class Outcome:
     """The step at which training gave up; None where it did not."""
 
 
+TRAINING = Fact[list[dict[str, Any]]]("training")
+"""What each phase of training gave: ``phase``, the outcomes of its ``stages``, ``images_before`` and ``images_after``,
+and whether it was ``kept``."""
+
+
 def train(
     program: Program, stage: Stage, data: Data, held_out: Data, session: Session, seed: int
 ) -> tuple[Program, Outcome]:
@@ -72,7 +79,7 @@ def train(
     whole, trained = program, variables(program, stage.latent, stage.adapters, times, seed)
     digest = key(program, trained, stage, data, held_out, seed)
     if stage.block is not None:
-        program, teacher = (cut(p, stage.block.output) for p in (program, program.facts["planned"]))
+        program, teacher = (cut(p, stage.block.output) for p in (program, program.facts[PLANNED]))
         own = _variables_of(program, stage.block)
         trained = {name: variable for name, variable in trained.items() if name in own}
         data, held_out = data.judged_by(teacher), held_out.judged_by(teacher, session)
@@ -118,7 +125,7 @@ def train(
 
 def group_times(program: Program, timesteps: Tensor) -> Tensor:
     """The middles of the time groups, f32 [G], from 0 to 1 over the range of the timesteps."""
-    boundaries = program.facts["time-groups"]
+    boundaries = program.facts[TIME_GROUPS]
     low, high = torch.cat([timesteps.to(torch.float32), boundaries]).aminmax()
     ends = torch.cat([low[None], boundaries, high[None]])
     return ((ends[1:] + ends[:-1]) / 2 - low) / (high - low)
@@ -191,7 +198,7 @@ def _gradients(
 
     pieces = session.map(part, enumerate(batch.parts()))
     if relation is not None:
-        group = ops.time_group(batch.inputs["timestep"], program.facts["time-groups"])
+        group = ops.time_group(batch.inputs["timestep"], program.facts[TIME_GROUPS])
         relation.push(torch.cat([pixels for *_, pixels in pieces if pixels is not None]), group)
     reached: dict[str, Tensor] = {}
     for name, *parts in zip(made, *(found for _, found, _ in pieces), strict=True):

@@ -6,7 +6,7 @@ from mpq_compiler.allocation import mixdq_groups
 from mpq_compiler.allocation.costs import describe
 from mpq_compiler.allocation.sensitivity_table import CONTENT, QUALITY
 from mpq_compiler.ir import costs
-from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.program import PARAMETERS, TIME_GROUPS, Program
 from mpq_compiler.pipeline import manager, parser
 from mpq_compiler.pipeline.session import Session
 from tests.harness import programs
@@ -36,7 +36,7 @@ def test_joint_attention_is_quality_and_its_feed_forwards_are_content():
 
 def test_the_table_holds_the_groups_and_sizes_of_layers():
     program = laid_out("pixart")
-    program.facts |= {"time-groups": (), "parameters": 1}
+    program.facts |= {TIME_GROUPS: (), PARAMETERS: 1}
     layers = {layer["name"]: layer for layer in describe(program)["layers"]}
     assert {name: layer["group"] for name, layer in layers.items()} == mixdq_groups.groups(program)
     assert all(layer["weights"] == program.tensors[name].numel() for name, layer in layers.items())

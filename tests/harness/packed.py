@@ -20,7 +20,7 @@ from mpq_compiler.analysis.noise_power import noise_power
 from mpq_compiler.artifact import bundle
 from mpq_compiler.frontend import denoiser as denoisers
 from mpq_compiler.frontend import trajectories
-from mpq_compiler.ir.program import Program, Stage, TensorStore
+from mpq_compiler.ir.program import PARAMETERS, Program, Stage, TensorStore
 from mpq_compiler.pipeline import manager, parser
 from mpq_compiler.pipeline.backend import Built
 from mpq_compiler.pipeline.session import Session
@@ -92,7 +92,7 @@ def write(path: Path, program: Program, target: Target, built: Built) -> Path:
             "backend": target.backend,
             "features": list(target.features),
         },
-        "model": {"class": "Test", "config": {}, "parameters": program.facts["parameters"]},
+        "model": {"class": "Test", "config": {}, "parameters": program.facts[PARAMETERS]},
         "functions": built.functions,
         "tensors": built.entries,
         "versions": {},

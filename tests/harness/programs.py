@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -19,10 +19,12 @@ from mpq_compiler.driver.instruments import observe
 from mpq_compiler.frontend import denoiser as denoisers
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir import ops
-from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
+from mpq_compiler.ir.facts import Facts
+from mpq_compiler.ir.program import PARAMETERS, InputSpec, Program, Stage, TensorStore
 from mpq_compiler.pipeline import manager, parser, registry
 from mpq_compiler.pipeline.passes import Pass
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fitting import FitCache
 from mpq_compiler.support import cache
 from mpq_compiler.targets.numerics import BF16
 from tests.harness import tiny
@@ -70,6 +72,8 @@ class Step:
     after: Program
     planned: Program | None = None
     """The last program before quantizers were inserted."""
+    fits: FitCache = field(default_factory=FitCache)
+    """Those of the pipeline's session."""
 
 
 @functools.cache
@@ -102,7 +106,7 @@ def bfloat16_layers() -> tuple[Program, Tensor]:
     weight = graph.call_function(ops.dequantize_weight, (*parts, [40, 33]))
     graph.output(graph.call_function(ops.linear, (x, weight), {"numerics": BF16}))
     spec = InputSpec("x", ("B", 6, 4, 5), torch.float32)
-    program = Program(graph, tensors, (spec,), Stage.PACKED, facts={"parameters": 1})
+    program = Program(graph, tensors, (spec,), Stage.PACKED, facts=Facts({PARAMETERS: 1}))
     return program, torch.randn(2, 6, 4, 5, generator=generator)
 
 
@@ -140,7 +144,7 @@ def _steps(name: str, pipeline: str) -> tuple[Step, ...]:
 
     def add(index: int, step: Pass, before: Program, after: Program) -> None:
         last = after if after.stage == Stage.PLANNED else found[-1].planned if found else None
-        found.append(Step(step, before, after, last))
+        found.append(Step(step, before, after, last, session.fits))
 
     manager.run_pipeline(parser.parse(pipeline), empty(), session, [observe, add])
     return tuple(found)

@@ -20,7 +20,7 @@ from mpq_compiler.driver.instruments import observe
 from mpq_compiler.inspection import bisect
 from mpq_compiler.inspection.dumps import read_dumps
 from mpq_compiler.ir.graph import prune, weight_of
-from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.pipeline import manager
 from mpq_compiler.pipeline.passes import Pass
 from mpq_compiler.pipeline.session import Session
@@ -209,7 +209,7 @@ def test_a_clean_compilation_has_nothing_wrong(model):
 
 
 def dropped_boundary(program: Program, layers: Sequence[str]) -> None:
-    program.facts["time-groups"] = program.facts["time-groups"][:-1]
+    program.facts[TIME_GROUPS] = program.facts[TIME_GROUPS][:-1]
 
 
 def flipped_branch(program: Program, layers: Sequence[str]) -> None:

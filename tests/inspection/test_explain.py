@@ -23,10 +23,11 @@ from mpq_compiler.driver.instruments import observe
 from mpq_compiler.inspection import explain, html_report
 from mpq_compiler.inspection.dumps import Dump, read_dumps
 from mpq_compiler.ir import provenance
+from mpq_compiler.ir.findings import SENSITIVITY
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.pipeline import manager, parser
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.statistics import Calibration
+from mpq_compiler.quantization.statistics import CALIBRATION, Calibration
 from mpq_compiler.support import svg
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.files import encode_json
@@ -65,7 +66,7 @@ def test_every_layer_has_its_decisions(model):
 
 def test_statistics_are_those_of_calibration():
     said = document()["layers"][f"{LAYER}.weight"]
-    calibration: Calibration = programs.after("pixart", "calibrate").facts["calibration"]
+    calibration: Calibration = programs.after("pixart", "calibrate").facts[CALIBRATION]
     edge = calibration.edges[said["calibrate"]["edge"]]
     assert said["calibrate"]["low"] == pytest.approx(float(edge.low.min()), rel=1e-5)
     assert said["calibrate"]["outliers"] * said["calibrate"]["rms"] == pytest.approx(
@@ -78,11 +79,11 @@ def test_statistics_are_those_of_calibration():
 
 def test_a_pass_leaves_what_it_likes_and_nothing_of_others_is_lost():
     program = programs.after("pixart", "layout").fork()
-    before = program.facts[provenance.KEY]
+    before = program.facts[provenance.DECISIONS]
     provenance.note(program, LAYER, "mine", ratio=1 / 3, kind="x")
     provenance.note(program, LAYER, "mine", table=torch.tensor([1, 2]))
-    assert program.facts[provenance.KEY][LAYER]["mine"] == {"ratio": 0.333333, "kind": "x", "table": [1, 2]}
-    assert program.facts[provenance.KEY][provenance.PROGRAM] == before[provenance.PROGRAM]
+    assert program.facts[provenance.DECISIONS][LAYER]["mine"] == {"ratio": 0.333333, "kind": "x", "table": [1, 2]}
+    assert program.facts[provenance.DECISIONS][provenance.PROGRAM] == before[provenance.PROGRAM]
     assert LAYER not in before
 
 
@@ -146,7 +147,7 @@ def test_what_was_chosen_fits_though_numbers_are_written_rounded():
 def test_budgets_of_groups_are_those_of_their_layers():
     """In decibels too, whose sums are negative."""
     program = programs.after("sd15", "sensitivity")
-    table = program.facts["sensitivity"] | costs.describe(program)
+    table = program.facts[SENSITIVITY] | costs.describe(program)
     terms = pose.Terms(decibels=True, ratio=0.9)
     problem = pose.problem(table, int(5.0 * table["parameters"] / 8), terms=terms)
     allocation = solve(Problem.from_json(problem))

@@ -12,7 +12,17 @@ from torch import Tensor, fx
 
 from mpq_compiler.ir import ops, verifier
 from mpq_compiler.ir.aten import aten
-from mpq_compiler.ir.program import ActivationPlan, InputSpec, Program, Stage, TensorStore, WeightPlan
+from mpq_compiler.ir.facts import Facts
+from mpq_compiler.ir.program import (
+    PARAMETERS,
+    TIME_GROUPS,
+    ActivationPlan,
+    InputSpec,
+    Program,
+    Stage,
+    TensorStore,
+    WeightPlan,
+)
 from mpq_compiler.ir.verifier import RULES, VerificationError, check, verify
 from tests.harness import programs
 from tests.harness.tree import ROOT
@@ -223,7 +233,7 @@ def _(program):
 
 @mutant("boundaries", "bit-allocation")
 def _(program):
-    program.facts["time-groups"] = program.facts["time-groups"].flip(0)
+    program.facts[TIME_GROUPS] = program.facts[TIME_GROUPS].flip(0)
 
 
 @mutant("one-time-group", "round-weights")
@@ -370,7 +380,7 @@ def packed_linear(channels: int) -> Program:
         Stage.PACKED,
         weights={"w": WeightPlan("int2", (y.name,))},
         activations={"x": ActivationPlan(8, "x:scale", "x:zero_point")},
-        facts={"time-groups": torch.tensor([500.0]), "parameters": channels},
+        facts=Facts({TIME_GROUPS: torch.tensor([500.0]), PARAMETERS: channels}),
     )
 
 

@@ -19,6 +19,7 @@ from mpq_compiler.driver import budgets, instruments, measure
 from mpq_compiler.formats import base
 from mpq_compiler.inspection import explain
 from mpq_compiler.ir import provenance
+from mpq_compiler.ir.findings import ALLOCATION, LATENCY, SENSITIVITY
 from mpq_compiler.ir.program import Program
 from mpq_compiler.latency import measure as profile
 from mpq_compiler.latency import table as latency_table
@@ -213,7 +214,7 @@ def test_candidates_leave_the_program_and_its_tensors_alone():
     program = programs.after(MODEL, "time-groups")
     names, text = set(program.tensors), str(program.graph)
     fresh().costs(program, ["int4"])
-    assert set(program.tensors) == names and str(program.graph) == text and "latency" not in program.facts
+    assert set(program.tensors) == names and str(program.graph) == text and LATENCY not in program.facts
 
 
 @pytest.mark.parametrize("name", sorted(formats.FORMATS))
@@ -240,20 +241,20 @@ def test_the_budget_of_time_is_met_and_traded_for_noise():
     fastest, losses = 0.0, []
     for budget in (None, 0.30, 0.25):
         program = planned(latency, weights=6.5, latency=budget)
-        said = program.facts["latency"]
+        said = program.facts[LATENCY]
         assert budget is None or said["ms"] <= budget
         assert said["ms"] * 1e3 == pytest.approx(predicted(packed_after(program)), rel=1e-9)
-        losses.append(program.facts["allocation"]["objective"])
+        losses.append(program.facts[ALLOCATION]["objective"])
         fastest = said["ms"]
     assert losses == sorted(losses) and losses[0] < losses[-1]
     assert fastest > said["fixed_ms"] > 0
     program = planned(latency, weights=6.5, latency=0.25, bops=3e9)
-    assert program.facts["latency"]["ms"] <= 0.25 and program.facts["allocation"]["costs"]["bops"] <= 3e9
+    assert program.facts[LATENCY]["ms"] <= 0.25 and program.facts[ALLOCATION]["costs"]["bops"] <= 3e9
 
 
 def test_the_same_table_gives_the_same_plan():
     first, second = (planned(known, weights=6.5, latency=0.28) for known in (times(), fresh()))
-    assert first.weights == second.weights and first.facts["allocation"] == second.facts["allocation"]
+    assert first.weights == second.weights and first.facts[ALLOCATION] == second.facts[ALLOCATION]
 
 
 def test_a_budget_below_everything_names_the_smallest_latency():
@@ -264,7 +265,7 @@ def test_a_budget_below_everything_names_the_smallest_latency():
     except UserError as error:
         least = float(str(error).split("allow is ")[1].split(" ms")[0])
     program = planned(times(), latency=least)
-    assert program.facts["latency"]["ms"] == pytest.approx(least, rel=1e-3)
+    assert program.facts[LATENCY]["ms"] == pytest.approx(least, rel=1e-3)
 
 
 def test_budgets_that_exclude_each_other_name_the_smallest_latency_with_the_others_kept():
@@ -272,7 +273,7 @@ def test_budgets_that_exclude_each_other_name_the_smallest_latency_with_the_othe
     with pytest.raises(InfeasibleError, match=message) as caught:
         planned(times(), weights=3.6, latency=0.25)
     least = float(str(caught.value).rsplit("smallest is ", 1)[1].split(" ms")[0])
-    assert planned(times(), weights=3.6, latency=least).facts["latency"]["ms"] <= least
+    assert planned(times(), weights=3.6, latency=least).facts[LATENCY]["ms"] <= least
 
 
 def test_a_uniform_plan_beyond_the_budget_is_refused():
@@ -325,7 +326,7 @@ def test_why_tells_the_time_of_each_format():
 
 def test_a_sensitivity_table_may_hold_times():
     program = programs.after(MODEL, "sensitivity")
-    document = costs.describe(program) | program.facts["sensitivity"]
+    document = costs.describe(program) | program.facts[SENSITIVITY]
     with pytest.raises(UserError, match="holds no times"):
         pose.problem(document, None, 8, None, 1.0)
     found = times().costs(program, NAMES)

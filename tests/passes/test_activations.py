@@ -16,15 +16,17 @@ from mpq_compiler.ir import costs, ops, printer, stored_tensors, views
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.edges import attention_edges, input_edge
 from mpq_compiler.ir.exact_interpreter import run_exact
+from mpq_compiler.ir.facts import Facts
+from mpq_compiler.ir.findings import SENSITIVITY
 from mpq_compiler.ir.graph import softmax
 from mpq_compiler.ir.interpreter import run, shapes
-from mpq_compiler.ir.program import ActivationPlan, InputSpec, Program, Stage, TensorStore
+from mpq_compiler.ir.program import PARAMETERS, ActivationPlan, InputSpec, Program, Stage, TensorStore
 from mpq_compiler.ir.verifier import check
 from mpq_compiler.passes.bit_allocation import BitAllocation
 from mpq_compiler.passes.insert_fake_quant import InsertFakeQuant
 from mpq_compiler.pipeline import manager, parser
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.statistics import RANGE, VALUES, collect
+from mpq_compiler.quantization.statistics import CALIBRATION, RANGE, VALUES, collect
 from mpq_compiler.support.errors import UserError
 from tests.harness import programs
 from tests.passes import test_contracts as contracts
@@ -98,7 +100,7 @@ def test_a_program_without_static_activations_has_no_time_groups():
     x, _ = graph.placeholder("sample"), graph.placeholder("timestep")
     graph.output(graph.call_function(aten.linear.default, (x, graph.get_attr("to.weight"), None)))
     specs = InputSpec("sample", ("B", 4), torch.float32), InputSpec("timestep", ("B",), torch.int64)
-    tensors, facts = TensorStore({"to.weight": weight}), {"parameters": 24}
+    tensors, facts = TensorStore({"to.weight": weight}), Facts({PARAMETERS: 24})
     start = Program(graph, tensors, specs, Stage.REWRITTEN, facts=facts)
     inputs = {"sample": torch.randn(8, 4), "timestep": torch.arange(8) * 100}
     passes = f"calibrate,time-groups,bit-allocation{{uniform=int8,dynamic=true}},{programs.BACK}"
@@ -141,7 +143,7 @@ def test_layers_of_one_edge_share_a_plan_and_a_quantizer(passes):
 
 def test_statistics_of_an_attention_are_those_of_its_probabilities():
     program = after("calibrate")
-    calibration = program.facts["calibration"]
+    calibration = program.facts[CALIBRATION]
     values = {}
     run(program, calibration.inputs, lambda node, value: values.__setitem__(node, value))
     for node in program.attentions:
@@ -168,9 +170,9 @@ def test_attentions_are_observed_where_they_are_asked_for():
 def test_sensitivities_are_those_of_what_is_used():
     """A dynamic edge is measured dynamic, an attention with all that is quantized in it."""
     program = after("sensitivity")
-    table = program.facts["sensitivity"]
+    table = program.facts[SENSITIVITY]
     assert table["dynamic"] and {*table["attention"]} == {n.name for n in program.attentions}
-    plan, inputs = after("bit-allocation"), program.facts["calibration"].select(3)
+    plan, inputs = after("bit-allocation"), program.facts[CALIBRATION].select(3)
     reference = run(program, inputs)
 
     def alone(*edges: str) -> float:
@@ -202,7 +204,7 @@ def _only(simulated: Program, single: Program, edges: tuple[str, ...]) -> fx.Gra
 
 def test_an_attention_is_kept_in_float_where_the_budget_allows():
     """Most sensitive first: the allocation spends what `activations` allows beyond 8 bits on attentions."""
-    table = after("sensitivity").facts["sensitivity"]
+    table = after("sensitivity").facts[SENSITIVITY]
     costly = max(table["attention"], key=lambda n: table["attention"][n]["8"])
     counts = costs.attention_costs(after("sensitivity"))
     elements = sum(costs.activation_elements(after("sensitivity")).values())
@@ -227,7 +229,7 @@ def test_sensitivities_of_another_kind_are_refused():
 
 
 def test_a_table_holds_attentions_and_is_allocated_without_the_model():
-    table = after("sensitivity").facts["sensitivity"] | describe(after("sensitivity"), dynamic=True)
+    table = after("sensitivity").facts[SENSITIVITY] | describe(after("sensitivity"), dynamic=True)
     problem = pose.problem(table, None, 8.0)
     names = {layer["name"]: [c["name"] for c in layer["choices"]] for layer in problem["layers"]}
     for name in table["attention"]:

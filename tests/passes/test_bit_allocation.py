@@ -12,18 +12,21 @@ from torch import fx
 from mpq_compiler import formats
 from mpq_compiler.allocation import solver
 from mpq_compiler.analysis import noise_power
-from mpq_compiler.analysis.time_weights import by_gains
+from mpq_compiler.analysis.time_weights import TIME_GAINS, by_gains
 from mpq_compiler.ir import costs, stored_tensors, views
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.edges import input_edge
 from mpq_compiler.ir.exact_interpreter import run_exact
+from mpq_compiler.ir.facts import Facts
+from mpq_compiler.ir.findings import ALLOCATION, SENSITIVITY
 from mpq_compiler.ir.interpreter import run
-from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
+from mpq_compiler.ir.program import NOTES, PARAMETERS, InputSpec, Program, Stage, TensorStore
 from mpq_compiler.passes import bit_allocation
 from mpq_compiler.passes.bit_allocation import ADDITIVE_DB, BitAllocation
 from mpq_compiler.pipeline import manager, parser
 from mpq_compiler.pipeline.options import make as make_pass
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.support.errors import UserError
 from tests.harness import programs
 
@@ -35,7 +38,7 @@ def planned(**options) -> Program:
 
 
 def loss(program: Program) -> float:
-    table = program.facts["sensitivity"]["weights"]
+    table = program.facts[SENSITIVITY]["weights"]
     return sum(table[path][plan.format] for path, plan in program.weights.items())
 
 
@@ -44,7 +47,7 @@ def test_the_budget_is_met_and_used():
     previous = float("inf")
     for bits in (4.0, 5.0, 6.0, 8.0):
         program = planned(weights=bits)
-        parameters = program.facts["parameters"]
+        parameters = program.facts[PARAMETERS]
         assert costs.average_bits(costs.stored_bytes(program), parameters) <= bits
         assert loss(program) < previous
         previous = loss(program)
@@ -63,7 +66,7 @@ def test_stored_bytes_are_those_of_the_artifact(model):
 
 
 def test_a_budget_of_bytes_is_the_same_budget():
-    parameters = programs.after(MODEL, "sensitivity").facts["parameters"]
+    parameters = programs.after(MODEL, "sensitivity").facts[PARAMETERS]
     by_bits, by_bytes = planned(weights=5.0), planned(bytes=int(5.0 * parameters / 8))
     assert by_bits.weights == by_bytes.weights
 
@@ -80,7 +83,7 @@ def test_an_impossible_budget_names_the_least():
 
 def test_activations_of_one_width_have_the_budgets():
     measured = programs.after(MODEL, "sensitivity")
-    widths = {bits for losses in measured.facts["sensitivity"]["activations"].values() for bits in losses}
+    widths = {bits for losses in measured.facts[SENSITIVITY]["activations"].values() for bits in losses}
     width = min(map(int, widths))
     program = planned(weights=5.0, activations=float(width), mixed=False)
     assert {plan.bits for plan in program.activations.values()} == {width}
@@ -97,9 +100,9 @@ def test_formats_fall_with_their_sensitivity():
 def test_layers_that_read_one_tensor_get_one_width():
     """Both widths are open, and the budget lies between them."""
     program = programs.after(MODEL, "sensitivity").fork()
-    table = program.facts["sensitivity"]
+    table = program.facts[SENSITIVITY]
     activations = {edge: {"4": 9 * losses["8"], "8": losses["8"]} for edge, losses in table["activations"].items()}
-    program.facts["sensitivity"] = table | {"activations": activations}
+    program.facts[SENSITIVITY] = table | {"activations": activations}
     program = BitAllocation(weights=6.0, activations=6.0).run(program, Session())
     assert {plan.bits for plan in program.activations.values()} == {4, 8}
     elements = costs.activation_elements(program)
@@ -162,7 +165,7 @@ def test_layers_without_a_quantized_kernel_are_listed_and_stay_float():
         x.name = name
     graph.output(x)
     specs = InputSpec("sample", ("B", 4, 6, 6), torch.float32), InputSpec("timestep", ("B",), torch.int64)
-    program = Program(graph, TensorStore(tensors), specs, Stage.FLOAT, facts={"parameters": 464})
+    program = Program(graph, TensorStore(tensors), specs, Stage.FLOAT, facts=Facts({PARAMETERS: 464}))
     inputs = {"sample": torch.randn(8, 4, 6, 6, generator=generator), "timestep": torch.arange(8) * 100}
     steps = []
     pipeline = programs.RESIDUAL.removeprefix("trace,").replace("int2+b", "int3")
@@ -188,9 +191,9 @@ RATIOS = (0.8, 1.2)
 def widths_open(program: Program) -> Program:
     """The program with 4-bit activations measured too, at nine times the noise of 8 bits."""
     program = program.fork()
-    table = program.facts["sensitivity"]
+    table = program.facts[SENSITIVITY]
     activations = {edge: {"4": 9 * losses["8"], "8": losses["8"]} for edge, losses in table["activations"].items()}
-    program.facts["sensitivity"] = table | {"activations": activations}
+    program.facts[SENSITIVITY] = table | {"activations": activations}
     return program
 
 
@@ -198,9 +201,9 @@ def test_budgets_of_content_and_quality_are_those_of_the_ratio_that_draws_best()
     program = widths_open(programs.after("sd15", "sensitivity"))
     session = Session(programs.denoiser("sd15"))
     found = BitAllocation(weights=6.0, activations=6.0, ratios=RATIOS, activation_ratios=(0.9,)).run(program, session)
-    (note,) = (text for text in found.facts["notes"] if "candidates" in text)
+    (note,) = (text for text in found.facts[NOTES] if "candidates" in text)
     assert "nothing can be drawn" in note  # a text encoder is elsewhere
-    allocation = found.facts["allocation"]
+    allocation = found.facts[ALLOCATION]
     tried = [c["ratio"] for c in allocation["candidates"] if c["activation_ratio"] is None]
     assert tried[:3] == [None, *RATIOS]
     first = min(allocation["candidates"][:3], key=lambda c: c["noise"])
@@ -215,19 +218,19 @@ def test_budgets_of_content_and_quality_are_those_of_the_ratio_that_draws_best()
             if choice["name"] == allocation["choices"][layer["name"]]
         ]
         assert sum(spent) <= budget["max"] * (1 + 1e-9)
-    assert costs.average_bits(costs.stored_bytes(found), found.facts["parameters"]) <= 6.0
+    assert costs.average_bits(costs.stored_bytes(found), found.facts[PARAMETERS]) <= 6.0
 
 
 def test_without_content_layers_there_is_nothing_to_decouple():
     found = planned(weights=5.0, ratios=RATIOS)
-    assert any("there is nothing to decouple" in note for note in found.facts["notes"])
+    assert any("there is nothing to decouple" in note for note in found.facts[NOTES])
     assert found.weights == planned(weights=5.0).weights
 
 
 def test_sums_of_decibels_report_the_noise_that_they_cost():
     noise, decibels = (planned(weights=5.0, objective=o) for o in ("noise", "paper-db"))
-    assert noise.facts["allocation"]["objective"] < decibels.facts["allocation"]["objective"]
-    assert costs.stored_bytes(decibels) <= 5.0 * decibels.facts["parameters"] / 8
+    assert noise.facts[ALLOCATION]["objective"] < decibels.facts[ALLOCATION]["objective"]
+    assert costs.stored_bytes(decibels) <= 5.0 * decibels.facts[PARAMETERS] / 8
 
 
 def together(program: Program, session: Session | None = None, **options) -> Program:
@@ -241,18 +244,18 @@ def test_noise_of_the_plan_is_that_of_the_program_that_is_made_of_it(gains):
     """Weights and activations together, on the table's inputs, each counted as it counts there."""
     program = programs.after(MODEL, "sensitivity").fork()
     if gains is not None:
-        program.facts["time-gains"] = gains
+        program.facts[TIME_GAINS] = gains
     planned = together(program)
-    said = planned.facts["allocation"]["additivity"]
+    said = planned.facts[ALLOCATION]["additivity"]
     changed = make_pass("round-weights", {}).run(
         make_pass("insert-fake-quant", {}).run(planned, Session()), Session()
     )
-    inputs = program.facts["calibration"].select(program.facts["sensitivity"]["inputs"])
+    inputs = program.facts[CALIBRATION].select(program.facts[SENSITIVITY]["inputs"])
     outputs = [run(p, inputs).double() for p in (changed, program)]
     counts = torch.ones(len(outputs[0])) if gains is None else by_gains(inputs["timestep"], gains)
     error, power = (x.square().flatten(1).sum(1) @ counts.double() for x in (outputs[0] - outputs[1], outputs[1]))
     assert said["measured"] == pytest.approx(float(error / power), rel=1e-5)
-    assert said["expected"] == planned.facts["allocation"]["objective"]
+    assert said["expected"] == planned.facts[ALLOCATION]["objective"]
     assert said["difference_db"] == pytest.approx(10 * math.log10(said["measured"] / said["expected"]))
     assert said["inputs"] == 3 and (gains is not None or abs(said["difference_db"]) < ADDITIVE_DB)
 
@@ -264,7 +267,7 @@ def test_noise_of_the_plan_depends_on_no_jobs_and_leaves_no_tensors(monkeypatch)
     program = programs.after(MODEL, "sensitivity")
     program = program.fork(tensors=TensorStore(program.tensors))
     before = {*program.tensors}
-    one, two = (together(program, Session(jobs=jobs)).facts["allocation"] for jobs in (1, 2))
+    one, two = (together(program, Session(jobs=jobs)).facts[ALLOCATION] for jobs in (1, 2))
     assert one == two and one["additivity"]["measured"] > 0
     assert {name.split(":")[1].split(".")[0] for name in program.tensors.keys() - before} <= {"scale", "zero_point"}
 
@@ -281,26 +284,26 @@ def test_noise_of_the_plan_depends_on_no_jobs_and_leaves_no_tensors(monkeypatch)
 )
 def test_losses_that_do_not_add_up_are_told_with_a_remedy(factor, given, remedy):
     program = programs.after(MODEL, "sensitivity").fork()
-    table = program.facts["sensitivity"]
+    table = program.facts[SENSITIVITY]
     scaled = {
         kind: {name: {choice: loss * factor for choice, loss in losses.items()} for name, losses in table[kind].items()}
         for kind in ("weights", "activations")
     }
-    program.facts["sensitivity"] = table | scaled
-    found = together(program, Session(sensitivity=program.facts["sensitivity"] if given else None))
-    notes = [note for note in found.facts.get("notes", ()) if "sum of its losses" in note]
+    program.facts[SENSITIVITY] = table | scaled
+    found = together(program, Session(sensitivity=program.facts[SENSITIVITY] if given else None))
+    notes = [note for note in found.facts.get(NOTES, ()) if "sum of its losses" in note]
     assert [bool(re.search(remedy, note)) for note in notes] == [True] if remedy else notes == []
     if not factor:
-        assert found.facts["allocation"]["additivity"]["difference_db"] is None
+        assert found.facts[ALLOCATION]["additivity"]["difference_db"] is None
 
 
 def test_a_table_that_names_no_inputs_is_not_checked():
     program = programs.after(MODEL, "sensitivity").fork()
-    table = {key: value for key, value in program.facts["sensitivity"].items() if key != "inputs"}
-    program.facts["sensitivity"] = table
+    table = {key: value for key, value in program.facts[SENSITIVITY].items() if key != "inputs"}
+    program.facts[SENSITIVITY] = table
     found = together(program, Session(sensitivity=table))
-    assert "additivity" not in found.facts["allocation"]
-    assert any("is not checked: the table does not say on how many inputs" in note for note in found.facts["notes"])
+    assert "additivity" not in found.facts[ALLOCATION]
+    assert any("is not checked: the table does not say on how many inputs" in note for note in found.facts[NOTES])
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1])
@@ -311,7 +314,7 @@ def test_protected_activations_get_no_quantizer(share):
     edges = {input_edge(node).name for node in plan.quantizable}
     protected = edges - plan.activations.keys()
     assert len(protected) == max(1, round(share * len(edges)))
-    losses = {e: plan.facts["sensitivity"]["activations"][e]["8"] for e in edges}
+    losses = {e: plan.facts[SENSITIVITY]["activations"][e]["8"] for e in edges}
     assert min(losses[e] for e in protected) >= max(losses[e] for e in edges - protected)
     listed = {node.name for node in plan.quantizable if input_edge(node).name in protected}
     assert listed <= plan.fallbacks.keys() and all("protected" in plan.fallbacks[name] for name in listed)
@@ -327,7 +330,7 @@ def test_protected_activations_get_no_quantizer(share):
 def test_protected_activations_of_the_widest_width_count_in_the_average():
     program = widths_open(programs.after(MODEL, "sensitivity"))
     found = BitAllocation(activations=5.0, weights=6.0, protected=0.1, protected_as="widest").run(program, Session())
-    losses = {edge: bits["4"] for edge, bits in program.facts["sensitivity"]["activations"].items()}
+    losses = {edge: bits["4"] for edge, bits in program.facts[SENSITIVITY]["activations"].items()}
     most = sorted(losses, key=lambda edge: -losses[edge])[: round(0.1 * len(losses))]
     assert {found.activations[edge].bits for edge in most} == {8}
     assert costs.activation_bits(found) <= 5.0 and not any("protected" in r for r in found.fallbacks.values())
@@ -357,7 +360,7 @@ def test_activations_of_one_width_are_float_from_16_bits_on():
     assert {program.fallbacks[name] for name in layers} == {
         "activations of 16 bits and more are not quantized: it stays float, and the layer computes in float"
     }
-    bits = costs.average_bits(costs.stored_bytes(program), program.facts["parameters"])
+    bits = costs.average_bits(costs.stored_bytes(program), program.facts[PARAMETERS])
     assert 5.8 < bits <= 6.0
     with pytest.raises(UserError, match="layers of float activations have no times"):
         BitAllocation(activations=16.0, mixed=False, latency=1.0)
@@ -367,5 +370,5 @@ def test_a_program_that_was_not_solved_to_the_end_says_so(monkeypatch):
     whole = solver.solve
     early = lambda problem: dataclasses.replace(whole(problem), gap=0.02, optimal=False)  # noqa: E731
     monkeypatch.setattr(bit_allocation, "solve", early)
-    notes = planned(weights=6.0).facts["notes"]
+    notes = planned(weights=6.0).facts[NOTES]
     assert any("not solved to the end within 60 s: losses are within 2.0% of the least" in note for note in notes)

@@ -15,9 +15,10 @@ from mpq_compiler.frontend import denoiser as denoisers
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.edges import input_edge
+from mpq_compiler.ir.findings import ASSUMPTIONS
 from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.interpreter import run
-from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.program import NOTES, TIME_GROUPS, Program
 from mpq_compiler.passes.bos_split import BosSplit
 from mpq_compiler.pipeline import manager, parser
 from mpq_compiler.pipeline.session import Session
@@ -70,7 +71,7 @@ def values(program: Program, x: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.invariant("mixdq-1")
 def test_keys_and_values_are_the_same_bits_before_quantization():
-    assert len(split().facts["assumptions"]) == 1 and "notes" not in split().facts
+    assert len(split().facts[ASSUMPTIONS]) == 1 and NOTES not in split().facts
     x = prompts(6)
     old, new = values(traced(), x), values(split(), x)
     names = [n.name for n in split().graph.nodes if n.target is ops.prepend]
@@ -107,7 +108,7 @@ def test_the_text_loses_far_less(bits, gain_db):
     """Noise of the output when nothing but the text is quantized, with and without its first token in the range."""
     noise = []
     for program, ablation, edge in calibrated():
-        group = ops.time_group(prompts(12)["timestep"], program.facts["time-groups"])
+        group = ops.time_group(prompts(12)["timestep"], program.facts[TIME_GROUPS])
         scale, zero = activation_parameters(program, edge, bits)
         changed = ops.fake_quantize(ablation.value(program.node(edge)), scale, zero, group, bits)
         readers = [n for n in program.quantizable if input_edge(n).name == edge]
@@ -140,8 +141,8 @@ def test_it_is_refused_where_the_first_token_is_no_constant(given, reason):
     before = programs.after("sd15", "layout")
     after = BosSplit().run(before, session(given))
     assert [n.name for n in after.graph.nodes] == [n.name for n in before.graph.nodes]
-    assert len(after.facts["notes"]) == 1 and reason in after.facts["notes"][0]
-    assert TEXT in after.facts["notes"][0] and "assumptions" not in after.facts
+    assert len(after.facts[NOTES]) == 1 and reason in after.facts[NOTES][0]
+    assert TEXT in after.facts[NOTES][0] and ASSUMPTIONS not in after.facts
 
 
 @pytest.mark.invariant("mixdq-3")
@@ -149,7 +150,7 @@ def test_nothing_happens_and_nothing_is_said_without_a_text():
     before = programs.after("unet2d", "layout")
     after = BosSplit().run(before, Session(programs.denoiser("unet2d")))
     assert [n.name for n in after.graph.nodes] == [n.name for n in before.graph.nodes]
-    assert "notes" not in after.facts
+    assert NOTES not in after.facts
 
 
 def test_layers_in_a_row_keep_one_constant():
@@ -192,11 +193,11 @@ def test_what_mixes_tokens_ends_it():
 def test_prompts_of_the_denoiser_are_compared_where_nothing_is_recorded():
     """Empty prompt and guidance included: the bundled text model begins all with the same token."""
     after = BosSplit().run(traced(), Session(text_model()))
-    first = torch.tensor(after.facts["assumptions"][0]["values"])
+    first = torch.tensor(after.facts[ASSUMPTIONS][0]["values"])
     assert torch.equal(first, prompts(1)[TEXT][0, 0])
     unknown = denoisers.wrap(tiny.model("sd15"), name="sd15")
     after = BosSplit().run(programs.after("sd15", "layout"), Session(unknown))
-    assert "no prompts to compare" in after.facts["notes"][0]
+    assert "no prompts to compare" in after.facts[NOTES][0]
 
 
 @pytest.fixture(scope="module")

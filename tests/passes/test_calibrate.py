@@ -9,12 +9,12 @@ from mpq_compiler.frontend import denoiser as denoisers
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.edges import row_geometry
 from mpq_compiler.ir.interpreter import run
-from mpq_compiler.ir.program import TensorStore
+from mpq_compiler.ir.program import PARAMETERS, TensorStore
 from mpq_compiler.passes.calibrate import Calibrate
 from mpq_compiler.pipeline import manager, parser
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.requests import Requests
-from mpq_compiler.quantization.statistics import GRAM, MOMENTS, PART, RANGE, VALUES, collect, input_rows
+from mpq_compiler.quantization.statistics import CALIBRATION, GRAM, MOMENTS, PART, RANGE, VALUES, collect, input_rows
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.execution import batches
 from tests.harness import programs, tiny
@@ -22,7 +22,7 @@ from tests.harness import programs, tiny
 
 def test_statistics_are_those_of_the_values():
     program = programs.after("unet2d", "calibrate")
-    calibration = program.facts["calibration"]
+    calibration = program.facts[CALIBRATION]
     values = defaultdict(list)
     for part in batches(calibration.inputs, PART):  # on some CPUs the bits depend on the size of the batch
         run(program, part, lambda node, value: values[node.name].append(value))
@@ -39,15 +39,16 @@ def test_rows_are_what_the_weight_multiplies(name):
     program = programs.after("unet2d", "calibrate")
     layer, values = program.node(name), {}
     run(program, programs.inputs("unet2d", 2), lambda node, value: values.__setitem__(node.name, value))
-    rows = input_rows(layer, values[layer.args[0].name], 10**9, torch.Generator())
-    weight = program.tensors[str(layer.args[1].target)].reshape(values[name].shape[-1], -1)
+    stored = program.tensors[str(layer.args[1].target)]
+    rows = input_rows(row_geometry(layer, stored.shape), values[layer.args[0].name], 10**9, torch.Generator())
+    weight = stored.reshape(values[name].shape[-1], -1)
     y = rows @ weight.T + program.tensors[str(layer.args[2].target)]
     assert torch.allclose(y.reshape(values[name].shape), values[name], atol=1e-4)
 
 
 def test_moments():
     program = programs.after("unet2d", "calibrate")
-    calibration = program.facts["calibration"]
+    calibration = program.facts[CALIBRATION]
     name = "time_embedding_linear_1"
     values = {}
     run(program, calibration.inputs, lambda node, value: values.__setitem__(node.name, value))
@@ -100,15 +101,16 @@ def test_a_layer_that_never_runs_is_not_in_the_graph():
     session = Session(denoiser, programs.calibration("pixart"))
     program, _ = manager.run_pipeline(parser.parse(programs.RESIDUAL), programs.empty(), session)
     assert not [name for name in program.weights if name.startswith("never")]
-    assert program.facts["parameters"] == programs.denoiser("pixart").parameters + 72
+    assert program.facts[PARAMETERS] == programs.denoiser("pixart").parameters + 72
 
 
 def test_moments_are_taken_once_for_all_readers_of_an_edge():
     """q, k and v share the moments of the edge they read; windows of other geometry have their own."""
     program = programs.after("unet2d", "calibrate")
-    calibration, shared = program.facts["calibration"], {}
+    calibration, shared = program.facts[CALIBRATION], {}
     for node in program.quantizable:
-        shared.setdefault((node.args[0].name, row_geometry(node)), []).append(node.name)
+        geometry = row_geometry(node, program.tensors[str(node.args[1].target)].shape)
+        shared.setdefault((node.args[0].name, geometry), []).append(node.name)
     for names in shared.values():
         assert len({id(calibration.grams[n]) for n in names}) == len({id(calibration.means[n]) for n in names}) == 1
     assert len({id(g) for g in calibration.grams.values()}) == len(shared) < len(program.quantizable)

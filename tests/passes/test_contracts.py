@@ -12,6 +12,7 @@ from mpq_compiler.analysis.noise_power import noise_power
 from mpq_compiler.ir import ops, stored_tensors
 from mpq_compiler.ir.costs import stored_dtype
 from mpq_compiler.ir.exact_interpreter import run_exact
+from mpq_compiler.ir.findings import ATTENTION_NUMERICS
 from mpq_compiler.ir.interpreter import Interpreter, run
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline import registry
@@ -167,7 +168,7 @@ def test_methods_that_are_off_leave_uniform_rounding():
 def test_contracts_of_fast_attentions(model):
     """Attentions in other numerics, with and without a mask: simulated noise, and as exact as any others."""
     steps = programs.steps(model, programs.FAST)
-    assert steps[-1].after.facts["numerics"]
+    assert steps[-1].after.facts[ATTENTION_NUMERICS]
     for step in steps[-len(programs.BACK.split(",")) :]:
         check(step, dict(programs.inputs(model, 3)))
 

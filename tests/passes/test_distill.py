@@ -18,10 +18,13 @@ from mpq_compiler.frontend import trajectories
 from mpq_compiler.ir import blocks, costs
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.ops import fake_quantize
+from mpq_compiler.ir.program import NOTES, PLANNED
+from mpq_compiler.ir.provenance import DECISIONS
 from mpq_compiler.ir.verifier import verify
 from mpq_compiler.pipeline import parser
 from mpq_compiler.pipeline.options import make as make_pass
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.settle import LATENTS
 from mpq_compiler.sampling.loop import gaussian
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.training import data as training_data
@@ -77,7 +80,7 @@ def test_the_error_falls_and_is_that_of_the_stored_program(data, tmp_path, laten
     program = start(pipeline)
     trained, outcome = train(program, Stage("x", latent, 6), *data, session(tmp_path), 0)
     verify(trained, after="distill")
-    assert not {*stored(trained)} & {*trained.facts["latents"].values()}  # the float weights are left behind
+    assert not {*stored(trained)} & {*trained.facts[LATENTS].values()}  # the float weights are left behind
     assert outcome.after < outcome.before and outcome.best_step > 0 and outcome.diverged is None
     assert math.isclose(held_out(trained, data[1]), outcome.after, rel_tol=1e-5)
     for weight in settled(trained):
@@ -222,14 +225,14 @@ def test_divergence_keeps_the_best(data, tmp_path):
 def test_the_pass_says_what_it_did(tmp_path):
     made = make_pass("distill", {"updates": 8, "samples": 2, "steps": 4, "images": 4})
     program = made.run(start(), session(tmp_path))
-    phases = program.facts["decisions"][""]["distill"]["phases"]
+    phases = program.facts[DECISIONS][""]["distill"]["phases"]
     stages = [stage for phase in phases for stage in phase["stages"]]
     assert [p["phase"] for p in phases] == ["weights", "scales"] and [s["steps"] for s in stages] == [6, 2]
     assert all(s["after"] <= s["before"] for s in stages)
     nothing = make_pass("distill", {"updates": 0}).run(start(), session(tmp_path))
-    assert same(nothing, start()) and "notes" not in nothing.facts
+    assert same(nothing, start()) and NOTES not in nothing.facts
     short = make_pass("distill", {"minutes": 1e-9}).run(start(), session(tmp_path))
-    assert "not enough for one update" in short.facts["notes"][-1]
+    assert "not enough for one update" in short.facts[NOTES][-1]
 
 
 def test_options_without_an_effect_are_said(tmp_path):
@@ -245,7 +248,7 @@ def test_options_without_an_effect_are_said(tmp_path):
             make_pass("distill", options | extra).run(start(pipeline), session(tmp_path))
             for extra in ({}, more)
         )
-        assert said in other.facts["notes"][-1] and same(plain, other)
+        assert said in other.facts[NOTES][-1] and same(plain, other)
     network = make_pass("distill", {"range_network": True})
     dynamic = start().fork()
     for edge, plan in dynamic.activations.items():
@@ -262,8 +265,8 @@ def test_images_that_get_worse_undo_a_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(trajectory_error.TrajectoryError, "noise", lambda self, program: next(errors))
     made = make_pass("distill", {"updates": 4, "latent": 0.5, "samples": 2, "steps": 4, "images": 4})
     program = made.run(start(), session(tmp_path))
-    first, second = program.facts["decisions"][""]["distill"]["phases"]
-    assert not first["kept"] and second["kept"] and "undone" in program.facts["notes"][-1]
+    first, second = program.facts[DECISIONS][""]["distill"]["phases"]
+    assert not first["kept"] and second["kept"] and "undone" in program.facts[NOTES][-1]
     before = {w.codes for w in settled(start())}
     assert {w.codes for w in settled(program)} == before  # the weights are those of before, the scales are not
     assert not same(program, start())
@@ -321,7 +324,7 @@ def test_every_layer_is_in_one_block(model):
     found = blocks.blocks(programs.denoiser(model).module.model, program)
     paths = [path for block in found for path in block.parameters]
     assert len(paths) == len(set(paths)) and {w.path for w in settled(program)} <= set(paths)
-    planned = {n.name for n in program.facts["planned"].graph.nodes}
+    planned = {n.name for n in program.facts[PLANNED].graph.nodes}
     assert {block.output for block in found} <= planned
     assert 1 < sum(len(block.parameters) > 4 for block in found) < len(found)
 
@@ -335,7 +338,7 @@ def test_blocks_of_rewritten_programs(pipeline):
     program = programs.after(MODEL, "round-weights", pipeline)
     found = blocks.blocks(programs.denoiser(MODEL).module.model, program)
     assert {w.path for w in settled(program)} <= {path for block in found for path in block.parameters}
-    assert {block.output for block in found} <= {n.name for n in program.facts["planned"].graph.nodes}
+    assert {block.output for block in found} <= {n.name for n in program.facts[PLANNED].graph.nodes}
 
 
 def test_blocks_have_the_minutes_of_the_whole():
@@ -343,7 +346,7 @@ def test_blocks_have_the_minutes_of_the_whole():
     program, updates = start(), 1000
     found = blocks.blocks(programs.denoiser(MODEL).module.model, program)
     each = training_data.block_updates(program, found, updates)
-    planned = program.facts["planned"]
+    planned = program.facts[PLANNED]
     whole = sum(costs.macs(planned).values())
     forward = [sum(costs.macs(blocks.cut(planned, b.output)).values()) for b in found]
     assert forward[-1] == whole  # the last block sees everything
@@ -354,7 +357,7 @@ def test_blocks_have_the_minutes_of_the_whole():
 def test_the_pass_goes_through_the_blocks(tmp_path):
     options = {"updates": 20, "latent": 0.9, "blocks": True, "samples": 2, "steps": 3, "images": 0}
     program = make_pass("distill", options).run(start(), session(tmp_path))
-    first, second = program.facts["decisions"][""]["distill"]["phases"]
+    first, second = program.facts[DECISIONS][""]["distill"]["phases"]
     assert first["phase"] == "blocks" and len(first["stages"]) > 10 and second["phase"] == "scales"
     assert second["stages"][-1]["after"] < noise(
         start(), {}, {}, training_data.calls(session(tmp_path), 2, 3)[1], session(tmp_path)
@@ -435,9 +438,9 @@ def test_relations_without_repeated_blocks_say_that_they_do_nothing(tmp_path, mo
     options = "updates=2,relation=0.1,images=0,samples=1,steps=2"
     for more, said in (("", "no block is one of several of a kind"), ("blocks=true,latent=1", "no block is one of")):
         (distill,) = parser.parse(f"distill{{{options}{',' + more if more else ''}}}")
-        notes = distill.run(start(), session(tmp_path)).facts["notes"]
+        notes = distill.run(start(), session(tmp_path)).facts[NOTES]
         assert any(f"distill: relation had no effect: {said}" in note for note in notes)
     monkeypatch.undo()
     (distill,) = parser.parse(f"distill{{{options},blocks=true,latent=1}}")
-    notes = distill.run(start(), session(tmp_path)).facts["notes"]
+    notes = distill.run(start(), session(tmp_path)).facts[NOTES]
     assert any("relation had no effect: blocks learn their own outputs" in note for note in notes)

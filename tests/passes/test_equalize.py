@@ -12,6 +12,7 @@ from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
+from mpq_compiler.ir.provenance import DECISIONS
 from mpq_compiler.ir.verifier import verify
 from mpq_compiler.passes import equalize
 from mpq_compiler.passes.equalize import WIDEST, Equalize, dilation
@@ -266,7 +267,7 @@ def test_loud_channels_are_found_and_undone():
     names = {n.name for n in program.graph.nodes}
     norms = [n for n in names if n.endswith("attentions_0_group_norm_scaled")]
     assert len(norms) == len([n for n in names if n.endswith("attentions_0_to_q")]) == 3
-    said = program.facts["decisions"]["mid_block.attentions.0.to_q.weight"]["equalize"]
+    said = program.facts[DECISIONS]["mid_block.attentions.0.to_q.weight"]["equalize"]
     assert said["into"] == "producer" and said["gain_db"] > 3
     before = programs.after("unet2d", "layout")
     for name in norms:
@@ -351,7 +352,7 @@ def test_rules_as_published_are_applied_everywhere():
         after = made.run(before, Session(programs.denoiser("unet2d"), programs.calibration("unet2d")))
         said = [
             passes["equalize"]["rule"]
-            for passes in after.facts["decisions"].values()
+            for passes in after.facts[DECISIONS].values()
             if "rule" in passes.get("equalize", {})
         ]
         counts.append(len(said))

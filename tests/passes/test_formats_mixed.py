@@ -11,8 +11,9 @@ from mpq_compiler.allocation.costs import format_costs
 from mpq_compiler.formats.base import output_error
 from mpq_compiler.ir import costs, ops, printer, stored_tensors
 from mpq_compiler.ir.exact_interpreter import run_exact
+from mpq_compiler.ir.findings import SENSITIVITY
 from mpq_compiler.ir.interpreter import run
-from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.program import NOTES, Program
 from mpq_compiler.pipeline.manager import run_pipeline
 from mpq_compiler.pipeline.parser import parse
 from mpq_compiler.pipeline.session import Session
@@ -35,9 +36,9 @@ def after(name: str) -> Program:
 
 def test_every_family_is_measured_with_the_rounding_that_the_pipeline_asks_for():
     program = after("sensitivity")
-    losses = program.facts["sensitivity"]["weights"]
+    losses = program.facts[SENSITIVITY]["weights"]
     assert all({*found} == {*FAMILIES} for found in losses.values())
-    assert {key[2] for key in program.facts["fits"]} == {Rounding.GPTQ}
+    assert {key[2] for key in programs.step(MODEL, "sensitivity", MIXED).fits.weights} == {Rounding.GPTQ}
 
 
 @pytest.mark.invariant("qua2sedimo-1")
@@ -116,7 +117,7 @@ def test_codes_stay_nearest_where_moments_are_too_large_to_keep_and_a_note_says_
     back = f"bit-allocation{{uniform=int3}},insert-fake-quant,round-weights{{method={method}}}"
     session = Session(programs.denoiser(MODEL), programs.calibration(MODEL))
     program, _ = run_pipeline(parse(f"{programs.FRONT},{back}"), programs.empty(), session)
-    (note,) = program.facts["notes"]
+    (note,) = program.facts[NOTES]
     wide = [p for p, plan in program.weights.items() if program.tensors[p][0].numel() > 40]
     assert wide and all(path in note for path in wide) and "nearest levels" in note
     assert not any(path in note for path in {*program.weights} - {*wide})

@@ -7,15 +7,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from mpq_compiler.analysis.time_weights import TIME_GAINS
 from mpq_compiler.driver import resolve
 from mpq_compiler.driver.options import Options
 from mpq_compiler.ir import ops, printer
 from mpq_compiler.ir.exact_interpreter import run_exact
+from mpq_compiler.ir.findings import ATTENTION_NUMERICS
 from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import NOTES
+from mpq_compiler.ir.provenance import DECISIONS
 from mpq_compiler.passes import numerics
 from mpq_compiler.passes.numerics import Numerics
 from mpq_compiler.pipeline import parser
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import table as targets
 from mpq_compiler.targets.numerics import BF16, INT8
@@ -28,8 +33,8 @@ def _after(mode: Numerics, kinds: tuple[str, ...] = (BF16, INT8)) -> tuple[dict[
     """(what was chosen, what was decided on, notes) for the planned program."""
     planned = programs.step(MODEL, "numerics", programs.FAST).before
     program = mode.run(planned, Session(numerics=kinds))
-    said = program.facts.get("decisions", {}).get("", {}).get("numerics", {})
-    return program.facts["numerics"], said, program.facts.get("notes", ())
+    said = program.facts.get(DECISIONS, {}).get("", {}).get("numerics", {})
+    return program.facts[ATTENTION_NUMERICS], said, program.facts.get(NOTES, ())
 
 
 def test_portable_changes_nothing() -> None:
@@ -59,7 +64,7 @@ def test_the_noise_allowed_decides() -> None:
 def test_losses_are_measured_as_noise_at_the_output() -> None:
     step = programs.step(MODEL, "numerics", programs.FAST)
     node = step.before.attentions[0]
-    calibration = step.before.facts["calibration"].select(3)
+    calibration = step.before.facts[CALIBRATION].select(3)
     program = step.before.fork()
     program.node(node.name).kwargs = {"numerics": INT8}
     noise = []
@@ -67,18 +72,18 @@ def test_losses_are_measured_as_noise_at_the_output() -> None:
         x = {name: value[i : i + 1] for name, value in calibration.items()}
         y, exact = run(program, x).double(), run(step.before, x).double()
         noise.append(float((y - exact).square().sum() / exact.square().sum()))
-    said = step.after.facts["decisions"][""]["numerics"]["losses"][node.name][INT8]
+    said = step.after.facts[DECISIONS][""]["numerics"]["losses"][node.name][INT8]
     assert said == pytest.approx(sum(noise) / 3, rel=1e-4)
 
 
 def test_inputs_count_by_their_gains() -> None:
     """As in the noise of the plan, a share of which is allowed."""
     planned = programs.step(MODEL, "numerics", programs.FAST).before
-    node, inputs = planned.attentions[0], planned.facts["calibration"].select(3)
+    node, inputs = planned.attentions[0], planned.facts[CALIBRATION].select(3)
     said, alone = [], []
     for gains in ([(0, 1.0), (999, 1.0)], [(0, 1e6), (999, 1e-6)]):
         program = planned.fork()
-        program.facts["time-gains"] = gains
+        program.facts[TIME_GAINS] = gains
         measured = numerics._Measured(Numerics(inputs=3), program, inputs, Session())
         said.append(measured.of_calls([(program.node(node.name), INT8)])[node.name][INT8])
         alone = [measured.results[numerics._key(node, INT8, part)] for part in range(3)]
@@ -101,11 +106,11 @@ WEIGHT_ONLY = programs.FAST.replace("uniform=int8", "uniform=int4,activations=16
 def test_float_layers_in_bfloat16(pipeline: str, weights: str) -> None:
     """Layers whose weights, or whose activations, are no integers: listed, in the graph, and exact when packed."""
     step = programs.step(MODEL, "numerics", pipeline)
-    chosen, layers = step.after.facts["numerics"], {n.name for n in step.before.quantizable}
+    chosen, layers = step.after.facts[ATTENTION_NUMERICS], {n.name for n in step.before.quantizable}
     assert layers and {chosen[name] for name in layers} == {BF16}
-    said = step.after.facts["decisions"][""]["numerics"]["losses"]
+    said = step.after.facts[DECISIONS][""]["numerics"]["losses"]
     assert all(0 < said[name][BF16] < 1e-3 and INT8 not in said[name] for name in layers)
-    assert f"of {len(layers)} float layers {len(layers)} in bf16" in step.after.facts["notes"][-1]
+    assert f"of {len(layers)} float layers {len(layers)} in bf16" in step.after.facts[NOTES][-1]
     assert f"numerics bf16  w {weights}" in printer.text(step.after)
     simulated, packed = (programs.after(MODEL, name, pipeline) for name in ("round-weights", "fuse-epilogues"))
     own = {n.name: n for n in simulated.graph.nodes if n.name in layers}
@@ -125,7 +130,7 @@ def test_measurements_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         patch.setattr(numerics, "Ablation", None)
         patch.setattr(numerics, "run", None)
         again = chosen.run(planned, session).facts
-    assert first["numerics"] == again["numerics"] and first["decisions"] == again["decisions"]
+    assert first[ATTENTION_NUMERICS] == again[ATTENTION_NUMERICS] and first[DECISIONS] == again[DECISIONS]
     other = programs.step(MODEL, "numerics", FLOAT8).before
     monkeypatch.setattr(numerics, "Ablation", None)
     with pytest.raises(TypeError):

@@ -8,18 +8,21 @@ import pytest
 import torch
 
 from mpq_compiler import schemas
+from mpq_compiler.allocation.sensitivity_table import ORTHOGONALITY
 from mpq_compiler.driver import resolve
 from mpq_compiler.driver.instruments import observe
 from mpq_compiler.driver.options import Options
 from mpq_compiler.inspection import explain
 from mpq_compiler.ir import costs, provenance
 from mpq_compiler.ir.edges import input_edge
+from mpq_compiler.ir.findings import ALLOCATION
 from mpq_compiler.ir.interpreter import run
-from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.program import PARAMETERS, Program
 from mpq_compiler.passes.bit_allocation import BitAllocation
 from mpq_compiler.passes.orthogonality import Orthogonality, orm
 from mpq_compiler.pipeline import manager
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.files import encode_json
 from tests.harness import programs
@@ -86,11 +89,11 @@ def test_importance_falls_with_what_layers_have_in_common():
     """gamma is the mean of the metric of the program's own outputs; losses are importances times missing bits."""
     program = measured(times=1, inputs=12)
     values: dict[str, torch.Tensor] = {}
-    run(program, program.facts["calibration"].inputs, lambda node, value: values.update({node.name: value}))
+    run(program, program.facts[CALIBRATION].inputs, lambda node, value: values.update({node.name: value}))
     calls = program.quantizable
     gamma = metric([values[call.name].reshape(12, -1).double() for call in calls]).mean(1)
-    said = {path: passes["orthogonality"] for path, passes in program.facts[provenance.KEY].items() if path}
-    table, least = program.facts["orthogonality"], float(gamma.min())
+    said = {path: passes["orthogonality"] for path, passes in program.facts[provenance.DECISIONS].items() if path}
+    table, least = program.facts[ORTHOGONALITY], float(gamma.min())
     edges: dict[str, float] = {}
     for call, own in zip(calls, gamma.tolist(), strict=True):
         path, edge = str(costs.weight_path(call)), input_edge(call).name
@@ -121,10 +124,10 @@ def test_budgets_of_weights_and_activations_are_met_and_bits_rise_with_them():
     program, left_out = measured(), []
     for weights, activations in ((3.5, 4.0), (4.0, 5.5), (5.0, 6.5), (8.5, 8.0)):
         found = planned(program, weights=weights, activations=activations)
-        assert costs.average_bits(costs.stored_bytes(found), found.facts["parameters"]) <= weights
+        assert costs.average_bits(costs.stored_bytes(found), found.facts[PARAMETERS]) <= weights
         assert costs.activation_bits(found) <= activations
-        left_out.append(found.facts["allocation"]["objective"])
-        assert "additivity" not in found.facts["allocation"]
+        left_out.append(found.facts[ALLOCATION]["objective"])
+        assert "additivity" not in found.facts[ALLOCATION]
         if 4 < activations < 8:
             assert len({plan.bits for plan in found.activations.values()}) > 1
     assert left_out == sorted(left_out, reverse=True) and left_out[-1] == 0
@@ -134,13 +137,13 @@ def test_budgets_of_weights_and_activations_are_met_and_bits_rise_with_them():
 
 @pytest.mark.invariant("compiler-12")
 def test_jobs_change_nothing():
-    assert measured(jobs=2).facts["orthogonality"] == measured().facts["orthogonality"]
+    assert measured(jobs=2).facts[ORTHOGONALITY] == measured().facts[ORTHOGONALITY]
 
 
 def test_a_small_calibration_has_fewer_times():
     program = measured(times=50, inputs=11)
-    assert program.facts["orthogonality"]["inputs"] == 2 * 11
-    assert measured(inputs=100).facts["orthogonality"]["inputs"] == 12
+    assert program.facts[ORTHOGONALITY]["inputs"] == 2 * 11
+    assert measured(inputs=100).facts[ORTHOGONALITY]["inputs"] == 12
 
 
 def test_a_layer_is_explained_by_its_importance():

@@ -10,13 +10,16 @@ import pytest
 
 from mpq_compiler import formats, schemas
 from mpq_compiler.allocation.costs import describe
+from mpq_compiler.allocation.pose import SCORES
 from mpq_compiler.inspection import explain, html_report, score_report
 from mpq_compiler.ir import costs, provenance, stored_tensors
+from mpq_compiler.ir.findings import ALLOCATION
 from mpq_compiler.ir.program import Program
 from mpq_compiler.passes.bit_allocation import BitAllocation
 from mpq_compiler.passes.predict_scores import PredictScores
 from mpq_compiler.pipeline import manager, recipes
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fitting import FitCache
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.files import encode_json
 from tests.harness import programs
@@ -24,16 +27,16 @@ from tests.harness.tree import ROOT
 
 MODEL = "unet2d"
 PASS = PredictScores(formats=("int3", "int4", "km3", "km4"), configurations=30, inputs=3, folds=2, epochs=20)
+FITS = FitCache()
+"""Of all runs, so that weights are fitted once."""
 
 
 def before() -> Program:
-    program = programs.after(MODEL, "time-groups", programs.SCORED)
-    program.facts.setdefault("fits", {})  # which copies share, so that weights are fitted once
-    return program
+    return programs.after(MODEL, "time-groups", programs.SCORED)
 
 
 def scored(folder: Path | None = None, jobs: int = 1, **options) -> Program:
-    session = Session(programs.denoiser(MODEL), cache=folder or Path(programs._CACHE.name), jobs=jobs)
+    session = Session(programs.denoiser(MODEL), cache=folder or Path(programs._CACHE.name), jobs=jobs, fits=FITS)
     return PredictScores(**PASS.options() | options).run(before(), session)
 
 
@@ -45,7 +48,7 @@ def program(tmp_path_factory) -> Program:
 @pytest.mark.invariant("qua2sedimo-6")
 def test_every_variant_of_every_unit_has_a_score(program):
     """Invariant: units partition the weights, and each variant gives each of their weights one format."""
-    units = program.facts["scores"]["units"]
+    units = program.facts[SCORES]["units"]
     paths = [path for unit in units for path in unit["layers"]]
     assert len(paths) == len({*paths}) and {*paths} == {str(costs.weight_path(n)) for n in program.quantizable}
     for unit in units:
@@ -55,16 +58,16 @@ def test_every_variant_of_every_unit_has_a_score(program):
 
 
 def test_operations_are_units_without_hops(program):
-    alone = scored(level="operation").facts["scores"]["units"]
+    alone = scored(level="operation").facts[SCORES]["units"]
     assert all(len(unit["layers"]) == 1 for unit in alone)
-    said = program.facts[provenance.KEY]
+    said = program.facts[provenance.DECISIONS]
     assert {path: said[path]["predict-scores"]["scores"].keys() for path in program.weights} == {
         unit["layers"][0]: unit["variants"].keys() for unit in alone if unit["layers"][0] in program.weights
     }
 
 
 def test_jobs_change_nothing(program, tmp_path):
-    assert scored(tmp_path, jobs=2).facts["scores"] == program.facts["scores"]
+    assert scored(tmp_path, jobs=2).facts[SCORES] == program.facts[SCORES]
 
 
 def test_what_took_time_is_kept(tmp_path, monkeypatch):
@@ -85,9 +88,9 @@ def test_what_took_time_is_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Fits, "noise", measuring)
     monkeypatch.setattr(Learner, "fit", training)
-    first = scored(tmp_path).facts["scores"]
+    first = scored(tmp_path).facts[SCORES]
     assert counted == {"measured": 30, "trained": 2}
-    assert scored(tmp_path).facts["scores"] == first
+    assert scored(tmp_path).facts[SCORES] == first
     assert counted == {"measured": 30, "trained": 2}
     scored(tmp_path, configurations=34)
     assert counted == {"measured": 34, "trained": 4}
@@ -108,7 +111,7 @@ def test_budgets_are_met_and_bits_rise_with_them(program, objective):
         stored.append(costs.stored_bytes(planned))
         assert stored[-1] <= least + extra
         assert {plan.format for plan in planned.weights.values()} <= {*PASS.formats}
-        found = planned.facts["allocation"]
+        found = planned.facts[ALLOCATION]
         assert {path: plan.format for path, plan in planned.weights.items()} == found["choices"]
     assert stored == sorted(stored) and stored[0] == least < stored[-1]
     with pytest.raises(UserError, match=f"cannot be met: the least that the formats allow is {least} bytes"):
@@ -117,7 +120,7 @@ def test_budgets_are_met_and_bits_rise_with_them(program, objective):
 
 def test_each_unit_takes_what_it_scores_most_for_where_bytes_are_free(program):
     planned = BitAllocation(objective="scores").run(program, Session())
-    for unit in program.facts["scores"]["units"]:
+    for unit in program.facts[SCORES]["units"]:
         chosen = " ".join(planned.weights[path].format for path in unit["layers"])
         assert unit["variants"][chosen] == max(unit["variants"].values())
 
@@ -139,8 +142,8 @@ def test_sizes_are_those_of_what_is_stored():
     assert costs.stored_bytes(planned) == sum(s.array.nbytes for s in stored_tensors.stored(packed).values())
     table = describe(programs.after(MODEL, "predict-scores"))
     sizes = {layer["name"]: layer["formats"] for layer in table["layers"]}
-    chosen = planned.facts["allocation"]["choices"]
-    assert planned.facts["allocation"]["costs"]["bytes"] == sum(sizes[p][f]["bytes"] for p, f in chosen.items())
+    chosen = planned.facts[ALLOCATION]["choices"]
+    assert planned.facts[ALLOCATION]["costs"]["bytes"] == sum(sizes[p][f]["bytes"] for p, f in chosen.items())
 
 
 def test_what_cannot_be_is_said():

@@ -12,7 +12,8 @@ from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.graph import arguments, operand, weight_of
 from mpq_compiler.ir.interpreter import run
-from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
+from mpq_compiler.ir.program import NOTES, InputSpec, Program, Stage, TensorStore
+from mpq_compiler.ir.provenance import DECISIONS
 from mpq_compiler.ir.verifier import verify
 from mpq_compiler.passes.rotate import Rotate
 from mpq_compiler.pipeline import manager, parser
@@ -175,9 +176,9 @@ def test_loud_channels_are_rotated_and_nothing_else():
     program = chosen(loud(40.0), weights="int8", activations=4, gain=3.0)
     names = [n.name for n in rotations(program)]
     assert len(names) >= 3 and all(n.endswith("group_norm_rotated") for n in names)
-    said = program.facts["decisions"]["mid_block.attentions.0.to_q.weight"]["rotate"]
+    said = program.facts[DECISIONS]["mid_block.attentions.0.to_q.weight"]["rotate"]
     assert said["block"] == 64 and said["gain_db"] > 3
-    assert "notes" not in program.facts
+    assert NOTES not in program.facts
 
 
 def test_it_says_so_where_nothing_gains():
@@ -186,7 +187,7 @@ def test_it_says_so_where_nothing_gains():
         before, Session(programs.denoiser("unet2d"), programs.calibration("unet2d"))
     )
     assert [n.name for n in after.graph.nodes] == [n.name for n in before.graph.nodes]
-    assert "rotate changes nothing" in after.facts["notes"][-1] and "none gains 100 dB" in after.facts["notes"][-1]
+    assert "rotate changes nothing" in after.facts[NOTES][-1] and "none gains 100 dB" in after.facts[NOTES][-1]
 
 
 def test_odd_numbers_of_channels_and_shared_weights_are_left():

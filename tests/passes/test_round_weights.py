@@ -10,6 +10,7 @@ from mpq_compiler.formats.uniform import UniformFormat
 from mpq_compiler.ir import ops
 from mpq_compiler.quantization.fitting import rows_of
 from mpq_compiler.quantization.settle import unsettled
+from mpq_compiler.quantization.statistics import CALIBRATION
 from tests.harness import programs
 from tests.passes.test_residual_branch import gram, weight
 
@@ -30,7 +31,7 @@ def test_the_scale_is_never_worse_than_min_max_in_any_row(uniform):
 @pytest.mark.invariant("compiler-9")
 def test_layers_are_never_worse_than_min_max_on_their_own_moments(model):
     step = programs.step(model, "round-weights")
-    calibration = step.after.facts["calibration"]
+    calibration = step.after.facts[CALIBRATION]
     calls = [n for n in step.after.graph.nodes if n.target is ops.dequantize_weight]
     settled = {str(n.args[0].target).split(":")[0]: n.args[:5] for n in calls}
     checked = 0
@@ -75,7 +76,7 @@ def test_nothing_is_left_open():
 def test_biases_take_up_the_mean_error():
     """On calibration data the mean of a layer's output stays that of the float layer, to the grid of f16."""
     program = programs.after("unet2d", "round-weights")
-    means = program.facts["calibration"].means
+    means = program.facts[CALIBRATION].means
     checked = 0
     for call in program.graph.nodes:
         if call.target is torch.ops.aten.linear.default and str(call.args[2].target).endswith(":corrected"):

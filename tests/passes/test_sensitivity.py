@@ -21,12 +21,14 @@ from mpq_compiler.analysis.perturbation import Ablation
 from mpq_compiler.ir import diff, ops, printer
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.edges import input_edge
+from mpq_compiler.ir.findings import SENSITIVITY
 from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.interpreter import Interpreter, run
-from mpq_compiler.ir.program import Program, TensorStore
+from mpq_compiler.ir.program import TIME_GROUPS, Program, TensorStore
 from mpq_compiler.passes.sensitivity import Sensitivity
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import activation_parameters, bias_of, corrected_bias, fitted
+from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.support import cache
 from mpq_compiler.support.errors import UserError
 from tests.harness import programs
@@ -37,9 +39,7 @@ PASS = Sensitivity(inputs=3, formats=("int2", "int8"), activations=(4, 8))
 
 
 def measured(program: Program, folder: Path, jobs: int = 1) -> dict:
-    program = program.fork()
-    program.facts.pop("fits", None)
-    return PASS.run(program, Session(cache=folder, jobs=jobs)).facts["sensitivity"]
+    return PASS.run(program, Session(cache=folder, jobs=jobs)).facts[SENSITIVITY]
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_its_dump_has_the_losses(tmp_path):
     """The text says at each layer and edge what was measured, until a plan stands there."""
     before = programs.after(MODEL, "time-groups")
     after = PASS.run(before, Session(cache=tmp_path))
-    table, text = after.facts["sensitivity"], printer.text(after)
+    table, text = after.facts[SENSITIVITY], printer.text(after)
     changed = diff.diff(printer.text(before), text)
     lines = {line.split(" = ")[0].strip(): line for line in text.splitlines() if " = " in line}
     node = after.quantizable[-1]
@@ -98,9 +98,9 @@ def test_a_change_in_place_misses_the_cache(tmp_path, evaluations, what):
     """The key is made of bytes: the store's tensors are changed in place, name and address stay."""
     shared = programs.after(MODEL, "time-groups")
     program = shared.fork(tensors=TensorStore({n: t.clone() for n, t in shared.tensors.items()}))
-    calibration = program.facts["calibration"]
+    calibration = program.facts[CALIBRATION]
     inputs = {n: t.clone() for n, t in calibration.inputs.items()}
-    program.facts["calibration"] = type(calibration)(inputs, calibration.edges, calibration.grams, calibration.means)
+    program.facts[CALIBRATION] = type(calibration)(inputs, calibration.edges, calibration.grams, calibration.means)
     measured(program, tmp_path)
     count = evaluations[0]
     changed = {
@@ -165,7 +165,7 @@ def test_a_given_table_is_used(evaluations):
     layers, elements, parameters = (described[name] for name in ("layers", "elements", "parameters"))
     weights = {layer["name"]: {"int8": 0.1} for layer in layers}
     table = {"weights": weights, "activations": {edge: {"8": 0.1} for edge in elements}, "parameters": parameters}
-    assert PASS.run(program, Session(sensitivity=table)).facts["sensitivity"] is table
+    assert PASS.run(program, Session(sensitivity=table)).facts[SENSITIVITY] is table
     assert evaluations[0] == 0
     weights.pop(layers[0]["name"])
     with pytest.raises(UserError, match="lacks"):
@@ -175,7 +175,7 @@ def test_a_given_table_is_used(evaluations):
 @pytest.mark.invariant("mixdq-8")
 def test_what_stays_as_it_is_makes_no_noise():
     program = programs.after(MODEL, "time-groups")
-    ablation = Ablation(program, program.facts["calibration"].select(3))
+    ablation = Ablation(program, program.facts[CALIBRATION].select(3))
     for node in program.quantizable:
         weight, edge = node.args[1], node.args[0]
         same = ablation.output({weight: ablation.value(weight).clone()}, {node: ablation.value(edge).clone()})
@@ -205,7 +205,7 @@ def test_noise_powers_of_single_changes_add_up_to_that_of_a_plan():
     """On the bundled denoiser, for random plans that cover the noise in which allocations lie."""
     pipeline = f"{programs.FRONT},sensitivity{{inputs=6,formats=int3/int4/int8,activations=4/8}}"
     program = programs.after(programs.BUNDLED, "sensitivity", pipeline)
-    table, inputs = program.facts["sensitivity"], program.facts["calibration"].select(6)
+    table, inputs = program.facts[SENSITIVITY], program.facts[CALIBRATION].select(6)
     reference, decibels = run(program, inputs), []
     for seed in range(20):
         draw, tensors, widths, total = random.Random(seed), {}, {}, 0.0
@@ -222,7 +222,7 @@ def test_noise_powers_of_single_changes_add_up_to_that_of_a_plan():
                 widths[edge] = 4 if draw.random() < coarse / 4 else 8
                 total += table["activations"][edge][str(widths[edge])]
         planned = Planned(program, tensors, widths)
-        planned.group = ops.time_group(inputs["timestep"], program.facts["time-groups"])
+        planned.group = ops.time_group(inputs["timestep"], program.facts[TIME_GROUPS])
         decibels.append([10 * math.log10(x) for x in (total, noise_power(planned.run(inputs), reference))])
     expected, measured = np.array(decibels).T
     assert expected.min() < -25 and expected.max() > -18
@@ -231,14 +231,14 @@ def test_noise_powers_of_single_changes_add_up_to_that_of_a_plan():
 
 
 def test_losses_are_rounded():
-    table = programs.after(MODEL, "sensitivity").facts["sensitivity"]
+    table = programs.after(MODEL, "sensitivity").facts[SENSITIVITY]
     for losses in table["weights"].values():
         assert all(loss == float(f"{loss:.{noise_powers.DIGITS - 1}e}") for loss in losses.values())
 
 
 def test_the_key_knows_machine_and_versions(monkeypatch):
     program = programs.after(MODEL, "time-groups")
-    inputs = program.facts["calibration"].select(2)
+    inputs = program.facts[CALIBRATION].select(2)
     key = PASS.key(program, inputs)
     assert key == PASS.key(program, inputs)
     monkeypatch.setattr(torch, "__version__", "0.0")
@@ -269,7 +269,7 @@ def test_layers_with_many_inputs_keep_the_diagonal_of_their_moments(monkeypatch)
     from mpq_compiler.quantization.fitting import rows_of
 
     program = programs.after(MODEL, "time-groups")
-    whole = program.facts["calibration"]
+    whole = program.facts[CALIBRATION]
     monkeypatch.setattr(statistics, "GRAM_COLUMNS", 8)
     wanted = frozenset({statistics.RANGE, statistics.GRAM})
     thin = statistics.collect(program, whole.inputs, wanted, Session())

@@ -14,6 +14,7 @@ from mpq_compiler.driver.manifest import layer_rows
 from mpq_compiler.formats import activation, contract
 from mpq_compiler.ir import costs, ops, printer, stored_tensors
 from mpq_compiler.ir.exact_interpreter import run_exact
+from mpq_compiler.ir.findings import ALLOCATION, SENSITIVITY
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.passes.bit_allocation import BitAllocation
 from mpq_compiler.pipeline import recipes
@@ -134,8 +135,8 @@ def test_the_noise_of_a_search_is_at_most_that_of_the_range():
 
 
 def test_sensitivities_are_those_of_small_floats_and_formats_mix():
-    table = programs.after(MODEL, "sensitivity", MEASURED).facts["sensitivity"]
-    integers = programs.after(MODEL, "sensitivity").facts["sensitivity"]
+    table = programs.after(MODEL, "sensitivity", MEASURED).facts[SENSITIVITY]
+    integers = programs.after(MODEL, "sensitivity").facts[SENSITIVITY]
     assert table["floating"] and not integers["floating"]
     assert table["activations"].keys() == integers["activations"].keys()
     assert table["activations"] != integers["activations"]
@@ -143,7 +144,7 @@ def test_sensitivities_are_those_of_small_floats_and_formats_mix():
     assert {plan.format for plan in planned.weights.values()} <= {"fp4", "fp8", "int8"}
     assert len({plan.format for plan in planned.weights.values()}) > 1
     assert all(plan.exponent is not None for plan in planned.activations.values())
-    allocation = planned.facts["allocation"]
+    allocation = planned.facts[ALLOCATION]
     assert all(choice.endswith("f8") for choice in allocation["choices"].values())
 
 

@@ -11,7 +11,8 @@ from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.edges import input_edge
 from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.interpreter import run
-from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
+from mpq_compiler.ir.program import TIME_GROUPS, InputSpec, Program, Stage, TensorStore
+from mpq_compiler.ir.provenance import DECISIONS
 from mpq_compiler.ir.verifier import verify
 from mpq_compiler.passes.split_shortcut import SplitShortcut
 from mpq_compiler.pipeline.session import Session
@@ -177,7 +178,7 @@ def test_parts_have_plans_of_their_own():
         edges = [program.node(program.weights[p].sites[0]).args[0].name for p in paths]
         scales = [program.tensors[program.activations[e].scale] for e in edges]
         assert not torch.equal(*scales)
-        assert program.facts["decisions"][paths[1]]["split-shortcut"] == {
+        assert program.facts[DECISIONS][paths[1]]["split-shortcut"] == {
             "part_of": f"{layer}.weight", "channels_until": 96
         }
 
@@ -195,7 +196,7 @@ def test_the_simulated_noise_falls():
     noise = []
     for program, ablation, _ in found:
         operands = {}
-        group = ops.time_group(x["timestep"], program.facts["time-groups"])
+        group = ops.time_group(x["timestep"], program.facts[TIME_GROUPS])
         for node in program.quantizable:
             if node.name.partition("_part")[0] in layers:
                 edge = input_edge(node)

@@ -8,13 +8,15 @@ import torch
 
 from mpq_compiler.analysis.noise_power import noise_power
 from mpq_compiler.analysis.perturbation import Ablation
-from mpq_compiler.analysis.time_weights import by_gains
+from mpq_compiler.analysis.time_weights import TIME_GAINS, by_gains
 from mpq_compiler.analysis.trajectory_error import IMAGE_STEPS, TrajectoryError
 from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import NOTES
 from mpq_compiler.passes.sensitivity import Sensitivity
 from mpq_compiler.passes.time_gains import TimeGains
 from mpq_compiler.pipeline.options import make as make_pass
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.sampling import loop as sampling
 from mpq_compiler.support.errors import UserError
 from tests.harness import programs
@@ -48,7 +50,7 @@ def test_times_of_kernels_are_not_asked_for(tmp_path, grouped):
             raise AssertionError(asked)
 
     found = TimeGains(images=1).run(grouped, session(tmp_path, latency=Times()))
-    assert len(found.facts["time-gains"]) == IMAGE_STEPS
+    assert len(found.facts[TIME_GAINS]) == IMAGE_STEPS
 
 
 def test_a_model_of_few_steps_draws_in_as_many(tmp_path, plain):
@@ -82,21 +84,21 @@ def test_a_gain_is_the_error_of_the_images_by_that_of_one_step(tmp_path, plain):
 
 def test_the_pass_measures_the_same_for_any_jobs(tmp_path, grouped):
     pass_ = TimeGains(weights="int2", images=IMAGES)
-    found = [pass_.run(grouped, session(tmp_path, jobs=jobs)).facts["time-gains"] for jobs in (1, 2)]
+    found = [pass_.run(grouped, session(tmp_path, jobs=jobs)).facts[TIME_GAINS] for jobs in (1, 2)]
     assert found[0] == found[1]
     assert max(gain for _, gain in found[0]) == 1.0
-    assert "time-gains" not in grouped.facts
+    assert TIME_GAINS not in grouped.facts
 
 
 def test_where_nothing_can_be_drawn_all_times_count_alike(tmp_path, grouped):
     program = TimeGains().run(grouped, Session(cache=tmp_path))
-    assert "time-gains" not in program.facts
-    assert "count alike" in program.facts["notes"][-1]
+    assert TIME_GAINS not in program.facts
+    assert "count alike" in program.facts[NOTES][-1]
 
 
 def test_sensitivity_counts_errors_by_their_gains(tmp_path, grouped):
     """A gain of nearly nothing at all times but one leaves the loss at that time."""
-    calibration = grouped.facts["calibration"]
+    calibration = grouped.facts[CALIBRATION]
     measure = Sensitivity(inputs=4, formats=("int2",), activations=(8,))
     inputs = calibration.select(4)
     times = sorted({float(t) for t in inputs["timestep"]})
@@ -105,7 +107,7 @@ def test_sensitivity_counts_errors_by_their_gains(tmp_path, grouped):
     task = measure.tasks(program)[0]
     alone = {name: x[inputs["timestep"] == last] for name, x in inputs.items()}
     wanted, key = measure.measure(program, Ablation(program, alone), alone, task), measure.key(program, inputs)
-    program.facts["time-gains"] = [(time, 1.0 if time == last else 1e-9) for time in times]
+    program.facts[TIME_GAINS] = [(time, 1.0 if time == last else 1e-9) for time in times]
     assert measure.measure(program, Ablation(program, inputs), inputs, task) == pytest.approx(wanted, rel=1e-4)
     assert measure.key(program, inputs) != key
 

@@ -7,9 +7,10 @@ import torch
 
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.interpreter import run
-from mpq_compiler.ir.program import Program, TensorStore
+from mpq_compiler.ir.program import TIME_GROUPS, Program, TensorStore
 from mpq_compiler.passes.time_groups import TimeGroups, best_cut
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.support.errors import UserError
 from tests.harness import programs
 
@@ -41,7 +42,7 @@ def test_dynamic_program_equals_brute_force(seed):
 def test_boundaries_lie_between_calibrated_timesteps():
     for model in programs.MODELS:
         program = programs.after(model, "time-groups")
-        boundaries, steps = program.facts["time-groups"], program.facts["calibration"].timesteps.unique()
+        boundaries, steps = program.facts[TIME_GROUPS], program.facts[CALIBRATION].timesteps.unique()
         assert len(boundaries) == 2 and (boundaries[1:] > boundaries[:-1]).all()
         assert not {*boundaries.tolist()} & {*steps.tolist()}
         assert steps[0] < boundaries[0] and boundaries[-1] < steps[-1]
@@ -50,18 +51,18 @@ def test_boundaries_lie_between_calibrated_timesteps():
 def test_many_timesteps_are_taken_together():
     """Of 6 timesteps in 3 places, cuts lie between places only; what a cut costs is still that of all the values."""
     before = programs.after("unet2d", "calibrate")
-    steps = before.facts["calibration"].timesteps.unique()
+    steps = before.facts[CALIBRATION].timesteps.unique()
     assert len(steps) == 6
     after = TimeGroups(groups=3, places=3).run(before, Session())
-    assert after.facts["time-groups"].tolist() == [(steps[1] + steps[2]) / 2, (steps[3] + steps[4]) / 2]
+    assert after.facts[TIME_GROUPS].tolist() == [(steps[1] + steps[2]) / 2, (steps[3] + steps[4]) / 2]
 
 
 @pytest.mark.invariant("efficientdm-4")
 def test_a_group_for_every_step_is_a_table_that_fewer_steps_stride():
     """A sampler that takes every second or third of the steps reads the rows of those."""
     before = programs.after("unet2d", "calibrate")
-    steps = before.facts["calibration"].timesteps.unique()
-    boundaries = TimeGroups(groups=len(steps)).run(before, Session()).facts["time-groups"]
+    steps = before.facts[CALIBRATION].timesteps.unique()
+    boundaries = TimeGroups(groups=len(steps)).run(before, Session()).facts[TIME_GROUPS]
     rows = ops.time_group(steps, boundaries)
     assert rows.tolist() == list(range(len(steps)))
     for stride in (2, 3):
@@ -92,7 +93,7 @@ def test_timesteps_outside_the_range_fall_into_the_nearest_group():
 def test_a_mixed_batch_equals_its_samples(model, pass_name):
     """Bit for bit: integer contractions are exact, and the reference runs float ops sample by sample alike."""
     program = programs.after(model, pass_name)
-    boundaries = program.facts["time-groups"]
+    boundaries = program.facts[TIME_GROUPS]
     x = dict(programs.inputs(model, 3)) | {"timestep": torch.tensor([999, int(boundaries[0]) + 1, 0])}
     assert ops.time_group(x["timestep"], boundaries).tolist() == [2, 1, 0]
     together = run(program, x)
@@ -108,7 +109,7 @@ def test_other_groups_rows_change_nothing(model):
     program = programs.after(model, "fuse-epilogues")
     x = dict(programs.inputs(model, 2))
     x["timestep"] = torch.tensor([0, 1])  # both of group 0
-    assert ops.time_group(x["timestep"], program.facts["time-groups"]).tolist() == [0, 0]
+    assert ops.time_group(x["timestep"], program.facts[TIME_GROUPS]).tolist() == [0, 0]
     spoiled = dict(program.tensors)
     for plan in program.activations.values():
         for name, nonsense in ((plan.scale, 7.0), (plan.zero_point, 3)):

@@ -11,8 +11,9 @@ from mpq_compiler import formats
 from mpq_compiler.formats.contract import nearest_codes
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.interpreter import run
-from mpq_compiler.ir.program import TensorStore
+from mpq_compiler.ir.program import TIME_GROUPS, TensorStore
 from mpq_compiler.ir.verifier import verify
+from mpq_compiler.quantization.settle import LATENTS
 from mpq_compiler.training import student, trainer
 from mpq_compiler.training import variables as training_variables
 from mpq_compiler.training.state import RATES, State
@@ -62,7 +63,7 @@ def test_latent_weights_start_where_the_program_is(pipeline):
     assert weights and any(w.signs for w in weights) == (pipeline != "parts")
     moved = 0
     for weight in weights:
-        rows = program.tensors.read(program.facts["latents"][weight.node.name]).flatten(1)
+        rows = program.tensors.read(program.facts[LATENTS][weight.node.name]).flatten(1)
         names = weight.tables
         parts = [None if n is None else program.tensors[n] for n in (names.scale, names.offset, names.row_class)]
         scale, offset, row_class = parts
@@ -149,13 +150,13 @@ def test_time_groups_that_a_batch_lacks_get_no_gradient():
     trained = student.variables(program, latent=False)
     leaves = {name: theta.requires_grad_() for name, theta in zeros(trained).items()}
     x = dict(programs.inputs("unet2d", 2)) | {"timestep": torch.tensor([999, 999])}
-    group = int(ops.time_group(x["timestep"], program.facts["time-groups"])[0])
+    group = int(ops.time_group(x["timestep"], program.facts[TIME_GROUPS])[0])
     y = Student(program, student.values(program, trained, leaves)).run(x)
     tables = [n for n, v in trained.items() if v.kind == Kind.RANGE]
     found = torch.autograd.grad(y.square().sum(), [leaves[n] for n in tables])
     for gradient in found:
         others = [g for g in range(len(gradient)) if g != group]
-        assert (gradient[others] == 0).all() and len(others) == len(program.facts["time-groups"])
+        assert (gradient[others] == 0).all() and len(others) == len(program.facts[TIME_GROUPS])
     assert all(gradient[group] != 0 for gradient in found)
 
 
@@ -310,7 +311,7 @@ def test_times_of_groups_lie_in_them():
     program = programs.after("unet2d", "round-weights", programs.MIXED)
     timesteps = torch.tensor([1, 200, 999])
     times = trainer.group_times(program, timesteps)
-    boundaries = program.facts["time-groups"]
+    boundaries = program.facts[TIME_GROUPS]
     assert torch.equal(ops.time_group(1 + times * 998, boundaries), torch.arange(len(boundaries) + 1))
     assert len(times) == len(boundaries) + 1 and times.min() > 0 and times.max() < 1
     late = trainer.group_times(program, torch.tensor([999, 950]))  # calls of the last group alone

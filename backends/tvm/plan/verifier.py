@@ -186,7 +186,8 @@ def _places(call: Call, values: dict[str, Value]) -> np.ndarray:
     width = fields.get("outputs") or fields["channels"]
     ((_, name),) = call.results
     rows = values[name.split("|")[0]].size // width
-    return (offset + np.arange(rows)[:, None] * row + np.arange(width)).reshape(-1)
+    places: np.ndarray = offset + np.arange(rows)[:, None] * row + np.arange(width)
+    return places.reshape(-1)
 
 
 def _copied(copy: Record) -> np.ndarray:

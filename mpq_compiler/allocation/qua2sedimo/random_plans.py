@@ -18,7 +18,7 @@ from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.interpreter import Interpreter
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.fitting import bias_of, corrected_bias, fitted, moments, rows_of
+from mpq_compiler.quantization.fitting import bias_of, corrected_bias, moments, rows_of
 from mpq_compiler.support.execution import batches
 
 Configuration = Mapping[str, str]
@@ -71,7 +71,7 @@ class Fits:
 
             def fit(one: tuple[str, str]) -> base.Fit:
                 call = self.calls[one[0]][0]
-                found = fitted(program, call, str(weight_of(call)), one[1], rounding)
+                found = session.fits.fitted(program, call, str(weight_of(call)), one[1], rounding)
                 advance(1)
                 return found
 

@@ -87,8 +87,8 @@ def hadamard(x: Tensor, block: int) -> Tensor:
     order, in f32: the signs; for h = 1, 2, 4 ... below ``block`` every pair (y[i], y[i + h]), where i lacks the bit h,
     becomes its sum and its difference; all times f32(1/sqrt(block)).
     """
-    rotated: Tensor = _Hadamard.apply(x, block)
-    return rotated
+    apply: Callable[..., Tensor] = _Hadamard.apply
+    return apply(x, block)
 
 
 class _Hadamard(torch.autograd.Function):

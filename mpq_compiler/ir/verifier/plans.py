@@ -10,8 +10,9 @@ from torch import fx
 from mpq_compiler.formats import activation
 from mpq_compiler.ir import ops, views
 from mpq_compiler.ir.edges import attention_edges
+from mpq_compiler.ir.findings import ATTENTION_NUMERICS
 from mpq_compiler.ir.graph import softmax, weight_of
-from mpq_compiler.ir.program import ActivationPlan, Stage
+from mpq_compiler.ir.program import TIME_GROUPS, ActivationPlan, Stage
 from mpq_compiler.ir.verifier.view import PLANNED, QUANTIZED, Findings, Rules, View
 from mpq_compiler.targets.numerics import F32, NUMERICS
 
@@ -129,7 +130,7 @@ def _small_floats(view: View) -> Findings:
 @RULES.add("numerics", PLANNED)
 def _numerics(view: View) -> Findings:
     """Attentions and float layers are in float32, or in the numerics that were chosen for them, which exist."""
-    chosen = view.program.facts.get("numerics", {})
+    chosen = view.program.facts.get(ATTENTION_NUMERICS, {})
     for name, kind in chosen.items():
         if kind not in NUMERICS:
             yield name, f"there are no numerics '{kind}'"
@@ -168,7 +169,7 @@ def _zero_points(view: View) -> Findings:
 @RULES.add("group-tables", PLANNED)
 def _group_tables(view: View) -> Findings:
     """A scale and a zero point for each time group: one more than there are boundaries."""
-    groups = len(view.program.facts["time-groups"]) + 1
+    groups = len(view.program.facts[TIME_GROUPS]) + 1
     for edge, plan in view.static_plans:
         for name in filter(None, (plan.scale, plan.zero_point)):
             if tuple(view.tensor(name).shape) != (groups,):
@@ -178,7 +179,7 @@ def _group_tables(view: View) -> Findings:
 @RULES.add("boundaries", PLANNED)
 def _boundaries(view: View) -> Findings:
     """Group boundaries rise, and the graph reads those that the plan was made with."""
-    planned = view.program.facts["time-groups"]
+    planned = view.program.facts[TIME_GROUPS]
     read = planned if view.boundaries is None else view.boundaries
     if not torch.equal(read, planned) or not bool((read[1:] > read[:-1]).all()) or read.dtype != torch.float32:
         yield "g", f"the boundaries {read.tolist()} are not the rising f32 values of the plan {planned.tolist()}"

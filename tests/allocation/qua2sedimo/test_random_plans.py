@@ -12,6 +12,7 @@ from mpq_compiler.allocation.qua2sedimo.random_plans import Fits, drawn, method
 from mpq_compiler.analysis.noise_power import noise_power
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.statistics import CALIBRATION
 from tests.harness import programs
 
 FORMATS = ("int4", "km4", "km4t", "int3", "km3", "km3t")
@@ -47,7 +48,7 @@ def test_labels_are_the_noise_of_the_weights_as_they_are_stored():
     front = f"{programs.FRONT},bit-allocation{{uniform=int3}}"
     program = programs.after("unet2d", "time-groups", front)
     fits = Fits(program, ("int3",), Session())
-    inputs = program.facts["calibration"].select(6)
+    inputs = program.facts[CALIBRATION].select(6)
     reference = run(program, inputs)
     found = fits.noise(dict.fromkeys(fits.calls, "int3"), inputs, reference)
     rounded = programs.after("unet2d", "round-weights", f"{front},insert-fake-quant,round-weights")

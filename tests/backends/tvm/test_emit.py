@@ -27,7 +27,7 @@ from mpq_compiler.backends.tvm.plan.calls import Call, Function, Kernel, Lowered
 from mpq_compiler.ir import costs, ops
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.interpreter import run
-from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
+from mpq_compiler.ir.program import PARAMETERS, TIME_GROUPS, InputSpec, Program, Stage, TensorStore
 from mpq_compiler.passes.fuse_epilogues import FuseEpilogues
 from mpq_compiler.pipeline import manager, parser, session
 from mpq_compiler.runtime import compiled_denoiser, tvm
@@ -262,7 +262,7 @@ def test_a_batch_of_mixed_timesteps_equals_its_samples(name):
 def test_other_time_groups_change_nothing(tmp_path):
     name, weights = "unet2d", "int3"
     case, (made, _) = packed.program(name, weights), compiled(name, weights, TARGETS[1])
-    boundaries = case.program.facts["time-groups"]
+    boundaries = case.program.facts[TIME_GROUPS]
     group = torch.bucketize(case.inputs["timestep"].float(), boundaries, right=True)
     used = int(group.mode().values)
     rows = (group == used).nonzero().flatten()
@@ -442,7 +442,7 @@ def test_batches_are_positive(batches):
 
 def artifact_of(program, folder: Path, target: str) -> compiled_denoiser.CompiledDenoiser:
     row = runnable(target)
-    program.facts.setdefault("parameters", 1)
+    program.facts.setdefault(PARAMETERS, 1)
     built = build(program, row, (1, 3), cache=packed.kernel_cache())
     return compiled_denoiser.load(packed.write(folder / "a.mpq", program, row, built), threads=1)
 

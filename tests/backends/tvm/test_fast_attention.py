@@ -18,8 +18,9 @@ from mpq_compiler.backends.tvm.kernels.problems import fast_attention as problem
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention
 from mpq_compiler.ir import ops
+from mpq_compiler.ir.facts import Facts
 from mpq_compiler.ir.interpreter import run
-from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
+from mpq_compiler.ir.program import PARAMETERS, InputSpec, Program, Stage, TensorStore
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import numerics
@@ -165,7 +166,7 @@ def test_an_artifact(tmp_path, monkeypatch) -> None:
     first = graph.call_function(ops.attention, (x, x, x, 2), {"numerics": INT8})
     graph.output(graph.call_function(ops.attention, (first, text, text, 2), {"numerics": BF16}))
     inputs = tuple(InputSpec(name, ("B", rows, 48), torch.float32) for name, rows in (("x", 70), ("text", 9)))
-    program = Program(graph, TensorStore(), inputs, Stage.PACKED, facts={"parameters": 1})
+    program = Program(graph, TensorStore(), inputs, Stage.PACKED, facts=Facts({PARAMETERS: 1}))
     target = targets.TARGETS["x86-64-avx512vnni"]
     built = build(program, target, (2,), cache=packed.kernel_cache())
     assert built.features == ("avx512_bf16", "avx512_vnni")

@@ -574,4 +574,4 @@ BINARY = {
 TERNARY = {"where": where}
 """Functions of three operands by name."""
 
-assert (UNARY.keys(), BINARY.keys(), TERNARY.keys()) == (operations.UNARY, operations.BINARY, operations.TERNARY)
+assert ({*UNARY}, {*BINARY}, {*TERNARY}) == (operations.UNARY, operations.BINARY, operations.TERNARY)

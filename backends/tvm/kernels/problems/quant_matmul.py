@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument, Shape
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, epilogue_arguments

@@ -8,7 +8,7 @@ from typing import ClassVar
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.statistics import RANGE, Calibration
+from mpq_compiler.quantization.statistics import CALIBRATION, RANGE
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class NameOutliers(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
-        calibration: Calibration = program.facts["calibration"]
+        calibration = program.facts[CALIBRATION]
         spread = {
             name: float((edge.high.max() - edge.low.min()) / edge.values.abs().mean().clamp_min(1e-12))
             for name, edge in calibration.edges.items()

@@ -1,0 +1,137 @@
+"""The manifest of an artifact as a type (schemas/manifest.json says the same, and is what files are checked by)."""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict
+
+
+class Value(TypedDict):
+    """An input or output of a function; None stands for the batch of a function for any batch."""
+
+    name: str
+    shape: list[int | None]
+    dtype: str
+
+
+class Function(TypedDict):
+    """A specialization of the model for a batch size; None for any."""
+
+    name: str
+    batch: int | None
+    inputs: list[Value]
+    parts: NotRequired[list[str]]
+    output: Value
+
+
+class Part(TypedDict):
+    """A function of one sample whose results do not depend on the latents."""
+
+    name: str
+    inputs: list[Value]
+    outputs: list[Value]
+
+
+class Prepare(TypedDict):
+    """The function that lays out the stored tensors once, after loading."""
+
+    name: str
+    tensors: list[str]
+
+
+class Memory(TypedDict):
+    """Bytes by the names of functions and parts."""
+
+    prepared_bytes: int
+    activation_bytes: dict[str, int]
+    workspace_bytes: dict[str, int]
+
+
+class Target(TypedDict):
+    """What the artifact runs on."""
+
+    name: str
+    arch: str
+    backend: str
+    isa: NotRequired[str]
+    features: list[str]
+    cuda: NotRequired[int]
+    """The least release of CUDA of the driver; 12060 is 12.6."""
+    numerics: NotRequired[str]
+    tvm: NotRequired[dict[str, Any]]
+
+
+Model = TypedDict(
+    "Model",
+    {
+        "class": str,
+        "config": dict[str, Any],
+        "parameters": int,
+        "signature": NotRequired[list[str]],
+        "below": NotRequired[dict[str, int]],
+        "call": NotRequired[dict[str, Any]],
+        "source": NotRequired[dict[str, Any]],
+    },
+)
+"""The model that was compiled: diffusers' class and configuration, and how it is called."""
+
+
+class Tensor(TypedDict):
+    """A stored tensor, and what it means to the layer that it belongs to."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    parameter: NotRequired[str]
+    bits: NotRequired[float]
+    row_class: NotRequired[str]
+    original_shape: NotRequired[list[int]]
+
+
+class Assumption(TypedDict):
+    """A token of an input that the compiler took for constant."""
+
+    input: str
+    token: int
+    values: list[float]
+
+
+class Weights(TypedDict):
+    """The size of the stored tensors."""
+
+    payload_bytes: int
+    average_bits: float
+
+
+class File(TypedDict):
+    """A file of the artifact."""
+
+    bytes: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """What an artifact holds, and how it came about."""
+
+    format: str
+    format_version: int
+    name: str
+    target: Target
+    model: Model
+    functions: list[Function]
+    parts: NotRequired[list[Part]]
+    tiles: NotRequired[dict[str, list[int]]]
+    threads: NotRequired[int]
+    memory: NotRequired[Memory]
+    prepare: NotRequired[Prepare]
+    tensors: list[Tensor]
+    weights: Weights
+    recipe: NotRequired[dict[str, Any]]
+    pipeline: NotRequired[str]
+    plan: NotRequired[dict[str, Any]]
+    assumptions: NotRequired[list[Assumption]]
+    calibration: NotRequired[dict[str, Any]]
+    quality: NotRequired[dict[str, Any]]
+    sampling: NotRequired[dict[str, Any]]
+    versions: dict[str, str]
+    files: dict[str, File]
+    artifact_sha256: str
