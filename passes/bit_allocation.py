@@ -481,7 +481,7 @@ class BitAllocation(Pass):
 
     def _check_uniform(self, program: Program) -> None:
         """Raises a UserError where a uniform plan exceeds a budget of bytes."""
-        limit = pose.byte_limit(program.facts, self.weights, self.bytes)
+        limit = pose.byte_limit(program.facts[PARAMETERS], self.weights, self.bytes)
         stored = stored_bytes(program)
         if limit is not None and stored > limit:
             bits = average_bits(stored, program.facts[PARAMETERS])
