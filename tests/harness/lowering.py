@@ -23,7 +23,8 @@ from mpq_compiler.backends.tvm.compile.worker import Worker
 from mpq_compiler.backends.tvm.plan.calls import Kernel, Lowered
 from mpq_compiler.ir import ops, stored_tensors
 from mpq_compiler.ir.aten import aten
-from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
+from mpq_compiler.ir.facts import Facts
+from mpq_compiler.ir.program import PARAMETERS, InputSpec, Program, Stage, TensorStore
 from mpq_compiler.passes.fuse_epilogues import FuseEpilogues
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.targets import table as targets
@@ -115,5 +116,5 @@ def by_hand() -> Program:
     side = product("side", call("both_q", ops.quantize, both, *raw, group, 8), raw, 8, 16)
     graph.output(call("result", aten.add.Tensor, call("sum", aten.add.Tensor, z, y), side))
     inputs = (InputSpec("sample", ("B", 4, 4, 8), torch.float32), InputSpec("timestep", ("B",), torch.int64))
-    program = Program(graph, store, inputs, Stage.PACKED, facts={"parameters": 320})
+    program = Program(graph, store, inputs, Stage.PACKED, facts=Facts({PARAMETERS: 320}))
     return FuseEpilogues().run(program, Session())
