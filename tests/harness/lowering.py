@@ -31,8 +31,8 @@ from mpq_compiler.targets import table as targets
 from tests.harness import packed
 
 TARGET = "x86-64-avx2"
-MODELS = (("flux", "int8", ""), ("unet2d-class", "int4", "rotate{rule=everywhere,rows=8}"))
-"""Between them every stage has something to do: joint attention; skip connections, upsampling and rotations."""
+MODELS = (("flux", "int8", ""), ("unet2d", "int8", ""), ("unet2d-class", "int4", "rotate{rule=everywhere,rows=8}"))
+"""Between them every stage has something to do: joint attention; skip connections and upsampling; rotations."""
 Model = tuple[str, str, str]
 
 

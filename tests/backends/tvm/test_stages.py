@@ -1,4 +1,4 @@
-"""The declared contract of every stage of the lowering, on two small models; texts of plans; what is said of stages."""
+"""The declared contract of every stage of the lowering, on small models; texts of plans; what is said of stages."""
 
 from __future__ import annotations
 
@@ -104,12 +104,12 @@ def _names(target: str) -> tuple[str, ...]:
     return tvm_lowering.names(row) if row.backend == "tvm" else ()
 
 
-@pytest.mark.parametrize("model", lowering.MODELS, ids=[name for name, *_ in lowering.MODELS])
-def test_stages_change_what_they_are_for(model):
-    texts = {name: printer.text(plan) for name, (_, plan) in lowering.after_stages(model).items()}
-    changed = {name for before, name in itertools.pairwise(STAGES) if diff.diff(texts[before], texts[name])}
-    kept = {"flux": {"fuse-concatenations", "commute-quantizers", "fuse-rotations", "fuse-sibling-quantizers"}}
-    assert {*STAGES[1:]} - changed <= kept.get(model[0], {"concatenate-in-place"})
+def test_every_stage_changes_the_plan_of_some_model():
+    changed = set()
+    for model in lowering.MODELS:
+        texts = {name: printer.text(plan) for name, (_, plan) in lowering.after_stages(model).items()}
+        changed |= {name for before, name in itertools.pairwise(STAGES) if diff.diff(texts[before], texts[name])}
+    assert changed == {*STAGES[1:]}
 
 
 def test_a_machine_that_lacks_the_target_says_so():
