@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
-from mpq_compiler.backends.onnx import build, lowering
+from mpq_compiler.backends.onnx import lowering
+from mpq_compiler.backends.onnx.build import build
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.backend import Backend, BuildRequest, Built, Capabilities
 from mpq_compiler.targets.table import Target
@@ -28,7 +29,7 @@ class OnnxBackend:
 
     def build(self, program: Program, target: Target, request: BuildRequest) -> Built:
         """Builds the models, beside the stored tensors."""
-        return build.build(program, request.others, request.instruments)
+        return build(program, request.others, request.instruments)
 
 
 BACKEND: Backend = OnnxBackend()

@@ -85,19 +85,19 @@ def test_an_open_weight_runs_exactly_too():
     assert len(layers) > 10
     for node in layers:
         weight, bias = found[node.args[1].name], program.tensors.read(str(node.args[2].target))
-        codes = found[node.args[0].name]
+        codes, tables = found[node.args[0].name], weight.tables
         values = activation_f64(codes.codes, codes.scale, codes.zero_point, codes.group)
-        formula = values @ weight_f64(weight.codes, weight.scale, weight.offset, weight.lut).T + bias.double()
+        formula = values @ weight_f64(weight.codes, tables.scale, tables.offset, tables.lut).T + bias.double()
         assert float((found[node.name] - formula).abs().max()) <= 1e-6 * float(formula.abs().max())
         rows = program.tensors.read(str(node.args[1].args[0].target))
-        level = weight_f64(weight.codes, weight.scale, weight.offset, weight.lut)
+        level = weight_f64(weight.codes, tables.scale, tables.offset, tables.lut)
         grid = weight_f64(
-            torch.arange(len(weight.lut[0]), dtype=torch.uint8).expand(len(rows), -1)
-            if weight.lut is not None
+            torch.arange(len(tables.lut[0]), dtype=torch.uint8).expand(len(rows), -1)
+            if tables.lut is not None
             else torch.arange(-127, 128, dtype=torch.int8).expand(len(rows), -1),
-            weight.scale,
-            weight.offset,
-            weight.lut,
+            tables.scale,
+            tables.offset,
+            tables.lut,
         )
         nearest = (rows.double()[:, :, None] - grid[:, None, :]).abs().amin(-1)
         assert torch.allclose((rows - level).abs(), nearest, rtol=1e-4, atol=1e-9)
