@@ -98,7 +98,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     said = [f"ring {ring}: {len(chosen)} of {len(items)} tests, {cost:.0f} CPU seconds, --sample-seed {seed}"]
     if commit is not None:
         workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-        capacity = time_left(config) * workers * rings.LOAD
+        seconds = config.getoption("seconds")  # not what is left of them: all workers must choose the same tests
+        capacity = (float("inf") if seconds is None else seconds) * workers * rings.LOAD
         rest, chosen = chosen, rings.shard(cases, chosen, commit, capacity, durations)
         said += [f"shard of {commit}: {len(chosen)} of {len(rest)} tests", *parts(cases, chosen, rest)]
     config.stash[SAID] = said
