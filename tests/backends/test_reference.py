@@ -23,7 +23,7 @@ CASES = [("unet2d", "int8"), ("unet2d-class", "int3"), ("sd15", "int2+b"), ("pix
 def test_same_bits_as_the_program(name, weights, tmp_path):
     case = packed.program(name, weights)
     target = targets.resolve("reference")
-    built = build(case.program, target)
+    built = build(case.program)
     assert built.payload_bytes == costs.stored_bytes(case.planned)
     compiled = compiled_denoiser.load(packed.write(tmp_path / "a.mpq", case.program, target, built), threads=1)
     inputs = packed.take(case.inputs, slice(5))

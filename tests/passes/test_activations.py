@@ -109,7 +109,7 @@ def test_a_program_without_static_activations_has_no_time_groups():
         parser.parse(passes),
         start,
         Session(programs.denoiser(MODEL), inputs),
-        lambda i, p, before, after: steps.append((p.name(), before, after)),
+        [lambda i, p, before, after: steps.append((p.name(), before, after))],
         present={"channels-last"},
     )
     packed = steps[-1][2]
