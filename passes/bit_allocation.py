@@ -84,7 +84,7 @@ class BitAllocation(Pass):
     activations: float = 8.0
     """Budget in average bits of the activations that layers read, and attentions where they may be quantized."""
     mixed: bool = True
-    """Activations have different widths; else, as most methods have them, all the budget's, a whole number of bits."""
+    """Chooses the width of each activation; else all have the budget's, a whole number of bits, as in most methods."""
     bops: float | None = None
     """Budget in bit operations per sample and step."""
     latency: float | None = None
@@ -101,18 +101,20 @@ class BitAllocation(Pass):
     2408.06995). Simulated: no target has kernels for them, and layers compute in float on what is rounded."""
 
     objective: Literal["noise", "paper-db", "scores", "scores-program", "orthogonality"] = "noise"
-    """What is summed over the layers: noise power; or, to be as large as can be, SQNR in dB as in the paper, which sums
-    to no noise of anything and is worse by far (docs/recipes.md); or the scores of `predict-scores`. With scores, each
-    unit takes the formats of the largest score less a price of its bytes, the least price that meets the budget
-    (Qua2SeDiMo); with scores-program the integer program decides. Then activations have all the same whole width, at
-    most 8, or stay float from 16 on. Or, with orthogonality, bits that layers lack by the importance that
-    `orthogonality` gave them, without a sensitivity (docs/recipes.md)."""
+    """The sum over the layers that the plan is chosen by. ``noise``: noise power, made least. ``paper-db``: SQNR in
+    dB, made largest as in the paper; it is no sum of any noise, and worse by far (docs/recipes.md). ``scores``: the
+    scores of `predict-scores`, where each unit takes the formats of the largest score less a price of its bytes, and
+    the price is the least that meets the budget (Qua2SeDiMo). ``scores-program``: the same scores, and the integer
+    program decides. With scores all activations have the same whole width, at most 8, or stay float from 16 on.
+    ``orthogonality``: the bits that layers lack, weighted by the importance that `orthogonality` gave them, without a
+    sensitivity (docs/recipes.md)."""
     ratios: tuple[float, ...] = ()
-    """Content layers have so many times the bits a weight of the others; the best is taken. None: one budget."""
+    """Bits a weight of content layers over those of the other layers: each is tried, the best is taken. Empty: one
+    budget."""
     activation_ratios: tuple[float, ...] = ()
-    """The same of the bits of activations."""
+    """Bits of the activations of content layers over those of the other layers: each is tried, the best is taken."""
     images: int = 8
-    """By which ratios are judged, beside the float model's from the same noise."""
+    """Images that judge the ratios, each against the float model's from the same noise."""
     protected: float = 0.0
     """Share of the activations that are kept from the budget, those that lose most; at least one where it is not 0."""
     protected_as: Literal["float", "widest"] = "float"

@@ -44,9 +44,9 @@ class Calibrate(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"calibration"})
 
     samples: int = 32
-    """Trajectories."""
+    """Trajectories to record."""
     steps: int = 20
-    """Steps of each."""
+    """Steps of a trajectory."""
 
     def __post_init__(self) -> None:
         for option in ("samples", "steps"):

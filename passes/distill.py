@@ -53,35 +53,37 @@ class Distill(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"trained"})
 
     minutes: float = 2.0
-    """Of two cores of a server, about: the number of updates follows from the model's size alone."""
+    """Minutes of training on two cores of a server, about: the number of updates follows from the model's size
+    alone."""
     updates: int | None = None
-    """Of the variables, whatever the minutes."""
+    """Updates of the variables, whatever the minutes."""
     latent: float = 0.7
-    """The share of the updates that the weights themselves are trained for."""
+    """Share of the updates in which the weights themselves are trained."""
     blocks: bool = False
-    """The weights are trained block by block, each against its own output in the float program while those before it
-    are quantized already (DilateQuant, arXiv 2409.14307, section 3.4), rather than all against the output."""
+    """Trains the weights block by block, each against its own output in the float program while those before it are
+    quantized already (DilateQuant, arXiv 2409.14307, section 3.4), rather than all against the output."""
     relation: float = 0.0
-    """The weight of a loss beside the output's: how pixels of the last block relate to the teacher's pixels of other
-    times (MPQ-DMv2, arXiv 2507.04290); 0.1 there."""
+    """Weight of a loss beside the output's: how pixels of the last block relate to the teacher's pixels of other times
+    (MPQ-DMv2, arXiv 2507.04290, which has 0.1)."""
     window: int = 0
-    """Of ``relation``: pixels relate to those of their own image instead, features being the mean of so many steps, of
-    which the last is trained (MPQ-DM, arXiv 2412.11549); 2 there. Of given calls steps are not known: 1."""
+    """Steps over which ``relation`` averages features; the last of them is trained, and pixels relate to those of
+    their own image (MPQ-DM, arXiv 2412.11549, which has 2). 0: to those of other times. Given calls have no known
+    steps: 1 there."""
     adapters: int = 0
-    """The rank of adapters that move the weights, which else move each by itself; merged into what is quantized (QALoRA
-    of EfficientDM, arXiv 2310.03270); 32 there. 0: none."""
+    """Rank of the adapters that move the weights, merged into what is quantized (QALoRA of EfficientDM, arXiv
+    2310.03270, which has 32). 0: each weight moves by itself."""
     range_network: bool = False
-    """Scales of activations are what small networks make of the time, one for each tensor, rather than tables that
-    learn number by number (TDQ, arXiv 2306.02316); what is stored are the tables of their outputs."""
+    """Makes scales of activations by small networks of the time, one for each tensor, rather than by tables that learn
+    number by number (TDQ, arXiv 2306.02316); the tables of their outputs are stored."""
     rate: float = 1.0
-    """Of learning, in parts of the usual."""
+    """Learning rate as a factor of the usual one."""
     samples: int = 64
-    """Trajectories to train on at least, where no calls are given."""
+    """Least number of trajectories to train on, where no calls are given."""
     epochs: int = 32
-    """How often a call is seen at most: there are more trajectories where the updates are many. Of calls that came back
-    a hundred times weights learned what does not hold for others."""
+    """Most times that a call is seen: there are more trajectories where the updates are many. From calls that came
+    back a hundred times weights learned what does not hold for others."""
     steps: int = 20
-    """Steps of each."""
+    """Steps of a trajectory."""
     images: int = 32
     """Held-out images that no stage may make worse; 0 draws none."""
 

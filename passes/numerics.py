@@ -65,7 +65,7 @@ class Numerics(Pass):
     noise: float = 0.05
     """Share of the plan's noise power that all choices together may add."""
     kinds: tuple[str, ...] = (BF16, INT8)
-    """What to choose from besides float32: 8 bits for attentions only."""
+    """Candidates besides float32. 8 bits are for attentions only."""
     inputs: int = 4
     """Calibration inputs on which the output is compared."""
 

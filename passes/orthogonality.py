@@ -26,7 +26,7 @@ from mpq_compiler.support.errors import UserError
 
 @dataclass(frozen=True)
 class Orthogonality(Pass):
-    """Importance of layers by their network orthogonality: how little their outputs have in common with others'.
+    """Weighs layers by their network orthogonality: how little their outputs have in common with others'.
 
     ``ORM(f_i, f_j) = |f_j^T f_i|^2 / (|f_i^T f_i| |f_j^T f_j|)``, Frobenius norms, of the outputs f [inputs, elements]
     of two layers of the float program (OMPQ, arXiv 2109.07865), at times spread evenly over the calibration (MPQ-Diff,
@@ -47,16 +47,16 @@ class Orthogonality(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"orthogonality"})
 
     formats: tuple[str, ...] = ("int2", "int3", "int4")
-    """Weight formats to choose from; of those of equal bits the allocation takes what is smallest. Every bit counts
+    """Weight formats to choose from; among those of equal bits the allocation takes the smallest. Every bit counts
     alike, so that wide formats take from many layers what few need: as in OMPQ there are 2 to 4 bits."""
     activations: tuple[int, ...] = (8,)
     """Activation widths to choose from."""
     beta: float = 10.0
-    """How much importance falls with gamma."""
+    """Rate at which importance falls with gamma."""
     times: int = 8
-    """At which outputs are compared."""
+    """Timesteps at which outputs are compared."""
     inputs: int = 8
-    """Calibration inputs at each, neighbours in time."""
+    """Calibration inputs at each timestep, neighbours in time."""
 
     def __post_init__(self) -> None:
         self.require("activations", 2, 8)

@@ -66,11 +66,11 @@ class PredictScores(Pass):
     inputs: int = 32
     """Calibration inputs on which the output is compared."""
     level: Literal["block", "operation"] = "block"
-    """Units are those of blocks, or single layers."""
+    """Units to score: those of blocks, or single layers."""
     folds: int = 5
-    """Predictors, each trained on what the others are judged by."""
+    """Predictors; each is judged by the part of the configurations that it was not trained on."""
     epochs: int = 60
-    """Of the training of each."""
+    """Epochs of training of each predictor."""
 
     def __post_init__(self) -> None:
         self.require("inputs", 1)

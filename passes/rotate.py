@@ -43,9 +43,9 @@ class Rotate(RewriteSearch):
     width: ClassVar[str | None] = "activations"
 
     rule: Literal["search", "everywhere"] = "search"
-    """``everywhere`` rotates what all layers read, whether they gain or not."""
+    """Which tensors are rotated. ``everywhere``: all that layers read, whether they gain or not."""
     block: int = 256
-    """Channels of a block at most, a power of two."""
+    """Most channels of a block, a power of two."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -44,10 +44,10 @@ class RoundWeights(Pass):
     statistics: ClassVar[frozenset[Statistic]] = frozenset({MOMENTS})
 
     method: Literal["nearest", "gptq", "learned"] = "nearest"
-    """How codes are chosen; residual branches follow it, and what `sensitivity` measures, where GPTQ stands for learned
-    rounding."""
+    """How codes are chosen. Residual branches follow it, and so does what `sensitivity` measures, with GPTQ in place
+    of learned rounding."""
     order: bool = True
-    """GPTQ takes inputs of large second moment first, else as they stand."""
+    """Whether GPTQ takes inputs of large second moment first, or as they stand."""
 
     @property
     def rounding(self) -> Rounding:

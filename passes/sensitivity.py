@@ -69,7 +69,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Sensitivity(Pass):
-    """Relative noise power of the denoiser's output with one weight, or one activation, quantized at a time.
+    """Measures the output's relative noise power with one weight, or one activation, quantized at a time.
 
     ``sum (y_q - y)^2 / sum y^2`` over calibration inputs spread over time (MixDQ, arXiv 2405.17873, section 4.2,
     measures the same as an SQNR). Noise powers of independent errors add, which is what the allocation relies on. With

@@ -42,7 +42,7 @@ class SplitShortcut(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"channels-last"})
 
     channels: int = 16
-    """Layers stay whole where a part would have fewer channels than this."""
+    """Least channels of a part: layers stay whole where one would have fewer."""
 
     def __post_init__(self) -> None:
         self.require("channels", 1)

@@ -41,9 +41,9 @@ class TimeGains(Pass):
     weights: str = "int4"
     """Format of all weights while gains are measured."""
     activations: int = 8
-    """Width of all activations then; a budget of activations takes its own."""
+    """Width of all activations while gains are measured; a budget of activations takes its own."""
     images: int = 16
-    """That are drawn."""
+    """Images to draw."""
 
     def __post_init__(self) -> None:
         formats.get(self.weights)

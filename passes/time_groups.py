@@ -40,11 +40,11 @@ class TimeGroups(Pass):
     statistics: ClassVar[frozenset[Statistic]] = frozenset({RANGE, VALUES})
 
     groups: int = 4
-    """Groups at most; fewer where the calibration has fewer timesteps."""
+    """Most groups; there are fewer where the calibration has fewer timesteps."""
     bits: int = 8
     """Width of the activations for which the cost is reckoned."""
     places: int = 20
-    """Intervals at most between which cuts are looked for: of more timesteps, neighbours are taken together."""
+    """Most intervals between which cuts are looked for: of more timesteps, neighbours are taken together."""
 
     def __post_init__(self) -> None:
         for option in ("groups", "places"):

@@ -152,7 +152,7 @@ class Model:
         return path
 
 
-def contestants(
+def variants(
     against: Sequence[str], source: str, inputs: Arrays, threads: int, scratch: Path, progress: Any = None
 ) -> tuple[list[Subject], dict[str, str], Model | None]:
     """The variants that can be run here, why the others cannot, and the float model where any can."""

@@ -71,7 +71,7 @@ def bench(
     clock = _clock(paths[0], first, threads, against)
     source = baselines.source_of(model, first.manifest) if against else ""
     with tempfile.TemporaryDirectory(prefix="mpq-") as scratch, baselines.torch_threads(threads, bool(against)):
-        others, skipped, float_model = baselines.contestants(against, source, inputs, threads, Path(scratch), progress)
+        others, skipped, float_model = baselines.variants(against, source, inputs, threads, Path(scratch), progress)
         machine = peaks(first.manifest)
         if kernels:
             timing.require_timed_kernels(first, batch)
