@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> Any:
     path = Path(args.output) if args.output else None
     if path is not None:
         output.require_new(path, args.overwrite)
-    solution = solve(_problem(args), gap=args.gap, time_limit=args.time_limit).to_json()
+    solution = solve(problem_of(args), gap=args.gap, time_limit=args.time_limit).to_json()
     terminal.table(
         f"loss {solution['objective']:.6g}" + ("" if solution["optimal"] else ", not proven optimal"),
         ("choice", "layers"),
@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> Any:
     return solution
 
 
-def _problem(args: argparse.Namespace) -> Problem:
+def problem_of(args: argparse.Namespace) -> Problem:
+    """The problem of a file, or the one that a sensitivity table poses under the budgets of the command line."""
     from mpq_compiler.allocation import pose, sensitivity_table
     from mpq_compiler.allocation.problem import Problem
     from mpq_compiler.driver.budgets import parse_bops, parse_budget, parse_latency

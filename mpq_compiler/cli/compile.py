@@ -51,16 +51,11 @@ def add(commands: options.Commands) -> None:
     options.add_lowering(parser)
 
 
-ONLY_HERE = ("target", "overwrite", "dumps", "tune", "emit", "standalone", "wheels")
-"""Options of a compilation that no other command has."""
-
-
 def run(args: argparse.Namespace) -> Any:
     """Compile the model, print the summary of its report, and return the report."""
     from mpq_compiler.api.compile import compile
 
-    own = {name: getattr(args, name) for name in ONLY_HERE}
-    report = compile(args.model, args.output, terminal.progress, **options.of_compilation(args, **own))
+    report = compile(args.model, args.output, terminal.progress, **options.of_compilation(args))
     for note in report.notes:
         terminal.note(f"note: {note}")
     terminal.table(f"{args.output} for {report.target}, recipe {report.recipe}", ("what", "value"), _summary(report))

@@ -96,5 +96,6 @@ def _of_model(model: str, args: argparse.Namespace) -> Table:
     from mpq_compiler.driver.measure import measure_latency
 
     formats = [name.strip() for name in (args.formats or "").split(",") if name.strip()]
-    given = options.of_compilation(args, target=args.target)
-    return measure_latency(model, terminal.progress, formats, args.batch, args.rpc, **given)
+    return measure_latency(
+        model, terminal.progress, formats, args.batch, args.rpc, **options.of_compilation(args)
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,16 +119,9 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     calibration.add_argument("--seed", type=int, metavar="N", default=0, help="of everything drawn at random (0)")
 
 
-OPTIONS = (
-    *("recipe", "pipeline", "weights", "activations", "bops", "shapes", "calibration", "samples", "steps"),
-    *("scheduler", "prediction_type", "guidance", "conditions", "sensitivity", "numerics", "seed"),
-    *("latency", "latency_table", "objective", "effort", "minutes", "threads", "jobs", "cache"),
-)
-"""Fields of `driver.options.Options` that the groups above fill."""
+def of_compilation(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `driver.options.Options`: what the command line has of its fields."""
+    from mpq_compiler.driver.options import Options
 
-
-def of_compilation(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    """Keyword arguments of `driver.options.Options`: what the command line has of `OPTIONS`, and ``more``."""
-    given = {name: getattr(args, name) for name in OPTIONS if hasattr(args, name)}
-    require_counts(jobs=given["jobs"])
-    return given | more
+    require_counts(jobs=args.jobs)
+    return {field.name: getattr(args, field.name) for field in fields(Options) if hasattr(args, field.name)}

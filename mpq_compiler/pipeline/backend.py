@@ -21,8 +21,6 @@ from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets.table import Target
 
 ENTRY_POINTS = "mpq_compiler.backends"
-EXTRAS = {"tvm": "compile", "reference": "compile", "onnx": "onnx"}
-"""The extra of this package that each built-in backend needs."""
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[..., None]]]
 """Opens a progress bar: ``with progress("compiling kernels", total) as advance: advance(1)``."""
@@ -148,8 +146,8 @@ def backend_of(target: Target) -> Backend:
     try:
         backend: Backend = entry.load()
     except ModuleNotFoundError as error:
-        package = f"mpq-compiler[{EXTRAS[target.backend]}]" if target.backend in EXTRAS else entry.value
         raise UserError(
-            f"target '{target.name}' needs {error.name}, which is not installed: pip install '{package}'"
+            f"target '{target.name}' needs {error.name}, which is not installed: "
+            f"pip install '{plugins.requirement(entry)}'"
         ) from error
     return backend

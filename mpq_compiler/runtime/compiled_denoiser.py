@@ -29,8 +29,6 @@ ASSUMED_TO = 0.02
 
 EXECUTORS = "mpq_compiler.executors"
 """The group of entry points that load an artifact of a backend: ``(artifact, threads) -> Executor``."""
-EXTRAS = {"reference": "mpq-compiler[compile]", "onnx": "mpq-compiler[onnx]"}
-"""The package to install for artifacts of each backend other than TVM."""
 
 
 class Executor(Protocol):
@@ -96,8 +94,7 @@ def _executor(artifact: Artifact, threads: int, reuse_bytes: int) -> Executor:
         except ModuleNotFoundError as error:
             raise UserError(
                 f"an artifact for '{target['name']}' needs {error.name}: pip install "
-                f"'{EXTRAS.get(target['backend'], entry.value)}', "
-                "or compile it for this machine with --target native"
+                f"'{plugins.requirement(entry)}', or compile it for this machine with --target native"
             ) from error
     raise UserError(
         f"artifacts for '{target['name']}' are not run here; load it with the {target['backend']} runtime"

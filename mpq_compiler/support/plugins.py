@@ -49,6 +49,12 @@ def module(name: str) -> Any:
     return importlib.import_module(name)
 
 
+def requirement(entry: EntryPoint) -> str:
+    """What pip installs for an entry point: its package, with the extras that its declaration ends in."""
+    package = entry.dist.name if entry.dist else "mpq-compiler"
+    return f"{package}[{','.join(entry.extras)}]" if entry.extras else package
+
+
 def version(entry: EntryPoint) -> str:
     """A digest of the package behind an entry point: its release, and its modules as they are on disk."""
     spec = importlib.util.find_spec(entry.module.split(".")[0])

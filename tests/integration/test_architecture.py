@@ -58,6 +58,14 @@ def test_names_in_the_rows_are_there():
         ("mpq_compiler/frontend/input_specs.py", "_KNOWN"),
         ("mpq_compiler/frontend/input_specs.py", "def specs_of"),
         ("mpq_compiler/frontend/input_specs.py", "def random_values"),
+        ("mpq_compiler/targets/table.py", "_ATTRIBUTES"),
+        ("mpq_compiler/cli/mpqc.py", "REQUIREMENTS"),
+        ("mpq_compiler/cli/options.py", "def add_budgets"),
+        ("mpq_compiler/cli/allocate.py", "def problem_of"),
+        ("mpq_compiler/driver/lower.py", "def _check_budget"),
+        ("tests/harness/tiny.py", "ALL_FAMILIES"),
+        ("tests/ir/test_printer.py", "UNCHANGED"),
+        ("tests/sampling/test_schedulers.py", "CONFIGS"),
     ):
         assert name.removeprefix("def ") in TEXT and name in (ROOT / file).read_text(encoding="utf-8")
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from mpq_compiler.cli import mpqc
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import nvidia
 from mpq_compiler.targets import table as targets
+from tests.harness.tree import ROOT
 
 ARM = ("aarch64-neon", "aarch64-dotprod", "aarch64-i8mm")
 NAMES = [
@@ -137,6 +139,13 @@ def test_tvm_and_llvm_know_every_dictionary():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "not a recognized" not in done.stderr
+
+
+def test_the_c_program_knows_every_feature():
+    """It looks for features by the bits of the kernel's words; one without a bit would be lacking everywhere."""
+    text = (ROOT / "backends" / "tvm" / "standalone" / "mpq_common.h").read_text(encoding="utf-8")
+    asked = {feature for name in ARM for feature in targets.TARGETS[name].features}
+    assert asked and asked <= {*re.findall(r'\{"(\w+)", [\d+ ]+\}', text)}
 
 
 @pytest.fixture
