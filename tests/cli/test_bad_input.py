@@ -149,7 +149,9 @@ def test_a_model_with_no_quantizable_layer(tmp_path: Path) -> None:
     assert nothing_in(tmp_path)
 
 
-def test_constant_rows_have_a_scale(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+def test_constant_rows_have_a_scale(
+    capsys: pytest.CaptureFixture[str], model: Path, few: tuple[str, ...], tmp_path: Path
+) -> None:
     """A row of zeros, and one of a single value, compile and run; their scale is the smallest positive half."""
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
@@ -158,7 +160,7 @@ def test_constant_rows_have_a_scale(capsys: pytest.CaptureFixture[str], model: P
 
     output = tmp_path / "x.mpq"
     arguments = ["compile", str(edited(model, tmp_path, change)), "-o", str(output), "--target", "reference"]
-    assert mpqc.main([*arguments, "--weights", "6", "--samples", "2", "--steps", "2"]) == 0
+    assert mpqc.main([*arguments, "--weights", "6", *few]) == 0
     inputs = {name: value.numpy() for name, value in tiny.inputs("unet2d", batch=2).items()}
     assert np.isfinite(compiled_denoiser.load(output).run(inputs)).all()
 
