@@ -111,7 +111,9 @@ def test_against_torch_and_onnxruntime(interpreted, model):
     torch_row = found["rows"][2]
     quality = {row["name"]: row["sqnr_db"] for row in found["rows"]}
     assert quality["torch-fp32"] > 120 and quality["onnxruntime-fp32"] > 80  # it is the reference, or computes the same
-    assert 15 < quality["onnxruntime-int8"] < 60 and quality["mpq"] > 10 and quality["mpq control"] is None
+    # Without these instructions onnxruntime adds pairs of products in 16 bits, where they saturate.
+    least = 15 if targets.host_features() & {"avx512_vnni", "avx_vnni"} else 10
+    assert least < quality["onnxruntime-int8"] < 60 and quality["mpq"] > 10 and quality["mpq control"] is None
     assert torch_row["bytes"] == 4 * compiled_denoiser.load(interpreted).manifest["model"]["parameters"]
     assert {*torch_row["speedup"]} == {row["name"] for row in found["rows"]} - {"torch-fp32"}
     told = {name: reason for name, reason in found["skipped"].items() if "bf16" not in name}

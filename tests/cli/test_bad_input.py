@@ -34,6 +34,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save("unet2d", tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="module")
+def few_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with less than half of the layers, where it matters only that it is compiled."""
+    return tiny.save("dit", tmp_path_factory.mktemp("few"))
+
+
 def made(model: Path, name: str, *options: str) -> Path:
     """An artifact of the model."""
 
@@ -239,15 +245,15 @@ def test_unknown_flags_exit_with_2() -> None:
 
 
 def test_a_budget_that_cannot_be_met_names_the_least(
-    capsys: pytest.CaptureFixture[str], model: Path, few: tuple[str, ...], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], few_layers: Path, few: tuple[str, ...], tmp_path: Path
 ) -> None:
     arguments = ("--weights", "1.5", *few, "--cache", tmp_path / "cache")
-    sentence = refused(capsys, "compile", model, "-o", tmp_path / "x.mpq", *arguments)
+    sentence = refused(capsys, "compile", few_layers, "-o", tmp_path / "x.mpq", *arguments)
     least = float(sentence.split("(")[-1].split(" bits")[0])
     assert "the least" in sentence
     assert not (tmp_path / "cache").exists()  # refused before the long measurement
     arguments = ("--weights", str(least + 0.01), *arguments[2:], "--target", "reference")
-    assert mpqc.main(["compile", str(model), "-o", str(tmp_path / "x.mpq"), *map(str, arguments)]) == 0
+    assert mpqc.main(["compile", str(few_layers), "-o", str(tmp_path / "x.mpq"), *map(str, arguments)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -524,11 +530,11 @@ def test_a_place_that_cannot_be_written(capsys: pytest.CaptureFixture[str], mode
     refused(capsys, "compile", model, "-o", "/proc/x.mpq", "--target", "reference", *QUICK)
 
 
-def test_ctrl_c_leaves_nothing_but_the_cache(model: Path, few: tuple[str, ...], tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing_but_the_cache(few_layers: Path, few: tuple[str, ...], tmp_path: Path) -> None:
     """Interrupted in the sensitivity measurement: exit code 130, no output, and the cache serves the next run."""
     cache, output = tmp_path / "cache", tmp_path / "x.mpq"
-    arguments = ["compile", str(model), "-o", str(output), "--target", "reference", "--cache", str(cache)]
-    arguments += [*few, "--weights", "5", "--jobs", "1"]
+    arguments = ["compile", str(few_layers), "-o", str(output), "--target", "reference", "--cache", str(cache)]
+    arguments += [*few, "--weights", "7", "--jobs", "1"]
     process = subprocess.Popen([sys.executable, "-m", "mpq_compiler", *arguments], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -549,12 +555,13 @@ def test_ctrl_c_leaves_nothing_but_the_cache(model: Path, few: tuple[str, ...], 
     assert len(names) == len(set(names)) > before
 
 
-def test_two_compiles_on_one_cache_give_the_same_bytes(model: Path, few: tuple[str, ...], tmp_path: Path) -> None:
+def test_two_compiles_on_one_cache_give_the_same_bytes(few_layers: Path, few: tuple[str, ...], tmp_path: Path) -> None:
     """At the same time, in two processes and folders, with one job and with two."""
     processes = []
     for jobs in ("1", "2"):
-        arguments = ["compile", str(model), "-o", str(tmp_path / jobs / "x.mpq"), "--cache", str(tmp_path / "cache")]
-        arguments += [*few, "--weights", "5", "--jobs", jobs]
+        output = tmp_path / jobs / "x.mpq"
+        arguments = ["compile", str(few_layers), "-o", str(output), "--cache", str(tmp_path / "cache")]
+        arguments += [*few, "--weights", "7", "--jobs", jobs]
         (tmp_path / jobs).mkdir()
         command = [sys.executable, "-m", "mpq_compiler", *arguments]
         processes.append(subprocess.Popen(command, cwd=tmp_path / jobs, env=dict(os.environ)))

@@ -88,6 +88,8 @@ def test_what_cannot_be_recorded_is_said_at_once(tmp_path: Path) -> None:
 
 def test_a_model_of_fewer_channels_than_its_latents(tmp_path: Path) -> None:
     """Super-resolution: half of the channels are the small image's; it cannot be sampled alone, and is compiled."""
+    few = tmp_path / "few.toml"
+    few.write_text('schema = 1\nextends = "default"\n[options.sensitivity]\nformats = ["int4", "int8"]\n')
     model = tiny.model("unet2d", in_channels=6)
     loaded = denoiser.wrap(model, name="larger")
     assert not loaded.whole and not loaded.conditioning.possible
@@ -96,7 +98,7 @@ def test_a_model_of_fewer_channels_than_its_latents(tmp_path: Path) -> None:
     given = loaded.random_inputs(16)
     given["timestep"] = torch.arange(999, 0, -63)[:16]
     report = compile.compile(
-        loaded, tmp_path / "out.mpq", target="reference", calibration=written(given, tmp_path), weights=6
+        loaded, tmp_path / "out.mpq", target="reference", calibration=written(given, tmp_path), weights=6, recipe=few
     )
     assert any("nothing can be drawn here" in note for note in report.notes)
     painter = evaluation_painter.from_artifact(tmp_path / "out.mpq")

@@ -80,7 +80,7 @@ def test_a_pass_a_format_and_a_backend_of_packages_make_one_artifact(installed, 
     inputs = {name: value.numpy() for name, value in tiny.inputs("unet2d", batch=2).items()}
     drawn = unet.run(inputs)
     assert drawn.shape == inputs["sample"].shape and torch.isfinite(torch.from_numpy(drawn)).all()
-    assert {name for name, _ in unet._executor.slowest(2)} & {"quant_conv2d", "attention", "quant_linear"}
+    assert {name for name, _ in unet.executor.slowest(2)} & {"quant_conv2d", "attention", "quant_linear"}
 
 
 def why(path: Path, layer: str, capsys: pytest.CaptureFixture[str]) -> object:

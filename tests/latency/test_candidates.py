@@ -312,7 +312,7 @@ def test_time_needs_a_target_with_kernels_and_a_table():
 def test_why_tells_the_time_of_each_format():
     step, before = BitAllocation(weights=6.5, latency=0.28), programs.after(MODEL, "sensitivity")
     program = step.run(before, Session(latency=times()))
-    instruments.observe(step, before, program)
+    instruments.observe(0, step, before, program)
     path, plan = next(iter(program.weights.items()))
     found = explain.why(provenance.document(program), path)
     assert schemas.check(json.loads(json.dumps(found)), "inspect") is None

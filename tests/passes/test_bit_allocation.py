@@ -173,7 +173,7 @@ def test_layers_without_a_quantized_kernel_are_listed_and_stay_float():
         parser.parse(pipeline),
         program,
         Session(programs.denoiser("pixart"), inputs),
-        lambda i, p, before, after: steps.append((p.name(), before, after)),
+        [lambda i, p, before, after: steps.append((p.name(), before, after))],
         present={"graph"},
     )
     after = {name: p for name, _, p in steps}

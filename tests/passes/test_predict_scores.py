@@ -20,6 +20,7 @@ from mpq_compiler.passes.predict_scores import PredictScores
 from mpq_compiler.pipeline import manager, recipes
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import FitCache
+from mpq_compiler.support import cache
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.files import encode_json
 from tests.harness import programs
@@ -36,7 +37,7 @@ def before() -> Program:
 
 
 def scored(folder: Path | None = None, jobs: int = 1, **options) -> Program:
-    session = Session(programs.denoiser(MODEL), cache=folder or Path(programs._CACHE.name), jobs=jobs, fits=FITS)
+    session = Session(programs.denoiser(MODEL), cache=folder or cache.folder(), jobs=jobs, fits=FITS)
     return PredictScores(**PASS.options() | options).run(before(), session)
 
 
