@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,9 @@ def test_a_new_parameter_moves_the_numbers_behind_it():
     table = {"files": {}, "ids": {}}
     assert moved.lost(before, now, table) == []
     assert moved.lost(before, now[:2], table) == ["tests/a.py::f[arguments1-y]"]
+
+
+def test_the_table_of_moved_tests_leads_to_files():
+    table = tomllib.loads(moved.TABLE.read_text(encoding="utf-8"))
+    files = {*table["files"].values(), *(test.partition("::")[0] for test in table["ids"].values())}
+    assert files and not [file for file in files if not (ROOT / file).exists()]
