@@ -67,10 +67,6 @@ def checkout(revision: str) -> Iterator[Path]:
             subprocess.run([*git, "remove", "--force", str(tree)], check=True)
 
 
-def same(value: Any) -> Any:
-    return value
-
-
 def compiled(tree: Path, cell: tuple[str, str, str], cache: Path) -> dict[str, Any]:
     """SHA-256 by file name, and the manifest, of what the code in `tree` compiles."""
     model, recipe, target = cell
@@ -82,7 +78,8 @@ def compiled(tree: Path, cell: tuple[str, str, str], cache: Path) -> dict[str, A
         subprocess.run([*command, *options], cwd=tree, env=environment, check=True, stdout=subprocess.DEVNULL)
         files = {file.name: file.read_bytes() for file in sorted(out.iterdir())}
     manifest = json.loads(files.pop(MANIFEST))
-    kept = {key: CHANGED.get(key, same)(value) for key, value in manifest.items() if key not in DERIVED}
+    kept = {key: value for key, value in manifest.items() if key not in DERIVED}
+    kept |= {key: part(kept[key]) for key, part in CHANGED.items()}
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     hashes[MANIFEST] = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     return hashes

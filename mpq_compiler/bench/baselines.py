@@ -24,6 +24,7 @@ from mpq_compiler.bench.subject import Subject
 from mpq_compiler.frontend import checkpoint
 from mpq_compiler.latency.timing import Arrays
 from mpq_compiler.support.errors import UserError, nearest
+from mpq_compiler.support.execution import tracked
 from mpq_compiler.targets.table import host_features
 
 PEERS: Mapping[str, tuple[str, ...]] = {
@@ -167,7 +168,7 @@ def variants(
         return [], skipped, None
     model = Model(source, inputs, scratch)
     found = []
-    with progress("preparing peers", len(wanted)) if progress else contextlib.nullcontext(lambda n: None) as advance:
+    with tracked(progress, "preparing peers", len(wanted)) as advance:
         for name in wanted:
             try:
                 path = _file(model, name)

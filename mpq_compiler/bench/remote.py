@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from mpq_compiler.artifact import bundle
 from mpq_compiler.bench.rows import middle
 from mpq_compiler.bench.subject import CONTROL, names_of
 from mpq_compiler.runtime.rpc import TIMES, Device, function_for, run_program, send_plans
-from mpq_compiler.support.execution import require_counts
+from mpq_compiler.support.execution import require_counts, tracked
 
 
 def bench(
@@ -31,7 +30,7 @@ def bench(
     times: dict[str, list[Mapping[str, float]]] = {name: [] for name in names}
     with Device(address) as device:
         send_plans(device, opened, progress)
-        with progress("benchmark", rounds) if progress else nullcontext(lambda n: None) as advance:
+        with tracked(progress, "benchmark", rounds) as advance:
             for _ in range(rounds):
                 for name, number in turns:
                     printed = run_program(device, number, opened[number], functions[number], threads)

@@ -16,7 +16,6 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from mpq_compiler.latency.timing import Arrays, Times
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
 from mpq_compiler.support.errors import UserError
-from mpq_compiler.support.execution import require_counts
+from mpq_compiler.support.execution import require_counts, tracked
 from mpq_compiler.support.host import cpu
 from mpq_compiler.targets import nvidia
 
@@ -137,7 +136,7 @@ def _take_turns(
     """Times of each in every round, and what ``look`` returned after each round."""
     calls = {subject.name: subject.call for subject in subjects}
     seen: list[Any] = []
-    with progress("benchmark", rounds) if progress else nullcontext(lambda n: None) as advance:
+    with tracked(progress, "benchmark", rounds) as advance:
         times = {name: Times() for name in calls}
         repeats = {name: timing.repeats(call) for name, call in calls.items()}
         for index in range(rounds):

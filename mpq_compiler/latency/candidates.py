@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +40,7 @@ from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.cache import Results, digest
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.execution import tracked
 from mpq_compiler.support.files import encode_json
 from mpq_compiler.support.host import cpu, identity
 from mpq_compiler.targets import table as targets
@@ -210,7 +211,7 @@ class Latency:
         plans = [(name, self.kinds[-1]) for name in names] + [(names[0], kind) for kind in self.kinds[:-1]]
         with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
             made = []
-            track = self.progress("candidate plans", len(plans)) if self.progress else nullcontext(lambda n: None)
+            track = tracked(self.progress, "candidate plans", len(plans))
             with track as advance:
                 for index, (name, kind) in enumerate(plans):
                     folder = Path(scratch, str(index))

@@ -9,7 +9,7 @@ import functools
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -20,6 +20,7 @@ from mpq_compiler.latency import timing
 from mpq_compiler.latency.table import Table, timed_as
 from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.execution import tracked
 from mpq_compiler.support.host import cpu
 
 ROUNDS = 25
@@ -109,7 +110,7 @@ def measured(
     clock, column = ("cpu", 0) if threads == 1 else ("wall", 1)
     whole = [timing.Times() for _ in loaded]
     end = time.monotonic() + (SECONDS if seconds is None else seconds)
-    with progress("measuring kernels", ROUNDS) if progress else nullcontext(lambda n: None) as advance:
+    with tracked(progress, "measuring kernels", ROUNDS) as advance:
         while len(runs[0].calls) < ROUNDS or time.monotonic() < end:
             for index, call in enumerate(calls):
                 call()  # finds the caches as another artifact left them

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from mpq_compiler.artifact import bundle
@@ -13,6 +12,7 @@ from mpq_compiler.artifact.bundle import Artifact
 from mpq_compiler.latency import measure
 from mpq_compiler.latency.table import Table
 from mpq_compiler.runtime.rpc import CPU, KERNEL, ROUNDS, TIMES, Device, function_for, run_program, send_plans
+from mpq_compiler.support.execution import tracked
 
 
 def measured(
@@ -44,7 +44,7 @@ def measured(
         send_plans(device, plans, progress)
         end = time.monotonic() + (measure.SECONDS if seconds is None else seconds)
         rounds = 0
-        with progress("measuring kernels", ROUNDS) if progress else nullcontext(lambda n: None) as advance:
+        with tracked(progress, "measuring kernels", ROUNDS) as advance:
             while rounds < ROUNDS or time.monotonic() < end:
                 for number, plan in enumerate(plans):
                     printed = run_program(device, number, plan, functions[number], threads, "--profile", "kernels")

@@ -9,13 +9,13 @@ import os
 import re
 import socket
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from mpq_compiler.artifact import bundle
 from mpq_compiler.artifact.bundle import Artifact
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.execution import tracked
 
 TOKEN = "MPQ_TOKEN"
 """The environment variable with the secret that client and server share."""
@@ -149,7 +149,7 @@ def function_for(found: Artifact, batch: int) -> str:
 def send_plans(device: Device, opened: Sequence[Artifact], progress: Any) -> None:
     """Sends the program and weights of each artifact, its index before their names."""
     size = sum(each.file(name).stat().st_size for each in opened for name in (bundle.PROGRAM, bundle.WEIGHTS))
-    with progress(f"sending to {device.address}", size) if progress else nullcontext(lambda n: None) as advance:
+    with tracked(progress, f"sending to {device.address}", size) as advance:
         for number, each in enumerate(opened):
             for name in (bundle.PROGRAM, bundle.WEIGHTS):
                 device.put(each.file(name), f"{number}-{name}", advance)

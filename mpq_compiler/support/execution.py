@@ -65,7 +65,7 @@ class RunContext:
 
     def track(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
         """Opens the progress bar of a piece of work; without `progress` the updates go nowhere."""
-        return self.progress(title, total) if self.progress else nullcontext(lambda n, said="": None)
+        return tracked(self.progress, title, total)
 
     def map(self, work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
         """Applies ``work`` to every item on `jobs` threads and returns the results in the order of the items.
