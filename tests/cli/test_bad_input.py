@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -535,7 +536,10 @@ def test_ctrl_c_leaves_nothing_but_the_cache(few_layers: Path, few: tuple[str, .
     cache, output = tmp_path / "cache", tmp_path / "x.mpq"
     arguments = ["compile", str(few_layers), "-o", str(output), "--target", "reference", "--cache", str(cache)]
     arguments += [*few, "--weights", "7", "--jobs", "1"]
-    process = subprocess.Popen([sys.executable, "-m", "mpq_compiler", *arguments], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "mpq_compiler", *arguments]
+    # A shell that starts a test run in its background lets it ignore Ctrl-C, and its children inherit that.
+    listening = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         done = list(cache.glob("sensitivity/*.jsonl"))
