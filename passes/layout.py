@@ -61,6 +61,7 @@ class Layout(Pass):
         while changed:
             changed = simplify_movement(edit)
             changed |= sink_permutes(edit)
+        spread_repeats(edit)
         fold_constants(edit)
         require_rows_of_samples(edit)
         merge_equal(program.graph)
@@ -136,9 +137,15 @@ def _upsample(edit: Editor, node: fx.Node) -> None:
 
 def _attention(edit: Editor, node: fx.Node) -> None:
     q, k, v, mask, _, causal = bound(node, None, None, None, None, 0.0, False)
-    if edit.rank(node) != 4 or causal or node.kwargs.get("enable_gqa"):
-        edit.program.fallbacks[node.name] = "causal, grouped-query or non-4D attention has no kernel"
+    if edit.rank(node) != 4:
+        edit.program.fallbacks[node.name] = f"attention of {edit.rank(node)} dimensions has no kernel"
         return
+    if node.kwargs.get("enable_gqa"):
+        k, v = (_heads(edit, x, edit.size(q)[1][0]) for x in (k, v))
+    if causal:
+        queries, keys = (edit.size(x)[2][0] for x in (q, k))
+        later = torch.full((queries, keys), LOWEST).triu(1)
+        mask = edit.stored(f"constant.causal_{queries}_{keys}", later)
     if mask is not None and (mask := _additive(edit, mask)) is None:
         edit.program.fallbacks[node.name] = "attention with a mask of this form has no kernel"
         return
@@ -151,6 +158,16 @@ def _attention(edit: Editor, node: fx.Node) -> None:
     new = edit.call(ops.attention, *rows, heads, node.kwargs.get("scale"), mask)
     split = edit.call(aten.reshape.default, new, [-1, tokens, heads, dim])
     edit.replace(node, new, edit.permuted(split, (0, 2, 1, 3)))
+
+
+def _heads(edit: Editor, x: fx.Node, heads: int) -> fx.Node:
+    """Repeats each head of keys or values [B, H, T, D] for the queries that share it."""
+    _, own, length, width = (size[0] for size in edit.size(x))
+    if own == heads:
+        return x
+    each = edit.call(aten.unsqueeze.default, x, 2)
+    repeated = edit.call(aten.expand.default, each, [-1, own, heads // own, length, width])
+    return edit.call(aten.reshape.default, repeated, [-1, heads, length, width])
 
 
 REPEATS = {aten.repeat_interleave.self_int, aten.expand.default}
@@ -379,6 +396,38 @@ def _made(edit: Editor, source: fx.Node, steps: Sequence[Step]) -> fx.Node:
     for target, argument in steps:
         source = edit.call(target, source, argument)
     return source
+
+
+def spread_repeats(edit: Editor) -> None:
+    """Rewrites what repeats along dimensions to expansions, which readers of strides need not copy."""
+    for node in list(edit.graph.nodes):
+        if node.target is aten.repeat_interleave.self_int:
+            x, times, dim = bound(node, None, None, 0)
+            with edit.before(node):
+                edit.replace(node, _spread(edit, x, dim % edit.rank(x), times, behind=1))
+        elif node.target is aten.repeat.default:
+            x, counts = operand(node, 0), list(arguments(node)[1])
+            with edit.before(node):
+                made = x
+                if lacking := len(counts) - edit.rank(x):
+                    made = edit.call(aten.reshape.default, x, [1] * lacking + _written(edit.size(x)))
+                for dim, times in enumerate(counts):
+                    made = made if times == 1 else _spread(edit, made, dim, int(times), behind=0)
+                edit.replace(node, made)
+
+
+def _spread(edit: Editor, x: fx.Node, dim: int, times: int, behind: int) -> fx.Node:
+    """The tensor so many times along a dimension: each element, or (``behind`` 0) all of them."""
+    each = edit.call(aten.unsqueeze.default, x, dim + behind)
+    written = _written(edit.size(x))
+    size = -1 if written[dim] == -1 else written[dim] * times
+    repeated = edit.call(aten.expand.default, each, [*written[: dim + behind], times, *written[dim + behind :]])
+    return edit.call(aten.reshape.default, repeated, [*written[:dim], size, *written[dim + 1 :]])
+
+
+def _written(sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Sizes as arguments, -1 for that which grows with the batch."""
+    return [size[0] if size[0] == size[1] else -1 for size in sizes]
 
 
 def fold_constants(edit: Editor) -> None:

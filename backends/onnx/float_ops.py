@@ -458,6 +458,11 @@ def _pad(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.graph.op("Pad", e.last(a["self"]), e.graph.ints(*before, *after), fill, name=node.name)
 
 
+@EMITTERS.emits(ops.for_each_sample)
+def _for_each_sample(e: Emitter, node: fx.Node, a: Arguments) -> Made:
+    return e.graph.op("Expand", e.last(a["x"]), e.sizes((-1, *e.shape(node)[1:])), name=node.name)
+
+
 @EMITTERS.emits(ops.prepend)
 def _prepend(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     token = e.graph.op("Expand", e.last(a["token"]), e.sizes((-1, 1, e.shape(node)[-1])))

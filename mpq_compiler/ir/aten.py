@@ -25,6 +25,7 @@ UNARY: frozenset[Any] = frozenset(
         aten.neg.default,
         aten.abs.default,
         aten.square.default,
+        aten.clamp.default,
         aten.to.dtype,
         aten._to_copy.default,
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import fx
 
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import aten
+from mpq_compiler.ir.convolutions import of_frames, planar, transposed
 from mpq_compiler.ir.editor import Editor, bound
 from mpq_compiler.ir.graph import arguments, operand, prune
 
@@ -34,11 +37,161 @@ def respell(edit: Editor) -> None:
                 _stack(edit, node)
             elif node.target is aten.einsum.default:
                 _einsum(edit, node)
+            elif node.target is aten.outer.default:
+                column = edit.call(aten.unsqueeze.default, operand(node, 0), 1)
+                edit.replace(node, edit.call(aten.mul.Tensor, column, operand(node, 1)))
             elif node.target is aten.rms_norm.default:
                 _rms_norm(edit, node)
             elif node.target is aten.mul.Tensor:
                 _written_out_norm(edit, node)
+            elif node.target is aten.slice_scatter.default:
+                _slice_scatter(edit, node)
+            elif node.target is aten.select_scatter.default:
+                _select_scatter(edit, node)
+            elif node.target in TRUTHS and _of_truths(edit, node):
+                edit.replace(node, edit.call(*TRUTHS[node.target](*node.args)))
+            elif node.target is ops.for_each_sample and edit.value(node).dtype == torch.bool:
+                _stored_truths(edit, node)
+            elif node.target is aten.leaky_relu.default:
+                x, slope = bound(node, None, 0.01)
+                positive = edit.call(aten.gt.Scalar, x, 0)
+                edit.replace(node, edit.call(aten.where.self, positive, x, edit.call(aten.mul.Tensor, x, slope)))
+            elif node.target is aten.index.Tensor:
+                _index(edit, node)
+            elif node.target is aten.sum.dim_IntList:
+                _sum(edit, node)
+            elif node.target in (aten.to.dtype, aten._to_copy.default):
+                _double(edit, node)
+            elif node.target in POOLS:
+                _average_pool(edit, node)
+            elif node.target in (aten.conv1d.default, aten.conv3d.default):
+                planar(edit, node)
+            elif node.target is aten.conv_transpose1d.default:
+                transposed(edit, node)
+            elif node.target is aten.group_norm.default and (edit.rank(node) > 4 or _rows(edit, node) > 1):
+                _group_norm(edit, node)
+            elif node.target is aten.scaled_dot_product_attention.default and _rows(edit, node) > 1:
+                _attention_of_rows(edit, node)
+            elif node.target is aten.reciprocal.default:
+                edit.replace(node, edit.call(aten.pow.Tensor_Scalar, operand(node, 0), -1))
+            elif node.target is aten.matmul.default:
+                _written_out_attention(edit, node)
+            elif node.target is aten.mish.default:
+                _mish(edit, node)
+    for node in [n for n in edit.graph.nodes if n.target is aten.conv2d.default]:
+        with edit.before(node):
+            of_frames(edit, node)
     prune(edit.graph)
+
+
+TRUTHS: dict[object, Callable[..., tuple[object, ...]]] = {
+    aten.logical_not.default: lambda x: (aten.eq.Scalar, x, 0),
+    aten.bitwise_not.default: lambda x: (aten.eq.Scalar, x, 0),
+    aten.masked_fill.Scalar: lambda x, mask, value: (aten.where.ScalarSelf, mask, value, x),
+    **dict.fromkeys(
+        [aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor],
+        lambda x, y: (aten.where.ScalarOther, x, y, False),
+    ),
+    **dict.fromkeys(
+        [aten.logical_or.default, aten.bitwise_or.Tensor, aten.__or__.Tensor],
+        lambda x, y: (aten.where.ScalarSelf, x, True, y),
+    ),
+}
+"""What operators of truth values are in terms of comparisons and choices."""
+POOLS = {aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default}
+
+
+def _of_truths(edit: Editor, node: fx.Node) -> bool:
+    """Whether what looks like an operator of truth values is none of the bits of integers."""
+    return node.target is aten.masked_fill.Scalar or edit.value(operand(node, 0)).dtype == torch.bool
+
+
+def _stored_truths(edit: Editor, node: fx.Node) -> None:
+    """Compares stored floats: kernels make truth values, and store none."""
+    stored, like = operand(node, 0), operand(node, 1)
+    if stored.op == "get_attr":
+        name = str(stored.target)
+        floats = edit.stored(f"{name}:floats", edit.program.tensors[name].float())
+        edit.replace(node, edit.call(aten.ne.Scalar, edit.call(ops.for_each_sample, floats, like), 0))
+
+
+def _double(edit: Editor, node: fx.Node) -> None:
+    """Computes in single precision what a model computes in double: kernels have no other floats."""
+    if edit.value(node).dtype != torch.float64:
+        return
+    x = operand(node, 0)
+    if edit.value(x).dtype == torch.float32:
+        edit.replace(node, x)
+    else:
+        edit.replace(node, edit.call(aten.to.dtype, x, torch.float32))
+
+
+def _rows(edit: Editor, node: fx.Node) -> int:
+    """The rows that a value [B * rows, ...] has for each sample."""
+    two, three = edit.size(node)[0]
+    return two // 2 if 3 * two == 2 * three else 1
+
+
+def _group_norm(edit: Editor, node: fx.Node) -> None:
+    """Normalizes pictures: axes are nothing to a norm over all of them, and rows of a sample are further groups."""
+    x, groups, weight, bias, eps = bound(node, None, None, None, None, 1e-5)
+    rows, (channels, *axes) = _rows(edit, node), (int(d) for d in edit.value(x).shape[1:])
+    flat = [math.prod(axes[:-1]), axes[-1]] if len(axes) > 2 else axes
+    if rows > 1 and any(w is not None and w.op != "get_attr" for w in (weight, bias)):
+        return
+    whole = edit.call(aten.reshape.default, x, [-1, rows * channels, *flat])
+    weight, bias = (_times(edit, w, rows) for w in (weight, bias))
+    made = edit.call(aten.group_norm.default, whole, groups * rows, weight, bias, eps)
+    edit.replace(node, made, edit.call(aten.reshape.default, made, [-1, channels, *axes]))
+
+
+def _times(edit: Editor, stored: fx.Node | None, rows: int) -> fx.Node | None:
+    """A stored vector so many times."""
+    if stored is None or rows == 1:
+        return stored
+    name = str(stored.target)
+    return edit.stored(f"{name}:{rows}", edit.program.tensors[name].repeat(rows))
+
+
+def _attention_of_rows(edit: Editor, node: fx.Node) -> None:
+    """Makes the rows of a sample further heads of one attention."""
+    q, k, v, mask, *others = bound(node, None, None, None, None, 0.0, False)
+    rows, rank = _rows(edit, node), edit.rank(node)
+    if rank != 4 or mask is not None:
+        return
+    parts = []
+    for part in (q, k, v):
+        heads, length, width = (int(d) for d in edit.value(part).shape[1:])
+        parts.append(edit.call(aten.reshape.default, part, [-1, rows * heads, length, width]))
+    named = {key: value for key, value in node.kwargs.items() if key in ("scale", "enable_gqa")}
+    made = edit.call(aten.scaled_dot_product_attention.default, *parts, None, *others, **named)
+    sizes = [int(d) for d in edit.value(node).shape[1:]]
+    edit.replace(node, made, edit.call(aten.reshape.default, made, [-1, *sizes]))
+
+
+def _mish(edit: Editor, node: fx.Node) -> None:
+    """Writes ``x tanh(log(1 + exp(x)))`` out; where exp(x) is infinite that is x, too."""
+    x = operand(node, 0)
+    more = edit.call(aten.add.Scalar, edit.call(aten.exp.default, x), 1)
+    edit.replace(node, edit.call(aten.mul.Tensor, x, edit.call(aten.tanh.default, edit.call(aten.log.default, more))))
+
+
+def _average_pool(edit: Editor, node: fx.Node) -> None:
+    """Averages blocks that do not overlap: a reshape and a mean."""
+    x, kernel, stride, padding = bound(node, None, None, (), 0)
+    sizes, axes = [int(d) for d in edit.value(x).shape[1:]], edit.rank(x) - 2
+    kernel, stride = list(kernel), list(stride) or list(kernel)
+    kernel, stride = (v * axes if len(v) == 1 else v for v in (kernel, stride))
+    padded = padding if isinstance(padding, int) else any(padding)
+    if kernel != stride or padded or any(size % k for size, k in zip(sizes[1:], kernel, strict=True)):
+        edit.program.fallbacks[node.name] = "pooling of blocks that overlap, or do not fit, has no kernel"
+        return
+    split = [s for size, k in zip(sizes[1:], kernel, strict=True) for s in (size // k, k)]
+    blocks = edit.call(aten.reshape.default, x, [-1, sizes[0], *split])
+    order = [0, 1, *range(2, 2 + 2 * axes, 2), *range(3, 3 + 2 * axes, 2)]
+    counts = [size // k for size, k in zip(sizes[1:], kernel, strict=True)]
+    together = edit.call(aten.reshape.default, edit.permuted(blocks, order), [-1, sizes[0], *counts, math.prod(kernel)])
+    edit.replace(node, edit.call(aten.mean.dim, together, [-1]))
 
 
 PARTS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
@@ -75,6 +228,87 @@ def _slice(edit: Editor, node: fx.Node) -> None:
         edit.replace(node, edit.call(aten.slice.Tensor, x, dim, start, end, *([] if step == 1 else [step])))
 
 
+def _slice_scatter(edit: Editor, node: fx.Node) -> None:
+    """Puts a tensor together of the parts that are written into it, one behind the other or in turns."""
+    base, part, dim, start, end, step = bound(node, None, None, 0, None, None, 1)
+    dim, extent = dim % edit.rank(node), int(edit.value(node).shape[dim % edit.rank(node)])
+    start, end, _ = slice(start, end).indices(extent)
+    part = _written(edit, part)
+    if step == 1:
+        pieces = [(0, start, base), (start, end, part), (end, extent, base)]
+        parts = [
+            piece if piece is part else edit.call(aten.slice.Tensor, piece, dim, low, high)
+            for low, high, piece in pieces
+            if low < high
+        ]
+        edit.replace(node, parts[0] if len(parts) == 1 else edit.call(aten.cat.default, parts, dim))
+        return
+    turns: dict[int, fx.Node] = {start: part}
+    while base.target is aten.slice_scatter.default:
+        base, other, *rest = bound(base, None, None, 0, None, None, 1)
+        first, last, _ = slice(rest[1], rest[2]).indices(extent)
+        if (rest[0] % edit.rank(node), last, rest[3]) != (dim, extent, step):
+            return
+        turns.setdefault(first, _written(edit, other))
+    if end != extent or extent % step or sorted(turns) != [*range(step)]:
+        return
+    columns = [edit.call(aten.unsqueeze.default, turns[first], dim + 1) for first in range(step)]
+    edit.replace(node, edit.call(aten.flatten.using_ints, edit.call(aten.cat.default, columns, dim + 1), dim, dim + 1))
+
+
+def _select_scatter(edit: Editor, node: fx.Node) -> None:
+    """Puts a tensor together of what is before, at and behind the place that is written."""
+    base, part, dim, index = bound(node, None, None, 0, 0)
+    dim %= edit.rank(node)
+    extent = int(edit.value(node).shape[dim])
+    index %= extent
+    before = [edit.call(aten.slice.Tensor, base, dim, 0, index)] if index else []
+    behind = [edit.call(aten.slice.Tensor, base, dim, index + 1, extent)] if index + 1 < extent else []
+    own = edit.call(aten.unsqueeze.default, _written(edit, part), dim)
+    parts = [*before, own, *behind]
+    edit.replace(node, parts[0] if len(parts) == 1 else edit.call(aten.cat.default, parts, dim))
+
+
+RUNS = 16
+"""The most slices that stand for reading by an index."""
+
+
+def _index(edit: Editor, node: fx.Node) -> None:
+    """Reads by a stored index along one dimension as slices, where it goes up by ones but for a few leaps."""
+    x, indices = bound(node, None, None)
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or given[0][1].op != "get_attr":
+        return
+    ((dim, index),) = given
+    places = edit.program.tensors[str(index.target)]
+    if places.ndim != 1 or places.dtype == torch.bool or not len(places):
+        return
+    found = (places % int(edit.value(x).shape[dim])).tolist()
+    begins = [i for i in range(len(found)) if not i or found[i] != found[i - 1] + 1]
+    if len(begins) > RUNS:
+        return
+    runs = zip(begins, [*begins[1:], len(found)], strict=True)
+    parts = [edit.call(aten.slice.Tensor, x, dim, found[first], found[last - 1] + 1) for first, last in runs]
+    edit.replace(node, parts[0] if len(parts) == 1 else edit.call(aten.cat.default, parts, dim))
+
+
+def _sum(edit: Editor, node: fx.Node) -> None:
+    """A sum of floats as a mean, which kernels have."""
+    x, dims, keep = bound(node, None, None, False)
+    dims = [d % edit.rank(x) for d in (dims or range(edit.rank(x)))]
+    if not edit.value(x).is_floating_point() or 0 in dims:
+        return
+    count = math.prod(int(edit.value(x).shape[d]) for d in dims)
+    edit.replace(node, edit.call(aten.mul.Tensor, edit.call(aten.mean.dim, x, dims, keep), float(count)))
+
+
+def _written(edit: Editor, part: fx.Node) -> fx.Node:
+    """What a copy writes."""
+    if part.target is aten.copy.default and edit.size(operand(part, 1)) == edit.size(part):
+        return operand(part, 1)
+    return part
+
+
 def _stack(edit: Editor, node: fx.Node) -> None:
     parts, dim = bound(node, None, 0)
     dim %= edit.rank(node)
@@ -95,6 +329,22 @@ def _rms_norm(edit: Editor, node: fx.Node) -> None:
         edit.replace(node, edit.call(ops.rms_norm, x, weight, torch.finfo(torch.float32).eps if eps is None else eps))
     else:
         edit.program.fallbacks[node.name] = f"rms_norm over {len(shape)} dimensions has no kernel"
+
+
+def _written_out_attention(edit: Editor, node: fx.Node) -> None:
+    """Replaces ``softmax(q @ k) @ v`` by one attention, whose scale is among the products before."""
+    weights, v = node.args
+    if not isinstance(weights, fx.Node) or weights.target is not aten.softmax.int or not isinstance(v, fx.Node):
+        return
+    scores, dim = operand(weights, 0), int(arguments(weights)[1])
+    if scores.target is not aten.matmul.default or edit.rank(node) != 4 or dim % 4 != 3:
+        return
+    q, k = operand(scores, 0), operand(scores, 1)
+    if edit.rank(q) == edit.rank(k) == edit.rank(v) == 4 and len(weights.users) == len(scores.users) == 1:
+        keys = edit.permuted(k, (0, 1, 3, 2))
+        edit.replace(
+            node, edit.call(aten.scaled_dot_product_attention.default, q, keys, v, None, 0.0, False, scale=1.0)
+        )
 
 
 def _written_out_norm(edit: Editor, node: fx.Node) -> None:

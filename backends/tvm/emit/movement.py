@@ -90,6 +90,14 @@ def _rotated(e: Emitter, node: fx.Node, parts: Sequence[Value], axis: int) -> Va
     return Value(made.name, shape, made.dtype)
 
 
+def for_each_sample(e: Emitter, node: fx.Node) -> Value:
+    """Emits a row for every sample as a copy, which readers of strides may bypass."""
+    x = e.view(e.value(node.args[0]))
+    if e.folds(node):
+        raise e.refusal("a sample has several rows, each a copy")
+    return e.copied(View(x.source, (BATCH, *x.shape[1:]), (0, *x.strides[1:]), x.offset), node.name)
+
+
 def prepend(e: Emitter, node: fx.Node) -> Value:
     """Emits a stored token before the tokens of every sample."""
     x, token = (e.value(n) for n in arguments(node))

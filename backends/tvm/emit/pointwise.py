@@ -13,6 +13,7 @@ from mpq_compiler.backends.tvm.emit.emitter import Emitter, Epilogue, Formula
 from mpq_compiler.backends.tvm.plan.calls import Kernel, Record, Shape, Value, record
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import MOVEMENT, aten
+from mpq_compiler.ir.editor import bound
 from mpq_compiler.ir.graph import arguments, operand
 
 UNARY: dict[Any, str] = {
@@ -87,6 +88,10 @@ def operations(e: Emitter, node: fx.Node) -> list[Operation]:
         return [("where", args)]
     if target is aten.abs.default:
         return [("neg", (args[0],)), ("maximum", (args[0], _Earlier(0)))]
+    if target is aten.clamp.default:
+        _, low, high = bound(node, None, None, None)
+        least: list[Operation] = [] if low is None else [("maximum", (args[0], low))]
+        return least if high is None else [*least, ("minimum", (_Earlier(0) if least else args[0], high))]
     if target is aten.pow.Tensor_Scalar:
         return _power(e, args[0], float(args[1]))
     if target in BINARY:

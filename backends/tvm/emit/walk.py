@@ -75,6 +75,7 @@ PLAIN: dict[Any, Plain] = {
     aten.matmul.default: floats.matmul,
     aten.bmm.default: floats.matmul,
     aten.mean.dim: floats.mean,
+    ops.for_each_sample: movement.for_each_sample,
     ops.prepend: movement.prepend,
     **{target: pointwise.alone for target in pointwise.ALONE},
     **{target: movement.alias for target in MOVEMENT},

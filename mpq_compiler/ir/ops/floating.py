@@ -149,6 +149,12 @@ def prepend(x: Tensor, token: Tensor) -> Tensor:
     return torch.cat([token.expand(x.shape[0], 1, -1), x], 1)
 
 
+@op("for_each_sample")
+def for_each_sample(x: Tensor, like: Tensor) -> Tensor:
+    """The one row of x [1, ...] for every sample of ``like`` [B, ...] -> [B, ...]."""
+    return x.expand(like.shape[0], *x.shape[1:]).contiguous()
+
+
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Fused multiply-add in f32: a*b + c rounded once.
 

@@ -105,6 +105,7 @@ _FLOAT_OPS = {
     ops.attention,
     ops.hadamard,
     ops.upsample_nearest2d,
+    ops.for_each_sample,
     ops.prepend,
 }
 _SIMULATION = {
@@ -131,7 +132,7 @@ _PACKED = {
     *views.PACKED_LAYERS,
 }
 _DIALECTS: dict[Stage, set[Any]] = {
-    Stage.FLOAT: set(),
+    Stage.FLOAT: {ops.for_each_sample},
     Stage.REWRITTEN: _FLOAT_OPS,
     Stage.PLANNED: _FLOAT_OPS,
     Stage.FAKE_QUANTIZED: _FLOAT_OPS | _SIMULATION,

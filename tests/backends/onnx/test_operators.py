@@ -148,6 +148,7 @@ CASES = [
     (aten.repeat.default, ("row", [2, 1, 1])),
     (aten.pad.default, ("image", [0, 0, 0, 1, 2, 0])),
     (aten.constant_pad_nd.default, ("tokens", [1, 2], 0.5)),
+    (ops.for_each_sample, ((aten.unsqueeze.default, ("constant", 0)), "tokens")),
     (ops.prepend, ("tokens", "constant")),
     (aten.embedding.default, ("table", "index")),
     (aten.index_select.default, ("tokens", 1, "order")),
