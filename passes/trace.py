@@ -3,28 +3,53 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from mpq_compiler.frontend.deciding import deciding
+from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import aten
-from mpq_compiler.ir.graph import copy_graph, merge_equal, operand, prune
+from mpq_compiler.ir.batching import with_batch
+from mpq_compiler.ir.complex_numbers import to_reals
+from mpq_compiler.ir.editor import bound
+from mpq_compiler.ir.graph import copy_graph, function_of, merge_equal, operand, prune
 from mpq_compiler.ir.program import PARAMETERS, Program, Stage, TensorStore
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support.errors import UserError
 
-NO_OPS = (aten.dropout.default, aten.detach.default, aten.alias.default)
+if TYPE_CHECKING:
+    from mpq_compiler.frontend.denoiser import Denoiser
+
+NO_OPS = (aten.dropout.default, aten.detach.default, aten.detach_.default, aten.alias.default)
 ASSERTIONS = (
     aten._assert_tensor_metadata.default,
     aten._assert_scalar.default,
     aten.sym_constrain_range_for_size.default,
 )
+CASTS = {
+    *(aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.type_as.default),
+}
+REPEATS = {aten.expand.default, aten.repeat.default, aten.broadcast_to.default}
+MADE = {aten.ones.default, aten.zeros.default, aten.full.default}
+SIZED = {aten.view.default, aten.reshape.default, *REPEATS, *MADE}
+"""Operators that take sizes, of which one may grow with the batch."""
+Target = Callable[..., object]
+Arguments = tuple[object, ...]
+Named = dict[str, object] | None
+READS: set[Target] = {Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}
+"""Methods that make Python values of a tensor."""
 LARGEST_BATCH = 60
 """The largest batch that is traced: from 64 samples on, diffusers' upsampling takes another path than below."""
 
@@ -75,11 +100,14 @@ class Trace(Pass):
         )
         program.facts[PARAMETERS] = denoiser.parameters
         _strip(graph)
+        _repeat_rows(graph)
         executed = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         for name, _ in denoiser.module.model.named_parameters():
             if name not in executed:
                 program.fallbacks[name] = "never executed, and left out of the artifact"
         merge_equal(graph)
+        _fold_constants(graph, tensors)
+        to_reals(graph, tensors)
         _fold_constants(graph, tensors)
         _require_real(graph, denoiser, prefix)
         _rename(graph, prefix)
@@ -100,26 +128,14 @@ class _Positional(nn.Module):
         return output
 
 
-def _export(wrapper: nn.Module, denoiser: Any) -> tuple[fx.Graph, Any]:
-    inputs = {name: value.contiguous() for name, value in denoiser.example_inputs().items()}
-    batch = torch.export.Dim("batch", min=2, max=LARGEST_BATCH)
-    dynamic = tuple({0: batch} for _ in inputs)
+def _export(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, Callable[[str], Tensor]]:
     try:
-        # torch prints the whole graph where an export fails; the exception says what went wrong
-        with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):
-            exported = torch.export.export(
-                wrapper,
-                tuple(inputs.values()),
-                dynamic_shapes={"tensors": dynamic},
-                strict=False,
-            )
-            module = exported.module(check_guards=False)
-            if in_place := bool(_in_place(module.graph)):
-                exported = exported.run_decompositions({})  # to operators that return a new tensor
-                module = exported.module(check_guards=False)
+        graph, module, in_place = _exported(wrapper, denoiser)
     except Exception as error:
-        raise UserError(f"{denoiser.name} cannot be traced: {_reason(error, denoiser.module.model)}") from error
-    graph = copy_graph(module.graph)  # without the module, whose parameters live in the store
+        try:
+            graph, module, in_place = _of_one(wrapper, denoiser)
+        except Exception:
+            raise UserError(f"{denoiser.name} cannot be traced: {_reason(error, denoiser.module.model)}") from error
     for node in graph.nodes:
         if in_place and node.target is aten.view.default:  # was a reshape, and has the strides that it was traced with
             node.target = aten.reshape.default
@@ -127,18 +143,119 @@ def _export(wrapper: nn.Module, denoiser: Any) -> tuple[fx.Graph, Any]:
             node.args = (node.args[0][0],)
 
     shape, (_, *sides) = operand(graph.output_node(), 0).meta["val"].shape, denoiser.latent_shape
-    if list(shape[2:]) != sides:
+    if denoiser.form is None and list(shape[2:]) != sides:
         given, made = "x".join(map(str, sides)), "x".join(map(str, shape[1:]))
         raise UserError(f"{denoiser.name} takes no latents of {given}, it gives {made} for them: give another size")
 
-    def attribute(path: str) -> Tensor:
-        value: Any = module
-        for part in path.split("."):
-            value = getattr(value, part)
-        found: Tensor = value.detach()
-        return found
+    return graph, functools.partial(_attribute, module)
 
-    return graph, attribute
+
+def _exported(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, nn.Module, bool]:
+    """The graph at a symbolic batch, its module, and whether calls in place were rewritten."""
+    inputs = tuple(value.contiguous() for value in denoiser.example_inputs().values())
+    symbol = torch.export.Dim("batch", min=2, max=LARGEST_BATCH)
+    dynamic = {"tensors": tuple({0: symbol} for _ in inputs)}
+    # torch prints the whole graph where an export fails; the exception says what went wrong
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()), _DataIsSeen():
+        exported = torch.export.export(wrapper, inputs, dynamic_shapes=dynamic, strict=False)
+        module = exported.module(check_guards=False)
+        if in_place := bool(_in_place(module.graph)):
+            exported = exported.run_decompositions({})  # to operators that return a new tensor
+            module = exported.module(check_guards=False)
+    return copy_graph(module.graph), module, in_place  # without the module, whose parameters live in the store
+
+
+def _of_one(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, nn.Module, bool]:
+    """The graph of a model whose code cannot be traced for any batch: that of one sample, made one of a batch."""
+    given = {name: value.contiguous() for name, value in denoiser.example_inputs(1).items()}
+    if names := sorted(deciding(denoiser.module, given)):
+        raise ValueError(f"its control flow depends on the values of {', '.join(map(repr, names))}")
+    inputs = tuple(given.values())
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()), _ConstantsAreRead():
+        module = make_fx(wrapper, tracing_mode="real", pre_dispatch=True, record_module_stack=True)(*inputs)
+        _without_autocasts(module.graph)
+        _compute_made(module)
+        if in_place := bool(_in_place(module.graph)):
+            module.recompile()
+            exported = torch.export.export(module, inputs, strict=False).run_decompositions({})
+            module = exported.module(check_guards=False)
+    for node in [n for n in module.graph.nodes if n.target in ASSERTIONS or n.op == "call_module"]:
+        module.graph.erase_node(node)
+    prune(module.graph)
+    return with_batch(module.graph), module, in_place
+
+
+class _DataIsSeen(TorchFunctionMode):
+    """Makes `tensor.data` a view that a trace sees: what models write there would be lost."""
+
+    def __torch_function__(self, func: Target, types: object, args: Arguments = (), kwargs: Named = None) -> object:
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+            (tensor,) = args
+            assert isinstance(tensor, Tensor)
+            return tensor.detach()
+        return func(*args, **(kwargs or {}))
+
+
+class _ConstantsAreRead(_DataIsSeen):
+    """Lets code read numbers of tensors that depend on no input."""
+
+    def __torch_function__(self, func: Target, types: object, args: Arguments = (), kwargs: Named = None) -> object:
+        if func in READS:
+            with disable_proxy_modes_tracing():
+                return func(*args)
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            with disable_proxy_modes_tracing():
+                args = (args[0], _with_numbers(args[1]), *args[2:])
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def _with_numbers(index: object) -> object:
+    """An index whose slices have numbers for bounds."""
+    if isinstance(index, tuple):
+        return tuple(map(_with_numbers, index))
+    if isinstance(index, slice):
+        bounds = (index.start, index.stop, index.step)
+        return slice(*(int(bound) if isinstance(bound, Tensor) else bound for bound in bounds))
+    return index
+
+
+def _compute_made(module: fx.GraphModule) -> None:
+    """Computes what is made of no input and no parameter, in the order of the calls: some change what others made."""
+    values: dict[fx.Node, Any] = {}
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
+            values[node] = _attribute(module, str(node.target)).clone()
+        elif node.op == "call_function" and all(n in values for n in node.all_input_nodes):
+            args, kwargs = (fx.map_arg(part, values.__getitem__) for part in (node.args, node.kwargs))
+            values[node] = function_of(node)(*args, **kwargs)
+    made = [n for n, v in values.items() if n.op == "call_function" and isinstance(v, Tensor)]
+    for node in [n for n in made if any(user not in values for user in n.users)]:
+        name = f"made_{node.name}"
+        module.register_buffer(name, values[node])
+        with graph.inserting_before(node):
+            stored = graph.get_attr(name)
+        stored.meta = dict(node.meta)
+        for user in [user for user in node.users if user not in values]:
+            user.replace_input_with(node, stored)
+    for node in reversed([n for n in values if n.op == "call_function"]):
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _without_autocasts(graph: fx.Graph) -> None:
+    """Removes what changes no type here: automatic casts of other devices, and those that are switched off."""
+    entered = {n for n in graph.nodes if n.target is torch.amp.autocast_mode._enter_autocast}
+    idle = {n for n in entered if n.args[0] != "cpu" or not n.args[2]}
+    for node in [n for n in reversed(graph.nodes) if n in idle or not idle.isdisjoint(n.all_input_nodes)]:
+        graph.erase_node(node)
+
+
+def _attribute(module: nn.Module, path: str) -> Tensor:
+    found = operator.attrgetter(path)(module)
+    if not isinstance(found, Tensor):
+        raise ValueError(f"'{path}' is a {type(found).__name__}")
+    return found.detach()
 
 
 def _reason(error: BaseException, model: nn.Module) -> str:
@@ -159,16 +276,17 @@ def _reason(error: BaseException, model: nn.Module) -> str:
 
 
 def _in_place(graph: fx.Graph) -> list[fx.Node]:
-    """The calls that write to an operand and depend on an input; others only make constants."""
+    """The calls that write to an operand, but for those that make constants and are read themselves."""
     decided: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" or not decided.isdisjoint(node.all_input_nodes):
             decided.add(node)
-    mutable = (n for n in graph.nodes if getattr(getattr(n.target, "_schema", None), "is_mutable", False))
-    return [node for node in mutable if node in decided]
+    calls = (n for n in graph.nodes if n.target not in NO_OPS)
+    mutable = (n for n in calls if getattr(getattr(n.target, "_schema", None), "is_mutable", False))
+    return [node for node in mutable if node in decided or not node.users]
 
 
-def _require_function(graph: fx.Graph, denoiser: Any, prefix: str) -> None:
+def _require_function(graph: fx.Graph, denoiser: Denoiser, prefix: str) -> None:
     """Raises a UserError where a call draws random numbers, or changes a tensor in place."""
     for node in _in_place(graph):
         raise _refusal(node, denoiser, prefix, f"{_operator(node)} changes a tensor in place")
@@ -181,7 +299,7 @@ def _require_function(graph: fx.Graph, denoiser: Any, prefix: str) -> None:
             raise _refusal(node, denoiser, prefix, reason)
 
 
-def _require_real(graph: fx.Graph, denoiser: Any, prefix: str) -> None:
+def _require_real(graph: fx.Graph, denoiser: Denoiser, prefix: str) -> None:
     """Raises a UserError where a call returns complex numbers, or a tensor whose size depends on values."""
     for node in graph.nodes:
         made = node.meta.get("val") if node.op == "call_function" else None
@@ -192,7 +310,7 @@ def _require_real(graph: fx.Graph, denoiser: Any, prefix: str) -> None:
             raise _refusal(node, denoiser, prefix, f"{_operator(node)} computes with complex numbers")
 
 
-def _refusal(node: fx.Node, denoiser: Any, prefix: str, reason: str) -> UserError:
+def _refusal(node: fx.Node, denoiser: Denoiser, prefix: str, reason: str) -> UserError:
     path = _module_path(node, prefix)
     kind = type(denoiser.module.model.get_submodule(path)).__name__
     return UserError(f"{denoiser.name} cannot be traced: {f'module {path!r} ({kind})' if path else kind}: {reason}")
@@ -209,7 +327,7 @@ def _same_value(node: fx.Node) -> fx.Node | None:
         return None
     if x.dtype != out.dtype or x.shape != out.shape:
         return None
-    if node.target in (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device):
+    if node.target in CASTS:
         return node.args[0]
     if node.target in (aten.mul.Tensor, aten.div.Tensor) and len(node.args) == 2:
         factor = node.args[1]
@@ -220,6 +338,12 @@ def _same_value(node: fx.Node) -> fx.Node | None:
     if node.target is aten.expand.default:
         return node.args[0]
     return None
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Whether a slice is all of its dimension, whatever the batch is."""
+    start, end, step = bound(node, None, 0, None, None, 1)[2:]
+    return start in (0, None) and (end is None or (isinstance(end, int) and end > 2**60)) and step in (1, None)
 
 
 def _strip(graph: fx.Graph) -> None:
@@ -235,6 +359,34 @@ def _strip(graph: fx.Graph) -> None:
                 node.args = (node.args[0], sizes)
         elif node.target is aten.repeat_interleave.self_int:
             node.kwargs = {}  # the size of the output, known without
+        elif node.target is aten.type_as.default:
+            node.target, node.args = aten.to.dtype, (node.args[0], node.meta["val"].dtype)
+        elif node.target is aten.slice.Tensor and _is_whole(node):
+            node.replace_all_uses_with(operand(node, 0))
+    prune(graph)
+
+
+def _repeat_rows(graph: fx.Graph) -> None:
+    """Makes tensors that get their batch by a size, which no graph has, rows that are repeated for each sample."""
+    like = next(node for node in graph.nodes if node.op == "placeholder")
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in REPEATS | MADE:
+            continue
+        sizes = list(node.args[node.target in REPEATS])
+        source = operand(node, 0) if node.target in REPEATS else None
+        if not sizes or (isinstance(sizes[0], int) and sizes[0] != -1):
+            continue
+        shape = None if source is None else source.meta["val"].shape
+        if shape is not None and len(shape) == len(sizes) and shape[0] != 1:
+            continue  # has the batch already
+        with graph.inserting_before(node):
+            once = [1, *sizes[1:]]
+            arguments = (once, *node.args[1:]) if source is None else (source, once)
+            row = graph.call_function(node.target, arguments, dict(node.kwargs))
+            row.meta = {**node.meta, "val": node.meta["val"][:1]}
+            made = graph.call_function(ops.for_each_sample, (row, like))
+            made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
     prune(graph)
 
 

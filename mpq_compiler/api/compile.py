@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any, overload
+
+import torch
 
 from mpq_compiler.api import diffusers
 from mpq_compiler.driver.compile import compile_denoiser
 from mpq_compiler.driver.report import Report
-from mpq_compiler.frontend.denoiser import Denoiser
+from mpq_compiler.frontend import call_file
+from mpq_compiler.frontend.call_module import variations
+from mpq_compiler.frontend.denoiser import Denoiser, wrap, wrap_calls
+from mpq_compiler.sampling.call_tree import Arguments
 from mpq_compiler.support.errors import UserError
+
+EXAMPLES = 16
+"""Calls that calibrate a model of which one is given."""
 
 
 @overload
@@ -20,13 +29,17 @@ def compile(model: str | Path | Denoiser, output: str | Path, progress: Any = No
 def compile(model: Any, output: str | Path, progress: Any = None, **options: Any) -> Any: ...
 
 
-def compile(model: Any, output: str | Path, progress: Any = None, **options: Any) -> Any:
+def compile(
+    model: Any, output: str | Path, progress: Any = None, *, example: Arguments | None = None, **options: Any
+) -> Any:
     """Compiles a model to an artifact.
 
     Args:
-        model: a folder, a hub id, a bundled name, a `Denoiser`, or a diffusers pipeline.
+        model: a folder, a hub id, a bundled name, a `Denoiser`, a diffusers pipeline, or any module.
         output: the artifact, a folder or a .zip.
         progress: opens progress bars, or None.
+        example: the keyword arguments of a call of the module; it is calibrated with other noise in its latents. What
+            calibrates better are recorded calls (`record_inputs`), in the option ``calibration``.
         options: fields of `driver.options.Options`.
 
     Returns:
@@ -37,9 +50,37 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
     """
     if diffusers.part_of(model) is not None:
         return diffusers.compile_pipeline(model, output, progress, **options)
+    if isinstance(model, torch.nn.Module):
+        return _by_calls(model, output, progress, example, options)
     if not isinstance(model, str | Path | Denoiser):
         raise UserError(
             f"cannot compile a {type(model).__name__}: give a folder, a hub id, a bundled name, a diffusers pipeline, "
-            "or a denoiser in memory as mpq_compiler.frontend.denoiser.wrap(module)"
+            "or a module"
         )
+    if example is not None:
+        raise UserError("an example is of a module in memory: give the module, or recorded calls with `calibration`")
     return compile_denoiser(model, output, progress, **options)
+
+
+def _by_calls(
+    model: torch.nn.Module,
+    output: str | Path,
+    progress: Any,
+    example: Arguments | None,
+    options: dict[str, Any],
+) -> Report:
+    """Compiles a module by an example of its calls, or by those that a file holds."""
+    calibration, kind = options.get("calibration"), type(model).__name__
+    if (example is None) == (calibration is None):
+        raise UserError(
+            f"{kind} is compiled by its calls: give one with `example`, or a file of `record_inputs` with `calibration`"
+        )
+    if example is None and not call_file.has_call(calibration):
+        return compile_denoiser(wrap(model, name=kind), output, progress, **options)
+    with tempfile.TemporaryDirectory() as scratch:
+        if example is not None:
+            options["calibration"] = Path(scratch) / "calls.safetensors"
+            seed = options.get("seed", 0)
+            call_file.write(options["calibration"], model, variations(model, example, EXAMPLES, seed))
+        denoiser = wrap_calls(model, options["calibration"], name=kind)
+        return compile_denoiser(denoiser, output, progress, **options)

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from mpq_compiler.frontend import call_file, record
 from mpq_compiler.frontend import denoiser as denoisers
-from mpq_compiler.frontend import record
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.sampling import schedulers
@@ -101,13 +101,15 @@ def _denoiser(pipeline: Any, part: str, calibration: str | Path | None) -> Denoi
     model = getattr(pipeline, part)
     if next(model.parameters()).dtype != torch.float32:
         model = copy.deepcopy(model)  # it is compiled from float32; the pipeline keeps its own until then
+    name = Path(getattr(pipeline, "name_or_path", "") or type(pipeline).__name__).name
+    if calibration is not None and call_file.has_call(calibration):
+        return denoisers.wrap_calls(model, calibration, name=name)
     sizes: dict[str, Any] = {}
     if calibration is not None:
         header, _ = tensorfile.read_header(calibration)
         latents = next((header[name]["shape"] for name in ("sample", "hidden_states") if name in header), None)
         sizes["size"] = tuple(latents[2:]) if latents and len(latents) == 4 else None
         sizes["tokens"] = header[TEXT]["shape"][1] if TEXT in header else None
-    name = Path(getattr(pipeline, "name_or_path", "") or type(pipeline).__name__).name
     scheduler, note = schedulers.from_config(schedulers.config_of(pipeline.scheduler))
     made = denoisers.wrap(model, name=name, scheduler=scheduler, **sizes)
     # What stands in for the pipeline's scheduler matters only where it is used.

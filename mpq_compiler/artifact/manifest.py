@@ -69,6 +69,7 @@ Model = TypedDict(
         "signature": NotRequired[list[str]],
         "below": NotRequired[dict[str, int]],
         "call": NotRequired[dict[str, Any]],
+        "form": NotRequired[dict[str, object]],
         "source": NotRequired[dict[str, Any]],
     },
 )

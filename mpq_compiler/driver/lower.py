@@ -16,7 +16,7 @@ from mpq_compiler.driver.held_out import held_out, spread
 from mpq_compiler.driver.instruments import observe
 from mpq_compiler.driver.options import Options, parse_shapes
 from mpq_compiler.driver.resolve import resolve, with_role
-from mpq_compiler.frontend import calibration_file
+from mpq_compiler.frontend import calibration_file, call_file
 from mpq_compiler.frontend import denoiser as denoisers
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir.interpreter import single_threaded
@@ -45,6 +45,8 @@ def load_denoiser(model: str | Path | Denoiser, options: Options) -> Denoiser:
         denoiser = model.sampled(options.guidance, options.conditions)
         if size is not None and size != denoiser.latent_shape[1:]:
             denoiser = denoiser.resized(*size)
+    elif call_file.has_call(options.calibration):
+        denoiser = _by_calls(model, options, size)
     else:
         denoiser = denoisers.load(
             model,
@@ -61,6 +63,21 @@ def load_denoiser(model: str | Path | Denoiser, options: Options) -> Denoiser:
             wanted = f"--shapes asks for {latent[0]} channels"
             raise UserError(f"{wanted}, and '{denoiser.name}' has {denoiser.latent_shape[0]}")
     return denoiser
+
+
+def _by_calls(model: str | Path, options: Options, size: tuple[int, int] | None) -> Denoiser:
+    """Loads the model as it was called in the calibration file. UserError: options that its calls decide."""
+    assert options.calibration is not None
+    given = {
+        "--shapes": size,
+        "--scheduler": options.scheduler,
+        "--prediction-type": options.prediction_type,
+        "--guidance": options.guidance,
+        "--conditions": options.conditions,
+    }
+    if idle := [name for name, value in given.items() if value is not None]:
+        raise UserError(f"the calls in '{options.calibration}' decide what {idle[0]} says: leave it out")
+    return denoisers.load_calls(model, options.calibration)
 
 
 @dataclass(frozen=True)

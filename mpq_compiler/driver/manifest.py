@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mpq_compiler import formats
 from mpq_compiler.artifact import bundle, tvm_wheels
@@ -24,7 +27,8 @@ from mpq_compiler.pipeline import parser
 from mpq_compiler.pipeline.backend import Built
 from mpq_compiler.pipeline.passes import Pass, Role
 from mpq_compiler.quantization.statistics import CALIBRATION
-from mpq_compiler.sampling import text_encoder
+from mpq_compiler.sampling import call_tree, text_encoder
+from mpq_compiler.support import tensorfile
 from mpq_compiler.support.files import encode_json, sha256
 from mpq_compiler.targets import table as targets
 
@@ -91,7 +95,14 @@ def files(
         found[bundle.SCHEDULE] = encode_json(kernels)
     if denoiser.text is not None:
         found[text_encoder.FILE] = denoiser.text.save
+    if (constants := denoiser.constants) is not None:
+        found[call_tree.CONSTANTS] = functools.partial(_save, constants)
     return found
+
+
+def _save(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    with path.open("wb") as stream:
+        tensorfile.save(stream, tensors)
 
 
 def _origin(
@@ -107,6 +118,7 @@ def _origin(
             "parameters": program.facts[PARAMETERS],
             "signature": list(inspect.signature(denoiser.module.model.forward).parameters),
             "call": asdict(denoiser.module.convention),
+            **({} if denoiser.form is None else {"form": denoiser.form.to_json()}),
             "below": {name: s.below for name, s in denoiser.input_specs.items() if s.below is not None},
         },
         "recipe": {"name": str(Path(options.recipe).stem) if options.pipeline is None else "custom"},

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpq_compiler.frontend import call_file
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.sampling import schedulers
 from mpq_compiler.sampling.schedulers import FlowMatchEuler
@@ -64,7 +65,12 @@ def load(denoiser: Denoiser, path: str | Path) -> dict[str, Tensor]:
         UserError: not a safetensors file; an input is missing, unknown, of another shape or type, not finite, or a
             label out of range.
     """
-    found = {name: torch.from_numpy(np.array(value)) for name, value in tensorfile.load(path).items()}
+    constants = () if denoiser.form is None else denoiser.form.constants
+    found = {
+        name: torch.from_numpy(np.array(value))
+        for name, value in tensorfile.load(path).items()
+        if not name.startswith(call_file.CONSTANT) and name not in constants
+    }
     specs = denoiser.input_specs
     for name in specs:
         if name not in found:
@@ -181,7 +187,7 @@ def stated(path: str | Path) -> dict[str, Any]:
 def _converted(name: str, value: Tensor, dtype: torch.dtype, path: str | Path) -> Tensor:
     # Masks of tokens, timesteps and sizes come as tokenizers and schedulers make them; latents and embeddings do not.
     counts = dtype.is_floating_point and value.ndim <= 2 and not value.is_complex()
-    if not counts and (
+    if not counts and value.dtype != dtype and (
         value.is_complex()
         or value.dtype == torch.bool
         or (dtype.is_floating_point and not value.is_floating_point())
@@ -231,7 +237,7 @@ def held_out_rows(number: Tensor, timesteps: Tensor, every: int) -> Tensor:
 
 def latent_numbers(inputs: Mapping[str, Tensor]) -> Tensor:
     """Numbers the distinct pairs of latent and timestep from 0, in order of appearance: i64 [N], one for each row."""
-    latents = inputs["sample" if "sample" in inputs else "hidden_states"]
+    latents = inputs[next((name for name in ("sample", "hidden_states") if name in inputs), next(iter(inputs)))]
     seen: dict[tuple[float, bytes], int] = {}
     keys = ((float(t), hashlib.sha256(x.numpy()).digest()) for t, x in zip(inputs["timestep"], latents, strict=True))
     return torch.tensor([seen.setdefault(key, len(seen)) for key in keys])

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_compiler.frontend import checkpoint
+from mpq_compiler.frontend import call_file, checkpoint
+from mpq_compiler.frontend.call_module import CallModule, held
 from mpq_compiler.frontend.input_specs import (
     TensorModule,
     convention_of,
@@ -26,6 +27,7 @@ from mpq_compiler.frontend.input_specs import (
 from mpq_compiler.ir.program import InputSpec
 from mpq_compiler.sampling import loop as sampling
 from mpq_compiler.sampling import schedulers
+from mpq_compiler.sampling.call_tree import TIME, CallForm
 from mpq_compiler.sampling.conditioning import LABELS, TEXT, Conditioning, Conditions
 from mpq_compiler.sampling.schedulers import DDIM, FlowMatchEuler, Scheduler
 from mpq_compiler.sampling.text_encoder import TextEncoder
@@ -37,7 +39,7 @@ class Denoiser:
     """A loaded denoiser: its module, its inputs, how it is sampled, and how its latents become images."""
 
     name: str
-    module: TensorModule = field(repr=False)
+    module: TensorModule | CallModule = field(repr=False)
     input_specs: dict[str, InputSpec]
     """The inputs in order; every one has the batch as its first dimension."""
     scheduler: Scheduler
@@ -57,6 +59,8 @@ class Denoiser:
     """Conditions from a file, in place of varied classes or prompts."""
     notes: tuple[str, ...] = ()
     """What was assumed while loading, one sentence each, for the user to read."""
+    examples: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
+    """Rows of recorded inputs, where the model is taken by its calls; None: its inputs are known."""
 
     @property
     def latent(self) -> str:
@@ -64,10 +68,9 @@ class Denoiser:
         return next(iter(self.input_specs))
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the latents."""
-        channels, height, width = self.input_specs[self.latent].sample
-        return channels, height, width
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of a sample's latents: of an image channels, height and width."""
+        return self.input_specs[self.latent].sample
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -90,7 +93,7 @@ class Denoiser:
         return Conditioning(
             self.name,
             {n: (self.input_specs[n].sample, _type_name(self.input_specs[n].dtype)) for n in self.conditions},
-            fixed_values(self.input_specs),
+            self.fixed,
             self.classes,
             self.null_class,
             self.text,
@@ -100,12 +103,37 @@ class Denoiser:
 
     @property
     def whole(self) -> bool:
-        """Whether it predicts all channels of the latents that it takes, and thus can draw alone."""
+        """Whether it can draw alone: its calls are known, and it predicts all channels of the latents that it takes."""
+        if isinstance(self.module, CallModule):
+            return False
         taken, given = (self.config.get(name) for name in ("in_channels", "out_channels"))
         return not (isinstance(taken, int) and isinstance(given, int)) or given >= taken
 
+    @property
+    def form(self) -> CallForm | None:
+        """The form of its calls, where it is taken by recorded ones."""
+        return self.module.form if isinstance(self.module, CallModule) else None
+
+    @property
+    def constants(self) -> dict[str, np.ndarray] | None:
+        """The tensors by path that are the same in every call; None where a call has none, and no form."""
+        held = self.module.constants()
+        if not held and self.form is None:
+            return None
+        return {path: value.numpy() for path, value in held.items()}
+
+    @property
+    def fixed(self) -> dict[str, list[float]]:
+        """Values of the inputs that need not be chosen (`input_specs.fixed_values`)."""
+        return {} if isinstance(self.module, CallModule) else fixed_values(self.input_specs)
+
     def resized(self, height: int, width: int) -> Denoiser:
         """The model on latents of another height and width. UserError: it takes none of that size."""
+        if isinstance(self.module, CallModule):
+            raise UserError(
+                f"'{self.name}' is compiled for its recorded calls, which have one size: leave --shapes out, and "
+                "record calls of the other size"
+            )
         tokens = self.input_specs[TEXT].sample[0] if TEXT in self.input_specs else None
         specs, _ = specs_of(self.module.model, self.config, (height, width), tokens)
         specs["timestep"] = self.input_specs["timestep"]
@@ -115,6 +143,8 @@ class Denoiser:
 
     def with_fractional_times(self) -> Denoiser:
         """The model with float timesteps, for schedulers whose timesteps may be fractions."""
+        if isinstance(self.module, CallModule):
+            return self  # its times are of the type that was recorded
         specs = dict(self.input_specs)
         specs["timestep"] = replace(specs["timestep"], dtype=torch.float32)
         return replace(self, module=TensorModule(self.module.model, specs).eval(), input_specs=specs)
@@ -144,7 +174,17 @@ class Denoiser:
         """
         if isinstance(generator, int):
             generator = torch.Generator().manual_seed(generator)
+        if self.examples is not None:
+            return self._examples(batch, generator)
         return random_values(self.input_specs, batch, self.scheduler.num_train_timesteps, generator)
+
+    def _examples(self, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Recorded rows, with latents of other noise: what the inputs mean besides is not known."""
+        assert self.examples is not None
+        count = len(self.examples[self.latent])
+        rows = {name: value[torch.arange(batch) % count] for name, value in self.examples.items()}
+        latents = rows[self.latent]
+        return rows | {self.latent: torch.randn(latents.shape, generator=generator) * latents.std() + latents.mean()}
 
     def example_inputs(self, batch: int = 2) -> dict[str, torch.Tensor]:
         """The inputs that the model is traced with."""
@@ -188,7 +228,7 @@ class Denoiser:
             "null_class": self.null_class,
             "classes": self.classes,
             "class_names": list(self.class_names),
-            "fixed": fixed_values(self.input_specs),
+            "fixed": self.fixed,
             "text": None if self.text is None else self.text.to_json(),
         }
 
@@ -222,9 +262,7 @@ def load(
         UserError: the model is missing, damaged, or of a structure that is not supported.
     """
     place = checkpoint.locate(model)
-    config = checkpoint.read_json(place.denoiser / "config.json")
-    module = _build(config, place.denoiser)
-    _fill(module, checkpoint.read_weights(place.denoiser), place.denoiser)
+    module = _read(place)
     harness = checkpoint.read_json(place.harness) if place.harness else {}
     chosen = Path(scheduler) if scheduler else place.scheduler
     made = wrap(
@@ -243,6 +281,57 @@ def load(
         else None,
     )
     return made.sampled(guidance, conditions)
+
+
+def load_calls(model: str | Path, calibration: str | Path) -> Denoiser:
+    """Loads a denoiser of any class, as it was called when the file's calls were recorded (`call_file.has_call`).
+
+    UserError: the model is missing or damaged, or the calls are another model's.
+    """
+    place = checkpoint.locate(model)
+    return wrap_calls(_read(place), calibration, name=place.name)
+
+
+def wrap_calls(model: torch.nn.Module, calibration: str | Path, *, name: str = "denoiser") -> Denoiser:
+    """Wraps a module in memory as the `Denoiser` of the calls that a file holds.
+
+    The module itself is taken: it is in float32 and frozen from then on.
+
+    UserError: the calls are another model's.
+    """
+    form, constants, rows = call_file.read(calibration)
+    module = CallModule(model.float().eval().requires_grad_(False), form, constants)
+    try:
+        module = held(module, rows)
+    except Exception as error:  # a model may raise anything
+        raise UserError(
+            f"{type(model).__name__} cannot be called as the calls in '{calibration}' were: {_one_line(error)}"
+        ) from error
+    names = [form.latent, TIME, *(a.input for a in module.form.arguments if a.input not in (form.latent, TIME))]
+    specs = {name: rows[name] for name in names}
+    notes = tuple(
+        f"the values of '{path}' decide what {type(model).__name__} computes, and are part of the artifact: calls must "
+        "give those that were recorded"
+        for path in module.form.constants
+        if path not in form.constants
+    )
+    return Denoiser(
+        name=name,
+        module=module.eval(),
+        notes=notes,
+        input_specs={name: InputSpec(name, ("B", *value.shape[1:]), value.dtype) for name, value in specs.items()},
+        scheduler=FlowMatchEuler() if rows[TIME].is_floating_point() else DDIM(),
+        config=dict(getattr(model, "config", {})),
+        examples={name: rows[name] for name in specs},
+    )
+
+
+def _read(place: checkpoint.Location) -> torch.nn.Module:
+    """Reads the module of a checkpoint."""
+    config = checkpoint.read_json(place.denoiser / "config.json")
+    module = _build(config, place.denoiser)
+    _fill(module, checkpoint.read_weights(place.denoiser), place.denoiser)
+    return module
 
 
 def _read_scheduler(path: Path, prediction_type: str | None) -> dict[str, Any]:

@@ -81,6 +81,14 @@ class TensorModule(torch.nn.Module):
             for buffer, tensor in zip(self.tables[name], tensors, strict=True):
                 self.register_buffer(buffer, tensor, persistent=False)
 
+    def constants(self) -> dict[str, torch.Tensor]:
+        """The tables that the model is called with, by their path in a call."""
+        return {
+            name if len(buffers) == 1 else f"{name}.{index}": self.get_buffer(buffer)
+            for name, buffers in self.tables.items()
+            for index, buffer in enumerate(buffers)
+        }
+
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """Predicts the noise, image or velocity [B, C, H, W]."""
         given: dict[str, Any] = {name: value for name, value in inputs.items() if name not in _ADDED}

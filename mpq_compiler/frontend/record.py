@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,22 +11,31 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_compiler.frontend.input_specs import convention_of
-from mpq_compiler.sampling import schedulers
+from mpq_compiler.frontend import call_file
+from mpq_compiler.frontend.call_module import arguments_of
+from mpq_compiler.frontend.input_specs import convention_of, latent_of, specs_of
+from mpq_compiler.sampling import call_tree, schedulers
+from mpq_compiler.sampling.call_tree import Arguments
 from mpq_compiler.support import files, tensorfile
 from mpq_compiler.support.errors import UserError
 
 
 @contextmanager
-def record_inputs(pipeline: Any, path: str | Path, every: int = 1) -> Iterator[None]:
-    """Records the calls of a diffusers pipeline's denoiser within the block, and writes them to a calibration file.
+def record_inputs(
+    pipeline: Any, path: str | Path, every: int = 1, latent: str | None = None, time: str | None = None
+) -> Iterator[None]:
+    """Records the calls of a denoiser within the block, and writes them to a calibration file.
 
-    Nothing is written when the block raises.
+    Nothing is written when the block raises. A model whose inputs are known has them in the file by name, [N, ...]
+    each (docs/calibration.md). Of any other, and of calls that give more, the form is kept as well: a compiled one is
+    called in that form.
 
     Args:
-        pipeline: a pipeline, or the denoiser itself.
+        pipeline: a diffusers pipeline, or the denoiser itself.
         path: the file to write.
         every: keeps one call in so many, with all rows of its batch.
+        latent: the argument with the noisy latents, where its name does not tell.
+        time: the argument with the time, where its name does not tell.
 
     Raises:
         UserError: no call was made, calls differ in their inputs' shapes, or the file cannot be written.
@@ -35,9 +43,7 @@ def record_inputs(pipeline: Any, path: str | Path, every: int = 1) -> Iterator[N
     path = Path(path)
     files.check_place(path)
     model = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None) or pipeline
-    parameters = inspect.signature(model.forward)
-    convention = convention_of(model)
-    kept: list[dict[str, np.ndarray]] = []
+    calls: list[Arguments] = []
     stated: dict[str, set[str]] = {}
     seen = 0
 
@@ -46,19 +52,9 @@ def record_inputs(pipeline: Any, path: str | Path, every: int = 1) -> Iterator[N
         seen += 1
         if (seen - 1) % every:
             return
-        named = convention.inputs(parameters.bind(*args, **kwargs).arguments)
-        row = {n: torch.as_tensor(v).detach().cpu() for n, v in named.items() if not isinstance(v, dict | list | tuple)}
-        batch = max(len(v) for v in row.values() if v.ndim)
-        row["timestep"] = row["timestep"].reshape(-1).expand(batch)
-        made = {n: (v.float() if v.is_floating_point() else v).numpy() for n, v in row.items()}
-        shapes = [{n: v.shape[1:] for n, v in call.items()} for call in (made, *kept[:1])]
-        if different := [n for n in shapes[0].keys() | shapes[-1].keys() if shapes[0].get(n) != shapes[-1].get(n)]:
-            name = min(different)
-            first, now = (list(shape.get(name, ())) if name in shape else "none" for shape in reversed(shapes))
-            raise UserError(
-                f"a call gives '{name}' of {now}, the first one of {first}: record calls of one size and kind in a file"
-            )
-        kept.append(made)
+        tree, tensors = call_tree.flatten(arguments_of(model, args, kwargs))
+        kept = {path: torch.as_tensor(value).detach().cpu().clone() for path, value in tensors.items()}
+        calls.append(call_tree.unflatten(tree, kept))
         for name, text in _sampled_by(pipeline).items():
             stated.setdefault(name, set()).add(text)
 
@@ -67,15 +63,54 @@ def record_inputs(pipeline: Any, path: str | Path, every: int = 1) -> Iterator[N
         yield
     finally:
         handle.remove()
-    if not kept:
+    if not calls:
         raise UserError(f"nothing to write to '{path}': the pipeline's {type(model).__name__} was not called")
-    tensors = {name: np.concatenate([call[name] for call in kept]) for name in kept[0]}
     # What changed between the calls describes none of them.
     metadata = {name: next(iter(texts)) for name, texts in stated.items() if len(texts) == 1}
+    if latent or time or (tensors := _known(model, calls)) is None:
+        call_file.write(path, model, calls, metadata, latent, time)
+        return
     try:
         files.write_whole(path, lambda stream: tensorfile.save(stream, tensors, metadata))
     except OSError as error:
         raise UserError(f"cannot write '{path}': {error.strerror}") from error
+
+
+def _known(model: torch.nn.Module, calls: list[Arguments]) -> dict[str, np.ndarray] | None:
+    """The inputs of a model of a known kind by name; None where it is of another, or is given more.
+
+    UserError: calls differ in their inputs' shapes.
+    """
+    try:
+        latent_of(type(model).__name__, model.forward)
+        convention = convention_of(model)
+        rows = [_row(convention.inputs(call)) for call in calls]
+        first = next(iter(rows))
+        latents = first["sample" if "sample" in first else "hidden_states"]
+        text = first.get("encoder_hidden_states")
+        tokens = None if text is None else int(text.shape[1])
+        specs, _ = specs_of(model, dict(getattr(model, "config", {})), tuple(latents.shape[2:]), tokens)
+    except (UserError, KeyError, IndexError, AttributeError, TypeError, ValueError):
+        return None
+    if any(row.keys() != specs.keys() for row in rows):
+        return None
+    for row in rows:
+        for name, value in row.items():
+            now, then = list(value.shape[1:]), list(first[name].shape[1:])
+            if now != then:
+                raise UserError(
+                    f"a call gives '{name}' of {now}, the first one of {then}: record calls of one size and kind in a "
+                    "file"
+                )
+    return {name: np.concatenate([row[name] for row in rows]) for name in first}
+
+
+def _row(named: Arguments) -> dict[str, np.ndarray]:
+    """The inputs of a call as arrays, with the time of each sample."""
+    row = {name: torch.as_tensor(value) for name, value in named.items()}
+    batch = max(len(value) for value in row.values() if value.ndim)
+    row["timestep"] = row["timestep"].reshape(-1).expand(batch)
+    return {name: (value.float() if value.is_floating_point() else value).numpy() for name, value in row.items()}
 
 
 def _sampled_by(pipeline: Any) -> dict[str, str]:

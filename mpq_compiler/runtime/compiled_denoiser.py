@@ -17,8 +17,9 @@ from mpq_compiler.artifact.bundle import Artifact
 from mpq_compiler.runtime.cuda import CudaMachine
 from mpq_compiler.runtime.memo import REUSE_BYTES
 from mpq_compiler.runtime.tvm import VirtualMachine, usable_cores
+from mpq_compiler.sampling.call_tree import CONSTANTS, Arguments, CallForm, Value, bound, flatten, require_constants
 from mpq_compiler.sampling.convention import Convention
-from mpq_compiler.support import plugins
+from mpq_compiler.support import plugins, tensorfile
 from mpq_compiler.support.errors import UserError, nearest
 from mpq_compiler.support.execution import require_threads
 from mpq_compiler.targets import nvidia
@@ -42,6 +43,22 @@ class DenoiserOutput(NamedTuple):
     """The output as diffusers expects it: `.sample`, or the first item."""
 
     sample: Any
+
+
+class Returned(tuple[Value, ...]):
+    """The output of a model that returns several values, or one of another name: by index, or by name."""
+
+    fields: tuple[str, ...]
+
+    def __new__(cls, values: Sequence[Value], fields: Sequence[str]) -> Returned:
+        made = super().__new__(cls, values)
+        made.fields = tuple(fields)
+        return made
+
+    def __getattr__(self, name: str) -> Value:
+        if name in self.fields:
+            return self[self.fields.index(name)]
+        raise AttributeError(f"the output has no '{name}': it has {', '.join(self.fields)}")
 
 
 class Config(dict[str, Any]):
@@ -120,6 +137,10 @@ class CompiledDenoiser:
         self._signature: list[str] = self.manifest["model"].get("signature", list(self._inputs))
         call = self.manifest["model"].get("call", {})
         self._convention = Convention(**{**call, "baked": tuple(call.get("baked", ()))})
+        form = self.manifest["model"].get("form")
+        self._form = None if form is None else CallForm.from_json(form)
+        held = CONSTANTS in self.manifest["files"]
+        self._constants = tensorfile.load(artifact.file(CONSTANTS)) if held else {}
         self.report: Any = None
         """The report of the compilation, where this process compiled it (`compile` of a pipeline); else None."""
         self._devices = ("cpu", "cuda") if nvidia.is_for(self.manifest) else ("cpu",)
@@ -219,6 +240,8 @@ class CompiledDenoiser:
         Raises:
             UserError: as `run`; an input is given twice, or there are too many.
         """
+        if self._form is not None:
+            return self._called(self._form, bound(self._signature, args, kwargs), return_dict)
         named = self._named(args, kwargs)
         given = next((value for value in named.values() if _is_torch(value)), None)
         named = {name: value.float() if _is_half(value) else value for name, value in named.items()}
@@ -229,18 +252,26 @@ class CompiledDenoiser:
             result = torch.from_numpy(result).to(given.device, given.dtype if _is_half(given) else None)
         return DenoiserOutput(result) if return_dict else (result,)
 
+    def _called(self, form: CallForm, arguments: Arguments, return_dict: bool) -> Value:
+        """A call in the form of the recorded ones; the result has the structure of the model's own."""
+        inputs, constants = form.taken(arguments, _stack)
+        given = next((value for value in inputs.values() if _is_torch(value)), None)
+        values = {path: _values(value) for path, value in constants.items()}
+        require_constants(values, self._constants, form.held)
+        result: Value = self.run({name: value.float() if _is_half(value) else value for name, value in inputs.items()})
+        if given is not None:
+            torch = _torch()
+            assert torch
+            result = torch.from_numpy(result).to(given.device, given.dtype if _is_half(given) else None)
+        returned = form.returned(result)
+        return Returned(returned, form.fields) if return_dict and form.fields else returned
+
     def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        if len(args) > len(self._signature):
-            raise UserError(
-                f"{len(args)} positional inputs are too many: there are {', '.join(self._signature)}"
-            )
-        named = dict(zip(self._signature, args, strict=False))
-        for name, value in kwargs.items():
-            if name in named:
-                raise UserError(f"input '{name}' is given twice, by position and by name")
-            named[name] = value
+        named = bound(self._signature, args, kwargs)
         if "img_ids" in self._convention.baked and named.get("img_ids") is None:
             raise UserError("input 'img_ids' is missing; an artifact is called as its model is, or `run` on images")
+        _, baked = flatten({name: named[name] for name in self._convention.baked if named.get(name) is not None})
+        require_constants({p: _values(v) for p, v in baked.items() if p in self._constants}, self._constants)
         arguments = self._convention.inputs(named)
         return {n: v for n, v in arguments.items() if not (isinstance(v, Mapping) and not v)}
 
@@ -418,6 +449,12 @@ def _torch() -> Any:
     return sys.modules.get("torch")
 
 
+def _stack(values: Sequence[Value]) -> Value:
+    """One array or tensor of equal ones."""
+    torch = _torch() if _is_torch(values[0]) else None
+    return torch.stack(list(values)) if torch else np.stack(list(values))
+
+
 def _is_torch(value: Any) -> bool:
     torch = _torch()
     return torch is not None and isinstance(value, torch.Tensor)
@@ -426,6 +463,13 @@ def _is_torch(value: Any) -> bool:
 def _is_half(value: Any) -> bool:
     """Whether a value is a torch tensor of bfloat16 or float16."""
     return _is_torch(value) and str(value.dtype) in ("torch.bfloat16", "torch.float16")
+
+
+def _values(value: Value) -> np.ndarray:
+    """A tensor's values as an array, in float32 where NumPy has no type for them."""
+    if _is_torch(value):
+        value = (value.float() if _is_half(value) else value).detach().cpu().numpy()
+    return np.asarray(value)
 
 
 def _array(name: str, value: Any, expected: Mapping[str, Any], devices: Collection[str]) -> np.ndarray:

@@ -1,0 +1,290 @@
+"""Denoisers of any class, taken by a recorded call: what varies are their inputs, everything else is part of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mpq_compiler.frontend.deciding import deciding
+from mpq_compiler.sampling import call_tree
+from mpq_compiler.sampling.call_tree import TIME, VALUES, Argument, Arguments, CallForm, Value
+from mpq_compiler.sampling.convention import Convention
+from mpq_compiler.support.errors import UserError
+
+LATENTS = ("sample", "hidden_states", "x", "latents", "latent_model_input", "noisy_latents")
+"""The names of parameters with noisy latents, the likeliest first."""
+TIMES = ("timestep", "timesteps", "t", "time", "timestep_ratio", "sigma", "noise_level", "decoder_noise_time")
+"""The names of parameters with the time, the likeliest first."""
+
+
+class CallModule(torch.nn.Module):
+    """A model as a function from named tensors to one tensor; its parameters are below `model.`.
+
+    It takes the inputs of a `CallForm`, [B, ...] each. Tensors that are the same in every call are kept here as
+    buffers. Where the model returns several tensors, they are joined, a row for each sample.
+    """
+
+    convention = Convention()
+
+    def __init__(self, model: torch.nn.Module, form: CallForm, constants: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.model, self.form, self.latent = model, form, form.latent
+        self._constants = {path: f"constant_{path.replace('.', '_')}" for path in constants}
+        for path, buffer in self._constants.items():
+            self.register_buffer(buffer, constants[path], persistent=False)
+        self.quiet = "return_dict" in inspect.signature(model.forward).parameters
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Calls the model; its output [B, ...]."""
+        batch = len(inputs[self.latent])
+        constants = {
+            p: v.expand(batch, *v.shape[1:]) if p in self.form.held else v for p, v in self.constants().items()
+        }
+        tensors = constants | {a.path: a.given(inputs[a.input]) for a in self.form.arguments}
+        return joined(self.called(call_tree.unflatten(self.form.tree, tensors)), batch if self.form.lists else 0)
+
+    def constants(self) -> dict[str, Tensor]:
+        """The tensors that are the same in every call, by path."""
+        return {path: self.get_buffer(buffer) for path, buffer in self._constants.items()}
+
+    def called(self, arguments: Mapping[str, Value]) -> Value:
+        """What the model returns for arguments by name."""
+        return self.model(**arguments, **({"return_dict": False} if self.quiet else {}))
+
+
+def joined(output: Value, samples: int = 0) -> Tensor:
+    """The one tensor of an output, or its tensors joined to [B, sum of their elements].
+
+    ``samples`` is their number where lists have a tensor for each of them.
+    """
+    _, tensors = call_tree.flatten(output, samples=samples, stack=_stack)
+    values: list[Tensor] = [*tensors.values()]
+    return values[0] if len(values) == 1 else torch.cat([value.flatten(1) for value in values], 1)
+
+
+def arguments_of(model: torch.nn.Module, args: tuple[Value, ...], kwargs: Mapping[str, Value]) -> Arguments:
+    """The arguments of a call by name, but for those that are the forward's defaults."""
+    signature = inspect.signature(model.forward)
+    named: Arguments = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            named |= value
+        else:
+            named[name] = value
+    named.pop("return_dict", None)
+    return call_tree.without(named, defaults_of(model))
+
+
+def defaults_of(model: torch.nn.Module) -> Arguments:
+    """The Python values that a model's forward takes where none is given."""
+    parameters = inspect.signature(model.forward).parameters.items()
+    return {
+        name: p.default
+        for name, p in parameters
+        if p.default is not inspect.Parameter.empty and p.default is not None and isinstance(p.default, VALUES)
+    }
+
+
+def as_tensors(arguments: Mapping[str, Value]) -> Arguments:
+    """The arguments with the time as a tensor, whatever it is."""
+    return {
+        name: torch.tensor(value) if name in TIMES and isinstance(value, int | float) else value
+        for name, value in arguments.items()
+    }
+
+
+def form_of(
+    model: torch.nn.Module,
+    calls: list[Arguments],
+    latent: str | None = None,
+    time: str | None = None,
+) -> tuple[CallForm, dict[str, Tensor], list[dict[str, Tensor]]]:
+    """Finds the form of a model's calls.
+
+    Args:
+        model: the model.
+        calls: arguments by name (`arguments_of`), of one structure.
+        latent: the path of the latents; None finds it by name, and by what varies.
+        time: the path of the time; None finds it by name.
+
+    Returns:
+        The form, the constants by path, and the inputs of each call by name, [B, ...].
+
+    Raises:
+        UserError: calls differ in structure; no argument is the latents; a tensor that varies has rows of no samples.
+    """
+    kind = type(model).__name__
+    flat = [_flat(as_tensors(call), latent) for call in calls]
+    tree, first = flat[0]
+    for other, _ in flat[1:]:
+        if (clause := call_tree.difference(other, tree)) is not None:
+            raise UserError(f"calls of {kind} differ: {clause.replace('when it was compiled', 'in the first')}")
+    varying = {path for path in first if any(not _equal(tensors[path], first[path]) for _, tensors in flat[1:])}
+    latent = latent or _latent(first, varying)
+    if latent is None:
+        raise UserError(
+            f"{kind} is no denoiser, for its calls have no noisy latents: name their argument with --latent"
+        )
+    time = time or next((path for name in TIMES for path in first if path == name), None)
+    batch = len(first[latent])
+    arguments, constants = [], {}
+    for path, tensor in first.items():
+        rows = _rows(tensor, batch, path == time)
+        if rows is None:
+            if path in varying:
+                shape = list(tensor.shape)
+                raise UserError(f"'{path}' of {kind} varies between calls, and {shape} are no rows of {batch} samples")
+            constants[path] = _float(tensor)
+        else:
+            arguments.append(Argument(path, _input_name(path, time), rows))
+    form = CallForm(tree, tuple(arguments), {"value": None}, {}, defaults_of(model), _input_name(latent, time), time)
+    module = CallModule(model, form, constants)
+    with torch.no_grad():
+        output = module.called(as_tensors({k: _to_float(v) for k, v in calls[0].items()}))
+    outputs, returned = call_tree.flatten(output, samples=batch if form.lists else 0, stack=_stack)
+    form, constants = _without_tables(
+        module, form, constants, first, varying, joined(output, batch if form.lists else 0)
+    )
+    if not returned or any(not _is_rows(value, batch) for value in returned.values()):
+        said = ", ".join(str(list(value.shape)) for value in returned.values()) or "none"
+        raise UserError(f"{kind} returns tensors {said}, which have no row for each of {batch} samples")
+    form = replace(
+        form,
+        outputs=outputs,
+        shapes={path: tuple(value.shape[1:]) for path, value in returned.items()},
+        fields=_fields(module, calls[0]) if isinstance(output, tuple | list) else (),
+    )
+    inputs = []
+    for _, tensors in flat:
+        count = len(tensors[latent])
+        inputs.append({a.input: _float(a.rows_of(tensors[a.path], count)) for a in form.arguments})
+        if time is None:
+            inputs[-1][TIME] = torch.zeros(count)
+    return form, constants, inputs
+
+
+def _flat(call: Mapping[str, Value], latent: str | None = None) -> tuple[call_tree.Tree, Arguments]:
+    """A call taken apart; where its latents are a list, lists of as many tensors have one for each sample."""
+    name = latent or next((name for name in LATENTS if name in call), "")
+    return call_tree.flatten(call, samples=call_tree.samples_of(call, name), stack=_stack)
+
+
+def _stack(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([*values])
+
+
+@torch.no_grad()
+def _without_tables(
+    module: CallModule,
+    form: CallForm,
+    constants: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    varying: set[str],
+    output: Tensor,
+) -> tuple[CallForm, dict[str, Tensor]]:
+    """Moves what has several rows a sample by chance to the constants: the model takes it whole for one sample, too."""
+    batch = len(tensors[form.latent if form.latent in tensors else next(iter(tensors))])
+    tables = {a.path for a in form.arguments if a.rows > 1 and a.path not in varying}
+    if not tables:
+        return form, constants
+    arguments = tuple(a for a in form.arguments if a.path not in tables)
+    without = replace(form, arguments=arguments)
+    held = constants | {path: _float(tensors[path]) for path in tables}
+    inputs = {a.input: _float(a.rows_of(tensors[a.path], batch))[:1] for a in arguments}
+    try:
+        alone = CallModule(module.model, without, held)(**inputs)
+    except Exception:  # a model may raise anything
+        return form, constants
+    same = alone.shape == output[:1].shape and torch.allclose(alone, output[:1], rtol=1e-3, atol=1e-4)
+    return (without, held) if same else (form, constants)
+
+
+def held(module: CallModule, rows: Mapping[str, Tensor]) -> CallModule:
+    """The module with those inputs as constants whose values decide what it computes, as masks of text lengths do.
+
+    Only inputs whose rows are all equal; neither the latents nor the time.
+
+    Args:
+        module: a model taken by its calls.
+        rows: its recorded inputs by name, [N, ...].
+    """
+    one = {name: value[:1].clone() for name, value in rows.items()}
+    found = deciding(module, one)
+    fixed = {name for name in found - {module.latent, TIME} if bool((rows[name] == rows[name][:1]).all())}
+    if not fixed:
+        return module
+    form = module.form
+    taken = {a.path: a.given(one[a.input]) for a in form.arguments if a.input in fixed}
+    form = replace(
+        form,
+        arguments=tuple(a for a in form.arguments if a.input not in fixed),
+        held=tuple(a.path for a in form.arguments if a.input in fixed and a.rows == 1),
+    )
+    return CallModule(module.model, form, module.constants() | taken)
+
+
+@torch.no_grad()
+def _fields(module: CallModule, call: Mapping[str, Value]) -> tuple[str, ...]:
+    """The names of what the model returns, where it returns names with it, as diffusers' outputs do."""
+    if not module.quiet:
+        return ()
+    output = module.model(**as_tensors({k: _to_float(v) for k, v in call.items()}), return_dict=True)
+    return tuple(output.keys()) if isinstance(output, Mapping) else ()
+
+
+def _latent(tensors: Mapping[str, Tensor], varying: set[str]) -> str | None:
+    named = (path for name in LATENTS for path in tensors if path == name)
+    others = (p for p, t in tensors.items() if p in varying and t.is_floating_point() and t.ndim > 1)
+    return next(named, None) or next(others, None)
+
+
+def variations(model: torch.nn.Module, example: Mapping[str, Value], count: int, seed: int) -> list[Arguments]:
+    """Calls like the example: its own, and ``count`` - 1 with other noise of the same mean and deviation as latents."""
+    call = arguments_of(model, (), example)
+    tree, tensors = _flat(call)
+    path = _latent(tensors, set())
+    if path is None:
+        raise UserError(f"{type(model).__name__} is no denoiser, for its call has no noisy latents")
+    generator = torch.Generator().manual_seed(seed)
+    calls = [call]
+    for _ in range(count - 1):
+        latents = tensors[path].float()
+        noise = torch.randn(latents.shape, generator=generator) * latents.std() + latents.mean()
+        calls.append(call_tree.unflatten(tree, tensors | {path: noise.to(tensors[path].dtype)}))
+    return calls
+
+
+def _input_name(path: str, time: str | None) -> str:
+    return TIME if path == time else path
+
+
+def _rows(tensor: Tensor, batch: int, time: bool) -> int | None:
+    """Rows a sample (`Argument.rows`); None: the tensor has no rows of samples."""
+    if tensor.ndim == 0 or (time and tensor.shape == (1,)):
+        return 0 if tensor.ndim == 0 else 1
+    if len(tensor) == batch:
+        return 1
+    if batch > 1 and tensor.ndim > 1 and len(tensor) % batch == 0:
+        return len(tensor) // batch
+    return None
+
+
+def _is_rows(value: Tensor, batch: int) -> bool:
+    return value.ndim > 0 and len(value) == batch
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def _float(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _to_float(value: Value) -> Value:
+    tree, tensors = call_tree.flatten(value)
+    return call_tree.unflatten(tree, {path: _float(tensor) for path, tensor in tensors.items()})

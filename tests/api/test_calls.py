@@ -1,0 +1,214 @@
+"""Models that nobody has seen: taken by a call, compiled, and called as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mpq_compiler
+from mpq_compiler.frontend import call_file
+from mpq_compiler.frontend.call_module import variations
+from mpq_compiler.support.errors import UserError
+
+QUICK = {"recipe": "w8a8", "target": "reference"}
+
+
+class Strange(nn.Module):
+    """A denoiser of sounds [B, C, T] that is called by nested arguments, counts by complex numbers, and returns two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv1d(4, 16, 3, padding=1)
+        self.context = nn.Linear(6, 16)
+        self.time = nn.Linear(16, 16)
+        self.mix = nn.Linear(16, 16)
+        self.leave = nn.Conv1d(16, 4, 1)
+        self.score = nn.Linear(16, 3)
+
+    def forward(self, x, sigma, *, context, ids, loud: bool = False, gain=None):
+        angles = ids[:, None] / 10 ** (torch.arange(8) / 8)
+        turns = torch.polar(torch.ones_like(angles), angles)
+        y = self.enter(x).transpose(1, 2).contiguous()
+        pairs = torch.view_as_complex(y.reshape(*y.shape[:-1], 8, 2))
+        y = torch.view_as_real(pairs * turns).flatten(-2)
+        waves = torch.cat([(sigma[:, None] * torch.arange(1, 9)).sin(), (sigma[:, None] * torch.arange(1, 9)).cos()], 1)
+        seen = self.context(context["tokens"]).mean(1) + self.time(waves)
+        start = torch.zeros(x.shape[0], 1, 16)
+        y = torch.cat([start, nn.functional.silu(self.mix(y + seen[:, None]))], 1)
+        y = y[:, 1:] * 2 if loud else y[:, 1:]
+        y = y if gain is None else y * gain[0][:, None, None]
+        return {"noise": self.leave(y.transpose(1, 2)), "scores": [self.score(y.mean(1))]}
+
+
+def strange() -> Strange:
+    torch.manual_seed(0)
+    return Strange().eval()
+
+
+def call(batch: int = 2, seed: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(batch, 4, 12, generator=generator),
+        "sigma": torch.rand(batch, generator=generator),
+        "context": {"tokens": torch.randn(batch, 5, 6, generator=generator)},
+        "ids": torch.arange(12.0),
+    }
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> mpq_compiler.CompiledDenoiser:
+    output = tmp_path_factory.mktemp("calls") / "strange.mpq"
+    report = mpq_compiler.compile(strange(), output, example=call(), **QUICK)
+    assert report.quality["sqnr_db"] > 25
+    return mpq_compiler.load(output)
+
+
+def decibels(expected: torch.Tensor, found: torch.Tensor) -> float:
+    return float(10 * torch.log10(expected.square().sum() / (expected - found).square().sum()))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_it_is_called_as_its_model_is(compiled: mpq_compiler.CompiledDenoiser, batch: int) -> None:
+    """By position and name, nested as it was, at other batches than the example's; both results come back in place."""
+    given = call(batch, seed=7)
+    with torch.no_grad():
+        expected = strange()(**given)
+    found = compiled(given.pop("x"), given.pop("sigma"), **given)
+    assert found.keys() == expected.keys() and isinstance(found["scores"], list)
+    assert found["noise"].shape == expected["noise"].shape and decibels(expected["noise"], found["noise"]) > 20
+    # three numbers of the mean of a sample, a hundredth of the output's power
+    assert found["scores"][0].shape == (batch, 3) and decibels(expected["scores"][0], found["scores"][0]) > 15
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"ids": torch.arange(12.0) + 1}, "'ids' was the same in every call .* has other values now"),
+        ({"ids": torch.arange(13.0)}, r"'ids' was the same in every call .*, \[12\], and is \[13\]"),
+        ({"loud": True}, "'loud' was not given when it was compiled"),
+        ({"gain": [torch.ones(2)]}, "'gain' was not given when it was compiled"),
+        ({"context": {"token": torch.ones(2, 5, 6)}}, "'context.token' was not given .*did you mean 'tokens'"),
+        ({"context": torch.ones(2, 5, 6)}, "'context' is a tensor, and was a dict of tokens"),
+        ({"context": None}, "'context' is missing"),
+        ({"x": torch.ones(2, 4, 13)}, r"input 'x' has shape \[2, 4, 13\]; this artifact takes \[B, 4, 12\]"),
+    ],
+)
+def test_nothing_that_is_given_is_ignored(compiled: mpq_compiler.CompiledDenoiser, change: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        compiled(**{**call(), **change})
+
+
+def test_the_default_of_a_value_may_be_given(compiled: mpq_compiler.CompiledDenoiser) -> None:
+    assert torch.equal(compiled(**call(), loud=False, gain=None)["noise"], compiled(**call())["noise"])
+
+
+def test_recorded_calls_make_the_same_artifact_as_the_calls_themselves(tmp_path: Path) -> None:
+    model = strange()
+    calls = variations(model, call(), 6, seed=0)
+    with mpq_compiler.record_inputs(model, tmp_path / "recorded.safetensors"), torch.no_grad():
+        for one in calls:
+            model(**one)
+    call_file.write(tmp_path / "written.safetensors", model, calls)
+    for name in ("recorded", "written"):
+        file = tmp_path / f"{name}.safetensors"
+        mpq_compiler.compile(strange(), tmp_path / f"{name}.mpq", calibration=file, **QUICK)
+    first, second = (mpq_compiler.load(tmp_path / f"{name}.mpq")(**call()) for name in ("recorded", "written"))
+    assert torch.equal(first["noise"], second["noise"])
+
+
+def test_arguments_are_found_by_name_or_named(tmp_path: Path) -> None:
+    class Renamed(Strange):
+        def forward(self, sound, level, words, ids):
+            return super().forward(sound, level, context={"tokens": words}, ids=ids)["noise"]
+
+    torch.manual_seed(0)
+    model, given = Renamed().eval(), call()
+    named = {"sound": given["x"], "level": given["sigma"], "words": given["context"]["tokens"], "ids": given["ids"]}
+    file = tmp_path / "calls.safetensors"
+    with pytest.raises(UserError, match="Renamed is no denoiser, for its call has no noisy latents"):
+        mpq_compiler.compile(model, tmp_path / "x.mpq", example=named, **QUICK)
+    with mpq_compiler.record_inputs(model, file, latent="sound", time="level"), torch.no_grad():
+        for seed in range(6):
+            noise = torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(seed))
+            model(**{**named, "sound": noise, "level": torch.full((2,), seed / 6)})
+    mpq_compiler.compile(model, tmp_path / "x.mpq", calibration=file, **QUICK)
+    with torch.no_grad():
+        assert decibels(model(**named), mpq_compiler.load(tmp_path / "x.mpq")(**named)) > 20
+
+
+def test_what_a_call_lacks_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Strange is compiled by its calls: give one with `example`, or a file"):
+        mpq_compiler.compile(strange(), tmp_path / "x.mpq", **QUICK)
+    with pytest.raises(UserError, match="an example is of a module in memory"):
+        mpq_compiler.compile("fashion-unet", tmp_path / "x.mpq", example=call(), **QUICK)
+    file = tmp_path / "calls.safetensors"
+    call_file.write(file, strange(), [call()])
+    with pytest.raises(UserError, match=r"Linear cannot be called as the calls in '.*calls\.safetensors' were"):
+        mpq_compiler.compile(nn.Linear(3, 3), tmp_path / "x.mpq", calibration=file, **QUICK)
+    assert not (tmp_path / "x.mpq").exists()
+
+
+def test_arrays_come_back_as_arrays(compiled: mpq_compiler.CompiledDenoiser) -> None:
+    arrays = {k: {"tokens": v["tokens"].numpy()} if k == "context" else v.numpy() for k, v in call().items()}
+    found = compiled(**arrays)
+    assert isinstance(found["noise"], np.ndarray)
+    assert np.array_equal(found["noise"], compiled(**call())["noise"].numpy())
+
+
+class Listed(nn.Module):
+    """A denoiser that loops over samples: it takes and returns lists with a tensor for each, and cuts texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(6, 32), nn.Linear(32, 6)
+        self.words = nn.Linear(8, 32)
+        self.register_buffer("turns", torch.randn(40, 32), persistent=False)
+
+    def forward(self, x, t, words, mask, turns=None, return_dict: bool = True):
+        turns = self.turns if turns is None else turns
+        found = []
+        for i, image in enumerate(x):
+            tokens = torch.cat([self.enter(image), self.words(words[i, : int(mask[i].sum())])])
+            tokens = tokens * torch.ones(1).data.mul_(2) + turns[: len(tokens)] * t[i]
+            tokens = nn.functional.silu(nn.functional.scaled_dot_product_attention(*[tokens[None]] * 3)[0])
+            found.append(self.leave(tokens[: len(image)]))
+        return {"noise": found}
+
+
+def listed() -> Listed:
+    torch.manual_seed(3)
+    return Listed().eval()
+
+
+def list_call(batch: int = 2, seed: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "x": [torch.randn(12, 6, generator=generator) for _ in range(batch)],
+        "t": torch.rand(batch, generator=generator),
+        "words": torch.randn(batch, 7, 8, generator=generator),
+        "mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0]] * batch),
+        "turns": torch.randn(40, 32, generator=torch.Generator().manual_seed(9)),
+    }
+
+
+def test_lists_of_samples_and_masks_that_decide(tmp_path: Path) -> None:
+    """Its code loops over samples and reads lengths, so that no batch can be traced; a table has 20 rows a sample."""
+    report = mpq_compiler.compile(listed(), tmp_path / "x.mpq", example=list_call(), **QUICK)
+    (note,) = (note for note in report.notes if "decide" in note)
+    assert "the values of 'mask' decide what Listed computes" in note
+    compiled = mpq_compiler.load(tmp_path / "x.mpq")
+    for batch in (1, 2, 3):
+        given = list_call(batch, seed=5)
+        with torch.no_grad():
+            expected = listed()(**given)["noise"]
+        found = compiled(**given)["noise"]
+        assert isinstance(found, list) and len(found) == batch
+        assert decibels(torch.stack(expected), torch.stack(found)) > 20
+    with pytest.raises(UserError, match=r"'mask' was the same in every call .* has other values now"):
+        compiled(**{**list_call(), "mask": torch.ones(2, 7, dtype=torch.int64)})
+    with pytest.raises(UserError, match="'x' is a tensor, and was a list with a tensor for each sample"):
+        compiled(**{**list_call(), "x": torch.ones(2, 12, 6)})
