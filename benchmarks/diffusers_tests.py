@@ -4,10 +4,11 @@
     python -m benchmarks.diffusers_tests diffusers
     python -m benchmarks.diffusers_tests diffusers --class ZImageTransformer2DModel    # this row anew
 
-The checkout is one of the installed release; its tests say how a tiny model of each class is made and called. Each gets
-12 variations of its latents, is compiled (w8a8) by these calls and nothing else, loaded, and called as the model is, with
-latents that calibration has not seen. Weights are random: the decibels say what 8 bits and the kernels make of the call,
-not how a trained model fares. Their tests need `pip install accelerate parameterized psutil pytest requests-mock`.
+The checkout is one of the installed release; its tests say how a tiny model of each class is made and called. Each
+gets 12 variations of its latents, is compiled (w8a8) by these calls and nothing else, loaded, and called as the model
+is, with latents that calibration has not seen. Weights are random: the decibels say what 8 bits and the kernels make of
+the call, not how a trained model fares. Their tests need `pip install accelerate parameterized psutil pytest
+requests-mock`.
 """
 
 from __future__ import annotations

@@ -45,6 +45,8 @@ REPEATS = {aten.expand.default, aten.repeat.default, aten.broadcast_to.default}
 MADE = {aten.ones.default, aten.zeros.default, aten.full.default}
 SIZED = {aten.view.default, aten.reshape.default, *REPEATS, *MADE}
 """Operators that take sizes, of which one may grow with the batch."""
+QUANTIZERS = ("_q", "_w")
+"""What names of quantizers end in, behind that of what they quantize; a model may have modules `norm` and `norm_q`."""
 Target = Callable[..., object]
 Arguments = tuple[object, ...]
 Named = dict[str, object] | None
@@ -439,6 +441,9 @@ def _rename(graph: fx.Graph, prefix: str) -> None:
         name = name.replace(".", "_")
         taken[name] = taken.get(name, -1) + 1
         node.name = name if not taken[name] else f"{name}_{taken[name]}"
+    for node in graph.nodes:
+        if node.name[-2:] in QUANTIZERS and node.name[:-2] in taken:
+            node.name = f"{node.name}_0"
 
 
 def _call_name(node: fx.Node, prefix: str) -> str:

@@ -130,6 +130,8 @@ def form_of(
             f"{kind} is no denoiser, for its calls have no noisy latents: name their argument with --latent"
         )
     time = time or next((path for name in TIMES for path in first if path == name), None)
+    if time is not None and first[time].ndim > 1:
+        time = None  # each frame has its own: an input like others, for samples are not of one time
     batch = len(first[latent])
     arguments, constants = [], {}
     for path, tensor in first.items():
@@ -259,6 +261,8 @@ def variations(model: torch.nn.Module, example: Mapping[str, Value], count: int,
 
 
 def _input_name(path: str, time: str | None) -> str:
+    if path == TIME != time:
+        return f"{path}s"
     return TIME if path == time else path
 
 

@@ -37,6 +37,8 @@ def permute(e: Emitter, node: fx.Node) -> Value:
 
 def _permuted(e: Emitter, node: fx.Node, source: Any, order: Sequence[int]) -> Value:
     x = e.value(source)
+    if x.batched and len(x.shape) == len(order) + 1 and order[0] == 0:  # several rows of each sample
+        order = [0, 1, *(d + 1 for d in order[1:])]
     if len(x.shape) != len(order) or (x.batched and order[0] != 0):
         raise e.refusal("it permutes a tensor whose rows are not samples, or moves the batch")
     view = e.view(x)
