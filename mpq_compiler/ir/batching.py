@@ -380,6 +380,10 @@ class _Batching:
         while len(args) <= index:
             args.append(kwargs.pop(names[len(args)], 0 if target is aten.slice.Tensor else None))
         given = range(rank) if args[index] is None else args[index]
+        if args[index] is None and target in (aten.repeat_interleave.self_int, aten.roll.default):
+            if rank != 1:
+                raise ValueError(f"{self.origin.name} takes all dimensions for one")
+            given = 0
         dims = [d % rank for d in ([given] if isinstance(given, int) else given)]
         if not value.further and value.at in dims:
             if target in (aten.slice.Tensor, aten.narrow.default, aten.flip.default) and self.shape == value.shape:

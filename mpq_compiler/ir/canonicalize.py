@@ -58,8 +58,8 @@ def respell(edit: Editor) -> None:
                 edit.replace(node, edit.call(aten.where.self, positive, x, edit.call(aten.mul.Tensor, x, slope)))
             elif node.target is aten.index.Tensor:
                 _index(edit, node)
-            elif node.target is aten.sum.dim_IntList:
-                _sum(edit, node)
+            elif node.target in (aten.sum.dim_IntList, aten.mean.dim):
+                _mean(edit, node)
             elif node.target in (aten.to.dtype, aten._to_copy.default):
                 _double(edit, node)
             elif node.target in POOLS:
@@ -292,14 +292,22 @@ def _index(edit: Editor, node: fx.Node) -> None:
     edit.replace(node, parts[0] if len(parts) == 1 else edit.call(aten.cat.default, parts, dim))
 
 
-def _sum(edit: Editor, node: fx.Node) -> None:
-    """A sum of floats as a mean, which kernels have."""
+def _mean(edit: Editor, node: fx.Node) -> None:
+    """Averages neighbouring dimensions as one, and writes sums as averages: kernels average over one dimension."""
     x, dims, keep = bound(node, None, None, False)
-    dims = [d % edit.rank(x) for d in (dims or range(edit.rank(x)))]
-    if not edit.value(x).is_floating_point() or 0 in dims:
+    dims = sorted(d % edit.rank(x) for d in (dims or range(edit.rank(x))))
+    first, count, summed = dims[0], len(dims), node.target is aten.sum.dim_IntList
+    several = count > 1 and dims == [*range(first, first + count)]
+    if not first or not edit.value(x).is_floating_point() or not (several or summed) or (count > 1 and not several):
         return
-    count = math.prod(int(edit.value(x).shape[d]) for d in dims)
-    edit.replace(node, edit.call(aten.mul.Tensor, edit.call(aten.mean.dim, x, dims, keep), float(count)))
+    sizes = [int(d) for d in edit.value(x).shape[1:]]
+    inner = math.prod(sizes[first - 1 : first - 1 + count])
+    if several:
+        x = edit.call(aten.reshape.default, x, [-1, *sizes[: first - 1], inner, *sizes[first - 1 + count :]])
+    made = edit.call(aten.mean.dim, x, [first], keep and not several)
+    if keep and several:
+        made = edit.call(aten.reshape.default, made, [-1, *(int(d) for d in edit.value(node).shape[1:])])
+    edit.replace(node, edit.call(aten.mul.Tensor, made, float(inner)) if summed else made)
 
 
 def _written(edit: Editor, part: fx.Node) -> fx.Node:

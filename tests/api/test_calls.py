@@ -212,3 +212,42 @@ def test_lists_of_samples_and_masks_that_decide(tmp_path: Path) -> None:
         compiled(**{**list_call(), "mask": torch.ones(2, 7, dtype=torch.int64)})
     with pytest.raises(UserError, match="'x' is a tensor, and was a list with a tensor for each sample"):
         compiled(**{**list_call(), "x": torch.ones(2, 12, 6)})
+
+
+class Film(nn.Module):
+    """A denoiser of films [B, C, T, H, W] that computes every frame alone, and then over time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.down = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 16, 3, stride=2, padding=1)
+        self.norm, self.over = nn.GroupNorm(4, 16), nn.GroupNorm(4, 16)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(16, 16) for _ in range(3))
+        self.time, self.leave = nn.Conv3d(16, 16, (3, 1, 1), padding=(1, 0, 0)), nn.Conv2d(16, 4, 3, padding=1)
+        self.sound, self.back = nn.Conv1d(16, 16, 2, stride=2), nn.ConvTranspose1d(16, 16, 4, stride=2, padding=1)
+
+    def forward(self, sample, timestep):
+        batch, _, frames, height, width = sample.shape
+        y = sample.permute(0, 2, 1, 3, 4).reshape(-1, 4, height, width)
+        y = y + timestep.repeat_interleave(frames)[:, None, None, None]
+        y = self.down(nn.functional.mish(self.norm(self.enter(y))))
+        tokens = y.flatten(2).transpose(1, 2)
+        q, k, v = (f(tokens).unflatten(2, (2, 8)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
+        tokens = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        y = y + tokens.transpose(1, 2).reshape(y.shape)
+        film = y.unflatten(0, (batch, frames)).transpose(1, 2)
+        film = film + self.time(self.over(film))
+        line = film.mean((3, 4))
+        film = film + self.back(self.sound(line))[..., None, None]
+        y = nn.functional.interpolate(film.transpose(1, 2).flatten(0, 1), scale_factor=2.0)
+        return self.leave(y).unflatten(0, (batch, frames)).transpose(1, 2)
+
+
+def test_frames_and_time_on_this_cpu(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Film().eval()
+    given = {"sample": torch.randn(2, 4, 6, 8, 8), "timestep": torch.rand(2)}
+    report = mpq_compiler.compile(model, tmp_path / "x.mpq", example=given, recipe="w8a8")
+    assert abs(report.quality["agreement_db"]) < 0.1
+    unseen = {"sample": torch.randn(3, 4, 6, 8, 8), "timestep": torch.rand(3)}
+    with torch.no_grad():
+        assert decibels(model(**unseen), mpq_compiler.load(tmp_path / "x.mpq")(**unseen)) > 25

@@ -50,6 +50,7 @@ CASES: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded": lambda x: x[:, None].expand(1, 4, 5, 6) + x.reshape(5, 6).unsqueeze(1).expand(5, 4, 6).transpose(0, 1),
     "repeated": lambda x: x.repeat(1, 2, 1) + x[0].repeat(2, 1),
     "interleaved": lambda x: x.repeat_interleave(2, 1),
+    "interleaved samples": lambda x: kept(x.reshape(1, 30)[:, 0].repeat_interleave(4)),
     "padded": lambda x: F.pad(F.pad(x, (1, 2)), (0, 0, 1, 0, 0, 0)),
     "padded by its edges": lambda x: F.pad(F.pad(x, (1, 2), "replicate"), (0, 1), "reflect"),
     "padded by the edges of many": lambda x: F.pad(x.reshape(5, 1, 6), (1, 2), "replicate").reshape(1, 5, 9),

@@ -224,9 +224,9 @@ def pad(e: Emitter, node: fx.Node) -> Value:
 def upsample(e: Emitter, node: fx.Node) -> Value:
     """Emits nearest-neighbour upsampling of images [B, H, W, C] by whole factors."""
     x, factors = e.value(node.args[0]), arguments(node)[1]
-    if e.folds(node):
-        raise e.refusal("a sample has several images")
-    problem = record("movement.upsample", shape=x.shape, factors=factors, dtype=x.dtype)
+    batch, *images, height, width, channels = x.shape  # several images of a sample are one high image
+    shape = (batch, math.prod(int(d) for d in images) * height, width, channels)
+    problem = record("movement.upsample", shape=shape, factors=factors, dtype=x.dtype)
     return _moved(e, node, problem, [x], e.shape(node))
 
 
