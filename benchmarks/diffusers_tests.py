@@ -111,9 +111,7 @@ def _configured() -> Iterator[tuple[str, str, type]]:
                 print(f"{found.name}: {_one_line(error)}", file=sys.stderr)
                 continue
             own = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
-            own = [
-                c for c in own if hasattr(c, "get_init_dict") or hasattr(c, "prepare_init_args_and_inputs_for_common")
-            ]
+            own = [c for c in own if any(hasattr(c, way) for way in WAYS)]
             for configured in sorted(own, key=lambda c: ("Config" not in c.__name__, c.__name__)):
                 model = getattr(configured, "model_class", None)
                 model = configured().model_class if isinstance(model, property) else model

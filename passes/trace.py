@@ -43,8 +43,6 @@ CASTS = {
 }
 REPEATS = {aten.expand.default, aten.repeat.default, aten.broadcast_to.default}
 MADE = {aten.ones.default, aten.zeros.default, aten.full.default}
-SIZED = {aten.view.default, aten.reshape.default, *REPEATS, *MADE}
-"""Operators that take sizes, of which one may grow with the batch."""
 QUANTIZERS = ("_q", "_w")
 """What names of quantizers end in, behind that of what they quantize; a model may have modules `norm` and `norm_q`."""
 Target = Callable[..., object]

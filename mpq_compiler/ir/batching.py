@@ -344,18 +344,23 @@ class _Batching:
 
     def _of_samples(self, args: Operands, kwargs: Named) -> Value:
         value, *others = args
-        target, shape = function_of(self.origin), self.shape
+        target = function_of(self.origin)
         spatial = (
             len(args[1].shape) - 1 if len(args) > 1 and isinstance(args[1], Value) and "conv" in str(target) else 0
         )
         if spatial and len(value.shape) == spatial:  # without a batch of its own
             value = self._leading(value)
             return self._emit(target, (value, *others), kwargs, value)
+        return self._by_samples(value, others, kwargs)
+
+    def _by_samples(self, value: Value, others: Operands, kwargs: Named) -> Value:
+        """A call whose first dimension is one of samples: of the batch, or of the batch and those that there are."""
+        target = function_of(self.origin)
         if value.shape[0] == 1:
             value = self._unit(value)
             return self._emit(target, (value, *others), kwargs, value)
-        many = self._emit(target, (self._merged(value), *others), kwargs, Value(value.node, (), 0), (1, *shape[1:]))
-        return self._parted(many)
+        shape = (1, *self.shape[1:])
+        return self._parted(self._emit(target, (self._merged(value), *others), kwargs, Value(value.node, (), 0), shape))
 
     def _merged(self, value: Value) -> Value:
         """The value with the batch and its first dimension as one."""
@@ -451,7 +456,7 @@ class _Batching:
             if dim == 0:
                 return self._reshaped(whole, [-1, *whole.shape], 0, False, self.shape)
             return self._reshaped(whole, [-1, *self.shape], 0, True, self.shape)
-        values, like, at = self._joined(values, dim) if dim else self._joined(values, 0)
+        values, like, at = self._joined(values, dim)
         if like.further:
             return self._emit(aten.stack.default, (values, at), {}, like)
         return self._emit(aten.stack.default, (values, at), {}, Value(like.node, self.shape, 0))
@@ -486,12 +491,7 @@ class _Batching:
     def _pad(self, args: Operands, kwargs: Named) -> Value:
         value, widths = args[0], args[1]
         if len(args) > 2 and args[2] != "constant":  # of the dimensions behind the first two
-            if value.shape[0] == 1:
-                value = self._unit(value)
-                return self._emit(function_of(self.origin), (value, *args[1:]), kwargs, value)
-            merged = self._merged(value)
-            like, shape = Value(merged.node, (), 0), (1, *self.shape[1:])
-            return self._parted(self._emit(function_of(self.origin), (merged, *args[1:]), kwargs, like, shape))
+            return self._by_samples(value, args[1:], kwargs)
         if value.further or value.at >= len(value.shape) - len(widths) // 2:
             value = self._leading(value)
         return self._emit(function_of(self.origin), (value, *args[1:]), kwargs, value)
