@@ -23,7 +23,7 @@ from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.batching import with_batch
 from mpq_compiler.ir.complex_numbers import to_reals
 from mpq_compiler.ir.editor import bound
-from mpq_compiler.ir.graph import copy_graph, function_of, merge_equal, operand, prune
+from mpq_compiler.ir.graph import arguments, copy_graph, function_of, merge_equal, operand, prune
 from mpq_compiler.ir.program import PARAMETERS, Program, Stage, TensorStore
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
@@ -42,6 +42,8 @@ CASTS = {
     *(aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.type_as.default),
 }
 REPEATS = {aten.expand.default, aten.repeat.default, aten.broadcast_to.default}
+PRODUCTS = {aten.matmul.default, aten.mm.default}
+TRANSPOSES = {aten.numpy_T.default, aten.t.default, aten.transpose.int, aten.permute.default}
 MADE = {aten.ones.default, aten.zeros.default, aten.full.default}
 QUANTIZERS = ("_q", "_w")
 """What names of quantizers end in, behind that of what they quantize; a model may have modules `norm` and `norm_q`."""
@@ -99,7 +101,7 @@ class Trace(Pass):
             config=dict(denoiser.config),
         )
         program.facts[PARAMETERS] = denoiser.parameters
-        _strip(graph)
+        _strip(graph, tensors)
         _repeat_rows(graph)
         executed = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         for name, _ in denoiser.module.model.named_parameters():
@@ -134,8 +136,10 @@ def _export(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, Callable[
     except Exception as error:
         try:
             graph, module, in_place = _of_one(wrapper, denoiser)
-        except Exception:
-            raise UserError(f"{denoiser.name} cannot be traced: {_reason(error, denoiser.module.model)}") from error
+        except Exception as second:
+            # that the first one took a size for a constant says nothing of what stands in the way
+            told = second if "Constraints violated" in str(error) else error
+            raise UserError(f"{denoiser.name} cannot be traced: {_reason(told, denoiser.module.model)}") from error
     for node in graph.nodes:
         if in_place and node.target is aten.view.default:  # was a reshape, and has the strides that it was traced with
             node.target = aten.reshape.default
@@ -181,6 +185,7 @@ def _of_one(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, nn.Module
             module = exported.module(check_guards=False)
     for node in [n for n in module.graph.nodes if n.target in ASSERTIONS or n.op == "call_module"]:
         module.graph.erase_node(node)
+    _read_masks(module)
     prune(module.graph)
     return with_batch(module.graph), module, in_place
 
@@ -230,8 +235,10 @@ def _compute_made(module: fx.GraphModule) -> None:
             args, kwargs = (fx.map_arg(part, values.__getitem__) for part in (node.args, node.kwargs))
             values[node] = function_of(node)(*args, **kwargs)
     made = [n for n, v in values.items() if n.op == "call_function" and isinstance(v, Tensor)]
+    stored_as: dict[str, Tensor] = {}
     for node in [n for n in made if any(user not in values for user in n.users)]:
-        name = f"made_{node.name}"
+        name = next((n for n, value in stored_as.items() if _equal(value, values[node])), f"made_{node.name}")
+        stored_as[name] = values[node]
         module.register_buffer(name, values[node])
         with graph.inserting_before(node):
             stored = graph.get_attr(name)
@@ -241,6 +248,34 @@ def _compute_made(module: fx.GraphModule) -> None:
     for node in reversed([n for n in values if n.op == "call_function"]):
         if not node.users:
             graph.erase_node(node)
+
+
+def _read_masks(module: fx.GraphModule) -> None:
+    """Reads and writes by stored masks at the places that they name; of one sample that is all of it or nothing."""
+    for node in list(module.graph.nodes):
+        if node.target not in (aten.index.Tensor, aten.index_put.default) or len(arguments(node)[1]) != 1:
+            continue
+        x, (index,), *rest = arguments(node)
+        if index is None or index.op != "get_attr" or index.meta["val"].dtype != torch.bool:
+            continue
+        mask = _attribute(module, str(index.target))
+        if tuple(mask.shape) == (1,) and rest[1:] in ([], [False]):
+            whole = bool(mask)
+            if whole or rest:
+                with module.graph.inserting_before(node):
+                    made = x if not (whole and rest) else module.graph.call_function(
+                        aten.expand.default, (rest[0], list(node.meta["val"].shape))
+                    )  # fmt: skip
+                if made is not x:
+                    made.meta = dict(node.meta)
+                node.replace_all_uses_with(made)
+        elif mask.ndim == 1 and not rest:
+            name = f"places_{node.name}"
+            module.register_buffer(name, mask.nonzero().flatten())
+            with module.graph.inserting_before(node):
+                places = module.graph.get_attr(name)
+            places.meta = {**node.meta, "val": module.get_buffer(name)}
+            node.args = (x, [places])
 
 
 def _without_autocasts(graph: fx.Graph) -> None:
@@ -316,7 +351,7 @@ def _refusal(node: fx.Node, denoiser: Denoiser, prefix: str, reason: str) -> Use
     return UserError(f"{denoiser.name} cannot be traced: {f'module {path!r} ({kind})' if path else kind}: {reason}")
 
 
-def _same_value(node: fx.Node) -> fx.Node | None:
+def _same_value(node: fx.Node, tensors: TensorStore) -> fx.Node | None:
     """The operand that the call returns unchanged, bit for bit, or None."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
@@ -335,6 +370,8 @@ def _same_value(node: fx.Node) -> fx.Node | None:
             return node.args[0]
         if isinstance(factor, fx.Node) and factor.target is aten.ones.default:
             return node.args[0]
+        if isinstance(factor, fx.Node) and factor.op == "get_attr" and bool((tensors[str(factor.target)] == 1).all()):
+            return node.args[0]
     if node.target is aten.expand.default:
         return node.args[0]
     return None
@@ -346,11 +383,11 @@ def _is_whole(node: fx.Node) -> bool:
     return start in (0, None) and (end is None or (isinstance(end, int) and end > 2**60)) and step in (1, None)
 
 
-def _strip(graph: fx.Graph) -> None:
+def _strip(graph: fx.Graph, tensors: TensorStore) -> None:
     for node in list(graph.nodes):
         if node.target in ASSERTIONS:
             graph.erase_node(node)
-        elif (same := _same_value(node)) is not None:
+        elif (same := _same_value(node, tensors)) is not None:
             node.replace_all_uses_with(same)
         elif node.target in (aten.view.default, aten.reshape.default):
             # -1 in place of the size that grows with the batch, which leaves no arithmetic on sizes in the graph
@@ -361,9 +398,23 @@ def _strip(graph: fx.Graph) -> None:
             node.kwargs = {}  # the size of the output, known without
         elif node.target is aten.type_as.default:
             node.target, node.args = aten.to.dtype, (node.args[0], node.meta["val"].dtype)
+        elif node.target in PRODUCTS and (weight := _turned(node.args[1])) is not None:
+            node.target, node.args = aten.linear.default, (node.args[0], weight)
         elif node.target is aten.slice.Tensor and _is_whole(node):
             node.replace_all_uses_with(operand(node, 0))
     prune(graph)
+
+
+def _turned(node: object) -> fx.Node | None:
+    """The stored matrix of which a call is the transpose, or None."""
+    if not isinstance(node, fx.Node) or node.target not in TRANSPOSES or node.meta["val"].ndim != 2:
+        return None
+    source, order = operand(node, 0), [0, 1]
+    if node.target is aten.permute.default:
+        order = [int(d) % 2 for d in arguments(node)[1]]
+    elif node.target is not aten.transpose.int or {int(d) % 2 for d in arguments(node)[1:]} == {0, 1}:
+        order = [1, 0]
+    return source if source.op == "get_attr" and order == [1, 0] else None
 
 
 def _repeat_rows(graph: fx.Graph) -> None:

@@ -37,10 +37,14 @@ class CallModule(torch.nn.Module):
         for path, buffer in self._constants.items():
             self.register_buffer(buffer, constants[path], persistent=False)
         self.quiet = "return_dict" in inspect.signature(model.forward).parameters
+        self.alone = False
+        """Whether the model takes one sample at a time, as those do whose Python values count the samples."""
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Calls the model; its output [B, ...]."""
         batch = len(inputs[self.latent])
+        if self.alone and batch > 1:
+            return torch.cat([self(**{n: v[i : i + 1] for n, v in inputs.items()}) for i in range(batch)])
         constants = {
             p: v.expand(batch, *v.shape[1:]) if p in self.form.held else v for p, v in self.constants().items()
         }
@@ -137,10 +141,14 @@ def form_of(
     for path, tensor in first.items():
         rows = _rows(tensor, batch, path == time)
         if rows is None:
-            if path in varying:
+            axis = next((axis for axis, size in enumerate(tensor.shape) if size == batch), None)
+            if path in varying and axis is None:
                 shape = list(tensor.shape)
                 raise UserError(f"'{path}' of {kind} varies between calls, and {shape} are no rows of {batch} samples")
-            constants[path] = _float(tensor)
+            if path in varying and axis is not None:
+                arguments.append(Argument(path, _input_name(path, time), 1, axis))
+            else:
+                constants[path] = _float(tensor)
         else:
             arguments.append(Argument(path, _input_name(path, time), rows))
     form = CallForm(tree, tuple(arguments), {"value": None}, {}, defaults_of(model), _input_name(latent, time), time)
@@ -148,9 +156,9 @@ def form_of(
     with torch.no_grad():
         output = module.called(as_tensors({k: _to_float(v) for k, v in calls[0].items()}))
     outputs, returned = call_tree.flatten(output, samples=batch if form.lists else 0, stack=_stack)
-    form, constants = _without_tables(
-        module, form, constants, first, varying, joined(output, batch if form.lists else 0)
-    )
+    whole = joined(output, batch if form.lists else 0)
+    form, constants = _without_tables(module, form, constants, first, varying, whole)
+    form = _with_axes(module, form, constants, first, whole)
     if not returned or any(not _is_rows(value, batch) for value in returned.values()):
         said = ", ".join(str(list(value.shape)) for value in returned.values()) or "none"
         raise UserError(f"{kind} returns tensors {said}, which have no row for each of {batch} samples")
@@ -189,26 +197,59 @@ def _without_tables(
     output: Tensor,
 ) -> tuple[CallForm, dict[str, Tensor]]:
     """Moves what has several rows a sample by chance to the constants: the model takes it whole for one sample, too."""
-    batch = len(tensors[form.latent if form.latent in tensors else next(iter(tensors))])
     tables = {a.path for a in form.arguments if a.rows > 1 and a.path not in varying}
     if not tables:
         return form, constants
     arguments = tuple(a for a in form.arguments if a.path not in tables)
     without = replace(form, arguments=arguments)
     held = constants | {path: _float(tensors[path]) for path in tables}
-    inputs = {a.input: _float(a.rows_of(tensors[a.path], batch))[:1] for a in arguments}
+    return (without, held) if _takes_one(module.model, without, held, tensors, output) else (form, constants)
+
+
+@torch.no_grad()
+def _with_axes(
+    module: CallModule,
+    form: CallForm,
+    constants: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    output: Tensor,
+) -> CallForm:
+    """Finds the argument whose samples another dimension counts, where the model does not take one row of all."""
+    batch = len(output)
+    if batch == 1 or _takes_one(module.model, form, constants, tensors, output):
+        return form
+    for argument in form.arguments:
+        for axis, size in enumerate(tensors[argument.path].shape):
+            if not axis or size != batch or argument.input == form.latent:
+                continue
+            turned = replace(argument, rows=1, axis=axis)
+            other = replace(form, arguments=tuple(turned if a is argument else a for a in form.arguments))
+            if _takes_one(module.model, other, constants, tensors, output):
+                return other
+    return form
+
+
+def _takes_one(
+    model: torch.nn.Module,
+    form: CallForm,
+    constants: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    output: Tensor,
+) -> bool:
+    """Whether a model makes of the first sample alone what it makes of it in a call."""
+    inputs = {a.input: _float(a.rows_of(tensors[a.path], len(output)))[:1] for a in form.arguments}
     try:
-        alone = CallModule(module.model, without, held)(**inputs)
+        alone = CallModule(model, form, constants)(**inputs)
     except Exception:  # a model may raise anything
-        return form, constants
-    same = alone.shape == output[:1].shape and torch.allclose(alone, output[:1], rtol=1e-3, atol=1e-4)
-    return (without, held) if same else (form, constants)
+        return False
+    return alone.shape == output[:1].shape and torch.allclose(alone, output[:1], rtol=1e-3, atol=1e-4)
 
 
 def held(module: CallModule, rows: Mapping[str, Tensor]) -> CallModule:
     """The module with those inputs as constants whose values decide what it computes, as masks of text lengths do.
 
-    Only inputs whose rows are all equal; neither the latents nor the time.
+    Only inputs whose rows are all equal; neither the latents nor the time. A model that takes one sample of them and
+    not two is called with one at a time from then on.
 
     Args:
         module: a model taken by its calls.
@@ -216,6 +257,7 @@ def held(module: CallModule, rows: Mapping[str, Tensor]) -> CallModule:
     """
     one = {name: value[:1].clone() for name, value in rows.items()}
     found = deciding(module, one)
+    module.alone = _refuses_two(module, one)
     fixed = {name for name in found - {module.latent, TIME} if bool((rows[name] == rows[name][:1]).all())}
     if not fixed:
         return module
@@ -226,7 +268,18 @@ def held(module: CallModule, rows: Mapping[str, Tensor]) -> CallModule:
         arguments=tuple(a for a in form.arguments if a.input not in fixed),
         held=tuple(a.path for a in form.arguments if a.input in fixed and a.rows == 1),
     )
-    return CallModule(module.model, form, module.constants() | taken)
+    made = CallModule(module.model, form, module.constants() | taken)
+    made.alone = _refuses_two(made, {name: value for name, value in one.items() if name not in fixed})
+    return made
+
+
+@torch.no_grad()
+def _refuses_two(module: CallModule, one: Mapping[str, Tensor]) -> bool:
+    try:
+        module(**{name: torch.cat([value, value]) for name, value in one.items()})
+    except Exception:  # a model may raise anything
+        return True
+    return False
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from torch import Tensor, fx
 
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import aten
-from mpq_compiler.ir.graph import function_of
+from mpq_compiler.ir.graph import arguments, function_of, operand
 
 Operand = Any
 """An argument of a call, with a `Value` where the call of the given graph has a node: a value, a number, or a list."""
@@ -48,7 +48,7 @@ SAME: set[Target] = {
     *(aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default),
     *(aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default, aten.dropout.default),
     *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther),
-    *(aten.where.ScalarSelf, aten.nan_to_num.default, aten.silu.default, aten.glu.default),
+    *(aten.where.ScalarSelf, aten.where.Scalar, aten.nan_to_num.default, aten.silu.default, aten.glu.default),
     *(aten.__and__.Tensor, aten.__or__.Tensor, aten.__xor__.Tensor, aten.__and__.Scalar, aten.__or__.Scalar),
 }
 """Operators that are pointwise besides those that torch marks as such."""
@@ -602,14 +602,48 @@ class _Batching:
         return self._expand((source, list(self.shape)), {})
 
     def _put(self, args: Operands, kwargs: Named) -> Value:
-        """One value where a mask is true."""
+        """One value where a mask is true, or the values of another tensor at the same places."""
         value, indices, source = args[:3]
+        if (other := self._read_there()) is not None:
+            return self._written_there(value, indices[-1], other)
         mask = indices[0]
         if len(indices) != 1 or mask.node.meta["val"].dtype != torch.bool or math.prod(source.shape) != 1:
             raise ValueError(f"{self.origin.name} writes at places that differ between samples")
         mask = self._reshape_to(mask, mask.shape + (1,) * (len(value.shape) - len(mask.shape)))
         values, like = self._aligned([mask, self._reshape_to(source, ()), value])
         return self._emit(aten.where.self, tuple(values), {}, like)
+
+    def _read_there(self) -> Value | None:
+        """The tensor of which values are read along the last dimension where they are written, or None."""
+        _, places, source = arguments(self.origin)[:3]
+        while source.target in RESHAPES and _drops_ones(source):
+            source = operand(source, 0)
+        if source.target is not aten.index.Tensor or _stored(arguments(source)[1]) != _stored(places):
+            return None
+        x, last = operand(source, 0), places[-1]
+        known = all(index is None for index in places[:-1]) and len(places) == len(self.shape)
+        same = x.meta["val"].shape == self.shape and self.values[last].at is None
+        found: Value = self.values[x]
+        return found if known and same else None
+
+    def _written_there(self, value: Value, places: Value, other: Value) -> Value:
+        none = self.graph.call_function(aten.zeros.default, ([self.shape[-1]],), {"dtype": torch.bool})
+        none.meta = {**self.origin.meta, "val": torch.empty(self.shape[-1:], dtype=torch.bool, device="meta")}
+        mask = self.graph.call_function(aten.index_fill.int_Scalar, (none, 0, places.node, True))
+        mask.meta = dict(none.meta)
+        values, like = self._aligned([Value(mask, self.shape[-1:]), other, value])
+        return self._emit(aten.where.self, tuple(values), {}, like)
+
+    def _diagonal(self, args: Operands, kwargs: Named) -> Value:
+        """A matrix of each row, with it as its diagonal: the columns of the identity, times the row."""
+        if len(args) > 1 or kwargs:
+            raise ValueError(f"{self.origin.name} makes other diagonals than the main one")
+        size = self.shape[-1]
+        one = self.graph.call_function(aten.eye.default, (size,))
+        one.meta = {**self.origin.meta, "val": torch.empty(size, size, device="meta")}
+        column = self._reshape_to(args[0], (*args[0].shape, 1))
+        values, like = self._aligned([column, Value(one, (size, size))])
+        return self._emit(aten.mul.Tensor, tuple(values), {}, like)
 
     def _complex(self, args: Operands, kwargs: Named) -> Value:
         value = args[0]
@@ -654,9 +688,21 @@ _RULES: dict[Target, Callable[[_Batching, Operands, Named], Operand]] = {
     aten.copy.default: _Batching._copy,
     aten.fill.Tensor: _Batching._copy,
     aten.index_put.default: _Batching._put,
+    aten.diag_embed.default: _Batching._diagonal,
     aten.slice_scatter.default: _Batching._scatter,
     aten.select_scatter.default: _Batching._scatter,
 }
+
+
+def _stored(places: Sequence[object]) -> list[object]:
+    """The places of an index, by the names of their values where these are stored."""
+    return [p.target if isinstance(p, fx.Node) and p.op == "get_attr" else p for p in places]
+
+
+def _drops_ones(node: fx.Node) -> bool:
+    """Whether a reshape drops leading dimensions of one."""
+    before, after = (tuple(n.meta["val"].shape) for n in (operand(node, 0), node))
+    return before[len(before) - len(after) :] == after and math.prod(before) == math.prod(after)
 
 
 def _on_meta(meta: Named) -> Named:

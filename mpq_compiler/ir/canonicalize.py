@@ -52,10 +52,14 @@ def respell(edit: Editor) -> None:
                 edit.replace(node, edit.call(*TRUTHS[node.target](*node.args)))
             elif node.target is ops.for_each_sample and edit.value(node).dtype == torch.bool:
                 _stored_truths(edit, node)
+            elif node.target is aten.cat.default and edit.value(node).dtype == torch.bool:
+                _joined_truths(edit, node)
             elif node.target is aten.leaky_relu.default:
                 x, slope = bound(node, None, 0.01)
                 positive = edit.call(aten.gt.Scalar, x, 0)
                 edit.replace(node, edit.call(aten.where.self, positive, x, edit.call(aten.mul.Tensor, x, slope)))
+            elif node.target is aten.embedding.default:
+                _embedded_truths(edit, node)
             elif node.target is aten.index.Tensor:
                 _index(edit, node)
             elif node.target in (aten.sum.dim_IntList, aten.mean.dim):
@@ -74,8 +78,14 @@ def respell(edit: Editor) -> None:
                 _attention_of_rows(edit, node)
             elif node.target is aten.reciprocal.default:
                 edit.replace(node, edit.call(aten.pow.Tensor_Scalar, operand(node, 0), -1))
+            elif node.target is aten.matmul.default and _is_outer(edit, node):
+                edit.replace(node, edit.call(aten.mul.Tensor, *node.args))  # nothing is summed
+            elif node.target is aten.matmul.default and edit.rank(operand(node, 1)) == 2:
+                _linear(edit, node)
             elif node.target is aten.matmul.default:
                 _written_out_attention(edit, node)
+            elif node.target is aten.pad.default:
+                _pad(edit, node)
             elif node.target is aten.mish.default:
                 _mish(edit, node)
     for node in [n for n in edit.graph.nodes if n.target is aten.conv2d.default]:
@@ -113,6 +123,27 @@ def _stored_truths(edit: Editor, node: fx.Node) -> None:
         name = str(stored.target)
         floats = edit.stored(f"{name}:floats", edit.program.tensors[name].float())
         edit.replace(node, edit.call(aten.ne.Scalar, edit.call(ops.for_each_sample, floats, like), 0))
+
+
+def _joined_truths(edit: Editor, node: fx.Node) -> None:
+    """Computes truth values that are inputs, to be joined with computed ones: kernels join tensors of one type."""
+    parts, dim = bound(node, None, 0)
+    given = {part for part in parts if part.op == "placeholder"}
+    if given and given != set(parts):
+        computed = [edit.call(aten.ne.Scalar, part, 0) if part in given else part for part in parts]
+        edit.replace(node, edit.call(aten.cat.default, computed, dim))
+
+
+def _embedded_truths(edit: Editor, node: fx.Node) -> None:
+    """Chooses one of two rows by a truth value, where a table is read at what is true as a number."""
+    table, index = operand(node, 0), operand(node, 1)
+    if table.op != "get_attr" or index.target not in (aten.to.dtype, aten._to_copy.default):
+        return
+    truth = operand(index, 0)
+    if edit.value(truth).dtype == torch.bool:
+        name = str(table.target)
+        no, yes = (edit.stored(f"{name}:{row}", edit.program.tensors[name][row]) for row in (0, 1))
+        edit.replace(node, edit.call(aten.where.self, edit.call(aten.unsqueeze.default, truth, -1), yes, no))
 
 
 def _double(edit: Editor, node: fx.Node) -> None:
@@ -284,12 +315,54 @@ def _index(edit: Editor, node: fx.Node) -> None:
     if places.ndim != 1 or places.dtype == torch.bool or not len(places):
         return
     found = (places % int(edit.value(x).shape[dim])).tolist()
-    begins = [i for i in range(len(found)) if not i or found[i] != found[i - 1] + 1]
+    if (made := _read(edit, x, dim, found)) is not None:
+        edit.replace(node, made)
+
+
+def _read(edit: Editor, x: fx.Node, dim: int, places: list[int]) -> fx.Node | None:
+    """What lies at places of a dimension, as slices of what goes up by ones; None: these are too many."""
+    begins = [i for i in range(len(places)) if not i or places[i] != places[i - 1] + 1]
     if len(begins) > RUNS:
+        return None
+    runs = zip(begins, [*begins[1:], len(places)], strict=True)
+    parts = [edit.call(aten.slice.Tensor, x, dim, places[first], places[last - 1] + 1) for first, last in runs]
+    return parts[0] if len(parts) == 1 else edit.call(aten.cat.default, parts, dim)
+
+
+def _pad(edit: Editor, node: fx.Node) -> None:
+    """Pads by values of the tensor itself: they are read."""
+    x, pads, mode = bound(node, None, None, "constant")[:3]
+    if mode == "constant":
         return
-    runs = zip(begins, [*begins[1:], len(found)], strict=True)
-    parts = [edit.call(aten.slice.Tensor, x, dim, found[first], found[last - 1] + 1) for first, last in runs]
-    edit.replace(node, parts[0] if len(parts) == 1 else edit.call(aten.cat.default, parts, dim))
+    made: fx.Node | None = x
+    for number, (before, behind) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
+        dim = edit.rank(x) - 1 - number
+        last = int(edit.value(x).shape[dim]) - 1
+        wanted = range(-before, last + 1 + behind)
+        places = {
+            "replicate": [min(max(i, 0), last) for i in wanted],
+            "reflect": [last - abs(last - abs(i)) for i in wanted],
+            "circular": [i % (last + 1) for i in wanted],
+        }[mode]
+        if (before or behind) and made is not None:
+            made = _read(edit, made, dim, places)
+    if made is not None:
+        edit.replace(node, made)
+
+
+def _is_outer(edit: Editor, node: fx.Node) -> bool:
+    """Whether a product is one of columns [..., M, 1] and rows [..., 1, N]."""
+    left, right = (edit.value(operand(node, index)).shape for index in (0, 1))
+    return len(left) > 1 < len(right) and left[-1] == 1
+
+
+def _linear(edit: Editor, node: fx.Node) -> None:
+    """Multiplies by a stored matrix as a linear layer does."""
+    x, matrix = operand(node, 0), operand(node, 1)
+    if matrix.op == "get_attr" and edit.rank(x) > 1:
+        name = str(matrix.target)
+        weight = edit.stored(f"{name}:transposed", edit.program.tensors[name].T.contiguous())
+        edit.replace(node, edit.call(aten.linear.default, x, weight))
 
 
 def _mean(edit: Editor, node: fx.Node) -> None:
@@ -298,8 +371,10 @@ def _mean(edit: Editor, node: fx.Node) -> None:
     dims = sorted(d % edit.rank(x) for d in (dims or range(edit.rank(x))))
     first, count, summed = dims[0], len(dims), node.target is aten.sum.dim_IntList
     several = count > 1 and dims == [*range(first, first + count)]
-    if not first or not edit.value(x).is_floating_point() or not (several or summed) or (count > 1 and not several):
+    if not first or not (several or summed) or (count > 1 and not several):
         return
+    if not edit.value(x).is_floating_point():
+        x = edit.call(aten.to.dtype, x, torch.float32)
     sizes = [int(d) for d in edit.value(x).shape[1:]]
     inner = math.prod(sizes[first - 1 : first - 1 + count])
     if several:

@@ -29,7 +29,7 @@ def weight_path(node: fx.Node) -> str | None:
 
 def stored_dtype(name: str, tensor: Tensor) -> torch.dtype:
     """The type in which a float leftover is stored: f16, or f32 for computed constants and values that overflow f16."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.dtype == torch.float16:
         return tensor.dtype
     if name.startswith(("constant.", "time_groups.")) or float(tensor.abs().max() if tensor.numel() else 0) > F16_MAX:
         return torch.float32

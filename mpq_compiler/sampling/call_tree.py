@@ -28,7 +28,8 @@ Arguments = dict[str, Value]
 """Arguments by name, or tensors by path."""
 Tree = dict[str, Any]
 """One of ``{"tensor": path}``, ``{"samples": path}``, ``{"value": a bool, number, string or None}``,
-``{"list": [tree]}``, ``{"tuple": [tree]}`` and ``{"dict": {key: tree}}``."""
+``{"list": [tree]}``, ``{"tuple": [tree]}``, ``{"dict": {key: tree}}`` and, with integers for keys,
+``{"numbered": [[key, tree]]}``."""
 
 VALUES = (bool, int, float, str, type(None))
 """The types of Python values in a call."""
@@ -63,7 +64,9 @@ def flatten(value: Value, path: str = "", samples: int = 0, stack: Stack = np.st
             return {"tensor": path}
         if isinstance(value, Mapping):
             if odd := [key for key in value if not isinstance(key, str)]:
-                raise UserError(f"{_named(path)} has the key {odd[0]!r}: the keys of a call are strings")
+                if not all(type(key) is int for key in value):
+                    raise UserError(f"{_named(path)} has the key {odd[0]!r}: keys are strings, or integers")
+                return {"numbered": [[k, taken_apart(v, _join(path, str(k)))] for k, v in value.items()]}
             return {"dict": {k: taken_apart(v, _join(path, k)) for k, v in value.items() if v is not None}}
         if samples and isinstance(value, list) and _one_for_each(value, samples):
             tensors[path] = stack(value)
@@ -96,6 +99,8 @@ def unflatten(tree: Tree, tensors: Mapping[str, Value]) -> Value:
         return content
     if kind == "dict":
         return {key: unflatten(part, tensors) for key, part in content.items()}
+    if kind == "numbered":
+        return {key: unflatten(part, tensors) for key, part in content}
     parts = [unflatten(part, tensors) for part in content]
     return parts if kind == "list" else tuple(parts)
 
@@ -107,7 +112,8 @@ def paths(tree: Tree) -> list[str]:
         return [content]
     if kind == "value":
         return []
-    return [path for part in (content.values() if kind == "dict" else content) for path in paths(part)]
+    parts = content.values() if kind == "dict" else [part for _, part in content] if kind == "numbered" else content
+    return [path for part in parts for path in paths(part)]
 
 
 def difference(tree: Tree, other: Tree, path: str = "") -> str | None:
@@ -136,6 +142,9 @@ def _differences(tree: Tree, other: Tree, path: str) -> Iterator[str]:
     elif kind == wanted_kind and kind in ("list", "tuple") and len(content) == len(wanted):
         for index, (part, goal) in enumerate(zip(content, wanted, strict=True)):
             yield from _differences(part, goal, _join(path, str(index)))
+    elif kind == wanted_kind == "numbered" and [key for key, _ in content] == [key for key, _ in wanted]:
+        for (key, part), (_, goal) in zip(content, wanted, strict=True):
+            yield from _differences(part, goal, _join(path, str(key)))
     elif kind == wanted_kind == "value" and _same(content, wanted):
         return
     else:
@@ -155,6 +164,8 @@ def _text(kind: str, content: Value) -> str:
         return repr(content)
     if kind == "dict":
         return f"a dict of {', '.join(content) or 'nothing'}"
+    if kind == "numbered":
+        return f"a dict of {', '.join(str(key) for key, _ in content)}"
     return f"a {kind} of {len(content)}"
 
 
@@ -195,9 +206,13 @@ class Argument:
     input: str
     rows: int = 1
     """Rows a sample: the first dimension is that many times the batch. 0: one value for all samples of a call."""
+    axis: int = 0
+    """The dimension that counts the samples, where each has one row."""
 
     def rows_of(self, array: Value, batch: int) -> Value:
         """The input, with a sample in each row [B, ...]. UserError: it has another number of rows."""
+        if self.axis:
+            return array.swapaxes(0, self.axis)
         if not self.rows:
             shape = (1, *array.shape)
             return array.reshape(shape) if batch == 1 else _repeated(array.reshape(shape), batch)
@@ -212,6 +227,8 @@ class Argument:
 
         A value of all samples becomes one for each sample, which is what models make of it.
         """
+        if self.axis:
+            return rows.swapaxes(0, self.axis)
         return rows if self.rows in (0, 1) else rows.reshape(-1, *rows.shape[2:])
 
 
@@ -251,7 +268,7 @@ class CallForm:
         """The form as plain data."""
         return {
             "tree": self.tree,
-            "arguments": [[a.path, a.input, a.rows] for a in self.arguments],
+            "arguments": [[a.path, a.input, a.rows, a.axis] for a in self.arguments],
             "outputs": self.outputs,
             "shapes": {path: list(shape) for path, shape in self.shapes.items()},
             "defaults": dict(self.defaults),
@@ -286,7 +303,10 @@ class CallForm:
         UserError: the call has another structure, or other Python values.
         """
         samples = samples_of(arguments, self.latent) if self.lists else 0
-        tree, tensors = flatten(without(arguments, self.defaults), samples=samples, stack=stack)
+        given = without(arguments, self.defaults)
+        if isinstance(number := given.get(self.time or ""), int | float):
+            given[str(self.time)] = np.asarray(number)
+        tree, tensors = flatten(given, samples=samples, stack=stack)
         if (clause := difference(tree, self.tree)) is not None:
             raise UserError(f"this denoiser was compiled for other calls: {clause}")
         latent = next(argument for argument in self.arguments if argument.input == self.latent)

@@ -251,3 +251,99 @@ def test_frames_and_time_on_this_cpu(tmp_path: Path) -> None:
     unseen = {"sample": torch.randn(3, 4, 6, 8, 8), "timestep": torch.rand(3)}
     with torch.no_grad():
         assert decibels(model(**unseen), mpq_compiler.load(tmp_path / "x.mpq")(**unseen)) > 25
+
+
+class Layered(nn.Module):
+    """A denoiser of tokens that is given the layers of a text [L, B, T, C], places, and Python values by number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave, self.words = nn.Linear(6, 32), nn.Linear(32, 6), nn.Linear(8, 32)
+        self.over = nn.Conv1d(32, 32, 3)
+        self.kinds = nn.Embedding(2, 32)
+        self.project = nn.Parameter(torch.randn(32, 32) / 6)
+        self.waves = nn.Parameter(torch.randn(16, 1))
+
+    def forward(self, x, t, layers, mask, drop, places, sizes):
+        angles = t[:, None] @ self.waves.T
+        y = self.enter(x) + torch.cat([angles.sin(), angles.cos()], -1)[:, None]
+        y = self.over(nn.functional.pad(y.transpose(1, 2), (2, 0), mode="replicate")).transpose(1, 2)
+        y = y + self.kinds((places[..., 0] == 1).long())
+        turns = (
+            torch.arange(1.0, 9)[None, None, :, None].expand(2, len(x), -1, 1)
+            @ places.float().permute(2, 0, 1)[:, :, None]
+        )
+        turns = turns.transpose(2, 3)
+        own = turns[0].clone()
+        own[..., torch.arange(1, 8, 3)] = turns[1][..., torch.arange(1, 8, 3)]
+        y = y * own.cos().repeat(1, 1, 4)
+        words = self.words(layers[0] + layers[1] * layers[2].tanh())
+        words[drop] *= 0.0
+        mean = (words * mask[..., None]).sum(1) / mask.sum(1).clamp(min=1)[:, None]
+        tokens = torch.cat([y, words], 1)
+        seen = torch.cat([mask.new_ones(len(x), y.shape[1]), mask], 1)[:, None, None]
+        q = tokens[:, None]
+        tokens = nn.functional.scaled_dot_product_attention(q, q, q, torch.where(seen, 0.0, -1e4))[:, 0]
+        y = (tokens[:, : y.shape[1]] + mean[:, None]) @ self.project
+        return self.leave(y * sizes[0][1])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_samples_behind_layers_and_what_models_write_out(tmp_path: Path, batch: int) -> None:
+    """Reads and writes at places, sums of masks, products with a parameter, padding by edges; layers before samples."""
+
+    def given(batch: int, seed: int) -> dict:
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            "x": torch.randn(batch, 12, 6, generator=generator),
+            "t": torch.rand(batch, generator=generator),
+            "layers": torch.randn(3, batch, 5, 8, generator=generator),
+            "mask": torch.arange(5)[None] < torch.randint(2, 6, (batch, 1), generator=generator),
+            "drop": torch.tensor([False]).repeat(batch),
+            "places": torch.stack([torch.arange(12) % 3, torch.arange(12)], -1)[None].repeat(batch, 1, 1),
+            "sizes": {0: (4, 2)},
+        }
+
+    torch.manual_seed(1)
+    model, file = Layered().eval(), tmp_path / "calls.safetensors"
+    with mpq_compiler.record_inputs(model, file), torch.no_grad():
+        for seed in range(10, 10 + 24 // batch):
+            model(**given(batch, seed))
+    report = mpq_compiler.compile(model, tmp_path / "x.mpq", calibration=file, recipe="w8a8")
+    assert abs(report.quality["agreement_db"]) < 0.1 and not any("mask" in note for note in report.notes)
+    compiled = mpq_compiler.load(tmp_path / "x.mpq")
+    for size in (1, 2, 3):
+        unseen = given(size, seed=9)
+        with torch.no_grad():
+            assert decibels(model(**unseen), compiled(**unseen)) > 20
+    with pytest.raises(UserError, match=r"'sizes.0.1' is 3, and was 2 when it was compiled"):
+        compiled(**{**given(1, 9), "sizes": {0: (4, 3)}})
+
+
+def test_a_model_that_takes_one_sample_at_a_time(tmp_path: Path) -> None:
+    class Counted(Listed):
+        def forward(self, x, t, sizes):
+            rows = [self.turns[:size] for size in sizes]  # a number for each sample
+            y = torch.stack([self.enter(x[i]) + rows[i] * t[i] for i in range(len(x))])
+            return self.leave(nn.functional.silu(y))
+
+    torch.manual_seed(0)
+    model, given = Counted().eval(), {"x": torch.randn(1, 12, 6), "t": torch.rand(1), "sizes": [12]}
+    mpq_compiler.compile(model, tmp_path / "x.mpq", example=given, **QUICK)
+    latents, compiled = torch.randn(3, 12, 6), mpq_compiler.load(tmp_path / "x.mpq")
+    with torch.no_grad():
+        expected = torch.cat([model(latents[i : i + 1], given["t"], [12]) for i in range(3)])
+    assert decibels(expected, compiled(latents, given["t"].repeat(3), [12])) > 20
+
+
+def test_a_time_may_be_a_number(tmp_path: Path) -> None:
+    class Timed(Listed):
+        def forward(self, x, t):
+            t = t if torch.is_tensor(t) else torch.tensor([float(t)])
+            return self.leave(nn.functional.silu(self.enter(x) + self.turns[:12] * t.reshape(-1, 1, 1)))
+
+    torch.manual_seed(0)
+    model, latents = Timed().eval(), torch.randn(2, 12, 6)
+    mpq_compiler.compile(model, tmp_path / "x.mpq", example={"x": latents, "t": 0.5}, **QUICK)
+    with torch.no_grad():
+        assert decibels(model(latents, 0.5), mpq_compiler.load(tmp_path / "x.mpq")(latents, 0.5)) > 20

@@ -69,6 +69,11 @@ CASES: dict[str, Callable[[Tensor], Tensor]] = {
     "outer": lambda x: torch.outer(x.reshape(-1), TABLE[0]).reshape(1, 30, 6),
     "other orders": lambda x: torch.einsum("nab->bna", x).permute(1, 0, 2),
     "products that sum nothing": lambda x: torch.einsum("...n,d->...nd", x[0], TABLE[0])[None],
+    "diagonals": lambda x: torch.diag_embed(x) @ TABLE.t(),
+    "put where others are read": lambda x: torch.ops.aten.index_put(x, [None, None, ROWS], x.exp()[..., ROWS]),
+    "put where others are read, without a sample": lambda x: kept(
+        torch.ops.aten.index_put(x[0], [None, ROWS], x[0].exp()[:, ROWS])
+    ),
     "complex": lambda x: torch.view_as_real(torch.view_as_complex(x.reshape(1, 5, 3, 2)) * 1j).flatten(2),
     "of the type of another": lambda x: x + TABLE.double().type_as(x),
     "the same for all": lambda x: TABLE[None] * torch.ones_like(x)[:, :1],

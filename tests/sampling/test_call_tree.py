@@ -23,6 +23,7 @@ values = st.recursive(
         st.lists(inner, max_size=3),
         st.lists(inner, max_size=3).map(tuple),
         st.dictionaries(st.text("abc", min_size=1, max_size=2), inner, max_size=3),
+        st.dictionaries(st.integers(0, 9), inner, min_size=1, max_size=2),
     ),
     max_leaves=8,
 )
@@ -76,8 +77,8 @@ def test_the_first_difference_is_named(call, other, clause):
 def test_what_no_tree_can_hold_is_refused_by_its_path():
     with pytest.raises(UserError, match=r"'a\.0' is a object: a call holds tensors, numbers"):
         call_tree.flatten({"a": [object()]})
-    with pytest.raises(UserError, match="'a' has the key 0"):
-        call_tree.flatten({"a": {0: 1}})
+    with pytest.raises(UserError, match="'a' has the key 0: keys are strings, or integers"):
+        call_tree.flatten({"a": {0: 1, "b": 2}})
 
 
 def test_defaults_and_none_count_as_not_given():
