@@ -11,7 +11,7 @@ import torch
 from mpq_compiler.api import diffusers
 from mpq_compiler.driver.compile import compile_denoiser
 from mpq_compiler.driver.report import Report
-from mpq_compiler.frontend import call_file
+from mpq_compiler.frontend import calibration_file, call_file
 from mpq_compiler.frontend.call_module import variations
 from mpq_compiler.frontend.denoiser import Denoiser, wrap, wrap_calls
 from mpq_compiler.sampling.call_tree import Arguments
@@ -76,11 +76,13 @@ def _by_calls(
             f"{kind} is compiled by its calls: give one with `example`, or a file of `record_inputs` with `calibration`"
         )
     if example is None and not call_file.has_call(calibration):
-        return compile_denoiser(wrap(model, name=kind), output, progress, **options)
+        tokens = calibration_file.tokens(calibration)
+        return compile_denoiser(wrap(model, name=kind, tokens=tokens), output, progress, **options)
+    latent, time = options.pop("latent", None), options.pop("time", None)
     with tempfile.TemporaryDirectory() as scratch:
         if example is not None:
             options["calibration"] = Path(scratch) / "calls.safetensors"
-            seed = options.get("seed", 0)
-            call_file.write(options["calibration"], model, variations(model, example, EXAMPLES, seed))
-        denoiser = wrap_calls(model, options["calibration"], name=kind)
+            calls = variations(model, example, EXAMPLES, options.get("seed", 0), latent)
+            call_file.write(options["calibration"], model, calls, latent=latent, time=time)
+        denoiser = wrap_calls(model, options["calibration"], name=kind, latent=latent, time=time)
         return compile_denoiser(denoiser, output, progress, **options)

@@ -84,10 +84,15 @@ def compile_pipeline(
             if options.get("calibration") is not None:
                 raise UserError("the calibration comes from a file or from calls of the pipeline: give one of them")
             options["calibration"] = Path(scratch) / "calls.safetensors"
-            with record.record_inputs(pipeline, options["calibration"]):
+            latent, time = options.get("latent"), options.get("time")
+            with record.record_inputs(pipeline, options["calibration"], latent=latent, time=time):
                 for index, call in enumerate(calls):
                     _draw(pipeline, call, index, options)
-        report = compile_denoiser(_denoiser(pipeline, part, options.get("calibration")), output, progress, **options)
+        calibration = options.get("calibration")
+        said = {}
+        if call_file.has_call(calibration):
+            said = {name: options.pop(name, None) for name in ("latent", "time")}
+        report = compile_denoiser(_denoiser(pipeline, part, calibration, **said), output, progress, **options)
     for note in report.notes:
         warnings.warn(note, stacklevel=3)
     compiled = compiled_denoiser.load(output)
@@ -96,14 +101,16 @@ def compile_pipeline(
     return pipeline
 
 
-def _denoiser(pipeline: Any, part: str, calibration: str | Path | None) -> Denoiser:
+def _denoiser(
+    pipeline: Any, part: str, calibration: str | Path | None, latent: str | None = None, time: str | None = None
+) -> Denoiser:
     """Wraps the pipeline's denoiser, with the latents' size and the number of tokens of the calibration file."""
     model = getattr(pipeline, part)
     if next(model.parameters()).dtype != torch.float32:
         model = copy.deepcopy(model)  # it is compiled from float32; the pipeline keeps its own until then
     name = Path(getattr(pipeline, "name_or_path", "") or type(pipeline).__name__).name
     if calibration is not None and call_file.has_call(calibration):
-        return denoisers.wrap_calls(model, calibration, name=name)
+        return denoisers.wrap_calls(model, calibration, name=name, latent=latent, time=time)
     sizes: dict[str, Any] = {}
     if calibration is not None:
         header, _ = tensorfile.read_header(calibration)

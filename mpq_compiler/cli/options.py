@@ -103,6 +103,12 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
         "--calibration", metavar="FILE", help="recorded inputs, safetensors (docs/calibration.md); else by sampling"
     )
     calibration.add_argument(
+        "--latent", metavar="NAME", help="recorded argument with the noisy latents (default: found by its name)"
+    )
+    calibration.add_argument(
+        "--time", metavar="NAME", help="recorded argument with the time (default: found by its name)"
+    )
+    calibration.add_argument(
         "--samples", type=int, metavar="N", help="sampling trajectories (default: the recipe's, 32)"
     )
     calibration.add_argument(

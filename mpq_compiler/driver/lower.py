@@ -39,18 +39,25 @@ def load_denoiser(model: str | Path | Denoiser, options: Options) -> Denoiser:
     """Loads the model at the first size of ``--shapes``."""
     latents = [latent for latent in parse_shapes(options.shapes) if latent is not None]
     size = latents[0][1:] if latents else None
+    recorded = call_file.has_call(options.calibration)
+    if (options.latent or options.time) and (isinstance(model, Denoiser) or not recorded):
+        raise UserError(
+            f"--{'latent' if options.latent else 'time'} says what an argument of recorded calls is: give a file of "
+            "calls with --calibration (docs/calibration.md), or leave it out"
+        )
     if isinstance(model, Denoiser):
         if options.scheduler is not None or options.prediction_type is not None:
             raise UserError("a denoiser in memory has its scheduler: leave scheduler and prediction_type out")
         denoiser = model.sampled(options.guidance, options.conditions)
         if size is not None and size != denoiser.latent_shape[1:]:
             denoiser = denoiser.resized(*size)
-    elif call_file.has_call(options.calibration):
+    elif recorded:
         denoiser = _by_calls(model, options, size)
     else:
         denoiser = denoisers.load(
             model,
             size=size,
+            tokens=calibration_file.tokens(options.calibration),
             prediction_type=options.prediction_type,
             scheduler=options.scheduler,
             guidance=options.guidance,
@@ -77,7 +84,7 @@ def _by_calls(model: str | Path, options: Options, size: tuple[int, int] | None)
     }
     if idle := [name for name, value in given.items() if value is not None]:
         raise UserError(f"the calls in '{options.calibration}' decide what {idle[0]} says: leave it out")
-    return denoisers.load_calls(model, options.calibration)
+    return denoisers.load_calls(model, options.calibration, options.latent, options.time)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,10 @@ class Options:
     shapes: str | None = None
     """The shapes of latents, "1x4x64x64,2x4x64x64"; by default batches 1 and 2 at the configuration's size."""
     calibration: str | Path | None = None
+    latent: str | None = None
+    """The argument of the recorded calls with the noisy latents, where it is not the one that was found."""
+    time: str | None = None
+    """The argument of the recorded calls with the time, where it is not the one that was found."""
     samples: int | None = None
     steps: int | None = None
     scheduler: str | Path | None = None

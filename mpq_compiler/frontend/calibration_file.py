@@ -20,6 +20,7 @@ from torch import Tensor
 from mpq_compiler.frontend import call_file
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.sampling import schedulers
+from mpq_compiler.sampling.conditioning import TEXT
 from mpq_compiler.sampling.schedulers import FlowMatchEuler
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError, nearest
@@ -65,12 +66,11 @@ def load(denoiser: Denoiser, path: str | Path) -> dict[str, Tensor]:
         UserError: not a safetensors file; an input is missing, unknown, of another shape or type, not finite, or a
             label out of range.
     """
-    constants = () if denoiser.form is None else denoiser.form.constants
-    found = {
-        name: torch.from_numpy(np.array(value))
-        for name, value in tensorfile.load(path).items()
-        if not name.startswith(call_file.CONSTANT) and name not in constants
-    }
+    if (form := denoiser.form) is None or not call_file.has_call(path):
+        found = {name: torch.from_numpy(np.array(value)) for name, value in tensorfile.load(path).items()}
+    else:
+        _, _, rows = call_file.read(path, form.latents.path, form.time)
+        found = {name: value for name, value in rows.items() if name not in form.constants}
     specs = denoiser.input_specs
     for name in specs:
         if name not in found:
@@ -104,6 +104,12 @@ def load(denoiser: Denoiser, path: str | Path) -> dict[str, Tensor]:
             )
     order = torch.argsort(values["timestep"], descending=True, stable=True)
     return {name: value[order] for name, value in values.items()}
+
+
+def tokens(path: str | Path | None) -> int | None:
+    """The tokens of the texts in a calibration file; None: it has none."""
+    shape: list[int] = [] if path is None else tensorfile.read_header(path)[0].get(TEXT, {}).get("shape", [])
+    return int(shape[1]) if len(shape) == 3 else None
 
 
 def has_fractions(path: str | Path) -> bool:
@@ -142,9 +148,10 @@ def notes(
         A sentence for each doubtful input, and for each difference between the file and what is asked for.
     """
     stated = tensorfile.metadata(path)
-    recorded, wanted = tensorfile.read_header(path)[0][denoiser.latent]["shape"], denoiser.latent_shape
+    header, wanted = tensorfile.read_header(path)[0], denoiser.latent_shape
+    recorded = header[denoiser.latent]["shape"][1:] if denoiser.form is None else wanted
     pairs = [
-        ("a resolution of", "x".join(map(str, recorded[2:])), "x".join(map(str, wanted[1:]))),
+        ("a resolution of", "x".join(map(str, recorded[1:])), "x".join(map(str, wanted[1:]))),
         ("a number of steps of", stated.get("steps"), None if steps is None else str(steps)),
         ("a guidance of", stated.get("guidance"), None if guidance is None else f"{guidance:g}"),
     ]

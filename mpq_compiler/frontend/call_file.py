@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mpq_compiler.frontend.call_module import form_of
-from mpq_compiler.sampling.call_tree import Arguments, CallForm
+from mpq_compiler.sampling.call_tree import TIME, Arguments, CallForm
 from mpq_compiler.support import files, tensorfile
 from mpq_compiler.support.errors import UserError
 
@@ -30,15 +30,33 @@ def has_call(path: str | Path | None) -> bool:
     return path is not None and FORM in tensorfile.metadata(path)
 
 
-def read(path: str | Path) -> tuple[CallForm, dict[str, Tensor], dict[str, Tensor]]:
-    """Reads the form of the calls, the constants by path, and the inputs by name, [N, ...] each."""
-    found = {name: torch.from_numpy(np.array(value)) for name, value in tensorfile.load(path).items()}
+def read(
+    path: str | Path, latent: str | None = None, time: str | None = None
+) -> tuple[CallForm, dict[str, Tensor], dict[str, Tensor]]:
+    """Reads the form of the calls, the constants by path, and the inputs by name, [N, ...] each.
+
+    Args:
+        path: the file.
+        latent: the path of the latents; None takes those of the recording.
+        time: the path of the time; None takes that of the recording.
+
+    Raises:
+        UserError: the file is damaged, or the calls have no such latents or time.
+    """
     try:
-        form = CallForm.from_json(json.loads(tensorfile.metadata(path)[FORM]))
+        recorded = CallForm.from_json(json.loads(tensorfile.metadata(path)[FORM]))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"'{path}' holds calls in a form that is not known here: record them again") from error
-    constants = {name.removeprefix(CONSTANT): value for name, value in found.items() if name.startswith(CONSTANT)}
-    return form, constants, {name: value for name, value in found.items() if not name.startswith(CONSTANT)}
+    form = recorded.saying(latent, time)
+    constants, found = {}, {}
+    for name, array in tensorfile.load(path).items():
+        value = torch.from_numpy(np.array(array))
+        if name.startswith(CONSTANT):
+            constants[name.removeprefix(CONSTANT)] = value
+        else:
+            found[name] = value
+    inputs = {now.input: found[then.input] for now, then in zip(form.arguments, recorded.arguments, strict=True)}
+    return form, constants, {TIME: torch.zeros(len(inputs[form.latent])), **inputs}
 
 
 def write(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpq_compiler.frontend.deciding import deciding
 from mpq_compiler.sampling import call_tree
-from mpq_compiler.sampling.call_tree import TIME, VALUES, Argument, Arguments, CallForm, Value
+from mpq_compiler.sampling.call_tree import TIME, VALUES, Argument, Arguments, CallForm, Value, input_name
 from mpq_compiler.sampling.convention import Convention
 from mpq_compiler.support.errors import UserError
 
@@ -93,10 +93,10 @@ def defaults_of(model: torch.nn.Module) -> Arguments:
     }
 
 
-def as_tensors(arguments: Mapping[str, Value]) -> Arguments:
-    """The arguments with the time as a tensor, whatever it is."""
+def as_tensors(arguments: Mapping[str, Value], time: str | None = None) -> Arguments:
+    """The arguments with the time as a tensor, whatever it is; ``time`` names it, where its name does not tell."""
     return {
-        name: torch.tensor(value) if name in TIMES and isinstance(value, int | float) else value
+        name: torch.tensor(value) if name in (*TIMES, time) and isinstance(value, int | float) else value
         for name, value in arguments.items()
     }
 
@@ -122,8 +122,10 @@ def form_of(
         UserError: calls differ in structure; no argument is the latents; a tensor that varies has rows of no samples.
     """
     kind = type(model).__name__
-    flat = [_flat(as_tensors(call), latent) for call in calls]
+    flat = [_flat(as_tensors(call, time), latent) for call in calls]
     tree, first = flat[0]
+    for name in (latent, time):
+        call_tree.require_path(name, [*first])
     for other, _ in flat[1:]:
         if (clause := call_tree.difference(other, tree)) is not None:
             raise UserError(f"calls of {kind} differ: {clause.replace('when it was compiled', 'in the first')}")
@@ -133,7 +135,7 @@ def form_of(
         raise UserError(
             f"{kind} is no denoiser, for its calls have no noisy latents: name their argument with --latent"
         )
-    time = time or next((path for name in TIMES for path in first if path == name), None)
+    time = time or _likeliest(TIMES, first)
     if time is not None and first[time].ndim > 1:
         time = None  # each frame has its own: an input like others, for samples are not of one time
     batch = len(first[latent])
@@ -146,15 +148,15 @@ def form_of(
                 shape = list(tensor.shape)
                 raise UserError(f"'{path}' of {kind} varies between calls, and {shape} are no rows of {batch} samples")
             if path in varying and axis is not None:
-                arguments.append(Argument(path, _input_name(path, time), 1, axis))
+                arguments.append(Argument(path, input_name(path, time), 1, axis))
             else:
                 constants[path] = _float(tensor)
         else:
-            arguments.append(Argument(path, _input_name(path, time), rows))
-    form = CallForm(tree, tuple(arguments), {"value": None}, {}, defaults_of(model), _input_name(latent, time), time)
+            arguments.append(Argument(path, input_name(path, time), rows))
+    form = CallForm(tree, tuple(arguments), {"value": None}, {}, defaults_of(model), input_name(latent, time), time)
     module = CallModule(model, form, constants)
     with torch.no_grad():
-        output = module.called(as_tensors({k: _to_float(v) for k, v in calls[0].items()}))
+        output = module.called({k: _to_float(v) for k, v in as_tensors(calls[0], time).items()})
     outputs, returned = call_tree.flatten(output, samples=batch if form.lists else 0, stack=_stack)
     whole = joined(output, batch if form.lists else 0)
     form, constants = _without_tables(module, form, constants, first, varying, whole)
@@ -179,8 +181,8 @@ def form_of(
 
 def _flat(call: Mapping[str, Value], latent: str | None = None) -> tuple[call_tree.Tree, Arguments]:
     """A call taken apart; where its latents are a list, lists of as many tensors have one for each sample."""
-    name = latent or next((name for name in LATENTS if name in call), "")
-    return call_tree.flatten(call, samples=call_tree.samples_of(call, name), stack=_stack)
+    name = latent or _likeliest(LATENTS, call)
+    return call_tree.flatten(call, samples=call_tree.samples_of(call, name) if name else 0, stack=_stack)
 
 
 def _stack(values: Sequence[Tensor]) -> Tensor:
@@ -287,23 +289,36 @@ def _fields(module: CallModule, call: Mapping[str, Value]) -> tuple[str, ...]:
     """The names of what the model returns, where it returns names with it, as diffusers' outputs do."""
     if not module.quiet:
         return ()
-    output = module.model(**as_tensors({k: _to_float(v) for k, v in call.items()}), return_dict=True)
+    output = module.model(**{k: _to_float(v) for k, v in as_tensors(call, module.form.time).items()}, return_dict=True)
     return tuple(output.keys()) if isinstance(output, Mapping) else ()
 
 
 def _latent(tensors: Mapping[str, Tensor], varying: set[str]) -> str | None:
-    named = (path for name in LATENTS for path in tensors if path == name)
     others = (p for p, t in tensors.items() if p in varying and t.is_floating_point() and t.ndim > 1)
-    return next(named, None) or next(others, None)
+    return _likeliest(LATENTS, tensors) or next(others, None)
 
 
-def variations(model: torch.nn.Module, example: Mapping[str, Value], count: int, seed: int) -> list[Arguments]:
-    """Calls like the example: its own, and ``count`` - 1 with other noise of the same mean and deviation as latents."""
-    call = arguments_of(model, (), example)
-    tree, tensors = _flat(call)
-    path = _latent(tensors, set())
+def _likeliest(names: Sequence[str], given: Collection[str]) -> str | None:
+    """The first of the names that is given; None where none is."""
+    return next((name for name in names if name in given), None)
+
+
+def variations(
+    model: torch.nn.Module, example: Mapping[str, Value], count: int, seed: int, latent: str | None = None
+) -> list[Arguments]:
+    """Calls like the example: its own, and ``count`` - 1 with other noise of the same mean and deviation as latents.
+
+    ``latent`` is the path of the latents; None finds it by name.
+    """
+    call = as_tensors(arguments_of(model, (), example))
+    tree, tensors = _flat(call, latent)
+    call_tree.require_path(latent, [*tensors])
+    path = latent or _latent(tensors, set())
     if path is None:
-        raise UserError(f"{type(model).__name__} is no denoiser, for its call has no noisy latents")
+        raise UserError(
+            f"{type(model).__name__} is no denoiser, for its call has no noisy latents: name their argument with "
+            "--latent"
+        )
     generator = torch.Generator().manual_seed(seed)
     calls = [call]
     for _ in range(count - 1):
@@ -311,12 +326,6 @@ def variations(model: torch.nn.Module, example: Mapping[str, Value], count: int,
         noise = torch.randn(latents.shape, generator=generator) * latents.std() + latents.mean()
         calls.append(call_tree.unflatten(tree, tensors | {path: noise.to(tensors[path].dtype)}))
     return calls
-
-
-def _input_name(path: str, time: str | None) -> str:
-    if path == TIME != time:
-        return f"{path}s"
-    return TIME if path == time else path
 
 
 def _rows(tensor: Tensor, batch: int, time: bool) -> int | None:

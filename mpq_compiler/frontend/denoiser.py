@@ -283,23 +283,40 @@ def load(
     return made.sampled(guidance, conditions)
 
 
-def load_calls(model: str | Path, calibration: str | Path) -> Denoiser:
+def load_calls(
+    model: str | Path, calibration: str | Path, latent: str | None = None, time: str | None = None
+) -> Denoiser:
     """Loads a denoiser of any class, as it was called when the file's calls were recorded (`call_file.has_call`).
 
     UserError: the model is missing or damaged, or the calls are another model's.
     """
     place = checkpoint.locate(model)
-    return wrap_calls(_read(place), calibration, name=place.name)
+    return wrap_calls(_read(place), calibration, name=place.name, latent=latent, time=time)
 
 
-def wrap_calls(model: torch.nn.Module, calibration: str | Path, *, name: str = "denoiser") -> Denoiser:
+def wrap_calls(
+    model: torch.nn.Module,
+    calibration: str | Path,
+    *,
+    name: str = "denoiser",
+    latent: str | None = None,
+    time: str | None = None,
+) -> Denoiser:
     """Wraps a module in memory as the `Denoiser` of the calls that a file holds.
 
     The module itself is taken: it is in float32 and frozen from then on.
 
-    UserError: the calls are another model's.
+    Args:
+        model: the module.
+        calibration: the file.
+        name: its name in messages and reports.
+        latent: the argument with the noisy latents, where the file's is not meant.
+        time: the argument with the time, where the file's is not meant.
+
+    Raises:
+        UserError: the calls are another model's, or have no such latents or time.
     """
-    form, constants, rows = call_file.read(calibration)
+    form, constants, rows = call_file.read(calibration, latent, time)
     module = CallModule(model.float().eval().requires_grad_(False), form, constants)
     try:
         module = held(module, rows)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -217,6 +217,7 @@ class Argument:
             shape = (1, *array.shape)
             return array.reshape(shape) if batch == 1 else _repeated(array.reshape(shape), batch)
         if self.rows == 1:
+            array = array if array.ndim else array.reshape(1)
             return array if len(array) == batch or len(array) != 1 else _repeated(array, batch)
         if len(array) != self.rows * batch:
             raise UserError(f"'{self.path}' has {len(array)} rows, and {batch} samples have {self.rows * batch}")
@@ -292,24 +293,48 @@ class CallForm:
         )
 
     @property
+    def latents(self) -> Argument:
+        """The argument with the noisy latents."""
+        return next(argument for argument in self.arguments if argument.input == self.latent)
+
+    @property
     def lists(self) -> bool:
         """Whether the latents are a list with a tensor for each sample."""
-        latent = next(argument.path for argument in self.arguments if argument.input == self.latent)
-        return bool(self.tree["dict"].get(latent) == {"samples": latent})
+        path = self.latents.path
+        return bool(self.tree["dict"].get(path) == {"samples": path})
+
+    def saying(self, latent: str | None, time: str | None) -> CallForm:
+        """The form with other arguments as latents and time; None leaves them.
+
+        UserError: there is no such tensor, or what the form holds besides hangs on the latents that it has.
+        """
+        for name in (latent, time):
+            require_path(name, paths(self.tree))
+        latent, time = latent or self.latents.path, time or self.time
+        rows = {a.path: (a.rows, a.axis) for a in self.arguments}
+        if latent != self.latents.path and (self.lists or rows.get(latent) != (1, 0) or self.latents.rows != 1):
+            raise UserError(
+                f"these calls were recorded with '{self.latents.path}' as latents, whose samples are not the rows of "
+                f"'{latent}': record them again with latent='{latent}'"
+            )
+        if time is not None and time not in rows:
+            raise UserError(f"'{time}' was the same in every call, and is no time: record calls of several times")
+        arguments = tuple(replace(a, input=input_name(a.path, time)) for a in self.arguments)
+        return replace(self, arguments=arguments, latent=input_name(latent, time), time=time)
 
     def taken(self, arguments: Mapping[str, Value], stack: Stack = np.stack) -> tuple[Arguments, Arguments]:
         """The inputs [B, ...] by name, and the tensors that must be the constants by path.
 
         UserError: the call has another structure, or other Python values.
         """
-        samples = samples_of(arguments, self.latent) if self.lists else 0
+        latent = self.latents
+        samples = samples_of(arguments, latent.path) if self.lists else 0
         given = without(arguments, self.defaults)
         if isinstance(number := given.get(self.time or ""), int | float):
             given[str(self.time)] = np.asarray(number)
         tree, tensors = flatten(given, samples=samples, stack=stack)
         if (clause := difference(tree, self.tree)) is not None:
             raise UserError(f"this denoiser was compiled for other calls: {clause}")
-        latent = next(argument for argument in self.arguments if argument.input == self.latent)
         batch = len(tensors[latent.path]) // max(latent.rows, 1)
         inputs = {a.input: a.rows_of(tensors[a.path], batch) for a in self.arguments}
         if TIME not in inputs:
@@ -327,6 +352,19 @@ class CallForm:
             parts[path] = output[:, begin : begin + size].reshape(len(output), *shape)
             begin += size
         return unflatten(self.outputs, parts)
+
+
+def input_name(path: str, time: str | None) -> str:
+    """The name of the program's input that the tensor is; ``time`` is the path of the time."""
+    if path == TIME != time:
+        return f"{path}s"
+    return TIME if path == time else path
+
+
+def require_path(name: str | None, known: Sequence[str]) -> None:
+    """UserError: the name is not None and none of a call's tensors."""
+    if name is not None and name not in known:
+        raise UserError(f"the calls have no tensor '{name}': they have {', '.join(known) or 'none'}")
 
 
 def samples_of(arguments: Mapping[str, Value], latent: str) -> int:

@@ -13,6 +13,7 @@ import mpq_compiler
 from mpq_compiler.frontend import call_file
 from mpq_compiler.frontend.call_module import variations
 from mpq_compiler.support.errors import UserError
+from tests.harness import tiny
 
 QUICK = {"recipe": "w8a8", "target": "reference"}
 
@@ -120,14 +121,80 @@ def test_recorded_calls_make_the_same_artifact_as_the_calls_themselves(tmp_path:
     assert torch.equal(first["noise"], second["noise"])
 
 
-def test_arguments_are_found_by_name_or_named(tmp_path: Path) -> None:
-    class Renamed(Strange):
-        def forward(self, sound, level, words, ids):
-            return super().forward(sound, level, context={"tokens": words}, ids=ids)["noise"]
+class Renamed(Strange):
+    def forward(self, sound, level, words, ids):
+        return super().forward(sound, level, context={"tokens": words}, ids=ids)["noise"]
 
+
+def renamed() -> tuple[Renamed, dict]:
+    """A model whose arguments no name tells, and a call of it."""
     torch.manual_seed(0)
-    model, given = Renamed().eval(), call()
+    given = call()
     named = {"sound": given["x"], "level": given["sigma"], "words": given["context"]["tokens"], "ids": given["ids"]}
+    return Renamed().eval(), named
+
+
+def test_what_is_the_latent_can_be_said_where_it_is_compiled(tmp_path: Path) -> None:
+    model, named = renamed()
+    mpq_compiler.compile(model, tmp_path / "x.mpq", example=named, latent="sound", time="level", **QUICK)
+    compiled = mpq_compiler.load(tmp_path / "x.mpq")
+    assert compiled.manifest["sampling"]["latent"] == "sound" and "timestep" in compiled.input_names
+    with torch.no_grad():
+        assert decibels(model(**named), compiled(**named)) > 20
+    level = 0.25
+    named["level"] = torch.full((2,), level)
+    assert torch.equal(compiled(**named), compiled(**{**named, "level": level}))
+
+
+def test_what_a_file_took_for_the_latent_can_be_corrected(tmp_path: Path) -> None:
+    """The words vary, too, and nothing says that they are no latents; the file's rows get other names."""
+    model, named = renamed()
+    file = tmp_path / "calls.safetensors"
+    words_first = {"words": named.pop("words"), **named}
+    with mpq_compiler.record_inputs(model, file, latent="words", time="sound"), torch.no_grad():
+        for seed in range(6):
+            noise = torch.Generator().manual_seed(seed)
+            words_first |= {"words": torch.randn(2, 5, 6, generator=noise), "level": torch.full((2,), seed / 6)}
+            model(**{**words_first, "sound": torch.randn(2, 4, 12, generator=noise)})
+    said = {"latent": "sound", "time": "level"}
+    mpq_compiler.compile(model, tmp_path / "x.mpq", calibration=file, **said, **QUICK)
+    compiled = mpq_compiler.load(tmp_path / "x.mpq")
+    assert compiled.manifest["sampling"]["latent"] == "sound"
+    with torch.no_grad():
+        assert decibels(model(**words_first), compiled(**words_first)) > 20
+    for wrong, sentence in (
+        ({"latent": "noise"}, "the calls have no tensor 'noise': they have sound, level, words, ids"),
+        ({"latent": "ids"}, "recorded with 'words' as latents, .* record them again with latent='ids'"),
+        ({"time": "ids"}, "'ids' was the same in every call, and is no time"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            mpq_compiler.compile(model, tmp_path / "y.mpq", calibration=file, **wrong, **QUICK)
+
+
+def test_a_latent_without_recorded_calls_is_refused(tmp_path: Path) -> None:
+    model, named = renamed()
+    for wrong in ({"latent": "noise", "time": "level"}, {"latent": "sound", "time": "noise"}):
+        with pytest.raises(UserError, match="the calls have no tensor 'noise': they have sound, level, words, ids"):
+            mpq_compiler.compile(model, tmp_path / "x.mpq", example=named, **wrong, **QUICK)
+    for option in ("latent", "time"):
+        with pytest.raises(UserError, match=f"--{option} says what an argument of recorded calls is: give a file"):
+            mpq_compiler.compile("fashion-unet", tmp_path / "x.mpq", **{option: "sample"}, **QUICK)
+
+
+def test_a_text_of_recorded_length_needs_no_option(tmp_path: Path) -> None:
+    """The configuration says nothing of 12 tokens, and the file does."""
+    folder, model = tiny.save("sd15", tmp_path / "model"), tiny.model("sd15")
+    words = torch.randn(8, 12, model.config.cross_attention_dim, generator=torch.Generator().manual_seed(0))
+    given = tiny.inputs("sd15", batch=8) | {"encoder_hidden_states": words}
+    with mpq_compiler.record_inputs(model, tmp_path / "calls.safetensors"), torch.no_grad():
+        expected = model(**given).sample
+    assert not call_file.has_call(tmp_path / "calls.safetensors")
+    mpq_compiler.compile(folder, tmp_path / "x.mpq", calibration=tmp_path / "calls.safetensors", **QUICK)
+    assert decibels(expected, mpq_compiler.load(tmp_path / "x.mpq")(**given).sample) > 20
+
+
+def test_arguments_are_found_by_name_or_named(tmp_path: Path) -> None:
+    model, named = renamed()
     file = tmp_path / "calls.safetensors"
     with pytest.raises(UserError, match="Renamed is no denoiser, for its call has no noisy latents"):
         mpq_compiler.compile(model, tmp_path / "x.mpq", example=named, **QUICK)
