@@ -90,7 +90,7 @@ def _known(model: torch.nn.Module, calls: list[Arguments]) -> dict[str, np.ndarr
         text = first.get("encoder_hidden_states")
         tokens = None if text is None else int(text.shape[1])
         specs, _ = specs_of(model, dict(getattr(model, "config", {})), tuple(latents.shape[2:]), tokens)
-    except (UserError, KeyError, IndexError, AttributeError, TypeError, ValueError):
+    except (UserError, KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError):
         return None
     if any(row.keys() != specs.keys() for row in rows):
         return None
@@ -107,7 +107,8 @@ def _known(model: torch.nn.Module, calls: list[Arguments]) -> dict[str, np.ndarr
 
 def _row(named: Arguments) -> dict[str, np.ndarray]:
     """The inputs of a call as arrays, with the time of each sample."""
-    row = {name: torch.as_tensor(value) for name, value in named.items()}
+    given = {name: value for name, value in named.items() if not (isinstance(value, dict) and not value)}
+    row = {name: torch.as_tensor(value) for name, value in given.items()}
     batch = max(len(value) for value in row.values() if value.ndim)
     row["timestep"] = row["timestep"].reshape(-1).expand(batch)
     return {name: (value.float() if value.is_floating_point() else value).numpy() for name, value in row.items()}

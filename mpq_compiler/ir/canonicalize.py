@@ -351,9 +351,9 @@ def _pad(edit: Editor, node: fx.Node) -> None:
 
 
 def _is_outer(edit: Editor, node: fx.Node) -> bool:
-    """Whether a product is one of columns [..., M, 1] and rows [..., 1, N]."""
+    """Whether a product is one of columns [..., M, 1] and rows [..., 1, N] that no kernel of products takes."""
     left, right = (edit.value(operand(node, index)).shape for index in (0, 1))
-    return len(left) > 1 < len(right) and left[-1] == 1
+    return len(left) > 1 < len(right) != len(left) and left[-1] == 1
 
 
 def _linear(edit: Editor, node: fx.Node) -> None:
