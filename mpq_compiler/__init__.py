@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mpq_compiler import _moved
+from mpq_compiler.runtime import pretrained
 from mpq_compiler.support import plugins
 from mpq_compiler.support.checkout import require_links
 
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
     from mpq_compiler.evaluation.evaluate import evaluate
     from mpq_compiler.frontend.denoiser import load as load_denoiser
     from mpq_compiler.frontend.record import record_inputs
-    from mpq_compiler.runtime.compiled_denoiser import load
+    from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser, load
     from mpq_compiler.support.errors import UserError
 
 _API = {
+    "CompiledDenoiser": "runtime.compiled_denoiser:CompiledDenoiser",
     "Problem": "allocation.problem:Problem",
     "Report": "driver.report:Report",
     "UserError": "support.errors:UserError",
@@ -52,6 +54,7 @@ _API = {
 }
 
 __all__ = [
+    "CompiledDenoiser",
     "Problem",
     "Report",
     "UserError",
@@ -72,7 +75,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _API:
         raise AttributeError(f"module 'mpq_compiler' has no attribute '{name}'")
-    return plugins.attribute(f"mpq_compiler.{_API[name]}")
+    found = plugins.attribute(f"mpq_compiler.{_API[name]}")
+    if name == pretrained.NAME:
+        pretrained.register()  # diffusers asks for it by this name when it loads a pipeline
+    return found
 
 
 def __dir__() -> list[str]:

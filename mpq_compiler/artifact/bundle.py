@@ -123,6 +123,19 @@ def write(
     return complete
 
 
+def copy(artifact: Artifact, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Copies an artifact to `path`, whole or not at all. UserError: as `write`."""
+    path = Path(path)
+    check_output(path, overwrite)
+    try:
+        with beside(path) as scratch:
+            folder = scratch / path.name
+            shutil.copytree(artifact.folder, folder)
+            _replace(_zip(folder) if path.suffix == ".zip" else folder, path, scratch / "previous")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def _complete(
     manifest: Mapping[str, Any], tensors: Mapping[str, np.ndarray], files: Mapping[str, File]
 ) -> Manifest:

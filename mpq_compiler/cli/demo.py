@@ -117,7 +117,7 @@ def _milliseconds(calls: list[Any], painter: Painter) -> list[float]:
     conditions = painter.conditioning.varied(TIMED_BATCH)
     inputs = {
         painter.latent: loop.gaussian(TIMED_BATCH, painter.shape, 0),
-        "timestep": np.full(TIMED_BATCH, 500, np.int64),
+        "timestep": np.full(TIMED_BATCH, 500, np.float32),
         **painter.conditioning.arguments(conditions, TIMED_BATCH, None)["conditions"],
     }
     rounds: list[list[float]] = [[] for _ in calls]

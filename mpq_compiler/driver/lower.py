@@ -63,8 +63,6 @@ def load_denoiser(model: str | Path | Denoiser, options: Options) -> Denoiser:
             guidance=options.guidance,
             conditions=options.conditions,
         )
-    if options.calibration is not None and calibration_file.has_fractions(options.calibration):
-        denoiser = denoiser.with_fractional_times()
     for latent in latents:
         if latent[0] != denoiser.latent_shape[0]:
             wanted = f"--shapes asks for {latent[0]} channels"

@@ -112,12 +112,6 @@ def tokens(path: str | Path | None) -> int | None:
     return int(shape[1]) if len(shape) == 3 else None
 
 
-def has_fractions(path: str | Path) -> bool:
-    """Whether a calibration file has timesteps that are not whole numbers."""
-    timesteps = np.asarray(tensorfile.load(path).get("timestep", 0), np.float64)
-    return bool((timesteps != np.rint(timesteps)).any()) and bool(np.isfinite(timesteps).all())
-
-
 def _resizable(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
     """Whether latents [N, C, h, w] have the wanted channels and another height or width."""
     return len(shape) == 4 and shape[1] == wanted[0] and 0 not in shape and shape[1:] != wanted

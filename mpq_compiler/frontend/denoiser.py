@@ -24,6 +24,7 @@ from mpq_compiler.frontend.input_specs import (
     random_values,
     specs_of,
 )
+from mpq_compiler.frontend.time_type import takes_fractions
 from mpq_compiler.ir.program import InputSpec
 from mpq_compiler.sampling import loop as sampling
 from mpq_compiler.sampling import schedulers
@@ -140,14 +141,6 @@ class Denoiser:
         module = TensorModule(self.module.model, specs).eval()
         scheduler = _of_size(self.scheduler, self.module.model, self.config, specs)
         return replace(self, module=module, input_specs=specs, scheduler=scheduler)
-
-    def with_fractional_times(self) -> Denoiser:
-        """The model with float timesteps, for schedulers whose timesteps may be fractions."""
-        if isinstance(self.module, CallModule):
-            return self  # its times are of the type that was recorded
-        specs = dict(self.input_specs)
-        specs["timestep"] = replace(specs["timestep"], dtype=torch.float32)
-        return replace(self, module=TensorModule(self.module.model, specs).eval(), input_specs=specs)
 
     @property
     def parameters(self) -> int:
@@ -332,7 +325,7 @@ def wrap_calls(
         for path in module.form.constants
         if path not in form.constants
     )
-    return Denoiser(
+    made = Denoiser(
         name=name,
         module=module.eval(),
         notes=notes,
@@ -341,6 +334,7 @@ def wrap_calls(
         config=dict(getattr(model, "config", {})),
         examples={name: rows[name] for name in specs},
     )
+    return _with_time(made)
 
 
 def _read(place: checkpoint.Location) -> torch.nn.Module:
@@ -417,17 +411,15 @@ def wrap(
     chosen, note = _scheduler(scheduler, prediction_type, specs)
     notes += [note] if note else []
     chosen = _of_size(chosen, model, config, specs)
-    if chosen.fractional:
-        specs["timestep"] = replace(specs["timestep"], dtype=torch.float32)
-    module = TensorModule(model.float().eval().requires_grad_(False), specs)
+    module = TensorModule(model.float().eval().requires_grad_(False), specs).eval()
     if null_class is None and LABELS in specs and not config.get("num_class_embeds"):
         null_class = (specs[LABELS].below or 1) - 1  # DiT's table has a row more than classes
     if text is not None and specs[TEXT].sample != text.positions.shape:
         made = list(text.positions.shape)
         raise UserError(f"the text encoder of '{name}' makes {made} of a prompt, where it takes {specs[TEXT]}")
-    return Denoiser(
+    wrapped = Denoiser(
         name=name,
-        module=module.eval(),
+        module=module,
         input_specs=specs,
         scheduler=chosen,
         codec=codec,
@@ -438,6 +430,15 @@ def wrap(
         features=features,
         notes=tuple(notes),
     )
+    return _with_time(wrapped)
+
+
+def _with_time(denoiser: Denoiser) -> Denoiser:
+    """The denoiser with times in float32 where its model computes with them in floats: any scheduler's fit then."""
+    time = denoiser.input_specs[TIME]
+    if time.dtype.is_floating_point or not takes_fractions(denoiser.module, denoiser.random_inputs(1)):
+        return denoiser
+    return replace(denoiser, input_specs=denoiser.input_specs | {TIME: replace(time, dtype=torch.float32)})
 
 
 def _of_size(scheduler: Scheduler, model: Any, config: Mapping[str, Any], specs: Mapping[str, InputSpec]) -> Scheduler:

@@ -14,6 +14,7 @@ import numpy as np
 
 from mpq_compiler.artifact import bundle as artifacts
 from mpq_compiler.artifact.bundle import Artifact
+from mpq_compiler.runtime import pretrained
 from mpq_compiler.runtime.cuda import CudaMachine
 from mpq_compiler.runtime.memo import REUSE_BYTES
 from mpq_compiler.runtime.tvm import VirtualMachine, usable_cores
@@ -128,6 +129,7 @@ class CompiledDenoiser:
     def __init__(
         self, artifact: Artifact, threads: int, check_finite: bool = True, reuse_bytes: int = REUSE_BYTES
     ) -> None:
+        pretrained.register()
         self.artifact = artifact
         self.manifest = artifact.manifest
         self.config = Config(self.manifest["model"]["config"])
@@ -155,6 +157,36 @@ class CompiledDenoiser:
             f"CompiledDenoiser({self.manifest['name']}, {self.manifest['model']['class']} for {target}, "
             f"{weights['average_bits']:.2f} bits, {weights['payload_bytes']} bytes)"
         )
+
+    def __getattr__(self, name: str) -> Value:
+        """What diffusers' models have of their configuration, such as `in_channels`.
+
+        Raises:
+            NotOfAnArtifact: the model has it, and an artifact cannot; an AttributeError, as for any other name.
+        """
+        pretrained.register()  # a pipeline asks for some before it is saved
+        config = self.__dict__.get("config", {})
+        if name in config and not name.startswith("_"):
+            return config[name]
+        kind = self.__dict__.get("manifest", {}).get("model", {}).get("class", "")
+        if (error := pretrained.of_the_model(kind, name)) is not None:
+            raise error
+        raise AttributeError(f"a compiled denoiser has no attribute '{name}'")
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: object) -> None:
+        """Copies the artifact, as `pipeline.save_pretrained` does with its models; what it says of weights is fixed.
+
+        UserError: something else than an artifact is in the way.
+        """
+        artifacts.copy(self.artifact, save_directory, overwrite=True)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **kwargs: object) -> CompiledDenoiser:
+        """Loads an artifact, as `DiffusionPipeline.from_pretrained` does with its models.
+
+        Inputs of any float type are taken, whatever type the pipeline is loaded in. UserError: as `load`.
+        """
+        return load(path)
 
     def forget(self) -> None:
         """Evicts all results kept between calls, so that the next call computes everything."""

@@ -128,7 +128,7 @@ def test_bundled_model(bundled):
     assert bundled.parameters == 1_578_196
     assert {name: str(spec) for name, spec in bundled.input_specs.items()} == {
         "sample": "f32[B,4,14,14]",
-        "timestep": "i64[B]",
+        "timestep": "f32[B]",
         "class_labels": "i64[B]",
     }
     assert bundled.codec == "pixel_unshuffle2" and bundled.scheduler.prediction_type == "v_prediction"

@@ -266,9 +266,7 @@ def inputs(name: str, batch: int = 2, seed: int = 0, **changes: Any) -> dict[str
     height, width = (size, size) if isinstance(size, int) else size
     latent = "hidden_states" if class_name.endswith(("Transformer2DModel", "DiT2DModel")) else "sample"
     channels = config["in_channels"] // (4 if name == "flux" else 1)
-    values = {latent: normal(channels, height, width), "timestep": whole(1000)}
-    if name in ("hunyuan", "sd3", "flux", "sana"):  # which count time in fractions
-        values["timestep"] = values["timestep"].float()
+    values = {latent: normal(channels, height, width), "timestep": whole(1000).float()}
     if classes := config.get("num_class_embeds"):
         values["class_labels"] = whole(classes)
     if classes := config.get("num_embeds_ada_norm"):

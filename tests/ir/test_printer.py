@@ -118,7 +118,7 @@ def test_numbers():
 def test_shapes_are_in_terms_of_the_batch():
     text = printer.text(programs.after("unet2d", "layout"))
     assert re.search(r"%conv_in +=.* f32\[B,16,16,32\]", text)
-    assert "graph unet2d(%sample f32[B,3,16,16], %timestep i64[B]) -> f32[B,3,16,16] {" in text
+    assert "graph unet2d(%sample f32[B,3,16,16], %timestep f32[B]) -> f32[B,3,16,16] {" in text
 
 
 def test_table_of_layers():

@@ -317,7 +317,7 @@ def test_functions_of_the_manifest():
     functions = {f["name"]: f for f in made.manifest["functions"]}
     assert list(functions) == [f"denoise_b{b}" for b in BATCHES]
     inputs = {value["name"]: value for value in functions["denoise_b4"]["inputs"]}
-    assert inputs["timestep"] == {"name": "timestep", "shape": [4], "dtype": "int64"}
+    assert inputs["timestep"] == {"name": "timestep", "shape": [4], "dtype": "float32"}
     assert [spec.name for spec in case.program.inputs] == list(inputs)
     assert made.manifest["prepare"]["tensors"] == [value.name for value in lowered.stored]
     codes = [entry for entry in made.manifest["tensors"] if "bits" in entry]
