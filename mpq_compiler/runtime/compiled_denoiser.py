@@ -251,7 +251,7 @@ class CompiledDenoiser:
         """The number of attention heads of a transformer."""
         return int(self.config.num_attention_heads)
 
-    def cache_context(self, name: str) -> Any:
+    def cache_context(self, name: str, **steps: object) -> Any:
         """A context that does nothing: some pipelines name their calls for caches of attention; there are none here."""
         return nullcontext()
 
