@@ -61,6 +61,14 @@ def test_a_pipeline_is_compiled_and_drawn_with(tmp_path: Path) -> None:
     assert mpq_compiler.verify(tmp_path / "out.mpq").manifest["name"] == "DDIMPipeline"
 
 
+def test_a_model_nobody_has_seen_is_compiled_by_its_calls(tmp_path: Path) -> None:
+    command = [sys.executable, EXAMPLES / "unseen_model.py", tmp_path / "out.mpq", "--target", "reference"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(re.search(r"not seen: ([\d.]+) dB", done.stdout)[1]) > 30
+
+
 def test_a_pass_a_format_and_a_backend_of_packages_make_one_artifact(installed, tmp_path: Path, capsys) -> None:
     assert registry.find("crest-factors").name() == "crest-factors"
     assert isinstance(formats.get("log4"), TableFormat)
