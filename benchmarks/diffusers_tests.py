@@ -191,7 +191,7 @@ def _compiled(model: torch.nn.Module, inputs: dict[str, Any], target: str) -> di
             with torch.no_grad():
                 pairs = [(_flat(model(**call, **quiet)), _flat(artifact(**call, **quiet))) for call in unseen]
         except UserError as error:
-            return {"state": REFUSED, "sentence": str(error)}
+            return {"state": REFUSED, "sentence": str(error).replace(f"{folder}/", "")}
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
             return {"state": INTERNAL, "sentence": f"{_one_line(error)} ({Path(where.filename).name}:{where.lineno})"}
@@ -243,6 +243,7 @@ def write(rows: dict[str, dict[str, Any]], target: str) -> None:
     from benchmarks.machine import provenance
 
     about = {**provenance(), "target": target}
+    about["command"] = " ".join(Path(word).name if Path(word).is_dir() else word for word in about["command"].split())
     RESULTS.write_text(json.dumps({**about, "rows": dict(sorted(rows.items()))}, indent=1) + "\n", encoding="utf-8")
     before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -176,5 +176,5 @@ def after(name: str, pass_name: str, pipeline: str | None = None) -> Program:
 def inputs(name: str, batch: int) -> Mapping[str, Tensor]:
     """Random inputs whose timesteps differ within the batch."""
     found = _with_one_first_token(denoiser(name).random_inputs(batch, 11))
-    found["timestep"] = torch.linspace(999, 0, batch).round().long()
+    found["timestep"] = torch.linspace(999, 0, batch).round().to(found["timestep"].dtype)
     return found
