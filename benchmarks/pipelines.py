@@ -847,7 +847,7 @@ def psnr(expected: np.ndarray, drawn: np.ndarray) -> float:
 
 def line(name: str, found: dict[str, Any]) -> str:
     if found["state"] != "compiled":
-        return f"| `{name}` | {found['state']}: {found['sentence'].replace('|', '/')} | | | |"
+        return f"| `{name}` | {found['state']}: {' '.join(found['sentence'].replace('|', '/').split())} | | | |"
     cells = [f"{found[key]:.1f} dB" for key in ("psnr_db", "noise_db", "call_db")]
     return f"| `{name}` | " + " | ".join(cells) + f" | {found['seconds']:.0f} s |"
 

@@ -140,7 +140,14 @@ def _draw(pipeline: Any, call: str | Mapping[str, Any], index: int, options: Map
         pipeline(**given)
     except Exception as error:  # a pipeline may raise anything
         what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        given_as = ", ".join(map(_said, named.items()))
         raise UserError(
-            f"call {index + 1} for calibration, {named}, failed in {type(pipeline).__name__} ({what}); "
+            f"call {index + 1} for calibration, of {given_as}, failed in {type(pipeline).__name__} ({what}); "
             "the pipeline must draw before its denoiser can be compiled"
         ) from error
+
+
+def _said(argument: tuple[str, object]) -> str:
+    """An argument of a call as a sentence names it: a tensor by its shape."""
+    name, value = argument
+    return f"{name} {list(value.shape)}" if isinstance(value, torch.Tensor) else f"{name} {value!r}"
