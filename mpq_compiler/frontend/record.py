@@ -120,7 +120,7 @@ def _sampled_by(pipeline: Any) -> dict[str, str]:
     steps = getattr(scheduler, "num_inference_steps", None)
     guidance = getattr(pipeline, "_guidance_scale", None)
     found = {} if steps is None else {"steps": str(steps)}
-    if guidance is not None:
+    if isinstance(guidance, int | float):  # of films each frame may have its own
         found["guidance"] = f"{float(guidance):g}"
     if scheduler is not None:
         found["scheduler"] = json.dumps(schedulers.config_of(scheduler), default=str)
