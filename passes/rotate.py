@@ -13,6 +13,7 @@ from mpq_compiler.ir import ops, provenance
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.graph import prune, weight_of
 from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.weight_basis import Rotated, record
 from mpq_compiler.pipeline.passes import Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization import rewrite_gain
@@ -96,6 +97,7 @@ class Rotate(RewriteSearch):
             name = str(weight_of(reader))
             weight = ops.hadamard(program.tensors.read(name).double(), block).to(torch.float32)
             path, _, part = name.partition(":")
+            record(program, path, Rotated(ops.hadamard(torch.eye(block, dtype=torch.float64), block)))
             with graph.inserting_before(reader):
                 new = graph.get_attr(program.tensors.add(f"{path}:{part + '.' if part else ''}rotated", weight))
             reader.update_arg(0, rotated)

@@ -13,6 +13,7 @@ from mpq_compiler.ir.aten import aten, is_movement, is_pointwise
 from mpq_compiler.ir.graph import arguments, function_of, merge_equal, operand, prune, weight_of
 from mpq_compiler.ir.interpreter import shapes
 from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.weight_basis import Part, record
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 
@@ -58,8 +59,9 @@ class SplitShortcut(Pass):
             widths = found[0][1]
             if widths and all(other == widths for _, other in found):  # a shared weight is stored in one form
                 names = _split_weight(program, weight, widths)
-                for name, end in zip(names, itertools.accumulate(widths), strict=True):
+                for name, width, end in zip(names, widths, itertools.accumulate(widths), strict=True):
                     whole, part = (n.split(":")[0] for n in (weight, name))
+                    record(program, part, Part(end - width, end), origin=whole)
                     provenance.note(program, part, self.name(), part_of=whole, channels_until=end)
                 for node, _ in found:
                     x = operand(node, 0)

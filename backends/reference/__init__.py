@@ -38,6 +38,13 @@ class Interpreter:
 
     def __init__(self, programs: Mapping[str, Program], threads: int) -> None:
         self.programs, self.threads = programs, threads
+        self._own = dict(next(iter(programs.values())).tensors)
+
+    def replace(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Replaces stored tensors, by name; all others are those of the artifact."""
+        given = {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
+        for program in self.programs.values():
+            program.tensors = TensorStore({**self._own, **given})
 
     def run(self, function: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
         """Runs a function on inputs in the program's order; returns its output."""

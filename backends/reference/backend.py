@@ -16,8 +16,8 @@ class ReferenceBackend:
     name = "reference"
 
     def capabilities(self, target: Target) -> Capabilities:
-        """What it can do besides building: the target's numerics."""
-        return Capabilities(numerics=target.numerics)
+        """What it can do besides building: the target's numerics, and other tensors."""
+        return Capabilities(numerics=target.numerics, lora=True)
 
     def require(self, target: Target) -> None:
         """Accepts every target: importing the backend already needs all that it needs."""

@@ -88,6 +88,39 @@ class Tensor(TypedDict):
     original_shape: NotRequired[list[int]]
 
 
+class LoraStep(TypedDict):
+    """A step that channels of a layer went through: a factor, a rotation, or a part from ``start`` to ``stop``."""
+
+    kind: str
+    tensor: NotRequired[str]
+    start: NotRequired[int]
+    stop: NotRequired[int]
+
+
+class LoraBranch(TypedDict):
+    """A branch: the stored tensors that are its factors, and the steps from the model's channels to its own."""
+
+    up: str
+    down: str
+    rank: int
+    steps: list[LoraStep]
+
+
+class LoraLayer(TypedDict):
+    """A layer of the model that has a branch, or several where its inputs were split; its weight has the shape."""
+
+    name: str
+    shape: list[int]
+    branches: list[LoraBranch]
+
+
+class Lora(TypedDict):
+    """The branches for LoRA, and the rank that was asked for."""
+
+    rank: int
+    layers: list[LoraLayer]
+
+
 class Assumption(TypedDict):
     """A token of an input that the compiler took for constant."""
 
@@ -125,6 +158,7 @@ class Manifest(TypedDict):
     memory: NotRequired[Memory]
     prepare: NotRequired[Prepare]
     tensors: list[Tensor]
+    lora: NotRequired[Lora]
     weights: Weights
     recipe: NotRequired[dict[str, Any]]
     pipeline: NotRequired[str]

@@ -43,6 +43,14 @@ def add(commands: options.Commands) -> None:
         "--wheels", type=Path, metavar="DIR",
         help="with --standalone for another architecture: TVM's wheels for it (default: what is installed)",
     )  # fmt: skip
+    parser.add_argument(
+        "--lora-rank", type=int, metavar="R",
+        help="keep branches of this rank beside layers, whose factors a LoRA sets without compiling (docs/artifact.md)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lora-layers", metavar="PATTERNS",
+        help='layers with such a branch, by module path: "*.attn*,*.ff.*" (default: linear layers)',
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an artifact that exists")
     parser.add_argument("--dumps", type=Path, metavar="DIR", help="write the program after every pass")
     options.add_threads(parser, "threads of a call, unless it says otherwise (default: every core it finds)")

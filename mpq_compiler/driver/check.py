@@ -40,7 +40,14 @@ def check(options: Options, output: str | Path) -> None:
         raise UserError(f"the dumps folder '{options.dumps}' is not empty; name another one or add --overwrite")
     if options.dumps is not None and options.dumps.resolve().is_relative_to(Path(output).resolve()):
         raise UserError(f"the dumps folder '{options.dumps}' lies within the output '{output}'; name another one")
-    resolve(options)
+    if any("lora_rank" in step.settings for step in resolve(options)):
+        if not able.lora:
+            raise UserError(
+                f"--lora-rank is for CPU targets and the reference, and '{target.name}' is none: leave it out, and "
+                "fuse the LoRA into the model before it is compiled"
+            )
+        if option:
+            raise UserError(f"the program that {option} makes cannot load a LoRA: leave {option} or --lora-rank out")
     if options.latency is not None:
         require_kernels(target)
     latency_table_of(options, target)

@@ -16,6 +16,7 @@ from mpq_compiler.driver.specialize import added_bytes, other_sizes
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir import costs
 from mpq_compiler.ir.interpreter import single_threaded
+from mpq_compiler.ir.lora import branch_bytes
 from mpq_compiler.ir.specialization import Specialization
 from mpq_compiler.pipeline.backend import Backend, BuildRequest, Built, backend_of
 from mpq_compiler.pipeline.stages import StageInstrument
@@ -51,6 +52,7 @@ def compile_denoiser(
     with single_threaded():
         target = targets.with_features(target, built.features)
         stored = costs.stored_bytes(lowering.planned) + added_bytes(lowering.program, others)
+        stored += branch_bytes(lowering.program)
         predicted = report.predicted_latency(lowering.latency, lowering.program, built.facts)
         document = manifest.describe(denoiser, lowering, built, chosen, target, predicted)
         files = manifest.files(denoiser, lowering, built, chosen, target)

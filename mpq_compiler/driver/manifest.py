@@ -14,6 +14,7 @@ import numpy as np
 
 from mpq_compiler import formats
 from mpq_compiler.artifact import bundle, tvm_wheels
+from mpq_compiler.driver import lora
 from mpq_compiler.driver.lower import Packed
 from mpq_compiler.driver.options import Options
 from mpq_compiler.frontend import calibration_file
@@ -72,6 +73,8 @@ def describe(
     }
     optional = {"prepare": built.prepare, "parts": built.parts or None, "memory": built.memory}
     document |= {key: value for key, value in optional.items() if value is not None}
+    if (branches := lora.describe(program)[0]) is not None:
+        document["lora"] = branches
     if options.threads is not None:
         document["threads"] = options.threads
     if options.tune:
@@ -93,6 +96,8 @@ def files(
     found |= {bundle.IR: printer.text(program).encode(), bundle.DECISIONS: decided}
     if kernels:
         found[bundle.SCHEDULE] = encode_json(kernels)
+    if rewrites := lora.describe(program)[1]:
+        found[bundle.LORA] = functools.partial(_save, rewrites)
     if denoiser.text is not None:
         found[text_encoder.FILE] = denoiser.text.save
     if (constants := denoiser.constants) is not None:

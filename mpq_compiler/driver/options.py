@@ -64,6 +64,10 @@ class Options:
     """
     minutes: float | None = None
     """The minutes of training, in place of the effort's."""
+    lora_rank: int | None = None
+    """The rank of the branches that layers keep for a LoRA, which `CompiledDenoiser.load_lora` sets; None: none."""
+    lora_layers: str | tuple[str, ...] | None = None
+    """The layers with such a branch: patterns of module paths, "*.attn*.to_?,proj_out"; None takes linear layers."""
     seed: int = 0
     threads: int | None = None
     """The default threads of a call of the artifact; None takes every core where it is loaded."""
@@ -85,6 +89,8 @@ class Options:
         for name in ("wheels", "cache", "dumps"):
             if (path := getattr(self, name)) is not None:
                 setattr(self, name, Path(path))
+        if isinstance(self.lora_layers, str):
+            self.lora_layers = tuple(pattern.strip() for pattern in self.lora_layers.split(",") if pattern.strip())
         require_counts(jobs=self.jobs)
 
 

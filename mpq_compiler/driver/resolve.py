@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from mpq_compiler.driver import budgets
@@ -49,6 +50,11 @@ def resolve(options: Options) -> list[Pass]:
     if options.effort is not None:
         recipe = _with_effort(recipe, options.effort)
     recipe = _with_settings(recipe, minutes=options.minutes)
+    if options.lora_rank is not None:
+        recipe = _with_pass(recipe, _taker(recipe, "lora_rank"))
+    elif options.lora_layers is not None:
+        raise UserError("--lora-layers says which layers have a branch of --lora-rank: add that, or leave it out")
+    recipe = _with_settings(recipe, lora_rank=options.lora_rank, lora_layers=options.lora_layers)
     passes = recipe.passes()
     manager.check(passes)
     return passes
@@ -86,6 +92,15 @@ def _with_settings(recipe: Recipe, **settings: Any) -> Recipe:
     for name, values in by_pass.items():
         recipe = recipe.override(name, **values)
     return recipe
+
+
+def _with_pass(recipe: Recipe, added: type[Pass]) -> Recipe:
+    """Adds a pass behind those that provide what it requires, unless the recipe has it."""
+    if added.name() in recipe.pipeline:
+        return recipe
+    passes = _passes_of(recipe)
+    behind = max((i + 1 for i, step in enumerate(passes) if step.provides & added.requires), default=len(passes))
+    return replace(recipe, pipeline=(*recipe.pipeline[:behind], added.name(), *recipe.pipeline[behind:]))
 
 
 def _require_choice(recipe: Recipe) -> Recipe:

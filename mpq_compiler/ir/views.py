@@ -26,6 +26,8 @@ FLOAT8 = (ops.fake_quantize_float8, ops.dequantize_float8)
 """The operators that compute a weight for a layer in float."""
 FACTORS = ("up", "down")
 """The parts of a parameter that are the factors of its low-rank branch."""
+LORA_FACTORS = ("lora_up", "lora_down")
+"""The parts of a parameter that are the factors of its LoRA branch."""
 PACKED_LAYERS = (ops.quant_linear, ops.quant_conv2d)
 FLOAT_LAYERS = (aten.linear.default, ops.linear, ops.conv2d)
 QUANTIZERS = (ops.fake_quantize, ops.quantize)
@@ -212,7 +214,7 @@ def _made_by(weight: Any, levels: dict[str, Levels]) -> Levels | None:
 def weight_path(call: Call, levels: dict[str, Levels]) -> str | None:
     """The parameter by which a layer multiplies, in any stage; None where its weight is computed.
 
-    A factor of a low-rank branch has its own store name. levels: from `levels_of`, by call name.
+    A factor of a branch has its own store name. levels: from `levels_of`, by call name.
     """
     if call.target in PACKED_LAYERS:
         return levels[call.name].path
@@ -220,7 +222,7 @@ def weight_path(call: Call, levels: dict[str, Levels]) -> str | None:
         return None
     name = stored(call.args[1])
     if name is not None:
-        return name if factor(name) else name.split(":")[0]
+        return name if factor(name) or lora_factor(name) else name.split(":")[0]
     made = _made_by(call.args[1], levels)
     return made.path if made else None
 
@@ -229,6 +231,12 @@ def factor(name: str) -> str | None:
     """The one of `FACTORS` that a store name is; None for any other tensor."""
     part = part_of(name)
     return part if part in FACTORS else None
+
+
+def lora_factor(name: str) -> str | None:
+    """The one of `LORA_FACTORS` that a store name is; None for any other tensor."""
+    part = part_of(name)
+    return part if part in LORA_FACTORS else None
 
 
 def is_aten(target: Any) -> bool:

@@ -36,6 +36,7 @@ class Capabilities:
         emit: whether it writes programs that run without this package (``--emit c``, ``--standalone``).
         standby: whether it has workers that are slow to start, and are started while the passes run.
         times: whether it lists the kernels of a program, so that a latency table can be measured (`TimedBackend`).
+        lora: whether its executor changes stored tensors of a loaded artifact (``--lora-rank``).
         stages: the names of the stages of its lowering, in order (`pipeline.stages`).
     """
 
@@ -44,6 +45,7 @@ class Capabilities:
     emit: bool = False
     standby: bool = False
     times: bool = False
+    lora: bool = False
     stages: tuple[str, ...] = ()
 
 

@@ -17,6 +17,7 @@ from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.graph import CONTRACTIONS, arguments, operand, prune, weight_of
 from mpq_compiler.ir.interpreter import shapes
 from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.weight_basis import Scaled, record
 
 AFFINE = {ops.group_norm: (2, 3), aten.layer_norm.default: (2, 3), ops.rms_norm: (1,)}
 """The norms, and the positions of weight and bias among their arguments."""
@@ -163,9 +164,11 @@ class Scaling:
         for (call, argument), found in factors.items():
             name = str(operand(call, argument).target)
             tensor = program.tensors.read(name)
+            path, _, part = name.partition(":")
             for factor in found:
                 tensor = tensor * factor
-            path, _, part = name.partition(":")
+                if argument == 1 and call.target in CONTRACTIONS:
+                    record(program, path, Scaled(factor.flatten(), outputs=factor.dim() > 1))
             with graph.inserting_before(call):
                 new = graph.get_attr(program.tensors.add(f"{path}:{part + '.' if part else ''}equalized", tensor))
             call.update_arg(argument, new)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from mpq_compiler.artifact import bundle as artifacts
 from mpq_compiler.artifact.bundle import Artifact
-from mpq_compiler.runtime import pretrained
+from mpq_compiler.runtime import lora, pretrained
 from mpq_compiler.runtime.cuda import CudaMachine
+from mpq_compiler.runtime.lora import LoadedLora
 from mpq_compiler.runtime.memo import REUSE_BYTES
 from mpq_compiler.runtime.tvm import VirtualMachine, usable_cores
 from mpq_compiler.sampling.call_tree import CONSTANTS, Arguments, CallForm, Value, bound, flatten, require_constants
@@ -38,6 +40,14 @@ class Executor(Protocol):
 
     def run(self, function: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
         """Calls `function` on inputs in its order, of its shapes and types, with any strides; returns its output."""
+
+
+@runtime_checkable
+class Replaceable(Protocol):
+    """An executor whose stored tensors can have other values."""
+
+    def replace(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Replaces stored tensors, by name, by others of their shapes and types; all others are the artifact's."""
 
 
 class DenoiserOutput(NamedTuple):
@@ -149,6 +159,8 @@ class CompiledDenoiser:
         """The types of torch devices that inputs may be on."""
         self.executor = _executor(artifact, threads, reuse_bytes)
         """What runs the functions of the artifact; one call at a time."""
+        self.lora: LoadedLora | None = None
+        """The LoRA that is loaded (`load_lora`); None without one."""
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -193,6 +205,42 @@ class CompiledDenoiser:
         if isinstance(self.executor, VirtualMachine):
             with self._lock:
                 self.executor.forget()
+
+    def load_lora(self, path: str | os.PathLike[str], scale: float = 1.0) -> LoadedLora:
+        """Loads a LoRA into the branches of an artifact that was compiled with ``lora_rank``, in place of any before.
+
+        Nothing is compiled: factors are data, and weights are prepared anew as at load. A LoRA of a higher rank than
+        the branches is cut by its singular values, with a warning that says what it loses.
+
+        Args:
+            path: a safetensors file with the names of kohya's scripts, of PEFT, or of diffusers.
+            scale: multiplies the change of every weight.
+
+        Returns:
+            What it has come to: layers, rank, and the loss of a cut.
+
+        Raises:
+            UserError: the artifact has no branches, or lacks one for a layer of the file; the file is damaged, of
+                another kind, or of a model with other shapes. The artifact is then as it was.
+        """
+        tensors, found = lora.fit(self.artifact, path, scale)
+        self._replace(tensors)
+        self.lora = found
+        for note in found.notes:
+            warnings.warn(note, stacklevel=2)
+        return found
+
+    def unload_lora(self) -> None:
+        """Unloads the LoRA: the outputs have the bits of the artifact without one. UserError: it has no branches."""
+        lora.require(self.artifact)
+        self._replace({})
+        self.lora = None
+
+    def _replace(self, tensors: Mapping[str, np.ndarray]) -> None:
+        if not isinstance(self.executor, Replaceable):
+            raise UserError(f"artifacts for '{self.manifest['target']['name']}' cannot load a LoRA")
+        with self._lock:
+            self.executor.replace(tensors)
 
     @property
     def input_names(self) -> list[str]:

@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -158,13 +158,9 @@ class VirtualMachine:
             ]
             for function in artifact.manifest["functions"]
         }
+        self._artifact = artifact
         self._prepared: Any = self._ffi.convert([])
-        if prepare := artifact.manifest.get("prepare"):
-            stored = artifact.tensors()
-            arguments = [self._tensor(aligned(stored[name])) for name in prepare["tensors"]]
-            with self._calling():
-                self._prepared = self._machine[prepare["name"]](*arguments)
-            self._place(self._prepared)
+        self._prepare({})
         entries = artifact.manifest.get("parts", [])
         self._reuses = reuse_bytes > 0
         self.parts = {
@@ -173,6 +169,24 @@ class VirtualMachine:
         }
         """The parts, by name: what the functions share and keep between calls."""
         self._described = {function["name"]: function for function in artifact.manifest["functions"]}
+
+    def _prepare(self, replaced: Mapping[str, np.ndarray]) -> None:
+        """Prepares the stored tensors, those in ``replaced`` with other values."""
+        if prepare := self._artifact.manifest.get("prepare"):
+            stored = {**self._artifact.tensors(), **replaced}
+            arguments = [self._tensor(aligned(stored[name])) for name in prepare["tensors"]]
+            with self._calling():
+                self._prepared = self._machine[prepare["name"]](*arguments)
+            self._place(self._prepared)
+
+    def replace(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Replaces stored tensors, by name, by others of their shapes and types, until the next call.
+
+        All others are those of the artifact. What was kept between calls is evicted.
+        """
+        self.forget()
+        self._prepared = self._ffi.convert([])  # before others take as much memory
+        self._prepare(tensors)
 
     devices: tuple[int, ...] = (_CPU,)
     """DLPack's kinds of the devices that the machine uses; its tensors are on the first."""

@@ -339,6 +339,16 @@ def _(program):
     return with_tensor(program, name, tensor)
 
 
+@mutant("lora", "fold-fake-quant")
+def _(program):
+    """A bias that goes by the name of a factor."""
+    read = next(n for n in program.graph.nodes if n.op == "get_attr" and path_of(n).endswith(".bias:f16"))
+    name = f"{path_of(read).split(':')[0]}:lora_up"
+    tensor = program.tensors[path_of(read)]
+    read.target = name
+    return with_tensor(program, name, tensor)
+
+
 @mutant("simulated-operands", "round-weights")
 def _(program):
     quantizer = next(n for n in program.graph.nodes if n.target is ops.fake_quantize and len(n.users) > 1)

@@ -36,6 +36,10 @@ DOCUMENTS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "assumption": (manifest.Assumption, "manifest", ("properties", "assumptions", "items")),
     "function": (manifest.Function, "manifest", ("$defs", "function")),
     "value": (manifest.Value, "manifest", ("$defs", "value")),
+    "LoRA": (manifest.Lora, "manifest", ("properties", "lora")),
+    "layer of a LoRA": (manifest.LoraLayer, "manifest", ("properties", "lora", "properties", "layers", "items")),
+    "branch of a LoRA": (manifest.LoraBranch, "manifest", ("$defs", "lora_branch")),
+    "step of a LoRA": (manifest.LoraStep, "manifest", ("$defs", "lora_branch", "properties", "steps", "items")),
     "stored tensor": (manifest.Tensor, "manifest", ("$defs", "tensor")),
     "file": (manifest.File, "manifest", ("$defs", "file")),
 }

@@ -43,6 +43,8 @@ def _float_leftovers(view: View) -> Findings:
         if call.target not in views.FLOAT_LAYERS:
             continue
         path = view.paths.get(call.name, "")
+        if views.lora_factor(path):
+            continue  # `lora` says what it has to be
         integer = not view.computes_in_float(path)
         if integer and path in planned and weight_of(view.program.node(call.name)) is not None:
             continue

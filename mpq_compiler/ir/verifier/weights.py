@@ -10,6 +10,7 @@ from torch import Tensor
 from mpq_compiler.formats import contract, low_rank
 from mpq_compiler.formats.residual import ResidualFormat
 from mpq_compiler.ir import views
+from mpq_compiler.ir.lora import LORA
 from mpq_compiler.ir.verifier.view import QUANTIZED, SIMULATED, Findings, Rules, View
 from mpq_compiler.ir.views import Levels
 
@@ -185,6 +186,29 @@ def _low_rank(view: View) -> Findings:
         rows = len(view.tensor(levels.codes))
         if up.dtype != torch.float16 or down.dtype != torch.float16 or tuple(up.shape) != (rows, len(down)):
             yield levels.call.name, f"the factors {list(up.shape)} and {list(down.shape)} are not halves of one rank"
+
+
+@RULES.add("lora", QUANTIZED)
+def _lora(view: View) -> Findings:
+    """A LoRA branch has both factors, halves [O, r] and [r, ...] of one rank; only those that are listed exist."""
+    listed = view.program.facts.get(LORA)
+    branches = {} if listed is None else listed.branches
+    read: dict[str, set[str]] = {}
+    for node, name in view.reads:
+        if views.lora_factor(name) is None:
+            continue
+        path = name.split(":")[0]
+        read.setdefault(path, set()).add(name)
+        if path not in branches or name not in (branches[path].up, branches[path].down):
+            yield node, f"'{name}' is a factor of a LoRA branch that is not listed"
+    for path, branch in branches.items():
+        if read.get(path, set()) != {branch.up, branch.down}:
+            yield path, "its LoRA branch is not in the graph"
+            continue
+        up, down, rows = view.tensor(branch.up), view.tensor(branch.down), len(view.tensor(path))
+        halves = up.dtype == down.dtype == torch.float16
+        if not halves or tuple(up.shape) != (rows, branch.rank) or len(down) != branch.rank:
+            yield path, f"the factors {list(up.shape)} and {list(down.shape)} are not halves of rank {branch.rank}"
 
 
 @RULES.add("shared-weights", QUANTIZED)
