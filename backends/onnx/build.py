@@ -39,7 +39,7 @@ def build(
     Raises:
         UserError: a node that ONNX cannot express.
     """
-    programs = {FUNCTION: program} | {f"{FUNCTION}_{other.size}": other.program for other in others}
+    programs = {FUNCTION: program} | {f"{FUNCTION}_{other.name}": other.program for other in others}
     stored = stored_tensors.stored(program, *(other.program for other in others))
     tensors = {name: tensor.array for name, tensor in stored.items()}
 

@@ -41,7 +41,7 @@ class SelectOperators(LoweringStage[Models]):
     contract: ClassVar[Contract] = Contract.LOWERED
 
     def run(self, plan: Models) -> Models:
-        programs = {FUNCTION: self.program} | {f"{FUNCTION}_{o.size}": o.program for o in self.others}
+        programs = {FUNCTION: self.program} | {f"{FUNCTION}_{o.name}": o.program for o in self.others}
         return Models({name: select(each, self.stored, WEIGHTS) for name, each in programs.items()})
 
 

@@ -22,7 +22,7 @@ def build(program: Program, others: Sequence[Specialization] = ()) -> Built:
 
     others: the program at other image sizes.
     """
-    named = {FUNCTION: program} | {f"{FUNCTION}_{other.size}": other.program for other in others}
+    named = {FUNCTION: program} | {f"{FUNCTION}_{other.name}": other.program for other in others}
     stored = stored_tensors.stored(program, *(other.program for other in others))
     return Built(
         files={GRAPH: dumps(named).encode()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -30,7 +31,12 @@ def compile(model: Any, output: str | Path, progress: Any = None, **options: Any
 
 
 def compile(
-    model: Any, output: str | Path, progress: Any = None, *, example: Arguments | None = None, **options: Any
+    model: Any,
+    output: str | Path,
+    progress: Any = None,
+    *,
+    example: Arguments | Sequence[Arguments] | None = None,
+    **options: Any,
 ) -> Any:
     """Compiles a model to an artifact.
 
@@ -39,7 +45,8 @@ def compile(
         output: the artifact, a folder or a .zip.
         progress: opens progress bars, or None.
         example: the keyword arguments of a call of the module; it is calibrated with other noise in its latents. What
-            calibrates better are recorded calls (`record_inputs`), in the option ``calibration``.
+            calibrates better are recorded calls (`record_inputs`), in the option ``calibration``. A list has calls of
+            several kinds, the first of which is calibrated (docs/calibration.md).
         options: fields of `driver.options.Options`.
 
     Returns:
@@ -66,7 +73,7 @@ def _by_calls(
     model: torch.nn.Module,
     output: str | Path,
     progress: Any,
-    example: Arguments | None,
+    example: Arguments | Sequence[Arguments] | None,
     options: dict[str, Any],
 ) -> Report:
     """Compiles a module by an example of its calls, or by those that a file holds."""
@@ -82,7 +89,8 @@ def _by_calls(
     with tempfile.TemporaryDirectory() as scratch:
         if example is not None:
             options["calibration"] = Path(scratch) / "calls.safetensors"
-            calls = variations(model, example, EXAMPLES, options.get("seed", 0), latent)
+            examples, seed = [example] if isinstance(example, dict) else [*example], options.get("seed", 0)
+            calls = [call for one in examples for call in variations(model, one, EXAMPLES, seed, latent)]
             call_file.write(options["calibration"], model, calls, latent=latent, time=time)
         denoiser = wrap_calls(model, options["calibration"], name=kind, latent=latent, time=time)
         return compile_denoiser(denoiser, output, progress, **options)

@@ -60,6 +60,14 @@ class Target(TypedDict):
     tvm: NotRequired[dict[str, Any]]
 
 
+class Calls(TypedDict):
+    """A kind of calls that the artifact takes."""
+
+    text: str
+    form: dict[str, object]
+    functions: list[str]
+
+
 Model = TypedDict(
     "Model",
     {
@@ -69,7 +77,7 @@ Model = TypedDict(
         "signature": NotRequired[list[str]],
         "below": NotRequired[dict[str, int]],
         "call": NotRequired[dict[str, Any]],
-        "form": NotRequired[dict[str, object]],
+        "calls": NotRequired[list[Calls]],
         "source": NotRequired[dict[str, Any]],
     },
 )

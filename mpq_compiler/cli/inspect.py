@@ -157,6 +157,10 @@ def _artifact(path: Path, layers: bool) -> dict[str, Any]:
             [(name, *(terminal.size(memory[kind][name]) for kind in kinds)) for name in memory["activation_bytes"]],
             numeric=(1, 2),
         )
+    calls = manifest["model"].get("calls", [])
+    if calls:
+        rows_of_calls = [(entry["text"], ", ".join(entry["functions"])) for entry in calls]
+        terminal.table("calls that it takes, the first calibrated", ("call", "functions"), rows_of_calls)
     for name, reason in plan.get("fallbacks", {}).items():
         terminal.say(f"fallback: {name}: {reason}")
     return {
@@ -164,6 +168,7 @@ def _artifact(path: Path, layers: bool) -> dict[str, Any]:
         "target": manifest["target"]["name"],
         "weights": weights,
         "memory": memory,
+        "calls": [entry["text"] for entry in calls],
         "layers": rows,
     }
 

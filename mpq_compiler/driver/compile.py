@@ -9,6 +9,7 @@ from mpq_compiler.artifact import bundle
 from mpq_compiler.driver import manifest, report
 from mpq_compiler.driver.check import check
 from mpq_compiler.driver.judge import Judge
+from mpq_compiler.driver.kinds import other_kinds
 from mpq_compiler.driver.lower import Lowering, load_denoiser, lower
 from mpq_compiler.driver.options import Options, parse_shapes
 from mpq_compiler.driver.report import Report
@@ -47,7 +48,7 @@ def compile_denoiser(
     with backend.standby(chosen.jobs) as workers:
         lowering = lower(denoiser, chosen, progress).packed()
         with single_threaded():
-            others = other_sizes(lowering.program, lowering.laid_out, chosen)
+            others = other_kinds(lowering, denoiser) or other_sizes(lowering.program, lowering.laid_out, chosen)
             built = _built(backend, lowering, target, chosen, others, workers, progress)
     with single_threaded():
         target = targets.with_features(target, built.features)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ REFERENCE_LEAST = 4
 """The fewest inputs on which artifact and reference are compared."""
 AGREEMENT_DB = 0.1
 """The largest difference in dB between the SQNRs of artifact and reference: contract (c)."""
+KINDS_DB = 6.0
+"""The loss in dB of further kinds of calls, against the kind that was calibrated, from which on there is a note."""
 JUDGED_TOGETHER = 8
 """The number of inputs that run together."""
 
@@ -63,16 +65,24 @@ def disagreements(
     if compiled is None:
         return
     for other in others:
-        resized = denoiser.resized(*size_of(other.program))
-        inputs = resized.random_inputs(REFERENCE_LEAST)
-        expected = resized(**inputs).numpy()
-        output = compiled.run({name: value.numpy() for name, value in inputs.items()})
+        called = denoiser.kinds[other.kind - 1] if other.kind else denoiser.resized(*size_of(other.program))
+        inputs = called.random_inputs(REFERENCE_LEAST)
+        expected = called(**inputs).numpy()
+        output = compiled.run({name: value.numpy() for name, value in inputs.items()}, kind=other.kind)
         difference = sqnr_db(expected, output) - sqnr_db(expected, run(other.program, inputs).numpy())
         if abs(difference) > AGREEMENT_DB:
+            where = f"in calls of {denoiser.kind_texts[other.kind]}" if other.kind else f"at {other.name}"
             yield (
-                f"at {other.size} the artifact's SQNR is {difference:+.2f} dB from the packed program's: its kernels "
+                f"{where} the artifact's SQNR is {difference:+.2f} dB from the packed program's: its kernels "
                 f"for '{target.name}' compute something else, report it with the model"
             )
+
+
+class KindQuality(TypedDict):
+    """A kind of calls in words, and the SQNR of its program."""
+
+    text: str
+    sqnr_db: float
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,8 @@ class Judged:
 
     quality: dict[str, Any]
     notes: list[str]
+    calls: list[KindQuality]
+    """The kinds of recorded calls in words, each with the SQNR of its program; empty where there are none."""
 
 
 class Judge:
@@ -127,7 +139,28 @@ class Judge:
                 f"the artifact's SQNR is {quality['agreement_db']:+.2f} dB from the packed program's: its kernels for "
                 f"'{target.name}' compute something else, report it with the model",
             )
-        return Judged(quality, notes)
+        calls = self.of_kinds(quality["sqnr_db"], others)
+        for entry in calls:
+            if entry["sqnr_db"] < quality["sqnr_db"] - KINDS_DB:
+                notes.append(
+                    f"calls of {entry['text']} have an SQNR of {entry['sqnr_db']:.1f} dB, those that were calibrated "
+                    f"{quality['sqnr_db']:.1f} dB: record more of these, or compile an artifact for each"
+                )
+        return Judged(quality, notes, calls)
+
+    def of_kinds(self, first: float, others: Sequence[Specialization]) -> list[KindQuality]:
+        """The kinds of calls, with the SQNR in dB of each, ``first`` that of the calibrated kind.
+
+        That of others is of the packed program, on some recorded inputs.
+        """
+        if self.denoiser.form is None:
+            return []
+        found = [first]
+        for kind, other in zip(self.denoiser.kinds, others, strict=False):
+            assert kind.examples is not None
+            inputs = {name: value[:JUDGED_TOGETHER] for name, value in kind.examples.items()}
+            found.append(sqnr_db(kind(**inputs).numpy(), run(other.program, inputs).numpy()))
+        return [KindQuality(text=text, sqnr_db=db) for text, db in zip(self.denoiser.kind_texts, found, strict=True)]
 
     def quality(self, compiled: CompiledDenoiser | None) -> dict[str, Any]:
         """The figures of quality: `sqnr_db` of the artifact where it runs here, else of the reference.

@@ -94,7 +94,9 @@ class Lowering:
     planned: Program | None
     """The last program in the planned stage; None where no pass planned."""
     laid_out: list[Program]
-    """The laid-out program at every size of ``--shapes``."""
+    """The laid-out program at every size of ``--shapes``, or for every kind of calls."""
+    simulated: Program | None
+    """The last program in the fake-quantized stage; None where no pass simulated quantizers."""
     records: list[Record]
     passes: list[Pass]
     latency: Latency | None = None
@@ -151,17 +153,21 @@ def lower(denoiser: Denoiser, options: Options, progress: Any = None, passes: li
         requests=Requests.all(p.requests() for p in everything),
     )
     planned: list[Program] = []
+    simulated: list[Program] = []
     laid_out: list[Program] = []
     dumps = None if options.dumps is None else Writer(options.dumps, spread(held_out(denoiser, options), 2), denoiser)
 
     def keep_planned(index: int, step: Pass, before: Program, program: Program) -> None:
         if program.stage == Stage.PLANNED:
             planned.append(program)
+        elif program.stage == Stage.FAKE_QUANTIZED:
+            simulated[:] = [program]
 
     def keep_sizes(index: int, step: Pass, before: Program, program: Program) -> None:
         if specialize.is_laid_out(step):
             sizes = [latent[1:] for latent in parse_shapes(options.shapes) if latent is not None][1:]
             laid_out[:] = [program, *(specialize.laid_out(program, denoiser, size, passes) for size in sizes)]
+            laid_out.extend(specialize.traced(kind, passes) for kind in denoiser.kinds)
         if step.provides >= {"time-groups"} and session.sensitivity is None:
             _check_budget(program, passes, latency)
 
@@ -169,7 +175,8 @@ def lower(denoiser: Denoiser, options: Options, progress: Any = None, passes: li
     start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
     with single_threaded():
         program, records = manager.run_pipeline(passes, start, session, instruments)
-    return Lowering(program, planned[-1] if planned else None, laid_out, records, passes, latency, dumps)
+    kept = simulated[-1] if simulated else None
+    return Lowering(program, planned[-1] if planned else None, laid_out, kept, records, passes, latency, dumps)
 
 
 def layer_times(

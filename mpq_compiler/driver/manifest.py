@@ -14,6 +14,7 @@ import numpy as np
 
 from mpq_compiler import formats
 from mpq_compiler.artifact import bundle, tvm_wheels
+from mpq_compiler.artifact.manifest import Calls
 from mpq_compiler.driver import lora
 from mpq_compiler.driver.lower import Packed
 from mpq_compiler.driver.options import Options
@@ -23,6 +24,7 @@ from mpq_compiler.ir import costs, printer, provenance
 from mpq_compiler.ir.edges import input_edge
 from mpq_compiler.ir.findings import ALLOCATION, ASSUMPTIONS, ATTENTION_NUMERICS, NO_LOSSES, SENSITIVITY
 from mpq_compiler.ir.program import PARAMETERS, TIME_GROUPS, Program
+from mpq_compiler.ir.specialization import kind_name
 from mpq_compiler.latency import kernel_schedule
 from mpq_compiler.pipeline import parser
 from mpq_compiler.pipeline.backend import Built
@@ -123,7 +125,7 @@ def _origin(
             "parameters": program.facts[PARAMETERS],
             "signature": list(inspect.signature(denoiser.module.model.forward).parameters),
             "call": asdict(denoiser.module.convention),
-            **({} if denoiser.form is None else {"form": denoiser.form.to_json()}),
+            **({"calls": _calls(denoiser, built)} if denoiser.form else {}),
             "below": {name: s.below for name, s in denoiser.input_specs.items() if s.below is not None},
         },
         "recipe": {"name": str(Path(options.recipe).stem) if options.pipeline is None else "custom"},
@@ -141,6 +143,16 @@ def _origin(
         "calibration": _calibration(denoiser, planned, options, passes),
         "versions": {name: version(name) for name in ("mpq-compiler", "torch", "diffusers", "apache-tvm", "numpy")},
     }
+
+
+def _calls(denoiser: Denoiser, built: Built) -> list[Calls]:
+    """The manifest's entries on the kinds of calls: in words, their form, and the functions that take them."""
+    forms = [kind.form.to_json() for kind in (denoiser, *denoiser.kinds) if kind.form]
+    names = [str(function["name"]) for function in built.functions]
+    further = [[name for name in names if name.endswith(f"_{kind_name(k)}")] for k in range(1, len(forms))]
+    functions = [[name for name in names if not any(name in each for each in further)], *further]
+    three = zip(denoiser.kind_texts, forms, functions, strict=True)
+    return [Calls(text=text, form=form, functions=each) for text, form, each in three]
 
 
 def _calibration(denoiser: Denoiser, planned: Program, options: Options, passes: Sequence[Pass]) -> dict[str, Any]:

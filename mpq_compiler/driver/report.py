@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mpq_compiler.artifact.manifest import Manifest
-from mpq_compiler.driver.judge import Judged
+from mpq_compiler.driver.judge import Judged, KindQuality
 from mpq_compiler.driver.lower import Packed
 from mpq_compiler.driver.manifest import layer_rows, numerics_choices, numerics_of
 from mpq_compiler.driver.options import Options
@@ -54,6 +54,8 @@ class Report:
     """
     numerics: dict[str, Any]
     """The artifact's ``mode``, and the ``attentions`` and float ``layers`` that are not in float32."""
+    calls: list[KindQuality] = field(default_factory=list)
+    """The kinds of calls that the artifact takes, with ``text`` and ``sqnr_db``; empty without recorded calls."""
     fallbacks: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -110,6 +112,7 @@ def report(
         additivity=program.facts.get(ALLOCATION, {}).get("additivity"),
         numerics={"mode": numerics_of(program), **numerics_choices(planned)},
         fallbacks=dict(program.fallbacks),
+        calls=judged.calls,
         notes=[*_notes(denoiser, lowering, built, options), *judged.notes],
     )
 

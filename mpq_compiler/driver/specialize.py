@@ -55,10 +55,16 @@ def laid_out(here: Program, denoiser: Denoiser, size: tuple[int, int], passes: S
     Raises:
         UserError: the model does not take the size, or its graph differs.
     """
+    there = traced(denoiser.resized(*size), passes)
+    list(_differences(here, there, (size_text(here), size_text(there))))
+    return there
+
+
+def traced(denoiser: Denoiser, passes: Sequence[Pass]) -> Program:
+    """Traces and lays out the program of a denoiser, by those of the passes that do so."""
     end = next(i for i, step in enumerate(passes) if is_laid_out(step)) + 1
     empty = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
-    there, _ = manager.run_pipeline(passes[:end], empty, Session(denoiser.resized(*size)))
-    list(_differences(here, there, (size_text(here), size_text(there))))
+    there, _ = manager.run_pipeline(passes[:end], empty, Session(denoiser))
     return there
 
 

@@ -69,8 +69,8 @@ def load(denoiser: Denoiser, path: str | Path) -> dict[str, Tensor]:
     if (form := denoiser.form) is None or not call_file.has_call(path):
         found = {name: torch.from_numpy(np.array(value)) for name, value in tensorfile.load(path).items()}
     else:
-        _, _, rows = call_file.read(path, form.latents.path, form.time)
-        found = {name: value for name, value in rows.items() if name not in form.constants}
+        recording, *_ = call_file.read(path, form.latents.path, form.time)
+        found = {name: value for name, value in recording.inputs.items() if name in denoiser.input_specs}
     specs = denoiser.input_specs
     for name in specs:
         if name not in found:

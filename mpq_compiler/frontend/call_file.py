@@ -1,20 +1,23 @@
 """Files of recorded calls: calibration files of denoisers that are taken by their calls.
 
 Such a file has the inputs of the calls, a row for each sample, the tensors that are the same in every call, named with
-a prefix, and the form of the calls among its metadata.
+a prefix, and the form of the calls among its metadata. Where there are several kinds of calls, it has a list of forms,
+and the tensors of the second and further ones have its index as a prefix (``1:sample``, ``1:constant:ids``).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mpq_compiler.frontend.call_module import form_of
+from mpq_compiler.frontend.call_module import form_of, kinds_of
+from mpq_compiler.sampling import call_tree
 from mpq_compiler.sampling.call_tree import TIME, Arguments, CallForm
 from mpq_compiler.support import files, tensorfile
 from mpq_compiler.support.errors import UserError
@@ -30,10 +33,19 @@ def has_call(path: str | Path | None) -> bool:
     return path is not None and FORM in tensorfile.metadata(path)
 
 
-def read(
-    path: str | Path, latent: str | None = None, time: str | None = None
-) -> tuple[CallForm, dict[str, Tensor], dict[str, Tensor]]:
-    """Reads the form of the calls, the constants by path, and the inputs by name, [N, ...] each.
+@dataclass(frozen=True)
+class Recording:
+    """The recorded calls of one kind."""
+
+    form: CallForm
+    constants: dict[str, Tensor]
+    """The tensors that are the same in every call, by path."""
+    inputs: dict[str, Tensor]
+    """The inputs [N, ...] by name."""
+
+
+def read(path: str | Path, latent: str | None = None, time: str | None = None) -> list[Recording]:
+    """Reads the recorded calls, those of the first kind first.
 
     Args:
         path: the file.
@@ -44,19 +56,20 @@ def read(
         UserError: the file is damaged, or the calls have no such latents or time.
     """
     try:
-        recorded = CallForm.from_json(json.loads(tensorfile.metadata(path)[FORM]))
+        stated = json.loads(tensorfile.metadata(path)[FORM])
+        forms = [CallForm.from_json(form) for form in (stated if isinstance(stated, list) else [stated])]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"'{path}' holds calls in a form that is not known here: record them again") from error
-    form = recorded.saying(latent, time)
-    constants, found = {}, {}
-    for name, array in tensorfile.load(path).items():
-        value = torch.from_numpy(np.array(array))
-        if name.startswith(CONSTANT):
-            constants[name.removeprefix(CONSTANT)] = value
-        else:
-            found[name] = value
-    inputs = {now.input: found[then.input] for now, then in zip(form.arguments, recorded.arguments, strict=True)}
-    return form, constants, {TIME: torch.zeros(len(inputs[form.latent])), **inputs}
+    found = {name: torch.from_numpy(np.array(array)) for name, array in tensorfile.load(path).items()}
+    recordings = []
+    for index, recorded in enumerate(forms):
+        form, prefix = recorded.saying(latent, time), call_tree.prefix(index)
+        inputs = {
+            now.input: found[prefix + then.input] for now, then in zip(form.arguments, recorded.arguments, strict=True)
+        }
+        constants = {name: found[f"{prefix}{CONSTANT}{name}"] for name in form.constants}
+        recordings.append(Recording(form, constants, {TIME: torch.zeros(len(inputs[form.latent])), **inputs}))
+    return recordings
 
 
 def write(
@@ -67,11 +80,20 @@ def write(
     latent: str | None = None,
     time: str | None = None,
 ) -> None:
-    """Writes calls of a model, by name (`call_module.arguments_of`). UserError: they have no common form."""
-    form, constants, inputs = form_of(model, list(calls), latent, time)
-    tensors = {name: torch.cat([call[name] for call in inputs]).contiguous().numpy() for name in inputs[0]}
-    tensors |= {CONSTANT + name: value.contiguous().numpy() for name, value in constants.items()}
-    about = {**(metadata or {}), FORM: json.dumps(form.to_json(), separators=(",", ":"))}
+    """Writes calls of a model, by name (`call_module.arguments_of`); those of the most frequent kind are the first.
+
+    UserError: calls of a kind have no common form.
+    """
+    forms, tensors = [], {}
+    for index, alike in enumerate(kinds_of(model, calls, latent, time)):
+        form, constants, inputs = form_of(model, alike, latent, time)
+        forms.append(form.to_json())
+        prefix = call_tree.prefix(index)
+        for name in inputs[0]:
+            tensors[prefix + name] = torch.cat([call[name] for call in inputs]).contiguous().numpy()
+        for name, value in constants.items():
+            tensors[f"{prefix}{CONSTANT}{name}"] = value.contiguous().numpy()
+    about = {**(metadata or {}), FORM: json.dumps(forms, separators=(",", ":"))}
     try:
         files.write_whole(Path(path), lambda stream: tensorfile.save(stream, tensors, about))
     except OSError as error:

@@ -20,6 +20,9 @@ LATENTS = ("sample", "hidden_states", "x", "latents", "latent_model_input", "noi
 TIMES = ("timestep", "timesteps", "t", "time", "timestep_ratio", "sigma", "noise_level", "decoder_noise_time")
 """The names of parameters with the time, the likeliest first."""
 
+MOST_KINDS = 8
+"""The most kinds of calls in an artifact, each of which is a function of its own."""
+
 
 class CallModule(torch.nn.Module):
     """A model as a function from named tensors to one tensor; its parameters are below `model.`.
@@ -99,6 +102,59 @@ def as_tensors(arguments: Mapping[str, Value], time: str | None = None) -> Argum
         name: torch.tensor(value) if name in (*TIMES, time) and isinstance(value, int | float) else value
         for name, value in arguments.items()
     }
+
+
+def kinds_of(
+    model: torch.nn.Module, calls: Sequence[Arguments], latent: str | None = None, time: str | None = None
+) -> list[list[Arguments]]:
+    """Groups calls by their structure, their Python values and the shapes of a sample's tensors.
+
+    Args:
+        model: the model.
+        calls: arguments by name (`arguments_of`).
+        latent: the path of the latents; None finds it by name.
+        time: the path of the time; None finds it by name.
+
+    Returns:
+        The calls of each kind in their order; the kind with the most calls first.
+
+    Raises:
+        UserError: there are more than `MOST_KINDS`.
+    """
+    kinds: list[tuple[call_tree.Tree, dict[str, tuple[int, ...]], list[Arguments]]] = []
+    for call in calls:
+        tree, tensors = _flat(as_tensors(call, time), latent)
+        path = latent or _likeliest(LATENTS, tensors)
+        batch = len(tensors[path]) if path is not None and path in tensors else 1
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()} | {"": (batch,)}
+        for other, theirs, alike in kinds:
+            if call_tree.difference(tree, other) is None and _alike(shapes, theirs):
+                alike.append(call)
+                break
+        else:
+            kinds.append((tree, shapes, [call]))
+    if len(kinds) > MOST_KINDS:
+        (first, sizes, _), (other, others, _), *_ = kinds
+        clause = call_tree.difference(other, first) or "; ".join(
+            f"'{name}' is {list(others[name])}, and was {list(sizes[name])}"
+            for name in sizes
+            if name and others[name] != sizes[name]
+        )
+        raise UserError(
+            f"calls of {type(model).__name__} are of {len(kinds)} kinds, and an artifact holds {MOST_KINDS}: "
+            f"{clause.replace('when it was compiled', 'in the first call')}; what changes with every call must be a "
+            "tensor"
+        )
+    return sorted((alike for *_, alike in kinds), key=lambda alike: -len(alike))
+
+
+def _alike(shapes: Mapping[str, tuple[int, ...]], others: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether tensors have equal shapes, or equally many rows a sample and equal rows; ``""`` has the batch."""
+    (batch,), (theirs,) = shapes[""], others[""]
+    return all(
+        now == then or (now[1:] == then[1:] and len(now) == len(then) > 0 and now[0] * theirs == then[0] * batch)
+        for now, then in ((shape, others[name]) for name, shape in shapes.items() if name)
+    )
 
 
 def form_of(

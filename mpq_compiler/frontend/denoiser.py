@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mpq_compiler.frontend import call_file, checkpoint
+from mpq_compiler.frontend.call_file import Recording
 from mpq_compiler.frontend.call_module import CallModule, held
 from mpq_compiler.frontend.input_specs import (
     TensorModule,
@@ -26,8 +27,8 @@ from mpq_compiler.frontend.input_specs import (
 )
 from mpq_compiler.frontend.time_type import takes_fractions
 from mpq_compiler.ir.program import InputSpec
+from mpq_compiler.sampling import call_tree, schedulers
 from mpq_compiler.sampling import loop as sampling
-from mpq_compiler.sampling import schedulers
 from mpq_compiler.sampling.call_tree import TIME, CallForm
 from mpq_compiler.sampling.conditioning import LABELS, TEXT, Conditioning, Conditions
 from mpq_compiler.sampling.schedulers import DDIM, FlowMatchEuler, Scheduler
@@ -62,6 +63,8 @@ class Denoiser:
     """What was assumed while loading, one sentence each, for the user to read."""
     examples: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
     """Rows of recorded inputs, where the model is taken by its calls; None: its inputs are known."""
+    kinds: tuple[Denoiser, ...] = field(default=(), repr=False)
+    """The model as calls of further kinds call it."""
 
     @property
     def latent(self) -> str:
@@ -116,12 +119,25 @@ class Denoiser:
         return self.module.form if isinstance(self.module, CallModule) else None
 
     @property
+    def kind_texts(self) -> list[str]:
+        """Each kind of its recorded calls in words, its own first; none where it is not taken by calls."""
+        kinds = (self, *self.kinds)
+        found = [k.form.described({n: s.shape for n, s in k.input_specs.items()}) for k in kinds if k.form]
+        return call_tree.kinds_text(found, self.form.latents.path) if self.form else []
+
+    @property
     def constants(self) -> dict[str, np.ndarray] | None:
-        """The tensors by path that are the same in every call; None where a call has none, and no form."""
+        """The tensors by path that are the same in every call; None where a call has none, and no form.
+
+        Those of further kinds of calls have `call_tree.prefix`.
+        """
         held = self.module.constants()
         if not held and self.form is None:
             return None
-        return {path: value.numpy() for path, value in held.items()}
+        kinds = [held, *(kind.module.constants() for kind in self.kinds)]
+        return {
+            call_tree.prefix(i) + path: value.numpy() for i, each in enumerate(kinds) for path, value in each.items()
+        }
 
     @property
     def fixed(self) -> dict[str, list[float]]:
@@ -309,8 +325,18 @@ def wrap_calls(
     Raises:
         UserError: the calls are another model's, or have no such latents or time.
     """
-    form, constants, rows = call_file.read(calibration, latent, time)
-    module = CallModule(model.float().eval().requires_grad_(False), form, constants)
+    model = model.float().eval().requires_grad_(False)
+    first, *others = (
+        _of_kind(model, recording, calibration, name) for recording in call_file.read(calibration, latent, time)
+    )
+    notes = tuple(dict.fromkeys(note for kind in (first, *others) for note in kind.notes))
+    return replace(first, kinds=tuple(others), notes=notes)
+
+
+def _of_kind(model: torch.nn.Module, recording: Recording, calibration: str | Path, name: str) -> Denoiser:
+    """The denoiser of the recorded calls of one kind. UserError: the calls are another model's."""
+    form, rows = recording.form, recording.inputs
+    module = CallModule(model, form, recording.constants)
     try:
         module = held(module, rows)
     except Exception as error:  # a model may raise anything

@@ -27,8 +27,8 @@ def record_inputs(
     """Records the calls of a denoiser within the block, and writes them to a calibration file.
 
     Nothing is written when the block raises. A model whose inputs are known has them in the file by name, [N, ...]
-    each (docs/calibration.md). Of any other, and of calls that give more, the form is kept as well: a compiled one is
-    called in that form.
+    each (docs/calibration.md). Of any other, and of calls that give more or are of several kinds, the form is kept as
+    well: a compiled one is called in that form.
 
     Args:
         pipeline: a diffusers pipeline, or the denoiser itself.
@@ -38,7 +38,7 @@ def record_inputs(
         time: the argument with the time, where its name does not tell.
 
     Raises:
-        UserError: no call was made, calls differ in their inputs' shapes, or the file cannot be written.
+        UserError: no call was made, calls are of more than `MOST_KINDS`, or the file cannot be written.
     """
     path = Path(path)
     files.check_place(path)
@@ -77,10 +77,7 @@ def record_inputs(
 
 
 def _known(model: torch.nn.Module, calls: list[Arguments]) -> dict[str, np.ndarray] | None:
-    """The inputs of a model of a known kind by name; None where it is of another, or is given more.
-
-    UserError: calls differ in their inputs' shapes.
-    """
+    """The inputs of a model of a known kind by name; None where it is of another, or is given more or several sizes."""
     try:
         latent_of(type(model).__name__, model.forward)
         convention = convention_of(model)
@@ -94,14 +91,8 @@ def _known(model: torch.nn.Module, calls: list[Arguments]) -> dict[str, np.ndarr
         return None
     if any(row.keys() != specs.keys() for row in rows):
         return None
-    for row in rows:
-        for name, value in row.items():
-            now, then = list(value.shape[1:]), list(first[name].shape[1:])
-            if now != then:
-                raise UserError(
-                    f"a call gives '{name}' of {now}, the first one of {then}: record calls of one size and kind in a "
-                    "file"
-                )
+    if any(value.shape[1:] != first[name].shape[1:] for row in rows for name, value in row.items()):
+        return None
     return {name: np.concatenate([row[name] for row in rows]) for name in first}
 
 

@@ -1,4 +1,4 @@
-"""Specializations: a packed program at one size of latents, with its batch sizes."""
+"""Specializations: a packed program at one size of latents, or for one kind of calls, with its batch sizes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ from mpq_compiler.ir.program import Program
 
 @dataclass(frozen=True)
 class Specialization:
-    """A program at one image size, for some batch sizes."""
+    """A program at one image size or for one kind of calls, for some batch sizes."""
 
     program: Program
     batches: tuple[int, ...]
+    kind: int = 0
+    """The index of its kind of calls; 0: that of the program that was calibrated, at another size."""
 
     @property
-    def size(self) -> str:
-        """The height and width of the latents, as "24x32"."""
-        return size_text(self.program)
+    def name(self) -> str:
+        """The end of the names of its functions: the height and width of the latents, as "24x32", or the kind."""
+        return kind_name(self.kind) if self.kind else size_text(self.program)
+
+
+def kind_name(kind: int) -> str:
+    """The name of a kind of calls, by its index."""
+    return f"call{kind}"
 
 
 def size_of(program: Program) -> tuple[int, int]:

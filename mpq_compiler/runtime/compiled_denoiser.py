@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -15,12 +16,24 @@ import numpy as np
 
 from mpq_compiler.artifact import bundle as artifacts
 from mpq_compiler.artifact.bundle import Artifact
+from mpq_compiler.artifact.manifest import Function
+from mpq_compiler.artifact.manifest import Value as InputValue
 from mpq_compiler.runtime import lora, pretrained
 from mpq_compiler.runtime.cuda import CudaMachine
 from mpq_compiler.runtime.lora import LoadedLora
 from mpq_compiler.runtime.memo import REUSE_BYTES
 from mpq_compiler.runtime.tvm import VirtualMachine, usable_cores
-from mpq_compiler.sampling.call_tree import CONSTANTS, Arguments, CallForm, Value, bound, flatten, require_constants
+from mpq_compiler.sampling.call_tree import (
+    CONSTANTS,
+    Arguments,
+    CallForm,
+    NoSuchCall,
+    Value,
+    bound,
+    flatten,
+    prefix,
+    require_constants,
+)
 from mpq_compiler.sampling.convention import Convention
 from mpq_compiler.support import plugins, tensorfile
 from mpq_compiler.support.errors import UserError, nearest
@@ -80,6 +93,35 @@ class Config(dict[str, Any]):
             return self[name]
         except KeyError:
             raise AttributeError(f"the model's configuration has no '{name}'") from None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of calls that an artifact takes; there is one, without a form, where a model is called by its inputs."""
+
+    text: str
+    form: CallForm | None
+    functions: list[Function]
+
+    @property
+    def inputs(self) -> dict[str, InputValue]:
+        """The inputs of its functions by name."""
+        return {value["name"]: value for value in self.functions[0]["inputs"]}
+
+
+def _kinds(manifest: Mapping[str, Any]) -> list[Kind]:
+    functions = {function["name"]: function for function in manifest["functions"]}
+    calls = manifest["model"].get("calls", ())
+    found = [Kind(c["text"], CallForm.from_json(c["form"]), [functions[n] for n in c["functions"]]) for c in calls]
+    return found or [Kind("", None, manifest["functions"])]
+
+
+class Fitted(NamedTuple):
+    """Checked inputs of a call, the batch size, and the functions that take them."""
+
+    arrays: Mapping[str, np.ndarray]
+    batch: int
+    functions: list[Function]
 
 
 def load(
@@ -144,13 +186,10 @@ class CompiledDenoiser:
         self.manifest = artifact.manifest
         self.config = Config(self.manifest["model"]["config"])
         self.check_finite = check_finite
-        self._functions: list[dict[str, Any]] = self.manifest["functions"]
-        self._inputs: dict[str, dict[str, Any]] = {v["name"]: v for v in self._functions[0]["inputs"]}
-        self._signature: list[str] = self.manifest["model"].get("signature", list(self._inputs))
+        self._kinds = _kinds(self.manifest)
+        self._signature: list[str] = self.manifest["model"].get("signature", self.input_names)
         call = self.manifest["model"].get("call", {})
         self._convention = Convention(**{**call, "baked": tuple(call.get("baked", ()))})
-        form = self.manifest["model"].get("form")
-        self._form = None if form is None else CallForm.from_json(form)
         held = CONSTANTS in self.manifest["files"]
         self._constants = tensorfile.load(artifact.file(CONSTANTS)) if held else {}
         self.report: Any = None
@@ -245,7 +284,7 @@ class CompiledDenoiser:
     @property
     def input_names(self) -> list[str]:
         """The names of the inputs, in the order of the compiled functions."""
-        return list(self._inputs)
+        return list(self._kinds[0].inputs)
 
     @property
     def dtype(self) -> Any:
@@ -320,8 +359,8 @@ class CompiledDenoiser:
         Raises:
             UserError: as `run`; an input is given twice, or there are too many.
         """
-        if self._form is not None:
-            return self._called(self._form, bound(self._signature, args, kwargs), return_dict)
+        if self._kinds[0].form is not None:
+            return self._called(bound(self._signature, args, kwargs), return_dict)
         named = self._named(args, kwargs)
         given = next((value for value in named.values() if _is_torch(value)), None)
         named = {name: value.float() if _is_half(value) else value for name, value in named.items()}
@@ -332,19 +371,45 @@ class CompiledDenoiser:
             result = torch.from_numpy(result).to(given.device, given.dtype if _is_half(given) else None)
         return DenoiserOutput(result) if return_dict else (result,)
 
-    def _called(self, form: CallForm, arguments: Arguments, return_dict: bool) -> Value:
+    def _called(self, arguments: Arguments, return_dict: bool) -> Value:
         """A call in the form of the recorded ones; the result has the structure of the model's own."""
-        inputs, constants = form.taken(arguments, _stack)
+        refusals = []
+        for index in range(len(self._kinds)):
+            try:
+                form, inputs, fitted = self._as_kind(index, arguments)
+                break
+            except UserError as error:
+                refusals.append(error)
+        else:
+            raise self._refusal(refusals)
         given = next((value for value in inputs.values() if _is_torch(value)), None)
-        values = {path: _values(value) for path, value in constants.items()}
-        require_constants(values, self._constants, form.held)
-        result: Value = self.run({name: value.float() if _is_half(value) else value for name, value in inputs.items()})
+        result: Value = self._run(fitted)
         if given is not None:
             torch = _torch()
             assert torch
             result = torch.from_numpy(result).to(given.device, given.dtype if _is_half(given) else None)
         returned = form.returned(result)
         return Returned(returned, form.fields) if return_dict and form.fields else returned
+
+    def _as_kind(self, index: int, arguments: Arguments) -> tuple[CallForm, Arguments, Fitted]:
+        """The call as one of a kind: its form, the inputs, and the functions that take them. UserError: it is none."""
+        form = self._kinds[index].form
+        assert form is not None
+        inputs, constants = form.taken(arguments, _stack)
+        values = {path: _values(value) for path, value in constants.items()}
+        of = prefix(index)
+        held = {path.removeprefix(of): value for path, value in self._constants.items() if path.startswith(of)}
+        require_constants(values, held, form.held)
+        floats = {name: value.float() if _is_half(value) else value for name, value in inputs.items()}
+        return form, inputs, self._fitted(floats, self._kinds[index])
+
+    def _refusal(self, refusals: Sequence[UserError]) -> UserError:
+        """Says in what a call differs from the nearest kind, and lists the kinds where there are several."""
+        differs = min(refusals, key=lambda error: error.differences if isinstance(error, NoSuchCall) else 1)
+        if len(self._kinds) == 1:
+            return differs
+        kinds = "; ".join(kind.text for kind in self._kinds)
+        return UserError(f"{differs}; this denoiser was compiled for {len(self._kinds)} kinds of calls: {kinds}")
 
     def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         named = bound(self._signature, args, kwargs)
@@ -355,7 +420,7 @@ class CompiledDenoiser:
         arguments = self._convention.inputs(named)
         return {n: v for n, v in arguments.items() if not (isinstance(v, Mapping) and not v)}
 
-    def run(self, inputs: Mapping[str, Any], out: np.ndarray | None = None) -> np.ndarray:
+    def run(self, inputs: Mapping[str, Any], out: np.ndarray | None = None, kind: int = 0) -> np.ndarray:
         """Runs the denoiser on arrays.
 
         A batch without a specialization of its own is run in parts, the largest first, and the last part is padded
@@ -364,6 +429,7 @@ class CompiledDenoiser:
         Args:
             inputs: by name, the batch first.
             out: receives the output where it is given, float32 of its shape.
+            kind: the index of the kind of calls, of an artifact that takes several (`model.calls` of its manifest).
 
         Returns:
             The output, float32 with the batch first; `out` where that is given.
@@ -372,19 +438,29 @@ class CompiledDenoiser:
             UserError: an input or `out` is missing, unknown, or of the wrong type, shape or device; the batch is empty;
                 an input or the output is not finite; a label is out of range.
         """
-        arrays = self._checked(inputs)
-        batch, fitting = self._specializations(arrays)
+        if not 0 <= kind < len(self._kinds):
+            raise UserError(f"there is no kind {kind} of calls: this artifact has {len(self._kinds)}, the first is 0")
+        return self._run(self._fitted(inputs, self._kinds[kind]), out)
+
+    def _fitted(self, inputs: Mapping[str, Any], kind: Kind) -> Fitted:
+        """The inputs as arrays, and the functions that take them. NoSuchCall: they are none of the kind's."""
+        arrays = self._checked(inputs, kind)
+        return Fitted(arrays, *self._specializations(arrays, kind))
+
+    def _run(self, fitted: Fitted, out: np.ndarray | None = None) -> np.ndarray:
+        arrays, batch, fitting = fitted
         if self.check_finite:
             _require_finite_inputs(arrays)
         for name, below in self.manifest["model"].get("below", {}).items():
             _require_range(name, arrays[name], below)
         for assumed in self.manifest.get("assumptions", ()):
             _require_token(assumed, arrays[assumed["input"]])
+        shape = (batch, *(int(extent or 0) for extent in fitting[0]["output"]["shape"][1:]))
         if out is not None:
-            _require_room(out, (batch, *fitting[0]["output"]["shape"][1:]))
+            _require_room(out, shape)
         schedule = _schedule(batch, fitting)
         if out is None and len(schedule) > 1:
-            out = np.empty((batch, *fitting[0]["output"]["shape"][1:]), np.float32)
+            out = np.empty(shape, np.float32)
         with self._lock:
             for function, begin, end in schedule:
                 result = self._part(function, arrays, begin, end)
@@ -396,7 +472,7 @@ class CompiledDenoiser:
         return result
 
     def _part(
-        self, function: dict[str, Any], arrays: Mapping[str, np.ndarray], begin: int, end: int
+        self, function: Function, arrays: Mapping[str, np.ndarray], begin: int, end: int
     ) -> np.ndarray:
         rows: slice | np.ndarray = slice(begin, end)
         size = function["batch"] or end - begin
@@ -405,25 +481,26 @@ class CompiledDenoiser:
         inputs = [arrays[value["name"]][rows] for value in function["inputs"]]
         return self.executor.run(function["name"], inputs)[: end - begin]
 
-    def _checked(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def _checked(self, inputs: Mapping[str, Any], kind: Kind) -> dict[str, np.ndarray]:
+        taken = kind.inputs
         for name in inputs:
-            if name not in self._inputs:
-                raise UserError(f"this artifact has no input '{name}': {nearest(name, self._inputs)}")
-        for name in self._inputs:
+            if name not in taken:
+                raise NoSuchCall(f"this artifact has no input '{name}': {nearest(name, taken)}")
+        for name in taken:
             if name not in inputs:
-                raise UserError(f"input '{name}' is missing; this artifact takes {', '.join(self._inputs)}")
-        arrays = {name: _array(name, inputs[name], value, self._devices) for name, value in self._inputs.items()}
+                raise NoSuchCall(f"input '{name}' is missing; this artifact takes {', '.join(taken)}")
+        arrays = {name: _array(name, inputs[name], value, self._devices) for name, value in taken.items()}
         batch = max((len(array) for array in arrays.values() if array.ndim), default=1)
-        for name, value in self._inputs.items():
+        for name, value in taken.items():
             array = arrays[name]
             if len(value["shape"]) == 1 and array.size == 1:
                 arrays[name] = array = np.broadcast_to(array.reshape(1), (batch,))
             if array.ndim != len(value["shape"]):
                 shape = _shape_text(value["shape"])
-                raise UserError(f"input '{name}' has shape {list(array.shape)}; this artifact takes {shape}")
+                raise NoSuchCall(f"input '{name}' has shape {list(array.shape)}; this artifact takes {shape}")
         return arrays
 
-    def _specializations(self, arrays: Mapping[str, np.ndarray]) -> tuple[int, list[dict[str, Any]]]:
+    def _specializations(self, arrays: Mapping[str, np.ndarray], kind: Kind) -> tuple[int, list[Function]]:
         """The batch size, and the functions compiled for the inputs' other dimensions."""
         first = next(iter(arrays))
         batch = len(arrays[first])
@@ -434,20 +511,20 @@ class CompiledDenoiser:
                 )
             if len(array) != batch:
                 raise UserError(f"input '{name}' has a batch of {len(array)}, and '{first}' one of {batch}")
-        fitting = self._functions
+        fitting = kind.functions
         for name, array in arrays.items():
             shapes = {f["name"]: _shape(f, name) for f in fitting}
             fitting = [f for f in fitting if shapes[f["name"]][1:] == array.shape[1:]]
             if not fitting:
                 known = " or ".join(sorted({_shape_text(shape) for shape in shapes.values()}))
-                raise UserError(f"input '{name}' has shape {list(array.shape)}; this artifact takes {known}")
+                raise NoSuchCall(f"input '{name}' has shape {list(array.shape)}; this artifact takes {known}")
         return batch, fitting
 
     def _require_finite(self, result: np.ndarray) -> None:
         if _is_finite(result):
             return
         bad = ~np.isfinite(result)
-        name = self._functions[0]["output"]["name"]
+        name = self._kinds[0].functions[0]["output"]["name"]
         sample = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1)))
         raise UserError(
             f"output '{name}' holds NaN or infinity in {int(bad.sum())} of {bad.size} values, first in "
@@ -499,24 +576,26 @@ def _require_token(assumed: Mapping[str, Any], array: np.ndarray) -> None:
         )
 
 
-def _schedule(batch: int, functions: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], int, int]]:
+def _schedule(batch: int, functions: Sequence[Function]) -> list[tuple[Function, int, int]]:
     """Splits a batch among functions, the largest that fit first: (function, first sample, end) of each part."""
+    sized: list[tuple[int, Function]] = []
     for function in functions:
         if function["batch"] is None:
             return [(function, 0, batch)]
-    by_size = sorted(functions, key=lambda function: -function["batch"])
+        sized.append((function["batch"], function))
+    by_size = sorted(sized, key=lambda each: -each[0])
     schedule = []
     begin = 0
     while begin < batch:
         rest = batch - begin
-        function = next((f for f in by_size if f["batch"] <= rest), by_size[-1])
-        end = min(begin + function["batch"], batch)
+        size, function = next((each for each in by_size if each[0] <= rest), by_size[-1])
+        end = min(begin + size, batch)
         schedule.append((function, begin, end))
         begin = end
     return schedule
 
 
-def _shape(function: dict[str, Any], name: str) -> tuple[int | None, ...]:
+def _shape(function: Function, name: str) -> tuple[int | None, ...]:
     return next(tuple(value["shape"]) for value in function["inputs"] if value["name"] == name)
 
 

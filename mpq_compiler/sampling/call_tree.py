@@ -116,6 +116,17 @@ def paths(tree: Tree) -> list[str]:
     return [path for part in parts for path in paths(part)]
 
 
+def values(tree: Tree, path: str = "") -> Arguments:
+    """The Python values by path."""
+    ((kind, content),) = tree.items()
+    if kind in ("tensor", "samples"):
+        return {}
+    if kind == "value":
+        return {path: content}
+    parts = content.items() if kind == "dict" else content if kind == "numbered" else enumerate(content)
+    return {name: value for key, part in parts for name, value in values(part, _join(path, str(key))).items()}
+
+
 def difference(tree: Tree, other: Tree, path: str = "") -> str | None:
     """The first difference of two trees as a clause, such as "'x' is a list of 2, and not of 1"; None: they are equal.
 
@@ -198,6 +209,15 @@ def bound(signature: Sequence[str], args: Sequence[Value], kwargs: Mapping[str, 
     return named
 
 
+class NoSuchCall(UserError):
+    """A call that is not of a kind that was compiled."""
+
+    def __init__(self, sentence: str, differences: int = 1) -> None:
+        """differences: in how many places it differs; those of the structure count more."""
+        super().__init__(sentence)
+        self.differences = differences
+
+
 @dataclass(frozen=True)
 class Argument:
     """A tensor of a call, and the input of the program that it is."""
@@ -210,7 +230,7 @@ class Argument:
     """The dimension that counts the samples, where each has one row."""
 
     def rows_of(self, array: Value, batch: int) -> Value:
-        """The input, with a sample in each row [B, ...]. UserError: it has another number of rows."""
+        """The input, with a sample in each row [B, ...]. NoSuchCall: it has another number of rows."""
         if self.axis:
             return array.swapaxes(0, self.axis)
         if not self.rows:
@@ -220,7 +240,7 @@ class Argument:
             array = array if array.ndim else array.reshape(1)
             return array if len(array) == batch or len(array) != 1 else _repeated(array, batch)
         if len(array) != self.rows * batch:
-            raise UserError(f"'{self.path}' has {len(array)} rows, and {batch} samples have {self.rows * batch}")
+            raise NoSuchCall(f"'{self.path}' has {len(array)} rows, and {batch} samples have {self.rows * batch}")
         return array.reshape(batch, self.rows, *array.shape[1:])
 
     def given(self, rows: Value) -> Value:
@@ -240,7 +260,7 @@ def _repeated(array: Value, batch: int) -> Value:
 
 @dataclass(frozen=True)
 class CallForm:
-    """The form of the calls that a compiled denoiser takes: those of the model's own forward."""
+    """The form of calls of one kind, which a compiled denoiser takes: those of the model's own forward."""
 
     tree: Tree
     arguments: tuple[Argument, ...]
@@ -322,10 +342,19 @@ class CallForm:
         arguments = tuple(replace(a, input=input_name(a.path, time)) for a in self.arguments)
         return replace(self, arguments=arguments, latent=input_name(latent, time), time=time)
 
+    def described(self, shapes: Mapping[str, Sequence[int | str | None]]) -> dict[str, str]:
+        """Its tensors and Python values as text, by path. ``shapes``: those of the program's inputs by name."""
+        found = {path: "a constant tensor" for path in self.constants}
+        for argument in self.arguments:
+            sizes = [*map(str, shapes[argument.input][1:])]
+            sizes.insert(argument.axis, "B")
+            found[argument.path] = f"[{', '.join(sizes)}]"
+        return found | {path: f"= {value!r}" for path, value in values(self.tree).items()}
+
     def taken(self, arguments: Mapping[str, Value], stack: Stack = np.stack) -> tuple[Arguments, Arguments]:
         """The inputs [B, ...] by name, and the tensors that must be the constants by path.
 
-        UserError: the call has another structure, or other Python values.
+        NoSuchCall: the call has another structure, or other Python values.
         """
         latent = self.latents
         samples = samples_of(arguments, latent.path) if self.lists else 0
@@ -333,8 +362,8 @@ class CallForm:
         if isinstance(number := given.get(self.time or ""), int | float):
             given[str(self.time)] = np.asarray(number)
         tree, tensors = flatten(given, samples=samples, stack=stack)
-        if (clause := difference(tree, self.tree)) is not None:
-            raise UserError(f"this denoiser was compiled for other calls: {clause}")
+        if clauses := [*_differences(tree, self.tree, "")]:
+            raise NoSuchCall(f"this denoiser was compiled for other calls: {clauses[0]}", 1 + len(clauses))
         batch = len(tensors[latent.path]) // max(latent.rows, 1)
         inputs = {a.input: a.rows_of(tensors[a.path], batch) for a in self.arguments}
         if TIME not in inputs:
@@ -352,6 +381,24 @@ class CallForm:
             parts[path] = output[:, begin : begin + size].reshape(len(output), *shape)
             begin += size
         return unflatten(self.outputs, parts)
+
+
+def prefix(kind: int) -> str:
+    """The prefix of names of tensors that calls of a kind hold; "" for the first."""
+    return f"{kind}:" if kind else ""
+
+
+def kinds_text(described: Sequence[Mapping[str, str]], latents: str) -> list[str]:
+    """Each kind of calls in words: its latents, and what of it differs from other kinds (`CallForm.described`)."""
+    known = dict.fromkeys(path for each in described for path in each)
+    differing = [path for path in known if path != latents and len({each.get(path) for each in described}) > 1]
+    found = []
+    for each in described:
+        given = [f"{path} {each[path]}" for path in differing if path in each]
+        lacking = [path for path in differing if path not in each]
+        parts = [f"with {', '.join(given)}"] * bool(given) + [f"without {', '.join(lacking)}"] * bool(lacking)
+        found.append(" ".join([f"{latents} {each.get(latents, '')}".strip(), *parts]))
+    return found
 
 
 def input_name(path: str, time: str | None) -> str:
@@ -384,7 +431,7 @@ CONSTANT_TO = 1e-3
 def require_constants(
     given: Mapping[str, np.ndarray], constants: Mapping[str, np.ndarray], held: Sequence[str] = ()
 ) -> None:
-    """UserError where a tensor of a call is not the one that was the same in every call when it was compiled."""
+    """NoSuchCall where a tensor of a call is not the one that was the same in every call when it was compiled."""
     for path, value in given.items():
         constant = constants[path]
         if value.ndim > constant.ndim and value.shape[: -constant.ndim or None] == (1,) * (value.ndim - constant.ndim):
@@ -393,7 +440,7 @@ def require_constants(
         if path in held and value.shape[1:] == constant.shape[1:]:
             constant = np.broadcast_to(constant, value.shape)
         if value.shape != constant.shape:
-            raise UserError(f"{where}, {list(constant.shape)}, and is {list(value.shape)}")
+            raise NoSuchCall(f"{where}, {list(constant.shape)}, and is {list(value.shape)}")
         room = CONSTANT_TO * float(np.abs(constant.astype(np.float64)).mean() if constant.size else 0.0)
         if np.abs(value.astype(np.float64) - constant).max(initial=0.0) > room:
-            raise UserError(f"{where}, and has other values now: record calls in which it varies, and compile again")
+            raise NoSuchCall(f"{where}, and has other values now: record calls in which it varies, and compile again")

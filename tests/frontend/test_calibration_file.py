@@ -80,9 +80,9 @@ def test_what_cannot_be_recorded_is_said_at_once(tmp_path: Path) -> None:
     with record.record_inputs(unet, path):
         unet(x, 5)
     whole = path.read_bytes()
-    with pytest.raises(UserError, match="record calls of one size"), record.record_inputs(unet, path):
-        unet(x, 5)
-        unet(torch.cat([x, x], -1), 5)
+    with pytest.raises(UserError, match="are of 9 kinds, and an artifact holds 8"), record.record_inputs(unet, path):
+        for times in range(1, 10):
+            unet(torch.cat([x] * times, -1), 5)
     assert path.read_bytes() == whole
 
 

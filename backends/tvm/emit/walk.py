@@ -104,7 +104,7 @@ class SelectKernels(LoweringStage[Lowered]):
         tensors = stored_tensors.stored(self.program, *(other.program for other in self.others))
         preparation = Preparation(tensors)
         functions = [_function(self.program, self.batches, preparation)]
-        functions += [_function(o.program, o.batches, preparation, f"_{o.size}") for o in self.others]
+        functions += [_function(o.program, o.batches, preparation, f"_{o.name}") for o in self.others]
         stored = tuple(Value(name, t.array.shape, str(t.array.dtype)) for name, t in tensors.items())
         return Lowered(stored, tuple(preparation.calls), (), tuple(functions)).linked()
 
