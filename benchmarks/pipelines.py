@@ -32,6 +32,7 @@ import transformers
 import mpq_compiler
 from benchmarks.machine import provenance
 from mpq_compiler.support.errors import UserError
+from tests.harness import tiny_calls
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "pipelines.json"
@@ -61,6 +62,12 @@ def part(kind: str, **config: Any) -> Any:
         if not torch.isfinite(weight).all() or (weight.ndim > 1 and not weight.any()):
             torch.nn.init.normal_(weight.data, std=0.02)
     return model
+
+
+def denoiser(name: str) -> Any:
+    """A denoiser of the test suite's configurations."""
+    kind, config = tiny_calls.CONFIGS[name]
+    return part(kind, **config)
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -321,16 +328,7 @@ def DiTPipeline() -> Made:
 
 @maker
 def QwenImagePipeline() -> Made:
-    transformer = part(
-        "QwenImageTransformer2DModel",
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        axes_dims_rope=(8, 4, 4),
-    )
+    transformer = denoiser("qwen-image")
     vae = part(
         "AutoencoderKLQwenImage",
         base_dim=16,
@@ -348,18 +346,7 @@ def QwenImagePipeline() -> Made:
 
 @maker
 def ZImagePipeline() -> Made:
-    transformer = part(
-        "ZImageTransformer2DModel",
-        in_channels=4,
-        dim=32,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=32,
-        axes_dims=[8, 4, 4],
-        axes_lens=[256, 32, 32],
-    )
+    transformer = denoiser("z-image")
     pipeline = diffusers.ZImagePipeline(
         vae=images(shift_factor=0.1), transformer=transformer, scheduler=flow(), **without(*ENCODER)
     )
@@ -378,17 +365,7 @@ def ZImagePipeline() -> Made:
 
 @maker
 def Flux2KleinPipeline() -> Made:
-    transformer = part(
-        "Flux2Transformer2DModel",
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        axes_dims_rope=[4, 4, 4, 4],
-        guidance_embeds=False,
-    )
+    transformer = denoiser("flux2")
     vae = part(
         "AutoencoderKLFlux2",
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -404,19 +381,7 @@ def Flux2KleinPipeline() -> Made:
 
 @maker
 def ChromaPipeline() -> Made:
-    transformer = part(
-        "ChromaTransformer2DModel",
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        axes_dims_rope=[4, 4, 8],
-        approximator_hidden_dim=32,
-        approximator_layers=1,
-        approximator_num_channels=16,
-    )
+    transformer = denoiser("chroma")
     pipeline = diffusers.ChromaPipeline(
         vae=images(shift_factor=0.1), transformer=transformer, scheduler=flow(), **without(*ENCODER)
     )
@@ -426,19 +391,7 @@ def ChromaPipeline() -> Made:
 
 @maker
 def Lumina2Pipeline() -> Made:
-    transformer = part(
-        "Lumina2Transformer2DModel",
-        sample_size=16,
-        in_channels=4,
-        hidden_size=32,
-        num_layers=2,
-        num_refiner_layers=1,
-        num_attention_heads=2,
-        num_kv_heads=1,
-        multiple_of=16,
-        axes_dim_rope=[8, 4, 4],
-        cap_feat_dim=32,
-    )
+    transformer = denoiser("lumina2")
     pipeline = diffusers.Lumina2Pipeline(
         vae=images(shift_factor=0.1), transformer=transformer, scheduler=flow(), **without(*ENCODER)
     )
@@ -448,17 +401,7 @@ def Lumina2Pipeline() -> Made:
 
 @maker
 def CogView4Pipeline() -> Made:
-    transformer = part(
-        "CogView4Transformer2DModel",
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        text_embed_dim=32,
-        time_embed_dim=16,
-        condition_dim=4,
-    )
+    transformer = denoiser("cogview4")
     scheduler = flow(base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear")
     pipeline = diffusers.CogView4Pipeline(
         vae=images(), transformer=transformer, scheduler=scheduler, **without(*ENCODER)
@@ -468,17 +411,7 @@ def CogView4Pipeline() -> Made:
 
 @maker
 def AuraFlowPipeline() -> Made:
-    transformer = part(
-        "AuraFlowTransformer2DModel",
-        sample_size=16,
-        num_mmdit_layers=1,
-        num_single_dit_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        caption_projection_dim=32,
-        joint_attention_dim=32,
-        pos_embed_max_size=256,
-    )
+    transformer = denoiser("auraflow")
     pipeline = diffusers.AuraFlowPipeline(vae=images(), transformer=transformer, scheduler=flow(), **without(*ENCODER))
     return pipeline, lambda seed: texts(seed, 12, 32) | masks(12) | SIZE
 
@@ -518,18 +451,7 @@ def HunyuanDiTPipeline() -> Made:
 
 @maker
 def WanPipeline() -> Made:
-    transformer = part(
-        "WanTransformer3DModel",
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=64,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
+    transformer = denoiser("wan")
     vae = part(
         "AutoencoderKLWan",
         base_dim=3,
@@ -548,16 +470,7 @@ def WanPipeline() -> Made:
 
 @maker
 def LTXPipeline() -> Made:
-    transformer = part(
-        "LTXVideoTransformer3DModel",
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=4,
-        attention_head_dim=8,
-        cross_attention_dim=32,
-        num_layers=2,
-        caption_channels=32,
-    )
+    transformer = denoiser("ltx-video")
     vae = part(
         "AutoencoderKLLTXVideo",
         latent_channels=8,
@@ -578,20 +491,7 @@ def LTXPipeline() -> Made:
 
 @maker
 def CogVideoXPipeline() -> Made:
-    transformer = part(
-        "CogVideoXTransformer3DModel",
-        num_attention_heads=4,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=8,
-        text_embed_dim=32,
-        num_layers=2,
-        sample_width=4,
-        sample_height=4,
-        sample_frames=9,
-        max_text_seq_length=12,
-    )
+    transformer = denoiser("cogvideox")
     vae = part(
         "AutoencoderKLCogVideoX",
         down_block_types=("CogVideoXDownBlock3D",) * 4,
@@ -609,17 +509,7 @@ def CogVideoXPipeline() -> Made:
 
 @maker
 def MochiPipeline() -> Made:
-    transformer = part(
-        "MochiTransformer3DModel",
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=2,
-        pooled_projection_dim=16,
-        in_channels=12,
-        text_embed_dim=32,
-        time_embed_dim=8,
-        max_sequence_length=12,
-    )
+    transformer = denoiser("mochi")
     vae = part(
         "AutoencoderKLMochi",
         latent_channels=12,
@@ -634,20 +524,7 @@ def MochiPipeline() -> Made:
 
 @maker
 def StableAudioPipeline() -> Made:
-    transformer = part(
-        "StableAudioDiTModel",
-        sample_size=32,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        num_key_value_attention_heads=2,
-        out_channels=4,
-        cross_attention_dim=32,
-        time_proj_dim=16,
-        global_states_input_dim=64,
-        cross_attention_input_dim=32,
-    )
+    transformer = denoiser("stable-audio")
     vae = part(
         "AutoencoderOobleck",
         encoder_hidden_size=8,
@@ -679,18 +556,7 @@ def StableAudioPipeline() -> Made:
 
 @maker
 def StableVideoDiffusionPipeline() -> Made:
-    unet = part(
-        "UNetSpatioTemporalConditionModel",
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        sample_size=16,
-        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-        cross_attention_dim=32,
-        num_attention_heads=4,
-        projection_class_embeddings_input_dim=48,
-        addition_time_embed_dim=16,
-    )
+    unet = denoiser("stable-video")
     vae = part(
         "AutoencoderKLTemporalDecoder",
         block_out_channels=(32, 32),

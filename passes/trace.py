@@ -101,9 +101,10 @@ class Trace(Pass):
             config=dict(denoiser.config),
         )
         program.facts[PARAMETERS] = denoiser.parameters
+        prune(graph)
+        executed = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         _strip(graph, tensors)
         _repeat_rows(graph)
-        executed = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
         for name, _ in denoiser.module.model.named_parameters():
             if name not in executed:
                 program.fallbacks[name] = "never executed, and left out of the artifact"
@@ -130,6 +131,10 @@ class _Positional(nn.Module):
         return output
 
 
+class _Decided(ValueError):
+    """The values of inputs decide what a model computes."""
+
+
 def _export(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, Callable[[str], Tensor]]:
     try:
         graph, module, in_place = _exported(wrapper, denoiser)
@@ -138,7 +143,7 @@ def _export(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, Callable[
             graph, module, in_place = _of_one(wrapper, denoiser)
         except Exception as second:
             # that the first one took a size for a constant says nothing of what stands in the way
-            told = second if "Constraints violated" in str(error) else error
+            told = second if isinstance(second, _Decided) or "Constraints violated" in str(error) else error
             raise UserError(f"{denoiser.name} cannot be traced: {_reason(told, denoiser.module.model)}") from error
     for node in graph.nodes:
         if in_place and node.target is aten.view.default:  # was a reshape, and has the strides that it was traced with
@@ -173,7 +178,10 @@ def _of_one(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, nn.Module
     """The graph of a model whose code cannot be traced for any batch: that of one sample, made one of a batch."""
     given = {name: value.contiguous() for name, value in denoiser.example_inputs(1).items()}
     if names := sorted(deciding(denoiser.module, given)):
-        raise ValueError(f"its control flow depends on the values of {', '.join(map(repr, names))}")
+        raise _Decided(
+            f"its control flow depends on the values of {', '.join(map(repr, names))}, which differ between the "
+            "samples that were recorded: record calls in which they are equal, such as texts padded to one length"
+        )
     inputs = tuple(given.values())
     with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()), _ConstantsAreRead():
         module = make_fx(wrapper, tracing_mode="real", pre_dispatch=True, record_module_stack=True)(*inputs)

@@ -92,7 +92,7 @@ def write(
         for name in inputs[0]:
             tensors[prefix + name] = torch.cat([call[name] for call in inputs]).contiguous().numpy()
         for name, value in constants.items():
-            tensors[f"{prefix}{CONSTANT}{name}"] = value.contiguous().numpy()
+            tensors[f"{prefix}{CONSTANT}{name}"] = value.contiguous().resolve_conj().numpy()
     about = {**(metadata or {}), FORM: json.dumps(forms, separators=(",", ":"))}
     try:
         files.write_whole(Path(path), lambda stream: tensorfile.save(stream, tensors, about))

@@ -627,7 +627,7 @@ def _is_half(value: Any) -> bool:
 def _values(value: Value) -> np.ndarray:
     """A tensor's values as an array, in float32 where NumPy has no type for them."""
     if _is_torch(value):
-        value = (value.float() if _is_half(value) else value).detach().cpu().numpy()
+        value = (value.float() if _is_half(value) else value).detach().resolve_conj().cpu().numpy()
     return np.asarray(value)
 
 

@@ -441,6 +441,7 @@ def require_constants(
             constant = np.broadcast_to(constant, value.shape)
         if value.shape != constant.shape:
             raise NoSuchCall(f"{where}, {list(constant.shape)}, and is {list(value.shape)}")
-        room = CONSTANT_TO * float(np.abs(constant.astype(np.float64)).mean() if constant.size else 0.0)
-        if np.abs(value.astype(np.float64) - constant).max(initial=0.0) > room:
+        wide = np.complex128 if "c" in (value.dtype.kind, constant.dtype.kind) else np.float64
+        room = CONSTANT_TO * float(np.abs(constant.astype(wide)).mean() if constant.size else 0.0)
+        if np.abs(value.astype(wide) - constant).max(initial=0.0) > room:
             raise NoSuchCall(f"{where}, and has other values now: record calls in which it varies, and compile again")

@@ -28,7 +28,7 @@ _DTYPES = {
     name: np.dtype(name)
     for name in (
         *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
-        *("float16", "float32", "float64"),
+        *("float16", "float32", "float64", "complex64"),
     )
 }
 _CODES = {
@@ -38,7 +38,7 @@ _CODES = {
 _NUMPY = {code: dtype for dtype, code in _CODES.items()}
 _BITS = {
     **{code: 8 * dtype.itemsize for code, dtype in _NUMPY.items()},
-    **{"BF16": 16, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+    **{"BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
 }
 
 

@@ -281,6 +281,45 @@ def test_lists_of_samples_and_masks_that_decide(tmp_path: Path) -> None:
         compiled(**{**list_call(), "x": torch.ones(2, 12, 6)})
 
 
+def test_lengths_that_differ_between_samples_are_refused_where_they_decide(tmp_path: Path) -> None:
+    """Numbers that code reads at once, by `tolist`, decide like those that it reads one by one."""
+
+    class AtOnce(Listed):
+        def forward(self, x, t, words, mask, turns=None, return_dict: bool = True):
+            lengths = mask.sum(1).tolist()
+            cut = torch.stack([torch.arange(7) < length for length in lengths])
+            return super().forward(x, t, words, cut, turns)
+
+    model = AtOnce().eval()
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0, 0]])
+    said = r"control flow depends on the values of 'mask', which differ between the samples .* padded to one length"
+    with pytest.raises(UserError, match=said):
+        mpq_compiler.compile(model, tmp_path / "x.mpq", example=list_call() | {"mask": mask}, **QUICK)
+    mpq_compiler.compile(model, tmp_path / "x.mpq", example=list_call(), **QUICK)
+
+
+def test_a_constant_may_be_complex(tmp_path: Path) -> None:
+    """Rotary positions [N, C / 2] as complex numbers, which a call must repeat."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.leave = nn.Linear(6, 32), nn.Linear(32, 6)
+
+        def forward(self, x, t, turns):
+            y = torch.view_as_complex(self.enter(x).unflatten(2, (16, 2))) * turns
+            return self.leave(nn.functional.silu(torch.view_as_real(y).flatten(2) + t[:, None, None]))
+
+    turns = torch.polar(torch.ones(12, 16), torch.rand(12, 16))
+    call = {"x": torch.randn(2, 12, 6), "t": torch.rand(2), "turns": turns}
+    mpq_compiler.compile(model := Turned().eval(), tmp_path / "x.mpq", example=call, **QUICK)
+    compiled = mpq_compiler.load(tmp_path / "x.mpq")
+    with torch.no_grad():
+        assert decibels(model(**call), compiled(**call)) > 20
+    with pytest.raises(UserError, match=r"'turns' was the same in every call .* has other values now"):
+        compiled(**{**call, "turns": turns.conj()})
+
+
 class Film(nn.Module):
     """A denoiser of films [B, C, T, H, W] that computes every frame alone, and then over time."""
 
