@@ -27,6 +27,7 @@ from mpq_compiler.ir.graph import arguments, copy_graph, function_of, merge_equa
 from mpq_compiler.ir.program import PARAMETERS, Program, Stage, TensorStore
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.sampling.call_tree import TIME
 from mpq_compiler.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -143,11 +144,13 @@ def _export(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, Callable[
             graph, module, in_place = _of_one(wrapper, denoiser)
         except Exception as second:
             # that the first one took a size for a constant says nothing of what stands in the way
-            told = second if isinstance(second, _Decided) or "Constraints violated" in str(error) else error
-            raise UserError(f"{denoiser.name} cannot be traced: {_reason(told, denoiser.module.model)}") from error
+            told = second if "Constraints violated" in str(error) else error
+            text = str(second) if isinstance(second, _Decided) else None
+            reason = _reason(told, denoiser.module.model, text)
+            raise UserError(f"{denoiser.name} cannot be traced: {reason}") from error
     for node in graph.nodes:
-        if in_place and node.target is aten.view.default:  # was a reshape, and has the strides that it was traced with
-            node.target = aten.reshape.default
+        if in_place and node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default  # which it was, and has the strides that it was traced with
         if node.op == "output" and isinstance(node.args[0], tuple | list) and len(node.args[0]) == 1:
             node.args = (node.args[0][0],)
 
@@ -177,7 +180,13 @@ def _exported(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, nn.Modu
 def _of_one(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, nn.Module, bool]:
     """The graph of a model whose code cannot be traced for any batch: that of one sample, made one of a batch."""
     given = {name: value.contiguous() for name, value in denoiser.example_inputs(1).items()}
-    if names := sorted(deciding(denoiser.module, given)):
+    names = sorted(deciding(denoiser.module, given))
+    if {denoiser.latent, TIME} & {*names}:
+        raise _Decided(
+            "its control flow depends on the values of what it computes of its latents or their time, as routers of "
+            "experts do; a compiled graph has no such choices"
+        )
+    if names:
         raise _Decided(
             f"its control flow depends on the values of {', '.join(map(repr, names))}, which differ between the "
             "samples that were recorded: record calls in which they are equal, such as texts padded to one length"
@@ -301,8 +310,8 @@ def _attribute(module: nn.Module, path: str) -> Tensor:
     return found.detach()
 
 
-def _reason(error: BaseException, model: nn.Module) -> str:
-    """The module that could not be traced and the reason, in one line."""
+def _reason(error: BaseException, model: nn.Module, text: str | None = None) -> str:
+    """The module that could not be traced and the reason, in one line: ``text`` or the error's own."""
     paths = {id(module): name for name, module in model.named_modules()}
     at: Any = model
     trace = error.__traceback__
@@ -311,8 +320,8 @@ def _reason(error: BaseException, model: nn.Module) -> str:
         if id(found) in paths:
             at = found
         trace = trace.tb_next
-    text = " ".join(str(error).strip().split("\n")[0].split()) or type(error).__name__
-    if "data-dependent" in text or "symbolic_shapes" in type(error).__module__:
+    known, text = text, text or " ".join(str(error).strip().split("\n")[0].split()) or type(error).__name__
+    if known is None and ("data-dependent" in text or "symbolic_shapes" in type(error).__module__):
         text = f"its control flow depends on the values of tensors ({text})"
     where = f"module '{paths[id(at)]}' ({type(at).__name__})" if paths[id(at)] else type(at).__name__
     return f"{where}: {text}"

@@ -143,7 +143,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Reads all tensors of a denoiser's folder; floating ones become float32.
 
     Raises:
-        UserError: a file is damaged, a tensor is in two files, or a value is not finite.
+        UserError: a file is damaged, or a tensor is in two files.
     """
     weights: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):
@@ -153,19 +153,11 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
                 for name in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
                     if name in weights:
                         raise UserError(f"the tensor '{name}' is in two files of '{folder}'")
-                    weights[name] = _finite(file.get_tensor(name), name, path)
+                    weights[name] = _widened(file.get_tensor(name))
         except SafetensorError as error:
             raise UserError(f"'{path}' is not a valid safetensors file: {error}") from error
     return weights
 
 
-def _finite(tensor: torch.Tensor, name: str, path: Path) -> torch.Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    tensor = tensor.float()
-    if not tensor.isfinite().all():
-        kind = "NaN" if tensor.isnan().any() else "infinity"
-        raise UserError(
-            f"the tensor '{name}' in '{path}' holds {kind}; the checkpoint is damaged or diverged"
-        )
-    return tensor
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor

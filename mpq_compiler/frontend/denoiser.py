@@ -6,6 +6,7 @@ its `forward` and its configuration say which tensors it takes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from mpq_compiler.frontend import call_file, checkpoint
 from mpq_compiler.frontend.call_file import Recording
 from mpq_compiler.frontend.call_module import CallModule, held
+from mpq_compiler.frontend.finite import require_finite
 from mpq_compiler.frontend.input_specs import (
     TensorModule,
     convention_of,
@@ -289,6 +291,7 @@ def load(
         if place.harness and "features" in harness
         else None,
     )
+    require_finite(module, functools.partial(_called, made), place.denoiser)
     return made.sampled(guidance, conditions)
 
 
@@ -300,7 +303,15 @@ def load_calls(
     UserError: the model is missing or damaged, or the calls are another model's.
     """
     place = checkpoint.locate(model)
-    return wrap_calls(_read(place), calibration, name=place.name, latent=latent, time=time)
+    module = _read(place)
+    made = wrap_calls(module, calibration, name=place.name, latent=latent, time=time)
+    for kind in (made, *made.kinds):
+        require_finite(module, functools.partial(_called, kind), place.denoiser)
+    return made
+
+
+def _called(denoiser: Denoiser) -> torch.Tensor:
+    return denoiser(**denoiser.random_inputs(1))
 
 
 def wrap_calls(

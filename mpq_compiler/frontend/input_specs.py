@@ -182,6 +182,11 @@ def specs_of(
     if strange := [name for name in taken if name not in _OPTIONAL | _KNOWN]:
         raise UserError(f"{kind} takes the input '{strange[0]}', which is not supported")
 
+    if any(isinstance(module, torch.nn.Conv1d | torch.nn.Conv3d) for module in model.modules()):
+        raise UserError(
+            f"{kind} denoises no images, for it convolves over one axis or three: give recorded calls with "
+            "--calibration, or an example of one"
+        )
     if "img_ids" in taken and not any(base.__name__ == _POSITIONS for base in type(model).__mro__):
         raise UserError(f"{kind} takes 'img_ids', and how its pipeline numbers tokens is not known; that of Flux is")
     patch = convention_of(model).patch
