@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from mpq_compiler.frontend.watching import Watching, tensors_of
 
 aten = torch.ops.aten
 READ_WHOLE = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
@@ -29,42 +30,32 @@ def deciding(module: torch.nn.Module, inputs: Mapping[str, Tensor]) -> set[str]:
     return mode.found
 
 
-class _Deciding(TorchDispatchMode):
+class _Deciding(Watching):
     """Notices which inputs' values decide what a model computes: numbers that its code reads, and sizes of results."""
 
     def __init__(self, inputs: Mapping[str, Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.found: set[str] = set()
         self._sources = WeakTensorKeyDictionary()
         for name, value in inputs.items():
             self._sources[value] = {name}
 
-    def __torch_dispatch__(
-        self,
-        func: torch._ops.OpOverload,
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    def saw(self, func: OpOverload, args: tuple[object, ...], given: list[Tensor], output: object) -> None:
         sources = self._of(given)
-        tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-        if sources and not tags.isdisjoint(func.tags):
+        if not sources:
+            return
+        if not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(func.tags):
             self.found |= self._of(args[1:]) if func is aten.index.Tensor else sources
-        output = func(*args, **(kwargs or {}))
         changed = given[:1] if func._schema.is_mutable else []
-        for leaf in [*pytree.tree_leaves(output), *changed] if sources else []:
-            if isinstance(leaf, Tensor):
-                self._sources[leaf] = self._sources.get(leaf, set()) | sources
-        return output
+        for tensor in [*tensors_of(output), *changed]:
+            self._sources[tensor] = self._sources.get(tensor, set()) | sources
 
     def read(self, tensor: object) -> None:
         """Notes that code reads the numbers of a tensor."""
         self.found |= self._of(tensor)
 
     def _of(self, values: object) -> set[str]:
-        leaves = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
-        return set().union(*(self._sources.get(leaf, set()) for leaf in leaves))
+        return set().union(*(self._sources.get(tensor, set()) for tensor in tensors_of(values)))
 
 
 class _Reads(TorchFunctionMode):

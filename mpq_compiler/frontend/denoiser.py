@@ -291,7 +291,7 @@ def load(
         if place.harness and "features" in harness
         else None,
     )
-    require_finite(module, functools.partial(_called, made), place.denoiser)
+    require_finite(module, [functools.partial(_called, made)], place.denoiser)
     return made.sampled(guidance, conditions)
 
 
@@ -305,8 +305,7 @@ def load_calls(
     place = checkpoint.locate(model)
     module = _read(place)
     made = wrap_calls(module, calibration, name=place.name, latent=latent, time=time)
-    for kind in (made, *made.kinds):
-        require_finite(module, functools.partial(_called, kind), place.denoiser)
+    require_finite(module, [functools.partial(_called, kind) for kind in (made, *made.kinds)], place.denoiser)
     return made
 
 

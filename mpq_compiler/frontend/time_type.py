@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._ops import OpOverload
 
+from mpq_compiler.frontend.watching import Watching
 from mpq_compiler.sampling.call_tree import TIME
 
 aten = torch.ops.aten
@@ -37,22 +37,13 @@ def takes_fractions(module: torch.nn.Module, inputs: Mapping[str, Tensor]) -> bo
         return False
 
 
-class _Rounding(TorchDispatchMode):
+class _Rounding(Watching):
     """Notices whether a model casts floats to integers."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.found = False
 
-    def __torch_dispatch__(
-        self,
-        func: torch._ops.OpOverload,
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        output = func(*args, **(kwargs or {}))
+    def saw(self, func: OpOverload, args: tuple[object, ...], given: list[Tensor], output: object) -> None:
         if func is aten._to_copy.default and isinstance(output, Tensor):
-            given = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor)]
             self.found |= given[0].is_floating_point() and not (output.is_floating_point() or output.is_complex())
-        return output
