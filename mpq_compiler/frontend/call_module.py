@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mpq_compiler.frontend import flex_attention
 from mpq_compiler.frontend.deciding import deciding
 from mpq_compiler.sampling import call_tree
 from mpq_compiler.sampling.call_tree import TIME, VALUES, Argument, Arguments, CallForm, Value, input_name
@@ -60,7 +61,8 @@ class CallModule(torch.nn.Module):
 
     def called(self, arguments: Mapping[str, Value]) -> Value:
         """What the model returns for arguments by name."""
-        return self.model(**arguments, **({"return_dict": False} if self.quiet else {}))
+        with flex_attention.dense():
+            return self.model(**arguments, **({"return_dict": False} if self.quiet else {}))
 
 
 def joined(output: Value, samples: int = 0) -> Tensor:
