@@ -104,6 +104,7 @@ class Trace(Pass):
         program.facts[PARAMETERS] = denoiser.parameters
         prune(graph)
         executed = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+        _leave_out_empty(graph)
         _strip(graph, tensors)
         _repeat_rows(graph)
         for name, _ in denoiser.module.model.named_parameters():
@@ -203,7 +204,7 @@ def _of_one(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, nn.Module
     for node in [n for n in module.graph.nodes if n.target in ASSERTIONS or n.op == "call_module"]:
         module.graph.erase_node(node)
     _read_masks(module)
-    prune(module.graph)
+    _leave_out_empty(module.graph)
     return with_batch(module.graph), module, in_place
 
 
@@ -293,6 +294,20 @@ def _read_masks(module: fx.GraphModule) -> None:
                 places = module.graph.get_attr(name)
             places.meta = {**node.meta, "val": module.get_buffer(name)}
             node.args = (x, [places])
+
+
+def _leave_out_empty(graph: fx.Graph) -> None:
+    """Leaves out of joined tensors those without elements, such as the frames before the first."""
+    for node in list(graph.nodes):
+        if node.target is not aten.cat.default:
+            continue
+        parts, axis = bound(node, None, 0)
+        full = [part for part in parts if not any(size == 0 for size in part.meta["val"].shape)]
+        if len(full) == 1 and full[0].meta["val"].dtype == node.meta["val"].dtype:
+            node.replace_all_uses_with(full[0])
+        elif 0 < len(full) < len(parts):
+            node.args, node.kwargs = (full, axis), {}
+    prune(graph)
 
 
 def _without_autocasts(graph: fx.Graph) -> None:
@@ -461,7 +476,8 @@ def _repeat_rows(graph: fx.Graph) -> None:
 def _fold_constants(graph: fx.Graph, tensors: TensorStore) -> None:
     """Folds calls that depend on no input into stored constants; parameters themselves stay as they are.
 
-    A result that equals a parameter (a part of several joined) is read as that parameter.
+    A result that equals a parameter (a part of several joined) is read as that parameter; what is made of one alone has
+    its name.
     """
     values: dict[fx.Node, Any] = {}
     parameters: dict[fx.Node, set[str]] = {}
@@ -480,7 +496,11 @@ def _fold_constants(graph: fx.Graph, tensors: TensorStore) -> None:
         folded = node.op == "call_function" and isinstance(values.get(node), Tensor)
         if folded and any(u not in values for u in node.users):
             same = (name for name in sorted(parameters[node]) if _equal(tensors[name], values[node]))
-            name = next(same, None) or tensors.add(f"constant.{node.name}", values[node].contiguous())
+            name = next(same, None)
+            if name is None:
+                (only,) = parameters[node] if len(parameters[node]) == 1 else ("constant.",)
+                own = node.name if only.startswith("constant.") else only
+                name = tensors.add(f"constant.{own}", values[node].contiguous())
             with graph.inserting_before(node):
                 constant = graph.get_attr(name)
             constant.meta = dict(node.meta)

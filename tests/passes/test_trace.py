@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mpq_compiler.analysis.perturbation import Ablation
+from mpq_compiler.frontend import call_file
 from mpq_compiler.frontend import denoiser as denoisers
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.pipeline import manager, parser
@@ -170,3 +171,26 @@ def test_what_changes_in_place_becomes_a_function(change):
     assert all(torch.equal(ablation.output(), ablation.reference) for _ in range(2))
     names = {n.name for n in traced.graph.nodes}
     assert {"conv_in_inner", "mid_block_resnets_0_conv1", "conv_out"} <= names
+
+
+def test_parts_without_elements_are_left_out_and_what_is_made_of_one_parameter_has_its_name(tmp_path):
+    class Parts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.turned = torch.nn.Parameter(torch.randn(6, 8))
+            self.linear = torch.nn.Linear(8, 8)
+
+        def forward(self, hidden_states, timestep):
+            joined = torch.cat([hidden_states[:, :0], hidden_states, hidden_states[:, :0]], 1)
+            joined = torch.cat([joined, hidden_states[:, :0], joined * timestep[:, None, None]], 1)
+            return self.linear(joined[:, :6]) + torch.flip(self.turned, [1])
+
+    model, file = Parts(), tmp_path / "calls.safetensors"
+    call_file.write(file, model, [{"hidden_states": torch.randn(3, 6, 8), "timestep": torch.tensor([1.0, 2.0, 3.0])}])
+    denoiser = denoisers.wrap_calls(model, file)
+    program = trace(denoiser)
+    assert [len(n.args[0]) for n in program.graph.nodes if "cat" in str(n.target)] == [2]
+    assert "constant.turned" in {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
+    x = denoiser.random_inputs(5, 7)
+    assert torch.equal(run(program, x), denoiser(**x))
