@@ -350,8 +350,11 @@ def _of_kind(model: torch.nn.Module, recording: Recording, calibration: str | Pa
     try:
         module = held(module, rows)
     except Exception as error:  # a model may raise anything
+        counted = [repr(a.path) for a in form.arguments if a.input != form.latent]
+        shared = f"; if samples share {' or '.join(counted)}, record calls of another number of them" if counted else ""
         raise UserError(
-            f"{type(model).__name__} cannot be called as the calls in '{calibration}' were: {_one_line(error)}"
+            f"{type(model).__name__} cannot be called with one sample of the calls in '{calibration}': "
+            f"{_one_line(error)}{shared}"
         ) from error
     names = [form.latent, TIME, *(a.input for a in module.form.arguments if a.input not in (form.latent, TIME))]
     specs = {name: rows[name] for name in names}
