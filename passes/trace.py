@@ -57,6 +57,10 @@ LARGEST_BATCH = 60
 """The largest batch that is traced: from 64 samples on, diffusers' upsampling takes another path than below."""
 
 
+MOST_APART = 1e-3
+"""The most by which a graph of a batch departs from its model, relative to the output; the order of sums does less."""
+
+
 @dataclass(frozen=True)
 class Trace(Pass):
     """Traces the denoiser once, cleans the graph and names it by weight paths.
@@ -205,7 +209,19 @@ def _of_one(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, nn.Module
         module.graph.erase_node(node)
     _read_masks(module)
     _leave_out_empty(module.graph)
-    return with_batch(module.graph), module, in_place
+    graph = with_batch(module.graph)
+    _require_equal(fx.GraphModule(module, copy_graph(graph)), wrapper, denoiser)
+    return graph, module, in_place
+
+
+def _require_equal(graph: fx.GraphModule, wrapper: nn.Module, denoiser: Denoiser) -> None:
+    """ValueError: the graph of a batch, which rules made here and not torch, computes something else than the model."""
+    given = [value.contiguous() for value in denoiser.example_inputs().values()]
+    with torch.no_grad():
+        expected, made = wrapper(*given), graph(*given)
+    apart = float((expected - made).norm() / expected.norm())
+    if not apart <= MOST_APART:
+        raise ValueError(f"the graph of a batch departs from the model by {100 * apart:.2g} %, a fault of the compiler")
 
 
 class _DataIsSeen(TorchFunctionMode):

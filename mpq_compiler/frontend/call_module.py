@@ -25,6 +25,10 @@ MOST_KINDS = 8
 """The most kinds of calls in an artifact, each of which is a function of its own."""
 
 
+MOST_APART = 0.01
+"""The most by which a sample's output may differ from that in a batch, relative to it; the order of sums does less."""
+
+
 class CallModule(torch.nn.Module):
     """A model as a function from named tensors to one tensor; its parameters are below `model.`.
 
@@ -234,7 +238,29 @@ def form_of(
         inputs.append({a.input: _float(a.rows_of(tensors[a.path], count)) for a in form.arguments})
         if time is None:
             inputs[-1][TIME] = torch.zeros(count)
+    _require_apart(model, form, constants, inputs[0], whole)
     return form, constants, inputs
+
+
+@torch.no_grad()
+def _require_apart(
+    model: torch.nn.Module, form: CallForm, constants: Mapping[str, Tensor], inputs: Mapping[str, Tensor], whole: Tensor
+) -> None:
+    """Raises a UserError where samples of a call are not what they are alone: an artifact computes each by itself."""
+    module = CallModule(model, form, constants)
+    module.alone = True
+    try:
+        apart = module(**{a.input: inputs[a.input] for a in form.arguments})
+    except Exception:  # a model may raise anything, and what takes no sample alone is refused where it is wrapped
+        return
+    for sample, (together, alone) in enumerate(zip(whole.flatten(1), apart.flatten(1), strict=True)):
+        if float((together - alone).norm()) > MOST_APART * float(together.norm()):
+            nested = {path.partition(".")[0] for path in call_tree.values(form.tree) if "." in path}
+            named = f"{' or '.join(map(repr, sorted(nested)))} may name samples by number, or " if nested else ""
+            raise UserError(
+                f"{type(model).__name__} makes something else of sample {sample} of a call than of it alone: {named}"
+                "they see each other; record calls of one sample"
+            )
 
 
 def _flat(call: Mapping[str, Value], latent: str | None = None) -> tuple[call_tree.Tree, Arguments]:
@@ -309,7 +335,7 @@ def held(module: CallModule, rows: Mapping[str, Tensor]) -> CallModule:
     """The module with those inputs as constants whose values decide what it computes, as masks of text lengths do.
 
     Only inputs whose rows are all equal; neither the latents nor the time. A model that takes one sample of them and
-    not two is called with one at a time from then on.
+    not two, or other samples for what the first is, is called with one at a time from then on.
 
     Args:
         module: a model taken by its calls.
@@ -317,7 +343,7 @@ def held(module: CallModule, rows: Mapping[str, Tensor]) -> CallModule:
     """
     one = {name: value[:1].clone() for name, value in rows.items()}
     found = deciding(module, one)
-    module.alone = _refuses_two(module, one)
+    module.alone = _is_of_one(module, one)
     fixed = {name for name in found - {module.latent, TIME} if bool((rows[name] == rows[name][:1]).all())}
     if not fixed:
         return module
@@ -329,17 +355,18 @@ def held(module: CallModule, rows: Mapping[str, Tensor]) -> CallModule:
         held=tuple(a.path for a in form.arguments if a.input in fixed and a.rows == 1),
     )
     made = CallModule(module.model, form, module.constants() | taken)
-    made.alone = _refuses_two(made, {name: value for name, value in one.items() if name not in fixed})
+    made.alone = _is_of_one(made, {name: value for name, value in one.items() if name not in fixed})
     return made
 
 
 @torch.no_grad()
-def _refuses_two(module: CallModule, one: Mapping[str, Tensor]) -> bool:
+def _is_of_one(module: CallModule, one: Mapping[str, Tensor]) -> bool:
+    """Whether a model takes one sample and not two, or makes something else of the second of two that are equal."""
     try:
-        module(**{name: torch.cat([value, value]) for name, value in one.items()})
+        first, second = module(**{name: torch.cat([value, value]) for name, value in one.items()})
     except Exception:  # a model may raise anything
         return True
-    return False
+    return float((first - second).norm()) > MOST_APART * float(first.norm())
 
 
 @torch.no_grad()

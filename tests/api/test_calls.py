@@ -220,6 +220,37 @@ def test_what_a_call_lacks_is_said(tmp_path: Path) -> None:
     assert not (tmp_path / "x.mpq").exists()
 
 
+class Crowd(nn.Module):
+    """A denoiser of tokens that adds images to samples by their number, or the mean of all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(6, 6)
+
+    def forward(self, hidden_states, timestep, images=None):
+        y = hidden_states + timestep[:, None, None] / 1000
+        if images is None:
+            return self.mix(y + y.mean(0, keepdim=True))
+        added = torch.stack([y[i] + images[i] if i in images else y[i] for i in range(len(y))])
+        return self.mix(added)
+
+
+def test_samples_that_are_something_else_alone_are_refused(tmp_path: Path) -> None:
+    """An artifact computes every sample by itself: of these it would make something else, and no one would know."""
+    torch.manual_seed(0)
+    model, latents = Crowd().eval(), torch.randn(2, 5, 6)
+    seen = {"hidden_states": latents, "timestep": torch.tensor([3.0, 800.0])}
+    with pytest.raises(UserError, match="Crowd makes something else of sample 0 of a call than of it alone: they see"):
+        mpq_compiler.compile(model, tmp_path / "x.mpq", example=seen, **QUICK)
+    numbered = seen | {"images": {0: 2.0}}
+    with pytest.raises(UserError, match="something else of sample 1 of a call than of it alone: 'images' may name"):
+        mpq_compiler.compile(model, tmp_path / "x.mpq", example=numbered, **QUICK)
+    one = {k: v[:1] if isinstance(v, torch.Tensor) else v for k, v in numbered.items()}
+    mpq_compiler.compile(model, tmp_path / "x.mpq", example=one, **QUICK)
+    with torch.no_grad():
+        assert decibels(model(**one), mpq_compiler.load(tmp_path / "x.mpq")(**one)) > 25
+
+
 def test_arrays_come_back_as_arrays(compiled: mpq_compiler.CompiledDenoiser) -> None:
     arrays = {k: {"tokens": v["tokens"].numpy()} if k == "context" else v.numpy() for k, v in call().items()}
     found = compiled(**arrays)

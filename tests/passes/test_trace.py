@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from mpq_compiler.analysis.perturbation import Ablation
 from mpq_compiler.frontend import call_file
 from mpq_compiler.frontend import denoiser as denoisers
+from mpq_compiler.ir import batching
+from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.interpreter import run
+from mpq_compiler.passes.trace import Trace
 from mpq_compiler.pipeline import manager, parser
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support.errors import UserError
@@ -194,3 +199,26 @@ def test_parts_without_elements_are_left_out_and_what_is_made_of_one_parameter_h
     assert "constant.turned" in {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
     x = denoiser.random_inputs(5, 7)
     assert torch.equal(run(program, x), denoiser(**x))
+
+
+def test_a_graph_of_a_batch_that_is_not_the_model_is_noticed(tmp_path, monkeypatch):
+    class One(torch.nn.Module):
+        """Takes one sample at a time."""
+
+        def forward(self, hidden_states, timestep):
+            (sample,), (time,) = hidden_states, timestep
+            return torch.sin(sample * time)[None]
+
+    def wrong(graph):
+        made = batching.with_batch(graph)
+        for node in made.nodes:
+            if node.target is aten.sin.default:
+                node.target = aten.cos.default
+        return made
+
+    file = tmp_path / "calls.safetensors"
+    call_file.write(file, One(), [{"hidden_states": torch.randn(1, 6, 8), "timestep": torch.tensor([2.0])}])
+    trace(denoisers.wrap_calls(One(), file))
+    monkeypatch.setattr(sys.modules[Trace.__module__], "with_batch", wrong)
+    with pytest.raises(UserError, match="the graph of a batch departs from the model by"):
+        trace(denoisers.wrap_calls(One(), file))
