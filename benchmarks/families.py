@@ -2,16 +2,21 @@
 
     python benchmarks/families.py
     python benchmarks/families.py --family dit sana    # these two rows anew
+    python benchmarks/families.py --before 4dd561e     # seconds that `mpqc compile` takes, beside a commit's
 
 Each model is traced, compiled at 8 bits with an empty cache, and judged on 64 inputs that calibration has not seen.
 Weights are random: the decibels say how artifact and packed program agree (docs/ir.md, contract (c)), not how a trained
-model fares.
+model fares. With ``--before`` the two states compile each model in processes of their own, in turn and with empty
+caches, and the seconds of CPU time go to benchmarks/results/families.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +31,7 @@ import torch
 from benchmarks.machine import provenance
 from mpq_compiler.api import compile
 from mpq_compiler.frontend.denoiser import Denoiser
-from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir import interpreter
 from mpq_compiler.ir.program import Program, Stage, TensorStore
 from mpq_compiler.pipeline import manager
 from mpq_compiler.pipeline.parser import parse
@@ -37,7 +42,9 @@ from tests.harness import families, tiny
 ROWS = 256
 """Of the calibration file; every fourth is kept to judge by."""
 RECIPE = "w8a8"
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs" / "models.md"
+RESULTS = ROOT / "benchmarks" / "results" / "families.json"
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 
 
@@ -46,10 +53,67 @@ def main() -> None:
     parser.add_argument("--family", nargs="+", default=tiny.ALL_FAMILIES, choices=tiny.ALL_FAMILIES)
     parser.add_argument("--target", default="native")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--before", metavar="COMMIT", help="compare seconds with this state of the repository")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.before:
+        compare(options.before, options.family, options.target)
+        return
     for family in options.family:
         write(family, row(family, options.target, options.jobs), options.target)
+
+
+# --- seconds, beside those of another state -----------------------------------------------------------------------
+
+
+def compare(commit: str, chosen: list[str], target: str) -> None:
+    """Compiles each family by this state and that of a commit, A B B A, and writes the seconds that they took."""
+    known = subprocess.run(["git", "rev-parse", "--verify", f"{commit}^{{commit}}"], cwd=ROOT, capture_output=True)
+    if known.returncode:
+        sys.exit(f"'{commit}' is no commit of this repository")
+    rows: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        before = Path(folder, "before")
+        subprocess.run(["git", "worktree", "add", "--detach", "-q", str(before), commit], cwd=ROOT, check=True)
+        try:
+            for family in chosen:
+                command = compiling(family, Path(folder, family), target)
+                seconds: dict[Path, list[float]] = {before: [], ROOT: []}
+                for state in (before, ROOT, ROOT, before):
+                    seconds[state].append(taken(command, state))
+                then, now = (sum(seconds[state]) / 2 for state in (before, ROOT))
+                rows[family] = {"before_s": round(then, 2), "now_s": round(now, 2), "ratio": round(now / then, 3)}
+                print(f"{family:10} {then:6.1f} s before, {now:6.1f} s now: x {now / then:.2f}", flush=True)
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(before)], cwd=ROOT, check=True)
+    found = {**provenance(), "before": commit, "target": target, "families": rows}
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def compiling(family: str, folder: Path, target: str) -> list[str]:
+    """The command that compiles a family's tiny model, written to a folder with the inputs that calibrate it."""
+    model = families.denoiser(family)
+    model.module.model.save_pretrained(folder)
+    file = families.calibration(model, folder / "calibration.safetensors", ROWS // 4)
+    given = {"--calibration": file, "--shapes": families.shapes(model), "--recipe": RECIPE, "--target": target}
+    options = [str(word) for pair in given.items() for word in pair]
+    return [sys.executable, "-m", "mpq_compiler", "compile", str(folder), *options]
+
+
+def taken(command: list[str], state: Path) -> float:
+    """Seconds of CPU time, user and system, of a command in a checkout, with an empty cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        places = ["-o", f"{folder}/x.mpq", "--cache", f"{folder}/cache"]
+        environment = {**os.environ, "PYTHONPATH": str(state)}
+        begin = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run = subprocess.run([*command, *places], cwd=state, env=environment, capture_output=True, text=True)
+        if run.returncode:
+            sys.exit(f"{state}: {run.stderr}")
+        end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (end.ru_utime + end.ru_stime) - (begin.ru_utime + begin.ru_stime)
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
 
 
 def row(family: str, target: str, jobs: int) -> str:
@@ -87,7 +151,7 @@ def traced(model: Denoiser) -> str:
     except UserError as error:
         return str(error)
     inputs = model.random_inputs(5, 1)
-    return "bit for bit" if torch.equal(run(program, inputs), model(**inputs)) else "differs"
+    return "bit for bit" if torch.equal(interpreter.run(program, inputs), model(**inputs)) else "differs"
 
 
 def write(family: str, line: str, target: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mpq_compiler.frontend.denoiser import Denoiser
-from mpq_compiler.sampling.loop import Call, Model, Progress, gaussian, sample
+from mpq_compiler.sampling.loop import Call, Model, NotFinite, Progress, gaussian, sample
 from mpq_compiler.support.errors import UserError
 
 
@@ -82,18 +82,24 @@ def _recorded(
         chosen = replace(conditioning.from_arrays(conditions, "the conditions given"), null=null)
 
     calls: list[Call] = []
-    sample(
-        model or denoiser,
-        denoiser.scheduler,
-        gaussian(samples, denoiser.latent_shape, seed),
-        steps=steps,
-        **conditioning.arguments(chosen, samples, denoiser.guidance if guidance is None else guidance),
-        latent=denoiser.latent,
-        seed=seed,
-        batch=batch,
-        observe=calls.append,
-        progress=progress,
-    )
+    try:
+        sample(
+            model or denoiser,
+            denoiser.scheduler,
+            gaussian(samples, denoiser.latent_shape, seed),
+            steps=steps,
+            **conditioning.arguments(chosen, samples, denoiser.guidance if guidance is None else guidance),
+            latent=denoiser.latent,
+            seed=seed,
+            batch=batch,
+            observe=calls.append,
+            progress=progress,
+        )
+    except NotFinite as error:
+        raise UserError(
+            f"{error}; a model of other times than those of {type(denoiser.scheduler).__name__} compiles by recorded "
+            "calls (--calibration FILE)"
+        ) from error
     calls.sort(key=lambda call: (call.step, call.guided, call.rows.start))
     return calls
 

@@ -49,6 +49,10 @@ def gaussian(count: int, shape: tuple[int, ...], seed: int | Sequence[int]) -> A
     return np.random.Generator(np.random.PCG64(seed)).standard_normal((count, *shape), dtype=np.float32)
 
 
+class NotFinite(UserError):
+    """A model gives what is no number."""
+
+
 def sample(
     model: Model,
     scheduler: Scheduler,
@@ -83,9 +87,7 @@ def sample(
     """
     count, guided = len(noise), guidance != 1.0
     if guided and null_conditions is None:
-        raise UserError(
-            "guidance needs the inputs of the unconditional model; leave guidance at 1 for this model"
-        )
+        raise UserError("guidance needs the inputs of the unconditional model; leave guidance at 1 for this model")
     for name, value in conditions.items():
         if len(value) != count:
             raise UserError(f"the condition '{name}' has {len(value)} rows for {count} samples")
@@ -104,7 +106,7 @@ def sample(
         }
         output = np.asarray(model(**inputs), dtype=np.float32)
         if not np.isfinite(output).all():
-            raise UserError(
+            raise NotFinite(
                 f"the model's output at timestep {timesteps[step]:g} is not finite; its weights, or the scales "
                 "of the artifact, do not suit these inputs"
             )
