@@ -94,6 +94,7 @@ def compiling(family: str, folder: Path, target: str) -> list[str]:
     """The command that compiles a family's tiny model, written to a folder with the inputs that calibrate it."""
     model = families.denoiser(family)
     model.module.model.save_pretrained(folder)
+    (folder / "harness.json").write_text(json.dumps({"tokens": tiny.TOKENS}))  # what no file of diffusers says
     file = families.calibration(model, folder / "calibration.safetensors", ROWS // 4)
     given = {"--calibration": file, "--shapes": families.shapes(model), "--recipe": RECIPE, "--target": target}
     options = [str(word) for pair in given.items() for word in pair]
