@@ -7,11 +7,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as torchs
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
 from mpq_compiler.support.errors import UserError
@@ -53,15 +53,15 @@ def _replace() -> None:
         for module in [module for module in list(sys.modules.values()) if vars(module).get(name) is own]:
             _replaced.append((module, name, own))
             setattr(module, name, made)
-    own = vars(torchs.BlockMask)["from_kv_blocks"]
-    _replaced.append((torchs.BlockMask, "from_kv_blocks", own))
-    setattr(torchs.BlockMask, "from_kv_blocks", classmethod(_from_kv_blocks(own.__func__)))  # noqa: B010
+    own = vars(BlockMask)["from_kv_blocks"]
+    _replaced.append((BlockMask, "from_kv_blocks", own))
+    setattr(BlockMask, "from_kv_blocks", classmethod(_from_kv_blocks(own.__func__)))  # noqa: B010
 
 
-def _from_kv_blocks(own: Callable[..., Any]) -> Callable[..., Any]:
+def _from_kv_blocks(own: Callable[..., BlockMask]) -> Callable[..., BlockMask]:
     """`BlockMask.from_kv_blocks` without what only gradients read: no trace follows how it is sorted."""
 
-    def without_queries(*args: Any, **kwargs: Any) -> Any:
+    def without_queries(*args: object, **kwargs: object) -> BlockMask:
         return own(*args, **{**kwargs, "compute_q_blocks": False})
 
     return without_queries
@@ -72,7 +72,7 @@ def attention(
     key: Tensor,
     value: Tensor,
     score_mod: Mod | None = None,
-    block_mask: Any = None,
+    block_mask: BlockMask | None = None,
     scale: float | None = None,
     enable_gqa: bool = False,
     return_lse: bool = False,
@@ -115,14 +115,14 @@ def attention(
     return torch.softmax(scores, -1) @ value
 
 
-def dense_mask(block_mask: Any, queries: int, keys: int) -> Tensor:
+def dense_mask(block_mask: BlockMask, queries: int, keys: int) -> Tensor:
     """Which of the keys each query sees, booleans [B or 1, heads or 1, queries, keys]."""
     samples, heads = block_mask.kv_num_blocks.shape[:2]
     mod, rows = block_mask.mask_mod, block_mask.BLOCK_SIZE
     seen = _elements(block_mask.kv_num_blocks, block_mask.kv_indices, rows)[..., :queries, :keys]
     if mod is not torchs.noop_mask:
         seen = seen & mask_of(mod, samples, heads, queries, keys, seen.device)
-    if block_mask.full_kv_num_blocks is not None:
+    if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
         whole = _elements(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, rows)
         seen = seen | whole[..., :queries, :keys]
     return seen
@@ -136,13 +136,15 @@ def _elements(numbers: Tensor, indices: Tensor, block: tuple[int, int]) -> Tenso
     return blocks.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
 
 
-def mask_of(mod_fn: Mod, B: int | None, H: int | None, Q_LEN: int, KV_LEN: int, device: Any = None) -> Tensor:
+def mask_of(
+    mod_fn: Mod, B: int | None, H: int | None, Q_LEN: int, KV_LEN: int, device: torch.device | str | None = None
+) -> Tensor:
     """What a function of places says of each, [B, H, Q_LEN, KV_LEN]; the names are those of torch's `create_mask`."""
     shape = (B or 1, H or 1, Q_LEN, KV_LEN)
     return mod_fn(*_places(shape, device or "cpu")).expand(shape)
 
 
-def _places(shape: tuple[int, ...], device: Any) -> list[Tensor]:
+def _places(shape: tuple[int, ...], device: torch.device | str) -> list[Tensor]:
     """The numbers of samples, heads, queries and keys, each along its own dimension."""
     return [
         torch.arange(size, device=device).reshape([-1 if axis == at else 1 for at in range(len(shape))])
