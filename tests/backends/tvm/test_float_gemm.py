@@ -146,12 +146,12 @@ def _bfloat16(names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """What the kernels compute, with weights that the kernel of `build_pack` has packed."""
     if lacking := targets.missing_features(AVX512_BF16):
         pytest.skip(f"this machine lacks {', '.join(lacking)}")
-    problems = {name: replace(PROBLEMS[name], packed=True, numerics=BF16) for name in names}
-    functions = {f"run{i}": float_gemm.build(p, AVX512_BF16.isa, f"run{i}") for i, p in enumerate(problems.values())}
-    functions |= {f"pack{i}": float_gemm.build_pack(p, f"pack{i}") for i, p in enumerate(problems.values())}
+    chosen = {name: replace(PROBLEMS[name], packed=True, numerics=BF16) for name in names}
+    functions = {f"run{i}": float_gemm.build(p, AVX512_BF16.isa, f"run{i}") for i, p in enumerate(chosen.values())}
+    functions |= {f"pack{i}": float_gemm.build_pack(p, f"pack{i}") for i, p in enumerate(chosen.values())}
     library = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(dict(AVX512_BF16.tvm)))
     found = {}
-    for i, (name, problem) in enumerate(problems.items()):
+    for i, (name, problem) in enumerate(chosen.items()):
         x, weight, *rest = _inputs(name)
         panel = tvm.runtime.tensor(np.full(problems.panel_shape(problem), 77, np.int32))
         library[f"pack{i}"](tvm.runtime.tensor(weight), panel)
