@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_compiler.frontend import call_file, checkpoint
+from mpq_compiler.frontend import call_file, checkpoint, checkpoint_module
 from mpq_compiler.frontend.call_file import Recording
 from mpq_compiler.frontend.call_module import CallModule, held
 from mpq_compiler.frontend.finite import require_finite
@@ -23,7 +23,6 @@ from mpq_compiler.frontend.input_specs import (
     TensorModule,
     convention_of,
     fixed_values,
-    latent_of,
     random_values,
     specs_of,
 )
@@ -273,7 +272,7 @@ def load(
         UserError: the model is missing, damaged, or of a structure that is not supported.
     """
     place = checkpoint.locate(model)
-    module = _read(place)
+    module = checkpoint_module.read(place)
     harness = checkpoint.read_json(place.harness) if place.harness else {}
     chosen = Path(scheduler) if scheduler else place.scheduler
     made = wrap(
@@ -303,7 +302,7 @@ def load_calls(
     UserError: the model is missing or damaged, or the calls are another model's.
     """
     place = checkpoint.locate(model)
-    module = _read(place)
+    module = checkpoint_module.read(place)
     made = wrap_calls(module, calibration, name=place.name, latent=latent, time=time)
     require_finite(module, [functools.partial(_called, kind) for kind in (made, *made.kinds)], place.denoiser)
     return made
@@ -374,14 +373,6 @@ def _of_kind(model: torch.nn.Module, recording: Recording, calibration: str | Pa
         examples={name: rows[name] for name in specs},
     )
     return _with_time(made)
-
-
-def _read(place: checkpoint.Location) -> torch.nn.Module:
-    """Reads the module of a checkpoint."""
-    config = checkpoint.read_json(place.denoiser / "config.json")
-    module = _build(config, place.denoiser)
-    _fill(module, checkpoint.read_weights(place.denoiser), place.denoiser)
-    return module
 
 
 def _read_scheduler(path: Path, prediction_type: str | None) -> dict[str, Any]:
@@ -528,65 +519,6 @@ def _default_ddim(latent: bool, prediction_type: str) -> DDIM:
     )
 
 
-def _build(config: Mapping[str, Any], folder: Path) -> torch.nn.Module:
-    """Builds the diffusers module that `config` describes, with weights still to be filled in."""
-    import diffusers
-
-    where = f"'{folder / 'config.json'}'"
-    name = config.get("_class_name")
-    if not isinstance(name, str):
-        raise UserError(f"{where} has no _class_name; name a denoiser that diffusers saved")
-    cls = getattr(diffusers, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
-        known = [
-            key for key in dir(diffusers) if key.endswith("Model") and ("UNet" in key or "Transformer" in key)
-        ]
-        raise UserError(
-            f"{where} names the class '{name}', which diffusers does not have; {_did_you_mean(name, known)}"
-        )
-    try:
-        latent_of(name, cls.forward)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    try:
-        with torch.random.fork_rng(devices=[]):
-            module: torch.nn.Module = cls.from_config({**config})  # type: ignore[attr-defined]
-            return module
-    except Exception as error:  # a constructor given arbitrary values can raise anything
-        raise UserError(f"{where} does not describe a {name}: {_one_line(error)}") from error
-
-
-def _fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Puts `weights` into `module`; they must be exactly its tensors, of the same shapes and types."""
-    # diffusers' own renaming of the attention layers of old checkpoints
-    if callable(rename := getattr(module, "_fix_state_dict_keys_on_load", None)):
-        rename(weights)
-    expected = module.state_dict()
-    for names, fault in (
-        (sorted(expected.keys() - weights.keys()), "lack"),
-        (sorted(weights.keys() - expected.keys()), "have, beyond what the model takes,"),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(
-                f"the weights in '{folder}' {fault} the tensor '{names[0]}'{more}; config.json and "
-                "the weights are not of one model"
-            )
-    for name, tensor in expected.items():
-        if tensor.shape != weights[name].shape:
-            raise UserError(
-                f"the tensor '{name}' in '{folder}' is {_shape(weights[name])} and config.json asks for "
-                f"{_shape(tensor)}; they are not of one model"
-            )
-        if tensor.dtype != weights[name].dtype:
-            kind, wanted = (str(t.dtype).removeprefix("torch.") for t in (weights[name], tensor))
-            raise UserError(
-                f"the tensor '{name}' in '{folder}' is {kind}, and the model has {wanted} there; "
-                "weights are compiled from floats: give the checkpoint that was not quantized"
-            )
-    module.load_state_dict(weights, assign=True)
-
-
 def _type_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -594,15 +526,6 @@ def _type_name(dtype: torch.dtype) -> str:
 def _tensor(value: Any) -> torch.Tensor:
     # torch shares memory with arrays, except for those with negative strides, which it refuses
     return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(value))
-
-
-def _did_you_mean(name: str, known: list[str]) -> str:
-    hint = nearest(name, known)
-    return hint if hint.startswith("did you mean") else "name a UNet or transformer of diffusers"
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return "[" + ", ".join(map(str, tensor.shape)) + "]"
 
 
 def _one_line(error: Exception) -> str:
