@@ -61,9 +61,9 @@ class _Unfilled(TorchFunctionMode):
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
     ) -> object:
-        given = [*args, *(kwargs or {}).values()]
-        if getattr(func, "__module__", None) == torch.nn.init.__name__ and given and isinstance(given[0], torch.nn.Parameter):
-            return given[0]
+        first, *_ = *args, *(kwargs or {}).values(), None
+        if getattr(func, "__module__", None) == torch.nn.init.__name__ and isinstance(first, torch.nn.Parameter):
+            return first
         return func(*args, **(kwargs or {}))
 
 

@@ -199,6 +199,9 @@ class _Piece:
     output: Tensor
     edges: dict[str, EdgeStatistics]
     rows: dict[Rows, Tensor]
+    """Rows whose second moments are wanted whole."""
+    squares: dict[Rows, tuple[Tensor, Tensor, int]]
+    """The sums of squares [K] and of values [K] over other rows, and their number: all rows are gigabytes."""
 
 
 class Collector:
@@ -244,13 +247,17 @@ class Collector:
 
         def add(key: Rows) -> None:
             rows = torch.cat([piece.rows[key] for piece in pieces])
-            gram, mean, count = self.sums.get(key, (0, 0, 0))
-            whole = GRAM in self.wanted and rows.shape[1] <= GRAM_COLUMNS
-            moments = rows.T @ rows if whole else rows.square().sum(0)
-            self.sums[key] = (gram + moments, mean + rows.sum(0), count + len(rows))
+            self._add(key, rows.T @ rows, rows.sum(0), len(rows))
 
         self.context.map(add, pieces[0].rows)
+        for piece in pieces:
+            for key, sums in piece.squares.items():
+                self._add(key, *sums)
         return torch.cat([piece.output for piece in pieces])
+
+    def _add(self, key: Rows, moments: Tensor, total: Tensor, rows: int) -> None:
+        gram, mean, count = self.sums.get(key, (0, 0, 0))
+        self.sums[key] = (gram + moments, mean + total, count + rows)
 
     def _piece(self, numbered: tuple[int, dict[str, Tensor]]) -> _Piece:
         number, inputs = numbered
@@ -259,6 +266,7 @@ class Collector:
         generator = torch.Generator().manual_seed(self.context.seed + number)
         edges: dict[str, EdgeStatistics] = {}
         sampled: dict[Rows, Tensor] = {}
+        squares: dict[Rows, tuple[Tensor, Tensor, int]] = {}
 
         def watch(node: fx.Node, value: Any) -> None:
             if node.name not in self.parts:
@@ -268,13 +276,17 @@ class Collector:
             positions = _choice(flat.shape[1], values, generator)
             edges[node.name] = EdgeStatistics(low, high, flat[:, positions], flat.shape[1])
             for key in self.readers.get(node.name, {}) if self.wanted & {GRAM, MOMENTS} else ():
-                sampled[key] = input_rows(key[1], value, max(1, GRAM_ROWS * size // self.total), generator)
+                rows = input_rows(key[1], value, max(1, GRAM_ROWS * size // self.total), generator)
+                if GRAM in self.wanted and rows.shape[1] <= GRAM_COLUMNS:
+                    sampled[key] = rows
+                else:
+                    squares[key] = rows.square().sum(0), rows.sum(0), len(rows)
 
         observer = _Observer(self.program, frozenset(n.name for n in self.attentions), generator)
         with torch.no_grad():
             output = observer.run(inputs, watch=watch)
         edges |= {softmax(name): found for name, found in observer.found.items()}
-        return _Piece(output, edges, sampled)
+        return _Piece(output, edges, sampled, squares)
 
     def calibration(self, inputs: dict[str, Tensor]) -> Calibration:
         """The calibration: all statistics measured so far, with all ``inputs`` in order."""
