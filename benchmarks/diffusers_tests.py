@@ -1,6 +1,6 @@
 """Compiles every denoiser that the tests of diffusers configure, by a recorded call, for a table of docs/models.md.
 
-    git clone --branch v0.38.0 https://github.com/huggingface/diffusers
+    git clone --branch v0.42.1 https://github.com/huggingface/diffusers
     python -m benchmarks.diffusers_tests diffusers
     python -m benchmarks.diffusers_tests diffusers --class ZImageTransformer2DModel    # this row anew
 
@@ -33,6 +33,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import torch
 
 from mpq_compiler.support import plugins
@@ -173,6 +174,7 @@ def _model(name: str, file: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
 
 def _compiled(model: torch.nn.Module, inputs: dict[str, Any], target: str) -> dict[str, Any]:
     import mpq_compiler
+    from mpq_compiler.evaluation.metrics import sqnr_db
     from mpq_compiler.frontend import call_file
     from mpq_compiler.frontend.call_module import variations
     from mpq_compiler.support.errors import UserError
@@ -203,32 +205,28 @@ def _compiled(model: torch.nn.Module, inputs: dict[str, Any], target: str) -> di
             where = traceback.extract_tb(error.__traceback__)[-1]
             return {"state": INTERNAL, "sentence": f"{_one_line(error)} ({Path(where.filename).name}:{where.lineno})"}
     unread = [layer for layer, reason in report.fallbacks.items() if "never executed" in reason]
-    decibels = _decibels(expected, given)
+    decibels = sqnr_db(expected, given)
     row = {
         "state": COMPILED,
         "unseen_db": round(decibels, 1),
-        "agreement_db": round(decibels - _decibels(expected, reference), 4),
+        "agreement_db": round(decibels - sqnr_db(expected, reference), 4),
         "bits": report.weights["average_bits"],
         "quantized": _in_integers(model, report.layers, unread),
         "fallbacks": len(report.fallbacks) - len(unread),
     }
     if decibels < LEAST_DB:
         with _noise(model):
-            row["noise_db"] = round(_decibels(expected, _outputs(model, unseen)), 1)
+            row["noise_db"] = round(sqnr_db(expected, _outputs(model, unseen)), 1)
     return row
 
 
-def _outputs(called: Any, calls: list[dict[str, Any]]) -> torch.Tensor:
+def _outputs(called: Any, calls: list[dict[str, Any]]) -> np.ndarray:
     """All numbers that a model or an artifact returns for calls."""
     parameters = inspect.signature(getattr(called, "forward", called)).parameters.values()
     named = any(p.name == "return_dict" or p.kind is p.VAR_KEYWORD for p in parameters)
     quiet = {"return_dict": False} if named else {}
     with torch.no_grad():
-        return torch.cat([_flat(called(**call, **quiet)) for call in calls])
-
-
-def _decibels(expected: torch.Tensor, given: torch.Tensor) -> float:
-    return float(10 * torch.log10(expected.square().sum() / (expected - given).square().sum()))
+        return torch.cat([_flat(called(**call, **quiet)) for call in calls]).numpy()
 
 
 @contextlib.contextmanager

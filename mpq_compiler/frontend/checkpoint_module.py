@@ -48,7 +48,7 @@ def _build(config: Mapping[str, Any], folder: Path) -> torch.nn.Module:
             module: torch.nn.Module = cls.from_config({**config})  # type: ignore[attr-defined]
             return module
     except Exception as error:  # a constructor given arbitrary values can raise anything
-        raise UserError(f"{where} does not describe a {name}: {_one_line(error)}") from error
+        raise UserError(f"{where} does not describe a {name}: {one_line(error)}") from error
 
 
 class _Unfilled(TorchFunctionMode):
@@ -107,5 +107,6 @@ def _shape(tensor: torch.Tensor) -> str:
     return "[" + ", ".join(map(str, tensor.shape)) + "]"
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error of a model's own code says, as part of a sentence."""
     return " ".join(str(error).split())[:200] or type(error).__name__

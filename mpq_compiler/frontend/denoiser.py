@@ -353,7 +353,7 @@ def _of_kind(model: torch.nn.Module, recording: Recording, calibration: str | Pa
         shared = f"; if samples share {' or '.join(counted)}, record calls of another number of them" if counted else ""
         raise UserError(
             f"{type(model).__name__} cannot be called with one sample of the calls in '{calibration}': "
-            f"{_one_line(error)}{shared}"
+            f"{checkpoint_module.one_line(error)}{shared}"
         ) from error
     names = [form.latent, TIME, *(a.input for a in module.form.arguments if a.input not in (form.latent, TIME))]
     specs = {name: rows[name] for name in names}
@@ -526,7 +526,3 @@ def _type_name(dtype: torch.dtype) -> str:
 def _tensor(value: Any) -> torch.Tensor:
     # torch shares memory with arrays, except for those with negative strides, which it refuses
     return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(value))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

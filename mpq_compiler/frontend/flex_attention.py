@@ -50,7 +50,7 @@ def _replace() -> None:
     for name, made in (("flex_attention", attention), ("create_mask", mask_of)):
         own = getattr(torchs, name)
         # models import the function by its name, too
-        for module in [module for module in list(sys.modules.values()) if vars(module).get(name) is own]:
+        for module in [m for m in list(sys.modules.values()) if getattr(m, "__dict__", {}).get(name) is own]:
             _replaced.append((module, name, own))
             setattr(module, name, made)
     own = vars(BlockMask)["from_kv_blocks"]
