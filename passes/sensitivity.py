@@ -1,12 +1,14 @@
-"""Measures the loss of output quality of each layer in each format, one at a time."""
+"""Measures the loss of output quality of each layer in each format, by itself."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, fx
 
 from mpq_compiler.allocation.sensitivity_table import require_of
@@ -19,22 +21,29 @@ from mpq_compiler.analysis.noise_power import (
     rounded,
 )
 from mpq_compiler.analysis.perturbation import Ablation
+from mpq_compiler.analysis.probes import Name, Probes, WeightErrors
+from mpq_compiler.analysis.single_changes import (
+    PER_TOKEN,
+    PROBABILITIES,
+    SMALL_FLOAT,
+    STATIC,
+    WEIGHT,
+    Task,
+    quantized_attention,
+    quantized_edge,
+    quantized_weight,
+    row_errors,
+)
 from mpq_compiler.formats import get as get_format
 from mpq_compiler.formats import version as formats_version
-from mpq_compiler.ir import ops
 from mpq_compiler.ir.costs import weight_path
-from mpq_compiler.ir.edges import attention_arguments, dynamic_edges, input_edge
+from mpq_compiler.ir.edges import dynamic_edges, input_edge
 from mpq_compiler.ir.findings import SENSITIVITY, Losses, LossTable
-from mpq_compiler.ir.graph import operand, softmax
-from mpq_compiler.ir.program import PARAMETERS, TIME_GROUPS, Program
+from mpq_compiler.ir.graph import operand
+from mpq_compiler.ir.program import PARAMETERS, Program
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.fitting import (
-    FitCache,
-    Rounding,
-    bias_of,
-    corrected_bias,
-)
+from mpq_compiler.quantization.fitting import FitCache, bias_of
 from mpq_compiler.quantization.requests import NONE, Activations, Requests
 from mpq_compiler.quantization.statistics import (
     CALIBRATION,
@@ -47,36 +56,18 @@ from mpq_compiler.support import cache
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.execution import batches
 
-WEIGHT, STATIC, PER_TOKEN, SMALL_FLOAT, PROBABILITIES = "w", "a", "d", "f", "p"
-"""What a task quantizes: a weight; an edge by time group, by row, or to small floats; an attention with probabilities.
-"""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One measurement."""
-
-    kind: str
-    node: fx.Node
-    """The call, edge or attention that is quantized."""
-    choice: str | int
-    """The format of a weight, or the bits of an activation."""
-    name: str
-    """The name of its result in the cache."""
-    rounding: Rounding = Rounding.NEAREST
-    """How a weight's codes are chosen."""
-
 
 @dataclass(frozen=True)
 class Sensitivity(Pass):
     """Measures the output's relative noise power with one weight, or one activation, quantized at a time.
 
     ``sum (y_q - y)^2 / sum y^2`` over calibration inputs spread over time (MixDQ, arXiv 2405.17873, section 4.2,
-    measures the same as an SQNR). Noise powers of independent errors add, which is what the allocation relies on. With
-    `time-gains` each input counts by what an error at its time does to images. Each result goes to the cache as it is
-    measured: a run that was killed goes on where it was. Where `bit-allocation` may quantize attentions, each is
-    measured with q, k, v and its probabilities quantized together; where it makes activations dynamic, or small floats,
-    those are measured so.
+    measures the same as an SQNR). Noise powers of independent errors add, which is what the allocation relies on.
+    Backward passes of random probes estimate all of them together (`analysis.probes`), at the cost of a few runs of the
+    model an input; ``method=ablation`` runs it once for each instead. With `time-gains` each input counts by what an
+    error at its time does to images. Results go to the cache as they are measured: a run that was killed goes on where
+    it was. Where `bit-allocation` may quantize attentions, each is measured with q, k, v and its probabilities
+    quantized together; where it makes activations dynamic, or small floats, those are measured so.
 
         (no change; facts["sensitivity"] holds weights[path][format], activations[edge][bits], attention[node][bits])
       =>
@@ -98,9 +89,17 @@ class Sensitivity(Pass):
     """Weight formats to measure."""
     activations: tuple[int, ...] = (8,)
     """Activation widths to measure."""
+    method: Literal["probes", "ablation"] = "probes"
+    """``probes``: estimated by backward passes, in the first order of the errors. ``ablation``: each change made, and
+    what depends on it run again, which takes as many runs as there are layers and formats."""
+    probes: int = 2
+    """Backward passes for each input, with ``method=probes``."""
+    rows: int = 32
+    """Rows of a weight that stand for all of them, with ``method=probes``, in formats that quantize rows apart."""
 
     def __post_init__(self) -> None:
-        self.require("inputs", 1)
+        for option in ("inputs", "probes", "rows"):
+            self.require(option, 1)
         self.require("activations", 2, 8)
         if not self.formats:
             raise UserError("option 'formats' of pass 'sensitivity' must name a format to measure, and is empty")
@@ -121,24 +120,18 @@ class Sensitivity(Pass):
         results = cache.Results("sensitivity", self.key(program, inputs), session.cache)
         requests = session.requests
         tasks = self.tasks(program, requests)
-        parts = list(batches(inputs, inputs_held(program)))
-        missing = sum(_key(task.name, part) not in results for task in tasks for part in range(len(parts)))
-        if missing:
-            with session.track("sensitivity", missing) as advance:
-                for part, batch in enumerate(parts):
-                    left = [task for task in tasks if _key(task.name, part) not in results]
-                    self._measure_part(program, batch, part, left, results, session, advance)
+        losses = (self._by_ablation if self.method == "ablation" else self._by_probes)(
+            program, inputs, tasks, results, session
+        )
         weights: dict[str, Losses] = {}
         activations: dict[str, Losses] = {}
         attention: dict[str, Losses] = {}
-        sizes = [float(input_weights(program, part).sum()) for part in parts]
         for task in tasks:
-            loss = mean_power([results[_key(task.name, part)] for part in range(len(parts))], sizes)
             if task.kind == WEIGHT:
-                weights.setdefault(str(weight_path(task.node)), {})[str(task.choice)] = loss
+                weights.setdefault(str(weight_path(task.node)), {})[str(task.choice)] = losses[task.name]
             else:
-                losses = attention if task.kind == PROBABILITIES else activations
-                losses.setdefault(task.node.name, {})[str(task.choice)] = loss
+                kind = attention if task.kind == PROBABILITIES else activations
+                kind.setdefault(task.node.name, {})[str(task.choice)] = losses[task.name]
         table: LossTable = {
             "weights": weights,
             "activations": activations,
@@ -149,6 +142,104 @@ class Sensitivity(Pass):
         }
         program.facts[SENSITIVITY] = table
         return program
+
+    def _by_ablation(
+        self,
+        program: Program,
+        inputs: dict[str, Tensor],
+        tasks: list[Task],
+        results: cache.Results,
+        session: Session,
+    ) -> Losses:
+        """The losses of tasks by name, each measured by a run of its own; ``results`` has those that are known."""
+        parts = list(batches(inputs, inputs_held(program)))
+        missing = sum(_key(task.name, part) not in results for task in tasks for part in range(len(parts)))
+        if missing:
+            with session.track("sensitivity", missing) as advance:
+                for part, batch in enumerate(parts):
+                    left = [task for task in tasks if _key(task.name, part) not in results]
+                    self._measure_part(program, batch, part, left, results, session, advance)
+        sizes = [float(input_weights(program, part).sum()) for part in parts]
+        return {
+            task.name: mean_power([results[_key(task.name, part)] for part in range(len(parts))], sizes)
+            for task in tasks
+        }
+
+    def _by_probes(
+        self,
+        program: Program,
+        inputs: dict[str, Tensor],
+        tasks: list[Task],
+        results: cache.Results,
+        session: Session,
+    ) -> Losses:
+        """The losses of tasks by name, estimated by backward passes; ``results`` has what is known of each input."""
+        samples = list(batches(inputs, 1))
+        keys = [f"{self.probes} probes, {self.rows} rows, input {i}" for i in range(len(samples))]
+        names = {task.name for task in tasks}
+        left = [i for i, key in enumerate(keys) if key not in results or not names <= results[key]["errors"].keys()]
+        if left:
+            with session.track("sensitivity", len(names) + len(left)) as advance:
+                probes = self._probes(program, tasks, session, advance)
+                lock = threading.Lock()
+
+                def estimate(i: int) -> None:
+                    power, errors = probes.powers(samples[i], i)
+                    rounded_errors = {task.name: rounded(errors.get(task.name, 0.0)) for task in tasks}
+                    with lock:
+                        known = results[keys[i]]["errors"] if keys[i] in results else {}
+                        results[keys[i]] = {"power": rounded(power), "errors": known | rounded_errors}
+                        advance(1)
+
+                session.map(estimate, left)
+        counts = input_weights(program, inputs).tolist()
+        found = [results[key] for key in keys]
+        power = max(sum(count * one["power"] for count, one in zip(counts, found, strict=True)), 1e-300)
+        return {
+            name: rounded(sum(count * one["errors"][name] for count, one in zip(counts, found, strict=True)) / power)
+            for name in names
+        }
+
+    def _probes(
+        self, program: Program, tasks: list[Task], session: Session, advance: Callable[[int], None]
+    ) -> Probes:
+        """What estimates the tasks: the errors of weights, and the functions that change activations."""
+        fits = session.fits
+        layers: dict[fx.Node, list[Task]] = {}
+        edges: dict[fx.Node, dict[Name, Callable[[Tensor, Tensor], Tensor]]] = {}
+        calls: dict[fx.Node, dict[Name, Callable[[Sequence[Any], Tensor], Tensor]]] = {}
+        for task in tasks:
+            node, bits = task.node, task.choice
+            if isinstance(bits, str):
+                layers.setdefault(operand(node, 1), []).append(task)
+                continue
+            advance(1)
+            if task.kind == PROBABILITIES:
+                calls.setdefault(node, {})[task.name] = partial(quantized_attention, program, fits, node, bits)
+            else:
+                change = partial(quantized_edge, program, fits, task.kind, node.name, bits)
+                edges.setdefault(node, {})[task.name] = change
+
+        def errors(of: list[Task]) -> WeightErrors:
+            found = self._weight_errors(program, of, fits)
+            advance(len(of))
+            return found
+
+        weights = dict(zip(layers, session.map(errors, layers.values()), strict=True))
+        return Probes(program, weights, edges, calls, self.probes, session.seed)
+
+    def _weight_errors(self, program: Program, tasks: list[Task], fits: FitCache) -> WeightErrors:
+        """The errors of a weight in the formats of its tasks."""
+        node = tasks[0].node
+        count = len(program.tensors[str(operand(node, 1).target)])
+        picked = torch.linspace(0, count - 1, min(self.rows, count)).round().long()
+        mean = None if bias_of(node) is None else program.facts[CALIBRATION].means.get(node.name)
+        errors: dict[Name, Tensor] = {}
+        for task in tasks:
+            some = picked if get_format(str(task.choice)).by_row else None
+            error = row_errors(program, fits, task, some)
+            errors[task.name] = (error if some is not None else error[picked]).to(torch.bfloat16)
+        return WeightErrors(picked, count, errors, mean)
 
     def _measure_part(
         self,
@@ -221,42 +312,17 @@ class Sensitivity(Pass):
     ) -> float:
         """The relative noise power of one task over ``inputs``; ``fits`` are those that are known."""
         node, choice, fits = task.node, task.choice, fits or FitCache()
-
-        def noise(output: Tensor) -> float:
-            return noise_power(output, ablation.reference, input_weights(program, inputs))
-
+        time = inputs["timestep"]
         if isinstance(choice, str):
-            weight = operand(node, 1)
-            name = str(weight.target)
-            quantized = fits.fitted(program, node, name, choice, task.rounding)
-            values = {weight: quantized.dequantize().reshape(program.tensors[name].shape)}
-            bias, corrected = bias_of(node), corrected_bias(program, node, name, quantized)
-            if bias is not None and corrected is not None:
-                values[bias] = corrected
-            return noise(ablation.output(values=values))
-        group = ops.time_group(inputs["timestep"], program.facts[TIME_GROUPS])
-
-        def quantized_edge(edge: fx.Node) -> Tensor:
-            return ops.fake_quantize(
-                ablation.value(edge), *fits.activation_parameters(program, edge.name, choice), group, choice
-            )
-
-        if task.kind == PROBABILITIES:
-            heads, scale, mask = attention_arguments(node.args)
-            tables = fits.activation_parameters(program, softmax(node.name), choice)
-            q, k, v = (quantized_edge(operand(node, i)) for i in range(3))
-            mask = None if mask is None else ablation.value(mask)
-            y = ops.fake_quantize_attention(q, k, v, group, *tables, heads, scale, mask, choice)
-            return noise(ablation.output(values={node: y}))
-        if task.kind == SMALL_FLOAT:
-            exponent, table = fits.float_parameters(program, node.name, choice)
-            changed = ops.fake_quantize_float(ablation.value(node), table, group, exponent, choice)
-        elif task.kind == PER_TOKEN:
-            changed = ops.dynamic_fake_quantize(ablation.value(node), choice)
+            output = ablation.output(values=quantized_weight(program, fits, task))
+        elif task.kind == PROBABILITIES:
+            args = fx.map_arg(node.args, ablation.value)
+            output = ablation.output(values={node: quantized_attention(program, fits, node, choice, args, time)})
         else:
-            changed = quantized_edge(node)
-        readers = [n for n in program.quantizable if input_edge(n) is node]
-        return noise(ablation.output(operands=dict.fromkeys(readers, changed)))
+            changed = quantized_edge(program, fits, task.kind, node.name, choice, ablation.value(node), time)
+            readers = [n for n in program.quantizable if input_edge(n) is node]
+            output = ablation.output(operands=dict.fromkeys(readers, changed))
+        return noise_power(output, ablation.reference, input_weights(program, inputs))
 
 
 def _key(name: str, part: int) -> str:

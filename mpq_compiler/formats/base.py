@@ -121,6 +121,11 @@ class Format(ABC):
         return False
 
     @property
+    def by_row(self) -> bool:
+        """Whether a row is quantized alike with any other rows beside it, so that some rows can stand for all."""
+        return True
+
+    @property
     def integer(self) -> bool:
         """Whether layers multiply its codes by quantized activations; else they compute in float."""
         return True

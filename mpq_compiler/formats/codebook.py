@@ -34,6 +34,10 @@ class CodebookFormat(Format):
 
     tiled: bool = False
 
+    @property
+    def by_row(self) -> bool:
+        return not self.tiled
+
     def tiles_of_class(self, rows: int) -> int:
         """The number of neighbouring tiles that share a table: 1, unless there are more tiles than classes."""
         tiles = row_tiles(rows)

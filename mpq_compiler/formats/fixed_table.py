@@ -35,6 +35,10 @@ class TableFormat(Format):
     It is stored for every row nevertheless.
     """
 
+    @property
+    def by_row(self) -> bool:
+        return not self.shared
+
     def segments(self, channels: int) -> tuple[int, ...]:
         size = min(self.size or channels, channels)
         whole, rest = divmod(channels, size)

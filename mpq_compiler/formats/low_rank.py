@@ -57,6 +57,10 @@ class LowRankFormat(Format):
     def has_offset(self) -> bool:
         return self.base.has_offset
 
+    @property
+    def by_row(self) -> bool:
+        return False
+
     def segments(self, channels: int) -> tuple[int, ...]:
         return self.base.segments(channels)
 

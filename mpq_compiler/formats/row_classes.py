@@ -32,6 +32,10 @@ class RowClassFormat(Format):
         return True
 
     @property
+    def by_row(self) -> bool:
+        return False
+
+    @property
     def index_bits(self) -> int:
         return self.bits + 1
 

@@ -6,6 +6,7 @@ Passes ask for statistics by name; `calibrate` collects what the whole pipeline 
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -124,6 +125,11 @@ def fingerprint(program: Program, inputs: Mapping[str, Tensor], options: str) ->
     edges = {name: statistics.values for name, statistics in calibration.edges.items()}
     versions = f"{options} {torch.__version__} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return cache.digest(versions, text, str(program.facts[TIME_GROUPS]), tensors, inputs, edges, calibration.grams)
+
+
+def every_row(geometry: RowGeometry, x: Tensor) -> Tensor:
+    """All rows that a call multiplies with its weight; arguments and result as of `input_rows`."""
+    return input_rows(geometry, x, sys.maxsize, torch.Generator())
 
 
 def input_rows(geometry: RowGeometry, x: Tensor, rows: int, generator: torch.Generator) -> Tensor:

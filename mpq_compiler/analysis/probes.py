@@ -1,0 +1,176 @@
+"""What small errors inside a program do to its output, estimated for all of them at once by random probes.
+
+An error e of a value changes the output by J e, with the value's Jacobian J. For a random vector v of independent
+normal numbers, ``v^T J`` is one backward pass, and ``(v^T J e)^2`` has the mean ``|J e|^2`` (Hutchinson 1990): so one
+backward pass gives an estimate for every error of every value, where measuring runs the model once for each.
+
+Errors of rounding are independent of each other, from one row of a weight to the next and from one element of a tensor
+to the next, and errors that are independent have no products in the mean. Summing the squares of rows, or of elements,
+instead of squaring their sum leaves those products out: they were only noise. Therefore some rows stand for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpq_compiler.ir.edges import input_edge, row_geometry
+from mpq_compiler.ir.graph import operand
+from mpq_compiler.ir.interpreter import Interpreter
+from mpq_compiler.ir.program import Program
+from mpq_compiler.quantization.statistics import every_row
+
+Name = Hashable
+"""What an error is called in the results."""
+
+
+@dataclass(frozen=True)
+class WeightErrors:
+    """Errors of a weight [O, K], each under its name: of all rows, or of some that stand for all."""
+
+    picked: Tensor
+    """The numbers of the rows that the errors are of, i64 [R]."""
+    rows: int
+    """The number of all rows, O."""
+    errors: Mapping[Name, Tensor]
+    """Quantized minus float, bf16 [R, K]."""
+    mean: Tensor | None = None
+    """The mean [K] of the layer's input where a bias takes up the error of it, else None."""
+
+
+EdgeChanges = Mapping[Name, Callable[[Tensor, Tensor], Tensor]]
+"""Changed values of an edge, as functions of its value and of the timestep, each under its name."""
+CallChanges = Mapping[Name, Callable[[Sequence[Any], Tensor], Tensor]]
+"""Changed values of a call, as functions of its arguments and of the timestep, each under its name."""
+
+
+class Probes(Interpreter):
+    """A program with errors, whose powers at the output are estimated one sample at a time.
+
+    Thread-safe: a call of `powers` keeps what it computes to itself.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Mapping[fx.Node, WeightErrors],
+        edges: Mapping[fx.Node, EdgeChanges],
+        calls: Mapping[fx.Node, CallChanges],
+        count: int,
+        seed: int = 0,
+    ) -> None:
+        """Takes the errors.
+
+        Args:
+            program: the float program.
+            weights: errors of weights, by the node that reads the weight; all layers that it goes into count.
+            edges: what layers read in place of an edge, whose elements change independently of each other.
+            calls: what all read in place of a call's value, whose elements may change together.
+            count: the number of probes of a sample.
+            seed: of the probes.
+        """
+        super().__init__(program)
+        self.weights, self.edges, self.calls = weights, edges, calls
+        self.count, self.seed = count, seed
+        self.layers = frozenset(program.quantizable)
+
+    def powers(self, sample: Mapping[str, Tensor], number: int) -> tuple[float, dict[Name, float]]:
+        """Estimates the squared error of the output under each error alone.
+
+        Args:
+            sample: inputs of one sample.
+            number: of the sample, with which its probes differ from others'.
+
+        Returns:
+            The squared output, and the mean over the probes of the squared error by name.
+        """
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        run = _Run(self, sample["timestep"])
+        floating = {name: value.is_floating_point() and name != "timestep" for name, value in sample.items()}
+        with torch.enable_grad():
+            output = run.run({n: v.detach().clone().requires_grad_(floating[n]) for n, v in sample.items()})
+        found: dict[Name, float] = {}
+        if not output.requires_grad:
+            return float(output.double().square().sum()), found
+        for probe in range(self.count):
+            run.projected, run.squares = {}, {}
+            # leaves' own gradients are not asked for: hooks see all that is
+            torch.autograd.backward(
+                output, torch.randn(output.shape, generator=generator), retain_graph=probe + 1 < self.count
+            )
+            for (node, name), rows in run.projected.items():
+                errors = self.weights[node]
+                scaled = float(rows.double().square().sum()) * errors.rows / len(errors.picked)
+                run.squares[name] = run.squares.get(name, 0.0) + scaled
+            for name, square in run.squares.items():
+                found[name] = found.get(name, 0.0) + square / self.count
+        return float(output.detach().double().square().sum()), found
+
+
+class _Run(Interpreter):
+    """One forward pass with hooks on what has errors; backward passes fill `projected` and `squares`."""
+
+    def __init__(self, probes: Probes, timestep: Tensor) -> None:
+        super().__init__(probes.program)
+        self.probes, self.timestep = probes, timestep
+        self.taps: dict[fx.Node, Tensor] = {}
+        self.projected: dict[tuple[fx.Node, Name], Tensor] = {}
+        """What a probe sees of the error of each row, by the weight's node and the error's name."""
+        self.squares: dict[Name, float] = {}
+
+    def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node in self.probes.layers:
+            args = (self._tapped(input_edge(node), args[0]), *args[1:])
+        value = super().call(node, args, kwargs)
+        if node in self.probes.layers and operand(node, 1) in self.probes.weights:
+            self._watch_weight(node, args[0].detach(), args[1].shape, value)
+        if (changes := self.probes.calls.get(node)) is not None:
+            known = [x.detach() if isinstance(x, Tensor) else x for x in args]
+            made = {name: change(known, self.timestep) - value.detach() for name, change in changes.items()}
+
+            def dependent(gradient: Tensor) -> None:
+                for name, error in made.items():
+                    self.squares[name] = float((gradient * error).double().sum().square())
+
+            value = _watched(value, dependent)
+        return value
+
+    def _tapped(self, edge: fx.Node, value: Tensor) -> Tensor:
+        """An edge's value as layers read it: its gradient is that of errors which nothing else reads."""
+        if edge not in self.taps:
+            known, changes = value.detach(), self.probes.edges.get(edge, {})
+            made = {name: change(known, self.timestep) - known for name, change in changes.items()}
+
+            def independent(gradient: Tensor) -> None:
+                for name, error in made.items():
+                    self.squares[name] = float((gradient * error).double().square().sum())
+
+            self.taps[edge] = _watched(value.view_as(value), independent)
+        return self.taps[edge]
+
+    def _watch_weight(self, node: fx.Node, x: Tensor, shape: torch.Size, value: Tensor) -> None:
+        weight = operand(node, 1)
+        errors, geometry = self.probes.weights[weight], row_geometry(node, shape)
+
+        def project(gradient: Tensor) -> None:
+            rows = every_row(geometry, x)
+            if errors.mean is not None:
+                rows = rows - errors.mean
+            weighted = gradient.reshape(-1, gradient.shape[-1])[:, errors.picked].T @ rows
+            for name, error in errors.errors.items():
+                seen = torch.linalg.vecdot(weighted, error.float())
+                self.projected[weight, name] = self.projected.get((weight, name), 0) + seen
+
+        value.register_hook(project)
+
+
+def _watched(value: Tensor, hook: Callable[[Tensor], None]) -> Tensor:
+    """The value with a hook on its gradient; a value that depends on no input becomes one that has gradients."""
+    if not value.requires_grad:
+        value = value.detach().requires_grad_()
+    value.register_hook(hook)
+    return value
