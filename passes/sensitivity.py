@@ -56,6 +56,9 @@ from mpq_compiler.support import cache
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.execution import batches
 
+FEWEST_ROWS = 16
+"""The fewest rows that stand for all rows of a weight."""
+
 
 @dataclass(frozen=True)
 class Sensitivity(Pass):
@@ -92,13 +95,13 @@ class Sensitivity(Pass):
     method: Literal["probes", "ablation"] = "probes"
     """``probes``: estimated by backward passes, in the first order of the errors. ``ablation``: each change made, and
     what depends on it run again, which takes as many runs as there are layers and formats."""
-    probes: int = 2
-    """Backward passes for each input, with ``method=probes``."""
-    rows: int = 32
-    """Rows of a weight that stand for all of them, with ``method=probes``, in formats that quantize rows apart."""
+    probes: int = 8
+    """Backward passes for an input on average, with ``method=probes``; inputs that count for more have more."""
+    sampled: int = 1 << 25
+    """Weights that are quantized in every format, with ``method=probes``; of a larger model some rows stand for all."""
 
     def __post_init__(self) -> None:
-        for option in ("inputs", "probes", "rows"):
+        for option in ("inputs", "probes", "sampled"):
             self.require(option, 1)
         self.require("activations", 2, 8)
         if not self.formats:
@@ -175,7 +178,9 @@ class Sensitivity(Pass):
     ) -> Losses:
         """The losses of tasks by name, estimated by backward passes; ``results`` has what is known of each input."""
         samples = list(batches(inputs, 1))
-        keys = [f"{self.probes} probes, {self.rows} rows, input {i}" for i in range(len(samples))]
+        weights = input_weights(program, inputs)
+        counts = (weights * (self.probes * len(samples) / weights.sum())).round().clamp_min(1).long().tolist()
+        keys = [f"{count} probes, {self.sampled} weights, input {i}" for i, count in enumerate(counts)]
         names = {task.name for task in tasks}
         left = [i for i, key in enumerate(keys) if key not in results or not names <= results[key]["errors"].keys()]
         if left:
@@ -184,7 +189,7 @@ class Sensitivity(Pass):
                 lock = threading.Lock()
 
                 def estimate(i: int) -> None:
-                    power, errors = probes.powers(samples[i], i)
+                    power, errors = probes.powers(samples[i], i, counts[i])
                     rounded_errors = {task.name: rounded(errors.get(task.name, 0.0)) for task in tasks}
                     with lock:
                         known = results[keys[i]]["errors"] if keys[i] in results else {}
@@ -192,13 +197,9 @@ class Sensitivity(Pass):
                         advance(1)
 
                 session.map(estimate, left)
-        counts = input_weights(program, inputs).tolist()
-        found = [results[key] for key in keys]
-        power = max(sum(count * one["power"] for count, one in zip(counts, found, strict=True)), 1e-300)
-        return {
-            name: rounded(sum(count * one["errors"][name] for count, one in zip(counts, found, strict=True)) / power)
-            for name in names
-        }
+        found = list(zip(weights.tolist(), (results[key] for key in keys), strict=True))
+        power = max(sum(weight * one["power"] for weight, one in found), 1e-300)
+        return {name: rounded(sum(weight * one["errors"][name] for weight, one in found) / power) for name in names}
 
     def _probes(
         self, program: Program, tasks: list[Task], session: Session, advance: Callable[[int], None]
@@ -220,23 +221,25 @@ class Sensitivity(Pass):
                 change = partial(quantized_edge, program, fits, task.kind, node.name, bits)
                 edges.setdefault(node, {})[task.name] = change
 
+        total = sum(program.tensors[str(weight.target)].numel() for weight in layers)
+
         def errors(of: list[Task]) -> WeightErrors:
-            found = self._weight_errors(program, of, fits)
+            found = self._weight_errors(program, of, fits, self.sampled / total)
             advance(len(of))
             return found
 
         weights = dict(zip(layers, session.map(errors, layers.values()), strict=True))
-        return Probes(program, weights, edges, calls, self.probes, session.seed)
+        return Probes(program, weights, edges, calls, session.seed)
 
-    def _weight_errors(self, program: Program, tasks: list[Task], fits: FitCache) -> WeightErrors:
-        """The errors of a weight in the formats of its tasks."""
+    def _weight_errors(self, program: Program, tasks: list[Task], fits: FitCache, share: float) -> WeightErrors:
+        """The errors of a weight in the formats of its tasks, in a share of its rows."""
         node = tasks[0].node
         count = len(program.tensors[str(operand(node, 1).target)])
-        picked = torch.linspace(0, count - 1, min(self.rows, count)).round().long()
+        picked = torch.linspace(0, count - 1, min(count, max(FEWEST_ROWS, round(count * share)))).round().long()
         mean = None if bias_of(node) is None else program.facts[CALIBRATION].means.get(node.name)
         errors: dict[Name, Tensor] = {}
         for task in tasks:
-            some = picked if get_format(str(task.choice)).by_row else None
+            some = picked if len(picked) < count and get_format(str(task.choice)).by_row else None
             error = row_errors(program, fits, task, some)
             errors[task.name] = (error if some is not None else error[picked]).to(torch.bfloat16)
         return WeightErrors(picked, count, errors, mean)

@@ -4,9 +4,10 @@ An error e of a value changes the output by J e, with the value's Jacobian J. Fo
 normal numbers, ``v^T J`` is one backward pass, and ``(v^T J e)^2`` has the mean ``|J e|^2`` (Hutchinson 1990): so one
 backward pass gives an estimate for every error of every value, where measuring runs the model once for each.
 
-Errors of rounding are independent of each other, from one row of a weight to the next and from one element of a tensor
-to the next, and errors that are independent have no products in the mean. Summing the squares of rows, or of elements,
-instead of squaring their sum leaves those products out: they were only noise. Therefore some rows stand for all.
+Errors of rounding are nearly independent of each other, from one row of a weight to the next and from one element of a
+tensor to the next, and products of independent errors have no mean. So the sum of the squares of elements stands for
+the square of their sum, with less scatter; and where only some rows of a weight are known, the sum of their squares
+does. Where all rows are, their sum is squared: of coarse formats all rows err a little in the same direction.
 """
 
 from __future__ import annotations
@@ -41,6 +42,12 @@ class WeightErrors:
     mean: Tensor | None = None
     """The mean [K] of the layer's input where a bias takes up the error of it, else None."""
 
+    def square(self, seen: Tensor) -> float:
+        """The squared projection of all rows' error, given that of each row that is here [R]."""
+        if len(self.picked) == self.rows:
+            return float(seen.sum().square())
+        return float(seen.square().mean()) * self.rows
+
 
 EdgeChanges = Mapping[Name, Callable[[Tensor, Tensor], Tensor]]
 """Changed values of an edge, as functions of its value and of the timestep, each under its name."""
@@ -60,7 +67,6 @@ class Probes(Interpreter):
         weights: Mapping[fx.Node, WeightErrors],
         edges: Mapping[fx.Node, EdgeChanges],
         calls: Mapping[fx.Node, CallChanges],
-        count: int,
         seed: int = 0,
     ) -> None:
         """Takes the errors.
@@ -70,20 +76,20 @@ class Probes(Interpreter):
             weights: errors of weights, by the node that reads the weight; all layers that it goes into count.
             edges: what layers read in place of an edge, whose elements change independently of each other.
             calls: what all read in place of a call's value, whose elements may change together.
-            count: the number of probes of a sample.
             seed: of the probes.
         """
         super().__init__(program)
         self.weights, self.edges, self.calls = weights, edges, calls
-        self.count, self.seed = count, seed
+        self.seed = seed
         self.layers = frozenset(program.quantizable)
 
-    def powers(self, sample: Mapping[str, Tensor], number: int) -> tuple[float, dict[Name, float]]:
+    def powers(self, sample: Mapping[str, Tensor], number: int, count: int) -> tuple[float, dict[Name, float]]:
         """Estimates the squared error of the output under each error alone.
 
         Args:
             sample: inputs of one sample.
             number: of the sample, with which its probes differ from others'.
+            count: the number of probes.
 
         Returns:
             The squared output, and the mean over the probes of the squared error by name.
@@ -96,18 +102,16 @@ class Probes(Interpreter):
         found: dict[Name, float] = {}
         if not output.requires_grad:
             return float(output.double().square().sum()), found
-        for probe in range(self.count):
+        for probe in range(count):
             run.projected, run.squares = {}, {}
             # leaves' own gradients are not asked for: hooks see all that is
             torch.autograd.backward(
-                output, torch.randn(output.shape, generator=generator), retain_graph=probe + 1 < self.count
+                output, torch.randn(output.shape, generator=generator), retain_graph=probe + 1 < count
             )
-            for (node, name), rows in run.projected.items():
-                errors = self.weights[node]
-                scaled = float(rows.double().square().sum()) * errors.rows / len(errors.picked)
-                run.squares[name] = run.squares.get(name, 0.0) + scaled
+            for (node, name), seen in run.projected.items():
+                run.squares[name] = self.weights[node].square(seen.double())
             for name, square in run.squares.items():
-                found[name] = found.get(name, 0.0) + square / self.count
+                found[name] = found.get(name, 0.0) + square / count
         return float(output.detach().double().square().sum()), found
 
 
