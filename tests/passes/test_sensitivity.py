@@ -35,7 +35,7 @@ from tests.harness import programs
 from tests.harness.tree import ROOT
 
 MODEL = "pixart"
-PASS = Sensitivity(inputs=3, formats=("int2", "int8"), activations=(4, 8))
+PASS = Sensitivity(inputs=3, formats=("int2", "int8"), activations=(4, 8), method="ablation")
 
 
 def measured(program: Program, folder: Path, jobs: int = 1) -> dict:
