@@ -18,6 +18,7 @@ from mpq_compiler.pipeline.passes import Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization import rewrite_gain
 from mpq_compiler.quantization.channel_scaling import Scaling
+from mpq_compiler.quantization.fitting import some_rows
 from mpq_compiler.quantization.rewrite_gain import Layers, Rows
 
 POWERS = tuple(i / 10 for i in range(1, 10))
@@ -72,8 +73,10 @@ class Equalize(RewriteSearch):
         chosen = [g for g in groups if scaling.possible(g.readers)]
         with session.track("equalizing", len(chosen)) as advance:
 
+            share = self.share(program)
+
             def search(group: Layers) -> Found | None:
-                found = self.search(program, group)
+                found = self.search(program, group, share)
                 advance(1)
                 return found
 
@@ -87,13 +90,17 @@ class Equalize(RewriteSearch):
         scaling.apply()
         return program
 
-    def search(self, program: Program, group: Layers) -> Found | None:
-        """The best factor for the tensor that the layers read; None where none gains on held-out rows."""
+    def search(self, program: Program, group: Layers, share: float = 1.0) -> Found | None:
+        """The best factor for the tensor that the layers read; None where none gains on held-out rows.
+
+        share: of the rows of weights by which errors are measured.
+        """
         weights = [program.tensors.read(str(weight_of(n))) for n in group.readers]
         joined = group.rows()
         shown = {geometry: rows[::2] for geometry, rows in joined.items()}
         kept = {geometry: rows[min(1, len(rows) - 1) :: 2] for geometry, rows in joined.items()}
         whole = torch.ones(len(group.largest))
+        some = [w[some_rows(len(w), share)] for w in weights]
         if self.rule != "search":
             rule = {"dilation": "dilation", "smoothquant": "alpha 0.5"}[self.rule]
             best = (
@@ -104,12 +111,12 @@ class Equalize(RewriteSearch):
             if torch.equal(best, whole):
                 return None
         else:
-            rule, best, least = "", whole, self._error(group, shown, weights, whole)
+            rule, best, least = "", whole, self._error(group, shown, some, whole)
             for name, factor in self.candidates(group.largest, weights):
-                error = self._error(group, shown, weights, factor)
+                error = self._error(group, shown, some, factor)
                 if error < least:
                     rule, best, least = name, factor, error
-        before, after = (self._error(group, kept, weights, f) for f in (whole, best))
+        before, after = (self._error(group, kept, some, f) for f in (whole, best))
         gain = rewrite_gain.gain_db(before, after)
         return Found(best, rule, gain) if rule and (gain >= self.gain or self.rule != "search") else None
 

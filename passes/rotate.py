@@ -18,6 +18,7 @@ from mpq_compiler.pipeline.passes import Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization import rewrite_gain
 from mpq_compiler.quantization.channel_scaling import sharing
+from mpq_compiler.quantization.fitting import some_rows
 from mpq_compiler.quantization.rewrite_gain import Layers
 from mpq_compiler.support.errors import UserError
 
@@ -60,8 +61,10 @@ class Rotate(RewriteSearch):
         chosen = [g for g in groups if self._size(g) > 1 and not shared & {*g.readers}]
         with session.track("rotating", len(chosen)) as advance:
 
+            share = self.share(program)
+
             def trial(group: Layers) -> float:
-                gain = self._gain(program, group)
+                gain = self._gain(program, group, share)
                 advance(1)
                 return gain
 
@@ -81,9 +84,10 @@ class Rotate(RewriteSearch):
         """The number of channels of a block."""
         return min(self.block, group.channels & -group.channels)
 
-    def _gain(self, program: Program, group: Layers) -> float:
-        """The gain of rotating, in dB of the error of the layers' outputs."""
-        weights = [program.tensors.read(str(weight_of(n))) for n in group.readers]
+    def _gain(self, program: Program, group: Layers, share: float) -> float:
+        """The gain of rotating, in dB of the error of the layers' outputs, by a share of the rows of weights."""
+        read = (program.tensors.read(str(weight_of(n))) for n in group.readers)
+        weights = [w[some_rows(len(w), share)] for w in read]
         rows, turn = group.rows(), functools.partial(ops.hadamard, block=self._size(group))
         before, after = (self.error(group, rows, weights, change, change) for change in (lambda x: x, turn))
         return rewrite_gain.gain_db(before, after)

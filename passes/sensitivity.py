@@ -43,7 +43,7 @@ from mpq_compiler.ir.graph import operand
 from mpq_compiler.ir.program import PARAMETERS, Program
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.fitting import FitCache, bias_of
+from mpq_compiler.quantization.fitting import FitCache, bias_of, some_rows
 from mpq_compiler.quantization.requests import NONE, Activations, Requests
 from mpq_compiler.quantization.statistics import (
     CALIBRATION,
@@ -55,9 +55,6 @@ from mpq_compiler.quantization.statistics import (
 from mpq_compiler.support import cache
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.execution import batches
-
-FEWEST_ROWS = 16
-"""The fewest rows that stand for all rows of a weight."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class Sensitivity(Pass):
     what depends on it run again, which takes as many runs as there are layers and formats."""
     probes: int = 8
     """Backward passes for an input on average, with ``method=probes``; inputs that count for more have more."""
-    sampled: int = 1 << 25
+    sampled: int = 1 << 23
     """Weights that are quantized in every format, with ``method=probes``; of a larger model some rows stand for all."""
 
     def __post_init__(self) -> None:
@@ -235,7 +232,7 @@ class Sensitivity(Pass):
         """The errors of a weight in the formats of its tasks, in a share of its rows."""
         node = tasks[0].node
         count = len(program.tensors[str(operand(node, 1).target)])
-        picked = torch.linspace(0, count - 1, min(count, max(FEWEST_ROWS, round(count * share)))).round().long()
+        picked = some_rows(count, share)
         mean = None if bias_of(node) is None else program.facts[CALIBRATION].means.get(node.name)
         errors: dict[Name, Tensor] = {}
         for task in tasks:

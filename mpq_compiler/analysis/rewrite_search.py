@@ -18,8 +18,11 @@ from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import bias_of
 from mpq_compiler.quantization.rewrite_gain import HELD_BYTES, Change, Layers, Rows, quantized
-from mpq_compiler.quantization.statistics import input_rows
+from mpq_compiler.quantization.statistics import input_rows, spread
 from mpq_compiler.support.execution import batches
+
+FEW_INPUTS = 16
+"""The number of inputs of which a large model's rows are taken."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,15 @@ class RewriteSearch(Pass):
     steps: int = 10
     """Steps of each."""
     rows: int = 512
-    """Rows of each layer's input on which errors are measured; fewer in models where that exceeds a gigabyte."""
+    """Rows of each layer's input on which errors are measured; fewer where those of all layers exceed 512 MiB."""
+    sampled: int = 1 << 23
+    """Weights whose errors are measured; of a larger model some rows of each stand for all, on fewer inputs."""
 
     def __post_init__(self) -> None:
         formats.get(self.weights)
         self.require("activations", 2, 8)
         self.require("gain", 0)
-        for option in ("samples", "steps", "rows"):
+        for option in ("samples", "steps", "rows", "sampled"):
             self.require(option, 1)
 
     def layers(self, program: Program, session: Session) -> list[Layers]:
@@ -65,6 +70,8 @@ class RewriteSearch(Pass):
             if geometry not in group.parts:
                 group.parts[geometry] = []
                 columns += math.prod(shape[1:])
+        if self.share(program) < 1:
+            inputs = spread(inputs, FEW_INPUTS)
         count = len(next(iter(inputs.values())))
         rows = max(1, min(self.rows, HELD_BYTES // (4 * max(1, columns))))
         generator = torch.Generator().manual_seed(session.seed)
@@ -81,6 +88,11 @@ class RewriteSearch(Pass):
             run(program, batch, watch)
         return list(groups.values())
 
+    def share(self, program: Program) -> float:
+        """The share of the weights' rows on which errors are measured."""
+        total = sum(program.tensors[str(weight_of(node))].numel() for node in program.quantizable)
+        return min(1.0, self.sampled / max(1, total))
+
     def _recorded(self, session: Session) -> dict[str, Tensor]:
         """The inputs along the trajectories, recorded once in a session for all rewrites."""
         from mpq_compiler.frontend.trajectories import record_calibration
@@ -94,6 +106,8 @@ class RewriteSearch(Pass):
 
     def error(self, group: Layers, rows: Rows, weights: list[Tensor], change: Change, undo: Change) -> float:
         """The relative squared error of the layers' outputs, summed over the layers, with both sides quantized.
+
+        The outputs are those of the rows of the weights that are given.
 
         Args:
             group: the layers that read one edge.

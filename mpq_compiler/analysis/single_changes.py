@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from mpq_compiler import formats
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.edges import attention_arguments
 from mpq_compiler.ir.graph import operand, softmax
 from mpq_compiler.ir.program import TIME_GROUPS, Program
-from mpq_compiler.quantization.fitting import FitCache, Rounding, bias_of, corrected_bias, moments, rows_of
+from mpq_compiler.quantization.fitting import FitCache, Rounding, bias_of, corrected_bias, fit_rows, moments, rows_of
 
 WEIGHT, STATIC, PER_TOKEN, SMALL_FLOAT, PROBABILITIES = "w", "a", "d", "f", "p"
 """What a task quantizes: a weight; an edge by time group, by row, or to small floats; an attention with probabilities.
@@ -50,12 +49,12 @@ def quantized_weight(program: Program, fits: FitCache, task: Task) -> dict[fx.No
 def row_errors(program: Program, fits: FitCache, task: Task, picked: Tensor | None) -> Tensor:
     """What a layer's weight [O, K] changes by, in ``picked`` rows alone, or in all (None)."""
     name = str(operand(task.node, 1).target)
-    rows = rows_of(program, name)
     if picked is None:
-        return fits.fitted(program, task.node, name, str(task.choice), task.rounding).dequantize() - rows
-    some, gram = program.tensors.read(name)[picked], moments(program, task.node)
-    fit = task.rounding(formats.get(str(task.choice)).fit(some, gram), rows[picked], gram)
-    return fit.dequantize() - rows[picked]
+        fit = fits.fitted(program, task.node, name, str(task.choice), task.rounding)
+        return fit.dequantize() - rows_of(program, name)
+    some = program.tensors.read(name)[picked]
+    fit = fit_rows(some, str(task.choice), moments(program, task.node), task.rounding)
+    return fit.dequantize() - some.flatten(1)
 
 
 def quantized_edge(

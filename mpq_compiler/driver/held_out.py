@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mpq_compiler.driver.options import Options
 from mpq_compiler.frontend import calibration_file, trajectories
 from mpq_compiler.frontend.denoiser import Denoiser
+from mpq_compiler.quantization.statistics import spread
 
 HELD_OUT = 64
 """The number of teacher-forced inputs on which a compiled denoiser is judged."""
@@ -22,10 +22,3 @@ def held_out(denoiser: Denoiser, options: Options) -> dict[str, Tensor]:
         return spread(inputs, HELD_OUT)
     steps = min(HELD_OUT_STEPS, options.steps or HELD_OUT_STEPS)
     return trajectories.record_calibration(denoiser, -(-HELD_OUT // steps), steps, options.seed + 1)
-
-
-def spread(inputs: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Selects at most ``count`` rows, evenly spread."""
-    rows = len(next(iter(inputs.values())))
-    index = torch.linspace(0, rows - 1, min(count, rows)).round().long()
-    return {name: value[index] for name, value in inputs.items()}

@@ -12,7 +12,7 @@ from torch import fx
 from mpq_compiler.allocation import costs, pose, sensitivity_table
 from mpq_compiler.driver import specialize
 from mpq_compiler.driver.dump_writer import Writer
-from mpq_compiler.driver.held_out import held_out, spread
+from mpq_compiler.driver.held_out import held_out
 from mpq_compiler.driver.instruments import observe
 from mpq_compiler.driver.options import Options, parse_shapes
 from mpq_compiler.driver.resolve import resolve, with_role
@@ -29,6 +29,7 @@ from mpq_compiler.pipeline.passes import Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import FitCache
 from mpq_compiler.quantization.requests import Requests
+from mpq_compiler.quantization.statistics import spread
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.host import cpu
 from mpq_compiler.targets import table as targets

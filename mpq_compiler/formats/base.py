@@ -103,8 +103,9 @@ class Format(ABC):
         Args:
             weight: f32 [O, ..., C], quantized as rows [O, K].
             gram: the mean of x x^T over calibration rows, [K, K]: the error of a row e is e^T gram e, the mean squared
-                error of the layer's output. [K] is its diagonal, for inputs whose whole gram is too large to keep. None
-                stands for the identity, under which the error is the weight's own.
+                error of the layer's output. [K] is its diagonal, for inputs whose whole gram is too large to keep;
+                [K, r] a factor S of it with fewer columns, gram = S S^T. None stands for the identity, under which the
+                error is the weight's own.
         """
 
     def start(self, weight: Tensor) -> Fit:
@@ -124,6 +125,11 @@ class Format(ABC):
     def by_row(self) -> bool:
         """Whether a row is quantized alike with any other rows beside it, so that some rows can stand for all."""
         return True
+
+    @property
+    def searches(self) -> bool:
+        """Whether `fit` uses its gram to compare candidates alone, for which a factor of few columns will do."""
+        return False
 
     @property
     def integer(self) -> bool:
@@ -168,19 +174,29 @@ def row_tiles(rows: int) -> int:
 
 def output_error(error: Tensor, gram: Tensor | None) -> Tensor:
     """The output error e^T gram e of each row of error [..., O, K]; gram as in `Format.fit`."""
+    if gram is not None and _is_factor(gram):
+        return (error @ gram).square().sum(-1)
     return (error * weighted(error, gram)).sum(-1)
 
 
 def weighted(rows: Tensor, gram: Tensor | None) -> Tensor:
-    """Multiplies rows [..., K] by a gram [K, K], a diagonal [K] or the identity (None)."""
+    """Multiplies rows [..., K] by a gram [K, K], its factor [K, r], a diagonal [K] or the identity (None)."""
     if gram is None:
         return rows
-    return rows * gram if gram.dim() == 1 else rows @ gram
+    if gram.dim() == 1:
+        return rows * gram
+    return rows @ gram @ gram.T if _is_factor(gram) else rows @ gram
 
 
 def diagonal(gram: Tensor) -> Tensor:
-    """The diagonal [K] of a gram that is kept whole or as its diagonal."""
-    return gram if gram.dim() == 1 else gram.diagonal()
+    """The diagonal [K] of a gram that is kept whole, as its factor or as its diagonal."""
+    if gram.dim() == 1:
+        return gram
+    return gram.square().sum(1) if _is_factor(gram) else gram.diagonal()
+
+
+def _is_factor(gram: Tensor) -> bool:
+    return gram.dim() == 2 and gram.shape[1] < gram.shape[0]
 
 
 __getattr__ = _moved.forward(__name__)  # names that went to `contract`

@@ -38,6 +38,10 @@ class CodebookFormat(Format):
     def by_row(self) -> bool:
         return not self.tiled
 
+    @property
+    def searches(self) -> bool:
+        return True
+
     def tiles_of_class(self, rows: int) -> int:
         """The number of neighbouring tiles that share a table: 1, unless there are more tiles than classes."""
         tiles = row_tiles(rows)

@@ -166,7 +166,7 @@ def entries(codes: Tensor, lut: Tensor | None, row_class: Tensor | None) -> Tens
         return codes.to(torch.float32)
     table = lut.to(torch.float32)
     if lut.shape[0] == 1:
-        return table[0][codes.long()]
+        return table[0].index_select(0, codes.flatten().int()).reshape(codes.shape)
     assert row_class is not None
     return table[row_classes(row_class, codes.shape[0])[:, None], codes.long()]
 

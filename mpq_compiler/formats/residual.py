@@ -27,6 +27,8 @@ from mpq_compiler.formats.uniform import UniformFormat
 
 RATIOS = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
 """The ratios of alpha to a step of the base: 1/4 gives the even levels of one more bit, above 1/2 the range widens."""
+RATIO_ROWS = 64
+"""The fewest rows by which a layer's ratio is chosen; of a weight with more than twice as many, some stand for all."""
 STARTS = (0.6, 0.8, 1.0)
 """Fractions of a row's range that the levels span where a fit starts."""
 ROUNDS = 6
@@ -38,6 +40,10 @@ class ResidualFormat(Format):
     """A uniform base of ``base_bits`` plus one binary branch: ``bits`` = base_bits + 1 in all."""
 
     base_bits: int = 2
+
+    @property
+    def searches(self) -> bool:
+        return True
 
     @property
     def has_offset(self) -> bool:
@@ -60,15 +66,11 @@ class ResidualFormat(Format):
 
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
         weight = weight.flatten(1)
-        best: QuantizedWeight | None = None
-        least = torch.inf
-        for ratio in RATIOS:
-            candidate = self._fit_ratio(weight, gram, ratio)
-            error = float(output_error(candidate.dequantize() - weight, gram).sum())
-            if error < least:
-                best, least = candidate, error
-        assert best is not None
-        return best
+        tried = weight if len(weight) <= 2 * RATIO_ROWS else weight[:: len(weight) // RATIO_ROWS]
+        fits = {ratio: self._fit_ratio(tried, gram, ratio) for ratio in RATIOS}
+        errors = {ratio: float(output_error(fits[ratio].dequantize() - tried, gram).sum()) for ratio in RATIOS}
+        best = min(RATIOS, key=errors.__getitem__)
+        return fits[best] if tried is weight else self._fit_ratio(weight, gram, best)
 
     def _fit_ratio(self, weight: Tensor, gram: Tensor | None, ratio: float) -> QuantizedWeight:
         lut, alpha = self.tables(ratio)

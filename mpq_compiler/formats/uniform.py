@@ -26,6 +26,10 @@ class UniformFormat(Format):
     """
 
     @property
+    def searches(self) -> bool:
+        return True
+
+    @property
     def has_offset(self) -> bool:
         return self.bits < 8
 

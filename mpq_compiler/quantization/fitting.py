@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -18,13 +17,20 @@ from mpq_compiler.ir import ops
 from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.quantization.adaround import adaround
 from mpq_compiler.quantization.gptq import gptq
-from mpq_compiler.quantization.statistics import CALIBRATION, EdgeStatistics
+from mpq_compiler.quantization.statistics import CALIBRATION, EdgeStatistics, evenly
+from mpq_compiler.support.memo import last_result
 
 KEPT_ELEMENTS = 1 << 20
 """The most elements of a weight whose fits are cached; larger weights are fitted again on every request."""
 
 CONSTANT = 1e-5
 """Share of the second moments below which the moments about the mean count as rounding errors."""
+
+SKETCH = 256
+"""The columns of the factor that stands for a layer's whole second moments where candidates of a fit are compared."""
+
+FEWEST_ROWS = 16
+"""The fewest rows that stand for all rows of a weight."""
 
 REST = "rest"
 """The part of a weight that the base of a low-rank format quantizes: the weight minus its branch."""
@@ -34,6 +40,11 @@ def rows_of(program: Program, weight: str) -> Tensor:
     """Reads a stored weight as f32 [O, K]."""
     tensor = program.tensors.read(weight)
     return tensor.reshape(len(tensor), -1).contiguous()
+
+
+def some_rows(count: int, share: float) -> Tensor:
+    """The numbers of the rows that stand for all ``count`` rows of a weight, at least `FEWEST_ROWS`, i64."""
+    return evenly(count, max(FEWEST_ROWS, round(count * share)))
 
 
 def bias_of(call: fx.Node) -> fx.Node | None:
@@ -54,7 +65,7 @@ def moments(program: Program, call: fx.Node) -> Tensor | None:
     return _about(gram, calibration.means[call.name])
 
 
-@functools.lru_cache(maxsize=1)  # the same tensor for all formats of a layer: `gptq` keeps what it makes of it
+@last_result  # the same tensor for all formats of a layer: `gptq` keeps what it makes of it
 def _about(gram: Tensor, mean: Tensor) -> Tensor:
     """The second moments about the mean; the gram itself where only rounding errors would be left.
 
@@ -108,9 +119,33 @@ def fitted(
         format_name: the format.
         rounding: how codes are chosen.
     """
-    gram = moments(program, call)
-    fit = formats.get(format_name).fit(program.tensors.read(weight), gram)
-    return rounding(fit, rows_of(program, weight), gram)
+    return fit_rows(program.tensors.read(weight), format_name, moments(program, call), rounding)
+
+
+def fit_rows(weight: Tensor, format_name: str, gram: Tensor | None, rounding: Rounding = Rounding.NEAREST) -> Fit:
+    """Fits rows of a weight [O, ..., C] in a format; gram as in `Format.fit`, but no factor."""
+    chosen = formats.get(format_name)
+    sketched = chosen.searches and gram is not None and gram.dim() == 2 and len(gram) > 2 * SKETCH
+    fit = chosen.fit(weight, _sketch(gram) if sketched else gram)
+    return rounding(fit, weight.flatten(1).contiguous(), gram)
+
+
+@last_result  # as of `_about`
+def _sketch(gram: Tensor) -> Tensor:
+    """A factor S [K, `SKETCH`] of a gram: random combinations of the columns of its root, so that S S^T has its mean.
+
+    Whether one candidate of a row is better than another shows in `SKETCH` directions as in all (Johnson and
+    Lindenstrauss 1984), for a fraction of the products.
+    """
+    wide = gram.double()
+    step = (1e-6 * wide.diagonal().mean()).clamp_min(1e-30)
+    root, failed = torch.linalg.cholesky_ex(wide + step * torch.eye(len(wide)))
+    while failed and bool(torch.isfinite(step)):
+        step = step * 10
+        root, failed = torch.linalg.cholesky_ex(wide + step * torch.eye(len(wide)))
+    draw = torch.randn(len(gram), SKETCH, generator=torch.Generator().manual_seed(0))
+    factor: Tensor = root.float() @ draw / SKETCH**0.5
+    return factor
 
 
 def corrected_bias(program: Program, call: fx.Node, weight: str, quantized: Fit) -> Tensor | None:

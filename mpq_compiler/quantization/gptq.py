@@ -8,7 +8,6 @@ orders the updates alone: codes stay in the columns where they are.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from mpq_compiler.formats import contract
 from mpq_compiler.formats.base import QuantizedWeight, output_error
 from mpq_compiler.formats.contract import rising
+from mpq_compiler.support.memo import last_result
 
 BLOCK = 128
 """The number of columns whose updates to the columns behind the block are applied together."""
@@ -56,7 +56,7 @@ def gptq(
     return dataclasses.replace(nearest, codes=torch.where((after < before)[:, None], codes, nearest.codes))
 
 
-@functools.lru_cache(maxsize=1)  # one layer is rounded to many formats, one after the other
+@last_result  # one layer is rounded to many formats, one after the other
 def _updates(gram: Tensor, order: bool, damping: float) -> tuple[Tensor, Tensor]:
     """The order of the columns, and the matrix [K, K] that carries a column's error to the columns behind it."""
     permutation = torch.argsort(gram.diagonal(), descending=True, stable=True) if order else torch.arange(len(gram))

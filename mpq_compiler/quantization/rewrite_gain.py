@@ -20,7 +20,7 @@ INTERVALS = 4
 """The number of intervals of time, each of which has a quantizer of its own."""
 FITTED = 4096
 """The number of values on which a quantizer is fitted, at most."""
-HELD_BYTES = 1 << 30
+HELD_BYTES = 1 << 29
 """Bytes of memory for sampled rows."""
 
 Rows = dict[tuple[Any, ...], Tensor]

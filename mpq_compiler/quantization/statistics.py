@@ -102,9 +102,18 @@ class Calibration:
 
     def select(self, count: int) -> dict[str, Tensor]:
         """Selects ``count`` inputs, spread evenly over the recording and thus over time."""
-        n = len(next(iter(self.inputs.values())))
-        index = torch.linspace(0, n - 1, min(count, n)).round().long()
-        return {name: value[index] for name, value in self.inputs.items()}
+        return spread(self.inputs, count)
+
+
+def evenly(total: int, count: int) -> Tensor:
+    """Chooses ``count`` of 0..total-1, spread evenly from the first to the last, i64; all where there are no more."""
+    return torch.linspace(0, total - 1, min(count, total)).round().long()
+
+
+def spread(inputs: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Selects ``count`` of the inputs, spread evenly over them."""
+    index = evenly(len(next(iter(inputs.values()))), count)
+    return {name: value[index] for name, value in inputs.items()}
 
 
 CALIBRATION = Fact[Calibration]("calibration")

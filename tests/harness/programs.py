@@ -56,7 +56,10 @@ SCORED = (
 )
 """Formats by the scores of predictors that have hardly been trained."""
 PIPELINES = (MIXED, REWRITES, LOW_RANK, FAST, TRAINED, SCORED, ROTATED)
-ACTIVATIONS = f"{FRONT},sensitivity{{inputs=3,formats=int8}},bit-allocation{{dynamic=true,attention=8}},{BACK}"
+ACTIVATIONS = (
+    f"{FRONT},sensitivity{{inputs=3,formats=int8,method=ablation}},"
+    f"bit-allocation{{dynamic=true,attention=8}},{BACK}"
+)
 """Dynamic activations and quantized attentions, as they are measured."""
 
 SMALL_FLOATS = f"{FRONT},bit-allocation{{uniform=fp4,activation_format=float,activations=4}},{BACK}"
