@@ -176,7 +176,9 @@ class Sensitivity(Pass):
         """The losses of tasks by name, estimated by backward passes; ``results`` has what is known of each input."""
         samples = list(batches(inputs, 1))
         weights = input_weights(program, inputs)
-        counts = (weights * (self.probes * len(samples) / weights.sum())).round().clamp_min(1).long().tolist()
+        # the squares of many rows, which are summed where some rows stand for all, scatter less than that of one sum
+        each = self.probes if self._share(tasks, program) == 1 else max(1, self.probes // 4)
+        counts = (weights * (each * len(samples) / weights.sum())).round().clamp_min(1).long().tolist()
         keys = [f"{count} probes, {self.sampled} weights, input {i}" for i, count in enumerate(counts)]
         names = {task.name for task in tasks}
         left = [i for i, key in enumerate(keys) if key not in results or not names <= results[key]["errors"].keys()]
@@ -218,15 +220,20 @@ class Sensitivity(Pass):
                 change = partial(quantized_edge, program, fits, task.kind, node.name, bits)
                 edges.setdefault(node, {})[task.name] = change
 
-        total = sum(program.tensors[str(weight.target)].numel() for weight in layers)
+        share = self._share(tasks, program)
 
         def errors(of: list[Task]) -> WeightErrors:
-            found = self._weight_errors(program, of, fits, self.sampled / total)
+            found = self._weight_errors(program, of, fits, share)
             advance(len(of))
             return found
 
         weights = dict(zip(layers, session.map(errors, layers.values()), strict=True))
         return Probes(program, weights, edges, calls, session.seed)
+
+    def _share(self, tasks: list[Task], program: Program) -> float:
+        """The share of the rows of weights that are quantized in every format."""
+        weights = {str(operand(task.node, 1).target) for task in tasks if task.kind == WEIGHT}
+        return min(1.0, self.sampled / max(1, sum(program.tensors[name].numel() for name in weights)))
 
     def _weight_errors(self, program: Program, tasks: list[Task], fits: FitCache, share: float) -> WeightErrors:
         """The errors of a weight in the formats of its tasks, in a share of its rows."""

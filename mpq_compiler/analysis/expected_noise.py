@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from mpq_compiler import formats
 from mpq_compiler.analysis.noise_power import noise_power
 from mpq_compiler.formats import activation, contract
-from mpq_compiler.formats.base import output_error, stored_scale
+from mpq_compiler.formats.base import diagonal, output_error, stored_scale
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.edges import attention_arguments
 from mpq_compiler.ir.findings import ATTENTION_NUMERICS
@@ -172,6 +172,8 @@ def weight_noise(
 
 def _by_group(difference: Tensor, gram: Tensor | None, segments: tuple[int, ...]) -> Tensor:
     group = contract.column_segments(segments, difference.shape[1])
+    if gram is not None and gram.dim() == 3:
+        gram = diagonal(gram)  # K-groups lie across its blocks
     found = []
     for j in range(len(segments)):
         columns = torch.nonzero(group == j).flatten()

@@ -104,8 +104,9 @@ class Format(ABC):
             weight: f32 [O, ..., C], quantized as rows [O, K].
             gram: the mean of x x^T over calibration rows, [K, K]: the error of a row e is e^T gram e, the mean squared
                 error of the layer's output. [K] is its diagonal, for inputs whose whole gram is too large to keep;
-                [K, r] a factor S of it with fewer columns, gram = S S^T. None stands for the identity, under which the
-                error is the weight's own.
+                [J, B, B] its J blocks of B inputs along the diagonal, as if inputs of different blocks were
+                independent; [K, r] a factor S of it with fewer columns, gram = S S^T. None stands for the identity,
+                under which the error is the weight's own.
         """
 
     def start(self, weight: Tensor) -> Fit:
@@ -180,18 +181,22 @@ def output_error(error: Tensor, gram: Tensor | None) -> Tensor:
 
 
 def weighted(rows: Tensor, gram: Tensor | None) -> Tensor:
-    """Multiplies rows [..., K] by a gram [K, K], its factor [K, r], a diagonal [K] or the identity (None)."""
+    """Multiplies rows [..., K] by a gram as in `Format.fit`."""
     if gram is None:
         return rows
     if gram.dim() == 1:
         return rows * gram
+    if gram.dim() == 3:
+        return torch.cat([part @ block for part, block in zip(rows.chunk(len(gram), -1), gram, strict=True)], -1)
     return rows @ gram @ gram.T if _is_factor(gram) else rows @ gram
 
 
 def diagonal(gram: Tensor) -> Tensor:
-    """The diagonal [K] of a gram that is kept whole, as its factor or as its diagonal."""
+    """The diagonal [K] of a gram as in `Format.fit`, but for None."""
     if gram.dim() == 1:
         return gram
+    if gram.dim() == 3:
+        return gram.diagonal(dim1=1, dim2=2).flatten()
     return gram.square().sum(1) if _is_factor(gram) else gram.diagonal()
 
 

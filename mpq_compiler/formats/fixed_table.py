@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mpq_compiler.formats import contract, floating
-from mpq_compiler.formats.base import Format, QuantizedWeight, output_error, stored_scale, weighted
+from mpq_compiler.formats.base import Format, QuantizedWeight, diagonal, output_error, stored_scale, weighted
 from mpq_compiler.formats.contract import nearest_codes
 
 SHRINK = tuple(1 - 0.05 * i for i in range(14))
@@ -75,6 +75,8 @@ class TableFormat(Format):
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
         """Quantizes; each group searches a grid of shrunken ranges for the least output error of its whole row."""
         rows, segments = weight.flatten(1), self.segments(weight.shape[-1])
+        if gram is not None and gram.dim() == 3 and len(segments) > 1:
+            gram = diagonal(gram)  # K-groups lie across its blocks
         widest = self._peaks(rows, segments)
         scale = widest.clone()
         error = self.quantize(rows, scale, segments).dequantize() - rows
@@ -100,15 +102,17 @@ class TableFormat(Format):
 
 
 def _block(gram: Tensor | None, columns: Tensor) -> Tensor | None:
-    """The part of a gram that belongs to some columns; None stays None."""
-    if gram is None or gram.dim() == 1:
-        return None if gram is None else gram[columns]
+    """The part of a gram that belongs to some columns; None stays None, and blocks are those of all columns."""
+    if gram is None or gram.dim() == 3:
+        return gram
+    if gram.dim() == 1:
+        return gram[columns]
     return gram[columns][:, columns]
 
 
 def _cross(error: Tensor, gram: Tensor | None, columns: Tensor) -> Tensor:
     """The other columns' share of half the error's gradient: ``sum_k e_k G[k, columns]`` over the columns k besides."""
-    if gram is None or gram.dim() == 1 or len(columns) == len(gram):
+    if gram is None or gram.dim() != 2 or len(columns) == len(gram):
         return torch.zeros(len(error), len(columns))
     return error @ gram[:, columns] - weighted(error[:, columns], _block(gram, columns))
 

@@ -12,11 +12,11 @@ from torch import Tensor, fx
 
 from mpq_compiler import formats
 from mpq_compiler.formats import activation, low_rank
-from mpq_compiler.formats.base import Fit, QuantizedWeight
+from mpq_compiler.formats.base import Fit, QuantizedWeight, diagonal
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.quantization.adaround import adaround
-from mpq_compiler.quantization.gptq import gptq
+from mpq_compiler.quantization.gptq import cholesky, gptq
 from mpq_compiler.quantization.statistics import CALIBRATION, EdgeStatistics, evenly
 from mpq_compiler.support.memo import last_result
 
@@ -71,10 +71,13 @@ def _about(gram: Tensor, mean: Tensor) -> Tensor:
 
     This happens for a layer whose input never changes, such as the time embedding of a one-step model.
     """
-    squares = gram if gram.dim() == 1 else gram.diagonal()
+    squares = diagonal(gram)
     if float((squares - mean.square()).sum()) <= CONSTANT * float(squares.sum()):
         return gram
-    return gram - (mean.square() if gram.dim() == 1 else torch.outer(mean, mean))
+    if gram.dim() == 1:
+        return gram - mean.square()
+    parts = mean.reshape(-1, gram.shape[-1])
+    return gram - (parts[:, :, None] * parts[:, None, :]).reshape(gram.shape)
 
 
 class Rounding(StrEnum):
@@ -91,7 +94,10 @@ class Rounding(StrEnum):
         return Rounding.GPTQ if self == Rounding.LEARNED else self
 
     def __call__(self, fit: Fit, rows: Tensor, gram: Tensor | None) -> Fit:
-        """Chooses the codes of a fit of rows [O, K]; FP8, and fits without a whole gram, keep the nearest codes."""
+        """Chooses the codes of a fit of rows [O, K]; FP8, and fits on a gram's diagonal, keep the nearest codes.
+
+        On a gram in blocks GPTQ stands in for learned rounding.
+        """
         if self == Rounding.NEAREST or gram is None or gram.dim() == 1:
             return fit
         if isinstance(fit, low_rank.LowRankWeight):
@@ -100,7 +106,7 @@ class Rounding(StrEnum):
             return replace(fit, base=base)
         if not isinstance(fit, QuantizedWeight):
             return fit
-        if self == Rounding.LEARNED:
+        if self == Rounding.LEARNED and gram.dim() == 2:
             codes = adaround(rows, fit.merged(), gram).codes
         else:
             codes = gptq(rows, fit.merged(), gram, order=self == Rounding.GPTQ).codes
@@ -125,7 +131,7 @@ def fitted(
 def fit_rows(weight: Tensor, format_name: str, gram: Tensor | None, rounding: Rounding = Rounding.NEAREST) -> Fit:
     """Fits rows of a weight [O, ..., C] in a format; gram as in `Format.fit`, but no factor."""
     chosen = formats.get(format_name)
-    sketched = chosen.searches and gram is not None and gram.dim() == 2 and len(gram) > 2 * SKETCH
+    sketched = chosen.searches and gram is not None and gram.dim() > 1 and gram.shape[-1] > 2 * SKETCH
     fit = chosen.fit(weight, _sketch(gram) if sketched else gram)
     return rounding(fit, weight.flatten(1).contiguous(), gram)
 
@@ -137,14 +143,10 @@ def _sketch(gram: Tensor) -> Tensor:
     Whether one candidate of a row is better than another shows in `SKETCH` directions as in all (Johnson and
     Lindenstrauss 1984), for a fraction of the products.
     """
-    wide = gram.double()
-    step = (1e-6 * wide.diagonal().mean()).clamp_min(1e-30)
-    root, failed = torch.linalg.cholesky_ex(wide + step * torch.eye(len(wide)))
-    while failed and bool(torch.isfinite(step)):
-        step = step * 10
-        root, failed = torch.linalg.cholesky_ex(wide + step * torch.eye(len(wide)))
-    draw = torch.randn(len(gram), SKETCH, generator=torch.Generator().manual_seed(0))
-    factor: Tensor = root.float() @ draw / SKETCH**0.5
+    blocks = gram if gram.dim() == 3 else gram[None]
+    draws = torch.randn(*blocks.shape[:2], SKETCH, generator=torch.Generator().manual_seed(0))
+    roots = (cholesky(block.double(), 1e-6).float() for block in blocks)
+    factor: Tensor = torch.cat([root @ draw for root, draw in zip(roots, draws, strict=True)]) / SKETCH**0.5
     return factor
 
 

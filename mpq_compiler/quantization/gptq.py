@@ -29,20 +29,30 @@ def gptq(
     Args:
         rows: the weight, f32 [O, K].
         nearest: its fit with the nearest codes.
-        gram: the whole second moments [K, K] of the layer's input.
+        gram: the second moments of the layer's input, whole [K, K] or in blocks along the diagonal [J, B, B]: no error
+            is compensated outside its block.
         order: whether columns go by descending second moment, else as they stand.
         damping: what is added to the gram's diagonal, relative to its mean.
 
     Returns:
         The fit with other codes; scales, offsets and tables stay.
     """
-    permutation, upper = _updates(gram, order, damping)
-    places, pivots = permutation.tolist(), upper.diagonal().unbind()
     quantizer = _Columns(nearest)
-    left = rows[:, permutation].clone()
     codes = torch.empty_like(nearest.codes)
-    for start in range(0, len(gram), BLOCK):
-        end = min(start + BLOCK, len(gram))
+    updates = _updates(gram, order, damping)
+    for (permutation, upper), part in zip(updates, torch.arange(rows.shape[1]).chunk(len(updates)), strict=True):
+        _block(rows, part[permutation], upper, quantizer, codes)
+    found = dataclasses.replace(nearest, codes=codes)
+    before, after = (output_error(q.dequantize() - rows, gram) for q in (nearest, found))
+    return dataclasses.replace(nearest, codes=torch.where((after < before)[:, None], codes, nearest.codes))
+
+
+def _block(rows: Tensor, columns: Tensor, upper: Tensor, quantizer: _Columns, codes: Tensor) -> None:
+    """Writes the codes of the columns of one block, which are given in the order in which they are chosen."""
+    places, pivots = columns.tolist(), upper.diagonal().unbind()
+    left = rows[:, columns]
+    for start in range(0, len(columns), BLOCK):
+        end = min(start + BLOCK, len(columns))
         part, errors = left[:, start:end], torch.empty(len(rows), end - start)
         for i in range(end - start):
             column = places[start + i]
@@ -51,31 +61,36 @@ def gptq(
             errors[:, i] = (part[:, i] - level) / pivots[start + i]
             part[:, i + 1 :] -= errors[:, i : i + 1] * upper[start + i, start + i + 1 : end]
         left[:, end:] -= errors @ upper[start:end, end:]
-    found = dataclasses.replace(nearest, codes=codes)
-    before, after = (output_error(q.dequantize() - rows, gram) for q in (nearest, found))
-    return dataclasses.replace(nearest, codes=torch.where((after < before)[:, None], codes, nearest.codes))
 
 
 @last_result  # one layer is rounded to many formats, one after the other
-def _updates(gram: Tensor, order: bool, damping: float) -> tuple[Tensor, Tensor]:
-    """The order of the columns, and the matrix [K, K] that carries a column's error to the columns behind it."""
-    permutation = torch.argsort(gram.diagonal(), descending=True, stable=True) if order else torch.arange(len(gram))
-    return permutation, _inverse_factor(gram[permutation][:, permutation], damping)
+def _updates(gram: Tensor, order: bool, damping: float) -> list[tuple[Tensor, Tensor]]:
+    """The order of a block's columns, and the matrix [B, B] that carries a column's error to those behind it."""
+    found = []
+    for block in gram if gram.dim() == 3 else gram[None]:
+        own = torch.argsort(block.diagonal(), descending=True, stable=True) if order else torch.arange(len(block))
+        found.append((own, _inverse_factor(block[own][:, own], damping)))
+    return found
 
 
 def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped gram, f32 [K, K].
+    """The upper Cholesky factor of the inverse of the damped gram, f32 [K, K]."""
+    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(cholesky(gram.double(), damping)), upper=True)
+    return upper.float()
+
+
+def cholesky(gram: Tensor, damping: float) -> Tensor:
+    """The lower Cholesky factor of a gram [K, K] to whose diagonal ``damping`` times its mean is added.
 
     Where inputs hardly vary, rounding errors may make the gram indefinite; the damping then grows until it is definite.
     """
-    wide = gram.double()
-    step = (damping * wide.diagonal().mean()).clamp_min(1e-30)
-    factor, failed = torch.linalg.cholesky_ex(wide + step * torch.eye(len(wide)))
+    step = (damping * gram.diagonal().mean()).clamp_min(1e-30)
+    factor, failed = torch.linalg.cholesky_ex(gram + step * torch.eye(len(gram)))
     while failed and bool(torch.isfinite(step)):
         step = step * 10
-        factor, failed = torch.linalg.cholesky_ex(wide + step * torch.eye(len(wide)))
-    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
-    return upper.float()
+        factor, failed = torch.linalg.cholesky_ex(gram + step * torch.eye(len(gram)))
+    found: Tensor = factor
+    return found
 
 
 class _Columns:

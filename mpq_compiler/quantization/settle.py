@@ -96,13 +96,14 @@ def fit_unsettled(
 
 def _note_nearest(program: Program, chosen: list[Open], rounding: Rounding) -> None:
     grams = program.facts[CALIBRATION].grams
-    left = [weight.path for weight in chosen if weight.call.name not in grams or grams[weight.call.name].dim() == 1]
-    if left:
-        method = "learned rounding" if rounding == Rounding.LEARNED else "GPTQ"
-        program.note(
-            f"{method} needs the second moments of all pairs of inputs, which are kept up to {GRAM_COLUMNS} inputs: "
-            f"codes are those of the nearest levels in {', '.join(left)}"
-        )
+    kept = {w.path: gram.dim() if (gram := grams.get(w.call.name)) is not None else 0 for w in chosen}
+    learned = rounding == Rounding.LEARNED
+    for instead, dims in (("those of the nearest levels", (0, 1)), ("GPTQ's", (3,) if learned else ())):
+        if layers := [path for path, dim in kept.items() if dim in dims]:
+            program.note(
+                f"{'learned rounding' if learned else 'GPTQ'} needs the second moments of all pairs of inputs, which "
+                f"are kept up to {GRAM_COLUMNS} inputs: codes are {instead} in {', '.join(layers)}"
+            )
 
 
 def attributes(program: Program, prefix: str, **tensors: Tensor | None) -> list[fx.Node | None]:

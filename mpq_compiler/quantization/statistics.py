@@ -5,9 +5,15 @@ Passes ask for statistics by name; `calibrate` collects what the whole pipeline 
 
 from __future__ import annotations
 
+import math
+import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence, Set
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence, Set
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -22,6 +28,7 @@ from mpq_compiler.ir.graph import softmax, weight_of
 from mpq_compiler.ir.interpreter import Interpreter
 from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.support import cache
+from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.execution import batches
 
 if TYPE_CHECKING:
@@ -52,8 +59,11 @@ PROBABILITIES = 1024
 """
 GRAM_ROWS = 8192
 """The approximate number of rows over which second moments are averaged."""
-GRAM_COLUMNS = 4096
-"""The most inputs of a layer whose second moments are kept whole; of more, only the diagonal: memory grows as K^2."""
+GRAM_COLUMNS = 2048
+"""The most inputs of a layer whose second moments are kept whole; of more, blocks of as many, for memory and the time
+of what works with them grow as K^2 and K^3."""
+ON_DISK = 1 << 22
+"""The bytes from which a layer's second moments lie in a file."""
 
 PART = 8
 """The number of inputs that a thread takes at a time."""
@@ -88,7 +98,8 @@ class Calibration:
     edges: dict[str, EdgeStatistics] = field(default_factory=dict)
     """Statistics of each tensor edge, by its node's name."""
     grams: dict[str, Tensor] = field(default_factory=dict)
-    """The mean of x x^T [K, K], or its diagonal [K], over rows of a call's input, by the call's name.
+    """The mean of x x^T over rows of a call's input, by the call's name: [K, K], its blocks [J, B, B], or its diagonal
+    [K].
 
     Rows of a convolution are patches. Calls that multiply the same rows, such as q, k and v, share one tensor.
     """
@@ -213,10 +224,60 @@ class _Piece:
 
     output: Tensor
     edges: dict[str, EdgeStatistics]
-    rows: dict[Rows, Tensor]
-    """Rows whose second moments are wanted whole."""
-    squares: dict[Rows, tuple[Tensor, Tensor, int]]
-    """The sums of squares [K] and of values [K] over other rows, and their number: all rows are gigabytes."""
+
+
+class _Turns:
+    """Lets parts that are measured on several threads add to the same sums in the order of their numbers."""
+
+    def __init__(self) -> None:
+        self._next: dict[Rows, int] = {}
+        self._changed = threading.Condition()
+        self._failed = False
+
+    @contextmanager
+    def take(self, key: Rows, number: int) -> Iterator[None]:
+        """Waits until all parts of smaller numbers have had their turn with ``key``."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failed or self._next.get(key, 0) == number)
+            if self._failed:
+                raise CancelledError
+        yield
+        with self._changed:
+            self._next[key] = number + 1
+            self._changed.notify_all()
+
+    @contextmanager
+    def ended_by_errors(self) -> Iterator[None]:
+        """Lets nobody wait for a part that has failed."""
+        try:
+            yield
+        except BaseException:
+            with self._changed:
+                self._failed = True
+                self._changed.notify_all()
+            raise
+
+
+def _blocks(columns: int) -> int:
+    """The number of equal blocks, of at most `GRAM_COLUMNS`, of second moments; 0: their diagonal alone."""
+    least = -(-columns // GRAM_COLUMNS)
+    return next((count for count in range(least, 4 * least + 1) if columns % count == 0), 0)
+
+
+def _zeros(shape: tuple[int, ...]) -> Tensor:
+    """Zeros in float32, those of `ON_DISK` bytes and more in a file that goes with the process."""
+    count = math.prod(shape)
+    if 4 * count < ON_DISK:
+        return torch.zeros(shape)
+    with tempfile.NamedTemporaryFile(prefix="mpqc-") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, 4 * count)
+        except OSError as error:
+            raise UserError(
+                f"second moments of {4 * count / 2**20:.0f} MiB do not fit in '{tempfile.gettempdir()}' "
+                f"({error.strerror}): free some space there, or name another folder with TMPDIR"
+            ) from error
+        return torch.from_file(file.name, shared=True, size=count, dtype=torch.float32).reshape(shape)
 
 
 class Collector:
@@ -250,6 +311,7 @@ class Collector:
             name: [] for name in (*(self.readers.keys() | read), *(softmax(n.name) for n in self.attentions))
         }
         self.sums: dict[Rows, tuple[Tensor, Tensor, int]] = {}
+        self.turns = _Turns()
         self.measured = 0
 
     def measure(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -259,20 +321,22 @@ class Collector:
         for piece in pieces:
             for name, found in piece.edges.items():
                 self.parts[name].append(found)
-
-        def add(key: Rows) -> None:
-            rows = torch.cat([piece.rows[key] for piece in pieces])
-            self._add(key, rows.T @ rows, rows.sum(0), len(rows))
-
-        self.context.map(add, pieces[0].rows)
-        for piece in pieces:
-            for key, sums in piece.squares.items():
-                self._add(key, *sums)
         return torch.cat([piece.output for piece in pieces])
 
-    def _add(self, key: Rows, moments: Tensor, total: Tensor, rows: int) -> None:
-        gram, mean, count = self.sums.get(key, (0, 0, 0))
-        self.sums[key] = (gram + moments, mean + total, count + rows)
+    def _add(self, key: Rows, rows: Tensor) -> None:
+        """Adds rows [R, K] to the sums of their second moments, which grow in place."""
+        blocks = _blocks(rows.shape[1]) if GRAM in self.wanted else 0
+        if key not in self.sums:
+            size = rows.shape[1] // max(1, blocks)
+            shape = (blocks, size, size) if blocks else (size,)
+            self.sums[key] = (_zeros(shape), torch.zeros(rows.shape[1]), 0)
+        gram, total, count = self.sums[key]
+        if blocks:
+            for block, part in zip(gram, rows.chunk(blocks, 1), strict=True):
+                block.addmm_(part.T, part)
+        else:
+            gram += rows.square().sum(0)
+        self.sums[key] = (gram, total.add_(rows.sum(0)), count + len(rows))
 
     def _piece(self, numbered: tuple[int, dict[str, Tensor]]) -> _Piece:
         number, inputs = numbered
@@ -280,8 +344,6 @@ class Collector:
         values = max(VALUES_PER_INPUT, VALUES_PER_EDGE // self.total) if VALUES in self.wanted else 1
         generator = torch.Generator().manual_seed(self.context.seed + number)
         edges: dict[str, EdgeStatistics] = {}
-        sampled: dict[Rows, Tensor] = {}
-        squares: dict[Rows, tuple[Tensor, Tensor, int]] = {}
 
         def watch(node: fx.Node, value: Any) -> None:
             if node.name not in self.parts:
@@ -292,23 +354,23 @@ class Collector:
             edges[node.name] = EdgeStatistics(low, high, flat[:, positions], flat.shape[1])
             for key in self.readers.get(node.name, {}) if self.wanted & {GRAM, MOMENTS} else ():
                 rows = input_rows(key[1], value, max(1, GRAM_ROWS * size // self.total), generator)
-                if GRAM in self.wanted and rows.shape[1] <= GRAM_COLUMNS:
-                    sampled[key] = rows
-                else:
-                    squares[key] = rows.square().sum(0), rows.sum(0), len(rows)
+                with self.turns.take(key, number):
+                    self._add(key, rows)
 
         observer = _Observer(self.program, frozenset(n.name for n in self.attentions), generator)
-        with torch.no_grad():
+        with torch.no_grad(), self.turns.ended_by_errors():
             output = observer.run(inputs, watch=watch)
         edges |= {softmax(name): found for name, found in observer.found.items()}
-        return _Piece(output, edges, sampled, squares)
+        return _Piece(output, edges)
 
     def calibration(self, inputs: dict[str, Tensor]) -> Calibration:
-        """The calibration: all statistics measured so far, with all ``inputs`` in order."""
+        """The calibration: all statistics that were measured, with all ``inputs`` in order. It ends the measuring."""
         found = Calibration(inputs)
         found.edges |= {name: EdgeStatistics.joined(parts) for name, parts in self.parts.items()}
-        for key, (gram, mean, count) in self.sums.items():
-            moments = gram / count, mean / count
+        while self.sums:
+            key, (gram, total, count) = self.sums.popitem()
+            gram /= count  # in place, where it lies
+            moments = gram[0] if gram.dim() == 3 and len(gram) == 1 else gram, total / count
             for call in self.readers[key[0]][key]:
                 found.grams[call.name], found.means[call.name] = moments
         return found

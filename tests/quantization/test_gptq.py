@@ -132,3 +132,17 @@ def test_inputs_that_hardly_vary():
     start = nearest("int4", w, None)
     before, after = errors(w, left, start, gptq(w, start, left))
     assert torch.isfinite(after).all() and (after <= before).all()
+
+
+@pytest.mark.parametrize("name", ("int3", "int2+b", "int8"))
+def test_blocks_are_layers_of_their_own(name):
+    """Codes on second moments in blocks are those on the whole matrix that has zeros elsewhere."""
+    w, blocks = weight(), torch.stack([gram(20, seed=seed) for seed in (1, 2)])
+    blocks /= blocks.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]  # alike damping
+    start = nearest(name, w, None)
+    parts, whole = gptq(w, start, blocks), gptq(w, start, torch.block_diag(*blocks))
+    assert not torch.equal(parts.codes, start.codes)
+    assert (parts.codes != whole.codes).float().mean() < 0.01
+    before, after = errors(w, torch.block_diag(*blocks), start, parts)
+    assert (after <= before).all()
+    torch.testing.assert_close(output_error(parts.dequantize() - w, blocks), after)
