@@ -207,7 +207,7 @@ class Sensitivity(Pass):
         fits = session.fits
         layers: dict[fx.Node, list[Task]] = {}
         edges: dict[fx.Node, dict[Name, Callable[[Tensor, Tensor], Tensor]]] = {}
-        calls: dict[fx.Node, dict[Name, Callable[[Sequence[Any], Tensor], Tensor]]] = {}
+        calls: dict[fx.Node, dict[Name, Callable[[Sequence[Tensor], Tensor], Tensor]]] = {}
         for task in tasks:
             node, bits = task.node, task.choice
             if isinstance(bits, str):
@@ -323,7 +323,7 @@ class Sensitivity(Pass):
         if isinstance(choice, str):
             output = ablation.output(values=quantized_weight(program, fits, task))
         elif task.kind == PROBABILITIES:
-            args = fx.map_arg(node.args, ablation.value)
+            args: tuple[Tensor, ...] = fx.map_arg(node.args, ablation.value)  # type: ignore[assignment]
             output = ablation.output(values={node: quantized_attention(program, fits, node, choice, args, time)})
         else:
             changed = quantized_edge(program, fits, task.kind, node.name, choice, ablation.value(node), time)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -51,7 +50,7 @@ class WeightErrors:
 
 EdgeChanges = Mapping[Name, Callable[[Tensor, Tensor], Tensor]]
 """Changed values of an edge, as functions of its value and of the timestep, each under its name."""
-CallChanges = Mapping[Name, Callable[[Sequence[Any], Tensor], Tensor]]
+CallChanges = Mapping[Name, Callable[[Sequence[Tensor], Tensor], Tensor]]
 """Changed values of a call, as functions of its arguments and of the timestep, each under its name."""
 
 
@@ -126,10 +125,10 @@ class _Run(Interpreter):
         """What a probe sees of the error of each row, by the weight's node and the error's name."""
         self.squares: dict[Name, float] = {}
 
-    def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    def call(self, node: fx.Node, args: tuple[Tensor, ...], kwargs: Mapping[str, object]) -> Tensor:
         if node in self.probes.layers:
             args = (self._tapped(input_edge(node), args[0]), *args[1:])
-        value = super().call(node, args, kwargs)
+        value: Tensor = super().call(node, args, kwargs)
         if node in self.probes.layers and operand(node, 1) in self.probes.weights:
             self._watch_weight(node, args[0].detach(), args[1].shape, value)
         if (changes := self.probes.calls.get(node)) is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, fx
 
@@ -71,7 +70,7 @@ def quantized_edge(
 
 
 def quantized_attention(
-    program: Program, fits: FitCache, node: fx.Node, bits: int, args: Sequence[Any], timestep: Tensor
+    program: Program, fits: FitCache, node: fx.Node, bits: int, args: Sequence[Tensor], timestep: Tensor
 ) -> Tensor:
     """The value of an attention whose q, k, v and probabilities are quantized.
 

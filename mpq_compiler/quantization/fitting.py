@@ -131,9 +131,10 @@ def fitted(
 def fit_rows(weight: Tensor, format_name: str, gram: Tensor | None, rounding: Rounding = Rounding.NEAREST) -> Fit:
     """Fits rows of a weight [O, ..., C] in a format; gram as in `Format.fit`, but no factor."""
     chosen = formats.get(format_name)
-    sketched = chosen.searches and gram is not None and gram.dim() > 1 and gram.shape[-1] > 2 * SKETCH
-    fit = chosen.fit(weight, _sketch(gram) if sketched else gram)
-    return rounding(fit, weight.flatten(1).contiguous(), gram)
+    measure = gram
+    if chosen.searches and gram is not None and gram.dim() > 1 and gram.shape[-1] > 2 * SKETCH:
+        measure = _sketch(gram)
+    return rounding(chosen.fit(weight, measure), weight.flatten(1).contiguous(), gram)
 
 
 @last_result  # as of `_about`
