@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, fx
@@ -323,7 +323,7 @@ class Sensitivity(Pass):
         if isinstance(choice, str):
             output = ablation.output(values=quantized_weight(program, fits, task))
         elif task.kind == PROBABILITIES:
-            args: tuple[Tensor, ...] = fx.map_arg(node.args, ablation.value)  # type: ignore[assignment]
+            args = cast("tuple[Tensor, ...]", fx.map_arg(node.args, ablation.value))
             output = ablation.output(values={node: quantized_attention(program, fits, node, choice, args, time)})
         else:
             changed = quantized_edge(program, fits, task.kind, node.name, choice, ablation.value(node), time)
