@@ -11,14 +11,21 @@ from mpq_compiler.quantization.statistics import spread
 
 HELD_OUT = 64
 """The number of teacher-forced inputs on which a compiled denoiser is judged."""
+HELD_OUT_LARGE = 16
+"""Their number for models of more than `LARGE` parameters, whose images have many values each."""
+LARGE = 500_000_000
 HELD_OUT_STEPS = 8
 """The most steps of the trajectories that these inputs come from."""
 
 
 def held_out(denoiser: Denoiser, options: Options) -> dict[str, Tensor]:
-    """Collects held-out inputs over all time steps: `HELD_OUT` of them, or fewer where a calibration file has fewer."""
+    """Collects held-out inputs over all time steps: `HELD_OUT` of them, or fewer where a calibration file has fewer.
+
+    Of models with more than `LARGE` parameters `HELD_OUT_LARGE`.
+    """
+    count = HELD_OUT_LARGE if denoiser.parameters > LARGE else HELD_OUT
     if options.calibration is not None:
         inputs = calibration_file.split(calibration_file.load(denoiser, options.calibration))[1]
-        return spread(inputs, HELD_OUT)
+        return spread(inputs, count)
     steps = min(HELD_OUT_STEPS, options.steps or HELD_OUT_STEPS)
-    return trajectories.record_calibration(denoiser, -(-HELD_OUT // steps), steps, options.seed + 1)
+    return trajectories.record_calibration(denoiser, -(-count // steps), steps, options.seed + 1)

@@ -96,7 +96,10 @@ def report(
         },
         activations={"average_bits": costs.activation_bits(planned)},
         quality=judged.quality,
-        passes=[{"name": r.name, "seconds": r.seconds, "peak_bytes": r.peak_bytes} for r in lowering.records],
+        passes=[
+            {"name": r.name, "seconds": r.seconds, "cpu_seconds": r.cpu_seconds, "peak_bytes": r.peak_bytes}
+            for r in lowering.records
+        ],
         layers=layer_rows(planned),
         artifact={
             "bytes": sum(f["bytes"] for f in complete["files"].values()),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from mpq_compiler.pipeline.registry import usable
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.usage import PeakMemory, cpu_seconds
 
 
 def check(passes: Sequence[Pass], present: Iterable[str] = ()) -> None:
@@ -40,7 +40,9 @@ class Record:
 
     name: str
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
+    """The most memory during the run, anonymous and shared, over all processes; pages of mapped files do not count."""
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -69,12 +71,12 @@ def run_pipeline(
     check(passes, present)
     session = dataclasses.replace(session, requests=Requests.all(p.requests() for p in passes) | session.requests)
     records = []
-    for index, p in enumerate(passes):
-        start = time.perf_counter()
-        before, program = program, p.run(program, session)
-        verify(program, after=p.name())
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        records.append(Record(p.name(), time.perf_counter() - start, peak))
-        for instrument in instruments:
-            instrument(index, p, before, program)
+    with PeakMemory() as memory:
+        for index, p in enumerate(passes):
+            start, cpu = time.perf_counter(), cpu_seconds()
+            before, program = program, p.run(program, session)
+            verify(program, after=p.name())
+            records.append(Record(p.name(), time.perf_counter() - start, cpu_seconds() - cpu, memory.take()))
+            for instrument in instruments:
+                instrument(index, p, before, program)
     return program, records

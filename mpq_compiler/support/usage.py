@@ -1,0 +1,80 @@
+"""Memory and time of this process and its children, as the operating system counts them."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+INTERVAL = 0.05
+"""Seconds between two looks at the memory."""
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process and of its children that have ended, user and system."""
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def memory() -> int:
+    """Resident bytes, anonymous and shared, of this process and its children; pages of mapped files do not count.
+
+    Where the system has no /proc, the peak of this process stands for it.
+    """
+    if not sys.platform.startswith("linux"):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return sum(_resident(pid) for pid in _family(os.getpid()))
+
+
+def _family(pid: int) -> Iterator[int]:
+    yield pid
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+        children = [int(word) for thread in threads for word in (thread / "children").read_text().split()]
+    except (OSError, ValueError):
+        return  # it has ended
+    for child in children:
+        yield from _family(child)
+
+
+def _resident(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+
+
+class PeakMemory:
+    """The peak of `memory`, watched by a thread within the block."""
+
+    def __init__(self) -> None:
+        self._peak = memory()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(INTERVAL):
+            self._peak = max(self._peak, memory())
+
+    def take(self) -> int:
+        """The peak in bytes since the last call, or since the beginning."""
+        now = memory()
+        peak, self._peak = max(self._peak, now), now
+        return peak

@@ -1,0 +1,57 @@
+"""Memory and time by the operating system."""
+
+from __future__ import annotations
+
+import mmap
+import multiprocessing
+import time
+
+from mpq_compiler.support.usage import PeakMemory, cpu_seconds, memory
+
+SIZE = 64 << 20
+
+
+def test_peaks_are_seen_and_forgotten_once_taken():
+    with PeakMemory() as peak:
+        before = memory()
+        held = bytearray(b"x") * SIZE
+        time.sleep(0.2)
+        del held
+        assert peak.take() >= before + SIZE
+        assert peak.take() < before + SIZE // 2
+
+
+def test_pages_of_mapped_files_do_not_count(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * SIZE)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        before = memory()
+        assert sum(mapped[i] for i in range(0, SIZE, mmap.PAGESIZE)) > 0
+        assert memory() < before + SIZE // 2
+
+
+def _holding(ready, done) -> None:
+    held = bytearray(b"x") * SIZE
+    ready.set()
+    done.wait(30)
+    del held
+
+
+def test_children_count():
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    before = memory()
+    child = context.Process(target=_holding, args=(ready, done))
+    child.start()
+    assert ready.wait(30)
+    assert memory() > before + SIZE
+    done.set()
+    child.join()
+
+
+def test_cpu_seconds_are_those_of_work():
+    begin = cpu_seconds()
+    time.sleep(0.1)
+    assert cpu_seconds() - begin < 0.09
+    sum(i * i for i in range(2_000_000))
+    assert cpu_seconds() - begin > 0.02
