@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_compiler.cli import options
-from mpq_compiler.support import terminal
+from mpq_compiler.support import terminal, usage
 
 if TYPE_CHECKING:
     from mpq_compiler.driver.report import Report
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> Any:
     """Compile the model, print the summary of its report, and return the report."""
     from mpq_compiler.api.compile import compile
 
+    usage.return_freed_memory()
     report = compile(args.model, args.output, terminal.progress, **options.of_compilation(args))
     for note in report.notes:
         terminal.note(f"note: {note}")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import mmap
 import multiprocessing
+import platform
+import subprocess
+import sys
 import time
 
 from mpq_compiler.support.usage import PeakMemory, cpu_seconds, memory
@@ -47,6 +50,27 @@ def test_children_count():
     assert memory() > before + SIZE
     done.set()
     child.join()
+
+
+def test_freed_memory_goes_back():
+    code = """
+from mpq_compiler.support.usage import memory, return_freed_memory
+import sys
+if sys.argv[1] == "back":
+    return_freed_memory()
+bytes(30 << 20)  # one such block that is freed raises glibc's own bound
+before = memory()
+blocks = [b"x" * (8 << 20) for _ in range(8)]
+kept, blocks = blocks[-1], None
+print((memory() - before) >> 20)
+"""
+    left = {
+        how: int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("back", "kept")
+    }
+    assert 7 <= left["back"] <= 12
+    if platform.libc_ver()[0] == "glibc":
+        assert left["kept"] > 30
 
 
 def test_cpu_seconds_are_those_of_work():
