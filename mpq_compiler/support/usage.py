@@ -24,15 +24,17 @@ def cpu_seconds() -> float:
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
-def memory() -> int:
-    """Resident bytes, anonymous and shared, of this process and its children; pages of mapped files do not count.
+def memory(pid: int | None = None) -> int:
+    """Resident bytes, anonymous and shared, of a process and its children; pages of mapped files do not count.
+
+    pid: of the process; None: this one.
 
     Where the system has no /proc, the peak of this process stands for it.
     """
     if not sys.platform.startswith("linux"):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
-    return sum(_resident(pid) for pid in _family(os.getpid()))
+    return sum(map(_resident, _family(os.getpid() if pid is None else pid)))
 
 
 def _family(pid: int) -> Iterator[int]:
@@ -70,8 +72,9 @@ def return_freed_memory() -> None:
 class PeakMemory:
     """The peak of `memory`, watched by a thread within the block."""
 
-    def __init__(self) -> None:
-        self._peak = memory()
+    def __init__(self, pid: int | None = None) -> None:
+        self._pid = pid
+        self._peak = memory(pid)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -87,10 +90,10 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._ended.wait(INTERVAL):
-            self._peak = max(self._peak, memory())
+            self._peak = max(self._peak, memory(self._pid))
 
     def take(self) -> int:
         """The peak in bytes since the last call, or since the beginning."""
-        now = memory()
+        now = memory(self._pid)
         peak, self._peak = max(self._peak, now), now
         return peak

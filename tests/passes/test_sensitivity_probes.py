@@ -50,7 +50,7 @@ def test_small_errors_are_estimated_without_bias(tmp_path):
 
 def test_ranks_are_those_of_ablation_on_a_bundled_model(tmp_path):
     program = programs.after(programs.BUNDLED, "time-groups")
-    step = Sensitivity(inputs=12, formats=("int2", "int4", "int8"))
+    step = Sensitivity(inputs=6, formats=("int2", "int8"))
     estimated = losses(step, program, tmp_path)
     measured = losses(dataclasses.replace(step, method="ablation"), program, tmp_path)
     assert estimated.keys() == measured.keys()
@@ -61,7 +61,7 @@ def test_ranks_are_those_of_ablation_on_a_bundled_model(tmp_path):
 
 def test_some_rows_stand_for_all(tmp_path):
     program = programs.after(programs.BUNDLED, "time-groups")
-    step = Sensitivity(inputs=6, formats=("int4",))
+    step = Sensitivity(inputs=4, formats=("int4",))
     whole, some = (losses(dataclasses.replace(step, sampled=count), program, tmp_path) for count in (1 << 25, 1 << 16))
     found = decibels(some, whole, "weights", "int4")
     assert 0 < found.std() < 2.5 and abs(found.mean()) < 1
