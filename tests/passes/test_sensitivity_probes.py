@@ -60,11 +60,12 @@ def test_ranks_are_those_of_ablation_on_a_bundled_model(tmp_path):
 
 
 def test_some_rows_stand_for_all(tmp_path):
-    program = programs.after(programs.BUNDLED, "time-groups")
-    step = Sensitivity(inputs=4, formats=("int4",))
-    whole, some = (losses(dataclasses.replace(step, sampled=count), program, tmp_path) for count in (1 << 25, 1 << 16))
-    found = decibels(some, whole, "weights", "int4")
-    assert 0 < found.std() < 2.5 and abs(found.mean()) < 1
+    program = programs.after(MODEL, "time-groups")
+    step = dataclasses.replace(PASS, formats=("int4",), probes=64)
+    whole, some = (losses(dataclasses.replace(step, sampled=count), program, tmp_path) for count in (1 << 23, 1))
+    layers = [key for key in whole if key[0] == "weights"]
+    assert some != whole
+    assert scipy.stats.spearmanr([some[key] for key in layers], [whole[key] for key in layers]).statistic >= 0.95
 
 
 def test_attentions_and_rows_with_scales_of_their_own_are_estimated(tmp_path):
