@@ -112,8 +112,26 @@ def test_chosen_codes_are_better_for_every_layer_and_the_output(name, method):
 
 
 @pytest.mark.parametrize("method", ["gptq", "learned"])
-def test_codes_stay_nearest_where_moments_are_too_large_to_keep_and_a_note_says_so(monkeypatch, method):
+def test_layers_of_many_inputs_are_left_to_gptq_and_a_note_says_so(monkeypatch, method):
+    """GPTQ works in the blocks of their moments; learned rounding does not, and its note names the layers."""
     monkeypatch.setattr(statistics, "GRAM_COLUMNS", 40)
+    back = f"bit-allocation{{uniform=int3}},insert-fake-quant,round-weights{{method={method}}}"
+    session = Session(programs.denoiser(MODEL), programs.calibration(MODEL))
+    program, _ = run_pipeline(parse(f"{programs.FRONT},{back}"), programs.empty(), session)
+    wide = [p for p, plan in program.weights.items() if program.tensors[p][0].numel() > 40]
+    assert wide
+    if method == "gptq":
+        assert NOTES not in program.facts
+        return
+    (note,) = program.facts[NOTES]
+    assert all(path in note for path in wide) and "codes are GPTQ's" in note
+    assert not any(path in note for path in {*program.weights} - {*wide})
+
+
+@pytest.mark.parametrize("method", ["gptq", "learned"])
+def test_codes_stay_nearest_where_moments_cannot_be_kept_and_a_note_says_so(monkeypatch, method):
+    """Of a layer whose number of inputs has no fitting divisor only the diagonal is kept."""
+    monkeypatch.setattr(statistics, "_blocks", lambda columns: 1 if columns <= 40 else 0)
     back = f"bit-allocation{{uniform=int3}},insert-fake-quant,round-weights{{method={method}}}"
     session = Session(programs.denoiser(MODEL), programs.calibration(MODEL))
     program, _ = run_pipeline(parse(f"{programs.FRONT},{back}"), programs.empty(), session)
