@@ -12,9 +12,13 @@ from mpq_compiler.support.host import cpu, cpus
 
 
 def provenance() -> dict[str, Any]:
-    """The command, the CPU, the system and the versions that a benchmark ran with."""
+    """The command, the CPU, the system and the versions that a benchmark ran with.
+
+    Of a path that works on this machine only, the command has the last part.
+    """
+    arguments = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return {
-        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *arguments]),
         "cpu": cpu(),
         "cores": len(cpus()),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
