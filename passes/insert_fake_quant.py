@@ -76,6 +76,7 @@ class InsertFakeQuant(Pass):
         return program
 
     def _store_leftovers(self, program: Program, quantized: dict[str, fx.Node]) -> None:
+        floats = {str(n.target) for n in program.facts[PLANNED].graph.nodes if n.op == "get_attr"}
         for node in [n for n in program.graph.nodes if n.op == "get_attr"]:
             name = str(node.target)
             if name in quantized:
@@ -89,7 +90,8 @@ class InsertFakeQuant(Pass):
                 node = own
             tensor = program.tensors[name]
             kind = stored_dtype(name, tensor)
-            if kind != tensor.dtype:
+            # what the model has in half precision was a float to it like all others, and is named like them
+            if kind != (program.tensors.meta(name).dtype if name in floats else tensor.dtype):
                 node.target = program.tensors.add(f"{name}:f16", tensor.to(kind))
             elif kind == torch.float32 and not name.startswith(("constant.", "time_groups.")):
                 program.fallbacks[name] = "values beyond the range of f16, stored as f32"

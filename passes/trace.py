@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from mpq_compiler.frontend.deciding import deciding
+from mpq_compiler.frontend.widened import stored, untouched
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.batching import with_batch
@@ -89,12 +90,13 @@ class Trace(Pass):
         prefix = next(n for n, m in wrapper.named_modules() if m is denoiser.module.model) + "."
         _require_function(graph, denoiser, prefix)
         tensors = TensorStore()
-        names = {p.data_ptr(): name for name, p in denoiser.module.model.named_parameters()}  # one for tied parameters
+        parameters = denoiser.module.model.named_parameters()  # one for tied parameters
+        names = {stored(p).data_ptr(): name for name, p in parameters}
         for node in graph.nodes:
             if node.op == "get_attr":
-                path, value = str(node.target), attributes(str(node.target))
+                path, value = str(node.target), stored(attributes(str(node.target)))
                 name = path.removeprefix(prefix) if path.startswith(prefix) else f"constant.{path}"
-                node.target = tensors.add(names.get(value.data_ptr(), name), value)
+                node.target = tensors.hold(names.get(value.data_ptr(), name), value)
         for node, spec in zip([n for n in graph.nodes if n.op == "placeholder"], specs, strict=True):
             node.target = spec.name
         program = program.fork(
@@ -173,12 +175,13 @@ def _exported(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, nn.Modu
     symbol = torch.export.Dim("batch", min=2, max=LARGEST_BATCH)
     dynamic = {"tensors": tuple({0: symbol} for _ in inputs)}
     # torch prints the whole graph where an export fails; the exception says what went wrong
-    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()), _DataIsSeen():
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()), untouched(wrapper) as restore, _DataIsSeen():
         exported = torch.export.export(wrapper, inputs, dynamic_shapes=dynamic, strict=False)
         module = exported.module(check_guards=False)
         if in_place := bool(_in_place(module.graph)):
             exported = exported.run_decompositions({})  # to operators that return a new tensor
             module = exported.module(check_guards=False)
+    restore(module)
     return copy_graph(module.graph), module, in_place  # without the module, whose parameters live in the store
 
 
@@ -197,7 +200,7 @@ def _of_one(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, nn.Module
             "samples that were recorded: record calls in which they are equal, such as texts padded to one length"
         )
     inputs = tuple(given.values())
-    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()), _ConstantsAreRead():
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()), untouched(wrapper) as restore, _ConstantsAreRead():
         module = make_fx(wrapper, tracing_mode="real", pre_dispatch=True, record_module_stack=True)(*inputs)
         _without_autocasts(module.graph)
         _compute_made(module)
@@ -205,6 +208,7 @@ def _of_one(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, nn.Module
             module.recompile()
             exported = torch.export.export(module, inputs, strict=False).run_decompositions({})
             module = exported.module(check_guards=False)
+    restore(module)
     for node in [n for n in module.graph.nodes if n.target in ASSERTIONS or n.op == "call_module"]:
         module.graph.erase_node(node)
     _read_masks(module)
@@ -497,13 +501,17 @@ def _fold_constants(graph: fx.Graph, tensors: TensorStore) -> None:
     """
     values: dict[fx.Node, Any] = {}
     parameters: dict[fx.Node, set[str]] = {}
+
+    def value_of(node: fx.Node) -> Any:
+        return tensors.read(str(node.target)) if node.op == "get_attr" else values[node]
+
     for node in graph.nodes:
         parameters[node] = set().union(*(parameters[n] for n in node.all_input_nodes))
         if node.op == "get_attr":
-            values[node] = tensors[str(node.target)]
+            values[node] = None
             parameters[node] = {str(node.target)}
         elif node.op == "call_function" and all(n in values for n in node.all_input_nodes):
-            args, kwargs = fx.map_arg(node.args, values.__getitem__), fx.map_arg(node.kwargs, values.__getitem__)
+            args, kwargs = fx.map_arg(node.args, value_of), fx.map_arg(node.kwargs, value_of)
             with torch.no_grad():
                 value = node.target(*args, **kwargs)
             if isinstance(value, Tensor | tuple | list):
@@ -511,7 +519,7 @@ def _fold_constants(graph: fx.Graph, tensors: TensorStore) -> None:
     for node in list(graph.nodes):
         folded = node.op == "call_function" and isinstance(values.get(node), Tensor)
         if folded and any(u not in values for u in node.users):
-            same = (name for name in sorted(parameters[node]) if _equal(tensors[name], values[node]))
+            same = (name for name in sorted(parameters[node]) if _equal(tensors.read(name), values[node]))
             name = next(same, None)
             if name is None:
                 (only,) = parameters[node] if len(parameters[node]) == 1 else ("constant.",)

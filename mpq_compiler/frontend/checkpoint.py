@@ -140,7 +140,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Reads all tensors of a denoiser's folder; floating ones become float32.
+    """Maps all tensors of a denoiser's folder, in the types that they are stored in.
 
     Raises:
         UserError: a file is damaged, or a tensor is in two files.
@@ -153,11 +153,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
                 for name in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
                     if name in weights:
                         raise UserError(f"the tensor '{name}' is in two files of '{folder}'")
-                    weights[name] = _widened(file.get_tensor(name))
+                    weights[name] = file.get_tensor(name)  # a view of the mapped file
         except SafetensorError as error:
             raise UserError(f"'{path}' is not a valid safetensors file: {error}") from error
     return weights
-
-
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor

@@ -11,11 +11,12 @@ from torch.overrides import TorchFunctionMode
 
 from mpq_compiler.frontend import checkpoint
 from mpq_compiler.frontend.input_specs import latent_of
+from mpq_compiler.frontend.widened import held
 from mpq_compiler.support.errors import UserError, nearest
 
 
 def read(place: checkpoint.Location) -> torch.nn.Module:
-    """Reads the module of a checkpoint, in float32.
+    """Reads the module of a checkpoint, in float32; large weights in half precision stay in their files (`widened`).
 
     UserError: config.json describes no denoiser, or the weights are damaged or another model's.
     """
@@ -89,13 +90,13 @@ def _fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Pat
                 f"the tensor '{name}' in '{folder}' is {_shape(weights[name])} and config.json asks for "
                 f"{_shape(tensor)}; they are not of one model"
             )
-        if tensor.dtype != weights[name].dtype:
+        if tensor.dtype != weights[name].dtype and not (tensor.dtype.is_floating_point and weights[name].is_floating_point()):
             kind, wanted = (str(t.dtype).removeprefix("torch.") for t in (weights[name], tensor))
             raise UserError(
                 f"the tensor '{name}' in '{folder}' is {kind}, and the model has {wanted} there; "
                 "weights are compiled from floats: give the checkpoint that was not quantized"
             )
-    module.load_state_dict(weights, assign=True)
+    module.load_state_dict({name: held(tensor) for name, tensor in weights.items()}, assign=True)
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from mpq_compiler.frontend.watching import Watching
+from mpq_compiler.frontend.widened import stored
 from mpq_compiler.support.errors import UserError
 
 
 def require_finite(model: torch.nn.Module, calls: Iterable[Callable[[], object]], folder: Path) -> None:
     """UserError: a parameter or buffer of a checkpoint's model holds NaN or infinity, and one of ``calls`` reads it."""
-    bad = {name: tensor for name, tensor in model.state_dict().items() if not tensor.isfinite().all()}
+    bad = {name: tensor for name, tensor in _tensors(model) if not tensor.isfinite().all()}
     if not bad:
         return
     with torch.no_grad(), _Watched() as watched:
@@ -27,6 +28,10 @@ def require_finite(model: torch.nn.Module, calls: Iterable[Callable[[], object]]
             raise UserError(f"the tensor '{name}' in '{folder}' holds {kind}; the checkpoint is damaged or diverged")
 
 
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name, stored(tensor)) for name, tensor in model.state_dict(keep_vars=True).items())
+
+
 class _Watched(Watching):
     """Keeps where the tensors lie that operators read."""
 
@@ -35,4 +40,4 @@ class _Watched(Watching):
         self.read: set[int] = set()
 
     def saw(self, func: OpOverload, args: tuple[object, ...], given: list[Tensor], output: object) -> None:
-        self.read |= {tensor.data_ptr() for tensor in given}
+        self.read |= {stored(tensor).data_ptr() for tensor in given}

@@ -63,7 +63,7 @@ class Editor:
     def stored(self, name: str, tensor: Tensor) -> fx.Node:
         """Stores a tensor and inserts its read."""
         node = self.graph.get_attr(self.program.tensors.add(name, tensor))
-        meta = self.program.tensors.read(str(node.target)).to("meta")
+        meta = self.program.tensors.meta(str(node.target))
         self._values[node] = (meta, meta)
         return node
 

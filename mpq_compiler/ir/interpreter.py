@@ -135,7 +135,7 @@ class ShapeInterpreter(Interpreter):
         return super().evaluate(node, env)
 
     def attribute(self, name: str) -> Any:
-        return torch.empty_like(super().attribute(name), device="meta")
+        return self.program.tensors.meta(name)
 
     def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         key = (node.target, _shape_key(args), _shape_key(kwargs))

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler.ir import ops
+from mpq_compiler.ir import ops, scratch
 from mpq_compiler.ir.facts import Fact, Facts
 from mpq_compiler.ir.graph import copy_graph, operand, weight_of
 
 BOUNDARIES = "time_groups.boundaries"
 """The stored tensor f32 [groups - 1] that separates the time groups, ascending."""
+HALVES = (torch.float16, torch.bfloat16)
+"""Types that a graph never sees: what is stored in them is read as f32."""
 
 
 class Stage(StrEnum):
@@ -62,6 +64,7 @@ class TensorStore(Mapping[str, Tensor]):
 
     def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
         self._tensors: dict[str, Tensor] = dict(tensors or {})
+        self._held = {_place(tensor) for tensor in self._tensors.values()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -73,7 +76,10 @@ class TensorStore(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def add(self, name: str, tensor: Tensor) -> str:
-        """Adds ``tensor`` under ``name``, or ``name.1``, ``name.2`` ... where another has it; returns the name."""
+        """Adds ``tensor`` under ``name``, or ``name.1``, ``name.2`` ... where another has it; returns the name.
+
+        A large one that is no view of what the store holds is moved to a file (`scratch.kept`).
+        """
         unique, n = name, 0
         while unique in self._tensors:
             held = self._tensors[unique]
@@ -81,13 +87,28 @@ class TensorStore(Mapping[str, Tensor]):
                 return unique
             n += 1
             unique = f"{name}.{n}"
-        self._tensors[unique] = tensor.detach()
+        tensor = tensor.detach()
+        self._tensors[unique] = tensor if _place(tensor) in self._held else scratch.kept(tensor)
         return unique
+
+    def hold(self, name: str, tensor: Tensor) -> str:
+        """Adds a tensor as `add` does, but where it lies: in the memory or the file of the model."""
+        self._held.add(_place(tensor))
+        return self.add(name, tensor)
 
     def read(self, name: str) -> Tensor:
         """Reads a tensor as the graph sees it: half-precision floats are converted to f32."""
         tensor = self._tensors[name]
-        return tensor.to(torch.float32) if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+        return tensor.to(torch.float32) if tensor.dtype in HALVES else tensor
+
+    def meta(self, name: str) -> Tensor:
+        """The shape, strides and type of what `read` gives, on the meta device."""
+        tensor = self._tensors[name]
+        return torch.empty_like(tensor, dtype=torch.float32 if tensor.dtype in HALVES else None, device="meta")
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 
 from mpq_compiler.formats import contract
 from mpq_compiler.formats.packing import pack_codes, pack_rows, unpack_codes, unpack_rows
-from mpq_compiler.ir import costs, views
+from mpq_compiler.ir import costs, scratch, views
 from mpq_compiler.ir.program import Program
 from mpq_compiler.support.errors import UserError
 
@@ -84,13 +84,18 @@ def stored(program: Program, *others: Program) -> dict[str, Stored]:
                 packed = pack_codes(codes, bits[name])
             else:
                 packed = pack_rows(codes, program.tensors[row_class].numpy(), bits[name])
-            result[name] = Stored(packed, parameter, bits[name], tuple(tensor.shape), row_class)
+            result[name] = Stored(_kept(packed), parameter, bits[name], tuple(tensor.shape), row_class)
             continue
         small = tensor.to(costs.stored_dtype(name, tensor))
         if not torch.equal(small.to(tensor.dtype), tensor):
             raise UserError(f"tensor '{name}' holds values that {small.dtype} does not: let insert-fake-quant round it")
-        result[name] = Stored(small.contiguous().numpy(), parameter)
+        result[name] = Stored(scratch.kept(small.contiguous()).numpy(), parameter)
     return result
+
+
+def _kept(array: np.ndarray) -> np.ndarray:
+    kept: np.ndarray = scratch.kept(torch.from_numpy(array)).numpy()
+    return kept
 
 
 def restored(entry: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> torch.Tensor:

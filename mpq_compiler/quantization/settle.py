@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 
 from mpq_compiler import formats
 from mpq_compiler.formats import base, low_rank
-from mpq_compiler.ir import views
+from mpq_compiler.ir import scratch, views
 from mpq_compiler.ir.costs import stored_dtype
 from mpq_compiler.ir.facts import Fact
 from mpq_compiler.ir.graph import operand, part_of
@@ -89,9 +90,17 @@ def fit_unsettled(
         def fit(weight: Open) -> tuple[Open, Any]:
             found = fits.fitted(program, weight.call, weight.weight, weight.format, rounding)
             advance(1)
-            return weight, found
+            return weight, _in_files(found)
 
         return context.map(fit, chosen)
+
+
+def _in_files(fit: Any) -> Any:
+    """The fit with its large tensors in files: those of all weights are more than memory holds."""
+    parts = {field.name: getattr(fit, field.name) for field in dataclasses.fields(fit)}
+    tensors = {name: scratch.kept(part) for name, part in parts.items() if isinstance(part, Tensor)}
+    nested = {name: _in_files(part) for name, part in parts.items() if dataclasses.is_dataclass(part)}
+    return dataclasses.replace(fit, **tensors, **nested)
 
 
 def _note_nearest(program: Program, chosen: list[Open], rounding: Rounding) -> None:

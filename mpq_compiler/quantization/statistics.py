@@ -5,11 +5,8 @@ Passes ask for statistics by name; `calibrate` collects what the whole pipeline 
 
 from __future__ import annotations
 
-import math
-import os
 import platform
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import CancelledError
@@ -21,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler.ir import ops
+from mpq_compiler.ir import ops, scratch
 from mpq_compiler.ir.edges import RowGeometry, attention_arguments, attention_edges, input_edge, row_geometry
 from mpq_compiler.ir.facts import Fact
 from mpq_compiler.ir.graph import softmax, weight_of
@@ -62,8 +59,6 @@ GRAM_ROWS = 8192
 GRAM_COLUMNS = 2048
 """The most inputs of a layer whose second moments are kept whole; of more, blocks of as many, for memory and the time
 of what works with them grow as K^2 and K^3."""
-ON_DISK = 1 << 22
-"""The bytes from which a layer's second moments lie in a file."""
 
 PART = 8
 """The number of inputs that a thread takes at a time."""
@@ -264,22 +259,6 @@ def _blocks(columns: int) -> int:
     return next((count for count in range(least, 4 * least + 1) if columns % count == 0), 0)
 
 
-def _zeros(shape: tuple[int, ...]) -> Tensor:
-    """Zeros in float32, those of `ON_DISK` bytes and more in a file that goes with the process."""
-    count = math.prod(shape)
-    if 4 * count < ON_DISK:
-        return torch.zeros(shape)
-    with tempfile.NamedTemporaryFile(prefix="mpqc-") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, 4 * count)
-        except OSError as error:
-            raise UserError(
-                f"second moments of {4 * count / 2**20:.0f} MiB do not fit in '{tempfile.gettempdir()}' "
-                f"({error.strerror}): free some space there, or name another folder with TMPDIR"
-            ) from error
-        return torch.from_file(file.name, shared=True, size=count, dtype=torch.float32).reshape(shape)
-
-
 class Collector:
     """Measures every edge and layer that may be quantized while the program runs on inputs, batch by batch.
 
@@ -329,7 +308,7 @@ class Collector:
         if key not in self.sums:
             size = rows.shape[1] // max(1, blocks)
             shape = (blocks, size, size) if blocks else (size,)
-            self.sums[key] = (_zeros(shape), torch.zeros(rows.shape[1]), 0)
+            self.sums[key] = (scratch.zeros(shape), torch.zeros(rows.shape[1]), 0)
         gram, total, count = self.sums[key]
         if blocks:
             for block, part in zip(gram, rows.chunk(blocks, 1), strict=True):

@@ -264,13 +264,14 @@ def test_layers_with_many_inputs_keep_their_moments_in_blocks(monkeypatch):
     """The blocks are those of the whole; fits and GPTQ on them are mostly better than on the weight error."""
     from mpq_compiler.formats.base import output_error
     from mpq_compiler.ir.graph import weight_of
+    from mpq_compiler.ir import scratch
     from mpq_compiler.quantization import statistics
     from mpq_compiler.quantization.fitting import Rounding, fit_rows, rows_of
 
     program = programs.after(MODEL, "time-groups")
     whole = program.facts[CALIBRATION]
     monkeypatch.setattr(statistics, "GRAM_COLUMNS", 8)
-    monkeypatch.setattr(statistics, "ON_DISK", 256)
+    monkeypatch.setattr(scratch, "LEAST", 256)
     wanted = frozenset({statistics.RANGE, statistics.GRAM})
     thin = statistics.collect(program, whole.inputs, wanted, Session())
     several, ratios = 0, []
