@@ -6,20 +6,22 @@ Only safetensors are read. Pickled checkpoints (.bin, .pt, .ckpt) can run code w
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
-from mpq_compiler.support import tensorfile
-from mpq_compiler.support.errors import UserError, nearest
+from mpq_compiler.support.errors import UserError, named, nearest
 
 if TYPE_CHECKING:  # finding models needs no torch; only their weights do
     import torch
 
+    from mpq_compiler.frontend.stored_weights import Headers
+
 MODELS = Path(__file__).parents[1] / "models"
 _STEM = "diffusion_pytorch_model"
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 _PARTS = ("unet", "transformer")
 
 
@@ -112,22 +114,53 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@dataclass(frozen=True)
+class _Index:
+    """The index of a sharded checkpoint."""
+
+    path: Path
+    places: Mapping[str, str]
+    """The file of each tensor."""
+
+    @property
+    def files(self) -> list[str]:
+        return sorted(set(self.places.values()))
+
+
+def _index(folder: Path) -> _Index | None:
+    """The index of the shards in a denoiser's folder; None: its weights are one file. UserError: it is none."""
+    if (folder / f"{_STEM}.safetensors").is_file():
+        return None
+    found = sorted(folder.glob(f"{_STEM}*.safetensors.index*.json"), key=lambda path: (len(path.name), path.name))
+    if not found:
+        return None
+    places = read_json(found[0]).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(shard, str) for shard in places.values()):
+        raise UserError(f"'{found[0]}' has no weight_map from tensors to files")
+    index = _Index(found[0], places)
+    for name in index.files:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise UserError(f"'{found[0]}' names the file '{name}', which is not in that folder")
+    return index
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a denoiser's folder, one or its shards; full precision goes before a variant (fp16)."""
-    for index in sorted(folder.glob(f"{_STEM}*.safetensors.index*.json"), key=lambda path: len(path.name)):
-        if (folder / f"{_STEM}.safetensors").is_file():
-            break
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise UserError(f"'{index}' has no weight_map from tensors to files")
-        names = sorted(set(shards.values()))
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise UserError(f"'{index}' names the file '{name}', which is not in that folder")
-        return [folder / name for name in names]
+    if (index := _index(folder)) is not None:
+        if absent := [name for name in index.files if not (folder / name).is_file()]:
+            file = "the file" if len(absent) == 1 else f"{len(absent)} files,"
+            raise UserError(
+                f"'{index.path}' names {file} {named(absent)}, which {'is' if len(absent) == 1 else 'are'} not in that "
+                "folder; get what is missing"
+            )
+        return [folder / name for name in index.files]
     single = [folder / f"{_STEM}.safetensors", *sorted(folder.glob(f"{_STEM}.*.safetensors"))]
-    found = [path for path in single if path.is_file()] or sorted(folder.glob("*.safetensors"))
-    if found:
+    single += sorted(folder.glob("*.safetensors"))
+    if found := [path for path in single if path.is_file()]:
+        if _SHARD.search(found[0].name):
+            raise UserError(
+                f"'{folder}' has the shard '{found[0].name}' and no index of shards; get {_STEM}.safetensors.index.json"
+            )
         return found[:1]
     if pickles := sorted(
         path.name for pattern in ("*.bin", "*.pt", "*.ckpt") for path in folder.glob(pattern)
@@ -139,25 +172,28 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"'{folder}' has a config.json but no weights; it needs {_STEM}.safetensors")
 
 
+def headers(folder: Path) -> Headers:
+    """Reads and checks what the files of a denoiser's folder say of its weights, and no weights.
+
+    UserError: as `stored_weights.headers`.
+    """
+    from mpq_compiler.frontend import fp8, stored_weights
+
+    index = _index(folder)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    quantized = config.get("quantization_config")
+    block = quantized.get("weight_block_size") if isinstance(quantized, dict) else None
+    pair = isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
+    edges = (int(block[0]), int(block[1])) if pair and block else fp8.BLOCK
+    return stored_weights.headers(weight_files(folder), index.places if index else None, edges)
+
+
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Reads all tensors of a denoiser's folder; floating ones become float32.
+    """Maps all weights of a denoiser's folder in the types that they are stored in (`stored_weights.read`).
 
     Raises:
-        UserError: a file is damaged, or a tensor is in two files.
+        UserError: a file is damaged, or files contradict each other.
     """
-    weights: dict[str, torch.Tensor] = {}
-    for path in weight_files(folder):
-        tensorfile.read_header(path)  # refuses what is truncated or unsound before anything is allocated
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                    if name in weights:
-                        raise UserError(f"the tensor '{name}' is in two files of '{folder}'")
-                    weights[name] = _widened(file.get_tensor(name))
-        except SafetensorError as error:
-            raise UserError(f"'{path}' is not a valid safetensors file: {error}") from error
-    return weights
+    from mpq_compiler.frontend import stored_weights
 
-
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
+    return stored_weights.read(headers(folder))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_compiler.frontend import call_file, checkpoint, checkpoint_module
+from mpq_compiler.frontend import call_file, checkpoint, checkpoint_fit, checkpoint_module
 from mpq_compiler.frontend.call_file import Recording
 from mpq_compiler.frontend.call_module import CallModule, held
 from mpq_compiler.frontend.finite import require_finite
@@ -291,7 +291,7 @@ def load(
         else None,
     )
     require_finite(module, [functools.partial(_called, made)], place.denoiser)
-    return made.sampled(guidance, conditions)
+    return _of_place(made, module, place).sampled(guidance, conditions)
 
 
 def load_calls(
@@ -305,7 +305,12 @@ def load_calls(
     module = checkpoint_module.read(place)
     made = wrap_calls(module, calibration, name=place.name, latent=latent, time=time)
     require_finite(module, [functools.partial(_called, kind) for kind in (made, *made.kinds)], place.denoiser)
-    return made
+    return _of_place(made, module, place)
+
+
+def _of_place(made: Denoiser, module: torch.nn.Module, place: checkpoint.Location) -> Denoiser:
+    """The denoiser with what is known of the checkpoint that it was read from."""
+    return replace(made, notes=(*made.notes, *checkpoint_fit.notes(module, place)))
 
 
 def _called(denoiser: Denoiser) -> torch.Tensor:
