@@ -64,9 +64,11 @@ def require(model: torch.nn.Module, promised: dict[str, torch.Tensor], folder: P
 
 
 def notes(model: torch.nn.Module, place: checkpoint.Location) -> tuple[str, ...]:
-    """What a user should know of a checkpoint that was taken, one sentence each: what was left aside."""
+    """What a user should know of a checkpoint that was taken, one sentence each: its commit, what was left aside."""
     found = checkpoint.headers(place.denoiser)
     said: list[str] = []
+    if place.source is not None:
+        said.append("the weights are '{file}' of '{repository}' at commit {commit}".format_map(place.source))
     if scales := found.scales.activations:
         said.append(
             f"scales of activations in the checkpoint ({named(scales, 1)}) are left aside: activations are calibrated"
