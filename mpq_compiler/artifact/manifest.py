@@ -68,6 +68,14 @@ class Calls(TypedDict):
     functions: list[str]
 
 
+class Source(TypedDict):
+    """The repository of the hub that the model was read from, its commit, and the file of the weights."""
+
+    repository: str
+    commit: str
+    file: str
+
+
 Model = TypedDict(
     "Model",
     {
@@ -78,7 +86,7 @@ Model = TypedDict(
         "below": NotRequired[dict[str, int]],
         "call": NotRequired[dict[str, Any]],
         "calls": NotRequired[list[Calls]],
-        "source": NotRequired[dict[str, Any]],
+        "source": NotRequired[Source],
     },
 )
 """The model that was compiled: diffusers' class and configuration, and how it is called."""

@@ -48,7 +48,7 @@ mixed-precision low-bit artifacts.
   mpqc inspect d --why LAYER                   ... and why a layer is as it is
 
 MODEL is a folder with config.json and safetensors, a pipeline's folder, a hub
-id, or a bundled name (mpqc models).
+id (owner/name, or owner/name@commit), or a bundled name (mpqc models).
 """
 
 COMMANDS = (

@@ -127,6 +127,7 @@ def _origin(
             "call": asdict(denoiser.module.convention),
             **({"calls": _calls(denoiser, built)} if denoiser.form else {}),
             "below": {name: s.below for name, s in denoiser.input_specs.items() if s.below is not None},
+            **({"source": dict(denoiser.source)} if denoiser.source else {}),
         },
         "recipe": {"name": str(Path(options.recipe).stem) if options.pipeline is None else "custom"},
         "pipeline": parser.to_text(passes, built.stages),

@@ -6,21 +6,27 @@ Only safetensors are read. Pickled checkpoints (.bin, .pt, .ckpt) can run code w
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
-from mpq_compiler.support import tensorfile
-from mpq_compiler.support.errors import UserError, nearest
+from mpq_compiler.frontend import custom_code, hub
+from mpq_compiler.support.errors import UserError, named, nearest
 
 if TYPE_CHECKING:  # finding models needs no torch; only their weights do
     import torch
 
+    from mpq_compiler.frontend.stored_weights import Headers
+
 MODELS = Path(__file__).parents[1] / "models"
 _STEM = "diffusion_pytorch_model"
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 _PARTS = ("unet", "transformer")
+_SMALL = ["config.json", "model_index.json", f"{_STEM}*.json", "scheduler/*.json", "harness.json"]
+_SMALL += [f"{part}/*.json" for part in _PARTS]
+"""The files of a repository that say which weights it takes, and how it is sampled."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class Location:
     """The file scheduler_config.json."""
     harness: Path | None
     """The file harness.json of this package: codec, number of text tokens, null class, class names."""
+    source: Mapping[str, str] | None = None
+    """The ``repository`` of the hub, the ``commit`` that was taken, and the ``file`` of the weights; else None."""
 
 
 def bundled() -> dict[str, Path]:
@@ -42,7 +50,7 @@ def bundled() -> dict[str, Path]:
 
 
 def locate(model: str | Path) -> Location:
-    """Finds a model on disk: a bundled name, a denoiser's or a pipeline's folder, or a hub id.
+    """Finds a model on disk: a bundled name, a denoiser's or a pipeline's folder, or a hub id, alone or with a commit.
 
     Raises:
         UserError: there is no such model, or the folder has no denoiser.
@@ -51,52 +59,78 @@ def locate(model: str | Path) -> Location:
     if isinstance(model, str) and model in bundled():
         path = bundled()[model]
     elif not path.exists():
-        path = _from_hub(str(model))
+        return _from_hub(str(model))
     if path.is_file():
         raise UserError(f"'{path}' is a file; name the folder that holds config.json and the safetensors")
-    if (path / "config.json").is_file():
-        return _location(path.name, path, path if (path / "harness.json").exists() else path.parent)
-    parts = [path / part for part in _PARTS if (path / part / "config.json").is_file()]
-    if not parts:
+    return _within(path, path.name, path if (path / "harness.json").exists() else path.parent)
+
+
+def _within(path: Path, name: str, beside: Path) -> Location:
+    """The denoiser in the folder `path`, or in its part for one.
+
+    Args:
+        path: the folder.
+        name: the model's.
+        beside: where the scheduler lies if the denoiser is `path` itself.
+
+    Raises:
+        UserError: there is none.
+    """
+    denoiser = _denoiser(path)
+    if denoiser is None:
         raise UserError(
             f"'{path}' has no config.json, nor unet/config.json or transformer/config.json; name the folder "
             "of a diffusers denoiser or pipeline"
         )
-    return _location(path.name, parts[0], path)
-
-
-def _location(name: str, denoiser: Path, root: Path) -> Location:
+    root = beside if denoiser == path else path
     scheduler, harness = root / "scheduler" / "scheduler_config.json", root / "harness.json"
     return Location(
         name, denoiser, scheduler if scheduler.is_file() else None, harness if harness.is_file() else None
     )
 
 
-def _from_hub(model: str) -> Path:
-    """The local copy of the hub's repository `owner/name`, downloaded unless it is cached."""
+def _denoiser(path: Path) -> Path | None:
+    """The folder of the denoiser: `path` itself or a pipeline's part; None: neither has a config.json."""
+    return next((folder for folder in (path, *(path / p for p in _PARTS)) if (folder / "config.json").is_file()), None)
+
+
+def _from_hub(model: str) -> Location:
+    """The denoiser in the local copy of the hub's repository `owner/name`, downloaded where it is not cached."""
     missing = UserError(f"there is no folder and no bundled model '{model}'; {nearest(model, bundled())}")
-    owner, _, name = model.partition("/")
-    if not owner or not name or "/" in name or owner.startswith((".", "~")):
+    if (name := hub.parse(model)) is None:
         raise missing
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+        found = hub.snapshot(name, _SMALL, _lacking)
     except ImportError:
         raise missing from None
-    wanted = ["config.json", f"{_STEM}*.safetensors*", "scheduler/*.json", "harness.json"]
-    wanted += [f"{part}/{file}" for part in _PARTS for file in ("*.json", "*.safetensors")]
-    try:
-        try:
-            return Path(snapshot_download(model, allow_patterns=wanted, local_files_only=True))
-        except LocalEntryNotFoundError:
-            return Path(snapshot_download(model, allow_patterns=wanted))
-    except RepositoryNotFoundError:
-        raise UserError(f"there is no folder '{model}', and the hub has no such public model") from None
-    except Exception as error:  # the client's network stack raises errors of many libraries
-        raise UserError(
-            f"there is no folder '{model}', and the hub could not be asked for a model of that name "
-            f"({type(error).__name__}); check the name and the network, or download it yourself"
-        ) from error
+    place = _within(found.folder, name.repository.partition("/")[2], found.folder)
+    weights = weight_files(place.denoiser)[0].relative_to(found.folder).as_posix()
+    return replace(place, source={"repository": found.repository, "commit": found.commit, "file": weights})
+
+
+def _lacking(folder: Path, tried: Collection[str]) -> list[str]:
+    """The files that a snapshot lacks of what a denoiser is read from, as far as those that it has tell.
+
+    Args:
+        folder: of the snapshot.
+        tried: files that the hub was asked for.
+    """
+    denoiser = _denoiser(folder)
+    if denoiser is None:
+        return [f"{prefix}config.json" for prefix in ("", *(f"{part}/" for part in _PARTS))]
+    # before much is downloaded; what diffusers does not have is found by whoever builds the module
+    custom_code.require_none(read_json(denoiser / "config.json"), denoiser, {}, lambda name: True)
+    part = "" if denoiser == folder else f"{denoiser.name}/"
+    if (index := _index(denoiser)) is not None:
+        return [part + name for name in index.files if not (denoiser / name).is_file()]
+    there = [path for path in denoiser.glob("*.safetensors") if path.is_file()]  # no links to what was not downloaded
+    if any(_SHARD.search(path.name) for path in there):
+        return [f"{part}{_STEM}.safetensors.index.json"]
+    if there:
+        return []
+    # there are repositories with half precision alone, whose files have other names
+    full = f"{part}{_STEM}.safetensors"
+    return [f"{part}*.safetensors"] if full in tried else [full]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -112,22 +146,53 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@dataclass(frozen=True)
+class _Index:
+    """The index of a sharded checkpoint."""
+
+    path: Path
+    places: Mapping[str, str]
+    """The file of each tensor."""
+
+    @property
+    def files(self) -> list[str]:
+        return sorted(set(self.places.values()))
+
+
+def _index(folder: Path) -> _Index | None:
+    """The index of the shards in a denoiser's folder; None: its weights are one file. UserError: it is none."""
+    if (folder / f"{_STEM}.safetensors").is_file():
+        return None
+    found = sorted(folder.glob(f"{_STEM}*.safetensors.index*.json"), key=lambda path: (len(path.name), path.name))
+    if not found:
+        return None
+    places = read_json(found[0]).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(shard, str) for shard in places.values()):
+        raise UserError(f"'{found[0]}' has no weight_map from tensors to files")
+    index = _Index(found[0], places)
+    for name in index.files:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise UserError(f"'{found[0]}' names the file '{name}', which is not in that folder")
+    return index
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a denoiser's folder, one or its shards; full precision goes before a variant (fp16)."""
-    for index in sorted(folder.glob(f"{_STEM}*.safetensors.index*.json"), key=lambda path: len(path.name)):
-        if (folder / f"{_STEM}.safetensors").is_file():
-            break
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise UserError(f"'{index}' has no weight_map from tensors to files")
-        names = sorted(set(shards.values()))
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise UserError(f"'{index}' names the file '{name}', which is not in that folder")
-        return [folder / name for name in names]
+    if (index := _index(folder)) is not None:
+        if absent := [name for name in index.files if not (folder / name).is_file()]:
+            file = "the file" if len(absent) == 1 else f"{len(absent)} files,"
+            raise UserError(
+                f"'{index.path}' names {file} {named(absent)}, which {'is' if len(absent) == 1 else 'are'} not in that "
+                "folder; get what is missing"
+            )
+        return [folder / name for name in index.files]
     single = [folder / f"{_STEM}.safetensors", *sorted(folder.glob(f"{_STEM}.*.safetensors"))]
-    found = [path for path in single if path.is_file()] or sorted(folder.glob("*.safetensors"))
-    if found:
+    single += sorted(folder.glob("*.safetensors"))
+    if found := [path for path in single if path.is_file()]:
+        if _SHARD.search(found[0].name):
+            raise UserError(
+                f"'{folder}' has the shard '{found[0].name}' and no index of shards; get {_STEM}.safetensors.index.json"
+            )
         return found[:1]
     if pickles := sorted(
         path.name for pattern in ("*.bin", "*.pt", "*.ckpt") for path in folder.glob(pattern)
@@ -139,21 +204,28 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"'{folder}' has a config.json but no weights; it needs {_STEM}.safetensors")
 
 
+def headers(folder: Path) -> Headers:
+    """Reads and checks what the files of a denoiser's folder say of its weights, and no weights.
+
+    UserError: as `stored_weights.headers`.
+    """
+    from mpq_compiler.frontend import fp8, stored_weights
+
+    index = _index(folder)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    quantized = config.get("quantization_config")
+    block = quantized.get("weight_block_size") if isinstance(quantized, dict) else None
+    pair = isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
+    edges = (int(block[0]), int(block[1])) if pair and block else fp8.BLOCK
+    return stored_weights.headers(weight_files(folder), index.places if index else None, edges)
+
+
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Maps all tensors of a denoiser's folder, in the types that they are stored in.
+    """Maps all weights of a denoiser's folder in the types that they are stored in (`stored_weights.read`).
 
     Raises:
-        UserError: a file is damaged, or a tensor is in two files.
+        UserError: a file is damaged, or files contradict each other.
     """
-    weights: dict[str, torch.Tensor] = {}
-    for path in weight_files(folder):
-        tensorfile.read_header(path)  # refuses what is truncated or unsound before anything is allocated
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                    if name in weights:
-                        raise UserError(f"the tensor '{name}' is in two files of '{folder}'")
-                    weights[name] = file.get_tensor(name)  # a view of the mapped file
-        except SafetensorError as error:
-            raise UserError(f"'{path}' is not a valid safetensors file: {error}") from error
-    return weights
+    from mpq_compiler.frontend import stored_weights
+
+    return stored_weights.read(headers(folder))

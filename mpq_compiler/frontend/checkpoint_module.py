@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from mpq_compiler.frontend import checkpoint
+from mpq_compiler.frontend import checkpoint, checkpoint_fit, custom_code
 from mpq_compiler.frontend.input_specs import latent_of
 from mpq_compiler.frontend.widened import held
 from mpq_compiler.support.errors import UserError, nearest
@@ -21,9 +21,21 @@ def read(place: checkpoint.Location) -> torch.nn.Module:
     UserError: config.json describes no denoiser, or the weights are damaged or another model's.
     """
     config = checkpoint.read_json(place.denoiser / "config.json")
+    index = place.denoiser.parent / "model_index.json"
+    pipeline = checkpoint.read_json(index) if index.is_file() else {}
+    custom_code.require_none(config, place.denoiser, pipeline, _known)
+    promised = checkpoint.headers(place.denoiser).promised()
     module = _build(config, place.denoiser)
-    _fill(module, checkpoint.read_weights(place.denoiser), place.denoiser)
+    checkpoint_fit.require(module, promised, place.denoiser)  # all that can be wrong, before any weight is read
+    _fill(module, checkpoint_fit.renamed(module, checkpoint.read_weights(place.denoiser)))
     return module
+
+
+def _known(name: str) -> bool:
+    """Whether diffusers has a class or a module of pipelines of that name."""
+    import diffusers
+
+    return name == diffusers.__name__ or hasattr(diffusers, name) or hasattr(diffusers.pipelines, name)
 
 
 def _build(config: Mapping[str, Any], folder: Path) -> torch.nn.Module:
@@ -68,44 +80,19 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _fill(module: torch.nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Puts `weights` into `module`; they must be exactly its tensors, of the same shapes and types."""
-    # diffusers' own renaming of the attention layers of old checkpoints
-    if callable(rename := getattr(module, "_fix_state_dict_keys_on_load", None)):
-        rename(weights)
-    expected = module.state_dict()
-    for names, fault in (
-        (sorted(expected.keys() - weights.keys()), "lack"),
-        (sorted(weights.keys() - expected.keys()), "have, beyond what the model takes,"),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(
-                f"the weights in '{folder}' {fault} the tensor '{names[0]}'{more}; config.json and "
-                "the weights are not of one model"
-            )
-    for name, tensor in expected.items():
-        if tensor.shape != weights[name].shape:
-            raise UserError(
-                f"the tensor '{name}' in '{folder}' is {_shape(weights[name])} and config.json asks for "
-                f"{_shape(tensor)}; they are not of one model"
-            )
-        if tensor.dtype != weights[name].dtype and not (tensor.dtype.is_floating_point and weights[name].is_floating_point()):
-            kind, wanted = (str(t.dtype).removeprefix("torch.") for t in (weights[name], tensor))
-            raise UserError(
-                f"the tensor '{name}' in '{folder}' is {kind}, and the model has {wanted} there; "
-                "weights are compiled from floats: give the checkpoint that was not quantized"
-            )
+def _fill(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Puts `weights` into `module`, which are those that it takes (`checkpoint_fit.require`)."""
     module.load_state_dict({name: held(tensor) for name, tensor in weights.items()}, assign=True)
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:
     hint = nearest(name, known)
-    return hint if hint.startswith("did you mean") else "name a UNet or transformer of diffusers"
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return "[" + ", ".join(map(str, tensor.shape)) + "]"
+    if hint.startswith("did you mean"):
+        return hint
+    return (
+        "name a UNet or transformer of diffusers, or build the module yourself and use "
+        "mpq_compiler.compile(module, out, example=...)"
+    )
 
 
 def one_line(error: Exception) -> str:

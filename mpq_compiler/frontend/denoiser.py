@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpq_compiler.frontend import call_file, checkpoint, checkpoint_module
+from mpq_compiler.frontend import call_file, checkpoint, checkpoint_fit, checkpoint_module
 from mpq_compiler.frontend.call_file import Recording
 from mpq_compiler.frontend.call_module import CallModule, held
 from mpq_compiler.frontend.finite import require_finite
@@ -66,6 +66,8 @@ class Denoiser:
     """Rows of recorded inputs, where the model is taken by its calls; None: its inputs are known."""
     kinds: tuple[Denoiser, ...] = field(default=(), repr=False)
     """The model as calls of further kinds call it."""
+    source: Mapping[str, str] | None = None
+    """The repository of the hub, the commit and the file that it was read from (`checkpoint.Location.source`)."""
 
     @property
     def latent(self) -> str:
@@ -260,7 +262,8 @@ def load(
     """Loads a denoiser in float32, for evaluation.
 
     Args:
-        model: a bundled name, a folder with config.json and safetensors, a pipeline's folder, or a hub id.
+        model: a bundled name, a folder with config.json and safetensors, a pipeline's folder, or a hub id
+            (`owner/name`, or `owner/name@revision` with a commit, tag or branch).
         size: height and width of the latents, by default the configuration's sample_size.
         tokens: length of the text condition (by default harness.json's, else 77, for transformers 120).
         prediction_type: overrides the scheduler's.
@@ -291,7 +294,7 @@ def load(
         else None,
     )
     require_finite(module, [functools.partial(_called, made)], place.denoiser)
-    return made.sampled(guidance, conditions)
+    return _of_place(made, module, place).sampled(guidance, conditions)
 
 
 def load_calls(
@@ -305,7 +308,12 @@ def load_calls(
     module = checkpoint_module.read(place)
     made = wrap_calls(module, calibration, name=place.name, latent=latent, time=time)
     require_finite(module, [functools.partial(_called, kind) for kind in (made, *made.kinds)], place.denoiser)
-    return made
+    return _of_place(made, module, place)
+
+
+def _of_place(made: Denoiser, module: torch.nn.Module, place: checkpoint.Location) -> Denoiser:
+    """The denoiser with what is known of the checkpoint that it was read from."""
+    return replace(made, notes=(*made.notes, *checkpoint_fit.notes(module, place)), source=place.source)
 
 
 def _called(denoiser: Denoiser) -> torch.Tensor:

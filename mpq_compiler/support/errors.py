@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -12,6 +12,12 @@ class UserError(Exception):
 
 class BudgetError(UserError):
     """A budget is below the smallest value that any allocation reaches."""
+
+
+def named(names: Sequence[str], shown: int = 3) -> str:
+    """The first of some names, for a sentence, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(f"'{name}'" for name in names[:shown]) + more
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -29,6 +29,7 @@ DOCUMENTS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "manifest": (manifest.Manifest, "manifest", ()),
     "target": (manifest.Target, "manifest", ("properties", "target")),
     "model": (manifest.Model, "manifest", ("properties", "model")),
+    "source of a model": (manifest.Source, "manifest", ("properties", "model", "properties", "source")),
     "part": (manifest.Part, "manifest", ("properties", "parts", "items")),
     "memory": (manifest.Memory, "manifest", ("properties", "memory")),
     "prepare": (manifest.Prepare, "manifest", ("properties", "prepare")),
