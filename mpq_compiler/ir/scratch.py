@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpq_compiler.support.errors import UserError
 
-LEAST = 1 << 20
+LEAST = 1 << 19
 """The bytes from which on a tensor lies in a file."""
 
 

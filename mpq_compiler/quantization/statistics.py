@@ -5,6 +5,7 @@ Passes ask for statistics by name; `calibrate` collects what the whole pipeline 
 
 from __future__ import annotations
 
+import itertools
 import platform
 import sys
 import threading
@@ -76,6 +77,10 @@ class EdgeStatistics:
     """The values at S sampled positions of each input, f32 [N, S]."""
     elements: int
     """The number of elements of the edge per input."""
+
+    def first(self, count: int) -> EdgeStatistics:
+        """The statistics of the first inputs, views of these."""
+        return EdgeStatistics(self.low[:count], self.high[:count], self.values[:count], self.elements)
 
     @staticmethod
     def joined(parts: Sequence[EdgeStatistics]) -> EdgeStatistics:
@@ -213,14 +218,6 @@ Rows = tuple[str, RowGeometry]
 """The identity of the rows that a layer multiplies: the edge that it reads, and `ir.edges.row_geometry`."""
 
 
-@dataclass
-class _Piece:
-    """The measurements of a part of a batch."""
-
-    output: Tensor
-    edges: dict[str, EdgeStatistics]
-
-
 class _Turns:
     """Lets parts that are measured on several threads add to the same sums in the order of their numbers."""
 
@@ -286,21 +283,31 @@ class Collector:
             edge, geometry = input_edge(n).name, row_geometry(n, program.tensors[str(weight_of(n))].shape)
             self.readers.setdefault(edge, {}).setdefault((edge, geometry), []).append(n)
         read = {e.name for n in self.attentions for e in attention_edges(n)}
-        self.parts: dict[str, list[EdgeStatistics]] = {
-            name: [] for name in (*(self.readers.keys() | read), *(softmax(n.name) for n in self.attentions))
-        }
+        self.watched = dict.fromkeys((*(self.readers.keys() | read), *(softmax(n.name) for n in self.attentions)))
+        self.edges: dict[str, EdgeStatistics] = {}
         self.sums: dict[Rows, tuple[Tensor, Tensor, int]] = {}
         self.turns = _Turns()
-        self.measured = 0
+        self.lock = threading.Lock()
+        self.pieces = self.measured = 0
 
     def measure(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Runs the program on a batch, adds its statistics, and returns the program's output."""
-        pieces = self.context.map(self._piece, enumerate(batches(inputs, PART), self.measured))
-        self.measured += len(pieces)
-        for piece in pieces:
-            for name, found in piece.edges.items():
-                self.parts[name].append(found)
-        return torch.cat([piece.output for piece in pieces])
+        starts = itertools.count(self.measured, PART)
+        outputs = self.context.map(self._piece, zip(itertools.count(self.pieces), starts, batches(inputs, PART)))
+        self.pieces += len(outputs)
+        self.measured += sum(map(len, outputs))
+        return torch.cat(outputs)
+
+    def _keep(self, name: str, start: int, part: EdgeStatistics) -> None:
+        """Writes an edge's statistics of the inputs from ``start`` on to where those of all inputs lie."""
+        with self.lock:
+            if name not in self.edges:
+                low, high, values = (
+                    scratch.zeros((self.total, *t.shape[1:])) for t in (part.low, part.high, part.values)
+                )
+                self.edges[name] = EdgeStatistics(low, high, values, part.elements)
+        rows, whole = slice(start, start + len(part.low)), self.edges[name]
+        whole.low[rows], whole.high[rows], whole.values[rows] = part.low, part.high, part.values
 
     def _add(self, key: Rows, rows: Tensor) -> None:
         """Adds rows [R, K] to the sums of their second moments, which grow in place."""
@@ -317,20 +324,19 @@ class Collector:
             gram += rows.square().sum(0)
         self.sums[key] = (gram, total.add_(rows.sum(0)), count + len(rows))
 
-    def _piece(self, numbered: tuple[int, dict[str, Tensor]]) -> _Piece:
-        number, inputs = numbered
+    def _piece(self, numbered: tuple[int, int, dict[str, Tensor]]) -> Tensor:
+        number, start, inputs = numbered
         size = len(next(iter(inputs.values())))
         values = max(VALUES_PER_INPUT, VALUES_PER_EDGE // self.total) if VALUES in self.wanted else 1
         generator = torch.Generator().manual_seed(self.context.seed + number)
-        edges: dict[str, EdgeStatistics] = {}
 
         def watch(node: fx.Node, value: Any) -> None:
-            if node.name not in self.parts:
+            if node.name not in self.watched:
                 return
             flat = value.reshape(size, -1)
             low, high = flat.aminmax(dim=1)
             positions = _choice(flat.shape[1], values, generator)
-            edges[node.name] = EdgeStatistics(low, high, flat[:, positions], flat.shape[1])
+            self._keep(node.name, start, EdgeStatistics(low, high, flat[:, positions], flat.shape[1]))
             for key in self.readers.get(node.name, {}) if self.wanted & {GRAM, MOMENTS} else ():
                 rows = input_rows(key[1], value, max(1, GRAM_ROWS * size // self.total), generator)
                 with self.turns.take(key, number):
@@ -339,13 +345,14 @@ class Collector:
         observer = _Observer(self.program, frozenset(n.name for n in self.attentions), generator)
         with torch.no_grad(), self.turns.ended_by_errors():
             output = observer.run(inputs, watch=watch)
-        edges |= {softmax(name): found for name, found in observer.found.items()}
-        return _Piece(output, edges)
+        for name, found in observer.found.items():
+            self._keep(softmax(name), start, found)
+        return output
 
     def calibration(self, inputs: dict[str, Tensor]) -> Calibration:
         """The calibration: all statistics that were measured, with all ``inputs`` in order. It ends the measuring."""
         found = Calibration(inputs)
-        found.edges |= {name: EdgeStatistics.joined(parts) for name, parts in self.parts.items()}
+        found.edges |= {name: self.edges[name].first(self.measured) for name in self.watched}
         while self.sums:
             key, (gram, total, count) = self.sums.popitem()
             gram /= count  # in place, where it lies
