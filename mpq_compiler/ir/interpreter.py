@@ -46,16 +46,28 @@ class Interpreter:
     def execute(
         self, graph: fx.Graph, arguments: list[Any], watch: Callable[[fx.Node, Any], None] | None = None
     ) -> Any:
-        """Runs a graph, the program's or a region's, on arguments in the order of its placeholders."""
+        """Runs a graph, the program's or a region's, on arguments in the order of its placeholders.
+
+        Stored tensors are read where they are first used, since all of them widened are more than memory holds.
+        """
         env: dict[fx.Node, Any] = {}
         feed = iter(arguments)
         last_use = _last_uses(graph)
-        for node in graph.nodes:
-            if node.op == "output":
-                return self.result(fx.map_arg(node.args[0], env.__getitem__))
+
+        def compute(node: fx.Node) -> None:
             env[node] = next(feed) if node.op == "placeholder" else self.evaluate(node, env)
             if watch is not None:
                 watch(node, env[node])
+
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                continue
+            for source in node.all_input_nodes:
+                if source not in env:
+                    compute(source)
+            if node.op == "output":
+                return self.result(fx.map_arg(node.args[0], env.__getitem__))
+            compute(node)
             for dead in last_use.get(node, ()):
                 del env[dead]
         raise AssertionError("a graph without an output")
