@@ -35,8 +35,8 @@ class Distill(Pass):
         %conv_in_w_base = mpq::dequantize_weight(.weight:{base.codes,scale,offset,base.lut}, shape=[32,3,3,3])
         %conv_in        = mpq::conv2d(%permute_default_q, %conv_in_w, .bias:corrected, ...)
       =>
-        %conv_in_w_base = mpq::dequantize_weight(.weight:{base.codes,scale...,offset...,base.lut}, shape=[32,3,3,3])
-        %conv_in        = mpq::conv2d(%permute_default_q, %conv_in_w, .bias:corrected..., ...)
+        %conv_in_w_base = mpq::dequantize_weight(.weight:{base.codes,scale. ...,base.lut}, shape=[32,3,3,3])
+        %conv_in        = mpq::conv2d(%permute_default_q, %conv_in_w, .bias:corrected. ...)
     """
 
     contract: ClassVar[Contract] = Contract.SIMULATION
