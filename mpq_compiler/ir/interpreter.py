@@ -49,7 +49,7 @@ class Interpreter:
         """Runs a graph, the program's or a region's, on arguments in the order of its placeholders."""
         env: dict[fx.Node, Any] = {}
         feed = iter(arguments)
-        last_use = _last_uses(graph)
+        last_use = last_uses(graph)
         for node in graph.nodes:
             if node.op == "output":
                 return self.result(fx.map_arg(node.args[0], env.__getitem__))
@@ -89,7 +89,8 @@ class Interpreter:
         return inputs[name]
 
 
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """The operands that no later node reads, by the node that reads them last."""
     seen: set[fx.Node] = set()
     uses: dict[fx.Node, list[fx.Node]] = {}
     for node in reversed(graph.nodes):
