@@ -16,6 +16,9 @@ from torch import Tensor, fx
 from mpq_compiler.ir.interpreter import Interpreter, last_uses, shapes
 from mpq_compiler.ir.program import Program
 
+Value = Any
+"""A value of a node, and what autograd leaves untyped."""
+
 
 def value_bytes(program: Program, batch: int) -> dict[str, int]:
     """The bytes of the value of each call at a batch size, by the call's name."""
@@ -81,7 +84,7 @@ def _varying(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _bytes(value: Any) -> int:
+def _bytes(value: Value) -> int:
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
@@ -142,10 +145,10 @@ def backward(
     places = [n for n in graph.nodes if n.op == "placeholder"]
     given = {node: inputs[spec.name] for node, spec in zip(places, interpreter.program.inputs, strict=True)}
     crossing = {source for piece in slices for source in piece.reads} | {result}
-    kept: dict[fx.Node, Any] = {}
+    kept: dict[fx.Node, Value] = {}
     differentiable: set[fx.Node] = set()
 
-    def watch(node: fx.Node, value: Any) -> None:
+    def watch(node: fx.Node, value: Value) -> None:
         floating = isinstance(value, Tensor) and value.is_floating_point()
         if floating and (value.requires_grad or not differentiable.isdisjoint(node.all_input_nodes)):
             differentiable.add(node)
@@ -158,8 +161,9 @@ def backward(
     for piece in reversed(slices):
         arrived: dict[fx.Node, Tensor] = {}
         with torch.enable_grad():
-            leaves = {n: _Border.apply(kept[n].detach().requires_grad_(), n, arrived)
-                      for n in piece.reads if n in differentiable}  # fmt: skip
+            enter: Callable[..., Tensor] = _Border.apply
+            reads = [n for n in piece.reads if n in differentiable]
+            leaves = {n: enter(kept[n].detach().requires_grad_(), n, arrived) for n in reads}
             made = _run(interpreter, piece, kept | given | leaves, crossing)
             for number, carry in enumerate(carried):
                 begin(number)
@@ -168,7 +172,8 @@ def backward(
                 roots += [(leaf.view_as(leaf), carry[n]) for n, leaf in leaves.items() if n in carry]
                 roots = [(value, gradient) for value, gradient in roots if value.requires_grad]
                 if roots:
-                    torch.autograd.backward(*zip(*roots, strict=True), retain_graph=number + 1 < len(carried))
+                    values, arriving = zip(*roots, strict=True)
+                    torch.autograd.backward(values, arriving, retain_graph=number + 1 < len(carried))
                 carry |= arrived
                 arrived.clear()
         for node in made:
@@ -183,12 +188,12 @@ class _Border(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, node: fx.Node, arrived: dict[fx.Node, Tensor]) -> Tensor:
+    def forward(ctx: Value, value: Tensor, node: fx.Node, arrived: dict[fx.Node, Tensor]) -> Tensor:
         ctx.node, ctx.arrived = node, arrived
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: Value, *gradients: Tensor) -> Value:
         (ctx.arrived[ctx.node],) = gradients
         return None, None, None
 
@@ -196,12 +201,12 @@ class _Border(torch.autograd.Function):
 def _run(
     interpreter: Interpreter,
     piece: _Slice,
-    known: Mapping[fx.Node, Any],
+    known: Mapping[fx.Node, Value],
     crossing: set[fx.Node],
-    watch: Callable[[fx.Node, Any], None] = lambda node, value: None,
-) -> dict[fx.Node, Any]:
+    watch: Callable[[fx.Node, Value], None] = lambda node, value: None,
+) -> dict[fx.Node, Value]:
     """Computes the nodes of a slice from known values, and returns the values of those that later slices read."""
-    env: dict[fx.Node, Any] = {n: known[n] for n in piece.reads}
+    env: dict[fx.Node, Value] = {n: known[n] for n in piece.reads}
     for node in piece.nodes:
         env[node] = known[node] if node.op == "placeholder" else interpreter.evaluate(node, env)
         watch(node, env[node])
