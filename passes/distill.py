@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mpq_compiler.analysis.trajectory_error import TrajectoryError
 from mpq_compiler.ir import provenance
@@ -14,11 +14,25 @@ from mpq_compiler.ir.blocks import blocks as blocks_of
 from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.training import trainer
-from mpq_compiler.training.data import affordable, block_updates, calls, trajectories
+from mpq_compiler.training import by_parts, trainer
+from mpq_compiler.training import data as training_data
+from mpq_compiler.training.data import Data, affordable, calls, part_updates, trajectories
 from mpq_compiler.training.relation_loss import Term
 from mpq_compiler.training.state import RATES, Stage
-from mpq_compiler.training.trainer import TRAINING
+from mpq_compiler.training.trainer import TRAINING, Outcome
+
+GIB = 1 << 30
+ROWS = 64
+"""Calls that a model is trained on part by part, where none are given."""
+BATCH, PART = 8, 4
+"""Calls in a step of training part by part, and those that a thread runs at a time."""
+CHECKS = 4
+"""How often the held-out error of a part is measured in a stage."""
+LEAST = 16
+"""Updates of each part of a model that is too large for as many of the whole."""
+FASTER = 3.0
+"""The factor of learning rates of frozen codes in parts, which have few updates: of the bundled UNet 16 gain twice as
+much by it."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +57,11 @@ class Distill(Pass):
     role: ClassVar[Role | None] = Role.TRAINS
     settings: ClassVar[Mapping[str, str]] = {"minutes": "minutes"}
     capped: ClassVar[frozenset[str]] = frozenset({"steps"})
-    efforts: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+    efforts: ClassVar[Mapping[str, Mapping[str, object]]] = {
         "none": {"minutes": 0.0},
-        "fast": {"minutes": 0.4, "latent": 0.0, "samples": 16},
-        "balanced": {"minutes": 8.0, "latent": 0.7, "epochs": 12},
-        "best": {"minutes": 30.0, "latent": 0.7, "epochs": 12},
+        "fast": {"minutes": 0.4, "latent": 0.0, "samples": 16, "least": LEAST},
+        "balanced": {"minutes": 8.0, "latent": 0.7, "epochs": 12, "least": LEAST},
+        "best": {"minutes": 30.0, "latent": 0.7, "epochs": 12, "least": LEAST},
     }
     requires: ClassVar[frozenset[str]] = frozenset({"codes"})
     provides: ClassVar[frozenset[str]] = frozenset({"trained"})
@@ -59,6 +73,10 @@ class Distill(Pass):
     """Updates of the variables, whatever the minutes."""
     latent: float = 0.7
     """Share of the updates in which the weights themselves are trained."""
+    least: int = 0
+    """Updates of a model that is too large for as many in the minutes: it is trained part by part then."""
+    memory: float = 2.0
+    """GiB that training may take; a model whose variables take more is trained part by part."""
     blocks: bool = False
     """Trains the weights block by block, each against its own output in the float program while those before it are
     quantized already (DilateQuant, arXiv 2409.14307, section 3.4), rather than all against the output."""
@@ -88,20 +106,25 @@ class Distill(Pass):
     """Held-out images that no stage may make worse; 0 draws none."""
 
     def __post_init__(self) -> None:
-        for option in ("minutes", "rate", "relation"):
+        for option in ("minutes", "rate", "relation", "memory"):
             self.require(option, 0)
         self.require("latent", 0, 1)
         for option in ("samples", "steps", "epochs"):
             self.require(option, 1)
-        for option in ("updates", "images", "window", "adapters"):
+        for option in ("updates", "images", "window", "adapters", "least"):
             self.require(option, 0)
 
     def run(self, program: Program, session: Session) -> Program:
-        updates = affordable(program, self.minutes) if self.updates is None else self.updates
         program = program.fork()
+        if not (self.minutes if self.updates is None else self.updates):
+            return program
+        updates = affordable(program, self.minutes) if self.updates is None else self.updates
+        fits = by_parts.held(program, self.latent > 0) <= self.memory * GIB
+        enough = self.updates is not None or updates >= max(self.least, 1)
+        if not self.blocks and (updates or self.least) and not (fits and enough):
+            return self._by_parts(program, session)
         if not updates:
-            if self.minutes and self.updates is None:
-                program.note(f"distill: {self.minutes:g} minutes are not enough for one update of a model of this size")
+            program.note(f"distill: {self.minutes:g} minutes are not enough for one update of a model of this size")
             return program
         for note in self._without_effect(program, session, updates):
             program.note(f"distill: {note}")
@@ -113,20 +136,14 @@ class Distill(Pass):
             gains = image_error.gains(program)
             data, held_out = data.weighted(gains), held_out.weighted(gains)
         told = []
-        for title, stages in self._phases(program, session, updates):
-            trained, outcomes = program, []
-            for number, stage in enumerate(stages):
-                trained, outcome = trainer.train(trained, stage, data, held_out, session, session.seed + number)
-                outcomes.append(asdict(outcome))
-                if outcome.diverged is not None:
-                    trained.note(
-                        f"distill: training {stage.name} diverged in step {outcome.diverged} of {stage.steps}; the "
-                        f"best state until then, that of step {outcome.best_step}, is kept"
-                    )
+        for title, phase in self._phases(program, session, updates):
+            trained, outcomes = phase(program, data, held_out)
+            _note_divergence(trained, outcomes)
             found = image_error.noise(trained) if image_error else None
             kept = images is None or found is None or found <= images
+            stages = [asdict(outcome) for outcome in outcomes]
             told.append(
-                {"phase": title, "stages": outcomes, "images_before": images, "images_after": found, "kept": kept}
+                {"phase": title, "stages": stages, "images_before": images, "images_after": found, "kept": kept}
             )
             if kept:
                 program, images = trained, found
@@ -134,6 +151,41 @@ class Distill(Pass):
                 program.note(f"distill: training {title} made the held-out images worse and was undone")
         program.facts[TRAINING] = told
         provenance.note(program, provenance.PROGRAM, self.name(), phases=told)
+        return program
+
+    def _by_parts(self, program: Program, session: Session) -> Program:
+        """Trains a large program part by part, on few calls, and keeps the result if held-out outputs are better."""
+        assert session.denoiser is not None
+        given = session.calibration is not None
+        samples = 1 if given else max(1, ROWS // (self.steps * session.denoiser.calls_per_step))
+        data, held_out = (replace(rows, part=PART) for rows in calls(session, samples, self.steps, 1))
+        updates = self.updates
+        if updates is None:
+            updates = max(self.least, part_updates(program, self.minutes, BATCH, len(data) + len(held_out)))
+        latent, memory = round(updates * self.latent), int(self.memory * GIB)
+        last = by_parts.cuts(program, latent > 0, BATCH, memory)
+        faster = {kind: rate * self.rate * FASTER for kind, rate in RATES.items()}
+        stage = partial(self._stage(program), batch=BATCH, widest=by_parts.widest(memory), checks=CHECKS)
+
+        def stages(number: int, part: Program) -> list[Stage]:
+            title = f"part {number + 1} of {len(last)}"
+            weights = [stage(title, True, latent)] if latent else []
+            return weights + ([stage(title, False, updates - latent, rates=faster)] if updates > latent else [])
+
+        if self.relation:
+            program.note("distill: relation had no effect: parts learn their own outputs")
+        before = trainer.noise(program, {}, {}, held_out, session)
+        trained, outcomes = by_parts.train_parts(program, last, stages, data, held_out, session, session.seed)
+        _note_divergence(trained, outcomes)
+        after = trainer.noise(trained, {}, {}, held_out, session)
+        told = {"phase": "parts", "stages": [asdict(outcome) for outcome in outcomes], "images_before": None,
+                "images_after": None, "kept": after <= before}  # fmt: skip
+        if after > before:
+            program.note("distill: training part by part made the held-out outputs worse and was undone")
+        else:
+            program = trained
+        program.facts[TRAINING] = [told]
+        provenance.note(program, provenance.PROGRAM, self.name(), phases=[told])
         return program
 
     def _related(self, program: Program, session: Session) -> Block | None:
@@ -158,24 +210,58 @@ class Distill(Pass):
         elif self.range_network and not len(program.facts[TIME_GROUPS]):
             yield "range_network had no effect: of one time group each network would make one number"
 
-    def _phases(self, program: Program, session: Session, updates: int) -> Iterator[tuple[str, list[Stage]]]:
-        """The phases of training in order, each with its stages; a phase is kept or undone as a whole."""
-        assert session.denoiser is not None
+    def _stage(self, program: Program) -> Callable[..., Stage]:
+        """Makes stages of a name, of weights or not, and of a number of updates, with the options of this pass."""
         rates = {kind: rate * self.rate for kind, rate in RATES.items()}
+        network = self.range_network and len(program.facts[TIME_GROUPS]) > 0
+        return partial(Stage, rates=rates, adapters=self.adapters, range_network=network)
+
+    def _phases(self, program: Program, session: Session, updates: int) -> Iterator[tuple[str, Phase]]:
+        """The phases of training in order; a phase is kept or undone as a whole."""
+        assert session.denoiser is not None
         latent = round(updates * self.latent)
-        found = blocks_of(session.denoiser.module.model, program)
         related = self._related(program, session) if self.relation else None
         term = None if related is None else Term(related.output, self.relation, self.window)
-        network = self.range_network and len(program.facts[TIME_GROUPS]) > 0
-        stage = partial(Stage, rates=rates, adapters=self.adapters, range_network=network)
-        if latent and self.blocks:
+        stage = self._stage(program)
+
+        def blocks(program: Program, data: Data, held_out: Data) -> tuple[Program, list[Outcome]]:
+            assert session.denoiser is not None
+            found = blocks_of(session.denoiser.module.model, program)
             if self.updates is None:  # the minutes are to be those of the whole program
-                share, more = block_updates(program, found, latent), 0
+                minutes = self.minutes * self.latent
+                share, more = part_updates(program, minutes, training_data.BATCH, len(data) + len(held_out)), 0
             else:
                 share, more = divmod(latent, len(found))
-            steps = [max(1, share + (i < more)) for i in range(len(found))]
-            yield "blocks", [stage(b.name, True, n, block=b) for b, n in zip(found, steps, strict=True)]
+
+            def stages(number: int, part: Program) -> list[Stage]:
+                return [stage(found[number].name, True, max(1, share + (number < more)))]
+
+            last = [block.output for block in found]
+            return by_parts.train_parts(program, last, stages, data, held_out, session, session.seed)
+
+        def whole(stage: Stage) -> Phase:
+            def phase(program: Program, data: Data, held_out: Data) -> tuple[Program, list[Outcome]]:
+                trained, outcome = trainer.train(program, stage, data, held_out, session, session.seed)
+                return trained, [outcome]
+
+            return phase
+
+        if latent and self.blocks:
+            yield "blocks", blocks
         elif latent:
-            yield "weights", [stage("weights", True, latent, relation=term)]
+            yield "weights", whole(stage("weights", True, latent, relation=term))
         if updates > latent:
-            yield "scales", [stage("scales", False, updates - latent, relation=term)]
+            yield "scales", whole(stage("scales", False, updates - latent, relation=term))
+
+
+Phase = Callable[[Program, Data, Data], tuple[Program, list[Outcome]]]
+"""Trains a program on calls, and judges it by others."""
+
+
+def _note_divergence(program: Program, outcomes: Iterable[Outcome]) -> None:
+    for outcome in outcomes:
+        if outcome.diverged is not None:
+            program.note(
+                f"distill: training {outcome.stage} diverged in step {outcome.diverged} of {outcome.steps}; the "
+                f"best state until then, that of step {outcome.best_step}, is kept"
+            )

@@ -52,7 +52,7 @@ class Interpreter:
         """
         env: dict[fx.Node, Any] = {}
         feed = iter(arguments)
-        last_use = _last_uses(graph)
+        last_use = last_uses(graph)
 
         def compute(node: fx.Node) -> None:
             env[node] = next(feed) if node.op == "placeholder" else self.evaluate(node, env)
@@ -101,7 +101,8 @@ class Interpreter:
         return inputs[name]
 
 
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """The operands that no later node reads, by the node that reads them last."""
     seen: set[fx.Node] = set()
     uses: dict[fx.Node, list[fx.Node]] = {}
     for node in reversed(graph.nodes):

@@ -15,8 +15,6 @@ from mpq_compiler.analysis.trajectory_error import PART, SEED
 from mpq_compiler.frontend.calibration_file import held_out_rows, latent_numbers
 from mpq_compiler.frontend.trajectories import record_teacher
 from mpq_compiler.ir import costs
-from mpq_compiler.ir.blocks import Block, cut
-from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import PLANNED, Program
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support.execution import batches
@@ -39,12 +37,12 @@ class Data:
     """The inputs [N, ...] by name."""
     targets: Tensor
     """The float model's outputs [N, C, H, W]."""
-    teacher: Program | None = None
-    """The program that computes other targets as they are needed, where they are too many to keep."""
     weights: Tensor | None = None
     """How much the error of each call counts, f32 [N]; None counts all alike."""
     stride: int | None = None
     """The distance in calls from one step of a trajectory to the next; None where the order is not known."""
+    part: int = PART
+    """The number of calls that a thread runs at a time."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -72,44 +70,34 @@ class Data:
         weights = by_gains(self.inputs["timestep"], gains)
         return replace(self, weights=(weights / weights.mean()).float())
 
-    def parts_of_key(self) -> tuple[dict[str, Tensor], ...]:
-        """The parts of the calls that the outcome of training depends on, for a cache key."""
-        return self.inputs, {"targets": self.targets}, {} if self.weights is None else {"weights": self.weights}
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the outcome of training depends on, by names of their own, for a cache key."""
+        return self.inputs | {"": self.targets} | ({} if self.weights is None else {" ": self.weights})
 
     def squared(self, values: Tensor) -> Tensor:
         """Sums the squares of values [N, ...] over each call and applies its weight, f32 [N]."""
         sums = values.square().flatten(1).sum(1)
         return sums if self.weights is None else sums * self.weights
 
-    def judged_by(self, teacher: Program, session: Session | None = None) -> Data:
-        """Takes a float program's outputs as targets, computed at once with a session, else as they are needed."""
-        if session is None:
-            return replace(self, teacher=teacher)
-        outputs = session.map(lambda piece: run(teacher, piece.inputs), self.parts())
-        return replace(self, targets=torch.cat(outputs))
-
-    def wanted(self) -> Tensor:
-        """The targets, computed by the teacher where there is one."""
-        return self.targets if self.teacher is None else run(self.teacher, self.inputs)
-
     def parts(self) -> Iterator[Data]:
-        """Splits the calls into parts of `PART`, in order."""
-        for start in range(0, len(self), PART):
-            yield self.select(torch.arange(start, min(start + PART, len(self))))
+        """Splits the calls into parts, in order."""
+        for start in range(0, len(self), self.part):
+            yield self.select(torch.arange(start, min(start + self.part, len(self))))
 
 
-def calls(session: Session, samples: int, steps: int) -> tuple[Data, Data]:
+def calls(session: Session, samples: int, steps: int, judging: int = HELD_OUT) -> tuple[Data, Data]:
     """Records calls of the float model to train on, and others to judge by.
 
     Args:
         session: has the denoiser; with recorded inputs, their calls are split instead of sampling any.
         samples: the number of trajectories to train on.
         steps: of a trajectory.
+        judging: the number of trajectories to judge by.
     """
     denoiser = session.denoiser
     assert denoiser is not None
     given = session.calibration
-    total = len(given["timestep"]) if given else (samples + HELD_OUT) * steps * denoiser.calls_per_step
+    total = len(given["timestep"]) if given else (samples + judging) * steps * denoiser.calls_per_step
     with session.track("teaching", total) as advance:
 
         def teacher(**inputs: Any) -> np.ndarray:
@@ -128,7 +116,7 @@ def calls(session: Session, samples: int, steps: int) -> tuple[Data, Data]:
         stride = samples * denoiser.calls_per_step
         return (
             Data(*record_teacher(denoiser, samples, steps, seed, teacher), stride=stride),
-            Data(*record_teacher(denoiser, HELD_OUT, steps, seed + 1, teacher)),
+            Data(*record_teacher(denoiser, judging, steps, seed + 1, teacher)),
         )
 
 
@@ -138,20 +126,17 @@ def affordable(program: Program, minutes: float) -> int:
     return int(minutes * 60 * MACS / (3 * BATCH * max(macs, 1)))
 
 
-def block_updates(program: Program, found: Sequence[Block], updates: int) -> int:
-    """The number of training steps of each block that take as long as ``updates`` steps of the whole program.
+def part_updates(program: Program, minutes: float, batch: int, rows: int) -> int:
+    """The number of training steps of each part of a program that fit in ``minutes``, by the size of the model alone.
 
-    A step of a block runs everything before it forward, in the float program too, and the block itself backward.
+    Args:
+        program: of which the parts are, and which runs once on all calls, as the float program does.
+        minutes: of training.
+        batch: calls in a step.
+        rows: calls to train on and to judge by.
     """
-    planned = program.facts[PLANNED]
-    macs = costs.macs(planned)
-    own = {n.name: str(costs.weight_path(n)) for n in planned.quantizable}
-    spent = 0
-    for block in found:
-        reached = {n.name for n in cut(planned, block.output).graph.nodes} & macs.keys()
-        inside = sum(macs[name] for name in reached if own[name] in block.parameters)
-        spent += 2 * (sum(macs[name] for name in reached) + inside)
-    return updates * 3 * sum(macs.values()) // max(spent, 1)
+    macs = sum(costs.macs(program.facts[PLANNED]).values())
+    return max(0, int((minutes * 60 * MACS / max(macs, 1) - 2 * rows) / (3 * batch)))
 
 
 def trajectories(updates: int, epochs: int, steps: int) -> int:

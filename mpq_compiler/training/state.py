@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from mpq_compiler.ir import ops
-from mpq_compiler.ir.blocks import Block
 from mpq_compiler.ir.program import PLANNED, TIME_GROUPS, Program
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support import cache
-from mpq_compiler.training.data import Data
+from mpq_compiler.training.data import BATCH, Data
 from mpq_compiler.training.relation_loss import Term
 from mpq_compiler.training.variables import Kind, Variable
 
@@ -29,6 +28,9 @@ RATES: Mapping[Kind, float] = {
 }
 """The initial learning rates, in units of theta (`student`); they fall to zero along a cosine."""
 
+CHECKS = 16
+"""How often in a stage the held-out error is measured and the state saved, unless the stage says otherwise."""
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -40,14 +42,19 @@ class Stage:
     steps: int
     rates: Mapping[Kind, float] = field(default_factory=lambda: dict(RATES))
     """The learning rate of each kind of variable."""
-    block: Block | None = None
-    """The one block that is trained, against its output in the float program; None trains the whole program."""
     relation: Term | None = None
     """A term of the loss on features, beside the loss on the output (`relation_loss`)."""
     adapters: int = 0
     """The rank of the adapters that move latent weights (`variables.Adapted`); 0 moves each weight by itself."""
     range_network: bool = False
     """Whether networks produce the scales of activations (`variables.Timed`); else each moves by itself."""
+    batch: int = BATCH
+    """Calls in a step."""
+    widest: int | None = None
+    """The most numbers of a weight that is trained itself; a wider one is moved by adapters of rank `RANK`. None trains
+    all themselves."""
+    checks: int = CHECKS
+    """How often the held-out error is measured and the state saved."""
 
 
 @dataclass
@@ -81,16 +88,17 @@ class State:
         return cls(dict(zeros), dict(zeros), dict(zeros), zeros)
 
 
-def key(program: Program, trained: Mapping[str, Variable], stage: Stage, data: Data, held_out: Data, seed: int) -> str:
+def key(
+    program: Program, trained: Mapping[str, Variable], stage: Stage, seed: int, *calls: Data | str
+) -> str:
     """The cache key of a stage: a digest of everything that its outcome depends on.
 
     Args:
         program: the program to train.
         trained: its variables by store name.
         stage: the stage.
-        data: the calls to train on.
-        held_out: the calls to judge by.
         seed: of the run.
+        calls: those to train on and to judge by, or digests of what they follow from.
     """
     import platform
 
@@ -100,7 +108,7 @@ def key(program: Program, trained: Mapping[str, Variable], stage: Stage, data: D
     capability = torch.backends.cpu.get_cpu_capability()
     times = program.facts[TIME_GROUPS] if stage.relation else ""  # by which it keeps what other steps had
     versions = f"2 {seed} {stage}{times} {torch.__version__} {platform.machine()} {capability}"
-    if stage.block is not None or stage.relation is not None:  # whose teacher is the float program
+    if stage.relation is not None:  # whose teacher is the float program
         read |= {str(n.target) for n in program.facts[PLANNED].graph.nodes if n.op == "get_attr"}
     tensors = {name: program.tensors[name].contiguous() for name in sorted(read)}
     return cache.digest(
@@ -108,7 +116,7 @@ def key(program: Program, trained: Mapping[str, Variable], stage: Stage, data: D
         text,
         tensors,
         latents,
-        *(d.inputs | {"": d.targets} | ({} if d.weights is None else {" ": d.weights}) for d in (data, held_out)),
+        *(c if isinstance(c, str) else c.tensors() for c in calls),
     )
 
 

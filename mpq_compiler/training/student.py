@@ -10,7 +10,7 @@ move latent weights, and networks may produce the scales of time groups; neither
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +25,9 @@ from mpq_compiler.ir.interpreter import Interpreter
 from mpq_compiler.ir.program import Program
 from mpq_compiler.quantization.settle import LATENTS
 from mpq_compiler.training.variables import EDGE, WIDTHS, Adapted, Kind, Settled, Timed, Variable, ends, gaps, settled
+
+RANK = 16
+"""The rank of the adapters of weights that are too wide to be trained themselves."""
 
 
 class _Levels(torch.autograd.Function):
@@ -145,7 +148,13 @@ def values(program: Program, variables: Mapping[str, Variable], thetas: Mapping[
 
 
 def variables(
-    program: Program, latent: bool, adapters: int = 0, times: Tensor | None = None, seed: int = 0
+    program: Program,
+    latent: bool,
+    adapters: int = 0,
+    times: Tensor | None = None,
+    seed: int = 0,
+    widest: int | None = None,
+    own: Container[str] | None = None,
 ) -> dict[str, Variable]:
     """Collects the variables of a program, in graph order, by the names of their stored tensors.
 
@@ -156,11 +165,15 @@ def variables(
         times: the times of the time groups [G], 0 to 1, for networks that produce the scales of activations; None moves
             each scale by itself.
         seed: decides the initial adapters and networks.
+        widest: the most numbers of a weight that moves by itself; wider ones have adapters of rank `RANK`.
+        own: the names of those to collect, of weights by their codes; None collects all.
     """
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Variable] = {}
     tensors, originals = program.tensors, program.facts[LATENTS]
     for weight in settled(program):
+        if own is not None and weight.codes not in own:
+            continue
         scale, offset = weight.tables.scale, weight.tables.offset
         found[scale] = _scale(Kind.SCALE, tensors[scale])
         if offset is not None:
@@ -170,8 +183,9 @@ def variables(
             table = weight.table(program)
             step = 1.0 if table is None else float(_mean_step(table))
             unit = contract.column_scale(tensors.read(scale), weight.tables.segments, rows.shape[1]) * step
-            if adapters:
-                found[weight.codes] = _adapted(_dequantized(program, weight), unit, adapters, generator)
+            rank = adapters or (RANK if widest is not None and rows.numel() > widest else 0)
+            if rank:
+                found[weight.codes] = _adapted(_dequantized(program, weight), unit, rank, generator)
             else:
                 found[weight.codes] = Variable(Kind.LATENT, _within(program, weight, rows), unit, torch.float32)
     for node in program.graph.nodes:
@@ -182,6 +196,8 @@ def variables(
             found[scale] = _scale(Kind.RANGE, tensors[scale])
             start = tensors.read(zero).to(torch.float32)
             found[zero] = Variable(Kind.ZERO, start, torch.ones(()), tensors[zero].dtype, 2**bits - 1)
+    if own is not None:
+        found = {name: variable for name, variable in found.items() if name in own}
     if times is not None:
         embedding = _embedding(times)
         for name, variable in found.items():
@@ -189,7 +205,8 @@ def variables(
                 found[name] = _timed(variable, embedding, generator)
     for node in program.graph.nodes:
         name = str(node.target)
-        if node.op == "get_attr" and name not in found and _is_parameter(tensors[name], name):
+        wanted = node.op == "get_attr" and name not in found and (own is None or name in own)
+        if wanted and _is_parameter(tensors[name], name):
             found[name] = _float(Kind.FLOAT, tensors[name])
     return found
 

@@ -9,7 +9,7 @@ as training proceeds, so that a killed run resumes where it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,13 +18,12 @@ from torch import Tensor
 
 from mpq_compiler.analysis.trajectory_error import PART
 from mpq_compiler.formats import contract
-from mpq_compiler.ir import ops
-from mpq_compiler.ir.blocks import Block, cut, weight_path_of
+from mpq_compiler.ir import ops, segments
 from mpq_compiler.ir.facts import Fact
 from mpq_compiler.ir.graph import part_of
-from mpq_compiler.ir.program import PLANNED, TIME_GROUPS, Program
+from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.training.data import BATCH, Data
+from mpq_compiler.training.data import Data
 from mpq_compiler.training.relation_loss import Memory, Relations
 from mpq_compiler.training.relation_loss import Step as RelationStep
 from mpq_compiler.training.state import Kept, Stage, State, key
@@ -35,8 +34,8 @@ BETAS, EPSILON = (0.9, 0.99), 1e-12
 """Adam's decay rates, and the constant in its denominator."""
 CLIP = 4.0
 """The largest norm of a step's gradient, relative to its running mean; larger gradients are scaled down."""
-CHECKS = 16
-"""How often in a stage the held-out error is measured and the state saved."""
+HELD = 1 << 31
+"""The most bytes of values that a part of a batch holds for its backward pass; above, segments hold theirs in turn."""
 
 
 @dataclass(frozen=True)
@@ -76,34 +75,60 @@ def train(
         The trained program, and the outcome.
     """
     times = group_times(program, data.inputs["timestep"]) if stage.range_network else None
-    whole, trained = program, variables(program, stage.latent, stage.adapters, times, seed)
-    digest = key(program, trained, stage, data, held_out, seed)
-    if stage.block is not None:
-        program, teacher = (cut(p, stage.block.output) for p in (program, program.facts[PLANNED]))
-        own = _variables_of(program, stage.block)
-        trained = {name: variable for name, variable in trained.items() if name in own}
-        data, held_out = data.judged_by(teacher), held_out.judged_by(teacher, session)
-    kept = Kept(digest, session)
+    trained = variables(program, stage.latent, stage.adapters, times, seed, stage.widest)
+    kept = Kept(key(program, trained, stage, seed, data, held_out), session)
+    state = descend(program, trained, stage, data, held_out, kept, session, seed)
+    return applied(program, trained, state.best), outcome_of(stage, state)
+
+
+def outcome_of(stage: Stage, state: State) -> Outcome:
+    """The outcome of a stage that has ended in a state."""
+    return Outcome(stage.name, stage.steps, state.before, state.least, state.best_step, state.diverged)
+
+
+def descend(
+    program: Program,
+    trained: Mapping[str, Variable],
+    stage: Stage,
+    data: Data,
+    held_out: Data,
+    kept: Kept,
+    session: Session,
+    seed: int,
+) -> State:
+    """Takes the steps of a stage, on from the state that is kept, and returns the last state.
+
+    Args:
+        program: fake-quantized, with settled weights.
+        trained: its variables.
+        stage: what is trained and for how many steps.
+        data: the calls to train on.
+        held_out: the calls to judge by.
+        kept: the saved state.
+        session: runs the parts of a step, and shows progress.
+        seed: decides the order of the calls.
+    """
     state = kept.load() or State.start(trained)
-    checks = {round(stage.steps * (i + 1) / CHECKS) for i in range(CHECKS)}
+    checks = {round(stage.steps * (i + 1) / stage.checks) for i in range(stage.checks)}
     power = float(held_out.squared(held_out.targets).double().mean())
     relations = None
     if stage.relation is not None:
         relations = Relations.start(stage.relation, program, data.inputs)
         relations.memory = Memory(**state.memory) if state.memory else relations.memory
         state.memory = vars(relations.memory)
+    last = [] if relations else segments.ends(program, segments.value_bytes(program, data.part), HELD)
     if not state.step:
         state.before = state.least = noise(program, trained, state.thetas, held_out, session)
     with session.track(f"training {stage.name}", stage.steps) as advance:
         advance(state.step)
         while state.step < stage.steps and state.diverged is None:
             state.step += 1
-            index = _batch(state.step, len(data), seed)
+            index = _batch(state.step, len(data), stage.batch, seed)
             batch, drawn = data.select(index), None
             if relations is not None:
                 before = data.before(index, relations.term.window - 1)
                 drawn = relations.step(len(batch), torch.Generator().manual_seed((seed << 32) + state.step), before)
-            loss, gradients = _gradients(program, trained, state.thetas, batch, power, session, drawn)
+            loss, gradients = _gradients(program, trained, state.thetas, batch, power, session, drawn, last)
             norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
             if not math.isfinite(loss + norm):
                 state.diverged = state.step
@@ -119,8 +144,7 @@ def train(
                     state.least, state.best, state.best_step = error, dict(state.thetas), state.step
                 kept.save(state)
             advance(1, f"(loss {loss:.2g}, best {-10 * math.log10(max(state.least, 1e-30)):.1f} dB)")
-    outcome = Outcome(stage.name, stage.steps, state.before, state.least, state.best_step, state.diverged)
-    return applied(whole, trained, state.best), outcome
+    return state
 
 
 def group_times(program: Program, timesteps: Tensor) -> Tensor:
@@ -131,28 +155,9 @@ def group_times(program: Program, timesteps: Tensor) -> Tensor:
     return ((ends[1:] + ends[:-1]) / 2 - low) / (high - low)
 
 
-def _variables_of(program: Program, block: Block) -> set[str]:
-    """The store names of a block's variables: its parameters, and the quantizers of the tensors that its layers read.
-
-    program: cut at the output of the block.
-    """
-    names: set[str] = set()
-    tables: dict[str, set[str]] = {}
-    for node in program.graph.nodes:
-        read = [str(n.target) for n in node.all_input_nodes if n.op == "get_attr"]
-        names |= {name for name in read if name.split(":")[0] in block.parameters}
-        if node.target in (ops.fake_quantize, ops.fake_quantize_attention):
-            tables[node.name] = {name for name in read if name.split(":")[0] not in program.weights}
-    for node in program.graph.nodes:
-        layer = weight_path_of(node)
-        for source in node.all_input_nodes if layer in block.parameters else ():
-            names |= tables.get(source.name, set())
-    return names
-
-
-def _batch(step: int, count: int, seed: int) -> Tensor:
+def _batch(step: int, count: int, most: int, seed: int) -> Tensor:
     """The indices of a step's calls; an epoch has every call once, in an order of its own."""
-    size = min(BATCH, count)
+    size = min(most, count)
     epoch, place = divmod(step - 1, count // size)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + (epoch << 32)))
     return order[place * size : (place + 1) * size]
@@ -166,10 +171,12 @@ def _gradients(
     power: float,
     session: Session,
     relation: RelationStep | None = None,
+    last: Sequence[str] = (),
 ) -> tuple[float, dict[str, Tensor]]:
     """The loss of a batch, its relative squared error, and the gradient by every theta.
 
-    Weights are computed once for all parts of the batch. A ``relation`` adds its term to the loss.
+    Weights are computed once for all parts of the batch. A ``relation`` adds its term to the loss. Segments, where
+    ``last`` names the last calls of several, hold their values in turn.
     """
     leaves = {name: theta.detach().requires_grad_() for name, theta in thetas.items()}
     made = values(program, trained, leaves)
@@ -187,9 +194,22 @@ def _gradients(
             )
             return seen, output
 
+        def error(output: Tensor) -> Tensor:
+            return piece.squared(output - piece.targets).sum() / (len(batch) * power)
+
+        if len(last) > 1:
+            losses: list[Tensor] = []
+
+            def by_output(output: Tensor) -> tuple[Tensor, ...]:
+                losses.append(error(output.requires_grad_()))
+                return torch.autograd.grad(losses[0], output)
+
+            with torch.enable_grad():
+                segments.backward(Student(program, inner), piece.inputs, last, by_output)
+            return float(losses[0].detach()), tuple(value.grad for value in inner.values()), None
         seen, output = outputs(piece.inputs)
         share, pixels = len(piece) / len(batch), None
-        loss = piece.squared(output - piece.wanted()).sum() / (len(batch) * power)
+        loss = error(output)
         if relation is not None:
             rows = slice(number * PART, number * PART + len(piece))
             more, pixels = relation.loss(seen[0], piece.inputs, rows, lambda inputs: outputs(inputs)[0][0])
@@ -204,7 +224,7 @@ def _gradients(
     for name, *parts in zip(made, *(found for _, found, _ in pieces), strict=True):
         sums = [g for g in parts if g is not None]
         if sums:
-            reached[name] = torch.stack(sums).sum(0)
+            reached[name] = torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
     gradients = torch.autograd.grad(
         [made[name] for name in reached], list(leaves.values()), list(reached.values()),
         allow_unused=True, materialize_grads=True,

@@ -27,8 +27,8 @@ from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.settle import LATENTS
 from mpq_compiler.sampling.loop import gaussian
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.training import by_parts, trainer
 from mpq_compiler.training import data as training_data
-from mpq_compiler.training import trainer
 from mpq_compiler.training.data import Data
 from mpq_compiler.training.relation_loss import Term
 from mpq_compiler.training.state import RATES, Stage
@@ -308,14 +308,19 @@ def test_blocks_are_trained_one_by_one(data, tmp_path, stage):
     """A block moves its own parameters and the tables of what its layers read, and its own output gets better."""
     program = start()
     found = blocks.blocks(programs.denoiser(MODEL).module.model, program)
-    block = next(b for b in found if b.name == "mid_block.attentions.0")
-    trained, outcome = train(program, replace(stage, block=block), *data, session(tmp_path), 0)
+    last = [block.output for block in found]
+    here = next(i for i, block in enumerate(found) if block.name == "mid_block.attentions.0")
+
+    def stages(number, part):
+        return [stage] if number == here else []
+
+    trained, (outcome,) = by_parts.train_parts(program, last, stages, *data, session(tmp_path), 0)
     assert outcome.after < outcome.before
     before, after = stored(program), stored(trained)
     moved = {name.split(":")[0] for name in after.keys() - before.keys()}
-    edges = moved - set(block.parameters)
-    readers = {n.args[0].args[0].name for n in program.graph.nodes if blocks.weight_path_of(n) in block.parameters}
-    assert moved & set(block.parameters) and edges <= readers
+    own = found[here].parameters
+    readers = {n.args[0].args[0].name for n in program.graph.nodes if blocks.weight_path_of(n) in own}
+    assert moved & set(own) and moved - set(own) <= readers
 
 
 @pytest.mark.parametrize("model", ["unet2d", "pixart", "dit"])
@@ -341,17 +346,15 @@ def test_blocks_of_rewritten_programs(pipeline):
     assert {block.output for block in found} <= {n.name for n in program.facts[PLANNED].graph.nodes}
 
 
-def test_blocks_have_the_minutes_of_the_whole():
-    """Updates of all blocks take what so many of the whole program take, as multiplications go."""
-    program, updates = start(), 1000
-    found = blocks.blocks(programs.denoiser(MODEL).module.model, program)
-    each = training_data.block_updates(program, found, updates)
-    planned = program.facts[PLANNED]
-    whole = sum(costs.macs(planned).values())
-    forward = [sum(costs.macs(blocks.cut(planned, b.output)).values()) for b in found]
-    assert forward[-1] == whole  # the last block sees everything
-    assert updates / len(found) < each < updates
-    assert 3 * updates * whole == pytest.approx(each * (2 * sum(forward) + 2 * whole), rel=0.01)  # each layer is in one
+def test_parts_have_the_minutes_of_the_whole():
+    """Steps of all parts, and the two streams, take what so many steps of the whole program take."""
+    program, rows = start(), 40
+    macs = sum(costs.macs(program.facts[PLANNED]).values())
+    minutes = 1000 * 3 * training_data.BATCH * macs / training_data.MACS / 60
+    assert training_data.affordable(program, minutes) in (999, 1000)
+    each = training_data.part_updates(program, minutes, 8, rows)
+    assert 3 * 8 * each + 2 * rows == pytest.approx(1000 * 3 * training_data.BATCH, rel=0.01)
+    assert training_data.part_updates(program, 1e-9, 8, rows) == 0
 
 
 def test_the_pass_goes_through_the_blocks(tmp_path):
@@ -444,3 +447,32 @@ def test_relations_without_repeated_blocks_say_that_they_do_nothing(tmp_path, mo
     (distill,) = parser.parse(f"distill{{{options},blocks=true,latent=1}}")
     notes = distill.run(start(), session(tmp_path)).facts[NOTES]
     assert any("relation had no effect: blocks learn their own outputs" in note for note in notes)
+
+
+def test_a_model_that_takes_too_much_is_trained_part_by_part(tmp_path):
+    options = {"updates": 4, "latent": 0.5, "memory": 2e-4, "samples": 2, "steps": 3, "images": 0}
+    program = make_pass("distill", options).run(start(), session(tmp_path))
+    (told,) = program.facts[DECISIONS][""]["distill"]["phases"]
+    titles = [stage["stage"] for stage in told["stages"]]
+    assert told["phase"] == "parts" and told["kept"] and len(set(titles)) > 3
+    assert all(stage["steps"] == 2 and stage["after"] <= stage["before"] for stage in told["stages"])
+    verify(program, after="distill")
+    again = make_pass("distill", options).run(start(), session(tmp_path / "again", jobs=3))
+    assert same(program, again)  # no number of jobs changes a bit
+
+
+def test_minutes_that_are_too_few_give_every_part_the_least_updates(tmp_path):
+    options = {"minutes": 1e-9, "least": 3, "latent": 0.0, "images": 0}
+    program = make_pass("distill", options).run(start(), session(tmp_path))
+    (told,) = program.facts[DECISIONS][""]["distill"]["phases"]
+    assert told["phase"] == "parts" and [stage["steps"] for stage in told["stages"]] == [3]  # it fits: one part
+    assert {w.codes for w in settled(program)} == {w.codes for w in settled(start())}
+
+
+def test_parts_that_make_outputs_worse_are_undone(tmp_path, monkeypatch):
+    errors = iter([0.1, 0.2])
+    options = {"updates": 1, "memory": 1e-9, "latent": 0.0, "images": 0}
+    monkeypatch.setattr(by_parts, "train_parts", lambda program, *more: (program.fork(), []))
+    monkeypatch.setattr(trainer, "noise", lambda *arguments: next(errors))
+    program = make_pass("distill", options).run(start(), session(tmp_path))
+    assert "undone" in program.facts[NOTES][-1] and same(program, start())

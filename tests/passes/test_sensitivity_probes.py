@@ -9,7 +9,9 @@ import math
 import numpy as np
 import scipy.stats
 
+from mpq_compiler.analysis import probes
 from mpq_compiler.analysis.probes import Probes
+from mpq_compiler.ir import segments
 from mpq_compiler.ir.findings import SENSITIVITY
 from mpq_compiler.ir.program import Program
 from mpq_compiler.passes.sensitivity import Sensitivity
@@ -57,6 +59,25 @@ def test_ranks_are_those_of_ablation_on_a_bundled_model(tmp_path):
     for kind in ("weights", "activations"):
         found = [(measured[key], estimated[key]) for key in measured if key[0] == kind]
         assert scipy.stats.spearmanr(*zip(*found, strict=True)).statistic >= 0.95
+
+
+def test_segments_estimate_the_same_bits(tmp_path, monkeypatch):
+    """Whatever activations may take: an edge that layers of several segments read counts once, with all of them."""
+    program = programs.after("unet2d", "time-groups")
+    step = dataclasses.replace(PASS, inputs=2, formats=("int4",))
+    requests = Requests(attention=True)
+    whole = losses(step, program, tmp_path / "whole", requests=requests)
+    counted, cut = [], segments.ends
+
+    def ends(*arguments):
+        counted.append(cut(*arguments))
+        return counted[-1]
+
+    monkeypatch.setattr(segments, "ends", ends)
+    for held in (1 << 18, 1 << 12):
+        monkeypatch.setattr(probes, "HELD", held)
+        assert losses(step, program, tmp_path / str(held), requests=requests) == whole
+    assert 1 < len(counted[0]) < len(counted[1])
 
 
 def test_some_rows_stand_for_all(tmp_path):
