@@ -63,7 +63,7 @@ def test_ranks_are_those_of_ablation_on_a_bundled_model(tmp_path):
 
 def test_segments_estimate_the_same_bits(tmp_path, monkeypatch):
     """Whatever activations may take: an edge that layers of several segments read counts once, with all of them."""
-    program = programs.after("unet2d", "time-groups")
+    program = programs.after("unet2d", "time-groups", f"{programs.FRONT},bit-allocation{{uniform=int8,attention=8}}")
     step = dataclasses.replace(PASS, inputs=2, formats=("int4",))
     requests = Requests(attention=True)
     whole = losses(step, program, tmp_path / "whole", requests=requests)
