@@ -33,6 +33,7 @@ from mpq_compiler.analysis.single_changes import (
     quantized_edge,
     quantized_weight,
     row_errors,
+    weight_errors,
 )
 from mpq_compiler.formats import get as get_format
 from mpq_compiler.formats import version as formats_version
@@ -241,11 +242,13 @@ class Sensitivity(Pass):
         count = len(program.tensors[str(operand(node, 1).target)])
         picked = some_rows(count, share)
         mean = None if bias_of(node) is None else program.facts[CALIBRATION].means.get(node.name)
+        by_row = [task for task in tasks if len(picked) < count and get_format(str(task.choice)).by_row]
+        of_rows = row_errors(program, by_row, picked)
         errors: dict[Name, Tensor] = {}
         for task in tasks:
-            some = picked if len(picked) < count and get_format(str(task.choice)).by_row else None
-            error = row_errors(program, fits, task, some)
-            errors[task.name] = (error if some is not None else error[picked]).to(torch.bfloat16)
+            known = of_rows.get(task.name)
+            error = weight_errors(program, fits, task)[picked] if known is None else known
+            errors[task.name] = error.to(torch.bfloat16)
         return WeightErrors(picked, count, errors, mean)
 
     def _measure_part(

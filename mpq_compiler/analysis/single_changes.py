@@ -11,7 +11,7 @@ from mpq_compiler.ir import ops
 from mpq_compiler.ir.edges import attention_arguments
 from mpq_compiler.ir.graph import operand, softmax
 from mpq_compiler.ir.program import TIME_GROUPS, Program
-from mpq_compiler.quantization.fitting import FitCache, Rounding, bias_of, corrected_bias, fit_rows, moments, rows_of
+from mpq_compiler.quantization.fitting import FitCache, Rounding, bias_of, corrected_bias, fit_formats, moments, rows_of
 
 WEIGHT, STATIC, PER_TOKEN, SMALL_FLOAT, PROBABILITIES = "w", "a", "d", "f", "p"
 """What a task quantizes: a weight; an edge by time group, by row, or to small floats; an attention with probabilities.
@@ -45,15 +45,21 @@ def quantized_weight(program: Program, fits: FitCache, task: Task) -> dict[fx.No
     return values
 
 
-def row_errors(program: Program, fits: FitCache, task: Task, picked: Tensor | None) -> Tensor:
-    """What a layer's weight [O, K] changes by, in ``picked`` rows alone, or in all (None)."""
+def weight_errors(program: Program, fits: FitCache, task: Task) -> Tensor:
+    """What a layer's weight [O, K] changes by."""
     name = str(operand(task.node, 1).target)
-    if picked is None:
-        fit = fits.fitted(program, task.node, name, str(task.choice), task.rounding)
-        return fit.dequantize() - rows_of(program, name)
-    some = program.tensors.read(name)[picked]
-    fit = fit_rows(some, str(task.choice), moments(program, task.node), task.rounding)
-    return fit.dequantize() - some.flatten(1)
+    fit = fits.fitted(program, task.node, name, str(task.choice), task.rounding)
+    return fit.dequantize() - rows_of(program, name)
+
+
+def row_errors(program: Program, tasks: Sequence[Task], picked: Tensor) -> dict[str, Tensor]:
+    """What a layer's weight [O, K] changes by in ``picked`` rows alone, by the names of tasks, each a format of it."""
+    if not tasks:
+        return {}
+    node, rounding = tasks[0].node, tasks[0].rounding
+    some = program.tensors.some_rows(str(operand(node, 1).target), picked)
+    found = fit_formats(some, [str(task.choice) for task in tasks], moments(program, node), rounding)
+    return {task.name: found[str(task.choice)].dequantize() - some.flatten(1) for task in tasks}
 
 
 def quantized_edge(

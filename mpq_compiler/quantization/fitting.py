@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TypeVar
@@ -16,7 +16,7 @@ from mpq_compiler.formats.base import Fit, QuantizedWeight, diagonal
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.quantization.adaround import adaround
-from mpq_compiler.quantization.gptq import cholesky, gptq
+from mpq_compiler.quantization.gptq import cholesky, gptq, gptq_of_formats
 from mpq_compiler.quantization.statistics import CALIBRATION, EdgeStatistics, evenly
 from mpq_compiler.support.memo import last_result
 
@@ -110,7 +110,7 @@ class Rounding(StrEnum):
             codes = adaround(rows, fit.merged(), gram).codes
         else:
             codes = gptq(rows, fit.merged(), gram, order=self == Rounding.GPTQ).codes
-        return replace(fit, codes=codes) if fit.signs is None else replace(fit, codes=codes >> 1, signs=codes & 1)
+        return _with_codes(fit, codes)
 
 
 def fitted(
@@ -135,6 +135,27 @@ def fit_rows(weight: Tensor, format_name: str, gram: Tensor | None, rounding: Ro
     if chosen.searches and gram is not None and gram.dim() > 1 and gram.shape[-1] > 2 * SKETCH:
         measure = _sketch(gram)
     return rounding(chosen.fit(weight, measure), weight.flatten(1).contiguous(), gram)
+
+
+def fit_formats(weight: Tensor, names: Sequence[str], gram: Tensor | None, rounding: Rounding) -> dict[str, Fit]:
+    """Fits the same few rows in several formats, as `fit_rows` does each; GPTQ chooses their codes together."""
+    together = rounding in (Rounding.GPTQ, Rounding.GPTQ_IN_ORDER) and gram is not None and gram.dim() > 1
+    found = {name: fit_rows(weight, name, gram, Rounding.NEAREST if together else rounding) for name in names}
+    if not together or gram is None:
+        return found
+    rows, order = weight.flatten(1).contiguous(), rounding == Rounding.GPTQ
+    plain = {name: fit for name, fit in found.items() if isinstance(fit, QuantizedWeight)}
+    merged = {name: fit.merged() for name, fit in plain.items()}
+    rounded = dict(zip(merged, gptq_of_formats(rows, [*merged.values()], gram, order), strict=True)) if merged else {}
+    return {
+        name: _with_codes(plain[name], rounded[name].codes) if name in plain else rounding(fit, rows, gram)
+        for name, fit in found.items()
+    }
+
+
+def _with_codes(fit: QuantizedWeight, codes: Tensor) -> QuantizedWeight:
+    """The fit with codes of its merged levels, which are those of base and branch where it has one."""
+    return replace(fit, codes=codes) if fit.signs is None else replace(fit, codes=codes >> 1, signs=codes & 1)
 
 
 @last_result  # as of `_about`

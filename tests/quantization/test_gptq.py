@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpq_compiler import formats
 from mpq_compiler.formats.base import QuantizedWeight, output_error
-from mpq_compiler.quantization.gptq import gptq
+from mpq_compiler.quantization.gptq import gptq, gptq_of_formats
 
 FORMATS = ("int2", "int3", "int2+b", "int4", "km3t", "fp4", "nf4g8", "int8")
 
@@ -146,3 +146,18 @@ def test_blocks_are_layers_of_their_own(name):
     before, after = errors(w, torch.block_diag(*blocks), start, parts)
     assert (after <= before).all()
     torch.testing.assert_close(output_error(parts.dequantize() - w, blocks), after)
+
+
+@pytest.mark.parametrize("order", [False, True])
+def test_formats_in_one_walk_have_the_codes_of_their_own(order):
+    """Those without tables among them, and tables of other lengths."""
+    w, g = weight(rows=17), gram()
+    starts = [nearest(name, w, g) for name in ("int8", *FORMATS, "int8")]
+    alone = [gptq(w, start, g, order) for start in starts]
+    together = gptq_of_formats(w, starts, g, order)
+    for one, other in zip(alone, together, strict=True):
+        assert one.codes.dtype == other.codes.dtype
+        apart = (one.codes != other.codes).float().mean()  # products of other sizes may differ in the last bit
+        assert apart < 0.005
+        before, after = errors(w, g, one, other)
+        assert torch.allclose(before.sum(), after.sum(), rtol=1e-3)
