@@ -14,18 +14,22 @@ from mpq_compiler.frontend.input_specs import latent_of
 from mpq_compiler.support.errors import UserError, nearest
 
 
-def read(place: checkpoint.Location) -> torch.nn.Module:
+def read(place: checkpoint.Location, by_calls: bool = False) -> torch.nn.Module:
     """Reads the module of a checkpoint, in float32.
+
+    Args:
+        place: where it lies.
+        by_calls: whether it is called as recorded calls say, whatever its arguments are named.
 
     UserError: config.json describes no denoiser, or the weights are damaged or another model's.
     """
     config = checkpoint.read_json(place.denoiser / "config.json")
-    module = _build(config, place.denoiser)
+    module = _build(config, place.denoiser, by_calls)
     _fill(module, checkpoint.read_weights(place.denoiser), place.denoiser)
     return module
 
 
-def _build(config: Mapping[str, Any], folder: Path) -> torch.nn.Module:
+def _build(config: Mapping[str, Any], folder: Path, by_calls: bool) -> torch.nn.Module:
     """Builds the diffusers module that `config` describes, with weights still to be filled in."""
     import diffusers
 
@@ -40,7 +44,8 @@ def _build(config: Mapping[str, Any], folder: Path) -> torch.nn.Module:
             f"{where} names the class '{name}', which diffusers does not have; {_did_you_mean(name, known)}"
         )
     try:
-        latent_of(name, cls.forward)
+        if not by_calls:
+            latent_of(name, cls.forward)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     try:
