@@ -9,11 +9,16 @@ ones; the weights have what was published of such models:
 - *spectra*: the first 32 singular values fall steeply, the others slowly (SVDQuant, arXiv 2411.05007, section 4.2 and
   figure 5), so each matrix is a sum of 32 products whose strength falls as a power of their number, and of noise;
 - *outlier channels*: a hundredth of the channels of what a layer reads is many times as loud as the others, the same
-  ones for every input (SmoothQuant, arXiv 2211.10438, section 3), which the weights of norms make here; channels of
-  skip connections are louder still (DMQ, arXiv 2507.12933);
+  ones for every input (SmoothQuant, arXiv 2211.10438, section 3), which the weights of norms make here. Transformers
+  whose norms have no weights have them too (PTQ4DiT, arXiv 2405.16005; ViDiT-Q, arXiv 2406.02540, on PixArt-Sigma and
+  video models), by what modulates behind the norm: here in the scales of PixArt's and Wan's tables, and in those that
+  FLUX.2 computes from the time, so that they come and go with it (arXiv 2503.06930);
+- *ranges that change with the time*: what is added to and multiplied by in each block comes from the timestep's
+  embedding (Q-Diffusion, arXiv 2302.04304, section 4.1), and latents are drawn at times spread over all there are;
 - *ranges that differ from row to row* of a weight (Q-Diffusion, arXiv 2302.04304, section 4.2): lognormal row scales.
 
-Tensors are written as they are drawn, in shards, each from a seed of its own name: memory holds one of them.
+Tensors are written as they are drawn, in shards, each from a seed of its own name: memory holds one of them. One thread
+draws them, for sums of matrix products depend on the number.
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mpq_compiler.bench.baselines import torch_threads
 from mpq_compiler.frontend import call_file, denoiser
 from mpq_compiler.sampling.call_tree import Arguments
 from mpq_compiler.support import tensorfile
@@ -43,9 +49,13 @@ OUTLIERS = 0.01
 """The part of a norm's channels that are loud."""
 LOUDER = 8.0
 """How many times as loud these are, at the median."""
+EMBEDDED = 0.2
+"""How loud the embedding of a time is behind its activation; what it is multiplied by must be so much louder."""
 SHARD = 1 << 30
 """The most bytes of a file."""
 STEM = "diffusion_pytorch_model"
+DEPTHS = ("num_layers", "num_single_layers", "n_layers", "n_refiner_layers")
+"""The numbers of layers in configurations of transformers."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +153,22 @@ def empty(name: str) -> torch.nn.Module:
     return module.eval()
 
 
+def macs(name: str, size: int) -> int:
+    """The multiply-accumulates of a call on one sample of latents of a size, attentions included."""
+    from torch.utils import _pytree
+    from torch.utils.flop_counter import FlopCounterMode
+
+    calls, target = _calls(name, 1, size), empty(name)
+    inputs: Any = calls and calls[0]
+    if calls is None:
+        wrapped = denoiser.wrap(target, name=name, size=size)
+        target, inputs = wrapped.module, wrapped.random_inputs(1)
+    inputs = _pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        target(**inputs)
+    return int(counter.get_total_flops()) // 2
+
+
 def write(name: str, folder: Path) -> None:
     """Writes config.json and the weights of a model, unless they are there."""
     if (folder / f"{STEM}.safetensors.index.json").exists():
@@ -160,11 +186,12 @@ def write(name: str, folder: Path) -> None:
         save_file(part, folder / file)
         part.clear()
 
-    for path, tensor in module.state_dict().items():
-        part[path] = value(path, tuple(tensor.shape), kinds[path.rpartition(".")[0]]).to(dtype)
-        if sum(t.numel() * t.element_size() for t in part.values()) > SHARD:
-            flush()
-    flush()
+    with torch_threads(1, True):
+        for path, tensor in module.state_dict().items():
+            part[path] = value(path, tuple(tensor.shape), kinds[path.rpartition(".")[0]]).to(dtype)
+            if sum(t.numel() * t.element_size() for t in part.values()) > SHARD:
+                flush()
+        flush()
     index = {"metadata": {}, "weight_map": places}
     (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
@@ -179,9 +206,7 @@ def value(path: str, shape: tuple[int, ...], kind: str) -> Tensor:
     if len(shape) < 2:
         if not path.endswith("weight"):
             return 0.02 * normal(*shape)
-        scales = torch.exp(0.2 * normal(*shape))
-        loud = torch.rand(shape, generator=generator) < (OUTLIERS if "Norm" in kind else 0)
-        return torch.where(loud, scales * LOUDER * torch.exp(0.5 * normal(*shape)), scales)
+        return _loud(torch.exp(0.2 * normal(*shape)), OUTLIERS if "Norm" in kind else 0, generator)
     rows, columns = shape[0], math.prod(shape[1:])
     rank = min(RANK, rows, columns)
     strength = torch.arange(1, rank + 1) ** -0.7
@@ -189,20 +214,48 @@ def value(path: str, shape: tuple[int, ...], kind: str) -> Tensor:
     weight = normal(rows, columns).mul_(math.sqrt((1 - SHARE) / columns))
     left, right = torch.linalg.qr(normal(rows, rank))[0], torch.linalg.qr(normal(columns, rank))[0]
     weight.addmm_(left * strength, right.T)
-    return weight.mul_(torch.exp(0.25 * normal(rows, 1))).reshape(shape)
+    weight.mul_(torch.exp(0.25 * normal(rows, 1)))
+    if path.endswith("scale_shift_table"):  # shift, scale and gate of each channel, once or twice; or shift and scale
+        table = weight.view(shape)
+        for row in range(1, shape[-2], 3):
+            table[..., row, :] += _loud(torch.ones(shape[-1]), OUTLIERS, generator) - 1
+    elif "stream_modulation" in path:  # the same, computed from the time
+        for row in range(1, rows // columns, 3):
+            part = weight[row * columns : (row + 1) * columns]
+            part.mul_(_loud(torch.ones(columns, 1), OUTLIERS, generator, LOUDER / EMBEDDED))
+    return weight.reshape(shape)
+
+
+def _loud(scales: Tensor, share: float, generator: torch.Generator, by: float = LOUDER) -> Tensor:
+    """Scales of channels, a share of which is louder by a factor around ``by``."""
+    loud = torch.rand(scales.shape, generator=generator) < share
+    return torch.where(loud, scales * by * torch.exp(0.5 * torch.randn(scales.shape, generator=generator)), scales)
 
 
 def write_calls(name: str, path: Path, rows: int, size: int) -> None:
     """Writes random calls of a model on latents of a size: ``rows`` samples, at times spread over all there are."""
     calls = _calls(name, rows, size)
     if calls is not None:
-        call_file.write(path, empty(name), calls)
+        call_file.write(path, _shallow(name), calls)
         return
     module = empty(name)
     inputs = denoiser.wrap(module, name=name, size=size).random_inputs(rows)
     inputs["timestep"] = torch.linspace(1, 999, rows).round().to(inputs["timestep"].dtype)
     with path.open("wb") as file:
         tensorfile.save(file, {key: tensor.numpy() for key, tensor in inputs.items()}, {})
+
+
+def _shallow(name: str) -> torch.nn.Module:
+    """The model with a layer of each kind, which is called as the whole is: the form of calls is found by calling."""
+    import diffusers
+
+    shape = MODELS[name]
+    config = shape.config | dict.fromkeys([key for key in DEPTHS if key in shape.config], 1)
+    module: torch.nn.Module = getattr(diffusers, shape.cls).from_config(config).eval()
+    kinds = {path: type(part).__name__ for path, part in module.named_modules()}
+    for path, tensor in module.state_dict().items():
+        tensor.copy_(value(path, tuple(tensor.shape), kinds[path.rpartition(".")[0]]))
+    return module
 
 
 def _calls(name: str, rows: int, size: int) -> list[Arguments] | None:
@@ -212,17 +265,18 @@ def _calls(name: str, rows: int, size: int) -> list[Arguments] | None:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    times = np.linspace(0.999, 0.001, rows)
+    times, config = np.linspace(0.999, 0.001, rows), MODELS[name].config
     if name == "wan-1.3b":
         return [
-            {"hidden_states": normal(1, 16, 1, size, size), "timestep": torch.tensor([round(999 * t)]),
-             "encoder_hidden_states": normal(1, 512, 4096)}
+            {"hidden_states": normal(1, config["in_channels"], 1, size, size),
+             "timestep": torch.tensor([round(999 * t)]),
+             "encoder_hidden_states": normal(1, 512, config["text_dim"])}
             for t in times
         ]  # fmt: skip
     if name == "z-image":
         return [
-            {"x": [normal(16, 1, size, size)], "t": torch.tensor([1 - t], dtype=torch.float32),
-             "cap_feats": [normal(128, 2560)]}
+            {"x": [normal(config["in_channels"], 1, size, size)], "t": torch.tensor([1 - t], dtype=torch.float32),
+             "cap_feats": [normal(128, config["cap_feat_dim"])]}
             for t in times
         ]  # fmt: skip
     if name == "flux2-klein-4b":
@@ -230,7 +284,8 @@ def _calls(name: str, rows: int, size: int) -> list[Arguments] | None:
         places = torch.cartesian_prod(torch.arange(1), torch.arange(side), torch.arange(side), torch.arange(1))
         words = torch.cartesian_prod(torch.arange(1), torch.arange(1), torch.arange(1), torch.arange(512))
         return [
-            {"hidden_states": normal(1, side * side, 128), "encoder_hidden_states": normal(1, 512, 7680),
+            {"hidden_states": normal(1, side * side, config["in_channels"]),
+             "encoder_hidden_states": normal(1, 512, config["joint_attention_dim"]),
              "timestep": torch.tensor([t], dtype=torch.float32), "img_ids": places.float(), "txt_ids": words.float()}
             for t in times
         ]  # fmt: skip

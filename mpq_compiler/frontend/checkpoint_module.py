@@ -15,8 +15,12 @@ from mpq_compiler.frontend.widened import held
 from mpq_compiler.support.errors import UserError, nearest
 
 
-def read(place: checkpoint.Location) -> torch.nn.Module:
+def read(place: checkpoint.Location, by_calls: bool = False) -> torch.nn.Module:
     """Reads the module of a checkpoint, in float32; large weights in half precision stay in their files (`widened`).
+
+    Args:
+        place: where it lies.
+        by_calls: whether it is called as recorded calls say, whatever its arguments are named.
 
     UserError: config.json describes no denoiser, or the weights are damaged or another model's.
     """
@@ -25,7 +29,7 @@ def read(place: checkpoint.Location) -> torch.nn.Module:
     pipeline = checkpoint.read_json(index) if index.is_file() else {}
     custom_code.require_none(config, place.denoiser, pipeline, _known)
     promised = checkpoint.headers(place.denoiser).promised()
-    module = _build(config, place.denoiser)
+    module = _build(config, place.denoiser, by_calls)
     checkpoint_fit.require(module, promised, place.denoiser)  # all that can be wrong, before any weight is read
     _fill(module, checkpoint_fit.renamed(module, checkpoint.read_weights(place.denoiser)))
     return module
@@ -38,7 +42,7 @@ def _known(name: str) -> bool:
     return name == diffusers.__name__ or hasattr(diffusers, name) or hasattr(diffusers.pipelines, name)
 
 
-def _build(config: Mapping[str, Any], folder: Path) -> torch.nn.Module:
+def _build(config: Mapping[str, Any], folder: Path, by_calls: bool) -> torch.nn.Module:
     """Builds the diffusers module that `config` describes, with weights still to be filled in."""
     import diffusers
 
@@ -53,7 +57,8 @@ def _build(config: Mapping[str, Any], folder: Path) -> torch.nn.Module:
             f"{where} names the class '{name}', which diffusers does not have; {_did_you_mean(name, known)}"
         )
     try:
-        latent_of(name, cls.forward)
+        if not by_calls:
+            latent_of(name, cls.forward)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     try:

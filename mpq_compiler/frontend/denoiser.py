@@ -305,7 +305,7 @@ def load_calls(
     UserError: the model is missing or damaged, or the calls are another model's.
     """
     place = checkpoint.locate(model)
-    module = checkpoint_module.read(place)
+    module = checkpoint_module.read(place, by_calls=True)
     made = wrap_calls(module, calibration, name=place.name, latent=latent, time=time)
     require_finite(module, [functools.partial(_called, kind) for kind in (made, *made.kinds)], place.denoiser)
     return _of_place(made, module, place)
