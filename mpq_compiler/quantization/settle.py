@@ -15,7 +15,7 @@ from mpq_compiler.ir.costs import stored_dtype
 from mpq_compiler.ir.facts import Fact
 from mpq_compiler.ir.graph import operand, part_of
 from mpq_compiler.ir.program import Program
-from mpq_compiler.quantization.fitting import REST, FitCache, Rounding, bias_of, corrected_bias
+from mpq_compiler.quantization.fitting import REST, FitCache, Rounding, Wanted, bias_of, corrected_bias
 from mpq_compiler.quantization.statistics import CALIBRATION, GRAM_COLUMNS
 from mpq_compiler.support.execution import RunContext
 
@@ -84,14 +84,8 @@ def fit_unsettled(
     chosen = [u for u in unsettled(program) if isinstance(formats.get(u.format), kind)]
     if rounding != Rounding.NEAREST:
         _note_nearest(program, chosen, rounding)
-    with context.track(title, len(chosen)) as advance:
-
-        def fit(weight: Open) -> tuple[Open, Any]:
-            found = fits.fitted(program, weight.call, weight.weight, weight.format, rounding)
-            advance(1)
-            return weight, found
-
-        return context.map(fit, chosen)
+    wanted = [Wanted(w.call, w.weight, w.format, rounding) for w in chosen]
+    return list(zip(chosen, fits.fit_all(program, wanted, context, title), strict=True))
 
 
 def _note_nearest(program: Program, chosen: list[Open], rounding: Rounding) -> None:
