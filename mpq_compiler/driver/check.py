@@ -30,8 +30,7 @@ def check(options: Options, output: str | Path) -> None:
     if option and not able.emit:
         raise UserError(f"{option} makes a program of kernels for CPUs; '{target.name}' has none: leave it out")
     backend.require(target)
-    if options.distributed is not None:
-        cluster.kind_of(options.distributed).require(options.distributed)
+    cluster.require(options.distributed)
     if options.emit and options.standalone:
         raise UserError("--standalone and --emit c both make the program mpq_run: leave one of them out")
     if options.wheels is not None and not options.standalone:

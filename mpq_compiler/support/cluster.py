@@ -79,13 +79,18 @@ def connected(address: str | None, shipping: Shipping[Large], jobs: int) -> Iter
     Raises:
         UserError: no cluster has such an address, what it needs is not installed, or it cannot be used.
     """
+    require(address)
     if address is None:
         yield None
-        return
-    kind = kind_of(address)
-    kind.require(address)
-    with kind.connect(address, shipping, jobs) as cluster:
-        yield cluster
+    else:
+        with kind_of(address).connect(address, shipping, jobs) as cluster:
+            yield cluster
+
+
+def require(address: str | None) -> None:
+    """UserError: no cluster is at the address, as far as can be known in little time."""
+    if address is not None:
+        kind_of(address).require(address)
 
 
 def kind_of(address: str) -> Kind:
