@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from mpq_compiler.support import plugins
 from mpq_compiler.support.errors import UserError, nearest
+
+if TYPE_CHECKING:  # the help of commands imports this module, and nothing heavy
+    import numpy as np
 
 ENTRY_POINTS = "mpq_compiler.clusters"
 RAY = "ray"

@@ -93,8 +93,9 @@ def _init(address: str, jobs: int) -> None:
                 f"{ray.__version__}: install the same on all ({text})"
             ) from error
         raise UserError(
-            f"Ray cannot connect to {address} ({text}): give HOST:PORT on a machine of the cluster, and from anywhere "
-            "else ray://HOST:PORT, whose port is that of Ray's client server, 10001 where nobody chose another"
+            f"Ray cannot connect to {address} ({text}): give HOST:PORT on a machine of the cluster, elsewhere "
+            "ray://HOST:PORT with the port of Ray's client server (10001); a cluster with a token wants it here, with "
+            "RAY_AUTH_MODE=token"
         ) from error
 
 

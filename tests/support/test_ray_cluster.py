@@ -44,10 +44,6 @@ class Machines:
         """Ends the second machine with all of its processes, as if its power failed."""
         self.cluster.remove_node(self.second, allow_graceful=False)
 
-    def restore(self) -> None:
-        """Starts another in its place."""
-        self.second = self.cluster.add_node(**MACHINE)
-
 
 @pytest.fixture(scope="module")
 def machines() -> Iterator[Machines]:
@@ -112,7 +108,7 @@ def as_the_environment_says() -> dict[str, str]:
 
 PIPELINE = (
     "trace,layout,calibrate{samples=2,steps=4},time-groups{groups=2},"
-    "sensitivity{inputs=4,formats=int2/int2+b/int8},bit-allocation{weights=5.5},insert-fake-quant,residual-branch,"
+    "sensitivity{inputs=4,probes=2,sampled=5000,formats=int2/int2+b/int8},bit-allocation{weights=5.5},insert-fake-quant,residual-branch,"
     "round-weights{method=gptq},fold-fake-quant,fuse-epilogues"
 )
 
@@ -143,19 +139,16 @@ def artifact(folder: Path, address: str | None, advanced: Callable[[str, int], N
 
 
 def test_an_artifact_has_the_same_bytes_though_a_machine_dies(machines: Machines, tmp_path: Path) -> None:
-    """The second machine is killed among the sensitivities, and another comes among the roundings."""
-    happened: list[str] = []
+    """It dies among the sensitivities; the other one measures the rest, and rounds."""
+    killed: list[str] = []
 
     def advanced(title: str, done: int) -> None:
-        if title == "sensitivity" and done > 2 and not happened:
+        if title == "sensitivity" and done > 10 and not killed:
             machines.kill()
-            happened.append("killed")
-        if title == "rounding weights" and done > 2 and len(happened) == 1:
-            machines.restore()
-            happened.append("restored")
+            killed.append(title)
 
     expected = artifact(tmp_path / "alone", None)
     found = artifact(tmp_path / "many", machines.address, advanced)
-    assert happened == ["killed", "restored"]
+    assert killed
     assert found.keys() == expected.keys() and len(found) > 2
     assert found == expected
