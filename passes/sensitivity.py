@@ -44,7 +44,7 @@ from mpq_compiler.ir.graph import operand
 from mpq_compiler.ir.program import PARAMETERS, TIME_GROUPS, Program
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.fitting import FitCache, Layer, Rounding, bias_of, some_rows
+from mpq_compiler.quantization.fitting import FitCache, Layer, Rounding, bias_of, kept, some_rows
 from mpq_compiler.quantization.requests import NONE, Activations, Requests
 from mpq_compiler.quantization.statistics import (
     CALIBRATION,
@@ -232,7 +232,7 @@ class Sensitivity(Pass):
             advance(len(layers[weight]))
 
         session.tasks(_row_errors, None, (_rows(program, fits, of, share) for of in layers.values()), keep)
-        return Probes(parcels.lean(program), {weight: weights[weight] for weight in layers}, edges, calls, session.seed)
+        return Probes(program, {weight: weights[weight] for weight in layers}, edges, calls, session.seed)
 
     def _share(self, tasks: list[Task], program: Program) -> float:
         """The share of the rows of weights that are quantized in every format."""
@@ -363,7 +363,7 @@ def _rows(program: Program, fits: FitCache, tasks: Sequence[Task], share: float)
 
 
 def _row_errors(_: None, item: _Rows) -> tuple[WeightErrors, dict[str, Fit]]:
-    """The errors of a weight, and the whole fits that were made for them."""
+    """The errors of a weight, and the whole fits that were made for them, unless they are too large to keep."""
     errors: dict[Name, Tensor] = {}
     made: dict[str, Fit] = {}
     for name, choice, rounding in item.formats:
@@ -375,7 +375,7 @@ def _row_errors(_: None, item: _Rows) -> tuple[WeightErrors, dict[str, Fit]]:
                 known = made[choice] = item.layer.fit(choice, rounding)
             error = (known.dequantize() - item.layer.read().flatten(1))[item.picked]
         errors[name] = error.to(torch.bfloat16)
-    return WeightErrors(item.picked, item.count, errors, item.mean), made
+    return WeightErrors(item.picked, item.count, errors, item.mean), {f: fit for f, fit in made.items() if kept(fit)}
 
 
 def _estimate(probes: Probes, item: tuple[dict[str, Tensor], int, int]) -> tuple[float, dict[Name, float]]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from mpq_compiler.ir import parcels
 from mpq_compiler.ir.edges import input_edge, row_geometry
 from mpq_compiler.ir.graph import operand
 from mpq_compiler.ir.interpreter import Interpreter
@@ -81,6 +82,10 @@ class Probes(Interpreter):
         self.weights, self.edges, self.calls = weights, edges, calls
         self.seed = seed
         self.layers = frozenset(program.quantizable)
+
+    def __reduce__(self) -> tuple[type[Probes], tuple[object, ...]]:
+        """Takes along what running the program takes."""
+        return Probes, (parcels.lean(self.program), self.weights, self.edges, self.calls, self.seed)
 
     def powers(self, sample: Mapping[str, Tensor], number: int, count: int) -> tuple[float, dict[Name, float]]:
         """Estimates the squared error of the output under each error alone.

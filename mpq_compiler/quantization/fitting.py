@@ -246,6 +246,11 @@ def activation_parameters(program: Program, edge: str, bits: int) -> tuple[Tenso
     return Edge.of(program, edge).integers(bits)
 
 
+def kept(fit: Fit) -> bool:
+    """Whether a fit is small enough to be cached."""
+    return fit.codes.numel() <= KEPT_ELEMENTS
+
+
 @dataclass(frozen=True)
 class KeptFit:
     """A fit with what it was made from: it holds as long as a program has the same objects."""
@@ -333,14 +338,14 @@ class FitCache:
         """The fit, where there is one."""
         if (form := self.forms.get((weight, format_name))) is not None:
             return form
-        kept = self.weights.get((weight, format_name, rounding))
-        return kept.fit if kept is not None and kept.holds(program, weight) else None
+        found = self.weights.get((weight, format_name, rounding))
+        return found.fit if found is not None and found.holds(program, weight) else None
 
     def keep(
         self, program: Program, call: fx.Node, weight: str, format_name: str, rounding: Rounding, fit: Fit
     ) -> None:
         """Keeps a fit that was made elsewhere, unless it is too large."""
-        if fit.codes.numel() <= KEPT_ELEMENTS:
+        if kept(fit):
             gram = program.facts[CALIBRATION].grams.get(call.name)
             self.weights[weight, format_name, rounding] = KeptFit(fit, program.tensors[weight], call.name, gram)
 

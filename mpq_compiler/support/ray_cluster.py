@@ -84,7 +84,8 @@ def _init(address: str, jobs: int) -> None:
     try:
         ray.init("local" if local else address, logging_level="error", log_to_driver=False, **local)
     except Exception as error:  # of many kinds: RuntimeError, ConnectionError, ValueError, gRPC's
-        text = " ".join(str(error).split())[:200]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        text = " ".join(" ".join(lines[-1:] if "Traceback" in str(error) else lines).split())[:200]
         if local:
             raise UserError(f"Ray cannot be started on this machine: {text}") from error
         if "version" in text.lower() and "python" in text.lower():

@@ -14,11 +14,7 @@ from mpq_compiler.ir.program import PARAMETERS, TIME_GROUPS
 from mpq_compiler.quantization.fitting import FitCache
 from mpq_compiler.quantization.statistics import CALIBRATION
 from tests.harness import programs
-
-
-def sent(value, copy: bool = False):
-    stream, large = parcels.pack(value)
-    return parcels.unpack(stream, [parcels.memory(one) for one in large], copy)
+from tests.harness.post import sent
 
 
 @pytest.mark.parametrize("name", ["unet2d", "pixart"])
