@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Generic, TypeVar, cast
 
+import grpc
 import numpy as np
 import ray
 from ray import exceptions
@@ -25,8 +26,8 @@ from mpq_compiler.support.errors import UserError
 
 LOCAL = "ray"
 """The address that starts Ray on this machine."""
-ANSWER = 5.0
-"""Seconds in which a cluster's port answers."""
+ANSWER = 10.0
+"""Seconds in which a cluster answers."""
 START = 120.0
 """Seconds in which each machine starts a process and imports what tasks need."""
 RETRIES = 5
@@ -44,7 +45,7 @@ _Sent = tuple[bytes, "list[ray.ObjectRef[np.ndarray]]"]
 
 
 def require(address: str) -> None:
-    """UserError: the address is none, or nothing listens there; Ray itself would try for a minute."""
+    """UserError: the address is none, or no cluster answers there; Ray itself would try for minutes."""
     if address == LOCAL:
         return
     found = re.fullmatch(r"(?:ray://)?([^:/\s]+):(\d{1,5})", address)
@@ -60,6 +61,17 @@ def require(address: str) -> None:
             f"no Ray cluster answers at {address} ({error.strerror or error}): check host and port, and that "
             "`ray start --head` runs there"
         ) from error
+    if os.environ.get("RAY_USE_TLS", "0") == "0":  # else the handshake would need the cluster's certificates
+        channel = grpc.insecure_channel(f"{found[1]}:{found[2]}", [("grpc.enable_http_proxy", 0)])
+        try:
+            grpc.channel_ready_future(channel).result(ANSWER)
+        except grpc.FutureTimeoutError:
+            raise UserError(
+                f"what answers at {address} is no Ray cluster: `ray start --head` prints the port for HOST:PORT, and "
+                "that for ray://HOST:PORT is 10001"
+            ) from None
+        finally:
+            channel.close()
 
 
 @contextmanager

@@ -65,6 +65,18 @@ def test_a_command_ends_before_it_reads_a_model_where_nothing_answers(tmp_path, 
     assert said.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("scheme", ["ray://", ""])
+def test_what_answers_and_is_no_cluster_is_refused(monkeypatch, scheme) -> None:
+    pytest.importorskip("ray")
+    from mpq_compiler.support import ray_cluster
+
+    monkeypatch.setattr(ray_cluster, "ANSWER", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections and says nothing
+        address = f"{scheme}127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"what answers at {address} is no Ray cluster"):
+            cluster.require(address)
+
+
 def test_without_the_option_ray_is_not_imported() -> None:
     code = (
         "import sys; import mpq_compiler.api.compile, mpq_compiler.driver.measure, mpq_compiler.cli.mpqc; "

@@ -129,7 +129,7 @@ def artifact(folder: Path, address: str | None, advanced: Callable[[str, int], N
         assert done == total, f"{title}: {done} of {total}"
 
     folder.mkdir()
-    model = denoisers.wrap(tiny.model("unet2d"), name="unet2d")
+    model = denoisers.wrap(tiny.model("dit"), name="dit")
     compile_denoiser(
         *(model, folder / "out", progress), target="reference", pipeline=PIPELINE, distributed=address,
         cache=folder / "cache",
