@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Generic, TypeVar, cast
 
-import grpc
 import numpy as np
 import ray
 from ray import exceptions
@@ -55,23 +54,28 @@ def require(address: str) -> None:
             "them, or 'ray' for processes of this machine"
         )
     try:
-        socket.create_connection((found[1], int(found[2])), ANSWER).close()
+        with socket.create_connection((found[1], int(found[2])), ANSWER) as stream:
+            spoken = os.environ.get("RAY_USE_TLS", "0") != "0" or _speaks_http2(stream)
     except OSError as error:
         raise UserError(
             f"no Ray cluster answers at {address} ({error.strerror or error}): check host and port, and that "
             "`ray start --head` runs there"
         ) from error
-    if os.environ.get("RAY_USE_TLS", "0") == "0":  # else the handshake would need the cluster's certificates
-        channel = grpc.insecure_channel(f"{found[1]}:{found[2]}", [("grpc.enable_http_proxy", 0)])
-        try:
-            grpc.channel_ready_future(channel).result(ANSWER)
-        except grpc.FutureTimeoutError:
-            raise UserError(
-                f"what answers at {address} is no Ray cluster: `ray start --head` prints the port for HOST:PORT, and "
-                "that for ray://HOST:PORT is 10001"
-            ) from None
-        finally:
-            channel.close()
+    if not spoken:
+        raise UserError(
+            f"what answers at {address} is no Ray cluster: `ray start --head` prints the port for HOST:PORT, and that "
+            "for ray://HOST:PORT is 10001"
+        )
+
+
+def _speaks_http2(stream: socket.socket) -> bool:
+    """Whether a server answers the preface of HTTP/2 (RFC 9113, section 3.4) with its settings, as gRPC's do."""
+    stream.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+    try:
+        frame = stream.recv(9)
+    except TimeoutError:
+        return False
+    return len(frame) == 9 and frame[3] == 4
 
 
 @contextmanager
