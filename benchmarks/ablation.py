@@ -152,7 +152,7 @@ def main() -> None:
     print(f"{len(rows) - len(missing)} of {len(rows)} rows are there", flush=True)
     for row in missing if options.all else ():
         print(f"{row.name} ...", flush=True)
-        found = quality.compute(row, options.jobs)[0]
+        found = quality.compute(row, options.jobs).rows[0]
         write(row.file, found)
         print(f"{row.name}: {found['image_sqnr_db']:.2f} dB in {found['seconds'] / 60:.1f} minutes", flush=True)
     lines = compared(rows)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality               # the tables of what is there
     python -m benchmarks.quality --all         # computes what is missing, cell by cell, and writes tables and plot
+    python -m benchmarks.quality --all --distributed ray://HOST:PORT  # a cell on each CPU of a Ray cluster
     python -m benchmarks.quality --all --model fashion-unet --setting W2A8 --recipe default nearest  # those alone
 
 A cell is a recipe at a setting on a model. ``W2A8`` is the bytes that uniform ``int2`` takes in all layers, overheads
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ from mpq_compiler.evaluation import metrics
 from mpq_compiler.evaluation.features import Features, features_for
 from mpq_compiler.evaluation.painter import Painter, float_model, from_artifact, from_denoiser, sampled_like
 from mpq_compiler.frontend import checkpoint, denoiser
+from mpq_compiler.ir.parcels import SHIPPING
+from mpq_compiler.support import cluster as clusters
 from mpq_compiler.support import terminal
 from mpq_compiler.support.errors import BudgetError
 
@@ -84,16 +87,26 @@ def float_accuracy(model: str) -> None:
     write(RESULTS / "float.json", known | {model: accuracy and accuracy["value"]})
 
 
-def compute(cell: Cell, jobs: int, counts: Sequence[int] = ()) -> list[dict[str, Any]]:
-    """The row of a cell: compiled, drawn and judged against the float model.
+@dataclass(frozen=True)
+class Outcome:
+    """What is computed of a cell, on whatever machine."""
 
-    counts: of images, a row for each where given; fewer images are the first of more.
+    rows: list[dict[str, Any]]
+    strips: list[np.ndarray]
+    """The first images of the float model and of the cell, where they are shown."""
+
+
+def compute(cell: Cell, jobs: int, counts: Sequence[int] = (), budget: int | None = None) -> Outcome:
+    """The rows of a cell: compiled, drawn and judged against the float model.
+
+    counts: of images, a row for each where given; fewer images are the first of more. budget: in bytes, where it is
+    known already.
     """
     counts = counts or [cell.images]
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "cell.mpq"
-        budget = budget_of(cell.model, cell.setting)
+        budget = budget_of(cell.model, cell.setting) if budget is None else budget
         report = compile.compile(cell.model, path, terminal.progress, jobs=jobs, **cell.options(budget))
         seconds = time.perf_counter() - begin
         painter = from_artifact(path, threads=1)
@@ -101,9 +114,6 @@ def compute(cell: Cell, jobs: int, counts: Sequence[int] = ()) -> list[dict[str,
         reference = sampled_like(from_denoiser(loaded), painter)
         conditions = reference.conditioning.varied(max(counts))
         pictures = [_images(each, conditions, max(counts)) for each in (reference, painter)]
-    if cell.strip:
-        for images, strip in zip(pictures, (float_strip(cell.model), cell.strip), strict=True):
-            quality_tables.save_strip(images[:STRIP], strip)
     known = {
         "true_bits": report.weights["average_bits"],
         "bytes": report.weights["bytes"],
@@ -120,7 +130,7 @@ def compute(cell: Cell, jobs: int, counts: Sequence[int] = ()) -> list[dict[str,
         first = [images[:count] for images in pictures]
         labels = None if conditions.labels is None else conditions.labels[:count]
         rows.append({"cell": asdict(replace(cell, images=count)), **known, **_judged(first, features, labels)})
-    return rows
+    return Outcome(rows, [images[:STRIP] for images in pictures] if cell.strip else [])
 
 
 def _judged(
@@ -139,26 +149,48 @@ def _judged(
     }
 
 
-def complete(name: str, cells: Sequence[Cell], computes: bool, jobs: int) -> None:
+def complete(
+    name: str, cells: Sequence[Cell], computes: bool, jobs: int, cluster: clusters.Cluster | None = None
+) -> None:
     """Says how many are there; computes those that are not, each written as soon as it is there.
 
-    With it is written the same as a cell of a claim.
+    With it is written the same as a cell of a claim. A cluster computes as many at a time as it has CPUs.
     """
     missing = [cell for cell in cells if not cell.is_there]
     print(f"{len(cells) - len(missing)} of {len(cells)} {name} are there", flush=True)
     if not computes:
         return
+    if cluster is not None:
+        tasks = ((cell, budget_of(cell.model, cell.setting)) for cell in missing)
+        cluster.run(_attempt, 1, tasks, lambda task, found: keep(task[0], found))
+        return
     for number, cell in enumerate(missing, 1):
         print(f"{cell.name}, {cell.images} images ({number} of {len(missing)}) ...", flush=True)
-        try:
-            rows = compute(cell, jobs, sorted({cell.images, CLAIM["images"]}))
-        except BudgetError as error:  # a recipe of 4 and 8 bits at 2: kept, or each run would try again
-            write(cell.file, {"cell": asdict(cell), "refused": str(error)})
-            print(f"{cell.name}: {error}", flush=True)
-            continue
-        for row in rows:
-            write(Cell(**row["cell"]).file, row)
-        print(f"{cell.name}: {rows[0]['image_sqnr_db']:.2f} dB in {rows[0]['seconds'] / 60:.1f} minutes", flush=True)
+        keep(cell, _attempt(jobs, (cell, None)))
+
+
+def _attempt(jobs: int, task: tuple[Cell, int | None]) -> Outcome | str:
+    """What is computed of a cell, or why its recipe cannot keep the budget: a task, as of `RunContext.tasks`."""
+    cell, budget = task
+    try:
+        return compute(cell, jobs, sorted({cell.images, CLAIM["images"]}), budget)
+    except BudgetError as error:
+        return str(error)
+
+
+def keep(cell: Cell, found: Outcome | str) -> None:
+    """Writes what was computed of a cell; a refusal too (a recipe of 4 and 8 bits at 2), or all runs try again."""
+    if isinstance(found, str):
+        write(cell.file, {"cell": asdict(cell), "refused": found})
+        print(f"{cell.name}: {found}", flush=True)
+        return
+    for images, strip in zip(found.strips, (float_strip(cell.model), cell.strip), strict=False):
+        if strip is not None:
+            quality_tables.save_strip(images, strip)
+    for row in found.rows:
+        write(Cell(**row["cell"]).file, row)
+    first = found.rows[0]
+    print(f"{cell.name}: {first['image_sqnr_db']:.2f} dB in {first['seconds'] / 60:.1f} minutes", flush=True)
 
 
 def main() -> None:
@@ -170,16 +202,22 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"of training in each cell ({MINUTES:g})")
     parser.add_argument("--images", type=int, default=IMAGES, help=f"to judge by ({IMAGES})")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument(
+        "--distributed", metavar="ADDRESS", help="a Ray cluster whose CPUs compute a cell each (docs/scale.md)"
+    )
     parser.add_argument("--write", action="store_true", help=f"tables and pictures, of docs/{DOCUMENT.name}")
     options = parser.parse_args()
     whole = not (options.model or options.setting or options.recipe)
     models = options.model or MODELS
     cells = cells_of(models, options.setting, options.recipe, options.minutes, options.images)
-    complete("cells", cells, options.all, options.jobs)
+    with clusters.connected(options.distributed if options.all else None, SHIPPING, options.jobs) as cluster:
+        complete("cells", cells, options.all, options.jobs, cluster)
+        if whole or not options.all:
+            claims = [cell for side in quality_tables.claims(cells) for cell in side]
+            complete("cells of claims", claims, options.all, options.jobs, cluster)
+            best = quality_tables.of_best(cells)[1::2]
+            complete("cells of --effort best", best, options.all, options.jobs, cluster)
     if whole or not options.all:
-        claims = [cell for side in quality_tables.claims(cells) for cell in side]
-        complete("cells of claims", claims, options.all, options.jobs)
-        complete("cells of --effort best", quality_tables.of_best(cells)[1::2], options.all, options.jobs)
         for model in models if options.all else ():
             float_accuracy(model)
     quality_tables.show(cells)
@@ -195,4 +233,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from benchmarks import quality  # by its name, by which other machines find its functions
+
+    quality.main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,7 +13,14 @@ from mpq_compiler.allocation.pose import SCORES, ScoredUnit, Scores
 from mpq_compiler.allocation.qua2sedimo import graph as qua2sedimo_graph
 from mpq_compiler.allocation.qua2sedimo import random_plans
 from mpq_compiler.allocation.qua2sedimo.graph import Graph
-from mpq_compiler.allocation.qua2sedimo.predictor import Features, Learner, Scored, Training, variants_of
+from mpq_compiler.allocation.qua2sedimo.predictor import (
+    Features,
+    Learner,
+    Predictor,
+    Scored,
+    Training,
+    variants_of,
+)
 from mpq_compiler.allocation.qua2sedimo.random_plans import Configuration, Fits
 from mpq_compiler.analysis.noise_power import rounded
 from mpq_compiler.formats import get as get_format
@@ -132,16 +138,14 @@ class PredictScores(Pass):
         """The SQNR in dB of each configuration, f32 [configurations], measured where it is not cached."""
         missing = [i for i in range(len(drawn)) if f"configuration {i}" not in results]
         if missing:
-            reference, lock = run(program, inputs), threading.Lock()
+            measured = random_plans.Measured(fits, inputs, run(program, inputs))
             with session.track("random configurations", len(missing)) as advance:
 
-                def measure(i: int) -> None:
-                    power = fits.noise(drawn[i], inputs, reference)
-                    with lock:
-                        results[f"configuration {i}"] = rounded(power)
-                        advance(1)
+                def keep(item: tuple[int, Configuration], power: float) -> None:
+                    results[f"configuration {item[0]}"] = rounded(power)
+                    advance(1)
 
-                session.map(measure, missing)
+                session.tasks(random_plans.measure, measured, ((i, drawn[i]) for i in missing), keep)
         powers = torch.tensor([results[f"configuration {i}"] for i in range(len(drawn))], dtype=torch.float64)
         return (-10 * powers.clamp_min(1e-30).log10()).float()
 
@@ -178,16 +182,14 @@ class PredictScores(Pass):
             place = {name: 1 + i for i, name in enumerate(self.formats)}
             choices = learner.encoded([{path: place[f] for path, f in c.items()} for c in drawn])
             predictors = learner.predictors()
-            lock = threading.Lock()
-            with session.track("training predictors", len(missing) * self.epochs) as advance:
+            with session.track("training predictors", len(missing)) as advance:
 
-                def learn(fold: int) -> None:
-                    learner.fit(predictors[fold], fold, choices, labels, advance)
-                    scored = learner.scored(predictors[fold], fold, choices, labels)
-                    with lock:
-                        results[name(fold)] = scored.to_json()
+                def keep(item: tuple[int, Predictor], scored: Scored) -> None:
+                    results[name(item[0])] = scored.to_json()
+                    advance(1)
 
-                session.map(learn, missing)
+                items = ((fold, predictors[fold]) for fold in missing)
+                session.tasks(_learn, _Lessons(learner, choices, labels), items, keep)
         return [Scored.from_json(results[name(fold)]) for fold in range(self.folds)]
 
     def _note(
@@ -232,3 +234,18 @@ class PredictScores(Pass):
         versions = "".join(map(formats_version, self.formats))
         options = f"scores 1 {self.formats}{versions} {session.seed} {rounding} {graph}"
         return fingerprint(program, inputs, options)
+
+
+@dataclass(frozen=True)
+class _Lessons:
+    """What all predictors learn from."""
+
+    learner: Learner
+    choices: Tensor
+    labels: Tensor
+
+
+def _learn(shared: _Lessons, item: tuple[int, Predictor]) -> Scored:
+    fold, predictor = item
+    shared.learner.fit(predictor, fold, shared.choices, shared.labels)
+    return shared.learner.scored(predictor, fold, shared.choices, shared.labels)

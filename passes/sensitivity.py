@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -28,23 +27,24 @@ from mpq_compiler.analysis.single_changes import (
     SMALL_FLOAT,
     STATIC,
     WEIGHT,
+    QuantizedAttention,
+    QuantizedEdge,
     Task,
-    quantized_attention,
-    quantized_edge,
     quantized_weight,
-    row_errors,
-    weight_errors,
 )
+from mpq_compiler.analysis.time_weights import TIME_GAINS
 from mpq_compiler.formats import get as get_format
 from mpq_compiler.formats import version as formats_version
+from mpq_compiler.formats.base import Fit
+from mpq_compiler.ir import parcels
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.edges import dynamic_edges, input_edge
 from mpq_compiler.ir.findings import SENSITIVITY, Losses, LossTable
 from mpq_compiler.ir.graph import operand
-from mpq_compiler.ir.program import PARAMETERS, Program
+from mpq_compiler.ir.program import PARAMETERS, TIME_GROUPS, Program
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.fitting import FitCache, bias_of, some_rows
+from mpq_compiler.quantization.fitting import FitCache, Layer, Rounding, bias_of, kept, some_rows
 from mpq_compiler.quantization.requests import NONE, Activations, Requests
 from mpq_compiler.quantization.statistics import (
     CALIBRATION,
@@ -186,17 +186,16 @@ class Sensitivity(Pass):
         if left:
             with session.track("sensitivity", len(names) + len(left)) as advance:
                 probes = self._probes(program, tasks, session, advance)
-                lock = threading.Lock()
 
-                def estimate(i: int) -> None:
-                    power, errors = probes.powers(samples[i], i, counts[i])
+                def keep(item: tuple[dict[str, Tensor], int, int], powers: tuple[float, dict[Name, float]]) -> None:
+                    power, errors = powers
+                    key = keys[item[1]]
                     rounded_errors = {task.name: rounded(errors.get(task.name, 0.0)) for task in tasks}
-                    with lock:
-                        known = results[keys[i]]["errors"] if keys[i] in results else {}
-                        results[keys[i]] = {"power": rounded(power), "errors": known | rounded_errors}
-                        advance(1)
+                    known = results[key]["errors"] if key in results else {}
+                    results[key] = {"power": rounded(power), "errors": known | rounded_errors}
+                    advance(1)
 
-                session.map(estimate, left)
+                session.tasks(_estimate, probes, ((samples[i], i, counts[i]) for i in left), keep)
         found = list(zip(weights.tolist(), (results[key] for key in keys), strict=True))
         power = max(sum(weight * one["power"] for weight, one in found), 1e-300)
         return {name: rounded(sum(weight * one["errors"][name] for weight, one in found) / power) for name in names}
@@ -209,6 +208,7 @@ class Sensitivity(Pass):
         layers: dict[fx.Node, list[Task]] = {}
         edges: dict[fx.Node, dict[Name, Callable[[Tensor, Tensor], Tensor]]] = {}
         calls: dict[fx.Node, dict[Name, Callable[[Sequence[Tensor], Tensor], Tensor]]] = {}
+        _fit_edges(program, tasks, session)
         for task in tasks:
             node, bits = task.node, task.choice
             if isinstance(bits, str):
@@ -216,40 +216,28 @@ class Sensitivity(Pass):
                 continue
             advance(1)
             if task.kind == PROBABILITIES:
-                calls.setdefault(node, {})[task.name] = partial(quantized_attention, program, fits, node, bits)
+                calls.setdefault(node, {})[task.name] = QuantizedAttention.of(program, fits, node, bits)
             else:
-                change = partial(quantized_edge, program, fits, task.kind, node.name, bits)
-                edges.setdefault(node, {})[task.name] = change
-
+                edges.setdefault(node, {})[task.name] = QuantizedEdge.of(program, fits, task.kind, node.name, bits)
         share = self._share(tasks, program)
+        weights: dict[fx.Node, WeightErrors] = {}
+        read = {weight.name: weight for weight in layers}
 
-        def errors(of: list[Task]) -> WeightErrors:
-            found = self._weight_errors(program, of, fits, share)
-            advance(len(of))
-            return found
+        def keep(item: _Rows, found: tuple[WeightErrors, Mapping[str, Fit]]) -> None:
+            weight = read[item.weight]
+            weights[weight], made = found
+            for task in layers[weight]:
+                if (choice := str(task.choice)) in made:
+                    fits.keep(program, task.node, str(weight.target), choice, task.rounding, made[choice])
+            advance(len(layers[weight]))
 
-        weights = dict(zip(layers, session.map(errors, layers.values()), strict=True))
-        return Probes(program, weights, edges, calls, session.seed)
+        session.tasks(_row_errors, None, (_rows(program, fits, of, share) for of in layers.values()), keep)
+        return Probes(program, {weight: weights[weight] for weight in layers}, edges, calls, session.seed)
 
     def _share(self, tasks: list[Task], program: Program) -> float:
         """The share of the rows of weights that are quantized in every format."""
         weights = {str(operand(task.node, 1).target) for task in tasks if task.kind == WEIGHT}
         return min(1.0, self.sampled / max(1, sum(program.tensors[name].numel() for name in weights)))
-
-    def _weight_errors(self, program: Program, tasks: list[Task], fits: FitCache, share: float) -> WeightErrors:
-        """The errors of a weight in the formats of its tasks, in a share of its rows."""
-        node = tasks[0].node
-        count = len(program.tensors[str(operand(node, 1).target)])
-        picked = some_rows(count, share)
-        mean = None if bias_of(node) is None else program.facts[CALIBRATION].means.get(node.name)
-        by_row = [task for task in tasks if len(picked) < count and get_format(str(task.choice)).by_row]
-        of_rows = row_errors(program, by_row, picked)
-        errors: dict[Name, Tensor] = {}
-        for task in tasks:
-            known = of_rows.get(task.name)
-            error = weight_errors(program, fits, task)[picked] if known is None else known
-            errors[task.name] = error.to(torch.bfloat16)
-        return WeightErrors(picked, count, errors, mean)
 
     def _measure_part(
         self,
@@ -267,16 +255,14 @@ class Sensitivity(Pass):
         """
         if not tasks:
             return
-        ablation = Ablation(program, inputs)
-        lock = threading.Lock()
+        _fit_edges(program, tasks, session)
+        measurement = _Measurement(self, program, inputs, tasks, session.fits)
 
-        def measure(task: Task) -> None:
-            power = self.measure(program, ablation, inputs, task, session.fits)
-            with lock:
-                results[_key(task.name, part)] = rounded(power)
-                advance(1)
+        def keep(item: int, power: float) -> None:
+            results[_key(tasks[item].name, part)] = rounded(power)
+            advance(1)
 
-        session.map(measure, tasks)
+        session.tasks(_measure, measurement, range(len(tasks)), keep)
 
     def tasks(self, program: Program, requests: Requests = NONE) -> list[Task]:
         """The measurements, in graph order; a shared weight or edge counts once.
@@ -327,12 +313,101 @@ class Sensitivity(Pass):
             output = ablation.output(values=quantized_weight(program, fits, task))
         elif task.kind == PROBABILITIES:
             args = cast("tuple[Tensor, ...]", fx.map_arg(node.args, ablation.value))
-            output = ablation.output(values={node: quantized_attention(program, fits, node, choice, args, time)})
+            change = QuantizedAttention.of(program, fits, node, choice)
+            output = ablation.output(values={node: change(args, time)})
         else:
-            changed = quantized_edge(program, fits, task.kind, node.name, choice, ablation.value(node), time)
+            changed = QuantizedEdge.of(program, fits, task.kind, node.name, choice)(ablation.value(node), time)
             readers = [n for n in program.quantizable if input_edge(n) is node]
             output = ablation.output(operands=dict.fromkeys(readers, changed))
         return noise_power(output, ablation.reference, input_weights(program, inputs))
+
+
+def _fit_edges(program: Program, tasks: Sequence[Task], session: Session) -> None:
+    """Fits the quantizers of activations that the tasks have, to be known to the session."""
+    integers: list[tuple[str, int]] = []
+    floats: list[tuple[str, int]] = []
+    for task in tasks:
+        if isinstance(task.choice, int) and task.kind != PER_TOKEN:
+            names = QuantizedAttention.edges(task.node) if task.kind == PROBABILITIES else [task.node.name]
+            (floats if task.kind == SMALL_FLOAT else integers).extend((name, task.choice) for name in names)
+    session.fits.fit_integers(program, integers, session)
+    session.fits.fit_floats(program, floats, session)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A task: a weight whose errors in several formats are wanted, in all rows or in some."""
+
+    weight: str
+    """The name of the node that reads it."""
+    layer: Layer
+    picked: Tensor
+    count: int
+    formats: tuple[tuple[Name, str, Rounding], ...]
+    """The name of each error, the format, and how codes are chosen."""
+    known: dict[str, Fit]
+    """The fits that are known, by format."""
+    mean: Tensor | None
+
+
+def _rows(program: Program, fits: FitCache, tasks: Sequence[Task], share: float) -> _Rows:
+    """The errors of a weight in the formats of its tasks, in a share of its rows, as a task."""
+    node, weight = tasks[0].node, operand(tasks[0].node, 1)
+    name = str(weight.target)
+    count = len(program.tensors[name])
+    mean = None if bias_of(node) is None else program.facts[CALIBRATION].means.get(node.name)
+    formats = tuple((task.name, str(task.choice), task.rounding) for task in tasks)
+    known = {f: fit for _, f, rounding in formats if (fit := fits.known(program, name, f, rounding)) is not None}
+    layer = Layer.of(program, node, name)
+    return _Rows(weight.name, layer, some_rows(count, share), count, formats, known, mean)
+
+
+def _row_errors(_: None, item: _Rows) -> tuple[WeightErrors, dict[str, Fit]]:
+    """The errors of a weight, and the whole fits that were made for them, unless they are too large to keep."""
+    errors: dict[Name, Tensor] = {}
+    made: dict[str, Fit] = {}
+    some = [choice for _, choice, _ in item.formats if len(item.picked) < item.count and get_format(choice).by_row]
+    rows = item.layer.fit_formats(some, item.formats[0][2], item.picked) if some else {}
+    for name, choice, rounding in item.formats:
+        if choice in rows:
+            error = rows[choice].dequantize() - item.layer.read(item.picked).flatten(1)
+        else:
+            if (known := item.known.get(choice)) is None:
+                known = made[choice] = item.layer.fit(choice, rounding)
+            error = (known.dequantize() - item.layer.read().flatten(1))[item.picked]
+        errors[name] = error.to(torch.bfloat16)
+    return WeightErrors(item.picked, item.count, errors, item.mean), {f: fit for f, fit in made.items() if kept(fit)}
+
+
+def _estimate(probes: Probes, item: tuple[dict[str, Tensor], int, int]) -> tuple[float, dict[Name, float]]:
+    return probes.powers(*item)
+
+
+class _Measurement:
+    """What the tasks of an ablation share: the unchanged run is made where it is needed, once a process."""
+
+    def __init__(
+        self, step: Sensitivity, program: Program, inputs: dict[str, Tensor], tasks: list[Task], fits: FitCache
+    ) -> None:
+        self.step, self.program, self.inputs, self.tasks, self.fits = step, program, inputs, tasks, fits
+        self._ablation: Ablation | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def ablation(self) -> Ablation:
+        """The values of the unchanged run."""
+        with self._lock:
+            if self._ablation is None:
+                self._ablation = Ablation(self.program, self.inputs)
+            return self._ablation
+
+    def __reduce__(self) -> tuple[type[_Measurement], tuple[object, ...]]:
+        program = parcels.lean(self.program, CALIBRATION.name, TIME_GROUPS.name, TIME_GAINS.name)
+        return _Measurement, (self.step, program, self.inputs, self.tasks, self.fits)
+
+
+def _measure(shared: _Measurement, item: int) -> float:
+    return shared.step.measure(shared.program, shared.ablation, shared.inputs, shared.tasks[item], shared.fits)
 
 
 def _key(name: str, part: int) -> str:

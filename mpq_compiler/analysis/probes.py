@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler.ir import segments
+from mpq_compiler.ir import parcels, segments
 from mpq_compiler.ir.edges import input_edge, row_geometry
 from mpq_compiler.ir.graph import operand
 from mpq_compiler.ir.interpreter import Interpreter
@@ -87,6 +87,7 @@ class Probes(Interpreter):
             seed: of the probes.
         """
         super().__init__(_tapped(program))
+        self.given = program, weights, edges, calls
         here = {node.name: node for node in self.program.graph.nodes}
         self.weights = {here[node.name]: errors for node, errors in weights.items()}
         self.edges = {here[f"{node.name}_tap"]: changes for node, changes in edges.items()}
@@ -102,6 +103,11 @@ class Probes(Interpreter):
             for node, changes in kind.items():
                 held[node.name] *= 1 + len(changes)
         return segments.ends(self.program, held, HELD)
+
+    def __reduce__(self) -> tuple[type[Probes], tuple[object, ...]]:
+        """Takes along what running the program takes."""
+        program, *errors = self.given
+        return Probes, (parcels.lean(program), *errors, self.seed)
 
     def powers(self, sample: Mapping[str, Tensor], number: int, count: int) -> tuple[float, dict[Name, float]]:
         """Estimates the squared error of the output under each error alone.

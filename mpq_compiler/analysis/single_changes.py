@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
@@ -11,7 +11,7 @@ from mpq_compiler.ir import ops
 from mpq_compiler.ir.edges import attention_arguments
 from mpq_compiler.ir.graph import operand, softmax
 from mpq_compiler.ir.program import TIME_GROUPS, Program
-from mpq_compiler.quantization.fitting import FitCache, Rounding, bias_of, corrected_bias, fit_formats, moments, rows_of
+from mpq_compiler.quantization.fitting import FitCache, Rounding, bias_of, corrected_bias
 
 WEIGHT, STATIC, PER_TOKEN, SMALL_FLOAT, PROBABILITIES = "w", "a", "d", "f", "p"
 """What a task quantizes: a weight; an edge by time group, by row, or to small floats; an attention with probabilities.
@@ -45,47 +45,62 @@ def quantized_weight(program: Program, fits: FitCache, task: Task) -> dict[fx.No
     return values
 
 
-def weight_errors(program: Program, fits: FitCache, task: Task) -> Tensor:
-    """What a layer's weight [O, K] changes by."""
-    name = str(operand(task.node, 1).target)
-    fit = fits.fitted(program, task.node, name, str(task.choice), task.rounding)
-    return fit.dequantize() - rows_of(program, name)
+@dataclass(frozen=True)
+class QuantizedEdge:
+    """A change of an edge's value [B, ...], given the timesteps [B]: quantized with tables that were fitted."""
+
+    kind: str
+    bits: int
+    boundaries: Tensor
+    tables: tuple[Tensor, Tensor] | None = None
+    """Scales and zero points of `STATIC`."""
+    floats: tuple[int, Tensor] | None = None
+    """Bits of exponent, and scales, of `SMALL_FLOAT`."""
+
+    @staticmethod
+    def of(program: Program, fits: FitCache, kind: str, edge: str, bits: int) -> QuantizedEdge:
+        """The change of the edge of that name."""
+        change = QuantizedEdge(kind, bits, program.facts[TIME_GROUPS])
+        if kind == SMALL_FLOAT:
+            return replace(change, floats=fits.float_parameters(program, edge, bits))
+        return change if kind == PER_TOKEN else replace(change, tables=fits.activation_parameters(program, edge, bits))
+
+    def __call__(self, value: Tensor, timestep: Tensor) -> Tensor:
+        """The changed value."""
+        if self.kind == PER_TOKEN:
+            return ops.dynamic_fake_quantize(value, self.bits)
+        group = ops.time_group(timestep, self.boundaries)
+        if self.floats is not None:
+            exponent, table = self.floats
+            return ops.fake_quantize_float(value, table, group, exponent, self.bits)
+        assert self.tables is not None
+        return ops.fake_quantize(value, *self.tables, group, self.bits)
 
 
-def row_errors(program: Program, tasks: Sequence[Task], picked: Tensor) -> dict[str, Tensor]:
-    """What a layer's weight [O, K] changes by in ``picked`` rows alone, by the names of tasks, each a format of it."""
-    if not tasks:
-        return {}
-    node, rounding = tasks[0].node, tasks[0].rounding
-    some = program.tensors.some_rows(str(operand(node, 1).target), picked)
-    found = fit_formats(some, [str(task.choice) for task in tasks], moments(program, node), rounding)
-    return {task.name: found[str(task.choice)].dequantize() - some.flatten(1) for task in tasks}
+@dataclass(frozen=True)
+class QuantizedAttention:
+    """A change of an attention, given its arguments and the timesteps [B]: q, k, v and probabilities are quantized."""
 
+    operands: tuple[QuantizedEdge, QuantizedEdge, QuantizedEdge]
+    probabilities: tuple[Tensor, Tensor]
+    """Scales and zero points."""
 
-def quantized_edge(
-    program: Program, fits: FitCache, kind: str, edge: str, bits: int, value: Tensor, timestep: Tensor
-) -> Tensor:
-    """The value [B, ...] of an edge, quantized as ``kind`` says, given the timesteps [B]."""
-    if kind == PER_TOKEN:
-        return ops.dynamic_fake_quantize(value, bits)
-    group = ops.time_group(timestep, program.facts[TIME_GROUPS])
-    if kind == SMALL_FLOAT:
-        exponent, table = fits.float_parameters(program, edge, bits)
-        return ops.fake_quantize_float(value, table, group, exponent, bits)
-    return ops.fake_quantize(value, *fits.activation_parameters(program, edge, bits), group, bits)
+    @staticmethod
+    def edges(node: fx.Node) -> list[str]:
+        """The names of the edges that are quantized: q, k, v, the probabilities."""
+        return [*(operand(node, i).name for i in range(3)), softmax(node.name)]
 
+    @staticmethod
+    def of(program: Program, fits: FitCache, node: fx.Node, bits: int) -> QuantizedAttention:
+        """The change of the attention of that node."""
+        *names, probabilities = QuantizedAttention.edges(node)
+        q, k, v = (QuantizedEdge.of(program, fits, STATIC, name, bits) for name in names)
+        return QuantizedAttention((q, k, v), fits.activation_parameters(program, probabilities, bits))
 
-def quantized_attention(
-    program: Program, fits: FitCache, node: fx.Node, bits: int, args: Sequence[Tensor], timestep: Tensor
-) -> Tensor:
-    """The value of an attention whose q, k, v and probabilities are quantized.
-
-    args: the values of its arguments. timestep: [B].
-    """
-    heads, scale, mask = attention_arguments(args)
-    q, k, v = (
-        quantized_edge(program, fits, STATIC, operand(node, i).name, bits, args[i], timestep) for i in range(3)
-    )
-    group = ops.time_group(timestep, program.facts[TIME_GROUPS])
-    tables = fits.activation_parameters(program, softmax(node.name), bits)
-    return ops.fake_quantize_attention(q, k, v, group, *tables, heads, scale, mask, bits)
+    def __call__(self, args: Sequence[Tensor], timestep: Tensor) -> Tensor:
+        """The changed value."""
+        heads, scale, mask = attention_arguments(args)
+        q, k, v = (change(value, timestep) for change, value in zip(self.operands, args[:3], strict=True))
+        first = self.operands[0]
+        group = ops.time_group(timestep, first.boundaries)
+        return ops.fake_quantize_attention(q, k, v, group, *self.probabilities, heads, scale, mask, first.bits)

@@ -72,7 +72,9 @@ def _require_drawing(model: str, steps: int, options: dict[str, Any]) -> None:
     """UserError where the model cannot draw in so many steps; it is not held while its artifact is made."""
     from mpq_compiler.driver.lower import load_denoiser
     from mpq_compiler.driver.options import Options
+    from mpq_compiler.support import cluster
 
+    cluster.require(options.get("distributed"))
     loaded = load_denoiser(model, Options(**options))
     loaded.scheduler.timesteps(steps)
     loaded.conditioning.arguments(loaded.conditioning.varied(1), 1, options.get("guidance"))

@@ -94,6 +94,12 @@ def add_lowering(parser: argparse.ArgumentParser, table: bool = True) -> None:
     if table:
         how.add_argument("--sensitivity", metavar="TABLE.json", help="use this table instead of measuring")
     add_machine(how)
+    how.add_argument(
+        "--distributed",
+        metavar="ADDRESS",
+        help="machines that measure sensitivities, round weights and try plans: ray://HOST:PORT or HOST:PORT of a Ray "
+        "cluster, or ray, which starts --jobs processes here; the result is the same (docs/scale.md)",
+    )
     _add_calibration(parser)
 
 

@@ -10,6 +10,7 @@ from mpq_compiler.driver.options import Options
 from mpq_compiler.driver.resolve import resolve
 from mpq_compiler.latency.candidates import require_kernels
 from mpq_compiler.pipeline.backend import backend_of
+from mpq_compiler.support import cluster
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.execution import require_threads
 from mpq_compiler.targets import table as targets
@@ -29,6 +30,7 @@ def check(options: Options, output: str | Path) -> None:
     if option and not able.emit:
         raise UserError(f"{option} makes a program of kernels for CPUs; '{target.name}' has none: leave it out")
     backend.require(target)
+    cluster.require(options.distributed)
     if options.emit and options.standalone:
         raise UserError("--standalone and --emit c both make the program mpq_run: leave one of them out")
     if options.wheels is not None and not options.standalone:

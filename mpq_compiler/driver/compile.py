@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir import costs
 from mpq_compiler.ir.interpreter import single_threaded
 from mpq_compiler.ir.lora import branch_bytes
+from mpq_compiler.ir.parcels import SHIPPING
 from mpq_compiler.ir.specialization import Specialization
 from mpq_compiler.pipeline.backend import Backend, BuildRequest, Built, backend_of
 from mpq_compiler.pipeline.stages import StageInstrument
+from mpq_compiler.support.cluster import connected
 from mpq_compiler.support.execution import RunContext
 from mpq_compiler.targets import table as targets
 from mpq_compiler.targets.table import Target
@@ -44,12 +47,14 @@ def compile_denoiser(
     check(chosen, output)
     target = targets.resolve(chosen.target)
     backend = backend_of(target)
-    denoiser = load_denoiser(model, chosen)
-    with backend.standby(chosen.jobs) as workers:
-        lowering = lower(denoiser, chosen, progress).packed()
-        with single_threaded():
-            others = other_kinds(lowering, denoiser) or other_sizes(lowering.program, lowering.laid_out, chosen)
-            built = _built(backend, lowering, target, chosen, others, workers, progress)
+    with connected(chosen.distributed, SHIPPING, chosen.jobs) as cluster, ExitStack() as stack:
+        denoiser = load_denoiser(model, chosen)
+        workers = stack.enter_context(backend.standby(chosen.jobs))
+        lowering = lower(denoiser, chosen, progress, cluster=cluster).packed()
+        standing = stack.pop_all()  # the cluster is not held while kernels are compiled
+    with standing, single_threaded():
+        others = other_kinds(lowering, denoiser) or other_sizes(lowering.program, lowering.laid_out, chosen)
+        built = _built(backend, lowering, target, chosen, others, workers, progress)
     with single_threaded():
         target = targets.with_features(target, built.features)
         stored = costs.stored_bytes(lowering.planned) + added_bytes(lowering.program, others)

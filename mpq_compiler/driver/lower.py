@@ -30,6 +30,7 @@ from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import FitCache
 from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.quantization.statistics import spread
+from mpq_compiler.support.cluster import Cluster
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.host import cpu
 from mpq_compiler.targets import table as targets
@@ -119,7 +120,13 @@ class Packed(Lowering):
     planned: Program
 
 
-def lower(denoiser: Denoiser, options: Options, progress: Any = None, passes: list[Pass] | None = None) -> Lowering:
+def lower(
+    denoiser: Denoiser,
+    options: Options,
+    progress: Any = None,
+    passes: list[Pass] | None = None,
+    cluster: Cluster | None = None,
+) -> Lowering:
     """Runs the passes on a denoiser; nothing is written but dumps.
 
     Args:
@@ -127,6 +134,7 @@ def lower(denoiser: Denoiser, options: Options, progress: Any = None, passes: li
         options: decide the passes, calibration and dumps.
         progress: opens progress bars, or None.
         passes: the passes to run; None takes those of the options.
+        cluster: runs the tasks of passes; None: the threads of this process.
     """
     passes = resolve(options) if passes is None else passes
     calibration_file.require(denoiser, options.calibration)
@@ -151,6 +159,7 @@ def lower(denoiser: Denoiser, options: Options, progress: Any = None, passes: li
         jobs=options.jobs,
         cache=options.cache,
         progress=progress,
+        cluster=cluster,
         requests=Requests.all(p.requests() for p in everything),
     )
     planned: list[Program] = []

@@ -18,6 +18,7 @@ from mpq_compiler.frontend import calibration_file
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir.findings import SENSITIVITY, SensitivityTable
 from mpq_compiler.ir.interpreter import single_threaded
+from mpq_compiler.ir.parcels import SHIPPING
 from mpq_compiler.ir.program import Program, Stage, TensorStore
 from mpq_compiler.latency import remote
 from mpq_compiler.latency.candidates import require_kernels, runnable
@@ -29,6 +30,7 @@ from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.quantization.statistics import RANGE, VALUES
 from mpq_compiler.runtime.rpc import Device
+from mpq_compiler.support.cluster import connected
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.execution import require_counts
 from mpq_compiler.targets import table as targets
@@ -45,8 +47,9 @@ def measure_sensitivity(model: str | Path | Denoiser, progress: Any = None, **op
     if end is None:
         names = ", ".join(p.name() for p in passes)
         raise UserError(f"the recipe has no pass 'sensitivity' to measure with: {names}")
-    denoiser = load_denoiser(model, chosen)
-    lowering = lower(denoiser, chosen, progress, passes[:end])
+    with connected(chosen.distributed, SHIPPING, chosen.jobs) as cluster:
+        denoiser = load_denoiser(model, chosen)
+        lowering = lower(denoiser, chosen, progress, passes[:end], cluster)
     program, measured = lowering.program, lowering.program.facts[SENSITIVITY]
     dynamic = measured.get("dynamic", False)
     table = costs.describe(program, dynamic, floating=measured.get("floating", False))

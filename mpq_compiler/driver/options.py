@@ -80,6 +80,9 @@ class Options:
     tune: bool = False
     """Whether to search for the fastest tiles of the integer kernels, measured here; no result depends on them."""
     jobs: int = 1
+    distributed: str | None = None
+    """The machines that tasks run on: "ray" starts `jobs` processes here, "ray://host:port" and "host:port" are a Ray
+    cluster's (docs/scale.md). None: the threads of this process. The result is the same."""
     cache: Path | None = None
     dumps: Path | None = None
     """The folder for dumps of the program after every pass."""

@@ -101,11 +101,6 @@ class TensorStore(Mapping[str, Tensor]):
         tensor = self._tensors[name]
         return tensor.to(torch.float32) if tensor.dtype in HALVES else tensor
 
-    def some_rows(self, name: str, picked: Tensor) -> Tensor:
-        """Reads some rows of a tensor alone, by their numbers."""
-        rows = self._tensors[name][picked]
-        return rows.to(torch.float32) if rows.dtype in HALVES else rows
-
     def meta(self, name: str) -> Tensor:
         """The shape, strides and type of what `read` gives, on the meta device."""
         tensor = self._tensors[name]

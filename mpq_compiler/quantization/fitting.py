@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TypeVar
@@ -13,11 +14,12 @@ from torch import Tensor, fx
 from mpq_compiler import formats
 from mpq_compiler.formats import activation, low_rank
 from mpq_compiler.formats.base import Fit, QuantizedWeight, diagonal
-from mpq_compiler.ir import ops
+from mpq_compiler.ir import ops, scratch
 from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.quantization.adaround import adaround
 from mpq_compiler.quantization.gptq import cholesky, gptq, gptq_of_formats
 from mpq_compiler.quantization.statistics import CALIBRATION, EdgeStatistics, evenly
+from mpq_compiler.support.execution import RunContext
 from mpq_compiler.support.memo import last_result
 
 KEPT_ELEMENTS = 1 << 20
@@ -58,11 +60,15 @@ def moments(program: Program, call: fx.Node) -> Tensor | None:
 
     Where the layer has a bias, the gram is taken about the mean, because `corrected_bias` removes the mean error.
     """
+    gram, mean = _moments(program, call)
+    return gram if gram is None or mean is None else _about(gram, mean)
+
+
+def _moments(program: Program, call: fx.Node) -> tuple[Tensor | None, Tensor | None]:
+    """The gram of a call's input, and the mean where the gram is to be taken about it."""
     calibration = program.facts[CALIBRATION]
     gram = calibration.grams.get(call.name)
-    if gram is None or bias_of(call) is None:
-        return gram
-    return _about(gram, calibration.means[call.name])
+    return gram, None if gram is None or bias_of(call) is None else calibration.means[call.name]
 
 
 @last_result  # the same tensor for all formats of a layer: `gptq` keeps what it makes of it
@@ -113,6 +119,40 @@ class Rounding(StrEnum):
         return _with_codes(fit, codes)
 
 
+@dataclass(frozen=True)
+class Layer:
+    """What a fit of a layer's weight depends on beside the format."""
+
+    weight: Tensor
+    """The weight as stored."""
+    gram: Tensor | None
+    """The second moments of the layer's inputs, where there are any."""
+    mean: Tensor | None
+    """The mean of its inputs, where a bias takes up the mean error."""
+
+    @staticmethod
+    def of(program: Program, call: fx.Node, weight: str) -> Layer:
+        """The layer of a call, whose weight has the store name ``weight``."""
+        return Layer(program.tensors[weight], *_moments(program, call))
+
+    @property
+    def moments(self) -> Tensor | None:
+        """The gram under which the weight is fitted."""
+        return self.gram if self.gram is None or self.mean is None else _about(self.gram, self.mean)
+
+    def read(self, picked: Tensor | None = None) -> Tensor:
+        """The weight in f32, or the rows ``picked`` of it."""
+        return (self.weight if picked is None else self.weight[picked]).to(torch.float32)
+
+    def fit(self, format_name: str, rounding: Rounding = Rounding.NEAREST, picked: Tensor | None = None) -> Fit:
+        """Fits the weight, or the rows ``picked`` of it, with the least error of the output over calibration's rows."""
+        return fit_rows(self.read(picked), format_name, self.moments, rounding)
+
+    def fit_formats(self, names: Sequence[str], rounding: Rounding, picked: Tensor) -> dict[str, Fit]:
+        """Fits the rows ``picked`` in several formats, as `fit` does each."""
+        return fit_formats(self.read(picked), names, self.moments, rounding)
+
+
 def fitted(
     program: Program, call: fx.Node, weight: str, format_name: str, rounding: Rounding = Rounding.NEAREST
 ) -> Fit:
@@ -125,7 +165,7 @@ def fitted(
         format_name: the format.
         rounding: how codes are chosen.
     """
-    return fit_rows(program.tensors.read(weight), format_name, moments(program, call), rounding)
+    return Layer.of(program, call, weight).fit(format_name, rounding)
 
 
 def fit_rows(weight: Tensor, format_name: str, gram: Tensor | None, rounding: Rounding = Rounding.NEAREST) -> Fit:
@@ -184,27 +224,56 @@ def corrected_bias(program: Program, call: fx.Node, weight: str, quantized: Fit)
     return program.tensors.read(str(bias.target)) + error @ mean
 
 
+@dataclass(frozen=True)
+class Edge:
+    """What the quantizer of a tensor edge is fitted to."""
+
+    statistics: EdgeStatistics
+    timestep: Tensor
+    """The timesteps of the statistics' rows."""
+    boundaries: Tensor
+    """The boundaries of the time groups."""
+
+    @staticmethod
+    def of(program: Program, edge: str) -> Edge:
+        """The edge of that name."""
+        calibration = program.facts[CALIBRATION]
+        return Edge(calibration.edges[edge], calibration.inputs["timestep"], program.facts[TIME_GROUPS])
+
+    def rows(self) -> list[Tensor]:
+        """The rows of each time group, as truth values."""
+        group = ops.time_group(self.timestep, self.boundaries)
+        return [group == g for g in range(len(self.boundaries) + 1)]
+
+    def integers(self, bits: int) -> tuple[Tensor, Tensor]:
+        """Fits an integer quantizer by least squared error: scale f16 [G], zero point u8 [G] by time group."""
+        found = []
+        for rows in self.rows():
+            low, high = self.statistics.low[rows].min(), self.statistics.high[rows].max()
+            found.append(activation.fit(self.statistics.values[rows].flatten(), low, high, bits))
+        return torch.stack([f[0] for f in found]), torch.stack([f[1] for f in found])
+
+    def floats(self, bits: int) -> tuple[int, Tensor]:
+        """Fits small floats by least squared error: bits of exponent, and scales f16 [G] by time group."""
+        magnitude = torch.maximum(-self.statistics.low, self.statistics.high)
+        chosen = self.rows()
+        peaks = torch.stack([magnitude[rows].max() for rows in chosen])
+        return activation.fit_floats([self.statistics.values[rows].flatten() for rows in chosen], peaks, bits)
+
+
 def float_parameters(program: Program, edge: str, bits: int) -> tuple[int, Tensor]:
-    """Fits small floats to an edge by least squared error: bits of exponent, and scales f16 [G] by time group."""
-    calibration, boundaries = program.facts[CALIBRATION], program.facts[TIME_GROUPS]
-    group, statistics = ops.time_group(calibration.inputs["timestep"], boundaries), calibration.edges[edge]
-    chosen = [group == g for g in range(len(boundaries) + 1)]
-    magnitude = torch.maximum(-statistics.low, statistics.high)
-    peaks = torch.stack([magnitude[rows].max() for rows in chosen])
-    values = [statistics.values[rows].flatten() for rows in chosen]
-    return activation.fit_floats(values, peaks, bits)
+    """What `Edge.floats` gives for an edge of the program."""
+    return Edge.of(program, edge).floats(bits)
 
 
 def activation_parameters(program: Program, edge: str, bits: int) -> tuple[Tensor, Tensor]:
-    """Fits an integer quantizer to an edge by least squared error: scale f16 [G], zero point u8 [G] by time group."""
-    calibration, boundaries = program.facts[CALIBRATION], program.facts[TIME_GROUPS]
-    group, statistics = ops.time_group(calibration.inputs["timestep"], boundaries), calibration.edges[edge]
-    found = []
-    for g in range(len(boundaries) + 1):
-        rows = group == g
-        low, high = statistics.low[rows].min(), statistics.high[rows].max()
-        found.append(activation.fit(statistics.values[rows].flatten(), low, high, bits))
-    return torch.stack([f[0] for f in found]), torch.stack([f[1] for f in found])
+    """What `Edge.integers` gives for an edge of the program."""
+    return Edge.of(program, edge).integers(bits)
+
+
+def kept(fit: Fit) -> bool:
+    """Whether a fit is small enough to be cached."""
+    return fit.codes.numel() <= KEPT_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -224,26 +293,64 @@ class KeptFit:
         return self.weight is program.tensors[weight] and self.gram is program.facts[CALIBRATION].grams.get(self.call)
 
 
-_Edge = TypeVar("_Edge")
-_Ranges = tuple[EdgeStatistics, Tensor]
-"""What the quantizer of an edge is fitted to: the edge's statistics and the boundaries of the time groups."""
+@dataclass(frozen=True)
+class Wanted:
+    """A fit that is wanted."""
+
+    call: fx.Node
+    """The layer."""
+    weight: str
+    """The store name of its weight."""
+    format: str
+    rounding: Rounding
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """A task: a layer to fit in several formats."""
+
+    name: tuple[str, str]
+    """The names of its call and of its weight."""
+    layer: Layer
+    formats: Sequence[tuple[str, Rounding]]
+
+
+def _fit_layer(_: None, item: _Fitting) -> list[Fit]:
+    return [_in_files(item.layer.fit(*one)) for one in item.formats]
+
+
+def _in_files(fit: Any) -> Any:
+    """The fit with its large tensors in files: those of all weights are more than memory holds."""
+    parts = {field.name: getattr(fit, field.name) for field in dataclasses.fields(fit)}
+    tensors = {name: scratch.kept(part) for name, part in parts.items() if isinstance(part, Tensor)}
+    nested = {name: _in_files(part) for name, part in parts.items() if dataclasses.is_dataclass(part)}
+    return dataclasses.replace(fit, **tensors, **nested)
+
+
+_Tables = TypeVar("_Tables")
+_Edges = dict[tuple[str, int], tuple[tuple[EdgeStatistics, Tensor], _Tables]]
+"""The tables of quantizers by edge and bits, with what they were fitted to: the edge's statistics, and the boundaries
+of the time groups."""
 
 
 @dataclass
 class FitCache:
     """Fits of weights and activations, each made once in a run of passes; the session owns them.
 
-    A weight that several calls read is fitted for the first of them.
+    A weight that several calls read is fitted for the first of them. Other processes begin with an empty one.
     """
+
+    def __reduce__(self) -> tuple[type[FitCache], tuple[()]]:
+        return FitCache, ()
 
     forms: dict[tuple[str, str], Fit] = field(default_factory=dict)
     """Fits by weight and format that are given, for programs of which only the form counts."""
     weights: dict[tuple[str, str, Rounding], KeptFit] = field(default_factory=dict)
     """By store name, format and rounding; those of more than `KEPT_ELEMENTS` elements are not kept."""
-    integers: dict[tuple[str, int], tuple[_Ranges, tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    """By edge and bits, what `activation_parameters` gave."""
-    floats: dict[tuple[str, int], tuple[_Ranges, tuple[int, Tensor]]] = field(default_factory=dict)
-    """By edge and bits, what `float_parameters` gave."""
+    integers: _Edges[tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """What `activation_parameters` gave."""
+    floats: _Edges[tuple[int, Tensor]] = field(default_factory=dict)
+    """What `float_parameters` gave."""
 
     def fitted(
         self,
@@ -254,16 +361,64 @@ class FitCache:
         rounding: Rounding = Rounding.NEAREST,
     ) -> Fit:
         """What the function `fitted` gives."""
+        found = self.known(program, weight, format_name, rounding)
+        if found is None:
+            found = fitted(program, call, weight, format_name, rounding)
+            self.keep(program, call, weight, format_name, rounding, found)
+        return found
+
+    def known(self, program: Program, weight: str, format_name: str, rounding: Rounding) -> Fit | None:
+        """The fit, where there is one."""
         if (form := self.forms.get((weight, format_name))) is not None:
             return form
-        kept = self.weights.get((weight, format_name, rounding))
-        if kept is not None and kept.holds(program, weight):
-            return kept.fit
-        fit = fitted(program, call, weight, format_name, rounding)
-        if fit.codes.numel() <= KEPT_ELEMENTS:
+        found = self.weights.get((weight, format_name, rounding))
+        return found.fit if found is not None and found.holds(program, weight) else None
+
+    def keep(
+        self, program: Program, call: fx.Node, weight: str, format_name: str, rounding: Rounding, fit: Fit
+    ) -> None:
+        """Keeps a fit that was made elsewhere, unless it is too large."""
+        if kept(fit):
             gram = program.facts[CALIBRATION].grams.get(call.name)
             self.weights[weight, format_name, rounding] = KeptFit(fit, program.tensors[weight], call.name, gram)
-        return fit
+
+    def fit_all(self, program: Program, wanted: Sequence[Wanted], context: RunContext, title: str) -> list[Fit]:
+        """What `fitted` gives for each, as tasks of the context, one for each layer.
+
+        Args:
+            program: has the calibration.
+            wanted: what to fit.
+            context: runs the tasks and shows their progress.
+            title: of the progress bar.
+        """
+        found = {one: self.known(program, one.weight, one.format, one.rounding) for one in wanted}
+        missing: dict[tuple[str, str], list[Wanted]] = {}
+        for one, fit in found.items():
+            if fit is None:
+                missing.setdefault((one.call.name, one.weight), []).append(one)
+        with context.track(title, len(found)) as advance:
+            advance(len(found) - sum(map(len, missing.values())))
+
+            def keep(item: _Fitting, fits: Sequence[Fit]) -> None:
+                for one, fit in zip(missing[item.name], fits, strict=True):
+                    found[one] = fit
+                    self.keep(program, one.call, one.weight, one.format, one.rounding, fit)
+                advance(len(fits))
+
+            items = (
+                _Fitting(name, Layer.of(program, of[0].call, of[0].weight), [(one.format, one.rounding) for one in of])
+                for name, of in missing.items()
+            )
+            context.tasks(_fit_layer, None, items, keep)
+        return [fit for one in wanted if (fit := found[one]) is not None]
+
+    def fit_integers(self, program: Program, wanted: Iterable[tuple[str, int]], context: RunContext) -> None:
+        """Fits integer quantizers of edges, by name and bits, as tasks of the context."""
+        _fit_edges(self.integers, _integers, program, wanted, context)
+
+    def fit_floats(self, program: Program, wanted: Iterable[tuple[str, int]], context: RunContext) -> None:
+        """Fits small floats to edges, by name and bits, as tasks of the context."""
+        _fit_edges(self.floats, _floats, program, wanted, context)
 
     def activation_parameters(self, program: Program, edge: str, bits: int) -> tuple[Tensor, Tensor]:
         """What the function `activation_parameters` gives."""
@@ -274,15 +429,52 @@ class FitCache:
         return _kept(self.floats, float_parameters, program, edge, bits)
 
 
-def _kept(
-    known: dict[tuple[str, int], tuple[_Ranges, _Edge]],
-    fit: Callable[[Program, str, int], _Edge],
+@dataclass(frozen=True)
+class _EdgeFitting:
+    """A task: an edge to fit a quantizer of some bits to."""
+
+    name: str
+    bits: int
+    edge: Edge
+
+
+def _integers(_: None, item: _EdgeFitting) -> tuple[Tensor, Tensor]:
+    return item.edge.integers(item.bits)
+
+
+def _floats(_: None, item: _EdgeFitting) -> tuple[int, Tensor]:
+    return item.edge.floats(item.bits)
+
+
+def _fit_edges(
+    known: _Edges[_Tables],
+    task: Callable[[None, _EdgeFitting], _Tables],
     program: Program,
-    edge: str,
-    bits: int,
-) -> _Edge:
-    statistics, boundaries = program.facts[CALIBRATION].edges[edge], program.facts[TIME_GROUPS]
+    wanted: Iterable[tuple[str, int]],
+    context: RunContext,
+) -> None:
+    missing = [one for one in dict.fromkeys(wanted) if _held(known, program, *one) is None]
+
+    def keep(item: _EdgeFitting, tables: _Tables) -> None:
+        known[item.name, item.bits] = (item.edge.statistics, item.edge.boundaries), tables
+
+    items = (_EdgeFitting(name, bits, Edge.of(program, name)) for name, bits in missing)
+    context.tasks(task, None, items, keep)
+
+
+def _kept(
+    known: _Edges[_Tables], fit: Callable[[Program, str, int], _Tables], program: Program, edge: str, bits: int
+) -> _Tables:
+    found = _held(known, program, edge, bits)
+    if found is None:
+        found = fit(program, edge, bits)
+        known[edge, bits] = (program.facts[CALIBRATION].edges[edge], program.facts[TIME_GROUPS]), found
+    return found
+
+
+def _held(known: _Edges[_Tables], program: Program, edge: str, bits: int) -> _Tables | None:
+    """The tables of an edge, where they were fitted to the statistics and time groups that the program has."""
     found = known.get((edge, bits))
-    if found is None or found[0][0] is not statistics or found[0][1] is not boundaries:
-        found = known[edge, bits] = (statistics, boundaries), fit(program, edge, bits)
-    return found[1]
+    if found is None or found[0][0] is not program.facts[CALIBRATION].edges[edge]:
+        return None
+    return found[1] if found[0][1] is program.facts[TIME_GROUPS] else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +10,12 @@ from torch import Tensor, fx
 
 from mpq_compiler import formats
 from mpq_compiler.formats import base, low_rank
-from mpq_compiler.ir import scratch, views
+from mpq_compiler.ir import views
 from mpq_compiler.ir.costs import stored_dtype
 from mpq_compiler.ir.facts import Fact
 from mpq_compiler.ir.graph import operand, part_of
 from mpq_compiler.ir.program import Program
-from mpq_compiler.quantization.fitting import REST, FitCache, Rounding, bias_of, corrected_bias
+from mpq_compiler.quantization.fitting import REST, FitCache, Rounding, Wanted, bias_of, corrected_bias
 from mpq_compiler.quantization.statistics import CALIBRATION, GRAM_COLUMNS
 from mpq_compiler.support.execution import RunContext
 
@@ -85,22 +84,8 @@ def fit_unsettled(
     chosen = [u for u in unsettled(program) if isinstance(formats.get(u.format), kind)]
     if rounding != Rounding.NEAREST:
         _note_nearest(program, chosen, rounding)
-    with context.track(title, len(chosen)) as advance:
-
-        def fit(weight: Open) -> tuple[Open, Any]:
-            found = fits.fitted(program, weight.call, weight.weight, weight.format, rounding)
-            advance(1)
-            return weight, _in_files(found)
-
-        return context.map(fit, chosen)
-
-
-def _in_files(fit: Any) -> Any:
-    """The fit with its large tensors in files: those of all weights are more than memory holds."""
-    parts = {field.name: getattr(fit, field.name) for field in dataclasses.fields(fit)}
-    tensors = {name: scratch.kept(part) for name, part in parts.items() if isinstance(part, Tensor)}
-    nested = {name: _in_files(part) for name, part in parts.items() if dataclasses.is_dataclass(part)}
-    return dataclasses.replace(fit, **tensors, **nested)
+    wanted = [Wanted(w.call, w.weight, w.format, rounding) for w in chosen]
+    return list(zip(chosen, fits.fit_all(program, wanted, context, title), strict=True))
 
 
 def _note_nearest(program: Program, chosen: list[Open], rounding: Rounding) -> None:

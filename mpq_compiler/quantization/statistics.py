@@ -26,7 +26,6 @@ from mpq_compiler.ir.graph import softmax, weight_of
 from mpq_compiler.ir.interpreter import Interpreter
 from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.support import cache
-from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.execution import batches
 
 if TYPE_CHECKING:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
+from mpq_compiler.support.cluster import Cluster, unheard
 from mpq_compiler.support.errors import UserError
 
 BATCH = 32
@@ -16,6 +17,7 @@ BATCH = 32
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+_Shared = TypeVar("_Shared")
 
 
 class Rows(Protocol):
@@ -62,6 +64,8 @@ class RunContext:
     Used as ``with progress("sensitivity", total) as advance: advance(1)``. ``advance(1, "12.3 dB")`` shows the text
     beside the bar.
     """
+    cluster: Cluster | None = None
+    """Where `tasks` run; None: on the threads of this process."""
 
     def track(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
         """Opens the progress bar of a piece of work; without `progress` the updates go nowhere."""
@@ -76,6 +80,36 @@ class RunContext:
             futures = [pool.submit(work, item) for item in items]
             try:
                 return [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def tasks(
+        self,
+        task: Callable[[_Shared, _Item], _Result],
+        shared: _Shared,
+        items: Iterable[_Item],
+        ended: Callable[[_Item, _Result], None] = unheard,
+    ) -> list[_Result]:
+        """Calls ``task(shared, item)`` for every item, here or on a cluster; the results are in the items' order.
+
+        An error or Ctrl-C cancels the items that have not begun.
+
+        Args:
+            task: a function of a module. It returns all that it found out: what it writes elsewhere may be lost, and a
+                task whose machine dies is called again.
+            shared: what all tasks read and none changes; it goes to each machine once.
+            items: each goes to one machine. They are taken as machines become free.
+            ended: is called in this thread with item and result as each task ends, in no certain order.
+        """
+        if self.cluster is not None:
+            return self.cluster.run(task, shared, items, ended)
+        with ThreadPoolExecutor(self.jobs) as pool:
+            known = {pool.submit(task, shared, item): item for item in items}
+            try:
+                for future in as_completed(known):
+                    ended(known[future], future.result())
+                return [future.result() for future in known]
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise

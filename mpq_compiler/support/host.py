@@ -19,6 +19,11 @@ def identity() -> str:
     return " ".join([cpu(), *_told("cpu family", "model\t", "stepping", "cache size")[:4]])
 
 
+def vendor() -> str:
+    """The maker of the CPU, by which libraries choose their kernels; empty where the system does not say."""
+    return next(iter(_told("vendor_id")), "")
+
+
 def _told(*keys: str) -> list[str]:
     """The values of these keys in /proc/cpuinfo, for all logical CPUs; empty where there is no such file."""
     path = Path("/proc/cpuinfo")

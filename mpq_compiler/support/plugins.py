@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 import tomllib
 from collections.abc import Callable, Iterable
@@ -57,15 +58,27 @@ def requirement(entry: EntryPoint) -> str:
 
 def version(entry: EntryPoint) -> str:
     """A digest of the package behind an entry point: its release, and its modules as they are on disk."""
-    spec = importlib.util.find_spec(entry.module.split(".")[0])
+    release = entry.dist.version if entry.dist else ""
+    return digest(entry.module.split(".")[0], f"{entry.value} {release}")
+
+
+def digest(package: str, text: str = "") -> str:
+    """A digest of a text and of the modules of a package as they are on disk, those behind links too."""
+    spec = importlib.util.find_spec(package)
     folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or ()]
-    files = [f for folder in folders for f in sorted(folder.rglob("*.py"))]
+    files = [
+        Path(place, name)
+        for folder in folders
+        for place, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.endswith(".py")
+    ]
     if spec and not folders and spec.origin:
         files = [Path(spec.origin)]
-    digest = hashlib.sha256(f"{entry.value} {entry.dist.version if entry.dist else ''}".encode())
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+    state = hashlib.sha256(text.encode())
+    for file in sorted(files):
+        state.update(file.read_bytes())
+    return state.hexdigest()[:16]
 
 
 @functools.cache  # a scan takes ten milliseconds, and a compilation asks for passes and formats hundreds of times

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import pickle
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -69,6 +70,34 @@ def test_only_budgets_that_cannot_be_met_are_kept_as_refusals(results, monkeypat
     fails(BudgetError("a budget of 3 bytes cannot be met"))
     quality.complete("cells", [cell], True, 1)
     assert cell.is_there and cell.result() is None and "3 bytes" in capsys.readouterr().out
+
+
+def test_cells_are_tasks_of_a_cluster_and_are_written_as_they_end(results, monkeypatch, capsys):
+    """Each goes with its budget, and comes back as rows, images or a refusal, which are written here."""
+    cells = [Cell("fashion-unet", "W2A8", name) for name in ("default", "fpq", "mixdq")]
+
+    def compute(cell: Cell, jobs: int, counts: list[int], budget: int) -> quality.Outcome:
+        if cell.recipe == "mixdq":
+            raise BudgetError(f"a budget of {budget} bytes cannot be met")
+        shared = {"image_sqnr_db": 3, "seconds": jobs}
+        rows = [row(1, 0) | shared | {"cell": asdict(replace(cell, images=count))} for count in counts]
+        return quality.Outcome(rows, [np.zeros((2, 1, 4, 4), np.float32)] * 2 if cell.strip else [])
+
+    class Backwards:
+        """Runs the last task first, on what pickle makes of all of it."""
+
+        def run(self, task, shared, items, ended):
+            for item in reversed(list(items)):
+                ended(item, pickle.loads(pickle.dumps(task(*pickle.loads(pickle.dumps((shared, item)))))))
+                assert item[0].is_there
+
+    monkeypatch.setattr(quality, "compute", compute)
+    monkeypatch.setattr(quality, "budget_of", lambda model, setting: 7)
+    monkeypatch.setattr(quality, "float_strip", lambda model: quality_cells.RESULTS / "float.png")
+    quality.complete("cells", cells, True, 8, Backwards())
+    assert [cell.result() is None for cell in cells] == [False, False, True]
+    assert all(replace(cell, images=CLAIM["images"]).is_there for cell in cells[:2])
+    assert "7 bytes" in capsys.readouterr().out and (quality_cells.RESULTS / "float.png").exists()
 
 
 def test_minutes_change_nothing_else_of_a_published_recipe():

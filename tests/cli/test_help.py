@@ -11,7 +11,7 @@ import pytest
 
 from mpq_compiler.cli import mpqc
 
-HEAVY = ("torch", "diffusers", "numpy", "tvm", "tvm_ffi", "onnx", "onnxruntime", "highspy", "PIL")
+HEAVY = ("torch", "diffusers", "numpy", "tvm", "tvm_ffi", "onnx", "onnxruntime", "highspy", "PIL", "ray")
 
 HELP = """
 import contextlib, io, sys

@@ -84,5 +84,5 @@ def test_a_value_that_is_not_finite_is_found_where_it_lies(twins, tmp_path):
     model, call = twins[0], lambda: twins[0](torch.randn(2, 5, 16), torch.tensor([1, 4]))
     require_finite(model, [call], tmp_path)
     stored(model.linear.weight)[3, 3] = torch.nan
-    with pytest.raises(Exception, match="'linear.weight' in .* holds NaN"):
+    with pytest.raises(Exception, match=r"'linear\.weight' in .* holds NaN"):
         require_finite(model, [call], tmp_path)

@@ -263,8 +263,8 @@ def test_inputs_that_do_not_fit_in_memory_together_are_measured_in_parts(tmp_pat
 def test_layers_with_many_inputs_keep_their_moments_in_blocks(monkeypatch):
     """The blocks are those of the whole; fits and GPTQ on them are mostly better than on the weight error."""
     from mpq_compiler.formats.base import output_error
-    from mpq_compiler.ir.graph import weight_of
     from mpq_compiler.ir import scratch
+    from mpq_compiler.ir.graph import weight_of
     from mpq_compiler.quantization import statistics
     from mpq_compiler.quantization.fitting import Rounding, fit_rows, rows_of
 

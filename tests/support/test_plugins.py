@@ -11,7 +11,7 @@ from mpq_compiler.support import plugins
 from tests.harness.tree import ROOT
 
 
-@pytest.mark.parametrize("group", ["mpq_compiler.backends", "mpq_compiler.executors"])
+@pytest.mark.parametrize("group", ["mpq_compiler.backends", "mpq_compiler.executors", "mpq_compiler.clusters"])
 def test_extras_of_built_in_plugins_are_declared(group: str) -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")

@@ -8,7 +8,7 @@ section 3.2; features, sizes and losses are those of its released code). It need
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -240,9 +240,7 @@ class Learner:
         held = torch.arange(count) % self.training.folds == fold
         return order[~held], order[held]
 
-    def fit(
-        self, predictor: Predictor, fold: int, choices: Tensor, labels: Tensor, advance: Callable[..., None]
-    ) -> None:
+    def fit(self, predictor: Predictor, fold: int, choices: Tensor, labels: Tensor) -> None:
         """Trains a predictor on a fold's training part.
 
         Args:
@@ -250,7 +248,6 @@ class Learner:
             fold: the index of the fold.
             choices: all configurations (`encoded`).
             labels: of all configurations, [configurations].
-            advance: is called with 1 after every epoch.
         """
         how, (rows, _) = self.training, self.split(fold, len(labels))
         generator = torch.Generator().manual_seed(self.seed + 1 + fold)
@@ -272,7 +269,6 @@ class Learner:
                 nn.utils.clip_grad_norm_(predictor.parameters(), how.clip)
                 optimizer.step()
             schedule.step()
-            advance(1)
         predictor.eval()
 
     @torch.no_grad()

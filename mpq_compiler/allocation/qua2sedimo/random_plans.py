@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,14 +13,15 @@ from torch import Tensor, fx
 
 from mpq_compiler import formats
 from mpq_compiler.analysis.noise_power import noise_power
-from mpq_compiler.formats import base
 from mpq_compiler.formats.base import output_error
+from mpq_compiler.ir import parcels
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.interpreter import Interpreter
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.fitting import bias_of, corrected_bias, moments, rows_of
+from mpq_compiler.quantization.fitting import Wanted, bias_of, corrected_bias, moments, rows_of
+from mpq_compiler.quantization.statistics import CALIBRATION, Calibration
 from mpq_compiler.support.execution import batches
 
 Configuration = Mapping[str, str]
@@ -66,16 +69,11 @@ class Fits:
         for node in program.quantizable:
             self.calls.setdefault(str(weight_path(node)), []).append(node)
         rounding = session.requests.rounding.quick
-        wanted = [(path, name) for path in self.calls for name in names]
-        with session.track("fitting formats", len(wanted)) as advance:
-
-            def fit(one: tuple[str, str]) -> base.Fit:
-                call = self.calls[one[0]][0]
-                found = session.fits.fitted(program, call, str(weight_of(call)), one[1], rounding)
-                advance(1)
-                return found
-
-            self.fits = dict(zip(wanted, session.map(fit, wanted), strict=True))
+        keys = [(path, name) for path in self.calls for name in names]
+        wanted = [
+            Wanted(call, str(weight_of(call)), name, rounding) for path, name in keys for call in self.calls[path][:1]
+        ]
+        self.fits = dict(zip(keys, session.fits.fit_all(program, wanted, session, "fitting formats"), strict=True))
 
     def values(self, path: str, name: str) -> dict[str, Tensor]:
         """The quantized weight and the corrected biases of its calls, by the store names that they replace."""
@@ -102,6 +100,28 @@ class Fits:
         for path, name in configuration.items():
             values |= self.values(path, name)
         return noise_power(run_with(self.program, values, inputs), reference)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the tasks share that measure configurations."""
+
+    fits: Fits
+    inputs: dict[str, Tensor]
+    reference: Tensor
+    """The output of the float program on the inputs."""
+
+    def __reduce__(self) -> tuple[Callable[..., Measured], tuple[object, ...]]:
+        """Takes along what `Fits.noise` reads."""
+        fits, program = copy.copy(self.fits), parcels.lean(self.fits.program)
+        program.facts[CALIBRATION] = Calibration({}, means=self.fits.program.facts[CALIBRATION].means)
+        fits.program = program
+        return Measured, (fits, self.inputs, self.reference)
+
+
+def measure(shared: Measured, item: tuple[int, Configuration]) -> float:
+    """The relative noise power of the output in a numbered configuration."""
+    return shared.fits.noise(item[1], shared.inputs, shared.reference)
 
 
 class _With(Interpreter):

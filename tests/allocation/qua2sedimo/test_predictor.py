@@ -81,7 +81,7 @@ def test_scores_rank_the_formats_of_an_additive_oracle():
     predictors = learner.predictors()
     found = []
     for fold, predictor in enumerate(predictors):
-        learner.fit(predictor, fold, choices, labels, lambda n: None)
+        learner.fit(predictor, fold, choices, labels)
         found.append(learner.scored(predictor, fold, choices, labels))
     assert min(fold.prediction for fold in found) > 0.9 and min(fold.hops[0] for fold in found) > 0.9
     scores = torch.tensor([fold.variants for fold in found]).mean(0)
@@ -179,7 +179,7 @@ def test_folds_part_the_configurations_and_the_seed_decides_everything():
         torch.manual_seed(state)  # of whoever calls: it has no influence, and is left as it is
         before = torch.get_rng_state()
         predictor = learner.predictors()[1]
-        learner.fit(predictor, 1, choices, labels, lambda n: None)
+        learner.fit(predictor, 1, choices, labels)
         assert torch.equal(before, torch.get_rng_state())
         found.append(learner.scored(predictor, 1, choices, labels))
     assert found[0] == found[1]
