@@ -25,7 +25,7 @@ class Widened(Tensor):
 
     @staticmethod
     def __new__(cls, stored: Tensor) -> Widened:
-        made: Widened = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Widened = torch.Tensor._make_wrapper_subclass(
             cls, stored.shape, strides=stored.stride(), dtype=torch.float32, device=stored.device
         )
         made.stored = stored
@@ -38,7 +38,7 @@ class Widened(Tensor):
         return f"Widened({list(self.shape)}, {self.stored.dtype})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., object],
         types: object,
@@ -74,7 +74,11 @@ def untouched(model: nn.Module) -> Iterator[Callable[[nn.Module], None]]:
     """
     places: dict[int, nn.Parameter] = {}
     made: dict[int, nn.Parameter] = {}
-    before = [(m, n, p) for m in model.modules() for n, p in m._parameters.items() if isinstance(p, Widened)]
+    before: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and isinstance(parameter, Widened):
+                before.append((module, name, parameter))
     for module, name, parameter in before:
         if id(parameter) not in made:
             empty = torch.empty(parameter.shape, dtype=parameter.dtype)

@@ -45,7 +45,8 @@ def kept(tensor: Tensor) -> Tensor:
     """The tensor itself where it is small or mapped already, else its copy in a file; its strides stay."""
     if tensor.nbytes < LEAST or is_mapped(tensor):
         return tensor
-    order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))  # memory's order, outermost first
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda axis: -strides[axis])  # memory's order, outermost first
     dense = tensor.permute(order)
     if not dense.is_contiguous():
         order, dense = list(range(tensor.dim())), tensor

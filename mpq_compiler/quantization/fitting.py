@@ -319,12 +319,13 @@ def _fit_layer(_: None, item: _Fitting) -> list[Fit]:
     return [_in_files(item.layer.fit(*one)) for one in item.formats]
 
 
-def _in_files(fit: Any) -> Any:
+def _in_files(fit: Fit) -> Fit:
     """The fit with its large tensors in files: those of all weights are more than memory holds."""
-    parts = {field.name: getattr(fit, field.name) for field in dataclasses.fields(fit)}
+    assert dataclasses.is_dataclass(fit) and not isinstance(fit, type)
+    parts = {part.name: getattr(fit, part.name) for part in dataclasses.fields(fit)}
     tensors = {name: scratch.kept(part) for name, part in parts.items() if isinstance(part, Tensor)}
     nested = {name: _in_files(part) for name, part in parts.items() if dataclasses.is_dataclass(part)}
-    return dataclasses.replace(fit, **tensors, **nested)
+    return replace(fit, **tensors, **nested)
 
 
 _Tables = TypeVar("_Tables")
