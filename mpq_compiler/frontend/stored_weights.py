@@ -14,6 +14,8 @@ from mpq_compiler.ir import scratch
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError, named
 
+ALIGNED = 64
+"""The alignment of torch's own memory, in bytes."""
 _TYPES = {
     "BOOL": torch.bool,
     "F16": torch.float16,
@@ -117,9 +119,10 @@ def _two_files(name: str, first: Path, second: Path, how: str) -> UserError:
 def read(found: Headers) -> dict[str, torch.Tensor]:
     """Maps the tensors that are weights, in the types that they are stored in.
 
-    Halves, float32 and whole numbers are views of a private mapping of their file: pages are read when they are
-    touched, take no memory that the system cannot have back, and changes do not reach the file. Copied are float64, as
-    float32, and 8-bit floats, as what they stand for (`fp8.widened`), large ones into temporary files.
+    Halves and whole numbers are views of a private mapping of their file: pages are read when they are touched, take no
+    memory that the system cannot have back, and changes do not reach the file. So is float32 where it is aligned.
+    Copied are other float32, float64, as float32, and 8-bit floats, as what they stand for (`fp8.widened`), large ones
+    into temporary files.
 
     Raises:
         UserError: a tensor is in two files, with different values; no room for temporary files.
@@ -150,8 +153,17 @@ def _mapped(path: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
             tensors = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise UserError(f"'{path}' is not a valid safetensors file: {error}") from error
-    # Writers sort by the size of elements, so that each begins at a multiple of its own; a file may do otherwise.
-    return {n: scratch.kept(t.clone()) if t.data_ptr() % t.element_size() else t for n, t in tensors.items()}
+    return {name: _aligned(tensor) for name, tensor in tensors.items()}
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor on an address that code can take it from: of a multiple of its elements, for float32 of `ALIGNED`.
+
+    torch's kernels take other paths elsewhere, and give other bits. Halves are widened to memory of torch's own first.
+    """
+    if tensor.data_ptr() % (ALIGNED if tensor.dtype == torch.float32 else tensor.element_size()):
+        return scratch.kept(tensor.clone())
+    return tensor
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

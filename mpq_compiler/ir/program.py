@@ -7,7 +7,7 @@ in torch through `interpreter.run`, so every pass is checked in one way: run bef
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -101,10 +101,31 @@ class TensorStore(Mapping[str, Tensor]):
         tensor = self._tensors[name]
         return tensor.to(torch.float32) if tensor.dtype in HALVES else tensor
 
+    def content(self, names: Iterable[str]) -> Mapping[str, Tensor]:
+        """The tensors of those names for a digest, which reads one after the other (`_Content`)."""
+        return _Content(self, names)
+
     def meta(self, name: str) -> Tensor:
         """The shape, strides and type of what `read` gives, on the meta device."""
         tensor = self._tensors[name]
         return torch.empty_like(tensor, dtype=torch.float32 if tensor.dtype in HALVES else None, device="meta")
+
+
+class _Content(Mapping[str, Tensor]):
+    """Tensors that are made contiguous as they are read, and bfloat16, which NumPy lacks, whole numbers of its bits."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Iterable[str]) -> None:
+        self._tensors, self._names = tensors, sorted(names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name].contiguous()
+        return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _place(tensor: Tensor) -> int:

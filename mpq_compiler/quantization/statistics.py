@@ -137,8 +137,7 @@ def fingerprint(program: Program, inputs: Mapping[str, Tensor], options: str) ->
         inputs: the inputs of the measurement, by name.
         options: options of the measurement, in any one form.
     """
-    names = sorted({str(n.target) for n in program.graph.nodes if n.op == "get_attr"})
-    tensors = {name: program.tensors[name].contiguous() for name in names}
+    tensors = program.tensors.content({str(n.target) for n in program.graph.nodes if n.op == "get_attr"})
     text = "\n".join(f"{n.name} {ops.name_of(n.target)} {n.args} {n.kwargs}" for n in program.graph.nodes)
     calibration = program.facts[CALIBRATION]
     edges = {name: statistics.values for name, statistics in calibration.edges.items()}

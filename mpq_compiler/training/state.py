@@ -110,7 +110,7 @@ def key(
     versions = f"2 {seed} {stage}{times} {torch.__version__} {platform.machine()} {capability}"
     if stage.relation is not None:  # whose teacher is the float program
         read |= {str(n.target) for n in program.facts[PLANNED].graph.nodes if n.op == "get_attr"}
-    tensors = {name: program.tensors[name].contiguous() for name in sorted(read)}
+    tensors = program.tensors.content(read)
     return cache.digest(
         versions,
         text,

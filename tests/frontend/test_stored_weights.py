@@ -49,12 +49,21 @@ def test_weights_of_mixed_types_are_mapped_as_they_are_stored(tmp_path: Path) ->
     assert weights.keys() == given.keys()
     for name, tensor in given.items():
         assert weights[name].dtype == tensor.dtype and torch.equal(weights[name], tensor)
-        assert mapped(weights[name], path), name
+        at = weights[name].data_ptr()
+        assert mapped(weights[name], path) if tensor.dtype != torch.float32 else at % 64 == 0, name
+
+
+def test_float32_gives_the_same_bits_wherever_it_lies_in_its_file(tmp_path: Path) -> None:
+    """Products with weights at addresses that are no multiples of 64 may differ in the last bit."""
+    for offset in range(1, 16):
+        save_file({"a": torch.ones(offset), "b": torch.randn(65, 33)}, tmp_path / f"{STEM}.safetensors")
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in checkpoint.read_weights(tmp_path).values())
 
 
 def test_halves_take_no_memory_that_the_system_cannot_have_back(tmp_path: Path) -> None:
     path = tmp_path / f"{STEM}.safetensors"
     save_file({"a": torch.ones(32 * MIB, dtype=torch.bfloat16), "b": torch.ones(16 * MIB)}, path)  # 64 MiB each
+    usage.return_freed_memory()
     before = usage.memory()
     weights = checkpoint.read_weights(tmp_path)
     assert all(tensor[::2048].eq(1).all() for tensor in weights.values())  # every page is read

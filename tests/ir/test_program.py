@@ -58,11 +58,17 @@ def test_shapes_are_those_of_a_run(model, pass_name):
             assert (stored.shape, stored.dtype) == (value.shape, value.dtype), name
 
 
-def test_watching_sees_every_node_once_and_memory_is_freed():
+def test_watching_sees_every_node_once_and_tensors_where_they_are_first_read():
     program = programs.after("unet2d", "layout")
     seen = []
-    run(program, programs.inputs("unet2d", 1), lambda node, value: seen.append(node.name))
-    assert seen == [n.name for n in program.graph.nodes if n.op != "output"]
+    run(program, programs.inputs("unet2d", 1), lambda node, value: seen.append(node))
+    nodes = [n for n in program.graph.nodes if n.op != "output"]
+    assert len(seen) == len(nodes) and {*seen} == {*nodes}
+    assert [n for n in seen if n.op != "get_attr"] == [n for n in nodes if n.op != "get_attr"]
+    read = set()
+    for node in seen:
+        assert node.op == "get_attr" or read <= {*node.all_input_nodes}, "a tensor was read before it was needed"
+        read = read | {node} if node.op == "get_attr" else set()
 
 
 def test_grouped_and_computed_weights_are_not_quantizable():
