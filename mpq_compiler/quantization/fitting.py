@@ -23,7 +23,7 @@ from mpq_compiler.support.execution import RunContext
 from mpq_compiler.support.memo import last_result
 
 KEPT_ELEMENTS = 1 << 20
-"""The most elements of a weight whose fits are cached; larger weights are fitted again on every request."""
+"""The most elements of a weight whose fits are cached in memory; codes of larger ones are, where they lie in a file."""
 
 CONSTANT = 1e-5
 """Share of the second moments below which the moments about the mean count as rounding errors."""
@@ -272,8 +272,8 @@ def activation_parameters(program: Program, edge: str, bits: int) -> tuple[Tenso
 
 
 def kept(fit: Fit) -> bool:
-    """Whether a fit is small enough to be cached."""
-    return fit.codes.numel() <= KEPT_ELEMENTS
+    """Whether a fit is cached: it is small, or its codes lie in a file."""
+    return fit.codes.numel() <= KEPT_ELEMENTS or scratch.is_mapped(fit.codes)
 
 
 @dataclass(frozen=True)

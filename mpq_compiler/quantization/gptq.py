@@ -16,6 +16,7 @@ from torch import Tensor
 from mpq_compiler.formats import contract
 from mpq_compiler.formats.base import QuantizedWeight, output_error
 from mpq_compiler.formats.contract import rising
+from mpq_compiler.ir import scratch
 from mpq_compiler.support.memo import last_result
 
 BLOCK = 128
@@ -89,7 +90,7 @@ def _updates(gram: Tensor, order: bool, damping: float) -> list[tuple[Tensor, Te
     found = []
     for block in gram if gram.dim() == 3 else gram[None]:
         own = torch.argsort(block.diagonal(), descending=True, stable=True) if order else torch.arange(len(block))
-        found.append((own, _inverse_factor(block[own][:, own], damping)))
+        found.append((own, scratch.kept(_inverse_factor(block[own][:, own], damping))))
     return found
 
 

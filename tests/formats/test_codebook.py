@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mpq_compiler import formats
-from mpq_compiler.formats import contract
+from mpq_compiler.formats import codebook, contract
 from mpq_compiler.formats.base import output_error
 from mpq_compiler.formats.codebook import MOST_CLASSES, CodebookFormat, _kmeans
 from mpq_compiler.quantization import fitting
@@ -137,3 +137,13 @@ def test_a_layer_that_always_reads_the_same(name):
     bad = torch.full_like(gram, 1e-9).fill_diagonal_(-1e-7)  # as it was
     assert torch.isfinite(found).all() and torch.isfinite(formats.get(name).fit(w, bad).dequantize()).all()
     assert float(((found - w) @ x).square().mean()) < 0.2 * float((w @ x).square().mean())
+
+
+def test_some_values_of_a_large_weight_stand_for_all(monkeypatch):
+    w = torch.randn(96, 256, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.2, 2, 256)
+    chosen = formats.get("km2")
+    whole = chosen.fit(w)
+    monkeypatch.setattr(codebook, "SAMPLED", 1009)
+    some = chosen.fit(w)
+    before, after = (float((fit.dequantize() - w).square().sum()) for fit in (whole, some))
+    assert not torch.equal(whole.lut, some.lut) and after < 1.02 * before
