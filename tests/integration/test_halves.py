@@ -42,7 +42,8 @@ def test_artifacts_are_those_of_the_same_weights_in_float32(family, setting, dty
         save_file(tensors, path)
         monkeypatch.setattr(widened, "LEAST", 1 if kind == dtype else 1 << 30)
         monkeypatch.setattr(scratch, "LEAST", 256 if kind == dtype else 1 << 30)
-        made[kind] = files(folder, tmp_path / str(kind) / "out.mpq", tmp_path / str(kind) / "cache", **SETTINGS[setting])
+        out, cache = (tmp_path / str(kind) / name for name in ("out.mpq", "cache"))
+        made[kind] = files(folder, out, cache, **SETTINGS[setting])
     ours, theirs = made[dtype], made[torch.float32]
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name] != theirs[name]] == []
