@@ -6,9 +6,6 @@ mapped into memory. So a step of training costs one part, and never what lies be
 
 from __future__ import annotations
 
-import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,18 +13,13 @@ import torch
 from torch import Tensor
 
 from mpq_compiler.analysis.trajectory_error import PART
+from mpq_compiler.ir import scratch
 from mpq_compiler.ir.interpreter import shapes
 from mpq_compiler.ir.parts import Part, extract, joined
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.support.errors import UserError
 from mpq_compiler.training.data import Data
 from mpq_compiler.training.student import Student
-
-KEPT = torch.float32
-"""The type in which floats are kept."""
-ON_DISK = 1 << 24
-"""Bytes from which a value of all calls is kept in a file."""
 
 
 class Streams:
@@ -86,11 +78,12 @@ class Streams:
     def _run(self, program: Program, part: Part, stream: dict[str, Tensor]) -> None:
         piece = extract(program, part.inputs, part.outputs, self.sizes)
         total = len(next(iter(stream.values())))
-        made = {name: _empty((total, *self.sizes[name].shape[1:]), self.sizes[name].dtype) for name in part.outputs}
+        sizes = {name: self.sizes[name] for name in part.outputs}
+        made = {name: scratch.zeros((total, *size.shape[1:]), size.dtype) for name, size in sizes.items()}
 
         @torch.no_grad()
         def rows(start: int) -> None:
-            inputs = {name: _wide(stream[name][start : start + PART]) for name in part.inputs}
+            inputs = {name: stream[name][start : start + PART] for name in part.inputs}
             for name, value in zip(part.outputs, Student(piece, {}).run(inputs), strict=True):
                 made[name][start : start + PART] = value
 
@@ -106,29 +99,7 @@ class StreamedData(Data):
     """The values that make a target, each with its factor."""
 
     def select(self, index: Tensor) -> Data:
-        targets = [_wide(value[index]).flatten(1) * factor for value, factor in self.sources]
-        inputs = {name: _wide(value[index]) for name, value in self.inputs.items()}
+        targets = [value[index].flatten(1) * factor for value, factor in self.sources]
+        inputs = {name: value[index] for name, value in self.inputs.items()}
         weights = None if self.weights is None else self.weights[index]
         return Data(inputs, torch.cat(targets, 1), weights, part=self.part)
-
-
-def _wide(value: Tensor) -> Tensor:
-    """The value as programs read it."""
-    return value.to(torch.float32) if value.dtype == KEPT else value
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An empty tensor, that of `ON_DISK` bytes and more in a file that goes with the process."""
-    dtype = KEPT if dtype == torch.float32 else dtype
-    size = math.prod(shape) * dtype.itemsize
-    if size < ON_DISK:
-        return torch.empty(shape, dtype=dtype)
-    with tempfile.NamedTemporaryFile(prefix="mpqc-") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            raise UserError(
-                f"{size / 2**20:.0f} MiB of activations do not fit in '{tempfile.gettempdir()}' ({error.strerror}): "
-                "free some space there, or name another folder with TMPDIR"
-            ) from error
-        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).reshape(shape)

@@ -9,11 +9,12 @@ import torch
 
 from mpq_compiler.frontend import trajectories
 from mpq_compiler.ir import parts as parts_module
+from mpq_compiler.ir import scratch
 from mpq_compiler.ir.interpreter import run, shapes
 from mpq_compiler.ir.parts import extract, joined, parts
 from mpq_compiler.ir.program import PLANNED
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.training import by_parts, streams
+from mpq_compiler.training import by_parts
 from mpq_compiler.training.data import Data
 from mpq_compiler.training.state import Stage
 from mpq_compiler.training.streams import Streams
@@ -121,7 +122,7 @@ def test_streams_in_files_are_those_in_memory(data, tmp_path, monkeypatch):
     part = parts((planned, program), by_parts.cuts(program, True, 4, MEMORY))[0]
     kept = []
     for size in (1 << 30, 1):
-        monkeypatch.setattr(streams, "ON_DISK", size)
+        monkeypatch.setattr(scratch, "LEAST", size)
         both = Streams(planned, *data, session(tmp_path, jobs=2))
         both.targets(part)
         both.go_on(program, part)
