@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from mpq_compiler import _moved
 from mpq_compiler.formats import contract
+from mpq_compiler.formats.contract import row_parts
 
 F16_TINY = 2.0**-24
 """The smallest positive half, which is the scale of a constant row."""
@@ -74,6 +76,11 @@ class QuantizedWeight:
     def tables(self) -> contract.WeightTables[Tensor]:
         """What the codes refer to; of a residual format, the base's."""
         return contract.WeightTables(self.scale, self.offset, self.lut, self.row_class, self.segments)
+
+    def of_rows(self, part: slice) -> QuantizedWeight:
+        """The rows of ``part`` of a weight whose rows all have one table."""
+        offset, signs = (None if value is None else value[part] for value in (self.offset, self.signs))
+        return replace(self, codes=self.codes[part], scale=self.scale[part], offset=offset, signs=signs)
 
     def merged(self) -> QuantizedWeight:
         """Merges base and branch into one table; returns itself where there is no branch."""
@@ -171,6 +178,30 @@ class Format(ABC):
 def row_tiles(rows: int) -> int:
     """The number of tiles of 16 rows, each of which has a row class."""
     return -(-rows // contract.TILE_ROWS)
+
+
+def fit_by_parts(rows: Tensor, fit: Callable[[Tensor], QuantizedWeight]) -> QuantizedWeight:
+    """Joins the fits of `row_parts` of rows [O, K], which must all have the same table and alpha."""
+    parts = [fit(rows[part]) for part in row_parts(rows)]
+    if len(parts) == 1:
+        return parts[0]
+    codes, scale = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scale"))
+    offset, signs = (_joined([getattr(part, name) for part in parts]) for name in ("offset", "signs"))
+    return replace(parts[0], codes=codes, scale=scale, offset=offset, signs=signs)
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if found else None
+
+
+def departures(fit: Fit, weight: Tensor) -> Iterator[Tensor]:
+    """What a fit departs by from its weight [O, ..., C], f32 [R, K]: of all rows, or of some after the other."""
+    if not isinstance(fit, QuantizedWeight) or fit.row_class is not None:
+        yield fit.dequantize() - weight.to(torch.float32).flatten(1)
+        return
+    for part in row_parts(fit.codes):
+        yield fit.of_rows(part).dequantize() - weight[part].to(torch.float32).flatten(1)
 
 
 def output_error(error: Tensor, gram: Tensor | None) -> Tensor:

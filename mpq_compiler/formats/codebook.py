@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from mpq_compiler.formats import contract
-from mpq_compiler.formats.base import Format, QuantizedWeight, diagonal, output_error, row_tiles, stored_scale, weighted
-from mpq_compiler.formats.contract import nearest_codes
+from mpq_compiler.formats.base import (
+    Format,
+    QuantizedWeight,
+    diagonal,
+    output_error,
+    row_tiles,
+    stored_scale,
+    weighted,
+)
+from mpq_compiler.formats.contract import nearest_codes, row_parts
 
 BINS = 512
 """The number of bins of the histogram that K-means starts from."""
@@ -94,6 +102,13 @@ class CodebookFormat(Format):
 
     def _search(self, rows: Tensor, found: QuantizedWeight, gram: Tensor | None) -> tuple[QuantizedWeight, Tensor]:
         """Searches the row scales of least output error under the same tables; returns that error [O], too."""
+        if self.tiled:
+            return self._search_part(rows, found, gram)
+        parts = [self._search_part(rows[p], found.of_rows(p), gram) for p in row_parts(rows)]
+        codes, scale = (torch.cat([getattr(fit, name) for fit, _ in parts]) for name in ("codes", "scale"))
+        return replace(found, codes=codes, scale=scale), torch.cat([error for _, error in parts])
+
+    def _search_part(self, rows: Tensor, found: QuantizedWeight, gram: Tensor | None) -> tuple[QuantizedWeight, Tensor]:
         assert found.lut is not None
         level = found.dequantize()
         served = weighted(level, gram)

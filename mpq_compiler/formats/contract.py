@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -16,6 +16,9 @@ MANY, FEW_MIDDLES = 8192, 15
 
 Counting, one middle at a time, is two to six times as fast there.
 """
+
+TOGETHER = 1 << 19
+"""The elements of a weight that are worked on together: what is made of them on the way stays in a core's cache."""
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
@@ -49,11 +52,19 @@ class WeightTables(NamedTuple, Generic[_T]):
         return WeightTables(read(self.scale), offset, lut, row_class, self.segments)
 
 
+def row_parts(rows: Tensor) -> Iterator[slice]:
+    """Parts of rows [O, K], of about `TOGETHER` elements each, for what is done to every row by itself."""
+    step = max(1, TOGETHER // max(1, rows.shape[1]))
+    return (slice(start, start + step) for start in range(0, len(rows), step))
+
+
 def quantize(weight: Tensor, tables: WeightTables[Tensor]) -> Tensor:
     """Codes of the levels nearest to weight [O, K]; ties go to the lower level (8 bits: to the even code).
 
     u8 indices where there is a table, int8 values where there is none.
     """
+    if tables.row_class is None and weight.numel() > TOGETHER and len(weight) > 1:
+        return torch.cat([quantize(weight[part], _of_rows(tables, part)) for part in row_parts(weight)])
     scale, offset, lut, row_class, segments = tables
     shifted = weight if offset is None else weight - offset.to(torch.float32)[:, None]
     t = shifted / column_scale(scale, segments, weight.shape[1])
@@ -74,8 +85,16 @@ def quantize(weight: Tensor, tables: WeightTables[Tensor]) -> Tensor:
 
 def dequantize(codes: Tensor, tables: WeightTables[Tensor]) -> Tensor:
     """``scale[i, j(k)] * LUT[class(i)][code[i, k]] + offset[i]`` of codes [O, K], f32 [O, K]."""
+    if tables.row_class is None and codes.numel() > TOGETHER and len(codes) > 1:
+        return torch.cat([dequantize(codes[part], _of_rows(tables, part)) for part in row_parts(codes)])
     w = entries(codes, tables.lut, tables.row_class) * column_scale(tables.scale, tables.segments, codes.shape[1])
     return w if tables.offset is None else w + tables.offset.to(torch.float32)[:, None]
+
+
+def _of_rows(tables: WeightTables[Tensor], part: slice) -> WeightTables[Tensor]:
+    """The tables of some rows of a weight whose rows all have one class."""
+    offset = None if tables.offset is None else tables.offset[part]
+    return WeightTables(tables.scale[part], offset, tables.lut, None, tables.segments)
 
 
 def nearest_codes(
@@ -204,8 +223,6 @@ def merge_branch(codes: Tensor, lut: Tensor, signs: Tensor, alpha: Tensor) -> tu
     step = alpha.to(torch.int16)
     table = torch.stack([lut.to(torch.int16) - step, lut.to(torch.int16) + step], dim=-1).flatten(1)
     return codes * 2 + signs, table.to(torch.int8)
-
-
 
 
 def dequantize_weight(

@@ -18,6 +18,7 @@ from mpq_compiler.formats.base import (
     Format,
     QuantizedWeight,
     diagonal,
+    fit_by_parts,
     output_error,
     stored_scale,
     stored_type,
@@ -70,7 +71,9 @@ class ResidualFormat(Format):
         fits = {ratio: self._fit_ratio(tried, gram, ratio) for ratio in RATIOS}
         errors = {ratio: float(output_error(fits[ratio].dequantize() - tried, gram).sum()) for ratio in RATIOS}
         best = min(RATIOS, key=errors.__getitem__)
-        return fits[best] if tried is weight else self._fit_ratio(weight, gram, best)
+        if tried is weight:
+            return fits[best]
+        return fit_by_parts(weight, lambda rows: self._fit_ratio(rows, gram, best))
 
     def _fit_ratio(self, weight: Tensor, gram: Tensor | None, ratio: float) -> QuantizedWeight:
         lut, alpha = self.tables(ratio)

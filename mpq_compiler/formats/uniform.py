@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpq_compiler.formats import contract
-from mpq_compiler.formats.base import Format, QuantizedWeight, output_error, stored_scale, stored_type
+from mpq_compiler.formats.base import Format, QuantizedWeight, fit_by_parts, output_error, stored_scale, stored_type
 from mpq_compiler.formats.contract import nearest_codes
 
 SHRINK = tuple(1 - 0.05 * i for i in range(14))
@@ -42,7 +42,10 @@ class UniformFormat(Format):
         return torch.arange(-half, half, dtype=torch.int8)[None]
 
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
-        weight = weight.flatten(1)
+        return fit_by_parts(weight.flatten(1), lambda rows: self._fit(rows, gram))
+
+    def _fit(self, weight: Tensor, gram: Tensor | None) -> QuantizedWeight:
+        """Fits rows [O, K], each by itself."""
         best: tuple[Tensor, Tensor, Tensor | None] | None = None
         least = torch.full((len(weight),), torch.inf)
         for scale, offset in self._tried(weight):

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from mpq_compiler import formats
 from mpq_compiler.formats import activation, low_rank
-from mpq_compiler.formats.base import Fit, QuantizedWeight, diagonal
+from mpq_compiler.formats.base import Fit, QuantizedWeight, departures, diagonal
 from mpq_compiler.ir import ops, scratch
 from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.quantization.adaround import adaround
@@ -220,8 +220,8 @@ def corrected_bias(program: Program, call: fx.Node, weight: str, quantized: Fit)
     bias, mean = bias_of(call), program.facts[CALIBRATION].means.get(call.name)
     if bias is None or mean is None:
         return None
-    error = rows_of(program, weight) - quantized.dequantize()
-    return program.tensors.read(str(bias.target)) + error @ mean
+    moved = torch.cat([error @ mean for error in departures(quantized, program.tensors[weight])])
+    return program.tensors.read(str(bias.target)) - moved
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mpq_compiler.formats import contract
-from mpq_compiler.formats.base import QuantizedWeight, output_error
+from mpq_compiler.formats.base import QuantizedWeight, departures, output_error
 from mpq_compiler.formats.contract import rising
 from mpq_compiler.ir import scratch
 from mpq_compiler.support.memo import last_result
@@ -64,7 +64,9 @@ def gptq_of_formats(
 def _better(rows: Tensor, nearest: QuantizedWeight, codes: Tensor, gram: Tensor) -> QuantizedWeight:
     """The fit with other codes in the rows where their output error is smaller."""
     found = dataclasses.replace(nearest, codes=codes)
-    before, after = (output_error(q.dequantize() - rows, gram) for q in (nearest, found))
+    before, after = (
+        torch.cat([output_error(error, gram) for error in departures(fit, rows)]) for fit in (nearest, found)
+    )
     return dataclasses.replace(nearest, codes=torch.where((after < before)[:, None], codes, nearest.codes))
 
 

@@ -10,7 +10,15 @@ import torch
 
 from mpq_compiler import formats
 from mpq_compiler.formats import activation, contract
-from mpq_compiler.formats.base import F16_MAX, F16_TINY, QuantizedWeight, output_error, stored_scale, stored_type
+from mpq_compiler.formats.base import (
+    F16_MAX,
+    F16_TINY,
+    QuantizedWeight,
+    departures,
+    output_error,
+    stored_scale,
+    stored_type,
+)
 from mpq_compiler.formats.contract import nearest_codes
 from mpq_compiler.formats.packing import pack_codes, pack_rows, unpack_codes, unpack_rows
 from mpq_compiler.ir import ops
@@ -96,6 +104,20 @@ def test_the_weight_of_a_convolution_is_fitted_as_its_rows(name):
     assert image.codes.shape == (20, 36)
     if formats.get(name).segments(36) == (36,):
         assert torch.equal(rows.dequantize(), image.dequantize())
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_a_fit_in_parts_is_the_same(name, monkeypatch):
+    """A large weight is fitted some rows at a time: codes and what they refer to are those of all rows at once."""
+    torch.manual_seed(7)
+    weight, gram = torch.randn(48, 96) * torch.rand(48, 1), torch.rand(96) + 0.1
+    whole = formats.get(name).fit(weight, gram)
+    monkeypatch.setattr(contract, "TOGETHER", 5 * 96)
+    parts = formats.get(name).fit(weight, gram)
+    assert torch.equal(parts.codes, whole.codes)
+    assert torch.equal(parts.dequantize(), whole.dequantize())
+    for fit in (whole, parts):
+        assert torch.equal(torch.cat([*departures(fit, weight)]), whole.dequantize() - weight)
 
 
 def test_ties_go_to_the_lower_level():
