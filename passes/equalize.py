@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mpq_compiler.analysis.rewrite_search import RewriteSearch
+from mpq_compiler.formats.contract import row_parts
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.graph import weight_of
@@ -18,7 +19,6 @@ from mpq_compiler.pipeline.passes import Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization import rewrite_gain
 from mpq_compiler.quantization.channel_scaling import Scaling
-from mpq_compiler.quantization.fitting import some_rows
 from mpq_compiler.quantization.rewrite_gain import Layers, Rows
 
 POWERS = tuple(i / 10 for i in range(1, 10))
@@ -95,12 +95,12 @@ class Equalize(RewriteSearch):
 
         share: of the rows of weights by which errors are measured.
         """
-        weights = [program.tensors.read(str(weight_of(n))) for n in group.readers]
+        weights = [program.tensors[str(weight_of(n))] for n in group.readers]
         joined = group.rows()
         shown = {geometry: rows[::2] for geometry, rows in joined.items()}
         kept = {geometry: rows[min(1, len(rows) - 1) :: 2] for geometry, rows in joined.items()}
         whole = torch.ones(len(group.largest))
-        some = [w[some_rows(len(w), share)] for w in weights]
+        some = self.some_rows(program, group, share)
         if self.rule != "search":
             rule = {"dilation": "dilation", "smoothquant": "alpha 0.5"}[self.rule]
             best = (
@@ -125,7 +125,7 @@ class Equalize(RewriteSearch):
 
         largest: the largest magnitude of each channel [C]. weights: of the layers, [O, ..., C].
         """
-        columns = torch.stack([w.abs().flatten(0, -2).amax(0) for w in weights]).amax(0)
+        columns = torch.stack([part.abs().flatten(0, -2).amax(0) for part in _parts(weights)]).amax(0)
         for power in POWERS:
             yield f"alpha {power}", self._on_grid(columns ** (1 - power) / largest**power)
         for power in (0.25, 0.5, 0.75):
@@ -159,10 +159,15 @@ class Equalize(RewriteSearch):
 def dilation(weights: list[Tensor]) -> Tensor:
     """The largest factors [C] by which columns can grow without a row leaving its range (DilateQuant, eq. 10-12)."""
     found = torch.full((weights[0].shape[-1],), torch.inf)
-    for w in weights:
+    for w in _parts(weights):
         taps = w.reshape(len(w), -1, w.shape[-1])
         for sign in (1, -1):
             part = (sign * taps).clamp_min(0)
             bound = part.amax((1, 2))[:, None, None]
             found = torch.minimum(found, torch.where(part > 0, bound / part, torch.inf).amin((0, 1)))
     return torch.where(torch.isfinite(found), found, torch.ones_like(found))
+
+
+def _parts(weights: list[Tensor]) -> Iterator[Tensor]:
+    """The rows of weights [O, ..., C], f32, some at a time."""
+    return (w[part].to(torch.float32) for w in weights for part in row_parts(w))

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from mpq_compiler.analysis.rewrite_search import RewriteSearch
+from mpq_compiler.formats.contract import row_parts
 from mpq_compiler.ir import ops, provenance
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.graph import prune, weight_of
@@ -18,7 +20,6 @@ from mpq_compiler.pipeline.passes import Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization import rewrite_gain
 from mpq_compiler.quantization.channel_scaling import sharing
-from mpq_compiler.quantization.fitting import some_rows
 from mpq_compiler.quantization.rewrite_gain import Layers
 from mpq_compiler.support.errors import UserError
 
@@ -86,8 +87,7 @@ class Rotate(RewriteSearch):
 
     def _gain(self, program: Program, group: Layers, share: float) -> float:
         """The gain of rotating, in dB of the error of the layers' outputs, by a share of the rows of weights."""
-        read = (program.tensors.read(str(weight_of(n))) for n in group.readers)
-        weights = [w[some_rows(len(w), share)] for w in read]
+        weights = self.some_rows(program, group, share)
         rows, turn = group.rows(), functools.partial(ops.hadamard, block=self._size(group))
         before, after = (self.error(group, rows, weights, change, change) for change in (lambda x: x, turn))
         return rewrite_gain.gain_db(before, after)
@@ -99,7 +99,7 @@ class Rotate(RewriteSearch):
         rotated.name = f"{group.edge.name}_rotated"
         for reader in group.readers:
             name = str(weight_of(reader))
-            weight = ops.hadamard(program.tensors.read(name).double(), block).to(torch.float32)
+            weight = _turned(program.tensors[name], block)
             path, _, part = name.partition(":")
             record(program, path, Rotated(ops.hadamard(torch.eye(block, dtype=torch.float64), block)))
             with graph.inserting_before(reader):
@@ -107,3 +107,9 @@ class Rotate(RewriteSearch):
             reader.update_arg(0, rotated)
             reader.update_arg(1, new)
             provenance.note(program, str(weight_path(reader)), self.name(), block=block, gain_db=gain)
+
+
+def _turned(weight: Tensor, block: int) -> Tensor:
+    """A weight [O, ..., C] with rotated channels, f32, computed in f64 some rows at a time."""
+    parts = row_parts(weight)
+    return torch.cat([ops.hadamard(weight[part].double(), block).to(torch.float32) for part in parts])

@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from mpq_compiler import formats
-from mpq_compiler.ir.edges import input_edge, row_geometry
+from mpq_compiler.ir import scratch
+from mpq_compiler.ir.edges import RowGeometry, input_edge, row_geometry
 from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.fitting import bias_of
+from mpq_compiler.quantization.fitting import bias_of, some_rows
 from mpq_compiler.quantization.rewrite_gain import HELD_BYTES, Change, Layers, Rows, quantized
 from mpq_compiler.quantization.statistics import input_rows, spread
 from mpq_compiler.support.execution import batches
 
 FEW_INPUTS = 16
 """The number of inputs of which a large model's rows are taken."""
+FEW_TOGETHER = 4
+"""How many of them a thread runs at a time."""
+
+
+class _Sample(NamedTuple):
+    """What some inputs show of an edge."""
+
+    largest: Tensor
+    """The largest magnitude of each channel [C]."""
+    parts: dict[RowGeometry, Tensor]
+    """Sampled rows [R, K] by window."""
 
 
 @dataclass(frozen=True)
@@ -70,28 +82,47 @@ class RewriteSearch(Pass):
             if geometry not in group.parts:
                 group.parts[geometry] = []
                 columns += math.prod(shape[1:])
-        if self.share(program) < 1:
+        large = self.share(program) < 1
+        if large:
             inputs = spread(inputs, FEW_INPUTS)
         count = len(next(iter(inputs.values())))
         rows = max(1, min(self.rows, HELD_BYTES // (4 * max(1, columns))))
-        generator = torch.Generator().manual_seed(session.seed)
 
-        def watch(node: fx.Node, value: Any) -> None:
-            if (group := groups.get(node)) is None:
-                return
-            group.largest = torch.maximum(group.largest, value.abs().flatten(0, -2).amax(0))
-            for geometry, parts in group.parts.items():
-                parts.append(input_rows(geometry, value, -(-rows * size // count), generator))
+        def sampled(batch: dict[str, Tensor], generator: torch.Generator) -> dict[fx.Node, _Sample]:
+            size, found = len(next(iter(batch.values()))), {}
 
-        for batch in batches(inputs):
-            size = len(next(iter(batch.values())))
+            def watch(node: fx.Node, value: Any) -> None:
+                if (group := groups.get(node)) is not None:
+                    wanted = -(-rows * size // count)
+                    parts = {g: scratch.kept(input_rows(g, value, wanted, generator)) for g in group.parts}
+                    found[node] = _Sample(value.abs().flatten(0, -2).amax(0), parts)
+
             run(program, batch, watch)
+            return found
+
+        if large:  # few inputs at a time on every thread: activations of all are more than memory should hold
+            parts = enumerate(batches(inputs, FEW_TOGETHER))
+            found = session.map(lambda p: sampled(p[1], _generator(session.seed + p[0])), parts)
+        else:
+            generator = _generator(session.seed)
+            found = [sampled(batch, generator) for batch in batches(inputs)]
+        for samples in found:
+            for node, sample in samples.items():
+                group = groups[node]
+                group.largest = torch.maximum(group.largest, sample.largest)
+                for geometry, part in sample.parts.items():
+                    group.parts[geometry].append(part)
         return list(groups.values())
 
     def share(self, program: Program) -> float:
         """The share of the weights' rows on which errors are measured."""
         total = sum(program.tensors[str(weight_of(node))].numel() for node in program.quantizable)
         return min(1.0, self.sampled / max(1, total))
+
+    def some_rows(self, program: Program, group: Layers, share: float) -> list[Tensor]:
+        """The rows of the layers' weights that stand for all, f32 [R, ..., C] each; ``share``: of all rows."""
+        stored = (program.tensors[str(weight_of(node))] for node in group.readers)
+        return [w[some_rows(len(w), share)].to(torch.float32) for w in stored]
 
     def _recorded(self, session: Session) -> dict[str, Tensor]:
         """The inputs along the trajectories, recorded once in a session for all rewrites."""
@@ -131,3 +162,7 @@ class RewriteSearch(Pass):
                 wrong = wrong - wrong.mean(0)
             total += float(wrong.square().sum() / y.square().sum().clamp_min(1e-30))
         return total
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
@@ -53,8 +54,8 @@ class WeightTables(NamedTuple, Generic[_T]):
 
 
 def row_parts(rows: Tensor) -> Iterator[slice]:
-    """Parts of rows [O, K], of about `TOGETHER` elements each, for what is done to every row by itself."""
-    step = max(1, TOGETHER // max(1, rows.shape[1]))
+    """Parts of rows [O, ...], of about `TOGETHER` elements each, for what is done to every row by itself."""
+    step = max(1, TOGETHER // max(1, math.prod(rows.shape[1:])))
     return (slice(start, start + step) for start in range(0, len(rows), step))
 
 
