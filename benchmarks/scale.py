@@ -76,6 +76,9 @@ def cell(
         command += SETTINGS[setting]
         if setting_shapes(name):
             command += ["--shapes", f"1x4x{SIZE}x{SIZE}"]
+        estimated = cells.run("mpq_compiler", *command, "--estimate", limit=limit)
+        if estimated.error is None:
+            estimate = json.loads(Path(scratch, "report.json").read_text(encoding="utf-8"))
         ended = cells.run("mpq_compiler", *command, limit=limit)
         found = {
             "model": name,
@@ -88,8 +91,8 @@ def cell(
             **ended.taken(),
             **provenance(),
         }
-        if ended.error is not None:
-            return {**found, "error": ended.error}
+        if error := ended.error or estimated.error:
+            return {**found, "error": error}
         report = json.loads(Path(scratch, "report.json").read_text(encoding="utf-8"))
         if kept:
             place = artifact_of(folder, setting)
@@ -98,7 +101,8 @@ def cell(
             shutil.move(made, place)
     return {
         **found,
-        "passes": report["passes"],
+        "estimate": estimate,
+        "passes": [*report["passes"], *report["after"]],
         "artifact_bytes": report["artifact"]["bytes"],
         "bits": report["weights"]["average_bits"],
         "quality": report["quality"],
@@ -114,8 +118,11 @@ def keep(found: dict[str, Any]) -> None:
     """Adds a cell to the results, in place of an older one, and prints it."""
     cells.keep(RESULTS, found, ("model", "setting"), {"setting": tuple(SETTINGS)})
     print(" | ".join(line(found)), flush=True)
+    estimates = {step["name"]: step for step in found.get("estimate", {}).get("steps", ())}
     for step in found.get("passes", ()):
         taken = f"{step['seconds']:8.1f} s {step['cpu_seconds']:8.1f} s CPU {step['peak_bytes'] / 2**30:6.2f} GiB"
+        if (said := estimates.get(step["name"])) is not None:
+            taken += f"; estimated {said['cpu_seconds']:8.1f} s {said['peak_bytes'] / 2**30:6.2f} GiB"
         print(f"    {step['name']:20} {taken}", flush=True)
 
 
@@ -124,10 +131,12 @@ def line(found: dict[str, Any]) -> list[str]:
     ratio = found["peak_bytes"] / found["checkpoint_bytes"]
     row = [f"`{found['model']}`", f"{found['parameters'] / 1e6:.0f} M", found["setting"]]
     if "error" in found:
-        return [*row, found["error"], "", "", "", "", ""]
+        return [*row, found["error"], *[""] * 6]
     slowest = max(found["passes"], key=lambda step: step["seconds"])
     row += [f"{found['seconds'] / 60:.1f} min", f"{found['cpu_seconds'] / 60:.1f} min"]
     row += [f"{found['peak_bytes'] / 2**30:.2f} GiB, {ratio:.1f} x", f"`{slowest['name']}`"]
+    said = found["estimate"]
+    row.append(f"{said['cpu_seconds'] / found['cpu_seconds']:.2f} x, {said['peak_bytes'] / found['peak_bytes']:.2f} x")
     quality = found["quality"]
     agreement = "not run here" if quality["agreement_db"] is None else f"{quality['agreement_db']:+.3f} dB"
     return [*row, f"{found['artifact_bytes'] / 2**20:.0f} MiB, {quality['sqnr_db']:.1f} dB", agreement]
@@ -136,7 +145,7 @@ def line(found: dict[str, Any]) -> list[str]:
 def table(found: list[dict[str, Any]]) -> str:
     """All cells, and how CPU time grows with the parameters and with the work of a calibration."""
     headers = ("model", "parameters", "setting", "time", "CPU", "peak memory, of the checkpoint", "slowest pass",
-               "artifact", "contract (c)")  # fmt: skip
+               "estimated CPU, memory", "artifact", "contract (c)")  # fmt: skip
     text = documents.table(headers, [line(cell) for cell in found])
     for setting in SETTINGS:
         done = [cell for cell in found if cell["setting"] == setting and "error" not in cell]

@@ -23,7 +23,7 @@ _moved.install()
 if TYPE_CHECKING:
     from mpq_compiler.allocation.problem import Problem
     from mpq_compiler.allocation.solver import solve as allocate
-    from mpq_compiler.api.compile import compile
+    from mpq_compiler.api.compile import compile, estimate
     from mpq_compiler.artifact.bundle import read as verify
     from mpq_compiler.cli.demo import demo
     from mpq_compiler.cli.inspect import inspect
@@ -43,6 +43,7 @@ _API = {
     "allocate": "allocation.solver:solve",
     "compile": "api.compile:compile",
     "demo": "cli.demo:demo",
+    "estimate": "api.compile:estimate",
     "evaluate": "evaluation.evaluate:evaluate",
     "inspect": "cli.inspect:inspect",
     "load": "runtime.compiled_denoiser:load",
@@ -61,6 +62,7 @@ __all__ = [
     "allocate",
     "compile",
     "demo",
+    "estimate",
     "evaluate",
     "inspect",
     "load",

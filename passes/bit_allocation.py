@@ -16,7 +16,7 @@ from mpq_compiler.allocation.problem import InfeasibleError, Problem, Solution
 from mpq_compiler.allocation.rerank import Reranker, Solved
 from mpq_compiler.allocation.sensitivity_table import CONTENT, QUALITY
 from mpq_compiler.allocation.solver import TIME_LIMIT, solve
-from mpq_compiler.analysis.noise_power import noise_of_program
+from mpq_compiler.analysis.noise_power import PIECE, noise_of_program
 from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.costs import average_bits, stored_bytes, weight_path
@@ -24,15 +24,27 @@ from mpq_compiler.ir.edges import attention_edges, dynamic_edges, input_edge
 from mpq_compiler.ir.findings import ALLOCATION, LATENCY, SENSITIVITY, Losses, LossTable, SensitivityTable
 from mpq_compiler.ir.graph import CONTRACTIONS, softmax, weight_of
 from mpq_compiler.ir.program import PARAMETERS, ActivationPlan, Program, Stage, TensorStore, WeightPlan
+from mpq_compiler.pipeline.demand import USUAL, VALUE_PASSES, Asked, Demand, fitting
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.realize import realize
 from mpq_compiler.pipeline.session import LayerTimes, Session, Times
 from mpq_compiler.quantization.fitting import FitCache
 from mpq_compiler.quantization.requests import Activations, Requests
-from mpq_compiler.quantization.statistics import CALIBRATION, GRAM, MOMENTS, RANGE, VALUES, Statistic
+from mpq_compiler.quantization.statistics import (
+    CALIBRATION,
+    GRAM,
+    MOMENTS,
+    RANGE,
+    VALUES,
+    VALUES_PER_EDGE,
+    VALUES_PER_INPUT,
+    Statistic,
+)
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets.numerics import FLOAT
 
+MEASURED = 32
+"""Inputs on which a whole plan is measured, unless its losses were measured on fewer."""
 ORTHOGONALITY = "orthogonality"
 """The name of the objective, and of the pass that it needs."""
 ADDITIVE_DB = 3.0
@@ -175,6 +187,11 @@ class BitAllocation(Pass):
         return self.objective.startswith("scores")
 
     @property
+    def measures_together(self) -> bool:
+        """Whether the whole plan is rounded and its noise measured, beside the sum of losses that chose it."""
+        return self.uniform is None and self.objective in ("noise", "paper-db")
+
+    @property
     def _width(self) -> int:
         """The bits of the activations where all have one width; 0 leaves them float."""
         return 0 if self.activations >= UNQUANTIZED else int(min(self.activations, 8))
@@ -195,6 +212,15 @@ class BitAllocation(Pass):
         statistics = self.statistics if fine else self.statistics | {GRAM}
         return Requests(statistics, activations=kind, attention=self.attention is not None)
 
+    def demand(self, asked: Asked) -> Demand:
+        sizes, edges = asked.sizes, len({layer.edge for layer in asked.sizes.layers})
+        values = max(VALUES_PER_EDGE, asked.rows * VALUES_PER_INPUT)
+        found = Demand(traffic=4 * VALUE_PASSES * edges * values, serial=True)
+        if self.measures_together:
+            found += fitting(sizes.layers, [formats.get(USUAL)], asked.requests.rounding)
+            found += asked.running(2 * min(MEASURED, asked.rows), PIECE) + Demand(disk=sizes.numbers)
+        return found
+
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork(stage=Stage.PLANNED)
         if self.uniform is not None:
@@ -206,7 +232,7 @@ class BitAllocation(Pass):
         else:
             choices, quantized = self._solve(program, session)
         program = self._planned(program, choices, quantized, session.fits)
-        if self.uniform is None and self.objective in ("noise", "paper-db"):
+        if self.measures_together:
             self._measure_together(program, session)
         self._check_uniform(program)
         self._note_latencies(program, session)

@@ -10,13 +10,19 @@ import numpy as np
 import torch
 
 from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.demand import VALUE_PASSES, Asked, Demand
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.statistics import (
     CALIBRATION,
     GRAM,
+    GRAM_COLUMNS,
+    GRAM_ROWS,
+    PART,
     RANGE,
     VALUES,
+    VALUES_PER_EDGE,
+    VALUES_PER_INPUT,
     Calibration,
     Collector,
     Statistic,
@@ -67,6 +73,21 @@ class Calibrate(Pass):
                 raise UserError(f"{program.model} gives values that are not finite at '{name}' during calibration")
         program.facts[CALIBRATION] = calibration
         return program
+
+    def demand(self, asked: Asked) -> Demand:
+        sizes, wanted = asked.sizes, asked.requests.statistics
+        read = {(layer.edge, layer.columns) for layer in sizes.layers}
+        columns = [columns for _, columns in read]
+        beside = [min(k, GRAM_COLUMNS) if GRAM in wanted else 1 for k in columns]
+        moments = sum(k * b for k, b in zip(columns, beside, strict=True))
+        values = max(VALUES_PER_EDGE, asked.rows * VALUES_PER_INPUT) if VALUES in wanted else asked.rows
+        counted = Demand(
+            products=GRAM_ROWS * moments,
+            traffic=4 * VALUE_PASSES * GRAM_ROWS * sum(columns),
+            held=8 * max(columns, default=0) * GRAM_ROWS * PART / asked.rows,
+            disk=4 * moments + 4 * values * len({edge for edge, _ in read}),
+        )
+        return asked.running(asked.rows, PART) + counted
 
     def _sampled(self, program: Program, session: Session, wanted: frozenset[Statistic]) -> Calibration:
         """Measured while the program itself is what the sampler draws with: the float model runs once."""

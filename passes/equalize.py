@@ -58,6 +58,7 @@ class Equalize(RewriteSearch):
     role: ClassVar[Role | None] = Role.REWRITES
     capped: ClassVar[frozenset[str]] = frozenset({"steps"})
     width: ClassVar[str | None] = "activations"
+    tried: ClassVar[int] = len(POWERS) + 4
 
     rule: Literal["search", "dilation", "smoothquant"] = "search"
     """Which factors are tried. ``dilation`` and ``smoothquant`` have those of DilateQuant, and of SmoothQuant with

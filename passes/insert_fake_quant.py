@@ -16,6 +16,7 @@ from mpq_compiler.ir.edges import attention_arguments, attention_edges, input_ed
 from mpq_compiler.ir.findings import ATTENTION_NUMERICS
 from mpq_compiler.ir.graph import function_of, operand, softmax, weight_of
 from mpq_compiler.ir.program import BOUNDARIES, PLANNED, ActivationPlan, Program, Stage
+from mpq_compiler.pipeline.demand import Asked, Demand
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.settle import attributes
@@ -43,6 +44,10 @@ class InsertFakeQuant(Pass):
     decides_kernels: ClassVar[bool] = True
     requires: ClassVar[frozenset[str]] = frozenset({"plan"})
     provides: ClassVar[frozenset[str]] = frozenset({"fake-quant"})
+
+    def demand(self, asked: Asked) -> Demand:
+        sizes = asked.sizes
+        return Demand(traffic=40 * sizes.numbers, shared=16 * sizes.largest, serial=True)
 
     def run(self, program: Program, session: Session) -> Program:
         before = program

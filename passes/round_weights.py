@@ -10,6 +10,7 @@ from mpq_compiler.formats import base, floating, low_rank
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.graph import prune
 from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.demand import USUAL, Asked, Demand, fitting
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import Rounding
@@ -59,6 +60,13 @@ class RoundWeights(Pass):
     def requests(self) -> Requests:
         statistics = self.statistics if self.method == "nearest" else self.statistics | {GRAM}
         return Requests(statistics, self.rounding)
+
+    def demand(self, asked: Asked) -> Demand:
+        sizes = asked.sizes
+        corrected = Demand(traffic=60 * sizes.numbers, disk=sizes.numbers)
+        if asked.rounded:
+            return corrected
+        return corrected + fitting(sizes.layers, [formats.get(asked.uniform or USUAL)], self.rounding)
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()

@@ -20,7 +20,7 @@ from mpq_compiler.analysis.noise_power import (
     rounded,
 )
 from mpq_compiler.analysis.perturbation import Ablation
-from mpq_compiler.analysis.probes import Name, Probes, WeightErrors
+from mpq_compiler.analysis.probes import HELD, Name, Probes, WeightErrors
 from mpq_compiler.analysis.single_changes import (
     PER_TOKEN,
     PROBABILITIES,
@@ -42,6 +42,7 @@ from mpq_compiler.ir.edges import dynamic_edges, input_edge
 from mpq_compiler.ir.findings import SENSITIVITY, Losses, LossTable
 from mpq_compiler.ir.graph import operand
 from mpq_compiler.ir.program import PARAMETERS, TIME_GROUPS, Program
+from mpq_compiler.pipeline.demand import VALUE_PASSES, Asked, Demand, fitting
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import FitCache, Layer, Rounding, bias_of, kept, some_rows
@@ -55,7 +56,7 @@ from mpq_compiler.quantization.statistics import (
 )
 from mpq_compiler.support import cache
 from mpq_compiler.support.errors import UserError
-from mpq_compiler.support.execution import batches
+from mpq_compiler.support.execution import BATCH, batches
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,22 @@ class Sensitivity(Pass):
 
         session.tasks(_row_errors, None, (_rows(program, fits, of, share) for of in layers.values()), keep)
         return Probes(program, {weight: weights[weight] for weight in layers}, edges, calls, session.seed)
+
+    def demand(self, asked: Asked) -> Demand:
+        sizes = asked.sizes
+        share = min(1.0, self.sampled / max(1, sizes.numbers))
+        count = min(self.inputs, asked.rows)
+        fitted = fitting(sizes.layers, [get_format(f) for f in self.formats], asked.requests.rounding.quick, share)
+        if self.method == "ablation":
+            changes = len(sizes.layers) * (len(self.formats) + len(self.activations))
+            return fitted + asked.running(count, BATCH) * changes
+        ways = self.probes if share == 1 else max(1, self.probes // 4)
+        back = Demand(
+            products=ways * (1 + share) * sizes.products,
+            traffic=ways * 2 * VALUE_PASSES * sizes.value_bytes,
+            held=2 * HELD + sizes.live_bytes + 8 * sizes.largest,
+        )
+        return fitted + asked.running(2 * count, 1) + back * count
 
     def _share(self, tasks: list[Task], program: Program) -> float:
         """The share of the rows of weights that are quantized in every format."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from mpq_compiler.formats import activation
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.program import BOUNDARIES, TIME_GROUPS, Program
+from mpq_compiler.pipeline.demand import VALUE_PASSES, Asked, Demand
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.statistics import CALIBRATION, RANGE, VALUES, Calibration, Statistic
@@ -50,6 +51,11 @@ class TimeGroups(Pass):
         for option in ("groups", "places"):
             self.require(option, 1)
         self.require("bits", 2, 8)
+
+    def demand(self, asked: Asked) -> Demand:
+        edges, places = len({layer.edge for layer in asked.sizes.layers}), min(self.places, asked.rows)
+        tried = VALUES_PER_STEP * places**3 / 6 * len(activation.SHRINK[::2])
+        return Demand(traffic=4 * VALUE_PASSES * edges * tried, serial=True)
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()

@@ -11,10 +11,12 @@ from mpq_compiler.analysis.time_weights import TIME_GAINS, by_gains
 from mpq_compiler.ir.interpreter import run, shapes
 from mpq_compiler.ir.program import Program
 from mpq_compiler.quantization.statistics import CALIBRATION, fingerprint
-from mpq_compiler.support.execution import RunContext, batches
+from mpq_compiler.support.execution import BATCH, RunContext, batches
 
 HELD_BYTES = 4 << 30
 """Bytes of memory for the values of the unchanged program, from which each measurement starts."""
+PIECE = 4
+"""The inputs that run together where those of all parts are many."""
 DIGITS = 6
 """The significant digits of a loss, so few that the last bits of a sum never decide an allocation."""
 
@@ -73,8 +75,12 @@ def noise_of_program(program: Program, changed: Program, inputs: int, context: R
         context: runs the parts on its jobs.
     """
     parts = list(batches(program.facts[CALIBRATION].select(inputs), inputs_held(program)))
+    together = BATCH if len(parts) == 1 else PIECE
+
+    def output(of: Program, part: dict[str, Tensor]) -> Tensor:
+        return torch.cat([run(of, piece) for piece in batches(part, together)])
 
     def power(part: dict[str, Tensor]) -> float:
-        return noise_power(run(changed, part), run(program, part), input_weights(program, part))
+        return noise_power(output(changed, part), output(program, part), input_weights(program, part))
 
     return mean_power(context.map(power, parts), [float(input_weights(program, part).sum()) for part in parts])

@@ -15,12 +15,13 @@ from mpq_compiler.ir.edges import RowGeometry, input_edge, row_geometry
 from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.demand import VALUE_PASSES, Asked, Demand
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import bias_of, some_rows
 from mpq_compiler.quantization.rewrite_gain import HELD_BYTES, Change, Layers, Rows, quantized
 from mpq_compiler.quantization.statistics import input_rows, spread
-from mpq_compiler.support.execution import batches
+from mpq_compiler.support.execution import BATCH, batches
 
 FEW_INPUTS = 16
 """The number of inputs of which a large model's rows are taken."""
@@ -42,6 +43,8 @@ class RewriteSearch(Pass):
     """A pass that rewrites the layers which gain by it, both sides quantized."""
 
     contract: ClassVar[Contract] = Contract.REWRITE
+    tried: ClassVar[int] = 1
+    """Rewrites of a group of layers that are tried."""
     requires: ClassVar[frozenset[str]] = frozenset({"channels-last"})
 
     weights: str = "int4"
@@ -113,6 +116,22 @@ class RewriteSearch(Pass):
                 for geometry, part in sample.parts.items():
                     group.parts[geometry].append(part)
         return list(groups.values())
+
+    def demand(self, asked: Asked) -> Demand:
+        """Running on the inputs, then a trial for each candidate: quantized rows times quantized weights."""
+        sizes = asked.sizes
+        share = min(1.0, self.sampled / max(1, sizes.numbers))
+        columns = sum(layer.columns for layer in sizes.layers)
+        rows = min(self.rows, HELD_BYTES // (4 * max(1, columns)))
+        ran = asked.running(FEW_INPUTS, FEW_TOGETHER) if share < 1 else asked.running(self.samples * self.steps, BATCH)
+        widest = max((layer.columns for layer in sizes.layers), default=0)
+        tried = self.tried + 2
+        searched = Demand(
+            products=2 * tried * rows * share * sizes.numbers,
+            traffic=tried * 4 * (VALUE_PASSES * rows * columns + 6 * share * sizes.numbers),
+            held=6 * 4 * (rows * widest + share * sizes.largest),
+        )
+        return ran + searched + Demand(traffic=24 * sizes.numbers, disk=4 * rows * columns + 4 * sizes.numbers)
 
     def share(self, program: Program) -> float:
         """The share of the weights' rows on which errors are measured."""

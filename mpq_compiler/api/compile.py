@@ -11,10 +11,12 @@ import torch
 
 from mpq_compiler.api import diffusers
 from mpq_compiler.driver.compile import compile_denoiser
+from mpq_compiler.driver.estimate import Estimate, estimate_denoiser
 from mpq_compiler.driver.report import Report
 from mpq_compiler.frontend import calibration_file, call_file
 from mpq_compiler.frontend.call_module import variations
 from mpq_compiler.frontend.denoiser import Denoiser, wrap, wrap_calls
+from mpq_compiler.pipeline.backend import Progress
 from mpq_compiler.sampling.call_tree import Arguments
 from mpq_compiler.support.errors import UserError
 
@@ -23,17 +25,19 @@ EXAMPLES = 16
 
 
 @overload
-def compile(model: str | Path | Denoiser, output: str | Path, progress: Any = None, **options: Any) -> Report: ...
+def compile(
+    model: str | Path | Denoiser, output: str | Path, progress: Progress | None = None, **options: Any
+) -> Report: ...
 
 
 @overload
-def compile(model: Any, output: str | Path, progress: Any = None, **options: Any) -> Any: ...
+def compile(model: Any, output: str | Path, progress: Progress | None = None, **options: Any) -> Any: ...
 
 
 def compile(
     model: Any,
     output: str | Path,
-    progress: Any = None,
+    progress: Progress | None = None,
     *,
     example: Arguments | Sequence[Arguments] | None = None,
     **options: Any,
@@ -69,10 +73,24 @@ def compile(
     return compile_denoiser(model, output, progress, **options)
 
 
+def estimate(model: str | Path | Denoiser, progress: Progress | None = None, **options: Any) -> Estimate:
+    """Estimates what compiling a model takes: seconds, memory and disk of each pass. Nothing but the trace is run.
+
+    Args:
+        model: a folder, a hub id, a bundled name, or a `Denoiser`.
+        progress: opens progress bars, or None.
+        options: fields of `driver.options.Options`.
+
+    Raises:
+        UserError: an input that cannot be compiled, or that takes more memory or disk than there is.
+    """
+    return estimate_denoiser(model, progress, **options)
+
+
 def _by_calls(
     model: torch.nn.Module,
     output: str | Path,
-    progress: Any,
+    progress: Progress | None,
     example: Arguments | Sequence[Arguments] | None,
     options: dict[str, Any],
 ) -> Report:

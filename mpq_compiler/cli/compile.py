@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from mpq_compiler.cli import options
 from mpq_compiler.support import terminal, usage
+from mpq_compiler.support.errors import UserError
 
 if TYPE_CHECKING:
+    from mpq_compiler.driver.estimate import Estimate
     from mpq_compiler.driver.report import Report
 
 
@@ -19,7 +21,7 @@ def add(commands: options.Commands) -> None:
     """Add the command and its options to the command line."""
     parser = commands.add("compile", run, "compile a denoiser to an artifact")
     parser.add_argument("model", metavar="MODEL", help="folder, hub id, or bundled name (mpqc models)")
-    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="artifact: a folder, or a file OUT.zip")
+    parser.add_argument("-o", "--output", metavar="OUT", help="artifact: a folder, or a file OUT.zip")
     parser.add_argument("--target", default="native", help="mpqc targets lists them (default: this machine)")
     parser.add_argument(
         "--numerics",
@@ -51,6 +53,14 @@ def add(commands: options.Commands) -> None:
         "--lora-layers", metavar="PATTERNS",
         help='layers with such a branch, by module path: "*.attn*,*.ff.*" (default: linear layers)',
     )  # fmt: skip
+    parser.add_argument(
+        "--estimate", action="store_true",
+        help="print what each pass would take in seconds, memory and disk, and stop (docs/scale.md)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--memory-limit", metavar="SIZE",
+        help="most memory, 8GB; where that is little there are fewer --jobs (default: 80%% of what is free)",
+    )  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace an artifact that exists")
     parser.add_argument("--dumps", type=Path, metavar="DIR", help="write the program after every pass")
     options.add_threads(parser, "threads of a call, unless it says otherwise (default: every core it finds)")
@@ -60,17 +70,50 @@ def add(commands: options.Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> Any:
-    """Compile the model, print the summary of its report, and return the report."""
-    from mpq_compiler.api.compile import compile
+    """Compile the model, print the summary of its report, and return the report; or estimate what that takes."""
+    from mpq_compiler.api.compile import compile, estimate
 
     usage.return_freed_memory()
-    report = compile(args.model, args.output, terminal.progress, **options.of_compilation(args))
+    if args.estimate:
+        found = estimate(args.model, terminal.progress, **options.of_compilation(args))
+        _print_estimate(found)
+        return found.to_json()
+    if args.output is None:
+        raise UserError("nothing says where the artifact goes: add -o OUT, or --estimate to see what it takes")
+
+    def planned(found: Estimate, lowered: str | None) -> None:
+        if lowered is not None:
+            terminal.note(f"note: {lowered}")
+        if args.memory_limit is not None:
+            _print_memory(found)
+
+    report = compile(args.model, args.output, terminal.progress, planned=planned, **options.of_compilation(args))
     for note in report.notes:
         terminal.note(f"note: {note}")
     terminal.table(f"{args.output} for {report.target}, recipe {report.recipe}", ("what", "value"), _summary(report))
     for name, reason in report.fallbacks.items():
         terminal.say(f"fallback: {name}: {reason}")
     return report.to_json()
+
+
+def _print_estimate(found: Estimate) -> None:
+    from mpq_compiler.driver.estimate import Step
+
+    rows = [
+        (s.name, _seconds(s.seconds), _seconds(s.cpu_seconds), terminal.size(s.peak_bytes), terminal.size(s.disk_bytes))
+        for s in (*found.steps, Step("all", found.cpu_seconds, found.seconds, found.peak_bytes, found.disk_bytes))
+    ]
+    title = f"estimate for {found.jobs} job{'s' if found.jobs > 1 else ''}; disk is that of TMPDIR"
+    terminal.table(title, ("step", "time", "CPU", "memory", "disk"), rows, numeric=(1, 2, 3, 4))
+
+
+def _print_memory(found: Estimate) -> None:
+    rows = [(step.name, terminal.size(step.peak_bytes), terminal.size(step.disk_bytes)) for step in found.steps]
+    terminal.table("most memory and disk, estimated", ("step", "memory", "disk"), rows, numeric=(1, 2))
+
+
+def _seconds(count: float) -> str:
+    return f"{count:.1f} s" if count < 100 else f"{count / 60:.1f} min"
 
 
 def _summary(report: Report) -> list[tuple[str, object]]:

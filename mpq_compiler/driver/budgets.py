@@ -49,5 +49,18 @@ def parse_budget(text: str | float | None) -> tuple[float | None, int | None]:
         raise UserError(f"--weights '{text}' is neither bits (3.7) nor bytes (40MB, 800kB)")
     if not match[3]:
         return float(match[1]), None
-    unit = {"k": 1, "M": 2, "G": 3}[match[2][0]] if match[2] else 0
-    return None, int(float(match[1]) * (1024 if match[2] and match[2].endswith("i") else 1000) ** unit)
+    return None, _bytes(match[1], match[2])
+
+
+def parse_memory(text: str) -> int:
+    """Parses an amount of memory, ``"8GB"``, ``"800MB"`` or ``"8GiB"``, to bytes. UserError: malformed, or 0."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kMG]i?)B?\s*", str(text))
+    if match is None or float(match[1]) <= 0:
+        raise UserError(f"--memory-limit '{text}' is no amount of memory: write 8GB or 800MB")
+    return _bytes(match[1], match[2])
+
+
+def _bytes(number: str, unit: str | None) -> int:
+    """Bytes of a number with a unit: ``k``, ``M``, ``G``, and with an ``i`` powers of 1024."""
+    power = {"k": 1, "M": 2, "G": 3}[unit[0]] if unit else 0
+    return round(float(number) * (1024 if unit and unit.endswith("i") else 1000) ** power)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mpq_compiler.artifact import bundle, tvm_wheels
+from mpq_compiler.driver.budgets import parse_memory
 from mpq_compiler.driver.lower import latency_table_of
 from mpq_compiler.driver.options import Options
 from mpq_compiler.driver.resolve import resolve
@@ -16,8 +17,8 @@ from mpq_compiler.support.execution import require_threads
 from mpq_compiler.targets import table as targets
 
 
-def check(options: Options, output: str | Path) -> None:
-    """Raises a UserError where a compilation would be refused for every model."""
+def check(options: Options, output: str | Path | None = None) -> None:
+    """Raises a UserError where a compilation would be refused for every model; without ``output`` none is looked at."""
     require_threads(options.threads)
     target = targets.resolve(options.target)
     backend = backend_of(target)
@@ -37,10 +38,14 @@ def check(options: Options, output: str | Path) -> None:
         raise UserError("--wheels holds TVM's runtime for --standalone: add that, or leave it out")
     if options.standalone:
         tvm_wheels.files(target, options.wheels)
-    bundle.check_output(output, options.overwrite)
+    if options.memory_limit is not None:
+        parse_memory(options.memory_limit)
+    if output is not None:
+        bundle.check_output(output, options.overwrite)
     if options.dumps is not None and not options.overwrite and options.dumps.exists() and any(options.dumps.iterdir()):
         raise UserError(f"the dumps folder '{options.dumps}' is not empty; name another one or add --overwrite")
-    if options.dumps is not None and options.dumps.resolve().is_relative_to(Path(output).resolve()):
+    dumps, place = options.dumps, None if output is None else Path(output).resolve()
+    if dumps is not None and place is not None and dumps.resolve().is_relative_to(place):
         raise UserError(f"the dumps folder '{options.dumps}' lies within the output '{output}'; name another one")
     if any("lora_rank" in step.settings for step in resolve(options)):
         if not able.lora:

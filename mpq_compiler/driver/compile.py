@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mpq_compiler.artifact import bundle
 from mpq_compiler.driver import manifest, report
 from mpq_compiler.driver.check import check
+from mpq_compiler.driver.estimate import NOMINAL, Estimate, Workload, fit_jobs
 from mpq_compiler.driver.judge import Judge
 from mpq_compiler.driver.kinds import other_kinds
-from mpq_compiler.driver.lower import Lowering, load_denoiser, lower
+from mpq_compiler.driver.lower import Lowering, halves, load_denoiser, lower
 from mpq_compiler.driver.options import Options, parse_shapes
 from mpq_compiler.driver.report import Report
+from mpq_compiler.driver.resolve import resolve
 from mpq_compiler.driver.specialize import added_bytes, other_sizes
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir import costs
 from mpq_compiler.ir.interpreter import single_threaded
 from mpq_compiler.ir.lora import branch_bytes
 from mpq_compiler.ir.parcels import SHIPPING
+from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.specialization import Specialization
-from mpq_compiler.pipeline.backend import Backend, BuildRequest, Built, backend_of
+from mpq_compiler.pipeline.backend import Backend, BuildRequest, Built, Progress, backend_of
+from mpq_compiler.pipeline.manager import Record, recorded
 from mpq_compiler.pipeline.stages import StageInstrument
 from mpq_compiler.support.cluster import connected
 from mpq_compiler.support.execution import RunContext
@@ -30,7 +36,11 @@ from mpq_compiler.targets.table import Target
 
 
 def compile_denoiser(
-    model: str | Path | Denoiser, output: str | Path, progress: Any = None, **options: Any
+    model: str | Path | Denoiser,
+    output: str | Path,
+    progress: Progress | None = None,
+    planned: Callable[[Estimate, str | None], None] | None = None,
+    **options: Any,
 ) -> Report:
     """Compiles a model to an artifact.
 
@@ -38,6 +48,8 @@ def compile_denoiser(
         model: a folder, a hub id, a bundled name, or a denoiser in memory (`frontend.denoiser`).
         output: a folder, or a file ending in ``.zip``.
         progress: opens progress bars (`RunContext.progress`), or None.
+        planned: is called before anything is measured, with the estimate of memory and disk, and with a sentence where
+            the memory lowered the number of jobs.
         options: fields of `Options`.
 
     Raises:
@@ -50,11 +62,27 @@ def compile_denoiser(
     with connected(chosen.distributed, SHIPPING, chosen.jobs) as cluster, ExitStack() as stack:
         denoiser = load_denoiser(model, chosen)
         workers = stack.enter_context(backend.standby(chosen.jobs))
-        lowering = lower(denoiser, chosen, progress, cluster=cluster).packed()
+        _, rest = halves(resolve(chosen))
+
+        def plan(program: Program) -> int:
+            nonlocal chosen, workers
+            workload = Workload.of(program, rest, denoiser, chosen)
+            jobs, lowered = fit_jobs(workload, chosen.jobs, chosen.memory_limit)
+            if planned is not None:
+                planned(workload.estimate(jobs, NOMINAL), lowered)
+            if jobs < chosen.jobs:
+                stack.close()
+                workers = stack.enter_context(backend.standby(jobs))
+                chosen = replace(chosen, jobs=jobs)
+            return jobs
+
+        lowering = lower(denoiser, chosen, progress, cluster=cluster, plan=plan).packed()
         standing = stack.pop_all()  # the cluster is not held while kernels are compiled
+    after: list[Record] = []
     with standing, single_threaded():
         others = other_kinds(lowering, denoiser) or other_sizes(lowering.program, lowering.laid_out, chosen)
-        built = _built(backend, lowering, target, chosen, others, workers, progress)
+        with recorded("kernels", after):
+            built = _built(backend, lowering, target, chosen, others, workers, progress)
     with single_threaded():
         target = targets.with_features(target, built.features)
         stored = costs.stored_bytes(lowering.planned) + added_bytes(lowering.program, others)
@@ -64,12 +92,13 @@ def compile_denoiser(
         files = manifest.files(denoiser, lowering, built, chosen, target)
         if chosen.dumps is not None:
             (chosen.dumps / bundle.DECISIONS).write_bytes(files[bundle.DECISIONS])
-        judge = Judge(denoiser, lowering, chosen, RunContext(jobs=chosen.jobs, progress=progress))
-        document["quality"] = judge.reference_quality()
-        complete = bundle.write(output, document, files, built.tensors, chosen.overwrite)
-        assert complete["weights"]["payload_bytes"] == stored, "payload and plan differ"
-        judged = judge.judged(output, target, others)
-    return report.report(denoiser, lowering, built, chosen, target, complete, judged, predicted)
+        with recorded("judging", after):
+            judge = Judge(denoiser, lowering, chosen, RunContext(jobs=chosen.jobs, progress=progress))
+            document["quality"] = judge.reference_quality()
+            complete = bundle.write(output, document, files, built.tensors, chosen.overwrite)
+            assert complete["weights"]["payload_bytes"] == stored, "payload and plan differ"
+            judged = judge.judged(output, target, others)
+    return report.report(denoiser, lowering, built, chosen, target, complete, judged, predicted, after)
 
 
 def _built(
@@ -79,7 +108,7 @@ def _built(
     options: Options,
     others: list[Specialization],
     workers: Any,
-    progress: Any,
+    progress: Progress | None,
 ) -> Built:
     """Builds the packed program by the backend."""
     batches, *_ = parse_shapes(options.shapes).values()

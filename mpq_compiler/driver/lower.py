@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,7 @@ def lower(
     progress: Any = None,
     passes: list[Pass] | None = None,
     cluster: Cluster | None = None,
+    plan: Callable[[Program], int] | None = None,
 ) -> Lowering:
     """Runs the passes on a denoiser; nothing is written but dumps.
 
@@ -135,6 +136,7 @@ def lower(
         progress: opens progress bars, or None.
         passes: the passes to run; None takes those of the options.
         cluster: runs the tasks of passes; None: the threads of this process.
+        plan: decides by the laid-out program in how many jobs the passes behind it run; None: in those of the options.
     """
     passes = resolve(options) if passes is None else passes
     calibration_file.require(denoiser, options.calibration)
@@ -182,11 +184,23 @@ def lower(
             _check_budget(program, passes, latency)
 
     instruments: list[Instrument] = [observe, keep_planned, *([dumps.write] if dumps else []), keep_sizes]
+    front, rest = halves(passes)
     start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
     with single_threaded():
-        program, records = manager.run_pipeline(passes, start, session, instruments)
+        program, records = manager.run_pipeline(front, start, session, instruments)
+        if plan is not None:
+            session = replace(session, jobs=plan(program))
+        present = {fact for step in front for fact in step.provides}
+        program, further = manager.run_pipeline(rest, program, session, instruments, present, len(front))
+    records += further
     kept = simulated[-1] if simulated else None
     return Lowering(program, planned[-1] if planned else None, laid_out, kept, records, passes, latency, dumps)
+
+
+def halves(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass]]:
+    """Splits passes behind the one that lays the program out; before it nothing is measured."""
+    end = next((i for i, step in enumerate(passes, 1) if specialize.is_laid_out(step)), len(passes))
+    return [*passes[:end]], [*passes[end:]]
 
 
 def layer_times(

@@ -80,6 +80,9 @@ class Options:
     tune: bool = False
     """Whether to search for the fastest tiles of the integer kernels, measured here; no result depends on them."""
     jobs: int = 1
+    memory_limit: str | None = None
+    """The most memory of the compilation, anonymous and shared, over all its processes: "8GB". Where it is too little
+    for `jobs`, there are fewer. None: 80 % of what is free. The result is the same."""
     distributed: str | None = None
     """The machines that tasks run on: "ray" starts `jobs` processes here, "ray://host:port" and "host:port" are a Ray
     cluster's (docs/scale.md). None: the threads of this process. The result is the same."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from mpq_compiler.artifact.manifest import Manifest
 from mpq_compiler.driver.judge import Judged, KindQuality
@@ -19,12 +19,22 @@ from mpq_compiler.latency.candidates import Latency
 from mpq_compiler.latency.table import predict
 from mpq_compiler.pipeline import parser
 from mpq_compiler.pipeline.backend import Built
+from mpq_compiler.pipeline.manager import Record
 from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.targets.table import Target
 from mpq_compiler.training.trainer import TRAINING
 
 ENOUGH_ROWS = 64
 """The number of calibration inputs below which ranges and moments are poor, and there is a note."""
+
+
+class Taken(TypedDict):
+    """What a pass or another step took, as the system counted it."""
+
+    name: str
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
 
 
 @dataclass
@@ -34,7 +44,10 @@ class Report:
     weights: dict[str, Any]
     activations: dict[str, Any]
     quality: dict[str, Any]
-    passes: list[dict[str, Any]]
+    passes: list[Taken]
+    """Seconds, CPU seconds and peak memory of each pass."""
+    after: list[Taken]
+    """Seconds, CPU seconds and peak memory of what follows the passes: kernels, judging."""
     layers: list[dict[str, Any]]
     artifact: dict[str, Any]
     calibration: dict[str, Any]
@@ -73,6 +86,7 @@ def report(
     complete: Manifest,
     judged: Judged,
     predicted: dict[str, Any] | None,
+    after: list[Record],
 ) -> Report:
     """Makes the report of a compilation.
 
@@ -85,6 +99,7 @@ def report(
         complete: the artifact's manifest.
         judged: the judgement of the artifact.
         predicted: the predicted latency, or None.
+        after: the records of what followed the passes.
     """
     program, planned = lowering.program, lowering.planned
     parameters, stored = program.facts[PARAMETERS], complete["weights"]["payload_bytes"]
@@ -96,10 +111,8 @@ def report(
         },
         activations={"average_bits": costs.activation_bits(planned)},
         quality=judged.quality,
-        passes=[
-            {"name": r.name, "seconds": r.seconds, "cpu_seconds": r.cpu_seconds, "peak_bytes": r.peak_bytes}
-            for r in lowering.records
-        ],
+        passes=[_taken(record) for record in lowering.records],
+        after=[_taken(record) for record in after],
         layers=layer_rows(planned),
         artifact={
             "bytes": sum(f["bytes"] for f in complete["files"].values()),
@@ -117,6 +130,12 @@ def report(
         fallbacks=dict(program.fallbacks),
         calls=judged.calls,
         notes=[*_notes(denoiser, lowering, built, options), *judged.notes],
+    )
+
+
+def _taken(record: Record) -> Taken:
+    return Taken(
+        name=record.name, seconds=record.seconds, cpu_seconds=record.cpu_seconds, peak_bytes=record.peak_bytes
     )
 
 

@@ -140,6 +140,11 @@ class Format(ABC):
         return False
 
     @property
+    def trials(self) -> int:
+        """How often `fit` quantizes the weight to compare what it tries, by which its time is estimated."""
+        return 14
+
+    @property
     def integer(self) -> bool:
         """Whether layers multiply its codes by quantized activations; else they compute in float."""
         return True

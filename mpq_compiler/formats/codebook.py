@@ -52,6 +52,10 @@ class CodebookFormat(Format):
     def searches(self) -> bool:
         return True
 
+    @property
+    def trials(self) -> int:
+        return 2 * ROUNDS * (1 + len(FACTORS)) * (2 if self.tiled else 1)
+
     def tiles_of_class(self, rows: int) -> int:
         """The number of neighbouring tiles that share a table: 1, unless there are more tiles than classes."""
         tiles = row_tiles(rows)

@@ -47,6 +47,10 @@ class ResidualFormat(Format):
         return True
 
     @property
+    def trials(self) -> int:
+        return 2 * len(STARTS) * ROUNDS
+
+    @property
     def has_offset(self) -> bool:
         return True
 

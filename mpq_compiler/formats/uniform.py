@@ -30,6 +30,10 @@ class UniformFormat(Format):
         return True
 
     @property
+    def trials(self) -> int:
+        return 1 if self.bits == 8 else len(SHRINK)  # five without a table, which takes most of the time
+
+    @property
     def has_offset(self) -> bool:
         return self.bits < 8
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,7 @@ Instrument = Callable[[int, Pass, Program, Program], None]
 
 @dataclass
 class Record:
-    """The record of one pass's run, for the report and never for dumps or artifacts."""
+    """The record of one pass's run, or of another step, for the report and never for dumps or artifacts."""
 
     name: str
     seconds: float
@@ -46,12 +47,22 @@ class Record:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
+@contextmanager
+def recorded(name: str, records: list[Record]) -> Iterator[None]:
+    """Adds the record of a step that is none of the passes: what runs within the block."""
+    start, cpu = time.perf_counter(), cpu_seconds()
+    with PeakMemory() as memory:
+        yield
+    records.append(Record(name, time.perf_counter() - start, cpu_seconds() - cpu, memory.take()))
+
+
 def run_pipeline(
     passes: Sequence[Pass],
     program: Program,
     session: Session,
     instruments: Sequence[Instrument] = (),
     present: Iterable[str] = (),
+    first: int = 0,
 ) -> tuple[Program, list[Record]]:
     """Runs passes in order; after each the program is verified, and every instrument observes the step.
 
@@ -61,6 +72,7 @@ def run_pipeline(
         session: what the passes share; it gets the requests of all of them.
         instruments: observers of every step.
         present: the properties that the program has at the start.
+        first: the index of the first pass, for the instruments.
 
     Returns:
         The last program, and the record of each pass.
@@ -72,7 +84,7 @@ def run_pipeline(
     session = dataclasses.replace(session, requests=Requests.all(p.requests() for p in passes) | session.requests)
     records = []
     with PeakMemory() as memory:
-        for index, p in enumerate(passes):
+        for index, p in enumerate(passes, first):
             start, cpu = time.perf_counter(), cpu_seconds()
             before, program = program, p.run(program, session)
             verify(program, after=p.name())

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mpq_compiler.pipeline.demand import Asked, Demand
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.quantization.statistics import Statistic
@@ -96,6 +97,10 @@ class Pass(ABC):
     @abstractmethod
     def run(self, program: Program, session: Session) -> Program:
         """Runs the pass and returns the new program; the given one is left as it is."""
+
+    def demand(self, asked: Asked) -> Demand:
+        """What the pass demands of the machine, reckoned before it runs; nothing that counts, unless it says so."""
+        return Demand()
 
     def requests(self) -> Requests:
         """The requests of the pass, with its options, to other passes."""

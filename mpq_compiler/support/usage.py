@@ -37,6 +37,46 @@ def memory(pid: int | None = None) -> int:
     return sum(map(_resident, _family(os.getpid() if pid is None else pid)))
 
 
+def own_memory() -> int:
+    """Resident bytes of this process alone, as `memory` counts them."""
+    return _resident(os.getpid()) if sys.platform.startswith("linux") else memory()
+
+
+def free_memory() -> int:
+    """Bytes that processes can still take: of the machine, or of the control group that this process is in.
+
+    Where the system has no /proc, half of the machine's memory.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    return min(free, *_free_in_group())
+
+
+def _free_in_group() -> Iterator[int]:
+    """What the limits of version 2 control groups leave; pages of files that can be dropped count as free."""
+    try:
+        own = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()[-1].rpartition(":")[2]
+    except (OSError, IndexError):
+        own = "/"
+    root = Path("/sys/fs/cgroup")
+    place = root / own.lstrip("/")
+    for group in [place, *place.parents]:
+        try:
+            limit = (group / "memory.max").read_text(encoding="ascii").strip()
+            used = int((group / "memory.current").read_text(encoding="ascii"))
+            stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        except (OSError, ValueError):
+            limit = "max"
+        if limit != "max":
+            yield max(0, int(limit) - used + int(stat.get("inactive_file", 0)))
+        if group == root:
+            break
+    yield sys.maxsize
+
+
 def _family(pid: int) -> Iterator[int]:
     yield pid
     try:
