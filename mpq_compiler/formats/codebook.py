@@ -26,7 +26,7 @@ from mpq_compiler.formats.contract import nearest_codes, row_parts
 
 BINS = 512
 """The number of bins of the histogram that K-means starts from."""
-SAMPLED = 4_194_301
+SAMPLED = 1_048_573
 """The most values of a table that K-means sees, spread over all; a prime, so that no column of a weight is left out."""
 LLOYD = 25
 """The number of steps of Lloyd's algorithm; in one dimension with many values it has converged by then."""

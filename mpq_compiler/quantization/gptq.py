@@ -22,6 +22,9 @@ from mpq_compiler.support.memo import last_result
 BLOCK = 128
 """The number of columns whose updates to the columns behind the block are applied together."""
 
+SMALLEST = 64
+"""The size of a triangle that is inverted column by column."""
+
 
 def gptq(
     rows: Tensor, nearest: QuantizedWeight, gram: Tensor, order: bool = True, damping: float = 0.01
@@ -97,9 +100,25 @@ def _updates(gram: Tensor, order: bool, damping: float) -> list[tuple[Tensor, Te
 
 
 def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped gram, f32 [K, K]."""
-    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(cholesky(gram.double(), damping)), upper=True)
-    return upper.float()
+    """The upper Cholesky factor of the inverse of the damped gram, f32 [K, K].
+
+    With rows and columns in reverse order, J G J = M M^T, it is J M^-1 J: the inverse of a triangle takes half of the
+    time of the whole inverse and its factor.
+    """
+    return _inverse(cholesky(gram.double().flip(0, 1), damping)).flip(0, 1).float()
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangle [K, K], by halves: nearly all of it is products of matrices."""
+    half = len(lower) // 2
+    if half < SMALLEST:
+        return torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
+    found = torch.zeros_like(lower)
+    first, last = found[:half, :half], found[half:, half:]
+    first.copy_(_inverse(lower[:half, :half]))
+    last.copy_(_inverse(lower[half:, half:]))
+    found[half:, :half] = -(last @ (lower[half:, :half] @ first))
+    return found
 
 
 def cholesky(gram: Tensor, damping: float) -> Tensor:
