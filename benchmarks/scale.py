@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=tuple(SETTINGS), choices=tuple(SETTINGS))
     parser.add_argument("--folder", type=Path, help="where checkpoints are kept (default: made anew, and deleted)")
     parser.add_argument("--keep", action="store_true", help="keep artifacts in the folder too")
+    parser.add_argument("--estimates", action="store_true", help="only estimate anew what was measured before")
     parser.add_argument("--peers", nargs="*", choices=peers.PEERS, help="try these peers instead, or all")
     parser.add_argument("--memory", type=float, help="GiB that a process may use (default: the machine's but 2)")
     parser.add_argument("--jobs", type=int, default=2)
@@ -55,7 +56,10 @@ def main() -> None:
         for name in options.models:
             cells.prepared(name, place / name)
             for setting in options.settings:
-                keep(cell(name, place / name, setting, options.jobs, options.keep, limit))
+                if options.estimates:
+                    estimate_anew(name, place / name, setting)
+                else:
+                    keep(cell(name, place / name, setting, options.jobs, options.keep, limit))
     documents.insert(DOCS, "scale", table(cells.read(RESULTS)))
 
 
@@ -70,15 +74,11 @@ def cell(
     """What it takes to compile a model; its artifact is left in the folder where it is to be kept."""
     files = [file.stat().st_size for file in folder.glob(f"{realistic.STEM}*.safetensors")]
     with tempfile.TemporaryDirectory() as scratch:
-        made = Path(scratch, "model.mpq")
-        command = ["compile", str(folder), "-o", str(made), "--calibration", str(folder / "calls.safetensors")]
-        command += ["--cache", f"{scratch}/cache", "--jobs", str(jobs), "--json", f"{scratch}/report.json"]
-        command += SETTINGS[setting]
-        if setting_shapes(name):
-            command += ["--shapes", f"1x4x{SIZE}x{SIZE}"]
+        made, said = Path(scratch, "model.mpq"), Path(scratch, "report.json")
+        command = command_of(name, folder, setting, jobs, said)
+        command += ["-o", str(made), "--cache", f"{scratch}/cache"]
         estimated = cells.run("mpq_compiler", *command, "--estimate", limit=limit)
-        if estimated.error is None:
-            estimate = json.loads(Path(scratch, "report.json").read_text(encoding="utf-8"))
+        estimate = None if estimated.error is not None else json.loads(said.read_text(encoding="utf-8"))
         ended = cells.run("mpq_compiler", *command, limit=limit)
         found = {
             "model": name,
@@ -93,7 +93,7 @@ def cell(
         }
         if error := ended.error or estimated.error:
             return {**found, "error": error}
-        report = json.loads(Path(scratch, "report.json").read_text(encoding="utf-8"))
+        report = json.loads(said.read_text(encoding="utf-8"))
         if kept:
             place = artifact_of(folder, setting)
             shutil.rmtree(place.parent, ignore_errors=True)
@@ -107,6 +107,26 @@ def cell(
         "bits": report["weights"]["average_bits"],
         "quality": report["quality"],
     }
+
+
+def command_of(name: str, folder: Path, setting: str, jobs: int, said: Path) -> list[str]:
+    """The command that compiles a model in a setting, but for where to, and writes its result to ``said``."""
+    command = ["compile", str(folder), "--calibration", str(folder / "calls.safetensors"), "--jobs", str(jobs)]
+    command += ["--json", str(said), *SETTINGS[setting]]
+    return command + (["--shapes", f"1x4x{SIZE}x{SIZE}"] if setting_shapes(name) else [])
+
+
+def estimate_anew(name: str, folder: Path, setting: str) -> None:
+    """Estimates a cell again that was measured before, and prints both."""
+    for found in cells.read(RESULTS):
+        if (found["model"], found["setting"]) == (name, setting) and "error" not in found:
+            with tempfile.TemporaryDirectory() as scratch:
+                said = Path(scratch, "estimate.json")
+                command = command_of(name, folder, setting, found["jobs"], said)
+                ended = cells.run("mpq_compiler", *command, "--estimate")
+                if ended.error is not None:
+                    raise SystemExit(ended.error)
+                keep({**found, "estimate": json.loads(said.read_text(encoding="utf-8"))})
 
 
 def setting_shapes(name: str) -> bool:
