@@ -71,9 +71,9 @@ def add(commands: options.Commands) -> None:
 
 def run(args: argparse.Namespace) -> Any:
     """Compile the model, print the summary of its report, and return the report; or estimate what that takes."""
+    usage.return_freed_memory()
     from mpq_compiler.api.compile import compile, estimate
 
-    usage.return_freed_memory()
     if args.estimate:
         found = estimate(args.model, terminal.progress, **options.of_compilation(args))
         _print_estimate(found)

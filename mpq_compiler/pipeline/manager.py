@@ -16,7 +16,7 @@ from mpq_compiler.pipeline.registry import usable
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.support.errors import UserError
-from mpq_compiler.support.usage import PeakMemory, cpu_seconds
+from mpq_compiler.support.usage import PeakMemory, cpu_seconds, trim
 
 
 def check(passes: Sequence[Pass], present: Iterable[str] = ()) -> None:
@@ -88,6 +88,7 @@ def run_pipeline(
             start, cpu = time.perf_counter(), cpu_seconds()
             before, program = program, p.run(program, session)
             verify(program, after=p.name())
+            trim()
             records.append(Record(p.name(), time.perf_counter() - start, cpu_seconds() - cpu, memory.take()))
             for instrument in instruments:
                 instrument(index, p, before, program)
