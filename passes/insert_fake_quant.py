@@ -47,7 +47,7 @@ class InsertFakeQuant(Pass):
 
     def demand(self, asked: Asked) -> Demand:
         sizes = asked.sizes
-        return Demand(traffic=40 * sizes.numbers, shared=16 * sizes.largest, serial=True)
+        return Demand(traffic=50 * sizes.numbers, shared=8 * sizes.largest, serial=True)
 
     def run(self, program: Program, session: Session) -> Program:
         before = program

@@ -55,7 +55,7 @@ class TimeGroups(Pass):
     def demand(self, asked: Asked) -> Demand:
         edges, places = len({layer.edge for layer in asked.sizes.layers}), min(self.places, asked.rows)
         tried = VALUES_PER_STEP * places**3 / 6 * len(activation.SHRINK[::2])
-        return Demand(traffic=4 * VALUE_PASSES * edges * tried, serial=True)
+        return Demand(traffic=12 * VALUE_PASSES * edges * tried, serial=True)
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()

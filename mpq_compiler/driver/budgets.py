@@ -63,4 +63,5 @@ def parse_memory(text: str) -> int:
 def _bytes(number: str, unit: str | None) -> int:
     """Bytes of a number with a unit: ``k``, ``M``, ``G``, and with an ``i`` powers of 1024."""
     power = {"k": 1, "M": 2, "G": 3}[unit[0]] if unit else 0
-    return round(float(number) * (1024 if unit and unit.endswith("i") else 1000) ** power)
+    base = 1024 if unit is not None and unit.endswith("i") else 1000
+    return round(float(number) * float(base) ** power)

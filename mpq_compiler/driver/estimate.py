@@ -10,7 +10,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from mpq_compiler.driver.check import check
 from mpq_compiler.driver.held_out import HELD_OUT, HELD_OUT_LARGE, LARGE
 from mpq_compiler.driver.judge import JUDGED_TOGETHER, REFERENCE_LEAST, REFERENCE_MACS
 from mpq_compiler.driver.lower import halves, load_denoiser, lower
-from mpq_compiler.driver.options import Options
+from mpq_compiler.driver.options import Options, parse_shapes
 from mpq_compiler.driver.resolve import resolve, with_role
 from mpq_compiler.frontend import calibration_file
 from mpq_compiler.frontend.denoiser import Denoiser
@@ -38,12 +38,18 @@ SHARE = 0.8
 """The share of the free memory that a compilation may take where no limit is given."""
 WORKER = 100 << 20
 """Bytes of a process that compiles kernels."""
-KERNEL_STEPS = 30_000.0
+COMPILING = 50 << 20
+"""Bytes by which such a process grows while it compiles."""
+KERNEL_STEPS = 5000.0
 """Small operators that stand for the time in which a kernel is compiled."""
-KERNELS_OF_CALL = 0.35
-"""Kernels for each call of an operator: equal calls share them, and batches have their own."""
-EXACT = 14.0
+KERNELS_OF_CALL = 0.38
+"""Kernels for each call of an operator at a batch size, since equal calls share them."""
+EXACT = 3.2
 """How much longer the packed program takes in the reference interpreter than the float model."""
+EXACT_VALUES = 4
+"""How much larger its values are."""
+ARTIFACT = 0.2
+"""The time of the artifact as a part of the float model's."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +129,13 @@ class Workload:
         workers = backend_of(target).capabilities(target).standby
         allocator, calibrating = with_role(passes, Role.ALLOCATES), with_role(passes, Role.CALIBRATES)
         if options.calibration is not None:
-            inputs = calibration_file.split(calibration_file.load(denoiser, options.calibration))[0]
-            rows = len(next(iter(inputs.values())))
+            given = calibration_file.split(calibration_file.load(denoiser, options.calibration))
+            rows, held_out = (len(next(iter(inputs.values()))) for inputs in given)
         else:
             recorded = {} if calibrating is None else calibrating.options()
             rows = recorded.get("samples", 1) * recorded.get("steps", 1) * denoiser.calls_per_step
+            held_out = rows
+        held_out = min(held_out, HELD_OUT_LARGE if denoiser.parameters > LARGE else HELD_OUT)
         sizes, requests = Sizes.of(program), Requests.all(step.requests() for step in passes)
         asked = Asked(
             sizes,
@@ -138,9 +146,11 @@ class Workload:
         )
         demands = [(step.name(), step.demand(asked)) for step in passes]
         if with_role(passes, Role.PACKS) is not None:
-            kernels = KERNELS_OF_CALL * sizes.calls if workers else 0
-            demands.append(("kernels", Demand(steps=KERNEL_STEPS * kernels, traffic=8 * sizes.numbers)))
-            demands.append(("judging", _judging(asked, denoiser.parameters)))
+            sizes_of_batches = sum(map(len, parse_shapes(options.shapes).values()))
+            kernels = KERNELS_OF_CALL * sizes.calls * sizes_of_batches if workers else 0
+            compiled = Demand(steps=KERNEL_STEPS * kernels, traffic=8 * sizes.numbers, held=COMPILING, shared=COMPILING)
+            demands.append(("kernels", compiled))
+            demands.append(("judging", _judging(asked, held_out)))
         return Workload(demands, usage.own_memory(), WORKER if workers else 0)
 
     def estimate(self, jobs: int, speed: Speed) -> Estimate:
@@ -153,13 +163,16 @@ class Workload:
         return Estimate(jobs, found)
 
 
-def _judging(asked: Asked, parameters: int) -> Demand:
+def _judging(asked: Asked, inputs: int) -> Demand:
     """Running the float model and the artifact on held-out inputs, and the packed program on some of them."""
-    inputs = min(asked.rows, HELD_OUT_LARGE if parameters > LARGE else HELD_OUT)
-    layers = sum(layer.products for layer in asked.sizes.layers)
+    sizes = asked.sizes
+    layers = sum(layer.products for layer in sizes.layers)
     compared = min(inputs, max(REFERENCE_LEAST, int(REFERENCE_MACS / max(1, layers))))
-    ran = asked.running(inputs, JUDGED_TOGETHER)
-    return ran + ran * 0.5 + asked.running(compared, JUDGED_TOGETHER) * EXACT
+    ran, exact = asked.running(inputs, JUDGED_TOGETHER), asked.running(compared, JUDGED_TOGETHER) * EXACT
+    held = EXACT_VALUES * min(compared, JUDGED_TOGETHER) * sizes.live_bytes + 16 * sizes.largest
+    several = 1 if compared > JUDGED_TOGETHER else 0  # a single batch of them is run by one job
+    exact = replace(exact, held=held * several, shared=held * (1 - several))
+    return ran * (1 + ARTIFACT) + exact
 
 
 def estimate_denoiser(model: str | Path | Denoiser, progress: Progress | None = None, **options: Any) -> Estimate:

@@ -16,8 +16,10 @@ from mpq_compiler.quantization.statistics import GRAM_COLUMNS
 
 VALUE_PASSES = 8.0
 """How often element-wise operators, norms and softmax read or write the bytes of the values that a run computes."""
-WIDENED = 6
-"""Bytes read and written for each number of a weight in half precision that a run widens."""
+WIDENED = 20
+"""Bytes of traffic for each number of a weight that a run widens, and orders for its kernel."""
+THREAD = 25 << 20
+"""Bytes of memory that a thread takes for itself: buffers of kernels, small blocks that are kept."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 USUAL = "int4"
 """The format by which the time of a mixed plan is estimated."""
-TRIAL = 200
+TRIAL = 100
 """Bytes of traffic that stand for a number of a weight being quantized and compared."""
 F64 = 2
 """How much longer a product takes in f64."""
@@ -127,8 +129,8 @@ def fitting(layers: Sequence[LayerSize], chosen: Sequence[Format], rounding: Rou
         if gptq:
             factors = F64 * blocks * block**3 * 2
             work += Demand(products=factors + len(chosen) * numbers * block / 2, steps=STEPS_OF_COLUMN * layer.columns)
-        held = 4 * layer.numbers + 16 * numbers * (1 if rows == layer.rows else len(chosen))
-        found += work + Demand(held=held + (3 * 8 * block**2 if gptq else 0))
+        held = 4 * layer.numbers + (10 if gptq else 2) * numbers * (1 if rows == layer.rows else len(chosen))
+        found += work + Demand(held=THREAD + held + (5 * 8 * block**2 if gptq else 0))
     return found
 
 
@@ -153,5 +155,5 @@ class Asked:
         return Demand(
             products=inputs * sizes.products,
             traffic=inputs * VALUE_PASSES * sizes.value_bytes + pieces * WIDENED * sizes.numbers,
-            held=min(inputs, together) * sizes.live_bytes + 8 * sizes.largest,
+            held=THREAD + min(inputs, together) * sizes.live_bytes + 8 * sizes.largest,
         )

@@ -105,14 +105,16 @@ def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
     With rows and columns in reverse order, J G J = M M^T, it is J M^-1 J: the inverse of a triangle takes half of the
     time of the whole inverse and its factor.
     """
-    return _inverse(cholesky(gram.double().flip(0, 1), damping)).flip(0, 1).float()
+    found = _inverse(cholesky(gram.double().flip(0, 1), damping)).flip(0, 1)
+    return found.float()
 
 
 def _inverse(lower: Tensor) -> Tensor:
     """The inverse of a lower triangle [K, K], by halves: nearly all of it is products of matrices."""
     half = len(lower) // 2
     if half < SMALLEST:
-        return torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
+        small: Tensor = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
+        return small
     found = torch.zeros_like(lower)
     first, last = found[:half, :half], found[half:, half:]
     first.copy_(_inverse(lower[:half, :half]))
