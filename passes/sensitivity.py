@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
@@ -184,16 +185,20 @@ class Sensitivity(Pass):
         keys = [f"{count} probes, {self.sampled} weights, input {i}" for i, count in enumerate(counts)]
         names = {task.name for task in tasks}
         left = [i for i, key in enumerate(keys) if key not in results or not names <= results[key]["errors"].keys()]
+        session.saved.extend(results[key].get("seconds", 0.0) for i, key in enumerate(keys) if i not in left)
         if left:
             with session.track("sensitivity", len(names) + len(left)) as advance:
                 probes = self._probes(program, tasks, session, advance)
 
-                def keep(item: tuple[dict[str, Tensor], int, int], powers: tuple[float, dict[Name, float]]) -> None:
-                    power, errors = powers
+                def keep(item: tuple[dict[str, Tensor], int, int], estimated: _Estimated) -> None:
                     key = keys[item[1]]
-                    rounded_errors = {task.name: rounded(errors.get(task.name, 0.0)) for task in tasks}
+                    rounded_errors = {task.name: rounded(estimated.errors.get(task.name, 0.0)) for task in tasks}
                     known = results[key]["errors"] if key in results else {}
-                    results[key] = {"power": rounded(power), "errors": known | rounded_errors}
+                    results[key] = {
+                        "power": rounded(estimated.power),
+                        "errors": known | rounded_errors,
+                        "seconds": round(estimated.seconds, 2),
+                    }
                     advance(1)
 
                 session.tasks(_estimate, probes, ((samples[i], i, counts[i]) for i in left), keep)
@@ -396,8 +401,18 @@ def _row_errors(_: None, item: _Rows) -> tuple[WeightErrors, dict[str, Fit]]:
     return WeightErrors(item.picked, item.count, errors, item.mean), {f: fit for f, fit in made.items() if kept(fit)}
 
 
-def _estimate(probes: Probes, item: tuple[dict[str, Tensor], int, int]) -> tuple[float, dict[Name, float]]:
-    return probes.powers(*item)
+class _Estimated(NamedTuple):
+    """What the probes of an input show, and the CPU seconds that they took."""
+
+    power: float
+    errors: dict[Name, float]
+    seconds: float
+
+
+def _estimate(probes: Probes, item: tuple[dict[str, Tensor], int, int]) -> _Estimated:
+    begin = time.thread_time()
+    power, errors = probes.powers(*item)
+    return _Estimated(power, errors, time.thread_time() - begin)
 
 
 class _Measurement:

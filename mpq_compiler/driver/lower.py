@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from mpq_compiler.pipeline import manager
 from mpq_compiler.pipeline.manager import Instrument, Record
 from mpq_compiler.pipeline.passes import Pass, Role
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fit_files import FitFiles
 from mpq_compiler.quantization.fitting import FitCache
 from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.quantization.statistics import spread
@@ -105,6 +106,10 @@ class Lowering:
     """The times of formats on the target, where they are asked for."""
     dumps: Writer | None = None
     """The writer of the dumps, where they are asked for."""
+    fits: FitCache = field(default_factory=FitCache)
+    """The fits of the run, with the files in which those lie that took long."""
+    saved_seconds: float = 0.0
+    """CPU seconds of work that an earlier run had done."""
 
     def packed(self) -> Packed:
         """Requires a packed program. UserError: the pipeline ends before it packs."""
@@ -164,6 +169,7 @@ def lower(
         cluster=cluster,
         requests=Requests.all(p.requests() for p in everything),
     )
+    session.fits.files = FitFiles(options.cache)
     planned: list[Program] = []
     simulated: list[Program] = []
     laid_out: list[Program] = []
@@ -194,7 +200,11 @@ def lower(
         program, further = manager.run_pipeline(rest, program, session, instruments, present, len(front))
     records += further
     kept = simulated[-1] if simulated else None
-    return Lowering(program, planned[-1] if planned else None, laid_out, kept, records, passes, latency, dumps)
+    plan_before = planned[-1] if planned else None
+    saved = sum(session.saved)
+    return Lowering(
+        program, plan_before, laid_out, kept, records, passes, latency, dumps, session.fits, saved
+    )
 
 
 def halves(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass]]:

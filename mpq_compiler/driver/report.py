@@ -144,6 +144,10 @@ def _notes(denoiser: Denoiser, lowering: Packed, built: Built, options: Options)
     asked = (options.steps, options.guidance, options.scheduler or options.prediction_type)
     differences = [] if options.calibration is None else calibration_file.notes(denoiser, options.calibration, *asked)
     notes = [*denoiser.notes, *differences, *lowering.program.facts.get(NOTES, ()), *built.facts.get("notes", ())]
+    if lowering.saved_seconds > 1:
+        notes.append(
+            f"{lowering.saved_seconds:.0f} s of CPU time were saved: an earlier run had left results in the cache"
+        )
     rows = len(lowering.planned.facts[CALIBRATION].timesteps)
     if rows < ENOUGH_ROWS:
         notes.append(

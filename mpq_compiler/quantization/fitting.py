@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -16,7 +18,9 @@ from mpq_compiler.formats import activation, low_rank
 from mpq_compiler.formats.base import Fit, QuantizedWeight, departures, diagonal
 from mpq_compiler.ir import ops, scratch
 from mpq_compiler.ir.program import TIME_GROUPS, Program
+from mpq_compiler.quantization import fit_files
 from mpq_compiler.quantization.adaround import adaround
+from mpq_compiler.quantization.fit_files import FitFiles
 from mpq_compiler.quantization.gptq import cholesky, gptq, gptq_of_formats
 from mpq_compiler.quantization.statistics import CALIBRATION, EdgeStatistics, evenly
 from mpq_compiler.support.execution import RunContext
@@ -315,8 +319,14 @@ class _Fitting:
     formats: Sequence[tuple[str, Rounding]]
 
 
-def _fit_layer(_: None, item: _Fitting) -> list[Fit]:
-    return [_in_files(item.layer.fit(*one)) for one in item.formats]
+def _fit_layer(_: None, item: _Fitting) -> list[tuple[Fit, float]]:
+    """Fits a layer in its formats; each fit comes with the CPU seconds that it took."""
+    found = []
+    for one in item.formats:
+        begin = time.thread_time()
+        fit = _in_files(item.layer.fit(*one))
+        found.append((fit, time.thread_time() - begin))
+    return found
 
 
 def _in_files(fit: Fit) -> Fit:
@@ -344,6 +354,8 @@ class FitCache:
     def __reduce__(self) -> tuple[type[FitCache], tuple[()]]:
         return FitCache, ()
 
+    files: FitFiles | None = None
+    """Files of fits that took long, for a run that goes on where this one was killed; None: they are lost then."""
     forms: dict[tuple[str, str], Fit] = field(default_factory=dict)
     """Fits by weight and format that are given, for programs of which only the form counts."""
     weights: dict[tuple[str, str, Rounding], KeptFit] = field(default_factory=dict)
@@ -394,16 +406,25 @@ class FitCache:
         """
         found = {one: self.known(program, one.weight, one.format, one.rounding) for one in wanted}
         missing: dict[tuple[str, str], list[Wanted]] = {}
-        for one, fit in found.items():
-            if fit is None:
-                missing.setdefault((one.call.name, one.weight), []).append(one)
+        places: dict[Wanted, Path] = {}
         with context.track(title, len(found)) as advance:
+            for one, fit in found.items():
+                if fit is None and (place := self._place(program, one)) is not None:
+                    places[one] = place
+                    if self.files is not None and (left := self.files.load(place)) is not None:
+                        found[one], seconds = left
+                        context.saved.append(seconds)
+                        self.keep(program, one.call, one.weight, one.format, one.rounding, left[0])
+                if found[one] is None:
+                    missing.setdefault((one.call.name, one.weight), []).append(one)
             advance(len(found) - sum(map(len, missing.values())))
 
-            def keep(item: _Fitting, fits: Sequence[Fit]) -> None:
-                for one, fit in zip(missing[item.name], fits, strict=True):
+            def keep(item: _Fitting, fits: Sequence[tuple[Fit, float]]) -> None:
+                for one, (fit, seconds) in zip(missing[item.name], fits, strict=True):
                     found[one] = fit
                     self.keep(program, one.call, one.weight, one.format, one.rounding, fit)
+                    if self.files is not None and one in places:
+                        self.files.save(places[one], fit, seconds)
                 advance(len(fits))
 
             items = (
@@ -412,6 +433,14 @@ class FitCache:
             )
             context.tasks(_fit_layer, None, items, keep)
         return [fit for one in wanted if (fit := found[one]) is not None]
+
+    def _place(self, program: Program, one: Wanted) -> Path | None:
+        """The file in which a fit that takes long is kept."""
+        weight = program.tensors[one.weight]
+        if self.files is None or weight.numel() < fit_files.LEAST or one.rounding == Rounding.NEAREST:
+            return None
+        layer = Layer.of(program, one.call, one.weight)
+        return self.files.place(weight, (layer.gram, layer.mean), one.format, one.rounding)
 
     def fit_integers(self, program: Program, wanted: Iterable[tuple[str, int]], context: RunContext) -> None:
         """Fits integer quantizers of edges, by name and bits, as tasks of the context."""

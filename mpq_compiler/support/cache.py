@@ -19,7 +19,7 @@ import numpy as np
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.files import write_whole
 
-KINDS = ("kernels", "latency", "sensitivity", "tiles", "training")
+KINDS = ("fits", "kernels", "latency", "sensitivity", "tiles", "training")
 """The kinds of results; each has a folder of its own in the cache."""
 
 
@@ -44,7 +44,7 @@ def digest(*parts: str | bytes | Mapping[str, Any]) -> str:
         for name in sorted(part):
             array = np.ascontiguousarray(np.asarray(part[name]))
             state.update(f"{name} {array.dtype} {array.shape}".encode())
-            state.update(array.tobytes())
+            state.update(array.reshape(-1).view(np.uint8).data)  # whole tensors of large models, and no copies
     return state.hexdigest()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
@@ -64,6 +64,8 @@ class RunContext:
     Used as ``with progress("sensitivity", total) as advance: advance(1)``. ``advance(1, "12.3 dB")`` shows the text
     beside the bar.
     """
+    saved: list[float] = field(default_factory=list)
+    """CPU seconds of work that was not done again, because an earlier run had left its results in the cache."""
     cluster: Cluster | None = None
     """Where `tasks` run; None: on the threads of this process."""
 
