@@ -24,7 +24,7 @@ from mpq_compiler.ir.edges import attention_edges, dynamic_edges, input_edge
 from mpq_compiler.ir.findings import ALLOCATION, LATENCY, SENSITIVITY, Losses, LossTable, SensitivityTable
 from mpq_compiler.ir.graph import CONTRACTIONS, softmax, weight_of
 from mpq_compiler.ir.program import PARAMETERS, ActivationPlan, Program, Stage, TensorStore, WeightPlan
-from mpq_compiler.pipeline.demand import USUAL, Asked, Demand, fitting
+from mpq_compiler.pipeline.demand import TRIAL, USUAL, Asked, Demand, fitting
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.realize import realize
 from mpq_compiler.pipeline.session import LayerTimes, Session, Times
@@ -218,7 +218,9 @@ class BitAllocation(Pass):
         found = Demand(traffic=12 * 3 * len(SHRINK) * edges * values, serial=True)
         if self.measures_together:
             found += fitting(sizes.layers, [formats.get(USUAL)], asked.requests.rounding)
-            found += asked.running(2 * min(MEASURED, asked.rows), PIECE) + Demand(disk=sizes.numbers)
+            count = min(MEASURED, asked.rows)
+            found += asked.running(2 * count, PIECE) + Demand(disk=sizes.numbers)
+            found += Demand(traffic=TRIAL * sizes.numbers * -(-count // PIECE))  # weights are rounded for each piece
         return found
 
     def run(self, program: Program, session: Session) -> Program:

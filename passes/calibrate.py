@@ -76,16 +76,15 @@ class Calibrate(Pass):
 
     def demand(self, asked: Asked) -> Demand:
         sizes, wanted = asked.sizes, asked.requests.statistics
-        read = {(layer.edge, layer.columns) for layer in sizes.layers}
-        columns = [columns for _, columns in read]
-        beside = [min(k, GRAM_COLUMNS) if GRAM in wanted else 1 for k in columns]
-        moments = sum(k * b for k, b in zip(columns, beside, strict=True))
+        read = {(layer.edge, layer.columns): layer for layer in sizes.layers}.values()
+        sampled = {layer: min(GRAM_ROWS, asked.rows * layer.positions) for layer in read}
+        beside = {layer: min(layer.columns, GRAM_COLUMNS) if GRAM in wanted else 1 for layer in read}
         values = max(VALUES_PER_EDGE, asked.rows * VALUES_PER_INPUT) if VALUES in wanted else asked.rows
         counted = Demand(
-            products=GRAM_ROWS * moments,
-            traffic=4 * VALUE_PASSES * GRAM_ROWS * sum(columns),
-            held=8 * max(columns, default=0) * GRAM_ROWS * PART / asked.rows,
-            disk=4 * moments + 4 * values * len({edge for edge, _ in read}),
+            products=sum(rows * layer.columns * beside[layer] for layer, rows in sampled.items()),
+            traffic=4 * VALUE_PASSES * sum(rows * layer.columns for layer, rows in sampled.items()),
+            held=8 * max((rows * layer.columns for layer, rows in sampled.items()), default=0) * PART / asked.rows,
+            disk=4 * sum(layer.columns * beside[layer] for layer in read) + 4 * values * len({r.edge for r in read}),
         )
         return asked.running(asked.rows, PART) + counted
 

@@ -252,7 +252,7 @@ class Sensitivity(Pass):
         back = Demand(
             products=ways * (1 + share) * sizes.products,
             traffic=ways * 2 * VALUE_PASSES * sizes.value_bytes,
-            held=2 * HELD + sizes.live_bytes + 8 * sizes.largest,
+            held=1.3 * HELD + sizes.live_bytes + 8 * sizes.largest,
         )
         return fitted + asked.running(2 * count, 1) + back * count
 

@@ -81,14 +81,19 @@ def run(args: argparse.Namespace) -> Any:
     if args.output is None:
         raise UserError("nothing says where the artifact goes: add -o OUT, or --estimate to see what it takes")
 
+    told = []
+
     def planned(found: Estimate, lowered: str | None) -> None:
         if lowered is not None:
+            told.append(lowered)
             terminal.note(f"note: {lowered}")
         if args.memory_limit is not None:
             _print_memory(found)
 
     report = compile(args.model, args.output, terminal.progress, planned=planned, **options.of_compilation(args))
     for note in report.notes:
+        if note in told:
+            continue
         terminal.note(f"note: {note}")
     terminal.table(f"{args.output} for {report.target}, recipe {report.recipe}", ("what", "value"), _summary(report))
     for name, reason in report.fallbacks.items():

@@ -63,9 +63,10 @@ def compile_denoiser(
         denoiser = load_denoiser(model, chosen)
         workers = stack.enter_context(backend.standby(chosen.jobs))
         _, rest = halves(resolve(chosen))
+        lowered: str | None = None
 
         def plan(program: Program) -> int:
-            nonlocal chosen, workers
+            nonlocal chosen, workers, lowered
             workload = Workload.of(program, rest, denoiser, chosen)
             jobs, lowered = fit_jobs(workload, chosen.jobs, chosen.memory_limit)
             if planned is not None:
@@ -100,7 +101,9 @@ def compile_denoiser(
             judged = judge.judged(output, target, others)
     if lowering.fits.files is not None:
         lowering.fits.files.forget()
-    return report.report(denoiser, lowering, built, chosen, target, complete, judged, predicted, after)
+    made = report.report(denoiser, lowering, built, chosen, target, complete, judged, predicted, after)
+    made.notes[:0] = [lowered] if lowered is not None else []
+    return made
 
 
 def _built(

@@ -38,6 +38,8 @@ SHARE = 0.8
 """The share of the free memory that a compilation may take where no limit is given."""
 WORKER = 100 << 20
 """Bytes of a process that compiles kernels."""
+RUNNING = 100 << 20
+"""Bytes that the process grows by when it runs the model for the first time, and keeps."""
 COMPILING = 50 << 20
 """Bytes by which such a process grows while it compiles."""
 KERNEL_STEPS = 5000.0
@@ -148,14 +150,14 @@ class Workload:
         if with_role(passes, Role.PACKS) is not None:
             sizes_of_batches = sum(map(len, parse_shapes(options.shapes).values()))
             kernels = KERNELS_OF_CALL * sizes.calls * sizes_of_batches if workers else 0
-            compiled = Demand(steps=KERNEL_STEPS * kernels, traffic=8 * sizes.numbers, held=COMPILING, shared=COMPILING)
+            compiled = Demand(steps=KERNEL_STEPS * kernels, traffic=8 * sizes.numbers, held=2 * COMPILING)
             demands.append(("kernels", compiled))
             demands.append(("judging", _judging(asked, held_out)))
         return Workload(demands, usage.own_memory(), WORKER if workers else 0)
 
     def estimate(self, jobs: int, speed: Speed) -> Estimate:
         """What it takes in so many jobs, at a speed of each."""
-        found, disk, base = [], 0.0, self.held + jobs * self.workers
+        found, disk, base = [], 0.0, self.held + RUNNING + jobs * self.workers
         for name, demand in self.demands:
             cpu, disk = demand.cpu_seconds(speed), disk + demand.disk
             seconds = cpu / (1 if demand.serial else jobs)

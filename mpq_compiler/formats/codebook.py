@@ -97,8 +97,15 @@ class CodebookFormat(Format):
     def _learn(self, rows: Tensor, scale: Tensor, importance: Tensor) -> QuantizedWeight:
         """Learns tables on the int8 grid for given row scales [O, 1], and takes the nearest codes."""
         scale = scale.clamp_min(1e-30)
-        values, weights = rows / scale, scale.square() * importance
-        centres = _kmeans(self._by_class(values), self._by_class(weights), 2**self.bits)
+        if self.classes(len(rows)) == 1 and rows.numel() > SAMPLED:
+            picked = torch.arange(SAMPLED) * rows.numel() // SAMPLED
+            row, column = picked // rows.shape[1], picked % rows.shape[1]
+            own = scale[row, 0]
+            values, weights = rows[row, column] / own, own.square() * importance[column]
+            centres = _kmeans(values[None], weights[None], 2**self.bits)
+        else:
+            values, weights = rows / scale, scale.square() * importance
+            centres = _kmeans(self._by_class(values), self._by_class(weights), 2**self.bits)
         peak = centres.abs().amax(1, keepdim=True).clamp_min(1e-30)
         lut = torch.round(centres * (contract.LUT_MAX / peak)).to(torch.int8)
         unit = (peak / contract.LUT_MAX)[self._class_of(len(rows))]

@@ -32,6 +32,11 @@ class LayerSize:
         """Numbers of the weight."""
         return self.rows * self.columns
 
+    @property
+    def positions(self) -> int:
+        """Rows of one input that the weight is multiplied with: pixels or tokens, over all calls."""
+        return self.products // max(1, self.numbers)
+
 
 @dataclass(frozen=True)
 class Sizes:

@@ -35,7 +35,7 @@ class Demand:
     held: float = 0.0
     """Bytes of memory that each job holds."""
     shared: float = 0.0
-    """Bytes of memory that the pass holds once."""
+    """Bytes of memory that the pass holds while no jobs run."""
     disk: float = 0.0
     """Bytes of files that stay until the compilation has ended."""
     serial: bool = False
@@ -64,7 +64,7 @@ class Demand:
 
     def memory(self, jobs: int) -> float:
         """The bytes that it takes beside what there is already, in so many jobs."""
-        return self.shared + self.held * (1 if self.serial else jobs)
+        return max(self.shared, self.held * (1 if self.serial else jobs))
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,9 @@ def fitting(layers: Sequence[LayerSize], chosen: Sequence[Format], rounding: Rou
         beside = SKETCH if layer.columns > 2 * SKETCH else layer.columns
         work = Demand(products=numbers * trials * beside if gptq else 0, traffic=numbers * trials * TRIAL)
         if gptq:
-            factors = F64 * blocks * block**3 * 2
-            work += Demand(products=factors + len(chosen) * numbers * block / 2, steps=STEPS_OF_COLUMN * layer.columns)
+            factors = F64 * blocks * block**3
+            walked = len(chosen) * numbers * block * 2.5  # half of the columns behind each, and two errors by moments
+            work += Demand(products=factors + walked, steps=STEPS_OF_COLUMN * layer.columns)
         held = 4 * layer.numbers + (10 if gptq else 2) * numbers * (1 if rows == layer.rows else len(chosen))
         found += work + Demand(held=THREAD + held + (5 * 8 * block**2 if gptq else 0))
     return found

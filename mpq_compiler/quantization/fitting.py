@@ -174,11 +174,11 @@ def fitted(
 
 def fit_rows(weight: Tensor, format_name: str, gram: Tensor | None, rounding: Rounding = Rounding.NEAREST) -> Fit:
     """Fits rows of a weight [O, ..., C] in a format; gram as in `Format.fit`, but no factor."""
-    chosen = formats.get(format_name)
+    chosen, weight = formats.get(format_name), weight.contiguous()
     measure = gram
     if chosen.searches and gram is not None and gram.dim() > 1 and gram.shape[-1] > 2 * SKETCH:
         measure = _sketch(gram)
-    return rounding(chosen.fit(weight, measure), weight.flatten(1).contiguous(), gram)
+    return rounding(chosen.fit(weight, measure), weight.flatten(1), gram)
 
 
 def fit_formats(weight: Tensor, names: Sequence[str], gram: Tensor | None, rounding: Rounding) -> dict[str, Fit]:

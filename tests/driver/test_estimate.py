@@ -33,11 +33,12 @@ def test_work_adds_up_and_the_larger_memory_counts():
     assert both == Demand(products=11, traffic=22, steps=33, held=40, shared=5, disk=66)
     assert first * 3 == Demand(products=3, traffic=6, steps=9, held=4, shared=5, disk=6)
     assert first.cpu_seconds(Speed(1, 2, 3)) == 1 + 1 + 1
-    assert [first.memory(jobs) for jobs in (1, 3)] == [9, 17]
+    assert [first.memory(jobs) for jobs in (1, 3)] == [5, 12]
     assert Demand(held=4, serial=True).memory(3) == 4
 
 
-def test_jobs_are_as_many_as_fit():
+def test_jobs_are_as_many_as_fit(monkeypatch):
+    monkeypatch.setattr(estimate, "RUNNING", 0)
     assert fit_jobs(WORKLOAD, 2, "7.2GB") == (2, None)
     jobs, said = fit_jobs(WORKLOAD, 3, "7.2GB")
     assert jobs == 2
@@ -48,6 +49,7 @@ def test_jobs_are_as_many_as_fit():
 
 
 def test_without_a_limit_it_is_a_share_of_what_is_free(monkeypatch):
+    monkeypatch.setattr(estimate, "RUNNING", 0)
     monkeypatch.setattr(usage, "free_memory", lambda: int(4.3e9))
     jobs, said = fit_jobs(WORKLOAD, 2, None)
     assert jobs == 1
@@ -87,9 +89,10 @@ def test_passes_run_in_the_jobs_that_fit(tmp_path, monkeypatch):
     options = {"recipe": "w8a8", "samples": 2, "steps": 2, "jobs": 3, "cache": tmp_path / "cache"}
     monkeypatch.setattr(estimate, "WORKER", 10**9)
     for name, limit in (("free", "99GB"), ("limited", "3GB")):
-        compile_denoiser(
+        report = compile_denoiser(
             model, tmp_path / name, planned=lambda *said: heard.append(said), memory_limit=limit, **options
         )
+        assert any("in place of 3" in note for note in report.notes) == (name == "limited")
         made[name] = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
     assert made["free"] == made["limited"]
     assert [(plan.jobs, said is None) for plan, said in heard] == [(3, True), (plan_of(heard).jobs, False)]
