@@ -12,6 +12,7 @@ from mpq_compiler.ir import provenance
 from mpq_compiler.ir.blocks import Block
 from mpq_compiler.ir.blocks import blocks as blocks_of
 from mpq_compiler.ir.program import TIME_GROUPS, Program
+from mpq_compiler.pipeline.demand import Asked, Demand
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.training import by_parts, trainer
@@ -113,6 +114,17 @@ class Distill(Pass):
             self.require(option, 1)
         for option in ("updates", "images", "window", "adapters", "least"):
             self.require(option, 0)
+
+    def demand(self, asked: Asked) -> Demand:
+        """The minutes, on two cores; in memory the variables, or twice the bound where it trains part by part."""
+        if not (self.minutes if self.updates is None else self.updates):
+            return Demand()
+        variables = by_parts.LATENT if self.latent else by_parts.FROZEN
+        held = variables * asked.sizes.numbers + by_parts.VALUES * BATCH * asked.sizes.value_bytes
+        taken = Demand(seconds=2 * 60 * self.minutes, shared=min(held, 2 * self.memory * GIB))
+        if self.updates is not None:
+            taken = replace(asked.running(3 * BATCH * self.updates, BATCH), shared=taken.shared)
+        return taken
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()

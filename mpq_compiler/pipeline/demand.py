@@ -32,6 +32,8 @@ class Demand:
     """Bytes that are read and written one element after the other."""
     steps: float = 0.0
     """Operators that are called on small tensors, whose time is that of the call."""
+    seconds: float = 0.0
+    """CPU seconds that an option gives, rather than the work."""
     held: float = 0.0
     """Bytes of memory that each job holds."""
     shared: float = 0.0
@@ -47,6 +49,7 @@ class Demand:
             self.products + other.products,
             self.traffic + other.traffic,
             self.steps + other.steps,
+            self.seconds + other.seconds,
             max(self.held, other.held),
             max(self.shared, other.shared),
             self.disk + other.disk,
@@ -55,12 +58,13 @@ class Demand:
 
     def __mul__(self, count: float) -> Demand:
         """The work as often as that, one after the other."""
-        work = {name: count * getattr(self, name) for name in ("products", "traffic", "steps")}
+        work = {name: count * getattr(self, name) for name in ("products", "traffic", "steps", "seconds")}
         return replace(self, **work)
 
     def cpu_seconds(self, speed: Speed) -> float:
         """The CPU seconds that the work takes at a speed."""
-        return self.products / speed.products + self.traffic / speed.traffic + self.steps / speed.steps
+        work = self.products / speed.products + self.traffic / speed.traffic + self.steps / speed.steps
+        return work + self.seconds
 
     def memory(self, jobs: int) -> float:
         """The bytes that it takes beside what there is already, in so many jobs."""

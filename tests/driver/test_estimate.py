@@ -83,6 +83,13 @@ def test_every_pass_is_estimated(tmp_path):
     assert schemas.check(json.loads(json.dumps(found.to_json())), "estimate") is None
 
 
+def test_training_is_estimated_by_its_minutes(tmp_path):
+    model, options = tiny.save("unet2d", tmp_path), {"weights": 4, "samples": 2, "steps": 3}
+    steps = {step.name: step for step in mpq_compiler.estimate(model, minutes=3, **options).steps}
+    assert steps["distill"].cpu_seconds == pytest.approx(360)
+    assert steps["distill"].peak_bytes > steps["numerics"].peak_bytes
+
+
 def test_passes_run_in_the_jobs_that_fit(tmp_path, monkeypatch):
     """A limit that one job fits in lowers the jobs, says so, and changes no byte."""
     model, heard, made = tiny.save("dit", tmp_path / "model"), [], {}
