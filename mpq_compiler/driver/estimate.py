@@ -36,6 +36,8 @@ from mpq_compiler.targets import table as targets
 
 SHARE = 0.8
 """The share of the free memory that a compilation may take where no limit is given."""
+MARGIN = 1.1
+"""The factor by which estimates of memory are too high rather than too low."""
 WORKER = 100 << 20
 """Bytes of a process that compiles kernels."""
 RUNNING = 100 << 20
@@ -161,7 +163,7 @@ class Workload:
         for name, demand in self.demands:
             cpu, disk = demand.cpu_seconds(speed), disk + demand.disk
             seconds = cpu / (1 if demand.serial else jobs)
-            found.append(Step(name, cpu, seconds, int(base + demand.memory(jobs)), int(disk)))
+            found.append(Step(name, cpu, seconds, int(MARGIN * (base + demand.memory(jobs))), int(disk)))
         return Estimate(jobs, found)
 
 

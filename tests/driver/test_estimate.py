@@ -39,6 +39,7 @@ def test_work_adds_up_and_the_larger_memory_counts():
 
 def test_jobs_are_as_many_as_fit(monkeypatch):
     monkeypatch.setattr(estimate, "RUNNING", 0)
+    monkeypatch.setattr(estimate, "MARGIN", 1)
     assert fit_jobs(WORKLOAD, 2, "7.2GB") == (2, None)
     jobs, said = fit_jobs(WORKLOAD, 3, "7.2GB")
     assert jobs == 2
@@ -50,6 +51,7 @@ def test_jobs_are_as_many_as_fit(monkeypatch):
 
 def test_without_a_limit_it_is_a_share_of_what_is_free(monkeypatch):
     monkeypatch.setattr(estimate, "RUNNING", 0)
+    monkeypatch.setattr(estimate, "MARGIN", 1)
     monkeypatch.setattr(usage, "free_memory", lambda: int(4.3e9))
     jobs, said = fit_jobs(WORKLOAD, 2, None)
     assert jobs == 1
