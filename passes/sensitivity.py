@@ -250,8 +250,8 @@ class Sensitivity(Pass):
             return fitted + asked.running(count, BATCH) * changes
         ways = self.probes if share == 1 else max(1, self.probes // 4)
         back = Demand(
-            products=ways * (1 + share) * sizes.products,
-            traffic=ways * 2 * VALUE_PASSES * sizes.value_bytes,
+            products=ways * (1.25 + share) * sizes.products,
+            traffic=ways * 3 * VALUE_PASSES * sizes.value_bytes,
             held=1.3 * HELD + sizes.live_bytes + 8 * sizes.largest,
         )
         return fitted + asked.running(2 * count, 1) + back * count

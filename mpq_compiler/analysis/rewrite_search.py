@@ -128,7 +128,7 @@ class RewriteSearch(Pass):
         tried = self.tried + 2
         searched = Demand(
             products=2 * tried * rows * share * sizes.numbers,
-            traffic=tried * 4 * (VALUE_PASSES * rows * columns + 6 * share * sizes.numbers),
+            traffic=tried * 6 * (VALUE_PASSES * rows * columns + 6 * share * sizes.numbers),
             held=6 * 4 * (rows * widest + share * sizes.largest),
         )
         return ran + searched + Demand(traffic=24 * sizes.numbers, disk=4 * rows * columns + 4 * sizes.numbers)

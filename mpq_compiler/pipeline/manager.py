@@ -31,6 +31,9 @@ def check(passes: Sequence[Pass], present: Iterable[str] = ()) -> None:
         have |= p.provides
 
 
+LONG = 3.0
+"""Seconds of a pass after which freed memory is given back: the next one takes what it needs anew, which costs time."""
+
 Instrument = Callable[[int, Pass, Program, Program], None]
 """An observer ``instrument(index, pass, before, program)`` of verified steps; it may note facts on the program."""
 
@@ -88,8 +91,10 @@ def run_pipeline(
             start, cpu = time.perf_counter(), cpu_seconds()
             before, program = program, p.run(program, session)
             verify(program, after=p.name())
-            trim()
-            records.append(Record(p.name(), time.perf_counter() - start, cpu_seconds() - cpu, memory.take()))
+            taken = time.perf_counter() - start
+            if taken > LONG:
+                trim()
+            records.append(Record(p.name(), taken, cpu_seconds() - cpu, memory.take()))
             for instrument in instruments:
                 instrument(index, p, before, program)
     return program, records
