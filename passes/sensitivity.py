@@ -180,7 +180,7 @@ class Sensitivity(Pass):
         samples = list(batches(inputs, 1))
         weights = input_weights(program, inputs)
         # the squares of many rows, which are summed where some rows stand for all, scatter less than that of one sum
-        each = self.probes if self._share(tasks, program) == 1 else max(1, self.probes // 4)
+        each = self._each(self._share(tasks, program))
         counts = (weights * (each * len(samples) / weights.sum())).round().clamp_min(1).long().tolist()
         keys = [f"{count} probes, {self.sampled} weights, input {i}" for i, count in enumerate(counts)]
         names = {task.name for task in tasks}
@@ -242,13 +242,13 @@ class Sensitivity(Pass):
 
     def demand(self, asked: Asked) -> Demand:
         sizes = asked.sizes
-        share = min(1.0, self.sampled / max(1, sizes.numbers))
+        share = self._share_of(sizes.numbers)
         count = min(self.inputs, asked.rows)
         fitted = fitting(sizes.layers, [get_format(f) for f in self.formats], asked.requests.rounding.quick, share)
         if self.method == "ablation":
             changes = len(sizes.layers) * (len(self.formats) + len(self.activations))
             return fitted + asked.running(count, BATCH) * changes
-        ways = self.probes if share == 1 else max(1, self.probes // 4)
+        ways = self._each(share)
         back = Demand(
             products=ways * (1.25 + share) * sizes.products,
             traffic=ways * 3 * VALUE_PASSES * sizes.value_bytes,
@@ -259,7 +259,14 @@ class Sensitivity(Pass):
     def _share(self, tasks: list[Task], program: Program) -> float:
         """The share of the rows of weights that are quantized in every format."""
         weights = {str(operand(task.node, 1).target) for task in tasks if task.kind == WEIGHT}
-        return min(1.0, self.sampled / max(1, sum(program.tensors[name].numel() for name in weights)))
+        return self._share_of(sum(program.tensors[name].numel() for name in weights))
+
+    def _share_of(self, numbers: int) -> float:
+        return min(1.0, self.sampled / max(1, numbers))
+
+    def _each(self, share: float) -> int:
+        """The probes of an input on average, where that share of the rows of weights is quantized."""
+        return self.probes if share == 1 else max(1, self.probes // 4)
 
     def _measure_part(
         self,

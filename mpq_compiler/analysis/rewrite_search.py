@@ -89,7 +89,7 @@ class RewriteSearch(Pass):
         if large:
             inputs = spread(inputs, FEW_INPUTS)
         count = len(next(iter(inputs.values())))
-        rows = max(1, min(self.rows, HELD_BYTES // (4 * max(1, columns))))
+        rows = self._rows(columns)
 
         def sampled(batch: dict[str, Tensor], generator: torch.Generator) -> dict[fx.Node, _Sample]:
             size, found = len(next(iter(batch.values()))), {}
@@ -120,9 +120,9 @@ class RewriteSearch(Pass):
     def demand(self, asked: Asked) -> Demand:
         """Running on the inputs, then a trial for each candidate: quantized rows times quantized weights."""
         sizes = asked.sizes
-        share = min(1.0, self.sampled / max(1, sizes.numbers))
+        share = self._share(sizes.numbers)
         columns = sum(layer.columns for layer in sizes.layers)
-        rows = min(self.rows, HELD_BYTES // (4 * max(1, columns)))
+        rows = self._rows(columns)
         ran = asked.running(FEW_INPUTS, FEW_TOGETHER) if share < 1 else asked.running(self.samples * self.steps, BATCH)
         widest = max((layer.columns for layer in sizes.layers), default=0)
         tried = self.tried + 2
@@ -135,8 +135,14 @@ class RewriteSearch(Pass):
 
     def share(self, program: Program) -> float:
         """The share of the weights' rows on which errors are measured."""
-        total = sum(program.tensors[str(weight_of(node))].numel() for node in program.quantizable)
-        return min(1.0, self.sampled / max(1, total))
+        return self._share(sum(program.tensors[str(weight_of(node))].numel() for node in program.quantizable))
+
+    def _share(self, numbers: int) -> float:
+        return min(1.0, self.sampled / max(1, numbers))
+
+    def _rows(self, columns: int) -> int:
+        """The rows that are sampled of inputs with so many columns in all."""
+        return max(1, min(self.rows, HELD_BYTES // (4 * max(1, columns))))
 
     def some_rows(self, program: Program, group: Layers, share: float) -> list[Tensor]:
         """The rows of the layers' weights that stand for all, f32 [R, ..., C] each; ``share``: of all rows."""

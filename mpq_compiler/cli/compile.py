@@ -92,9 +92,8 @@ def run(args: argparse.Namespace) -> Any:
 
     report = compile(args.model, args.output, terminal.progress, planned=planned, **options.of_compilation(args))
     for note in report.notes:
-        if note in told:
-            continue
-        terminal.note(f"note: {note}")
+        if note not in told:
+            terminal.note(f"note: {note}")
     terminal.table(f"{args.output} for {report.target}, recipe {report.recipe}", ("what", "value"), _summary(report))
     for name, reason in report.fallbacks.items():
         terminal.say(f"fallback: {name}: {reason}")

@@ -200,11 +200,9 @@ def lower(
         program, further = manager.run_pipeline(rest, program, session, instruments, present, len(front))
     records += further
     kept = simulated[-1] if simulated else None
-    plan_before = planned[-1] if planned else None
+    last = planned[-1] if planned else None
     saved = sum(session.saved)
-    return Lowering(
-        program, plan_before, laid_out, kept, records, passes, latency, dumps, session.fits, saved
-    )
+    return Lowering(program, last, laid_out, kept, records, passes, latency, dumps, session.fits, saved)
 
 
 def halves(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass]]:

@@ -98,7 +98,7 @@ class CodebookFormat(Format):
         """Learns tables on the int8 grid for given row scales [O, 1], and takes the nearest codes."""
         scale = scale.clamp_min(1e-30)
         if self.classes(len(rows)) == 1 and rows.numel() > SAMPLED:
-            picked = torch.arange(SAMPLED) * rows.numel() // SAMPLED
+            picked = _picked(rows.numel())
             row, column = picked // rows.shape[1], picked % rows.shape[1]
             own = scale[row, 0]
             values, weights = rows[row, column] / own, own.square() * importance[column]
@@ -166,6 +166,11 @@ class CodebookFormat(Format):
         return torch.zeros(self.classes(len(error))).index_add(0, self._class_of(len(error)), error)
 
 
+def _picked(count: int) -> Tensor:
+    """The numbers of `SAMPLED` of ``count`` values, spread over all, i64."""
+    return torch.arange(SAMPLED) * count // SAMPLED
+
+
 def _kmeans(values: Tensor, weights: Tensor, count: int) -> Tensor:
     """Weighted 1-D K-means of each row of values [C, N]; deterministic. Returns ascending centres [C, count].
 
@@ -173,7 +178,7 @@ def _kmeans(values: Tensor, weights: Tensor, count: int) -> Tensor:
     centres spaced by the cube root of the weighted density, as an optimal fine table has them (Panter and Dite 1951).
     """
     if values.shape[1] > SAMPLED:
-        picked = torch.arange(SAMPLED) * values.shape[1] // SAMPLED
+        picked = _picked(values.shape[1])
         values, weights = values[:, picked], weights[:, picked]
     order = values.argsort(1)
     x, w = values.gather(1, order).double(), weights.gather(1, order).double()

@@ -177,6 +177,11 @@ def _shape_key(value: Any) -> Any:
     return type(value), value
 
 
+def value_nbytes(value: object) -> int:
+    """The bytes of a node's value; 0 for plain values."""
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+
 @torch.no_grad()
 def shapes(program: Program, batch: int, *, regions: bool = False) -> dict[str, Any]:
     """The meta tensor (or plain value) of every node at a batch size, by name; ``regions``: inside them, too."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler.ir.interpreter import Interpreter, last_uses, shapes
+from mpq_compiler.ir.interpreter import Interpreter, last_uses, shapes, value_nbytes
 from mpq_compiler.ir.program import Program
 
 Value = Any
@@ -29,7 +29,7 @@ def held_bytes(program: Program, batch: int) -> dict[str, int]:
     for node in program.graph.nodes:
         if node.name in found:
             read = (program.tensors.meta(str(n.target)) for n in node.all_input_nodes if n.op == "get_attr")
-            found[node.name] += sum(map(_bytes, read))
+            found[node.name] += sum(map(value_nbytes, read))
     return found
 
 
@@ -37,7 +37,7 @@ def value_bytes(program: Program, batch: int) -> dict[str, int]:
     """The bytes of the value of each call at a batch size, by the call's name."""
     sizes = shapes(program, batch)
     calls = [n.name for n in program.graph.nodes if n.op in ("call_function", "call_module")]
-    return {name: _bytes(sizes[name]) for name in calls}
+    return {name: value_nbytes(sizes[name]) for name in calls}
 
 
 def ends(program: Program, costs: Mapping[str, int], bound: int) -> list[str]:
@@ -95,10 +95,6 @@ def _varying(graph: fx.Graph) -> set[fx.Node]:
         if node.op == "placeholder" or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
-
-
-def _bytes(value: Value) -> int:
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
 @dataclass(frozen=True)

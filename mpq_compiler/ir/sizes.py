@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.graph import CONTRACTIONS, operand, weight_of
-from mpq_compiler.ir.interpreter import last_uses, shapes
+from mpq_compiler.ir.interpreter import last_uses, shapes, value_nbytes
 from mpq_compiler.ir.program import Program
 
 
@@ -67,7 +67,7 @@ class Sizes:
     def of(program: Program) -> Sizes:
         """The sizes of a program in the laid-out stage."""
         known = shapes(program, 1)
-        bytes_of = {name: _bytes(value) for name, value in known.items()}
+        bytes_of = {name: value_nbytes(value) for name, value in known.items()}
         calls = [n for n in program.graph.nodes if n.op == "call_function"]
         products = {node: _products(node, known) for node in calls}
         layers: dict[str, list[fx.Node]] = {}
@@ -118,7 +118,3 @@ def _products(node: fx.Node, known: dict[str, object]) -> int:
         assert isinstance(left, Tensor)
         return value.numel() * left.shape[-1]
     return 0
-
-
-def _bytes(value: object) -> int:
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0

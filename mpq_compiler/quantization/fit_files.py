@@ -6,16 +6,15 @@ Rounding a large model takes minutes, and its codes lie in files without names (
 from __future__ import annotations
 
 import json
-import platform
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from mpq_compiler import formats
 from mpq_compiler.formats.base import Fit, QuantizedWeight
 from mpq_compiler.ir import scratch
-from mpq_compiler.ir.program import HALVES
+from mpq_compiler.ir.program import TensorStore
+from mpq_compiler.quantization.statistics import arithmetic
 from mpq_compiler.support import cache
 
 LEAST = 1 << 20
@@ -41,9 +40,9 @@ class FitFiles:
             format_name: of the weight.
             rounding: how codes are chosen.
         """
-        given = {str(i): _array(part) for i, part in enumerate((weight, *moments)) if part is not None}
-        machine = f"{torch.__version__} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-        key = cache.digest(f"fit 1 {format_name} {formats.version(format_name)} {rounding} {machine}", given)
+        given = TensorStore({str(i): part for i, part in enumerate((weight, *moments)) if part is not None})
+        about = f"fit 1 {format_name} {formats.version(format_name)} {rounding} {arithmetic()}"
+        key = cache.digest(about, given.content(given))
         self.used.append(self.folder / f"{key}.safetensors")
         return self.used[-1]
 
@@ -75,9 +74,3 @@ class FitFiles:
         """Deletes the files of the run, which has ended."""
         for place in self.used:
             place.unlink(missing_ok=True)
-
-
-def _array(tensor: Tensor) -> Tensor:
-    """A tensor as NumPy takes it: contiguous, bfloat16 as whole numbers of its bits."""
-    whole = tensor.contiguous()
-    return whole.view(torch.int16) if whole.dtype in HALVES else whole

@@ -129,6 +129,11 @@ def spread(inputs: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
 CALIBRATION = Fact[Calibration]("calibration")
 
 
+def arithmetic() -> str:
+    """What decides on the last bits of results here, for the keys of caches: torch, machine, vector instructions."""
+    return f"{torch.__version__} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
 def fingerprint(program: Program, inputs: Mapping[str, Tensor], options: str) -> str:
     """The cache key of a measurement: a digest of all that it depends on.
 
@@ -141,7 +146,7 @@ def fingerprint(program: Program, inputs: Mapping[str, Tensor], options: str) ->
     text = "\n".join(f"{n.name} {ops.name_of(n.target)} {n.args} {n.kwargs}" for n in program.graph.nodes)
     calibration = program.facts[CALIBRATION]
     edges = {name: statistics.values for name, statistics in calibration.edges.items()}
-    versions = f"{options} {torch.__version__} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    versions = f"{options} {arithmetic()}"
     return cache.digest(versions, text, str(program.facts[TIME_GROUPS]), tensors, inputs, edges, calibration.grams)
 
 

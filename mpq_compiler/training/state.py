@@ -13,6 +13,7 @@ from torch import Tensor
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.program import PLANNED, TIME_GROUPS, Program
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.statistics import arithmetic
 from mpq_compiler.support import cache
 from mpq_compiler.training.data import BATCH, Data
 from mpq_compiler.training.relation_loss import Term
@@ -100,14 +101,11 @@ def key(
         seed: of the run.
         calls: those to train on and to judge by, or digests of what they follow from.
     """
-    import platform
-
     read = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
     text = "\n".join(f"{n.name} {ops.name_of(n.target)} {n.args} {n.kwargs}" for n in program.graph.nodes)
     latents = {name: v.start for name, v in trained.items() if v.kind == Kind.LATENT}
-    capability = torch.backends.cpu.get_cpu_capability()
     times = program.facts[TIME_GROUPS] if stage.relation else ""  # by which it keeps what other steps had
-    versions = f"2 {seed} {stage}{times} {torch.__version__} {platform.machine()} {capability}"
+    versions = f"2 {seed} {stage}{times} {arithmetic()}"
     if stage.relation is not None:  # whose teacher is the float program
         read |= {str(n.target) for n in program.facts[PLANNED].graph.nodes if n.op == "get_attr"}
     tensors = program.tensors.content(read)
