@@ -116,9 +116,12 @@ def test_images_have_the_bits_of_the_machine(name, target, tmp_path):
         built = build(lowered, row, (2, 4), jobs=2, cache=packed.kernel_cache(), emit="c")
         folders[each] = packed.write(tmp_path / f"{each}.mpq", lowered, row, built)
     machine = compiled_denoiser.load(folders[HOST], threads=1)
+    # The scheduler's timesteps are whole numbers; `run` takes them as the artifact's type, the program as they are.
+    kinds = {value["name"]: value["dtype"] for value in machine.manifest["functions"][0]["inputs"]}
 
     def remote(**inputs: np.ndarray) -> np.ndarray:
-        save_file({key: np.ascontiguousarray(value) for key, value in inputs.items()}, tmp_path / "in")
+        rows = {key: np.ascontiguousarray(value, kinds[key]) for key, value in inputs.items()}
+        save_file(rows, tmp_path / "in")
         function = f"denoise_b{len(inputs['timestep'])}"
         options = ("--inputs", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--function", function)
         done = run(folders[target], target, *options)
