@@ -72,6 +72,7 @@ def add(commands: options.Commands) -> None:
 def run(args: argparse.Namespace) -> Any:
     """Compile the model, print the summary of its report, and return the report; or estimate what that takes."""
     usage.return_freed_memory()
+    usage.collect_seldom()
     from mpq_compiler.api.compile import compile, estimate
 
     if args.estimate:
