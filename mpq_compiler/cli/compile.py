@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from mpq_compiler.driver.estimate import Estimate
     from mpq_compiler.driver.report import Report
 
+LARGE = 1 << 30
+"""Bytes of memory from which on a compilation gives freed blocks back at once: they come anew, which takes time."""
+
 
 def add(commands: options.Commands) -> None:
     """Add the command and its options to the command line."""
@@ -71,7 +74,8 @@ def add(commands: options.Commands) -> None:
 
 def run(args: argparse.Namespace) -> Any:
     """Compile the model, print the summary of its report, and return the report; or estimate what that takes."""
-    usage.return_freed_memory()
+    usage.ask_for_large_pages()
+    usage.keep_freed_memory()
     usage.collect_seldom()
     from mpq_compiler.api.compile import compile, estimate
 
@@ -85,6 +89,8 @@ def run(args: argparse.Namespace) -> Any:
     told = []
 
     def planned(found: Estimate, lowered: str | None) -> None:
+        if found.peak_bytes > LARGE:
+            usage.return_freed_memory()
         if lowered is not None:
             told.append(lowered)
             terminal.note(f"note: {lowered}")

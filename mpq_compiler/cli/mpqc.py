@@ -31,7 +31,7 @@ from mpq_compiler.cli import (
     verify,
 )
 from mpq_compiler.cli.options import Commands
-from mpq_compiler.support import terminal
+from mpq_compiler.support import terminal, usage
 from mpq_compiler.support.errors import UserError
 
 TEACH = """\
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.json not in (None, "-"):
             output.require_new(args.json, overwrite=True)
-        result = args.run(args)
+        result = usage.with_room(args.run)(args)
         if args.json == "-":
             print(json.dumps(result, indent=1))
         elif args.json:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import os
 import resource
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import ParamSpec, Self, TypeVar
 
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 RETURNED = 4 << 20
 """Bytes of a block of memory that is given back as soon as it is free."""
 INTERVAL = 0.05
 """Seconds between two looks at the memory."""
+LOOKS = 10
+"""Looks for which a process that has begun can be missing."""
 
 
 def cpu_seconds() -> float:
@@ -111,27 +116,53 @@ def _family(pid: int) -> Iterator[int]:
 
 
 def _resident(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    try:  # three system calls, where `read_text` makes seven: threads that compute wait while one of these begins
+        file = os.open(f"/proc/{pid}/status", os.O_RDONLY)
     except OSError:
         return 0
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+    try:
+        lines = os.read(file, 1 << 14).splitlines()
+    except OSError:
+        return 0
+    finally:
+        os.close(file)
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith((b"RssAnon:", b"RssShmem:")))
+
+
+def ask_for_large_pages() -> None:
+    """Makes torch ask for large pages, where it is not imported yet.
+
+    Memory that comes anew, page by page, is what element-wise operators on activations wait for: by large pages they
+    take less than half of the time.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def keep_freed_memory() -> None:
+    """Makes the C library keep freed blocks of up to 32 MiB: what comes anew does so page by page, which takes time.
+
+    glibc raises these bounds by itself, as it sees large blocks come and go. Other libraries stay as they are.
+    """
+    _bound(32 << 20, 64 << 20)
 
 
 def return_freed_memory() -> None:
     """Makes the C library give blocks of `RETURNED` bytes and more back to the system as they are freed.
 
-    glibc raises that bound to 32 MiB by itself, as it sees large blocks come and go, and keeps what is smaller: after
-    calibration that was a third of the memory. Blocks then come anew each time, page by page; so torch is told to ask
-    for large pages, which must be before it is imported: element-wise operators on activations take less than half of
-    the time. Systems with another library stay as they are.
+    What glibc keeps by itself was a third of the memory after calibration of a large model. Other libraries stay as
+    they are.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    threshold = -3  # M_MMAP_THRESHOLD of malloc.h
-    try:
-        ctypes.CDLL(None).mallopt(threshold, RETURNED)
-    except (AttributeError, OSError, TypeError):
-        return
+    _bound(RETURNED, 128 << 10)
+    trim()
+
+
+def _bound(block: int, top: int) -> None:
+    """Sets from how many bytes on blocks are the system's, and how many are kept at the end of the heap."""
+    for option, value in ((-3, block), (-1, top)):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+        try:
+            ctypes.CDLL(None).mallopt(option, value)
+        except (AttributeError, OSError, TypeError):
+            return
 
 
 def collect_seldom() -> None:
@@ -141,6 +172,25 @@ def collect_seldom() -> None:
     compilation takes. Tensors are freed as they are let go; cycles that hold some would wait for longer.
     """
     gc.set_threshold(20_000, 10, 10)
+
+
+ROOM = 33_000
+"""The words that a frame asks for, so that its block of frames is the next power of two, and half of it is left."""
+
+
+def with_room(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """A function that is called with room for the frames of all that it calls, in one block of memory.
+
+    CPython keeps the frames of a thread in blocks of 16 KiB, and gives a block back when its first frame ends: where
+    calls cross such a border again and again, as imports and tracing can, each maps memory anew, up to a twentieth of
+    what a small compilation takes. A frame that asks for much gets a block for itself, and what it calls shares that.
+    """
+
+    def roomy(*given: _Given.args, **named: _Given.kwargs) -> _Result:
+        return function(*given, **named)
+
+    roomy.__code__ = roomy.__code__.replace(co_stacksize=ROOM)
+    return roomy
 
 
 class PeakMemory:
@@ -163,8 +213,15 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._ended.wait(INTERVAL):
-            self._peak = max(self._peak, memory(self._pid))
+        if not sys.platform.startswith("linux"):
+            return  # `memory` is the peak there
+        family: list[int] = []
+        for look in itertools.count():
+            if self._ended.wait(INTERVAL):
+                return
+            if look % LOOKS == 0:
+                family = [*_family(os.getpid() if self._pid is None else self._pid)]
+            self._peak = max(self._peak, sum(map(_resident, family)))
 
     def take(self) -> int:
         """The peak in bytes since the last call, or since the beginning."""

@@ -79,3 +79,35 @@ def test_cpu_seconds_are_those_of_work():
     assert cpu_seconds() - begin < 0.09
     sum(i * i for i in range(2_000_000))
     assert cpu_seconds() - begin > 0.02
+
+
+def test_a_block_of_frames_is_shared_by_calls():
+    """Calls at a border of CPython's blocks of frames map memory each time, and with room never."""
+    code = """
+import resource, sys
+from mpq_compiler.support.usage import with_room
+def leaf(a=0, b=0, c=0, d=0):
+    return a
+def down(depth):
+    if depth:
+        return down(depth - 1)
+    for _ in range(300):
+        leaf()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def sweep():
+    begin = faults()
+    for depth in range(300):
+        down(depth)
+    return faults() - begin
+call = with_room(sweep) if sys.argv[1] == "room" else sweep
+call()
+print(call())
+"""
+    taken = {
+        how: int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("room", "bare")
+    }
+    assert taken["room"] < 200
+    if platform.python_implementation() == "CPython":
+        assert taken["bare"] > 1000
