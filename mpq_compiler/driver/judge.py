@@ -14,7 +14,7 @@ from torch import Tensor
 from mpq_compiler.driver.held_out import held_out
 from mpq_compiler.driver.lower import Packed
 from mpq_compiler.driver.options import Options
-from mpq_compiler.evaluation.metrics import sqnr_db
+from mpq_compiler.evaluation.metrics import sqnr_db, sqnr_difference_db
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir import costs
 from mpq_compiler.ir.interpreter import run
@@ -78,6 +78,32 @@ def disagreements(
             )
 
 
+def disagreement(difference: float | None, error: float | None, inputs: int, target: targets.Target) -> str | None:
+    """The note on an artifact whose quality is not the packed program's; None where contract (c) holds.
+
+    Where a model amplifies the last bits of a sum up to the errors of its quantization, the SQNRs of both are drawn as
+    it were by chance, and a few inputs do not tell: the note says so, where the difference is within two standard
+    errors of what is allowed.
+
+    Args:
+        difference: dB that the artifact's SQNR is above that of the packed program.
+        error: its standard error, where that is known.
+        inputs: the number of inputs.
+        target: for the sentence.
+    """
+    if difference is None or abs(difference) <= AGREEMENT_DB:
+        return None
+    if error is not None and abs(difference) - 2 * error <= AGREEMENT_DB:
+        return (
+            f"the artifact's SQNR is {difference:+.2f} +- {error:.2f} dB from the packed program's, by "
+            f"{inputs} inputs: too few to say that its kernels compute something else"
+        )
+    return (
+        f"the artifact's SQNR is {difference:+.2f} dB from the packed program's: its kernels for '{target.name}' "
+        "compute something else, report it with the model"
+    )
+
+
 class KindQuality(TypedDict):
     """A kind of calls in words, and the SQNR of its program."""
 
@@ -133,12 +159,8 @@ class Judge:
         compiled, refusal = load_runnable(path, target)
         quality = self.quality(compiled)
         notes = [*refusal, *disagreements(compiled, target, self.denoiser, others)]
-        if abs(quality["agreement_db"] or 0) > AGREEMENT_DB:
-            notes.insert(
-                0,
-                f"the artifact's SQNR is {quality['agreement_db']:+.2f} dB from the packed program's: its kernels for "
-                f"'{target.name}' compute something else, report it with the model",
-            )
+        if note := disagreement(quality["agreement_db"], quality["agreement_error_db"], self.compared, target):
+            notes.insert(0, note)
         calls = self.of_kinds(quality["sqnr_db"], others)
         for entry in calls:
             if entry["sqnr_db"] < quality["sqnr_db"] - KINDS_DB:
@@ -165,7 +187,8 @@ class Judge:
     def quality(self, compiled: CompiledDenoiser | None) -> dict[str, Any]:
         """The figures of quality: `sqnr_db` of the artifact where it runs here, else of the reference.
 
-        `agreement_db` is the artifact's SQNR minus the reference's, on the `reference_inputs`.
+        `agreement_db` is the artifact's SQNR minus the reference's, on the `reference_inputs`, and `agreement_error_db`
+        its standard error by the choice of these.
         """
         reference = {"reference_sqnr_db": self.reference_sqnr_db, "reference_inputs": self.compared}
         if compiled is None:
@@ -175,12 +198,15 @@ class Judge:
                 "inputs": self.compared,
                 **reference,
                 "agreement_db": None,
+                "agreement_error_db": None,
             }
         output = compiled.run({name: value.numpy() for name, value in self.inputs.items()})
+        difference, error = sqnr_difference_db(self.expected[self.rows], output[self.rows], self.packed)
         return {
             "sqnr_db": sqnr_db(self.expected, output),
             "executed_by": "artifact",
             "inputs": self.count,
             **reference,
-            "agreement_db": sqnr_db(self.expected[self.rows], output[self.rows]) - self.reference_sqnr_db,
+            "agreement_db": difference,
+            "agreement_error_db": error,
         }

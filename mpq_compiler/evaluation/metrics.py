@@ -39,6 +39,25 @@ def sqnr_db(reference: Any, value: Any) -> float:
     return min(max(sqnr(*_pair(reference, value)), -SQNR_LIMIT_DB), SQNR_LIMIT_DB)
 
 
+def sqnr_difference_db(reference: Array, value: Array, other: Array) -> tuple[float, float | None]:
+    """How many dB the SQNR of ``value`` is above that of ``other``, and the standard error of that.
+
+    The error is the jackknife's (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, eq. 11.5): how far the
+    difference moves as one sample after the other is left out. None where it cannot be said: for a single sample, or
+    where one sample alone has all the noise.
+    """
+    difference, count = sqnr_db(reference, value) - sqnr_db(reference, other), len(reference)
+    noises = []
+    for each in (value, other):
+        clean, given = _pair(reference, each)
+        noise = ((clean - given) ** 2).reshape(count, -1).sum(axis=1)
+        noises.append(noise.sum() - noise)
+    if count < 2 or min(map(np.min, noises)) <= 0:
+        return difference, None
+    left_out = 10 * (np.log10(noises[1]) - np.log10(noises[0]))
+    return difference, float(np.sqrt((count - 1) * np.var(left_out)))
+
+
 def trajectory_sqnr_db(reference: Any, value: Any) -> float:
     """The SQNR in dB of the final latents of two sampling runs from the same noise."""
     return sqnr_db(reference, value)

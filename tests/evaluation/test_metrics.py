@@ -197,3 +197,27 @@ def test_all_image_metrics_together(images, features):
     assert same["psnr_db"]["value"] == metrics.PSNR_LIMIT_DB
     small = metrics.compare_images(images[..., :8, :8], images[..., :8, :8])
     assert small["ssim"] is None and "11 pixels" in small["reasons"]["ssim"]
+
+
+def test_the_error_of_a_difference_is_what_other_samples_would_make_of_it():
+    """Against the spread of the difference over many draws of as many samples."""
+    rng = np.random.default_rng(0)
+
+    def drawn(count: int) -> tuple[float, float]:
+        clean = rng.normal(size=(count, 50))
+        loud = np.exp(rng.normal(size=(2, count, 1)))  # how much noise a sample gets differs, and not together
+        difference, error = metrics.sqnr_difference_db(clean, *(clean + loud * rng.normal(size=(2, count, 50))))
+        assert error is not None
+        return difference, error
+
+    found = np.array([drawn(40) for _ in range(300)])
+    assert np.sqrt((found[:, 1] ** 2).mean()) == pytest.approx(found[:, 0].std(), rel=0.15)
+
+
+def test_a_difference_without_an_error():
+    """One sample, or none with noise, tells nothing of others."""
+    clean = np.ones((3, 2))
+    assert metrics.sqnr_difference_db(clean[:1], clean[:1] + 0.1, clean[:1] + 0.1) == (0.0, None)
+    assert metrics.sqnr_difference_db(clean, clean, clean) == (0.0, None)
+    difference, error = metrics.sqnr_difference_db(clean, clean + 0.1, clean + 0.2)
+    assert difference == pytest.approx(20 * np.log10(2)) and error == pytest.approx(0.0, abs=1e-9)
