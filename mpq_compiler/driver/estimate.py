@@ -54,6 +54,8 @@ EXACT_VALUES = 4
 """How much larger its values are."""
 ARTIFACT = 0.2
 """The time of the artifact as a part of the float model's."""
+PREPARED = 1.0
+"""Bytes of memory for each weight of the artifact that runs, in the order of its kernels."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def _judging(asked: Asked, inputs: int) -> Demand:
     held = EXACT_VALUES * min(compared, JUDGED_TOGETHER) * sizes.live_bytes + 16 * sizes.largest
     several = 1 if compared > JUDGED_TOGETHER else 0  # a single batch of them is run by one job
     exact = replace(exact, held=held * several, shared=held * (1 - several))
-    return ran * (1 + ARTIFACT) + exact
+    return ran * (1 + ARTIFACT) + exact + Demand(shared=PREPARED * sizes.numbers)
 
 
 def estimate_denoiser(model: str | Path | Denoiser, progress: Progress | None = None, **options: Any) -> Estimate:

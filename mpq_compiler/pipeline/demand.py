@@ -18,6 +18,8 @@ VALUE_PASSES = 8.0
 """How often element-wise operators, norms and softmax read or write the bytes of the values that a run computes."""
 WIDENED = 20
 """Bytes of traffic for each number of a weight that a run widens, and orders for its kernel."""
+SLOWER = 1.2
+"""How much longer a pass takes than its work at the speeds of single operators, by what five models took."""
 THREAD = 25 << 20
 """Bytes of memory that a thread takes for itself: buffers of kernels, small blocks that are kept."""
 
@@ -64,7 +66,7 @@ class Demand:
     def cpu_seconds(self, speed: Speed) -> float:
         """The CPU seconds that the work takes at a speed."""
         work = self.products / speed.products + self.traffic / speed.traffic + self.steps / speed.steps
-        return work + self.seconds
+        return SLOWER * work + self.seconds
 
     def memory(self, jobs: int) -> float:
         """The bytes that it takes beside what there is already, in so many jobs."""
