@@ -18,7 +18,7 @@ from mpq_compiler.driver import estimate
 from mpq_compiler.driver.compile import compile_denoiser
 from mpq_compiler.driver.estimate import Workload, fit_jobs
 from mpq_compiler.ir.sizes import Sizes
-from mpq_compiler.pipeline.demand import Demand, Speed
+from mpq_compiler.pipeline.demand import SLOWER, Demand, Speed
 from mpq_compiler.support import usage
 from mpq_compiler.support.errors import UserError
 from tests.harness import programs, tiny
@@ -32,7 +32,7 @@ def test_work_adds_up_and_the_larger_memory_counts():
     both = first + Demand(products=10, traffic=20, steps=30, held=40, shared=1, disk=60, serial=True)
     assert both == Demand(products=11, traffic=22, steps=33, held=40, shared=5, disk=66)
     assert first * 3 == Demand(products=3, traffic=6, steps=9, held=4, shared=5, disk=6)
-    assert first.cpu_seconds(Speed(1, 2, 3)) == 1 + 1 + 1
+    assert first.cpu_seconds(Speed(1, 2, 3)) == pytest.approx(SLOWER * (1 + 1 + 1))
     assert [first.memory(jobs) for jobs in (1, 3)] == [5, 12]
     assert Demand(held=4, serial=True).memory(3) == 4
 
