@@ -158,10 +158,17 @@ def line(found: dict[str, Any]) -> list[str]:
     said = found["estimate"]
     row.append(f"{said['cpu_seconds'] / found['cpu_seconds']:.2f} x, {said['peak_bytes'] / found['peak_bytes']:.2f} x")
     quality = found["quality"]
-    agreement = "not run here" if quality["agreement_db"] is None else f"{quality['agreement_db']:+.3f} dB"
-    if (error := quality.get("agreement_error_db")) is not None:
-        agreement = agreement.replace(" dB", f" +- {error:.3f} dB") + f" by {quality['reference_inputs']} inputs"
-    return [*row, f"{found['artifact_bytes'] / 2**20:.0f} MiB, {quality['sqnr_db']:.1f} dB", agreement]
+    return [*row, f"{found['artifact_bytes'] / 2**20:.0f} MiB, {quality['sqnr_db']:.1f} dB", agreement(quality)]
+
+
+def agreement(quality: dict[str, Any]) -> str:
+    """Contract (c) in words; cells of earlier states have no standard error."""
+    difference, error = quality["agreement_db"], quality.get("agreement_error_db")
+    if difference is None:
+        return "not run here"
+    if error is None:
+        return f"{difference:+.3f} dB"
+    return f"{difference:+.3f} +- {error:.3f} dB by {quality['reference_inputs']} inputs"
 
 
 def table(found: list[dict[str, Any]]) -> str:

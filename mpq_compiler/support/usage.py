@@ -22,6 +22,8 @@ INTERVAL = 0.05
 """Seconds between two looks at the memory."""
 LOOKS = 10
 """Looks for which a process that has begun can be missing."""
+ROOM = 33_000
+"""The words that a frame asks for, so that its block of frames is the next power of two, and half of it is left."""
 
 
 def cpu_seconds() -> float:
@@ -174,10 +176,6 @@ def collect_seldom() -> None:
     gc.set_threshold(20_000, 10, 10)
 
 
-ROOM = 33_000
-"""The words that a frame asks for, so that its block of frames is the next power of two, and half of it is left."""
-
-
 def with_room(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
     """A function that is called with room for the frames of all that it calls, in one block of memory.
 
@@ -197,8 +195,8 @@ class PeakMemory:
     """The peak of `memory`, watched by a thread within the block."""
 
     def __init__(self, pid: int | None = None) -> None:
-        self._pid = pid
-        self._peak = memory(pid)
+        self._pid = os.getpid() if pid is None else pid
+        self._peak = memory(self._pid)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -220,7 +218,7 @@ class PeakMemory:
             if self._ended.wait(INTERVAL):
                 return
             if look % LOOKS == 0:
-                family = [*_family(os.getpid() if self._pid is None else self._pid)]
+                family = [*_family(self._pid)]
             self._peak = max(self._peak, sum(map(_resident, family)))
 
     def take(self) -> int:
