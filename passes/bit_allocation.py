@@ -16,7 +16,7 @@ from mpq_compiler.allocation.problem import InfeasibleError, Problem, Solution
 from mpq_compiler.allocation.rerank import Reranker, Solved
 from mpq_compiler.allocation.sensitivity_table import CONTENT, QUALITY
 from mpq_compiler.allocation.solver import TIME_LIMIT, solve
-from mpq_compiler.analysis.noise_power import PIECE, noise_of_program
+from mpq_compiler.analysis.noise_power import PIECE, noise_of_program, usual_inputs
 from mpq_compiler.formats.activation import LEAST_FLOAT_BITS, SHRINK
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.costs import average_bits, stored_bytes, weight_path
@@ -43,8 +43,6 @@ from mpq_compiler.quantization.statistics import (
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets.numerics import FLOAT
 
-MEASURED = 32
-"""Inputs on which a whole plan is measured, unless its losses were measured on fewer."""
 ORTHOGONALITY = "orthogonality"
 """The name of the objective, and of the pass that it needs."""
 ADDITIVE_DB = 3.0
@@ -218,7 +216,7 @@ class BitAllocation(Pass):
         found = Demand(traffic=12 * 3 * len(SHRINK) * edges * values, serial=True)
         if self.measures_together:
             found += fitting(sizes.layers, [formats.get(USUAL)], asked.requests.rounding)
-            count = min(MEASURED, asked.rows)
+            count = min(usual_inputs(sizes.parameters), asked.rows)
             found += asked.running(2 * count, PIECE) + Demand(disk=sizes.numbers)
             found += Demand(traffic=TRIAL * sizes.numbers * -(-count // PIECE))  # weights are rounded for each piece
         return found

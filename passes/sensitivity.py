@@ -19,6 +19,7 @@ from mpq_compiler.analysis.noise_power import (
     measurement_key,
     noise_power,
     rounded,
+    usual_inputs,
 )
 from mpq_compiler.analysis.perturbation import Ablation
 from mpq_compiler.analysis.probes import HELD, Name, Probes, WeightErrors
@@ -86,8 +87,8 @@ class Sensitivity(Pass):
     provides: ClassVar[frozenset[str]] = frozenset({"sensitivity"})
     statistics: ClassVar[frozenset[Statistic]] = frozenset({RANGE, VALUES, GRAM})
 
-    inputs: int = 32
-    """Calibration inputs on which the output is compared."""
+    inputs: int | None = None
+    """Calibration inputs on which the output is compared; by default 32, of models above 500 M parameters 16."""
     formats: tuple[str, ...] = ("int2", "int3", "int2+b", "int4", "int3+b", "int8")
     """Weight formats to measure."""
     activations: tuple[int, ...] = (8,)
@@ -119,7 +120,8 @@ class Sensitivity(Pass):
             program.facts[SENSITIVITY] = session.sensitivity
             return program
         calibration = program.facts[CALIBRATION]
-        inputs = calibration.select(self.inputs)
+        count = self._count(program.facts[PARAMETERS])
+        inputs = calibration.select(count)
         results = cache.Results("sensitivity", self.key(program, inputs), session.cache)
         requests = session.requests
         tasks = self.tasks(program, requests)
@@ -138,7 +140,7 @@ class Sensitivity(Pass):
         table: LossTable = {
             "weights": weights,
             "activations": activations,
-            "inputs": self.inputs,
+            "inputs": count,
             "attention": attention,
             "dynamic": requests.activations == Activations.DYNAMIC,
             "floating": requests.activations == Activations.FLOATING,
@@ -243,7 +245,7 @@ class Sensitivity(Pass):
     def demand(self, asked: Asked) -> Demand:
         sizes = asked.sizes
         share = self._share_of(sizes.numbers)
-        count = min(self.inputs, asked.rows)
+        count = min(self._count(sizes.parameters), asked.rows)
         fitted = fitting(sizes.layers, [get_format(f) for f in self.formats], asked.requests.rounding.quick, share)
         if self.method == "ablation":
             changes = len(sizes.layers) * (len(self.formats) + len(self.activations))
@@ -255,6 +257,10 @@ class Sensitivity(Pass):
             held=1.3 * HELD + sizes.live_bytes + 8 * sizes.largest,
         )
         return fitted + asked.running(2 * count, 1) + back * count
+
+    def _count(self, parameters: int) -> int:
+        """The number of inputs of a model with so many parameters."""
+        return usual_inputs(parameters) if self.inputs is None else self.inputs
 
     def _share(self, tasks: list[Task], program: Program) -> float:
         """The share of the rows of weights that are quantized in every format."""
@@ -325,7 +331,7 @@ class Sensitivity(Pass):
 
     def key(self, program: Program, inputs: dict[str, Tensor]) -> str:
         """The cache key: a digest of all that a result depends on but its own task."""
-        return measurement_key(program, inputs, self.inputs)
+        return measurement_key(program, inputs, self._count(program.facts[PARAMETERS]))
 
     def measure(
         self,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from mpq_compiler import formats
+from mpq_compiler.formats.activation import SHRINK
 from mpq_compiler.ir import scratch
 from mpq_compiler.ir.edges import RowGeometry, input_edge, row_geometry
 from mpq_compiler.ir.graph import weight_of
@@ -19,7 +20,7 @@ from mpq_compiler.pipeline.demand import VALUE_PASSES, Asked, Demand
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import bias_of, some_rows
-from mpq_compiler.quantization.rewrite_gain import HELD_BYTES, Change, Layers, Rows, quantized
+from mpq_compiler.quantization.rewrite_gain import FITTED, HELD_BYTES, INTERVALS, Change, Layers, Rows, quantized
 from mpq_compiler.quantization.statistics import input_rows, spread
 from mpq_compiler.support.execution import BATCH, batches
 
@@ -126,9 +127,11 @@ class RewriteSearch(Pass):
         ran = asked.running(FEW_INPUTS, FEW_TOGETHER) if share < 1 else asked.running(self.samples * self.steps, BATCH)
         widest = max((layer.columns for layer in sizes.layers), default=0)
         tried = self.tried + 2
+        edges = {layer.edge: layer.columns for layer in sizes.layers}
+        fits = 3 * len(SHRINK) * sum(min(INTERVALS * FITTED, rows * width) for width in edges.values())
         searched = Demand(
             products=2 * tried * rows * share * sizes.numbers,
-            traffic=tried * 6 * (VALUE_PASSES * rows * columns + 6 * share * sizes.numbers),
+            traffic=tried * (12 * fits + 6 * (VALUE_PASSES * rows * columns + 6 * share * sizes.numbers)),
             held=6 * 4 * (rows * widest + share * sizes.largest),
         )
         return ran + searched + Demand(traffic=24 * sizes.numbers, disk=4 * rows * columns + 4 * sizes.numbers)

@@ -7,13 +7,13 @@ from torch import Tensor
 from mpq_compiler.driver.options import Options
 from mpq_compiler.frontend import calibration_file, trajectories
 from mpq_compiler.frontend.denoiser import Denoiser
+from mpq_compiler.ir.sizes import LARGE
 from mpq_compiler.quantization.statistics import spread
 
 HELD_OUT = 64
 """The number of teacher-forced inputs on which a compiled denoiser is judged."""
 HELD_OUT_LARGE = 16
 """Their number for models of more than `LARGE` parameters, whose images have many values each."""
-LARGE = 500_000_000
 HELD_OUT_STEPS = 8
 """The most steps of the trajectories that these inputs come from."""
 

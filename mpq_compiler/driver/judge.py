@@ -69,13 +69,14 @@ def disagreements(
         inputs = called.random_inputs(REFERENCE_LEAST)
         expected = called(**inputs).numpy()
         output = compiled.run({name: value.numpy() for name, value in inputs.items()}, kind=other.kind)
-        difference = sqnr_db(expected, output) - sqnr_db(expected, run(other.program, inputs).numpy())
-        if abs(difference) > AGREEMENT_DB:
-            where = f"in calls of {denoiser.kind_texts[other.kind]}" if other.kind else f"at {other.name}"
-            yield (
-                f"{where} the artifact's SQNR is {difference:+.2f} dB from the packed program's: its kernels "
-                f"for '{target.name}' compute something else, report it with the model"
-            )
+        difference, error = sqnr_difference_db(expected, output, run(other.program, inputs).numpy())
+        if note := disagreement(difference, error, REFERENCE_LEAST, target):
+            yield f"{_called(other, denoiser)}: {note}"
+
+
+def _called(other: Specialization, denoiser: Denoiser) -> str:
+    """Where a further program runs, in words."""
+    return f"in calls of {denoiser.kind_texts[other.kind]}" if other.kind else f"at {other.name}"
 
 
 def disagreement(difference: float | None, error: float | None, inputs: int, target: targets.Target) -> str | None:

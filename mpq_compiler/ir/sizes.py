@@ -11,7 +11,10 @@ from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.graph import CONTRACTIONS, operand, weight_of
 from mpq_compiler.ir.interpreter import last_uses, shapes, value_nbytes
-from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.program import PARAMETERS, Program
+
+LARGE = 500_000_000
+"""Parameters above which a model is measured and judged on fewer inputs: each has many values, and takes long."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Sizes:
 
     layers: tuple[LayerSize, ...]
     """Weights that can be quantized, each once."""
+    parameters: int
+    """Parameters of the model, those that are not quantized too."""
     products: int
     """Multiply-accumulates, those of attentions and of float layers too."""
     value_bytes: int
@@ -80,6 +85,7 @@ class Sizes:
             sized.append(LayerSize(shape[0], math.prod(shape[1:]), total, operand(readers[0], 0).name))
         return Sizes(
             tuple(sized),
+            program.facts[PARAMETERS],
             sum(products.values()),
             sum(bytes_of[n.name] for n in calls),
             _live(program.graph, bytes_of),

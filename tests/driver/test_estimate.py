@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -17,8 +18,11 @@ from mpq_compiler.cli import mpqc
 from mpq_compiler.driver import estimate
 from mpq_compiler.driver.compile import compile_denoiser
 from mpq_compiler.driver.estimate import Workload, fit_jobs
-from mpq_compiler.ir.sizes import Sizes
-from mpq_compiler.pipeline.demand import SLOWER, Demand, Speed
+from mpq_compiler.ir.sizes import LARGE, Sizes
+from mpq_compiler.passes.sensitivity import Sensitivity
+from mpq_compiler.pipeline.demand import SLOWER, Asked, Demand, Speed
+from mpq_compiler.pipeline.passes import Pass
+from mpq_compiler.quantization.requests import NONE
 from mpq_compiler.support import usage
 from mpq_compiler.support.errors import UserError
 from tests.harness import programs, tiny
@@ -72,6 +76,21 @@ def test_sizes_are_those_of_the_program():
     assert sizes.numbers == sum(program.tensors[name].numel() for name in known)
     assert 0 < sizes.live_bytes < sizes.value_bytes
     assert sizes.products >= sum(layer.products for layer in sizes.layers) > 0
+
+
+def test_large_models_are_measured_on_fewer_inputs():
+    """Half the inputs above 500 M parameters, by default; a number that is given counts at any size."""
+    sizes = Sizes.of(programs.after("unet2d", "layout"))
+    large = dataclasses.replace(sizes, parameters=LARGE + 1)
+    assert sizes.parameters < LARGE
+
+    def products(step: Pass, of: Sizes) -> float:
+        return step.demand(Asked(of, 64, NONE)).products
+
+    whole, half = (products(Sensitivity(), of) for of in (sizes, large))
+    assert (whole, half) == tuple(products(Sensitivity(inputs=count), sizes) for count in (32, 16))
+    assert half < whole
+    assert products(Sensitivity(inputs=32), large) == whole
 
 
 def test_every_pass_is_estimated(tmp_path):
