@@ -65,6 +65,7 @@ class TensorStore(Mapping[str, Tensor]):
     def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
         self._tensors: dict[str, Tensor] = dict(tensors or {})
         self._held = {_place(tensor) for tensor in self._tensors.values()}
+        self._finite: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -101,6 +102,12 @@ class TensorStore(Mapping[str, Tensor]):
         tensor = self._tensors[name]
         return tensor.to(torch.float32) if tensor.dtype in HALVES else tensor
 
+    def finite(self, name: str) -> bool:
+        """Whether a tensor holds no NaN and no infinity: it never changes, so that it is read once."""
+        if name not in self._finite and _is_finite(self._tensors[name]):
+            self._finite.add(name)
+        return name in self._finite
+
     def content(self, names: Iterable[str]) -> Mapping[str, Tensor]:
         """The tensors of those names for a digest, which reads one after the other (`_Content`)."""
         return _Content(self, names)
@@ -109,6 +116,10 @@ class TensorStore(Mapping[str, Tensor]):
         """The shape, strides and type of what `read` gives, on the meta device."""
         tensor = self._tensors[name]
         return torch.empty_like(tensor, dtype=torch.float32 if tensor.dtype in HALVES else None, device="meta")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
 class _Content(Mapping[str, Tensor]):

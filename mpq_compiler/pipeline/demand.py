@@ -133,7 +133,7 @@ def fitting(layers: Sequence[LayerSize], chosen: Sequence[Format], rounding: Rou
         beside = SKETCH if layer.columns > 2 * SKETCH else layer.columns
         work = Demand(products=numbers * trials * beside if gptq else 0, traffic=numbers * trials * TRIAL)
         if gptq:
-            factors = F64 * blocks * block**3
+            factors = F64 * blocks * block**3 / 3
             walked = len(chosen) * numbers * block * 2.5  # half of the columns behind each, and two errors by moments
             work += Demand(products=factors + walked, steps=STEPS_OF_COLUMN * layer.columns)
         held = 4 * layer.numbers + (10 if gptq else 2) * numbers * (1 if rows == layer.rows else len(chosen))

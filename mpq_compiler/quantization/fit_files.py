@@ -41,7 +41,7 @@ class FitFiles:
             rounding: how codes are chosen.
         """
         given = TensorStore({str(i): part for i, part in enumerate((weight, *moments)) if part is not None})
-        about = f"fit 1 {format_name} {formats.version(format_name)} {rounding} {arithmetic()}"
+        about = f"fit 2 {format_name} {formats.version(format_name)} {rounding} {arithmetic()}"
         key = cache.digest(about, given.content(given))
         self.used.append(self.folder / f"{key}.safetensors")
         return self.used[-1]

@@ -21,7 +21,7 @@ from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.quantization import fit_files
 from mpq_compiler.quantization.adaround import adaround
 from mpq_compiler.quantization.fit_files import FitFiles
-from mpq_compiler.quantization.gptq import cholesky, gptq, gptq_of_formats
+from mpq_compiler.quantization.gptq import DAMPING, gptq, gptq_of_formats, roots
 from mpq_compiler.quantization.statistics import CALIBRATION, EdgeStatistics, evenly
 from mpq_compiler.support.execution import RunContext
 from mpq_compiler.support.memo import last_result
@@ -209,11 +209,12 @@ def _sketch(gram: Tensor) -> Tensor:
     Whether one candidate of a row is better than another shows in `SKETCH` directions as in all (Johnson and
     Lindenstrauss 1984), for a fraction of the products.
     """
-    blocks = gram if gram.dim() == 3 else gram[None]
-    draws = torch.randn(*blocks.shape[:2], SKETCH, generator=torch.Generator().manual_seed(0))
-    roots = (cholesky(block.double(), 1e-6).float() for block in blocks)
-    factor: Tensor = torch.cat([root @ draw for root, draw in zip(roots, draws, strict=True)]) / SKETCH**0.5
-    return factor
+    generator, parts = torch.Generator().manual_seed(0), []
+    for own, root in roots(gram, True, DAMPING):  # as GPTQ asks for them, which follows
+        part = torch.empty(len(own), SKETCH)
+        part[own] = root.float() @ torch.randn(len(own), SKETCH, generator=generator)
+        parts.append(part / SKETCH**0.5)
+    return torch.cat(parts)
 
 
 def corrected_bias(program: Program, call: fx.Node, weight: str, quantized: Fit) -> Tensor | None:

@@ -1,8 +1,9 @@
 """GPTQ: chooses codes one column after another, and compensates each column's error in the columns behind it.
 
 Frantar 2022, "GPTQ: accurate post-training quantization for generative pre-trained transformers" (arXiv 2210.17323),
-on any table of the weight contract. Activation order, largest second moment first (``act_order`` in the authors' code),
-orders the updates alone: codes stay in the columns where they are.
+on any table of the weight contract, in the form of LDLQ (Chee 2023, "QuIP", arXiv 2307.13304, theorem 6), which chooses
+the same codes and needs no inverse. Activation order, largest second moment first (``act_order`` in the authors' code),
+orders the columns alone: codes stay where they are.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from mpq_compiler.support.memo import last_result
 BLOCK = 128
 """The number of columns whose updates to the columns behind the block are applied together."""
 
-SMALLEST = 64
-"""The size of a triangle that is inverted column by column."""
+DAMPING = 0.01
+"""What is added to the diagonal of second moments, relative to its mean."""
 
 
 def gptq(
-    rows: Tensor, nearest: QuantizedWeight, gram: Tensor, order: bool = True, damping: float = 0.01
+    rows: Tensor, nearest: QuantizedWeight, gram: Tensor, order: bool = True, damping: float = DAMPING
 ) -> QuantizedWeight:
     """Chooses codes by GPTQ; rows keep the nearest codes where GPTQ's have no smaller output error.
 
@@ -47,7 +48,7 @@ def gptq(
 
 
 def gptq_of_formats(
-    rows: Tensor, fits: Sequence[QuantizedWeight], gram: Tensor, order: bool = True, damping: float = 0.01
+    rows: Tensor, fits: Sequence[QuantizedWeight], gram: Tensor, order: bool = True, damping: float = DAMPING
 ) -> list[QuantizedWeight]:
     """Chooses the codes of several fits of the same rows as `gptq` does, in one walk over the columns.
 
@@ -74,52 +75,51 @@ def _better(rows: Tensor, nearest: QuantizedWeight, codes: Tensor, gram: Tensor)
 
 
 def _block(rows: Tensor, columns: Tensor, upper: Tensor, quantizer: _Columns, codes: Tensor) -> None:
-    """Writes the codes of the columns of one block, which are given in the order in which they are chosen."""
-    places, pivots = columns.tolist(), upper.diagonal().unbind()
-    left = rows[:, columns]
+    """Writes the codes of the columns of one block, which are given in the order in which they are chosen.
+
+    The error of a row is ``|e V|^2``, e its departure from the codes. A column adds ``(e_i + sum_j<i e_j U_ji)^2``, times
+    a constant, to it, U being V with a diagonal of ones: so each column takes up what those before it have left.
+    """
+    places, left = columns.tolist(), rows[:, columns]
     for start in range(0, len(columns), BLOCK):
         end = min(start + BLOCK, len(columns))
-        part, errors = left[:, start:end], torch.empty(len(rows), end - start)
-        for i in range(end - start):
-            column = places[start + i]
-            code, level = quantizer(part[:, i], column)
-            codes[:, column] = code
-            errors[:, i] = (part[:, i] - level) / pivots[start + i]
-            part[:, i + 1 :] -= errors[:, i : i + 1] * upper[start + i, start + i + 1 : end]
-        left[:, end:] -= errors @ upper[start:end, end:]
+        # columns as rows, which lie in memory one after the other
+        part, given = (x.T.contiguous() for x in (left[:, start:end], rows[:, columns[start:end]]))
+        chosen, carried = torch.empty(part.shape, dtype=codes.dtype), upper[start:end, start:end]
+        for i, place in enumerate(places[start:end]):
+            code, level = quantizer(part[i], place)
+            chosen[i] = code
+            given[i] -= level
+            part[i + 1 :].addr_(carried[i, i + 1 :], given[i])
+        codes[:, columns[start:end]] = chosen.T
+        left[:, end:] += given.T @ upper[start:end, end:]
 
 
 @last_result  # one layer is rounded to many formats, one after the other
 def _updates(gram: Tensor, order: bool, damping: float) -> list[tuple[Tensor, Tensor]]:
-    """The order of a block's columns, and the matrix [B, B] that carries a column's error to those behind it."""
+    """The order of a block's columns, and the matrix U [B, B] that carries a column's error to those behind it."""
+    return [(own, scratch.kept(_carried(root))) for own, root in roots(gram, order, damping)]
+
+
+def _carried(root: Tensor) -> Tensor:
+    """The root V [B, B] with columns that are divided by their diagonal, f32."""
+    return (root / root.diagonal()).float()
+
+
+@last_result  # a search for scales sees moments through their roots, too
+def roots(gram: Tensor, order: bool, damping: float) -> list[tuple[Tensor, Tensor]]:
+    """Damped second moments as products ``V V^T``, V upper: of each block the order of its columns, and V, f64 [B, B].
+
+    Args:
+        gram: [K, K], or in blocks along the diagonal [J, B, B].
+        order: whether columns go by descending second moment, else as they stand.
+        damping: what is added to the diagonal, relative to its mean.
+    """
     found = []
     for block in gram if gram.dim() == 3 else gram[None]:
         own = torch.argsort(block.diagonal(), descending=True, stable=True) if order else torch.arange(len(block))
-        found.append((own, scratch.kept(_inverse_factor(block[own][:, own], damping))))
-    return found
-
-
-def _inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """The upper Cholesky factor of the inverse of the damped gram, f32 [K, K].
-
-    With rows and columns in reverse order, J G J = M M^T, it is J M^-1 J: the inverse of a triangle takes half of the
-    time of the whole inverse and its factor.
-    """
-    found = _inverse(cholesky(gram.double().flip(0, 1), damping)).flip(0, 1)
-    return found.float()
-
-
-def _inverse(lower: Tensor) -> Tensor:
-    """The inverse of a lower triangle [K, K], by halves: nearly all of it is products of matrices."""
-    half = len(lower) // 2
-    if half < SMALLEST:
-        small: Tensor = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
-        return small
-    found = torch.zeros_like(lower)
-    first, last = found[:half, :half], found[half:, half:]
-    first.copy_(_inverse(lower[:half, :half]))
-    last.copy_(_inverse(lower[half:, half:]))
-    found[half:, :half] = -(last @ (lower[half:, :half] @ first))
+        lower = cholesky(block[own][:, own].double().flip(0, 1), damping)  # of the last column first: upper, turned
+        found.append((own, scratch.kept(lower.flip(0, 1))))
     return found
 
 

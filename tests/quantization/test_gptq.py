@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpq_compiler import formats
 from mpq_compiler.formats.base import QuantizedWeight, output_error
-from mpq_compiler.quantization.gptq import _inverse_factor, gptq, gptq_of_formats
+from mpq_compiler.quantization.gptq import gptq, gptq_of_formats, roots
 
 FORMATS = ("int2", "int3", "int2+b", "int4", "km3t", "fp4", "nf4g8", "int8")
 
@@ -163,13 +163,15 @@ def test_formats_in_one_walk_have_the_codes_of_their_own(order):
         assert torch.allclose(before.sum(), after.sum(), rtol=1e-3)
 
 
+@pytest.mark.parametrize("order", [False, True])
 @pytest.mark.parametrize("columns", [1, 7, 128, 301])
-def test_the_factor_is_that_of_the_inverse(columns):
-    """Upper, with a positive diagonal, and its square is the inverse of the damped moments."""
+def test_the_root_is_that_of_the_damped_moments(columns, order):
+    """Upper, with a positive diagonal, and its square is the damped moments in the order of the columns."""
     x = torch.randn(2 * columns + 3, columns, generator=torch.Generator().manual_seed(0))
     g = x.T @ x / len(x)
-    upper = _inverse_factor(g, 0.01).double()
+    ((own, root),) = roots(g, order, 0.01)
     damped = g.double() + 0.01 * g.double().diagonal().mean() * torch.eye(columns)
-    assert torch.equal(upper, upper.triu())
-    assert (upper.diagonal() > 0).all()
-    torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(columns).double(), atol=1e-4, rtol=0)
+    assert torch.equal(root, root.triu())
+    assert (root.diagonal() > 0).all()
+    assert sorted(own.tolist()) == list(range(columns))
+    torch.testing.assert_close(root @ root.T, damped[own][:, own], atol=1e-6, rtol=0)

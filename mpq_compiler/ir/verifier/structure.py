@@ -195,8 +195,7 @@ def _rows_of_samples(view: View) -> Findings:
 @RULES.add("finite")
 def _finite(view: View) -> Findings:
     for node, name in view.reads:
-        tensor = view.tensor(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not view.program.tensors.finite(name):
             yield node, f"'{name}' holds values that are not finite"
 
 
