@@ -77,8 +77,8 @@ def _better(rows: Tensor, nearest: QuantizedWeight, codes: Tensor, gram: Tensor)
 def _block(rows: Tensor, columns: Tensor, upper: Tensor, quantizer: _Columns, codes: Tensor) -> None:
     """Writes the codes of the columns of one block, which are given in the order in which they are chosen.
 
-    The error of a row is ``|e V|^2``, e its departure from the codes. A column adds ``(e_i + sum_j<i e_j U_ji)^2``, times
-    a constant, to it, U being V with a diagonal of ones: so each column takes up what those before it have left.
+    The error of a row is ``|e V|^2``, e its departure from the codes. A column adds ``(e_i + sum_j<i e_j U_ji)^2``,
+    times a constant, U being V with a diagonal of ones: so each takes up what those before it have left.
     """
     places, left = columns.tolist(), rows[:, columns]
     for start in range(0, len(columns), BLOCK):
