@@ -17,14 +17,14 @@ from mpq_compiler.allocation.rerank import Reranker, Solved
 from mpq_compiler.allocation.sensitivity_table import CONTENT, QUALITY
 from mpq_compiler.allocation.solver import TIME_LIMIT, solve
 from mpq_compiler.analysis.noise_power import PIECE, noise_of_program, usual_inputs
-from mpq_compiler.formats.activation import LEAST_FLOAT_BITS, SHRINK
+from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.costs import average_bits, stored_bytes, weight_path
 from mpq_compiler.ir.edges import attention_edges, dynamic_edges, input_edge
 from mpq_compiler.ir.findings import ALLOCATION, LATENCY, SENSITIVITY, Losses, LossTable, SensitivityTable
 from mpq_compiler.ir.graph import CONTRACTIONS, softmax, weight_of
 from mpq_compiler.ir.program import PARAMETERS, ActivationPlan, Program, Stage, TensorStore, WeightPlan
-from mpq_compiler.pipeline.demand import TRIAL, USUAL, Asked, Demand, fitting
+from mpq_compiler.pipeline.demand import TRIAL, USUAL, Asked, Demand, fitting, searching
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.realize import realize
 from mpq_compiler.pipeline.session import LayerTimes, Session, Times
@@ -213,7 +213,7 @@ class BitAllocation(Pass):
     def demand(self, asked: Asked) -> Demand:
         sizes, edges = asked.sizes, len({layer.edge for layer in asked.sizes.layers})
         values = max(VALUES_PER_EDGE, asked.rows * VALUES_PER_INPUT)
-        found = Demand(traffic=12 * 3 * len(SHRINK) * edges * values, serial=True)
+        found = replace(searching(edges * values), serial=True)
         if self.measures_together:
             found += fitting(sizes.layers, [formats.get(USUAL)], asked.requests.rounding)
             count = min(usual_inputs(sizes.parameters), asked.rows)

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, fx
 
 from mpq_compiler import formats
-from mpq_compiler.formats.activation import SHRINK
 from mpq_compiler.ir import scratch
 from mpq_compiler.ir.edges import RowGeometry, input_edge, row_geometry
 from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import Program
-from mpq_compiler.pipeline.demand import VALUE_PASSES, Asked, Demand
+from mpq_compiler.pipeline.demand import VALUE_PASSES, Asked, Demand, searching
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import bias_of, some_rows
@@ -128,13 +127,14 @@ class RewriteSearch(Pass):
         widest = max((layer.columns for layer in sizes.layers), default=0)
         tried = self.tried + 2
         edges = {layer.edge: layer.columns for layer in sizes.layers}
-        fits = 3 * len(SHRINK) * sum(min(INTERVALS * FITTED, rows * width) for width in edges.values())
+        fits = searching(sum(min(INTERVALS * FITTED, rows * width) for width in edges.values()))
         searched = Demand(
             products=2 * tried * rows * share * sizes.numbers,
-            traffic=tried * (12 * fits + 6 * (VALUE_PASSES * rows * columns + 6 * share * sizes.numbers)),
+            traffic=tried * 6 * (VALUE_PASSES * rows * columns + 6 * share * sizes.numbers),
             held=6 * 4 * (rows * widest + share * sizes.largest),
         )
-        return ran + searched + Demand(traffic=24 * sizes.numbers, disk=4 * rows * columns + 4 * sizes.numbers)
+        written = Demand(traffic=24 * sizes.numbers, disk=4 * rows * columns + 4 * sizes.numbers)
+        return ran + searched + fits * tried + written
 
     def share(self, program: Program) -> float:
         """The share of the weights' rows on which errors are measured."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from mpq_compiler.driver import budgets
 from mpq_compiler.driver.check import check
-from mpq_compiler.driver.held_out import HELD_OUT, HELD_OUT_LARGE
+from mpq_compiler.driver.held_out import judged_on
 from mpq_compiler.driver.judge import JUDGED_TOGETHER, REFERENCE_LEAST, REFERENCE_MACS
 from mpq_compiler.driver.lower import halves, load_denoiser, lower
 from mpq_compiler.driver.options import Options, parse_shapes
@@ -25,7 +25,7 @@ from mpq_compiler.frontend import calibration_file
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir.interpreter import single_threaded
 from mpq_compiler.ir.program import Program
-from mpq_compiler.ir.sizes import LARGE, Sizes
+from mpq_compiler.ir.sizes import Sizes
 from mpq_compiler.pipeline.backend import Progress, backend_of
 from mpq_compiler.pipeline.demand import Asked, Demand, Speed
 from mpq_compiler.pipeline.passes import Pass, Role
@@ -141,7 +141,7 @@ class Workload:
             recorded = {} if calibrating is None else calibrating.options()
             rows = recorded.get("samples", 1) * recorded.get("steps", 1) * denoiser.calls_per_step
             held_out = rows
-        held_out = min(held_out, HELD_OUT_LARGE if denoiser.parameters > LARGE else HELD_OUT)
+        held_out = min(held_out, judged_on(denoiser))
         sizes, requests = Sizes.of(program), Requests.all(step.requests() for step in passes)
         asked = Asked(
             sizes,

@@ -18,12 +18,17 @@ HELD_OUT_STEPS = 8
 """The most steps of the trajectories that these inputs come from."""
 
 
+def judged_on(denoiser: Denoiser) -> int:
+    """The number of inputs on which a compiled model is judged, where there are as many."""
+    return HELD_OUT_LARGE if denoiser.parameters > LARGE else HELD_OUT
+
+
 def held_out(denoiser: Denoiser, options: Options) -> dict[str, Tensor]:
     """Collects held-out inputs over all time steps: `HELD_OUT` of them, or fewer where a calibration file has fewer.
 
     Of models with more than `LARGE` parameters `HELD_OUT_LARGE`.
     """
-    count = HELD_OUT_LARGE if denoiser.parameters > LARGE else HELD_OUT
+    count = judged_on(denoiser)
     if options.calibration is not None:
         inputs = calibration_file.split(calibration_file.load(denoiser, options.calibration))[1]
         return spread(inputs, count)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mpq_compiler.formats.activation import SHRINK
 from mpq_compiler.formats.base import Format
 from mpq_compiler.ir.sizes import LayerSize, Sizes
 from mpq_compiler.quantization.fitting import FEWEST_ROWS, SKETCH, Rounding
@@ -116,6 +117,11 @@ F64 = 2
 """How much longer a product takes in f64."""
 STEPS_OF_COLUMN = 12
 """Operators that GPTQ calls for a column of a weight."""
+
+
+def searching(values: float) -> Demand:
+    """Searching the ranges of quantizers on so many values of activations (`formats.activation.fit`)."""
+    return Demand(traffic=12 * 3 * len(SHRINK) * values)
 
 
 def fitting(layers: Sequence[LayerSize], chosen: Sequence[Format], rounding: Rounding, share: float = 1.0) -> Demand:
