@@ -217,7 +217,7 @@ class BitAllocation(Pass):
         if self.measures_together:
             found += fitting(sizes.layers, [formats.get(USUAL)], asked.requests.rounding)
             count = min(usual_inputs(sizes.parameters), asked.rows)
-            found += asked.running(2 * count, PIECE) + Demand(disk=sizes.numbers)
+            found += asked.running(count, PIECE) + Demand(disk=sizes.numbers)
             found += Demand(traffic=TRIAL * sizes.numbers * -(-count // PIECE))  # weights are rounded for each piece
         return found
 

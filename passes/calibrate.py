@@ -61,6 +61,7 @@ class Calibrate(Pass):
     def run(self, program: Program, session: Session) -> Program:
         assert session.denoiser is not None
         program = program.fork()
+        session.sampled.clear()  # rewrites come before
         if not program.quantizable:
             raise UserError(f"{program.model} has no linear or conv2d layer that could be quantized")
         wanted = session.requests.statistics or frozenset({RANGE, VALUES, GRAM})

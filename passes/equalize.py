@@ -89,6 +89,9 @@ class Equalize(RewriteSearch):
                 for reader in group.readers:
                     provenance.note(program, str(weight_path(reader)), self.name(), **said)
         scaling.apply()
+        for group, found in zip(chosen, results, strict=True):
+            if found is not None:
+                self.hand_on(session, group, found.factor)
         return program
 
     def search(self, program: Program, group: Layers, share: float = 1.0) -> Found | None:

@@ -78,6 +78,6 @@ class Reranker:
         if image_error is not None:
             return image_error.noise
         self.program.note("candidates are judged by the output on calibration inputs: nothing can be drawn here")
-        inputs = self.program.facts[CALIBRATION].select(INPUTS)
-        reference = run(self.program, inputs)
+        calibration = self.program.facts[CALIBRATION]
+        inputs, reference = calibration.select(INPUTS), calibration.select_outputs(INPUTS)
         return lambda program: noise_power(run(program, inputs), reference)

@@ -77,18 +77,20 @@ def noise_of_program(program: Program, changed: Program, inputs: int, context: R
     """The relative noise power of a changed program, measured like the losses of single changes.
 
     Args:
-        program: the unchanged program, with calibration.
+        program: the unchanged program, with calibration, which has its outputs.
         changed: the changed program.
         inputs: the number of calibration inputs to run.
         context: runs the parts on its jobs.
     """
-    parts = list(batches(program.facts[CALIBRATION].select(inputs), inputs_held(program)))
+    calibration, size = program.facts[CALIBRATION], inputs_held(program)
+    parts = list(batches(calibration.select(inputs), size))
+    expected = calibration.select_outputs(inputs).split(size)
     together = BATCH if len(parts) == 1 else PIECE
 
-    def output(of: Program, part: dict[str, Tensor]) -> Tensor:
-        return torch.cat([run(of, piece) for piece in batches(part, together)])
+    def power(of: tuple[dict[str, Tensor], Tensor]) -> float:
+        part, reference = of
+        output = torch.cat([run(changed, piece) for piece in batches(part, together)])
+        return noise_power(output, reference, input_weights(program, part))
 
-    def power(part: dict[str, Tensor]) -> float:
-        return noise_power(output(changed, part), output(program, part), input_weights(program, part))
-
-    return mean_power(context.map(power, parts), [float(input_weights(program, part).sum()) for part in parts])
+    powers = context.map(power, zip(parts, expected, strict=True))
+    return mean_power(powers, [float(input_weights(program, part).sum()) for part in parts])

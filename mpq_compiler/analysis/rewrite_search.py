@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,7 +20,16 @@ from mpq_compiler.pipeline.demand import VALUE_PASSES, Asked, Demand, searching
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import bias_of, some_rows
-from mpq_compiler.quantization.rewrite_gain import FITTED, HELD_BYTES, INTERVALS, Change, Layers, Rows, quantized
+from mpq_compiler.quantization.rewrite_gain import (
+    FITTED,
+    HELD_BYTES,
+    INTERVALS,
+    Change,
+    Layers,
+    Rows,
+    Samples,
+    quantized,
+)
 from mpq_compiler.quantization.statistics import input_rows, spread
 from mpq_compiler.support.execution import BATCH, batches
 
@@ -72,32 +82,64 @@ class RewriteSearch(Pass):
     def layers(self, program: Program, session: Session) -> list[Layers]:
         """Groups the layers by the edge that they read, in graph order, each with about `rows` sampled rows of input.
 
-        Rows come from the session's calibration inputs, or else from the trajectories that the options name.
+        Rows come from the session's calibration inputs, or else from the trajectories that the options name. Those of
+        an edge that an earlier rewrite has sampled are known: what has the same name has the same values.
         """
-        inputs = self._recorded(session) if session.calibration is None else session.calibration
-        groups: dict[fx.Node, Layers] = {}
+        windows: dict[fx.Node, dict[RowGeometry, None]] = {}
+        readers: dict[fx.Node, list[fx.Node]] = {}
         columns = 0
         for node in program.quantizable:
             shape = program.tensors[str(weight_of(node))].shape
             geometry = row_geometry(node, shape)
-            group = groups.setdefault(input_edge(node), Layers(input_edge(node), [], torch.zeros(())))
-            group.readers.append(node)
-            if geometry not in group.parts:
-                group.parts[geometry] = []
+            readers.setdefault(input_edge(node), []).append(node)
+            if geometry not in windows.setdefault(input_edge(node), {}):
+                windows[input_edge(node)][geometry] = None
                 columns += math.prod(shape[1:])
-        large = self.share(program) < 1
+        rows = self._rows(columns)
+        known = session.sampled.setdefault((*self.sampling, rows), {})
+        missing = {
+            edge: asked
+            for edge, asked in windows.items()
+            if edge.name not in known or known[edge.name].parts.keys() != asked.keys()
+        }
+        if missing:
+            known |= self._sampled(program, session, missing, rows, self.share(program) < 1)
+        return [Layers(edge, nodes, known[edge.name]) for edge, nodes in readers.items()]
+
+    @property
+    def sampling(self) -> tuple[int, ...]:
+        """The options that rows depend on."""
+        return self.samples, self.steps, self.rows, self.sampled
+
+    def _sampled(
+        self,
+        program: Program,
+        session: Session,
+        windows: Mapping[fx.Node, Iterable[RowGeometry]],
+        rows: int,
+        large: bool,
+    ) -> dict[str, Samples]:
+        """Runs the program and samples rows of some edges, by their names.
+
+        Args:
+            program: the program.
+            session: with the inputs.
+            windows: the edges, and the geometries of the layers that read each.
+            rows: about how many rows of each.
+            large: whether few inputs do, a few at a time.
+        """
+        inputs = self._recorded(session) if session.calibration is None else session.calibration
         if large:
             inputs = spread(inputs, FEW_INPUTS)
         count = len(next(iter(inputs.values())))
-        rows = self._rows(columns)
 
         def sampled(batch: dict[str, Tensor], generator: torch.Generator) -> dict[fx.Node, _Sample]:
             size, found = len(next(iter(batch.values()))), {}
 
             def watch(node: fx.Node, value: Any) -> None:
-                if (group := groups.get(node)) is not None:
+                if node in windows:
                     wanted = -(-rows * size // count)
-                    parts = {g: scratch.kept(input_rows(g, value, wanted, generator)) for g in group.parts}
+                    parts = {g: scratch.kept(input_rows(g, value, wanted, generator)) for g in windows[node]}
                     found[node] = _Sample(value.abs().flatten(0, -2).amax(0), parts)
 
             run(program, batch, watch)
@@ -109,13 +151,27 @@ class RewriteSearch(Pass):
         else:
             generator = _generator(session.seed)
             found = [sampled(batch, generator) for batch in batches(inputs)]
-        for samples in found:
-            for node, sample in samples.items():
-                group = groups[node]
-                group.largest = torch.maximum(group.largest, sample.largest)
+        joined: dict[str, Samples] = {}
+        for batch in found:
+            for node, sample in batch.items():
+                whole = joined.setdefault(node.name, Samples())
+                whole.largest = torch.maximum(whole.largest, sample.largest)
                 for geometry, part in sample.parts.items():
-                    group.parts[geometry].append(part)
-        return list(groups.values())
+                    whole.parts.setdefault(geometry, []).append(part)
+        return joined
+
+    def hand_on(self, session: Session, group: Layers, factor: Tensor) -> None:
+        """Leaves the rows of an edge to the next rewrite, whose layers read it with its channels multiplied.
+
+        Args:
+            session: keeps the rows.
+            group: the edge before, with its layers, which read what takes its place.
+            factor: of the channels [C].
+        """
+        for known in session.sampled.values():
+            for name in [name for name, samples in known.items() if samples is group.samples]:
+                del known[name]
+                known[input_edge(group.readers[0]).name] = group.samples.scaled(factor)
 
     def demand(self, asked: Asked) -> Demand:
         """Running on the inputs, then a trial for each candidate: quantized rows times quantized weights."""
@@ -124,6 +180,8 @@ class RewriteSearch(Pass):
         columns = sum(layer.columns for layer in sizes.layers)
         rows = self._rows(columns)
         ran = asked.running(FEW_INPUTS, FEW_TOGETHER) if share < 1 else asked.running(self.samples * self.steps, BATCH)
+        if any(isinstance(other, RewriteSearch) and other.sampling == self.sampling for other in asked.earlier):
+            ran = Demand()
         widest = max((layer.columns for layer in sizes.layers), default=0)
         tried = self.tried + 2
         edges = {layer.edge: layer.columns for layer in sizes.layers}

@@ -150,7 +150,7 @@ class Workload:
             getattr(allocator, "uniform", None),
             bool(getattr(allocator, "measures_together", False)),
         )
-        demands = [(step.name(), step.demand(asked)) for step in passes]
+        demands = [(step.name(), step.demand(replace(asked, earlier=passes[:i]))) for i, step in enumerate(passes)]
         if with_role(passes, Role.PACKS) is not None:
             sizes_of_batches = sum(map(len, parse_shapes(options.shapes).values()))
             kernels = KERNELS_OF_CALL * sizes.calls * sizes_of_batches if workers else 0

@@ -161,6 +161,8 @@ class Asked:
     """The one format of all weights, where the plan has one."""
     rounded: bool = False
     """Whether the allocation rounds the whole plan to measure it, and leaves its fits to those who round."""
+    earlier: Sequence[object] = ()
+    """The passes before this one."""
 
     def running(self, inputs: int, together: int) -> Demand:
         """Running the program on inputs, so many at a time on each job."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from mpq_compiler.quantization.fitting import FitCache
 from mpq_compiler.quantization.requests import NONE, Requests
+from mpq_compiler.quantization.rewrite_gain import Samples
 from mpq_compiler.support.execution import RunContext
 from mpq_compiler.targets.numerics import NUMERICS
 
@@ -60,3 +61,6 @@ class Session(RunContext):
     """Fits of weights and activations, which programs of the run share."""
     trajectories: dict[tuple[int, int], dict[str, Tensor]] = dataclasses.field(default_factory=dict)
     """Inputs that rewrites were tried on, by the number of trajectories and of steps: the next rewrite's too."""
+    sampled: dict[tuple[int, ...], dict[str, Samples]] = dataclasses.field(default_factory=dict)
+    """Rows that rewrites were tried on, by how they were sampled and by the name of the edge: the next rewrite's too.
+    """

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from mpq_compiler.formats import activation
+from mpq_compiler.ir import scratch
 
 INTERVALS = 4
 """The number of intervals of time, each of which has a quantizer of its own."""
@@ -30,15 +31,36 @@ Change = Callable[[Tensor], Tensor]
 
 
 @dataclass
+class Samples:
+    """Sampled rows of a tensor edge."""
+
+    largest: Tensor = field(default_factory=lambda: torch.zeros(()))
+    """The largest magnitude of each channel, f32 [C]."""
+    parts: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict)
+    """The sampled rows of each batch in order, by window."""
+
+    def scaled(self, factor: Tensor) -> Samples:
+        """Those of the edge whose channels are multiplied by positive factors [C]."""
+
+        def scale(rows: Tensor) -> Tensor:
+            return scratch.kept((rows.unflatten(1, (-1, len(factor))) * factor).flatten(1))
+
+        parts = {geometry: [scale(rows) for rows in parts] for geometry, parts in self.parts.items()}
+        return Samples(self.largest * factor, parts)
+
+
+@dataclass
 class Layers:
     """The layers that read one tensor edge, and sampled rows of their input."""
 
     edge: fx.Node
     readers: list[fx.Node]
-    largest: Tensor
-    """The largest magnitude of each channel, f32 [C]."""
-    parts: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict)
-    """The sampled rows of each batch in order, by window."""
+    samples: Samples
+
+    @property
+    def largest(self) -> Tensor:
+        """The largest magnitude of each channel, f32 [C]."""
+        return self.samples.largest
 
     @property
     def channels(self) -> int:
@@ -47,7 +69,7 @@ class Layers:
 
     def rows(self) -> Rows:
         """The sampled rows of all batches."""
-        return {geometry: torch.cat(parts) for geometry, parts in self.parts.items()}
+        return {geometry: torch.cat(parts) for geometry, parts in self.samples.parts.items()}
 
 
 def gain_db(before: float, after: float) -> float:

@@ -104,6 +104,8 @@ class Calibration:
     """
     means: dict[str, Tensor] = field(default_factory=dict)
     """The mean of x [K] over the same rows, by the call's name."""
+    outputs: Tensor | None = None
+    """The program's output on each input, f32 [N, ...]; None where it was not run."""
 
     @property
     def timesteps(self) -> Tensor:
@@ -113,6 +115,11 @@ class Calibration:
     def select(self, count: int) -> dict[str, Tensor]:
         """Selects ``count`` inputs, spread evenly over the recording and thus over time."""
         return spread(self.inputs, count)
+
+    def select_outputs(self, count: int) -> Tensor:
+        """The program's outputs on the inputs of `select`, f32 [count, ...]."""
+        assert self.outputs is not None
+        return self.outputs[evenly(len(self.outputs), count)]
 
 
 def evenly(total: int, count: int) -> Tensor:
@@ -290,6 +297,7 @@ class Collector:
         self.edges: dict[str, EdgeStatistics] = {}
         self.sums: dict[Rows, tuple[Tensor, Tensor, int]] = {}
         self.turns = _Turns()
+        self.outputs: list[Tensor] = []
         self.lock = threading.Lock()
         self.pieces = self.measured = 0
 
@@ -299,6 +307,7 @@ class Collector:
         outputs = self.context.map(self._piece, zip(itertools.count(self.pieces), starts, batches(inputs, PART)))
         self.pieces += len(outputs)
         self.measured += sum(map(len, outputs))
+        self.outputs += outputs
         return torch.cat(outputs)
 
     def _keep(self, name: str, start: int, part: EdgeStatistics) -> None:
@@ -354,7 +363,7 @@ class Collector:
 
     def calibration(self, inputs: dict[str, Tensor]) -> Calibration:
         """The calibration: all statistics that were measured, with all ``inputs`` in order. It ends the measuring."""
-        found = Calibration(inputs)
+        found = Calibration(inputs, outputs=torch.cat(self.outputs))
         found.edges |= {name: self.edges[name].first(self.measured) for name in self.watched}
         while self.sums:
             key, (gram, total, count) = self.sums.popitem()

@@ -23,9 +23,11 @@ from tests.harness import programs, tiny
 def test_statistics_are_those_of_the_values():
     program = programs.after("unet2d", "calibrate")
     calibration = program.facts[CALIBRATION]
-    values = defaultdict(list)
+    values, outputs = defaultdict(list), []
     for part in batches(calibration.inputs, PART):  # on some CPUs the bits depend on the size of the batch
-        run(program, part, lambda node, value: values[node.name].append(value))
+        outputs.append(run(program, part, lambda node, value: values[node.name].append(value)))
+    assert torch.equal(calibration.outputs, torch.cat(outputs))
+    assert torch.equal(calibration.select_outputs(3), calibration.outputs[[0, 6, 11]])
     for name, edge in calibration.edges.items():
         rows = torch.cat(values[name]).reshape(12, -1)
         assert torch.equal(edge.low, rows.amin(1)) and torch.equal(edge.high, rows.amax(1))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+from mpq_compiler.analysis import rewrite_search
 from mpq_compiler.analysis.noise_power import noise_power
 from mpq_compiler.frontend import denoiser as denoisers
 from mpq_compiler.ir import ops
@@ -16,6 +17,7 @@ from mpq_compiler.ir.provenance import DECISIONS
 from mpq_compiler.ir.verifier import verify
 from mpq_compiler.passes import equalize
 from mpq_compiler.passes.equalize import WIDEST, Equalize, dilation
+from mpq_compiler.passes.rotate import Rotate
 from mpq_compiler.pipeline import manager, options, parser
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.channel_scaling import Scaling
@@ -369,3 +371,29 @@ def test_one_input_is_enough_to_search_on():
     passes = parser.parse("trace,layout,equalize{rows=16}")
     program, _ = manager.run_pipeline(passes, programs.empty(), Session(denoiser, x))
     verify(program)
+
+
+def test_the_next_rewrite_has_its_rows_without_a_run(monkeypatch):
+    """Those that are handed on are what it would sample, of edges that are scaled in what makes them and behind it."""
+    session = Session(outliers(40.0), programs.calibration("unet2d"))
+    first, nothing = Equalize(rows=64, weights="int8"), Rotate(rows=64)
+    after = first.run(manager.run_pipeline(parser.parse("trace,layout"), programs.empty(), session)[0], session)
+    fresh = nothing.layers(after, Session(None, programs.calibration("unet2d")))
+    monkeypatch.setattr(rewrite_search, "run", None)
+    known = nothing.layers(after, session)
+    changed = [group.edge.name for group in known if group.edge.name.endswith("_scaled")]
+    assert len(changed) > 3 and {after.node(name).target for name in changed} >= {aten.mul.Tensor, ops.group_norm}
+    for one, other in zip(fresh, known, strict=True):
+        assert one.edge is other.edge and one.readers == other.readers
+        assert torch.equal(one.largest, other.largest)
+        for geometry, rows in one.rows().items():
+            assert torch.equal(rows, other.rows()[geometry]), one.edge.name
+
+
+def test_rows_of_other_options_are_sampled_anew():
+    session = Session(programs.denoiser("unet2d"), programs.calibration("unet2d"))
+    program = programs.after("unet2d", "layout")
+    for rows in (64, 32):
+        found = Rotate(rows=rows).layers(program, session)
+        assert {len(part) for group in found for part in group.rows().values()} & {rows}
+    assert len(session.sampled) == 2
