@@ -197,7 +197,30 @@ def _exported(name: str, folder: str, rows: Path) -> Path:
         )
     del module, call
     gc.collect()
+    _without_idle_squeezes(path)
     return path
+
+
+def _without_idle_squeezes(path: Path) -> None:
+    """Makes the identity of each Squeeze of an axis that is longer than 1, which torch leaves as it is.
+
+    ONNX forbids it, and onnxruntime refuses the model; torch's exporter writes it all the same (PixArt's has one).
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(str(path), load_external_data=False)
+    graph, found = model.graph, 0
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in (*graph.value_info, *graph.input)}
+    numbers = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Squeeze" and len(node.input) == 2 and node.input[1] in numbers and node.input[0] in shapes:
+            axes, shape = numpy_helper.to_array(numbers[node.input[1]]).reshape(-1), shapes[node.input[0]]
+            if any(shape[axis].dim_value > 1 for axis in axes):
+                node.op_type, node.input[:] = "Identity", node.input[:1]
+                found += 1
+    if found:
+        onnx.save(model, str(path))
 
 
 def _quantize_onnx(exported: Path, rows: Path, target: Path, method: str) -> None:

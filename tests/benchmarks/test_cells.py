@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import cells, peers, scale, scale_peers, scale_steps
@@ -91,3 +92,27 @@ def test_every_row_has_all_columns():
 def test_every_peer_has_packages_and_a_way_to_be_loaded():
     assert all(peer.split("-")[0] in peers.PACKAGES for peer in peers.PEERS)
     assert scale_peers.missing("torch-bf16") is None
+
+def test_a_squeeze_that_does_nothing_is_no_reason_to_refuse_a_model(tmp_path):
+    """Of axes of 1 and of 4, in two calls: the first stays."""
+    import onnx
+    import onnxruntime
+
+    node, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [node("Relu", ["x"], ["r"]), node("Squeeze", ["r", "first"], ["s"]), node("Squeeze", ["s", "first"], ["y"])],
+        "two",
+        [value("x", onnx.TensorProto.FLOAT, [1, 4, 8])],
+        [value("y", onnx.TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(np.array([0]), "first")],
+        value_info=[value("r", onnx.TensorProto.FLOAT, [1, 4, 8]), value("s", onnx.TensorProto.FLOAT, [4, 8])],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    path = tmp_path / "model.onnx"
+    onnx.save(model, str(path))
+    with pytest.raises(Exception, match="Dimension of input 0 must be 1"):
+        onnxruntime.InferenceSession(str(path))
+    peers._without_idle_squeezes(path)
+    assert [n.op_type for n in onnx.load(str(path)).graph.node] == ["Relu", "Squeeze", "Identity"]
+    x = np.ones((1, 4, 8), np.float32)
+    assert np.array_equal(onnxruntime.InferenceSession(str(path)).run(None, {"x": x})[0], x[0])
