@@ -122,7 +122,7 @@ class Sensitivity(Pass):
         calibration = program.facts[CALIBRATION]
         count = self._count(program.facts[PARAMETERS])
         inputs = calibration.select(count)
-        results = cache.Results("sensitivity", self.key(program, inputs), session.cache)
+        results = cache.Results("sensitivity", self.key(program, inputs, session.device), session.cache)
         requests = session.requests
         tasks = self.tasks(program, requests)
         losses = (self._by_ablation if self.method == "ablation" else self._by_probes)(
@@ -240,7 +240,8 @@ class Sensitivity(Pass):
             advance(len(layers[weight]))
 
         session.tasks(_row_errors, None, (_rows(program, fits, of, share) for of in layers.values()), keep)
-        return Probes(program, {weight: weights[weight] for weight in layers}, edges, calls, session.seed)
+        ordered = {weight: weights[weight] for weight in layers}
+        return Probes(program, ordered, edges, calls, session.seed, session.device)
 
     def demand(self, asked: Asked) -> Demand:
         sizes = asked.sizes
@@ -329,9 +330,9 @@ class Sensitivity(Pass):
                 add(PROBABILITIES, node, node.name, bits)
         return list(found.values())
 
-    def key(self, program: Program, inputs: dict[str, Tensor]) -> str:
+    def key(self, program: Program, inputs: dict[str, Tensor], device: str = "cpu") -> str:
         """The cache key: a digest of all that a result depends on but its own task."""
-        return measurement_key(program, inputs, self._count(program.facts[PARAMETERS]))
+        return measurement_key(program, inputs, self._count(program.facts[PARAMETERS]), device)
 
     def measure(
         self,

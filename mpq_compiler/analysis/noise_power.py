@@ -67,10 +67,10 @@ def inputs_held(program: Program) -> int:
     return max(1, HELD_BYTES // sum(v.numel() * v.element_size() for v in values))
 
 
-def measurement_key(program: Program, inputs: dict[str, Tensor], count: int) -> str:
+def measurement_key(program: Program, inputs: dict[str, Tensor], count: int, device: str = "cpu") -> str:
     """The cache key of noise powers on ``count`` inputs: a digest of all that they depend on but the change itself."""
-    gains = program.facts.get(TIME_GAINS, "")
-    return fingerprint(program, inputs, f"3 {min(count, inputs_held(program))}{gains}")
+    gains, where = program.facts.get(TIME_GAINS, ""), "" if device == "cpu" else f" {device}"
+    return fingerprint(program, inputs, f"3 {min(count, inputs_held(program))}{gains}{where}")
 
 
 def noise_of_program(program: Program, changed: Program, inputs: int, context: RunContext) -> float:
@@ -80,7 +80,7 @@ def noise_of_program(program: Program, changed: Program, inputs: int, context: R
         program: the unchanged program, with calibration, which has its outputs.
         changed: the changed program.
         inputs: the number of calibration inputs to run.
-        context: runs the parts on its jobs.
+        context: runs the parts on its jobs and its device.
     """
     calibration, size = program.facts[CALIBRATION], inputs_held(program)
     parts = list(batches(calibration.select(inputs), size))
@@ -89,7 +89,7 @@ def noise_of_program(program: Program, changed: Program, inputs: int, context: R
 
     def power(of: tuple[dict[str, Tensor], Tensor]) -> float:
         part, reference = of
-        output = torch.cat([run(changed, piece) for piece in batches(part, together)])
+        output = torch.cat([run(changed, piece, device=context.device) for piece in batches(part, together)])
         return noise_power(output, reference, input_weights(program, part))
 
     powers = context.map(power, zip(parts, expected, strict=True))

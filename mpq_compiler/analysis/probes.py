@@ -76,6 +76,7 @@ class Probes(Interpreter):
         edges: Mapping[fx.Node, EdgeChanges],
         calls: Mapping[fx.Node, CallChanges],
         seed: int = 0,
+        device: str = "cpu",
     ) -> None:
         """Takes the errors.
 
@@ -85,8 +86,9 @@ class Probes(Interpreter):
             edges: what layers read in place of an edge, whose elements change independently of each other.
             calls: what all read in place of a call's value, whose elements may change together.
             seed: of the probes.
+            device: where the program runs.
         """
-        super().__init__(_tapped(program))
+        super().__init__(_tapped(program), device)
         self.given = program, weights, edges, calls
         here = {node.name: node for node in self.program.graph.nodes}
         self.weights = {here[node.name]: errors for node, errors in weights.items()}
@@ -107,7 +109,7 @@ class Probes(Interpreter):
     def __reduce__(self) -> tuple[type[Probes], tuple[object, ...]]:
         """Takes along what running the program takes."""
         program, *errors = self.given
-        return Probes, (parcels.lean(program), *errors, self.seed)
+        return Probes, (parcels.lean(program), *errors, self.seed, self.device)
 
     def powers(self, sample: Mapping[str, Tensor], number: int, count: int) -> tuple[float, dict[Name, float]]:
         """Estimates the squared error of the output under each error alone.
@@ -126,7 +128,7 @@ class Probes(Interpreter):
         inputs = {n: v.detach().clone().requires_grad_(floating[n]) for n, v in sample.items()}
 
         def probes(output: Tensor) -> list[Tensor]:
-            return [torch.randn(output.shape, generator=generator) for _ in range(count)]
+            return [torch.randn(output.shape, generator=generator).to(self.device) for _ in range(count)]
 
         def begin(probe: int) -> None:
             run.probe = probe
@@ -172,7 +174,7 @@ class _Run(Interpreter):
     """One forward pass with hooks on what has errors; backward passes fill `projected` and `squares`."""
 
     def __init__(self, probes: Probes, timestep: Tensor, count: int) -> None:
-        super().__init__(probes.program)
+        super().__init__(probes.program, probes.device)
         self.probes, self.timestep = probes, timestep
         self.probe = 0
         """The number of the backward pass that is under way."""
@@ -200,10 +202,10 @@ class _Run(Interpreter):
         def project(gradient: Tensor) -> None:
             rows = every_row(geometry, x)
             if errors.mean is not None:
-                rows = rows - errors.mean
+                rows = rows - errors.mean.to(rows.device)
             weighted = gradient.reshape(-1, gradient.shape[-1])[:, errors.picked].T @ rows
             for name, error in errors.errors.items():
-                seen = torch.linalg.vecdot(weighted, error.float())
+                seen = torch.linalg.vecdot(weighted, error.to(weighted.device).float()).cpu()
                 projected = self.projected[self.probe]
                 projected[weight, name] = projected.get((weight, name), 0) + seen
 

@@ -139,10 +139,10 @@ class RewriteSearch(Pass):
             def watch(node: fx.Node, value: Any) -> None:
                 if node in windows:
                     wanted = -(-rows * size // count)
-                    parts = {g: scratch.kept(input_rows(g, value, wanted, generator)) for g in windows[node]}
-                    found[node] = _Sample(value.abs().flatten(0, -2).amax(0), parts)
+                    parts = {g: scratch.kept(input_rows(g, value, wanted, generator).cpu()) for g in windows[node]}
+                    found[node] = _Sample(value.abs().flatten(0, -2).amax(0).cpu(), parts)
 
-            run(program, batch, watch)
+            run(program, batch, watch, session.device)
             return found
 
         if large:  # few inputs at a time on every thread: activations of all are more than memory should hold

@@ -66,15 +66,16 @@ class QuantizedEdge:
         return change if kind == PER_TOKEN else replace(change, tables=fits.activation_parameters(program, edge, bits))
 
     def __call__(self, value: Tensor, timestep: Tensor) -> Tensor:
-        """The changed value."""
+        """The changed value, where the value is."""
         if self.kind == PER_TOKEN:
             return ops.dynamic_fake_quantize(value, self.bits)
-        group = ops.time_group(timestep, self.boundaries)
+        group = ops.time_group(timestep, self.boundaries).to(value.device)
         if self.floats is not None:
             exponent, table = self.floats
-            return ops.fake_quantize_float(value, table, group, exponent, self.bits)
+            return ops.fake_quantize_float(value, table.to(value.device), group, exponent, self.bits)
         assert self.tables is not None
-        return ops.fake_quantize(value, *self.tables, group, self.bits)
+        scale, zero = (table.to(value.device) for table in self.tables)
+        return ops.fake_quantize(value, scale, zero, group, self.bits)
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,10 @@ class QuantizedAttention:
         return QuantizedAttention((q, k, v), fits.activation_parameters(program, probabilities, bits))
 
     def __call__(self, args: Sequence[Tensor], timestep: Tensor) -> Tensor:
-        """The changed value."""
+        """The changed value, where the arguments are."""
         heads, scale, mask = attention_arguments(args)
         q, k, v = (change(value, timestep) for change, value in zip(self.operands, args[:3], strict=True))
         first = self.operands[0]
-        group = ops.time_group(timestep, first.boundaries)
-        return ops.fake_quantize_attention(q, k, v, group, *self.probabilities, heads, scale, mask, first.bits)
+        group = ops.time_group(timestep, first.boundaries).to(q.device)
+        scales, zeros = (table.to(q.device) for table in self.probabilities)
+        return ops.fake_quantize_attention(q, k, v, group, scales, zeros, heads, scale, mask, first.bits)

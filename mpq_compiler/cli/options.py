@@ -100,6 +100,12 @@ def add_lowering(parser: argparse.ArgumentParser, table: bool = True) -> None:
         help="machines that measure sensitivities, round weights and try plans: ray://HOST:PORT or HOST:PORT of a Ray "
         "cluster, or ray, which starts --jobs processes here; the result is the same (docs/scale.md)",
     )
+    how.add_argument(
+        "--device",
+        default="cpu",
+        help="where torch calibrates and measures: cuda for a GPU that it sees, which may decide otherwise "
+        "than a CPU where last bits do (default: cpu)",
+    )
     _add_calibration(parser)
 
 

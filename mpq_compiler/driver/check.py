@@ -9,6 +9,7 @@ from mpq_compiler.driver.budgets import parse_memory
 from mpq_compiler.driver.lower import latency_table_of
 from mpq_compiler.driver.options import Options
 from mpq_compiler.driver.resolve import resolve
+from mpq_compiler.ir import device
 from mpq_compiler.latency.candidates import require_kernels
 from mpq_compiler.pipeline.backend import backend_of
 from mpq_compiler.support import cluster
@@ -32,6 +33,8 @@ def check(options: Options, output: str | Path | None = None) -> None:
         raise UserError(f"{option} makes a program of kernels for CPUs; '{target.name}' has none: leave it out")
     backend.require(target)
     cluster.require(options.distributed)
+    if device.require(options.device) != device.CPU and options.distributed is not None:
+        raise UserError(f"--distributed runs on CPUs, and --device {options.device} is a GPU here: leave one out")
     if options.emit and options.standalone:
         raise UserError("--standalone and --emit c both make the program mpq_run: leave one of them out")
     if options.wheels is not None and not options.standalone:

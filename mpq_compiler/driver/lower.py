@@ -19,6 +19,7 @@ from mpq_compiler.driver.resolve import resolve, with_role
 from mpq_compiler.frontend import calibration_file, call_file
 from mpq_compiler.frontend import denoiser as denoisers
 from mpq_compiler.frontend.denoiser import Denoiser
+from mpq_compiler.ir import device
 from mpq_compiler.ir.interpreter import single_threaded
 from mpq_compiler.ir.program import Program, Stage, TensorStore
 from mpq_compiler.latency import table as tables
@@ -166,6 +167,7 @@ def lower(
         jobs=options.jobs,
         cache=options.cache,
         progress=progress,
+        device=device.require(options.device),
         cluster=cluster,
         requests=Requests.all(p.requests() for p in everything),
     )

@@ -20,7 +20,7 @@ from mpq_compiler.driver.lower import Packed
 from mpq_compiler.driver.options import Options
 from mpq_compiler.frontend import calibration_file
 from mpq_compiler.frontend.denoiser import Denoiser
-from mpq_compiler.ir import costs, printer, provenance
+from mpq_compiler.ir import costs, device, printer, provenance
 from mpq_compiler.ir.edges import input_edge
 from mpq_compiler.ir.findings import ALLOCATION, ASSUMPTIONS, ATTENTION_NUMERICS, NO_LOSSES, SENSITIVITY
 from mpq_compiler.ir.program import PARAMETERS, TIME_GROUPS, Program
@@ -159,6 +159,7 @@ def _calls(denoiser: Denoiser, built: Built) -> list[Calls]:
 def _calibration(denoiser: Denoiser, planned: Program, options: Options, passes: Sequence[Pass]) -> dict[str, Any]:
     """The manifest's entry on the source of the calibration inputs."""
     found: dict[str, Any] = {"seed": options.seed, "inputs": len(planned.facts[CALIBRATION].timesteps)}
+    found |= {} if options.device == device.CPU else {"device": options.device}
     if options.calibration is not None:
         return found | calibration_file.stated(options.calibration)
     calibrate = next(step.options() for step in passes if step.role is Role.CALIBRATES)

@@ -86,6 +86,9 @@ class Options:
     distributed: str | None = None
     """The machines that tasks run on: "ray" starts `jobs` processes here, "ray://host:port" and "host:port" are a Ray
     cluster's (docs/scale.md). None: the threads of this process. The result is the same."""
+    device: str = "cpu"
+    """Where torch runs the model to calibrate and measure: "cpu", or "cuda" for a GPU that it sees (docs/scale.md). The
+    result differs by what last bits decide."""
     cache: Path | None = None
     dumps: Path | None = None
     """The folder for dumps of the program after every pass."""

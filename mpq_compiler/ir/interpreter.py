@@ -29,8 +29,8 @@ def single_threaded() -> Iterator[None]:
 class Interpreter:
     """Runs a graph node by node; subclasses override its methods for other meanings of the graph."""
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    def __init__(self, program: Program, device: str = "cpu") -> None:
+        self.program, self.device = program, device
 
     def run(
         self,
@@ -38,8 +38,11 @@ class Interpreter:
         *,
         watch: Callable[[fx.Node, Any], None] | None = None,
     ) -> Tensor:
-        """Runs the program on inputs by name; ``watch(node, value)`` sees every value as it is computed."""
-        arguments = [self._input(inputs, s.name) for s in self.program.inputs]
+        """Runs the program on inputs by name; ``watch(node, value)`` sees every value as it is computed.
+
+        Inputs may lie elsewhere than on the device, where values and output are.
+        """
+        arguments = [self._input(inputs, s.name).to(self.device) for s in self.program.inputs]
         output: Tensor = self.execute(self.program.graph, arguments, watch)
         return output
 
@@ -84,10 +87,12 @@ class Interpreter:
 
     def attribute(self, name: str) -> Any:
         """Reads a stored tensor."""
-        return self.program.tensors.read(name)
+        return self.program.tensors.read(name, self.device)
 
     def call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        """Calls a node's operator on values."""
+        """Calls a node's operator on values; what it makes of nothing lies on the device, wherever it was traced."""
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": self.device}
         return function_of(node)(*args, **kwargs)
 
     def result(self, value: Any) -> Any:
@@ -118,9 +123,10 @@ def run(
     program: Program,
     inputs: Mapping[str, Tensor],
     watch: Callable[[fx.Node, Any], None] | None = None,
+    device: str = "cpu",
 ) -> Tensor:
-    """Runs the program without gradients; ``watch`` sees every node's value."""
-    return Interpreter(program).run(inputs, watch=watch)
+    """Runs the program without gradients on a device; ``watch`` sees every node's value there, the output is here."""
+    return Interpreter(program, device).run(inputs, watch=watch).cpu()
 
 
 KNOWN_SHAPES = 50_000
@@ -138,7 +144,7 @@ class ShapeInterpreter(Interpreter):
 
     def __init__(self, program: Program, inside: Callable[[fx.Node, Any], None] | None = None) -> None:
         """``inside(node, value)`` sees the nodes of regions, which the watch of `run` does not."""
-        super().__init__(program)
+        super().__init__(program, "meta")
         self.inside = inside
 
     def evaluate(self, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
@@ -159,8 +165,6 @@ class ShapeInterpreter(Interpreter):
         return self.known[key]
 
     def _shape(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        if "device" in kwargs:
-            kwargs = {**kwargs, "device": "meta"}
         if node.target in SHAPES:
             return SHAPES[node.target](*args, **kwargs)
         return super().call(node, args, kwargs)

@@ -97,9 +97,9 @@ class TensorStore(Mapping[str, Tensor]):
         self._held.add(_place(tensor))
         return self.add(name, tensor)
 
-    def read(self, name: str) -> Tensor:
-        """Reads a tensor as the graph sees it: half-precision floats are converted to f32."""
-        tensor = self._tensors[name]
+    def read(self, name: str, device: str = "cpu") -> Tensor:
+        """Reads a tensor to a device, as the graph sees it: half-precision floats are converted to f32."""
+        tensor = self._tensors[name].to(device)
         return tensor.to(torch.float32) if tensor.dtype in HALVES else tensor
 
     def finite(self, name: str) -> bool:

@@ -148,14 +148,15 @@ def backward(
         begin: is called with the number of a way back before it goes on through a segment.
 
     Returns:
-        The output, without gradients.
+        The output, without gradients, on the interpreter's device.
     """
     graph = interpreter.program.graph
     slices = _slices(graph, last)
     result = graph.output_node().args[0]
     assert isinstance(result, fx.Node), "a program of several outputs has no one gradient"
     places = [n for n in graph.nodes if n.op == "placeholder"]
-    given = {node: inputs[spec.name] for node, spec in zip(places, interpreter.program.inputs, strict=True)}
+    specs = interpreter.program.inputs
+    given = {node: inputs[spec.name].to(interpreter.device) for node, spec in zip(places, specs, strict=True)}
     crossing = {source for piece in slices for source in piece.reads} | {result}
     kept: dict[fx.Node, Value] = {}
     differentiable: set[fx.Node] = set()

@@ -195,8 +195,10 @@ def _choice(count: int, wanted: int, generator: torch.Generator) -> Tensor:
 class _Observer(Interpreter):
     """Measures the probabilities within attention calls while the program runs."""
 
-    def __init__(self, program: Program, attentions: frozenset[str], generator: torch.Generator) -> None:
-        super().__init__(program)
+    def __init__(
+        self, program: Program, attentions: frozenset[str], generator: torch.Generator, device: str = "cpu"
+    ) -> None:
+        super().__init__(program, device)
         self.attentions, self.generator = attentions, generator
         self.found: dict[str, EdgeStatistics] = {}
 
@@ -282,7 +284,7 @@ class Collector:
             program: whose tensor edges are watched.
             wanted: the statistics to collect.
             total: how many inputs there will be, among which samples are shared out.
-            context: by how many threads, and the seed of what is sampled.
+            context: by how many threads, on which device, and the seed of what is sampled.
             attention: whether the edges of attentions and their probabilities are watched too.
         """
         self.program, self.wanted, self.total, self.context = program, wanted, total, context
@@ -331,10 +333,13 @@ class Collector:
         gram, total, count = self.sums[key]
         if blocks:
             for block, part in zip(gram, rows.chunk(blocks, 1), strict=True):
-                block.addmm_(part.T, part)
+                if part.is_cpu:
+                    block.addmm_(part.T, part)
+                else:
+                    block += (part.T @ part).cpu()
         else:
-            gram += rows.square().sum(0)
-        self.sums[key] = (gram, total.add_(rows.sum(0)), count + len(rows))
+            gram += rows.square().sum(0).cpu()
+        self.sums[key] = (gram, total.add_(rows.sum(0).cpu()), count + len(rows))
 
     def _piece(self, numbered: tuple[int, int, dict[str, Tensor]]) -> Tensor:
         number, start, inputs = numbered
@@ -354,9 +359,10 @@ class Collector:
                 with self.turns.take(key, number):
                     self._add(key, rows)
 
-        observer = _Observer(self.program, frozenset(n.name for n in self.attentions), generator)
+        attentions = frozenset(n.name for n in self.attentions)
+        observer = _Observer(self.program, attentions, generator, self.context.device)
         with torch.no_grad(), self.turns.ended_by_errors():
-            output = observer.run(inputs, watch=watch)
+            output = observer.run(inputs, watch=watch).cpu()
         for name, found in observer.found.items():
             self._keep(softmax(name), start, found)
         return output

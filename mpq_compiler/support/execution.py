@@ -53,7 +53,7 @@ def require_threads(threads: int | None) -> None:
 
 @dataclass(kw_only=True)
 class RunContext:
-    """Settings of a run: they decide how work is done; of these the seed alone changes the results."""
+    """Settings of a run: they decide how work is done; of these the seed changes the results, the device last bits."""
 
     seed: int = 0
     jobs: int = 1
@@ -66,6 +66,8 @@ class RunContext:
     """
     saved: list[float] = field(default_factory=list)
     """CPU seconds of work that was not done again, because an earlier run had left its results in the cache."""
+    device: str = "cpu"
+    """Where torch runs the model: "cpu", or a GPU such as "cuda:0"."""
     cluster: Cluster | None = None
     """Where `tasks` run; None: on the threads of this process."""
 
