@@ -19,8 +19,8 @@ VALUE_PASSES = 8.0
 """How often element-wise operators, norms and softmax read or write the bytes of the values that a run computes."""
 WIDENED = 20
 """Bytes of traffic for each number of a weight that a run widens, and orders for its kernel."""
-SLOWER = 1.2
-"""How much longer a pass takes than its work at the speeds of single operators, by what five models took."""
+SLOWER = 1.5
+"""How much longer a pass takes than its work at the speeds of single operators, by eight large compilations."""
 THREAD = 25 << 20
 """Bytes of memory that a thread takes for itself: buffers of kernels, small blocks that are kept."""
 
