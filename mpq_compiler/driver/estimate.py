@@ -17,7 +17,7 @@ from typing import Any
 from mpq_compiler.driver import budgets
 from mpq_compiler.driver.check import check
 from mpq_compiler.driver.held_out import judged_on
-from mpq_compiler.driver.judge import JUDGED_TOGETHER, REFERENCE_LEAST, REFERENCE_MACS
+from mpq_compiler.driver.judge import JUDGED_TOGETHER, REFERENCE_LEAST, REFERENCE_MACS, compared_together
 from mpq_compiler.driver.lower import halves, load_denoiser, lower
 from mpq_compiler.driver.options import Options, parse_shapes
 from mpq_compiler.driver.resolve import resolve, with_role
@@ -174,10 +174,9 @@ def _judging(asked: Asked, inputs: int) -> Demand:
     sizes = asked.sizes
     layers = sum(layer.products for layer in sizes.layers)
     compared = min(inputs, max(REFERENCE_LEAST, int(REFERENCE_MACS / max(1, layers))))
-    ran, exact = asked.running(inputs, JUDGED_TOGETHER), asked.running(compared, JUDGED_TOGETHER) * EXACT
-    held = EXACT_VALUES * min(compared, JUDGED_TOGETHER) * sizes.live_bytes + 16 * sizes.largest
-    several = 1 if compared > JUDGED_TOGETHER else 0  # a single batch of them is run by one job
-    exact = replace(exact, held=held * several, shared=held * (1 - several))
+    together = compared_together(compared)
+    ran, exact = asked.running(inputs, JUDGED_TOGETHER), asked.running(compared, together) * EXACT
+    exact = replace(exact, held=EXACT_VALUES * together * sizes.live_bytes + 16 * sizes.largest)
     return ran * (1 + ARTIFACT) + exact + Demand(shared=PREPARED * sizes.numbers)
 
 

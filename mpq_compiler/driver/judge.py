@@ -38,6 +38,11 @@ JUDGED_TOGETHER = 8
 """The number of inputs that run together."""
 
 
+def compared_together(inputs: int) -> int:
+    """The number of inputs that run together through the reference, of few half of them: two threads have one then."""
+    return min(JUDGED_TOGETHER, -(-inputs // 2))
+
+
 def load_runnable(path: str | Path, target: targets.Target) -> tuple[CompiledDenoiser | None, list[str]]:
     """Loads the artifact where this machine has what the target needs; a note says why it cannot, all the same."""
     if target.backend == "reference" or targets.missing_features(target):
@@ -139,16 +144,19 @@ class Judge:
         self.rows = index.numpy()
         with context.track("judging", self.count + self.compared) as advance:
 
-            def outputs(of: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor]) -> np.ndarray:
+            def outputs(
+                of: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor], together: int
+            ) -> np.ndarray:
                 def output(batch: dict[str, Tensor]) -> np.ndarray:
                     found = of(batch).numpy()
                     advance(len(found))
                     return found
 
-                return np.concatenate(context.map(output, in_batches(inputs, JUDGED_TOGETHER)))
+                return np.concatenate(context.map(output, in_batches(inputs, together)))
 
-            self.expected = outputs(lambda batch: denoiser(**batch), inputs)
-            self.packed = outputs(lambda batch: run(program, batch), {n: value[index] for n, value in inputs.items()})
+            self.expected = outputs(lambda batch: denoiser(**batch), inputs, JUDGED_TOGETHER)
+            compared = {name: value[index] for name, value in inputs.items()}
+            self.packed = outputs(lambda batch: run(program, batch), compared, compared_together(self.compared))
         self.reference_sqnr_db = round(sqnr_db(self.expected[self.rows], self.packed), 6)
 
     def reference_quality(self) -> dict[str, Any]:
