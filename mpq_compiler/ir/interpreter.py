@@ -126,7 +126,8 @@ def run(
     device: str = "cpu",
 ) -> Tensor:
     """Runs the program without gradients on a device; ``watch`` sees every node's value there, the output is here."""
-    return Interpreter(program, device).run(inputs, watch=watch).cpu()
+    output = Interpreter(program, device).run(inputs, watch=watch)  # of a part of a program several tensors
+    return fx.node.map_aggregate(output, lambda value: value.cpu() if isinstance(value, Tensor) else value)
 
 
 KNOWN_SHAPES = 50_000
