@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -37,15 +37,6 @@ FEW_INPUTS = 16
 """The number of inputs of which a large model's rows are taken."""
 FEW_TOGETHER = 4
 """How many of them a thread runs at a time."""
-
-
-class _Sample(NamedTuple):
-    """What some inputs show of an edge."""
-
-    largest: Tensor
-    """The largest magnitude of each channel [C]."""
-    parts: dict[RowGeometry, Tensor]
-    """Sampled rows [R, K] by window."""
 
 
 @dataclass(frozen=True)
@@ -133,14 +124,14 @@ class RewriteSearch(Pass):
             inputs = spread(inputs, FEW_INPUTS)
         count = len(next(iter(inputs.values())))
 
-        def sampled(batch: dict[str, Tensor], generator: torch.Generator) -> dict[fx.Node, _Sample]:
+        def sampled(batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Samples]:
             size, found = len(next(iter(batch.values()))), {}
 
             def watch(node: fx.Node, value: Any) -> None:
                 if node in windows:
                     wanted = -(-rows * size // count)
-                    parts = {g: scratch.kept(input_rows(g, value, wanted, generator).cpu()) for g in windows[node]}
-                    found[node] = _Sample(value.abs().flatten(0, -2).amax(0).cpu(), parts)
+                    parts = {g: [scratch.kept(input_rows(g, value, wanted, generator).cpu())] for g in windows[node]}
+                    found[node.name] = Samples(value.abs().flatten(0, -2).amax(0).cpu(), parts)
 
             run(program, batch, watch, session.device)
             return found
@@ -153,11 +144,8 @@ class RewriteSearch(Pass):
             found = [sampled(batch, generator) for batch in batches(inputs)]
         joined: dict[str, Samples] = {}
         for batch in found:
-            for node, sample in batch.items():
-                whole = joined.setdefault(node.name, Samples())
-                whole.largest = torch.maximum(whole.largest, sample.largest)
-                for geometry, part in sample.parts.items():
-                    whole.parts.setdefault(geometry, []).append(part)
+            for name, samples in batch.items():
+                joined.setdefault(name, Samples()).add(samples)
         return joined
 
     def hand_on(self, session: Session, group: Layers, factor: Tensor) -> None:

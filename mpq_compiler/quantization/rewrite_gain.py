@@ -39,6 +39,12 @@ class Samples:
     parts: dict[tuple[Any, ...], list[Tensor]] = field(default_factory=dict)
     """The sampled rows of each batch in order, by window."""
 
+    def add(self, other: Samples) -> None:
+        """Adds rows of later inputs."""
+        self.largest = torch.maximum(self.largest, other.largest)
+        for geometry, rows in other.parts.items():
+            self.parts.setdefault(geometry, []).extend(rows)
+
     def scaled(self, factor: Tensor) -> Samples:
         """Those of the edge whose channels are multiplied by positive factors [C]."""
 

@@ -93,6 +93,7 @@ def test_every_peer_has_packages_and_a_way_to_be_loaded():
     assert all(peer.split("-")[0] in peers.PACKAGES for peer in peers.PEERS)
     assert scale_peers.missing("torch-bf16") is None
 
+
 def test_a_squeeze_that_does_nothing_is_no_reason_to_refuse_a_model(tmp_path):
     """Of axes of 1 and of 4, in two calls: the first stays."""
     import onnx
