@@ -150,5 +150,18 @@ def prepared(name: str, folder: Path) -> Path:
 
 
 def machines(cells: Sequence[Mapping[str, Any]]) -> str:
-    """The sentence on where cells were measured."""
-    return "Measured on " + "; ".join(sorted({f"{cell['cpu']}, {cell['cores']} cores" for cell in cells})) + "."
+    """The sentence on where cells were measured; where that differs, all but the most frequent machine name theirs.
+
+    Cells of earlier states do not say what their CPU can do (``isa``).
+    """
+    by_machine: dict[str, list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        isa = f" ({cell['isa']})" if "isa" in cell else ""
+        by_machine.setdefault(f"{cell['cpu']}{isa}, {cell['cores']} cores", []).append(cell)
+    first, *others = sorted(by_machine, key=lambda name: (-len(by_machine[name]), name))
+    text = f"Measured on {first}"
+    for name in others:
+        keys = ("model", "setting", "peer", "subject")
+        told = dict.fromkeys(" ".join(str(cell[key]) for key in keys if key in cell) for cell in by_machine[name])
+        text += f"; on {name}: {', '.join(told)}"
+    return f"{text}."
