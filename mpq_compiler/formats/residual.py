@@ -23,7 +23,7 @@ from mpq_compiler.formats.base import (
     stored_scale,
     stored_type,
 )
-from mpq_compiler.formats.contract import nearest_codes
+from mpq_compiler.formats.contract import entries, nearest_codes
 from mpq_compiler.formats.uniform import UniformFormat
 
 RATIOS = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
@@ -93,7 +93,7 @@ class ResidualFormat(Format):
             offset = (low + high) / 2 - scale * centre
             for _ in range(ROUNDS):
                 stored = stored_scale(scale), stored_type(offset[:, 0])
-                level = table[0].to(torch.float32)[nearest_codes(weight, *stored, table, None).long()]
+                level = entries(nearest_codes(weight, *stored, table, None), table, None)
                 error = output_error(level * stored[0].float() + stored[1].float()[:, None] - weight, gram)
                 better = error < least
                 kept = stored if kept is None else _where(better, stored, kept)

@@ -9,6 +9,7 @@ orders the columns alone: codes stay where they are.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from mpq_compiler.formats import contract
 from mpq_compiler.formats.base import QuantizedWeight, departures, output_error
-from mpq_compiler.formats.contract import rising
 from mpq_compiler.ir import scratch
 from mpq_compiler.support.memo import last_result
 
@@ -147,20 +147,15 @@ class _Columns:
         self.scale = scales[0] if len(scales) == 1 else torch.cat(scales)
         self.offset = torch.cat([torch.zeros(rows) if w.offset is None else w.offset.float() for w in weights])
         self.plain = sum(rows for w in weights if w.lut is None)
-        tables = []
-        for w in weights:
-            if w.lut is not None:
-                classes = contract.row_classes(w.row_class, rows)
-                levels, order = (part[classes] for part in rising(w.lut))
-                tables.append((levels, order, (levels[:, 1:] + levels[:, :-1]) / 2))
+        tables = [(w.lut, contract.row_classes(w.row_class, rows)) for w in weights if w.lut is not None]
         if tables:
-            longest = max(levels.shape[1] for levels, _, _ in tables)
-            # no value lies beyond an infinite middle, so that what fills a shorter table is never chosen
-            fill = (0.0, 0, torch.inf)
-            self.levels, self.order, self.middles = (
-                torch.cat([_longer(part, longest - (i == 2), fill[i]) for part in parts])
-                for i, parts in enumerate(zip(*tables, strict=True))
-            )
+            starts = itertools.accumulate((len(lut) for lut, _ in tables), initial=0)
+            first = torch.cat([classes + start for (_, classes), start in zip(tables, starts, strict=False)])
+            self.first = (first * contract.PLACES).to(torch.int32)
+            """Where the places of each row's table begin, i32."""
+            known = [(lut, contract.codes_at_places(lut)) for lut, _ in tables]
+            self.codes = torch.cat([codes for _, codes in known]).flatten()
+            self.levels = torch.cat([lut.float().gather(1, codes.long()) for lut, codes in known]).flatten()
 
     def __call__(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
         """The codes [O] nearest to values [O] of a column, and their levels [O]."""
@@ -172,12 +167,8 @@ class _Columns:
             codes.append(entry.to(torch.int16))
             entries.append(entry)
         if self.plain < len(t):
-            index = torch.searchsorted(self.middles, t[self.plain :, None])
-            codes.append(self.order.gather(1, index)[:, 0].to(torch.int16))
-            entries.append(self.levels.gather(1, index)[:, 0])
+            place = contract.places(t[self.plain :]) + self.first
+            codes.append(self.codes.index_select(0, place).to(torch.int16))
+            entries.append(self.levels.index_select(0, place))
         code, entry = (one[0] if len(one) == 1 else torch.cat(one) for one in (codes, entries))
         return code, entry * scale + self.offset
-
-
-def _longer(table: Tensor, length: int, fill: float) -> Tensor:
-    return torch.nn.functional.pad(table, (0, length - table.shape[1]), value=fill)

@@ -127,6 +127,21 @@ def test_ties_go_to_the_lower_level():
     assert nearest_codes(w, torch.ones(1, 1), None, None, None).tolist() == [[-2, 0, 0, 7, -7]]
 
 
+@pytest.mark.parametrize("entries", (2, 5, 16, 127))
+def test_codes_are_those_that_a_search_of_the_middles_finds(entries):
+    """At every middle, next to it on both sides, beyond all levels, and at numbers that double to infinity."""
+    generator = torch.Generator().manual_seed(entries)
+    far = torch.tensor([3e38, torch.inf, 1e-40, 0.0, 127.5])
+    for _ in range(20):
+        table = torch.randint(-127, 128, (1, entries), generator=generator).to(torch.int8)
+        (levels,), (order,) = contract.rising(table)
+        middles = (levels[1:] + levels[:-1]) / 2
+        beside = [torch.nextafter(middles, torch.tensor(side)) for side in (1e9, -1e9)]
+        values = torch.cat([middles, *beside, far, -far, torch.randn(500, generator=generator) * 60])
+        found = nearest_codes(values[:, None], torch.ones(len(values), 1), None, table, None)[:, 0]
+        assert torch.equal(found.long(), order[torch.bucketize(values, middles)])
+
+
 def test_row_classes_choose_the_table():
     tables = torch.tensor([[-2, -1, 0, 1], [-100, -3, 3, 100]], dtype=torch.int8)
     classes = torch.tensor([1, 0, 1], dtype=torch.uint8)
