@@ -87,7 +87,7 @@ def run(
         while process.poll() is None:
             time.sleep(LOOK)
             said = (said + (process.stderr.read() or b""))[-100_000:]
-            if not killed and usage.memory(process.pid) > most:
+            if not killed and usage.memory(process.pid) > most and usage.memory_once(process.pid) > most:
                 os.killpg(process.pid, signal.SIGKILL)
                 killed = True
         said += process.stderr.read() or b""

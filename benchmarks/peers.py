@@ -10,7 +10,8 @@ outputs, so that no peer's process holds another model than its own. What a peer
 
 - *onnxruntime*: `torch.onnx.export`, `quant_pre_process` (without the optimizer above 2 GB, as its documentation asks),
   `quantize_static` with QDQ, a scale a channel, u8 activations and s8 weights of convolutions and products, and ranges
-  by minima and maxima, or by percentiles, for which it keeps all tensors, so that it gets fewer rows;
+  by minima and maxima, or by percentiles, for which it keeps all tensors, so that it gets fewer rows; or the export
+  alone, in float32, where quantizing it takes more memory than there is;
 - *OpenVINO*: `openvino.convert_model` of the module, `nncf.quantize` with the mixed preset, with and without what it
   does for transformers;
 - *torchao*: `quantize_` of the linear layers of the bfloat16 model, to 8-bit weights with 8-bit activations whose
@@ -24,6 +25,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,8 +37,8 @@ import numpy as np
 from benchmarks import realistic
 from benchmarks.cells import SIZE, sentence
 
-ONNXRUNTIME = {"onnxruntime": "MinMax", "onnxruntime-percentile": "Percentile"}
-"""Variants by the method that ranges activations."""
+ONNXRUNTIME = {"onnxruntime": "MinMax", "onnxruntime-percentile": "Percentile", "onnxruntime-float": None}
+"""Variants by the method that ranges activations; None leaves the model in float32, which takes less memory to make."""
 PERCENTILE_ROWS = 8
 """The rows, spread over time, whose tensors onnxruntime keeps all at once to find percentiles: 48 of a UNet of 81 M
 parameters take more than 15 GiB."""
@@ -162,7 +164,11 @@ def make(peer: str, name: str, folder: str, rows: str, target: str) -> dict[str,
     if peer in ONNXRUNTIME:
         exported = _exported(name, folder, Path(rows))
         between = time.perf_counter()
-        _quantize_onnx(exported, Path(rows), Path(target), ONNXRUNTIME[peer])
+        if (method := ONNXRUNTIME[peer]) is None:
+            for file, place in ((exported, "model.onnx"), (_data_of(exported), _data_of(exported).name)):
+                shutil.move(file, Path(target) / place)
+        else:
+            _quantize_onnx(exported, Path(rows), Path(target), method)
     elif peer in OPENVINO:
         converted = _converted(name, folder, Path(rows))
         between = time.perf_counter()
@@ -201,6 +207,11 @@ def _exported(name: str, folder: str, rows: Path) -> Path:
     return path
 
 
+def _data_of(exported: Path) -> Path:
+    """The file with the weights of an exported model."""
+    return exported.with_name(f"{exported.name}.data")
+
+
 def _without_idle_squeezes(path: Path) -> None:
     """Makes the identity of each Squeeze of an axis that is longer than 1, which torch leaves as it is.
 
@@ -229,7 +240,7 @@ def _quantize_onnx(exported: Path, rows: Path, target: Path, method: str) -> Non
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = Path("prepared.onnx").absolute()
-    data = exported.with_name(f"{exported.name}.data")
+    data = _data_of(exported)
     large = data.exists() and data.stat().st_size > LARGEST
     graph = onnx.load(str(exported), load_external_data=False).graph
     inputs = {value.name for value in graph.input}

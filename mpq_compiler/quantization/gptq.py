@@ -80,11 +80,11 @@ def _block(rows: Tensor, columns: Tensor, upper: Tensor, quantizer: _Columns, co
     The error of a row is ``|e V|^2``, e its departure from the codes. A column adds ``(e_i + sum_j<i e_j U_ji)^2``,
     times a constant, U being V with a diagonal of ones: so each takes up what those before it have left.
     """
-    places, left = columns.tolist(), rows[:, columns]
+    places, left = columns.tolist(), rows.index_select(1, columns)
     for start in range(0, len(columns), BLOCK):
         end = min(start + BLOCK, len(columns))
         # columns as rows, which lie in memory one after the other
-        part, given = (x.T.contiguous() for x in (left[:, start:end], rows[:, columns[start:end]]))
+        part, given = (x.T.contiguous() for x in (left[:, start:end], rows.index_select(1, columns[start:end])))
         chosen, carried = torch.empty(part.shape, dtype=codes.dtype), upper[start:end, start:end]
         for i, place in enumerate(places[start:end]):
             code, level = quantizer(part[i], place)

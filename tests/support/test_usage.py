@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import mmap
 import multiprocessing
+import os
 import platform
+import signal
 import subprocess
 import sys
 import time
 
-from mpq_compiler.support.usage import PeakMemory, cpu_seconds, memory
+from mpq_compiler.support.usage import PeakMemory, cpu_seconds, memory, memory_once
 
 SIZE = 64 << 20
 
@@ -50,6 +52,22 @@ def test_children_count():
     assert memory() > before + SIZE
     done.set()
     child.join()
+
+
+def test_what_a_fork_shares_counts_once():
+    code = f"""
+import os, time
+held = bytearray(b"x") * {SIZE}
+child = os.fork()
+os.write(1, b"ready\\n")
+time.sleep(30)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == process.stdout.readline() == b"ready\n"
+        assert memory(process.pid) > 2 * SIZE
+        assert SIZE < memory_once(process.pid) < 1.5 * SIZE
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_freed_memory_goes_back():
