@@ -13,7 +13,7 @@ outputs, so that no peer's process holds another model than its own. What a peer
   by minima and maxima, or by percentiles, for which it keeps all tensors, so that it gets fewer rows; or the export
   alone, in float32, where quantizing it takes more memory than there is;
 - *OpenVINO*: `openvino.convert_model` of the module, `nncf.quantize` with the mixed preset, with and without what it
-  does for transformers;
+  does for transformers, or `nncf.compress_weights`, to 8 bits by default;
 - *torchao*: `quantize_` of the linear layers of the bfloat16 model, to 8-bit weights with 8-bit activations whose
   ranges are found in each call, or to 4-bit weights in groups of 32.
 """
@@ -42,8 +42,9 @@ ONNXRUNTIME = {"onnxruntime": "MinMax", "onnxruntime-percentile": "Percentile", 
 PERCENTILE_ROWS = 8
 """The rows, spread over time, whose tensors onnxruntime keeps all at once to find percentiles: 48 of a UNet of 81 M
 parameters take more than 15 GiB."""
-OPENVINO = {"openvino": False, "openvino-transformer": True}
-"""Variants by whether the model is said to be a transformer, which smooths activations (SmoothQuant)."""
+OPENVINO = {"openvino": False, "openvino-transformer": True, "openvino-weights": None}
+"""Variants by whether the model is said to be a transformer, which smooths activations (SmoothQuant); None quantizes
+weights alone, which runs the model on no rows."""
 TORCHAO = ("torchao-int8", "torchao-int4")
 PEERS = (*ONNXRUNTIME, *OPENVINO, *TORCHAO)
 FLOAT = "torch-bf16"
@@ -275,16 +276,19 @@ def _converted(name: str, folder: str, rows: Path) -> Any:
     return openvino.convert_model(module, example_input=call, input=[(shape, kind) for shape, kind in shapes])
 
 
-def _quantize_openvino(model: Any, rows: Path, target: Path, transformer: bool) -> None:
+def _quantize_openvino(model: Any, rows: Path, target: Path, transformer: bool | None) -> None:
     import nncf
     import openvino
 
     nncf.set_log_level(logging.ERROR)
-    inputs = [[*row.values()] for row in each(rows, "calibration")]
-    quantized = nncf.quantize(
-        model, nncf.Dataset(inputs), preset=nncf.QuantizationPreset.MIXED, subset_size=len(inputs),
-        model_type=nncf.ModelType.TRANSFORMER if transformer else None,
-    )  # fmt: skip
+    if transformer is None:
+        quantized = nncf.compress_weights(model)
+    else:
+        inputs = [[*row.values()] for row in each(rows, "calibration")]
+        quantized = nncf.quantize(
+            model, nncf.Dataset(inputs), preset=nncf.QuantizationPreset.MIXED, subset_size=len(inputs),
+            model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+        )  # fmt: skip
     openvino.save_model(quantized, str(target / "model.xml"), compress_to_fp16=True)
 
 
