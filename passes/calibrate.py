@@ -9,10 +9,12 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from mpq_compiler.frontend import trajectories
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.demand import VALUE_PASSES, Asked, Demand
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization import calibration_files
 from mpq_compiler.quantization.statistics import (
     CALIBRATION,
     GRAM,
@@ -29,6 +31,7 @@ from mpq_compiler.quantization.statistics import (
     collect,
 )
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.usage import cpu_seconds
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,42 @@ class Calibrate(Pass):
         if not program.quantizable:
             raise UserError(f"{program.model} has no linear or conv2d layer that could be quantized")
         wanted = session.requests.statistics or frozenset({RANGE, VALUES, GRAM})
-        if session.calibration is None:
-            calibration = self._sampled(program, session, wanted)
-        else:
-            calibration = collect(program, session.calibration, wanted, session, session.requests.attention)
+        calibration = self._known(program, session, wanted)
         for name, edge in calibration.edges.items():
             if not bool(torch.isfinite(edge.low).all() and torch.isfinite(edge.high).all()):
                 raise UserError(f"{program.model} gives values that are not finite at '{name}' during calibration")
         program.facts[CALIBRATION] = calibration
         return program
+
+    def _known(self, program: Program, session: Session, wanted: frozenset[Statistic]) -> Calibration:
+        """The calibration that a run which was killed has left, or else a new one."""
+        files, attention = session.calibrations, session.requests.attention
+        if files is None:
+            return self._measured(program, session, wanted)
+        decided: Mapping[str, torch.Tensor] | Mapping[str, np.ndarray] | None = session.calibration
+        about = f"{session.seed} {session.device}"
+        if decided is None:
+            assert session.denoiser is not None
+            sampled, decided = trajectories.recording(session.denoiser, self.samples, self.steps, session.seed)
+            about += f" {sampled}"
+        place = files.place(program, decided, wanted, attention, about)
+        if (left := files.load(place)) is not None:
+            session.saved.append(left[1])
+            return left[0]
+        begin = cpu_seconds()
+        found = self._measured(program, session, wanted)
+        seconds = cpu_seconds() - begin
+        if seconds >= calibration_files.LEAST_SECONDS and not files.save(place, found, seconds):
+            program.note(
+                f"the calibration was not kept for a run that would go on if this one is killed: '{files.folder}' has "
+                "too little room, name another folder with --cache"
+            )
+        return found
+
+    def _measured(self, program: Program, session: Session, wanted: frozenset[Statistic]) -> Calibration:
+        if session.calibration is None:
+            return self._sampled(program, session, wanted)
+        return collect(program, session.calibration, wanted, session, session.requests.attention)
 
     def demand(self, asked: Asked) -> Demand:
         sizes, wanted = asked.sizes, asked.requests.statistics
@@ -91,8 +121,6 @@ class Calibrate(Pass):
 
     def _sampled(self, program: Program, session: Session, wanted: frozenset[Statistic]) -> Calibration:
         """Measured while the program itself is what the sampler draws with: the float model runs once."""
-        from mpq_compiler.frontend.trajectories import record_calibration
-
         denoiser = session.denoiser
         assert denoiser is not None
         total = self.samples * self.steps * denoiser.calls_per_step
@@ -105,7 +133,7 @@ class Calibrate(Pass):
             return output.numpy()
 
         with session.track("calibrating", total) as advance:
-            inputs = record_calibration(
+            inputs = trajectories.record_calibration(
                 denoiser, self.samples, self.steps, session.seed, batch=self.samples, model=model
             )
         return collector.calibration(inputs)

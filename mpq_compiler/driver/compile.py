@@ -99,8 +99,7 @@ def compile_denoiser(
             complete = bundle.write(output, document, files, built.tensors, chosen.overwrite)
             assert complete["weights"]["payload_bytes"] == stored, "payload and plan differ"
             judged = judge.judged(output, target, others)
-    if lowering.fits.files is not None:
-        lowering.fits.files.forget()
+    lowering.forget()
     made = report.report(denoiser, lowering, built, chosen, target, complete, judged, predicted, after)
     made.notes[:0] = [lowered] if lowered is not None else []
     return made

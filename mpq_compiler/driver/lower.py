@@ -28,6 +28,7 @@ from mpq_compiler.pipeline import manager
 from mpq_compiler.pipeline.manager import Instrument, Record
 from mpq_compiler.pipeline.passes import Pass, Role
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.calibration_files import CalibrationFiles
 from mpq_compiler.quantization.fit_files import FitFiles
 from mpq_compiler.quantization.fitting import FitCache
 from mpq_compiler.quantization.requests import Requests
@@ -109,8 +110,16 @@ class Lowering:
     """The writer of the dumps, where they are asked for."""
     fits: FitCache = field(default_factory=FitCache)
     """The fits of the run, with the files in which those lie that took long."""
+    calibrations: CalibrationFiles | None = None
+    """The files of the run's calibration."""
     saved_seconds: float = 0.0
     """CPU seconds of work that an earlier run had done."""
+
+    def forget(self) -> None:
+        """Deletes what was kept for a run that goes on, since this one has ended."""
+        for files in (self.fits.files, self.calibrations):
+            if files is not None:
+                files.forget()
 
     def packed(self) -> Packed:
         """Requires a packed program. UserError: the pipeline ends before it packs."""
@@ -171,7 +180,7 @@ def lower(
         cluster=cluster,
         requests=Requests.all(p.requests() for p in everything),
     )
-    session.fits.files = FitFiles(options.cache)
+    session.fits.files, session.calibrations = FitFiles(options.cache), CalibrationFiles(options.cache)
     planned: list[Program] = []
     simulated: list[Program] = []
     laid_out: list[Program] = []
@@ -204,7 +213,8 @@ def lower(
     kept = simulated[-1] if simulated else None
     last = planned[-1] if planned else None
     saved = sum(session.saved)
-    return Lowering(program, last, laid_out, kept, records, passes, latency, dumps, session.fits, saved)
+    files = session.calibrations
+    return Lowering(program, last, laid_out, kept, records, passes, latency, dumps, session.fits, files, saved)
 
 
 def halves(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass]]:

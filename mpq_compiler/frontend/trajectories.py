@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -50,6 +51,20 @@ def record_calibration(
     """
     calls = _recorded(denoiser, samples, steps, seed, progress, conditions, guidance, batch, model)
     return _inputs_of(denoiser, calls)
+
+
+def recording(denoiser: Denoiser, samples: int, steps: int, seed: int) -> tuple[str, dict[str, np.ndarray]]:
+    """What decides on the inputs that `record_calibration` records beside the model's outputs: a text and arrays."""
+    conditioning = denoiser.conditioning
+    arguments = conditioning.arguments(conditioning.mixed(samples, seed), samples, denoiser.guidance)
+    arrays = {
+        f"{kind} {name}": value
+        for kind, given in arguments.items()
+        if isinstance(given, Mapping)
+        for name, value in given.items()
+    }
+    numbers = {kind: given for kind, given in arguments.items() if not isinstance(given, Mapping)}
+    return json.dumps([samples, steps, seed, denoiser.sampling(), numbers], sort_keys=True), arrays
 
 
 def record_teacher(

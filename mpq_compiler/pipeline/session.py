@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from mpq_compiler.quantization.calibration_files import CalibrationFiles
 from mpq_compiler.quantization.fitting import FitCache
 from mpq_compiler.quantization.requests import NONE, Requests
 from mpq_compiler.quantization.rewrite_gain import Samples
@@ -59,6 +60,9 @@ class Session(RunContext):
     """What the passes of the pipeline ask of each other."""
     fits: FitCache = dataclasses.field(default_factory=FitCache)
     """Fits of weights and activations, which programs of the run share."""
+    calibrations: CalibrationFiles | None = None
+    """Files of calibrations that took long, for a run that goes on where this one was killed; None: they are lost then.
+    """
     trajectories: dict[tuple[int, int], dict[str, Tensor]] = dataclasses.field(default_factory=dict)
     """Inputs that rewrites were tried on, by the number of trajectories and of steps: the next rewrite's too."""
     sampled: dict[tuple[int, ...], dict[str, Samples]] = dataclasses.field(default_factory=dict)

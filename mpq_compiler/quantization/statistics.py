@@ -141,6 +141,12 @@ def arithmetic() -> str:
     return f"{torch.__version__} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
 
 
+def content(program: Program) -> tuple[str, Mapping[str, Tensor]]:
+    """What a program computes, for a digest: the text of its graph, and its tensors by name."""
+    tensors = program.tensors.content({str(n.target) for n in program.graph.nodes if n.op == "get_attr"})
+    return "\n".join(f"{n.name} {ops.name_of(n.target)} {n.args} {n.kwargs}" for n in program.graph.nodes), tensors
+
+
 def fingerprint(program: Program, inputs: Mapping[str, Tensor], options: str) -> str:
     """The cache key of a measurement: a digest of all that it depends on.
 
@@ -149,8 +155,7 @@ def fingerprint(program: Program, inputs: Mapping[str, Tensor], options: str) ->
         inputs: the inputs of the measurement, by name.
         options: options of the measurement, in any one form.
     """
-    tensors = program.tensors.content({str(n.target) for n in program.graph.nodes if n.op == "get_attr"})
-    text = "\n".join(f"{n.name} {ops.name_of(n.target)} {n.args} {n.kwargs}" for n in program.graph.nodes)
+    text, tensors = content(program)
     calibration = program.facts[CALIBRATION]
     edges = {name: statistics.values for name, statistics in calibration.edges.items()}
     versions = f"{options} {arithmetic()}"

@@ -19,7 +19,7 @@ import numpy as np
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.files import write_whole
 
-KINDS = ("fits", "kernels", "latency", "sensitivity", "tiles", "training")
+KINDS = ("calibration", "fits", "kernels", "latency", "sensitivity", "tiles", "training")
 """The kinds of results; each has a folder of its own in the cache."""
 
 
@@ -94,10 +94,18 @@ class Results:
             return file.read(1) == b"\n"
 
 
+def make(folder: Path) -> None:
+    """Makes a folder of the cache, where there is none. UserError: it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
 def write(path: Path, content: bytes) -> None:
     """Writes a file of the cache whole or not at all. UserError: it cannot be written."""
+    make(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, lambda stream: stream.write(content))
     except OSError as error:
         raise _unwritable(path.parent, error) from error

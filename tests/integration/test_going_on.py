@@ -6,12 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mpq_compiler.driver.compile import compile_denoiser
 from mpq_compiler.formats import FORMATS
-from mpq_compiler.quantization import fit_files, fitting
+from mpq_compiler.frontend import denoiser
+from mpq_compiler.frontend.trajectories import record_calibration
+from mpq_compiler.ir import scratch
+from mpq_compiler.passes.calibrate import Calibrate
+from mpq_compiler.passes.sensitivity import Sensitivity
+from mpq_compiler.quantization import calibration_files, fit_files, fitting
+from mpq_compiler.quantization.calibration_files import CalibrationFiles
 from mpq_compiler.quantization.fit_files import FitFiles
-from tests.harness import tiny
+from mpq_compiler.quantization.statistics import Calibration, EdgeStatistics, Statistic
+from tests.harness import packed, tiny
 
 OPTIONS = {"weights": 4.5, "samples": 2, "steps": 3, "effort": "none", "target": "reference"}
 
@@ -92,3 +100,70 @@ def test_a_fit_comes_back_as_it_was(name, tmp_path):
     assert fits.load(place) is None
     fits.forget()
     assert not place.exists()
+
+
+@pytest.mark.parametrize("given", (True, False), ids=("recorded", "sampled"))
+def test_the_calibration_of_a_killed_run_is_that_of_the_next(given, tmp_path, monkeypatch):
+    model, cache = tiny.save("dit", tmp_path / "model"), tmp_path / "cache"
+    options = dict(OPTIONS)
+    if given:
+        calls = record_calibration(denoiser.load(model), options.pop("samples"), options.pop("steps"))
+        options["calibration"] = tmp_path / "calls.safetensors"
+        save_file(calls, options["calibration"])
+    whole = compile_denoiser(model, tmp_path / "whole", cache=tmp_path / "other", **options)
+    monkeypatch.setattr(calibration_files, "LEAST_SECONDS", 0)
+    with monkeypatch.context() as killing:
+        killing.setattr(Sensitivity, "run", kill)
+        with pytest.raises(Killed):
+            compile_denoiser(model, tmp_path / "killed", cache=cache, **options)
+    assert [*(cache / "calibration").iterdir()]
+    monkeypatch.setattr(Calibrate, "_measured", kill)  # nothing is measured again
+    report = compile_denoiser(model, tmp_path / "next", cache=cache, **options)
+    assert not [*(cache / "calibration").iterdir()]
+    assert files(tmp_path / "next") == files(tmp_path / "whole")
+    assert report.artifact == whole.artifact
+    with pytest.raises(Killed):
+        compile_denoiser(model, tmp_path / "seeded", cache=cache, **{**options, "seed": 1})
+
+
+def kill(*given):
+    raise Killed
+
+
+def test_a_calibration_comes_back_as_it_was(tmp_path):
+    program = packed.program("dit").laid_out
+    inputs, wanted = {"timestep": torch.arange(3.0)}, frozenset({Statistic.RANGE, Statistic.GRAM})
+    edge = EdgeStatistics(torch.arange(3.0), torch.arange(3.0) + 1, torch.randn(3, 200_000), 7)
+    gram, mean = torch.randn(2, 4, 4), torch.randn(8)
+    made = Calibration(inputs, {"a": edge}, {"q": gram, "k": gram}, {"q": mean, "k": mean}, torch.randn(3, 2))
+    kept = CalibrationFiles(tmp_path)
+    place = kept.place(program, inputs, wanted, False, "0 cpu")
+    assert kept.load(place) is None
+    assert kept.save(place, made, 40.0)
+    found, seconds = kept.load(place)
+    assert seconds == 40.0
+    assert found.grams["q"] is found.grams["k"]
+    assert scratch.is_mapped(found.edges["a"].values)
+    assert found.edges["a"].elements == 7
+    pairs = [(found.edges["a"].values, edge.values), (found.edges["a"].high, edge.high), (found.grams["k"], gram),
+             (found.means["q"], mean), (found.inputs["timestep"], inputs["timestep"]),
+             (found.outputs, made.outputs)]  # fmt: skip
+    assert all(torch.equal(*pair) for pair in pairs)
+
+    assert place == kept.place(program, {"timestep": torch.arange(3.0)}, wanted, False, "0 cpu")
+    text, other = "0 cpu", {"timestep": torch.ones(3)}
+    others = [(inputs, wanted, True, text), (inputs, wanted, False, "1 cpu"),
+              (inputs, {Statistic.GRAM}, False, text), (other, wanted, False, text)]  # fmt: skip
+    assert len({place, *(kept.place(program, *other) for other in others)}) == 5
+    (place / "moments-0").write_bytes(b"torn")
+    assert kept.load(place) is None
+    kept.forget()
+    assert not place.exists()
+
+
+def test_a_calibration_is_not_kept_where_there_is_no_room_for_it(tmp_path, monkeypatch):
+    model, cache = tiny.save("dit", tmp_path / "model"), tmp_path / "cache"
+    monkeypatch.setattr(calibration_files, "LEAST_SECONDS", 0)
+    monkeypatch.setattr(calibration_files, "SPARED", 1e12)
+    report = compile_denoiser(model, tmp_path / "made", cache=cache, **OPTIONS)
+    assert any("was not kept for a run that would go on" in note for note in report.notes)
