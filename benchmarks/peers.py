@@ -57,7 +57,7 @@ PACKAGES = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("
 GROUP = 32
 """Weights that share a scale in torchao's 4 bits."""
 LARGEST = 2 << 30
-"""The bytes of a model that onnxruntime's optimizer can write."""
+"""The bytes of a model that onnxruntime's optimizer can write; of a larger checkpoint OpenVINO gets 16-bit weights."""
 
 Call = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
@@ -269,9 +269,14 @@ def _quantize_onnx(exported: Path, rows: Path, target: Path, method: str) -> Non
 
 
 def _converted(name: str, folder: str, rows: Path) -> Any:
+    """OpenVINO's model; of a large checkpoint with its 16-bit weights, as optimum-intel converts those."""
     import openvino
+    from openvino.frontend.pytorch import patch_model
 
-    module, _, call = _example(loaded(name, folder).module, rows)
+    large = sum(file.stat().st_size for file in Path(folder).glob(f"{realistic.STEM}*.safetensors")) > LARGEST
+    module, _, call = _example(half(name, folder) if large else loaded(name, folder).module, rows)
+    if large:
+        patch_model.__make_16bit_traceable(module)
     shapes = [(list(value.shape), openvino.Type(value.numpy().dtype)) for value in call]
     return openvino.convert_model(module, example_input=call, input=[(shape, kind) for shape, kind in shapes])
 
