@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from mpq_compiler.frontend.call_module import CallModule
 from mpq_compiler.frontend.deciding import deciding
 from mpq_compiler.frontend.widened import stored, untouched
 from mpq_compiler.ir import ops
@@ -188,7 +189,9 @@ def _exported(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, nn.Modu
 def _of_one(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, nn.Module, bool]:
     """The graph of a model whose code cannot be traced for any batch: that of one sample, made one of a batch."""
     given = {name: value.contiguous() for name, value in denoiser.example_inputs(1).items()}
-    names = sorted(deciding(denoiser.module, given))
+    module = denoiser.module
+    known = module.decided if isinstance(module, CallModule) else None  # to call a large model takes a minute
+    names = sorted(deciding(module, given) if known is None else known)
     if {denoiser.latent, TIME} & {*names}:
         raise _Decided(
             "its control flow depends on the values of what it computes of its latents or their time, as routers of "
@@ -201,21 +204,21 @@ def _of_one(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, nn.Module
         )
     inputs = tuple(given.values())
     with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()), untouched(wrapper) as restore, _ConstantsAreRead():
-        module = make_fx(wrapper, tracing_mode="real", pre_dispatch=True, record_module_stack=True)(*inputs)
-        _without_autocasts(module.graph)
-        _compute_made(module)
-        if in_place := bool(_in_place(module.graph)):
-            module.recompile()
-            exported = torch.export.export(module, inputs, strict=False).run_decompositions({})
-            module = exported.module(check_guards=False)
-    restore(module)
-    for node in [n for n in module.graph.nodes if n.target in ASSERTIONS or n.op == "call_module"]:
-        module.graph.erase_node(node)
-    _read_masks(module)
-    _leave_out_empty(module.graph)
-    graph = with_batch(module.graph)
-    _require_equal(fx.GraphModule(module, copy_graph(graph)), wrapper, denoiser)
-    return graph, module, in_place
+        traced = make_fx(wrapper, tracing_mode="real", pre_dispatch=True, record_module_stack=True)(*inputs)
+        _without_autocasts(traced.graph)
+        _compute_made(traced)
+        if in_place := bool(_in_place(traced.graph)):
+            traced.recompile()
+            exported = torch.export.export(traced, inputs, strict=False).run_decompositions({})
+            traced = exported.module(check_guards=False)
+    restore(traced)
+    for node in [n for n in traced.graph.nodes if n.target in ASSERTIONS or n.op == "call_module"]:
+        traced.graph.erase_node(node)
+    _read_masks(traced)
+    _leave_out_empty(traced.graph)
+    graph = with_batch(traced.graph)
+    _require_equal(fx.GraphModule(traced, copy_graph(graph)), wrapper, denoiser)
+    return graph, traced, in_place
 
 
 def _require_equal(graph: fx.GraphModule, wrapper: nn.Module, denoiser: Denoiser) -> None:

@@ -47,6 +47,8 @@ class CallModule(torch.nn.Module):
         self.quiet = "return_dict" in inspect.signature(model.forward).parameters
         self.alone = False
         """Whether the model takes one sample at a time, as those do whose Python values count the samples."""
+        self.decided: frozenset[str] | None = None
+        """The inputs whose values decide what the model computes, where that is known."""
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Calls the model; its output [B, ...]."""
@@ -348,6 +350,7 @@ def held(module: CallModule, rows: Mapping[str, Tensor]) -> CallModule:
     module.alone = _is_of_one(module, one)
     fixed = {name for name in found - {module.latent, TIME} if bool((rows[name] == rows[name][:1]).all())}
     if not fixed:
+        module.decided = frozenset(found)
         return module
     form = module.form
     taken = {a.path: a.given(one[a.input]) for a in form.arguments if a.input in fixed}
@@ -357,6 +360,7 @@ def held(module: CallModule, rows: Mapping[str, Tensor]) -> CallModule:
         held=tuple(a.path for a in form.arguments if a.input in fixed and a.rows == 1),
     )
     made = CallModule(module.model, form, module.constants() | taken)
+    made.decided = frozenset(found - fixed)
     made.alone = _is_of_one(made, {name: value for name, value in one.items() if name not in fixed})
     return made
 
