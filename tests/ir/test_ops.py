@@ -121,6 +121,34 @@ def test_quant_linear_equals_its_formula(segments, classes):
     assert float((got - expected).abs().max()) <= 1e-6 * float(expected.abs().max())
 
 
+@pytest.mark.parametrize("precision", ("highest", "medium"))
+@pytest.mark.parametrize("entries", (16, None), ids=("int4", "int8"))
+def test_sums_are_exact_however_long_they_are(entries, precision):
+    """The largest codes of both sides all along a row: in f32 their sum would lose its last bits, as bf16 all of it."""
+    before, generator = torch.get_float32_matmul_precision(), torch.Generator().manual_seed(0)
+    x = torch.randint(250, 256, (2, 40_001), generator=generator).to(torch.uint8)
+    lut = None if entries is None else torch.arange(-8, 8, dtype=torch.int8)[None]
+    codes = torch.randint(12 if entries else 120, 16 if entries else 128, (3, 40_001), generator=generator)
+    codes = codes.to(torch.uint8 if entries else torch.int8)
+    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.uint8)
+    expected = x.long() @ (codes.long() - (8 if entries else 0)).T
+    torch.set_float32_matmul_precision(precision)
+    try:
+        got = ops.quant_linear(
+            x, torch.zeros(2, dtype=torch.long), codes, torch.ones(3, 1), None, lut, None, [one], [zero], None, [40_001]
+        )
+        image, kernel = x[:, :16_002].reshape(2, 1, 3, -1), codes[:, :16_002]
+        small = ops.quant_conv2d(
+            image, torch.zeros(2, dtype=torch.long), kernel, torch.ones(3, 1), None, lut, None, [one], [zero], None,
+            [5334], [1, 3], [1, 1], [0, 0, 0, 0],
+        )  # fmt: skip
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(got, expected.to(torch.float32))
+    convolved = image.reshape(2, -1).long() @ (kernel.long() - (8 if entries else 0)).T
+    assert torch.equal(small.reshape(2, 3), convolved.to(torch.float32))
+
+
 @pytest.mark.parametrize("stride, padding", [((1, 1), (1, 1, 1, 1)), ((2, 2), (0, 1, 0, 1)), ((2, 1), (2, 0, 0, 3))])
 @pytest.mark.parametrize("segments", [[5], [2, 3]])
 @pytest.mark.invariant("compiler-6")
