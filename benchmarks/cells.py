@@ -161,7 +161,11 @@ def machines(cells: Sequence[Mapping[str, Any]]) -> str:
     first, *others = sorted(by_machine, key=lambda name: (-len(by_machine[name]), name))
     text = f"Measured on {first}"
     for name in others:
-        keys = ("model", "setting", "peer", "subject")
-        told = dict.fromkeys(" ".join(str(cell[key]) for key in keys if key in cell) for cell in by_machine[name])
+        here = by_machine[name]
+        told: dict[str, None] = {}
+        for cell in here:
+            whole = all(other in here for other in cells if other["model"] == cell["model"])
+            keys = ("model",) if whole else ("model", "setting", "peer", "subject")
+            told[" ".join(str(cell[key]) for key in keys if key in cell)] = None
         text += f"; on {name}: {', '.join(told)}"
     return f"{text}."

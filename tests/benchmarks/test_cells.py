@@ -122,7 +122,7 @@ def test_a_squeeze_that_does_nothing_is_no_reason_to_refuse_a_model(tmp_path):
 def test_the_machine_of_a_cell_is_told_where_it_is_not_that_of_the_others() -> None:
     first = {"cpu": "A", "cores": 2, "model": "unet", "setting": "w8a8"}
     second = {**first, "model": "sdxl", "isa": "x86-64-avx2"}
-    assert cells.machines([first, second, first]) == (
-        "Measured on A, 2 cores; on A (x86-64-avx2), 2 cores: sdxl w8a8."
-    )
+    third = {**second, "model": "unet", "setting": "4 bits"}
+    assert cells.machines([first, second, first]) == "Measured on A, 2 cores; on A (x86-64-avx2), 2 cores: sdxl."
+    assert cells.machines([first, first, third]).endswith("on A (x86-64-avx2), 2 cores: unet 4 bits.")
     assert cells.machines([second]) == "Measured on A (x86-64-avx2), 2 cores."
