@@ -88,7 +88,8 @@ class Sensitivity(Pass):
     statistics: ClassVar[frozenset[Statistic]] = frozenset({RANGE, VALUES, GRAM})
 
     inputs: int | None = None
-    """Calibration inputs on which the output is compared; by default 32, of models above 500 M parameters 16."""
+    """Calibration inputs on which the output is compared; by default 32, of models above 500 M parameters 16, above 2 B
+    8."""
     formats: tuple[str, ...] = ("int2", "int3", "int2+b", "int4", "int3+b", "int8")
     """Weight formats to measure."""
     activations: tuple[int, ...] = (8,)

@@ -10,12 +10,12 @@ from torch import Tensor
 from mpq_compiler.analysis.time_weights import TIME_GAINS, by_gains
 from mpq_compiler.ir.interpreter import run, shapes
 from mpq_compiler.ir.program import Program
-from mpq_compiler.ir.sizes import LARGE
+from mpq_compiler.ir.sizes import HUGE, LARGE
 from mpq_compiler.quantization.statistics import CALIBRATION, fingerprint
 from mpq_compiler.support.execution import BATCH, RunContext, batches
 
-INPUTS, INPUTS_LARGE = 32, 16
-"""The calibration inputs on which losses are measured, and those of models with more than `LARGE` parameters."""
+INPUTS, INPUTS_LARGE, INPUTS_HUGE = 32, 16, 8
+"""The calibration inputs on which losses are measured, and of models with more than `LARGE` and `HUGE` parameters."""
 HELD_BYTES = 4 << 30
 """Bytes of memory for the values of the unchanged program, from which each measurement starts."""
 PIECE = 4
@@ -31,7 +31,7 @@ def rounded(value: float) -> float:
 
 def usual_inputs(parameters: int) -> int:
     """The number of calibration inputs that measure the losses of a model with so many parameters."""
-    return INPUTS_LARGE if parameters > LARGE else INPUTS
+    return INPUTS_HUGE if parameters > HUGE else INPUTS_LARGE if parameters > LARGE else INPUTS
 
 
 def noise_power(output: Tensor, reference: Tensor, weights: Tensor | None = None) -> float:

@@ -15,6 +15,8 @@ from mpq_compiler.ir.program import PARAMETERS, Program
 
 LARGE = 500_000_000
 """Parameters above which a model is measured and judged on fewer inputs: each has many values, and takes long."""
+HUGE = 2_000_000_000
+"""Parameters above which losses are measured on half as many again."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from mpq_compiler.cli import mpqc
 from mpq_compiler.driver import estimate
 from mpq_compiler.driver.compile import compile_denoiser
 from mpq_compiler.driver.estimate import Workload, fit_jobs
-from mpq_compiler.ir.sizes import LARGE, Sizes
+from mpq_compiler.ir.sizes import HUGE, LARGE, Sizes
 from mpq_compiler.passes.sensitivity import Sensitivity
 from mpq_compiler.pipeline.demand import SLOWER, Asked, Demand, Speed
 from mpq_compiler.pipeline.passes import Pass
@@ -79,18 +79,18 @@ def test_sizes_are_those_of_the_program():
 
 
 def test_large_models_are_measured_on_fewer_inputs():
-    """Half the inputs above 500 M parameters, by default; a number that is given counts at any size."""
+    """Half above 500 M parameters, a quarter above 2 B, by default; a number that is given counts at any size."""
     sizes = Sizes.of(programs.after("unet2d", "layout"))
-    large = dataclasses.replace(sizes, parameters=LARGE + 1)
+    large, huge = (dataclasses.replace(sizes, parameters=parameters + 1) for parameters in (LARGE, HUGE))
     assert sizes.parameters < LARGE
 
     def products(step: Pass, of: Sizes) -> float:
         return step.demand(Asked(of, 64, NONE)).products
 
-    whole, half = (products(Sensitivity(), of) for of in (sizes, large))
-    assert (whole, half) == tuple(products(Sensitivity(inputs=count), sizes) for count in (32, 16))
-    assert half < whole
-    assert products(Sensitivity(inputs=32), large) == whole
+    whole, half, quarter = (products(Sensitivity(), of) for of in (sizes, large, huge))
+    assert (whole, half, quarter) == tuple(products(Sensitivity(inputs=count), sizes) for count in (32, 16, 8))
+    assert quarter < half < whole
+    assert products(Sensitivity(inputs=32), huge) == whole
 
 
 def test_every_pass_is_estimated(tmp_path):
