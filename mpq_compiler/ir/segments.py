@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from mpq_compiler.ir.interpreter import Interpreter, last_uses, shapes, value_nbytes
 from mpq_compiler.ir.program import Program
+from mpq_compiler.support.usage import trim
 
 Value = Any
 """A value of a node, and what autograd leaves untyped."""
@@ -191,6 +192,8 @@ def backward(
                 arrived.clear()
         for node in made:
             del kept[node]
+        del made, leaves
+        trim()  # what the C library keeps between blocks grows from segment to segment, to twice of what is held
     return output
 
 
