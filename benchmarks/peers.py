@@ -273,7 +273,7 @@ def _converted(name: str, folder: str, rows: Path) -> Any:
     import openvino
     from openvino.frontend.pytorch import patch_model
 
-    large = sum(file.stat().st_size for file in Path(folder).glob(f"{realistic.STEM}*.safetensors")) > LARGEST
+    large = realistic.checkpoint_bytes(Path(folder)) > LARGEST
     module, _, call = _example(half(name, folder) if large else loaded(name, folder).module, rows)
     if large:
         patch_model.__make_16bit_traceable(module)

@@ -132,6 +132,11 @@ MODELS = {
 """The models by name; all but the first two are published ones."""
 
 
+def checkpoint_bytes(folder: Path) -> int:
+    """The bytes of a checkpoint's shards."""
+    return sum(file.stat().st_size for file in folder.glob(f"{STEM}*.safetensors"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)

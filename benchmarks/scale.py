@@ -72,7 +72,6 @@ def cell(
     name: str, folder: Path, setting: str, jobs: int, kept: bool = False, limit: int | None = None
 ) -> dict[str, Any]:
     """What it takes to compile a model; its artifact is left in the folder where it is to be kept."""
-    files = [file.stat().st_size for file in folder.glob(f"{realistic.STEM}*.safetensors")]
     with tempfile.TemporaryDirectory() as scratch:
         made, said = Path(scratch, "model.mpq"), Path(scratch, "report.json")
         command = command_of(name, folder, setting, jobs, said)
@@ -84,7 +83,7 @@ def cell(
             "model": name,
             "setting": setting,
             "parameters": sum(parameter.numel() for parameter in realistic.empty(name).parameters()),
-            "checkpoint_bytes": sum(files),
+            "checkpoint_bytes": realistic.checkpoint_bytes(folder),
             "rows": ROWS,
             "jobs": jobs,
             "macs": realistic.macs(name, SIZE),

@@ -74,7 +74,7 @@ def cell(model: str, peer: str, folder: Path, rows: Path | str, limit: int | Non
         "model": model,
         "peer": peer,
         "parameters": sum(parameter.numel() for parameter in realistic.empty(model).parameters()),
-        "checkpoint_bytes": sum(file.stat().st_size for file in folder.glob(f"{realistic.STEM}*.safetensors")),
+        "checkpoint_bytes": realistic.checkpoint_bytes(folder),
         "rows": cells.ROWS,
         "memory_limit": limit or cells.memory_limit(),
         **provenance(),
