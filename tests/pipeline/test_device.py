@@ -63,6 +63,7 @@ def test_what_runs_the_model_runs_there(model, options, monkeypatch):
         program = found(name)
     assert {*program.weights} == {*expected.weights} and {*program.activations} == {*expected.activations}
     # the last bits of moments decide on losses (below), and those on which of two layers gets the wider format
+    assert sum(program.weights[path] != plan for path, plan in expected.weights.items()) <= 2
     assert program.facts[ALLOCATION]["objective"] == pytest.approx(expected.facts[ALLOCATION]["objective"], rel=0.1)
     ours, theirs = (p.facts[SENSITIVITY] for p in (program, expected))
     for kind in ("weights", "activations", "attention"):
