@@ -31,6 +31,7 @@ from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.sampling.call_tree import TIME
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.execution import RunContext
 
 if TYPE_CHECKING:
     from mpq_compiler.frontend.denoiser import Denoiser
@@ -87,7 +88,7 @@ class Trace(Pass):
         assert denoiser is not None
         specs = tuple(denoiser.input_specs.values())
         wrapper = _Positional(denoiser.module, [s.name for s in specs])
-        graph, attributes = _export(wrapper, denoiser)
+        graph, attributes = _export(wrapper, denoiser, session)
         prefix = next(n for n, m in wrapper.named_modules() if m is denoiser.module.model) + "."
         _require_function(graph, denoiser, prefix)
         tensors = TensorStore()
@@ -144,12 +145,14 @@ class _Decided(ValueError):
     """The values of inputs decide what a model computes."""
 
 
-def _export(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, Callable[[str], Tensor]]:
+def _export(
+    wrapper: nn.Module, denoiser: Denoiser, context: RunContext
+) -> tuple[fx.Graph, Callable[[str], Tensor]]:
     try:
         graph, module, in_place = _exported(wrapper, denoiser)
     except Exception as error:
         try:
-            graph, module, in_place = _of_one(wrapper, denoiser)
+            graph, module, in_place = _of_one(wrapper, denoiser, context)
         except Exception as second:
             # that the first one took a size for a constant says nothing of what stands in the way
             told = second if "Constraints violated" in str(error) else error
@@ -186,7 +189,7 @@ def _exported(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, nn.Modu
     return copy_graph(module.graph), module, in_place  # without the module, whose parameters live in the store
 
 
-def _of_one(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, nn.Module, bool]:
+def _of_one(wrapper: nn.Module, denoiser: Denoiser, context: RunContext) -> tuple[fx.Graph, nn.Module, bool]:
     """The graph of a model whose code cannot be traced for any batch: that of one sample, made one of a batch."""
     given = {name: value.contiguous() for name, value in denoiser.example_inputs(1).items()}
     module = denoiser.module
@@ -217,15 +220,20 @@ def _of_one(wrapper: nn.Module, denoiser: Denoiser) -> tuple[fx.Graph, nn.Module
     _read_masks(traced)
     _leave_out_empty(traced.graph)
     graph = with_batch(traced.graph)
-    _require_equal(fx.GraphModule(traced, copy_graph(graph)), wrapper, denoiser)
+    _require_equal(fx.GraphModule(traced, copy_graph(graph)), wrapper, denoiser, context)
     return graph, traced, in_place
 
 
-def _require_equal(graph: fx.GraphModule, wrapper: nn.Module, denoiser: Denoiser) -> None:
+def _require_equal(graph: fx.GraphModule, wrapper: nn.Module, denoiser: Denoiser, context: RunContext) -> None:
     """ValueError: the graph of a batch, which rules made here and not torch, computes something else than the model."""
     given = [value.contiguous() for value in denoiser.example_inputs().values()]
-    with torch.no_grad():
-        expected, made = wrapper(*given), graph(*given)
+
+    def output(of: nn.Module) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = of(*given)
+        return found
+
+    expected, made = context.map(output, (wrapper, graph))  # each takes minutes of a large model
     apart = float((expected - made).norm() / expected.norm())
     if not apart <= MOST_APART:
         raise ValueError(f"the graph of a batch departs from the model by {100 * apart:.2g} %, a fault of the compiler")
