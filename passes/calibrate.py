@@ -14,7 +14,6 @@ from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.demand import VALUE_PASSES, Asked, Demand
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization import calibration_files
 from mpq_compiler.quantization.statistics import (
     CALIBRATION,
     GRAM,
@@ -31,7 +30,6 @@ from mpq_compiler.quantization.statistics import (
     collect,
 )
 from mpq_compiler.support.errors import UserError
-from mpq_compiler.support.usage import cpu_seconds
 
 
 @dataclass(frozen=True)
@@ -87,18 +85,7 @@ class Calibrate(Pass):
             sampled, decided = trajectories.recording(session.denoiser, self.samples, self.steps, session.seed)
             about += f" {sampled}"
         place = files.place(program, decided, wanted, attention, about)
-        if (left := files.load(place)) is not None:
-            session.saved.append(left[1])
-            return left[0]
-        begin = cpu_seconds()
-        found = self._measured(program, session, wanted)
-        seconds = cpu_seconds() - begin
-        if seconds >= calibration_files.LEAST_SECONDS and not files.save(place, found, seconds):
-            program.note(
-                f"the calibration was not kept for a run that would go on if this one is killed: '{files.folder}' has "
-                "too little room, name another folder with --cache"
-            )
-        return found
+        return files.known(place, lambda: self._measured(program, session, wanted), session.saved, program.note)
 
     def _measured(self, program: Program, session: Session, wanted: frozenset[Statistic]) -> Calibration:
         if session.calibration is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -30,6 +32,7 @@ from mpq_compiler.quantization.rewrite_gain import (
     Samples,
     quantized,
 )
+from mpq_compiler.quantization.row_files import Windows
 from mpq_compiler.quantization.statistics import input_rows, spread
 from mpq_compiler.support.execution import BATCH, batches
 
@@ -94,7 +97,7 @@ class RewriteSearch(Pass):
             if edge.name not in known or known[edge.name].parts.keys() != asked.keys()
         }
         if missing:
-            known |= self._sampled(program, session, missing, rows, self.share(program) < 1)
+            known |= self._known(program, session, missing, rows)
         return [Layers(edge, nodes, known[edge.name]) for edge, nodes in readers.items()]
 
     @property
@@ -102,13 +105,25 @@ class RewriteSearch(Pass):
         """The options that rows depend on."""
         return self.samples, self.steps, self.rows, self.sampled
 
+    def _known(self, program: Program, session: Session, windows: Windows, rows: int) -> dict[str, Samples]:
+        """The samples of `_sampled`; those of a large model may be left by a run that was killed."""
+        large, files = self.share(program) < 1, session.rows
+        if files is None or not large:
+            return self._sampled(program, session, windows, rows, large)
+        decided: Mapping[str, Tensor] | Mapping[str, np.ndarray] | None = session.calibration
+        run = f"{rows} {FEW_INPUTS} {FEW_TOGETHER} {session.seed} {session.device}"
+        if decided is None:
+            from mpq_compiler.frontend.trajectories import recording
+
+            assert session.denoiser is not None
+            sampled, decided = recording(session.denoiser, self.samples, self.steps, session.seed)
+            run += f" {sampled}"
+        place = files.place(program, decided, windows, run)
+        make = functools.partial(self._sampled, program, session, windows, rows, large)
+        return files.known(place, make, session.saved, program.note)
+
     def _sampled(
-        self,
-        program: Program,
-        session: Session,
-        windows: Mapping[fx.Node, Iterable[RowGeometry]],
-        rows: int,
-        large: bool,
+        self, program: Program, session: Session, windows: Windows, rows: int, large: bool
     ) -> dict[str, Samples]:
         """Runs the program and samples rows of some edges, by their names.
 

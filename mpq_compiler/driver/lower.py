@@ -31,7 +31,9 @@ from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.calibration_files import CalibrationFiles
 from mpq_compiler.quantization.fit_files import FitFiles
 from mpq_compiler.quantization.fitting import FitCache
+from mpq_compiler.quantization.kept_files import KeptFiles
 from mpq_compiler.quantization.requests import Requests
+from mpq_compiler.quantization.row_files import RowFiles
 from mpq_compiler.quantization.statistics import spread
 from mpq_compiler.support.cluster import Cluster
 from mpq_compiler.support.errors import UserError
@@ -109,17 +111,16 @@ class Lowering:
     dumps: Writer | None = None
     """The writer of the dumps, where they are asked for."""
     fits: FitCache = field(default_factory=FitCache)
-    """The fits of the run, with the files in which those lie that took long."""
-    calibrations: CalibrationFiles | None = None
-    """The files of the run's calibration."""
+    """The fits of the run."""
+    files: tuple[KeptFiles[Any], ...] = ()
+    """What is kept of the run for another that goes on where it was killed."""
     saved_seconds: float = 0.0
     """CPU seconds of work that an earlier run had done."""
 
     def forget(self) -> None:
         """Deletes what was kept for a run that goes on, since this one has ended."""
-        for files in (self.fits.files, self.calibrations):
-            if files is not None:
-                files.forget()
+        for files in self.files:
+            files.forget()
 
     def packed(self) -> Packed:
         """Requires a packed program. UserError: the pipeline ends before it packs."""
@@ -180,7 +181,8 @@ def lower(
         cluster=cluster,
         requests=Requests.all(p.requests() for p in everything),
     )
-    session.fits.files, session.calibrations = FitFiles(options.cache), CalibrationFiles(options.cache)
+    files = FitFiles(options.cache), CalibrationFiles(options.cache), RowFiles(options.cache)
+    session.fits.files, session.calibrations, session.rows = files
     planned: list[Program] = []
     simulated: list[Program] = []
     laid_out: list[Program] = []
@@ -213,7 +215,6 @@ def lower(
     kept = simulated[-1] if simulated else None
     last = planned[-1] if planned else None
     saved = sum(session.saved)
-    files = session.calibrations
     return Lowering(program, last, laid_out, kept, records, passes, latency, dumps, session.fits, files, saved)
 
 

@@ -11,6 +11,7 @@ from mpq_compiler.quantization.calibration_files import CalibrationFiles
 from mpq_compiler.quantization.fitting import FitCache
 from mpq_compiler.quantization.requests import NONE, Requests
 from mpq_compiler.quantization.rewrite_gain import Samples
+from mpq_compiler.quantization.row_files import RowFiles
 from mpq_compiler.support.execution import RunContext
 from mpq_compiler.targets.numerics import NUMERICS
 
@@ -63,6 +64,8 @@ class Session(RunContext):
     calibrations: CalibrationFiles | None = None
     """Files of calibrations that took long, for a run that goes on where this one was killed; None: they are lost then.
     """
+    rows: RowFiles | None = None
+    """Files of rows that it took long to sample, likewise."""
     trajectories: dict[tuple[int, int], dict[str, Tensor]] = dataclasses.field(default_factory=dict)
     """Inputs that rewrites were tried on, by the number of trajectories and of steps: the next rewrite's too."""
     sampled: dict[tuple[int, ...], dict[str, Samples]] = dataclasses.field(default_factory=dict)

@@ -1,12 +1,10 @@
-"""Fits of large weights in the cache until their compilation has ended: where it is killed, the next one goes on.
-
-Rounding a large model takes minutes, and its codes lie in files without names (`ir.scratch`) that go with the process.
-"""
+"""Fits of large weights in the cache until their compilation has ended (`kept_files`): rounding takes minutes."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,6 +12,7 @@ from mpq_compiler import formats
 from mpq_compiler.formats.base import Fit, QuantizedWeight
 from mpq_compiler.ir import scratch
 from mpq_compiler.ir.program import TensorStore
+from mpq_compiler.quantization.kept_files import KeptFiles
 from mpq_compiler.quantization.statistics import arithmetic
 from mpq_compiler.support import cache
 
@@ -23,16 +22,14 @@ PARTS = ("codes", "scale", "offset", "lut", "signs", "alpha", "row_class")
 """The tensors of a fit."""
 
 
-class FitFiles:
-    """The files of a run; thread-safe, since every fit has its own."""
+class FitFiles(KeptFiles[Fit]):
+    """The fits of a run; thread-safe, since every fit has its own."""
 
-    def __init__(self, path: Path | None) -> None:
-        """``path``: the cache folder; None takes the user's."""
-        self.folder = cache.folder(path) / "fits"
-        self.used: list[Path] = []
+    kind: ClassVar[str] = "fits"
+    what: ClassVar[str] = "a fit"
 
     def place(self, weight: Tensor, moments: tuple[Tensor | None, ...], format_name: str, rounding: str) -> Path:
-        """The file of a fit: its name is the digest of all that the fit depends on.
+        """The file of a fit.
 
         Args:
             weight: as stored.
@@ -42,12 +39,9 @@ class FitFiles:
         """
         given = TensorStore({str(i): part for i, part in enumerate((weight, *moments)) if part is not None})
         about = f"fit 2 {format_name} {formats.version(format_name)} {rounding} {arithmetic()}"
-        key = cache.digest(about, given.content(given))
-        self.used.append(self.folder / f"{key}.safetensors")
-        return self.used[-1]
+        return self.use(f"{cache.digest(about, given.content(given))}.safetensors")
 
-    def load(self, place: Path) -> tuple[QuantizedWeight, float] | None:
-        """The fit in a file, and the CPU seconds that it took; None where there is none that can be read."""
+    def load(self, place: Path) -> tuple[Fit, float] | None:
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -61,16 +55,12 @@ class FitFiles:
         except (OSError, SafetensorError, KeyError, ValueError, TypeError):
             return None
 
-    def save(self, place: Path, fit: Fit, seconds: float) -> None:
-        """Writes a fit, whole or not at all. UserError: the cache cannot be written."""
+    def save(self, place: Path, result: Fit, seconds: float) -> bool:
+        """Writes a fit, whole or not at all; kinds that are soon made are none of it."""
         from safetensors.torch import save
 
-        if isinstance(fit, QuantizedWeight):
-            parts = {name: part.contiguous() for name in PARTS if (part := getattr(fit, name)) is not None}
-            about = json.dumps({"segments": fit.segments, "seconds": seconds})
+        if isinstance(result, QuantizedWeight):
+            parts = {name: part.contiguous() for name in PARTS if (part := getattr(result, name)) is not None}
+            about = json.dumps({"segments": result.segments, "seconds": seconds})
             cache.write(place, save(parts, {"fit": about}))
-
-    def forget(self) -> None:
-        """Deletes the files of the run, which has ended."""
-        for place in self.used:
-            place.unlink(missing_ok=True)
+        return True

@@ -45,6 +45,10 @@ class Samples:
         for geometry, rows in other.parts.items():
             self.parts.setdefault(geometry, []).extend(rows)
 
+    def joined(self) -> Rows:
+        """The sampled rows of all batches."""
+        return {geometry: torch.cat(parts) for geometry, parts in self.parts.items()}
+
     def scaled(self, factor: Tensor) -> Samples:
         """Those of the edge whose channels are multiplied by positive factors [C]."""
 
@@ -75,7 +79,7 @@ class Layers:
 
     def rows(self) -> Rows:
         """The sampled rows of all batches."""
-        return {geometry: torch.cat(parts) for geometry, parts in self.samples.parts.items()}
+        return self.samples.joined()
 
 
 def gain_db(before: float, after: float) -> float:

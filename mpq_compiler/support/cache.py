@@ -19,7 +19,7 @@ import numpy as np
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.files import write_whole
 
-KINDS = ("calibration", "fits", "kernels", "latency", "sensitivity", "tiles", "training")
+KINDS = ("calibration", "fits", "kernels", "latency", "rows", "sensitivity", "tiles", "training")
 """The kinds of results; each has a folder of its own in the cache."""
 
 

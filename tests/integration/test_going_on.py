@@ -8,16 +8,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mpq_compiler.analysis.rewrite_search import RewriteSearch
 from mpq_compiler.driver.compile import compile_denoiser
 from mpq_compiler.formats import FORMATS
 from mpq_compiler.frontend import denoiser
 from mpq_compiler.frontend.trajectories import record_calibration
 from mpq_compiler.ir import scratch
 from mpq_compiler.passes.calibrate import Calibrate
+from mpq_compiler.passes.rotate import Rotate
 from mpq_compiler.passes.sensitivity import Sensitivity
-from mpq_compiler.quantization import calibration_files, fit_files, fitting
+from mpq_compiler.quantization import fit_files, fitting, kept_files
 from mpq_compiler.quantization.calibration_files import CalibrationFiles
 from mpq_compiler.quantization.fit_files import FitFiles
+from mpq_compiler.quantization.rewrite_gain import Samples
+from mpq_compiler.quantization.row_files import RowFiles
 from mpq_compiler.quantization.statistics import Calibration, EdgeStatistics, Statistic
 from tests.harness import packed, tiny
 
@@ -111,7 +115,7 @@ def test_the_calibration_of_a_killed_run_is_that_of_the_next(given, tmp_path, mo
         options["calibration"] = tmp_path / "calls.safetensors"
         save_file(calls, options["calibration"])
     whole = compile_denoiser(model, tmp_path / "whole", cache=tmp_path / "other", **options)
-    monkeypatch.setattr(calibration_files, "LEAST_SECONDS", 0)
+    monkeypatch.setattr(kept_files, "LEAST_SECONDS", 0)
     with monkeypatch.context() as killing:
         killing.setattr(Sensitivity, "run", kill)
         with pytest.raises(Killed):
@@ -128,6 +132,64 @@ def test_the_calibration_of_a_killed_run_is_that_of_the_next(given, tmp_path, mo
 
 def kill(*given):
     raise Killed
+
+
+@pytest.mark.parametrize("given", (True, False), ids=("recorded", "sampled"))
+def test_rows_of_a_killed_run_are_those_of_the_next(given, tmp_path, monkeypatch):
+    model, cache = tiny.save("dit", tmp_path / "model"), tmp_path / "cache"
+    options = dict(OPTIONS)
+    if given:
+        calls = record_calibration(denoiser.load(model), options.pop("samples"), options.pop("steps"))
+        options["calibration"] = tmp_path / "calls.safetensors"
+        save_file(calls, options["calibration"])
+    monkeypatch.setattr(kept_files, "LEAST_SECONDS", 0)
+    monkeypatch.setattr(RewriteSearch, "_share", lambda *numbers: 0.5)  # as of a large model
+    whole = compile_denoiser(model, tmp_path / "whole", cache=tmp_path / "other", **options)
+    assert not [*(tmp_path / "other" / "rows").iterdir()]
+    with monkeypatch.context() as killing:
+        killing.setattr(Rotate, "run", kill)
+        with pytest.raises(Killed):
+            compile_denoiser(model, tmp_path / "killed", cache=cache, **options)
+    assert [*(cache / "rows").iterdir()]
+    monkeypatch.setattr(RewriteSearch, "_sampled", kill)  # nothing is sampled again
+    report = compile_denoiser(model, tmp_path / "next", cache=cache, **options)
+    assert not [*(cache / "rows").iterdir()]
+    assert files(tmp_path / "next") == files(tmp_path / "whole")
+    assert report.artifact == whole.artifact
+    with pytest.raises(Killed):
+        compile_denoiser(model, tmp_path / "seeded", cache=cache, **{**options, "seed": 1})
+
+
+def test_rows_come_back_as_they_were(tmp_path):
+    program = packed.program("dit").laid_out
+    inputs, window = {"timestep": torch.arange(3.0)}, ((3, 3), (1, 1), (0, 0, 0, 0))
+    first, second = program.quantizable[:2]
+    windows = {first: [()], second: [(), window]}
+    made = {
+        first.name: Samples(torch.rand(4), {(): [torch.randn(5, 4), torch.randn(3, 4)]}),
+        second.name: Samples(torch.rand(2), {(): [torch.randn(2, 2)], window: [torch.randn(200, 18_000)]}),
+    }
+    kept = RowFiles(tmp_path)
+    place = kept.place(program, inputs, windows, "8")
+    assert kept.load(place) is None
+    assert kept.save(place, made, 40.0)
+    found, seconds = kept.load(place)
+    assert seconds == 40.0
+    assert [*found] == [*made]
+    for one, other in zip(found.values(), made.values(), strict=True):
+        assert torch.equal(one.largest, other.largest)
+        assert [*one.joined()] == [*other.joined()]
+        assert all(map(torch.equal, one.joined().values(), other.joined().values()))
+    assert scratch.is_mapped(found[second.name].parts[window][0])
+
+    assert place == kept.place(program, {"timestep": torch.arange(3.0)}, windows, "8")
+    others = [(inputs, windows, "9"), (inputs, {first: [()], second: [()]}, "8"),
+              ({"timestep": torch.ones(3)}, windows, "8")]  # fmt: skip
+    assert len({place, *(kept.place(program, *other) for other in others)}) == 4
+    (place / "edge-1").write_bytes(b"torn")
+    assert kept.load(place) is None
+    kept.forget()
+    assert not place.exists()
 
 
 def test_a_calibration_comes_back_as_it_was(tmp_path):
@@ -163,7 +225,7 @@ def test_a_calibration_comes_back_as_it_was(tmp_path):
 
 def test_a_calibration_is_not_kept_where_there_is_no_room_for_it(tmp_path, monkeypatch):
     model, cache = tiny.save("dit", tmp_path / "model"), tmp_path / "cache"
-    monkeypatch.setattr(calibration_files, "LEAST_SECONDS", 0)
-    monkeypatch.setattr(calibration_files, "SPARED", 1e12)
+    monkeypatch.setattr(kept_files, "LEAST_SECONDS", 0)
+    monkeypatch.setattr(kept_files, "SPARED", 1e12)
     report = compile_denoiser(model, tmp_path / "made", cache=cache, **OPTIONS)
     assert any("was not kept for a run that would go on" in note for note in report.notes)
