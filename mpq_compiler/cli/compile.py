@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> Any:
     usage.keep_freed_memory()
     usage.collect_seldom()
     from mpq_compiler.api.compile import compile, estimate
+    from mpq_compiler.driver.estimate import LONG
 
     if args.estimate:
         found = estimate(args.model, terminal.progress, **options.of_compilation(args))
@@ -94,6 +95,8 @@ def run(args: argparse.Namespace) -> Any:
         if lowered is not None:
             told.append(lowered)
             terminal.note(f"note: {lowered}")
+        if found.seconds >= LONG:
+            terminal.note(_time(found))
         if args.memory_limit is not None:
             _print_memory(found)
 
@@ -118,13 +121,20 @@ def _print_estimate(found: Estimate) -> None:
     terminal.table(title, ("step", "time", "CPU", "memory", "disk"), rows, numeric=(1, 2, 3, 4))
 
 
+def _time(found: Estimate) -> str:
+    """How long a compilation takes from now on, in a sentence."""
+    longest = sorted(found.steps, key=lambda step: -step.seconds)[:3]
+    said = ", ".join(f"{step.name} {_seconds(step.seconds)}" for step in longest)
+    return f"this will take about {_seconds(found.seconds)} here: {said}, ...; --estimate has all passes"
+
+
 def _print_memory(found: Estimate) -> None:
     rows = [(step.name, terminal.size(step.peak_bytes), terminal.size(step.disk_bytes)) for step in found.steps]
     terminal.table("most memory and disk, estimated", ("step", "memory", "disk"), rows, numeric=(1, 2))
 
 
 def _seconds(count: float) -> str:
-    return f"{count:.1f} s" if count < 100 else f"{count / 60:.1f} min"
+    return f"{count:.1f} s" if count < 100 else f"{count / 60:.1f} min" if count < 6000 else f"{count / 3600:.1f} h"
 
 
 def _summary(report: Report) -> list[tuple[str, object]]:

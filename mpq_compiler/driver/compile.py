@@ -11,7 +11,7 @@ from typing import Any
 from mpq_compiler.artifact import bundle
 from mpq_compiler.driver import manifest, report
 from mpq_compiler.driver.check import check
-from mpq_compiler.driver.estimate import NOMINAL, Estimate, Workload, fit_jobs
+from mpq_compiler.driver.estimate import Estimate, Workload, fit_jobs, foreseen
 from mpq_compiler.driver.judge import Judge
 from mpq_compiler.driver.kinds import other_kinds
 from mpq_compiler.driver.lower import Lowering, halves, load_denoiser, lower
@@ -48,8 +48,8 @@ def compile_denoiser(
         model: a folder, a hub id, a bundled name, or a denoiser in memory (`frontend.denoiser`).
         output: a folder, or a file ending in ``.zip``.
         progress: opens progress bars (`RunContext.progress`), or None.
-        planned: is called before anything is measured, with the estimate of memory and disk, and with a sentence where
-            the memory lowered the number of jobs.
+        planned: is called before anything is measured, with the estimate (of time where that is minutes), and with a
+            sentence where the memory lowered the number of jobs.
         options: fields of `Options`.
 
     Raises:
@@ -70,7 +70,7 @@ def compile_denoiser(
             workload = Workload.of(program, rest, denoiser, chosen)
             jobs, lowered = fit_jobs(workload, chosen.jobs, chosen.memory_limit)
             if planned is not None:
-                planned(workload.estimate(jobs, NOMINAL), lowered)
+                planned(foreseen(workload, jobs), lowered)
             if jobs < chosen.jobs:
                 stack.close()
                 workers = stack.enter_context(backend.standby(jobs))

@@ -205,7 +205,20 @@ def estimate_denoiser(model: str | Path | Denoiser, progress: Progress | None = 
 
 
 NOMINAL = Speed(5e10, 1.5e10, 5e4)
-"""A speed for those who ask for memory alone."""
+"""A speed for those who ask for memory, or whether it takes minutes."""
+
+
+LONG = 120.0
+"""The seconds of a compilation from which on the speed of a core is measured to say how long it takes."""
+
+
+def foreseen(workload: Workload, jobs: int) -> Estimate:
+    """What a compilation takes in so many jobs; its time is reckoned by the speed of a core here where it is `LONG`."""
+    found = workload.estimate(jobs, NOMINAL)
+    if found.seconds < LONG:
+        return found
+    with single_threaded():
+        return workload.estimate(jobs, Speed.measured())
 
 
 def fit_jobs(workload: Workload, jobs: int, limit: str | None) -> tuple[int, str | None]:

@@ -53,6 +53,24 @@ def test_jobs_are_as_many_as_fit(monkeypatch):
     assert fit_jobs(WORKLOAD, 2, "4.1GB")[0] == 1
 
 
+def test_time_is_reckoned_by_the_speed_here_where_it_is_minutes(monkeypatch):
+    slow = Speed(1e9, 1e9, 1e4)
+    monkeypatch.setattr(Speed, "measured", staticmethod(lambda: slow))
+    short, long = (Workload([("one", Demand(products=products))], 0, 0) for products in (1e12, 1e13))
+    assert estimate.foreseen(short, 2) == short.estimate(2, estimate.NOMINAL)
+    assert estimate.foreseen(long, 2) == long.estimate(2, slow)
+
+
+def test_a_command_that_takes_minutes_says_so_before_it_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(estimate, "LONG", 0.0)
+    model = tiny.save("dit", tmp_path / "model")
+    options = ["--recipe", "w8a8", "--samples", "2", "--steps", "2", "--target", "reference", "--jobs", "1"]
+    assert mpqc.main(["compile", str(model), "-o", str(tmp_path / "out"), *options]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"this will take about \d+\.\d s here: \S+ \d+\.\d s, .*; --estimate has all passes", said)
+    assert said.index("this will take") < said.index("calibrating")
+
+
 def test_without_a_limit_it_is_a_share_of_what_is_free(monkeypatch):
     monkeypatch.setattr(estimate, "RUNNING", 0)
     monkeypatch.setattr(estimate, "MARGIN", 1)
