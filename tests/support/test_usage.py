@@ -91,6 +91,20 @@ print((memory() - before) >> 20)
         assert left["kept"] > 30
 
 
+def test_small_blocks_go_back_where_it_is_asked_for():
+    code = """
+from mpq_compiler.support.usage import memory, trim
+blocks = [bytearray(b"x" * 100_000) for _ in range(640)]
+blocks = blocks[::64] + blocks[-1:]  # the last one keeps those before it from going by themselves
+before = memory()
+trim()
+print((before - memory()) >> 20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    if platform.libc_ver()[0] == "glibc":
+        assert int(done.stdout) > 40
+
+
 def test_cpu_seconds_are_those_of_work():
     begin = cpu_seconds()
     time.sleep(0.1)
