@@ -3,13 +3,16 @@
     python -m benchmarks.arm_static                       # all, into benchmarks/results/arm_static.json
     python -m benchmarks.arm_static --format w4 --target aarch64-dotprod --json ''
     python -m benchmarks.arm_static --peer FOLDER         # with the wheels of others in it (see `peers`)
+    python -m benchmarks.arm_static --attention           # attentions alone, in the results that are there
 
 Each kernel is linked into a static program, which qemu runs once; its trace says how often every block of instructions
 is executed. llvm-mca models the cycles of a block on a core, as if it were repeated. *loop* is the speed of the block
 that holds most dot products, in shares of the core's peak: a loop of nothing but dot products on registers (smull,
 smlal and sadalp where there are none). *outside* is the share of all cycles that is not that loop's: epilogue,
 unpacking, loads of start values, tails. These are models of the pipeline: caches, memory and branch prediction are not
-in them, and nothing ran on silicon. Needs qemu-aarch64, aarch64-linux-gnu-gcc, and llvm-mca and llvm-objdump of LLVM.
+in them, and nothing ran on silicon. Of attentions all cycles are summed up, and those of 8 bits, keys and values made
+ready among them, are held against those of float32. Needs qemu-aarch64, aarch64-linux-gnu-gcc, and llvm-mca and
+llvm-objdump of LLVM.
 
 A peer is a wheel for AArch64, which is not run: of all innermost loops of its libraries with many dot products, each
 core's best is what it is said to have. Loops that take bytes apart are those of 4 bits. To have one:
@@ -44,6 +47,7 @@ from mpq_compiler.backends.tvm.compile.worker import _compile
 from mpq_compiler.backends.tvm.plan.calls import Call, Function, Kernel, Lowered, Record, Value, record
 from mpq_compiler.backends.tvm.toolchain.linker import linker
 from mpq_compiler.support import terminal
+from mpq_compiler.targets.numerics import F32
 from mpq_compiler.targets.table import TARGETS, Target
 
 RESULTS = Path(__file__).parent / "results" / "arm_static.json"
@@ -82,6 +86,8 @@ PEAKS = {
 SUMS = 12
 """Of them that are independent, so that none waits for another."""
 ROWS, SIZE = (64, 256), 640
+TOKENS = ((256, 256), (1024, 1024), (1024, 77))
+"""Queries and keys of attentions, of a head of 64 channels."""
 LOOP = {**dict.fromkeys(REORDERING, 0.95), "cortex-a55": 0.75}
 OUTSIDE = 0.10
 """At 256 rows, on cores that reorder."""
@@ -103,10 +109,10 @@ def problems(rows: int) -> dict[str, Record]:
 
 def program(kernel: Kernel, target: Target, folder: Path) -> Path:
     """A static program, with its symbols, that calls the kernel once, on zeros."""
-    inputs, outputs = templates.arguments(kernel, target)
-    values = [Value(a.name, tuple(a.shape), a.dtype) for a in (*inputs, *outputs)]
-    call = Call(kernel, tuple((v.name, v.name) for v in values[:-1]), ((values[-1].name,) * 2,), "kernel")
-    lowered = Lowered((), (), (), (Function(tuple(values[:-1]), (call,), values[-1]),))
+    buffers = templates.arguments(kernel, target)
+    taken, given = ([Value(a.name, tuple(a.shape), a.dtype) for a in part] for part in buffers)
+    call = Call(kernel, *(tuple((v.name, v.name) for v in part) for part in (taken, given)), "kernel")
+    lowered = Lowered((), (), (), (Function(tuple(taken), (call,), given[-1]),))
     workspace = _compile(kernel, target, str(folder / "kernel.o"))
     weights = folder / "weights.safetensors"
     weights.write_bytes(bytes(64))
@@ -212,14 +218,18 @@ class Cell:
         return self.peak / self.loop
 
 
-def measure(name: str, problem: Record, target: Target, kept: dict[tuple[str, str], float]) -> dict[str, Cell]:
-    """Each core's cell."""
-    kernel = Kernel("gemm", problem)
+def run(kernel: Kernel, target: Target) -> list[tuple[list[str], int]]:
+    """(instructions, executions) of the blocks of a call of the kernel."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         path = program(kernel, target, folder)
         code = {address: text for function, address, text in instructions(path) if kernel.name in function}
-        ran = list(blocks(code, executions(path, folder)))
+        return list(blocks(code, executions(path, folder)))
+
+
+def measure(name: str, problem: Record, target: Target, kept: dict[tuple[str, str], float]) -> dict[str, Cell]:
+    """Each core's cell."""
+    ran = run(Kernel("gemm", problem), target)
     dots = [sum(line.startswith(DOTS[target.name]) for line in block) for block, _ in ran]
     main = max(range(len(ran)), key=lambda i: dots[i] * ran[i][1])
     found = {}
@@ -230,6 +240,40 @@ def measure(name: str, problem: Record, target: Target, kept: dict[tuple[str, st
         useful = own * sum(n * count for n, (_, count) in zip(dots, ran, strict=True))
         found[core] = Cell(own, peak(target, core, kept), max(0.0, 1 - useful / total))
     return found
+
+
+def attentions(kept: dict[tuple[str, str], float]) -> Iterator[dict[str, Any]]:
+    """Of attentions in each numerics that a target has: all modelled cycles, relative to those in float32."""
+    for (queries, keys), name in itertools.product(TOKENS, [n for n in CORES if TARGETS[n].numerics]):
+        target = TARGETS[name]
+        fields = {"queries": queries, "keys": keys, "heads": 1, "dim": 64}
+        totals: dict[str, dict[str, float]] = {}
+        for kind in (F32, *target.numerics):
+            kernels = [Kernel("attention", record("attention.Attention", **fields))]
+            if kind != F32:
+                ready = record("fast_attention.Ready", keys=keys, heads=1, dim=64, numerics=kind)
+                fast = record("fast_attention.FastAttention", numerics=kind, **fields)
+                kernels = [Kernel("fast_attention", ready), Kernel("fast_attention", fast)]
+            ran = [block for kernel in kernels for block in run(kernel, target)]
+            totals[kind] = {
+                core: sum(n * each for (_, n), each in zip(ran, cycles([b for b, _ in ran], core, kept), strict=True))
+                for core in CORES[name]
+            }
+        for kind in target.numerics:
+            for core, cycled in totals[kind].items():
+                yield {"queries": queries, "keys": keys, "target": name, "core": core, "numerics": kind,
+                       "ratio": round(cycled / totals[F32][core], 3)}  # fmt: skip
+
+
+def attention_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """A line for each attention and target, a column for each core, under the headers."""
+    cores = list(dict.fromkeys(core for each in CORES.values() for core in each))
+    lines = [["attention", "target", *cores]]
+    for queries, keys, name, kind in dict.fromkeys((r["queries"], r["keys"], r["target"], r["numerics"]) for r in rows):
+        own = {r["core"]: f"{r['ratio']:.2f}" for r in rows
+               if (r["queries"], r["keys"], r["target"], r["numerics"]) == (queries, keys, name, kind)}  # fmt: skip
+        lines.append([f"{queries} x {keys}, {kind}", f"`{name}`", *(own.get(core, "") for core in cores)])
+    return lines
 
 
 def loops(wheel: Path) -> set[tuple[str, ...]]:
@@ -285,6 +329,7 @@ def main() -> None:
     parser.add_argument("--target", nargs="+", choices=CORES, default=list(CORES))
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--peer", nargs="+", type=Path, default=[], help="wheels, or folders of wheels, of peers")
+    parser.add_argument("--attention", action="store_true", help="attentions alone")
     parser.add_argument("--json", default=str(RESULTS), help="'' writes none")
     parser.add_argument("--docs", type=Path, help="write the tables into this file, between the marks")
     options = parser.parse_args()
@@ -292,6 +337,17 @@ def main() -> None:
     if bad := [str(path) for path in wheels or options.peer if not zipfile.is_zipfile(path)]:
         parser.error(f"--peer: no wheel, nor a folder of wheels: {', '.join(bad)}")
     kept: dict[tuple[str, str], float] = {}
+    heads = list(attentions(kept))
+    lines = attention_table(heads)
+    terminal.table("attention: modelled cycles, relative to float32", lines[0], lines[1:])
+    if options.docs:
+        documents.insert(options.docs, "arm-attention", documents.table(lines[0], lines[1:]))
+    if options.attention:
+        if options.json:
+            path = Path(options.json)
+            found = json.loads(path.read_text(encoding="utf-8"))
+            path.write_text(json.dumps({**found, "attention": heads}, indent=1) + "\n", encoding="utf-8")
+        return
     rows: list[dict[str, Any]] = []
     work = [
         (name, m, problem, TARGETS[target])
@@ -320,7 +376,8 @@ def main() -> None:
     if options.json:
         versions = subprocess.run([tool("llvm-mca"), "--version"], capture_output=True, text=True).stdout
         llvm = re.search(r"version (\S+)", versions)
-        record_ = {**provenance(), "llvm": llvm and llvm[1], "size": SIZE, "rows": rows, "peers": others}
+        record_ = {**provenance(), "llvm": llvm and llvm[1], "size": SIZE, "rows": rows, "peers": others,
+                   "attention": heads}  # fmt: skip
         Path(options.json).write_text(json.dumps(record_, indent=1) + "\n")
     if options.docs:
         text = "\n\n".join(f"`{name}`:\n\n{documents.table(lines[0], lines[1:])}" for name, lines in tables.items())

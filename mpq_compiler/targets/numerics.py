@@ -12,8 +12,8 @@ NUMERICS = (F32, BF16, INT8)
 BOUNDS = {F32: 1e-5, BF16: 1e-2, INT8: 1e-6}
 """Largest allowed error ``max|y - y'| / max|y'|`` of a kernel against the reference meaning in the same numerics."""
 
-FEATURES: dict[str, tuple[str, ...]] = {F32: (), BF16: ("avx512_bf16",), INT8: ("avx512_vnni",)}
-"""CPU features that the kernels of each numerics need, as /proc/cpuinfo spells them."""
+FEATURES: dict[str, tuple[str, ...]] = {F32: (), BF16: ("avx512_bf16",), INT8: ()}
+"""CPU features that the kernels of each numerics need beyond their target's, as /proc/cpuinfo spells them."""
 
 PACKED = {BF16: 2, INT8: 4}
 """How many values fill a word of 32 bits."""
@@ -30,10 +30,12 @@ def ready_shapes(kind: str, keys: int, heads: int, dim: int) -> dict[str, tuple[
         heads: number of heads.
         dim: channels of a head.
     """
-    packed = PACKED[kind]
+    words, rows = (-(-count // PACKED[kind]) for count in (dim, keys))
+    if kind == INT8:  # some targets multiply two words at once, a last one beside zeros
+        words, rows = (count + count % 2 for count in (words, rows))
     made: dict[str, tuple[tuple[int, ...], str]] = {
-        "packed_k": ((heads, keys, -(-dim // packed)), "int32"),
-        "packed_v": ((heads, -(-keys // packed), dim), "int32"),
+        "packed_k": ((heads, keys, words), "int32"),
+        "packed_v": ((heads, rows, dim), "int32"),
     }
     if kind == INT8:
         made |= {"k_scale": ((heads, -(-keys // KEY_BLOCK)), "float32"), "v_scale": ((heads, dim), "float32")}

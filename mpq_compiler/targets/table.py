@@ -104,7 +104,9 @@ def _x86(
     return Target(name, "x86_64", isa, "tvm", features, options, numerics=numerics)
 
 
-def _arm(name: str, isa: str, mcpu: str, mattr: list[str], features: tuple[str, ...]) -> Target:
+def _arm(
+    name: str, isa: str, mcpu: str, mattr: list[str], features: tuple[str, ...], numerics: tuple[str, ...] = ()
+) -> Target:
     """A target of AArch64, whose code is scheduled for in-order cores, since the others reorder it themselves.
 
     Loads are not paired: a pair takes an in-order core as long as six single loads, the others as long as two.
@@ -112,7 +114,7 @@ def _arm(name: str, isa: str, mcpu: str, mattr: list[str], features: tuple[str, 
     options: dict[str, Any] = {**_LLVM, "mtriple": "aarch64-linux-gnu", "mattr": [*mattr, "+disable-ldp"]}
     if mcpu:
         options |= {"mcpu": mcpu, "mattr": [*options["mattr"], "-aes", "-sha2"]}
-    return Target(name, "aarch64", isa, "tvm", features, options, "run under qemu, never on silicon")
+    return Target(name, "aarch64", isa, "tvm", features, options, "run under qemu, never on silicon", numerics)
 
 
 _HOSTS: dict[str, dict[str, Any]] = {
@@ -144,7 +146,7 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         _x86("x86-64-avx2", "avx2", "x86-64-v3", [], _X86_64_V3),
-        _x86("x86-64-avxvnni", "avxvnni", "x86-64-v3", ["+avxvnni"], (*_X86_64_V3, "avx_vnni")),
+        _x86("x86-64-avxvnni", "avxvnni", "x86-64-v3", ["+avxvnni"], (*_X86_64_V3, "avx_vnni"), numerics=(INT8,)),
         _x86("x86-64-avx512", "avx512", "x86-64-v4", [], _X86_64_V4, numerics=(BF16,)),
         # x86-64-v4 has no VNNI of its own: without the attribute LLVM cannot select vpdpbusd and aborts.
         _x86(
@@ -153,8 +155,8 @@ TARGETS: dict[str, Target] = {
             numerics=(BF16, INT8),
         ),
         _arm("aarch64-neon", "neon", "cortex-a53", ["+neon", "-crc"], _ARMV8),
-        _arm("aarch64-dotprod", "dotprod", "cortex-a55", ["+neon", "+dotprod"], _ARMV8_2),
-        _arm("aarch64-i8mm", "i8mm", "", ["+neon", "+dotprod", "+i8mm"], (*_ARMV8, "asimddp", "i8mm")),
+        _arm("aarch64-dotprod", "dotprod", "cortex-a55", ["+neon", "+dotprod"], _ARMV8_2, (INT8,)),
+        _arm("aarch64-i8mm", "i8mm", "", ["+neon", "+dotprod", "+i8mm"], (*_ARMV8, "asimddp", "i8mm"), (INT8,)),
         *_single("cuda"),
         _cuda("cuda", "x86_64", 80, 87, 89, 90),
         _cuda("cuda-aarch64", "aarch64", 80, 87, 89, 90),

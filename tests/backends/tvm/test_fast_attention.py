@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -26,7 +27,7 @@ from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import numerics
 from mpq_compiler.targets import table as targets
 from mpq_compiler.targets.numerics import BF16, INT8
-from tests.harness import packed
+from tests.harness import packed, qemu
 from tests.harness.fast_attention import BATCH, inputs_of, meaning, ready
 from tests.harness.float_kernels import error, quantized, quantizer_inputs, same_bits, shape_of
 
@@ -41,45 +42,80 @@ PROBLEMS = {
     "mask": FastAttention(20, 70, 3, 9, mask=("B", 3, 20, 70)),
 }
 KINDS = (BF16, INT8)
-TARGET = targets.with_features(targets.TARGETS["x86-64-avx512vnni"], numerics.FEATURES[BF16])
+ON = [(target.name, kind) for target in targets.TARGETS.values() if not target.is_cuda for kind in target.numerics
+      if (target.name, kind) != ("x86-64-avx512", BF16)]  # fmt: skip
+"""Every CPU target with every numerics that it has kernels for."""
+on_each = pytest.mark.parametrize(("on", "kind"), ON)
 
-pytestmark = pytest.mark.skipif(
-    bool(targets.missing_features(TARGET)),
-    reason=f"this machine lacks {', '.join(targets.missing_features(TARGET))}",
-)
+
+def _target(name: str, kind: str) -> targets.Target:
+    return targets.with_features(targets.TARGETS[name], numerics.FEATURES[kind])
+
+
+def _require(on: str, kind: str) -> None:
+    """Skips where neither this machine nor an emulator runs the kernels."""
+    target = _target(on, kind)
+    lacking = targets.missing_features(target)
+    reason = qemu.missing() if target.arch == "aarch64" else f"this machine lacks {', '.join(lacking)}"
+    if lacking and reason:
+        pytest.skip(reason)
 
 
 @functools.cache
-def _library() -> tvm.runtime.Module:
-    functions = {}
+def _library(on: str, kind: str) -> Callable[[str, list[np.ndarray]], list[np.ndarray]]:
+    """All kernels of a target, called by name and arrays; a call returns the arrays as they are afterwards."""
+    _require(on, kind)
+    target, functions = _target(on, kind), {}
     for i, problem in enumerate([*PROBLEMS.values(), _quantizing()]):
-        for kind in KINDS:
-            given = replace(problem, numerics=kind)
-            functions[f"attention_{i}_{kind}"] = fast_attention.build(given, TARGET.isa, f"attention_{i}_{kind}")
-            functions[f"ready_{i}_{kind}"] = fast_attention.build(ready(given), TARGET.isa, f"ready_{i}_{kind}")
-    return tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(dict(TARGET.tvm)))
+        given = replace(problem, numerics=kind)
+        functions[f"attention_{i}"] = fast_attention.build(given, target.isa, f"attention_{i}")
+        functions[f"ready_{i}"] = fast_attention.build(ready(given), target.isa, f"ready_{i}")
+    if targets.missing_features(target):
+        emulated = qemu.Aarch64Library(functions, dict(target.tvm))
+        return lambda name, arrays: emulated.run([(name, arrays)])[0]
+    module = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(dict(target.tvm)))
+
+    def call(name: str, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        tensors = [tvm.runtime.tensor(array) for array in arrays]
+        module[name](*tensors)
+        return [tensor.numpy() for tensor in tensors]
+
+    return call
 
 
-def _run(index: int, problem: FastAttention, inputs: list[np.ndarray], kind: str) -> np.ndarray:
-    problem = replace(problem, numerics=kind)
+def _run(index: int, problem: FastAttention, inputs: list[np.ndarray], on: str, kind: str) -> np.ndarray:
+    problem, call = replace(problem, numerics=kind), _library(on, kind)
     *arguments, result = problems.arguments(problem)
-    tensors = {a.name: tvm.runtime.tensor(np.full(shape_of(a, BATCH), 77, a.dtype)) for a in (*arguments, result)}
-    given = dict(zip((a.name for a in attention.arguments(problem)), inputs, strict=False))
-    tensors |= {name: tvm.runtime.tensor(value) for name, value in given.items()}
-    _library()[f"ready_{index}_{kind}"](*(tensors[a.name] for a in problems.arguments(ready(problem))))
-    _library()[f"attention_{index}_{kind}"](*(tensors[a.name] for a in (*arguments, result)))
-    return tensors[result.name].numpy()
+    arrays = {a.name: np.full(shape_of(a, BATCH), 77, a.dtype) for a in (*arguments, result)}
+    arrays |= dict(zip((a.name for a in attention.arguments(problem)), inputs, strict=False))
+    of_ready = problems.arguments(ready(problem))
+    for name, of in ((f"ready_{index}", of_ready), (f"attention_{index}", [*arguments, result])):
+        arrays |= dict(zip((a.name for a in of), call(name, [arrays[a.name] for a in of]), strict=True))
+    return arrays[result.name]
 
 
-def _of(name: str, kind: str, inputs: list[np.ndarray] | None = None) -> np.ndarray:
-    return _run([*PROBLEMS].index(name), PROBLEMS[name], inputs or inputs_of(PROBLEMS[name]), kind)
+def _of(name: str, on: str, kind: str, inputs: list[np.ndarray] | None = None) -> np.ndarray:
+    return _run([*PROBLEMS].index(name), PROBLEMS[name], inputs or inputs_of(PROBLEMS[name]), on, kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@on_each
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_against_its_meaning(name: str, kind: str) -> None:
+def test_against_its_meaning(name: str, on: str, kind: str) -> None:
     problem = PROBLEMS[name]
-    assert error(_of(name, kind), meaning(problem, inputs_of(problem), kind)) <= numerics.BOUNDS[kind]
+    assert error(_of(name, on, kind), meaning(problem, inputs_of(problem), kind)) <= numerics.BOUNDS[kind]
+
+
+@pytest.mark.parametrize("on", [name for name, kind in ON if kind == INT8 and name != "aarch64-dotprod"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_eight_bits_are_the_same_on_all_targets(name: str, on: str) -> None:
+    """As on one that multiplies signed codes."""
+    _require(on, INT8)
+    assert same_bits(_of(name, on, INT8), _of(name, "aarch64-dotprod", INT8))
+
+
+def test_a_target_without_dot_products_has_none() -> None:
+    with pytest.raises(UserError, match="no kernel of 'x86-64-avx2' computes attention in int8"):
+        fast_attention.build(replace(PROBLEMS["one key"], numerics=INT8), "avx2")
 
 
 def _quantizing() -> FastAttention:
@@ -87,34 +123,35 @@ def _quantizing() -> FastAttention:
     return replace(PROBLEMS["cross, D 40"], epilogue=epilogue, time_groups=2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_quantizes_its_own_result(kind: str) -> None:
-    y, inputs = _of("cross, D 40", kind), inputs_of(PROBLEMS["cross, D 40"])
+@on_each
+def test_quantizes_its_own_result(on: str, kind: str) -> None:
+    y, inputs = _of("cross, D 40", on, kind), inputs_of(PROBLEMS["cross, D 40"])
     tables = quantizer_inputs(y, 2, 6)
-    codes = _run(len(PROBLEMS), _quantizing(), [*inputs, *tables], kind)
+    codes = _run(len(PROBLEMS), _quantizing(), [*inputs, *tables], on, kind)
     assert (codes == quantized(y, *tables, 6)).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@on_each
 @pytest.mark.parametrize("which", (0, 1, 2))
-def test_nan_spoils_what_depends_on_it_only(kind: str, which: int) -> None:
+def test_nan_spoils_what_depends_on_it_only(on: str, kind: str, which: int) -> None:
     """NaN in query, key or value 5, dimension 0, of sample 0 and head 0."""
     name = "49 tokens, D 24"
     inputs = inputs_of(PROBLEMS[name])
     inputs[which][0, 5, 0] = np.nan
-    y, spoiled = _of(name, kind, inputs), np.zeros((BATCH, 49, 96), bool)
+    y, spoiled = _of(name, on, kind, inputs), np.zeros((BATCH, 49, 96), bool)
     spoiled[(0, 5, slice(24)) if which == 0 else (0, slice(None), slice(24) if which == 1 else 0)] = True
     assert (np.isnan(y) == spoiled).all()
-    assert same_bits(y[~spoiled], _of(name, kind)[~spoiled])
+    assert same_bits(y[~spoiled], _of(name, on, kind)[~spoiled])
 
 
-def test_a_common_offset_of_keys_costs_eight_bits_nothing() -> None:
+@pytest.mark.parametrize("on", [name for name, kind in ON if kind == INT8])
+def test_a_common_offset_of_keys_costs_eight_bits_nothing(on: str) -> None:
     """It changes no softmax, and is taken off before keys are rounded."""
     name = "49 tokens, D 24"
     inputs = inputs_of(PROBLEMS[name])
     exact = meaning(PROBLEMS[name], inputs, "f32")
     inputs[1] += 100 * np.sign(inputs[1].mean((0, 1)))
-    assert error(_of(name, INT8, inputs), exact) < 3e-2
+    assert error(_of(name, on, INT8, inputs), exact) < 3e-2
 
 
 @pytest.mark.parametrize(("kind", "bound"), ((BF16, 1e-2), (INT8, 3e-2)))
@@ -167,9 +204,10 @@ def test_an_artifact(tmp_path, monkeypatch) -> None:
     graph.output(graph.call_function(ops.attention, (first, text, text, 2), {"numerics": BF16}))
     inputs = tuple(InputSpec(name, ("B", rows, 48), torch.float32) for name, rows in (("x", 70), ("text", 9)))
     program = Program(graph, TensorStore(), inputs, Stage.PACKED, facts=Facts({PARAMETERS: 1}))
+    _require("x86-64-avx512vnni", BF16)
     target = targets.TARGETS["x86-64-avx512vnni"]
     built = build(program, target, (2,), cache=packed.kernel_cache())
-    assert built.features == ("avx512_bf16", "avx512_vnni")
+    assert built.features == ("avx512_bf16",)
     path = packed.write(tmp_path / "a.mpq", program, targets.with_features(target, built.features), built)
     given = {name: torch.randn(2, rows, 48, generator=torch.Generator().manual_seed(rows)) for name, rows in
              (("x", 70), ("text", 9))}  # fmt: skip
@@ -180,11 +218,11 @@ def test_an_artifact(tmp_path, monkeypatch) -> None:
         compiled_denoiser.load(path)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_row_without_any_key_is_their_mean(kind: str) -> None:
+@on_each
+def test_a_row_without_any_key_is_their_mean(on: str, kind: str) -> None:
     inputs = inputs_of(PROBLEMS["mask"])
     for lowest in (-1e30, float(np.finfo(np.float32).min)):
         inputs[3][0] = lowest
-        y, mean = _of("mask", kind, inputs), inputs[2][0].mean(0)
+        y, mean = _of("mask", on, kind, inputs), inputs[2][0].mean(0)
         assert error(y[0], np.broadcast_to(mean, y[0].shape)) <= 3e-2
         assert error(y, meaning(PROBLEMS["mask"], inputs, kind)) <= numerics.BOUNDS[kind]

@@ -48,7 +48,7 @@ def build(problem: Attention, isa: str = "avx512vnni", name: str = "attention") 
     return tiled(problem, arguments(problem), Body, isa, name)
 
 
-def tiled(problem: Attention, made: Sequence[Argument], body: type[Body], isa: str, name: str) -> PrimFunc:
+def tiled(problem: Attention, made: Sequence[Argument], body: Callable[..., Body], isa: str, name: str) -> PrimFunc:
     """The kernel with that body, in tiles that fit the registers."""
     vectors, key_tile, dim_tile = TILES[register_file(isa)]
     tiles = -(-problem.queries // (vectors * LANES))
@@ -184,15 +184,8 @@ class Body:
 
     def _scores(self, b: Any, h: Any, key: Any, start: Any, keys: int, new: Buffer) -> None:
         """Scores of `keys` keys (times log2 e) into `score`, their maximum into `new`."""
-        p, vectors = self.problem, self.vectors
-        pairs = [(i, j) for i in range(keys) for j in range(vectors)]
-        sums = Registers(len(pairs), LANES, self.sums)
-        for n, (_, j) in enumerate(pairs):
-            sums[n] = self._start(j)
-        with T.serial(0, self._steps) as d:
-            for n, (i, j) in enumerate(pairs):
-                element = splat(self._key(b, h, key + start + i, d), LANES)
-                sums[n] = self._dot(element, self.factors[self._at(d, j)], sums[n])
+        p, pairs = self.problem, [(i, j) for i in range(keys) for j in range(self.vectors)]
+        sums = self._score_sums(b, h, key + start, keys)
         for n, (i, j) in enumerate(pairs):
             value = self._logit(sums[n], j)
             if p.mask is not None:
@@ -206,6 +199,18 @@ class Body:
             store(self.score, value, self._at(start + i, j))
             at = self._at(0, j)
             store(new, tirx.Select(new[at] > value, new[at], value), at)
+
+    def _score_sums(self, b: Any, h: Any, first: Any, keys: int) -> Registers | Sequence[Any]:
+        """Products of queries and `keys` keys from the first on: vector j of key i is number ``i * vectors + j``."""
+        pairs = [(i, j) for i in range(keys) for j in range(self.vectors)]
+        sums = Registers(len(pairs), LANES, self.sums)
+        for n, (_, j) in enumerate(pairs):
+            sums[n] = self._start(j)
+        with T.serial(0, self._steps) as d:
+            for n, (i, j) in enumerate(pairs):
+                element = splat(self._key(b, h, first + i, d), LANES)
+                sums[n] = self._dot(element, self.factors[self._at(d, j)], sums[n])
+        return sums
 
     @property
     def _steps(self) -> int:

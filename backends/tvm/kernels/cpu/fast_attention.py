@@ -1,4 +1,4 @@
-"""Attention with products in bfloat16 or in 8 bits, for AVX-512: `ops.attention` with those numerics.
+"""Attention with products in bfloat16 (AVX-512) or in 8 bits: `ops.attention` with those numerics.
 
 Everything but the products is as in `attention`. Keys and values are made ready by a kernel of their own (`Ready`),
 so that those of a text are made once: in words of 32 bits that a dot product takes, two values of bfloat16 or four of
@@ -7,12 +7,14 @@ so that those of a text are made once: in words of 32 bits that a dot product ta
 8 bits (after SageAttention, arXiv 2410.02367): from the keys their mean is taken off, which changes no softmax; codes
 of queries are s8 with a scale for each query, of keys u8 = s8 + 128 with a scale for each block of keys, of weights u8
 with a scale for each query and block, of values s8 with a scale for each dimension. The sums of the codes of a query
-times -128 are what the accumulators start with.
+times -128 are what the accumulators start with. Where a dot product takes two signed operands, codes that are u8 are
+multiplied less 128: then scores start with nothing, and weighted values with 128 times the sums of the values' codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from math import log2
 from typing import Any
 
@@ -46,9 +48,11 @@ from mpq_compiler.backends.tvm.kernels.common.vmath import (
 )
 from mpq_compiler.backends.tvm.kernels.cpu import bfloat16
 from mpq_compiler.backends.tvm.kernels.cpu.attention import Body, tiled
+from mpq_compiler.backends.tvm.kernels.cpu.isa import Isa, of_family
 from mpq_compiler.backends.tvm.kernels.problems.attention import LOWEST
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready, arguments
 from mpq_compiler.backends.tvm.kernels.problems.lanes import LANES
+from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import numerics as targets_numerics
 from mpq_compiler.targets.numerics import BF16, KEY_BLOCK, PACKED
 
@@ -56,20 +60,19 @@ Pack = Callable[[Any, int], Any]
 
 
 def build(problem: FastAttention | Ready, isa: str = "avx512vnni", name: str = "fast_attention") -> PrimFunc:
-    """The kernel, for targets with AVX-512."""
+    """The kernel. UserError: the target has none in those numerics."""
+    own = of_family(isa)
+    if not (own.lanes == LANES if problem.numerics == BF16 else own.dots_words):
+        raise UserError(f"no kernel of '{own.name}' computes attention in {problem.numerics}")
     if isinstance(problem, Ready):
         make = _Bfloat16Ready if problem.numerics == BF16 else _CodesReady
         return primfunc(name, arguments(problem), lambda batch, buffers: make(problem, buffers).emit(batch))
-    return tiled(problem, arguments(problem), _Bfloat16 if problem.numerics == BF16 else _Codes, isa, name)
+    codes = _Squares if own.unit > 1 else _Codes
+    body = _Bfloat16 if problem.numerics == BF16 else functools.partial(codes, own)
+    return tiled(problem, arguments(problem), body, isa, name)
 
 
 # ------------------------------------------------------------------------------------------------- expressions
-
-def _dot_codes(total: Any, unsigned: Any, signed: Any) -> Any:
-    """Add the products of the four u8 and s8 in each int32 to `total`, 16 lanes."""
-    bytes_ = tirx.reinterpret("uint8x64", unsigned), tirx.reinterpret("int8x64", signed)
-    return tirx.call_llvm_pure_intrin("int32x16", "llvm.x86.avx512.vpdpbusd.512", total, *bytes_)
-
 
 def _four(codes: list[Any]) -> Any:
     """The low bytes of up to four int32 as one."""
@@ -282,7 +285,7 @@ class _Fast(Body):
 
     def _query_words(self, value: Callable[[Any, int], Any], join: Callable[[list[Any]], Any]) -> None:
         """`factors` from ``value(d, j)``, vector j of the queries' dimension d."""
-        self.factors = scratch(self._steps * self.width, "int32")
+        self.factors = scratch((self._steps + 1) // 2 * 2 * self.width, "int32")
         whole, rest = divmod(self.problem.dim, self._packed)
 
         def words(word: Any, values: int) -> None:
@@ -313,7 +316,7 @@ class _Fast(Body):
 
     def _products(
         self, b: Any, h: Any, key: Any, size: Any, d: Any, dims: int, start: Callable[[Any, int], Any], kind: str
-    ) -> Any:
+    ) -> tuple[Registers | list[Any], list[tuple[int, int]]]:
         """Sums over the block's keys of weight times value for `dims` dimensions, and their places."""
         pairs = [(i, j) for i in range(dims) for j in range(self.vectors)]
         sums = Registers(len(pairs), LANES, kind)
@@ -374,6 +377,17 @@ class _Bfloat16(_Fast):
 class _Codes(_Fast):
     sums = "int32"
 
+    def __init__(self, isa: Isa, *given: Any) -> None:
+        super().__init__(*given)
+        self.isa = isa
+        self.signed = isa.unsigned_excess > 0
+        """Whether codes that are u8 are multiplied less 128."""
+
+    def _gathered(self, word: Any) -> Any:
+        """Four u8 codes as they are multiplied."""
+        flip = i32(_int32(0x80808080), lanes(word))
+        return tirx.bitwise_xor(word, flip) if self.signed else word
+
     def _load_queries(self, b: Any, h: Any, first: Any) -> None:
         super()._load_queries(b, h, first)
         self.query_scale, self.offset, inverse = scratch(self.width), scratch(self.width, "int32"), scratch(self.width)
@@ -409,16 +423,44 @@ class _Codes(_Fast):
             at = self._at(0, j)
             block = splat(self.buffers["k_scale"][b, h, key // KEY_BLOCK], LANES)
             store(self.scale, mul(self.query_scale[at], block), at)
+        if self.signed:
+            self._sum_values(b, h, key, size)
         super()._key_block(b, h, first, key, size)
+
+    def _sum_values(self, b: Any, h: Any, key: Any, size: Any) -> None:
+        """The sums of the codes of the block's values times 128, of each dimension."""
+        self.value_sums = scratch(self.problem.dim, "int32")
+
+        def some(d: Any, count: int) -> None:
+            total, whole = scratch(count, "int32"), span(0, count)
+            store(total, i32(0, count), whole)
+            with T.serial(0, T.floordiv(size + self._packed - 1, self._packed)) as word:
+                codes = self.buffers["packed_v"][b, h, key // self._packed + word, span(d, count)]
+                store(total, self._sum(total[whole], codes), whole)
+            store(self.value_sums, total[whole] * i32(128, count), span(d, count))
+
+        each_vector(self.problem.dim, some)
+
+    def _sum(self, total: Any, signed: Any) -> Any:
+        """Adds the four s8 in each int32 to `total`."""
+        count = lanes(total)
+        if count % self.isa.words == 0:
+            return self.isa.dot_words(total, i32(0x01010101, count), signed)
+        for place in (24, 16, 8, 0):
+            total = total + tirx.shift_right(tirx.shift_left(signed, i32(place, count)), i32(24, count))
+        return total
 
     def _first_maximum(self, j: int) -> Any:
         return f32(LOWEST, LANES)  # the block's own: its weights use all codes
 
+    def _key(self, b: Any, h: Any, key: Any, step: Any) -> Any:
+        return self._gathered(super()._key(b, h, key, step))
+
     def _start(self, j: int) -> Any:
-        return self.offset[self._at(0, j)]
+        return i32(0, LANES) if self.signed else self.offset[self._at(0, j)]
 
     def _dot(self, key: Any, query: Any, total: Any) -> Any:
-        return _dot_codes(total, key, query)
+        return self.isa.dot_words(total, key, query)
 
     def _logit(self, total: Any, j: int) -> Any:
         return mul(vmath.cast(total, "float32"), self.scale[self._at(0, j)])
@@ -436,7 +478,9 @@ class _Codes(_Fast):
         wide = span(0, self.width)
         shifted, part = scratch(self.width), scratch(self.width, "int32")
         store(shifted, new[wide] - f32(log2(255), self.width), wide)
-        store(part, i32(0, self.width), wide)
+        count = (size + self._packed - 1) // self._packed
+        lacking = count * (self._packed * self.isa.unsigned_excess)
+        store(part, splat(T.cast(lacking, "int32") if self.signed else T.int32(0), self.width), wide)
 
         def weight(key: Any) -> Any:
             score = self.score[span(key * self.width, self.width)]
@@ -446,22 +490,25 @@ class _Codes(_Fast):
             """The codes, 0 to 255 above the bits of MAGIC, shifted into place and added: none carries."""
             places = range(len(codes))
             total = sum((tirx.shift_left(codes[i], i32(8 * i, self.width)) for i in places[1:]), codes[0])
-            return total - i32(_int32(sum(_MAGIC_BITS << 8 * i for i in places)), self.width)
+            return self._gathered(total - i32(_int32(sum(_MAGIC_BITS << 8 * i for i in places)), self.width))
 
         self._weight_words(size, weight, join)
-        with T.serial(0, T.floordiv(size + self._packed - 1, self._packed)) as word:
+        with T.serial(0, count) as word:
             for j in range(self.vectors):
                 ones = i32(0x01010101, LANES)
-                total = _dot_codes(part[self._at(0, j)], self.words[self._at(word, j)], ones)
+                total = self.isa.dot_words(part[self._at(0, j)], self.words[self._at(word, j)], ones)
                 store(part, total, self._at(0, j))
         summed = vmath.cast(part[wide], "float32")
         store(self.total, fma(summed, self.merge[wide], mul(self.total[wide], self.rescale[wide])), wide)
 
     def _weigh(self, total: Any, weights: Any, values: Any) -> Any:
-        return _dot_codes(total, weights, values)
+        return self.isa.dot_words(total, weights, values)
 
     def _values(self, b: Any, h: Any, key: Any, size: Any, d: Any, dims: int) -> None:
-        sums, pairs = self._products(b, h, key, size, d, dims, lambda i, j: i32(0, LANES), "int32")
+        def start(i: Any, j: int) -> Any:
+            return splat(self.value_sums[d + i], LANES) if self.signed else i32(0, LANES)
+
+        sums, pairs = self._products(b, h, key, size, d, dims, start, "int32")
         for n, (i, j) in enumerate(pairs):
             at, common = self._at(d + i, j), self._at(0, j)
             part = mul(vmath.cast(sums[n], "float32"), self.merge[common])
@@ -469,3 +516,93 @@ class _Codes(_Fast):
 
     def _result(self, value: Any, b: Any, h: Any, d: Any) -> Any:
         return mul(value, self.buffers["v_scale"][b, h, span(d, lanes(value))])
+
+
+class _Squares(_Codes):
+    """Products by usmmla: two rows of eight u8 times two of eight s8, four sums.
+
+    Words lie in pairs, those of neighbouring queries beside each other: [pair of words][query][word]. Scores come as
+    [pair of queries][key][query] for two keys, weighted values as [pair of queries][query][dimension] for two.
+    """
+
+    @property
+    def _granule(self) -> int:
+        return 2 * self._packed
+
+    def _pair_words(self, words: Any, count: Any) -> None:
+        """Brings so many words of all queries, in rows of them, into pairs; a row of zeros makes up for a last one."""
+        if isinstance(count, int) and count % 2:
+            store(words, i32(0, LANES), self._at(count, 0))
+        with T.serial(0, (count + 1) // 2) as pair:
+            rows = [keep(words[self._at(2 * pair + i, 0)]) for i in range(2)]
+            order = [i + n * LANES for i in range(LANES) for n in range(2)]
+            store(words, _shuffled(rows, order), span(pair * (2 * LANES), 2 * LANES))
+
+    def _query_words(self, value: Callable[[Any, int], Any], join: Callable[[list[Any]], Any]) -> None:
+        super()._query_words(value, join)
+        self._pair_words(self.factors, self._steps)
+
+    def _weights(self, size: Any, new: Any) -> None:
+        super()._weights(size, new)
+        self._pair_words(self.words, (size + self._packed - 1) // self._packed)
+
+    def _score_sums(self, b: Any, h: Any, first: Any, keys: int) -> list[Any]:
+        pairs = -(-keys // 2)
+        sums = self._squares(pairs)
+        with T.serial(0, -(-self._steps // 2)) as step:
+            rows = []
+            for n in range(pairs):
+                both = (first + min(2 * n + i, keys - 1) for i in range(2))
+                words = [self.buffers["packed_k"][b, h, key, span(2 * step, 2)] for key in both]
+                rows.append(keep(_shuffled(words, range(4))))
+            for m in range(LANES // 2):
+                queries = self.factors[span(step * (2 * LANES) + 4 * m, 4)]
+                for n, row in enumerate(rows):
+                    at = n * (LANES // 2) + m
+                    sums[at] = self.isa.square(sums[at], row, queries)
+        found = []
+        for i in range(keys):
+            order = [4 * m + 2 * (i % 2) + q for m in range(LANES // 2) for q in range(2)]
+            found.append(self._every(sums, i // 2, order) + self._start(0))
+        return found
+
+    def _squares(self, pairs: int) -> Registers:
+        """Sums of two rows and all queries, for so many pairs of rows: zeros."""
+        sums = Registers(pairs * (LANES // 2), 4, "int32")
+        for at in range(pairs * (LANES // 2)):
+            sums[at] = i32(0, 4)
+        return sums
+
+    @staticmethod
+    def _every(sums: Registers, pair: int, order: list[int]) -> Any:
+        """One row of a pair, a lane for each query: these of its sums."""
+        return _shuffled([sums[pair * (LANES // 2) + m] for m in range(LANES // 2)], order)
+
+    def _products(
+        self, b: Any, h: Any, key: Any, size: Any, d: Any, dims: int, start: Callable[[Any, int], Any], kind: str
+    ) -> tuple[list[Any], list[tuple[int, int]]]:
+        pairs, first = -(-dims // 2), key // self._packed
+        sums = self._squares(pairs)
+        with T.serial(0, (size + 2 * self._packed - 1) // (2 * self._packed)) as step:
+            values = []
+            for n in range(pairs):
+                here = span(d + 2 * n, 2 if 2 * n + 1 < dims else 1)
+                rows = [self.buffers["packed_v"][b, h, first + 2 * step + i, here] for i in range(2)]
+                if 2 * n + 1 == dims:
+                    rows = [splat(row, 2) for row in rows]
+                values.append(keep(_shuffled(rows, (0, 2, 1, 3))))
+            for m in range(LANES // 2):
+                weights = self.words[span(step * (2 * LANES) + 4 * m, 4)]
+                for n, value in enumerate(values):
+                    at = n * (LANES // 2) + m
+                    sums[at] = self.isa.square(sums[at], weights, value)
+        found = []
+        for i in range(dims):
+            order = [4 * m + 2 * q + i % 2 for m in range(LANES // 2) for q in range(2)]
+            found.append(self._every(sums, i // 2, order) + start(i, 0))
+        return found, [(i, 0) for i in range(dims)]
+
+
+def _shuffled(vectors: list[Any], order: Iterable[int]) -> Any:
+    """The lanes of some vectors, one behind the other, in an order."""
+    return tirx.Shuffle(vectors, [tirx.IntImm("int32", i) for i in order])

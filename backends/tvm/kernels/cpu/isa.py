@@ -184,6 +184,40 @@ class Isa:
         # LLVM 22 gave this intrinsic byte vectors; TVM's own schedule still passes int32 ones and fails.
         return tirx.call_llvm_pure_intrin(i32, f"llvm.x86.avx512.vpdpbusd.{32 * self.words}", acc, activations, weights)
 
+    @property
+    def dots_words(self) -> bool:
+        """Whether it has `dot_words`."""
+        return self.instruction in ("vpdpbusd", "sdot", "usmmla")
+
+    def dot_words(self, total: Expr, unsigned: Expr, signed: Expr) -> Expr:
+        """Add the products of the four u8 and the four s8 in each int32 of some registers to `total`.
+
+        What is unsigned is as it is `gathered`: `unsigned_excess` less.
+        """
+        name = {
+            "vpdpbusd": f"llvm.x86.avx512.vpdpbusd.{32 * self.words}",
+            "sdot": "llvm.aarch64.neon.sdot",
+            "usmmla": "llvm.aarch64.neon.usdot",
+        }[self.instruction]
+        count = vmath.lanes(total) // self.words
+        operands = ((total, "int32"), (unsigned, self.activation), (signed, "int8"))
+        parts = []
+        for part in zip(*(_parts(value, count) for value, _ in operands), strict=True):
+            given = [
+                tirx.reinterpret(f"{dtype}x{4 * self.words}", value) if dtype != "int32" else value
+                for value, (_, dtype) in zip(part, operands, strict=True)
+            ]
+            parts.append(tirx.call_llvm_pure_intrin(f"int32x{self.words}", name, *given))
+        return _concatenated(parts)
+
+    def square(self, total: Expr, unsigned: Expr, signed: Expr) -> Expr:
+        """Add the products of two rows of eight u8 and two of eight s8, in int32x4 each, to `total` (usmmla).
+
+        Its four sums are those of the first unsigned row with both signed ones, then of the second.
+        """
+        given = (tirx.reinterpret("uint8x16", unsigned), tirx.reinterpret("int8x16", signed))
+        return tirx.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.usmmla", total, *given)
+
     def sums(self, acc: Expr, values: Expr, weights: Expr) -> Expr:
         """Add the products of `vector` values and weights to `acc`, each to some lane of it."""
         if self.instruction != "usmmla":
@@ -321,6 +355,11 @@ ISAS: Mapping[str, Isa] = {
     )
 }
 """Instruction sets, by the name of the target."""
+
+
+def of_family(name: str) -> Isa:
+    """The ISA of a target, by its name or by that of the family of its instructions (`Target.isa`)."""
+    return next(isa for isa in ISAS.values() if name in (isa.name, TARGETS[isa.name].isa))
 
 
 def isa(name: str) -> Isa:
