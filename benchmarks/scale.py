@@ -75,10 +75,7 @@ def cell(
     with tempfile.TemporaryDirectory() as scratch:
         made, said = Path(scratch, "model.mpq"), Path(scratch, "report.json")
         command = command_of(name, folder, setting, jobs, said)
-        command += ["-o", str(made), "--cache", f"{scratch}/cache"]
-        estimated = cells.run("mpq_compiler", *command, "--estimate", limit=limit)
-        estimate = None if estimated.error is not None else json.loads(said.read_text(encoding="utf-8"))
-        ended = cells.run("mpq_compiler", *command, limit=limit)
+        ended = cells.run("mpq_compiler", *command, "-o", str(made), "--cache", f"{scratch}/cache", limit=limit)
         found = {
             "model": name,
             "setting": setting,
@@ -90,9 +87,10 @@ def cell(
             **ended.taken(),
             **provenance(),
         }
-        if error := ended.error or estimated.error:
-            return {**found, "error": error}
+        if ended.error is not None:
+            return {**found, "error": ended.error}
         report = json.loads(said.read_text(encoding="utf-8"))
+        estimate = report["estimate"] or estimated(command, said)  # of what takes seconds there is none
         if kept:
             place = artifact_of(folder, setting)
             shutil.rmtree(place.parent, ignore_errors=True)
@@ -121,11 +119,16 @@ def estimate_anew(name: str, folder: Path, setting: str) -> None:
         if (found["model"], found["setting"]) == (name, setting) and "error" not in found:
             with tempfile.TemporaryDirectory() as scratch:
                 said = Path(scratch, "estimate.json")
-                command = command_of(name, folder, setting, found["jobs"], said)
-                ended = cells.run("mpq_compiler", *command, "--estimate")
-                if ended.error is not None:
-                    raise SystemExit(ended.error)
-                keep({**found, "estimate": json.loads(said.read_text(encoding="utf-8"))})
+                keep({**found, "estimate": estimated(command_of(name, folder, setting, found["jobs"], said), said)})
+
+
+def estimated(command: list[str], said: Path) -> dict[str, Any]:
+    """What ``--estimate`` says of a command that writes its result to ``said``."""
+    ended = cells.run("mpq_compiler", *command, "--estimate")
+    if ended.error is not None:
+        raise SystemExit(ended.error)
+    found: dict[str, Any] = json.loads(said.read_text(encoding="utf-8"))
+    return found
 
 
 def setting_shapes(name: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from mpq_compiler.artifact import bundle
 from mpq_compiler.driver import manifest, report
 from mpq_compiler.driver.check import check
-from mpq_compiler.driver.estimate import Estimate, Workload, fit_jobs, foreseen
+from mpq_compiler.driver.estimate import Estimate, Workload, fit_jobs, for_report, foreseen
 from mpq_compiler.driver.judge import Judge
 from mpq_compiler.driver.kinds import other_kinds
 from mpq_compiler.driver.lower import Lowering, halves, load_denoiser, lower
@@ -64,13 +64,15 @@ def compile_denoiser(
         workers = stack.enter_context(backend.standby(chosen.jobs))
         _, rest = halves(resolve(chosen))
         lowered: str | None = None
+        expected: Estimate | None = None
 
         def plan(program: Program) -> int:
-            nonlocal chosen, workers, lowered
+            nonlocal chosen, workers, lowered, expected
             workload = Workload.of(program, rest, denoiser, chosen)
             jobs, lowered = fit_jobs(workload, chosen.jobs, chosen.memory_limit)
+            expected = foreseen(workload, jobs)
             if planned is not None:
-                planned(foreseen(workload, jobs), lowered)
+                planned(expected, lowered)
             if jobs < chosen.jobs:
                 stack.close()
                 workers = stack.enter_context(backend.standby(jobs))
@@ -100,7 +102,9 @@ def compile_denoiser(
             assert complete["weights"]["payload_bytes"] == stored, "payload and plan differ"
             judged = judge.judged(output, target, others)
     lowering.forget()
-    made = report.report(denoiser, lowering, built, chosen, target, complete, judged, predicted, after)
+    assert expected is not None
+    told = for_report(expected, lowering.records)
+    made = report.report(denoiser, lowering, built, chosen, target, complete, judged, predicted, after, told)
     made.notes[:0] = [lowered] if lowered is not None else []
     return made
 

@@ -28,6 +28,7 @@ from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.sizes import Sizes
 from mpq_compiler.pipeline.backend import Progress, backend_of
 from mpq_compiler.pipeline.demand import Asked, Demand, Speed
+from mpq_compiler.pipeline.manager import Record
 from mpq_compiler.pipeline.passes import Pass, Role
 from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.support import usage
@@ -200,8 +201,14 @@ def estimate_denoiser(model: str | Path | Denoiser, progress: Progress | None = 
     jobs, _ = fit_jobs(workload, chosen.jobs, chosen.memory_limit)
     with single_threaded():
         found = workload.estimate(jobs, Speed.measured())
-    done = [Step(r.name, r.cpu_seconds, r.seconds, r.peak_bytes, 0) for r in lowering.records]
-    return Estimate(jobs, [*done, *found.steps])
+    return with_done(found, lowering.records)
+
+
+def with_done(found: Estimate, records: Sequence[Record]) -> Estimate:
+    """An estimate with what the passes before it took, of all records of passes."""
+    names = {step.name for step in found.steps}
+    done = [Step(r.name, r.cpu_seconds, r.seconds, r.peak_bytes, 0) for r in records if r.name not in names]
+    return Estimate(found.jobs, [*done, *found.steps])
 
 
 NOMINAL = Speed(5e10, 1.5e10, 5e4)
@@ -219,6 +226,11 @@ def foreseen(workload: Workload, jobs: int) -> Estimate:
         return found
     with single_threaded():
         return workload.estimate(jobs, Speed.measured())
+
+
+def for_report(expected: Estimate, records: Sequence[Record]) -> dict[str, object] | None:
+    """What `foreseen` gave before passes ran, with those before it, as JSON; None where it is less than `LONG`."""
+    return None if expected.seconds < LONG else with_done(expected, records).to_json()
 
 
 def fit_jobs(workload: Workload, jobs: int, limit: str | None) -> tuple[int, str | None]:

@@ -48,6 +48,8 @@ class Report:
     """Seconds, CPU seconds and peak memory of each pass."""
     after: list[Taken]
     """Seconds, CPU seconds and peak memory of what follows the passes: kernels, judging."""
+    estimate: dict[str, Any] | None
+    """What was estimated before the first input ran (schemas/estimate.json); None where that was some seconds."""
     layers: list[dict[str, Any]]
     artifact: dict[str, Any]
     calibration: dict[str, Any]
@@ -87,6 +89,7 @@ def report(
     judged: Judged,
     predicted: dict[str, Any] | None,
     after: list[Record],
+    expected: dict[str, Any] | None,
 ) -> Report:
     """Makes the report of a compilation.
 
@@ -100,6 +103,7 @@ def report(
         judged: the judgement of the artifact.
         predicted: the predicted latency, or None.
         after: the records of what followed the passes.
+        expected: the estimate, or None.
     """
     program, planned = lowering.program, lowering.planned
     parameters, stored = program.facts[PARAMETERS], complete["weights"]["payload_bytes"]
@@ -113,6 +117,7 @@ def report(
         quality=judged.quality,
         passes=[_taken(record) for record in lowering.records],
         after=[_taken(record) for record in after],
+        estimate=expected,
         layers=layer_rows(planned),
         artifact={
             "bytes": sum(f["bytes"] for f in complete["files"].values()),

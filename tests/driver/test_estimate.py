@@ -65,10 +65,15 @@ def test_a_command_that_takes_minutes_says_so_before_it_begins(tmp_path, monkeyp
     monkeypatch.setattr(estimate, "LONG", 0.0)
     model = tiny.save("dit", tmp_path / "model")
     options = ["--recipe", "w8a8", "--samples", "2", "--steps", "2", "--target", "reference", "--jobs", "1"]
-    assert mpqc.main(["compile", str(model), "-o", str(tmp_path / "out"), *options]) == 0
+    place = tmp_path / "report.json"
+    assert mpqc.main(["compile", str(model), "-o", str(tmp_path / "out"), "--json", str(place), *options]) == 0
     said = capsys.readouterr().err
     assert re.search(r"this will take about \d+\.\d s here: \S+ \d+\.\d s, .*; --estimate has all passes", said)
     assert said.index("this will take") < said.index("calibrating")
+    report = json.loads(place.read_text(encoding="utf-8"))
+    taken = [step["name"] for step in (*report["passes"], *report["after"])]
+    assert [step["name"] for step in report["estimate"]["steps"]] == taken
+    assert schemas.check(report["estimate"], "estimate") is None
 
 
 def test_without_a_limit_it_is_a_share_of_what_is_free(monkeypatch):
