@@ -16,9 +16,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from math import log2
-from typing import Any
+from typing import TypeAlias
 
 from tvm import tirx
+from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -56,7 +57,10 @@ from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import numerics as targets_numerics
 from mpq_compiler.targets.numerics import BF16, KEY_BLOCK, PACKED
 
-Pack = Callable[[Any, int], Any]
+Index: TypeAlias = Expr | int
+"""Where something lies: a number that is known now, or one of emitted code."""
+Start = Callable[[Index, int], Expr]
+Pack = Callable[[Index, int], Expr]
 
 
 def build(problem: FastAttention | Ready, isa: str = "avx512vnni", name: str = "fast_attention") -> PrimFunc:
@@ -74,7 +78,7 @@ def build(problem: FastAttention | Ready, isa: str = "avx512vnni", name: str = "
 
 # ------------------------------------------------------------------------------------------------- expressions
 
-def _four(codes: list[Any]) -> Any:
+def _four(codes: list[Expr]) -> Expr:
     """The low bytes of up to four int32 as one."""
     count = lanes(codes[0])
     word = tirx.bitwise_and(codes[0], i32(255, count))
@@ -91,26 +95,26 @@ def _int32(value: int) -> int:
     return (value + 2**31) % 2**32 - 2**31
 
 
-def _magnitude(x: Any) -> Any:
+def _magnitude(x: Expr) -> Expr:
     """|x| as an integer that is ordered as the floats are, NaN above all."""
     return tirx.bitwise_and(as_int(x), i32(0x7FFFFFFF, lanes(x)))
 
 
-def _larger(a: Any, b: Any) -> Any:
+def _larger(a: Expr, b: Index) -> Expr:
     return tirx.Select(a > b, a, b)
 
 
-def _least(count: int) -> Any:
+def _least(count: int) -> Expr:
     """The value that the search for a largest magnitude starts from."""
     return as_int(f32(targets_numerics.SMALLEST, count))
 
 
-def _code(x: Any, inverse: Any) -> Any:
+def _code(x: Expr, inverse: Expr) -> Expr:
     """rint(x * inverse) in the low bits."""
     return as_int(mul(x, splat(inverse, lanes(x))) + f32(MAGIC, lanes(x)))
 
 
-def _power(x: Any) -> Any:
+def _power(x: Expr) -> Expr:
     """2^x for x <= 126, coarse: next to nothing below -126. NaN gives NaN where its lowest bits are 0."""
     x = keep(vmath.at_least(x, f32(-126.0, lanes(x))))
     return vmath.exp2_unchecked(x, coefficients=targets_numerics.EXP2_COARSE)
@@ -125,23 +129,23 @@ class _Ready:
     def __init__(self, problem: Ready, buffers: Buffers):
         self.problem, self.buffers = problem, buffers
 
-    def emit(self, batch: Any) -> None:
+    def emit(self, batch: Index) -> None:
         p = self.problem
         with shares(batch, p.heads, p.keys * p.channels / 4) as (b, first, end), T.serial(first, end) as h:
             self._emit_keys(b, h)
             self._emit_values(b, h)
 
-    def _emit_keys(self, b: Any, h: Any) -> None:
+    def _emit_keys(self, b: Index, h: Index) -> None:
         raise NotImplementedError
 
-    def _emit_values(self, b: Any, h: Any) -> None:
+    def _emit_values(self, b: Index, h: Index) -> None:
         raise NotImplementedError
 
-    def _row(self, name: str, b: Any, h: Any, key: Any, d: Any, count: int) -> Any:
+    def _row(self, name: str, b: Index, h: Index, key: Index, d: Index, count: int) -> Expr:
         """`count` values of a key from dimension `d` on."""
         return self.buffers[name][b, key, span(h * self.problem.dim + d, count)]
 
-    def _words(self, b: Any, h: Any, key: Any, pack: Pack, tail: Pack) -> None:
+    def _words(self, b: Index, h: Index, key: Index, pack: Pack, tail: Pack) -> None:
         """Words of a key: ``pack(d, words)`` of those whose values are all there, ``tail(d, values)`` of the last."""
         packed = PACKED[self.problem.numerics]
         whole, rest = divmod(self.problem.dim, packed)
@@ -151,13 +155,15 @@ class _Ready:
         if rest:
             store(target, tail(whole * packed, rest), b, h, key, whole)
 
-    def _columns(self, b: Any, h: Any, value: Callable[[Any, Any, int], Any], join: Callable[[list[Any]], Any]) -> None:
+    def _columns(
+        self, b: Index, h: Index, value: Callable[[Index, Index, int], Expr], join: Callable[[list[Expr]], Expr]
+    ) -> None:
         """Words of values: ``join`` of ``value(key, d, lanes)`` for the keys of a word."""
         p, packed = self.problem, PACKED[self.problem.numerics]
         whole, rest = divmod(p.keys, packed)
 
-        def words(word: Any, keys: int) -> None:
-            def column(d: Any, count: int) -> None:
+        def words(word: Index, keys: int) -> None:
+            def column(d: Index, count: int) -> None:
                 joined = join([value(word * packed + i, d, count) for i in range(keys)])
                 store(self.buffers["packed_v"], joined, b, h, word, span(d, count))
 
@@ -171,32 +177,32 @@ class _Ready:
 
 
 class _Bfloat16Ready(_Ready):
-    def emit(self, batch: Any) -> None:
+    def emit(self, batch: Index) -> None:
         with bfloat16.instructions():
             super().emit(batch)
 
-    def _emit_keys(self, b: Any, h: Any) -> None:
+    def _emit_keys(self, b: Index, h: Index) -> None:
         with T.serial(0, self.problem.keys) as key:
 
-            def pack(d: Any, count: int) -> Any:
+            def pack(d: Index, count: int) -> Expr:
                 return bfloat16.words(self.buffers["k"], (b, key), h * self.problem.dim + d, count)
 
             self._words(b, h, key, pack, lambda d, _: self._join([bfloat16.rounded(self._row("k", b, h, key, d, 1))]))
 
-    def _emit_values(self, b: Any, h: Any) -> None:
+    def _emit_values(self, b: Index, h: Index) -> None:
         self._columns(b, h, lambda key, d, count: bfloat16.rounded(self._row("v", b, h, key, d, count)), self._join)
 
     @staticmethod
-    def _join(values: list[Any]) -> Any:
+    def _join(values: list[Expr]) -> Expr:
         return bfloat16.pair(values[0], values[1] if len(values) > 1 else i32(0, lanes(values[0])))
 
 
 class _CodesReady(_Ready):
-    def _emit_keys(self, b: Any, h: Any) -> None:
+    def _emit_keys(self, b: Index, h: Index) -> None:
         p = self.problem
         center = scratch(p.dim)
 
-        def mean(d: Any, count: int) -> None:
+        def mean(d: Index, count: int) -> None:
             total = scratch(count)
             store(total, f32(0.0, count), span(0, count))
             with T.serial(0, p.keys) as key:
@@ -205,10 +211,10 @@ class _CodesReady(_Ready):
 
         each_vector(p.dim, mean)
 
-        def smoothed(key: Any, d: Any, count: int) -> Any:
+        def smoothed(key: Index, d: Index, count: int) -> Expr:
             return self._row("k", b, h, key, d, count) - center[span(d, count)]
 
-        def block(start: Any, keys: int, index: Any) -> None:
+        def block(start: Index, keys: int, index: Index) -> None:
             width = min(LANES, 1 << (p.dim.bit_length() - 1))
             most = scratch(width, "int32")
             store(most, _least(width), span(0, width))
@@ -225,10 +231,10 @@ class _CodesReady(_Ready):
             with T.serial(0, keys) as i:
                 key = start + i
 
-                def code(d: Any, n: int) -> Any:
+                def code(d: Index, n: int) -> Expr:
                     return _code(smoothed(key, d, n), inverse) + i32(128, n)
 
-                def pack(d: Any, count: int) -> Any:
+                def pack(d: Index, count: int) -> Expr:
                     codes = vmath.cast(code(d, 4 * count), "uint8")
                     return tirx.reinterpret("int32" if count == 1 else f"int32x{count}", codes)
 
@@ -241,11 +247,11 @@ class _CodesReady(_Ready):
         if rest:
             block(whole * KEY_BLOCK, rest, whole)
 
-    def _emit_values(self, b: Any, h: Any) -> None:
+    def _emit_values(self, b: Index, h: Index) -> None:
         p = self.problem
         inverse = scratch(p.dim)
 
-        def scale(d: Any, count: int) -> None:
+        def scale(d: Index, count: int) -> None:
             most, whole = scratch(count, "int32"), span(0, count)
             store(most, _least(count), whole)
             with T.serial(0, p.keys) as key:
@@ -280,15 +286,15 @@ class _Fast(Body):
     def _granule(self) -> int:
         return self._packed
 
-    def _key(self, b: Any, h: Any, key: Any, step: Any) -> Any:
+    def _key(self, b: Index, h: Index, key: Index, step: Index) -> Expr:
         return self.buffers["packed_k"][b, h, key, step]
 
-    def _query_words(self, value: Callable[[Any, int], Any], join: Callable[[list[Any]], Any]) -> None:
+    def _query_words(self, value: Callable[[Index, int], Expr], join: Callable[[list[Expr]], Expr]) -> None:
         """`factors` from ``value(d, j)``, vector j of the queries' dimension d."""
         self.factors = scratch((self._steps + 1) // 2 * 2 * self.width, "int32")
         whole, rest = divmod(self.problem.dim, self._packed)
 
-        def words(word: Any, values: int) -> None:
+        def words(word: Index, values: int) -> None:
             for j in range(self.vectors):
                 joined = join([value(word * self._packed + i, j) for i in range(values)])
                 store(self.factors, joined, self._at(word, j))
@@ -299,12 +305,12 @@ class _Fast(Body):
         if rest:
             words(whole, rest)
 
-    def _weight_words(self, size: Any, weight: Callable[[Any], Any], join: Callable[[list[Any]], Any]) -> None:
+    def _weight_words(self, size: Index, weight: Callable[[Index], Expr], join: Callable[[list[Expr]], Expr]) -> None:
         """`words` from ``weight(key)``, the weights of all queries for a key of the block."""
         self.words = scratch(KEY_BLOCK // self._packed * self.width, "int32")
         whole, rest = divmod(size, self._packed) if isinstance(size, int) else (T.floordiv(size, self._packed), 0)
 
-        def words(word: Any, keys: int) -> None:
+        def words(word: Index, keys: int) -> None:
             joined = join([weight(word * self._packed + i) for i in range(keys)])
             store(self.words, joined, span(word * self.width, self.width))
 
@@ -315,8 +321,8 @@ class _Fast(Body):
             words(whole, rest)
 
     def _products(
-        self, b: Any, h: Any, key: Any, size: Any, d: Any, dims: int, start: Callable[[Any, int], Any], kind: str
-    ) -> tuple[Registers | list[Any], list[tuple[int, int]]]:
+        self, b: Index, h: Index, key: Index, size: Index, d: Index, dims: int, start: Start, kind: str
+    ) -> tuple[Registers | list[Expr], list[tuple[int, int]]]:
         """Sums over the block's keys of weight times value for `dims` dimensions, and their places."""
         pairs = [(i, j) for i in range(dims) for j in range(self.vectors)]
         sums = Registers(len(pairs), LANES, kind)
@@ -328,45 +334,45 @@ class _Fast(Body):
                 sums[n] = self._weigh(sums[n], self.words[self._at(word, j)], value)
         return sums, pairs
 
-    def _weigh(self, total: Any, weights: Any, values: Any) -> Any:
+    def _weigh(self, total: Expr, weights: Expr, values: Expr) -> Expr:
         raise NotImplementedError
 
 
 class _Bfloat16(_Fast):
-    def emit(self, batch: Any) -> None:
+    def emit(self, batch: Index) -> None:
         with bfloat16.instructions():
             super().emit(batch)
 
-    def _load_queries(self, b: Any, h: Any, first: Any) -> None:
+    def _load_queries(self, b: Index, h: Index, first: Index) -> None:
         super()._load_queries(b, h, first)
         self._query_words(lambda d, j: bfloat16.rounded(self.query[self._at(d, j)]), _Bfloat16Ready._join)
 
-    def _dot(self, key: Any, query: Any, total: Any) -> Any:
+    def _dot(self, key: Index, query: Expr, total: Expr) -> Expr:
         return bfloat16.dot(total, key, query)
 
-    def _weights(self, size: Any, new: Any) -> None:
+    def _weights(self, size: Index, new: Expr) -> None:
         self._rescale(new)
         wide = span(0, self.width)
         store(self.total, mul(self.total[wide], self.rescale[wide]), wide)
 
-        def weight(key: Any) -> Any:
+        def weight(key: Index) -> Expr:
             score = self.score[span(key * self.width, self.width)]
             value = keep(_power(score - new[wide]))
             store(self.total, self.total[wide] + value, wide)
             return as_int(value) + i32(0x8000, self.width)  # to nearest: of ties, which are rare, all go up
 
-        def join(values: list[Any]) -> Any:
+        def join(values: list[Expr]) -> Expr:
             low = tirx.shift_right(values[0], i32(16, self.width))  # weights are positive
             high = [tirx.bitwise_and(value, i32(-0x10000, self.width)) for value in values[1:]]
             return tirx.bitwise_or(low, high[0]) if high else low
 
         self._weight_words(size, weight, join)
 
-    def _weigh(self, total: Any, weights: Any, values: Any) -> Any:
+    def _weigh(self, total: Expr, weights: Expr, values: Expr) -> Expr:
         return bfloat16.dot(total, weights, values)
 
-    def _values(self, b: Any, h: Any, key: Any, size: Any, d: Any, dims: int) -> None:
-        def start(i: Any, j: int) -> Any:
+    def _values(self, b: Index, h: Index, key: Index, size: Index, d: Index, dims: int) -> None:
+        def start(i: Index, j: int) -> Expr:
             return mul(self.out[self._at(d + i, j)], self.rescale[self._at(0, j)])
 
         sums, pairs = self._products(b, h, key, size, d, dims, start, "float32")
@@ -377,18 +383,18 @@ class _Bfloat16(_Fast):
 class _Codes(_Fast):
     sums = "int32"
 
-    def __init__(self, isa: Isa, *given: Any) -> None:
+    def __init__(self, isa: Isa, *given: Expr) -> None:
         super().__init__(*given)
         self.isa = isa
         self.signed = isa.unsigned_excess > 0
         """Whether codes that are u8 are multiplied less 128."""
 
-    def _gathered(self, word: Any) -> Any:
+    def _gathered(self, word: Index) -> Expr:
         """Four u8 codes as they are multiplied."""
         flip = i32(_int32(0x80808080), lanes(word))
         return tirx.bitwise_xor(word, flip) if self.signed else word
 
-    def _load_queries(self, b: Any, h: Any, first: Any) -> None:
+    def _load_queries(self, b: Index, h: Index, first: Index) -> None:
         super()._load_queries(b, h, first)
         self.query_scale, self.offset, inverse = scratch(self.width), scratch(self.width, "int32"), scratch(self.width)
         most = scratch(self.width, "int32")
@@ -406,7 +412,7 @@ class _Codes(_Fast):
             store(self.query_scale, mul(largest, f32(1 / 127, LANES)), at)
             store(inverse, vmath.div(f32(127.0, LANES), largest), at)
 
-        def value(d: Any, j: int) -> Any:
+        def value(d: Index, j: int) -> Expr:
             at = self._at(0, j)
             code = keep(_code(self.query[self._at(d, j)], inverse[at]))
             store(self.offset, self.offset[at] + code - i32(_MAGIC_BITS, LANES), at)
@@ -417,7 +423,7 @@ class _Codes(_Fast):
             at = self._at(0, j)
             store(self.offset, self.offset[at] * i32(-128, LANES), at)
 
-    def _key_block(self, b: Any, h: Any, first: Any, key: Any, size: Any) -> None:
+    def _key_block(self, b: Index, h: Index, first: Index, key: Index, size: Index) -> None:
         self.scale, self.merge = scratch(self.width), scratch(self.width)
         for j in range(self.vectors):
             at = self._at(0, j)
@@ -427,11 +433,11 @@ class _Codes(_Fast):
             self._sum_values(b, h, key, size)
         super()._key_block(b, h, first, key, size)
 
-    def _sum_values(self, b: Any, h: Any, key: Any, size: Any) -> None:
+    def _sum_values(self, b: Index, h: Index, key: Index, size: Index) -> None:
         """The sums of the codes of the block's values times 128, of each dimension."""
         self.value_sums = scratch(self.problem.dim, "int32")
 
-        def some(d: Any, count: int) -> None:
+        def some(d: Index, count: int) -> None:
             total, whole = scratch(count, "int32"), span(0, count)
             store(total, i32(0, count), whole)
             with T.serial(0, T.floordiv(size + self._packed - 1, self._packed)) as word:
@@ -441,7 +447,7 @@ class _Codes(_Fast):
 
         each_vector(self.problem.dim, some)
 
-    def _sum(self, total: Any, signed: Any) -> Any:
+    def _sum(self, total: Expr, signed: Expr) -> Expr:
         """Adds the four s8 in each int32 to `total`."""
         count = lanes(total)
         if count % self.isa.words == 0:
@@ -450,22 +456,22 @@ class _Codes(_Fast):
             total = total + tirx.shift_right(tirx.shift_left(signed, i32(place, count)), i32(24, count))
         return total
 
-    def _first_maximum(self, j: int) -> Any:
+    def _first_maximum(self, j: int) -> Expr:
         return f32(LOWEST, LANES)  # the block's own: its weights use all codes
 
-    def _key(self, b: Any, h: Any, key: Any, step: Any) -> Any:
+    def _key(self, b: Index, h: Index, key: Index, step: Index) -> Expr:
         return self._gathered(super()._key(b, h, key, step))
 
-    def _start(self, j: int) -> Any:
+    def _start(self, j: int) -> Expr:
         return i32(0, LANES) if self.signed else self.offset[self._at(0, j)]
 
-    def _dot(self, key: Any, query: Any, total: Any) -> Any:
+    def _dot(self, key: Index, query: Expr, total: Expr) -> Expr:
         return self.isa.dot_words(total, key, query)
 
-    def _logit(self, total: Any, j: int) -> Any:
+    def _logit(self, total: Expr, j: int) -> Expr:
         return mul(vmath.cast(total, "float32"), self.scale[self._at(0, j)])
 
-    def _rescale(self, new: Any) -> None:
+    def _rescale(self, new: Expr) -> None:
         for j in range(self.vectors):
             at = self._at(0, j)
             highest = keep(_larger(self.highest[at], new[at]))
@@ -473,7 +479,7 @@ class _Codes(_Fast):
             store(self.merge, vmath.exp2_nonpositive(new[at] - highest), at)
             store(self.highest, highest, at)
 
-    def _weights(self, size: Any, new: Any) -> None:
+    def _weights(self, size: Index, new: Expr) -> None:
         self._rescale(new)
         wide = span(0, self.width)
         shifted, part = scratch(self.width), scratch(self.width, "int32")
@@ -482,11 +488,11 @@ class _Codes(_Fast):
         lacking = count * (self._packed * self.isa.unsigned_excess)
         store(part, splat(T.cast(lacking, "int32") if self.signed else T.int32(0), self.width), wide)
 
-        def weight(key: Any) -> Any:
+        def weight(key: Index) -> Expr:
             score = self.score[span(key * self.width, self.width)]
             return as_int(_power(score - shifted[wide]) + f32(MAGIC, self.width))
 
-        def join(codes: list[Any]) -> Any:
+        def join(codes: list[Expr]) -> Expr:
             """The codes, 0 to 255 above the bits of MAGIC, shifted into place and added: none carries."""
             places = range(len(codes))
             total = sum((tirx.shift_left(codes[i], i32(8 * i, self.width)) for i in places[1:]), codes[0])
@@ -501,11 +507,11 @@ class _Codes(_Fast):
         summed = vmath.cast(part[wide], "float32")
         store(self.total, fma(summed, self.merge[wide], mul(self.total[wide], self.rescale[wide])), wide)
 
-    def _weigh(self, total: Any, weights: Any, values: Any) -> Any:
+    def _weigh(self, total: Expr, weights: Expr, values: Expr) -> Expr:
         return self.isa.dot_words(total, weights, values)
 
-    def _values(self, b: Any, h: Any, key: Any, size: Any, d: Any, dims: int) -> None:
-        def start(i: Any, j: int) -> Any:
+    def _values(self, b: Index, h: Index, key: Index, size: Index, d: Index, dims: int) -> None:
+        def start(i: Index, j: int) -> Expr:
             return splat(self.value_sums[d + i], LANES) if self.signed else i32(0, LANES)
 
         sums, pairs = self._products(b, h, key, size, d, dims, start, "int32")
@@ -514,7 +520,7 @@ class _Codes(_Fast):
             part = mul(vmath.cast(sums[n], "float32"), self.merge[common])
             store(self.out, fma(self.out[at], self.rescale[common], part), at)
 
-    def _result(self, value: Any, b: Any, h: Any, d: Any) -> Any:
+    def _result(self, value: Expr, b: Index, h: Index, d: Index) -> Expr:
         return mul(value, self.buffers["v_scale"][b, h, span(d, lanes(value))])
 
 
@@ -529,7 +535,7 @@ class _Squares(_Codes):
     def _granule(self) -> int:
         return 2 * self._packed
 
-    def _pair_words(self, words: Any, count: Any) -> None:
+    def _pair_words(self, words: Expr, count: Index) -> None:
         """Brings so many words of all queries, in rows of them, into pairs; a row of zeros makes up for a last one."""
         if isinstance(count, int) and count % 2:
             store(words, i32(0, LANES), self._at(count, 0))
@@ -538,15 +544,15 @@ class _Squares(_Codes):
             order = [i + n * LANES for i in range(LANES) for n in range(2)]
             store(words, _shuffled(rows, order), span(pair * (2 * LANES), 2 * LANES))
 
-    def _query_words(self, value: Callable[[Any, int], Any], join: Callable[[list[Any]], Any]) -> None:
+    def _query_words(self, value: Callable[[Index, int], Expr], join: Callable[[list[Expr]], Expr]) -> None:
         super()._query_words(value, join)
         self._pair_words(self.factors, self._steps)
 
-    def _weights(self, size: Any, new: Any) -> None:
+    def _weights(self, size: Index, new: Expr) -> None:
         super()._weights(size, new)
         self._pair_words(self.words, (size + self._packed - 1) // self._packed)
 
-    def _score_sums(self, b: Any, h: Any, first: Any, keys: int) -> list[Any]:
+    def _score_sums(self, b: Index, h: Index, first: Index, keys: int) -> list[Expr]:
         pairs = -(-keys // 2)
         sums = self._squares(pairs)
         with T.serial(0, -(-self._steps // 2)) as step:
@@ -574,13 +580,13 @@ class _Squares(_Codes):
         return sums
 
     @staticmethod
-    def _every(sums: Registers, pair: int, order: list[int]) -> Any:
+    def _every(sums: Registers, pair: int, order: list[int]) -> Expr:
         """One row of a pair, a lane for each query: these of its sums."""
         return _shuffled([sums[pair * (LANES // 2) + m] for m in range(LANES // 2)], order)
 
     def _products(
-        self, b: Any, h: Any, key: Any, size: Any, d: Any, dims: int, start: Callable[[Any, int], Any], kind: str
-    ) -> tuple[list[Any], list[tuple[int, int]]]:
+        self, b: Index, h: Index, key: Index, size: Index, d: Index, dims: int, start: Start, kind: str
+    ) -> tuple[list[Expr], list[tuple[int, int]]]:
         pairs, first = -(-dims // 2), key // self._packed
         sums = self._squares(pairs)
         with T.serial(0, (size + 2 * self._packed - 1) // (2 * self._packed)) as step:
@@ -603,6 +609,6 @@ class _Squares(_Codes):
         return found, [(i, 0) for i in range(dims)]
 
 
-def _shuffled(vectors: list[Any], order: Iterable[int]) -> Any:
+def _shuffled(vectors: list[Expr], order: Iterable[int]) -> Expr:
     """The lanes of some vectors, one behind the other, in an order."""
     return tirx.Shuffle(vectors, [tirx.IntImm("int32", i) for i in order])
