@@ -140,7 +140,7 @@ def keep(found: dict[str, Any]) -> None:
     """Adds a cell to the results, in place of an older one, and prints it."""
     cells.keep(RESULTS, found, ("model", "setting"), {"setting": tuple(SETTINGS)})
     print(" | ".join(line(found)), flush=True)
-    estimates = {step["name"]: step for step in found.get("estimate", {}).get("steps", ())}
+    estimates = {step["name"]: step for step in (found.get("estimate") or {}).get("steps", ())}
     for step in found.get("passes", ()):
         taken = f"{step['seconds']:8.1f} s {step['cpu_seconds']:8.1f} s CPU {step['peak_bytes'] / 2**30:6.2f} GiB"
         if (said := estimates.get(step["name"])) is not None:
@@ -157,8 +157,8 @@ def line(found: dict[str, Any]) -> list[str]:
     slowest = max(found["passes"], key=lambda step: step["seconds"])
     row += [f"{found['seconds'] / 60:.1f} min", f"{found['cpu_seconds'] / 60:.1f} min"]
     row += [f"{found['peak_bytes'] / 2**30:.2f} GiB, {ratio:.1f} x", f"`{slowest['name']}`"]
-    said = found["estimate"]
-    row.append(f"{said['cpu_seconds'] / found['cpu_seconds']:.2f} x, {said['peak_bytes'] / found['peak_bytes']:.2f} x")
+    said, cpu, peak = found["estimate"], found["cpu_seconds"], found["peak_bytes"]
+    row.append("" if said is None else f"{said['cpu_seconds'] / cpu:.2f} x, {said['peak_bytes'] / peak:.2f} x")
     quality = found["quality"]
     return [*row, f"{found['artifact_bytes'] / 2**20:.0f} MiB, {quality['sqnr_db']:.1f} dB", agreement(quality)]
 
