@@ -340,8 +340,6 @@ def main() -> None:
     heads = list(attentions(kept))
     lines = attention_table(heads)
     terminal.table("attention: modelled cycles, relative to float32", lines[0], lines[1:])
-    if options.docs:
-        documents.insert(options.docs, "arm-attention", documents.table(lines[0], lines[1:]))
     if options.attention:
         if options.json:
             path = Path(options.json)

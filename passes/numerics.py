@@ -32,7 +32,7 @@ from mpq_compiler.targets.numerics import BF16, F32, INT8, NUMERICS
 TIME = {F32: 1.0, BF16: 0.57, INT8: 0.42}
 """The time of an attention relative to float32: medians over the shapes of benchmarks/results/attention.json, Zen 5.
 
-Models of ARM cores that reorder have 0.38 to 0.53 for 8 bits, of others 0.58 to 0.70 (benchmarks/arm_static.py)."""
+Models of ARM cores that reorder have 0.38 to 0.51 for 8 bits by sdot, of others 0.70 (benchmarks/arm_static.py)."""
 LAYER_TIME = {F32: 1.0, BF16: 0.52}
 """The time of a layer relative to float32: medians over the shapes of benchmarks/results/float_kernels.json, Zen 5."""
 PLAN = "plan"
