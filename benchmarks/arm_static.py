@@ -242,9 +242,9 @@ def measure(name: str, problem: Record, target: Target, kept: dict[tuple[str, st
     return found
 
 
-def attentions(kept: dict[tuple[str, str], float]) -> Iterator[dict[str, Any]]:
-    """Of attentions in each numerics that a target has: all modelled cycles, relative to those in float32."""
-    for (queries, keys), name in itertools.product(TOKENS, [n for n in CORES if TARGETS[n].numerics]):
+def attentions(names: Sequence[str], kept: dict[tuple[str, str], float]) -> Iterator[dict[str, Any]]:
+    """Of attentions in each numerics that targets have: all modelled cycles, relative to those in float32."""
+    for (queries, keys), name in itertools.product(TOKENS, [n for n in names if TARGETS[n].numerics]):
         target = TARGETS[name]
         fields = {"queries": queries, "keys": keys, "heads": 1, "dim": 64}
         totals: dict[str, dict[str, float]] = {}
@@ -337,7 +337,7 @@ def main() -> None:
     if bad := [str(path) for path in wheels or options.peer if not zipfile.is_zipfile(path)]:
         parser.error(f"--peer: no wheel, nor a folder of wheels: {', '.join(bad)}")
     kept: dict[tuple[str, str], float] = {}
-    heads = list(attentions(kept))
+    heads = list(attentions(options.target, kept))
     lines = attention_table(heads)
     terminal.table("attention: modelled cycles, relative to float32", lines[0], lines[1:])
     if options.attention:

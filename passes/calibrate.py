@@ -78,13 +78,10 @@ class Calibrate(Pass):
         files, attention = session.calibrations, session.requests.attention
         if files is None:
             return self._measured(program, session, wanted)
-        decided: Mapping[str, torch.Tensor] | Mapping[str, np.ndarray] | None = session.calibration
-        about = f"{session.seed} {session.device}"
-        if decided is None:
-            assert session.denoiser is not None
-            sampled, decided = trajectories.recording(session.denoiser, self.samples, self.steps, session.seed)
-            about += f" {sampled}"
-        place = files.place(program, decided, wanted, attention, about)
+        assert session.denoiser is not None
+        given = session.denoiser, session.calibration, self.samples, self.steps, session.seed
+        sampled, decided = trajectories.deciding(*given)
+        place = files.place(program, decided, wanted, attention, f"{session.seed} {session.device} {sampled}")
         return files.known(place, lambda: self._measured(program, session, wanted), session.saved, program.note)
 
     def _measured(self, program: Program, session: Session, wanted: frozenset[Statistic]) -> Calibration:

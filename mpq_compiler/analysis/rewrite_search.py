@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -110,14 +108,12 @@ class RewriteSearch(Pass):
         large, files = self.share(program) < 1, session.rows
         if files is None or not large:
             return self._sampled(program, session, windows, rows, large)
-        decided: Mapping[str, Tensor] | Mapping[str, np.ndarray] | None = session.calibration
-        run = f"{rows} {FEW_INPUTS} {FEW_TOGETHER} {session.seed} {session.device}"
-        if decided is None:
-            from mpq_compiler.frontend.trajectories import recording
+        from mpq_compiler.frontend.trajectories import deciding
 
-            assert session.denoiser is not None
-            sampled, decided = recording(session.denoiser, self.samples, self.steps, session.seed)
-            run += f" {sampled}"
+        assert session.denoiser is not None
+        given = session.denoiser, session.calibration, self.samples, self.steps, session.seed
+        sampled, decided = deciding(*given)
+        run = f"{rows} {FEW_INPUTS} {FEW_TOGETHER} {session.seed} {session.device} {sampled}"
         place = files.place(program, decided, windows, run)
         make = functools.partial(self._sampled, program, session, windows, rows, large)
         return files.known(place, make, session.saved, program.note)

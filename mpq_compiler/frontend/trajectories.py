@@ -67,6 +67,13 @@ def recording(denoiser: Denoiser, samples: int, steps: int, seed: int) -> tuple[
     return json.dumps([samples, steps, seed, denoiser.sampling(), numbers], sort_keys=True), arrays
 
 
+def deciding(
+    denoiser: Denoiser, given: Mapping[str, torch.Tensor] | None, samples: int, steps: int, seed: int
+) -> tuple[str, Mapping[str, torch.Tensor] | Mapping[str, np.ndarray]]:
+    """What decides on the inputs of a run, for the digest of its results: those that are given, or else `recording`."""
+    return ("", given) if given is not None else recording(denoiser, samples, steps, seed)
+
+
 def record_teacher(
     denoiser: Denoiser, samples: int, steps: int, seed: int, model: Model | None = None, batch: int = 32
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

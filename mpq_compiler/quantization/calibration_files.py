@@ -51,21 +51,16 @@ class CalibrationFiles(KeptFiles[Calibration]):
         about = f"calibration 1 {sizes} {sorted(wanted)} {attention} {run} {arithmetic()}"
         return self.use(cache.digest(about, *statistics.content(program), inputs))
 
-    def load(self, place: Path) -> tuple[Calibration, float] | None:
-        from safetensors import SafetensorError
-
-        try:
-            about = json.loads((place / INDEX).read_text(encoding="utf-8"))
-            found = Calibration(read(place / "inputs"), outputs=read(place / "outputs")["outputs"])
-            for number, (name, elements) in enumerate(about["edges"]):
-                found.edges[name] = EdgeStatistics(**read(place / f"edge-{number}"), elements=elements)
-            for number, calls in enumerate(about["calls"]):
-                moments = read(place / f"moments-{number}")
-                for call in calls:
-                    found.grams[call], found.means[call] = moments["gram"], moments["mean"]
-            return found, float(about["seconds"])
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-            return None
+    def _loaded(self, place: Path) -> tuple[Calibration, float]:
+        about = json.loads((place / INDEX).read_text(encoding="utf-8"))
+        found = Calibration(read(place / "inputs"), outputs=read(place / "outputs")["outputs"])
+        for number, (name, elements) in enumerate(about["edges"]):
+            found.edges[name] = EdgeStatistics(**read(place / f"edge-{number}"), elements=elements)
+        for number, calls in enumerate(about["calls"]):
+            moments = read(place / f"moments-{number}")
+            for call in calls:
+                found.grams[call], found.means[call] = moments["gram"], moments["mean"]
+        return found, float(about["seconds"])
 
     def save(self, place: Path, result: Calibration, seconds: float) -> bool:
         edges = result.edges

@@ -41,19 +41,16 @@ class FitFiles(KeptFiles[Fit]):
         about = f"fit 2 {format_name} {formats.version(format_name)} {rounding} {arithmetic()}"
         return self.use(f"{cache.digest(about, given.content(given))}.safetensors")
 
-    def load(self, place: Path) -> tuple[Fit, float] | None:
-        from safetensors import SafetensorError, safe_open
+    def _loaded(self, place: Path) -> tuple[Fit, float]:
+        from safetensors import safe_open
 
-        try:
-            with safe_open(place, "pt") as file:
-                about = json.loads(file.metadata()["fit"])
-                parts = {name: scratch.kept(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-            segments = about["segments"]
-            found = {name: parts.get(name) for name in PARTS[2:]}
-            fit = QuantizedWeight(parts["codes"], parts["scale"], **found, segments=segments and tuple(segments))
-            return fit, float(about["seconds"])
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-            return None
+        with safe_open(place, "pt") as file:
+            about = json.loads(file.metadata()["fit"])
+            parts = {name: scratch.kept(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        segments = about["segments"]
+        found = {name: parts.get(name) for name in PARTS[2:]}
+        fit = QuantizedWeight(parts["codes"], parts["scale"], **found, segments=segments and tuple(segments))
+        return fit, float(about["seconds"])
 
     def save(self, place: Path, result: Fit, seconds: float) -> bool:
         """Writes a fit, whole or not at all; kinds that are soon made are none of it."""

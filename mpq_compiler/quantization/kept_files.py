@@ -43,9 +43,18 @@ class KeptFiles(ABC, Generic[_Kept]):
         self.used.append(self.folder / name)
         return self.used[-1]
 
-    @abstractmethod
     def load(self, place: Path) -> tuple[_Kept, float] | None:
         """The result at a place, and the CPU seconds that it took; None where none is whole."""
+        from safetensors import SafetensorError
+
+        try:
+            return self._loaded(place)
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+            return None
+
+    @abstractmethod
+    def _loaded(self, place: Path) -> tuple[_Kept, float]:
+        """What `load` returns; raises where a part is missing, torn or of another form."""
 
     @abstractmethod
     def save(self, place: Path, result: _Kept, seconds: float) -> bool:

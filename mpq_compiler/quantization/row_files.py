@@ -48,19 +48,14 @@ class RowFiles(KeptFiles[dict[str, Samples]]):
         about = f"rows 1 {asked} {run} {arithmetic()}"
         return self.use(cache.digest(about, *statistics.content(program), inputs))
 
-    def load(self, place: Path) -> tuple[dict[str, Samples], float] | None:
-        from safetensors import SafetensorError
-
-        try:
-            about = json.loads((place / INDEX).read_text(encoding="utf-8"))
-            found = {}
-            for number, (name, geometries) in enumerate(about["edges"]):
-                tensors = read(place / f"edge-{number}")
-                parts = {_geometry(given): [tensors[f"rows-{i}"]] for i, given in enumerate(geometries)}
-                found[name] = Samples(tensors["largest"], parts)
-            return found, float(about["seconds"])
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-            return None
+    def _loaded(self, place: Path) -> tuple[dict[str, Samples], float]:
+        about = json.loads((place / INDEX).read_text(encoding="utf-8"))
+        found = {}
+        for number, (name, geometries) in enumerate(about["edges"]):
+            tensors = read(place / f"edge-{number}")
+            parts = {_geometry(given): [tensors[f"rows-{i}"]] for i, given in enumerate(geometries)}
+            found[name] = Samples(tensors["largest"], parts)
+        return found, float(about["seconds"])
 
     def save(self, place: Path, result: dict[str, Samples], seconds: float) -> bool:
         files = {

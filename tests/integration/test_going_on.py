@@ -106,14 +106,20 @@ def test_a_fit_comes_back_as_it_was(name, tmp_path):
     assert not place.exists()
 
 
-@pytest.mark.parametrize("given", (True, False), ids=("recorded", "sampled"))
-def test_the_calibration_of_a_killed_run_is_that_of_the_next(given, tmp_path, monkeypatch):
-    model, cache = tiny.save("dit", tmp_path / "model"), tmp_path / "cache"
+def with_inputs(model: Path, given: bool, folder: Path) -> dict:
+    """The options of a compilation whose calibration inputs are recorded before it, or in it."""
     options = dict(OPTIONS)
     if given:
         calls = record_calibration(denoiser.load(model), options.pop("samples"), options.pop("steps"))
-        options["calibration"] = tmp_path / "calls.safetensors"
+        options["calibration"] = folder / "calls.safetensors"
         save_file(calls, options["calibration"])
+    return options
+
+
+@pytest.mark.parametrize("given", (True, False), ids=("recorded", "sampled"))
+def test_the_calibration_of_a_killed_run_is_that_of_the_next(given, tmp_path, monkeypatch):
+    model, cache = tiny.save("dit", tmp_path / "model"), tmp_path / "cache"
+    options = with_inputs(model, given, tmp_path)
     whole = compile_denoiser(model, tmp_path / "whole", cache=tmp_path / "other", **options)
     monkeypatch.setattr(kept_files, "LEAST_SECONDS", 0)
     with monkeypatch.context() as killing:
@@ -137,11 +143,7 @@ def kill(*given):
 @pytest.mark.parametrize("given", (True, False), ids=("recorded", "sampled"))
 def test_rows_of_a_killed_run_are_those_of_the_next(given, tmp_path, monkeypatch):
     model, cache = tiny.save("dit", tmp_path / "model"), tmp_path / "cache"
-    options = dict(OPTIONS)
-    if given:
-        calls = record_calibration(denoiser.load(model), options.pop("samples"), options.pop("steps"))
-        options["calibration"] = tmp_path / "calls.safetensors"
-        save_file(calls, options["calibration"])
+    options = with_inputs(model, given, tmp_path)
     monkeypatch.setattr(kept_files, "LEAST_SECONDS", 0)
     monkeypatch.setattr(RewriteSearch, "_share", lambda *numbers: 0.5)  # as of a large model
     whole = compile_denoiser(model, tmp_path / "whole", cache=tmp_path / "other", **options)

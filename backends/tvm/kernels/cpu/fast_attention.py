@@ -100,7 +100,7 @@ def _magnitude(x: Expr) -> Expr:
     return tirx.bitwise_and(as_int(x), i32(0x7FFFFFFF, lanes(x)))
 
 
-def _larger(a: Expr, b: Index) -> Expr:
+def _larger(a: Expr, b: Expr) -> Expr:
     return tirx.Select(a > b, a, b)
 
 
