@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.interpreter import Interpreter
+from mpq_compiler.ir.ops import floating
 from mpq_compiler.ir.ops.shapes import SHAPES
 from tests.harness import programs
 
@@ -264,3 +265,15 @@ def test_every_operator_has_a_name_and_a_bound():
         assert op.name.startswith("mpq::") and op.bound in (0.0, 1e-6, 1e-5) and function.__doc__
     exact = {op.name for op in ops.OPS.values() if op.bound == 0}
     assert {"mpq::quantize", "mpq::quant_linear", "mpq::quant_conv2d", "mpq::time_group"} <= exact
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_fma_is_the_same_in_pieces(monkeypatch, layout):
+    """Strides too, by which torch decides how it sums; a broadcast operand stays one."""
+    made = torch.Generator().manual_seed(0)
+    a = torch.randn(3, 5, 7, 9, generator=made).contiguous(memory_format=layout)
+    b, c = torch.randn(5, 1, 1, generator=made), torch.randn(3, 5, 7, 9, generator=made)
+    whole = floating.fma(a, b, c)
+    monkeypatch.setattr(floating, "PIECE", 16)
+    pieces = floating.fma(a, b, c)
+    assert torch.equal(pieces, whole) and pieces.stride() == whole.stride()

@@ -13,6 +13,9 @@ from torch import Tensor
 from mpq_compiler.ir.ops.registry import op
 from mpq_compiler.targets.numerics import BF16, F32, rotation_sign
 
+PIECE = 1 << 16
+"""The most numbers for which `fma` computes at a time."""
+
 
 @op("linear", bound=1e-5)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, numerics: str = F32) -> Tensor:
@@ -159,8 +162,28 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Fused multiply-add in f32: a*b + c rounded once.
 
     The product is exact in f64; the sum is rounded to odd there, after which rounding to f32 is the correct one
-    (Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums").
+    (Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums"). Large tensors are computed in pieces:
+    this takes ten tensors of f64.
     """
+    like = a.to("meta") * b.to("meta") + c.to("meta")
+    if like.numel() <= PIECE or a.is_meta:
+        return _rounded_once(a, b, c)
+    found = torch.empty_strided(like.shape, like.stride(), dtype=torch.float32, device=a.device)
+    _fma_into(found, *(x.expand(like.shape) for x in (a, b, c)))
+    return found
+
+
+def _fma_into(found: Tensor, a: Tensor, b: Tensor, c: Tensor) -> None:
+    """Writes a*b + c, all of one shape, by halves of the outermost dimension that has any."""
+    if found.numel() <= PIECE:
+        found.copy_(_rounded_once(a, b, c))
+        return
+    dim = next(d for d, size in enumerate(found.shape) if size > 1)
+    for parts in zip(*(x.chunk(2, dim) for x in (found, a, b, c)), strict=True):
+        _fma_into(*parts)
+
+
+def _rounded_once(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     product = a.double() * b.double()
     c64 = c.double()
     total = product + c64
