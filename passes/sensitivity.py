@@ -22,7 +22,7 @@ from mpq_compiler.analysis.noise_power import (
     usual_inputs,
 )
 from mpq_compiler.analysis.perturbation import Ablation
-from mpq_compiler.analysis.probes import HELD, Name, Probes, WeightErrors
+from mpq_compiler.analysis.probes import Name, Probes, WeightErrors
 from mpq_compiler.analysis.single_changes import (
     PER_TOKEN,
     PROBABILITIES,
@@ -256,7 +256,7 @@ class Sensitivity(Pass):
         back = Demand(
             products=ways * (1.25 + share) * sizes.products,
             traffic=ways * 3 * VALUE_PASSES * sizes.value_bytes,
-            held=1.3 * HELD + sizes.live_bytes + 8 * sizes.largest,
+            held=1.3 * sizes.backward_bytes + 8 * sizes.largest,
         )
         return fitted + asked.running(2 * count, 1) + back * count
 

@@ -9,8 +9,8 @@ tensor to the next, and products of independent errors have no mean. So the sum 
 the square of their sum, with less scatter; and where only some rows of a weight are known, the sum of their squares
 does. Where all rows are, their sum is squared: of coarse formats all rows err a little in the same direction.
 
-Where activations and errors of a sample take more than `HELD` bytes, the graph is gone back through by segments
-(`ir.segments`): the same numbers to the bit, for one more forward pass.
+Where activations and errors of a sample take more than `segments.HELD` bytes, the graph is gone back through by
+segments: the same numbers to the bit, for one more forward pass.
 """
 
 from __future__ import annotations
@@ -32,10 +32,6 @@ from mpq_compiler.quantization.statistics import every_row
 _Known = TypeVar("_Known")
 Name = Hashable
 """What an error is called in the results."""
-
-HELD = 1 << 28
-"""The most bytes of activations, and of errors of activations, that a sample holds for its backward passes."""
-
 
 @dataclass(frozen=True)
 class WeightErrors:
@@ -104,7 +100,7 @@ class Probes(Interpreter):
         for kind in (self.edges, self.calls):
             for node, changes in kind.items():
                 held[node.name] *= 1 + len(changes)
-        return segments.ends(self.program, held, HELD)
+        return segments.leanest(self.program, held, segments.HELD).last
 
     def __reduce__(self) -> tuple[type[Probes], tuple[object, ...]]:
         """Takes along what running the program takes."""

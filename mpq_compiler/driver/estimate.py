@@ -135,14 +135,7 @@ class Workload:
         target = targets.resolve(options.target)
         workers = backend_of(target).capabilities(target).standby
         allocator, calibrating = with_role(passes, Role.ALLOCATES), with_role(passes, Role.CALIBRATES)
-        if options.calibration is not None:
-            given = calibration_file.split(calibration_file.load(denoiser, options.calibration))
-            rows, held_out = (len(next(iter(inputs.values()))) for inputs in given)
-        else:
-            recorded = {} if calibrating is None else calibrating.options()
-            rows = recorded.get("samples", 1) * recorded.get("steps", 1) * denoiser.calls_per_step
-            held_out = rows
-        held_out = min(held_out, judged_on(denoiser))
+        rows, held_out = _rows(denoiser, options, calibrating)
         sizes, requests = Sizes.of(program), Requests.all(step.requests() for step in passes)
         asked = Asked(
             sizes,
@@ -168,6 +161,17 @@ class Workload:
             seconds = cpu / (1 if demand.serial else jobs)
             found.append(Step(name, cpu, seconds, int(MARGIN * (base + demand.memory(jobs))), int(disk)))
         return Estimate(jobs, found)
+
+
+def _rows(denoiser: Denoiser, options: Options, calibrating: Pass | None) -> tuple[int, int]:
+    """The numbers of inputs that are calibrated and judged on. Those that are given are not held behind this."""
+    if options.calibration is not None:
+        given = calibration_file.split(calibration_file.load(denoiser, options.calibration))
+        rows, held_out = (len(next(iter(inputs.values()))) for inputs in given)
+    else:
+        recorded = {} if calibrating is None else calibrating.options()
+        rows = held_out = recorded.get("samples", 1) * recorded.get("steps", 1) * denoiser.calls_per_step
+    return rows, min(held_out, judged_on(denoiser))
 
 
 def _judging(asked: Asked, inputs: int) -> Demand:

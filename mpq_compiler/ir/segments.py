@@ -17,6 +17,9 @@ from mpq_compiler.ir.interpreter import Interpreter, last_uses, shapes, value_nb
 from mpq_compiler.ir.program import Program
 from mpq_compiler.support.usage import trim
 
+HELD = 1 << 28
+"""The bytes that a segment holds of one input, where what crosses the cuts does not take more."""
+
 Value = Any
 """A value of a node, and what autograd leaves untyped."""
 
@@ -53,10 +56,15 @@ def ends(program: Program, costs: Mapping[str, int], bound: int) -> list[str]:
         The last call of each segment, in order. Of the cuts that leave a segment half of the bound or more it is the
         one that the fewest bytes cross, the first of several.
     """
+    return _ends(program, costs, bound, value_bytes(program, 1))
+
+
+def _ends(program: Program, costs: Mapping[str, int], bound: int, sizes: Mapping[str, int]) -> list[str]:
+    """`ends`, given `value_bytes` at batch 1."""
     calls = [n for n in program.graph.nodes if n.op in ("call_function", "call_module")]
     if not calls:
         return []
-    crossing = _crossing_bytes(program, calls)
+    crossing = _crossing_bytes(program, calls, sizes)
     found, start, spent = [], 0, 0
     while start < len(calls):
         stop, spent, half = start, 0, start
@@ -72,9 +80,52 @@ def ends(program: Program, costs: Mapping[str, int], bound: int) -> list[str]:
     return found
 
 
-def _crossing_bytes(program: Program, calls: Sequence[fx.Node]) -> list[int]:
+@dataclass(frozen=True)
+class Plan:
+    """Where a graph is cut, and what going back through it then holds."""
+
+    last: list[str]
+    """The last call of each segment, in order."""
+    bytes: int
+    """Of one input: what crosses the cuts, and the most that a segment costs."""
+
+
+def leanest(program: Program, costs: Mapping[str, int], bound: int) -> Plan:
+    """The cuts by the bound, raised by halves as often as that takes least memory in all.
+
+    What crosses a cut is held from the way forth on: of a deep model whose weights are larger than the bound, which is
+    cut behind every layer, more than longer segments would take.
+
+    Args:
+        program: has the graph.
+        costs: of calls by name, such as `held_bytes`.
+        bound: the least that a segment may cost.
+    """
+    sizes, whole = value_bytes(program, 1), sum(costs.values())
+    bounds = [bound]
+    while bounds[-1] < whole:
+        bounds.append(bounds[-1] + -(-bounds[-1] // 2))
+    plans = []
+    for one in bounds:
+        last = _ends(program, costs, one, sizes)
+        plans.append(Plan(last, _held(program, costs, last, sizes)))
+    return min(plans, key=lambda plan: plan.bytes)
+
+
+def _held(program: Program, costs: Mapping[str, int], last: Sequence[str], sizes: Mapping[str, int]) -> int:
+    """The bytes of the values that cross cuts, and what the most expensive segment costs."""
+    names, spent, piece = set(last), [0], {}
+    for node in program.graph.nodes:
+        piece[node] = len(spent)
+        spent[-1] += costs.get(node.name, 0)
+        if node.name in names:
+            spent.append(0)
+    crossing = (node for node, own in piece.items() if any(piece[user] > own for user in node.users))
+    return sum(sizes.get(node.name, 0) for node in crossing) + max(spent)
+
+
+def _crossing_bytes(program: Program, calls: Sequence[fx.Node], sizes: Mapping[str, int]) -> list[int]:
     """The bytes at batch 1 that cross the cut behind each call: of values that follow from inputs."""
-    sizes = value_bytes(program, 1)
     place = {node: index for index, node in enumerate(calls)}
     varying = _varying(program.graph)
     change = [0] * (len(calls) + 1)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from mpq_compiler.ir import ops
+from mpq_compiler.ir import ops, segments
 from mpq_compiler.ir.aten import aten
+from mpq_compiler.ir.edges import input_edge
 from mpq_compiler.ir.graph import CONTRACTIONS, operand, weight_of
 from mpq_compiler.ir.interpreter import last_uses, shapes, value_nbytes
 from mpq_compiler.ir.program import PARAMETERS, Program
@@ -59,6 +60,9 @@ class Sizes:
     """The most bytes of values that are alive at one time."""
     calls: int
     """Operators that are called."""
+    backward_bytes: int
+    """Of values and widened weights that going back through the program by segments holds, with an error each of what
+    layers read."""
 
     @property
     def numbers(self) -> int:
@@ -92,7 +96,15 @@ class Sizes:
             sum(bytes_of[n.name] for n in calls),
             _live(program.graph, bytes_of),
             len(calls),
+            _backward(program),
         )
+
+
+def _backward(program: Program) -> int:
+    held = segments.held_bytes(program, 1)
+    for edge in {input_edge(node).name for node in program.quantizable}:
+        held[edge] = 2 * held.get(edge, 0)
+    return segments.leanest(program, held, segments.HELD).bytes
 
 
 def _live(graph: fx.Graph, sizes: dict[str, int]) -> int:

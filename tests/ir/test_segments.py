@@ -83,7 +83,7 @@ def test_cuts_keep_the_bound_and_lie_where_little_crosses(model):
     names = [n.name for n in calls]
     assert last[-1] == names[-1] and len(set(last)) == len(last)
     cuts = [0, *(names.index(name) + 1 for name in last)]
-    crossing = segments._crossing_bytes(program, calls)
+    crossing = segments._crossing_bytes(program, calls, segments.value_bytes(program, 1))
     for start, stop in pairwise(cuts):
         spent = [sum(costs[name] for name in names[start:cut]) for cut in range(start + 1, len(names) + 1)]
         allowed = [start + i for i, cost in enumerate(spent) if bound <= 2 * cost <= 2 * bound]
@@ -97,3 +97,16 @@ def test_what_is_no_float_crosses_too():
     every = [n.name for n in program.graph.nodes if n.op == "call_function"]
     output = segments.backward(Interpreter(program), inputs, every, lambda y: [torch.ones_like(y)])
     assert torch.equal(output, run(program, inputs))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_cuts_follow_what_is_held_in_all(model):
+    """Where calls cost more than the bound, as those of large weights do, what crosses a cut behind each takes most."""
+    program = programs.after(model, "layout")
+    values = segments.value_bytes(program, 1)
+    dear = segments.ends(program, values, 1)
+    assert len(dear) == len(values)
+    plan = segments.leanest(program, values, 1)
+    assert len(plan.last) < len(dear) and max(values.values()) < plan.bytes < sum(values.values()) / 2
+    roomy = segments.leanest(program, values, sum(values.values()))
+    assert roomy == segments.Plan([dear[-1]], sum(values.values()) + values[dear[-1]])  # the output is kept

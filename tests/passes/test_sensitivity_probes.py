@@ -9,7 +9,6 @@ import math
 import numpy as np
 import scipy.stats
 
-from mpq_compiler.analysis import probes
 from mpq_compiler.analysis.probes import Probes
 from mpq_compiler.ir import segments
 from mpq_compiler.ir.findings import SENSITIVITY
@@ -67,15 +66,15 @@ def test_segments_estimate_the_same_bits(tmp_path, monkeypatch):
     step = dataclasses.replace(PASS, inputs=2, formats=("int4",))
     requests = Requests(attention=True)
     whole = losses(step, program, tmp_path / "whole", requests=requests)
-    counted, cut = [], segments.ends
+    counted = []
 
-    def ends(*arguments):
-        counted.append(cut(*arguments))
-        return counted[-1]
+    def leanest(program, costs, bound):
+        counted.append(segments.ends(program, costs, bound))
+        return segments.Plan(counted[-1], 0)
 
-    monkeypatch.setattr(segments, "ends", ends)
+    monkeypatch.setattr(segments, "leanest", leanest)
     for held in (1 << 18, 1 << 12):
-        monkeypatch.setattr(probes, "HELD", held)
+        monkeypatch.setattr(segments, "HELD", held)
         assert losses(step, program, tmp_path / str(held), requests=requests) == whole
     assert 1 < len(counted[0]) < len(counted[1])
 
