@@ -87,7 +87,7 @@ class Plan:
     last: list[str]
     """The last call of each segment, in order."""
     bytes: int
-    """Of one input: what crosses the cuts, and the most that a segment costs."""
+    """What crosses the cuts, of one input, and the most that a segment costs."""
 
 
 def leanest(program: Program, costs: Mapping[str, int], bound: int) -> Plan:

@@ -61,8 +61,10 @@ class Sizes:
     calls: int
     """Operators that are called."""
     backward_bytes: int
-    """Of values and widened weights that going back through the program by segments holds, with an error each of what
-    layers read."""
+    """Bytes of values and widened weights that going back through the program by segments holds.
+
+    What layers read comes with an error each.
+    """
 
     @property
     def numbers(self) -> int:
