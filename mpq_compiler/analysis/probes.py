@@ -33,6 +33,7 @@ _Known = TypeVar("_Known")
 Name = Hashable
 """What an error is called in the results."""
 
+
 @dataclass(frozen=True)
 class WeightErrors:
     """Errors of a weight [O, K], each under its name: of all rows, or of some that stand for all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -165,9 +166,9 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     (Boldo and Melquiond 2008, "Emulation of FMA and correctly rounded sums"). Large tensors are computed in pieces:
     this takes ten tensors of f64.
     """
-    like = a.to("meta") * b.to("meta") + c.to("meta")
-    if like.numel() <= PIECE or a.is_meta:
+    if a.is_meta or math.prod(torch.broadcast_shapes(a.shape, b.shape, c.shape)) <= PIECE:
         return _rounded_once(a, b, c)
+    like = a.to("meta") * b.to("meta") + c.to("meta")  # has the strides that torch would choose
     found = torch.empty_strided(like.shape, like.stride(), dtype=torch.float32, device=a.device)
     _fma_into(found, *(x.expand(like.shape) for x in (a, b, c)))
     return found
