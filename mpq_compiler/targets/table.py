@@ -14,7 +14,7 @@ from typing import Any
 
 from mpq_compiler.support import plugins
 from mpq_compiler.support.errors import UserError, nearest
-from mpq_compiler.targets import nvidia
+from mpq_compiler.targets import nvidia, tiles
 from mpq_compiler.targets.numerics import BF16, FEATURES, INT8
 
 # Flags as /proc/cpuinfo spells them. LLVM may use every instruction of the level named by `mcpu`, not only
@@ -96,12 +96,18 @@ _LLVM: dict[str, Any] = {"kind": "llvm", "cl-opt": ["-vectorize-loops=false"]}
 
 
 def _x86(
-    name: str, isa: str, mcpu: str, mattr: list[str], features: tuple[str, ...], numerics: tuple[str, ...] = ()
+    name: str,
+    isa: str,
+    mcpu: str,
+    mattr: list[str],
+    features: tuple[str, ...],
+    numerics: tuple[str, ...] = (),
+    status: str = "",
 ) -> Target:
     options: dict[str, Any] = {**_LLVM, "mtriple": "x86_64-linux-gnu", "mcpu": mcpu}
     if mattr:
         options["mattr"] = mattr
-    return Target(name, "x86_64", isa, "tvm", features, options, numerics=numerics)
+    return Target(name, "x86_64", isa, "tvm", features, options, status, numerics)
 
 
 def _arm(
@@ -154,6 +160,12 @@ TARGETS: dict[str, Target] = {
             (*_X86_64_V4, "avx512_vnni"),
             numerics=(BF16, INT8),
         ),
+        _x86(
+            *("x86-64-amx", "amx", "x86-64-v4", ["+avx512vnni", "+amx-tile", "+amx-int8"]),
+            (*_X86_64_V4, "avx512_vnni", "amx_tile", "amx_int8"),
+            numerics=(BF16, INT8),
+            status="run on emulated tiles, never on silicon",
+        ),
         _arm("aarch64-neon", "neon", "cortex-a53", ["+neon", "-crc"], _ARMV8),
         _arm("aarch64-dotprod", "dotprod", "cortex-a55", ["+neon", "+dotprod"], _ARMV8_2, (INT8,)),
         _arm("aarch64-i8mm", "i8mm", "", ["+neon", "+dotprod", "+i8mm"], (*_ARMV8, "asimddp", "i8mm"), (INT8,)),
@@ -166,7 +178,7 @@ TARGETS: dict[str, Target] = {
     )
 }
 
-# What `native` means, best first.
+# What `native` means, best first. Not yet with tiles, whose kernels no CPU that has them has run: VNNI's run there.
 _NATIVE = (
     *("x86-64-avx512vnni", "x86-64-avxvnni", "x86-64-avx512", "x86-64-avx2"),
     *("aarch64-i8mm", "aarch64-dotprod", "aarch64-neon"),
@@ -270,7 +282,10 @@ def missing(arch: str, features: Iterable[str], cuda: int = 0) -> list[str]:
         return [f"an NVIDIA GPU that runs {wanted}" + (f" (it has {own})" if own else "")]
     if code and (version := nvidia.driver_version()) < cuda:
         return [f"an NVIDIA driver of CUDA {nvidia.spelled(cuda)} (it has {nvidia.spelled(version)})"]
-    return [flag for flag in features if not nvidia.stated([flag]) and flag not in host_features()]
+    lacking = [flag for flag in features if not nvidia.stated([flag]) and flag not in host_features()]
+    if not lacking and tiles.FEATURE in features and (reason := tiles.refusal()):
+        lacking.append(f"the system's permission for tiles ({reason})")
+    return lacking
 
 
 def require_runnable(target: Target) -> None:

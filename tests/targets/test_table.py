@@ -11,13 +11,13 @@ import pytest
 
 from mpq_compiler.cli import mpqc
 from mpq_compiler.support.errors import UserError
-from mpq_compiler.targets import nvidia
+from mpq_compiler.targets import nvidia, tiles
 from mpq_compiler.targets import table as targets
 from tests.harness.tree import ROOT
 
 ARM = ("aarch64-neon", "aarch64-dotprod", "aarch64-i8mm")
 NAMES = [
-    *("x86-64-avx2", "x86-64-avxvnni", "x86-64-avx512", "x86-64-avx512vnni"),
+    *("x86-64-avx2", "x86-64-avxvnni", "x86-64-avx512", "x86-64-avx512vnni", "x86-64-amx"),
     *ARM,
     *("cuda-sm80", "cuda-sm87", "cuda-sm89", "cuda-sm90", "cuda", "cuda-aarch64"),
     *("cuda12-sm80", "cuda12-sm87", "cuda12-sm89", "cuda12-sm90", "onnx", "reference"),
@@ -28,9 +28,10 @@ NAMES = [
 def host(monkeypatch):
     """Pretends to be a machine of the given architecture whose CPU has the given flags."""
 
-    def pretend(machine: str, flags: tuple[str, ...]) -> None:
+    def pretend(machine: str, flags: tuple[str, ...], refusal: str | None = None) -> None:
         monkeypatch.setattr(platform, "machine", lambda: machine)
         monkeypatch.setattr(targets, "host_features", lambda: frozenset(flags))
+        monkeypatch.setattr(tiles, "refusal", lambda: refusal)
 
     return pretend
 
@@ -41,7 +42,7 @@ def test_the_table_holds_every_documented_name():
 
 def test_what_never_ran_on_silicon_says_so():
     said = {name for name, target in targets.TARGETS.items() if "never on silicon" in target.status}
-    assert said == {name for name in NAMES if name.startswith(("aarch64", "cuda"))}
+    assert said == {name for name in NAMES if name.startswith(("aarch64", "cuda", "x86-64-amx"))}
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,26 @@ def test_a_gpu_is_asked_for_by_what_there_is_code_for(monkeypatch):
 def test_native_is_the_best_this_cpu_has(host, machine, best):
     host(machine, targets.TARGETS[best].features)
     assert targets.resolve("native").name == best
+
+
+def test_tiles_take_the_permission_of_the_system(host):
+    features = targets.TARGETS["x86-64-amx"].features
+    host("x86_64", features)
+    targets.require_runnable(targets.TARGETS["x86-64-amx"])
+    host("x86_64", features, "Operation not supported")
+    with pytest.raises(UserError, match=r"lacks the system's permission for tiles \(Operation not supported\)"):
+        targets.require_runnable(targets.TARGETS["x86-64-amx"])
+    targets.require_runnable(targets.TARGETS["x86-64-avx512vnni"])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="another architecture")
+def test_the_system_is_asked_for_tiles():
+    """In a process of its own, since nobody takes a permission back: it agrees with what the CPU says that it has."""
+    code = "import os; from mpq_compiler.targets import tiles; print(tiles.refusal())\n"
+    code += "print(os.waitstatus_to_exitcode(os.waitpid(os.fork() or os._exit(tiles.refusal() is None), 0)[1]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    refusal, of_child = done.stdout.split("\n")[:2]
+    assert (refusal == "None") == (tiles.FEATURE in targets.host_features()) == (of_child == "1")
 
 
 def test_native_on_an_older_cpu_names_the_way_out(host):

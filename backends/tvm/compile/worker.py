@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets.table import require_runnable
 
 
 class Crash(Exception):
@@ -164,6 +165,7 @@ def _standalone(
 def _tune(kernel: Any, target: Any) -> list[tuple[int, int, float]]:
     from mpq_compiler.backends.tvm.compile.tune import measure
 
+    require_runnable(target)  # which asks for what a process has to ask for
     return measure(kernel, target)
 
 
@@ -176,6 +178,7 @@ def _signatures(lowered: Any, target: Any) -> list[tuple[str, str]]:
 def _execute(lowered: Any, target: Any, objects: list[str], tensors: Any, inputs: Any, known: Any) -> dict[str, Any]:
     from mpq_compiler.backends.tvm.compile.execute import execute
 
+    require_runnable(target)
     return execute(lowered, target, objects, tensors, inputs, known)
 
 

@@ -15,6 +15,7 @@
 #ifdef __aarch64__
 #include <sys/auxv.h>
 #else
+#include <sys/syscall.h>
 #include <xmmintrin.h>
 #endif
 
@@ -104,6 +105,8 @@ static bool has(const char *feature) {
         }
     return false;
 }
+
+static bool permitted(const char *feature) { return *feature; }
 #else
 static bool has(const char *feature) {
     FILE *file = fopen("/proc/cpuinfo", "r");
@@ -120,6 +123,11 @@ static bool has(const char *feature) {
     if (file) fclose(file);
     return found;
 }
+
+/* Linux ends a process that uses the tiles of AMX and did not ask: ARCH_REQ_XCOMP_PERM, of their state, number 18. */
+static bool permitted(const char *feature) {
+    return strcmp(feature, "amx_tile") || !syscall(SYS_arch_prctl, 0x1023, 18);
+}
 #endif
 
 static bool fits_cpu(void) {
@@ -130,6 +138,12 @@ static bool fits_cpu(void) {
             used += (size_t)sprintf(lacking + used, "%s%s", used ? ", " : "", *feature);
     if (used)
         fail("this CPU lacks %s, which the kernels for '%s' need: compile for another target", lacking, build->target);
+    for (const char *const *feature = build->features; !used && *feature; feature++)
+        if (!permitted(*feature)) {
+            fail("the system lets no process use %s (%s), which the kernels for '%s' need: compile for another target",
+                 *feature, strerror(errno), build->target);
+            return false;
+        }
     return !used;
 }
 

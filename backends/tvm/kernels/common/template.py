@@ -33,6 +33,8 @@ WORTH_SHARING = 8000
 """Nanoseconds of work on a sample: to wake another thread and to wait for it takes three thousand."""
 Buffer = Any
 Buffers = dict[str, Buffer]
+Index = Expr | int
+"""A number that is known now, or when the kernel runs."""
 
 
 def primfunc(
@@ -63,7 +65,7 @@ def register_file(isa: str) -> str:
 
     AVX2 has 16 registers of 8 lanes, NEON 32 of 4.
     """
-    return "wide" if "avx512" in isa else "narrow"
+    return "wide" if "avx512" in isa or "amx" in isa else "narrow"
 
 
 def scratch(size: int, dtype: str = "float32", *, heap: bool = False) -> Buffer:

@@ -4,6 +4,7 @@ The kernels are one source for all of these; everything that differs between the
 
 | name              | dot product of one 32-bit lane            | activations   | weights |
 |-------------------|-------------------------------------------|---------------|---------|
+| x86-64-amx        | tdpbusd, vpdpbusd zmm: 4 x (u8 * s8)      | u8            | s8      |
 | x86-64-avx512vnni | vpdpbusd zmm: 4 x (u8 * s8)               | u8            | s8      |
 | x86-64-avxvnni    | vpdpbusd ymm: 4 x (u8 * s8)               | u8            | s8      |
 | x86-64-avx512     | vpmaddwd, vpaddd zmm: 2 x (s16 * s16)     | u8 in s16     | s16     |
@@ -31,6 +32,9 @@ from tvm.tirx import Buffer
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.support.errors import UserError, nearest
 from mpq_compiler.targets.table import TARGETS
+
+TILE_ROWS, TILE_BYTES = 16, 64
+"""The rows of a tile of AMX, and the bytes of each: 64 values of k of a row, or 4 of them of 16 outputs."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Isa:
     loss:            of speed with a row less in a micro-kernel
     split:           32-bit lanes of each output channel: they share the values of k, and are added up at the end
     parts:           registers that the sums of `lanes` channels take
+    engine:          whether the CPU has tiles (AMX), which multiply in place of registers where that pays (`in_tiles`)
+    depth:           then, values of k that a product of two tiles adds up; 0 where registers multiply
     """
 
     name: str
@@ -77,6 +83,13 @@ class Isa:
     loss: float = 0.01
     split: int = 1
     parts: int = 1
+    engine: bool = False
+    depth: int = 0
+
+    @property
+    def step(self) -> int:
+        """Values of k that channels are padded to a multiple of."""
+        return self.depth or self.kpack
 
     @property
     def words(self) -> int:
@@ -138,6 +151,17 @@ class Isa:
         tiles = (Tile(1, 8),)  # more rows than hide the latency would not help: every one needs a load for each product
         return replace(self, lanes=lanes, kpack=kpack, split=self.split * split, tiles=tiles, load_steps=1)
 
+    def in_tiles(self, rows: int, segments: Sequence[int]) -> Isa:
+        """The variant whose tiles multiply, of a problem with so many rows a sample; itself where that does not pay.
+
+        A product of tiles takes as long for one row as for `TILE_ROWS`, and channels are padded to its depth.
+        """
+        if not self.engine or self.split > 1 or rows < TILE_ROWS:
+            return self
+        if any(-channels % TILE_BYTES > channels // 4 for channels in segments):
+            return self
+        return replace(self, depth=TILE_BYTES, tiles=_TILES_AMX)
+
     def grouped(self, channels: int) -> Tile:
         """The tile for K-groups of so many channels.
 
@@ -145,21 +169,32 @@ class Isa:
         work.
         """
         most = self.tiles[0]
+        if self.depth:  # sums are not in registers
+            return most
         return Tile(-(-most.vectors // 2), most.rows // self.unit - (channels < 64) * self.unit)
+
+    def heights(self, tile: Tile, rows: int) -> Sequence[int]:
+        """The rows that a micro-kernel of so many registers may have, the most first, for a sample of `rows` rows.
+
+        As many as hide a product's latency at least.
+        """
+        if self.depth:
+            return [height for height in (2 * TILE_ROWS, TILE_ROWS) if height <= rows]
+        least = max(1, tile.rows - 2, -(-8 // (tile.vectors * self.parts)))
+        return range(tile.rows, min(least, tile.rows) - 1, -self.unit)
 
     def fitted(self, tile: Tile, rows: int) -> Tile:
         """The micro-kernel with fewer rows where a sample of `rows` rows then has less to compute twice."""
-        least = max(1, tile.rows - 2, -(-8 // (tile.vectors * self.parts)))  # as many sums as hide a product's latency
-        top, most = tile.rows, self.tiles[0]
-        if self.unit > 1 and 2 * self.unit <= rows < top:  # rather some rows twice than two at a time
-            least, top = 2 * self.unit, rows // self.unit * self.unit
+        heights, most = self.heights(tile, rows), self.tiles[0]
+        if self.unit > 1 and 2 * self.unit <= rows < tile.rows:  # rather some rows twice than two at a time
+            heights = range(rows // self.unit * self.unit, 2 * self.unit - 1, -self.unit)
         few = tile.vectors * tile.rows <= most.vectors * most.rows // 2  # sums, as for K-groups
         loss = 0.03 if few else self.loss
 
         def work(height: int) -> float:
             return -(-rows // height) * height * (1 + loss * (tile.rows - height))
 
-        return replace(tile, rows=min(range(top, min(least, top) - 1, -self.unit), key=work))
+        return replace(tile, rows=min(heights, key=work))
 
     def dot(self, acc: Expr, activations: Expr, weights: Expr) -> Expr:
         """Add the dot products of each 32-bit lane to `acc`. Operands are vectors of the gathered types.
@@ -333,10 +368,12 @@ def _concatenated(vectors: Sequence[Expr]) -> Expr:
 
 # 32 registers hold at most 29 accumulators beside the weights of a step and one activation; 16 hold 12.
 _TILES_512 = (Tile(4, 6), Tile(5, 5, 1.02), Tile(3, 8, 1.02), Tile(2, 12, 1.05), Tile(1, 16, 1.3))
+_TILES_AMX = (Tile(2, 2 * TILE_ROWS), Tile(1, 2 * TILE_ROWS, 1.4))  # four and two tiles of sums
 _TILES_256 = (Tile(2, 6), Tile(3, 4, 1.05), Tile(1, 10, 1.25))
 # Sums are 24 registers of the first two: it leaves four for a step of all rows and a few for weights.
 _TILES_I8MM = (Tile(3, 8), Tile(4, 6, 1.02), Tile(2, 8, 1.05), Tile(1, 8, 1.3))
 _TBL = "llvm.aarch64.neon.tbl1"
+_PSHUFB_512 = "llvm.x86.avx512.pshuf.b.512"
 # The fewer loads beside the products, the better for cores that issue either: three registers by six rows.
 _TILES_SDOT = (Tile(3, 6), Tile(4, 5, 1.02), Tile(5, 4, 1.02), Tile(2, 8, 1.05), Tile(1, 8, 1.3))
 # Products of 16 bits take registers of their own before they are added up.
@@ -345,7 +382,8 @@ _TILES_NEON = (Tile(4, 4), Tile(3, 4, 1.02), Tile(2, 6, 1.05), Tile(1, 8, 1.3))
 ISAS: Mapping[str, Isa] = {
     isa.name: isa
     for isa in (
-        Isa("x86-64-avx512vnni", "vpdpbusd", 16, 4, "uint8", "int8", "llvm.x86.avx512.pshuf.b.512", _TILES_512),
+        Isa("x86-64-amx", "vpdpbusd", 16, 4, "uint8", "int8", _PSHUFB_512, _TILES_512, engine=True),
+        Isa("x86-64-avx512vnni", "vpdpbusd", 16, 4, "uint8", "int8", _PSHUFB_512, _TILES_512),
         Isa("x86-64-avxvnni", "vpdpbusd", 8, 4, "uint8", "int8", "llvm.x86.avx2.pshuf.b", _TILES_256),
         Isa("x86-64-avx512", "vpmaddwd", 16, 2, "int16", "int16", "llvm.x86.avx2.pshuf.b", _TILES_512),
         Isa("x86-64-avx2", "vpmaddwd", 8, 2, "int16", "int16", "llvm.x86.ssse3.pshuf.b.128", _TILES_256),

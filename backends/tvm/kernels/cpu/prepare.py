@@ -103,9 +103,9 @@ class _Prepare:
         first = T.bind(j.before(w.segment_steps))
         with T.serial(0, taps) as tap:
             source = T.bind(tap * p.channels + j.before(p.segments))
-            steps = w.channels[j.first] // kpack
-            for begin, end, width in ((0, channels // kpack, kpack), (channels // kpack, steps, channels % kpack)):
-                if begin == end:
+            steps, whole = w.channels[j.first] // kpack, channels // kpack
+            for begin, end, width in ((0, whole, kpack), (whole, whole + 1, channels % kpack)):
+                if begin == end or not width:
                     continue
                 with T.serial(begin, end) as k:
                     step = T.bind(first + tap * steps + k)

@@ -40,7 +40,8 @@ class WeightLayout:
     Output channels come in blocks of `tile.vectors` registers of `isa.lanes` channels. Within a block
     the order is [step of k][vector][lane][kpack], so that a step reads whole registers in a row. The K
     axis is, for each segment, [vertical tap][horizontal tap][channel], channels padded to a multiple of
-    kpack (activations are zero there, so the codes do not matter).
+    kpack, or of the depth of tiles (activations are zero there, so the codes do not matter). The same bytes are the
+    tiles of a matrix engine: 16 steps of a register are one.
 
     Below 8 bits, `pack` successive steps of one vector share bytes: byte e of the group holds the code of
     element e of step d at bit ``bits * d``; 3 bits are a plane of 2 bits (two byte vectors, the first for
@@ -56,6 +57,7 @@ class WeightLayout:
         p = self.problem
         if len(p.segments) <= FEW_SEGMENTS:
             object.__setattr__(self, "isa", self.isa.narrowed(p.outputs, min(p.segments)))
+        object.__setattr__(self, "isa", self.isa.in_tiles(p.rows, p.segments))
 
     @property
     def tile(self) -> Tile:
@@ -90,7 +92,7 @@ class WeightLayout:
     @property
     def channels(self) -> tuple[int, ...]:
         """Channels of each segment, padded to whole steps."""
-        return tuple(-(-c // self.isa.kpack) * self.isa.kpack for c in self.problem.segments)
+        return tuple(-(-c // self.isa.step) * self.isa.step for c in self.problem.segments)
 
     @property
     def segment_steps(self) -> tuple[int, ...]:
@@ -154,8 +156,7 @@ def tiles(problem: QuantMatmul, isa: Isa) -> list[tuple[int, int]]:
 
     others = []
     for tile in (first,) if grouped else isa.tiles:
-        least = max(1, tile.rows - 2, -(-8 // (tile.vectors * isa.parts)))
-        heights = range(tile.rows, min(least, tile.rows) - 1, -isa.unit)
+        heights = isa.heights(tile, problem.rows)
         few = problem.rows < heights[-1]  # then it does not matter
         others += [replace(tile, rows=rows) for rows in ([isa.fitted(tile, problem.rows).rows] if few else heights)]
     found = [(t.vectors, t.rows) for t in others if work(t) <= WORTH_TRYING * work(chosen)]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +14,7 @@ from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.template import Buffer, scratch, span, store
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import loop, quotient, when
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.gather import Rows
-from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Schedule
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Runs, Schedule
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.weights import Block, Weights
 from mpq_compiler.backends.tvm.kernels.cpu.isa import Tile
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment
@@ -26,20 +24,6 @@ STACK_BYTES = 1024
 
 Load = Callable[[int, Any], Expr]
 Save = Callable[[Expr, int, Any], None]
-
-
-@dataclass(frozen=True)
-class Steps:
-    """Steps of k: runs of neighbouring activations.
-
-    taps:   how many runs there are
-    steps:  of each run
-    stride: the distance from one run to the next, in activations
-    """
-
-    taps: int
-    steps: int
-    stride: int
 
 
 class Accumulation:
@@ -90,17 +74,18 @@ class Accumulation:
 
         self._each_unit(unit)
 
-    def add(self, runs: Steps) -> None:
+    def add(self, runs: Runs) -> None:
         """Adds all products."""
         weights, fresh = self.weights, self.weights.fresh
         if weights.first:
-            when(fresh, partial(self._unpack, runs))
-            loop(runs.taps, partial(self._along, runs, False))
+            unpack = partial(weights.unpack, runs.count * runs.steps, self.tile.vectors, self.s.w.pack)
+            when(fresh, unpack)
+            loop(runs.count, partial(self._along, runs, False))
         else:
             when(
                 fresh,
-                lambda: loop(runs.taps, partial(self._along, runs, True)),
-                lambda: loop(runs.taps, partial(self._along, runs, False)),
+                lambda: loop(runs.count, partial(self._along, runs, True)),
+                lambda: loop(runs.count, partial(self._along, runs, False)),
             )
 
     def end(self, product: Buffer, to: Any) -> None:
@@ -143,14 +128,7 @@ class Accumulation:
 
                 body(part * self.most + i, load, save)
 
-    def _unpack(self, runs: Steps) -> None:
-        """Unpacks all weights before the first is used."""
-        together = self.s.w.pack if self.weights.by_packs else 1
-        with T.serial(0, runs.taps * runs.steps // together) as n:
-            for d, v in itertools.product(range(together), range(self.tile.vectors)):
-                self.weights.keep(self.weights.decoded(n * together, d, v), n * together + d, v)
-
-    def _along(self, runs: Steps, fresh: bool, tap: Any) -> None:
+    def _along(self, runs: Runs, fresh: bool, tap: Any) -> None:
         """The steps of one run, some at once."""
         each = max(self.sets, self.isa.load_steps, self.s.w.pack if fresh and self.weights.by_packs else 1)
         if runs.steps >= each:
@@ -159,20 +137,20 @@ class Accumulation:
         if runs.steps % each:
             self._several(runs, runs.steps // each * each, runs.steps % each, tap, fresh)
 
-    def _several(self, runs: Steps, k: Any, count: int, tap: Any, fresh: bool) -> None:
+    def _several(self, runs: Runs, k: Any, count: int, tap: Any, fresh: bool) -> None:
         """`count` steps from step k of a run on."""
         here = T.bind(tap * runs.steps + k)
         group, lanes = self.isa.load_steps, self.isa.word_lanes
-        stride, size = runs.stride * self.s.together, self.isa.kpack * self.s.together  # of a step
+        offset, size = runs.offset(tap) * self.s.together, self.isa.kpack * self.s.together  # of a step
         if count % group or group == 1 or self.s.paired:
             for d in range(count):
-                at = T.bind(tap * stride + (k + d) * size)
+                at = T.bind(offset + (k + d) * size)
                 self._step(here, d, d % self.sets, partial(self.rows.word, self.starts, at), fresh)
             return
         words = scratch(self.tile.rows * group * lanes, "int32")
         for d in range(0, count, group):
             with T.unroll(0, self.tile.rows) as i:
-                at = self.starts[i] + tap * stride + (k + d) * size
+                at = self.starts[i] + offset + (k + d) * size
                 loaded = self.rows.units[span(at, group * size)]
                 loaded = tirx.reinterpret(f"int32x{group * lanes}", loaded)
                 store(words, loaded, span(i * group * lanes, group * lanes))

@@ -10,7 +10,16 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, Shared, each_vector, scratch, span, store
+from mpq_compiler.backends.tvm.kernels.common.template import (
+    Buffer,
+    Buffers,
+    Index,
+    Shared,
+    each_vector,
+    scratch,
+    span,
+    store,
+)
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import each_segment, loop, opaque, quotient, when
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Schedule
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.sums import sum_each, zeros
@@ -77,13 +86,17 @@ class Rows:
             """Copies lines, notes where rows start, sums and pairs, as far as is needed."""
             reach = (height - 1) * p.stride[0] + p.kernel[0]  # image rows that these output rows see
             with T.serial(0, samples) as s, T.serial(0, reach) as y:
-                line = (s * self.s.band_height + y) * self.s.image_width
-                self._gather_line(sample + s, top * p.stride[0] + y - p.padding[0], T.bind(line))
+                seen = top * p.stride[0] + y - p.padding[0]
+                for side in range(p.kernel[1]) if self.s.shifted else (None,):
+                    first = y * self.s.image_width if side is None else self.s.shifted_line(side, y)
+                    self._gather_line(sample + s, seen, T.bind(s * self.s.sample_pixels + first), side)
             with T.serial(0, samples) as s, T.serial(0, height) as y, T.serial(0, p.out_width) as x:
-                pixel = (s * self.s.band_height + y * p.stride[0]) * self.s.image_width + x * p.stride[1]
-                store(self.starts, pixel, (s * height + y) * p.out_width + x)
+                pixel = y * p.out_width + x
+                if not self.s.shifted:
+                    pixel = y * p.stride[0] * self.s.image_width + x * p.stride[1]
+                store(self.starts, s * self.s.sample_pixels + pixel, (s * height + y) * p.out_width + x)
             if p.has_offset:
-                self._sum_windows(samples, height)
+                (self._sum_shifted if self.s.shifted else self._sum_windows)(samples, height)
             if self.s.paired:
                 lines = (samples - 1) * self.s.band_height + reach
                 self._pair_pixels(lines * self.s.image_width, p.stride[1])
@@ -106,12 +119,18 @@ class Rows:
         sample = quotient(self.first_row + r, self.p.rows)
         return T.if_then_else(self.alone, self.group, T.cast(self.b["group"][sample], "int32"))
 
-    def _gather_line(self, sample: Any, y: Any, line: Any) -> None:
-        """One row of the padded image: row y of the input, or zero points where it lies outside."""
+    def _gather_line(self, sample: Index, y: Index, line: Index, side: int | None) -> None:
+        """One row of the padded image: row y of the input, or zero points where it lies outside.
+
+        side: number of a horizontal tap; then only the pixels that it sees, those of each output side by side
+        """
         p = self.p
-        left = min(p.padding[2], self.s.image_width)
-        inside = min(p.width, self.s.image_width - left)
-        right = self.s.image_width - left - inside
+        width, apart = (self.s.image_width, 1) if side is None else (p.out_width, p.stride[1])
+        before = p.padding[2] - (side or 0)
+        left = min(-(-max(0, before) // apart), width)
+        first = left * apart - before  # pixel of the input
+        inside = max(0, min(-(-(p.width - first) // apart), width - left))
+        right = width - left - inside
         group = self._group(sample) if any(p.padding) else 0
 
         def copy() -> None:
@@ -121,14 +140,18 @@ class Rows:
             def segment(j: Segment) -> None:
                 """Segment j of the line."""
                 self._fill_pixels(j, left, group, line)
-                self._gather_pixels(j, inside, source, line + left)
+                if apart == 1:
+                    self._gather_pixels(j, inside, source + first * p.channels, line + left)
+                elif inside:
+                    with T.serial(0, inside) as x:
+                        self._gather_pixels(j, 1, source + (first + x * apart) * p.channels, line + left + x)
                 self._fill_pixels(j, right, group, line + (left + inside))
 
             each_segment(self.p, segment)
 
         def fill() -> None:
             """Zero points."""
-            each_segment(self.p, lambda j: self._fill_pixels(j, self.s.image_width, group, line))
+            each_segment(self.p, lambda j: self._fill_pixels(j, width, group, line))
 
         within = True
         if p.padding[0]:
@@ -238,6 +261,11 @@ class Rows:
             return (self.s.plane(j) + pixel * self.w.channels[j.first]) * self.s.copies
         return self._pixel_start(j, pixel)
 
+    def apart(self, j: Segment) -> int:
+        """Activations from a row of a tile of AMX to the next, in segment j."""
+        width = self.p.channels if self.s.direct else self.w.channels[j.first]
+        return width if self.p.pointwise or self.s.shifted else width * self.p.stride[1]
+
     def word(self, starts: Buffer, offset: Any, i: Any) -> Expr:
         """The activations of row i of a tile, and of those beside it, at an offset from its start, as int32."""
         return self.isa.load_word(self.units, starts[i] + offset, self.s.together)
@@ -278,6 +306,30 @@ class Rows:
                     store(self.sums, total[span(0, lanes)], span(row + x, lanes))
 
                 each_vector(p.out_width, some, self.isa.words)
+
+        each_segment(self.p, segment)
+
+    def _sum_shifted(self, samples: Index, height: Index) -> None:
+        """`_sum_windows` of a shifted image: rows are as far apart as the pixels that a tap sees."""
+        p, width = self.p, self.p.out_width
+
+        def segment(j: Segment) -> None:
+            """Segment j of all rows."""
+            size, count = self.w.channels[j.first], samples * self.s.sample_pixels
+            self._sum_each(self.pixel_sums, 0, count, self.s.sample_pixels, self.s.plane(j), size, size)
+            with T.serial(0, samples) as s, T.serial(0, height) as y:
+                row = T.bind(j.index * self.s.most_rows + (s * height + y) * width)
+
+                def some(x: Index, lanes: int) -> None:
+                    """The sums of neighbouring rows from x on."""
+                    total = scratch(lanes, "int32")
+                    store(total, vmath.i32(0, lanes), span(0, lanes))
+                    with T.serial(0, p.kernel[0]) as tap, T.serial(0, p.kernel[1]) as side:
+                        at = s * self.s.sample_pixels + y * width + x + self.s.shifted_line(side, tap)
+                        store(total, total[span(0, lanes)] + self.pixel_sums[span(at, lanes)], span(0, lanes))
+                    store(self.sums, total[span(0, lanes)], span(row + x, lanes))
+
+                each_vector(width, some, self.isa.words)
 
         each_segment(self.p, segment)
 

@@ -23,11 +23,13 @@ from mpq_compiler.backends.tvm.kernels.common.template import (
     span,
     store,
 )
-from mpq_compiler.backends.tvm.kernels.cpu.gemm.accumulate import Accumulation, Steps
+from mpq_compiler.backends.tvm.kernels.cpu import amx
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.accumulate import Accumulation
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import each_segment, flat, loop, opaque, quotient, when
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.finish import Finish
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.gather import Rows
-from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Schedule
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Runs, Schedule
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.tiles import TileAccumulation
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.weights import Block
 from mpq_compiler.backends.tvm.kernels.cpu.isa import Isa, Tile
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment, WeightLayout
@@ -87,6 +89,8 @@ class Kernel:
                     self._once(0, band, blocks * self.s.parts, gather)
                 self.block.number = T.bind(block - band * blocks) if blocks > 1 else 0
                 self._multiply(here, piece - block * self.s.parts, block)
+            if self.isa.depth:
+                amx.release()
 
     def _once(self, cell: int, number: Any, repeated: int, body: Callable[[], None]) -> None:
         """body(), where the thread has not done it for this number: so many pieces in a row have the same one."""
@@ -105,8 +109,11 @@ class Kernel:
             store(self.done, T.int32(-1), cell)
         self.rows.allocate(team)
         self.products: Any = None
-        if self.s.slices or segments == FEW_SEGMENTS or (segments == 1 and not team.serial and self.isa.unit == 1):
-            size = self.s.tile.rows * self.s.tile.vectors * self.isa.words
+        size = self.s.tile.rows * self.s.tile.vectors * self.isa.words
+        if self.isa.depth:
+            self.products = team.workspace((segments if segments <= FEW_SEGMENTS else 1) * size, "int32")
+            amx.configure(team.workspace(amx.CONFIGURATION, "int32"))
+        elif self.s.slices or segments == FEW_SEGMENTS or (segments == 1 and not team.serial and self.isa.unit == 1):
             tiles = self.s.most_tiles if self.s.slices else 1
             self.products = team.workspace(segments * tiles * size, "int32")
         self.block.allocate(team)
@@ -149,7 +156,7 @@ class Kernel:
                 when(rows > count * some, lambda: last(opaque(rows - 1), None, self.s.unpacks))
 
         alone = spacious and own == tall
-        if self.s.least_rows >= tall and not alone:
+        if self.isa.depth or (self.s.least_rows >= tall and not alone):
             tiles()
         else:
             enough = rows > tall if alone else rows >= tall
@@ -170,11 +177,11 @@ class Kernel:
             for j in range(len(p.segments)):
                 self._start(tile, Segment(j), r, groups, self.products, product(j, t))
         for j, slices in enumerate(self.s.slices):
-            taps, run, stride = self.s.runs(Segment(j))
-            steps = run // self.isa.kpack // slices
-            with T.serial(0, taps) as tap, T.serial(0, slices) as n:
+            runs = self.s.runs(Segment(j))
+            steps = runs.steps // slices
+            with T.serial(0, runs.count) as tap, T.serial(0, slices) as n:
                 begin = T.bind(Segment(j).before(w.segment_steps) + (tap * slices + n) * steps)
-                offset = T.bind(tap * stride + n * (steps * self.isa.kpack))
+                offset = T.bind(runs.offset(tap) + n * (steps * self.isa.kpack))
                 with T.serial(first, end) as t:
                     r, at = first_row(t), product(j, t)
 
@@ -186,7 +193,7 @@ class Kernel:
                     ahead = self.block.ahead(begin, steps, t)
                     sums = Accumulation(self.s, self.rows, self.block, tile, weights, ahead)
                     sums.begin(Segment(j), r, offset, initial)
-                    sums.add(Steps(1, steps, 0))
+                    sums.add(Runs(1, steps, lambda _: 0))
                     sums.end(self.products, at)
         with T.serial(first, end) as t:
             r = first_row(t)
@@ -231,7 +238,7 @@ class Kernel:
         rows have of their own, and the bias, is left to `Finish.row`.
         """
         p, w, lanes = self.p, self.w, self.isa.lanes
-        product = scratch(tile.rows * tile.vectors * lanes, "int32")
+        product = self.products if self.isa.depth else scratch(tile.rows * tile.vectors * lanes, "int32")
 
         def cell(i: Any, v: Any) -> Any:
             """Register v of row i."""
@@ -281,16 +288,27 @@ class Kernel:
         self, tile: Tile, j: Segment, r: Any, groups: Buffer, product: Buffer, to: Any, t: Any, fresh: Any
     ) -> None:
         """product[to ..] = segment j of tile t of the chunk."""
-        taps, run, stride = self.s.runs(j)
-        steps, begin = run // self.isa.kpack, j.before(self.w.segment_steps)
+        p, w, begin = self.p, self.w, j.before(self.w.segment_steps)
+        ahead = self.block.ahead(begin, self.w.segment_steps[j.first], t)
+        weights = self.block.weights(begin, None if t is None else begin, fresh)
+        if self.isa.depth:
+            tiles = TileAccumulation(self.s, self.rows, self.block, tile, weights, ahead)
+            if p.late_zeros:
+                tiles.begin(j, r, None)
+            elif p.groups == 1 and not p.dynamic:
+                tiles.begin(j, r, (self.b["start"], T.bind(j.index * w.outputs + self.block.channel(0)), 0))
+            else:
+                self._start(tile, j, r, groups, product, to)
+                tiles.begin(j, r, (product, to, tile.vectors * self.isa.lanes))
+            tiles.add(self.s.runs(j))
+            tiles.end(product, to)
+            return
 
         def initial(i: Any, v: Any) -> Expr:
             """The first value of a sum."""
             return self._start_value(j, self.rows.first_row + r + i, groups[i], v)
 
-        ahead = self.block.ahead(begin, self.w.segment_steps[j.first], t)
-        weights = self.block.weights(begin, None if t is None else begin, fresh)
         sums = Accumulation(self.s, self.rows, self.block, tile, weights, ahead)
         sums.begin(j, r, 0, initial)
-        sums.add(Steps(taps, steps, stride))
+        sums.add(self.s.runs(j))
         sums.end(product, to)

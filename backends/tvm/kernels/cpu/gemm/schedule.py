@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from mpq_compiler.backends.tvm.kernels.cpu.isa import Isa
+from mpq_compiler.backends.tvm.kernels.common.template import Index
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import quotient
+from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_ROWS, Isa
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment, WeightLayout
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import FEW_SEGMENTS, QuantMatmul
 
@@ -20,6 +23,20 @@ PIECES = 16
 """Pieces of work, at least, where there are so many tiles: then threads get equal parts, nearly."""
 
 
+@dataclass(frozen=True)
+class Runs:
+    """Runs of neighbouring activations, which the values of k are.
+
+    count:  how many there are
+    steps:  of each
+    offset: number of a run -> its distance from the first, in activations
+    """
+
+    count: int
+    steps: int
+    offset: Callable[[Index], Index]
+
+
 class Schedule:
     """All that is decided before code is emitted.
 
@@ -29,6 +46,8 @@ class Schedule:
     unpacks:     weights are unpacked, or made wider, before they are multiplied
     paired:      units of two rows lie together in memory (`copies` of each pixel, `together` rows in a unit)
     image_height, image_width: extent of the padded image that the kernel reaches, of a convolution
+    shifted:     whether it lies in memory once for each horizontal tap, in lines of the output's width (`Rows`)
+    sample_pixels, phase_lines: of a sample in the gathered copy; its lines that are a stride apart
     most_rows, least_rows: of a chunk
     pixels:      of the gathered copy
     samples, bands, band, band_height: of a convolution: samples of a chunk, or bands of a sample; their rows of outputs
@@ -55,6 +74,8 @@ class Schedule:
             # Extent of the padded image that the kernel reaches.
             self.image_height = (problem.out_height - 1) * problem.stride[0] + problem.kernel[0]
             self.image_width = (problem.out_width - 1) * problem.stride[1] + problem.kernel[1]
+        # Rows of a tile are to be equally far apart: neighbours in a line, or all rows of a sample.
+        self.shifted = bool(isa.depth) and not problem.pointwise and problem.out_width % TILE_ROWS > 0
         self._size_chunks()
         self._size_slices()
 
@@ -68,27 +89,42 @@ class Schedule:
             self.least_rows = p.rows  # or more than a tile has
             chunks = -(-p.rows // self.most_rows)
         else:
-            image = self.image_height * self.image_width * pixel
+            self._size_bands(p.out_height)
+            image = self.sample_pixels * pixel
             self.samples = max(1, min(PANEL_BYTES // image, -(-MOST_ROWS // p.rows)))
+            if self.shifted and p.rows % TILE_ROWS:  # no tile's rows are of two samples
+                self.samples = 1
             bands = min(-(-image // PANEL_BYTES), max(1, p.rows // LEAST_ROWS), p.out_height)
-            self.band = -(-p.out_height // bands)
-            self.bands = chunks = -(-p.out_height // self.band)
-            self.band_height = (self.band - 1) * p.stride[0] + p.kernel[0]
+            self._size_bands(-(-p.out_height // bands))
+            if self.isa.depth and self.least_rows < self.tile.rows:
+                self._size_bands(p.out_height)
+            chunks = self.bands
             self.most_rows = self.samples * self.band * p.out_width
-            self.least_rows = (p.out_height - (self.bands - 1) * self.band) * p.out_width
-            self.pixels = self.samples * self.band_height * self.image_width
+            self.pixels = self.samples * self.sample_pixels
         rows = min(self.most_rows, p.rows)
         self.parts = max(1, min(-(-PIECES // (chunks * self.w.blocks)), rows // (2 * self.tile.rows)))
+
+    def _size_bands(self, lines: int) -> None:
+        """Sets what follows from the lines of outputs of a band."""
+        p = self.p
+        self.band, self.bands = lines, -(-p.out_height // lines)
+        self.band_height = (lines - 1) * p.stride[0] + p.kernel[0]
+        self.least_rows = (p.out_height - (self.bands - 1) * lines) * p.out_width
+        self.sample_pixels = self.band_height * self.image_width
+        if self.shifted:
+            self.phase_lines = -(-self.band_height // p.stride[0])
+            self.sample_pixels = p.kernel[1] * p.stride[0] * self.phase_lines * p.out_width
 
     def _size_slices(self) -> None:
         """Sets slices, most_tiles, usual_tiles and aligned."""
         p, w, tile = self.p, self.w, self.tile
         self.most_tiles, self.usual_tiles = (-(-n // tile.rows) for n in (self.most_rows, min(p.rows, self.most_rows)))
-        runs = [self.runs(Segment(j))[1] // self.isa.kpack for j in range(len(p.segments))]
+        runs = [self.runs(Segment(j)).steps for j in range(len(p.segments))]
         begins = [sum(w.segment_steps[:j]) for j in range(len(p.segments))]
         self.aligned = not any(n % w.pack for n in (*runs, *begins))
         self.slices: list[int] = []
-        if len(p.segments) <= FEW_SEGMENTS and self.usual_tiles * tile.rows <= SLICED_ROWS:
+        few = self.usual_tiles * tile.rows <= SLICED_ROWS and not self.isa.depth
+        if few and len(p.segments) <= FEW_SEGMENTS:
             most = SLICE_BYTES // (tile.vectors * self.isa.vector)
             for run in runs:
                 fitting = (n for n in range(1, run + 1) if run % n == 0 and run // n <= most)
@@ -105,15 +141,35 @@ class Schedule:
         products = 8 * self.isa.vector / self.isa.parts
         return max(p.rows * p.reduction * p.outputs / products, p.reduction * p.outputs * p.bits / 160)
 
-    def runs(self, j: Segment) -> tuple[int, int, int]:
-        """Vertical taps, values in a row at each of them, and the distance from one to the next."""
-        c = self.w.channels[j.first]
-        return self.p.kernel[0], self.p.kernel[1] * c, 0 if self.p.pointwise else self.image_width * c
+    def runs(self, j: Segment) -> Runs:
+        """The runs of k of segment j: one for each vertical tap, or for each tap of a shifted image."""
+        c, (down, across) = self.w.channels[j.first], self.p.kernel
+        if not self.shifted:
+            line = 0 if self.p.pointwise else self.image_width * c
+            return Runs(down, across * c // self.isa.kpack, lambda tap: tap * line)
 
-    def plane(self, j: Segment) -> Any:
+        def offset(tap: Index) -> Index:
+            """The distance of a tap."""
+            y = quotient(tap, across)
+            return self.shifted_line(tap - y * across, y) * c
+
+        return Runs(down * across, c // self.isa.kpack, offset)
+
+    def shifted_line(self, side: Index, line: Index) -> Index:
+        """The first pixel of a line of a shifted image, in its copy for a horizontal tap, from a sample's first on.
+
+        Of lines that are a stride apart each begins where the one before ends.
+        """
+        down, width = self.p.stride[0], self.p.out_width
+        if down == 1:
+            return (side * self.phase_lines + line) * width
+        whole = quotient(line, down)
+        return ((side * down + (line - whole * down)) * self.phase_lines + whole) * width
+
+    def plane(self, j: Segment) -> Index:
         """Where segment j begins in the gathered activations."""
         return self.pixels * j.before(self.w.channels)
 
-    def entry(self, j: Segment, m: Any, group: Any) -> Any:
+    def entry(self, j: Segment, m: Index, group: Index) -> Index:
         """Where row m, of a sample of that time group, finds segment j's scale and zero point."""
         return m if self.p.dynamic else j.index * self.p.groups + group

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, Shared, span, store
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, Index, Shared, span, store
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import opaque, quotient
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Schedule
 
@@ -25,7 +26,8 @@ class Weights:
     Register v of step k of them is
 
     ``decoded(k - d, d, v)`` from the stored codes, where `fresh` is true, and then `keep` stores it for tiles to come;
-    ``ready(k, v)`` where it is not. first: all are to be stored before the first is used.
+    ``ready(k, v)`` where it is not; then ``place(k)`` is where registers of the step begin. first: all are to be stored
+    before the first is used.
     by_packs: k - d has to be a multiple of the steps that share bytes.
     """
 
@@ -35,6 +37,14 @@ class Weights:
     decoded: Callable[[Any, int, int], Expr]
     ready: Callable[[Any, Any], Expr]
     keep: Callable[[Expr, Any, int], None]
+    place: Callable[[Index], tuple[Buffer, Index]]
+
+    def unpack(self, steps: int, vectors: int, pack: int) -> None:
+        """Unpacks all weights before the first is used; ``pack`` steps share bytes."""
+        together = pack if self.by_packs else 1
+        with T.serial(0, steps // together) as n:
+            for d, v in itertools.product(range(together), range(vectors)):
+                self.keep(self.decoded(n * together, d, v), n * together + d, v)
 
 
 class Block:
@@ -61,7 +71,8 @@ class Block:
         """
         w, isa, vectors, size = self.w, self.isa, self.s.tile.vectors, self.isa.vector
         tables = [self._table(v) for v in range(vectors)] if self.s.unpacks else []
-        first = kept is not None and isa.unit > 1  # sums leave no registers for unpacking
+        # Sums leave no registers for unpacking, or tiles read memory.
+        first = kept is not None and (isa.unit > 1 or isa.depth > 0)
         by_packs = self.s.aligned and (kept is None or (first and not self.s.slices))
 
         def decoded(k: Any, d: int, v: int) -> Expr:
@@ -78,18 +89,23 @@ class Block:
             weights = codes if table is None else isa.look_up(table, codes)
             return weights if isa.weight == "int8" else tirx.Cast(f"{isa.weight}x{size}", weights)
 
-        def ready(k: Any, v: Any) -> Expr:
-            """Register v of step k, from the panel, or from where weights are stored as they are used."""
+        def place(k: Index) -> tuple[Buffer, Index]:
+            """The panel and where step k is in it, or where weights are stored as they are used."""
             if self.s.unpacks:
-                return self.panel[span(((kept + k) * vectors + v) * size, size)]
-            return self.b["tiles"][span(((begin + self.number * w.steps + k) * vectors + v) * size, size)]
+                return self.panel, (kept + k) * vectors * size
+            return self.b["tiles"], (begin + self.number * w.steps + k) * vectors * size
+
+        def ready(k: Any, v: Any) -> Expr:
+            """Register v of step k."""
+            buffer, at = place(k)
+            return buffer[span(at + v * size, size)]
 
         def keep(weights: Expr, k: Any, v: int) -> None:
             """Stores register v of step k in the panel."""
             if kept is not None:
                 store(self.panel, weights, span(((kept + k) * vectors + v) * size, size))
 
-        return Weights(fresh, first, by_packs, decoded, ready, keep)
+        return Weights(fresh, first, by_packs, decoded, ready, keep, place)
 
     def ahead(self, begin: Any, steps: int, t: Any) -> tuple[Any, int, Any]:
         """(where tile t of rows finds weights to prefetch in steps [begin, begin + steps), lines, bytes between them).

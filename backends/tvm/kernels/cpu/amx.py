@@ -1,0 +1,72 @@
+"""The tiles of Intel's matrix extensions (AMX): eight of 16 rows of 64 bytes, and what multiplies two of them.
+
+A thread configures them before it uses any, and releases them when it is done, so that what switches threads need not
+keep them. Numbers of tiles are immediates of the instructions. Source: Intel 64 and IA-32 Architectures Software
+Developer's Manual, volume 2, TDPBUSD.
+"""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index, store
+from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_BYTES, TILE_ROWS
+
+COUNT = 8
+"""Tiles that there are."""
+CONFIGURATION = 16
+"""Size in int32 of the buffer that `configure` writes."""
+PALETTE, BYTES_AT, ROWS_AT = 1, 16, 48
+"""The first byte of a configuration, and where those of tile 0 are: u16 for the bytes of a row, u8 for the rows."""
+
+
+def emit(name: str, *operands: Expr) -> None:
+    """The instruction by LLVM's name. Its effects keep LLVM from moving it past another, or past loads and stores."""
+    T.evaluate(tirx.call_llvm_intrin("void", f"llvm.x86.{name}", *operands))
+
+
+def configure(buffer: Buffer) -> None:
+    """Makes all tiles whole ones, of zeros; ``buffer`` is the memory that this is read from."""
+    raw = bytearray(4 * CONFIGURATION)
+    raw[0] = PALETTE
+    for t in range(COUNT):
+        raw[BYTES_AT + 2 * t], raw[ROWS_AT + t] = TILE_BYTES, TILE_ROWS
+    for i in range(CONFIGURATION):
+        word = int.from_bytes(raw[4 * i : 4 * i + 4], "little", signed=True)
+        store(buffer, tirx.IntImm("int32", word), i)
+    emit("ldtilecfg", T.address_of(buffer[0]))
+
+
+def release() -> None:
+    """Gives all tiles up."""
+    emit("tilerelease")
+
+
+def zero(t: int) -> None:
+    """Sets a tile to zeros."""
+    emit("tilezero", _number(t))
+
+
+def load(t: int, buffer: Buffer, at: Index, apart: int) -> None:
+    """Loads the rows of a tile, the first from an index on, the others as many bytes apart; 0 makes all the same."""
+    emit("tileloadd64", _number(t), T.address_of(buffer[at]), tirx.IntImm("int64", apart))
+
+
+def save(t: int, buffer: Buffer, at: Index, apart: int) -> None:
+    """Stores the rows of a tile as `load` reads them."""
+    emit("tilestored64", _number(t), T.address_of(buffer[at]), tirx.IntImm("int64", apart))
+
+
+def dot(sums: int, unsigned: int, signed: int) -> None:
+    """Adds products of u8 and s8 to the sums in int32.
+
+    Row m and lane n of them takes values 4 k + i of row m of the unsigned tile, times bytes 4 n + i of row k of the
+    signed one.
+    """
+    emit("tdpbusd", _number(sums), _number(unsigned), _number(signed))
+
+
+def _number(t: int) -> Expr:
+    return tirx.IntImm("int8", t)

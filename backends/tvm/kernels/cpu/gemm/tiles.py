@@ -1,0 +1,102 @@
+"""The innermost loops on tiles of a matrix engine: 32 or 16 rows by 32 or 16 output channels, 64 values of k a step."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tvm.script.ir_builder import tirx as T
+
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index, scratch, store
+from mpq_compiler.backends.tvm.kernels.cpu import amx
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import loop, quotient, when
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.gather import Rows
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Runs, Schedule
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.weights import Block, Weights
+from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_ROWS, Tile
+from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment
+
+
+class TileAccumulation:
+    """What `Accumulation` is to registers: the sums of a tile of rows and a block, by `begin`, `add`, `end`.
+
+    ahead: see `Block.ahead`
+
+    Of the eight tiles four hold sums, two the activations of 16 rows each, two the weights of 16 channels each.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        rows: Rows,
+        block: Block,
+        tile: Tile,
+        weights: Weights,
+        ahead: tuple[Index, int, Index],
+    ) -> None:
+        self.s, self.rows, self.block, self.tile = schedule, rows, block, tile
+        self.weights, self.prefetched = weights, ahead
+        self.isa = schedule.isa
+        self.halves = tile.rows // TILE_ROWS
+        self.starts = scratch(self.halves, "int32")
+        self.steps = self.isa.depth // self.isa.kpack
+        """Steps of registers in one of tiles."""
+
+    def _sums(self, half: int, v: int) -> int:
+        return 2 * half + v
+
+    def _cells(self) -> list[tuple[int, int]]:
+        return [(half, v) for half in range(self.halves) for v in range(self.tile.vectors)]
+
+    def begin(self, j: Segment, r: Index, first: tuple[Buffer, Index, int] | None) -> None:
+        """Sets the sums of rows r and on of the chunk, in segment j.
+
+        first: where the first values lie, and how many int32 a row's are behind those of the row before; None are zeros
+        """
+        for half in range(self.halves):
+            store(self.starts, self.rows.row_start(j, r + half * TILE_ROWS, 0, False), half)
+        self.apart = self.rows.apart(j)
+        for half, v in self._cells():
+            if first is None:
+                amx.zero(self._sums(half, v))
+            else:
+                buffer, at, row = first
+                amx.load(self._sums(half, v), buffer, at + half * TILE_ROWS * row + v * self.isa.lanes, 4 * row)
+
+    def add(self, runs: Runs) -> None:
+        """Adds all products."""
+        weights = self.weights
+        if weights.first:
+            when(weights.fresh, partial(weights.unpack, runs.count * runs.steps, self.tile.vectors, self.s.w.pack))
+        steps = runs.steps // self.steps
+
+        def run(tap: Index) -> None:
+            """One run, whose activations are neighbours."""
+            offset = runs.offset(tap)
+            with T.serial(0, steps) as k:
+                self._step(T.bind(tap * steps + k), T.bind(offset + k * self.isa.depth))
+
+        loop(runs.count, run)
+
+    def _step(self, k: Index, offset: Index) -> None:
+        """Adds step k of the weights, of activations at an offset from a row's start.
+
+        Each tile is loaded as late as it can be, so that products need not wait for all.
+        """
+        first, lines, apart = self.prefetched
+        with T.unroll(0, self.steps * lines) as line:
+            at = quotient(k * self.steps, self.isa.load_steps) * lines + line
+            self.block.prefetch(first + at * apart)
+        weights, begin = self.weights.place(k * self.steps)
+        begin = T.bind(begin)
+        for half in range(self.halves):
+            amx.load(4 + half, self.rows.units, T.bind(self.starts[half] + offset), self.apart)
+            for v in range(self.tile.vectors):
+                if half == 0:
+                    amx.load(6 + v, weights, begin + v * self.isa.vector, self.tile.vectors * self.isa.vector)
+                amx.dot(self._sums(half, v), 4 + half, 6 + v)
+
+    def end(self, product: Buffer, to: Index) -> None:
+        """product[to ..] = the sums, int32 [tile.rows, tile.vectors, lanes]."""
+        row = self.tile.vectors * self.isa.lanes
+        for half, v in self._cells():
+            amx.save(self._sums(half, v), product, to + half * TILE_ROWS * row + v * self.isa.lanes, 4 * row)

@@ -1,0 +1,155 @@
+"""Integer kernels of the target with a matrix engine, bit for bit against the definition, on emulated tiles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mpq_compiler.backends.tvm.kernels.cpu import amx
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Schedule
+from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS, Isa
+from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import WeightLayout, tiles
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from tests.harness.emulated import TARGET, emulated
+from tests.harness.integer_kernels import Kernels, assert_same_bits, needs
+from tests.harness.shapes import FORMATS, make_case, reference, seed, with_format, with_widths
+
+PADDED = {"kernel": (3, 3), "padding": (1, 1, 1, 1)}
+
+LINEAR = [
+    QuantMatmul.linear((32,), 64, 32),
+    QuantMatmul.linear((16,), 128, 33, bits=4),
+    QuantMatmul.linear((77,), 320, 80, bits=3, groups=3, has_offset=True),
+    QuantMatmul.linear((5, 7), 112, 16, bits=2, classes=1),
+    QuantMatmul.linear((600,), 640, 40, bits=4, classes=3, has_bias=False),
+    QuantMatmul.linear((40,), 192, 48, segments=(64, 128), groups=2, has_offset=True),
+    QuantMatmul.linear((40,), 120, 48, segments=(60, 60), bits=3),
+]
+"""One and two tiles of rows, rows and outputs behind the last, several chunks; channels that are padded; segments."""
+
+IMAGES = [
+    QuantMatmul(8, 16, 64, 48, **PADDED),
+    QuantMatmul(5, 32, 56, 20, **PADDED, groups=2, bits=4, has_offset=True),
+    QuantMatmul(16, 32, 64, 32, (3, 3), (2, 2), (0, 1, 0, 1), bits=3),
+    QuantMatmul(4, 4, 64, 48, **PADDED, bits=4, groups=3),
+    QuantMatmul(8, 8, 128, 32, **PADDED, bits=2, segments=(64, 64)),
+    QuantMatmul(7, 7, 60, 40, **PADDED, bits=4, has_offset=True),
+    QuantMatmul(9, 14, 60, 40, (3, 3), (2, 2), (1, 1, 1, 1), bits=3, has_offset=True, groups=2),
+    QuantMatmul(13, 14, 64, 24, (5, 3), (1, 2), (3, 0, 2, 3), has_offset=True),
+    QuantMatmul(11, 10, 64, 24, stride=(2, 1)),
+    QuantMatmul(61, 18, 192, 20, **PADDED, groups=2),
+    QuantMatmul(37, 64, 128, 20, **PADDED, bits=4),
+]
+"""Tiles within lines and over several, samples of whole tiles and not, strides, taps that see nothing, bands."""
+
+DYNAMIC = [
+    QuantMatmul.linear((40,), 128, 48, dynamic=True),
+    QuantMatmul.linear((33,), 64, 16, bits=4, dynamic=True, has_offset=True),
+    QuantMatmul.linear((20,), 256, 33, bits=4, segments=(64,) * 4, dynamic=True),
+]
+
+GROUPED = [
+    QuantMatmul.linear((40,), 320, 50, bits=4, segments=(64,) * 5, groups=3),
+    QuantMatmul.linear((16,), 312, 33, segments=(128, 128, 56), has_offset=True),
+    QuantMatmul(6, 8, 256, 40, **PADDED, bits=3, segments=(64,) * 4, groups=2, classes=3),
+]
+"""K-groups, whose sums are scaled one by one."""
+
+QUANTIZED = Epilogue((Step("add", 0), Step("silu"), Step("quantize", value=8)), (Operand("full"),))
+
+
+def compared(isa: Isa, problems: list[QuantMatmul], batches: tuple[int, ...] = (2,)) -> None:
+    cases = [(i, make_case(p, batch, seed("tiles", p, batch))) for i, p in enumerate(problems) for batch in batches]
+    for (_, case), got in zip(cases, Kernels(isa, problems).run(cases), strict=True):
+        assert_same_bits(got, reference(case), (case.batch, case.problem))
+
+
+@pytest.mark.parametrize("problems", [LINEAR, IMAGES, DYNAMIC, GROUPED], ids=["linear", "images", "dynamic", "grouped"])
+@pytest.mark.invariant("compiler-1")
+def test_tiles_compute_what_is_defined(problems):
+    with emulated() as isa:
+        assert all(WeightLayout(problem, isa).isa.depth for problem in problems)
+        compared(isa, problems, (1, 3))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.invariant("compiler-1")
+def test_every_format(name):
+    problems = [QuantMatmul.linear((34,), 192, 40), QuantMatmul(6, 6, 64, 20, **PADDED)]
+    with emulated() as isa:
+        compared(isa, [with_format(problem, name) for problem in problems])
+
+
+def test_rows_of_several_widths():
+    with emulated() as isa:
+        compared(isa, [with_widths(QuantMatmul.linear((34,), 128, 40), 2, 3, 4)])
+
+
+def test_every_micro_kernel():
+    problem = QuantMatmul.linear((64,), 128, 40, bits=4)
+    with emulated() as isa:
+        found = tiles(problem, isa)
+        assert found[0] == (2, 32) and {*found} == {(2, 32), (2, 16), (1, 32), (1, 16)}
+        compared(isa, [replace(problem, tile=tile) for tile in found])
+
+
+def test_an_epilogue_is_that_of_registers():
+    """What follows the sums is one source for both: here one kernel of each."""
+    problem = QuantMatmul.linear((40,), 128, 48, bits=8, epilogue=QUANTIZED)
+    case = make_case(problem, 2, seed("epilogue"))
+    with emulated() as isa:
+        (got,) = Kernels(isa, [problem]).run([(0, case)])
+    (wanted,) = Kernels(needs("x86-64-avx2"), [problem]).run([(0, case)])
+    assert_same_bits(got, wanted)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        QuantMatmul.linear((), 640, 320),  # a row a sample
+        QuantMatmul.linear((15,), 640, 320),
+        QuantMatmul(16, 16, 36, 64, **PADDED),  # 28 of 64 values would be padded
+        QuantMatmul(16, 16, 320, 4, **PADDED),  # registers share lanes
+    ],
+)
+def test_registers_multiply_where_tiles_do_not_pay(problem):
+    own, vnni = WeightLayout(problem, ISAS[TARGET]), WeightLayout(problem, ISAS["x86-64-avx512vnni"])
+    assert not own.isa.depth
+    assert (own.tile, own.buffers()) == (vnni.tile, vnni.buffers())
+
+
+def test_no_other_target_has_tiles():
+    problem = QuantMatmul.linear((64,), 640, 320)
+    assert [name for name, isa in ISAS.items() if WeightLayout(problem, isa).isa.depth] == [TARGET]
+
+
+def test_no_band_is_lower_than_a_tile():
+    """Fewer rows than a tile has would have no kernel."""
+    for height in range(1, 70):
+        for width in (5, 8, 16, 20, 32):
+            problem = QuantMatmul(height, width, 512, 64, **PADDED)
+            if problem.rows >= 16:
+                schedule = Schedule(problem, ISAS[TARGET])
+                assert schedule.least_rows >= schedule.tile.rows, problem
+
+
+def test_a_faulty_instruction_is_noticed(monkeypatch):
+    """The comparison is one that can fail: without its first step a sum is another."""
+    with emulated() as isa:
+        emit, seen = amx.emit, []
+
+        def faulty(name, *operands):
+            seen.append(name)
+            if name != "tdpbusd" or seen.count(name) > 1:
+                emit(name, *operands)
+
+        monkeypatch.setattr(amx, "emit", faulty)
+        problem = QuantMatmul.linear((32,), 64, 32)
+        case = make_case(problem, 1, seed("fault"))
+        (got,) = Kernels(isa, [problem]).run([(0, case)])
+        assert {"ldtilecfg", "tileloadd64", "tdpbusd", "tilestored64", "tilerelease"} == {*seen}
+        wrong = np.argwhere(got != reference(case))
+        assert len(wrong) and wrong[:, -2].max() < 16 and wrong[:, -1].max() < 16  # one tile of sums
