@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels                                  # all, into benchmarks/results/kernels-ISA.json
     python -m benchmarks.kernels --isa x86-64-avx2 --against ''   # without peers, whose kernels take what the CPU has
+    python -m benchmarks.kernels --isa amx                        # tiles, beside our kernels of AVX512-VNNI
     python -m benchmarks.kernels --only 'linear 64x' --runs 1 --json ''
 
 One thread. The kernels of a shape in all formats, its peers (benchmarks/operators.py) and a loop of nothing but dot
@@ -12,7 +13,8 @@ floats; convolutions read codes and write codes. Formats: `lut4` has two codeboo
 binary branch (`int2+b`), folded, and offsets. Rows against MatMulNBits, which quantizes what it reads, include that.
 Cold matrix-vector products take each call other weights out of several times what the last-level cache holds; their
 share is of the speed at which a loop of loads reads as many bytes. Of K-groups with one row, whose weights do not fit
-the first caches, `read` is how fast they are against such a loop: no kernel can be faster than it.
+the first caches, `read` is how fast they are against such a loop: no kernel can be faster than it. With tiles (AMX) the
+peak is theirs, and goals are times that our kernels for AVX512-VNNI take, the same problems and formats.
 """
 
 from __future__ import annotations
@@ -43,11 +45,14 @@ from benchmarks.timing import interleaved
 from mpq_compiler.backends.tvm.compile import peak
 from mpq_compiler.backends.tvm.kernels.cpu import gemm, prepare, quantize
 from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS, Isa, isa
+from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import WeightLayout
 from mpq_compiler.backends.tvm.kernels.problems import quantize as quantize_problems
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Step
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul, stored_arguments
 from mpq_compiler.backends.tvm.kernels.problems.quantize import DynamicQuantize
 from mpq_compiler.support import terminal
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets import table as targets
 from tests.harness.shapes import concrete, make_case
 
 Call = Callable[[], object]
@@ -68,6 +73,10 @@ GEMM = {"w8": 0.92, "w4": 0.90, "w2": 0.90, "lut4": 0.88, "w3": 0.88, "base+b": 
 """Shares of the peak at 256 rows and 640 channels or more."""
 CONV = {(64, 320): 0.88, (32, 640): 0.88, (16, 1280): 0.82, (8, 1280): None}
 AS_W8, NBITS, COLD = 1.05, 2.5, 0.70
+REGISTERS = "x86-64-avx512vnni"
+"""What tiles are held against."""
+TILES_LINEAR, TILES_CONV, TILES_AS_W8 = 3.3, 5.0, 1 / 0.9
+"""How many times as long registers take, for 64 rows and more; of the time of 8 bits, 4, 3 and 2 bits from 256 on."""
 READ = "read"
 """The contestant that reads memory and does nothing else."""
 
@@ -182,12 +191,30 @@ def products(target: Isa, only: str, wanted: Callable[[str], bool]) -> Iterator[
                 operators.linear(first.rows, first.channels, first.outputs) if linear else operators.convolution(first)
             )
             group.peers = {n: call for n, call in made.items() if wanted(n)}
+        if target.engine:
+            by_tiles(group, chosen, target)
+            yield group
+            continue
         for full, (kind, p) in chosen.items():
             if (goal := goal_of(name, kind, p)) is not None:
                 group.goals[full, "peak"] = goal
             if kind == "w4" and "linear" in name and p.rows >= 256 and f"{name} w8" in chosen:
                 group.goals[full, f"{name} w8"] = 1 / AS_W8
         yield group
+
+
+def by_tiles(group: Group, chosen: Mapping[str, tuple[str, QuantMatmul]], target: Isa) -> None:
+    """Adds what tiles are held against: each problem by registers, which has a row of its own."""
+    for full, (kind, p) in chosen.items():
+        if not WeightLayout(p, target).isa.depth:
+            continue
+        registers = f"{full} {REGISTERS}"
+        group.ours[registers], group.work[registers] = kernel(p, ISAS[REGISTERS])
+        conv = p.kernel == (3, 3)
+        group.goals[full, registers] = TILES_CONV if conv else TILES_LINEAR
+        w8 = f"{full.removesuffix(kind)}w8"
+        if kind in ("w4", "w3", "w2") and p.rows >= 256 and w8 in chosen:
+            group.goals[full, w8] = 1 / TILES_AS_W8
 
 
 def goal_of(name: str, kind: str, p: QuantMatmul) -> float | None:
@@ -358,7 +385,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [name for name in ISAS if name.startswith("x86")]
-    parser.add_argument("--isa", default=names[0], choices=names)
+    parser.add_argument("--isa", help=f"{', '.join(names)}, or the end of one (default: the best that runs here)")
     parser.add_argument("--runs", type=int, default=3, help="each measures everything (default 3)")
     parser.add_argument("--rounds", type=int, default=10, help="of a run (default 10)")
     parser.add_argument("--only", default="", help="rows whose name contains this; the others of the JSON stay")
@@ -366,11 +393,18 @@ def main() -> None:
     parser.add_argument("--json", help="default benchmarks/results/kernels-ISA.json; '' for none")
     parser.add_argument("--docs", type=Path, help="only write the table of the JSON between the marks of this file")
     options = parser.parse_args()
-    path = options.json if options.json is not None else RESULTS / f"kernels-{options.isa}.json"
+    name = next((n for n in names if n == f"x86-64-{options.isa}"), options.isa or "native")
+    try:
+        target = isa(targets.resolve(name).name)
+        if not options.docs:
+            targets.require_runnable(targets.resolve(name))
+    except UserError as error:
+        raise SystemExit(str(error)) from error
+    path = options.json if options.json is not None else RESULTS / f"kernels-{target.name}.json"
     if options.docs:
         documents.insert(options.docs, "kernels", table(json.loads(Path(path).read_text())["rows"]))
         return
-    target, against = isa(options.isa), tuple(filter(None, options.against.split(",")))
+    against = tuple(filter(None, options.against.split(",")))
 
     def wanted(peer: str) -> bool:
         return peer.startswith(against) if against else False

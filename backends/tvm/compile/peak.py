@@ -17,8 +17,9 @@ from tvm.script.ir_builder import tirx as T
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.template import primfunc, scratch, shares, span, store
+from mpq_compiler.backends.tvm.kernels.cpu import amx
 from mpq_compiler.backends.tvm.kernels.cpu import bfloat16 as pairs
-from mpq_compiler.backends.tvm.kernels.cpu.isa import Isa
+from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_BYTES, TILE_ROWS, Isa
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.targets.numerics import BF16, FEATURES
 from mpq_compiler.targets.table import TARGETS, with_features
@@ -36,6 +37,8 @@ def integer(target: Isa, parts: int = 1) -> Loop:
     parts: repeats the loop, and divides the repetitions among threads. The performance of two threads on two parts is
     the peak for kernels on two threads.
     """
+    if target.engine:
+        return _tiles(target, parts)
     weights = f"{target.weight}x{target.vector}"
 
     def step(total: Expr, word: Expr) -> Expr:
@@ -45,6 +48,31 @@ def integer(target: Isa, parts: int = 1) -> Loop:
 
     lanes = target.words * target.unit
     return _loop("peak_integer", target, "int32", step, target.vector * target.unit, parts, lanes=lanes)
+
+
+def _tiles(target: Isa, parts: int) -> Loop:
+    """A loop of products of tiles, four sums by two tiles of activations and two of weights, as kernels have them."""
+    cells = [(half, v) for half in range(2) for v in range(2)]
+    size = TILE_ROWS * TILE_BYTES
+
+    def body(_: Any, buffers: dict[str, Any]) -> None:
+        configuration = scratch(amx.CONFIGURATION, "int32")
+        with shares(1, parts, float("inf") if parts > 1 else 0) as (_, begin, end), T.serial(begin, end) as part:
+            amx.configure(configuration)
+            y = T.decl_buffer((parts * size,), "uint8", data=buffers["y"].data)
+            for t in range(4, 8):
+                amx.load(t, y, part * size, TILE_BYTES)
+            with T.serial(0, ROUNDS):
+                for half, v in cells:
+                    amx.dot(2 * half + v, 4 + half, 6 + v)
+            for half, v in cells:
+                amx.save(2 * half + v, y, part * size, TILE_BYTES)
+            amx.release()
+
+    loop = primfunc("peak_tiles", [Argument("y", (parts, size), "uint8")], body)
+    function = tvm.compile(tvm.IRModule({"peak_tiles": loop}), target=target.target())["peak_tiles"]
+    y = tvm.runtime.tensor(np.zeros((parts, size), np.uint8))
+    return lambda: function(y), ROUNDS * len(cells) * TILE_ROWS * TILE_BYTES * TILE_ROWS * parts
 
 
 def floating(target: Isa) -> Loop:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from mpq_compiler.backends.tvm.compile import peak
 from mpq_compiler.backends.tvm.kernels.cpu import amx
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Schedule
 from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS, Isa
@@ -134,6 +135,19 @@ def test_no_band_is_lower_than_a_tile():
             if problem.rows >= 16:
                 schedule = Schedule(problem, ISAS[TARGET])
                 assert schedule.least_rows >= schedule.tile.rows, problem
+
+
+def test_the_peak_is_that_of_products(monkeypatch):
+    """What is counted is what is emitted: 16 rows by 64 values by 16 channels for each product, by its emulation."""
+    monkeypatch.setattr(peak, "ROUNDS", 3)
+    with emulated() as isa:
+        emit, seen = amx.emit, []
+        monkeypatch.setattr(amx, "emit", lambda name, *operands: (seen.append(name), emit(name, *operands)))
+        for parts in (1, 2):
+            call, macs = peak.integer(isa, parts)
+            call()
+            assert macs == parts * 3 * 4 * 16 * 64 * 16
+    assert seen.count("tdpbusd") == 2 * 4
 
 
 def test_a_faulty_instruction_is_noticed(monkeypatch):
