@@ -5,7 +5,8 @@
 
 The peers run the same model in f32, in bfloat16 and in 8 bits, quantized as their users would
 (`bench/baselines.py`); we run it with 8-bit weights, with 4-bit weights, and with `--numerics fast`. Everybody is
-calibrated on 32 inputs. The large models have random weights: their SQNR ranks arithmetic and says nothing of images.
+calibrated on 32 inputs. Where the CPU has tiles (AMX) the kernels for them are further artifacts. The large models have
+random weights: their SQNR ranks arithmetic and says nothing of images.
 In each run all take turns; a ratio is the median over the runs of the median ratio within rounds, by CPU time, which
 leaves out what others do.
 """
@@ -34,14 +35,22 @@ from mpq_compiler.bench.run import bench
 from mpq_compiler.bench.show import show
 from mpq_compiler.frontend import denoiser
 from mpq_compiler.support import terminal
+from mpq_compiler.targets import table as targets
 
 RESULTS = Path(__file__).parent / "results" / "end_to_end.json"
 PIPELINE = (
     "trace,layout,calibrate{{samples=8,steps=4}},time-groups,bit-allocation{{uniform={}}},numerics{{mode={}}},"
     "insert-fake-quant,residual-branch,round-weights,fold-fake-quant,fuse-epilogues"
 )
-OURS = {"w8a8": ("int8", "portable"), "w8a8-fast": ("int8", "fast"), "w4a8": ("int4", "portable")}
-"""Artifacts by name: format of all weights, numerics. The first is the one that peers are held against."""
+TILES = "x86-64-amx"
+OURS = {
+    "w8a8": ("int8", "portable", "native"),
+    "w8a8-fast": ("int8", "fast", "native"),
+    "w4a8": ("int4", "portable", "native"),
+    "w8a8-tiles": ("int8", "portable", TILES),
+    "w4a8-tiles": ("int4", "portable", TILES),
+}
+"""Artifacts by name: format of all weights, numerics, target. The first is the one that peers are held against."""
 INT8 = ("onnxruntime-int8", "openvino-int8", "openvino-int8-bf16")
 BLOCKS = ("{}DownBlock2D", "{}UpBlock2D")
 
@@ -91,13 +100,13 @@ def save(name: str, folder: Path) -> str:
 
 def compiled(source: str, name: str, folder: Path, jobs: int) -> tuple[Path, float]:
     """(the artifact, seconds that it took to compile; 0 where it was there)."""
-    weights, numerics = OURS[name]
+    weights, numerics, target = OURS[name]
     path = folder / f"{Path(source).name}-{name}" / f"{name}.mpq"
     if path.exists():
         return path, 0.0
     path.parent.mkdir(parents=True, exist_ok=True)
     model = denoiser.load(source)
-    chosen: dict[str, Any] = {"pipeline": PIPELINE.format(weights, numerics), "jobs": jobs}
+    chosen: dict[str, Any] = {"pipeline": PIPELINE.format(weights, numerics), "jobs": jobs, "target": target}
     if not model.conditioning.possible:  # no text encoder: random conditions, as the peers get
         chosen["calibration"] = folder / f"{Path(source).name}.safetensors"
         if not chosen["calibration"].exists():
@@ -115,7 +124,10 @@ def measure(name: str, folder: Path, runs: int, rounds: int, against: list[str],
     """The document of a model: its artifacts, every run, and the ratios."""
     source = save(name, folder)
     paths, seconds = [], {}
-    for ours in OURS:
+    for ours, (_, _, target) in OURS.items():
+        if lacking := targets.missing_features(targets.resolve(target)):
+            print(f"{name}: no {ours}: this machine lacks {', '.join(lacking)}", flush=True)
+            continue
         path, seconds[ours] = compiled(source, ours, folder, jobs)
         paths.append(path)
     found = []
@@ -146,6 +158,11 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "w4a8_against_w8a8": ratio("mpq", "mpq w4a8"),
         "w4a8_bytes_against_int8": best and round(rows["mpq w4a8"][0]["bytes"] / rows[best][0]["bytes"], 3),
         "fast_against_portable": ratio("mpq", "mpq w8a8-fast"),
+        **{
+            f"{ours}_against_w8a8": ratio("mpq", f"mpq {ours}")
+            for ours, (_, _, target) in OURS.items()
+            if target == TILES and f"mpq {ours}" in names
+        },
     }
 
 
