@@ -161,8 +161,8 @@ TARGETS: dict[str, Target] = {
             numerics=(BF16, INT8),
         ),
         _x86(
-            *("x86-64-amx", "amx", "x86-64-v4", ["+avx512vnni", "+amx-tile", "+amx-int8"]),
-            (*_X86_64_V4, "avx512_vnni", "amx_tile", "amx_int8"),
+            *("x86-64-amx", "amx", "x86-64-v4", ["+avx512vnni", "+amx-tile", "+amx-int8", "+amx-bf16"]),
+            (*_X86_64_V4, "avx512_vnni", "amx_tile", "amx_int8", "amx_bf16"),
             numerics=(BF16, INT8),
             status="run on emulated tiles, never on silicon",
         ),

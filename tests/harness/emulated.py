@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from unittest import mock
@@ -19,8 +19,9 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
-from mpq_compiler.backends.tvm.kernels.cpu import amx
-from mpq_compiler.backends.tvm.kernels.cpu.gemm import sums
+from mpq_compiler.backends.tvm.kernels.common import vmath
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index, span
+from mpq_compiler.backends.tvm.kernels.cpu import amx, bfloat16
 from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS, Isa
 from mpq_compiler.targets.table import TARGETS
 
@@ -71,11 +72,22 @@ def _call(name: str, *operands: Expr) -> None:
     T.evaluate(T.call_extern("int32", f"mpq_{name}", *operands))
 
 
+def _words(x: Buffer, row: tuple[Index, ...], start: Index, count: int) -> Expr:
+    """`bfloat16.words` in integers."""
+    values = vmath.keep(x[(*row, span(start, 2 * count))])
+    return bfloat16.pair(*(bfloat16.rounded(_picked(values, range(i, 2 * count, 2))) for i in range(2)))
+
+
 @contextmanager
 def emulated() -> Iterator[Isa]:
     """The ISA; kernels that are built within have calls in the places of tile instructions."""
     _load_tiles()
     own = ISAS[TARGET]
     isa = EmulatedIsa(**{field.name: getattr(own, field.name) for field in fields(own)})
-    with mock.patch.object(amx, "emit", _call), mock.patch.dict(sums.ISAS, {TARGET: isa}):
+    with (
+        mock.patch.object(amx, "emit", _call),
+        mock.patch.object(bfloat16, "instructions", nullcontext),
+        mock.patch.object(bfloat16, "words", _words),
+        mock.patch.dict(ISAS, {TARGET: isa}),
+    ):
         yield isa

@@ -61,6 +61,32 @@ int mpq_tilestored64(int8_t number, uint8_t *memory, int64_t apart) {
   return 0;
 }
 
+/* Denormals are zeros of their sign, in operands and in results. */
+static float flushed(float x) { return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0.0f, x) : x; }
+
+static float widened(const uint8_t *bfloat16) {
+  uint32_t bits = (uint32_t)bfloat16[0] << 16 | (uint32_t)bfloat16[1] << 24;
+  float x;
+  memcpy(&x, &bits, 4);
+  return flushed(x);
+}
+
+int mpq_tdpbf16ps(int8_t sums, int8_t left, int8_t right) {
+  Tile *c = configured(sums), *a = configured(left), *b = configured(right);
+  if (c->rows != a->rows || c->bytes != b->bytes || a->bytes != 4 * b->rows) fail("shapes do not fit");
+  for (int m = 0; m < c->rows; m++)
+    for (int n = 0; n < c->bytes / 4; n++) {
+      float sum, of[2] = {0, 0}; /* of the first and of the second values of all pairs */
+      for (int k = 0; k < b->rows; k++)
+        for (int i = 0; i < 2; i++)
+          of[i] = flushed(__builtin_fmaf(widened(&a->of[m][4 * k + 2 * i]), widened(&b->of[k][4 * n + 2 * i]), of[i]));
+      memcpy(&sum, &c->of[m][4 * n], 4);
+      sum = flushed(flushed(sum) + flushed(of[0] + of[1]));
+      memcpy(&c->of[m][4 * n], &sum, 4);
+    }
+  return 0;
+}
+
 int mpq_tdpbusd(int8_t sums, int8_t left, int8_t right) {
   Tile *c = configured(sums), *a = configured(left), *b = configured(right);
   if (c->rows != a->rows || c->bytes != b->bytes || a->bytes != 4 * b->rows) fail("shapes do not fit");

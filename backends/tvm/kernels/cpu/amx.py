@@ -68,5 +68,13 @@ def dot(sums: int, unsigned: int, signed: int) -> None:
     emit("tdpbusd", _number(sums), _number(unsigned), _number(signed))
 
 
+def dot_bfloat16(sums: int, left: int, right: int) -> None:
+    """Adds products of pairs of bfloat16 to the sums in float32, as `dot` does those of four bytes.
+
+    First and second values of pairs are summed apart, rounded to nearest, and denormals are zeros (TDPBF16PS).
+    """
+    emit("tdpbf16ps", _number(sums), _number(left), _number(right))
+
+
 def _number(t: int) -> Expr:
     return tirx.IntImm("int8", t)

@@ -1,0 +1,597 @@
+"""Attention with products of words in registers, bfloat16 (AVX-512) or 8 bits: the bodies of `fast_attention`.
+
+Everything but the products is as in `attention`. Keys and values are made ready by a kernel of their own (`Ready`),
+so that those of a text are made once: in words of 32 bits that a dot product takes, two values of bfloat16 or four of
+8 bits, of neighbouring dimensions for keys and of neighbouring keys for values.
+
+8 bits (after SageAttention, arXiv 2410.02367): from the keys their mean is taken off, which changes no softmax; codes
+of queries are s8 with a scale for each query, of keys u8 = s8 + 128 with a scale for each block of keys, of weights u8
+with a scale for each query and block, of values s8 with a scale for each dimension. The sums of the codes of a query
+times -128 are what the accumulators start with. Where a dot product takes two signed operands, codes that are u8 are
+multiplied less 128: then scores start with nothing, and weighted values with 128 times the sums of the values' codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import log2
+from typing import TypeAlias
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.script.ir_builder import tirx as T
+
+from mpq_compiler.backends.tvm.kernels.common import vmath
+from mpq_compiler.backends.tvm.kernels.common.template import (
+    Buffers,
+    Registers,
+    each_vector,
+    fold,
+    scratch,
+    shares,
+    span,
+    store,
+)
+from mpq_compiler.backends.tvm.kernels.common.vmath import (
+    MAGIC,
+    as_float,
+    as_int,
+    f32,
+    fma,
+    i32,
+    keep,
+    lanes,
+    mul,
+    splat,
+)
+from mpq_compiler.backends.tvm.kernels.cpu import bfloat16
+from mpq_compiler.backends.tvm.kernels.cpu.attention import Body
+from mpq_compiler.backends.tvm.kernels.cpu.isa import Isa
+from mpq_compiler.backends.tvm.kernels.problems.attention import LOWEST
+from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready
+from mpq_compiler.backends.tvm.kernels.problems.lanes import LANES
+from mpq_compiler.targets import numerics as targets_numerics
+from mpq_compiler.targets.numerics import KEY_BLOCK, PACKED
+
+Index: TypeAlias = Expr | int
+"""Where something lies: a number that is known now, or one of emitted code."""
+Start = Callable[[Index, int], Expr]
+Pack = Callable[[Index, int], Expr]
+
+
+# ------------------------------------------------------------------------------------------------- expressions
+
+def _four(codes: list[Expr]) -> Expr:
+    """The low bytes of up to four int32 as one."""
+    count = lanes(codes[0])
+    word = tirx.bitwise_and(codes[0], i32(255, count))
+    for place, code in enumerate(codes[1:], 1):
+        word = tirx.bitwise_or(word, tirx.shift_left(tirx.bitwise_and(code, i32(255, count)), i32(8 * place, count)))
+    return word
+
+
+_MAGIC_BITS = 0x4B400000
+
+
+def _int32(value: int) -> int:
+    """The value modulo 2^32, as signed."""
+    return (value + 2**31) % 2**32 - 2**31
+
+
+def _magnitude(x: Expr) -> Expr:
+    """|x| as an integer that is ordered as the floats are, NaN above all."""
+    return tirx.bitwise_and(as_int(x), i32(0x7FFFFFFF, lanes(x)))
+
+
+def _larger(a: Expr, b: Expr) -> Expr:
+    return tirx.Select(a > b, a, b)
+
+
+def _least(count: int) -> Expr:
+    """The value that the search for a largest magnitude starts from."""
+    return as_int(f32(targets_numerics.SMALLEST, count))
+
+
+def _code(x: Expr, inverse: Expr) -> Expr:
+    """rint(x * inverse) in the low bits."""
+    return as_int(mul(x, splat(inverse, lanes(x))) + f32(MAGIC, lanes(x)))
+
+
+def _power(x: Expr) -> Expr:
+    """2^x for x <= 126, coarse: next to nothing below -126. NaN gives NaN where its lowest bits are 0."""
+    x = keep(vmath.at_least(x, f32(-126.0, lanes(x))))
+    return vmath.exp2_unchecked(x, coefficients=targets_numerics.EXP2_COARSE)
+
+
+# ------------------------------------------------------------------------------------------- keys and values
+
+
+class _Ready:
+    """Makes keys and values of each sample and head ready."""
+
+    def __init__(self, problem: Ready, buffers: Buffers):
+        self.problem, self.buffers = problem, buffers
+
+    def emit(self, batch: Index) -> None:
+        p = self.problem
+        with shares(batch, p.heads, p.keys * p.channels / 4) as (b, first, end), T.serial(first, end) as h:
+            self._emit_keys(b, h)
+            self._emit_values(b, h)
+
+    def _emit_keys(self, b: Index, h: Index) -> None:
+        raise NotImplementedError
+
+    def _emit_values(self, b: Index, h: Index) -> None:
+        raise NotImplementedError
+
+    def _row(self, name: str, b: Index, h: Index, key: Index, d: Index, count: int) -> Expr:
+        """`count` values of a key from dimension `d` on."""
+        return self.buffers[name][b, key, span(h * self.problem.dim + d, count)]
+
+    def _words(self, b: Index, h: Index, key: Index, pack: Pack, tail: Pack) -> None:
+        """Words of a key: ``pack(d, words)`` of those whose values are all there, ``tail(d, values)`` of the last."""
+        packed = PACKED[self.problem.numerics]
+        whole, rest = divmod(self.problem.dim, packed)
+        target = self.buffers["packed_k"]
+        if whole:
+            each_vector(whole, lambda w, n: store(target, pack(w * packed, n), b, h, key, span(w, n)))
+        if rest:
+            store(target, tail(whole * packed, rest), b, h, key, whole)
+
+    def _columns(
+        self, b: Index, h: Index, value: Callable[[Index, Index, int], Expr], join: Callable[[list[Expr]], Expr]
+    ) -> None:
+        """Words of values: ``join`` of ``value(key, d, lanes)`` for the keys of a word."""
+        p, packed = self.problem, PACKED[self.problem.numerics]
+        whole, rest = divmod(p.keys, packed)
+
+        def words(word: Index, keys: int) -> None:
+            def column(d: Index, count: int) -> None:
+                joined = join([value(word * packed + i, d, count) for i in range(keys)])
+                store(self.buffers["packed_v"], joined, b, h, word, span(d, count))
+
+            each_vector(p.dim, column)
+
+        if whole:
+            with T.serial(0, whole) as word:
+                words(word, packed)
+        if rest:
+            words(whole, rest)
+
+
+class Bfloat16Ready(_Ready):
+    def emit(self, batch: Index) -> None:
+        with bfloat16.instructions():
+            super().emit(batch)
+
+    def _emit_keys(self, b: Index, h: Index) -> None:
+        with T.serial(0, self.problem.keys) as key:
+
+            def pack(d: Index, count: int) -> Expr:
+                return bfloat16.words(self.buffers["k"], (b, key), h * self.problem.dim + d, count)
+
+            self._words(b, h, key, pack, lambda d, _: self._join([bfloat16.rounded(self._row("k", b, h, key, d, 1))]))
+
+    def _emit_values(self, b: Index, h: Index) -> None:
+        self._columns(b, h, lambda key, d, count: bfloat16.rounded(self._row("v", b, h, key, d, count)), self._join)
+
+    @staticmethod
+    def _join(values: list[Expr]) -> Expr:
+        return bfloat16.pair(values[0], values[1] if len(values) > 1 else i32(0, lanes(values[0])))
+
+
+class CodesReady(_Ready):
+    def _emit_keys(self, b: Index, h: Index) -> None:
+        p = self.problem
+        center = scratch(p.dim)
+
+        def mean(d: Index, count: int) -> None:
+            total = scratch(count)
+            store(total, f32(0.0, count), span(0, count))
+            with T.serial(0, p.keys) as key:
+                store(total, total[span(0, count)] + self._row("k", b, h, key, d, count), span(0, count))
+            store(center, mul(total[span(0, count)], f32(1.0 / p.keys, count)), span(d, count))
+
+        each_vector(p.dim, mean)
+
+        def smoothed(key: Index, d: Index, count: int) -> Expr:
+            return self._row("k", b, h, key, d, count) - center[span(d, count)]
+
+        def block(start: Index, keys: int, index: Index) -> None:
+            width = min(LANES, 1 << (p.dim.bit_length() - 1))
+            most = scratch(width, "int32")
+            store(most, _least(width), span(0, width))
+            with T.serial(0, keys) as i:
+                each_vector(
+                    p.dim,
+                    lambda d, n: store(
+                        most, _larger(most[span(0, n)], _magnitude(smoothed(start + i, d, n))), span(0, n)
+                    ),
+                )
+            largest = keep(as_float(fold(most[span(0, width)], _larger)))
+            store(self.buffers["k_scale"], mul(largest, f32(1 / 127, 1)), b, h, index)
+            inverse = keep(vmath.div(f32(127.0, 1), largest))
+            with T.serial(0, keys) as i:
+                key = start + i
+
+                def code(d: Index, n: int) -> Expr:
+                    return _code(smoothed(key, d, n), inverse) + i32(128, n)
+
+                def pack(d: Index, count: int) -> Expr:
+                    codes = vmath.cast(code(d, 4 * count), "uint8")
+                    return tirx.reinterpret("int32" if count == 1 else f"int32x{count}", codes)
+
+                self._words(b, h, key, pack, lambda d, n: _four([code(d + j, 1) for j in range(n)]))
+
+        whole, rest = divmod(p.keys, KEY_BLOCK)
+        if whole:
+            with T.serial(0, whole) as index:
+                block(index * KEY_BLOCK, KEY_BLOCK, index)
+        if rest:
+            block(whole * KEY_BLOCK, rest, whole)
+
+    def _emit_values(self, b: Index, h: Index) -> None:
+        p = self.problem
+        inverse = scratch(p.dim)
+
+        def scale(d: Index, count: int) -> None:
+            most, whole = scratch(count, "int32"), span(0, count)
+            store(most, _least(count), whole)
+            with T.serial(0, p.keys) as key:
+                store(most, _larger(most[whole], _magnitude(self._row("v", b, h, key, d, count))), whole)
+            largest = keep(as_float(most[whole]))
+            store(self.buffers["v_scale"], mul(largest, f32(1 / 127, count)), b, h, span(d, count))
+            store(inverse, vmath.div(f32(127.0, count), largest), span(d, count))
+
+        each_vector(p.dim, scale)
+        self._columns(
+            b, h, lambda key, d, n: _code(self._row("v", b, h, key, d, n), inverse[span(d, n)]), _four
+        )
+
+
+# ------------------------------------------------------------------------------------------------- attention
+
+
+class _Fast(Body):
+    """Queries in words (`factors`), products of words."""
+
+    problem: FastAttention
+
+    @property
+    def _packed(self) -> int:
+        return PACKED[self.problem.numerics]
+
+    @property
+    def _steps(self) -> int:
+        return -(-self.problem.dim // self._packed)
+
+    @property
+    def _granule(self) -> int:
+        return self._packed
+
+    def _key(self, b: Index, h: Index, key: Index, step: Index) -> Expr:
+        return self.buffers["packed_k"][b, h, key, step]
+
+    def _query_words(self, value: Callable[[Index, int], Expr], join: Callable[[list[Expr]], Expr]) -> None:
+        """`factors` from ``value(d, j)``, vector j of the queries' dimension d."""
+        self.factors = scratch((self._steps + 1) // 2 * 2 * self.width, "int32")
+        whole, rest = divmod(self.problem.dim, self._packed)
+
+        def words(word: Index, values: int) -> None:
+            for j in range(self.vectors):
+                joined = join([value(word * self._packed + i, j) for i in range(values)])
+                store(self.factors, joined, self._at(word, j))
+
+        if whole:
+            with T.serial(0, whole) as word:
+                words(word, self._packed)
+        if rest:
+            words(whole, rest)
+
+    def _weight_words(self, size: Index, weight: Callable[[Index], Expr], join: Callable[[list[Expr]], Expr]) -> None:
+        """`words` from ``weight(key)``, the weights of all queries for a key of the block."""
+        self.words = scratch(KEY_BLOCK // self._packed * self.width, "int32")
+        whole, rest = divmod(size, self._packed) if isinstance(size, int) else (T.floordiv(size, self._packed), 0)
+
+        def words(word: Index, keys: int) -> None:
+            joined = join([weight(word * self._packed + i) for i in range(keys)])
+            store(self.words, joined, span(word * self.width, self.width))
+
+        if not isinstance(whole, int) or whole:
+            with T.serial(0, whole) as word:
+                words(word, self._packed)
+        if rest:
+            words(whole, rest)
+
+    def _products(
+        self, b: Index, h: Index, key: Index, size: Index, d: Index, dims: int, start: Start, kind: str
+    ) -> tuple[Registers | list[Expr], list[tuple[int, int]]]:
+        """Sums over the block's keys of weight times value for `dims` dimensions, and their places."""
+        pairs = [(i, j) for i in range(dims) for j in range(self.vectors)]
+        sums = Registers(len(pairs), LANES, kind)
+        for n, (i, j) in enumerate(pairs):
+            sums[n] = start(i, j)
+        with T.serial(0, T.floordiv(size + self._packed - 1, self._packed)) as word:
+            for n, (i, j) in enumerate(pairs):
+                value = splat(self.buffers["packed_v"][b, h, key // self._packed + word, d + i], LANES)
+                sums[n] = self._weigh(sums[n], self.words[self._at(word, j)], value)
+        return sums, pairs
+
+    def _weigh(self, total: Expr, weights: Expr, values: Expr) -> Expr:
+        raise NotImplementedError
+
+
+class Bfloat16(_Fast):
+    def emit(self, batch: Index) -> None:
+        with bfloat16.instructions():
+            super().emit(batch)
+
+    def _load_queries(self, b: Index, h: Index, first: Index) -> None:
+        super()._load_queries(b, h, first)
+        self._query_words(lambda d, j: bfloat16.rounded(self.query[self._at(d, j)]), Bfloat16Ready._join)
+
+    def _dot(self, key: Index, query: Expr, total: Expr) -> Expr:
+        return bfloat16.dot(total, key, query)
+
+    def _weights(self, size: Index, new: Expr) -> None:
+        self._rescale(new)
+        wide = span(0, self.width)
+        store(self.total, mul(self.total[wide], self.rescale[wide]), wide)
+
+        def weight(key: Index) -> Expr:
+            score = self.score[span(key * self.width, self.width)]
+            value = keep(_power(score - new[wide]))
+            store(self.total, self.total[wide] + value, wide)
+            return as_int(value) + i32(0x8000, self.width)  # to nearest: of ties, which are rare, all go up
+
+        def join(values: list[Expr]) -> Expr:
+            low = tirx.shift_right(values[0], i32(16, self.width))  # weights are positive
+            high = [tirx.bitwise_and(value, i32(-0x10000, self.width)) for value in values[1:]]
+            return tirx.bitwise_or(low, high[0]) if high else low
+
+        self._weight_words(size, weight, join)
+
+    def _weigh(self, total: Expr, weights: Expr, values: Expr) -> Expr:
+        return bfloat16.dot(total, weights, values)
+
+    def _values(self, b: Index, h: Index, key: Index, size: Index, d: Index, dims: int) -> None:
+        def start(i: Index, j: int) -> Expr:
+            return mul(self.out[self._at(d + i, j)], self.rescale[self._at(0, j)])
+
+        sums, pairs = self._products(b, h, key, size, d, dims, start, "float32")
+        for n, (i, j) in enumerate(pairs):
+            store(self.out, sums[n], self._at(d + i, j))
+
+
+class Codes(_Fast):
+    sums = "int32"
+
+    def __init__(self, isa: Isa, *given: Expr) -> None:
+        super().__init__(*given)
+        self.isa = isa
+        self.signed = isa.unsigned_excess > 0
+        """Whether codes that are u8 are multiplied less 128."""
+
+    def _gathered(self, word: Index) -> Expr:
+        """Four u8 codes as they are multiplied."""
+        flip = i32(_int32(0x80808080), lanes(word))
+        return tirx.bitwise_xor(word, flip) if self.signed else word
+
+    def _load_queries(self, b: Index, h: Index, first: Index) -> None:
+        super()._load_queries(b, h, first)
+        self.query_scale, self.offset, inverse = scratch(self.width), scratch(self.width, "int32"), scratch(self.width)
+        most = scratch(self.width, "int32")
+        for j in range(self.vectors):
+            at = self._at(0, j)
+            store(most, _least(LANES), at)
+            store(self.offset, i32(0, LANES), at)
+        with T.serial(0, self.problem.dim) as d:
+            for j in range(self.vectors):
+                at = self._at(0, j)
+                store(most, _larger(most[at], _magnitude(self.query[self._at(d, j)])), at)
+        for j in range(self.vectors):
+            at = self._at(0, j)
+            largest = keep(as_float(most[at]))
+            store(self.query_scale, mul(largest, f32(1 / 127, LANES)), at)
+            store(inverse, vmath.div(f32(127.0, LANES), largest), at)
+
+        def value(d: Index, j: int) -> Expr:
+            at = self._at(0, j)
+            code = keep(_code(self.query[self._at(d, j)], inverse[at]))
+            store(self.offset, self.offset[at] + code - i32(_MAGIC_BITS, LANES), at)
+            return code
+
+        self._query_words(value, _four)
+        for j in range(self.vectors):
+            at = self._at(0, j)
+            store(self.offset, self.offset[at] * i32(-128, LANES), at)
+
+    def _key_block(self, b: Index, h: Index, first: Index, key: Index, size: Index) -> None:
+        self.scale, self.merge = scratch(self.width), scratch(self.width)
+        for j in range(self.vectors):
+            at = self._at(0, j)
+            block = splat(self.buffers["k_scale"][b, h, key // KEY_BLOCK], LANES)
+            store(self.scale, mul(self.query_scale[at], block), at)
+        if self.signed:
+            self._sum_values(b, h, key, size)
+        super()._key_block(b, h, first, key, size)
+
+    def _sum_values(self, b: Index, h: Index, key: Index, size: Index) -> None:
+        """The sums of the codes of the block's values times 128, of each dimension."""
+        self.value_sums = scratch(self.problem.dim, "int32")
+
+        def some(d: Index, count: int) -> None:
+            total, whole = scratch(count, "int32"), span(0, count)
+            store(total, i32(0, count), whole)
+            with T.serial(0, T.floordiv(size + self._packed - 1, self._packed)) as word:
+                codes = self.buffers["packed_v"][b, h, key // self._packed + word, span(d, count)]
+                store(total, self._sum(total[whole], codes), whole)
+            store(self.value_sums, total[whole] * i32(128, count), span(d, count))
+
+        each_vector(self.problem.dim, some)
+
+    def _sum(self, total: Expr, signed: Expr) -> Expr:
+        """Adds the four s8 in each int32 to `total`."""
+        count = lanes(total)
+        if count % self.isa.words == 0:
+            return self.isa.dot_words(total, i32(0x01010101, count), signed)
+        for place in (24, 16, 8, 0):
+            total = total + tirx.shift_right(tirx.shift_left(signed, i32(place, count)), i32(24, count))
+        return total
+
+    def _first_maximum(self, j: int) -> Expr:
+        return f32(LOWEST, LANES)  # the block's own: its weights use all codes
+
+    def _key(self, b: Index, h: Index, key: Index, step: Index) -> Expr:
+        return self._gathered(super()._key(b, h, key, step))
+
+    def _start(self, j: int) -> Expr:
+        return i32(0, LANES) if self.signed else self.offset[self._at(0, j)]
+
+    def _dot(self, key: Index, query: Expr, total: Expr) -> Expr:
+        return self.isa.dot_words(total, key, query)
+
+    def _logit(self, total: Expr, j: int) -> Expr:
+        return mul(vmath.cast(total, "float32"), self.scale[self._at(0, j)])
+
+    def _rescale(self, new: Expr) -> None:
+        for j in range(self.vectors):
+            at = self._at(0, j)
+            highest = keep(_larger(self.highest[at], new[at]))
+            store(self.rescale, vmath.exp2_nonpositive(self.highest[at] - highest), at)
+            store(self.merge, vmath.exp2_nonpositive(new[at] - highest), at)
+            store(self.highest, highest, at)
+
+    def _weights(self, size: Index, new: Expr) -> None:
+        self._rescale(new)
+        wide = span(0, self.width)
+        shifted, part = scratch(self.width), scratch(self.width, "int32")
+        store(shifted, new[wide] - f32(log2(255), self.width), wide)
+        count = (size + self._packed - 1) // self._packed
+        lacking = count * (self._packed * self.isa.unsigned_excess)
+        store(part, splat(T.cast(lacking, "int32") if self.signed else T.int32(0), self.width), wide)
+
+        def weight(key: Index) -> Expr:
+            score = self.score[span(key * self.width, self.width)]
+            return as_int(_power(score - shifted[wide]) + f32(MAGIC, self.width))
+
+        def join(codes: list[Expr]) -> Expr:
+            """The codes, 0 to 255 above the bits of MAGIC, shifted into place and added: none carries."""
+            places = range(len(codes))
+            total = sum((tirx.shift_left(codes[i], i32(8 * i, self.width)) for i in places[1:]), codes[0])
+            return self._gathered(total - i32(_int32(sum(_MAGIC_BITS << 8 * i for i in places)), self.width))
+
+        self._weight_words(size, weight, join)
+        with T.serial(0, count) as word:
+            for j in range(self.vectors):
+                ones = i32(0x01010101, LANES)
+                total = self.isa.dot_words(part[self._at(0, j)], self.words[self._at(word, j)], ones)
+                store(part, total, self._at(0, j))
+        summed = vmath.cast(part[wide], "float32")
+        store(self.total, fma(summed, self.merge[wide], mul(self.total[wide], self.rescale[wide])), wide)
+
+    def _weigh(self, total: Expr, weights: Expr, values: Expr) -> Expr:
+        return self.isa.dot_words(total, weights, values)
+
+    def _values(self, b: Index, h: Index, key: Index, size: Index, d: Index, dims: int) -> None:
+        def start(i: Index, j: int) -> Expr:
+            return splat(self.value_sums[d + i], LANES) if self.signed else i32(0, LANES)
+
+        sums, pairs = self._products(b, h, key, size, d, dims, start, "int32")
+        for n, (i, j) in enumerate(pairs):
+            at, common = self._at(d + i, j), self._at(0, j)
+            part = mul(vmath.cast(sums[n], "float32"), self.merge[common])
+            store(self.out, fma(self.out[at], self.rescale[common], part), at)
+
+    def _result(self, value: Expr, b: Index, h: Index, d: Index) -> Expr:
+        return mul(value, self.buffers["v_scale"][b, h, span(d, lanes(value))])
+
+
+class Squares(Codes):
+    """Products by usmmla: two rows of eight u8 times two of eight s8, four sums.
+
+    Words lie in pairs, those of neighbouring queries beside each other: [pair of words][query][word]. Scores come as
+    [pair of queries][key][query] for two keys, weighted values as [pair of queries][query][dimension] for two.
+    """
+
+    @property
+    def _granule(self) -> int:
+        return 2 * self._packed
+
+    def _pair_words(self, words: Expr, count: Index) -> None:
+        """Brings so many words of all queries, in rows of them, into pairs; a row of zeros makes up for a last one."""
+        if isinstance(count, int) and count % 2:
+            store(words, i32(0, LANES), self._at(count, 0))
+        with T.serial(0, (count + 1) // 2) as pair:
+            rows = [keep(words[self._at(2 * pair + i, 0)]) for i in range(2)]
+            order = [i + n * LANES for i in range(LANES) for n in range(2)]
+            store(words, _shuffled(rows, order), span(pair * (2 * LANES), 2 * LANES))
+
+    def _query_words(self, value: Callable[[Index, int], Expr], join: Callable[[list[Expr]], Expr]) -> None:
+        super()._query_words(value, join)
+        self._pair_words(self.factors, self._steps)
+
+    def _weights(self, size: Index, new: Expr) -> None:
+        super()._weights(size, new)
+        self._pair_words(self.words, (size + self._packed - 1) // self._packed)
+
+    def _score_sums(self, b: Index, h: Index, first: Index, keys: int) -> list[Expr]:
+        pairs = -(-keys // 2)
+        sums = self._squares(pairs)
+        with T.serial(0, -(-self._steps // 2)) as step:
+            rows = []
+            for n in range(pairs):
+                both = (first + min(2 * n + i, keys - 1) for i in range(2))
+                words = [self.buffers["packed_k"][b, h, key, span(2 * step, 2)] for key in both]
+                rows.append(keep(_shuffled(words, range(4))))
+            for m in range(LANES // 2):
+                queries = self.factors[span(step * (2 * LANES) + 4 * m, 4)]
+                for n, row in enumerate(rows):
+                    at = n * (LANES // 2) + m
+                    sums[at] = self.isa.square(sums[at], row, queries)
+        found = []
+        for i in range(keys):
+            order = [4 * m + 2 * (i % 2) + q for m in range(LANES // 2) for q in range(2)]
+            found.append(self._every(sums, i // 2, order) + self._start(0))
+        return found
+
+    def _squares(self, pairs: int) -> Registers:
+        """Sums of two rows and all queries, for so many pairs of rows: zeros."""
+        sums = Registers(pairs * (LANES // 2), 4, "int32")
+        for at in range(pairs * (LANES // 2)):
+            sums[at] = i32(0, 4)
+        return sums
+
+    @staticmethod
+    def _every(sums: Registers, pair: int, order: list[int]) -> Expr:
+        """One row of a pair, a lane for each query: these of its sums."""
+        return _shuffled([sums[pair * (LANES // 2) + m] for m in range(LANES // 2)], order)
+
+    def _products(
+        self, b: Index, h: Index, key: Index, size: Index, d: Index, dims: int, start: Start, kind: str
+    ) -> tuple[list[Expr], list[tuple[int, int]]]:
+        pairs, first = -(-dims // 2), key // self._packed
+        sums = self._squares(pairs)
+        with T.serial(0, (size + 2 * self._packed - 1) // (2 * self._packed)) as step:
+            values = []
+            for n in range(pairs):
+                here = span(d + 2 * n, 2 if 2 * n + 1 < dims else 1)
+                rows = [self.buffers["packed_v"][b, h, first + 2 * step + i, here] for i in range(2)]
+                if 2 * n + 1 == dims:
+                    rows = [splat(row, 2) for row in rows]
+                values.append(keep(_shuffled(rows, (0, 2, 1, 3))))
+            for m in range(LANES // 2):
+                weights = self.words[span(step * (2 * LANES) + 4 * m, 4)]
+                for n, value in enumerate(values):
+                    at = n * (LANES // 2) + m
+                    sums[at] = self.isa.square(sums[at], weights, value)
+        found = []
+        for i in range(dims):
+            order = [4 * m + 2 * q + i % 2 for m in range(LANES // 2) for q in range(2)]
+            found.append(self._every(sums, i // 2, order) + start(i, 0))
+        return found, [(i, 0) for i in range(dims)]
+
+
+def _shuffled(vectors: list[Expr], order: Iterable[int]) -> Expr:
+    """The lanes of some vectors, one behind the other, in an order."""
+    return tirx.Shuffle(vectors, [tirx.IntImm("int32", i) for i in order])
