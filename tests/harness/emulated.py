@@ -41,6 +41,14 @@ class EmulatedIsa(Isa):
             acc = acc + _picked(products, range(i, self.vector, self.kpack))
         return acc
 
+    def dot_words(self, total: Expr, unsigned: Expr, signed: Expr) -> Expr:
+        count = vmath.lanes(total)
+        for place in (24, 16, 8, 0):
+            left, right = (tirx.shift_left(word, vmath.i32(place, count)) for word in (unsigned, signed))
+            left = tirx.bitwise_and(tirx.shift_right(left, vmath.i32(24, count)), vmath.i32(255, count))
+            total = total + left * tirx.shift_right(right, vmath.i32(24, count))
+        return total
+
     def product(self, values: Expr, factor: Expr, most: int) -> Expr:
         return values * tirx.Broadcast(factor, self.lanes)
 

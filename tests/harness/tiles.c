@@ -87,7 +87,7 @@ int mpq_tdpbf16ps(int8_t sums, int8_t left, int8_t right) {
   return 0;
 }
 
-int mpq_tdpbusd(int8_t sums, int8_t left, int8_t right) {
+static int integers(int8_t sums, int8_t left, int8_t right, int left_signed, int right_signed) {
   Tile *c = configured(sums), *a = configured(left), *b = configured(right);
   if (c->rows != a->rows || c->bytes != b->bytes || a->bytes != 4 * b->rows) fail("shapes do not fit");
   for (int m = 0; m < c->rows; m++)
@@ -95,8 +95,15 @@ int mpq_tdpbusd(int8_t sums, int8_t left, int8_t right) {
       for (int n = 0; n < c->bytes / 4; n++) {
         uint32_t sum; /* wraps around, as silicon does */
         memcpy(&sum, &c->of[m][4 * n], 4);
-        for (int i = 0; i < 4; i++) sum += (uint32_t)(a->of[m][4 * k + i] * (int8_t)b->of[k][4 * n + i]);
+        for (int i = 0; i < 4; i++) {
+          uint8_t x = a->of[m][4 * k + i], y = b->of[k][4 * n + i];
+          sum += (uint32_t)((left_signed ? (int8_t)x : x) * (right_signed ? (int8_t)y : y));
+        }
         memcpy(&c->of[m][4 * n], &sum, 4);
       }
   return 0;
 }
+
+int mpq_tdpbusd(int8_t sums, int8_t left, int8_t right) { return integers(sums, left, right, 0, 1); }
+
+int mpq_tdpbsud(int8_t sums, int8_t left, int8_t right) { return integers(sums, left, right, 1, 0); }

@@ -1,4 +1,4 @@
-"""Attention in bfloat16 on emulated tiles against its own meaning."""
+"""Attention in bfloat16 and in 8 bits on emulated tiles against its own meaning."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from mpq_compiler.backends.tvm.kernels.cpu import fast_attention, tile_attention
 from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS
 from mpq_compiler.backends.tvm.kernels.problems import attention
 from mpq_compiler.backends.tvm.kernels.problems import fast_attention as problems
+from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready
 from mpq_compiler.targets import numerics
-from mpq_compiler.targets.numerics import BF16
+from mpq_compiler.targets.numerics import BF16, INT8
+from mpq_compiler.targets.table import TARGETS
+from tests.harness import qemu
 from tests.harness.emulated import TARGET, emulated
 from tests.harness.fast_attention import BATCH, inputs_of, meaning, ready
 from tests.harness.float_kernels import error, same_bits, shape_of
@@ -24,6 +27,7 @@ from tests.harness.float_kernels import error, same_bits, shape_of
 RESIDUAL = Epilogue((Step("add", operand=0),), (Operand("full"),))
 PROBLEMS = {
     "one block of each": FastAttention(16, 32, 2, 32),
+    "halves of tiles": FastAttention(20, 32 + 96, 1, 96),
     "blocks of 96 keys and fewer, an odd number of vectors": FastAttention(40, 224, 3, 64),
     "queries that are no whole vector, four vectors": FastAttention(61, 128, 1, 96, scale=0.3, epilogue=RESIDUAL),
     "several tiles of queries": FastAttention(150, 96, 2, 32),
@@ -32,45 +36,81 @@ PROBLEMS = {
 }
 
 
+KINDS = (BF16, INT8)
+
+
 @functools.cache
-def _library() -> tvm.runtime.Executable:
+def _library(kind: str) -> tvm.runtime.Executable:
     functions = {}
     with emulated() as isa:
-        for i, problem in enumerate(PROBLEMS.values()):
+        for i, problem in enumerate(_problems(kind)):
             assert tile_attention.fits(problem, isa) and tile_attention.fits(ready(problem), isa)
             functions[f"attention_{i}"] = fast_attention.build(problem, "amx", f"attention_{i}")
             functions[f"ready_{i}"] = fast_attention.build(ready(problem), "amx", f"ready_{i}")
         return tvm.compile(tvm.IRModule(functions), target=isa.target())
 
 
-def _run(name: str, inputs: list[np.ndarray]) -> np.ndarray:
-    index, problem = [*PROBLEMS].index(name), PROBLEMS[name]
+def _problems(kind: str) -> list[FastAttention]:
+    return [replace(problem, numerics=kind) for problem in PROBLEMS.values()]
+
+
+def _run(name: str, inputs: list[np.ndarray], kind: str) -> np.ndarray:
+    index = [*PROBLEMS].index(name)
+    problem = _problems(kind)[index]
     *arguments, result = problems.arguments(problem)
     arrays = {a.name: np.full(shape_of(a, BATCH), 77, a.dtype) for a in (*arguments, result)}
     arrays |= dict(zip((a.name for a in attention.arguments(problem)), inputs, strict=False))
     tensors = {key: tvm.runtime.tensor(value) for key, value in arrays.items()}
     of_ready = problems.arguments(ready(problem))
     for function, of in ((f"ready_{index}", of_ready), (f"attention_{index}", [*arguments, result])):
-        _library()[function](*(tensors[a.name] for a in of))
+        _library(kind)[function](*(tensors[a.name] for a in of))
     return tensors[result.name].numpy()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_against_its_meaning(name: str) -> None:
+def test_against_its_meaning(name: str, kind: str) -> None:
     problem = PROBLEMS[name]
     inputs = inputs_of(problem)
-    assert error(_run(name, inputs), meaning(problem, inputs, BF16)) <= numerics.BOUNDS[BF16]
+    assert error(_run(name, inputs, kind), meaning(problem, inputs, kind)) <= numerics.BOUNDS[kind]
 
 
+def test_eight_bits_are_those_of_registers() -> None:
+    """They are the same on all targets: here those of a CPU that multiplies signed codes."""
+    if reason := qemu.missing():
+        pytest.skip(reason)
+    functions, given = {}, [inputs_of(problem) for problem in _problems(INT8)]
+    for i, problem in enumerate(_problems(INT8)):
+        functions[f"ready_{i}"] = fast_attention.build(ready(problem), "dotprod", f"ready_{i}")
+        functions[f"attention_{i}"] = fast_attention.build(problem, "dotprod", f"attention_{i}")
+    library = qemu.Aarch64Library(functions, dict(TARGETS["aarch64-dotprod"].tvm))
+
+    def zeros(of: list[Argument]) -> list[np.ndarray]:
+        return [np.zeros(shape_of(a, BATCH), a.dtype) for a in of]
+
+    made = library.run(
+        [(f"ready_{i}", [*given[i][1:3], *zeros(problems.outputs(p))]) for i, p in enumerate(_problems(INT8))]
+    )
+    results = library.run(
+        [
+            (f"attention_{i}", [given[i][0], *made[i][2:], *given[i][3:], *zeros(problems.arguments(p)[-1:])])
+            for i, p in enumerate(_problems(INT8))
+        ]
+    )
+    for name, inputs, arrays in zip(PROBLEMS, given, results, strict=True):
+        assert same_bits(_run(name, inputs, INT8), arrays[-1]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("which", (0, 1, 2))
-def test_nan_spoils_what_depends_on_it_only(which: int) -> None:
+def test_nan_spoils_what_depends_on_it_only(which: int, kind: str) -> None:
     """NaN in query, key or value 5, dimension 0, of sample 0 and head 0."""
     name = "one block of each"
     inputs = inputs_of(PROBLEMS[name])
-    whole = _run(name, inputs)
+    whole = _run(name, inputs, kind)
     inputs[which] = inputs[which].copy()
     inputs[which][0, 5, 0] = np.nan
-    y, spoiled = _run(name, inputs), np.zeros(whole.shape, bool)
+    y, spoiled = _run(name, inputs, kind), np.zeros(whole.shape, bool)
     spoiled[(0, 5, slice(32)) if which == 0 else (0, slice(None), slice(32) if which == 1 else 0)] = True
     assert (np.isnan(y) == spoiled).all()
     assert same_bits(y[~spoiled], whole[~spoiled])

@@ -7,6 +7,8 @@ Developer's Manual, volume 2, TDPBUSD.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
@@ -27,12 +29,15 @@ def emit(name: str, *operands: Expr) -> None:
     T.evaluate(tirx.call_llvm_intrin("void", f"llvm.x86.{name}", *operands))
 
 
-def configure(buffer: Buffer) -> None:
-    """Makes all tiles whole ones, of zeros; ``buffer`` is the memory that this is read from."""
+def configure(buffer: Buffer, shapes: Mapping[int, tuple[int, int]] = {}) -> None:
+    """Makes all tiles whole ones, of zeros, but for the rows and bytes of those in ``shapes``.
+
+    ``buffer`` is the memory that this is read from.
+    """
     raw = bytearray(4 * CONFIGURATION)
     raw[0] = PALETTE
     for t in range(COUNT):
-        raw[BYTES_AT + 2 * t], raw[ROWS_AT + t] = TILE_BYTES, TILE_ROWS
+        raw[ROWS_AT + t], raw[BYTES_AT + 2 * t] = shapes.get(t, (TILE_ROWS, TILE_BYTES))
     for i in range(CONFIGURATION):
         word = int.from_bytes(raw[4 * i : 4 * i + 4], "little", signed=True)
         store(buffer, tirx.IntImm("int32", word), i)
@@ -66,6 +71,11 @@ def dot(sums: int, unsigned: int, signed: int) -> None:
     signed one.
     """
     emit("tdpbusd", _number(sums), _number(unsigned), _number(signed))
+
+
+def dot_signed(sums: int, signed: int, unsigned: int) -> None:
+    """Adds products of s8 and u8, as `dot` those of u8 and s8 (TDPBSUD)."""
+    emit("tdpbsud", _number(sums), _number(signed), _number(unsigned))
 
 
 def dot_bfloat16(sums: int, left: int, right: int) -> None:

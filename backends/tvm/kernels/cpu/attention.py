@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
+from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -21,6 +22,7 @@ from mpq_compiler.backends.tvm.kernels.common.epilogue import Finish
 from mpq_compiler.backends.tvm.kernels.common.template import (
     Buffer,
     Buffers,
+    Index,
     Registers,
     each_vector,
     partial,
@@ -56,7 +58,7 @@ def tiled(problem: Attention, made: Sequence[Argument], body: Callable[..., Body
     return primfunc(name, made, lambda batch, buffers: body(problem, buffers, vectors, key_tile, dim_tile).emit(batch))
 
 
-def _each_tile(extent: int, tile: int, body: Callable[[Any, int], None]) -> None:
+def each_tile(extent: int, tile: int, body: Callable[[Any, int], None]) -> None:
     """Calls ``body(start, size)`` for tiles that partition range(extent)."""
     full, rest = divmod(extent, tile)
     if full:
@@ -112,7 +114,7 @@ class Body:
         """
         full, rest = divmod(self.problem.keys, KEYS)
         if not full or rest < self.key_tile or rest % self._granule:
-            _each_tile(self.problem.keys, KEYS, body)
+            each_tile(self.problem.keys, KEYS, body)
             return
         with T.serial(0, full + 1) as i:
             key = i * KEYS
@@ -147,7 +149,7 @@ class Body:
                 store(self.query, mul(value, factor), span((d + i) * self.width + j * LANES, LANES))
 
         with T.serial(0, self.vectors) as j:
-            _each_tile(p.dim, LANES, lambda d, dims: block(j, d, dims))
+            each_tile(p.dim, LANES, lambda d, dims: block(j, d, dims))
 
     def _clear(self) -> None:
         with T.serial(0, self.problem.dim) as d:
@@ -163,12 +165,20 @@ class Body:
             store(new, self._first_maximum(j), self._at(0, j))
         if self._full_mask:
             self._load_mask(b, h, first, key, size)
+        self._all_scores(b, h, key, size, new)
+        self._weights(size, new)
+        self._all_values(b, h, key, size)
+
+    def _all_scores(self, b: Index, h: Index, key: Index, size: Index, new: Buffer) -> None:
+        """Scores of a block of keys, and the maximum of what ``new`` holds and of them."""
         tile = min(self.key_tile, size) if isinstance(size, int) else self.key_tile
         with T.serial(0, T.floordiv(size + tile - 1, tile)) as t:
             start = T.min(t * tile, size - tile)  # scores of an overlap are computed twice, alike
             self._scores(b, h, key, start, tile, new)
-        self._weights(size, new)
-        _each_tile(self.problem.dim, self.dim_tile, lambda d, dims: self._values(b, h, key, size, d, dims))
+
+    def _all_values(self, b: Index, h: Index, key: Index, size: Index) -> None:
+        """Adds the weighted values of a block of keys to the output."""
+        each_tile(self.problem.dim, self.dim_tile, lambda d, dims: self._values(b, h, key, size, d, dims))
 
     def _load_mask(self, b: Any, h: Any, first: Any, key: Any, size: Any) -> None:
         with T.serial(0, self.width) as i:
@@ -184,21 +194,20 @@ class Body:
 
     def _scores(self, b: Any, h: Any, key: Any, start: Any, keys: int, new: Buffer) -> None:
         """Scores of `keys` keys (times log2 e) into `score`, their maximum into `new`."""
-        p, pairs = self.problem, [(i, j) for i in range(keys) for j in range(self.vectors)]
+        pairs = [(i, j) for i in range(keys) for j in range(self.vectors)]
         sums = self._score_sums(b, h, key + start, keys)
         for n, (i, j) in enumerate(pairs):
-            value = self._logit(sums[n], j)
-            if p.mask is not None:
-                mask = (
-                    self.mask_tile[self._at(start + i, j)]
-                    if self._full_mask
-                    else splat(self._mask(b, h, 0, key + start + i), LANES)
-                )
-                value = vmath.at_least(fma(mask, f32(vmath.LOG2_E, LANES), value), f32(LOWEST, LANES))
-            value = keep(value)
+            value = keep(self._masked(self._logit(sums[n], j), b, h, key, start + i, j))
             store(self.score, value, self._at(start + i, j))
             at = self._at(0, j)
             store(new, tirx.Select(new[at] > value, new[at], value), at)
+
+    def _masked(self, value: Expr, b: Index, h: Index, key: Index, at: Index, j: int) -> Expr:
+        """Vector j of the scores of key ``at`` of the block that begins with ``key``, with the mask on them."""
+        if self.problem.mask is None:
+            return value
+        mask = self.mask_tile[self._at(at, j)] if self._full_mask else splat(self._mask(b, h, 0, key + at), LANES)
+        return vmath.at_least(fma(mask, f32(vmath.LOG2_E, LANES), value), f32(LOWEST, LANES))
 
     def _score_sums(self, b: Any, h: Any, first: Any, keys: int) -> Registers | Sequence[Any]:
         """Products of queries and `keys` keys from the first on: vector j of key i is number ``i * vectors + j``."""
@@ -295,4 +304,4 @@ class Body:
                 each_vector(dims, finish)
 
         with T.serial(0, self.vectors) as j:
-            _each_tile(p.dim, LANES, lambda d, dims: block(j, d, dims))
+            each_tile(p.dim, LANES, lambda d, dims: block(j, d, dims))

@@ -7,10 +7,15 @@ from functools import partial
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common.template import primfunc
-from mpq_compiler.backends.tvm.kernels.cpu import tile_attention
 from mpq_compiler.backends.tvm.kernels.cpu.attention import tiled
 from mpq_compiler.backends.tvm.kernels.cpu.isa import of_family
-from mpq_compiler.backends.tvm.kernels.cpu.tile_attention import TileBfloat16, TileReady
+from mpq_compiler.backends.tvm.kernels.cpu.tile_attention import (
+    TileBfloat16,
+    TileBfloat16Ready,
+    TileCodes,
+    TileCodesReady,
+    fits,
+)
 from mpq_compiler.backends.tvm.kernels.cpu.word_attention import Bfloat16, Bfloat16Ready, Codes, CodesReady, Squares
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready, arguments
 from mpq_compiler.backends.tvm.kernels.problems.lanes import LANES
@@ -24,10 +29,12 @@ def build(problem: FastAttention | Ready, isa: str = "avx512vnni", name: str = "
     pairs = problem.numerics == BF16
     if not (own.lanes == LANES if pairs else own.dots_words):
         raise UserError(f"no kernel of '{own.name}' computes attention in {problem.numerics}")
-    on_tiles = pairs and tile_attention.fits(problem, own)
+    on_tiles = fits(problem, own)
     if isinstance(problem, Ready):
-        ready = TileReady if on_tiles else Bfloat16Ready if pairs else CodesReady
+        of_pairs, of_codes = (TileBfloat16Ready, TileCodesReady) if on_tiles else (Bfloat16Ready, CodesReady)
+        ready = of_pairs if pairs else of_codes
         return primfunc(name, arguments(problem), lambda batch, buffers: ready(problem, buffers).emit(batch))
-    codes = partial(Squares if own.unit > 1 else Codes, own)
-    body = TileBfloat16 if on_tiles else Bfloat16 if pairs else codes
-    return tiled(problem, arguments(problem), body, isa, name)
+    if pairs:
+        return tiled(problem, arguments(problem), TileBfloat16 if on_tiles else Bfloat16, isa, name)
+    codes = TileCodes if on_tiles else Squares if own.unit > 1 else Codes
+    return tiled(problem, arguments(problem), partial(codes, own), isa, name)

@@ -1,35 +1,45 @@
-"""Attention in bfloat16 with both products on tiles of AMX; all else is as in `word_attention`.
+"""Attention in bfloat16 or 8 bits with both products on tiles of AMX; all else is as in `word_attention`.
 
 Scores, transposed, are keys times queries: rows of `packed_k` times `factors`, both as they are. Weighted values,
-transposed, are values times `words`, whose tiles hold 16 dimensions of 32 keys each: another order of the same words
-than that of registers.
+transposed, are values times `words`, and values lie transposed too: those of a block of keys in rows of dimensions, 16
+of which are a tile. A row of a tile has 64 bytes, and a last one of a block or of a head may have 32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
-from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index, scratch, span, store, transpose
-from mpq_compiler.backends.tvm.kernels.common.vmath import LOG2_E, at_least, f32, fma, keep, mul, splat
-from mpq_compiler.backends.tvm.kernels.cpu import amx, bfloat16
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index, head, scratch, span, store, transpose
+from mpq_compiler.backends.tvm.kernels.common.vmath import cast, fma, i32, keep, mul
+from mpq_compiler.backends.tvm.kernels.cpu import amx
+from mpq_compiler.backends.tvm.kernels.cpu.attention import each_tile
 from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_BYTES, TILE_ROWS, Isa
-from mpq_compiler.backends.tvm.kernels.cpu.word_attention import Bfloat16, Bfloat16Ready
-from mpq_compiler.backends.tvm.kernels.problems.attention import LOWEST
+from mpq_compiler.backends.tvm.kernels.cpu.word_attention import Bfloat16, Bfloat16Ready, Codes, CodesReady, Words
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready
 from mpq_compiler.backends.tvm.kernels.problems.lanes import LANES
-from mpq_compiler.targets.numerics import KEY_BLOCK
+from mpq_compiler.targets.numerics import KEY_BLOCK, PACKED
 
-VALUES, WORDS = TILE_BYTES // 2, TILE_BYTES // 4
-"""Values, and words of two of them, in a row of a tile."""
+WORDS = TILE_BYTES // 4
+"""Words in a row of a whole tile, and rows of words in the other operand."""
+ROWS, HALF_ROWS, COLUMNS, HALF_COLUMNS = 4, 5, 6, 7
+"""Numbers of the tiles of both operands, whole ones and those of 32 bytes or 8 words; 0 to 3 hold sums."""
+SHAPES = {HALF_ROWS: (TILE_ROWS, TILE_BYTES // 2), HALF_COLUMNS: (WORDS // 2, TILE_BYTES)}
 TREE = 8
 """Keys whose scores are compared in pairs: a chain would wait for each maximum."""
 
 
 def fits(problem: FastAttention | Ready, isa: Isa) -> bool:
-    """Whether keys and dimensions are whole tiles. What is made ready depends on it: no other property may."""
-    return isa.engine and not any(count % VALUES for count in (problem.keys, problem.dim, KEY_BLOCK))
+    """Whether keys and dimensions are whole rows of tiles, and whole words in halves of them.
+
+    What is made ready depends on it, so that both kernels have to decide alike: by this and nothing else.
+    """
+    whole = max(TILE_ROWS, PACKED[problem.numerics] * WORDS // 2)
+    return isa.engine and not any(count % whole for count in (problem.keys, problem.dim, KEY_BLOCK))
 
 
 def _flat(buffer: Buffer) -> Buffer:
@@ -39,122 +49,236 @@ def _flat(buffer: Buffer) -> Buffer:
     return T.decl_buffer((size,), buffer.dtype, data=buffer.data)
 
 
-def _values_at(problem: FastAttention | Ready, b: Index, h: Index, keys: Index, dims: Index) -> Index:
-    """Where the tile of so many keys' and dimensions' blocks before lies in flat `packed_v`."""
-    head = (b * problem.heads + h) * (problem.keys // 2 * problem.dim)
-    return head + (keys * (problem.dim // TILE_ROWS) + dims) * (TILE_ROWS * WORDS)
+def _values_at(problem: FastAttention | Ready, b: Index, h: Index, key: Index) -> Index:
+    """Where the values of the block that begins with a key lie in flat `packed_v`."""
+    words = problem.dim // PACKED[problem.numerics]  # of a key, if they lay along dimensions
+    return (b * problem.heads + h) * (problem.keys * words) + key * words
 
 
-class TileReady(Bfloat16Ready):
-    """Makes keys ready as for registers, and values in tiles: [32 keys][16 dimensions], of each [dimension][word]."""
+class _TilesReady:
+    """Makes keys ready as for registers, and values by blocks of keys: of each [dimension][word]."""
 
-    def _emit_values(self, b: Index, h: Index) -> None:
-        p, tiles = self.problem, _flat(self.buffers["packed_v"])
-        with T.serial(0, p.keys // VALUES) as keys, T.serial(0, p.dim // TILE_ROWS) as dims:
-            at = T.bind(_values_at(p, b, h, keys, dims))
+    problem: Ready
+    buffers: dict[str, Buffer]
 
-            def word(i: int, keys: Index = keys, dims: Index = dims) -> Expr:
-                """Word i of the tile, of all its dimensions."""
-                rows = (self._row("v", b, h, keys * VALUES + 2 * i + n, dims * TILE_ROWS, LANES) for n in range(2))
-                return keep(bfloat16.pair(*map(bfloat16.rounded, rows)))
+    def _columns(
+        self, b: Index, h: Index, value: Callable[[Index, Index, int], Expr], join: Callable[[list[Expr]], Expr]
+    ) -> None:
+        p, packed, made = self.problem, PACKED[self.problem.numerics], _flat(self.buffers["packed_v"])
 
-            for d, words in enumerate(transpose([word(i) for i in range(WORDS)])):
-                store(tiles, words, span(at + d * WORDS, WORDS))
+        def block(key: Index, keys: int) -> None:
+            """The values of a block of keys."""
+            row = keys // packed
+            with T.serial(0, p.dim // LANES) as dims:
+                first = T.bind(_values_at(p, b, h, key) + dims * (LANES * row))
+
+                def some(word: Index, count: int) -> None:
+                    """Some words of 16 dimensions."""
+                    found = []
+                    for i in range(count):
+                        each = (value(key + (word + i) * packed + n, dims * LANES, LANES) for n in range(packed))
+                        found.append(keep(join(list(each))))
+                    found += [i32(0, LANES)] * (LANES - count)
+                    for d, words in enumerate(transpose(found)):
+                        store(made, head(words, count), span(first + d * row + word, count))
+
+                each_tile(row, WORDS, some)
+
+        each_tile(p.keys, KEY_BLOCK, block)
 
 
-class TileBfloat16(Bfloat16):
-    """Attention of a tile of queries, whose vectors are taken two at a time: four tiles of sums."""
+class TileBfloat16Ready(_TilesReady, Bfloat16Ready):
+    """The numerics of `Bfloat16Ready`."""
+
+
+class TileCodesReady(_TilesReady, CodesReady):
+    """The numerics of `CodesReady`."""
+
+
+class _Tiles(Words):
+    """Attention of some queries, whose vectors are taken two at a time: with two tiles of rows, four of sums."""
 
     def _load_queries(self, b: Index, h: Index, first: Index) -> None:
-        amx.configure(scratch(amx.CONFIGURATION, "int32"))
-        self.values = _flat(self.buffers["packed_v"])
+        amx.configure(scratch(amx.CONFIGURATION, "int32"), SHAPES)
         super()._load_queries(b, h, first)
 
     def _store(self, b: Index, h: Index, first: Index, quant: tuple[Expr, Expr] | None) -> None:
         super()._store(b, h, first, quant)
         amx.release()
 
-    def _key_block(self, b: Index, h: Index, first: Index, key: Index, size: Index) -> None:
-        p = self.problem
-        if self._full_mask:
-            self._load_mask(b, h, first, key, size)
-        keys = T.floordiv(size, VALUES)
-        with T.serial(0, keys) as block:
+    def _each_key_block(self, body: Callable[[Index, Index], None]) -> None:
+        each_tile(self.problem.keys, KEY_BLOCK, body)  # how many keys a block has is known
+
+    def _all_scores(self, b: Index, h: Index, key: Index, size: Index, new: Buffer) -> None:
+        p, keys, words = self.problem, _flat(self.buffers["packed_k"]), self.problem.dim // self._packed
+        sums, row = self._sums_of_scores(), T.bind((b * p.heads + h) * p.keys + key)
+
+        def some(start: Index, count: int) -> None:
+            """The sums of some keys."""
             for pair in self._pairs():
-                self._score_tiles(b, h, key, block, pair)
-        new = scratch(self.width)
-        for j in range(self.vectors):
-            store(new, self._first_maximum(j), self._at(0, j))
-        with T.serial(0, T.floordiv(size, TREE)) as some:
+                cells = self._cells(pair, start, count)
+                for t, _, j in cells:
+                    self._begin_score(t, j)
+                self._multiply(pair, count, keys, (row + start) * words, words, self.factors, self._dot_scores)
+                for t, at, _ in cells:
+                    amx.save(t, sums, at, 4 * self.width)
+
+        each_tile(size, 2 * TILE_ROWS, some)
+        with T.serial(0, size // TREE) as start:
             for j in range(self.vectors):
-                self._compare(b, h, key, some * TREE, j, new)
-        self._weights(size, new)
-        with T.serial(0, p.dim) as d:
-            for j in range(self.vectors):
-                at = self._at(d, j)
-                store(self.out, mul(self.out[at], self.rescale[self._at(0, j)]), at)
-        with T.serial(0, p.dim // VALUES) as dims:
+                seen = []
+                for i in range(TREE):
+                    at = self._at(start * TREE + i, j)
+                    value = self._logit(sums[at], j)
+                    seen.append(keep(self._masked(value, b, h, key, start * TREE + i, j)))
+                    store(self.score, seen[-1], at)
+                while len(seen) > 1:
+                    seen = [keep(_larger(x, y)) for x, y in zip(seen[::2], seen[1::2], strict=True)]
+                store(new, _larger(new[self._at(0, j)], seen[0]), self._at(0, j))
+
+    def _all_values(self, b: Index, h: Index, key: Index, size: Index) -> None:
+        p, values, row = self.problem, _flat(self.buffers["packed_v"]), size // self._packed
+        first = T.bind(_values_at(p, b, h, key))
+        self._begin_values()
+
+        def some(start: Index, count: int) -> None:
+            """The sums of some dimensions."""
             for pair in self._pairs():
-                self._value_tiles(b, h, key, keys, dims, pair)
+                rows = (values, first + start * row, row)
+                add = partial(self._multiply, pair, count, *rows, self.words, self._dot_values)
+                self._values_of(self._cells(pair, start, count), add)
+
+        each_tile(p.dim, 2 * TILE_ROWS, some)
 
     def _pairs(self) -> list[list[int]]:
         """The numbers of the vectors of queries, two at a time."""
         return [[*range(j, min(j + 2, self.vectors))] for j in range(0, self.vectors, 2)]
 
-    def _each_sum(self, pair: list[int], row: Index) -> list[tuple[int, Index]]:
-        """The tiles of sums, and where each lies in a buffer of rows of queries, whose first row that is."""
-        cells = [(i, n) for i in range(2) for n in range(len(pair))]
-        return [(2 * i + n, (row + i * TILE_ROWS) * self.width + pair[n] * LANES) for i, n in cells]
+    def _cells(self, pair: list[int], start: Index, count: int) -> list[tuple[int, Index, int]]:
+        """The tiles of sums: the number of each, where it lies in a buffer of rows of queries, and its vector."""
+        return [
+            (2 * i + n, (start + i * TILE_ROWS) * self.width + j * LANES, j)
+            for i in range(count // TILE_ROWS)
+            for n, j in enumerate(pair)
+        ]
 
-    def _multiply(self, pair: list[int], rows: tuple[Buffer, list[Index], int], words: Buffer, step: Index) -> None:
-        """Adds two tiles of rows (buffer, where, bytes apart) times those of a pair of vectors in a step of words."""
-        buffer, starts, apart = rows
-        for i in range(2):
-            amx.load(4 + i, buffer, starts[i], apart)
-            for n, j in enumerate(pair):
-                if i == 0:
-                    amx.load(6 + n, words, step * (TILE_ROWS * self.width) + j * LANES, 4 * self.width)
-                amx.dot_bfloat16(2 * i + n, 4 + i, 6 + n)
+    def _multiply(
+        self,
+        pair: list[int],
+        count: int,
+        buffer: Buffer,
+        first: Index,
+        row: int,
+        words: Buffer,
+        dot: Callable[[int, int, int], None],
+    ) -> None:
+        """Adds the products of so many rows and a pair of vectors to the tiles of sums.
 
-    def _score_tiles(self, b: Index, h: Index, key: Index, block: Index, pair: list[int]) -> None:
-        """Scores of 32 keys, a block of those from ``key`` on."""
-        p, keys = self.problem, _flat(self.buffers["packed_k"])
-        sums = self._each_sum(pair, block * VALUES)
-        for t, _ in sums:
-            amx.zero(t)
-        row = T.bind((b * p.heads + h) * p.keys + key + block * VALUES)
-        with T.serial(0, p.dim // VALUES) as step:
-            starts = [(row + i * TILE_ROWS) * (p.dim // 2) + step * WORDS for i in range(2)]
-            self._multiply(pair, (keys, starts, 2 * p.dim), self.factors, step)
-        for t, at in sums:
-            amx.save(t, self.score, at, 4 * self.width)
+        Args:
+            pair: numbers of the vectors.
+            count: of rows, 16 or 32.
+            buffer: has the rows, the first from ``first`` on, of so many words each.
+            row: words of a row, whole tiles and perhaps half of one.
+            words: has as many rows of words of all queries.
+            dot: adds the products of two tiles.
+        """
+        first = T.bind(first)
 
-    def _compare(self, b: Index, h: Index, key: Index, first: Index, j: int, new: Buffer) -> None:
-        """Masks the scores of some keys and raises ``new`` to their maximum, for vector j."""
-        seen = []
-        for i in range(TREE):
-            at = self._at(first + i, j)
-            value = self.score[at]
-            if self.problem.mask is not None:
-                mask = self.mask_tile[at] if self._full_mask else splat(self._mask(b, h, 0, key + first + i), LANES)
-                value = keep(at_least(fma(mask, f32(LOG2_E, LANES), value), f32(LOWEST, LANES)))
-                store(self.score, value, at)
-            seen.append(keep(value))
-        while len(seen) > 1:
-            seen = [keep(_larger(x, y)) for x, y in zip(seen[::2], seen[1::2], strict=True)]
-        store(new, _larger(new[self._at(0, j)], seen[0]), self._at(0, j))
+        def step(at: Index, left: int, right: int) -> None:
+            """The products of some words, from one on."""
+            for i in range(count // TILE_ROWS):
+                amx.load(left, buffer, first + i * TILE_ROWS * row + at, 4 * row)
+                for n, j in enumerate(pair):
+                    amx.load(right, words, at * self.width + j * LANES, 4 * self.width)
+                    dot(2 * i + n, left, right)
 
-    def _value_tiles(self, b: Index, h: Index, key: Index, keys: Index, dims: Index, pair: list[int]) -> None:
-        """Adds the weighted values of a block's keys to 32 rows of the output."""
-        p, sums = self.problem, self._each_sum(pair, dims * VALUES)
-        for t, at in sums:
+        whole, rest = divmod(row, WORDS)
+        if whole:
+            with T.serial(0, whole) as n:
+                step(n * WORDS, ROWS, COLUMNS)
+        if rest:
+            step(whole * WORDS, HALF_ROWS, HALF_COLUMNS)
+
+    def _sums_of_scores(self) -> Buffer:
+        """What tiles of scores are stored to."""
+        raise NotImplementedError
+
+    def _begin_score(self, t: int, j: int) -> None:
+        """Sets a tile of sums to what scores of vector j begin with."""
+        raise NotImplementedError
+
+    def _begin_values(self) -> None:
+        """Makes the output ready for the values of a block."""
+        raise NotImplementedError
+
+    def _values_of(self, cells: list[tuple[int, Index, int]], multiply: Callable[[], None]) -> None:
+        """Adds weighted values, which ``multiply`` sums, to some rows of the output."""
+        raise NotImplementedError
+
+    def _dot_scores(self, sums: int, left: int, right: int) -> None:
+        raise NotImplementedError
+
+    def _dot_values(self, sums: int, left: int, right: int) -> None:
+        raise NotImplementedError
+
+
+class TileBfloat16(_Tiles, Bfloat16):
+    """The numerics of `Bfloat16`, whose sums are the output itself."""
+
+    def _sums_of_scores(self) -> Buffer:
+        return self.score
+
+    def _begin_score(self, t: int, j: int) -> None:
+        amx.zero(t)
+
+    def _begin_values(self) -> None:
+        with T.serial(0, self.problem.dim) as d:
+            for j in range(self.vectors):
+                at = self._at(d, j)
+                store(self.out, mul(self.out[at], self.rescale[self._at(0, j)]), at)
+
+    def _values_of(self, cells: list[tuple[int, Index, int]], multiply: Callable[[], None]) -> None:
+        for t, at, _ in cells:
             amx.load(t, self.out, at, 4 * self.width)
-        with T.serial(0, keys) as step:
-            block = T.floordiv(key, VALUES) + step
-            starts = [_values_at(p, b, h, block, dims * 2 + i) for i in range(2)]
-            self._multiply(pair, (self.values, starts, TILE_BYTES), self.words, step)
-        for t, at in sums:
+        multiply()
+        for t, at, _ in cells:
             amx.save(t, self.out, at, 4 * self.width)
+
+    def _dot_scores(self, sums: int, left: int, right: int) -> None:
+        amx.dot_bfloat16(sums, left, right)
+
+    _dot_values = _dot_scores
+
+
+class TileCodes(_Tiles, Codes):
+    """The numerics of `Codes`: its sums are exact, so that results are the same."""
+
+    def _sums_of_scores(self) -> Buffer:
+        self.counts = scratch(KEY_BLOCK * self.width, "int32")
+        return self.counts
+
+    def _begin_score(self, t: int, j: int) -> None:
+        amx.load(t, self.offset, j * LANES, 0)
+
+    def _begin_values(self) -> None:
+        self.weighted = scratch(self.problem.dim * self.width, "int32")
+
+    def _values_of(self, cells: list[tuple[int, Index, int]], multiply: Callable[[], None]) -> None:
+        for t, _, _ in cells:
+            amx.zero(t)
+        multiply()
+        for t, at, j in cells:
+            amx.save(t, self.weighted, at, 4 * self.width)
+            with T.serial(0, TILE_ROWS) as d:
+                here, common = span(at + d * self.width, LANES), self._at(0, j)
+                part = mul(cast(self.weighted[here], "float32"), self.merge[common])
+                store(self.out, fma(self.out[here], self.rescale[common], part), here)
+
+    def _dot_scores(self, sums: int, left: int, right: int) -> None:
+        amx.dot(sums, left, right)
+
+    def _dot_values(self, sums: int, left: int, right: int) -> None:
+        amx.dot_signed(sums, left, right)
 
 
 def _larger(a: Expr, b: Expr) -> Expr:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from math import log2
-from typing import TypeAlias
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -24,6 +23,7 @@ from tvm.script.ir_builder import tirx as T
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.template import (
     Buffers,
+    Index,
     Registers,
     each_vector,
     fold,
@@ -53,8 +53,6 @@ from mpq_compiler.backends.tvm.kernels.problems.lanes import LANES
 from mpq_compiler.targets import numerics as targets_numerics
 from mpq_compiler.targets.numerics import KEY_BLOCK, PACKED
 
-Index: TypeAlias = Expr | int
-"""Where something lies: a number that is known now, or one of emitted code."""
 Start = Callable[[Index, int], Expr]
 Pack = Callable[[Index, int], Expr]
 
@@ -160,6 +158,8 @@ class _Ready:
 
 
 class Bfloat16Ready(_Ready):
+    """Makes keys and values ready in bfloat16, two to a word."""
+
     def emit(self, batch: Index) -> None:
         with bfloat16.instructions():
             super().emit(batch)
@@ -181,6 +181,8 @@ class Bfloat16Ready(_Ready):
 
 
 class CodesReady(_Ready):
+    """Makes keys and values ready as codes of 8 bits, four to a word, with their scales."""
+
     def _emit_keys(self, b: Index, h: Index) -> None:
         p = self.problem
         center = scratch(p.dim)
@@ -252,7 +254,7 @@ class CodesReady(_Ready):
 # ------------------------------------------------------------------------------------------------- attention
 
 
-class _Fast(Body):
+class Words(Body):
     """Queries in words (`factors`), products of words."""
 
     problem: FastAttention
@@ -321,7 +323,9 @@ class _Fast(Body):
         raise NotImplementedError
 
 
-class Bfloat16(_Fast):
+class Bfloat16(Words):
+    """Attention whose products are of pairs of bfloat16, with sums in float32."""
+
     def emit(self, batch: Index) -> None:
         with bfloat16.instructions():
             super().emit(batch)
@@ -363,7 +367,9 @@ class Bfloat16(_Fast):
             store(self.out, sums[n], self._at(d + i, j))
 
 
-class Codes(_Fast):
+class Codes(Words):
+    """Attention whose products are of codes of 8 bits, with exact sums."""
+
     sums = "int32"
 
     def __init__(self, isa: Isa, *given: Expr) -> None:
