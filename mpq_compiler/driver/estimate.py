@@ -51,8 +51,8 @@ KERNELS_OF_CALL = 0.38
 """Kernels for each call of an operator at a batch size, since equal calls share them."""
 EXACT = 3.2
 """How much longer the packed program takes in the reference interpreter than the float model."""
-EXACT_VALUES = 4
-"""How much larger its values are."""
+EXACT_VALUES, EXACT_WEIGHT = 3, 12
+"""How much larger its values are, and bytes for each number of the weight that it multiplies with: a float64 and f32."""
 ARTIFACT = 0.2
 """The time of the artifact as a part of the float model's."""
 PREPARED = 1.0
@@ -181,7 +181,7 @@ def _judging(asked: Asked, inputs: int) -> Demand:
     compared = min(inputs, max(REFERENCE_LEAST, int(REFERENCE_MACS / max(1, layers))))
     together = compared_together(compared)
     ran, exact = asked.running(inputs, JUDGED_TOGETHER), asked.running(compared, together) * EXACT
-    exact = replace(exact, held=EXACT_VALUES * together * sizes.live_bytes + 16 * sizes.largest)
+    exact = replace(exact, held=sizes.held_bytes(EXACT_VALUES * together, EXACT_WEIGHT))
     return ran * (1 + ARTIFACT) + exact + Demand(shared=PREPARED * sizes.numbers)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from mpq_compiler.ir import ops, segments
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.edges import input_edge
 from mpq_compiler.ir.graph import CONTRACTIONS, operand, weight_of
-from mpq_compiler.ir.interpreter import last_uses, shapes, value_nbytes
+from mpq_compiler.ir.interpreter import shapes, value_nbytes
 from mpq_compiler.ir.program import PARAMETERS, Program
 
 LARGE = 500_000_000
@@ -45,6 +47,16 @@ class LayerSize:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """An operator's call, when it has computed its value."""
+
+    bytes: int
+    """Bytes of the values that are alive, for one input."""
+    numbers: int
+    """How many numbers the stored tensors have that it reads."""
+
+
+@dataclass(frozen=True)
 class Sizes:
     """The sizes of a program for one input."""
 
@@ -56,8 +68,8 @@ class Sizes:
     """Multiply-accumulates, those of attentions and of float layers too."""
     value_bytes: int
     """Bytes of all values that are computed."""
-    live_bytes: int
-    """The most bytes of values that are alive at one time."""
+    moments: tuple[Moment, ...]
+    """When most memory is held: each with more values alive, or larger weights read, than every other."""
     calls: int
     """Operators that are called."""
     backward_bytes: int
@@ -65,6 +77,15 @@ class Sizes:
 
     What layers read comes with an error each.
     """
+
+    @property
+    def live_bytes(self) -> int:
+        """The most bytes of values that are alive at one time."""
+        return max((moment.bytes for moment in self.moments), default=0)
+
+    def held_bytes(self, inputs: int, widened: int) -> int:
+        """The most bytes that running so many inputs together holds, with so many for each number of a weight."""
+        return max((inputs * moment.bytes + widened * moment.numbers for moment in self.moments), default=0)
 
     @property
     def numbers(self) -> int:
@@ -96,7 +117,7 @@ class Sizes:
             program.facts[PARAMETERS],
             sum(products.values()),
             sum(bytes_of[n.name] for n in calls),
-            _live(program.graph, bytes_of),
+            _moments(program, bytes_of),
             len(calls),
             _backward(program),
         )
@@ -109,17 +130,47 @@ def _backward(program: Program) -> int:
     return segments.leanest(program, held, segments.HELD).bytes
 
 
-def _live(graph: fx.Graph, sizes: dict[str, int]) -> int:
-    """The most bytes of values between their computation and their last use, stored tensors left out."""
-    dead = last_uses(graph)
-    alive = most = 0
+def _moments(program: Program, sizes: dict[str, int]) -> tuple[Moment, ...]:
+    """`Sizes.moments`: values are alive from their computation to their last use.
+
+    A view takes no bytes of its own, and keeps what it is of.
+    """
+    graph = program.graph
+    owner, last = _owners(graph), dict[fx.Node, fx.Node]()
     for node in graph.nodes:
-        if node.op in ("get_attr", "output"):
-            continue
-        alive += sizes[node.name]
-        most = max(most, alive)
-        alive -= sum(sizes[n.name] for n in dead.get(node, ()) if n.op != "get_attr")
-    return most
+        last |= dict.fromkeys((owner[source] for source in node.all_input_nodes), node)
+    ends: dict[fx.Node, list[fx.Node]] = {}
+    for held, node in last.items():
+        ends.setdefault(node, []).append(held)
+    own = {n: 0 if n.op in ("get_attr", "output") or owner[n] is not n else sizes[n.name] for n in graph.nodes}
+    alive, found = 0, []
+    for node in graph.nodes:
+        alive += own[node]
+        read = (program.tensors.meta(str(n.target)).numel() for n in node.all_input_nodes if n.op == "get_attr")
+        found.append(Moment(alive, sum(read)))
+        alive -= sum(own[held] for held in ends.get(node, ()))
+    largest: list[Moment] = []
+    for moment in sorted(set(found), key=lambda moment: (moment.bytes, moment.numbers), reverse=True):
+        if not largest or moment.numbers > largest[-1].numbers:
+            largest.append(moment)
+    return tuple(largest)
+
+
+def _owners(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """The node that has made the memory in which a node's value lies: of a view, what it is of."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        source = next(iter(node.all_input_nodes), None)
+        found[node] = node if source is None or not _is_view(node) else found[source]
+    return found
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether an operator's result lies in its operand's memory, by its schema; an item of several is as they are."""
+    if node.target is operator.getitem:
+        return _is_view(node.all_input_nodes[0])
+    returns = node.target._schema.returns if isinstance(node.target, OpOverload) else ()
+    return any(value.alias_info is not None for value in returns)
 
 
 def _products(node: fx.Node, known: dict[str, object]) -> int:

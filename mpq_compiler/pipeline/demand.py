@@ -19,6 +19,8 @@ VALUE_PASSES = 8.0
 """How often element-wise operators, norms and softmax read or write the bytes of the values that a run computes."""
 WIDENED = 20
 """Bytes of traffic for each number of a weight that a run widens, and orders for its kernel."""
+WEIGHT_BYTES = 8
+"""Bytes of memory for each number of a weight while it is read: widened, and in the order of its kernel."""
 SLOWER = 1.5
 """How much longer a pass takes than its work at the speeds of single operators, by eight large compilations."""
 THREAD = 25 << 20
@@ -170,5 +172,5 @@ class Asked:
         return Demand(
             products=inputs * sizes.products,
             traffic=inputs * VALUE_PASSES * sizes.value_bytes + pieces * WIDENED * sizes.numbers,
-            held=THREAD + min(inputs, together) * sizes.live_bytes + 8 * sizes.largest,
+            held=THREAD + sizes.held_bytes(min(inputs, together), WEIGHT_BYTES),
         )
