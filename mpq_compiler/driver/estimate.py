@@ -52,7 +52,7 @@ KERNELS_OF_CALL = 0.38
 EXACT = 3.2
 """How much longer the packed program takes in the reference interpreter than the float model."""
 EXACT_VALUES, EXACT_WEIGHT = 3, 12
-"""How much larger its values are, and bytes for each number of the weight that it multiplies with: a float64 and f32."""
+"""How much larger its values are; bytes for each number of a weight that it multiplies with, in float64 and f32."""
 ARTIFACT = 0.2
 """The time of the artifact as a part of the float model's."""
 PREPARED = 1.0
