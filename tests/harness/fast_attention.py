@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import torch
+import tvm
+from tvm.tirx import PrimFunc
 
+from mpq_compiler.backends.tvm.kernels.cpu import fast_attention as cpu
 from mpq_compiler.backends.tvm.kernels.problems import attention
+from mpq_compiler.backends.tvm.kernels.problems import fast_attention as problems
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready
 from mpq_compiler.ir import ops
-from tests.harness.float_kernels import random_inputs
+from tests.harness import qemu
+from tests.harness.float_kernels import random_inputs, shape_of
 
 BATCH = 2
+Call = Callable[[str, list[np.ndarray]], list[np.ndarray]]
+"""Calls a kernel by its name; gives the arrays as they are afterwards."""
 
 
 def inputs_of(problem: FastAttention) -> list[np.ndarray]:
@@ -30,6 +39,44 @@ def meaning(problem: FastAttention, inputs: list[np.ndarray], kind: str) -> np.n
     mask = rest.pop(0) if problem.mask is not None else None
     y = ops.attention(q, k, v, problem.heads, problem.scale, mask, kind)
     return (y + rest[0] if problem.epilogue.operands else y).numpy()
+
+
+def functions(problems: Iterable[FastAttention], isa: str) -> dict[str, PrimFunc]:
+    """The kernels of some problems, ``attention_0`` and ``ready_0`` those of the first."""
+    found = {}
+    for i, problem in enumerate(problems):
+        found[f"attention_{i}"] = cpu.build(problem, isa, f"attention_{i}")
+        found[f"ready_{i}"] = cpu.build(ready(problem), isa, f"ready_{i}")
+    return found
+
+
+def here(kernels: dict[str, PrimFunc], target: dict) -> Call:
+    """Kernels that this machine runs."""
+    module = tvm.compile(tvm.IRModule(kernels), target=tvm.target.Target(target))
+
+    def call(name: str, arrays: list[np.ndarray]) -> list[np.ndarray]:
+        tensors = [tvm.runtime.tensor(array) for array in arrays]
+        module[name](*tensors)
+        return [tensor.numpy() for tensor in tensors]
+
+    return call
+
+
+def emulated(kernels: dict[str, PrimFunc], target: dict) -> Call:
+    """Kernels for AArch64 under qemu."""
+    library = qemu.Aarch64Library(kernels, target)
+    return lambda name, arrays: library.run([(name, arrays)])[0]
+
+
+def result(call: Call, index: int, problem: FastAttention, inputs: list[np.ndarray]) -> np.ndarray:
+    """What problem number ``index`` of `functions` gives: keys and values are made ready first."""
+    *arguments, last = problems.arguments(problem)
+    arrays = {a.name: np.full(shape_of(a, BATCH), 77, a.dtype) for a in (*arguments, last)}
+    arrays |= dict(zip((a.name for a in attention.arguments(problem)), inputs, strict=False))
+    of_ready = problems.arguments(ready(problem))
+    for name, of in ((f"ready_{index}", of_ready), (f"attention_{index}", [*arguments, last])):
+        arrays |= dict(zip((a.name for a in of), call(name, [arrays[a.name] for a in of]), strict=True))
+    return arrays[last.name]
 
 
 def ready(problem: FastAttention) -> Ready:

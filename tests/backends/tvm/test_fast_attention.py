@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import tvm
 from torch import fx
 
 from mpq_compiler.backends.tvm.build import build
 from mpq_compiler.backends.tvm.kernels.cpu import fast_attention
-from mpq_compiler.backends.tvm.kernels.problems import attention
-from mpq_compiler.backends.tvm.kernels.problems import fast_attention as problems
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention
 from mpq_compiler.ir import ops
@@ -28,8 +24,8 @@ from mpq_compiler.targets import numerics
 from mpq_compiler.targets import table as targets
 from mpq_compiler.targets.numerics import BF16, INT8
 from tests.harness import packed, qemu
-from tests.harness.fast_attention import BATCH, inputs_of, meaning, ready
-from tests.harness.float_kernels import error, quantized, quantizer_inputs, same_bits, shape_of
+from tests.harness.fast_attention import BATCH, Call, emulated, functions, here, inputs_of, meaning, result
+from tests.harness.float_kernels import error, quantized, quantizer_inputs, same_bits
 
 RESIDUAL = Epilogue((Step("add", operand=0),), (Operand("full"),))
 PROBLEMS = {
@@ -62,36 +58,16 @@ def _require(on: str, kind: str) -> None:
 
 
 @functools.cache
-def _library(on: str, kind: str) -> Callable[[str, list[np.ndarray]], list[np.ndarray]]:
-    """All kernels of a target, called by name and arrays; a call returns the arrays as they are afterwards."""
+def _library(on: str, kind: str) -> Call:
+    """All kernels of a target."""
     _require(on, kind)
-    target, functions = _target(on, kind), {}
-    for i, problem in enumerate([*PROBLEMS.values(), _quantizing()]):
-        given = replace(problem, numerics=kind)
-        functions[f"attention_{i}"] = fast_attention.build(given, target.isa, f"attention_{i}")
-        functions[f"ready_{i}"] = fast_attention.build(ready(given), target.isa, f"ready_{i}")
-    if targets.missing_features(target):
-        emulated = qemu.Aarch64Library(functions, dict(target.tvm))
-        return lambda name, arrays: emulated.run([(name, arrays)])[0]
-    module = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(dict(target.tvm)))
-
-    def call(name: str, arrays: list[np.ndarray]) -> list[np.ndarray]:
-        tensors = [tvm.runtime.tensor(array) for array in arrays]
-        module[name](*tensors)
-        return [tensor.numpy() for tensor in tensors]
-
-    return call
+    target = _target(on, kind)
+    kernels = functions([replace(p, numerics=kind) for p in (*PROBLEMS.values(), _quantizing())], target.isa)
+    return (emulated if targets.missing_features(target) else here)(kernels, dict(target.tvm))
 
 
 def _run(index: int, problem: FastAttention, inputs: list[np.ndarray], on: str, kind: str) -> np.ndarray:
-    problem, call = replace(problem, numerics=kind), _library(on, kind)
-    *arguments, result = problems.arguments(problem)
-    arrays = {a.name: np.full(shape_of(a, BATCH), 77, a.dtype) for a in (*arguments, result)}
-    arrays |= dict(zip((a.name for a in attention.arguments(problem)), inputs, strict=False))
-    of_ready = problems.arguments(ready(problem))
-    for name, of in ((f"ready_{index}", of_ready), (f"attention_{index}", [*arguments, result])):
-        arrays |= dict(zip((a.name for a in of), call(name, [arrays[a.name] for a in of]), strict=True))
-    return arrays[result.name]
+    return result(_library(on, kind), index, replace(problem, numerics=kind), inputs)
 
 
 def _of(name: str, on: str, kind: str, inputs: list[np.ndarray] | None = None) -> np.ndarray:

@@ -7,13 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import tvm
 
-from mpq_compiler.backends.tvm.kernels.cpu import fast_attention, tile_attention
+from mpq_compiler.backends.tvm.kernels.cpu import tile_attention
 from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS
-from mpq_compiler.backends.tvm.kernels.problems import attention
-from mpq_compiler.backends.tvm.kernels.problems import fast_attention as problems
-from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready
 from mpq_compiler.targets import numerics
@@ -21,8 +17,9 @@ from mpq_compiler.targets.numerics import BF16, INT8
 from mpq_compiler.targets.table import TARGETS
 from tests.harness import qemu
 from tests.harness.emulated import TARGET, emulated
-from tests.harness.fast_attention import BATCH, inputs_of, meaning, ready
-from tests.harness.float_kernels import error, same_bits, shape_of
+from tests.harness.fast_attention import Call, functions, here, inputs_of, meaning, ready, result
+from tests.harness.fast_attention import emulated as on_arm
+from tests.harness.float_kernels import error, same_bits
 
 RESIDUAL = Epilogue((Step("add", operand=0),), (Operand("full"),))
 PROBLEMS = {
@@ -40,14 +37,11 @@ KINDS = (BF16, INT8)
 
 
 @functools.cache
-def _library(kind: str) -> tvm.runtime.Executable:
-    functions = {}
+def _library(kind: str) -> Call:
     with emulated() as isa:
-        for i, problem in enumerate(_problems(kind)):
+        for problem in _problems(kind):
             assert tile_attention.fits(problem, isa) and tile_attention.fits(ready(problem), isa)
-            functions[f"attention_{i}"] = fast_attention.build(problem, "amx", f"attention_{i}")
-            functions[f"ready_{i}"] = fast_attention.build(ready(problem), "amx", f"ready_{i}")
-        return tvm.compile(tvm.IRModule(functions), target=isa.target())
+        return here(functions(_problems(kind), "amx"), isa.target())
 
 
 def _problems(kind: str) -> list[FastAttention]:
@@ -56,15 +50,7 @@ def _problems(kind: str) -> list[FastAttention]:
 
 def _run(name: str, inputs: list[np.ndarray], kind: str) -> np.ndarray:
     index = [*PROBLEMS].index(name)
-    problem = _problems(kind)[index]
-    *arguments, result = problems.arguments(problem)
-    arrays = {a.name: np.full(shape_of(a, BATCH), 77, a.dtype) for a in (*arguments, result)}
-    arrays |= dict(zip((a.name for a in attention.arguments(problem)), inputs, strict=False))
-    tensors = {key: tvm.runtime.tensor(value) for key, value in arrays.items()}
-    of_ready = problems.arguments(ready(problem))
-    for function, of in ((f"ready_{index}", of_ready), (f"attention_{index}", [*arguments, result])):
-        _library(kind)[function](*(tensors[a.name] for a in of))
-    return tensors[result.name].numpy()
+    return result(_library(kind), index, _problems(kind)[index], inputs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,26 +65,10 @@ def test_eight_bits_are_those_of_registers() -> None:
     """They are the same on all targets: here those of a CPU that multiplies signed codes."""
     if reason := qemu.missing():
         pytest.skip(reason)
-    functions, given = {}, [inputs_of(problem) for problem in _problems(INT8)]
-    for i, problem in enumerate(_problems(INT8)):
-        functions[f"ready_{i}"] = fast_attention.build(ready(problem), "dotprod", f"ready_{i}")
-        functions[f"attention_{i}"] = fast_attention.build(problem, "dotprod", f"attention_{i}")
-    library = qemu.Aarch64Library(functions, dict(TARGETS["aarch64-dotprod"].tvm))
-
-    def zeros(of: list[Argument]) -> list[np.ndarray]:
-        return [np.zeros(shape_of(a, BATCH), a.dtype) for a in of]
-
-    made = library.run(
-        [(f"ready_{i}", [*given[i][1:3], *zeros(problems.outputs(p))]) for i, p in enumerate(_problems(INT8))]
-    )
-    results = library.run(
-        [
-            (f"attention_{i}", [given[i][0], *made[i][2:], *given[i][3:], *zeros(problems.arguments(p)[-1:])])
-            for i, p in enumerate(_problems(INT8))
-        ]
-    )
-    for name, inputs, arrays in zip(PROBLEMS, given, results, strict=True):
-        assert same_bits(_run(name, inputs, INT8), arrays[-1]), name
+    registers = on_arm(functions(_problems(INT8), "dotprod"), dict(TARGETS["aarch64-dotprod"].tvm))
+    for i, (name, problem) in enumerate(zip(PROBLEMS, _problems(INT8), strict=True)):
+        inputs = inputs_of(problem)
+        assert same_bits(_run(name, inputs, INT8), result(registers, i, problem, inputs)), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
