@@ -75,8 +75,8 @@ CONV = {(64, 320): 0.88, (32, 640): 0.88, (16, 1280): 0.82, (8, 1280): None}
 AS_W8, NBITS, COLD = 1.05, 2.5, 0.70
 REGISTERS = "x86-64-avx512vnni"
 """What tiles are held against."""
-TILES_LINEAR, TILES_CONV, TILES_AS_W8 = 3.3, 5.0, 1 / 0.9
-"""How many times as long registers take, for 64 rows and more; of the time of 8 bits, 4, 3 and 2 bits from 256 on."""
+TILES_LINEAR, TILES_CONV, TILES_AS_W8 = 3.3, 5.0, 0.9
+"""How many times as long registers take, for 64 rows and more; and 8 bits, of 4, 3 and 2 bits, from 256 on."""
 READ = "read"
 """The contestant that reads memory and does nothing else."""
 
@@ -214,7 +214,7 @@ def by_tiles(group: Group, chosen: Mapping[str, tuple[str, QuantMatmul]], target
         group.goals[full, registers] = TILES_CONV if conv else TILES_LINEAR
         w8 = f"{full.removesuffix(kind)}w8"
         if kind in ("w4", "w3", "w2") and p.rows >= 256 and w8 in chosen:
-            group.goals[full, w8] = 1 / TILES_AS_W8
+            group.goals[full, w8] = TILES_AS_W8
 
 
 def goal_of(name: str, kind: str, p: QuantMatmul) -> float | None:

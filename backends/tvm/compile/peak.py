@@ -60,13 +60,13 @@ def _tiles(target: Isa, parts: int) -> Loop:
         with shares(1, parts, float("inf") if parts > 1 else 0) as (_, begin, end), T.serial(begin, end) as part:
             amx.configure(configuration)
             y = T.decl_buffer((parts * size,), "uint8", data=buffers["y"].data)
-            for t in range(4, 8):
+            for t in (*amx.LEFT, *amx.RIGHT):
                 amx.load(t, y, part * size, TILE_BYTES)
             with T.serial(0, ROUNDS):
                 for half, v in cells:
-                    amx.dot(2 * half + v, 4 + half, 6 + v)
+                    amx.dot(amx.sums(half, v), amx.LEFT[half], amx.RIGHT[v])
             for half, v in cells:
-                amx.save(2 * half + v, y, part * size, TILE_BYTES)
+                amx.save(amx.sums(half, v), y, part * size, TILE_BYTES)
             amx.release()
 
     loop = primfunc("peak_tiles", [Argument("y", (parts, size), "uint8")], body)

@@ -106,7 +106,10 @@ static bool has(const char *feature) {
     return false;
 }
 
-static bool permitted(const char *feature) { return *feature; }
+static bool permitted(const char *feature) {
+    (void)feature;
+    return true;
+}
 #else
 static bool has(const char *feature) {
     FILE *file = fopen("/proc/cpuinfo", "r");

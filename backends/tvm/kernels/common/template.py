@@ -178,6 +178,14 @@ def span(start: Any, lanes: int) -> Any:
     return start if lanes == 1 else T.ramp(start, 1, lanes)
 
 
+def flat(buffer: Buffer) -> Buffer:
+    """The buffer with one dimension."""
+    size = buffer.shape[0]
+    for extent in buffer.shape[1:]:
+        size = size * extent
+    return T.decl_buffer((size,), buffer.dtype, data=buffer.data, scope=buffer.scope())
+
+
 def store(buffer: Buffer, value: Expr, *indices: Any) -> None:
     """``buffer[indices] = value``."""
     T.buffer_store(buffer, value, list(indices))

@@ -18,6 +18,8 @@ from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_BYTES, TILE_ROWS
 
 COUNT = 8
 """Tiles that there are."""
+LEFT, RIGHT = (4, 5), (6, 7)
+"""Numbers of the tiles of both operands; those of sums are before them (`sums`)."""
 CONFIGURATION = 16
 """Size in int32 of the buffer that `configure` writes."""
 PALETTE, BYTES_AT, ROWS_AT = 1, 16, 48
@@ -44,6 +46,11 @@ def configure(buffer: Buffer, shapes: Mapping[int, tuple[int, int]] = {}) -> Non
     emit("ldtilecfg", T.address_of(buffer[0]))
 
 
+def sums(left: int, right: int) -> int:
+    """The tile for the sums of operand number ``left`` of `LEFT` and ``right`` of `RIGHT`."""
+    return 2 * left + right
+
+
 def release() -> None:
     """Gives all tiles up."""
     emit("tilerelease")
@@ -64,26 +71,26 @@ def save(t: int, buffer: Buffer, at: Index, apart: int) -> None:
     emit("tilestored64", _number(t), T.address_of(buffer[at]), tirx.IntImm("int64", apart))
 
 
-def dot(sums: int, unsigned: int, signed: int) -> None:
+def dot(total: int, unsigned: int, signed: int) -> None:
     """Adds products of u8 and s8 to the sums in int32.
 
     Row m and lane n of them takes values 4 k + i of row m of the unsigned tile, times bytes 4 n + i of row k of the
     signed one.
     """
-    emit("tdpbusd", _number(sums), _number(unsigned), _number(signed))
+    emit("tdpbusd", _number(total), _number(unsigned), _number(signed))
 
 
-def dot_signed(sums: int, signed: int, unsigned: int) -> None:
+def dot_signed(total: int, signed: int, unsigned: int) -> None:
     """Adds products of s8 and u8, as `dot` those of u8 and s8 (TDPBSUD)."""
-    emit("tdpbsud", _number(sums), _number(signed), _number(unsigned))
+    emit("tdpbsud", _number(total), _number(signed), _number(unsigned))
 
 
-def dot_bfloat16(sums: int, left: int, right: int) -> None:
+def dot_bfloat16(total: int, left: int, right: int) -> None:
     """Adds products of pairs of bfloat16 to the sums in float32, as `dot` does those of four bytes.
 
     First and second values of pairs are summed apart, rounded to nearest, and denormals are zeros (TDPBF16PS).
     """
-    emit("tdpbf16ps", _number(sums), _number(left), _number(right))
+    emit("tdpbf16ps", _number(total), _number(left), _number(right))
 
 
 def _number(t: int) -> Expr:

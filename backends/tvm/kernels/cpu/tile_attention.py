@@ -10,24 +10,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
-from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index, head, scratch, span, store, transpose
-from mpq_compiler.backends.tvm.kernels.common.vmath import cast, fma, i32, keep, mul
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index, flat, head, scratch, span, store, transpose
+from mpq_compiler.backends.tvm.kernels.common.vmath import i32, keep, mul
 from mpq_compiler.backends.tvm.kernels.cpu import amx
 from mpq_compiler.backends.tvm.kernels.cpu.attention import each_tile
 from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_BYTES, TILE_ROWS, Isa
-from mpq_compiler.backends.tvm.kernels.cpu.word_attention import Bfloat16, Bfloat16Ready, Codes, CodesReady, Words
+from mpq_compiler.backends.tvm.kernels.cpu.word_attention import (
+    Bfloat16,
+    Bfloat16Ready,
+    Codes,
+    CodesReady,
+    Words,
+    larger,
+)
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready
 from mpq_compiler.backends.tvm.kernels.problems.lanes import LANES
 from mpq_compiler.targets.numerics import KEY_BLOCK, PACKED
 
 WORDS = TILE_BYTES // 4
 """Words in a row of a whole tile, and rows of words in the other operand."""
-ROWS, HALF_ROWS, COLUMNS, HALF_COLUMNS = 4, 5, 6, 7
-"""Numbers of the tiles of both operands, whole ones and those of 32 bytes or 8 words; 0 to 3 hold sums."""
+(ROWS, HALF_ROWS), (COLUMNS, HALF_COLUMNS) = amx.LEFT, amx.RIGHT
+"""The tiles of both operands: whole ones, and those of 32 bytes or 8 words."""
 SHAPES = {HALF_ROWS: (TILE_ROWS, TILE_BYTES // 2), HALF_COLUMNS: (WORDS // 2, TILE_BYTES)}
 TREE = 8
 """Keys whose scores are compared in pairs: a chain would wait for each maximum."""
@@ -40,13 +46,6 @@ def fits(problem: FastAttention | Ready, isa: Isa) -> bool:
     """
     whole = max(TILE_ROWS, PACKED[problem.numerics] * WORDS // 2)
     return isa.engine and not any(count % whole for count in (problem.keys, problem.dim, KEY_BLOCK))
-
-
-def _flat(buffer: Buffer) -> Buffer:
-    size = buffer.shape[0]
-    for extent in buffer.shape[1:]:
-        size = size * extent
-    return T.decl_buffer((size,), buffer.dtype, data=buffer.data)
 
 
 def _values_at(problem: FastAttention | Ready, b: Index, h: Index, key: Index) -> Index:
@@ -64,7 +63,7 @@ class _TilesReady:
     def _columns(
         self, b: Index, h: Index, value: Callable[[Index, Index, int], Expr], join: Callable[[list[Expr]], Expr]
     ) -> None:
-        p, packed, made = self.problem, PACKED[self.problem.numerics], _flat(self.buffers["packed_v"])
+        p, packed, made = self.problem, PACKED[self.problem.numerics], flat(self.buffers["packed_v"])
 
         def block(key: Index, keys: int) -> None:
             """The values of a block of keys."""
@@ -110,7 +109,7 @@ class _Tiles(Words):
         each_tile(self.problem.keys, KEY_BLOCK, body)  # how many keys a block has is known
 
     def _all_scores(self, b: Index, h: Index, key: Index, size: Index, new: Buffer) -> None:
-        p, keys, words = self.problem, _flat(self.buffers["packed_k"]), self.problem.dim // self._packed
+        p, keys, words = self.problem, flat(self.buffers["packed_k"]), self.problem.dim // self._packed
         sums, row = self._sums_of_scores(), T.bind((b * p.heads + h) * p.keys + key)
 
         def some(start: Index, count: int) -> None:
@@ -133,11 +132,11 @@ class _Tiles(Words):
                     seen.append(keep(self._masked(value, b, h, key, start * TREE + i, j)))
                     store(self.score, seen[-1], at)
                 while len(seen) > 1:
-                    seen = [keep(_larger(x, y)) for x, y in zip(seen[::2], seen[1::2], strict=True)]
-                store(new, _larger(new[self._at(0, j)], seen[0]), self._at(0, j))
+                    seen = [keep(larger(x, y)) for x, y in zip(seen[::2], seen[1::2], strict=True)]
+                store(new, larger(new[self._at(0, j)], seen[0]), self._at(0, j))
 
     def _all_values(self, b: Index, h: Index, key: Index, size: Index) -> None:
-        p, values, row = self.problem, _flat(self.buffers["packed_v"]), size // self._packed
+        p, values, row = self.problem, flat(self.buffers["packed_v"]), size // self._packed
         first = T.bind(_values_at(p, b, h, key))
         self._begin_values()
 
@@ -157,7 +156,7 @@ class _Tiles(Words):
     def _cells(self, pair: list[int], start: Index, count: int) -> list[tuple[int, Index, int]]:
         """The tiles of sums: the number of each, where it lies in a buffer of rows of queries, and its vector."""
         return [
-            (2 * i + n, (start + i * TILE_ROWS) * self.width + j * LANES, j)
+            (amx.sums(i, n), (start + i * TILE_ROWS) * self.width + j * LANES, j)
             for i in range(count // TILE_ROWS)
             for n, j in enumerate(pair)
         ]
@@ -190,7 +189,7 @@ class _Tiles(Words):
                 amx.load(left, buffer, first + i * TILE_ROWS * row + at, 4 * row)
                 for n, j in enumerate(pair):
                     amx.load(right, words, at * self.width + j * LANES, 4 * self.width)
-                    dot(2 * i + n, left, right)
+                    dot(amx.sums(i, n), left, right)
 
         whole, rest = divmod(row, WORDS)
         if whole:
@@ -254,8 +253,7 @@ class TileCodes(_Tiles, Codes):
     """The numerics of `Codes`: its sums are exact, so that results are the same."""
 
     def _sums_of_scores(self) -> Buffer:
-        self.counts = scratch(KEY_BLOCK * self.width, "int32")
-        return self.counts
+        return scratch(KEY_BLOCK * self.width, "int32")
 
     def _begin_score(self, t: int, j: int) -> None:
         amx.load(t, self.offset, j * LANES, 0)
@@ -270,16 +268,11 @@ class TileCodes(_Tiles, Codes):
         for t, at, j in cells:
             amx.save(t, self.weighted, at, 4 * self.width)
             with T.serial(0, TILE_ROWS) as d:
-                here, common = span(at + d * self.width, LANES), self._at(0, j)
-                part = mul(cast(self.weighted[here], "float32"), self.merge[common])
-                store(self.out, fma(self.out[here], self.rescale[common], part), here)
+                here = span(at + d * self.width, LANES)
+                self._merge(self.weighted[here], here, j)
 
     def _dot_scores(self, sums: int, left: int, right: int) -> None:
         amx.dot(sums, left, right)
 
     def _dot_values(self, sums: int, left: int, right: int) -> None:
         amx.dot_signed(sums, left, right)
-
-
-def _larger(a: Expr, b: Expr) -> Expr:
-    return tirx.Select(a > b, a, b)

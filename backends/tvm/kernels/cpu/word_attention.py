@@ -81,7 +81,8 @@ def _magnitude(x: Expr) -> Expr:
     return tirx.bitwise_and(as_int(x), i32(0x7FFFFFFF, lanes(x)))
 
 
-def _larger(a: Expr, b: Expr) -> Expr:
+def larger(a: Expr, b: Expr) -> Expr:
+    """The larger of two; b where one is NaN."""
     return tirx.Select(a > b, a, b)
 
 
@@ -207,10 +208,10 @@ class CodesReady(_Ready):
                 each_vector(
                     p.dim,
                     lambda d, n: store(
-                        most, _larger(most[span(0, n)], _magnitude(smoothed(start + i, d, n))), span(0, n)
+                        most, larger(most[span(0, n)], _magnitude(smoothed(start + i, d, n))), span(0, n)
                     ),
                 )
-            largest = keep(as_float(fold(most[span(0, width)], _larger)))
+            largest = keep(as_float(fold(most[span(0, width)], larger)))
             store(self.buffers["k_scale"], mul(largest, f32(1 / 127, 1)), b, h, index)
             inverse = keep(vmath.div(f32(127.0, 1), largest))
             with T.serial(0, keys) as i:
@@ -240,7 +241,7 @@ class CodesReady(_Ready):
             most, whole = scratch(count, "int32"), span(0, count)
             store(most, _least(count), whole)
             with T.serial(0, p.keys) as key:
-                store(most, _larger(most[whole], _magnitude(self._row("v", b, h, key, d, count))), whole)
+                store(most, larger(most[whole], _magnitude(self._row("v", b, h, key, d, count))), whole)
             largest = keep(as_float(most[whole]))
             store(self.buffers["v_scale"], mul(largest, f32(1 / 127, count)), b, h, span(d, count))
             store(inverse, vmath.div(f32(127.0, count), largest), span(d, count))
@@ -394,7 +395,7 @@ class Codes(Words):
         with T.serial(0, self.problem.dim) as d:
             for j in range(self.vectors):
                 at = self._at(0, j)
-                store(most, _larger(most[at], _magnitude(self.query[self._at(d, j)])), at)
+                store(most, larger(most[at], _magnitude(self.query[self._at(d, j)])), at)
         for j in range(self.vectors):
             at = self._at(0, j)
             largest = keep(as_float(most[at]))
@@ -463,7 +464,7 @@ class Codes(Words):
     def _rescale(self, new: Expr) -> None:
         for j in range(self.vectors):
             at = self._at(0, j)
-            highest = keep(_larger(self.highest[at], new[at]))
+            highest = keep(larger(self.highest[at], new[at]))
             store(self.rescale, vmath.exp2_nonpositive(self.highest[at] - highest), at)
             store(self.merge, vmath.exp2_nonpositive(new[at] - highest), at)
             store(self.highest, highest, at)
@@ -505,9 +506,13 @@ class Codes(Words):
 
         sums, pairs = self._products(b, h, key, size, d, dims, start, "int32")
         for n, (i, j) in enumerate(pairs):
-            at, common = self._at(d + i, j), self._at(0, j)
-            part = mul(vmath.cast(sums[n], "float32"), self.merge[common])
-            store(self.out, fma(self.out[at], self.rescale[common], part), at)
+            self._merge(sums[n], self._at(d + i, j), j)
+
+    def _merge(self, total: Expr, at: Expr, j: int) -> None:
+        """Adds a block's sums of vector j to a row of the output, each by its factor."""
+        common = self._at(0, j)
+        part = mul(vmath.cast(total, "float32"), self.merge[common])
+        store(self.out, fma(self.out[at], self.rescale[common], part), at)
 
     def _result(self, value: Expr, b: Index, h: Index, d: Index) -> Expr:
         return mul(value, self.buffers["v_scale"][b, h, span(d, lanes(value))])

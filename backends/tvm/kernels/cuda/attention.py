@@ -16,9 +16,9 @@ from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.epilogue import Finish
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, store, unravel
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, store, unravel
 from mpq_compiler.backends.tvm.kernels.common.vmath import f32, fma, keep, mul
-from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, flat, grid, local, primfunc, shared, strided
+from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, grid, local, primfunc, shared, strided
 from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH
 from mpq_compiler.backends.tvm.kernels.problems.attention import LOWEST, Attention, arguments
 from mpq_compiler.support.errors import UserError

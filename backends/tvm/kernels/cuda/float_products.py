@@ -17,11 +17,11 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, span, store, unravel
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, span, store, unravel
 from mpq_compiler.backends.tvm.kernels.cuda import bfloat16
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel, tiles
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import Tile
-from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, flat, local, primfunc
+from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, local, primfunc
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
 from mpq_compiler.backends.tvm.kernels.problems import float_gemm
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument

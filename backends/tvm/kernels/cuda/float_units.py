@@ -19,9 +19,9 @@ from tvm.tirx import PrimFunc
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.epilogue import Finish
 from mpq_compiler.backends.tvm.kernels.common.panels import panel_column
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, store, unravel
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, store, unravel
 from mpq_compiler.backends.tvm.kernels.common.vmath import f32, fma
-from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, flat, grid, local, primfunc, shared
+from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, grid, local, primfunc, shared
 from mpq_compiler.backends.tvm.kernels.problems import float_gemm, matmul
 from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
 

@@ -14,14 +14,13 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, store, unravel
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, store, unravel
 from mpq_compiler.backends.tvm.kernels.common.vmath import f32, fma, keep, mul
 from mpq_compiler.backends.tvm.kernels.cuda.rows import Rows
 from mpq_compiler.backends.tvm.kernels.cuda.threads import (
     THREADS,
     combined,
     each,
-    flat,
     grid,
     local,
     power,

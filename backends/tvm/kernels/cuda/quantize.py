@@ -16,8 +16,8 @@ from tvm.tirx import PrimFunc
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.epilogue import quantizer
 from mpq_compiler.backends.tvm.kernels.common.quantize import dynamic_scale, group_of
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, store, unravel
-from mpq_compiler.backends.tvm.kernels.cuda.threads import combined, each, flat, grid, local, power, primfunc, strided
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, store, unravel
+from mpq_compiler.backends.tvm.kernels.cuda.threads import combined, each, grid, local, power, primfunc, strided
 from mpq_compiler.backends.tvm.kernels.problems.quantize import DynamicQuantize, Problem, Quantize, TimeGroup, arguments
 
 

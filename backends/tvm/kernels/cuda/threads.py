@@ -79,14 +79,6 @@ def barrier() -> None:
     T.evaluate(T.cuda.cta_sync())
 
 
-def flat(buffer: Buffer) -> Buffer:
-    """The buffer with one dimension."""
-    size = buffer.shape[0]
-    for extent in buffer.shape[1:]:
-        size = size * extent
-    return T.decl_buffer((size,), buffer.dtype, data=buffer.data, scope=buffer.scope())
-
-
 def combined(
     values: Sequence[Expr], thread: Any, threads: int, combine: Callable[[Expr, Expr], Expr] = lambda a, b: a + b
 ) -> list[Expr]:

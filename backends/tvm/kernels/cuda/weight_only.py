@@ -19,11 +19,11 @@ from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.stored import stored_code
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, span, store, unravel
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, span, store, unravel
 from mpq_compiler.backends.tvm.kernels.cuda import bfloat16, float_products
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import tiles
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.lookup import byte_perm, looked_up
-from mpq_compiler.backends.tvm.kernels.cuda.threads import each, flat, local, primfunc
+from mpq_compiler.backends.tvm.kernels.cuda.threads import each, local, primfunc
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, Fragments
 from mpq_compiler.backends.tvm.kernels.problems import dequantize
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument

@@ -32,8 +32,8 @@ from mpq_compiler.backends.tvm.kernels.common.dequantize import dequantize_row, 
 from mpq_compiler.backends.tvm.kernels.common.float8 import decode
 from mpq_compiler.backends.tvm.kernels.common.panels import first_output
 from mpq_compiler.backends.tvm.kernels.common.stored import StoredRows
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, store, unravel
-from mpq_compiler.backends.tvm.kernels.cuda.threads import each, flat, local, primfunc, workspace
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, store, unravel
+from mpq_compiler.backends.tvm.kernels.cuda.threads import each, local, primfunc, workspace
 from mpq_compiler.backends.tvm.kernels.problems import dequantize, float8, float_gemm
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable

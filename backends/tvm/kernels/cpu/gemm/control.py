@@ -8,17 +8,9 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from mpq_compiler.backends.tvm.kernels.common.template import Buffer, scratch, store
+from mpq_compiler.backends.tvm.kernels.common.template import scratch, store
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
-
-
-def flat(buffer: Buffer) -> Buffer:
-    """The buffer with one dimension."""
-    size = buffer.shape[0]
-    for extent in buffer.shape[1:]:
-        size = size * extent
-    return T.decl_buffer((size,), buffer.dtype, data=buffer.data)
 
 
 def when(condition: Any, body: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:

@@ -96,7 +96,7 @@ class Rows:
                     pixel = y * p.stride[0] * self.s.image_width + x * p.stride[1]
                 store(self.starts, s * self.s.sample_pixels + pixel, (s * height + y) * p.out_width + x)
             if p.has_offset:
-                (self._sum_shifted if self.s.shifted else self._sum_windows)(samples, height)
+                self._sum_windows(samples, height)
             if self.s.paired:
                 lines = (samples - 1) * self.s.band_height + reach
                 self._pair_pixels(lines * self.s.image_width, p.stride[1])
@@ -281,55 +281,36 @@ class Rows:
 
         each_segment(self.p, segment)
 
-    def _sum_windows(self, samples: Any, height: Any) -> None:
+    def _sum_windows(self, samples: Index, height: Index) -> None:
         """sums[j, r] of a convolution, whose rows see neighbouring pixels: each of them is summed once."""
-        p, (down, across), line_size = self.p, self.p.stride, self.s.image_width
+        p, line_size = self.p, self.s.image_width
+        apart = 1 if self.s.shifted else p.stride[1]
 
         def segment(j: Segment) -> None:
             """Segment j of all rows: sums of pixels, then of those that a row sees."""
-            lines = (samples - 1) * self.s.band_height + (height - 1) * down + p.kernel[0]
-            width, least = self.w.channels[j.first], p.kernel[0] * line_size
-            self._sum_each(self.pixel_sums, 0, lines * line_size, least, self.s.plane(j), width, width)
+            width = self.w.channels[j.first]
+            if self.s.shifted:
+                count, least = samples * self.s.sample_pixels, self.s.sample_pixels
+            else:
+                lines = (samples - 1) * self.s.band_height + (height - 1) * p.stride[0] + p.kernel[0]
+                count, least = lines * line_size, p.kernel[0] * line_size
+            self._sum_each(self.pixel_sums, 0, count, least, self.s.plane(j), width, width)
             with T.serial(0, samples) as s, T.serial(0, height) as y:
-                line = T.bind((s * self.s.band_height + y * down) * line_size)
-                row = T.bind(j.index * self.s.most_rows + (s * height + y) * p.out_width)
-
-                def some(x: Any, lanes: int) -> None:
-                    """The sums of neighbouring rows from x on."""
-                    total = scratch(lanes, "int32")
-                    store(total, vmath.i32(0, lanes), span(0, lanes))
-                    with T.serial(0, p.kernel[0]) as tap:
-                        for side in range(p.kernel[1]):
-                            at = line + tap * line_size + x * across + side
-                            seen = self.pixel_sums[at if lanes == 1 else T.ramp(at, across, lanes)]
-                            store(total, total[span(0, lanes)] + seen, span(0, lanes))
-                    store(self.sums, total[span(0, lanes)], span(row + x, lanes))
-
-                each_vector(p.out_width, some, self.isa.words)
-
-        each_segment(self.p, segment)
-
-    def _sum_shifted(self, samples: Index, height: Index) -> None:
-        """`_sum_windows` of a shifted image: rows are as far apart as the pixels that a tap sees."""
-        p, width = self.p, self.p.out_width
-
-        def segment(j: Segment) -> None:
-            """Segment j of all rows."""
-            size, count = self.w.channels[j.first], samples * self.s.sample_pixels
-            self._sum_each(self.pixel_sums, 0, count, self.s.sample_pixels, self.s.plane(j), size, size)
-            with T.serial(0, samples) as s, T.serial(0, height) as y:
-                row = T.bind(j.index * self.s.most_rows + (s * height + y) * width)
+                first = T.bind((s * height + y) * p.out_width)
+                line, row = T.bind(self.starts[first]), T.bind(j.index * self.s.most_rows + first)
 
                 def some(x: Index, lanes: int) -> None:
                     """The sums of neighbouring rows from x on."""
                     total = scratch(lanes, "int32")
                     store(total, vmath.i32(0, lanes), span(0, lanes))
-                    with T.serial(0, p.kernel[0]) as tap, T.serial(0, p.kernel[1]) as side:
-                        at = s * self.s.sample_pixels + y * width + x + self.s.shifted_line(side, tap)
-                        store(total, total[span(0, lanes)] + self.pixel_sums[span(at, lanes)], span(0, lanes))
+                    with T.serial(0, p.kernel[0]) as tap:
+                        for side in range(p.kernel[1]):
+                            at = line + x * apart + self.s.seen(side, tap)
+                            seen = self.pixel_sums[at if lanes == 1 else T.ramp(at, apart, lanes)]
+                            store(total, total[span(0, lanes)] + seen, span(0, lanes))
                     store(self.sums, total[span(0, lanes)], span(row + x, lanes))
 
-                each_vector(width, some, self.isa.words)
+                each_vector(p.out_width, some, self.isa.words)
 
         each_segment(self.p, segment)
 

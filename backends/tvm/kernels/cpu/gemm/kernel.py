@@ -16,6 +16,7 @@ from mpq_compiler.backends.tvm.kernels.common.template import (
     Buffer,
     Buffers,
     Shared,
+    flat,
     primfunc,
     scratch,
     share,
@@ -25,7 +26,7 @@ from mpq_compiler.backends.tvm.kernels.common.template import (
 )
 from mpq_compiler.backends.tvm.kernels.cpu import amx
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.accumulate import Accumulation
-from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import each_segment, flat, loop, opaque, quotient, when
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import each_segment, loop, opaque, quotient, when
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.finish import Finish
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.gather import Rows
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Runs, Schedule

@@ -144,16 +144,21 @@ class Schedule:
     def runs(self, j: Segment) -> Runs:
         """The runs of k of segment j: one for each vertical tap, or for each tap of a shifted image."""
         c, (down, across) = self.w.channels[j.first], self.p.kernel
+        if self.p.pointwise:
+            return Runs(1, c // self.isa.kpack, lambda _: 0)
         if not self.shifted:
-            line = 0 if self.p.pointwise else self.image_width * c
-            return Runs(down, across * c // self.isa.kpack, lambda tap: tap * line)
+            return Runs(down, across * c // self.isa.kpack, lambda tap: self.seen(0, tap) * c)
 
         def offset(tap: Index) -> Index:
             """The distance of a tap."""
             y = quotient(tap, across)
-            return self.shifted_line(tap - y * across, y) * c
+            return self.seen(tap - y * across, y) * c
 
         return Runs(down * across, c // self.isa.kpack, offset)
+
+    def seen(self, side: Index, line: Index) -> Index:
+        """How many pixels behind a row's first is the one that it sees by a horizontal tap, so many lines below."""
+        return self.shifted_line(side, line) if self.shifted else line * self.image_width + side
 
     def shifted_line(self, side: Index, line: Index) -> Index:
         """The first pixel of a line of a shifted image, in its copy for a horizontal tap, from a sample's first on.

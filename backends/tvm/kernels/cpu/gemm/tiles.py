@@ -41,9 +41,6 @@ class TileAccumulation:
         self.steps = self.isa.depth // self.isa.kpack
         """Steps of registers in one of tiles."""
 
-    def _sums(self, half: int, v: int) -> int:
-        return 2 * half + v
-
     def _cells(self) -> list[tuple[int, int]]:
         return [(half, v) for half in range(self.halves) for v in range(self.tile.vectors)]
 
@@ -57,10 +54,10 @@ class TileAccumulation:
         self.apart = self.rows.apart(j)
         for half, v in self._cells():
             if first is None:
-                amx.zero(self._sums(half, v))
+                amx.zero(amx.sums(half, v))
             else:
                 buffer, at, row = first
-                amx.load(self._sums(half, v), buffer, at + half * TILE_ROWS * row + v * self.isa.lanes, 4 * row)
+                amx.load(amx.sums(half, v), buffer, at + half * TILE_ROWS * row + v * self.isa.lanes, 4 * row)
 
     def add(self, runs: Runs) -> None:
         """Adds all products."""
@@ -89,14 +86,14 @@ class TileAccumulation:
         weights, begin = self.weights.place(k * self.steps)
         begin = T.bind(begin)
         for half in range(self.halves):
-            amx.load(4 + half, self.rows.units, T.bind(self.starts[half] + offset), self.apart)
+            amx.load(amx.LEFT[half], self.rows.units, T.bind(self.starts[half] + offset), self.apart)
             for v in range(self.tile.vectors):
                 if half == 0:
-                    amx.load(6 + v, weights, begin + v * self.isa.vector, self.tile.vectors * self.isa.vector)
-                amx.dot(self._sums(half, v), 4 + half, 6 + v)
+                    amx.load(amx.RIGHT[v], weights, begin + v * self.isa.vector, self.tile.vectors * self.isa.vector)
+                amx.dot(amx.sums(half, v), amx.LEFT[half], amx.RIGHT[v])
 
     def end(self, product: Buffer, to: Index) -> None:
         """product[to ..] = the sums, int32 [tile.rows, tile.vectors, lanes]."""
         row = self.tile.vectors * self.isa.lanes
         for half, v in self._cells():
-            amx.save(self._sums(half, v), product, to + half * TILE_ROWS * row + v * self.isa.lanes, 4 * row)
+            amx.save(amx.sums(half, v), product, to + half * TILE_ROWS * row + v * self.isa.lanes, 4 * row)
