@@ -10,6 +10,7 @@ from torch import fx
 
 from mpq_compiler.backends.tvm.emit import pointwise
 from mpq_compiler.backends.tvm.emit.emitter import Emitter, Epilogue, Formula, type_name
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import MANY_ROWS, QuantMatmul
 from mpq_compiler.backends.tvm.plan.calls import BATCH, Kernel, Value, record
 from mpq_compiler.formats import contract
 from mpq_compiler.ir import ops, stored_tensors
@@ -142,6 +143,11 @@ def _stacked(e: Emitter, nodes: Sequence[Any], convert: str | None) -> Value:
     return e.call(Kernel("movement", problem), operands, {"y": out})[0]
 
 
+def _layout_rows(rows: int) -> int:
+    """The least rows a sample for which weights lie as for so many, so that layers share what `prepare` makes."""
+    return MANY_ROWS if rows >= MANY_ROWS else 1
+
+
 def contraction(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Value:
     """Emits a linear layer or convolution on codes with its epilogue; its weight is packed in `prepare`."""
     x, group, codes, scale, offset, lut, row_class, act_scale, act_zero, bias, segments, *spatial = arguments(node)
@@ -181,12 +187,14 @@ def contraction(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Va
             "problem.QuantMatmul", height=source.inner[0], width=source.inner[1], kernel=kernel, stride=stride,
             padding=padding, epilogue=epilogue.record, **shared,
         )  # fmt: skip
-        prepare = record("problem.QuantMatmul", height=kernel[0], width=kernel[1], kernel=kernel, **shared | widths)
+        image = QuantMatmul(*source.inner, shared["outputs"], kernel, stride, padding)
+        height = kernel[0] - 1 + _layout_rows(image.rows)
+        prepare = record("problem.QuantMatmul", height=height, width=kernel[1], kernel=kernel, **shared | widths)
     else:
         rows = source.size // channels
         rank = 2 if rows == 1 else 3
         problem = record("problem.QuantMatmul", height=rows, width=1, rank=rank, epilogue=epilogue.record, **shared)
-        prepare = record("problem.QuantMatmul", height=1, width=1, **shared | widths)
+        prepare = record("problem.QuantMatmul", height=_layout_rows(rows), width=1, **shared | widths)
         if dynamic:
             problem = problem.replace(groups=pointwise.groups(e, epilogue))
     names = ["tiles", "lut", "start", "weight_scale", "sums", "offset", "bias"]

@@ -12,6 +12,8 @@ from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, epilog
 
 FEW_SEGMENTS = 2
 """Up to so many segments code is written out for each; more are K-groups, and loops over equal ones."""
+MANY_ROWS = 16
+"""From so many rows a sample on weights may lie as a matrix engine takes them: for `prepare` all more are as many."""
 
 
 @dataclass(frozen=True)
