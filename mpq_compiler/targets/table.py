@@ -14,7 +14,7 @@ from typing import Any
 
 from mpq_compiler.support import plugins
 from mpq_compiler.support.errors import UserError, nearest
-from mpq_compiler.targets import nvidia, tiles
+from mpq_compiler.targets import nvidia, streaming, tiles
 from mpq_compiler.targets.numerics import BF16, FEATURES, INT8
 
 # Flags as /proc/cpuinfo spells them. LLVM may use every instruction of the level named by `mcpu`, not only
@@ -169,6 +169,11 @@ TARGETS: dict[str, Target] = {
         _arm("aarch64-neon", "neon", "cortex-a53", ["+neon", "-crc"], _ARMV8),
         _arm("aarch64-dotprod", "dotprod", "cortex-a55", ["+neon", "+dotprod"], _ARMV8_2, (INT8,)),
         _arm("aarch64-i8mm", "i8mm", "", ["+neon", "+dotprod", "+i8mm"], (*_ARMV8, "asimddp", "i8mm"), (INT8,)),
+        _arm(
+            *("aarch64-sme2", "sme2", "", ["+neon", "+dotprod", "+i8mm", "+sme2"]),
+            (*_ARMV8, "asimddp", "i8mm", "bf16", "sme", "sme2", "smei8i32"),
+            (INT8,),
+        ),
         *_single("cuda"),
         _cuda("cuda", "x86_64", 80, 87, 89, 90),
         _cuda("cuda-aarch64", "aarch64", 80, 87, 89, 90),
@@ -285,6 +290,8 @@ def missing(arch: str, features: Iterable[str], cuda: int = 0) -> list[str]:
     lacking = [flag for flag in features if not nvidia.stated([flag]) and flag not in host_features()]
     if not lacking and tiles.FEATURE in features and (reason := tiles.refusal()):
         lacking.append(f"the system's permission for tiles ({reason})")
+    if not lacking and streaming.FEATURE in features and (reason := streaming.refusal()):
+        lacking.append(f"streaming vectors of {8 * streaming.LENGTH} bits ({reason})")
     return lacking
 
 

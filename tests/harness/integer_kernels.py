@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tvm
 
+from mpq_compiler.backends.tvm.kernels.common import template
 from mpq_compiler.backends.tvm.kernels.cpu import gemm, prepare
 from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS, Isa
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
@@ -26,7 +27,7 @@ def needs(name: str) -> Isa:
     """The ISA; skips the test where this machine cannot run it."""
     lacking = missing_features(TARGETS[name])
     if name in AARCH64 and lacking:
-        reason = qemu.missing()
+        reason = qemu.missing_streaming() if ISAS[name].engine else qemu.missing()
         if reason:
             pytest.skip(reason)
     elif lacking:
@@ -67,7 +68,7 @@ class Kernels:
         for i, problem in enumerate(self.problems):
             functions[f"kernel{i}"] = gemm.build(problem, isa, f"kernel{i}")
             functions[f"prepare{i}"] = prepare.build(problem, isa, f"prepare{i}")
-        module = tvm.IRModule(functions)
+        module = template.module(functions)
         self.remote = isa.name in AARCH64
         compile_ = qemu.Aarch64Library if self.remote else tvm.compile
         self._library: Any = compile_(module, target=isa.target())

@@ -20,10 +20,19 @@ import numpy as np
 import tvm
 from tvm.support import cc
 
+from mpq_compiler.backends.tvm.toolchain.linker import VECTOR_GRANULE
+
 TARGET = {"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["+neon", "+dotprod"]}
 _COMPILER = "aarch64-linux-gnu-gcc"
-_QEMU = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
-_CPUS = {"+i8mm": "max", "+dotprod": "cortex-a76", "+neon": "cortex-a53"}
+_QEMU = "qemu-aarch64"
+_ROOT = ("-L", "/usr/aarch64-linux-gnu")
+NEWER = "MPQ_TEST_QEMU"
+"""The variable with the path of a newer `_QEMU`, for CPUs that the distribution's does not emulate."""
+STREAMING_RELEASE = 11
+"""The first release that has SME2. Before release 9 three products of USMOPA in four are wrong."""
+STREAMING = "max,sme512=on,sme_fa64=off"
+"""A CPU with SME2 and one length of streaming vectors, on which NEON in streaming mode is an illegal instruction."""
+_CPUS = {"+sme2": STREAMING, "+i8mm": "max", "+dotprod": "cortex-a76", "+neon": "cortex-a53"}
 """By the first attribute that a target has: a CPU without those before it, so that their instructions would end it."""
 _TYPE_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
 
@@ -32,8 +41,28 @@ Argument = np.ndarray | int | float
 
 def missing() -> str | None:
     """Why kernels cannot be run here (for ``pytest.mark.skipif``), None where they can."""
-    absent = [tool for tool in (_COMPILER, _QEMU[0]) if shutil.which(tool) is None]
+    absent = [tool for tool in (_COMPILER, _QEMU) if shutil.which(tool) is None]
     return f"not installed: {', '.join(absent)}" if absent else None
+
+
+@functools.cache
+def streaming() -> str | None:
+    """The emulator of CPUs with SME2: what `NEWER` names or the one installed, or none where both are older."""
+    for path in filter(None, (os.environ.get(NEWER), shutil.which(_QEMU))):
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+        if int(said.split("version ")[1].split(".")[0]) >= STREAMING_RELEASE:
+            return path
+    return None
+
+
+def missing_streaming() -> str | None:
+    """`missing`, for kernels with streaming functions."""
+    return missing() or (None if streaming() else f"qemu-aarch64 {STREAMING_RELEASE} is not installed; see {NEWER}")
+
+
+def command(cpu: str) -> list[str]:
+    """What runs a program on that CPU."""
+    return [(streaming() if "sme" in cpu else None) or _QEMU, *_ROOT, "-cpu", cpu]
 
 
 @functools.cache
@@ -75,12 +104,14 @@ class Aarch64Library:
     ) -> None:
         module = tvm.IRModule(kernels) if isinstance(kernels, dict) else kernels
         target = target or TARGET
-        self.cpu = next(cpu for attribute, cpu in _CPUS.items() if attribute in target["mattr"])
+        cpu = next(cpu for attribute, cpu in _CPUS.items() if attribute in target["mattr"])
+        self.emulator = command(cpu)
         compiled = tvm.compile(module, target=target)
         handle, path = tempfile.mkstemp(suffix=".so", dir=_folder())
         os.close(handle)
         self.path = Path(path)
-        compiled.export_library(path, fcompile=cc.cross_compiler(_COMPILER))
+        options = ["-O2", str(VECTOR_GRANULE)] if cpu == STREAMING else []
+        compiled.export_library(path, fcompile=cc.cross_compiler(_COMPILER, options=options))
 
     def run(self, calls: Sequence[tuple[str, Sequence[Argument]]]) -> list[list[np.ndarray]]:
         """Makes all calls in one process; for each its tensor arguments as they are afterwards."""
@@ -94,7 +125,7 @@ class Aarch64Library:
                     )
                     for argument in arguments:
                         file.write(_encode(argument))
-            command = [*_QEMU, "-cpu", self.cpu, str(_runner()), str(self.path), str(source), str(result)]
+            command = [*self.emulator, str(_runner()), str(self.path), str(source), str(result)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"qemu-aarch64 ended with {done.returncode}: {done.stderr.strip()}")

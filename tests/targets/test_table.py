@@ -11,7 +11,7 @@ import pytest
 
 from mpq_compiler.cli import mpqc
 from mpq_compiler.support.errors import UserError
-from mpq_compiler.targets import nvidia, tiles
+from mpq_compiler.targets import nvidia, streaming, tiles
 from mpq_compiler.targets import table as targets
 from tests.harness.tree import ROOT
 
@@ -19,6 +19,7 @@ ARM = ("aarch64-neon", "aarch64-dotprod", "aarch64-i8mm")
 NAMES = [
     *("x86-64-avx2", "x86-64-avxvnni", "x86-64-avx512", "x86-64-avx512vnni", "x86-64-amx"),
     *ARM,
+    "aarch64-sme2",
     *("cuda-sm80", "cuda-sm87", "cuda-sm89", "cuda-sm90", "cuda", "cuda-aarch64"),
     *("cuda12-sm80", "cuda12-sm87", "cuda12-sm89", "cuda12-sm90", "onnx", "reference"),
 ]
@@ -32,6 +33,7 @@ def host(monkeypatch):
         monkeypatch.setattr(platform, "machine", lambda: machine)
         monkeypatch.setattr(targets, "host_features", lambda: frozenset(flags))
         monkeypatch.setattr(tiles, "refusal", lambda: refusal)
+        monkeypatch.setattr(streaming, "refusal", lambda: refusal)
 
     return pretend
 
@@ -106,6 +108,17 @@ def test_the_system_is_asked_for_tiles():
     assert (refusal == "None") == (tiles.FEATURE in targets.host_features()) == (of_child == "1")
 
 
+def test_streaming_vectors_have_one_length(host):
+    features = targets.TARGETS["aarch64-sme2"].features
+    host("aarch64", features)
+    targets.require_runnable(targets.TARGETS["aarch64-sme2"])
+    host("aarch64", features, "the longest that it gives are of 256")
+    with pytest.raises(UserError, match=r"lacks streaming vectors of 512 bits \(the longest that it gives are of 256"):
+        targets.require_runnable(targets.TARGETS["aarch64-sme2"])
+    targets.require_runnable(targets.TARGETS["aarch64-i8mm"])
+    assert targets.resolve("native").name == "aarch64-i8mm"
+
+
 def test_native_on_an_older_cpu_names_the_way_out(host):
     host("x86_64", ("sse4_2",))
     with pytest.raises(UserError, match=r"AVX2.*--target reference"):
@@ -165,7 +178,7 @@ def test_tvm_and_llvm_know_every_dictionary():
 def test_the_c_program_knows_every_feature():
     """It looks for features by the bits of the kernel's words; one without a bit would be lacking everywhere."""
     text = (ROOT / "backends" / "tvm" / "standalone" / "mpq_common.h").read_text(encoding="utf-8")
-    asked = {feature for name in ARM for feature in targets.TARGETS[name].features}
+    asked = {feature for name in (*ARM, "aarch64-sme2") for feature in targets.TARGETS[name].features}
     assert asked and asked <= {*re.findall(r'\{"(\w+)", [\d+ ]+\}', text)}
 
 

@@ -19,7 +19,7 @@ from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.template import primfunc, scratch, shares, span, store
 from mpq_compiler.backends.tvm.kernels.cpu import amx
 from mpq_compiler.backends.tvm.kernels.cpu import bfloat16 as pairs
-from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_BYTES, TILE_ROWS, Isa
+from mpq_compiler.backends.tvm.kernels.cpu.isa import AMX, TILE_BYTES, TILE_ROWS, Isa
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.targets.numerics import BF16, FEATURES
 from mpq_compiler.targets.table import TARGETS, with_features
@@ -37,7 +37,7 @@ def integer(target: Isa, parts: int = 1) -> Loop:
     parts: repeats the loop, and divides the repetitions among threads. The performance of two threads on two parts is
     the peak for kernels on two threads.
     """
-    if target.engine:
+    if target.engine == AMX:
         return _tiles(target, parts)
     weights = f"{target.weight}x{target.vector}"
 

@@ -174,10 +174,10 @@ def _call(kernel: Kernel, target: Target) -> Callable[[], None]:
     import tvm
 
     from mpq_compiler.backends.tvm import templates
+    from mpq_compiler.backends.tvm.kernels.common import template
 
-    made = tvm.compile(
-        tvm.IRModule({kernel.name: templates.build(kernel, target)}), target=tvm.target.Target(dict(target.tvm))
-    )
+    kernels = template.module({kernel.name: templates.build(kernel, target)})
+    made = tvm.compile(kernels, target=tvm.target.Target(dict(target.tvm)))
     function = made[kernel.name]
     inputs, outputs = templates.arguments(kernel, target)
     own, weights = {}, []

@@ -108,18 +108,23 @@ def _compile(kernel: Any, target: Any, path: str) -> int:
 
     from mpq_compiler.backends.tvm import templates
     from mpq_compiler.backends.tvm.compile.workspaces import Workspaces
+    from mpq_compiler.backends.tvm.kernels.common import template
+    from mpq_compiler.backends.tvm.toolchain.linker import add_vector_granule
+    from mpq_compiler.targets import streaming
     from mpq_compiler.targets.table import with_features
 
     if target.is_cuda:
         _compile_cuda(kernel, target, Path(path))
         return 0
-    module = tvm.IRModule({kernel.name: templates.build(kernel, target)})
+    module = template.module({kernel.name: templates.build(kernel, target)})
     row, workspaces = with_features(target, kernel.features), Workspaces()
     # Without its checks of every argument, half of the code of a small kernel: the plan is what calls them, and the
     # runtime checks what the plan gets.
     with tvm.transform.PassContext(instruments=[workspaces], config={"tirx.disable_assert": True}):
         compiled = tvm.compile(module, target=tvm.target.Target(dict(row.tvm)))
     compiled.mod.write_to_file(path)
+    if streaming.FEATURE in row.features:
+        add_vector_granule(row, Path(path))
     return workspaces.size
 
 

@@ -14,6 +14,7 @@
 #include <unistd.h>
 #ifdef __aarch64__
 #include <sys/auxv.h>
+#include <sys/prctl.h>
 #else
 #include <sys/syscall.h>
 #include <xmmintrin.h>
@@ -96,19 +97,23 @@ static bool has(const char *feature) {
     /* Bits of AT_HWCAP, then those of AT_HWCAP2, by their names in /proc/cpuinfo (asm/hwcap.h). */
     static const struct { const char *name; int bit; } bits[] = {
         {"fp", 0}, {"asimd", 1}, {"crc32", 7}, {"atomics", 8}, {"fphp", 9}, {"asimdhp", 10}, {"asimdrdm", 12},
-        {"lrcpc", 15}, {"asimddp", 20}, {"i8mm", 32 + 13}, {"bf16", 32 + 14},
+        {"lrcpc", 15}, {"asimddp", 20}, {"i8mm", 32 + 13}, {"bf16", 32 + 14}, {"sme", 32 + 23}, {"smei8i32", 32 + 26},
+        {"sme2", 32 + 37},
     };
     for (size_t i = 0; i < sizeof bits / sizeof *bits; i++)
         if (!strcmp(bits[i].name, feature)) {
             unsigned long word = getauxval(bits[i].bit < 32 ? AT_HWCAP : AT_HWCAP2);
-            return word >> (bits[i].bit & 31) & 1;
+            return word >> (bits[i].bit < 32 ? bits[i].bit : bits[i].bit - 32) & 1;
         }
     return false;
 }
 
+/* Kernels take streaming vectors of 64 bytes (PR_SME_SET_VL); threads have the length of the one that starts them. */
 static bool permitted(const char *feature) {
-    (void)feature;
-    return true;
+    if (strcmp(feature, "sme2")) return true;
+    int length = prctl(63, 64, 0, 0, 0);
+    if (length >= 0 && (length & 0xffff) != 64) errno = EOPNOTSUPP;
+    return length >= 0 && (length & 0xffff) == 64;
 }
 #else
 static bool has(const char *feature) {

@@ -69,6 +69,7 @@ def square(shift: int, step: int) -> list[tuple[QuantMatmul, Case, np.ndarray]]:
         ("aarch64-neon", 1, 6),
         ("aarch64-dotprod", 6, 6),
         ("aarch64-i8mm", 3, 6),
+        ("aarch64-sme2", 4, 6),
     ],
 )
 @pytest.mark.invariant("compiler-1")
@@ -120,6 +121,7 @@ def random_cases() -> tuple[list[QuantMatmul], list[tuple[int, Case]], list[np.n
         ("aarch64-neon", 1, 9),
         ("aarch64-dotprod", 5, 9),
         ("aarch64-i8mm", 2, 9),
+        ("aarch64-sme2", 6, 9),
     ],
 )
 @pytest.mark.invariant("compiler-1")

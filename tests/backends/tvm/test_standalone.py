@@ -34,13 +34,16 @@ from tests.backends.tvm.test_emit import TARGETS, executed
 from tests.harness import packed, programs, qemu
 
 HOST = TARGETS[1]
-QEMU = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
-CPUS = {"aarch64-neon": "cortex-a53", "aarch64-dotprod": "cortex-a76", "aarch64-i8mm": "max"}
+CPUS = {
+    **{"aarch64-neon": "cortex-a53", "aarch64-dotprod": "cortex-a76", "aarch64-i8mm": "max"},
+    "aarch64-sme2": qemu.STREAMING,
+}
 """The least that each target needs, of those that are emulated."""
 CASES = (
     (packed.BUNDLED, "int8", HOST),
     (packed.BUNDLED, "int2+b", "aarch64-dotprod"),
     ("unet2d-17x23", "int3", "aarch64-i8mm"),
+    ("unet2d-17x23", "int4", "aarch64-sme2"),
     ("sd15", "int4,dynamic=true", "aarch64-neon"),
 )
 BATCH = 4
@@ -53,8 +56,10 @@ WHEELS = "MPQ_TEST_WHEELS"
 @functools.cache
 def program(name: str, weights: str, target: str, emit: str) -> Path:
     """The artifact with its C program, for "machine" with TVM's runtime too."""
-    if target in CPUS and platform.machine() != "aarch64" and (absent := qemu.missing()):
-        pytest.skip(absent)
+    if target in CPUS and platform.machine() != "aarch64":
+        absent = qemu.missing_streaming() if CPUS[target] == qemu.STREAMING else qemu.missing()
+        if absent:
+            pytest.skip(absent)
     case, folder, row = packed.program(name, weights), packed.kernel_cache(), targets.resolve(target)
     built = build(case.program, row, (1, BATCH), jobs=2, cache=folder, emit=emit)
     if emit == "machine":
@@ -68,7 +73,7 @@ def program(name: str, weights: str, target: str, emit: str) -> Path:
 def run(folder: Path, target: str, *options: str, cpu: str = "") -> subprocess.CompletedProcess[str]:
     command = [str(folder / bundle.PROGRAM), "--weights", str(folder / bundle.WEIGHTS), *options]
     if target in CPUS and platform.machine() != "aarch64":
-        command = [*QEMU, "-cpu", cpu or CPUS[target], *command]
+        command = [*qemu.command(cpu or CPUS[target]), *command]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env={"PATH": os.environ["PATH"]})
 
 

@@ -1,14 +1,18 @@
-"""Integer kernels of the target with a matrix engine, bit for bit against the definition, on emulated tiles."""
+"""Integer kernels of the targets with matrix engines, bit for bit against the definition, on emulated tiles.
+
+Tiles of AMX are functions of C, those of SME are qemu's.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from mpq_compiler.backends.tvm.compile import peak
-from mpq_compiler.backends.tvm.kernels.cpu import amx
+from mpq_compiler.backends.tvm.kernels.cpu import amx, sme
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Schedule
 from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS, Isa
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import WeightLayout, tiles
@@ -33,7 +37,7 @@ LINEAR = [
 
 IMAGES = [
     QuantMatmul(8, 16, 64, 48, **PADDED),
-    QuantMatmul(5, 32, 56, 20, **PADDED, groups=2, bits=4, has_offset=True),
+    QuantMatmul(5, 32, 56, 24, **PADDED, groups=2, bits=4, has_offset=True),
     QuantMatmul(16, 32, 64, 32, (3, 3), (2, 2), (0, 1, 0, 1), bits=3),
     QuantMatmul(4, 4, 64, 48, **PADDED, bits=4, groups=3),
     QuantMatmul(8, 8, 128, 32, **PADDED, bits=2, segments=(64, 64)),
@@ -41,8 +45,8 @@ IMAGES = [
     QuantMatmul(9, 14, 60, 40, (3, 3), (2, 2), (1, 1, 1, 1), bits=3, has_offset=True, groups=2),
     QuantMatmul(13, 14, 64, 24, (5, 3), (1, 2), (3, 0, 2, 3), has_offset=True),
     QuantMatmul(11, 10, 64, 24, stride=(2, 1)),
-    QuantMatmul(61, 18, 192, 20, **PADDED, groups=2),
-    QuantMatmul(37, 64, 128, 20, **PADDED, bits=4),
+    QuantMatmul(61, 18, 192, 24, **PADDED, groups=2),
+    QuantMatmul(37, 64, 128, 24, **PADDED, bits=4),
 ]
 """Tiles within lines and over several, samples of whole tiles and not, strides, taps that see nothing, bands."""
 
@@ -62,6 +66,19 @@ GROUPED = [
 QUANTIZED = Epilogue((Step("add", 0), Step("silu"), Step("quantize", value=8)), (Operand("full"),))
 
 
+SME = "aarch64-sme2"
+
+
+@pytest.fixture(params=[TARGET, SME])
+def isa(request) -> Iterator[Isa]:
+    """Each ISA with a matrix engine, so that its kernels run here."""
+    if request.param == SME:
+        yield needs(SME)
+    else:
+        with emulated() as found:
+            yield found
+
+
 def compared(isa: Isa, problems: list[QuantMatmul], batches: tuple[int, ...] = (2,)) -> None:
     cases = [(i, make_case(p, batch, seed("tiles", p, batch))) for i, p in enumerate(problems) for batch in batches]
     for (_, case), got in zip(cases, Kernels(isa, problems).run(cases), strict=True):
@@ -70,70 +87,75 @@ def compared(isa: Isa, problems: list[QuantMatmul], batches: tuple[int, ...] = (
 
 @pytest.mark.parametrize("problems", [LINEAR, IMAGES, DYNAMIC, GROUPED], ids=["linear", "images", "dynamic", "grouped"])
 @pytest.mark.invariant("compiler-1")
-def test_tiles_compute_what_is_defined(problems):
-    with emulated() as isa:
-        assert all(WeightLayout(problem, isa).isa.depth for problem in problems)
-        compared(isa, problems, (1, 3))
+def test_tiles_compute_what_is_defined(isa, problems):
+    for problem in problems:
+        grouped = len(problem.segments) > 2
+        assert bool(WeightLayout(problem, isa).isa.depth) == (isa.name == TARGET or not grouped)
+    compared(isa, problems, (1, 3))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.invariant("compiler-1")
-def test_every_format(name):
-    problems = [QuantMatmul.linear((34,), 192, 40), QuantMatmul(6, 6, 64, 20, **PADDED)]
-    with emulated() as isa:
-        compared(isa, [with_format(problem, name) for problem in problems])
+def test_every_format(isa, name):
+    problems = [QuantMatmul.linear((34,), 192, 40), QuantMatmul(6, 6, 64, 24, **PADDED)]
+    compared(isa, [with_format(problem, name) for problem in problems])
 
 
-def test_rows_of_several_widths():
-    with emulated() as isa:
-        compared(isa, [with_widths(QuantMatmul.linear((34,), 128, 40), 2, 3, 4)])
+def test_rows_of_several_widths(isa):
+    compared(isa, [with_widths(QuantMatmul.linear((34,), 128, 40), 2, 3, 4)])
 
 
-def test_every_micro_kernel():
+def test_every_micro_kernel(isa):
     problem = QuantMatmul.linear((64,), 128, 40, bits=4)
-    with emulated() as isa:
-        found = tiles(problem, isa)
-        assert found[0] == (2, 32) and {*found} == {(2, 32), (2, 16), (1, 32), (1, 16)}
-        compared(isa, [replace(problem, tile=tile) for tile in found])
+    found = tiles(problem, isa)
+    assert found[0] == (2, 32) and {*found} == {(2, 32), (2, 16), (1, 32), (1, 16)}
+    compared(isa, [replace(problem, tile=tile) for tile in found])
 
 
-def test_an_epilogue_is_that_of_registers():
+def test_an_epilogue_is_that_of_registers(isa):
     """What follows the sums is one source for both: here one kernel of each."""
     problem = QuantMatmul.linear((40,), 128, 48, bits=8, epilogue=QUANTIZED)
     case = make_case(problem, 2, seed("epilogue"))
-    with emulated() as isa:
-        (got,) = Kernels(isa, [problem]).run([(0, case)])
+    (got,) = Kernels(isa, [problem]).run([(0, case)])
     (wanted,) = Kernels(needs("x86-64-avx2"), [problem]).run([(0, case)])
     assert_same_bits(got, wanted)
 
 
+FEW = [
+    QuantMatmul.linear((), 640, 320),  # a row a sample
+    QuantMatmul.linear((15,), 640, 320),
+    QuantMatmul(16, 16, 320, 4, **PADDED),  # registers share lanes
+]
+
+
 @pytest.mark.parametrize(
-    "problem",
+    ("name", "others", "problem"),
     [
-        QuantMatmul.linear((), 640, 320),  # a row a sample
-        QuantMatmul.linear((15,), 640, 320),
-        QuantMatmul(16, 16, 36, 64, **PADDED),  # 28 of 64 values would be padded
-        QuantMatmul(16, 16, 320, 4, **PADDED),  # registers share lanes
+        *((TARGET, "x86-64-avx512vnni", problem) for problem in FEW),
+        (TARGET, "x86-64-avx512vnni", QuantMatmul(16, 16, 36, 64, **PADDED)),  # 28 of 64 values would be padded
+        *((SME, "aarch64-i8mm", problem) for problem in [*FEW, *GROUPED]),
+        (SME, "aarch64-i8mm", QuantMatmul.linear((64,), 640, 20)),  # 12 of 32 channels would be padded
     ],
 )
-def test_registers_multiply_where_tiles_do_not_pay(problem):
-    own, vnni = WeightLayout(problem, ISAS[TARGET]), WeightLayout(problem, ISAS["x86-64-avx512vnni"])
+def test_registers_multiply_where_tiles_do_not_pay(name, others, problem):
+    own, registers = WeightLayout(problem, ISAS[name]), WeightLayout(problem, ISAS[others])
     assert not own.isa.depth
-    assert (own.tile, own.buffers()) == (vnni.tile, vnni.buffers())
+    assert (own.tile, own.buffers()) == (registers.tile, registers.buffers())
 
 
 def test_no_other_target_has_tiles():
     problem = QuantMatmul.linear((64,), 640, 320)
-    assert [name for name, isa in ISAS.items() if WeightLayout(problem, isa).isa.depth] == [TARGET]
+    assert [name for name, isa in ISAS.items() if WeightLayout(problem, isa).isa.depth] == [TARGET, SME]
 
 
-def test_no_band_is_lower_than_a_tile():
+@pytest.mark.parametrize("name", [TARGET, SME])
+def test_no_band_is_lower_than_a_tile(name):
     """Fewer rows than a tile has would have no kernel."""
     for height in range(1, 70):
         for width in (5, 8, 16, 20, 32):
             problem = QuantMatmul(height, width, 512, 64, **PADDED)
             if problem.rows >= 16:
-                schedule = Schedule(problem, ISAS[TARGET])
+                schedule = Schedule(problem, ISAS[name])
                 assert schedule.least_rows >= schedule.tile.rows, problem
 
 
@@ -167,3 +189,14 @@ def test_a_faulty_instruction_is_noticed(monkeypatch):
         assert {"ldtilecfg", "tileloadd64", "tdpbusd", "tilestored64", "tilerelease"} == {*seen}
         wrong = np.argwhere(got != reference(case))
         assert len(wrong) and wrong[:, -2].max() < 16 and wrong[:, -1].max() < 16  # one tile of sums
+
+
+def test_a_faulty_outer_product_is_noticed(monkeypatch):
+    """As above: without the products of the second tile its sums alone are others."""
+    dot = sme.dot
+    monkeypatch.setattr(sme, "dot", lambda t, left, right: t == 1 or dot(t, left, right))
+    problem = QuantMatmul.linear((32,), 64, 32)
+    case = make_case(problem, 1, seed("fault"))
+    (got,) = Kernels(needs(SME), [problem]).run([(0, case)])
+    wrong = np.argwhere(got != reference(case))
+    assert len(wrong) and wrong[:, -2].max() < 16 and wrong[:, -1].min() >= 16

@@ -12,12 +12,12 @@ a target) chooses tile sizes only: no result depends on it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from tvm import DataType, tirx
-from tvm.ir import Expr, PointerType, PrimType
+from tvm import DataType, IRModule, tirx
+from tvm.ir import Expr, GlobalVar, PointerType, PrimType
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
@@ -58,6 +58,25 @@ def primfunc(
             buffers[argument.name] = buffer
         body(batch, buffers)
     return builder.get()
+
+
+FUNCTIONS = "mpq.functions"
+"""The attribute of a kernel with the functions that it calls."""
+
+
+def with_functions(kernel: PrimFunc, functions: Mapping[GlobalVar, PrimFunc]) -> PrimFunc:
+    """The kernel with the functions that it calls, for `module`."""
+    return kernel.with_attr(FUNCTIONS, dict(functions)) if functions else kernel
+
+
+def module(kernels: Mapping[str, PrimFunc]) -> IRModule:
+    """What TVM compiles: kernels by name, and the functions that they call."""
+    functions: dict[Any, PrimFunc] = {}
+    for name, kernel in kernels.items():
+        called = kernel.attrs.get(FUNCTIONS)
+        functions |= dict(called.items()) if called else {}
+        functions[name] = kernel.without_attr(FUNCTIONS) if called else kernel
+    return IRModule(functions)
 
 
 def register_file(isa: str) -> str:
@@ -236,10 +255,10 @@ def fold(vector: Expr, combine: Callable[[Expr, Expr], Expr] = lambda a, b: a + 
 
 
 def transpose(rows: Sequence[Expr]) -> list[Expr]:
-    """16 vectors of 16 lanes, transposed: lane i of result j is lane j of row i. Four rounds of exchanges."""
-    rows, step = list(rows), LANES // 2
+    """As many vectors as each has lanes, transposed: lane i of result j is lane j of row i. By rounds of exchanges."""
+    rows, step = list(rows), len(rows) // 2
     while step:
-        for i in (i for i in range(LANES) if not i & step):
+        for i in (i for i in range(len(rows)) if not i & step):
             rows[i], rows[i + step] = map(vmath.keep, _exchanged(rows[i], rows[i + step], step))
         step //= 2
     return rows

@@ -12,6 +12,7 @@ The kernels are one source for all of these; everything that differs between the
 | aarch64-neon      | smull, smlal, sadalp: 4 x (s8 * s8)       | s8: code - 128 | s8     |
 | aarch64-dotprod   | sdot: 4 x (s8 * s8)                       | s8: code - 128 | s8     |
 | aarch64-i8mm      | usmmla: 8 x (u8 * s8), two rows at once   | u8            | s8      |
+| aarch64-sme2      | usmopa: 4 x (u8 * s8), usmmla             | u8            | s8      |
 
 All of these are exact. vpmaddubsw is not used: it saturates. The sum of two products of smull and smlal fits 16 bits:
 codes less 128 are at least -128, and weights at most 127 in magnitude. Where an activation is stored less 128 the start
@@ -30,11 +31,14 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import Buffer
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import FEW_SEGMENTS, MANY_ROWS
 from mpq_compiler.support.errors import UserError, nearest
 from mpq_compiler.targets.table import TARGETS
 
-TILE_ROWS, TILE_BYTES = 16, 64
-"""The rows of a tile of AMX, and the bytes of each: 64 values of k of a row, or 4 of them of 16 outputs."""
+AMX, SME = "amx", "sme"
+"""What multiplies in tiles: Intel's matrix extensions, and Arm's."""
+TILE_ROWS, TILE_BYTES = MANY_ROWS, 64
+"""The rows of a tile, and the bytes of each. One of AMX has 64 values of k of a row, or 4 of them of 16 outputs."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,8 @@ class Isa:
     loss:            of speed with a row less in a micro-kernel
     split:           32-bit lanes of each output channel: they share the values of k, and are added up at the end
     parts:           registers that the sums of `lanes` channels take
-    engine:          whether the CPU has tiles (AMX), which multiply in place of registers where that pays (`in_tiles`)
-    depth:           then, values of k that a product of two tiles adds up; 0 where registers multiply
+    engine:          what the CPU multiplies in tiles by where that pays (`in_tiles`): `AMX`, `SME`, or nothing
+    depth:           then, values of k that one product to a tile adds up; 0 where registers multiply
     """
 
     name: str
@@ -83,7 +87,7 @@ class Isa:
     loss: float = 0.01
     split: int = 1
     parts: int = 1
-    engine: bool = False
+    engine: str = ""
     depth: int = 0
 
     @property
@@ -151,16 +155,21 @@ class Isa:
         tiles = (Tile(1, 8),)  # more rows than hide the latency would not help: every one needs a load for each product
         return replace(self, lanes=lanes, kpack=kpack, split=self.split * split, tiles=tiles, load_steps=1)
 
-    def in_tiles(self, rows: int, segments: Sequence[int]) -> Isa:
+    def in_tiles(self, rows: int, outputs: int, segments: Sequence[int]) -> Isa:
         """The variant whose tiles multiply, of a problem with so many rows a sample; itself where that does not pay.
 
-        A product of tiles takes as long for one row as for `TILE_ROWS`, and channels are padded to its depth.
+        A product to a tile takes as long for one row as for `TILE_ROWS`, and channels are padded to its depth. Tiles of
+        SME are read row by row when they are done, which takes as long as K-groups take to multiply.
         """
         if not self.engine or self.split > 1 or rows < TILE_ROWS:
             return self
-        if any(-channels % TILE_BYTES > channels // 4 for channels in segments):
+        if self.engine == AMX:
+            padded = any(-channels % TILE_BYTES > channels // 4 for channels in segments)
+            return self if padded else replace(self, depth=TILE_BYTES, tiles=_TILES_SQUARE)
+        if len(segments) > FEW_SEGMENTS or -outputs % TILE_ROWS > outputs // 2:
             return self
-        return replace(self, depth=TILE_BYTES, tiles=_TILES_AMX)
+        square = replace(self, instruction="usmopa", lanes=TILE_ROWS, kpack=4, unit=1, tiles=_TILES_SQUARE)
+        return replace(square, depth=square.kpack, load_steps=1)
 
     def grouped(self, channels: int) -> Tile:
         """The tile for K-groups of so many channels.
@@ -368,7 +377,7 @@ def _concatenated(vectors: Sequence[Expr]) -> Expr:
 
 # 32 registers hold at most 29 accumulators beside the weights of a step and one activation; 16 hold 12.
 _TILES_512 = (Tile(4, 6), Tile(5, 5, 1.02), Tile(3, 8, 1.02), Tile(2, 12, 1.05), Tile(1, 16, 1.3))
-_TILES_AMX = (Tile(2, 2 * TILE_ROWS), Tile(1, 2 * TILE_ROWS, 1.4))  # four and two tiles of sums
+_TILES_SQUARE = (Tile(2, 2 * TILE_ROWS), Tile(1, 2 * TILE_ROWS, 1.4))  # four and two tiles of sums
 _TILES_256 = (Tile(2, 6), Tile(3, 4, 1.05), Tile(1, 10, 1.25))
 # Sums are 24 registers of the first two: it leaves four for a step of all rows and a few for weights.
 _TILES_I8MM = (Tile(3, 8), Tile(4, 6, 1.02), Tile(2, 8, 1.05), Tile(1, 8, 1.3))
@@ -382,7 +391,7 @@ _TILES_NEON = (Tile(4, 4), Tile(3, 4, 1.02), Tile(2, 6, 1.05), Tile(1, 8, 1.3))
 ISAS: Mapping[str, Isa] = {
     isa.name: isa
     for isa in (
-        Isa("x86-64-amx", "vpdpbusd", 16, 4, "uint8", "int8", _PSHUFB_512, _TILES_512, engine=True),
+        Isa("x86-64-amx", "vpdpbusd", 16, 4, "uint8", "int8", _PSHUFB_512, _TILES_512, engine=AMX),
         Isa("x86-64-avx512vnni", "vpdpbusd", 16, 4, "uint8", "int8", _PSHUFB_512, _TILES_512),
         Isa("x86-64-avxvnni", "vpdpbusd", 8, 4, "uint8", "int8", "llvm.x86.avx2.pshuf.b", _TILES_256),
         Isa("x86-64-avx512", "vpmaddwd", 16, 2, "int16", "int16", "llvm.x86.avx2.pshuf.b", _TILES_512),
@@ -390,6 +399,13 @@ ISAS: Mapping[str, Isa] = {
         Isa("aarch64-neon", "smull", 4, 4, "int8", "int8", _TBL, _TILES_NEON, load_steps=4, loss=0.04),
         Isa("aarch64-dotprod", "sdot", 4, 4, "int8", "int8", _TBL, _TILES_SDOT, load_steps=4, loss=0.04),
         Isa("aarch64-i8mm", "usmmla", 4, 8, "uint8", "int8", _TBL, _TILES_I8MM, load_steps=2, loss=0.04, unit=2),
+        Isa(
+            *("aarch64-sme2", "usmmla", 4, 8, "uint8", "int8", _TBL, _TILES_I8MM),
+            load_steps=2,
+            loss=0.04,
+            unit=2,
+            engine=SME,
+        ),
     )
 }
 """Instruction sets, by the name of the target."""

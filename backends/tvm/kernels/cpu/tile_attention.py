@@ -17,7 +17,7 @@ from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index, fla
 from mpq_compiler.backends.tvm.kernels.common.vmath import i32, keep, mul
 from mpq_compiler.backends.tvm.kernels.cpu import amx
 from mpq_compiler.backends.tvm.kernels.cpu.attention import each_tile
-from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_BYTES, TILE_ROWS, Isa
+from mpq_compiler.backends.tvm.kernels.cpu.isa import AMX, TILE_BYTES, TILE_ROWS, Isa
 from mpq_compiler.backends.tvm.kernels.cpu.word_attention import (
     Bfloat16,
     Bfloat16Ready,
@@ -45,7 +45,7 @@ def fits(problem: FastAttention | Ready, isa: Isa) -> bool:
     What is made ready depends on it, so that both kernels have to decide alike: by this and nothing else.
     """
     whole = max(TILE_ROWS, PACKED[problem.numerics] * WORDS // 2)
-    return isa.engine and not any(count % whole for count in (problem.keys, problem.dim, KEY_BLOCK))
+    return isa.engine == AMX and not any(count % whole for count in (problem.keys, problem.dim, KEY_BLOCK))
 
 
 def _values_at(problem: FastAttention | Ready, b: Index, h: Index, key: Index) -> Index:

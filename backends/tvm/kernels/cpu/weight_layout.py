@@ -57,7 +57,7 @@ class WeightLayout:
         p = self.problem
         if len(p.segments) <= FEW_SEGMENTS:
             object.__setattr__(self, "isa", self.isa.narrowed(p.outputs, min(p.segments)))
-        object.__setattr__(self, "isa", self.isa.in_tiles(p.rows, p.segments))
+        object.__setattr__(self, "isa", self.isa.in_tiles(p.rows, p.outputs, p.segments))
 
     @property
     def tile(self) -> Tile:

@@ -19,6 +19,7 @@ from mpq_compiler.backends.tvm.kernels.common.template import (
     scratch,
     span,
     store,
+    transpose,
 )
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import each_segment, loop, opaque, quotient, when
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Schedule
@@ -48,6 +49,8 @@ class Rows:
         self.units = self.activations  # what dot products read
         if self.s.paired:
             self.units = team.workspace(self.s.copies * self.s.pixels * sum(self.w.channels), self.isa.activation)
+        elif self.s.planes:
+            self.units = team.workspace(self.s.plane_pixels * sum(self.w.channels), self.isa.activation)
         if not self.p.pointwise:
             self.starts = team.workspace(self.s.most_rows, "int32")
         if self.p.has_offset:
@@ -69,6 +72,8 @@ class Rows:
                 self._sum_rows(rows)
             if self.s.paired:
                 self._pair_pixels(rows, 1)
+            elif self.s.planes:
+                self._lay_planes(rows)
 
         return rows, gather
 
@@ -100,6 +105,9 @@ class Rows:
             if self.s.paired:
                 lines = (samples - 1) * self.s.band_height + reach
                 self._pair_pixels(lines * self.s.image_width, p.stride[1])
+            elif self.s.planes:
+                last = self.s.sample_pixels if self.s.shifted else reach * self.s.image_width
+                self._lay_planes((samples - 1) * self.s.sample_pixels + last)
 
         return samples * height * p.out_width, gather
 
@@ -243,6 +251,46 @@ class Rows:
 
         each_segment(self.p, segment)
 
+    def _lay_planes(self, count: Index) -> None:
+        """Copies the first `count` pixels to `units`, step by step: `kpack` values of all pixels lie side by side."""
+        size = self.isa.kpack
+
+        def segment(j: Segment) -> None:
+            """Segment j of all of them, four pixels at a time."""
+            steps = self.w.channels[j.first] // size
+            plane = self._plane(j)
+            with T.serial(0, quotient(count + 3, 4)) as i:
+                starts = [T.bind(self._pixel_start(j, T.min(i * 4 + n, count - 1))) for n in range(4)]
+                to = T.bind(plane + i * (4 * size))
+
+                def put(k: Index, words: Expr) -> None:
+                    """Stores step k of the four."""
+                    store(self.units, tirx.reinterpret("uint8x16", words), span(to + k * self.plane_apart, 4 * size))
+
+                with T.serial(0, steps // 4) as k:
+                    rows = [T.bind(self._words(start + k * (4 * size), 4)) for start in starts]
+                    for d, words in enumerate(transpose(rows)):
+                        put(k * 4 + d, words)
+                for k in range(steps // 4 * 4, steps):
+                    words = [self._words(start + k * size, 1) for start in starts]
+                    put(k, tirx.Shuffle(words, [tirx.IntImm("int32", n) for n in range(4)]))
+
+        each_segment(self.p, segment)
+
+    def _words(self, at: Index, count: int) -> Expr:
+        """Neighbouring activations as int32, `kpack` in each."""
+        kind = "int32" if count == 1 else f"int32x{count}"
+        return tirx.reinterpret(kind, self.activations[span(at, count * self.isa.kpack)])
+
+    def _plane(self, j: Segment) -> Index:
+        """Where segment j begins in planes."""
+        return self.s.plane_pixels * j.before(self.w.channels)
+
+    @property
+    def plane_apart(self) -> int:
+        """Activations from a step of planes to the next."""
+        return self.s.plane_pixels * self.isa.kpack
+
     def _pixel_start(self, j: Segment, pixel: Any) -> Any:
         """Where a pixel of the chunk starts in the activations of segment j."""
         if self.s.direct:
@@ -257,6 +305,8 @@ class Rows:
         pixel = r + i
         if not self.p.pointwise:
             pixel = self.starts[r] + i * self.p.stride[1] if in_line else self.starts[pixel]
+        if self.s.planes:
+            return self._plane(j) + pixel * self.isa.kpack
         if self.s.paired:
             return (self.s.plane(j) + pixel * self.w.channels[j.first]) * self.s.copies
         return self._pixel_start(j, pixel)

@@ -15,6 +15,7 @@ from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.template import (
     Buffer,
     Buffers,
+    Index,
     Shared,
     flat,
     primfunc,
@@ -23,16 +24,18 @@ from mpq_compiler.backends.tvm.kernels.common.template import (
     shared,
     span,
     store,
+    with_functions,
 )
-from mpq_compiler.backends.tvm.kernels.cpu import amx
+from mpq_compiler.backends.tvm.kernels.cpu import amx, sme
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.accumulate import Accumulation
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import each_segment, loop, opaque, quotient, when
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.finish import Finish
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.gather import Rows
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.outer import OuterAccumulation
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Runs, Schedule
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.tiles import TileAccumulation
-from mpq_compiler.backends.tvm.kernels.cpu.gemm.weights import Block
-from mpq_compiler.backends.tvm.kernels.cpu.isa import Isa, Tile
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.weights import Block, Weights
+from mpq_compiler.backends.tvm.kernels.cpu.isa import AMX, Isa, Tile
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment, WeightLayout
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import FEW_SEGMENTS, QuantMatmul, calling
@@ -48,19 +51,21 @@ def build(problem: QuantMatmul, isa: Isa, name: str) -> PrimFunc:
 
     def body(batch: Any, buffers: Buffers) -> None:
         """The kernel on flat buffers."""
-        Kernel(problem, isa, {key: flat(buffer) for key, buffer in buffers.items()}).emit(batch)
+        Kernel(problem, isa, {key: flat(buffer) for key, buffer in buffers.items()}, functions).emit(batch)
 
-    return primfunc(name, arguments(problem, isa), body)
+    functions = sme.Functions(name)
+    return with_functions(primfunc(name, arguments(problem, isa), body), functions.made)
 
 
 class Kernel:
     """Emits one kernel. The flat buffers of the arguments are in `self.b`, by name."""
 
-    def __init__(self, problem: QuantMatmul, isa: Isa, buffers: Buffers) -> None:
+    def __init__(self, problem: QuantMatmul, isa: Isa, buffers: Buffers, functions: sme.Functions) -> None:
         self.s = schedule = Schedule(problem, isa)
         self.p, self.isa, self.w, self.b = schedule.p, schedule.isa, schedule.w, buffers
         self.rows, self.block = Rows(schedule, buffers), Block(schedule, buffers)
         self.finish = Finish(schedule, buffers, self.rows, self.block)
+        self.functions = functions
 
     def emit(self, batch: Any) -> None:
         """The whole kernel: pieces of work, which write disjoint parts of the output."""
@@ -86,11 +91,11 @@ class Kernel:
                     here, gather = self.rows.chunk_of_rows(first, opaque(T.min(count * tall, rows - first)))
                 else:
                     here, gather = self.rows.chunk_of_images(start, count, band - chunk * bands)
-                if not self.s.direct or p.has_offset or self.s.paired:
+                if not self.s.direct or p.has_offset or self.s.paired or self.s.planes:
                     self._once(0, band, blocks * self.s.parts, gather)
                 self.block.number = T.bind(block - band * blocks) if blocks > 1 else 0
                 self._multiply(here, piece - block * self.s.parts, block)
-            if self.isa.depth:
+            if self.isa.depth and self.isa.engine == AMX:
                 amx.release()
 
     def _once(self, cell: int, number: Any, repeated: int, body: Callable[[], None]) -> None:
@@ -113,7 +118,10 @@ class Kernel:
         size = self.s.tile.rows * self.s.tile.vectors * self.isa.words
         if self.isa.depth:
             self.products = team.workspace((segments if segments <= FEW_SEGMENTS else 1) * size, "int32")
-            amx.configure(team.workspace(amx.CONFIGURATION, "int32"))
+            if self.isa.engine == AMX:
+                amx.configure(team.workspace(amx.CONFIGURATION, "int32"))
+            else:
+                sme.require_length()
         elif self.s.slices or segments == FEW_SEGMENTS or (segments == 1 and not team.serial and self.isa.unit == 1):
             tiles = self.s.most_tiles if self.s.slices else 1
             self.products = team.workspace(segments * tiles * size, "int32")
@@ -285,6 +293,14 @@ class Kernel:
             first = self._start_value(j, self.rows.first_row + r + i, groups[i], v)
             store(product, first, span(at + (i * tile.vectors + v) * self.isa.words, self.isa.words))
 
+    def _in_tiles(
+        self, tile: Tile, weights: Weights, ahead: tuple[Index, int, Index]
+    ) -> TileAccumulation | OuterAccumulation:
+        """The sums of a tile of rows and the block, by what the CPU has."""
+        if self.isa.engine == AMX:
+            return TileAccumulation(self.s, self.rows, self.block, tile, weights, ahead)
+        return OuterAccumulation(self.functions, self.s, self.rows, self.block, tile, weights, ahead)
+
     def _whole_segment(
         self, tile: Tile, j: Segment, r: Any, groups: Buffer, product: Buffer, to: Any, t: Any, fresh: Any
     ) -> None:
@@ -293,7 +309,7 @@ class Kernel:
         ahead = self.block.ahead(begin, self.w.segment_steps[j.first], t)
         weights = self.block.weights(begin, None if t is None else begin, fresh)
         if self.isa.depth:
-            tiles = TileAccumulation(self.s, self.rows, self.block, tile, weights, ahead)
+            tiles = self._in_tiles(tile, weights, ahead)
             if p.late_zeros:
                 tiles.begin(j, r, None)
             elif p.groups == 1 and not p.dynamic:

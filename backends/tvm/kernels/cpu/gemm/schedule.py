@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mpq_compiler.backends.tvm.kernels.common.template import Index
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import quotient
-from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_ROWS, Isa
+from mpq_compiler.backends.tvm.kernels.cpu.isa import SME, TILE_ROWS, Isa
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment, WeightLayout
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import FEW_SEGMENTS, QuantMatmul
 
@@ -47,6 +47,8 @@ class Schedule:
     paired:      units of two rows lie together in memory (`copies` of each pixel, `together` rows in a unit)
     image_height, image_width: extent of the padded image that the kernel reaches, of a convolution
     shifted:     whether it lies in memory once for each horizontal tap, in lines of the output's width (`Rows`)
+    planes:      dot products read the values of a step of all pixels side by side, not all steps of a pixel
+    plane_pixels: from one step to the next
     sample_pixels, phase_lines: of a sample in the gathered copy; its lines that are a stride apart
     most_rows, least_rows: of a chunk
     pixels:      of the gathered copy
@@ -75,7 +77,9 @@ class Schedule:
             self.image_height = (problem.out_height - 1) * problem.stride[0] + problem.kernel[0]
             self.image_width = (problem.out_width - 1) * problem.stride[1] + problem.kernel[1]
         # Rows of a tile are to be equally far apart: neighbours in a line, or all rows of a sample.
-        self.shifted = bool(isa.depth) and not problem.pointwise and problem.out_width % TILE_ROWS > 0
+        self.planes = bool(isa.depth) and isa.engine == SME
+        near = problem.out_width % TILE_ROWS == 0 and not (self.planes and problem.stride[1] > 1)
+        self.shifted = bool(isa.depth) and not problem.pointwise and not near
         self._size_chunks()
         self._size_slices()
 
@@ -101,6 +105,8 @@ class Schedule:
             chunks = self.bands
             self.most_rows = self.samples * self.band * p.out_width
             self.pixels = self.samples * self.sample_pixels
+        # Steps are an odd number of cache lines apart, or they would share sets. Pixels are written in fours.
+        self.plane_pixels = (self.pixels + 3 + 15) // 32 * 32 + 16
         rows = min(self.most_rows, p.rows)
         self.parts = max(1, min(-(-PIECES // (chunks * self.w.blocks)), rows // (2 * self.tile.rows)))
 
@@ -142,17 +148,17 @@ class Schedule:
         return max(p.rows * p.reduction * p.outputs / products, p.reduction * p.outputs * p.bits / 160)
 
     def runs(self, j: Segment) -> Runs:
-        """The runs of k of segment j: one for each vertical tap, or for each tap of a shifted image."""
+        """The runs of k of segment j: one for each vertical tap, or for each tap of a shifted image or of planes."""
         c, (down, across) = self.w.channels[j.first], self.p.kernel
         if self.p.pointwise:
             return Runs(1, c // self.isa.kpack, lambda _: 0)
-        if not self.shifted:
+        if not self.shifted and not self.planes:
             return Runs(down, across * c // self.isa.kpack, lambda tap: self.seen(0, tap) * c)
 
         def offset(tap: Index) -> Index:
             """The distance of a tap."""
             y = quotient(tap, across)
-            return self.seen(tap - y * across, y) * c
+            return self.seen(tap - y * across, y) * (self.isa.kpack if self.planes else c)
 
         return Runs(down * across, c // self.isa.kpack, offset)
 

@@ -129,10 +129,9 @@ class Block:
         asks = T.bind(T.Select(t < last, 1, 0))
         return T.bind(here + asks * t * size), lines, opaque(asks * 64)
 
-    def prefetch(self, at: Any) -> None:
+    def prefetch(self, at: Index) -> None:
         """Asks for the cache line of the stored weights that begins at a byte; it may lie behind the last."""
-        address = T.address_of(self.b["tiles"][at])
-        T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(3), T.int32(1)))
+        prefetch(self.b["tiles"], at)
 
     def _table(self, v: int) -> Expr | None:
         """The look-up table of register v of the block."""
@@ -156,3 +155,10 @@ class Block:
             high = field(2, d, 1) << tirx.Broadcast(tirx.const(2, "uint32"), words)
             return tirx.reinterpret(f"uint8x{size}", field(d >> 2, (d & 3) * 2, 2) | high)
         return tirx.reinterpret(f"uint8x{size}", field(0, d * bits, bits))
+
+
+def prefetch(buffer: Buffer, at: Index) -> None:
+    """Asks for the cache line that begins at an element."""
+    T.evaluate(
+        tirx.call_llvm_intrin("void", "llvm.prefetch", T.address_of(buffer[at]), T.int32(0), T.int32(3), T.int32(1))
+    )

@@ -1,0 +1,120 @@
+"""The innermost loops on outer products: 32 or 16 rows by 32 or 16 output channels, four values of k a step.
+
+They are a function of their own, in streaming mode, which a kernel calls for each tile of rows (`kernels.cpu.sme`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index
+from mpq_compiler.backends.tvm.kernels.cpu import sme
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import loop, when
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.gather import Rows
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Runs, Schedule
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.weights import Block, Weights, prefetch
+from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_ROWS, Tile
+from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment
+
+
+class OuterAccumulation:
+    """What `Accumulation` is to registers: the sums of a tile of rows and a block, by `begin`, `add`, `end`.
+
+    ahead: see `Block.ahead`
+
+    All that they say is done by one call, in `end`. Of the four tiles each holds the sums of 16 rows and 16 channels.
+    """
+
+    def __init__(
+        self,
+        functions: sme.Functions,
+        schedule: Schedule,
+        rows: Rows,
+        block: Block,
+        tile: Tile,
+        weights: Weights,
+        ahead: tuple[Index, int, Index],
+    ) -> None:
+        self.s, self.rows, self.block, self.tile = schedule, rows, block, tile
+        self.functions, self.weights, self.prefetched = functions, weights, ahead
+        self.isa = schedule.isa
+        self.halves = tile.rows // TILE_ROWS
+
+    def _cells(self) -> list[tuple[int, int, int]]:
+        """(number, half of the rows, register) of each tile."""
+        cells = itertools.product(range(self.halves), range(self.tile.vectors))
+        return [(t, half, v) for t, (half, v) in enumerate(cells)]
+
+    def begin(self, j: Segment, r: Index, first: tuple[Buffer, Index, int] | None) -> None:
+        """Sets the sums of rows r and on of the chunk, in segment j.
+
+        first: where the first values lie, and how many int32 a row's are behind those of the row before; None are zeros
+        """
+        starts = [T.bind(self.rows.row_start(j, r + half * TILE_ROWS, 0, False)) for half in range(self.halves)]
+        self.left, self.second = starts[0], starts[-1] - starts[0]
+        self.first = first
+
+    def add(self, runs: Runs) -> None:
+        """Adds all products."""
+        weights = self.weights
+        if weights.first:
+            when(weights.fresh, partial(weights.unpack, runs.count * runs.steps, self.tile.vectors, self.s.w.pack))
+        self.runs = runs
+
+    def end(self, product: Buffer, to: Index) -> None:
+        """product[to ..] = the sums, int32 [tile.rows, tile.vectors, lanes]."""
+        weights, at = self.weights.place(0)
+        ahead, _, apart = self.prefetched
+        first = {} if self.first is None else {"first": self.first[:2]}
+        self.functions.call(
+            self._tile,
+            {
+                "left": (self.rows.units, self.left),
+                "right": (weights, at),
+                "ahead": (self.block.b["tiles"], ahead),
+                "product": (product, to),
+                **first,
+            },
+            {"second": self.second, "apart": apart},
+        )
+
+    def _tile(self, b: dict[str, Buffer], n: dict[str, Any]) -> None:
+        """The function: first values, products, and the sums in memory."""
+        lanes, row = self.isa.lanes, self.tile.vectors * self.isa.lanes
+        sme.zero()
+        if self.first is not None:
+            self._load_first(b["first"], self.first[2])
+        loop(self.runs.count, partial(self._run, b, n))
+        with T.serial(0, TILE_ROWS) as i:
+            for t, half, v in self._cells():
+                sme.save(t, i, b["product"], (half * TILE_ROWS + i) * row + v * lanes)
+
+    def _load_first(self, first: Buffer, row: int) -> None:
+        """Sets tiles to first values: one vector for all rows, or those of each."""
+        lanes = self.isa.lanes
+        if row == 0:
+            for t, _, v in self._cells():
+                sme.add_to_rows(t, sme.vector(first, v * lanes))
+            return
+        with T.serial(0, TILE_ROWS) as i:
+            for t, half, v in self._cells():
+                sme.load(t, i, first, (half * TILE_ROWS + i) * row + v * lanes)
+
+    def _run(self, b: dict[str, Buffer], n: dict[str, Any], tap: Index) -> None:
+        """One run of steps."""
+        steps, vectors, size = self.runs.steps, self.tile.vectors, self.isa.vector
+        _, lines, _ = self.prefetched
+        offset = T.bind(self.runs.offset(tap))
+        with T.serial(0, steps) as i:
+            k = T.bind(tap * steps + i)
+            for line in range(lines):
+                prefetch(b["ahead"], (k * lines + line) * n["apart"])
+            at = T.bind(offset + i * self.rows.plane_apart)
+            left = [sme.vector(b["left"], at + half * n["second"]) for half in range(self.halves)]
+            right = [sme.vector(b["right"], (k * vectors + v) * size) for v in range(vectors)]
+            for t, half, v in self._cells():
+                sme.dot(t, left[half], right[v])
