@@ -4,6 +4,7 @@
     python -m benchmarks.arm_static --format w4 --target aarch64-dotprod --json ''
     python -m benchmarks.arm_static --peer FOLDER         # with the wheels of others in it (see `peers`)
     python -m benchmarks.arm_static --attention           # attentions alone, in the results that are there
+    python -m benchmarks.arm_static --streaming --qemu PATH    # SME beside i8mm alone: LLVM 23 or later, qemu 11
 
 Each kernel is linked into a static program, which qemu runs once; its trace says how often every block of instructions
 is executed. llvm-mca models the cycles of a block on a core, as if it were repeated. *loop* is the speed of the block
@@ -50,6 +51,7 @@ from mpq_compiler.support import terminal
 from mpq_compiler.targets.numerics import F32
 from mpq_compiler.targets.table import TARGETS, Target
 
+emulated_by = "qemu-aarch64"
 RESULTS = Path(__file__).parent / "results" / "arm_static.json"
 IN_ORDER, REORDERING = (
     ("cortex-a55", "cortex-a510"),
@@ -60,8 +62,8 @@ CORES = {
     "aarch64-dotprod": (*IN_ORDER, *REORDERING),
     "aarch64-i8mm": ("cortex-a510", *REORDERING[2:]),
 }
-DOTS = {"aarch64-neon": "sadalp", "aarch64-dotprod": "sdot", "aarch64-i8mm": "usmmla"}
-"""The instruction that is counted: one for each 16 products, usmmla for 32."""
+DOTS = {"aarch64-neon": "sadalp", "aarch64-dotprod": "sdot", "aarch64-i8mm": "usmmla", "aarch64-sme2": "usmopa"}
+"""The instruction that is counted: one for each 16 products, usmmla for 32, usmopa for 1024."""
 PEER_DOTS = {
     "aarch64-neon": (re.compile(r"[su](mull|mlal)2?\s+v\d+\.8h"), 0.5),
     "aarch64-dotprod": (re.compile(r"(s|u|us)dot\s+[vz]\d+\.4?s"), 1),
@@ -73,6 +75,12 @@ MANY, UNPACKS = 16, re.compile(r"(and|ushr|sshr|shl)\s+v\d+\.(16b|8h)")
 SVE = {"cortex-a510": 1, "neoverse-n2": 1, "neoverse-v1": 2, "neoverse-v2": 1}
 """How many times 128 bits a vector of SVE has, on the cores that have it."""
 FEATURES = "+i8mm,+dotprod,+sve"
+SME, REGISTERS = "aarch64-sme2", "aarch64-i8mm"
+"""The target with a matrix engine, and that of the same CPU's registers."""
+STREAMING_CORE, STREAMING_FEATURES = "c1-ultra", ",+sme2,+bf16"
+"""The one core of whose matrix engine LLVM has a model, from release 23 on."""
+CPUS = {SME: "max,sme512=on,sme_fa64=off"}
+"""CPUs of qemu, where ``max`` will not do."""
 PEAKS = {
     "aarch64-neon": (
         "smull v{0}.8h, v30.8b, v31.8b",
@@ -81,6 +89,7 @@ PEAKS = {
     ),
     "aarch64-dotprod": ("sdot v{1}.4s, v30.16b, v31.16b",),
     "aarch64-i8mm": ("usmmla v{1}.4s, v30.16b, v31.16b",),
+    SME: ("usmopa za{2}.s, p0/m, p0/m, z0.b, z1.b",),
 }
 """What a dot product takes, on registers alone."""
 SUMS = 12
@@ -125,18 +134,38 @@ def program(kernel: Kernel, target: Target, folder: Path) -> Path:
     return path
 
 
-def executions(path: Path, folder: Path) -> collections.Counter[int]:
-    """How often qemu enters each block of instructions, by the address of the first."""
+@dataclass(frozen=True)
+class Ran:
+    """Instructions that follow each other, by the address of the first, and how often they were executed."""
+
+    start: int
+    count: int
+    executions: int
+
+    @property
+    def end(self) -> int:
+        return self.start + 4 * self.count
+
+
+def executions(path: Path, folder: Path, target: Target) -> list[Ran]:
+    """What a program executes: what qemu translates at once, and how often it enters that."""
     log = folder / "trace"
-    command = ["qemu-aarch64", "-cpu", "max", "-d", "exec,nochain", "-D", str(log), str(path)]
+    command = [*emulator(target), "-d", "in_asm,exec,nochain", "-D", str(log), str(path)]
     subprocess.run([*command, "--weights", str(folder / "weights.safetensors")], check=True, capture_output=True)
-    found: collections.Counter[int] = collections.Counter()
+    sizes: dict[int, int] = {}
+    entered: collections.Counter[int] = collections.Counter()
+    start = 0
     with log.open() as lines:
         for line in lines:
             if line.startswith("Trace"):
-                found[int(line.split("/")[1], 16)] += 1
+                entered[int(line.split("/")[1], 16)] += 1
+            elif line.startswith("IN:"):
+                start = 0
+            elif line.startswith("0x"):
+                start = start or int(line.split(":")[0], 16)
+                sizes[start] = (int(line.split(":")[0], 16) - start) // 4 + 1
     log.unlink()
-    return found
+    return [Ran(start, sizes[start], count) for start, count in sorted(entered.items())]
 
 
 def instructions(path: Path) -> Iterator[tuple[str, int, str]]:
@@ -157,25 +186,16 @@ def instructions(path: Path) -> Iterator[tuple[str, int, str]]:
 BRANCH = re.compile(r"(b|b\.\w+|bl|blr|br|ret|cbn?z|tbn?z)\b")
 
 
-PAGE, MOST = 4096, 512
-"""qemu enters anew what begins a page, and what lies behind so many instructions."""
-
-
-def blocks(code: dict[int, str], entered: collections.Counter[int]) -> Iterator[tuple[list[str], int]]:
-    """(instructions, executions) of what ran: from each entry to the next branch."""
-    left = collections.Counter(entered)
-    for start in sorted(entered):
-        block, at, since = [], start, start
-        while at in code and left[start] > 0:
-            if at != start and (at % PAGE == 0 or at - since == 4 * MOST):
-                left[at] -= left[start]
-                since = at
-            block.append(code[at])
-            if BRANCH.match(code[at]):
-                break
-            at += 4
-        if block:
-            yield block, left[start]
+def blocks(code: dict[int, str], ran: Sequence[Ran]) -> Iterator[tuple[list[str], int]]:
+    """(instructions, executions) of what ran; what qemu cut, which makes long blocks shorter, is one again."""
+    left = {each.start: each for each in ran if each.start in code}
+    for start in sorted(left):
+        if (each := left.pop(start, None)) is None:
+            continue
+        end = each.end
+        while not BRANCH.match(code[end - 4]) and end in left and left[end].executions == each.executions:
+            end = left.pop(end).end
+        yield [code[at] for at in range(each.start, end, 4)], each.executions
 
 
 def cycles(found: Iterable[Sequence[str]], core: str, kept: dict[tuple[str, str], float]) -> list[float]:
@@ -205,13 +225,21 @@ def tool(name: str) -> str:
     return (found or [name])[0]
 
 
+def llvm() -> str | None:
+    """The release of LLVM whose models these are."""
+    said = subprocess.run([tool("llvm-mca"), "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"version (\S+)", said)
+    return release and release[1]
+
+
 @dataclass(frozen=True)
 class Cell:
-    """Of a kernel on a core: cycles of a dot product in the loop and at the peak; the share of cycles outside."""
+    """Of a kernel on a core: cycles of a dot product in the loop and at the peak; the share of cycles outside; all."""
 
     loop: float
     peak: float
     outside: float
+    total: float
 
     @property
     def share(self) -> float:
@@ -224,22 +252,53 @@ def run(kernel: Kernel, target: Target) -> list[tuple[list[str], int]]:
         folder = Path(scratch)
         path = program(kernel, target, folder)
         code = {address: text for function, address, text in instructions(path) if kernel.name in function}
-        return list(blocks(code, executions(path, folder)))
+        return list(blocks(code, executions(path, folder, target)))
 
 
-def measure(name: str, problem: Record, target: Target, kept: dict[tuple[str, str], float]) -> dict[str, Cell]:
+def measure(
+    problem: Record, target: Target, cores: Sequence[str], kept: dict[tuple[str, str], float]
+) -> dict[str, Cell]:
     """Each core's cell."""
     ran = run(Kernel("gemm", problem), target)
     dots = [sum(line.startswith(DOTS[target.name]) for line in block) for block, _ in ran]
     main = max(range(len(ran)), key=lambda i: dots[i] * ran[i][1])
     found = {}
-    for core in CORES[target.name]:
+    for core in cores:
         each = cycles([block for block, _ in ran], core, kept)
         own = each[main] / dots[main]
         total = sum(count * time for time, (_, count) in zip(each, ran, strict=True))
         useful = own * sum(n * count for n, (_, count) in zip(dots, ran, strict=True))
-        found[core] = Cell(own, peak(target, core, kept), max(0.0, 1 - useful / total))
+        found[core] = Cell(own, peak(target, core, kept), max(0.0, 1 - useful / total), total)
     return found
+
+
+def emulator(target: Target) -> list[str]:
+    """What runs a program for the target."""
+    return [emulated_by, "-cpu", CPUS.get(target.name, "max")]
+
+
+def streaming(formats: Sequence[str], kept: dict[tuple[str, str], float]) -> Iterator[dict[str, Any]]:
+    """Of products by a matrix engine: cycles by registers over theirs, and how the latter are spent."""
+    work = [(name, m, problem) for m in ROWS for name, problem in problems(m).items() if name.split()[1] in formats]
+    with terminal.progress("kernels", len(work)) as advance:
+        for name, m, problem in work:
+            tiles, registers = (
+                measure(problem, TARGETS[target], [STREAMING_CORE], kept)[STREAMING_CORE] for target in (SME, REGISTERS)
+            )
+            yield {"kernel": name, "rows": m, "core": STREAMING_CORE, "ratio": round(registers.total / tiles.total, 3),
+                   "share": round(tiles.share, 4), "outside": round(tiles.outside, 4)}  # fmt: skip
+            advance(1)
+
+
+def streaming_table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """A line for each kernel, under the headers."""
+    many = list(dict.fromkeys(row["rows"] for row in rows))
+    lines = [["kernel", *(f"{n} rows" for n in many), "the loop's share", f"outside, {many[-1]} rows"]]
+    for name in dict.fromkeys(row["kernel"] for row in rows):
+        own = [row for row in rows if row["kernel"] == name]
+        ratios = [f"{row['ratio']:.2f} x" for row in own]
+        lines.append([name, *ratios, f"{min(r['share'] for r in own):.0%}", f"{own[-1]['outside']:.0%}"])
+    return lines
 
 
 def attentions(names: Sequence[str], kept: dict[tuple[str, str], float]) -> Iterator[dict[str, Any]]:
@@ -319,7 +378,7 @@ def peers(wheel: Path, targets: Sequence[str], kept: dict[tuple[str, str], float
 
 def peak(target: Target, core: str, kept: dict[tuple[str, str], float]) -> float:
     """Cycles of a dot product where there is nothing else."""
-    register_only = [line.format(i, i + SUMS) for line in PEAKS[target.name] for i in range(SUMS)]
+    register_only = [line.format(i, i + SUMS, i % 4) for line in PEAKS[target.name] for i in range(SUMS)]
     (found,) = cycles([register_only], core, kept)
     return found / SUMS
 
@@ -330,13 +389,30 @@ def main() -> None:
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--peer", nargs="+", type=Path, default=[], help="wheels, or folders of wheels, of peers")
     parser.add_argument("--attention", action="store_true", help="attentions alone")
+    parser.add_argument("--streaming", action="store_true", help="SME beside i8mm alone")
+    parser.add_argument("--qemu", default="qemu-aarch64", help="an emulator of AArch64, of release 11 for SME")
     parser.add_argument("--json", default=str(RESULTS), help="'' writes none")
     parser.add_argument("--docs", type=Path, help="write the tables into this file, between the marks")
     options = parser.parse_args()
     wheels = [wheel for path in options.peer for wheel in (sorted(path.glob("*.whl")) if path.is_dir() else [path])]
     if bad := [str(path) for path in wheels or options.peer if not zipfile.is_zipfile(path)]:
         parser.error(f"--peer: no wheel, nor a folder of wheels: {', '.join(bad)}")
+    global emulated_by, FEATURES
+    emulated_by = options.qemu
     kept: dict[tuple[str, str], float] = {}
+    if options.streaming:
+        FEATURES += STREAMING_FEATURES
+        found = list(streaming(options.format, kept))
+        lines = streaming_table(found)
+        terminal.table(f"{SME} on {STREAMING_CORE}: speed by that of {REGISTERS}, modelled", lines[0], lines[1:])
+        if options.json:
+            path = Path(options.json)
+            others = json.loads(path.read_text(encoding="utf-8"))
+            others["streaming"] = {**provenance(), "llvm": llvm(), "rows": found}
+            path.write_text(json.dumps(others, indent=1) + "\n", encoding="utf-8")
+        if options.docs:
+            documents.insert(options.docs, "streaming", documents.table(lines[0], lines[1:]))
+        return
     heads = list(attentions(options.target, kept))
     lines = attention_table(heads)
     terminal.table("attention: modelled cycles, relative to float32", lines[0], lines[1:])
@@ -356,7 +432,7 @@ def main() -> None:
     ]
     with terminal.progress("kernels", len(work)) as advance:
         for name, m, problem, target in work:
-            for core, cell in measure(name, problem, target, kept).items():
+            for core, cell in measure(problem, target, CORES[target.name], kept).items():
                 rows.append(
                     {"kernel": name, "rows": m, "target": target.name, "core": core, "share": round(cell.share, 4),
                      "cycles": round(cell.loop, 4), "peak": round(cell.peak, 4), "outside": round(cell.outside, 4)}
@@ -372,10 +448,9 @@ def main() -> None:
     for line in missed(rows):
         print(line)
     if options.json:
-        versions = subprocess.run([tool("llvm-mca"), "--version"], capture_output=True, text=True).stdout
-        llvm = re.search(r"version (\S+)", versions)
-        record_ = {**provenance(), "llvm": llvm and llvm[1], "size": SIZE, "rows": rows, "peers": others,
-                   "attention": heads}  # fmt: skip
+        before = json.loads(RESULTS.read_text(encoding="utf-8"))
+        record_ = {**provenance(), "llvm": llvm(), "size": SIZE, "rows": rows, "peers": others, "attention": heads,
+                   "streaming": before.get("streaming")}  # fmt: skip
         Path(options.json).write_text(json.dumps(record_, indent=1) + "\n")
     if options.docs:
         text = "\n\n".join(f"`{name}`:\n\n{documents.table(lines[0], lines[1:])}" for name, lines in tables.items())

@@ -32,6 +32,8 @@ STREAMING_RELEASE = 11
 """The first release that has SME2. Before release 9 three products of USMOPA in four are wrong."""
 STREAMING = "max,sme512=on,sme_fa64=off"
 """A CPU with SME2 and one length of streaming vectors, on which NEON in streaming mode is an illegal instruction."""
+SHORT = "max,sme256=on,sme512=on,sme_fa64=off,sme-default-vector-length=32"
+"""One that starts threads with vectors of 256 bits, as Linux does, and gives 512 to those that ask."""
 _CPUS = {"+sme2": STREAMING, "+i8mm": "max", "+dotprod": "cortex-a76", "+neon": "cortex-a53"}
 """By the first attribute that a target has: a CPU without those before it, so that their instructions would end it."""
 _TYPE_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
@@ -110,7 +112,7 @@ class Aarch64Library:
         handle, path = tempfile.mkstemp(suffix=".so", dir=_folder())
         os.close(handle)
         self.path = Path(path)
-        options = ["-O2", str(VECTOR_GRANULE)] if cpu == STREAMING else []
+        options = ["-O2", str(VECTOR_GRANULE)] if "sme" in cpu else []
         compiled.export_library(path, fcompile=cc.cross_compiler(_COMPILER, options=options))
 
     def run(self, calls: Sequence[tuple[str, Sequence[Argument]]]) -> list[list[np.ndarray]]:

@@ -39,11 +39,12 @@ CPUS = {
     "aarch64-sme2": qemu.STREAMING,
 }
 """The least that each target needs, of those that are emulated."""
+STREAMING = ("unet2d-17x23", "int4", "aarch64-sme2")
 CASES = (
     (packed.BUNDLED, "int8", HOST),
     (packed.BUNDLED, "int2+b", "aarch64-dotprod"),
     ("unet2d-17x23", "int3", "aarch64-i8mm"),
-    ("unet2d-17x23", "int4", "aarch64-sme2"),
+    STREAMING,
     ("sd15", "int4,dynamic=true", "aarch64-neon"),
 )
 BATCH = 4
@@ -290,6 +291,22 @@ def test_the_example_of_cmake_builds(emit, tmp_path):
         subprocess.run(command, check=True, capture_output=True)
     done = subprocess.run([made / "mpq_run", "--weights", folder / bundle.WEIGHTS], capture_output=True, text=True)
     assert done.returncode == 0 and "calls: median" in done.stdout
+
+
+def test_streaming_vectors_of_a_program(inputs, tmp_path):
+    """It asks for the length of its kernels before their threads start, and needs no SVE outside streaming mode."""
+    name, weights, target = STREAMING
+    folder, expected = program(name, weights, target, "c"), executed(name, weights, HOST)[:BATCH].numpy()
+    output = tmp_path / "out.safetensors"
+    given = ("--inputs", str(inputs(name, weights)), "--output", str(output), "--function", f"denoise_b{BATCH}")
+    for cpu in (qemu.SHORT, f"{qemu.STREAMING},sve=off"):
+        done = run(folder, target, *given, "--threads", "2", cpu=cpu)
+        assert done.returncode == 0, done.stderr
+        assert np.array_equal(load_file(output)["sample"].view(np.uint32), expected.view(np.uint32))
+        output.unlink()
+    done = run(folder, target, *given, cpu="max,sme256=on,sme_fa64=off")
+    assert done.returncode == 1 and not output.exists()
+    assert "the system lets no process use sme2" in done.stderr
 
 
 def test_a_program_refuses_a_cpu_without_the_features_of_its_kernels(tmp_path):

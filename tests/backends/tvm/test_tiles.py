@@ -18,6 +18,7 @@ from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS, Isa
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import WeightLayout, tiles
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from tests.harness import qemu
 from tests.harness.emulated import TARGET, emulated
 from tests.harness.integer_kernels import Kernels, assert_same_bits, needs
 from tests.harness.shapes import FORMATS, make_case, reference, seed, with_format, with_widths
@@ -200,3 +201,15 @@ def test_a_faulty_outer_product_is_noticed(monkeypatch):
     (got,) = Kernels(needs(SME), [problem]).run([(0, case)])
     wrong = np.argwhere(got != reference(case))
     assert len(wrong) and wrong[:, -2].max() < 16 and wrong[:, -1].min() >= 16
+
+
+def test_a_thread_asks_for_longer_vectors(monkeypatch):
+    """Linux starts threads with short ones, at which weights would lie wrong."""
+    problem = QuantMatmul.linear((32,), 64, 32)
+    case, isa = make_case(problem, 1, seed("length")), needs(SME)
+    monkeypatch.setitem(qemu._CPUS, "+sme2", qemu.SHORT)
+    (got,) = Kernels(isa, [problem]).run([(0, case)])
+    assert_same_bits(got, reference(case))
+    monkeypatch.setattr(sme, "require_length", lambda: None)
+    (got,) = Kernels(isa, [problem]).run([(0, case)])
+    assert (got != reference(case)).any()

@@ -65,7 +65,8 @@ class _Prepare:
             table = len(p.widths) - 1 if p.widths else T.bind(T.cast(self.b["row_class"][block], "int32"))
             with T.serial(0, isa.vector // 16) as repeat, T.serial(0, 16) as entry:
                 value = self.b["tables"][table, T.min(entry, p.entries - 1)]
-                store(self.b["lut"], value, n, repeat * 16 + entry)
+                at = entry * (isa.vector // 16) + repeat if self.w.looked_up else repeat * 16 + entry
+                store(self.b["lut"], value, n, at)
 
     def _vectors(self, i: Any) -> None:
         """Scales, offset and bias of channel i, zero behind the last one; start values and sums are set to zero."""
@@ -153,6 +154,10 @@ class _Prepare:
         at = T.bind(base + isa.place(channel % isa.lanes, lane))
         if self.p.bits == 8:
             store(tiles, T.cast(code, "int8"), block, at)
+        elif w.looked_up:
+            bits = self.p.bits
+            own = channel % isa.lanes * (isa.kpack * bits // 8) + lane * bits // 8
+            self._merge(tiles, block, T.bind(base + d * (isa.vector * bits // 8) + own), code << lane * bits % 8)
         elif self.p.bits == 3:
             self._merge(tiles, block, at + d // 4 * isa.vector, (code & 3) << (d % 4 * 2))
             self._merge(tiles, block, at + 2 * isa.vector, code >> 2 << d)

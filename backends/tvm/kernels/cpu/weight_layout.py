@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mpq_compiler.backends.tvm.kernels.cpu.isa import Isa, Tile
+from mpq_compiler.backends.tvm.kernels.cpu.isa import SME, Isa, Tile
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import FEW_SEGMENTS, QuantMatmul, vectors
 
@@ -45,7 +45,8 @@ class WeightLayout:
 
     Below 8 bits, `pack` successive steps of one vector share bytes: byte e of the group holds the code of
     element e of step d at bit ``bits * d``; 3 bits are a plane of 2 bits (two byte vectors, the first for
-    steps 0 to 3) and, behind it, one of 1 bit.
+    steps 0 to 3) and, behind it, one of 1 bit. Where a matrix engine looks codes up itself (`looked_up`), those of a
+    step lie together instead, each behind the one before it.
 
     isa: as given, or `narrowed`: then lane and kpack are those of several lanes together
     """
@@ -106,6 +107,18 @@ class WeightLayout:
         return {8: 1, 4: 2, 2: 4, 3: 8}[self.problem.bits]
 
     @property
+    def looked_up(self) -> bool:
+        """Whether SME looks codes up as it multiplies (LUTI): one table for all, and whole groups of steps in a run."""
+        p = self.problem
+        one = p.bits in (2, 4) and p.classes == 1 and not p.widths
+        return self.isa.engine == SME and self.isa.depth > 0 and one and self.aligned
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the steps of a tap are whole groups, in every segment."""
+        return all(channels // self.isa.kpack % self.pack == 0 for channels in self.channels)
+
+    @property
     def packs(self) -> int:
         """Groups of `pack` steps."""
         return -(-sum(self.segment_steps) // self.pack)
@@ -124,7 +137,8 @@ class WeightLayout:
         """The buffers that `prepare` makes and `gemm` reads.
 
         tiles   the codes (int8 for 8 bits, else packed bytes)
-        lut     the table of each register of output channels, repeated over its bytes
+        lut     the table of each register of output channels, repeated over its bytes; where codes are looked up by
+                SME each entry is the first byte of a word
         start   int32 first values of the accumulators: -z_j[g] * sum of the row's weights in segment j;
                 where zero points are dynamic that sum itself, and with late zero points only what activations lack
                 against their codes, [J, 1, n]

@@ -43,6 +43,8 @@ class OuterAccumulation:
         self.functions, self.weights, self.prefetched = functions, weights, ahead
         self.isa = schedule.isa
         self.halves = tile.rows // TILE_ROWS
+        self.together = schedule.w.pack if schedule.w.looked_up else 1
+        """Steps whose codes are one vector."""
 
     def _cells(self) -> list[tuple[int, int, int]]:
         """(number, half of the rows, register) of each tile."""
@@ -69,7 +71,9 @@ class OuterAccumulation:
         """product[to ..] = the sums, int32 [tile.rows, tile.vectors, lanes]."""
         weights, at = self.weights.place(0)
         ahead, _, apart = self.prefetched
-        first = {} if self.first is None else {"first": self.first[:2]}
+        more = {} if self.first is None else {"first": self.first[:2]}
+        if self.together > 1:
+            more["table"] = (self.block.b["lut"], 0)
         self.functions.call(
             self._tile,
             {
@@ -77,7 +81,7 @@ class OuterAccumulation:
                 "right": (weights, at),
                 "ahead": (self.block.b["tiles"], ahead),
                 "product": (product, to),
-                **first,
+                **more,
             },
             {"second": self.second, "apart": apart},
         )
@@ -86,6 +90,8 @@ class OuterAccumulation:
         """The function: first values, products, and the sums in memory."""
         lanes, row = self.isa.lanes, self.tile.vectors * self.isa.lanes
         sme.zero()
+        if self.together > 1:
+            sme.set_table(b["table"], 0)
         if self.first is not None:
             self._load_first(b["first"], self.first[2])
         loop(self.runs.count, partial(self._run, b, n))
@@ -106,15 +112,17 @@ class OuterAccumulation:
 
     def _run(self, b: dict[str, Buffer], n: dict[str, Any], tap: Index) -> None:
         """One run of steps."""
-        steps, vectors, size = self.runs.steps, self.tile.vectors, self.isa.vector
         _, lines, _ = self.prefetched
-        offset = T.bind(self.runs.offset(tap))
-        with T.serial(0, steps) as i:
-            k = T.bind(tap * steps + i)
-            for line in range(lines):
-                prefetch(b["ahead"], (k * lines + line) * n["apart"])
-            at = T.bind(offset + i * self.rows.plane_apart)
-            left = [sme.vector(b["left"], at + half * n["second"]) for half in range(self.halves)]
-            right = [sme.vector(b["right"], (k * vectors + v) * size) for v in range(vectors)]
-            for t, half, v in self._cells():
-                sme.dot(t, left[half], right[v])
+        offset, groups = T.bind(self.runs.offset(tap)), self.runs.steps // self.together
+        with T.serial(0, groups) as i:
+            group = T.bind(tap * groups + i)
+            first = T.bind(group * (self.tile.vectors * sme.LENGTH))
+            stored = [sme.vector(b["right"], first + v * sme.LENGTH) for v in range(self.tile.vectors)]
+            for d in range(self.together):
+                for line in range(lines):
+                    prefetch(b["ahead"], ((group * self.together + d) * lines + line) * n["apart"])
+                at = T.bind(offset + (i * self.together + d) * self.rows.plane_apart)
+                left = [sme.vector(b["left"], at + half * n["second"]) for half in range(self.halves)]
+                right = [sme.look_up(self.s.p.bits, codes, d) for codes in stored] if self.together > 1 else stored
+                for t, half, v in self._cells():
+                    sme.dot(t, left[half], right[v])

@@ -66,7 +66,7 @@ class Schedule:
         self.tile = self.w.tile if self.w.tile.rows and problem.tile else self.w.fitted()
         # Where channels are whole steps of k and codes are used as they are, the input needs no copy.
         self.direct = problem.pointwise and isa.reads_codes and self.w.channels == problem.segments
-        self.unpacks = problem.bits < 8 or isa.weight != "int8"
+        self.unpacks = (problem.bits < 8 and not self.w.looked_up) or isa.weight != "int8"
         # Units of two rows lie together in memory where the second is always the next pixel of a line. Each row is in
         # one of them, or in two: where the first may be any pixel.
         self.paired = isa.unit == 2 and problem.rows > 1 and (problem.pointwise or problem.out_width % 2 == 0)

@@ -93,7 +93,7 @@ class Block:
             """The panel and where step k is in it, or where weights are stored as they are used."""
             if self.s.unpacks:
                 return self.panel, (kept + k) * vectors * size
-            return self.b["tiles"], (begin + self.number * w.steps + k) * vectors * size
+            return self.b["tiles"], (begin + self.number * w.steps + k) * vectors * (size * self.p.bits // 8)
 
         def ready(k: Any, v: Any) -> Expr:
             """Register v of step k."""
