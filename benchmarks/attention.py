@@ -77,7 +77,7 @@ def ours(kind: str, heads: int, operands: Tensors, target: targets.Target) -> tu
             FastAttention(queries=q.shape[1], numerics=kind, **shape), target.isa, "attention"
         ),
     }
-    options = targets.with_features(target, numerics.FEATURES[kind]).tvm
+    options = targets.with_features(target, numerics.features_of(kind, target.arch)).tvm
     library = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(dict(options)))
     made = [tvm.runtime.tensor(np.zeros(shape_of(a, 1), a.dtype)) for a in problems.outputs(ready)]
     first, second = library["ready"], library["attention"]

@@ -52,7 +52,7 @@ from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.support import terminal
 from mpq_compiler.support.tensorfile import aligned
 from mpq_compiler.targets import table as targets
-from mpq_compiler.targets.numerics import BF16, F32, FEATURES
+from mpq_compiler.targets.numerics import BF16, F32, features_of
 from tests.harness.float_kernels import shape_of
 
 QUANTIZE = Step("quantize", value=8)
@@ -305,7 +305,7 @@ def _compiled(module: Any, problem: Any, target: targets.Target) -> tuple[Callab
     """The kernel, and the seconds that TVM took for it."""
     start = time.thread_time()
     kernel = module.build(problem, target.isa, "kernel")
-    row_of = targets.with_features(target, FEATURES[getattr(problem, "numerics", F32)])
+    row_of = targets.with_features(target, features_of(getattr(problem, "numerics", F32), target.arch))
     library = tvm.compile(tvm.IRModule({"kernel": kernel}), target=tvm.target.Target(dict(row_of.tvm)))
     return library["kernel"], time.thread_time() - start
 

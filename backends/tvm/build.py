@@ -105,7 +105,7 @@ def build(
         parts=[_describe_part(part) for part in lowered.parts().values()],
         stages=lowering.names(target),
         prepare={"name": PREPARE, "tensors": [value.name for value in lowered.stored]},
-        features=() if target.is_cuda else _features(lowered),
+        features=() if target.is_cuda else _features(lowered, target),
         facts={
             "kernels": len(lowered.kernels()),
             "from_cache": reused - len(looked_at & lowered.kernels().keys()),
@@ -196,9 +196,9 @@ def _notes(function: Function) -> list[str]:
     return notes
 
 
-def _features(lowered: Lowered) -> tuple[str, ...]:
+def _features(lowered: Lowered, target: Target) -> tuple[str, ...]:
     """What the kernels ask of a CPU."""
-    return tuple(sorted({feature for kernel in lowered.kernels() for feature in kernel.features}))
+    return tuple(sorted({feature for kernel in lowered.kernels() for feature in kernel.features(target.arch)}))
 
 
 def _describe_part(part: Part) -> dict[str, Any]:

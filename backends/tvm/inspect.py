@@ -126,7 +126,7 @@ class InspectablePlan(Inspectable):
         target = self.runner.target
         if target.is_cuda:
             raise UserError("kernels of a GPU are launched as one graph, and are not run one by one")
-        needed = {feature for kernel in self.lowered.kernels() for feature in kernel.features}
+        needed = {feature for kernel in self.lowered.kernels() for feature in kernel.features(target.arch)}
         if lacking := missing_features(with_features(target, sorted(needed))):
             raise UserError(f"this machine lacks {', '.join(lacking)}, which '{target.name}' needs")
         try:

@@ -12,8 +12,14 @@ NUMERICS = (F32, BF16, INT8)
 BOUNDS = {F32: 1e-5, BF16: 1e-2, INT8: 1e-6}
 """Largest allowed error ``max|y - y'| / max|y'|`` of a kernel against the reference meaning in the same numerics."""
 
-FEATURES: dict[str, tuple[str, ...]] = {F32: (), BF16: ("avx512_bf16",), INT8: ()}
-"""CPU features that the kernels of each numerics need beyond their target's, as /proc/cpuinfo spells them."""
+_FEATURES = {(BF16, "x86_64"): ("avx512_bf16",), (BF16, "aarch64"): ("bf16",)}
+
+
+def features_of(kind: str, arch: str) -> tuple[str, ...]:
+    """CPU features that kernels in those numerics need beyond their target's, as /proc/cpuinfo spells them."""
+    return _FEATURES.get((kind, arch), ())
+
+
 
 PACKED = {BF16: 2, INT8: 4}
 """How many values fill a word of 32 bits."""

@@ -15,7 +15,7 @@ from typing import Any
 from mpq_compiler.support import plugins
 from mpq_compiler.support.errors import UserError, nearest
 from mpq_compiler.targets import nvidia, streaming, tiles
-from mpq_compiler.targets.numerics import BF16, FEATURES, INT8
+from mpq_compiler.targets.numerics import BF16, INT8, features_of
 
 # Flags as /proc/cpuinfo spells them. LLVM may use every instruction of the level named by `mcpu`, not only
 # those our kernels ask for, so a target needs the whole level (x86-64 psABI).
@@ -77,12 +77,12 @@ class Target:
         return _HOSTS[self.arch] if self.is_cuda else self.tvm
 
 
-_ATTRIBUTES = {"avx512_bf16": "+avx512bf16", "avx512_vnni": "+avx512vnni"}
+_ATTRIBUTES = {"avx512_bf16": "+avx512bf16", "avx512_vnni": "+avx512vnni", "bf16": "+bf16"}
 """LLVM's names of the features that kernels may need beyond their target's, by their names in /proc/cpuinfo."""
 
 
 def with_features(target: Target, features: Iterable[str]) -> Target:
-    """The target restricted to CPUs that also have these features (`numerics.FEATURES`)."""
+    """The target restricted to CPUs that also have these features (`numerics.features_of`)."""
     added = tuple(f for f in features if f not in target.features)
     if not added:
         return target
@@ -168,11 +168,11 @@ TARGETS: dict[str, Target] = {
         ),
         _arm("aarch64-neon", "neon", "cortex-a53", ["+neon", "-crc"], _ARMV8),
         _arm("aarch64-dotprod", "dotprod", "cortex-a55", ["+neon", "+dotprod"], _ARMV8_2, (INT8,)),
-        _arm("aarch64-i8mm", "i8mm", "", ["+neon", "+dotprod", "+i8mm"], (*_ARMV8, "asimddp", "i8mm"), (INT8,)),
+        _arm("aarch64-i8mm", "i8mm", "", ["+neon", "+dotprod", "+i8mm"], (*_ARMV8, "asimddp", "i8mm"), (BF16, INT8)),
         _arm(
             *("aarch64-sme2", "sme2", "", ["+neon", "+dotprod", "+i8mm", "+sme2"]),
             (*_ARMV8, "asimddp", "i8mm", "bf16", "sme", "sme2", "smei8i32"),
-            (INT8,),
+            (BF16, INT8),
         ),
         *_single("cuda"),
         _cuda("cuda", "x86_64", 80, 87, 89, 90),
@@ -238,8 +238,9 @@ def _find(name: str) -> Target:
 def numerics_of(name: str) -> tuple[str, ...]:
     """The `Target.numerics` of a target; for `native` only those whose features this CPU has."""
     target = resolve(name)
-    native = name == "native"
-    return tuple(kind for kind in target.numerics if not (native and missing(target.arch, FEATURES[kind])))
+    if name != "native":
+        return target.numerics
+    return tuple(kind for kind in target.numerics if not missing(target.arch, features_of(kind, target.arch)))
 
 
 @functools.cache

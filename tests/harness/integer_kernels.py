@@ -27,7 +27,7 @@ def needs(name: str) -> Isa:
     """The ISA; skips the test where this machine cannot run it."""
     lacking = missing_features(TARGETS[name])
     if name in AARCH64 and lacking:
-        reason = qemu.missing_streaming() if ISAS[name].engine else qemu.missing()
+        reason = qemu.missing(name)
         if reason:
             pytest.skip(reason)
     elif lacking:

@@ -41,10 +41,14 @@ _TYPE_CODES = {"i": 0, "u": 1, "f": 2, "b": 6}
 Argument = np.ndarray | int | float
 
 
-def missing() -> str | None:
-    """Why kernels cannot be run here (for ``pytest.mark.skipif``), None where they can."""
+def missing(target: str = "") -> str | None:
+    """Why kernels for a target cannot be run here (for ``pytest.mark.skipif``), None where they can."""
     absent = [tool for tool in (_COMPILER, _QEMU) if shutil.which(tool) is None]
-    return f"not installed: {', '.join(absent)}" if absent else None
+    if absent:
+        return f"not installed: {', '.join(absent)}"
+    if target == "aarch64-sme2" and not streaming():
+        return f"qemu-aarch64 {STREAMING_RELEASE} is not installed, nor named by {NEWER}"
+    return None
 
 
 @functools.cache
@@ -55,11 +59,6 @@ def streaming() -> str | None:
         if int(said.split("version ")[1].split(".")[0]) >= STREAMING_RELEASE:
             return path
     return None
-
-
-def missing_streaming() -> str | None:
-    """`missing`, for kernels with streaming functions."""
-    return missing() or (None if streaming() else f"qemu-aarch64 {STREAMING_RELEASE} is not installed; see {NEWER}")
 
 
 def command(cpu: str) -> list[str]:

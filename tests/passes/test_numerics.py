@@ -159,6 +159,6 @@ def test_what_this_machine_can_do() -> None:
     assert (BF16 in targets.numerics_of("native")) == (not lacking and "avx512_vnni" in targets.host_features())
     assert targets.numerics_of("x86-64-avx512vnni") == (BF16, INT8)
     assert targets.numerics_of("x86-64-avx2") == targets.numerics_of("reference") == ()
-    assert targets.numerics_of("x86-64-avxvnni") == targets.numerics_of("aarch64-i8mm") == (INT8,)
-    assert targets.numerics_of("aarch64-dotprod") == (INT8,)
+    assert targets.numerics_of("x86-64-avxvnni") == targets.numerics_of("aarch64-dotprod") == (INT8,)
+    assert targets.numerics_of("aarch64-i8mm") == targets.numerics_of("aarch64-sme2") == (BF16, INT8)
     assert targets.numerics_of("aarch64-neon") == ()

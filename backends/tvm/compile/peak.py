@@ -21,7 +21,7 @@ from mpq_compiler.backends.tvm.kernels.cpu import amx
 from mpq_compiler.backends.tvm.kernels.cpu import bfloat16 as pairs
 from mpq_compiler.backends.tvm.kernels.cpu.isa import AMX, TILE_BYTES, TILE_ROWS, Isa
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
-from mpq_compiler.targets.numerics import BF16, FEATURES
+from mpq_compiler.targets.numerics import BF16, features_of
 from mpq_compiler.targets.table import TARGETS, with_features
 
 ROUNDS = 20000
@@ -113,7 +113,7 @@ def bfloat16(target: Isa) -> Loop:
     def step(total: Expr, word: Expr) -> Expr:
         return pairs.dot(total, tirx.Broadcast(vmath.as_int(word), target.lanes), vmath.as_int(total))
 
-    return _loop("peak_bfloat16", target, "float32", step, 2 * target.lanes, features=FEATURES[BF16])
+    return _loop("peak_bfloat16", target, "float32", step, 2 * target.lanes, features=features_of(BF16, "x86_64"))
 
 
 def _loop(
@@ -133,7 +133,7 @@ def _loop(
             for i in range(cells):
                 store(total, tirx.Broadcast(buffers["y"][part, i], lanes), span(i * lanes, lanes))
             word = T.bind(buffers["y"][part, 0])
-            with pairs.instructions() if features else nullcontext(), T.serial(0, ROUNDS):
+            with pairs.instructions(target.name) if features else nullcontext(), T.serial(0, ROUNDS):
                 for i in range(cells):
                     at = span(i * lanes, lanes)
                     store(total, step(total[at], word), at)

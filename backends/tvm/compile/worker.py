@@ -117,7 +117,7 @@ def _compile(kernel: Any, target: Any, path: str) -> int:
         _compile_cuda(kernel, target, Path(path))
         return 0
     module = template.module({kernel.name: templates.build(kernel, target)})
-    row, workspaces = with_features(target, kernel.features), Workspaces()
+    row, workspaces = with_features(target, kernel.features(target.arch)), Workspaces()
     # Without its checks of every argument, half of the code of a small kernel: the plan is what calls them, and the
     # runtime checks what the plan gets.
     with tvm.transform.PassContext(instruments=[workspaces], config={"tirx.disable_assert": True}):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpq_compiler.targets.numerics import F32, FEATURES
+from mpq_compiler.targets.numerics import F32, features_of
 
 BATCH = "B"
 Shape = tuple[int | str, ...]
@@ -67,10 +67,9 @@ class Kernel:
     def numerics(self) -> str:
         return str(dict(self.problem.fields).get("numerics", F32))
 
-    @property
-    def features(self) -> tuple[str, ...]:
+    def features(self, arch: str) -> tuple[str, ...]:
         """The instructions that it asks of a CPU, perhaps beyond the target's, as /proc/cpuinfo spells them."""
-        return FEATURES[self.numerics]
+        return features_of(self.numerics, arch)
 
     def __str__(self) -> str:
         return f"{self.template} {self.problem}"

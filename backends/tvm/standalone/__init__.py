@@ -189,7 +189,7 @@ class _Tables:
 
     def build(self, functions: Sequence[str]) -> list[str]:
         """The lines of `mpq_build`, which every program has."""
-        asked = (feature for kernel in self.lowered.kernels() for feature in kernel.features)
+        asked = (feature for kernel in self.lowered.kernels() for feature in kernel.features(self.target.arch))
         needed = dict.fromkeys([*self.target.features, *asked])
         features = ", ".join([*(f'"{name}"' for name in needed), "NULL"])
         return [

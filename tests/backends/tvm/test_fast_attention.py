@@ -45,14 +45,14 @@ on_each = pytest.mark.parametrize(("on", "kind"), ON)
 
 
 def _target(name: str, kind: str) -> targets.Target:
-    return targets.with_features(targets.TARGETS[name], numerics.FEATURES[kind])
+    return targets.with_features(targets.TARGETS[name], numerics.features_of(kind, targets.TARGETS[name].arch))
 
 
 def _require(on: str, kind: str) -> None:
     """Skips where neither this machine nor an emulator runs the kernels."""
     target = _target(on, kind)
     lacking = targets.missing_features(target)
-    reason = qemu.missing() if target.arch == "aarch64" else f"this machine lacks {', '.join(lacking)}"
+    reason = qemu.missing(on) if target.arch == "aarch64" else f"this machine lacks {', '.join(lacking)}"
     if lacking and reason:
         pytest.skip(reason)
 

@@ -20,8 +20,9 @@ from mpq_compiler.ir import ops
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.targets import table as targets
-from mpq_compiler.targets.numerics import BF16, BOUNDS, FEATURES
-from tests.harness import packed, programs
+from mpq_compiler.targets.numerics import BF16, BOUNDS, features_of
+from tests.harness import packed, programs, qemu
+from tests.harness.fast_attention import emulated, here
 from tests.harness.float_kernels import (
     TARGETS,
     Case,
@@ -139,26 +140,26 @@ def test_pieces_of_panels_and_parts_of_rows_change_no_bit(name: str, monkeypatch
 # ---------------------------------------------------------------------------------------------------- bfloat16
 
 WORDS = ("vector", "vector 33 to 1", "tokens", "many rows", "conv_in", "conv_out", "downsample", "patches", "1x3")
-AVX512_BF16 = targets.with_features(targets.TARGETS["x86-64-avx512vnni"], FEATURES[BF16])
+ON_ARM = targets.with_features(targets.TARGETS["aarch64-i8mm"], features_of(BF16, "aarch64"))
+AVX512_BF16 = targets.with_features(targets.TARGETS["x86-64-avx512vnni"], features_of(BF16, "x86_64"))
 
 
-def _bfloat16(names: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _bfloat16(names: tuple[str, ...], target: targets.Target = AVX512_BF16) -> dict[str, np.ndarray]:
     """What the kernels compute, with weights that the kernel of `build_pack` has packed."""
-    if lacking := targets.missing_features(AVX512_BF16):
-        pytest.skip(f"this machine lacks {', '.join(lacking)}")
+    lacking = targets.missing_features(target)
+    if lacking and (reason := qemu.missing() if target is ON_ARM else f"this machine lacks {', '.join(lacking)}"):
+        pytest.skip(reason)
     chosen = {name: replace(PROBLEMS[name], packed=True, numerics=BF16) for name in names}
-    functions = {f"run{i}": float_gemm.build(p, AVX512_BF16.isa, f"run{i}") for i, p in enumerate(chosen.values())}
+    functions = {f"run{i}": float_gemm.build(p, target.isa, f"run{i}") for i, p in enumerate(chosen.values())}
     functions |= {f"pack{i}": float_gemm.build_pack(p, f"pack{i}") for i, p in enumerate(chosen.values())}
-    library = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(dict(AVX512_BF16.tvm)))
+    call = (emulated if lacking else here)(functions, dict(target.tvm))
     found = {}
     for i, (name, problem) in enumerate(chosen.items()):
         x, weight, *rest = _inputs(name)
-        panel = tvm.runtime.tensor(np.full(problems.panel_shape(problem), 77, np.int32))
-        library[f"pack{i}"](tvm.runtime.tensor(weight), panel)
-        np.testing.assert_array_equal(panel.numpy(), problems.pack_weight(problem, weight))
-        y = tvm.runtime.tensor(np.full(shape_of(problems.arguments(problem)[-1], BATCH), np.nan, np.float32))
-        library[f"run{i}"](tvm.runtime.tensor(x), panel, *map(tvm.runtime.tensor, rest), y)
-        found[name] = y.numpy()
+        _, panel = call(f"pack{i}", [weight, np.full(problems.panel_shape(problem), 77, np.int32)])
+        np.testing.assert_array_equal(panel, problems.pack_weight(problem, weight))
+        y = np.full(shape_of(problems.arguments(problem)[-1], BATCH), np.nan, np.float32)
+        found[name] = call(f"run{i}", [x, panel, *rest, y])[-1]
     return found
 
 
@@ -172,6 +173,11 @@ def _rounded(name: str) -> np.ndarray:
     else:
         y = ops.conv2d(*operands, problem.stride, problem.padding, numerics=BF16)
     return (F.silu(y) + t["operand0"] if problem.epilogue.operands else y).numpy()
+
+
+def test_bfloat16_on_arm() -> None:
+    for name, y in _bfloat16(WORDS, ON_ARM).items():
+        assert error(y, _rounded(name)) <= 2e-6, name
 
 
 def test_bfloat16_against_its_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +197,7 @@ def test_an_artifact(tmp_path: Path) -> None:
         pytest.skip(f"this machine lacks {', '.join(lacking)}")
     program, given = programs.bfloat16_layers()
     built = build(program, targets.TARGETS["x86-64-avx512vnni"], (2,), cache=packed.kernel_cache())
-    assert built.features == FEATURES[BF16]
+    assert built.features == features_of(BF16, "x86_64")
     path = packed.write(tmp_path / "a.mpq", program, AVX512_BF16, built)
     y = compiled_denoiser.load(path, threads=1).run({"x": given.numpy()})
     assert error(y, run(program, {"x": given}).numpy()) <= BOUNDS[BF16]

@@ -57,10 +57,8 @@ WHEELS = "MPQ_TEST_WHEELS"
 @functools.cache
 def program(name: str, weights: str, target: str, emit: str) -> Path:
     """The artifact with its C program, for "machine" with TVM's runtime too."""
-    if target in CPUS and platform.machine() != "aarch64":
-        absent = qemu.missing_streaming() if CPUS[target] == qemu.STREAMING else qemu.missing()
-        if absent:
-            pytest.skip(absent)
+    if target in CPUS and platform.machine() != "aarch64" and (absent := qemu.missing(target)):
+        pytest.skip(absent)
     case, folder, row = packed.program(name, weights), packed.kernel_cache(), targets.resolve(target)
     built = build(case.program, row, (1, BATCH), jobs=2, cache=folder, emit=emit)
     if emit == "machine":

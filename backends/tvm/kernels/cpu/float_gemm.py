@@ -74,7 +74,7 @@ def build(problem: Linear | Conv2d, isa: str = "avx512vnni", name: str = "float_
     plan = plan_of(problem)
 
     def body(batch: Any, buffers: Buffers) -> None:
-        with bfloat16.instructions() if problem.numerics == BF16 else nullcontext():
+        with bfloat16.instructions(isa) if problem.numerics == BF16 else nullcontext():
             _Body(problem, plan, isa, buffers).emit(batch)
 
     return primfunc(name, arguments(problem), body)

@@ -1,4 +1,4 @@
-"""Attention with products of words in registers, bfloat16 (AVX-512) or 8 bits: the bodies of `fast_attention`.
+"""Attention with products of words in registers, bfloat16 or 8 bits: the bodies of `fast_attention`.
 
 Everything but the products is as in `attention`. Keys and values are made ready by a kernel of their own (`Ready`),
 so that those of a text are made once: in words of 32 bits that a dot product takes, two values of bfloat16 or four of
@@ -108,8 +108,8 @@ def _power(x: Expr) -> Expr:
 class _Ready:
     """Makes keys and values of each sample and head ready."""
 
-    def __init__(self, problem: Ready, buffers: Buffers):
-        self.problem, self.buffers = problem, buffers
+    def __init__(self, isa: Isa, problem: Ready, buffers: Buffers):
+        self.isa, self.problem, self.buffers = isa, problem, buffers
 
     def emit(self, batch: Index) -> None:
         p = self.problem
@@ -162,7 +162,7 @@ class Bfloat16Ready(_Ready):
     """Makes keys and values ready in bfloat16, two to a word."""
 
     def emit(self, batch: Index) -> None:
-        with bfloat16.instructions():
+        with bfloat16.instructions(self.isa.name):
             super().emit(batch)
 
     def _emit_keys(self, b: Index, h: Index) -> None:
@@ -260,6 +260,10 @@ class Words(Body):
 
     problem: FastAttention
 
+    def __init__(self, isa: Isa, *given: Expr) -> None:
+        super().__init__(*given)
+        self.isa = isa
+
     @property
     def _packed(self) -> int:
         return PACKED[self.problem.numerics]
@@ -328,7 +332,7 @@ class Bfloat16(Words):
     """Attention whose products are of pairs of bfloat16, with sums in float32."""
 
     def emit(self, batch: Index) -> None:
-        with bfloat16.instructions():
+        with bfloat16.instructions(self.isa.name):
             super().emit(batch)
 
     def _load_queries(self, b: Index, h: Index, first: Index) -> None:
@@ -374,8 +378,7 @@ class Codes(Words):
     sums = "int32"
 
     def __init__(self, isa: Isa, *given: Expr) -> None:
-        super().__init__(*given)
-        self.isa = isa
+        super().__init__(isa, *given)
         self.signed = isa.unsigned_excess > 0
         """Whether codes that are u8 are multiplied less 128."""
 
@@ -518,12 +521,16 @@ class Codes(Words):
         return mul(value, self.buffers["v_scale"][b, h, span(d, lanes(value))])
 
 
-class Squares(Codes):
-    """Products by usmmla: two rows of eight u8 times two of eight s8, four sums.
+class _Squares(Words):
+    """Products of two rows of two words and two others, four sums.
 
     Words lie in pairs, those of neighbouring queries beside each other: [pair of words][query][word]. Scores come as
     [pair of queries][key][query] for two keys, weighted values as [pair of queries][query][dimension] for two.
     """
+
+    def _square(self, total: Expr, left: Expr, right: Expr) -> Expr:
+        """Adds the products of both rows on the left with both on the right, first those of the left's first row."""
+        raise NotImplementedError
 
     @property
     def _granule(self) -> int:
@@ -542,35 +549,39 @@ class Squares(Codes):
         super()._query_words(value, join)
         self._pair_words(self.factors, self._steps)
 
-    def _weights(self, size: Index, new: Expr) -> None:
-        super()._weights(size, new)
-        self._pair_words(self.words, (size + self._packed - 1) // self._packed)
-
     def _score_sums(self, b: Index, h: Index, first: Index, keys: int) -> list[Expr]:
         pairs = -(-keys // 2)
-        sums = self._squares(pairs)
-        with T.serial(0, -(-self._steps // 2)) as step:
+        sums = self._zeros(pairs)
+
+        def step(step: Index, word: Callable[[Index], Expr]) -> None:
+            """Adds the products of two words, ``word(key)`` those of a key."""
             rows = []
             for n in range(pairs):
                 both = (first + min(2 * n + i, keys - 1) for i in range(2))
-                words = [self.buffers["packed_k"][b, h, key, span(2 * step, 2)] for key in both]
-                rows.append(keep(_shuffled(words, range(4))))
+                rows.append(keep(_shuffled([word(key) for key in both], range(4))))
             for m in range(LANES // 2):
                 queries = self.factors[span(step * (2 * LANES) + 4 * m, 4)]
                 for n, row in enumerate(rows):
                     at = n * (LANES // 2) + m
-                    sums[at] = self.isa.square(sums[at], row, queries)
+                    sums[at] = self._square(sums[at], row, queries)
+
+        if self._steps // 2:
+            with T.serial(0, self._steps // 2) as k:
+                step(k, lambda key: self.buffers["packed_k"][b, h, key, span(2 * k, 2)])
+        if self._steps % 2:  # beside a word of the queries that is zero
+            step(self._steps // 2, lambda key: splat(self.buffers["packed_k"][b, h, key, self._steps - 1], 2))
         found = []
         for i in range(keys):
             order = [4 * m + 2 * (i % 2) + q for m in range(LANES // 2) for q in range(2)]
             found.append(self._every(sums, i // 2, order) + self._start(0))
         return found
 
-    def _squares(self, pairs: int) -> Registers:
+    def _zeros(self, pairs: int) -> Registers:
         """Sums of two rows and all queries, for so many pairs of rows: zeros."""
-        sums = Registers(pairs * (LANES // 2), 4, "int32")
+        zero = i32(0, 4) if self.sums == "int32" else f32(0.0, 4)
+        sums = Registers(pairs * (LANES // 2), 4, self.sums)
         for at in range(pairs * (LANES // 2)):
-            sums[at] = i32(0, 4)
+            sums[at] = zero
         return sums
 
     @staticmethod
@@ -582,12 +593,16 @@ class Squares(Codes):
         self, b: Index, h: Index, key: Index, size: Index, d: Index, dims: int, start: Start, kind: str
     ) -> tuple[list[Expr], list[tuple[int, int]]]:
         pairs, first = -(-dims // 2), key // self._packed
-        sums = self._squares(pairs)
+        rows_of_words = int(self.buffers["packed_v"].shape[2])
+        sums = self._zeros(pairs)
         with T.serial(0, (size + 2 * self._packed - 1) // (2 * self._packed)) as step:
             values = []
             for n in range(pairs):
                 here = span(d + 2 * n, 2 if 2 * n + 1 < dims else 1)
-                rows = [self.buffers["packed_v"][b, h, first + 2 * step + i, here] for i in range(2)]
+                places = [first + 2 * step, first + 2 * step + 1]
+                if rows_of_words % 2:  # the last beside weights that are zero
+                    places[1] = T.min(places[1], rows_of_words - 1)
+                rows = [self.buffers["packed_v"][b, h, place, here] for place in places]
                 if 2 * n + 1 == dims:
                     rows = [splat(row, 2) for row in rows]
                 values.append(keep(_shuffled(rows, (0, 2, 1, 3))))
@@ -595,12 +610,30 @@ class Squares(Codes):
                 weights = self.words[span(step * (2 * LANES) + 4 * m, 4)]
                 for n, value in enumerate(values):
                     at = n * (LANES // 2) + m
-                    sums[at] = self.isa.square(sums[at], weights, value)
+                    sums[at] = self._square(sums[at], weights, value)
         found = []
         for i in range(dims):
             order = [4 * m + 2 * q + i % 2 for m in range(LANES // 2) for q in range(2)]
             found.append(self._every(sums, i // 2, order) + start(i, 0))
         return found, [(i, 0) for i in range(dims)]
+
+    def _weights(self, size: Index, new: Expr) -> None:
+        super()._weights(size, new)
+        self._pair_words(self.words, (size + self._packed - 1) // self._packed)
+
+
+class SquareCodes(_Squares, Codes):
+    """The numerics of `Codes`, by usmmla: its sums are exact, so that results are the same."""
+
+    def _square(self, total: Expr, left: Expr, right: Expr) -> Expr:
+        return self.isa.square(total, left, right)
+
+
+class SquareBfloat16(_Squares, Bfloat16):
+    """The numerics of `Bfloat16`, by bfmmla, which rounds a sum once for two pairs."""
+
+    def _square(self, total: Expr, left: Expr, right: Expr) -> Expr:
+        return bfloat16.square(total, left, right)
 
 
 def _shuffled(vectors: list[Expr], order: Iterable[int]) -> Expr:

@@ -19,6 +19,7 @@ from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Runs, Schedule
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.weights import Block, Weights, prefetch
 from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_ROWS, Tile
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment
+from mpq_compiler.targets.streaming import LENGTH
 
 
 class OuterAccumulation:
@@ -116,8 +117,8 @@ class OuterAccumulation:
         offset, groups = T.bind(self.runs.offset(tap)), self.runs.steps // self.together
         with T.serial(0, groups) as i:
             group = T.bind(tap * groups + i)
-            first = T.bind(group * (self.tile.vectors * sme.LENGTH))
-            stored = [sme.vector(b["right"], first + v * sme.LENGTH) for v in range(self.tile.vectors)]
+            first = T.bind(group * (self.tile.vectors * LENGTH))
+            stored = [sme.vector(b["right"], first + v * LENGTH) for v in range(self.tile.vectors)]
             for d in range(self.together):
                 for line in range(lines):
                     prefetch(b["ahead"], ((group * self.together + d) * lines + line) * n["apart"])
