@@ -27,6 +27,7 @@ from mpq_compiler.backends.tvm.kernels.problems import (
     pointwise,
     quant_matmul,
     quantize,
+    rans,
 )
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.plan.calls import Kernel, Record
@@ -48,6 +49,7 @@ PROBLEMS: dict[str, ModuleType] = {
     "pointwise": pointwise,
     "problem": quant_matmul,
     "quantize": quantize,
+    "rans": rans,
 }
 """The modules that records name, such as ``norms.GroupNorm``."""
 

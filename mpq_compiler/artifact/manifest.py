@@ -101,6 +101,7 @@ class Tensor(TypedDict):
     parameter: NotRequired[str]
     bits: NotRequired[float]
     row_class: NotRequired[str]
+    coding: NotRequired[str]
     original_shape: NotRequired[list[int]]
 
 

@@ -2,17 +2,20 @@
 
 A format is found by its name: a built-in one of `plugins.toml`, one of a package with an entry point in the group
 `mpq_compiler.formats`, or one that a name spells out: ``int4g32`` has a scale for every 32 input channels, ``int4+r16``
-a low-rank branch of rank 16. The allocator chooses among those that `sensitivity` measures.
+a low-rank branch of rank 16, ``ec1.7`` integers that are entropy-coded in 1.7 bits. The allocator chooses among those
+that `sensitivity` measures.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint
 
 from mpq_compiler.formats.base import Fit, Format, QuantizedWeight, stored_type
+from mpq_compiler.formats.entropy import EntropyFormat
 from mpq_compiler.formats.fixed_table import TABLES, TableFormat
 from mpq_compiler.formats.floating import Float8Format, Float8Weight
 from mpq_compiler.formats.low_rank import LowRankFormat, LowRankWeight
@@ -77,6 +80,9 @@ def _spelled(name: str) -> Format | None:
         if not base.integer or isinstance(base, LowRankFormat):
             raise UserError(f"weight format '{name}': a low-rank branch stands beside a table; '{base.name}' is none")
         return LowRankFormat(name, base.bits, base=base, rank=int(match[2]))
+    if match := re.fullmatch(r"ec((?:[1-7]|0(?=\.))(?:\.\d{1,2})?)", name):
+        rate = float(match[1])
+        return EntropyFormat(name, max(1, math.ceil(rate)), rate=rate)
     if (match := re.fullmatch(r"(.+)g([1-9]\d*)", name)) and match[1] in TABLES:
         table = TABLES[match[1]]
         return TableFormat(name, (len(table) - 1).bit_length(), table=table, size=int(match[2]))
@@ -86,6 +92,7 @@ def _spelled(name: str) -> Format | None:
 __all__ = [
     "FORMATS",
     "TABLES",
+    "EntropyFormat",
     "Fit",
     "Float8Format",
     "Float8Weight",

@@ -124,6 +124,10 @@ class Format(ABC):
         """A quantized weight of the form that `fit` gives, fast and however inaccurate, to choose and time kernels."""
         return self.start(weight)
 
+    def rounded(self, rows: Tensor, fit: Fit, choose: Callable[[Fit], Fit]) -> Fit:
+        """Chooses the codes of a fit of rows [O, K] by ``choose``, which is called as often as the format needs."""
+        return choose(fit)
+
     @property
     def has_offset(self) -> bool:
         """Whether every row has an offset, stored as f16."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from mpq_compiler import formats
 from mpq_compiler.formats import contract
 from mpq_compiler.formats.packing import pack_codes, pack_rows, unpack_codes, unpack_rows
 from mpq_compiler.ir import costs, scratch, views
 from mpq_compiler.ir.program import Program
+from mpq_compiler.support import rans
 from mpq_compiler.support.errors import UserError
 
+RANS, REPEATED = "rans", "repeated"
+"""Codings: int8 codes in the form of `support.rans`; one row, of which all others are copies."""
 CLASS_BITS = 2
 """The stored bits of a row's class, where rows have several widths."""
 
@@ -29,15 +34,19 @@ class Stored:
     bits: int | None = None
     """The bits of packed codes, of class 0 where rows have several widths; None for other tensors."""
     shape: tuple[int, ...] | None = None
-    """The shape of the codes before packing; None for other tensors."""
+    """The shape of the tensor before packing or coding; None for other tensors."""
     row_class: str | None = None
     """The store name of the rows' classes, where rows have several widths."""
+    coding: str | None = None
+    """`RANS` or `REPEATED`, where the array is neither packed codes nor the tensor itself."""
 
     def entry(self, name: str) -> dict[str, Any]:
         """The manifest's entry for the tensor."""
         entry: dict[str, Any] = {"name": name, "parameter": self.parameter}
         if self.bits is not None and self.shape is not None:
             entry |= {"bits": self.bits, "original_shape": list(self.shape)}
+        if self.coding is not None and self.shape is not None:
+            entry |= {"coding": self.coding, "original_shape": list(self.shape)}
         if self.row_class is not None:
             entry["row_class"] = self.row_class
         return entry
@@ -58,12 +67,13 @@ def several_widths(program: Program, lut: str | None) -> bool:
     return len({*class_bits(program, lut)}) > 1
 
 
-def stored(program: Program, *others: Program) -> dict[str, Stored]:
+def stored(program: Program, *others: Program, coded: bool = True) -> dict[str, Stored]:
     """Packs the tensors that a program reads, by store name.
 
     Args:
         program: the packed program.
         others: further packed programs over the same store.
+        coded: whether entropy-coded weights are stored so; else their codes are int8, with a scale a row.
 
     Raises:
         UserError: a value that its stored type cannot hold exactly. Passes project what they set, so no pass has seen
@@ -73,11 +83,19 @@ def stored(program: Program, *others: Program) -> dict[str, Stored]:
     bits = {found.codes: min(class_bits(program, found.tables.lut), default=8) for found in weights}
     classes = {found.codes: found.tables.row_class for found in weights if several_widths(program, found.tables.lut)}
     bits |= dict.fromkeys(classes.values(), CLASS_BITS)
+    coding = {}
+    for found in weights if coded else ():
+        plan = program.weights.get(found.path)
+        if plan is not None and isinstance(chosen := formats.get(plan.format), formats.EntropyFormat):
+            coding |= {found.codes: chosen, found.tables.scale: None}
     result = {}
     read = (n for each in (program, *others) for n in each.graph.nodes if n.op == "get_attr")
     for name in sorted({str(n.target) for n in read}):
         tensor = program.tensors[name]
         parameter = name.split(":")[0]
+        if name in coding:
+            result[name] = _coded(name, tensor, coding[name])
+            continue
         if name in bits:
             codes, row_class = tensor.contiguous().numpy(), classes.get(name)
             if row_class is None:
@@ -93,6 +111,20 @@ def stored(program: Program, *others: Program) -> dict[str, Stored]:
     return result
 
 
+def _coded(name: str, tensor: torch.Tensor, chosen: formats.EntropyFormat | None) -> Stored:
+    """Codes of an entropy-coded format, or the scale that all their rows have (None)."""
+    parameter, shape = name.split(":")[0], tuple(tensor.shape)
+    if chosen is None:
+        if not torch.equal(tensor, tensor[:1].expand_as(tensor)):
+            raise UserError(f"rows of '{parameter}' have scales of their own, which entropy-coded weights do not")
+        return Stored(tensor[:1].numpy(), parameter, shape=shape, coding=REPEATED)
+    try:
+        array = rans.encode(tensor.numpy(), chosen.coded_bytes(tensor.numel()))
+    except ValueError as error:
+        raise UserError(f"the codes of '{parameter}' do not fit the bytes of {chosen.name}: {error}") from error
+    return Stored(_kept(array), parameter, shape=shape, coding=RANS)
+
+
 def _kept(array: np.ndarray) -> np.ndarray:
     kept: np.ndarray = scratch.kept(torch.from_numpy(array)).numpy()
     return kept
@@ -101,7 +133,12 @@ def _kept(array: np.ndarray) -> np.ndarray:
 def restored(entry: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> torch.Tensor:
     """Unpacks a tensor to the form of the program's store, given its manifest entry and the stored arrays by name."""
     array = arrays[entry["name"]]
-    if "row_class" in entry:
+    if entry.get("coding") == RANS:
+        shape = entry["original_shape"]
+        array = rans.decode(array, math.prod(shape)).reshape(shape)
+    elif entry.get("coding") == REPEATED:
+        array = np.broadcast_to(array, entry["original_shape"])
+    elif "row_class" in entry:
         rows, columns = entry["original_shape"]
         classes = unpack_codes(arrays[entry["row_class"]], (rows,), CLASS_BITS)
         array = unpack_rows(array, (rows, columns), classes, entry["bits"])

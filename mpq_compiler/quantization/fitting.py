@@ -178,7 +178,8 @@ def fit_rows(weight: Tensor, format_name: str, gram: Tensor | None, rounding: Ro
     measure = gram
     if chosen.searches and gram is not None and gram.dim() > 1 and gram.shape[-1] > 2 * SKETCH:
         measure = _sketch(gram)
-    return rounding(chosen.fit(weight, measure), weight.flatten(1), gram)
+    rows = weight.flatten(1)
+    return chosen.rounded(rows, chosen.fit(weight, measure), lambda fit: rounding(fit, rows, gram))
 
 
 def fit_formats(weight: Tensor, names: Sequence[str], gram: Tensor | None, rounding: Rounding) -> dict[str, Fit]:

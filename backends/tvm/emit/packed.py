@@ -86,7 +86,7 @@ def dequantize_weight(e: Emitter, node: fx.Node) -> Value:
     """Emits the dequantization of a weight of a float layer; the weight is stored, so the call goes to `prepare`."""
     codes, scale, offset, lut, row_class, shape, *segments = arguments(node)
     parts = {"codes": codes, "scale": scale, "offset": offset, "tables": lut, "row_class": row_class}
-    stored = {name: e.stored(part) for name, part in parts.items() if part is not None}
+    stored = {name: _restored(e, e.stored(part)) for name, part in parts.items() if part is not None}
     rows, columns = stored["scale"].inner[0], math.prod(shape[1:])
     tables = stored["tables"] if lut is not None else None
     problem = record(
@@ -97,6 +97,21 @@ def dequantize_weight(e: Emitter, node: fx.Node) -> Value:
     )  # fmt: skip
     out = Value(node.name, tuple(shape), "float32")
     return e.call(Kernel("dequantize", problem), stored, {"y": out})[0]
+
+
+def _restored(e: Emitter, value: Value) -> Value:
+    """A stored tensor as kernels take it: coded ones are decoded in `prepare`."""
+    tensor = e.preparation.stored[value.name]
+    if tensor.coding is None or tensor.shape is None:
+        return value
+    if tensor.coding == stored_tensors.REPEATED:
+        problem = record("movement.expand", shape=value.shape, target=tensor.shape, dtype=value.dtype)
+        out = Value(f"{value.name}|rows", tensor.shape, value.dtype)
+        return e.call(Kernel("movement", problem), {"x0": value}, {"y": out})[0]
+    count = math.prod(tensor.shape)
+    problem = record("rans.DecodeRans", count=count, size=value.size)
+    out = Value(f"{value.name}|decoded", (count,), "uint8")
+    return e.call(Kernel("rans", problem), {"coded": value}, {"codes": out})[0]
 
 
 def _widths(e: Emitter, stored: dict[str, Value]) -> dict[str, Any]:
@@ -154,7 +169,7 @@ def contraction(e: Emitter, node: fx.Node, epilogue: Epilogue, out: Value) -> Va
     source = e.value(x)
     parts = {"codes": codes, "scale": scale, "stored_offset": offset, "tables": lut, "row_class": row_class}
     parts["stored_bias"] = bias
-    stored = {name: e.stored(part) for name, part in parts.items() if part is not None}
+    stored = {name: _restored(e, e.stored(part)) for name, part in parts.items() if part is not None}
     widths = _widths(e, stored)
     dynamic = group is None  # the tables are those of the rows, the same for all segments
     if not dynamic:

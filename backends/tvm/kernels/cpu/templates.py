@@ -22,6 +22,7 @@ from mpq_compiler.backends.tvm.kernels.cpu import (
     pointwise,
     prepare,
     quantize,
+    rans,
 )
 from mpq_compiler.backends.tvm.kernels.cpu.isa import Isa
 from mpq_compiler.backends.tvm.kernels.problems import quant_matmul
@@ -75,4 +76,5 @@ TEMPLATES: dict[str, Template] = {
     "matmul": _portable("matmul", matmul.build),
     "float8": _portable("float8", float8.build),
     "dequantize": _portable("dequantize", dequantize.build),
+    "rans": _portable("rans", rans.build),
 }

@@ -18,6 +18,7 @@ from mpq_compiler.backends.tvm.kernels.problems import (
     norms,
     pointwise,
     quantize,
+    rans,
 )
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 
@@ -47,5 +48,6 @@ SIGNATURES: dict[str, Signature] = {
     "matmul": Signature(matmul.arguments),
     "float8": Signature(float8.arguments),
     "dequantize": Signature(dequantize.arguments),
+    "rans": Signature(rans.arguments),
 }
 """Signatures by family, without integer products: how their weights lie in memory is a device's choice."""
