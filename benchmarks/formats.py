@@ -41,7 +41,8 @@ from mpq_compiler.support.execution import batches
 MODEL = "fashion-unet"
 FRONT = "trace,layout,calibrate,time-groups"
 BACK = "bit-allocation{{uniform={}}},insert-fake-quant,residual-branch,low-rank,round-weights{{method={}}}"
-SPELLED = ("int4g32", "nf4g64", "int4+r4", "int4+r16")
+RATES = ("1", "1.25", "1.7", "2.1", "2.5", "3", "4")
+SPELLED = ("int4g32", "nf4g64", "int4+r4", "int4+r16", *(f"ec{rate}" for rate in RATES))
 METHODS = ("nearest", "gptq")
 RESULTS = Path(__file__).parent / "results" / "formats.json"
 

@@ -40,7 +40,7 @@ def build(
         UserError: a node that ONNX cannot express.
     """
     programs = {FUNCTION: program} | {f"{FUNCTION}_{other.name}": other.program for other in others}
-    stored = stored_tensors.stored(program, *(other.program for other in others))
+    stored = stored_tensors.stored(program, *(other.program for other in others), coded=False)
     tensors = {name: tensor.array for name, tensor in stored.items()}
 
     def observe(index: int, stage: lowering.Stage, plan: lowering.Models) -> None:

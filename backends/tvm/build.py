@@ -73,7 +73,7 @@ def build(
     """
     if target.is_cuda:
         require_compiler(target)
-    stored = stored_tensors.stored(program, *(other.program for other in others))
+    stored = stored_tensors.stored(program, *(other.program for other in others), coded=not target.is_cuda)
     tensors = {name: tensor.array for name, tensor in stored.items()}
     lowered, looked_at = _lowered(program, target, batches, others, tensors, jobs, cache, instruments)
     tiles: dict[str, tune_.Tile] | None = None
@@ -138,7 +138,7 @@ def _lowered(
     instruments: Sequence[StageInstrument],
 ) -> tuple[Lowered, set[Kernel]]:
     """(the plan after all stages, the kernels that were compiled for the instruments to look at it)."""
-    stages = [SelectKernels(program, batches, others), *lowering.of_target(target)]
+    stages = [SelectKernels(program, batches, others, not target.is_cuda), *lowering.of_target(target)]
     if not instruments:
         return lowering.run(stages), set()
     fresh: set[Kernel] = set()

@@ -26,6 +26,7 @@ from mpq_compiler.ir.lora import branch_bytes
 from mpq_compiler.ir.parcels import SHIPPING
 from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.specialization import Specialization
+from mpq_compiler.ir.stored_tensors import expanded_bytes
 from mpq_compiler.pipeline.backend import Backend, BuildRequest, Built, Progress, backend_of
 from mpq_compiler.pipeline.manager import Record, recorded
 from mpq_compiler.pipeline.stages import StageInstrument
@@ -90,6 +91,12 @@ def compile_denoiser(
         target = targets.with_features(target, built.features)
         stored = costs.stored_bytes(lowering.planned) + added_bytes(lowering.program, others)
         stored += branch_bytes(lowering.program)
+        if not any("coding" in entry for entry in built.entries) and (more := expanded_bytes(lowering.program)):
+            stored += more
+            lowering.program.note(
+                f"'{target.name}' does not decode entropy-coded weights: it has their codes as int8, which takes "
+                f"{more} bytes more than the plan says"
+            )
         predicted = report.predicted_latency(lowering.latency, lowering.program, built.facts)
         document = manifest.describe(denoiser, lowering, built, chosen, target, predicted)
         files = manifest.files(denoiser, lowering, built, chosen, target)

@@ -8,7 +8,6 @@ as those of every format, and the fit keeps to them. In memory a code is an int8
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mpq_compiler.formats import contract
-from mpq_compiler.formats.base import Fit, Format, QuantizedWeight, stored_scale
+from mpq_compiler.formats.base import F16_MAX, Fit, Format, QuantizedWeight, stored_scale
 from mpq_compiler.support import rans
 
 LEAST_BYTES = 64
@@ -34,10 +33,6 @@ class EntropyFormat(Format):
     """Integers -127..127 times one step, coded in ``rate`` bits each at most, histogram and states among them."""
 
     rate: float = 2.0
-
-    @property
-    def by_row(self) -> bool:
-        return False
 
     @property
     def trials(self) -> int:
@@ -58,7 +53,7 @@ class EntropyFormat(Format):
 
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
         rows = weight.flatten(1)
-        return self._at(rows, self._least_step(rows))
+        return self.at(rows, self._least_step(rows))
 
     def rounded(self, rows: Tensor, fit: Fit, choose: Callable[[Fit], Fit]) -> Fit:
         """Chooses codes at the least step whose chosen codes fit: they take more bits than the nearest ones."""
@@ -66,15 +61,14 @@ class EntropyFormat(Format):
         most, place, slope = self.coded_bytes(rows.numel()), math.log2(float(fit.scale[0, 0])), 1.0
         failed: tuple[float, float] | None = None
         fitted: tuple[float, float, Fit] | None = None
-        for tried in itertools.count():
-            found = choose(self._at(rows, 2**place))
-            bits = 8 * (self._bytes(found.codes) - most) / rows.numel()  # too many for each number
+        tried = 0
+        while fitted is None or (fitted[1] <= -CLOSE * self.rate and tried < TRIES):
+            found = choose(self.at(rows, 2**place))
+            bits = 8 * (self.bytes_of(found.codes) - most) / rows.numel()  # too many for each number
             if bits <= 0 and (fitted is None or place < fitted[0]):
                 fitted = (place, bits, found)
             elif bits > 0 and (failed is None or place > failed[0]):
                 failed = (place, bits)
-            if fitted is not None and (fitted[1] > -CLOSE * self.rate or tried >= TRIES):
-                return fitted[2]
             if failed is not None and fitted is not None:
                 slope = (failed[1] - fitted[1]) / (fitted[0] - failed[0])
             begin = failed if fitted is None or (failed is not None and failed[1] < -fitted[1]) else fitted
@@ -82,11 +76,13 @@ class EntropyFormat(Format):
             place = begin[0] + (begin[1] + CLOSE * self.rate / 2) / slope
             if fitted is None:
                 slope /= 2  # coarser steps save fewer bits: farther next time
+            tried += 1
+        return fitted[2]
 
-    def _at(self, rows: Tensor, step: float) -> QuantizedWeight:
+    def at(self, rows: Tensor, step: float) -> QuantizedWeight:
         """The nearest codes at a step, which is rounded up to f16 so that no more codes are used."""
         scale = stored_scale(torch.tensor(step, dtype=torch.float32))
-        if float(scale) < step:
+        if float(scale) < min(step, F16_MAX):
             scale = torch.nextafter(scale, torch.tensor(torch.inf, dtype=torch.float16))
         column = scale.expand(len(rows), 1).contiguous()
         return QuantizedWeight(contract.nearest_codes(rows, column, None, None, None), column, None, None)
@@ -97,18 +93,18 @@ class EntropyFormat(Format):
         if peak == 0:
             return 1.0
         low, high = math.log2(peak / contract.LUT_MAX), math.log2(4 * peak)
-        if self._bytes(self._at(rows, 2**low).codes) <= most:
+        if self.bytes_of(self.at(rows, 2**low).codes) <= most:
             return 2**low
         while high - low > 1 / 128:
             middle = (low + high) / 2
-            if self._bytes(self._at(rows, 2**middle).codes) <= most:
+            if self.bytes_of(self.at(rows, 2**middle).codes) <= most:
                 high = middle
             else:
                 low = middle
         return 2**high
 
     @staticmethod
-    def _bytes(codes: Tensor) -> int:
+    def bytes_of(codes: Tensor) -> int:
         """The bytes that codes take, at most."""
         counts = np.bincount(codes.flatten().numpy().view(np.uint8) ^ np.uint8(128), minlength=256)
         return rans.bound(counts[1:], -127)

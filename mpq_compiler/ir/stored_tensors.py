@@ -83,10 +83,9 @@ def stored(program: Program, *others: Program, coded: bool = True) -> dict[str, 
     bits = {found.codes: min(class_bits(program, found.tables.lut), default=8) for found in weights}
     classes = {found.codes: found.tables.row_class for found in weights if several_widths(program, found.tables.lut)}
     bits |= dict.fromkeys(classes.values(), CLASS_BITS)
-    coding = {}
+    coding: dict[str | None, formats.EntropyFormat | None] = {}
     for found in weights if coded else ():
-        plan = program.weights.get(found.path)
-        if plan is not None and isinstance(chosen := formats.get(plan.format), formats.EntropyFormat):
+        if (chosen := _entropy_format(program, found.path)) is not None:
             coding |= {found.codes: chosen, found.tables.scale: None}
     result = {}
     read = (n for each in (program, *others) for n in each.graph.nodes if n.op == "get_attr")
@@ -109,6 +108,23 @@ def stored(program: Program, *others: Program, coded: bool = True) -> dict[str, 
             raise UserError(f"tensor '{name}' holds values that {small.dtype} does not: let insert-fake-quant round it")
         result[name] = Stored(scratch.kept(small.contiguous()).numpy(), parameter)
     return result
+
+
+def _entropy_format(program: Program, path: str) -> formats.EntropyFormat | None:
+    """The entropy-coded format that a weight is planned to have, or None."""
+    plan = program.weights.get(path)
+    chosen = None if plan is None else formats.get(plan.format)
+    return chosen if isinstance(chosen, formats.EntropyFormat) else None
+
+
+def expanded_bytes(program: Program) -> int:
+    """The bytes that entropy-coded weights of a packed program take beyond their plan where they are stored as int8."""
+    more = {}
+    for found in views.levels_of(views.flatten(program)):
+        if found.codes and (chosen := _entropy_format(program, found.path)) is not None:
+            rows, columns = program.tensors[found.codes].shape
+            more[found.codes] = rows * columns + 2 * rows - chosen.stored_bytes(rows, columns)
+    return sum(more.values())
 
 
 def _coded(name: str, tensor: torch.Tensor, chosen: formats.EntropyFormat | None) -> Stored:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -190,12 +192,38 @@ def fit_formats(weight: Tensor, names: Sequence[str], gram: Tensor | None, round
         return found
     rows, order = weight.flatten(1).contiguous(), rounding == Rounding.GPTQ
     plain = {name: fit for name, fit in found.items() if isinstance(fit, QuantizedWeight)}
+    coded = {name: chosen for name in plain if isinstance(chosen := formats.get(name), formats.EntropyFormat)}
+    if coded:
+        plain |= _at_rates(rows, coded, [plain[name] for name in coded], gram, order)
     merged = {name: fit.merged() for name, fit in plain.items()}
     rounded = dict(zip(merged, gptq_of_formats(rows, [*merged.values()], gram, order), strict=True)) if merged else {}
     return {
         name: _with_codes(plain[name], rounded[name].codes) if name in plain else rounding(fit, rows, gram)
         for name, fit in found.items()
     }
+
+
+def _at_rates(
+    rows: Tensor,
+    coded: Mapping[str, formats.EntropyFormat],
+    nearest: Sequence[QuantizedWeight],
+    gram: Tensor,
+    order: bool,
+) -> dict[str, QuantizedWeight]:
+    """Entropy-coded fits at steps whose codes, when GPTQ has chosen them, take about the bytes that they may.
+
+    Their bytes are known at steps half an octave apart, from one walk over the columns, and taken to be lines between.
+    """
+    places = [math.log2(float(fit.scale[0, 0])) for fit in nearest]
+    tried = [min(places) + i / 2 for i in range(math.ceil(2 * (max(places) - min(places))) + 4)]
+    one = next(iter(coded.values()))
+    walked = gptq_of_formats(rows, [one.at(rows, 2**place) for place in tried], gram, order)
+    taken = np.minimum.accumulate([one.bytes_of(fit.codes) for fit in walked])  # fewer at coarser steps
+    found = {}
+    for name, chosen in coded.items():
+        place = float(np.interp(-chosen.coded_bytes(rows.numel()), -taken, tried))
+        found[name] = chosen.at(rows, 2**place)
+    return found
 
 
 def _with_codes(fit: QuantizedWeight, codes: Tensor) -> QuantizedWeight:

@@ -12,7 +12,7 @@ A coded tensor of n integers in -127..127 is, in little-endian bytes,
 Stream s has the integers from number ``s * STREAM`` on, of which number i is decoded by lane ``i % LANES``, one after
 the other: of a state x, ``slot = x % TOTAL`` is in the integer's part of ``0 .. TOTAL``, which begins at the sum of the
 frequencies before its own; then ``x = frequency * (x // TOTAL) + slot - begin``, and ``x * 2^16`` plus the stream's
-next word if that is below 2^16. Behind the last integer all states are 2^16, and no words are left.
+next word if that is below 2^16. Behind the last integer all states are ``2^16 + low + 128``, and no words are left.
 
 Source: Duda 2013 (arXiv 1311.2540), section 3, in the interleaved form of Giesen 2014 (arXiv 1402.3392), section 4.
 """
@@ -70,6 +70,11 @@ def histogram(counts: np.ndarray, low: int) -> Histogram:
     return Histogram(low, frequencies.astype(np.uint16))
 
 
+def last_state(low: int) -> int:
+    """The states behind the last integer, which stand for ``low`` as well: another would show."""
+    return LEAST + low + 128
+
+
 def streams(count: int) -> int:
     """The number of streams of so many integers."""
     return max(1, -(-count // STREAM))
@@ -109,10 +114,10 @@ def encode(values: np.ndarray, size: int | None = None) -> np.ndarray:
     begins = np.concatenate([[0], np.cumsum(known)[:-1]]).astype(np.uint64)
     count = streams(flat.size)
     steps = -(-min(flat.size, STREAM) // LANES)
-    symbols = np.full(count * STREAM, -1, np.int64)
-    symbols[: flat.size] = flat
-    symbols = symbols.reshape(count, -1)[:, : steps * LANES].reshape(count, steps, LANES)
-    states = np.full((count, LANES), LEAST, np.uint64)
+    padded = np.full(count * STREAM, -1, np.int64)
+    padded[: flat.size] = flat
+    symbols = padded.reshape(count, -1)[:, : steps * LANES].reshape(count, steps, LANES)
+    states = np.full((count, LANES), last_state(made.low), np.uint64)
     words, flags = np.zeros((steps, count, LANES), np.uint16), np.zeros((steps, count, LANES), bool)
     shift, mask = np.uint64(16), np.uint64(0xFFFF)
     for step in range(steps - 1, -1, -1):
@@ -182,7 +187,7 @@ def decode(coded: np.ndarray, count: int) -> np.ndarray:
         word = words[places]
         states[:, lane] = np.where(live, np.where(reads, moved << np.uint64(16) | word, moved), states[:, lane])
         places = np.where(reads, np.minimum(places + 1, ends), places)
-    if (places != ends).any() or (states != LEAST).any():
+    if (places != ends).any() or (states != last_state(low)).any():
         raise ValueError("a stream does not end where its last integer does")
     found = np.concatenate([row[:size] for row, size in zip(values, sizes, strict=True)])
     return found

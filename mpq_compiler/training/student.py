@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from mpq_compiler import formats
 from mpq_compiler.formats import contract
 from mpq_compiler.formats.contract import WeightTables, rising
 from mpq_compiler.ir import ops
@@ -175,10 +177,11 @@ def variables(
         if own is not None and weight.codes not in own:
             continue
         scale, offset = weight.tables.scale, weight.tables.offset
-        found[scale] = _scale(Kind.SCALE, tensors[scale])
+        coded = _is_coded(program, weight)
+        found[scale] = replace(_scale(Kind.SCALE, tensors[scale]), together=coded)
         if offset is not None:
             found[offset] = _float(Kind.OFFSET, tensors[offset])
-        if latent:
+        if latent and not coded:
             rows = tensors.read(originals[weight.node.name]).flatten(1)
             table = weight.table(program)
             step = 1.0 if table is None else float(_mean_step(table))
@@ -209,6 +212,12 @@ def variables(
         if wanted and _is_parameter(tensors[name], name):
             found[name] = _float(Kind.FLOAT, tensors[name])
     return found
+
+
+def _is_coded(program: Program, weight: Settled) -> bool:
+    """Whether a weight is stored entropy-coded: other codes would take other bytes, and its rows have one scale."""
+    plan = program.weights.get(weight.codes.split(":")[0])
+    return plan is not None and isinstance(formats.get(plan.format), formats.EntropyFormat)
 
 
 _SCALED = {ops.fake_quantize_float: Kind.RANGE, ops.dequantize_float8: Kind.SCALE}

@@ -59,10 +59,12 @@ class Variable:
     """The type of the stored tensor."""
     most: int = 0
     """The largest code, for ZERO."""
+    together: bool = False
+    """Whether all rows of ``start``, which are alike, move together."""
 
     def zeros(self) -> Tensor:
         """The initial theta."""
-        return torch.zeros_like(self.start)
+        return torch.zeros_like(self.start[:1] if self.together else self.start)
 
     def moved(self, theta: Tensor) -> Tensor:
         """The value at theta, f32, before it is projected to the stored type."""

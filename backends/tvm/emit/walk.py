@@ -97,11 +97,15 @@ class SelectKernels(LoweringStage[Lowered]):
     program: Program
     batches: Sequence[int]
     others: Sequence[Specialization] = ()
+    decodes: bool = True
+    """Whether the target has the kernel that decodes entropy-coded weights."""
 
     contract: ClassVar[Contract] = Contract.LOWERED
 
     def run(self, plan: Lowered) -> Lowered:
-        tensors = stored_tensors.stored(self.program, *(other.program for other in self.others))
+        tensors = stored_tensors.stored(
+            self.program, *(other.program for other in self.others), coded=self.decodes
+        )
         preparation = Preparation(tensors)
         functions = [_function(self.program, self.batches, preparation)]
         functions += [_function(o.program, o.batches, preparation, f"_{o.name}") for o in self.others]

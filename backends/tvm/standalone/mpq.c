@@ -45,6 +45,20 @@ void *(*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) = take;
 int (*__TVMBackendFreeWorkspace)(int, int, void *) = give_back;
 int (*__TVMBackendParallelLaunch)(lambda, void *, int) = launch;
 
+/* What a kernel says of its end: a damaged weight, for one. Most kernels know no other than that there is no memory. */
+static char said[256];
+
+void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t count) {
+    (void)kind;
+    said[0] = 0;
+    for (int32_t i = 0; i < count; i++)
+        if (parts[i]) strncat(said, parts[i], sizeof said - strlen(said) - 1);
+}
+
+void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *message) {
+    TVMFFIErrorSetRaisedFromCStrParts(kind, &message, 1);
+}
+
 /* ---------------------------------------------------------------------------------------------- the model */
 
 /* As TVM lays out an argument. */
@@ -66,7 +80,8 @@ static int run_calls(mpq_model *model, uint32_t first, uint32_t count) {
         const mpq_call *each = &plan->calls[i];
         argument result = {0};
         if (each->kernel(NULL, model->arguments + each->first, (int32_t)each->count, &result)) {
-            fail("kernel %s failed: there is no memory for it", each->name);
+            fail("kernel %s failed: %s", each->name, *said ? said : "there is no memory for it");
+            *said = 0;
             return -1;
         }
         if (model->watcher) model->watcher(model->watching, each->name);

@@ -45,6 +45,7 @@ CASES = (
     (packed.BUNDLED, "int2+b", "aarch64-dotprod"),
     ("unet2d-17x23", "int3", "aarch64-i8mm"),
     STREAMING,
+    ("unet2d-17x23", "ec2", "aarch64-dotprod"),
     ("sd15", "int4,dynamic=true", "aarch64-neon"),
 )
 BATCH = 4

@@ -255,7 +255,7 @@ def fold(vector: Expr, combine: Callable[[Expr, Expr], Expr] = lambda a, b: a + 
 
 
 def transpose(rows: Sequence[Expr]) -> list[Expr]:
-    """As many vectors as each has lanes, transposed: lane i of result j is lane j of row i. By rounds of exchanges."""
+    """Vectors, as many as each has lanes, transposed: lane i of result j is lane j of row i, by rounds of exchanges."""
     rows, step = list(rows), len(rows) // 2
     while step:
         for i in (i for i in range(len(rows)) if not i & step):

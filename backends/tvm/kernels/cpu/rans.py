@@ -6,8 +6,6 @@ end where they should end the call with an error.
 
 from __future__ import annotations
 
-from typing import Any
-
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
@@ -25,7 +23,7 @@ DAMAGED = "an entropy-coded weight is damaged: copy or compile the artifact agai
 def build(problem: DecodeRans, isa: str, name: str) -> PrimFunc:
     """The kernel ``name(*arguments(problem))``."""
 
-    def body(_: Any, buffers: Buffers) -> None:
+    def body(_: Index, buffers: Buffers) -> None:
         """All streams, which threads share."""
         _Decoder(problem, buffers["coded"], buffers["codes"]).emit()
 
@@ -115,7 +113,8 @@ class _Decoder:
         for lane in range(rans.LANES - 1):
             with T.If(groups * rans.LANES + lane < size), T.Then():
                 one(groups * rans.LANES + lane, lane)
-        done = [states[lane] == tirx.const(rans.LEAST, "uint32") for lane in range(rans.LANES)]
+        last = T.bind(T.cast(self.low + rans.last_state(0), "uint32"))
+        done = [states[lane] == last for lane in range(rans.LANES)]
         store(self.sound, T.cast(tirx.all(place[0] == end, *done), "int32"), stream)
 
     def _byte(self, at: Index) -> Expr:
