@@ -94,7 +94,7 @@ def compile_denoiser(
         if not any("coding" in entry for entry in built.entries) and (more := expanded_bytes(lowering.program)):
             stored += more
             lowering.program.note(
-                f"'{target.name}' does not decode entropy-coded weights: it has their codes as int8, which takes "
+                f"'{target.name}' does not decode entropy-coded weights: their codes are stored packed, which takes "
                 f"{more} bytes more than the plan says"
             )
         predicted = report.predicted_latency(lowering.latency, lowering.program, built.facts)

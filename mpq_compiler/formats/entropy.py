@@ -3,7 +3,8 @@
 In place of a table of 2^b levels for each row, an open grid: what GPTQ pushes beyond the last level of a table has a
 level here, rows of little power take few bits and others more, and no row has a scale of its own. Codes are coded by a
 histogram (`support.rans`), and the step is the least whose codes fit. So the bytes of a weight follow from its shape,
-as those of every format, and the fit keeps to them. In memory a code is an int8.
+as those of every format, and the fit keeps to them. In memory codes are those of `int8`; up to `FOUR_BITS` bits, where
+few would lie beyond the levels of `int4`, those of that.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ LEAST_BYTES = 64
 """The bytes that a weight may take at least: a histogram and states, of a tensor of a few numbers."""
 CLOSE = 0.004
 """How close the bytes of a fit come to those that it may take, as a share of them, before the search ends."""
+FOUR_BITS = 2.0
+"""The rate up to which codes are -8 to 7: at 2 bits it costs 0.1 dB, at 2.5 half of one."""
 TRIES = 8
 """How many steps are tried where codes follow from each other, so that each takes a walk over the weight."""
 
@@ -40,12 +43,17 @@ class EntropyFormat(Format):
 
     @property
     def index_bits(self) -> int:
-        """Those of a code in memory, which is its own value."""
-        return 8
+        """Those of a code in memory."""
+        return 4 if self.rate <= FOUR_BITS else 8
+
+    @property
+    def table(self) -> Tensor | None:
+        """The table int8 [1, 16]; None where a code is its own value."""
+        return torch.arange(-8, 8, dtype=torch.int8)[None] if self.index_bits == 4 else None
 
     def stored_bytes(self, *shape: int) -> int:
-        """Bytes of a weight [O, ..., C] in the artifact: its coded integers, and the step in f16."""
-        return self.coded_bytes(math.prod(shape)) + 2
+        """Bytes of a weight [O, ..., C] in the artifact: its coded integers, the step in f16, and the table."""
+        return self.coded_bytes(math.prod(shape)) + 2 + (16 if self.index_bits == 4 else 0)
 
     def coded_bytes(self, count: int) -> int:
         """The bytes of so many integers."""
@@ -85,7 +93,7 @@ class EntropyFormat(Format):
         if float(scale) < min(step, F16_MAX):
             scale = torch.nextafter(scale, torch.tensor(torch.inf, dtype=torch.float16))
         column = scale.expand(len(rows), 1).contiguous()
-        return QuantizedWeight(contract.nearest_codes(rows, column, None, None, None), column, None, None)
+        return QuantizedWeight(contract.nearest_codes(rows, column, None, self.table, None), column, None, self.table)
 
     def _least_step(self, rows: Tensor) -> float:
         """The least step at which the nearest codes fit, to a two hundredth."""
@@ -106,5 +114,11 @@ class EntropyFormat(Format):
     @staticmethod
     def bytes_of(codes: Tensor) -> int:
         """The bytes that codes take, at most."""
-        counts = np.bincount(codes.flatten().numpy().view(np.uint8) ^ np.uint8(128), minlength=256)
+        counts = np.bincount(integers(codes).view(np.uint8).ravel() ^ np.uint8(128), minlength=256)
         return rans.bound(counts[1:], -127)
+
+
+def integers(codes: Tensor) -> np.ndarray:
+    """The integers int8 that are coded: codes themselves, or what they number in the table from -8 on."""
+    found: np.ndarray = (codes if codes.dtype == torch.int8 else codes.to(torch.int8) - 8).numpy()
+    return found

@@ -12,14 +12,15 @@ import torch
 
 from mpq_compiler import formats
 from mpq_compiler.formats import contract
-from mpq_compiler.formats.packing import pack_codes, pack_rows, unpack_codes, unpack_rows
+from mpq_compiler.formats.entropy import integers
+from mpq_compiler.formats.packing import pack_codes, pack_rows, packed_bytes, unpack_codes, unpack_rows
 from mpq_compiler.ir import costs, scratch, views
 from mpq_compiler.ir.program import Program
 from mpq_compiler.support import rans
 from mpq_compiler.support.errors import UserError
 
 RANS, REPEATED = "rans", "repeated"
-"""Codings: int8 codes in the form of `support.rans`; one row, of which all others are copies."""
+"""Codings: integers in the form of `support.rans`; one row, of which all others are copies."""
 CLASS_BITS = 2
 """The stored bits of a row's class, where rows have several widths."""
 
@@ -32,7 +33,7 @@ class Stored:
     parameter: str
     """The name in the model of the parameter that it belongs to."""
     bits: int | None = None
-    """The bits of packed codes, of class 0 where rows have several widths; None for other tensors."""
+    """The bits of codes in memory, of class 0 where rows have several widths; None for other tensors."""
     shape: tuple[int, ...] | None = None
     """The shape of the tensor before packing or coding; None for other tensors."""
     row_class: str | None = None
@@ -73,7 +74,7 @@ def stored(program: Program, *others: Program, coded: bool = True) -> dict[str, 
     Args:
         program: the packed program.
         others: further packed programs over the same store.
-        coded: whether entropy-coded weights are stored so; else their codes are int8, with a scale a row.
+        coded: whether entropy-coded weights are stored so; else their codes are packed, with a scale a row.
 
     Raises:
         UserError: a value that its stored type cannot hold exactly. Passes project what they set, so no pass has seen
@@ -118,12 +119,13 @@ def _entropy_format(program: Program, path: str) -> formats.EntropyFormat | None
 
 
 def expanded_bytes(program: Program) -> int:
-    """The bytes that entropy-coded weights of a packed program take beyond their plan where they are stored as int8."""
+    """The bytes that entropy-coded weights of a packed program take beyond their plan where their codes are packed."""
     more = {}
     for found in views.levels_of(views.flatten(program)):
         if found.codes and (chosen := _entropy_format(program, found.path)) is not None:
             rows, columns = program.tensors[found.codes].shape
-            more[found.codes] = rows * columns + 2 * rows - chosen.stored_bytes(rows, columns)
+            plain = packed_bytes(rows * columns, chosen.index_bits) - chosen.coded_bytes(rows * columns)
+            more[found.codes] = plain + 2 * (rows - 1)
     return sum(more.values())
 
 
@@ -135,10 +137,10 @@ def _coded(name: str, tensor: torch.Tensor, chosen: formats.EntropyFormat | None
             raise UserError(f"rows of '{parameter}' have scales of their own, which entropy-coded weights do not")
         return Stored(tensor[:1].numpy(), parameter, shape=shape, coding=REPEATED)
     try:
-        array = rans.encode(tensor.numpy(), chosen.coded_bytes(tensor.numel()))
+        array = rans.encode(integers(tensor), chosen.coded_bytes(tensor.numel()))
     except ValueError as error:
         raise UserError(f"the codes of '{parameter}' do not fit the bytes of {chosen.name}: {error}") from error
-    return Stored(_kept(array), parameter, shape=shape, coding=RANS)
+    return Stored(_kept(array), parameter, chosen.index_bits, shape, coding=RANS)
 
 
 def _kept(array: np.ndarray) -> np.ndarray:
@@ -152,6 +154,8 @@ def restored(entry: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> torch.T
     if entry.get("coding") == RANS:
         shape = entry["original_shape"]
         array = rans.decode(array, math.prod(shape)).reshape(shape)
+        if entry["bits"] == 4:
+            array = (array + 8).astype(np.uint8)
     elif entry.get("coding") == REPEATED:
         array = np.broadcast_to(array, entry["original_shape"])
     elif "row_class" in entry:

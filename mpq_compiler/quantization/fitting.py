@@ -216,9 +216,9 @@ def _at_rates(
     """
     places = [math.log2(float(fit.scale[0, 0])) for fit in nearest]
     tried = [min(places) + i / 2 for i in range(math.ceil(2 * (max(places) - min(places))) + 4)]
-    one = next(iter(coded.values()))
-    walked = gptq_of_formats(rows, [one.at(rows, 2**place) for place in tried], gram, order)
-    taken = np.minimum.accumulate([one.bytes_of(fit.codes) for fit in walked])  # fewer at coarser steps
+    widest = max(coded.values(), key=lambda chosen: chosen.rate)
+    walked = gptq_of_formats(rows, [widest.at(rows, 2**place) for place in tried], gram, order)
+    taken = np.minimum.accumulate([widest.bytes_of(fit.codes) for fit in walked])  # fewer at coarser steps
     found = {}
     for name, chosen in coded.items():
         place = float(np.interp(-chosen.coded_bytes(rows.numel()), -taken, tried))

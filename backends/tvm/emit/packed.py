@@ -108,9 +108,9 @@ def _restored(e: Emitter, value: Value) -> Value:
         problem = record("movement.expand", shape=value.shape, target=tensor.shape, dtype=value.dtype)
         out = Value(f"{value.name}|rows", tensor.shape, value.dtype)
         return e.call(Kernel("movement", problem), {"x0": value}, {"y": out})[0]
-    count = math.prod(tensor.shape)
-    problem = record("rans.DecodeRans", count=count, size=value.size)
-    out = Value(f"{value.name}|decoded", (count,), "uint8")
+    count, bits = math.prod(tensor.shape), tensor.bits or 8
+    problem = record("rans.DecodeRans", count=count, size=value.size, **({"bits": bits} if bits != 8 else {}))
+    out = Value(f"{value.name}|decoded", (-(-count * bits // 8),), "uint8")
     return e.call(Kernel("rans", problem), {"coded": value}, {"codes": out})[0]
 
 

@@ -10,6 +10,7 @@ import tvm
 
 from mpq_compiler.backends.tvm.kernels.cpu import rans as kernel
 from mpq_compiler.backends.tvm.kernels.problems.rans import DecodeRans, arguments
+from mpq_compiler.formats.packing import pack_codes
 from mpq_compiler.support import rans
 from mpq_compiler.targets.table import TARGETS
 from tests.harness import qemu
@@ -41,6 +42,20 @@ def test_it_decodes_what_was_coded():
             source.array[:] = stream
             module[f"decode{i}"](source.tensor, output.tensor)
             assert np.array_equal(output.result().view(np.int8), values)
+
+
+@pytest.mark.parametrize("count", [1, 4, 777, rans.STREAM + 3])
+def test_codes_of_four_bits_are_packed(count):
+    values, stream = coded(count, 1.5, 0)
+    values = np.clip(values, -8, 7)
+    stream = rans.encode(values)
+    problem = DecodeRans(count, len(stream), 4)
+    function = kernel.build(problem, here()[0], "decode")
+    module = tvm.compile(tvm.IRModule({"decode": function}), target=tvm.target.Target(dict(TARGETS[here()[0]].tvm)))
+    source, output = (Guarded(a, 1) for a in arguments(problem))
+    source.array[:] = stream
+    module["decode"](source.tensor, output.tensor)
+    assert np.array_equal(output.result(), pack_codes((values + 8).astype(np.uint8), 4))
 
 
 def test_on_arm():

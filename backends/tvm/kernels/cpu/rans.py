@@ -32,7 +32,8 @@ def build(problem: DecodeRans, isa: str, name: str) -> PrimFunc:
 
 class _Decoder:
     def __init__(self, problem: DecodeRans, coded: Buffer, codes: Buffer) -> None:
-        self.count, self.size, self.coded, self.codes = problem.count, problem.size, coded, codes
+        self.count, self.size, self.bits = problem.count, problem.size, problem.bits
+        self.coded, self.codes = coded, codes
         self.streams = rans.streams(problem.count)
 
     def emit(self) -> None:
@@ -88,15 +89,23 @@ class _Decoder:
         states = scratch(rans.LANES, "uint32")
         for lane in range(rans.LANES):
             store(states, self._unsigned(self.states + 4 * (stream * rans.LANES + lane), 4), lane)
+        self.even = scratch(1, "int32")
         first = T.bind(stream * rans.STREAM)
         size = T.bind(T.min(self.count - first, rans.STREAM))
 
         def one(i: Index, lane: int) -> None:
-            """Decodes integer i of the stream."""
+            """Decodes integer i of the stream, whose lane says whether its number is even."""
             state = T.bind(states[lane])
             entry = T.bind(self.table[T.cast(state & tirx.const(rans.TOTAL - 1, "uint32"), "int32")])
             code = T.cast(entry & tirx.const(255, "uint32"), "int32") + self.low
-            store(self.codes, T.cast(code, "uint8"), first + i)
+            if self.bits == 8:
+                store(self.codes, T.cast(code, "uint8"), first + i)
+            elif lane % 2 == 0:
+                store(self.even, code + 8 & 15, 0)
+                store(self.codes, T.cast(self.even[0], "uint8"), tirx.truncdiv(first + i, 2))
+            else:
+                both = self.even[0] | (code + 8 & 15) << 4
+                store(self.codes, T.cast(both, "uint8"), tirx.truncdiv(first + i, 2))
             frequency = (entry >> tirx.const(8, "uint32") & tirx.const(rans.TOTAL - 1, "uint32")) + 1
             moved = T.bind(frequency * (state >> tirx.const(rans.BITS, "uint32")) + (entry >> tirx.const(20, "uint32")))
             reads = T.bind(moved < tirx.const(rans.LEAST, "uint32"))
