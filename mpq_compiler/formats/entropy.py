@@ -4,7 +4,7 @@ In place of a table of 2^b levels for each row, an open grid: what GPTQ pushes b
 level here, rows of little power take few bits and others more, and no row has a scale of its own. Codes are coded by a
 histogram (`support.rans`), and the step is the least whose codes fit. So the bytes of a weight follow from its shape,
 as those of every format, and the fit keeps to them. In memory codes are those of `int8`; up to `FOUR_BITS` bits, where
-few would lie beyond the levels of `int4`, those of that.
+next to none would lie beyond the levels of `int4`, those of that.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ LEAST_BYTES = 64
 """The bytes that a weight may take at least: a histogram and states, of a tensor of a few numbers."""
 CLOSE = 0.004
 """How close the bytes of a fit come to those that it may take, as a share of them, before the search ends."""
-FOUR_BITS = 2.0
-"""The rate up to which codes are -8 to 7: at 2 bits it costs 0.1 dB, at 2.5 half of one."""
+FOUR_BITS = 1.5
+"""The rate up to which codes are -8 to 7, which costs nothing there, and half a decibel at 2.5 bits."""
 TRIES = 8
 """How many steps are tried where codes follow from each other, so that each takes a walk over the weight."""
 
