@@ -75,6 +75,24 @@ def test_latent_weights_start_where_the_program_is(pipeline):
     assert moved > 100  # GPTQ has chosen other codes than the nearest
 
 
+CODED = programs.RESIDUAL.replace("int2+b", "ec2")
+"""Entropy-coded weights."""
+
+
+def test_entropy_coded_weights_move_by_their_step_alone():
+    """Other codes would take other bytes, and their rows have one scale: both stay so wherever training goes."""
+    program = programs.after("unet2d", "round-weights", CODED)
+    assert {program.weights[w.codes.split(":")[0]].format for w in settled(program)} == {"ec2"}
+    trained = student.variables(program, latent=True)
+    assert not any(v.kind == Kind.LATENT for v in trained.values())
+    thetas = anywhere(trained)
+    for weight in settled(program):
+        scale = weight.tables.scale
+        stored = trained[scale].stored(thetas[scale])
+        assert stored.shape == program.tensors[scale].shape
+        assert torch.equal(stored, stored[:1].expand_as(stored)) and not torch.equal(stored, program.tensors[scale])
+
+
 CLASSES = programs.RESIDUAL.replace("int2+b", "int3m")
 """Rows of several widths in one weight."""
 TIMES = torch.tensor([0.1, 0.5, 0.9])
