@@ -1,6 +1,6 @@
 """Every weight format in all layers of the bundled denoiser: bytes, true bits and quality.
 
-    python benchmarks/formats.py [--only NAMES] [--json FILE] [--docs FILE]
+    python -m benchmarks.formats [--only NAMES] [--json FILE] [--docs FILE]
 
 The model is calibrated once as by default; then each format is the only one, with GPTQ rounding as in the default
 recipe and without. Quality is the teacher-forced SQNR of the simulated program on the 64 held-out inputs that
