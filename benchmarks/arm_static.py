@@ -383,6 +383,12 @@ def peak(target: Target, core: str, kept: dict[tuple[str, str], float]) -> float
     return found / SUMS
 
 
+def merge(path: Path, **parts: object) -> None:
+    """Puts parts of the results into those that are there."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**found, **parts}, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="+", choices=CORES, default=list(CORES))
@@ -406,10 +412,7 @@ def main() -> None:
         lines = streaming_table(found)
         terminal.table(f"{SME} on {STREAMING_CORE}: speed by that of {REGISTERS}, modelled", lines[0], lines[1:])
         if options.json:
-            path = Path(options.json)
-            others = json.loads(path.read_text(encoding="utf-8"))
-            others["streaming"] = {**provenance(), "llvm": llvm(), "rows": found}
-            path.write_text(json.dumps(others, indent=1) + "\n", encoding="utf-8")
+            merge(Path(options.json), streaming={**provenance(), "llvm": llvm(), "rows": found})
         if options.docs:
             documents.insert(options.docs, "streaming", documents.table(lines[0], lines[1:]))
         return
@@ -418,9 +421,7 @@ def main() -> None:
     terminal.table("attention: modelled cycles, relative to float32", lines[0], lines[1:])
     if options.attention:
         if options.json:
-            path = Path(options.json)
-            found = json.loads(path.read_text(encoding="utf-8"))
-            path.write_text(json.dumps({**found, "attention": heads}, indent=1) + "\n", encoding="utf-8")
+            merge(Path(options.json), attention=heads)
         return
     rows: list[dict[str, Any]] = []
     work = [

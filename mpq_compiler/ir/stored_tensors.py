@@ -86,7 +86,7 @@ def stored(program: Program, *others: Program, coded: bool = True) -> dict[str, 
     bits |= dict.fromkeys(classes.values(), CLASS_BITS)
     coding: dict[str | None, formats.EntropyFormat | None] = {}
     for found in weights if coded else ():
-        if (chosen := _entropy_format(program, found.path)) is not None:
+        if (chosen := entropy_format(program, found.path)) is not None:
             coding |= {found.codes: chosen, found.tables.scale: None}
     result = {}
     read = (n for each in (program, *others) for n in each.graph.nodes if n.op == "get_attr")
@@ -111,7 +111,7 @@ def stored(program: Program, *others: Program, coded: bool = True) -> dict[str, 
     return result
 
 
-def _entropy_format(program: Program, path: str) -> formats.EntropyFormat | None:
+def entropy_format(program: Program, path: str) -> formats.EntropyFormat | None:
     """The entropy-coded format that a weight is planned to have, or None."""
     plan = program.weights.get(path)
     chosen = None if plan is None else formats.get(plan.format)
@@ -122,7 +122,7 @@ def expanded_bytes(program: Program) -> int:
     """The bytes that entropy-coded weights of a packed program take beyond their plan where their codes are packed."""
     more = {}
     for found in views.levels_of(views.flatten(program)):
-        if found.codes and (chosen := _entropy_format(program, found.path)) is not None:
+        if found.codes and (chosen := entropy_format(program, found.path)) is not None:
             rows, columns = program.tensors[found.codes].shape
             plain = packed_bytes(rows * columns, chosen.index_bits) - chosen.coded_bytes(rows * columns)
             more[found.codes] = plain + 2 * (rows - 1)

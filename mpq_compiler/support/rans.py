@@ -155,12 +155,11 @@ def decode(coded: np.ndarray, count: int) -> np.ndarray:
     Raises:
         ValueError: what is coded is damaged: it ends early, its histogram does not sum, or a stream ends elsewhere.
     """
-    low, symbols, number = int(coded[:1].view(np.int8)[0]) if len(coded) > 1 else 0, 0, streams(count)
-    if len(coded) > 1:
-        symbols = int(coded[1]) + 1
+    number, symbols = streams(count), int(coded[1]) + 1 if len(coded) > 1 else 1
     start = header_bytes(symbols, count)
-    if len(coded) < start or not symbols:
+    if len(coded) < start:
         raise ValueError(f"{len(coded)} bytes are fewer than the {start} in which a coded tensor begins")
+    low = int(coded[:1].view(np.int8)[0])
     frequencies = coded[2 : 2 + 2 * symbols].view("<u2").astype(np.int64)
     if int(frequencies.sum()) != TOTAL or not -127 <= low <= low + symbols - 1 <= 127:
         raise ValueError(f"its histogram sums to {int(frequencies.sum())}, from {low} to {low + symbols - 1}")
@@ -189,5 +188,4 @@ def decode(coded: np.ndarray, count: int) -> np.ndarray:
         places = np.where(reads, np.minimum(places + 1, ends), places)
     if (places != ends).any() or (states != last_state(low)).any():
         raise ValueError("a stream does not end where its last integer does")
-    found = np.concatenate([row[:size] for row, size in zip(values, sizes, strict=True)])
-    return found
+    return np.concatenate([row[:size] for row, size in zip(values, sizes, strict=True)])

@@ -13,12 +13,12 @@ BOUNDS = {F32: 1e-5, BF16: 1e-2, INT8: 1e-6}
 """Largest allowed error ``max|y - y'| / max|y'|`` of a kernel against the reference meaning in the same numerics."""
 
 _FEATURES = {(BF16, "x86_64"): ("avx512_bf16",), (BF16, "aarch64"): ("bf16",)}
+"""By numerics and architecture; the others need nothing beyond their target's."""
 
 
 def features_of(kind: str, arch: str) -> tuple[str, ...]:
     """CPU features that kernels in those numerics need beyond their target's, as /proc/cpuinfo spells them."""
     return _FEATURES.get((kind, arch), ())
-
 
 
 PACKED = {BF16: 2, INT8: 4}

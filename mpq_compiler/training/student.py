@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler import formats
 from mpq_compiler.formats import contract
 from mpq_compiler.formats.contract import WeightTables, rising
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.graph import arguments, operand
 from mpq_compiler.ir.interpreter import Interpreter
 from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.stored_tensors import entropy_format
 from mpq_compiler.quantization.settle import LATENTS
 from mpq_compiler.training.variables import EDGE, WIDTHS, Adapted, Kind, Settled, Timed, Variable, ends, gaps, settled
 
@@ -177,7 +177,8 @@ def variables(
         if own is not None and weight.codes not in own:
             continue
         scale, offset = weight.tables.scale, weight.tables.offset
-        coded = _is_coded(program, weight)
+        # other codes would take other bytes, and all rows have one scale
+        coded = entropy_format(program, weight.codes.split(":")[0]) is not None
         found[scale] = replace(_scale(Kind.SCALE, tensors[scale]), together=coded)
         if offset is not None:
             found[offset] = _float(Kind.OFFSET, tensors[offset])
@@ -212,12 +213,6 @@ def variables(
         if wanted and _is_parameter(tensors[name], name):
             found[name] = _float(Kind.FLOAT, tensors[name])
     return found
-
-
-def _is_coded(program: Program, weight: Settled) -> bool:
-    """Whether a weight is stored entropy-coded: other codes would take other bytes, and its rows have one scale."""
-    plan = program.weights.get(weight.codes.split(":")[0])
-    return plan is not None and isinstance(formats.get(plan.format), formats.EntropyFormat)
 
 
 _SCALED = {ops.fake_quantize_float: Kind.RANGE, ops.dequantize_float8: Kind.SCALE}

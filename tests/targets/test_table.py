@@ -88,14 +88,28 @@ def test_native_is_the_best_this_cpu_has(host, machine, best):
     assert targets.resolve("native").name == best
 
 
-def test_tiles_take_the_permission_of_the_system(host):
-    features = targets.TARGETS["x86-64-amx"].features
-    host("x86_64", features)
-    targets.require_runnable(targets.TARGETS["x86-64-amx"])
-    host("x86_64", features, "Operation not supported")
-    with pytest.raises(UserError, match=r"lacks the system's permission for tiles \(Operation not supported\)"):
-        targets.require_runnable(targets.TARGETS["x86-64-amx"])
-    targets.require_runnable(targets.TARGETS["x86-64-avx512vnni"])
+@pytest.mark.parametrize(
+    ("machine", "name", "other", "refusal", "lacking"),
+    [
+        (
+            *("x86_64", "x86-64-amx", "x86-64-avx512vnni", "Operation not supported"),
+            "the system's permission for tiles (Operation not supported)",
+        ),
+        (
+            *("aarch64", "aarch64-sme2", "aarch64-i8mm", "the longest that it gives are of 256"),
+            "streaming vectors of 512 bits (the longest that it gives are of 256)",
+        ),
+    ],
+)
+def test_matrix_engines_take_the_permission_of_the_system(host, machine, name, other, refusal, lacking):
+    features = targets.TARGETS[name].features
+    host(machine, features)
+    targets.require_runnable(targets.TARGETS[name])
+    host(machine, features, refusal)
+    with pytest.raises(UserError, match=re.escape(f"lacks {lacking}")):
+        targets.require_runnable(targets.TARGETS[name])
+    targets.require_runnable(targets.TARGETS[other])
+    assert targets.resolve("native").name == other
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="another architecture")
@@ -106,17 +120,6 @@ def test_the_system_is_asked_for_tiles():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     refusal, of_child = done.stdout.split("\n")[:2]
     assert (refusal == "None") == (tiles.FEATURE in targets.host_features()) == (of_child == "1")
-
-
-def test_streaming_vectors_have_one_length(host):
-    features = targets.TARGETS["aarch64-sme2"].features
-    host("aarch64", features)
-    targets.require_runnable(targets.TARGETS["aarch64-sme2"])
-    host("aarch64", features, "the longest that it gives are of 256")
-    with pytest.raises(UserError, match=r"lacks streaming vectors of 512 bits \(the longest that it gives are of 256"):
-        targets.require_runnable(targets.TARGETS["aarch64-sme2"])
-    targets.require_runnable(targets.TARGETS["aarch64-i8mm"])
-    assert targets.resolve("native").name == "aarch64-i8mm"
 
 
 def test_native_on_an_older_cpu_names_the_way_out(host):

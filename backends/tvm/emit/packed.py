@@ -109,7 +109,7 @@ def _restored(e: Emitter, value: Value) -> Value:
         out = Value(f"{value.name}|rows", tensor.shape, value.dtype)
         return e.call(Kernel("movement", problem), {"x0": value}, {"y": out})[0]
     count, bits = math.prod(tensor.shape), tensor.bits or 8
-    problem = record("rans.DecodeRans", count=count, size=value.size, **({"bits": bits} if bits != 8 else {}))
+    problem = record("rans.DecodeRans", count=count, size=value.size, bits=bits)
     out = Value(f"{value.name}|decoded", (-(-count * bits // 8),), "uint8")
     return e.call(Kernel("rans", problem), {"coded": value}, {"codes": out})[0]
 

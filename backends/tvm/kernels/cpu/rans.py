@@ -40,7 +40,7 @@ class _Decoder:
         """Each thread makes a table of its own, which takes as long as some thousands of integers."""
         self.sound = scratch(self.streams, "int32", heap=True)  # of all threads: none of them can end the call
         with shares(1, self.streams, NANOSECONDS * self.count) as (_, begin, end):
-            symbols = T.bind(self._byte(0 + 1) + 1)
+            symbols = T.bind(self._byte(1) + 1)
             self.low = T.bind(T.cast(tirx.reinterpret("int8", self.coded[0]), "int32"))
             self.table = scratch(rans.TOTAL, "uint32", heap=True)
             whole = T.bind(self._fill(symbols))

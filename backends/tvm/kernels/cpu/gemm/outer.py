@@ -5,7 +5,6 @@ They are a function of their own, in streaming mode, which a kernel calls for ea
 
 from __future__ import annotations
 
-import itertools
 from functools import partial
 from typing import Any
 
@@ -13,8 +12,9 @@ from tvm.script.ir_builder import tirx as T
 
 from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index
 from mpq_compiler.backends.tvm.kernels.cpu import sme
-from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import loop, when
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import loop
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.gather import Rows
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.in_tiles import InTiles
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Runs, Schedule
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.weights import Block, Weights, prefetch
 from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_ROWS, Tile
@@ -22,12 +22,11 @@ from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment
 from mpq_compiler.targets.streaming import LENGTH
 
 
-class OuterAccumulation:
-    """What `Accumulation` is to registers: the sums of a tile of rows and a block, by `begin`, `add`, `end`.
+class OuterAccumulation(InTiles):
+    """The sums in tiles of SME.
 
-    ahead: see `Block.ahead`
-
-    All that they say is done by one call, in `end`. Of the four tiles each holds the sums of 16 rows and 16 channels.
+    All that `begin`, `add` and `end` say is done by one call, in `end`. Of the four tiles each holds the sums of 16
+    rows and 16 channels.
     """
 
     def __init__(
@@ -40,32 +39,23 @@ class OuterAccumulation:
         weights: Weights,
         ahead: tuple[Index, int, Index],
     ) -> None:
-        self.s, self.rows, self.block, self.tile = schedule, rows, block, tile
-        self.functions, self.weights, self.prefetched = functions, weights, ahead
-        self.isa = schedule.isa
-        self.halves = tile.rows // TILE_ROWS
+        super().__init__(schedule, rows, block, tile, weights, ahead)
+        self.functions = functions
         self.together = schedule.w.pack if schedule.w.looked_up else 1
         """Steps whose codes are one vector."""
-
-    def _cells(self) -> list[tuple[int, int, int]]:
-        """(number, half of the rows, register) of each tile."""
-        cells = itertools.product(range(self.halves), range(self.tile.vectors))
-        return [(t, half, v) for t, (half, v) in enumerate(cells)]
 
     def begin(self, j: Segment, r: Index, first: tuple[Buffer, Index, int] | None) -> None:
         """Sets the sums of rows r and on of the chunk, in segment j.
 
         first: where the first values lie, and how many int32 a row's are behind those of the row before; None are zeros
         """
-        starts = [T.bind(self.rows.row_start(j, r + half * TILE_ROWS, 0, False)) for half in range(self.halves)]
+        starts = [T.bind(self._row_start(j, r, half)) for half in range(self.halves)]
         self.left, self.second = starts[0], starts[-1] - starts[0]
         self.first = first
 
     def add(self, runs: Runs) -> None:
         """Adds all products."""
-        weights = self.weights
-        if weights.first:
-            when(weights.fresh, partial(weights.unpack, runs.count * runs.steps, self.tile.vectors, self.s.w.pack))
+        self._unpack(runs)
         self.runs = runs
 
     def end(self, product: Buffer, to: Index) -> None:
@@ -97,18 +87,18 @@ class OuterAccumulation:
             self._load_first(b["first"], self.first[2])
         loop(self.runs.count, partial(self._run, b, n))
         with T.serial(0, TILE_ROWS) as i:
-            for t, half, v in self._cells():
+            for t, (half, v) in enumerate(self._cells()):
                 sme.save(t, i, b["product"], (half * TILE_ROWS + i) * row + v * lanes)
 
     def _load_first(self, first: Buffer, row: int) -> None:
         """Sets tiles to first values: one vector for all rows, or those of each."""
         lanes = self.isa.lanes
         if row == 0:
-            for t, _, v in self._cells():
+            for t, (_, v) in enumerate(self._cells()):
                 sme.add_to_rows(t, sme.vector(first, v * lanes))
             return
         with T.serial(0, TILE_ROWS) as i:
-            for t, half, v in self._cells():
+            for t, (half, v) in enumerate(self._cells()):
                 sme.load(t, i, first, (half * TILE_ROWS + i) * row + v * lanes)
 
     def _run(self, b: dict[str, Buffer], n: dict[str, Any], tap: Index) -> None:
@@ -125,5 +115,5 @@ class OuterAccumulation:
                 at = T.bind(offset + (i * self.together + d) * self.rows.plane_apart)
                 left = [sme.vector(b["left"], at + half * n["second"]) for half in range(self.halves)]
                 right = [sme.look_up(self.s.p.bits, codes, d) for codes in stored] if self.together > 1 else stored
-                for t, half, v in self._cells():
+                for t, (half, v) in enumerate(self._cells()):
                     sme.dot(t, left[half], right[v])

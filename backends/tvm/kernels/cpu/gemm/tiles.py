@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from tvm.script.ir_builder import tirx as T
 
 from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index, scratch, store
 from mpq_compiler.backends.tvm.kernels.cpu import amx
-from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import loop, quotient, when
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import loop, quotient
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.gather import Rows
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.in_tiles import InTiles
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Runs, Schedule
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.weights import Block, Weights
 from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_ROWS, Tile
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment
 
 
-class TileAccumulation:
-    """What `Accumulation` is to registers: the sums of a tile of rows and a block, by `begin`, `add`, `end`.
-
-    ahead: see `Block.ahead`
+class TileAccumulation(InTiles):
+    """The sums in tiles of AMX.
 
     Of the eight tiles four hold sums, two the activations of 16 rows each, two the weights of 16 channels each.
     """
@@ -33,16 +30,10 @@ class TileAccumulation:
         weights: Weights,
         ahead: tuple[Index, int, Index],
     ) -> None:
-        self.s, self.rows, self.block, self.tile = schedule, rows, block, tile
-        self.weights, self.prefetched = weights, ahead
-        self.isa = schedule.isa
-        self.halves = tile.rows // TILE_ROWS
+        super().__init__(schedule, rows, block, tile, weights, ahead)
         self.starts = scratch(self.halves, "int32")
         self.steps = self.isa.depth // self.isa.kpack
         """Steps of registers in one of tiles."""
-
-    def _cells(self) -> list[tuple[int, int]]:
-        return [(half, v) for half in range(self.halves) for v in range(self.tile.vectors)]
 
     def begin(self, j: Segment, r: Index, first: tuple[Buffer, Index, int] | None) -> None:
         """Sets the sums of rows r and on of the chunk, in segment j.
@@ -50,7 +41,7 @@ class TileAccumulation:
         first: where the first values lie, and how many int32 a row's are behind those of the row before; None are zeros
         """
         for half in range(self.halves):
-            store(self.starts, self.rows.row_start(j, r + half * TILE_ROWS, 0, False), half)
+            store(self.starts, self._row_start(j, r, half), half)
         self.apart = self.rows.apart(j)
         for half, v in self._cells():
             if first is None:
@@ -61,9 +52,7 @@ class TileAccumulation:
 
     def add(self, runs: Runs) -> None:
         """Adds all products."""
-        weights = self.weights
-        if weights.first:
-            when(weights.fresh, partial(weights.unpack, runs.count * runs.steps, self.tile.vectors, self.s.w.pack))
+        self._unpack(runs)
         steps = runs.steps // self.steps
 
         def run(tap: Index) -> None:
