@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -90,6 +90,10 @@ class QuantizedWeight:
         return QuantizedWeight(codes, self.scale, self.offset, lut, None, None, self.row_class, self.segments)
 
 
+Choose = Callable[[Sequence[Fit], Tensor], Sequence[Fit]]
+"""Chooses the codes of several fits of rows [O, K], one fit for each."""
+
+
 @dataclass(frozen=True)
 class Format(ABC):
     """A weight format.
@@ -124,9 +128,9 @@ class Format(ABC):
         """A quantized weight of the form that `fit` gives, fast and however inaccurate, to choose and time kernels."""
         return self.start(weight)
 
-    def rounded(self, rows: Tensor, fit: Fit, choose: Callable[[Fit], Fit]) -> Fit:
+    def rounded(self, rows: Tensor, fit: Fit, choose: Choose) -> Fit:
         """Chooses the codes of a fit of rows [O, K] by ``choose``, which is called as often as the format needs."""
-        return choose(fit)
+        return choose([fit], rows)[0]
 
     @property
     def has_offset(self) -> bool:

@@ -10,7 +10,7 @@ next to none would lie beyond the levels of `int4`, those of that.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,17 +18,25 @@ import torch
 from torch import Tensor
 
 from mpq_compiler.formats import contract
-from mpq_compiler.formats.base import F16_MAX, Fit, Format, QuantizedWeight, stored_scale
+from mpq_compiler.formats.base import F16_MAX, Choose, Fit, Format, QuantizedWeight, stored_scale
 from mpq_compiler.support import rans
 
 LEAST_BYTES = 64
 """The bytes that a weight may take at least: a histogram and states, of a tensor of a few numbers."""
-CLOSE = 0.004
-"""How close the bytes of a fit come to those that it may take, as a share of them, before the search ends."""
 FOUR_BITS = 1.5
 """The rate up to which codes are -8 to 7, which costs nothing there, and half a decibel at 2.5 bits."""
-TRIES = 8
-"""How many steps are tried where codes follow from each other, so that each takes a walk over the weight."""
+CLOSE = 0.004
+"""How close the bytes of a fit come to those that it may take, as a share of them."""
+FINE = 1 / 1024
+"""The octaves to which a step is found."""
+SAMPLE = 1 << 18
+"""Numbers of a weight that show how many more bits chosen codes take than the nearest ones."""
+AHEAD = (0.4, 0.8, 1.2)
+"""Octaves above the step of the nearest codes at which that is seen, at one bit; at more bits they are fewer."""
+TRIES = 6
+"""How often codes are chosen for a whole weight, until they fit; mostly they do the first time."""
+BINS = 1 << 13
+"""Bins on each side of zero by which the bytes of a weight's nearest codes are foreseen at any step."""
 
 
 @dataclass(frozen=True)
@@ -61,31 +69,31 @@ class EntropyFormat(Format):
 
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
         rows = weight.flatten(1)
-        return self.at(rows, self._least_step(rows))
+        most = self.coded_bytes(rows.numel())
+        place = self._place(_Spread.of(rows), most)
+        while self.bytes_of((found := self.at(rows, 2**place)).codes) > most:  # bins are not quite the numbers
+            place += FINE
+        return found
 
-    def rounded(self, rows: Tensor, fit: Fit, choose: Callable[[Fit], Fit]) -> Fit:
-        """Chooses codes at the least step whose chosen codes fit: they take more bits than the nearest ones."""
-        assert isinstance(fit, QuantizedWeight)
-        most, place, slope = self.coded_bytes(rows.numel()), math.log2(float(fit.scale[0, 0])), 1.0
-        failed: tuple[float, float] | None = None
-        fitted: tuple[float, float, Fit] | None = None
-        tried = 0
-        while fitted is None or (fitted[1] <= -CLOSE * self.rate and tried < TRIES):
-            found = choose(self.at(rows, 2**place))
-            bits = 8 * (self.bytes_of(found.codes) - most) / rows.numel()  # too many for each number
-            if bits <= 0 and (fitted is None or place < fitted[0]):
-                fitted = (place, bits, found)
-            elif bits > 0 and (failed is None or place > failed[0]):
-                failed = (place, bits)
-            if failed is not None and fitted is not None:
-                slope = (failed[1] - fitted[1]) / (fitted[0] - failed[0])
-            begin = failed if fitted is None or (failed is not None and failed[1] < -fitted[1]) else fitted
-            assert begin is not None
-            place = begin[0] + (begin[1] + CLOSE * self.rate / 2) / slope
-            if fitted is None:
-                slope /= 2  # coarser steps save fewer bits: farther next time
-            tried += 1
-        return fitted[2]
+    def rounded(self, rows: Tensor, fit: Fit, choose: Choose) -> Fit:
+        """Chooses codes at the least step whose chosen codes fit: they take more bits than the nearest ones.
+
+        How many more hardly depends on the step, and in a large weight some rows show it.
+        """
+        most, spread = self.coded_bytes(rows.numel()), _Spread.of(rows)
+        some = rows[:: max(1, rows.numel() // SAMPLE)].contiguous()
+        places = [self._place(spread, most) + ahead * self.rate**-1.5 for ahead in AHEAD]
+        more = self._more(some, _Spread.of(some), places, choose([self.at(some, 2**p) for p in places], some))
+        margins = (0.0, 0.5, 1.5) if len(some) == len(rows) else (0.5,)  # of few rows walks take as long as one
+        for attempt in range(TRIES):
+            aims = [most * (1 - (margin + max(0, attempt - 1) ** 2) * CLOSE) for margin in margins]
+            places = [self._place(spread, aim, more) for aim in aims]
+            found = choose([self.at(rows, 2**place) for place in places], rows)
+            for one in found:  # the least step first
+                if self.bytes_of(one.codes) <= most:
+                    return one
+            more = self._more(rows, spread, places, found)
+        return fit
 
     def at(self, rows: Tensor, step: float) -> QuantizedWeight:
         """The nearest codes at a step, which is rounded up to f16 so that no more codes are used."""
@@ -95,27 +103,84 @@ class EntropyFormat(Format):
         column = scale.expand(len(rows), 1).contiguous()
         return QuantizedWeight(contract.nearest_codes(rows, column, None, self.table, None), column, None, self.table)
 
-    def _least_step(self, rows: Tensor) -> float:
-        """The least step at which the nearest codes fit, to a two hundredth."""
-        most, peak = self.coded_bytes(rows.numel()), float(rows.abs().amax())
-        if peak == 0:
-            return 1.0
-        low, high = math.log2(peak / contract.LUT_MAX), math.log2(4 * peak)
-        if self.bytes_of(self.at(rows, 2**low).codes) <= most:
-            return 2**low
-        while high - low > 1 / 128:
+    @staticmethod
+    def step(fit: Fit) -> float:
+        """The step of a fit in such a format."""
+        assert isinstance(fit, QuantizedWeight)
+        return float(fit.scale[0, 0])
+
+    def _place(self, spread: _Spread, most: float, more: _More | None = None) -> float:
+        """The logarithm of the least step at which codes take so many bytes, where they take ``more`` than the nearest.
+
+        From coarse to fine, for codes beyond the ends of a table of sixteen take fewer bits again.
+        """
+
+        def fits(place: float) -> bool:
+            beyond = 0.0 if more is None else spread.numbers * float(np.interp(place, *more))
+            return self._bytes_at(spread, place) + beyond <= most
+
+        low, high = math.log2(spread.peak / contract.LUT_MAX), math.log2(4 * spread.peak)
+        while (tried := max(low, high - 0.5)) < high and fits(tried):
+            high = tried
+        low = tried
+        while high - low > FINE:
             middle = (low + high) / 2
-            if self.bytes_of(self.at(rows, 2**middle).codes) <= most:
-                high = middle
-            else:
-                low = middle
-        return 2**high
+            low, high = (low, middle) if fits(middle) else (middle, high)
+        return high
+
+    def _more(self, rows: Tensor, spread: _Spread, places: Sequence[float], found: Sequence[Fit]) -> _More:
+        """The bytes for each number that codes, chosen at steps of these logarithms, take beyond the nearest."""
+        seen = []
+        for one, place in zip(found, places, strict=True):
+            seen.append((place, (self.bytes_of(one.codes) - self._bytes_at(spread, place)) / rows.numel()))
+        return [place for place, _ in sorted(seen)], [bytes_ for _, bytes_ in sorted(seen)]
+
+    def _bytes_at(self, spread: _Spread, place: float) -> int:
+        """The bytes that the nearest codes take at a step of that logarithm, about."""
+        low, high = (-8, 7) if self.index_bits == 4 else (-contract.LUT_MAX, contract.LUT_MAX)
+        codes = np.rint(spread.values / 2**place).clip(low, high).astype(np.int64)
+        counts = np.bincount(codes - low, spread.counts, high - low + 1)
+        return rans.bound(counts.astype(np.int64), low)
 
     @staticmethod
     def bytes_of(codes: Tensor) -> int:
         """The bytes that codes take, at most."""
         counts = np.bincount(integers(codes).view(np.uint8).ravel() ^ np.uint8(128), minlength=256)
         return rans.bound(counts[1:], -127)
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """How often the numbers of a weight are about which value."""
+
+    values: np.ndarray
+    """The middles of bins, f64 [2 * BINS + 1]."""
+    counts: np.ndarray
+    """How many numbers each has, f64."""
+
+    @staticmethod
+    def of(rows: Tensor) -> _Spread:
+        """The spread of rows [O, K]."""
+        peak = float(rows.abs().amax()) or 1.0
+        counts = torch.zeros(2 * BINS + 1, dtype=torch.int64)
+        for part in contract.row_parts(rows):
+            places = (rows[part] / peak * BINS).round().long() + BINS
+            counts += torch.bincount(places.flatten(), minlength=len(counts))
+        return _Spread(np.arange(-BINS, BINS + 1) * (peak / BINS), counts.double().numpy())
+
+    @property
+    def peak(self) -> float:
+        """The largest magnitude."""
+        return float(self.values[-1])
+
+    @property
+    def numbers(self) -> float:
+        """How many numbers there are."""
+        return float(self.counts.sum())
+
+
+_More = tuple[Sequence[float], Sequence[float]]
+"""What chosen codes take beyond the nearest ones, in bytes for each number, by the logarithm of the step, ascending."""
 
 
 def integers(codes: Tensor) -> np.ndarray:

@@ -124,6 +124,16 @@ class Rounding(StrEnum):
             codes = gptq(rows, fit.merged(), gram, order=self == Rounding.GPTQ).codes
         return _with_codes(fit, codes)
 
+    def of_formats(self, fits: Sequence[Fit], rows: Tensor, gram: Tensor | None) -> list[Fit]:
+        """Chooses the codes of several fits of the same rows; GPTQ does so in one walk over the columns."""
+        plain = [fit for fit in fits if isinstance(fit, QuantizedWeight)]
+        walks = self in (Rounding.GPTQ, Rounding.GPTQ_IN_ORDER) and gram is not None and gram.dim() > 1
+        if not walks or gram is None or not plain:
+            return [self(fit, rows, gram) for fit in fits]
+        made = gptq_of_formats(rows, [fit.merged() for fit in plain], gram, order=self == Rounding.GPTQ)
+        codes = {id(fit): _with_codes(fit, one.codes) for fit, one in zip(plain, made, strict=True)}
+        return [codes[id(fit)] if id(fit) in codes else self(fit, rows, gram) for fit in fits]
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -180,8 +190,11 @@ def fit_rows(weight: Tensor, format_name: str, gram: Tensor | None, rounding: Ro
     measure = gram
     if chosen.searches and gram is not None and gram.dim() > 1 and gram.shape[-1] > 2 * SKETCH:
         measure = _sketch(gram)
-    rows = weight.flatten(1)
-    return chosen.rounded(rows, chosen.fit(weight, measure), lambda fit: rounding(fit, rows, gram))
+
+    def choose(fits: Sequence[Fit], rows: Tensor) -> Sequence[Fit]:
+        return rounding.of_formats(fits, rows, gram)
+
+    return chosen.rounded(weight.flatten(1), chosen.fit(weight, measure), choose)
 
 
 def fit_formats(weight: Tensor, names: Sequence[str], gram: Tensor | None, rounding: Rounding) -> dict[str, Fit]:
@@ -190,36 +203,27 @@ def fit_formats(weight: Tensor, names: Sequence[str], gram: Tensor | None, round
     found = {name: fit_rows(weight, name, gram, Rounding.NEAREST if together else rounding) for name in names}
     if not together or gram is None:
         return found
-    rows, order = weight.flatten(1).contiguous(), rounding == Rounding.GPTQ
-    plain = {name: fit for name, fit in found.items() if isinstance(fit, QuantizedWeight)}
-    coded = {name: chosen for name in plain if isinstance(chosen := formats.get(name), formats.EntropyFormat)}
+    rows = weight.flatten(1).contiguous()
+    coded = {name: chosen for name in names if isinstance(chosen := formats.get(name), formats.EntropyFormat)}
     if coded:
-        plain |= _at_rates(rows, coded, [plain[name] for name in coded], gram, order)
-    merged = {name: fit.merged() for name, fit in plain.items()}
-    rounded = dict(zip(merged, gptq_of_formats(rows, [*merged.values()], gram, order), strict=True)) if merged else {}
-    return {
-        name: _with_codes(plain[name], rounded[name].codes) if name in plain else rounding(fit, rows, gram)
-        for name, fit in found.items()
-    }
+        nearest = [math.log2(chosen.step(found[name])) for name, chosen in coded.items()]
+        found |= _at_rates(rows, coded, nearest, gram, rounding)
+    return dict(zip(found, rounding.of_formats([*found.values()], rows, gram), strict=True))
 
 
 def _at_rates(
-    rows: Tensor,
-    coded: Mapping[str, formats.EntropyFormat],
-    nearest: Sequence[QuantizedWeight],
-    gram: Tensor,
-    order: bool,
-) -> dict[str, QuantizedWeight]:
+    rows: Tensor, coded: Mapping[str, formats.EntropyFormat], places: Sequence[float], gram: Tensor, rounding: Rounding
+) -> dict[str, Fit]:
     """Entropy-coded fits at steps whose codes, when GPTQ has chosen them, take about the bytes that they may.
 
     Their bytes are known at steps half an octave apart, from one walk over the columns, and taken to be lines between.
+    ``places`` are the logarithms of the steps of the nearest codes.
     """
-    places = [math.log2(float(fit.scale[0, 0])) for fit in nearest]
     tried = [min(places) + i / 2 for i in range(math.ceil(2 * (max(places) - min(places))) + 4)]
     widest = max(coded.values(), key=lambda chosen: chosen.rate)
-    walked = gptq_of_formats(rows, [widest.at(rows, 2**place) for place in tried], gram, order)
+    walked = rounding.of_formats([widest.at(rows, 2**place) for place in tried], rows, gram)
     taken = np.minimum.accumulate([widest.bytes_of(fit.codes) for fit in walked])  # fewer at coarser steps
-    found = {}
+    found: dict[str, Fit] = {}
     for name, chosen in coded.items():
         place = float(np.interp(-chosen.coded_bytes(rows.numel()), -taken, tried))
         found[name] = chosen.at(rows, 2**place)
