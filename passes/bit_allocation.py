@@ -13,9 +13,10 @@ from mpq_compiler import formats
 from mpq_compiler.allocation import costs, lagrangian, pose, sensitivity_table
 from mpq_compiler.allocation.pose import SCORES, Terms
 from mpq_compiler.allocation.problem import InfeasibleError, Problem, Solution
-from mpq_compiler.allocation.rerank import Reranker, Solved
+from mpq_compiler.allocation.rerank import PlanJudge, Reranker, Solved
 from mpq_compiler.allocation.sensitivity_table import CONTENT, QUALITY
 from mpq_compiler.allocation.solver import TIME_LIMIT, solve
+from mpq_compiler.analysis.estimated_losses import ESTIMATOR
 from mpq_compiler.analysis.noise_power import PIECE, noise_of_program, usual_inputs
 from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
 from mpq_compiler.ir import provenance
@@ -24,6 +25,7 @@ from mpq_compiler.ir.edges import attention_edges, dynamic_edges, input_edge
 from mpq_compiler.ir.findings import ALLOCATION, LATENCY, SENSITIVITY, Losses, LossTable, SensitivityTable
 from mpq_compiler.ir.graph import CONTRACTIONS, softmax, weight_of
 from mpq_compiler.ir.program import PARAMETERS, ActivationPlan, Program, Stage, TensorStore, WeightPlan
+from mpq_compiler.ir.sizes import LARGE
 from mpq_compiler.pipeline.demand import TRIAL, USUAL, Asked, Demand, fitting, searching
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.realize import realize
@@ -50,6 +52,8 @@ ADDITIVE_DB = 3.0
 
 Destroyed networks are off by as much.
 """
+AGAIN_DB = 1.0
+"""The difference in dB from which on losses are measured again, around the plan."""
 UNQUANTIZED = 16
 """The fewest bits of activations that leave them float, where all have one width."""
 
@@ -67,6 +71,9 @@ class BitAllocation(Pass):
     With ``ratios`` metrics are decoupled as in the paper: content layers (`mixdq_groups`) have a budget of their own,
     so many times the bits of the others. Of the programs that the ratios give, and of the one with a common budget,
     that is taken whose images are nearest to the float model's; then the same for ``activation_ratios``.
+
+    Losses are those of small errors. With ``rounds`` they are measured again around a plan whose noise is not their
+    sum, and the program is solved once more.
 
         %mid_block_attentions_0_to_q = aten.linear(%mid_block_attentions_0_group_norm, .weight, .bias)
       =>
@@ -124,7 +131,9 @@ class BitAllocation(Pass):
     activation_ratios: tuple[float, ...] = ()
     """Bits of the activations of content layers over those of the other layers: each is tried, the best is taken."""
     images: int = 8
-    """Images that judge the ratios, each against the float model's from the same noise."""
+    """Images that judge ratios and rounds, each against the float model's from the same noise."""
+    rounds: int = 0
+    """How often, at most, losses are measured again around a plan whose noise is not their sum."""
     protected: float = 0.0
     """Share of the activations that are kept from the budget, those that lose most; at least one where it is not 0."""
     protected_as: Literal["float", "widest"] = "float"
@@ -138,6 +147,7 @@ class BitAllocation(Pass):
             if getattr(self, option):
                 self.require(option, 0 if option == "protected" else 1 / most, most)
         self.require("images", 1)
+        self.require("rounds", 0)
         given = {o: getattr(self, o) for o in ("bops", "ratios", "activation_ratios", "protected")}
         for option, asked in (given | {"objective": self.objective == "paper-db"}).items():
             if self.uniform is not None and asked:
@@ -231,9 +241,9 @@ class BitAllocation(Pass):
             choices, quantized = self._by_scores(program), set()
         else:
             choices, quantized = self._solve(program, session)
-        program = self._planned(program, choices, quantized, session.fits)
+        before, program = program, self._planned(program, choices, quantized, session.fits)
         if self.measures_together:
-            self._measure_together(program, session)
+            program = self._where_it_stands(before, program, session)
         self._check_uniform(program)
         self._note_latencies(program, session)
         return program
@@ -327,7 +337,7 @@ class BitAllocation(Pass):
         def planned(solution: Solution) -> Program:
             return self._planned(program, *_choices_of(solution, table), session.fits)
 
-        reranker = Reranker(program, session, self.images, planned)
+        reranker = Reranker(PlanJudge(program, session, self.images), planned)
         best = self._best(program, table, terms, solved, reranker)
         if not best.solution.optimal:
             program.note(
@@ -350,8 +360,38 @@ class BitAllocation(Pass):
             raise UserError(f"pass 'bit-allocation' needs '{name}': put {name} before it, or set uniform=int8")
         return program.facts[fact]
 
+    def _where_it_stands(self, program: Program, planned: Program, session: Session) -> Program:
+        """The planned program with its noise measured, or a better one by the losses around it.
+
+        Sums of losses are those of small errors. Where the whole plan's noise is another, losses are measured again
+        with all weights rounded as planned, the program is solved with those, and the better of both plans is kept.
+        """
+        self._measure_together(planned, session)
+        judge, estimator = PlanJudge(program, session, self.images), program.facts.get(ESTIMATOR)
+
+        def noise(of: Program) -> float:
+            if program.facts[PARAMETERS] > LARGE:  # images take too long
+                return float(of.facts[ALLOCATION]["additivity"]["measured"])
+            return judge.noise(of)
+
+        for _ in range(self.rounds):
+            if estimator is None or abs(_difference(planned)) <= AGAIN_DB:
+                break
+            around = program.fork()
+            around.facts[SENSITIVITY] = estimator.around(program, planned, session)
+            other = self._planned(around, *self._solve(around, session), session.fits)
+            self._measure_together(other, session)
+            powers = noise(planned), noise(other)
+            if powers[1] >= powers[0]:
+                break
+            planned = other
+            again = {"noise_before": powers[0], "noise_after": powers[1]}
+            planned.facts[ALLOCATION] = planned.facts[ALLOCATION] | {"measured_again": again}
+        self._note_additivity(planned, session)
+        return planned
+
     def _measure_together(self, program: Program, session: Session) -> None:
-        """Measures the noise of the whole plan beside the sum of its losses, and notes where they are far apart."""
+        """Measures the noise of the whole plan beside the sum of its losses."""
         allocation, most = program.facts[ALLOCATION], program.facts[SENSITIVITY].get("inputs")
         if most is None:
             program.note(
@@ -366,12 +406,17 @@ class BitAllocation(Pass):
         program.facts[ALLOCATION] = allocation | {
             "additivity": {"expected": expected, "measured": measured, "difference_db": difference, "inputs": inputs}
         }
+
+    def _note_additivity(self, program: Program, session: Session) -> None:
+        """Notes where the noise of the whole plan and the sum of its losses are far apart."""
+        together = program.facts[ALLOCATION].get("additivity", {})
+        difference, inputs = together.get("difference_db"), together.get("inputs")
         if difference is not None and abs(difference) > ADDITIVE_DB:
             remedy = "give more bits (--weights, --activations), for large errors do not add up"
             if session.sensitivity is not None:
                 remedy = "measure the table again, in this pipeline and on this calibration"
             elif difference < 0:
-                remedy = f"measure on more inputs (sensitivity{{inputs={2 * most}}})"
+                remedy = f"measure on more inputs (sensitivity{{inputs={2 * inputs}}})"
             program.note(
                 f"the noise of the plan is {difference:+.1f} dB from the sum of its losses, by which it was chosen, so "
                 f"that another plan may be better: {remedy}"
@@ -517,6 +562,11 @@ class BitAllocation(Pass):
                 f"uniform {self.uniform} takes {stored} bytes ({bits:.3f} true average bits), more than the budget of "
                 f"{limit} bytes; use the default recipe, which mixes formats"
             )
+
+
+def _difference(planned: Program) -> float:
+    """The dB by which the noise of a plan is above the sum of its losses; 0 where it was not measured."""
+    return planned.facts[ALLOCATION].get("additivity", {}).get("difference_db") or 0.0
 
 
 def _formats(table: LossTable) -> list[str]:

@@ -35,6 +35,8 @@ AHEAD = (0.4, 0.8, 1.2)
 """Octaves above the step of the nearest codes at which that is seen, at one bit; at more bits they are fewer."""
 TRIES = 6
 """How often codes are chosen for a whole weight, until they fit; mostly they do the first time."""
+INSIDE = 0.02
+"""How far inside its cell a number is put that is moved there, in steps."""
 BINS = 1 << 13
 """Bins on each side of zero by which the bytes of a weight's nearest codes are foreseen at any step."""
 
@@ -102,6 +104,24 @@ class EntropyFormat(Format):
             scale = torch.nextafter(scale, torch.tensor(torch.inf, dtype=torch.float16))
         column = scale.expand(len(rows), 1).contiguous()
         return QuantizedWeight(contract.nearest_codes(rows, column, None, self.table, None), column, None, self.table)
+
+    def squeezed(self, rows: Tensor, step: float) -> Tensor:
+        """Rows [O, K] whose nearest codes at a step fit: as many as it takes go into the next cell towards zero.
+
+        Those go first that save the most bits for the way. Rows that fit are returned themselves.
+        """
+        while (excess := 8 * (self.bytes_of(codes := self.at(rows, step).codes) - self.coded_bytes(rows.numel()))) > 0:
+            nearest = torch.from_numpy(integers(codes)).long()
+            inner = nearest.abs() - 0.5 - INSIDE
+            way = (rows.abs() / step - inner).clamp_min(INSIDE)
+            saved = _saved_bits(nearest)
+            worth, order = (saved / way).flatten().sort(descending=True, stable=True)
+            some = order[worth > 0]
+            if not len(some):  # the next cells are as rare: the outermost go
+                some = (nearest.abs() == nearest.abs().amax()).flatten().nonzero()[:, 0]
+            some = some[: int(torch.searchsorted(saved.flatten()[some].cumsum(0), excess)) + 1]
+            rows = rows.flatten().index_copy(0, some, (nearest.sign() * inner * step).flatten()[some]).view_as(rows)
+        return rows
 
     @staticmethod
     def step(fit: Fit) -> float:
@@ -181,6 +201,16 @@ class _Spread:
 
 _More = tuple[Sequence[float], Sequence[float]]
 """What chosen codes take beyond the nearest ones, in bytes for each number, by the logarithm of the step, ascending."""
+
+
+def _saved_bits(codes: Tensor) -> Tensor:
+    """The bits that each integer, i64, saves by going a step towards zero, f64; 0 where the next never occurs."""
+    counts = np.bincount((codes + contract.LUT_MAX).flatten().numpy(), minlength=2 * contract.LUT_MAX + 1)
+    made = rans.histogram(counts, -contract.LUT_MAX)
+    bits = np.full(len(counts), np.inf)
+    bits[made.low + contract.LUT_MAX :][: len(made.bits)] = made.bits
+    at, nearer = (torch.from_numpy(bits)[c + contract.LUT_MAX] for c in (codes, codes - codes.sign()))
+    return torch.where(nearer.isfinite(), at - nearer, 0).clamp_min(0)
 
 
 def integers(codes: Tensor) -> np.ndarray:

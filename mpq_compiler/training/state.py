@@ -105,7 +105,8 @@ def key(
     text = "\n".join(f"{n.name} {ops.name_of(n.target)} {n.args} {n.kwargs}" for n in program.graph.nodes)
     latents = {name: v.start for name, v in trained.items() if v.kind == Kind.LATENT}
     times = program.facts[TIME_GROUPS] if stage.relation else ""  # by which it keeps what other steps had
-    versions = f"2 {seed} {stage}{times} {arithmetic()}"
+    kinds = [(name, type(v).__name__, v.kind, v.dtype, v.most, v.together) for name, v in trained.items()]
+    versions = f"3 {seed} {stage}{times} {kinds} {arithmetic()}"
     if stage.relation is not None:  # whose teacher is the float program
         read |= {str(n.target) for n in program.facts[PLANNED].graph.nodes if n.op == "get_attr"}
     tensors = program.tensors.content(read)

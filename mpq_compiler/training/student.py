@@ -26,7 +26,19 @@ from mpq_compiler.ir.interpreter import Interpreter
 from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.stored_tensors import entropy_format
 from mpq_compiler.quantization.settle import LATENTS
-from mpq_compiler.training.variables import EDGE, WIDTHS, Adapted, Kind, Settled, Timed, Variable, ends, gaps, settled
+from mpq_compiler.training.variables import (
+    EDGE,
+    WIDTHS,
+    Adapted,
+    Coded,
+    Kind,
+    Settled,
+    Timed,
+    Variable,
+    ends,
+    gaps,
+    settled,
+)
 
 RANK = 16
 """The rank of the adapters of weights that are too wide to be trained themselves."""
@@ -136,7 +148,7 @@ def values(program: Program, variables: Mapping[str, Variable], thetas: Mapping[
     """
     found = {name: v(thetas[name]) for name, v in variables.items() if v.kind != Kind.LATENT}
     for weight in settled(program):
-        if weight.tables.scale not in found:
+        if weight.tables.scale not in found and weight.codes not in variables:
             continue
         tables = weight.values(program, lambda name: found[name] if name in found else program.tensors[name])
         if weight.codes in variables:
@@ -172,23 +184,30 @@ def variables(
     """
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Variable] = {}
+    held: set[str] = set()
+    """The scales that stay."""
     tensors, originals = program.tensors, program.facts[LATENTS]
     for weight in settled(program):
         if own is not None and weight.codes not in own:
             continue
         scale, offset = weight.tables.scale, weight.tables.offset
-        # other codes would take other bytes, and all rows have one scale
-        coded = entropy_format(program, weight.codes.split(":")[0]) is not None
-        found[scale] = replace(_scale(Kind.SCALE, tensors[scale]), together=coded)
+        coded = entropy_format(program, weight.path)
+        found[scale] = replace(_scale(Kind.SCALE, tensors[scale]), together=coded is not None)
         if offset is not None:
             found[offset] = _float(Kind.OFFSET, tensors[offset])
-        if latent and not coded:
+        if latent:
             rows = tensors.read(originals[weight.node.name]).flatten(1)
             table = weight.table(program)
             step = 1.0 if table is None else float(_mean_step(table))
             unit = contract.column_scale(tensors.read(scale), weight.tables.segments, rows.shape[1]) * step
             rank = adapters or (RANK if widest is not None and rows.numel() > widest else 0)
-            if rank:
+            if coded is not None and rank:
+                continue  # what adapters move together cannot be kept to its bytes one by one
+            if coded is not None:  # codes would take other bytes by another step
+                held.add(scale)
+                start = _within(program, weight, rows)
+                found[weight.codes] = Coded(Kind.LATENT, start, unit[:1, :1], torch.float32, format=coded)
+            elif rank:
                 found[weight.codes] = _adapted(_dequantized(program, weight), unit, rank, generator)
             else:
                 found[weight.codes] = Variable(Kind.LATENT, _within(program, weight, rows), unit, torch.float32)
@@ -200,8 +219,7 @@ def variables(
             found[scale] = _scale(Kind.RANGE, tensors[scale])
             start = tensors.read(zero).to(torch.float32)
             found[zero] = Variable(Kind.ZERO, start, torch.ones(()), tensors[zero].dtype, 2**bits - 1)
-    if own is not None:
-        found = {name: variable for name, variable in found.items() if name in own}
+    found = {name: v for name, v in found.items() if name not in held and (own is None or name in own)}
     if times is not None:
         embedding = _embedding(times)
         for name, variable in found.items():
@@ -209,7 +227,7 @@ def variables(
                 found[name] = _timed(variable, embedding, generator)
     for node in program.graph.nodes:
         name = str(node.target)
-        wanted = node.op == "get_attr" and name not in found and (own is None or name in own)
+        wanted = node.op == "get_attr" and name not in {*found, *held} and (own is None or name in own)
         if wanted and _is_parameter(tensors[name], name):
             found[name] = _float(Kind.FLOAT, tensors[name])
     return found

@@ -138,6 +138,7 @@ def descend(
             decay = 0.5 * (1 + math.cos(math.pi * (state.step - 1) / stage.steps))
             rates = {name: stage.rates[variable.kind] * decay for name, variable in trained.items()}
             _adam(state, {name: g * shrink for name, g in gradients.items()}, rates)
+            state.thetas = {name: trained[name].projected(theta) for name, theta in state.thetas.items()}
             if state.step in checks:
                 error = noise(program, trained, state.thetas, held_out, session)
                 if error < state.least:

@@ -297,6 +297,44 @@ def test_losses_that_do_not_add_up_are_told_with_a_remedy(factor, given, remedy)
         assert found.facts[ALLOCATION]["additivity"]["difference_db"] is None
 
 
+@pytest.fixture(scope="module")
+def misjudged() -> Program:
+    """A program whose most sensitive layer is measured a thousand times too good, which its plan's noise shows."""
+    program = programs.after(MODEL, "sensitivity").fork()
+    table = program.facts[SENSITIVITY]
+    worst = max(table["weights"], key=lambda path: table["weights"][path]["int2"])
+    wrong = {choice: loss / 1000 for choice, loss in table["weights"][worst].items()}
+    program.facts[SENSITIVITY] = table | {"weights": table["weights"] | {worst: wrong}}
+    return program
+
+
+def test_losses_are_measured_again_around_a_plan_that_they_misjudge(misjudged, tmp_path):
+    session = Session(programs.denoiser(MODEL), cache=tmp_path, jobs=2)
+    once, again = (together(misjudged, session, rounds=rounds) for rounds in (0, 1))
+    before, after = (of.facts[ALLOCATION]["additivity"] for of in (once, again))
+    assert abs(before["difference_db"]) > bit_allocation.AGAIN_DB > abs(after["difference_db"])
+    assert after["measured"] < 0.5 * before["measured"]
+    judged = again.facts[ALLOCATION]["measured_again"]
+    assert judged["noise_after"] < judged["noise_before"]
+    assert once.weights != again.weights
+    assert again.facts[SENSITIVITY]["weights"] != misjudged.facts[SENSITIVITY]["weights"]
+    assert misjudged.weights == {}
+    assert together(misjudged, session, rounds=1).facts[ALLOCATION] == again.facts[ALLOCATION]  # from the cache
+
+
+def test_a_plan_that_its_losses_judge_well_is_kept(tmp_path):
+    program, session = programs.after(MODEL, "sensitivity"), Session(programs.denoiser(MODEL), cache=tmp_path)
+    once, again = (together(program, session, rounds=rounds) for rounds in (0, 3))
+    assert once.facts[ALLOCATION] == again.facts[ALLOCATION] and not [*tmp_path.rglob("*.jsonl")]
+
+
+def test_a_plan_measured_again_that_draws_no_better_images_is_dropped(misjudged, tmp_path, monkeypatch):
+    monkeypatch.setattr(bit_allocation.PlanJudge, "noise", lambda self, planned: 1.0)
+    session = Session(programs.denoiser(MODEL), cache=tmp_path)
+    once, again = (together(misjudged, session, rounds=rounds) for rounds in (0, 1))
+    assert once.facts[ALLOCATION] == again.facts[ALLOCATION] and once.weights == again.weights
+
+
 def test_a_table_that_names_no_inputs_is_not_checked():
     program = programs.after(MODEL, "sensitivity").fork()
     table = {key: value for key, value in program.facts[SENSITIVITY].items() if key != "inputs"}

@@ -79,18 +79,26 @@ CODED = programs.RESIDUAL.replace("int2+b", "ec2")
 """Entropy-coded weights."""
 
 
-def test_entropy_coded_weights_move_by_their_step_alone():
-    """Other codes would take other bytes, and their rows have one scale: both stay so wherever training goes."""
+def test_entropy_coded_weights_move_by_their_step_or_within_their_bytes():
+    """Frozen codes have one step, which moves; trained codes keep to the plan's bytes wherever training goes."""
     program = programs.after("unet2d", "round-weights", CODED)
-    assert {program.weights[w.codes.split(":")[0]].format for w in settled(program)} == {"ec2"}
-    trained = student.variables(program, latent=True)
-    assert not any(v.kind == Kind.LATENT for v in trained.values())
-    thetas = anywhere(trained)
-    for weight in settled(program):
-        scale = weight.tables.scale
-        stored = trained[scale].stored(thetas[scale])
+    assert {program.weights[w.path].format for w in settled(program)} == {"ec2"}
+    frozen, trained = (student.variables(program, latent=latent) for latent in (False, True))
+    assert not any(v.kind == Kind.LATENT for v in frozen.values())
+    format_ = formats.get("ec2")
+    assert isinstance(format_, formats.EntropyFormat)
+    steps = anywhere(frozen)
+    thetas = {name: trained[name].projected(theta) for name, theta in anywhere(trained).items()}
+    moved = trainer.applied(program, trained, thetas)
+    for before, after in zip(settled(program), settled(moved), strict=True):
+        scale = before.tables.scale
+        stored = frozen[scale].stored(steps[scale])
         assert stored.shape == program.tensors[scale].shape
         assert torch.equal(stored, stored[:1].expand_as(stored)) and not torch.equal(stored, program.tensors[scale])
+        assert scale not in trained and torch.equal(moved.tensors[after.tables.scale], program.tensors[scale])
+        codes = moved.tensors[after.codes]
+        assert not torch.equal(codes, program.tensors[before.codes])
+        assert format_.bytes_of(codes) <= format_.coded_bytes(codes.numel())
 
 
 CLASSES = programs.RESIDUAL.replace("int2+b", "int3m")
