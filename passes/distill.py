@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import ClassVar
 
-from mpq_compiler.analysis.trajectory_error import PART as PART_OF_A_THREAD
 from mpq_compiler.analysis.trajectory_error import TrajectoryError
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.blocks import Block
@@ -16,7 +15,6 @@ from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.pipeline.demand import Asked, Demand
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.support.errors import UserError
 from mpq_compiler.training import by_parts, trainer
 from mpq_compiler.training import data as training_data
 from mpq_compiler.training.data import Data, affordable, calls, part_updates, trajectories
@@ -80,10 +78,6 @@ class Distill(Pass):
     """Updates of a model that is too large for as many in the minutes: it is trained part by part then."""
     memory: float = 2.0
     """GiB that training may take; a model whose variables take more is trained part by part."""
-    together: int = 1
-    """Steps, one after the other, whose errors are added up before they are squared: what weights do wrong hardly
-    changes from one step to the next, and images show the sum (AccuQuant, arXiv 2510.20348, section 3, minimizes the
-    error behind several steps). 1: each call counts by itself."""
     blocks: bool = False
     """Trains the weights block by block, each against its own output in the float program while those before it are
     quantized already (DilateQuant, arXiv 2409.14307, section 3.4), rather than all against the output."""
@@ -116,15 +110,8 @@ class Distill(Pass):
         for option in ("minutes", "rate", "relation", "memory"):
             self.require(option, 0)
         self.require("latent", 0, 1)
-        for option in ("samples", "steps", "epochs", "together"):
+        for option in ("samples", "steps", "epochs"):
             self.require(option, 1)
-        if PART_OF_A_THREAD % self.together:
-            raise UserError(
-                f"option 'together' of pass 'distill' must divide {PART_OF_A_THREAD}, the calls that a thread runs at "
-                f"a time, and {self.together} does not"
-            )
-        if self.together > 1 and self.relation:
-            raise UserError("distill{relation} compares calls of mixed times: leave 'together' out, or 'relation'")
         for option in ("updates", "images", "window", "adapters", "least"):
             self.require(option, 0)
 
@@ -160,9 +147,6 @@ class Distill(Pass):
         if image_error:
             gains = image_error.gains(program)
             data, held_out = data.weighted(gains), held_out.weighted(gains)
-        if data.stride is not None:
-            data, held_out = (replace(rows, window=self.together) for rows in (data, held_out))
-            held_out = held_out.in_windows()
         told = []
         for title, phase in self._phases(program, session, updates):
             trained, outcomes = phase(program, data, held_out)
@@ -229,8 +213,6 @@ class Distill(Pass):
                 yield f"{option} had no effect: no update is of the weights themselves (latent)"
         if self.window and not self.relation:
             yield "window had no effect: no relation is learned, of whose features it is the mean (relation)"
-        if self.together > 1 and session.calibration is not None:
-            yield "together had no effect: the steps of given calls are not known"
         if self.relation and self._related(program, session) is None:
             yield "relation had no effect: no block is one of several of a kind, whose last one's features it compares"
         elif self.relation and self.blocks and updates == round(updates * self.latent):

@@ -43,8 +43,6 @@ class Data:
     """The distance in calls from one step of a trajectory to the next; None where the order is not known."""
     part: int = PART
     """The number of calls that a thread runs at a time."""
-    window: int = 1
-    """So many calls, one after the other, are steps of one trajectory whose errors count as one sum."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -54,38 +52,6 @@ class Data:
         weights = None if self.weights is None else self.weights[index]
         inputs = {name: x[index] for name, x in self.inputs.items()}
         return replace(self, inputs=inputs, targets=self.targets[index], weights=weights, stride=None)
-
-    def batch(self, step: int, size: int, seed: int) -> Data:
-        """The calls of a step of training: an epoch has every call once, in an order of its own.
-
-        Of windows each step draws its own, some of which reach beyond a trajectory: calls that are not there count 0.
-        """
-        if self.window == 1 or self.stride is None:
-            return self.select(self.order(step, size, seed))
-        generator, steps = torch.Generator().manual_seed((seed << 32) + step), len(self) // self.stride
-        count = max(1, min(size, len(self)) // self.window)
-        first = torch.randint(1 - self.window, steps, (count, 1), generator=generator)
-        trajectory = torch.randint(self.stride, (count, 1), generator=generator)
-        steps_of = first + torch.arange(self.window)
-        there = (steps_of >= 0) & (steps_of < steps)
-        found = self.select((steps_of.clamp(0, steps - 1) * self.stride + trajectory).flatten())
-        weights = torch.ones(len(found)) if found.weights is None else found.weights
-        return replace(found, weights=weights * there.flatten())
-
-    def order(self, step: int, size: int, seed: int) -> Tensor:
-        """The indices of the calls of a step of training, where those are no windows."""
-        size = min(size, len(self))
-        epoch, place = divmod(step - 1, len(self) // size)
-        every = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed + (epoch << 32)))
-        return every[place * size : (place + 1) * size]
-
-    def in_windows(self) -> Data:
-        """The calls window by window, those of a trajectory one after the other, to judge by."""
-        if self.window == 1 or self.stride is None:
-            return self
-        whole = len(self) // self.stride // self.window
-        index = torch.arange(whole * self.window * self.stride).view(whole, self.window, self.stride)
-        return self.select(index.transpose(1, 2).flatten())
 
     def before(self, index: Tensor, steps: int) -> list[dict[str, Tensor]]:
         """The inputs of the ``steps`` calls before those of ``index`` in their trajectories, the nearest first.
@@ -106,20 +72,12 @@ class Data:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the outcome of training depends on, by names of their own, for a cache key."""
-        weights = {} if self.weights is None else {" ": self.weights}
-        return self.inputs | {"": self.targets} | weights | {"  ": torch.tensor(self.window)}
+        return self.inputs | {"": self.targets} | ({} if self.weights is None else {" ": self.weights})
 
     def squared(self, values: Tensor) -> Tensor:
         """Sums the squares of values [N, ...] over each call and applies its weight, f32 [N]."""
         sums = values.square().flatten(1).sum(1)
         return sums if self.weights is None else sums * self.weights
-
-    def errors(self, errors: Tensor) -> Tensor:
-        """The squares of errors [N, ...] that count: of each call; of windows those of sums, over their length."""
-        if self.window == 1:
-            return self.squared(errors)
-        scaled = errors.flatten(1) if self.weights is None else errors.flatten(1) * self.weights.sqrt()[:, None]
-        return scaled.view(-1, self.window, scaled.shape[1]).sum(1).square().sum(1) / self.window
 
     def parts(self) -> Iterator[Data]:
         """Splits the calls into parts, in order."""
@@ -158,7 +116,7 @@ def calls(session: Session, samples: int, steps: int, judging: int = HELD_OUT) -
         stride = samples * denoiser.calls_per_step
         return (
             Data(*record_teacher(denoiser, samples, steps, seed, teacher), stride=stride),
-            Data(*record_teacher(denoiser, judging, steps, seed + 1, teacher), stride=judging * denoiser.calls_per_step),
+            Data(*record_teacher(denoiser, judging, steps, seed + 1, teacher)),
         )
 
 

@@ -123,9 +123,10 @@ def descend(
         advance(state.step)
         while state.step < stage.steps and state.diverged is None:
             state.step += 1
-            batch, drawn = data.batch(state.step, stage.batch, seed), None
+            index = _batch(state.step, len(data), stage.batch, seed)
+            batch, drawn = data.select(index), None
             if relations is not None:
-                before = data.before(data.order(state.step, stage.batch, seed), relations.term.window - 1)
+                before = data.before(index, relations.term.window - 1)
                 drawn = relations.step(len(batch), torch.Generator().manual_seed((seed << 32) + state.step), before)
             loss, gradients = _gradients(program, trained, state.thetas, batch, power, session, drawn, last)
             norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
@@ -153,6 +154,14 @@ def group_times(program: Program, timesteps: Tensor) -> Tensor:
     low, high = torch.cat([timesteps.to(torch.float32), boundaries]).aminmax()
     ends = torch.cat([low[None], boundaries, high[None]])
     return ((ends[1:] + ends[:-1]) / 2 - low) / (high - low)
+
+
+def _batch(step: int, count: int, most: int, seed: int) -> Tensor:
+    """The indices of a step's calls; an epoch has every call once, in an order of its own."""
+    size = min(most, count)
+    epoch, place = divmod(step - 1, count // size)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + (epoch << 32)))
+    return order[place * size : (place + 1) * size]
 
 
 def _gradients(
@@ -187,7 +196,7 @@ def _gradients(
             return seen, output
 
         def error(output: Tensor) -> Tensor:
-            return piece.errors(output - piece.targets).sum() / (len(batch) * power)
+            return piece.squared(output - piece.targets).sum() / (len(batch) * power)
 
         if len(last) > 1:
             losses: list[Tensor] = []
@@ -252,7 +261,7 @@ def noise(
 
     def part(piece: Data) -> float:
         output = Student(program, made).run(piece.inputs)
-        return float(piece.errors(output - piece.targets).double().sum())
+        return float(piece.squared(output - piece.targets).double().sum())
 
     return sum(session.map(part, data.parts())) / float(data.squared(data.targets).double().sum())
 
