@@ -71,7 +71,7 @@ class Sensitivity(Pass):
     contract: ClassVar[Contract] = Contract.IDENTICAL
     role: ClassVar[Role | None] = Role.MEASURES
     width: ClassVar[str | None] = "activations"
-    settings: ClassVar[Mapping[str, str]] = {"sensitivity": "sensitivity"}
+    settings: ClassVar[Mapping[str, str]] = {"sensitivity": "sensitivity", "packed": "packed"}
     efforts: ClassVar[Mapping[str, Mapping[str, Any]]] = {"fast": {"inputs": 16}}
     requires: ClassVar[frozenset[str]] = frozenset({"calibration", "time-groups"})
     provides: ClassVar[frozenset[str]] = frozenset({"sensitivity"})
@@ -82,6 +82,9 @@ class Sensitivity(Pass):
     8."""
     formats: tuple[str, ...] = ("int2", "int3", "int2+b", "int4", "int3+b", "int8")
     """Weight formats to measure."""
+    packed: tuple[str, ...] = ()
+    """Weight formats to measure in their place for targets that do not decode entropy-coded weights, if there are any.
+    """
     activations: tuple[int, ...] = (8,)
     """Activation widths to measure."""
     method: Literal["probes", "ablation"] = "probes"
@@ -98,11 +101,16 @@ class Sensitivity(Pass):
         self.require("activations", 2, 8)
         if not self.formats:
             raise UserError("option 'formats' of pass 'sensitivity' must name a format to measure, and is empty")
-        for name in self.formats:
+        for name in (*self.formats, *self.packed):
             get_format(name)
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
+        if self.formats == self.packed:
+            program.note(
+                "the target does not decode entropy-coded weights: in their place are packed formats, of which images "
+                "take more bytes"
+            )
         if session.sensitivity is not None:
             edges: dict[str, list[str]] = {}
             for node in program.quantizable:

@@ -17,7 +17,7 @@ class ReferenceBackend:
 
     def capabilities(self, target: Target) -> Capabilities:
         """What it can do besides building: the target's numerics, and other tensors."""
-        return Capabilities(numerics=target.numerics, lora=True)
+        return Capabilities(numerics=target.numerics, lora=True, decodes=True)
 
     def require(self, target: Target) -> None:
         """Accepts every target: importing the backend already needs all that it needs."""

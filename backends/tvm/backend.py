@@ -21,8 +21,16 @@ class TvmBackend:
     def capabilities(self, target: Target) -> Capabilities:
         """CPUs have them all; kernels of GPUs are launched as one graph, and their tiles are fixed."""
         cpu = not target.is_cuda
-        stages = lowering.names(target)
-        return Capabilities(target.numerics, tune=cpu, emit=cpu, standby=True, times=cpu, lora=cpu, stages=stages)
+        return Capabilities(
+            target.numerics,
+            tune=cpu,
+            emit=cpu,
+            standby=True,
+            times=cpu,
+            lora=cpu,
+            stages=lowering.names(target),
+            decodes=cpu,
+        )
 
     def require(self, target: Target) -> None:
         """UserError: there is no compiler of kernels for that GPU."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from mpq_compiler import formats
 from mpq_compiler.driver import budgets
 from mpq_compiler.driver.options import EFFORTS, MOST_SEED, Options
 from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
@@ -55,6 +56,9 @@ def resolve(options: Options) -> list[Pass]:
     elif options.lora_layers is not None:
         raise UserError("--lora-layers says which layers have a branch of --lora-rank: add that, or leave it out")
     recipe = _with_settings(recipe, lora_rank=options.lora_rank, lora_layers=options.lora_layers)
+    row = targets.resolve(options.target)
+    if not backend_of(row).capabilities(row).decodes:
+        recipe = _with_packed(recipe)
     passes = recipe.passes()
     manager.check(passes)
     return passes
@@ -145,6 +149,17 @@ def _with_effort(recipe: Recipe, effort: str) -> Recipe:
         stated = recipe.options.get(step.name(), {}).keys() - {"minutes"}
         given = {option: value for option, value in step.efforts.get(effort, {}).items() if option not in stated}
         recipe = recipe.override(step.name(), **given)
+    return recipe
+
+
+def _with_packed(recipe: Recipe) -> Recipe:
+    """Puts packed formats in the place of entropy-coded ones, where the recipe names some for that."""
+    for step in _passes_of(recipe):
+        if (option := step.settings.get("packed")) is not None:
+            stated = make(step.name(), recipe.options.get(step.name(), {})).options()
+            coded = any(isinstance(formats.get(name), formats.EntropyFormat) for name in stated["formats"])
+            if coded and stated[option]:
+                recipe = recipe.override(step.name(), formats=stated[option])
     return recipe
 
 

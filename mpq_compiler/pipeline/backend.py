@@ -38,6 +38,7 @@ class Capabilities:
         times: whether it lists the kernels of a program, so that a latency table can be measured (`TimedBackend`).
         lora: whether its executor changes stored tensors of a loaded artifact (``--lora-rank``).
         stages: the names of the stages of its lowering, in order (`pipeline.stages`).
+        decodes: whether its artifacts decode entropy-coded weights (`formats.entropy`) when they are loaded.
     """
 
     numerics: tuple[str, ...] = ()
@@ -47,6 +48,7 @@ class Capabilities:
     times: bool = False
     lora: bool = False
     stages: tuple[str, ...] = ()
+    decodes: bool = False
 
 
 @dataclass(frozen=True)
