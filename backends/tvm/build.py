@@ -75,7 +75,7 @@ def build(
         require_compiler(target)
     stored = stored_tensors.stored(program, *(other.program for other in others), coded=not target.is_cuda)
     tensors = {name: tensor.array for name, tensor in stored.items()}
-    lowered, looked_at = _lowered(program, target, batches, others, tensors, jobs, cache, instruments)
+    lowered, looked_at = _lowered(program, target, batches, others, stored, jobs, cache, instruments)
     tiles: dict[str, tune_.Tile] | None = None
     if tune:
         with ExitStack() as stack:
@@ -132,13 +132,13 @@ def _lowered(
     target: Target,
     batches: Sequence[int],
     others: Sequence[Specialization],
-    tensors: Mapping[str, Any],
+    stored: Mapping[str, stored_tensors.Stored],
     jobs: int,
     cache: Path | None,
     instruments: Sequence[StageInstrument],
 ) -> tuple[Lowered, set[Kernel]]:
     """(the plan after all stages, the kernels that were compiled for the instruments to look at it)."""
-    stages = [SelectKernels(program, batches, others, not target.is_cuda), *lowering.of_target(target)]
+    stages = [SelectKernels(program, batches, others, stored), *lowering.of_target(target)]
     if not instruments:
         return lowering.run(stages), set()
     fresh: set[Kernel] = set()
@@ -147,7 +147,8 @@ def _lowered(
         fresh.update(missing_kernels(kernels, target, cache))
         return [*compile_objects(kernels, target, workers, cache=cache).values()]
 
-    with inspect.runner(target, tensors, compiled, jobs) as runner:
+    arrays = {name: tensor.array for name, tensor in stored.items()}
+    with inspect.runner(target, arrays, compiled, jobs) as runner:
 
         def observe(index: int, stage: lowering.Stage, plan: Lowered) -> None:
             looked_at = inspect.InspectablePlan(plan, runner)

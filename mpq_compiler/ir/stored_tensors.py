@@ -21,6 +21,8 @@ from mpq_compiler.support.errors import UserError
 
 RANS, REPEATED = "rans", "repeated"
 """Codings: integers in the form of `support.rans`; one row, of which all others are copies."""
+TOGETHER = 64
+"""Weights that are coded at a time."""
 CLASS_BITS = 2
 """The stored bits of a row's class, where rows have several widths."""
 
@@ -84,17 +86,25 @@ def stored(program: Program, *others: Program, coded: bool = True) -> dict[str, 
     bits = {found.codes: min(class_bits(program, found.tables.lut), default=8) for found in weights}
     classes = {found.codes: found.tables.row_class for found in weights if several_widths(program, found.tables.lut)}
     bits |= dict.fromkeys(classes.values(), CLASS_BITS)
-    coding: dict[str | None, formats.EntropyFormat | None] = {}
+    chosen: dict[str, formats.EntropyFormat] = {}
     for found in weights if coded else ():
-        if (chosen := entropy_format(program, found.path)) is not None:
-            coding |= {found.codes: chosen, found.tables.scale: None}
+        if found.codes and (format_ := entropy_format(program, found.path)) is not None:
+            chosen[found.codes] = format_
+    repeated = {found.tables.scale for found in weights if found.codes in chosen}
+    streams = _streams(program, chosen)
     result = {}
     read = (n for each in (program, *others) for n in each.graph.nodes if n.op == "get_attr")
     for name in sorted({str(n.target) for n in read}):
         tensor = program.tensors[name]
         parameter = name.split(":")[0]
-        if name in coding:
-            result[name] = _coded(name, tensor, coding[name])
+        if name in streams:
+            shape = tuple(tensor.shape)
+            result[name] = Stored(streams[name], parameter, chosen[name].index_bits, shape, coding=RANS)
+            continue
+        if name in repeated:
+            if not torch.equal(tensor, tensor[:1].expand_as(tensor)):
+                raise UserError(f"rows of '{parameter}' have scales of their own, which entropy-coded weights do not")
+            result[name] = Stored(tensor[:1].numpy(), parameter, shape=tuple(tensor.shape), coding=REPEATED)
             continue
         if name in bits:
             codes, row_class = tensor.contiguous().numpy(), classes.get(name)
@@ -129,18 +139,20 @@ def expanded_bytes(program: Program) -> int:
     return sum(more.values())
 
 
-def _coded(name: str, tensor: torch.Tensor, chosen: formats.EntropyFormat | None) -> Stored:
-    """Codes of an entropy-coded format, or the scale that all their rows have (None)."""
-    parameter, shape = name.split(":")[0], tuple(tensor.shape)
-    if chosen is None:
-        if not torch.equal(tensor, tensor[:1].expand_as(tensor)):
-            raise UserError(f"rows of '{parameter}' have scales of their own, which entropy-coded weights do not")
-        return Stored(tensor[:1].numpy(), parameter, shape=shape, coding=REPEATED)
-    try:
-        array = rans.encode(integers(tensor), chosen.coded_bytes(tensor.numel()))
-    except ValueError as error:
-        raise UserError(f"the codes of '{parameter}' do not fit the bytes of {chosen.name}: {error}") from error
-    return Stored(_kept(array), parameter, chosen.index_bits, shape, coding=RANS)
+def _streams(program: Program, chosen: Mapping[str, formats.EntropyFormat]) -> dict[str, np.ndarray]:
+    """Codes of entropy-coded formats, by store name, in as many bytes as planned."""
+    names = list(chosen)
+    found = {}
+    for start in range(0, len(names), TOGETHER):  # so many that memory holds them before they go to files
+        some = names[start : start + TOGETHER]
+        for name, coded in zip(some, rans.encode_all([integers(program.tensors[n]) for n in some]), strict=True):
+            try:
+                array = rans.padded(coded, chosen[name].coded_bytes(program.tensors[name].numel()))
+            except ValueError as error:
+                of = f"the codes of '{name.split(':')[0]}' do not fit the bytes of {chosen[name].name}"
+                raise UserError(f"{of}: {error}") from error
+            found[name] = _kept(array)
+    return found
 
 
 def _kept(array: np.ndarray) -> np.ndarray:

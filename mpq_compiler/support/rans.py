@@ -19,6 +19,7 @@ Source: Duda 2013 (arXiv 1311.2540), section 3, in the interleaved form of Giese
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,10 @@ STREAM = 1 << 16
 """Integers of a stream, by which threads share a tensor."""
 LEAST = 1 << 16
 """The least state between two integers."""
+TOGETHER = 1 << 25
+"""The most integers that are coded in one walk over streams, unless one tensor has more."""
+NONE = 255
+"""In the place of an integer plus 127 where a stream has ended."""
 
 
 @dataclass(frozen=True)
@@ -105,33 +110,88 @@ def encode(values: np.ndarray, size: int | None = None) -> np.ndarray:
     Raises:
         ValueError: they take more than ``size`` bytes, or are no int8 above -128.
     """
-    if values.dtype != np.int8 or (values.size and int(values.min()) < -127):
-        raise ValueError(f"integers in -127..127 are coded, as int8, not {values.dtype}")
-    flat = values.reshape(-1).astype(np.int64) + 127
-    made = histogram(np.bincount(flat, minlength=255) if flat.size else np.eye(1, 255, 127, dtype=np.int64)[0], -127)
-    known = np.zeros(255, np.uint64)
-    known[made.low + 127 :][: len(made.frequencies)] = made.frequencies
-    begins = np.concatenate([[0], np.cumsum(known)[:-1]]).astype(np.uint64)
-    count = streams(flat.size)
-    steps = -(-min(flat.size, STREAM) // LANES)
-    padded = np.full(count * STREAM, -1, np.int64)
-    padded[: flat.size] = flat
-    symbols = padded.reshape(count, -1)[:, : steps * LANES].reshape(count, steps, LANES)
-    states = np.full((count, LANES), last_state(made.low), np.uint64)
-    words, flags = np.zeros((steps, count, LANES), np.uint16), np.zeros((steps, count, LANES), bool)
-    shift, mask = np.uint64(16), np.uint64(0xFFFF)
+    (coded,) = encode_all([values])
+    return coded if size is None else padded(coded, size)
+
+
+def padded(coded: np.ndarray, size: int) -> np.ndarray:
+    """What is coded with zeros behind it, u8 [size]. ValueError: it takes more bytes."""
+    if len(coded) > size:
+        raise ValueError(f"integers take {len(coded)} bytes, not {size}")
+    found: np.ndarray = np.concatenate([coded, np.zeros(size - len(coded), np.uint8)])
+    return found
+
+
+def encode_all(tensors: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Codes several tensors as `encode` does each: one after the other takes a walk over a stream for each.
+
+    Raises:
+        ValueError: values are no int8 above -128.
+    """
+    for values in tensors:
+        if values.dtype != np.int8 or (values.size and int(values.min()) < -127):
+            raise ValueError(f"integers in -127..127 are coded, as int8, not {values.dtype}")
+    found: list[np.ndarray] = []
+    together: list[np.ndarray] = []
+    for values in tensors:
+        if together and sum(one.size for one in (*together, values)) > TOGETHER:
+            found += _encode(together)
+            together = []
+        together.append(values)
+    return found + (_encode(together) if together else [])
+
+
+def _encode(tensors: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Codes tensors in one walk over the steps of all their streams."""
+    flats = [values.reshape(-1) for values in tensors]
+    made = [histogram(_counts(flat), -127) for flat in flats]
+    numbers = [streams(flat.size) for flat in flats]
+    frequencies, begins = np.ones((len(flats), 256), np.uint32), np.zeros((len(flats), 256), np.uint32)
+    for row, (one, into) in zip(made, zip(frequencies, begins, strict=True), strict=True):
+        here = slice(row.low + 127, row.low + 127 + len(row.frequencies))
+        one[here] = np.maximum(row.frequencies, 1)
+        into[here] = np.cumsum(row.frequencies) - row.frequencies
+    steps = -(-min(STREAM, max(flat.size for flat in flats)) // LANES)
+    symbols = np.full((sum(numbers), steps * LANES), NONE, np.uint8)
+    states = np.empty((len(symbols), LANES), np.uint32)
+    table = np.repeat(np.arange(len(flats), dtype=np.int32) * 256, numbers)[:, None]
+    at = 0
+    for flat, row, number in zip(flats, made, numbers, strict=True):
+        for start in range(0, flat.size, STREAM):
+            piece = flat[start : start + STREAM].astype(np.int16) + 127
+            symbols[at + start // STREAM, : len(piece)] = piece
+        states[at : at + number] = last_state(row.low)
+        at += number
+    symbols = np.ascontiguousarray(symbols.reshape(len(symbols), steps, LANES).transpose(1, 0, 2))
+    words, flags = np.empty(symbols.shape, np.uint16), np.empty(symbols.shape, bool)
     for step in range(steps - 1, -1, -1):
-        own = symbols[:, step]
-        there = own >= 0
-        f, begin = known[np.maximum(own, 0)], begins[np.maximum(own, 0)]
-        full = there & (states >= f << np.uint64(32 - BITS))
-        words[step], flags[step] = states & mask, full
-        states = np.where(full, states >> shift, states)
-        safe = np.maximum(f, np.uint64(1))
-        moved = (states // safe << np.uint64(BITS)) + states % safe + begin
+        own = symbols[step]
+        there, place = own != NONE, table + own
+        f, begin = frequencies.ravel()[place], begins.ravel()[place]
+        full = there & (states >> np.uint32(32 - BITS) >= f)
+        words[step], flags[step] = states, full
+        states = np.where(full, states >> np.uint32(16), states)
+        whole = states // f
+        moved = (whole << np.uint32(BITS)) + (states - whole * f) + begin
         states = np.where(there, moved, states)
-    flags, words = flags.transpose(1, 0, 2), words.transpose(1, 0, 2)
-    ends = np.cumsum(flags.reshape(count, -1).sum(1)).astype("<u4")
+    found, at = [], 0
+    for row, number in zip(made, numbers, strict=True):
+        here = slice(at, at + number)
+        found.append(_joined(row, states[here], *(x[:, here].transpose(1, 0, 2) for x in (words, flags))))
+        at += number
+    return found
+
+
+def _counts(flat: np.ndarray) -> np.ndarray:
+    """How often each integer from -127 on occurs, of none one 0."""
+    shifted = flat.view(np.uint8) ^ np.uint8(128) if flat.size else np.array([128], np.uint8)
+    counts: np.ndarray = np.bincount(shifted, minlength=256)[1:]
+    return counts
+
+
+def _joined(made: Histogram, states: np.ndarray, words: np.ndarray, flags: np.ndarray) -> np.ndarray:
+    """The bytes of a tensor: its histogram, its states [streams, LANES], and words of streams where there are flags."""
+    ends = np.cumsum(flags.reshape(len(flags), -1).sum(1)).astype("<u4")
     parts = (
         np.array([made.low], np.int8).view(np.uint8),
         np.array([len(made.frequencies) - 1], np.uint8),
@@ -141,12 +201,8 @@ def encode(values: np.ndarray, size: int | None = None) -> np.ndarray:
         words[flags].astype("<u2").view(np.uint8),
         np.zeros(2 * LANES, np.uint8),
     )
-    coded = np.concatenate(parts)
-    if size is None:
-        return coded
-    if len(coded) > size:
-        raise ValueError(f"{flat.size} integers take {len(coded)} bytes, not {size}")
-    return np.concatenate([coded, np.zeros(size - len(coded), np.uint8)])
+    coded: np.ndarray = np.concatenate(parts)
+    return coded
 
 
 def decode(coded: np.ndarray, count: int) -> np.ndarray:

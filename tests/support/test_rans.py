@@ -39,6 +39,16 @@ def test_several_streams_take_their_entropy(count, deviation):
     assert entropy < len(coded) <= rans.bound(counts(values), -127) < 1.012 * entropy + 600
 
 
+def test_tensors_that_are_coded_together_have_the_bytes_of_their_own(monkeypatch):
+    tensors = [normal(count, 1 + count % 7) for count in (1, 5000, rans.STREAM + 77, 3 * rans.STREAM, 3)]
+    tensors += [np.zeros(0, np.int8), np.zeros(70_000, np.int8), normal(6000, 40).reshape(60, 100)]
+    alone = [rans.encode(values) for values in tensors]
+    for most in (rans.TOGETHER, 100_000):
+        monkeypatch.setattr(rans, "TOGETHER", most)
+        together = rans.encode_all(tensors)
+        assert all(np.array_equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
 @given(st.lists(st.integers(0, 10**7), min_size=1, max_size=255).filter(any))
 def test_frequencies_sum_and_no_integer_is_without_one(numbers):
     made = rans.histogram(np.array(numbers), -127)

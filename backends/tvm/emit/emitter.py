@@ -7,7 +7,7 @@ see an operand in any shape of equally many elements.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -96,7 +96,7 @@ class Formula:
 class Preparation:
     """The calls of `prepare`, which all functions share: they compute from stored tensors alone."""
 
-    def __init__(self, stored: dict[str, Stored]) -> None:
+    def __init__(self, stored: Mapping[str, Stored]) -> None:
         self.stored = stored
         self.static = set(stored)
         """The names of the values that are known at load."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -97,15 +97,15 @@ class SelectKernels(LoweringStage[Lowered]):
     program: Program
     batches: Sequence[int]
     others: Sequence[Specialization] = ()
-    decodes: bool = True
-    """Whether the target has the kernel that decodes entropy-coded weights."""
+    tensors: Mapping[str, stored_tensors.Stored] | None = None
+    """The stored tensors, where they are packed already: packing takes long."""
 
     contract: ClassVar[Contract] = Contract.LOWERED
 
     def run(self, plan: Lowered) -> Lowered:
-        tensors = stored_tensors.stored(
-            self.program, *(other.program for other in self.others), coded=self.decodes
-        )
+        tensors = self.tensors
+        if tensors is None:
+            tensors = stored_tensors.stored(self.program, *(other.program for other in self.others))
         preparation = Preparation(tensors)
         functions = [_function(self.program, self.batches, preparation)]
         functions += [_function(o.program, o.batches, preparation, f"_{o.name}") for o in self.others]
