@@ -281,15 +281,15 @@ def _rows(program: Program, fits: FitCache, tasks: Sequence[Task], share: float)
 def _row_errors(_: None, item: _Rows) -> tuple[WeightErrors, dict[str, Fit]]:
     """The errors of a weight, and the whole fits that were made for them, unless they are too large to keep."""
     errors: dict[Name, Tensor] = {}
-    made: dict[str, Fit] = {}
     some = [choice for _, choice, _ in item.formats if len(item.picked) < item.count and get_format(choice).by_row]
     rows = item.layer.fit_formats(some, item.formats[0][2], item.picked) if some else {}
-    for name, choice, rounding in item.formats:
+    whole = [choice for _, choice, _ in item.formats if choice not in {*rows, *item.known}]
+    made = item.layer.fit_formats(whole, item.formats[0][2])
+    for name, choice, _rounding in item.formats:
         if choice in rows:
             error = rows[choice].dequantize() - item.layer.read(item.picked).flatten(1)
         else:
-            if (known := item.known.get(choice)) is None:
-                known = made[choice] = item.layer.fit(choice, rounding)
+            known = made[choice] if choice in made else item.known[choice]
             error = (known.dequantize() - item.layer.read().flatten(1))[item.picked]
         errors[name] = error.to(torch.bfloat16)
     return WeightErrors(item.picked, item.count, errors, item.mean), {f: fit for f, fit in made.items() if kept(fit)}

@@ -10,7 +10,7 @@ next to none would lie beyond the levels of `int4`, those of that.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,12 +27,16 @@ FOUR_BITS = 1.5
 """The rate up to which codes are -8 to 7, which costs nothing there, and half a decibel at 2.5 bits."""
 CLOSE = 0.004
 """How close the bytes of a fit come to those that it may take, as a share of them."""
+SHORT = 0.008
+"""The share of its bytes by which a first fit may fall short, so that the search ends with it."""
 FINE = 1 / 1024
 """The octaves to which a step is found."""
-SAMPLE = 1 << 18
+SAMPLE = 1 << 16
 """Numbers of a weight that show how many more bits chosen codes take than the nearest ones."""
 AHEAD = (0.4, 0.8, 1.2)
 """Octaves above the step of the nearest codes at which that is seen, at one bit; at more bits they are fewer."""
+TOGETHER = 1 << 24
+"""The most numbers whose codes are chosen in one walk, over all fits of the same rows."""
 TRIES = 6
 """How often codes are chosen for a whole weight, until they fit; mostly they do the first time."""
 INSIDE = 0.02
@@ -72,30 +76,40 @@ class EntropyFormat(Format):
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
         rows = weight.flatten(1)
         most = self.coded_bytes(rows.numel())
-        place = self._place(_Spread.of(rows), most)
+        place = self._place(_Spread.over(rows), most)
         while self.bytes_of((found := self.at(rows, 2**place)).codes) > most:  # bins are not quite the numbers
             place += FINE
         return found
 
     def rounded(self, rows: Tensor, fit: Fit, choose: Choose) -> Fit:
-        """Chooses codes at the least step whose chosen codes fit: they take more bits than the nearest ones.
+        """Chooses codes at the least step whose chosen codes fit: they take more bits than the nearest ones."""
+        return rounded_together([self], rows, [fit], choose)[0]
 
-        How many more hardly depends on the step, and in a large weight some rows show it.
+    def _search(self, rows: _Spread, some: _Spread) -> Generator[_Asked, Sequence[Fit], Fit | None]:
+        """Searches for the step: asks for fits with chosen codes, and returns that of all rows, or None.
+
+        How many more bits chosen codes take than the nearest hardly depends on the step, and in a large weight some
+        rows show it.
         """
-        most, spread = self.coded_bytes(rows.numel()), _Spread.of(rows)
-        some = rows[:: max(1, rows.numel() // SAMPLE)].contiguous()
-        places = [self._place(spread, most) + ahead * self.rate**-1.5 for ahead in AHEAD]
-        more = self._more(some, _Spread.of(some), places, choose([self.at(some, 2**p) for p in places], some))
-        margins = (0.0, 0.5, 1.5) if len(some) == len(rows) else (0.5,)  # of few rows walks take as long as one
+        most = self.coded_bytes(rows.of.numel())
+        places = [self._place(rows, most) + ahead * self.rate**-1.5 for ahead in AHEAD]
+        more = self._more(some, places, (yield [self.at(some.of, 2**place) for place in places], some.of))
+        margins = (0.0, 0.5, 1.5) if some is rows else (0.5,)  # of few rows walks take as long as one
+        best: Fit | None = None
         for attempt in range(TRIES):
             aims = [most * (1 - (margin + max(0, attempt - 1) ** 2) * CLOSE) for margin in margins]
-            places = [self._place(spread, aim, more) for aim in aims]
-            found = choose([self.at(rows, 2**place) for place in places], rows)
-            for one in found:  # the least step first
-                if self.bytes_of(one.codes) <= most:
-                    return one
-            more = self._more(rows, spread, places, found)
-        return fit
+            places = [self._place(rows, aim, more) for aim in aims]
+            found = yield [self.at(rows.of, 2**place) for place in places], rows.of
+            fitting = [one for one in found if self.bytes_of(one.codes) <= most]
+            best = max([*fitting, *([best] if best is not None else [])], key=self._bytes, default=None)
+            if best is not None and (attempt or self._bytes(best) >= most * (1 - SHORT)):
+                break
+            more = self._more(rows, places, found)
+        return best
+
+    def _bytes(self, fit: Fit) -> int:
+        """The bytes of a fit's codes."""
+        return self.bytes_of(fit.codes)
 
     def at(self, rows: Tensor, step: float) -> QuantizedWeight:
         """The nearest codes at a step, which is rounded up to f16 so that no more codes are used."""
@@ -136,7 +150,7 @@ class EntropyFormat(Format):
         """
 
         def fits(place: float) -> bool:
-            beyond = 0.0 if more is None else spread.numbers * float(np.interp(place, *more))
+            beyond = 0.0 if more is None else spread.of.numel() * float(np.interp(place, *more))
             return self._bytes_at(spread, place) + beyond <= most
 
         low, high = math.log2(spread.peak / contract.LUT_MAX), math.log2(4 * spread.peak)
@@ -148,11 +162,11 @@ class EntropyFormat(Format):
             low, high = (low, middle) if fits(middle) else (middle, high)
         return high
 
-    def _more(self, rows: Tensor, spread: _Spread, places: Sequence[float], found: Sequence[Fit]) -> _More:
+    def _more(self, spread: _Spread, places: Sequence[float], found: Sequence[Fit]) -> _More:
         """The bytes for each number that codes, chosen at steps of these logarithms, take beyond the nearest."""
         seen = []
         for one, place in zip(found, places, strict=True):
-            seen.append((place, (self.bytes_of(one.codes) - self._bytes_at(spread, place)) / rows.numel()))
+            seen.append((place, (self.bytes_of(one.codes) - self._bytes_at(spread, place)) / spread.of.numel()))
         return [place for place, _ in sorted(seen)], [bytes_ for _, bytes_ in sorted(seen)]
 
     def _bytes_at(self, spread: _Spread, place: float) -> int:
@@ -173,34 +187,63 @@ class EntropyFormat(Format):
 class _Spread:
     """How often the numbers of a weight are about which value."""
 
+    of: Tensor
+    """The weight, [O, K]."""
     values: np.ndarray
     """The middles of bins, f64 [2 * BINS + 1]."""
     counts: np.ndarray
     """How many numbers each has, f64."""
 
     @staticmethod
-    def of(rows: Tensor) -> _Spread:
+    def over(rows: Tensor) -> _Spread:
         """The spread of rows [O, K]."""
         peak = float(rows.abs().amax()) or 1.0
         counts = torch.zeros(2 * BINS + 1, dtype=torch.int64)
         for part in contract.row_parts(rows):
             places = (rows[part] / peak * BINS).round().long() + BINS
             counts += torch.bincount(places.flatten(), minlength=len(counts))
-        return _Spread(np.arange(-BINS, BINS + 1) * (peak / BINS), counts.double().numpy())
+        return _Spread(rows, np.arange(-BINS, BINS + 1) * (peak / BINS), counts.double().numpy())
 
     @property
     def peak(self) -> float:
         """The largest magnitude."""
         return float(self.values[-1])
 
-    @property
-    def numbers(self) -> float:
-        """How many numbers there are."""
-        return float(self.counts.sum())
-
 
 _More = tuple[Sequence[float], Sequence[float]]
 """What chosen codes take beyond the nearest ones, in bytes for each number, by the logarithm of the step, ascending."""
+
+
+_Asked = tuple[list[QuantizedWeight], Tensor]
+"""Fits whose codes are to be chosen, and the rows that they are of."""
+
+
+def rounded_together(
+    formats: Sequence[EntropyFormat], rows: Tensor, fits: Sequence[Fit], choose: Choose
+) -> list[Fit]:
+    """Chooses the codes of fits of the same rows [O, K] in several formats, as `EntropyFormat.rounded` does of each.
+
+    ``choose`` has those of all formats in one walk, as long as they are few numbers.
+    """
+    whole = _Spread.over(rows)
+    stride = max(1, rows.numel() // SAMPLE)
+    some = whole if stride == 1 else _Spread.over(rows[::stride].contiguous())
+    found = list(fits)
+    searches = [format_._search(whole, some) for format_ in formats]
+    asked = {number: next(search) for number, search in enumerate(searches)}
+    while asked:
+        over = next(iter(asked.values()))[1]
+        wanted = [fit for of, _ in asked.values() for fit in of]
+        step = max(1, TOGETHER // over.numel())
+        chosen = iter([one for i in range(0, len(wanted), step) for one in choose(wanted[i : i + step], over)])
+        following: dict[int, _Asked] = {}
+        for number, (of, _) in asked.items():
+            try:
+                following[number] = searches[number].send([next(chosen) for _ in of])
+            except StopIteration as end:
+                found[number] = found[number] if end.value is None else end.value
+        asked = following
+    return found
 
 
 def _saved_bits(codes: Tensor) -> Tensor:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
 from mpq_compiler import formats
 from mpq_compiler.formats import activation, low_rank
 from mpq_compiler.formats.base import Fit, QuantizedWeight, departures, diagonal
+from mpq_compiler.formats.entropy import rounded_together
 from mpq_compiler.ir import ops, scratch
 from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.quantization import fit_files
@@ -164,8 +164,10 @@ class Layer:
         """Fits the weight, or the rows ``picked`` of it, with the least error of the output over calibration's rows."""
         return fit_rows(self.read(picked), format_name, self.moments, rounding)
 
-    def fit_formats(self, names: Sequence[str], rounding: Rounding, picked: Tensor) -> dict[str, Fit]:
-        """Fits the rows ``picked`` in several formats, as `fit` does each."""
+    def fit_formats(
+        self, names: Sequence[str], rounding: Rounding, picked: Tensor | None = None
+    ) -> dict[str, Fit]:
+        """Fits the weight, or the rows ``picked`` of it, in several formats, as `fit` does each."""
         return fit_formats(self.read(picked), names, self.moments, rounding)
 
 
@@ -190,44 +192,22 @@ def fit_rows(weight: Tensor, format_name: str, gram: Tensor | None, rounding: Ro
     measure = gram
     if chosen.searches and gram is not None and gram.dim() > 1 and gram.shape[-1] > 2 * SKETCH:
         measure = _sketch(gram)
-
-    def choose(fits: Sequence[Fit], rows: Tensor) -> Sequence[Fit]:
-        return rounding.of_formats(fits, rows, gram)
-
-    return chosen.rounded(weight.flatten(1), chosen.fit(weight, measure), choose)
+    return chosen.rounded(weight.flatten(1), chosen.fit(weight, measure), partial(rounding.of_formats, gram=gram))
 
 
 def fit_formats(weight: Tensor, names: Sequence[str], gram: Tensor | None, rounding: Rounding) -> dict[str, Fit]:
-    """Fits the same few rows in several formats, as `fit_rows` does each; GPTQ chooses their codes together."""
+    """Fits the same rows in several formats, as `fit_rows` does each; GPTQ chooses their codes together."""
     together = rounding in (Rounding.GPTQ, Rounding.GPTQ_IN_ORDER) and gram is not None and gram.dim() > 1
     found = {name: fit_rows(weight, name, gram, Rounding.NEAREST if together else rounding) for name in names}
-    if not together or gram is None:
+    if not together:
         return found
     rows = weight.flatten(1).contiguous()
+    choose = partial(rounding.of_formats, gram=gram)
     coded = {name: chosen for name in names if isinstance(chosen := formats.get(name), formats.EntropyFormat)}
-    if coded:
-        nearest = [math.log2(chosen.step(found[name])) for name, chosen in coded.items()]
-        found |= _at_rates(rows, coded, nearest, gram, rounding)
-    return dict(zip(found, rounding.of_formats([*found.values()], rows, gram), strict=True))
-
-
-def _at_rates(
-    rows: Tensor, coded: Mapping[str, formats.EntropyFormat], places: Sequence[float], gram: Tensor, rounding: Rounding
-) -> dict[str, Fit]:
-    """Entropy-coded fits at steps whose codes, when GPTQ has chosen them, take about the bytes that they may.
-
-    Their bytes are known at steps half an octave apart, from one walk over the columns, and taken to be lines between.
-    ``places`` are the logarithms of the steps of the nearest codes.
-    """
-    tried = [min(places) + i / 2 for i in range(math.ceil(2 * (max(places) - min(places))) + 4)]
-    widest = max(coded.values(), key=lambda chosen: chosen.rate)
-    walked = rounding.of_formats([widest.at(rows, 2**place) for place in tried], rows, gram)
-    taken = np.minimum.accumulate([widest.bytes_of(fit.codes) for fit in walked])  # fewer at coarser steps
-    found: dict[str, Fit] = {}
-    for name, chosen in coded.items():
-        place = float(np.interp(-chosen.coded_bytes(rows.numel()), -taken, tried))
-        found[name] = chosen.at(rows, 2**place)
-    return found
+    made: Sequence[Fit] = rounded_together([*coded.values()], rows, [found[name] for name in coded], choose)
+    found |= dict(zip(coded, made, strict=True))
+    others = [name for name in names if name not in coded]
+    return found | dict(zip(others, choose([found[name] for name in others], rows), strict=True))
 
 
 def _with_codes(fit: QuantizedWeight, codes: Tensor) -> QuantizedWeight:
