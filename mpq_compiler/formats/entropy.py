@@ -41,7 +41,7 @@ TRIES = 6
 """How often codes are chosen for a whole weight, until they fit; mostly they do the first time."""
 INSIDE = 0.02
 """How far inside its cell a number is put that is moved there, in steps."""
-BINS = 1 << 13
+BINS = 1 << 11
 """Bins on each side of zero by which the bytes of a weight's nearest codes are foreseen at any step."""
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from mpq_compiler import formats
 from mpq_compiler.formats import activation, low_rank
-from mpq_compiler.formats.base import Fit, QuantizedWeight, departures, diagonal
+from mpq_compiler.formats.base import Fit, Format, QuantizedWeight, departures, diagonal
 from mpq_compiler.formats.entropy import rounded_together
 from mpq_compiler.ir import ops, scratch
 from mpq_compiler.ir.program import TIME_GROUPS, Program
@@ -189,19 +189,23 @@ def fitted(
 def fit_rows(weight: Tensor, format_name: str, gram: Tensor | None, rounding: Rounding = Rounding.NEAREST) -> Fit:
     """Fits rows of a weight [O, ..., C] in a format; gram as in `Format.fit`, but no factor."""
     chosen, weight = formats.get(format_name), weight.contiguous()
-    measure = gram
+    return chosen.rounded(weight.flatten(1), _nearest(weight, chosen, gram), partial(rounding.of_formats, gram=gram))
+
+
+def _nearest(weight: Tensor, chosen: Format, gram: Tensor | None) -> Fit:
+    """The fit with the nearest codes."""
     if chosen.searches and gram is not None and gram.dim() > 1 and gram.shape[-1] > 2 * SKETCH:
-        measure = _sketch(gram)
-    return chosen.rounded(weight.flatten(1), chosen.fit(weight, measure), partial(rounding.of_formats, gram=gram))
+        gram = _sketch(gram)
+    return chosen.fit(weight, gram)
 
 
 def fit_formats(weight: Tensor, names: Sequence[str], gram: Tensor | None, rounding: Rounding) -> dict[str, Fit]:
     """Fits the same rows in several formats, as `fit_rows` does each; GPTQ chooses their codes together."""
-    together = rounding in (Rounding.GPTQ, Rounding.GPTQ_IN_ORDER) and gram is not None and gram.dim() > 1
-    found = {name: fit_rows(weight, name, gram, Rounding.NEAREST if together else rounding) for name in names}
-    if not together:
-        return found
-    rows = weight.flatten(1).contiguous()
+    if rounding not in (Rounding.GPTQ, Rounding.GPTQ_IN_ORDER) or gram is None or gram.dim() == 1:
+        return {name: fit_rows(weight, name, gram, rounding) for name in names}
+    weight = weight.contiguous()
+    found = {name: _nearest(weight, formats.get(name), gram) for name in names}
+    rows = weight.flatten(1)
     choose = partial(rounding.of_formats, gram=gram)
     coded = {name: chosen for name in names if isinstance(chosen := formats.get(name), formats.EntropyFormat)}
     made: Sequence[Fit] = rounded_together([*coded.values()], rows, [found[name] for name in coded], choose)
