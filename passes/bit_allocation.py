@@ -25,7 +25,6 @@ from mpq_compiler.ir.edges import attention_edges, dynamic_edges, input_edge
 from mpq_compiler.ir.findings import ALLOCATION, LATENCY, SENSITIVITY, Losses, LossTable, SensitivityTable
 from mpq_compiler.ir.graph import CONTRACTIONS, softmax, weight_of
 from mpq_compiler.ir.program import PARAMETERS, ActivationPlan, Program, Stage, TensorStore, WeightPlan
-from mpq_compiler.ir.sizes import LARGE
 from mpq_compiler.pipeline.demand import TRIAL, USUAL, Asked, Demand, fitting, searching
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.realize import realize
@@ -131,7 +130,7 @@ class BitAllocation(Pass):
     activation_ratios: tuple[float, ...] = ()
     """Bits of the activations of content layers over those of the other layers: each is tried, the best is taken."""
     images: int = 8
-    """Images that judge ratios and rounds, each against the float model's from the same noise."""
+    """Images that judge the ratios, each against the float model's from the same noise."""
     rounds: int = 0
     """How often, at most, losses are measured again around a plan whose noise is not their sum."""
     protected: float = 0.0
@@ -364,16 +363,10 @@ class BitAllocation(Pass):
         """The planned program with its noise measured, or a better one by the losses around it.
 
         Sums of losses are those of small errors. Where the whole plan's noise is another, losses are measured again
-        with all weights rounded as planned, the program is solved with those, and the better of both plans is kept.
+        with all weights rounded as planned, the program is solved with those, and the plan of less noise is kept.
         """
         self._measure_together(planned, session)
-        judge, estimator = PlanJudge(program, session, self.images), program.facts.get(ESTIMATOR)
-
-        def noise(of: Program) -> float:
-            if program.facts[PARAMETERS] > LARGE:  # images take too long
-                return float(of.facts[ALLOCATION]["additivity"]["measured"])
-            return judge.noise(of)
-
+        estimator = program.facts.get(ESTIMATOR)
         for _ in range(self.rounds):
             if estimator is None or abs(_difference(planned)) <= AGAIN_DB:
                 break
@@ -381,7 +374,7 @@ class BitAllocation(Pass):
             around.facts[SENSITIVITY] = estimator.around(program, planned, session)
             other = self._planned(around, *self._solve(around, session), session.fits)
             self._measure_together(other, session)
-            powers = noise(planned), noise(other)
+            powers = [of.facts[ALLOCATION]["additivity"]["measured"] for of in (planned, other)]
             if powers[1] >= powers[0]:
                 break
             planned = other

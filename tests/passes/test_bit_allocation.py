@@ -328,11 +328,13 @@ def test_a_plan_that_its_losses_judge_well_is_kept(tmp_path):
     assert once.facts[ALLOCATION] == again.facts[ALLOCATION] and not [*tmp_path.rglob("*.jsonl")]
 
 
-def test_a_plan_measured_again_that_draws_no_better_images_is_dropped(misjudged, tmp_path, monkeypatch):
-    monkeypatch.setattr(bit_allocation.PlanJudge, "noise", lambda self, planned: 1.0)
+def test_a_plan_measured_again_that_has_more_noise_is_dropped(misjudged, tmp_path, monkeypatch):
+    measure, told = bit_allocation.noise_of_program, iter((1e-9, 1e-8, 1e-9))
+    monkeypatch.setattr(bit_allocation, "noise_of_program", lambda *given: measure(*given) * 0 + next(told))
     session = Session(programs.denoiser(MODEL), cache=tmp_path)
-    once, again = (together(misjudged, session, rounds=rounds) for rounds in (0, 1))
+    again, once = (together(misjudged, session, rounds=rounds) for rounds in (1, 0))
     assert once.facts[ALLOCATION] == again.facts[ALLOCATION] and once.weights == again.weights
+    assert next(told, None) is None
 
 
 def test_a_table_that_names_no_inputs_is_not_checked():
