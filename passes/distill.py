@@ -104,7 +104,7 @@ class Distill(Pass):
     steps: int = 20
     """Steps of a trajectory."""
     images: int = 32
-    """Held-out images that no stage may make worse; 0 draws none."""
+    """Held-out images that no stage may make worse, by the geometric mean of their errors; 0 draws none."""
 
     def __post_init__(self) -> None:
         for option in ("minutes", "rate", "relation", "memory"):
@@ -143,7 +143,7 @@ class Distill(Pass):
         samples = max(self.samples, trajectories(updates, self.epochs, self.steps))
         data, held_out = calls(session, samples, self.steps)
         image_error = TrajectoryError.drawn(session, self.images)
-        images = image_error.noise(program) if image_error else None
+        images = image_error.typical_noise(program) if image_error else None
         if image_error:
             gains = image_error.gains(program)
             data, held_out = data.weighted(gains), held_out.weighted(gains)
@@ -151,7 +151,7 @@ class Distill(Pass):
         for title, phase in self._phases(program, session, updates):
             trained, outcomes = phase(program, data, held_out)
             _note_divergence(trained, outcomes)
-            found = image_error.noise(trained) if image_error else None
+            found = image_error.typical_noise(trained) if image_error else None
             kept = images is None or found is None or found <= images
             stages = [asdict(outcome) for outcome in outcomes]
             told.append(

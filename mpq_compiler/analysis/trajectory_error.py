@@ -66,6 +66,17 @@ class TrajectoryError:
         error = self._error(self._draw(lambda **inputs: self._run(program, inputs)))
         return float(error / np.square(self.reference.astype(np.float64)).sum())
 
+    def typical_noise(self, program: Program) -> float:
+        """The geometric mean, over the images, of the squared error over the float model's mean squared latents.
+
+        Of a few images in a hundred the sampler takes another way altogether: they decide on the sum of errors, by
+        chance, and not on this.
+        """
+        drawn = self._draw(lambda **inputs: self._run(program, inputs)).astype(np.float64)
+        each = np.square(drawn - self.reference).reshape(len(drawn), -1).sum(1)
+        power = np.square(self.reference.astype(np.float64)).sum() / len(drawn)
+        return float(np.exp(np.log(np.maximum(each / power, 1e-30)).mean()))
+
     def gains(self, program: Program) -> list[tuple[float, float]]:
         """Measures how much an error at each timestep costs images: (timestep, gain), by ascending timestep.
 

@@ -262,7 +262,7 @@ def test_options_without_an_effect_are_said(tmp_path):
 
 def test_images_that_get_worse_undo_a_stage(tmp_path, monkeypatch):
     errors = iter([0.1, 0.2, 0.05])
-    monkeypatch.setattr(trajectory_error.TrajectoryError, "noise", lambda self, program: next(errors))
+    monkeypatch.setattr(trajectory_error.TrajectoryError, "typical_noise", lambda self, program: next(errors))
     made = make_pass("distill", {"updates": 4, "latent": 0.5, "samples": 2, "steps": 4, "images": 4})
     program = made.run(start(), session(tmp_path))
     first, second = program.facts[DECISIONS][""]["distill"]["phases"]

@@ -53,6 +53,23 @@ def test_times_of_kernels_are_not_asked_for(tmp_path, grouped):
     assert len(found.facts[TIME_GAINS]) == IMAGE_STEPS
 
 
+def test_an_image_that_goes_another_way_hardly_counts_among_others(tmp_path, plain, monkeypatch):
+    """The typical noise is that of most images, where the noise is that of the worst."""
+    image_error = TrajectoryError.drawn(session(tmp_path), IMAGES)
+    before = image_error.noise(plain), image_error.typical_noise(plain)
+    assert before[1] <= before[0] * (1 + 1e-9)
+    made = image_error._draw
+
+    def astray(model):
+        drawn = made(model).copy()
+        drawn[0] += 100 * (drawn[0] - image_error.reference[0])
+        return drawn
+
+    monkeypatch.setattr(image_error, "_draw", astray)
+    after = image_error.noise(plain), image_error.typical_noise(plain)
+    assert after[0] > 500 * before[0] and after[1] < 30 * before[1]
+
+
 def test_a_model_of_few_steps_draws_in_as_many(tmp_path, plain):
     image_error = TrajectoryError.drawn(session(tmp_path, steps=4), IMAGES)
     assert len(image_error.gains(plain)) == 4 == len(image_error.outputs)
