@@ -13,7 +13,7 @@ from mpq_compiler import formats
 from mpq_compiler.allocation import costs, lagrangian, pose, sensitivity_table
 from mpq_compiler.allocation.pose import SCORES, Terms
 from mpq_compiler.allocation.problem import InfeasibleError, Problem, Solution
-from mpq_compiler.allocation.rerank import PlanJudge, Reranker, Solved
+from mpq_compiler.allocation.rerank import Reranker, Solved
 from mpq_compiler.allocation.sensitivity_table import CONTENT, QUALITY
 from mpq_compiler.allocation.solver import TIME_LIMIT, solve
 from mpq_compiler.analysis.estimated_losses import ESTIMATOR
@@ -336,7 +336,7 @@ class BitAllocation(Pass):
         def planned(solution: Solution) -> Program:
             return self._planned(program, *_choices_of(solution, table), session.fits)
 
-        reranker = Reranker(PlanJudge(program, session, self.images), planned)
+        reranker = Reranker(program, session, self.images, planned)
         best = self._best(program, table, terms, solved, reranker)
         if not best.solution.optimal:
             program.note(

@@ -30,8 +30,8 @@ class Solved:
 
 
 @dataclass
-class PlanJudge:
-    """Judges planned programs by their images (`TrajectoryError`).
+class Reranker:
+    """Judges allocations by the images of their programs (`TrajectoryError`).
 
     The error is the squared error over the squared latents; MixDQ (arXiv 2405.17873) draws one image of each candidate
     and compares pixels. Where a model's conditions cannot be made, outputs on calibration inputs are compared.
@@ -40,41 +40,20 @@ class PlanJudge:
     program: Program
     session: Session
     images: int
-    _judge: Callable[[Program], float] | None = None
-
-    def noise(self, planned: Program) -> float:
-        """The relative noise power of the images that a planned program draws."""
-        self._judge = self._judge or self._made()
-        return float(f"{self._judge(realize(planned, self.session)):.5e}")
-
-    def _made(self) -> Callable[[Program], float]:
-        image_error = None if self.session.denoiser is None else TrajectoryError.drawn(self.session, self.images)
-        if image_error is not None:
-            return image_error.noise
-        self.program.note("candidates are judged by the output on calibration inputs: nothing can be drawn here")
-        calibration = self.program.facts[CALIBRATION]
-        inputs, reference = calibration.select(INPUTS), calibration.select_outputs(INPUTS)
-        return lambda program: noise_power(run(program, inputs), reference)
-
-
-@dataclass
-class Reranker:
-    """Judges allocations by the images of their programs."""
-
-    judge: PlanJudge
     planned: Callable[[Solution], Program]
     """Makes the program with a solution's plans."""
     judged: list[dict[str, Any]] = field(default_factory=list)
     """The ``ratio``, ``activation_ratio`` and ``noise`` of every candidate so far."""
 
     def __post_init__(self) -> None:
+        self._judge: Callable[[Program], float] | None = None
         self._known: dict[tuple[tuple[str, str], ...], float] = {}
 
     def best(self, found: Sequence[Solved]) -> Solved:
         """The candidate of least error; the first of equal ones, and a single one unjudged."""
         if len(found) == 1:
             return found[0]
-        with self.judge.session.track("drawing candidates", len(found)) as advance:
+        with self.session.track("drawing candidates", len(found)) as advance:
 
             def noise(one: Solved) -> float:
                 power = self.noise(one.solution)
@@ -89,5 +68,16 @@ class Reranker:
         """The relative noise power of the images that a solution's program draws; cached by its choices."""
         key = tuple(sorted(solution.choices.items()))
         if key not in self._known:
-            self._known[key] = self.judge.noise(self.planned(solution))
+            self._judge = self._judge or self._made()
+            program = realize(self.planned(solution), self.session)
+            self._known[key] = float(f"{self._judge(program):.5e}")
         return self._known[key]
+
+    def _made(self) -> Callable[[Program], float]:
+        image_error = None if self.session.denoiser is None else TrajectoryError.drawn(self.session, self.images)
+        if image_error is not None:
+            return image_error.noise
+        self.program.note("candidates are judged by the output on calibration inputs: nothing can be drawn here")
+        calibration = self.program.facts[CALIBRATION]
+        inputs, reference = calibration.select(INPUTS), calibration.select_outputs(INPUTS)
+        return lambda program: noise_power(run(program, inputs), reference)

@@ -259,8 +259,10 @@ class _Rows:
     layer: Layer
     picked: Tensor
     count: int
-    formats: tuple[tuple[Name, str, Rounding], ...]
-    """The name of each error, the format, and how codes are chosen."""
+    formats: tuple[tuple[Name, str], ...]
+    """The name of each error, and the format."""
+    rounding: Rounding
+    """How codes are chosen."""
     known: dict[str, Fit]
     """The fits that are known, by format."""
     mean: Tensor | None
@@ -272,26 +274,26 @@ def _rows(program: Program, fits: FitCache, tasks: Sequence[Task], share: float)
     name = str(weight.target)
     count = len(program.tensors[name])
     mean = None if bias_of(node) is None else program.facts[CALIBRATION].means.get(node.name)
-    formats = tuple((task.name, str(task.choice), task.rounding) for task in tasks)
-    known = {f: fit for _, f, rounding in formats if (fit := fits.known(program, name, f, rounding)) is not None}
+    formats, rounding = tuple((task.name, str(task.choice)) for task in tasks), tasks[0].rounding
+    known = {f: fit for _, f in formats if (fit := fits.known(program, name, f, rounding)) is not None}
     layer = Layer.of(program, node, name)
-    return _Rows(weight.name, layer, some_rows(count, share), count, formats, known, mean)
+    return _Rows(weight.name, layer, some_rows(count, share), count, formats, rounding, known, mean)
 
 
 def _row_errors(_: None, item: _Rows) -> tuple[WeightErrors, dict[str, Fit]]:
     """The errors of a weight, and the whole fits that were made for them, unless they are too large to keep."""
     errors: dict[Name, Tensor] = {}
-    some = [choice for _, choice, _ in item.formats if len(item.picked) < item.count and get_format(choice).by_row]
-    rows = item.layer.fit_formats(some, item.formats[0][2], item.picked) if some else {}
-    whole = [choice for _, choice, _ in item.formats if choice not in {*rows, *item.known}]
-    made = item.layer.fit_formats(whole, item.formats[0][2])
-    for name, choice, _rounding in item.formats:
+    some = [choice for _, choice in item.formats if len(item.picked) < item.count and get_format(choice).by_row]
+    rows = item.layer.fit_formats(some, item.rounding, item.picked) if some else {}
+    whole = [choice for _, choice in item.formats if choice not in {*rows, *item.known}]
+    made = item.layer.fit_formats(whole, item.rounding) if whole else {}
+    weight = item.layer.read(item.picked).flatten(1)
+    for name, choice in item.formats:
         if choice in rows:
-            error = rows[choice].dequantize() - item.layer.read(item.picked).flatten(1)
+            level = rows[choice].dequantize()
         else:
-            known = made[choice] if choice in made else item.known[choice]
-            error = (known.dequantize() - item.layer.read().flatten(1))[item.picked]
-        errors[name] = error.to(torch.bfloat16)
+            level = (made[choice] if choice in made else item.known[choice]).dequantize()[item.picked]
+        errors[name] = (level - weight).to(torch.bfloat16)
     return WeightErrors(item.picked, item.count, errors, item.mean), {f: fit for f, fit in made.items() if kept(fit)}
 
 

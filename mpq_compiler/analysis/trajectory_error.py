@@ -63,7 +63,7 @@ class TrajectoryError:
 
     def noise(self, program: Program) -> float:
         """The squared error of the program's latents over the float model's squared latents."""
-        error = self._error(self._draw(lambda **inputs: self._run(program, inputs)))
+        error = self._error(self._drawn_by(program))
         return float(error / np.square(self.reference.astype(np.float64)).sum())
 
     def typical_noise(self, program: Program) -> float:
@@ -72,9 +72,9 @@ class TrajectoryError:
         Of a few images in a hundred the sampler takes another way altogether: they decide on the sum of errors, by
         chance, and not on this.
         """
-        drawn = self._draw(lambda **inputs: self._run(program, inputs)).astype(np.float64)
-        each = np.square(drawn - self.reference).reshape(len(drawn), -1).sum(1)
-        power = np.square(self.reference.astype(np.float64)).sum() / len(drawn)
+        drawn = self._drawn_by(program).astype(np.float64)
+        each = np.square(drawn - self.reference).reshape(self.count, -1).sum(1)
+        power = np.square(self.reference.astype(np.float64)).sum() / self.count
         return float(np.exp(np.log(np.maximum(each / power, 1e-30)).mean()))
 
     def gains(self, program: Program) -> list[tuple[float, float]]:
@@ -109,6 +109,9 @@ class TrajectoryError:
 
         error = self._error(self._draw(model))
         return {time: max(error / caused, 1e-12) for time, caused in seen.items() if caused}
+
+    def _drawn_by(self, program: Program) -> np.ndarray:
+        return self._draw(lambda **inputs: self._run(program, inputs))
 
     def _error(self, drawn: np.ndarray) -> float:
         return float(np.square(drawn.astype(np.float64) - self.reference).sum())

@@ -83,7 +83,7 @@ class EntropyFormat(Format):
 
     def rounded(self, rows: Tensor, fit: Fit, choose: Choose) -> Fit:
         """Chooses codes at the least step whose chosen codes fit: they take more bits than the nearest ones."""
-        return rounded_together([self], rows, [fit], choose)[0]
+        return rounded_together([self], rows, choose)[0]
 
     def _search(self, rows: _Spread, some: _Spread) -> Generator[_Asked, Sequence[Fit], Fit | None]:
         """Searches for the step: asks for fits with chosen codes, and returns that of all rows, or None.
@@ -125,10 +125,10 @@ class EntropyFormat(Format):
         Those go first that save the most bits for the way. Rows that fit are returned themselves.
         """
         while (excess := 8 * (self.bytes_of(codes := self.at(rows, step).codes) - self.coded_bytes(rows.numel()))) > 0:
-            nearest = torch.from_numpy(integers(codes)).long()
+            coded = integers(codes)
+            nearest, saved = torch.from_numpy(coded).long(), _saved_bits(coded)
             inner = nearest.abs() - 0.5 - INSIDE
             way = (rows.abs() / step - inner).clamp_min(INSIDE)
-            saved = _saved_bits(nearest)
             worth, order = (saved / way).flatten().sort(descending=True, stable=True)
             some = order[worth > 0]
             if not len(some):  # the next cells are as rare: the outermost go
@@ -136,12 +136,6 @@ class EntropyFormat(Format):
             some = some[: int(torch.searchsorted(saved.flatten()[some].cumsum(0), excess)) + 1]
             rows = rows.flatten().index_copy(0, some, (nearest.sign() * inner * step).flatten()[some]).view_as(rows)
         return rows
-
-    @staticmethod
-    def step(fit: Fit) -> float:
-        """The step of a fit in such a format."""
-        assert isinstance(fit, QuantizedWeight)
-        return float(fit.scale[0, 0])
 
     def _place(self, spread: _Spread, most: float, more: _More | None = None) -> float:
         """The logarithm of the least step at which codes take so many bytes, where they take ``more`` than the nearest.
@@ -167,7 +161,8 @@ class EntropyFormat(Format):
         seen = []
         for one, place in zip(found, places, strict=True):
             seen.append((place, (self.bytes_of(one.codes) - self._bytes_at(spread, place)) / spread.of.numel()))
-        return [place for place, _ in sorted(seen)], [bytes_ for _, bytes_ in sorted(seen)]
+        ordered, more = zip(*sorted(seen), strict=True)
+        return ordered, more
 
     def _bytes_at(self, spread: _Spread, place: float) -> int:
         """The bytes that the nearest codes take at a step of that logarithm, about."""
@@ -179,8 +174,7 @@ class EntropyFormat(Format):
     @staticmethod
     def bytes_of(codes: Tensor) -> int:
         """The bytes that codes take, at most."""
-        counts = np.bincount(integers(codes).view(np.uint8).ravel() ^ np.uint8(128), minlength=256)
-        return rans.bound(counts[1:], -127)
+        return rans.bound(rans.counts(integers(codes)), -contract.LUT_MAX)
 
 
 @dataclass(frozen=True)
@@ -218,17 +212,16 @@ _Asked = tuple[list[QuantizedWeight], Tensor]
 """Fits whose codes are to be chosen, and the rows that they are of."""
 
 
-def rounded_together(
-    formats: Sequence[EntropyFormat], rows: Tensor, fits: Sequence[Fit], choose: Choose
-) -> list[Fit]:
-    """Chooses the codes of fits of the same rows [O, K] in several formats, as `EntropyFormat.rounded` does of each.
+def rounded_together(formats: Sequence[EntropyFormat], rows: Tensor, choose: Choose) -> list[Fit]:
+    """Fits rows [O, K] in several formats with chosen codes, as `EntropyFormat.rounded` does in each.
 
-    ``choose`` has those of all formats in one walk, as long as they are few numbers.
+    ``choose`` has the fits of all formats in one walk, as long as they are few numbers. Where no chosen codes fit, they
+    are the nearest ones.
     """
     whole = _Spread.over(rows)
     stride = max(1, rows.numel() // SAMPLE)
     some = whole if stride == 1 else _Spread.over(rows[::stride].contiguous())
-    found = list(fits)
+    found: dict[int, Fit] = {}
     searches = [format_._search(whole, some) for format_ in formats]
     asked = {number: next(search) for number, search in enumerate(searches)}
     while asked:
@@ -241,18 +234,18 @@ def rounded_together(
             try:
                 following[number] = searches[number].send([next(chosen) for _ in of])
             except StopIteration as end:
-                found[number] = found[number] if end.value is None else end.value
+                found[number] = formats[number].fit(rows) if end.value is None else end.value
         asked = following
-    return found
+    return [found[number] for number in range(len(formats))]
 
 
-def _saved_bits(codes: Tensor) -> Tensor:
-    """The bits that each integer, i64, saves by going a step towards zero, f64; 0 where the next never occurs."""
-    counts = np.bincount((codes + contract.LUT_MAX).flatten().numpy(), minlength=2 * contract.LUT_MAX + 1)
-    made = rans.histogram(counts, -contract.LUT_MAX)
-    bits = np.full(len(counts), np.inf)
+def _saved_bits(coded: np.ndarray) -> Tensor:
+    """The bits that each integer, int8, saves by going a step towards zero, f64; 0 where the next never occurs."""
+    made = rans.histogram(rans.counts(coded), -contract.LUT_MAX)
+    bits = np.full(2 * contract.LUT_MAX + 1, np.inf)
     bits[made.low + contract.LUT_MAX :][: len(made.bits)] = made.bits
-    at, nearer = (torch.from_numpy(bits)[c + contract.LUT_MAX] for c in (codes, codes - codes.sign()))
+    place = coded.astype(np.int64) + contract.LUT_MAX
+    at, nearer = (torch.from_numpy(bits[p]) for p in (place, place - np.sign(coded)))
     return torch.where(nearer.isfinite(), at - nearer, 0).clamp_min(0)
 
 

@@ -204,14 +204,11 @@ def fit_formats(weight: Tensor, names: Sequence[str], gram: Tensor | None, round
     if rounding not in (Rounding.GPTQ, Rounding.GPTQ_IN_ORDER) or gram is None or gram.dim() == 1:
         return {name: fit_rows(weight, name, gram, rounding) for name in names}
     weight = weight.contiguous()
-    found = {name: _nearest(weight, formats.get(name), gram) for name in names}
-    rows = weight.flatten(1)
-    choose = partial(rounding.of_formats, gram=gram)
+    rows, choose = weight.flatten(1), partial(rounding.of_formats, gram=gram)
     coded = {name: chosen for name in names if isinstance(chosen := formats.get(name), formats.EntropyFormat)}
-    made: Sequence[Fit] = rounded_together([*coded.values()], rows, [found[name] for name in coded], choose)
-    found |= dict(zip(coded, made, strict=True))
-    others = [name for name in names if name not in coded]
-    return found | dict(zip(others, choose([found[name] for name in others], rows), strict=True))
+    others = {name: _nearest(weight, formats.get(name), gram) for name in names if name not in coded}
+    found = dict(zip(coded, rounded_together([*coded.values()], rows, choose), strict=True)) if coded else {}
+    return found | dict(zip(others, choose([*others.values()], rows), strict=True))
 
 
 def _with_codes(fit: QuantizedWeight, codes: Tensor) -> QuantizedWeight:

@@ -75,6 +75,13 @@ def histogram(counts: np.ndarray, low: int) -> Histogram:
     return Histogram(low, frequencies.astype(np.uint16))
 
 
+def counts(values: np.ndarray) -> np.ndarray:
+    """How often each integer from -127 on occurs in int8 values, none of them -128; of no values one 0."""
+    shifted = values.reshape(-1).view(np.uint8) ^ np.uint8(128) if values.size else np.array([128], np.uint8)
+    found: np.ndarray = np.bincount(shifted, minlength=256)[1:]
+    return found
+
+
 def last_state(low: int) -> int:
     """The states behind the last integer, which stand for ``low`` as well: another would show."""
     return LEAST + low + 128
@@ -144,7 +151,7 @@ def encode_all(tensors: Sequence[np.ndarray]) -> list[np.ndarray]:
 def _encode(tensors: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Codes tensors in one walk over the steps of all their streams."""
     flats = [values.reshape(-1) for values in tensors]
-    made = [histogram(_counts(flat), -127) for flat in flats]
+    made = [histogram(counts(flat), -127) for flat in flats]
     numbers = [streams(flat.size) for flat in flats]
     frequencies, begins = np.ones((len(flats), 256), np.uint32), np.zeros((len(flats), 256), np.uint32)
     for row, (one, into) in zip(made, zip(frequencies, begins, strict=True), strict=True):
@@ -180,13 +187,6 @@ def _encode(tensors: Sequence[np.ndarray]) -> list[np.ndarray]:
         found.append(_joined(row, states[here], *(x[:, here].transpose(1, 0, 2) for x in (words, flags))))
         at += number
     return found
-
-
-def _counts(flat: np.ndarray) -> np.ndarray:
-    """How often each integer from -127 on occurs, of none one 0."""
-    shifted = flat.view(np.uint8) ^ np.uint8(128) if flat.size else np.array([128], np.uint8)
-    counts: np.ndarray = np.bincount(shifted, minlength=256)[1:]
-    return counts
 
 
 def _joined(made: Histogram, states: np.ndarray, words: np.ndarray, flags: np.ndarray) -> np.ndarray:

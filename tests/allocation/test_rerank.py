@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from mpq_compiler.allocation.pose import Terms
 from mpq_compiler.allocation.problem import Solution
-from mpq_compiler.allocation.rerank import PlanJudge, Reranker, Solved
+from mpq_compiler.allocation.rerank import Reranker, Solved
 from mpq_compiler.ir.program import Program
 from mpq_compiler.passes.bit_allocation import BitAllocation
 from mpq_compiler.pipeline.session import Session
@@ -25,7 +25,7 @@ def reranker(images: int = 2) -> Reranker:
     def planned(solution: Solution) -> Program:
         return BitAllocation(uniform=solution.choices["all"]).run(program, Session())
 
-    return Reranker(PlanJudge(program, Session(programs.denoiser(MODEL)), images), planned)
+    return Reranker(program, Session(programs.denoiser(MODEL)), images, planned)
 
 
 def test_the_images_nearest_to_the_float_models_win():
@@ -52,5 +52,5 @@ def test_the_same_images_again():
 
 def test_learned_rounding_is_not_learned_for_a_candidate():
     judge = reranker()
-    judge.judge.session = replace(judge.judge.session, requests=Requests(rounding=Rounding.LEARNED))
+    judge.session = replace(judge.session, requests=Requests(rounding=Rounding.LEARNED))
     assert judge.noise(solved("int8").solution) > 0

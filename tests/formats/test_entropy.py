@@ -79,7 +79,7 @@ def test_weights_that_are_little_to_code(weight):
 @pytest.mark.parametrize("name", ["ec1.25", "ec2", "ec3"])
 def test_what_is_squeezed_keeps_to_its_bytes_and_most_stays(layer, name):
     weight, chosen = layer[0], formats.get(name)
-    step = chosen.step(chosen.fit(weight))
+    step = float(chosen.fit(weight).scale[0, 0])
     assert chosen.squeezed(weight, step) is weight
     louder = weight * 1.05
     found = chosen.squeezed(louder, step)

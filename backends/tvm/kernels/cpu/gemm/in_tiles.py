@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 
 from mpq_compiler.backends.tvm.kernels.common.template import Index
@@ -13,25 +14,21 @@ from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_ROWS, Tile
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment
 
 
+@dataclass
 class InTiles:
-    """What `Accumulation` is to registers: the sums of a tile of rows and a block, by `begin`, `add`, `end`.
+    """What `Accumulation` is to registers: the sums of a tile of rows and a block, by `begin`, `add`, `end`."""
 
-    ahead: see `Block.ahead`
-    """
+    s: Schedule
+    rows: Rows
+    block: Block
+    tile: Tile
+    weights: Weights
+    prefetched: tuple[Index, int, Index]
+    """`Block.ahead`."""
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        rows: Rows,
-        block: Block,
-        tile: Tile,
-        weights: Weights,
-        ahead: tuple[Index, int, Index],
-    ) -> None:
-        self.s, self.rows, self.block, self.tile = schedule, rows, block, tile
-        self.weights, self.prefetched = weights, ahead
-        self.isa = schedule.isa
-        self.halves = tile.rows // TILE_ROWS
+    def __post_init__(self) -> None:
+        self.isa = self.s.isa
+        self.halves = self.tile.rows // TILE_ROWS
 
     def _cells(self) -> list[tuple[int, int]]:
         """(half of the rows, register) of each tile of sums."""

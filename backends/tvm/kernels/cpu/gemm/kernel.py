@@ -299,7 +299,7 @@ class Kernel:
         """The sums of a tile of rows and the block, by what the CPU has."""
         if self.isa.engine == AMX:
             return TileAccumulation(self.s, self.rows, self.block, tile, weights, ahead)
-        return OuterAccumulation(self.functions, self.s, self.rows, self.block, tile, weights, ahead)
+        return OuterAccumulation(self.s, self.rows, self.block, tile, weights, ahead, self.functions)
 
     def _whole_segment(
         self, tile: Tile, j: Segment, r: Any, groups: Buffer, product: Buffer, to: Any, t: Any, fresh: Any

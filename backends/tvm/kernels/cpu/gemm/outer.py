@@ -5,6 +5,7 @@ They are a function of their own, in streaming mode, which a kernel calls for ea
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,15 +14,15 @@ from tvm.script.ir_builder import tirx as T
 from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index
 from mpq_compiler.backends.tvm.kernels.cpu import sme
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import loop
-from mpq_compiler.backends.tvm.kernels.cpu.gemm.gather import Rows
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.in_tiles import InTiles
-from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Runs, Schedule
-from mpq_compiler.backends.tvm.kernels.cpu.gemm.weights import Block, Weights, prefetch
-from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_ROWS, Tile
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Runs
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.weights import prefetch
+from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_ROWS
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment
 from mpq_compiler.targets.streaming import LENGTH
 
 
+@dataclass
 class OuterAccumulation(InTiles):
     """The sums in tiles of SME.
 
@@ -29,19 +30,11 @@ class OuterAccumulation(InTiles):
     rows and 16 channels.
     """
 
-    def __init__(
-        self,
-        functions: sme.Functions,
-        schedule: Schedule,
-        rows: Rows,
-        block: Block,
-        tile: Tile,
-        weights: Weights,
-        ahead: tuple[Index, int, Index],
-    ) -> None:
-        super().__init__(schedule, rows, block, tile, weights, ahead)
-        self.functions = functions
-        self.together = schedule.w.pack if schedule.w.looked_up else 1
+    functions: sme.Functions
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.together = self.s.w.pack if self.s.w.looked_up else 1
         """Steps whose codes are one vector."""
 
     def begin(self, j: Segment, r: Index, first: tuple[Buffer, Index, int] | None) -> None:

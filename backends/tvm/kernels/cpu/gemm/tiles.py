@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tvm.script.ir_builder import tirx as T
 
 from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index, scratch, store
 from mpq_compiler.backends.tvm.kernels.cpu import amx
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import loop, quotient
-from mpq_compiler.backends.tvm.kernels.cpu.gemm.gather import Rows
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.in_tiles import InTiles
-from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Runs, Schedule
-from mpq_compiler.backends.tvm.kernels.cpu.gemm.weights import Block, Weights
-from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_ROWS, Tile
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Runs
+from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_ROWS
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment
 
 
+@dataclass
 class TileAccumulation(InTiles):
     """The sums in tiles of AMX.
 
     Of the eight tiles four hold sums, two the activations of 16 rows each, two the weights of 16 channels each.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        rows: Rows,
-        block: Block,
-        tile: Tile,
-        weights: Weights,
-        ahead: tuple[Index, int, Index],
-    ) -> None:
-        super().__init__(schedule, rows, block, tile, weights, ahead)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.starts = scratch(self.halves, "int32")
         self.steps = self.isa.depth // self.isa.kpack
         """Steps of registers in one of tiles."""
