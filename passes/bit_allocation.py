@@ -363,7 +363,8 @@ class BitAllocation(Pass):
         """The planned program with its noise measured, or a better one by the losses around it.
 
         Sums of losses are those of small errors. Where the whole plan's noise is another, losses are measured again
-        with all weights rounded as planned, the program is solved with those, and the plan of less noise is kept.
+        with weights and activations rounded as planned, the program is solved with those, and the plan of less noise is
+        kept.
         """
         self._measure_together(planned, session)
         estimator = program.facts.get(ESTIMATOR)

@@ -40,6 +40,9 @@ from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.support import cache
 from mpq_compiler.support.execution import batches
 
+EDGES = (STATIC, PER_TOKEN, SMALL_FLOAT)
+"""The kinds of tasks that change what layers read of an edge."""
+
 
 @dataclass(frozen=True)
 class LossEstimator:
@@ -111,7 +114,7 @@ class LossEstimator:
         }
 
     def around(self, program: Program, planned: Program, session: Session) -> LossTable:
-        """The losses where all weights are rounded as planned: what errors do there, not in the float program.
+        """The losses where weights and activations are rounded as planned: what errors do there, not in float.
 
         Args:
             program: with calibration.
@@ -121,10 +124,14 @@ class LossEstimator:
         count = self.count(program.facts[PARAMETERS])
         inputs, tasks = program.facts[CALIBRATION].select(count), self.tasks(program, session.requests)
         place = rounded_as_planned(program, planned, session)
-        plan = cache.digest("around", *(f"{path} {planned.weights[path].format}" for path in sorted(planned.weights)))
+        widths = {name: plan.bits for name, plan in planned.activations.items()}
+        standing = [t for t in tasks if t.kind in EDGES and widths.get(t.node.name) == t.choice]
+        formats = sorted((path, plan.format) for path, plan in planned.weights.items())
+        plan = cache.digest("around", str(formats), str(sorted(widths.items())))
         key = measurement_key(program, inputs, count, session.device)
         results = cache.Results("sensitivity", cache.digest(key, plan), session.cache)
-        return self.table(tasks, self.losses(program, place, inputs, tasks, results, session), count, session.requests)
+        losses = self.losses(program, place, inputs, tasks, results, session, standing)
+        return self.table(tasks, losses, count, session.requests)
 
     def losses(
         self,
@@ -134,6 +141,7 @@ class LossEstimator:
         tasks: list[Task],
         results: cache.Results,
         session: Session,
+        standing: Sequence[Task] = (),
     ) -> Losses:
         """The losses of tasks by name.
 
@@ -144,6 +152,7 @@ class LossEstimator:
             tasks: the changes.
             results: what is known of each input.
             session: has the fits and runs the probes.
+            standing: those of the tasks that are made while errors are.
         """
         samples = list(batches(inputs, 1))
         weights = input_weights(program, inputs)
@@ -156,7 +165,7 @@ class LossEstimator:
         session.saved.extend(results[key].get("seconds", 0.0) for i, key in enumerate(keys) if i not in left)
         if left:
             with session.track("sensitivity", len(names) + len(left)) as advance:
-                probes = self._made(program, place, tasks, session, advance)
+                probes = self._made(program, place, tasks, session, advance, standing)
 
                 def keep(item: tuple[dict[str, Tensor], int, int], estimated: _Estimated) -> None:
                     key = keys[item[1]]
@@ -175,7 +184,13 @@ class LossEstimator:
         return {name: rounded(sum(weight * one["errors"][name] for weight, one in found) / power) for name in names}
 
     def _made(
-        self, program: Program, place: Program, tasks: list[Task], session: Session, advance: Callable[[int], None]
+        self,
+        program: Program,
+        place: Program,
+        tasks: list[Task],
+        session: Session,
+        advance: Callable[[int], None],
+        standing: Sequence[Task],
     ) -> Probes:
         """What estimates the tasks: the errors of weights, and the functions that change activations."""
         fits = session.fits
@@ -207,7 +222,8 @@ class LossEstimator:
 
         session.tasks(_row_errors, None, (_rows(program, fits, of, share) for of in layers.values()), keep)
         ordered = {weight: weights[weight] for weight in layers}
-        return Probes(place, ordered, edges, calls, session.seed, session.device)
+        there = {task.node.name: edges[task.node][task.name] for task in standing}
+        return Probes(place, ordered, edges, calls, session.seed, session.device, there)
 
     def _share(self, tasks: list[Task], program: Program) -> float:
         """The share of the rows of weights that are quantized in every format."""
