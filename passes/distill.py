@@ -74,6 +74,10 @@ class Distill(Pass):
     """Updates of the variables, whatever the minutes."""
     latent: float = 0.7
     """Share of the updates in which the weights themselves are trained."""
+    trial: float = 0.0
+    """Share of those after which held-out images say whether the others are worth it: unless what is best by then makes
+    them better, the others go to scales. 0: they are all taken. What makes outputs better need not do that to images:
+    errors that training leaves are alike in all steps of an image."""
     least: int = 0
     """Updates of a model that is too large for as many in the minutes: it is trained part by part then."""
     memory: float = 2.0
@@ -110,6 +114,7 @@ class Distill(Pass):
         for option in ("minutes", "rate", "relation", "memory"):
             self.require(option, 0)
         self.require("latent", 0, 1)
+        self.require("trial", 0, 1)
         for option in ("samples", "steps", "epochs"):
             self.require(option, 1)
         for option in ("updates", "images", "window", "adapters", "least"):
@@ -148,10 +153,17 @@ class Distill(Pass):
             gains = image_error.gains(program)
             data, held_out = data.weighted(gains), held_out.weighted(gains)
         told = []
-        for title, phase in self._phases(program, session, updates):
+
+        def judged(trained: Program) -> float | None:
+            return image_error.typical_noise(trained) if image_error else None
+
+        def worth(trained: Program) -> bool:
+            found = judged(trained)
+            return images is None or found is None or found < images
+
+        for title, phase in self._phases(program, session, updates, worth):
             trained, outcomes = phase(program, data, held_out)
-            _note_divergence(trained, outcomes)
-            found = image_error.typical_noise(trained) if image_error else None
+            found = judged(trained)
             kept = images is None or found is None or found <= images
             stages = [asdict(outcome) for outcome in outcomes]
             told.append(
@@ -159,8 +171,9 @@ class Distill(Pass):
             )
             if kept:
                 program, images = trained, found
-            else:
+            elif all(outcome.ended is None for outcome in outcomes):
                 program.note(f"distill: training {title} made the held-out images worse and was undone")
+            _note_ends(program, outcomes)
         program.facts[TRAINING] = told
         provenance.note(program, provenance.PROGRAM, self.name(), phases=told)
         return program
@@ -188,7 +201,7 @@ class Distill(Pass):
             program.note("distill: relation had no effect: parts learn their own outputs")
         before = trainer.noise(program, {}, {}, held_out, session)
         trained, outcomes = by_parts.train_parts(program, last, stages, data, held_out, session, session.seed)
-        _note_divergence(trained, outcomes)
+        _note_ends(trained, outcomes)
         after = trainer.noise(trained, {}, {}, held_out, session)
         told = {"phase": "parts", "stages": [asdict(outcome) for outcome in outcomes], "images_before": None,
                 "images_after": None, "kept": after <= before}  # fmt: skip
@@ -228,10 +241,16 @@ class Distill(Pass):
         network = self.range_network and len(program.facts[TIME_GROUPS]) > 0
         return partial(Stage, rates=rates, adapters=self.adapters, range_network=network)
 
-    def _phases(self, program: Program, session: Session, updates: int) -> Iterator[tuple[str, Phase]]:
-        """The phases of training in order; a phase is kept or undone as a whole."""
+    def _phases(
+        self, program: Program, session: Session, updates: int, judge: trainer.Judge
+    ) -> Iterator[tuple[str, Phase]]:
+        """The phases of training in order; a phase is kept or undone as a whole, and run before the next is asked for.
+
+        The last phase takes the updates that the ``judge`` of images leaves it.
+        """
         assert session.denoiser is not None
         latent = round(updates * self.latent)
+        taken = 0
         related = self._related(program, session) if self.relation else None
         term = None if related is None else Term(related.output, self.relation, self.window)
         stage = self._stage(program)
@@ -253,7 +272,9 @@ class Distill(Pass):
 
         def whole(stage: Stage) -> Phase:
             def phase(program: Program, data: Data, held_out: Data) -> tuple[Program, list[Outcome]]:
-                trained, outcome = trainer.train(program, stage, data, held_out, session, session.seed)
+                nonlocal taken
+                trained, outcome = trainer.train(program, stage, data, held_out, session, session.seed, judge)
+                taken += outcome.ended or stage.steps
                 return trained, [outcome]
 
             return phase
@@ -261,19 +282,24 @@ class Distill(Pass):
         if latent and self.blocks:
             yield "blocks", blocks
         elif latent:
-            yield "weights", whole(stage("weights", True, latent, relation=term))
+            yield "weights", whole(stage("weights", True, latent, relation=term, trial=round(latent * self.trial)))
         if updates > latent:
-            yield "scales", whole(stage("scales", False, updates - latent, relation=term))
+            yield "scales", whole(stage("scales", False, updates - (taken or latent), relation=term))
 
 
 Phase = Callable[[Program, Data, Data], tuple[Program, list[Outcome]]]
 """Trains a program on calls, and judges it by others."""
 
 
-def _note_divergence(program: Program, outcomes: Iterable[Outcome]) -> None:
+def _note_ends(program: Program, outcomes: Iterable[Outcome]) -> None:
     for outcome in outcomes:
         if outcome.diverged is not None:
             program.note(
                 f"distill: training {outcome.stage} diverged in step {outcome.diverged} of {outcome.steps}; the "
                 f"best state until then, that of step {outcome.best_step}, is kept"
+            )
+        if outcome.ended is not None:
+            program.note(
+                f"distill: training {outcome.stage} had made no held-out images better by step {outcome.ended} of "
+                f"{outcome.steps}: the others went to scales"
             )

@@ -9,7 +9,7 @@ as training proceeds, so that a killed run resumes where it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,7 @@ class Outcome:
 
     stage: str
     steps: int
+    """Those that were planned."""
     before: float
     """The held-out relative noise power before the stage."""
     after: float
@@ -51,6 +52,8 @@ class Outcome:
     best_step: int
     diverged: int | None
     """The step at which training gave up; None where it did not."""
+    ended: int | None = None
+    """The step after which the stage was not worth the others; None where it was."""
 
 
 TRAINING = Fact[list[dict[str, Any]]]("training")
@@ -58,8 +61,18 @@ TRAINING = Fact[list[dict[str, Any]]]("training")
 and whether it was ``kept``."""
 
 
+Judge = Callable[[Program], bool]
+"""Says of a program that a stage has begun to train whether the stage is worth going on with."""
+
+
 def train(
-    program: Program, stage: Stage, data: Data, held_out: Data, session: Session, seed: int
+    program: Program,
+    stage: Stage,
+    data: Data,
+    held_out: Data,
+    session: Session,
+    seed: int,
+    judge: Judge | None = None,
 ) -> tuple[Program, Outcome]:
     """Trains one stage; the result has the values of least held-out error, the initial ones among the candidates.
 
@@ -70,6 +83,7 @@ def train(
         held_out: the calls to judge by.
         session: runs the parts of a step, shows progress, and has the cache.
         seed: decides the order of the calls, and all that is drawn.
+        judge: of what is best after the stage's ``trial`` steps; None goes on whatever that is.
 
     Returns:
         The trained program, and the outcome.
@@ -77,13 +91,15 @@ def train(
     times = group_times(program, data.inputs["timestep"]) if stage.range_network else None
     trained = variables(program, stage.latent, stage.adapters, times, seed, stage.widest)
     kept = Kept(key(program, trained, stage, seed, data, held_out), session)
-    state = descend(program, trained, stage, data, held_out, kept, session, seed)
+    worth = None if judge is None else lambda best: judge(applied(program, trained, best))
+    state = descend(program, trained, stage, data, held_out, kept, session, seed, worth)
     return applied(program, trained, state.best), outcome_of(stage, state)
 
 
 def outcome_of(stage: Stage, state: State) -> Outcome:
     """The outcome of a stage that has ended in a state."""
-    return Outcome(stage.name, stage.steps, state.before, state.least, state.best_step, state.diverged)
+    ended = state.step if state.diverged is None and state.step < stage.steps else None
+    return Outcome(stage.name, stage.steps, state.before, state.least, state.best_step, state.diverged, ended)
 
 
 def descend(
@@ -95,6 +111,7 @@ def descend(
     kept: Kept,
     session: Session,
     seed: int,
+    worth: Callable[[Mapping[str, Tensor]], bool] | None = None,
 ) -> State:
     """Takes the steps of a stage, on from the state that is kept, and returns the last state.
 
@@ -107,9 +124,10 @@ def descend(
         kept: the saved state.
         session: runs the parts of a step, and shows progress.
         seed: decides the order of the calls.
+        worth: says of the best thetas after the stage's ``trial`` steps whether to go on; None goes on.
     """
     state = kept.load() or State.start(trained)
-    checks = {round(stage.steps * (i + 1) / stage.checks) for i in range(stage.checks)}
+    checks = {stage.trial} | {round(stage.steps * (i + 1) / stage.checks) for i in range(stage.checks)}
     power = float(held_out.squared(held_out.targets).double().mean())
     relations = None
     if stage.relation is not None:
@@ -122,6 +140,8 @@ def descend(
     with session.track(f"training {stage.name}", stage.steps) as advance:
         advance(state.step)
         while state.step < stage.steps and state.diverged is None:
+            if worth is not None and state.step and state.step == stage.trial and not worth(state.best):
+                break
             state.step += 1
             index = _batch(state.step, len(data), stage.batch, seed)
             batch, drawn = data.select(index), None
