@@ -198,8 +198,9 @@ def estimate_denoiser(model: str | Path | Denoiser, progress: Progress | None = 
     """
     chosen = Options(**options)
     check(chosen)
-    front, rest = halves(resolve(chosen))
+    resolve(chosen)  # what cannot be compiled is said before anything is loaded
     denoiser = load_denoiser(model, chosen)
+    front, rest = halves(resolve(chosen, denoiser.parameters))
     lowering = lower(denoiser, chosen, progress, front)
     workload = Workload.of(lowering.program, rest, denoiser, chosen)
     jobs, _ = fit_jobs(workload, chosen.jobs, chosen.memory_limit)
