@@ -1,0 +1,79 @@
+"""Scales of rows that are searched behind GPTQ: no row is worse for it, and no byte is added."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mpq_compiler.formats.base import QuantizedWeight
+from mpq_compiler.passes.round_weights import RoundWeights
+from mpq_compiler.quantization import fitting
+from mpq_compiler.quantization.fitting import Rounding, fit_formats, fit_rows
+from mpq_compiler.support.errors import UserError
+
+SEARCHED = ("int2", "int4", "int2+b", "km2", "km3t", "nf4")
+LEFT = ("int8", "ec2", "int3g64", "fp8")
+
+
+@pytest.fixture
+def layer() -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [O, K], and second moments of inputs that go together."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 24, generator=generator) @ torch.randn(24, 128, generator=generator)
+    x = x + 0.3 * torch.randn(400, 128, generator=generator)
+    return torch.randn(40, 128, generator=generator), x.T @ x / 400
+
+
+def errors(fit, rows, gram):
+    wrong = (fit.dequantize() - rows).double()
+    return ((wrong @ gram.double()) * wrong).sum(1)
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+@pytest.mark.invariant("compiler-9")
+def test_no_row_is_worse_and_most_are_better(name, layer):
+    rows, gram = layer
+    plain, searched = (fit_rows(rows, name, gram, way) for way in (Rounding.GPTQ, Rounding.GPTQ_SCALES))
+    before, after = errors(plain, rows, gram), errors(searched, rows, gram)
+    assert (after <= before * (1 + 1e-5)).all() and (after < 0.99 * before).float().mean() > 0.5
+    assert isinstance(plain, QuantizedWeight) and isinstance(searched, QuantizedWeight)
+    for part in ("codes", "scale", "offset", "lut", "signs", "alpha", "row_class"):
+        a, b = getattr(plain, part), getattr(searched, part)
+        assert (a is None) == (b is None) and (a is None or (a.shape, a.dtype) == (b.shape, b.dtype))
+    ratio = searched.scale.float() / plain.scale.float()
+    assert any(((ratio - factor).abs() < 2e-3).any() for factor in fitting.SCALES if factor != 1)
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_formats_without_a_scale_for_each_row_stay(name, layer):
+    rows, gram = layer
+    plain, searched = (fit_rows(rows, name, gram, way) for way in (Rounding.GPTQ, Rounding.GPTQ_SCALES))
+    assert torch.equal(plain.dequantize(), searched.dequantize())
+
+
+def test_formats_together_are_each_by_itself(layer):
+    rows, gram = layer
+    found = fit_formats(rows, [*SEARCHED, *LEFT], gram, Rounding.GPTQ_SCALES)
+    for name, fit in found.items():
+        assert torch.equal(fit.dequantize(), fit_rows(rows, name, gram, Rounding.GPTQ_SCALES).dequantize())
+
+
+def test_few_walks_at_a_time_choose_the_same(layer, monkeypatch):
+    rows, gram = layer
+    wanted = fit_rows(rows, "int3", gram, Rounding.GPTQ_SCALES)
+    monkeypatch.setattr(fitting, "TOGETHER", rows.numel())
+    assert torch.equal(fit_rows(rows, "int3", gram, Rounding.GPTQ_SCALES).dequantize(), wanted.dequantize())
+
+
+def test_large_weights_are_not_searched(layer, monkeypatch):
+    rows, gram = layer
+    monkeypatch.setattr(fitting, "SEARCHED", rows.numel() - 1)
+    plain, searched = (fit_rows(rows, "int2", gram, way) for way in (Rounding.GPTQ, Rounding.GPTQ_SCALES))
+    assert torch.equal(plain.dequantize(), searched.dequantize())
+
+
+def test_scales_are_those_of_gptq_in_order():
+    assert RoundWeights(method="gptq", scales=True).requests().rounding == Rounding.GPTQ_SCALES
+    for options in ({}, {"method": "learned"}, {"method": "gptq", "order": False}):
+        with pytest.raises(UserError, match="add method=gptq"):
+            RoundWeights(scales=True, **options)
