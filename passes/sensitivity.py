@@ -79,7 +79,7 @@ class Sensitivity(Pass):
 
     inputs: int | None = None
     """Calibration inputs on which the output is compared; by default 32, of models above 500 M parameters 16, above 2 B
-    8."""
+    8; of models up to 10 M 128 where several widths of activations are measured."""
     formats: tuple[str, ...] = ("int2", "int3", "int2+b", "int4", "int3+b", "int8")
     """Weight formats to measure."""
     packed: tuple[str, ...] = ()

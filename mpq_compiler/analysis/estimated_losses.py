@@ -61,7 +61,7 @@ class LossEstimator:
 
     def count(self, parameters: int) -> int:
         """The number of inputs of a model with so many parameters."""
-        return usual_inputs(parameters) if self.inputs is None else self.inputs
+        return usual_inputs(parameters, len(self.activations) > 1) if self.inputs is None else self.inputs
 
     def tasks(self, program: Program, requests: Requests = NONE) -> list[Task]:
         """The measurements, in graph order; a shared weight or edge counts once.

@@ -170,3 +170,11 @@ def test_around_a_fine_plan_losses_are_those_of_the_float_program_and_around_a_c
         found = [around[kind][place][choice] / loss for (kind, place, choice), loss in of_float.items()]
         apart[name, width] = np.abs(10 * np.log10(found)).mean()
     assert 4 * apart["int8", 8] < min(0.3, apart["int8", 4], apart["int3", 8])
+
+
+def test_more_inputs_where_widths_are_chosen_for_a_small_model():
+    mixed, one = (LossEstimator(("int8",), widths, None, 8, 1 << 23) for widths in ((4, 8), (8,)))
+    sizes = (10**6, 10**8, 10**9, 10**10)
+    assert [mixed.count(size) for size in sizes] == [128, 32, 16, 8]
+    assert [one.count(size) for size in sizes] == [32, 32, 16, 8]
+    assert dataclasses.replace(mixed, inputs=5).count(10**6) == 5
