@@ -109,7 +109,7 @@ class Rounding(StrEnum):
     GPTQ = "gptq"
     GPTQ_IN_ORDER = "gptq-in-order"
     GPTQ_SCALES = "gptq-scales"
-    """As GPTQ, with the scale of each row that is best behind it, where rows have scales (`SCALES`)."""
+    """GPTQ, with the scale of each row that is best behind it, where rows have scales (`SCALES`)."""
     LEARNED = "learned"
 
     @property
@@ -151,7 +151,7 @@ class Rounding(StrEnum):
         return [codes[id(fit)] if id(fit) in codes else self(fit, rows, gram) for fit in fits]
 
     def searched(self, fits: Sequence[Fit], rows: Tensor, gram: Tensor | None) -> list[Fit]:
-        """As `of_formats`; with `GPTQ_SCALES`, of several scales of each row that with the least error behind GPTQ.
+        """Chooses codes as `of_formats` and, with `GPTQ_SCALES`, the scale of each row with the least error behind it.
 
         A scale is fitted to the nearest codes, and GPTQ leaves larger errors, which reach farther. Rows are independent
         of each other, so that a walk for each factor tries it for all of them.
