@@ -34,13 +34,12 @@ class TimeGains(Pass):
     contract: ClassVar[Contract] = Contract.IDENTICAL
     role: ClassVar[Role | None] = Role.GROUPS_TIME
     width: ClassVar[str | None] = "activations"
-    format: ClassVar[str | None] = "weights"
     requires: ClassVar[frozenset[str]] = frozenset({"time-groups"})
     provides: ClassVar[frozenset[str]] = frozenset({"time-gains"})
     statistics: ClassVar[frozenset[Statistic]] = frozenset({RANGE, VALUES, MOMENTS})
 
     weights: str = "int4"
-    """Format of all weights while gains are measured; a budget of weights takes the nearest that there is to choose."""
+    """Format of all weights while gains are measured."""
     activations: int = 8
     """Width of all activations while gains are measured; a budget of activations takes its own."""
     images: int = 16

@@ -47,11 +47,10 @@ class RewriteSearch(Pass):
     contract: ClassVar[Contract] = Contract.REWRITE
     tried: ClassVar[int] = 1
     """Rewrites of a group of layers that are tried."""
-    format: ClassVar[str | None] = "weights"
     requires: ClassVar[frozenset[str]] = frozenset({"channels-last"})
 
     weights: str = "int4"
-    """Weight format for which the error is reckoned; a budget of weights takes the nearest that there is to choose."""
+    """Weight format for which the error is reckoned."""
     activations: int = 8
     """Activation width for which the error is reckoned."""
     gain: float = 0.2

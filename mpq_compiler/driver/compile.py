@@ -63,7 +63,7 @@ def compile_denoiser(
     with connected(chosen.distributed, SHIPPING, chosen.jobs) as cluster, ExitStack() as stack:
         denoiser = load_denoiser(model, chosen)
         workers = stack.enter_context(backend.standby(chosen.jobs))
-        _, rest = halves(resolve(chosen, denoiser.parameters))
+        _, rest = halves(resolve(chosen))
         lowered: str | None = None
         expected: Estimate | None = None
 

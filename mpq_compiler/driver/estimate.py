@@ -198,9 +198,8 @@ def estimate_denoiser(model: str | Path | Denoiser, progress: Progress | None = 
     """
     chosen = Options(**options)
     check(chosen)
-    resolve(chosen)  # what cannot be compiled is said before anything is loaded
+    front, rest = halves(resolve(chosen))
     denoiser = load_denoiser(model, chosen)
-    front, rest = halves(resolve(chosen, denoiser.parameters))
     lowering = lower(denoiser, chosen, progress, front)
     workload = Workload.of(lowering.program, rest, denoiser, chosen)
     jobs, _ = fit_jobs(workload, chosen.jobs, chosen.memory_limit)

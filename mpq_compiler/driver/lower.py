@@ -154,12 +154,12 @@ def lower(
         cluster: runs the tasks of passes; None: the threads of this process.
         plan: decides by the laid-out program in how many jobs the passes behind it run; None: in those of the options.
     """
-    passes = resolve(options, denoiser.parameters) if passes is None else passes
+    passes = resolve(options) if passes is None else passes
     calibration_file.require(denoiser, options.calibration)
     table = None if options.sensitivity is None else sensitivity_table.load(options.sensitivity)
     if table is not None:
         sensitivity_table.require_of(table, denoiser.name, denoiser.parameters)
-    everything = resolve(options, denoiser.parameters)  # though some may not run
+    everything = resolve(options)  # though some may not run
     allocator = with_role(everything, Role.ALLOCATES)
     timed = options.latency_table is not None or getattr(allocator, "latency", None) is not None
     latency = layer_times(denoiser, options, everything, progress) if timed else None

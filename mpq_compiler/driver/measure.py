@@ -49,7 +49,7 @@ def measure_sensitivity(model: str | Path | Denoiser, progress: Any = None, **op
         raise UserError(f"the recipe has no pass 'sensitivity' to measure with: {names}")
     with connected(chosen.distributed, SHIPPING, chosen.jobs) as cluster:
         denoiser = load_denoiser(model, chosen)
-        lowering = lower(denoiser, chosen, progress, resolve(chosen, denoiser.parameters)[:end], cluster)
+        lowering = lower(denoiser, chosen, progress, passes[:end], cluster)
     program, measured = lowering.program, lowering.program.facts[SENSITIVITY]
     dynamic = measured.get("dynamic", False)
     table = costs.describe(program, dynamic, floating=measured.get("floating", False))

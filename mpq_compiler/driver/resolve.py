@@ -1,12 +1,10 @@
 """Resolves a recipe and the settings of the command line to passes.
 
-Passes declare which settings reach which of their options (`Pass.settings`, `capped`, `width`, `format`,
-`efforts`).
+Passes declare which settings reach which of their options (`Pass.settings`, `capped`, `width`, `efforts`).
 """
 
 from __future__ import annotations
 
-import math
 import typing
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +14,6 @@ from mpq_compiler import formats
 from mpq_compiler.driver import budgets
 from mpq_compiler.driver.options import EFFORTS, MOST_SEED, Options
 from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
-from mpq_compiler.ir.costs import average_bits
 from mpq_compiler.pipeline import manager, parser, registry
 from mpq_compiler.pipeline import recipes as recipe_files
 from mpq_compiler.pipeline.backend import backend_of
@@ -27,17 +24,9 @@ from mpq_compiler.sampling.conditioning import require_guidance
 from mpq_compiler.support.errors import UserError, nearest
 from mpq_compiler.targets import table as targets
 
-LARGE = (1024, 1024)
-"""The shape of a weight by which formats are compared with a budget."""
 
-
-def resolve(options: Options, parameters: int | None = None) -> list[Pass]:
+def resolve(options: Options) -> list[Pass]:
     """Resolves the options to passes: the recipe's, with the options' settings applied.
-
-    Args:
-        options: of the compilation.
-        parameters: of the model, by which bytes are bits; where they are not known, a budget of bytes decides on no
-            format.
 
     Raises:
         UserError: a setting that no pass of the recipe takes, or a value out of range.
@@ -70,7 +59,7 @@ def resolve(options: Options, parameters: int | None = None) -> list[Pass]:
     row = targets.resolve(options.target)
     if not backend_of(row).capabilities(row).decodes:
         recipe = _with_packed(recipe)
-    passes = _with_format(recipe, parameters).passes()
+    passes = recipe.passes()
     manager.check(passes)
     return passes
 
@@ -186,27 +175,6 @@ def _with_width(recipe: Recipe, activations: float) -> Recipe:
             if recipe.options.get(step.name(), {}).get(step.width, usual) == usual:
                 recipe = recipe.override(step.name(), **{step.width: measured if several else width})
     return recipe
-
-
-def _with_format(recipe: Recipe, parameters: int | None) -> Recipe:
-    """Applies a budget of weights: of the formats to choose from the nearest to it; what the recipe states stays."""
-    stated = {step: make(step.name(), recipe.options.get(step.name(), {})).options() for step in _passes_of(recipe)}
-    plan = stated.get(_taker(recipe, "weights"), {})
-    chosen, bits, size = plan.get("uniform"), plan.get("weights"), plan.get("bytes")
-    if size is not None and parameters is not None:
-        bits = average_bits(size, parameters)
-    if chosen is None and bits is not None:
-        choices = [name for step in stated if step.role is Role.MEASURES for name in stated[step]["formats"]]
-        chosen = min(choices, key=lambda name: abs(_bits(name) - bits), default=None)
-    for step, options in stated.items():
-        if step.format is not None and chosen is not None and options[step.format] == getattr(step, step.format):
-            recipe = recipe.override(step.name(), **{step.format: chosen})
-    return recipe
-
-
-def _bits(name: str) -> float:
-    """The true bits of a large weight in a format."""
-    return average_bits(formats.get(name).stored_bytes(*LARGE), math.prod(LARGE))
 
 
 def with_role(passes: Sequence[Pass], role: Role) -> Pass | None:

@@ -86,9 +86,6 @@ class Pass(ABC):
     width: ClassVar[str | None] = None
     """The option with the width of activations to decide for, or a tuple of widths; a budget of activations sets it
     where the recipe leaves the default."""
-    format: ClassVar[str | None] = None
-    """The option with the weight format to decide for; a budget of weights sets it where the recipe leaves the
-    default."""
     efforts: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Options by the name of an effort, where the recipe states none."""
 
