@@ -148,14 +148,15 @@ class Distill(Pass):
         samples = max(self.samples, trajectories(updates, self.epochs, self.steps))
         data, held_out = calls(session, samples, self.steps)
         image_error = TrajectoryError.drawn(session, self.images)
-        images = image_error.typical_noise(program) if image_error else None
+
+        def judged(trained: Program) -> float | None:
+            return image_error.typical_noise(trained) if image_error else None
+
+        images = judged(program)
         if image_error:
             gains = image_error.gains(program)
             data, held_out = data.weighted(gains), held_out.weighted(gains)
         told = []
-
-        def judged(trained: Program) -> float | None:
-            return image_error.typical_noise(trained) if image_error else None
 
         def worth(trained: Program) -> bool:
             found = judged(trained)

@@ -224,6 +224,11 @@ def output_error(error: Tensor, gram: Tensor | None) -> Tensor:
     return (error * weighted(error, gram)).sum(-1)
 
 
+def row_errors(fit: Fit, weight: Tensor, gram: Tensor | None) -> Tensor:
+    """The output error of each row of a fit of weight [O, ..., C], [O]; gram as in `Format.fit`."""
+    return torch.cat([output_error(error, gram) for error in departures(fit, weight)])
+
+
 def weighted(rows: Tensor, gram: Tensor | None) -> Tensor:
     """Multiplies rows [..., K] by a gram as in `Format.fit`."""
     if gram is None:

@@ -23,7 +23,7 @@ from mpq_compiler.formats.base import (
     QuantizedWeight,
     departures,
     diagonal,
-    output_error,
+    row_errors,
     stored_scale,
     stored_type,
 )
@@ -156,7 +156,7 @@ class Rounding(StrEnum):
         A scale is fitted to the nearest codes, and GPTQ leaves larger errors, which reach farther. Rows are independent
         of each other, so that a walk for each factor tries it for all of them.
         """
-        if self != Rounding.GPTQ_SCALES or gram is None or gram.dim() == 1 or rows.numel() > SEARCHED:
+        if self != Rounding.GPTQ_SCALES or gram is None or gram.dim() == 1:
             return self.of_formats(fits, rows, gram)
         tried = [[_scaled(fit, rows, f) for f in SCALES] if _has_scales(fit) else [fit] for fit in fits]
         every = [one for several in tried for one in several]
@@ -170,7 +170,8 @@ SCALES = (1.0, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3)
 """Factors of the scale of a row, one of which is best behind GPTQ: 0.4 dB less error at 4 bits, 1 dB at 2, in layers of
 the bundled UNet, and up to 4."""
 SEARCHED = 1 << 20
-"""The most numbers of a weight whose scales are searched behind GPTQ: it takes a walk for each factor."""
+"""The most numbers of a weight whose scales are searched behind GPTQ: it takes a walk for each factor. Rows that stand
+for those of a larger weight are rounded as it is."""
 
 
 def _has_scales(fit: Fit) -> bool:
@@ -198,10 +199,10 @@ def _best(fits: Sequence[Fit], rows: Tensor, gram: Tensor) -> Fit:
     if not others:
         return best
     assert isinstance(best, QuantizedWeight)
-    least = _errors(best, rows, gram)
+    least = row_errors(best, rows, gram)
     for other in others:
         assert isinstance(other, QuantizedWeight)
-        error = _errors(other, rows, gram)
+        error = row_errors(other, rows, gram)
         better, least = error < least, torch.minimum(error, least)
         rows_better = better[:, None]
         best = replace(
@@ -217,11 +218,6 @@ def _best(fits: Sequence[Fit], rows: Tensor, gram: Tensor) -> Fit:
 def _where(better: Tensor, new: Tensor | None, old: Tensor | None) -> Tensor | None:
     """The new values where they are better, of a part that both have or neither."""
     return None if new is None or old is None else torch.where(better, new, old)
-
-
-def _errors(fit: Fit, rows: Tensor, gram: Tensor) -> Tensor:
-    """The output error of each row, [O]."""
-    return torch.cat([output_error(error, gram) for error in departures(fit, rows)])
 
 
 @dataclass(frozen=True)
@@ -251,13 +247,18 @@ class Layer:
 
     def fit(self, format_name: str, rounding: Rounding = Rounding.NEAREST, picked: Tensor | None = None) -> Fit:
         """Fits the weight, or the rows ``picked`` of it, with the least error of the output over calibration's rows."""
-        return fit_rows(self.read(picked), format_name, self.moments, rounding)
+        return fit_rows(self.read(picked), format_name, self.moments, self._within(rounding))
 
     def fit_formats(
         self, names: Sequence[str], rounding: Rounding, picked: Tensor | None = None
     ) -> dict[str, Fit]:
         """Fits the weight, or the rows ``picked`` of it, in several formats, as `fit` does each."""
-        return fit_formats(self.read(picked), names, self.moments, rounding)
+        return fit_formats(self.read(picked), names, self.moments, self._within(rounding))
+
+    def _within(self, rounding: Rounding) -> Rounding:
+        """The rounding, without a search of scales where the whole weight is too large for it."""
+        large = rounding == Rounding.GPTQ_SCALES and self.weight.numel() > SEARCHED
+        return Rounding.GPTQ if large else rounding
 
 
 def fitted(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mpq_compiler.formats import contract
-from mpq_compiler.formats.base import QuantizedWeight, departures, output_error
+from mpq_compiler.formats.base import QuantizedWeight, row_errors
 from mpq_compiler.ir import scratch
 from mpq_compiler.support.memo import last_result
 
@@ -68,9 +68,7 @@ def gptq_of_formats(
 def _better(rows: Tensor, nearest: QuantizedWeight, codes: Tensor, gram: Tensor) -> QuantizedWeight:
     """The fit with other codes in the rows where their output error is smaller."""
     found = dataclasses.replace(nearest, codes=codes)
-    before, after = (
-        torch.cat([output_error(error, gram) for error in departures(fit, rows)]) for fit in (nearest, found)
-    )
+    before, after = (row_errors(fit, rows, gram) for fit in (nearest, found))
     return dataclasses.replace(nearest, codes=torch.where((after < before)[:, None], codes, nearest.codes))
 
 

@@ -8,7 +8,7 @@ import torch
 from mpq_compiler.formats.base import QuantizedWeight
 from mpq_compiler.passes.round_weights import RoundWeights
 from mpq_compiler.quantization import fitting
-from mpq_compiler.quantization.fitting import Rounding, fit_formats, fit_rows
+from mpq_compiler.quantization.fitting import Layer, Rounding, fit_formats, fit_rows
 from mpq_compiler.support.errors import UserError
 
 SEARCHED = ("int2", "int4", "int2+b", "km2", "km3t", "nf4")
@@ -65,11 +65,16 @@ def test_few_walks_at_a_time_choose_the_same(layer, monkeypatch):
     assert torch.equal(fit_rows(rows, "int3", gram, Rounding.GPTQ_SCALES).dequantize(), wanted.dequantize())
 
 
-def test_large_weights_are_not_searched(layer, monkeypatch):
+def test_large_weights_are_not_searched_and_neither_are_rows_that_stand_for_theirs(layer, monkeypatch):
     rows, gram = layer
+    whole, some = Layer(rows, gram, None), torch.arange(0, len(rows), 3)
+    small = whole.fit("int2", Rounding.GPTQ_SCALES)
     monkeypatch.setattr(fitting, "SEARCHED", rows.numel() - 1)
-    plain, searched = (fit_rows(rows, "int2", gram, way) for way in (Rounding.GPTQ, Rounding.GPTQ_SCALES))
+    plain, searched = (whole.fit("int2", way) for way in (Rounding.GPTQ, Rounding.GPTQ_SCALES))
     assert torch.equal(plain.dequantize(), searched.dequantize())
+    assert not torch.equal(plain.dequantize(), small.dequantize())
+    (picked,) = whole.fit_formats(["int2"], Rounding.GPTQ_SCALES, some).values()
+    assert torch.equal(picked.dequantize(), plain.dequantize()[some])
 
 
 def test_scales_are_those_of_gptq_in_order():
