@@ -64,10 +64,13 @@ def test_budgets_in_true_bits(folder: Path, bits: int, psnr: float) -> None:
     assert judged(output)["psnr_db"] >= psnr
 
 
-def test_two_bits_are_refused_naming_the_least(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"the least that the formats allow is \d+ bytes \(2\.\d+ bits\)"):
-        compiled(folder, "w2", weights=2)
-    assert not (folder / "w2.mpq").exists()
+@pytest.mark.parametrize(("recipe", "weights", "least"), [("packed", 2, r"2\.\d+"), ("default", 1, r"1\.\d+")])
+def test_fewer_bits_than_any_format_has_are_refused(folder: Path, recipe: str, weights: float, least: str) -> None:
+    """The error names the least, with packed formats and with entropy-coded ones; nothing is written."""
+    message = rf"the least that the formats allow is \d+ bytes \({least} bits\)"
+    with pytest.raises(UserError, match=message):
+        compiled(folder, f"least-{recipe}", recipe=recipe, weights=weights)
+    assert not (folder / f"least-{recipe}.mpq").exists()
 
 
 def test_lower_activations(folder: Path) -> None:
