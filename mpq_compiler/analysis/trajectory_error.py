@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.sampling import loop as sampling
+from mpq_compiler.sampling.loop import Call
 from mpq_compiler.support.execution import batches
 
 PART = 16
@@ -28,7 +30,7 @@ IMAGE_STEPS = 10
 
 @dataclass
 class TrajectoryError:
-    """Held-out images of the float model, by which programs are judged."""
+    """Images of the float model, by which programs are judged, or trained."""
 
     denoiser: Denoiser
     conditions: Any
@@ -45,21 +47,29 @@ class TrajectoryError:
         return min(IMAGE_STEPS, self.session.steps or IMAGE_STEPS)
 
     @classmethod
-    def drawn(cls, session: Session, count: int) -> TrajectoryError | None:
-        """Draws the float model's images; None where ``count`` is 0, or the model's conditions cannot be made."""
+    def drawn(cls, session: Session, count: int, number: int = 0) -> TrajectoryError | None:
+        """Draws the float model's images; None where ``count`` is 0, or the model's conditions cannot be made.
+
+        Images of another ``number``, from 0, are others.
+        """
         denoiser = session.denoiser
         assert denoiser is not None
         if not count or not denoiser.conditioning.possible:
             return None
-        seed = session.seed + SEED + 2
+        seed = session.seed + SEED * (1 + number) + 2
         made = cls(denoiser, denoiser.conditioning.mixed(count, seed), count, seed, session, np.empty(0), [])
 
         def model(**inputs: np.ndarray) -> np.ndarray:
             made.outputs.append(denoiser(**inputs).numpy())
             return made.outputs[-1]
 
-        made.reference = made._draw(model)
+        made.reference = made.draw(model)
         return made
+
+    @property
+    def power(self) -> float:
+        """The mean, over the images, of the float model's squared latents."""
+        return float(np.square(self.reference.astype(np.float64)).sum() / self.count)
 
     def noise(self, program: Program) -> float:
         """The squared error of the program's latents over the float model's squared latents."""
@@ -72,10 +82,13 @@ class TrajectoryError:
         Of a few images in a hundred the sampler takes another way altogether: they decide on the sum of errors, by
         chance, and not on this.
         """
-        drawn = self._drawn_by(program).astype(np.float64)
-        each = np.square(drawn - self.reference).reshape(self.count, -1).sum(1)
-        power = np.square(self.reference.astype(np.float64)).sum() / self.count
-        return float(np.exp(np.log(np.maximum(each / power, 1e-30)).mean()))
+        return geometric_mean(self.relative(self._drawn_by(program)))
+
+    def relative(self, drawn: np.ndarray) -> np.ndarray:
+        """The squared error of each image over the `power`, float64 [count]."""
+        each = np.square(drawn.astype(np.float64) - self.reference).reshape(self.count, -1).sum(1)
+        relative: np.ndarray = each / self.power
+        return relative
 
     def gains(self, program: Program) -> list[tuple[float, float]]:
         """Measures how much an error at each timestep costs images: (timestep, gain), by ascending timestep.
@@ -107,28 +120,49 @@ class TrajectoryError:
             seen[time] += float(np.square(other.astype(np.float64) - output).sum())
             return other
 
-        error = self._error(self._draw(model))
+        error = self._error(self.draw(model))
         return {time: max(error / caused, 1e-12) for time, caused in seen.items() if caused}
 
     def _drawn_by(self, program: Program) -> np.ndarray:
-        return self._draw(lambda **inputs: self._run(program, inputs))
+        return self.draw(lambda **inputs: self._run(program, inputs))
 
     def _error(self, drawn: np.ndarray) -> float:
         return float(np.square(drawn.astype(np.float64) - self.reference).sum())
 
     def _run(self, program: Program, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        pieces = self.session.map(lambda batch: run(program, batch), self.parts(inputs, PART))
+        return torch.cat(pieces).numpy()
+
+    def parts(self, inputs: Mapping[str, np.ndarray], rows: int) -> Iterator[dict[str, Tensor]]:
+        """Splits the inputs of a call into parts of so many rows, of the types that the model takes."""
         specs = self.denoiser.input_specs
         given = {n: torch.from_numpy(np.ascontiguousarray(x)).to(specs[n].dtype) for n, x in inputs.items()}
-        return torch.cat(self.session.map(lambda batch: run(program, batch), batches(given, PART))).numpy()
+        return batches(given, rows)
 
-    def _draw(self, model: Callable[..., np.ndarray]) -> np.ndarray:
+    def draw(self, model: Callable[..., np.ndarray], observe: Callable[[Call], None] | None = None) -> np.ndarray:
+        """Draws the images by another model, float32 [count, C, H, W]; ``observe`` sees every call."""
         return sampling.sample(
             model,
             self.denoiser.scheduler,
             sampling.gaussian(self.count, self.denoiser.latent_shape, self.seed),
             steps=self.steps,
-            **self.denoiser.conditioning.arguments(self.conditions, self.count, self.denoiser.guidance),
+            **self._arguments,
             latent=self.denoiser.latent,
             seed=self.seed,
             batch=self.count,
+            observe=observe,
         )
+
+    @property
+    def guidance(self) -> float:
+        """The scale of classifier-free guidance; 1 is without."""
+        return float(self._arguments.get("guidance", 1.0))
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        return self.denoiser.conditioning.arguments(self.conditions, self.count, self.denoiser.guidance)
+
+
+def geometric_mean(values: np.ndarray) -> float:
+    """The geometric mean of numbers of 0 or more; those below 1e-30 count as 1e-30."""
+    return float(np.exp(np.log(np.maximum(values, 1e-30)).mean()))

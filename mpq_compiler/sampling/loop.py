@@ -42,6 +42,8 @@ class Call:
     """Whether this is the unconditional call that guidance adds."""
     inputs: dict[str, Array]
     output: Array
+    latents: Array
+    """The latents before the step, which ``inputs`` may have scaled."""
 
 
 def gaussian(count: int, shape: tuple[int, ...], seed: int | Sequence[int]) -> Array:
@@ -100,7 +102,7 @@ def sample(
         nonlocal done
         timestep = np.full(len(x), timesteps[step])
         inputs = {
-            latent: x,
+            latent: scheduler.scaled(x, step, steps),
             "timestep": timestep,
             **{key: np.asarray(value)[rows] for key, value in extra.items()},
         }
@@ -111,7 +113,7 @@ def sample(
                 "of the artifact, do not suit these inputs"
             )
         if observe:
-            observe(Call(step, float(timesteps[step]), rows, unconditional, inputs, output))
+            observe(Call(step, float(timesteps[step]), rows, unconditional, inputs, output, x))
         done += 1
         if progress:
             progress(done, total)
@@ -127,11 +129,10 @@ def sample(
         rows = slice(start, min(start + batch, count))
         x = scheduler.start(np.asarray(noise[rows], dtype=np.float32), steps)
         for step in range(steps):
-            given = scheduler.scaled(x, step, steps)
-            output = call(given, step, rows, conditions, False)
+            output = call(x, step, rows, conditions, False)
             if guided:
                 assert null_conditions is not None
-                base = call(given, step, rows, null_conditions, True)
+                base = call(x, step, rows, null_conditions, True)
                 output = base + np.float32(guidance) * (output - base)
             fresh = gaussian(count, noise.shape[1:], (seed, step + 1))[rows] if scheduler.stochastic else None
             x = scheduler.step(output, step, steps, x, fresh)

@@ -15,10 +15,11 @@ from mpq_compiler.ir.program import PLANNED, Program
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support import cache
 from mpq_compiler.training.data import Data
+from mpq_compiler.training.outputs import Outputs
 from mpq_compiler.training.state import Kept, Stage, key
 from mpq_compiler.training.streams import Streams
-from mpq_compiler.training.student import variables
-from mpq_compiler.training.trainer import Outcome, applied, descend, group_times, outcome_of
+from mpq_compiler.training.student import applied, variables
+from mpq_compiler.training.trainer import Outcome, descend, group_times, outcome_of
 
 VALUES = 3
 """The bytes that training holds for each byte of a value of the float program: the value, and what quantizers keep."""
@@ -66,7 +67,8 @@ def train_parts(
             if not trained:
                 continue
             earlier = key(piece, trained, stage, seed, earlier, given[1])
-            state = descend(piece, trained, stage, *given, Kept(earlier, session), session, seed)
+            objective = Outputs(piece, stage, *given, session, seed)
+            state = descend(piece, trained, stage, objective, Kept(earlier, session), session)
             program = applied(program, trained, state.best)
             outcomes.append(outcome_of(stage, state))
         read = streams.student(program, part, factors).graph.nodes

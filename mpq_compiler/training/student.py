@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from mpq_compiler.formats import contract
 from mpq_compiler.formats.contract import WeightTables, rising
 from mpq_compiler.ir import ops
-from mpq_compiler.ir.graph import arguments, operand
+from mpq_compiler.ir.graph import arguments, operand, part_of
 from mpq_compiler.ir.interpreter import Interpreter
 from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.stored_tensors import entropy_format
@@ -159,6 +159,38 @@ def values(program: Program, variables: Mapping[str, Variable], thetas: Mapping[
             level = contract.dequantize(weight.merged_codes(program), tables)
         found[weight.node.name] = level.reshape(weight.shape)
     return found
+
+
+@torch.no_grad()
+def applied(program: Program, trained: Mapping[str, Variable], thetas: Mapping[str, Tensor]) -> Program:
+    """Stores the variables' values, and the codes of latent weights, in a copy of the program."""
+    program = program.fork()
+    renamed: dict[str, str] = {}
+
+    def store(name: str, tensor: Tensor) -> None:
+        renamed[name] = program.tensors.add(f"{name.split(':')[0]}:{part_of(name) or 'trained'}", tensor)
+
+    for name, variable in trained.items():
+        if variable.kind != Kind.LATENT:
+            store(name, variable.stored(thetas[name]))
+    for weight in settled(program):
+        if weight.codes not in trained:
+            continue
+        rows = trained[weight.codes].stored(thetas[weight.codes])
+        tables = weight.values(program, lambda name: program.tensors[renamed.get(name, name)])
+        codes = contract.quantize(rows, tables)
+        if weight.signs is None:
+            store(weight.codes, codes)
+        else:
+            store(weight.codes, codes >> 1)
+            store(weight.signs, codes & 1)
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and node.target in renamed:
+            node.target = renamed[str(node.target)]
+    for edge, plan in program.activations.items():
+        scale_name, zero = (None if n is None else renamed.get(n, n) for n in (plan.scale, plan.zero_point))
+        program.activations[edge] = replace(plan, scale=scale_name, zero_point=zero)
+    return program
 
 
 def variables(

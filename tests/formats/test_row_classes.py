@@ -24,7 +24,7 @@ from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import Program, TensorStore
 from mpq_compiler.quantization.adaround import adaround
 from mpq_compiler.quantization.gptq import gptq
-from mpq_compiler.training import student, trainer, variables
+from mpq_compiler.training import student, variables
 from tests.harness import programs
 
 NAMES = ("int2m", "int3m", "int4m")
@@ -241,7 +241,7 @@ def test_training_keeps_codes_within_their_width(steps):
         assert torch.equal(student.Student(program, student.values(program, trained, thetas)).run(x), run(program, x))
     for weight in variables.settled(program):
         thetas[weight.codes] = torch.full_like(thetas[weight.codes], 100.0)
-    moved = trainer.applied(program, trained, thetas)
+    moved = student.applied(program, trained, thetas)
     verifier.verify(moved)
     for weight in variables.settled(moved):
         codes = moved.tensors[weight.codes]

@@ -30,9 +30,10 @@ from mpq_compiler.support.errors import UserError
 from mpq_compiler.training import by_parts, trainer
 from mpq_compiler.training import data as training_data
 from mpq_compiler.training.data import Data
+from mpq_compiler.training.outputs import noise
 from mpq_compiler.training.relation_loss import Term
 from mpq_compiler.training.state import RATES, Stage
-from mpq_compiler.training.trainer import noise, train
+from mpq_compiler.training.trainer import train
 from mpq_compiler.training.variables import Kind, settled
 from tests.harness import programs
 
@@ -253,9 +254,9 @@ def test_options_without_an_effect_are_said(tmp_path):
     dynamic = start().fork()
     for edge, plan in dynamic.activations.items():
         dynamic.activations[edge] = replace(plan, dynamic=True, scale=None, zero_point=None)
-    (note,) = network._without_effect(dynamic, session(tmp_path), 1)
+    (note,) = network._without_effect(dynamic, session(tmp_path), 1, None)
     assert "no activation has a stored scale" in note
-    assert not [*network._without_effect(start(), session(tmp_path), 1)]
+    assert not [*network._without_effect(start(), session(tmp_path), 1, None)]
     with pytest.raises(UserError, match="adapters"):
         make_pass("distill", {"adapters": -1})
 

@@ -89,7 +89,7 @@ def test_entropy_coded_weights_move_by_their_step_or_within_their_bytes():
     assert isinstance(format_, formats.EntropyFormat)
     steps = anywhere(frozen)
     thetas = {name: trained[name].projected(theta) for name, theta in anywhere(trained).items()}
-    moved = trainer.applied(program, trained, thetas)
+    moved = student.applied(program, trained, thetas)
     for before, after in zip(settled(program), settled(moved), strict=True):
         scale = before.tables.scale
         stored = frozen[scale].stored(steps[scale])
@@ -119,7 +119,7 @@ def test_adapters_and_networks_start_where_the_program_is(pipeline):
     with torch.no_grad():
         assert torch.equal(Student(program, student.values(program, trained, zeros(trained))).run(x), run(program, x))
     thetas = anywhere(trained)
-    moved = trainer.applied(program, trained, thetas)
+    moved = student.applied(program, trained, thetas)
     verify(moved, after="distill")
     with torch.no_grad():
         torch.testing.assert_close(
@@ -295,7 +295,7 @@ def test_tables_are_what_networks_make_of_the_times_of_groups():
     program = programs.after("unet2d", "round-weights", programs.MIXED)
     trained = student.variables(program, latent=False, times=TIMES, seed=1)
     thetas = anywhere(trained, 1.0)
-    moved = trainer.applied(program, trained, thetas)
+    moved = student.applied(program, trained, thetas)
     layers = [torch.nn.Linear(*sizes) for sizes in pairwise(training_variables.WIDTHS)]
     network = torch.nn.Sequential(*layers[:1], *(m for layer in layers[1:] for m in (torch.nn.ReLU(), layer)))
     tables = {plan.scale: moved.activations[edge].scale for edge, plan in program.activations.items()}
