@@ -146,7 +146,7 @@ class TrajectoryError:
             self.denoiser.scheduler,
             sampling.gaussian(self.count, self.denoiser.latent_shape, self.seed),
             steps=self.steps,
-            **self._arguments,
+            **self.denoiser.conditioning.arguments(self.conditions, self.count, self.denoiser.guidance),
             latent=self.denoiser.latent,
             seed=self.seed,
             batch=self.count,
@@ -156,11 +156,8 @@ class TrajectoryError:
     @property
     def guidance(self) -> float:
         """The scale of classifier-free guidance; 1 is without."""
-        return float(self._arguments.get("guidance", 1.0))
-
-    @property
-    def _arguments(self) -> dict[str, Any]:
-        return self.denoiser.conditioning.arguments(self.conditions, self.count, self.denoiser.guidance)
+        given = self.denoiser.conditioning.arguments(self.conditions, self.count, self.denoiser.guidance)
+        return float(given.get("guidance", 1.0))
 
 
 def geometric_mean(values: np.ndarray) -> float:
