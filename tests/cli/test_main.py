@@ -17,7 +17,7 @@ import mpq_compiler
 from mpq_compiler import schemas
 from mpq_compiler.backends.tvm import lowering
 from mpq_compiler.cli import mpqc
-from mpq_compiler.pipeline import parser
+from mpq_compiler.pipeline import parser, recipes
 from mpq_compiler.sampling.text_encoder import TextEncoder
 from mpq_compiler.targets import table as targets
 from tests.harness import tiny
@@ -161,7 +161,7 @@ def test_inspect_dumps_and_artifact(folder: Path, artifact: Path, capsys: pytest
     unchanged = command(folder, "inspect", dumps, "--diff", "calibrate", "time-groups")["diff"]
     assert all("//" in line for line in unchanged.splitlines() if line.startswith(("+", "-")))
     layers = command(folder, "inspect", artifact, "--layers")["layers"]
-    assert {row["weight"] for row in layers} <= {"km2", "int2", "int3", "int2+b", "int4", "int3+b", "int8"}
+    assert {row["weight"] for row in layers} <= {*recipes.load("default").options["sensitivity"]["formats"]}
 
 
 def test_inspect_looks_for_faults_and_reasons(
