@@ -15,11 +15,10 @@ from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.pipeline.demand import Asked, Demand
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.training import by_parts, trainer
+from mpq_compiler.training import by_parts, outputs, trainer
 from mpq_compiler.training import data as training_data
 from mpq_compiler.training import images as whole_images
 from mpq_compiler.training.data import Data, affordable, calls, part_updates, trajectories
-from mpq_compiler.training.outputs import noise
 from mpq_compiler.training.relation_loss import Term
 from mpq_compiler.training.state import RATES, Stage
 from mpq_compiler.training.trainer import TRAINING, Outcome
@@ -49,9 +48,9 @@ class Distill(Pass):
     straight-through gradients (LSQ, arXiv 1902.08153, for any table of levels). Then the codes are frozen, and scales,
     offsets, ranges of activations, biases, norms and embeddings go on: codes that move to the end leave them
     mismatched. Errors count by what they do to images, which is measured for each time: early ones a hundred times as
-    much as late ones. With ``unroll`` the second stage learns whole images instead, through all steps of the sampler.
-    Of each stage the state with the least error on held-out calls, or images, is kept, and only if held-out images are
-    no worse for it.
+    much as late ones. With ``unroll`` a last stage learns whole images, through all steps of the sampler. Of each stage
+    the state with the least error on held-out calls, or images, is kept, and only if held-out images are no worse for
+    it.
 
         %conv_in_w_base = mpq::dequantize_weight(.weight:{base.codes,scale,offset,base.lut}, shape=[32,3,3,3])
         %conv_in        = mpq::conv2d(%permute_default_q, %conv_in_w, .bias:corrected, ...)
@@ -84,10 +83,11 @@ class Distill(Pass):
     """Share of those after which held-out images say whether the others are worth it: unless what is best by then makes
     them better, the others go to scales. 0: they are all taken. What makes outputs better need not do that to images:
     errors that training leaves are alike in all steps of an image."""
-    unroll: bool = False
-    """Trains what is left when the weights are trained by the errors of whole images: the steps of the sampler are
-    unrolled (`training.images`), and errors that add up from step to step are not those that cancel. An update of 16
-    images takes as long as seven by calls, of an image of 10."""
+    unroll: float = 0.0
+    """Share of the updates that go to errors of whole images, behind all others, where they are enough for some: the
+    steps of the sampler are unrolled (`training.images`), since errors that add up from step to step cost more than
+    those that cancel. An update by 16 images of 10 steps takes as long as seven by calls. ``latent`` is a share of the
+    other updates."""
     least: int = 0
     """Updates of a model that is too large for as many in the minutes: it is trained part by part then."""
     memory: float = 2.0
@@ -125,6 +125,7 @@ class Distill(Pass):
             self.require(option, 0)
         self.require("latent", 0, 1)
         self.require("trial", 0, 1)
+        self.require("unroll", 0, 1)
         for option in ("samples", "steps", "epochs"):
             self.require(option, 1)
         for option in ("updates", "images", "window", "adapters", "least"):
@@ -211,10 +212,10 @@ class Distill(Pass):
 
         if self.relation:
             program.note("distill: relation had no effect: parts learn their own outputs")
-        before = noise(program, {}, {}, held_out, session)
+        before = outputs.noise(program, {}, {}, held_out, session)
         trained, outcomes = by_parts.train_parts(program, last, stages, data, held_out, session, session.seed)
         _note_ends(trained, outcomes)
-        after = noise(trained, {}, {}, held_out, session)
+        after = outputs.noise(trained, {}, {}, held_out, session)
         told = {"phase": "parts", "stages": [asdict(outcome) for outcome in outcomes], "images_before": None,
                 "images_after": None, "kept": after <= before}  # fmt: skip
         if after > before:
@@ -239,16 +240,14 @@ class Distill(Pass):
             yield "unroll had no effect: it would draw images, and training is on the calls that were given"
         elif self.unroll and images is None:
             yield "unroll had no effect: no images are held out (images), or their conditions cannot be made here"
-        elif self.unroll and not self._of_images(updates - round(updates * self.latent), session, images)[0]:
-            yield "unroll had no effect: the updates are not enough for images"
         for option in ("adapters", "blocks"):
-            if getattr(self, option) and not round(updates * self.latent):
+            if getattr(self, option) and not self._latent(updates, session, images):
                 yield f"{option} had no effect: no update is of the weights themselves (latent)"
         if self.window and not self.relation:
             yield "window had no effect: no relation is learned, of whose features it is the mean (relation)"
         if self.relation and self._related(program, session) is None:
             yield "relation had no effect: no block is one of several of a kind, whose last one's features it compares"
-        elif self.relation and self.blocks and updates == round(updates * self.latent):
+        elif self.relation and self.blocks and updates == self._latent(updates, session, images):
             yield "relation had no effect: blocks learn their own outputs, and nothing is trained after them (latent)"
         if self.range_network and all(plan.scale is None for plan in program.activations.values()):
             yield "range_network had no effect: no activation has a stored scale"
@@ -263,13 +262,18 @@ class Distill(Pass):
         network = self.range_network and len(program.facts[TIME_GROUPS]) > 0
         return partial(Stage, rates=self._rates(), adapters=self.adapters, range_network=network)
 
-    def _of_images(self, updates: int, session: Session, images: TrajectoryError | None) -> tuple[int, int]:
+    def _by_images(self, updates: int, session: Session, images: TrajectoryError | None) -> tuple[int, int]:
         """The steps by images that take as long as so many updates, and the groups of images; 0 if there are none."""
-        if not self.unroll or images is None or session.calibration is not None:
+        if images is None or session.calibration is not None:
             return 0, 0
         assert session.denoiser is not None
         calls = images.steps * session.denoiser.calls_per_step
         return whole_images.affordable(updates, calls, (IMAGE_CHECKS + 1) * images.count)
+
+    def _latent(self, updates: int, session: Session, images: TrajectoryError | None) -> int:
+        """The updates of the weights themselves."""
+        unrolled = round(updates * self.unroll)
+        return round((updates - (unrolled if self._by_images(unrolled, session, images)[0] else 0)) * self.latent)
 
     def _phases(
         self,
@@ -281,10 +285,10 @@ class Distill(Pass):
     ) -> Iterator[tuple[str, Phase]]:
         """The phases of training in order; a phase is kept or undone as a whole, and run before the next is asked for.
 
-        The last phase takes the updates that the ``judge`` of images leaves it.
+        The last phases share the updates that the ``judge`` of images leaves them.
         """
         assert session.denoiser is not None
-        latent = round(updates * self.latent)
+        latent = self._latent(updates, session, images)
         taken = 0
         related = self._related(program, session) if self.relation else None
         term = None if related is None else Term(related.output, self.relation, self.window)
@@ -294,7 +298,7 @@ class Distill(Pass):
             assert session.denoiser is not None
             found = blocks_of(session.denoiser.module.model, program)
             if self.updates is None:  # the minutes are to be those of the whole program
-                minutes = self.minutes * self.latent
+                minutes = self.minutes * self.latent * (1 - self.unroll)
                 share, more = part_updates(program, minutes, training_data.BATCH, len(data) + len(held_out)), 0
             else:
                 share, more = divmod(latent, len(found))
@@ -314,7 +318,7 @@ class Distill(Pass):
 
             return phase
 
-        def unrolled(stage: Stage, groups: int) -> Phase:
+        def by_images(stage: Stage, groups: int) -> Phase:
             def phase(program: Program, data: Data, held_out: Data) -> tuple[Program, list[Outcome]]:
                 assert images is not None
                 drawn = whole_images.drawn(session, groups)
@@ -328,12 +332,14 @@ class Distill(Pass):
         elif latent:
             yield "weights", whole(stage("weights", True, latent, relation=term, trial=round(latent * self.trial)))
         left = updates - (taken or latent)
-        steps, groups = self._of_images(left, session, images)
+        unrolled = round(left * self.unroll / (self.unroll + (1 - self.unroll) * (1 - self.latent) or 1))
+        steps, groups = self._by_images(unrolled, session, images)
+        by_calls = left - unrolled if steps else left
+        if by_calls:
+            yield "scales", whole(stage("scales", False, by_calls, relation=term))
         if steps:
             faster = self._rates(FASTER)
-            yield "images", unrolled(stage("images", False, steps, rates=faster, checks=IMAGE_CHECKS), groups)
-        elif left:
-            yield "scales", whole(stage("scales", False, left, relation=term))
+            yield "images", by_images(stage("images", False, steps, rates=faster, checks=IMAGE_CHECKS), groups)
 
 
 Phase = Callable[[Program, Data, Data], tuple[Program, list[Outcome]]]

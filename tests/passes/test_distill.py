@@ -27,10 +27,9 @@ from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.settle import LATENTS
 from mpq_compiler.sampling.loop import gaussian
 from mpq_compiler.support.errors import UserError
-from mpq_compiler.training import by_parts, trainer
+from mpq_compiler.training import by_parts, outputs, trainer
 from mpq_compiler.training import data as training_data
 from mpq_compiler.training.data import Data
-from mpq_compiler.training.outputs import noise
 from mpq_compiler.training.relation_loss import Term
 from mpq_compiler.training.state import RATES, Stage
 from mpq_compiler.training.trainer import train
@@ -320,7 +319,7 @@ def test_calls_are_the_float_models_own_trajectory():
 
 def test_noise_of_the_float_program_is_none(data, tmp_path):
     program = programs.after(MODEL, "layout")
-    assert noise(program, {}, {}, data[1], session(tmp_path)) < 1e-9
+    assert outputs.noise(program, {}, {}, data[1], session(tmp_path)) < 1e-9
 
 
 @pytest.mark.parametrize("stage", [Stage("x", True, 4), replace(BOTH, steps=4)])
@@ -383,7 +382,7 @@ def test_the_pass_goes_through_the_blocks(tmp_path):
     program = make_pass("distill", options).run(start(), session(tmp_path))
     first, second = program.facts[DECISIONS][""]["distill"]["phases"]
     assert first["phase"] == "blocks" and len(first["stages"]) > 10 and second["phase"] == "scales"
-    assert second["stages"][-1]["after"] < noise(
+    assert second["stages"][-1]["after"] < outputs.noise(
         start(), {}, {}, training_data.calls(session(tmp_path), 2, 3)[1], session(tmp_path)
     )
 
@@ -494,6 +493,6 @@ def test_parts_that_make_outputs_worse_are_undone(tmp_path, monkeypatch):
     errors = iter([0.1, 0.2])
     options = {"updates": 1, "memory": 1e-9, "latent": 0.0, "images": 0}
     monkeypatch.setattr(by_parts, "train_parts", lambda program, *more: (program.fork(), []))
-    monkeypatch.setattr(trainer, "noise", lambda *arguments: next(errors))
+    monkeypatch.setattr(outputs, "noise", lambda *arguments: next(errors))
     program = make_pass("distill", options).run(start(), session(tmp_path))
     assert "undone" in program.facts[NOTES][-1] and same(program, start())

@@ -11,6 +11,7 @@ from mpq_compiler.analysis.trajectory_error import TrajectoryError
 from mpq_compiler.ir.program import NOTES
 from mpq_compiler.ir.provenance import DECISIONS
 from mpq_compiler.ir.verifier import verify
+from mpq_compiler.passes.distill import IMAGE_CHECKS
 from mpq_compiler.pipeline.options import make as make_pass
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.training import images, trainer
@@ -100,21 +101,33 @@ def test_steps_take_the_time_of_the_updates():
     assert images.affordable(3, 10, 50) == (0, 0)
 
 
-OPTIONS = {"updates": 20, "latent": 0.1, "samples": 1, "steps": 2, "images": 4, "unroll": True}
+OPTIONS = {"updates": 24, "latent": 0.5, "samples": 1, "steps": 2, "images": 4, "unroll": 0.8}
 
 
-def test_the_pass_goes_on_from_weights_to_images(tmp_path):
+def test_the_pass_goes_on_from_weights_and_scales_to_images(tmp_path):
     program = make_pass("distill", OPTIONS).run(start(), session(tmp_path))
-    first, second = program.facts[DECISIONS][""]["distill"]["phases"]
-    assert (first["phase"], second["phase"]) == ("weights", "images")
-    assert second["kept"] and second["images_after"] < second["images_before"]
-    assert second["stages"][0]["after"] == second["images_after"]
+    phases = program.facts[DECISIONS][""]["distill"]["phases"]
+    assert [phase["phase"] for phase in phases] == ["weights", "scales", "images"]
+    taken = [phase["stages"][0]["steps"] for phase in phases]
+    assert taken[:2] == [2, 2] and taken[2] == images.affordable(20, 4, (IMAGE_CHECKS + 1) * 4)[0]
+    assert phases[-1]["kept"] and phases[-1]["images_after"] < phases[-1]["images_before"]
+    assert phases[-1]["stages"][0]["after"] == phases[-1]["images_after"]
     assert not [note for note in program.facts.get(NOTES, []) if "unroll" in note]
 
 
+def test_what_a_trial_leaves_is_shared(tmp_path, monkeypatch):
+    """Weights that end after the trial leave their updates to scales and images, as the plan shares out the others."""
+    monkeypatch.setattr(TrajectoryError, "typical_noise", lambda self, program: 0.1)
+    program = make_pass("distill", {**OPTIONS, "trial": 0.5}).run(start(), session(tmp_path))
+    first, *others = program.facts[DECISIONS][""]["distill"]["phases"]
+    assert first["stages"][0]["ended"] == 1
+    assert [phase["phase"] for phase in others] == ["scales", "images"]
+    left, share = 23, 0.8 / (0.8 + 0.2 * 0.5)
+    assert others[0]["stages"][0]["steps"] == left - round(left * share)
+
+
 @pytest.mark.parametrize(
-    "change, said",
-    [({"images": 0}, "no images are held out"), ({"updates": 1}, "not enough"), ({}, "calls that were given")],
+    "change, said", [({"images": 0}, "no images are held out"), ({}, "calls that were given"), ({"updates": 3}, "")]
 )
 def test_where_no_images_can_be_trained_on_scales_learn_calls(tmp_path, change, said):
     used = session(tmp_path)
@@ -123,5 +136,6 @@ def test_where_no_images_can_be_trained_on_scales_learn_calls(tmp_path, change, 
     made = make_pass("distill", {**OPTIONS, "updates": 2, "latent": 0.0, **change})
     program = made.run(start(), used)
     (only,) = program.facts[DECISIONS][""]["distill"]["phases"]
-    assert only["phase"] == "scales"
-    assert [note for note in program.facts[NOTES] if "unroll had no effect" in note and said in note]
+    assert only["phase"] == "scales" and only["stages"][0]["steps"] == made.updates
+    notes = [note for note in program.facts.get(NOTES, []) if "unroll had no effect" in note]
+    assert len(notes) == bool(said) and all(said in note for note in notes)
