@@ -37,7 +37,7 @@ class Outputs(Objective):
     """The calls to judge by."""
     session: Session
     seed: int
-    """Of the order of the calls."""
+    """The seed of the order of the calls."""
 
     def __post_init__(self) -> None:
         self.power = float(self.held_out.squared(self.held_out.targets).double().mean())
