@@ -71,7 +71,7 @@ def test_images_get_better_and_codes_stay(tmp_path):
     assert [w.codes for w in settled(trained)] == [w.codes for w in settled(program)]
 
 
-@pytest.mark.invariant("mtrd-7", "compiler-12")
+@pytest.mark.invariant("compiler-12")
 def test_no_number_of_jobs_and_no_kill_changes_a_bit(tmp_path, monkeypatch):
     whole, outcome = trainer.train_images(start(), STAGE, *drawn(session(tmp_path)), session(tmp_path / "a", jobs=2))
     killed_at(4, monkeypatch)
