@@ -8,6 +8,7 @@ holds one call's activations, however many steps there are (as AccuQuant has it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from mpq_compiler.ir import segments
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.sampling.adjoint import backward
-from mpq_compiler.sampling.loop import Call
+from mpq_compiler.sampling.loop import Call, NotFinite
 from mpq_compiler.support import cache
 from mpq_compiler.training.data import BATCH
 from mpq_compiler.training.objective import Objective
@@ -66,10 +67,16 @@ class Images(Objective):
         self.usual = state.before
 
     def error(self, variables: Mapping[str, Variable], thetas: Mapping[str, Tensor]) -> float:
-        return self.held_out.typical_noise(applied(self.program, variables, thetas))
+        try:
+            return self.held_out.typical_noise(applied(self.program, variables, thetas))
+        except NotFinite:
+            return math.inf
 
     def gradients(self, step: int, made: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-        """The loss is the geometric mean of the errors of a group; the gradients are those of its logarithm."""
+        """The loss is the geometric mean of the errors of a group; the gradients are those of its logarithm.
+
+        Of a program that does not draw any more it is infinite, and there are no gradients.
+        """
         images = self.groups[(step - 1) % len(self.groups)]
         values = {name: value.detach() for name, value in made.items()}
 
@@ -81,7 +88,10 @@ class Images(Objective):
             return torch.cat(self.session.map(forth, images.parts(inputs, self.rows))).numpy()
 
         calls: list[Call] = []
-        drawn = images.draw(model, calls.append)
+        try:
+            drawn = images.draw(model, calls.append)
+        except NotFinite:
+            return math.inf, {}
         errors = images.relative(drawn) + self.usual
         slopes = 2 / (errors * images.power * images.count)
         gradient = (drawn.astype(np.float64) - images.reference) * slopes.reshape(-1, *[1] * (drawn.ndim - 1))

@@ -203,6 +203,8 @@ def _gradients(
     leaves = {name: theta.detach().requires_grad_() for name, theta in thetas.items()}
     made = values(program, trained, leaves)
     loss, reached = objective.gradients(step, made)
+    if not math.isfinite(loss):
+        return loss, {}
     gradients = torch.autograd.grad(
         [made[name] for name in reached], list(leaves.values()), list(reached.values()),
         allow_unused=True, materialize_grads=True,

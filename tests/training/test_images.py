@@ -84,6 +84,18 @@ def test_no_number_of_jobs_and_no_kill_changes_a_bit(tmp_path, monkeypatch):
     assert not same(whole, trainer.train_images(start(), STAGE, *drawn(other), other)[0])
 
 
+@pytest.mark.invariant("quest-5", "compiler-9")
+@pytest.mark.parametrize("rate", [0.3, 1e9])
+def test_divergence_keeps_the_best(tmp_path, rate):
+    """Where the program does not draw any more, and where it draws something else."""
+    used = session(tmp_path)
+    groups, held_out = drawn(used)
+    stage = replace(STAGE, rates=dict.fromkeys(RATES, rate), steps=2)
+    trained, outcome = trainer.train_images(start(), stage, groups, held_out, used)
+    assert (outcome.diverged is not None) == (rate > 1)
+    assert (outcome.best_step, outcome.after) == (0, outcome.before) == (0, held_out.typical_noise(trained))
+
+
 def test_groups_are_images_of_their_own(tmp_path):
     groups, held_out = drawn(session(tmp_path), 3)
     every = np.concatenate([held_out.reference, *(g.reference for g in groups)])
