@@ -48,25 +48,22 @@ def _with(name: str, **options: Any) -> Change:
     return lambda recipe: recipe.override(name, **options)
 
 
-def _without_formats(mark: str) -> Change:
-    def change(recipe: Recipe) -> Recipe:
-        kept = [name for name in recipe.options["sensitivity"]["formats"] if mark not in name]
-        return recipe.override("sensitivity", formats=kept)
-
-    return change
+def _packed(recipe: Recipe) -> Recipe:
+    return recipe.override("sensitivity", formats=recipe.options["sensitivity"]["packed"])
 
 
 PARTS: dict[str, Change] = {
     "training": _without("distill"),
     "training of weights": _with("distill", latent=0.0),
+    "training by images": _with("distill", unroll=0.0),
+    "entropy-coded weights": _packed,
     "GPTQ": _with("round-weights", method="nearest"),
+    "a second plan": _with("bit-allocation", rounds=0),
     "equalization": _without("equalize"),
     "rotation": _without("rotate"),
     "time groups": _with("time-groups", groups=1),
     "gains of times": _without("time-gains"),
     "mixed activations": _with("bit-allocation", mixed=False),
-    "K-means": _without_formats("km"),
-    "residual branches": _without_formats("+b"),
     "+ 20 time groups": _with("time-groups", groups=20),
     "+ split shortcuts": _before("calibrate", "split-shortcut"),
     "+ learned rounding": _with("round-weights", method="learned"),
