@@ -29,7 +29,7 @@ class TvmBackend:
             times=cpu,
             lora=cpu,
             stages=lowering.names(target),
-            decodes=cpu,
+            decodes=lowering.decodes(target),
         )
 
     def require(self, target: Target) -> None:

@@ -73,7 +73,7 @@ def build(
     """
     if target.is_cuda:
         require_compiler(target)
-    stored = stored_tensors.stored(program, *(other.program for other in others), coded=not target.is_cuda)
+    stored = stored_tensors.stored(program, *(other.program for other in others), coded=lowering.decodes(target))
     tensors = {name: tensor.array for name, tensor in stored.items()}
     lowered, looked_at = _lowered(program, target, batches, others, stored, jobs, cache, instruments)
     tiles: dict[str, tune_.Tile] | None = None

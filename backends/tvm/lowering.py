@@ -33,7 +33,12 @@ def behind_selection(hoisted: bool = True, decoded: bool = True) -> list[Stage]:
 
 def of_target(target: Target) -> list[Stage]:
     """The stages behind `SelectKernels` for a target."""
-    return behind_selection(hoisted=not target.is_cuda, decoded=not target.is_cuda)
+    return behind_selection(hoisted=not target.is_cuda, decoded=decodes(target))
+
+
+def decodes(target: Target) -> bool:
+    """Whether artifacts for a target decode weights when they are loaded, entropy-coded ones among them."""
+    return not target.is_cuda
 
 
 def names(target: Target) -> tuple[str, ...]:
