@@ -15,7 +15,7 @@ from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.pipeline.demand import Asked, Demand
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.training import by_parts, outputs, trainer
+from mpq_compiler.training import by_parts, objective, outputs, trainer
 from mpq_compiler.training import data as training_data
 from mpq_compiler.training import images as whole_images
 from mpq_compiler.training.data import Data, affordable, calls, part_updates, trajectories
@@ -136,7 +136,7 @@ class Distill(Pass):
         if not (self.minutes if self.updates is None else self.updates):
             return Demand()
         variables = by_parts.LATENT if self.latent else by_parts.FROZEN
-        held = variables * asked.sizes.numbers + by_parts.VALUES * BATCH * asked.sizes.value_bytes
+        held = variables * asked.sizes.numbers + objective.VALUES * BATCH * asked.sizes.value_bytes
         taken = Demand(seconds=2 * 60 * self.minutes, shared=min(held, 2 * self.memory * GIB))
         if self.updates is not None:
             taken = replace(asked.running(3 * BATCH * self.updates, BATCH), shared=taken.shared)

@@ -15,14 +15,13 @@ from mpq_compiler.ir.program import PLANNED, Program
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.support import cache
 from mpq_compiler.training.data import Data
+from mpq_compiler.training.objective import VALUES
 from mpq_compiler.training.outputs import Outputs
 from mpq_compiler.training.state import Kept, Stage, key
 from mpq_compiler.training.streams import Streams
 from mpq_compiler.training.student import applied, variables
 from mpq_compiler.training.trainer import Outcome, descend, group_times, outcome_of
 
-VALUES = 3
-"""The bytes that training holds for each byte of a value of the float program: the value, and what quantizers keep."""
 FROZEN, LATENT = 12, 44
 """The bytes that training holds for each number of a weight whose codes are frozen, and of one that is trained."""
 WIDE = 8

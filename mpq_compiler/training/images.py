@@ -24,7 +24,7 @@ from mpq_compiler.sampling.adjoint import backward
 from mpq_compiler.sampling.loop import Call, NotFinite
 from mpq_compiler.support import cache
 from mpq_compiler.training.data import BATCH
-from mpq_compiler.training.objective import Objective
+from mpq_compiler.training.objective import HELD, VALUES, Objective
 from mpq_compiler.training.state import State
 from mpq_compiler.training.student import Student, applied
 from mpq_compiler.training.variables import Variable
@@ -35,10 +35,6 @@ GROUPS = 32
 """The most groups of `ROWS` images; they come back in turn."""
 PART = 8
 """Images that a thread runs at a time, at most."""
-HELD = 1 << 31
-"""The bytes of values that a part may hold for its backward pass; where it would hold more it has fewer images."""
-VALUES = 3
-"""The bytes held for each byte of a value of the program."""
 PASSES = 4
 """Forward passes that take as long as a call does here: one on the way forth, and three with its gradients."""
 

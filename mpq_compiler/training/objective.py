@@ -10,6 +10,11 @@ from torch import Tensor
 from mpq_compiler.training.state import State
 from mpq_compiler.training.variables import Variable
 
+HELD = 1 << 31
+"""The most bytes of values that a part of a step holds for its backward pass."""
+VALUES = 3
+"""The bytes that training holds for each byte of a value of the program: the value, and what quantizers keep."""
+
 
 class Objective(ABC):
     """What a stage minimizes: `outputs.Outputs` of single calls, or `images.Images` of whole trajectories."""

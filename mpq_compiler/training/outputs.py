@@ -13,15 +13,12 @@ from mpq_compiler.ir import ops, segments
 from mpq_compiler.ir.program import TIME_GROUPS, Program
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.training.data import Data
-from mpq_compiler.training.objective import Objective
+from mpq_compiler.training.objective import HELD, Objective
 from mpq_compiler.training.relation_loss import Memory, Relations
 from mpq_compiler.training.relation_loss import Step as RelationStep
 from mpq_compiler.training.state import Stage, State
 from mpq_compiler.training.student import Student, values
 from mpq_compiler.training.variables import Variable
-
-HELD = 1 << 31
-"""The most bytes of values that a part of a batch holds for its backward pass; above, segments hold theirs in turn."""
 
 
 @dataclass

@@ -84,11 +84,8 @@ def train(
     Returns:
         The trained program, and the outcome.
     """
-    times = group_times(program, data.inputs["timestep"]) if stage.range_network else None
-    trained = variables(program, stage.latent, stage.adapters, times, seed, stage.widest)
-    kept = Kept(key(program, trained, stage, seed, data, held_out), session)
     objective = Outputs(program, stage, data, held_out, session, seed)
-    return _best(program, trained, stage, objective, kept, session, judge)
+    return _best(program, stage, objective, (data, held_out), data.inputs["timestep"], session, seed, judge)
 
 
 def train_images(
@@ -106,22 +103,25 @@ def train_images(
     Returns:
         The trained program, and the outcome, whose errors are typical ones of images.
     """
+    objective = Images(program, images, held_out, session)
     timesteps = torch.from_numpy(held_out.denoiser.scheduler.timesteps(held_out.steps).copy())
-    times = group_times(program, timesteps) if stage.range_network else None
-    trained = variables(program, stage.latent, stage.adapters, times, session.seed, stage.widest)
-    kept = Kept(key(program, trained, stage, session.seed, digest([*images, held_out])), session)
-    return _best(program, trained, stage, Images(program, images, held_out, session), kept, session)
+    return _best(program, stage, objective, (digest([*images, held_out]),), timesteps, session, session.seed)
 
 
 def _best(
     program: Program,
-    trained: Mapping[str, Variable],
     stage: Stage,
     objective: Objective,
-    kept: Kept,
+    calls: Sequence[Data | str],
+    timesteps: Tensor,
     session: Session,
+    seed: int,
     judge: Judge | None = None,
 ) -> tuple[Program, Outcome]:
+    """Trains one stage by an objective, whose ``calls`` enter the key of the kept state (`state.key`)."""
+    times = group_times(program, timesteps) if stage.range_network else None
+    trained = variables(program, stage.latent, stage.adapters, times, seed, stage.widest)
+    kept = Kept(key(program, trained, stage, seed, *calls), session)
     worth = None if judge is None else lambda best: judge(applied(program, trained, best))
     state = descend(program, trained, stage, objective, kept, session, worth)
     return applied(program, trained, state.best), outcome_of(stage, state)
