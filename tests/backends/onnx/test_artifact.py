@@ -33,7 +33,7 @@ from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.sampling.conditioning import Conditions
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import table as targets
-from tests.harness import onnx_models, packed, programs
+from tests.harness import once, onnx_models, packed, programs
 
 TARGET = targets.TARGETS["onnx"]
 MODELS = (
@@ -52,9 +52,11 @@ MODELS = (
 
 @functools.cache
 def compiled(name: str, weights: str) -> Path:
-    case = packed.program(name, weights)
-    program = case.program.fork()
-    return packed.write(packed.kernel_cache() / f"{name}-{weights}.onnx.mpq", program, TARGET, build(program))
+    def make(path: Path) -> None:
+        program = packed.program(name, weights).program.fork()
+        packed.write(path, program, TARGET, build(program))
+
+    return once.made(f"{name}-{weights}.onnx.mpq", make)
 
 
 def arrays(inputs):

@@ -34,7 +34,7 @@ from mpq_compiler.runtime import compiled_denoiser, tvm
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.tensorfile import aligned, aligned_empty
 from mpq_compiler.targets import table as targets
-from tests.harness import packed
+from tests.harness import once, packed
 
 TARGETS = ("x86-64-avx512vnni", "x86-64-avx2")
 MODELS = (
@@ -75,11 +75,14 @@ def here() -> list[str]:
 @functools.cache
 def compiled(name: str, weights: str, target: str) -> tuple[bundle.Artifact, Lowered]:
     """The artifact of a packed program and the plan it was built from."""
-    case, folder = packed.program(name, weights), packed.kernel_cache()
-    row = runnable(target)
-    built = build(case.program, row, BATCHES, jobs=2, cache=folder)
-    assert built.payload_bytes == costs.stored_bytes(case.planned)
-    path = packed.write(folder / f"{name}-{weights}-{target}.mpq", case.program, row, built)
+    case, row = packed.program(name, weights), runnable(target)
+
+    def make(path: Path) -> None:
+        built = build(case.program, row, BATCHES, jobs=2, cache=packed.kernel_cache())
+        assert built.payload_bytes == costs.stored_bytes(case.planned)
+        packed.write(path, case.program, row, built)
+
+    path = once.made(f"{name}-{weights}-{target}.mpq", make)
     return bundle.read(path), lower(case.program, BATCHES)
 
 

@@ -31,7 +31,7 @@ from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import table as targets
 from tests.backends.tvm.test_emit import TARGETS, executed
-from tests.harness import packed, programs, qemu
+from tests.harness import once, packed, programs, qemu
 
 HOST = TARGETS[1]
 CPUS = {
@@ -60,14 +60,18 @@ def program(name: str, weights: str, target: str, emit: str) -> Path:
     """The artifact with its C program, for "machine" with TVM's runtime too."""
     if target in CPUS and platform.machine() != "aarch64" and (absent := qemu.missing(target)):
         pytest.skip(absent)
-    case, folder, row = packed.program(name, weights), packed.kernel_cache(), targets.resolve(target)
-    built = build(case.program, row, (1, BATCH), jobs=2, cache=folder, emit=emit)
-    if emit == "machine":
-        wheels = os.environ.get(WHEELS)
-        if target in CPUS and not wheels:
-            pytest.skip(f"{WHEELS} names no folder with TVM's wheels for AArch64")
-        built.files.update(tvm_wheels.files(row, Path(wheels) if wheels and target in CPUS else None))
-    return packed.write(folder / f"{name}-{weights}-{target}-{emit}.mpq", case.program, row, built)
+    wheels = os.environ.get(WHEELS) if target in CPUS else None
+    if emit == "machine" and target in CPUS and not wheels:
+        pytest.skip(f"{WHEELS} names no folder with TVM's wheels for AArch64")
+    case, row = packed.program(name, weights), targets.resolve(target)
+
+    def make(path: Path) -> None:
+        built = build(case.program, row, (1, BATCH), jobs=2, cache=packed.kernel_cache(), emit=emit)
+        if emit == "machine":
+            built.files.update(tvm_wheels.files(row, Path(wheels) if wheels else None))
+        packed.write(path, case.program, row, built)
+
+    return once.made(f"{name}-{weights}-{target}-{emit}.mpq", make)
 
 
 def run(folder: Path, target: str, *options: str, cpu: str = "") -> subprocess.CompletedProcess[str]:
