@@ -33,10 +33,12 @@ if TYPE_CHECKING:
     from mpq_compiler.frontend.denoiser import load as load_denoiser
     from mpq_compiler.frontend.record import record_inputs
     from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser, load
+    from mpq_compiler.runtime.pipeline import CompiledPipeline, load_pipeline
     from mpq_compiler.support.errors import UserError
 
 _API = {
     "CompiledDenoiser": "runtime.compiled_denoiser:CompiledDenoiser",
+    "CompiledPipeline": "runtime.pipeline:CompiledPipeline",
     "Problem": "allocation.problem:Problem",
     "Report": "driver.report:Report",
     "UserError": "support.errors:UserError",
@@ -48,6 +50,7 @@ _API = {
     "inspect": "cli.inspect:inspect",
     "load": "runtime.compiled_denoiser:load",
     "load_denoiser": "frontend.denoiser:load",
+    "load_pipeline": "runtime.pipeline:load_pipeline",
     "measure_latency": "driver.measure:measure_latency",
     "measure_sensitivity": "driver.measure:measure_sensitivity",
     "record_inputs": "frontend.record:record_inputs",
@@ -56,6 +59,7 @@ _API = {
 
 __all__ = [
     "CompiledDenoiser",
+    "CompiledPipeline",
     "Problem",
     "Report",
     "UserError",
@@ -67,6 +71,7 @@ __all__ = [
     "inspect",
     "load",
     "load_denoiser",
+    "load_pipeline",
     "measure_latency",
     "measure_sensitivity",
     "record_inputs",

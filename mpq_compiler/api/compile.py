@@ -10,6 +10,8 @@ from typing import Any, overload
 import torch
 
 from mpq_compiler.api import diffusers
+from mpq_compiler.artifact.pipeline import DENOISER
+from mpq_compiler.driver import pipeline as pipelines
 from mpq_compiler.driver.compile import compile_denoiser
 from mpq_compiler.driver.estimate import Estimate, estimate_denoiser
 from mpq_compiler.driver.report import Report
@@ -40,25 +42,45 @@ def compile(
     progress: Progress | None = None,
     *,
     example: Arguments | Sequence[Arguments] | None = None,
+    parts: Sequence[str] | None = None,
+    decoder: str | Path | torch.nn.Module | None = None,
+    prompts: Sequence[str] = (),
     **options: Any,
 ) -> Any:
-    """Compiles a model to an artifact.
+    """Compiles a model to an artifact, or a pipeline to a folder of them.
 
     Args:
         model: a folder, a hub id, a bundled name, a `Denoiser`, a diffusers pipeline, or any module.
         output: the artifact, a folder or a .zip.
         progress: opens progress bars, or None.
+        parts: the parts of a pipeline that are compiled, `text`, `denoiser` and `decoder`; `load_pipeline` draws with
+            what all of them make. None: all of a folder, and of a pipeline in memory the denoiser, which is replaced.
+        decoder: the autoencoder that decodes in place of the pipeline's own, or its folder.
+        prompts: what the parts of a pipeline are calibrated on, in place of prompts of our own.
         example: the keyword arguments of a call of the module; it is calibrated with other noise in its latents. What
             calibrates better are recorded calls (`record_inputs`), in the option ``calibration``. A list has calls of
             several kinds, the first of which is calibrated (docs/calibration.md).
         options: fields of `driver.options.Options`.
 
     Returns:
-        The `Report`; for a pipeline the pipeline itself, with its denoiser replaced (`diffusers.compile_pipeline`).
+        The `Report`; of several parts a `PipelineReport`; for a pipeline in memory the pipeline itself, with its
+        denoiser replaced (`diffusers.compile_pipeline`).
 
     Raises:
         UserError: an input that cannot be compiled; nothing is left at ``output`` then.
     """
+    folder = isinstance(model, str | Path) and pipelines.is_pipeline(model) and parts != (DENOISER,)
+    if folder or (diffusers.part_of(model) is not None and parts is not None):
+        decodes = pipelines.load_decoder(decoder) if isinstance(decoder, str | Path) else decoder
+        whole = pipelines.load(model) if folder else model
+        return pipelines.compile_pipeline(
+            whole, output, progress, parts=parts or pipelines.ROLES, decoder=decodes, prompts=prompts, **options
+        )
+    if parts not in (None, (DENOISER,)):
+        raise UserError("parts are those of a pipeline, with a text encoder and a decoder: leave --parts out")
+    if decoder or prompts:
+        idle = "decoder" if decoder else "prompts"
+        raise UserError(f"--{idle} is of a pipeline that is compiled with all its parts: leave it out")
     if diffusers.part_of(model) is not None:
         return diffusers.compile_pipeline(model, output, progress, **options)
     if isinstance(model, torch.nn.Module):

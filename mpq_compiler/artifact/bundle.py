@@ -31,6 +31,8 @@ from mpq_compiler.support.files import beside, check_place, sha256, sync, umask
 FORMAT = "mpq-artifact"
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
+PIPELINE, PIPELINE_FORMAT = "pipeline.json", "mpq-pipeline"
+"""The document of a folder of artifacts, and its format (`artifact.pipeline`)."""
 WEIGHTS = "weights.safetensors"
 KERNELS = "kernels.so"
 CUDART = "cudart.so"
@@ -65,19 +67,19 @@ def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
 
 
 def _looks_like_artifact(path: Path) -> bool:
-    """Whether `path` may be replaced: its manifest identifies an artifact, or it is an empty folder."""
+    """Whether `path` may be replaced: it is an artifact, a pipeline of them, or an empty folder."""
     try:
         if path.is_dir():
             if not any(path.iterdir()):
                 return True
-            text = (path / MANIFEST).read_bytes()
+            text = (path / (PIPELINE if (path / PIPELINE).is_file() else MANIFEST)).read_bytes()
         else:
             with zipfile.ZipFile(path) as archive:
                 text = archive.read(MANIFEST)
         manifest = json.loads(text)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return False
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    return isinstance(manifest, dict) and manifest.get("format") in (FORMAT, PIPELINE_FORMAT)
 
 
 def write(
@@ -121,7 +123,7 @@ def write(
             stream.write(canonical(complete))
             sync(stream)
         result = _zip(folder) if path.suffix == ".zip" else folder
-        _replace(result, path, scratch / "previous")
+        put(result, path, scratch / "previous")
     return complete
 
 
@@ -133,7 +135,7 @@ def copy(artifact: Artifact, path: str | os.PathLike[str], overwrite: bool = Fal
         with beside(path) as scratch:
             folder = scratch / path.name
             shutil.copytree(artifact.folder, folder)
-            _replace(_zip(folder) if path.suffix == ".zip" else folder, path, scratch / "previous")
+            put(_zip(folder) if path.suffix == ".zip" else folder, path, scratch / "previous")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -168,9 +170,9 @@ def canonical(manifest: Mapping[str, Any]) -> bytes:
     return (json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def digest(manifest: Mapping[str, Any]) -> str:
-    """The SHA-256 of the canonical manifest without `artifact_sha256`; the hashes in it cover the files."""
-    rest = {key: value for key, value in manifest.items() if key != "artifact_sha256"}
+def digest(manifest: Mapping[str, Any], own: str = "artifact_sha256") -> str:
+    """The SHA-256 of the canonical manifest without its ``own`` entry; the hashes in it cover the files."""
+    rest = {key: value for key, value in manifest.items() if key != own}
     return hashlib.sha256(canonical(rest)).hexdigest()
 
 
@@ -190,8 +192,8 @@ def _fill(path: Path, source: FileSource) -> None:
     path.chmod((0o777 if path.name in (PROGRAM, SERVER) else 0o666) & ~umask())
 
 
-def _replace(new: Path, path: Path, previous: Path) -> None:
-    """Renames `new` to `path`; what was there moves to `previous`, and back again if that fails."""
+def put(new: Path, path: Path, previous: Path) -> None:
+    """Puts `new` at `path` by renaming; what was there moves to `previous`, and back again if that fails."""
     if not os.path.lexists(path):
         os.rename(new, path)
     elif new.is_file() and path.is_file():

@@ -14,8 +14,11 @@ from mpq_compiler.support.errors import UserError
 
 if TYPE_CHECKING:
     from mpq_compiler.driver.estimate import Estimate
+    from mpq_compiler.driver.pipeline import PipelineReport
     from mpq_compiler.driver.report import Report
 
+FEWEST_PROMPTS = 8
+"""The fewest prompts to calibrate on."""
 LARGE = 1 << 30
 """Bytes of memory from which on a compilation gives freed blocks back at once: they come anew, which takes time."""
 
@@ -25,6 +28,15 @@ def add(commands: options.Commands) -> None:
     parser = commands.add("compile", run, "compile a denoiser to an artifact")
     parser.add_argument("model", metavar="MODEL", help="folder, hub id, or bundled name (mpqc models)")
     parser.add_argument("-o", "--output", metavar="OUT", help="artifact: a folder, or a file OUT.zip")
+    whole = parser.add_argument_group("pipelines, a folder with model_index.json")
+    whole.add_argument(
+        "--parts", metavar="PARTS",
+        help="what is compiled of text, denoiser and decoder, with commas (default: all, for `generate --prompt`)",
+    )  # fmt: skip
+    whole.add_argument("--decoder", metavar="DIR", help="folder of an autoencoder that decodes in the pipeline's stead")
+    whole.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="prompts to calibrate on, one a line (default: 64 of our own)"
+    )
     parser.add_argument("--target", default="native", help="mpqc targets lists them (default: this machine)")
     parser.add_argument(
         "--numerics",
@@ -78,9 +90,14 @@ def run(args: argparse.Namespace) -> Any:
     usage.keep_freed_memory()
     usage.collect_seldom()
     from mpq_compiler.api.compile import compile, estimate
+    from mpq_compiler.driver import pipeline as pipelines
     from mpq_compiler.driver.estimate import LONG
+    from mpq_compiler.driver.pipeline import PipelineReport
 
+    parts, prompts = _parts(args), _prompts(args.prompts)
     if args.estimate:
+        if pipelines.is_pipeline(args.model) and parts != ("denoiser",):
+            raise UserError("--estimate is of a pipeline's denoiser: add --parts denoiser")
         found = estimate(args.model, terminal.progress, **options.of_compilation(args))
         _print_estimate(found)
         return found.to_json()
@@ -100,7 +117,13 @@ def run(args: argparse.Namespace) -> Any:
         if args.memory_limit is not None:
             _print_memory(found)
 
-    report = compile(args.model, args.output, terminal.progress, planned=planned, **options.of_compilation(args))
+    report = compile(
+        args.model, args.output, terminal.progress, planned=planned, parts=parts, decoder=args.decoder,
+        prompts=prompts, **options.of_compilation(args),
+    )  # fmt: skip
+    if isinstance(report, PipelineReport):
+        _print_parts(args.output, report, told)
+        return report.to_json()
     for note in report.notes:
         if note not in told:
             terminal.note(f"note: {note}")
@@ -108,6 +131,43 @@ def run(args: argparse.Namespace) -> Any:
     for name, reason in report.fallbacks.items():
         terminal.say(f"fallback: {name}: {reason}")
     return report.to_json()
+
+
+def _parts(args: argparse.Namespace) -> tuple[str, ...] | None:
+    """The parts of a pipeline that are compiled; None: all."""
+    return None if args.parts is None else tuple(part.strip() for part in args.parts.split(",") if part.strip())
+
+
+def _prompts(path: Path | None) -> list[str]:
+    """The lines of the file of prompts; none without one. UserError: it cannot be read, or has too few."""
+    if path is None:
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --prompts '{path}': {error}") from error
+    if len(prompts := [line.strip() for line in lines if line.strip()]) < FEWEST_PROMPTS:
+        raise UserError(f"--prompts '{path}' has {len(prompts)} prompts: give {FEWEST_PROMPTS} or more")
+    return prompts
+
+
+def _print_parts(output: str, report: PipelineReport, told: list[str]) -> None:
+    for note in report.notes:
+        if note.partition(": ")[2] not in told:
+            terminal.note(f"note: {note}")
+    rows = [
+        (
+            name,
+            terminal.size(part.weights["bytes"]),
+            f"{part.weights['average_bits']:.3f}",
+            terminal.size(part.weights["float_bytes"]),
+            f"{part.quality['sqnr_db']:.2f} dB",
+            len(part.fallbacks),
+        )
+        for name, part in report.parts.items()
+    ]
+    headers = ("part", "weights", "bits", "as f32", "SQNR", "fallbacks")
+    terminal.table(f"{output} for {report.target}", headers, rows, numeric=(1, 2, 3, 4, 5))
 
 
 def _print_estimate(found: Estimate) -> None:

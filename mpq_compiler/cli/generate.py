@@ -1,4 +1,7 @@
-"""`mpqc generate`: images drawn with an artifact, beside those of the float model from the same noise."""
+"""`mpqc generate`: images drawn with an artifact, beside those of the float model from the same noise.
+
+Of a pipeline (`artifact.pipeline`) a picture of a prompt.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from mpq_compiler.cli import options, output
 from mpq_compiler.support import terminal
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.files import write_whole
 
 if TYPE_CHECKING:
     from mpq_compiler.evaluation.painter import Painter
+    from mpq_compiler.sampling.conditioning import Conditions
 
 
 def add(commands: options.Commands) -> None:
@@ -20,11 +25,15 @@ def add(commands: options.Commands) -> None:
     parser.add_argument("artifact", metavar="ARTIFACT")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="PNG file")
     parser.add_argument("--compare", metavar="MODEL", help="draw the same noise with the float model beside it")
-    parser.add_argument("--images", type=int, metavar="N", default=20, help="images in the picture (20)")
-    parser.add_argument("--steps", type=int, metavar="N", default=10, help="sampling steps (10)")
+    parser.add_argument("--images", type=int, metavar="N", help="images in the picture (20; of a pipeline 1)")
+    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps (10; of a pipeline its own)")
     parser.add_argument("--seed", type=int, metavar="N", help="of the noise (default: calibration's and 1)")
     parser.add_argument("--class", dest="label", type=int, metavar="K", help="only images of class K")
     parser.add_argument("--prompt", metavar="TEXT", help="only images of this prompt, such as 'dark plain boot'")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads a pipeline away from")
+    parser.add_argument(
+        "--sequential", action="store_true", help="hold one part of a pipeline in memory at a time"
+    )
     options.add_conditions(parser)
     options.add_threads(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a picture that exists")
@@ -32,6 +41,7 @@ def add(commands: options.Commands) -> None:
 
 def run(args: argparse.Namespace) -> Any:
     """Draw the images, write the picture, and return what it was drawn with."""
+    from mpq_compiler.artifact.pipeline import is_pipeline
     from mpq_compiler.evaluation import image_grid
     from mpq_compiler.evaluation.painter import check, from_artifact, with_conditions
 
@@ -39,6 +49,11 @@ def run(args: argparse.Namespace) -> Any:
     if picture.suffix.lower() != ".png":
         raise UserError(f"-o {picture}: the picture is written as PNG; name it {picture.stem}.png")
     output.require_new(picture, args.overwrite)
+    if is_pipeline(args.artifact):
+        return _of_pipeline(args, picture)
+    if odd := [name for name in ("negative_prompt", "sequential") if getattr(args, name)]:
+        raise UserError(f"--{odd[0].replace('_', '-')} is of a pipeline, and {args.artifact} is a denoiser alone")
+    args.images, args.steps = (20 if args.images is None else args.images), (10 if args.steps is None else args.steps)
     check(args.images, args.steps, args.seed or 0)
     painter = with_conditions(from_artifact(args.artifact, args.threads), args.conditions)
     seed = painter.unseen if args.seed is None else args.seed
@@ -70,6 +85,44 @@ def run(args: argparse.Namespace) -> Any:
     return result
 
 
+def _of_pipeline(args: argparse.Namespace, picture: Path) -> dict[str, object]:
+    """Draw a prompt with a pipeline, and write the pictures side by side."""
+    import numpy as np
+
+    from mpq_compiler.evaluation.painter import check
+    from mpq_compiler.runtime.pipeline import load_pipeline, pictures
+
+    for name, value in {"compare": args.compare, "class": args.label, "conditions": args.conditions}.items():
+        if value is not None:
+            raise UserError(f"{args.artifact} is a pipeline, which draws prompts alone: leave --{name} out")
+    if args.prompt is None:
+        raise UserError(f"{args.artifact} is a pipeline, which draws what it is told: add --prompt 'a lighthouse'")
+    pipe = load_pipeline(args.artifact, args.threads, args.sequential)
+    images, steps = 1 if args.images is None else args.images, pipe.steps if args.steps is None else args.steps
+    seed, guidance = args.seed or 0, pipe.guidance if args.guidance is None else args.guidance
+    check(images, steps, seed)
+    for said in pipe.cut(args.prompt):
+        terminal.note(f"note: {said}")
+    with terminal.progress("drawing", pipe.calls(images, steps, guidance)) as advance:
+        negative = None if args.negative_prompt is None else [args.negative_prompt] * images
+        latents = pipe.latents(
+            [args.prompt] * images, negative, steps=steps, guidance=guidance, seed=seed,
+            progress=lambda done, total: advance(1),
+        )  # fmt: skip
+    pixels = pipe.decode(latents)
+    (whole,) = pictures(np.concatenate([*pixels], axis=1)[None])
+    write_whole(picture, lambda stream: whole.save(stream, format="PNG"))
+    terminal.say(f"wrote {picture}")
+    return {
+        "output": str(picture),
+        "images": images,
+        "steps": steps,
+        "seed": seed,
+        "guidance": guidance,
+        "prompt": args.prompt,
+    }
+
+
 def _float_painter(model: str, painter: Painter) -> Painter:
     """The painter of the float model, with the sampler of the artifact's."""
     from mpq_compiler.evaluation.painter import float_model, from_denoiser, sampled_like
@@ -77,7 +130,7 @@ def _float_painter(model: str, painter: Painter) -> Painter:
     return sampled_like(from_denoiser(float_model(model, painter)), painter)
 
 
-def _drawn(painter: Painter, kind: str, conditions: Any, seed: int, args: argparse.Namespace) -> Any:
+def _drawn(painter: Painter, kind: str, conditions: Conditions, seed: int, args: argparse.Namespace) -> Any:
     """Images [N, channels, height, width], with a bar for their steps."""
     from mpq_compiler.evaluation.painter import BATCH
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def from_artifact(path: str | Path, threads: int | None = None) -> Painter:
     from mpq_compiler.runtime import compiled_denoiser
 
     compiled = compiled_denoiser.load(path, threads)
-    manifest: Mapping[str, Any] = compiled.manifest
+    manifest = compiled.manifest
     about = manifest.get("sampling")
     if about is None:
         raise UserError(f"the artifact '{path}' does not say how it is sampled; run it with `mpqc run`")
@@ -100,16 +100,8 @@ def from_artifact(path: str | Path, threads: int | None = None) -> Painter:
         latent=about["latent"],
         shape=tuple(about["shape"]),
         codec=about["codec"],
-        conditioning=Conditioning(
-            manifest["name"],
-            {
-                value["name"]: (tuple(value["shape"][1:]), value["dtype"])
-                for value in manifest["functions"][0]["inputs"]
-                if value["name"] not in (about["latent"], "timestep")
-            },
-            about.get("fixed", {}),
-            about["classes"],
-            about["null_class"],
+        conditioning=Conditioning.of_artifact(
+            manifest,
             TextEncoder.load(about["text"], compiled.artifact.file(text_encoder.FILE)) if about.get("text") else None,
         ),
         unseen=manifest["calibration"]["seed"] + 1,

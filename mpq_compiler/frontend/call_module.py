@@ -52,7 +52,7 @@ class CallModule(torch.nn.Module):
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Calls the model; its output [B, ...]."""
-        batch = len(inputs[self.latent])
+        batch = inputs[self.latent].shape[0]  # `len` would make the traced batch a constant
         if self.alone and batch > 1:
             return torch.cat([self(**{n: v[i : i + 1] for n, v in inputs.items()}) for i in range(batch)])
         constants = {

@@ -45,7 +45,7 @@ class _Deciding(Watching):
         if not sources:
             return
         if not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.isdisjoint(func.tags):
-            self.found |= self._of(args[1:]) if func is aten.index.Tensor else sources
+            self.found |= self._of(_masks(args[1])) if func is aten.index.Tensor else sources
         changed = given[:1] if func._schema.is_mutable else []
         for tensor in [*tensors_of(output), *changed]:
             self._sources[tensor] = self._sources.get(tensor, set()) | sources
@@ -56,6 +56,11 @@ class _Deciding(Watching):
 
     def _of(self, values: object) -> set[str]:
         return set().union(*(self._sources.get(tensor, set()) for tensor in tensors_of(values)))
+
+
+def _masks(indices: object) -> list[Tensor]:
+    """The indices that are masks: what they choose has another size for other values, unlike that of numbers."""
+    return [index for index in tensors_of(indices) if index.dtype in (torch.bool, torch.uint8)]
 
 
 class _Reads(TorchFunctionMode):

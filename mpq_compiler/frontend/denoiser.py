@@ -191,11 +191,16 @@ class Denoiser:
         return random_values(self.input_specs, batch, self.scheduler.num_train_timesteps, generator)
 
     def _examples(self, batch: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Recorded rows, with latents of other noise: what the inputs mean besides is not known."""
+        """Recorded rows, with latents of other noise: what the inputs mean besides is not known.
+
+        Tokens, which are numbers of words, are those that were recorded.
+        """
         assert self.examples is not None
         count = len(self.examples[self.latent])
         rows = {name: value[torch.arange(batch) % count] for name, value in self.examples.items()}
         latents = rows[self.latent]
+        if not latents.is_floating_point():
+            return rows
         return rows | {self.latent: torch.randn(latents.shape, generator=generator) * latents.std() + latents.mean()}
 
     def example_inputs(self, batch: int = 2) -> dict[str, torch.Tensor]:

@@ -70,6 +70,18 @@ class Conditioning:
     whole: bool = True
     """Whether all channels of the latents are drawn; else some come from elsewhere, such as an image to be changed."""
 
+    @classmethod
+    def of_artifact(cls, manifest: Mapping[str, Any], text: TextEncoder | None = None) -> Conditioning:
+        """How an artifact's denoiser is conditioned, by its manifest, which says how it is sampled."""
+        about = manifest["sampling"]
+        inputs = {
+            value["name"]: (tuple(value["shape"][1:]), value["dtype"])
+            for value in manifest["functions"][0]["inputs"]
+            if value["name"] not in (about["latent"], "timestep")
+        }
+        fixed, classes, null_class = about.get("fixed", {}), about["classes"], about["null_class"]
+        return cls(manifest["name"], inputs, fixed, classes, null_class, text)
+
     @property
     def needed(self) -> tuple[str, ...]:
         """The inputs that have no fixed value."""

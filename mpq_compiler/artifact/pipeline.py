@@ -1,0 +1,196 @@
+"""A pipeline on disk: a folder with an artifact for each part, the tokenizers, and `pipeline.json`, which joins them.
+
+Every part is an artifact like any other (`bundle`). docs/pipelines.md describes the folder, schemas/pipeline.json the
+document.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NotRequired, TypedDict, cast
+
+from mpq_compiler import schemas
+from mpq_compiler.artifact import bundle
+from mpq_compiler.artifact.manifest import File
+from mpq_compiler.sampling.glue import GlueData
+from mpq_compiler.sampling.prompt_tokens import TokensData
+from mpq_compiler.support.errors import UserError, nearest
+from mpq_compiler.support.files import beside, sha256, sync
+
+FORMAT, FORMAT_VERSION = bundle.PIPELINE_FORMAT, 1
+FILE = bundle.PIPELINE
+OWN = "pipeline_sha256"
+"""The entry with the hash of all others."""
+TEXT, DENOISER, DECODER = "text", "denoiser", "decoder"
+"""The roles of parts."""
+
+
+class Part(TypedDict):
+    """A part: an artifact in a folder of its name."""
+
+    role: str
+    artifact_sha256: NotRequired[str]
+
+
+class TokensEntry(TokensData):
+    """How tokens are made of a prompt, and the file of their tokenizer."""
+
+    file: str
+
+
+class EncoderEntry(TypedDict):
+    """A text encoder: its part, the glue that makes its arguments, and the sources that its results are."""
+
+    part: str
+    inputs: GlueData
+    outputs: list[str]
+
+
+class DecoderEntry(TypedDict):
+    """The decoder: its part, the glue from latents to what it takes, and from what it gives to images."""
+
+    part: str
+    latents: GlueData
+    images: GlueData
+
+
+class Description(TypedDict):
+    """What a pipeline does with its parts (schemas/pipeline.json)."""
+
+    name: str
+    parts: dict[str, Part]
+    tokens: list[TokensEntry]
+    encoders: list[EncoderEntry]
+    conditions: GlueData
+    decoder: DecoderEntry
+    guidance: float | None
+    null: str | None
+    steps: int
+
+
+class Document(Description):
+    """The document of a pipeline on disk."""
+
+    format: str
+    format_version: int
+    files: dict[str, File]
+    pipeline_sha256: str
+
+
+def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raises a UserError where a pipeline could not be written to `path`; call it before long work starts."""
+    if Path(path).suffix == ".zip":
+        raise UserError(f"{path}: a pipeline is a folder, which its parts are read from one by one; leave .zip out")
+    bundle.check_output(path, overwrite)
+
+
+def write(
+    path: str | os.PathLike[str],
+    fill: Callable[[Path], Description],
+    files: Mapping[str, bytes],
+    overwrite: bool = False,
+) -> Document:
+    """Writes a pipeline whole or not at all, and returns its document; equal content gives equal bytes.
+
+    Args:
+        path: a folder.
+        fill: writes the artifacts of the parts into the folder that it is called with, and returns the document but for
+            the format, ``files`` and the hashes.
+        files: content of the other files, by name.
+        overwrite: whether a pipeline at `path` may be replaced.
+
+    Raises:
+        UserError: what `check_output` refuses, and whatever the file system refuses.
+    """
+    path = Path(path)
+    check_output(path, overwrite)
+    with beside(path) as scratch:
+        folder = scratch / path.name
+        folder.mkdir()
+        described = fill(folder)
+        for name, content in files.items():
+            with (folder / name).open("wb") as stream:
+                stream.write(content)
+                sync(stream)
+        hashes = {name: bundle.read(folder / name).manifest["artifact_sha256"] for name in described["parts"]}
+        document = described | {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "files": {n: {"bytes": len(content), "sha256": sha256(folder / n)} for n, content in files.items()},
+            "parts": {n: {**part, "artifact_sha256": hashes[n]} for n, part in described["parts"].items()},
+        }
+        document["pipeline_sha256"] = bundle.digest(document, OWN)
+        if problem := schemas.check(json.loads(bundle.canonical(document)), "pipeline"):
+            raise ValueError(f"the pipeline's document does not obey its schema: {problem}")
+        with (folder / FILE).open("wb") as stream:
+            stream.write(bundle.canonical(document))
+            sync(stream)
+        bundle.put(folder, path, scratch / "previous")
+    return cast(Document, document)
+
+
+def is_pipeline(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is a pipeline, sound or not."""
+    return (Path(path) / FILE).is_file()
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A verified pipeline; its parts are verified when they are loaded."""
+
+    path: Path
+    document: Document
+
+    def part(self, name: str) -> Path:
+        """The folder of a part. UserError: it has none of that name."""
+        if name not in self.document["parts"]:
+            raise UserError(f"{self.path} has no part '{name}': {nearest(name, self.document['parts'])}")
+        return self.path / name
+
+    def of_role(self, role: str) -> list[str]:
+        """The names of the parts of a role, in order."""
+        return [name for name, part in self.document["parts"].items() if part["role"] == role]
+
+    def text(self, name: str) -> str:
+        """The content of one of its files."""
+        return (self.path / name).read_text(encoding="utf-8")
+
+    def require_part(self, name: str, digest: str) -> None:
+        """Raises a UserError where the artifact that was found, by its SHA-256, is not that of the part."""
+        if digest != self.document["parts"][name].get("artifact_sha256"):
+            raise UserError(f"{self.path / name} is another artifact than the pipeline was made with: compile it again")
+
+
+def read(path: str | os.PathLike[str]) -> Pipeline:
+    """Opens and verifies a pipeline: the document and the hash of each file beside its parts.
+
+    Raises:
+        UserError: no pipeline, made by another version, altered, or a file or part missing.
+    """
+    path = Path(path)
+    if not is_pipeline(path):
+        raise UserError(f"{path} is no pipeline: it has no {FILE}")
+    try:
+        text = (path / FILE).read_bytes()
+        document = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: its {FILE} cannot be read; copy or compile it again") from error
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if not isinstance(version, int) or version != FORMAT_VERSION:
+        raise UserError(f"{path} is of format version {version}, and this one reads {FORMAT_VERSION}: compile it again")
+    altered = text != bundle.canonical(document) or document.get(OWN) != bundle.digest(document, OWN)
+    if altered or (problem := schemas.check(document, "pipeline")):
+        why = "was altered after it was written" if altered else f"does not obey the schema ({problem})"
+        raise UserError(f"{path} is damaged: its {FILE} {why}; copy or compile it again")
+    for name, entry in document["files"].items():
+        file = path / name
+        if Path(name).name != name or not file.is_file() or sha256(file) != entry["sha256"]:
+            raise UserError(f"{path} is damaged: {name} is missing or was altered; copy or compile it again")
+    for name in document["parts"]:
+        if Path(name).name != name or not (path / name / bundle.MANIFEST).is_file():
+            raise UserError(f"{path} is damaged: its part {name} is missing; copy or compile it again")
+    return Pipeline(path, document)

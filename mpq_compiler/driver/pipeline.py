@@ -1,0 +1,305 @@
+"""Compiles a diffusers pipeline from prompt to picture: each part to an artifact, and what lies between them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpq_compiler.artifact import pipeline as pipelines
+from mpq_compiler.artifact.pipeline import DECODER, DENOISER, TEXT, Description, EncoderEntry
+from mpq_compiler.driver.budgets import parse_budget
+from mpq_compiler.driver.check import check
+from mpq_compiler.driver.compile import compile_denoiser
+from mpq_compiler.driver.options import Options, parse_shapes
+from mpq_compiler.driver.report import Report
+from mpq_compiler.frontend import call_file, checkpoint, pipeline_parts
+from mpq_compiler.frontend import denoiser as denoisers
+from mpq_compiler.frontend.denoiser import Denoiser
+from mpq_compiler.frontend.pipeline_parts import Parts
+from mpq_compiler.frontend.watch_pipeline import DiffusersPipeline
+from mpq_compiler.ir.interpreter import single_threaded
+from mpq_compiler.pipeline.backend import Progress
+from mpq_compiler.sampling import loop, schedulers
+from mpq_compiler.sampling.conditioning import NULL
+from mpq_compiler.support import tensorfile
+from mpq_compiler.support.errors import UserError, nearest
+from mpq_compiler.support.execution import RunContext, batches
+
+PROMPTS = Path(pipeline_parts.__file__).with_name("prompts.txt")
+"""Prompts that parts are calibrated on where none are given."""
+ROLES = (TEXT, DENOISER, DECODER)
+"""The parts that can be compiled, in the order of their work."""
+DENOISERS = ("unet", "transformer")
+"""The attributes of denoisers."""
+DRAWN = 64
+"""Latents that a decoder is calibrated on, of small denoisers."""
+DRAWN_LARGE = 16
+"""Their number for denoisers of more than `SMALL` parameters: each is a trajectory of the float model."""
+LOADED: dict[str, object] = {"dtype": torch.float32, "local_files_only": True, "low_cpu_mem_usage": False}
+"""How diffusers loads what is compiled."""
+SMALL = 50_000_000
+TOGETHER = 4
+"""The samples of a call of the float denoiser."""
+STEPS = 10
+"""The most steps of these trajectories."""
+
+
+@dataclass
+class PipelineReport:
+    """The report of a compiled pipeline."""
+
+    name: str
+    target: str
+    parts: dict[str, Report]
+    """The report of each part, in the order of their work."""
+    roles: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, object]:
+        """The report as a JSON document (schemas/compile-pipeline.json)."""
+        parts = {name: {"role": self.roles[name], **report.to_json()} for name, report in self.parts.items()}
+        return {"name": self.name, "target": self.target, "parts": parts, "notes": self.notes}
+
+
+def compile_pipeline(
+    source: DiffusersPipeline,
+    output: str | Path,
+    progress: Progress | None = None,
+    planned: Callable[..., None] | None = None,
+    *,
+    parts: Sequence[str] = ROLES,
+    decoder: torch.nn.Module | None = None,
+    prompts: Sequence[str] = (),
+    **options: Any,
+) -> PipelineReport:
+    """Compiles a pipeline to a folder of artifacts that draws by itself (`load_pipeline`).
+
+    Args:
+        source: a diffusers pipeline on the CPU, in float32. It is left as it is, but for a decoder from elsewhere.
+        output: the folder.
+        progress: opens progress bars, or None.
+        planned: is called for each part, as `compile_denoiser` does.
+        parts: the roles of the parts that are compiled.
+        decoder: takes the place of the pipeline's own.
+        prompts: what text encoders are calibrated on, and what is drawn to calibrate the others; none: `PROMPTS`.
+        options: fields of `Options`. A budget of bytes is shared out by parameters. Those of sampling, training, time
+            and LoRAs are the denoiser's.
+
+    Raises:
+        UserError: whatever cannot be compiled; nothing is left at ``output`` then.
+    """
+    chosen = Options(**options)
+    pipelines.check_output(output, chosen.overwrite)
+    check(chosen)
+    denoiser = require_parts(source, parts)
+    texts = [*prompts] or PROMPTS.read_text(encoding="utf-8").splitlines()
+    if decoder is not None:
+        source.vae = decoder
+    context = RunContext(jobs=chosen.jobs, progress=progress)
+    with single_threaded():
+        taken = pipeline_parts.take_apart(source, denoiser, _size(chosen))
+    modules: dict[str, torch.nn.Module] = {each.name: each.module for each in taken.encodings if TEXT in parts}
+    modules |= {denoiser: getattr(source, denoiser)} if DENOISER in parts else {}
+    modules |= {taken.decoder_name: taken.decoder} if DECODER in parts else {}
+    budgets = shared_out(chosen.weights, {name: _parameters(module) for name, module in modules.items()})
+    reports: dict[str, Report] = {}
+
+    def compiled(name: str, folder: Path, part: Denoiser, of: Options) -> None:
+        dumps = None if of.dumps is None else of.dumps / name
+        own = replace(of, weights=budgets[name], overwrite=False, dumps=dumps)
+        reports[name] = compile_denoiser(part, folder / name, progress, planned, **vars(own))
+
+    def fill(folder: Path) -> Description:
+        with single_threaded(), tempfile.TemporaryDirectory() as scratch:
+            work = Path(scratch)
+            for encoding in taken.encodings if TEXT in parts else ():
+                rows = taken.token_inputs(texts, encoding)
+                compiled(encoding.name, folder, *_by_calls(encoding.name, encoding.module, rows, chosen, work))
+            main, of = _denoiser(source, taken, texts, chosen, work, context)
+            if DENOISER in parts:
+                compiled(denoiser, folder, main, of)
+            if DECODER in parts:
+                rows = {"latents": _latents(main.sampled(of.guidance, of.conditions), taken, of, context)}
+                compiled(taken.decoder_name, folder, *_by_calls(taken.decoder_name, taken.decoder, rows, chosen, work))
+        return describe(taken, parts)
+
+    files = {_tokenizer_file(tokens.name): tokens.model.encode() for tokens in taken.tokens if TEXT in parts}
+    document = pipelines.write(output, fill, files, chosen.overwrite)
+    roles = {name: part["role"] for name, part in document["parts"].items()}
+    notes = [f"{name}: {note}" for name, report in reports.items() for note in report.notes]
+    return PipelineReport(taken.name, chosen.target, reports, roles, notes)
+
+
+def require_parts(pipeline: DiffusersPipeline, parts: Sequence[str]) -> str:
+    """The attribute of the pipeline's denoiser. UserError: it has none, or a part is of no known role."""
+    if unknown := [part for part in parts if part not in ROLES]:
+        raise UserError(f"there is no part '{unknown[0]}' of a pipeline: {nearest(unknown[0], ROLES)}")
+    if not parts:
+        raise UserError(f"--parts names no part: give one or more of {', '.join(ROLES)}")
+    for name in DENOISERS:
+        if isinstance(model := getattr(pipeline, name, None), torch.nn.Module):
+            if (device := next(model.parameters()).device).type != "cpu":
+                raise UserError(f"the pipeline is on {device}, and is compiled on the CPU: pipeline.to('cpu')")
+            return name
+    raise UserError(f"{type(pipeline).__name__} has no unet and no transformer")
+
+
+def shared_out(weights: str | float | None, parameters: Mapping[str, int]) -> dict[str, str | float | None]:
+    """The budget of each part: the same bits, or of bytes as many for each parameter."""
+    total = sum(parameters.values())
+    bits, size = parse_budget(weights)
+    if size is None:
+        return dict.fromkeys(parameters, weights if bits is None else bits)
+    return {name: f"{size * count // total}B" for name, count in parameters.items()}
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _size(options: Options) -> tuple[int, int] | None:
+    """Height and width of the latents, where they are asked for. UserError: there are several sizes."""
+    sizes = {latent[1:] for latent in parse_shapes(options.shapes) if latent is not None}
+    if len(sizes) > 1:
+        raise UserError("--shapes of a whole pipeline has one size: compile its denoiser alone with --parts denoiser")
+    return next(iter(sizes), None)
+
+
+def describe(parts: Parts, roles: Sequence[str]) -> Description:
+    """The document of the pipeline with the parts of these roles, but for what writing adds."""
+    names = {each.name: TEXT for each in parts.encodings} | {parts.denoiser: DENOISER, parts.decoder_name: DECODER}
+    texts = TEXT in roles
+    encoders: list[EncoderEntry] = [
+        {"part": each.name, "inputs": each.inputs.to_json(), "outputs": list(each.outputs)} for each in parts.encodings
+    ]
+    return {
+        "name": parts.name,
+        "parts": {name: {"role": role} for name, role in names.items() if role in roles},
+        "tokens": [{**each.to_json(), "file": _tokenizer_file(each.name)} for each in parts.tokens if texts],
+        "encoders": encoders if texts else [],
+        "conditions": parts.conditions.to_json(),
+        "decoder": {
+            "part": parts.decoder_name, "latents": parts.decoded.to_json(), "images": parts.images.to_json(),
+        },
+        "guidance": parts.guidance,
+        "null": parts.null,
+        "steps": parts.steps,
+    }  # fmt: skip
+
+
+def _tokenizer_file(name: str) -> str:
+    return f"{name}.json"
+
+
+def _by_calls(
+    name: str, module: torch.nn.Module, rows: Mapping[str, np.ndarray], options: Options, scratch: Path
+) -> tuple[Denoiser, Options]:
+    """A part as the function of its recorded inputs, and the options that are its own."""
+    file, first = scratch / f"{name}.safetensors", next(iter(rows))
+    half = len(next(iter(rows.values()))) // 2  # two calls, so that what varies is seen to
+    calls = [
+        {n: torch.from_numpy(np.ascontiguousarray(v[part])) for n, v in rows.items()}
+        for part in (slice(half), slice(half, 2 * half))
+    ]
+    call_file.write(file, module, calls, latent=first)
+    own = replace(
+        options, samples=None, steps=None, scheduler=None, prediction_type=None, guidance=None, conditions=None,
+        shapes=None, effort=None, minutes=None, sensitivity=None, latency=None, latency_table=None, bops=None,
+        lora_rank=None, lora_layers=None, calibration=file,
+    )  # fmt: skip
+    return denoisers.wrap_calls(module, file, name=name, latent=first), own
+
+
+def _denoiser(
+    source: DiffusersPipeline, parts: Parts, texts: Sequence[str], options: Options, scratch: Path, context: RunContext
+) -> tuple[Denoiser, Options]:
+    """The denoiser, conditioned on what the float text encoders make of the prompts."""
+    rows = context.map(lambda text: parts.encode([text]), texts)
+    given = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    if (null := parts.unconditional()) is not None:
+        given |= {NULL + name: np.ascontiguousarray(value) for name, value in null.items()}
+    with (scratch / "conditions.safetensors").open("wb") as stream:
+        tensorfile.save(stream, given)
+    scheduler, note = schedulers.from_config(schedulers.config_of(source.scheduler))
+    tokens = next((v.shape[1] for n, v in given.items() if n == "encoder_hidden_states"), None)
+    made = denoisers.wrap(
+        getattr(source, parts.denoiser), name=parts.denoiser, size=parts.size, tokens=tokens, scheduler=scheduler
+    )
+    guidance = options.guidance if parts.null is None or options.guidance is not None else parts.guidance
+    known = {n for n in given if n.removeprefix(NULL) in made.conditioning.inputs}
+    if missing := [name for name in made.conditioning.needed if name not in known]:
+        raise UserError(f"{parts.name} gives its denoiser '{missing[0]}', which does not come from the prompt")
+    own = replace(options, conditions=scratch / "conditions.safetensors", guidance=guidance)
+    return (replace(made, notes=(*made.notes, note)) if note else made), own
+
+
+def _latents(denoiser: Denoiser, parts: Parts, options: Options, context: RunContext) -> np.ndarray:
+    """What the decoder is given for images of the float model, f32 [N, ...]."""
+    count = DRAWN if denoiser.parameters <= SMALL else DRAWN_LARGE
+    conditioning, steps = denoiser.conditioning, min(STEPS, options.steps or STEPS)
+    arguments = conditioning.arguments(conditioning.varied(count), count, denoiser.guidance)
+    with context.track("drawing for the decoder", steps * (2 if "null_conditions" in arguments else 1)) as advance:
+
+        def called(**inputs: np.ndarray) -> np.ndarray:
+            found = context.map(lambda part: denoiser(**part).numpy(), batches(inputs, TOGETHER))
+            advance(1)
+            return np.concatenate(found)
+
+        found = loop.sample(
+            called,
+            denoiser.scheduler,
+            loop.gaussian(count, denoiser.latent_shape, options.seed),
+            steps=steps,
+            **arguments,
+            latent=denoiser.latent,
+            seed=options.seed,
+        )
+    packed = denoiser.module.convention.pack(found)
+    return np.concatenate([parts.decoded(latents=row[None])["z"] for row in packed])
+
+
+def is_pipeline(model: str | Path) -> bool:
+    """Whether a folder holds a diffusers pipeline with more parts than a denoiser, whole or not."""
+    index = Path(model) / "model_index.json"
+    return index.is_file() and bool(checkpoint.read_json(index).keys() & {"vae", "text_encoder"})
+
+
+def load(folder: str | Path) -> DiffusersPipeline:
+    """Loads the diffusers pipeline of a folder, in float32. UserError: it cannot be loaded."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    try:
+        from_pretrained: Callable[..., DiffusersPipeline] = diffusers.DiffusionPipeline.from_pretrained
+        made = from_pretrained(folder, **LOADED)
+    except Exception as error:  # loading runs code of two libraries
+        raise UserError(
+            f"the pipeline '{folder}' cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+            "--parts denoiser compiles its denoiser alone"
+        ) from error
+    return made
+
+
+def load_decoder(folder: str | Path) -> torch.nn.Module:
+    """Loads an autoencoder of diffusers in float32, to decode in a pipeline's stead. UserError: it is none."""
+    import diffusers
+
+    kind = str(checkpoint.read_json(Path(folder) / "config.json").get("_class_name"))
+    found = getattr(diffusers, kind, None)
+    if found is None or not hasattr(found, "decode"):
+        raise UserError(f"--decoder '{folder}' is a {kind}, and no autoencoder of diffusers: give the folder of one")
+    try:
+        made: torch.nn.Module = found.from_pretrained(folder, **LOADED)
+    except Exception as error:  # loading runs the library's code
+        raise UserError(
+            f"the decoder '{folder}' cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        ) from error
+    return made

@@ -1,0 +1,294 @@
+"""The parts of a diffusers pipeline from prompt to picture: text encoders, denoiser, decoder, and the glue between."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpq_compiler.frontend.input_specs import convention_of
+from mpq_compiler.frontend.watch_pipeline import DiffusersPipeline, EncoderCall, Watched, watch
+from mpq_compiler.sampling.call_tree import Arguments, Value
+from mpq_compiler.sampling.convention import Convention
+from mpq_compiler.sampling.glue import Glue
+from mpq_compiler.sampling.prompt_tokens import Padding, Tokens
+from mpq_compiler.support.errors import UserError
+
+DECODE = "decode"
+"""The method of an autoencoder that makes an image of latents."""
+PROBES = ("A red Fox in the snow", " two ships, and a Lighthouse by  the sea ")
+"""Prompts that a pipeline is watched with: of different lengths, with capitals, and spaces that may be stripped."""
+
+
+class TextEncoder(nn.Module):
+    """A text encoder as a function from tokens to the tensors that its pipeline reads of what it returns."""
+
+    def __init__(self, model: nn.Module, call: EncoderCall, taken: Sequence[str], read: Sequence[str]) -> None:
+        """Takes the encoder as it was called.
+
+        Args:
+            model: the encoder.
+            call: one of its calls.
+            taken: the arguments that depend on the prompt.
+            read: the paths of the tensors that are read.
+        """
+        super().__init__()
+        self.model = model
+        self.taken, self.read = tuple(taken), tuple(read)
+        self.others = {name: value for name, value in call.arguments.items() if name not in taken}
+
+    def forward(self, **tokens: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """The tensors that are read, [B, ...] each."""
+        output = self.model(**tokens, **self.others)
+        found = tuple(_at(output, path) for path in self.read)
+        return found if len(found) > 1 else found[0]
+
+
+def _at(output: Value, path: str) -> Tensor:
+    for key in path.split("."):
+        output = output[int(key)] if key.isdigit() else output[key]
+    assert isinstance(output, Tensor)
+    return output
+
+
+class Decoder(nn.Module):
+    """The decoding half of an autoencoder as a function from latents to an image."""
+
+    def __init__(self, model: nn.Module, latents: Tensor) -> None:
+        """``latents`` are some that it decodes."""
+        super().__init__()
+        self.model = _used(model, latents)
+        self.decode: Callable[..., Sequence[Tensor]] = getattr(self.model, DECODE)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """The image [B, channels, H, W]."""
+        image: Tensor = self.decode(latents, return_dict=False)[0]
+        return image
+
+
+def _used(model: nn.Module, latents: Tensor) -> nn.Module:
+    """The model without the children that decoding does not run, such as its encoder; they share all else."""
+    ran: set[nn.Module] = set()
+    hooks = [m.register_forward_pre_hook(lambda module, args: ran.add(module)) for m in model.modules()]
+    try:
+        with torch.no_grad():
+            getattr(model, DECODE)(latents, return_dict=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    half = copy.copy(model)
+    half._modules = {name: child for name, child in model._modules.items() if child in ran}
+    return half
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A text encoder of a pipeline."""
+
+    name: str
+    """The pipeline's attribute."""
+    module: TextEncoder
+    inputs: Glue
+    """Its arguments, of the tokens."""
+    outputs: tuple[str, ...]
+    """The sources of later glue that its tensors are, in their order."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A pipeline taken apart."""
+
+    name: str
+    """The class of the pipeline."""
+    denoiser: str
+    """The attribute of the denoiser."""
+    size: tuple[int, int]
+    """Height and width of its latents."""
+    tokens: tuple[Tokens, ...]
+    encodings: tuple[Encoding, ...]
+    """The text encoders in the order of their calls."""
+    conditions: Glue
+    """The denoiser's conditions by name, of tokens and of what encoders give."""
+    decoder_name: str
+    """The attribute of the decoder."""
+    decoder: Decoder
+    decoded: Glue
+    """What the decoder takes (``z``), of ``latents`` as the scheduler gives them."""
+    images: Glue
+    """Images from 0 to 1 (``images``), of the decoder's ``sample``."""
+    guidance: float | None
+    """The pipeline's guidance where none is asked for; None: it has none."""
+    null: str | None
+    """What classifier-free guidance leads away from: "empty", the empty prompt, or "zeros"; None: it has none."""
+    steps: int
+    """The pipeline's number of steps where none is asked for."""
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """The conditions of prompts by the float encoders, f32 [N, ...] by name."""
+        rows = [self._encoded(prompt) for prompt in prompts]
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+    def unconditional(self) -> dict[str, np.ndarray] | None:
+        """The conditions [1, ...] that guidance leads away from; None where there is none."""
+        if self.null is None:
+            return None
+        found = self._encoded("")
+        return {name: np.zeros_like(value) for name, value in found.items()} if self.null == "zeros" else found
+
+    def token_inputs(self, prompts: Sequence[str], encoding: Encoding) -> dict[str, np.ndarray]:
+        """The inputs of an encoder for prompts, [N, ...] by argument."""
+        given = {name: value for tokens in self.tokens for name, value in tokens.of(prompts).items()}
+        return encoding.inputs(**{name: given[name] for name in encoding.inputs.sources})
+
+    @torch.no_grad()
+    def _encoded(self, prompt: str) -> dict[str, np.ndarray]:
+        known = {name: value for tokens in self.tokens for name, value in tokens.of([prompt]).items()}
+        for encoding in self.encodings:
+            taken = encoding.inputs(**{name: known[name] for name in encoding.inputs.sources})
+            output = encoding.module(**{name: torch.from_numpy(np.array(value)) for name, value in taken.items()})
+            tensors = output if isinstance(output, tuple) else (output,)
+            known |= {name: tensor.numpy() for name, tensor in zip(encoding.outputs, tensors, strict=True)}
+        return self.conditions(**{name: known[name] for name in self.conditions.sources})
+
+
+def take_apart(pipeline: DiffusersPipeline, denoiser: str, size: tuple[int, int] | None = None) -> Parts:
+    """Takes a pipeline apart, by what is seen of it while it draws.
+
+    Args:
+        pipeline: a diffusers pipeline from prompts to images, in float32 on the CPU. It is left as it is.
+        denoiser: the attribute of its denoiser.
+        size: height and width of the latents; None takes the pipeline's.
+
+    Raises:
+        UserError: it cannot be taken apart; the sentence names what stands in the way.
+    """
+    signature = inspect.signature(pipeline.__call__).parameters
+    if "prompt" not in signature:
+        raise UserError(
+            f"{type(pipeline).__name__} draws without a prompt: compile its denoiser alone with --parts denoiser"
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    usual = {name: signature[name].default for name in ("guidance_scale", "num_inference_steps") if name in signature}
+    plain: Arguments = {"num_inference_steps": 1, "output_type": "pt"}
+    if size is not None:
+        plain |= {name: edge * pipeline.vae_scale_factor for name, edge in zip(("height", "width"), size, strict=True)}
+    alone = {"guidance_scale": 1.0} if "guidance_scale" in usual else {}
+    first, second = (
+        watch(pipeline, denoiser, prompt=probe, generator=torch.Generator().manual_seed(0), **plain, **alone)
+        for probe in PROBES
+    )
+    _require_whole(pipeline, first)
+    assert first.decoder and first.decoded is not None and first.called is not None and first.latents is not None
+    convention = convention_of(getattr(pipeline, denoiser))
+    given = convention.inputs(first.called)
+    latent = next(name for name in ("sample", "hidden_states") if name in given)
+    conditions = _conditions(first, given, latent)
+    decoded = first.recorder.glue({"z": first.decoded}, "what its decoder takes")
+    assert first.images is not None
+    images = first.recorder.glue({"images": first.images}, "its images")
+    encodings = _encodings(pipeline, first, conditions)
+    needed = {*conditions.sources, *(s for encoding in encodings for s in encoding.inputs.sources)}
+    parts = Parts(
+        name=type(pipeline).__name__,
+        denoiser=denoiser,
+        size=tuple(given[latent].shape[-2:]),
+        tokens=_tokens(pipeline, first, second, needed),
+        encodings=encodings,
+        conditions=conditions,
+        decoder_name=first.decoder,
+        decoder=Decoder(getattr(pipeline, first.decoder), first.decoded),
+        decoded=decoded,
+        images=images,
+        guidance=usual.get("guidance_scale"),
+        null=None,
+        steps=int(usual.get("num_inference_steps") or 50),
+    )
+    _require_same(parts, convention.inputs(second.called or {}), PROBES[1])
+    return _with_guidance(parts, pipeline, {**plain, "prompt": PROBES[0]}, convention)
+
+
+def _require_whole(pipeline: DiffusersPipeline, seen: Watched) -> None:
+    kind = type(pipeline).__name__
+    if not seen.encoded:
+        raise UserError(f"{kind} encodes no text: compile its denoiser alone with --parts denoiser")
+    if seen.decoder is None or not isinstance(seen.images, Tensor):
+        raise UserError(f"{kind} has no decoder of images: compile its denoiser alone with --parts denoiser")
+
+
+def _conditions(seen: Watched, given: Arguments, latent: str) -> Glue:
+    """The glue of the denoiser's tensors that depend on the prompt."""
+    known = {
+        name: value
+        for name, value in given.items()
+        if name not in (latent, "timestep") and isinstance(value, Tensor) and seen.recorder.comes_from_sources(value)
+    }
+    return seen.recorder.glue(known, "its denoiser's conditions")
+
+
+def _encodings(pipeline: DiffusersPipeline, seen: Watched, conditions: Glue) -> tuple[Encoding, ...]:
+    made = []
+    for call in seen.encoded:
+        read = [path for path in call.outputs if f"{call.name}:{path}" in conditions.sources]
+        if not read:
+            continue
+        taken = {n: v for n, v in call.arguments.items() if isinstance(v, Tensor)}
+        inputs = seen.recorder.glue(taken, f"what '{call.name}' takes")
+        module = TextEncoder(getattr(pipeline, call.name), call, [*taken], read)
+        made.append(Encoding(call.name, module, inputs, tuple(f"{call.name}:{path}" for path in read)))
+    return tuple(made)
+
+
+def _tokens(pipeline: DiffusersPipeline, first: Watched, second: Watched, needed: set[str]) -> tuple[Tokens, ...]:
+    """How prompts become the tokens that encoders take, found by both prompts."""
+    found = []
+    for index, pair in enumerate(zip(first.tokenized, second.tokenized, strict=True)):
+        sources = {f"{index}:{name}": name for name in pair[0].outputs if f"{index}:{name}" in needed}
+        if not sources:
+            continue
+        tokenizer = getattr(pipeline, pair[0].name)
+        given = {prompt: each.text for prompt, each in zip(PROBES, pair, strict=True)}
+        made = {
+            prompt: {source: each.outputs[name].numpy() for source, name in sources.items()}
+            for prompt, each in zip(PROBES, pair, strict=True)
+        }
+        padding: Padding = {
+            "pad_id": int(tokenizer.pad_token_id or 0),
+            "pad_token": str(tokenizer.pad_token),
+            "direction": tokenizer.padding_side,
+        }
+        found.append(Tokens.like(pair[0].name, tokenizer.backend_tokenizer.to_str(), padding, given, made))
+    return tuple(found)
+
+
+def _require_same(parts: Parts, given: Arguments, prompt: str) -> None:
+    """Raises a UserError where the parts make other conditions of a prompt than the pipeline did."""
+    for name, ours in parts.encode([prompt]).items():
+        theirs = given[name].numpy()
+        if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=1e-4, atol=1e-5):
+            raise UserError(
+                f"the parts of {parts.name} make another '{name}' of a prompt than the pipeline does: it computes what "
+                "was not seen; compile its denoiser alone with --parts denoiser"
+            )
+
+
+def _with_guidance(parts: Parts, pipeline: DiffusersPipeline, call: Arguments, convention: Convention) -> Parts:
+    """The parts with what guidance leads away from: in a guided call it is the first half of the batch."""
+    if parts.guidance is None:
+        return parts
+    seen = watch(pipeline, parts.denoiser, **call, guidance_scale=max(2.0, parts.guidance))
+    given = convention.inputs(seen.called or {})
+    for null in ("empty", "zeros"):
+        tried = replace(parts, null=null)
+        found = tried.unconditional()
+        assert found is not None
+        if all(
+            len(given[name]) == 2 and np.allclose(given[name][:1].numpy(), value, rtol=1e-4, atol=1e-5)
+            for name, value in found.items()
+        ):
+            return tried
+    return replace(parts, guidance=None)

@@ -1,0 +1,274 @@
+"""The compiled pipeline: from a prompt to pictures without torch.
+
+>>> pipe = mpq_compiler.load_pipeline("out.mpq")
+>>> pipe("a lighthouse", seed=1).images[0].save("lighthouse.png")
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpq_compiler.artifact import pipeline as pipelines
+from mpq_compiler.artifact.pipeline import DECODER, DENOISER, Pipeline
+from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
+from mpq_compiler.sampling import loop
+from mpq_compiler.sampling.conditioning import NULL, Conditioning
+from mpq_compiler.sampling.convention import Convention
+from mpq_compiler.sampling.glue import Glue
+from mpq_compiler.sampling.prompt_tokens import Tokens
+from mpq_compiler.sampling.schedulers import Scheduler
+from mpq_compiler.support.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Array = np.ndarray
+TOGETHER = 4
+"""The most samples in a call of the denoiser."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a pipeline drew."""
+
+    images: list[Image]
+    """Pictures of Pillow, as diffusers' pipelines give them."""
+    pixels: Array = field(repr=False)
+    """The same before they are rounded to bytes: f32 [N, H, W, channels] from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """A text encoder of the pipeline."""
+
+    part: str
+    inputs: Glue
+    outputs: tuple[str, ...]
+
+
+class CompiledPipeline:
+    """A compiled pipeline: call it with a prompt.
+
+    Its parts are loaded when they are first needed, and stay loaded; with ``sequential`` one follows the other, so that
+    memory holds the largest alone. Calls from several threads must not overlap.
+    """
+
+    def __init__(self, made: Pipeline, threads: int | None = None, sequential: bool = False) -> None:
+        self.path, self.document = made.path, made.document
+        self.threads, self.sequential = threads, sequential
+        self._made = made
+        self._loaded: dict[str, CompiledDenoiser] = {}
+        about = self.document
+        self.tokens = [Tokens.from_json(each, made.text(each["file"])) for each in about["tokens"]]
+        self._encoders = [
+            _Encoder(each["part"], Glue.from_json(each["inputs"]), tuple(each["outputs"])) for each in about["encoders"]
+        ]
+        self._conditions = Glue.from_json(about["conditions"])
+        decoder = about["decoder"]
+        self._decoded, self._images = Glue.from_json(decoder["latents"]), Glue.from_json(decoder["images"])
+
+    def __repr__(self) -> str:
+        return f"CompiledPipeline({self.document['name']}: {', '.join(self.document['parts'])})"
+
+    def part(self, name: str) -> CompiledDenoiser:
+        """A part by name, such as `unet` or `vae`. UserError: there is none, or this machine cannot run it."""
+        if name not in self._loaded:
+            loaded = compiled_denoiser.load(self._made.part(name), self.threads)
+            self._made.require_part(name, loaded.manifest["artifact_sha256"])
+            self._loaded[name] = loaded
+        return self._loaded[name]
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[CompiledDenoiser]:
+        try:
+            yield self.part(name)
+        finally:
+            if self.sequential:
+                self._loaded.pop(name, None)
+
+    def _of_role(self, role: str) -> str:
+        """The name of the part of a role. UserError: there is none."""
+        if not (names := self._made.of_role(role)):
+            raise UserError(f"{self.path} has no {role}: compile the pipeline with --parts text,denoiser,decoder")
+        return names[0]
+
+    @property
+    def denoiser(self) -> str:
+        """The name of the denoiser. UserError: there is none."""
+        return self._of_role(DENOISER)
+
+    @property
+    def guidance(self) -> float:
+        """The guidance where none is asked for."""
+        return float(self.document["guidance"] or 1.0) if self.document["null"] else 1.0
+
+    @property
+    def steps(self) -> int:
+        """The number of steps where none is asked for."""
+        return int(self.document["steps"])
+
+    def calls(self, count: int, steps: int, guidance: float) -> int:
+        """The calls of the denoiser for ``count`` pictures."""
+        return -(-count // TOGETHER) * steps * (1 if guidance == 1.0 else 2)
+
+    def cut(self, prompt: str) -> list[str]:
+        """What is cut off a prompt that is too long, in a sentence for each tokenizer; none where it fits."""
+        lost = [(tokens.length, tokens.lost(prompt)) for tokens in self.tokens]
+        return [f"the prompt has more than {length} tokens: '{text}' is cut off" for length, text in lost if text]
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Array]:
+        """The denoiser's conditions for prompts, f32 [N, ...] by name."""
+        if not self._encoders:
+            raise UserError(f"{self.path} has no text encoder: compile the pipeline with --parts text,denoiser,decoder")
+        known = [{n: v for tokens in self.tokens for n, v in tokens.of([prompt]).items()} for prompt in prompts]
+        for encoder in self._encoders:
+            with self._part(encoder.part) as part:
+                for row in known:
+                    taken = encoder.inputs(**{name: row[name] for name in encoder.inputs.sources})
+                    output = part(**taken, return_dict=False)
+                    tensors = output if isinstance(output, tuple) else (output,)
+                    row |= dict(zip(encoder.outputs, tensors, strict=True))
+        rows = [self._conditions(**{name: row[name] for name in self._conditions.sources}) for row in known]
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+    def decode(self, latents: Array, progress: Callable[[int], None] | None = None) -> Array:
+        """Decodes latents [N, C, H, W] to pixels, f32 [N, H, W, channels] from 0 to 1."""
+        name, found = self._of_role(DECODER), []
+        with self._part(name) as part:
+            for row in latents:
+                z = self._decoded(latents=self._convention.pack(row[None]))["z"]
+                images = self._images(sample=part(np.ascontiguousarray(z), return_dict=False))["images"]
+                found.append(images)
+                if progress is not None:
+                    progress(1)
+        pixels: Array = np.concatenate(found).transpose(0, 2, 3, 1)
+        return pixels
+
+    @cached_property
+    def _convention(self) -> Convention:
+        with self._part(self.denoiser) as part:
+            call = part.manifest["model"].get("call", {})
+        return Convention(**{**call, "baked": tuple(call.get("baked", ()))})
+
+    def latents(
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str] | None = None,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        progress: loop.Progress | None = None,
+    ) -> Array:
+        """Draws the latents of prompts, f32 [N, C, H, W].
+
+        Args:
+            prompts: N of them.
+            negative_prompts: what guidance leads away from; None takes what the pipeline does, most often "".
+            steps: sampling steps; None takes the pipeline's.
+            guidance: classifier-free guidance; None takes the pipeline's.
+            seed: of the noise; a larger number of prompts begins with the same noise.
+            progress: is called with (done, total) after every call of the denoiser.
+
+        Raises:
+            UserError: a number out of range, or guidance of a pipeline that has none.
+        """
+        steps, guidance = steps or self.steps, self.guidance if guidance is None else guidance
+        given: dict[str, Array] = self.encode(prompts)
+        if guidance != 1.0:
+            given |= {NULL + name: value for name, value in self._null(len(prompts), negative_prompts).items()}
+        elif negative_prompts is not None:
+            raise UserError("a negative prompt is what guidance leads away from: give a guidance above 1 with it")
+        with self._part(self.denoiser) as part:
+            about = part.manifest["sampling"]
+            conditioning = Conditioning.of_artifact(part.manifest)
+            conditions = conditioning.from_arrays(given, "the pipeline's text")
+            return loop.sample(
+                lambda **inputs: part.run(inputs),
+                Scheduler.from_config(about["scheduler"]),
+                loop.gaussian(len(prompts), tuple(about["shape"]), seed),
+                steps=steps,
+                **conditioning.arguments(conditions, len(prompts), guidance),
+                latent=about["latent"],
+                seed=seed,
+                batch=TOGETHER,
+                progress=progress,
+            )
+
+    def _null(self, count: int, prompts: Sequence[str] | None) -> dict[str, Array]:
+        """What guidance leads away from, [N, ...] by the name of the condition. UserError: there is no guidance."""
+        if self.document["null"] is None:
+            raise UserError(f"'{self.document['name']}' is drawn without guidance: leave it out")
+        if prompts is not None:
+            return self.encode(prompts)
+        found = self.encode([""])
+        zeros = self.document["null"] == "zeros"
+        return {n: np.repeat(np.zeros_like(v) if zeros else v, count, 0) for n, v in found.items()}
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        progress: loop.Progress | None = None,
+    ) -> Pictures:
+        """Draws a picture of each prompt.
+
+        Args:
+            prompt: a prompt, or several.
+            negative_prompt: what guidance leads away from, one for all or one for each.
+            steps: sampling steps; None takes the pipeline's.
+            guidance: classifier-free guidance; None takes the pipeline's.
+            seed: of the noise.
+            progress: is called with (done, total) after every call of the denoiser.
+
+        Raises:
+            UserError: as `latents`; Pillow is not installed.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else [*prompt]
+        for said in dict.fromkeys(said for each in prompts for said in self.cut(each)):
+            warnings.warn(said, stacklevel=2)
+        negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+        if not prompts or (negative is not None and len(negative) != len(prompts)):
+            raise UserError(f"there are {len(negative or ())} negative prompts for {len(prompts)} prompts")
+        pixels = self.decode(
+            self.latents(prompts, negative, steps=steps, guidance=guidance, seed=seed, progress=progress)
+        )
+        return Pictures(pictures(pixels), pixels)
+
+
+def pictures(pixels: Array) -> list[Image]:
+    """Pictures of Pillow, of pixels f32 [N, H, W, channels] from 0 to 1."""
+    from PIL import Image as pillow
+
+    found = (pixels * 255).round().astype(np.uint8)
+    return [pillow.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in found]
+
+
+def load_pipeline(
+    path: str | os.PathLike[str], threads: int | None = None, sequential: bool = False
+) -> CompiledPipeline:
+    """Loads a compiled pipeline.
+
+    Args:
+        path: the folder.
+        threads: threads of a call, as for `load`.
+        sequential: whether a part is dropped from memory when the next one is loaded.
+
+    Raises:
+        UserError: the pipeline is not sound.
+    """
+    return CompiledPipeline(pipelines.read(path), threads, sequential)
+
