@@ -120,6 +120,7 @@ class Trace(Pass):
                 program.fallbacks[name] = "never executed, and left out of the artifact"
         merge_equal(graph)
         _fold_constants(graph, tensors)
+        _without_counted_samples(graph, tensors)
         to_reals(graph, tensors)
         _fold_constants(graph, tensors)
         _require_real(graph, denoiser, prefix)
@@ -341,6 +342,64 @@ def _leave_out_empty(graph: fx.Graph) -> None:
     prune(graph)
 
 
+def _without_counted_samples(graph: fx.Graph, tensors: TensorStore) -> None:
+    """Writes what is read at the number of each sample, which no graph has, as rows of the samples.
+
+    So texts are pooled, at a place of their tokens, and masks of tokens are read, at places that are stored.
+    """
+    for node in list(graph.nodes):
+        if node.target is not aten.index.Tensor or len(arguments(node)[1]) != 2:
+            continue
+        x, (samples, place) = arguments(node)
+        if not isinstance(place, fx.Node) or not _counts_samples(samples):
+            continue
+        with graph.inserting_before(node):
+            made = _token_row(graph, x, place) or _row_of_places(graph, tensors, x, place)
+        if made is not None:
+            made.meta = dict(node.meta)
+            node.replace_all_uses_with(made)
+    prune(graph)
+
+
+def _counts_samples(node: object) -> bool:
+    """Whether a call gives the samples their numbers, in whatever shape."""
+    while isinstance(node, fx.Node) and node.target in (aten.unsqueeze.default, aten.view.default):
+        node = operand(node, 0)
+    return isinstance(node, fx.Node) and node.target is aten.arange.default
+
+
+def _token_row(graph: fx.Graph, x: fx.Node, place: fx.Node) -> fx.Node | None:
+    """The row of each sample at the place of a token, or of the largest; None where it is none."""
+    if place.target is not aten.argmax.default:
+        return None
+    keys, axis = bound(place, None, None)
+    token, keys = None, _uncast(keys)
+    if keys.target is aten.eq.Scalar:
+        token, keys = arguments(keys)[1], _uncast(operand(keys, 0))
+    made = keys.meta["val"]
+    if x.meta["val"].ndim != 3 or made.ndim != 2 or axis not in (1, -1) or made.is_floating_point():
+        return None
+    return graph.call_function(ops.row_of_token, (x, keys, token))
+
+
+def _row_of_places(graph: fx.Graph, tensors: TensorStore, x: fx.Node, place: fx.Node) -> fx.Node | None:
+    """The whole row of each sample, where it is read at all its places in their order; None where it is not."""
+    whole = x.meta["val"]
+    if place.op != "get_attr" or whole.ndim != 2:
+        return None
+    places = tensors[str(place.target)]
+    if len(places) != 1 or not torch.equal(places.flatten(), torch.arange(whole.shape[1])):
+        return None
+    return graph.call_function(aten.view.default, (x, [-1, *places.shape[1:]]))
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    """What a call casts to another type of numbers or truth values; the node itself where it is no cast."""
+    while node.target in CASTS:
+        node = operand(node, 0)
+    return node
+
+
 def _without_autocasts(graph: fx.Graph) -> None:
     """Removes what changes no type here: automatic casts of other devices, and those that are switched off."""
     entered = {n for n in graph.nodes if n.target is torch.amp.autocast_mode._enter_autocast}
@@ -459,8 +518,8 @@ def _strip(graph: fx.Graph, tensors: TensorStore) -> None:
                 node.args = (node.args[0], sizes)
         elif node.target is aten.repeat_interleave.self_int:
             node.kwargs = {}  # the size of the output, known without
-        elif node.target is aten.type_as.default:
-            node.target, node.args = aten.to.dtype, (node.args[0], node.meta["val"].dtype)
+        elif node.target in (aten.type_as.default, aten.to.device):  # a graph is of no device
+            node.target, node.args, node.kwargs = aten.to.dtype, (node.args[0], node.meta["val"].dtype), {}
         elif node.target in PRODUCTS and (weight := _turned(node.args[1])) is not None:
             node.target, node.args = aten.linear.default, (node.args[0], weight)
         elif node.target is aten.slice.Tensor and _is_whole(node):

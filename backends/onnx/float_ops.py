@@ -469,6 +469,15 @@ def _prepend(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.graph.op("Concat", token, e.last(a["x"]), axis=1, name=node.name)
 
 
+@EMITTERS.emits(ops.row_of_token)
+def _row_of_token(e: Emitter, node: fx.Node, a: Arguments) -> Made:
+    g, keys = e.graph, e.last(a["tokens"])
+    if a["token"] is not None:
+        keys = g.op("Cast", g.op("Equal", keys, g.constant(a["token"], "int64")), to=ELEMENT["int32"])
+    place = g.op("ArgMax", keys, axis=1, keepdims=1)  # [B, 1], of equal ones the first
+    return g.op("GatherND", e.last(a["x"]), place, batch_dims=1, name=node.name)
+
+
 @EMITTERS.emits(aten.embedding.default)
 def _embedding(e: Emitter, node: fx.Node, a: Arguments) -> Made:
     return e.graph.op("Gather", e.last(a["weight"]), e.last(a["indices"]), axis=0, name=node.name)

@@ -231,7 +231,7 @@ def _denoiser(
     made = denoisers.wrap(
         getattr(source, parts.denoiser), name=parts.denoiser, size=parts.size, tokens=tokens, scheduler=scheduler
     )
-    guidance = options.guidance if parts.null is None or options.guidance is not None else parts.guidance
+    guidance = parts.guidance if options.guidance is None else options.guidance
     known = {n for n in given if n.removeprefix(NULL) in made.conditioning.inputs}
     if missing := [name for name in made.conditioning.needed if name not in known]:
         raise UserError(f"{parts.name} gives its denoiser '{missing[0]}', which does not come from the prompt")

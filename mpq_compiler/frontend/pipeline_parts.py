@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mpq_compiler.frontend.input_specs import convention_of
 from mpq_compiler.frontend.watch_pipeline import DiffusersPipeline, EncoderCall, Watched, watch
 from mpq_compiler.sampling.call_tree import Arguments, Value
+from mpq_compiler.sampling.conditioning import EMBEDDED
 from mpq_compiler.sampling.convention import Convention
 from mpq_compiler.sampling.glue import Glue
 from mpq_compiler.sampling.prompt_tokens import Padding, Tokens
@@ -175,6 +176,8 @@ def take_apart(pipeline: DiffusersPipeline, denoiser: str, size: tuple[int, int]
     pipeline.set_progress_bar_config(disable=True)
     usual = {name: signature[name].default for name in ("guidance_scale", "num_inference_steps") if name in signature}
     plain: Arguments = {"num_inference_steps": 1, "output_type": "pt"}
+    if "use_resolution_binning" in signature:
+        plain["use_resolution_binning"] = False  # images of the size that is asked for, and not resized to it
     if size is not None:
         plain |= {name: edge * pipeline.vae_scale_factor for name, edge in zip(("height", "width"), size, strict=True)}
     alone = {"guidance_scale": 1.0} if "guidance_scale" in usual else {}
@@ -209,7 +212,7 @@ def take_apart(pipeline: DiffusersPipeline, denoiser: str, size: tuple[int, int]
         steps=int(usual.get("num_inference_steps") or 50),
     )
     _require_same(parts, convention.inputs(second.called or {}), PROBES[1])
-    return _with_guidance(parts, pipeline, {**plain, "prompt": PROBES[0]}, convention)
+    return _with_guidance(parts, pipeline, {**plain, "prompt": PROBES[0]}, given, convention)
 
 
 def _require_whole(pipeline: DiffusersPipeline, seen: Watched) -> None:
@@ -276,9 +279,14 @@ def _require_same(parts: Parts, given: Arguments, prompt: str) -> None:
             )
 
 
-def _with_guidance(parts: Parts, pipeline: DiffusersPipeline, call: Arguments, convention: Convention) -> Parts:
-    """The parts with what guidance leads away from: in a guided call it is the first half of the batch."""
-    if parts.guidance is None:
+def _with_guidance(
+    parts: Parts, pipeline: DiffusersPipeline, call: Arguments, given: Arguments, convention: Convention
+) -> Parts:
+    """The parts with what guidance leads away from: in a guided call it is the first half of the batch.
+
+    Where the denoiser takes the guidance as an input (``given`` are its inputs), there is none.
+    """
+    if parts.guidance is None or any(name in given for name in EMBEDDED):
         return parts
     seen = watch(pipeline, parts.denoiser, **call, guidance_scale=max(2.0, parts.guidance))
     given = convention.inputs(seen.called or {})

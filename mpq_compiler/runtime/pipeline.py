@@ -109,7 +109,7 @@ class CompiledPipeline:
     @property
     def guidance(self) -> float:
         """The guidance where none is asked for."""
-        return float(self.document["guidance"] or 1.0) if self.document["null"] else 1.0
+        return 1.0 if self.document["guidance"] is None else float(self.document["guidance"])
 
     @property
     def steps(self) -> int:
@@ -118,7 +118,8 @@ class CompiledPipeline:
 
     def calls(self, count: int, steps: int, guidance: float) -> int:
         """The calls of the denoiser for ``count`` pictures."""
-        return -(-count // TOGETHER) * steps * (1 if guidance == 1.0 else 2)
+        guided = guidance != 1.0 and self.document["null"] is not None
+        return -(-count // TOGETHER) * steps * (2 if guided else 1)
 
     def cut(self, prompt: str) -> list[str]:
         """What is cut off a prompt that is too long, in a sentence for each tokenizer; none where it fits."""
@@ -184,10 +185,13 @@ class CompiledPipeline:
         """
         steps, guidance = steps or self.steps, self.guidance if guidance is None else guidance
         given: dict[str, Array] = self.encode(prompts)
-        if guidance != 1.0:
+        if guidance != 1.0 and self.document["null"] is not None:
             given |= {NULL + name: value for name, value in self._null(len(prompts), negative_prompts).items()}
         elif negative_prompts is not None:
-            raise UserError("a negative prompt is what guidance leads away from: give a guidance above 1 with it")
+            raise UserError(
+                "a negative prompt is what guidance leads away from, and there is none: give a guidance above 1, or "
+                "leave the negative prompt out"
+            )
         with self._part(self.denoiser) as part:
             about = part.manifest["sampling"]
             conditioning = Conditioning.of_artifact(part.manifest)
@@ -205,9 +209,7 @@ class CompiledPipeline:
             )
 
     def _null(self, count: int, prompts: Sequence[str] | None) -> dict[str, Array]:
-        """What guidance leads away from, [N, ...] by the name of the condition. UserError: there is no guidance."""
-        if self.document["null"] is None:
-            raise UserError(f"'{self.document['name']}' is drawn without guidance: leave it out")
+        """What guidance leads away from, [N, ...] by the name of the condition."""
         if prompts is not None:
             return self.encode(prompts)
         found = self.encode([""])

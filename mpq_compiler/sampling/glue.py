@@ -145,15 +145,17 @@ def _split(x: Array, size: int | Sequence[int], axis: int = 0) -> list[Array]:
     return np.split(x, [*ends], axis)
 
 
-def _same(x: Array) -> Array:
-    return x
+def _pad(x: Array, amounts: Sequence[int], value: float = 0.0) -> Array:
+    ahead = [(0, 0)] * (x.ndim - len(amounts) // 2)
+    pairs = [*zip(amounts[::2], amounts[1::2], strict=True)][::-1]  # those of the last dimension come first
+    return np.pad(x, ahead + pairs, constant_values=value)
 
 
 OPERATORS: dict[str, Callable[..., Value]] = {
     "add": lambda a, b: a + _f32(b),
     "array": lambda values, dtype: np.array(values, dtype),
     "clamp": _clamp,
-    "clone": _same,
+    "constant_pad_nd": _pad,
     "cat": lambda parts, axis=0: np.concatenate(parts, axis),
     "cast": _cast,
     "div": lambda a, b: a / _f32(b),

@@ -249,6 +249,14 @@ class Comparing(Interpreter):
 
 
 @torch.no_grad()
+def test_a_text_is_pooled_at_the_first_of_equal_tokens():
+    x = torch.arange(24.0).reshape(3, 4, 2)
+    tokens = torch.tensor([[5, 9, 9, 1], [9, 2, 9, 3], [1, 2, 3, 4]])
+    assert torch.equal(ops.row_of_token(x, tokens), x[torch.arange(3), torch.tensor([1, 0, 3])])
+    assert torch.equal(ops.row_of_token(x, tokens, 9), x[torch.arange(3), torch.tensor([1, 0, 0])])
+    assert torch.equal(ops.row_of_token(x, tokens, 2), x[torch.arange(3), torch.tensor([0, 1, 1])])
+
+
 def test_shapes_without_arithmetic():
     compared: set[Any] = set()
     float8 = f"{programs.FRONT},bit-allocation{{uniform=fp8,attention=8}},{programs.BACK}"

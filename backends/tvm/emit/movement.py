@@ -230,6 +230,17 @@ def upsample(e: Emitter, node: fx.Node) -> Value:
     return _moved(e, node, problem, [x], e.shape(node))
 
 
+def row_of_token(e: Emitter, node: fx.Node) -> Value:
+    """Emits the pooling of a text: the row of one of its tokens."""
+    x, tokens, token = e.value(node.args[0]), e.value(node.args[1]), arguments(node)[2]
+    rows, width = x.inner
+    problem = record(
+        "movement.TokenRow", rows=rows, width=width, token=token, dtype=x.dtype, token_dtype=tokens.dtype
+    )
+    out = Value(node.name, e.shape(node), x.dtype)
+    return e.call(Kernel("movement", problem), {"tokens": tokens, "x": x}, {"y": out})[0]
+
+
 def embedding(e: Emitter, node: fx.Node) -> Value:
     """Emits the look-up of an input's indices in a stored table."""
     table, index = e.value(node.args[0]), e.value(node.args[1])

@@ -77,6 +77,7 @@ PLAIN: dict[Any, Plain] = {
     aten.mean.dim: floats.mean,
     ops.for_each_sample: movement.for_each_sample,
     ops.prepend: movement.prepend,
+    ops.row_of_token: movement.row_of_token,
     **{target: pointwise.alone for target in pointwise.ALONE},
     **{target: movement.alias for target in MOVEMENT},
     aten.permute.default: movement.permute,

@@ -153,6 +153,16 @@ def prepend(x: Tensor, token: Tensor) -> Tensor:
     return torch.cat([token.expand(x.shape[0], 1, -1), x], 1)
 
 
+@op("row_of_token")
+def row_of_token(x: Tensor, tokens: Tensor, token: int | None = None) -> Tensor:
+    """The row of x [B, T, C] at the first of ``tokens`` [B, T] that is ``token``, or else at the largest -> [B, C].
+
+    The first row where no token is ``token``. So CLIP pools a text: at its end.
+    """
+    keys = tokens if token is None else (tokens == token).to(torch.int32)
+    return x.gather(1, keys.argmax(1)[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]
+
+
 @op("for_each_sample")
 def for_each_sample(x: Tensor, like: Tensor) -> Tensor:
     """The one row of x [1, ...] for every sample of ``like`` [B, ...] -> [B, ...]."""

@@ -107,6 +107,7 @@ _FLOAT_OPS = {
     ops.upsample_nearest2d,
     ops.for_each_sample,
     ops.prepend,
+    ops.row_of_token,
 }
 _SIMULATION = {
     ops.linear,
@@ -132,7 +133,7 @@ _PACKED = {
     *views.PACKED_LAYERS,
 }
 _DIALECTS: dict[Stage, set[Any]] = {
-    Stage.FLOAT: {ops.for_each_sample},
+    Stage.FLOAT: {ops.for_each_sample, ops.row_of_token},
     Stage.REWRITTEN: _FLOAT_OPS,
     Stage.PLANNED: _FLOAT_OPS,
     Stage.FAKE_QUANTIZED: _FLOAT_OPS | _SIMULATION,

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("tvm")
 from tvm_ffi import structural_equal
 
-from mpq_compiler.backends.tvm.kernels.common import dequantize, stored, vmath
+from mpq_compiler.backends.tvm.kernels.common import dequantize, stored, tokens, vmath
 from mpq_compiler.backends.tvm.kernels.cuda import (
     float_units,
     movement,
@@ -25,7 +25,7 @@ from mpq_compiler.backends.tvm.kernels.cuda import (
     weights,
 )
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel as gemm
-from mpq_compiler.backends.tvm.kernels.problems.movement import Gather, Movement
+from mpq_compiler.backends.tvm.kernels.problems.movement import Gather, Movement, TokenRow
 from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.backends.tvm.kernels.problems.quantize import DynamicQuantize, Quantize, TimeGroup
@@ -130,6 +130,26 @@ GATHER: Mutants = {
     "one sample": ("each(batch * (count * problem.width))", "each(count * problem.width)"),
     "an element too few": ("each(batch * (count * problem.width))", "each(batch * (count * problem.width) - 1)"),
     "an element too many": ("each(batch * (count * problem.width))", "each(batch * (count * problem.width) + 1)"),
+}
+TOKEN_ROW: Mutants = {
+    "the first row": ("origin + row * problem.width + column", "origin + column"),
+    "rows of the first sample": ("x[origin + row * problem.width", "x[row * problem.width"),
+    "tokens of the first sample": ("place_of_token(problem, tokens, first,", "place_of_token(problem, tokens, 0,"),
+    "columns turned": ("problem.width + column], i)", "problem.width + problem.width - 1 - column], i)"),
+    "as many columns as rows": (
+        "sample, column = unravel(i, problem.width)",
+        "sample, column = unravel(i, problem.rows)",
+    ),
+    "one sample": ("each(batch * problem.width)", "each(problem.width)"),
+    "an element too few": ("each(batch * problem.width)", "each(batch * problem.width - 1)"),
+}
+PLACE_OF_TOKEN: Mutants = {
+    "the last of equal ones": ("here >= tokens[first + place[0]]", "here > tokens[first + place[0]]"),
+    "the smallest": ("here >= tokens", "here <= tokens"),
+    "another token": ("problem.token))", "problem.token + 1))"),
+    "a token too few": ("T.serial(0, problem.rows)", "T.serial(0, problem.rows - 1)"),
+    "from the front": ("problem.rows - 1 - step", "step"),
+    "the last row without the token": ("0 if problem.token", "problem.rows - 1 if problem.token"),
 }
 POINTWISE: Mutants = {
     "one sample": ("samples = batch if program.shape[:1] == (BATCH,) else 1", "samples = 1"),
@@ -531,6 +551,8 @@ SUBJECTS = {
     "time group": Subject(quantize, TIME_GROUP, _cases("quantize", of=_is(TimeGroup))),
     "move": Subject(movement, MOVE, _cases("movement", of=_is(Movement))),
     "gather": Subject(movement, GATHER, _cases("movement", of=_is(Gather))),
+    "token row": Subject(movement, TOKEN_ROW, _cases("movement", of=_is(TokenRow))),
+    "place of a token": Subject(tokens, PLACE_OF_TOKEN, _cases("movement", of=_is(TokenRow)), (movement,)),
     "pointwise": Subject(pointwise, POINTWISE, PROGRAMS),
     "hadamard": Subject(norms, HADAMARD, _cases("hadamard")[:2]),
     "rows": Subject(rows, ROWS, ROWS_OF_CHANNELS, (norms,)),

@@ -44,6 +44,7 @@ VALUES = {
     "filter2": normal(10, 8, 3, 3, seed=13),
     "bias": normal(10, seed=14),
     "order": torch.tensor([3, 1]),
+    "words": torch.tensor([[7, 9, 9, 2, 2], [2, 2, 9, 0, 1], [1, 3, 5, 7, 7]]),
 }
 STORED = ("constant", "constant2", "matrix", "table", "filter", "depthwise", "filter2", "bias", "order")
 
@@ -150,6 +151,8 @@ CASES = [
     (aten.constant_pad_nd.default, ("tokens", [1, 2], 0.5)),
     (ops.for_each_sample, ((aten.unsqueeze.default, ("constant", 0)), "tokens")),
     (ops.prepend, ("tokens", "constant")),
+    (ops.row_of_token, ("tokens", "words", None)),
+    (ops.row_of_token, ("tokens", "words", 2)),
     (aten.embedding.default, ("table", "index")),
     (aten.index_select.default, ("tokens", 1, "order")),
     (ops.upsample_nearest2d, ("image", [2, 3])),

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mpq_compiler.backends.tvm.kernels.cpu import movement
 from mpq_compiler.backends.tvm.kernels.problems import movement as problems
-from mpq_compiler.backends.tvm.kernels.problems.movement import Gather, Movement
+from mpq_compiler.backends.tvm.kernels.problems.movement import Gather, Movement, TokenRow
+from mpq_compiler.ir import ops
 from tests.harness.float_kernels import TARGETS, Case, Suite, shape_of
 
 BATCH = 2
@@ -73,13 +75,30 @@ def _gather_inputs(problem: Gather) -> list[np.ndarray]:
     ]
 
 
-def _case(problem: Movement | Gather, inputs: list[np.ndarray]) -> Case:
+TOKEN_ROWS = {
+    "row of a token": TokenRow(7, 33, 5),
+    "row of the largest": TokenRow(9, 16),
+    "row of half": TokenRow(4, 20, 5, "float16", "int32"),
+}
+
+
+def _token_inputs(problem: TokenRow) -> list[np.ndarray]:
+    """Tokens of which some are equal, the wanted one among them, in one sample not."""
+    rng = np.random.default_rng(problem.rows)
+    tokens, x, _ = problems.arguments(problem)
+    given = rng.integers(3, 7, shape_of(tokens, BATCH)).astype(problem.token_dtype)
+    given[-1] = 3
+    return [given, rng.standard_normal(shape_of(x, BATCH)).astype(problem.dtype)]
+
+
+def _case(problem: Movement | Gather | TokenRow, inputs: list[np.ndarray]) -> Case:
     return Case(lambda isa, n: movement.build(problem, isa, n), problems.arguments(problem), inputs, BATCH)
 
 
 SUITE = Suite(
     {name: _case(problem, _inputs(name)) for name, (problem, _) in PROBLEMS.items()}
     | {name: _case(problem, _gather_inputs(problem)) for name, problem in GATHERS.items()}
+    | {name: _case(problem, _token_inputs(problem)) for name, problem in TOKEN_ROWS.items()}
 )
 
 
@@ -98,6 +117,13 @@ def test_moves(name: str) -> None:
 def test_gathers(name: str) -> None:
     index, table = _gather_inputs(GATHERS[name])
     np.testing.assert_array_equal(SUITE.first[name], table[index])
+
+
+@pytest.mark.parametrize("name", TOKEN_ROWS)
+def test_takes_the_row_of_a_token(name: str) -> None:
+    tokens, x = _token_inputs(problem := TOKEN_ROWS[name])
+    expected = ops.row_of_token(torch.from_numpy(x), torch.from_numpy(tokens), problem.token)
+    np.testing.assert_array_equal(SUITE.first[name], expected.numpy())
 
 
 def test_an_index_out_of_range_reads_the_nearest_row() -> None:

@@ -19,7 +19,7 @@ from mpq_compiler.backends.tvm.kernels.problems.float8 import DequantizeFloat8
 from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
 from mpq_compiler.backends.tvm.kernels.problems.hadamard import Hadamard
 from mpq_compiler.backends.tvm.kernels.problems.matmul import Access, Matmul
-from mpq_compiler.backends.tvm.kernels.problems.movement import Gather, concat, pad, permute, slice_, upsample
+from mpq_compiler.backends.tvm.kernels.problems.movement import Gather, TokenRow, concat, pad, permute, slice_, upsample
 from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm, RmsNorm
 from mpq_compiler.backends.tvm.kernels.problems.pointwise import Input, PointwiseProgram, PointwiseStep, Result, Window
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
@@ -66,6 +66,8 @@ CASES = [
     Case("movement", slice_(("B", 9, 4), (0, 1, 0), (0, 8, 4), (1, 2, 1), "uint8")),
     Case("movement", upsample(("B", 3, 4, 5), (2, 2))),
     Case("movement", Gather(7, 5, (3,))),
+    Case("movement", TokenRow(7, 5, 3)),
+    Case("movement", TokenRow(6, 9)),
     Case("quantize", Quantize((5, 7), 8, 2)),
     Case("quantize", Quantize((5, 7), 4, 1, (3, 4))),
     Case("quantize", Quantize((3, 8), 6, 3)),
@@ -116,6 +118,8 @@ def value(draw: np.random.Generator, case: Case, name: str, array: np.ndarray, g
         return float_gemm.pack_weight(case.problem, draw.standard_normal(plain.shape).astype(np.float32))
     if name == "x" and isinstance(case.problem, DynamicQuantize):
         return _rows(draw, array)
+    if name == "tokens":
+        return draw.integers(2, 6, array.shape).astype(array.dtype)
     if name == "index":
         return draw.integers(-1, 9, array.shape).astype(array.dtype)
     if name == "group":

@@ -1,7 +1,8 @@
 """Kernels that move elements without changing them: any element type, bit for bit.
 
 One template serves upsampling, concatenation, permutation, slicing, expansion and padding: a list of strided
-copies into one output (`Movement`; the functions below make them). Rows of a table are gathered by `Gather`.
+copies into one output (`Movement`; the functions below make them). Rows of a table are gathered by `Gather`, one row
+of each sample by `TokenRow`.
 The batch stays where it is: dimension 0 of every operand that has one.
 """
 
@@ -11,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -23,6 +25,7 @@ from mpq_compiler.backends.tvm.kernels.common.template import (
     partial,
     primfunc,
     sample_view,
+    scratch,
     shares,
     some_vectors,
     span,
@@ -30,22 +33,25 @@ from mpq_compiler.backends.tvm.kernels.common.template import (
     transpose,
     vectors,
 )
+from mpq_compiler.backends.tvm.kernels.common.tokens import place_of_token
 from mpq_compiler.backends.tvm.kernels.common.vmath import keep
 from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Shape
 from mpq_compiler.backends.tvm.kernels.problems.lanes import LANES, width
-from mpq_compiler.backends.tvm.kernels.problems.movement import Copy, Gather, Movement, arguments
+from mpq_compiler.backends.tvm.kernels.problems.movement import Copy, Gather, Movement, TokenRow, arguments
 from mpq_compiler.backends.tvm.kernels.problems.strides import merge_dimensions, sample_extents
 
 BYTES = {"float32": 4, "int32": 4, "int64": 8, "float16": 2, "int8": 1, "uint8": 1, "bool": 1, "float64": 8}
 
 
-def build(problem: Movement | Gather, isa: str = "avx512vnni", name: str = "movement") -> PrimFunc:
+def build(problem: Movement | Gather | TokenRow, isa: str = "avx512vnni", name: str = "movement") -> PrimFunc:
     """The kernel. All targets share one form; `isa` is accepted for uniformity."""
     del isa
 
     def body(batch: Any, buffers: Buffers) -> None:
         if isinstance(problem, Gather):
             _gather(problem, batch, buffers)
+        elif isinstance(problem, TokenRow):
+            _token_row(problem, batch, buffers)
         else:
             _move(problem, batch, buffers)
 
@@ -187,3 +193,16 @@ def _gather(problem: Gather, batch: Any, buffers: Buffers) -> None:
                 lambda c, lanes: store(y, table[row, span(c, lanes)], span(to + c, lanes)),
                 64 // BYTES[problem.dtype],
             )
+
+
+def _token_row(problem: TokenRow, batch: Expr, buffers: Buffers) -> None:
+    with shares(batch, 1, problem.rows + problem.width / 8) as (b, begin, end), T.serial(begin, end):
+        tokens, first = sample_view(buffers["tokens"], (BATCH, problem.rows), b)
+        x, origin = sample_view(buffers["x"], (BATCH, problem.rows, problem.width), b)
+        y, start = sample_view(buffers["y"], (BATCH, problem.width), b)
+        row = origin + place_of_token(problem, tokens, first, scratch(1, "int32")) * problem.width
+        each_vector(
+            problem.width,
+            lambda c, lanes: store(y, x[span(row + c, lanes)], span(start + c, lanes)),
+            64 // BYTES[problem.dtype],
+        )

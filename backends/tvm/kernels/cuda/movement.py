@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common.template import Buffers, constant, sample_view, store, unravel
-from mpq_compiler.backends.tvm.kernels.cuda.threads import each, primfunc
+from mpq_compiler.backends.tvm.kernels.common.tokens import place_of_token
+from mpq_compiler.backends.tvm.kernels.cuda.threads import each, local, primfunc
 from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Shape
-from mpq_compiler.backends.tvm.kernels.problems.movement import Gather, Movement, arguments
+from mpq_compiler.backends.tvm.kernels.problems.movement import Gather, Movement, TokenRow, arguments
 from mpq_compiler.backends.tvm.kernels.problems.strides import merge_dimensions
 
 
-def build(problem: Movement | Gather, name: str) -> PrimFunc:
+def build(problem: Movement | Gather | TokenRow, name: str) -> PrimFunc:
     """The kernel ``name(*problems.movement.arguments(problem))``."""
-    body = _gather if isinstance(problem, Gather) else _move
+    body = _gather if isinstance(problem, Gather) else _token_row if isinstance(problem, TokenRow) else _move
     return primfunc(name, arguments(problem), lambda batch, buffers: body(problem, batch, buffers))
 
 
@@ -48,3 +50,13 @@ def _gather(problem: Any, batch: Any, buffers: Buffers) -> None:
         y, _ = sample_view(buffers["y"], target, 0)
         row = T.cast(index[position], "int32")
         store(y, buffers["table"][T.max(T.min(row, problem.rows - 1), 0), column], i)
+
+
+def _token_row(problem: TokenRow, batch: Expr, buffers: Buffers) -> None:
+    with each(batch * problem.width) as i:
+        sample, column = unravel(i, problem.width)
+        tokens, first = sample_view(buffers["tokens"], (BATCH, problem.rows), sample)
+        x, origin = sample_view(buffers["x"], (BATCH, problem.rows, problem.width), sample)
+        y, _ = sample_view(buffers["y"], (BATCH, problem.width), 0)
+        row = place_of_token(problem, tokens, first, local(1, "int32"))
+        store(y, x[origin + row * problem.width + column], i)

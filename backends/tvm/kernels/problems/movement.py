@@ -1,7 +1,8 @@
 """Movements of elements without changing them: any element type, bit for bit.
 
 A list of strided copies into one output (`Movement`) describes upsampling, concatenation, permutation, slicing,
-expansion and padding; the functions below make them. `Gather` takes rows of a table. The batch stays where it is:
+expansion and padding; the functions below make them. `Gather` takes rows of a table, `TokenRow` one row of a sample.
+The batch stays where it is:
 dimension 0 of every operand that has one.
 """
 
@@ -54,8 +55,28 @@ class Gather:
     index_dtype: str = "int64"
 
 
-def arguments(problem: Movement | Gather) -> list[Argument]:
+@dataclass(frozen=True)
+class TokenRow:
+    """y [B, width] = x [B, rows, width] at the first of tokens [B, rows] that is `token`, or else at the largest.
+
+    The first row where no token is `token`. Arguments: tokens, x, y.
+    """
+
+    rows: int
+    width: int
+    token: int | None = None
+    dtype: str = "float32"
+    token_dtype: str = "int64"
+
+
+def arguments(problem: Movement | Gather | TokenRow) -> list[Argument]:
     """The kernel's buffers in calling order, output last."""
+    if isinstance(problem, TokenRow):
+        return [
+            Argument("tokens", (BATCH, problem.rows), problem.token_dtype),
+            Argument("x", (BATCH, problem.rows, problem.width), problem.dtype),
+            Argument("y", (BATCH, problem.width), problem.dtype),
+        ]
     if isinstance(problem, Gather):
         index: Shape = (BATCH, *problem.positions)
         return [

@@ -1,0 +1,56 @@
+"""Parts beside the denoiser through the passes: texts pooled at a token, decoders, and both without a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPTextModelWithProjection
+
+from mpq_compiler.frontend import call_file, denoiser
+from mpq_compiler.ir import ops
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline import manager, parser
+from mpq_compiler.pipeline.session import Session
+from tests.harness import programs, tiny_pipelines
+
+
+def traced(module: torch.nn.Module, rows: torch.Tensor, name: str, folder: Path) -> tuple[Program, denoiser.Denoiser]:
+    calls = [{name: rows[:3]}, {name: rows[3:]}]
+    call_file.write(folder / "calls.safetensors", module, calls, latent=name)
+    made = denoiser.wrap_calls(module, folder / "calls.safetensors", latent=name)
+    passes = parser.parse("trace,layout")
+    program, _ = manager.run_pipeline(passes, programs.empty(), Session(denoiser=made))
+    return program, made
+
+
+class Pooled(torch.nn.Module):
+    """A text encoder's pooled output, beside the states of its last layer but one."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = self.model(input_ids, output_hidden_states=True)
+        return output.hidden_states[-2], output[0]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_text_is_pooled_at_its_end(legacy: bool, tmp_path: Path) -> None:
+    module = Pooled(tiny_pipelines.clip(CLIPTextModelWithProjection, legacy))
+    end = tiny_pipelines.clip_tokenizer().eos_token_id
+    tokens = torch.randint(0, end, (6, tiny_pipelines.TOKENS), generator=torch.Generator().manual_seed(0))
+    for row, place in enumerate((1, 4, 7, 9, 14, 15)):
+        tokens[row, place:] = end
+    program, made = traced(module, tokens, "input_ids", tmp_path)
+    (node,) = (n for n in program.graph.nodes if n.target is ops.row_of_token)
+    assert node.args[2] == (None if legacy else end)
+    inputs = {"input_ids": tokens, "timestep": torch.zeros(6)}
+    expected = made(**inputs)
+    assert torch.allclose(run(program, inputs), expected, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        states, pooled = module(tokens)
+    assert torch.equal(expected, torch.cat([states.flatten(1), pooled], 1))

@@ -1,0 +1,26 @@
+"""A small pipeline, compiled once a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpq_compiler.driver.pipeline import compile_pipeline
+from tests.harness import once, packed, tiny_pipelines
+
+
+def path(name: str = "stable-diffusion") -> Path:
+    """The folder of a pipeline at 8 bits; read only."""
+
+    def make(folder: Path) -> None:
+        size = tiny_pipelines.SIZES.get(name)
+        compile_pipeline(
+            tiny_pipelines.pipeline(name),
+            folder,
+            recipe="w8a8",
+            samples=2,
+            steps=4,
+            shapes=size and f"1x4x{size[0]}x{size[1]}",
+            cache=packed.kernel_cache(),
+        )
+
+    return once.made(f"{name}.pipeline.mpq", make)

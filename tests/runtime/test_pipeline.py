@@ -1,0 +1,105 @@
+"""Compiled pipelines draw what diffusers draws, without torch, whatever is loaded when; and refuse what they cannot."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mpq_compiler.runtime.pipeline import CompiledPipeline, load_pipeline
+from mpq_compiler.sampling import loop
+from mpq_compiler.support.errors import UserError
+from tests.harness import compiled_pipeline, tiny_pipelines
+
+PROMPT = "a red fox in the sea"
+LEAST_DB = 33.0
+"""PSNR of pictures at 8 bits; those of random weights, which is low for these."""
+
+
+@functools.cache
+def loaded(name: str = "stable-diffusion") -> CompiledPipeline:
+    return load_pipeline(compiled_pipeline.path(name))
+
+
+def drawn_by_diffusers(name: str, prompt: str, seed: int, **call: object) -> np.ndarray:
+    """What diffusers' own pipeline draws of the same noise."""
+    source, compiled = tiny_pipelines.pipeline(name), loaded(name)
+    source.set_progress_bar_config(disable=True)
+    shape = compiled.part(compiled.denoiser).manifest["sampling"]["shape"]
+    call["latents"] = torch.from_numpy(compiled._convention.pack(loop.gaussian(1, tuple(shape), seed)))
+    if (size := tiny_pipelines.SIZES.get(name)) is not None:
+        call |= {"height": size[0] * source.vae_scale_factor, "width": size[1] * source.vae_scale_factor}
+    if name == "pixart":
+        call["use_resolution_binning"] = False
+    return np.asarray(source(prompt, output_type="np", **call).images)
+
+
+@pytest.mark.parametrize("name", tiny_pipelines.FAMILIES)
+def test_draws_what_diffusers_draws(name: str) -> None:
+    found = loaded(name)(PROMPT, steps=4, seed=1)
+    expected = drawn_by_diffusers(name, PROMPT, 1, num_inference_steps=4)
+    assert found.pixels.shape == expected.shape and expected.std() > 0.05
+    assert -10 * np.log10(np.square(found.pixels - expected).mean()) > LEAST_DB
+    assert found.images[0].size == expected.shape[2:0:-1]
+    assert np.abs(np.asarray(found.images[0], np.float32) / 255 - found.pixels[0]).max() <= 0.5001 / 255
+
+
+def test_guidance_and_negative_prompts_are_those_of_diffusers() -> None:
+    said = {"steps": 4, "seed": 2, "guidance": 3.0}
+    plain = loaded()(PROMPT, **said).pixels
+    away = loaded()(PROMPT, "green harbour", **said).pixels
+    expected = drawn_by_diffusers(
+        "stable-diffusion", PROMPT, 2, num_inference_steps=4, guidance_scale=3.0, negative_prompt="green harbour"
+    )
+    assert np.abs(plain - away).max() > 0.01
+    assert -10 * np.log10(np.square(away - expected).mean()) > LEAST_DB
+    with pytest.raises(UserError, match="give a guidance above 1"):
+        loaded()(PROMPT, "green harbour", steps=1, guidance=1.0)
+
+
+def test_the_same_pictures_one_part_at_a_time_and_in_company() -> None:
+    first = loaded()(PROMPT, steps=3, seed=5).pixels
+    sequential = load_pipeline(compiled_pipeline.path(), threads=1, sequential=True)
+    np.testing.assert_array_equal(sequential(PROMPT, steps=3, seed=5).pixels, first)
+    assert not sequential._loaded
+    both = loaded()([PROMPT, "two ships"], steps=3, seed=5).pixels
+    np.testing.assert_array_equal(both[:1], first)
+    assert not np.array_equal(both[1:], first)
+
+
+def test_draws_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'diffusers', 'transformers')))\n"
+        "import numpy as np, mpq_compiler\n"
+        f"pipe = mpq_compiler.load_pipeline({str(compiled_pipeline.path())!r})\n"
+        f"found = pipe({PROMPT!r}, steps=3, seed=5)\n"
+        f"found.images[0].save({str(tmp_path / 'x.png')!r}); np.save({str(tmp_path / 'x.npy')!r}, found.pixels)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), loaded()(PROMPT, steps=3, seed=5).pixels)
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_prompt_that_is_too_long_is_cut_as_diffusers_cuts_it() -> None:
+    long = "a red fox by the sea and a green house and an old man in the tree with two blue ships of snow"
+    (said,) = loaded().cut(long)
+    assert said == "the prompt has more than 16 tokens: 'in the tree with two blue ships of snow' is cut off"
+    with pytest.warns(UserWarning, match="is cut off"):
+        found = loaded()(long, steps=2, seed=1).pixels
+    np.testing.assert_array_equal(found, loaded()(long.removesuffix("in the tree with two blue ships of snow"),
+                                                  steps=2, seed=1).pixels)  # fmt: skip
+    assert not loaded().cut(PROMPT)
+
+
+def test_a_prompt_of_signs_that_no_word_has() -> None:
+    assert loaded()("\u72d0 \u2603 \U0001f98a", steps=1).pixels.shape == (1, 16, 16, 3)
+
+
+def test_a_part_that_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match="has no part 'transformer'"):
+        loaded().part("transformer")
