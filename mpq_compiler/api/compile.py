@@ -73,8 +73,9 @@ def compile(
     if folder or (diffusers.part_of(model) is not None and parts is not None):
         decodes = pipelines.load_decoder(decoder) if isinstance(decoder, str | Path) else decoder
         whole = pipelines.load(model) if folder else model
+        chosen = pipelines.ROLES if parts is None else parts
         return pipelines.compile_pipeline(
-            whole, output, progress, parts=parts or pipelines.ROLES, decoder=decodes, prompts=prompts, **options
+            whole, output, progress, parts=chosen, decoder=decodes, prompts=prompts, **options
         )
     if parts not in (None, (DENOISER,)):
         raise UserError("parts are those of a pipeline, with a text encoder and a decoder: leave --parts out")

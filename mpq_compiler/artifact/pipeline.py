@@ -16,6 +16,7 @@ from typing import NotRequired, TypedDict, cast
 from mpq_compiler import schemas
 from mpq_compiler.artifact import bundle
 from mpq_compiler.artifact.manifest import File
+from mpq_compiler.sampling.call_tree import Tree
 from mpq_compiler.sampling.glue import GlueData
 from mpq_compiler.sampling.prompt_tokens import TokensData
 from mpq_compiler.support.errors import UserError, nearest
@@ -43,11 +44,18 @@ class TokensEntry(TokensData):
 
 
 class EncoderEntry(TypedDict):
-    """A text encoder: its part, the glue that makes its arguments, and the sources that its results are."""
+    """A text encoder: its part, the glue that makes its arguments, and the sources that its results are.
+
+    ``returned`` is the tree of what the model itself returns (`sampling.call_tree`), ``fields`` its names in order, and
+    ``dimensions`` the number of dimensions of its tensors, by path.
+    """
 
     part: str
     inputs: GlueData
     outputs: list[str]
+    returned: Tree
+    fields: list[str]
+    dimensions: dict[str, int]
 
 
 class DecoderEntry(TypedDict):
@@ -66,6 +74,7 @@ class Description(TypedDict):
     tokens: list[TokensEntry]
     encoders: list[EncoderEntry]
     conditions: GlueData
+    constants: GlueData
     decoder: DecoderEntry
     guidance: float | None
     null: str | None

@@ -176,7 +176,15 @@ def describe(parts: Parts, roles: Sequence[str]) -> Description:
     names = {each.name: TEXT for each in parts.encodings} | {parts.denoiser: DENOISER, parts.decoder_name: DECODER}
     texts = TEXT in roles
     encoders: list[EncoderEntry] = [
-        {"part": each.name, "inputs": each.inputs.to_json(), "outputs": list(each.outputs)} for each in parts.encodings
+        {
+            "part": each.name,
+            "inputs": each.inputs.to_json(),
+            "outputs": list(each.outputs),
+            "returned": each.returned,
+            "fields": list(each.returned["dict"]),
+            "dimensions": dict(each.dimensions),
+        }
+        for each in parts.encodings
     ]
     return {
         "name": parts.name,
@@ -184,6 +192,7 @@ def describe(parts: Parts, roles: Sequence[str]) -> Description:
         "tokens": [{**each.to_json(), "file": _tokenizer_file(each.name)} for each in parts.tokens if texts],
         "encoders": encoders if texts else [],
         "conditions": parts.conditions.to_json(),
+        "constants": parts.constants.to_json(),
         "decoder": {
             "part": parts.decoder_name, "latents": parts.decoded.to_json(), "images": parts.images.to_json(),
         },
@@ -222,6 +231,7 @@ def _denoiser(
     """The denoiser, conditioned on what the float text encoders make of the prompts."""
     rows = context.map(lambda text: parts.encode([text]), texts)
     given = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    given |= {name: np.repeat(value, len(texts), 0) for name, value in parts.constants().items()}
     if (null := parts.unconditional()) is not None:
         given |= {NULL + name: np.ascontiguousarray(value) for name, value in null.items()}
     with (scratch / "conditions.safetensors").open("wb") as stream:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from mpq_compiler.frontend.input_specs import convention_of
 from mpq_compiler.frontend.watch_pipeline import DiffusersPipeline, EncoderCall, Watched, watch
-from mpq_compiler.sampling.call_tree import Arguments, Value
+from mpq_compiler.sampling.call_tree import Arguments, Tree, Value
 from mpq_compiler.sampling.conditioning import EMBEDDED
 from mpq_compiler.sampling.convention import Convention
-from mpq_compiler.sampling.glue import Glue
+from mpq_compiler.sampling.glue import Glue, Step
 from mpq_compiler.sampling.prompt_tokens import Padding, Tokens
 from mpq_compiler.support.errors import UserError
 
+SAVED = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
+"""What an encoder's configuration has of how it was saved."""
 DECODE = "decode"
 """The method of an autoencoder that makes an image of latents."""
 PROBES = ("A red Fox in the snow", " two ships, and a Lighthouse by  the sea ")
@@ -40,6 +42,9 @@ class TextEncoder(nn.Module):
         """
         super().__init__()
         self.model = model
+        config: Arguments = model.config.to_dict()  # type: ignore[union-attr,operator]
+        kept = {name: value for name, value in config.items() if name not in SAVED}
+        self.config: Arguments = {"_class_name": type(model).__name__, **kept}
         self.taken, self.read = tuple(taken), tuple(read)
         self.others = {name: value for name, value in call.arguments.items() if name not in taken}
 
@@ -64,6 +69,7 @@ class Decoder(nn.Module):
         """``latents`` are some that it decodes."""
         super().__init__()
         self.model = _used(model, latents)
+        self.config: Arguments = {"_class_name": type(model).__name__, **dict(getattr(model, "config", {}))}
         self.decode: Callable[..., Sequence[Tensor]] = getattr(self.model, DECODE)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -98,6 +104,10 @@ class Encoding:
     """Its arguments, of the tokens."""
     outputs: tuple[str, ...]
     """The sources of later glue that its tensors are, in their order."""
+    returned: Tree
+    """What the model itself returns: a tree of tensors, of which the module gives those that are read."""
+    dimensions: Mapping[str, int]
+    """The number of dimensions of all these tensors, by path."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,8 @@ class Parts:
     """The text encoders in the order of their calls."""
     conditions: Glue
     """The denoiser's conditions by name, of tokens and of what encoders give."""
+    constants: Glue
+    """Its conditions that are the same for every prompt, such as the size of the image: [1, ...] by name."""
     decoder_name: str
     """The attribute of the decoder."""
     decoder: Decoder
@@ -190,7 +202,7 @@ def take_apart(pipeline: DiffusersPipeline, denoiser: str, size: tuple[int, int]
     convention = convention_of(getattr(pipeline, denoiser))
     given = convention.inputs(first.called)
     latent = next(name for name in ("sample", "hidden_states") if name in given)
-    conditions = _conditions(first, given, latent)
+    conditions, constants = _conditions(first, given, latent)
     decoded = first.recorder.glue({"z": first.decoded}, "what its decoder takes")
     assert first.images is not None
     images = first.recorder.glue({"images": first.images}, "its images")
@@ -203,6 +215,7 @@ def take_apart(pipeline: DiffusersPipeline, denoiser: str, size: tuple[int, int]
         tokens=_tokens(pipeline, first, second, needed),
         encodings=encodings,
         conditions=conditions,
+        constants=constants,
         decoder_name=first.decoder,
         decoder=Decoder(getattr(pipeline, first.decoder), first.decoded),
         decoded=decoded,
@@ -223,14 +236,15 @@ def _require_whole(pipeline: DiffusersPipeline, seen: Watched) -> None:
         raise UserError(f"{kind} has no decoder of images: compile its denoiser alone with --parts denoiser")
 
 
-def _conditions(seen: Watched, given: Arguments, latent: str) -> Glue:
-    """The glue of the denoiser's tensors that depend on the prompt."""
-    known = {
-        name: value
-        for name, value in given.items()
-        if name not in (latent, "timestep") and isinstance(value, Tensor) and seen.recorder.comes_from_sources(value)
-    }
-    return seen.recorder.glue(known, "its denoiser's conditions")
+def _conditions(seen: Watched, given: Arguments, latent: str) -> tuple[Glue, Glue]:
+    """The glue of the denoiser's tensors that depend on the prompt, and of those that do not."""
+    others = (latent, "timestep", *EMBEDDED)
+    tensors = {name: value for name, value in given.items() if name not in others and isinstance(value, Tensor)}
+    made = {name: value for name, value in tensors.items() if seen.recorder.comes_from_sources(value)}
+    rest = {name: value for name, value in tensors.items() if name not in made}
+    stored = [Step("array", (value.tolist(), str(value.dtype).removeprefix("torch."))) for value in rest.values()]
+    constants = Glue((), tuple(stored), {name: index for index, name in enumerate(rest)})
+    return seen.recorder.glue(made, "its denoiser's conditions"), constants
 
 
 def _encodings(pipeline: DiffusersPipeline, seen: Watched, conditions: Glue) -> tuple[Encoding, ...]:
@@ -242,7 +256,9 @@ def _encodings(pipeline: DiffusersPipeline, seen: Watched, conditions: Glue) -> 
         taken = {n: v for n, v in call.arguments.items() if isinstance(v, Tensor)}
         inputs = seen.recorder.glue(taken, f"what '{call.name}' takes")
         module = TextEncoder(getattr(pipeline, call.name), call, [*taken], read)
-        made.append(Encoding(call.name, module, inputs, tuple(f"{call.name}:{path}" for path in read)))
+        outputs = tuple(f"{call.name}:{path}" for path in read)
+        dimensions = {path: tensor.ndim for path, tensor in call.outputs.items()}
+        made.append(Encoding(call.name, module, inputs, outputs, call.tree, dimensions))
     return tuple(made)
 
 

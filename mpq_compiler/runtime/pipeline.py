@@ -20,6 +20,7 @@ from mpq_compiler.artifact import pipeline as pipelines
 from mpq_compiler.artifact.pipeline import DECODER, DENOISER, Pipeline
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
+from mpq_compiler.runtime.drop_ins import CompiledDecoder, CompiledEncoder
 from mpq_compiler.sampling import loop
 from mpq_compiler.sampling.conditioning import NULL, Conditioning
 from mpq_compiler.sampling.convention import Convention
@@ -72,15 +73,28 @@ class CompiledPipeline:
         self._encoders = [
             _Encoder(each["part"], Glue.from_json(each["inputs"]), tuple(each["outputs"])) for each in about["encoders"]
         ]
-        self._conditions = Glue.from_json(about["conditions"])
+        self._conditions, self._constants = Glue.from_json(about["conditions"]), Glue.from_json(about["constants"])
         decoder = about["decoder"]
         self._decoded, self._images = Glue.from_json(decoder["latents"]), Glue.from_json(decoder["images"])
 
     def __repr__(self) -> str:
         return f"CompiledPipeline({self.document['name']}: {', '.join(self.document['parts'])})"
 
+    def drop_in(self, name: str) -> CompiledDenoiser | CompiledEncoder | CompiledDecoder:
+        """A part as it stands in for its module in diffusers' pipeline. UserError: as `part`."""
+        part, role = self.part(name), self.document["parts"][name]["role"]
+        if role == DECODER:
+            return CompiledDecoder(part)
+        if role == DENOISER:
+            return part
+        (entry,) = (each for each in self.document["encoders"] if each["part"] == name)
+        return CompiledEncoder(part, entry)
+
     def part(self, name: str) -> CompiledDenoiser:
-        """A part by name, such as `unet` or `vae`. UserError: there is none, or this machine cannot run it."""
+        """A part by name, such as `unet` or `vae`, called by its own inputs.
+
+        UserError: there is none, or this machine cannot run it.
+        """
         if name not in self._loaded:
             loaded = compiled_denoiser.load(self._made.part(name), self.threads)
             self._made.require_part(name, loaded.manifest["artifact_sha256"])
@@ -184,7 +198,8 @@ class CompiledPipeline:
             UserError: a number out of range, or guidance of a pipeline that has none.
         """
         steps, guidance = steps or self.steps, self.guidance if guidance is None else guidance
-        given: dict[str, Array] = self.encode(prompts)
+        given = {name: np.repeat(value, len(prompts), 0) for name, value in self._constants().items()}
+        given |= self.encode(prompts)
         if guidance != 1.0 and self.document["null"] is not None:
             given |= {NULL + name: value for name, value in self._null(len(prompts), negative_prompts).items()}
         elif negative_prompts is not None:

@@ -103,3 +103,30 @@ def test_a_prompt_of_signs_that_no_word_has() -> None:
 def test_a_part_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match="has no part 'transformer'"):
         loaded().part("transformer")
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion", "sdxl", "flux"])
+def test_parts_stand_in_for_the_modules_of_diffusers(name: str) -> None:
+    source, compiled = tiny_pipelines.pipeline(name), loaded(name)
+    parts = {part: compiled.drop_in(part) for part in compiled.document["parts"]}
+    source.set_progress_bar_config(disable=True)
+    shape = compiled.part(compiled.denoiser).manifest["sampling"]["shape"]
+    call = {"latents": torch.from_numpy(compiled._convention.pack(loop.gaussian(1, tuple(shape), 1)))}
+    if (size := tiny_pipelines.SIZES.get(name)) is not None:
+        call |= {"height": size[0] * source.vae_scale_factor, "width": size[1] * source.vae_scale_factor}
+    for part, stand_in in parts.items():
+        setattr(source, part, stand_in)
+    found = source(PROMPT, output_type="np", num_inference_steps=4, **call).images
+    expected = compiled(PROMPT, steps=4, seed=1).pixels
+    assert -10 * np.log10(np.square(found - expected).mean()) > 60
+
+
+def test_what_a_stand_in_lacks_is_said() -> None:
+    encoder, decoder = loaded().drop_in("text_encoder"), loaded().drop_in("vae")
+    output = encoder(torch.zeros(1, tiny_pipelines.TOKENS, dtype=torch.int64))
+    assert output[0] is output.last_hidden_state and output[0].shape == (1, tiny_pipelines.TOKENS, 32)
+    with pytest.raises(UserError, match="reads 'pooler_output' of its text encoder"):
+        _ = output.pooler_output.shape
+    with pytest.raises(UserError, match="encodes nothing"):
+        decoder.encode(torch.zeros(1, 3, 16, 16))
+    assert decoder.config.scaling_factor == 0.18215 and decoder.to("cpu") is decoder

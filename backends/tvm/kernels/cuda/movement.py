@@ -19,8 +19,16 @@ from mpq_compiler.backends.tvm.kernels.problems.strides import merge_dimensions
 
 def build(problem: Movement | Gather | TokenRow, name: str) -> PrimFunc:
     """The kernel ``name(*problems.movement.arguments(problem))``."""
-    body = _gather if isinstance(problem, Gather) else _token_row if isinstance(problem, TokenRow) else _move
-    return primfunc(name, arguments(problem), lambda batch, buffers: body(problem, batch, buffers))
+
+    def body(batch: Expr, buffers: Buffers) -> None:
+        if isinstance(problem, Gather):
+            _gather(problem, batch, buffers)
+        elif isinstance(problem, TokenRow):
+            _token_row(problem, batch, buffers)
+        else:
+            _move(problem, batch, buffers)
+
+    return primfunc(name, arguments(problem), body)
 
 
 def _move(problem: Any, batch: Any, buffers: Buffers) -> None:

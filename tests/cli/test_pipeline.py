@@ -1,0 +1,165 @@
+"""Pipelines on the command line: from a folder to a picture, what is chosen of it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers import AutoencoderTiny
+from PIL import Image
+
+from mpq_compiler import schemas
+from mpq_compiler.artifact import bundle, pipeline
+from mpq_compiler.cli import mpqc
+from mpq_compiler.driver.pipeline import shared_out
+from mpq_compiler.runtime.pipeline import load_pipeline
+from tests.harness import compiled_pipeline, once, packed, tiny, tiny_pipelines
+
+FEW = ("--recipe", "w8a8", "--samples", "2", "--steps", "4", "--jobs", "1")
+
+
+@pytest.fixture
+def folder() -> Path:
+    """A pipeline as diffusers saves it; read only."""
+    return once.made("tiny-sd", tiny_pipelines.pipeline("stable-diffusion").save_pretrained)
+
+
+def run(tmp_path: Path, *arguments: object, cache: bool = True) -> Any:
+    """The JSON of a command that ends well."""
+    document = tmp_path / "result.json"
+    further = ("--cache", packed.kernel_cache()) if cache else ()
+    assert mpqc.main([*map(str, (*arguments, *further)), "--json", str(document)]) == 0
+    return json.loads(document.read_text())
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The sentence of a command that is refused."""
+    assert mpqc.main([*map(str, arguments)]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("mpqc: ")
+    return said
+
+
+def test_from_a_folder_to_a_picture(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.mpq"
+    report = run(tmp_path, "compile", folder, "-o", out, *FEW)
+    assert schemas.check(report, "compile-pipeline") is None
+    roles = {name: part["role"] for name, part in report["parts"].items()}
+    assert roles == {"text_encoder": "text", "unet": "denoiser", "vae": "decoder"}
+    for part in report["parts"].values():
+        assert schemas.check({key: value for key, value in part.items() if key != "role"}, "compile") is None
+        assert part["quality"]["sqnr_db"] > 20 and abs(part["quality"]["agreement_db"]) < 0.1
+    drawn = tmp_path / "x.png"
+    command = ("generate", out, "-o", drawn, "--prompt", "a red fox", "--steps", 3, "--images", 2, "--seed", 4)
+    result = run(tmp_path, *command, cache=False)
+    assert schemas.check(result, "generate") is None and result["guidance"] == 7.5
+    expected = load_pipeline(out)(["a red fox"] * 2, steps=3, seed=4)
+    np.testing.assert_array_equal(np.asarray(Image.open(drawn)), np.concatenate([*map(np.asarray, expected.images)], 1))
+    # in memory, and again: the same bytes
+    assert pipeline.read(out).document == pipeline.read(compiled_pipeline.path()).document
+
+
+def test_the_denoiser_alone_is_the_artifact_that_it_was(folder: Path, tmp_path: Path) -> None:
+    run(tmp_path, "compile", folder, "-o", tmp_path / "a.mpq", "--parts", "denoiser", *FEW, "--target", "reference",
+        "--calibration", _calls(tmp_path))  # fmt: skip
+    run(tmp_path, "compile", folder / "unet", "-o", tmp_path / "b.mpq", *FEW, "--target", "reference",
+        "--scheduler", folder / "scheduler" / "scheduler_config.json", "--calibration", _calls(tmp_path))  # fmt: skip
+    made = [bundle.read(tmp_path / name).manifest for name in ("a.mpq", "b.mpq")]
+    assert made[0]["files"][bundle.WEIGHTS] == made[1]["files"][bundle.WEIGHTS]
+
+
+def _calls(folder: Path) -> Path:
+    from safetensors.numpy import save_file
+
+    draw = np.random.default_rng(0)
+    rows = {"sample": (16, 4, 8, 8), "encoder_hidden_states": (16, tiny_pipelines.TOKENS, 32)}
+    tensors = {name: draw.standard_normal(shape, np.float32) for name, shape in rows.items()}
+    save_file(tensors | {"timestep": np.linspace(999, 0, 16).astype(np.int64)}, folder / "calls.safetensors")
+    return folder / "calls.safetensors"
+
+
+def test_another_decoder_and_prompts_of_ones_own(folder: Path, tmp_path: Path) -> None:
+    decoder = AutoencoderTiny(
+        encoder_block_out_channels=(16, 16), decoder_block_out_channels=(16, 16), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), latent_channels=4,
+    )  # fmt: skip
+    decoder.save_pretrained(tmp_path / "taesd")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(tiny_pipelines.WORDS.split()))
+    report = run(tmp_path, "compile", folder, "-o", tmp_path / "a.mpq", "--parts", "text,decoder", "--prompts", prompts,
+                 "--decoder", tmp_path / "taesd", *FEW)  # fmt: skip
+    assert [*report["parts"]] == ["text_encoder", "vae"]
+    assert bundle.read(tmp_path / "a.mpq" / "vae").manifest["model"]["parameters"] == sum(
+        p.numel() for p in decoder.decoder.parameters()
+    )
+
+
+def test_a_part_that_was_left_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = Path(shutil.copytree(compiled_pipeline.path(), tmp_path / "a.mpq"))
+    document = json.loads((out / pipeline.FILE).read_text())
+    del document["parts"]["vae"]
+    document[pipeline.OWN] = bundle.digest(document, pipeline.OWN)
+    (out / pipeline.FILE).write_bytes(bundle.canonical(document))
+    said = refused(capsys, "generate", out, "-o", tmp_path / "x.png", "--prompt", "a fox", "--steps", 1)
+    assert "has no decoder: compile the pipeline with --parts text,denoiser,decoder" in said
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--parts", "vae"), "there is no part 'vae' of a pipeline"),
+        (("--parts", ","), "--parts names no part"),
+        (("--decoder", "nowhere"), "cannot read 'nowhere/config.json'"),
+        (("--prompts", "nowhere.txt"), "cannot read --prompts 'nowhere.txt'"),
+        (("--shapes", "1x4x8x8,1x4x4x4"), "--shapes of a whole pipeline has one size"),
+        (("--estimate",), "--estimate is of a pipeline's denoiser: add --parts denoiser"),
+        (("--parts", "denoiser", "--decoder", "x"), "--decoder is of a pipeline that is compiled with all its parts"),
+        (("--weights", "0"), "leaves no room at all"),
+    ],
+)
+def test_what_is_refused_at_once(
+    arguments: tuple[str, ...], said: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(capsys, "compile", folder, "-o", tmp_path / "a.mpq", *arguments)
+    assert not (tmp_path / "a.mpq").exists()
+
+
+def test_a_folder_that_lacks_a_part(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lacking = Path(shutil.copytree(folder, tmp_path / "lacking"))
+    shutil.rmtree(lacking / "vae")
+    said = refused(capsys, "compile", lacking, "-o", tmp_path / "a.mpq")
+    assert "cannot be loaded" in said and "--parts denoiser" in said
+
+
+def test_parts_are_those_of_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.save("unet2d", tmp_path / "unet")
+    said = refused(capsys, "compile", tmp_path / "unet", "-o", tmp_path / "a.mpq", "--parts", "text")
+    assert "parts are those of a pipeline" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "which draws what it is told: add --prompt"),
+        (("--prompt", "x", "--class", "3"), "which draws prompts alone: leave --class out"),
+        (("--prompt", "x", "--compare", "y"), "leave --compare out"),
+        (("--prompt", "x", "--guidance", "1", "--negative-prompt", "y"), "give a guidance above 1"),
+        (("--prompt", "x", "--steps", "0"), "give 1 or more of both"),
+    ],
+)
+def test_pictures_that_cannot_be(
+    arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(capsys, "generate", compiled_pipeline.path(), "-o", tmp_path / "x.png", *arguments)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_bytes_are_shared_out_by_parameters() -> None:
+    assert shared_out("4kB", {"a": 1000, "b": 3000}) == {"a": "1000B", "b": "3000B"}
+    assert shared_out(4, {"a": 1, "b": 3}) == {"a": 4, "b": 4}
+    assert shared_out(None, {"a": 1}) == {"a": None}
