@@ -280,6 +280,8 @@ def _altered(path: Path, what: str) -> UserError:
 
 def _read_manifest(folder: Path, path: Path) -> dict[str, Any]:
     file = folder / MANIFEST
+    if (folder / PIPELINE).is_file():
+        raise UserError(f"{path} is a pipeline of several artifacts: name one of its parts, such as {path}/unet")
     if not file.is_file():
         raise UserError(f"{path} is not an artifact: it has no {MANIFEST}")
     with file.open("rb") as stream:

@@ -42,6 +42,9 @@ mixed-precision low-bit artifacts.
   mpqc compile MODEL -o out.mpq --weights 3.5  to 3.5 true average bits
   mpqc generate out.mpq -o grid.png --compare MODEL
                                                the same noise drawn with both
+  mpqc compile PIPELINE -o p.mpq               text encoders and decoder, too
+  mpqc generate p.mpq -o x.png --prompt "a lighthouse"
+                                               from a prompt to a picture
   mpqc inspect out.mpq --layers                which layer got which bits
   mpqc compile MODEL -o out.mpq --dumps d      keep the program after every pass
   mpqc inspect d --diff bit-allocation         ... and see what a pass did
@@ -62,6 +65,8 @@ REQUIREMENTS = {
     "diffusers": ("diffusers", "mpq-compiler[compile]"),
     "highspy": ("highspy", "highspy"),
     "PIL": ("Pillow", "pillow"),
+    "tokenizers": ("tokenizers", "mpq-compiler[pipeline]"),
+    "transformers": ("transformers", "mpq-compiler[compile]"),
     "tvm": ("apache-tvm", "mpq-compiler[runtime]"),
     "onnx": ("onnx", "mpq-compiler[onnx]"),
     "onnxruntime": ("onnxruntime", "mpq-compiler[onnx]"),

@@ -142,6 +142,15 @@ def test_parts_are_those_of_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFix
     assert "parts are those of a pipeline" in said
 
 
+def test_a_pipeline_is_verified_with_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = Path(shutil.copytree(compiled_pipeline.path(), tmp_path / "a.mpq"))
+    result = run(tmp_path, "verify", out, cache=False)
+    assert schemas.check(result, "verify") is None and result["sha256"] == pipeline.read(out).document[pipeline.OWN]
+    assert "is a pipeline of several artifacts: name one of its parts" in refused(capsys, "inspect", out)
+    (out / "vae" / bundle.KERNELS).write_bytes(b"")
+    assert "kernels.so is truncated" in refused(capsys, "verify", out)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
