@@ -78,7 +78,7 @@ def write_page(path: Path) -> str:
 def _is_artifact(path: Path) -> bool:
     from mpq_compiler.artifact import bundle
 
-    return (path / bundle.MANIFEST).is_file() or path.suffix == ".zip"
+    return any((path / name).is_file() for name in (bundle.MANIFEST, bundle.PIPELINE)) or path.suffix == ".zip"
 
 
 def _read_dumps(path: Path) -> list[Any]:

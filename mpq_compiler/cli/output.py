@@ -12,11 +12,11 @@ from mpq_compiler.support.files import check_place, write_whole
 
 def require_new(path: str | Path, overwrite: bool) -> None:
     """UserError where an output cannot be written, or exists and may not be replaced."""
-    from mpq_compiler.artifact.bundle import MANIFEST
+    from mpq_compiler.artifact.bundle import MANIFEST, PIPELINE
 
     path = Path(path)
     check_place(path)
-    if (path.parent / MANIFEST).is_file():
+    if any((path.parent / name).is_file() for name in (MANIFEST, PIPELINE)):
         raise UserError(f"'{path.parent}' is an artifact, which another file would damage; name another place")
     if path.is_dir():
         raise UserError(f"'{path}' is a folder; name a file")
