@@ -168,6 +168,19 @@ def _print_parts(output: str, report: PipelineReport, told: list[str]) -> None:
     ]
     headers = ("part", "weights", "bits", "as f32", "SQNR", "fallbacks")
     terminal.table(f"{output} for {report.target}", headers, rows, numeric=(1, 2, 3, 4, 5))
+    if report.shares:
+        shares = [
+            (
+                name,
+                terminal.size(share["bytes"]),
+                f"{-10 * math.log10(max(share['loss'], 1e-20)):.1f} dB",
+                terminal.size(share["equal_bytes"]),
+                f"{-10 * math.log10(max(share['equal_loss'], 1e-20)):.1f} dB",
+            )
+            for name, share in report.shares.items()
+        ]
+        said = ("part", "of the budget", "pictures by it", "at equal bits", "pictures then")
+        terminal.table("one budget: the PSNR that is expected of pictures", said, shares, numeric=(1, 2, 3, 4))
 
 
 def _print_estimate(found: Estimate) -> None:

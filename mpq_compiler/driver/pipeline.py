@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mpq_compiler.allocation import pose
 from mpq_compiler.artifact import pipeline as pipelines
 from mpq_compiler.artifact.pipeline import DECODER, DENOISER, TEXT, Description, EncoderEntry
 from mpq_compiler.driver.budgets import parse_budget
@@ -18,13 +19,15 @@ from mpq_compiler.driver.check import check
 from mpq_compiler.driver.compile import compile_denoiser
 from mpq_compiler.driver.options import Options, parse_shapes
 from mpq_compiler.driver.report import Report
+from mpq_compiler.driver.resolve import resolve, with_role
+from mpq_compiler.driver.shared_budget import Drawing, Part, Share, shares
 from mpq_compiler.frontend import call_file, checkpoint, pipeline_parts
 from mpq_compiler.frontend import denoiser as denoisers
-from mpq_compiler.frontend.denoiser import Denoiser
-from mpq_compiler.frontend.pipeline_parts import Parts
+from mpq_compiler.frontend.pipeline_parts import Encoding, Parts
 from mpq_compiler.frontend.watch_pipeline import DiffusersPipeline
 from mpq_compiler.ir.interpreter import single_threaded
 from mpq_compiler.pipeline.backend import Progress
+from mpq_compiler.pipeline.passes import Role
 from mpq_compiler.sampling import loop, schedulers
 from mpq_compiler.sampling.conditioning import NULL
 from mpq_compiler.support import tensorfile
@@ -59,12 +62,20 @@ class PipelineReport:
     parts: dict[str, Report]
     """The report of each part, in the order of their work."""
     roles: dict[str, str]
+    shares: dict[str, Share]
+    """What each part got of one budget, and why; empty without one."""
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, object]:
         """The report as a JSON document (schemas/compile-pipeline.json)."""
         parts = {name: {"role": self.roles[name], **report.to_json()} for name, report in self.parts.items()}
-        return {"name": self.name, "target": self.target, "parts": parts, "notes": self.notes}
+        return {
+            "name": self.name,
+            "target": self.target,
+            "parts": parts,
+            "shares": self.shares,
+            "notes": self.notes,
+        }
 
 
 def compile_pipeline(
@@ -88,8 +99,8 @@ def compile_pipeline(
         parts: the roles of the parts that are compiled.
         decoder: takes the place of the pipeline's own.
         prompts: what text encoders are calibrated on, and what is drawn to calibrate the others; none: `PROMPTS`.
-        options: fields of `Options`. A budget of bytes is shared out by parameters. Those of sampling, training, time
-            and LoRAs are the denoiser's.
+        options: fields of `Options`. A budget of weights is one for all parts (`shared_budget`). Options of sampling,
+            training, time and LoRAs are the denoiser's.
 
     Raises:
         UserError: whatever cannot be compiled; nothing is left at ``output`` then.
@@ -104,36 +115,35 @@ def compile_pipeline(
     context = RunContext(jobs=chosen.jobs, progress=progress)
     with single_threaded():
         taken = pipeline_parts.take_apart(source, denoiser, _size(chosen))
-    modules: dict[str, torch.nn.Module] = {each.name: each.module for each in taken.encodings if TEXT in parts}
-    modules |= {denoiser: getattr(source, denoiser)} if DENOISER in parts else {}
-    modules |= {taken.decoder_name: taken.decoder} if DECODER in parts else {}
-    budgets = shared_out(chosen.weights, {name: _parameters(module) for name, module in modules.items()})
     reports: dict[str, Report] = {}
-
-    def compiled(name: str, folder: Path, part: Denoiser, of: Options) -> None:
-        dumps = None if of.dumps is None else of.dumps / name
-        own = replace(of, weights=budgets[name], overwrite=False, dumps=dumps)
-        reports[name] = compile_denoiser(part, folder / name, progress, planned, **vars(own))
+    shared: dict[str, Share] = {}
 
     def fill(folder: Path) -> Description:
         with single_threaded(), tempfile.TemporaryDirectory() as scratch:
             work = Path(scratch)
-            for encoding in taken.encodings if TEXT in parts else ():
-                rows = taken.token_inputs(texts, encoding)
-                compiled(encoding.name, folder, *_by_calls(encoding.name, encoding.module, rows, chosen, work))
-            main, of = _denoiser(source, taken, texts, chosen, work, context)
-            if DENOISER in parts:
-                compiled(denoiser, folder, main, of)
+            main = _denoiser(source, taken, texts, chosen, work, context)
+            encodings = taken.encodings if TEXT in parts else ()
+            made = {each.name: _encoder(taken, each, texts, chosen, work) for each in encodings}
+            made |= {denoiser: main} if DENOISER in parts else {}
             if DECODER in parts:
-                rows = {"latents": _latents(main.sampled(of.guidance, of.conditions), taken, of, context)}
-                compiled(taken.decoder_name, folder, *_by_calls(taken.decoder_name, taken.decoder, rows, chosen, work))
+                made[taken.decoder_name] = _decoder(taken, main, chosen, work, context)
+            limit = pose.byte_limit(sum(p.model.parameters for p in made.values()), *parse_budget(chosen.weights))
+            if limit is not None and len(made) > 1 and _chooses(chosen):
+                drawing = Drawing(taken, made, main.sampled, texts, main.options.guidance, chosen.seed, context)
+                made, found = shares(made, limit, drawing, work, progress)
+                shared.update(found)
+            for name, part in made.items():
+                weights = chosen.weights if not shared else f"{shared[name]['bytes']}B"
+                dumps = None if chosen.dumps is None else chosen.dumps / name
+                own = replace(part.options, weights=weights, overwrite=False, dumps=dumps)
+                reports[name] = compile_denoiser(part.model, folder / name, progress, planned, **vars(own))
         return describe(taken, parts)
 
     files = {_tokenizer_file(tokens.name): tokens.model.encode() for tokens in taken.tokens if TEXT in parts}
     document = pipelines.write(output, fill, files, chosen.overwrite)
     roles = {name: part["role"] for name, part in document["parts"].items()}
     notes = [f"{name}: {note}" for name, report in reports.items() for note in report.notes]
-    return PipelineReport(taken.name, chosen.target, reports, roles, notes)
+    return PipelineReport(taken.name, chosen.target, reports, roles, shared, notes)
 
 
 def require_parts(pipeline: DiffusersPipeline, parts: Sequence[str]) -> str:
@@ -150,17 +160,9 @@ def require_parts(pipeline: DiffusersPipeline, parts: Sequence[str]) -> str:
     raise UserError(f"{type(pipeline).__name__} has no unet and no transformer")
 
 
-def shared_out(weights: str | float | None, parameters: Mapping[str, int]) -> dict[str, str | float | None]:
-    """The budget of each part: the same bits, or of bytes as many for each parameter."""
-    total = sum(parameters.values())
-    bits, size = parse_budget(weights)
-    if size is None:
-        return dict.fromkeys(parameters, weights if bits is None else bits)
-    return {name: f"{size * count // total}B" for name, count in parameters.items()}
-
-
-def _parameters(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _chooses(options: Options) -> bool:
+    """Whether the recipe chooses formats by measured losses, so that parts can share a budget."""
+    return with_role(resolve(options), Role.MEASURES) is not None
 
 
 def _size(options: Options) -> tuple[int, int] | None:
@@ -208,8 +210,8 @@ def _tokenizer_file(name: str) -> str:
 
 def _by_calls(
     name: str, module: torch.nn.Module, rows: Mapping[str, np.ndarray], options: Options, scratch: Path
-) -> tuple[Denoiser, Options]:
-    """A part as the function of its recorded inputs, and the options that are its own."""
+) -> Part:
+    """A part as the function of its recorded inputs, with the options that are its own."""
     file, first = scratch / f"{name}.safetensors", next(iter(rows))
     half = len(next(iter(rows.values()))) // 2  # two calls, so that what varies is seen to
     calls = [
@@ -222,12 +224,18 @@ def _by_calls(
         shapes=None, effort=None, minutes=None, sensitivity=None, latency=None, latency_table=None, bops=None,
         lora_rank=None, lora_layers=None, calibration=file,
     )  # fmt: skip
-    return denoisers.wrap_calls(module, file, name=name, latent=first), own
+    return Part(denoisers.wrap_calls(module, file, name=name, latent=first), own)
+
+
+def _encoder(parts: Parts, encoding: Encoding, texts: Sequence[str], options: Options, scratch: Path) -> Part:
+    """A text encoder, calibrated on the tokens of the prompts."""
+    rows = parts.token_inputs(texts, encoding)
+    return _by_calls(encoding.name, encoding.module, rows, options, scratch)
 
 
 def _denoiser(
     source: DiffusersPipeline, parts: Parts, texts: Sequence[str], options: Options, scratch: Path, context: RunContext
-) -> tuple[Denoiser, Options]:
+) -> Part:
     """The denoiser, conditioned on what the float text encoders make of the prompts."""
     rows = context.map(lambda text: parts.encode([text]), texts)
     given = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
@@ -246,11 +254,12 @@ def _denoiser(
     if missing := [name for name in made.conditioning.needed if name not in known]:
         raise UserError(f"{parts.name} gives its denoiser '{missing[0]}', which does not come from the prompt")
     own = replace(options, conditions=scratch / "conditions.safetensors", guidance=guidance)
-    return (replace(made, notes=(*made.notes, note)) if note else made), own
+    return Part(replace(made, notes=(*made.notes, note)) if note else made, own)
 
 
-def _latents(denoiser: Denoiser, parts: Parts, options: Options, context: RunContext) -> np.ndarray:
-    """What the decoder is given for images of the float model, f32 [N, ...]."""
+def _decoder(parts: Parts, main: Part, options: Options, scratch: Path, context: RunContext) -> Part:
+    """The decoder, calibrated on the latents of images of the float denoiser."""
+    denoiser = main.sampled
     count = DRAWN if denoiser.parameters <= SMALL else DRAWN_LARGE
     conditioning, steps = denoiser.conditioning, min(STEPS, options.steps or STEPS)
     arguments = conditioning.arguments(conditioning.varied(count), count, denoiser.guidance)
@@ -271,7 +280,8 @@ def _latents(denoiser: Denoiser, parts: Parts, options: Options, context: RunCon
             seed=options.seed,
         )
     packed = denoiser.module.convention.pack(found)
-    return np.concatenate([parts.decoded(latents=row[None])["z"] for row in packed])
+    rows = {"latents": np.concatenate([parts.decoded(latents=row[None])["z"] for row in packed])}
+    return _by_calls(parts.decoder_name, parts.decoder, rows, options, scratch)
 
 
 def is_pipeline(model: str | Path) -> bool:

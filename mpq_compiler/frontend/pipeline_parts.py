@@ -109,6 +109,15 @@ class Encoding:
     dimensions: Mapping[str, int]
     """The number of dimensions of all these tensors, by path."""
 
+    def called(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """The tensors that the pipeline reads, of inputs by argument."""
+        output = self.module(**inputs)
+        return [*output] if isinstance(output, tuple) else [output]
+
+
+RunEncoder = Callable[[Encoding, dict[str, Tensor]], Sequence[Tensor]]
+"""Encodes in place of an encoder: of inputs by argument, the tensors that the pipeline reads."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -143,14 +152,14 @@ class Parts:
 
     def encode(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """The conditions of prompts by the float encoders, f32 [N, ...] by name."""
-        rows = [self._encoded(prompt) for prompt in prompts]
+        rows = [self.encoded(prompt) for prompt in prompts]
         return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
     def unconditional(self) -> dict[str, np.ndarray] | None:
         """The conditions [1, ...] that guidance leads away from; None where there is none."""
         if self.null is None:
             return None
-        found = self._encoded("")
+        found = self.encoded("")
         return {name: np.zeros_like(value) for name, value in found.items()} if self.null == "zeros" else found
 
     def token_inputs(self, prompts: Sequence[str], encoding: Encoding) -> dict[str, np.ndarray]:
@@ -159,12 +168,13 @@ class Parts:
         return encoding.inputs(**{name: given[name] for name in encoding.inputs.sources})
 
     @torch.no_grad()
-    def _encoded(self, prompt: str) -> dict[str, np.ndarray]:
+    def encoded(self, prompt: str, run: RunEncoder | None = None) -> dict[str, np.ndarray]:
+        """The conditions of a prompt, [1, ...] by name; ``run`` encodes in place of the float encoders."""
         known = {name: value for tokens in self.tokens for name, value in tokens.of([prompt]).items()}
         for encoding in self.encodings:
             taken = encoding.inputs(**{name: known[name] for name in encoding.inputs.sources})
-            output = encoding.module(**{name: torch.from_numpy(np.array(value)) for name, value in taken.items()})
-            tensors = output if isinstance(output, tuple) else (output,)
+            inputs = {name: torch.from_numpy(np.array(value)) for name, value in taken.items()}
+            tensors = encoding.called(inputs) if run is None else run(encoding, inputs)
             known |= {name: tensor.numpy() for name, tensor in zip(encoding.outputs, tensors, strict=True)}
         return self.conditions(**{name: known[name] for name in self.conditions.sources})
 

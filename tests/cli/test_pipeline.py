@@ -15,7 +15,6 @@ from PIL import Image
 from mpq_compiler import schemas
 from mpq_compiler.artifact import bundle, pipeline
 from mpq_compiler.cli import mpqc
-from mpq_compiler.driver.pipeline import shared_out
 from mpq_compiler.runtime.pipeline import load_pipeline
 from tests.harness import compiled_pipeline, once, packed, tiny, tiny_pipelines
 
@@ -120,6 +119,7 @@ def test_a_part_that_was_left_out_is_named(tmp_path: Path, capsys: pytest.Captur
         (("--estimate",), "--estimate is of a pipeline's denoiser: add --parts denoiser"),
         (("--parts", "denoiser", "--decoder", "x"), "--decoder is of a pipeline that is compiled with all its parts"),
         (("--weights", "0"), "leaves no room at all"),
+        (("--weights", "4", "--parts", "denoiser,denoisers"), "there is no part 'denoisers'"),
     ],
 )
 def test_what_is_refused_at_once(
@@ -166,9 +166,3 @@ def test_pictures_that_cannot_be(
 ) -> None:
     assert said in refused(capsys, "generate", compiled_pipeline.path(), "-o", tmp_path / "x.png", *arguments)
     assert not [*tmp_path.iterdir()]
-
-
-def test_bytes_are_shared_out_by_parameters() -> None:
-    assert shared_out("4kB", {"a": 1000, "b": 3000}) == {"a": "1000B", "b": "3000B"}
-    assert shared_out(4, {"a": 1, "b": 3}) == {"a": 4, "b": 4}
-    assert shared_out(None, {"a": 1}) == {"a": None}

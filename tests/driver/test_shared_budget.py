@@ -1,0 +1,83 @@
+"""One budget over parts: the integer program against all choices, and a pipeline whose parts share one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpq_compiler import schemas
+from mpq_compiler.artifact import bundle
+from mpq_compiler.driver import shared_budget
+from mpq_compiler.driver.pipeline import compile_pipeline
+from mpq_compiler.ir.findings import SensitivityTable
+from mpq_compiler.runtime.pipeline import load_pipeline
+from mpq_compiler.support.errors import BudgetError
+from tests.harness import packed, tiny_pipelines
+
+FEW = {"recipe": "default", "samples": 2, "steps": 4, "effort": "none"}
+
+
+def table(losses: dict[str, dict[str, float]], fixed: int) -> SensitivityTable:
+    sizes = {"int2": 20, "int4": 40, "int8": 80}
+    return {
+        "version": 1,
+        "parameters": 80 * len(losses),
+        "fixed_bytes": fixed,
+        "layers": [
+            {"name": name, "edges": [], "macs": 1, "formats": {f: {"bits": 1, "bytes": sizes[f]} for f in by_format}}
+            for name, by_format in losses.items()
+        ],
+        "elements": {},
+        "weights": losses,
+        "activations": {},
+    }
+
+
+LOSSES = st.floats(1e-6, 1.0).map(lambda most: {"int2": most, "int4": most / 10, "int8": most / 1000})
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(LOSSES, min_size=2, max_size=2), st.lists(LOSSES, min_size=2, max_size=2), st.floats(0.01, 100.0),
+       st.integers(80, 320))  # fmt: skip
+def test_no_choice_of_formats_has_less_loss(first: list, second: list, gain: float, room: int) -> None:
+    tables = {"a": table(dict(zip("xy", first, strict=True)), 7), "b": table(dict(zip("xy", second, strict=True)), 11)}
+    gains, limit = {"a": 1.0, "b": gain}, room + 18
+    found = shared_budget._plan(tables, gains, limit)
+    assert sum(size for size, _ in found.values()) <= limit
+    best = min(
+        sum(gains[part] * tables[part]["weights"][layer][f] for (part, layer), f in zip(layers, chosen, strict=True))
+        for layers in [list(itertools.product("ab", "xy"))]
+        for chosen in itertools.product(("int2", "int4", "int8"), repeat=4)
+        if 18 + sum({"int2": 20, "int4": 40, "int8": 80}[f] for f in chosen) <= limit
+    )
+    assert sum(loss for _, loss in found.values()) == pytest.approx(best, rel=1e-5)
+
+
+def test_parts_share_a_budget(tmp_path: Path) -> None:
+    source = tiny_pipelines.pipeline("stable-diffusion")
+    report = compile_pipeline(source, tmp_path / "a.mpq", weights="700kB", cache=packed.kernel_cache(), **FEW)
+    document = json.loads(json.dumps(report.to_json()))
+    assert schemas.check(document, "compile-pipeline") is None
+    assert [*report.shares] == ["text_encoder", "unet", "vae"]
+    stored = {name: part.weights["bytes"] for name, part in report.parts.items()}
+    assert sum(stored.values()) <= 700_000 and all(stored[n] <= s["bytes"] for n, s in report.shares.items())
+    assert sum(stored.values()) > 690_000  # nothing that helps is left over
+    assert all(share["gain"] > 0 for share in report.shares.values())
+    together = sum(share["loss"] for share in report.shares.values())
+    assert together < sum(share["equal_loss"] for share in report.shares.values())
+    assert bundle.read(tmp_path / "a.mpq" / "vae").manifest["weights"]["payload_bytes"] == stored["vae"]
+    pixels = load_pipeline(tmp_path / "a.mpq")("a red fox", steps=2).pixels
+    assert np.isfinite(pixels).all()
+
+
+def test_a_budget_that_no_part_could_share_names_what_each_takes(tmp_path: Path) -> None:
+    source = tiny_pipelines.pipeline("stable-diffusion")
+    with pytest.raises(BudgetError, match=r"cannot be met.*'text_encoder' takes \d+, 'unet' takes \d+, 'vae' takes"):
+        compile_pipeline(source, tmp_path / "a.mpq", weights="100kB", cache=packed.kernel_cache(), **FEW)
+    assert not [*tmp_path.iterdir()]
