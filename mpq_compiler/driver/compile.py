@@ -107,6 +107,7 @@ def compile_denoiser(
             document["quality"] = judge.reference_quality()
             complete = bundle.write(output, document, files, built.tensors, chosen.overwrite)
             assert complete["weights"]["payload_bytes"] == stored, "payload and plan differ"
+            built.tensors.clear()  # the artifact maps its own, and prepares them in memory
             judged = judge.judged(output, target, others)
     lowering.forget()
     assert expected is not None
