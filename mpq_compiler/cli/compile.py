@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> Any:
     from mpq_compiler.driver.estimate import LONG
     from mpq_compiler.driver.pipeline import PipelineReport
 
-    parts, prompts = _parts(args), _prompts(args.prompts)
+    parts, prompts = _parts(args), prompts_of(args.prompts)
     if args.estimate:
         if pipelines.is_pipeline(args.model) and parts != ("denoiser",):
             raise UserError("--estimate is of a pipeline's denoiser: add --parts denoiser")
@@ -138,7 +138,7 @@ def _parts(args: argparse.Namespace) -> tuple[str, ...] | None:
     return None if args.parts is None else tuple(part.strip() for part in args.parts.split(",") if part.strip())
 
 
-def _prompts(path: Path | None) -> list[str]:
+def prompts_of(path: Path | None) -> list[str]:
     """The lines of the file of prompts; none without one. UserError: it cannot be read, or has too few."""
     if path is None:
         return []

@@ -25,7 +25,10 @@ def add(commands: Commands) -> None:
     parser = commands.add("eval", run, text)
     parser.add_argument("artifact", metavar="ARTIFACT|MODEL")
     parser.add_argument("--against", metavar="MODEL", help="the float model (default: the bundled one of its name)")
-    parser.add_argument("--images", type=int, metavar="N", default=200, help="images to draw with both (200)")
+    parser.add_argument("--images", type=int, metavar="N", help="images to draw with both (200; of a pipeline 16)")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="prompts to judge a pipeline by (default: 32 of our own)"
+    )
     parser.add_argument("--eval-steps", type=int, metavar="N", default=10, help="sampling steps (10)")
     parser.add_argument("--eval-seed", type=int, metavar="N", help="of the noise (default: calibration's and 1)")
     add_threads(parser)
@@ -36,9 +39,16 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> Any:
     """Evaluate the artifact or model, print the metrics with their intervals, and return them."""
-    drawn = (args.images, args.eval_steps, args.eval_seed)
+    from mpq_compiler.artifact.pipeline import is_pipeline
+
     given = of_compilation(args)
-    result = evaluate_path(args.artifact, args.against, *drawn, terminal.progress, given)
+    if is_pipeline(args.artifact):
+        result: Mapping[str, object] = _of_pipeline(args, given)
+    else:
+        if args.prompts is not None:
+            raise UserError(f"--prompts is of a pipeline, and {args.artifact} is none: leave it out")
+        drawn = (200 if args.images is None else args.images, args.eval_steps, args.eval_seed)
+        result = evaluate_path(args.artifact, args.against, *drawn, terminal.progress, given)
     rows = []
     for name, value in result.items():
         if isinstance(value, dict) and "value" in value:
@@ -47,9 +57,48 @@ def run(args: argparse.Namespace) -> Any:
         elif isinstance(value, int | float):
             rows.append((name, f"{value:.4g}", ""))
         elif value is None:
-            rows.append((name, "n/a", result.get("reasons", {}).get(name, "")))
+            reasons = result.get("reasons")
+            rows.append((name, "n/a", reasons.get(name, "") if isinstance(reasons, dict) else ""))
     terminal.table(f"{args.artifact}", ("metric", "value", "95 % interval"), rows, numeric=(1,))
     return result
+
+
+def _of_pipeline(args: argparse.Namespace, options: Mapping[str, object]) -> dict[str, object]:
+    """Draw the same prompts and noise with the compiled pipeline and with diffusers' own, and compare the pictures."""
+    import numpy as np
+
+    from mpq_compiler.cli.compile import prompts_of
+    from mpq_compiler.driver import pipeline as pipelines
+    from mpq_compiler.evaluation.metrics import compare_images
+    from mpq_compiler.evaluation.painter import check
+    from mpq_compiler.frontend import pipeline_parts
+    from mpq_compiler.runtime.pipeline import load_pipeline
+    from mpq_compiler.sampling import loop
+
+    _require_no_effect(args.artifact, options)
+    if args.against is None:
+        raise UserError(f"{args.artifact} is a pipeline: name the folder of the float one with --against")
+    images, seed = 16 if args.images is None else args.images, args.eval_seed or 0
+    check(images, args.eval_steps, seed)
+    pipe = load_pipeline(args.artifact, args.threads)
+    guidance = pipe.guidance if args.guidance is None else args.guidance
+    texts = np.resize(prompts_of(args.prompts) or pipeline_parts.prompts(unseen=True), images).tolist()
+    source = pipelines.load(args.against)
+    denoiser = pipelines.require_parts(source, pipelines.ROLES)
+    shape = pipe.part(pipe.denoiser).manifest["sampling"]["shape"]
+    noise = loop.gaussian(images, tuple(shape), seed)
+    with terminal.progress("drawing", 2 * images) as advance:
+        ours, theirs = [], []
+        for text, one in zip(texts, noise, strict=True):
+            said = None if pipe.document["guidance"] is None else guidance
+            theirs.append(pipeline_parts.drawn(source, denoiser, text, one[None], args.eval_steps, said))
+            advance(1)
+            ours.append(pipe.decode(pipe.latents([text], steps=args.eval_steps, guidance=guidance, noise=one[None])))
+            advance(1)
+    pixels = np.concatenate(ours).transpose(0, 3, 1, 2)
+    compared = compare_images(2 * np.concatenate(theirs) - 1, 2 * pixels - 1, None, "", None)
+    kept = {name: compared[name] for name in ("images", "image_sqnr_db", "psnr_db", "ssim")}
+    return {**kept, "steps": args.eval_steps, "seed": seed, "guidance": guidance}
 
 
 def _require_no_effect(path: str, options: Mapping[str, Any]) -> None:

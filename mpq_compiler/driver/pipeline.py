@@ -34,8 +34,6 @@ from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError, nearest
 from mpq_compiler.support.execution import RunContext, batches
 
-PROMPTS = Path(pipeline_parts.__file__).with_name("prompts.txt")
-"""Prompts that parts are calibrated on where none are given."""
 ROLES = (TEXT, DENOISER, DECODER)
 """The parts that can be compiled, in the order of their work."""
 DENOISERS = ("unet", "transformer")
@@ -98,7 +96,7 @@ def compile_pipeline(
         planned: is called for each part, as `compile_denoiser` does.
         parts: the roles of the parts that are compiled.
         decoder: takes the place of the pipeline's own.
-        prompts: what text encoders are calibrated on, and what is drawn to calibrate the others; none: `PROMPTS`.
+        prompts: what text encoders are calibrated on, and what is drawn to calibrate the others; none: `prompts`.
         options: fields of `Options`. A budget of weights is one for all parts (`shared_budget`). Options of sampling,
             training, time and LoRAs are the denoiser's.
 
@@ -109,7 +107,7 @@ def compile_pipeline(
     pipelines.check_output(output, chosen.overwrite)
     check(chosen)
     denoiser = require_parts(source, parts)
-    texts = [*prompts] or PROMPTS.read_text(encoding="utf-8").splitlines()
+    texts = [*prompts] or pipeline_parts.prompts()
     if decoder is not None:
         source.vae = decoder
     context = RunContext(jobs=chosen.jobs, progress=progress)

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,6 +27,16 @@ DECODE = "decode"
 """The method of an autoencoder that makes an image of latents."""
 PROBES = ("A red Fox in the snow", " two ships, and a Lighthouse by  the sea ")
 """Prompts that a pipeline is watched with: of different lengths, with capitals, and spaces that may be stripped."""
+
+
+CALIBRATING = 64
+"""The number of prompts of our own that pipelines are calibrated on; those behind them are for judging."""
+
+
+def prompts(unseen: bool = False) -> list[str]:
+    """The prompts of our own that pipelines are calibrated on; or those that nothing is calibrated on."""
+    found = Path(__file__).with_name("prompts.txt").read_text(encoding="utf-8").splitlines()
+    return found[CALIBRATING:] if unseen else found[:CALIBRATING]
 
 
 class TextEncoder(nn.Module):
@@ -326,3 +337,31 @@ def _with_guidance(
         ):
             return tried
     return replace(parts, guidance=None)
+
+
+@torch.no_grad()
+def drawn(
+    pipeline: DiffusersPipeline, denoiser: str, prompt: str, noise: np.ndarray, steps: int, guidance: float | None
+) -> np.ndarray:
+    """What a pipeline itself draws of a prompt, f32 [1, channels, H, W] from 0 to 1.
+
+    Args:
+        pipeline: a diffusers pipeline; left as it is.
+        denoiser: the attribute of its denoiser.
+        prompt: what is drawn.
+        noise: the initial latents [1, C, H, W].
+        steps: sampling steps.
+        guidance: the pipeline's guidance; None leaves its own.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    latents = convention_of(getattr(pipeline, denoiser)).pack(torch.from_numpy(noise))
+    call: Arguments = {"prompt": prompt, "latents": latents, "num_inference_steps": steps, "output_type": "pt"}
+    call |= {} if guidance is None else {"guidance_scale": guidance}
+    taken = inspect.signature(pipeline.__call__).parameters
+    if "height" in taken:
+        scale = pipeline.vae_scale_factor
+        call |= {"height": noise.shape[2] * scale, "width": noise.shape[3] * scale}
+    if "use_resolution_binning" in taken:
+        call["use_resolution_binning"] = False
+    images: np.ndarray = pipeline(**call).images.numpy()
+    return images

@@ -182,6 +182,7 @@ class CompiledPipeline:
         steps: int | None = None,
         guidance: float | None = None,
         seed: int = 0,
+        noise: Array | None = None,
         progress: loop.Progress | None = None,
     ) -> Array:
         """Draws the latents of prompts, f32 [N, C, H, W].
@@ -192,6 +193,7 @@ class CompiledPipeline:
             steps: sampling steps; None takes the pipeline's.
             guidance: classifier-free guidance; None takes the pipeline's.
             seed: of the noise; a larger number of prompts begins with the same noise.
+            noise: the noise itself, f32 [N, C, H, W], in place of the seed's.
             progress: is called with (done, total) after every call of the denoiser.
 
         Raises:
@@ -214,7 +216,7 @@ class CompiledPipeline:
             return loop.sample(
                 lambda **inputs: part.run(inputs),
                 Scheduler.from_config(about["scheduler"]),
-                loop.gaussian(len(prompts), tuple(about["shape"]), seed),
+                loop.gaussian(len(prompts), tuple(about["shape"]), seed) if noise is None else noise,
                 steps=steps,
                 **conditioning.arguments(conditions, len(prompts), guidance),
                 latent=about["latent"],

@@ -142,6 +142,20 @@ def test_parts_are_those_of_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFix
     assert "parts are those of a pipeline" in said
 
 
+def test_pictures_are_held_against_those_of_the_float_pipeline(folder: Path, tmp_path: Path) -> None:
+    result = run(tmp_path, "eval", compiled_pipeline.path(), "--against", folder, "--images", 3, "--eval-steps", 4,
+                 cache=False)  # fmt: skip
+    assert schemas.check(result, "eval-pipeline") is None
+    assert result["images"] == 3 and result["psnr_db"]["value"] > 33 and result["ssim"]["value"] > 0.95
+
+
+def test_what_eval_of_a_pipeline_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = compiled_pipeline.path()
+    assert "name the folder of the float one with --against" in refused(capsys, "eval", path)
+    assert "--weights would change nothing" in refused(capsys, "eval", path, "--against", "x", "--weights", "4")
+    assert "--prompts is of a pipeline" in refused(capsys, "eval", path / "unet", "--prompts", "x")
+
+
 def test_a_pipeline_is_verified_with_its_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = Path(shutil.copytree(compiled_pipeline.path(), tmp_path / "a.mpq"))
     result = run(tmp_path, "verify", out, cache=False)
