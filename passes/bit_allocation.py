@@ -16,7 +16,7 @@ from mpq_compiler.allocation.problem import InfeasibleError, Problem, Solution
 from mpq_compiler.allocation.rerank import Reranker, Solved
 from mpq_compiler.allocation.sensitivity_table import CONTENT, QUALITY
 from mpq_compiler.allocation.solver import TIME_LIMIT, solve
-from mpq_compiler.analysis.estimated_losses import ESTIMATOR
+from mpq_compiler.analysis.estimated_losses import ESTIMATOR, LossEstimator
 from mpq_compiler.analysis.noise_power import PIECE, noise_of_program, usual_inputs
 from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
 from mpq_compiler.ir import provenance
@@ -53,6 +53,10 @@ Destroyed networks are off by as much.
 """
 AGAIN_DB = 1.0
 """The difference in dB from which on losses are measured again, around the plan."""
+AGAIN_SHARE = 0.5
+"""How often losses are measured again, for what a compilation is expected to take."""
+AROUND = LossEstimator((), (8,), None, 8, 1 << 23)
+"""Measures them, as far as that takes time."""
 UNQUANTIZED = 16
 """The fewest bits of activations that leave them float, where all have one width."""
 
@@ -226,8 +230,10 @@ class BitAllocation(Pass):
         if self.measures_together:
             found += fitting(sizes.layers, [formats.get(USUAL)], asked.requests.rounding)
             count = min(usual_inputs(sizes.parameters), asked.rows)
-            found += asked.running(count, PIECE) + Demand(disk=sizes.numbers)
-            found += Demand(traffic=TRIAL * sizes.numbers * -(-count // PIECE))  # weights are rounded for each piece
+            together = asked.running(count, PIECE)
+            together += Demand(traffic=TRIAL * sizes.numbers * -(-count // PIECE))  # weights are rounded for each piece
+            found += together + Demand(disk=sizes.numbers)
+            found += (together + AROUND.demand(asked)) * (AGAIN_SHARE * self.rounds)
         return found
 
     def run(self, program: Program, session: Session) -> Program:

@@ -34,7 +34,7 @@ from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.edges import input_edge
 from mpq_compiler.ir.findings import SENSITIVITY, Losses
 from mpq_compiler.ir.program import PARAMETERS, TIME_GROUPS, Program
-from mpq_compiler.pipeline.demand import VALUE_PASSES, Asked, Demand, fitting
+from mpq_compiler.pipeline.demand import Asked, Demand, fitting
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import FitCache
@@ -166,18 +166,12 @@ class Sensitivity(Pass):
         sizes = asked.sizes
         estimator = self.estimator
         share = estimator.share(sizes.numbers)
-        count = min(estimator.count(sizes.parameters), asked.rows)
         fitted = fitting(sizes.layers, [get_format(f) for f in self.formats], asked.requests.rounding.quick, share)
         if self.method == "ablation":
+            count = min(estimator.count(sizes.parameters), asked.rows)
             changes = len(sizes.layers) * (len(self.formats) + len(self.activations))
             return fitted + asked.running(count, BATCH) * changes
-        ways = estimator.each(share)
-        back = Demand(
-            products=ways * (1.25 + share) * sizes.products,
-            traffic=ways * 3 * VALUE_PASSES * sizes.value_bytes,
-            held=1.3 * sizes.backward_bytes + 8 * sizes.largest,
-        )
-        return fitted + asked.running(2 * count, 1) + back * count
+        return fitted + estimator.demand(asked)
 
     def _measure_part(
         self,

@@ -33,6 +33,7 @@ from mpq_compiler.ir.facts import Fact
 from mpq_compiler.ir.findings import Losses, LossTable
 from mpq_compiler.ir.graph import operand
 from mpq_compiler.ir.program import PARAMETERS, Program, TensorStore
+from mpq_compiler.pipeline.demand import VALUE_PASSES, Asked, Demand
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import FitCache, Layer, Rounding, bias_of, kept, some_rows
 from mpq_compiler.quantization.requests import NONE, Activations, Requests
@@ -62,6 +63,17 @@ class LossEstimator:
     def count(self, parameters: int) -> int:
         """The number of inputs of a model with so many parameters."""
         return usual_inputs(parameters, len(self.activations) > 1) if self.inputs is None else self.inputs
+
+    def demand(self, asked: Asked) -> Demand:
+        """What it takes to estimate the losses, but for fitting the weights in their formats."""
+        sizes, share = asked.sizes, self.share(asked.sizes.numbers)
+        count, ways = min(self.count(sizes.parameters), asked.rows), self.each(share)
+        back = Demand(
+            products=ways * (1.25 + share) * sizes.products,
+            traffic=ways * 3 * VALUE_PASSES * sizes.value_bytes,
+            held=1.3 * sizes.backward_bytes + 8 * sizes.largest,
+        )
+        return asked.running(2 * count, 1) + back * count
 
     def tasks(self, program: Program, requests: Requests = NONE) -> list[Task]:
         """The measurements, in graph order; a shared weight or edge counts once.
