@@ -551,7 +551,9 @@ def _repeat_rows(graph: fx.Graph) -> None:
             continue
         shape = None if source is None else source.meta["val"].shape
         if shape is not None and len(shape) == len(sizes) and shape[0] != 1:
-            continue  # has the batch already
+            if node.target is not aten.repeat.default:
+                node.args = (source, [-1, *sizes[1:]])  # has the batch already, whose size no kernel knows
+            continue
         with graph.inserting_before(node):
             once = [1, *sizes[1:]]
             arguments = (once, *node.args[1:]) if source is None else (source, once)
