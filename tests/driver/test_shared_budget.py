@@ -20,7 +20,26 @@ from mpq_compiler.runtime.pipeline import load_pipeline
 from mpq_compiler.support.errors import BudgetError
 from tests.harness import packed, tiny_pipelines
 
-FEW = {"recipe": "default", "samples": 2, "steps": 4, "effort": "none"}
+FEW = """\
+schema = 1
+extends = "default"
+[options.sensitivity]
+formats = ["int2", "int3", "int4", "int8"]
+inputs = 8
+"""
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> dict[str, object]:
+    """Options that compile fast."""
+    (tmp_path / "few.toml").write_text(FEW)
+    return {
+        "recipe": tmp_path / "few.toml",
+        "samples": 2,
+        "steps": 4,
+        "effort": "none",
+        "cache": packed.kernel_cache(),
+    }
 
 
 def table(losses: dict[str, dict[str, float]], fixed: int) -> SensitivityTable:
@@ -59,9 +78,9 @@ def test_no_choice_of_formats_has_less_loss(first: list, second: list, gain: flo
     assert sum(loss for _, loss in found.values()) == pytest.approx(best, rel=1e-5)
 
 
-def test_parts_share_a_budget(tmp_path: Path) -> None:
+def test_parts_share_a_budget(tmp_path: Path, few: dict[str, object]) -> None:
     source = tiny_pipelines.pipeline("stable-diffusion")
-    report = compile_pipeline(source, tmp_path / "a.mpq", weights="700kB", cache=packed.kernel_cache(), **FEW)
+    report = compile_pipeline(source, tmp_path / "a.mpq", weights="700kB", **few)
     document = json.loads(json.dumps(report.to_json()))
     assert schemas.check(document, "compile-pipeline") is None
     assert [*report.shares] == ["text_encoder", "unet", "vae"]
@@ -76,8 +95,10 @@ def test_parts_share_a_budget(tmp_path: Path) -> None:
     assert np.isfinite(pixels).all()
 
 
-def test_a_budget_that_no_part_could_share_names_what_each_takes(tmp_path: Path) -> None:
+def test_a_budget_that_no_part_could_share_names_what_each_takes(
+    tmp_path: Path, few: dict[str, object]
+) -> None:
     source = tiny_pipelines.pipeline("stable-diffusion")
     with pytest.raises(BudgetError, match=r"cannot be met.*'text_encoder' takes \d+, 'unet' takes \d+, 'vae' takes"):
-        compile_pipeline(source, tmp_path / "a.mpq", weights="100kB", cache=packed.kernel_cache(), **FEW)
-    assert not [*tmp_path.iterdir()]
+        compile_pipeline(source, tmp_path / "a.mpq", weights="100kB", **few)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["few.toml"]
