@@ -283,9 +283,12 @@ def _decoder(parts: Parts, main: Part, options: Options, scratch: Path, context:
 
 
 def is_pipeline(model: str | Path) -> bool:
-    """Whether a folder holds a diffusers pipeline with more parts than a denoiser, whole or not."""
+    """Whether a folder holds a diffusers pipeline that draws prompts, whole or not."""
     index = Path(model) / "model_index.json"
-    return index.is_file() and bool(checkpoint.read_json(index).keys() & {"vae", "text_encoder"})
+    if not index.is_file():
+        return False
+    parts = checkpoint.read_json(index).items()
+    return any(name.startswith("text_encoder") and isinstance(kind, list) and kind[0] for name, kind in parts)
 
 
 def load(folder: str | Path) -> DiffusersPipeline:

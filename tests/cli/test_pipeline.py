@@ -129,6 +129,14 @@ def test_what_is_refused_at_once(
     assert not (tmp_path / "a.mpq").exists()
 
 
+def test_a_pipeline_without_text_encoders_is_its_denoiser(tmp_path: Path) -> None:
+    folder = tiny.save("unet2d", tmp_path)
+    index = {"_class_name": "LDMPipeline", "unet": ["diffusers", "UNet2DModel"], "vqvae": ["diffusers", "VQModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    report = run(tmp_path, "compile", folder, "-o", tmp_path / "a.mpq", *FEW, "--target", "reference")
+    assert schemas.check(report, "compile") is None
+
+
 def test_a_folder_that_lacks_a_part(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lacking = Path(shutil.copytree(folder, tmp_path / "lacking"))
     shutil.rmtree(lacking / "vae")
