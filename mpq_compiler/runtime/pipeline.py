@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpq_compiler.artifact import bundle
 from mpq_compiler.artifact import pipeline as pipelines
 from mpq_compiler.artifact.pipeline import DECODER, DENOISER, Pipeline
 from mpq_compiler.runtime import compiled_denoiser
@@ -170,8 +171,7 @@ class CompiledPipeline:
 
     @cached_property
     def _convention(self) -> Convention:
-        with self._part(self.denoiser) as part:
-            call = part.manifest["model"].get("call", {})
+        call = bundle.read_manifest(self._made.part(self.denoiser))["model"].get("call", {})
         return Convention(**{**call, "baked": tuple(call.get("baked", ()))})
 
     def latents(
@@ -200,15 +200,14 @@ class CompiledPipeline:
             UserError: a number out of range, or guidance of a pipeline that has none.
         """
         steps, guidance = steps or self.steps, self.guidance if guidance is None else guidance
-        given = {name: np.repeat(value, len(prompts), 0) for name, value in self._constants().items()}
-        given |= self.encode(prompts)
-        if guidance != 1.0 and self.document["null"] is not None:
-            given |= {NULL + name: value for name, value in self._null(len(prompts), negative_prompts).items()}
-        elif negative_prompts is not None:
+        guided = guidance != 1.0 and self.document["null"] is not None
+        if negative_prompts is not None and not guided:
             raise UserError(
                 "a negative prompt is what guidance leads away from, and there is none: give a guidance above 1, or "
                 "leave the negative prompt out"
             )
+        given = {name: np.repeat(value, len(prompts), 0) for name, value in self._constants().items()}
+        given |= self._encoded(prompts, negative_prompts) if guided else self.encode(prompts)
         with self._part(self.denoiser) as part:
             about = part.manifest["sampling"]
             conditioning = Conditioning.of_artifact(part.manifest)
@@ -225,13 +224,15 @@ class CompiledPipeline:
                 progress=progress,
             )
 
-    def _null(self, count: int, prompts: Sequence[str] | None) -> dict[str, Array]:
-        """What guidance leads away from, [N, ...] by the name of the condition."""
-        if prompts is not None:
-            return self.encode(prompts)
-        found = self.encode([""])
-        zeros = self.document["null"] == "zeros"
-        return {n: np.repeat(np.zeros_like(v) if zeros else v, count, 0) for n, v in found.items()}
+    def _encoded(self, prompts: Sequence[str], negative_prompts: Sequence[str] | None) -> dict[str, Array]:
+        """The conditions of prompts and of what guidance leads away from, `NULL` before the names of these."""
+        count = len(prompts)
+        if negative_prompts is None and self.document["null"] == "zeros":
+            found = self.encode(prompts)
+            return found | {NULL + name: np.zeros_like(value) for name, value in found.items()}
+        both = self.encode([*prompts, *([""] if negative_prompts is None else negative_prompts)])
+        away = {NULL + name: np.broadcast_to(value[count:], value[:count].shape) for name, value in both.items()}
+        return {name: value[:count] for name, value in both.items()} | away
 
     def __call__(
         self,
