@@ -97,13 +97,14 @@ def compile_pipeline(
         parts: the roles of the parts that are compiled.
         decoder: takes the place of the pipeline's own.
         prompts: what text encoders are calibrated on, and what is drawn to calibrate the others; none: `prompts`.
-        options: fields of `Options`. A budget of weights is one for all parts (`shared_budget`). Options of sampling,
-            training, time and LoRAs are the denoiser's.
+        options: fields of `Options`. A budget of weights is one for all parts (`shared_budget`), or one for each
+            (`budgets_apart`). Options of sampling, training, time and LoRAs are the denoiser's.
 
     Raises:
         UserError: whatever cannot be compiled; nothing is left at ``output`` then.
     """
-    chosen = Options(**options)
+    apart = budgets_apart(options.get("weights"), parts)
+    chosen = Options(**(options | {"weights": None} if apart else options))
     pipelines.check_output(output, chosen.overwrite)
     check(chosen)
     denoiser = require_parts(source, parts)
@@ -125,13 +126,17 @@ def compile_pipeline(
             made |= {denoiser: main} if DENOISER in parts else {}
             if DECODER in parts:
                 made[taken.decoder_name] = _decoder(taken, main, chosen, work, context)
-            limit = pose.byte_limit(sum(p.model.parameters for p in made.values()), *parse_budget(chosen.weights))
-            if limit is not None and len(made) > 1 and _chooses(chosen):
+            budget = None if apart or len(made) == 1 else _shared(chosen)
+            limit = pose.byte_limit(sum(p.model.parameters for p in made.values()), *parse_budget(budget))
+            if limit is not None:
                 drawing = Drawing(taken, made, main.sampled, texts, main.options.guidance, chosen.seed, context)
                 made, found = shares(made, limit, drawing, work, progress)
                 shared.update(found)
+            role = {name: _role(name, taken) for name in made}
             for name, part in made.items():
                 weights = chosen.weights if not shared else f"{shared[name]['bytes']}B"
+                if apart:
+                    weights = _of_role(apart[role[name]], part, [p for n, p in made.items() if role[n] == role[name]])
                 dumps = None if chosen.dumps is None else chosen.dumps / name
                 own = replace(part.options, weights=weights, overwrite=False, dumps=dumps)
                 reports[name] = compile_denoiser(part.model, folder / name, progress, planned, **vars(own))
@@ -158,9 +163,47 @@ def require_parts(pipeline: DiffusersPipeline, parts: Sequence[str]) -> str:
     raise UserError(f"{type(pipeline).__name__} has no unet and no transformer")
 
 
-def _chooses(options: Options) -> bool:
-    """Whether the recipe chooses formats by measured losses, so that parts can share a budget."""
-    return with_role(resolve(options), Role.MEASURES) is not None
+def budgets_apart(weights: str | float | None, parts: Sequence[str]) -> dict[str, str]:
+    """The budget of each role, where they are apart: ``"text=8,denoiser=3.5,decoder=20MB"``; empty where there is one.
+
+    UserError: a role is named twice, not at all, or is not compiled; a budget is malformed.
+    """
+    if not isinstance(weights, str) or "=" not in weights:
+        return {}
+    found: dict[str, str] = {}
+    for item in weights.split(","):
+        role, _, budget = (text.strip() for text in item.partition("="))
+        if role not in parts:
+            raise UserError(f"--weights '{weights}' has a budget of '{role}', which is no part: {nearest(role, parts)}")
+        if role in found:
+            raise UserError(f"--weights '{weights}' has two budgets of '{role}'")
+        parse_budget(budget)
+        found[role] = budget
+    if missing := [part for part in parts if part not in found]:
+        raise UserError(f"--weights '{weights}' has no budget of '{missing[0]}': give all parts one, or one for all")
+    return found
+
+
+def _role(name: str, parts: Parts) -> str:
+    return {parts.denoiser: DENOISER, parts.decoder_name: DECODER}.get(name, TEXT)
+
+
+def _of_role(budget: str, part: Part, alike: Sequence[Part]) -> str:
+    """The budget of a part: of bytes its share by parameters, where several parts have the role."""
+    bits, size = parse_budget(budget)
+    if size is None:
+        return str(bits)
+    return f"{size * part.model.parameters // sum(each.model.parameters for each in alike)}B"
+
+
+def _shared(options: Options) -> str | float | None:
+    """The budget that parts share, or the recipe's; None where the recipe does not choose formats by their losses."""
+    passes = resolve(options)
+    allocation = with_role(passes, Role.ALLOCATES)
+    if allocation is None or with_role(passes, Role.MEASURES) is None:
+        return None
+    usual: str | float | None = allocation.options().get("weights")
+    return usual if options.weights is None else options.weights
 
 
 def _size(options: Options) -> tuple[int, int] | None:

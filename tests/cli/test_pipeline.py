@@ -120,6 +120,10 @@ def test_a_part_that_was_left_out_is_named(tmp_path: Path, capsys: pytest.Captur
         (("--parts", "denoiser", "--decoder", "x"), "--decoder is of a pipeline that is compiled with all its parts"),
         (("--weights", "0"), "leaves no room at all"),
         (("--weights", "4", "--parts", "denoiser,denoisers"), "there is no part 'denoisers'"),
+        (("--weights", "text=8,unet=4"), "has a budget of 'unet', which is no part"),
+        (("--weights", "text=8,text=4"), "has two budgets of 'text'"),
+        (("--weights", "text=8,denoiser=4"), "has no budget of 'decoder'"),
+        (("--weights", "text=8,denoiser=4,decoder=x"), "'x' is neither bits (3.7) nor bytes"),
     ],
 )
 def test_what_is_refused_at_once(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 
 from mpq_compiler import schemas
 from mpq_compiler.artifact import bundle
-from mpq_compiler.driver import shared_budget
+from mpq_compiler.driver import pipeline, shared_budget
+from mpq_compiler.driver.options import Options
 from mpq_compiler.driver.pipeline import compile_pipeline
 from mpq_compiler.ir.findings import SensitivityTable
 from mpq_compiler.runtime.pipeline import load_pipeline
@@ -102,3 +105,29 @@ def test_a_budget_that_no_part_could_share_names_what_each_takes(
     with pytest.raises(BudgetError, match=r"cannot be met.*'text_encoder' takes \d+, 'unet' takes \d+, 'vae' takes"):
         compile_pipeline(source, tmp_path / "a.mpq", weights="100kB", **few)
     assert [entry.name for entry in tmp_path.iterdir()] == ["few.toml"]
+
+
+def test_each_part_may_have_a_budget_of_its_own(tmp_path: Path, few: dict[str, object]) -> None:
+    source = tiny_pipelines.pipeline("stable-diffusion")
+    report = compile_pipeline(source, tmp_path / "a.mpq", weights="text=12, denoiser=5,decoder=150kB", **few)
+    assert not report.shares
+    bits = {name: part.weights["average_bits"] for name, part in report.parts.items()}
+    assert bits["text_encoder"] <= 12 and bits["unet"] <= 5
+    assert 140_000 < report.parts["vae"].weights["bytes"] <= 150_000
+
+
+def test_bytes_of_a_role_are_shared_by_parameters() -> None:
+    def part(parameters: int) -> Any:
+        return SimpleNamespace(model=SimpleNamespace(parameters=parameters))
+
+    both = [part(1000), part(3000)]
+    assert [pipeline._of_role("4kB", each, both) for each in both] == ["1000B", "3000B"]
+    assert [pipeline._of_role("4", each, both) for each in both] == ["4.0", "4.0"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "budget"),
+    [("default", None, 4.0), ("default", "3MB", "3MB"), ("w8a8", None, None), ("mixdq", 5, 5)],
+)
+def test_a_recipe_that_chooses_formats_has_a_budget_to_share(recipe: str, given: Any, budget: Any) -> None:
+    assert pipeline._shared(Options(recipe=recipe, weights=given)) == budget
