@@ -45,7 +45,7 @@ class Pictures:
     images: list[Image]
     """Pictures of Pillow, as diffusers' pipelines give them."""
     pixels: Array = field(repr=False)
-    """The same before they are rounded to bytes: f32 [N, H, W, channels] from 0 to 1."""
+    """Pixels before they are rounded to bytes: f32 [N, H, W, channels] from 0 to 1."""
 
 
 @dataclass(frozen=True)
