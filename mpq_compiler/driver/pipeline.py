@@ -21,10 +21,11 @@ from mpq_compiler.driver.options import Options, parse_shapes
 from mpq_compiler.driver.report import Report
 from mpq_compiler.driver.resolve import resolve, with_role
 from mpq_compiler.driver.shared_budget import Drawing, Part, Share, shares
-from mpq_compiler.frontend import call_file, checkpoint, pipeline_parts
+from mpq_compiler.frontend import call_file, checkpoint, checkpoint_module, pipeline_parts
 from mpq_compiler.frontend import denoiser as denoisers
 from mpq_compiler.frontend.pipeline_parts import Encoding, Parts
 from mpq_compiler.frontend.watch_pipeline import DiffusersPipeline
+from mpq_compiler.frontend.widened import widen
 from mpq_compiler.ir.interpreter import single_threaded
 from mpq_compiler.pipeline.backend import Progress
 from mpq_compiler.pipeline.passes import Role
@@ -335,15 +336,25 @@ def is_pipeline(model: str | Path) -> bool:
 
 
 def load(folder: str | Path) -> DiffusersPipeline:
-    """Loads the diffusers pipeline of a folder, in float32. UserError: it cannot be loaded."""
+    """Loads the diffusers pipeline of a folder, in float32 to its code. UserError: it cannot be loaded.
+
+    Large weights in half precision stay so, those of the denoiser in their file (`frontend.widened`).
+    """
     import diffusers
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
+    place = checkpoint.locate(folder)
+    parts: dict[str, torch.nn.Module] = {place.denoiser.name: checkpoint_module.read(place, by_calls=True).eval()}
     try:
+        for name, kind in checkpoint.read_json(Path(folder) / "model_index.json").items():
+            if name.startswith("text_encoder") and isinstance(kind, list) and kind[0] == transformers.__name__:
+                encoder = getattr(transformers, kind[1])
+                parts[name] = encoder.from_pretrained(Path(folder) / name, dtype="auto", local_files_only=True).eval()
+                widen(parts[name])
         from_pretrained: Callable[..., DiffusersPipeline] = diffusers.DiffusionPipeline.from_pretrained
-        made = from_pretrained(folder, **LOADED)
+        made = from_pretrained(folder, **LOADED, **parts)
     except Exception as error:  # loading runs code of two libraries
         raise UserError(
             f"the pipeline '{folder}' cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "

@@ -60,6 +60,20 @@ def held(tensor: Tensor) -> Tensor:
     return Widened(tensor) if tensor.dtype in HALVES and tensor.nbytes >= LEAST else tensor.float()
 
 
+def widen(model: nn.Module) -> None:
+    """Makes the parameters of a model float32 to its code; large ones stay in the half precision that they are in."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:  # tied ones stay tied
+                    made[id(parameter)] = nn.Parameter(held(parameter.detach()), requires_grad=False)
+                module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.float()
+
+
 def stored(tensor: Tensor) -> Tensor:
     """The tensor that memory or a file holds: of a parameter that is widened, the one in half precision."""
     return tensor.stored if isinstance(tensor, Widened) else tensor

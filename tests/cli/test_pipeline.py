@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers import AutoencoderTiny
 from PIL import Image
 
 from mpq_compiler import schemas
 from mpq_compiler.artifact import bundle, pipeline
 from mpq_compiler.cli import mpqc
+from mpq_compiler.driver import pipeline as pipelines
+from mpq_compiler.frontend import pipeline_parts, widened
 from mpq_compiler.runtime.pipeline import load_pipeline
 from tests.harness import compiled_pipeline, once, packed, tiny, tiny_pipelines
 
@@ -139,6 +142,22 @@ def test_a_pipeline_without_text_encoders_is_its_denoiser(tmp_path: Path) -> Non
     (folder / "model_index.json").write_text(json.dumps(index))
     report = run(tmp_path, "compile", folder, "-o", tmp_path / "a.mpq", *FEW, "--target", "reference")
     assert schemas.check(report, "compile") is None
+
+
+def test_weights_in_half_precision_stay_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is held in float32 but what an operator reads, and the parts are those of the same weights in float32."""
+    source = tiny_pipelines.pipeline("stable-diffusion").to(torch.float16)
+    source.save_pretrained(tmp_path / "half")
+    source.to(torch.float32).save_pretrained(tmp_path / "float")
+    monkeypatch.setattr(widened, "LEAST", 1)
+    half, whole = (pipelines.load(tmp_path / name) for name in ("half", "float"))
+    for part in ("unet", "text_encoder"):
+        assert all(isinstance(p, widened.Widened) for p in getattr(half, part).parameters() if p.numel() > 1)
+        assert not any(isinstance(p, widened.Widened) for p in getattr(whole, part).parameters())
+    apart = [pipeline_parts.take_apart(each, "unet") for each in (half, whole)]
+    ours, theirs = (each.encode(["a red fox"]) for each in apart)
+    np.testing.assert_array_equal(ours["encoder_hidden_states"], theirs["encoder_hidden_states"])
+    assert apart[0].conditions == apart[1].conditions and apart[0].decoded == apart[1].decoded
 
 
 def test_a_folder_that_lacks_a_part(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
