@@ -121,15 +121,17 @@ def compile_pipeline(
     def fill(folder: Path) -> Description:
         with single_threaded(), tempfile.TemporaryDirectory() as scratch:
             work = Path(scratch)
-            main = _denoiser(source, taken, texts, chosen, work, context)
             encodings = taken.encodings if TEXT in parts else ()
             made = {each.name: _encoder(taken, each, texts, chosen, work) for each in encodings}
-            made |= {denoiser: main} if DENOISER in parts else {}
-            if DECODER in parts:
+            drawn = len(encodings) > 1 or DENOISER in parts or DECODER in parts  # else nothing is
+            main = _denoiser(source, taken, texts, chosen, work, context) if drawn else None
+            if main is not None and DENOISER in parts:
+                made[denoiser] = main
+            if main is not None and DECODER in parts:
                 made[taken.decoder_name] = _decoder(taken, main, chosen, work, context)
             budget = None if apart or len(made) == 1 else _shared(chosen)
             limit = pose.byte_limit(sum(p.model.parameters for p in made.values()), *parse_budget(budget))
-            if limit is not None:
+            if main is not None and limit is not None:
                 drawing = Drawing(taken, made, main.sampled, texts, main.options.guidance, chosen.seed, context)
                 made, found = shares(made, limit, drawing, work, progress)
                 shared.update(found)
