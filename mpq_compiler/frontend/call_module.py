@@ -52,7 +52,10 @@ class CallModule(torch.nn.Module):
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Calls the model; its output [B, ...]."""
-        batch = inputs[self.latent].shape[0]  # `len` would make the traced batch a constant
+        # `len` makes the traced batch a constant, and the graph that of one sample, which has fewer operators; texts,
+        # whose masks are read at the number of each sample, have none of one
+        first = inputs[self.latent]
+        batch = len(first) if first.is_floating_point() else first.shape[0]
         if self.alone and batch > 1:
             return torch.cat([self(**{n: v[i : i + 1] for n, v in inputs.items()}) for i in range(batch)])
         constants = {
