@@ -171,8 +171,11 @@ class Stage:
             self.averages, self.updates, self.spent = state["averages"], state["updates"], state["spent"]
 
     def __iter__(self) -> Iterator[int]:
-        """The numbers of the updates, until the minutes are spent; the state is kept every minute."""
-        last = begun = time.monotonic()
+        """The numbers of the updates, until the minutes are spent; the state is kept every minute.
+
+        Minutes are those of the processor, by thread, so that another job beside takes none of them.
+        """
+        last, begun = time.monotonic(), time.process_time()
         before = self.spent
         while self.spent < self.minutes * 60:
             share = min(1.0, self.spent / (self.minutes * 60))
@@ -181,7 +184,7 @@ class Stage:
                 group["lr"] = self.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
             yield self.updates
             self.updates += 1
-            self.spent = before + time.monotonic() - begun
+            self.spent = before + (time.process_time() - begun) / torch.get_num_threads()
             if time.monotonic() - last > 60:
                 self.save()
                 last = time.monotonic()
