@@ -18,6 +18,7 @@ from mpq_compiler.driver.report import Report
 from mpq_compiler.frontend import calibration_file, call_file
 from mpq_compiler.frontend.call_module import variations
 from mpq_compiler.frontend.denoiser import Denoiser, wrap, wrap_calls
+from mpq_compiler.frontend.watch_pipeline import denoiser_of
 from mpq_compiler.pipeline.backend import Progress
 from mpq_compiler.sampling.call_tree import Arguments
 from mpq_compiler.support.errors import UserError
@@ -70,7 +71,7 @@ def compile(
         UserError: an input that cannot be compiled; nothing is left at ``output`` then.
     """
     folder = isinstance(model, str | Path) and pipelines.is_pipeline(model) and parts != (DENOISER,)
-    if folder or (diffusers.part_of(model) is not None and parts is not None):
+    if folder or (denoiser_of(model) is not None and parts is not None):
         decodes = pipelines.load_decoder(decoder) if isinstance(decoder, str | Path) else decoder
         whole = pipelines.load(model) if folder else model
         chosen = pipelines.ROLES if parts is None else parts
@@ -82,7 +83,7 @@ def compile(
     if decoder or prompts:
         idle = "decoder" if decoder else "prompts"
         raise UserError(f"--{idle} is of a pipeline that is compiled with all its parts: leave it out")
-    if diffusers.part_of(model) is not None:
+    if denoiser_of(model) is not None:
         return diffusers.compile_pipeline(model, output, progress, **options)
     if isinstance(model, torch.nn.Module):
         return _by_calls(model, output, progress, example, options)

@@ -21,19 +21,13 @@ import torch
 from mpq_compiler.frontend import call_file, record
 from mpq_compiler.frontend import denoiser as denoisers
 from mpq_compiler.frontend.denoiser import Denoiser
+from mpq_compiler.frontend.watch_pipeline import denoiser_of, require_cpu
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.sampling import schedulers
 from mpq_compiler.sampling.conditioning import TEXT
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import table as targets
-
-PARTS = ("unet", "transformer")
-
-
-def part_of(pipeline: Any) -> str | None:
-    """The name of a pipeline's denoiser; None for anything that is no pipeline with one."""
-    return next((part for part in PARTS if isinstance(getattr(pipeline, part, None), torch.nn.Module)), None)
 
 
 def compile_pipeline(
@@ -67,7 +61,7 @@ def compile_pipeline(
     from mpq_compiler.driver.compile import compile_denoiser
     from mpq_compiler.driver.options import Options
 
-    part = part_of(pipeline)
+    part = denoiser_of(pipeline)
     assert part is not None
     target = targets.resolve(options.get("target", "native"))
     if missing := sorted(targets.missing_features(target)):
@@ -75,9 +69,7 @@ def compile_pipeline(
             f"the pipeline could not run here with an artifact for '{target.name}', which needs {', '.join(missing)}: "
             "compile its denoiser alone"
         )
-    device = next(getattr(pipeline, part).parameters()).device
-    if device.type != "cpu":
-        raise UserError(f"the pipeline is on {device}, and is compiled on the CPU: pipeline.to('cpu')")
+    require_cpu(pipeline, part)
     check(Options(**options), output)
     with tempfile.TemporaryDirectory() as scratch:
         if calls:

@@ -125,7 +125,7 @@ def write(
             with (folder / name).open("wb") as stream:
                 stream.write(content)
                 sync(stream)
-        hashes = {name: bundle.read(folder / name).manifest["artifact_sha256"] for name in described["parts"]}
+        hashes = {name: bundle.read_manifest(folder / name)["artifact_sha256"] for name in described["parts"]}
         document = described | {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,

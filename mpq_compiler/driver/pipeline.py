@@ -20,11 +20,12 @@ from mpq_compiler.driver.compile import compile_denoiser
 from mpq_compiler.driver.options import Options, parse_shapes
 from mpq_compiler.driver.report import Report
 from mpq_compiler.driver.resolve import resolve, with_role
-from mpq_compiler.driver.shared_budget import Drawing, Part, Share, shares
+from mpq_compiler.driver.shared_budget import STEPS, TOGETHER, Drawing, Part, Share, conditions_of, shares
 from mpq_compiler.frontend import call_file, checkpoint, checkpoint_module, pipeline_parts
 from mpq_compiler.frontend import denoiser as denoisers
+from mpq_compiler.frontend.checkpoint_module import one_line
 from mpq_compiler.frontend.pipeline_parts import Encoding, Parts
-from mpq_compiler.frontend.watch_pipeline import DiffusersPipeline
+from mpq_compiler.frontend.watch_pipeline import DiffusersPipeline, denoiser_of, require_cpu
 from mpq_compiler.frontend.widened import widen
 from mpq_compiler.ir.interpreter import single_threaded
 from mpq_compiler.pipeline.backend import Progress
@@ -37,8 +38,6 @@ from mpq_compiler.support.execution import RunContext, batches
 
 ROLES = (TEXT, DENOISER, DECODER)
 """The parts that can be compiled, in the order of their work."""
-DENOISERS = ("unet", "transformer")
-"""The attributes of denoisers."""
 DRAWN = 64
 """Latents that a decoder is calibrated on, of small denoisers."""
 DRAWN_LARGE = 16
@@ -46,10 +45,6 @@ DRAWN_LARGE = 16
 LOADED: dict[str, object] = {"dtype": torch.float32, "local_files_only": True, "low_cpu_mem_usage": False}
 """How diffusers loads what is compiled."""
 SMALL = 50_000_000
-TOGETHER = 4
-"""The samples of a call of the float denoiser."""
-STEPS = 10
-"""The most steps of these trajectories."""
 
 
 @dataclass
@@ -158,12 +153,10 @@ def require_parts(pipeline: DiffusersPipeline, parts: Sequence[str]) -> str:
         raise UserError(f"there is no part '{unknown[0]}' of a pipeline: {nearest(unknown[0], ROLES)}")
     if not parts:
         raise UserError(f"--parts names no part: give one or more of {', '.join(ROLES)}")
-    for name in DENOISERS:
-        if isinstance(model := getattr(pipeline, name, None), torch.nn.Module):
-            if (device := next(model.parameters()).device).type != "cpu":
-                raise UserError(f"the pipeline is on {device}, and is compiled on the CPU: pipeline.to('cpu')")
-            return name
-    raise UserError(f"{type(pipeline).__name__} has no unet and no transformer")
+    if (name := denoiser_of(pipeline)) is None:
+        raise UserError(f"{type(pipeline).__name__} has no unet and no transformer")
+    require_cpu(pipeline, name)
+    return name
 
 
 def budgets_apart(weights: str | float | None, parts: Sequence[str]) -> dict[str, str]:
@@ -281,11 +274,7 @@ def _denoiser(
     source: DiffusersPipeline, parts: Parts, texts: Sequence[str], options: Options, scratch: Path, context: RunContext
 ) -> Part:
     """The denoiser, conditioned on what the float text encoders make of the prompts."""
-    rows = context.map(lambda text: parts.encode([text]), texts)
-    given = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-    given |= {name: np.repeat(value, len(texts), 0) for name, value in parts.constants().items()}
-    if (null := parts.unconditional()) is not None:
-        given |= {NULL + name: np.ascontiguousarray(value) for name, value in null.items()}
+    given = conditions_of(parts, texts, context, parts.encoded)
     with (scratch / "conditions.safetensors").open("wb") as stream:
         tensorfile.save(stream, given)
     scheduler, note = schedulers.from_config(schedulers.config_of(source.scheduler))
@@ -359,7 +348,7 @@ def load(folder: str | Path) -> DiffusersPipeline:
         made = from_pretrained(folder, **LOADED, **parts)
     except Exception as error:  # loading runs code of two libraries
         raise UserError(
-            f"the pipeline '{folder}' cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+            f"the pipeline '{folder}' cannot be loaded ({type(error).__name__}: {one_line(error)}); "
             "--parts denoiser compiles its denoiser alone"
         ) from error
     return made
@@ -377,6 +366,6 @@ def load_decoder(folder: str | Path) -> torch.nn.Module:
         made: torch.nn.Module = found.from_pretrained(folder, **LOADED)
     except Exception as error:  # loading runs the library's code
         raise UserError(
-            f"the decoder '{folder}' cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            f"the decoder '{folder}' cannot be loaded ({type(error).__name__}: {one_line(error)})"
         ) from error
     return made

@@ -198,6 +198,22 @@ def _called(program: Program) -> Call:
     return lambda inputs: run(program, inputs)
 
 
+def conditions_of(
+    parts: Parts, prompts: Sequence[str], context: RunContext, encoded: Callable[[str], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """What the denoiser is given for prompts, and what guidance leads away from (`Conditioning.from_arrays`).
+
+    ``encoded`` makes the conditions of a prompt, [1, ...] by name.
+    """
+    rows = context.map(encoded, prompts)
+    given = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+    given |= {name: np.repeat(value, len(prompts), 0) for name, value in parts.constants().items()}
+    if parts.null is not None:
+        zeros = parts.null == "zeros"
+        given |= {NULL + name: np.zeros_like(v) if zeros else v for name, v in encoded("").items()}
+    return {name: np.ascontiguousarray(value) for name, value in given.items()}
+
+
 @dataclass(frozen=True)
 class Drawing:
     """Draws pictures with parts that may be simulated, all others being the float model's."""
@@ -218,15 +234,9 @@ class Drawing:
         def encoded(prompt: str) -> dict[str, np.ndarray]:
             return parts.encoded(prompt, lambda encoding, inputs: self._text(simulated, encoding, inputs))
 
-        rows = self.context.map(encoded, prompts)
-        given = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-        given |= {name: np.repeat(value, len(prompts), 0) for name, value in parts.constants().items()}
-        if parts.null is not None:
-            away = encoded("")
-            zeros = parts.null == "zeros"
-            given |= {NULL + n: np.zeros_like(v) if zeros else np.ascontiguousarray(v) for n, v in away.items()}
         conditioning = self.denoiser.conditioning
-        conditions = conditioning.from_arrays({n: np.ascontiguousarray(v) for n, v in given.items()}, "the pipeline")
+        given = conditions_of(parts, prompts, self.context, encoded)
+        conditions = conditioning.from_arrays(given, "the pipeline")
         denoiser: Call = simulated.get(parts.denoiser, self._predicted)
         specs = self.denoiser.input_specs
 

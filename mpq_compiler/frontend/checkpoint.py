@@ -23,9 +23,10 @@ if TYPE_CHECKING:  # finding models needs no torch; only their weights do
 MODELS = Path(__file__).parents[1] / "models"
 _STEM = "diffusion_pytorch_model"
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
-_PARTS = ("unet", "transformer")
+DENOISERS = ("unet", "transformer")
+"""The parts of a pipeline that may be its denoiser: its folders, and its attributes."""
 _SMALL = ["config.json", "model_index.json", f"{_STEM}*.json", "scheduler/*.json", "harness.json"]
-_SMALL += [f"{part}/*.json" for part in _PARTS]
+_SMALL += [f"{part}/*.json" for part in DENOISERS]
 """The files of a repository that say which weights it takes, and how it is sampled."""
 
 
@@ -91,7 +92,8 @@ def _within(path: Path, name: str, beside: Path) -> Location:
 
 def _denoiser(path: Path) -> Path | None:
     """The folder of the denoiser: `path` itself or a pipeline's part; None: neither has a config.json."""
-    return next((folder for folder in (path, *(path / p for p in _PARTS)) if (folder / "config.json").is_file()), None)
+    folders = (path, *(path / part for part in DENOISERS))
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 
 def _from_hub(model: str) -> Location:
@@ -117,7 +119,7 @@ def _lacking(folder: Path, tried: Collection[str]) -> list[str]:
     """
     denoiser = _denoiser(folder)
     if denoiser is None:
-        return [f"{prefix}config.json" for prefix in ("", *(f"{part}/" for part in _PARTS))]
+        return [f"{prefix}config.json" for prefix in ("", *(f"{part}/" for part in DENOISERS))]
     # before much is downloaded; what diffusers does not have is found by whoever builds the module
     custom_code.require_none(read_json(denoiser / "config.json"), denoiser, {}, lambda name: True)
     part = "" if denoiser == folder else f"{denoiser.name}/"

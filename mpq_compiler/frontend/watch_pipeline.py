@@ -18,6 +18,8 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpq_compiler.frontend.call_module import arguments_of
+from mpq_compiler.frontend.checkpoint import DENOISERS
+from mpq_compiler.frontend.checkpoint_module import one_line
 from mpq_compiler.frontend.watching import tensors_of
 from mpq_compiler.sampling import call_tree
 from mpq_compiler.sampling.call_tree import Arguments, Value
@@ -93,17 +95,18 @@ class Recorder(TorchDispatchMode):
         self._kept: list[Tensor] = []  # so that no other tensor gets the identity of one that is gone
         self._odd: dict[int, str] = {}
         self._made: list[int] = []
+        """What made each value: the index of a source, or ``~`` that of a step."""
 
     def source(self, name: str, value: Tensor) -> None:
         """Names a tensor from which on operators are recorded; what led to it is no glue."""
         self._odd.pop(id(value), None)
-        self._hold(value, ("source", len(self.sources)))
+        self._hold(value, len(self.sources))
         self.sources.append(name)
 
-    def _hold(self, value: Tensor, entry: tuple[str, int]) -> None:
+    def _hold(self, value: Tensor, made: int) -> None:
         self._kept.append(value)
         self._values[id(value)] = len(self._made)
-        self._made.append(entry[1] if entry[0] == "source" else ~entry[1])
+        self._made.append(made)
 
     def comes_from_sources(self, tensor: Tensor) -> bool:
         """Whether a tensor was made of sources, by operators that are known or not."""
@@ -142,13 +145,13 @@ class Recorder(TorchDispatchMode):
             return
         self.steps.append(Step(op, tuple(self._argument(arg) for arg in args)))
         if isinstance(output, Tensor):
-            self._hold(output, ("step", len(self.steps) - 1))
+            self._hold(output, ~(len(self.steps) - 1))
             return
         self._made.append(~(len(self.steps) - 1))
         whole = len(self._made) - 1
         for index, part in enumerate(output):
             self.steps.append(Step("getitem", (Ref(whole), index)))
-            self._hold(part, ("step", len(self.steps) - 1))
+            self._hold(part, ~(len(self.steps) - 1))
 
     def _is_odd(self, tensor: Tensor, op: str) -> None:
         self._kept.append(tensor)
@@ -219,6 +222,17 @@ def _renamed(args: Value, place: Mapping[int, int]) -> Value:
     return args
 
 
+def denoiser_of(pipeline: DiffusersPipeline) -> str | None:
+    """The attribute of a pipeline's denoiser; None for anything that is no pipeline with one."""
+    return next((name for name in DENOISERS if isinstance(getattr(pipeline, name, None), nn.Module)), None)
+
+
+def require_cpu(pipeline: DiffusersPipeline, denoiser: str) -> None:
+    """Raises a UserError where a pipeline is on a GPU."""
+    if (device := next(getattr(pipeline, denoiser).parameters()).device).type != "cpu":
+        raise UserError(f"the pipeline is on {device}, and is compiled on the CPU: pipeline.to('cpu')")
+
+
 @contextmanager
 def _inside(recorder: Recorder) -> Iterator[None]:
     recorder.inside += 1
@@ -261,7 +275,7 @@ def watch(pipeline: DiffusersPipeline, denoiser: str, **call: Value) -> Watched:
         except Exception as error:  # a pipeline may raise anything
             raise UserError(
                 f"{type(pipeline).__name__} does not draw, so that its parts cannot be compiled together "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+                f"({type(error).__name__}: {one_line(error)})"
             ) from error
     return watched
 
