@@ -80,25 +80,40 @@ def read(data: Path) -> Pictures:
     return Pictures(torch.stack(pixels), names, styles, categories)
 
 
-def tokenizer_of(texts: list[str]) -> CLIPTokenizer:
-    """A byte-pair encoding of CLIP's kind, of the words of the prompts."""
+def byte_pairs(texts: list[str], size: int) -> str:
+    """A byte-pair encoding of CLIP's kind of the words of texts, as the library writes it."""
     made = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     made.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=1600,
+        vocab_size=size,
         special_tokens=["<|startoftext|>", "<|endoftext|>"],
         end_of_word_suffix="</w>",
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     made.train_from_iterator(texts, trainer)
-    model = json.loads(made.to_str())["model"]
+    written: str = made.to_str()
+    return written
+
+
+def words_and_merges(written: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The vocabulary and the merges of what `byte_pairs` gives."""
+    model = json.loads(written)["model"]
     merges = [tuple(pair.split()) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+    return model["vocab"], merges
+
+
+def tokenizer_of(texts: list[str], folder: Path) -> CLIPTokenizer:
+    """The tokenizer of a training, which its folder keeps: the trainer makes another one in every process."""
+    file = folder / "state" / "tokenizer.json"
+    if not file.exists():
+        file.write_text(byte_pairs(texts, 1600))
+    vocabulary, merges = words_and_merges(file.read_text())
     return CLIPTokenizer(
-        vocab=model["vocab"], merges=merges, model_max_length=TOKENS, pad_token="<|endoftext|>"
+        vocab=vocabulary, merges=merges, model_max_length=TOKENS, pad_token="<|endoftext|>"
     )
 
 
@@ -342,7 +357,7 @@ def main() -> None:
     print(f"autoencoder: {-10 * math.log10(error):.2f} dB, scale {scale:.4f}", flush=True)
 
     prompts = [pictures.prompt(i) for i in range(len(labels))]
-    tokenizer = tokenizer_of(prompts)
+    tokenizer = tokenizer_of(prompts, args.folder)
     tokens = tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
     empty = tokenizer([""], padding="max_length", max_length=TOKENS, return_tensors="pt")
     modules: dict[str, Any] = {"unet": unet(), "text_encoder": text_encoder(tokenizer)}
