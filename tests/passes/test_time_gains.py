@@ -58,14 +58,14 @@ def test_an_image_that_goes_another_way_hardly_counts_among_others(tmp_path, pla
     image_error = TrajectoryError.drawn(session(tmp_path), IMAGES)
     before = image_error.noise(plain), image_error.typical_noise(plain)
     assert before[1] <= before[0] * (1 + 1e-9)
-    made = image_error._draw
+    made = image_error.draw
 
-    def astray(model):
-        drawn = made(model).copy()
+    def astray(model, observe=None):
+        drawn = made(model, observe).copy()
         drawn[0] += 100 * (drawn[0] - image_error.reference[0])
         return drawn
 
-    monkeypatch.setattr(image_error, "_draw", astray)
+    monkeypatch.setattr(image_error, "draw", astray)
     after = image_error.noise(plain), image_error.typical_noise(plain)
     assert after[0] > 500 * before[0] and after[1] < 30 * before[1]
 
