@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from mpq_compiler.backends.tvm import build, lowering
 from mpq_compiler.backends.tvm.compile.worker import Worker
+from mpq_compiler.backends.tvm.standalone.join import join
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.backend import BuildRequest, Built, Capabilities, TimedBackend
 from mpq_compiler.targets.table import Target
@@ -56,6 +58,10 @@ class TvmBackend:
             emit=request.emit,
             instruments=request.instruments,
         )
+
+    def join(self, parts: Sequence[Path], digests: bytes, target: Target) -> dict[str, bytes]:
+        """The files of one C program for the parts of a pipeline."""
+        return join(parts, digests, target)
 
     def kernel_calls(self, program: Program, batch: int) -> list[Mapping[str, Any]]:
         """The kernel calls of the program at one batch size."""

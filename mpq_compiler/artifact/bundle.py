@@ -114,7 +114,7 @@ def write(
         folder = scratch / path.name
         folder.mkdir()
         for name, source in files.items():
-            _fill(folder / name, source)
+            fill(folder / name, source)
         with (folder / WEIGHTS).open("wb") as stream:
             tensorfile.save(stream, tensors)
             sync(stream)
@@ -180,7 +180,8 @@ def _describe(path: Path) -> File:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-def _fill(path: Path, source: FileSource) -> None:
+def fill(path: Path, source: FileSource) -> None:
+    """Writes one file to the disk itself; programs may be run."""
     if isinstance(source, bytes):
         path.write_bytes(source)
     elif isinstance(source, Path):

@@ -99,17 +99,15 @@ def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
 
 def write(
     path: str | os.PathLike[str],
-    fill: Callable[[Path], Description],
-    files: Mapping[str, bytes],
+    fill: Callable[[Path], tuple[Description, Mapping[str, bytes]]],
     overwrite: bool = False,
 ) -> Document:
     """Writes a pipeline whole or not at all, and returns its document; equal content gives equal bytes.
 
     Args:
         path: a folder.
-        fill: writes the artifacts of the parts into the folder that it is called with, and returns the document but for
-            the format, ``files`` and the hashes.
-        files: content of the other files, by name.
+        fill: writes the artifacts of the parts into the folder that it is called with; returns the document but for the
+            format, ``files`` and the hashes, and the content of the files beside the parts, by name.
         overwrite: whether a pipeline at `path` may be replaced.
 
     Raises:
@@ -120,11 +118,9 @@ def write(
     with beside(path) as scratch:
         folder = scratch / path.name
         folder.mkdir()
-        described = fill(folder)
+        described, files = fill(folder)
         for name, content in files.items():
-            with (folder / name).open("wb") as stream:
-                stream.write(content)
-                sync(stream)
+            bundle.fill(folder / name, content)
         hashes = {name: bundle.read_manifest(folder / name)["artifact_sha256"] for name in described["parts"]}
         document = described | {
             "format": FORMAT,
@@ -142,6 +138,11 @@ def write(
     return cast(Document, document)
 
 
+def digests(hashes: Mapping[str, str]) -> bytes:
+    """The SHA-256 of the parts' artifacts in the order of their names, which a file of tokens is for."""
+    return b"".join(bytes.fromhex(hashes[name]) for name in sorted(hashes))
+
+
 def is_pipeline(path: str | os.PathLike[str]) -> bool:
     """Whether a folder is a pipeline, sound or not."""
     return (Path(path) / FILE).is_file()
@@ -153,6 +154,11 @@ class Pipeline:
 
     path: Path
     document: Document
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """The SHA-256 of each part's artifact."""
+        return {name: part.get("artifact_sha256", "") for name, part in self.document["parts"].items()}
 
     def part(self, name: str) -> Path:
         """The folder of a part. UserError: it has none of that name."""

@@ -6,12 +6,13 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from mpq_compiler.allocation import pose
+from mpq_compiler.artifact import bundle
 from mpq_compiler.artifact import pipeline as pipelines
 from mpq_compiler.artifact.pipeline import DECODER, DENOISER, TEXT, Description, EncoderEntry
 from mpq_compiler.driver.budgets import parse_budget
@@ -28,13 +29,14 @@ from mpq_compiler.frontend.pipeline_parts import Encoding, Parts
 from mpq_compiler.frontend.watch_pipeline import DiffusersPipeline, denoiser_of, require_cpu
 from mpq_compiler.frontend.widened import widen
 from mpq_compiler.ir.interpreter import single_threaded
-from mpq_compiler.pipeline.backend import Progress
+from mpq_compiler.pipeline.backend import EmittingBackend, Progress, backend_of
 from mpq_compiler.pipeline.passes import Role
 from mpq_compiler.sampling import loop, schedulers
 from mpq_compiler.sampling.conditioning import NULL
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError, nearest
 from mpq_compiler.support.execution import RunContext, batches
+from mpq_compiler.targets import table as targets
 
 ROLES = (TEXT, DENOISER, DECODER)
 """The parts that can be compiled, in the order of their work."""
@@ -113,7 +115,7 @@ def compile_pipeline(
     reports: dict[str, Report] = {}
     shared: dict[str, Share] = {}
 
-    def fill(folder: Path) -> Description:
+    def fill(folder: Path) -> tuple[Description, dict[str, bytes]]:
         with single_threaded(), tempfile.TemporaryDirectory() as scratch:
             work = Path(scratch)
             encodings = taken.encodings if TEXT in parts else ()
@@ -138,13 +140,23 @@ def compile_pipeline(
                 dumps = None if chosen.dumps is None else chosen.dumps / name
                 own = replace(part.options, weights=weights, overwrite=False, dumps=dumps)
                 reports[name] = compile_denoiser(part.model, folder / name, progress, planned, **vars(own))
-        return describe(taken, parts)
+        files = {_tokenizer_file(tokens.name): tokens.model.encode() for tokens in taken.tokens if TEXT in parts}
+        if chosen.emit and {*parts} == {*ROLES}:  # with less than all nothing is drawn
+            files |= _program(folder, sorted(reports), chosen)
+        return describe(taken, parts), files
 
-    files = {_tokenizer_file(tokens.name): tokens.model.encode() for tokens in taken.tokens if TEXT in parts}
-    document = pipelines.write(output, fill, files, chosen.overwrite)
+    document = pipelines.write(output, fill, chosen.overwrite)
     roles = {name: part["role"] for name, part in document["parts"].items()}
     notes = [f"{name}: {note}" for name, report in reports.items() for note in report.notes]
     return PipelineReport(taken.name, chosen.target, reports, roles, shared, notes)
+
+
+def _program(folder: Path, parts: Sequence[str], options: Options) -> dict[str, bytes]:
+    """The files of the C program that draws with all parts."""
+    target = targets.resolve(options.target)
+    hashes = {name: bundle.read_manifest(folder / name)["artifact_sha256"] for name in parts}
+    backend = cast(EmittingBackend, backend_of(target))
+    return backend.join([folder / name for name in parts], pipelines.digests(hashes), target)
 
 
 def require_parts(pipeline: DiffusersPipeline, parts: Sequence[str]) -> str:

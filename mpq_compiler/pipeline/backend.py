@@ -142,6 +142,16 @@ class TimedBackend(Backend, Protocol):
         """The SHA-256 of the kernels' sources; times hold for kernels with this digest."""
 
 
+class EmittingBackend(Backend, Protocol):
+    """A backend that writes programs (`Capabilities.emit`)."""
+
+    def join(self, parts: Sequence[Path], digests: bytes, target: Target) -> dict[str, bytes]:
+        """The files of one program that draws with the parts of a pipeline, artifacts with a program each.
+
+        ``digests``: the SHA-256 of each artifact, which a file of tokens is held against. UserError: no compiler.
+        """
+
+
 def backend_of(target: Target) -> Backend:
     """Loads the backend that builds for a target. UserError: there is none, or it needs a missing package."""
     entry = plugins.find(ENTRY_POINTS, target.backend)

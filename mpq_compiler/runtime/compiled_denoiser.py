@@ -179,7 +179,12 @@ class CompiledDenoiser:
     """
 
     def __init__(
-        self, artifact: Artifact, threads: int, check_finite: bool = True, reuse_bytes: int = REUSE_BYTES
+        self,
+        artifact: Artifact,
+        threads: int,
+        check_finite: bool = True,
+        reuse_bytes: int = REUSE_BYTES,
+        executor: Executor | None = None,
     ) -> None:
         pretrained.register()
         self.artifact = artifact
@@ -196,7 +201,7 @@ class CompiledDenoiser:
         """The report of the compilation, where this process compiled it (`compile` of a pipeline); else None."""
         self._devices = ("cpu", "cuda") if nvidia.is_for(self.manifest) else ("cpu",)
         """The types of torch devices that inputs may be on."""
-        self.executor = _executor(artifact, threads, reuse_bytes)
+        self.executor = _executor(artifact, threads, reuse_bytes) if executor is None else executor
         """What runs the functions of the artifact; one call at a time."""
         self.lora: LoadedLora | None = None
         """The LoRA that is loaded (`load_lora`); None without one."""
@@ -454,19 +459,20 @@ class CompiledDenoiser:
         for name, below in self.manifest["model"].get("below", {}).items():
             _require_range(name, arrays[name], below)
         for assumed in self.manifest.get("assumptions", ()):
-            _require_token(assumed, arrays[assumed["input"]])
-        shape = (batch, *(int(extent or 0) for extent in fitting[0]["output"]["shape"][1:]))
+            if type(arrays[assumed["input"]]) is np.ndarray:  # else its values are not known yet (`recording`)
+                _require_token(assumed, arrays[assumed["input"]])
         if out is not None:
-            _require_room(out, shape)
-        schedule = _schedule(batch, fitting)
-        if out is None and len(schedule) > 1:
-            out = np.empty(shape, np.float32)
+            _require_room(out, (batch, *(int(extent or 0) for extent in fitting[0]["output"]["shape"][1:])))
+        schedule, found = _schedule(batch, fitting), []
         with self._lock:
             for function, begin, end in schedule:
                 result = self._part(function, arrays, begin, end)
                 if out is not None:
                     np.copyto(out[begin:end], result)
-        result = result if out is None else out
+                elif len(schedule) > 1:
+                    found.append(result.copy())
+        if out is not None or found:
+            result = np.concatenate(found) if out is None else out
         if self.check_finite:
             self._require_finite(result)
         return result
@@ -646,7 +652,7 @@ def _array(name: str, value: Any, expected: Mapping[str, Any], devices: Collecti
     elif not isinstance(value, np.ndarray | np.generic):
         kind = type(value).__name__
         raise UserError(f"input '{name}' is a {kind}; this artifact takes arrays or torch tensors of {dtype}")
-    array = np.asarray(value)
+    array = np.asanyarray(value)
     if array.dtype == dtype:
         return array
     # One number a sample may come in any type that holds it exactly: schedulers differ in the type of

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,10 +65,17 @@ class CompiledPipeline:
     memory holds the largest alone. Calls from several threads must not overlap.
     """
 
-    def __init__(self, made: Pipeline, threads: int | None = None, sequential: bool = False) -> None:
+    def __init__(
+        self,
+        made: Pipeline,
+        threads: int | None = None,
+        sequential: bool = False,
+        load: Callable[[Path], CompiledDenoiser] | None = None,
+    ) -> None:
         self.path, self.document = made.path, made.document
         self.threads, self.sequential = threads, sequential
         self._made = made
+        self._load = load or (lambda path: compiled_denoiser.load(path, threads))
         self._loaded: dict[str, CompiledDenoiser] = {}
         about = self.document
         self.tokens = [Tokens.from_json(each, made.text(each["file"])) for each in about["tokens"]]
@@ -97,7 +105,7 @@ class CompiledPipeline:
         UserError: there is none, or this machine cannot run it.
         """
         if name not in self._loaded:
-            loaded = compiled_denoiser.load(self._made.part(name), self.threads)
+            loaded = self._load(self._made.part(name))
             self._made.require_part(name, loaded.manifest["artifact_sha256"])
             self._loaded[name] = loaded
         return self._loaded[name]
@@ -162,7 +170,7 @@ class CompiledPipeline:
         with self._part(name) as part:
             for row in latents:
                 z = self._decoded(latents=self._convention.pack(row[None]))["z"]
-                images = self._images(sample=part(np.ascontiguousarray(z), return_dict=False))["images"]
+                images = self._images(sample=part(z, return_dict=False))["images"]
                 found.append(images)
                 if progress is not None:
                     progress(1)
@@ -273,8 +281,13 @@ def pictures(pixels: Array) -> list[Image]:
     """Pictures of Pillow, of pixels f32 [N, H, W, channels] from 0 to 1."""
     from PIL import Image as pillow
 
-    found = (pixels * 255).round().astype(np.uint8)
+    found = as_bytes(pixels)
     return [pillow.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in found]
+
+
+def as_bytes(pixels: Array) -> Array:
+    """Pixels from 0 to 1 as bytes, rounded to the nearest."""
+    return (pixels * 255).round().astype(np.uint8)
 
 
 def load_pipeline(

@@ -253,7 +253,7 @@ class Conditioning:
         Raises:
             UserError: an input is missing, unknown, or of another shape or type.
         """
-        arrays = {name: np.asarray(value) for name, value in found.items()}
+        arrays = {name: np.asanyarray(value) for name, value in found.items()}
         count = max((len(v) for n, v in arrays.items() if v.ndim and not n.startswith(NULL)), default=0)
         if missing := [name for name in self.needed if name not in arrays]:
             raise UserError(f"{where} must hold '{missing[0]}', a condition of '{self.name}'")

@@ -61,7 +61,7 @@ class Glue:
         """The results by name. UserError: a source is missing."""
         if missing := [name for name in self.sources if name not in given]:
             raise UserError(f"'{missing[0]}' is missing, of which {', '.join(self.results)} is made")
-        values: list[Value] = [np.asarray(given[name]) for name in self.sources]
+        values: list[Value] = [np.asanyarray(given[name]) for name in self.sources]
         for step in self.steps:
             values.append(OPERATORS[step.op](*(_resolved(arg, values) for arg in step.args)))
         return {name: values[index] for name, index in self.results.items()}

@@ -104,9 +104,9 @@ def sample(
         inputs = {
             latent: scheduler.scaled(x, step, steps),
             "timestep": timestep,
-            **{key: np.asarray(value)[rows] for key, value in extra.items()},
+            **{key: np.asanyarray(value)[rows] for key, value in extra.items()},
         }
-        output = np.asarray(model(**inputs), dtype=np.float32)
+        output = np.asanyarray(model(**inputs), dtype=np.float32)
         if not np.isfinite(output).all():
             raise NotFinite(
                 f"the model's output at timestep {timesteps[step]:g} is not finite; its weights, or the scales "
@@ -124,7 +124,7 @@ def sample(
             )
         return output[:, : x.shape[1]]
 
-    drawn = np.empty(noise.shape, np.float32)  # observers keep the inputs of every call, so no array is reused
+    drawn: list[Array] = []  # observers keep the inputs of every call, so no array is reused
     for start in range(0, count, batch):
         rows = slice(start, min(start + batch, count))
         x = scheduler.start(np.asarray(noise[rows], dtype=np.float32), steps)
@@ -136,8 +136,8 @@ def sample(
                 output = base + np.float32(guidance) * (output - base)
             fresh = gaussian(count, noise.shape[1:], (seed, step + 1))[rows] if scheduler.stochastic else None
             x = scheduler.step(output, step, steps, x, fresh)
-        drawn[rows] = x
-    return drawn
+        drawn.append(x)
+    return np.concatenate(drawn) if drawn else np.empty(noise.shape, np.float32)
 
 
 def decode(codec: str, latents: Array) -> Array:

@@ -88,10 +88,10 @@ def test_what_is_in_the_way_is_refused(copied: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_of_a_pipeline_that_fails(tmp_path: Path) -> None:
-    def fill(folder: Path) -> pipeline.Description:
+    def fill(folder: Path) -> tuple[pipeline.Description, dict[str, bytes]]:
         (folder / "unet").mkdir()
         raise UserError("no")
 
     with pytest.raises(UserError, match="no"):
-        pipeline.write(tmp_path / "a.mpq", fill, {})
+        pipeline.write(tmp_path / "a.mpq", fill)
     assert not [*tmp_path.iterdir()]

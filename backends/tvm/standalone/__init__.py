@@ -25,7 +25,7 @@ from mpq_compiler.backends.tvm.toolchain.linker import linker
 from mpq_compiler.support.tensorfile import ALIGNMENT
 from mpq_compiler.targets.table import Target
 
-COMMON = ("mpq.h", "mpq_plan.h", "mpq_common.h", "mpq_run.c", "CMakeLists.txt")
+COMMON = ("mpq.h", "mpq_plan.h", "mpq_common.h", "mpq_files.h", "mpq_run.c", "CMakeLists.txt")
 SOURCES = (*COMMON, "mpq.c", "mpq_pool.h", "mpq_rpc.c")
 MACHINE = (*COMMON, "mpq_vm.c")
 MODEL, KERNELS = "mpq_model.c", "libkernels.a"
@@ -319,6 +319,11 @@ class _Model(_Tables):
                 *self.build(functions),
                 _table("mpq_steps", "steps", steps),
                 f"const mpq_plan mpq_the_plan = {{{', '.join(map(str, plan))}}};",
+                "",
+                "#ifndef MPQ_PART /* of a program of several models */",
+                'const mpq_numbered mpq_the_models[] = {{"denoiser", &mpq_the_build, &mpq_the_plan}};',
+                "const int mpq_the_count = 1;",
+                "#endif",
                 "",
             ]
         )

@@ -1,13 +1,21 @@
 #include "mpq_common.h"
 #include "mpq_pool.h"
 
-static const mpq_plan *const plan = &mpq_the_plan;
+int mpq_models(void) { return mpq_the_count; }
+
+const char *mpq_name(int number) { return mpq_the_models[number].name; }
+
+const mpq_function *mpq_functions_of(int number, int *count) {
+    *count = mpq_the_models[number].build->function_count;
+    return mpq_the_models[number].build->functions;
+}
 
 /* ------------------------------------------------------------------- what the kernels ask of their runtime */
 
 /* Working memory of a thread: taken and given back in reverse order, so that a mark is all there is to know. */
 static _Thread_local char *workspace;
 static _Thread_local uint64_t used;
+static uint64_t most; /* what a model of this program asks for of a thread, at most */
 static pthread_key_t ends; /* frees that of a thread that ends, whoever started it */
 static pthread_once_t ends_made = PTHREAD_ONCE_INIT;
 static bool has_ends;
@@ -18,11 +26,11 @@ static void *take(int type, int id, uint64_t bytes, int code, int bits) {
     (void)type, (void)id, (void)code, (void)bits;
     if (!workspace) {
         pthread_once(&ends_made, make_ends);
-        if (!(workspace = aligned_alloc(ALIGNMENT, plan->workspace_bytes))) return NULL;
+        if (!(workspace = aligned_alloc(ALIGNMENT, most))) return NULL;
         if (has_ends) pthread_setspecific(ends, workspace);
     }
     uint64_t size = ALIGNMENT + (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-    if (used + size > plan->workspace_bytes) return NULL;
+    if (used + size > most) return NULL;
     char *block = workspace + used;
     used += size;
     return block + ALIGNMENT;
@@ -66,6 +74,8 @@ typedef struct { int32_t type, padding; void *value; } argument;
 enum { CPU = 1, TENSOR = 7 };
 
 struct mpq_model {
+    const mpq_build *build;
+    const mpq_plan *plan;
     int threads;
     char *file, *held, *call, *kept;
     bool *known; /* of each stage: whether what it made is kept */
@@ -77,7 +87,7 @@ struct mpq_model {
 
 static int run_calls(mpq_model *model, uint32_t first, uint32_t count) {
     for (uint32_t i = first; i < first + count; i++) {
-        const mpq_call *each = &plan->calls[i];
+        const mpq_call *each = &model->plan->calls[i];
         argument result = {0};
         if (each->kernel(NULL, model->arguments + each->first, (int32_t)each->count, &result)) {
             fail("kernel %s failed: %s", each->name, *said ? said : "there is no memory for it");
@@ -91,6 +101,7 @@ static int run_calls(mpq_model *model, uint32_t first, uint32_t count) {
 
 /* Computes a stage where it reads something else than when it was computed. */
 static int run_stage(mpq_model *model, uint32_t number) {
+    const mpq_plan *plan = model->plan;
     const mpq_stage *stage = &plan->stages[number];
     bool known = model->known[number] && !model->watcher;
     for (uint32_t i = stage->read; i < stage->read + stage->reads; i++) {
@@ -116,10 +127,16 @@ static void *room(uint64_t bytes) {
     return block;
 }
 
-static mpq_model *opened(const char *weights, int threads) {
-    if (!fits_cpu()) return NULL;
+static mpq_model *opened(int number, const char *weights, int threads) {
+    const mpq_build *build = mpq_the_models[number].build;
+    const mpq_plan *plan = mpq_the_models[number].plan;
+    for (int i = 0; i < mpq_the_count; i++)
+        if (mpq_the_models[i].plan->workspace_bytes > most) most = mpq_the_models[i].plan->workspace_bytes;
+    if (!fits_cpu(build)) return NULL;
     mpq_model *model = calloc(1, sizeof *model);
     if (!model) return fail("there is no memory");
+    model->build = build;
+    model->plan = plan;
     if (!(model->file = map(weights, &build->weights, "weights"))) {
         free(model);
         return NULL;
@@ -163,9 +180,9 @@ static mpq_model *opened(const char *weights, int threads) {
 }
 
 static int called(mpq_model *model, int function, const void *const *inputs, void *output) {
-    if (!is_function(function)) return -1;
-    const mpq_function *own = &build->functions[function];
-    const mpq_steps *steps = &plan->steps[function];
+    if (!is_function(model->build, function)) return -1;
+    const mpq_function *own = &model->build->functions[function];
+    const mpq_steps *steps = &model->plan->steps[function];
     use_threads(model->threads);
     for (int i = 0; i < own->inputs; i++) memcpy(model->call + steps->inputs[i], inputs[i], own->input[i].bytes);
     if (model->watcher) model->watcher(model->watching, NULL);
@@ -176,7 +193,7 @@ static int called(mpq_model *model, int function, const void *const *inputs, voi
     return 0;
 }
 
-void mpq_forget(mpq_model *model) { memset(model->known, 0, plan->stage_count * sizeof *model->known); }
+void mpq_forget(mpq_model *model) { memset(model->known, 0, model->plan->stage_count * sizeof *model->known); }
 
 int mpq_watch(mpq_model *model, void (*watcher)(void *data, const char *kernel), void *data) {
     model->watcher = watcher;
@@ -185,15 +202,16 @@ int mpq_watch(mpq_model *model, void (*watcher)(void *data, const char *kernel),
 }
 
 size_t mpq_bytes(const mpq_model *model) {
+    const mpq_plan *plan = model->plan;
     uint64_t tables = plan->operand_count * (sizeof(tensor) + sizeof(argument));
-    return plan->held_bytes + plan->call_bytes + plan->kept_bytes + (uint64_t)model->threads * plan->workspace_bytes + tables;
+    return plan->held_bytes + plan->call_bytes + plan->kept_bytes + (uint64_t)model->threads * most + tables;
 }
 
 void mpq_close(mpq_model *model) {
     if (!model) return;
     stop_threads();
     free_workspace();
-    munmap(model->file, build->weights.bytes);
+    munmap(model->file, model->build->weights.bytes);
     free(model->held);
     free(model->call);
     free(model->kept);

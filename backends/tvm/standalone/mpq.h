@@ -53,6 +53,13 @@ size_t mpq_bytes(const mpq_model *model);
 
 void mpq_close(mpq_model *model);
 
+/* A program of a pipeline has several models: its parts, by number, in the order of their names. What stands above is of
+ * the first, which of other programs is the only one. */
+int mpq_models(void);
+const char *mpq_name(int number);
+const mpq_function *mpq_functions_of(int number, int *count);
+mpq_model *mpq_open_model(int number, const char *weights, int threads);
+
 /* What went wrong last, one sentence. */
 const char *mpq_error(void);
 

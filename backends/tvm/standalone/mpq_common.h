@@ -21,7 +21,6 @@
 #endif
 
 #define ALIGNMENT 64
-static const mpq_build *const build = &mpq_the_build;
 
 static _Thread_local char message[512];
 
@@ -35,12 +34,7 @@ __attribute__((format(printf, 1, 2))) static void *fail(const char *format, ...)
     return NULL;
 }
 
-const mpq_function *mpq_functions(int *count) {
-    *count = build->function_count;
-    return build->functions;
-}
-
-static bool is_function(int number) {
+static bool is_function(const mpq_build *build, int number) {
     bool known = number >= 0 && number < build->function_count;
     if (!known) fail("there is no function %d: there are %d", number, build->function_count);
     return known;
@@ -70,15 +64,20 @@ static void restore_floats(uint64_t before) {
 }
 
 /* Of mpq.c and mpq_vm.c: what they do under those floats. */
-static mpq_model *opened(const char *weights, int threads);
+static mpq_model *opened(int number, const char *weights, int threads);
 static int called(mpq_model *model, int function, const void *const *inputs, void *output);
 
-mpq_model *mpq_open(const char *weights, int threads) {
+mpq_model *mpq_open_model(int number, const char *weights, int threads) {
+    if (number < 0 || number >= mpq_models()) return fail("there is no model %d: there are %d", number, mpq_models());
     uint64_t before = plain_floats();
-    mpq_model *model = opened(weights, threads);
+    mpq_model *model = opened(number, weights, threads);
     restore_floats(before);
     return model;
 }
+
+mpq_model *mpq_open(const char *weights, int threads) { return mpq_open_model(0, weights, threads); }
+
+const mpq_function *mpq_functions(int *count) { return mpq_functions_of(0, count); }
 
 int mpq_run(mpq_model *model, int function, const void *const *inputs, void *output) {
     uint64_t before = plain_floats();
@@ -138,7 +137,7 @@ static bool permitted(const char *feature) {
 }
 #endif
 
-static bool fits_cpu(void) {
+static bool fits_cpu(const mpq_build *build) {
     char lacking[256] = "";
     size_t used = 0;
     for (const char *const *feature = build->features; *feature; feature++)

@@ -1,4 +1,5 @@
-/* What mpq_model.c holds (generated): mpq_the_build, and the plan that mpq.c runs or that mpq_vm.c runs. */
+/* What mpq_model.c holds (generated): mpq_the_build, and the plan that mpq.c runs or that mpq_vm.c runs. A program of
+ * several models has one mpq_model.c for each, in which these two have the model's number for a name. */
 #ifndef MPQ_PLAN_H
 #define MPQ_PLAN_H
 
@@ -77,7 +78,15 @@ typedef struct {
     const mpq_steps *steps; /* of each function */
 } mpq_plan;
 
-extern const mpq_plan mpq_the_plan;
+/* The models of a program of mpq.c. */
+typedef struct {
+    const char *name;
+    const mpq_build *build;
+    const mpq_plan *plan;
+} mpq_numbered;
+
+extern const mpq_numbered mpq_the_models[];
+extern const int mpq_the_count;
 
 /* --------------------------------------------------------------------- mpq_vm.c: functions of kernels.so */
 

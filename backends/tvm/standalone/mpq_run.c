@@ -7,7 +7,7 @@
  * that know what depends on timesteps and texts alone. `--profile kernels` adds those of each call of a kernel, in
  * order; of one thread it takes CPU time, which leaves out what else the device does. */
 #define _POSIX_C_SOURCE 200809L
-#include "mpq.h"
+#include "mpq_files.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -15,58 +15,6 @@
 #include <string.h>
 #include <sys/utsname.h>
 #include <time.h>
-
-static int refuse(const char *what, const char *which) {
-    fprintf(stderr, "error: %s%s%s\n", what, *which ? " " : "", which);
-    return 1;
-}
-
-static char *whole(const char *path, size_t *bytes) {
-    FILE *file = fopen(path, "rb");
-    char *data = NULL;
-    long size = -1;
-    if (file && !fseek(file, 0, SEEK_END) && (size = ftell(file)) >= 0 && !fseek(file, 0, SEEK_SET) &&
-        (data = malloc((size_t)size + 1)) && fread(data, 1, (size_t)size, file) == (size_t)size)
-        data[*bytes = (size_t)size] = 0;
-    else {
-        free(data);
-        data = NULL;
-    }
-    if (file) fclose(file);
-    return data;
-}
-
-/* Where a tensor's bytes lie in a safetensors file, if it has this name, type and size there. Headers are JSON; names
- * and types hold nothing that would be escaped. */
-static const char *find(const char *data, size_t bytes, const mpq_tensor *tensor) {
-    uint64_t header, from, to;
-    if (bytes < 8) return NULL;
-    memcpy(&header, data, 8);
-    if (header > bytes - 8) return NULL;
-    char key[512], type[32];
-    snprintf(key, sizeof key, "\"%s\"", tensor->name);
-    snprintf(type, sizeof type, "\"%s\"", tensor->dtype);
-    const char *end = data + 8 + header, *at = data + 8;
-    size_t length = strlen(key);
-    for (; (at = memchr(at, '"', (size_t)(end - at))); at++) { /* metadata may have the name too, with no {...} */
-        const char *next = at + length;
-        if ((size_t)(end - at) <= length || memcmp(at, key, length) || *next != ':') continue;
-        while (++next < end && *next == ' ') continue;
-        if (next < end && *next == '{') break;
-    }
-    if (!at) return NULL;
-    const char *close = memchr(at, '}', (size_t)(end - at));
-    char entry[1024];
-    if (!close || (size_t)(close - at) >= sizeof entry) return NULL;
-    memcpy(entry, at, (size_t)(close - at));
-    entry[close - at] = 0;
-    const char *offsets = strstr(entry, "\"data_offsets\"");
-    if (!offsets || !strstr(entry, type) || !(offsets = strchr(offsets, '[')) ||
-        sscanf(offsets, "[%" SCNu64 ",%" SCNu64, &from, &to) != 2)
-        return NULL;
-    uint64_t room = bytes - 8 - header;
-    return from <= to && to <= room && to - from == tensor->bytes ? end + from : NULL;
-}
 
 static int save(const char *path, const mpq_tensor *tensor, const void *data) {
     char header[1024];
@@ -170,7 +118,9 @@ int main(int count, char **words) {
     if (!data || !result || !times || !each.times || !each.names) return refuse("there is no memory", "");
     for (int i = 0; i < own->inputs; i++) {
         const mpq_tensor *input = &own->input[i];
-        data[i] = given ? find(given, bytes, input) : calloc(1, input->bytes);
+        size_t found = 0;
+        data[i] = given ? find(given, bytes, input->name, input->dtype, &found) : calloc(1, input->bytes);
+        if (given && found != input->bytes) data[i] = NULL;
         if (!data[i]) {
             fprintf(stderr, "error: %s must hold '%s' as %s of shape [", given ? inputs : "memory", input->name, input->dtype);
             for (int d = 0; d < input->ndim; d++) fprintf(stderr, "%s%" PRId64, d ? ", " : "", input->shape[d]);

@@ -4,7 +4,18 @@
 
 #include <dlfcn.h>
 
+static const mpq_build *const build = &mpq_the_build;
 static const mpq_machine *const machine = &mpq_the_machine;
+
+int mpq_models(void) { return 1; }
+
+const char *mpq_name(int number) { return (void)number, "denoiser"; }
+
+const mpq_function *mpq_functions_of(int number, int *count) {
+    (void)number;
+    *count = build->function_count;
+    return build->functions;
+}
 
 /* ------------------------------------------------------------------------- the runtime (tvm/ffi/c_api.h) */
 
@@ -192,8 +203,9 @@ static bool ready(mpq_model *model, const char *name, const mpq_tensor *like, in
     return member(model->machine, name, function);
 }
 
-static mpq_model *opened(const char *weights, int threads) {
-    if (!fits_cpu()) return NULL;
+static mpq_model *opened(int number, const char *weights, int threads) {
+    (void)number;
+    if (!fits_cpu(build)) return NULL;
     mpq_model *model = calloc(1, sizeof *model);
     if (!model) return fail("there is no memory");
     model->threads = thread_count(threads);
@@ -247,7 +259,7 @@ static bool run_part(part *own, const mpq_part *about, entry *all, const mpq_ent
 }
 
 static int called(mpq_model *model, int function, const void *const *inputs, void *output) {
-    if (!is_function(function)) return -1;
+    if (!is_function(build, function)) return -1;
     const mpq_function *about = &build->functions[function];
     const mpq_entry *known = &machine->entries[function];
     entry *own = &model->entries[function];

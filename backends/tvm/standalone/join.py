@@ -1,0 +1,78 @@
+"""Joins the C programs of a pipeline's parts to one, which draws what a file of tokens says (mpq_draw.c)."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from mpq_compiler.artifact.bundle import PROGRAM
+from mpq_compiler.backends.tvm.standalone import KERNELS, MODEL, OPTIONS
+from mpq_compiler.backends.tvm.toolchain.linker import linker
+from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets.table import Target
+
+SHARED = ("mpq.h", "mpq_plan.h", "mpq_common.h", "mpq_files.h", "mpq.c", "mpq_pool.h")
+"""The sources that every part has as well."""
+DRAWING = ("mpq_draw.c", "stb_image_write.h")
+TABLE = "mpq_parts.c"
+
+
+def join(parts: Sequence[Path], digests: bytes, target: Target) -> dict[str, bytes]:
+    """Compiles the program of a pipeline: kernels and plans of all parts, without their weights.
+
+    Args:
+        parts: the artifacts of the parts, in the order of their numbers, each with its C program.
+        digests: the SHA-256 of each, one behind the other.
+        target: decides the compiler.
+
+    Returns:
+        The files by name: the sources, and `PROGRAM`.
+
+    Raises:
+        UserError: there is no compiler for the target, or it fails.
+    """
+    compiler, own = linker(target), Path(__file__).parent
+    with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
+        work = Path(scratch)
+        for name in (*SHARED, *DRAWING):
+            (work / name).write_text((own / name).read_text())
+        (work / TABLE).write_text(_table([part.name for part in parts], digests))
+        objects = []
+        for number, part in enumerate(parts):
+            names = [f"-Dmpq_the_{what}=mpq_{what}_{number}" for what in ("build", "plan")]
+            (work / f"{number}.c").write_bytes((part / MODEL).read_bytes())
+            _run(work, compiler, "-std=c11", "-O2", "-DMPQ_PART", *names, "-c", f"{number}.c", "-o", f"{number}.o")
+            objects.append(f"{number}.o")
+        archives = [str((part / KERNELS).resolve()) for part in parts]
+        _run(work, compiler, *OPTIONS, "-ffp-contract=off", "mpq.c", "mpq_draw.c", TABLE, *objects, *archives,
+             "-lpthread", "-lm", "-o", PROGRAM)  # fmt: skip
+        return {name: (work / name).read_bytes() for name in (*SHARED, *DRAWING, TABLE, PROGRAM)}
+
+
+def _table(names: Sequence[str], digests: bytes) -> str:
+    """The source of the table of parts."""
+    count = range(len(names))
+    rows = ", ".join(f'{{"{name}", &mpq_build_{i}, &mpq_plan_{i}}}' for i, name in enumerate(names))
+    hashes = ", ".join("{" + ", ".join(str(byte) for byte in digests[32 * i : 32 * i + 32]) + "}" for i in count)
+    return "\n".join(
+        [
+            "/* Generated: the parts of a pipeline, and the hashes of their artifacts. */",
+            '#include "mpq_plan.h"',
+            "",
+            *(f"extern const mpq_build mpq_build_{i};" for i in count),
+            *(f"extern const mpq_plan mpq_plan_{i};" for i in count),
+            f"const mpq_numbered mpq_the_models[] = {{{rows}}};",
+            f"const int mpq_the_count = {len(names)};",
+            f"const uint8_t mpq_the_parts[][32] = {{{hashes}}};",
+            "",
+        ]
+    )
+
+
+def _run(folder: Path, *command: str) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr.strip()]
+        raise UserError(f"the program of the pipeline cannot be compiled: {errors[0]}; report the pipeline")
