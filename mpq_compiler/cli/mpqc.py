@@ -28,6 +28,7 @@ from mpq_compiler.cli import (
     run,
     sensitivity,
     targets,
+    tokenize,
     verify,
 )
 from mpq_compiler.cli.options import Commands
@@ -55,7 +56,7 @@ id (owner/name, or owner/name@commit), or a bundled name (mpqc models).
 """
 
 COMMANDS = (
-    *(demo, compile, generate, evaluate, run, verify, bench, inspect, allocate, sensitivity, latency),
+    *(demo, compile, generate, tokenize, evaluate, run, verify, bench, inspect, allocate, sensitivity, latency),
     *(passes, recipes, targets, models, cache),
 )
 """Modules of the commands, in the order in which the help lists them."""

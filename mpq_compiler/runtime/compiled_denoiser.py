@@ -652,7 +652,7 @@ def _array(name: str, value: Any, expected: Mapping[str, Any], devices: Collecti
     elif not isinstance(value, np.ndarray | np.generic):
         kind = type(value).__name__
         raise UserError(f"input '{name}' is a {kind}; this artifact takes arrays or torch tensors of {dtype}")
-    array = np.asanyarray(value)
+    array: np.ndarray = np.asanyarray(value)
     if array.dtype == dtype:
         return array
     # One number a sample may come in any type that holds it exactly: schedulers differ in the type of

@@ -1,9 +1,9 @@
 """Recorded arrays: NumPy arrays whose values are not known yet, which note what is computed of them.
 
-A pipeline that is given parts which return such arrays does what it always does, and leaves a list of instructions: calls
-of the parts, and the float32 operations in between, one at a time as NumPy rounds them. `mpq_draw.c` runs the list, so a
-program in C draws with the same bits. What moves values and changes none (slices, transpositions, joins) is recorded as
-copies between strided views, or not at all.
+A pipeline that is given parts which return such arrays does what it always does, and leaves a list of instructions:
+calls of the parts, and the float32 operations in between, one at a time as NumPy rounds them. `mpq_draw.c` runs the
+list, so a program in C draws with the same bits. What moves values and changes none (slices, transpositions, joins) is
+recorded as copies between strided views, or not at all.
 
 The dummies behind a recorded array are NaN: a value that escapes the recording shows (`Recording.data`).
 """
@@ -11,7 +11,7 @@ The dummies behind a recorded array are NaN: a value that escapes the recording 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Self, cast
@@ -159,8 +159,12 @@ class Recording:
         self.instructions.append([int(value) for value in row])
 
 
-def _strided(indices: Sequence[Array]) -> list[tuple[tuple[int, ...], list[tuple[int, tuple[int, ...]]]]]:
-    """Elements by their places as strided views: the shape, and offset and strides in each buffer; several if need be."""
+Strided = tuple[tuple[int, ...], list[tuple[int, tuple[int, ...]]]]
+"""A shape, and offset and strides in each buffer."""
+
+
+def _strided(indices: Sequence[Array]) -> list[Strided]:
+    """Elements by their places in buffers, as strided views; several where one does not do."""
     shape = indices[0].shape
     kept = [axis for axis, size in enumerate(shape) if size > 1]
     found = []
@@ -173,16 +177,17 @@ def _strided(indices: Sequence[Array]) -> list[tuple[tuple[int, ...], list[tuple
             start=np.zeros([1] * index.ndim, np.int64),
         )  # fmt: skip
         if not np.array_equal(np.broadcast_to(grid, shape), index):
-            return [each for part in range(shape[kept[0]]) for each in _strided([_row(i, kept[0], part) for i in indices])]
+            return _by_rows(indices, kept[0])
         found.append((first, steps))
     sizes, merged = _merged([shape[axis] for axis in kept], [steps for _, steps in found])
     if len(sizes) > DIMENSIONS:
-        return [each for part in range(shape[kept[0]]) for each in _strided([_row(i, kept[0], part) for i in indices])]
+        return _by_rows(indices, kept[0])
     return [(tuple(sizes), [(first, tuple(steps)) for (first, _), steps in zip(found, merged, strict=True)])]
 
 
-def _row(index: Array, axis: int, part: int) -> Array:
-    return np.take(index, [part], axis)
+def _by_rows(indices: Sequence[Array], axis: int) -> list[Strided]:
+    rows = range(indices[0].shape[axis])
+    return [each for row in rows for each in _strided([np.take(index, [row], axis) for index in indices])]
 
 
 def _merged(sizes: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
@@ -222,8 +227,9 @@ class Recorded(np.ndarray):
         return self.recording.compute(op, self.shape, self, dtype=dtype)
 
     def __array_function__(
-        self, func: Callable[..., Value], types: Value, args: Sequence[Value], kwargs: dict[str, Value]
+        self, func: Callable[..., Value], types: Value, args: Iterable[Value], kwargs: Mapping[str, Value]
     ) -> Value:
+        args = [*args]
         if func in MOVES:
             first, *rest = args
             found = func(first.index, *rest, **kwargs)
@@ -233,7 +239,7 @@ class Recorded(np.ndarray):
         if func is np.concatenate:
             return self._joined(*args, **kwargs)
         if func is np.stack:
-            axis = kwargs.get("axis", args[1] if len(args) > 1 else 0)
+            axis: int = kwargs["axis"] if "axis" in kwargs else [*args[1:], 0][0]
             return self._joined([np.expand_dims(part, axis) for part in args[0]], axis)
         if func is np.pad:
             return self._padded(*args, **kwargs)
@@ -247,7 +253,7 @@ class Recorded(np.ndarray):
         shape[axis] = sum(sizes)
         made = self.recording.made(shape, self.dtype.name)
         for part, to in zip(parts, np.split(made, np.cumsum(sizes)[:-1], axis), strict=True):
-            self.recording.fill(Op.COPY, to, self.recording.of(part))
+            self.recording.fill(Op.COPY, cast(Recorded, to), self.recording.of(part))
         return made
 
     def _padded(self, x: Array, pairs: Sequence[tuple[int, int]], constant_values: float) -> Recorded:
@@ -276,13 +282,13 @@ class Recorded(np.ndarray):
         shape = np.broadcast_shapes(*(operand.shape for operand in operands))
         return self.recording.compute(BINARY[ufunc], shape, *operands)
 
-    def clip(self, min: Value = None, max: Value = None, out: None = None) -> Value:  # as NumPy has it: up, then down
+    def clip(self, min: Value = None, max: Value = None, **kwargs: Value) -> Value:  # type: ignore[override]  # up, down
         found: Value = self
         if min is not None:
             found = np.maximum(found, np.float32(min))
         return found if max is None else np.minimum(found, np.float32(max))
 
-    def round(self, decimals: int = 0, out: None = None) -> Value:
+    def round(self, decimals: Value = 0, out: Value = None) -> Value:
         return self._unary(Op.ROUND)
 
     def astype(self, dtype: Value, *args: Value, **kwargs: Value) -> Value:

@@ -61,8 +61,23 @@ def test_from_a_folder_to_a_picture(folder: Path, tmp_path: Path, monkeypatch: p
     assert schemas.check(result, "generate") is None and result["guidance"] == 7.5
     expected = load_pipeline(out)(["a red fox"] * 2, steps=3, seed=4)
     np.testing.assert_array_equal(np.asarray(Image.open(drawn)), np.concatenate([*map(np.asarray, expected.images)], 1))
-    # in memory, and again: the same bytes
-    assert pipeline.read(out).document == pipeline.read(compiled_pipeline.path()).document
+    with_program = compiled_pipeline.path()  # in memory, and again: the same bytes
+    for part in roles:
+        for name in (bundle.WEIGHTS, bundle.KERNELS):
+            assert (out / part / name).read_bytes() == (with_program / part / name).read_bytes()
+
+
+def test_a_prompt_to_a_file_of_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, ids = compiled_pipeline.path(), tmp_path / "ids"
+    command = ("tokenize", out, "-o", ids, "--prompt", "a red fox " * 20, "--steps", 2)
+    result = run(tmp_path, *command, cache=False)
+    assert schemas.check(result, "tokenize") is None and result["calls"] == 2 + 4 + 1
+    assert "is cut off" in capsys.readouterr().err
+    assert "exists" in refused(capsys, *command)
+    for wrong, said in ((("--steps", 0), "give 1 or more"), (("--images", 0), "give 1 or more")):
+        assert said in refused(capsys, "tokenize", out, "-o", tmp_path / "x", "--prompt", "x", *wrong)
+    assert "is no pipeline" in refused(capsys, "tokenize", out / "unet", "-o", tmp_path / "x", "--prompt", "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_denoiser_alone_is_the_artifact_that_it_was(folder: Path, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from mpq_compiler.driver.pipeline import compile_pipeline
 from tests.harness import once, packed, tiny_pipelines
 
 
-def path(name: str = "stable-diffusion") -> Path:
-    """The folder of a pipeline at 8 bits; read only."""
+def path(name: str = "stable-diffusion", target: str = "native") -> Path:
+    """The folder of a pipeline at 8 bits, with its C program; read only."""
 
     def make(folder: Path) -> None:
         size = tiny_pipelines.SIZES.get(name)
@@ -21,6 +21,8 @@ def path(name: str = "stable-diffusion") -> Path:
             steps=4,
             shapes=size and f"1x4x{size[0]}x{size[1]}",
             cache=packed.kernel_cache(),
+            target=target,
+            emit="c",
         )
 
-    return once.made(f"{name}.pipeline.mpq", make)
+    return once.made(f"{name}-{target}.pipeline.mpq", make)

@@ -54,11 +54,11 @@ static bool is_buffer(int64_t number, int type) {
     return number >= 0 && number < buffer_count && (type < 0 || buffers[number].type == type);
 }
 
-/* Whether an operand lies in its buffer. */
-static bool lies_within(const view *v, const int64_t *shape) {
-    __int128 least = v->offset, most = v->offset;
+/* Whether an operand lies in its buffer; every element is written once, so there are no more of them than of the buffer. */
+static bool lies_within(const view *v, const int64_t *shape, const view *to) {
+    __int128 least = v->offset, most = v->offset, size = 1;
     for (int i = 0; i < DIMENSIONS; i++) {
-        if (shape[i] < 1) return false;
+        if (shape[i] < 1 || (size *= shape[i]) > buffers[to->buffer].elements) return false;
         __int128 reach = (__int128)(shape[i] - 1) * v->stride[i];
         *(reach < 0 ? &least : &most) += reach;
     }
@@ -83,12 +83,12 @@ static bool is_sound(const instruction *each, const int64_t *inputs, int given) 
     switch (each->operation) {
     case COPY:
         return is_buffer(each->to.buffer, -1) && is_buffer(each->a.buffer, (int)buffers[each->to.buffer].type) &&
-               lies_within(&each->to, each->shape) && lies_within(&each->a, each->shape);
+               lies_within(&each->to, each->shape, &each->to) && lies_within(&each->a, each->shape, &each->to);
     case ADD: case SUBTRACT: case MULTIPLY: case DIVIDE: case LEAST: case MOST:
-        if (!is_buffer(each->b.buffer, F32) || !lies_within(&each->b, each->shape)) return false; /* fall through */
+        if (!is_buffer(each->to.buffer, F32) || !is_buffer(each->b.buffer, F32) || !lies_within(&each->b, each->shape, &each->to)) return false; /* fall through */
     case NEGATE: case ROUND: case BYTE:
         return is_buffer(each->to.buffer, each->operation == BYTE ? U8 : F32) && is_buffer(each->a.buffer, F32) &&
-               lies_within(&each->to, each->shape) && lies_within(&each->a, each->shape);
+               lies_within(&each->to, each->shape, &each->to) && lies_within(&each->a, each->shape, &each->to);
     case INPUT: return is_buffer(each->a.buffer, -1) && given < MOST_INPUTS;
     case CALL: return is_call(each, inputs, given);
     case PICTURE: {
