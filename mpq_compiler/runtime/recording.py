@@ -23,7 +23,7 @@ from mpq_compiler.support.errors import UserError
 Array = np.ndarray
 Value = Any
 DIMENSIONS = 6
-"""Of a view in an instruction."""
+"""Dimensions of a view in an instruction."""
 TYPES = ("float32", "int64", "uint8")
 """The types of buffers, by their numbers."""
 
