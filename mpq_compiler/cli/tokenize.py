@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from mpq_compiler.cli import options, output
 from mpq_compiler.support import terminal
@@ -26,7 +25,7 @@ def add(commands: options.Commands) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
 
 
-def run(args: argparse.Namespace) -> Any:
+def run(args: argparse.Namespace) -> dict[str, object]:
     """Write the file, and return what it holds."""
     from mpq_compiler.evaluation.painter import check
     from mpq_compiler.runtime import tokens_file

@@ -1,7 +1,7 @@
 """Draws with whole pipelines of diffusers, tiny and random, before and after their denoisers are compiled.
 
-    python -m benchmarks.pipelines
-    python -m benchmarks.pipelines WanPipeline ZImagePipeline     # these rows anew
+    python -m benchmarks.diffusers_pipelines
+    python -m benchmarks.diffusers_pipelines WanPipeline ZImagePipeline     # these rows anew
 
 Each pipeline draws eight times for calibration, is compiled (w8a8), and draws in four steps what no call of the
 calibration drew, once in float and once compiled, from the same generator. PSNR is that of its images, films or
@@ -35,7 +35,7 @@ from mpq_compiler.support.errors import UserError
 from tests.harness import tiny_calls
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "pipelines.json"
+RESULTS = ROOT / "benchmarks" / "results" / "diffusers_pipelines.json"
 DOCS = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- pipelines: begin -->", "<!-- pipelines: end -->"
 DRAWS, STEPS, UNSEEN = 8, 4, 50
