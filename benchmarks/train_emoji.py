@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -319,6 +320,14 @@ def judged(pipeline: StableDiffusionPipeline, pictures: Pictures, labels: Tensor
     return right[0], right[1], made
 
 
+def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """Writes the pipeline in half precision, its text encoder under names that every release of its library reads."""
+    pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    file = folder / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -375,7 +384,7 @@ def main() -> None:
     rows = order[: args.images]
     real, drawn, made = judged(pipeline, pictures, labels, classifier, rows, args.guidance)
     print(f"classifier: {real:.3f} of {len(rows)} pictures, {drawn:.3f} of what is drawn of their prompts", flush=True)
-    pipeline.to(torch.float16).save_pretrained(args.folder / "pipeline", safe_serialization=True)
+    save(pipeline, args.folder / "pipeline")
     sheet = torch.cat([pictures.pixels[rows[:32]], made[:32]]).reshape(2, 2, 16, 3, SIZE, SIZE)
     sheet = sheet.permute(1, 0, 4, 2, 5, 3).reshape(4 * SIZE, 16 * SIZE, 3)
     Image.fromarray(((sheet.clamp(-1, 1) + 1) * 127.5).byte().numpy()).save(args.folder / "sheet.png")

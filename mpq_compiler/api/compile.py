@@ -15,8 +15,9 @@ from mpq_compiler.driver import pipeline as pipelines
 from mpq_compiler.driver.compile import compile_denoiser
 from mpq_compiler.driver.estimate import Estimate, estimate_denoiser
 from mpq_compiler.driver.report import Report
-from mpq_compiler.frontend import calibration_file, call_file
+from mpq_compiler.frontend import calibration_file, call_file, pipeline_parts
 from mpq_compiler.frontend.call_module import variations
+from mpq_compiler.frontend.checkpoint import place_of
 from mpq_compiler.frontend.denoiser import Denoiser, wrap, wrap_calls
 from mpq_compiler.frontend.watch_pipeline import denoiser_of
 from mpq_compiler.pipeline.backend import Progress
@@ -57,7 +58,8 @@ def compile(
         parts: the parts of a pipeline that are compiled, `text`, `denoiser` and `decoder`; `load_pipeline` draws with
             what all of them make. None: all of a folder, and of a pipeline in memory the denoiser, which is replaced.
         decoder: the autoencoder that decodes in place of the pipeline's own, or its folder.
-        prompts: what the parts of a pipeline are calibrated on, in place of prompts of our own.
+        prompts: what the parts of a pipeline are calibrated on, in place of those of its folder's prompts.txt, or of
+            ours.
         example: the keyword arguments of a call of the module; it is calibrated with other noise in its latents. What
             calibrates better are recorded calls (`record_inputs`), in the option ``calibration``. A list has calls of
             several kinds, the first of which is calibrated (docs/calibration.md).
@@ -75,6 +77,8 @@ def compile(
         decodes = pipelines.load_decoder(decoder) if isinstance(decoder, str | Path) else decoder
         whole = pipelines.load(model) if folder else model
         chosen = pipelines.ROLES if parts is None else parts
+        if isinstance(model, str | Path) and not prompts:
+            prompts = pipeline_parts.prompts(folder=place_of(model))
         return pipelines.compile_pipeline(
             whole, output, progress, parts=chosen, decoder=decodes, prompts=prompts, **options
         )

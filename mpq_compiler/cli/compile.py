@@ -35,7 +35,8 @@ def add(commands: options.Commands) -> None:
     )  # fmt: skip
     whole.add_argument("--decoder", metavar="DIR", help="folder of an autoencoder that decodes in the pipeline's stead")
     whole.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="prompts to calibrate on, one a line (default: 64 of our own)"
+        "--prompts", type=Path, metavar="FILE",
+        help="prompts to calibrate on, one a line (default: those of its prompts.txt, or 96 of our own)",
     )
     parser.add_argument("--target", default="native", help="mpqc targets lists them (default: this machine)")
     parser.add_argument(

@@ -71,7 +71,7 @@ def _of_pipeline(args: argparse.Namespace, options: Mapping[str, object]) -> dic
     from mpq_compiler.driver import pipeline as pipelines
     from mpq_compiler.evaluation.metrics import compare_images
     from mpq_compiler.evaluation.painter import check
-    from mpq_compiler.frontend import pipeline_parts
+    from mpq_compiler.frontend import checkpoint, pipeline_parts
     from mpq_compiler.runtime.pipeline import load_pipeline
     from mpq_compiler.sampling import loop
 
@@ -82,7 +82,8 @@ def _of_pipeline(args: argparse.Namespace, options: Mapping[str, object]) -> dic
     check(images, args.eval_steps, seed)
     pipe = load_pipeline(args.artifact, args.threads)
     guidance = pipe.guidance if args.guidance is None else args.guidance
-    texts = np.resize(prompts_of(args.prompts) or pipeline_parts.prompts(unseen=True), images).tolist()
+    unseen = pipeline_parts.prompts(unseen=True, folder=checkpoint.place_of(args.against))
+    texts = np.resize(prompts_of(args.prompts) or unseen, images).tolist()
     source = pipelines.load(args.against)
     denoiser = pipelines.require_parts(source, pipelines.ROLES)
     shape = pipe.part(pipe.denoiser).manifest["sampling"]["shape"]

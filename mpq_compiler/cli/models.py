@@ -16,12 +16,13 @@ def add(commands: Commands) -> None:
 
 
 def run(args: argparse.Namespace) -> Any:
-    """List the bundled models with their classes and bytes."""
+    """List the bundled models and pipelines with their classes and bytes."""
     from mpq_compiler.frontend import checkpoint
 
     described = []
-    for name, folder in checkpoint.bundled().items():
-        config = next(folder.glob("*/config.json"))
+    for name, folder in (checkpoint.bundled() | checkpoint.bundled_pipelines()).items():
+        index = folder / "model_index.json"
+        config = index if index.is_file() else next(folder.glob("*/config.json"))
         size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
         kind = json.loads(config.read_text(encoding="utf-8"))["_class_name"]
         described.append({"name": name, "class": kind, "bytes": size, "folder": str(folder)})

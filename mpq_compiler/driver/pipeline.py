@@ -40,7 +40,7 @@ from mpq_compiler.targets import table as targets
 
 ROLES = (TEXT, DENOISER, DECODER)
 """The parts that can be compiled, in the order of their work."""
-DRAWN = 64
+DRAWN = 96
 """Latents that a decoder is calibrated on, of small denoisers."""
 DRAWN_LARGE = 16
 """Their number for denoisers of more than `SMALL` parameters: each is a trajectory of the float model."""
@@ -331,15 +331,15 @@ def _decoder(parts: Parts, main: Part, options: Options, scratch: Path, context:
 
 def is_pipeline(model: str | Path) -> bool:
     """Whether a folder holds a diffusers pipeline that draws prompts, whole or not."""
-    index = Path(model) / "model_index.json"
+    index = checkpoint.place_of(model) / "model_index.json"
     if not index.is_file():
         return False
     parts = checkpoint.read_json(index).items()
     return any(name.startswith("text_encoder") and isinstance(kind, list) and kind[0] for name, kind in parts)
 
 
-def load(folder: str | Path) -> DiffusersPipeline:
-    """Loads the diffusers pipeline of a folder, in float32 to its code. UserError: it cannot be loaded.
+def load(source: str | Path) -> DiffusersPipeline:
+    """Loads the diffusers pipeline of a folder or a bundled name, in float32 to its code. UserError: it does not load.
 
     Large weights in half precision stay so, those of the denoiser in their file (`frontend.widened`).
     """
@@ -348,19 +348,19 @@ def load(folder: str | Path) -> DiffusersPipeline:
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
-    place = checkpoint.locate(folder)
+    place, folder = checkpoint.locate(source), checkpoint.place_of(source)
     parts: dict[str, torch.nn.Module] = {place.denoiser.name: checkpoint_module.read(place, by_calls=True).eval()}
     try:
-        for name, kind in checkpoint.read_json(Path(folder) / "model_index.json").items():
+        for name, kind in checkpoint.read_json(folder / "model_index.json").items():
             if name.startswith("text_encoder") and isinstance(kind, list) and kind[0] == transformers.__name__:
                 encoder = getattr(transformers, kind[1])
-                parts[name] = encoder.from_pretrained(Path(folder) / name, dtype="auto", local_files_only=True).eval()
+                parts[name] = encoder.from_pretrained(folder / name, dtype="auto", local_files_only=True).eval()
                 widen(parts[name])
         from_pretrained: Callable[..., DiffusersPipeline] = diffusers.DiffusionPipeline.from_pretrained
         made = from_pretrained(folder, **LOADED, **parts)
     except Exception as error:  # loading runs code of two libraries
         raise UserError(
-            f"the pipeline '{folder}' cannot be loaded ({type(error).__name__}: {one_line(error)}); "
+            f"the pipeline '{source}' cannot be loaded ({type(error).__name__}: {one_line(error)}); "
             "--parts denoiser compiles its denoiser alone"
         ) from error
     return made

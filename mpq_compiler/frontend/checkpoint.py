@@ -50,16 +50,24 @@ def bundled() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(MODELS.glob("*/harness.json"))}
 
 
+def bundled_pipelines() -> dict[str, Path]:
+    """The pipelines from prompt to picture that ship with the package, by name."""
+    return {path.parent.name: path.parent for path in sorted(MODELS.glob("*/model_index.json"))}
+
+
+def place_of(model: str | Path) -> Path:
+    """The folder of a bundled name, else the path itself."""
+    return (bundled() | bundled_pipelines()).get(str(model), Path(model)) if isinstance(model, str) else model
+
+
 def locate(model: str | Path) -> Location:
     """Finds a model on disk: a bundled name, a denoiser's or a pipeline's folder, or a hub id, alone or with a commit.
 
     Raises:
         UserError: there is no such model, or the folder has no denoiser.
     """
-    path = Path(model)
-    if isinstance(model, str) and model in bundled():
-        path = bundled()[model]
-    elif not path.exists():
+    path = place_of(model)
+    if not path.exists():
         return _from_hub(str(model))
     if path.is_file():
         raise UserError(f"'{path}' is a file; name the folder that holds config.json and the safetensors")
@@ -98,7 +106,8 @@ def _denoiser(path: Path) -> Path | None:
 
 def _from_hub(model: str) -> Location:
     """The denoiser in the local copy of the hub's repository `owner/name`, downloaded where it is not cached."""
-    missing = UserError(f"there is no folder and no bundled model '{model}'; {nearest(model, bundled())}")
+    known = bundled() | bundled_pipelines()
+    missing = UserError(f"there is no folder and no bundled model '{model}'; {nearest(model, known)}")
     if (name := hub.parse(model)) is None:
         raise missing
     try:

@@ -29,13 +29,20 @@ PROBES = ("A red Fox in the snow", " two ships, and a Lighthouse by  the sea ")
 """Prompts that a pipeline is watched with: of different lengths, with capitals, and spaces that may be stripped."""
 
 
-CALIBRATING = 64
-"""The number of prompts of our own that pipelines are calibrated on; those behind them are for judging."""
+CALIBRATING = 96
+"""The number of prompts that pipelines are calibrated on; those behind them are for judging."""
+PROMPTS = "prompts.txt"
+"""The file of prompts, one a line."""
 
 
-def prompts(unseen: bool = False) -> list[str]:
-    """The prompts of our own that pipelines are calibrated on; or those that nothing is calibrated on."""
-    found = Path(__file__).with_name("prompts.txt").read_text(encoding="utf-8").splitlines()
+def prompts(unseen: bool = False, folder: Path | None = None) -> list[str]:
+    """The prompts that pipelines are calibrated on; or those that nothing is calibrated on.
+
+    Those of the pipeline's folder where it has some in `PROMPTS`, else our own.
+    """
+    own = folder is not None and (folder / PROMPTS).is_file()
+    file = folder / PROMPTS if folder is not None and own else Path(__file__).with_name(PROMPTS)
+    found = file.read_text(encoding="utf-8").splitlines()
     return found[CALIBRATING:] if unseen else found[:CALIBRATING]
 
 
