@@ -92,7 +92,7 @@ def _of_pipeline(args: argparse.Namespace, options: Mapping[str, object]) -> dic
         ours, theirs = [], []
         for text, one in zip(texts, noise, strict=True):
             said = None if pipe.document["guidance"] is None else guidance
-            theirs.append(pipeline_parts.drawn(source, denoiser, text, one[None], args.eval_steps, said))
+            theirs.append(pipeline_parts.drawn(source, denoiser, text, one[None], args.eval_steps, said, pipe.size))
             advance(1)
             ours.append(pipe.decode(pipe.latents([text], steps=args.eval_steps, guidance=guidance, noise=one[None])))
             advance(1)

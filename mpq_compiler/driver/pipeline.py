@@ -143,7 +143,10 @@ def compile_pipeline(
         files = {_tokenizer_file(tokens.name): tokens.model.encode() for tokens in taken.tokens if TEXT in parts}
         if chosen.emit and {*parts} == {*ROLES}:  # with less than all nothing is drawn
             files |= _program(folder, sorted(reports), chosen)
-        return describe(taken, parts), files
+        described = describe(taken, parts)
+        if chosen.guidance is not None and taken.guidance is not None:
+            described["guidance"] = chosen.guidance  # what it is calibrated with is its own from now on
+        return described, files
 
     document = pipelines.write(output, fill, chosen.overwrite)
     roles = {name: part["role"] for name, part in document["parts"].items()}
@@ -289,11 +292,16 @@ def _denoiser(
     given = conditions_of(parts, texts, context, parts.encoded)
     with (scratch / "conditions.safetensors").open("wb") as stream:
         tensorfile.save(stream, given)
-    scheduler, note = schedulers.from_config(schedulers.config_of(source.scheduler))
-    tokens = next((v.shape[1] for n, v in given.items() if n == "encoder_hidden_states"), None)
-    made = denoisers.wrap(
-        getattr(source, parts.denoiser), name=parts.denoiser, size=parts.size, tokens=tokens, scheduler=scheduler
-    )
+    module, note = getattr(source, parts.denoiser), None
+    if (seen := parts.seen) is not None:
+        made = denoisers.wrap_seen(
+            module, seen.arguments, seen.inputs, name=parts.denoiser, unit=seen.unit, scheduler=seen.scheduler
+        )
+        options = replace(options, shapes=None)  # it is of the size at which it was seen
+    else:
+        scheduler, note = schedulers.from_config(schedulers.config_of(source.scheduler))
+        tokens = next((v.shape[1] for n, v in given.items() if n == "encoder_hidden_states"), None)
+        made = denoisers.wrap(module, name=parts.denoiser, size=parts.size, tokens=tokens, scheduler=scheduler)
     guidance = parts.guidance if options.guidance is None else options.guidance
     known = {n for n in given if n.removeprefix(NULL) in made.conditioning.inputs}
     if missing := [name for name in made.conditioning.needed if name not in known]:

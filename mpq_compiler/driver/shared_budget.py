@@ -60,6 +60,8 @@ class Share(TypedDict):
     """The noise of pictures, mean squared error at values from 0 to 1, by the relative noise of the part's output."""
     loss: float
     """The noise of pictures that the plan expects of the part."""
+    least_bytes: int
+    """What it takes at least."""
     equal_bytes: int
     """What it would have got at equal bits."""
     equal_loss: float
@@ -132,6 +134,7 @@ def shares(
             bytes=plan[name][0],
             gain=gains[name],
             loss=plan[name][1],
+            least_bytes=least[name],
             equal_bytes=equal[name],
             equal_loss=_plan({name: tables[name]}, gains, max(equal[name], least[name]))[name][1],
         )

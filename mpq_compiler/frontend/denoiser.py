@@ -7,7 +7,7 @@ its `forward` and its configuration say which tensors it takes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from mpq_compiler.sampling import call_tree, schedulers
 from mpq_compiler.sampling import loop as sampling
 from mpq_compiler.sampling.call_tree import TIME, CallForm
 from mpq_compiler.sampling.conditioning import LABELS, TEXT, Conditioning, Conditions
+from mpq_compiler.sampling.convention import Convention
 from mpq_compiler.sampling.schedulers import DDIM, FlowMatchEuler, Scheduler
 from mpq_compiler.sampling.text_encoder import TextEncoder
 from mpq_compiler.support.errors import UserError, nearest
@@ -109,6 +110,11 @@ class Denoiser:
         )
 
     @property
+    def seen(self) -> bool:
+        """Whether its call is of no known form, and was seen in a pipeline (`wrap_seen`)."""
+        return isinstance(self.module, TensorModule) and self.module.seen
+
+    @property
     def whole(self) -> bool:
         """Whether it can draw alone: its calls are known, and it predicts all channels of the latents that it takes."""
         if isinstance(self.module, CallModule):
@@ -145,7 +151,7 @@ class Denoiser:
     @property
     def fixed(self) -> dict[str, list[float]]:
         """Values of the inputs that need not be chosen (`input_specs.fixed_values`)."""
-        return {} if isinstance(self.module, CallModule) else fixed_values(self.input_specs)
+        return {} if isinstance(self.module, CallModule) or self.seen else fixed_values(self.input_specs)
 
     def resized(self, height: int, width: int) -> Denoiser:
         """The model on latents of another height and width. UserError: it takes none of that size."""
@@ -154,6 +160,8 @@ class Denoiser:
                 f"'{self.name}' is compiled for its recorded calls, which have one size: leave --shapes out, and "
                 "record calls of the other size"
             )
+        if self.seen:
+            raise UserError(f"'{self.name}' is compiled as its pipeline called it, at one size: leave --shapes out")
         tokens = self.input_specs[TEXT].sample[0] if TEXT in self.input_specs else None
         specs, _ = specs_of(self.module.model, self.config, (height, width), tokens)
         specs["timestep"] = self.input_specs["timestep"]
@@ -474,6 +482,35 @@ def wrap(
         notes=tuple(notes),
     )
     return _with_time(wrapped)
+
+
+def wrap_seen(
+    model: torch.nn.Module,
+    call: Mapping[str, torch.Tensor],
+    inputs: Sequence[str],
+    *,
+    name: str,
+    unit: float,
+    scheduler: Scheduler,
+) -> Denoiser:
+    """Wraps a module as the `Denoiser` of a call that its pipeline was seen to make.
+
+    The module itself is taken: it is in float32 and frozen from then on.
+
+    Args:
+        model: the module.
+        call: the arguments of the call.
+        inputs: those that vary, the latents first; others are constants of the denoiser, but for the time.
+        name: its name in messages and reports.
+        unit: what the scheduler's times are divided by.
+        scheduler: the pipeline's.
+    """
+    constants = {n: value for n, value in call.items() if n not in (*inputs, TIME)}
+    latent, *conditions = inputs
+    specs = {n: InputSpec(n, ("B", *call[n].shape[1:]), torch.float32) for n in (latent, TIME, *conditions)}
+    convention = Convention(timestep_unit=unit, baked=tuple(constants))
+    module = TensorModule(model.float().eval().requires_grad_(False), specs, convention, constants)
+    return Denoiser(name, module.eval(), specs, scheduler, config=dict(getattr(model, "config", {})))
 
 
 def _with_time(denoiser: Denoiser) -> Denoiser:

@@ -70,13 +70,23 @@ class TensorModule(torch.nn.Module):
     embeddings), and are kept here as buffers.
     """
 
-    def __init__(self, model: torch.nn.Module, specs: Mapping[str, InputSpec]) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        specs: Mapping[str, InputSpec],
+        convention: Convention | None = None,
+        constants: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Takes a model of a known kind, or one whose ``convention`` and constant arguments were seen in a call."""
         super().__init__()
         self.model = model
-        self.convention = convention_of(model)
+        self.convention = convention or convention_of(model)
         self.latent = next(iter(specs))
+        self.seen = convention is not None
+        """Whether its call is of no known form."""
         self.tables: dict[str, list[str]] = {}
-        for name, tensors in _constants(model, specs).items():
+        held = _constants(model, specs) if constants is None else {name: (value,) for name, value in constants.items()}
+        for name, tensors in held.items():
             self.tables[name] = [f"{name}_{index}" for index in range(len(tensors))]
             for buffer, tensor in zip(self.tables[name], tensors, strict=True):
                 self.register_buffer(buffer, tensor, persistent=False)
@@ -283,7 +293,10 @@ def label_count(model: torch.nn.Module, config: Mapping[str, Any]) -> int | None
 
 def fixed_values(specs: Mapping[str, InputSpec]) -> dict[str, list[float]]:
     """Values of the inputs that need not be chosen: sizes of the image for SDXL, PixArt and Hunyuan-DiT."""
-    _, height, width = next(iter(specs.values())).sample
+    latents = next(iter(specs.values())).sample
+    if len(latents) != 3:
+        return {}  # no image: the call is of no known form
+    _, height, width = latents
     pixels = [float(_VAE_SCALE * side) for side in (height, width)]
     fixed = {
         "time_ids": [*pixels, 0.0, 0.0, *pixels],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,13 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpq_compiler.frontend.input_specs import convention_of
-from mpq_compiler.frontend.watch_pipeline import DiffusersPipeline, EncoderCall, Watched, watch
-from mpq_compiler.sampling.call_tree import Arguments, Tree, Value
+from mpq_compiler.frontend.input_specs import convention_of, specs_of
+from mpq_compiler.frontend.watch_pipeline import (
+    DiffusersPipeline,
+    EncoderCall,
+    Watched,
+    begin_with,
+    schedule_of,
+    watch,
+)
+from mpq_compiler.frontend.watching import tensors_of
+from mpq_compiler.sampling.call_tree import TIME, Arguments, Tree, Value
 from mpq_compiler.sampling.conditioning import EMBEDDED
 from mpq_compiler.sampling.convention import Convention
 from mpq_compiler.sampling.glue import Glue, Step
 from mpq_compiler.sampling.prompt_tokens import Padding, Tokens
+from mpq_compiler.sampling.schedulers import Scheduler
 from mpq_compiler.support.errors import UserError
 
 SAVED = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
@@ -138,6 +148,18 @@ RunEncoder = Callable[[Encoding, dict[str, Tensor]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
+class SeenCall:
+    """A call of a denoiser as its pipeline was seen to make it."""
+
+    arguments: Mapping[str, Tensor]
+    inputs: tuple[str, ...]
+    """The arguments that vary, the latents first; others are constants, but for the time."""
+    unit: float
+    """What the scheduler's times are divided by."""
+    scheduler: Scheduler
+
+
+@dataclass(frozen=True)
 class Parts:
     """A pipeline taken apart."""
 
@@ -161,6 +183,8 @@ class Parts:
     """What the decoder takes (``z``), of ``latents`` as the scheduler gives them."""
     images: Glue
     """Images from 0 to 1 (``images``), of the decoder's ``sample``."""
+    seen: SeenCall | None
+    """The denoiser's call, where it is of no known form; None: it is (`input_specs`)."""
     guidance: float | None
     """The pipeline's guidance where none is asked for; None: it has none."""
     null: str | None
@@ -203,7 +227,7 @@ def take_apart(pipeline: DiffusersPipeline, denoiser: str, size: tuple[int, int]
     Args:
         pipeline: a diffusers pipeline from prompts to images, in float32 on the CPU. It is left as it is.
         denoiser: the attribute of its denoiser.
-        size: height and width of the latents; None takes the pipeline's.
+        size: height and width of the decoder's latents; None takes the pipeline's.
 
     Raises:
         UserError: it cannot be taken apart; the sentence names what stands in the way.
@@ -227,10 +251,15 @@ def take_apart(pipeline: DiffusersPipeline, denoiser: str, size: tuple[int, int]
     )
     _require_whole(pipeline, first)
     assert first.decoder and first.decoded is not None and first.called is not None and first.latents is not None
-    convention = convention_of(getattr(pipeline, denoiser))
+    module = getattr(pipeline, denoiser)
+    known = _is_known(module, first.called)
+    convention = convention_of(module) if known else Convention()
     given = convention.inputs(first.called)
     latent = next(name for name in ("sample", "hidden_states") if name in given)
     conditions, constants = _conditions(first, given, latent)
+    seen = None
+    if not known:
+        seen, constants = _seen(pipeline, first, latent, conditions, {**plain, "prompt": PROBES[0]}), Glue((), (), {})
     decoded = first.recorder.glue({"z": first.decoded}, "what its decoder takes")
     assert first.images is not None
     images = first.recorder.glue({"images": first.images}, "its images")
@@ -248,12 +277,46 @@ def take_apart(pipeline: DiffusersPipeline, denoiser: str, size: tuple[int, int]
         decoder=Decoder(getattr(pipeline, first.decoder), first.decoded),
         decoded=decoded,
         images=images,
+        seen=seen,
         guidance=usual.get("guidance_scale"),
         null=None,
         steps=int(usual.get("num_inference_steps") or 50),
     )
     _require_same(parts, convention.inputs(second.called or {}), PROBES[1])
     return _with_guidance(parts, pipeline, {**plain, "prompt": PROBES[0]}, given, convention)
+
+
+def _is_known(module: nn.Module, call: Arguments) -> bool:
+    """Whether a call is of a form that is known of the module's arguments (`input_specs`)."""
+    try:
+        convention = convention_of(module)
+        given = convention.inputs(call)
+        latents = given["sample" if "sample" in given else "hidden_states"]
+        text = given.get("encoder_hidden_states")
+        tokens = None if text is None else text.shape[1]
+        specs_of(module, dict(getattr(module, "config", {})), tuple(latents.shape[-2:]), tokens)
+    except (UserError, KeyError, IndexError, RuntimeError, ValueError):
+        return False
+    return True
+
+
+def _seen(pipeline: DiffusersPipeline, watched: Watched, latent: str, conditions: Glue, call: Arguments) -> SeenCall:
+    """The denoiser's call, which is of no known form. UserError: the scheduler is not given what the denoiser gives."""
+    arguments, kind = watched.called or {}, type(pipeline).__name__
+    alone = "; compile its denoiser alone with --parts denoiser"
+    if odd := [name for name, value in arguments.items() if not isinstance(value, Tensor)]:
+        raise UserError(f"{kind} gives its denoiser '{odd[0]}', which is no tensor{alone}")
+    predicted, time, latents = watched.taken
+    if not torch.equal(latents.float(), arguments[latent].float()):
+        raise UserError(f"{kind} gives its denoiser other latents than its scheduler{alone}")
+    if not torch.equal(predicted.float(), tensors_of(watched.predicted)[0].float()):
+        raise UserError(f"{kind} gives its scheduler another prediction than its denoiser's{alone}")
+    given = arguments[TIME].reshape(-1)[0].double()
+    unit = next((unit for unit in (1.0, 1000.0) if torch.isclose(given * unit, time.double(), rtol=1e-5)), None)
+    if unit is None:
+        raise UserError(f"{kind} gives its denoiser {float(given):g} for the time {float(time):g}{alone}")
+    inputs = (latent, *conditions.results, *(name for name in EMBEDDED if name in arguments))
+    return SeenCall(dict(arguments), inputs, unit, schedule_of(pipeline, **call))
 
 
 def _require_whole(pipeline: DiffusersPipeline, seen: Watched) -> None:
@@ -333,22 +396,33 @@ def _with_guidance(
     if parts.guidance is None or any(name in given for name in EMBEDDED):
         return parts
     seen = watch(pipeline, parts.denoiser, **call, guidance_scale=max(2.0, parts.guidance))
-    given = convention.inputs(seen.called or {})
+    calls = [convention.inputs(each) for each in seen.calls]
     for null in ("empty", "zeros"):
         tried = replace(parts, null=null)
         found = tried.unconditional()
         assert found is not None
-        if all(
-            len(given[name]) == 2 and np.allclose(given[name][:1].numpy(), value, rtol=1e-4, atol=1e-5)
-            for name, value in found.items()
-        ):
+        if any(_is_guided(given, found, len(calls)) for given in calls):
             return tried
     return replace(parts, guidance=None)
 
 
+def _is_guided(given: Arguments, null: Mapping[str, np.ndarray], calls: int) -> bool:
+    """Whether a guided call has these conditions: in the first half of its batch, or in one of two calls."""
+    return all(
+        len(given[name]) * calls == 2 and np.allclose(given[name][:1].numpy(), value, rtol=1e-4, atol=1e-5)
+        for name, value in null.items()
+    )
+
+
 @torch.no_grad()
 def drawn(
-    pipeline: DiffusersPipeline, denoiser: str, prompt: str, noise: np.ndarray, steps: int, guidance: float | None
+    pipeline: DiffusersPipeline,
+    denoiser: str,
+    prompt: str,
+    noise: np.ndarray,
+    steps: int,
+    guidance: float | None,
+    size: tuple[int, int],
 ) -> np.ndarray:
     """What a pipeline itself draws of a prompt, f32 [1, channels, H, W] from 0 to 1.
 
@@ -356,19 +430,23 @@ def drawn(
         pipeline: a diffusers pipeline; left as it is.
         denoiser: the attribute of its denoiser.
         prompt: what is drawn.
-        noise: the initial latents [1, C, H, W].
+        noise: the initial latents [1, C, H, W], or [1, tokens, C] where the denoiser's call is of no known form.
         steps: sampling steps.
         guidance: the pipeline's guidance; None leaves its own.
+        size: height and width of the picture.
     """
     pipeline.set_progress_bar_config(disable=True)
-    latents = convention_of(getattr(pipeline, denoiser)).pack(torch.from_numpy(noise))
-    call: Arguments = {"prompt": prompt, "latents": latents, "num_inference_steps": steps, "output_type": "pt"}
+    call: Arguments = {"prompt": prompt, "num_inference_steps": steps, "output_type": "pt"}
     call |= {} if guidance is None else {"guidance_scale": guidance}
     taken = inspect.signature(pipeline.__call__).parameters
     if "height" in taken:
-        scale = pipeline.vae_scale_factor
-        call |= {"height": noise.shape[2] * scale, "width": noise.shape[3] * scale}
+        call |= {"height": size[0], "width": size[1]}
     if "use_resolution_binning" in taken:
         call["use_resolution_binning"] = False
-    images: np.ndarray = pipeline(**call).images.numpy()
+    with ExitStack() as stack:
+        if noise.ndim == 4:
+            call["latents"] = convention_of(getattr(pipeline, denoiser)).pack(torch.from_numpy(noise))
+        else:  # what a pipeline makes of latents that it is given is not known, what it makes of its own is
+            begin_with(stack, pipeline, torch.from_numpy(noise))
+        images: np.ndarray = pipeline(**call).images.numpy()
     return images

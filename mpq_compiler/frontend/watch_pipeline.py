@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
@@ -21,9 +22,10 @@ from mpq_compiler.frontend.call_module import arguments_of
 from mpq_compiler.frontend.checkpoint import DENOISERS
 from mpq_compiler.frontend.checkpoint_module import one_line
 from mpq_compiler.frontend.watching import tensors_of
-from mpq_compiler.sampling import call_tree
+from mpq_compiler.sampling import call_tree, schedulers
 from mpq_compiler.sampling.call_tree import Arguments, Value
 from mpq_compiler.sampling.glue import OPERATORS, Glue, Ref, Step
+from mpq_compiler.sampling.schedulers import FlowMatchEuler, Scheduler
 from mpq_compiler.support.errors import UserError
 
 DiffusersPipeline = Value
@@ -34,6 +36,8 @@ NAMES = {"reshape": "view", "_unsafe_view": "view", "split_with_sizes": "split",
 """Operators by the name of an equal one."""
 PLACES = {"device", "layout", "memory_format", "non_blocking", "pin_memory", "copy"}
 """Arguments that say where a tensor lies, and nothing of its values."""
+SCHEDULES = (2, 5, 9)
+"""Numbers of steps whose schedules are looked at: two tell a line, the third that it is one."""
 LARGEST = 4096
 """The most elements of a tensor that a pipeline has for its glue, such as the means of latents."""
 
@@ -68,8 +72,12 @@ class Watched:
     recorder: Recorder
     tokenized: list[Tokenized] = field(default_factory=list)
     encoded: list[EncoderCall] = field(default_factory=list)
-    called: Arguments | None = None
-    """The arguments of the denoiser's first call, by name."""
+    calls: list[Arguments] = field(default_factory=list)
+    """The arguments by name of the denoiser's calls in the first step: of a guided step there may be two."""
+    predicted: Value = None
+    """What the denoiser's first call gave."""
+    taken: tuple[Tensor, ...] = ()
+    """What the scheduler's first step was given: the prediction, the time and the latents."""
     latents: Tensor | None = None
     """What the scheduler's last step gave."""
     decoder: str | None = None
@@ -80,6 +88,11 @@ class Watched:
     """What the decoder gave."""
     images: Tensor | None = None
     """What the pipeline gave: [N, channels, H, W] from 0 to 1."""
+
+    @property
+    def called(self) -> Arguments | None:
+        """The arguments of the denoiser's first call; None: there was none."""
+        return self.calls[0] if self.calls else None
 
 
 class Recorder(TorchDispatchMode):
@@ -116,9 +129,13 @@ class Recorder(TorchDispatchMode):
         self, func: OpOverload, types: object, args: tuple[Value, ...] = (), kwargs: Arguments | None = None
     ) -> Value:
         kwargs = kwargs or {}
+        recorded = not self.inside and any(map(self.comes_from_sources, tensors_of((args, kwargs))))
+        before = args
+        if recorded and func._schema.is_mutable and not self.comes_from_sources(args[0]):
+            before = (args[0].clone(), *args[1:])  # a tensor of its own, which is about to be written to
         output = func(*args, **kwargs)
-        if not self.inside and any(map(self.comes_from_sources, tensors_of((args, kwargs)))):
-            self._record(func, args, kwargs, output)
+        if recorded:
+            self._record(func, before, kwargs, output)
         return output
 
     def _record(self, func: OpOverload, args: tuple[Value, ...], kwargs: Arguments, output: Value) -> None:
@@ -161,10 +178,14 @@ class Recorder(TorchDispatchMode):
         if isinstance(value, Tensor):
             if id(value) in self._values:
                 return Ref(self._values[id(value)])
-            if value.numel() > LARGEST:
+            least = _unrepeated(value)
+            if least.numel() > LARGEST:
                 raise UserError(f"the pipeline computes with a tensor {list(value.shape)} of its own between its parts")
-            self.steps.append(Step("array", (value.tolist(), str(value.dtype).removeprefix("torch."))))
+            self.steps.append(Step("array", (least.tolist(), str(value.dtype).removeprefix("torch."))))
             self._made.append(~(len(self.steps) - 1))
+            if least.shape != value.shape:
+                self.steps.append(Step("expand", (Ref(len(self._made) - 1), [*value.shape])))
+                self._made.append(~(len(self.steps) - 1))
             return Ref(len(self._made) - 1)
         if isinstance(value, list | tuple):
             return [self._argument(part) for part in value]
@@ -207,6 +228,15 @@ class Recorder(TorchDispatchMode):
         return Glue(sources, renamed, {name: place[index] for name, index in wanted.items()})
 
 
+def _unrepeated(value: Tensor) -> Tensor:
+    """The least tensor that expands to this one: dimensions along which it repeats itself have one element."""
+    for axis, size in enumerate(value.shape):
+        first = value.narrow(axis, 0, 1) if size else value
+        if size > 1 and torch.equal(first.expand_as(value), value):
+            value = first
+    return value
+
+
 def _refs(args: Value) -> list[int]:
     if isinstance(args, Ref):
         return [args.index]
@@ -231,6 +261,66 @@ def require_cpu(pipeline: DiffusersPipeline, denoiser: str) -> None:
     """Raises a UserError where a pipeline is on a GPU."""
     if (device := next(getattr(pipeline, denoiser).parameters()).device).type != "cpu":
         raise UserError(f"the pipeline is on {device}, and is compiled on the CPU: pipeline.to('cpu')")
+
+
+@torch.no_grad()
+def schedule_of(pipeline: DiffusersPipeline, **call: Value) -> Scheduler:
+    """The scheduler of a pipeline with what the pipeline itself tells it, found in three schedules; nothing is drawn.
+
+    UserError: its schedule is of no known kind.
+    """
+    scheduler, note = schedulers.from_config(schedulers.config_of(pipeline.scheduler))
+    kind = type(pipeline.scheduler).__name__
+    if note is not None or not isinstance(scheduler, FlowMatchEuler):
+        raise UserError(f"the pipeline's {kind} is not known here: compile its denoiser alone with --parts denoiser")
+    told = {steps: _told(pipeline, {**call, "num_inference_steps": steps}) for steps in SCHEDULES}
+    few, more, _ = SCHEDULES
+    if scheduler.use_dynamic_shifting:
+        a, b = (float(told[steps][0]) for steps in (few, more))
+        slope = (b - a) / (more - few)
+        scheduler = replace(scheduler, mu=(a - slope * few, slope))
+    for even in (False, True):
+        tried = replace(scheduler, even_sigmas=even)
+        if all(np.allclose(tried.timesteps(steps), times, rtol=1e-4) for steps, (_, times) in told.items()):
+            return tried
+    raise UserError(
+        f"the pipeline numbers the times of its {kind} in a way that is not known: compile its denoiser alone with "
+        "--parts denoiser"
+    )
+
+
+def begin_with(stack: ExitStack, pipeline: DiffusersPipeline, noise: Tensor) -> None:
+    """Has a pipeline begin with this noise until the stack is closed, in place of its own of the same shape."""
+    own = pipeline.prepare_latents
+
+    def prepared(*args: Value, **kwargs: Value) -> Value:
+        made = own(*args, **kwargs)
+        if isinstance(made, Tensor):
+            return noise if made.shape == noise.shape else made
+        return tuple(noise if isinstance(part, Tensor) and part.shape == noise.shape else part for part in made)
+
+    _replaced(stack, pipeline, "prepare_latents", prepared)
+
+
+class _Told(Exception):
+    """Ends a drawing whose schedule is known."""
+
+
+def _told(pipeline: DiffusersPipeline, call: Arguments) -> tuple[Value, np.ndarray]:
+    """The shift that a pipeline gives its scheduler, and the times that come of it."""
+    own = pipeline.scheduler.set_timesteps
+    found: list[tuple[Value, np.ndarray]] = []
+
+    @functools.wraps(own)
+    def told(*args: Value, **kwargs: Value) -> None:
+        own(*args, **kwargs)
+        found.append((kwargs.get("mu", 0.0), pipeline.scheduler.timesteps.numpy().copy()))
+        raise _Told
+
+    with ExitStack() as stack, suppress(_Told):
+        _replaced(stack, pipeline.scheduler, "set_timesteps", told)
+        pipeline(**call)
+    return found[0]
 
 
 @contextmanager
@@ -349,9 +439,12 @@ def _watch_denoiser(stack: ExitStack, watched: Watched, denoiser: nn.Module) -> 
     @functools.wraps(forward)
     def called(*args: Value, **kwargs: Value) -> Value:
         with _inside(watched.recorder):
-            if watched.called is None:
-                watched.called = arguments_of(denoiser, args, kwargs)
-            return forward(*args, **kwargs)
+            if watched.latents is None:  # in the first step
+                watched.calls.append(arguments_of(denoiser, args, kwargs))
+            output = forward(*args, **kwargs)
+        if watched.predicted is None:
+            watched.predicted = output
+        return output
 
     _replaced(stack, denoiser, "forward", called)
 
@@ -379,6 +472,9 @@ def _watch_scheduler(stack: ExitStack, watched: Watched, scheduler: Value) -> No
     def called(*args: Value, **kwargs: Value) -> Value:
         with _inside(watched.recorder):
             output = step(*args, **kwargs)
+        if watched.latents is None:
+            named = inspect.signature(step).bind(*args, **kwargs).arguments
+            watched.taken = tuple(torch.as_tensor(named[key]) for key in ("model_output", "timestep", "sample"))
         watched.latents = output[0]
         watched.recorder.source("latents", output[0])
         return output

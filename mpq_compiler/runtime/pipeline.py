@@ -130,6 +130,13 @@ class CompiledPipeline:
         return self._of_role(DENOISER)
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its pictures. UserError: it has no decoder."""
+        manifest = bundle.read_manifest(self._made.part(self._of_role(DECODER)))
+        height, width = manifest["functions"][0]["output"]["shape"][-2:]
+        return int(height or 0), int(width or 0)
+
+    @property
     def guidance(self) -> float:
         """The guidance where none is asked for."""
         return 1.0 if self.document["guidance"] is None else float(self.document["guidance"])

@@ -165,6 +165,7 @@ Strided = tuple[tuple[int, ...], list[tuple[int, tuple[int, ...]]]]
 
 def _strided(indices: Sequence[Array]) -> list[Strided]:
     """Elements by their places in buffers, as strided views; several where one does not do."""
+    indices = _even(indices)
     shape = indices[0].shape
     kept = [axis for axis, size in enumerate(shape) if size > 1]
     found = []
@@ -183,6 +184,24 @@ def _strided(indices: Sequence[Array]) -> list[Strided]:
     if len(sizes) > DIMENSIONS:
         return _by_rows(indices, kept[0])
     return [(tuple(sizes), [(first, tuple(steps)) for (first, _), steps in zip(found, merged, strict=True)])]
+
+
+def _even(indices: Sequence[Array]) -> Sequence[Array]:
+    """Splits dimensions along which a view goes on with another stride, as it does behind a reshape."""
+    axis = 0
+    while axis < indices[0].ndim:
+        size, first = indices[0].shape[axis], [0] * axis
+        for index in indices:
+            steps = np.diff(index[tuple(first)].reshape(size, -1)[:, 0])
+            odd = steps != steps[:1]
+            run = int(np.argmax(odd)) + 1 if odd.any() else size
+            if size % run == 0 and run < size:
+                shape = [*index.shape[:axis], size // run, run, *index.shape[axis + 1 :]]
+                indices = [each.reshape(shape) for each in indices]
+                break
+        else:
+            axis += 1
+    return indices
 
 
 def _by_rows(indices: Sequence[Array], axis: int) -> list[Strided]:

@@ -151,6 +151,14 @@ def _pad(x: Array, amounts: Sequence[int], value: float = 0.0) -> Array:
     return np.pad(x, ahead + pairs, constant_values=value)
 
 
+def _scatter(x: Array, axis: int, index: Array, values: Array) -> Array:
+    """Places rows by their numbers, which are a permutation."""
+    rows = np.moveaxis(index, axis, 0).reshape(index.shape[axis], -1)[:, 0]
+    if values.shape != x.shape or not np.array_equal(np.sort(rows), np.arange(x.shape[axis])):
+        raise UserError("the pipeline places values between its parts in a way that is not known here")
+    return np.take(values, np.argsort(rows), axis)
+
+
 OPERATORS: dict[str, Callable[..., Value]] = {
     "add": lambda a, b: a + _f32(b),
     "array": lambda values, dtype: np.array(values, dtype),
@@ -167,6 +175,7 @@ OPERATORS: dict[str, Callable[..., Value]] = {
     "permute": lambda x, axes: np.transpose(x, axes),
     "repeat": lambda x, counts: np.tile(x, counts),
     "rsub": lambda a, b: _f32(b) - a,
+    "scatter": _scatter,
     "select": lambda x, axis, index: np.take(x, index, axis),
     "slice": _slice,
     "split": _split,

@@ -330,6 +330,10 @@ class FlowMatchEuler(Scheduler):
     time_shift_type: str = "exponential"
     image_seq_len: int = 4096
     """Tokens of an image, on which dynamic shifting depends; the pipeline states them, diffusers' configuration not."""
+    mu: tuple[float, ...] | None = None
+    """What shifts times dynamically in place of that number of tokens, as FLUX.2's pipeline has it: a number, and what
+    each step of the trajectory adds to it.
+    """
     even_sigmas: bool = False
     """Whether unshifted sigmas go evenly from 1 to 1/steps, as in Flux's pipeline, and not to the smallest of training.
     """
@@ -351,11 +355,13 @@ class FlowMatchEuler(Scheduler):
     def fractional(self) -> bool:
         return True
 
-    def _shifted(self, sigmas: Array) -> Array:
+    def _shifted(self, sigmas: Array, steps: int) -> Array:
         if not self.use_dynamic_shifting:
             return self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
         mu = self.base_shift + slope * (self.image_seq_len - self.base_image_seq_len)
+        if self.mu:
+            mu = self.mu[0] + self.mu[1] * steps
         weight = math.exp(mu) if self.time_shift_type == "exponential" else mu
         return weight / (weight + (1 / sigmas - 1))
 
@@ -367,9 +373,9 @@ class FlowMatchEuler(Scheduler):
         else:
             ends = np.array([1.0, 1 / self.num_train_timesteps])
             # diffusers shifts the ends, and then everything between them once more
-            ends = ends if self.use_dynamic_shifting else self._shifted(ends)
+            ends = ends if self.use_dynamic_shifting else self._shifted(ends, steps)
             values = np.linspace(float(ends[0]), float(ends[1]), steps)
-        values = self._shifted(values)
+        values = self._shifted(values, steps)
         if self.shift_terminal and steps > 1:
             values = 1 - (1 - values) * (1 - self.shift_terminal) / (1 - values[-1])
         return np.append(values, 0.0).astype(np.float32)

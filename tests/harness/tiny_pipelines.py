@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtSigmaPipeline,
@@ -30,6 +33,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
 )
@@ -185,15 +190,41 @@ def flux() -> Pipeline:
     )  # fmt: skip
 
 
+def klein() -> Pipeline:
+    """A language model reads the prompt as a question, and the denoiser is called in a way that is not known."""
+    tokenizer = clip_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}question {{ m['content'] }} answer{% endfor %}"
+    tokenizer.model_max_length = 512
+    encoder = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=28, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=512,
+    )  # fmt: skip
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=96, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    decoder = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8,
+    )  # fmt: skip
+    decoder.bn.running_mean.normal_()
+    decoder.bn.running_var.uniform_(0.5, 2)
+    return Flux2KleinPipeline(
+        FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), decoder.eval(), Qwen3ForCausalLM(encoder).eval(),
+        tokenizer, transformer.eval(),
+    )  # fmt: skip
+
+
 FAMILIES: dict[str, Callable[[], Pipeline]] = {
     "stable-diffusion": stable_diffusion,
     "sdxl": sdxl,
     "pixart": pixart,
     "sd3": sd3,
     "flux": flux,
+    "klein": klein,
 }
-SIZES = {"flux": (8, 8)}
-"""Height and width of the latents, where they are not the configuration's."""
+SIZES = {"flux": (8, 8), "klein": (8, 8)}
+"""Height and width of the decoder's latents, where they are not the configuration's."""
 
 
 def pipeline(name: str) -> Pipeline:

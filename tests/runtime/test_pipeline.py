@@ -22,7 +22,7 @@ from tests.harness import compiled_pipeline, tiny_pipelines
 
 PROMPT = "a red fox in the sea"
 KNOWN_SCHEDULER = {"stable-diffusion", "sdxl", "sd3", "flux"}
-"""Families whose scheduler is not replaced by another: with the same parts diffusers draws the same pictures."""
+"""Families whose scheduler is not replaced, and whose pipeline calls its decoder alone: with the same parts diffusers draws the same pictures."""
 LEAST_DB = 33.0
 """PSNR of pictures at 8 bits; those of random weights, which is low for these."""
 
@@ -42,11 +42,13 @@ def drawn_by_diffusers(
         setattr(source, part, stand_in)
     shape = compiled.part(compiled.denoiser).manifest["sampling"]["shape"]
     call["latents"] = torch.from_numpy(compiled._convention.pack(loop.gaussian(1, tuple(shape), seed)))
+    if name == "klein":  # which takes its latents as images, and has them as tokens
+        call["latents"] = call["latents"].transpose(1, 2).unflatten(2, (4, 4))
     if (size := tiny_pipelines.SIZES.get(name)) is not None:
         call |= {"height": size[0] * source.vae_scale_factor, "width": size[1] * source.vae_scale_factor}
     if name == "pixart":
         call["use_resolution_binning"] = False
-    return np.asarray(source(prompt, output_type="np", **call).images)
+    return np.asarray(source(prompt=prompt, output_type="np", **call).images)
 
 
 @pytest.mark.parametrize("name", tiny_pipelines.FAMILIES)
@@ -57,7 +59,8 @@ def test_draws_what_diffusers_draws(name: str) -> None:
     assert -10 * np.log10(np.square(found.pixels - expected).mean()) > LEAST_DB
     assert found.images[0].size == expected.shape[2:0:-1]
     assert np.abs(np.asarray(found.images[0], np.float32) / 255 - found.pixels[0]).max() <= 0.5001 / 255
-    stand_ins = {part: loaded(name).drop_in(part) for part in loaded(name).document["parts"]}
+    alike = [part for part in loaded(name).document["parts"] if (name, part) != ("klein", "vae")]
+    stand_ins = {part: loaded(name).drop_in(part) for part in alike}
     again = drawn_by_diffusers(name, PROMPT, 1, stand_ins, num_inference_steps=4)
     if name in KNOWN_SCHEDULER:
         assert -10 * np.log10(np.square(found.pixels - again).mean()) > 60
