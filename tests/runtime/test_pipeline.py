@@ -22,7 +22,9 @@ from tests.harness import compiled_pipeline, tiny_pipelines
 
 PROMPT = "a red fox in the sea"
 KNOWN_SCHEDULER = {"stable-diffusion", "sdxl", "sd3", "flux"}
-"""Families whose scheduler is not replaced, and whose pipeline calls its decoder alone: with the same parts diffusers draws the same pictures."""
+"""Families whose scheduler is not replaced, and whose pipeline calls its decoder alone: with the same parts diffusers
+draws the same pictures.
+"""
 LEAST_DB = 33.0
 """PSNR of pictures at 8 bits; those of random weights, which is low for these."""
 

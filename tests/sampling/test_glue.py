@@ -32,6 +32,7 @@ WRITTEN: dict[str, Any] = {
     "permute": lambda x, y: x.permute(2, 0, 1),
     "repeat": lambda x, y: x.repeat(1, 2, 1),
     "rsub": lambda x, y: torch.rsub(x, 1.0),
+    "scatter": lambda x, y: torch.zeros_like(x).scatter_(-1, torch.tensor([2, 0, 3, 1]).expand_as(x), x),
     "select": lambda x, y: x[:, -1],
     "slice": lambda x, y: x[:, 1:, ::2],
     "split": lambda x, y: x.split([1, 3], -1)[1] + x.split(2, -1)[0][..., :1],
@@ -105,3 +106,16 @@ def test_a_source_that_is_missing_is_named() -> None:
     glue, _ = recorded(WRITTEN["add"])
     with pytest.raises(UserError, match="'y' is missing, of which result is made"):
         glue(x=X.numpy())
+
+
+def test_a_place_that_is_taken_twice_is_refused() -> None:
+    glue, _ = recorded(lambda x, y: torch.zeros_like(x).scatter_(-1, torch.tensor([2, 0, 2, 1]).expand_as(x), x))
+    with pytest.raises(UserError, match="places values between its parts in a way that is not known"):
+        glue(x=X.numpy())
+
+
+def test_what_repeats_itself_is_kept_once() -> None:
+    glue, expected = recorded(lambda x, y: x + torch.arange(4.0).expand(100, 2, 3, 4)[0] * torch.ones(2, 3, 4))
+    arrays = [step.args[0] for step in glue.steps if step.op == "array"]
+    assert np.size(arrays[0]) == 4
+    np.testing.assert_array_equal(glue(x=X.numpy())["result"], expected.numpy())
