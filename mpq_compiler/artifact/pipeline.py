@@ -43,6 +43,24 @@ class TokensEntry(TokensData):
     file: str
 
 
+class Share(TypedDict):
+    """What a part got of one budget, and why."""
+
+    bytes: int
+    gain: float
+    """The noise of pictures, mean squared error at values from 0 to 1, by the relative noise of the part's output."""
+    loss: float
+    """The noise of pictures that the plan expects of the part."""
+    worth: float
+    """What the next kilobyte would take of that noise; where the budget is well spent, the same in every part."""
+    least_bytes: int
+    """What it takes at least."""
+    equal_bytes: int
+    """What it would have got at equal bits."""
+    equal_loss: float
+    """The noise of pictures that would have been expected then; at the least bytes where equal bits are too few."""
+
+
 class EncoderEntry(TypedDict):
     """A text encoder: its part, the glue that makes its arguments, and the sources that its results are.
 
@@ -79,6 +97,7 @@ class Description(TypedDict):
     guidance: float | None
     null: str | None
     steps: int
+    shares: NotRequired[dict[str, Share]]
 
 
 class Document(Description):

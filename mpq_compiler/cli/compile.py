@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpq_compiler.cli import options
+from mpq_compiler.cli import options, shares
 from mpq_compiler.support import terminal, usage
 from mpq_compiler.support.errors import UserError
 
@@ -152,7 +152,7 @@ def prompts_of(path: Path | None) -> list[str]:
     return prompts
 
 
-def _print_parts(output: str, report: PipelineReport, told: list[str]) -> None:
+def _print_parts(path: str, report: PipelineReport, told: list[str]) -> None:
     for note in report.notes:
         if note.partition(": ")[2] not in told:
             terminal.note(f"note: {note}")
@@ -168,20 +168,9 @@ def _print_parts(output: str, report: PipelineReport, told: list[str]) -> None:
         for name, part in report.parts.items()
     ]
     headers = ("part", "weights", "bits", "as f32", "SQNR", "fallbacks")
-    terminal.table(f"{output} for {report.target}", headers, rows, numeric=(1, 2, 3, 4, 5))
+    terminal.table(f"{path} for {report.target}", headers, rows, numeric=(1, 2, 3, 4, 5))
     if report.shares:
-        shares = [
-            (
-                name,
-                terminal.size(share["bytes"]),
-                f"{-10 * math.log10(max(share['loss'], 1e-20)):.1f} dB",
-                terminal.size(share["equal_bytes"]),
-                f"{-10 * math.log10(max(share['equal_loss'], 1e-20)):.1f} dB",
-            )
-            for name, share in report.shares.items()
-        ]
-        said = ("part", "of the budget", "pictures by it", "at equal bits", "pictures then")
-        terminal.table("one budget: the PSNR that is expected of pictures", said, shares, numeric=(1, 2, 3, 4))
+        shares.print_shares("one budget: the PSNR that is expected of pictures", report.shares)
 
 
 def _print_estimate(found: Estimate) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mpq_compiler.cli import output
+from mpq_compiler.cli import output, shares
 from mpq_compiler.cli.options import Commands
 from mpq_compiler.support import terminal
 from mpq_compiler.support.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from mpq_compiler.artifact.pipeline import Pipeline
 
 
 def add(commands: Commands) -> None:
@@ -20,7 +23,9 @@ def add(commands: Commands) -> None:
     what.add_argument("--pass", dest="pass_name", metavar="NAME", help="print the program after that pass")
     what.add_argument("--diff", nargs="+", metavar="PASS", help="what a pass changed, or the difference of two")
     what.add_argument("--bisect", action="store_true", help="the pass and the layer where the program went wrong")
-    what.add_argument("--why", metavar="LAYER", help="what decided on a layer's formats, with the numbers")
+    what.add_argument(
+        "--why", metavar="LAYER", help="what decided on a layer's formats, in numbers; of a pipeline PART or PART/LAYER"
+    )
     what.add_argument("--scores", action="store_true", help="by operation, unit and block (recipe qua2sedimo)")
     what.add_argument("--html", metavar="FILE", help="everything as one page, charts included")
     parser.add_argument("--layers", action="store_true", help="layer by layer: bits, bytes, loss")
@@ -52,6 +57,12 @@ def inspect(
 
     Raises UserError for a path that is neither, an unknown pass or layer, and options that do not fit.
     """
+    from mpq_compiler.artifact.pipeline import is_pipeline
+
+    if is_pipeline(path):
+        if pass_name or diff or bisect or scores or layers:
+            raise UserError(f"'{path}' is a pipeline: name one of its parts, such as {path}/unet, or ask --why PART")
+        return _pipeline(path, why)
     if why is not None:
         return _why(path, why)
     if scores:
@@ -66,6 +77,54 @@ def inspect(
     if layers:
         return _layers(path)
     return _bisect(path) if bisect else _dumps(path, pass_name, diff)
+
+
+def _pipeline(path: Path, why: str | None) -> dict[str, Any]:
+    """The parts of a pipeline; ``why``: a part, for what a byte is worth in it, or a layer as ``part/layer``."""
+    from mpq_compiler.artifact import bundle
+    from mpq_compiler.artifact import pipeline as pipelines
+
+    found = pipelines.read(path)
+    if why is not None:
+        name, _, layer = why.partition("/")
+        part = found.part(name)
+        return _why(part, layer) if layer else _worth(found, name)
+    manifests = {name: bundle.read_manifest(found.part(name)) for name in found.document["parts"]}
+    rows = [
+        (
+            name,
+            found.document["parts"][name]["role"],
+            terminal.size(manifest["weights"]["payload_bytes"]),
+            f"{manifest['weights']['average_bits']:.3f}",
+        )
+        for name, manifest in manifests.items()
+    ]
+    target = next(iter(manifests.values()))["target"]["name"]
+    headers = ("part", "role", "weights", "bits")
+    terminal.table(f"{found.document['name']} for {target}", headers, rows, numeric=(2, 3))
+    if shared := found.document.get("shares"):
+        shares.print_shares("one budget: the PSNR that is expected of pictures", shared)
+    return {
+        "name": found.document["name"],
+        "target": target,
+        "parts": {name: manifest["weights"] for name, manifest in manifests.items()},
+        "shares": shared or {},
+    }
+
+
+def _worth(found: Pipeline, name: str) -> dict[str, Any]:
+    """What a byte is worth in a part. UserError: the parts have no budget in common."""
+    if not (shared := found.document.get("shares")):
+        raise UserError(f"the parts of {found.path} were given their bytes apart: nothing was weighed between them")
+    total = sum(share["loss"] for share in shared.values())
+    shares.print_shares(f"what a byte is worth in '{name}', and in the others", {name: shared[name], **shared})
+    share = shared[name]
+    terminal.say(
+        f"'{name}' makes {100 * share['loss'] / total:.1f} % of the noise that is expected of pictures; its next "
+        f"kilobyte would take {100 * share['worth'] / total:.3f} % of all, for noise of its output counts "
+        f"{share['gain']:.3g} times in pictures"
+    )
+    return {"part": name, **share, "shares": shared}
 
 
 def write_page(path: Path) -> str:

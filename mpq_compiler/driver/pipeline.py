@@ -14,14 +14,14 @@ import torch
 from mpq_compiler.allocation import pose
 from mpq_compiler.artifact import bundle
 from mpq_compiler.artifact import pipeline as pipelines
-from mpq_compiler.artifact.pipeline import DECODER, DENOISER, TEXT, Description, EncoderEntry
+from mpq_compiler.artifact.pipeline import DECODER, DENOISER, TEXT, Description, EncoderEntry, Share
 from mpq_compiler.driver.budgets import parse_budget
 from mpq_compiler.driver.check import check
 from mpq_compiler.driver.compile import compile_denoiser
 from mpq_compiler.driver.options import Options, parse_shapes
 from mpq_compiler.driver.report import Report
 from mpq_compiler.driver.resolve import resolve, with_role
-from mpq_compiler.driver.shared_budget import STEPS, TOGETHER, Drawing, Part, Share, conditions_of, shares
+from mpq_compiler.driver.shared_budget import STEPS, TOGETHER, Drawing, Part, conditions_of, shares
 from mpq_compiler.frontend import call_file, checkpoint, checkpoint_module, pipeline_parts
 from mpq_compiler.frontend import denoiser as denoisers
 from mpq_compiler.frontend.checkpoint_module import one_line
@@ -146,7 +146,7 @@ def compile_pipeline(
         described = describe(taken, parts)
         if chosen.guidance is not None and taken.guidance is not None:
             described["guidance"] = chosen.guidance  # what it is calibrated with is its own from now on
-        return described, files
+        return described | ({"shares": shared} if shared else {}), files
 
     document = pipelines.write(output, fill, chosen.overwrite)
     roles = {name: part["role"] for name, part in document["parts"].items()}

@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from mpq_compiler.allocation import pose
 from mpq_compiler.allocation.problem import Problem
 from mpq_compiler.allocation.solver import solve
+from mpq_compiler.artifact.pipeline import Share
 from mpq_compiler.driver.held_out import held_out
 from mpq_compiler.driver.lower import lower
 from mpq_compiler.driver.measure import measure_sensitivity
@@ -45,27 +45,13 @@ STEPS = 10
 """The most steps of a picture."""
 TOGETHER = 4
 """The samples of a call."""
+MORE = 0.02
+"""How much more of its bytes tells what the next kilobyte is worth in a part."""
 ROOM = 1.25
 """How much more than its least bytes a part gets at least where its gain is measured."""
 
 Call = Callable[[dict[str, Tensor]], Tensor]
 """A part, simulated or not: inputs by name, its output [B, ...]."""
-
-
-class Share(TypedDict):
-    """What a part got of the budget, and why."""
-
-    bytes: int
-    gain: float
-    """The noise of pictures, mean squared error at values from 0 to 1, by the relative noise of the part's output."""
-    loss: float
-    """The noise of pictures that the plan expects of the part."""
-    least_bytes: int
-    """What it takes at least."""
-    equal_bytes: int
-    """What it would have got at equal bits."""
-    equal_loss: float
-    """The noise of pictures that would have been expected then; at the least bytes where equal bits are too few."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +120,7 @@ def shares(
             bytes=plan[name][0],
             gain=gains[name],
             loss=plan[name][1],
+            worth=_worth({name: tables[name]}, gains, *plan[name]),
             least_bytes=least[name],
             equal_bytes=equal[name],
             equal_loss=_plan({name: tables[name]}, gains, max(equal[name], least[name]))[name][1],
@@ -176,6 +163,13 @@ def _plan(
         spent[owner[key]] += sizes[key][choice]
         expected[owner[key]] += losses[key][choice]
     return {part: (spent[part], expected[part]) for part in tables}
+
+
+def _worth(table: Mapping[str, SensitivityTable], gains: Mapping[str, float], size: int, loss: float) -> float:
+    """What the next kilobyte would take of the noise of pictures, on average over `MORE` of the part's bytes."""
+    more = max(int(MORE * size), 1)
+    ((_, less),) = _plan(table, gains, size + more).values()
+    return max(loss - less, 0.0) / more * 1000
 
 
 def _gain(name: str, part: Part, size: int, drawing: Drawing, expected: np.ndarray) -> float:

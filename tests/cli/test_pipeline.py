@@ -206,7 +206,13 @@ def test_a_pipeline_is_verified_with_its_parts(tmp_path: Path, capsys: pytest.Ca
     out = Path(shutil.copytree(compiled_pipeline.path(), tmp_path / "a.mpq"))
     result = run(tmp_path, "verify", out, cache=False)
     assert schemas.check(result, "verify") is None and result["sha256"] == pipeline.read(out).document[pipeline.OWN]
-    assert "is a pipeline of several artifacts: name one of its parts" in refused(capsys, "inspect", out)
+    found = run(tmp_path, "inspect", out, cache=False)
+    assert schemas.check(found, "inspect") is None and [*found["parts"]] == ["text_encoder", "unet", "vae"]
+    assert "is a pipeline: name one of its parts" in refused(capsys, "inspect", out, "--layers")
+    assert "were given their bytes apart" in refused(capsys, "inspect", out, "--why", "vae")
+    assert "has no part 'vea'" in refused(capsys, "inspect", out, "--why", "vea")
+    layer = bundle.read(out / "vae").manifest["plan"]["layers"][0]["name"]
+    assert run(tmp_path, "inspect", out, "--why", f"vae/{layer}", cache=False)["parameter"] == layer
     (out / "vae" / bundle.KERNELS).write_bytes(b"")
     assert "kernels.so is truncated" in refused(capsys, "verify", out)
 

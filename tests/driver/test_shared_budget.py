@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from mpq_compiler import schemas
 from mpq_compiler.artifact import bundle
+from mpq_compiler.artifact import pipeline as pipelines
+from mpq_compiler.cli import mpqc
 from mpq_compiler.driver import pipeline, shared_budget
 from mpq_compiler.driver.options import Options
 from mpq_compiler.driver.pipeline import compile_pipeline
@@ -81,7 +83,9 @@ def test_no_choice_of_formats_has_less_loss(first: list, second: list, gain: flo
     assert sum(loss for _, loss in found.values()) == pytest.approx(best, rel=1e-5)
 
 
-def test_parts_share_a_budget(tmp_path: Path, few: dict[str, object]) -> None:
+def test_parts_share_a_budget(
+    tmp_path: Path, few: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
     source = tiny_pipelines.pipeline("stable-diffusion")
     report = compile_pipeline(source, tmp_path / "a.mpq", weights="700kB", **few)
     document = json.loads(json.dumps(report.to_json()))
@@ -94,6 +98,14 @@ def test_parts_share_a_budget(tmp_path: Path, few: dict[str, object]) -> None:
     together = sum(share["loss"] for share in report.shares.values())
     assert together < sum(share["equal_loss"] for share in report.shares.values())
     assert bundle.read(tmp_path / "a.mpq" / "vae").manifest["weights"]["payload_bytes"] == stored["vae"]
+    assert pipelines.read(tmp_path / "a.mpq").document["shares"] == report.shares
+    worths = [share["worth"] for share in report.shares.values()]
+    assert max(worths) < 50 * min(worth for worth in worths if worth)  # none is starved for another
+    assert mpqc.main(["inspect", str(tmp_path / "a.mpq"), "--why", "unet", "--json", str(tmp_path / "why.json")]) == 0
+    why = json.loads((tmp_path / "why.json").read_text())
+    assert schemas.check(why, "inspect") is None and why["worth"] == report.shares["unet"]["worth"]
+    said = capsys.readouterr().out
+    assert "what a byte is worth in 'unet'" in said and all(name in said for name in report.shares)
     pixels = load_pipeline(tmp_path / "a.mpq")("a red fox", steps=2).pixels
     assert np.isfinite(pixels).all()
 
