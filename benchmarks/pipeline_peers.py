@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-OURS = {"mpq-w8a8": ["--recipe", "w8a8"], "mpq-4": ["--weights", "4"], "mpq-c": []}
+OURS = {"mpq-w8a8": ["--recipe", "w8a8"], "mpq-4": ["--weights", "4"], "mpq-c": ["--recipe", "w8a8"]}
 OPENVINO = ("openvino", "openvino-int8", "openvino-hybrid")
 ONNXRUNTIME = ("onnxruntime", "onnxruntime-int8")
 TORCH = ("torch", "torch-bf16")
@@ -70,7 +70,7 @@ def make(system: str, source: str, target: str, size: str) -> None:
 
 def _compile(system: str, source: str, target: str, size: int) -> None:
     latents = size // _scale(source)
-    command = ["compile", source, "-o", target, "--shapes", f"1x4x{latents}x{latents}", "--overwrite"]
+    command = ["compile", source, "-o", target, "--shapes", f"1x4x{latents}x{latents}", "--guidance", str(GUIDANCE)]
     subprocess.run(
         [sys.executable, "-m", "mpq_compiler", *command, *OURS[system], "--emit", "c"], check=True
     )

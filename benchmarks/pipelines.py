@@ -100,6 +100,7 @@ def measure(name: str, systems: Sequence[str], threads: int, folder: Path, peers
     found: dict[str, list[dict[str, float]]] = {system: [] for system in systems}
     pictures: dict[str, np.ndarray] = {}
     errors: dict[str, str] = {}
+    (folder / name).mkdir(parents=True, exist_ok=True)
     for system in systems:
         target = folder / name / ("mpq-w8a8" if system == "mpq-c" else system)
         if target.exists() or system.startswith("torch"):
