@@ -160,16 +160,20 @@ class CompiledPipeline:
         """The denoiser's conditions for prompts, f32 [N, ...] by name."""
         if not self._encoders:
             raise UserError(f"{self.path} has no text encoder: compile the pipeline with --parts text,denoiser,decoder")
-        known = [{n: v for tokens in self.tokens for n, v in tokens.of([prompt]).items()} for prompt in prompts]
+        known = {
+            prompt: {n: v for tokens in self.tokens for n, v in tokens.of([prompt]).items()}
+            for prompt in dict.fromkeys(prompts)
+        }
         for encoder in self._encoders:
             with self._part(encoder.part) as part:
-                for row in known:
+                for row in known.values():
                     taken = encoder.inputs(**{name: row[name] for name in encoder.inputs.sources})
                     output = part(**taken, return_dict=False)
                     tensors = output if isinstance(output, tuple) else (output,)
                     row |= dict(zip(encoder.outputs, tensors, strict=True))
-        rows = [self._conditions(**{name: row[name] for name in self._conditions.sources}) for row in known]
-        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        sources = self._conditions.sources
+        made = {prompt: self._conditions(**{name: row[name] for name in sources}) for prompt, row in known.items()}
+        return {name: np.concatenate([made[prompt][name] for prompt in prompts]) for name in self._conditions.results}
 
     def decode(self, latents: Array, progress: Callable[[int], None] | None = None) -> Array:
         """Decodes latents [N, C, H, W] to pixels, f32 [N, H, W, channels] from 0 to 1."""
