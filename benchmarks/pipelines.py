@@ -121,7 +121,7 @@ def measure(name: str, systems: Sequence[str], threads: int, folder: Path, peers
                 pictures[system] = np.load(Path(into) / "picture.npy")
     rows = []
     for system in systems:
-        cell: dict[str, Any] = {"pipeline": name, "system": system, "threads": threads, "parameters": 0}
+        cell: dict[str, Any] = {"pipeline": name, "subject": system, "threads": threads, "parameters": 0}
         if system in errors:
             rows.append({**cell, "error": errors[system], **provenance()})
             continue
@@ -140,7 +140,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     lines = []
     for cell in found:
         first = next(c for c in found if [c[k] for k in ("pipeline", "threads")] == [cell["pipeline"], cell["threads"]])
-        row = [cell["pipeline"], str(cell["threads"]), cell["system"]]
+        row = [cell["pipeline"], str(cell["threads"]), cell["subject"]]
         if "error" in cell:
             lines.append([*row, cell["error"], "", "", "", "", ""])
             continue
@@ -166,8 +166,8 @@ def main() -> None:
         for name in args.pipelines:
             for threads in args.threads:
                 for cell in measure(name, systems, threads, args.folder or Path(scratch), args.peers):
-                    order = {"pipeline": tuple(SIZES), "threads": (1, 2), "system": SYSTEMS}
-                    cells.keep(RESULTS, cell, ("pipeline", "system", "threads"), order)
+                    order = {"pipeline": tuple(SIZES), "threads": (1, 2), "subject": SYSTEMS}
+                    cells.keep(RESULTS, cell, ("pipeline", "subject", "threads"), order)
                     print(json.dumps({k: v for k, v in cell.items() if k not in provenance()}), flush=True)
     documents.insert(DOCS, "pipelines", table(cells.read(RESULTS)))
 

@@ -76,7 +76,7 @@ def test_the_lists(folder: Path) -> None:
     assert {r["name"] for r in command(folder, "recipes")} >= {"default", "w8a8"}
     (native,) = [t for t in command(folder, "targets") if t["native"]]
     assert native["implemented"]
-    assert {m["name"] for m in command(folder, "models")} == {"fashion-dit", "fashion-text", "fashion-unet"}
+    assert {m["name"] for m in command(folder, "models")} == {"emoji", "fashion-dit", "fashion-text", "fashion-unet"}
 
 
 def test_generate_beside_the_float_model(folder: Path, model: Path, artifact: Path) -> None:
