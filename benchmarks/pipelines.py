@@ -35,7 +35,7 @@ RESULTS = cells.RESULTS / "pipelines.json"
 DOCS = cells.ROOT / "docs" / "pipelines.md"
 SIZES = {"emoji": 32, "sd15": 256}
 """The pixels along a side, by pipeline."""
-ROUNDS = {"emoji": 30, "sd15": 2}
+ROUNDS = {"emoji": 30, "sd15": 1}
 """Pictures of a run, by pipeline."""
 STEPS, RUNS = 4, 3
 STAGES = ("text_s", "step_s", "decoder_s", "whole_s")

@@ -129,7 +129,8 @@ def test_instructions_are_few(tmp_path: Path) -> None:
     instructions = tensorfile.load(tmp_path / "2")["instructions"]
     assert (instructions[:, 0] == Op.CALL).sum() == 2 + 4 + 1
     assert rows[1] - rows[0] < 30
-    assert tokens_file.write(folder, tmp_path / "3", PROMPT, steps=1, images=4)["calls"] == 2 + 4 + 4  # one text for all
+    four = tokens_file.write(folder, tmp_path / "3", PROMPT, steps=1, images=4)
+    assert four["calls"] == 2 + 4 + 4  # one text for all of them
 
 
 def test_equal_bytes_and_no_paths(tmp_path: Path) -> None:
