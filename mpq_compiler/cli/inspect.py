@@ -79,7 +79,7 @@ def inspect(
     return _bisect(path) if bisect else _dumps(path, pass_name, diff)
 
 
-def _pipeline(path: Path, why: str | None) -> dict[str, Any]:
+def _pipeline(path: Path, why: str | None) -> dict[str, object]:
     """The parts of a pipeline; ``why``: a part, for what a byte is worth in it, or a layer as ``part/layer``."""
     from mpq_compiler.artifact import bundle
     from mpq_compiler.artifact import pipeline as pipelines
@@ -112,7 +112,7 @@ def _pipeline(path: Path, why: str | None) -> dict[str, Any]:
     }
 
 
-def _worth(found: Pipeline, name: str) -> dict[str, Any]:
+def _worth(found: Pipeline, name: str) -> dict[str, object]:
     """What a byte is worth in a part. UserError: the parts have no budget in common."""
     if not (shared := found.document.get("shares")):
         raise UserError(f"the parts of {found.path} were given their bytes apart: nothing was weighed between them")
