@@ -73,7 +73,7 @@ class CompiledPipeline:
         load: Callable[[Path], CompiledDenoiser] | None = None,
     ) -> None:
         self.path, self.document = made.path, made.document
-        self.threads, self.sequential = threads, sequential
+        self.sequential = sequential
         self._made = made
         self._load = load or (lambda path: compiled_denoiser.load(path, threads))
         self._loaded: dict[str, CompiledDenoiser] = {}

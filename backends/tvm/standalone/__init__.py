@@ -91,9 +91,9 @@ def write(
     _sources(folder, SOURCES, _Model(lowered, target, weights, workspace_bytes).text())
     compiler = linker(target)
     archiver = compiler.removesuffix("gcc") + "ar" if compiler.endswith("-gcc") else "ar"
-    _run(folder, archiver, "rcsD", KERNELS, *(str(path.resolve()) for path in objects))
-    _run(folder, compiler, *OPTIONS, "mpq.c", "mpq_run.c", MODEL, KERNELS, "-lpthread", "-lm", "-o", PROGRAM)
-    _run(folder, compiler, *OPTIONS, "mpq_rpc.c", "-o", SERVER)
+    run(folder, archiver, "rcsD", KERNELS, *(str(path.resolve()) for path in objects))
+    run(folder, compiler, *OPTIONS, "mpq.c", "mpq_run.c", MODEL, KERNELS, "-lpthread", "-lm", "-o", PROGRAM)
+    run(folder, compiler, *OPTIONS, "mpq_rpc.c", "-o", SERVER)
     return sorted([*SOURCES, MODEL, KERNELS, PROGRAM, SERVER])
 
 
@@ -117,7 +117,7 @@ def write_machine(
         UserError: there is no compiler for the target.
     """
     _sources(folder, MACHINE, _Machine(lowered, target, weights).text(describe(library), held_bytes))
-    _run(folder, linker(target), *LINKED, "mpq_vm.c", "mpq_run.c", MODEL, "-ldl", "-o", PROGRAM)
+    run(folder, linker(target), *LINKED, "mpq_vm.c", "mpq_run.c", MODEL, "-ldl", "-o", PROGRAM)
     return sorted([*MACHINE, MODEL, PROGRAM])
 
 
@@ -127,7 +127,8 @@ def _sources(folder: Path, names: Iterable[str], generated: str) -> None:
     (folder / MODEL).write_text(generated)
 
 
-def _run(folder: Path, *command: str) -> None:
+def run(folder: Path, *command: str) -> None:
+    """Runs a compiler in the folder. RuntimeError: it fails; its first error."""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr.strip()]

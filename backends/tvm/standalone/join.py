@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from mpq_compiler.artifact.bundle import PROGRAM
-from mpq_compiler.backends.tvm.standalone import KERNELS, MODEL, OPTIONS
+from mpq_compiler.backends.tvm.standalone import KERNELS, MODEL, OPTIONS, run
 from mpq_compiler.backends.tvm.toolchain.linker import linker
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets.table import Target
@@ -33,22 +32,29 @@ def join(parts: Sequence[Path], digests: bytes, target: Target) -> dict[str, byt
     Raises:
         UserError: there is no compiler for the target, or it fails.
     """
-    compiler, own = linker(target), Path(__file__).parent
+    compiler = linker(target)
     with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
-        work = Path(scratch)
-        for name in (*SHARED, *DRAWING):
-            (work / name).write_text((own / name).read_text())
-        (work / TABLE).write_text(_table([part.name for part in parts], digests))
-        objects = []
-        for number, part in enumerate(parts):
-            names = [f"-Dmpq_the_{what}=mpq_{what}_{number}" for what in ("build", "plan")]
-            (work / f"{number}.c").write_bytes((part / MODEL).read_bytes())
-            _run(work, compiler, "-std=c11", "-O2", "-DMPQ_PART", *names, "-c", f"{number}.c", "-o", f"{number}.o")
-            objects.append(f"{number}.o")
-        archives = [str((part / KERNELS).resolve()) for part in parts]
-        _run(work, compiler, *OPTIONS, "-ffp-contract=off", "mpq.c", "mpq_draw.c", TABLE, *objects, *archives,
-             "-lpthread", "-lm", "-o", PROGRAM)  # fmt: skip
-        return {name: (work / name).read_bytes() for name in (*SHARED, *DRAWING, TABLE, PROGRAM)}
+        try:
+            return _joined(Path(scratch), compiler, parts, digests)
+        except RuntimeError as error:
+            raise UserError(f"the program of the pipeline cannot be compiled: {error}; report the pipeline") from error
+
+
+def _joined(work: Path, compiler: str, parts: Sequence[Path], digests: bytes) -> dict[str, bytes]:
+    """The files of the program, which is compiled in the folder `work`."""
+    for name in (*SHARED, *DRAWING):
+        (work / name).write_text(Path(__file__).with_name(name).read_text())
+    (work / TABLE).write_text(_table([part.name for part in parts], digests))
+    objects = []
+    for number, part in enumerate(parts):
+        names = [f"-Dmpq_the_{what}=mpq_{what}_{number}" for what in ("build", "plan")]
+        (work / f"{number}.c").write_bytes((part / MODEL).read_bytes())
+        run(work, compiler, "-std=c11", "-O2", "-DMPQ_PART", *names, "-c", f"{number}.c", "-o", f"{number}.o")
+        objects.append(f"{number}.o")
+    archives = [str((part / KERNELS).resolve()) for part in parts]
+    run(work, compiler, *OPTIONS, "-ffp-contract=off", "mpq.c", "mpq_draw.c", TABLE, *objects, *archives,
+         "-lpthread", "-lm", "-o", PROGRAM)  # fmt: skip
+    return {name: (work / name).read_bytes() for name in (*SHARED, *DRAWING, TABLE, PROGRAM)}
 
 
 def _table(names: Sequence[str], digests: bytes) -> str:
@@ -69,10 +75,3 @@ def _table(names: Sequence[str], digests: bytes) -> str:
             "",
         ]
     )
-
-
-def _run(folder: Path, *command: str) -> None:
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "error" in line] or [done.stderr.strip()]
-        raise UserError(f"the program of the pipeline cannot be compiled: {errors[0]}; report the pipeline")
