@@ -26,8 +26,8 @@ FORMAT, FORMAT_VERSION = bundle.PIPELINE_FORMAT, 1
 FILE = bundle.PIPELINE
 OWN = "pipeline_sha256"
 """The entry with the hash of all others."""
-TEXT, DENOISER, DECODER = "text", "denoiser", "decoder"
-"""The roles of parts."""
+TEXT, DENOISER, DECODER, ENCODER = "text", "denoiser", "decoder", "encoder"
+"""The roles of parts; an encoder is that of images, for pictures that are drawn from one."""
 
 
 class Part(TypedDict):
@@ -176,8 +176,9 @@ class Pipeline:
 
     @property
     def hashes(self) -> dict[str, str]:
-        """The SHA-256 of each part's artifact."""
-        return {name: part.get("artifact_sha256", "") for name, part in self.document["parts"].items()}
+        """The SHA-256 of the artifact of each part that draws a prompt."""
+        drawing = {name: part for name, part in self.document["parts"].items() if part["role"] != ENCODER}
+        return {name: part.get("artifact_sha256", "") for name, part in drawing.items()}
 
     def part(self, name: str) -> Path:
         """The folder of a part. UserError: it has none of that name."""

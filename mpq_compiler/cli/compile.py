@@ -31,7 +31,8 @@ def add(commands: options.Commands) -> None:
     whole = parser.add_argument_group("pipelines, a folder with model_index.json")
     whole.add_argument(
         "--parts", metavar="PARTS",
-        help="what is compiled of text, denoiser and decoder, with commas (default: all, for `generate --prompt`)",
+        help="what is compiled of text, denoiser, decoder and encoder, with commas (default: the first three, for "
+        "`generate --prompt`; the encoder is for its --image)",
     )  # fmt: skip
     whole.add_argument("--decoder", metavar="DIR", help="folder of an autoencoder that decodes in the pipeline's stead")
     whole.add_argument(

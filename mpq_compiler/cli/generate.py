@@ -15,6 +15,8 @@ from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.files import write_whole
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from mpq_compiler.evaluation.painter import Painter
     from mpq_compiler.sampling.conditioning import Conditions
 
@@ -31,6 +33,10 @@ def add(commands: options.Commands) -> None:
     parser.add_argument("--class", dest="label", type=int, metavar="K", help="only images of class K")
     parser.add_argument("--prompt", metavar="TEXT", help="only images of this prompt, such as 'dark plain boot'")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads a pipeline away from")
+    parser.add_argument("--image", metavar="FILE", help="a picture that a pipeline with an encoder draws from")
+    parser.add_argument(
+        "--strength", type=float, metavar="X", help="how much of --image is drawn anew, from 0 to 1 (default: 0.8)"
+    )
     parser.add_argument(
         "--sequential", action="store_true", help="hold one part of a pipeline in memory at a time"
     )
@@ -51,7 +57,7 @@ def run(args: argparse.Namespace) -> Any:
     output.require_new(picture, args.overwrite)
     if is_pipeline(args.artifact):
         return _of_pipeline(args, picture)
-    if odd := [name for name in ("negative_prompt", "sequential") if getattr(args, name)]:
+    if odd := [name for name in ("negative_prompt", "sequential", "image", "strength") if getattr(args, name)]:
         raise UserError(f"--{odd[0].replace('_', '-')} is of a pipeline, and {args.artifact} is a denoiser alone")
     args.images, args.steps = (20 if args.images is None else args.images), (10 if args.steps is None else args.steps)
     check(args.images, args.steps, args.seed or 0)
@@ -90,24 +96,29 @@ def _of_pipeline(args: argparse.Namespace, picture: Path) -> dict[str, object]:
     import numpy as np
 
     from mpq_compiler.evaluation.painter import check
-    from mpq_compiler.runtime.pipeline import load_pipeline, pictures
+    from mpq_compiler.runtime.pipeline import STRENGTH, load_pipeline, pictures
 
     for name, value in {"compare": args.compare, "class": args.label, "conditions": args.conditions}.items():
         if value is not None:
             raise UserError(f"{args.artifact} is a pipeline, which draws prompts alone: leave --{name} out")
     if args.prompt is None:
         raise UserError(f"{args.artifact} is a pipeline, which draws what it is told: add --prompt 'a lighthouse'")
+    if args.strength is not None and args.image is None:
+        raise UserError("--strength says how much of a picture is drawn anew: add --image FILE, or leave it out")
     pipe = load_pipeline(args.artifact, args.threads, args.sequential)
     images, steps = 1 if args.images is None else args.images, pipe.steps if args.steps is None else args.steps
     seed, guidance = args.seed or 0, pipe.guidance if args.guidance is None else args.guidance
     check(images, steps, seed)
     for said in pipe.cut(args.prompt):
         terminal.note(f"note: {said}")
-    with terminal.progress("drawing", pipe.calls(images, steps, guidance)) as advance:
+    strength = STRENGTH if args.strength is None else args.strength
+    calls = pipe.calls(images, steps, guidance, None if args.image is None else strength)
+    begin = None if args.image is None else np.repeat(pipe.encode_image(_read(args.image, pipe.size)), images, 0)
+    with terminal.progress("drawing", calls) as advance:
         negative = None if args.negative_prompt is None else [args.negative_prompt] * images
         latents = pipe.latents(
-            [args.prompt] * images, negative, steps=steps, guidance=guidance, seed=seed,
-            progress=lambda done, total: advance(1),
+            [args.prompt] * images, negative, steps=steps, guidance=guidance, seed=seed, image=begin,
+            strength=strength, progress=lambda done, total: advance(1),
         )  # fmt: skip
     pixels = pipe.decode(latents)
     (whole,) = pictures(np.concatenate([*pixels], axis=1)[None])
@@ -120,7 +131,29 @@ def _of_pipeline(args: argparse.Namespace, picture: Path) -> dict[str, object]:
         "seed": seed,
         "guidance": guidance,
         "prompt": args.prompt,
+        **({} if args.image is None else {"image": args.image, "strength": strength}),
     }
+
+
+def _read(file: str, size: tuple[int, int]) -> np.ndarray:
+    """Pixels [1, H, W, 3] of a picture, resized where it is of another size. UserError: it is none."""
+    from PIL import Image, UnidentifiedImageError
+
+    from mpq_compiler.runtime.pipeline import pixels_of
+
+    try:
+        picture: Image.Image = Image.open(file)
+        picture.load()
+    except FileNotFoundError as error:
+        raise UserError(f"--image {file}: there is no such file") from error
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"--image {file} is no picture that Pillow reads") from error
+    width, height = size[1], size[0]
+    if picture.size != (width, height):
+        was = " x ".join(map(str, picture.size))
+        terminal.note(f"note: {file} has {was} pixels and is resized to {width} x {height}")
+        picture = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    return pixels_of(picture)[None]
 
 
 def _float_painter(model: str, painter: Painter) -> Painter:

@@ -14,7 +14,7 @@ import torch
 from mpq_compiler.allocation import pose
 from mpq_compiler.artifact import bundle
 from mpq_compiler.artifact import pipeline as pipelines
-from mpq_compiler.artifact.pipeline import DECODER, DENOISER, TEXT, Description, EncoderEntry, Share
+from mpq_compiler.artifact.pipeline import DECODER, DENOISER, ENCODER, TEXT, Description, EncoderEntry, Share
 from mpq_compiler.driver.budgets import parse_budget
 from mpq_compiler.driver.check import check
 from mpq_compiler.driver.compile import compile_denoiser
@@ -39,11 +39,15 @@ from mpq_compiler.support.execution import RunContext, batches
 from mpq_compiler.targets import table as targets
 
 ROLES = (TEXT, DENOISER, DECODER)
-"""The parts that can be compiled, in the order of their work."""
+"""The parts that draw a prompt, in the order of their work; they are compiled where no others are asked for."""
+KNOWN = (*ROLES, ENCODER)
+"""The parts that can be compiled."""
 DRAWN = 96
 """Latents that a decoder is calibrated on, of small denoisers."""
 DRAWN_LARGE = 16
 """Their number for denoisers of more than `SMALL` parameters: each is a trajectory of the float model."""
+Budgets = dict[str, str | float | None]
+"""What each part is given as ``--weights``."""
 LOADED: dict[str, object] = {"dtype": torch.float32, "local_files_only": True, "low_cpu_mem_usage": False}
 """How diffusers loads what is compiled."""
 SMALL = 50_000_000
@@ -112,6 +116,8 @@ def compile_pipeline(
     context = RunContext(jobs=chosen.jobs, progress=progress)
     with single_threaded():
         taken = pipeline_parts.take_apart(source, denoiser, _size(chosen))
+    if ENCODER in parts:
+        taken.require_encoder(getattr(source, taken.decoder_name))
     reports: dict[str, Report] = {}
     shared: dict[str, Share] = {}
 
@@ -120,29 +126,36 @@ def compile_pipeline(
             work = Path(scratch)
             encodings = taken.encodings if TEXT in parts else ()
             made = {each.name: _encoder(taken, each, texts, chosen, work) for each in encodings}
-            drawn = len(encodings) > 1 or DENOISER in parts or DECODER in parts  # else nothing is
+            drawn = len(encodings) > 1 or {*parts} - {TEXT}  # else nothing is
             main = _denoiser(source, taken, texts, chosen, work, context) if drawn else None
             if main is not None and DENOISER in parts:
                 made[denoiser] = main
-            if main is not None and DECODER in parts:
-                made[taken.decoder_name] = _decoder(taken, main, chosen, work, context)
-            budget = None if apart or len(made) == 1 else _shared(chosen)
-            limit = pose.byte_limit(sum(p.model.parameters for p in made.values()), *parse_budget(budget))
-            if main is not None and limit is not None:
-                drawing = Drawing(taken, made, main.sampled, texts, main.options.guidance, chosen.seed, context)
-                made, found = shares(made, limit, drawing, work, progress)
-                shared.update(found)
+            if main is not None and {DECODER, ENCODER} & {*parts}:
+                rows = _latents(taken, main, chosen, context)
+                if DECODER in parts:
+                    made[taken.decoder_name] = _decoder(taken, rows, chosen, work)
+                if ENCODER in parts:
+                    made[encoder_name(taken)] = _image_encoder(source, taken, rows, chosen, work)
             role = {name: _role(name, taken) for name in made}
+            if apart:
+                alike = {each: [part for n, part in made.items() if role[n] == each] for each in apart}
+                budgets: Budgets = {n: _of_role(apart[role[n]], part, alike[role[n]]) for n, part in made.items()}
+            else:
+                budgets, limit = _alone(made, role, chosen)
+                drawing = {name: part for name, part in made.items() if role[name] != ENCODER}
+                if main is not None and limit is not None and len(drawing) > 1:
+                    how = Drawing(taken, drawing, main.sampled, texts, main.options.guidance, chosen.seed, context)
+                    judged, found = shares(drawing, limit, how, work, progress)
+                    made |= judged
+                    shared.update(found)
+                    budgets |= {name: f"{share['bytes']}B" for name, share in found.items()}
             for name, part in made.items():
-                weights = chosen.weights if not shared else f"{shared[name]['bytes']}B"
-                if apart:
-                    weights = _of_role(apart[role[name]], part, [p for n, p in made.items() if role[n] == role[name]])
                 dumps = None if chosen.dumps is None else chosen.dumps / name
-                own = replace(part.options, weights=weights, overwrite=False, dumps=dumps)
+                own = replace(part.options, weights=budgets[name], overwrite=False, dumps=dumps)
                 reports[name] = compile_denoiser(part.model, folder / name, progress, planned, **vars(own))
         files = {_tokenizer_file(tokens.name): tokens.model.encode() for tokens in taken.tokens if TEXT in parts}
-        if chosen.emit and {*parts} == {*ROLES}:  # with less than all nothing is drawn
-            files |= _program(folder, sorted(reports), chosen)
+        if chosen.emit and {*parts} >= {*ROLES}:  # with less nothing is drawn
+            files |= _program(folder, sorted(name for name in reports if role[name] != ENCODER), chosen)
         described = describe(taken, parts)
         if chosen.guidance is not None and taken.guidance is not None:
             described["guidance"] = chosen.guidance  # what it is calibrated with is its own from now on
@@ -164,10 +177,10 @@ def _program(folder: Path, parts: Sequence[str], options: Options) -> dict[str, 
 
 def require_parts(pipeline: DiffusersPipeline, parts: Sequence[str]) -> str:
     """The attribute of the pipeline's denoiser. UserError: it has none, or a part is of no known role."""
-    if unknown := [part for part in parts if part not in ROLES]:
-        raise UserError(f"there is no part '{unknown[0]}' of a pipeline: {nearest(unknown[0], ROLES)}")
+    if unknown := [part for part in parts if part not in KNOWN]:
+        raise UserError(f"there is no part '{unknown[0]}' of a pipeline: {nearest(unknown[0], KNOWN)}")
     if not parts:
-        raise UserError(f"--parts names no part: give one or more of {', '.join(ROLES)}")
+        raise UserError(f"--parts names no part: give one or more of {', '.join(KNOWN)}")
     if (name := denoiser_of(pipeline)) is None:
         raise UserError(f"{type(pipeline).__name__} has no unet and no transformer")
     require_cpu(pipeline, name)
@@ -196,7 +209,8 @@ def budgets_apart(weights: str | float | None, parts: Sequence[str]) -> dict[str
 
 
 def _role(name: str, parts: Parts) -> str:
-    return {parts.denoiser: DENOISER, parts.decoder_name: DECODER}.get(name, TEXT)
+    known = {parts.denoiser: DENOISER, parts.decoder_name: DECODER, encoder_name(parts): ENCODER}
+    return known.get(name, TEXT)
 
 
 def _of_role(budget: str, part: Part, alike: Sequence[Part]) -> str:
@@ -205,6 +219,25 @@ def _of_role(budget: str, part: Part, alike: Sequence[Part]) -> str:
     if size is None:
         return str(bits)
     return f"{size * part.model.parameters // sum(each.model.parameters for each in alike)}B"
+
+
+def _alone(made: Mapping[str, Part], role: Mapping[str, str], options: Options) -> tuple[Budgets, int | None]:
+    """The budget of each part where no picture decides, and the bytes of those parts together that draw a prompt.
+
+    An encoder of images is none of these: it has its share of the bytes by its parameters, or the bits of all. No
+    number of bytes: the recipe does not choose formats by their losses.
+    """
+    usual = _shared(options)
+    if usual is None:
+        return dict.fromkeys(made, options.weights), None
+    bits, size = parse_budget(usual)
+    count = {name: part.model.parameters for name, part in made.items()}
+    apart = {name for name in made if role[name] == ENCODER} if size is not None else set()
+    given = {name: size * count[name] // sum(count.values()) for name in apart if size is not None}
+    rest = None if size is None else size - sum(given.values())
+    budgets: Budgets = dict.fromkeys(made, options.weights if not apart else f"{rest}B")
+    budgets |= {name: f"{taken}B" for name, taken in given.items()}
+    return budgets, pose.byte_limit(sum(n for name, n in count.items() if role[name] != ENCODER), bits, rest)
 
 
 def _shared(options: Options) -> str | float | None:
@@ -227,7 +260,11 @@ def _size(options: Options) -> tuple[int, int] | None:
 
 def describe(parts: Parts, roles: Sequence[str]) -> Description:
     """The document of the pipeline with the parts of these roles, but for what writing adds."""
-    names = {each.name: TEXT for each in parts.encodings} | {parts.denoiser: DENOISER, parts.decoder_name: DECODER}
+    names = {each.name: TEXT for each in parts.encodings} | {
+        parts.denoiser: DENOISER,
+        parts.decoder_name: DECODER,
+        encoder_name(parts): ENCODER,
+    }
     texts = TEXT in roles
     encoders: list[EncoderEntry] = [
         {
@@ -261,9 +298,9 @@ def _tokenizer_file(name: str) -> str:
 
 
 def _by_calls(
-    name: str, module: torch.nn.Module, rows: Mapping[str, np.ndarray], options: Options, scratch: Path
+    name: str, module: torch.nn.Module, rows: Mapping[str, np.ndarray], more: str, options: Options, scratch: Path
 ) -> Part:
-    """A part as the function of its recorded inputs, with the options that are its own."""
+    """A part as the function of its recorded inputs, with the options that are its own; ``more`` gets more inputs."""
     file, first = scratch / f"{name}.safetensors", next(iter(rows))
     half = len(next(iter(rows.values()))) // 2  # two calls, so that what varies is seen to
     calls = [
@@ -276,13 +313,13 @@ def _by_calls(
         shapes=None, effort=None, minutes=None, sensitivity=None, latency=None, latency_table=None, bops=None,
         lora_rank=None, lora_layers=None, calibration=file,
     )  # fmt: skip
-    return Part(denoisers.wrap_calls(module, file, name=name, latent=first), own)
+    return Part(replace(denoisers.wrap_calls(module, file, name=name, latent=first), more_inputs=more), own)
 
 
 def _encoder(parts: Parts, encoding: Encoding, texts: Sequence[str], options: Options, scratch: Path) -> Part:
     """A text encoder, calibrated on the tokens of the prompts."""
     rows = parts.token_inputs(texts, encoding)
-    return _by_calls(encoding.name, encoding.module, rows, options, scratch)
+    return _by_calls(encoding.name, encoding.module, rows, "give more --prompts", options, scratch)
 
 
 def _denoiser(
@@ -310,8 +347,8 @@ def _denoiser(
     return Part(replace(made, notes=(*made.notes, note)) if note else made, own)
 
 
-def _decoder(parts: Parts, main: Part, options: Options, scratch: Path, context: RunContext) -> Part:
-    """The decoder, calibrated on the latents of images of the float denoiser."""
+def _latents(parts: Parts, main: Part, options: Options, context: RunContext) -> np.ndarray:
+    """Latents of pictures of the float denoiser as the decoder takes them, [N, ...]."""
     denoiser = main.sampled
     count = DRAWN if denoiser.parameters <= SMALL else DRAWN_LARGE
     conditioning, steps = denoiser.conditioning, min(STEPS, options.steps or STEPS)
@@ -332,9 +369,28 @@ def _decoder(parts: Parts, main: Part, options: Options, scratch: Path, context:
             latent=denoiser.latent,
             seed=options.seed,
         )
-    packed = denoiser.module.convention.pack(found)
-    rows = {"latents": np.concatenate([parts.decoded(latents=row[None])["z"] for row in packed])}
-    return _by_calls(parts.decoder_name, parts.decoder, rows, options, scratch)
+    packed = parts.convention.pack(found)
+    return np.concatenate([parts.decoded(latents=row[None])["z"] for row in packed])
+
+
+def _decoder(parts: Parts, latents: np.ndarray, options: Options, scratch: Path) -> Part:
+    """The decoder, calibrated on the latents of pictures."""
+    return _by_calls(parts.decoder_name, parts.decoder, {"latents": latents}, "", options, scratch)
+
+
+def _image_encoder(
+    source: DiffusersPipeline, parts: Parts, latents: np.ndarray, options: Options, scratch: Path
+) -> Part:
+    """The encoder of images, calibrated on pictures of these latents by the float decoder."""
+    with torch.no_grad():
+        images = torch.cat([parts.decoder(torch.from_numpy(row[None])) for row in latents]).clamp(-1, 1)
+    module = pipeline_parts.Encoder(getattr(source, parts.decoder_name), images[:1])
+    return _by_calls(encoder_name(parts), module, {"image": images.numpy()}, "", options, scratch)
+
+
+def encoder_name(parts: Parts) -> str:
+    """The name of the encoder of images, which a pipeline has in one module with its decoder."""
+    return f"{parts.decoder_name}_encoder"
 
 
 def is_pipeline(model: str | Path) -> bool:

@@ -154,11 +154,8 @@ def _notes(denoiser: Denoiser, lowering: Packed, built: Built, options: Options)
             f"{lowering.saved_seconds:.0f} s of CPU time were saved: an earlier run had left results in the cache"
         )
     rows = len(lowering.planned.facts[CALIBRATION].timesteps)
-    if rows < ENOUGH_ROWS:
-        notes.append(
-            f"calibrated on {rows} inputs only, which can cost several dB: raise --samples or --steps, or give a "
-            f"calibration file of {ENOUGH_ROWS} rows or more"
-        )
+    if rows < ENOUGH_ROWS and denoiser.more_inputs:
+        notes.append(f"calibrated on {rows} inputs only, which can cost several dB: {denoiser.more_inputs}")
     return notes
 
 

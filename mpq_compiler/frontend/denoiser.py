@@ -65,6 +65,8 @@ class Denoiser:
     """What was assumed while loading, one sentence each, for the user to read."""
     examples: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
     """Rows of recorded inputs, where the model is taken by its calls; None: its inputs are known."""
+    more_inputs: str = "raise --samples or --steps, or give a calibration file of 64 rows or more"
+    """What a user does for more inputs to calibrate on; empty where nothing does."""
     kinds: tuple[Denoiser, ...] = field(default=(), repr=False)
     """The model as calls of further kinds call it."""
     source: Mapping[str, str] | None = None
@@ -392,6 +394,7 @@ def _of_kind(model: torch.nn.Module, recording: Recording, calibration: str | Pa
         scheduler=FlowMatchEuler() if rows[TIME].is_floating_point() else DDIM(),
         config=dict(getattr(model, "config", {})),
         examples={name: rows[name] for name in specs},
+        more_inputs="record more calls (docs/calibration.md)",
     )
     return _with_time(made)
 

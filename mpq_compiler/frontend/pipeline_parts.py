@@ -27,14 +27,15 @@ from mpq_compiler.sampling.call_tree import TIME, Arguments, Tree, Value
 from mpq_compiler.sampling.conditioning import EMBEDDED
 from mpq_compiler.sampling.convention import Convention
 from mpq_compiler.sampling.glue import Glue, Step
+from mpq_compiler.sampling.inverse import Inverse, InverseOfPixels
 from mpq_compiler.sampling.prompt_tokens import Padding, Tokens
 from mpq_compiler.sampling.schedulers import Scheduler
 from mpq_compiler.support.errors import UserError
 
 SAVED = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 """What an encoder's configuration has of how it was saved."""
-DECODE = "decode"
-"""The method of an autoencoder that makes an image of latents."""
+DECODE, ENCODE = "decode", "encode"
+"""The methods of an autoencoder that make an image of latents, and latents of an image."""
 PROBES = ("A red Fox in the snow", " two ships, and a Lighthouse by  the sea ")
 """Prompts that a pipeline is watched with: of different lengths, with capitals, and spaces that may be stripped."""
 
@@ -96,7 +97,7 @@ class Decoder(nn.Module):
     def __init__(self, model: nn.Module, latents: Tensor) -> None:
         """``latents`` are some that it decodes."""
         super().__init__()
-        self.model = _used(model, latents)
+        self.model = _used(model, DECODE, latents)
         self.config: Arguments = {"_class_name": type(model).__name__, **dict(getattr(model, "config", {}))}
         self.decode: Callable[..., Sequence[Tensor]] = getattr(self.model, DECODE)
 
@@ -106,13 +107,30 @@ class Decoder(nn.Module):
         return image
 
 
-def _used(model: nn.Module, latents: Tensor) -> nn.Module:
-    """The model without the children that decoding does not run, such as its encoder; they share all else."""
+class Encoder(nn.Module):
+    """The encoding half of an autoencoder as a function from an image to latents: of a distribution its mean."""
+
+    def __init__(self, model: nn.Module, image: Tensor) -> None:
+        """``image`` is one that it encodes."""
+        super().__init__()
+        self.model = _used(model, ENCODE, image)
+        self.config: Arguments = {"_class_name": type(model).__name__, **dict(getattr(model, "config", {}))}
+        self.encode: Callable[..., Sequence[Value]] = getattr(self.model, ENCODE)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The latents [B, C, H, W] as the decoder takes them."""
+        found = self.encode(image, return_dict=False)[0]
+        latents: Tensor = found if isinstance(found, Tensor) else found.mode()
+        return latents
+
+
+def _used(model: nn.Module, method: str, argument: Tensor) -> nn.Module:
+    """The model without the children that a method does not run, such as its encoder; they share all else."""
     ran: set[nn.Module] = set()
     hooks = [m.register_forward_pre_hook(lambda module, args: ran.add(module)) for m in model.modules()]
     try:
         with torch.no_grad():
-            getattr(model, DECODE)(latents, return_dict=False)
+            getattr(model, method)(argument, return_dict=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -167,8 +185,10 @@ class Parts:
     """The class of the pipeline."""
     denoiser: str
     """The attribute of the denoiser."""
-    size: tuple[int, int]
-    """Height and width of its latents."""
+    latent_shape: tuple[int, ...]
+    """The shape of its latents, [1, C, H, W]; of a denoiser that is compiled as it was seen, perhaps of rows."""
+    convention: Convention
+    """How diffusers calls it with them."""
     tokens: tuple[Tokens, ...]
     encodings: tuple[Encoding, ...]
     """The text encoders in the order of their calls."""
@@ -191,6 +211,25 @@ class Parts:
     """What classifier-free guidance leads away from: "empty", the empty prompt, or "zeros"; None: it has none."""
     steps: int
     """The pipeline's number of steps where none is asked for."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the denoiser's latents."""
+        height, width = self.latent_shape[-2:]
+        return height, width
+
+    def require_encoder(self, decoder: nn.Module) -> None:
+        """Raises a UserError where no picture could be drawn from another: ``decoder`` is the pipeline's."""
+        try:
+            Inverse(lambda x: self.decoded(latents=self.convention.pack(x))["z"], self.latent_shape)
+            InverseOfPixels(lambda x: self.images(sample=x)["images"])
+        except ValueError as error:
+            raise UserError(
+                f"{self.name} cannot draw from a picture: what it does to latents before they are decoded, or behind "
+                f"that to pixels, has no way back, for {error}; leave 'encoder' out of --parts"
+            ) from error
+        if not hasattr(decoder, ENCODE):
+            raise UserError(f"the decoder of {self.name} encodes nothing: leave 'encoder' out of --parts")
 
     def encode(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """The conditions of prompts by the float encoders, f32 [N, ...] by name."""
@@ -268,7 +307,8 @@ def take_apart(pipeline: DiffusersPipeline, denoiser: str, size: tuple[int, int]
     parts = Parts(
         name=type(pipeline).__name__,
         denoiser=denoiser,
-        size=tuple(given[latent].shape[-2:]),
+        latent_shape=tuple(given[latent].shape),
+        convention=convention,
         tokens=_tokens(pipeline, first, second, needed),
         encodings=encodings,
         conditions=conditions,

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from mpq_compiler.artifact.pipeline import EncoderEntry
 from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser, Config, DenoiserOutput, Returned
@@ -42,16 +42,44 @@ class _DropIn:
 
 
 class CompiledDecoder(_DropIn):
-    """A compiled decoder, which stands in for `pipeline.vae`: it decodes, and encodes nothing."""
+    """A compiled decoder, which stands in for `pipeline.vae`: it decodes, and encodes where there is an encoder too."""
+
+    def __init__(self, part: CompiledDenoiser, encoder: Callable[[], CompiledDenoiser] | None = None) -> None:
+        super().__init__(part)
+        self._encoder = encoder
 
     def decode(self, z: Value, return_dict: bool = True, generator: Value = None) -> Value:
         """Decodes latents [B, C, H, W] of the compiled size to images; `.sample`, or the first item."""
         image = self.part(z, return_dict=False)
         return DenoiserOutput(image) if return_dict else (image,)
 
-    def encode(self, *args: Value, **kwargs: Value) -> Value:
-        """Refuses. UserError: always."""
-        raise UserError("a compiled decoder encodes nothing: keep the pipeline's own vae where images are encoded")
+    def encode(self, x: Value, return_dict: bool = True) -> Value:
+        """Encodes images [B, channels, H, W] from -1 to 1 of the compiled size; `.latent_dist`, or the first item.
+
+        UserError: the pipeline was compiled without its encoder.
+        """
+        if self._encoder is None:
+            raise UserError(
+                "the pipeline was compiled without an encoder of images: add encoder to --parts, or keep the "
+                "pipeline's own vae"
+            )
+        found = Certain(self._encoder()(x, return_dict=False))
+        return Returned([found], ["latent_dist"]) if return_dict else (found,)
+
+
+class Certain:
+    """The latents of an image as a distribution without spread: of what the encoder gives, the mean is compiled."""
+
+    def __init__(self, mean: Value) -> None:
+        self.mean = mean
+
+    def mode(self) -> Value:
+        """The mean."""
+        return self.mean
+
+    def sample(self, generator: Value = None) -> Value:
+        """The mean, whatever the generator."""
+        return self.mean
 
 
 class CompiledEncoder(_DropIn):

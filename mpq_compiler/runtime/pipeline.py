@@ -19,7 +19,7 @@ import numpy as np
 
 from mpq_compiler.artifact import bundle
 from mpq_compiler.artifact import pipeline as pipelines
-from mpq_compiler.artifact.pipeline import DECODER, DENOISER, Pipeline
+from mpq_compiler.artifact.pipeline import DECODER, DENOISER, ENCODER, Pipeline
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
 from mpq_compiler.runtime.drop_ins import CompiledDecoder, CompiledEncoder
@@ -27,6 +27,7 @@ from mpq_compiler.sampling import loop
 from mpq_compiler.sampling.conditioning import NULL, Conditioning
 from mpq_compiler.sampling.convention import Convention
 from mpq_compiler.sampling.glue import Glue
+from mpq_compiler.sampling.inverse import Inverse, InverseOfPixels
 from mpq_compiler.sampling.prompt_tokens import Tokens
 from mpq_compiler.sampling.schedulers import Scheduler
 from mpq_compiler.support.errors import UserError
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 Array = np.ndarray
 TOGETHER = 4
 """The most samples in a call of the denoiser."""
+STRENGTH = 0.8
+"""How much of a picture is drawn anew where nothing is said, as in diffusers."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,16 @@ class CompiledPipeline:
         return f"CompiledPipeline({self.document['name']}: {', '.join(self.document['parts'])})"
 
     def drop_in(self, name: str) -> CompiledDenoiser | CompiledEncoder | CompiledDecoder:
-        """A part as it stands in for its module in diffusers' pipeline. UserError: as `part`."""
+        """A part as it stands in for its module in diffusers' pipeline; a decoder with its encoder of images, if any.
+
+        UserError: as `part`, and for that encoder alone.
+        """
         part, role = self.part(name), self.document["parts"][name]["role"]
+        if role == ENCODER:
+            raise UserError(f"'{name}' stands in with its decoder: take that of '{self._of_role(DECODER)}'")
         if role == DECODER:
-            return CompiledDecoder(part)
+            encoders = self._made.of_role(ENCODER)
+            return CompiledDecoder(part, (lambda: self.part(encoders[0])) if encoders else None)
         if role == DENOISER:
             return part
         (entry,) = (each for each in self.document["encoders"] if each["part"] == name)
@@ -121,7 +130,8 @@ class CompiledPipeline:
     def _of_role(self, role: str) -> str:
         """The name of the part of a role. UserError: there is none."""
         if not (names := self._made.of_role(role)):
-            raise UserError(f"{self.path} has no {role}: compile the pipeline with --parts text,denoiser,decoder")
+            more = f",{role}" if role == ENCODER else ""
+            raise UserError(f"{self.path} has no {role}: compile the pipeline with --parts text,denoiser,decoder{more}")
         return names[0]
 
     @property
@@ -146,10 +156,11 @@ class CompiledPipeline:
         """The number of steps where none is asked for."""
         return int(self.document["steps"])
 
-    def calls(self, count: int, steps: int, guidance: float) -> int:
-        """The calls of the denoiser for ``count`` pictures."""
+    def calls(self, count: int, steps: int, guidance: float, strength: float | None = None) -> int:
+        """The calls of the denoiser for ``count`` pictures; ``strength`` is that of a picture to draw from."""
         guided = guidance != 1.0 and self.document["null"] is not None
-        return -(-count // TOGETHER) * steps * (2 if guided else 1)
+        taken = steps if strength is None else steps - first_step(steps, strength)
+        return -(-count // TOGETHER) * taken * (2 if guided else 1)
 
     def cut(self, prompt: str) -> list[str]:
         """What is cut off a prompt that is too long, in a sentence for each tokenizer; none where it fits."""
@@ -188,6 +199,24 @@ class CompiledPipeline:
         pixels: Array = np.concatenate(found).transpose(0, 2, 3, 1)
         return pixels
 
+    def encode_image(self, pixels: Array) -> Array:
+        """Encodes pixels, f32 [N, H, W, channels] from 0 to 1 and of the pipeline's size, to latents [N, C, H, W].
+
+        UserError: the pipeline has no encoder of images, or they are of another size.
+        """
+        name, found = self._of_role(ENCODER), []
+        if pixels.shape[1:3] != self.size:
+            given, own = (" x ".join(map(str, size[::-1])) for size in (pixels.shape[1:3], self.size))
+            raise UserError(f"the picture has {given} pixels, and {self.path} draws {own}")
+        shape = (1, *bundle.read_manifest(self._made.part(self.denoiser))["sampling"]["shape"])
+        latents_of = Inverse(lambda x: self._decoded(latents=self._convention.pack(x))["z"], shape)
+        numbers_of = InverseOfPixels(lambda x: self._images(sample=x)["images"])
+        with self._part(name) as part:
+            for row in pixels:
+                z = part(numbers_of(row.transpose(2, 0, 1)[None]), return_dict=False)
+                found.append(latents_of(z[0] if isinstance(z, tuple) else z))
+        return np.concatenate(found)
+
     @cached_property
     def _convention(self) -> Convention:
         call = bundle.read_manifest(self._made.part(self.denoiser))["model"].get("call", {})
@@ -202,6 +231,8 @@ class CompiledPipeline:
         guidance: float | None = None,
         seed: int = 0,
         noise: Array | None = None,
+        image: Array | None = None,
+        strength: float = STRENGTH,
         progress: loop.Progress | None = None,
     ) -> Array:
         """Draws the latents of prompts, f32 [N, C, H, W].
@@ -213,6 +244,8 @@ class CompiledPipeline:
             guidance: classifier-free guidance; None takes the pipeline's.
             seed: of the noise; a larger number of prompts begins with the same noise.
             noise: the noise itself, f32 [N, C, H, W], in place of the seed's.
+            image: latents of pictures to draw from (`encode_image`), f32 [N, C, H, W].
+            strength: how much is left to draw then, from 0 (nothing) to 1 (all, as without).
             progress: is called with (done, total) after every call of the denoiser.
 
         Raises:
@@ -240,6 +273,8 @@ class CompiledPipeline:
                 latent=about["latent"],
                 seed=seed,
                 batch=TOGETHER,
+                image=image,
+                first=0 if image is None else first_step(steps, strength),
                 progress=progress,
             )
 
@@ -261,6 +296,8 @@ class CompiledPipeline:
         steps: int | None = None,
         guidance: float | None = None,
         seed: int = 0,
+        image: Image | Array | None = None,
+        strength: float = STRENGTH,
         progress: loop.Progress | None = None,
     ) -> Pictures:
         """Draws a picture of each prompt.
@@ -271,10 +308,12 @@ class CompiledPipeline:
             steps: sampling steps; None takes the pipeline's.
             guidance: classifier-free guidance; None takes the pipeline's.
             seed: of the noise.
+            image: a picture to draw from, of Pillow's or pixels [H, W, channels] from 0 to 1, of the pipeline's size.
+            strength: how much of it is drawn anew, from 0 to 1.
             progress: is called with (done, total) after every call of the denoiser.
 
         Raises:
-            UserError: as `latents`; Pillow is not installed.
+            UserError: as `latents` and `encode_image`; Pillow is not installed.
         """
         prompts = [prompt] if isinstance(prompt, str) else [*prompt]
         for said in dict.fromkeys(said for each in prompts for said in self.cut(each)):
@@ -282,9 +321,12 @@ class CompiledPipeline:
         negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
         if not prompts or (negative is not None and len(negative) != len(prompts)):
             raise UserError(f"there are {len(negative or ())} negative prompts for {len(prompts)} prompts")
-        pixels = self.decode(
-            self.latents(prompts, negative, steps=steps, guidance=guidance, seed=seed, progress=progress)
-        )
+        begin = None if image is None else np.repeat(self.encode_image(pixels_of(image)[None]), len(prompts), 0)
+        latents = self.latents(
+            prompts, negative, steps=steps, guidance=guidance, seed=seed, image=begin, strength=strength,
+            progress=progress,
+        )  # fmt: skip
+        pixels = self.decode(latents)
         return Pictures(pictures(pixels), pixels)
 
 
@@ -299,6 +341,24 @@ def pictures(pixels: Array) -> list[Image]:
 def as_bytes(pixels: Array) -> Array:
     """Pixels from 0 to 1 as bytes, rounded to the nearest."""
     return (pixels * 255).round().astype(np.uint8)
+
+
+def pixels_of(image: Image | Array) -> Array:
+    """Pixels f32 [H, W, channels] from 0 to 1, of a picture of Pillow's or of such pixels."""
+    if isinstance(image, np.ndarray):
+        return image.astype(np.float32)
+    return np.asarray(image.convert("RGB"), np.float32) / np.float32(255)
+
+
+def first_step(steps: int, strength: float) -> int:
+    """The step to begin with where a picture is drawn from (as in diffusers). UserError: no step is left to draw."""
+    taken = min(int(steps * strength), steps)
+    if not 0 <= strength <= 1 or taken < 1:
+        raise UserError(
+            f"a strength of {strength:g} in {steps} steps is {max(taken, 0)} steps to draw: give more than "
+            f"{1 / steps:.2g}, and at most 1"
+        )
+    return steps - taken
 
 
 def load_pipeline(

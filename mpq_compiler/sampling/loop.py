@@ -67,6 +67,8 @@ def sample(
     guidance: float = 1.0,
     null_conditions: Mapping[str, Array] | None = None,
     batch: int | None = None,
+    image: Array | None = None,
+    first: int = 0,
     observe: Callable[[Call], None] | None = None,
     progress: Progress | None = None,
 ) -> Array:
@@ -81,6 +83,8 @@ def sample(
         seed: seeds the noise that stochastic schedulers add; this noise does not depend on `batch`.
         guidance: classifier-free guidance, u + guidance * (c - u); other than 1 needs `null_conditions` [N, ...].
         batch: how many samples a model call holds at most (all of them by default).
+        image: latents [N, C, H, W] of pictures to go on from, which `noise` is laid on; None begins with noise alone.
+        first: the step to begin with where there is an `image`, from 0.
         observe: is called after every model call.
         progress: is called after every model call with the calls done and their number in all.
 
@@ -95,7 +99,7 @@ def sample(
             raise UserError(f"the condition '{name}' has {len(value)} rows for {count} samples")
     timesteps = scheduler.timesteps(steps)
     batch = min(batch or count, count) or 1
-    total = -(-count // batch) * steps * (2 if guided else 1)
+    total = -(-count // batch) * (steps - first) * (2 if guided else 1)
     done = 0
 
     def call(x: Array, step: int, rows: slice, extra: Mapping[str, Array], unconditional: bool) -> Array:
@@ -127,8 +131,9 @@ def sample(
     drawn: list[Array] = []  # observers keep the inputs of every call, so no array is reused
     for start in range(0, count, batch):
         rows = slice(start, min(start + batch, count))
-        x = scheduler.start(np.asarray(noise[rows], dtype=np.float32), steps)
-        for step in range(steps):
+        given = np.asarray(noise[rows], dtype=np.float32)
+        x = scheduler.start(given, steps) if image is None else scheduler.noised(image[rows], given, first, steps)
+        for step in range(first, steps):
             output = call(x, step, rows, conditions, False)
             if guided:
                 assert null_conditions is not None

@@ -73,6 +73,10 @@ class Scheduler(ABC):
         """The latents to begin with, from standard normal `noise`."""
         return noise
 
+    @abstractmethod
+    def noised(self, image: Array, noise: Array, index: int, steps: int) -> Array:
+        """The latents before step `index` of a trajectory to the latents `image`, with standard normal `noise`."""
+
     def scaled(self, x: Array, index: int, steps: int) -> Array:
         """Scales the latents `x` to what the model takes at step `index`."""
         return x
@@ -159,6 +163,10 @@ class NoiseSchedule(Scheduler):
             values = np.round(np.arange(count, 0, -count / steps))[:steps] - 1
         times: Array = np.clip(values, 0, count - 1).astype(np.int64)
         return times
+
+    def noised(self, image: Array, noise: Array, index: int, steps: int) -> Array:
+        a = self.alphas_cumprod[int(self.timesteps(steps)[index])]
+        return np.float32(math.sqrt(a)) * image + np.float32(math.sqrt(1 - a)) * noise
 
     def _prediction(self, output: Array, a: float, x: Array) -> tuple[Array, Array]:
         """The predicted image and the predicted noise, where a share `a` of the power is signal."""
@@ -278,6 +286,10 @@ class Euler(NoiseSchedule):
         first: Array = noise * (np.sqrt(most**2 + 1) if self.timestep_spacing == "leading" else most)
         return first
 
+    def noised(self, image: Array, noise: Array, index: int, steps: int) -> Array:
+        begun: Array = image + self.sigmas(steps)[index] * noise
+        return begun
+
     def scaled(self, x: Array, index: int, steps: int) -> Array:
         scaled: Array = x / np.sqrt(self.sigmas(steps)[index] ** 2 + 1)
         return scaled
@@ -382,6 +394,11 @@ class FlowMatchEuler(Scheduler):
 
     def timesteps(self, steps: int) -> Array:
         return self.sigmas(steps)[:-1] * np.float32(self.num_train_timesteps)
+
+    def noised(self, image: Array, noise: Array, index: int, steps: int) -> Array:
+        sigma = self.sigmas(steps)[index]
+        begun: Array = sigma * noise + (1 - sigma) * image
+        return begun
 
     def step(self, output: Array, index: int, steps: int, x: Array, fresh: Array | None = None) -> Array:
         sigma, after = self.sigmas(steps)[index : index + 2]

@@ -67,6 +67,27 @@ def test_from_a_folder_to_a_picture(folder: Path, tmp_path: Path, monkeypatch: p
             assert (out / part / name).read_bytes() == (with_program / part / name).read_bytes()
 
 
+def test_a_picture_of_a_picture(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, first = compiled_pipeline.path(), tmp_path / "first.png"
+    pipe = load_pipeline(out)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)).save(first)
+    command = ("generate", out, "-o", tmp_path / "x.png", "--prompt", "a red fox", "--steps", 4, "--image", first)
+    result = run(tmp_path, *command, "--strength", 0.5, cache=False)
+    height, width = pipe.size
+    assert f"has 30 x 20 pixels and is resized to {width} x {height}" in " ".join(capsys.readouterr().err.split())
+    assert schemas.check(result, "generate") is None and (result["image"], result["strength"]) == (str(first), 0.5)
+    resized = Image.open(first).resize((width, height), Image.Resampling.LANCZOS)
+    expected = pipe("a red fox", steps=4, image=resized, strength=0.5).images[0]
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "x.png")), np.asarray(expected))
+    assert "0 steps to draw" in refused(capsys, *command, "--strength", 0.1, "--overwrite")
+
+    run(tmp_path, "compile", folder, "-o", tmp_path / "plain.mpq", "--parts", "text,decoder", *FEW)
+    message = refused(capsys, "generate", tmp_path / "plain.mpq", *command[2:], "--overwrite")
+    assert "has no encoder: compile the pipeline with --parts text,denoiser,decoder,encoder" in message
+
+
 def test_a_prompt_to_a_file_of_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, ids = compiled_pipeline.path(), tmp_path / "ids"
     command = ("tokenize", out, "-o", ids, "--prompt", "a red fox " * 20, "--steps", 2)
@@ -113,6 +134,9 @@ def test_another_decoder_and_prompts_of_ones_own(folder: Path, tmp_path: Path) -
     assert bundle.read(tmp_path / "a.mpq" / "vae").manifest["model"]["parameters"] == sum(
         p.numel() for p in decoder.decoder.parameters()
     )
+    few = [note for note in report["notes"] if "calibrated on" in note]
+    assert [note.split(":")[0] for note in few] == ["text_encoder"]
+    assert few[0].endswith("several dB: give more --prompts")
 
 
 def test_a_part_that_was_left_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,7 +231,8 @@ def test_a_pipeline_is_verified_with_its_parts(tmp_path: Path, capsys: pytest.Ca
     result = run(tmp_path, "verify", out, cache=False)
     assert schemas.check(result, "verify") is None and result["sha256"] == pipeline.read(out).document[pipeline.OWN]
     found = run(tmp_path, "inspect", out, cache=False)
-    assert schemas.check(found, "inspect") is None and [*found["parts"]] == ["text_encoder", "unet", "vae"]
+    assert schemas.check(found, "inspect") is None
+    assert [*found["parts"]] == ["text_encoder", "unet", "vae", "vae_encoder"]
     assert "is a pipeline: name one of its parts" in refused(capsys, "inspect", out, "--layers")
     assert "were given their bytes apart" in refused(capsys, "inspect", out, "--why", "vae")
     assert "has no part 'vea'" in refused(capsys, "inspect", out, "--why", "vea")
@@ -225,6 +250,9 @@ def test_a_pipeline_is_verified_with_its_parts(tmp_path: Path, capsys: pytest.Ca
         (("--prompt", "x", "--compare", "y"), "leave --compare out"),
         (("--prompt", "x", "--guidance", "1", "--negative-prompt", "y"), "give a guidance above 1"),
         (("--prompt", "x", "--steps", "0"), "give 1 or more of both"),
+        (("--prompt", "x", "--strength", "0.5"), "add --image FILE, or leave it out"),
+        (("--prompt", "x", "--image", "no.png"), "--image no.png: there is no such file"),
+        (("--prompt", "x", "--image", __file__), "is no picture that Pillow reads"),
     ],
 )
 def test_pictures_that_cannot_be(

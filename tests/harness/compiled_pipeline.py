@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mpq_compiler.driver.pipeline import compile_pipeline
+from mpq_compiler.driver.pipeline import KNOWN, compile_pipeline
 from tests.harness import once, packed, tiny_pipelines
 
 
 def path(name: str = "stable-diffusion", target: str = "native") -> Path:
-    """The folder of a pipeline at 8 bits, with its C program; read only."""
+    """The folder of a pipeline at 8 bits with all parts, and its C program; read only."""
 
     def make(folder: Path) -> None:
         size = tiny_pipelines.SIZES.get(name)
         compile_pipeline(
             tiny_pipelines.pipeline(name),
             folder,
+            parts=KNOWN,
             recipe="w8a8",
             samples=2,
             steps=4,

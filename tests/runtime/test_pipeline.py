@@ -13,8 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import (
+    FluxImg2ImgPipeline,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.runtime.drop_ins import CompiledDecoder
 from mpq_compiler.runtime.pipeline import CompiledPipeline, load_pipeline
 from mpq_compiler.sampling import loop
 from mpq_compiler.support.errors import UserError
@@ -25,6 +33,13 @@ KNOWN_SCHEDULER = {"stable-diffusion", "sdxl", "sd3", "flux"}
 """Families whose scheduler is not replaced, and whose pipeline calls its decoder alone: with the same parts diffusers
 draws the same pictures.
 """
+FROM_PICTURES = {
+    "stable-diffusion": StableDiffusionImg2ImgPipeline,
+    "sdxl": StableDiffusionXLImg2ImgPipeline,
+    "sd3": StableDiffusion3Img2ImgPipeline,
+    "flux": FluxImg2ImgPipeline,
+}
+"""What diffusers has of them for pictures that are drawn from one."""
 LEAST_DB = 33.0
 """PSNR of pictures at 8 bits; those of random weights, which is low for these."""
 
@@ -61,7 +76,8 @@ def test_draws_what_diffusers_draws(name: str) -> None:
     assert -10 * np.log10(np.square(found.pixels - expected).mean()) > LEAST_DB
     assert found.images[0].size == expected.shape[2:0:-1]
     assert np.abs(np.asarray(found.images[0], np.float32) / 255 - found.pixels[0]).max() <= 0.5001 / 255
-    alike = [part for part in loaded(name).document["parts"] if (name, part) != ("klein", "vae")]
+    alike = [part for part in ("transformer", "unet", "vae") if (name, part) != ("klein", "vae")]
+    alike = [part for part, about in loaded(name).document["parts"].items() if about["role"] == "text" or part in alike]
     stand_ins = {part: loaded(name).drop_in(part) for part in alike}
     again = drawn_by_diffusers(name, PROMPT, 1, stand_ins, num_inference_steps=4)
     if name in KNOWN_SCHEDULER:
@@ -79,6 +95,45 @@ def test_guidance_and_negative_prompts_are_those_of_diffusers() -> None:
     assert -10 * np.log10(np.square(away - expected).mean()) > LEAST_DB
     with pytest.raises(UserError, match="give a guidance above 1"):
         loaded()(PROMPT, "green harbour", steps=1, guidance=1.0)
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN_SCHEDULER))
+def test_draws_from_a_picture_as_diffusers_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, said = loaded(name), {"strength": 0.5, "guidance": 1.5}
+    image = compiled(PROMPT, steps=4, seed=3).pixels[0]
+    found = compiled("two ships", steps=4, seed=1, image=image, **said).pixels
+    anew = compiled("two ships", steps=4, seed=1, image=image, strength=1.0, guidance=1.5).pixels
+    assert np.abs(anew - found).max() > 0.01
+
+    module = sys.modules[FROM_PICTURES[name].__module__]
+    shape = compiled.part(compiled.denoiser).manifest["sampling"]["shape"]
+    noise = torch.from_numpy(loop.gaussian(1, tuple(shape), 1))
+    monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: noise)
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+    source = FROM_PICTURES[name].from_pipe(tiny_pipelines.pipeline(name))
+    source.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        mean = source.vae.encode(source.image_processor.preprocess(image[None])).latent_dist.mode().numpy()
+    for part, about in compiled.document["parts"].items():
+        if about["role"] != "encoder":
+            setattr(source, part, compiled.drop_in(part))
+    encoded = source.vae.encode(source.image_processor.preprocess(image[None])).latent_dist.mode().numpy()
+    assert 10 * np.log10(np.square(mean).mean() / np.square(encoded - mean).mean()) > 20
+    sized = {"height": image.shape[0], "width": image.shape[1]} if name in ("sd3", "flux") else {}
+    expected = source(
+        "two ships", image=image[None], num_inference_steps=4, guidance_scale=1.5, strength=0.5, output_type="np",
+        **sized,
+    ).images  # fmt: skip
+    assert -10 * np.log10(np.square(found - expected).mean()) > 60
+
+
+def test_what_cannot_be_drawn_from() -> None:
+    with pytest.raises(UserError, match=r"has 8 x 9 pixels, and .* draws"):
+        loaded()(PROMPT, image=np.zeros((9, 8, 3)))
+    image = np.zeros((*loaded().size, 3))
+    for strength in (0.2, -1, 1.5):
+        with pytest.raises(UserError, match=r"strength of .* in 4 steps is . steps to draw"):
+            loaded()(PROMPT, steps=4, image=image, strength=strength)
 
 
 def test_the_same_pictures_one_part_at_a_time_and_in_company() -> None:
@@ -149,6 +204,8 @@ def test_what_a_stand_in_lacks_is_said() -> None:
     assert output[0] is output.last_hidden_state and output[0].shape == (1, tiny_pipelines.TOKENS, 32)
     with pytest.raises(UserError, match="reads 'pooler_output' of its text encoder"):
         _ = output.pooler_output.shape
-    with pytest.raises(UserError, match="encodes nothing"):
-        decoder.encode(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(UserError, match="add encoder to --parts"):
+        CompiledDecoder(loaded().part("vae")).encode(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(UserError, match="stands in with its decoder: take that of 'vae'"):
+        loaded().drop_in("vae_encoder")
     assert decoder.config.scaling_factor == 0.18215 and decoder.to("cpu") is decoder

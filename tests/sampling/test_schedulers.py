@@ -93,6 +93,12 @@ def test_draws_what_diffusers_draws(
     result = sample(toy, ours, noise, {}, steps, seed=7)
     assert result.dtype == np.float32
     np.testing.assert_allclose(result, x.numpy(), rtol=1e-5, atol=1e-5)
+    image = gaussian(2, (3, 5, 5), 9)
+    add = reference.scale_noise if hasattr(reference, "scale_noise") else reference.add_noise
+    given = (torch.from_numpy(image), torch.from_numpy(noise))
+    for step, timestep in enumerate(reference.timesteps):
+        order = (given[0], timestep[None], given[1]) if hasattr(reference, "scale_noise") else (*given, timestep[None])
+        np.testing.assert_allclose(ours.noised(image, noise, step, steps), add(*order).numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_flux_asks_for_even_sigmas() -> None:

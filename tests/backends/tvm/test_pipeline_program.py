@@ -51,7 +51,7 @@ def test_the_program_draws_the_bits_of_the_runtime(name: str, tmp_path: Path) ->
     folder = compiled_pipeline.path(name)
     tokens_file.write(folder, tmp_path / "ids", PROMPT, steps=3, seed=2)
     said = drawn(folder, tmp_path / "ids", tmp_path / "a.png")
-    assert all(f"{part}: " in said for part in pipeline.read(folder).document["parts"]), said
+    assert all(f"{part}: " in said for part in pipeline.read(folder).hashes), said
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), expected(folder, 1, steps=3, seed=2))
     shutil.copy(folder / bundle.PROGRAM, tmp_path)
     drawn(tmp_path, tmp_path / "ids", tmp_path / "b.png", "--folder", str(folder), "--threads", "2")
