@@ -208,7 +208,7 @@ def cycles(found: Iterable[Sequence[str]], core: str, kept: dict[tuple[str, str]
     new = [text for text in dict.fromkeys(texts) if (text, core) not in kept]
     if new:
         command = [tool("llvm-mca"), "-mtriple=aarch64", f"-mcpu={core}", f"-mattr={FEATURES}", "-iterations=400"]
-        regions = "".join(f"// LLVM-MCA-BEGIN\n{text}\n// LLVM-MCA-END\n" for text in new)
+        regions = "".join(f"# LLVM-MCA-BEGIN\n{text}\n# LLVM-MCA-END\n" for text in new)
         done = subprocess.run(command, input=regions, capture_output=True, text=True)
         totals = re.findall(r"Total Cycles:\s+(\d+)", done.stdout)
         if len(totals) != len(new):

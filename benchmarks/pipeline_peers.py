@@ -4,14 +4,15 @@
     python -m benchmarks.pipeline_peers draw SYSTEM SOURCE TARGET SIZE THREADS STEPS ROUNDS INTO
 
 `benchmarks.pipelines` runs these, for peers by the Python that has them. ``SOURCE`` is the folder of a diffusers
-pipeline with a text encoder of CLIP's, a UNet and an AutoencoderKL; ``SIZE`` the pixels along a side. Systems are:
+pipeline with a text encoder of CLIP's, a UNet and an AutoencoderKL, or of FLUX.2 klein's; ``SIZE`` the pixels along a
+side. Systems are:
 
 - *mpq-w8a8*, *mpq-4*: ours, by the recipe w8a8, or the default one at 4 bits, by `load_pipeline`; *mpq-c*: the C
   program of the former;
 - *torch*, *torch-bf16*: diffusers' own pipeline;
 - *openvino*, *openvino-int8*, *openvino-hybrid*: OpenVINO GenAI's Text2ImagePipeline of what optimum-intel exports: as
   it is, with 8-bit weights, and quantized in the hybrid way that it documents for Stable Diffusion (activations of
-  convolutions too), on the prompts that we calibrate on;
+  convolutions too), on the prompts that we calibrate on; where GenAI does not have a pipeline, optimum-intel's own;
 - *onnxruntime*, *onnxruntime-int8*: `torch.onnx.export` of the three parts; in 8 bits UNet and decoder by
   `quantize_static` with QDQ on calls of the float pipeline, and the text encoder by `quantize_dynamic`.
 """
@@ -37,8 +38,14 @@ ONNXRUNTIME = ("onnxruntime", "onnxruntime-int8")
 TORCH = ("torch", "torch-bf16")
 SYSTEMS = (*OURS, *OPENVINO, *ONNXRUNTIME, *TORCH)
 GUIDANCE, SEED = 3.0, 1
+"""The guidance of pipelines with a UNet; those with a transformer are drawn without."""
 CALLS = 24
 """Calls that onnxruntime's quantizer calibrates on."""
+LARGEST = 2**31
+"""Bytes of weights with which onnxruntime's documentation asks to leave the optimizer out."""
+PARTS = ("text", "denoiser", "decoder")
+FEW = 16
+"""Prompts that ours is calibrated on where weights are random, and so no picture is judged."""
 Draw = Callable[[int], np.ndarray]
 """Draws a picture in so many steps: f32 [H, W, 3] from 0 to 1."""
 Times = dict[str, list[float]]
@@ -56,6 +63,14 @@ def prompts(source: str) -> list[str]:
     return file.read_text(encoding="utf-8").splitlines()
 
 
+def is_klein(source: str) -> bool:
+    return (Path(source) / "transformer").is_dir()
+
+
+def guidance(source: str) -> float:
+    return 1.0 if is_klein(source) else GUIDANCE
+
+
 # ------------------------------------------------------------------------------------------------------------- making
 
 
@@ -69,11 +84,17 @@ def make(system: str, source: str, target: str, size: str) -> None:
 
 
 def _compile(system: str, source: str, target: str, size: int) -> None:
-    latents = size // _scale(source)
-    command = ["compile", source, "-o", target, "--shapes", f"1x4x{latents}x{latents}", "--guidance", str(GUIDANCE)]
-    subprocess.run(
-        [sys.executable, "-m", "mpq_compiler", *command, *OURS[system], "--emit", "c"], check=True
-    )
+    _, channels, height, width = noise(source, size).shape
+    command = ["compile", source, "-o", target, "--emit", "c", *OURS[system]]
+    if is_klein(source):
+        command += ["--shapes", f"1x{channels // 4}x{2 * height}x{2 * width}", "--steps", "4"]
+    else:
+        command += ["--shapes", f"1x{channels}x{height}x{width}", "--guidance", str(GUIDANCE)]
+    few = Path(f"{target}.prompts.txt")
+    if size > 64:
+        few.write_text("".join(f"{line}\n" for line in prompts(source)[:FEW]), encoding="utf-8")
+        command += ["--prompts", str(few), "--samples", "4"]
+    subprocess.run([sys.executable, "-m", "mpq_compiler", *command], check=True)
 
 
 def _scale(source: str) -> int:
@@ -84,7 +105,7 @@ def _scale(source: str) -> int:
 def _export_openvino(system: str, source: str, target: str) -> None:
     from openvino import save_model
     from openvino_tokenizers import convert_tokenizer
-    from optimum.intel import OVStableDiffusionPipeline, OVWeightQuantizationConfig
+    from optimum.intel import OVDiffusionPipeline, OVWeightQuantizationConfig
     from transformers import AutoTokenizer
 
     asked: dict[str, Any] = {"export": True, "compile": False}
@@ -97,7 +118,9 @@ def _export_openvino(system: str, source: str, target: str) -> None:
         )
     else:
         asked["load_in_8bit"] = False
-    OVStableDiffusionPipeline.from_pretrained(source, **asked).save_pretrained(target)
+    OVDiffusionPipeline.from_pretrained(source, **asked).save_pretrained(target)
+    if is_klein(source):
+        return
     tokenizer, detokenizer = convert_tokenizer(
         AutoTokenizer.from_pretrained(Path(source) / "tokenizer"), with_detokenizer=True
     )
@@ -107,9 +130,9 @@ def _export_openvino(system: str, source: str, target: str) -> None:
 
 def _diffusers(source: str, dtype: str = "float32") -> Any:
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(source, torch_dtype=getattr(torch, dtype))
+    pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -117,44 +140,14 @@ def _diffusers(source: str, dtype: str = "float32") -> Any:
 def _export_onnx(system: str, source: str, target: str, size: int) -> None:
     import torch
 
-    pipeline, latents = _diffusers(source), size // _scale(source)
-    config, text = pipeline.unet.config, pipeline.text_encoder.config
-    tokens = pipeline.tokenizer.model_max_length
-
-    class Text(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = pipeline.text_encoder
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.model(ids)[0]
-
-    class UNet(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = pipeline.unet
-
-        def forward(self, x: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-            return self.model(x, t, c, return_dict=False)[0]
-
-    class Decoder(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = pipeline.vae
-
-        def forward(self, z: torch.Tensor) -> torch.Tensor:
-            return self.model.decode(z, return_dict=False)[0]
+    from benchmarks.pipeline_exports import exports
 
     folder = Path(target)
     folder.mkdir(parents=True, exist_ok=True)
-    x = torch.zeros(2, config.in_channels, latents, latents)
-    examples = {
-        "text": (Text(), (torch.zeros(1, tokens, dtype=torch.int64),)),
-        "unet": (UNet(), (x, torch.tensor(500), torch.zeros(2, tokens, text.hidden_size))),
-        "vae": (Decoder(), (x[:1],)),
-    }
-    for name, (module, example) in examples.items():
-        torch.onnx.export(module.eval(), example, folder / f"{name}.onnx", dynamo=True, external_data=size > 64)
+    with torch.no_grad():
+        for name, export in exports(_diffusers(source), noise(source, size).shape).items():
+            file = folder / f"{name}.onnx"
+            torch.onnx.export(export.module, export.example, file, dynamo=True, external_data=size > 64)
     if system == "onnxruntime-int8":
         _quantize_onnx(source, folder, size)
 
@@ -169,19 +162,23 @@ def _quantize_onnx(source: str, folder: Path, size: int) -> None:
     )
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    rows: dict[str, list[dict[str, np.ndarray]]] = {"unet": [], "vae": []}
+    from benchmarks.pipeline_exports import run_by
+
+    rows: dict[str, list[dict[str, np.ndarray]]] = {"denoiser": [], "decoder": []}
     sessions = _sessions(folder, 2)
 
     def noted(name: str, *arrays: np.ndarray) -> np.ndarray:
-        names = [each.name for each in sessions[name].get_inputs()]
-        given = dict(zip(names, arrays, strict=True))
+        given = dict(zip([each.name for each in sessions[name].get_inputs()], arrays, strict=True))
         if name in rows:
             rows[name].append(given)
         return np.asarray(sessions[name].run(None, given)[0])
 
-    pipeline = _by_parts(source, noted)
+    pipeline = run_by(_diffusers(source), noted)
     for prompt in prompts(source)[:4]:
-        pipeline(prompt, num_inference_steps=CALLS // 4, guidance_scale=GUIDANCE, height=size, width=size)
+        pipeline(
+            prompt, num_inference_steps=CALLS // 4, guidance_scale=guidance(source), height=size, width=size
+        )
+    sessions.clear()
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self, given: list[dict[str, np.ndarray]]) -> None:
@@ -192,14 +189,26 @@ def _quantize_onnx(source: str, folder: Path, size: int) -> None:
 
     for name, given in rows.items():
         path, ready = folder / f"{name}.onnx", folder / f"{name}.ready.onnx"
-        quant_pre_process(path, ready)
+        data = path.with_name(f"{path.name}.data")
+        large = data.exists() and data.stat().st_size > LARGEST
+        quant_pre_process(
+            path, ready, skip_optimization=large, skip_symbolic_shape=large, save_as_external_data=size > 64,
+            all_tensors_to_one_file=True, external_data_location=f"{ready.name}.data",
+        )  # fmt: skip
+        for file in (path, data):
+            file.unlink(missing_ok=True)
         quantize_static(
             ready, path, Reader(given), quant_format=QuantFormat.QDQ, per_channel=True,
             activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+            op_types_to_quantize=["Conv", "Gemm", "MatMul"], use_external_data_format=size > 64,
         )  # fmt: skip
-        ready.unlink()
-    quantize_dynamic(folder / "text.onnx", folder / "text.onnx")
+        for file in folder.glob(f"{ready.name}*"):
+            file.unlink()
+    text, whole = folder / "text.onnx", folder / "text.whole.onnx"
+    text.rename(whole)
+    quantize_dynamic(whole, text, use_external_data_format=size > 64)
+    for file in (whole, folder / "text.onnx.data"):
+        file.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing
@@ -234,9 +243,12 @@ def draw(system: str, source: str, target: str, size: str, threads: str, steps: 
 
 
 def noise(source: str, size: int) -> np.ndarray:
-    """Latents [1, 4, H, W], the same for all systems."""
-    side = size // _scale(source)
-    return np.random.Generator(np.random.PCG64(SEED)).standard_normal((1, 4, side, side), dtype=np.float32)
+    """Latents [1, C, H, W], the same for all systems; those of klein, of two by two, are drawn as rows."""
+    side, draw = size // _scale(source), np.random.Generator(np.random.PCG64(SEED))
+    if is_klein(source):
+        rows = draw.standard_normal((1, side**2 // 4, 128), dtype=np.float32)
+        return np.ascontiguousarray(rows.transpose(0, 2, 1)).reshape(1, 128, side // 2, side // 2)
+    return draw.standard_normal((1, 4, side, side), dtype=np.float32)
 
 
 @contextmanager
@@ -250,7 +262,9 @@ def _ours(system: str, source: str, target: str, size: int, threads: int, times:
     from mpq_compiler.runtime.pipeline import load_pipeline
 
     pipe = load_pipeline(target, threads)
-    prompt = prompts(source)[-1]
+    prompt, given = prompts(source)[-1], noise(source, size)
+    if is_klein(source):  # which has it in rows
+        given = np.ascontiguousarray(given.reshape(*given.shape[:2], -1).transpose(0, 2, 1))
 
     def drawn(steps: int) -> np.ndarray:
         encode, marks = pipe.encode, []
@@ -263,7 +277,7 @@ def _ours(system: str, source: str, target: str, size: int, threads: int, times:
 
         pipe.encode = encoded  # type: ignore[method-assign]
         latents = pipe.latents(
-            [prompt], steps=steps, guidance=GUIDANCE, seed=SEED,
+            [prompt], steps=steps, guidance=guidance(source), noise=given,
             progress=lambda done, total: marks.append(time.perf_counter()),
         )  # fmt: skip
         del pipe.encode
@@ -282,9 +296,11 @@ def _c(system: str, source: str, target: str, size: int, threads: int, times: Ti
     def drawn(steps: int) -> np.ndarray:
         tokens = Path(target).with_suffix(f".{steps}.ids")
         if not tokens.exists():
-            asked = ["--prompt", prompt, "--steps", str(steps), "--guidance", str(GUIDANCE), "--seed", str(SEED)]
+            asked = ["--prompt", prompt, "--steps", str(steps), "--seed", str(SEED), "-o", str(tokens)]
+            if not is_klein(source):
+                asked += ["--guidance", str(GUIDANCE)]
             subprocess.run(
-                [sys.executable, "-m", "mpq_compiler", "tokenize", target, "-o", str(tokens), *asked], check=True,
+                [sys.executable, "-m", "mpq_compiler", "tokenize", target, *asked], check=True,
                 stdout=subprocess.DEVNULL,
             )  # fmt: skip
         command = [f"{target}/mpq_run", "--tokens", str(tokens), "-o", str(picture), "--threads", str(threads)]
@@ -298,6 +314,8 @@ def _openvino(system: str, source: str, target: str, size: int, threads: int, ti
     import openvino_genai as genai
     from openvino import Tensor
 
+    if is_klein(source):
+        return _optimum(source, target, size, threads, times)
     pipe = genai.Text2ImagePipeline(target)
     config = pipe.get_generation_config()
     config.guidance_scale = GUIDANCE
@@ -334,12 +352,25 @@ def _openvino(system: str, source: str, target: str, size: int, threads: int, ti
     return drawn
 
 
+def _optimum(source: str, target: str, size: int, threads: int, times: Times) -> Draw:
+    from optimum.intel import OVDiffusionPipeline
+
+    pipeline = OVDiffusionPipeline.from_pretrained(
+        target, compile=False, ov_config={"INFERENCE_NUM_THREADS": str(threads)}
+    )
+    pipeline.reshape(1, size, size, 1)
+    pipeline.compile()
+    pipeline.set_progress_bar_config(disable=True)
+    _time_parts(pipeline, times)
+    return _drawn_by(pipeline, source, size, times)
+
+
 def _torch(system: str, source: str, target: str, size: int, threads: int, times: Times) -> Draw:
     import torch
 
     torch.set_num_threads(threads)
     pipeline = _diffusers(source, "bfloat16" if system == "torch-bf16" else "float32")
-    for part in (pipeline.unet, pipeline.vae):
+    for part in (pipeline.vae,) if is_klein(source) else (pipeline.unet, pipeline.vae):
         part.to(memory_format=torch.channels_last)
     _time_parts(pipeline, times)
     return _drawn_by(pipeline, source, size, times)
@@ -359,7 +390,7 @@ def _time_parts(pipeline: Any, times: Times) -> None:
 def _drawn_by(pipeline: Any, source: str, size: int, times: Times) -> Draw:
     import torch
 
-    prompt, dtype = prompts(source)[-1], pipeline.unet.dtype
+    prompt, dtype = prompts(source)[-1], (pipeline.transformer if is_klein(source) else pipeline.unet).dtype
 
     def drawn(steps: int) -> np.ndarray:
         marks = []
@@ -369,7 +400,8 @@ def _drawn_by(pipeline: Any, source: str, size: int, times: Times) -> Draw:
             return values
 
         found = pipeline(
-            prompt, num_inference_steps=steps, guidance_scale=GUIDANCE, height=size, width=size, output_type="np",
+            prompt, num_inference_steps=steps, guidance_scale=guidance(source), height=size, width=size,
+            output_type="np",
             latents=torch.from_numpy(noise(source, size)).to(dtype), callback_on_step_end=ended,
         )  # fmt: skip
         times["step"].append((marks[-1] - marks[0]) / (steps - 1))
@@ -384,48 +416,24 @@ def _sessions(folder: Path, threads: int) -> dict[str, Any]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     return {
-        name: onnxruntime.InferenceSession(str(folder / f"{name}.onnx"), options) for name in ("text", "unet", "vae")
+        name: onnxruntime.InferenceSession(str(folder / f"{name}.onnx"), options) for name in PARTS
     }
-
-
-def _by_parts(source: str, called: Callable[..., np.ndarray]) -> Any:
-    """Diffusers' pipeline whose parts are run by a runtime; it has no weights of its own."""
-    import torch
-
-    pipeline = _diffusers(source)
-
-    def text(ids: Any, **rest: Any) -> Any:
-        return (torch.from_numpy(called("text", ids.numpy())),)
-
-    def unet(x: Any, t: Any, encoder_hidden_states: Any, **rest: Any) -> Any:
-        return (torch.from_numpy(called("unet", x.numpy(), t.numpy(), encoder_hidden_states.numpy())),)
-
-    def decode(z: Any, **rest: Any) -> Any:
-        return (torch.from_numpy(called("vae", z.numpy())),)
-
-    pipeline.text_encoder.forward, pipeline.unet.forward, pipeline.vae.decode = text, unet, decode
-    for part in (pipeline.text_encoder, pipeline.unet, pipeline.vae):
-        first = next(part.parameters())
-        for module in part.modules():
-            for name, parameter in [*module._parameters.items()]:
-                if parameter is not None and parameter is not first:
-                    module._parameters[name] = None
-    return pipeline
 
 
 def _onnxruntime(system: str, source: str, target: str, size: int, threads: int, times: Times) -> Draw:
     import torch
 
+    from benchmarks.pipeline_exports import run_by
+
     torch.set_num_threads(threads)
     sessions = _sessions(Path(target), threads)
     names = {key: [each.name for each in session.get_inputs()] for key, session in sessions.items()}
-    keys = {"text": "text", "vae": "decoder"}
 
     def called(part: str, *arrays: np.ndarray) -> np.ndarray:
-        with _timed(times[keys[part]] if part in keys else []):
+        with _timed(times.get(part, [])):
             return np.asarray(sessions[part].run(None, dict(zip(names[part], arrays, strict=True)))[0])
 
-    return _drawn_by(_by_parts(source, called), source, size, times)
+    return _drawn_by(run_by(_diffusers(source), called), source, size, times)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@
 
 Every system draws the same prompt from the same noise in four guided steps, in a process of its own
 (`benchmarks.pipeline_peers`), one after the other, and all of them again for each run; what stands in the table are
-medians. PSNR is that of the picture against diffusers' in float32. Pipelines: the bundled one, and one of the size of
-Stable Diffusion 1.5 with random weights, at 256 x 256 pixels, whose pictures are noise and say nothing of quality.
+medians. PSNR is that of the picture against diffusers' in float32. Pipelines: the bundled one; and two with random
+weights at 256 x 256 pixels, whose pictures are noise and say nothing of quality: one of the size of Stable Diffusion
+1.5, and one like FLUX.2 klein, its transformer cut to two double and two single blocks, and before it a language model
+as Qwen3-0.6B, of which it reads the 28 layers. Klein is drawn without guidance, as it is meant to be.
 """
 
 from __future__ import annotations
@@ -33,9 +35,9 @@ from mpq_compiler.frontend import checkpoint
 
 RESULTS = cells.RESULTS / "pipelines.json"
 DOCS = cells.ROOT / "docs" / "pipelines.md"
-SIZES = {"emoji": 32, "sd15": 256}
+SIZES = {"emoji": 32, "sd15": 256, "klein": 256}
 """The pixels along a side, by pipeline."""
-ROUNDS = {"emoji": 30, "sd15": 1}
+ROUNDS = {"emoji": 30, "sd15": 1, "klein": 1}
 """Pictures of a run, by pipeline."""
 STEPS, RUNS = 4, 3
 STAGES = ("text_s", "step_s", "decoder_s", "whole_s")
@@ -47,7 +49,7 @@ def source(name: str, folder: Path) -> Path:
         return checkpoint.bundled_pipelines()[name]
     made = folder / name / "pipeline"
     if not made.exists():
-        _random_stable_diffusion(made)
+        {"sd15": _random_stable_diffusion, "klein": _random_klein}[name](made)
     return made
 
 
@@ -77,6 +79,36 @@ def _random_stable_diffusion(target: Path) -> None:
     from benchmarks.train_emoji import save
 
     save(pipeline, target)
+
+
+def _random_klein(target: Path) -> None:
+    """A pipeline as FLUX.2 klein's, of four blocks, with weights as they are initialized, in half precision."""
+    import torch
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.bundled_pipelines()["emoji"] / "tokenizer")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.model_max_length = 512
+    text = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=512,
+    )  # fmt: skip
+    transformer = Flux2Transformer2DModel(
+        in_channels=128, num_layers=2, num_single_layers=2, attention_head_dim=128, num_attention_heads=24,
+        joint_attention_dim=3 * text.hidden_size, guidance_embeds=False,
+    )  # fmt: skip
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = AutoencoderKLFlux2(**levels, block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipeline = Flux2KleinPipeline(scheduler, vae, Qwen3ForCausalLM(text), tokenizer, transformer, is_distilled=True)
+    pipeline.to(torch.float16).save_pretrained(target, safe_serialization=True)
 
 
 def run(python: str, *arguments: str, threads: int = 2) -> str | None:
