@@ -33,6 +33,7 @@ def add(commands: options.Commands) -> None:
     parser.add_argument("--class", dest="label", type=int, metavar="K", help="only images of class K")
     parser.add_argument("--prompt", metavar="TEXT", help="only images of this prompt, such as 'dark plain boot'")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads a pipeline away from")
+    options.add_scheduler(parser)
     parser.add_argument("--image", metavar="FILE", help="a picture that a pipeline with an encoder draws from")
     parser.add_argument(
         "--strength", type=float, metavar="X", help="how much of --image is drawn anew, from 0 to 1 (default: 0.8)"
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace) -> Any:
     output.require_new(picture, args.overwrite)
     if is_pipeline(args.artifact):
         return _of_pipeline(args, picture)
-    if odd := [name for name in ("negative_prompt", "sequential", "image", "strength") if getattr(args, name)]:
+    own = ("negative_prompt", "sequential", "image", "strength", "scheduler")
+    if odd := [name for name in own if getattr(args, name)]:
         raise UserError(f"--{odd[0].replace('_', '-')} is of a pipeline, and {args.artifact} is a denoiser alone")
     args.images, args.steps = (20 if args.images is None else args.images), (10 if args.steps is None else args.steps)
     check(args.images, args.steps, args.seed or 0)
@@ -118,7 +120,7 @@ def _of_pipeline(args: argparse.Namespace, picture: Path) -> dict[str, object]:
         negative = None if args.negative_prompt is None else [args.negative_prompt] * images
         latents = pipe.latents(
             [args.prompt] * images, negative, steps=steps, guidance=guidance, seed=seed, image=begin,
-            strength=strength, progress=lambda done, total: advance(1),
+            strength=strength, scheduler=options.scheduler_of(args.scheduler), progress=lambda done, total: advance(1),
         )  # fmt: skip
     pixels = pipe.decode(latents)
     (whole,) = pictures(np.concatenate([*pixels], axis=1)[None])
@@ -132,6 +134,7 @@ def _of_pipeline(args: argparse.Namespace, picture: Path) -> dict[str, object]:
         "guidance": guidance,
         "prompt": args.prompt,
         **({} if args.image is None else {"image": args.image, "strength": strength}),
+        **({} if args.scheduler is None else {"scheduler": args.scheduler}),
     }
 
 

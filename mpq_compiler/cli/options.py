@@ -54,6 +54,23 @@ def add_threads(parser: argparse.ArgumentParser, text: str = PER_CALL) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help=text)
 
 
+def add_scheduler(parser: argparse.ArgumentParser) -> None:
+    """Add the scheduler that a pipeline draws with in the place of its own."""
+    parser.add_argument(
+        "--scheduler", metavar="NAME", help="another scheduler than a pipeline's: diffusers' name, or a "
+        "scheduler_config.json"
+    )  # fmt: skip
+
+
+def scheduler_of(chosen: str | None) -> str | dict[str, object] | None:
+    """The scheduler's name, or the configuration in its file. UserError: the file is none."""
+    if chosen is None or not chosen.endswith(".json"):
+        return chosen
+    from mpq_compiler.frontend.checkpoint import read_json
+
+    return read_json(Path(chosen))
+
+
 def add_budgets(parser: argparse.ArgumentParser) -> None:
     """Add the budgets that an allocation has to keep, and the objective that it minimizes."""
     budgets = parser.add_argument_group("budgets")

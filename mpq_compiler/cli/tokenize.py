@@ -22,6 +22,7 @@ def add(commands: options.Commands) -> None:
     parser.add_argument(
         "--guidance", type=float, metavar="X", help="classifier-free guidance (default: the pipeline's)"
     )
+    options.add_scheduler(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
 
 
@@ -34,7 +35,8 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     check(args.images, 1 if args.steps is None else args.steps, args.seed)
     found = tokens_file.write(
         args.pipeline, args.output, args.prompt, args.negative_prompt, images=args.images, steps=args.steps,
-        guidance=args.guidance, seed=args.seed, note=lambda said: terminal.note(f"note: {said}"),
+        guidance=args.guidance, seed=args.seed, scheduler=options.scheduler_of(args.scheduler),
+        note=lambda said: terminal.note(f"note: {said}"),
     )  # fmt: skip
     terminal.say(f"wrote {args.output}: {found['calls']} calls of parts, {found['bytes'] / 1e3:.1f} kB")
     terminal.say(f"draw it with {args.pipeline}/mpq_run --tokens {args.output} -o x.png, on the device")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,7 +29,7 @@ from mpq_compiler.sampling.convention import Convention
 from mpq_compiler.sampling.glue import Glue
 from mpq_compiler.sampling.inverse import Inverse, InverseOfPixels
 from mpq_compiler.sampling.prompt_tokens import Tokens
-from mpq_compiler.sampling.schedulers import Scheduler
+from mpq_compiler.sampling.schedulers import Scheduler, exchanged
 from mpq_compiler.support.errors import UserError
 
 if TYPE_CHECKING:
@@ -233,6 +233,7 @@ class CompiledPipeline:
         noise: Array | None = None,
         image: Array | None = None,
         strength: float = STRENGTH,
+        scheduler: str | Mapping[str, object] | None = None,
         progress: loop.Progress | None = None,
     ) -> Array:
         """Draws the latents of prompts, f32 [N, C, H, W].
@@ -246,10 +247,11 @@ class CompiledPipeline:
             noise: the noise itself, f32 [N, C, H, W], in place of the seed's.
             image: latents of pictures to draw from (`encode_image`), f32 [N, C, H, W].
             strength: how much is left to draw then, from 0 (nothing) to 1 (all, as without).
+            scheduler: another than the pipeline's, by diffusers' name or its configuration (`schedulers.exchanged`).
             progress: is called with (done, total) after every call of the denoiser.
 
         Raises:
-            UserError: a number out of range, or guidance of a pipeline that has none.
+            UserError: a number out of range, guidance of a pipeline that has none, or a scheduler that is not known.
         """
         steps, guidance = steps or self.steps, self.guidance if guidance is None else guidance
         guided = guidance != 1.0 and self.document["null"] is not None
@@ -262,11 +264,12 @@ class CompiledPipeline:
         given |= self._encoded(prompts, negative_prompts) if guided else self.encode(prompts)
         with self._part(self.denoiser) as part:
             about = part.manifest["sampling"]
+            own = Scheduler.from_config(about["scheduler"])
             conditioning = Conditioning.of_artifact(part.manifest)
             conditions = conditioning.from_arrays(given, "the pipeline's text")
             return loop.sample(
                 lambda **inputs: part.run(inputs),
-                Scheduler.from_config(about["scheduler"]),
+                own if scheduler is None else exchanged(own, scheduler),
                 loop.gaussian(len(prompts), tuple(about["shape"]), seed) if noise is None else noise,
                 steps=steps,
                 **conditioning.arguments(conditions, len(prompts), guidance),
@@ -298,6 +301,7 @@ class CompiledPipeline:
         seed: int = 0,
         image: Image | Array | None = None,
         strength: float = STRENGTH,
+        scheduler: str | Mapping[str, object] | None = None,
         progress: loop.Progress | None = None,
     ) -> Pictures:
         """Draws a picture of each prompt.
@@ -310,6 +314,7 @@ class CompiledPipeline:
             seed: of the noise.
             image: a picture to draw from, of Pillow's or pixels [H, W, channels] from 0 to 1, of the pipeline's size.
             strength: how much of it is drawn anew, from 0 to 1.
+            scheduler: another than the pipeline's, by diffusers' name or its configuration.
             progress: is called with (done, total) after every call of the denoiser.
 
         Raises:
@@ -324,7 +329,7 @@ class CompiledPipeline:
         begin = None if image is None else np.repeat(self.encode_image(pixels_of(image)[None]), len(prompts), 0)
         latents = self.latents(
             prompts, negative, steps=steps, guidance=guidance, seed=seed, image=begin, strength=strength,
-            progress=progress,
+            scheduler=scheduler, progress=progress,
         )  # fmt: skip
         pixels = self.decode(latents)
         return Pictures(pictures(pixels), pixels)

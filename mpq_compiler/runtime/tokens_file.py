@@ -41,7 +41,7 @@ class _Recorder:
 
 def recorder(made: Pipeline, recording: Recording) -> Callable[[Path], CompiledDenoiser]:
     """What loads a part of the pipeline to be recorded."""
-    numbers = {name: number for number, name in enumerate(sorted(made.document["parts"]))}
+    numbers = {name: number for number, name in enumerate(sorted(made.hashes))}
 
     def load(path: Path) -> CompiledDenoiser:
         artifact = bundle.read(path)
@@ -65,6 +65,7 @@ def write(
     steps: int | None = None,
     guidance: float | None = None,
     seed: int = 0,
+    scheduler: str | Mapping[str, object] | None = None,
     note: Callable[[str], None] = lambda said: None,
 ) -> dict[str, int]:
     """Writes the file of a prompt; the C program draws of it what `CompiledPipeline` draws of the same arguments.
@@ -78,6 +79,7 @@ def write(
         steps: sampling steps; None takes the pipeline's.
         guidance: classifier-free guidance; None takes the pipeline's.
         seed: of the noise.
+        scheduler: another than the pipeline's, as for `CompiledPipeline`.
         note: is called with what is cut off a prompt that is too long.
 
     Returns:
@@ -94,7 +96,9 @@ def write(
     for said in pipe.cut(prompt):
         note(said)
     negative = None if negative_prompt is None else [negative_prompt] * images
-    latents = pipe.latents([prompt] * images, negative, steps=steps, guidance=guidance, seed=seed)
+    latents = pipe.latents(
+        [prompt] * images, negative, steps=steps, guidance=guidance, seed=seed, scheduler=scheduler
+    )
     pixels = pipe.decode(latents)
     recording.picture(as_bytes(np.concatenate([*pixels], axis=1)))
     arrays = recording.data() | {"parts": np.frombuffer(pipelines.digests(made.hashes), np.uint8)}

@@ -467,6 +467,30 @@ def from_config(config: Mapping[str, Any]) -> tuple[Scheduler, str | None]:
     return kind(**{key: _typed(key, value, known[key]) for key, value in values.items() if key in known}), note
 
 
+def exchanged(own: Scheduler, other: str | Mapping[str, object]) -> Scheduler:
+    """A scheduler in the place of a model's own: one by diffusers' name, with the noise schedule of ``own``, or whole.
+
+    Args:
+        own: that of the model.
+        other: the name of a class, or a scheduler_config.json.
+
+    Raises:
+        UserError: it is not known, is of another kind than the model was trained for, or is malformed.
+    """
+    if isinstance(other, str):
+        name, config = other, {"clip_sample": False, **own.to_config(), "_class_name": other}
+    else:
+        name, config = str(other.get("_class_name")), {**other}
+    if name not in _SOLVERS:
+        raise UserError(f"the scheduler '{name}' is not known; {nearest(name, _SOLVERS)}")
+    if issubclass(_SOLVERS[name], FlowMatchEuler) != isinstance(own, FlowMatchEuler):
+        raise UserError(f"the scheduler '{name}' draws with other models than one of {own.solver}")
+    found, note = from_config(config)
+    if note is not None:
+        raise UserError(note.replace("the model's", "the scheduler").replace("is replaced", "would be replaced"))
+    return found
+
+
 _HUGE = 1e30  # the largest magnitude that a number of a configuration may have
 
 

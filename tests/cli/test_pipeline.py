@@ -250,6 +250,8 @@ def test_a_pipeline_is_verified_with_its_parts(tmp_path: Path, capsys: pytest.Ca
         (("--prompt", "x", "--compare", "y"), "leave --compare out"),
         (("--prompt", "x", "--guidance", "1", "--negative-prompt", "y"), "give a guidance above 1"),
         (("--prompt", "x", "--steps", "0"), "give 1 or more of both"),
+        (("--prompt", "x", "--scheduler", "DDIM"), "the scheduler 'DDIM' is not known; there is: DDIMScheduler"),
+        (("--prompt", "x", "--scheduler", "no.json"), "cannot read 'no.json'"),
         (("--prompt", "x", "--strength", "0.5"), "add --image FILE, or leave it out"),
         (("--prompt", "x", "--image", "no.png"), "--image no.png: there is no such file"),
         (("--prompt", "x", "--image", __file__), "is no picture that Pillow reads"),

@@ -16,7 +16,7 @@ import torch
 from mpq_compiler.frontend import denoiser as denoisers
 from mpq_compiler.frontend import trajectories
 from mpq_compiler.sampling.loop import gaussian, sample
-from mpq_compiler.sampling.schedulers import DDIM, NoiseSchedule, Scheduler, from_config
+from mpq_compiler.sampling.schedulers import DDIM, LCM, Euler, NoiseSchedule, Scheduler, exchanged, from_config
 from mpq_compiler.support.errors import UserError
 from tests.harness import tiny
 
@@ -195,6 +195,23 @@ def test_what_is_replaced_is_said(config: dict[str, Any], kind: str, note: str) 
 def test_schedules_that_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Scheduler.from_config(config)
+
+
+def test_one_scheduler_in_the_place_of_another() -> None:
+    own = DDIM(beta_schedule="scaled_linear", prediction_type="v_prediction", steps_offset=1, clip_sample=False)
+    found = exchanged(own, "LCMScheduler")
+    assert isinstance(found, LCM) and found.prediction_type == "v_prediction" and not found.clip_sample
+    np.testing.assert_array_equal(found.alphas_cumprod, own.alphas_cumprod)
+    assert exchanged(found, "DDIMScheduler") == own and exchanged(found, own.to_config()) == own
+    assert not exchanged(Euler(), "DDIMScheduler").clip_sample  # latents, which nothing was said to bound
+    for other, message in {
+        "DDIM": "'DDIM' is not known; there is: DDIMScheduler",
+        "FlowMatchEulerDiscreteScheduler": "draws with other models than one of DDIMScheduler",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            exchanged(own, other)
+    with pytest.raises(UserError, match=r"scheduler DDIMScheduler with .* would be replaced by DDIM"):
+        exchanged(own, {"_class_name": "DDIMScheduler", "use_karras_sigmas": True})
 
 
 def test_flow_matching_has_no_prediction_type() -> None:
