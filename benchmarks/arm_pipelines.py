@@ -1,7 +1,7 @@
 """From prompt to picture on a Raspberry Pi 5 and a phone: a model of the seconds, from the instructions that run.
 
     python -m benchmarks.arm_pipelines
-    python -m benchmarks.arm_pipelines --models sdxs --machines pi5 --json ''
+    python -m benchmarks.arm_pipelines --parts taesd --machines pi5
 
 Nothing ran on silicon. The parts of each pipeline, of random weights, are lowered by the recipe w8a8 for the machine's
 target at 512 x 512 pixels. Every distinct kernel is linked into a program, which qemu runs; llvm-mca models the cycles
@@ -136,8 +136,8 @@ def _small_decoder() -> nn.Module:
 PARTS = {"text": Text, "sd15": Step, "vae": _autoencoder, "sdxs": _small_unet, "taesd": _small_decoder}
 """What makes each part."""
 MODELS: dict[str, tuple[str, str, str, int]] = {
-    "sd15": ("text", "sd15", "vae", 4),
-    "sdxs": ("text", "sdxs", "taesd", 1),
+    "Stable Diffusion 1.5, 4 steps": ("text", "sd15", "vae", 4),
+    "like SDXS-512, 1 step": ("text", "sdxs", "taesd", 1),
 }
 """Text encoder, denoiser, decoder and steps; without guidance, as models of few steps are drawn with."""
 
@@ -212,22 +212,14 @@ def traffic(kernel: Kernel, target: str) -> int:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Cost:
-    """The modelled seconds of a part, those of its arithmetic and of its memory traffic alone, and what it moves."""
+def cost(calls: Sequence[Call], machine: Machine, kept: dict[tuple[str, str], float]) -> dict[str, object]:
+    """The modelled cost of calls, one after the other.
 
-    seconds: float
-    computing: float
-    moving: float
-    bytes: int
-    slowest: Mapping[str, float]
-    """Seconds of each template."""
-
-
-def cost(calls: Sequence[Call], machine: Machine, kept: dict[tuple[str, str], float]) -> Cost:
-    """The cost of calls, one after the other."""
+    Seconds in all, those of arithmetic and those of memory alone, the bytes that are moved, and the seconds of each
+    template of kernels.
+    """
     seconds = computing = moving = 0.0
-    moved, by_template = 0, Counter[str]()
+    moved, templates_ = 0, Counter[str]()
     counted = Counter(call.kernel for call in calls)
     with terminal.progress("kernels", len(counted)) as advance:
         for kernel, count in counted.items():
@@ -236,46 +228,42 @@ def cost(calls: Sequence[Call], machine: Machine, kept: dict[tuple[str, str], fl
             waits = size / (machine.gigabytes * 1e9)
             computing, moving, moved = computing + count * busy, moving + count * waits, moved + count * size
             seconds += count * max(busy, waits)
-            by_template[kernel.template] += count * max(busy, waits)
+            templates_[kernel.template] += count * max(busy, waits)
             advance(1)
-    return Cost(seconds, computing, moving, moved, dict(by_template.most_common()))
+    return {"seconds": seconds, "computing": computing, "moving": moving, "bytes": moved,
+            "templates": dict(templates_.most_common())}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--machines", nargs="+", choices=MACHINES, default=[*MACHINES])
-    parser.add_argument("--json", type=Path, default=RESULTS, help="'' writes none")
+    parser.add_argument("--table", action="store_true", help="write the table of what is there, and measure nothing")
     args = parser.parse_args()
     kept: dict[tuple[str, str], float] = {}
-    rows = []
-    programs = {part: packed(part) for part in dict.fromkeys(part for name in args.models for part in MODELS[name][:3])}
-    for key in args.machines:
-        machine = MACHINES[key]
-        costs = {part: cost(calls_of(each, machine.target), machine, kept) for part, each in programs.items()}
-        for model in args.models:
-            *names, steps = MODELS[model]
-            text, step, decoder = (costs[name] for name in names)
-            rows.append({
-                "model": model, "machine": machine.name, "target": machine.target, "core": machine.core, "steps": steps,
-                "text_s": text.seconds, "step_s": step.seconds, "decoder_s": decoder.seconds,
-                "whole_s": text.seconds + steps * step.seconds + decoder.seconds,
-                "parts": {name: vars(costs[name]) for name in names},
-            })  # fmt: skip
-            print(json.dumps(rows[-1]), flush=True)
-    if str(args.json) != ".":
-        args.json.write_text(json.dumps({**provenance(), "llvm": arm_static.llvm(), "rows": rows}, indent=1) + "\n")
-        documents.insert(DOCS, "arm-pipelines", table(rows))
+    order = {"machine": tuple(MACHINES), "part": tuple(PARTS)}
+    for part in [] if args.table else args.parts:
+        program = packed(part)
+        for key in args.machines:
+            machine = MACHINES[key]
+            about = {"part": part, "machine": key, **vars(machine), "llvm": arm_static.llvm(), "parameters": 0}
+            cell = {**about, **cost(calls_of(program, machine.target), machine, kept), **provenance()}
+            cells.keep(RESULTS, cell, ("part", "machine"), order)
+            print(json.dumps({name: cell[name] for name in ("part", "machine", "seconds")}), flush=True)
+    documents.insert(DOCS, "arm-pipelines", table(cells.read(RESULTS)))
 
 
-def table(rows: Sequence[Mapping[str, object]]) -> str:
+def table(found: Sequence[Mapping[str, object]]) -> str:
     """A line for each model on each machine."""
-    headers = ("model, 512 x 512", "machine", "text", "a step", "decoder", "whole")
-    lines = [
-        [f"{row['model']}, {row['steps']} steps", str(row["machine"]),
-         *(f"{row[key]:.2f} s" for key in ("text_s", "step_s", "decoder_s", "whole_s"))]
-        for row in rows
-    ]  # fmt: skip
+    seconds = {(str(cell["part"]), str(cell["machine"])): float(str(cell["seconds"])) for cell in found}
+    headers = ("at 512 x 512", "machine", "text", "a step", "decoder", "whole")
+    lines = []
+    for (title, (*parts, steps)), (key, machine) in itertools.product(MODELS.items(), MACHINES.items()):
+        if all((part, key) in seconds for part in parts):
+            text, step, decoder = (seconds[part, key] for part in parts)
+            whole = text + int(steps) * step + decoder
+            times = [f"{value:.2f} s" for value in (text, step, decoder, whole)]
+            lines.append([title, machine.name, *times])
     return documents.table(headers, lines)
 
 

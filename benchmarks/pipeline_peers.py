@@ -176,7 +176,7 @@ def _quantize_onnx(source: str, folder: Path, size: int) -> None:
     pipeline = run_by(_diffusers(source), noted)
     for prompt in prompts(source)[:4]:
         pipeline(
-            prompt, num_inference_steps=CALLS // 4, guidance_scale=guidance(source), height=size, width=size
+            prompt=prompt, num_inference_steps=CALLS // 4, guidance_scale=guidance(source), height=size, width=size
         )
     sessions.clear()
 
@@ -400,7 +400,7 @@ def _drawn_by(pipeline: Any, source: str, size: int, times: Times) -> Draw:
             return values
 
         found = pipeline(
-            prompt, num_inference_steps=steps, guidance_scale=guidance(source), height=size, width=size,
+            prompt=prompt, num_inference_steps=steps, guidance_scale=guidance(source), height=size, width=size,
             output_type="np",
             latents=torch.from_numpy(noise(source, size)).to(dtype), callback_on_step_end=ended,
         )  # fmt: skip

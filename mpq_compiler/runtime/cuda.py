@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -126,6 +126,10 @@ class CudaMachine(tvm.VirtualMachine):
 
     @contextmanager
     def _calling(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def _dropping(self, stored: Iterable[np.ndarray]) -> Iterator[None]:
         yield
 
     def _tensor(self, array: np.ndarray) -> Any:

@@ -10,6 +10,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import math
+import mmap
 import os
 import sys
 import tempfile
@@ -24,6 +25,7 @@ import numpy as np
 
 from mpq_compiler.artifact.bundle import KERNELS, Artifact
 from mpq_compiler.runtime.memo import REUSE_BYTES, Part, Staged, stage
+from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.tensorfile import ALIGNMENT, aligned
 
@@ -175,9 +177,32 @@ class VirtualMachine:
         if prepare := self._artifact.manifest.get("prepare"):
             stored = {**self._artifact.tensors(), **replaced}
             arguments = [self._tensor(aligned(stored[name])) for name in prepare["tensors"]]
-            with self._calling():
+            with self._calling(), self._dropping(stored.values()):
                 self._prepared = self._machine[prepare["name"]](*arguments)
             self._place(self._prepared)
+
+    @contextmanager
+    def _dropping(self, stored: Iterable[np.ndarray]) -> Iterator[None]:
+        """Takes the pages of mapped files out of memory behind every kernel call, which has read its own for good.
+
+        Else weights would stand there twice, as they are stored and as they are prepared.
+        """
+        files = {id(each): each for each in filter(None, map(tensorfile.mapping, stored))}
+        if not files or not hasattr(mmap, "MADV_DONTNEED"):
+            yield
+            return
+
+        def drop(called: object, name: str, before: bool, result: object, *operands: object) -> int:
+            for each in () if before else files.values():
+                each.madvise(mmap.MADV_DONTNEED)
+            return _GO_ON
+
+        set_instrument = self._machine["set_instrument"]
+        set_instrument(self._ffi.convert(drop))
+        try:
+            yield
+        finally:
+            set_instrument(None)
 
     def replace(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Replaces stored tensors, by name, by others of their shapes and types, until the next call.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -207,6 +208,14 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
             raise UserError(f"tensor '{name}' of {path} has type {entry['dtype']}, which cannot be read here")
         tensors[name] = stored.reshape(entry["shape"])
     return tensors
+
+
+def mapping(array: np.ndarray) -> mmap.mmap | None:
+    """The mapping of the file that an array of `load` lies in; None for one in memory."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base if isinstance(base, mmap.mmap) else None
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:

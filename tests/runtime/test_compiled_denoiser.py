@@ -18,7 +18,7 @@ from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import table as targets
 
 pytest.importorskip("tvm")
-from tests.harness import relax_artifact, tree
+from tests.harness import compiled_pipeline, relax_artifact, tree
 from tests.harness.relax_artifact import expected
 
 ROOT = Path(__file__).parents[2]
@@ -450,6 +450,33 @@ def test_weights_move_to_large_pages():
     assert (values == np.arange(values.size)).all()
     """
     python(code)
+
+
+def test_stored_weights_leave_memory_as_they_are_prepared():
+    code = """
+    import sys
+    import numpy as np
+    from mpq_compiler.runtime import compiled_denoiser
+    from mpq_compiler.support.tensorfile import aligned
+    def resident():
+        lines = iter(open("/proc/self/smaps"))
+        found = 0
+        for line in lines:
+            if line.rstrip().endswith("weights.safetensors"):
+                found += next(int(each.split()[1]) for each in lines if each.startswith("Rss:"))
+        return found
+    executor = compiled_denoiser.load(sys.argv[1], threads=1).executor
+    assert resident() == 0
+    stored = executor._artifact.tensors()
+    whole = sum(int(each.view(np.uint8).any()) + each.nbytes for each in stored.values()) >> 10
+    assert resident() >= whole
+    prepare = executor._artifact.manifest["prepare"]
+    arguments = [executor._tensor(aligned(stored[name])) for name in prepare["tensors"]]
+    with executor._calling(), executor._dropping(stored.values()):
+        executor._machine[prepare["name"]](*arguments)
+    assert resident() == 0
+    """
+    python(code, compiled_pipeline.path() / "unet")
 
 
 def test_a_runtime_library_by_name(path, tmp_path):

@@ -172,9 +172,12 @@ static mpq_model *opened(int number, const char *weights, int threads) {
     }
     for (uint32_t i = 0; i < plan->copy_count; i++)
         memcpy(model->held + plan->copies[i].to, model->file + plan->copies[i].from, plan->copies[i].bytes);
-    if (run_calls(model, plan->prepare.first, plan->prepare.count)) {
-        mpq_close(model);
-        return NULL;
+    for (uint32_t i = 0; i < plan->prepare.count; i++) {
+        if (run_calls(model, plan->prepare.first + i, 1)) {
+            mpq_close(model);
+            return NULL;
+        }
+        madvise(model->file, model->build->weights.bytes, MADV_DONTNEED); /* else weights are in memory twice */
     }
     return model;
 }
