@@ -188,6 +188,10 @@ class Emitter:
         array = self.preparation.stored[str(node.target)].array
         return Value(str(node.target), array.shape, str(array.dtype))
 
+    def is_stored(self, node: fx.Node) -> bool:
+        """Whether a node, or what it stands for outside of its region, is a stored tensor."""
+        return self.task.outer.get(node, node).op == "get_attr"
+
     def is_static(self, value: Value) -> bool:
         """Whether the value is known at load."""
         return value.name in self.preparation.static

@@ -242,13 +242,15 @@ def row_of_token(e: Emitter, node: fx.Node) -> Value:
 
 
 def embedding(e: Emitter, node: fx.Node) -> Value:
-    """Emits the look-up of an input's indices in a stored table."""
-    table, index = e.value(node.args[0]), e.value(node.args[1])
+    """Emits the look-up of an input's indices in a stored table, which stays as it is: few of its rows are read."""
+    index = e.value(node.args[1])
+    table = e.stored(node.args[0]) if e.is_stored(node.args[0]) else e.value(node.args[0])
     if table.batched or not index.batched:
         raise e.refusal("its table must be a stored tensor and its indices an input")
     rows, width = table.inner
+    half = {"dtype": "float32", "stored": table.dtype} if table.dtype == "float16" else {"dtype": table.dtype}
     problem = record(
-        "movement.Gather", rows=rows, width=width, positions=index.inner, dtype=table.dtype, index_dtype=index.dtype
+        "movement.Gather", rows=rows, width=width, positions=index.inner, index_dtype=index.dtype, **half
     )
-    out = Value(node.name, e.shape(node), table.dtype)
+    out = Value(node.name, e.shape(node), half["dtype"])
     return e.call(Kernel("movement", problem), {"index": index, "table": table}, {"y": out})[0]

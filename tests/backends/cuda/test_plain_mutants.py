@@ -125,7 +125,7 @@ GATHER: Mutants = {
     "indices without a sign": ('T.cast(index[position], "int32")', 'T.cast(T.cast(index[position], "uint8"), "int32")'),
     "indices of the first sample": ("index[position]", "index[position % count]"),
     "the index of the column": ("index[position]", "index[T.min(column, count - 1)]"),
-    "columns turned": ("0), column], i)", "0), problem.width - 1 - column], i)"),
+    "columns turned": ("0), column]", "0), problem.width - 1 - column]"),
     "as many columns as rows": ("unravel(i, problem.width)", "unravel(i, problem.rows)"),
     "one sample": ("each(batch * (count * problem.width))", "each(count * problem.width)"),
     "an element too few": ("each(batch * (count * problem.width))", "each(batch * (count * problem.width) - 1)"),

@@ -57,6 +57,7 @@ GATHERS = {
     "class embedding": Gather(10, 24),
     "tokens": Gather(50, 33, (7,), "float32"),
     "half": Gather(9, 20, (), "float16"),
+    "half as float": Gather(11, 37, (5,), stored="float16"),
 }
 
 
@@ -71,7 +72,7 @@ def _gather_inputs(problem: Gather) -> list[np.ndarray]:
     index, table, _ = problems.arguments(problem)
     return [
         rng.integers(0, problem.rows, shape_of(index, BATCH)),
-        rng.standard_normal(shape_of(table, BATCH)).astype(problem.dtype),
+        rng.standard_normal(shape_of(table, BATCH)).astype(table.dtype),
     ]
 
 

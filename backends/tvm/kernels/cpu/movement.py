@@ -188,11 +188,14 @@ def _gather(problem: Gather, batch: Any, buffers: Buffers) -> None:
             row = T.cast(index[first + i], "int32")
             row = T.bind(T.max(T.min(row, problem.rows - 1), 0))
             to = start + i * problem.width
-            each_vector(
-                problem.width,
-                lambda c, lanes: store(y, table[row, span(c, lanes)], span(to + c, lanes)),
-                64 // BYTES[problem.dtype],
-            )
+
+            def copy(c: Expr, lanes: int) -> None:
+                found = table[row, span(c, lanes)]
+                if problem.stored is not None:
+                    found = T.cast(found, problem.dtype if lanes == 1 else f"{problem.dtype}x{lanes}")
+                store(y, found, span(to + c, lanes))
+
+            each_vector(problem.width, copy, 64 // BYTES[problem.dtype])
 
 
 def _token_row(problem: TokenRow, batch: Expr, buffers: Buffers) -> None:

@@ -57,7 +57,8 @@ def _gather(problem: Any, batch: Any, buffers: Buffers) -> None:
         target: Shape = (*shape, problem.width)
         y, _ = sample_view(buffers["y"], target, 0)
         row = T.cast(index[position], "int32")
-        store(y, buffers["table"][T.max(T.min(row, problem.rows - 1), 0), column], i)
+        found = buffers["table"][T.max(T.min(row, problem.rows - 1), 0), column]
+        store(y, found if problem.stored is None else T.cast(found, problem.dtype), i)
 
 
 def _token_row(problem: TokenRow, batch: Expr, buffers: Buffers) -> None:

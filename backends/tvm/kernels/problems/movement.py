@@ -45,7 +45,7 @@ class Movement:
 class Gather:
     """y [B, *positions, width] = table [rows, width] at index i64 [B, *positions] (indices are clamped).
 
-    Arguments: index, table, y.
+    A table in float16 may be read as it is stored, and its rows converted alone. Arguments: index, table, y.
     """
 
     rows: int
@@ -53,6 +53,8 @@ class Gather:
     positions: tuple[int, ...] = ()
     dtype: str = "float32"
     index_dtype: str = "int64"
+    stored: str | None = None
+    """The type of the table, where it is another than that of y."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def arguments(problem: Movement | Gather | TokenRow) -> list[Argument]:
         index: Shape = (BATCH, *problem.positions)
         return [
             Argument("index", index, problem.index_dtype),
-            Argument("table", (problem.rows, problem.width), problem.dtype),
+            Argument("table", (problem.rows, problem.width), problem.stored or problem.dtype),
             Argument("y", (*index, problem.width), problem.dtype),
         ]
     return [
