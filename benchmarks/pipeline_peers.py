@@ -24,6 +24,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -204,11 +205,12 @@ def _quantize_onnx(source: str, folder: Path, size: int) -> None:
         )  # fmt: skip
         for file in folder.glob(f"{ready.name}*"):
             file.unlink()
-    text, whole = folder / "text.onnx", folder / "text.whole.onnx"
-    text.rename(whole)
-    quantize_dynamic(whole, text, use_external_data_format=size > 64)
-    for file in (whole, folder / "text.onnx.data"):
-        file.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # the weights of both would be in a file of one name
+        quantize_dynamic(folder / "text.onnx", Path(scratch) / "text.onnx", use_external_data_format=size > 64)
+        for file in folder.glob("text.onnx*"):
+            file.unlink()
+        for file in Path(scratch).iterdir():
+            file.rename(folder / file.name)
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing
