@@ -167,6 +167,10 @@ def measure(name: str, systems: Sequence[str], threads: int, folder: Path, peers
     return rows
 
 
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{1e3 * seconds:.3g} ms"
+
+
 def table(found: Sequence[dict[str, Any]]) -> str:
     """The table of all cells, times beside the ratio to our first."""
     lines = []
@@ -176,7 +180,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         if "error" in cell:
             lines.append([*row, cell["error"], "", "", "", "", ""])
             continue
-        times = ["" if cell[key] is None else f"{1e3 * cell[key]:.3g} ms" for key in STAGES]
+        times = ["" if cell[key] is None else _time(cell[key]) for key in STAGES]
         times[-1] += f", {cell['whole_s'] / first['whole_s']:.2f} x"
         memory = f"{cell['peak_bytes'] / 2**20:.0f} MiB, {cell['peak_bytes'] / first['peak_bytes']:.2f} x"
         lines.append([*row, *times, memory, "" if cell.get("psnr_db") is None else f"{cell['psnr_db']:.1f} dB"])

@@ -243,8 +243,8 @@ def row_of_token(e: Emitter, node: fx.Node) -> Value:
 
 def embedding(e: Emitter, node: fx.Node) -> Value:
     """Emits the look-up of an input's indices in a stored table, which stays as it is: few of its rows are read."""
-    index = e.value(node.args[1])
-    table = e.stored(node.args[0]) if e.is_stored(node.args[0]) else e.value(node.args[0])
+    place, index = operand(node, 0), e.value(node.args[1])
+    table = e.stored(place) if e.is_stored(place) else e.value(place)
     if table.batched or not index.batched:
         raise e.refusal("its table must be a stored tensor and its indices an input")
     rows, width = table.inner
