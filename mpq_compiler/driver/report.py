@@ -154,8 +154,11 @@ def _notes(denoiser: Denoiser, lowering: Packed, built: Built, options: Options)
             f"{lowering.saved_seconds:.0f} s of CPU time were saved: an earlier run had left results in the cache"
         )
     rows = len(lowering.planned.facts[CALIBRATION].timesteps)
-    if rows < ENOUGH_ROWS and denoiser.more_inputs:
-        notes.append(f"calibrated on {rows} inputs only, which can cost several dB: {denoiser.more_inputs}")
+    more = denoiser.more_inputs
+    if more is None:
+        more = f"raise --samples or --steps, or give a calibration file of {ENOUGH_ROWS} rows or more"
+    if rows < ENOUGH_ROWS and more:
+        notes.append(f"calibrated on {rows} inputs only, which can cost several dB: {more}")
     return notes
 
 

@@ -65,8 +65,9 @@ class Denoiser:
     """What was assumed while loading, one sentence each, for the user to read."""
     examples: Mapping[str, torch.Tensor] | None = field(default=None, repr=False)
     """Rows of recorded inputs, where the model is taken by its calls; None: its inputs are known."""
-    more_inputs: str = "raise --samples or --steps, or give a calibration file of 64 rows or more"
-    """What a user does for more inputs to calibrate on; empty where nothing does."""
+    more_inputs: str | None = None
+    """What a user does for more inputs to calibrate on; empty where nothing does, None: samples more, or gives a file.
+    """
     kinds: tuple[Denoiser, ...] = field(default=(), repr=False)
     """The model as calls of further kinds call it."""
     source: Mapping[str, str] | None = None

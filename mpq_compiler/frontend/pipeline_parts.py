@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,11 +24,11 @@ from mpq_compiler.frontend.watch_pipeline import (
     watch,
 )
 from mpq_compiler.frontend.watching import tensors_of
+from mpq_compiler.sampling import inverse
 from mpq_compiler.sampling.call_tree import TIME, Arguments, Tree, Value
 from mpq_compiler.sampling.conditioning import EMBEDDED
 from mpq_compiler.sampling.convention import Convention
 from mpq_compiler.sampling.glue import Glue, Step
-from mpq_compiler.sampling.inverse import Inverse, InverseOfPixels
 from mpq_compiler.sampling.prompt_tokens import Padding, Tokens
 from mpq_compiler.sampling.schedulers import Scheduler
 from mpq_compiler.support.errors import UserError
@@ -91,35 +92,38 @@ def _at(output: Value, path: str) -> Tensor:
     return output
 
 
-class Decoder(nn.Module):
+class Half(nn.Module):
+    """What one method of an autoencoder runs of it."""
+
+    method: ClassVar[str]
+
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
+        """``example`` is what the method may be called with."""
+        super().__init__()
+        self.model = _used(model, self.method, example)
+        self.config: Arguments = {"_class_name": type(model).__name__, **dict(getattr(model, "config", {}))}
+        self.run: Callable[..., Sequence[Value]] = getattr(self.model, self.method)
+
+
+class Decoder(Half):
     """The decoding half of an autoencoder as a function from latents to an image."""
 
-    def __init__(self, model: nn.Module, latents: Tensor) -> None:
-        """``latents`` are some that it decodes."""
-        super().__init__()
-        self.model = _used(model, DECODE, latents)
-        self.config: Arguments = {"_class_name": type(model).__name__, **dict(getattr(model, "config", {}))}
-        self.decode: Callable[..., Sequence[Tensor]] = getattr(self.model, DECODE)
+    method = DECODE
 
     def forward(self, latents: Tensor) -> Tensor:
         """The image [B, channels, H, W]."""
-        image: Tensor = self.decode(latents, return_dict=False)[0]
+        image: Tensor = self.run(latents, return_dict=False)[0]
         return image
 
 
-class Encoder(nn.Module):
+class Encoder(Half):
     """The encoding half of an autoencoder as a function from an image to latents: of a distribution its mean."""
 
-    def __init__(self, model: nn.Module, image: Tensor) -> None:
-        """``image`` is one that it encodes."""
-        super().__init__()
-        self.model = _used(model, ENCODE, image)
-        self.config: Arguments = {"_class_name": type(model).__name__, **dict(getattr(model, "config", {}))}
-        self.encode: Callable[..., Sequence[Value]] = getattr(self.model, ENCODE)
+    method = ENCODE
 
     def forward(self, image: Tensor) -> Tensor:
         """The latents [B, C, H, W] as the decoder takes them."""
-        found = self.encode(image, return_dict=False)[0]
+        found = self.run(image, return_dict=False)[0]
         latents: Tensor = found if isinstance(found, Tensor) else found.mode()
         return latents
 
@@ -221,8 +225,8 @@ class Parts:
     def require_encoder(self, decoder: nn.Module) -> None:
         """Raises a UserError where no picture could be drawn from another: ``decoder`` is the pipeline's."""
         try:
-            Inverse(lambda x: self.decoded(latents=self.convention.pack(x))["z"], self.latent_shape)
-            InverseOfPixels(lambda x: self.images(sample=x)["images"])
+            inverse.of_decoded(self.decoded, self.convention, self.latent_shape)
+            inverse.of_images(self.images)
         except ValueError as error:
             raise UserError(
                 f"{self.name} cannot draw from a picture: what it does to latents before they are decoded, or behind "

@@ -23,7 +23,7 @@ from mpq_compiler.artifact.pipeline import DECODER, DENOISER, ENCODER, Pipeline
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
 from mpq_compiler.runtime.drop_ins import CompiledDecoder, CompiledEncoder
-from mpq_compiler.sampling import loop
+from mpq_compiler.sampling import inverse, loop
 from mpq_compiler.sampling.conditioning import NULL, Conditioning
 from mpq_compiler.sampling.convention import Convention
 from mpq_compiler.sampling.glue import Glue
@@ -208,14 +208,18 @@ class CompiledPipeline:
         if pixels.shape[1:3] != self.size:
             given, own = (" x ".join(map(str, size[::-1])) for size in (pixels.shape[1:3], self.size))
             raise UserError(f"the picture has {given} pixels, and {self.path} draws {own}")
-        shape = (1, *bundle.read_manifest(self._made.part(self.denoiser))["sampling"]["shape"])
-        latents_of = Inverse(lambda x: self._decoded(latents=self._convention.pack(x))["z"], shape)
-        numbers_of = InverseOfPixels(lambda x: self._images(sample=x)["images"])
+        latents_of, numbers_of = self._ways_back
         with self._part(name) as part:
             for row in pixels:
                 z = part(numbers_of(row.transpose(2, 0, 1)[None]), return_dict=False)
                 found.append(latents_of(z[0] if isinstance(z, tuple) else z))
         return np.concatenate(found)
+
+    @cached_property
+    def _ways_back(self) -> tuple[Inverse, InverseOfPixels]:
+        """From what the decoder takes to latents, and from pixels to what it gives."""
+        shape = (1, *bundle.read_manifest(self._made.part(self.denoiser))["sampling"]["shape"])
+        return inverse.of_decoded(self._decoded, self._convention, shape), inverse.of_images(self._images)
 
     @cached_property
     def _convention(self) -> Convention:

@@ -10,6 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mpq_compiler.sampling.convention import Convention
+from mpq_compiler.sampling.glue import Glue
+
 Array = np.ndarray
 CLOSE = 1e-4
 """How near to its origin what went there and back must be, relative to the largest number."""
@@ -42,6 +45,16 @@ class Inverse:
         found = np.empty(self._shift.size, np.float32)
         found[self._places] = (result.ravel() - self._shift) / self._scale
         return found.reshape(self._shape)
+
+
+def of_decoded(decoded: Glue, convention: Convention, shape: tuple[int, ...]) -> Inverse:
+    """The way from what a decoder takes to latents of a shape. ValueError: there is none."""
+    return Inverse(lambda latents: decoded(latents=convention.pack(latents))["z"], shape)
+
+
+def of_images(images: Glue) -> InverseOfPixels:
+    """The way from pixels to what a decoder gives. ValueError: there is none."""
+    return InverseOfPixels(lambda sample: images(sample=sample)["images"])
 
 
 class InverseOfPixels:
