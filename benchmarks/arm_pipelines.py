@@ -36,6 +36,7 @@ from benchmarks import arm_static, cells, documents
 from benchmarks.machine import provenance
 from mpq_compiler.backends.tvm import lowering, templates
 from mpq_compiler.backends.tvm.emit.walk import SelectKernels
+from mpq_compiler.backends.tvm.kernels.problems.strides import sample_extents
 from mpq_compiler.backends.tvm.plan.calls import Call, Kernel, Record
 from mpq_compiler.driver.lower import lower
 from mpq_compiler.driver.options import Options
@@ -206,10 +207,7 @@ def cycles(kernel: Kernel, machine: Machine, kept: dict[tuple[str, str], float])
 def traffic(kernel: Kernel, target: str) -> int:
     """Bytes of all operands and results of a call of one sample."""
     buffers = itertools.chain(*templates.arguments(kernel, TARGETS[target]))
-    return sum(
-        math.prod(d if isinstance(d, int) else 1 for d in each.shape) * np.dtype(each.dtype).itemsize
-        for each in buffers
-    )  # fmt: skip
+    return sum(math.prod(sample_extents(each.shape)) * np.dtype(each.dtype).itemsize for each in buffers)
 
 
 def cost(calls: Sequence[Call], machine: Machine, kept: dict[tuple[str, str], float]) -> dict[str, object]:
