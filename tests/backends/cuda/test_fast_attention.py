@@ -18,7 +18,7 @@ from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import numerics
 from mpq_compiler.targets.numerics import BF16, INT8
 from mpq_compiler.targets.table import TARGETS
-from tests.harness.cuda import kernels
+from tests.harness.cuda import kernels, recorder
 from tests.harness.cuda.kernels import Library, cuobjdump, empty
 from tests.harness.fast_attention import BATCH, inputs_of, meaning, ready
 from tests.harness.float_kernels import error, quantized, quantizer_inputs, same_bits
@@ -55,7 +55,7 @@ def run(problems: dict[str, FastAttention], inputs: dict[str, list[np.ndarray]])
     names = {name: f"kernel{i}" for i, name in enumerate(problems)}
     functions = {f"{n}_ready": fast_attention.build(ready(problems[name]), f"{n}_ready") for name, n in names.items()}
     functions |= {n: fast_attention.build(problems[name], n) for name, n in names.items()}
-    library = Library(functions)
+    library = Library(functions, recorder.UNIT)
     first = []
     for name, problem in problems.items():
         made = [empty(a, BATCH) for a in outputs(ready(problem))]

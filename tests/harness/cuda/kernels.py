@@ -17,7 +17,7 @@ import numpy as np
 from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument
 from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.targets.table import TARGETS
-from tests.harness.cuda import emulator, silicon
+from tests.harness.cuda import emulator, recorder, silicon
 
 TARGET = TARGETS["cuda-sm80"]
 Call = tuple[str, Sequence[np.ndarray]]
@@ -78,12 +78,16 @@ def write(functions: Mapping[str, Any], path: Path, code: Callable[[str], bytes]
 
 
 class Library:
-    """Kernels in one library."""
+    """Kernels in one library.
 
-    def __init__(self, functions: Mapping[str, Any]) -> None:
+    off: how far a GPU's results may be from the emulator's (`recorder`), where tensor cores add up floats
+    """
+
+    def __init__(self, functions: Mapping[str, Any], off: float = recorder.SUMS) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="mpq-cuda-")
         self.path = Path(self._folder.name, "kernels.so")
         write(functions, self.path, silicon.compiled if silicon.asked() else emulator.compiled)
+        self._record = recorder.Record(functions, off) if recorder.asked() else None
 
     def tried(self, calls: Sequence[Call], early: bool = False) -> list[list[np.ndarray] | None]:
         """What the arrays of each call hold after it; None where the emulator found something wrong, or it crashed.
@@ -106,7 +110,10 @@ class Library:
         found = self.tried(calls, early)
         bad = [name for (name, _), result in zip(calls, found, strict=True) if result is None]
         assert not bad, f"{', '.join(bad)}: {self.said[-2000:]}"
-        return [result for result in found if result is not None]
+        results = [result for result in found if result is not None]
+        if self._record:
+            self._record.add(calls, results)
+        return results
 
 
 def cuobjdump(option: str, code: Path) -> str:

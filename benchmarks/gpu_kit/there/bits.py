@@ -1,0 +1,129 @@
+"""Step 1: every kernel that tests know, called as they call it, twice, in poisoned memory.
+
+Each library has a process of its own, and another one for what follows a call that ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import machine
+
+PATIENCE = 60
+"""Seconds that a library may take: a kernel may never end."""
+
+
+def libraries() -> list[Path]:
+    return sorted((machine.HERE / "bits").glob("*.npz"))
+
+
+def about(library: Path) -> dict[str, Any]:
+    with np.load(library) as arrays:
+        found: dict[str, Any] = json.loads(str(arrays["about"]))
+    return found
+
+
+def run(out: Path) -> list[str]:
+    """Writes `bits.json`; returns what is wrong."""
+    path = out / "bits.json"
+    rows: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())["libraries"] if path.exists() else {}
+    level = machine.facts()["level"]
+    for library in libraries():
+        told = about(library)
+        if told["test"] in rows or not any(own // 10 == level // 10 and own <= level for own in told["levels"]):
+            continue
+        own: list[dict[str, Any]] = []
+        while len(own) < len(told["calls"]):
+            own += _called(library, len(own))
+            if len(own) < len(told["calls"]):
+                own.append({"kernel": told["calls"][len(own)]["kernel"], "crashed": True})
+        rows[told["test"]] = own
+        machine.say(f"{told['test']}: {_summary(own)}")
+        path.write_text(json.dumps({**machine.facts(), "libraries": rows}, indent=1) + "\n")
+    return [f"{test}: {call}" for test, calls in rows.items() for call in calls if not right(call)]
+
+
+def right(call: dict[str, Any]) -> bool:
+    """Whether a call gave what it must."""
+    return not call.get("crashed") and bool(call["same"]) and (call["off"] == 0 or call["off"] <= call["bound"])
+
+
+def _summary(calls: list[dict[str, Any]]) -> str:
+    exact = sum(not call.get("crashed") and call["off"] == 0 for call in calls)
+    text = f"{len(calls)} calls, {exact} with the emulator's bits"
+    off = max((call["off"] for call in calls if not call.get("crashed")), default=0)
+    wrong = sum(not right(call) for call in calls)
+    return text + (f", else {off:.1e} off at most" if off else "") + (f"; {wrong} WRONG" if wrong else "")
+
+
+def _called(library: Path, first: int) -> list[dict[str, Any]]:
+    command = [sys.executable, str(machine.HERE / "run.py"), "--child", "bits", str(library), str(first)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except subprocess.TimeoutExpired as error:
+        output = error.stdout or b""
+        return _rows(output.decode() if isinstance(output, bytes) else output)
+    if done.returncode:
+        machine.say(f"  {library.stem}: {' '.join(done.stderr.strip().splitlines()[-3:])[-600:]}")
+    return _rows(done.stdout)
+
+
+def _rows(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+
+def child(library: Path, first: int) -> None:
+    """Prints a line of each call, from the first on."""
+    for row in calls(library, first):
+        print(json.dumps(row), flush=True)
+
+
+def calls(library: Path, first: int = 0, twice: bool = True) -> Iterator[dict[str, Any]]:
+    """Makes the calls of a library, from the first on."""
+    tensors, told = machine.Tensors(), about(library)
+    compiled = machine.load().load_module(str(library.with_suffix(".so")))
+    with np.load(library) as arrays:
+        for number, call in list(enumerate(told["calls"]))[first:]:
+            given = [arrays[f"{number}.{i}"] for i in range(call["arrays"])]
+            found = []
+            for _ in range(2 if twice else 1):
+                if twice:
+                    tensors.poison()
+                there = [tensors.put(array) for array in given]
+                compiled[call["kernel"]](*there)
+                found.append([tensors.take(tensor) for tensor in there])
+            off, differ = 0.0, 0
+            for i, result in enumerate(found[0]):
+                expected = arrays[f"{number}.{i}.after"] if i in call["results"] else given[i]
+                if result.tobytes() != expected.tobytes():
+                    differ += int((_bytes(result) != _bytes(expected)).any(-1).sum())
+                    off = max(off, _error(result, expected))
+            yield {
+                "kernel": call["kernel"],
+                "same": all(a.tobytes() == b.tobytes() for a, b in zip(found[0], found[-1], strict=True)),
+                "differ": differ,
+                "off": off,
+                "bound": told["off"].get(call["kernel"], 0.0),
+            }
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).reshape(-1, 1).view(np.uint8)
+
+
+def _error(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, relative to the largest value; of codes, in codes; infinite where one is not finite."""
+    if found.dtype.kind != "f":
+        return float(np.abs(found.astype(np.int64) - expected.astype(np.int64)).max())
+    a, b = found.astype(np.float64), expected.astype(np.float64)
+    if (np.isnan(a) != np.isnan(b)).any() or (np.isinf(a) != np.isinf(b)).any():
+        return float("inf")
+    finite = np.isfinite(b)
+    return float(np.abs(a - b)[finite].max() / max(float(np.abs(b[finite]).max()), 1e-30))

@@ -1,0 +1,186 @@
+"""Step 5: whole denoisers, ours beside torch's fp16; of large ones the weights are drawn on this machine."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import machine
+
+ROUNDS, WINDOW = 5, 0.1
+CONTROL = "control"
+KERNELS = 30
+"""Of which times are kept, those that take longest."""
+
+
+def models() -> list[dict[str, Any]]:
+    """What was built: each denoiser at each batch size."""
+    path = machine.HERE / "models" / "models.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def run(out: Path, only: str = "", compiled: bool = True) -> list[str]:
+    """Writes `whole.json`; returns what is wrong."""
+    path = out / "whole.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    device, torch, wrong = machine.Device(), machine.torch_or_none(), []
+    level = machine.facts()["level"]
+    with tempfile.TemporaryDirectory(prefix="mpq-kit-") as folder:
+        for model in models():
+            key = f"{model['name']}, batch {model['batch']}"
+            if key in found or only not in key or model["level"] != level:
+                continue
+            found[key] = row = measured(model, device, torch, Path(folder), compiled)
+            machine.say(f"{key}: " + json.dumps({one["name"]: round(one["us"]) for one in row["rows"]}))
+            wrong += [f"{key}: {name}: {text}" for name, text in row["failed"].items()]
+            path.write_text(json.dumps({**machine.facts(), **found}, indent=1) + "\n")
+    return wrong
+
+
+def measured(
+    model: Mapping[str, Any], device: machine.Device, torch: Any, folder: Path, compiled: bool
+) -> dict[str, Any]:
+    """Times of calls: ours on the device, ours from and to the host, and torch's; and of our kernels, each."""
+    from mpq_compiler.runtime import compiled_denoiser
+
+    found: dict[str, Any] = {"failed": {}, "sqnr_db": {}, "gpu_bytes": {}, "kernels": {}}
+    with np.load(machine.HERE / "models" / model["arrays"]) as arrays:
+        inputs = {name.removeprefix("input."): arrays[name] for name in arrays.files if name.startswith("input.")}
+        expected = {name.removeprefix("expected."): arrays[name] for name in arrays.files if "expected." in name}
+    calls: dict[str, Callable[[], object]] = {}
+
+    def attempt(name: str, make: Callable[[], Callable[[], object]]) -> bool:
+        before = device.free_bytes()
+        try:
+            call = make()
+            for _ in range(3):
+                call()
+            device.synchronize()
+        except Exception as error:
+            found["failed"][name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            return False
+        calls[name], found["gpu_bytes"][name] = call, before - device.free_bytes()
+        return True
+
+    for name, artifact in model["artifacts"].items():
+        denoiser = compiled_denoiser.load(_ready(artifact, folder), reuse_bytes=0)
+        if not attempt(f"{name}, host to host", functools.partial(lambda each: functools.partial(each.run, inputs),
+                                                                  denoiser)):  # fmt: skip
+            continue
+        result = denoiser.run(inputs)
+        for other, values in expected.items():
+            found["sqnr_db"][f"{name} to {other}"] = _sqnr_db(values, result)
+        call = _on_device(denoiser, inputs)
+        attempt(name, lambda call=call: call)  # type: ignore[misc]
+        if torch is not None:
+            found["kernels"][name] = kernels(torch, call)
+    if torch is not None and model["peer"]:
+        from . import peers
+
+        peers.settle()
+        module, given = _module(torch, model["peer"], inputs, folder)
+        for name in (peers.HALF, peers.GRAPH, *((peers.COMPILED,) if compiled else ())):
+            attempt(name, functools.partial(peers.denoiser, name, module, given))
+        found["kernels"][peers.HALF] = kernels(torch, calls[peers.HALF]) if peers.HALF in calls else []
+    times = machine.interleaved(calls, ROUNDS, WINDOW, device.wall)
+    found["rows"] = [machine.median_row(name, times) for name in times]
+    return found
+
+
+def _on_device(denoiser: Any, inputs: Mapping[str, Any]) -> Callable[[], object]:
+    """A call on inputs that are on the GPU, whose result stays there."""
+    fitted = denoiser._fitted(inputs, denoiser._kinds[0])
+    (function,) = (each["name"] for each in fitted.functions if each["batch"] == fitted.batch)
+    executor = denoiser.executor
+    tensors = [tensor for _, tensor in executor._staged[function]]
+    call = executor._functions[function]
+    return lambda: call(*tensors, executor._prepared)
+
+
+def kernels(torch: Any, call: Callable[[], object]) -> list[dict[str, Any]]:
+    """Microseconds and launches of each kernel in a call, by torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    rows = [
+        {"kernel": each.key[:120], "us": float(each.device_time_total), "launches": each.count}
+        for each in seen.key_averages()
+        if each.device_time_total
+    ]
+    return sorted(rows, key=lambda row: -row["us"])[:KERNELS]
+
+
+def _sqnr_db(exact: np.ndarray, found: np.ndarray) -> float:
+    noise = float(((found.astype(np.float64) - exact) ** 2).mean())
+    return 10 * math.log10(float((exact.astype(np.float64) ** 2).mean()) / max(noise, 1e-300))
+
+
+def _ready(name: str, folder: Path) -> Path:
+    """An artifact of the kit; where its weights are described alone, they are drawn."""
+    source = machine.HERE / "models" / name
+    described = source / "drawn.json"
+    if not described.exists():
+        return source
+    from mpq_compiler.artifact import bundle
+
+    path = folder / name
+    if not path.exists():
+        with np.load(source / "kept.npz") as kept:
+            tensors = {each: kept[each] for each in kept.files}
+        draw = np.random.default_rng(0)
+        for each, what in json.loads(described.read_text()).items():
+            if np.dtype(what["dtype"]).kind == "f":
+                tensors[each] = (what["deviation"] * draw.standard_normal(what["shape"], np.float32)).astype(
+                    what["dtype"]
+                )
+            else:
+                limits = np.iinfo(what["dtype"])
+                low = -64 if limits.min < 0 else limits.min
+                tensors[each] = draw.integers(low, 64 if low else limits.max + 1, what["shape"], what["dtype"])
+        manifest = json.loads((source / "manifest.json").read_text())
+        files = {each.name: each for each in source.iterdir() if each.name in manifest["files"]}
+        files = {each: file for each, file in files.items() if each != bundle.WEIGHTS}
+        bundle.write(path, manifest, files, tensors)
+    return path
+
+
+def _module(torch: Any, peer: Mapping[str, Any], inputs: Mapping[str, np.ndarray], folder: Path) -> tuple[Any, Any]:
+    """(a model of diffusers in fp16, its weights drawn on the GPU; its inputs there)"""
+    packages = folder / "packages"
+    if not packages.exists():
+        shutil.unpack_archive(machine.HERE / "lib" / "diffusers.zip", packages)
+        sys.path.insert(0, str(packages))
+    import diffusers
+
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        module = getattr(diffusers, peer["class"]).from_config(peer["config"])
+    module = module.to(torch.float16).to(memory_format=torch.channels_last).eval()
+    given: dict[str, Any] = {}
+    for name, array in inputs.items():
+        value = torch.from_numpy(array).cuda()
+        value = value.half() if value.dtype == torch.float32 and value.ndim > 1 else value
+        place = given if name in peer["parameters"] else given.setdefault("added_cond_kwargs", {})
+        place[name] = value
+    return module, given
+
+
+def archived(folder: Path, path: Path) -> None:
+    """Packs Python sources."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        for file in sorted(folder.rglob("*.py")):
+            archive.write(file, file.relative_to(folder.parent))

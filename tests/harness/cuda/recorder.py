@@ -1,0 +1,86 @@
+"""Records what tests call and find on the emulator, for a machine with a GPU to call again (`benchmarks.gpu_kit`).
+
+A record is a library with machine code in place of the emulator's, `N.so`, and its calls, `N.npz`: each array as it is
+given, and as it is afterwards where that differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpq_compiler.backends.tvm.toolchain import machine_code
+from mpq_compiler.targets import nvidia
+
+FOLDER, LEVELS = "MPQ_TEST_RECORD", "MPQ_TEST_RECORD_LEVELS"
+_KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)_kernel\(')
+_PRODUCT = "f32_bf16_bf16_f32"
+"""In the name of what multiplies in bfloat16."""
+SUMS, UNIT = 2e-6, 2.0**-9
+"""How far results of such kernels may be from the emulator's, relative to the largest; a unit of bfloat16 where sums are
+rounded to it again for another product, and one falls to the other side."""
+
+
+def asked() -> bool:
+    """Whether this run of tests is recorded."""
+    return FOLDER in os.environ
+
+
+def levels(source: str) -> list[int]:
+    """The compute capabilities that a source is compiled for: Hopper's alone where it multiplies four warps together."""
+    asked_for = [int(level) for level in os.environ[LEVELS].split()]
+    return [level for level in asked_for if level == nvidia.HOPPER or "wgmma" not in source]
+
+
+def summing(source: str) -> list[str]:
+    """The kernels of a source whose sums are floats of the tensor cores, in an order of their own."""
+    starts = [(match.group(1), match.start()) for match in _KERNEL.finditer(source)]
+    ends = [start for _, start in starts[1:]] + [len(source)]
+    return [name for (name, start), end in zip(starts, ends, strict=True) if _PRODUCT in source[start:end]]
+
+
+class Record:
+    """The calls of one library."""
+
+    def __init__(self, functions: Mapping[str, Any], off: float) -> None:
+        from tests.harness.cuda import kernels
+
+        self._sources: list[str] = []
+
+        def code(source: str) -> bytes:
+            self._sources.append(source)
+            return machine_code.fatbin(source, levels(source))
+
+        test = os.environ["PYTEST_CURRENT_TEST"].split(" ")[0].rsplit("/", 1)[-1]
+        self._path = Path(os.environ[FOLDER], hashlib.sha256(f"{test} {sorted(functions)}".encode()).hexdigest()[:12])
+        kernels.write(functions, self._path.with_suffix(".so"), code)
+        self._seen: set[bytes] = set()
+        self._calls: list[dict[str, Any]] = []
+        self._arrays: dict[str, np.ndarray] = {}
+        source = self._sources[0]
+        self._about = {"test": test, "levels": levels(source), "off": dict.fromkeys(summing(source), off)}
+
+    def add(self, calls: Sequence[tuple[str, Sequence[np.ndarray]]], found: Sequence[Sequence[np.ndarray]]) -> None:
+        """Adds calls that went well, those which are new."""
+        for (name, given), results in zip(calls, found, strict=True):
+            arrays = [np.ascontiguousarray(array) for array in given]
+            key = hashlib.sha256(b"".join([name.encode(), *(array.tobytes() for array in arrays)])).digest()
+            if key in self._seen:
+                continue
+            self._seen.add(key)
+            number, changed = len(self._calls), []
+            for i, (array, result) in enumerate(zip(arrays, results, strict=True)):
+                self._arrays[f"{number}.{i}"] = array
+                if array.tobytes() != result.tobytes():
+                    self._arrays[f"{number}.{i}.after"] = result
+                    changed.append(i)
+            self._calls.append({"kernel": name, "arrays": len(arrays), "results": changed})
+        text = json.dumps({**self._about, "calls": self._calls})
+        np.savez_compressed(self._path.with_suffix(".npz"), about=np.array(text), **self._arrays)
