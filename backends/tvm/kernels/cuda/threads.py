@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
@@ -63,6 +64,35 @@ def shared(size: int, dtype: str = "float32", align: int = 64) -> Buffer:
 def local(size: int, dtype: str = "float32") -> Buffer:
     """Uninitialised memory of a thread: registers, where every index is a constant once loops are unrolled."""
     return T.alloc_buffer((size,), dtype, align=64, scope="local")
+
+
+def values_of(buffer: Buffer, at: Any, count: int) -> list[Expr]:
+    """Neighbouring values of a buffer, 1, 2 or 4 of them, read at once; `at` is a multiple of their number."""
+    if count == 1:
+        return [vmath.keep(buffer[at])]
+    vector = T.bind(_in_units(buffer, f"{buffer.dtype}x{count}", count)[T.bind(at // count)])
+    return [vmath.keep(tirx.Shuffle([vector], [i])) for i in range(count)]
+
+
+def put_values(buffer: Buffer, values: Sequence[Expr], at: Any) -> None:
+    """Stores neighbouring values at once, as `values_of` reads them."""
+    count = len(values)
+    if count == 1:
+        store(buffer, values[0], at)
+    elif buffer.dtype == "uint8" and count == 4:
+        word: Any = T.uint32(0)
+        for i, value in enumerate(values):
+            word = word | T.cast(value, "uint32") << T.uint32(8 * i)
+        store(_in_units(buffer, "uint32", count), word, at // count)
+    else:
+        whole = tirx.Shuffle(list(values), list(range(count)))
+        store(_in_units(buffer, f"{buffer.dtype}x{count}", count), whole, at // count)
+
+
+def _in_units(buffer: Buffer, dtype: str, count: int) -> Buffer:
+    """The buffer, of one dimension, in units of so many values."""
+    size = tirx.truncdiv(buffer.shape[0] + (count - 1), count)
+    return T.decl_buffer((size,), dtype, data=buffer.data, scope=buffer.scope())
 
 
 def workspace(size: Any, dtype: str = "float32") -> Buffer:

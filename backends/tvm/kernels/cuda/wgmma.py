@@ -55,7 +55,7 @@ def tile(problem: QuantMatmul) -> Tile:
 class Kernel(kernel.Kernel):
     """The integer product on wgmma: weights are decoded in registers, activations lie in shared memory."""
 
-    x_align = PERIOD
+    x_align, asynchronous, together = PERIOD, True, 4
 
     def _allocate(self) -> None:
         super()._allocate()
@@ -92,8 +92,9 @@ class Kernel(kernel.Kernel):
         T.evaluate(T.ptx.wgmma.commit_group.sync.aligned())
         if self.row_sums is not None:
             self._add_codes(stage, ks)
-        if ks == STEP // UNIT - 1:
-            T.evaluate(T.ptx.wgmma.wait_group.sync.aligned(0))
+
+    def _wait(self) -> None:
+        T.evaluate(T.ptx.wgmma.wait_group.sync.aligned(0))
 
     def _add_codes(self, stage: Any, ks: int) -> None:
         """Add the codes of the thread's row to its sum; where a tile has half as many rows as threads, two threads do.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -16,7 +16,17 @@ from mpq_compiler.backends.tvm.kernels.common.epilogue import apply, quantizer
 from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, store, unravel
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.lookup import looked_up
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import BLOCKS, Tile, most_splits, tile
-from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, grid, local, primfunc, shared, strided
+from mpq_compiler.backends.tvm.kernels.cuda.threads import (
+    barrier,
+    each,
+    grid,
+    local,
+    primfunc,
+    put_values,
+    shared,
+    strided,
+    values_of,
+)
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
 from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue
@@ -68,10 +78,12 @@ class Kernel:
     """A product in a tile. The one in bfloat16 (`float_products`) has others where it says so.
 
     instruction: of the tensor cores; sum_type: of its results' registers; x_align: bytes, of activations where it reads
+    asynchronous: whether products go on while copies are asked for, until `_wait`
+    together: neighbouring results, so many at most, that wait side by side (`_staged`)
     most_splits: `most_splits` of a product of integers; sums of floats have an order
     """
 
-    instruction, sum_type, x_align = MMA, "uint32", 64
+    instruction, sum_type, x_align, asynchronous, together = MMA, "uint32", 64, False, 1
 
     def __init__(self, problem: QuantMatmul, tile: Tile, buffers: Buffers, most_splits: int = 1) -> None:
         self.p, self.t, self.w = problem, tile, Fragments(problem)
@@ -321,19 +333,34 @@ class Kernel:
         with T.serial(0, steps) as step:
             self._land(t.stages - 2)
             barrier()
-            if w.steps >= t.stages:
-                ahead = T.bind(step + (t.stages - 1))
-                with T.If(ahead < steps), T.Then():
-                    load(begin + ahead, T.bind(ahead % t.stages))
-            T.evaluate(T.ptx.cp.async_.commit_group())
-            stage = T.bind(step % t.stages)
-            for ks in range(STEP // UNIT):
-                self._unit(stage, ks)
-                self._end_of_segment(T.bind(step * (STEP // UNIT) + ks), ks)
+
+            def load_ahead() -> None:
+                if w.steps >= t.stages:
+                    ahead = T.bind(step + (t.stages - 1))
+                    with T.If(ahead < steps), T.Then():
+                        load(begin + ahead, T.bind(ahead % t.stages))
+                T.evaluate(T.ptx.cp.async_.commit_group())
+
+            def multiply() -> None:
+                stage = T.bind(step % t.stages)
+                for ks in range(STEP // UNIT):
+                    self._unit(stage, ks)
+                    self._end_of_segment(T.bind(step * (STEP // UNIT) + ks), ks)
+
+            if self.asynchronous:
+                multiply()
+                load_ahead()
+                self._wait()
+            else:
+                load_ahead()
+                multiply()
 
     def _land(self, stages: int) -> None:
         """The thread's copies are there, but for those of the last stages asked for."""
         T.evaluate(T.ptx.cp.async_.wait_group(stages))
+
+    def _wait(self) -> None:
+        """Waits for products that are asynchronous."""
 
     def _steps(self) -> tuple[Any, Any]:
         """(first, number) of those of the block."""
@@ -516,12 +543,19 @@ class Kernel:
             barrier()
             self._each_output(keep, fragment)
             barrier()
-            with strided(self.thread, rows * t.columns, t.threads) as number:
-                own, across = unravel(number, t.columns)
+            n = self._together
+            with strided(self.thread, rows * t.columns // n, t.threads) as number:
+                own, across = unravel(number, t.columns // n)
                 down = own // 16 * (t.row_fragments * 16) + fragment * 16 + own % 16
-                row, column = T.bind(self.first_row + down), T.bind(self.first_column + across)
+                row, column = T.bind(self.first_row + down), T.bind(self.first_column + across * n)
                 with T.If(tirx.all(row < self.total, column < p.outputs)), T.Then():
-                    self._finish(vmath.keep(staged[self._staged(own, across)]), row, column)
+                    self._finish(values_of(staged, self._staged(own, across * n), n), row, column)
+
+    @property
+    def _together(self) -> int:
+        """Neighbouring results that a thread finishes at once, as far as they are neighbours wherever they lie."""
+        p = self.p
+        return math.gcd(self.together, p.outputs, *(p.into or ()))
 
     def _staged(self, row: Any, column: Any) -> Any:
         """Where a result waits, such that neither the lanes of a fragment nor those of a row meet a bank twice."""
@@ -584,36 +618,39 @@ class Kernel:
             if self.p.has_offset:
                 activations = vmath.keep(self._above_zero(summed(self.b["row_parts"], self.total, row), row, 0))
                 y = self._with_offsets(y, lambda _: activations, row, column)
-            self._finish(vmath.keep(y), row, column)
+            self._finish([vmath.keep(y)], row, column)
 
-    def _finish(self, y: Expr, row: Any, column: Any) -> None:
-        """The epilogue, and where its result goes."""
-        p, epilogue = self.p, self.epilogue
+    def _finish(self, values: Sequence[Expr], row: Any, column: Any) -> None:
+        """The epilogue of neighbouring results, and where they go."""
+        p, epilogue, n = self.p, self.epilogue, len(values)
         sample = T.bind(tirx.truncdiv(row, p.rows))
 
-        def load(i: int) -> Expr:
-            operand = self.b[f"operand{i}"]
+        def operand(i: int) -> list[Expr]:
+            buffer = self.b[f"operand{i}"]
             match epilogue.operands[i].kind:
                 case "scalar":
-                    return operand[0]
+                    return [buffer[0]] * n
                 case "channel":
-                    return operand[column]
+                    return values_of(buffer, column, n)
                 case "sample":
-                    return operand[sample * p.outputs + column]
-            return operand[row * p.outputs + column]
+                    return values_of(buffer, sample * p.outputs + column, n)
+            return values_of(buffer, row * p.outputs + column, n)
 
+        operands = [operand(i) for i in range(len(epilogue.operands))]
         quant = quantizer(self.buffers, sample) if epilogue.bits is not None else None
         at: Any = row * p.outputs + column
         if p.into is not None:
             size, offset, step = p.into
             at = sample * size + offset + (row - sample * p.rows) * step + column
+        own, steps = values, epilogue
         if epilogue.keeps:
-            steps = Epilogue(epilogue.steps[:-1], epilogue.operands)
-            full = vmath.keep(apply(steps, y, load))
-            store(self.b["full"], full, row * p.outputs + column)
-            store(self.b["out"], apply(Epilogue(epilogue.steps[-1:]), full, load, quant), at)
-        else:
-            store(self.b["out"], apply(epilogue, y, load, quant), at)
+            before = Epilogue(epilogue.steps[:-1], epilogue.operands)
+            own = [vmath.keep(apply(before, y, lambda i, e=e: operands[i][e])) for e, y in enumerate(values)]
+            put_values(self.b["full"], own, row * p.outputs + column)
+            steps = Epilogue(epilogue.steps[-1:])
+        put_values(
+            self.b["out"], [apply(steps, y, lambda i, e=e: operands[i][e], quant) for e, y in enumerate(own)], at
+        )
 
 
 def _selector(bits: int, word: Callable[[int], Any], ks: int, h: int, kk: int) -> Any:
