@@ -31,7 +31,7 @@ from mpq_compiler.backends.tvm.kernels.common.vmath import f32, fma, keep, mul
 from mpq_compiler.backends.tvm.kernels.cuda import bfloat16
 from mpq_compiler.backends.tvm.kernels.cuda.attention import mask_at
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.kernel import LDMATRIX
-from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, grid, local, primfunc, shared, strided
+from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, grid, local, of_lane, primfunc, shared, strided
 from mpq_compiler.backends.tvm.kernels.problems.attention import LOWEST
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready, arguments
 from mpq_compiler.support.errors import UserError
@@ -43,7 +43,6 @@ ROOM = 48 * 1024
 """Bytes of shared memory that a kernel has without asking for more."""
 REGISTERS = 216
 """Registers of a thread for what `Tile.registers` counts; the others hold addresses and intermediate values."""
-ALL_LANES = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -295,7 +294,7 @@ class _Kernel:
             store(new, T.max(new[row], self.scores[at]), row)  # passes over NaN, whose weight is NaN all the same
         for row in range(2 * t.fragments):
             for distance in (1, 2):
-                store(new, T.max(new[row], _of_lane(new[row], distance)), row)
+                store(new, T.max(new[row], of_lane(new[row], distance)), row)
             rescale = keep(vmath.exp2_nonpositive(self.highest[row] - new[row]))
             store(self.highest, new[row], row)
             store(self.total, mul(self.total[row], rescale), row)
@@ -335,7 +334,7 @@ class _Kernel:
         quant = finish.quantizer(self.sample)
         for row in range(2 * t.fragments):
             for distance in (1, 2):
-                store(self.total, self.total[row] + _of_lane(self.total[row], distance), row)
+                store(self.total, self.total[row] + of_lane(self.total[row], distance), row)
             query = T.bind(self._row(row))
             with T.If(query < p.queries), T.Then():
                 inverse = keep(vmath.reciprocal(self.total[row]))
@@ -355,9 +354,3 @@ def _copy(target: Buffer, at: Any, source: Buffer, index: Any, size: int, there:
     operation = "cp.async.cg.shared.global" if size == 4 else "cp.async.ca.shared.global"
     given = T.if_then_else(there, T.uint32(4 * size), T.uint32(0))
     T.evaluate(T.ptx[operation](target.ptr_to([at]), source.ptr_to([index]), 4 * size, given))
-
-
-def _of_lane(value: Expr, distance: int) -> Expr:
-    """The value of the lane whose number differs in the bit `distance`."""
-    shuffle = getattr(T.cuda, "__shfl_xor_sync")
-    return keep(shuffle(T.uint32(ALL_LANES), value, distance, 32))

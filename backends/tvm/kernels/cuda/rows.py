@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,9 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.epilogue import Finish
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, store
-from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, shared, strided
+from mpq_compiler.backends.tvm.kernels.common.epilogue import Finish, apply
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, store
+from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, put_values, shared, strided, values_of
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue
 from mpq_compiler.backends.tvm.kernels.problems.hadamard import check_block
 
@@ -38,33 +39,39 @@ class Rows:
         self.before = Finish(replace(epilogue, steps=steps[:first]), buffers)
         self.finish = Finish(replace(epilogue, steps=steps[first:]), buffers)
 
-    def put(self, value: Expr, sample: Any, row: Any, channel: Any) -> None:
-        """Apply the steps behind a rotation to a value and store it."""
-        done = self.finish(value, sample, (row,), channel, self.finish.quantizer(sample))
-        if self.into is None:
-            store(self.buffers["y"], done, sample, row, channel)
-        else:
-            _, offset, step = self.into
-            store(self.buffers["y"], done, sample, row * step + (channel + offset))
+    def put(self, values: Sequence[Expr], sample: Any, row: Any, channel: Any, rows: int, channels: int) -> None:
+        """Apply the steps behind a rotation to neighbouring values, of rows of so many channels, and store them."""
+        at: Any = (sample * rows + row) * channels + channel
+        quant = self.finish.quantizer(sample)
+        flattened = {name: flat(buffer) for name, buffer in self.buffers.items()}
+        done = finished(self.finish.epilogue, flattened, values, quant, at, sample * channels + channel, channel)
+        if self.into is not None:
+            size, offset, step = self.into
+            at = sample * size + row * step + (channel + offset)
+        put_values(flattened["y"], done, at)
+
+    def together(self, most: int, channels: int) -> int:
+        """How many neighbours, of as many at most, `put` may be given: none of their addresses is split."""
+        return math.gcd(most, channels, *(self.into or ()))
 
     def write(
-        self, value: Callable[[Any], Expr], sample: Any, row: Any, channels: int, thread: Any, threads: int
+        self, value: Callable[[Any], Expr], sample: Any, row: Any, rows: int, channels: int, thread: Any, threads: int
     ) -> None:
-        """All channels of a row, by all threads of the block; `value` gives them by number."""
+        """All channels of a row, one of so many of a sample, by all threads of the block; `value` gives them by number."""
         if not self.block:
             with strided(thread, channels, threads) as c:
-                self.put(vmath.keep(value(c)), sample, row, c)
+                self.put([vmath.keep(value(c))], sample, row, c, rows, channels)
             return
         check_block(channels, self.block)
         together = min(channels, max(1, TOGETHER // self.block) * self.block)
         waiting = shared(together)
         for start in range(0, channels, together):  # a thread writes where it alone has read: no barrier between them
             count = min(together, channels - start)
-            self._rotated(value, sample, row, start, count, waiting, thread, threads)
+            self._rotated(value, sample, row, start, count, waiting, thread, threads, rows, channels)
 
     def _rotated(
         self, value: Callable[[Any], Expr], sample: Any, row: Any, start: int, count: int, waiting: Any, thread: Any,
-        threads: int,
+        threads: int, rows: int, channels: int,
     ) -> None:  # fmt: skip
         """``count`` channels behind ``start``, by way of shared memory."""
         block = self.block
@@ -82,7 +89,28 @@ class Rows:
             barrier()
             step *= 2
         with strided(thread, count, threads) as c:
-            self.put(vmath.keep(vmath.mul(waiting[c], vmath.f32(block**-0.5, 1))), sample, row, start + c)
+            value_ = vmath.keep(vmath.mul(waiting[c], vmath.f32(block**-0.5, 1)))
+            self.put([value_], sample, row, start + c, rows, channels)
+
+
+def finished(
+    epilogue: Epilogue, buffers: Buffers, values: Sequence[Expr], quant: tuple[Expr, Expr] | None, full: Any, sample: Any,
+    channel: Any,
+) -> list[Expr]:  # fmt: skip
+    """Neighbouring values after an epilogue.
+
+    buffers: flat ones
+    full, sample, channel: where operands of these kinds have what belongs to the first value
+    """
+    count, operands = len(values), []
+    for i, operand in enumerate(epilogue.operands):
+        buffer = buffers[f"operand{i}"]
+        if operand.kind == "scalar":
+            operands.append([buffer[0]] * count)
+        else:
+            at = {"channel": channel, "sample": sample}.get(operand.kind, full)
+            operands.append(values_of(buffer, at, count))
+    return [apply(epilogue, value, lambda i, e=e: operands[i][e], quant) for e, value in enumerate(values)]
 
 
 def _is_negative(index: Any) -> Expr:

@@ -17,6 +17,8 @@ from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 
 THREADS = 256
 """Threads of a block in kernels whose threads share nothing."""
+WARP = 32
+ALL_LANES = 0xFFFFFFFF
 
 
 def primfunc(name: str, arguments: Sequence[Argument], body: Callable[[Any, Buffers], None]) -> PrimFunc:
@@ -79,11 +81,12 @@ def put_values(buffer: Buffer, values: Sequence[Expr], at: Any) -> None:
     count = len(values)
     if count == 1:
         store(buffer, values[0], at)
-    elif buffer.dtype == "uint8" and count == 4:
+    elif buffer.dtype == "uint8":
         word: Any = T.uint32(0)
         for i, value in enumerate(values):
             word = word | T.cast(value, "uint32") << T.uint32(8 * i)
-        store(_in_units(buffer, "uint32", count), word, at // count)
+        unit = f"uint{8 * count}"
+        store(_in_units(buffer, unit, count), T.cast(word, unit), at // count)
     else:
         whole = tirx.Shuffle(list(values), list(range(count)))
         store(_in_units(buffer, f"{buffer.dtype}x{count}", count), whole, at // count)
@@ -127,6 +130,21 @@ def combined(
     found = [vmath.keep(place[0]) for place in places]
     barrier()
     return found
+
+
+def of_warp(value: Expr, combine: Callable[[Expr, Expr], Expr] = lambda a, b: a + b) -> Expr:
+    """Combine the values of a warp's lanes, in pairs and in a fixed order; every lane gets the result."""
+    distance = 16
+    while distance:
+        value = vmath.keep(combine(value, of_lane(value, distance)))
+        distance //= 2
+    return value
+
+
+def of_lane(value: Expr, distance: int) -> Expr:
+    """The value of the lane whose number differs in the bit `distance`."""
+    shuffle = getattr(T.cuda, "__shfl_xor_sync")
+    return vmath.keep(shuffle(T.uint32(ALL_LANES), value, distance, 32))
 
 
 def power(extent: int, least: int = 32, most: int = THREADS) -> int:

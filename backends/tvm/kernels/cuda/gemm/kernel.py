@@ -12,10 +12,11 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.epilogue import apply, quantizer
+from mpq_compiler.backends.tvm.kernels.common.epilogue import quantizer
 from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, store, unravel
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.lookup import looked_up
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import BLOCKS, Tile, most_splits, tile
+from mpq_compiler.backends.tvm.kernels.cuda.rows import finished
 from mpq_compiler.backends.tvm.kernels.cuda.threads import (
     barrier,
     each,
@@ -622,35 +623,21 @@ class Kernel:
 
     def _finish(self, values: Sequence[Expr], row: Any, column: Any) -> None:
         """The epilogue of neighbouring results, and where they go."""
-        p, epilogue, n = self.p, self.epilogue, len(values)
+        p, epilogue = self.p, self.epilogue
         sample = T.bind(tirx.truncdiv(row, p.rows))
-
-        def operand(i: int) -> list[Expr]:
-            buffer = self.b[f"operand{i}"]
-            match epilogue.operands[i].kind:
-                case "scalar":
-                    return [buffer[0]] * n
-                case "channel":
-                    return values_of(buffer, column, n)
-                case "sample":
-                    return values_of(buffer, sample * p.outputs + column, n)
-            return values_of(buffer, row * p.outputs + column, n)
-
-        operands = [operand(i) for i in range(len(epilogue.operands))]
+        full: Any = row * p.outputs + column
+        places = full, sample * p.outputs + column, column
         quant = quantizer(self.buffers, sample) if epilogue.bits is not None else None
-        at: Any = row * p.outputs + column
+        if epilogue.keeps:
+            before = Epilogue(epilogue.steps[:-1], epilogue.operands)
+            values = [vmath.keep(y) for y in finished(before, self.b, values, None, *places)]
+            put_values(self.b["full"], values, full)
+            epilogue = Epilogue(epilogue.steps[-1:])
+        at = full
         if p.into is not None:
             size, offset, step = p.into
             at = sample * size + offset + (row - sample * p.rows) * step + column
-        own, steps = values, epilogue
-        if epilogue.keeps:
-            before = Epilogue(epilogue.steps[:-1], epilogue.operands)
-            own = [vmath.keep(apply(before, y, lambda i, e=e: operands[i][e])) for e, y in enumerate(values)]
-            put_values(self.b["full"], own, row * p.outputs + column)
-            steps = Epilogue(epilogue.steps[-1:])
-        put_values(
-            self.b["out"], [apply(steps, y, lambda i, e=e: operands[i][e], quant) for e, y in enumerate(own)], at
-        )
+        put_values(self.b["out"], finished(epilogue, self.b, values, quant, *places), at)
 
 
 def _selector(bits: int, word: Callable[[int], Any], ks: int, h: int, kk: int) -> Any:
