@@ -100,7 +100,7 @@ def measured(case: Mapping[str, Any], device: machine.Device, compared: bool) ->
         from . import peers
 
         peers.settle()
-        for name in peers.OF[case["kind"]]:
+        for name in peers.OF.get(case["kind"], ()):
             make = functools.partial(peers.make, name, case)
             attempt(name, functools.partial(_repeated, name, make, sets, device, peers.graph, found))
             found["sets"][name] = sets

@@ -58,6 +58,7 @@ void wgmma_s8_u8(std::initializer_list<Word *> sums, Word a0, Word a1, Word a2, 
 void wgmma_commit();
 void wgmma_wait(size_t left);
 float shuffle_xor(float value, int distance);
+float exp2(float x);
 }  // namespace emulator
 #pragma GCC visibility pop
 

@@ -23,7 +23,7 @@ from tests.harness.cuda import silicon
 HERE = Path(__file__).parent
 CACHE = Path(tempfile.gettempdir(), f"mpq-emulator-{os.getuid()}")
 _HELPER = re.compile(
-    r"__forceinline__ __device__ (?:void|unsigned int|uint32_t) (tvm_builtin\w+|mpq_\w+)\(([^)]*)\) \{\n.*?\n\}\n", re.S
+    r"__forceinline__ __device__ (?:void|unsigned int|uint32_t|float) (tvm_builtin\w+|mpq_\w+)\(([^)]*)\) \{\n.*?\n\}\n", re.S
 )
 _KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\) \{')
 
@@ -65,6 +65,8 @@ def _helper(match: re.Match[str]) -> str:
         target, first, second, chosen, count = own
         address = f"tvm_builtin_cuda_cvta_generic_to_shared({target})"
         body = f"emulator::copy_async({name.rsplit('_', 1)[1]}, {address}, {chosen} ? {first} : {second}, {count});"
+    elif name == "mpq_exp2":
+        return f"static inline float {name}({parameters}) {{ return emulator::exp2(x); }}\n"
     elif "wgmma" in name and "s32_s8_u8" in name:
         sums = ", ".join(f"&{own_name}" for own_name in own[:-6])
         body = f"emulator::wgmma_s8_u8({{{sums}}}, {', '.join(own[-6:])});"

@@ -31,11 +31,11 @@ from mpq_compiler.backends.tvm.kernels.common.vmath import f32, fma, keep, mul
 from mpq_compiler.backends.tvm.kernels.cuda import bfloat16
 from mpq_compiler.backends.tvm.kernels.cuda.attention import mask_at
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.kernel import LDMATRIX
-from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, grid, local, of_lane, primfunc, shared, strided
+from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, grid, local, of_lane, primfunc, rolled, shared, strided
 from mpq_compiler.backends.tvm.kernels.problems.attention import LOWEST
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready, arguments
 from mpq_compiler.support.errors import UserError
-from mpq_compiler.targets.numerics import BF16, EXP2_COARSE, PACKED
+from mpq_compiler.targets.numerics import BF16, PACKED
 
 WARPS, STAGES = 4, 2
 THREADS = 32 * WARPS
@@ -43,6 +43,13 @@ ROOM = 48 * 1024
 """Bytes of shared memory that a kernel has without asking for more."""
 REGISTERS = 216
 """Registers of a thread for what `Tile.registers` counts; the others hold addresses and intermediate values."""
+EXP2 = """
+__forceinline__ __device__ float mpq_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+"""
 
 
 @dataclass(frozen=True)
@@ -234,7 +241,7 @@ class _Kernel:
         steps = -(-p.keys // t.keys)
         self._load(0, 0)
         T.evaluate(T.ptx.cp.async_.commit_group())
-        with T.serial(0, steps) as step:
+        with rolled(steps) as step:
             T.evaluate(T.ptx.cp.async_.wait_group(0))
             barrier()
             if steps > 1:
@@ -285,7 +292,7 @@ class _Kernel:
             store(self.scores, vmath.at_least(masked, f32(LOWEST, 1)), at)
 
     def _weigh(self, step: Any) -> None:
-        """Scores to 2^(score - maximum), coarse as on the CPU; their sum; the outputs so far to the new maximum."""
+        """Scores to 2^(score - maximum); their sum; the outputs so far to the new maximum."""
         p, t = self.p, self.t
         new = local(2 * t.fragments)
         for row in range(2 * t.fragments):
@@ -295,7 +302,7 @@ class _Kernel:
         for row in range(2 * t.fragments):
             for distance in (1, 2):
                 store(new, T.max(new[row], of_lane(new[row], distance)), row)
-            rescale = keep(vmath.exp2_nonpositive(self.highest[row] - new[row]))
+            rescale = keep(_exp2(self.highest[row] - new[row]))
             store(self.highest, new[row], row)
             store(self.total, mul(self.total[row], rescale), row)
             for tile in range(self.column_tiles):
@@ -303,7 +310,7 @@ class _Kernel:
                     at = (row // 2 * self.column_tiles + tile) * 4 + row % 2 * 2 + e
                     store(self.out, mul(self.out[at], rescale), at)
         for row, at, _ in self._each_score(step):
-            store(self.scores, vmath.exp2_nonpositive(self.scores[at] - new[row], EXP2_COARSE), at)
+            store(self.scores, _exp2(self.scores[at] - new[row]), at)
         if p.keys % t.keys:
             with T.If(tirx.EQ(step, p.keys // t.keys)), T.Then():
                 for _, at, key in self._each_score(step):
@@ -347,6 +354,11 @@ class _Kernel:
                             channel = T.bind(self.head * p.dim + d)
                             done = finish(value, self.sample, (query,), channel, quant)
                             store(self.b["y"], done, (self.sample * p.queries + query) * p.channels + channel)
+
+
+def _exp2(x: Expr) -> Expr:
+    """2^x to 2 units in the last place, by the unit of a GPU that has nothing else to do here."""
+    return T.cuda.func_call("mpq_exp2", x, source_code=EXP2, return_type="float32")
 
 
 def _copy(target: Buffer, at: Any, source: Buffer, index: Any, size: int, there: Any) -> None:

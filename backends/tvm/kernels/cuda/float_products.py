@@ -21,7 +21,7 @@ from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, spa
 from mpq_compiler.backends.tvm.kernels.cuda import bfloat16
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel, tiles
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import Tile
-from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, local, primfunc
+from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, local, primfunc, rolled
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
 from mpq_compiler.backends.tvm.kernels.problems import float_gemm
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
@@ -77,7 +77,7 @@ def build_pack(problem: Linear | Conv2d, name: str) -> PrimFunc:
     def body(_: Any, buffers: Buffers) -> None:
         weight, panel = flat(buffers["weight"]), flat(buffers["panel"])
         with each(w.outputs // CHANNELS * (w.steps * 32 * w.words)) as number:
-            fragment, step, ks, lane, h, kk = unravel(number, w.steps, 2, 32, 2, 2)  # as of `Fragments.place`
+            fragment, step, ks, lane, kk, h = unravel(number, w.steps, 2, 32, 2, 2)  # as of `Fragments.place`
             output = T.bind(fragment * CHANNELS + (8 * h + lane // 4))
             chunk = T.bind((step * 2 + ks) * 2 + kk)
             tap = T.bind(tirx.truncdiv(chunk, w.chunks[0]))
@@ -108,7 +108,7 @@ class Kernel(kernel.Kernel):
         self._load_weights(0, 0)
         T.evaluate(T.ptx.cp.async_.commit_group())
         self._put(0, 0)
-        with T.serial(0, w.steps) as step:
+        with rolled(w.steps) as step:
             T.evaluate(T.ptx.cp.async_.wait_group(0))
             barrier()
             ahead = T.bind(step + 1)
@@ -134,8 +134,7 @@ class Kernel(kernel.Kernel):
             there, start = tirx.all(row < self.total, tap < w.taps), row * (depth // together)
             if not p.pointwise:
                 dy, dx = T.bind(tirx.truncdiv(tap, p.kernel[1])), T.bind(tirx.truncmod(tap, p.kernel[1]))
-                top, left = T.bind(self.top[i] + dy), T.bind(self.left[i] + dx)
-                there = tirx.all(there, top >= 0, top < p.height, left >= 0, left < p.width)
+                there = tirx.all(there, self._is_inside(i, tap) > 0)
                 start = tirx.truncdiv(self.pixel[i], BYTES * together) + (dy * p.width + dx) * (depth // together)
             at = T.bind(start + channel // together)  # a multiple, which TVM has to see
             for first in range(0, VALUES, together):

@@ -58,6 +58,14 @@ def strided(begin: Any, count: int, threads: int) -> Iterator[Any]:
             yield i
 
 
+def rolled(count: Any) -> Any:
+    """The loop ``range(count)``, for a ``with`` statement, of which a compiler may make no copies.
+
+    It else takes registers for several steps at once where their number is known, and fewer blocks are at work.
+    """
+    return T.serial(0, count, annotations={"disable_unroll": True})
+
+
 def shared(size: int, dtype: str = "float32", align: int = 64) -> Buffer:
     """Uninitialised memory of a block; align: bytes."""
     return T.alloc_buffer((size,), dtype, align=align, scope="shared")

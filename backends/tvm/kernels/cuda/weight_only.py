@@ -146,7 +146,7 @@ class _Kernel(float_products.Kernel):
                 for kk in range(2):
                     scale = vmath.keep(T.cast(b["scale"][channel * segments + places[kk]], "float32"))
                     pair = [self._weight(bytes_, 2 * kk + e, scale, channel) for e in range(2)]
-                    store(decoded, bfloat16.pair(*pair), 2 * h + kk)
+                    store(decoded, bfloat16.pair(*pair), 2 * kk + h)
             target = stage * (self.t.columns // CHANNELS * self.fragment) + (fragment * LANES + lane) * 4
             store(self.weights, decoded[span(0, 4)], span(target, 4))
 

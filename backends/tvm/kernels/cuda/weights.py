@@ -4,9 +4,9 @@ Tensor cores take 16 x 8 outputs of 32 products (`mma.m16n8k32`). The weights of
 are 8 registers of 4 bytes in each of 32 lanes; they lie as the lanes read them, so that a kernel copies whole blocks
 and no lane moves data of another:
 
-    register r = 4 ks + 2 h + kk of lane l, byte e:   channel 8 h + l // 4,   k = 32 ks + 16 kk + 4 (l % 4) + e
+    register (ks, h, kk) of lane l, byte e:   channel 8 h + l // 4,   k = 32 ks + 16 kk + 4 (l % 4) + e
 
-8 bits are the registers themselves. Below, codes lie so that four of them become the nibbles of a selector of
+8 bits are the registers themselves, word 4 ks + 2 kk + h, as four warps together want them (`wgmma`). Below, codes lie so that four of them become the nibbles of a selector of
 `__byte_perm` by a shift and a mask, which looks them up in a table of bytes:
 
     4 bits: word 2 ks + h, bit 16 kk + 4 e            2 bits: word ks, bit 16 h + 2 kk + 4 e
@@ -280,7 +280,7 @@ class _Prepare:
 
         match self.p.bits:
             case 8:
-                put(4 * ks + 2 * h + kk, code, 8 * e)
+                put(4 * ks + 2 * kk + h, code, 8 * e)
             case 4:
                 put(2 * ks + h, code, 16 * kk + 4 * e)
             case 2:

@@ -48,8 +48,13 @@ def build(problem: QuantMatmul, name: str) -> PrimFunc | None:
 
 
 def tile(problem: QuantMatmul) -> Tile:
-    """The tile of `gemm.tiles`, whose four warps have all rows and a quarter of the channels each."""
-    return replace(tiles.tile(problem), down=1, across=4)
+    """The tile of `gemm.tiles`, whose four warps have all rows and a quarter of the channels each.
+
+    Of a linear layer no more than 64 channels: twice as many blocks hide more than fewer activations save. The copies of
+    a convolution have addresses that cost more than that (an H200's times, docs/targets.md).
+    """
+    found = tiles.tile(problem)
+    return replace(found, columns=64 if problem.pointwise else found.columns, down=1, across=4)
 
 
 class Kernel(kernel.Kernel):

@@ -24,6 +24,7 @@ from mpq_compiler.backends.tvm.kernels.cuda.threads import (
     local,
     primfunc,
     put_values,
+    rolled,
     shared,
     strided,
     values_of,
@@ -44,8 +45,6 @@ __forceinline__ __device__ void {name}(void* target, const void* own, const void
 }}
 """
 """A copy from one of two places, without a branch: TVM's expressions choose between numbers, not between pointers."""
-NOWHERE = -(1 << 24)
-"""A line outside of every image."""
 
 
 def arguments(problem: QuantMatmul) -> list[Argument]:
@@ -119,7 +118,11 @@ class Kernel:
             self._clear()
             self._products()
             if self.most_splits > 1:
-                self._store_parts()
+                with T.If(self.splits > 1):
+                    with T.Then():
+                        self._store_parts()
+                    with T.Else():
+                        self._store()
             else:
                 self._store()
         if self.most_splits > 1:
@@ -160,7 +163,9 @@ class Kernel:
         self.copies = t.rows * (STEP // CHUNK) // t.threads
         self.chunk = T.bind(self.thread % (STEP // CHUNK))
         if not p.pointwise:
-            self.top, self.left, self.pixel = (local(self.copies, "int32") for _ in range(3))
+            self.pixel = local(self.copies, "int32")
+            self.inside = local(self.copies * -(-self.w.taps // 32), "uint32")
+            """Of a row which taps meet a pixel of the image, a bit each."""
         if not p.pointwise and self._has_border:
             self.row_group = local(self.copies, "int32")
             start = self.buffers["start"]
@@ -172,12 +177,37 @@ class Kernel:
             own = T.bind(T.min(row, self.total - 1) - sample * p.rows)
             top = T.bind(own // p.out_width * p.stride[0] - p.padding[0])
             left = T.bind(own % p.out_width * p.stride[1] - p.padding[2])
-            store(self.top, T.Select(row < self.total, top, NOWHERE), i)
-            store(self.left, left, i)
             store(self.pixel, ((sample * p.height + top) * p.width + left) * p.channels, i)
+            self._find_inside(i, top, left, row < self.total)
             if self._has_border:
                 group = T.cast(self.b["group"][sample], "int32") if p.groups > 1 else tirx.IntImm("int32", 0)
                 store(self.row_group, group, i)
+
+    def _find_inside(self, i: int, top: Any, left: Any, there: Any) -> None:
+        """There: whether the row is one."""
+        p, words = self.p, -(-self.w.taps // 32)
+
+        def within(first: Any, size: int, count: int) -> list[Expr]:
+            """Of each line of taps, or column, 1 where it is one of the image."""
+            each_ = (tirx.all(there, first + d >= 0, first + d < size) for d in range(count))
+            return [vmath.keep(T.cast(is_it, "uint32")) for is_it in each_]
+
+        down, across = within(top, p.height, p.kernel[0]), within(left, p.width, p.kernel[1])
+        for word in range(words):
+            bits: Any = T.uint32(0)
+            for tap in range(32 * word, min(32 * (word + 1), self.w.taps)):
+                dy, dx = divmod(tap, p.kernel[1])
+                bits = bits | T.bitwise_and(down[dy], across[dx]) << T.uint32(tap % 32)
+            store(self.inside, bits, i * words + word)
+
+    def _is_inside(self, i: int, tap: Any) -> Any:
+        """Whether a tap of the row meets a pixel of the image: 1 or 0; 0 of taps that do not exist."""
+        words = -(-self.w.taps // 32)
+        if words == 1:
+            bits, place = self.inside[i], T.min(tap, 31)
+        else:
+            bits, place = self.inside[i * words + T.min(tap // 32, words - 1)], tap % 32
+        return vmath.keep(T.bitwise_and(tirx.reinterpret("int32", bits) >> place, 1))
 
     @property
     def _has_border(self) -> bool:
@@ -223,10 +253,7 @@ class Kernel:
                 there = T.bind(T.Select(row < self.total, count, 0))
                 self._copy(target, self.b["x"], T.Select(there > 0, row * p.channels + before + channel, 0), there)
                 continue
-            # Before the first line and behind the last is far from the first, as a number without sign.
-            y, x = (T.cast(place, "uint32") for place in (self.top[i] + dy, self.left[i] + dx))
-            within = (T.cast(place, "int32") for place in (y < T.uint32(p.height), x < T.uint32(p.width)))
-            inside = vmath.keep(T.bitwise_and(*within))
+            inside = self._is_inside(i, tap)
             source = T.Select(T.bitwise_and(inside, T.cast(count > 0, "int32")) > 0, self.pixel[i] + moved, 0)
             if not self._has_border:
                 self._copy(target, self.b["x"], source, T.Select(inside > 0, count, 0))
@@ -331,7 +358,7 @@ class Kernel:
             if step < w.steps // self.most_splits:
                 load(begin + step, step)
             T.evaluate(T.ptx.cp.async_.commit_group())
-        with T.serial(0, steps) as step:
+        with rolled(steps) as step:
             self._land(t.stages - 2)
             barrier()
 
@@ -406,7 +433,7 @@ class Kernel:
             for kk in range(2):
                 at = first + j * 4 + 2 * h + kk
                 if bits == 8:
-                    store(self.decoded, word(4 * ks + 2 * h + kk), at)
+                    store(self.decoded, word(4 * ks + 2 * kk + h), at)
                     continue
                 words = 2**bits // 4
                 table = [self.table[j * words + i] for i in range(words)]
@@ -603,8 +630,8 @@ class Kernel:
         return tirx.EQ(self.warp_column + self.lane % 4, 0)
 
     def _add_parts(self) -> None:
-        """A thread for each output."""
-        with each(self.total * self.p.outputs) as number:
+        """A thread for each output; none has anything to do where no block shared an axis."""
+        with each(T.max(T.Select(self.splits > 1, self.total * self.p.outputs, 0), 1)) as number, T.If(self.splits > 1), T.Then():
             row, column = unravel(number, self.p.outputs)
 
             def summed(parts: Any, step: Any, at: Any) -> Expr:
