@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import shutil
 import sys
 import tempfile
@@ -91,7 +92,7 @@ def measured(
         module, given = _module(torch, model["peer"], inputs, folder)
         for name in (peers.HALF, peers.GRAPH, *((peers.COMPILED,) if compiled else ())):
             attempt(name, functools.partial(peers.denoiser, name, module, given))
-        found["kernels"][peers.HALF] = kernels(torch, calls[peers.HALF]) if peers.HALF in calls else []
+        found["kernels"][peers.HALF] = kernels(torch, calls[peers.HALF]) if peers.HALF in calls else {}
     times = machine.interleaved(calls, ROUNDS, WINDOW, device.wall)
     found["rows"] = [machine.median_row(name, times) for name in times]
     return found
@@ -107,8 +108,10 @@ def _on_device(denoiser: Any, inputs: Mapping[str, Any]) -> Callable[[], object]
     return lambda: call(*tensors, executor._prepared)
 
 
-def kernels(torch: Any, call: Callable[[], object]) -> list[dict[str, Any]]:
-    """Microseconds and launches of each kernel in a call, by torch's profiler."""
+def kernels(torch: Any, call: Callable[[], object]) -> dict[str, Any]:
+    """Microseconds and launches of a call by torch's profiler: of kinds of kernels, by how their names begin, and of those
+    that take longest.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     call()
@@ -121,7 +124,12 @@ def kernels(torch: Any, call: Callable[[], object]) -> list[dict[str, Any]]:
         for each in seen.key_averages()
         if each.device_time_total
     ]
-    return sorted(rows, key=lambda row: -row["us"])[:KERNELS]
+    kinds: dict[str, list[float]] = {}
+    for row in rows:
+        kind = kinds.setdefault(re.split(r"_[0-9a-f]{16}|[<(]", row["kernel"])[0][:40], [0.0, 0])
+        kind[0] += row["us"]
+        kind[1] += row["launches"]
+    return {"kinds": kinds, "longest": sorted(rows, key=lambda row: -row["us"])[:KERNELS]}
 
 
 def _sqnr_db(exact: np.ndarray, found: np.ndarray) -> float:

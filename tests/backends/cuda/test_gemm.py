@@ -91,7 +91,7 @@ def test_machine_code_of_hopper(tmp_path):
     code.write_bytes(machine_code.fatbin(device.source, target.levels))
     used, listed = cuobjdump("-res-usage", code), cuobjdump("-sass", code)
     assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}, used
-    assert listed.count("IGMMA.64x128x32.S8.U8") >= 8 and " IMMA." not in listed
+    assert listed.count("IGMMA.64x128x32.S8.U8") == 2 * len(problems) and " IMMA." not in listed
 
 
 @pytest.mark.parametrize("build", [gemm.build, wgmma.build], ids=["mma", "wgmma"])

@@ -358,7 +358,11 @@ class Kernel:
             if step < w.steps // self.most_splits:
                 load(begin + step, step)
             T.evaluate(T.ptx.cp.async_.commit_group())
+        turn = local(1, "int32")
+        store(turn, tirx.IntImm("int32", 0), 0)
         with rolled(steps) as step:
+            stage = vmath.keep(turn[0])  # step % t.stages
+            store(turn, T.Select(stage < t.stages - 1, stage + 1, 0), 0)
             self._land(t.stages - 2)
             barrier()
 
@@ -366,11 +370,10 @@ class Kernel:
                 if w.steps >= t.stages:
                     ahead = T.bind(step + (t.stages - 1))
                     with T.If(ahead < steps), T.Then():
-                        load(begin + ahead, T.bind(ahead % t.stages))
+                        load(begin + ahead, vmath.keep(T.Select(stage > 0, stage - 1, t.stages - 1)))
                 T.evaluate(T.ptx.cp.async_.commit_group())
 
             def multiply() -> None:
-                stage = T.bind(step % t.stages)
                 for ks in range(STEP // UNIT):
                     self._unit(stage, ks)
                     self._end_of_segment(T.bind(step * (STEP // UNIT) + ks), ks)
