@@ -53,8 +53,8 @@ def tile(problem: QuantMatmul, tiles: Sequence[Tile] = TILES) -> Tile:
     return tiles[-1]
 
 
-BLOCKS = 128
-"""Blocks of threads that keep a GPU busy; Orin has 16 processors, an A100 108."""
+BLOCKS = 264
+"""Blocks of threads that keep a GPU busy: two for each processor of an H100, which has 132; an A100 has 108."""
 LEAST_STEPS = 8
 """Steps that a block of threads takes at least, so that filling its stages pays."""
 
