@@ -14,19 +14,22 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from benchmarks.gpu_kit.there import data
 
 from mpq_compiler.backends.tvm import kernels as templates
-from mpq_compiler.backends.tvm.kernels.cuda import fast_attention, gemm, weights, wgmma
+from mpq_compiler.backends.tvm.kernels.cuda import fast_attention, gemm, norms, weights, wgmma
 from mpq_compiler.backends.tvm.kernels.cuda import weight_only as cuda_weight_only
 from mpq_compiler.backends.tvm.kernels.problems import attention
 from mpq_compiler.backends.tvm.kernels.problems import fast_attention as problems
+from mpq_compiler.backends.tvm.kernels.problems import norms as problems_of_norms
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable, WeightOnly
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Step
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention
 from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
+from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.formats.packing import unpack_codes
@@ -40,7 +43,7 @@ from tests.harness.shapes import concrete, make_case, quantize, reference
 
 BITS = {"W8A8": 8, "W4A8": 4, "W3A8": 3, "W2A8": 2}
 WEIGHT_ONLY = "W4A16"
-ATTENTION = "attention bf16"
+ATTENTION, NORM = "attention bf16", "norm, codes"
 REQUANTIZED = Epilogue((Step("quantize", value=8),))
 LINES = 12
 """Of the input, first and last, whose results are looked at."""
@@ -119,7 +122,36 @@ class Attention:
         return 2.0 * batch * self.heads * self.queries * self.keys * self.dim
 
 
-Case = Layer | Attention
+@dataclass(frozen=True)
+class Norm:
+    """A group norm of 32 groups with SiLU, or a layer norm, of floats, whose result is codes of 8 bits."""
+
+    model: str
+    positions: int
+    channels: int
+    groups: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{'groupnorm' if self.groups else 'layernorm'} {self.model} {self.positions}x{self.channels}"
+
+    def scaled(self, size: float) -> Norm:
+        positions, channels = max(1, round(self.positions * size)), max(32, round(self.channels * size / 32) * 32)
+        return replace(self, positions=positions, channels=channels)
+
+    @property
+    def problem(self) -> GroupNorm | LayerNorm:
+        if not self.groups:
+            return LayerNorm(self.positions, self.channels, epilogue=REQUANTIZED)
+        steps = (Step("silu"), *REQUANTIZED.steps)
+        return GroupNorm(self.positions, self.channels, 32, epilogue=Epilogue(steps))
+
+    def macs(self, batch: int) -> float:
+        """None: it is memory's."""
+        return 0.0
+
+
+Case = Layer | Attention | Norm
 CASES: Sequence[Case] = (
     Layer("sd15", 4096, 1, 320, 320),
     Layer("sd15", 4096, 1, 320, 2560),
@@ -144,6 +176,13 @@ CASES: Sequence[Case] = (
     Attention("sdxl", 10, 64, 4096, 4096),
     Attention("sdxl", 20, 64, 1024, 1024),
     Attention("pixart", 16, 72, 4096, 4096),
+    Norm("sd15", 4096, 320, True),
+    Norm("sd15", 256, 1280, True),
+    Norm("sdxl", 16384, 320, True),
+    Norm("sdxl", 1024, 1280, True),
+    Norm("sd15", 4096, 320),
+    Norm("sdxl", 4096, 640),
+    Norm("sdxl", 1024, 1280),
 )
 
 
@@ -160,6 +199,8 @@ def products(level: int) -> dict[str, tuple[int, Callable[[QuantMatmul, str], An
 
 def functions(case: Case, level: int) -> dict[str, Any]:
     """The kernels by name, for a compute capability; each `prepare` makes the weights of its neighbour."""
+    if isinstance(case, Norm):
+        return {"norm": norms.build(case.problem, "norm")}
     if isinstance(case, Attention):
         made = ready(case.problem)
         return {
@@ -204,6 +245,8 @@ def described(case: Case, batch: int, level: int) -> tuple[dict[str, Any], dict[
     made: dict[str, Contestant] = {}
     if isinstance(case, Attention):
         made[ATTENTION] = _attention(case, batch)
+    elif isinstance(case, Norm):
+        made[NORM] = _norm(case, batch)
     else:
         problems_: dict[int, Contestant] = {}
         for name, (bits, _) in products(level).items():
@@ -357,6 +400,34 @@ def _attention(case: Attention, batch: int) -> Contestant:
         "as": [batch, case.queries, -1],
     }
     return _picked(description, np.concatenate(parts, 1).reshape(batch, 2 * lines, -1), numerics.BOUNDS[BF16])
+
+
+def _norm(case: Norm, batch: int) -> Contestant:
+    problem, rows = case.problem, (batch, case.positions, case.channels)
+    *inputs, y = problems_of_norms.arguments(problem)
+    spaces = norms.workspaces(problem)
+    stored = {"qscale": np.array([0.03], np.float32), "qzero": np.array([90], np.int32), "group": np.zeros(batch, np.int64)}
+    arrays: dict[str, Any] = {a.name: _empty(a, batch) for a in (y, *spaces)}
+    for i, a in enumerate(inputs):
+        drawn = _drawn(concrete(a.shape, batch), a.dtype, i, deviation=1.0)
+        arrays[a.name] = {"stored": a.name} if a.name in stored else drawn
+    x, gamma, beta = (torch.from_numpy(data.drawn(arrays[name])) for name in ("x", "gamma", "beta"))
+    if case.groups:
+        found = F.silu(F.group_norm(x.transpose(1, 2), 32, gamma, beta).transpose(1, 2))
+    else:
+        found = F.layer_norm(x, (case.channels,), gamma, beta)
+    codes = quantize(found.numpy(), stored["qscale"], stored["qzero"], stored["group"], 8).astype(np.float32)
+    lines = min(LINES, case.positions)
+    description = {
+        "arrays": arrays,
+        "prepare": [],
+        "prepared": [],
+        "kernels": [["norm", [a.name for a in (*inputs, y, *spaces)]]],
+        "result": y.name,
+        "as": list(rows),
+    }
+    made = _picked(description, data.edges(codes, lines), 1.01 / float(codes.max()))  # a code beside the border of two
+    return replace(made, stored=made.stored | stored)
 
 
 def _picked(description: dict[str, Any], expected: np.ndarray, bound: float) -> Contestant:

@@ -18,9 +18,10 @@ from mpq_compiler.artifact import bundle as artifacts
 from mpq_compiler.artifact.bundle import Artifact
 from mpq_compiler.artifact.manifest import Function
 from mpq_compiler.artifact.manifest import Value as InputValue
-from mpq_compiler.runtime import lora, pretrained
+from mpq_compiler.runtime import lora, on_gpu, pretrained
 from mpq_compiler.runtime.cuda import CudaMachine
 from mpq_compiler.runtime.lora import LoadedLora
+from mpq_compiler.runtime.on_gpu import There
 from mpq_compiler.runtime.memo import REUSE_BYTES
 from mpq_compiler.runtime.tvm import VirtualMachine, usable_cores
 from mpq_compiler.sampling.call_tree import (
@@ -129,6 +130,7 @@ def load(
     threads: int | None = None,
     check_finite: bool = True,
     reuse_bytes: int = REUSE_BYTES,
+    device: str | None = None,
 ) -> CompiledDenoiser:
     """Verifies and loads the artifact at `path`, a folder or a zip.
 
@@ -139,6 +141,7 @@ def load(
         check_finite: whether NaN or infinity, in an input or the output, is an error.
         reuse_bytes: memory for results that depend on timesteps and texts alone, which are kept between calls; 0
             computes them in every call (docs/artifact.md).
+        device: the GPU of an artifact for one, such as "cuda:1"; the first by default.
 
     Raises:
         UserError: the artifact is not sound, this machine cannot run it, or an argument is out of range.
@@ -148,15 +151,28 @@ def load(
     require_threads(threads)
     artifact = artifacts.read(path)
     chosen = threads or artifact.manifest.get("threads") or usable_cores()
-    return CompiledDenoiser(artifact, chosen, check_finite, reuse_bytes)
+    return CompiledDenoiser(artifact, chosen, check_finite, reuse_bytes, device=_number(artifact, device))
 
 
-def _executor(artifact: Artifact, threads: int, reuse_bytes: int) -> Executor:
+def _number(artifact: Artifact, device: str | None) -> int:
+    """The number of the GPU that is named; 0 where none is. UserError: the artifact is for no GPU, or it is no name."""
+    if device is None:
+        return 0
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or not (number or "0").isdecimal():
+        raise UserError(f"device is '{device}'; name a GPU, such as cuda:1, or none")
+    if not nvidia.is_for(artifact.manifest):
+        raise UserError(f"device is '{device}', and {artifact.path} is for '{artifact.manifest['target']['name']}'")
+    return int(number or 0)
+
+
+def _executor(artifact: Artifact, threads: int, reuse_bytes: int, device: int) -> Executor:
     target = artifact.manifest["target"]
     targets.require_host(target["name"], target["arch"], target["features"])
     if target["backend"] == "tvm":
-        machine = CudaMachine if nvidia.is_for(artifact.manifest) else VirtualMachine
-        return machine(artifact, threads, reuse_bytes)
+        if nvidia.is_for(artifact.manifest):
+            return CudaMachine(artifact, threads, reuse_bytes, device)
+        return VirtualMachine(artifact, threads, reuse_bytes)
     if (entry := plugins.find(EXECUTORS, target["backend"])) is not None:
         try:
             load: Callable[[Artifact, int], Executor] = entry.load()
@@ -185,6 +201,7 @@ class CompiledDenoiser:
         check_finite: bool = True,
         reuse_bytes: int = REUSE_BYTES,
         executor: Executor | None = None,
+        device: int = 0,
     ) -> None:
         pretrained.register()
         self.artifact = artifact
@@ -201,7 +218,7 @@ class CompiledDenoiser:
         """The report of the compilation, where this process compiled it (`compile` of a pipeline); else None."""
         self._devices = ("cpu", "cuda") if nvidia.is_for(self.manifest) else ("cpu",)
         """The types of torch devices that inputs may be on."""
-        self.executor = _executor(artifact, threads, reuse_bytes) if executor is None else executor
+        self.executor = _executor(artifact, threads, reuse_bytes, device) if executor is None else executor
         """What runs the functions of the artifact; one call at a time."""
         self.lora: LoadedLora | None = None
         """The LoRA that is loaded (`load_lora`); None without one."""
@@ -359,7 +376,9 @@ class CompiledDenoiser:
         Returns:
             The prediction: a torch tensor where an input is one, on the device of the first of these, else an array.
             Tensors in half precision are computed in float32, and the result has the first one's type. An artifact
-            for a GPU also takes tensors on the GPU, and copies them by way of the CPU.
+            for a GPU takes tensors on the GPU: they stay there, the result is there too, and all of it is on the
+            caller's stream; it may be captured in a CUDA graph behind a first call, where the timestep is there too.
+            Of these is not looked whether they are finite.
 
         Raises:
             UserError: as `run`; an input is given twice, or there are too many.
@@ -367,14 +386,68 @@ class CompiledDenoiser:
         if self._kinds[0].form is not None:
             return self._called(bound(self._signature, args, kwargs), return_dict)
         named = self._named(args, kwargs)
-        given = next((value for value in named.values() if _is_torch(value)), None)
-        named = {name: value.float() if _is_half(value) else value for name, value in named.items()}
-        result: Any = self._convention.pack(self.run(named))
-        if given is not None:
-            torch = _torch()
-            assert torch
-            result = torch.from_numpy(result).to(given.device, given.dtype if _is_half(given) else None)
+        result: Any = self._convention.pack(self._predicted(named, self._kinds[0]))
         return DenoiserOutput(result) if return_dict else (result,)
+
+    def _predicted(self, inputs: Mapping[str, Any], kind: Kind, fitted: Fitted | None = None) -> Any:
+        """The output for the inputs of a call, where and in the type that they ask for. fitted: as arrays, if known."""
+        given = next((value for value in inputs.values() if _is_torch(value)), None)
+        if isinstance(self.executor, CudaMachine) and on_gpu.stays(inputs, self.executor.device):
+            result = self._run_there(inputs, kind, self.executor)
+            return result.to(given.dtype) if given is not None and _is_half(given) else result
+        found: Value = self._run(fitted or self._fitted(_in_floats(inputs), kind))
+        if given is None:
+            return found
+        torch = _torch()
+        assert torch
+        return torch.from_numpy(found).to(given.device, given.dtype if _is_half(given) else None)
+
+    def _run_there(self, inputs: Mapping[str, Any], kind: Kind, machine: CudaMachine) -> Any:
+        """The output, float32, for tensors on the GPU: there, on the caller's stream, and nothing waits for it.
+
+        Torch's where an input is, else one of the runtime. Whether values are finite is not looked at, for a look waits.
+        """
+        tensors, arrays = self._to_check(inputs, kind)
+        fitted = self._fitted(_in_floats(arrays), kind)
+        stream, capturing = on_gpu.stream_of(machine.device)
+        if not capturing:
+            self._require_values(tensors, machine)
+        shape = (fitted.batch, *(int(extent or 0) for extent in fitted.functions[0]["output"]["shape"][1:]))
+        torch = _torch() if any(map(_is_torch, inputs.values())) else None
+        out = torch.empty(shape, device=f"cuda:{machine.device}") if torch else machine.empty(shape, "float32")
+        with self._lock:
+            for function, begin, end in _schedule(fitted.batch, fitted.functions):
+                count = function["batch"] or end - begin
+                rows = np.minimum(np.arange(begin, begin + count), end - 1)
+                pieces = [
+                    tensors[value["name"]].rows(begin, end, count, fitted.batch)
+                    if value["name"] in tensors
+                    else np.ascontiguousarray(fitted.arrays[value["name"]][rows])
+                    for value in function["inputs"]
+                ]
+                result = machine.call(function["name"], pieces, stream, capturing)
+                machine.copied(result, out.data_ptr(), begin, end - begin, stream)
+        return out
+
+    def _to_check(self, inputs: Mapping[str, Any], kind: Kind) -> tuple[dict[str, There], dict[str, Any]]:
+        """(inputs that stay on the GPU, all inputs with arrays in place of these: for their shapes and types)"""
+        tensors: dict[str, There] = {}
+        arrays = dict(inputs)
+        if isinstance(self.executor, CudaMachine) and on_gpu.stays(inputs, self.executor.device):
+            for name, value in inputs.items():
+                if name in kind.inputs and on_gpu.device_of(value) is not None:
+                    tensors[name] = on_gpu.taken(name, value, kind.inputs[name], self.executor.from_dlpack)
+                    arrays[name] = on_gpu.standing_in(tensors[name])
+        return tensors, arrays
+
+    def _require_values(self, tensors: Mapping[str, There], machine: CudaMachine) -> None:
+        """As `_run`, of what would be read beyond a table, or has been folded; this alone waits for the GPU."""
+        for name, below in self.manifest["model"].get("below", {}).items():
+            if name in tensors:
+                _require_range(name, machine.values(tensors[name]), below)
+        for assumed in self.manifest.get("assumptions", ()):
+            if assumed["input"] in tensors:
+                _require_token(assumed, machine.values(tensors[assumed["input"]]))
 
     def _called(self, arguments: Arguments, return_dict: bool) -> Value:
         """A call in the form of the recorded ones; the result has the structure of the model's own."""
@@ -387,13 +460,7 @@ class CompiledDenoiser:
                 refusals.append(error)
         else:
             raise self._refusal(refusals)
-        given = next((value for value in inputs.values() if _is_torch(value)), None)
-        result: Value = self._run(fitted)
-        if given is not None:
-            torch = _torch()
-            assert torch
-            result = torch.from_numpy(result).to(given.device, given.dtype if _is_half(given) else None)
-        returned = form.returned(result)
+        returned = form.returned(self._predicted(inputs, self._kinds[index], fitted))
         return Returned(returned, form.fields) if return_dict and form.fields else returned
 
     def _as_kind(self, index: int, arguments: Arguments) -> tuple[CallForm, Arguments, Fitted]:
@@ -405,8 +472,7 @@ class CompiledDenoiser:
         of = prefix(index)
         held = {path.removeprefix(of): value for path, value in self._constants.items() if path.startswith(of)}
         require_constants(values, held, form.held)
-        floats = {name: value.float() if _is_half(value) else value for name, value in inputs.items()}
-        return form, inputs, self._fitted(floats, self._kinds[index])
+        return form, inputs, self._fitted(_in_floats(self._to_check(inputs, self._kinds[index])[1]), self._kinds[index])
 
     def _refusal(self, refusals: Sequence[UserError]) -> UserError:
         """Says in what a call differs from the nearest kind, and lists the kinds where there are several."""
@@ -628,6 +694,11 @@ def _is_torch(value: Any) -> bool:
 def _is_half(value: Any) -> bool:
     """Whether a value is a torch tensor of bfloat16 or float16."""
     return _is_torch(value) and str(value.dtype) in ("torch.bfloat16", "torch.float16")
+
+
+def _in_floats(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """With what is in half precision in float32."""
+    return {name: value.float() if _is_half(value) else value for name, value in inputs.items()}
 
 
 def _values(value: Value) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +15,7 @@ import numpy as np
 from mpq_compiler.artifact.bundle import CUDART, Artifact
 from mpq_compiler.runtime import tvm
 from mpq_compiler.runtime.memo import REUSE_BYTES
+from mpq_compiler.runtime.on_gpu import There
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import nvidia
 
@@ -75,15 +76,15 @@ def _require_driver(artifact: Artifact) -> None:
         )
 
 
-def _require_memory(artifact: Artifact, free: int | None = None) -> None:
-    """Raises a UserError where the GPU's memory cannot hold the weights, stored and prepared, and a call's activations.
+def _require_memory(artifact: Artifact, number: int, free: int | None = None) -> None:
+    """Raises a UserError where a GPU's memory cannot hold the weights, stored and prepared, and a call's activations.
 
     free: bytes that are free; None checks the whole memory alone.
     """
     memory = artifact.manifest.get("memory", {})
     needed = memory.get("prepared_bytes", 0) + max(memory.get("activation_bytes", {}).values(), default=0)
     needed += artifact.manifest.get("weights", {}).get("payload_bytes", 0)
-    device = nvidia.gpus()[0]
+    device = nvidia.gpus()[number]
     takes = f"{artifact.path} takes {needed / 1e6:.0f} MB of the GPU's memory, and"
     if needed > device.memory:
         raise UserError(
@@ -100,25 +101,56 @@ def _free_memory() -> int | None:
     return None if failed else free.value
 
 
-class CudaMachine(tvm.VirtualMachine):
-    """A virtual machine whose tensors are in the memory of the first GPU.
+_FROM_HOST, _TO_HOST, _ON_DEVICE = 1, 2, 3  # cudaMemcpyKind
 
-    The first call of a function captures its launches in a CUDA graph; later calls launch the graph.
+
+def _bytes(tensor: Any) -> int:
+    return int(np.prod(tuple(tensor.shape), dtype=np.int64)) * np.dtype(str(tensor.dtype)).itemsize
+
+
+def _error(code: int) -> str:
+    runtime = ctypes.CDLL(None)
+    runtime.cudaGetErrorString.restype = ctypes.c_char_p
+    return f"{runtime.cudaGetErrorString(code).decode()} ({code})"
+
+
+class CudaMachine(tvm.VirtualMachine):
+    """A virtual machine whose tensors are in the memory of a GPU.
+
+    The first call of a function captures its launches in a CUDA graph; later calls launch the graph. The current device
+    of a calling thread stays what it was.
     """
 
     devices = (_CUDA, *tvm.VirtualMachine.devices)
 
-    def __init__(self, artifact: Artifact, threads: int, reuse_bytes: int = REUSE_BYTES) -> None:
-        """Loads kernels and weights onto the GPU. UserError: the driver is too old, or the GPU's memory too small."""
+    def __init__(self, artifact: Artifact, threads: int, reuse_bytes: int = REUSE_BYTES, device: int = 0) -> None:
+        """Loads kernels and weights onto a GPU.
+
+        Raises:
+            UserError: there is no GPU of this number, the driver is too old, or the GPU's memory too small.
+        """
         _require_driver(artifact)
-        _require_memory(artifact)
+        if not 0 <= device < len(nvidia.gpus()):
+            raise UserError(f"there is no cuda:{device} on this machine: it has {len(nvidia.gpus())} GPUs, from cuda:0 on")
+        self.device = device
+        self._called: set[str] = set()
+        self._last: tuple[int, ctypes.c_void_p] | None = None
+        _require_memory(artifact, device)
         self._artifact, old = artifact, nvidia.driver_version() < nvidia.CUDA_13
         self._cudart = artifact.file(CUDART) if old else None
-        super().__init__(artifact, threads, reuse_bytes)
+        load(self._cudart)
+        with self._calling():
+            super().__init__(artifact, threads, reuse_bytes)
+
+    def run(self, function: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
+        """As `VirtualMachine.run`."""
+        with self._calling():
+            self._called.add(function)
+            return super().run(function, inputs)
 
     def _load(self) -> ModuleType:
         loaded = load(self._cudart)
-        _require_memory(self._artifact, _free_memory())
+        _require_memory(self._artifact, self.device, _free_memory())
         return loaded
 
     def _place(self, prepared: Any) -> None:
@@ -126,16 +158,104 @@ class CudaMachine(tvm.VirtualMachine):
 
     @contextmanager
     def _calling(self) -> Iterator[None]:
-        yield
+        before = ctypes.c_int()
+        self._do("cudaGetDevice", ctypes.byref(before))
+        try:
+            self._do("cudaSetDevice", self.device)
+            yield
+        finally:
+            self._do("cudaSetDevice", before)
+
+    def _do(self, name: str, *arguments: object) -> None:
+        """Calls CUDA's runtime. UserError: it fails."""
+        if code := getattr(ctypes.CDLL(None), name)(*arguments):
+            raise UserError(f"the GPU does not go on: {name} says {_error(code)}")
+
+    def call(
+        self, function: str, inputs: Sequence[Sequence[tuple[int, int]] | np.ndarray], stream: int, capturing: bool
+    ) -> Any:
+        """Calls `function` on a stream, without waiting for it; returns its output, a tensor on the GPU.
+
+        Its memory is the machine's: a later call may use it again once it is freed.
+
+        Args:
+            inputs: of each its pieces in the memory of the GPU, one behind the other, addresses and bytes; or its values.
+            stream: of CUDA, the caller's. Calls on several streams wait for one another.
+            capturing: whether the stream is being captured in a graph.
+
+        Raises:
+            UserError: a function that was not called before, or values that are not on the GPU, while capturing.
+        """
+        staged = self._staged[function]
+        if capturing and (function not in self._called or any(isinstance(given, np.ndarray) for given in inputs)):
+            raise UserError(
+                "what is captured in a CUDA graph is called once before, and reads tensors on the GPU alone (the "
+                "timestep too): call it once, then capture"
+            )
+        handle = ctypes.c_void_p(stream)
+        with self._calling(), self._ffi.use_raw_stream(self._ffi.device("cuda", self.device), stream):
+            if self._last and self._last[0] != stream and not capturing:
+                self._do("cudaStreamWaitEvent", handle, self._last[1], ctypes.c_uint(0))
+            for (buffer, tensor), given in zip(staged, inputs, strict=True):
+                target = tensor.data_ptr()
+                if isinstance(given, np.ndarray):
+                    np.copyto(buffer, given)
+                    self._copy(target, buffer.ctypes.data, buffer.nbytes, _FROM_HOST, handle)
+                    continue
+                for pointer, size in given:
+                    self._copy(target, pointer, size, _ON_DEVICE, handle)
+                    target += size
+            result = self._functions[function](*(tensor for _, tensor in staged), self._prepared)
+            if not capturing:
+                self._record(stream)
+        self._called.add(function)
+        return result
+
+    def copied(self, tensor: Any, target: int, begin: int, count: int, stream: int) -> None:
+        """Copies samples of an output, from the first on, to where sample `begin` of a larger one lies, on a stream."""
+        size = _bytes(tensor) // int(tensor.shape[0])
+        with self._calling():
+            handle = ctypes.c_void_p(stream)
+            self._copy(target + begin * size, tensor.data_ptr(), count * size, _ON_DEVICE, handle)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """A tensor on the GPU, of the runtime's own."""
+        allocate = self._ffi.get_global_func("runtime.TVMTensorAllocWithScope")
+        with self._calling():
+            return allocate(self._ffi.Shape(shape), self._ffi.dtype(dtype), self._ffi.device("cuda", self.device), None)
+
+    def from_dlpack(self, value: Any) -> Any:
+        """The runtime's tensor on the memory of another library's."""
+        return self._ffi.from_dlpack(value)
+
+    def values(self, tensor: There) -> np.ndarray:
+        """Waits for a tensor on the GPU, and copies it."""
+        array = np.empty(tensor.shape, tensor.dtype)
+        with self._calling():
+            self._do("cudaDeviceSynchronize")
+            places = ctypes.c_void_p(array.ctypes.data), ctypes.c_void_p(tensor.pointer)
+            self._do("cudaMemcpyAsync", *places, ctypes.c_size_t(array.nbytes), _TO_HOST, ctypes.c_void_p())
+            self._do("cudaDeviceSynchronize")
+        return array
+
+    def _copy(self, target: int, source: int, size: int, kind: int, stream: ctypes.c_void_p) -> None:
+        places = ctypes.c_void_p(target), ctypes.c_void_p(source)
+        self._do("cudaMemcpyAsync", *places, ctypes.c_size_t(size), kind, stream)
+
+    def _record(self, stream: int) -> None:
+        """Remembers where on its stream this call ends."""
+        event = self._last[1] if self._last else ctypes.c_void_p()
+        if not self._last:
+            self._do("cudaEventCreate", ctypes.byref(event))
+        self._do("cudaEventRecord", event, ctypes.c_void_p(stream))
+        self._last = stream, event
 
     @contextmanager
     def _dropping(self, stored: Iterable[np.ndarray]) -> Iterator[None]:
         yield
 
     def _tensor(self, array: np.ndarray) -> Any:
-        device, dtype = self._ffi.device("cuda", 0), self._ffi.dtype(str(array.dtype))
-        allocate = self._ffi.get_global_func("runtime.TVMTensorAllocWithScope")
-        tensor = allocate(self._ffi.Shape(array.shape), dtype, device, None)
+        tensor = self.empty(array.shape, str(array.dtype))
         self._send(array, tensor)
         return tensor
 

@@ -152,7 +152,8 @@ class VirtualMachine:
         self.threads = min(threads, usable_cores())
         self._library = self._load_kernels(kernels, artifact.manifest["files"][KERNELS]["sha256"])
         self._machine = self._library["vm_load_executable"]()
-        self._machine["vm_initialization"](*(part for kind in self.devices for part in (kind, 0, _POOLED)))
+        places = [(kind, self.device if kind == self.devices[0] else 0, _POOLED) for kind in self.devices]
+        self._machine["vm_initialization"](*(part for place in places for part in place))
         self._functions = {f["name"]: self._machine[f["name"]] for f in artifact.manifest["functions"]}
         self._staged: dict[str, list[Staged]] = {
             function["name"]: [
@@ -215,6 +216,8 @@ class VirtualMachine:
 
     devices: tuple[int, ...] = (_CPU,)
     """DLPack's kinds of the devices that the machine uses; its tensors are on the first."""
+    device = 0
+    """The number of the device that its tensors are on, among those of its kind."""
 
     def _load(self) -> ModuleType:
         """Loads the runtime for its devices; returns tvm_ffi."""

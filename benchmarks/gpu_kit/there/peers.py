@@ -14,6 +14,8 @@ OF = {
     "linear": (HALF, INT8, FP8),
     "conv3x3": (HALF,),
     "attention": ("torch SDPA bf16", "torch SDPA fp16"),
+    "groupnorm": (HALF,),
+    "layernorm": (HALF,),
 }
 GRAPH, COMPILED = "torch fp16, CUDA graph", "torch.compile fp16, CUDA graphs"
 
@@ -30,6 +32,8 @@ def make(name: str, case: Mapping[str, Any]) -> Call:
         return _attention(case, torch.bfloat16 if name.endswith("bf16") else torch.float16)
     if case["kind"] == "conv3x3":
         return _convolution(case)
+    if case["kind"].endswith("norm"):
+        return _norm(case)
     rows, channels, outputs = case["batch"] * case["height"], case["channels"], case["outputs"]
     if name == INT8:  # cuBLAS's product alone, without scales or bias
         x = torch.randint(-127, 128, (rows, channels), dtype=torch.int8, device="cuda")
@@ -44,6 +48,16 @@ def make(name: str, case: Mapping[str, Any]) -> Call:
     half = {"dtype": torch.float16, "device": "cuda"}
     x, weight, bias = (torch.randn(shape, **half) for shape in ((rows, channels), (outputs, channels), (outputs,)))
     return lambda: F.linear(x, weight, bias)
+
+
+def _norm(case: Mapping[str, Any]) -> Call:
+    batch, rows, channels = case["batch"], case["positions"], case["channels"]
+    weight, bias = (torch.randn(channels, dtype=torch.float16, device="cuda") for _ in range(2))
+    if case["kind"] == "layernorm":
+        x = torch.randn(batch, rows, channels, dtype=torch.float16, device="cuda")
+        return lambda: F.layer_norm(x, (channels,), weight, bias)
+    x = torch.randn(batch, channels, rows, dtype=torch.float16, device="cuda")
+    return lambda: F.silu(F.group_norm(x, 32, weight, bias))
 
 
 def _convolution(case: Mapping[str, Any]) -> Call:

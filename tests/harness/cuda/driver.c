@@ -94,7 +94,9 @@ int cuModuleGetFunction(void **function, void *module, const char *name) {
 
 // A graph is the launches of a stream between the begin and the end of a capture, which runs none of them.
 enum { MOST_ARGUMENTS = 64 };
-typedef struct { const Kernel *kernel; unsigned grid[3], threads; uint64_t values[MOST_ARGUMENTS]; } Node;
+typedef struct { const Kernel *kernel; unsigned grid[3], threads; uint64_t values[MOST_ARGUMENTS];
+    int device;
+} Node;
 typedef struct { unsigned count, users; Node *nodes; } Graph;
 static Graph *capture;
 static void *captured_stream;
@@ -103,13 +105,28 @@ unsigned cuEmulatedLaunches(void) { return launches; }  // one by one
 unsigned cuEmulatedGraphs(void) { return graphs; }  // launched
 
 // Blocks end before a page that nobody may touch, as closely as their alignment allows; what lies between stays as it is.
-typedef struct Block { void *base; size_t size; const unsigned char *end, *page; struct Block *next; } Block;
+typedef struct Block {
+    void *base;
+    size_t size;
+    const unsigned char *first, *end, *page;
+    int device;
+    struct Block *next;
+} Block;
 static Block *blocks;
+static __thread int current;  // device of a thread
 static Block *block_of(void *place) { return (Block *)((uintptr_t)place / 4096 * 4096) - 1; }
 
 static void run(const Node *node) {
     void *arguments[MOST_ARGUMENTS];
     for (unsigned i = 0; i < node->kernel->arguments; ++i) arguments[i] = (void *)&node->values[i];
+    for (const Block *block = blocks; block; block = block->next)
+        for (unsigned i = 0; i < node->kernel->arguments; ++i) {
+            const unsigned char *place = (const unsigned char *)node->values[i];
+            if (place >= block->first && place < block->end && block->device != node->device) {
+                fprintf(stderr, "emulator: a kernel on device %d is given memory of another\n", node->device);
+                abort();
+            }
+        }
     node->kernel->run(node->grid, node->threads, arguments);
     for (const Block *block = blocks; block; block = block->next)
         for (const unsigned char *at = block->end; at < block->page; ++at)
@@ -120,7 +137,7 @@ static void run(const Node *node) {
 }
 
 int cuLaunchKernelEx(const Launch *launch, void *function, void **arguments, void **extra) {
-    Node node = {.kernel = function, .threads = launch->block[0]};
+    Node node = {.kernel = function, .threads = launch->block[0], .device = current};
     if (node.kernel->arguments > MOST_ARGUMENTS) return 1;
     memcpy(node.grid, launch->grid, sizeof node.grid);
     for (unsigned i = 0; i < node.kernel->arguments; ++i) memcpy(&node.values[i], arguments[i], 8);
@@ -175,8 +192,13 @@ int cudaEventElapsedTime(float *milliseconds, const struct timespec *begin, cons
     *milliseconds = (end->tv_sec - begin->tv_sec) * 1e3f + (end->tv_nsec - begin->tv_nsec) * 1e-6f;
     return 0;
 }
-int cudaSetDevice(int device) { return forked() ? NOT_INITIALIZED : 0; }
-int cudaGetDevice(int *device) { *device = 0; return 0; }
+int cudaSetDevice(int device) {
+    if (forked()) return NOT_INITIALIZED;
+    if (device < 0 || device >= setting("MPQ_EMULATED_DEVICES", 1)) return 101;  // cudaErrorInvalidDevice
+    current = device;
+    return 0;
+}
+int cudaGetDevice(int *device) { *device = current; return 0; }
 int cudaGetDeviceCount(int *count) {
     if (forked()) return NOT_INITIALIZED;
     *count = setting("MPQ_EMULATED_DEVICES", 1);
@@ -204,7 +226,7 @@ int cudaMalloc(void **place, size_t size) {
     *place = base + 2 * 4096 + pages - kept;
     unsigned char *first = *place;
     Block *own = block_of(first);
-    *own = (Block){base, pages + 3 * 4096, first + size, first + kept, blocks};
+    *own = (Block){base, pages + 3 * 4096, first, first + size, first + kept, current, blocks};
     blocks = own;
     held += pages;
     memset(*place, 0xa5, kept);  // as any memory that was used before
