@@ -54,7 +54,7 @@ def measured(
     """Times of calls: ours on the device, ours from and to the host, and torch's; and of our kernels, each."""
     from mpq_compiler.runtime import compiled_denoiser
 
-    found: dict[str, Any] = {"failed": {}, "sqnr_db": {}, "gpu_bytes": {}, "kernels": {}}
+    found: dict[str, Any] = {"failed": {}, "sqnr_db": {}, "gpu_bytes": {}, "kernels": {}, "stays": {}}
     with np.load(machine.HERE / "models" / model["arrays"]) as arrays:
         inputs = {name.removeprefix("input."): arrays[name] for name in arrays.files if name.startswith("input.")}
         expected = {name.removeprefix("expected."): arrays[name] for name in arrays.files if "expected." in name}
@@ -81,10 +81,14 @@ def measured(
         result = denoiser.run(inputs)
         for other, values in expected.items():
             found["sqnr_db"][f"{name} to {other}"] = _sqnr_db(values, result)
-        call = _on_device(denoiser, inputs)
+        if torch is None:
+            continue
+        call = _staying(torch, denoiser, inputs)
         attempt(name, lambda call=call: call)  # type: ignore[misc]
-        if torch is not None:
-            found["kernels"][name] = kernels(torch, call)
+        found["kernels"][name] = kernels(torch, call)
+        found["stays"][name] = stays(torch, denoiser, inputs, result)
+        if graph := found["stays"][name].pop("graph", None):
+            attempt(f"{name}, in torch's CUDA graph", lambda graph=graph: graph)  # type: ignore[misc]
     if torch is not None and model["peer"]:
         from . import peers
 
@@ -98,14 +102,39 @@ def measured(
     return found
 
 
-def _on_device(denoiser: Any, inputs: Mapping[str, Any]) -> Callable[[], object]:
-    """A call on inputs that are on the GPU, whose result stays there."""
-    fitted = denoiser._fitted(inputs, denoiser._kinds[0])
-    (function,) = (each["name"] for each in fitted.functions if each["batch"] == fitted.batch)
-    executor = denoiser.executor
-    tensors = [tensor for _, tensor in executor._staged[function]]
-    call = executor._functions[function]
-    return lambda: call(*tensors, executor._prepared)
+def _staying(torch: Any, denoiser: Any, inputs: Mapping[str, np.ndarray]) -> Callable[[], Any]:
+    """A call on torch's tensors on the GPU, whose result stays there."""
+    given = {name: torch.from_numpy(array).cuda() for name, array in inputs.items()}
+    return lambda: denoiser(**given, return_dict=False)[0]
+
+
+def stays(torch: Any, denoiser: Any, inputs: Mapping[str, np.ndarray], expected: np.ndarray) -> dict[str, Any]:
+    """What becomes of tensors that stay: on another stream, in half precision, in a CUDA graph of torch's.
+
+    Of each whether it has the bits of a call by way of the CPU, or why there is none; and the replay of the graph.
+    """
+    call, found = _staying(torch, denoiser, inputs), {}
+    own = torch.from_numpy(expected)
+    found["the same bits"] = bool(torch.equal(call().cpu(), own))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        results = [call() for _ in range(3)]
+    stream.synchronize()
+    found["on another stream"] = all(torch.equal(result.cpu(), own) for result in results)
+    half = {name: torch.from_numpy(array).cuda() for name, array in inputs.items()}
+    half = {name: value.bfloat16() if value.ndim > 1 and value.is_floating_point() else value for name, value in half.items()}
+    found["bfloat16 in and out"] = denoiser(**half, return_dict=False)[0].dtype == torch.bfloat16
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call()
+        graph.replay()
+        torch.cuda.synchronize()
+        found["in a CUDA graph"] = bool(torch.equal(captured.cpu(), own))
+        found["graph"] = lambda kept=(captured, call): graph.replay()
+    except Exception as error:
+        found["in a CUDA graph"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return found
 
 
 def kernels(torch: Any, call: Callable[[], object]) -> dict[str, Any]:

@@ -34,14 +34,15 @@ from tests.harness.cuda.mutants import Mutants, mutated
 from tests.harness.shapes import make_case, seed
 
 GEMM: Mutants = {
-    "no barrier before a step": ("            barrier()\n            if w.steps", "            if w.steps"),
+    "no barrier before a step": ("            barrier()\n\n            def load_ahead", "            def load_ahead"),
+    "a turn too many": ("T.Select(stage < t.stages - 1, stage + 1, 0)", "T.Select(stage < t.stages, stage + 1, 0)"),
     "waits for a step less": ("_land(t.stages - 2)", "_land(t.stages - 1)"),
     "chunks not swapped where they are read": (", row // 2 % 4)\n            at =", ", 0)\n            at ="),
     "rows of another fragment": ("i * 16 + lane % 16)", "i * 16 + lane % 8)"),
     "weights of the next lane": ("w.place(number, lane)]", "w.place(number, T.bitwise_xor(lane, 1))]"),
     "copies into the stage that is read": (
-        "load(begin + ahead, T.bind(ahead % t.stages))",
-        "load(begin + ahead, T.bind(step % t.stages))",
+        "load(begin + ahead, vmath.keep(T.Select(stage > 0, stage - 1, t.stages - 1)))",
+        "load(begin + ahead, stage)",
     ),
     "writes a row too many": (
         "tirx.all(row < self.total, column < p.outputs)",
@@ -55,8 +56,9 @@ GEMM: Mutants = {
         "((segment * p.groups + self.row_group[i]) * w.start_row",
         "((segment * p.groups) * w.start_row",
     ),
-    "a line too many": ("(y < T.uint32(p.height), x", "(y <= T.uint32(p.height), x"),
-    "another tap": ("(self.top[i] + dy, self.left[i] + dx)", "(self.top[i] + dx, self.left[i] + dx)"),
+    "a line too many": ("first + d < size)", "first + d <= size)"),
+    "another tap": ("dy, dx = divmod(tap, p.kernel[1])", "dx, dy = divmod(tap, p.kernel[1])"),
+    "the border of the first row": ("bits, place = self.inside[i], T", "bits, place = self.inside[0], T"),
     "the zero point of the first group": (
         'total = total + b["start"][(segment * p.groups + self._group(inside)) * self',
         'total = total + b["start"][(segment * p.groups) * self',
@@ -69,7 +71,10 @@ GEMM: Mutants = {
     "columns turned": ("column = T.bind(first + lane % 4 * 2 + e)", "column = T.bind(first + lane % 4 * 2 + 1 - e)"),
     "half of a selector": ("return found >> T.uint32(16) if kk else found", "return found"),
     "no barrier before results": ("            barrier()\n            self._each", "            self._each"),
-    "no barrier behind results": ("            barrier()\n            with strided", "            with strided"),
+    "no barrier behind results": (
+        "            barrier()\n            n = self._together",
+        "            n = self._together",
+    ),
     "results of the next row": ("own = own - self.warp_row +", "own = own + 1 - self.warp_row +"),
     "the last chunk too long": ("T.min(size - channel, CHUNK), 0)", "T.min(size - channel + 3, CHUNK), 0)"),
 }
@@ -91,7 +96,8 @@ WGMMA: Mutants = {
     "registers not in order": ("T.evaluate(T.ptx.wgmma.fence.sync.aligned())", "pass"),
     "copies not seen": ('T.evaluate(T.ptx["fence.proxy.async.shared::cta"]())', "pass"),
     "waits for a product less": ("wait_group.sync.aligned(0)", "wait_group.sync.aligned(1)"),
-    "waits at the end alone": ("if ks == STEP // UNIT - 1:", "if ks == STEP // UNIT:"),
+    "waits for half of a step": ("wait_group.sync.aligned(0)", "wait_group.sync.aligned(1)"),
+    "never waits": ("= PERIOD, True, 4", "= PERIOD, False, 4"),
     "rows twice as close": ("LAYOUT = PERIOD >> 4", "LAYOUT = PERIOD >> 5"),
     "chunks not swapped": ("2 << 30", "3 << 30"),
     "the first half of a step again": (" + ks * (UNIT // 16)", ""),
@@ -184,8 +190,8 @@ FLOAT_PRODUCTS: Mutants = {
         "with T.If(ahead < w.steps), T.Then():\n                self._put",
         "with T.If(ahead + 1 < w.steps), T.Then():\n                self._put",
     ),
-    "no border at the bottom": ("top >= 0, top < p.height,", "top >= 0, top <= p.height,"),
-    "no border at the left": ("left >= 0, left", "left >= -1, left"),
+    "no border": ("self._is_inside(i, tap) > 0", "self._is_inside(i, tap) >= 0"),
+    "the border of the first tap": ("self._is_inside(i, tap)", "self._is_inside(i, tap * 0)"),
     "another tap": ("(dy * p.width + dx) * (depth", "(dx * p.width + dy) * (depth"),
     "the first half of a chunk": ("span((at + first // together) * together,", "span(at * together,"),
     "the first channels": ("+ channel // together)", "+ 0)"),
@@ -206,7 +212,7 @@ WEIGHT_ONLY: Mutants = {
     "scales of the first step": ("((step * 2 + lane // 32)", "((lane // 32)"),
     "the scale of another channel": ("8 * h + lane % 32 // 4)", "lane % 32 // 4)"),
     "no offset": ("if self.table.offset is None:", "if True:"),
-    "registers turned": ("pair(*pair), 2 * h + kk)", "pair(*pair), 2 * kk + h)"),
+    "registers turned": ("pair(*pair), 2 * kk + h)", "pair(*pair), 2 * h + kk)"),
     "lanes of the first share": ("(i * self.t.threads + self.thread) // LANES", "self.thread // LANES"),
     "into the stage that is read": ("target = stage * (", "target = (1 - stage) * ("),
 }
@@ -315,6 +321,19 @@ READY: Mutants = {
     "a word of the values too few": ("(p.heads * words * p.dim)) as", "(p.heads * words * p.dim) - 1) as"),
     "a word of the values too many": ("(p.heads * words * p.dim)) as", "(p.heads * words * p.dim) + 1) as"),
 }
+OF_WARPS_NORM: Mutants = {
+    "no mean": ("keep(value - mean)\n            return fma(own, own, so_far)", "value\n            return fma(own, own, so_far)"),
+    "the mean stays in": ("fma(value - mean, factor, betas", "fma(value, factor, betas"),
+    "no epsilon": ("mul(total(square), inverse) + f32(problem.eps, 1)", "mul(total(square), inverse)"),
+    "gamma of the first": ("values_of(buffers[name], channel, v) if has", "values_of(buffers[name], 0 * channel, v) if has"),
+    "the values of the first step": ("store(held, value, first + e)", "store(held, value, e)"),
+    "a warp has the row of another": ("THREADS // WARP) + thread // WARP, b", "THREADS // WARP) + thread // WARP // 2, b"),
+    "sums of what is behind a row": ("tirx.Select(there, added, found[0])", "added"),
+    "a row behind the last": ("batch * positions - 1))\n        sample, row", "batch * positions))\n        sample, row"),
+    "another width": ('flat(buffers["x"]), f32(1.0 / channels, 1)', 'flat(buffers["x"]), f32(1.0 / (channels + 1), 1)'),
+    "a block too few": ("+ (THREADS // WARP - 1)) // (THREADS // WARP)", ") // (THREADS // WARP)"),
+    "lanes by themselves": ("return of_warp(found[0])\n\n        mean = None", "return found[0]\n\n        mean = None"),
+}
 RMS_NORM: Mutants = {
     "no gamma": ('return mul(found, buffers["gamma"][c]) if problem.scale else found', "return found"),
     "gamma of the next": ('mul(found, buffers["gamma"][c])', 'mul(found, buffers["gamma"][(c + 1) % channels])'),
@@ -341,7 +360,7 @@ RMS_NORM: Mutants = {
     "the first row": ("return x[sample, row, c] if mean", "return x[sample, 0, c] if mean"),
     "the first sample": ("return x[sample, row, c] if mean", "return x[0, row, c] if mean"),
     "another width": ("inverse = f32(1.0 / channels, 1)", "inverse = f32(1.0 / (channels + 1), 1)"),
-    "written in the first row": ("rows.write(value, sample, row, channels", "rows.write(value, sample, 0, channels"),
+    "written in the first row": ("rows.write(value, sample, row, problem", "rows.write(value, sample, 0, problem"),
 }
 
 
@@ -365,14 +384,15 @@ def _draw(arguments: Any, batch: int, made: int = 1) -> list[np.ndarray]:
 CONV = QuantMatmul(9, 11, 20, 60, (3, 3), padding=(1, 1, 1, 1), bits=4, groups=3)
 WIDE = QuantMatmul.linear((130,), 250, 120, bits=4, groups=3, has_offset=True)  # the last step is in the first stage
 LONG = QuantMatmul.linear((5,), 1100, 60, bits=4, groups=3, has_offset=True)
-ROWS = norms_problems.LayerNorm(7, 100, eps=1e-2)
+ROWS = norms_problems.LayerNorm(7, 2100, eps=1e-2)  # by a block of threads each
 HEADS = Attention(36, 75, 2, 20)  # whose result ends where nothing may be written
 FAST = fast_attention_problems.FastAttention(133, 75, 2, 36, scale=0.3, mask=("B", 1, 133, 75))
 FLOATS = float_gemm.Conv2d(9, 8, 12, 70, stride=(2, 1))
 BFLOAT16 = replace(FLOATS, packed=True, numerics=BF16)
 FEW = replace(BFLOAT16, channels=10, outputs=20)
 SMALL = fast_attention_problems.Ready(7, 2, 5, BF16)
-SQUARES = norms_problems.RmsNorm(7, 100, eps=1e-2)
+SQUARES = norms_problems.RmsNorm(7, 2100, eps=1e-2)
+OF_WARPS = norms_problems.LayerNorm(11, 300, eps=1e-2)
 CODES = WeightOnly(replace(BFLOAT16, channels=24), DequantizeTable(70, 9 * 24, (8, 8, 8), 4, 2, "float16"))
 
 
@@ -457,6 +477,12 @@ SUBJECTS = {
     ),
     "rms norm": Subject(
         norms, RMS_NORM, lambda m, n: m.build(SQUARES, n), lambda: _draw(norms_problems.arguments(SQUARES), 2)
+    ),
+    "norms of warps": Subject(
+        norms,
+        OF_WARPS_NORM,
+        lambda m, n: m.build(OF_WARPS, n),
+        lambda: _draw(norms_problems.arguments(OF_WARPS), 2),
     ),
     "norms": Subject(norms, NORMS, lambda m, n: m.build(ROWS, n), lambda: _draw(norms_problems.arguments(ROWS), 2)),
 }

@@ -26,7 +26,7 @@ from mpq_compiler.backends.tvm.kernels.cuda import (
 )
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel as gemm
 from mpq_compiler.backends.tvm.kernels.problems.movement import Gather, Movement, TokenRow
-from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm
+from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm, RmsNorm
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.backends.tvm.kernels.problems.quantize import DynamicQuantize, Quantize, TimeGroup
 from tests.harness.cuda import emulator
@@ -218,20 +218,20 @@ ROWS: Mutants = {
     "a step too many": ("while step < block:", "while step < 2 * block:"),
     "a pair too few": ("strided(thread, count // 2, threads)", "strided(thread, count // 2 - 1, threads)"),
     "the first run again": ("value(start + c)", "value(c)"),
-    "the first run's place": ("sample, row, start + c)", "sample, row, c)"),
+    "the first run's place": ("sample, row, start + c, rows", "sample, row, c, rows"),
     "runs as long as the first": ("count = min(together, channels - start)", "count = together"),
     "the quantizer of the first sample": ("self.finish.quantizer(sample)", "self.finish.quantizer(0)"),
     "operands of the first row": (
-        "self.finish(value, sample, (row,), channel",
-        "self.finish(value, sample, (row * 0,), channel",
+        "values, quant, at, sample * channels",
+        "values, quant, at - row * channels, sample * channels",
     ),
     "steps before the rotation": ("if block and not late else 0", "if block else 0"),
     "no steps before the rotation": ("first = len(steps) - (epilogue.bits is not None) if", "first = 0 if"),
-    "into the start of a row": ("(channel + offset))", "channel)"),
+    "into the start of a row": ("(channel + offset)", "channel"),
     "rows side by side": ("row * step + (channel", "row * self.block + (channel"),
     "into the first sample": (
-        'store(self.buffers["y"], done, sample, row, channel)',
-        'store(self.buffers["y"], done, 0, row, channel)',
+        "at = sample * size + row",
+        "at = row",
     ),
     "a channel too few": (
         "with strided(thread, channels, threads) as c:\n                self",
@@ -245,6 +245,10 @@ ROWS: Mutants = {
 # No mutants: how many threads `power` gives, and which elements `strided` gives a thread, which choose no bit; nor the
 # last barrier of `combined`: only a program that combined in a loop, into the same memory, would be wrong without it.
 THREADS: Mutants = {
+    "half of a warp": ("distance = 16", "distance = 8"),
+    "neighbours turned where they are read": ("tirx.Shuffle([vector], [i])", "tirx.Shuffle([vector], [count - 1 - i])"),
+    "neighbours turned where they are stored": ("T.uint32(8 * i)", "T.uint32(8 * (count - 1 - i))"),
+    "the place of the first": ("count)[T.bind(at // count)])", "count)[T.bind(at // count // 2)])"),
     "an element too many": (
         "T.If(i < count), T.Then():\n            yield",
         "T.If(i <= count), T.Then():\n            yield",
@@ -273,8 +277,8 @@ THREADS: Mutants = {
 GROUP_NORM: Mutants = {
     "tensors over one another": ("before -= n", "before = 0"),
     "rows as long as the result's": ("(sample * positions + row) * width", "(sample * positions + row) * channels"),
-    "the first sample": ("own[(sample * positions + row)", "own[row"),
-    "the channels of the first group": ("read(sample, row, group * size + channel)", "read(sample, row, channel)"),
+    "the first sample": ("(own, (sample * positions + row) * width", "(own, row * width"),
+    "the channels of the first group": ("read(sample, row, unit * v, v)", "read(sample, row, 0 * unit, v)"),
     "the mean of the first sample": ("store(mean_of, mean, number)", "store(mean_of, mean, group)"),
     "the factor of another group": (
         "eps, 1)), number)",
@@ -283,24 +287,40 @@ GROUP_NORM: Mutants = {
     "the groups of the first sample": ("T.bind(sample * problem.groups + tirx", "T.bind(tirx"),
     "the group of the channel": ("tirx.truncdiv(c, size))", "tirx.truncmod(c, problem.groups))"),
     "no epsilon": (
-        "vmath.rsqrt(mul(squares, inverse) + f32(problem.eps, 1)), number",
-        "vmath.rsqrt(mul(squares, inverse)), number",
+        "vmath.rsqrt(variance + f32(problem.eps, 1))",
+        "vmath.rsqrt(variance)",
     ),
-    "no mean in the squares": ("keep(element(i) - mean)", "keep(element(i))"),
-    "no mean": ("fma(own - mean_of[of], factor", "fma(own, factor"),
-    "another count": ("f32(1.0 / count, 1)", "f32(1.0 / (count + 1), 1)"),
-    "the last element is not in the sum": ("count = positions * size", "count = positions * size - 1"),
-    "gamma of the first": ('mul(buffers["gamma"][c]', 'mul(buffers["gamma"][0]'),
-    "no beta": ('buffers["beta"][c] if problem.affine', "f32(0.0, 1) if problem.affine"),
+    "no mean in the squares": ("keep(value - joined[group])", "keep(value)"),
+    "no mean": ("keep(fma(value - mean, mul(gammas", "keep(fma(value, mul(gammas"),
+    "another count": ("f32(1.0 / (positions * size), 1)", "f32(1.0 / (positions * size + 1), 1)"),
+    "the last row is not in the sum": ("T.min(positions - first, chunk)", "T.min(positions - first - 1, chunk)"),
+    "a block too few": ("grid(batch * chunks)", "grid(batch * chunks - 1)"),
+    "the rows of the first block": ("first = T.bind(own * chunk)", "first = T.bind(own * 0)"),
+    "blocks alike": ("off = keep(means[at] - mean)", "off = keep(mean - mean)"),
+    "no squares of blocks": ("so_far + squares[at])", "so_far)"),
+    "no barrier before groups are summed": (
+        "start * units + unit)\n            barrier()",
+        "start * units + unit)",
+    ),
+    "no barrier behind means": (
+        "store(means, mean, number * groups + group)\n        barrier()",
+        "store(means, mean, number * groups + group)",
+    ),
+    "the mean of rows that are not there": ("T.cast(T.min(positions - own * chunk, chunk) * size", "T.cast(chunk * size"),
+    "gamma of the first": ("values_of(buffers[n], c, count)", "values_of(buffers[n], 0 * c, count)"),
+    "no beta": (
+        "betas[e] if betas else f32(0.0, 1)))\n            for e",
+        "f32(0.0, 1)))\n            for e",
+    ),
     "raw codes of the first group of time": (
         'buffers["group"][sample], "int32"))\n            scale',
         'buffers["group"][0], "int32"))\n            scale',
     ),
     "raw codes without zero point": ('buffers["raw_zero"][group]', "T.int32(0)"),
     "raw codes of 8 bits": ("scale, zero, problem.raw)", "scale, zero, 8)"),
-    "a group too few": ("grid(batch * problem.groups, THREADS)", "grid(batch * problem.groups - 1, THREADS)"),
-    "an element too few": ("each(batch * (positions * channels))", "each(batch * (positions * channels) - 1)"),
-    "an element too many": ("each(batch * (positions * channels))", "each(batch * (positions * channels) + 1)"),
+    "a group too few": ("grid(batch * groups, WARP)", "grid(batch * groups - 1, WARP)"),
+    "an element too few": ("each(batch * (positions * channels // v))", "each(batch * (positions * channels // v) - 1)"),
+    "an element too many": ("each(batch * (positions * channels // v))", "each(batch * (positions * channels // v) + 1)"),
     "a rotated row too few": ("grid(batch * positions, threads)", "grid(batch * positions - 1, threads)"),
 }
 MATMUL: Mutants = {
@@ -498,7 +518,7 @@ PREPARE: dict[str, tuple[tuple[int, QuantMatmul], Mutants]] = {
         {
             "a border of three bytes": ("0x01010101", "0x00010101"),
             "a border of one word": ("T.If(i < CHUNK // 4)", "T.If(i < 1)"),
-            "bytes turned": ("h + kk, code, 8 * e)", "h + kk, code, 8 * (3 - e))"),
+            "bytes turned": ("kk + h, code, 8 * e)", "kk + h, code, 8 * (3 - e))"),
             "a chunk of a tap": ("(chunk - tap * chunks) * CHUNK", "chunk * CHUNK"),
             "values of a lane apart": ("lane % 4 * 4 + e))", "lane % 4 + 4 * e))"),
             "channels of a lane apart": ("8 * h + lane // 4))", "8 * h + lane % 8))"),
@@ -527,8 +547,8 @@ def _cases(*names: str, of: Callable[[Any], bool] = lambda problem: True) -> lis
     return [case for case in CASES if case.template in names and of(case.problem)]
 
 
-def _is(kind: type) -> Callable[[Any], bool]:
-    return lambda problem: isinstance(problem, kind)
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda problem: isinstance(problem, kinds)
 
 
 BUILDERS = {name: template.build for name, template in templates.TEMPLATES.items()} | {"pack": weights.build_pack}
@@ -541,7 +561,7 @@ ROWS_OF_CHANNELS = [
 ]
 SHARED = [
     *_cases("hadamard")[1:2],
-    *_cases("norms", of=_is(LayerNorm))[:1],
+    *_cases("norms", of=_is(LayerNorm, RmsNorm)),
     *_cases("quantize", of=_is(DynamicQuantize)),
 ]
 

@@ -83,7 +83,9 @@ CASES = [
     Case("norms", GroupNorm(9, 32, 4, affine=False, parts=(20, 12), raw=6, raw_groups=2, epilogue=CODES, time_groups=2),
          exact=False),
     Case("norms", GroupNorm(9, 32, 4, block=16, epilogue=CODES), exact=False),
+    Case("norms", GroupNorm(9, 1280, 32, epilogue=CODES), exact=False),  # more units in a row than threads
     Case("norms", LayerNorm(7, 100, epilogue=ADDED), exact=False),
+    Case("norms", LayerNorm(3, 2100, epilogue=ADDED), exact=False),  # more than a warp holds
     Case("norms", LayerNorm(7, 64, scale=False, shift=False, block=32, into=(7 * 80 + 3, 3, 80)), exact=False),
     Case("norms", RmsNorm(7, 100, epilogue=CODES), exact=False),
     Case("attention", Attention(40, 37, 2, 24), exact=False),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 from tvm import tirx
@@ -116,8 +117,8 @@ def _row_norm(problem: LayerNorm | RmsNorm, batch: Any, buffers: Buffers) -> Non
     steps = -(-channels // (WARP * v))
     x, inverse = flat(buffers["x"]), f32(1.0 / channels, 1)
     with grid((batch * positions + (THREADS // WARP - 1)) // (THREADS // WARP)) as (number, thread):
-        asked = T.bind(number * (THREADS // WARP) + thread // WARP)
-        of_all = T.bind(T.min(asked, batch * positions - 1))  # all lanes of a warp sum, whatever is behind the last row
+        # behind the last row that again, to the same values: all lanes of a warp have to sum
+        of_all = T.bind(T.min(number * (THREADS // WARP) + thread // WARP, batch * positions - 1))
         sample, row = unravel(of_all, positions)
         lane = T.bind(thread % WARP)
         held = local(steps * v)
@@ -152,8 +153,7 @@ def _row_norm(problem: LayerNorm | RmsNorm, batch: Any, buffers: Buffers) -> Non
 
         rstd = keep(vmath.rsqrt(mul(total(square), inverse) + f32(problem.eps, 1)))
         for first, channel, there in each_held():
-            inside = tirx.EQ(asked, of_all) if there is None else tirx.all(tirx.EQ(asked, of_all), there)
-            with T.If(inside), T.Then():
+            with nullcontext() if there is None else T.If(there), nullcontext() if there is None else T.Then():
                 gammas, betas = (
                     values_of(buffers[name], channel, v) if has else None
                     for name, has in (("gamma", problem.scale), ("beta", isinstance(problem, LayerNorm) and problem.shift))
