@@ -41,6 +41,8 @@ WARPS, STAGES = 4, 2
 THREADS = 32 * WARPS
 ROOM = 48 * 1024
 """Bytes of shared memory that a kernel has without asking for more."""
+FEW = 128
+"""Keys that blocks of 64 would fill badly."""
 REGISTERS = 216
 """Registers of a thread for what `Tile.registers` counts; the others hold addresses and intermediate values."""
 EXP2 = """
@@ -106,7 +108,8 @@ def tile(problem: FastAttention) -> Tile:
     dim = problem.dim
     for parts in range(1, dim + 1):
         columns = dim if parts == 1 else -(-dim // parts // 16) * 16
-        for fragments, keys in ((1, 64), (2, 32), (1, 32), (1, 16)):
+        sizes = ((1, 64), (2, 32), (1, 32), (1, 16))
+        for fragments, keys in sizes if problem.keys > FEW else sizes[1:]:
             found = Tile(dim, fragments, keys, columns)
             fits = found.words * 4 <= ROOM and found.registers <= REGISTERS
             if fits and (fragments == 1 or problem.queries > found.queries):

@@ -22,15 +22,13 @@ from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel, tiles
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.kernel import ONES
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import Tile
 from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, primfunc
-from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
+from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 
 PERIOD = 8 * STEP
 """Bytes of shared memory after which the pattern of swapped chunks begins anew: 8 rows."""
 LAYOUT = PERIOD >> 4 | 2 << 30
 """The upper half of an operand in shared memory (PTX ISA, 9.7.17.5.1.2.2): chunks are swapped in rows of 64 bytes."""
-LONG = 64
-"""Steps of a long axis."""
 ADDRESS = (1 << 18) - 1
 """The bits of an address in shared memory that an operand has, in units of 16 bytes."""
 
@@ -50,15 +48,16 @@ def build(problem: QuantMatmul, name: str) -> PrimFunc | None:
 
 
 def tile(problem: QuantMatmul) -> Tile:
-    """The tile of `gemm.tiles`, whose four warps have all rows and a quarter of the channels each.
+    """The tile of `gemm.tiles`, whose warps have all rows and a part of the channels each.
 
-    Of a linear layer no more than 64 channels: twice as many blocks hide more than fewer activations save. The copies of
-    a convolution have addresses that cost more than that, and a long axis is shared by blocks (an H200's times,
-    docs/targets.md).
+    Of a linear layer no more than 64 channels, and a stage more: twice as many blocks hide more than fewer activations
+    save (an H200's times, docs/targets.md). The addresses of a convolution's copies cost more than that: eight warps
+    share them, four for each half of the channels.
     """
     found = tiles.tile(problem)
-    narrow = problem.pointwise and Fragments(problem).steps < LONG
-    return replace(found, columns=64 if narrow else found.columns, down=1, across=4)
+    if problem.pointwise:
+        return replace(found, columns=64, down=1, across=4, stages=4)
+    return replace(found, down=1, across=max(4, found.columns // CHANNELS))
 
 
 class Kernel(kernel.Kernel):
@@ -80,7 +79,7 @@ class Kernel(kernel.Kernel):
         self.operand = T.bind((address & T.uint64(ADDRESS)) >> T.uint64(4) | T.uint64(LAYOUT) << T.uint64(32))
 
     def _fragment(self, j: int) -> Any:
-        return self.thread // 32 + 4 * j
+        return self.thread // 128 * (4 * self.t.column_fragments) + self.thread // 32 % 4 + 4 * j
 
     def _land(self, stages: int) -> None:
         super()._land(stages)
