@@ -102,6 +102,8 @@ def _free_memory() -> int | None:
 
 
 _FROM_HOST, _TO_HOST, _ON_DEVICE = 1, 2, 3  # cudaMemcpyKind
+_RELAXED = 2  # cudaStreamCaptureModeRelaxed
+_RUN_OR_CAPTURE = "vm.builtin.cuda_graph.run_or_capture"
 
 
 def _bytes(tensor: Any) -> int:
@@ -205,11 +207,44 @@ class CudaMachine(tvm.VirtualMachine):
                 for pointer, size in given:
                     self._copy(target, pointer, size, _ON_DEVICE, handle)
                     target += size
-            result = self._functions[function](*(tensor for _, tensor in staged), self._prepared)
-            if not capturing:
+            operands = *(tensor for _, tensor in staged), self._prepared
+            if capturing:
+                with self._capture_allowed():
+                    result = self._launching[function](*operands)
+            else:
+                result = self._functions[function](*operands)
                 self._record(stream)
         self._called.add(function)
         return result
+
+    @functools.cached_property
+    def _launching(self) -> dict[str, Any]:
+        """The functions by name, of a machine that launches kernels one by one: no graph is launched into another.
+
+        Its activations are memory of its own. What builds graphs is looked up when an executable is loaded.
+        """
+        built, invoke = (self._ffi.get_global_func(name) for name in (_RUN_OR_CAPTURE, "vm.builtin.invoke_closure"))
+
+        def run(machine: Any, function: Any, operands: Any, *rest: object) -> Any:
+            return invoke(machine, function, *operands)
+
+        self._ffi.register_global_func(_RUN_OR_CAPTURE, run, override=True)
+        try:
+            machine = self._new_machine()
+        finally:
+            self._ffi.register_global_func(_RUN_OR_CAPTURE, built, override=True)
+        self._launcher = machine  # which its functions need
+        return {name: machine[name] for name in self._functions}
+
+    @contextmanager
+    def _capture_allowed(self) -> Iterator[None]:
+        """What a captured call may do besides launching: allocate memory, the first time."""
+        mode = ctypes.c_int(_RELAXED)
+        self._do("cudaThreadExchangeStreamCaptureMode", ctypes.byref(mode))
+        try:
+            yield
+        finally:
+            self._do("cudaThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
     def copied(self, tensor: Any, target: int, begin: int, count: int, stream: int) -> None:
         """Copies samples of an output, from the first on, to where sample `begin` of a larger one lies, on a stream."""

@@ -151,9 +151,7 @@ class VirtualMachine:
         self._ffi = self._load()
         self.threads = min(threads, usable_cores())
         self._library = self._load_kernels(kernels, artifact.manifest["files"][KERNELS]["sha256"])
-        self._machine = self._library["vm_load_executable"]()
-        places = [(kind, self.device if kind == self.devices[0] else 0, _POOLED) for kind in self.devices]
-        self._machine["vm_initialization"](*(part for place in places for part in place))
+        self._machine = self._new_machine()
         self._functions = {f["name"]: self._machine[f["name"]] for f in artifact.manifest["functions"]}
         self._staged: dict[str, list[Staged]] = {
             function["name"]: [
@@ -172,6 +170,13 @@ class VirtualMachine:
         }
         """The parts, by name: what the functions share and keep between calls."""
         self._described = {function["name"]: function for function in artifact.manifest["functions"]}
+
+    def _new_machine(self) -> Any:
+        """A machine of TVM's that executes the library."""
+        machine = self._library["vm_load_executable"]()
+        places = [(kind, self.device if kind == self.devices[0] else 0, _POOLED) for kind in self.devices]
+        machine["vm_initialization"](*(part for place in places for part in place))
+        return machine
 
     def _prepare(self, replaced: Mapping[str, np.ndarray]) -> None:
         """Prepares the stored tensors, those in ``replaced`` with other values."""

@@ -92,6 +92,34 @@ for timestep in (there(denoiser.executor, {"t": own["timestep"][:1]})["t"], own[
 """)
 
 
+def test_in_a_graph_of_the_callers(artifact):
+    """Which reads its inputs anew in every launch; a call of the machine's own graphs in between changes nothing."""
+    run(artifact, """
+denoiser = load()
+machine = denoiser.executor
+own = {name: array[:2] for name, array in inputs.items()}
+others = {name: array[2:4] for name, array in inputs.items()}
+tensors, out = there(machine, own), machine.empty((2, *denoiser.run(own).shape[1:]), "float32")
+driver, stream, graph = ctypes.CDLL(None), ctypes.c_void_p(), ctypes.c_void_p()
+assert driver.cudaStreamCreate(ctypes.byref(stream)) == 0
+
+def call():
+    pieces = [on_gpu.taken(n, t, denoiser._kinds[0].inputs[n], machine.from_dlpack).rows(0, 2, 2, 2) for n, t in tensors.items()]
+    result = machine.call("denoise_b2", pieces, stream.value, True)
+    machine.copied(result, out.data_ptr(), 0, 2, stream.value)
+
+assert driver.cudaStreamBeginCapture(stream, 0) == 0
+call()
+assert driver.cudaStreamEndCapture(stream, ctypes.byref(graph)) == 0
+assert (machine._received(out).view(np.uint8) == 0xA5).all()  # nothing has run
+for arrays in (own, others, own):
+    for name, tensor in tensors.items():
+        machine._send(np.ascontiguousarray(arrays[name]), tensor)
+    assert driver.cudaGraphLaunch(graph, stream) == 0
+    assert machine._received(out).tobytes() == denoiser.run(arrays).tobytes()
+""")
+
+
 def test_refusals(artifact):
     run(artifact, """
 denoiser = load()

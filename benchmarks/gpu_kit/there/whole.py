@@ -54,11 +54,12 @@ def measured(
     """Times of calls: ours on the device, ours from and to the host, and torch's; and of our kernels, each."""
     from mpq_compiler.runtime import compiled_denoiser
 
-    found: dict[str, Any] = {"failed": {}, "sqnr_db": {}, "gpu_bytes": {}, "kernels": {}, "stays": {}}
+    found: dict[str, Any] = {"failed": {}, "sqnr_db": {}, "gpu_bytes": {}, "kernels": {}, "stays": {}, "captured": {}}
     with np.load(machine.HERE / "models" / model["arrays"]) as arrays:
         inputs = {name.removeprefix("input."): arrays[name] for name in arrays.files if name.startswith("input.")}
         expected = {name.removeprefix("expected."): arrays[name] for name in arrays.files if "expected." in name}
     calls: dict[str, Callable[[], object]] = {}
+    denoisers: dict[str, Any] = {}
 
     def attempt(name: str, make: Callable[[], Callable[[], object]]) -> bool:
         before = device.free_bytes()
@@ -87,8 +88,7 @@ def measured(
         attempt(name, lambda call=call: call)  # type: ignore[misc]
         found["kernels"][name] = kernels(torch, call)
         found["stays"][name] = stays(torch, denoiser, inputs, result)
-        if graph := found["stays"][name].pop("graph", None):
-            attempt(f"{name}, in torch's CUDA graph", lambda graph=graph: graph)  # type: ignore[misc]
+        denoisers[name] = denoiser
     if torch is not None and model["peer"]:
         from . import peers
 
@@ -99,6 +99,8 @@ def measured(
         found["kernels"][peers.HALF] = kernels(torch, calls[peers.HALF]) if peers.HALF in calls else {}
     times = machine.interleaved(calls, ROUNDS, WINDOW, device.wall)
     found["rows"] = [machine.median_row(name, times) for name in times]
+    for name, denoiser in denoisers.items():
+        found["captured"][name] = captured(torch, device, denoiser, inputs)
     return found
 
 
@@ -109,10 +111,7 @@ def _staying(torch: Any, denoiser: Any, inputs: Mapping[str, np.ndarray]) -> Cal
 
 
 def stays(torch: Any, denoiser: Any, inputs: Mapping[str, np.ndarray], expected: np.ndarray) -> dict[str, Any]:
-    """What becomes of tensors that stay: on another stream, in half precision, in a CUDA graph of torch's.
-
-    Of each whether it has the bits of a call by way of the CPU, or why there is none; and the replay of the graph.
-    """
+    """Whether tensors that stay have the bits of a call by way of the CPU, on another stream too; and half precision."""
     call, found = _staying(torch, denoiser, inputs), {}
     own = torch.from_numpy(expected)
     found["the same bits"] = bool(torch.equal(call().cpu(), own))
@@ -124,17 +123,31 @@ def stays(torch: Any, denoiser: Any, inputs: Mapping[str, np.ndarray], expected:
     half = {name: torch.from_numpy(array).cuda() for name, array in inputs.items()}
     half = {name: value.bfloat16() if value.ndim > 1 and value.is_floating_point() else value for name, value in half.items()}
     found["bfloat16 in and out"] = denoiser(**half, return_dict=False)[0].dtype == torch.bfloat16
+    return found
+
+
+def captured(torch: Any, device: machine.Device, denoiser: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """A call in a CUDA graph of torch's: whether it has the bits of a call by itself, and its microseconds; or why not.
+
+    Behind all else: where a capture fails, torch draws no more random numbers.
+    """
+    call = _staying(torch, denoiser, inputs)
+    own = call().cpu()
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = call()
+            result = call()
         graph.replay()
         torch.cuda.synchronize()
-        found["in a CUDA graph"] = bool(torch.equal(captured.cpu(), own))
-        found["graph"] = lambda kept=(captured, call): graph.replay()
+        same = bool(torch.equal(result.cpu(), own))
+        return {"the same bits": same, "us": 1e6 * min(device.wall(graph.replay, 20) for _ in range(3))}
     except Exception as error:
-        found["in a CUDA graph"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-    return found
+        chain: list[str] = []
+        one: BaseException | None = error
+        while one is not None:
+            chain.append(f"{type(one).__name__}: {(str(one).strip().splitlines() or [''])[0]}")
+            one = one.__context__
+        return {"failed": chain}
 
 
 def kernels(torch: Any, call: Callable[[], object]) -> dict[str, Any]:

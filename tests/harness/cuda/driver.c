@@ -117,6 +117,10 @@ static __thread int current;  // device of a thread
 static Block *block_of(void *place) { return (Block *)((uintptr_t)place / 4096 * 4096) - 1; }
 
 static void run(const Node *node) {
+    if (!node->kernel) {
+        memcpy((void *)node->values[0], (const void *)node->values[1], node->values[2]);
+        return;
+    }
     void *arguments[MOST_ARGUMENTS];
     for (unsigned i = 0; i < node->kernel->arguments; ++i) arguments[i] = (void *)&node->values[i];
     for (const Block *block = blocks; block; block = block->next)
@@ -136,6 +140,7 @@ static void run(const Node *node) {
             }
 }
 
+static void keep(const Node *node);
 int cuLaunchKernelEx(const Launch *launch, void *function, void **arguments, void **extra) {
     Node node = {.kernel = function, .threads = launch->block[0], .device = current};
     if (node.kernel->arguments > MOST_ARGUMENTS) return 1;
@@ -147,8 +152,7 @@ int cuLaunchKernelEx(const Launch *launch, void *function, void **arguments, voi
         return 0;
     }
     if (launch->stream != captured_stream) return 906;  // CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
-    capture->nodes = realloc(capture->nodes, (capture->count + 1) * sizeof node);
-    capture->nodes[capture->count++] = node;
+    keep(&node);
     return 0;
 }
 int cudaStreamCreate(void **stream) { *stream = malloc(1); return 0; }
@@ -160,6 +164,17 @@ int cudaStreamBeginCapture(void *stream, int mode) {
     capture->users = 1;
     return 0;
 }
+static __thread int capture_mode;  // of a thread: 2 allows what is not ordered by a stream
+int cudaThreadExchangeStreamCaptureMode(int *mode) {
+    int own = capture_mode;
+    capture_mode = *mode;
+    *mode = own;
+    return 0;
+}
+static void keep(const Node *node) {
+    capture->nodes = realloc(capture->nodes, (capture->count + 1) * sizeof *node);
+    capture->nodes[capture->count++] = *node;
+}
 int cudaStreamEndCapture(void *stream, Graph **graph) {
     *graph = capture;
     capture = NULL;
@@ -170,6 +185,7 @@ int cudaGraphInstantiate(Graph **executable, Graph *graph, unsigned long long fl
     return 0;
 }
 int cudaGraphLaunch(Graph *graph, void *stream) {
+    if (capture) return 900;
     ++graphs;
     for (unsigned i = 0; i < graph->count; ++i) run(&graph->nodes[i]);
     return 0;
@@ -218,7 +234,7 @@ int cudaMemGetInfo(size_t *free, size_t *total) {
 }
 int cudaMalloc(void **place, size_t size) {
     if (forked()) return NOT_INITIALIZED;
-    if (capture) return 900;  // cudaErrorStreamCaptureUnsupported
+    if (capture && capture_mode != 2) return 900;  // cudaErrorStreamCaptureUnsupported
     size_t kept = (size + 255) / 256 * 256 + !size * 256, pages = (kept + 4095) / 4096 * 4096;
     char *base = mmap(0, pages + 3 * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED) return 2;
@@ -244,8 +260,12 @@ int cudaFree(void *place) {
 }
 int cudaFreeHost(void *place) { return cudaFree(place); }
 int cudaMemcpyAsync(void *target, const void *source, size_t size, int kind, void *stream) {
-    if (capture) return 900;  // not emulated
-    memcpy(target, source, size);
+    if (!capture) {
+        memcpy(target, source, size);
+        return 0;
+    }
+    if (stream != captured_stream) return 906;
+    keep(&(Node){.values = {(uintptr_t)target, (uintptr_t)source, size}});
     return 0;
 }
 int cudaMemcpyPeerAsync(void *target, int to, const void *source, int from, size_t size, void *stream) {
