@@ -23,6 +23,7 @@ from mpq_compiler.artifact import bundle
 from mpq_compiler.frontend import denoiser
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets import nvidia
 from mpq_compiler.targets.table import TARGETS
 from tests.harness import families
 
@@ -185,26 +186,31 @@ def _row(
     return {"name": name, "level": level, "batch": batch, "arrays": arrays, "artifacts": artifacts, "peer": peer}
 
 
+def described(folder: Path, path: Path, most: int = KEPT) -> int:
+    """An artifact without its large tensors, whose shapes and spread are told; returns the compute capability."""
+    artifact = bundle.read(path)
+    kept, drawn = {}, {}
+    folder.mkdir()
+    for name, array in artifact.tensors().items():
+        if array.nbytes <= most:
+            kept[name] = array
+        else:
+            deviation = {"deviation": float(array.astype(np.float32).std())} if array.dtype.kind == "f" else {}
+            drawn[name] = {"shape": array.shape, "dtype": str(array.dtype), **deviation}
+    np.savez_compressed(folder / "kept.npz", **kept)
+    (folder / "drawn.json").write_text(json.dumps(drawn))
+    for file in artifact.folder.iterdir():
+        if file.name not in (bundle.WEIGHTS, bundle.DECISIONS):
+            shutil.copy2(file, folder / file.name)
+    (level,) = nvidia.stated(artifact.manifest["target"]["features"])
+    return level
+
+
 def _large(folder: Path, name: str, paths: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """Without their large tensors, whose shapes and spread are told."""
-    make, rows, levels = MODELS[name], [], set()
+    """Without their large tensors."""
+    make, rows = MODELS[name], []
     assert make is not None
-    for precision, path in paths.items():
-        artifact = bundle.read(path)
-        levels |= {int(feature.removeprefix("sm_")) for feature in artifact.manifest["target"]["features"]}
-        own, kept, drawn = folder / f"{name}-{precision}", {}, {}
-        own.mkdir()
-        for each, array in artifact.tensors().items():
-            if array.nbytes <= KEPT:
-                kept[each] = array
-            else:
-                deviation = {"deviation": float(array.astype(np.float32).std())} if array.dtype.kind == "f" else {}
-                drawn[each] = {"shape": array.shape, "dtype": str(array.dtype), **deviation}
-        np.savez_compressed(own / "kept.npz", **kept)
-        (own / "drawn.json").write_text(json.dumps(drawn))
-        for file in artifact.folder.iterdir():
-            if file.name not in (bundle.WEIGHTS, bundle.IR, bundle.DECISIONS):
-                shutil.copy2(file, own / file.name)
+    levels = {described(folder / f"{name}-{precision}", path) for precision, path in paths.items()}
     (level,) = levels
     with torch.device("meta"):
         module = make(1)

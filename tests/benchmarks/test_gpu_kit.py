@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tvm")
-from benchmarks.gpu_kit import cases
+from benchmarks.gpu_kit import cases, models, report
 from benchmarks.gpu_kit.there import bits, data, tables
+from mpq_compiler.api import compile
+from mpq_compiler.runtime import compiled_denoiser
+from tests.harness import families
 from tests.harness.cuda import emulator, nvcc
 from tests.harness.shapes import make_case, quantize, reference
 from tests.harness.tree import ROOT
@@ -87,11 +90,35 @@ def test_kernels_take_turns(kit, tmp_path):
     assert "torch is not installed here: nothing is compared with it" in done.stdout
     found = json.loads((tmp_path / "out" / "tables.json").read_text())
     assert len(found["cases"]) == 4
+    others = {"attention": cases.ATTENTION, "groupnorm": cases.NORM, "layernorm": cases.NORM}
     for name, row in found["cases"].items():
         assert not row["wrong"] and not row["failed"] and not row["ungraphed"]
-        ours = ["attention bf16"] if name.startswith("attention") else [*cases.products(90), cases.WEIGHT_ONLY]
+        other = others.get(name.split()[0])
+        ours = [other] if other else [*cases.products(90), cases.WEIGHT_ONLY]
         assert [one["name"] for one in row["rows"]] == [*ours, tables.CONTROL]
         assert all(one["us"] > 0 for one in row["rows"])
+
+
+def test_a_whole_denoiser(kit, tmp_path, monkeypatch):
+    """Its large weights drawn there; with the artifact as it is, what another target computes is met."""
+    model = families.denoiser("pixart")
+    calibration = families.calibration(model, tmp_path / "calibration.safetensors", 16)
+    monkeypatch.setenv("CUDA_HOME", str(kit.parent / "cuda"))
+    folder = kit / "models"
+    for target, path in (("cuda-sm90", folder / "pixart-own"), ("reference", tmp_path / "reference")):
+        compile.compile(model, path, target=target, recipe="w8a8", calibration=calibration)
+    inputs = {name: value.numpy() for name, value in model.random_inputs(1, 0).items()}
+    expected = {"expected.reference": compiled_denoiser.load(tmp_path / "reference").run(inputs)}
+    np.savez(folder / "pixart.npz", **{f"input.{name}": array for name, array in inputs.items()}, **expected)
+    described = models.described(folder / "pixart-drawn", folder / "pixart-own", 1 << 10)
+    assert described == 90 and not (folder / "pixart-drawn" / "weights.safetensors").exists()
+    artifacts = {"own": "pixart-own", "drawn": "pixart-drawn"}
+    (folder / "models.json").write_text(json.dumps([models._row("pixart", 90, 1, "pixart.npz", artifacts, None)]))
+    done = run(kit, tmp_path / "out", "--step", "5")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    row = json.loads((tmp_path / "out" / "whole.json").read_text())["pixart, batch 1"]
+    assert not row["failed"] and [one["name"] for one in row["rows"]] == ["own, host to host", "drawn, host to host"]
+    assert row["sqnr_db"]["own to reference"] > 40 > row["sqnr_db"]["drawn to reference"]
 
 
 @pytest.mark.parametrize(("step", "program"), [("2", "compute-sanitizer"), ("4", "ncu")])
@@ -123,6 +150,17 @@ def test_the_edges_are_those_of_the_whole(case):
     lines = cases.edges(product)
     whole = expected.reshape(2, case.height, -1)
     np.testing.assert_array_equal(lines, data.edges(whole, lines.shape[1] // 2))
+
+
+def test_the_report_shows_what_was_measured():
+    """Of the results that are kept: all tables, and no cell of a wrong result as if it were right."""
+    folder = ROOT / "benchmarks" / "results" / "gpu-h200"
+    text = report.text(folder)
+    found = json.loads((folder / "bits.json").read_text())
+    assert f"of {sum(map(len, found['libraries'].values()))} calls" in text and "0 are wrong" in text
+    next(iter(found["libraries"].values()))[0]["same"] = False
+    assert "1 are wrong" in report._bits(found)
+    assert f"<!-- gpu: begin -->\n{text}\n<!-- gpu: end -->" in (ROOT / "docs" / "targets.md").read_text()
 
 
 def test_drawn_alike():
