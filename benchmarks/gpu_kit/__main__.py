@@ -4,8 +4,8 @@
     python -m benchmarks.gpu_kit --build DIR --models sd15=W8A8:/tmp/sd15.mpq sdxl=W8A8:/tmp/sdxl.mpq
 
 Step by step the folder holds `bits`, what the tests of kernels call and find on the emulator; `tables`, kernels of
-latent diffusion models at their full size, with what they must return; `models`, whole denoisers, the large ones without
-their weights, which are drawn there; and `lib`, what a bare machine lacks.
+latent diffusion models at their full size, with what they must return; `models`, whole denoisers, the large ones
+without their weights, which are drawn there; and `lib`, what a bare machine lacks.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def bits(folder: Path, levels: list[int], tests: tuple[str, ...], jobs: int) -> 
     folder.mkdir()
     asked = {recorder.FOLDER: str(folder), recorder.LEVELS: " ".join(map(str, levels))}
     places = [str(ROOT / "tests" / "backends" / "cuda" / test) for test in tests]
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "not machine_code", "-p", "no:cacheprovider", "-n", str(jobs), "--dist", "loadfile"]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "not machine_code", "-p", "no:cacheprovider"]
+    command += ["-n", str(jobs), "--dist", "loadfile"]
     done = subprocess.run(
         [*command, *places], cwd=ROOT, env={**os.environ, **asked}, capture_output=True, text=True, check=False
     )
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="of step 3: cases whose names contain this")
     parser.add_argument("--size", type=float, default=1, help="scales the shapes of step 3 (1)")
     parser.add_argument("--models", nargs="*", default=["fashion-unet"], metavar="MODEL[=NAME:ARTIFACT]",
-                        help="of step 5: bundled models, or shapes with a compiled artifact (fashion-unet)")  # fmt: skip
+                        help="of step 5: bundled models, or shapes with their artifact (fashion-unet)")  # fmt: skip
     parser.add_argument("--tests", nargs="*", default=list(TESTS), help="of step 1: suites of tests/backends/cuda")
     parser.add_argument("--jobs", type=int, default=2, help="processes (2)")
     try:

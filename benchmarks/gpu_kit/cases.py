@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu_kit.there import data
-
 from mpq_compiler.backends.tvm import kernels as templates
 from mpq_compiler.backends.tvm.kernels.cuda import fast_attention, gemm, norms, weights, wgmma
 from mpq_compiler.backends.tvm.kernels.cuda import weight_only as cuda_weight_only
@@ -406,7 +405,8 @@ def _norm(case: Norm, batch: int) -> Contestant:
     problem, rows = case.problem, (batch, case.positions, case.channels)
     *inputs, y = problems_of_norms.arguments(problem)
     spaces = norms.workspaces(problem)
-    stored = {"qscale": np.array([0.03], np.float32), "qzero": np.array([90], np.int32), "group": np.zeros(batch, np.int64)}
+    stored = {"qscale": np.array([0.03], np.float32), "qzero": np.array([90], np.int32)}
+    stored["group"] = np.zeros(batch, np.int64)
     arrays: dict[str, Any] = {a.name: _empty(a, batch) for a in (y, *spaces)}
     for i, a in enumerate(inputs):
         drawn = _drawn(concrete(a.shape, batch), a.dtype, i, deviation=1.0)

@@ -175,8 +175,9 @@ def _bundled(folder: Path, name: str, level: int, jobs: int) -> list[dict[str, A
             arrays["expected.float"] = model.module(**inputs).float().numpy()
         for precision, other in runs.items():
             arrays[f"expected.{precision} of x86"] = other.run({n: t.numpy() for n, t in inputs.items()})
-        np.savez_compressed(folder / f"{name}-{level}-{batch}.npz", **arrays)  # type: ignore[arg-type]
-        rows.append(_row(name, level, batch, f"{name}-{level}-{batch}.npz", {p: x.name for p, x in paths.items()}, None))
+        kept, artifacts = f"{name}-{level}-{batch}.npz", {precision: path.name for precision, path in paths.items()}
+        np.savez_compressed(folder / kept, **arrays)  # type: ignore[arg-type]
+        rows.append(_row(name, level, batch, kept, artifacts, None))
     return rows
 
 

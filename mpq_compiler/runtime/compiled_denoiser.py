@@ -21,8 +21,8 @@ from mpq_compiler.artifact.manifest import Value as InputValue
 from mpq_compiler.runtime import lora, on_gpu, pretrained
 from mpq_compiler.runtime.cuda import CudaMachine
 from mpq_compiler.runtime.lora import LoadedLora
-from mpq_compiler.runtime.on_gpu import There
 from mpq_compiler.runtime.memo import REUSE_BYTES
+from mpq_compiler.runtime.on_gpu import There
 from mpq_compiler.runtime.tvm import VirtualMachine, usable_cores
 from mpq_compiler.sampling.call_tree import (
     CONSTANTS,
@@ -386,10 +386,10 @@ class CompiledDenoiser:
         if self._kinds[0].form is not None:
             return self._called(bound(self._signature, args, kwargs), return_dict)
         named = self._named(args, kwargs)
-        result: Any = self._convention.pack(self._predicted(named, self._kinds[0]))
+        result: Value = self._convention.pack(self._predicted(named, self._kinds[0]))
         return DenoiserOutput(result) if return_dict else (result,)
 
-    def _predicted(self, inputs: Mapping[str, Any], kind: Kind, fitted: Fitted | None = None) -> Any:
+    def _predicted(self, inputs: Mapping[str, Value], kind: Kind, fitted: Fitted | None = None) -> Value:
         """The output for the inputs of a call, where and in the type that they ask for. fitted: as arrays, if known."""
         given = next((value for value in inputs.values() if _is_torch(value)), None)
         if isinstance(self.executor, CudaMachine) and on_gpu.stays(inputs, self.executor.device):
@@ -402,10 +402,10 @@ class CompiledDenoiser:
         assert torch
         return torch.from_numpy(found).to(given.device, given.dtype if _is_half(given) else None)
 
-    def _run_there(self, inputs: Mapping[str, Any], kind: Kind, machine: CudaMachine) -> Any:
+    def _run_there(self, inputs: Mapping[str, Value], kind: Kind, machine: CudaMachine) -> Value:
         """The output, float32, for tensors on the GPU: there, on the caller's stream, and nothing waits for it.
 
-        Torch's where an input is, else one of the runtime. Whether values are finite is not looked at, for a look waits.
+        Torch's where an input is, else one of the runtime. Nothing looks whether values are finite: a look would wait.
         """
         tensors, arrays = self._to_check(inputs, kind)
         fitted = self._fitted(_in_floats(arrays), kind)
@@ -429,8 +429,8 @@ class CompiledDenoiser:
                 machine.copied(result, out.data_ptr(), begin, end - begin, stream)
         return out
 
-    def _to_check(self, inputs: Mapping[str, Any], kind: Kind) -> tuple[dict[str, There], dict[str, Any]]:
-        """(inputs that stay on the GPU, all inputs with arrays in place of these: for their shapes and types)"""
+    def _to_check(self, inputs: Mapping[str, Value], kind: Kind) -> tuple[dict[str, There], dict[str, Value]]:
+        """Inputs that stay on the GPU; and all inputs, with arrays in place of these: for their shapes and types."""
         tensors: dict[str, There] = {}
         arrays = dict(inputs)
         if isinstance(self.executor, CudaMachine) and on_gpu.stays(inputs, self.executor.device):
@@ -696,7 +696,7 @@ def _is_half(value: Any) -> bool:
     return _is_torch(value) and str(value.dtype) in ("torch.bfloat16", "torch.float16")
 
 
-def _in_floats(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _in_floats(inputs: Mapping[str, Value]) -> dict[str, Value]:
     """With what is in half precision in float32."""
     return {name: value.float() if _is_half(value) else value for name, value in inputs.items()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -106,7 +106,11 @@ _RELAXED = 2  # cudaStreamCaptureModeRelaxed
 _RUN_OR_CAPTURE = "vm.builtin.cuda_graph.run_or_capture"
 
 
-def _bytes(tensor: Any) -> int:
+Tensor = Any
+"""One of the runtime's, on the GPU."""
+
+
+def _bytes(tensor: Tensor) -> int:
     return int(np.prod(tuple(tensor.shape), dtype=np.int64)) * np.dtype(str(tensor.dtype)).itemsize
 
 
@@ -133,7 +137,8 @@ class CudaMachine(tvm.VirtualMachine):
         """
         _require_driver(artifact)
         if not 0 <= device < len(nvidia.gpus()):
-            raise UserError(f"there is no cuda:{device} on this machine: it has {len(nvidia.gpus())} GPUs, from cuda:0 on")
+            count = len(nvidia.gpus())
+            raise UserError(f"there is no cuda:{device} on this machine: it has {count} GPUs, from cuda:0 on")
         self.device = device
         self._called: set[str] = set()
         self._last: tuple[int, ctypes.c_void_p] | None = None
@@ -155,7 +160,7 @@ class CudaMachine(tvm.VirtualMachine):
         _require_memory(self._artifact, self.device, _free_memory())
         return loaded
 
-    def _place(self, prepared: Any) -> None:
+    def _place(self, prepared: object) -> None:
         """Leaves prepared weights where the GPU has written them."""
 
     @contextmanager
@@ -175,13 +180,13 @@ class CudaMachine(tvm.VirtualMachine):
 
     def call(
         self, function: str, inputs: Sequence[Sequence[tuple[int, int]] | np.ndarray], stream: int, capturing: bool
-    ) -> Any:
+    ) -> Tensor:
         """Calls `function` on a stream, without waiting for it; returns its output, a tensor on the GPU.
 
         Its memory is the machine's: a later call may use it again once it is freed.
 
         Args:
-            inputs: of each its pieces in the memory of the GPU, one behind the other, addresses and bytes; or its values.
+            inputs: of each its pieces in the memory of the GPU, in order, addresses and bytes; or its values.
             stream: of CUDA, the caller's. Calls on several streams wait for one another.
             capturing: whether the stream is being captured in a graph.
 
@@ -218,14 +223,14 @@ class CudaMachine(tvm.VirtualMachine):
         return result
 
     @functools.cached_property
-    def _launching(self) -> dict[str, Any]:
+    def _launching(self) -> dict[str, Callable[..., Tensor]]:
         """The functions by name, of a machine that launches kernels one by one: no graph is launched into another.
 
         Its activations are memory of its own. What builds graphs is looked up when an executable is loaded.
         """
         built, invoke = (self._ffi.get_global_func(name) for name in (_RUN_OR_CAPTURE, "vm.builtin.invoke_closure"))
 
-        def run(machine: Any, function: Any, operands: Any, *rest: object) -> Any:
+        def run(machine: object, function: object, operands: Iterable[object], *rest: object) -> object:
             return invoke(machine, function, *operands)
 
         self._ffi.register_global_func(_RUN_OR_CAPTURE, run, override=True)
@@ -246,20 +251,20 @@ class CudaMachine(tvm.VirtualMachine):
         finally:
             self._do("cudaThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
-    def copied(self, tensor: Any, target: int, begin: int, count: int, stream: int) -> None:
+    def copied(self, tensor: Tensor, target: int, begin: int, count: int, stream: int) -> None:
         """Copies samples of an output, from the first on, to where sample `begin` of a larger one lies, on a stream."""
         size = _bytes(tensor) // int(tensor.shape[0])
         with self._calling():
             handle = ctypes.c_void_p(stream)
             self._copy(target + begin * size, tensor.data_ptr(), count * size, _ON_DEVICE, handle)
 
-    def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         """A tensor on the GPU, of the runtime's own."""
         allocate = self._ffi.get_global_func("runtime.TVMTensorAllocWithScope")
         with self._calling():
             return allocate(self._ffi.Shape(shape), self._ffi.dtype(dtype), self._ffi.device("cuda", self.device), None)
 
-    def from_dlpack(self, value: Any) -> Any:
+    def from_dlpack(self, value: object) -> Tensor:
         """The runtime's tensor on the memory of another library's."""
         return self._ffi.from_dlpack(value)
 
@@ -289,16 +294,16 @@ class CudaMachine(tvm.VirtualMachine):
     def _dropping(self, stored: Iterable[np.ndarray]) -> Iterator[None]:
         yield
 
-    def _tensor(self, array: np.ndarray) -> Any:
+    def _tensor(self, array: np.ndarray) -> Tensor:
         tensor = self.empty(array.shape, str(array.dtype))
         self._send(array, tensor)
         return tensor
 
-    def _send(self, buffer: np.ndarray, tensor: Any) -> None:
+    def _send(self, buffer: np.ndarray, tensor: Tensor) -> None:
         copy = self._ffi.get_global_func("runtime.TVMTensorCopyFromBytes")
         copy(tensor, ctypes.c_void_p(buffer.ctypes.data), buffer.nbytes)
 
-    def _received(self, tensor: Any) -> np.ndarray:
+    def _received(self, tensor: Tensor) -> np.ndarray:
         array = np.empty(tuple(tensor.shape), str(tensor.dtype))
         copy = self._ffi.get_global_func("runtime.TVMTensorCopyToBytes")
         copy(tensor, ctypes.c_void_p(array.ctypes.data), array.nbytes)

@@ -25,7 +25,7 @@ class There:
 
     pointer: int
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtype: np.dtype
     owner: object
     """What keeps the memory: no longer than until the copies from it are asked for, which is the stream's order."""
 
@@ -48,7 +48,7 @@ def device_of(value: object) -> int | None:
     return int(number) if kind == _CUDA else None
 
 
-def stays(inputs: Mapping[str, Any], device: int) -> bool:
+def stays(inputs: Mapping[str, object], device: int) -> bool:
     """Whether a call is one on tensors of the GPU `device`.
 
     Raises:
@@ -72,7 +72,7 @@ def stays(inputs: Mapping[str, Any], device: int) -> bool:
     return True
 
 
-def taken(name: str, value: Any, expected: InputValue, from_dlpack: Callable[[Any], Any]) -> There:
+def taken(name: str, value: Any, expected: InputValue, from_dlpack: Callable[[object], Any]) -> There:
     """A tensor on the GPU as a call copies it.
 
     Raises:

@@ -87,7 +87,8 @@ own = {name: array[:2] for name, array in inputs.items()}
 own["timestep"] = np.repeat(own["timestep"][:1], 2)
 expected = denoiser.run(own)
 tensors = there(denoiser.executor, own)
-for timestep in (there(denoiser.executor, {"t": own["timestep"][:1]})["t"], own["timestep"][:1], float(own["timestep"][0])):
+one = own["timestep"][:1]
+for timestep in (there(denoiser.executor, {"t": one})["t"], one, float(one[0])):
     assert call(denoiser, {**tensors, "timestep": timestep}).tobytes() == expected.tobytes()
 """)
 
@@ -104,7 +105,8 @@ driver, stream, graph = ctypes.CDLL(None), ctypes.c_void_p(), ctypes.c_void_p()
 assert driver.cudaStreamCreate(ctypes.byref(stream)) == 0
 
 def call():
-    pieces = [on_gpu.taken(n, t, denoiser._kinds[0].inputs[n], machine.from_dlpack).rows(0, 2, 2, 2) for n, t in tensors.items()]
+    taken = [on_gpu.taken(n, t, denoiser._kinds[0].inputs[n], machine.from_dlpack) for n, t in tensors.items()]
+    pieces = [each.rows(0, 2, 2, 2) for each in taken]
     result = machine.call("denoise_b2", pieces, stream.value, True)
     machine.copied(result, out.data_ptr(), 0, 2, stream.value)
 

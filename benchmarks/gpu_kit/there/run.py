@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--step", type=int, choices=range(1, 6), help="the step to run")
     parser.add_argument("--out", type=Path, default=Path("results"), help="the folder of results")
     parser.add_argument("--only", default="", help="of steps 3 and 5: cases whose names contain this")
-    parser.add_argument("--no-compile", action="store_true", help="of step 5: without torch.compile, which takes minutes")
+    parser.add_argument("--no-compile", action="store_true", help="of step 5: no torch.compile, which takes minutes")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if platform.machine() != "x86_64" or sys.version_info[:2] not in ((3, 11), (3, 12)):

@@ -74,7 +74,7 @@ def ceilings(torch: Any, device: machine.Device) -> dict[str, float]:
     for name, (amount, call) in calls.items():
         call()
         found[name] = amount / statistics.median(device.seconds(call, 10) for _ in range(5))
-    del a, b
+    calls.clear()
     torch.cuda.empty_cache()
     return found
 

@@ -111,7 +111,7 @@ def _staying(torch: Any, denoiser: Any, inputs: Mapping[str, np.ndarray]) -> Cal
 
 
 def stays(torch: Any, denoiser: Any, inputs: Mapping[str, np.ndarray], expected: np.ndarray) -> dict[str, Any]:
-    """Whether tensors that stay have the bits of a call by way of the CPU, on another stream too; and half precision."""
+    """Whether tensors that stay give the bits of a call by way of the CPU, on any stream; and half precision."""
     call, found = _staying(torch, denoiser, inputs), {}
     own = torch.from_numpy(expected)
     found["the same bits"] = bool(torch.equal(call().cpu(), own))
@@ -121,7 +121,7 @@ def stays(torch: Any, denoiser: Any, inputs: Mapping[str, np.ndarray], expected:
     stream.synchronize()
     found["on another stream"] = all(torch.equal(result.cpu(), own) for result in results)
     half = {name: torch.from_numpy(array).cuda() for name, array in inputs.items()}
-    half = {name: value.bfloat16() if value.ndim > 1 and value.is_floating_point() else value for name, value in half.items()}
+    half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in half.items()}
     found["bfloat16 in and out"] = denoiser(**half, return_dict=False)[0].dtype == torch.bfloat16
     return found
 
@@ -151,8 +151,9 @@ def captured(torch: Any, device: machine.Device, denoiser: Any, inputs: Mapping[
 
 
 def kernels(torch: Any, call: Callable[[], object]) -> dict[str, Any]:
-    """Microseconds and launches of a call by torch's profiler: of kinds of kernels, by how their names begin, and of those
-    that take longest.
+    """Microseconds and launches of a call by torch's profiler.
+
+    Of kinds of kernels, by how their names begin, and of those that take longest.
     """
     from torch.profiler import ProfilerActivity, profile
 

@@ -322,17 +322,29 @@ READY: Mutants = {
     "a word of the values too many": ("(p.heads * words * p.dim)) as", "(p.heads * words * p.dim) + 1) as"),
 }
 OF_WARPS_NORM: Mutants = {
-    "no mean": ("keep(value - mean)\n            return fma(own, own, so_far)", "value\n            return fma(own, own, so_far)"),
+    "no mean": (
+        "keep(value - mean)\n            return fma(own, own, so_far)",
+        "value\n            return fma(own, own, so_far)",
+    ),
     "the mean stays in": ("fma(value - mean, factor, betas", "fma(value, factor, betas"),
     "no epsilon": ("mul(total(square), inverse) + f32(problem.eps, 1)", "mul(total(square), inverse)"),
-    "gamma of the first": ("values_of(buffers[name], channel, v) if has", "values_of(buffers[name], 0 * channel, v) if has"),
+    "gamma of the first": ('values_of(buffers["gamma"], channel, v)', 'values_of(buffers["gamma"], 0 * channel, v)'),
     "the values of the first step": ("store(held, value, first + e)", "store(held, value, e)"),
-    "a warp has the row of another": ("THREADS // WARP) + thread // WARP, b", "THREADS // WARP) + thread // WARP // 2, b"),
+    "a warp has the row of another": (
+        "THREADS // WARP) + thread // WARP, b",
+        "THREADS // WARP) + thread // WARP // 2, b",
+    ),
     "sums of what is behind a row": ("tirx.Select(there, added, found[0])", "added"),
-    "a row behind the last": ("batch * positions - 1))\n        sample, row", "batch * positions))\n        sample, row"),
+    "a row behind the last": (
+        "batch * positions - 1))\n        sample, row",
+        "batch * positions))\n        sample, row",
+    ),
     "another width": ('flat(buffers["x"]), f32(1.0 / channels, 1)', 'flat(buffers["x"]), f32(1.0 / (channels + 1), 1)'),
     "a block too few": ("+ (THREADS // WARP - 1)) // (THREADS // WARP)", ") // (THREADS // WARP)"),
-    "lanes by themselves": ("return of_warp(found[0])\n\n        mean = None", "return found[0]\n\n        mean = None"),
+    "lanes by themselves": (
+        "return of_warp(found[0])\n\n        mean = None",
+        "return found[0]\n\n        mean = None",
+    ),
 }
 RMS_NORM: Mutants = {
     "no gamma": ('return mul(found, buffers["gamma"][c]) if problem.scale else found', "return found"),

@@ -306,7 +306,10 @@ GROUP_NORM: Mutants = {
         "store(means, mean, number * groups + group)\n        barrier()",
         "store(means, mean, number * groups + group)",
     ),
-    "the mean of rows that are not there": ("T.cast(T.min(positions - own * chunk, chunk) * size", "T.cast(chunk * size"),
+    "the mean of rows that are not there": (
+        "T.cast(T.min(positions - own * chunk, chunk) * size",
+        "T.cast(chunk * size",
+    ),
     "gamma of the first": ("values_of(buffers[n], c, count)", "values_of(buffers[n], 0 * c, count)"),
     "no beta": (
         "betas[e] if betas else f32(0.0, 1)))\n            for e",
@@ -319,8 +322,14 @@ GROUP_NORM: Mutants = {
     "raw codes without zero point": ('buffers["raw_zero"][group]', "T.int32(0)"),
     "raw codes of 8 bits": ("scale, zero, problem.raw)", "scale, zero, 8)"),
     "a group too few": ("grid(batch * groups, WARP)", "grid(batch * groups - 1, WARP)"),
-    "an element too few": ("each(batch * (positions * channels // v))", "each(batch * (positions * channels // v) - 1)"),
-    "an element too many": ("each(batch * (positions * channels // v))", "each(batch * (positions * channels // v) + 1)"),
+    "an element too few": (
+        "each(batch * (positions * channels // v))",
+        "each(batch * (positions * channels // v) - 1)",
+    ),
+    "an element too many": (
+        "each(batch * (positions * channels // v))",
+        "each(batch * (positions * channels // v) + 1)",
+    ),
     "a rotated row too few": ("grid(batch * positions, threads)", "grid(batch * positions - 1, threads)"),
 }
 MATMUL: Mutants = {

@@ -23,7 +23,9 @@ from tests.harness.cuda import silicon
 HERE = Path(__file__).parent
 CACHE = Path(tempfile.gettempdir(), f"mpq-emulator-{os.getuid()}")
 _HELPER = re.compile(
-    r"__forceinline__ __device__ (?:void|unsigned int|uint32_t|float) (tvm_builtin\w+|mpq_\w+)\(([^)]*)\) \{\n.*?\n\}\n", re.S
+    r"__forceinline__ __device__ (?:void|unsigned int|uint32_t|float) "
+    r"(tvm_builtin\w+|mpq_\w+)\(([^)]*)\) \{\n.*?\n\}\n",
+    re.S,
 )
 _KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\) \{')
 

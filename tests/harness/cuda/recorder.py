@@ -24,8 +24,8 @@ _KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)
 _PRODUCT = "f32_bf16_bf16_f32"
 """In the name of what multiplies in bfloat16."""
 SUMS, UNIT = 2e-6, 2.0**-9
-"""How far results of such kernels may be from the emulator's, relative to the largest; a unit of bfloat16 where sums are
-rounded to it again for another product, and one falls to the other side."""
+"""How far results of such kernels may be from the emulator's, relative to the largest; a unit of bfloat16 where sums
+are rounded to it again for another product, and one falls to the other side."""
 
 
 def asked() -> bool:
@@ -34,7 +34,7 @@ def asked() -> bool:
 
 
 def levels(source: str) -> list[int]:
-    """The compute capabilities that a source is compiled for: Hopper's alone where it multiplies four warps together."""
+    """The compute capabilities that a source is compiled for: Hopper's alone where four warps multiply together."""
     asked_for = [int(level) for level in os.environ[LEVELS].split()]
     return [level for level in asked_for if level == nvidia.HOPPER or "wgmma" not in source]
 

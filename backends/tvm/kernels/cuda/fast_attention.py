@@ -31,7 +31,17 @@ from mpq_compiler.backends.tvm.kernels.common.vmath import f32, fma, keep, mul
 from mpq_compiler.backends.tvm.kernels.cuda import bfloat16
 from mpq_compiler.backends.tvm.kernels.cuda.attention import mask_at
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.kernel import LDMATRIX
-from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, grid, local, of_lane, primfunc, rolled, shared, strided
+from mpq_compiler.backends.tvm.kernels.cuda.threads import (
+    barrier,
+    each,
+    grid,
+    local,
+    of_lane,
+    primfunc,
+    rolled,
+    shared,
+    strided,
+)
 from mpq_compiler.backends.tvm.kernels.problems.attention import LOWEST
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready, arguments
 from mpq_compiler.support.errors import UserError

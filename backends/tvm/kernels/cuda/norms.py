@@ -19,7 +19,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, store, unravel
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, Index, flat, store, unravel
 from mpq_compiler.backends.tvm.kernels.common.vmath import f32, fma, keep, mul
 from mpq_compiler.backends.tvm.kernels.cuda.rows import Rows
 from mpq_compiler.backends.tvm.kernels.cuda.threads import (
@@ -43,8 +43,7 @@ from mpq_compiler.backends.tvm.kernels.problems.hadamard import Hadamard
 from mpq_compiler.backends.tvm.kernels.problems.hadamard import arguments as hadamard_arguments
 from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm, Norm, RmsNorm, arguments
 
-
-Read = Callable[[Any, Any, Any, int], list[Expr]]
+Read = Callable[[Index, Index, Index, int], list[Expr]]
 ROWS, CHUNKS = 4, 256
 """Rows, at least, of a block that sums groups, and blocks, at most, that share those of a sample."""
 HELD = 64
@@ -123,8 +122,8 @@ def _row_norm(problem: LayerNorm | RmsNorm, batch: Any, buffers: Buffers) -> Non
         lane = T.bind(thread % WARP)
         held = local(steps * v)
 
-        def each_held() -> Iterator[tuple[int, Any, Any]]:
-            """(first of some neighbours that a lane holds, their first channel, whether it is one)"""
+        def each_held() -> Iterator[tuple[int, Index, Index]]:
+            """Of neighbours that a lane holds the first place and channel, and whether there is such a channel."""
             for step in range(steps):
                 channel = T.bind((step * WARP + lane) * v)
                 yield step * v, channel, None if (step + 1) * WARP * v <= channels else channel < channels
@@ -134,7 +133,7 @@ def _row_norm(problem: LayerNorm | RmsNorm, batch: Any, buffers: Buffers) -> Non
             for e, value in enumerate(values_of(x, of_all * channels + inside, v)):
                 store(held, value, first + e)
 
-        def total(term: Callable[[Any, Expr], Expr]) -> Expr:
+        def total(term: Callable[[Index, Expr], Expr]) -> Expr:
             found = local(1)
             store(found, f32(0.0, 1), 0)
             for first, _, there in each_held():
@@ -147,17 +146,16 @@ def _row_norm(problem: LayerNorm | RmsNorm, batch: Any, buffers: Buffers) -> Non
         if isinstance(problem, LayerNorm):
             mean = keep(mul(total(lambda value, so_far: so_far + value), inverse))
 
-        def square(value: Any, so_far: Expr) -> Expr:
+        def square(value: Index, so_far: Expr) -> Expr:
             own = value if mean is None else keep(value - mean)
             return fma(own, own, so_far)
 
         rstd = keep(vmath.rsqrt(mul(total(square), inverse) + f32(problem.eps, 1)))
         for first, channel, there in each_held():
             with nullcontext() if there is None else T.If(there), nullcontext() if there is None else T.Then():
-                gammas, betas = (
-                    values_of(buffers[name], channel, v) if has else None
-                    for name, has in (("gamma", problem.scale), ("beta", isinstance(problem, LayerNorm) and problem.shift))
-                )
+                has_beta = isinstance(problem, LayerNorm) and problem.shift
+                gammas = values_of(buffers["gamma"], channel, v) if problem.scale else None
+                betas = values_of(buffers["beta"], channel, v) if has_beta else None
                 done = []
                 for e in range(v):
                     value, gamma = held[first + e], gammas and gammas[e]
@@ -170,7 +168,7 @@ def _row_norm(problem: LayerNorm | RmsNorm, batch: Any, buffers: Buffers) -> Non
                 rows.put(done, sample, row, channel, positions, channels)
 
 
-def _long_row_norm(problem: LayerNorm | RmsNorm, batch: Any, buffers: Buffers) -> None:
+def _long_row_norm(problem: LayerNorm | RmsNorm, batch: Index, buffers: Buffers) -> None:
     """By a block of threads for each row: one that is rotated, or too long for registers."""
     channels, x, threads = problem.channels, buffers["x"], power(problem.channels)
     rows = Rows(problem.epilogue, buffers, problem.block, problem.into)
@@ -207,7 +205,7 @@ def _group_norm(problem: GroupNorm, batch: Any, buffers: Buffers) -> None:
     mean_of, rstd_of = flat(buffers["mean"]), flat(buffers["rstd"])
     names = [(f"x{i}", n) for i, n in enumerate(problem.parts)] or [("x", channels)]
 
-    def read(sample: Any, row: Any, channel: Any, count: int) -> list[Expr]:
+    def read(sample: Index, row: Index, channel: Index, count: int) -> list[Expr]:
         """Neighbouring values of the tensors side by side, of one group."""
         parts = {name: (flat(buffers[name]), n) for name, n in names}
         found: list[Any] = []
@@ -226,7 +224,7 @@ def _group_norm(problem: GroupNorm, batch: Any, buffers: Buffers) -> None:
     _join_groups(problem, batch, buffers)
     rows = Rows(problem.epilogue, buffers, problem.block, None)
 
-    def values(sample: Any, row: Any, c: Any, count: int) -> list[Expr]:
+    def values(sample: Index, row: Index, c: Index, count: int) -> list[Expr]:
         own = read(sample, row, c, count)
         if problem.raw is not None:
             group = T.bind(T.cast(buffers["group"][sample], "int32"))
@@ -253,7 +251,7 @@ def _group_norm(problem: GroupNorm, batch: Any, buffers: Buffers) -> None:
         rows.write(lambda c: values(sample, row, c, 1)[0], sample, row, positions, channels, thread, threads)
 
 
-def _sum_groups(problem: GroupNorm, batch: Any, buffers: Buffers, read: Read, v: int) -> None:
+def _sum_groups(problem: GroupNorm, batch: Index, buffers: Buffers, read: Read, v: int) -> None:
     """Mean of each group, and the sum of the squares about it, of the rows of a block.
 
     Its threads have a place in the row each, of `v` channels of one group, in every so many rows.
@@ -273,7 +271,7 @@ def _sum_groups(problem: GroupNorm, batch: Any, buffers: Buffers, read: Read, v:
         joined = shared(groups)
         start, place = T.bind(thread // across), T.bind(thread % across)
 
-        def summed(term: Callable[[Expr, Any, Expr], Expr]) -> Any:
+        def summed(term: Callable[[Expr, Index, Expr], Expr]) -> Index:
             """Of each group, by its threads together; a thread's result is of the group of its number."""
             with T.If(start < down), T.Then(), T.serial(0, places) as step:
                 unit = T.bind(step * across + place)
@@ -301,7 +299,7 @@ def _sum_groups(problem: GroupNorm, batch: Any, buffers: Buffers, read: Read, v:
             store(means, mean, number * groups + group)
         barrier()
 
-        def square(value: Expr, group: Any, so_far: Expr) -> Expr:
+        def square(value: Expr, group: Index, so_far: Expr) -> Expr:
             own_ = keep(value - joined[group])
             return fma(own_, own_, so_far)
 
@@ -309,7 +307,7 @@ def _sum_groups(problem: GroupNorm, batch: Any, buffers: Buffers, read: Read, v:
             store(squares, total, number * groups + group)
 
 
-def _join_groups(problem: GroupNorm, batch: Any, buffers: Buffers) -> None:
+def _join_groups(problem: GroupNorm, batch: Index, buffers: Buffers) -> None:
     """Mean and factor of each group, by a warp, of what the blocks that share a sample have found."""
     positions, groups, chunk, chunks = problem.positions, problem.groups, _chunk(problem), _chunks(problem)
     size = problem.channels // groups
@@ -317,7 +315,7 @@ def _join_groups(problem: GroupNorm, batch: Any, buffers: Buffers) -> None:
     with grid(batch * groups, WARP) as (number, lane):
         sample, group = unravel(number, groups)
 
-        def total(term: Callable[[Any, Expr, Expr], Expr]) -> Expr:
+        def total(term: Callable[[Index, Expr, Expr], Expr]) -> Expr:
             found = local(1)
             store(found, f32(0.0, 1), 0)
             with strided(lane, chunks, WARP) as own:
@@ -328,7 +326,7 @@ def _join_groups(problem: GroupNorm, batch: Any, buffers: Buffers) -> None:
         inverse = f32(1.0 / (positions * size), 1)
         mean = keep(mul(total(lambda at, count, so_far: fma(means[at], count, so_far)), inverse))
 
-        def square(at: Any, count: Expr, so_far: Expr) -> Expr:
+        def square(at: Index, count: Expr, so_far: Expr) -> Expr:
             off = keep(means[at] - mean)
             return fma(mul(off, off), count, so_far + squares[at])
 

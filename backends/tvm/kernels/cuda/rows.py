@@ -13,7 +13,7 @@ from tvm.script.ir_builder import tirx as T
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.epilogue import Finish, apply
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, store
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, Index, flat, store
 from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, put_values, shared, strided, values_of
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue
 from mpq_compiler.backends.tvm.kernels.problems.hadamard import check_block
@@ -39,9 +39,9 @@ class Rows:
         self.before = Finish(replace(epilogue, steps=steps[:first]), buffers)
         self.finish = Finish(replace(epilogue, steps=steps[first:]), buffers)
 
-    def put(self, values: Sequence[Expr], sample: Any, row: Any, channel: Any, rows: int, channels: int) -> None:
+    def put(self, values: Sequence[Expr], sample: Index, row: Index, channel: Index, rows: int, channels: int) -> None:
         """Apply the steps behind a rotation to neighbouring values, of rows of so many channels, and store them."""
-        at: Any = (sample * rows + row) * channels + channel
+        at: Index = (sample * rows + row) * channels + channel
         quant = self.finish.quantizer(sample)
         flattened = {name: flat(buffer) for name, buffer in self.buffers.items()}
         done = finished(self.finish.epilogue, flattened, values, quant, at, sample * channels + channel, channel)
@@ -55,9 +55,16 @@ class Rows:
         return math.gcd(most, channels, *(self.into or ()))
 
     def write(
-        self, value: Callable[[Any], Expr], sample: Any, row: Any, rows: int, channels: int, thread: Any, threads: int
+        self,
+        value: Callable[[Index], Expr],
+        sample: Index,
+        row: Index,
+        rows: int,
+        channels: int,
+        thread: Index,
+        threads: int,
     ) -> None:
-        """All channels of a row, one of so many of a sample, by all threads of the block; `value` gives them by number."""
+        """All channels of a row, of so many rows of a sample, by all threads; `value` gives them by number."""
         if not self.block:
             with strided(thread, channels, threads) as c:
                 self.put([vmath.keep(value(c))], sample, row, c, rows, channels)
@@ -94,15 +101,21 @@ class Rows:
 
 
 def finished(
-    epilogue: Epilogue, buffers: Buffers, values: Sequence[Expr], quant: tuple[Expr, Expr] | None, full: Any, sample: Any,
-    channel: Any,
-) -> list[Expr]:  # fmt: skip
+    epilogue: Epilogue,
+    buffers: Buffers,
+    values: Sequence[Expr],
+    quant: tuple[Expr, Expr] | None,
+    full: Index,
+    sample: Index,
+    channel: Index,
+) -> list[Expr]:
     """Neighbouring values after an epilogue.
 
     buffers: flat ones
     full, sample, channel: where operands of these kinds have what belongs to the first value
     """
-    count, operands = len(values), []
+    count = len(values)
+    operands: list[list[Expr]] = []
     for i, operand in enumerate(epilogue.operands):
         buffer = buffers[f"operand{i}"]
         if operand.kind == "scalar":
@@ -110,7 +123,11 @@ def finished(
         else:
             at = {"channel": channel, "sample": sample}.get(operand.kind, full)
             operands.append(values_of(buffer, at, count))
-    return [apply(epilogue, value, lambda i, e=e: operands[i][e], quant) for e, value in enumerate(values)]
+
+    def of_value(e: int) -> Callable[[int], Expr]:
+        return lambda i: operands[i][e]
+
+    return [apply(epilogue, value, of_value(e), quant) for e, value in enumerate(values)]
 
 
 def _is_negative(index: Any) -> Expr:

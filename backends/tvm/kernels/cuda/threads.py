@@ -12,7 +12,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import template, vmath
-from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, store
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, Index, store
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 
 THREADS = 256
@@ -58,7 +58,7 @@ def strided(begin: Any, count: int, threads: int) -> Iterator[Any]:
             yield i
 
 
-def rolled(count: Any) -> Any:
+def rolled(count: Index) -> Index:
     """The loop ``range(count)``, for a ``with`` statement, of which a compiler may make no copies.
 
     It else takes registers for several steps at once where their number is known, and fewer blocks are at work.
@@ -76,7 +76,7 @@ def local(size: int, dtype: str = "float32") -> Buffer:
     return T.alloc_buffer((size,), dtype, align=64, scope="local")
 
 
-def values_of(buffer: Buffer, at: Any, count: int) -> list[Expr]:
+def values_of(buffer: Buffer, at: Index, count: int) -> list[Expr]:
     """Neighbouring values of a buffer, 1, 2 or 4 of them, read at once; `at` is a multiple of their number."""
     if count == 1:
         return [vmath.keep(buffer[at])]
@@ -84,7 +84,7 @@ def values_of(buffer: Buffer, at: Any, count: int) -> list[Expr]:
     return [vmath.keep(tirx.Shuffle([vector], [i])) for i in range(count)]
 
 
-def put_values(buffer: Buffer, values: Sequence[Expr], at: Any) -> None:
+def put_values(buffer: Buffer, values: Sequence[Expr], at: Index) -> None:
     """Stores neighbouring values at once, as `values_of` reads them."""
     count = len(values)
     if count == 1:

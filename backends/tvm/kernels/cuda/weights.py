@@ -6,8 +6,9 @@ and no lane moves data of another:
 
     register (ks, h, kk) of lane l, byte e:   channel 8 h + l // 4,   k = 32 ks + 16 kk + 4 (l % 4) + e
 
-8 bits are the registers themselves, word 4 ks + 2 kk + h, as four warps together want them (`wgmma`). Below, codes lie so that four of them become the nibbles of a selector of
-`__byte_perm` by a shift and a mask, which looks them up in a table of bytes:
+8 bits are the registers themselves, word 4 ks + 2 kk + h, as four warps together want them (`wgmma`). Below, codes lie
+so that four of them become the nibbles of a selector of `__byte_perm` by a shift and a mask, which looks them up in a
+table of bytes:
 
     4 bits: word 2 ks + h, bit 16 kk + 4 e            2 bits: word ks, bit 16 h + 2 kk + 4 e
     3 bits: the lower two as 2 bits; the upper one in word 2, bit 16 ks + (2 h + kk) + 4 e

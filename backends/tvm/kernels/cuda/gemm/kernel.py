@@ -13,7 +13,7 @@ from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.epilogue import quantizer
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, store, unravel
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, Index, flat, store, unravel
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.lookup import looked_up
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import BLOCKS, Tile, most_splits, tile
 from mpq_compiler.backends.tvm.kernels.cuda.rows import finished
@@ -183,11 +183,11 @@ class Kernel:
                 group = T.cast(self.b["group"][sample], "int32") if p.groups > 1 else tirx.IntImm("int32", 0)
                 store(self.row_group, group, i)
 
-    def _find_inside(self, i: int, top: Any, left: Any, there: Any) -> None:
+    def _find_inside(self, i: int, top: Index, left: Index, there: Index) -> None:
         """There: whether the row is one."""
         p, words = self.p, -(-self.w.taps // 32)
 
-        def within(first: Any, size: int, count: int) -> list[Expr]:
+        def within(first: Index, size: int, count: int) -> list[Expr]:
             """Of each line of taps, or column, 1 where it is one of the image."""
             each_ = (tirx.all(there, first + d >= 0, first + d < size) for d in range(count))
             return [vmath.keep(T.cast(is_it, "uint32")) for is_it in each_]
@@ -200,7 +200,7 @@ class Kernel:
                 bits = bits | T.bitwise_and(down[dy], across[dx]) << T.uint32(tap % 32)
             store(self.inside, bits, i * words + word)
 
-    def _is_inside(self, i: int, tap: Any) -> Any:
+    def _is_inside(self, i: int, tap: Index) -> Index:
         """Whether a tap of the row meets a pixel of the image: 1 or 0; 0 of taps that do not exist."""
         words = -(-self.w.taps // 32)
         if words == 1:
@@ -634,7 +634,8 @@ class Kernel:
 
     def _add_parts(self) -> None:
         """A thread for each output; none has anything to do where no block shared an axis."""
-        with each(T.max(T.Select(self.splits > 1, self.total * self.p.outputs, 0), 1)) as number, T.If(self.splits > 1), T.Then():
+        count = T.Select(self.splits > 1, self.total * self.p.outputs, 1)  # a grid has a block
+        with each(count) as number, T.If(self.splits > 1), T.Then():
             row, column = unravel(number, self.p.outputs)
 
             def summed(parts: Any, step: Any, at: Any) -> Expr:
@@ -651,11 +652,11 @@ class Kernel:
                 y = self._with_offsets(y, lambda _: activations, row, column)
             self._finish([vmath.keep(y)], row, column)
 
-    def _finish(self, values: Sequence[Expr], row: Any, column: Any) -> None:
+    def _finish(self, values: Sequence[Expr], row: Index, column: Index) -> None:
         """The epilogue of neighbouring results, and where they go."""
         p, epilogue = self.p, self.epilogue
         sample = T.bind(tirx.truncdiv(row, p.rows))
-        full: Any = row * p.outputs + column
+        full: Index = row * p.outputs + column
         places = full, sample * p.outputs + column, column
         quant = quantizer(self.buffers, sample) if epilogue.bits is not None else None
         if epilogue.keeps:
