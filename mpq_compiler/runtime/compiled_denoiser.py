@@ -441,7 +441,7 @@ class CompiledDenoiser:
         return tensors, arrays
 
     def _require_values(self, tensors: Mapping[str, There], machine: CudaMachine) -> None:
-        """As `_run`, of what would be read beyond a table, or has been folded; this alone waits for the GPU."""
+        """Raises a UserError for labels beyond a table and tokens that are not the folded ones: this waits for the GPU."""
         for name, below in self.manifest["model"].get("below", {}).items():
             if name in tensors:
                 _require_range(name, machine.values(tensors[name]), below)

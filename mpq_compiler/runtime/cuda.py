@@ -150,7 +150,7 @@ class CudaMachine(tvm.VirtualMachine):
             super().__init__(artifact, threads, reuse_bytes)
 
     def run(self, function: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
-        """As `VirtualMachine.run`."""
+        """Calls `function` as `VirtualMachine.run` does; the thread's current device stays."""
         with self._calling():
             self._called.add(function)
             return super().run(function, inputs)

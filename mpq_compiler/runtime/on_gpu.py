@@ -107,7 +107,7 @@ def standing_in(tensor: There) -> np.ndarray:
 
 
 def stream_of(device: int) -> tuple[int, bool]:
-    """(the stream of the calling thread, whether it is being captured in a graph): torch's, else the default one."""
+    """The stream of the calling thread, torch's or else the default one, and whether a graph captures it."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return 0, False

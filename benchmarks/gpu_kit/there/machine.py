@@ -193,7 +193,8 @@ def facts() -> dict[str, Any]:
         query = "--query-gpu=clocks.sm,clocks.max.sm,temperature.gpu,driver_version"
         done = subprocess.run([smi, query, "--format=csv,noheader"], capture_output=True, text=True, check=False)
         found["clocks, temperature, driver"] = done.stdout.strip()
-    return {**found, "python": sys.version.split()[0], "command": " ".join(sys.argv)}
+    options = [word for word in sys.argv[1:] if "/" not in word and word != "--out"]
+    return {**found, "python": sys.version.split()[0], "command": " ".join(["run.py", *options])}
 
 
 def say(line: str) -> None:

@@ -123,7 +123,7 @@ def _row_norm(problem: LayerNorm | RmsNorm, batch: Any, buffers: Buffers) -> Non
         held = local(steps * v)
 
         def each_held() -> Iterator[tuple[int, Index, Index]]:
-            """Of neighbours that a lane holds the first place and channel, and whether there is such a channel."""
+            """Yields the first place and channel of neighbours that a lane holds, and whether there is such a channel."""
             for step in range(steps):
                 channel = T.bind((step * WARP + lane) * v)
                 yield step * v, channel, None if (step + 1) * WARP * v <= channels else channel < channels
@@ -272,7 +272,7 @@ def _sum_groups(problem: GroupNorm, batch: Index, buffers: Buffers, read: Read, 
         start, place = T.bind(thread // across), T.bind(thread % across)
 
         def summed(term: Callable[[Expr, Index, Expr], Expr]) -> Index:
-            """Of each group, by its threads together; a thread's result is of the group of its number."""
+            """Yields each group that falls to a thread, with its sum over the block."""
             with T.If(start < down), T.Then(), T.serial(0, places) as step:
                 unit = T.bind(step * across + place)
                 with T.If(unit < units), T.Then():

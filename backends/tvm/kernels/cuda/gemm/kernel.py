@@ -188,7 +188,7 @@ class Kernel:
         p, words = self.p, -(-self.w.taps // 32)
 
         def within(first: Index, size: int, count: int) -> list[Expr]:
-            """Of each line of taps, or column, 1 where it is one of the image."""
+            """Finds for each line of taps, or column, whether it is one of the image: 1, else 0."""
             each_ = (tirx.all(there, first + d >= 0, first + d < size) for d in range(count))
             return [vmath.keep(T.cast(is_it, "uint32")) for is_it in each_]
 
