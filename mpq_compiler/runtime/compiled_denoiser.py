@@ -322,6 +322,8 @@ class CompiledDenoiser:
         """
         torch = _torch()
         name = self._devices[-1] if not torch or torch.cuda.is_available() else "cpu"
+        number = getattr(self.executor, "device", 0)
+        name = f"{name}:{number}" if number else name
         return torch.device(name) if torch else name
 
     def to(self, *args: Any, **kwargs: Any) -> CompiledDenoiser:
@@ -332,6 +334,12 @@ class CompiledDenoiser:
                 if name.split(":")[0] not in (*self._devices, "float32", "contiguous_format", "preserve_format"):
                     known = " or ".join(self._devices)
                     raise UserError(f"a compiled denoiser cannot move to {name}: this one takes float32 on {known}")
+                own = getattr(self.executor, "device", 0)
+                if name.startswith("cuda:") and name != f"cuda:{own}":
+                    raise UserError(
+                        f"a compiled denoiser cannot move to {name}: this one is on cuda:{own}; load it there, "
+                        f"mpq_compiler.load(..., device='{name}')"
+                    )
         return self
 
     def eval(self) -> CompiledDenoiser:
@@ -441,7 +449,7 @@ class CompiledDenoiser:
         return tensors, arrays
 
     def _require_values(self, tensors: Mapping[str, There], machine: CudaMachine) -> None:
-        """Raises a UserError for labels beyond a table and tokens that are not the folded ones: this waits for the GPU."""
+        """Raises a UserError for labels beyond a table and tokens unlike the folded ones: this waits for the GPU."""
         for name, below in self.manifest["model"].get("below", {}).items():
             if name in tensors:
                 _require_range(name, machine.values(tensors[name]), below)

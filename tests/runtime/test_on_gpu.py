@@ -160,6 +160,8 @@ for device, denoiser in enumerate((first, second)):
         assert denoiser.run(own).tobytes() == expected.tobytes() and current() == other
         assert call(denoiser, there(denoiser.executor, own)).tobytes() == expected.tobytes()
         assert runtime_.cudaSetDevice(other) == 0
+assert second.to("cuda:1") is second and first.to("cuda") is first and second.device == "cuda:1"
+says("cannot move to cuda:0: this one is on cuda:1; load it there", lambda: second.to("cuda:0"))
 tensors = there(first.executor, own)
 says("input 'sample' is on cuda:0, and this artifact on cuda:1: .to('cuda:1'), or load it there, "
      "mpq_compiler.load(..., device='cuda:0')", lambda: second(**tensors))

@@ -123,7 +123,7 @@ def _row_norm(problem: LayerNorm | RmsNorm, batch: Any, buffers: Buffers) -> Non
         held = local(steps * v)
 
         def each_held() -> Iterator[tuple[int, Index, Index]]:
-            """Yields the first place and channel of neighbours that a lane holds, and whether there is such a channel."""
+            """Yields place and channel of neighbours that a lane holds, and whether there is such a channel."""
             for step in range(steps):
                 channel = T.bind((step * WARP + lane) * v)
                 yield step * v, channel, None if (step + 1) * WARP * v <= channels else channel < channels
